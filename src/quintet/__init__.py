@@ -1,0 +1,3 @@
+"""Five open model families in plain PyTorch."""
+
+__version__ = "0.1.0"

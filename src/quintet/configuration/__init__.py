@@ -1,0 +1,6 @@
+"""What a model is, as data: the keys of `config.json`, checked once, without torch."""
+
+from quintet.configuration.base import PreTrainedConfig
+from quintet.configuration.rope import RopeParameters
+
+__all__ = ["PreTrainedConfig", "RopeParameters"]

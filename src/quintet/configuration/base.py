@@ -1,0 +1,349 @@
+"""The base of every family's configuration: fields, both vintages of names, unknown keys kept."""
+
+import copy
+import difflib
+import inspect
+import json
+import os
+import warnings
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar, Self, get_origin, get_type_hints
+
+from quintet.configuration.rope import RopeParameters, merge_rope
+from quintet.configuration.rules import Count, Fraction, NonNegative, check
+from quintet.errors import ConfigError, ModelNotFoundError, SaveError
+from quintet.files import read_json, write_text
+from quintet.hub import CONFIG_PATTERNS, locate
+
+if TYPE_CHECKING:
+    import torch
+
+__all__ = ["ATTENTION_BACKENDS", "CONFIG_NAME", "PreTrainedConfig", "UnknownKeyWarning"]
+
+CONFIG_NAME = "config.json"
+ATTENTION_BACKENDS = ("eager", "sdpa", "flash_attention_2")
+FLOAT_DTYPES = ("bfloat16", "float16", "float32", "float64")
+_RENAMED = {"torch_dtype": "dtype", "_name_or_path": "name_or_path"}
+_ROPE_KEYS = ("rope_theta", "rope_scaling", "rope_parameters")
+
+
+class UnknownKeyWarning(UserWarning):
+    """A key that looks like a misspelling of a known one."""
+
+
+class PreTrainedConfig:
+    """The keys of `config.json` as attributes, each checked against its annotation.
+
+    A family declares its keys as annotated class attributes with their defaults. Keys it does not
+    know are kept as attributes and written back, so that a checkpoint survives a round trip.
+
+    Raises:
+        ConfigError: a value breaks its rule; the message names key, value and rule.
+    """
+
+    model_type: ClassVar[str] = ""
+    default_rope_theta: ClassVar[float] = 10_000.0
+
+    architectures: list[str] | None = None
+    attn_implementation: str = "sdpa"
+    bos_token_id: NonNegative | None = None
+    classifier_dropout: Fraction | None = None
+    dtype: str | None = None
+    eos_token_id: NonNegative | list[NonNegative] | None = None
+    id2label: dict[int, str] | None = None
+    label2id: dict[str, int] | None = None
+    max_position_embeddings: Count = 2048
+    name_or_path: str = ""
+    output_attentions: bool = False
+    output_hidden_states: bool = False
+    pad_token_id: NonNegative | None = None
+    problem_type: str | None = None
+    return_dict: bool = True
+    rope_parameters: dict[str, Any] = {}  # noqa: RUF012  (a default, copied for each object)
+    tie_word_embeddings: bool = False
+    use_cache: bool = True
+
+    def __init_subclass__(cls) -> None:
+        super().__init_subclass__()
+        keys = [*cls.keys(), "rope_theta", "rope_scaling", "num_labels"]
+        cls.__signature__ = inspect.Signature(  # type: ignore[attr-defined]
+            [
+                inspect.Parameter(key, inspect.Parameter.KEYWORD_ONLY, default=cls.default(key))
+                for key in keys
+            ]
+            + [inspect.Parameter("unknown", inspect.Parameter.VAR_KEYWORD)]
+        )
+
+    def __init__(self, **values: Any) -> None:
+        values = {_RENAMED.get(key, key): value for key, value in values.items()}
+        self._warn_of_misspellings(values)
+        values["dtype"] = _dtype_name(values.get("dtype"))
+        values["rope_parameters"] = merge_rope(values, self.default_rope_theta)
+        values["id2label"], values["label2id"] = self._labels(values)
+        for key, annotation in self.keys().items():
+            value = values.pop(key, copy.copy(self.default(key)))
+            check(type(self).__name__, key, value, annotation)
+            setattr(self, key, value)
+        for key, value in values.items():
+            # Names of methods and of internals are not for a file to set.
+            if not key.startswith("_") and not hasattr(type(self), key):
+                setattr(self, key, value)
+        self.derive()
+        self.validate()
+
+    # -- what a family extends ---------------------------------------------------------------
+
+    def derive(self) -> None:
+        """Fill in the values that follow from others."""
+
+    def validate(self) -> None:
+        """Check the rules between values.
+
+        Raises:
+            ConfigError: a value, or two together, break a rule.
+        """
+        self.require(
+            self.attn_implementation in ATTENTION_BACKENDS,
+            "attn_implementation",
+            f"one of {list(ATTENTION_BACKENDS)}",
+        )
+        self.require(
+            self.dtype is None or self.dtype in FLOAT_DTYPES, "dtype", f"one of {FLOAT_DTYPES}"
+        )
+        kinds = ("regression", "single_label_classification", "multi_label_classification")
+        self.require(
+            self.problem_type is None or self.problem_type in kinds,
+            "problem_type",
+            f"one of {kinds}, or null",
+        )
+        self.rope()
+
+    def require(self, holds: bool, key: str, rule: str) -> None:
+        """Raise a ConfigError that names `key`, its value and `rule` unless `holds`."""
+        if not holds:
+            raise ConfigError(
+                f"{type(self).__name__}: {key}={getattr(self, key)!r} has to be {rule}"
+            )
+
+    # -- names that are views of other keys --------------------------------------------------
+
+    @property
+    def torch_dtype(self) -> "torch.dtype | None":
+        """`dtype` as torch's own object."""
+        import torch
+
+        return None if self.dtype is None else getattr(torch, self.dtype)  # type: ignore[no-any-return]
+
+    @property
+    def num_labels(self) -> int:
+        """The number of classes of a classification head."""
+        return len(self.id2label or {})
+
+    @num_labels.setter
+    def num_labels(self, value: int) -> None:
+        self.id2label, self.label2id = self._labels({"num_labels": value})
+
+    @property
+    def use_return_dict(self) -> bool:
+        """The name by which older code reads `return_dict`."""
+        return self.return_dict
+
+    @property
+    def rope_theta(self) -> float:
+        """The base of the rotary frequencies."""
+        theta: float = self.rope_parameters["rope_theta"]
+        return theta
+
+    @rope_theta.setter
+    def rope_theta(self, value: float) -> None:
+        self.rope_parameters["rope_theta"] = value
+
+    @property
+    def rope_scaling(self) -> dict[str, Any] | None:
+        """None for plain rotary positions, otherwise the same mapping as `rope_parameters`."""
+        return None if self.rope_parameters["rope_type"] == "default" else self.rope_parameters
+
+    @rope_scaling.setter
+    def rope_scaling(self, value: dict[str, Any] | None) -> None:
+        self.rope_parameters = merge_rope({"rope_scaling": value}, self.rope_theta)
+
+    def rope(self) -> RopeParameters:
+        """Return the rotary parameters, checked and with the defaults of their kind."""
+        return RopeParameters.parse(
+            self.rope_parameters, max_position_embeddings=self.max_position_embeddings
+        )
+
+    # -- mappings and files ------------------------------------------------------------------
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any], **overrides: Any) -> Self:
+        """Build a configuration from the content of a file; `overrides` win over it."""
+        merged = {_RENAMED.get(key, key): value for key, value in values.items()}
+        overrides = {_RENAMED.get(key, key): value for key, value in overrides.items()}
+        if "num_labels" in overrides:
+            merged = {k: v for k, v in merged.items() if k not in ("id2label", "label2id")}
+        if any(key in overrides for key in _ROPE_KEYS):
+            rope = merge_rope(merged, cls.default_rope_theta)
+            overrides["rope_parameters"] = merge_rope(
+                {"rope_scaling": rope, "rope_theta": rope["rope_theta"]}
+                | {key: overrides.pop(key) for key in _ROPE_KEYS if key in overrides},
+                rope["rope_theta"],
+            )
+        with warnings.catch_warnings():
+            # Only a caller's own misspelling is worth a warning, not a file's.
+            warnings.simplefilter("ignore", UnknownKeyWarning)
+            config = cls(**{**merged, **overrides})
+        config._warn_of_misspellings(key for key in overrides if key not in merged)
+        return config
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        name_or_path: str | os.PathLike[str],
+        *,
+        revision: str | None = None,
+        cache_dir: str | os.PathLike[str] | None = None,
+        token: str | bool | None = None,
+        local_files_only: bool = False,
+        subfolder: str = "",
+        **overrides: Any,
+    ) -> Self:
+        """Read the `config.json` of a directory or hub id; `overrides` are keys to replace.
+
+        Raises:
+            ModelNotFoundError: no such model, or no config.json in it.
+            CheckpointError: the file is not a JSON object.
+            ConfigError: a value breaks a rule, or the file is of another family.
+        """
+        root = locate(
+            name_or_path,
+            CONFIG_PATTERNS,
+            revision=revision,
+            cache_dir=cache_dir,
+            token=token,
+            local_files_only=local_files_only,
+            subfolder=subfolder,
+        )
+        values = read_config(root)
+        found = values.get("model_type", cls.model_type)
+        if found != cls.model_type:
+            raise ConfigError(
+                f"{root / CONFIG_NAME} has model_type={found!r}, not {cls.model_type!r}; "
+                "use AutoConfig, or the class of that family"
+            )
+        return cls.from_dict({**values, "name_or_path": os.fspath(name_or_path)}, **overrides)
+
+    def save_pretrained(self, save_directory: str | os.PathLike[str]) -> None:
+        """Write `config.json` into a directory, made if needed.
+
+        Raises:
+            SaveError: it could not be written; an older one is untouched.
+            ConfigError: a value cannot be written as JSON.
+        """
+        path = Path(save_directory)
+        if path.is_file():
+            raise SaveError(f"{path} is a file; save_pretrained writes into a directory")
+        write_text(path / CONFIG_NAME, self.to_json_string())
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return every key, with the rotary ones in both vintages of names."""
+        values = {"model_type": self.model_type, **copy.deepcopy(vars(self))}
+        scaling = {k: v for k, v in self.rope_parameters.items() if k != "rope_theta"}
+        values["rope_theta"] = self.rope_theta
+        values["rope_scaling"] = None if self.rope_scaling is None else scaling
+        return values
+
+    def to_json_string(self) -> str:
+        """Return what `config.json` holds: all keys but the common ones left at their default.
+
+        Raises:
+            ConfigError: a value (a function as `hidden_act`) cannot be written as JSON.
+        """
+        usual = {key: PreTrainedConfig.default(key) for key in PreTrainedConfig.keys()}
+        usual |= {"max_position_embeddings": None, "tie_word_embeddings": None, "use_cache": None}
+        usual["id2label"], usual["label2id"] = self._labels({})
+        values = {
+            key: value
+            for key, value in self.to_dict().items()
+            if key not in ("name_or_path", "attn_implementation")
+            and not (key in usual and value == usual[key])
+        }
+        try:
+            return json.dumps(values, indent=2, sort_keys=True) + "\n"
+        except TypeError as error:
+            raise ConfigError(f"{type(self).__name__} cannot be written as JSON: {error}") from None
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, PreTrainedConfig) and self.to_dict() == other.to_dict()
+
+    __hash__ = None  # type: ignore[assignment]
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__} {json.dumps(self.to_dict(), indent=2, default=repr)}"
+
+    # -- helpers -----------------------------------------------------------------------------
+
+    @classmethod
+    def keys(cls) -> dict[str, Any]:
+        """Return the declared keys and their annotations, the common ones first."""
+        hints = get_type_hints(cls, include_extras=True)
+        return {key: hint for key, hint in hints.items() if get_origin(hint) is not ClassVar}
+
+    @classmethod
+    def default(cls, key: str) -> Any:
+        """Return what a declared key is when nobody sets it."""
+        if key == "rope_theta":
+            return cls.default_rope_theta
+        return None if isinstance(value := getattr(cls, key), property) else value
+
+    def _labels(self, values: dict[str, Any]) -> tuple[dict[int, str], dict[str, int]]:
+        """Take the three label keys out of `values` and return the two mappings."""
+        count = values.pop("num_labels", None)
+        given = values.pop("id2label", None)
+        label2id = values.pop("label2id", None)
+        check(type(self).__name__, "num_labels", count, Count | None)
+        if given is None:
+            names = {index: f"LABEL_{index}" for index in range(2 if count is None else count)}
+        else:
+            try:
+                names = {int(index): str(name) for index, name in given.items()}
+            except (AttributeError, ValueError):
+                raise ConfigError(
+                    f"{type(self).__name__}: id2label={given!r} has to map integers to names"
+                ) from None
+        if count is not None and count != len(names):
+            raise ConfigError(
+                f"{type(self).__name__}: num_labels={count} but id2label has {len(names)} names"
+            )
+        return names, label2id or {name: index for index, name in names.items()}
+
+    def _warn_of_misspellings(self, keys: "Any") -> None:
+        known = [*self.keys(), "rope_theta", "rope_scaling", "num_labels", "model_type"]
+        for key in keys:
+            near = difflib.get_close_matches(key, known, n=1, cutoff=0.85)
+            if near and key not in known:
+                warnings.warn(
+                    f"{type(self).__name__} does not know {key!r} and keeps it unused; "
+                    f"did you mean {near[0]!r}?",
+                    UnknownKeyWarning,
+                    stacklevel=3,
+                )
+
+
+def read_config(root: Path) -> dict[str, Any]:
+    """Read the `config.json` of a model's directory.
+
+    Raises:
+        ModelNotFoundError: the directory has none.
+        CheckpointError: it is not a JSON object.
+    """
+    path = root / CONFIG_NAME
+    if not path.is_file():
+        raise ModelNotFoundError(f"{root} has no {CONFIG_NAME}; it is not a model's directory")
+    return read_json(path)
+
+
+def _dtype_name(dtype: Any) -> Any:
+    """Return torch's own dtype objects by their names, and anything else as it is."""
+    return str(dtype).removeprefix("torch.") if str(dtype).startswith("torch.") else dtype

@@ -1,0 +1,109 @@
+"""Rotary position parameters: both vintages of their names become one.
+
+Transformers 4 wrote `rope_theta` beside `rope_scaling`; Transformers 5 writes one
+`rope_parameters`. A configuration holds the second; the first two remain as views of it.
+"""
+
+import warnings
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from typing import Any
+
+from quintet.configuration.rules import Bounds, check
+from quintet.errors import ConfigError
+
+__all__ = ["RopeParameters", "merge_rope"]
+
+# What each kind reads beside rope_type and rope_theta: (required, optional).
+_KEYS: dict[str, tuple[set[str], set[str]]] = {
+    "default": (set(), set()),
+    "linear": ({"factor"}, set()),
+    "dynamic": ({"factor"}, {"original_max_position_embeddings"}),
+    "yarn": (
+        {"factor"},
+        {
+            "original_max_position_embeddings",
+            "attention_factor",
+            "beta_fast",
+            "beta_slow",
+            "mscale",
+            "mscale_all_dim",
+            "truncate",
+        },
+    ),
+    "llama3": (
+        {"factor", "low_freq_factor", "high_freq_factor"},
+        {"original_max_position_embeddings"},
+    ),
+}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RopeParameters:
+    """The rotary embedding of a model, checked; see `quintet.ops.rope` for what each means."""
+
+    rope_type: str = "default"
+    rope_theta: float = 10_000.0
+    factor: float = 1.0
+    original_max_position_embeddings: int = 0
+    attention_factor: float | None = None
+    beta_fast: float = 32.0
+    beta_slow: float = 1.0
+    mscale: float | None = None
+    mscale_all_dim: float | None = None
+    truncate: bool = True
+    low_freq_factor: float = 1.0
+    high_freq_factor: float = 4.0
+
+    @classmethod
+    def parse(cls, values: Mapping[str, Any], *, max_position_embeddings: int) -> "RopeParameters":
+        """Check a `rope_parameters` mapping and fill in what its kind defaults to.
+
+        Raises:
+            ConfigError: an unknown kind, a missing key, or a value out of range.
+        """
+        kind = values.get("rope_type", "default")
+        if kind not in _KEYS:
+            raise ConfigError(f"rope_parameters: rope_type={kind!r} has to be one of {list(_KEYS)}")
+        required, optional = _KEYS[kind]
+        given = {name for name, value in values.items() if value is not None}
+        if missing := sorted(required - given):
+            raise ConfigError(f"rope_parameters: rope_type={kind!r} needs {', '.join(missing)}")
+        if unused := sorted(given - required - optional - {"rope_type", "type", "rope_theta"}):
+            warnings.warn(
+                f"rope_parameters: rope_type={kind!r} does not use {', '.join(unused)}",
+                stacklevel=2,
+            )
+        used = {"rope_type", "rope_theta"} | required | optional
+        chosen = {name: values[name] for name in used & given}
+        chosen.setdefault("original_max_position_embeddings", max_position_embeddings)
+        for field in fields(cls):
+            if field.name in chosen:
+                check("rope_parameters", field.name, chosen[field.name], field.type)
+        for name, rule in (("factor", Bounds(1)), ("rope_theta", Bounds(0, open_below=True))):
+            if name in chosen and not rule.holds(chosen[name]):
+                raise ConfigError(f"rope_parameters: {name}={chosen[name]!r} has to be {rule}")
+        if kind == "llama3" and chosen["high_freq_factor"] <= chosen["low_freq_factor"]:
+            raise ConfigError(
+                f"rope_parameters: high_freq_factor={chosen['high_freq_factor']} has to be greater "
+                f"than low_freq_factor={chosen['low_freq_factor']}"
+            )
+        return cls(**chosen)
+
+
+def merge_rope(values: dict[str, Any], default_theta: float) -> dict[str, Any]:
+    """Take the three spellings out of `values` and return one `rope_parameters` mapping.
+
+    Where they disagree the nested mapping wins, as in Transformers.
+    """
+    theta = values.pop("rope_theta", None)
+    scaling = values.pop("rope_scaling", None)
+    parameters = values.pop("rope_parameters", None)
+    for name, value in (("rope_scaling", scaling), ("rope_parameters", parameters)):
+        if value is not None and not isinstance(value, dict):
+            raise ConfigError(f"{name}={value!r} has to be a mapping or null")
+    merged = dict(scaling or parameters or {})
+    kind = merged.pop("type", None)
+    merged.setdefault("rope_type", kind or "default")
+    merged.setdefault("rope_theta", default_theta if theta is None else theta)
+    return merged

@@ -1,0 +1,92 @@
+"""The rules a configuration value obeys: its annotated type, and bounds written beside it."""
+
+import math
+import types
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Annotated, Any, Union, get_args, get_origin
+
+from quintet.errors import ConfigError
+
+__all__ = ["Bounds", "Count", "Fraction", "NonNegative", "Positive", "check"]
+
+
+@dataclass(frozen=True, slots=True)
+class Bounds:
+    """A closed or half-open range that a number has to lie in, and its wording."""
+
+    least: float
+    most: float = math.inf
+    open_below: bool = False
+
+    def holds(self, value: float) -> bool:
+        """Tell whether `value` lies in the range."""
+        above = value > self.least if self.open_below else value >= self.least
+        return above and value <= self.most
+
+    def __str__(self) -> str:
+        below = f"{'greater than' if self.open_below else 'at least'} {self.least:g}"
+        return below if self.most == math.inf else f"{below} and at most {self.most:g}"
+
+
+Count = Annotated[int, Bounds(1)]
+NonNegative = Annotated[int, Bounds(0)]
+Positive = Annotated[float, Bounds(0, open_below=True)]
+Fraction = Annotated[float, Bounds(0, 1)]
+
+
+def check(owner: str, key: str, value: Any, annotation: Any) -> None:
+    """Check one value against its annotation.
+
+    Raises:
+        ConfigError: the value is of another type, not finite, or out of its bounds.
+    """
+    if not _fits(value, annotation):
+        raise ConfigError(f"{owner}: {key}={value!r} has to be {_describe(annotation)}")
+
+
+def _fits(value: Any, annotation: Any) -> bool:
+    origin, args = get_origin(annotation), get_args(annotation)
+    if annotation is Any:
+        return True
+    if origin is Annotated:
+        if not _fits(value, args[0]):
+            return False
+        return all(rule.holds(value) for rule in args[1:] if isinstance(rule, Bounds))
+    if origin in (Union, types.UnionType):
+        return any(_fits(value, option) for option in args)
+    if origin is list:
+        return isinstance(value, list | tuple) and all(_fits(item, args[0]) for item in value)
+    if origin is dict:
+        return isinstance(value, dict) and all(
+            _fits(name, args[0]) and _fits(item, args[1]) for name, item in value.items()
+        )
+    if origin is Callable:
+        return callable(value)
+    if annotation is float:
+        is_number = isinstance(value, int | float) and not isinstance(value, bool)
+        return is_number and math.isfinite(value)
+    if annotation is int:
+        return isinstance(value, int) and not isinstance(value, bool)
+    if annotation is None or annotation is types.NoneType:
+        return value is None
+    return isinstance(value, annotation)
+
+
+def _describe(annotation: Any) -> str:
+    origin, args = get_origin(annotation), get_args(annotation)
+    if origin is Annotated:
+        rules = " and ".join(str(rule) for rule in args[1:])
+        return f"{_describe(args[0])} {rules}"
+    if origin in (Union, types.UnionType):
+        return " or ".join(_describe(option) for option in args)
+    if origin is list:
+        return f"a list of {_describe(args[0])}"
+    if origin is dict:
+        return "a mapping"
+    if origin is Callable:
+        return "a function"
+    names = {int: "an integer", float: "a finite number", bool: "true or false", str: "a string"}
+    if annotation is types.NoneType:
+        return "null"
+    return names.get(annotation, str(annotation))

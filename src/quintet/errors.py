@@ -1,0 +1,116 @@
+"""Every error Quintet raises on purpose.
+
+    QuintetError
+    ├── ConfigError              a configuration value breaks a rule
+    ├── InputError               an argument of a call is not usable as given
+    │   └── ContextLengthError   more tokens than the model has positions for
+    ├── ModelNotFoundError       no such directory, repository, revision or file
+    │   └── OfflineError         it may exist, but the network is off or unreachable
+    ├── UnsupportedModelError    the model is of a family, or needs a feature, that is not here
+    ├── CheckpointError          files that are incomplete, damaged, unsafe or of other shapes
+    ├── SaveError                writing failed; what was there before is untouched
+    ├── TokenizerError           tokenizer files or a call of the tokenizer
+    │   └── ChatTemplateError    a chat template is missing, invalid or refuses its input
+    ├── UnsupportedBackendError  a kernel that cannot serve this request
+    └── MissingDependencyError   an optional package that is not installed
+
+Each also inherits the built-in error a caller would expect, and carries the exit code with
+which the command line ends (`docs/errors.md`).
+"""
+
+__all__ = [
+    "ChatTemplateError",
+    "CheckpointError",
+    "ConfigError",
+    "ContextLengthError",
+    "InputError",
+    "MissingDependencyError",
+    "ModelNotFoundError",
+    "OfflineError",
+    "QuintetError",
+    "SaveError",
+    "TokenizerError",
+    "UnsupportedBackendError",
+    "UnsupportedModelError",
+    "listed",
+]
+
+
+class QuintetError(Exception):
+    """Base of every error raised on purpose; its message names value, rule and remedy."""
+
+    exit_code = 1
+
+
+class ConfigError(QuintetError, ValueError):
+    """A configuration key has a value that breaks a rule."""
+
+    exit_code = 4
+
+
+class InputError(QuintetError, ValueError):
+    """An argument of a call is not usable as given."""
+
+    exit_code = 2
+
+
+class ContextLengthError(InputError):
+    """More tokens were asked for than the model, or the preallocated cache, has room for."""
+
+
+class ModelNotFoundError(QuintetError, FileNotFoundError):
+    """No such directory, repository, revision or file."""
+
+    exit_code = 3
+
+
+class OfflineError(ModelNotFoundError):
+    """The files are not in the local cache and the network is off or unreachable."""
+
+    exit_code = 6
+
+
+class UnsupportedModelError(QuintetError, ValueError):
+    """A model of a family, or with a feature, that Quintet does not implement."""
+
+    exit_code = 3
+
+
+class CheckpointError(QuintetError, ValueError):
+    """Checkpoint files that are incomplete, damaged, unsafe or of other shapes than the model."""
+
+    exit_code = 4
+
+
+class SaveError(QuintetError, OSError):
+    """Writing failed; what was there before is untouched."""
+
+    exit_code = 7
+
+
+class TokenizerError(QuintetError, ValueError):
+    """Tokenizer files that cannot be read, or a tokenizer call that cannot be answered."""
+
+    exit_code = 4
+
+
+class ChatTemplateError(TokenizerError):
+    """A chat template that is missing, invalid, over its budget, or refuses the conversation."""
+
+
+class UnsupportedBackendError(QuintetError, ValueError):
+    """A kernel or backend that cannot serve what was asked of it."""
+
+    exit_code = 2
+
+
+class MissingDependencyError(QuintetError, ImportError):
+    """An optional package is needed and not installed."""
+
+
+def listed(names: list[str], most: int = 10) -> str:
+    """Write at most `most` names, one an indented line, and say how many were left out."""
+    shown = [f"  {name}" for name in names[:most]]
+    if len(names) > most:
+        shown.append(f"  … and {len(names) - most} more")
+    return "\n".join(shown)

@@ -1,0 +1,134 @@
+"""A model's name becomes a local directory: a path as it is, a hub id by `huggingface_hub`."""
+
+import os
+import re
+from collections.abc import Sequence
+from pathlib import Path
+
+from quintet.errors import ModelNotFoundError, OfflineError
+
+__all__ = ["CONFIG_PATTERNS", "TOKENIZER_PATTERNS", "WEIGHT_PATTERNS", "locate"]
+
+CONFIG_PATTERNS = ("config.json", "generation_config.json")
+TOKENIZER_PATTERNS = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "merges.txt",
+    "chat_template.jinja",
+    "additional_chat_templates/*.jinja",
+)
+# Pickled weights are not in the list: they are never read, so never downloaded.
+WEIGHT_PATTERNS = ("*.safetensors", "*.safetensors.index.json")
+
+_REPO_ID = re.compile(r"[A-Za-z0-9_][\w.-]*(/[A-Za-z0-9_][\w.-]*)?")
+
+
+def locate(
+    name_or_path: str | os.PathLike[str],
+    patterns: Sequence[str],
+    *,
+    revision: str | None = None,
+    cache_dir: str | os.PathLike[str] | None = None,
+    token: str | bool | None = None,
+    local_files_only: bool = False,
+    subfolder: str = "",
+) -> Path:
+    """Return the directory that holds the files of a model, downloading `patterns` if needed.
+
+    An existing directory always wins over a hub id of the same spelling. `HF_HUB_OFFLINE`,
+    `HF_HOME` and the other variables of `huggingface_hub` are obeyed.
+
+    Raises:
+        ModelNotFoundError: no such directory, repository, revision, or no access to it.
+        OfflineError: a hub id that is not in the local cache while the network is off.
+    """
+    name = os.fspath(name_or_path)
+    path = Path(name).expanduser()
+    if path.is_file():
+        raise ModelNotFoundError(
+            f"{name!r} is a file; a model is a directory with config.json in it "
+            f"(did you mean {str(path.parent)!r}?)"
+        )
+    if path.is_dir():
+        return _inside(path, subfolder, name)
+    if not _REPO_ID.fullmatch(name) or name.startswith(("./", "../", "~", "/")):
+        raise ModelNotFoundError(
+            f"no directory {name!r}, and it is not a hub id of the form 'owner/name'"
+        )
+    if subfolder:
+        patterns = [f"{subfolder.strip('/')}/{pattern}" for pattern in patterns]
+    root = _download(name, patterns, revision, cache_dir, token, local_files_only)
+    return _inside(root, subfolder, name)
+
+
+def _inside(root: Path, subfolder: str, name: str) -> Path:
+    path = (root / subfolder).resolve() if subfolder else root
+    if subfolder and not path.is_relative_to(root.resolve()):
+        raise ModelNotFoundError(f"subfolder={subfolder!r} leads out of {name!r}")
+    if not path.is_dir():
+        raise ModelNotFoundError(f"{name!r} has no folder {subfolder!r}")
+    return path
+
+
+def _download(
+    name: str,
+    patterns: Sequence[str],
+    revision: str | None,
+    cache_dir: str | os.PathLike[str] | None,
+    token: str | bool | None,
+    local_files_only: bool,
+) -> Path:
+    # Imported here: huggingface_hub takes a third of a second, and a local path needs none of it.
+    from huggingface_hub import constants, snapshot_download
+    from huggingface_hub.errors import (
+        GatedRepoError,
+        HfHubHTTPError,
+        HFValidationError,
+        LocalEntryNotFoundError,
+        OfflineModeIsEnabled,
+        RepositoryNotFoundError,
+        RevisionNotFoundError,
+    )
+
+    at = f" at revision {revision!r}" if revision else ""
+    offline = local_files_only or constants.is_offline_mode()
+    try:
+        root = snapshot_download(
+            name,
+            revision=revision,
+            cache_dir=Path(cache_dir) if cache_dir is not None else None,
+            token=token,
+            local_files_only=local_files_only,
+            allow_patterns=list(patterns),
+        )
+    except HFValidationError as error:
+        raise ModelNotFoundError(
+            f"no directory {name!r}, and it is not a valid hub id: {error}"
+        ) from error
+    except GatedRepoError as error:
+        raise ModelNotFoundError(
+            f"{name!r} is gated: accept its terms on the hub, then run `hf auth login` "
+            "or set HF_TOKEN"
+        ) from error
+    except RepositoryNotFoundError as error:
+        raise ModelNotFoundError(
+            f"no directory {name!r} here and no such repository on the hub; check the spelling, "
+            "or run `hf auth login` if it is private"
+        ) from error
+    except RevisionNotFoundError as error:
+        raise ModelNotFoundError(f"{name!r} has no revision {revision!r}") from error
+    except (LocalEntryNotFoundError, OfflineModeIsEnabled, HfHubHTTPError, OSError) as error:
+        reason = (
+            "offline mode is set (HF_HUB_OFFLINE or local_files_only)"
+            if offline
+            else "the hub could not be reached"
+        )
+        raise OfflineError(
+            f"{name!r}{at} is neither a directory here nor in the hub cache "
+            f"({cache_dir or constants.HF_HUB_CACHE}), and {reason}; "
+            "connect and download it once, or name a local directory"
+        ) from error
+    return Path(root)
