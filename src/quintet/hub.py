@@ -7,7 +7,7 @@ from pathlib import Path
 
 from quintet.errors import ModelNotFoundError, OfflineError
 
-__all__ = ["CONFIG_PATTERNS", "TOKENIZER_PATTERNS", "WEIGHT_PATTERNS", "locate"]
+__all__ = ["CONFIG_PATTERNS", "TOKENIZER_PATTERNS", "WEIGHT_PATTERNS", "demo_model", "locate"]
 
 CONFIG_PATTERNS = ("config.json", "generation_config.json")
 TOKENIZER_PATTERNS = (
@@ -24,6 +24,11 @@ TOKENIZER_PATTERNS = (
 WEIGHT_PATTERNS = ("*.safetensors", "*.safetensors.index.json")
 
 _REPO_ID = re.compile(r"[A-Za-z0-9_][\w.-]*(/[A-Za-z0-9_][\w.-]*)?")
+
+
+def demo_model() -> Path:
+    """Return the directory of the tiny model that comes with the package."""
+    return Path(__file__).parent / "demo"
 
 
 def locate(

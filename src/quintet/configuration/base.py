@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Self, get_origin, get_type_hints
 
 from quintet.configuration.rope import RopeParameters, merge_rope
-from quintet.configuration.rules import Count, Fraction, NonNegative, check
+from quintet.configuration.rules import Count, Fraction, NonNegative, NonNegativeFloat, check
 from quintet.errors import ConfigError, ModelNotFoundError, SaveError
 from quintet.files import read_json, write_text
 from quintet.hub import CONFIG_PATTERNS, locate
@@ -44,6 +44,8 @@ class PreTrainedConfig:
 
     model_type: ClassVar[str] = ""
     default_rope_theta: ClassVar[float] = 10_000.0
+    # Keys that `derive` fills in; a file leaves them out where they are what it would give.
+    derived: ClassVar[tuple[str, ...]] = ()
 
     architectures: list[str] | None = None
     attn_implementation: str = "sdpa"
@@ -51,10 +53,13 @@ class PreTrainedConfig:
     classifier_dropout: Fraction | None = None
     dtype: str | None = None
     eos_token_id: NonNegative | list[NonNegative] | None = None
+    hidden_size: Count = 1
     id2label: dict[int, str] | None = None
+    initializer_range: NonNegativeFloat = 0.02
     label2id: dict[str, int] | None = None
     max_position_embeddings: Count = 2048
     name_or_path: str = ""
+    num_hidden_layers: Count = 1
     output_attentions: bool = False
     output_hidden_states: bool = False
     pad_token_id: NonNegative | None = None
@@ -63,6 +68,7 @@ class PreTrainedConfig:
     rope_parameters: dict[str, Any] = {}  # noqa: RUF012  (a default, copied for each object)
     tie_word_embeddings: bool = False
     use_cache: bool = True
+    vocab_size: Count = 1
 
     def __init_subclass__(cls) -> None:
         super().__init_subclass__()
@@ -133,7 +139,7 @@ class PreTrainedConfig:
         """`dtype` as torch's own object."""
         import torch
 
-        return None if self.dtype is None else getattr(torch, self.dtype)  # type: ignore[no-any-return]
+        return None if self.dtype is None else getattr(torch, self.dtype)
 
     @property
     def num_labels(self) -> int:
@@ -183,6 +189,8 @@ class PreTrainedConfig:
         overrides = {_RENAMED.get(key, key): value for key, value in overrides.items()}
         if "num_labels" in overrides:
             merged = {k: v for k, v in merged.items() if k not in ("id2label", "label2id")}
+        if isinstance(types := merged.get("layer_types"), list) and "layer_types" not in overrides:
+            merged["layer_types"] = types[: overrides.get("num_hidden_layers", len(types))]
         if any(key in overrides for key in _ROPE_KEYS):
             rope = merge_rope(merged, cls.default_rope_theta)
             overrides["rope_parameters"] = merge_rope(
@@ -261,7 +269,8 @@ class PreTrainedConfig:
             ConfigError: a value (a function as `hidden_act`) cannot be written as JSON.
         """
         usual = {key: PreTrainedConfig.default(key) for key in PreTrainedConfig.keys()}
-        usual |= {"max_position_embeddings": None, "tie_word_embeddings": None, "use_cache": None}
+        for family in type(self).__mro__[: -len(PreTrainedConfig.__mro__)]:
+            usual = {key: usual[key] for key in usual if key not in family.__annotations__}
         usual["id2label"], usual["label2id"] = self._labels({})
         values = {
             key: value
@@ -269,6 +278,10 @@ class PreTrainedConfig:
             if key not in ("name_or_path", "attn_implementation")
             and not (key in usual and value == usual[key])
         }
+        plain = type(self)(**{k: v for k, v in vars(self).items() if k not in self.derived})
+        for key in self.derived:
+            if getattr(plain, key) == values.get(key):
+                values.pop(key, None)
         try:
             return json.dumps(values, indent=2, sort_keys=True) + "\n"
         except TypeError as error:

@@ -4,11 +4,13 @@ import math
 import types
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Annotated, Any, Union, get_args, get_origin
+from typing import Annotated, Any, TypeVar, Union, get_args, get_origin
 
 from quintet.errors import ConfigError
 
-__all__ = ["Bounds", "Count", "Fraction", "NonNegative", "Positive", "check"]
+__all__ = ["Bounds", "Count", "Fraction", "NonNegative", "NonNegativeFloat", "Positive", "check", "known"]
+
+Value = TypeVar("Value")
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,8 +33,15 @@ class Bounds:
 
 Count = Annotated[int, Bounds(1)]
 NonNegative = Annotated[int, Bounds(0)]
+NonNegativeFloat = Annotated[float, Bounds(0)]
 Positive = Annotated[float, Bounds(0, open_below=True)]
 Fraction = Annotated[float, Bounds(0, 1)]
+
+
+def known(value: Value | None) -> Value:
+    """Return a value that `derive` has filled in."""
+    assert value is not None
+    return value
 
 
 def check(owner: str, key: str, value: Any, annotation: Any) -> None:

@@ -1,0 +1,195 @@
+"""From `model_type` to classes: nothing is imported before it is asked for."""
+
+import importlib
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from types import MappingProxyType
+from typing import TYPE_CHECKING, Any, ClassVar, cast
+
+from quintet.configuration.base import PreTrainedConfig, read_config
+from quintet.errors import InputError, UnsupportedModelError
+from quintet.hub import CONFIG_PATTERNS, locate
+
+if TYPE_CHECKING:
+    from quintet.modeling.base import PreTrainedModel
+    from quintet.tokenization import PreTrainedTokenizer
+
+__all__ = [
+    "FAMILIES",
+    "AutoConfig",
+    "AutoModel",
+    "AutoModelForCausalLM",
+    "AutoModelForQuestionAnswering",
+    "AutoModelForSequenceClassification",
+    "AutoModelForTokenClassification",
+    "AutoTokenizer",
+]
+
+
+@dataclass(frozen=True, slots=True)
+class Family:
+    """The module of a family and what its class names begin with."""
+
+    module: str
+    prefix: str
+
+    def find(self, suffix: str) -> Any:
+        """Return the family's class of that name, for example "ForCausalLM"."""
+        return getattr(importlib.import_module(self.module), self.prefix + suffix)
+
+
+FAMILIES: Mapping[str, Family] = MappingProxyType(
+    {"qwen2": Family("quintet.models.qwen2", "Qwen2")},
+)
+
+
+def family(model_type: object) -> Family:
+    """Return the family of a `model_type`.
+
+    Raises:
+        UnsupportedModelError: there is none.
+    """
+    if not isinstance(model_type, str) or model_type not in FAMILIES:
+        raise UnsupportedModelError(
+            f"model_type={model_type!r} is not supported; there are {', '.join(FAMILIES)}"
+        )
+    return FAMILIES[model_type]
+
+
+class AutoConfig:
+    """Reads the configuration of whichever family a checkpoint is of."""
+
+    @staticmethod
+    def for_model(model_type: str, **values: Any) -> PreTrainedConfig:
+        """Build a family's configuration from values.
+
+        Raises:
+            UnsupportedModelError: there is no such family.
+        """
+        return cast("PreTrainedConfig", family(model_type).find("Config")(**values))
+
+    @staticmethod
+    def from_pretrained(
+        name_or_path: str | os.PathLike[str],
+        *,
+        revision: str | None = None,
+        cache_dir: str | os.PathLike[str] | None = None,
+        token: str | bool | None = None,
+        local_files_only: bool = False,
+        subfolder: str = "",
+        trust_remote_code: bool = False,
+        **overrides: Any,
+    ) -> PreTrainedConfig:
+        """Read the `config.json` of a directory or hub id; see `PreTrainedConfig`.
+
+        `trust_remote_code` is accepted and does nothing: no code of a repository is ever run.
+
+        Raises:
+            ModelNotFoundError: no such model.
+            UnsupportedModelError: its family is not here.
+            ConfigError: a value breaks a rule.
+        """
+        root = locate(
+            name_or_path,
+            CONFIG_PATTERNS,
+            revision=revision,
+            cache_dir=cache_dir,
+            token=token,
+            local_files_only=local_files_only,
+            subfolder=subfolder,
+        )
+        values = read_config(root)
+        if "model_type" not in values:
+            raise UnsupportedModelError(
+                f"{root / 'config.json'} has no model_type; there are {', '.join(FAMILIES)}"
+            )
+        config_class = family(values["model_type"]).find("Config")
+        values["name_or_path"] = os.fspath(name_or_path)
+        return cast("PreTrainedConfig", config_class.from_dict(values, **overrides))
+
+
+class _AutoModel:
+    """Finds the class of one kind of model in whichever family a checkpoint is of."""
+
+    suffix: ClassVar[str]
+
+    def __init__(self) -> None:
+        raise InputError(
+            f"{type(self).__name__} is not made by hand; "
+            "use from_pretrained(name_or_path) or from_config(config)"
+        )
+
+    @classmethod
+    def from_config(cls, config: PreTrainedConfig, **options: Any) -> "PreTrainedModel":
+        """Build a model with random weights; see `PreTrainedModel.from_config`.
+
+        Raises:
+            UnsupportedModelError: the config is of no family here.
+        """
+        model_class = family(config.model_type).find(cls.suffix)
+        return cast("PreTrainedModel", model_class.from_config(config, **options))
+
+    @classmethod
+    def from_pretrained(
+        cls, name_or_path: str | os.PathLike[str], **options: Any
+    ) -> "PreTrainedModel":
+        """Load a model; see `PreTrainedModel.from_pretrained`.
+
+        Raises:
+            UnsupportedModelError: its family is not here.
+        """
+        config = options.get("config")
+        if config is None:
+            where = ("revision", "cache_dir", "token", "local_files_only", "subfolder")
+            config = AutoConfig.from_pretrained(
+                name_or_path, **{key: options[key] for key in where if key in options}
+            )
+        model_class = family(config.model_type).find(cls.suffix)
+        return cast("PreTrainedModel", model_class.from_pretrained(name_or_path, **options))
+
+
+class AutoModel(_AutoModel):
+    """The model without a head."""
+
+    suffix = "Model"
+
+
+class AutoModelForCausalLM(_AutoModel):
+    """The model with a language-modelling head."""
+
+    suffix = "ForCausalLM"
+
+
+class AutoModelForSequenceClassification(_AutoModel):
+    """The model with a head that classifies sequences."""
+
+    suffix = "ForSequenceClassification"
+
+
+class AutoModelForTokenClassification(_AutoModel):
+    """The model with a head that classifies tokens."""
+
+    suffix = "ForTokenClassification"
+
+
+class AutoModelForQuestionAnswering(_AutoModel):
+    """The model with a head that finds answers in a text."""
+
+    suffix = "ForQuestionAnswering"
+
+
+class AutoTokenizer:
+    """Loads the tokenizer of a checkpoint."""
+
+    def __init__(self) -> None:
+        raise InputError("AutoTokenizer is not made by hand; use from_pretrained(name_or_path)")
+
+    @staticmethod
+    def from_pretrained(
+        name_or_path: str | os.PathLike[str], **options: Any
+    ) -> "PreTrainedTokenizer":
+        """Load the tokenizer of a directory or hub id; see `quintet.tokenization.load`."""
+        from quintet.tokenization import load
+
+        return load(name_or_path, **options)

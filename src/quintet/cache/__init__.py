@@ -1,0 +1,17 @@
+"""What the layers keep between steps."""
+
+from quintet.cache.base import AttentionSlot, Cache, CacheSlot, Span
+from quintet.cache.dense import DynamicCache, StaticCache
+from quintet.cache.legacy import LegacyCache, from_legacy, to_legacy
+
+__all__ = [
+    "AttentionSlot",
+    "Cache",
+    "CacheSlot",
+    "DynamicCache",
+    "LegacyCache",
+    "Span",
+    "StaticCache",
+    "from_legacy",
+    "to_legacy",
+]

@@ -1,0 +1,227 @@
+"""One cache for every family: a list of per-layer slots, and one length for each row.
+
+Every row of a batch has its own length from the start. A forward asks the cache where its tokens
+go (`span`), the layers write there, and the model moves the lengths once at the end (`advance`):
+a forward that fails halfway leaves the cache as it was.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from quintet.errors import InputError
+
+__all__ = ["AttentionSlot", "Cache", "CacheSlot", "Span"]
+
+
+@dataclass(frozen=True, slots=True)
+class Span:
+    """Where the T tokens of one forward go in each row.
+
+    Attributes:
+        start: the slot of the first token; an int when all rows share it, otherwise (B,).
+        length: T.
+        keys: S, how many slots a layer has to attend to once the tokens are stored.
+        counts: (B,) how many of the T are real, the rest being padding behind; None for all.
+        device: where the tokens are.
+    """
+
+    start: int | Tensor
+    length: int
+    keys: int
+    counts: Tensor | None
+    device: torch.device
+
+    def slots(self) -> Tensor:
+        """Return the slot of every token, (B or 1, T)."""
+        steps = torch.arange(self.length, device=self.device)
+        if isinstance(self.start, int):
+            return (steps + self.start)[None]
+        return self.start[:, None] + steps
+
+
+class CacheSlot(Protocol):
+    """What one layer keeps between steps, whatever that is."""
+
+    def select(self, rows: Tensor) -> None:
+        """Keep the given rows (N,) of the batch, in that order, each as often as it is named."""
+        ...
+
+    def crop(self, lengths: int | Tensor) -> None:
+        """Forget what is behind the given length, of all rows or of each."""
+        ...
+
+    def reset(self) -> None:
+        """Forget everything; preallocated memory stays."""
+        ...
+
+    @property
+    def batch_size(self) -> int | None:
+        """The number of rows, None while nothing is stored."""
+        ...
+
+    @property
+    def nbytes(self) -> int:
+        """The bytes held, preallocated ones included."""
+        ...
+
+
+class AttentionSlot(CacheSlot, Protocol):
+    """A slot of keys and values."""
+
+    def update(self, keys: Tensor, values: Tensor, span: Span) -> tuple[Tensor, Tensor]:
+        """Store (B, K, T, D) of a span and return all (B, K, S, D) there is to attend to."""
+        ...
+
+    def content(self, length: int) -> tuple[Tensor, Tensor]:
+        """Return the first `length` keys and values, (B, K, length, D) each."""
+        ...
+
+
+class Cache:
+    """The slots of all layers and how many tokens each row holds."""
+
+    def __init__(self, layers: Sequence[AttentionSlot]) -> None:
+        self.layers = list(layers)
+        self._lengths: int | Tensor = 0
+        self._longest = 0
+
+    # -- one forward -------------------------------------------------------------------------
+
+    def span(self, batch: int, length: int, device: torch.device, counts: Tensor | None) -> Span:
+        """Return where the next `length` tokens of `batch` rows go.
+
+        Raises:
+            InputError: the cache holds another number of rows.
+            ContextLengthError: a preallocated cache has no room for them.
+        """
+        rows = self.batch_size
+        if rows is not None and rows != batch:
+            raise InputError(
+                f"the cache holds {rows} rows and the input has {batch}; "
+                "use a new cache, or select its rows with batch_select_indices"
+            )
+        return Span(self._lengths, length, self._longest + length, counts, device)
+
+    def update(
+        self, keys: Tensor, values: Tensor, layer_idx: int, span: Span | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """Store a layer's keys and values (B, K, T, D); `advance` follows after the last layer."""
+        if span is None:
+            span = self.span(keys.shape[0], keys.shape[2], keys.device, None)
+        return self.layers[layer_idx].update(keys, values, span)
+
+    def advance(self, span: Span) -> None:
+        """Count the tokens of a span that every layer has stored."""
+        if span.counts is None:
+            self._lengths = self._lengths + span.length
+            self._longest += span.length
+        else:
+            self._lengths = self._lengths + span.counts
+            self._longest = _longest(self._lengths)
+
+    # -- what it holds -----------------------------------------------------------------------
+
+    @property
+    def batch_size(self) -> int | None:
+        """The number of rows, None while nothing fixes it."""
+        return self.layers[0].batch_size if self.layers else None
+
+    def lengths(self, batch: int, device: torch.device | str = "cpu") -> Tensor:
+        """Return how many tokens each of `batch` rows holds, (B,)."""
+        if isinstance(self._lengths, int):
+            return torch.full((batch,), self._lengths, device=device)
+        return self._lengths.to(device)
+
+    def get_seq_length(self, layer_idx: int = 0) -> int:
+        """Return the length of the longest row."""
+        return self._longest
+
+    def get_max_cache_shape(self) -> int | None:
+        """Return how many tokens a row can hold, None for no limit."""
+        return None
+
+    @property
+    def nbytes(self) -> int:
+        """The bytes all layers hold."""
+        return sum(layer.nbytes for layer in self.layers)
+
+    def __len__(self) -> int:
+        return len(self.layers)
+
+    def __getitem__(self, layer_idx: int) -> tuple[Tensor, Tensor]:
+        """Return one layer's keys and values, as the legacy tuple format does."""
+        return self.layers[layer_idx].content(self.get_seq_length())
+
+    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
+        return (self[index] for index in range(len(self)))
+
+    def __bool__(self) -> bool:
+        return True
+
+    # -- changing it -------------------------------------------------------------------------
+
+    def crop(self, max_length: int | Tensor) -> None:
+        """Forget all but the first `max_length` tokens of every row, or of each with a (B,) tensor.
+
+        A negative number forgets that many from the end of each row.
+        """
+        if isinstance(max_length, int) and max_length < 0:
+            self._lengths = self._lengths + max_length
+            if isinstance(self._lengths, int):
+                self._lengths = max(self._lengths, 0)
+            else:
+                self._lengths = self._lengths.clamp(min=0)
+        elif isinstance(max_length, int) and isinstance(self._lengths, int):
+            self._lengths = min(self._lengths, max_length)
+        else:
+            limit = torch.as_tensor(max_length)
+            held = torch.as_tensor(self._lengths, device=limit.device)
+            self._lengths = torch.minimum(held, limit.to(held.device))
+        self._longest = _longest(self._lengths)
+        for layer in self.layers:
+            layer.crop(self._lengths)
+
+    def seek(self, position: Tensor) -> None:
+        """Continue every row from the slot `position` (a scalar), forgetting what is behind it.
+
+        Raises:
+            InputError: a row does not reach that far.
+        """
+        at = int(position)
+        if at < 0 or bool((torch.as_tensor(self._lengths) < at).any()):
+            raise InputError(
+                f"cache_position starts at {at}, but the cache holds {self.get_seq_length()} "
+                "tokens; a forward continues where the cache ends, or from before that"
+            )
+        self.crop(at)
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        """Keep the rows `indices` (N,), in that order."""
+        if isinstance(self._lengths, Tensor):
+            self._lengths = self._lengths[indices.to(self._lengths.device)]
+            self._longest = _longest(self._lengths)
+        for layer in self.layers:
+            layer.select(indices)
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        """Give row i what row `beam_idx[i]` held, as beam search does."""
+        self.batch_select_indices(beam_idx)
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        """Repeat every row `repeats` times, copies side by side."""
+        if self.batch_size is not None:
+            self.batch_select_indices(torch.arange(self.batch_size).repeat_interleave(repeats))
+
+    def reset(self) -> None:
+        """Forget everything; preallocated memory stays."""
+        self._lengths, self._longest = 0, 0
+        for layer in self.layers:
+            layer.reset()
+
+
+def _longest(lengths: int | Tensor) -> int:
+    return lengths if isinstance(lengths, int) else int(lengths.max())

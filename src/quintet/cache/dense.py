@@ -1,0 +1,183 @@
+"""Keys and values of attention, kept whole: growing as needed, or preallocated."""
+
+import torch
+import torch.nn.functional as F  # noqa: N812
+from torch import Tensor
+
+from quintet.cache.base import Cache, Span
+from quintet.configuration.base import PreTrainedConfig
+from quintet.errors import ContextLengthError, InputError
+
+__all__ = ["DynamicCache", "DynamicSlot", "StaticCache", "StaticSlot"]
+
+
+class _DenseSlot:
+    """Two buffers (B, K, capacity, D); what is behind a row's length is meaningless but finite."""
+
+    def __init__(self) -> None:
+        self.keys: Tensor | None = None
+        self.values: Tensor | None = None
+
+    def content(self, length: int) -> tuple[Tensor, Tensor]:
+        """Return the first `length` keys and values, (B, K, length, D) each.
+
+        Raises:
+            InputError: nothing is stored yet.
+        """
+        if self.keys is None or self.values is None:
+            raise InputError("this layer of the cache is empty; run the model with it first")
+        return self.keys[:, :, :length], self.values[:, :, :length]
+
+    def select(self, rows: Tensor) -> None:
+        """Keep the given rows (N,) of the batch, in that order, each as often as it is named."""
+        if self.keys is not None and self.values is not None:
+            rows = rows.to(self.keys.device)
+            self.keys = self.keys.index_select(0, rows)
+            self.values = self.values.index_select(0, rows)
+
+    def crop(self, lengths: int | Tensor) -> None:
+        """Do nothing: what is behind a row's length is never seen and is overwritten."""
+
+    @property
+    def batch_size(self) -> int | None:
+        """The number of rows, None while nothing is stored."""
+        return None if self.keys is None else self.keys.shape[0]
+
+    @property
+    def nbytes(self) -> int:
+        """The bytes held, spare capacity included."""
+        return sum(x.nbytes for x in (self.keys, self.values) if x is not None)
+
+
+class DynamicSlot(_DenseSlot):
+    """Keys and values in buffers that grow by a quarter whenever they are full."""
+
+    def update(self, keys: Tensor, values: Tensor, span: Span) -> tuple[Tensor, Tensor]:
+        """Store (B, K, T, D) of a span and return all (B, K, S, D) there is to attend to."""
+        if self.keys is None or self.values is None:
+            self.keys, self.values = keys, values
+        else:
+            self.keys = _write(self.keys, keys, span)
+            self.values = _write(self.values, values, span)
+        return self.content(span.keys)
+
+    def reset(self) -> None:
+        """Forget everything."""
+        self.keys = self.values = None
+
+
+class StaticSlot(_DenseSlot):
+    """Keys and values in buffers of a fixed capacity, written in place and returned whole.
+
+    The shapes never change, so a compiled decode step never compiles again.
+    """
+
+    def __init__(self, capacity: int) -> None:
+        super().__init__()
+        self.capacity = capacity
+
+    def update(self, keys: Tensor, values: Tensor, span: Span) -> tuple[Tensor, Tensor]:
+        """Store (B, K, T, D) of a span and return the buffers, (B, K, capacity, D)."""
+        if self.keys is None or self.values is None:
+            # Zeros, not empty memory: a weight of 0 times NaN would still be NaN.
+            self.keys = keys.new_zeros(*keys.shape[:2], self.capacity, keys.shape[3])
+            self.values = values.new_zeros(*values.shape[:2], self.capacity, values.shape[3])
+        slots = span.slots()[:, None, :, None]
+        self.keys.scatter_(2, slots.expand_as(keys), keys)
+        self.values.scatter_(2, slots.expand_as(values), values)
+        return self.keys, self.values
+
+    def reset(self) -> None:
+        """Forget everything and keep the memory."""
+        if self.keys is not None and self.values is not None:
+            self.keys.zero_()
+            self.values.zero_()
+
+
+class DynamicCache(Cache):
+    """A cache of keys and values that grows with its rows."""
+
+    def __init__(
+        self, config: PreTrainedConfig | None = None, *, num_hidden_layers: int | None = None
+    ) -> None:
+        if num_hidden_layers is None:
+            if config is None:
+                raise InputError("DynamicCache needs the model's config, or num_hidden_layers")
+            num_hidden_layers = config.num_hidden_layers
+        super().__init__([DynamicSlot() for _ in range(num_hidden_layers)])
+
+
+class StaticCache(Cache):
+    """A cache of keys and values with room for `max_cache_len` tokens a row, allocated once.
+
+    The memory is taken at the first forward, when batch, dtype and device are known. Lengths are
+    a tensor changed in place, so that one compiled step serves every position.
+    """
+
+    def __init__(self, config: PreTrainedConfig, max_cache_len: int) -> None:
+        if max_cache_len < 1:
+            raise InputError(f"max_cache_len={max_cache_len} has to be at least 1")
+        super().__init__([StaticSlot(max_cache_len) for _ in range(config.num_hidden_layers)])
+        self.max_cache_len = max_cache_len
+
+    def span(self, batch: int, length: int, device: torch.device, counts: Tensor | None) -> Span:
+        """Return where the next `length` tokens of `batch` rows go.
+
+        Raises:
+            InputError: the cache holds another number of rows.
+            ContextLengthError: there is no room for them.
+        """
+        if isinstance(self._lengths, int):
+            self._lengths = torch.zeros(batch, dtype=torch.long, device=device)
+        span = super().span(batch, length, device, counts)
+        if not torch.compiler.is_compiling():
+            longest = self.get_seq_length()
+            if longest + length > self.max_cache_len:
+                raise ContextLengthError(
+                    f"the cache has room for max_cache_len={self.max_cache_len} tokens a row, "
+                    f"holds up to {longest} and was given {length} more; make a larger one"
+                )
+        return Span(span.start, length, self.max_cache_len, counts, device)
+
+    def advance(self, span: Span) -> None:
+        """Count the tokens of a span that every layer has stored."""
+        assert isinstance(self._lengths, Tensor)
+        self._lengths.add_(span.length if span.counts is None else span.counts)
+
+    def seek(self, position: Tensor) -> None:
+        """Continue every row from the slot `position` (a scalar)."""
+        if torch.compiler.is_compiling() and isinstance(self._lengths, Tensor):
+            self._lengths.copy_(position.expand_as(self._lengths))
+        else:
+            super().seek(position)
+
+    def get_seq_length(self, layer_idx: int = 0) -> int:
+        """Return the length of the longest row."""
+        return int(torch.as_tensor(self._lengths).max())
+
+    def get_max_cache_shape(self) -> int | None:
+        """Return how many tokens a row can hold."""
+        return self.max_cache_len
+
+    def reset(self) -> None:
+        """Forget everything and keep the memory."""
+        lengths = self._lengths
+        super().reset()
+        if isinstance(lengths, Tensor):
+            self._lengths = lengths.zero_()
+
+
+def _write(buffer: Tensor, new: Tensor, span: Span) -> Tensor:
+    """Return a buffer that holds `new` (B, K, T, D) at the slots of `span`."""
+    slots = span.slots()[:, None, :, None].expand_as(new)
+    short = span.keys - buffer.shape[2]
+    if torch.is_grad_enabled() and (new.requires_grad or buffer.requires_grad):
+        # The graph of an earlier forward may still need the old content.
+        return F.pad(buffer, (0, 0, 0, max(short, 0))).scatter(2, slots, new)
+    if short > 0:
+        spare = span.keys // 4 + 64
+        buffer = F.pad(buffer, (0, 0, 0, short + spare))
+    if isinstance(span.start, int):
+        buffer[:, :, span.start : span.start + span.length] = new
+        return buffer
+    return buffer.scatter_(2, slots, new)

@@ -1,0 +1,57 @@
+"""The tuple format of older code: one (keys, values) a layer, padding kept in its columns."""
+
+import torch
+from torch import Tensor
+
+from quintet.cache.base import Cache
+from quintet.cache.dense import DynamicCache
+from quintet.errors import InputError
+from quintet.ops.ragged import ragged
+
+__all__ = ["LegacyCache", "from_legacy", "to_legacy"]
+
+LegacyCache = tuple[tuple[Tensor, Tensor], ...]
+
+
+def from_legacy(past: LegacyCache, mask: Tensor | None, num_hidden_layers: int) -> Cache:
+    """Take over tuples of (B, K, P, D); `mask` (B, P) tells which of their columns are tokens.
+
+    Raises:
+        InputError: the tuples are not of the model's layers, or not of one shape.
+    """
+    if len(past) != num_hidden_layers:
+        raise InputError(
+            f"past_key_values has {len(past)} layers and the model {num_hidden_layers}"
+        )
+    cache = DynamicCache(num_hidden_layers=num_hidden_layers)
+    first = past[0][0]
+    rows = None if mask is None else ragged(mask)
+    span = cache.span(
+        first.shape[0], first.shape[2], first.device, None if rows is None else rows.counts
+    )
+    for index, pair in enumerate(past):
+        if len(pair) != 2 or any(x.shape[:3] != first.shape[:3] for x in pair):
+            raise InputError(
+                f"past_key_values[{index}] has to be keys and values of shape "
+                f"{tuple(first.shape)}"
+            )
+        keys, values = pair
+        if rows is not None:
+            keys, values = (rows.pack(x.transpose(1, 2)).transpose(1, 2) for x in pair)
+        cache.update(keys, values, index, span)
+    cache.advance(span)
+    return cache
+
+
+def to_legacy(cache: Cache, mask: Tensor | None) -> LegacyCache:
+    """Return tuples of (B, K, W, D) with each row's tokens in the columns of `mask` (B, W)."""
+    rows = None if mask is None else ragged(mask)
+    if rows is None or mask is None:
+        return tuple(cache)
+    slots = (mask.to(torch.bool).cumsum(dim=1) - 1).clamp(min=0)[:, None, :, None]
+
+    def spread(x: Tensor) -> Tensor:
+        index = slots.clamp(max=x.shape[2] - 1).expand(-1, x.shape[1], -1, x.shape[3])
+        return x.gather(2, index)
+
+    return tuple((spread(keys), spread(values)) for keys, values in cache)

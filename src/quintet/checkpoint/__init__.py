@@ -1,0 +1,15 @@
+"""Safetensors files and named tensors: checked before reading, written whole or not at all."""
+
+from quintet.checkpoint.matching import Difference, Mismatch, compare
+from quintet.checkpoint.reading import Checkpoint, TensorInfo
+from quintet.checkpoint.writing import parse_size, save
+
+__all__ = [
+    "Checkpoint",
+    "Difference",
+    "Mismatch",
+    "TensorInfo",
+    "compare",
+    "parse_size",
+    "save",
+]

@@ -1,0 +1,98 @@
+"""Where the weights of a checkpoint lie: the names of its files, and which paths are safe."""
+
+import re
+import stat
+from pathlib import Path
+
+from quintet.errors import CheckpointError
+
+__all__ = [
+    "FINAL_INDEX",
+    "INDEX",
+    "REPLACED",
+    "SAVE_ID",
+    "SHARD",
+    "SINGLE",
+    "STAGING",
+    "UNDO",
+    "find",
+    "is_plain",
+    "shard_name",
+    "shown",
+    "with_variant",
+]
+
+SINGLE = "model.safetensors"
+INDEX = "model.safetensors.index.json"
+# The second group is there while a save replaces shards of the same names.
+SHARD = re.compile(r"model-\d{5,}-of-\d{5,}(\.[0-9a-f]{16})?\.safetensors")
+# Temporary directories of saves, and in them: the note that says how to take one back, the
+# weights that it replaced, and the index for when the infixes are out of the shards' names.
+STAGING = ".saving-"
+UNDO = "undo.json"
+REPLACED = "replaced"
+FINAL_INDEX = "final.index.json"
+# One save writes one random value under this key into all its shards and their index.
+SAVE_ID = "save_id"
+
+
+def shown(value: object) -> str:
+    """Write a value from a file as it may stand in a message: quoted and not endless."""
+    text = repr(value)
+    return text if len(text) <= 160 else f"{text[:159]}…"
+
+
+def shard_name(number: int, count: int) -> str:
+    """Return the name of shard `number`, counted from 1, of `count`."""
+    return f"model-{number:05}-of-{count:05}.safetensors"
+
+
+def with_variant(name: str, variant: str | None) -> str:
+    """Return the name that the file has for a variant: `model.fp16.safetensors`."""
+    if variant is None:
+        return name
+    stem, _, suffix = name.rpartition(".")
+    return f"{stem}.{variant}.{suffix}"
+
+
+def is_plain(name: str) -> bool:
+    """Tell whether a string is the name of a file right in a directory, on any system."""
+    try:
+        size = len(name.encode())
+    except UnicodeEncodeError:
+        return False
+    return 0 < size <= 255 and name not in (".", "..") and not re.search(r"[/\\:\x00-\x1f]", name)
+
+
+def find(directory: Path, name: str) -> Path | None:
+    """Return the path of a regular file in `directory`, or None where there is no such name.
+
+    Raises:
+        CheckpointError: it is a directory or a device, or a link that leads out.
+    """
+    path = directory / name
+    try:
+        real = path.resolve(strict=True)
+        mode = real.stat().st_mode
+    except FileNotFoundError:
+        return None
+    except (OSError, RuntimeError) as error:
+        raise CheckpointError(f"{path} cannot be read: {error}") from error
+    if not stat.S_ISREG(mode):
+        raise CheckpointError(f"{path} has to be a regular file, and is not")
+    if not any(real.is_relative_to(root) for root in _allowed(directory.resolve())):
+        raise CheckpointError(
+            f"{path} is a link that leads out of its directory, to {real}; "
+            "put the file itself there, or open the directory that holds it"
+        )
+    return path
+
+
+def _allowed(directory: Path) -> list[Path]:
+    """Return the directories in which the files of a checkpoint may really lie."""
+    allowed = [directory]
+    for folder in (directory, *directory.parents):
+        # huggingface_hub: models--owner--name/snapshots/<commit>/file -> ../../blobs/<hash>
+        if folder.parent.name == "snapshots":
+            allowed.append(folder.parent.parent / "blobs")
+    return allowed

@@ -1,0 +1,76 @@
+"""What a model expects beside what a checkpoint holds."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from quintet.checkpoint.header import TensorInfo
+from quintet.errors import CheckpointError, listed
+
+__all__ = ["Difference", "Mismatch", "compare"]
+
+Shape = tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Mismatch:
+    """A tensor that is there in another shape."""
+
+    name: str
+    expected: Shape
+    found: Shape
+
+
+@dataclass(frozen=True, slots=True)
+class Difference:
+    """The names that a model and a checkpoint do not share, and those of other shapes."""
+
+    missing: list[str]
+    unexpected: list[str]
+    mismatched: list[Mismatch]
+    _shapes: Mapping[str, Shape] = field(repr=False, compare=False)
+
+    def raise_if_incomplete(self, where: str) -> None:
+        """Refuse a checkpoint that would leave a parameter without its values.
+
+        Tensors that the model has no use for are no error, but help to understand one.
+
+        Raises:
+            CheckpointError: a tensor is missing or of another shape.
+        """
+        if not self.missing and not self.mismatched:
+            return
+        parts = [f"{where} does not fit the model"]
+        if self.missing:
+            lines = [f"{name}: expected {_written(self._shapes[name])}" for name in self.missing]
+            parts.append(f"{len(self.missing)} missing:\n{listed(lines)}")
+        if self.mismatched:
+            lines = [
+                f"{item.name}: expected {_written(item.expected)}, found {_written(item.found)}"
+                for item in self.mismatched
+            ]
+            parts.append(f"{len(self.mismatched)} of another shape:\n{listed(lines)}")
+        if self.unexpected:
+            lines = [f"{name}: found {_written(self._shapes[name])}" for name in self.unexpected]
+            parts.append(f"{len(self.unexpected)} that the model does not use:\n{listed(lines)}")
+        remedy = "Check that config.json belongs to these weights and the class to its model_type"
+        if self.mismatched and not self.missing:
+            remedy += ", or pass ignore_mismatched_sizes=True to start those tensors anew"
+        raise CheckpointError("\n".join([*parts, remedy]))
+
+
+def compare(expected: Mapping[str, Shape], found: Mapping[str, TensorInfo]) -> Difference:
+    """Hold the names and shapes a model expects against those a checkpoint holds."""
+    missing = [name for name in expected if name not in found]
+    unexpected = [name for name in found if name not in expected]
+    mismatched = [
+        Mismatch(name, tuple(shape), found[name].shape)
+        for name, shape in expected.items()
+        if name in found and found[name].shape != tuple(shape)
+    ]
+    shapes = {name: tuple(expected[name]) for name in missing}
+    shapes |= {name: found[name].shape for name in unexpected}
+    return Difference(missing, unexpected, mismatched, shapes)
+
+
+def _written(shape: Shape) -> str:
+    return str(list(shape))

@@ -1,0 +1,254 @@
+"""A directory of safetensors files becomes named tensors; all is checked before any is read."""
+
+import json
+import os
+import re
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import MappingProxyType
+from typing import Self
+
+import torch
+from safetensors import SafetensorError, safe_open
+
+from quintet.checkpoint.header import MAX_TENSORS, Header, TensorInfo, parse_object, read_header
+from quintet.checkpoint.layout import (
+    INDEX,
+    REPLACED,
+    SAVE_ID,
+    SINGLE,
+    STAGING,
+    UNDO,
+    find,
+    is_plain,
+    shown,
+    with_variant,
+)
+from quintet.errors import CheckpointError, InputError, listed
+from quintet.files import MAX_JSON_BYTES
+
+__all__ = ["Checkpoint", "TensorInfo", "half_moved"]
+
+_PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
+_AGAIN = "fetch the checkpoint again"
+
+
+@dataclass(frozen=True, slots=True)
+class Checkpoint:
+    """The tensors of a checkpoint by name, without their data until it is asked for.
+
+    Like Transformers, it takes `model.safetensors` where there is one, and otherwise the
+    shards that `model.safetensors.index.json` names. Pickled weights are never read.
+    """
+
+    directory: Path
+    tensors: Mapping[str, TensorInfo]
+    metadata: Mapping[str, str]
+    _stamps: Mapping[Path, tuple[int, int, int]] = field(repr=False)
+
+    @classmethod
+    def open(cls, directory: str | os.PathLike[str], *, variant: str | None = None) -> Self:
+        """Find the weights in a directory and check names, shapes and sizes of all of them.
+
+        Raises:
+            CheckpointError: no weights, or they are incomplete, damaged, unsafe or mixed.
+            InputError: `variant` cannot be a part of a file's name.
+        """
+        directory = Path(directory)
+        if variant is not None and not re.fullmatch(r"\w[\w-]*", variant):
+            raise InputError(f"variant={variant!r} has to be a word such as 'fp16'")
+        if not directory.is_dir():
+            raise CheckpointError(f"{directory} is not a directory; a checkpoint is one")
+        for staging in sorted(directory.glob(f"{STAGING}*")):
+            if half_moved(staging) is not None:
+                raise CheckpointError(
+                    f"{directory} holds half of a save that was interrupted (see {staging}): its "
+                    "config.json may be newer than its weights; save again, or remove "
+                    f"{staging.name} if you know that the files belong together"
+                )
+        if single := find(directory, with_variant(SINGLE, variant)):
+            stamps = {single: _stamp(single)}
+            headers = [read_header(single)]
+        elif index := find(directory, with_variant(INDEX, variant)):
+            weight_map, save_id = _read_index(index)
+            shards = _find_shards(directory, index, weight_map)
+            stamps = {path: _stamp(path) for path in shards.values()}
+            headers = [read_header(path) for path in shards.values()]
+            _check_shards(index, weight_map, dict(zip(shards, headers, strict=True)), save_id)
+        else:
+            raise CheckpointError(_why_nothing(directory, variant))
+        tensors = {name: info for header in headers for name, info in header.tensors.items()}
+        common = set.intersection(*(set(header.metadata.items()) for header in headers))
+        return cls(
+            directory, MappingProxyType(tensors), MappingProxyType(dict(sorted(common))), stamps
+        )
+
+    @property
+    def total_bytes(self) -> int:
+        """The bytes of the data of all tensors."""
+        return sum(info.nbytes for info in self.tensors.values())
+
+    def read(self, names: Iterable[str]) -> Iterator[tuple[str, torch.Tensor]]:
+        """Read tensors, each once, file by file and in the order of their data.
+
+        They are private views of the mapped file, so that no more is in memory than is used.
+
+        Raises:
+            CheckpointError: no such tensor, or a file was changed after `open`.
+        """
+        wanted = set(names)
+        if unknown := sorted(map(shown, wanted - self.tensors.keys())):
+            raise CheckpointError(f"{self.directory} has no tensor\n{listed(unknown)}")
+        by_file: dict[Path, list[str]] = {}
+        for name, info in self.tensors.items():
+            if name in wanted:
+                by_file.setdefault(info.file, []).append(name)
+        return self._stream(by_file)
+
+    def _stream(self, by_file: dict[Path, list[str]]) -> Iterator[tuple[str, torch.Tensor]]:
+        for file, names in by_file.items():
+            name = names[0]
+            try:
+                with safe_open(file, framework="pt", device="cpu") as handle:
+                    # After opening: what is mapped now is what was checked.
+                    if _stamp(file) != self._stamps[file]:
+                        raise CheckpointError(
+                            f"{file} was changed after the checkpoint was opened; open it again"
+                        )
+                    for name in names:
+                        yield name, handle.get_tensor(name)
+            except (SafetensorError, OSError) as error:
+                raise CheckpointError(
+                    f"{file}: tensor {shown(name)} cannot be read ({error}); {_AGAIN}"
+                ) from error
+
+
+def half_moved(staging: Path) -> dict[str, str | None] | None:
+    """Return the old text files of a save that replaced them but not yet the weights, else None.
+
+    A file that did not exist is None; bytes that are no UTF-8 are lone surrogates.
+    """
+    try:
+        note = json.loads((staging / UNDO).read_bytes())
+        last_step, texts = note["last_step"], note["texts"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+    # The note may have come with a directory that someone else made.
+    if not isinstance(texts, dict) or last_step not in (SINGLE, INDEX, REPLACED):
+        return None
+    if not all(is_plain(name) and isinstance(text, str | None) for name, text in texts.items()):
+        return None
+    done = os.path.lexists(staging / last_step) == (last_step == REPLACED)
+    return None if done else texts
+
+
+def _stamp(path: Path) -> tuple[int, int, int]:
+    try:
+        found = path.stat()
+    except OSError as error:
+        raise CheckpointError(f"{path} cannot be read: {error.strerror}") from error
+    return found.st_ino, found.st_size, found.st_mtime_ns
+
+
+def _count(number: int, what: str) -> str:
+    return f"{number} {what}{'' if number == 1 else 's'}"
+
+
+def _why_nothing(directory: Path, variant: str | None) -> str:
+    wanted = with_variant(SINGLE, variant)
+    names = sorted(path.name for path in directory.iterdir())
+    said = f"{directory} has neither {wanted} nor {with_variant(INDEX, variant)}"
+    if pickles := [name for name in names if Path(name).suffix in _PICKLES]:
+        return (
+            f"{said}, only pickled weights, which are never read because they can run code:\n"
+            f"{listed(pickles)}\nConvert them to safetensors with the tool that wrote them "
+            "(save_pretrained of a recent version does), or take a revision that has them"
+        )
+    others = [name for name in names if name.endswith((".safetensors", INDEX, ".gguf"))]
+    others += [name for name in names if re.fullmatch(r"model\.safetensors\.index\..+\.json", name)]
+    if others:
+        return f"{said}; other weights there (see `variant`) are\n{listed(others)}"
+    return f"{said}; name a directory that holds weights, or {_AGAIN}"
+
+
+def _read_index(path: Path) -> tuple[dict[str, str], str | None]:
+    try:
+        if (size := path.stat().st_size) > MAX_JSON_BYTES:
+            raise CheckpointError(f"{path}: {size} bytes is more than {MAX_JSON_BYTES}")
+        content = parse_object(path.read_bytes(), str(path))
+    except OSError as error:
+        raise CheckpointError(f"{path} cannot be read: {error.strerror or error}") from error
+    weight_map = content.get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise CheckpointError(
+            f"{path} needs a weight_map from tensors to files, not {shown(weight_map)}; {_AGAIN}"
+        )
+    if len(weight_map) > MAX_TENSORS:
+        raise CheckpointError(f"{path} names {len(weight_map)} tensors; the most is {MAX_TENSORS}")
+    for name, shard in weight_map.items():
+        if not isinstance(shard, str) or not is_plain(shard):
+            raise CheckpointError(
+                f"{path}: tensor {shown(name)} is said to be in {shown(shard)}, which has to be "
+                "the plain name of a file in the same directory"
+            )
+        if not shard.endswith(".safetensors"):
+            raise CheckpointError(
+                f"{path}: tensor {shown(name)} is said to be in {shown(shard)}; "
+                "only .safetensors files are read"
+            )
+    metadata = content.get("metadata", {})
+    save_id = metadata.get(SAVE_ID) if isinstance(metadata, dict) else metadata
+    if not isinstance(save_id, str | None):
+        raise CheckpointError(f"{path} has metadata that is not usable: {shown(metadata)}")
+    return weight_map, save_id
+
+
+def _find_shards(directory: Path, index: Path, weight_map: dict[str, str]) -> dict[str, Path]:
+    counts = Counter(weight_map.values())
+    found = {shard: find(directory, shard) for shard in sorted(counts)}
+    if missing := [shard for shard, path in found.items() if path is None]:
+        lines = [f"{shard} ({_count(counts[shard], 'tensor')})" for shard in missing]
+        raise CheckpointError(
+            f"{index} names {_count(len(found), 'shard')}, of which {len(missing)} "
+            f"{'is' if len(missing) == 1 else 'are'} missing:\n{listed(lines)}\n"
+            f"Fetch them into {directory}"
+        )
+    return {shard: path for shard, path in found.items() if path is not None}
+
+
+def _check_shards(
+    index: Path, weight_map: dict[str, str], headers: dict[str, Header], save_id: str | None
+) -> None:
+    """Hold what the shards contain against what their index says of them."""
+    ids = {shard: header.metadata.get(SAVE_ID) for shard, header in headers.items()}
+    # Without one in the index, a shard without is another writer's and says nothing.
+    known = {found for found in ids.values() if found is not None or save_id is not None}
+    if len(known | ({save_id} if save_id is not None else set())) > 1:
+        lines = [f"{shard}: {shown(found)}" for shard, found in ids.items()]
+        raise CheckpointError(
+            f"{index} and its shards are of different saves ({SAVE_ID} in the index is "
+            f"{shown(save_id)}):\n{listed(lines)}\nTheir tensors may not belong together; {_AGAIN} "
+            f"or save it again, or take {SAVE_ID} out of the index if the mix is meant"
+        )
+    where = [(name, shard) for shard, header in headers.items() for name in header.tensors]
+    if lacking := [
+        f"{shown(name)} in {shard}"
+        for name, shard in weight_map.items()
+        if name not in headers[shard].tensors
+    ]:
+        raise CheckpointError(
+            f"{index} names {_count(len(lacking), 'tensor')} that the shards lack:\n"
+            f"{listed(lacking)}\nThe shards are of another checkpoint; {_AGAIN}"
+        )
+    if extra := [
+        f"{shown(name)} in {shard}"
+        + (f", but also in {weight_map[name]}" if name in weight_map else "")
+        for name, shard in where
+        if weight_map.get(name) != shard
+    ]:
+        raise CheckpointError(
+            f"the shards of {index} hold {_count(len(extra), 'tensor')} that the index does not "
+            f"name there:\n{listed(extra)}\nThe shards are of another checkpoint; {_AGAIN}"
+        )

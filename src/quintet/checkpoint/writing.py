@@ -1,0 +1,194 @@
+"""Named tensors become a directory of safetensors files, whole or not at all."""
+
+import errno
+import json
+import os
+import secrets
+import shutil
+from collections.abc import Iterator, Mapping
+from contextlib import suppress
+from itertools import pairwise
+from pathlib import Path
+from types import MappingProxyType
+
+import torch
+
+from quintet.checkpoint import disk
+from quintet.checkpoint.commit import Staged, clean_up, put_in_place
+from quintet.checkpoint.header import DTYPES, encode_header
+from quintet.checkpoint.layout import (
+    FINAL_INDEX,
+    INDEX,
+    REPLACED,
+    SAVE_ID,
+    SINGLE,
+    STAGING,
+    UNDO,
+    is_plain,
+    shard_name,
+    shown,
+)
+from quintet.checkpoint.reading import half_moved
+from quintet.checkpoint.sizes import parse_size, split
+from quintet.errors import InputError, SaveError, listed
+
+__all__ = ["parse_size", "save"]
+
+_NO_TEXTS: Mapping[str, str] = MappingProxyType({})
+
+
+def save(
+    directory: str | os.PathLike[str],
+    tensors: Mapping[str, torch.Tensor],
+    *,
+    max_shard_size: int | str = "5GB",
+    metadata: Mapping[str, str] | None = None,
+    text_files: Mapping[str, str] = _NO_TEXTS,
+) -> list[Path]:
+    """Write a checkpoint in the layout of the hub; return the paths of its files.
+
+    An older checkpoint there is replaced in one step: whatever happens meanwhile, the directory
+    holds the old one, the new one, or something that `Checkpoint.open` refuses. Other files are
+    left alone. While it runs, both are on the disk.
+
+    Raises:
+        InputError: an argument cannot be saved; nothing was touched.
+        SaveError: writing failed; what was there before is untouched.
+    """
+    directory = Path(directory)
+    most = parse_size(max_shard_size)
+    header = {"format": "pt", **(metadata or {})}
+    _check_tensors(tensors)
+    _check_texts(header, text_files)
+    if os.path.lexists(directory) and not directory.is_dir():
+        raise SaveError(f"{directory} is a file; a checkpoint is written into a directory")
+    parts = split({name: tensor.nbytes for name, tensor in tensors.items()}, most)
+    staging = directory / f"{STAGING}{secrets.token_hex(8)}"
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+        with disk.locked(directory):
+            clean_up(directory)
+            try:
+                disk.make(staging)
+                staged = _stage(staging, tensors, parts, header, text_files)
+                return put_in_place(staged)
+            finally:
+                # The note in it is needed if the text files could not be restored.
+                if half_moved(staging) is None:
+                    disk.discard(staging)
+    except SaveError:
+        raise
+    except OSError as error:
+        raise SaveError(_why(error, staging, tensors)) from error
+
+
+def _stage(
+    staging: Path,
+    tensors: Mapping[str, torch.Tensor],
+    parts: list[list[str]],
+    header: Mapping[str, str],
+    texts: Mapping[str, str],
+) -> Staged:
+    """Write all files into the temporary directory, under the names they are moved with."""
+    finals = [SINGLE]
+    if len(parts) > 1:
+        finals = [shard_name(number + 1, len(parts)) for number in range(len(parts))]
+        header = {**header, SAVE_ID: secrets.token_hex(8)}
+    names = finals
+    if len(parts) > 1 and any(os.path.lexists(staging.parent / name) for name in finals):
+        names = [f"{name.removesuffix('.safetensors')}.{header[SAVE_ID]}" for name in finals]
+        names = [f"{name}.safetensors" for name in names]
+    for name, part in zip(names, parts, strict=True):
+        # The widest numbers first, so that each lies where a machine reads it best.
+        ordered = sorted(part, key=lambda name: (-tensors[name].dtype.itemsize, name))
+        disk.write(staging / name, _encode({name: tensors[name] for name in ordered}, header))
+    if len(parts) > 1:
+        total = sum(tensor.nbytes for tensor in tensors.values())
+        about = {SAVE_ID: header[SAVE_ID], "total_size": total}
+        for file, shards in ((INDEX, names), (FINAL_INDEX, finals)):
+            where = {name: s for s, part in zip(shards, parts, strict=True) for name in part}
+            index = {"metadata": about, "weight_map": dict(sorted(where.items()))}
+            disk.write(staging / file, [f"{json.dumps(index, indent=2)}\n".encode()])
+    for name, text in texts.items():
+        disk.write(staging / name, [text.encode()])
+    disk.sync(staging)
+    return Staged(staging, dict(zip(names, finals, strict=True)), texts)
+
+
+def _encode(
+    tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str]
+) -> Iterator[bytes | memoryview]:
+    yield encode_header(tensors.items(), metadata)
+    # One at a time: only that one is copied if it is on a device or not contiguous.
+    for tensor in tensors.values():
+        plain = tensor.detach().cpu().resolve_conj().resolve_neg().contiguous()
+        yield plain.reshape(-1).view(torch.uint8).numpy().data
+
+
+def _check_tensors(tensors: Mapping[str, torch.Tensor]) -> None:
+    """Refuse what the files cannot hold, and one memory under two names."""
+    spans: dict[torch.device, list[tuple[int, int, bool, str]]] = {}
+    for name, tensor in tensors.items():
+        if not isinstance(name, str) or not isinstance(tensor, torch.Tensor):
+            raise InputError(f"tensors has to map names to tensors, not {shown(name)} to {tensor}")
+        if tensor.layout != torch.strided or tensor.is_meta or tensor.is_quantized:
+            kind = "meta, without data" if tensor.is_meta else f"{tensor.layout}"
+            raise InputError(f"tensor {shown(name)} is {kind}; only dense data can be saved")
+        if tensor.dtype not in DTYPES.values():
+            raise InputError(f"tensor {shown(name)} has dtype {tensor.dtype}, unknown to the files")
+        if name == "__metadata__" or not _is_utf8(name):
+            raise InputError(f"{shown(name)} cannot be the name of a tensor")
+        if tensor.numel():
+            steps = zip(tensor.shape, tensor.stride(), strict=True)
+            extent = 1 + sum((size - 1) * stride for size, stride in steps)
+            start = tensor.data_ptr()
+            span = (start, start + extent * tensor.dtype.itemsize, extent == tensor.numel(), name)
+            spans.setdefault(tensor.device, []).append(span)
+    pairs = [
+        f"{shown(name)} and {shown(before)}"
+        for group in map(sorted, spans.values())
+        for (start, end, dense, before), (begin, _, _, name) in pairwise(group)
+        # Interleaved views, as of columns, share a span and no element.
+        if begin == start or (dense and begin < end)
+    ]
+    if pairs:
+        raise InputError(
+            f"tensors that share memory would be written twice and be untied:\n{listed(pairs)}\n"
+            "Leave out all names but one"
+        )
+
+
+def _check_texts(header: Mapping[str, str], texts: Mapping[str, str]) -> None:
+    if header["format"] != "pt" or SAVE_ID in header:
+        raise InputError(f"metadata={shown(header)}: 'format' is 'pt' and {SAVE_ID!r} is reserved")
+    for key, value in header.items():
+        if not isinstance(key, str) or not isinstance(value, str) or not _is_utf8(key + value):
+            raise InputError(f"metadata={shown({key: value})} has to map text to text")
+    reserved = (SINGLE, INDEX, FINAL_INDEX, REPLACED, UNDO, f"{UNDO}.part")
+    for name, text in texts.items():
+        if not is_plain(name) or name in reserved or name.endswith(".safetensors"):
+            raise InputError(f"text_files: {shown(name)} has to be the plain name of a text file")
+        if not isinstance(text, str) or not _is_utf8(text):
+            raise InputError(f"text_files: the content of {shown(name)} has to be text")
+
+
+def _is_utf8(text: str) -> bool:
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+def _why(error: OSError, staging: Path, tensors: Mapping[str, torch.Tensor]) -> str:
+    directory = staging.parent
+    where = error.filename2 or error.filename or directory
+    reason = f"could not save into {directory}: {error.strerror or error} ({where})"
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        needed = sum(tensor.nbytes for tensor in tensors.values())
+        reason += f"; the new weights need {needed:,} bytes"
+        with suppress(OSError):
+            reason += f" beside what is there, and {shutil.disk_usage(directory).free:,} are free"
+    if half_moved(staging) is not None:
+        return f"{reason}; the old text files could not be put back, the next save does it"
+    return f"{reason}; what was there before is untouched"

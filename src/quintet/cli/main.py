@@ -1,0 +1,80 @@
+"""`quintet`: finds the command, and turns errors into one screen and an exit code."""
+
+import difflib
+import importlib
+import os
+import sys
+from types import MappingProxyType
+from typing import Any
+
+import click
+
+from quintet import __version__
+from quintet.errors import QuintetError
+
+__all__ = ["main"]
+
+COMMANDS = MappingProxyType(
+    {
+        "chat": "Talk with a model.",
+        "generate": "Continue a text.",
+        "info": "Say what a model is.",
+    }
+)
+
+
+class _Commands(click.Group):
+    """Imports a command's module when the command runs, not for the list of commands."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        return list(COMMANDS)
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        if cmd_name not in COMMANDS:
+            return None
+        module = importlib.import_module(f"quintet.cli.{cmd_name}")
+        command: click.Command = module.command
+        return command
+
+    def resolve_command(
+        self, ctx: click.Context, args: list[str]
+    ) -> tuple[str | None, click.Command | None, list[str]]:
+        name = args[0]
+        if name not in COMMANDS and not name.startswith("-"):
+            near = difflib.get_close_matches(name, COMMANDS, n=1)
+            hint = f" Did you mean {near[0]!r}?" if near else f" There are {', '.join(COMMANDS)}."
+            raise click.UsageError(f"No such command {name!r}.{hint}", ctx)
+        return super().resolve_command(ctx, args)
+
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        with formatter.section("Commands"):
+            formatter.write_dl(list(COMMANDS.items()))
+
+
+@click.group(cls=_Commands, context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(__version__, message="quintet %(version)s")
+def cli() -> None:
+    """Run open language models: DeepSeek-V2 and V3, Qwen2, Qwen2-MoE and Zamba2."""
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Run the command line and exit with its code; docs/errors.md lists the codes."""
+    try:
+        code: Any = cli.main(arguments, prog_name="quintet", standalone_mode=False)
+    except click.exceptions.Abort:
+        code = 130
+    except KeyboardInterrupt:
+        code = 130
+    except click.ClickException as error:
+        error.show()
+        code = error.exit_code
+    except BrokenPipeError:
+        # The reader of our output has gone; closing stdout would complain once more.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        code = 0
+    except QuintetError as error:
+        if os.environ.get("QUINTET_DEBUG"):
+            raise
+        click.echo(f"error: {error}", err=True)
+        code = error.exit_code
+    sys.exit(code if isinstance(code, int) else 0)

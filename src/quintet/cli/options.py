@@ -1,0 +1,151 @@
+"""Options that several commands share, and how a model is opened with them."""
+
+import sys
+import time
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, TypeVar, cast
+
+import click
+
+if TYPE_CHECKING:
+    import torch
+
+    from quintet.generation.mixin import GenerationMixin
+    from quintet.modeling.base import PreTrainedModel
+    from quintet.tokenization import PreTrainedTokenizer
+
+__all__ = ["Opened", "model_options", "note", "open_model", "sampling_options", "warnings_as_notes"]
+
+Command = TypeVar("Command", bound=Callable[..., Any])
+
+
+def model_options(command: Command) -> Command:
+    """Add the options that say which model runs where."""
+    for option in (
+        click.option("--quiet", "-q", is_flag=True, help="Nothing but the result."),
+        click.option("--offline", is_flag=True, help="Never use the network."),
+        click.option("--cache-dir", help="Where downloads are kept."),
+        click.option("--revision", help="Branch, tag or commit of a hub id."),
+        click.option(
+            "--attn-implementation",
+            type=click.Choice(["eager", "sdpa", "flash_attention_2"]),
+            help="How attention is computed.",
+        ),
+        click.option("--device", default="auto", show_default=True, help="cpu, cuda, cuda:1, …"),
+        click.option("--dtype", default="auto", show_default=True, help="Of the weights."),
+    ):
+        command = option(command)
+    return command
+
+
+def sampling_options(command: Command) -> Command:
+    """Add the options that say how tokens are chosen; those of the checkpoint hold otherwise."""
+    for option in (
+        click.option("--seed", type=click.IntRange(0), help="Makes sampling repeatable."),
+        click.option("--repetition-penalty", type=float, help="Above 1: fewer repetitions."),
+        click.option("--min-p", type=float, help="Least share of the likeliest token."),
+        click.option("--top-p", type=float, help="Draw from this much probability."),
+        click.option("--top-k", type=int, help="Draw from that many tokens; 0 for all."),
+        click.option("--temperature", "-t", type=float, help="0 always takes the likeliest token."),
+        click.option("--max-new-tokens", "--max-tokens", "-n", type=click.IntRange(1)),
+    ):
+        command = option(command)
+    return command
+
+
+def note(text: str, quiet: bool = False) -> None:
+    """Say something beside the result: on standard error, unless asked for silence."""
+    if not quiet:
+        click.secho(text, err=True, dim=True)
+
+
+@contextmanager
+def warnings_as_notes(quiet: bool) -> Iterator[None]:
+    """Show warnings as one line each on standard error."""
+
+    def show(message: Warning | str, *_: object, **__: object) -> None:
+        note(f"warning: {message}", quiet)
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("default")
+        warnings.showwarning = show
+        yield
+
+
+@dataclass(frozen=True, slots=True)
+class Opened:
+    """A model and its tokenizer, ready to run."""
+
+    model: "PreTrainedModel"
+    tokenizer: "PreTrainedTokenizer"
+    seconds: float
+
+    @property
+    def generator_model(self) -> "GenerationMixin":
+        """The model as something that generates."""
+        return cast("GenerationMixin", self.model)
+
+    def describe(self) -> str:
+        """Say in a line what runs."""
+        millions = self.model.num_parameters() / 1e6
+        size = f"{millions / 1000:.2f} B" if millions >= 1000 else f"{millions:.1f} M"
+        dtype = str(self.model.dtype).removeprefix("torch.")
+        return (
+            f"{self.model.config.model_type}, {size} parameters, {dtype} on {self.model.device}, "
+            f"loaded in {self.seconds:.2f} s"
+        )
+
+
+def open_model(
+    name: str,
+    *,
+    dtype: str,
+    device: str,
+    attn_implementation: str | None,
+    revision: str | None,
+    cache_dir: str | None,
+    offline: bool,
+) -> Opened:
+    """Load a language model and its tokenizer.
+
+    Raises:
+        QuintetError: whatever keeps either from loading.
+    """
+    from quintet.auto import AutoModelForCausalLM, AutoTokenizer
+
+    started = time.perf_counter()
+    where: dict[str, Any] = {
+        "revision": revision,
+        "cache_dir": cache_dir,
+        "local_files_only": offline,
+    }
+    overrides = {} if attn_implementation is None else {"attn_implementation": attn_implementation}
+    tokenizer = AutoTokenizer.from_pretrained(name, **where)
+    model = AutoModelForCausalLM.from_pretrained(
+        name, dtype=dtype, device_map=device, **where, **overrides
+    )
+    return Opened(model, tokenizer, time.perf_counter() - started)
+
+
+def choose(
+    seed: int | None, temperature: float | None, **options: Any
+) -> tuple[dict[str, Any], "torch.Generator", int]:
+    """Return generate()'s options, a seeded generator, and the seed."""
+    import torch
+
+    if temperature == 0:
+        options |= {"do_sample": False}
+    elif temperature is not None:
+        options |= {"do_sample": True, "temperature": temperature}
+    elif any(options.get(name) is not None for name in ("top_k", "top_p", "min_p")):
+        options |= {"do_sample": True}
+    seed = torch.seed() % 2**32 if seed is None else seed
+    return options, torch.Generator().manual_seed(seed), seed
+
+
+def read_stdin() -> str | None:
+    """Return what is piped in, None at a terminal."""
+    return None if sys.stdin is None or sys.stdin.isatty() else sys.stdin.read()

@@ -1,0 +1,178 @@
+"""`generate()`: from arguments and config to the decode loop."""
+
+import warnings
+from collections.abc import Mapping
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+
+from quintet.cache import Cache, StaticCache
+from quintet.configuration.base import PreTrainedConfig
+from quintet.errors import ContextLengthError, InputError
+from quintet.generation.config import GenerationConfig
+from quintet.generation.decode import LanguageModel, Prompt, decode
+from quintet.generation.processors import Chooser
+from quintet.generation.streamers import Streamer
+
+__all__ = ["GenerationMixin"]
+
+
+class GenerationMixin:
+    """Adds `generate()` to a model with a language-modelling head."""
+
+    config: PreTrainedConfig
+    generation_config: GenerationConfig
+
+    def new_cache(self) -> Cache:
+        """Return an empty cache of the kind the model grows."""
+        raise NotImplementedError
+
+    @torch.no_grad()
+    def generate(
+        self,
+        inputs: Tensor | Mapping[str, Tensor] | None = None,
+        generation_config: GenerationConfig | None = None,
+        *,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        streamer: Streamer | None = None,
+        generator: torch.Generator | None = None,
+        **options: Any,
+    ) -> Tensor:
+        """Continue each row of a prompt and return prompt and continuation, (B, T + new).
+
+        Rows that end early are filled with the pad token.
+
+        Args:
+            inputs: (B, T) ids, or what the tokenizer returns.
+            generation_config: how to generate, in place of the model's own.
+            input_ids: the other name of `inputs`.
+            attention_mask: (B, T), 0 for padding, on either side; without it, nothing is.
+            streamer: gets the prompt and then every token as it is made.
+            generator: the source of randomness; a seeded one makes sampling repeatable.
+            **options: fields of `GenerationConfig` that go before both configs.
+
+        Raises:
+            InputError: no prompt, an unknown option, or a value that breaks its rule.
+            ContextLengthError: the prompt fills the model's context.
+        """
+        ids, mask = _prompt(inputs, input_ids, attention_mask)
+        ids = ids.to(self._device())
+        mask = None if mask is None else mask.to(ids.device)
+        config = (generation_config or self.generation_config).replace(**options)
+        if config.num_return_sequences > 1:
+            if not config.do_sample:
+                raise InputError(
+                    f"num_return_sequences={config.num_return_sequences} without sampling would be "
+                    "the same text each time; set do_sample=True"
+                )
+            ids = ids.repeat_interleave(config.num_return_sequences, dim=0)
+            if mask is not None:
+                mask = mask.repeat_interleave(config.num_return_sequences, dim=0)
+        room = self._room(ids.shape[1], config)
+        prompt = Prompt.left_padded(ids, mask)
+        eos = torch.tensor(config.eos_token_ids, dtype=torch.long, device=ids.device)
+
+        if streamer is not None:
+            streamer.put(ids.cpu())
+        tokens = []
+        for token in decode(
+            cast("LanguageModel", self),
+            prompt,
+            Chooser(config, generator),
+            cache=self._cache_for(config, ids.shape[1] + room),
+            max_new_tokens=room,
+            eos=eos,
+            pad=_pad_token(config),
+        ):
+            tokens.append(token)
+            if streamer is not None:
+                streamer.put(token.cpu())
+        if streamer is not None:
+            streamer.end()
+        return torch.cat((ids, *(token[:, None] for token in tokens)), dim=1)
+
+    def _device(self) -> torch.device:
+        return cast("torch.nn.Module", self).get_parameter("lm_head.weight").device
+
+    def _cache_for(self, config: GenerationConfig, length: int) -> Cache | None:
+        if not config.use_cache:
+            return None
+        if config.cache_implementation == "static":
+            return StaticCache(self.config, max_cache_len=length)
+        return self.new_cache()
+
+    def _room(self, length: int, config: GenerationConfig) -> int:
+        """Return how many tokens to make at the most."""
+        context = self.config.max_position_embeddings
+        if length >= context:
+            raise ContextLengthError(
+                f"the prompt has {length} tokens and the model's context is {context} "
+                "(max_position_embeddings), with none left to generate; shorten the prompt"
+            )
+        if config.max_new_tokens is not None:
+            wanted = config.max_new_tokens
+        elif config.max_length is not None:
+            wanted = config.max_length - length
+            if wanted < 1:
+                raise InputError(
+                    f"the prompt has {length} tokens and max_length={config.max_length} counts "
+                    "them; set max_new_tokens, or a larger max_length"
+                )
+        else:
+            wanted = 20
+        if length + wanted > context:
+            warnings.warn(
+                f"a prompt of {length} and {wanted} new tokens do not fit the model's context of "
+                f"{context}; at most {context - length} are made",
+                stacklevel=4,
+            )
+        return min(wanted, context - length)
+
+
+def _prompt(
+    inputs: Tensor | Mapping[str, Tensor] | None,
+    input_ids: Tensor | None,
+    attention_mask: Tensor | None,
+) -> tuple[Tensor, Tensor | None]:
+    if inputs is not None and input_ids is not None:
+        raise InputError("inputs and input_ids are two names of the same argument; give one")
+    given = input_ids if inputs is None else inputs
+    if isinstance(given, Mapping):
+        unknown = set(given) - {"input_ids", "attention_mask"}
+        if "input_ids" not in given or unknown:
+            raise InputError(
+                f"a mapping as inputs has {sorted(given)}; it has to have input_ids, "
+                "and may have attention_mask"
+            )
+        if attention_mask is None:
+            attention_mask = given.get("attention_mask")
+        given = given["input_ids"]
+    if given is None:
+        raise InputError("there is no prompt; give inputs, for example tokenizer(text)")
+    if not isinstance(given, Tensor):
+        raise InputError(
+            f"input_ids is a {type(given).__name__}, not a tensor; "
+            "call the tokenizer with return_tensors='pt'"
+        )
+    if given.ndim != 2 or given.numel() == 0:
+        raise InputError(
+            f"the prompt has shape {tuple(given.shape)}; it has to be (batch, tokens) with at "
+            "least one token (is it empty?)"
+        )
+    if attention_mask is not None:
+        if attention_mask.shape != given.shape:
+            raise InputError(
+                f"attention_mask has shape {tuple(attention_mask.shape)} and input_ids "
+                f"{tuple(given.shape)}; they have to be the same"
+            )
+        if not bool(attention_mask.any(dim=1).all()):
+            raise InputError("attention_mask leaves a row without a single token")
+    return given, attention_mask
+
+
+def _pad_token(config: GenerationConfig) -> int:
+    if config.pad_token_id is not None:
+        return config.pad_token_id
+    return config.eos_token_ids[0] if config.eos_token_ids else 0

@@ -1,0 +1,57 @@
+"""Grouped-query attention."""
+
+from torch import Tensor, nn
+
+from quintet.layers.step import Step
+from quintet.ops.rope import rotate
+
+__all__ = ["Attention"]
+
+
+class Attention(nn.Module):
+    """Attention with H query heads over K shared key-value heads (arXiv:2305.13245).
+
+    Args:
+        window: how many keys a query sees at the most, its own included; None for all.
+    """
+
+    def __init__(
+        self,
+        hidden_size: int,
+        num_heads: int,
+        num_kv_heads: int,
+        head_dim: int,
+        *,
+        layer_idx: int,
+        qkv_bias: bool,
+        dropout: float,
+        window: int | None,
+    ) -> None:
+        super().__init__()
+        self.head_dim = head_dim
+        self.layer_idx = layer_idx
+        self.scaling = head_dim**-0.5
+        self.attention_dropout = dropout
+        self.window = window
+        self.q_proj = nn.Linear(hidden_size, num_heads * head_dim, bias=qkv_bias)
+        self.k_proj = nn.Linear(hidden_size, num_kv_heads * head_dim, bias=qkv_bias)
+        self.v_proj = nn.Linear(hidden_size, num_kv_heads * head_dim, bias=qkv_bias)
+        self.o_proj = nn.Linear(num_heads * head_dim, hidden_size, bias=False)
+
+    def forward(self, hidden_states: Tensor, step: Step) -> tuple[Tensor, Tensor | None]:
+        """Map (B, T, C) to (B, T, C), and the weights (B, H, T, S) where the backend has them."""
+        q = self._heads(self.q_proj(hidden_states))  # (B, H, T, D)
+        k = self._heads(self.k_proj(hidden_states))  # (B, K, T, D)
+        v = self._heads(self.v_proj(hidden_states))
+        q, k = rotate(q, step.cos, step.sin), rotate(k, step.cos, step.sin)
+        if step.cache is not None:
+            k, v = step.cache.update(k, v, self.layer_idx, step.span)
+        dropout = self.attention_dropout if self.training else 0.0
+        out, weights = step.attend(
+            q, k, v, step.seen[self.window], scale=self.scaling, dropout=dropout
+        )
+        return self.o_proj(out.transpose(1, 2).flatten(2)), weights
+
+    def _heads(self, x: Tensor) -> Tensor:
+        B, T, _ = x.shape
+        return x.view(B, T, -1, self.head_dim).transpose(1, 2)

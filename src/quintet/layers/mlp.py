@@ -1,0 +1,25 @@
+"""Feed-forward layers."""
+
+from torch import Tensor, nn
+
+from quintet.ops.activations import Activation, activation
+
+__all__ = ["GatedMLP"]
+
+
+class GatedMLP(nn.Module):
+    """down(act(gate(x)) · up(x)), a gated linear unit (arXiv:2002.05202)."""
+
+    def __init__(
+        self, hidden_size: int, intermediate_size: int, *, act: str | Activation, bias: bool = False
+    ) -> None:
+        super().__init__()
+        self.gate_proj = nn.Linear(hidden_size, intermediate_size, bias=bias)
+        self.up_proj = nn.Linear(hidden_size, intermediate_size, bias=bias)
+        self.down_proj = nn.Linear(intermediate_size, hidden_size, bias=bias)
+        self.act_fn = activation(act)
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        """Map (B, T, C) to (B, T, C)."""
+        gate = self.act_fn(self.gate_proj(hidden_states))
+        return self.down_proj(gate * self.up_proj(hidden_states))  # type: ignore[no-any-return]

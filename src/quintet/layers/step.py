@@ -1,0 +1,33 @@
+"""What all layers of one forward share."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from quintet.cache import Cache, Span
+from quintet.ops.attention import AttentionBackend
+from quintet.ops.masks import Visibility
+
+__all__ = ["Step"]
+
+
+@dataclass(frozen=True, slots=True)
+class Step:
+    """One forward's positions, visibility and cache, worked out once for all layers.
+
+    Attributes:
+        cos: (B or 1, T, D) of the rotary angles, in the dtype of the activations.
+        sin: the same.
+        seen: what queries see, by the layer's window (None for full attention).
+        attend: the attention backend.
+        span: the slots the tokens take.
+        cache: where layers keep what the next step needs; None to keep nothing.
+    """
+
+    cos: Tensor
+    sin: Tensor
+    seen: Mapping[int | None, Visibility]
+    attend: AttentionBackend
+    span: Span
+    cache: Cache | None

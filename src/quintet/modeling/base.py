@@ -1,0 +1,266 @@
+"""What every model is: a module with a config, read from and written to checkpoints."""
+
+import os
+from collections.abc import Mapping
+from typing import Any, ClassVar, Self
+
+import torch
+from torch import Tensor, nn
+
+from quintet.configuration.base import CONFIG_NAME, PreTrainedConfig
+from quintet.errors import InputError
+from quintet.generation.config import GENERATION_CONFIG_NAME, GenerationConfig
+from quintet.modeling import loading
+from quintet.ops.attention import attention_backend
+
+__all__ = ["PreTrainedModel"]
+
+
+class PreTrainedModel(nn.Module):
+    """The base of all models.
+
+    Attributes:
+        config_class: the family's configuration.
+        base_model_prefix: the attribute that holds the model without its head.
+        new_head: prefixes of parameters a checkpoint may lack, because a head that is trained on
+            top of a released model begins untrained.
+    """
+
+    config_class: ClassVar[type[PreTrainedConfig]] = PreTrainedConfig
+    base_model_prefix: ClassVar[str] = "model"
+    main_input_name: ClassVar[str] = "input_ids"
+    new_head: ClassVar[tuple[str, ...]] = ()
+
+    def __init__(self, config: PreTrainedConfig) -> None:
+        super().__init__()
+        if not isinstance(config, self.config_class):
+            raise InputError(
+                f"{type(self).__name__} takes a {self.config_class.__name__}, "
+                f"not a {type(config).__name__}"
+            )
+        attention_backend(config.attn_implementation)
+        self.config = config
+        self.generation_config = GenerationConfig.from_model_config(config)
+        self.gradient_checkpointing = False
+
+    # -- files -------------------------------------------------------------------------------
+
+    @classmethod
+    def from_config(cls, config: PreTrainedConfig, *, dtype: torch.dtype | None = None) -> Self:
+        """Build a model with random weights."""
+        model = cls(config)
+        return model if dtype is None else model.to(dtype)
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        name_or_path: str | os.PathLike[str],
+        *,
+        config: PreTrainedConfig | None = None,
+        dtype: str | torch.dtype | None = "auto",
+        torch_dtype: str | torch.dtype | None = None,
+        device_map: loading.DeviceMap = None,
+        revision: str | None = None,
+        cache_dir: str | os.PathLike[str] | None = None,
+        token: str | bool | None = None,
+        local_files_only: bool = False,
+        subfolder: str = "",
+        trust_remote_code: bool = False,
+        low_cpu_mem_usage: bool = True,
+        use_safetensors: bool = True,
+        **config_overrides: Any,
+    ) -> Self:
+        """Load a model, completely or not at all; it comes back in eval mode.
+
+        Names and shapes are checked before any weight is read. Nothing from the checkpoint is
+        executed: `trust_remote_code` is accepted and does nothing, as does `low_cpu_mem_usage`.
+
+        Args:
+            name_or_path: a directory, or a hub id.
+            config: in place of the checkpoint's own.
+            dtype: of the weights; "auto" is the one they were saved in.
+            torch_dtype: the older name of `dtype`.
+            device_map: one device for the whole model: its name or index, or "auto".
+            revision: branch, tag or commit of a hub id.
+            cache_dir: where downloads are kept.
+            token: for private repositories.
+            local_files_only: never use the network.
+            subfolder: where in the repository the model is.
+            trust_remote_code: accepted, without effect.
+            low_cpu_mem_usage: accepted, without effect: it always is.
+            use_safetensors: has to be true; pickled weights are never read.
+            **config_overrides: keys of the config to replace.
+
+        Raises:
+            ModelNotFoundError: no such model.
+            CheckpointError: tensors are missing, of other shapes, or unreadable.
+            ConfigError: the config breaks a rule.
+            InputError: an option that does not exist.
+        """
+        if not use_safetensors:
+            raise InputError("use_safetensors=False: pickled weights are never read")
+        source = loading.Source(
+            name_or_path, revision, cache_dir, token, local_files_only, subfolder
+        )
+        return loading.load(
+            cls,
+            source,
+            config=config,
+            dtype=dtype if torch_dtype is None else torch_dtype,
+            device_map=device_map,
+            overrides=config_overrides,
+        )
+
+    def save_pretrained(
+        self,
+        save_directory: str | os.PathLike[str],
+        *,
+        max_shard_size: int | str = "5GB",
+        state_dict: Mapping[str, Tensor] | None = None,
+        safe_serialization: bool = True,
+    ) -> None:
+        """Write config, generation config and weights, in the layout Transformers reads.
+
+        Raises:
+            SaveError: writing failed; a checkpoint that was there is still loadable.
+            InputError: `safe_serialization=False`; pickled weights are never written.
+        """
+        if not safe_serialization:
+            raise InputError("safe_serialization=False: pickled weights are never written")
+        self.config.architectures = [type(self).__name__]
+        self.config.dtype = str(self.dtype).removeprefix("torch.")
+        texts = {CONFIG_NAME: self.config.to_json_string()}
+        if self.can_generate():
+            texts[GENERATION_CONFIG_NAME] = self.generation_config.to_json_string()
+        tensors = dict(self.state_dict() if state_dict is None else state_dict)
+        for alias in self.tied_names():
+            tensors.pop(alias, None)
+        loading.write(save_directory, tensors, max_shard_size=max_shard_size, texts=texts)
+
+    # -- the parts of a model ----------------------------------------------------------------
+
+    @property
+    def base_model(self) -> "PreTrainedModel":
+        """The model without its head; itself where it has none."""
+        base = self._modules.get(self.base_model_prefix)
+        return base if isinstance(base, PreTrainedModel) else self
+
+    def get_input_embeddings(self) -> nn.Embedding:
+        """Return the module that turns ids into vectors."""
+        return self.base_model.get_submodule("embed_tokens")  # type: ignore[return-value]
+
+    def set_input_embeddings(self, value: nn.Module) -> None:
+        """Replace the module that turns ids into vectors."""
+        self.base_model.add_module("embed_tokens", value)
+        self.tie_weights()
+
+    def get_output_embeddings(self) -> nn.Linear | None:
+        """Return the module that turns vectors into logits of ids; None without one."""
+        return None
+
+    def can_generate(self) -> bool:
+        """Tell whether the model has a language-modelling head."""
+        return self.get_output_embeddings() is not None
+
+    def tied_names(self) -> dict[str, str]:
+        """Return the parameters that are other parameters under a second name."""
+        if not self.config.tie_word_embeddings or self.get_output_embeddings() is None:
+            return {}
+        return {"lm_head.weight": f"{self.base_model_prefix}.embed_tokens.weight"}
+
+    def tie_weights(self) -> None:
+        """Make tied parameters one again, after one of them was replaced."""
+        for alias, name in self.tied_names().items():
+            module, _, leaf = alias.rpartition(".")
+            setattr(self.get_submodule(module), leaf, self.get_parameter(name))
+
+    def resize_token_embeddings(
+        self, new_num_tokens: int | None = None, pad_to_multiple_of: int | None = None
+    ) -> nn.Embedding:
+        """Change the vocabulary's size; new rows begin as the mean of the old ones.
+
+        Raises:
+            InputError: a size below 1.
+        """
+        old = self.get_input_embeddings()
+        size = old.num_embeddings if new_num_tokens is None else new_num_tokens
+        if size < 1 or (pad_to_multiple_of is not None and pad_to_multiple_of < 1):
+            raise InputError(
+                f"new_num_tokens={new_num_tokens}, pad_to_multiple_of={pad_to_multiple_of}: "
+                "both have to be at least 1"
+            )
+        if pad_to_multiple_of:
+            size = -(-size // pad_to_multiple_of) * pad_to_multiple_of
+        old.weight = _resized(old.weight, size)
+        old.num_embeddings = size
+        head = self.get_output_embeddings()
+        if head is not None:
+            if not self.tied_names():
+                head.weight = _resized(head.weight, size)
+            head.out_features = size
+        self.config.vocab_size = size
+        self.tie_weights()
+        return old
+
+    # -- state -------------------------------------------------------------------------------
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The dtype of the first floating-point parameter."""
+        return next((p.dtype for p in self.parameters() if p.is_floating_point()), torch.float32)
+
+    @property
+    def device(self) -> torch.device:
+        """The device of the first parameter."""
+        return next(self.parameters()).device
+
+    def num_parameters(self, *, only_trainable: bool = False) -> int:
+        """Count the parameters, tied ones once."""
+        return sum(p.numel() for p in self.parameters() if p.requires_grad or not only_trainable)
+
+    def set_attn_implementation(self, attn_implementation: str) -> None:
+        """Choose the attention backend of the next forward: eager, sdpa or flash_attention_2.
+
+        Raises:
+            UnsupportedBackendError: there is no such backend.
+            MissingDependencyError: its package is not installed.
+        """
+        attention_backend(attn_implementation)
+        self.config.attn_implementation = attn_implementation
+
+    def gradient_checkpointing_enable(self) -> None:
+        """Recompute layers in the backward pass of training, to hold fewer activations."""
+        self.base_model.gradient_checkpointing = True
+
+    def gradient_checkpointing_disable(self) -> None:
+        """Hold the activations again."""
+        self.base_model.gradient_checkpointing = False
+
+    @property
+    def is_gradient_checkpointing(self) -> bool:
+        """Whether layers are recomputed in training."""
+        return self.base_model.gradient_checkpointing
+
+    def init_weights(self) -> None:
+        """Draw fresh weights: normal with `initializer_range`, biases zero, norms one."""
+        for module in self.modules():
+            self.init_module(module)
+        self.tie_weights()
+
+    def init_module(self, module: nn.Module) -> None:
+        """Draw the weights of one module (a family extends this for modules of its own)."""
+        if isinstance(module, nn.Linear | nn.Embedding):
+            nn.init.normal_(module.weight, std=self.config.initializer_range)
+        if isinstance(module, nn.Linear) and module.bias is not None:
+            nn.init.zeros_(module.bias)
+        if isinstance(module, nn.Embedding) and module.padding_idx is not None:
+            with torch.no_grad():
+                module.weight[module.padding_idx].zero_()
+
+
+def _resized(weight: Tensor, size: int) -> nn.Parameter:
+    rows = weight.detach()[:size]
+    if size > len(rows):
+        mean = rows.to(torch.float32).mean(dim=0, keepdim=True).to(rows.dtype)
+        rows = torch.cat((rows, mean.expand(size - len(rows), -1)))
+    return nn.Parameter(rows.clone(), requires_grad=weight.requires_grad)

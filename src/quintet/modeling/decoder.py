@@ -1,0 +1,292 @@
+"""The forward of a decoder without a head, the same for every family.
+
+What a family adds is its layers: each maps hidden states and a `Step` to hidden states and, where
+the attention backend has them, weights.
+"""
+
+import warnings
+from collections.abc import Iterable
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from quintet.cache import Cache, DynamicCache, LegacyCache, Span, from_legacy, to_legacy
+from quintet.errors import InputError
+from quintet.layers.rotary import RotaryEmbedding
+from quintet.layers.step import Step
+from quintet.modeling.base import PreTrainedModel
+from quintet.modeling.outputs import BaseModelOutputWithPast
+from quintet.ops.attention import attention_backend
+from quintet.ops.masks import visibility
+from quintet.ops.ragged import Ragged, keys_in_columns, ragged
+
+__all__ = ["DecoderModel"]
+
+Value = TypeVar("Value")
+
+
+class DecoderModel(PreTrainedModel):
+    """Embedding, decoder layers and a final norm.
+
+    Attributes:
+        windows: the attention windows that occur among the layers; None is full attention.
+    """
+
+    embed_tokens: nn.Embedding
+    layers: nn.ModuleList
+    norm: nn.Module
+    rotary_emb: RotaryEmbedding
+    windows: Iterable[int | None] = (None,)
+
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        past_key_values: Cache | LegacyCache | None = None,
+        inputs_embeds: Tensor | None = None,
+        use_cache: bool | None = None,
+        output_attentions: bool | None = None,
+        output_hidden_states: bool | None = None,
+        return_dict: bool | None = None,
+        cache_position: Tensor | None = None,
+    ) -> BaseModelOutputWithPast | tuple[Any, ...]:
+        """Run the layers over T new tokens of each row.
+
+        Args:
+            input_ids: (B, T).
+            attention_mask: (B, T) or, with a cache, (B, past + T): 1 for tokens, 0 for padding,
+                which may be anywhere; or (B, 1, T, S), a mask of the caller's own, boolean or
+                added to the scores.
+            position_ids: (B, T) for the rotary embedding; counted from the first token of each
+                row where not given.
+            past_key_values: what the tokens before left behind.
+            inputs_embeds: (B, T, C) in place of `input_ids`.
+            use_cache: return a cache that the next call continues from.
+            output_attentions: return the weights of every layer, computed by `eager`.
+            output_hidden_states: return the embeddings and the output of every layer.
+            return_dict: False for a plain tuple.
+            cache_position: (T,) the slots to write, to go back to an earlier point of the cache.
+
+        Raises:
+            InputError: an argument cannot be used, or two contradict each other.
+            ContextLengthError: a preallocated cache has no room.
+        """
+        embeds = self._embed(input_ids, inputs_embeds)
+        B, T, _ = embeds.shape
+        use_cache = self._decide_cache(use_cache)
+        weighs = _first(output_attentions, self.config.output_attentions)
+        mask, custom = _split_mask(attention_mask, B, T)
+        rows = None if mask is None else ragged(mask[:, -T:])
+        counts = None if rows is None else rows.counts
+
+        cache = self._open_cache(past_key_values, mask, T, use_cache)
+        if cache_position is not None:
+            if cache is not None:
+                cache.seek(_first_position(cache_position, T))
+            elif position_ids is None:
+                position_ids = cache_position[None]
+        if cache is None:
+            span = Span(0, T, T, counts, embeds.device)
+        else:
+            _check_past(cache, mask, B, T)
+            span = cache.span(B, T, embeds.device, counts)
+
+        if position_ids is not None:
+            position_ids = position_ids.reshape(-1, T).expand(B, T)
+        if rows is not None:
+            embeds = rows.pack(embeds)
+            position_ids = None if position_ids is None else rows.pack(position_ids)
+
+        step = self._step(embeds, span, position_ids, custom, cache, weighs)
+        states, weights = self._run_layers(embeds, step)
+        if cache is not None:
+            cache.advance(span)
+        if rows is not None:
+            states = [rows.unpack(state) for state in states]
+        if weighs and mask is not None:
+            weights = [_in_columns(w, rows, mask, span.keys) for w in weights]
+
+        past: Cache | LegacyCache | None = cache if use_cache else None
+        if past is not None and cache is not None and isinstance(past_key_values, tuple):
+            past = to_legacy(cache, mask)
+        output = BaseModelOutputWithPast(
+            last_hidden_state=states[-1],
+            past_key_values=past,
+            hidden_states=tuple(states)
+            if _first(output_hidden_states, self.config.output_hidden_states)
+            else None,
+            attentions=tuple(weights) if weighs else None,
+        )
+        return output if _first(return_dict, self.config.return_dict) else output.to_tuple()
+
+    def new_cache(self) -> Cache:
+        """Return an empty cache of the kind this family grows."""
+        return DynamicCache(self.config)
+
+    # -- the steps of forward ----------------------------------------------------------------
+
+    def _embed(self, input_ids: Tensor | None, inputs_embeds: Tensor | None) -> Tensor:
+        if (input_ids is None) == (inputs_embeds is None):
+            raise InputError("give exactly one of input_ids and inputs_embeds")
+        if inputs_embeds is None:
+            assert input_ids is not None
+            check_token_ids(input_ids, self.embed_tokens.num_embeddings)
+            inputs_embeds = self.embed_tokens(input_ids)
+        C = self.config.hidden_size
+        if inputs_embeds.ndim != 3 or inputs_embeds.shape[-1] != C or inputs_embeds.numel() == 0:
+            raise InputError(
+                f"inputs_embeds has shape {tuple(inputs_embeds.shape)}; it has to be "
+                f"(batch, tokens, {C}) with at least one token"
+            )
+        return inputs_embeds
+
+    def _decide_cache(self, use_cache: bool | None) -> bool:
+        if self.gradient_checkpointing and self.training:
+            if use_cache:
+                warnings.warn(
+                    "use_cache=True has no effect while gradient checkpointing recomputes layers",
+                    stacklevel=4,
+                )
+            return False
+        return _first(use_cache, self.config.use_cache)
+
+    def _open_cache(
+        self, past: Cache | LegacyCache | None, mask: Tensor | None, T: int, use_cache: bool
+    ) -> Cache | None:
+        if past is None:
+            return self.new_cache() if use_cache else None
+        if isinstance(past, tuple):
+            seen = mask[:, :-T] if mask is not None and mask.shape[1] > T else None
+            return from_legacy(past, seen, self.config.num_hidden_layers)
+        if not isinstance(past, Cache):
+            raise InputError(
+                f"past_key_values is a {type(past).__name__}; it has to be a Cache, or a tuple of "
+                "(keys, values) for each layer"
+            )
+        return past
+
+    def _step(
+        self,
+        embeds: Tensor,
+        span: Span,
+        position_ids: Tensor | None,
+        custom: Tensor | None,
+        cache: Cache | None,
+        weighs: bool,
+    ) -> Step:
+        slots = span.slots()
+        cos, sin = self.rotary_emb(slots if position_ids is None else position_ids)
+        if custom is not None and custom.shape[-1] != span.keys:
+            raise InputError(
+                f"attention_mask has shape {tuple(custom.shape)}; its last axis has to be "
+                f"{span.keys}, the keys there are with those in the cache"
+            )
+        return Step(
+            cos=cos.to(embeds.dtype),
+            sin=sin.to(embeds.dtype),
+            seen={
+                window: visibility(slots, span.start, span.keys, window, custom)
+                for window in set(self.windows)
+            },
+            attend=attention_backend("eager" if weighs else self.config.attn_implementation),
+            span=span,
+            cache=cache,
+        )
+
+    def _run_layers(self, hidden: Tensor, step: Step) -> tuple[list[Tensor], list[Tensor]]:
+        """Return the embeddings and each layer's output, the last one normalised; and weights."""
+        states, weights = [hidden], []
+        for layer in self.layers:
+            if self.gradient_checkpointing and self.training:
+                hidden, weight = checkpoint(layer, hidden, step, use_reentrant=False)
+            else:
+                hidden, weight = layer(hidden, step)
+            states.append(hidden)
+            weights.append(weight)
+        states[-1] = self.norm(hidden)
+        return states, weights
+
+
+def check_token_ids(input_ids: Tensor, vocab_size: int) -> None:
+    """Check that ids are (B, T) integers the embedding has.
+
+    Raises:
+        InputError: another shape or dtype, no token at all, or an id out of range.
+    """
+    if input_ids.ndim != 2 or input_ids.is_floating_point():
+        raise InputError(
+            f"input_ids has shape {tuple(input_ids.shape)} and dtype {input_ids.dtype}; "
+            "it has to be (batch, tokens) of integers"
+        )
+    if input_ids.numel() == 0:
+        raise InputError(
+            f"input_ids has shape {tuple(input_ids.shape)}: there is no token to start from; "
+            "give at least one, for example the tokenizer's bos or eos token"
+        )
+    # Reading the ids back from another device would stall it at every step.
+    if torch.compiler.is_compiling() or input_ids.device.type != "cpu":
+        return
+    low, high = (int(bound) for bound in input_ids.aminmax())
+    if low < 0 or high >= vocab_size:
+        bad = low if low < 0 else high
+        row, column = (input_ids == bad).nonzero()[0].tolist()
+        raise InputError(
+            f"input_ids[{row}, {column}] is {bad}; the model's vocabulary has ids 0 to "
+            f"{vocab_size - 1} (is this the model's own tokenizer?)"
+        )
+
+
+def _split_mask(mask: Tensor | None, B: int, T: int) -> tuple[Tensor | None, Tensor | None]:
+    """Return the mask as padding (B, W) or as a custom one (B, H, T, S), whichever it is."""
+    if mask is None:
+        return None, None
+    if mask.ndim == 2 and mask.shape[0] == B and mask.shape[1] >= T:
+        return mask, None
+    if mask.ndim == 4 and mask.shape[0] in (1, B) and mask.shape[2] == T:
+        return None, mask if mask.is_floating_point() else mask.to(torch.bool)
+    raise InputError(
+        f"attention_mask has shape {tuple(mask.shape)}; it has to be ({B}, {T}), "
+        f"({B}, past + {T}) with a cache, or ({B}, 1, {T}, keys)"
+    )
+
+
+def _check_past(cache: Cache, mask: Tensor | None, B: int, T: int) -> None:
+    if mask is None or mask.shape[1] == T or torch.compiler.is_compiling():
+        return
+    told = mask[:, :-T].to(torch.bool).sum(dim=1)
+    held = cache.lengths(B, told.device)
+    if not torch.equal(told, held):
+        raise InputError(
+            f"attention_mask counts {told.tolist()} tokens before the new {T}, and the cache holds "
+            f"{held.tolist()}; pass the mask of all tokens so far, or of the new ones alone"
+        )
+
+
+def _first_position(cache_position: Tensor, T: int) -> Tensor:
+    if cache_position.shape != (T,):
+        raise InputError(
+            f"cache_position has shape {tuple(cache_position.shape)}; it has to be ({T},), "
+            "a slot for each new token"
+        )
+    if not torch.compiler.is_compiling():
+        steps = cache_position - cache_position[0]
+        if not torch.equal(steps, torch.arange(T, device=steps.device)):
+            raise InputError(
+                f"cache_position={cache_position.tolist()} has to be consecutive slots"
+            )
+    return cache_position[0]
+
+
+def _in_columns(weights: Tensor, rows: Ragged | None, mask: Tensor, keys: int) -> Tensor:
+    if rows is not None:
+        weights = rows.unpack(weights.transpose(1, 2)).transpose(1, 2)
+    # A mask of the new tokens alone does not tell in which columns those in the cache were.
+    covers = mask.shape[1] >= keys
+    return keys_in_columns(weights, mask) if covers else weights
+
+
+def _first(value: Value | None, default: Value) -> Value:
+    return default if value is None else value

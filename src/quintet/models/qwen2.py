@@ -1,0 +1,196 @@
+"""Qwen2 (arXiv:2407.10671): grouped-query attention with biased q, k, v, and a gated MLP.
+
+Also Qwen1.5 (dense), Qwen2.5 and the Qwen distillations of DeepSeek-R1. Legend: docs/notation.md.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+from torch import Tensor, nn
+
+from quintet.configuration import PreTrainedConfig
+from quintet.configuration.rules import (
+    Count,
+    Fraction,
+    NonNegative,
+    NonNegativeFloat,
+    Positive,
+    known,
+)
+from quintet.layers.attention import Attention
+from quintet.layers.mlp import GatedMLP
+from quintet.layers.norm import RMSNorm
+from quintet.layers.rotary import RotaryEmbedding
+from quintet.layers.step import Step
+from quintet.modeling.base import PreTrainedModel
+from quintet.modeling.decoder import DecoderModel
+from quintet.modeling.heads import (
+    CausalLMHead,
+    QuestionAnsweringHead,
+    SequenceClassificationHead,
+    TokenClassificationHead,
+)
+from quintet.ops.activations import activation
+
+__all__ = [
+    "Qwen2Config",
+    "Qwen2ForCausalLM",
+    "Qwen2ForQuestionAnswering",
+    "Qwen2ForSequenceClassification",
+    "Qwen2ForTokenClassification",
+    "Qwen2Model",
+    "Qwen2PreTrainedModel",
+]
+
+FULL, SLIDING = "full_attention", "sliding_attention"
+
+
+class Qwen2Config(PreTrainedConfig):
+    """The configuration of a Qwen2 model; the defaults resemble Qwen2-7B-beta.
+
+    Layer i sees a window of `sliding_window` tokens if `use_sliding_window` is set and
+    i >= `max_window_layers`; `layer_types` spells that out and wins where a file gives it.
+    """
+
+    model_type = "qwen2"
+    derived = ("head_dim", "layer_types")
+
+    vocab_size: Count = 151936
+    hidden_size: Count = 4096
+    intermediate_size: Count = 22016
+    num_hidden_layers: Count = 32
+    num_attention_heads: Count = 32
+    num_key_value_heads: Count | None = 32
+    head_dim: Count | None = None
+    hidden_act: str | Callable[[Any], Any] = "silu"
+    max_position_embeddings: Count = 32768
+    initializer_range: NonNegativeFloat = 0.02
+    rms_norm_eps: Positive = 1e-6
+    use_cache: bool = True
+    tie_word_embeddings: bool = False
+    use_sliding_window: bool = False
+    sliding_window: Count | None = 4096
+    max_window_layers: NonNegative = 28
+    layer_types: list[str] | None = None
+    attention_dropout: Fraction = 0.0
+
+    def derive(self) -> None:
+        """Fill in the heads and which layers slide."""
+        if self.head_dim is None:
+            self.require(
+                self.hidden_size % self.num_attention_heads == 0,
+                "hidden_size",
+                f"divisible by num_attention_heads={self.num_attention_heads}",
+            )
+            self.head_dim = self.hidden_size // self.num_attention_heads
+        if self.num_key_value_heads is None:
+            self.num_key_value_heads = self.num_attention_heads
+        if not self.use_sliding_window:
+            self.sliding_window = None
+        if self.layer_types is None:
+            slides = self.sliding_window is not None
+            self.layer_types = [
+                SLIDING if slides and i >= self.max_window_layers else FULL
+                for i in range(self.num_hidden_layers)
+            ]
+
+    def validate(self) -> None:
+        """Check that the heads divide the width and each other, and name one type a layer."""
+        super().validate()
+        heads, kv_heads = self.num_attention_heads, self.num_key_value_heads
+        types = self.layer_types or []
+        activation(self.hidden_act)
+        self.require(
+            kv_heads is not None and heads % kv_heads == 0,
+            "num_key_value_heads",
+            f"a divisor of num_attention_heads={heads}",
+        )
+        self.require((self.head_dim or 1) % 2 == 0, "head_dim", "even, to be rotated in pairs")
+        self.require(
+            len(types) == self.num_hidden_layers and set(types) <= {FULL, SLIDING},
+            "layer_types",
+            f"{FULL!r} or {SLIDING!r} for each of num_hidden_layers={self.num_hidden_layers}",
+        )
+        self.require(
+            SLIDING not in types or self.sliding_window is not None,
+            "sliding_window",
+            "set, with use_sliding_window, as layer_types has sliding layers",
+        )
+
+    def windows(self) -> list[int | None]:
+        """Return each layer's window, None for full attention."""
+        return [self.sliding_window if t == SLIDING else None for t in self.layer_types or []]
+
+
+class Qwen2DecoderLayer(nn.Module):
+    """Attention, then the MLP, each on normalised input and added to the residual."""
+
+    def __init__(self, config: Qwen2Config, layer_idx: int) -> None:
+        super().__init__()
+        self.self_attn = Attention(
+            config.hidden_size,
+            config.num_attention_heads,
+            known(config.num_key_value_heads),
+            known(config.head_dim),
+            layer_idx=layer_idx,
+            qkv_bias=True,
+            dropout=config.attention_dropout,
+            window=config.windows()[layer_idx],
+        )
+        self.mlp = GatedMLP(config.hidden_size, config.intermediate_size, act=config.hidden_act)
+        self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+
+    def forward(self, hidden_states: Tensor, step: Step) -> tuple[Tensor, Tensor | None]:
+        """Map (B, T, C) to (B, T, C), and the attention weights where the backend has them."""
+        attended, weights = self.self_attn(self.input_layernorm(hidden_states), step)
+        hidden_states = hidden_states + attended
+        hidden_states = hidden_states + self.mlp(self.post_attention_layernorm(hidden_states))
+        return hidden_states, weights
+
+
+class Qwen2PreTrainedModel(PreTrainedModel):
+    """What all Qwen2 models share."""
+
+    config_class = Qwen2Config
+
+
+class Qwen2Model(Qwen2PreTrainedModel, DecoderModel):
+    """The decoder without a head; see `DecoderModel.forward`."""
+
+    def __init__(self, config: Qwen2Config) -> None:
+        super().__init__(config)
+        self.embed_tokens = nn.Embedding(
+            config.vocab_size, config.hidden_size, config.pad_token_id
+        )
+        self.layers = nn.ModuleList(
+            Qwen2DecoderLayer(config, index) for index in range(config.num_hidden_layers)
+        )
+        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.rotary_emb = RotaryEmbedding(known(config.head_dim), config.rope())
+        self.windows = config.windows()
+        self.init_weights()
+
+
+class Qwen2ForCausalLM(Qwen2PreTrainedModel, CausalLMHead):
+    """The decoder with a language-modelling head."""
+
+    base_class = Qwen2Model
+
+
+class Qwen2ForSequenceClassification(Qwen2PreTrainedModel, SequenceClassificationHead):
+    """The decoder with a head that classifies a sequence by its last token."""
+
+    base_class = Qwen2Model
+
+
+class Qwen2ForTokenClassification(Qwen2PreTrainedModel, TokenClassificationHead):
+    """The decoder with a head that classifies each token."""
+
+    base_class = Qwen2Model
+
+
+class Qwen2ForQuestionAnswering(Qwen2PreTrainedModel, QuestionAnsweringHead):
+    """The decoder with a head that finds where an answer starts and ends."""
+
+    base_class = Qwen2Model

@@ -1,0 +1,143 @@
+"""Softmax attention: softmax(q·kᵀ·scale)·v over the keys a query sees (arXiv:1706.03762, §3.2).
+
+`eager` is the definition. `sdpa` and `flash_attention_2` compute the same function.
+"""
+
+from collections.abc import Mapping
+from importlib import import_module
+from importlib.util import find_spec
+from types import MappingProxyType
+from typing import Protocol
+
+import torch
+import torch.nn.functional as F  # noqa: N812
+from torch import Tensor
+
+from quintet.errors import MissingDependencyError, UnsupportedBackendError
+from quintet.ops.masks import Visibility, causal_mask
+
+__all__ = ["BACKENDS", "AttentionBackend", "attention_backend", "eager", "flash", "sdpa"]
+
+
+class AttentionBackend(Protocol):
+    """One way to compute attention.
+
+    Shapes: q (B, H, T, D), k and v (B, K, S, D) with H a multiple of K; returns the values
+    (B, H, T, D) and, where the backend has them, the weights (B, H, T, S).
+    """
+
+    def __call__(
+        self, q: Tensor, k: Tensor, v: Tensor, seen: Visibility, *, scale: float, dropout: float
+    ) -> tuple[Tensor, Tensor | None]:
+        """Attend."""
+        ...
+
+
+def eager(
+    q: Tensor, k: Tensor, v: Tensor, seen: Visibility, *, scale: float, dropout: float
+) -> tuple[Tensor, Tensor | None]:
+    """Attend by the formula, with the softmax in float32; the only backend that has weights."""
+    groups = q.shape[1] // k.shape[1]
+    k = k.repeat_interleave(groups, dim=1)
+    v = v.repeat_interleave(groups, dim=1)
+    scores = q @ k.transpose(-1, -2) * scale  # (B, H, T, S)
+    mask = seen.mask
+    if seen.is_causal:
+        mask = causal_mask(torch.arange(q.shape[2], device=q.device)[None], k.shape[2], None)
+    if mask is not None and mask.dtype == torch.bool:
+        # The lowest finite number, not -inf: a row that sees nothing stays finite.
+        scores = scores.masked_fill(~mask, torch.finfo(scores.dtype).min)
+    elif mask is not None:
+        scores = scores + mask
+    weights = scores.softmax(dim=-1, dtype=torch.float32).to(q.dtype)
+    return F.dropout(weights, dropout) @ v, weights
+
+
+def sdpa(
+    q: Tensor, k: Tensor, v: Tensor, seen: Visibility, *, scale: float, dropout: float
+) -> tuple[Tensor, Tensor | None]:
+    """Attend by `torch.nn.functional.scaled_dot_product_attention`."""
+    mask = seen.mask
+    if mask is not None and mask.is_floating_point():
+        mask = mask.to(q.dtype)
+    out = F.scaled_dot_product_attention(
+        q,
+        k,
+        v,
+        attn_mask=mask,
+        dropout_p=dropout,
+        is_causal=seen.is_causal,
+        scale=scale,
+        enable_gqa=q.shape[1] != k.shape[1],
+    )
+    return out, None
+
+
+def flash(
+    q: Tensor, k: Tensor, v: Tensor, seen: Visibility, *, scale: float, dropout: float
+) -> tuple[Tensor, Tensor | None]:
+    """Attend by the flash-attn package, version 2 (arXiv:2307.08691).
+
+    Raises:
+        UnsupportedBackendError: a 4-D mask of the caller's own, or a dtype it has no kernel for.
+    """
+    if seen.custom:
+        raise UnsupportedBackendError(
+            "attn_implementation='flash_attention_2' cannot take a 4-D attention_mask; "
+            "use 'sdpa' or 'eager'"
+        )
+    if q.dtype not in (torch.float16, torch.bfloat16):
+        raise UnsupportedBackendError(
+            f"attn_implementation='flash_attention_2' computes in float16 or bfloat16, "
+            f"not {q.dtype}; load the model with dtype='bfloat16', or use 'sdpa'"
+        )
+    package = import_module("flash_attn")
+    q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)  # (B, T, H, D)
+    # Both kernels align the diagonal with the last key, and count a window without the query.
+    window = (-1, -1) if seen.window is None else (seen.window - 1, 0)
+    if isinstance(seen.start, int):
+        end = seen.start + q.shape[1]
+        out = package.flash_attn_func(
+            q,
+            k[:, :end],
+            v[:, :end],
+            dropout_p=dropout,
+            softmax_scale=scale,
+            causal=True,
+            window_size=window,
+        )
+    else:
+        out = package.flash_attn_with_kvcache(
+            q,
+            k,
+            v,
+            cache_seqlens=(seen.start + q.shape[1]).to(torch.int32),
+            softmax_scale=scale,
+            causal=True,
+            window_size=window,
+        )
+    return out.transpose(1, 2), None
+
+
+BACKENDS: Mapping[str, AttentionBackend] = MappingProxyType(
+    {"eager": eager, "sdpa": sdpa, "flash_attention_2": flash}
+)
+
+
+def attention_backend(name: str) -> AttentionBackend:
+    """Return the backend of that name.
+
+    Raises:
+        UnsupportedBackendError: there is none.
+        MissingDependencyError: its package is not installed.
+    """
+    if name not in BACKENDS:
+        raise UnsupportedBackendError(
+            f"attn_implementation={name!r} has to be one of {list(BACKENDS)}"
+        )
+    if name == "flash_attention_2" and find_spec("flash_attn") is None:
+        raise MissingDependencyError(
+            "attn_implementation='flash_attention_2' needs the package flash-attn, which is not "
+            "installed; run `pip install flash-attn` on a machine with CUDA, or use 'sdpa'"
+        )
+    return BACKENDS[name]

@@ -1,0 +1,57 @@
+"""Rows of different lengths: inside the model, padding is always behind a row's tokens.
+
+A mask may put padding anywhere. Packed, a row starts at its first real token, so that a token's
+place in its row is its slot in the cache, and no real token can see padding behind it.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+__all__ = ["Ragged", "keys_in_columns", "ragged"]
+
+
+@dataclass(frozen=True, slots=True)
+class Ragged:
+    """How the columns of a padded batch map to packed rows.
+
+    Attributes:
+        counts: (B,) the real tokens of each row.
+        order: (B, T) the column that each packed place takes.
+        places: (B, T) the packed place of each column, the inverse of `order`.
+    """
+
+    counts: Tensor
+    order: Tensor
+    places: Tensor
+
+    def pack(self, x: Tensor) -> Tensor:
+        """Move padding behind the tokens: (B, T, ...) in columns -> (B, T, ...) packed."""
+        return _take(x, self.order)
+
+    def unpack(self, x: Tensor) -> Tensor:
+        """Put packed rows back into their columns."""
+        return _take(x, self.places)
+
+
+def ragged(mask: Tensor) -> Ragged | None:
+    """Read a (B, T) mask of ones and zeros; None when nothing is padding."""
+    kept = mask.to(torch.bool)
+    if not torch.compiler.is_compiling() and bool(kept.all()):
+        return None
+    order = torch.argsort(~kept, dim=1, stable=True)
+    return Ragged(kept.sum(dim=1), order, torch.argsort(order, dim=1))
+
+
+def keys_in_columns(weights: Tensor, mask: Tensor) -> Tensor:
+    """Put attention weights (B, H, T, S) over slots into the columns of a (B, W) mask."""
+    kept = mask.to(torch.bool)
+    slots = (kept.cumsum(dim=1) - 1).clamp(min=0, max=weights.shape[-1] - 1)
+    index = slots[:, None, None].expand(*weights.shape[:3], -1)
+    return weights.gather(-1, index) * kept[:, None, None]
+
+
+def _take(x: Tensor, index: Tensor) -> Tensor:
+    index = index.reshape(*index.shape, *[1] * (x.ndim - 2)).expand(-1, -1, *x.shape[2:])
+    return x.gather(1, index)

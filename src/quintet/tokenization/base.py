@@ -1,0 +1,350 @@
+"""The one class of tokenizers: a pipeline of the `tokenizers` library, and its settings."""
+
+import copy
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, ClassVar, Self, Unpack
+
+from tokenizers import AddedToken, Tokenizer, processors
+
+from quintet.errors import InputError, ModelNotFoundError, SaveError, TokenizerError
+from quintet.files import write_text
+from quintet.hub import TOKENIZER_PATTERNS, locate
+from quintet.tokenization import files as names
+from quintet.tokenization.chat import Chat
+from quintet.tokenization.decoding import Decoder
+from quintet.tokenization.files import (
+    TokenizerFiles,
+    read_pipeline,
+    read_tokenizer_files,
+    write_templates,
+)
+from quintet.tokenization.options import NAMED_TOKENS, TokenizerOptions, check_choice, check_names
+from quintet.tokenization.templates import ChatTemplates
+from quintet.tokenization.vocabulary import Vocabulary, token_text
+
+__all__ = ["PreTrainedTokenizer", "PreTrainedTokenizerFast"]
+
+_NO_LIMIT = int(1e30)
+_LISTS = ("additional_special_tokens", "extra_special_tokens")
+
+
+class PreTrainedTokenizer(Chat, Decoder):
+    """Text to ids and back, exactly as a pipeline (`tokenizer.json`) says.
+
+    Args:
+        tokenizer_object: a pipeline; it is copied.
+        tokenizer_file: the path of a `tokenizer.json`.
+        options: roles of tokens (`eos_token`, ...), sides, `model_max_length`, `chat_template`
+            and the other keys of `tokenizer_config.json`. A special token that the vocabulary
+            lacks is added to it.
+
+    Raises:
+        InputError: there is no pipeline, or an option is unknown or not usable.
+        TokenizerError: the file is damaged.
+    """
+
+    # How `tokenizer_config.json` calls a class that Transformers knows and that obeys the file.
+    _saved_as: ClassVar[str] = "PreTrainedTokenizerFast"
+
+    def __init__(
+        self,
+        tokenizer_object: Tokenizer | None = None,
+        tokenizer_file: str | os.PathLike[str] | None = None,
+        **options: Unpack[TokenizerOptions],
+    ) -> None:
+        if (tokenizer_object is None) == (tokenizer_file is None):
+            raise InputError(
+                f"{type(self).__name__} needs tokenizer_object or tokenizer_file; "
+                "for a directory or a hub id use from_pretrained"
+            )
+        if tokenizer_file is not None:
+            if not Path(tokenizer_file).is_file():
+                raise ModelNotFoundError(f"there is no file {os.fspath(tokenizer_file)!r}")
+            backend = read_pipeline(Path(tokenizer_file))
+        else:
+            assert tokenizer_object is not None
+            backend = copy.deepcopy(tokenizer_object)
+        self._set_up(backend, options, {})
+
+    def _set_up(
+        self, backend: Tokenizer, options: TokenizerOptions, settings: Mapping[str, Any]
+    ) -> None:
+        """Take over a pipeline; `settings` are the keys of a file that mean nothing here."""
+        check_names(type(self).__name__, options, TokenizerOptions.__annotations__)
+        Vocabulary.__init__(self, backend)
+        # Cutting and padding belong to a call. What the file says is kept for saving it again.
+        self._stored = (backend.truncation, backend.padding)
+        backend.no_truncation()
+        backend.no_padding()
+        self._settings = dict(settings)
+        self.name_or_path = options.get("name_or_path", "")
+        self.padding_side = options.get("padding_side", "right")
+        self.truncation_side = options.get("truncation_side", "right")
+        check_choice("padding_side", self.padding_side, ("left", "right"))
+        check_choice("truncation_side", self.truncation_side, ("left", "right"))
+        limit = options.get("model_max_length")
+        self.model_max_length = _NO_LIMIT if limit is None else int(limit)
+        self.model_input_names = list(
+            options.get("model_input_names", ["input_ids", "attention_mask"])
+        )
+        self.clean_up_tokenization_spaces = bool(options.get("clean_up_tokenization_spaces"))
+        self.split_special_tokens = bool(options.get("split_special_tokens"))
+        backend.encode_special_tokens = self.split_special_tokens
+        self.errors = options.get("errors", "replace")
+        self._check_errors()
+        self._templates = ChatTemplates(options.get("chat_template"))
+        self._give_roles(options)
+        self._surround(options.get("add_bos_token"), options.get("add_eos_token"))
+
+    @property
+    def is_fast(self) -> bool:
+        """Always true: there is one implementation."""
+        return True
+
+    def __repr__(self) -> str:
+        return (
+            f"{type(self).__name__}(name_or_path={self.name_or_path!r}, "
+            f"vocab_size={self.vocab_size}, added={len(self) - self.vocab_size}, "
+            f"special_tokens={self.special_tokens_map})"
+        )
+
+    # -- reading ------------------------------------------------------------------------------
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        pretrained_model_name_or_path: str | os.PathLike[str],
+        *,
+        revision: str | None = None,
+        cache_dir: str | os.PathLike[str] | None = None,
+        token: str | bool | None = None,
+        local_files_only: bool = False,
+        subfolder: str = "",
+        trust_remote_code: bool | None = None,
+        use_fast: bool | None = None,
+        legacy: bool | None = None,
+        **options: Unpack[TokenizerOptions],
+    ) -> Self:
+        """Load the tokenizer of a directory or a hub id; options win over its files.
+
+        `tokenizer.json` is obeyed to the letter, whichever class the directory names.
+        `trust_remote_code`, `use_fast` and `legacy` are accepted and change nothing: no code of
+        a repository is ever run, and there is one implementation.
+
+        Raises:
+            ModelNotFoundError: no such directory or repository, or no tokenizer in it.
+            TokenizerError: its files are damaged or contradict each other.
+            InputError: an option is unknown or not usable.
+        """
+        check_names(f"{cls.__name__}.from_pretrained", options, TokenizerOptions.__annotations__)
+        root = locate(
+            pretrained_model_name_or_path,
+            TOKENIZER_PATTERNS,
+            revision=revision,
+            cache_dir=cache_dir,
+            token=token,
+            local_files_only=local_files_only,
+            subfolder=subfolder,
+        )
+        return cls._from_files(
+            read_tokenizer_files(root),
+            {"name_or_path": os.fspath(pretrained_model_name_or_path), **options},
+        )
+
+    @classmethod
+    def _from_files(cls, files: TokenizerFiles, options: TokenizerOptions) -> Self:
+        if files.pipeline is not None:
+            backend = read_pipeline(files.pipeline)
+        else:
+            assert files.vocabulary is not None
+            backend = cls._from_vocabulary(*files.vocabulary)
+        _add_with_ids(backend, files.added)
+        known = TokenizerOptions.__annotations__
+        given = {k: v for k, v in files.settings.items() if k in known and v is not None}
+        rest = {k: v for k, v in files.settings.items() if k not in known}
+        if files.chat_template is not None:
+            given["chat_template"] = files.chat_template
+        merged: TokenizerOptions = {**cls._defaults(), **given, **options}  # type: ignore[typeddict-item]
+        tokenizer = cls.__new__(cls)
+        tokenizer._set_up(backend, merged, rest)
+        return tokenizer
+
+    @classmethod
+    def _defaults(cls) -> TokenizerOptions:
+        return {}
+
+    @classmethod
+    def _from_vocabulary(cls, vocab: Path, merges: Path) -> Tokenizer:
+        raise TokenizerError(
+            f"{vocab.parent} has {vocab.name} and {merges.name} but no {names.TOKENIZER}, so how "
+            "a text is split is not known; use AutoTokenizer, or the family's own class "
+            "(Qwen2Tokenizer)"
+        )
+
+    # -- writing ------------------------------------------------------------------------------
+
+    def save_pretrained(
+        self, save_directory: str | os.PathLike[str], filename_prefix: str | None = None
+    ) -> tuple[str, ...]:
+        """Write all files of the tokenizer and return their paths.
+
+        Raises:
+            SaveError: one could not be written.
+        """
+        root = _directory(save_directory)
+        prefix = f"{filename_prefix}-" if filename_prefix else ""
+        roles: dict[str, Any] = dict(self.special_tokens_map)
+        if self._additional:
+            roles["additional_special_tokens"] = self._additional
+        settings = {
+            **self._settings,
+            **roles,
+            "added_tokens_decoder": {
+                str(index): json.loads(json.dumps(_flags(token)))
+                for index, token in self.added_tokens_decoder.items()
+            },
+            "clean_up_tokenization_spaces": self.clean_up_tokenization_spaces,
+            "errors": self.errors,
+            "model_input_names": self.model_input_names,
+            "model_max_length": self.model_max_length,
+            "padding_side": self.padding_side,
+            "split_special_tokens": self.split_special_tokens,
+            "tokenizer_class": self._saved_as,
+            "truncation_side": self.truncation_side,
+        }
+        pairs = [
+            (names.TOKENIZER, self._pipeline_json()),
+            (names.SETTINGS, _json(settings)),
+            (names.SPECIAL_TOKENS, _json(roles)),
+        ]
+        paths = [root / f"{prefix}{name}" for name, _ in pairs]
+        for path, (_, text) in zip(paths, pairs, strict=True):
+            write_text(path, text)
+        paths += write_templates(root, self.chat_template)
+        return tuple(map(str, paths))
+
+    def save_vocabulary(
+        self, save_directory: str | os.PathLike[str], filename_prefix: str | None = None
+    ) -> tuple[str, ...]:
+        """Write the files of the vocabulary alone, without added tokens; return their paths.
+
+        Raises:
+            SaveError: one could not be written.
+        """
+        root = _directory(save_directory)
+        try:
+            root.mkdir(parents=True, exist_ok=True)
+            return tuple(self._tokenizer.model.save(str(root), filename_prefix))
+        except Exception as error:
+            raise SaveError(f"could not write the vocabulary into {root}: {error}") from error
+
+    def _pipeline_json(self) -> str:
+        text = self._tokenizer.to_str(pretty=True)
+        truncation, padding = self._stored
+        if truncation is None and padding is None:
+            return text
+        whole = Tokenizer.from_str(text)
+        if truncation is not None:
+            whole.enable_truncation(**truncation)
+        if padding is not None:
+            whole.enable_padding(**padding)
+        return whole.to_str(pretty=True)
+
+    # -- setting up ---------------------------------------------------------------------------
+
+    def _give_roles(self, options: TokenizerOptions) -> None:
+        given = {role: options[role] for role in NAMED_TOKENS if options.get(role)}  # type: ignore[literal-required]
+        listed: list[Any] = []
+        for key in _LISTS:
+            tokens: Any = options.get(key) or []
+            listed += tokens.values() if isinstance(tokens, Mapping) else tokens
+        self._named = {role: token_text(token) for role, token in given.items()}
+        self._additional = list(dict.fromkeys(map(token_text, listed)))
+        # What the pipeline knows already is left as the pipeline has it.
+        missing = [
+            token if isinstance(token, AddedToken) else token_text(token)
+            for token in [*given.values(), *listed]
+            if self._tokenizer.token_to_id(token_text(token)) is None
+        ]
+        self.add_tokens(missing, special_tokens=True)
+
+    def _surround(self, begin: bool | None, end: bool | None) -> None:
+        """Obey `add_bos_token` and `add_eos_token` where they differ from the pipeline."""
+        if begin is None and end is None:
+            return
+        empty = self._tokenizer.encode("")
+        pairs = zip(empty.ids, empty.special_tokens_mask, strict=True)
+        found = [index for index, special in pairs if special]
+        bos, eos = self.bos_token_id, self.eos_token_id
+        begin = bos in found[:1] if begin is None else begin
+        end = eos in found[1 if begin and bos == eos else 0 :] if end is None else end
+        for name, wanted, index in (("bos", begin, bos), ("eos", end, eos)):
+            if wanted and index is None:
+                raise InputError(f"add_{name}_token=True needs a {name}_token, and there is none")
+        wanted_ids = [bos] * bool(begin) + [eos] * bool(end)
+        if found == wanted_ids:
+            return
+        if not {*found} <= {bos, eos}:
+            raise InputError(
+                f"add_bos_token={begin} and add_eos_token={end} contradict the pipeline, which "
+                f"adds {self.convert_ids_to_tokens(found)} around a text"
+            )
+        before = f"{self.bos_token} " if begin else ""
+        after = f" {self.eos_token}" if end else ""
+        pair = f"{self.bos_token}:1 " if begin else ""
+        template = processors.TemplateProcessing(
+            single=f"{before}$A{after}",
+            pair=f"{before}$A{after} {pair}$B:1{after + ':1' if end else ''}",
+            special_tokens=[
+                (token, index)
+                for token, index in ((self.bos_token, bos), (self.eos_token, eos))
+                if token is not None and index is not None
+            ],
+        )
+        self._tokenizer.post_processor = template
+
+
+def _add_with_ids(backend: Tokenizer, added: Mapping[int, AddedToken]) -> None:
+    """Add the tokens a pipeline lacks, in the order of their ids.
+
+    Raises:
+        TokenizerError: a token would get another id than the files say.
+    """
+    for index, token in sorted(added.items()):
+        if backend.token_to_id(token.content) is None:
+            backend.add_tokens([token])
+        found = backend.token_to_id(token.content)
+        if found != index:
+            raise TokenizerError(
+                f"the token {token.content!r} has the id {index} in {names.SETTINGS} (or "
+                f"{names.ADDED_TOKENS}), but the vocabulary gives it {found}; the files are of "
+                "different tokenizers"
+            )
+
+
+def _directory(path: str | os.PathLike[str]) -> Path:
+    root = Path(path)
+    if root.is_file():
+        raise SaveError(f"{root} is a file; a tokenizer is saved into a directory")
+    return root
+
+
+def _flags(token: AddedToken) -> dict[str, Any]:
+    return {
+        "content": token.content,
+        "lstrip": token.lstrip,
+        "normalized": token.normalized,
+        "rstrip": token.rstrip,
+        "single_word": token.single_word,
+        "special": token.special,
+    }
+
+
+def _json(value: Any) -> str:
+    return json.dumps(value, indent=2, sort_keys=True, ensure_ascii=False) + "\n"
+
+
+PreTrainedTokenizerFast = PreTrainedTokenizer

@@ -1,0 +1,335 @@
+"""Text to ids: one call for a text, a batch, pairs, or texts that are already words."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any, Unpack
+
+from tokenizers import Encoding
+
+from quintet.errors import InputError, TokenizerError
+from quintet.tokenization.arrays import as_lists
+from quintet.tokenization.batch import BatchEncoding
+from quintet.tokenization.lengths import Cut, pad_target, padding_strategy, truncation_strategy
+from quintet.tokenization.options import EncodeOptions, Side, check_choice, check_names
+from quintet.tokenization.rows import Row
+from quintet.tokenization.vocabulary import Vocabulary, share_pipeline
+
+__all__ = ["UNBOUNDED", "Encoder"]
+
+# What tokenizer_config.json says instead of "no limit" is 10^30; nothing real comes near this.
+UNBOUNDED = 10**20
+
+Text = str | Sequence[str] | Sequence[Sequence[str]]
+
+
+class Encoder(Vocabulary):
+    """The half of a tokenizer that reads text."""
+
+    padding_side: Side
+    truncation_side: Side
+    model_max_length: int
+    model_input_names: list[str]
+    split_special_tokens: bool
+
+    def __call__(
+        self, text: Text, text_pair: Text | None = None, **options: Unpack[EncodeOptions]
+    ) -> BatchEncoding:
+        """Encode a text, or a list of them, each with its pair if there is one.
+
+        Args:
+            text: a string, or a list of strings; with `is_split_into_words=True` a list of
+                words, or a list of lists of words.
+            text_pair: the second text, or as many of them as there are texts.
+            options:
+                padding (False): True or "longest" for the longest row, "max_length" for
+                `max_length`; `padding_side` and `pad_to_multiple_of` shape it.
+                truncation (False): True or "longest_first", "only_first", "only_second", to
+                `max_length`, or `model_max_length` if that is not given; the side is the
+                attribute `truncation_side`. `return_overflowing_tokens=True` returns what was
+                cut off as further rows that overlap by `stride` tokens.
+                return_tensors (None): "pt" or "np".
+                add_special_tokens (True): whether the pipeline adds what it adds around a text.
+                split_special_tokens: whether special tokens written in a text are read as
+                ordinary text; the attribute of the same name where it is not given.
+                return_attention_mask, return_token_type_ids (as in `model_input_names`),
+                return_special_tokens_mask, return_offsets_mapping, return_length (False):
+                further columns.
+
+        Raises:
+            InputError: text or an option is not usable as given.
+        """
+        check_names(f"{type(self).__name__}(...)", options, EncodeOptions.__annotations__)
+        as_words = options.get("is_split_into_words", False)
+        inputs, batched = _inputs(text, text_pair, as_words)
+        encodings = self._encode(
+            inputs,
+            as_words=as_words,
+            add_special_tokens=options.get("add_special_tokens", True),
+            split_special_tokens=options.get("split_special_tokens"),
+        )
+        return self._finish([Row(encoding) for encoding in encodings], batched, options)
+
+    def encode(
+        self, text: Text, text_pair: Text | None = None, **options: Unpack[EncodeOptions]
+    ) -> list[int]:
+        """Return the ids of one text; options are those of `tokenizer(...)`."""
+        ids: list[int] = self(text, text_pair, **options)["input_ids"]
+        return ids
+
+    def tokenize(
+        self,
+        text: str,
+        pair: str | None = None,
+        **options: Unpack[EncodeOptions],
+    ) -> list[str]:
+        """Return the tokens of one text as the vocabulary spells them, none added around it."""
+        options.setdefault("add_special_tokens", False)
+        return self(text, pair, **options).tokens()
+
+    def num_special_tokens_to_add(self, pair: bool = False) -> int:
+        """Return how many tokens the pipeline adds around a text, or around a pair."""
+        return self._tokenizer.num_special_tokens_to_add(pair)
+
+    def pad(
+        self,
+        encoded_inputs: Mapping[str, Any] | Sequence[Mapping[str, Any]],
+        padding: bool | str = True,
+        max_length: int | None = None,
+        pad_to_multiple_of: int | None = None,
+        padding_side: Side | None = None,
+        return_attention_mask: bool | None = None,
+        return_tensors: str | None = None,
+    ) -> BatchEncoding:
+        """Pad rows that are already ids: columns of rows, one row, or a list of rows.
+
+        `labels` are padded with -100, which losses leave out.
+
+        Raises:
+            InputError: there are no input_ids, or a column cannot be padded.
+        """
+        columns, batched = _columns(encoded_inputs, self.model_input_names[0])
+        main = self.model_input_names[0]
+        lengths = [len(row) for row in columns[main]]
+        if return_attention_mask is None:
+            return_attention_mask = "attention_mask" in self.model_input_names
+        if return_attention_mask and "attention_mask" not in columns:
+            columns["attention_mask"] = [[1] * length for length in lengths]
+        target = self._pad_target(lengths, padding, max_length, pad_to_multiple_of)
+        if target is not None:
+            side = padding_side or self.padding_side
+            check_choice("padding_side", side, ("left", "right"))
+            fills = {main: self.pad_token_id, **_FILLS}
+            for name, rows in columns.items():
+                if not all(isinstance(row, list) for row in rows):
+                    continue
+                if name not in fills:
+                    raise InputError(
+                        f"cannot pad the column {name!r}; leave it out, or pad it beforehand"
+                    )
+                columns[name] = [_filled(row, target, side, fills[name]) for row in rows]
+        if not batched and return_tensors is None:
+            columns = {name: rows[0] for name, rows in columns.items()}
+        return BatchEncoding(columns, tensor_type=return_tensors)
+
+    # -- steps --------------------------------------------------------------------------------
+
+    def _encode(
+        self,
+        inputs: list[Any],
+        *,
+        as_words: bool = False,
+        add_special_tokens: bool,
+        split_special_tokens: bool | None = None,
+    ) -> list[Encoding]:
+        backend = self._tokenizer
+        if split_special_tokens not in (None, self.split_special_tokens):
+            backend = share_pipeline(backend, added_tokens=True)
+            backend.encode_special_tokens = bool(split_special_tokens)
+        try:
+            return backend.encode_batch(
+                inputs, is_pretokenized=as_words, add_special_tokens=add_special_tokens
+            )
+        # These are strings, as was checked: only half of a surrogate pair is no text to the library.
+        except TypeError:
+            raise InputError(
+                "the text holds half of a surrogate pair, so it is not Unicode text; "
+                "repair it: text.encode('utf-16', 'surrogatepass').decode('utf-16', 'replace')"
+            ) from None
+        # The library raises bare Exception for a text its model cannot express.
+        except Exception as error:
+            raise TokenizerError(f"the pipeline cannot encode this text: {error}") from error
+
+    def _finish(self, rows: list[Row], batched: bool, options: EncodeOptions) -> BatchEncoding:
+        """Cut and pad rows, and lay the columns out that were asked for."""
+        overflow = options.get("return_overflowing_tokens", False)
+        cut = self._cut(options)
+        sources = list(range(len(rows)))
+        if cut is not None:
+            pieces = [cut.apply(row, overflow=overflow) for row in rows]
+            sources = [index for index, piece in enumerate(pieces) for _ in piece]
+            rows = [row for piece in pieces for row in piece]
+        rows = self._pad_rows(rows, cut, options)
+        columns = self._lay_out(rows, options)
+        if overflow:
+            columns["overflow_to_sample_mapping"] = sources
+        kind = options.get("return_tensors")
+        if not batched and kind is None and not overflow:
+            columns = {name: column[0] for name, column in columns.items()}
+        return BatchEncoding(columns, rows, tensor_type=kind)
+
+    def _cut(self, options: EncodeOptions) -> Cut | None:
+        strategy = truncation_strategy(options.get("truncation"))
+        check_choice(
+            "truncation",
+            strategy,
+            ("do_not_truncate", "longest_first", "only_first", "only_second"),
+        )
+        check_choice("truncation_side", self.truncation_side, ("left", "right"))
+        max_length = options.get("max_length")
+        stride = options.get("stride", 0)
+        if strategy == "do_not_truncate":
+            padding = options.get("padding", False)
+            if max_length is not None and padding != "max_length":
+                raise InputError(
+                    f"max_length={max_length} has no effect without truncation=True "
+                    "or padding='max_length'"
+                )
+            if stride or options.get("return_overflowing_tokens"):
+                raise InputError("stride and return_overflowing_tokens need truncation=True")
+            return None
+        if max_length is None:
+            if self.model_max_length > UNBOUNDED:
+                return None
+            max_length = self.model_max_length
+        multiple = options.get("pad_to_multiple_of")
+        if multiple and options.get("padding") and max_length % multiple:
+            raise InputError(
+                f"max_length={max_length} is not a multiple of pad_to_multiple_of={multiple}, "
+                "so rows that are cut would be padded beyond it"
+            )
+        return Cut(
+            strategy=strategy, max_length=max_length, side=self.truncation_side, stride=stride
+        )
+
+    def _pad_rows(self, rows: list[Row], cut: Cut | None, options: EncodeOptions) -> list[Row]:
+        padding = options.get("padding", False)
+        max_length = options.get("max_length")
+        side = options.get("padding_side") or self.padding_side
+        check_choice("padding_side", side, ("left", "right"))
+        lengths = [len(row) for row in rows]
+        multiple = options.get("pad_to_multiple_of")
+        target = self._pad_target(lengths, padding, max_length, multiple)
+        if target is None:
+            return rows
+        pad_id, pad_token = self.pad_token_id, self.pad_token
+        assert pad_id is not None
+        assert pad_token is not None
+        missing = [max(target - length, 0) for length in lengths]
+        sides = [(0, count) if side == "right" else (count, 0) for count in missing]
+        return [
+            row.padded(left, right, pad_id=pad_id, pad_token=pad_token)
+            for row, (left, right) in zip(rows, sides, strict=True)
+        ]
+
+    def _pad_target(
+        self,
+        lengths: list[int],
+        padding: bool | str,
+        max_length: int | None,
+        multiple: int | None,
+    ) -> int | None:
+        if max_length is None and self.model_max_length <= UNBOUNDED:
+            max_length = self.model_max_length
+        target = pad_target(lengths, padding_strategy(padding), max_length, multiple)
+        if target is not None and self.pad_token_id is None:
+            raise InputError(
+                f"padding={padding!r} needs a padding token and this tokenizer has none; "
+                "set one: tokenizer.pad_token = tokenizer.eos_token"
+            )
+        return target
+
+    def _lay_out(self, rows: list[Row], options: EncodeOptions) -> dict[str, list[Any]]:
+        names = self.model_input_names
+        columns: dict[str, list[Any]] = {names[0]: [row.ids for row in rows]}
+        with_types = options.get("return_token_type_ids")
+        if "token_type_ids" in names if with_types is None else with_types:
+            columns["token_type_ids"] = [row.type_ids for row in rows]
+        with_mask = options.get("return_attention_mask")
+        if "attention_mask" in names if with_mask is None else with_mask:
+            columns["attention_mask"] = [row.attention_mask for row in rows]
+        if options.get("return_special_tokens_mask"):
+            columns["special_tokens_mask"] = [row.special_tokens_mask for row in rows]
+        if options.get("return_offsets_mapping"):
+            columns["offset_mapping"] = [row.offsets for row in rows]
+        if options.get("return_length"):
+            columns["length"] = [len(row) for row in rows]
+        return columns
+
+
+_FILLS: dict[str, Any] = {
+    "attention_mask": 0,
+    "token_type_ids": 0,
+    "special_tokens_mask": 1,
+    "offset_mapping": (0, 0),
+    "labels": -100,
+}
+
+
+def _filled(row: list[Any], target: int, side: Side, fill: Any) -> list[Any]:
+    padding = [fill] * (target - len(row))
+    return row + padding if side == "right" else padding + row
+
+
+def _columns(
+    given: Mapping[str, Any] | Sequence[Mapping[str, Any]], main: str
+) -> tuple[dict[str, list[Any]], bool]:
+    """Return rows as columns of lists, and whether there was a batch of them."""
+    if isinstance(given, Mapping):
+        columns = {name: as_lists(column) for name, column in given.items()}
+    else:
+        rows = list(given)
+        if not rows:
+            raise InputError("pad needs at least one row")
+        if any(row.keys() != rows[0].keys() for row in rows):
+            raise InputError("the rows to pad have different columns")
+        columns = {name: [as_lists(row[name]) for row in rows] for name in rows[0]}
+    if main not in columns:
+        raise InputError(f"pad needs {main!r} and got {', '.join(columns) or 'no columns'}")
+    batched = not columns[main] or isinstance(columns[main][0], list)
+    return columns if batched else {name: [row] for name, row in columns.items()}, batched
+
+
+def _inputs(text: Any, pair: Any, as_words: bool) -> tuple[list[Any], bool]:
+    """Check texts and pairs; return them as a batch, and whether they were one.
+
+    Raises:
+        InputError: something is not text, or the counts differ.
+    """
+    if as_words:
+        batched = isinstance(text, list | tuple) and bool(text) and not isinstance(text[0], str)
+    else:
+        batched = isinstance(text, list | tuple)
+    texts = list(text) if batched else [text]
+    for index, one in enumerate(texts):
+        _check_text(one, as_words, f"text[{index}]" if batched else "text")
+    if pair is None:
+        return texts, batched
+    if batched and not isinstance(pair, list | tuple):
+        raise InputError(f"text is a list of {len(texts)}, so text_pair has to be one too")
+    pairs = list(pair) if batched else [pair]
+    if len(pairs) != len(texts):
+        raise InputError(f"{len(texts)} texts but {len(pairs)} pairs")
+    for index, one in enumerate(pairs):
+        _check_text(one, as_words, f"text_pair[{index}]" if batched else "text_pair")
+    return list(zip(texts, pairs, strict=True)), batched
+
+
+def _check_text(value: Any, as_words: bool, name: str) -> None:
+    if as_words:
+        if not isinstance(value, list | tuple) or not all(isinstance(w, str) for w in value):
+            raise InputError(
+                f"{name} has to be a list of words, as is_split_into_words=True says, "
+                f"not {type(value).__name__}"
+            )
+    elif not isinstance(value, str):
+        hint = "; pass is_split_into_words=True for words" if isinstance(value, list) else ""
+        raise InputError(f"{name} has to be a string, not {type(value).__name__}{hint}")

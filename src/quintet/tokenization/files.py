@@ -1,0 +1,178 @@
+"""The files of a tokenizer's directory, read and written."""
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from tokenizers import AddedToken, Tokenizer
+
+from quintet.errors import CheckpointError, ModelNotFoundError, SaveError, TokenizerError
+from quintet.files import read_json, write_text
+from quintet.tokenization.options import NAMED_TOKENS
+
+__all__ = ["TokenizerFiles", "read_pipeline", "read_tokenizer_files", "write_templates"]
+
+TOKENIZER = "tokenizer.json"
+SETTINGS = "tokenizer_config.json"
+SPECIAL_TOKENS = "special_tokens_map.json"
+ADDED_TOKENS = "added_tokens.json"
+VOCAB = "vocab.json"
+MERGES = "merges.txt"
+TEMPLATE = "chat_template.jinja"
+TEMPLATES = "additional_chat_templates"
+
+_FLAGS = ("single_word", "lstrip", "rstrip", "normalized", "special")
+
+
+@dataclass(slots=True, kw_only=True)
+class TokenizerFiles:
+    """What a directory says about its tokenizer."""
+
+    root: Path
+    settings: dict[str, Any]
+    added: dict[int, AddedToken] = field(default_factory=dict)
+    chat_template: str | dict[str, str] | None = None
+
+    @property
+    def pipeline(self) -> Path | None:
+        """The file that describes the whole pipeline, if there is one."""
+        path = self.root / TOKENIZER
+        return path if path.is_file() else None
+
+    @property
+    def vocabulary(self) -> tuple[Path, Path] | None:
+        """The two files of a byte-level vocabulary, if they are there."""
+        vocab, merges = self.root / VOCAB, self.root / MERGES
+        return (vocab, merges) if vocab.is_file() and merges.is_file() else None
+
+
+def read_tokenizer_files(root: Path) -> TokenizerFiles:
+    """Read the small files of a tokenizer's directory.
+
+    Raises:
+        ModelNotFoundError: there is no tokenizer in it.
+        TokenizerError: a file is damaged.
+    """
+    files = TokenizerFiles(root=root, settings=_read(root / SETTINGS))
+    if files.pipeline is None and files.vocabulary is None:
+        raise ModelNotFoundError(
+            f"{root} has no tokenizer: looked for {TOKENIZER}, and for {VOCAB} with {MERGES}"
+        )
+    given = files.settings.pop("added_tokens_decoder", None) or {}
+    if not isinstance(given, dict):
+        raise TokenizerError(f"{root / SETTINGS}: added_tokens_decoder has to be an object")
+    files.added = {
+        _as_id(index, SETTINGS): _as_token(token, SETTINGS) for index, token in given.items()
+    }
+    roles = _read(root / SPECIAL_TOKENS)
+    known = (*NAMED_TOKENS, "additional_special_tokens", "extra_special_tokens")
+    for role in known:
+        if roles.get(role) is not None and files.settings.get(role) is None:
+            files.settings[role] = roles[role]
+    special = {
+        token["content"] if isinstance(token, dict) else token
+        for role in known
+        for token in _as_list(files.settings.get(role))
+    }
+    by_text = {token.content: index for index, token in files.added.items()}
+    for text, index in _read(root / ADDED_TOKENS).items():
+        if text not in by_text:
+            is_special = text in special
+            token = AddedToken(text, special=is_special, normalized=not is_special)
+            files.added[_as_id(index, ADDED_TOKENS)] = token
+    files.chat_template = _read_templates(root, files.settings.pop("chat_template", None))
+    return files
+
+
+def read_pipeline(path: Path) -> Tokenizer:
+    """Read a `tokenizer.json`.
+
+    Raises:
+        TokenizerError: it is damaged, or for a version of `tokenizers` that is not installed.
+    """
+    try:
+        return Tokenizer.from_file(str(path))
+    # The library raises bare Exception, with the place in the file as its message.
+    except Exception as error:
+        raise TokenizerError(
+            f"{path} is not a readable tokenizer ({error}); fetch the file again"
+        ) from error
+
+
+def write_templates(root: Path, template: str | Mapping[str, str] | None) -> list[Path]:
+    """Write chat templates, one a file, and return the files.
+
+    Raises:
+        SaveError: a name is not one of a file, or writing failed.
+    """
+    named = template if isinstance(template, Mapping) else {"default": template}
+    written = []
+    for name, source in named.items():
+        if source is None:
+            continue
+        path = root / TEMPLATE if name == "default" else root / TEMPLATES / f"{name}.jinja"
+        if Path(f"{name}.jinja").name != f"{name}.jinja" or name in ("", ".", ".."):
+            raise SaveError(f"the chat template's name {name!r} is not a name for a file")
+        write_text(path, source)
+        written.append(path)
+    return written
+
+
+def _read_templates(root: Path, settings: Any) -> str | dict[str, str] | None:
+    """Read templates from their own files, which win, or else from the settings."""
+    named: dict[str, str] = {}
+    if isinstance(settings, list):
+        try:
+            named = {entry["name"]: entry["template"] for entry in settings}
+        except (TypeError, KeyError):
+            raise TokenizerError(
+                f"{root / SETTINGS}: chat_template has to be a string, or a list of objects "
+                "with 'name' and 'template'"
+            ) from None
+    elif settings is not None:
+        named = dict(settings) if isinstance(settings, dict) else {"default": settings}
+    if (root / TEMPLATE).is_file():
+        named["default"] = _text(root / TEMPLATE)
+    for path in sorted((root / TEMPLATES).glob("*.jinja")):
+        named[path.stem] = _text(path)
+    if not named:
+        return None
+    return named["default"] if list(named) == ["default"] else named
+
+
+def _text(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise TokenizerError(f"{path} is not UTF-8 text ({error.reason})") from error
+
+
+def _read(path: Path) -> dict[str, Any]:
+    if not path.is_file():
+        return {}
+    try:
+        return read_json(path)
+    except CheckpointError as error:
+        raise TokenizerError(str(error)) from error
+
+
+def _as_list(value: Any) -> list[Any]:
+    if isinstance(value, dict) and "content" not in value:
+        return list(value.values())
+    return value if isinstance(value, list) else [] if value is None else [value]
+
+
+def _as_id(index: Any, file: str) -> int:
+    try:
+        return int(index)
+    except (TypeError, ValueError):
+        raise TokenizerError(f"{file}: {index!r} is not a token id") from None
+
+
+def _as_token(token: Any, file: str) -> AddedToken:
+    if not isinstance(token, dict) or not isinstance(token.get("content"), str):
+        raise TokenizerError(f"{file}: {json.dumps(token)} is not an added token")
+    flags = {name: bool(token[name]) for name in _FLAGS if name in token}
+    return AddedToken(token["content"], **flags)

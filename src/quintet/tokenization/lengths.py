@@ -1,0 +1,132 @@
+"""Cutting and padding: which tokens of each row stay, and how much goes around them."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from quintet.errors import InputError
+from quintet.tokenization.options import Side, check_choice
+from quintet.tokenization.rows import Row
+
+__all__ = ["Cut", "pad_target", "padding_strategy", "truncation_strategy"]
+
+
+def padding_strategy(given: bool | str | None) -> str:
+    """Return the name of a padding strategy, which True and False stand for."""
+    return given if isinstance(given, str) else "longest" if given else "do_not_pad"
+
+
+def truncation_strategy(given: bool | str | None) -> str:
+    """Return the name of a truncation strategy, which True and False stand for."""
+    return given if isinstance(given, str) else "longest_first" if given else "do_not_truncate"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Cut:
+    """How rows that are too long are cut."""
+
+    strategy: str
+    max_length: int
+    side: Side
+    stride: int = 0
+
+    def __post_init__(self) -> None:
+        if self.max_length < 0:
+            raise InputError(f"max_length={self.max_length} has to be at least 0")
+        if self.stride < 0:
+            raise InputError(f"stride={self.stride} has to be at least 0")
+
+    def apply(self, row: Row, *, overflow: bool) -> list[Row]:
+        """Return the row cut to length and, with `overflow`, the rows of what was cut off.
+
+        Raises:
+            InputError: the strategy cannot make the row short enough.
+        """
+        excess = len(row) - self.max_length
+        if excess <= 0:
+            return [row]
+        text, pair = row.sequence_lengths()
+        room = self.max_length - (len(row) - text - pair)
+        if room < 0:
+            raise InputError(
+                f"max_length={self.max_length} has no room for the {len(row) - text - pair} "
+                "tokens added around every text; raise it, or pass add_special_tokens=False"
+            )
+        new_text, new_pair = self._shares(text, pair, room)
+        if overflow and new_text < text and new_pair < pair:
+            raise InputError(
+                "return_overflowing_tokens with a pair needs truncation='only_first' or "
+                "'only_second', so that one of the two stays whole"
+            )
+        rows = row.windows(self._windows(text, new_text), self._windows(pair, new_pair))
+        return rows if overflow else rows[:1]
+
+    def _shares(self, text: int, pair: int, room: int) -> tuple[int, int]:
+        """Return how many tokens of each sequence stay."""
+        if self.strategy == "longest_first":
+            if not pair:
+                return room, 0
+            short, long = min(text, pair), max(text, pair)
+            long = short if short > room else max(short, room - short)
+            if short + long > room:
+                short = room // 2
+                long = short + room % 2
+            return (short, long) if text <= pair else (long, short)
+        excess = text + pair - room
+        cut = text if self.strategy == "only_first" else pair
+        if cut < excess:
+            which = self.strategy.removeprefix("only_")
+            raise InputError(
+                f"truncation={self.strategy!r} has to remove {excess} tokens to reach "
+                f"max_length={self.max_length}, but the {which} sequence has {cut}"
+            )
+        return (text - excess, pair) if self.strategy == "only_first" else (text, pair - excess)
+
+    def _windows(self, length: int, size: int) -> list[range]:
+        """Return the window that stays, then those that together cover what was cut off."""
+        if size >= length:
+            return [range(length)]
+        if size == 0:
+            return [range(0)]
+        if self.stride >= size:
+            raise InputError(
+                f"stride={self.stride} has to be less than the {size} tokens a row has room for"
+            )
+        windows = []
+        step = size - self.stride
+        if self.side == "right":
+            for start in range(0, length, step):
+                windows.append(range(start, min(start + size, length)))
+                if windows[-1].stop == length:
+                    break
+        else:
+            for stop in range(length, 0, -step):
+                windows.append(range(max(stop - size, 0), stop))
+                if windows[-1].start == 0:
+                    break
+        return windows
+
+
+def pad_target(
+    lengths: Sequence[int], strategy: str, max_length: int | None, multiple: int | None
+) -> int | None:
+    """Return the length all rows are padded to, or None for no padding.
+
+    Raises:
+        InputError: the strategy is unknown, or lacks its length.
+    """
+    check_choice("padding", strategy, ("do_not_pad", "longest", "max_length"))
+    if strategy == "do_not_pad":
+        return None
+    if strategy == "max_length":
+        if max_length is None:
+            raise InputError(
+                "padding='max_length' needs max_length=…, as this tokenizer has no model_max_length"
+            )
+        target = max_length
+    else:
+        target = max(lengths, default=0)
+    if multiple is not None:
+        if multiple < 1:
+            raise InputError(f"pad_to_multiple_of={multiple} has to be at least 1")
+        target = -(-target // multiple) * multiple
+    return target

@@ -1,0 +1,71 @@
+"""The tokenizer of a directory or hub id, of the class its files ask for."""
+
+import os
+from pathlib import Path
+from typing import Unpack
+
+from quintet.configuration.base import CONFIG_NAME
+from quintet.errors import CheckpointError, TokenizerError
+from quintet.files import read_json
+from quintet.hub import TOKENIZER_PATTERNS, locate
+from quintet.tokenization.base import PreTrainedTokenizer
+from quintet.tokenization.files import TokenizerFiles, read_tokenizer_files
+from quintet.tokenization.options import TokenizerOptions, check_names
+from quintet.tokenization.qwen2 import Qwen2Tokenizer
+
+__all__ = ["load"]
+
+
+def load(
+    pretrained_model_name_or_path: str | os.PathLike[str],
+    *,
+    revision: str | None = None,
+    cache_dir: str | os.PathLike[str] | None = None,
+    token: str | bool | None = None,
+    local_files_only: bool = False,
+    subfolder: str = "",
+    trust_remote_code: bool | None = None,
+    use_fast: bool | None = None,
+    legacy: bool | None = None,
+    **options: Unpack[TokenizerOptions],
+) -> PreTrainedTokenizer:
+    """Load a tokenizer; see `PreTrainedTokenizer.from_pretrained`.
+
+    The class only says how a bare `vocab.json` is read: where there is a `tokenizer.json`, that
+    file is the pipeline.
+
+    Raises:
+        ModelNotFoundError: no such directory or repository, or no tokenizer in it.
+        TokenizerError: its files are damaged or contradict each other.
+        InputError: an option is unknown or not usable.
+    """
+    check_names("AutoTokenizer.from_pretrained", options, TokenizerOptions.__annotations__)
+    root = locate(
+        pretrained_model_name_or_path,
+        (*TOKENIZER_PATTERNS, CONFIG_NAME),
+        revision=revision,
+        cache_dir=cache_dir,
+        token=token,
+        local_files_only=local_files_only,
+        subfolder=subfolder,
+    )
+    files = read_tokenizer_files(root)
+    kind = Qwen2Tokenizer if _is_qwen2(files) else PreTrainedTokenizer
+    named: TokenizerOptions = {"name_or_path": os.fspath(pretrained_model_name_or_path)}
+    return kind._from_files(files, {**named, **options})
+
+
+def _is_qwen2(files: TokenizerFiles) -> bool:
+    if name := files.settings.get("tokenizer_class"):
+        return str(name).startswith("Qwen2")
+    return _model_type(files.root).startswith("qwen2")
+
+
+def _model_type(root: Path) -> str:
+    path = root / CONFIG_NAME
+    if not path.is_file():
+        return ""
+    try:
+        return str(read_json(path).get("model_type", ""))
+    except CheckpointError as error:
+        raise TokenizerError(str(error)) from error

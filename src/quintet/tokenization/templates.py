@@ -1,0 +1,77 @@
+"""The chat templates of one tokenizer: by name, compiled when first used."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from quintet.errors import ChatTemplateError
+
+if TYPE_CHECKING:
+    from quintet.tokenization.sandbox import Source
+
+__all__ = ["ChatTemplates", "Rendered"]
+
+
+@dataclass(frozen=True, slots=True)
+class Rendered:
+    """The text of a conversation, and which parts of it `{% generation %}` encloses."""
+
+    text: str
+    generated: tuple[tuple[int, int], ...]
+
+
+class ChatTemplates:
+    """No template, one, or several by name.
+
+    Raises:
+        ChatTemplateError: something is not a template.
+    """
+
+    def __init__(self, source: str | Mapping[str, str] | None) -> None:
+        by_name: Mapping[Any, Any] = source if isinstance(source, Mapping) else {"": source or ""}
+        for name, template in by_name.items():
+            if not isinstance(name, str) or not isinstance(template, str):
+                raise ChatTemplateError(
+                    f"chat_template has to be a string, or a dict of them; {name!r} is "
+                    f"{type(template).__name__}"
+                )
+        self.source = dict(source) if isinstance(source, Mapping) else source
+        self._compiled: dict[str, Source] = {}
+
+    def choose(self, asked: str | None, *, has_tools: bool) -> str:
+        """Return the template asked for, by name or itself, or else the one that fits.
+
+        Raises:
+            ChatTemplateError: there is none.
+        """
+        if isinstance(self.source, dict):
+            if asked is not None:
+                return self.source.get(asked, asked)
+            if has_tools and "tool_use" in self.source:
+                return self.source["tool_use"]
+            if "default" in self.source:
+                return self.source["default"]
+            raise ChatTemplateError(
+                "none of the chat templates is the default; pass chat_template=, one of "
+                f"{', '.join(sorted(self.source))}"
+            )
+        template = self.source if asked is None else asked
+        if template is None:
+            raise ChatTemplateError(
+                "this tokenizer has no chat template, as a base model's has none; set "
+                "tokenizer.chat_template, or pass chat_template= with a Jinja template"
+            )
+        return template
+
+    def compiled(self, template: str) -> "Source":
+        """Return the template ready to run.
+
+        Raises:
+            ChatTemplateError: it is not a template.
+        """
+        # Imported here: jinja2 takes longer to import than a text takes to encode.
+        from quintet.tokenization.sandbox import Source
+
+        if template not in self._compiled:
+            self._compiled[template] = Source(template)
+        return self._compiled[template]

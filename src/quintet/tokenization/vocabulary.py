@@ -1,0 +1,290 @@
+"""Tokens and their ids: the vocabulary, what was added to it, and the tokens with a role."""
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, overload
+
+from tokenizers import AddedToken, Tokenizer
+
+from quintet.errors import InputError, TokenizerError
+from quintet.tokenization.options import NAMED_TOKENS, check_names
+
+__all__ = ["Vocabulary", "share_pipeline"]
+
+
+class _Role:
+    """The token that has a role: `tokenizer.eos_token`, to read, set, or take away (None)."""
+
+    def __set_name__(self, owner: type, name: str) -> None:
+        self.role = name
+
+    def __get__(self, owner: "Vocabulary", kind: type) -> str | None:
+        return owner._named.get(self.role)
+
+    def __set__(self, owner: "Vocabulary", token: str | AddedToken | None) -> None:
+        if token is None:
+            owner._named.pop(self.role, None)
+            return
+        if not isinstance(token, str | AddedToken):
+            raise InputError(f"{self.role}={token!r} has to be a token or None")
+        owner._known(self.role, token_text(token))
+        owner._named[self.role] = token_text(token)
+
+
+class _RoleId:
+    """The id of the token that has a role: `tokenizer.eos_token_id`."""
+
+    def __set_name__(self, owner: type, name: str) -> None:
+        self.role = name.removesuffix("_id")
+
+    def __get__(self, owner: "Vocabulary", kind: type) -> int | None:
+        token = owner._named.get(self.role)
+        return None if token is None else owner._known(self.role, token)
+
+    def __set__(self, owner: "Vocabulary", index: int | None) -> None:
+        if index is None:
+            owner._named.pop(self.role, None)
+            return
+        token = owner.convert_ids_to_tokens(index)
+        if token is None:
+            raise InputError(
+                f"{self.role}_id={index} is outside of a vocabulary of {len(owner)} tokens"
+            )
+        owner._named[self.role] = token
+
+
+class Vocabulary:
+    """The tokens of one pipeline. The base of every tokenizer."""
+
+    bos_token = _Role()
+    eos_token = _Role()
+    unk_token = _Role()
+    sep_token = _Role()
+    pad_token = _Role()
+    cls_token = _Role()
+    mask_token = _Role()
+    bos_token_id = _RoleId()
+    eos_token_id = _RoleId()
+    unk_token_id = _RoleId()
+    sep_token_id = _RoleId()
+    pad_token_id = _RoleId()
+    cls_token_id = _RoleId()
+    mask_token_id = _RoleId()
+
+    def __init__(self, backend: Tokenizer) -> None:
+        self._tokenizer = backend
+        self._named: dict[str, str] = {}
+        self._additional: list[str] = []
+
+    # -- sizes and look-ups -------------------------------------------------------------------
+
+    @property
+    def backend_tokenizer(self) -> Tokenizer:
+        """The pipeline of the `tokenizers` library that does the work."""
+        return self._tokenizer
+
+    @property
+    def vocab_size(self) -> int:
+        """How many tokens the model of the pipeline has, without those added to it."""
+        return self._tokenizer.get_vocab_size(with_added_tokens=False)
+
+    def __len__(self) -> int:
+        return self._tokenizer.get_vocab_size(with_added_tokens=True)
+
+    def __bool__(self) -> bool:
+        return True
+
+    def get_vocab(self) -> dict[str, int]:
+        """Return every token and its id, with the added ones."""
+        return self._tokenizer.get_vocab(with_added_tokens=True)
+
+    @property
+    def vocab(self) -> dict[str, int]:
+        """The same as `get_vocab()`."""
+        return self.get_vocab()
+
+    @property
+    def added_tokens_decoder(self) -> dict[int, AddedToken]:
+        """The added tokens by id."""
+        return dict(sorted(self._tokenizer.get_added_tokens_decoder().items()))
+
+    @property
+    def added_tokens_encoder(self) -> dict[str, int]:
+        """The ids of the added tokens."""
+        return {token.content: index for index, token in self.added_tokens_decoder.items()}
+
+    def get_added_vocab(self) -> dict[str, int]:
+        """Return the ids of the added tokens."""
+        return self.added_tokens_encoder
+
+    @overload
+    def convert_tokens_to_ids(self, tokens: str) -> int | None: ...
+    @overload
+    def convert_tokens_to_ids(self, tokens: list[str] | tuple[str, ...]) -> list[int | None]: ...
+    def convert_tokens_to_ids(
+        self, tokens: str | list[str] | tuple[str, ...]
+    ) -> int | list[int | None] | None:
+        """Return the id of a token, or of each; an unknown one is `unk_token_id`."""
+        if isinstance(tokens, str):
+            index = self._tokenizer.token_to_id(tokens)
+            return self.unk_token_id if index is None else index
+        return [self.convert_tokens_to_ids(token) for token in tokens]
+
+    @overload
+    def convert_ids_to_tokens(self, ids: int, skip_special_tokens: bool = False) -> str | None: ...
+    @overload
+    def convert_ids_to_tokens(
+        self, ids: Iterable[int], skip_special_tokens: bool = False
+    ) -> list[str | None]: ...
+    def convert_ids_to_tokens(
+        self, ids: int | Iterable[int], skip_special_tokens: bool = False
+    ) -> str | list[str | None] | None:
+        """Return the token of an id, or of each; None for an id outside of the vocabulary.
+
+        Raises:
+            InputError: an id is negative.
+        """
+        if isinstance(ids, int):
+            if ids < 0:
+                raise InputError(f"{ids} is not a token id; ids are at least 0")
+            return self._tokenizer.id_to_token(ids)
+        skipped = set(self.all_special_ids) if skip_special_tokens else set()
+        return [
+            self.convert_ids_to_tokens(index) for index in map(int, ids) if index not in skipped
+        ]
+
+    # -- added tokens -------------------------------------------------------------------------
+
+    def add_tokens(
+        self,
+        new_tokens: str | AddedToken | Sequence[str | AddedToken],
+        special_tokens: bool = False,
+    ) -> int:
+        """Add tokens that are found in a text before anything else; return how many are new.
+
+        A model needs `resize_token_embeddings(len(tokenizer))` before it knows their ids.
+        """
+        tokens = [new_tokens] if isinstance(new_tokens, str | AddedToken) else list(new_tokens)
+        size = len(self)
+        if special_tokens:
+            self._tokenizer.add_special_tokens(tokens)
+        else:
+            self._tokenizer.add_tokens(tokens)
+        return len(self) - size
+
+    def add_special_tokens(
+        self,
+        special_tokens_dict: Mapping[str, str | AddedToken | Sequence[str | AddedToken]],
+        replace_additional_special_tokens: bool = True,
+    ) -> int:
+        """Give tokens a role, adding them where they are new; return how many are new.
+
+        Args:
+            special_tokens_dict: `{"pad_token": "[PAD]", "additional_special_tokens": [...]}`.
+            replace_additional_special_tokens: whether the list given takes the place of the
+                one there is, or is appended to it.
+
+        Raises:
+            InputError: an unknown role.
+        """
+        lists = ("additional_special_tokens", "extra_special_tokens")
+        check_names("add_special_tokens", special_tokens_dict, [*NAMED_TOKENS, *lists])
+        added = 0
+        for role, value in special_tokens_dict.items():
+            if role in lists:
+                if isinstance(value, str | AddedToken):
+                    raise InputError(f"{role}={value!r} has to be a list of tokens")
+                tokens = list(value)
+                names = [token_text(token) for token in tokens]
+                kept = [] if replace_additional_special_tokens else self._additional
+                self._additional = [*kept, *(name for name in names if name not in kept)]
+            else:
+                if not isinstance(value, str | AddedToken):
+                    raise InputError(f"{role}={value!r} has to be a token")
+                tokens = [value]
+                self._named[role] = token_text(value)
+            added += self.add_tokens(tokens, special_tokens=True)
+        return added
+
+    # -- tokens with a role -------------------------------------------------------------------
+
+    @property
+    def special_tokens_map(self) -> dict[str, str]:
+        """The tokens with a role, by role."""
+        return {role: self._named[role] for role in NAMED_TOKENS if role in self._named}
+
+    @property
+    def additional_special_tokens(self) -> list[str]:
+        """Special tokens without a role of their own."""
+        return list(self._additional)
+
+    @additional_special_tokens.setter
+    def additional_special_tokens(self, tokens: Sequence[str]) -> None:
+        for token in tokens:
+            self._known("additional_special_tokens", token)
+        self._additional = list(tokens)
+
+    @property
+    def extra_special_tokens(self) -> list[str]:
+        """The name Transformers 5 has for `additional_special_tokens`."""
+        return self.additional_special_tokens
+
+    @property
+    def additional_special_tokens_ids(self) -> list[int]:
+        """The ids of `additional_special_tokens`."""
+        return [self._known("additional_special_tokens", token) for token in self._additional]
+
+    @property
+    def all_special_tokens(self) -> list[str]:
+        """Every token with a role, and the additional ones, each once."""
+        return list(dict.fromkeys([*self.special_tokens_map.values(), *self._additional]))
+
+    @property
+    def all_special_ids(self) -> list[int]:
+        """The ids of `all_special_tokens`."""
+        return [self._known("special token", token) for token in self.all_special_tokens]
+
+    def _known(self, role: str, token: str) -> int:
+        index: int | None = self._tokenizer.token_to_id(token)
+        if index is None:
+            raise TokenizerError(
+                f"{role}={token!r} is not in the vocabulary; add it with "
+                f"add_special_tokens({{{role!r}: {token!r}}}) and resize the model's embeddings"
+            )
+        return index
+
+
+def token_text(token: Any) -> str:
+    """Return the text of a token however a file or a caller wrote it.
+
+    Raises:
+        TokenizerError: it is neither a string, an `AddedToken` nor their JSON form.
+    """
+    if isinstance(token, str):
+        return token
+    if isinstance(token, AddedToken):
+        return token.content
+    if isinstance(token, Mapping) and isinstance(token.get("content"), str):
+        return str(token["content"])
+    raise TokenizerError(f"{token!r} is not a token: a string, or an object with 'content'")
+
+
+def share_pipeline(source: Tokenizer, *, added_tokens: bool) -> Tokenizer:
+    """Return a second pipeline over the same vocabulary, whose settings are its own.
+
+    The vocabulary is not copied, so this takes microseconds, and what is then switched in the
+    second one is never seen by threads that use the first.
+    """
+    twin = Tokenizer(source.model)
+    twin.normalizer = source.normalizer
+    twin.pre_tokenizer = source.pre_tokenizer
+    twin.post_processor = source.post_processor
+    twin.decoder = source.decoder
+    if added_tokens:
+        added = source.get_added_tokens_decoder()
+        twin.add_tokens([token for _, token in sorted(added.items())])
+        if twin.get_added_tokens_decoder().keys() != added.keys():
+            raise TokenizerError(
+                "the added tokens of this tokenizer have ids with gaps, so special tokens can "
+                "only be split for the whole tokenizer: pass split_special_tokens to its maker"
+            )
+    return twin
