@@ -90,9 +90,6 @@ def find(directory: Path, name: str) -> Path | None:
 
 def _allowed(directory: Path) -> list[Path]:
     """Return the directories in which the files of a checkpoint may really lie."""
-    allowed = [directory]
-    for folder in (directory, *directory.parents):
-        # huggingface_hub: models--owner--name/snapshots/<commit>/file -> ../../blobs/<hash>
-        if folder.parent.name == "snapshots":
-            allowed.append(folder.parent.parent / "blobs")
-    return allowed
+    # huggingface_hub: models--owner--name/snapshots/<commit>/file -> ../../blobs/<hash>
+    snapshots = [folder for folder in directory.parents if folder.name == "snapshots"]
+    return [directory, *(folder.parent / "blobs" for folder in snapshots)]

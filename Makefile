@@ -1,0 +1,39 @@
+# Two commands: `make demo` and `make test`. Each builds .venv first where it is missing or old.
+
+PYTHON ?= python3
+BIN := .venv/bin
+INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
+
+.PHONY: demo test lint types train clean
+
+demo: .venv/base
+	@$(BIN)/quintet generate "def fibonacci(n):" --seed 4
+
+test: lint types
+	$(BIN)/python -m pytest
+
+lint: .venv/dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+types: .venv/dev
+	$(BIN)/mypy
+
+# Trains the packaged demo model again, about an hour on one core.
+train: .venv/base
+	$(BIN)/python examples/train_stdlib.py --out runs/demo
+
+clean:
+	rm -rf .venv runs .pytest_cache .mypy_cache .ruff_cache .hypothesis
+
+.venv/base: pyproject.toml constraints.txt
+	@test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	@echo "installing quintet into .venv (once; torch is large)" >&2
+	@$(INSTALL) torch
+	@$(INSTALL) -e .
+	@touch $@
+
+.venv/dev: .venv/base
+	@echo "installing the test tools into .venv (once)" >&2
+	@$(INSTALL) -e ".[dev]"
+	@touch $@
