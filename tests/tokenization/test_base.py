@@ -29,7 +29,9 @@ def test_there_is_one_class_under_two_names() -> None:
 
 @pytest.mark.parametrize("name", ["LlamaTokenizerFast", "LlamaTokenizer", "BertTokenizer", "X"])
 def test_the_class_name_never_changes_the_pipeline(directory: Path, name: str) -> None:
-    settings(directory, tokenizer_class=name, legacy=True, sp_model_kwargs={}, add_prefix_space=True)
+    settings(
+        directory, tokenizer_class=name, legacy=True, sp_model_kwargs={}, add_prefix_space=True
+    )
     ours = PreTrainedTokenizer.from_pretrained(directory)
     plain = Tokenizer.from_file(str(directory / "tokenizer.json"))
     assert ours.encode(TEXT) == plain.encode(TEXT).ids
@@ -81,23 +83,27 @@ def test_an_added_token_with_another_id_is_an_error(directory: Path) -> None:
 
 
 @pytest.mark.parametrize(("begin", "end"), [(True, False), (True, True), (None, True)])
-def test_bos_and_eos_are_added_where_the_settings_ask(
+def test_bos_and_eos_are_added_where_the_caller_asks(
     directory: Path, begin: bool | None, end: bool
 ) -> None:
     from transformers import PreTrainedTokenizerFast as Theirs
 
+    roles = {"bos_token": "<|im_start|>", "eos_token": "<|im_end|>"}
+    settings(directory, add_bos_token=True, add_eos_token=True, **roles)
+    untouched = PreTrainedTokenizer.from_pretrained(directory)
+    bare = untouched.encode("the fox", add_special_tokens=False)
+    assert untouched.encode("the fox") == bare, "the pipeline's file has the say"
     asked = {"add_bos_token": begin, "add_eos_token": end}
-    settings(
-        directory,
-        tokenizer_class="PreTrainedTokenizerFast",
-        bos_token="<|im_start|>",
-        eos_token="<|im_end|>",
-        **{name: value for name, value in asked.items() if value is not None},
+    ours = PreTrainedTokenizer.from_pretrained(directory, **asked)
+    theirs = Theirs(
+        tokenizer_object=Tokenizer.from_file(str(directory / "tokenizer.json")),
+        add_bos_token=bool(begin),
+        add_eos_token=end,
+        **roles,
     )
-    ours = PreTrainedTokenizer.from_pretrained(directory)
-    theirs = Theirs.from_pretrained(directory)
-    assert ours("the fox")["input_ids"] == theirs("the fox")["input_ids"]
-    assert ours("the", "fox")["input_ids"] == theirs("the", "fox")["input_ids"]
+    assert ours.encode("the fox") == theirs("the fox")["input_ids"] != bare
+    assert ours.encode("the", "fox") == theirs("the", "fox")["input_ids"]
+    assert ours.encode("the fox", add_special_tokens=False) == bare
 
 
 def test_add_bos_token_needs_one(directory: Path) -> None:
@@ -173,11 +179,17 @@ def test_named_templates_are_files_of_their_own(tokenizer: Qwen2Tokenizer, tmp_p
 def test_templates_in_the_settings_are_read(directory: Path) -> None:
     settings(directory, chat_template="one")
     assert PreTrainedTokenizer.from_pretrained(directory).chat_template == "one"
-    settings(directory, chat_template=[{"name": "default", "template": "a"}, {"name": "rag", "template": "b"}])
+    settings(
+        directory,
+        chat_template=[{"name": "default", "template": "a"}, {"name": "rag", "template": "b"}],
+    )
     both = {"default": "a", "rag": "b"}
     assert PreTrainedTokenizer.from_pretrained(directory).chat_template == both
     (directory / "chat_template.jinja").write_text("file")
-    assert PreTrainedTokenizer.from_pretrained(directory).chat_template == {**both, "default": "file"}
+    assert PreTrainedTokenizer.from_pretrained(directory).chat_template == {
+        **both,
+        "default": "file",
+    }
 
 
 def test_a_directory_without_a_tokenizer_names_the_files(tmp_path: Path) -> None:

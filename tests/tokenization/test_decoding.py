@@ -32,7 +32,13 @@ def test_text_is_that_of_transformers(
 
 def test_ids_may_come_in_any_container(tokenizer: Qwen2Tokenizer) -> None:
     ids = tokenizer.encode("The fox")
-    for given_ids in (ids, tuple(ids), np.array(ids), torch.tensor(ids), [np.int64(i) for i in ids]):
+    for given_ids in (
+        ids,
+        tuple(ids),
+        np.array(ids),
+        torch.tensor(ids),
+        [np.int64(i) for i in ids],
+    ):
         assert tokenizer.decode(given_ids) == "The fox"
     assert tokenizer.decode(ids[0]) == tokenizer.decode([ids[0]])
     assert tokenizer.decode(torch.tensor(ids[0])) == tokenizer.decode([ids[0]])

@@ -69,9 +69,7 @@ def test_published_vocabulary_encodes_as_transformers_does(published: Path) -> N
 
 @same_fixture
 @given(text=texts)
-def test_ids_are_those_of_transformers(
-    tokenizer: Qwen2Tokenizer, oracle: Any, text: str
-) -> None:
+def test_ids_are_those_of_transformers(tokenizer: Qwen2Tokenizer, oracle: Any, text: str) -> None:
     assert tokenizer(text)["input_ids"] == oracle(text)["input_ids"]
     assert tokenizer.tokenize(text) == oracle.tokenize(text)
 

@@ -130,7 +130,8 @@ class PreTrainedTokenizer(Chat, Decoder):
     ) -> Self:
         """Load the tokenizer of a directory or a hub id; options win over its files.
 
-        `tokenizer.json` is obeyed to the letter, whichever class the directory names.
+        `tokenizer.json` is obeyed to the letter, whichever class the directory names; so are
+        the tokens it adds around a text, unless `add_bos_token` or `add_eos_token` is passed.
         `trust_remote_code`, `use_fast` and `legacy` are accepted and change nothing: no code of
         a repository is ever run, and there is one implementation.
 
@@ -162,7 +163,10 @@ class PreTrainedTokenizer(Chat, Decoder):
             assert files.vocabulary is not None
             backend = cls._from_vocabulary(*files.vocabulary)
         _add_with_ids(backend, files.added)
-        known = TokenizerOptions.__annotations__
+        known = set(TokenizerOptions.__annotations__)
+        if files.pipeline is not None:
+            # What is added around a text is a step of the pipeline, and its file has the say.
+            known -= {"add_bos_token", "add_eos_token"}
         given = {k: v for k, v in files.settings.items() if k in known and v is not None}
         rest = {k: v for k, v in files.settings.items() if k not in known}
         if files.chat_template is not None:

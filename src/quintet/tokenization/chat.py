@@ -113,21 +113,14 @@ class Chat(Encoder):
         tag = f"end{secrets.token_hex(8)}" if continue_final_message else ""
 
         def render(variables: Mapping[str, Any]) -> Rendered:
-            rendered = source.render(dict(variables))
-            return _cut_at(rendered, tag) if tag else rendered
+            if not tag:
+                return source.render(dict(variables))
+            # The space after the tag tells whether the template takes spaces away.
+            tagged = tag_last_message(variables["messages"], f"{tag} ")
+            return _cut_at(source.render({**variables, "messages": tagged}), tag)
 
-        chats = []
-        for messages in conversations:
-            if tag:
-                # The space after the tag tells whether the template takes spaces away.
-                tag_last_message(messages, f"{tag} ")
-            chats.append(
-                {
-                    **shared,
-                    "messages": messages,
-                    "add_generation_prompt": add_generation_prompt,
-                }
-            )
+        prompt = {"add_generation_prompt": add_generation_prompt}
+        chats = [{**shared, **prompt, "messages": messages} for messages in conversations]
         texts = [render(variables) for variables in chats]
 
         options: EncodeOptions = {"add_special_tokens": False, **(tokenizer_kwargs or {})}

@@ -148,7 +148,7 @@ class Encoder(Vocabulary):
             return backend.encode_batch(
                 inputs, is_pretokenized=as_words, add_special_tokens=add_special_tokens
             )
-        # These are strings, as was checked: only half of a surrogate pair is no text to the library.
+        # These are strings, as was checked; only half of a surrogate pair is refused so.
         except TypeError:
             raise InputError(
                 "the text holds half of a surrogate pair, so it is not Unicode text; "

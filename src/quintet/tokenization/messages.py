@@ -1,5 +1,6 @@
 """A conversation as a template may see it: checked, copied, and made of plain data only."""
 
+import copy
 import inspect
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -112,18 +113,18 @@ def plain(value: Any, where: str, depth: int = 0) -> Any:
     )
 
 
-def tag_last_message(messages: list[dict[str, Any]], tag: str) -> None:
-    """Write a tag at the end of the last message's text.
+def tag_last_message(messages: list[dict[str, Any]], tag: str) -> list[dict[str, Any]]:
+    """Return the messages with a tag at the end of the last one's text.
 
     Raises:
         ChatTemplateError: it has no text.
     """
-    last = messages[-1]
+    last = copy.deepcopy(messages[-1])
     if isinstance(last.get("content"), str):
         last["content"] += tag
-        return
+        return [*messages[:-1], last]
     for part in reversed(last.get("content") or []):
         if isinstance(part.get("text"), str):
             part["text"] += tag
-            return
+            return [*messages[:-1], last]
     raise ChatTemplateError("continue_final_message needs text in the last message's 'content'")
