@@ -45,7 +45,7 @@ def twins(name: str, changes: dict[str, Any], backend: str = "sdpa") -> tuple[An
     theirs = getattr(transformers, name)(config).eval()
     for parameter in theirs.parameters():
         if parameter.ndim == 1:
-            torch.nn.init.normal_(parameter, mean=float(parameter.mean()), std=0.3)
+            torch.nn.init.normal_(parameter, mean=float(parameter.detach().mean()), std=0.3)
     ours = getattr(quintet, name)(small_config(**changes, attn_implementation=backend)).eval()
     ours.load_state_dict(theirs.state_dict())
     return ours, theirs

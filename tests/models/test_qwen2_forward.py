@@ -8,6 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from support import relative_error, small_config
 from torch import Tensor
+from torch._dynamo.testing import CompileCounter
 
 from quintet import (
     Cache,
@@ -241,7 +242,7 @@ def test_a_preallocated_decode_step_compiles_once() -> None:
     ids = torch.randint(101, (2, 40))
     model(ids[:, :8], past_key_values=cache)
     torch._dynamo.reset()
-    counter = torch._dynamo.testing.CompileCounter()
+    counter = CompileCounter()
     step = torch.compile(model, backend=counter, fullgraph=True)
     outs = [step(ids[:, i : i + 1], past_key_values=cache).logits for i in range(8, 40)]
     assert counter.frame_count == 1
