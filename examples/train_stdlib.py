@@ -50,7 +50,7 @@ class Recipe:
 
 
 def collect(root: Path) -> tuple[list[str], list[str]]:
-    """Return the training and the held-out sources; a file's path decides, one in twenty is kept."""
+    """Return the training and the held-out sources; the path decides, one in twenty is kept."""
     train, held_out = [], []
     for path in sorted(root.rglob("*.py")):
         relative = path.relative_to(root)
@@ -164,8 +164,8 @@ real to run before any download; it knows no facts and its code does not work.
 
 | | |
 |---|---|
-| architecture | Qwen2, {layers} layers, width {width}, {heads} heads over {kv_heads} key-value heads, \
-tied embeddings |
+| architecture | Qwen2, {layers} layers, width {width}, {heads} heads over {kv_heads} \
+key-value heads, tied embeddings |
 | parameters | {parameters:,}, stored in bfloat16 |
 | tokenizer | byte-level BPE, {vocab:,} tokens, trained on the same text |
 | context | {context} tokens |

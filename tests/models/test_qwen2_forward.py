@@ -6,7 +6,6 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from support import relative_error, small_config
 from torch import Tensor
 from torch._dynamo.testing import CompileCounter
 
@@ -18,6 +17,7 @@ from quintet import (
     StaticCache,
 )
 from quintet.errors import ContextLengthError, InputError
+from support import relative_error, small_config
 
 TOLERANCE = 1e-5
 SLIDING = {"use_sliding_window": True, "sliding_window": 4, "max_window_layers": 1}
@@ -132,9 +132,7 @@ def test_legacy_tuples_are_taken_and_given_back(padded: bool) -> None:
     mask = torch.ones(2, 10, dtype=torch.long)
     if padded:
         mask[1, :4] = 0
-    past: Any = tuple(
-        (torch.zeros(2, 2, 0, 16), torch.zeros(2, 2, 0, 16)) for _ in range(3)
-    )
+    past: Any = tuple((torch.zeros(2, 2, 0, 16), torch.zeros(2, 2, 0, 16)) for _ in range(3))
     steps = []
     for start, stop in ((0, 6), (6, 7), (7, 10)):
         out = model(ids[:, start:stop], attention_mask=mask[:, :stop], past_key_values=past)
@@ -206,9 +204,7 @@ def test_gradient_checkpointing_gives_the_same_gradients() -> None:
     ids = torch.randint(101, (2, 9))
     for model in (plain, frugal):
         model(ids, labels=ids).loss.backward()
-    for (name, mine), other in zip(
-        frugal.named_parameters(), plain.parameters(), strict=True
-    ):
+    for (name, mine), other in zip(frugal.named_parameters(), plain.parameters(), strict=True):
         assert torch.equal(mine.grad, other.grad), name
 
 
@@ -263,18 +259,12 @@ def test_a_preallocated_decode_step_compiles_once() -> None:
         ),
         pytest.param({"input_ids": [[1, 2]], "labels": [[1]]}, ["(1, 1)", "(1, 2)"], id="labels"),
         pytest.param({"input_ids": [[1, 2]], "labels": [[1, 101]]}, ["101"], id="label-high"),
-        pytest.param(
-            {"input_ids": [[1, 2]], "cache_position": [4, 5]}, ["starts at 4"], id="gap"
-        ),
-        pytest.param(
-            {"input_ids": [[1, 2]], "cache_position": [0, 2]}, ["consecutive"], id="jump"
-        ),
+        pytest.param({"input_ids": [[1, 2]], "cache_position": [4, 5]}, ["starts at 4"], id="gap"),
+        pytest.param({"input_ids": [[1, 2]], "cache_position": [0, 2]}, ["consecutive"], id="jump"),
     ],
 )
 def test_bad_input_is_named(inputs: dict[str, Any], words: list[str]) -> None:
-    tensors = {
-        key: torch.tensor(value, dtype=torch.long) for key, value in inputs.items()
-    }
+    tensors = {key: torch.tensor(value, dtype=torch.long) for key, value in inputs.items()}
     with pytest.raises(InputError) as caught:
         model_of()(**tensors)
     for word in words:

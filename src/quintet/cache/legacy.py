@@ -32,8 +32,7 @@ def from_legacy(past: LegacyCache, mask: Tensor | None, num_hidden_layers: int) 
     for index, pair in enumerate(past):
         if len(pair) != 2 or any(x.shape[:3] != first.shape[:3] for x in pair):
             raise InputError(
-                f"past_key_values[{index}] has to be keys and values of shape "
-                f"{tuple(first.shape)}"
+                f"past_key_values[{index}] has to be keys and values of shape {tuple(first.shape)}"
             )
         keys, values = pair
         if rows is not None:

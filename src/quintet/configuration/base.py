@@ -72,7 +72,7 @@ class PreTrainedConfig:
 
     def __init_subclass__(cls) -> None:
         super().__init_subclass__()
-        keys = [*cls.keys(), "rope_theta", "rope_scaling", "num_labels"]
+        keys = [*cls.declared_keys(), "rope_theta", "rope_scaling", "num_labels"]
         cls.__signature__ = inspect.Signature(  # type: ignore[attr-defined]
             [
                 inspect.Parameter(key, inspect.Parameter.KEYWORD_ONLY, default=cls.default(key))
@@ -87,7 +87,7 @@ class PreTrainedConfig:
         values["dtype"] = _dtype_name(values.get("dtype"))
         values["rope_parameters"] = merge_rope(values, self.default_rope_theta)
         values["id2label"], values["label2id"] = self._labels(values)
-        for key, annotation in self.keys().items():
+        for key, annotation in self.declared_keys().items():
             value = values.pop(key, copy.copy(self.default(key)))
             check(type(self).__name__, key, value, annotation)
             setattr(self, key, value)
@@ -268,7 +268,7 @@ class PreTrainedConfig:
         Raises:
             ConfigError: a value (a function as `hidden_act`) cannot be written as JSON.
         """
-        usual = {key: PreTrainedConfig.default(key) for key in PreTrainedConfig.keys()}
+        usual = {key: PreTrainedConfig.default(key) for key in PreTrainedConfig.declared_keys()}
         for family in type(self).__mro__[: -len(PreTrainedConfig.__mro__)]:
             usual = {key: usual[key] for key in usual if key not in family.__annotations__}
         usual["id2label"], usual["label2id"] = self._labels({})
@@ -298,7 +298,7 @@ class PreTrainedConfig:
     # -- helpers -----------------------------------------------------------------------------
 
     @classmethod
-    def keys(cls) -> dict[str, Any]:
+    def declared_keys(cls) -> dict[str, Any]:
         """Return the declared keys and their annotations, the common ones first."""
         hints = get_type_hints(cls, include_extras=True)
         return {key: hint for key, hint in hints.items() if get_origin(hint) is not ClassVar}
@@ -332,7 +332,7 @@ class PreTrainedConfig:
         return names, label2id or {name: index for index, name in names.items()}
 
     def _warn_of_misspellings(self, keys: "Any") -> None:
-        known = [*self.keys(), "rope_theta", "rope_scaling", "num_labels", "model_type"]
+        known = [*self.declared_keys(), "rope_theta", "rope_scaling", "num_labels", "model_type"]
         for key in keys:
             near = difflib.get_close_matches(key, known, n=1, cutoff=0.85)
             if near and key not in known:

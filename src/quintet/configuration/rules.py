@@ -8,7 +8,16 @@ from typing import Annotated, Any, TypeVar, Union, get_args, get_origin
 
 from quintet.errors import ConfigError
 
-__all__ = ["Bounds", "Count", "Fraction", "NonNegative", "NonNegativeFloat", "Positive", "check", "known"]
+__all__ = [
+    "Bounds",
+    "Count",
+    "Fraction",
+    "NonNegative",
+    "NonNegativeFloat",
+    "Positive",
+    "check",
+    "known",
+]
 
 Value = TypeVar("Value")
 

@@ -147,8 +147,7 @@ def _names_in_file(
     prefixes = dict.fromkeys((own, "", "model.", "transformer."))
     prefix = max(prefixes, key=lambda p: sum(p + name in tensors for name in inner))
     names = {
-        name: prefix + name.removeprefix(own) if name.startswith(own) else name
-        for name in expected
+        name: prefix + name.removeprefix(own) if name.startswith(own) else name for name in expected
     }
     # A file may hold a tied tensor under its other name alone.
     for alias, name in model.tied_names().items():
@@ -190,8 +189,10 @@ def _tell(model: "PreTrainedModel", where: str, fresh: list[str], left: set[str]
         )
 
 
-def _check_overrides(cls: type["PreTrainedModel"], given: Mapping[str, Any], known: list[str]) -> None:
-    allowed = {*cls.config_class.keys(), *known, "rope_theta", "rope_scaling", "num_labels"}
+def _check_overrides(
+    cls: type["PreTrainedModel"], given: Mapping[str, Any], known: list[str]
+) -> None:
+    allowed = {*cls.config_class.declared_keys(), *known, "rope_theta", "rope_scaling", "num_labels"}
     for key in given:
         if key not in allowed:
             near = difflib.get_close_matches(key, [*allowed, *OPTIONS], n=1)

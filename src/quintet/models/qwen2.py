@@ -160,9 +160,7 @@ class Qwen2Model(Qwen2PreTrainedModel, DecoderModel):
 
     def __init__(self, config: Qwen2Config) -> None:
         super().__init__(config)
-        self.embed_tokens = nn.Embedding(
-            config.vocab_size, config.hidden_size, config.pad_token_id
-        )
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size, config.pad_token_id)
         self.layers = nn.ModuleList(
             Qwen2DecoderLayer(config, index) for index in range(config.num_hidden_layers)
         )

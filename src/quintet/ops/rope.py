@@ -71,7 +71,7 @@ def _dynamic(rope: RopeParameters, frequencies: Tensor, position_ids: Tensor) ->
 
 
 def _yarn(rope: RopeParameters, frequencies: Tensor, D: int) -> Tensor:
-    """Interpolate the slow dimensions, keep the fast ones, ramp between (arXiv:2309.00071, §3.2)."""
+    """Interpolate slow dimensions, keep fast ones, ramp between (arXiv:2309.00071, §3.2)."""
 
     def dimension(rotations: float) -> float:
         wavelengths = rope.original_max_position_embeddings / (rotations * 2 * math.pi)

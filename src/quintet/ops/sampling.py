@@ -35,7 +35,7 @@ def keep_top_k(logits: Tensor, k: int) -> Tensor:
 
 
 def keep_top_p(logits: Tensor, p: float) -> Tensor:
-    """Keep the fewest most likely tokens whose probabilities sum to p or more (arXiv:1904.09751)."""
+    """Keep the fewest likeliest tokens whose probabilities sum to p or more (arXiv:1904.09751)."""
     values, order = logits.sort(dim=-1, descending=True)
     probabilities = values.softmax(dim=-1)
     before = probabilities.cumsum(dim=-1) - probabilities
