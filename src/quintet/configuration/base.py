@@ -72,7 +72,7 @@ class PreTrainedConfig:
 
     def __init_subclass__(cls) -> None:
         super().__init_subclass__()
-        keys = [*cls.declared_keys(), "rope_theta", "rope_scaling", "num_labels"]
+        keys = cls.accepted_keys()
         cls.__signature__ = inspect.Signature(  # type: ignore[attr-defined]
             [
                 inspect.Parameter(key, inspect.Parameter.KEYWORD_ONLY, default=cls.default(key))
@@ -304,6 +304,11 @@ class PreTrainedConfig:
         return {key: hint for key, hint in hints.items() if get_origin(hint) is not ClassVar}
 
     @classmethod
+    def accepted_keys(cls) -> list[str]:
+        """Return the names of the declared keys and of the views of them."""
+        return [*cls.declared_keys(), "rope_theta", "rope_scaling", "num_labels"]
+
+    @classmethod
     def default(cls, key: str) -> Any:
         """Return what a declared key is when nobody sets it."""
         if key == "rope_theta":
@@ -332,7 +337,7 @@ class PreTrainedConfig:
         return names, label2id or {name: index for index, name in names.items()}
 
     def _warn_of_misspellings(self, keys: "Any") -> None:
-        known = [*self.declared_keys(), "rope_theta", "rope_scaling", "num_labels", "model_type"]
+        known = [*self.accepted_keys(), "model_type"]
         for key in keys:
             near = difflib.get_close_matches(key, known, n=1, cutoff=0.85)
             if near and key not in known:

@@ -192,7 +192,7 @@ def _tell(model: "PreTrainedModel", where: str, fresh: list[str], left: set[str]
 def _check_overrides(
     cls: type["PreTrainedModel"], given: Mapping[str, Any], known: list[str]
 ) -> None:
-    allowed = {*cls.config_class.declared_keys(), *known, "rope_theta", "rope_scaling", "num_labels"}
+    allowed = {*cls.config_class.accepted_keys(), *known}
     for key in given:
         if key not in allowed:
             near = difflib.get_close_matches(key, [*allowed, *OPTIONS], n=1)

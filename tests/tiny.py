@@ -1,0 +1,78 @@
+"""A whole model small enough to be made on the spot: random weights, a trained tokenizer."""
+
+from pathlib import Path
+
+import torch
+from tokenizers import Regex, Tokenizer, decoders, pre_tokenizers, trainers
+from tokenizers.models import BPE
+
+from quintet import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
+
+__all__ = ["END", "build"]
+
+END = "<|im_end|>"
+SPECIAL = ["<|endoftext|>", "<|im_start|>", END]
+TEXT = [
+    "system\nuser\nassistant\nYou are a helpful assistant.\nBe brief, please.\n",
+    "Hello there, how are you today? The quick brown fox jumps over the lazy dog.\n",
+    "def fibonacci(n):\n    return n if n < 2 else fibonacci(n - 1) + fibonacci(n - 2)\n",
+    "Ünïcödé: naïve café, 你好,世界。 🙂🙃 1234567890\n",
+]
+CHATML = (
+    "{% for message in messages %}"
+    "{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>' + '\n' }}"
+    "{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
+
+
+def build(root: Path, *, chat: bool = True, context: int = 256, vocab_size: int = 0) -> Path:
+    """Write a checkpoint with its tokenizer into `root`, and return it.
+
+    Its greedy text never ends by itself. `vocab_size` is the model's, the tokenizer's if 0.
+    """
+    tokenizer = PreTrainedTokenizerFast(
+        _pipeline(),
+        eos_token=END,
+        pad_token=SPECIAL[0],
+        chat_template=CHATML if chat else None,
+    )
+    torch.manual_seed(7)
+    config = Qwen2Config(
+        vocab_size=vocab_size or len(tokenizer),
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=context,
+        eos_token_id=tokenizer.eos_token_id,
+        initializer_range=0.4,
+    )
+    model = Qwen2ForCausalLM(config)
+    with torch.no_grad():
+        # A logit of 0 is never the largest, so these are not chosen greedily.
+        model.lm_head.weight[: len(SPECIAL)] = 0
+    model.generation_config = model.generation_config.replace(pad_token_id=0)
+    model.save_pretrained(root)
+    tokenizer.save_pretrained(root)
+    return root
+
+
+def _pipeline() -> Tokenizer:
+    pipeline = Tokenizer(BPE())
+    pipeline.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split(Regex(r" ?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+|\s+"), "isolated"),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
+    )
+    pipeline.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=360,
+        special_tokens=SPECIAL,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    pipeline.train_from_iterator(TEXT * 4, trainer)
+    return pipeline
