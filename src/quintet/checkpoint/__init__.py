@@ -2,14 +2,19 @@
 
 from quintet.checkpoint.matching import Difference, Mismatch, compare
 from quintet.checkpoint.reading import Checkpoint, TensorInfo
+from quintet.checkpoint.rules import Piece, StackExperts, pieces, split_tensors
 from quintet.checkpoint.writing import parse_size, save
 
 __all__ = [
     "Checkpoint",
     "Difference",
     "Mismatch",
+    "Piece",
+    "StackExperts",
     "TensorInfo",
     "compare",
     "parse_size",
+    "pieces",
     "save",
+    "split_tensors",
 ]

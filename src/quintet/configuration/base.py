@@ -62,6 +62,7 @@ class PreTrainedConfig:
     num_hidden_layers: Count = 1
     output_attentions: bool = False
     output_hidden_states: bool = False
+    output_router_logits: bool = False
     pad_token_id: NonNegative | None = None
     problem_type: str | None = None
     return_dict: bool = True

@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from torch import Tensor
 
@@ -9,7 +10,21 @@ from quintet.cache import Cache, Span
 from quintet.ops.attention import AttentionBackend
 from quintet.ops.masks import Visibility
 
-__all__ = ["Step"]
+__all__ = ["LayerOutput", "Step"]
+
+
+class LayerOutput(NamedTuple):
+    """What a decoder layer returns.
+
+    Attributes:
+        hidden_states: (B, T, C).
+        attention: the weights (B, H, T, S), where the backend has them.
+        router_logits: (B, T, E), where the layer has experts.
+    """
+
+    hidden_states: Tensor
+    attention: Tensor | None = None
+    router_logits: Tensor | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,15 +1,17 @@
 """What every model is: a module with a config, read from and written to checkpoints."""
 
 import os
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any, ClassVar, Self
 
 import torch
 from torch import Tensor, nn
 
+from quintet.checkpoint import StackExperts
 from quintet.configuration.base import CONFIG_NAME, PreTrainedConfig
 from quintet.errors import InputError
 from quintet.generation.config import GENERATION_CONFIG_NAME, GenerationConfig
+from quintet.layers.moe import Experts
 from quintet.modeling import loading
 from quintet.ops.attention import attention_backend
 
@@ -24,12 +26,16 @@ class PreTrainedModel(nn.Module):
         base_model_prefix: the attribute that holds the model without its head.
         new_head: prefixes of parameters a checkpoint may lack, because a head that is trained on
             top of a released model begins untrained.
+        weight_rules: how tensors of the model and of its checkpoints differ.
+        keep_in_fp32: how the names of tensors end that no `dtype` converts at loading.
     """
 
     config_class: ClassVar[type[PreTrainedConfig]] = PreTrainedConfig
     base_model_prefix: ClassVar[str] = "model"
     main_input_name: ClassVar[str] = "input_ids"
     new_head: ClassVar[tuple[str, ...]] = ()
+    weight_rules: ClassVar[tuple[StackExperts, ...]] = ()
+    keep_in_fp32: ClassVar[tuple[str, ...]] = ()
 
     def __init__(self, config: PreTrainedConfig) -> None:
         super().__init__()
@@ -135,7 +141,13 @@ class PreTrainedModel(nn.Module):
         tensors = dict(self.state_dict() if state_dict is None else state_dict)
         for alias in self.tied_names():
             tensors.pop(alias, None)
-        loading.write(save_directory, tensors, max_shard_size=max_shard_size, texts=texts)
+        loading.write(
+            save_directory,
+            tensors,
+            rules=self.weight_rules,
+            max_shard_size=max_shard_size,
+            texts=texts,
+        )
 
     # -- the parts of a model ----------------------------------------------------------------
 
@@ -167,6 +179,13 @@ class PreTrainedModel(nn.Module):
         if not self.config.tie_word_embeddings or self.get_output_embeddings() is None:
             return {}
         return {"lm_head.weight": f"{self.base_model_prefix}.embed_tokens.weight"}
+
+    def optional_names(self, held: Iterable[str]) -> tuple[str, ...]:
+        """Return prefixes of parts the model does without when a checkpoint `held` none of them."""
+        return ()
+
+    def drop(self, prefixes: tuple[str, ...]) -> None:
+        """Take away the optional parts that a checkpoint did not have (a family overrides this)."""
 
     def tie_weights(self) -> None:
         """Make tied parameters one again, after one of them was replaced."""
@@ -249,8 +268,12 @@ class PreTrainedModel(nn.Module):
 
     def init_module(self, module: nn.Module) -> None:
         """Draw the weights of one module (a family extends this for modules of its own)."""
+        std = self.config.initializer_range
         if isinstance(module, nn.Linear | nn.Embedding):
-            nn.init.normal_(module.weight, std=self.config.initializer_range)
+            nn.init.normal_(module.weight, std=std)
+        if isinstance(module, Experts):
+            nn.init.normal_(module.gate_up_proj, std=std)
+            nn.init.normal_(module.down_proj, std=std)
         if isinstance(module, nn.Linear) and module.bias is not None:
             nn.init.zeros_(module.bias)
         if isinstance(module, nn.Embedding) and module.padding_idx is not None:

@@ -6,6 +6,7 @@ the attention backend has them, weights.
 
 import warnings
 from collections.abc import Iterable
+from dataclasses import dataclass
 from typing import Any, TypeVar
 
 import torch
@@ -15,16 +16,33 @@ from torch.utils.checkpoint import checkpoint
 from quintet.cache import Cache, DynamicCache, LegacyCache, Span, from_legacy, to_legacy
 from quintet.errors import InputError
 from quintet.layers.rotary import RotaryEmbedding
-from quintet.layers.step import Step
+from quintet.layers.step import LayerOutput, Step
 from quintet.modeling.base import PreTrainedModel
 from quintet.modeling.outputs import BaseModelOutputWithPast
 from quintet.ops.attention import attention_backend
 from quintet.ops.masks import visibility
 from quintet.ops.ragged import Ragged, keys_in_columns, ragged
 
-__all__ = ["DecoderModel"]
+__all__ = ["DecoderModel", "Run", "check_token_ids", "first"]
 
 Value = TypeVar("Value")
+
+
+@dataclass(frozen=True, slots=True)
+class Run:
+    """What one run over the layers made, in the columns of the input.
+
+    Attributes:
+        states: the embeddings and each layer's output, (B, T, C), the last one normalised.
+        past: what the next call continues from, where it was asked for.
+        attentions: the weights of each layer, where they were asked for.
+        router_logits: (B, T, E) of each layer with experts.
+    """
+
+    states: list[Tensor]
+    past: Cache | LegacyCache | None
+    attentions: tuple[Tensor, ...] | None
+    router_logits: tuple[Tensor, ...]
 
 
 class DecoderModel(PreTrainedModel):
@@ -74,10 +92,46 @@ class DecoderModel(PreTrainedModel):
             InputError: an argument cannot be used, or two contradict each other.
             ContextLengthError: a preallocated cache has no room.
         """
+        run = self._run(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            inputs_embeds=inputs_embeds,
+            use_cache=use_cache,
+            output_attentions=output_attentions,
+            cache_position=cache_position,
+        )
+        output = BaseModelOutputWithPast(
+            last_hidden_state=run.states[-1],
+            past_key_values=run.past,
+            hidden_states=self._asked_states(run, output_hidden_states),
+            attentions=run.attentions,
+        )
+        return output if first(return_dict, self.config.return_dict) else output.to_tuple()
+
+    def new_cache(self) -> Cache:
+        """Return an empty cache of the kind this family grows."""
+        return DynamicCache(self.config)
+
+    # -- the steps of forward ----------------------------------------------------------------
+
+    def _run(
+        self,
+        *,
+        input_ids: Tensor | None,
+        attention_mask: Tensor | None,
+        position_ids: Tensor | None,
+        past_key_values: Cache | LegacyCache | None,
+        inputs_embeds: Tensor | None,
+        use_cache: bool | None,
+        output_attentions: bool | None,
+        cache_position: Tensor | None,
+    ) -> Run:
         embeds = self._embed(input_ids, inputs_embeds)
         B, T, _ = embeds.shape
         use_cache = self._decide_cache(use_cache)
-        weighs = _first(output_attentions, self.config.output_attentions)
+        weighs = first(output_attentions, self.config.output_attentions)
         mask, custom = _split_mask(attention_mask, B, T)
         rows = None if mask is None else ragged(mask[:, -T:])
         counts = None if rows is None else rows.counts
@@ -101,32 +155,27 @@ class DecoderModel(PreTrainedModel):
             position_ids = None if position_ids is None else rows.pack(position_ids)
 
         step = self._step(embeds, span, position_ids, custom, cache, weighs)
-        states, weights = self._run_layers(embeds, step)
+        states, weights, routed = self._run_layers(embeds, step)
         if cache is not None:
             cache.advance(span)
         if rows is not None:
             states = [rows.unpack(state) for state in states]
+            routed = [rows.unpack(logits) for logits in routed]
         if weighs and mask is not None:
             weights = [_in_columns(w, rows, mask, span.keys) for w in weights]
 
         past: Cache | LegacyCache | None = cache if use_cache else None
         if past is not None and cache is not None and isinstance(past_key_values, tuple):
             past = to_legacy(cache, mask)
-        output = BaseModelOutputWithPast(
-            last_hidden_state=states[-1],
-            past_key_values=past,
-            hidden_states=tuple(states)
-            if _first(output_hidden_states, self.config.output_hidden_states)
-            else None,
+        return Run(
+            states=states,
+            past=past,
             attentions=tuple(weights) if weighs else None,
+            router_logits=tuple(routed),
         )
-        return output if _first(return_dict, self.config.return_dict) else output.to_tuple()
 
-    def new_cache(self) -> Cache:
-        """Return an empty cache of the kind this family grows."""
-        return DynamicCache(self.config)
-
-    # -- the steps of forward ----------------------------------------------------------------
+    def _asked_states(self, run: Run, asked: bool | None) -> tuple[Tensor, ...] | None:
+        return tuple(run.states) if first(asked, self.config.output_hidden_states) else None
 
     def _embed(self, input_ids: Tensor | None, inputs_embeds: Tensor | None) -> Tensor:
         if (input_ids is None) == (inputs_embeds is None):
@@ -151,7 +200,7 @@ class DecoderModel(PreTrainedModel):
                     stacklevel=4,
                 )
             return False
-        return _first(use_cache, self.config.use_cache)
+        return first(use_cache, self.config.use_cache)
 
     def _open_cache(
         self, past: Cache | LegacyCache | None, mask: Tensor | None, T: int, use_cache: bool
@@ -196,18 +245,24 @@ class DecoderModel(PreTrainedModel):
             cache=cache,
         )
 
-    def _run_layers(self, hidden: Tensor, step: Step) -> tuple[list[Tensor], list[Tensor]]:
-        """Return the embeddings and each layer's output, the last one normalised; and weights."""
-        states, weights = [hidden], []
+    def _run_layers(
+        self, hidden: Tensor, step: Step
+    ) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
+        """Return the embeddings and each layer's output, the last normalised; weights; routing."""
+        states, weights, routed = [hidden], [], []
         for layer in self.layers:
             if self.gradient_checkpointing and self.training:
-                hidden, weight = checkpoint(layer, hidden, step, use_reentrant=False)
+                out = LayerOutput(*checkpoint(layer, hidden, step, use_reentrant=False))
             else:
-                hidden, weight = layer(hidden, step)
+                out = layer(hidden, step)
+            hidden = out.hidden_states
             states.append(hidden)
-            weights.append(weight)
+            if out.attention is not None:
+                weights.append(out.attention)
+            if out.router_logits is not None:
+                routed.append(out.router_logits)
         states[-1] = self.norm(hidden)
-        return states, weights
+        return states, weights, routed
 
 
 def check_token_ids(input_ids: Tensor, vocab_size: int) -> None:
@@ -288,5 +343,6 @@ def _in_columns(weights: Tensor, rows: Ragged | None, mask: Tensor, keys: int) -
     return keys_in_columns(weights, mask) if covers else weights
 
 
-def _first(value: Value | None, default: Value) -> Value:
+def first(value: Value | None, default: Value) -> Value:
+    """Return a value, or the default where it is not given."""
     return default if value is None else value

@@ -25,6 +25,8 @@ __all__ = [
     "QuestionAnsweringHead",
     "SequenceClassificationHead",
     "TokenClassificationHead",
+    "check_labels",
+    "kept",
 ]
 
 
@@ -98,15 +100,10 @@ class CausalLMHead(_Headed, GenerationMixin):
             output_hidden_states=output_hidden_states,
             cache_position=cache_position,
         )
-        logits = self.lm_head(_kept(outputs.last_hidden_state, logits_to_keep))
+        logits = self.lm_head(kept(outputs.last_hidden_state, logits_to_keep))
         loss = None
         if labels is not None:
-            if labels.shape != logits.shape[:2]:
-                raise InputError(
-                    f"labels have shape {tuple(labels.shape)} and there are logits of "
-                    f"{tuple(logits.shape[:2])} positions; give a label for each token, and "
-                    "logits_to_keep=0"
-                )
+            check_labels(labels, logits)
             loss = next_token_loss(logits, labels)
         output = CausalLMOutputWithPast(
             loss, logits, outputs.past_key_values, outputs.hidden_states, outputs.attentions
@@ -296,7 +293,26 @@ class QuestionAnsweringHead(_Headed):
         return cast("QuestionAnsweringModelOutput", self._returned(output, return_dict))
 
 
-def _kept(hidden: Tensor, logits_to_keep: int | Tensor) -> Tensor:
+def check_labels(labels: Tensor, logits: Tensor) -> None:
+    """Check that there is a label for each position that has logits.
+
+    Raises:
+        InputError: there is not.
+    """
+    if labels.shape != logits.shape[:2]:
+        raise InputError(
+            f"labels have shape {tuple(labels.shape)} and there are logits of "
+            f"{tuple(logits.shape[:2])} positions; give a label for each token, and "
+            "logits_to_keep=0"
+        )
+
+
+def kept(hidden: Tensor, logits_to_keep: int | Tensor) -> Tensor:
+    """Return the positions of hidden states (B, T, C) whose logits are wanted.
+
+    Raises:
+        InputError: a negative number of positions.
+    """
     if isinstance(logits_to_keep, int):
         if logits_to_keep < 0:
             raise InputError(

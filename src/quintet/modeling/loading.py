@@ -7,7 +7,7 @@ and only then is data read, one tensor after the other.
 import difflib
 import os
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -15,7 +15,16 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import torch
 from torch import Tensor, nn
 
-from quintet.checkpoint import Checkpoint, TensorInfo, compare, save
+from quintet.checkpoint import (
+    Checkpoint,
+    Piece,
+    StackExperts,
+    TensorInfo,
+    compare,
+    pieces,
+    save,
+    split_tensors,
+)
 from quintet.configuration.base import FLOAT_DTYPES, PreTrainedConfig, read_config
 from quintet.errors import InputError, UnsupportedBackendError, listed
 from quintet.generation.config import GENERATION_CONFIG_NAME, GenerationConfig
@@ -99,11 +108,13 @@ def write(
     directory: str | os.PathLike[str],
     tensors: Mapping[str, Tensor],
     *,
+    rules: Sequence[StackExperts],
     max_shard_size: int | str,
     texts: Mapping[str, str],
 ) -> None:
     """Write weights and the files beside them; see `PreTrainedModel.save_pretrained`."""
-    save(Path(directory), tensors, max_shard_size=max_shard_size, text_files=texts)
+    named = dict(split_tensors(tensors, rules))
+    save(Path(directory), named, max_shard_size=max_shard_size, text_files=texts)
 
 
 def _fill(
@@ -114,46 +125,71 @@ def _fill(
     device: torch.device,
 ) -> None:
     """Give every parameter and persistent buffer of a meta model its tensor."""
-    tied = model.tied_names()
-    expected = {k: tuple(v.shape) for k, v in model.state_dict().items() if k not in tied}
-    names = _names_in_file(model, expected, checkpoint.tensors)
-    found = {
-        name: checkpoint.tensors[in_file]
-        for name, in_file in names.items()
-        if in_file in checkpoint.tensors
+    tied, optional = model.tied_names(), model.optional_names(checkpoint.tensors)
+    expected = {
+        name: tuple(tensor.shape)
+        for name, tensor in model.state_dict().items()
+        if name not in tied and not name.startswith(optional)
     }
-    fresh = [n for n in expected if n not in found and n.startswith(model.new_head)]
-    difference = compare({k: v for k, v in expected.items() if k not in fresh}, found)
-    difference.raise_if_incomplete(where)
+    plan = _plan(model, expected, checkpoint.tensors)
+    fresh = [
+        name
+        for name in expected
+        if name.startswith(model.new_head) and plan[name][0].name not in checkpoint.tensors
+    ]
+    wanted = {
+        piece.name: (name, piece)
+        for name, parts in plan.items()
+        for piece in parts
+        if name not in fresh
+    }
+    found = {name: info for name, info in checkpoint.tensors.items() if name in wanted}
+    compare({k: piece.shape for k, (_, piece) in wanted.items()}, found).raise_if_incomplete(where)
 
-    sources = {names[name]: name for name in found}
-    for in_file, tensor in checkpoint.read(sources):
-        _assign(model, sources[in_file], _cast(tensor, dtype).to(device))
+    tensors = dict(model.state_dict(keep_vars=True))
+    for in_file, tensor in checkpoint.read(wanted):
+        name, piece = wanted[in_file]
+        value = _cast(name, tensor, dtype, model).to(device)
+        if piece.place is None:
+            _assign(model, name, value)
+        else:
+            if tensors[name].is_meta:
+                tensors[name] = torch.empty(expected[name], dtype=value.dtype, device=device)
+                _assign(model, name, tensors[name])
+            piece.of(tensors[name]).copy_(value)
     for name in fresh:
-        parent = model.get_submodule(name.rpartition(".")[0])
         _assign(model, name, torch.empty(expected[name], dtype=dtype, device=device))
-        if all(not p.is_meta for p in parent.parameters(recurse=False)):
-            model.init_module(parent)
+    for parent in {name.rpartition(".")[0] for name in fresh}:
+        model.init_module(model.get_submodule(parent))
+    model.drop(optional)
     model.tie_weights()
-    _tell(model, where, fresh, set(checkpoint.tensors) - set(sources))
+    _tell(model, where, fresh, set(checkpoint.tensors) - set(wanted))
 
 
-def _names_in_file(
-    model: "PreTrainedModel", expected: Mapping[str, Any], tensors: Mapping[str, TensorInfo]
-) -> dict[str, str]:
-    """Map the model's names to the checkpoint's, which may be with or without a head."""
+def _plan(
+    model: "PreTrainedModel",
+    expected: Mapping[str, tuple[int, ...]],
+    tensors: Mapping[str, TensorInfo],
+) -> dict[str, list[Piece]]:
+    """Say for each tensor of the model which of the checkpoint fill it.
+
+    The checkpoint may be with or without a head, and may hold experts stacked already.
+    """
     own = f"{model.base_model_prefix}." if model.base_model is not model else ""
     inner = [name.removeprefix(own) for name in expected if name.startswith(own)]
     prefixes = dict.fromkeys((own, "", "model.", "transformer."))
     prefix = max(prefixes, key=lambda p: sum(p + name in tensors for name in inner))
-    names = {
-        name: prefix + name.removeprefix(own) if name.startswith(own) else name for name in expected
-    }
+    plan = {}
+    for name, shape in expected.items():
+        named = prefix + name.removeprefix(own) if name.startswith(own) else name
+        plan[name] = (
+            [Piece(named, shape)] if named in tensors else pieces(named, shape, model.weight_rules)
+        )
     # A file may hold a tied tensor under its other name alone.
     for alias, name in model.tied_names().items():
-        if names[name] not in tensors and alias in tensors:
-            names[name] = alias
-    return names
+        if plan[name][0].name not in tensors and alias in tensors:
+            plan[name] = [Piece(alias, expected[name])]
+    return plan
 
 
 def _assign(model: nn.Module, name: str, tensor: Tensor) -> None:
@@ -165,8 +201,10 @@ def _assign(model: nn.Module, name: str, tensor: Tensor) -> None:
         module.register_buffer(leaf, tensor)
 
 
-def _cast(tensor: Tensor, dtype: torch.dtype) -> Tensor:
-    return tensor.to(dtype) if tensor.is_floating_point() else tensor
+def _cast(name: str, tensor: Tensor, dtype: torch.dtype, model: "PreTrainedModel") -> Tensor:
+    if not tensor.is_floating_point() or name.endswith(model.keep_in_fp32):
+        return tensor
+    return tensor.to(dtype)
 
 
 def _tell(model: "PreTrainedModel", where: str, fresh: list[str], left: set[str]) -> None:

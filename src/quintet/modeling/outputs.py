@@ -12,6 +12,8 @@ __all__ = [
     "BaseModelOutputWithPast",
     "CausalLMOutputWithPast",
     "ModelOutput",
+    "MoeCausalLMOutputWithPast",
+    "MoeModelOutputWithPast",
     "QuestionAnsweringModelOutput",
     "SequenceClassifierOutputWithPast",
     "TokenClassifierOutput",
@@ -68,6 +70,39 @@ class CausalLMOutputWithPast(ModelOutput):
     past_key_values: Cache | LegacyCache | None = None
     hidden_states: tuple[Tensor, ...] | None = None
     attentions: tuple[Tensor, ...] | None = None
+
+
+@dataclass(eq=False)
+class MoeModelOutputWithPast(ModelOutput):
+    """The output of a mixture-of-experts model without a head.
+
+    Shapes: as `BaseModelOutputWithPast`; router_logits (B·T, E) for each layer with experts, what
+    the router computed before any softmax or sigmoid.
+    """
+
+    last_hidden_state: Tensor
+    past_key_values: Cache | LegacyCache | None = None
+    hidden_states: tuple[Tensor, ...] | None = None
+    attentions: tuple[Tensor, ...] | None = None
+    router_logits: tuple[Tensor, ...] | None = None
+
+
+@dataclass(eq=False)
+class MoeCausalLMOutputWithPast(ModelOutput):
+    """The output of a mixture-of-experts language model; aux_loss is the balance of the experts.
+
+    Shapes: logits (B, T, V), router_logits (B·T, E) for each layer with experts, mtp_logits
+    (B, T, V) for each depth of multi-token prediction that was asked for.
+    """
+
+    loss: Tensor | None = None
+    aux_loss: Tensor | None = None
+    logits: Tensor | None = None
+    past_key_values: Cache | LegacyCache | None = None
+    hidden_states: tuple[Tensor, ...] | None = None
+    attentions: tuple[Tensor, ...] | None = None
+    router_logits: tuple[Tensor, ...] | None = None
+    mtp_logits: tuple[Tensor, ...] | None = None
 
 
 @dataclass(eq=False)

@@ -21,7 +21,7 @@ from quintet.layers.attention import Attention
 from quintet.layers.mlp import GatedMLP
 from quintet.layers.norm import RMSNorm
 from quintet.layers.rotary import RotaryEmbedding
-from quintet.layers.step import Step
+from quintet.layers.step import LayerOutput, Step
 from quintet.modeling.base import PreTrainedModel
 from quintet.modeling.decoder import DecoderModel
 from quintet.modeling.heads import (
@@ -141,12 +141,12 @@ class Qwen2DecoderLayer(nn.Module):
         self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
 
-    def forward(self, hidden_states: Tensor, step: Step) -> tuple[Tensor, Tensor | None]:
-        """Map (B, T, C) to (B, T, C), and the attention weights where the backend has them."""
+    def forward(self, hidden_states: Tensor, step: Step) -> LayerOutput:
+        """Map (B, T, C) to (B, T, C)."""
         attended, weights = self.self_attn(self.input_layernorm(hidden_states), step)
         hidden_states = hidden_states + attended
         hidden_states = hidden_states + self.mlp(self.post_attention_layernorm(hidden_states))
-        return hidden_states, weights
+        return LayerOutput(hidden_states, weights)
 
 
 class Qwen2PreTrainedModel(PreTrainedModel):

@@ -1,0 +1,143 @@
+"""What models with experts add: router logits, and a loss that balances the experts."""
+
+from typing import Any, cast
+
+from torch import Tensor
+
+from quintet.cache import Cache, LegacyCache
+from quintet.checkpoint import StackExperts
+from quintet.modeling.decoder import DecoderModel, first
+from quintet.modeling.heads import CausalLMHead, check_labels, kept
+from quintet.modeling.outputs import MoeCausalLMOutputWithPast, MoeModelOutputWithPast
+from quintet.ops.losses import next_token_loss
+
+__all__ = ["EXPERT_RULES", "MoeCausalLMHead", "MoeDecoderModel"]
+
+EXPERT_RULES = (
+    StackExperts(
+        "experts.gate_up_proj", ("experts.{}.gate_proj.weight", "experts.{}.up_proj.weight")
+    ),
+    StackExperts("experts.down_proj", ("experts.{}.down_proj.weight",)),
+)
+
+
+class MoeDecoderModel(DecoderModel):
+    """A decoder some of whose layers have experts."""
+
+    weight_rules = EXPERT_RULES
+
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        past_key_values: Cache | LegacyCache | None = None,
+        inputs_embeds: Tensor | None = None,
+        use_cache: bool | None = None,
+        output_attentions: bool | None = None,
+        output_hidden_states: bool | None = None,
+        return_dict: bool | None = None,
+        cache_position: Tensor | None = None,
+        output_router_logits: bool | None = None,
+    ) -> MoeModelOutputWithPast | tuple[Any, ...]:
+        """Run the layers over T new tokens of each row; arguments as in `DecoderModel.forward`.
+
+        Args:
+            output_router_logits: return what the router of each layer with experts computed.
+        """
+        run = self._run(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            inputs_embeds=inputs_embeds,
+            use_cache=use_cache,
+            output_attentions=output_attentions,
+            cache_position=cache_position,
+        )
+        wanted = first(output_router_logits, self.config.output_router_logits)
+        output = MoeModelOutputWithPast(
+            last_hidden_state=run.states[-1],
+            past_key_values=run.past,
+            hidden_states=self._asked_states(run, output_hidden_states),
+            attentions=run.attentions,
+            router_logits=tuple(x.flatten(0, 1) for x in run.router_logits) if wanted else None,
+        )
+        return output if first(return_dict, self.config.return_dict) else output.to_tuple()
+
+
+class MoeCausalLMHead(CausalLMHead):
+    """Logits of the next token, and the balance of the experts as a second loss."""
+
+    weight_rules = EXPERT_RULES
+
+    def aux_loss_weight(self, labels: Tensor | None, output_router_logits: bool) -> float | None:
+        """Return the weight of the balance loss in this forward; None not to compute it."""
+        raise NotImplementedError
+
+    def aux_loss(self, router_logits: tuple[Tensor, ...], mask: Tensor | None) -> Tensor:
+        """Return how unbalanced the experts were; router_logits (B·T, E) a layer, mask (B, T)."""
+        raise NotImplementedError
+
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        past_key_values: Cache | LegacyCache | None = None,
+        inputs_embeds: Tensor | None = None,
+        labels: Tensor | None = None,
+        use_cache: bool | None = None,
+        output_attentions: bool | None = None,
+        output_hidden_states: bool | None = None,
+        return_dict: bool | None = None,
+        cache_position: Tensor | None = None,
+        logits_to_keep: int | Tensor = 0,
+        output_router_logits: bool | None = None,
+    ) -> MoeCausalLMOutputWithPast | tuple[Any, ...]:
+        """Return logits (B, T, V) of the token after each; arguments as in `CausalLMHead.forward`.
+
+        Args:
+            output_router_logits: return what the router of each layer with experts computed, and
+                the balance loss.
+        """
+        routed = first(output_router_logits, self.config.output_router_logits)
+        weight = self.aux_loss_weight(labels, routed)
+        outputs = cast(
+            "MoeModelOutputWithPast",
+            self.base_model(
+                input_ids=input_ids,
+                attention_mask=attention_mask,
+                position_ids=position_ids,
+                past_key_values=past_key_values,
+                inputs_embeds=inputs_embeds,
+                use_cache=use_cache,
+                output_attentions=output_attentions,
+                output_hidden_states=output_hidden_states,
+                cache_position=cache_position,
+                output_router_logits=routed or weight is not None,
+                return_dict=True,
+            ),
+        )
+        logits = self.lm_head(kept(outputs.last_hidden_state, logits_to_keep))
+        aux = loss = None
+        if weight is not None and outputs.router_logits:
+            T = outputs.last_hidden_state.shape[1]
+            padding = attention_mask is not None and attention_mask.ndim == 2
+            mask = attention_mask[:, -T:] if attention_mask is not None and padding else None
+            aux = self.aux_loss(outputs.router_logits, mask)
+        if labels is not None:
+            check_labels(labels, logits)
+            loss = next_token_loss(logits, labels)
+            if aux is not None and weight is not None:
+                loss = loss + weight * aux
+        output = MoeCausalLMOutputWithPast(
+            loss=loss,
+            aux_loss=aux,
+            logits=logits,
+            past_key_values=outputs.past_key_values,
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
+            router_logits=outputs.router_logits if routed else None,
+        )
+        return output if first(return_dict, self.config.return_dict) else output.to_tuple()
