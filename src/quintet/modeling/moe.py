@@ -79,7 +79,8 @@ class MoeCausalLMHead(CausalLMHead):
         """Return how unbalanced the experts were; router_logits (B·T, E) a layer, mask (B, T)."""
         raise NotImplementedError
 
-    def forward(
+    # The order of the output's fields is Transformers', which no subclass of the plain one has.
+    def forward(  # type: ignore[override]
         self,
         input_ids: Tensor | None = None,
         attention_mask: Tensor | None = None,

@@ -73,17 +73,13 @@ class CausalLMOutputWithPast(ModelOutput):
 
 
 @dataclass(eq=False)
-class MoeModelOutputWithPast(ModelOutput):
+class MoeModelOutputWithPast(BaseModelOutputWithPast):
     """The output of a mixture-of-experts model without a head.
 
     Shapes: as `BaseModelOutputWithPast`; router_logits (B·T, E) for each layer with experts, what
     the router computed before any softmax or sigmoid.
     """
 
-    last_hidden_state: Tensor
-    past_key_values: Cache | LegacyCache | None = None
-    hidden_states: tuple[Tensor, ...] | None = None
-    attentions: tuple[Tensor, ...] | None = None
     router_logits: tuple[Tensor, ...] | None = None
 
 

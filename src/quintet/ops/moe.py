@@ -21,7 +21,7 @@ def apply_experts(
     hits, order = indices.flatten().sort(stable=True)
     tokens = order // indices.shape[1]
     shares = weights.flatten()[order]
-    experts, counts = hits.unique_consecutive(return_counts=True)
+    experts, counts = torch.unique_consecutive(hits, return_counts=True)
     start = 0
     for expert, count in zip(experts.tolist(), counts.tolist(), strict=True):
         rows = tokens[start : start + count]
