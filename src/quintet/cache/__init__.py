@@ -3,6 +3,7 @@
 from quintet.cache.base import AttentionSlot, Cache, CacheSlot, Span
 from quintet.cache.dense import DynamicCache, StaticCache
 from quintet.cache.legacy import LegacyCache, from_legacy, to_legacy
+from quintet.cache.recurrent import RecurrentSlot
 
 __all__ = [
     "AttentionSlot",
@@ -10,6 +11,7 @@ __all__ = [
     "CacheSlot",
     "DynamicCache",
     "LegacyCache",
+    "RecurrentSlot",
     "Span",
     "StaticCache",
     "from_legacy",

@@ -2,7 +2,8 @@
 
 Every row of a batch has its own length from the start. A forward asks the cache where its tokens
 go (`span`), the layers write there, and the model moves the lengths once at the end (`advance`):
-a forward that fails halfway leaves the cache as it was.
+a forward that fails halfway leaves the cache as it was. Recurrent states cannot be left behind a
+length like that: after such a failure the cache asks to be cropped or reset.
 """
 
 from collections.abc import Iterator, Sequence
@@ -12,6 +13,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from quintet.cache.recurrent import RecurrentSlot
 from quintet.errors import InputError
 
 __all__ = ["AttentionSlot", "Cache", "CacheSlot", "Span"]
@@ -54,6 +56,10 @@ class CacheSlot(Protocol):
         """Forget what is behind the given length, of all rows or of each."""
         ...
 
+    def snapshot(self, lengths: int | Tensor) -> None:
+        """Prepare to be cropped to any point from here on, where that takes preparation."""
+        ...
+
     def reset(self) -> None:
         """Forget everything; preallocated memory stays."""
         ...
@@ -82,12 +88,24 @@ class AttentionSlot(CacheSlot, Protocol):
 
 
 class Cache:
-    """The slots of all layers and how many tokens each row holds."""
+    """The slots of all layers and how many tokens each row holds.
 
-    def __init__(self, layers: Sequence[AttentionSlot]) -> None:
+    Args:
+        layers: each layer's keys and values; None for a layer without attention.
+        states: each layer's recurrent state; None for a layer without one.
+    """
+
+    def __init__(
+        self,
+        layers: Sequence[AttentionSlot | None],
+        states: Sequence[RecurrentSlot | None] = (),
+    ) -> None:
         self.layers = list(layers)
+        self.states = list(states)
         self._lengths: int | Tensor = 0
         self._longest = 0
+        # Recurrent states may already hold the tokens of a forward that has not ended.
+        self._ahead = False
 
     # -- one forward -------------------------------------------------------------------------
 
@@ -95,9 +113,16 @@ class Cache:
         """Return where the next `length` tokens of `batch` rows go.
 
         Raises:
-            InputError: the cache holds another number of rows.
+            InputError: the cache holds another number of rows, or what a failed forward left.
             ContextLengthError: a preallocated cache has no room for them.
         """
+        if self._ahead:
+            raise InputError(
+                "an earlier forward failed halfway and left recurrent layers ahead of the cache's "
+                "lengths; crop the cache to its last snapshot, or reset it"
+            )
+        if isinstance(self._lengths, Tensor):
+            self._lengths = self._lengths.to(device)
         rows = self.batch_size
         if rows is not None and rows != batch:
             raise InputError(
@@ -112,10 +137,26 @@ class Cache:
         """Store a layer's keys and values (B, K, T, D); `advance` follows after the last layer."""
         if span is None:
             span = self.span(keys.shape[0], keys.shape[2], keys.device, None)
-        return self.layers[layer_idx].update(keys, values, span)
+        return self._attention(layer_idx).update(keys, values, span)
+
+    def recurrent(self, layer_idx: int) -> RecurrentSlot:
+        """Return a layer's recurrent state, to be updated by the forward that asks for it.
+
+        Raises:
+            InputError: the cache keeps none for this layer.
+        """
+        slot = self.states[layer_idx] if self.states else None
+        if slot is None:
+            raise InputError(
+                f"this {type(self).__name__} keeps no recurrent state for layer {layer_idx}; "
+                "use the cache that the model returns, or make one from the model's config"
+            )
+        self._ahead = True
+        return slot
 
     def advance(self, span: Span) -> None:
         """Count the tokens of a span that every layer has stored."""
+        self._ahead = False
         if span.counts is None:
             self._lengths = self._lengths + span.length
             self._longest += span.length
@@ -128,7 +169,7 @@ class Cache:
     @property
     def batch_size(self) -> int | None:
         """The number of rows, None while nothing fixes it."""
-        return self.layers[0].batch_size if self.layers else None
+        return next((slot.batch_size for slot in self._slots()), None)
 
     def lengths(self, batch: int, device: torch.device | str = "cpu") -> Tensor:
         """Return how many tokens each of `batch` rows holds, (B,)."""
@@ -147,14 +188,14 @@ class Cache:
     @property
     def nbytes(self) -> int:
         """The bytes all layers hold."""
-        return sum(layer.nbytes for layer in self.layers)
+        return sum(slot.nbytes for slot in self._slots())
 
     def __len__(self) -> int:
         return len(self.layers)
 
     def __getitem__(self, layer_idx: int) -> tuple[Tensor, Tensor]:
         """Return one layer's keys and values, as the legacy tuple format does."""
-        return self.layers[layer_idx].content(self.get_seq_length())
+        return self._attention(layer_idx).content(self.get_seq_length())
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
         return (self[index] for index in range(len(self)))
@@ -168,22 +209,34 @@ class Cache:
         """Forget all but the first `max_length` tokens of every row, or of each with a (B,) tensor.
 
         A negative number forgets that many from the end of each row.
+
+        Raises:
+            InputError: recurrent layers have no snapshot to go back from.
         """
+        held = self._lengths
         if isinstance(max_length, int) and max_length < 0:
-            self._lengths = self._lengths + max_length
-            if isinstance(self._lengths, int):
-                self._lengths = max(self._lengths, 0)
-            else:
-                self._lengths = self._lengths.clamp(min=0)
-        elif isinstance(max_length, int) and isinstance(self._lengths, int):
-            self._lengths = min(self._lengths, max_length)
+            kept = held + max_length
+            kept = max(kept, 0) if isinstance(kept, int) else kept.clamp(min=0)
+        elif isinstance(max_length, int) and isinstance(held, int):
+            kept = min(held, max_length)
         else:
             limit = torch.as_tensor(max_length)
-            held = torch.as_tensor(self._lengths, device=limit.device)
-            self._lengths = torch.minimum(held, limit.to(held.device))
-        self._longest = _longest(self._lengths)
-        for layer in self.layers:
-            layer.crop(self._lengths)
+            own = torch.as_tensor(held, device=limit.device)
+            kept = torch.minimum(own, limit.to(own.device))
+        if self.states and not self._ahead and bool((torch.as_tensor(kept == held)).all()):
+            return
+        for slot in self._slots():
+            slot.crop(kept)
+        self._lengths, self._longest, self._ahead = kept, _longest(kept), False
+
+    def snapshot(self) -> None:
+        """Prepare to be cropped to the present lengths, or to any point after them.
+
+        Keys and values need no preparation and lose nothing by it. Recurrent states are copied,
+        and keep what they take in until the next snapshot, so take one at every turn.
+        """
+        for slot in self._slots():
+            slot.snapshot(self._lengths)
 
     def seek(self, position: Tensor) -> None:
         """Continue every row from the slot `position` (a scalar), forgetting what is behind it.
@@ -204,8 +257,8 @@ class Cache:
         if isinstance(self._lengths, Tensor):
             self._lengths = self._lengths[indices.to(self._lengths.device)]
             self._longest = _longest(self._lengths)
-        for layer in self.layers:
-            layer.select(indices)
+        for slot in self._slots():
+            slot.select(indices)
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         """Give row i what row `beam_idx[i]` held, as beam search does."""
@@ -218,9 +271,21 @@ class Cache:
 
     def reset(self) -> None:
         """Forget everything; preallocated memory stays."""
-        self._lengths, self._longest = 0, 0
-        for layer in self.layers:
-            layer.reset()
+        self._lengths, self._longest, self._ahead = 0, 0, False
+        for slot in self._slots():
+            slot.reset()
+
+    def _slots(self) -> Iterator[AttentionSlot | RecurrentSlot]:
+        # Recurrent ones first: they may refuse, and then nothing has changed.
+        for slot in (*self.states, *self.layers):
+            if slot is not None:
+                yield slot
+
+    def _attention(self, layer_idx: int) -> AttentionSlot:
+        slot = self.layers[layer_idx]
+        if slot is None:
+            raise InputError(f"layer {layer_idx} keeps a recurrent state, not keys and values")
+        return slot
 
 
 def _longest(lengths: int | Tensor) -> int:

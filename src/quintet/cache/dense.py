@@ -1,14 +1,20 @@
 """Keys and values of attention, kept whole: growing as needed, or preallocated."""
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F  # noqa: N812
 from torch import Tensor
 
-from quintet.cache.base import Cache, Span
+from quintet.cache.base import AttentionSlot, Cache, Span
+from quintet.cache.recurrent import RecurrentSlot
 from quintet.configuration.base import PreTrainedConfig
 from quintet.errors import ContextLengthError, InputError
 
 __all__ = ["DynamicCache", "DynamicSlot", "StaticCache", "StaticSlot"]
+
+
+NO_WAY_BACK = "cache_position of a compiled step with recurrent layers has to be the next slot"
 
 
 class _DenseSlot:
@@ -37,6 +43,9 @@ class _DenseSlot:
 
     def crop(self, lengths: int | Tensor) -> None:
         """Do nothing: what is behind a row's length is never seen and is overwritten."""
+
+    def snapshot(self, lengths: int | Tensor) -> None:
+        """Do nothing: any length can be gone back to."""
 
     @property
     def batch_size(self) -> int | None:
@@ -95,20 +104,21 @@ class StaticSlot(_DenseSlot):
 
 
 class DynamicCache(Cache):
-    """A cache of keys and values that grows with its rows."""
+    """A cache that grows with its rows: keys and values, and the states of recurrent layers."""
 
     def __init__(
         self, config: PreTrainedConfig | None = None, *, num_hidden_layers: int | None = None
     ) -> None:
-        if num_hidden_layers is None:
-            if config is None:
-                raise InputError("DynamicCache needs the model's config, or num_hidden_layers")
-            num_hidden_layers = config.num_hidden_layers
-        super().__init__([DynamicSlot() for _ in range(num_hidden_layers)])
+        if num_hidden_layers is not None:
+            super().__init__([DynamicSlot() for _ in range(num_hidden_layers)])
+        elif config is None:
+            raise InputError("DynamicCache needs the model's config, or num_hidden_layers")
+        else:
+            super().__init__(*_slots(config, DynamicSlot, RecurrentSlot))
 
 
 class StaticCache(Cache):
-    """A cache of keys and values with room for `max_cache_len` tokens a row, allocated once.
+    """A cache with room for `max_cache_len` tokens a row, allocated once.
 
     The memory is taken at the first forward, when batch, dtype and device are known. Lengths are
     a tensor changed in place, so that one compiled step serves every position.
@@ -117,7 +127,13 @@ class StaticCache(Cache):
     def __init__(self, config: PreTrainedConfig, max_cache_len: int) -> None:
         if max_cache_len < 1:
             raise InputError(f"max_cache_len={max_cache_len} has to be at least 1")
-        super().__init__([StaticSlot(max_cache_len) for _ in range(config.num_hidden_layers)])
+        super().__init__(
+            *_slots(
+                config,
+                lambda: StaticSlot(max_cache_len),
+                lambda: RecurrentSlot(preallocated=True),
+            )
+        )
         self.max_cache_len = max_cache_len
 
     def span(self, batch: int, length: int, device: torch.device, counts: Tensor | None) -> Span:
@@ -142,11 +158,15 @@ class StaticCache(Cache):
     def advance(self, span: Span) -> None:
         """Count the tokens of a span that every layer has stored."""
         assert isinstance(self._lengths, Tensor)
+        self._ahead = False
         self._lengths.add_(span.length if span.counts is None else span.counts)
 
     def seek(self, position: Tensor) -> None:
         """Continue every row from the slot `position` (a scalar)."""
         if torch.compiler.is_compiling() and isinstance(self._lengths, Tensor):
+            if self.states:
+                # Going back would take a snapshot, which a compiled step does not look for.
+                torch._assert_async((position == self._lengths).all(), NO_WAY_BACK)
             self._lengths.copy_(position.expand_as(self._lengths))
         else:
             super().seek(position)
@@ -165,6 +185,20 @@ class StaticCache(Cache):
         super().reset()
         if isinstance(lengths, Tensor):
             self._lengths = lengths.zero_()
+
+
+def _slots(
+    config: PreTrainedConfig,
+    attention: Callable[[], AttentionSlot],
+    recurrent: Callable[[], RecurrentSlot],
+) -> tuple[list[AttentionSlot | None], list[RecurrentSlot | None]]:
+    """Return the slots that each of the config's layers needs."""
+    attends, recurs = config.attention_layers(), config.recurrent_layers()
+    layers = range(config.num_hidden_layers)
+    return (
+        [attention() if i in attends else None for i in layers],
+        [recurrent() if i in recurs else None for i in layers] if recurs else [],
+    )
 
 
 def _write(buffer: Tensor, new: Tensor, span: Span) -> Tensor:

@@ -18,6 +18,9 @@ Shape = tuple[int, ...]
 class StackExperts:
     """A tensor (E, rows, ...) whose slice e is the parts of expert e on top of each other.
 
+    It is read in both directions: a tensor of the model is cut into views to be saved, and
+    filled part by part, in whatever order they come, to be loaded.
+
     Attributes:
         stacked: how the name in the model ends, for example "experts.gate_up_proj".
         parts: how the names on disk end, "{}" standing for the expert; parts share the rows
@@ -46,7 +49,8 @@ def pieces(name: str, shape: Shape, rules: Sequence[StackExperts]) -> list[Piece
     for rule in rules:
         if name == rule.stacked or name.endswith("." + rule.stacked):
             prefix = name.removesuffix(rule.stacked)
-            rows = shape[1] // len(rule.parts)
+            rows, rest = divmod(shape[1], len(rule.parts))
+            assert not rest, f"{name} {shape} is not {len(rule.parts)} parts of equal height"
             return [
                 Piece(
                     prefix + part.format(expert),

@@ -6,8 +6,9 @@ import inspect
 import json
 import os
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, ClassVar, Self, get_origin, get_type_hints
 
 from quintet.configuration.rope import RopeParameters, merge_rope
@@ -44,6 +45,8 @@ class PreTrainedConfig:
 
     model_type: ClassVar[str] = ""
     default_rope_theta: ClassVar[float] = 10_000.0
+    # Further names of keys, as `config.json` files of other origin and callers may have them.
+    aliases: ClassVar[Mapping[str, str]] = MappingProxyType({})
     # Keys that `derive` fills in; a file leaves them out where they are what it would give.
     derived: ClassVar[tuple[str, ...]] = ()
 
@@ -73,7 +76,9 @@ class PreTrainedConfig:
 
     def __init_subclass__(cls) -> None:
         super().__init_subclass__()
-        keys = cls.accepted_keys()
+        for alias, key in cls.aliases.items():
+            setattr(cls, alias, _view(key))
+        keys = [key for key in cls.accepted_keys() if key not in cls.aliases]
         cls.__signature__ = inspect.Signature(  # type: ignore[attr-defined]
             [
                 inspect.Parameter(key, inspect.Parameter.KEYWORD_ONLY, default=cls.default(key))
@@ -83,7 +88,7 @@ class PreTrainedConfig:
         )
 
     def __init__(self, **values: Any) -> None:
-        values = {_RENAMED.get(key, key): value for key, value in values.items()}
+        values = self._renamed(values)
         self._warn_of_misspellings(values)
         values["dtype"] = _dtype_name(values.get("dtype"))
         values["rope_parameters"] = merge_rope(values, self.default_rope_theta)
@@ -125,6 +130,14 @@ class PreTrainedConfig:
             f"one of {kinds}, or null",
         )
         self.rope()
+
+    def attention_layers(self) -> Sequence[int]:
+        """Return the layers that keep keys and values between steps."""
+        return range(self.num_hidden_layers)
+
+    def recurrent_layers(self) -> Sequence[int]:
+        """Return the layers that keep a recurrent state between steps."""
+        return ()
 
     def require(self, holds: bool, key: str, rule: str) -> None:
         """Raise a ConfigError that names `key`, its value and `rule` unless `holds`."""
@@ -186,8 +199,7 @@ class PreTrainedConfig:
     @classmethod
     def from_dict(cls, values: Mapping[str, Any], **overrides: Any) -> Self:
         """Build a configuration from the content of a file; `overrides` win over it."""
-        merged = {_RENAMED.get(key, key): value for key, value in values.items()}
-        overrides = {_RENAMED.get(key, key): value for key, value in overrides.items()}
+        merged, overrides = cls._renamed(values), cls._renamed(overrides)
         if "num_labels" in overrides:
             merged = {k: v for k, v in merged.items() if k not in ("id2label", "label2id")}
         if isinstance(types := merged.get("layer_types"), list) and "layer_types" not in overrides:
@@ -307,7 +319,7 @@ class PreTrainedConfig:
     @classmethod
     def accepted_keys(cls) -> list[str]:
         """Return the names of the declared keys and of the views of them."""
-        return [*cls.declared_keys(), "rope_theta", "rope_scaling", "num_labels"]
+        return [*cls.declared_keys(), "rope_theta", "rope_scaling", "num_labels", *cls.aliases]
 
     @classmethod
     def default(cls, key: str) -> Any:
@@ -315,6 +327,11 @@ class PreTrainedConfig:
         if key == "rope_theta":
             return cls.default_rope_theta
         return None if isinstance(value := getattr(cls, key), property) else value
+
+    @classmethod
+    def _renamed(cls, values: Mapping[str, Any]) -> dict[str, Any]:
+        names = {**_RENAMED, **cls.aliases}
+        return {names.get(key, key): value for key, value in values.items()}
 
     def _labels(self, values: dict[str, Any]) -> tuple[dict[int, str], dict[str, int]]:
         """Take the three label keys out of `values` and return the two mappings."""
@@ -361,6 +378,10 @@ def read_config(root: Path) -> dict[str, Any]:
     if not path.is_file():
         raise ModelNotFoundError(f"{root} has no {CONFIG_NAME}; it is not a model's directory")
     return read_json(path)
+
+
+def _view(key: str) -> property:
+    return property(lambda self: getattr(self, key), lambda self, to: setattr(self, key, to))
 
 
 def _dtype_name(dtype: Any) -> Any:

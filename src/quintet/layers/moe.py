@@ -25,3 +25,8 @@ class Experts(nn.Module):
     def forward(self, x: Tensor, indices: Tensor, weights: Tensor) -> Tensor:
         """Map tokens (N, C) through the experts `indices` (N, A), summed by `weights` (N, A)."""
         return apply_experts(x, indices, weights, self.gate_up_proj, self.down_proj, self.act_fn)
+
+    def extra_repr(self) -> str:
+        """Show the sizes in `print(model)`."""
+        E, C, F = self.down_proj.shape
+        return f"{E} of {C} -> {F} -> {C}"

@@ -38,6 +38,7 @@ class Step:
         attend: the attention backend.
         span: the slots the tokens take.
         cache: where layers keep what the next step needs; None to keep nothing.
+        embeds: (B, T, C) the embeddings, for layers that look back at them.
     """
 
     cos: Tensor
@@ -46,3 +47,4 @@ class Step:
     attend: AttentionBackend
     span: Span
     cache: Cache | None
+    embeds: Tensor

@@ -27,7 +27,7 @@ class PreTrainedModel(nn.Module):
         new_head: prefixes of parameters a checkpoint may lack, because a head that is trained on
             top of a released model begins untrained.
         weight_rules: how tensors of the model and of its checkpoints differ.
-        keep_in_fp32: how the names of tensors end that no `dtype` converts at loading.
+        keep_in_fp32: how the names of tensors end that are float32 whatever `dtype` is asked for.
     """
 
     config_class: ClassVar[type[PreTrainedConfig]] = PreTrainedConfig
@@ -214,7 +214,7 @@ class PreTrainedModel(nn.Module):
         old.num_embeddings = size
         head = self.get_output_embeddings()
         if head is not None:
-            if not self.tied_names():
+            if "lm_head.weight" not in self.tied_names():
                 head.weight = _resized(head.weight, size)
             head.out_features = size
         self.config.vocab_size = size

@@ -114,6 +114,10 @@ class DecoderModel(PreTrainedModel):
         """Return an empty cache of the kind this family grows."""
         return DynamicCache(self.config)
 
+    def final_norm(self, hidden_states: Tensor) -> Tensor:
+        """Normalise what the last layer made (overridden where the norm has another name)."""
+        return self.norm(hidden_states)  # type: ignore[no-any-return]
+
     # -- the steps of forward ----------------------------------------------------------------
 
     def _run(
@@ -243,6 +247,7 @@ class DecoderModel(PreTrainedModel):
             attend=attention_backend("eager" if weighs else self.config.attn_implementation),
             span=span,
             cache=cache,
+            embeds=embeds,
         )
 
     def _run_layers(
@@ -250,19 +255,23 @@ class DecoderModel(PreTrainedModel):
     ) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
         """Return the embeddings and each layer's output, the last normalised; weights; routing."""
         states, weights, routed = [hidden], [], []
-        for layer in self.layers:
-            if self.gradient_checkpointing and self.training:
-                out = LayerOutput(*checkpoint(layer, hidden, step, use_reentrant=False))
-            else:
-                out = layer(hidden, step)
+        # A family may keep further layers behind, which are no part of this run.
+        for layer in self.layers[: self.config.num_hidden_layers]:
+            out = self._run_layer(layer, hidden, step)
             hidden = out.hidden_states
             states.append(hidden)
             if out.attention is not None:
                 weights.append(out.attention)
             if out.router_logits is not None:
                 routed.append(out.router_logits)
-        states[-1] = self.norm(hidden)
+        states[-1] = self.final_norm(hidden)
         return states, weights, routed
+
+    def _run_layer(self, layer: nn.Module, hidden: Tensor, step: Step) -> LayerOutput:
+        if self.gradient_checkpointing and self.training:
+            return LayerOutput(*checkpoint(layer, hidden, step, use_reentrant=False))
+        out: LayerOutput = layer(hidden, step)
+        return out
 
 
 def check_token_ids(input_ids: Tensor, vocab_size: int) -> None:

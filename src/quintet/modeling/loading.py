@@ -149,14 +149,15 @@ def _fill(
     tensors = dict(model.state_dict(keep_vars=True))
     for in_file, tensor in checkpoint.read(wanted):
         name, piece = wanted[in_file]
-        value = _cast(name, tensor, dtype, model).to(device)
+        stored = _stored_dtype(name, tensor.dtype, dtype, model)
         if piece.place is None:
-            _assign(model, name, value)
+            _assign(model, name, tensor.to(device, stored))
         else:
             if tensors[name].is_meta:
-                tensors[name] = torch.empty(expected[name], dtype=value.dtype, device=device)
+                tensors[name] = torch.empty(expected[name], dtype=stored, device=device)
                 _assign(model, name, tensors[name])
-            piece.of(tensors[name]).copy_(value)
+            # Converted on the way into its place: no expert is ever there twice.
+            piece.of(tensors[name]).copy_(tensor)
     for name in fresh:
         _assign(model, name, torch.empty(expected[name], dtype=dtype, device=device))
     for parent in {name.rpartition(".")[0] for name in fresh}:
@@ -185,10 +186,11 @@ def _plan(
         plan[name] = (
             [Piece(named, shape)] if named in tensors else pieces(named, shape, model.weight_rules)
         )
-    # A file may hold a tied tensor under its other name alone.
+    # A file may hold a tied tensor under another of its names alone.
     for alias, name in model.tied_names().items():
-        if plan[name][0].name not in tensors and alias in tensors:
-            plan[name] = [Piece(alias, expected[name])]
+        named = prefix + alias.removeprefix(own) if alias.startswith(own) else alias
+        if plan[name][0].name not in tensors and named in tensors:
+            plan[name] = [Piece(named, expected[name])]
     return plan
 
 
@@ -201,10 +203,12 @@ def _assign(model: nn.Module, name: str, tensor: Tensor) -> None:
         module.register_buffer(leaf, tensor)
 
 
-def _cast(name: str, tensor: Tensor, dtype: torch.dtype, model: "PreTrainedModel") -> Tensor:
-    if not tensor.is_floating_point() or name.endswith(model.keep_in_fp32):
-        return tensor
-    return tensor.to(dtype)
+def _stored_dtype(
+    name: str, saved: torch.dtype, dtype: torch.dtype, model: "PreTrainedModel"
+) -> torch.dtype:
+    if not saved.is_floating_point:
+        return saved
+    return torch.float32 if name.endswith(model.keep_in_fp32) else dtype
 
 
 def _tell(model: "PreTrainedModel", where: str, fresh: list[str], left: set[str]) -> None:
@@ -217,7 +221,8 @@ def _tell(model: "PreTrainedModel", where: str, fresh: list[str], left: set[str]
         )
     # A head that this class does not have, and second names of tied tensors, are no loss.
     known_heads = ("lm_head.", "score.", "qa_outputs.")
-    lost = sorted(name for name in left if not name.startswith(known_heads))
+    tied = tuple(alias.removeprefix(f"{model.base_model_prefix}.") for alias in model.tied_names())
+    lost = sorted(n for n in left if not n.startswith(known_heads) and not n.endswith(tied))
     if lost:
         warnings.warn(
             f"{where} holds {len(lost)} tensors that {type(model).__name__} has no place for:\n"

@@ -2,6 +2,7 @@
 
 from typing import Any, cast
 
+import torch
 from torch import Tensor
 
 from quintet.cache import Cache, LegacyCache
@@ -75,7 +76,7 @@ class MoeCausalLMHead(CausalLMHead):
         """Return the weight of the balance loss in this forward; None not to compute it."""
         raise NotImplementedError
 
-    def aux_loss(self, router_logits: tuple[Tensor, ...], mask: Tensor | None) -> Tensor:
+    def aux_loss(self, router_logits: tuple[Tensor, ...], mask: Tensor) -> Tensor:
         """Return how unbalanced the experts were; router_logits (B·T, E) a layer, mask (B, T)."""
         raise NotImplementedError
 
@@ -123,9 +124,10 @@ class MoeCausalLMHead(CausalLMHead):
         logits = self.lm_head(kept(outputs.last_hidden_state, logits_to_keep))
         aux = loss = None
         if weight is not None and outputs.router_logits:
-            T = outputs.last_hidden_state.shape[1]
-            padding = attention_mask is not None and attention_mask.ndim == 2
-            mask = attention_mask[:, -T:] if attention_mask is not None and padding else None
+            states = outputs.last_hidden_state
+            mask = states.new_ones(states.shape[:2], dtype=torch.long)
+            if attention_mask is not None and attention_mask.ndim == 2:
+                mask = attention_mask[:, -mask.shape[1] :]
             aux = self.aux_loss(outputs.router_logits, mask)
         if labels is not None:
             check_labels(labels, logits)

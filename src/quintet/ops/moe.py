@@ -1,33 +1,141 @@
-"""Mixtures of experts: each token goes through a few of many MLPs."""
+"""Mixtures of experts: each token goes through a few of many MLPs.
+
+`apply_experts` has three forms that compute the same sum, for a token's A experts e with shares w:
+Σ_a w_a · down_e(act(gate_e(x)) · up_e(x)). The terms are added in float32 or wider.
+"""
+
+from collections.abc import Sequence
 
 import torch
+import torch.nn.functional as F  # noqa: N812
 from torch import Tensor
 
 from quintet.ops.activations import Activation
+from quintet.ops.grouped import grouped_linear
 
-__all__ = ["apply_experts"]
+__all__ = [
+    "apply_experts",
+    "gathered_experts",
+    "grouped_experts",
+    "looped_experts",
+    "switch_balance_loss",
+    "top_experts",
+]
+
+
+def top_experts(logits: Tensor, A: int, *, normalise: bool) -> tuple[Tensor, Tensor]:
+    """Choose the A most probable experts; return their indices and shares, (N, A) each.
+
+    Shares are probabilities of a softmax over all experts, in the dtype of `logits` (N, E);
+    `normalise` makes those chosen sum to one.
+    """
+    # In float32: in bfloat16 many probabilities round to the same number, and others are chosen.
+    probabilities = logits.softmax(dim=-1, dtype=torch.float32)
+    shares, indices = probabilities.topk(A, dim=-1)
+    if normalise:
+        shares = shares / shares.sum(dim=-1, keepdim=True)
+    return indices, shares.to(logits.dtype)
+
+
+def switch_balance_loss(router_logits: Sequence[Tensor], A: int, mask: Tensor) -> Tensor:
+    """Say how unbalanced the experts of all layers together are: E · Σ_e f_e · P_e.
+
+    f_e is how many of a token's A choices fall on expert e, P_e its probability, both averaged
+    over the tokens of every layer (Switch Transformer, arXiv:2101.03961, eq. 4-6, with f summed
+    over the choices). It is A where all experts are equally probable.
+    Shapes: router_logits (B·T, E) of each layer; mask (B, T), 0 for tokens that do not count.
+    """
+    counted = mask.reshape(-1, 1).to(router_logits[0].device, torch.float32)
+    E = router_logits[0].shape[-1]
+    chosen = probable = torch.zeros(E, device=counted.device)
+    for logits in router_logits:
+        probabilities = logits.softmax(dim=-1, dtype=torch.float32)
+        indices = probabilities.topk(A, dim=-1).indices
+        hits = torch.zeros_like(probabilities).scatter(1, indices, 1.0)
+        chosen = chosen + (hits * counted).sum(dim=0)
+        probable = probable + (probabilities * counted).sum(dim=0)
+    tokens = (len(router_logits) * counted.sum()).clamp(min=1)
+    return E * torch.dot(chosen / tokens, probable / tokens)
 
 
 def apply_experts(
     x: Tensor, indices: Tensor, weights: Tensor, gate_up: Tensor, down: Tensor, act: Activation
 ) -> Tensor:
-    """Sum each token's experts by their weights: Σ_a w_a · down_e(act(gate_e(x)) · up_e(x)).
+    """Sum each token's experts by their weights, in the form that suits where this runs.
 
-    Only experts that a token was routed to are read.
     Shapes: x (N, C); indices and weights (N, A); gate_up (E, 2F, C), the gate's rows first;
     down (E, C, F); returns (N, C).
     """
-    out = torch.zeros_like(x)
-    hits, order = indices.flatten().sort(stable=True)
+    form = looped_experts
+    if torch.compiler.is_compiling():
+        # Few tokens on a device: copying their matrices costs less than asking it which they are.
+        few = indices.numel() <= gate_up.shape[0] and x.device.type != "cpu"
+        form = gathered_experts if few else grouped_experts
+    elif torch.is_grad_enabled() and gate_up.requires_grad:
+        # In the loop, the gradient of each expert's slice would be as large as the whole stack.
+        form = grouped_experts
+    return form(x, indices, weights, gate_up, down, act)
+
+
+def looped_experts(
+    x: Tensor, indices: Tensor, weights: Tensor, gate_up: Tensor, down: Tensor, act: Activation
+) -> Tensor:
+    """Go from expert to expert, reading those that were hit and copying none of their weights."""
+    order, counts = _by_expert(indices, gate_up.shape[0])
     tokens = order // indices.shape[1]
     shares = weights.flatten()[order]
-    experts, counts = torch.unique_consecutive(hits, return_counts=True)
+    out = _zeros(x)
     start = 0
-    for expert, count in zip(experts.tolist(), counts.tolist(), strict=True):
-        rows = tokens[start : start + count]
-        gate, up = torch.nn.functional.linear(x[rows], gate_up[expert]).chunk(2, dim=-1)
-        made = torch.nn.functional.linear(act(gate) * up, down[expert])
-        share = shares[start : start + count, None].to(made.dtype)
-        out.index_add_(0, rows, made * share)
-        start += count
-    return out
+    for expert, count in enumerate(counts.tolist()):
+        if count:
+            rows, share = tokens[start : start + count], shares[start : start + count, None]
+            made = F.linear(_gated(F.linear(x[rows], gate_up[expert]), act), down[expert])
+            out.index_add_(0, rows, (made * share).to(out.dtype))
+            start += count
+    return out.to(x.dtype)
+
+
+def grouped_experts(
+    x: Tensor, indices: Tensor, weights: Tensor, gate_up: Tensor, down: Tensor, act: Activation
+) -> Tensor:
+    """Sort the tokens by expert and map them all at once; no shape depends on the routing."""
+    order, counts = _by_expert(indices, gate_up.shape[0])
+    tokens = order // indices.shape[1]
+    made = grouped_linear(x[tokens], gate_up, counts)
+    made = grouped_linear(_gated(made, act), down, counts)
+    made = made * weights.flatten()[order, None]
+    out = _zeros(x)
+    return out.index_add(0, tokens, made.to(out.dtype)).to(x.dtype)
+
+
+def gathered_experts(
+    x: Tensor, indices: Tensor, weights: Tensor, gate_up: Tensor, down: Tensor, act: Activation
+) -> Tensor:
+    """Copy each token's matrices, one of its experts at a time; for a few tokens.
+
+    No shape depends on the routing and nothing is read back from the device, so that a step can
+    be captured in a graph.
+    """
+    out = _zeros(x)
+    for expert, share in zip(indices.unbind(dim=1), weights.unbind(dim=1), strict=True):
+        made = _gated(torch.bmm(gate_up[expert], x[:, :, None]).squeeze(-1), act)
+        made = torch.bmm(down[expert], made[:, :, None]).squeeze(-1)
+        out = out + made * share[:, None]
+    return out.to(x.dtype)
+
+
+def _by_expert(indices: Tensor, E: int) -> tuple[Tensor, Tensor]:
+    """Return the order that sorts the flat choices by expert, and how many each expert has."""
+    flat = indices.flatten()
+    # Not bincount: the length of its result depends on the data.
+    counts = torch.zeros(E, dtype=torch.long, device=flat.device)
+    return flat.argsort(stable=True), counts.scatter_add(0, flat, torch.ones_like(flat))
+
+
+def _gated(gate_up: Tensor, act: Activation) -> Tensor:
+    gate, up = gate_up.chunk(2, dim=-1)
+    return act(gate) * up
+
+
+def _zeros(x: Tensor) -> Tensor:
+    return torch.zeros_like(x, dtype=torch.promote_types(x.dtype, torch.float32))

@@ -7,7 +7,14 @@ from torch import Tensor
 
 from quintet.configuration.rope import RopeParameters
 
-__all__ = ["attention_factor", "inverse_frequencies", "rotary_angles", "rotate"]
+__all__ = [
+    "attention_factor",
+    "inverse_frequencies",
+    "rotary_angles",
+    "rotate",
+    "rotate_interleaved",
+    "score_factor",
+]
 
 
 def inverse_frequencies(rope: RopeParameters, D: int) -> Tensor:
@@ -37,6 +44,17 @@ def attention_factor(rope: RopeParameters) -> float:
     return _mscale(rope.factor, 1.0)
 
 
+def score_factor(rope: RopeParameters) -> float:
+    """Return what YaRN multiplies attention scores by in models that set `mscale_all_dim`.
+
+    They give its temperature to all of a query and key, not to the rotated part alone; cos and
+    sin then carry only what `mscale` exceeds it by (`attention_factor`).
+    """
+    if rope.rope_type != "yarn" or not rope.mscale_all_dim:
+        return 1.0
+    return _mscale(rope.factor, rope.mscale_all_dim) ** 2
+
+
 def rotary_angles(
     position_ids: Tensor, frequencies: Tensor, rope: RopeParameters
 ) -> tuple[Tensor, Tensor]:
@@ -58,6 +76,17 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Rotate the pairs (x_i, x_{i+D/2}) by their angles; x (B, H, T, D), cos and sin (B, T, D)."""
     left, right = x.chunk(2, dim=-1)
     return x * cos[:, None] + torch.cat((-right, left), dim=-1) * sin[:, None]
+
+
+def rotate_interleaved(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotate the pairs (x_2i, x_2i+1) by their angles; shapes as in `rotate`.
+
+    The result has the pairs as (i, i + D/2): a permutation that cancels in the product of a
+    query and a key, and saves a copy of both.
+    """
+    even, odd = x[..., 0::2], x[..., 1::2]
+    cos, sin = (angles.chunk(2, dim=-1)[0][:, None] for angles in (cos, sin))
+    return torch.cat((even * cos - odd * sin, odd * cos + even * sin), dim=-1)
 
 
 def _dynamic(rope: RopeParameters, frequencies: Tensor, position_ids: Tensor) -> Tensor:

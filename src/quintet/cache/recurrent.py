@@ -1,0 +1,181 @@
+"""What a state-space layer keeps: the last inputs of its convolution, and its state.
+
+Neither grows with the text, so there is nothing to crop. To go back all the same, as speculative
+decoding does, a slot remembers its content at a `snapshot` and the inputs it gets from there on:
+from these the state after any number of them can be computed again.
+"""
+
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from quintet.errors import InputError
+from quintet.ops.conv import continued, last_window
+from quintet.ops.ssd import only, ssd
+
+__all__ = ["Inputs", "RecurrentSlot"]
+
+
+class Inputs(NamedTuple):
+    """What one forward gave to the state; axis letters as in `quintet.ops.ssd`.
+
+    Attributes:
+        raw: (B, T, C) what entered the convolution.
+        x: (B, T, H, P).
+        dt: (B, T, H), 0 for padding.
+        A: (H,).
+        b: (B, T, G, N).
+        counts: (B,) how many of the T are real, T where all are.
+    """
+
+    raw: Tensor
+    x: Tensor
+    dt: Tensor
+    A: Tensor
+    b: Tensor
+    counts: Tensor | int
+
+    def first(self, counts: Tensor | int) -> "Inputs":
+        """Take all but the first `counts` tokens of each row for padding."""
+        return self._replace(dt=only(self.dt, counts), counts=counts)
+
+    def select(self, rows: Tensor) -> "Inputs":
+        """Return the given rows of the batch."""
+        counts = self.counts if isinstance(self.counts, int) else self.counts[rows]
+        return Inputs(self.raw[rows], self.x[rows], self.dt[rows], self.A, self.b[rows], counts)
+
+
+@dataclass(slots=True)
+class _Snapshot:
+    """The rows' lengths and the slot's content at a moment, and the inputs since."""
+
+    lengths: int | Tensor
+    window: Tensor | None
+    state: Tensor | None
+    since: list[Inputs] = field(default_factory=list)
+
+
+class RecurrentSlot:
+    """The window (B, W - 1, C) of a convolution and a state (B, H, P, N), changed in place.
+
+    Args:
+        preallocated: keep the memory when all is forgotten.
+    """
+
+    def __init__(self, *, preallocated: bool = False) -> None:
+        self.window: Tensor | None = None
+        self.state: Tensor | None = None
+        self.preallocated = preallocated
+        self._snapshot: _Snapshot | None = None
+
+    def update(self, window: Tensor, state: Tensor, inputs: Inputs) -> None:
+        """Replace both by what they are after `inputs`."""
+        if self._snapshot is not None:
+            self._snapshot.since.append(inputs)
+        self.window = _stored(self.window, window)
+        self.state = _stored(self.state, state)
+
+    def snapshot(self, lengths: int | Tensor) -> None:
+        """Remember the present content, of rows that are `lengths` long, and what comes after it.
+
+        The memory for what comes after grows with it, until the next snapshot.
+        """
+        lengths = lengths.clone() if isinstance(lengths, Tensor) else lengths
+        window, state = (None if x is None else x.clone() for x in (self.window, self.state))
+        self._snapshot = _Snapshot(lengths, window, state)
+
+    def crop(self, lengths: int | Tensor) -> None:
+        """Go back to where rows had the given lengths, at the snapshot or after it.
+
+        Raises:
+            InputError: that is before the snapshot, or there is none.
+        """
+        snapshot = self._snapshot
+        wanted = torch.as_tensor(lengths)
+        held = None if snapshot is None else torch.as_tensor(snapshot.lengths)
+        if snapshot is None or held is None or bool((wanted.to(held.device) < held).any()):
+            has = "there is none" if held is None else f"it was at {held.tolist()} tokens"
+            raise InputError(
+                f"a recurrent layer cannot go back to {wanted.tolist()} tokens: it can from its "
+                f"last snapshot on, and {has}; call cache.snapshot() before the tokens that may be "
+                "taken back"
+            )
+        left = lengths - snapshot.lengths
+        window, state, kept = snapshot.window, snapshot.state, []
+        for inputs in snapshot.since:
+            left = left.to(inputs.dt.device) if isinstance(left, Tensor) else left
+            counts = _smaller(left, inputs.counts)
+            left = left - counts
+            inputs = inputs.first(counts)
+            x, dt, A, b = inputs.x, inputs.dt, inputs.A, inputs.b
+            W = 1 if self.window is None else self.window.shape[1] + 1
+            window = last_window(continued(inputs.raw, window, W), W, counts)
+            state = ssd(x, dt, A, b, b, torch.zeros_like(A), state)[1]
+            kept.append(inputs)
+        snapshot.since = kept
+        if window is None or state is None:
+            self._clear()
+        else:
+            self.window = _stored(self.window, window)
+            self.state = _stored(self.state, state)
+
+    def select(self, rows: Tensor) -> None:
+        """Keep the given rows (N,) of the batch, in that order, each as often as it is named."""
+        if self.window is None or self.state is None:
+            return
+        rows = rows.to(self.window.device)
+        self.window, self.state = self.window[rows], self.state[rows]
+        if self._snapshot is not None:
+            old = self._snapshot
+            lengths = old.lengths
+            self._snapshot = _Snapshot(
+                lengths if isinstance(lengths, int) else lengths[rows.to(lengths.device)],
+                None if old.window is None else old.window[rows],
+                None if old.state is None else old.state[rows],
+                [inputs.select(rows) for inputs in old.since],
+            )
+
+    def reset(self) -> None:
+        """Forget everything; preallocated memory stays."""
+        self._snapshot = None
+        self._clear()
+
+    @property
+    def batch_size(self) -> int | None:
+        """The number of rows, None while nothing is stored."""
+        return None if self.state is None else self.state.shape[0]
+
+    @property
+    def nbytes(self) -> int:
+        """The bytes held, with those of the snapshot."""
+        held = [self.window, self.state]
+        if self._snapshot is not None:
+            held += [self._snapshot.window, self._snapshot.state]
+            held += [x for i in self._snapshot.since for x in (i.raw, i.x, i.dt, i.b)]
+        return sum(x.nbytes for x in held if x is not None)
+
+    def _clear(self) -> None:
+        if self.preallocated and self.window is not None and self.state is not None:
+            self.window, self.state = self.window.detach(), self.state.detach()
+            self.window.zero_()
+            self.state.zero_()
+        else:
+            self.window = self.state = None
+
+
+def _stored(old: Tensor | None, new: Tensor) -> Tensor:
+    """Return `new` in memory of its own, that of `old` where nothing else may need its content."""
+    if old is new:
+        return new
+    if old is None or old.requires_grad or new.requires_grad:
+        return new.clone()
+    return old.copy_(new)
+
+
+def _smaller(a: Tensor | int, b: Tensor | int) -> Tensor | int:
+    if isinstance(a, int) and isinstance(b, int):
+        return min(a, b)
+    device = a.device if isinstance(a, Tensor) else None if isinstance(b, int) else b.device
+    return torch.minimum(torch.as_tensor(a, device=device), torch.as_tensor(b, device=device))

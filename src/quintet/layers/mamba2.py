@@ -1,0 +1,102 @@
+"""The mixer of Mamba-2: a short convolution, a selective state space, a gate (arXiv:2405.21060)."""
+
+import torch
+import torch.nn.functional as F  # noqa: N812
+from torch import Tensor, nn
+
+from quintet.cache.recurrent import Inputs
+from quintet.layers.step import Step
+from quintet.ops.conv import causal_conv, continued, last_window
+from quintet.ops.norm import rms_norm
+from quintet.ops.ssd import ssd, ssd_step, step_sizes
+
+__all__ = ["GatedRMSNorm", "Mamba2"]
+
+
+class GatedRMSNorm(nn.Module):
+    """RMS normalisation of x · silu(z), each of the groups by itself, in float32."""
+
+    def __init__(self, hidden_size: int, num_groups: int, eps: float = 1e-5) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(hidden_size))
+        self.num_groups = num_groups
+        self.variance_epsilon = eps
+
+    def forward(self, x: Tensor, z: Tensor) -> Tensor:
+        """Return the dtype of the gate `z`."""
+        dtype = torch.promote_types(z.dtype, torch.float32)
+        gated = torch.unflatten(x.to(dtype) * F.silu(z.to(dtype)), -1, (self.num_groups, -1))
+        weight = self.weight.view(self.num_groups, -1)
+        return rms_norm(gated, weight, self.variance_epsilon).flatten(-2).to(z.dtype)
+
+
+class Mamba2(nn.Module):
+    """Mix tokens through a state of N numbers a channel; axis letters as in `quintet.ops.ssd`.
+
+    Args:
+        num_heads: H.
+        head_dim: P; the mixer is H·P wide inside.
+        state_size: N.
+        num_groups: G, the groups of heads that share b, c and a normalisation.
+        conv_kernel: W, the tokens that the convolution sees.
+        chunk_size: L, how many tokens are computed at once.
+        dt_limits: between which two a step size is clamped.
+    """
+
+    def __init__(
+        self,
+        hidden_size: int,
+        num_heads: int,
+        head_dim: int,
+        *,
+        state_size: int,
+        num_groups: int,
+        conv_kernel: int,
+        conv_bias: bool,
+        bias: bool,
+        chunk_size: int,
+        dt_limits: tuple[float, float],
+        layer_idx: int,
+    ) -> None:
+        super().__init__()
+        inner = num_heads * head_dim
+        conv = inner + 2 * num_groups * state_size
+        self.num_heads = num_heads
+        self.num_groups = num_groups
+        self.chunk_size = chunk_size
+        self.dt_limits = dt_limits
+        self.layer_idx = layer_idx
+        self.in_sizes = [inner, conv, num_heads]
+        self.conv_sizes = [inner, num_groups * state_size, num_groups * state_size]
+        self.in_proj = nn.Linear(hidden_size, sum(self.in_sizes), bias=bias)
+        self.conv1d = nn.Conv1d(conv, conv, conv_kernel, groups=conv, bias=conv_bias)
+        self.dt_bias = nn.Parameter(torch.ones(num_heads))
+        self.A_log = nn.Parameter(torch.arange(1, num_heads + 1).log())
+        self.D = nn.Parameter(torch.ones(num_heads))
+        self.norm = GatedRMSNorm(inner, num_groups)
+        self.out_proj = nn.Linear(inner, hidden_size, bias=bias)
+
+    def forward(self, hidden_states: Tensor, step: Step) -> Tensor:
+        """Map (B, T, C) to (B, T, C), continuing from the cache's state of this layer."""
+        T, counts = hidden_states.shape[1], step.span.counts
+        slot = None if step.cache is None else step.cache.recurrent(self.layer_idx)
+        window, state = (None, None) if slot is None else (slot.window, slot.state)
+
+        z, xbc, dt = torch.split(self.in_proj(hidden_states), self.in_sizes, dim=-1)
+        dt = step_sizes(dt, self.dt_bias, self.dt_limits, counts)  # (B, T, H)
+        A = -self.A_log.to(dt.dtype).exp()
+        taps = self.conv1d.weight.squeeze(1)  # (C, W)
+        raw = continued(xbc, window, taps.shape[1])
+        convolved = F.silu(causal_conv(raw, taps, self.conv1d.bias))
+        x, b, c = torch.split(convolved, self.conv_sizes, dim=-1)
+        x = torch.unflatten(x, -1, (self.num_heads, -1))  # (B, T, H, P)
+        b = torch.unflatten(b, -1, (self.num_groups, -1))  # (B, T, G, N)
+        c = torch.unflatten(c, -1, (self.num_groups, -1))
+        if T == 1 and state is not None:
+            y, state = ssd_step(x, dt, A, b, c, self.D, state)
+        else:
+            y, state = ssd(x, dt, A, b, c, self.D, state, chunk_size=self.chunk_size)
+        if slot is not None:
+            inputs = Inputs(xbc, x, dt, A, b, T if counts is None else counts)
+            slot.update(last_window(raw, taps.shape[1], counts), state, inputs)
+        return self.out_proj(self.norm(y.flatten(2), z))  # type: ignore[no-any-return]

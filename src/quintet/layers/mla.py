@@ -1,0 +1,111 @@
+"""Multi-head latent attention."""
+
+from torch import Tensor, nn
+
+from quintet.layers.norm import RMSNorm
+from quintet.layers.step import Step
+from quintet.ops.attention import eager
+from quintet.ops.mla import absorbed, absorbs, expanded
+from quintet.ops.rope import rotate, rotate_interleaved
+
+__all__ = ["LatentAttention"]
+
+
+class LatentAttention(nn.Module):
+    """Attention whose keys and values are made of one latent a token (arXiv:2405.04434, §2.1).
+
+    A cache holds the normalised latent c_kv and the rotated key k_pe that all heads share,
+    R + Dr numbers a token.
+
+    Args:
+        q_lora_rank: the rank of the queries' own latent; None for queries without one.
+        bias: whether the maps to the latents and the output have one.
+        scaling: what the scores are multiplied by.
+        interleaved: whether neighbours are rotated together, or i and i + Dr/2.
+    """
+
+    def __init__(
+        self,
+        hidden_size: int,
+        num_heads: int,
+        *,
+        q_lora_rank: int | None,
+        kv_lora_rank: int,
+        qk_nope_head_dim: int,
+        qk_rope_head_dim: int,
+        v_head_dim: int,
+        layer_idx: int,
+        bias: bool,
+        dropout: float,
+        scaling: float,
+        interleaved: bool,
+    ) -> None:
+        super().__init__()
+        self.num_heads = num_heads
+        self.q_lora_rank = q_lora_rank
+        self.kv_lora_rank = kv_lora_rank
+        self.qk_nope_head_dim = qk_nope_head_dim
+        self.qk_rope_head_dim = qk_rope_head_dim
+        self.v_head_dim = v_head_dim
+        self.layer_idx = layer_idx
+        self.attention_dropout = dropout
+        self.scaling = scaling
+        self.rotate = rotate_interleaved if interleaved else rotate
+        q_size = num_heads * (qk_nope_head_dim + qk_rope_head_dim)
+        if q_lora_rank is None:
+            self.q_proj = nn.Linear(hidden_size, q_size, bias=False)
+        else:
+            # The norms of latents keep their own epsilon, 1e-6, whatever the model's is.
+            self.q_a_proj = nn.Linear(hidden_size, q_lora_rank, bias=bias)
+            self.q_a_layernorm = RMSNorm(q_lora_rank)
+            self.q_b_proj = nn.Linear(q_lora_rank, q_size, bias=False)
+        self.kv_a_proj_with_mqa = nn.Linear(hidden_size, kv_lora_rank + qk_rope_head_dim, bias=bias)
+        self.kv_a_layernorm = RMSNorm(kv_lora_rank)
+        self.kv_b_proj = nn.Linear(
+            kv_lora_rank, num_heads * (qk_nope_head_dim + v_head_dim), bias=False
+        )
+        self.o_proj = nn.Linear(num_heads * v_head_dim, hidden_size, bias=bias)
+
+    def forward(self, hidden_states: Tensor, step: Step) -> tuple[Tensor, Tensor | None]:
+        """Map (B, T, C) to (B, T, C), and the weights (B, H, T, S) where the backend has them."""
+        B, T, _ = hidden_states.shape
+        Dn, R = self.qk_nope_head_dim, self.kv_lora_rank
+        q = self._queries(hidden_states).view(B, T, self.num_heads, -1).transpose(1, 2)
+        latent = self.kv_a_proj_with_mqa(hidden_states)[:, None]  # (B, 1, T, R + Dr)
+        c_kv = self.kv_a_layernorm(latent[..., :R])
+        q_nope, q_pe = q[..., :Dn], self.rotate(q[..., Dn:], step.cos, step.sin)
+        k_pe = self.rotate(latent[..., R:], step.cos, step.sin)
+        if step.cache is not None:
+            c_kv, k_pe = step.cache.update(c_kv, k_pe, self.layer_idx, step.span)
+        out, weights = self._attend(q_nope, q_pe, c_kv[:, 0], k_pe[:, 0], step)
+        return self.o_proj(out.transpose(1, 2).flatten(2)), weights
+
+    def _queries(self, hidden_states: Tensor) -> Tensor:
+        if self.q_lora_rank is None:
+            return self.q_proj(hidden_states)  # type: ignore[no-any-return]
+        c_q = self.q_a_layernorm(self.q_a_proj(hidden_states))
+        return self.q_b_proj(c_q)  # type: ignore[no-any-return]
+
+    def _attend(
+        self, q_nope: Tensor, q_pe: Tensor, c_kv: Tensor, k_pe: Tensor, step: Step
+    ) -> tuple[Tensor, Tensor | None]:
+        w_kv = self.kv_b_proj.weight.view(self.num_heads, -1, self.kv_lora_rank)  # (H, Dn + Dv, R)
+        seen, scale = step.seen[None], self.scaling
+        dropout = self.attention_dropout if self.training else 0.0
+        if absorbs(q_nope.shape[2], c_kv.shape[1]):
+            out, weights = absorbed(
+                q_nope, q_pe, c_kv, k_pe, w_kv, seen, scale=scale, dropout=dropout
+            )
+            # Only `eager` promises weights; holding them for all layers would cost memory.
+            return out, weights if step.attend is eager else None
+        return expanded(
+            q_nope,
+            q_pe,
+            c_kv,
+            k_pe,
+            w_kv,
+            seen,
+            attend=step.attend,
+            scale=scale,
+            dropout=dropout,
+        )

@@ -1,0 +1,84 @@
+"""Mixtures of routed and shared experts, with the routers of DeepSeek."""
+
+from collections.abc import Callable
+from typing import Self
+
+import torch
+import torch.nn.functional as F  # noqa: N812
+from torch import Tensor, nn
+
+from quintet.layers.mlp import GatedMLP
+from quintet.layers.moe import Experts
+from quintet.ops.routing import RoutingRules, sigmoid_routing, softmax_routing
+
+__all__ = ["Router", "SharedExpertsMoE", "SigmoidRouter", "SoftmaxRouter"]
+
+
+class Router(nn.Module):
+    """Scores of E experts for each token, in float32: nearby ones must not change places."""
+
+    def __init__(self, hidden_size: int, num_experts: int, rules: RoutingRules) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(num_experts, hidden_size))
+        self.rules = rules
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Return the experts (N, A) of tokens (N, C), their weights, and the logits (N, E)."""
+        logits = F.linear(x.to(torch.float32), self.weight.to(torch.float32))
+        return *self.choose(logits), logits
+
+    def choose(self, logits: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the experts (N, A) and their weights, given the logits (N, E)."""
+        raise NotImplementedError
+
+
+class SoftmaxRouter(Router):
+    """The router of DeepSeek-V2."""
+
+    def choose(self, logits: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the experts (N, A) and their weights, given the logits (N, E)."""
+        return softmax_routing(logits, self.rules)
+
+
+class SigmoidRouter(Router):
+    """The router of DeepSeek-V3, with a bias that balances load."""
+
+    e_score_correction_bias: Tensor
+
+    def __init__(self, hidden_size: int, num_experts: int, rules: RoutingRules) -> None:
+        super().__init__(hidden_size, num_experts, rules)
+        bias = torch.zeros(num_experts, dtype=torch.float32)
+        self.register_buffer("e_score_correction_bias", bias)
+
+    def choose(self, logits: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the experts (N, A) and their weights, given the logits (N, E)."""
+        return sigmoid_routing(logits, self.e_score_correction_bias, self.rules)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        # model.to(bfloat16) must not round the bias: its steps are smaller than bfloat16's.
+        bias = self.e_score_correction_bias
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        moved = self.e_score_correction_bias
+        if moved.dtype != torch.float32:
+            self.e_score_correction_bias = bias.to(moved.device)
+        return self
+
+
+class SharedExpertsMoE(nn.Module):
+    """Routed experts, and shared ones that every token goes through (arXiv:2401.06066, §3)."""
+
+    def __init__(self, gate: Router, experts: Experts, shared_experts: GatedMLP | None) -> None:
+        super().__init__()
+        self.gate = gate
+        self.experts = experts
+        self.shared_experts = shared_experts
+
+    def forward(self, hidden_states: Tensor) -> tuple[Tensor, Tensor]:
+        """Map (B, T, C) to (B, T, C), and return the router's logits (B, T, E)."""
+        B, T, _ = hidden_states.shape
+        tokens = hidden_states.flatten(0, 1)
+        indices, weights, logits = self.gate(tokens)
+        out = self.experts(tokens, indices, weights).view_as(hidden_states)
+        if self.shared_experts is not None:
+            out = out + self.shared_experts(hidden_states)
+        return out, logits.view(B, T, -1)

@@ -1,0 +1,200 @@
+"""Multi-token prediction: layers behind the last one that look further than the next token.
+
+They are kept where checkpoints have them, after the `num_hidden_layers` of the main run, and use
+its embedding and output head (DeepSeek-V3, arXiv:2412.19437, §2.2).
+"""
+
+import warnings
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+import torch.nn.functional as F  # noqa: N812
+from torch import Tensor, nn
+
+from quintet.cache import Cache, LegacyCache, Span
+from quintet.errors import InputError
+from quintet.layers.step import LayerOutput, Step
+from quintet.modeling.decoder import first
+from quintet.modeling.heads import kept
+from quintet.modeling.moe import MoeCausalLMHead, MoeDecoderModel
+from quintet.modeling.outputs import MoeCausalLMOutputWithPast
+from quintet.ops.ragged import ragged
+
+__all__ = [
+    "MissingPredictionLayersWarning",
+    "MtpCausalLMHead",
+    "MtpDecoderModel",
+    "PredictionLayer",
+]
+
+
+class MissingPredictionLayersWarning(UserWarning):
+    """A checkpoint's config counts prediction layers that its files do not hold."""
+
+
+class PredictionLayer(nn.Module):
+    """What a family's prediction layer has to be."""
+
+    shared_head: nn.ModuleDict
+
+    def join(self, hidden_states: Tensor, ahead: Tensor) -> Tensor:
+        """Join states (B, T, C) with the embeddings (B, T, C) of tokens that lie ahead of them."""
+        raise NotImplementedError
+
+    def forward(self, hidden_states: Tensor, step: Step) -> LayerOutput:
+        """Map (B, T, C) to (B, T, C), as a decoder layer does."""
+        raise NotImplementedError
+
+
+class MtpDecoderModel(MoeDecoderModel):
+    """A decoder that may have prediction layers."""
+
+    def prediction_layers(self) -> list[PredictionLayer]:
+        """Return the layers behind those of the main run."""
+        behind = self.layers[self.config.num_hidden_layers :]
+        return [layer for layer in behind if isinstance(layer, PredictionLayer)]
+
+    def look_ahead(
+        self,
+        hidden_states: Tensor,
+        embeds: Tensor,
+        attention_mask: Tensor | None,
+        position_ids: Tensor | None,
+    ) -> list[Tensor]:
+        """Return the states of each prediction layer, (B, T, C), normalised.
+
+        Layer k joins the states of layer k - 1 at position t, those of the main run for k = 1,
+        with the embedding of token t + k. The last k tokens of a row have none: their states mean
+        nothing. Masks and positions are those of the main run.
+        """
+        B, T, _ = embeds.shape
+        rows = custom = None
+        if attention_mask is not None and attention_mask.ndim == 2:
+            rows = ragged(attention_mask[:, -T:])
+        elif attention_mask is not None:
+            floats = attention_mask.is_floating_point()
+            custom = attention_mask if floats else attention_mask.to(torch.bool)
+        if position_ids is not None:
+            position_ids = position_ids.reshape(-1, T).expand(B, T)
+        if rows is not None:
+            hidden_states, embeds = rows.pack(hidden_states), rows.pack(embeds)
+            position_ids = None if position_ids is None else rows.pack(position_ids)
+        span = Span(0, T, T, None if rows is None else rows.counts, embeds.device)
+        # Rotary scores see differences alone, so that the position of t serves for t + k too.
+        step = self._step(embeds, span, position_ids, custom, None, weighs=False)
+
+        states = []
+        for k, layer in enumerate(self.prediction_layers(), start=1):
+            ahead = F.pad(embeds[:, k:], (0, 0, 0, min(k, T)))
+            joined = layer.join(hidden_states, ahead)
+            hidden_states = self._run_layer(layer, joined, step).hidden_states
+            hidden_states = layer.shared_head["norm"](hidden_states)
+            states.append(hidden_states)
+        return states if rows is None else [rows.unpack(state) for state in states]
+
+
+class MtpCausalLMHead(MoeCausalLMHead):
+    """Logits of the next token and, from prediction layers, of those after it."""
+
+    model: MtpDecoderModel
+
+    def forward(  # type: ignore[override]
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        past_key_values: Cache | LegacyCache | None = None,
+        inputs_embeds: Tensor | None = None,
+        labels: Tensor | None = None,
+        use_cache: bool | None = None,
+        output_attentions: bool | None = None,
+        output_hidden_states: bool | None = None,
+        return_dict: bool | None = None,
+        cache_position: Tensor | None = None,
+        logits_to_keep: int | Tensor = 0,
+        output_router_logits: bool | None = None,
+        output_mtp_logits: bool = False,
+    ) -> MoeCausalLMOutputWithPast | tuple[Any, ...]:
+        """Return logits (B, T, V) of the token after each; arguments as in `CausalLMHead.forward`.
+
+        Args:
+            output_router_logits: return what the router of each layer with experts computed.
+            output_mtp_logits: return what each prediction layer predicts: `mtp_logits[k - 1]` has
+                at t the logits of token t + k + 1, made from the state at t and the tokens up to
+                t + k, and nothing of meaning at the last k tokens of a row.
+
+        Raises:
+            InputError: an argument cannot be used, or two contradict each other.
+        """
+        if output_mtp_logits:
+            self._check_look_ahead(past_key_values)
+        states_asked = first(output_hidden_states, self.config.output_hidden_states)
+        output = super().forward(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            inputs_embeds=inputs_embeds,
+            labels=labels,
+            use_cache=use_cache,
+            output_attentions=output_attentions,
+            output_hidden_states=states_asked or output_mtp_logits,
+            return_dict=True,
+            cache_position=cache_position,
+            logits_to_keep=logits_to_keep,
+            output_router_logits=output_router_logits,
+        )
+        assert isinstance(output, MoeCausalLMOutputWithPast)
+        if output_mtp_logits and output.hidden_states is not None:
+            embeds, hidden = output.hidden_states[0], output.hidden_states[-1]
+            ahead = self.model.look_ahead(hidden, embeds, attention_mask, position_ids)
+            output.mtp_logits = tuple(self.lm_head(kept(x, logits_to_keep)) for x in ahead)
+        if not states_asked:
+            output.hidden_states = None
+        return output if first(return_dict, self.config.return_dict) else output.to_tuple()
+
+    def tied_names(self) -> dict[str, str]:
+        """Return the parameters that are other parameters under a second name."""
+        tied = super().tied_names()
+        embedding = f"{self.base_model_prefix}.embed_tokens.weight"
+        head = tied.get("lm_head.weight", "lm_head.weight")
+        for prefix in self._prediction_prefixes():
+            tied[f"{prefix}embed_tokens.weight"] = embedding
+            tied[f"{prefix}shared_head.head.weight"] = head
+        return tied
+
+    def optional_names(self, held: Iterable[str]) -> tuple[str, ...]:
+        """Return the prefixes of the prediction layers behind the last one a checkpoint holds."""
+        names, prefixes = list(held), self._prediction_prefixes()
+        found = [any(name.startswith(prefix) for name in names) for prefix in prefixes]
+        return tuple(prefix for i, prefix in enumerate(prefixes) if not any(found[i:]))
+
+    def drop(self, prefixes: tuple[str, ...]) -> None:
+        """Take away the prediction layers that a checkpoint did not have."""
+        if prefixes:
+            del self.model.layers[-len(prefixes) :]
+            warnings.warn(
+                f"{self.config.name_or_path or 'the checkpoint'} holds nothing for "
+                f"{', '.join(prefixes)}: the model comes without these layers of multi-token "
+                "prediction, which its config counts",
+                MissingPredictionLayersWarning,
+                stacklevel=5,
+            )
+
+    def _prediction_prefixes(self) -> list[str]:
+        L = self.config.num_hidden_layers
+        behind = range(L, L + len(self.model.prediction_layers()))
+        return [f"{self.base_model_prefix}.layers.{index}." for index in behind]
+
+    def _check_look_ahead(self, past: Cache | LegacyCache | None) -> None:
+        if not self.model.prediction_layers():
+            raise InputError(
+                "output_mtp_logits=True needs layers of multi-token prediction, and this model has "
+                "none (config.num_nextn_predict_layers=0)"
+            )
+        if isinstance(past, tuple) or (past is not None and past.get_seq_length() > 0):
+            raise InputError(
+                "output_mtp_logits=True looks ahead in a whole text, without a past; "
+                "call the model on all of it, with an empty cache or none"
+            )

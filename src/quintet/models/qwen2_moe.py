@@ -1,0 +1,275 @@
+"""Qwen2-MoE (arXiv:2407.10671, §2.2.2): Qwen2 whose MLPs are many small experts and a shared one.
+
+Qwen1.5-MoE-A2.7B and Qwen2-57B-A14B. Legend: docs/notation.md.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from quintet.configuration import PreTrainedConfig
+from quintet.configuration.rules import (
+    Count,
+    Fraction,
+    NonNegative,
+    NonNegativeFloat,
+    Positive,
+    known,
+)
+from quintet.layers.attention import Attention
+from quintet.layers.mlp import GatedMLP
+from quintet.layers.moe import Experts
+from quintet.layers.norm import RMSNorm
+from quintet.layers.rotary import RotaryEmbedding
+from quintet.layers.step import LayerOutput, Step
+from quintet.modeling.base import PreTrainedModel
+from quintet.modeling.heads import (
+    QuestionAnsweringHead,
+    SequenceClassificationHead,
+    TokenClassificationHead,
+)
+from quintet.modeling.moe import EXPERT_RULES, MoeCausalLMHead, MoeDecoderModel
+from quintet.ops.activations import activation
+from quintet.ops.moe import switch_balance_loss, top_experts
+
+__all__ = [
+    "Qwen2MoeConfig",
+    "Qwen2MoeForCausalLM",
+    "Qwen2MoeForQuestionAnswering",
+    "Qwen2MoeForSequenceClassification",
+    "Qwen2MoeForTokenClassification",
+    "Qwen2MoeModel",
+    "Qwen2MoePreTrainedModel",
+]
+
+FULL, SLIDING = "full_attention", "sliding_attention"
+
+
+class Qwen2MoeConfig(PreTrainedConfig):
+    """The configuration of a Qwen2-MoE model; the defaults resemble Qwen1.5-MoE-A2.7B.
+
+    Layer i has experts if i + 1 is a multiple of `decoder_sparse_step` and i is not among
+    `mlp_only_layers`; the others have one MLP of `intermediate_size`. It sees a window of
+    `sliding_window` tokens if `use_sliding_window` is set and i >= `max_window_layers`;
+    `layer_types` spells that out and wins where a file gives it.
+    """
+
+    model_type = "qwen2_moe"
+    # Not layer_types: a file says which layers slide, as Transformers works it out otherwise.
+    derived = ("head_dim",)
+
+    vocab_size: Count = 151936
+    hidden_size: Count = 2048
+    intermediate_size: Count = 5632
+    num_hidden_layers: Count = 24
+    num_attention_heads: Count = 16
+    num_key_value_heads: Count | None = 16
+    head_dim: Count | None = None
+    hidden_act: str | Callable[[Any], Any] = "silu"
+    max_position_embeddings: Count = 32768
+    initializer_range: NonNegativeFloat = 0.02
+    rms_norm_eps: Positive = 1e-6
+    use_cache: bool = True
+    tie_word_embeddings: bool = False
+    use_sliding_window: bool = False
+    sliding_window: NonNegative | None = 4096
+    max_window_layers: NonNegative = 28
+    layer_types: list[str] | None = None
+    attention_dropout: Fraction = 0.0
+    qkv_bias: bool = True
+    decoder_sparse_step: Count = 1
+    mlp_only_layers: list[NonNegative] | None = None
+    moe_intermediate_size: Count = 1408
+    shared_expert_intermediate_size: Count = 5632
+    num_experts: NonNegative = 60
+    num_experts_per_tok: Count = 4
+    norm_topk_prob: bool = False
+    output_router_logits: bool = False
+    router_aux_loss_coef: NonNegativeFloat = 0.001
+
+    def derive(self) -> None:
+        """Fill in the heads, which layers are dense and which slide."""
+        if self.head_dim is None:
+            self.require(
+                self.hidden_size % self.num_attention_heads == 0,
+                "hidden_size",
+                f"divisible by num_attention_heads={self.num_attention_heads}",
+            )
+            self.head_dim = self.hidden_size // self.num_attention_heads
+        if self.num_key_value_heads is None:
+            self.num_key_value_heads = self.num_attention_heads
+        if self.mlp_only_layers is None:
+            self.mlp_only_layers = []
+        # Transformers writes 0 for no window.
+        if not self.use_sliding_window or self.sliding_window == 0:
+            self.sliding_window = None
+        if self.layer_types is None:
+            slides = self.sliding_window is not None
+            self.layer_types = [
+                SLIDING if slides and i >= self.max_window_layers else FULL
+                for i in range(self.num_hidden_layers)
+            ]
+
+    def validate(self) -> None:
+        """Check that heads divide each other, experts suffice, and layers named exist."""
+        super().validate()
+        heads, kv_heads = self.num_attention_heads, self.num_key_value_heads
+        layers, types = self.num_hidden_layers, self.layer_types or []
+        activation(self.hidden_act)
+        self.require(
+            kv_heads is not None and heads % kv_heads == 0,
+            "num_key_value_heads",
+            f"a divisor of num_attention_heads={heads}",
+        )
+        self.require((self.head_dim or 1) % 2 == 0, "head_dim", "even, to be rotated in pairs")
+        self.require(
+            len(types) == layers and set(types) <= {FULL, SLIDING},
+            "layer_types",
+            f"{FULL!r} or {SLIDING!r} for each of num_hidden_layers={layers}",
+        )
+        self.require(
+            SLIDING not in types or self.sliding_window is not None,
+            "sliding_window",
+            "set, with use_sliding_window, as layer_types has sliding layers",
+        )
+        self.require(
+            all(index < layers for index in self.mlp_only_layers or []),
+            "mlp_only_layers",
+            f"indices below num_hidden_layers={layers}",
+        )
+        self.require(
+            self.num_experts == 0 or self.num_experts_per_tok <= self.num_experts,
+            "num_experts_per_tok",
+            f"at most num_experts={self.num_experts}",
+        )
+
+    def windows(self) -> list[int | None]:
+        """Return each layer's window, None for full attention."""
+        return [self.sliding_window if t == SLIDING else None for t in self.layer_types or []]
+
+    def has_experts(self, layer_idx: int) -> bool:
+        """Tell whether a layer has experts in place of one MLP."""
+        on_step = (layer_idx + 1) % self.decoder_sparse_step == 0
+        return self.num_experts > 0 and on_step and layer_idx not in known(self.mlp_only_layers)
+
+
+class Qwen2MoeSparseMoeBlock(nn.Module):
+    """The experts the router chose, weighted, and a shared one that every token gates for itself.
+
+    y = Σ_a p_a · expert_a(x) + σ(g·x) · shared(x), with p the A largest of softmax(W x).
+    """
+
+    def __init__(self, config: Qwen2MoeConfig) -> None:
+        super().__init__()
+        C, act = config.hidden_size, config.hidden_act
+        self.num_experts_per_tok = config.num_experts_per_tok
+        self.norm_topk_prob = config.norm_topk_prob
+        self.gate = nn.Linear(C, config.num_experts, bias=False)
+        self.experts = Experts(config.num_experts, C, config.moe_intermediate_size, act=act)
+        self.shared_expert = GatedMLP(C, config.shared_expert_intermediate_size, act=act)
+        self.shared_expert_gate = nn.Linear(C, 1, bias=False)
+
+    def forward(self, hidden_states: Tensor) -> tuple[Tensor, Tensor]:
+        """Map (B, T, C) to (B, T, C), and return the router's logits (B, T, E)."""
+        B, T, _ = hidden_states.shape
+        x = hidden_states.flatten(0, 1)
+        logits = self.gate(x)
+        indices, shares = top_experts(
+            logits, self.num_experts_per_tok, normalise=self.norm_topk_prob
+        )
+        y = self.experts(x, indices, shares)
+        y = y + torch.sigmoid(self.shared_expert_gate(x)) * self.shared_expert(x)
+        return y.unflatten(0, (B, T)), logits.unflatten(0, (B, T))
+
+
+class Qwen2MoeDecoderLayer(nn.Module):
+    """Attention, then experts or an MLP, each on normalised input and added to the residual."""
+
+    def __init__(self, config: Qwen2MoeConfig, layer_idx: int) -> None:
+        super().__init__()
+        self.self_attn = Attention(
+            config.hidden_size,
+            config.num_attention_heads,
+            known(config.num_key_value_heads),
+            known(config.head_dim),
+            layer_idx=layer_idx,
+            qkv_bias=config.qkv_bias,
+            dropout=config.attention_dropout,
+            window=config.windows()[layer_idx],
+        )
+        self.has_experts = config.has_experts(layer_idx)
+        self.mlp = (
+            Qwen2MoeSparseMoeBlock(config)
+            if self.has_experts
+            else GatedMLP(config.hidden_size, config.intermediate_size, act=config.hidden_act)
+        )
+        self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+
+    def forward(self, hidden_states: Tensor, step: Step) -> LayerOutput:
+        """Map (B, T, C) to (B, T, C)."""
+        attended, weights = self.self_attn(self.input_layernorm(hidden_states), step)
+        hidden_states = hidden_states + attended
+        x = self.post_attention_layernorm(hidden_states)
+        if not self.has_experts:
+            return LayerOutput(hidden_states + self.mlp(x), weights)
+        made, router_logits = self.mlp(x)
+        return LayerOutput(hidden_states + made, weights, router_logits)
+
+
+class Qwen2MoePreTrainedModel(PreTrainedModel):
+    """What all Qwen2-MoE models share."""
+
+    config_class = Qwen2MoeConfig
+    weight_rules = EXPERT_RULES
+
+
+class Qwen2MoeModel(Qwen2MoePreTrainedModel, MoeDecoderModel):
+    """The decoder without a head; see `MoeDecoderModel.forward`."""
+
+    def __init__(self, config: Qwen2MoeConfig) -> None:
+        super().__init__(config)
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size, config.pad_token_id)
+        self.layers = nn.ModuleList(
+            Qwen2MoeDecoderLayer(config, index) for index in range(config.num_hidden_layers)
+        )
+        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.rotary_emb = RotaryEmbedding(known(config.head_dim), config.rope())
+        self.windows = config.windows()
+        self.init_weights()
+
+
+class Qwen2MoeForCausalLM(Qwen2MoePreTrainedModel, MoeCausalLMHead):
+    """The decoder with a language-modelling head."""
+
+    base_class = Qwen2MoeModel
+    config: Qwen2MoeConfig
+
+    def aux_loss_weight(self, labels: Tensor | None, output_router_logits: bool) -> float | None:
+        """Return the weight of the balance loss where router logits are asked for, else None."""
+        return self.config.router_aux_loss_coef if output_router_logits else None
+
+    def aux_loss(self, router_logits: tuple[Tensor, ...], mask: Tensor) -> Tensor:
+        """Return how unbalanced the experts of all layers were; see `switch_balance_loss`."""
+        return switch_balance_loss(router_logits, self.config.num_experts_per_tok, mask)
+
+
+class Qwen2MoeForSequenceClassification(Qwen2MoePreTrainedModel, SequenceClassificationHead):
+    """The decoder with a head that classifies a sequence by its last token."""
+
+    base_class = Qwen2MoeModel
+
+
+class Qwen2MoeForTokenClassification(Qwen2MoePreTrainedModel, TokenClassificationHead):
+    """The decoder with a head that classifies each token."""
+
+    base_class = Qwen2MoeModel
+
+
+class Qwen2MoeForQuestionAnswering(Qwen2MoePreTrainedModel, QuestionAnsweringHead):
+    """The decoder with a head that finds where an answer starts and ends."""
+
+    base_class = Qwen2MoeModel
+    base_model_prefix = "model"

@@ -1,0 +1,106 @@
+"""Multi-head latent attention (DeepSeek-V2, arXiv:2405.04434, §2.1).
+
+Keys and values of all heads are linear maps of one latent c_kv a token, so the latent is all that
+is kept. With W_UK and W_UV the maps of a head, and ⊕ joining the part that carries positions,
+
+    score = (q_nope ⊕ q_pe) · (W_UK c_kv ⊕ k_pe) = (W_UKᵀ q_nope ⊕ q_pe) · (c_kv ⊕ k_pe)
+    out   = Σ p (W_UV c_kv)                      = W_UV (Σ p c_kv)
+
+`expanded` computes the middle, `absorbed` the right-hand side: the same function at other costs.
+
+Shapes here: q_nope (B, H, T, Dn), q_pe (B, H, T, Dr), c_kv (B, S, R), k_pe (B, S, Dr), and w_kv
+(H, Dn + Dv, R), a head's rows of W_UK before those of W_UV. Both return (B, H, T, Dv) and the
+weights (B, H, T, S), `expanded` only if its backend has them.
+"""
+
+import torch
+import torch.nn.functional as F  # noqa: N812
+from torch import Tensor
+
+from quintet.ops.attention import AttentionBackend, eager
+from quintet.ops.masks import Visibility, causal_mask
+
+__all__ = ["BREAK_EVEN_QUERIES", "absorbed", "absorbs", "expanded"]
+
+# For R = 512, Dn = Dv = 128, Dr = 64, as in all released models, and each head and key: expanding
+# a key costs 2·R·(Dn + Dv) FLOPs once, and saves each query 2·(2R + Dr) - 2·(Dn + Dr + Dv).
+BREAK_EVEN_QUERIES = 171
+
+
+def absorbs(T: int, S: int) -> bool:
+    """Tell whether T queries over S keys are cheaper absorbed than expanded.
+
+    Expanding maps S keys, absorbing maps T queries and pays more for each pair of the two; they
+    cost the same where 1/T = 1/S + 1/BREAK_EVEN_QUERIES. So a text without a past is expanded,
+    a step of decoding is absorbed, and with a long past the queries decide alone.
+    """
+    return T * (S + BREAK_EVEN_QUERIES) < S * BREAK_EVEN_QUERIES
+
+
+def expanded(
+    q_nope: Tensor,
+    q_pe: Tensor,
+    c_kv: Tensor,
+    k_pe: Tensor,
+    w_kv: Tensor,
+    seen: Visibility,
+    *,
+    attend: AttentionBackend,
+    scale: float,
+    dropout: float,
+) -> tuple[Tensor, Tensor | None]:
+    """Attend with the keys and values of every head computed from the latents."""
+    H, Dn = q_nope.shape[1], q_nope.shape[-1]
+    kv = F.linear(c_kv, w_kv.flatten(0, 1)).view(*c_kv.shape[:2], H, -1).transpose(1, 2)
+    k_nope, v = kv[..., :Dn], kv[..., Dn:]  # (B, H, S, Dn), (B, H, S, Dv)
+    q = torch.cat((q_nope, q_pe), dim=-1)
+    k = torch.cat((k_nope, k_pe[:, None].expand(-1, H, -1, -1)), dim=-1)
+    Dv = v.shape[-1]
+    if attend is not eager:
+        # Fused kernels want one head size; without it they give way to slower ones, or refuse.
+        # Zeros change no score and are cut off the values again.
+        D = max(q.shape[-1], Dv)
+        q, k, v = (F.pad(x, (0, D - x.shape[-1])) for x in (q, k, v))
+    out, weights = attend(q, k, v, seen, scale=scale, dropout=dropout)
+    return out[..., :Dv], weights
+
+
+def absorbed(
+    q_nope: Tensor,
+    q_pe: Tensor,
+    c_kv: Tensor,
+    k_pe: Tensor,
+    w_kv: Tensor,
+    seen: Visibility,
+    *,
+    scale: float,
+    dropout: float,
+) -> tuple[Tensor, Tensor]:
+    """Attend in the space of the latents: all heads share one key and value of R + Dr numbers.
+
+    The queries of all heads are rows of the same two products, so that a step of decoding reads
+    the latents once for all heads and copies nothing.
+    """
+    B, H, T, Dn = q_nope.shape
+    S = c_kv.shape[1]
+    q_latent = torch.einsum("bhtd,hdr->bhtr", q_nope, w_kv[:, :Dn])
+    # What is cut out of something larger, a growing cache or w_kv, stands on the left and as it
+    # lies: oneDNN copies a transposed slice first, which takes ten times as long as the product.
+    positional = k_pe @ q_pe.flatten(1, 2).transpose(1, 2)  # (B, S, H·T)
+    scores = torch.baddbmm(
+        positional, c_kv, q_latent.flatten(1, 2).transpose(1, 2), beta=scale, alpha=scale
+    )
+    scores = scores.transpose(1, 2).contiguous().view(B, H, T, S)
+    mask = seen.mask
+    if seen.is_causal:
+        mask = causal_mask(torch.arange(T, device=scores.device)[None], S, None)
+    if mask is not None and mask.dtype == torch.bool:
+        # The lowest finite number, not -inf: a row that sees nothing stays finite.
+        scores = scores.masked_fill(~mask, torch.finfo(scores.dtype).min)
+    elif mask is not None:
+        scores = scores + mask.to(scores.dtype)
+    weights = scores.softmax(dim=-1, dtype=torch.float32).to(q_nope.dtype)
+    mixed = F.dropout(weights, dropout).flatten(1, 2) @ c_kv  # (B, H·T, R)
+    by_head = mixed.view(B, H, T, -1).permute(1, 3, 0, 2).flatten(2)  # (H, R, B·T)
+    out = w_kv[:, Dn:] @ by_head  # (H, Dv, B·T)
+    return out.view(H, -1, B, T).permute(2, 0, 3, 1), weights

@@ -1,0 +1,124 @@
+"""Small DeepSeek models, ours and theirs, with the same random weights."""
+
+from typing import Any
+
+import torch
+import transformers
+from torch import Tensor
+
+from quintet.models import deepseek_v2, deepseek_v3
+
+__all__ = [
+    "FAMILIES",
+    "GROUPS",
+    "MODULES",
+    "YARN",
+    "absorb",
+    "batch",
+    "config_of",
+    "model_of",
+    "randomise",
+    "twins",
+]
+
+COMMON: dict[str, Any] = {
+    "vocab_size": 101,
+    "hidden_size": 48,
+    "intermediate_size": 64,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 4,
+    "max_position_embeddings": 128,
+    "q_lora_rank": 20,
+    "kv_lora_rank": 24,
+    "qk_nope_head_dim": 16,
+    "qk_rope_head_dim": 8,
+    "v_head_dim": 12,
+    "n_routed_experts": 8,
+    "n_shared_experts": 1,
+    "num_experts_per_tok": 3,
+    "moe_intermediate_size": 24,
+    "first_k_dense_replace": 1,
+    "routed_scaling_factor": 1.7,
+    "eos_token_id": None,
+}
+FAMILIES: dict[str, dict[str, Any]] = {
+    "DeepseekV2": COMMON,
+    "DeepseekV3": {**COMMON, "n_group": 4, "topk_group": 2},
+}
+MODULES = {"DeepseekV2": deepseek_v2, "DeepseekV3": deepseek_v3}
+GROUPS = {"topk_method": "group_limited_greedy", "n_group": 4, "topk_group": 2}
+YARN: dict[str, Any] = {
+    "type": "yarn",
+    "factor": 8.0,
+    "original_max_position_embeddings": 16,
+    "mscale": 0.707,
+    "mscale_all_dim": 0.707,
+    "beta_fast": 32,
+    "beta_slow": 1,
+}
+
+
+def randomise(model: torch.nn.Module) -> None:
+    """Give norms, biases and routers values at which an error would show."""
+    for name, parameter in model.named_parameters():
+        if parameter.ndim == 1:
+            mean = 1.0 if "norm" in name else 0.0
+            torch.nn.init.normal_(parameter, mean=mean, std=0.3)
+        if name.endswith("gate.weight"):
+            torch.nn.init.normal_(parameter, std=0.5)
+        if name.endswith(("kv_b_proj.weight", "q_proj.weight", "q_b_proj.weight")):
+            torch.nn.init.normal_(parameter, std=0.2)
+    for name, buffer in model.named_buffers():
+        if name.endswith("e_score_correction_bias"):
+            torch.nn.init.normal_(buffer, std=0.2)
+
+
+def config_of(family: str, **changes: Any) -> Any:
+    """Our configuration of a small model."""
+    return getattr(MODULES[family], f"{family}Config")(**{**FAMILIES[family], **changes})
+
+
+def model_of(family: str, head: str = "ForCausalLM", **changes: Any) -> Any:
+    """A small model of ours; the same at every call."""
+    torch.manual_seed(1)
+    model = getattr(MODULES[family], family + head)(config_of(family, **changes)).eval()
+    randomise(model)
+    return model
+
+
+def twins(
+    family: str, head: str, changes: dict[str, Any], backend: str = "sdpa"
+) -> tuple[Any, Any]:
+    """A model of ours and one of Transformers with the same random weights."""
+    values = {**FAMILIES[family], **changes}
+    copied = {k: dict(v) if isinstance(v, dict) else v for k, v in values.items()}
+    config = getattr(transformers, f"{family}Config")(**copied)
+    config._attn_implementation = "eager"
+    theirs = getattr(transformers, family + head)(config).eval()
+    randomise(theirs)
+    ours = model_of(family, head, **changes, attn_implementation=backend)
+    ours.load_state_dict(theirs.state_dict())
+    return ours, theirs
+
+
+def absorb(monkeypatch: Any, always: bool) -> None:
+    """Compute attention absorbed always, or never."""
+
+    def chosen(T: int, S: int) -> bool:
+        return always
+
+    monkeypatch.setattr("quintet.layers.mla.absorbs", chosen)
+
+
+def batch(padding: str, B: int = 3, T: int = 21) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+    """Ids, mask and, where Transformers needs them to count from the first token, positions."""
+    ids = torch.randint(1, 101, (B, T))
+    mask = torch.ones(B, T, dtype=torch.long)
+    extra = {}
+    if padding == "left":
+        mask[1, :7], mask[2, :2] = 0, 0
+        extra = {"position_ids": (mask.cumsum(-1) - 1).clamp(min=0)}
+    if padding == "right":
+        mask[1, -7:], mask[2, -2:] = 0, 0
+    return ids, mask, extra
