@@ -167,20 +167,28 @@ class Cache:
     def crop(self, max_length: int | Tensor) -> None:
         """Forget all but the first `max_length` tokens of every row, or of each with a (B,) tensor.
 
-        A negative number forgets that many from the end of each row.
+        A negative number forgets that many from the end of its row.
+
+        Raises:
+            InputError: a tensor of another shape than (B,).
         """
-        if isinstance(max_length, int) and max_length < 0:
-            self._lengths = self._lengths + max_length
-            if isinstance(self._lengths, int):
-                self._lengths = max(self._lengths, 0)
-            else:
-                self._lengths = self._lengths.clamp(min=0)
-        elif isinstance(max_length, int) and isinstance(self._lengths, int):
-            self._lengths = min(self._lengths, max_length)
-        else:
-            limit = torch.as_tensor(max_length)
-            held = torch.as_tensor(self._lengths, device=limit.device)
-            self._lengths = torch.minimum(held, limit.to(held.device))
+        held = self._lengths
+        if isinstance(max_length, Tensor) and max_length.ndim == 0:
+            max_length = int(max_length)
+        if isinstance(max_length, Tensor) and isinstance(held, int):
+            rows = self.batch_size
+            held = self.lengths(max_length.numel() if rows is None else rows, max_length.device)
+        if isinstance(held, Tensor):
+            limit = torch.as_tensor(max_length, device=held.device)
+            if limit.ndim and limit.shape != held.shape:
+                raise InputError(
+                    f"max_length has shape {tuple(limit.shape)} and the cache {len(held)} rows; "
+                    "give one length, or one for each row"
+                )
+            kept = torch.where(limit < 0, held + limit, torch.minimum(held, limit))
+            self._lengths = kept.clamp(min=0)
+        elif isinstance(max_length, int):
+            self._lengths = max(held + max_length if max_length < 0 else min(held, max_length), 0)
         self._longest = _longest(self._lengths)
         for layer in self.layers:
             layer.crop(self._lengths)
@@ -224,4 +232,6 @@ class Cache:
 
 
 def _longest(lengths: int | Tensor) -> int:
-    return lengths if isinstance(lengths, int) else int(lengths.max())
+    if isinstance(lengths, int):
+        return lengths
+    return int(lengths.max()) if len(lengths) else 0

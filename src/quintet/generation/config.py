@@ -2,6 +2,7 @@
 
 import dataclasses
 import difflib
+import inspect
 import json
 import os
 import warnings
@@ -59,6 +60,13 @@ class GenerationConfig:
     eos_token_id: NonNegative | list[NonNegative] | None = None
     pad_token_id: NonNegative | None = None
     other: dict[str, Any] = field(default_factory=dict)
+    _given = frozenset[str]()
+
+    def __new__(cls, **options: Any) -> Self:
+        """Remember which options are set, be it to their default."""
+        config = super().__new__(cls)
+        config._given = frozenset(options)
+        return config
 
     def __post_init__(self) -> None:
         for key, annotation in get_type_hints(type(self), include_extras=True).items():
@@ -97,7 +105,21 @@ class GenerationConfig:
         # A length that is asked for now goes before one that a file sets in the other way.
         if "max_length" in given and "max_new_tokens" not in given:
             given["max_new_tokens"] = None
-        return dataclasses.replace(self, **given)
+        copy = dataclasses.replace(self, **given)
+        copy._given = self._given | given.keys()
+        return copy
+
+    def over(self, base: Self) -> Self:
+        """Return a copy in which the options that are not set here are those of `base`."""
+        defaults = type(self)()
+        return base.replace(
+            **{
+                name: value
+                for name, value in vars(self).items()
+                if name not in ("other", "_given")
+                and (name in self._given or value != getattr(defaults, name))
+            }
+        )
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> Self:
@@ -108,7 +130,8 @@ class GenerationConfig:
         idle = [
             f"{key}={value!r}"
             for key, value in other.items()
-            if key not in _PROVENANCE and value not in (None, False, 0, 1, [], {}, "")
+            if key not in _PROVENANCE
+            and (value is True or value not in (None, False, 0, 1, [], {}, ""))
         ]
         if idle:
             warnings.warn(
@@ -183,3 +206,7 @@ class GenerationConfig:
         if path.is_file():
             raise SaveError(f"{path} is a file; save_pretrained writes into a directory")
         write_text(path / GENERATION_CONFIG_NAME, self.to_json_string())
+
+
+# `__new__` takes anything; what may be passed is what `__init__` says.
+GenerationConfig.__signature__ = inspect.signature(GenerationConfig().__init__)  # type: ignore[attr-defined, misc]
