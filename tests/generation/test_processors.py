@@ -38,18 +38,17 @@ def seeded(seed: int = 3) -> torch.Generator:
 
 def reference(logits: Tensor, ids: Tensor, options: dict[str, Any]) -> Tensor:
     """Return the probabilities (V,) Transformers would draw from."""
-    config = GenerationConfig(**options)
-    steps = LogitsProcessorList()
-    if config.repetition_penalty != 1:
-        steps.append(theirs.RepetitionPenaltyLogitsProcessor(config.repetition_penalty))
-    if config.temperature != 1:
-        steps.append(theirs.TemperatureLogitsWarper(config.temperature))
-    if config.top_k:
-        steps.append(theirs.TopKLogitsWarper(config.top_k))
-    if config.top_p < 1:
-        steps.append(theirs.TopPLogitsWarper(config.top_p))
-    if config.min_p is not None:
-        steps.append(theirs.MinPLogitsWarper(config.min_p))
+    makers = {
+        "repetition_penalty": theirs.RepetitionPenaltyLogitsProcessor,
+        "temperature": theirs.TemperatureLogitsWarper,
+        "top_k": theirs.TopKLogitsWarper,
+        "top_p": theirs.TopPLogitsWarper,
+        "min_p": theirs.MinPLogitsWarper,
+    }
+    # In this order, and top_k=0 is none.
+    steps = LogitsProcessorList(
+        [make(options[name]) for name, make in makers.items() if options.get(name)]
+    )
     return steps(ids, logits)[0].softmax(dim=-1)
 
 
@@ -144,8 +143,10 @@ def test_the_distribution_is_computed_in_full_precision(dtype: torch.dtype) -> N
     rows = logits.expand(4000, -1)
     ids = torch.zeros(4000, 1, dtype=torch.long)
     config = GenerationConfig(do_sample=True, top_k=0, top_p=0.8)
-    drawn = Chooser(config, seeded())(rows, ids, ids.bool(), 0)
-    assert torch.equal(drawn, Chooser(config, seeded())(rows.float(), ids, ids.bool(), 0))
+    drawn = Chooser.from_config(config, seeded())(rows, ids, ids.bool(), 0)
+    assert torch.equal(
+        drawn, Chooser.from_config(config, seeded())(rows.float(), ids, ids.bool(), 0)
+    )
     assert drawn.unique().numel() > 1
 
 
@@ -163,5 +164,5 @@ def test_the_models_logits_are_not_changed(model: Any) -> None:
         eos_token_id=3,
     )
     ids = torch.tensor([[1, 2], [3, 4]])
-    Chooser(config, seeded())(logits, ids, torch.ones_like(ids, dtype=torch.bool), 0)
+    Chooser.from_config(config, seeded())(logits, ids, torch.ones_like(ids, dtype=torch.bool), 0)
     assert torch.equal(logits, before)

@@ -68,15 +68,16 @@ class GenerationMixin:
         config = config.replace(**options)
         _warn_of_idle(config, options)
         _check_generator(generator, ids.device)
-        if config.num_return_sequences > 1:
+        copies = config.num_return_sequences or 1
+        if copies > 1:
             if not config.do_sample:
                 raise InputError(
-                    f"num_return_sequences={config.num_return_sequences} without sampling would be "
+                    f"num_return_sequences={copies} without sampling would be "
                     "the same text each time; set do_sample=True"
                 )
-            ids = ids.repeat_interleave(config.num_return_sequences, dim=0)
+            ids = ids.repeat_interleave(copies, dim=0)
             if mask is not None:
-                mask = mask.repeat_interleave(config.num_return_sequences, dim=0)
+                mask = mask.repeat_interleave(copies, dim=0)
         room = self._room(ids.shape[1], config)
         _check_least(config, room, self.config.vocab_size)
         prompt = Prompt.left_padded(ids, mask)
@@ -88,7 +89,7 @@ class GenerationMixin:
         for token in decode(
             cast("LanguageModel", self),
             prompt,
-            Chooser(config, generator),
+            Chooser.from_config(config, generator),
             cache=self._cache_for(config, ids.shape[1] + room),
             max_new_tokens=room,
             eos=eos,
@@ -105,7 +106,7 @@ class GenerationMixin:
         return cast("torch.nn.Module", self).get_parameter("lm_head.weight").device
 
     def _cache_for(self, config: GenerationConfig, length: int) -> Cache | None:
-        if not config.use_cache:
+        if config.use_cache is False:
             return None
         if config.cache_implementation == "static":
             return StaticCache(self.config, max_cache_len=length)
@@ -188,10 +189,9 @@ def _prompt(
 def _warn_of_idle(config: GenerationConfig, options: Mapping[str, Any]) -> None:
     if config.do_sample:
         return
-    usual = GenerationConfig()
-    for name in ("temperature", "top_k", "top_p", "min_p"):
-        value = options.get(name)
-        if value is not None and value != getattr(usual, name):
+    usual = {"temperature": 1.0, "top_k": 50, "top_p": 1.0, "min_p": 0.0}
+    for name in usual:
+        if (value := options.get(name)) is not None and value != usual[name]:
             warnings.warn(f"{name}={value} has no effect without do_sample=True", stacklevel=4)
 
 
