@@ -45,6 +45,7 @@ class Recipe:
     warmup: int = 100
     learning_rate: float = 3e-3
     weight_decay: float = 0.1
+    optimizer: str = "muon"
     seed: int = 20260
     threads: int = 1
 
@@ -90,20 +91,29 @@ def learning_rate(step: int, recipe: Recipe) -> float:
     return recipe.learning_rate * (0.05 + 0.475 * (1 + math.cos(math.pi * done)))
 
 
-def train(model: Qwen2ForCausalLM, ids: Tensor, recipe: Recipe) -> None:
-    """Take optimiser steps on random windows of the text."""
-    generator = torch.Generator().manual_seed(recipe.seed)
+def make_optimizers(model: Qwen2ForCausalLM, recipe: Recipe) -> list[torch.optim.Optimizer]:
+    """Return Muon for the matrices of the layers and AdamW for the rest, or AdamW for all.
+
+    Muon (orthogonalised momentum) gets much farther in the same steps; docs/lab-notes.md has the
+    comparison.
+    """
     matrices = [p for p in model.model.layers.parameters() if p.ndim == 2]
     chosen = {id(p) for p in matrices}
     others = [p for p in model.parameters() if id(p) not in chosen]
-    # Muon (orthogonalised momentum) learns the matrices in far fewer steps than AdamW here;
-    # docs/lab-notes.md has the comparison.
-    optimizers: list[torch.optim.Optimizer] = [
-        torch.optim.Muon(
-            matrices, weight_decay=recipe.weight_decay, adjust_lr_fn="match_rms_adamw"
-        ),
-        torch.optim.AdamW(others, betas=(0.9, 0.98), weight_decay=0.0, fused=True),
-    ]
+    plain = torch.optim.AdamW(others, betas=(0.9, 0.98), weight_decay=0.0, fused=True)
+    decay = recipe.weight_decay
+    if recipe.optimizer == "muon":
+        return [
+            torch.optim.Muon(matrices, weight_decay=decay, adjust_lr_fn="match_rms_adamw"),
+            plain,
+        ]
+    return [torch.optim.AdamW(matrices, betas=(0.9, 0.98), weight_decay=decay, fused=True), plain]
+
+
+def train(model: Qwen2ForCausalLM, ids: Tensor, recipe: Recipe) -> None:
+    """Take optimiser steps on random windows of the text."""
+    generator = torch.Generator().manual_seed(recipe.seed)
+    optimizers = make_optimizers(model, recipe)
     windows = torch.arange(recipe.context)
     started = time.perf_counter()
     average = 0.0
@@ -196,12 +206,16 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("runs/demo"))
     parser.add_argument("--steps", type=int, default=Recipe.steps)
     parser.add_argument("--threads", type=int, default=Recipe.threads)
+    parser.add_argument("--optimizer", choices=["muon", "adamw"], default=Recipe.optimizer)
+    parser.add_argument("--files", type=int, help="use that many files only, to try it out")
     options = parser.parse_args()
-    recipe = Recipe(steps=options.steps, threads=options.threads)
+    recipe = Recipe(steps=options.steps, threads=options.threads, optimizer=options.optimizer)
     torch.set_num_threads(recipe.threads)
     torch.manual_seed(recipe.seed)
 
     texts, held_out = collect(Path(sysconfig.get_paths()["stdlib"]))
+    if options.files is not None:
+        texts, held_out = texts[: options.files], held_out[: max(1, options.files // 20)]
     tokenizer = train_tokenizer(texts, recipe.vocab_size)
     ids = encode(tokenizer, texts)
     train_bytes = sum(len(text.encode()) for text in texts)

@@ -1,6 +1,7 @@
 """What all tests share: one thread, no network, no chatter."""
 
 import os
+from pathlib import Path
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
@@ -15,3 +16,11 @@ def _one_thread_and_a_seed() -> None:
     # Threads cost more than they give on models this small.
     torch.set_num_threads(1)
     torch.manual_seed(0)
+
+
+@pytest.fixture(scope="session")
+def chat_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The directory of a tiny model with a chat template; not to be written to."""
+    from tiny import build
+
+    return build(tmp_path_factory.mktemp("models") / "chat")

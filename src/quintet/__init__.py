@@ -24,6 +24,24 @@ if TYPE_CHECKING:
     from quintet.generation.streamers import TextStreamer
     from quintet.hub import demo_model
     from quintet.modeling.base import PreTrainedModel
+    from quintet.models.deepseek_v2 import (
+        DeepseekV2Config,
+        DeepseekV2ForCausalLM,
+        DeepseekV2ForQuestionAnswering,
+        DeepseekV2ForSequenceClassification,
+        DeepseekV2ForTokenClassification,
+        DeepseekV2Model,
+        DeepseekV2PreTrainedModel,
+    )
+    from quintet.models.deepseek_v3 import (
+        DeepseekV3Config,
+        DeepseekV3ForCausalLM,
+        DeepseekV3ForQuestionAnswering,
+        DeepseekV3ForSequenceClassification,
+        DeepseekV3ForTokenClassification,
+        DeepseekV3Model,
+        DeepseekV3PreTrainedModel,
+    )
     from quintet.models.qwen2 import (
         Qwen2Config,
         Qwen2ForCausalLM,
@@ -32,6 +50,25 @@ if TYPE_CHECKING:
         Qwen2ForTokenClassification,
         Qwen2Model,
         Qwen2PreTrainedModel,
+    )
+    from quintet.models.qwen2_moe import (
+        Qwen2MoeConfig,
+        Qwen2MoeForCausalLM,
+        Qwen2MoeForQuestionAnswering,
+        Qwen2MoeForSequenceClassification,
+        Qwen2MoeForTokenClassification,
+        Qwen2MoeModel,
+        Qwen2MoePreTrainedModel,
+    )
+    from quintet.models.zamba2 import (
+        Zamba2Config,
+        Zamba2ForCausalLM,
+        Zamba2ForQuestionAnswering,
+        Zamba2ForSequenceClassification,
+        Zamba2ForTokenClassification,
+        Zamba2HybridDynamicCache,
+        Zamba2Model,
+        Zamba2PreTrainedModel,
     )
     from quintet.pipelines import pipeline
     from quintet.tokenization import (
@@ -54,6 +91,20 @@ __all__ = [
     "AutoTokenizer",
     "BatchEncoding",
     "Cache",
+    "DeepseekV2Config",
+    "DeepseekV2ForCausalLM",
+    "DeepseekV2ForQuestionAnswering",
+    "DeepseekV2ForSequenceClassification",
+    "DeepseekV2ForTokenClassification",
+    "DeepseekV2Model",
+    "DeepseekV2PreTrainedModel",
+    "DeepseekV3Config",
+    "DeepseekV3ForCausalLM",
+    "DeepseekV3ForQuestionAnswering",
+    "DeepseekV3ForSequenceClassification",
+    "DeepseekV3ForTokenClassification",
+    "DeepseekV3Model",
+    "DeepseekV3PreTrainedModel",
     "DynamicCache",
     "GenerationConfig",
     "PreTrainedConfig",
@@ -67,16 +118,47 @@ __all__ = [
     "Qwen2ForSequenceClassification",
     "Qwen2ForTokenClassification",
     "Qwen2Model",
+    "Qwen2MoeConfig",
+    "Qwen2MoeForCausalLM",
+    "Qwen2MoeForQuestionAnswering",
+    "Qwen2MoeForSequenceClassification",
+    "Qwen2MoeForTokenClassification",
+    "Qwen2MoeModel",
+    "Qwen2MoePreTrainedModel",
     "Qwen2PreTrainedModel",
     "Qwen2Tokenizer",
     "Qwen2TokenizerFast",
     "StaticCache",
     "TextStreamer",
+    "Zamba2Config",
+    "Zamba2ForCausalLM",
+    "Zamba2ForQuestionAnswering",
+    "Zamba2ForSequenceClassification",
+    "Zamba2ForTokenClassification",
+    "Zamba2HybridDynamicCache",
+    "Zamba2Model",
+    "Zamba2PreTrainedModel",
     "__version__",
     "demo_model",
     "pipeline",
 ]
 
+_FAMILIES = {
+    "deepseek_v2": "DeepseekV2",
+    "deepseek_v3": "DeepseekV3",
+    "qwen2": "Qwen2",
+    "qwen2_moe": "Qwen2Moe",
+    "zamba2": "Zamba2",
+}
+_SUFFIXES = (
+    "Config",
+    "ForCausalLM",
+    "ForQuestionAnswering",
+    "ForSequenceClassification",
+    "ForTokenClassification",
+    "Model",
+    "PreTrainedModel",
+)
 _NAMES = {
     "quintet.auto": [name for name in __all__ if name.startswith("Auto")],
     "quintet.cache": ["Cache", "DynamicCache", "StaticCache"],
@@ -86,9 +168,10 @@ _NAMES = {
     "quintet.generation.streamers": ["TextStreamer"],
     "quintet.hub": ["demo_model"],
     "quintet.modeling.base": ["PreTrainedModel"],
-    "quintet.models.qwen2": [
-        name for name in __all__ if name.startswith("Qwen2") and "Tokenizer" not in name
-    ],
+    **{
+        f"quintet.models.{module}": [prefix + suffix for suffix in _SUFFIXES]
+        for module, prefix in _FAMILIES.items()
+    },
     "quintet.pipelines": ["pipeline"],
     "quintet.tokenization": [
         "BatchEncoding",
@@ -99,6 +182,7 @@ _NAMES = {
     ],
 }
 _MODULE_OF = {name: module for module, names in _NAMES.items() for name in names}
+_MODULE_OF["Zamba2HybridDynamicCache"] = "quintet.models.zamba2"
 
 
 def __getattr__(name: str) -> Any:

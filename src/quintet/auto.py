@@ -40,7 +40,13 @@ class Family:
 
 
 FAMILIES: Mapping[str, Family] = MappingProxyType(
-    {"qwen2": Family("quintet.models.qwen2", "Qwen2")},
+    {
+        "deepseek_v2": Family("quintet.models.deepseek_v2", "DeepseekV2"),
+        "deepseek_v3": Family("quintet.models.deepseek_v3", "DeepseekV3"),
+        "qwen2": Family("quintet.models.qwen2", "Qwen2"),
+        "qwen2_moe": Family("quintet.models.qwen2_moe", "Qwen2Moe"),
+        "zamba2": Family("quintet.models.zamba2", "Zamba2"),
+    },
 )
 
 

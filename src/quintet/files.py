@@ -26,7 +26,7 @@ def read_json(path: Path) -> dict[str, Any]:
         raise CheckpointError(f"{path}: {size} bytes is more than the limit of {MAX_JSON_BYTES}")
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
-    except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
+    except (ValueError, RecursionError) as error:
         raise CheckpointError(
             f"{path} is not readable as JSON ({error}); fetch the file again"
         ) from error

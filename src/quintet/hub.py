@@ -7,9 +7,17 @@ from pathlib import Path
 
 from quintet.errors import ModelNotFoundError, OfflineError
 
-__all__ = ["CONFIG_PATTERNS", "TOKENIZER_PATTERNS", "WEIGHT_PATTERNS", "demo_model", "locate"]
+__all__ = [
+    "CONFIG_NAME",
+    "CONFIG_PATTERNS",
+    "TOKENIZER_PATTERNS",
+    "WEIGHT_PATTERNS",
+    "demo_model",
+    "locate",
+]
 
-CONFIG_PATTERNS = ("config.json", "generation_config.json")
+CONFIG_NAME = "config.json"
+CONFIG_PATTERNS = (CONFIG_NAME, "generation_config.json")
 TOKENIZER_PATTERNS = (
     "tokenizer.json",
     "tokenizer_config.json",

@@ -1,7 +1,7 @@
 """`pipeline(task)`: from text to text in one call."""
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
@@ -10,11 +10,12 @@ from quintet.auto import AutoModelForCausalLM, AutoTokenizer
 from quintet.errors import InputError
 from quintet.generation.mixin import GenerationMixin
 from quintet.hub import demo_model
+from quintet.modeling.placement import single_device
 
 if TYPE_CHECKING:
     from quintet.generation.streamers import Streamer
     from quintet.modeling.base import PreTrainedModel
-    from quintet.modeling.loading import DeviceMap
+    from quintet.modeling.placement import DeviceMap
     from quintet.tokenization import PreTrainedTokenizer
 
 __all__ = ["TextGenerationPipeline", "pipeline"]
@@ -57,7 +58,8 @@ class TextGenerationPipeline:
             batch_size: how many run at once.
             streamer: gets the tokens of a single text or chat as they are made.
             generator: the source of randomness.
-            **options: as for `generate()`; `max_new_tokens` is 256 where nothing sets a length.
+            **options: as for `generate()`; `max_new_tokens` is 256 where nothing sets a length,
+                or as many as the context has room for.
 
         Returns:
             For one input a list of `{"generated_text": …}`, one for each returned sequence; for a
@@ -73,20 +75,22 @@ class TextGenerationPipeline:
         inputs, is_single = _as_list(text_inputs)
         if streamer is not None and len(inputs) > 1:
             raise InputError(f"a streamer takes one input, not {len(inputs)}")
-        config = self.model.generation_config
-        if config.max_new_tokens is None and config.max_length is None:
-            options = {"max_new_tokens": self._default_length(options), **options}
         results: list[list[dict[str, Any]]] = []
         for start in range(0, len(inputs), batch_size):
             batch = inputs[start : start + batch_size]
             results += self._run(batch, return_full_text, streamer, generator, options)
         return results[0] if is_single else results
 
-    def _default_length(self, options: Mapping[str, Any]) -> int | None:
+    def _default_length(self, prompt: int, options: Mapping[str, Any]) -> int | None:
+        """Return how many tokens to make where nobody says so, None where somebody does."""
+        for config in (self.model.generation_config, options.get("generation_config")):
+            if config is not None and (config.max_new_tokens or config.max_length):
+                return None
         if options.get("max_length") is not None:
             return None
         # Half the context at most: a model with a small one needs room for the prompt.
-        return min(DEFAULT_NEW_TOKENS, self.model.config.max_position_embeddings // 2)
+        context = self.model.config.max_position_embeddings
+        return max(1, min(DEFAULT_NEW_TOKENS, context // 2, context - prompt))
 
     def _run(
         self,
@@ -102,6 +106,7 @@ class TextGenerationPipeline:
             for prompt, item in zip(prompts, batch, strict=True)
         ]
         longest = max(len(ids) for ids in encoded)
+        options = {"max_new_tokens": self._default_length(longest, options), **options}
         pad = self.tokenizer.pad_token_id or self.tokenizer.eos_token_id or 0
         generated = cast("GenerationMixin", self.model).generate(
             torch.tensor([[pad] * (longest - len(ids)) + ids for ids in encoded]),
@@ -136,8 +141,8 @@ class TextGenerationPipeline:
 def pipeline(
     task: str | None = None,
     model: "str | os.PathLike[str] | PreTrainedModel | None" = None,
-    tokenizer: "str | os.PathLike[str] | PreTrainedTokenizer | None" = None,
     *,
+    tokenizer: "str | os.PathLike[str] | PreTrainedTokenizer | None" = None,
     dtype: str | torch.dtype = "auto",
     torch_dtype: str | torch.dtype | None = None,
     device: str | int | torch.device | None = None,
@@ -163,7 +168,8 @@ def pipeline(
         model_kwargs: further arguments of `from_pretrained`.
 
     Raises:
-        InputError: an unknown task, or a loaded model without its tokenizer.
+        InputError: an unknown task, a loaded model without its tokenizer, or with an option that
+            says how to load it.
     """
     if task not in (None, "text-generation"):
         raise InputError(f"task={task!r} is not one of ['text-generation']")
@@ -181,19 +187,38 @@ def pipeline(
         )
         tokenizer = source if tokenizer is None else tokenizer
     else:
-        loaded = source if device is None else source.to(device)
+        _refuse_for_loaded(
+            dtype=None if dtype == "auto" else dtype,
+            torch_dtype=torch_dtype,
+            device_map=device_map,
+            model_kwargs=model_kwargs,
+        )
+        loaded = source if device is None else source.to(single_device(device))
     if tokenizer is None:
-        raise InputError("a loaded model needs its tokenizer: pipeline(task, model, tokenizer)")
+        raise InputError("a loaded model needs its tokenizer: pipeline(task, model, tokenizer=…)")
     if isinstance(tokenizer, str | os.PathLike):
-        tokenizer = AutoTokenizer.from_pretrained(tokenizer, revision=revision, token=token)
+        places = ("cache_dir", "local_files_only", "subfolder")
+        where = {key: value for key, value in (model_kwargs or {}).items() if key in places}
+        tokenizer = AutoTokenizer.from_pretrained(
+            tokenizer, revision=revision, token=token, **where
+        )
     return TextGenerationPipeline(loaded, tokenizer)
+
+
+def _refuse_for_loaded(**options: Any) -> None:
+    given = [name for name, value in options.items() if value is not None]
+    if given:
+        raise InputError(
+            f"the model is loaded already, so {', '.join(given)} would have no effect; "
+            "pass it to from_pretrained"
+        )
 
 
 def _as_list(inputs: Any) -> tuple[list[str | Chat], bool]:
     """Return the inputs as a list, and whether there was only one."""
     if isinstance(inputs, str) or _is_chat(inputs):
         return [inputs], True
-    items = list(inputs)
+    items = [] if isinstance(inputs, Mapping) or not isinstance(inputs, Iterable) else list(inputs)
     if not items or not all(isinstance(item, str) or _is_chat(item) for item in items):
         raise InputError(
             "the input has to be a text, a chat (a list of messages with role and content), "

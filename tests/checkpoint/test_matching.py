@@ -28,12 +28,6 @@ def test_an_error_lists_every_kind_with_shapes_and_says_what_to_check() -> None:
     assert "1 of another shape:\n  b: expected [2, 3], found [3, 2]" in message
     assert "1 that the model does not use:\n  d: found [9]" in message
     assert "config.json" in message
-    assert "ignore_mismatched_sizes" not in message, "it would not help with what is missing"
-
-
-def test_other_shapes_alone_name_the_option_that_accepts_them() -> None:
-    with pytest.raises(CheckpointError, match="ignore_mismatched_sizes=True"):
-        compare({"a": (1,)}, found(a=(2,))).raise_if_incomplete("x")
 
 
 def test_a_long_list_is_cut_at_ten_with_the_count() -> None:

@@ -208,21 +208,30 @@ class Cache:
     def crop(self, max_length: int | Tensor) -> None:
         """Forget all but the first `max_length` tokens of every row, or of each with a (B,) tensor.
 
-        A negative number forgets that many from the end of each row.
+        A negative number forgets that many from the end of its row.
 
         Raises:
-            InputError: recurrent layers have no snapshot to go back from.
+            InputError: a tensor of another shape than (B,), or recurrent layers have no snapshot
+                to go back from.
         """
         held = self._lengths
-        if isinstance(max_length, int) and max_length < 0:
-            kept = held + max_length
-            kept = max(kept, 0) if isinstance(kept, int) else kept.clamp(min=0)
-        elif isinstance(max_length, int) and isinstance(held, int):
-            kept = min(held, max_length)
+        if isinstance(max_length, Tensor) and max_length.ndim == 0:
+            max_length = int(max_length)
+        if isinstance(max_length, Tensor) and isinstance(held, int):
+            rows = self.batch_size
+            held = self.lengths(max_length.numel() if rows is None else rows, max_length.device)
+        kept: int | Tensor
+        if isinstance(held, Tensor):
+            limit = torch.as_tensor(max_length, device=held.device)
+            if limit.ndim and limit.shape != held.shape:
+                raise InputError(
+                    f"max_length has shape {tuple(limit.shape)} and the cache {len(held)} rows; "
+                    "give one length, or one for each row"
+                )
+            kept = torch.where(limit < 0, held + limit, torch.minimum(held, limit)).clamp(min=0)
         else:
-            limit = torch.as_tensor(max_length)
-            own = torch.as_tensor(held, device=limit.device)
-            kept = torch.minimum(own, limit.to(own.device))
+            end = int(max_length)
+            kept = max(held + end if end < 0 else min(held, end), 0)
         if self.states and not self._ahead and bool((torch.as_tensor(kept == held)).all()):
             return
         for slot in self._slots():
@@ -289,4 +298,6 @@ class Cache:
 
 
 def _longest(lengths: int | Tensor) -> int:
-    return lengths if isinstance(lengths, int) else int(lengths.max())
+    if isinstance(lengths, int):
+        return lengths
+    return int(lengths.max()) if len(lengths) else 0

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F  # noqa: N812
 from torch import Tensor
 
-from quintet.cache.base import AttentionSlot, Cache, Span
+from quintet.cache.base import AttentionSlot, Cache, Span, _longest
 from quintet.cache.recurrent import RecurrentSlot
 from quintet.configuration.base import PreTrainedConfig
 from quintet.errors import ContextLengthError, InputError
@@ -61,11 +61,20 @@ class _DenseSlot:
 class DynamicSlot(_DenseSlot):
     """Keys and values in buffers that grow by a quarter whenever they are full."""
 
+    def __init__(self) -> None:
+        super().__init__()
+        self._borrowed = False
+
     def update(self, keys: Tensor, values: Tensor, span: Span) -> tuple[Tensor, Tensor]:
         """Store (B, K, T, D) of a span and return all (B, K, S, D) there is to attend to."""
         if self.keys is None or self.values is None:
             self.keys, self.values = keys, values
+            self._borrowed = True
         else:
+            if self._borrowed and span.keys <= self.keys.shape[2]:
+                # The first tensors may be a caller's, who sees what is written into them.
+                self.keys, self.values = self.keys.clone(), self.values.clone()
+            self._borrowed = False
             self.keys = _write(self.keys, keys, span)
             self.values = _write(self.values, values, span)
         return self.content(span.keys)
@@ -143,7 +152,8 @@ class StaticCache(Cache):
             InputError: the cache holds another number of rows.
             ContextLengthError: there is no room for them.
         """
-        if isinstance(self._lengths, int):
+        unused = self.batch_size is None
+        if isinstance(self._lengths, int) or (unused and len(self._lengths) != batch):
             self._lengths = torch.zeros(batch, dtype=torch.long, device=device)
         span = super().span(batch, length, device, counts)
         if not torch.compiler.is_compiling():
@@ -173,7 +183,7 @@ class StaticCache(Cache):
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
         """Return the length of the longest row."""
-        return int(torch.as_tensor(self._lengths).max())
+        return _longest(self._lengths)
 
     def get_max_cache_shape(self) -> int | None:
         """Return how many tokens a row can hold."""

@@ -23,6 +23,7 @@ def from_legacy(past: LegacyCache, mask: Tensor | None, num_hidden_layers: int) 
         raise InputError(
             f"past_key_values has {len(past)} layers and the model {num_hidden_layers}"
         )
+    _check_shapes(past, mask)
     cache = DynamicCache(num_hidden_layers=num_hidden_layers)
     first = past[0][0]
     rows = None if mask is None else ragged(mask)
@@ -30,10 +31,6 @@ def from_legacy(past: LegacyCache, mask: Tensor | None, num_hidden_layers: int) 
         first.shape[0], first.shape[2], first.device, None if rows is None else rows.counts
     )
     for index, pair in enumerate(past):
-        if len(pair) != 2 or any(x.shape[:3] != first.shape[:3] for x in pair):
-            raise InputError(
-                f"past_key_values[{index}] has to be keys and values of shape {tuple(first.shape)}"
-            )
         keys, values = pair
         if rows is not None:
             keys, values = (rows.pack(x.transpose(1, 2)).transpose(1, 2) for x in pair)
@@ -54,3 +51,19 @@ def to_legacy(cache: Cache, mask: Tensor | None) -> LegacyCache:
         return x.gather(2, index)
 
     return tuple((spread(keys), spread(values)) for keys, values in cache)
+
+
+def _check_shapes(past: LegacyCache, mask: Tensor | None) -> None:
+    shapes = [tuple(x.shape) for pair in past for x in pair]
+    shape = shapes[0] if shapes else ()
+    for index, pair in enumerate(past):
+        if len(pair) != 2 or any(x.ndim != 4 or x.shape[:3] != shape[:3] for x in pair):
+            raise InputError(
+                f"past_key_values[{index}] holds {[tuple(x.shape) for x in pair]}; it has to be "
+                "keys and values of shape (batch, heads, tokens, size), alike in all layers"
+            )
+    if mask is not None and mask.shape != (shape[0], shape[2]):
+        raise InputError(
+            f"attention_mask has shape {tuple(mask.shape)} before the new tokens, and "
+            f"past_key_values {shape[0]} rows of {shape[2]} columns"
+        )

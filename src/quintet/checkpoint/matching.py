@@ -53,8 +53,6 @@ class Difference:
             lines = [f"{name}: found {_written(self._shapes[name])}" for name in self.unexpected]
             parts.append(f"{len(self.unexpected)} that the model does not use:\n{listed(lines)}")
         remedy = "Check that config.json belongs to these weights and the class to its model_type"
-        if self.mismatched and not self.missing:
-            remedy += ", or pass ignore_mismatched_sizes=True to start those tensors anew"
         raise CheckpointError("\n".join([*parts, remedy]))
 
 

@@ -1,5 +1,7 @@
 """`quintet chat`: talk with a model in the terminal."""
 
+import contextlib
+import importlib
 import sys
 import time
 from typing import Any
@@ -56,6 +58,7 @@ def command(
                 "answer; use `quintet generate`, or the chat version of the model"
             )
         options, generator, _ = choose(
+            opened.model.device,
             seed,
             temperature,
             top_k=top_k,
@@ -97,10 +100,11 @@ class _Talk:
 
     def run(self) -> None:
         """Read messages and answer them until the input ends."""
-        at_terminal = sys.stdin.isatty()
+        at_terminal = sys.stdin.isatty() and sys.stdout.isatty()
         if at_terminal:
             # Line editing and history for input(), where the platform has it.
-            __import__("readline")
+            with contextlib.suppress(ImportError):
+                importlib.import_module("readline")
         while True:
             try:
                 text = input("> " if at_terminal else "").strip()
@@ -153,6 +157,8 @@ class _Talk:
                 max_new_tokens=self.max_new_tokens or max(1, min(1024, room)),
             )
         except ContextLengthError as error:
+            if not sys.stdin.isatty():
+                raise
             click.echo(f"error: {error}\n/reset forgets the conversation.", err=True)
             return
         except KeyboardInterrupt:

@@ -14,7 +14,7 @@ from quintet.cli.options import (
     sampling_options,
     warnings_as_notes,
 )
-from quintet.errors import InputError
+from quintet.errors import InputError, QuintetError
 from quintet.hub import demo_model
 
 __all__ = ["command"]
@@ -54,6 +54,7 @@ def command(
     with warnings_as_notes(quiet):
         opened = open_model(str(demo_model()) if model is None else model, **where)
         options, generator, seed = choose(
+            opened.model.device,
             seed,
             temperature,
             top_k=top_k,
@@ -72,13 +73,18 @@ def command(
 
         streamer = TextStreamer(opened.tokenizer, skip_prompt=not echo, skip_special_tokens=True)
         started = time.perf_counter()
-        output = opened.generator_model.generate(
-            inputs,
-            config,
-            streamer=streamer,
-            generator=generator,
-            max_new_tokens=max_new_tokens,
-        )
+        try:
+            output = opened.generator_model.generate(
+                inputs,
+                config,
+                streamer=streamer,
+                generator=generator,
+                max_new_tokens=max_new_tokens,
+            )
+        except (KeyboardInterrupt, QuintetError):
+            # Ends the line of what has been shown.
+            streamer.end()
+            raise
         seconds = time.perf_counter() - started
     made = output.shape[1] - length
     note(f"{made} tokens in {seconds:.2f} s, {made / seconds:.1f} tokens/s", quiet)

@@ -1,6 +1,7 @@
 """`quintet info`: what a model is, read from its files without its weights."""
 
 import json
+import math
 from typing import Any
 
 import click
@@ -49,21 +50,17 @@ def command(
 def _facts(name: str, root: str) -> dict[str, Any]:
     from pathlib import Path
 
-    import torch
-
-    from quintet.auto import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+    from quintet.auto import AutoConfig, AutoTokenizer
     from quintet.checkpoint import Checkpoint
 
     config = AutoConfig.from_pretrained(root)
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config)
     checkpoint = Checkpoint.open(Path(root))
     dtypes = sorted({str(t.dtype).removeprefix("torch.") for t in checkpoint.tensors.values()})
     facts: dict[str, Any] = {
         "model": name,
         "family": config.model_type,
         "saved as": ", ".join(config.architectures or ["not said"]),
-        "parameters": model.num_parameters(),
+        "parameters": sum(math.prod(t.shape) for t in checkpoint.tensors.values()),
         "layers": config.num_hidden_layers,
         "width": config.hidden_size,
         "vocabulary": config.vocab_size,

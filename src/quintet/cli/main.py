@@ -2,6 +2,7 @@
 
 import difflib
 import importlib
+import io
 import os
 import sys
 from types import MappingProxyType
@@ -46,6 +47,15 @@ class _Commands(click.Group):
             raise click.UsageError(f"No such command {name!r}.{hint}", ctx)
         return super().resolve_command(ctx, args)
 
+    def invoke(self, ctx: click.Context) -> Any:
+        try:
+            return super().invoke(ctx)
+        except BrokenPipeError:
+            # The reader of our output has enough, as in `| head`; closing stdout at exit would
+            # complain once more.
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            return 0
+
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         with formatter.section("Commands"):
             formatter.write_dl(list(COMMANDS.items()))
@@ -59,6 +69,9 @@ def cli() -> None:
 
 def main(arguments: list[str] | None = None) -> None:
     """Run the command line and exit with its code; docs/errors.md lists the codes."""
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        # A model writes any character there is, also at a terminal that knows fewer.
+        sys.stdout.reconfigure(errors="replace")
     try:
         code: Any = cli.main(arguments, prog_name="quintet", standalone_mode=False)
     except click.exceptions.Abort:
@@ -68,10 +81,6 @@ def main(arguments: list[str] | None = None) -> None:
     except click.ClickException as error:
         error.show()
         code = error.exit_code
-    except BrokenPipeError:
-        # The reader of our output has gone; closing stdout would complain once more.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        code = 0
     except QuintetError as error:
         if os.environ.get("QUINTET_DEBUG"):
             raise

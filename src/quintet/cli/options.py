@@ -1,5 +1,6 @@
 """Options that several commands share, and how a model is opened with them."""
 
+import os
 import sys
 import time
 import warnings
@@ -10,6 +11,8 @@ from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 import click
 
+from quintet.errors import InputError
+
 if TYPE_CHECKING:
     import torch
 
@@ -17,8 +20,21 @@ if TYPE_CHECKING:
     from quintet.modeling.base import PreTrainedModel
     from quintet.tokenization import PreTrainedTokenizer
 
-__all__ = ["Opened", "model_options", "note", "open_model", "sampling_options", "warnings_as_notes"]
+__all__ = [
+    "Opened",
+    "choose",
+    "model_options",
+    "note",
+    "open_model",
+    "read_stdin",
+    "sampling_options",
+    "warnings_as_notes",
+]
 
+LARGEST_SEED = 2**32 - 1
+# Below so many parameters, threads cost more than they give (docs/lab-notes.md), and on a machine
+# that is busy they wait for each other many times longer than they compute.
+SMALL = 20_000_000
 Command = TypeVar("Command", bound=Callable[..., Any])
 
 
@@ -34,6 +50,7 @@ def model_options(command: Command) -> Command:
             type=click.Choice(["eager", "sdpa", "flash_attention_2"]),
             help="How attention is computed.",
         ),
+        click.option("--threads", type=click.IntRange(1), help="Of the CPU."),
         click.option("--device", default="auto", show_default=True, help="cpu, cuda, cuda:1, …"),
         click.option("--dtype", default="auto", show_default=True, help="Of the weights."),
     ):
@@ -44,7 +61,9 @@ def model_options(command: Command) -> Command:
 def sampling_options(command: Command) -> Command:
     """Add the options that say how tokens are chosen; those of the checkpoint hold otherwise."""
     for option in (
-        click.option("--seed", type=click.IntRange(0), help="Makes sampling repeatable."),
+        click.option(
+            "--seed", type=click.IntRange(0, LARGEST_SEED), help="Makes sampling repeatable."
+        ),
         click.option("--repetition-penalty", type=float, help="Above 1: fewer repetitions."),
         click.option("--min-p", type=float, help="Least share of the likeliest token."),
         click.option("--top-p", type=float, help="Draw from this much probability."),
@@ -59,7 +78,7 @@ def sampling_options(command: Command) -> Command:
 def note(text: str, quiet: bool = False) -> None:
     """Say something beside the result: on standard error, unless asked for silence."""
     if not quiet:
-        click.secho(text, err=True, dim=True)
+        click.echo(text if os.environ.get("NO_COLOR") else click.style(text, dim=True), err=True)
 
 
 @contextmanager
@@ -105,6 +124,7 @@ def open_model(
     dtype: str,
     device: str,
     attn_implementation: str | None,
+    threads: int | None,
     revision: str | None,
     cache_dir: str | None,
     offline: bool,
@@ -114,6 +134,8 @@ def open_model(
     Raises:
         QuintetError: whatever keeps either from loading.
     """
+    import torch
+
     from quintet.auto import AutoModelForCausalLM, AutoTokenizer
 
     started = time.perf_counter()
@@ -127,13 +149,17 @@ def open_model(
     model = AutoModelForCausalLM.from_pretrained(
         name, dtype=dtype, device_map=device, **where, **overrides
     )
+    if threads is None and model.num_parameters() < SMALL:
+        threads = 1
+    if threads is not None:
+        torch.set_num_threads(threads)
     return Opened(model, tokenizer, time.perf_counter() - started)
 
 
 def choose(
-    seed: int | None, temperature: float | None, **options: Any
+    device: "torch.device", seed: int | None, temperature: float | None, **options: Any
 ) -> tuple[dict[str, Any], "torch.Generator", int]:
-    """Return generate()'s options, a seeded generator, and the seed."""
+    """Return generate()'s options, a seeded generator on the model's device, and the seed."""
     import torch
 
     if temperature == 0:
@@ -142,10 +168,24 @@ def choose(
         options |= {"do_sample": True, "temperature": temperature}
     elif any(options.get(name) is not None for name in ("top_k", "top_p", "min_p")):
         options |= {"do_sample": True}
-    seed = torch.seed() % 2**32 if seed is None else seed
-    return options, torch.Generator().manual_seed(seed), seed
+    seed = torch.seed() & LARGEST_SEED if seed is None else seed
+    return options, torch.Generator(device).manual_seed(seed), seed
 
 
 def read_stdin() -> str | None:
-    """Return what is piped in, None at a terminal."""
-    return None if sys.stdin is None or sys.stdin.isatty() else sys.stdin.read()
+    """Return what is piped in, None at a terminal.
+
+    Raises:
+        InputError: it is not UTF-8.
+    """
+    if sys.stdin is None or sys.stdin.isatty():
+        return None
+    try:
+        text = sys.stdin.read()
+        # Bytes that are no text may have come in as halves of surrogate pairs.
+        text.encode()
+    except UnicodeError:
+        raise InputError(
+            "what is piped in is not UTF-8 text; convert it, e.g. with iconv"
+        ) from None
+    return text

@@ -12,17 +12,24 @@ from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, ClassVar, Self, get_origin, get_type_hints
 
 from quintet.configuration.rope import RopeParameters, merge_rope
-from quintet.configuration.rules import Count, Fraction, NonNegative, NonNegativeFloat, check
+from quintet.configuration.rules import (
+    Count,
+    Fraction,
+    Labels,
+    Layers,
+    NonNegative,
+    NonNegativeFloat,
+    check,
+)
 from quintet.errors import ConfigError, ModelNotFoundError, SaveError
 from quintet.files import read_json, write_text
-from quintet.hub import CONFIG_PATTERNS, locate
+from quintet.hub import CONFIG_NAME, CONFIG_PATTERNS, locate
 
 if TYPE_CHECKING:
     import torch
 
 __all__ = ["ATTENTION_BACKENDS", "CONFIG_NAME", "PreTrainedConfig", "UnknownKeyWarning"]
 
-CONFIG_NAME = "config.json"
 ATTENTION_BACKENDS = ("eager", "sdpa", "flash_attention_2")
 FLOAT_DTYPES = ("bfloat16", "float16", "float32", "float64")
 _RENAMED = {"torch_dtype": "dtype", "_name_or_path": "name_or_path"}
@@ -49,6 +56,8 @@ class PreTrainedConfig:
     aliases: ClassVar[Mapping[str, str]] = MappingProxyType({})
     # Keys that `derive` fills in; a file leaves them out where they are what it would give.
     derived: ClassVar[tuple[str, ...]] = ()
+    # Keys whose override makes the `layer_types` of a file obsolete.
+    decides_layer_types: ClassVar[tuple[str, ...]] = ()
 
     architectures: list[str] | None = None
     attn_implementation: str = "sdpa"
@@ -62,7 +71,7 @@ class PreTrainedConfig:
     label2id: dict[str, int] | None = None
     max_position_embeddings: Count = 2048
     name_or_path: str = ""
-    num_hidden_layers: Count = 1
+    num_hidden_layers: Layers = 1
     output_attentions: bool = False
     output_hidden_states: bool = False
     output_router_logits: bool = False
@@ -89,6 +98,12 @@ class PreTrainedConfig:
 
     def __init__(self, **values: Any) -> None:
         values = self._renamed(values)
+        family = values.pop("model_type", self.model_type)
+        if family != self.model_type:
+            raise ConfigError(
+                f"{type(self).__name__}: model_type={family!r} has to be {self.model_type!r}; "
+                "use AutoConfig, or the class of that family"
+            )
         self._warn_of_misspellings(values)
         values["dtype"] = _dtype_name(values.get("dtype"))
         values["rope_parameters"] = merge_rope(values, self.default_rope_theta)
@@ -99,7 +114,13 @@ class PreTrainedConfig:
             setattr(self, key, value)
         for key, value in values.items():
             # Names of methods and of internals are not for a file to set.
-            if not key.startswith("_") and not hasattr(type(self), key):
+            if key.startswith("_") or hasattr(type(self), key):
+                warnings.warn(
+                    f"{type(self).__name__} cannot have a key {key!r}; it is left out",
+                    UnknownKeyWarning,
+                    stacklevel=2,
+                )
+            else:
                 setattr(self, key, value)
         self.derive()
         self.validate()
@@ -202,15 +223,20 @@ class PreTrainedConfig:
         merged, overrides = cls._renamed(values), cls._renamed(overrides)
         if "num_labels" in overrides:
             merged = {k: v for k, v in merged.items() if k not in ("id2label", "label2id")}
-        if isinstance(types := merged.get("layer_types"), list) and "layer_types" not in overrides:
-            merged["layer_types"] = types[: overrides.get("num_hidden_layers", len(types))]
+        elif "id2label" in overrides:
+            merged = {k: v for k, v in merged.items() if k not in ("label2id", "num_labels")}
+        if any(key in overrides for key in cls.decides_layer_types):
+            merged.pop("layer_types", None)
+        elif isinstance(types := merged.get("layer_types"), list):
+            layers = overrides.get("num_hidden_layers")
+            merged["layer_types"] = types[:layers] if isinstance(layers, int) else types
         if any(key in overrides for key in _ROPE_KEYS):
             rope = merge_rope(merged, cls.default_rope_theta)
-            overrides["rope_parameters"] = merge_rope(
-                {"rope_scaling": rope, "rope_theta": rope["rope_theta"]}
-                | {key: overrides.pop(key) for key in _ROPE_KEYS if key in overrides},
-                rope["rope_theta"],
-            )
+            given = {key: overrides.pop(key) for key in _ROPE_KEYS if key in overrides}
+            if set(given) == {"rope_theta"}:
+                overrides["rope_parameters"] = {**rope, **given}
+            else:
+                overrides["rope_parameters"] = merge_rope(given, rope["rope_theta"])
         with warnings.catch_warnings():
             # Only a caller's own misspelling is worth a warning, not a file's.
             warnings.simplefilter("ignore", UnknownKeyWarning)
@@ -291,13 +317,16 @@ class PreTrainedConfig:
             if key not in ("name_or_path", "attn_implementation")
             and not (key in usual and value == usual[key])
         }
-        plain = type(self)(**{k: v for k, v in vars(self).items() if k not in self.derived})
+        with warnings.catch_warnings():
+            # What there was to say was said when this object was made.
+            warnings.simplefilter("ignore")
+            plain = type(self)(**{k: v for k, v in vars(self).items() if k not in self.derived})
         for key in self.derived:
             if getattr(plain, key) == values.get(key):
                 values.pop(key, None)
         try:
             return json.dumps(values, indent=2, sort_keys=True) + "\n"
-        except TypeError as error:
+        except (TypeError, ValueError) as error:
             raise ConfigError(f"{type(self).__name__} cannot be written as JSON: {error}") from None
 
     def __eq__(self, other: object) -> bool:
@@ -338,13 +367,13 @@ class PreTrainedConfig:
         count = values.pop("num_labels", None)
         given = values.pop("id2label", None)
         label2id = values.pop("label2id", None)
-        check(type(self).__name__, "num_labels", count, Count | None)
+        check(type(self).__name__, "num_labels", count, Labels | None)
         if given is None:
             names = {index: f"LABEL_{index}" for index in range(2 if count is None else count)}
         else:
             try:
                 names = {int(index): str(name) for index, name in given.items()}
-            except (AttributeError, ValueError):
+            except (AttributeError, TypeError, ValueError):
                 raise ConfigError(
                     f"{type(self).__name__}: id2label={given!r} has to map integers to names"
                 ) from None

@@ -18,7 +18,7 @@ __all__ = ["RopeParameters", "merge_rope"]
 _KEYS: dict[str, tuple[set[str], set[str]]] = {
     "default": (set(), set()),
     "linear": ({"factor"}, set()),
-    "dynamic": ({"factor"}, {"original_max_position_embeddings"}),
+    "dynamic": ({"factor"}, set()),
     "yarn": (
         {"factor"},
         {
@@ -35,6 +35,16 @@ _KEYS: dict[str, tuple[set[str], set[str]]] = {
         {"factor", "low_freq_factor", "high_freq_factor"},
         {"original_max_position_embeddings"},
     ),
+}
+_POSITIVE = Bounds(0, open_below=True)
+_BOUNDS = {
+    "factor": Bounds(1),
+    "rope_theta": _POSITIVE,
+    "original_max_position_embeddings": Bounds(1),
+    "attention_factor": _POSITIVE,
+    "beta_fast": _POSITIVE,
+    "beta_slow": _POSITIVE,
+    "low_freq_factor": _POSITIVE,
 }
 
 
@@ -63,7 +73,7 @@ class RopeParameters:
             ConfigError: an unknown kind, a missing key, or a value out of range.
         """
         kind = values.get("rope_type", "default")
-        if kind not in _KEYS:
+        if not isinstance(kind, str) or kind not in _KEYS:
             raise ConfigError(f"rope_parameters: rope_type={kind!r} has to be one of {list(_KEYS)}")
         required, optional = _KEYS[kind]
         given = {name for name, value in values.items() if value is not None}
@@ -80,9 +90,13 @@ class RopeParameters:
         for field in fields(cls):
             if field.name in chosen:
                 check("rope_parameters", field.name, chosen[field.name], field.type)
-        for name, rule in (("factor", Bounds(1)), ("rope_theta", Bounds(0, open_below=True))):
+        for name, rule in _BOUNDS.items():
             if name in chosen and not rule.holds(chosen[name]):
                 raise ConfigError(f"rope_parameters: {name}={chosen[name]!r} has to be {rule}")
+        if kind == "yarn" and chosen.get("rope_theta") == 1:
+            raise ConfigError(
+                "rope_parameters: rope_theta=1 turns all dimensions alike; yarn needs another"
+            )
         if kind == "llama3" and chosen["high_freq_factor"] <= chosen["low_freq_factor"]:
             raise ConfigError(
                 f"rope_parameters: high_freq_factor={chosen['high_freq_factor']} has to be greater "
@@ -104,6 +118,8 @@ def merge_rope(values: dict[str, Any], default_theta: float) -> dict[str, Any]:
             raise ConfigError(f"{name}={value!r} has to be a mapping or null")
     merged = dict(scaling or parameters or {})
     kind = merged.pop("type", None)
-    merged.setdefault("rope_type", kind or "default")
-    merged.setdefault("rope_theta", default_theta if theta is None else theta)
+    if merged.get("rope_type") is None:
+        merged["rope_type"] = "default" if kind is None else kind
+    if merged.get("rope_theta") is None:
+        merged["rope_theta"] = default_theta if theta is None else theta
     return merged

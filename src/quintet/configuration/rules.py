@@ -1,6 +1,7 @@
 """The rules a configuration value obeys: its annotated type, and bounds written beside it."""
 
 import math
+import sys
 import types
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -12,6 +13,8 @@ __all__ = [
     "Bounds",
     "Count",
     "Fraction",
+    "Labels",
+    "Layers",
     "NonNegative",
     "NonNegativeFloat",
     "Positive",
@@ -41,6 +44,9 @@ class Bounds:
 
 
 Count = Annotated[int, Bounds(1)]
+# What a file can make us hold one object each of, so that a bad one cannot exhaust the memory.
+Layers = Annotated[int, Bounds(1, 10_000)]
+Labels = Annotated[int, Bounds(1, 1_000_000)]
 NonNegative = Annotated[int, Bounds(0)]
 NonNegativeFloat = Annotated[float, Bounds(0)]
 Positive = Annotated[float, Bounds(0, open_below=True)]
@@ -83,7 +89,8 @@ def _fits(value: Any, annotation: Any) -> bool:
         return callable(value)
     if annotation is float:
         is_number = isinstance(value, int | float) and not isinstance(value, bool)
-        return is_number and math.isfinite(value)
+        # Compared, not asked by isfinite, which fails on an integer too long for a float.
+        return is_number and abs(value) <= sys.float_info.max
     if annotation is int:
         return isinstance(value, int) and not isinstance(value, bool)
     if annotation is None or annotation is types.NoneType:

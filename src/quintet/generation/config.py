@@ -25,35 +25,36 @@ Share = Annotated[float, Bounds(0, 1)]
 
 @dataclass(kw_only=True)
 class GenerationConfig:
-    """The options of `generate()`; None is "not set".
+    """The options of `generate()`; None is "not set", and then what is named here holds.
 
     Attributes:
         max_new_tokens: how many tokens to add at the most; goes before `max_length`.
         max_length: how many tokens there are at the most, the prompt included. With neither set,
             20 are added.
         min_new_tokens: no end of sequence before that many.
-        do_sample: draw from the distribution; otherwise take the most likely token.
-        temperature: the logits are divided by it.
-        top_k: draw among that many most likely tokens; 0 for all.
-        top_p: draw among the most likely tokens that together have this probability.
+        do_sample: draw from the distribution; otherwise (not set) take the most likely token.
+        temperature: the logits are divided by it; 1.
+        top_k: draw among that many most likely tokens; 50, and 0 for all.
+        top_p: draw among the most likely tokens that together have this probability; 1.
         min_p: draw among tokens at least this share as likely as the most likely one.
         repetition_penalty: logits of tokens that occurred are divided (or, below zero,
-            multiplied) by it (arXiv:1909.05858, §4.1).
-        num_return_sequences: how many continuations of each prompt.
-        cache_implementation: "dynamic" grows, "static" is preallocated.
+            multiplied) by it (arXiv:1909.05858, §4.1); 1.
+        num_return_sequences: how many continuations of each prompt; 1.
+        use_cache: keep what the next step needs, rather than run over the whole text; true.
+        cache_implementation: "dynamic" grows, "static" is preallocated; "dynamic".
     """
 
     max_new_tokens: Count | None = None
     max_length: Count | None = None
     min_new_tokens: NonNegative | None = None
-    do_sample: bool = False
-    temperature: Positive = 1.0
-    top_k: NonNegative = 50
-    top_p: Share = 1.0
+    do_sample: bool | None = None
+    temperature: Positive | None = None
+    top_k: NonNegative | None = None
+    top_p: Share | None = None
     min_p: Share | None = None
-    repetition_penalty: Positive = 1.0
-    num_return_sequences: Count = 1
-    use_cache: bool = True
+    repetition_penalty: Positive | None = None
+    num_return_sequences: Count | None = None
+    use_cache: bool | None = None
     cache_implementation: str | None = None
     bos_token_id: NonNegative | None = None
     eos_token_id: NonNegative | list[NonNegative] | None = None
@@ -99,6 +100,10 @@ class GenerationConfig:
             given["max_new_tokens"] = None
         return dataclasses.replace(self, **given)
 
+    def over(self, base: Self) -> Self:
+        """Return a copy in which the options that are not set here are those of `base`."""
+        return base.replace(**{k: v for k, v in vars(self).items() if k != "other"})
+
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> Self:
         """Build from the content of a file; options that are not supported are kept and told."""
@@ -108,7 +113,8 @@ class GenerationConfig:
         idle = [
             f"{key}={value!r}"
             for key, value in other.items()
-            if key not in _PROVENANCE and value not in (None, False, 0, 1, [], {}, "")
+            if key not in _PROVENANCE
+            and (value is True or value not in (None, False, 0, 1, [], {}, ""))
         ]
         if idle:
             warnings.warn(
@@ -160,13 +166,8 @@ class GenerationConfig:
         return cls.from_dict(read_json(path))
 
     def to_dict(self) -> dict[str, Any]:
-        """Return the options that are set or differ from their default."""
-        defaults = type(self)()
-        values = {
-            f.name: getattr(self, f.name)
-            for f in fields(self)
-            if f.name != "other" and getattr(self, f.name) != getattr(defaults, f.name)
-        }
+        """Return the options that are set."""
+        values = {k: v for k, v in vars(self).items() if k != "other" and v is not None}
         return {**self.other, **values}
 
     def to_json_string(self) -> str:

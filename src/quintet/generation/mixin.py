@@ -14,6 +14,7 @@ from quintet.generation.config import GenerationConfig
 from quintet.generation.decode import LanguageModel, Prompt, decode
 from quintet.generation.processors import Chooser
 from quintet.generation.streamers import Streamer
+from quintet.ops.token_ids import check_token_ids
 
 __all__ = ["GenerationMixin"]
 
@@ -46,7 +47,7 @@ class GenerationMixin:
 
         Args:
             inputs: (B, T) ids, or what the tokenizer returns.
-            generation_config: how to generate, in place of the model's own.
+            generation_config: how to generate; what it does not set is as in the model's own.
             input_ids: the other name of `inputs`.
             attention_mask: (B, T), 0 for padding, on either side; without it, nothing is.
             streamer: gets the prompt and then every token as it is made.
@@ -58,19 +59,27 @@ class GenerationMixin:
             ContextLengthError: the prompt fills the model's context.
         """
         ids, mask = _prompt(inputs, input_ids, attention_mask)
+        check_token_ids(ids, self.config.vocab_size)
         ids = ids.to(self._device())
         mask = None if mask is None else mask.to(ids.device)
-        config = (generation_config or self.generation_config).replace(**options)
-        if config.num_return_sequences > 1:
+        config = self.generation_config
+        if generation_config is not None:
+            config = generation_config.over(config)
+        config = config.replace(**options)
+        _warn_of_idle(config, options)
+        _check_generator(generator, ids.device)
+        copies = config.num_return_sequences or 1
+        if copies > 1:
             if not config.do_sample:
                 raise InputError(
-                    f"num_return_sequences={config.num_return_sequences} without sampling would be "
+                    f"num_return_sequences={copies} without sampling would be "
                     "the same text each time; set do_sample=True"
                 )
-            ids = ids.repeat_interleave(config.num_return_sequences, dim=0)
+            ids = ids.repeat_interleave(copies, dim=0)
             if mask is not None:
-                mask = mask.repeat_interleave(config.num_return_sequences, dim=0)
+                mask = mask.repeat_interleave(copies, dim=0)
         room = self._room(ids.shape[1], config)
+        _check_least(config, room, self.config.vocab_size)
         prompt = Prompt.left_padded(ids, mask)
         eos = torch.tensor(config.eos_token_ids, dtype=torch.long, device=ids.device)
 
@@ -80,7 +89,7 @@ class GenerationMixin:
         for token in decode(
             cast("LanguageModel", self),
             prompt,
-            Chooser(config, generator),
+            Chooser.from_config(config, generator),
             cache=self._cache_for(config, ids.shape[1] + room),
             max_new_tokens=room,
             eos=eos,
@@ -97,7 +106,7 @@ class GenerationMixin:
         return cast("torch.nn.Module", self).get_parameter("lm_head.weight").device
 
     def _cache_for(self, config: GenerationConfig, length: int) -> Cache | None:
-        if not config.use_cache:
+        if config.use_cache is False:
             return None
         if config.cache_implementation == "static":
             return StaticCache(self.config, max_cache_len=length)
@@ -162,6 +171,11 @@ def _prompt(
             "least one token (is it empty?)"
         )
     if attention_mask is not None:
+        if not isinstance(attention_mask, Tensor):
+            raise InputError(
+                f"attention_mask is a {type(attention_mask).__name__}, not a tensor; "
+                "call the tokenizer with return_tensors='pt'"
+            )
         if attention_mask.shape != given.shape:
             raise InputError(
                 f"attention_mask has shape {tuple(attention_mask.shape)} and input_ids "
@@ -170,6 +184,39 @@ def _prompt(
         if not bool(attention_mask.any(dim=1).all()):
             raise InputError("attention_mask leaves a row without a single token")
     return given, attention_mask
+
+
+def _warn_of_idle(config: GenerationConfig, options: Mapping[str, Any]) -> None:
+    if config.do_sample:
+        return
+    usual = {"temperature": 1.0, "top_k": 50, "top_p": 1.0, "min_p": 0.0}
+    for name in usual:
+        if (value := options.get(name)) is not None and value != usual[name]:
+            warnings.warn(f"{name}={value} has no effect without do_sample=True", stacklevel=4)
+
+
+def _check_least(config: GenerationConfig, room: int, vocab_size: int) -> None:
+    """Check what `min_new_tokens` needs: room for them, and ends that can be forbidden."""
+    if config.min_new_tokens is None:
+        return
+    if config.min_new_tokens > room:
+        raise InputError(
+            f"min_new_tokens={config.min_new_tokens} and there is room for {room} new tokens; "
+            "raise max_new_tokens, or lower min_new_tokens"
+        )
+    if any(token >= vocab_size for token in config.eos_token_ids):
+        raise InputError(
+            f"eos_token_id={config.eos_token_id} is outside of the vocabulary, 0 to "
+            f"{vocab_size - 1}"
+        )
+
+
+def _check_generator(generator: torch.Generator | None, device: torch.device) -> None:
+    if generator is not None and generator.device.type != device.type:
+        raise InputError(
+            f"the generator is on {generator.device} and the model on {device}; "
+            f"make it with torch.Generator('{device}')"
+        )
 
 
 def _pad_token(config: GenerationConfig) -> int:

@@ -1,6 +1,7 @@
-"""Which operations reshape the logits of a step, in the order Transformers applies them."""
+"""The one place where a logit becomes a token."""
 
 from dataclasses import dataclass
+from typing import Self
 
 import torch
 from torch import Tensor
@@ -17,12 +18,28 @@ from quintet.ops.sampling import (
 __all__ = ["Chooser"]
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Chooser:
-    """The one place where a logit becomes a token."""
+    """Reshapes the logits of a step, in the order Transformers does, and takes a token.
 
-    config: GenerationConfig
-    generator: torch.Generator | None
+    Attributes are the options of `GenerationConfig` of the same names, with their defaults.
+    """
+
+    do_sample: bool = False
+    temperature: float = 1.0
+    top_k: int = 50
+    top_p: float = 1.0
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
+    min_new_tokens: int = 0
+    eos_token_ids: tuple[int, ...] = ()
+    generator: torch.Generator | None = None
+
+    @classmethod
+    def from_config(cls, config: GenerationConfig, generator: torch.Generator | None) -> Self:
+        """Take over the options that are set."""
+        given = {k: v for k, v in vars(config).items() if k in cls.__slots__ and v is not None}
+        return cls(**given, eos_token_ids=tuple(config.eos_token_ids), generator=generator)
 
     def __call__(self, logits: Tensor, ids: Tensor, kept: Tensor, new_tokens: int) -> Tensor:
         """Choose a token for each row.
@@ -30,21 +47,20 @@ class Chooser:
         Shapes: logits (B, V); ids and kept (B, T), the text so far and where it is not padding;
         returns (B,).
         """
-        config = self.config
         logits = logits.to(torch.float32)
-        if config.repetition_penalty != 1.0:
-            logits = penalise_repetition(logits, ids, kept, config.repetition_penalty)
-        if config.min_new_tokens is not None and new_tokens < config.min_new_tokens:
+        if self.repetition_penalty != 1.0:
+            logits = penalise_repetition(logits, ids, kept, self.repetition_penalty)
+        if new_tokens < self.min_new_tokens:
             logits = logits.clone()
-            logits[:, config.eos_token_ids] = -torch.inf
-        if not config.do_sample:
+            logits[:, self.eos_token_ids] = -torch.inf
+        if not self.do_sample:
             return logits.argmax(dim=-1)
-        if config.temperature != 1.0:
-            logits = logits / config.temperature
-        if config.top_k > 0:
-            logits = keep_top_k(logits, config.top_k)
-        if config.top_p < 1.0:
-            logits = keep_top_p(logits, config.top_p)
-        if config.min_p is not None:
-            logits = keep_min_p(logits, config.min_p)
+        if self.temperature != 1.0:
+            logits = logits / self.temperature
+        if self.top_k > 0:
+            logits = keep_top_k(logits, self.top_k)
+        if self.top_p < 1.0:
+            logits = keep_top_p(logits, self.top_p)
+        if self.min_p > 0.0:
+            logits = keep_min_p(logits, self.min_p)
         return draw(logits, self.generator)

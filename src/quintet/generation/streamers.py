@@ -64,9 +64,10 @@ class TextStreamer:
         self.on_text(self._decoder.push(value.reshape(-1).tolist()))
 
     def end(self) -> None:
-        """Write the rest, and a line end."""
-        rest = "" if self._decoder is None else self._decoder.flush()
-        self._decoder = None
+        """Write the rest and a line end, unless nothing was put."""
+        if self._decoder is None:
+            return
+        rest, self._decoder = self._decoder.flush(), None
         self.on_text(rest, stream_end=True)
 
     def on_text(self, text: str, stream_end: bool = False) -> None:

@@ -1,5 +1,6 @@
 """What every model is: a module with a config, read from and written to checkpoints."""
 
+import copy
 import os
 from collections.abc import Iterable, Mapping
 from typing import Any, ClassVar, Self
@@ -13,6 +14,7 @@ from quintet.errors import InputError
 from quintet.generation.config import GENERATION_CONFIG_NAME, GenerationConfig
 from quintet.layers.moe import Experts
 from quintet.modeling import loading
+from quintet.modeling.placement import DeviceMap, named_dtype
 from quintet.ops.attention import attention_backend
 
 __all__ = ["PreTrainedModel"]
@@ -52,10 +54,25 @@ class PreTrainedModel(nn.Module):
     # -- files -------------------------------------------------------------------------------
 
     @classmethod
-    def from_config(cls, config: PreTrainedConfig, *, dtype: torch.dtype | None = None) -> Self:
-        """Build a model with random weights."""
+    def from_config(
+        cls,
+        config: PreTrainedConfig,
+        *,
+        dtype: str | torch.dtype | None = None,
+        torch_dtype: str | torch.dtype | None = None,
+        attn_implementation: str | None = None,
+    ) -> Self:
+        """Build a model with random weights.
+
+        Raises:
+            InputError: `dtype` (or `torch_dtype`, its older name) is none that weights can have.
+        """
+        if attn_implementation is not None:
+            config = copy.deepcopy(config)
+            config.attn_implementation = attn_implementation
+        dtype = torch_dtype if dtype is None else dtype
         model = cls(config)
-        return model if dtype is None else model.to(dtype)
+        return model if dtype is None else model.to(named_dtype(dtype))
 
     @classmethod
     def from_pretrained(
@@ -65,7 +82,7 @@ class PreTrainedModel(nn.Module):
         config: PreTrainedConfig | None = None,
         dtype: str | torch.dtype | None = "auto",
         torch_dtype: str | torch.dtype | None = None,
-        device_map: loading.DeviceMap = None,
+        device_map: DeviceMap = None,
         revision: str | None = None,
         cache_dir: str | os.PathLike[str] | None = None,
         token: str | bool | None = None,
@@ -105,6 +122,10 @@ class PreTrainedModel(nn.Module):
         """
         if not use_safetensors:
             raise InputError("use_safetensors=False: pickled weights are never read")
+        if torch_dtype is not None and dtype != "auto":
+            raise InputError(
+                f"dtype={dtype!r} and torch_dtype={torch_dtype!r} are one option; give dtype alone"
+            )
         source = loading.Source(
             name_or_path, revision, cache_dir, token, local_files_only, subfolder
         )
@@ -161,9 +182,10 @@ class PreTrainedModel(nn.Module):
         """Return the module that turns ids into vectors."""
         return self.base_model.get_submodule("embed_tokens")  # type: ignore[return-value]
 
-    def set_input_embeddings(self, value: nn.Module) -> None:
-        """Replace the module that turns ids into vectors."""
+    def set_input_embeddings(self, value: nn.Embedding) -> None:
+        """Replace the module that turns ids into vectors, and with it the vocabulary's size."""
         self.base_model.add_module("embed_tokens", value)
+        self.config.vocab_size = value.num_embeddings
         self.tie_weights()
 
     def get_output_embeddings(self) -> nn.Linear | None:
@@ -199,7 +221,7 @@ class PreTrainedModel(nn.Module):
         """Change the vocabulary's size; new rows begin as the mean of the old ones.
 
         Raises:
-            InputError: a size below 1.
+            InputError: a size below 1, or one that cuts off the padding token.
         """
         old = self.get_input_embeddings()
         size = old.num_embeddings if new_num_tokens is None else new_num_tokens
@@ -210,6 +232,11 @@ class PreTrainedModel(nn.Module):
             )
         if pad_to_multiple_of:
             size = -(-size // pad_to_multiple_of) * pad_to_multiple_of
+        if old.padding_idx is not None and old.padding_idx >= size:
+            raise InputError(
+                f"new_num_tokens={size} would cut off pad_token_id={old.padding_idx}; "
+                "keep it, or set another pad_token_id first"
+            )
         old.weight = _resized(old.weight, size)
         old.num_embeddings = size
         head = self.get_output_embeddings()

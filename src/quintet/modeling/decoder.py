@@ -22,6 +22,7 @@ from quintet.modeling.outputs import BaseModelOutputWithPast
 from quintet.ops.attention import attention_backend
 from quintet.ops.masks import visibility
 from quintet.ops.ragged import Ragged, keys_in_columns, ragged
+from quintet.ops.token_ids import check_token_ids
 
 __all__ = ["DecoderModel", "Run", "check_token_ids", "first"]
 
@@ -272,35 +273,6 @@ class DecoderModel(PreTrainedModel):
             return LayerOutput(*checkpoint(layer, hidden, step, use_reentrant=False))
         out: LayerOutput = layer(hidden, step)
         return out
-
-
-def check_token_ids(input_ids: Tensor, vocab_size: int) -> None:
-    """Check that ids are (B, T) integers the embedding has.
-
-    Raises:
-        InputError: another shape or dtype, no token at all, or an id out of range.
-    """
-    if input_ids.ndim != 2 or input_ids.is_floating_point():
-        raise InputError(
-            f"input_ids has shape {tuple(input_ids.shape)} and dtype {input_ids.dtype}; "
-            "it has to be (batch, tokens) of integers"
-        )
-    if input_ids.numel() == 0:
-        raise InputError(
-            f"input_ids has shape {tuple(input_ids.shape)}: there is no token to start from; "
-            "give at least one, for example the tokenizer's bos or eos token"
-        )
-    # Reading the ids back from another device would stall it at every step.
-    if torch.compiler.is_compiling() or input_ids.device.type != "cpu":
-        return
-    low, high = (int(bound) for bound in input_ids.aminmax())
-    if low < 0 or high >= vocab_size:
-        bad = low if low < 0 else high
-        row, column = (input_ids == bad).nonzero()[0].tolist()
-        raise InputError(
-            f"input_ids[{row}, {column}] is {bad}; the model's vocabulary has ids 0 to "
-            f"{vocab_size - 1} (is this the model's own tokenizer?)"
-        )
 
 
 def _split_mask(mask: Tensor | None, B: int, T: int) -> tuple[Tensor | None, Tensor | None]:

@@ -25,17 +25,17 @@ from quintet.checkpoint import (
     save,
     split_tensors,
 )
-from quintet.configuration.base import FLOAT_DTYPES, PreTrainedConfig, read_config
-from quintet.errors import InputError, UnsupportedBackendError, listed
+from quintet.configuration.base import PreTrainedConfig, read_config
+from quintet.errors import InputError, listed
 from quintet.generation.config import GENERATION_CONFIG_NAME, GenerationConfig
 from quintet.hub import CONFIG_PATTERNS, WEIGHT_PATTERNS, locate
+from quintet.modeling.placement import DeviceMap, named_dtype, single_device
 
 if TYPE_CHECKING:
     from quintet.modeling.base import PreTrainedModel
 
-__all__ = ["DeviceMap", "NewHeadWarning", "Source", "load", "write"]
+__all__ = ["NewHeadWarning", "Source", "load", "write"]
 
-DeviceMap = str | int | torch.device | Mapping[str, str | int | torch.device] | None
 Model = TypeVar("Model", bound="PreTrainedModel")
 
 
@@ -81,7 +81,7 @@ def load(
     overrides: Mapping[str, Any],
 ) -> Model:
     """Load a model of class `cls`; see `PreTrainedModel.from_pretrained`."""
-    device = _single_device(device_map)
+    device = single_device(device_map)
     root = source.locate()
     if config is None:
         _check_overrides(cls, overrides, known=[*read_config(root)])
@@ -146,6 +146,12 @@ def _fill(
     found = {name: info for name, info in checkpoint.tensors.items() if name in wanted}
     compare({k: piece.shape for k, (_, piece) in wanted.items()}, found).raise_if_incomplete(where)
 
+    # Before reading: a head may be there in part, and what is read must stay.
+    for path in dict.fromkeys(name.rpartition(".")[0] for name in fresh):
+        head = model.get_submodule(path)
+        for leaf, parameter in list(head.named_parameters(recurse=False)):
+            _assign(head, leaf, torch.empty_like(parameter, dtype=dtype, device=device))
+        model.init_module(head)
     tensors = dict(model.state_dict(keep_vars=True))
     for in_file, tensor in checkpoint.read(wanted):
         name, piece = wanted[in_file]
@@ -158,10 +164,6 @@ def _fill(
                 _assign(model, name, tensors[name])
             # Converted on the way into its place: no expert is ever there twice.
             piece.of(tensors[name]).copy_(tensor)
-    for name in fresh:
-        _assign(model, name, torch.empty(expected[name], dtype=dtype, device=device))
-    for parent in {name.rpartition(".")[0] for name in fresh}:
-        model.init_module(model.get_submodule(parent))
     model.drop(optional)
     model.tie_weights()
     _tell(model, where, fresh, set(checkpoint.tensors) - set(wanted))
@@ -252,40 +254,9 @@ OPTIONS = ("cache_dir", "config", "device_map", "dtype", "local_files_only", "re
 def _target_dtype(
     dtype: str | torch.dtype | None, config: PreTrainedConfig, tensors: Mapping[str, TensorInfo]
 ) -> torch.dtype:
-    if isinstance(dtype, torch.dtype):
-        return dtype
     if dtype is None:
         return torch.get_default_dtype()
     if dtype == "auto":
         saved = (t.dtype for t in tensors.values() if t.dtype.is_floating_point)
         return config.torch_dtype or next(saved, torch.get_default_dtype())
-    name = dtype.removeprefix("torch.")
-    if name not in FLOAT_DTYPES:
-        near = difflib.get_close_matches(name, FLOAT_DTYPES, n=1)
-        hint = f"; did you mean {near[0]!r}?" if near else ""
-        raise InputError(f"dtype={dtype!r} has to be 'auto' or one of {FLOAT_DTYPES}{hint}")
-    found: torch.dtype = getattr(torch, name)
-    return found
-
-
-def _single_device(device_map: DeviceMap) -> torch.device:
-    if isinstance(device_map, Mapping):
-        if set(device_map) != {""}:
-            raise UnsupportedBackendError(
-                f"device_map={dict(device_map)!r}: a model is placed on one device; "
-                "name it, for example device_map='cuda:0'"
-            )
-        device_map = device_map[""]
-    if device_map is None:
-        return torch.get_default_device()
-    if device_map == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        device = torch.device(device_map)
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:
-        reason = str(error).splitlines()[0]
-        raise UnsupportedBackendError(
-            f"device_map={device_map!r} is not a device of this machine ({reason})"
-        ) from None
-    return device
+    return named_dtype(dtype)

@@ -12,6 +12,7 @@ from quintet.configuration import PreTrainedConfig
 from quintet.configuration.rules import (
     Count,
     Fraction,
+    Layers,
     NonNegative,
     NonNegativeFloat,
     Positive,
@@ -54,11 +55,12 @@ class Qwen2Config(PreTrainedConfig):
 
     model_type = "qwen2"
     derived = ("head_dim", "layer_types")
+    decides_layer_types = ("max_window_layers", "sliding_window", "use_sliding_window")
 
     vocab_size: Count = 151936
     hidden_size: Count = 4096
     intermediate_size: Count = 22016
-    num_hidden_layers: Count = 32
+    num_hidden_layers: Layers = 32
     num_attention_heads: Count = 32
     num_key_value_heads: Count | None = 32
     head_dim: Count | None = None
@@ -87,6 +89,12 @@ class Qwen2Config(PreTrainedConfig):
             self.num_key_value_heads = self.num_attention_heads
         if not self.use_sliding_window:
             self.sliding_window = None
+        elif self.layer_types is None:
+            self.require(
+                self.sliding_window is not None,
+                "sliding_window",
+                "a number of tokens, as use_sliding_window is true",
+            )
         if self.layer_types is None:
             slides = self.sliding_window is not None
             self.layer_types = [
@@ -104,6 +112,11 @@ class Qwen2Config(PreTrainedConfig):
             kv_heads is not None and heads % kv_heads == 0,
             "num_key_value_heads",
             f"a divisor of num_attention_heads={heads}",
+        )
+        self.require(
+            self.pad_token_id is None or self.pad_token_id < self.vocab_size,
+            "pad_token_id",
+            f"less than vocab_size={self.vocab_size}",
         )
         self.require((self.head_dim or 1) % 2 == 0, "head_dim", "even, to be rotated in pairs")
         self.require(

@@ -79,7 +79,8 @@ def flash(
     """Attend by the flash-attn package, version 2 (arXiv:2307.08691).
 
     Raises:
-        UnsupportedBackendError: a 4-D mask of the caller's own, or a dtype it has no kernel for.
+        UnsupportedBackendError: a 4-D mask of the caller's own, a dtype it has no kernel for, or
+            training on rows of a cache that have lengths of their own.
     """
     if seen.custom:
         raise UnsupportedBackendError(
@@ -90,6 +91,14 @@ def flash(
         raise UnsupportedBackendError(
             f"attn_implementation='flash_attention_2' computes in float16 or bfloat16, "
             f"not {q.dtype}; load the model with dtype='bfloat16', or use 'sdpa'"
+        )
+    if not isinstance(seen.start, int) and (
+        dropout or (torch.is_grad_enabled() and _learns(q, k, v))
+    ):
+        # The kernel for a cache has neither; it would leave the gradients out without a word.
+        raise UnsupportedBackendError(
+            "attn_implementation='flash_attention_2' has no gradients and no dropout for rows "
+            "that continue a cache at lengths of their own; use torch.no_grad(), or 'sdpa'"
         )
     package = import_module("flash_attn")
     q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)  # (B, T, H, D)
@@ -117,6 +126,10 @@ def flash(
             window_size=window,
         )
     return out.transpose(1, 2), None
+
+
+def _learns(*tensors: Tensor) -> bool:
+    return any(tensor.requires_grad for tensor in tensors)
 
 
 BACKENDS: Mapping[str, AttentionBackend] = MappingProxyType(

@@ -21,10 +21,15 @@ def next_token_loss(logits: Tensor, labels: Tensor) -> Tensor:
 
 def token_loss(logits: Tensor, labels: Tensor) -> Tensor:
     """Cross-entropy of each position's label; logits (B, T, V), labels (B, T)."""
+    if labels.shape != logits.shape[:-1]:
+        raise InputError(
+            f"labels have shape {tuple(labels.shape)} and there are logits of "
+            f"{tuple(logits.shape[:-1])} tokens; give a label for each, or {IGNORED}"
+        )
     _check_labels(labels, logits.shape[-1])
     return F.cross_entropy(
         logits.reshape(-1, logits.shape[-1]).to(torch.float32),
-        labels.reshape(-1).to(logits.device),
+        labels.reshape(-1).to(logits.device, torch.long),
         ignore_index=IGNORED,
     )
 
@@ -37,8 +42,14 @@ def sequence_loss(logits: Tensor, labels: Tensor, problem_type: str) -> Tensor:
     """
     labels = labels.to(logits.device)
     if problem_type == "single_label_classification":
+        labels = labels.reshape(-1)
+        if labels.shape != logits.shape[:1]:
+            raise InputError(
+                f"{len(labels)} labels and {len(logits)} sequences; "
+                f"problem_type={problem_type!r} takes one class for each"
+            )
         _check_labels(labels, logits.shape[-1])
-        return F.cross_entropy(logits.to(torch.float32), labels.reshape(-1))
+        return F.cross_entropy(logits.to(torch.float32), labels.to(torch.long))
     if problem_type == "regression" and logits.shape[-1] == 1:
         logits, labels = logits.squeeze(-1), labels.reshape(-1)
     if logits.shape != labels.shape:
@@ -70,6 +81,8 @@ def span_loss(
 
 
 def _check_labels(labels: Tensor, classes: int) -> None:
+    if labels.is_floating_point():
+        raise InputError(f"labels have dtype {labels.dtype}; classes are integers")
     if torch.compiler.is_compiling() or labels.device.type != "cpu" or labels.numel() == 0:
         return
     counted = labels[labels != IGNORED]

@@ -4,10 +4,9 @@ import os
 from pathlib import Path
 from typing import Unpack
 
-from quintet.configuration.base import CONFIG_NAME
 from quintet.errors import CheckpointError, TokenizerError
 from quintet.files import read_json
-from quintet.hub import TOKENIZER_PATTERNS, locate
+from quintet.hub import CONFIG_NAME, TOKENIZER_PATTERNS, locate
 from quintet.tokenization.base import PreTrainedTokenizer
 from quintet.tokenization.files import TokenizerFiles, read_tokenizer_files
 from quintet.tokenization.options import TokenizerOptions, check_names

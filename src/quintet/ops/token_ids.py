@@ -1,0 +1,37 @@
+"""What ids of tokens have to be."""
+
+import torch
+from torch import Tensor
+
+from quintet.errors import InputError
+
+__all__ = ["check_token_ids"]
+
+
+def check_token_ids(input_ids: Tensor, vocab_size: int) -> None:
+    """Check that ids are (B, T) integers the embedding has.
+
+    Raises:
+        InputError: another shape or dtype, no token at all, or an id out of range.
+    """
+    if input_ids.ndim != 2 or input_ids.is_floating_point():
+        raise InputError(
+            f"input_ids has shape {tuple(input_ids.shape)} and dtype {input_ids.dtype}; "
+            "it has to be (batch, tokens) of integers"
+        )
+    if input_ids.numel() == 0:
+        raise InputError(
+            f"input_ids has shape {tuple(input_ids.shape)}: there is no token to start from; "
+            "give at least one, for example the tokenizer's bos or eos token"
+        )
+    # Reading the ids back from another device would stall it at every step.
+    if torch.compiler.is_compiling() or input_ids.device.type != "cpu":
+        return
+    low, high = (int(bound) for bound in input_ids.aminmax())
+    if low < 0 or high >= vocab_size:
+        bad = low if low < 0 else high
+        row, column = (input_ids == bad).nonzero()[0].tolist()
+        raise InputError(
+            f"input_ids[{row}, {column}] is {bad}; the model's vocabulary has ids 0 to "
+            f"{vocab_size - 1} (is this the model's own tokenizer?)"
+        )

@@ -1,0 +1,165 @@
+"""generation_config.json, in both directions with Transformers, and what it refuses."""
+
+import copy
+import inspect
+import json
+import warnings
+from pathlib import Path
+from typing import Any
+
+import pytest
+import transformers
+
+from quintet import GenerationConfig, Qwen2Config
+from quintet.errors import CheckpointError, InputError, ModelNotFoundError, SaveError
+
+# What the released chat models of the family say.
+RELEASED = {
+    "bos_token_id": 151643,
+    "pad_token_id": 151643,
+    "do_sample": True,
+    "eos_token_id": [151645, 151643],
+    "repetition_penalty": 1.05,
+    "temperature": 0.7,
+    "top_p": 0.8,
+    "top_k": 20,
+}
+
+
+def written(root: Path, values: Any) -> Path:
+    (root / "generation_config.json").write_text(json.dumps(values), encoding="utf-8")
+    return root
+
+
+def test_a_file_of_transformers_is_read(tmp_path: Path) -> None:
+    transformers.GenerationConfig(**RELEASED, max_new_tokens=99).save_pretrained(tmp_path)
+    config = GenerationConfig.from_pretrained(tmp_path)
+    assert {name: getattr(config, name) for name in RELEASED} == RELEASED
+    assert config.max_new_tokens == 99
+    assert config.eos_token_ids == [151645, 151643]
+
+
+def test_a_file_of_ours_is_read_by_transformers(tmp_path: Path) -> None:
+    GenerationConfig(**RELEASED, min_new_tokens=3, min_p=0.1).save_pretrained(tmp_path)
+    theirs = transformers.GenerationConfig.from_pretrained(tmp_path)
+    assert {name: getattr(theirs, name) for name in RELEASED} == RELEASED
+    assert (theirs.min_new_tokens, theirs.min_p) == (3, 0.1)
+
+
+def test_a_round_trip_keeps_everything(tmp_path: Path) -> None:
+    values = {**RELEASED, "transformers_version": "4.37.0", "length_penalty": 1.0}
+    config = GenerationConfig.from_pretrained(written(tmp_path, values))
+    config.save_pretrained(tmp_path / "again")
+    saved = json.loads((tmp_path / "again" / "generation_config.json").read_text())
+    assert saved == values
+    assert GenerationConfig.from_pretrained(tmp_path / "again") == config
+
+
+def test_what_is_not_set_is_not_written() -> None:
+    assert json.loads(GenerationConfig().to_json_string()) == {}
+    assert json.loads(GenerationConfig(top_p=0.5).to_json_string()) == {"top_p": 0.5}
+
+
+@pytest.mark.parametrize(
+    ("eos", "ids"), [(None, []), (3, [3]), (0, [0]), ([3, 4], [3, 4]), ([], [])]
+)
+def test_the_end_tokens_are_a_list(eos: Any, ids: list[int]) -> None:
+    assert GenerationConfig(eos_token_id=eos).eos_token_ids == ids
+
+
+def test_a_model_config_gives_the_tokens() -> None:
+    model_config = Qwen2Config(bos_token_id=1, eos_token_id=[2, 3], pad_token_id=4)
+    config = GenerationConfig.from_model_config(model_config)
+    assert (config.bos_token_id, config.eos_token_id, config.pad_token_id) == (1, [2, 3], 4)
+
+
+def test_an_option_that_is_not_supported_is_told_and_kept(tmp_path: Path) -> None:
+    values = {"num_beams": 4, "no_repeat_ngram_size": 3, "top_k": 5}
+    with pytest.warns(UserWarning, match="num_beams=4, no_repeat_ngram_size=3.*without effect"):
+        config = GenerationConfig.from_pretrained(written(tmp_path, values))
+    assert json.loads(config.to_json_string()) == values
+
+
+def test_an_option_without_effect_at_its_default_is_not_told(tmp_path: Path) -> None:
+    values = {"num_beams": 1, "bad_words_ids": None, "early_stopping": False, "typical_p": 1.0}
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        GenerationConfig.from_pretrained(written(tmp_path, values))
+
+
+def test_null_is_the_default(tmp_path: Path) -> None:
+    values = {"temperature": None, "top_k": None, "do_sample": None, "eos_token_id": None}
+    assert GenerationConfig.from_pretrained(written(tmp_path, values)).to_dict() == {}
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"temperature": 0}, "temperature=0 has to be a finite number greater than 0"),
+        ({"temperature": float("nan")}, "temperature=nan"),
+        ({"temperature": "hot"}, "temperature='hot'"),
+        ({"top_k": -1}, "top_k=-1"),
+        ({"top_k": 2.5}, "top_k=2.5"),
+        ({"top_p": 0}, "top_p=0 leaves no token"),
+        ({"top_p": 1.01}, "top_p=1.01"),
+        ({"min_p": -0.1}, "min_p=-0.1"),
+        ({"max_new_tokens": 0}, "max_new_tokens=0"),
+        ({"max_new_tokens": True}, "max_new_tokens=True"),
+        ({"repetition_penalty": 0}, "repetition_penalty=0"),
+        ({"eos_token_id": [1, -2]}, r"eos_token_id=\[1, -2\]"),
+        ({"do_sample": "yes"}, "do_sample='yes'"),
+        ({"cache_implementation": "paged"}, "cache_implementation='paged'.*'static'"),
+        ({"num_return_sequences": 0}, "num_return_sequences=0"),
+    ],
+)
+def test_a_value_that_breaks_its_rule_is_named(
+    options: dict[str, Any], message: str, tmp_path: Path
+) -> None:
+    with pytest.raises(InputError, match=message):
+        GenerationConfig(**options)
+    with pytest.raises(InputError, match=message):
+        GenerationConfig.from_pretrained(written(tmp_path, options))
+
+
+def test_replace_returns_a_copy() -> None:
+    config = GenerationConfig(top_k=5)
+    assert config.replace(top_k=7, temperature=None) == GenerationConfig(top_k=7)
+    assert config.top_k == 5
+
+
+def test_replace_names_the_nearest_option() -> None:
+    with pytest.raises(InputError, match="'repetition_penalti'; did you mean 'repetition_penalty'"):
+        GenerationConfig().replace(repetition_penalti=2.0)
+    with pytest.raises(InputError, match="no option 'zzz'; there are max_new_tokens, "):
+        GenerationConfig().replace(zzz=1)
+
+
+def test_only_what_is_set_goes_over_another_config() -> None:
+    base = GenerationConfig(do_sample=True, temperature=0.5, top_k=3, eos_token_id=9)
+    assigned = GenerationConfig(do_sample=False)
+    assigned.top_k = 4
+    expected = base.replace(do_sample=False, top_k=4)
+    assert assigned.over(base) == expected
+    assert copy.deepcopy(assigned).over(base) == expected
+    assert assigned.replace(top_k=4).over(base) == expected
+    assert GenerationConfig().over(base) == base
+
+
+def test_the_options_can_be_looked_up() -> None:
+    names = list(inspect.signature(GenerationConfig).parameters)
+    assert names[:2] == ["max_new_tokens", "max_length"]
+    assert "self" not in names
+
+
+def test_an_option_that_does_not_exist_is_refused() -> None:
+    with pytest.raises(TypeError, match="max_tokens"):
+        GenerationConfig(max_tokens=3)
+
+
+def test_a_missing_or_damaged_file_is_named(tmp_path: Path) -> None:
+    with pytest.raises(ModelNotFoundError, match=r"has no generation_config\.json"):
+        GenerationConfig.from_pretrained(tmp_path)
+    with pytest.raises(CheckpointError, match="has to hold a JSON object, not list"):
+        GenerationConfig.from_pretrained(written(tmp_path, [1]))
+    with pytest.raises(SaveError, match="is a file"):
+        GenerationConfig().save_pretrained(tmp_path / "generation_config.json")

@@ -1,0 +1,168 @@
+"""What is drawn: the distribution of Transformers' processors, repeatable with a seed."""
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from transformers import LogitsProcessorList
+from transformers.generation import logits_process as theirs
+
+from quintet import GenerationConfig
+from quintet.errors import InputError
+from quintet.generation.processors import Chooser
+from support import twins
+
+PROMPT = torch.tensor([[5, 17, 3, 5, 8]])
+DRAWS = 6_000
+OPTIONS = [
+    {"top_k": 0},
+    {"top_k": 0, "temperature": 0.6},
+    {"top_k": 3},
+    {"top_k": 0, "top_p": 0.7},
+    {"top_k": 0, "min_p": 0.3},
+    {"top_k": 6, "top_p": 0.8, "min_p": 0.05, "temperature": 1.5},
+    {"top_k": 5, "repetition_penalty": 1.8, "temperature": 0.9},
+]
+
+
+@pytest.fixture(scope="module")
+def model() -> Any:
+    torch.manual_seed(1)
+    return twins("Qwen2ForCausalLM", {"vocab_size": 23, "initializer_range": 0.1})[0]
+
+
+def seeded(seed: int = 3) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+def reference(logits: Tensor, ids: Tensor, options: dict[str, Any]) -> Tensor:
+    """Return the probabilities (V,) Transformers would draw from."""
+    makers = {
+        "repetition_penalty": theirs.RepetitionPenaltyLogitsProcessor,
+        "temperature": theirs.TemperatureLogitsWarper,
+        "top_k": theirs.TopKLogitsWarper,
+        "top_p": theirs.TopPLogitsWarper,
+        "min_p": theirs.MinPLogitsWarper,
+    }
+    # In this order, and top_k=0 is none.
+    steps = LogitsProcessorList(
+        [make(options[name]) for name, make in makers.items() if options.get(name)]
+    )
+    return steps(ids, logits)[0].softmax(dim=-1)
+
+
+def surprise(counts: Tensor, probabilities: Tensor) -> float:
+    """Return how many standard deviations chi-square is above its mean."""
+    assert not counts[probabilities == 0].any()
+    expected = probabilities * counts.sum()
+    likely = expected >= 5
+    freedom = int(likely.sum()) - 1
+    chi = float(((counts - expected) ** 2 / expected)[likely].sum())
+    return (chi - freedom) / max(2 * freedom, 1) ** 0.5
+
+
+@pytest.mark.parametrize("options", OPTIONS, ids=str)
+def test_draws_follow_transformers_distribution(model: Any, options: dict[str, Any]) -> None:
+    logits = model(PROMPT).logits[:, -1].detach()
+    probabilities = reference(logits, PROMPT, options)
+    out = model.generate(
+        PROMPT,
+        do_sample=True,
+        max_new_tokens=1,
+        num_return_sequences=DRAWS,
+        generator=seeded(),
+        **options,
+    )
+    counts = out[:, -1].bincount(minlength=23).float()
+    assert surprise(counts, probabilities) < 4
+    # The options have an effect that a wrong one would not have.
+    moved = (logits[0].softmax(dim=-1) - probabilities).abs().sum()
+    assert moved > 0.1 or options == {"top_k": 0}
+
+
+@pytest.mark.parametrize("options", OPTIONS, ids=str)
+def test_a_seeded_generator_makes_it_repeatable(model: Any, options: dict[str, Any]) -> None:
+    def draw(seed: int) -> list[int]:
+        out: Tensor = model.generate(
+            PROMPT, do_sample=True, max_new_tokens=40, generator=seeded(seed), **options
+        )
+        return out[0].tolist()
+
+    torch.manual_seed(1)
+    first = draw(3)
+    torch.manual_seed(2)
+    assert draw(3) == first
+    assert draw(4) != first
+
+
+def test_without_a_generator_torchs_own_seed_counts(model: Any) -> None:
+    def draw(seed: int) -> list[int]:
+        torch.manual_seed(seed)
+        out: Tensor = model.generate(PROMPT, do_sample=True, max_new_tokens=40)
+        return out[0].tolist()
+
+    assert draw(1) == draw(1)
+    assert draw(1) != draw(2)
+
+
+def test_returned_sequences_of_a_prompt_are_side_by_side_and_differ(model: Any) -> None:
+    ids = torch.tensor([[0, 4, 5], [7, 8, 9]])
+    mask = torch.tensor([[0, 1, 1], [1, 1, 1]])
+    out = model.generate(
+        ids,
+        attention_mask=mask,
+        do_sample=True,
+        num_return_sequences=3,
+        max_new_tokens=20,
+        generator=seeded(),
+    )
+    assert out.shape == (6, 23)
+    assert torch.equal(out[:, :3], ids.repeat_interleave(3, dim=0))
+    assert len({tuple(row.tolist()) for row in out[:3]}) == 3
+
+
+def test_top_k_of_one_is_greedy(model: Any) -> None:
+    sampled = model.generate(PROMPT, do_sample=True, top_k=1, generator=seeded())
+    assert torch.equal(sampled, model.generate(PROMPT))
+
+
+def test_a_generator_of_another_device_is_refused(model: Any) -> None:
+    class Elsewhere(torch.Generator):
+        device = torch.device("meta")  # type: ignore[assignment]
+
+    with pytest.raises(InputError, match=r"generator is on meta and the model on cpu"):
+        model.generate(PROMPT, do_sample=True, generator=Elsewhere())
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_the_distribution_is_computed_in_full_precision(dtype: torch.dtype) -> None:
+    # In halves, the shares of 256 unlikely tokens would not sum to what they are.
+    logits = torch.zeros(1, 257, dtype=dtype)
+    logits[0, 0] = 5.75
+    rows = logits.expand(4000, -1)
+    ids = torch.zeros(4000, 1, dtype=torch.long)
+    config = GenerationConfig(do_sample=True, top_k=0, top_p=0.8)
+    drawn = Chooser.from_config(config, seeded())(rows, ids, ids.bool(), 0)
+    assert torch.equal(
+        drawn, Chooser.from_config(config, seeded())(rows.float(), ids, ids.bool(), 0)
+    )
+    assert drawn.unique().numel() > 1
+
+
+def test_the_models_logits_are_not_changed(model: Any) -> None:
+    logits = torch.randn(2, 23)
+    before = logits.clone()
+    config = GenerationConfig(
+        do_sample=True,
+        temperature=0.5,
+        top_k=4,
+        top_p=0.9,
+        min_p=0.1,
+        repetition_penalty=1.5,
+        min_new_tokens=4,
+        eos_token_id=3,
+    )
+    ids = torch.tensor([[1, 2], [3, 4]])
+    Chooser.from_config(config, seeded())(logits, ids, torch.ones_like(ids, dtype=torch.bool), 0)
+    assert torch.equal(logits, before)

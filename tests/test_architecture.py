@@ -1,0 +1,117 @@
+"""What holds for the whole source tree, read from its syntax."""
+
+import ast
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+SOURCE = Path(__file__).parents[1] / "src" / "quintet"
+# From the top down; what stands together does not import each other.
+LADDER = [
+    {"__main__"},
+    {"cli"},
+    {"pipelines"},
+    {"auto"},
+    {"models"},
+    {"modeling"},
+    {"generation"},
+    {"checkpoint"},
+    {"layers"},
+    {"cache"},
+    {"ops"},
+    {"tokenization", "configuration"},
+    {"hub"},
+    {"files"},
+    {"errors"},
+]
+HEIGHT = {name: -rung for rung, names in enumerate(LADDER) for name in names}
+FILES = sorted(SOURCE.rglob("*.py"))
+
+
+def each_of(files: list[Path]) -> pytest.MarkDecorator:
+    return pytest.mark.parametrize(
+        "path", files, ids=lambda path: path.relative_to(SOURCE).as_posix()
+    )
+
+
+def imported(tree: ast.AST) -> Iterator[str]:
+    """Yield the dotted names a file imports, wherever in it; `from a import b` as a.b."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, "relative import"
+            yield from (f"{node.module}.{alias.name}" for alias in node.names)
+
+
+def packages(tree: ast.AST) -> set[str]:
+    """Return the packages and modules right under quintet that a file imports."""
+    names = (name.split(".") for name in imported(tree))
+    return {name[1] for name in names if name[0] == "quintet" and len(name) > 1}
+
+
+def own(path: Path) -> str:
+    """Return the package or module right under quintet that a file is of."""
+    return path.relative_to(SOURCE).parts[0].removesuffix(".py")
+
+
+def parsed(path: Path) -> ast.Module:
+    return ast.parse(path.read_text(encoding="utf-8"))
+
+
+def test_every_package_has_a_rung() -> None:
+    assert {own(path) for path in FILES} - {"__init__"} == set(HEIGHT)
+
+
+# The root names what is public, and imports it lazily.
+@each_of([path for path in FILES if path != SOURCE / "__init__.py"])
+def test_imports_point_down_the_ladder(path: Path) -> None:
+    here = own(path)
+    below = {name for name in HEIGHT if HEIGHT[name] < HEIGHT[here]}
+    assert packages(parsed(path)) - {here, "__version__"} <= below
+
+
+@each_of([path for path in FILES if own(path) == "models"])
+def test_families_do_not_import_each_other(path: Path) -> None:
+    families = {name for name in imported(parsed(path)) if name.startswith("quintet.models.")}
+    assert not families
+
+
+@each_of(FILES)
+def test_the_oracle_is_not_imported(path: Path) -> None:
+    assert "transformers" not in {name.split(".")[0] for name in imported(parsed(path))}
+
+
+@each_of(FILES)
+def test_nothing_read_is_executed(path: Path) -> None:
+    tree = parsed(path)
+    modules = {name.split(".")[0] for name in imported(tree)}
+    assert not modules & {"pickle", "cloudpickle", "dill", "joblib", "marshal", "shelve"}
+    calls = {ast.unparse(node.func) for node in ast.walk(tree) if isinstance(node, ast.Call)}
+    assert not calls & {"eval", "exec", "compile", "__import__", "torch.load", "yaml.load"}
+
+
+@each_of(FILES)
+def test_a_file_is_short(path: Path) -> None:
+    assert len(path.read_text(encoding="utf-8").splitlines()) <= 450
+
+
+@each_of([path for path in FILES if own(path) == "layers"])
+def test_layers_take_scalars(path: Path) -> None:
+    names = set(imported(parsed(path)))
+    configs = {name for name in names if name.startswith("quintet.configuration")}
+    assert all(name.startswith("quintet.configuration.rope.") for name in configs)
+
+
+@pytest.mark.parametrize(
+    ("text", "found"),
+    [
+        ("import quintet.auto", {"auto"}),
+        ("from quintet import cache, auto", {"cache", "auto"}),
+        ("def f():\n    from quintet.ops.rope import x", {"ops"}),
+        ("if TYPE_CHECKING:\n    from quintet.cli.main import main", {"cli"}),
+    ],
+)
+def test_every_way_of_importing_is_seen(text: str, found: set[str]) -> None:
+    assert packages(ast.parse(text)) == found

@@ -1,0 +1,265 @@
+"""`pipeline("text-generation")`: every form of input, in batches or alone."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import quintet.pipelines
+from quintet import (
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    GenerationConfig,
+    TextStreamer,
+    pipeline,
+)
+from quintet.errors import ChatTemplateError, ContextLengthError, InputError, TokenizerError
+
+CHAT = [{"role": "user", "content": "Hello there"}]
+OTHER = [
+    {"role": "system", "content": "Be brief, please."},
+    {"role": "user", "content": "How are you today? 🙂"},
+]
+TEXTS = ["Hello there", "def fibonacci(n):\n    return", "a"]
+
+
+@pytest.fixture(scope="module")
+def pipe(chat_model: Path) -> Any:
+    return pipeline("text-generation", model=chat_model)
+
+
+def text_of(pipe: Any, prompt: str, new: int) -> str:
+    """What generate() gives for one prompt."""
+    ids = pipe.tokenizer(prompt, return_tensors="pt", add_special_tokens=False)
+    out = pipe.model.generate(**ids, max_new_tokens=new)
+    answer: str = pipe.tokenizer.decode(
+        out[0, ids["input_ids"].shape[1] :], skip_special_tokens=True
+    )
+    return answer
+
+
+def rendered(pipe: Any, chat: Any) -> str:
+    text: str = pipe.tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True)
+    return text
+
+
+# -- inputs and outputs ----------------------------------------------------------------------
+
+
+def test_a_text_is_continued(pipe: Any) -> None:
+    expected = TEXTS[0] + text_of(pipe, TEXTS[0], 12)
+    assert pipe(TEXTS[0], max_new_tokens=12) == [{"generated_text": expected}]
+
+
+def test_a_list_of_texts_is_a_list_of_results(pipe: Any) -> None:
+    assert pipe(TEXTS, max_new_tokens=12) == [pipe(text, max_new_tokens=12) for text in TEXTS]
+    assert pipe(TEXTS[:1], max_new_tokens=12) == [pipe(TEXTS[0], max_new_tokens=12)]
+    assert pipe(tuple(TEXTS), max_new_tokens=3) == pipe(iter(TEXTS), max_new_tokens=3)
+
+
+def test_a_chat_is_answered(pipe: Any) -> None:
+    answer = {"role": "assistant", "content": text_of(pipe, rendered(pipe, CHAT), 12)}
+    assert pipe(CHAT, max_new_tokens=12) == [{"generated_text": [*CHAT, answer]}]
+    assert CHAT == [{"role": "user", "content": "Hello there"}]
+
+
+def test_a_list_of_chats_is_a_list_of_results(pipe: Any) -> None:
+    expected = [pipe(chat, max_new_tokens=12) for chat in (CHAT, OTHER)]
+    assert pipe([CHAT, OTHER], max_new_tokens=12) == expected
+
+
+@pytest.mark.parametrize("given", [TEXTS[0], CHAT], ids=["text", "chat"])
+def test_the_new_text_alone(pipe: Any, given: Any) -> None:
+    prompt = given if isinstance(given, str) else rendered(pipe, given)
+    result = pipe(given, max_new_tokens=12, return_full_text=False)
+    assert result == [{"generated_text": text_of(pipe, prompt, 12)}]
+
+
+@pytest.mark.parametrize("inputs", [TEXTS, [CHAT, OTHER, CHAT]], ids=["texts", "chats"])
+@pytest.mark.parametrize("batch_size", [2, 3, 10])
+def test_batches_give_what_single_inputs_give(pipe: Any, inputs: Any, batch_size: int) -> None:
+    alone = pipe(inputs, max_new_tokens=20)
+    assert pipe(inputs, max_new_tokens=20, batch_size=batch_size) == alone
+
+
+def test_several_sequences_of_each_input(pipe: Any) -> None:
+    results = pipe(
+        TEXTS,
+        batch_size=2,
+        do_sample=True,
+        num_return_sequences=3,
+        max_new_tokens=12,
+        generator=torch.Generator().manual_seed(0),
+    )
+    assert [len(result) for result in results] == [3, 3, 3]
+    for text, result in zip(TEXTS, results, strict=True):
+        assert all(one["generated_text"].startswith(text) for one in result)
+        assert len({one["generated_text"] for one in result}) == 3
+
+
+def test_a_streamer_gets_the_text(pipe: Any, capsys: Any) -> None:
+    streamer = TextStreamer(pipe.tokenizer, skip_prompt=True)
+    (result,) = pipe(TEXTS[0], max_new_tokens=12, streamer=streamer, return_full_text=False)
+    assert capsys.readouterr().out == result["generated_text"] + "\n"
+    with pytest.raises(InputError, match="a streamer takes one input, not 3"):
+        pipe(TEXTS, streamer=streamer)
+
+
+def test_options_reach_generate(pipe: Any) -> None:
+    sampled = pipe(
+        "a", do_sample=True, generator=torch.Generator().manual_seed(5), max_new_tokens=12
+    )
+    assert sampled != pipe("a", max_new_tokens=12)
+    assert pipe("a", do_sample=True, top_k=1, max_new_tokens=12) == pipe("a", max_new_tokens=12)
+
+
+# -- how long --------------------------------------------------------------------------------
+
+
+def lengths(pipe: Any, monkeypatch: pytest.MonkeyPatch, text: str = "a", **options: Any) -> int:
+    """Return how many tokens a call makes."""
+    made = []
+    generate = pipe.model.generate
+
+    def counted(ids: torch.Tensor, **given: Any) -> torch.Tensor:
+        out: torch.Tensor = generate(ids, **given)
+        made.append(out.shape[1] - ids.shape[1])
+        return out
+
+    monkeypatch.setattr(pipe.model, "generate", counted)
+    pipe(text, **options)
+    return made[0]
+
+
+@pytest.mark.parametrize(
+    ("options", "new"),
+    [
+        pytest.param({}, 128, id="half-the-context"),
+        pytest.param({"max_new_tokens": 3}, 3, id="max_new_tokens"),
+        pytest.param({"max_length": 4}, 3, id="max_length"),
+        pytest.param({"generation_config": GenerationConfig(max_new_tokens=5)}, 5, id="config"),
+        pytest.param({"generation_config": GenerationConfig(top_k=5)}, 128, id="config-without"),
+    ],
+)
+def test_the_length(pipe: Any, options: Any, new: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert lengths(pipe, monkeypatch, **options) == new
+
+
+def test_a_long_prompt_gets_what_room_is_left(pipe: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    text = "Hello" * 100
+    room = 256 - len(pipe.tokenizer.encode(text))
+    assert 0 < room < 128
+    assert lengths(pipe, monkeypatch, text=text) == room
+
+
+def test_the_length_of_the_checkpoint(chat_model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pipe = pipeline(model=chat_model)
+    pipe.model.generation_config = GenerationConfig(max_new_tokens=7)
+    assert lengths(pipe, monkeypatch) == 7
+
+
+# -- what is refused -------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("given", "options", "message"),
+    [
+        pytest.param("", {}, "the text is empty", id="empty"),
+        pytest.param(["a", ""], {}, "the text is empty", id="one-empty"),
+        pytest.param([], {}, "not empty", id="no-inputs"),
+        pytest.param(None, {}, "has to be a text, a chat", id="none"),
+        pytest.param(3, {}, "has to be a text, a chat", id="number"),
+        pytest.param([3], {}, "has to be a text, a chat", id="numbers"),
+        pytest.param(CHAT[0], {}, "has to be a text, a chat", id="one-message"),
+        pytest.param([CHAT, []], {}, "has to be a text, a chat", id="empty-chat"),
+        pytest.param("a", {"batch_size": 0}, "batch_size=0", id="batch-size"),
+        pytest.param("a", {"max_tokens": 3}, "did you mean 'max_", id="unknown"),
+        pytest.param("a", {"num_return_sequences": 2}, "do_sample=True", id="greedy-copies"),
+    ],
+)
+def test_what_cannot_be_answered_is_named(
+    pipe: Any, given: Any, options: Any, message: str
+) -> None:
+    with pytest.raises(InputError, match=message):
+        pipe(given, **options)
+
+
+def test_a_text_longer_than_the_context_is_refused_with_both_numbers(pipe: Any) -> None:
+    with pytest.raises(ContextLengthError, match=r"prompt has \d{4} tokens.*context is 256"):
+        pipe("Hello 🙂" * 1000)
+
+
+def test_a_chat_without_a_template_is_refused(chat_model: Path) -> None:
+    pipe = pipeline(model=chat_model)
+    pipe.tokenizer.chat_template = None
+    with pytest.raises(ChatTemplateError, match="chat template"):
+        pipe(CHAT)
+    assert pipe("Hello", max_new_tokens=1)
+
+
+def test_a_message_without_content_is_refused(pipe: Any) -> None:
+    with pytest.raises((InputError, TokenizerError), match="content"):
+        pipe([{"role": "user"}])
+
+
+# -- making one ------------------------------------------------------------------------------
+
+
+def test_a_loaded_model_takes_its_tokenizer(chat_model: Path, pipe: Any) -> None:
+    model = AutoModelForCausalLM.from_pretrained(chat_model)
+    tokenizer = AutoTokenizer.from_pretrained(chat_model)
+    expected = pipe("Hello", max_new_tokens=5)
+    for given in (tokenizer, chat_model, str(chat_model)):
+        made = pipeline("text-generation", model=model, tokenizer=given)
+        assert made.model is model
+        assert made("Hello", max_new_tokens=5) == expected
+    with pytest.raises(InputError, match="a loaded model needs its tokenizer"):
+        pipeline("text-generation", model=model)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{"dtype": "float32"}, {"torch_dtype": "auto"}, {"device_map": "cpu"}, {"model_kwargs": {}}],
+    ids=str,
+)
+def test_how_to_load_a_loaded_model_is_refused(pipe: Any, options: Any) -> None:
+    with pytest.raises(InputError, match=f"loaded already, so {next(iter(options))} would"):
+        pipeline("text-generation", pipe.model, tokenizer=pipe.tokenizer, **options)
+
+
+def test_the_model_is_loaded_as_asked(chat_model: Path) -> None:
+    made = pipeline("text-generation", str(chat_model), torch_dtype=torch.bfloat16, device="cpu")
+    assert made.model.dtype == torch.bfloat16
+    made = pipeline(model=chat_model, model_kwargs={"attn_implementation": "eager"})
+    assert made.model.config.attn_implementation == "eager"
+
+
+def test_model_and_tokenizer_come_from_the_same_place(
+    chat_model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = pipeline(model=chat_model.parent, model_kwargs={"subfolder": chat_model.name})
+    assert made("Hello", max_new_tokens=1)
+
+
+def test_without_a_model_it_is_the_packaged_one(
+    chat_model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(quintet.pipelines, "demo_model", lambda: chat_model)
+    assert pipeline("text-generation").tokenizer.name_or_path == str(chat_model)
+
+
+def test_an_unknown_task_is_named() -> None:
+    with pytest.raises(InputError, match="task='summarization' is not one of"):
+        pipeline("summarization")
+
+
+def test_a_model_without_a_language_head_is_refused(chat_model: Path, pipe: Any) -> None:
+    with pytest.raises(InputError, match="Qwen2Model has no language-modelling head"):
+        pipeline("text-generation", AutoModel.from_pretrained(chat_model), tokenizer=pipe.tokenizer)
+
+
+def test_two_devices_are_refused(chat_model: Path) -> None:
+    with pytest.raises(InputError, match="two names of the same choice"):
+        pipeline(model=chat_model, device="cpu", device_map="auto")
