@@ -150,7 +150,7 @@ def test_an_unknown_family_is_named(auto: str, expected: str, tmp_path: Path) ->
 @pytest.mark.parametrize(
     ("config", "error", "message"),
     [
-        ({}, UnsupportedModelError, "has no model_type; there are qwen2"),
+        ({}, UnsupportedModelError, "has no model_type; there are deepseek_v2, "),
         ({"model_type": ["qwen2"]}, UnsupportedModelError, r"model_type=\['qwen2'\]"),
         ({"model_type": None}, UnsupportedModelError, "model_type=None"),
         ([], CheckpointError, "JSON object, not list"),

@@ -1,5 +1,7 @@
 """The mixer of Mamba-2: a short convolution, a selective state space, a gate (arXiv:2405.21060)."""
 
+import math
+
 import torch
 import torch.nn.functional as F  # noqa: N812
 from torch import Tensor, nn
@@ -75,6 +77,14 @@ class Mamba2(nn.Module):
         self.D = nn.Parameter(torch.ones(num_heads))
         self.norm = GatedRMSNorm(inner, num_groups)
         self.out_proj = nn.Linear(inner, hidden_size, bias=bias)
+
+    @torch.no_grad()
+    def draw_step_sizes(self, least: float, most: float, floor: float) -> None:
+        """Draw the heads' step sizes log-uniformly between two, and not below `floor`."""
+        dt = torch.empty_like(self.dt_bias).uniform_(math.log(least), math.log(most)).exp()
+        dt = dt.clamp(min=floor)
+        # The inverse of softplus.
+        self.dt_bias.copy_(dt + (-torch.expm1(-dt)).log())
 
     def forward(self, hidden_states: Tensor, step: Step) -> Tensor:
         """Map (B, T, C) to (B, T, C), continuing from the cache's state of this layer."""

@@ -22,6 +22,7 @@ from quintet.errors import ConfigError
 from quintet.layers.mamba2 import Mamba2
 from quintet.layers.norm import RMSNorm
 from quintet.layers.rotary import RotaryEmbedding
+from quintet.layers.shared_transformer import SharedAttention, SharedMLP, SharedTransformer
 from quintet.layers.step import LayerOutput, Step
 from quintet.modeling.base import PreTrainedModel
 from quintet.modeling.decoder import DecoderModel
@@ -32,7 +33,6 @@ from quintet.modeling.heads import (
     TokenClassificationHead,
 )
 from quintet.ops.activations import activation
-from quintet.ops.rope import rotate
 
 __all__ = [
     "Zamba2Config",
@@ -46,8 +46,7 @@ __all__ = [
 ]
 
 MAMBA, HYBRID = "mamba", "hybrid"
-# Zamba2-2.7B's hybrid layers.
-HYBRIDS = (6, 12, 18, 24, 30, 36, 42, 47, 51)
+HYBRIDS = (6, 12, 18, 24, 30, 36, 42, 47, 51)  # of Zamba2-2.7B
 LONG_CONTEXT, LONGER = 16384, 8
 # Keys that checkpoints in their authors' first format have in place of others.
 FORMER_KEYS = {
@@ -57,13 +56,7 @@ FORMER_KEYS = {
     "use_shared_block_lora": "use_shared_attention_adapter",
 }
 # Files state these too, and they follow from other keys.
-FOLLOWING = (
-    "attention_head_dim",
-    "attention_hidden_size",
-    "head_dim",
-    "hybrid_layer_ids",
-    "mamba_headdim",
-)
+FOLLOWING = ("head_dim", "mamba_headdim", "hybrid_layer_ids", "attention_hidden_size")
 
 
 class Zamba2Config(PreTrainedConfig):
@@ -76,7 +69,9 @@ class Zamba2Config(PreTrainedConfig):
     """
 
     model_type = "zamba2"
-    aliases: ClassVar[Mapping[str, str]] = MappingProxyType({"layer_types": "layers_block_type"})
+    aliases: ClassVar[Mapping[str, str]] = MappingProxyType(
+        {"layer_types": "layers_block_type", "attention_head_dim": "head_dim"}
+    )
 
     vocab_size: Count = 32000
     max_position_embeddings: Count = 4096
@@ -116,6 +111,7 @@ class Zamba2Config(PreTrainedConfig):
     tie_word_embeddings: bool = True
 
     def __init__(self, **values: Any) -> None:
+        values = self._renamed(values)
         former = [old for old, new in FORMER_KEYS.items() if old in values and new not in values]
         kinds = values.get("layers_block_type")
         if former or (isinstance(kinds, list | tuple) and {"m", "g"} & {*map(str, kinds)}):
@@ -124,21 +120,21 @@ class Zamba2Config(PreTrainedConfig):
                 f"({', '.join(former) or 'layers_block_type of m and g'}); use a later revision of "
                 "the checkpoint, with layers_block_type of 'mamba' and 'hybrid'"
             )
+        stated = {key: values.pop(key) for key in FOLLOWING if key in values}
         super().__init__(**values)
-        for key in FOLLOWING:
-            if key in values and values[key] != (follows := getattr(self, key)):
+        for key, value in stated.items():
+            if value != (follows := getattr(self, key)):
                 raise ConfigError(
-                    f"Zamba2Config: {key}={values[key]!r} follows from other keys, which make it "
+                    f"Zamba2Config: {key}={value!r} follows from other keys, which make it "
                     f"{follows!r}; change those"
                 )
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any], **overrides: Any) -> Self:
         """Build a configuration from the content of a file; fewer layers are the first ones."""
-        values = {key: value for key, value in values.items() if key not in FOLLOWING}
-        for key in ("layers_block_type", "layer_types"):
-            if isinstance(values.get(key), list) and "num_hidden_layers" in overrides:
-                values[key] = values[key][: overrides["num_hidden_layers"]]
+        values = {k: v for k, v in cls._renamed(values).items() if k not in FOLLOWING}
+        if isinstance(kinds := values.get("layers_block_type"), list):
+            values["layers_block_type"] = kinds[: overrides.get("num_hidden_layers")]
         return super().from_dict(values, **overrides)
 
     def derive(self) -> None:
@@ -186,11 +182,8 @@ class Zamba2Config(PreTrainedConfig):
             "use_mem_rope",
             f"false, as head_dim={self.head_dim} is odd and cannot be rotated in pairs",
         )
-        self.require(
-            self.time_step_min <= self.time_step_max,
-            "time_step_min",
-            f"at most time_step_max={self.time_step_max}",
-        )
+        most = self.time_step_max
+        self.require(self.time_step_min <= most, "time_step_min", f"at most time_step_max={most}")
         limit = self.time_step_limit
         numbers = limit is not None and all(isinstance(x, int | float) for x in limit)
         self.require(
@@ -208,8 +201,6 @@ class Zamba2Config(PreTrainedConfig):
     def head_dim(self) -> int:
         """The size of an attention head."""
         return 2 * self.hidden_size // self.num_attention_heads
-
-    attention_head_dim = head_dim
 
     @property
     def mamba_headdim(self) -> int:
@@ -237,97 +228,28 @@ class Zamba2Config(PreTrainedConfig):
         return range(self.num_hidden_layers)
 
 
-class Adapters(nn.ModuleDict):
-    """Low-rank additions to one shared projection, one for each hybrid layer that uses it."""
-
-    def __init__(self, uses: Sequence[int], in_size: int, rank: int, out_size: int) -> None:
-        super().__init__()
-        for use in uses:
-            self[str(use)] = nn.Sequential(
-                nn.Linear(in_size, rank, bias=False), nn.Linear(rank, out_size, bias=False)
-            )
-
-    def forward(self, x: Tensor, use: int) -> Tensor:
-        """Map (B, T, in) to (B, T, out) as the hybrid layer `use` does."""
-        return self[str(use)](x)  # type: ignore[no-any-return]
-
-
-class Zamba2Attention(nn.Module):
-    """Attention over hidden states beside embeddings, (B, T, 2C) -> (B, T, C)."""
-
-    def __init__(self, config: Zamba2Config, uses: Sequence[int]) -> None:
-        super().__init__()
-        D, rank = config.head_dim, config.adapter_rank
-        inputs, width = config.attention_hidden_size, config.num_attention_heads * D
-        kv_width = known(config.num_key_value_heads) * D
-        self.head_dim = D
-        # The heads are twice as wide as those of a block without the embeddings beside.
-        self.scaling = (D / 2) ** -0.5
-        self.dropout = config.attention_dropout
-        self.rotates = config.use_mem_rope
-        self.adapts = config.use_shared_attention_adapter
-        self.q_proj = nn.Linear(inputs, width, bias=False)
-        self.k_proj = nn.Linear(inputs, kv_width, bias=False)
-        self.v_proj = nn.Linear(inputs, kv_width, bias=False)
-        self.o_proj = nn.Linear(width, config.hidden_size, bias=False)
-        if self.adapts:
-            self.linear_q_adapter_list = Adapters(uses, inputs, rank, width)
-            self.linear_k_adapter_list = Adapters(uses, inputs, rank, kv_width)
-            self.linear_v_adapter_list = Adapters(uses, inputs, rank, kv_width)
-
-    def forward(
-        self, x: Tensor, step: Step, *, layer_idx: int, use: int
-    ) -> tuple[Tensor, Tensor | None]:
-        """Return also the weights (B, H, T, S), where the backend has them."""
-        q, k, v = self.q_proj(x), self.k_proj(x), self.v_proj(x)
-        if self.adapts:
-            q = q + self.linear_q_adapter_list(x, use)
-            k = k + self.linear_k_adapter_list(x, use)
-            v = v + self.linear_v_adapter_list(x, use)
-        q, k, v = (y.view(*y.shape[:2], -1, self.head_dim).transpose(1, 2) for y in (q, k, v))
-        if self.rotates:
-            q, k = rotate(q, step.cos, step.sin), rotate(k, step.cos, step.sin)
-        if step.cache is not None:
-            k, v = step.cache.update(k, v, layer_idx, step.span)
-        dropout = self.dropout if self.training else 0.0
-        out, weights = step.attend(q, k, v, step.seen[None], scale=self.scaling, dropout=dropout)
-        return self.o_proj(out.transpose(1, 2).flatten(2)), weights
-
-
-class Zamba2MLP(nn.Module):
-    """down(act(gate(x)) · up(x)), with gate and up adapted to the layer."""
-
-    def __init__(self, config: Zamba2Config, uses: Sequence[int]) -> None:
-        super().__init__()
-        C, F, bias = config.hidden_size, known(config.intermediate_size), config.add_bias_linear
-        self.gate_up_proj = nn.Linear(C, 2 * F, bias=bias)
-        self.down_proj = nn.Linear(F, C, bias=bias)
-        self.gate_up_proj_adapter_list = Adapters(uses, C, config.adapter_rank, 2 * F)
-        self.act_fn = activation(config.hidden_act)
-
-    def forward(self, x: Tensor, *, use: int) -> Tensor:
-        """Map (B, T, C) to (B, T, C)."""
-        gate, up = (self.gate_up_proj(x) + self.gate_up_proj_adapter_list(x, use)).chunk(2, dim=-1)
-        return self.down_proj(self.act_fn(gate) * up)  # type: ignore[no-any-return]
-
-
-class Zamba2SharedTransformer(nn.Module):
-    """A transformer block for the hybrid layers `uses`; it has no residual connections."""
-
-    def __init__(self, config: Zamba2Config, uses: Sequence[int]) -> None:
-        super().__init__()
-        self.self_attn = Zamba2Attention(config, uses)
-        self.feed_forward = Zamba2MLP(config, uses)
-        self.input_layernorm = RMSNorm(config.attention_hidden_size, config.rms_norm_eps)
-        self.pre_ff_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
-
-    def forward(
-        self, hidden_states: Tensor, step: Step, *, layer_idx: int, use: int
-    ) -> tuple[Tensor, Tensor | None]:
-        """Map (B, T, C) to (B, T, C), and return the attention's weights."""
-        beside = self.input_layernorm(torch.cat((hidden_states, step.embeds), dim=-1))
-        attended, weights = self.self_attn(beside, step, layer_idx=layer_idx, use=use)
-        return self.feed_forward(self.pre_ff_layernorm(attended), use=use), weights
+def shared_transformer(config: Zamba2Config, uses: Sequence[int]) -> SharedTransformer:
+    """Make the transformer block of the hybrid layers `uses`."""
+    C, rank = config.hidden_size, config.adapter_rank
+    attention = SharedAttention(
+        C,
+        config.num_attention_heads,
+        known(config.num_key_value_heads),
+        config.head_dim,
+        uses=uses,
+        adapter_rank=rank if config.use_shared_attention_adapter else None,
+        rotates=config.use_mem_rope,
+        dropout=config.attention_dropout,
+    )
+    mlp = SharedMLP(
+        C,
+        known(config.intermediate_size),
+        uses=uses,
+        adapter_rank=rank,
+        act=config.hidden_act,
+        bias=config.add_bias_linear,
+    )
+    return SharedTransformer(attention, mlp, C, config.rms_norm_eps)
 
 
 class Zamba2MambaDecoderLayer(nn.Module):
@@ -363,7 +285,7 @@ class Zamba2HybridLayer(nn.Module):
     """A shared block, its output projected for this layer, then Mamba-2 on top of both."""
 
     def __init__(
-        self, config: Zamba2Config, layer_idx: int, shared: Zamba2SharedTransformer, use: int
+        self, config: Zamba2Config, layer_idx: int, shared: SharedTransformer, use: int
     ) -> None:
         super().__init__()
         self.layer_idx, self.use = layer_idx, use
@@ -405,12 +327,9 @@ class Zamba2PreTrainedModel(PreTrainedModel):
         super().init_module(module)
         if isinstance(module, Mamba2):
             config = cast("Zamba2Config", self.config)
-            low, high = math.log(config.time_step_min), math.log(config.time_step_max)
-            with torch.no_grad():
-                dt = torch.empty_like(module.dt_bias).uniform_(low, high).exp()
-                dt = dt.clamp(min=config.time_step_floor)
-                # The inverse of softplus.
-                module.dt_bias.copy_(dt + (-torch.expm1(-dt)).log())
+            module.draw_step_sizes(
+                config.time_step_min, config.time_step_max, config.time_step_floor
+            )
 
 
 class Zamba2Model(Zamba2PreTrainedModel, DecoderModel):
@@ -421,7 +340,7 @@ class Zamba2Model(Zamba2PreTrainedModel, DecoderModel):
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size, config.pad_token_id)
         hybrids, blocks = config.hybrid_layer_ids, config.num_mem_blocks
         shared = [
-            Zamba2SharedTransformer(config, range(first, len(hybrids), blocks))
+            shared_transformer(config, range(first, len(hybrids), blocks))
             for first in range(min(blocks, len(hybrids)))
         ]
         self.layers = nn.ModuleList(

@@ -1,0 +1,134 @@
+"""A transformer block that several layers share, each with small adapters of its own.
+
+It reads hidden states beside token embeddings, 2C wide, and has no residual connections
+(Zamba2, arXiv:2411.15242, §2). A `use` is a layer that uses the block.
+"""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from quintet.layers.norm import RMSNorm
+from quintet.layers.step import Step
+from quintet.ops.activations import Activation, activation
+from quintet.ops.rope import rotate
+
+__all__ = ["Adapters", "SharedAttention", "SharedMLP", "SharedTransformer"]
+
+
+class Adapters(nn.ModuleDict):
+    """Low-rank additions to one shared projection, one for each use."""
+
+    def __init__(self, uses: Sequence[int], in_size: int, rank: int, out_size: int) -> None:
+        super().__init__()
+        for use in uses:
+            self[str(use)] = nn.Sequential(
+                nn.Linear(in_size, rank, bias=False), nn.Linear(rank, out_size, bias=False)
+            )
+
+    def forward(self, x: Tensor, use: int) -> Tensor:
+        """Map (B, T, in) to (B, T, out) as this use does."""
+        return self[str(use)](x)  # type: ignore[no-any-return]
+
+
+class SharedAttention(nn.Module):
+    """Attention over hidden states beside embeddings, (B, T, 2C) -> (B, T, C).
+
+    Args:
+        adapter_rank: of the adapters of q, k and v; None for none.
+        rotates: whether positions turn q and k.
+    """
+
+    def __init__(
+        self,
+        hidden_size: int,
+        num_heads: int,
+        num_kv_heads: int,
+        head_dim: int,
+        *,
+        uses: Sequence[int],
+        adapter_rank: int | None,
+        rotates: bool,
+        dropout: float,
+    ) -> None:
+        super().__init__()
+        inputs, width, kv_width = 2 * hidden_size, num_heads * head_dim, num_kv_heads * head_dim
+        self.head_dim = head_dim
+        # The heads are twice as wide as those of a block without the embeddings beside.
+        self.scaling = (head_dim / 2) ** -0.5
+        self.dropout = dropout
+        self.rotates = rotates
+        self.adapts = adapter_rank is not None
+        self.q_proj = nn.Linear(inputs, width, bias=False)
+        self.k_proj = nn.Linear(inputs, kv_width, bias=False)
+        self.v_proj = nn.Linear(inputs, kv_width, bias=False)
+        self.o_proj = nn.Linear(width, hidden_size, bias=False)
+        if adapter_rank is not None:
+            self.linear_q_adapter_list = Adapters(uses, inputs, adapter_rank, width)
+            self.linear_k_adapter_list = Adapters(uses, inputs, adapter_rank, kv_width)
+            self.linear_v_adapter_list = Adapters(uses, inputs, adapter_rank, kv_width)
+
+    def forward(
+        self, x: Tensor, step: Step, *, layer_idx: int, use: int
+    ) -> tuple[Tensor, Tensor | None]:
+        """Return also the weights (B, H, T, S), where the backend has them."""
+        q, k, v = self.q_proj(x), self.k_proj(x), self.v_proj(x)
+        if self.adapts:
+            q = q + self.linear_q_adapter_list(x, use)
+            k = k + self.linear_k_adapter_list(x, use)
+            v = v + self.linear_v_adapter_list(x, use)
+        q, k, v = (y.view(*y.shape[:2], -1, self.head_dim).transpose(1, 2) for y in (q, k, v))
+        if self.rotates:
+            q, k = rotate(q, step.cos, step.sin), rotate(k, step.cos, step.sin)
+        if step.cache is not None:
+            k, v = step.cache.update(k, v, layer_idx, step.span)
+        dropout = self.dropout if self.training else 0.0
+        out, weights = step.attend(q, k, v, step.seen[None], scale=self.scaling, dropout=dropout)
+        return self.o_proj(out.transpose(1, 2).flatten(2)), weights
+
+
+class SharedMLP(nn.Module):
+    """down(act(gate(x)) · up(x)), with gate and up adapted to the use."""
+
+    def __init__(
+        self,
+        hidden_size: int,
+        intermediate_size: int,
+        *,
+        uses: Sequence[int],
+        adapter_rank: int,
+        act: str | Activation,
+        bias: bool,
+    ) -> None:
+        super().__init__()
+        self.gate_up_proj = nn.Linear(hidden_size, 2 * intermediate_size, bias=bias)
+        self.down_proj = nn.Linear(intermediate_size, hidden_size, bias=bias)
+        self.gate_up_proj_adapter_list = Adapters(
+            uses, hidden_size, adapter_rank, 2 * intermediate_size
+        )
+        self.act_fn = activation(act)
+
+    def forward(self, x: Tensor, *, use: int) -> Tensor:
+        """Map (B, T, C) to (B, T, C)."""
+        gate, up = (self.gate_up_proj(x) + self.gate_up_proj_adapter_list(x, use)).chunk(2, dim=-1)
+        return self.down_proj(self.act_fn(gate) * up)  # type: ignore[no-any-return]
+
+
+class SharedTransformer(nn.Module):
+    """Attention over hidden states beside embeddings, then the MLP, without residuals."""
+
+    def __init__(self, attention: SharedAttention, mlp: SharedMLP, C: int, eps: float) -> None:
+        super().__init__()
+        self.self_attn = attention
+        self.feed_forward = mlp
+        self.input_layernorm = RMSNorm(2 * C, eps)
+        self.pre_ff_layernorm = RMSNorm(C, eps)
+
+    def forward(
+        self, hidden_states: Tensor, step: Step, *, layer_idx: int, use: int
+    ) -> tuple[Tensor, Tensor | None]:
+        """Map (B, T, C) to (B, T, C), and return the attention's weights."""
+        beside = self.input_layernorm(torch.cat((hidden_states, step.embeds), dim=-1))
+        attended, weights = self.self_attn(beside, step, layer_idx=layer_idx, use=use)
+        return self.feed_forward(self.pre_ff_layernorm(attended), use=use), weights
