@@ -7,7 +7,7 @@ INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c c
 .PHONY: demo test lint types train clean
 
 demo: .venv/base
-	@$(BIN)/quintet generate "def fibonacci(n):" --seed 4
+	@$(BIN)/quintet generate "def fibonacci(n):" --seed 48
 
 test: lint types
 	$(BIN)/python -m pytest

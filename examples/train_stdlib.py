@@ -241,7 +241,7 @@ def main() -> None:
 
     model = model.to(torch.bfloat16)
     model.generation_config = model.generation_config.replace(
-        pad_token_id=end, do_sample=True, temperature=0.7, top_p=0.95, repetition_penalty=1.05
+        pad_token_id=end, do_sample=True, temperature=0.6, top_p=0.9, repetition_penalty=1.05
     )
     model.save_pretrained(options.out)
     fast = PreTrainedTokenizerFast(

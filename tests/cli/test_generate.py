@@ -25,7 +25,13 @@ def loaded(chat_model: Path) -> tuple[Any, Any]:
 
 def continued(loaded: tuple[Any, Any], prompt: str, new: int, **options: Any) -> str:
     model, tokenizer = loaded
-    out = model.generate(**tokenizer(prompt, return_tensors="pt"), max_new_tokens=new, **options)
+    out = model.generate(
+        **tokenizer(prompt, return_tensors="pt"),
+        max_new_tokens=new,
+        token_healing=True,
+        tokenizer=tokenizer,
+        **options,
+    )
     text: str = tokenizer.decode(out[0], skip_special_tokens=True)
     return text
 

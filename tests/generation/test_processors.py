@@ -143,9 +143,9 @@ def test_the_distribution_is_computed_in_full_precision(dtype: torch.dtype) -> N
     rows = logits.expand(4000, -1)
     ids = torch.zeros(4000, 1, dtype=torch.long)
     config = GenerationConfig(do_sample=True, top_k=0, top_p=0.8)
-    drawn = Chooser.from_config(config, seeded())(rows, ids, ids.bool(), 0)
+    drawn = Chooser.from_config(config, generator=seeded())(rows, ids, ids.bool(), 0)
     assert torch.equal(
-        drawn, Chooser.from_config(config, seeded())(rows.float(), ids, ids.bool(), 0)
+        drawn, Chooser.from_config(config, generator=seeded())(rows.float(), ids, ids.bool(), 0)
     )
     assert drawn.unique().numel() > 1
 
@@ -164,5 +164,7 @@ def test_the_models_logits_are_not_changed(model: Any) -> None:
         eos_token_id=3,
     )
     ids = torch.tensor([[1, 2], [3, 4]])
-    Chooser.from_config(config, seeded())(logits, ids, torch.ones_like(ids, dtype=torch.bool), 0)
+    Chooser.from_config(config, generator=seeded())(
+        logits, ids, torch.ones_like(ids, dtype=torch.bool), 0
+    )
     assert torch.equal(logits, before)

@@ -78,6 +78,8 @@ def command(
                 inputs,
                 config,
                 streamer=streamer,
+                tokenizer=opened.tokenizer,
+                token_healing=echo,
                 generator=generator,
                 max_new_tokens=max_new_tokens,
             )

@@ -42,6 +42,8 @@ class GenerationConfig:
         num_return_sequences: how many continuations of each prompt; 1.
         use_cache: keep what the next step needs, rather than run over the whole text; true.
         cache_implementation: "dynamic" grows, "static" is preallocated; "dynamic".
+        token_healing: take the prompt's last token off and let the model choose one that begins
+            with its text; needs `generate(tokenizer=…)`; false.
     """
 
     max_new_tokens: Count | None = None
@@ -56,6 +58,7 @@ class GenerationConfig:
     num_return_sequences: Count | None = None
     use_cache: bool | None = None
     cache_implementation: str | None = None
+    token_healing: bool | None = None
     bos_token_id: NonNegative | None = None
     eos_token_id: NonNegative | list[NonNegative] | None = None
     pad_token_id: NonNegative | None = None

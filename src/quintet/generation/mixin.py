@@ -12,9 +12,11 @@ from quintet.configuration.base import PreTrainedConfig
 from quintet.errors import ContextLengthError, InputError
 from quintet.generation.config import GenerationConfig
 from quintet.generation.decode import LanguageModel, Prompt, decode
+from quintet.generation.healing import heal
 from quintet.generation.processors import Chooser
 from quintet.generation.streamers import Streamer
 from quintet.ops.token_ids import check_token_ids
+from quintet.tokenization import PreTrainedTokenizer
 
 __all__ = ["GenerationMixin"]
 
@@ -37,6 +39,7 @@ class GenerationMixin:
         *,
         input_ids: Tensor | None = None,
         attention_mask: Tensor | None = None,
+        tokenizer: PreTrainedTokenizer | None = None,
         streamer: Streamer | None = None,
         generator: torch.Generator | None = None,
         **options: Any,
@@ -50,6 +53,7 @@ class GenerationMixin:
             generation_config: how to generate; what it does not set is as in the model's own.
             input_ids: the other name of `inputs`.
             attention_mask: (B, T), 0 for padding, on either side; without it, nothing is.
+            tokenizer: what `token_healing` needs to know which tokens begin alike.
             streamer: gets the prompt and then every token as it is made.
             generator: the source of randomness; a seeded one makes sampling repeatable.
             **options: fields of `GenerationConfig` that go before both configs.
@@ -81,6 +85,13 @@ class GenerationMixin:
         room = self._room(ids.shape[1], config)
         _check_least(config, room, self.config.vocab_size)
         prompt = Prompt.left_padded(ids, mask)
+        first = None
+        if config.token_healing:
+            if tokenizer is None:
+                raise InputError("token_healing=True needs the tokenizer: generate(tokenizer=…)")
+            prompt, first = heal(prompt, tokenizer, self.config.vocab_size)
+            if first is not None:
+                ids, room = prompt.ids, room + 1
         eos = torch.tensor(config.eos_token_ids, dtype=torch.long, device=ids.device)
 
         if streamer is not None:
@@ -89,7 +100,7 @@ class GenerationMixin:
         for token in decode(
             cast("LanguageModel", self),
             prompt,
-            Chooser.from_config(config, generator),
+            Chooser.from_config(config, first=first, generator=generator),
             cache=self._cache_for(config, ids.shape[1] + room),
             max_new_tokens=room,
             eos=eos,

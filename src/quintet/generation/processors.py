@@ -22,7 +22,8 @@ __all__ = ["Chooser"]
 class Chooser:
     """Reshapes the logits of a step, in the order Transformers does, and takes a token.
 
-    Attributes are the options of `GenerationConfig` of the same names, with their defaults.
+    Attributes are the options of `GenerationConfig` of the same names, with their defaults, and
+    `first`, (B, V) of True for what may be the first token.
     """
 
     do_sample: bool = False
@@ -33,13 +34,21 @@ class Chooser:
     repetition_penalty: float = 1.0
     min_new_tokens: int = 0
     eos_token_ids: tuple[int, ...] = ()
+    first: Tensor | None = None
     generator: torch.Generator | None = None
 
     @classmethod
-    def from_config(cls, config: GenerationConfig, generator: torch.Generator | None) -> Self:
+    def from_config(
+        cls,
+        config: GenerationConfig,
+        *,
+        first: Tensor | None = None,
+        generator: torch.Generator | None = None,
+    ) -> Self:
         """Take over the options that are set."""
         given = {k: v for k, v in vars(config).items() if k in cls.__slots__ and v is not None}
-        return cls(**given, eos_token_ids=tuple(config.eos_token_ids), generator=generator)
+        eos = tuple(config.eos_token_ids)
+        return cls(**given, eos_token_ids=eos, first=first, generator=generator)
 
     def __call__(self, logits: Tensor, ids: Tensor, kept: Tensor, new_tokens: int) -> Tensor:
         """Choose a token for each row.
@@ -48,6 +57,8 @@ class Chooser:
         returns (B,).
         """
         logits = logits.to(torch.float32)
+        if new_tokens == 0 and self.first is not None:
+            logits = logits.masked_fill(~self.first, -torch.inf)
         if self.repetition_penalty != 1.0:
             logits = penalise_repetition(logits, ids, kept, self.repetition_penalty)
         if new_tokens < self.min_new_tokens:
