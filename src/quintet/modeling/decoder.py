@@ -7,6 +7,7 @@ the attention backend has them, weights.
 import warnings
 from collections.abc import Iterable
 from dataclasses import dataclass
+from itertools import islice
 from typing import Any, TypeVar
 
 import torch
@@ -34,13 +35,15 @@ class Run:
     """What one run over the layers made, in the columns of the input.
 
     Attributes:
-        states: the embeddings and each layer's output, (B, T, C), the last one normalised.
+        hidden: (B, T, C), the last layer's output, normalised.
+        states: the embeddings and each layer's output, the last one normalised, where asked for.
         past: what the next call continues from, where it was asked for.
         attentions: the weights of each layer, where they were asked for.
         router_logits: (B, T, E) of each layer with experts.
     """
 
-    states: list[Tensor]
+    hidden: Tensor
+    states: tuple[Tensor, ...] | None
     past: Cache | LegacyCache | None
     attentions: tuple[Tensor, ...] | None
     router_logits: tuple[Tensor, ...]
@@ -101,12 +104,13 @@ class DecoderModel(PreTrainedModel):
             inputs_embeds=inputs_embeds,
             use_cache=use_cache,
             output_attentions=output_attentions,
+            output_hidden_states=output_hidden_states,
             cache_position=cache_position,
         )
         output = BaseModelOutputWithPast(
-            last_hidden_state=run.states[-1],
+            last_hidden_state=run.hidden,
             past_key_values=run.past,
-            hidden_states=self._asked_states(run, output_hidden_states),
+            hidden_states=run.states,
             attentions=run.attentions,
         )
         return output if first(return_dict, self.config.return_dict) else output.to_tuple()
@@ -131,6 +135,7 @@ class DecoderModel(PreTrainedModel):
         inputs_embeds: Tensor | None,
         use_cache: bool | None,
         output_attentions: bool | None,
+        output_hidden_states: bool | None,
         cache_position: Tensor | None,
     ) -> Run:
         embeds = self._embed(input_ids, inputs_embeds)
@@ -160,7 +165,8 @@ class DecoderModel(PreTrainedModel):
             position_ids = None if position_ids is None else rows.pack(position_ids)
 
         step = self._step(embeds, span, position_ids, custom, cache, weighs)
-        states, weights, routed = self._run_layers(embeds, step)
+        keeps = first(output_hidden_states, self.config.output_hidden_states)
+        states, weights, routed = self._run_layers(embeds, step, keeps)
         if cache is not None:
             cache.advance(span)
         if rows is not None:
@@ -173,14 +179,12 @@ class DecoderModel(PreTrainedModel):
         if past is not None and cache is not None and isinstance(past_key_values, tuple):
             past = to_legacy(cache, mask)
         return Run(
-            states=states,
+            hidden=states[-1],
+            states=tuple(states) if keeps else None,
             past=past,
             attentions=tuple(weights) if weighs else None,
             router_logits=tuple(routed),
         )
-
-    def _asked_states(self, run: Run, asked: bool | None) -> tuple[Tensor, ...] | None:
-        return tuple(run.states) if first(asked, self.config.output_hidden_states) else None
 
     def _embed(self, input_ids: Tensor | None, inputs_embeds: Tensor | None) -> Tensor:
         if (input_ids is None) == (inputs_embeds is None):
@@ -252,21 +256,25 @@ class DecoderModel(PreTrainedModel):
         )
 
     def _run_layers(
-        self, hidden: Tensor, step: Step
+        self, hidden: Tensor, step: Step, keeps: bool
     ) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
-        """Return the embeddings and each layer's output, the last normalised; weights; routing."""
-        states, weights, routed = [hidden], [], []
+        """Return states, weights and routing of the layers.
+
+        The states are the embeddings and each layer's output, the last one normalised; or that
+        one alone, as nothing should hold on to the others.
+        """
+        states, weights, routed = [], [], []
         # A family may keep further layers behind, which are no part of this run.
-        for layer in self.layers[: self.config.num_hidden_layers]:
+        for layer in islice(self.layers, self.config.num_hidden_layers):
+            if keeps:
+                states.append(hidden)
             out = self._run_layer(layer, hidden, step)
             hidden = out.hidden_states
-            states.append(hidden)
             if out.attention is not None:
                 weights.append(out.attention)
             if out.router_logits is not None:
                 routed.append(out.router_logits)
-        states[-1] = self.final_norm(hidden)
-        return states, weights, routed
+        return [*states, self.final_norm(hidden)], weights, routed
 
     def _run_layer(self, layer: nn.Module, hidden: Tensor, step: Step) -> LayerOutput:
         if self.gradient_checkpointing and self.training:

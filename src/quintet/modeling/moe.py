@@ -54,13 +54,14 @@ class MoeDecoderModel(DecoderModel):
             inputs_embeds=inputs_embeds,
             use_cache=use_cache,
             output_attentions=output_attentions,
+            output_hidden_states=output_hidden_states,
             cache_position=cache_position,
         )
         wanted = first(output_router_logits, self.config.output_router_logits)
         output = MoeModelOutputWithPast(
-            last_hidden_state=run.states[-1],
+            last_hidden_state=run.hidden,
             past_key_values=run.past,
-            hidden_states=self._asked_states(run, output_hidden_states),
+            hidden_states=run.states,
             attentions=run.attentions,
             router_logits=tuple(x.flatten(0, 1) for x in run.router_logits) if wanted else None,
         )
