@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from models.zamba2_support import SHAPES, model_of
+from families.zamba2 import SHAPES, model_of
 from quintet.cache import Cache, DynamicCache, StaticCache
 from quintet.errors import ContextLengthError, InputError
 from quintet.models.zamba2 import Zamba2ForCausalLM, Zamba2HybridDynamicCache
@@ -244,3 +244,16 @@ def test_attention_caches_take_snapshots_without_asking() -> None:
         cache.snapshot()
         cache.crop(2)
         assert cache.get_seq_length() == 2
+
+
+def test_a_state_made_in_inference_mode_can_be_continued() -> None:
+    from families.zamba2 import model_of
+
+    model = model_of()
+    ids = torch.arange(1, 13)[None]
+    with torch.inference_mode():
+        cache = model(ids[:, :8]).past_key_values
+    with torch.no_grad():
+        rest = model(ids[:, 8:], past_key_values=cache).logits
+        whole = model(ids, use_cache=False).logits
+    torch.testing.assert_close(rest, whole[:, 8:], rtol=1e-4, atol=1e-5)

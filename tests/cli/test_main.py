@@ -143,7 +143,7 @@ def test_no_such_model(
         (lose_the_config, 3, "has no config.json"),
         (lose_the_weights, 4, "safetensors"),
         (lose_the_tokenizer, 3, "tokenizer"),
-        (become_another_family, 3, "model_type='gpt2' is not supported; there are qwen2"),
+        (become_another_family, 3, "model_type='gpt2' is not supported; there are deepseek_v2, "),
         (become_wider, 4, "shape"),
         (garble_the_config, 4, "config.json is not readable as JSON"),
         (garble_the_tokenizer, 4, "tokenizer.json"),

@@ -230,7 +230,7 @@ def test_any_integer_dtype_goes_in(model: Any) -> None:
         pytest.param([PROMPT], {"num_return_sequences": 2}, "set do_sample=True", id="copies"),
         pytest.param([PROMPT], {"max_tokens": 3}, "did you mean 'max_", id="unknown"),
         pytest.param([PROMPT], {"temprature": 3}, "did you mean 'temperature'", id="misspelt"),
-        pytest.param([PROMPT], {"num_beams": 4}, "no option 'num_beams'", id="beams"),
+        pytest.param([PROMPT], {"num_beams": 4}, "num_beams=4: beam search is not", id="beams"),
         pytest.param([PROMPT], {"max_new_tokens": 0}, "max_new_tokens=0 has to be", id="zero"),
         pytest.param([PROMPT], {"top_p": 2.0}, "top_p=2.0 has to be", id="top-p"),
     ],
@@ -273,3 +273,26 @@ def test_more_tokens_at_least_than_there_is_room_for() -> None:
         model.generate(torch.tensor([[1]]), max_new_tokens=4, min_new_tokens=9)
     with pytest.raises(InputError, match=r"eos_token_id=101 is outside .* 0 to 100"):
         model.generate(torch.tensor([[1]]), min_new_tokens=2, eos_token_id=101)
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"num_beams": 4}, "num_beams=4: beam search is not in this version"),
+        ({"return_dict_in_generate": True}, "returning more than tokens is not in this version"),
+        ({"inputs_embeds": torch.zeros(1, 2, 64)}, "generating from embeddings is not"),
+        ({"generation_config": {"top_k": 3}}, "builtins.dict; it has to be quintet's"),
+    ],
+    ids=["beams", "dict", "embeddings", "config"],
+)
+def test_what_is_not_here_yet_is_said(options: dict[str, Any], words: str) -> None:
+    model = Qwen2ForCausalLM(small_config()).eval()
+    with pytest.raises(InputError, match=words):
+        model.generate(torch.tensor([[1]]), **options)
+
+
+def test_asking_for_nothing_of_what_is_not_here_is_fine() -> None:
+    model = Qwen2ForCausalLM(small_config()).eval()
+    plain = model.generate(torch.tensor([[1]]), max_new_tokens=3)
+    idle = {"num_beams": 1, "return_dict_in_generate": False, "stopping_criteria": []}
+    assert torch.equal(model.generate(torch.tensor([[1]]), max_new_tokens=3, **idle), plain)

@@ -132,3 +132,16 @@ def test_the_gated_norm_is_rounded_once() -> None:
     exact = GatedRMSNorm(8, 2)
     exact.load_state_dict({"weight": norm.weight.detach().float()})
     assert torch.equal(norm(x, z), exact(x, z.float()).bfloat16())
+
+
+def test_the_scalars_of_the_recurrence_stay_in_float32() -> None:
+    from families.zamba2 import model_of
+
+    model = model_of()
+    mixer = model.model.layers[0].mamba
+    exact = mixer.A_log.detach().clone()
+    for cast in (model.to(torch.bfloat16), model.half()):
+        assert cast.model.layers[0].mamba.A_log.dtype == torch.float32
+        assert torch.equal(mixer.A_log, exact)
+        assert mixer.in_proj.weight.dtype != torch.float32
+    assert mixer.to(torch.float64).A_log.dtype == torch.float64

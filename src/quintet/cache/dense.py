@@ -101,8 +101,13 @@ class StaticSlot(_DenseSlot):
             self.keys = keys.new_zeros(*keys.shape[:2], self.capacity, keys.shape[3])
             self.values = values.new_zeros(*values.shape[:2], self.capacity, values.shape[3])
         slots = span.slots()[:, None, :, None]
-        self.keys.scatter_(2, slots.expand_as(keys), keys)
-        self.values.scatter_(2, slots.expand_as(values), values)
+        if torch.is_grad_enabled() and (keys.requires_grad or self.keys.requires_grad):
+            # The graph of an earlier forward may still need the old content.
+            self.keys = self.keys.scatter(2, slots.expand_as(keys), keys)
+            self.values = self.values.scatter(2, slots.expand_as(values), values)
+        else:
+            self.keys.scatter_(2, slots.expand_as(keys), keys)
+            self.values.scatter_(2, slots.expand_as(values), values)
         return self.keys, self.values
 
     def reset(self) -> None:

@@ -169,7 +169,8 @@ def _stored(old: Tensor | None, new: Tensor) -> Tensor:
     """Return `new` in memory of its own, that of `old` where nothing else may need its content."""
     if old is new:
         return new
-    if old is None or old.requires_grad or new.requires_grad:
+    locked = old is not None and old.is_inference() and not torch.is_inference_mode_enabled()
+    if old is None or locked or old.requires_grad or new.requires_grad:
         return new.clone()
     return old.copy_(new)
 

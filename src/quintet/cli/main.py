@@ -11,7 +11,7 @@ from typing import Any
 import click
 
 from quintet import __version__
-from quintet.errors import QuintetError
+from quintet.errors import QuintetError, SaveError
 
 __all__ = ["main"]
 
@@ -55,6 +55,14 @@ class _Commands(click.Group):
             # complain once more.
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             return 0
+        except QuintetError:
+            raise
+        except OSError as error:
+            # What fails at a file of its own names it; without a name it is our output.
+            if error.filename is not None:
+                raise
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            raise SaveError(f"could not write the output: {error.strerror}") from error
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         with formatter.section("Commands"):

@@ -20,6 +20,29 @@ __all__ = ["GENERATION_CONFIG_NAME", "GenerationConfig"]
 GENERATION_CONFIG_NAME = "generation_config.json"
 # Keys of the file that say where it comes from, not how to generate.
 _PROVENANCE = ("_from_model_config", "transformers_version")
+# What Transformers takes, and people will try.
+ABSENT = {
+    "assistant_model": "speculative decoding",
+    "bad_words_ids": "forbidding words",
+    "custom_generate": "running code of others",
+    "guidance_scale": "classifier-free guidance",
+    "inputs_embeds": "generating from embeddings",
+    "length_penalty": "beam search",
+    "logits_processor": "a processor of your own",
+    "max_time": "a time limit",
+    "no_repeat_ngram_size": "forbidding repeated n-grams",
+    "num_beams": "beam search",
+    "output_attentions": "returning more than tokens",
+    "output_hidden_states": "returning more than tokens",
+    "output_logits": "returning more than tokens",
+    "output_scores": "returning more than tokens",
+    "past_key_values": "continuing from a cache",
+    "prompt_lookup_num_tokens": "speculative decoding",
+    "return_dict_in_generate": "returning more than tokens",
+    "stop_strings": "stopping at strings",
+    "stopping_criteria": "a criterion of your own",
+    "use_mtp": "decoding with prediction layers",
+}
 Share = Annotated[float, Bounds(0, 1)]
 
 
@@ -92,7 +115,11 @@ class GenerationConfig:
             InputError: there is no such option, or its value breaks a rule.
         """
         names = [f.name for f in fields(self) if f.name != "other"]
+        # What asks for nothing may be asked for.
+        options = {k: v for k, v in options.items() if k not in ABSENT or not _asks_nothing(v)}
         for name in options:
+            if name in ABSENT:
+                raise InputError(f"{name}={options[name]!r}: {ABSENT[name]} is not in this version")
             if name not in names:
                 near = difflib.get_close_matches(name, names, n=1)
                 hint = f"did you mean {near[0]!r}?" if near else f"there are {', '.join(names)}"
@@ -116,8 +143,7 @@ class GenerationConfig:
         idle = [
             f"{key}={value!r}"
             for key, value in other.items()
-            if key not in _PROVENANCE
-            and (value is True or value not in (None, False, 0, 1, [], {}, ""))
+            if key not in _PROVENANCE and not _asks_nothing(value)
         ]
         if idle:
             warnings.warn(
@@ -187,3 +213,12 @@ class GenerationConfig:
         if path.is_file():
             raise SaveError(f"{path} is a file; save_pretrained writes into a directory")
         write_text(path / GENERATION_CONFIG_NAME, self.to_json_string())
+
+
+def _asks_nothing(value: object) -> bool:
+    """Tell whether an option has the value it has when nobody asks for what it does."""
+    if isinstance(value, bool):
+        return not value
+    if isinstance(value, int | float):
+        return value in (0, 1)
+    return value is None or (isinstance(value, str | list | tuple | dict) and not value)

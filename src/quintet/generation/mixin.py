@@ -68,6 +68,11 @@ class GenerationMixin:
         mask = None if mask is None else mask.to(ids.device)
         config = self.generation_config
         if generation_config is not None:
+            if not isinstance(generation_config, GenerationConfig):
+                raise InputError(
+                    f"generation_config is a {type(generation_config).__module__}."
+                    f"{type(generation_config).__name__}; it has to be quintet's GenerationConfig"
+                )
             config = generation_config.over(config)
         config = config.replace(**options)
         _warn_of_idle(config, options)

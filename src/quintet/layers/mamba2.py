@@ -1,6 +1,8 @@
 """The mixer of Mamba-2: a short convolution, a selective state space, a gate (arXiv:2405.21060)."""
 
 import math
+from collections.abc import Callable
+from typing import Self
 
 import torch
 import torch.nn.functional as F  # noqa: N812
@@ -77,6 +79,17 @@ class Mamba2(nn.Module):
         self.D = nn.Parameter(torch.ones(num_heads))
         self.norm = GatedRMSNorm(inner, num_groups)
         self.out_proj = nn.Linear(inner, hidden_size, bias=bias)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        # model.to(bfloat16) must not round the scalars of the recurrence: a decay near one would
+        # become one.
+        exact = {name: self.get_parameter(name).data for name in ("A_log", "D", "dt_bias")}
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        for name, values in exact.items():
+            scalars = self.get_parameter(name)
+            if scalars.dtype.itemsize < values.dtype.itemsize:
+                scalars.data = values.to(scalars.device)
+        return self
 
     @torch.no_grad()
     def draw_step_sizes(self, least: float, most: float, floor: float) -> None:

@@ -140,7 +140,7 @@ class DecoderModel(PreTrainedModel):
     ) -> Run:
         embeds = self._embed(input_ids, inputs_embeds)
         B, T, _ = embeds.shape
-        use_cache = self._decide_cache(use_cache)
+        use_cache = self._decide_cache(use_cache, past_key_values)
         weighs = first(output_attentions, self.config.output_attentions)
         mask, custom = _split_mask(attention_mask, B, T)
         rows = None if mask is None else ragged(mask[:, -T:])
@@ -159,7 +159,7 @@ class DecoderModel(PreTrainedModel):
             span = cache.span(B, T, embeds.device, counts)
 
         if position_ids is not None:
-            position_ids = position_ids.reshape(-1, T).expand(B, T)
+            position_ids = _positions(position_ids, B, T)
         if rows is not None:
             embeds = rows.pack(embeds)
             position_ids = None if position_ids is None else rows.pack(position_ids)
@@ -201,8 +201,9 @@ class DecoderModel(PreTrainedModel):
             )
         return inputs_embeds
 
-    def _decide_cache(self, use_cache: bool | None) -> bool:
-        if self.gradient_checkpointing and self.training:
+    def _decide_cache(self, use_cache: bool | None, past: Cache | LegacyCache | None) -> bool:
+        recomputes = self.gradient_checkpointing and self.training and torch.is_grad_enabled()
+        if recomputes and past is None:
             if use_cache:
                 warnings.warn(
                     "use_cache=True has no effect while gradient checkpointing recomputes layers",
@@ -277,7 +278,8 @@ class DecoderModel(PreTrainedModel):
         return [*states, self.final_norm(hidden)], weights, routed
 
     def _run_layer(self, layer: nn.Module, hidden: Tensor, step: Step) -> LayerOutput:
-        if self.gradient_checkpointing and self.training:
+        # A cache would be written twice, so with one nothing is recomputed.
+        if self.gradient_checkpointing and self.training and step.cache is None:
             return LayerOutput(*checkpoint(layer, hidden, step, use_reentrant=False))
         out: LayerOutput = layer(hidden, step)
         return out
@@ -287,6 +289,8 @@ def _split_mask(mask: Tensor | None, B: int, T: int) -> tuple[Tensor | None, Ten
     """Return the mask as padding (B, W) or as a custom one (B, H, T, S), whichever it is."""
     if mask is None:
         return None, None
+    if not isinstance(mask, Tensor):
+        raise InputError(f"attention_mask is a {type(mask).__name__}; it has to be a tensor")
     if mask.ndim == 2 and mask.shape[0] == B and mask.shape[1] >= T:
         return mask, None
     if mask.ndim == 4 and mask.shape[0] in (1, B) and mask.shape[2] == T:
@@ -295,6 +299,21 @@ def _split_mask(mask: Tensor | None, B: int, T: int) -> tuple[Tensor | None, Ten
         f"attention_mask has shape {tuple(mask.shape)}; it has to be ({B}, {T}), "
         f"({B}, past + {T}) with a cache, or ({B}, 1, {T}, keys)"
     )
+
+
+def _positions(position_ids: Tensor, B: int, T: int) -> Tensor:
+    fits = isinstance(position_ids, Tensor) and position_ids.shape in ((T,), (1, T), (B, T))
+    if not fits or position_ids.is_floating_point():
+        raise InputError(
+            f"position_ids is {_described(position_ids)}; it has to be integers of shape ({B}, {T})"
+        )
+    return position_ids.reshape(-1, T).expand(B, T)
+
+
+def _described(value: object) -> str:
+    if isinstance(value, Tensor):
+        return f"a tensor of shape {tuple(value.shape)} and dtype {value.dtype}"
+    return f"a {type(value).__name__}"
 
 
 def _check_past(cache: Cache, mask: Tensor | None, B: int, T: int) -> None:

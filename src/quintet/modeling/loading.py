@@ -26,7 +26,7 @@ from quintet.checkpoint import (
     split_tensors,
 )
 from quintet.configuration.base import PreTrainedConfig, read_config
-from quintet.errors import InputError, listed
+from quintet.errors import CheckpointError, InputError, UnsupportedModelError, listed
 from quintet.generation.config import GENERATION_CONFIG_NAME, GenerationConfig
 from quintet.hub import CONFIG_PATTERNS, WEIGHT_PATTERNS, locate
 from quintet.modeling.placement import DeviceMap, named_dtype, single_device
@@ -91,6 +91,7 @@ def load(
         raise InputError(
             f"{', '.join(overrides)}: give either a config or keys to replace in the checkpoint's"
         )
+    _refuse_quantised(config, root)
     checkpoint = Checkpoint.open(root)
     target = _target_dtype(dtype, config, checkpoint.tensors)
 
@@ -169,6 +170,17 @@ def _fill(
     _tell(model, where, fresh, set(checkpoint.tensors) - set(wanted))
 
 
+def _refuse_quantised(config: PreTrainedConfig, root: Path) -> None:
+    """Refuse weights that mean something only together with scales nobody here would apply."""
+    settings = vars(config).get("quantization_config")
+    if settings:
+        method = settings.get("quant_method") if isinstance(settings, dict) else settings
+        raise UnsupportedModelError(
+            f"{root} is quantised (quant_method={method!r}), which is not in this version; "
+            "use a copy of the model in bfloat16"
+        )
+
+
 def _plan(
     model: "PreTrainedModel",
     expected: Mapping[str, tuple[int, ...]],
@@ -208,8 +220,11 @@ def _assign(model: nn.Module, name: str, tensor: Tensor) -> None:
 def _stored_dtype(
     name: str, saved: torch.dtype, dtype: torch.dtype, model: "PreTrainedModel"
 ) -> torch.dtype:
-    if not saved.is_floating_point:
-        return saved
+    if not saved.is_floating_point or saved.itemsize == 1:
+        raise CheckpointError(
+            f"{name} is stored as {saved}, which a weight of a model that is not quantised cannot "
+            "be; use a copy of the model in bfloat16"
+        )
     return torch.float32 if name.endswith(model.keep_in_fp32) else dtype
 
 
@@ -239,6 +254,8 @@ def _check_overrides(
 ) -> None:
     allowed = {*cls.config_class.accepted_keys(), *known}
     for key in given:
+        if key in ABSENT:
+            raise InputError(f"{key}: {ABSENT[key]} is not in this version")
         if key not in allowed:
             near = difflib.get_close_matches(key, [*allowed, *OPTIONS], n=1)
             hint = f"; did you mean {near[0]!r}?" if near else ""
@@ -248,6 +265,20 @@ def _check_overrides(
             )
 
 
+# What Transformers takes, and people will try.
+ABSENT = {
+    "quantization_config": "quantisation",
+    "load_in_8bit": "quantisation",
+    "load_in_4bit": "quantisation",
+    "output_loading_info": "a report beside the model",
+    "ignore_mismatched_sizes": "loading a model in part",
+    "key_mapping": "renaming tensors",
+    "state_dict": "loading from memory (use model.load_state_dict)",
+    "variant": "choosing a variant of the files",
+    "max_memory": "placing a model on several devices",
+    "offload_folder": "offloading",
+    "tp_plan": "tensor parallelism",
+}
 OPTIONS = ("cache_dir", "config", "device_map", "dtype", "local_files_only", "revision", "token")
 
 

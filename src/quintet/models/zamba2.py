@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from quintet.cache import DynamicCache
-from quintet.configuration import PreTrainedConfig
+from quintet.configuration import PreTrainedConfig, rules
 from quintet.configuration.rope import RopeParameters
 from quintet.configuration.rules import Count, Fraction, NonNegativeFloat, Positive, known
 from quintet.errors import ConfigError
@@ -103,7 +103,7 @@ class Zamba2Config(PreTrainedConfig):
     initializer_range: NonNegativeFloat = 0.02
     rms_norm_eps: Positive = 1e-5
     use_cache: bool = True
-    num_logits_to_keep: Count | None = 1
+    num_logits_to_keep: rules.NonNegative | None = 1
     pad_token_id: int | None = 0
     bos_token_id: int | None = 1
     eos_token_id: int | list[int] | None = 2

@@ -14,7 +14,12 @@ def check_token_ids(input_ids: Tensor, vocab_size: int) -> None:
     Raises:
         InputError: another shape or dtype, no token at all, or an id out of range.
     """
-    if input_ids.ndim != 2 or input_ids.is_floating_point():
+    if not isinstance(input_ids, Tensor):
+        raise InputError(
+            f"input_ids is a {type(input_ids).__name__}, not a tensor; "
+            "call the tokenizer with return_tensors='pt'"
+        )
+    if input_ids.ndim != 2 or input_ids.dtype not in (torch.int64, torch.int32):
         raise InputError(
             f"input_ids has shape {tuple(input_ids.shape)} and dtype {input_ids.dtype}; "
             "it has to be (batch, tokens) of integers"
