@@ -1,4 +1,4 @@
-"""Checkpoints of DeepSeek models, in both directions and with or without prediction layers."""
+"""Checkpoints with and without prediction layers, and the router's bias in them."""
 
 import json
 from pathlib import Path
@@ -9,56 +9,17 @@ import torch
 import transformers
 from safetensors.torch import load_file, save_file
 
-from models.deepseek_support import MODULES, YARN, absorb, batch, model_of, twins
+from comparisons import batch
+from families.deepseek import MODULES, model_of, twins
 from quintet.errors import CheckpointError
 from quintet.modeling.mtp import MissingPredictionLayersWarning
 from support import relative_error
 
 TOLERANCE = 1e-5
-KINDS = ["DeepseekV2", "DeepseekV3"]
 
 
 def class_of(family: str, head: str = "ForCausalLM") -> Any:
     return getattr(MODULES[family], family + head)
-
-
-@torch.no_grad()
-@pytest.mark.parametrize("tied", [True, False])
-@pytest.mark.parametrize("family", KINDS)
-def test_ours_loads_theirs_and_theirs_loads_ours(
-    family: str, tied: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    absorb(monkeypatch, always=False)
-    changes = {"tie_word_embeddings": tied, "num_nextn_predict_layers": 0, "rope_scaling": YARN}
-    _, theirs = twins(family, "ForCausalLM", changes)
-    ids, mask, _ = batch("none")
-    told = theirs(ids, attention_mask=mask).logits
-
-    theirs.save_pretrained(tmp_path / "theirs")
-    ours = class_of(family).from_pretrained(tmp_path / "theirs")
-    assert relative_error(ours(ids).logits, told) < TOLERANCE
-
-    ours.save_pretrained(tmp_path / "ours")
-    names = load_file(tmp_path / "ours" / "model.safetensors").keys()
-    assert set(names) == set(load_file(tmp_path / "theirs" / "model.safetensors").keys())
-    assert "model.layers.1.mlp.experts.7.down_proj.weight" in names
-    back = getattr(transformers, f"{family}ForCausalLM").from_pretrained(
-        tmp_path / "ours", attn_implementation="eager"
-    )
-    assert torch.equal(back(ids, attention_mask=mask).logits, told)
-
-
-@torch.no_grad()
-@pytest.mark.parametrize(
-    "head", ["Model", "ForSequenceClassification", "ForTokenClassification", "ForQuestionAnswering"]
-)
-@pytest.mark.parametrize("family", KINDS)
-def test_every_head_is_saved_and_loaded(family: str, head: str, tmp_path: Path) -> None:
-    model = model_of(family, head, pad_token_id=0)
-    model.save_pretrained(tmp_path)
-    again = class_of(family, head).from_pretrained(tmp_path)
-    ids, mask, _ = batch("left")
-    assert torch.equal(model(ids, attention_mask=mask)[0], again(ids, attention_mask=mask)[0])
 
 
 @torch.no_grad()

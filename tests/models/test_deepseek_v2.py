@@ -8,7 +8,8 @@ import pytest
 import torch
 import transformers
 
-from models.deepseek_support import GROUPS, batch, config_of, model_of
+from comparisons import batch
+from families.deepseek import GROUPS, config_of, model_of
 from quintet.models.deepseek_v2 import DeepseekV2Config, DeepseekV2ForCausalLM
 from support import relative_error
 

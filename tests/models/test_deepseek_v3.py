@@ -11,7 +11,8 @@ from torch import Tensor
 from transformers.cache_utils import MtpCache
 from transformers.modeling_layers import MtpModel
 
-from models.deepseek_support import FAMILIES, YARN, batch, model_of, randomise
+from comparisons import batch
+from families.deepseek import FAMILIES, YARN, model_of, randomise
 from quintet import StaticCache
 from quintet.errors import InputError
 from quintet.models.deepseek_v3 import DeepseekV3Config, DeepseekV3ForCausalLM

@@ -1,4 +1,4 @@
-"""Checkpoints travel both ways between here and Transformers, experts stacked or apart."""
+"""Experts in checkpoints: stacked or apart, converted on the way, missing or misshapen."""
 
 import warnings
 from pathlib import Path
@@ -6,17 +6,15 @@ from typing import Any
 
 import pytest
 import torch
-import transformers
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from models.qwen2_moe_support import SLIDING, model_of, randomise, their_config
+from families.qwen2_moe import model_of
 from quintet.checkpoint import Checkpoint, save
 from quintet.errors import CheckpointError
 from quintet.modeling.loading import NewHeadWarning
-from quintet.models import qwen2_moe
 from quintet.models.qwen2_moe import (
     Qwen2MoeForCausalLM,
     Qwen2MoeForQuestionAnswering,
@@ -30,13 +28,6 @@ IDS = torch.arange(1, 19).reshape(2, 9)
 MLP = "model.layers.1.mlp"
 
 
-def their_model(name: str = "Qwen2MoeForCausalLM", **changes: Any) -> Any:
-    torch.manual_seed(2)
-    model = getattr(transformers, name)(their_config(changes)).eval()
-    randomise(model)
-    return model
-
-
 def tensors_of(directory: Path) -> dict[str, Tensor]:
     checkpoint = Checkpoint.open(directory)
     return {name: tensor.clone() for name, tensor in checkpoint.read(checkpoint.tensors)}
@@ -47,60 +38,6 @@ def rewrite(directory: Path, change: Any) -> None:
     tensors = tensors_of(directory)
     change(tensors)
     save(directory, tensors)
-
-
-SIZES = [pytest.param("5GB", id="one"), pytest.param("7KB", id="sharded")]
-VARIANTS = [
-    pytest.param({}, id="plain"),
-    pytest.param({**SLIDING, "tie_word_embeddings": True}, id="sliding-tied"),
-    pytest.param({"decoder_sparse_step": 2, "qkv_bias": False}, id="every-second"),
-]
-
-
-@torch.no_grad()
-@pytest.mark.parametrize("size", SIZES)
-@pytest.mark.parametrize("changes", VARIANTS)
-def test_theirs_load_here(tmp_path: Path, changes: dict[str, Any], size: str) -> None:
-    theirs = their_model(**changes)
-    theirs.save_pretrained(tmp_path, max_shard_size=size)
-    ours = Qwen2MoeForCausalLM.from_pretrained(tmp_path)
-    assert relative_error(ours(IDS).logits, theirs(IDS).logits) < TOLERANCE
-    for name, tensor in ours.state_dict().items():
-        assert torch.equal(tensor, theirs.state_dict()[name]), name
-
-
-@torch.no_grad()
-@pytest.mark.parametrize("size", SIZES)
-@pytest.mark.parametrize("changes", VARIANTS)
-def test_ours_load_there(tmp_path: Path, changes: dict[str, Any], size: str) -> None:
-    ours = model_of(**changes)
-    ours.save_pretrained(tmp_path, max_shard_size=size)
-    theirs, report = transformers.Qwen2MoeForCausalLM.from_pretrained(
-        tmp_path, output_loading_info=True, attn_implementation="eager"
-    )
-    assert not any(report.values())
-    assert relative_error(ours(IDS).logits, theirs.eval()(IDS).logits) < TOLERANCE
-    for name, tensor in theirs.state_dict().items():
-        assert torch.equal(tensor, ours.state_dict()[name]), name
-
-
-@pytest.mark.parametrize(
-    "name",
-    [
-        "Qwen2MoeModel",
-        "Qwen2MoeForSequenceClassification",
-        "Qwen2MoeForTokenClassification",
-        "Qwen2MoeForQuestionAnswering",
-    ],
-)
-def test_every_head_has_the_same_names_on_disk_as_there(tmp_path: Path, name: str) -> None:
-    theirs = their_model(name)
-    theirs.save_pretrained(tmp_path / "theirs")
-    ours = getattr(qwen2_moe, name).from_pretrained(tmp_path / "theirs")
-    ours.save_pretrained(tmp_path / "ours")
-    mine, other = tensors_of(tmp_path / "ours"), tensors_of(tmp_path / "theirs")
-    assert set(mine) == set(other)
-    assert all(torch.equal(mine[key], other[key]) for key in other)
 
 
 @settings(max_examples=12, deadline=None)

@@ -8,7 +8,7 @@ import pytest
 import torch
 import transformers
 
-from models.zamba2_support import model_of, small_config
+from families.zamba2 import model_of, small_config
 from quintet.errors import ConfigError
 from quintet.models.zamba2 import Zamba2Config, Zamba2ForCausalLM
 from support import relative_error

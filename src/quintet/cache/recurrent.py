@@ -169,10 +169,17 @@ def _stored(old: Tensor | None, new: Tensor) -> Tensor:
     """Return `new` in memory of its own, that of `old` where nothing else may need its content."""
     if old is new:
         return new
-    locked = old is not None and old.is_inference() and not torch.is_inference_mode_enabled()
-    if old is None or locked or old.requires_grad or new.requires_grad:
+    if old is None or _locked(old) or old.requires_grad or new.requires_grad:
         return new.clone()
     return old.copy_(new)
+
+
+def _locked(x: Tensor) -> bool:
+    """Tell whether a tensor was made in inference mode and is used outside of it."""
+    # Compiled code cannot ask.
+    if torch.compiler.is_compiling():
+        return False
+    return x.is_inference() and not torch.is_inference_mode_enabled()
 
 
 def _smaller(a: Tensor | int, b: Tensor | int) -> Tensor | int:

@@ -4,7 +4,6 @@ from typing import Any
 
 import torch
 import transformers
-from torch import Tensor
 
 from quintet.models import deepseek_v2, deepseek_v3
 
@@ -12,9 +11,10 @@ __all__ = [
     "FAMILIES",
     "GROUPS",
     "MODULES",
+    "V2_VARIANTS",
+    "V3_VARIANTS",
     "YARN",
     "absorb",
-    "batch",
     "config_of",
     "model_of",
     "randomise",
@@ -56,6 +56,33 @@ YARN: dict[str, Any] = {
     "mscale_all_dim": 0.707,
     "beta_fast": 32,
     "beta_slow": 1,
+}
+BOTH: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "q-direct": {"q_lora_rank": None},
+    "biases": {"attention_bias": True},
+    "eps": {"rms_norm_eps": 0.05},
+    "yarn": {"rope_scaling": YARN},
+    "yarn-mscale": {"rope_scaling": {**YARN, "mscale": 1.0, "mscale_all_dim": 0.5}},
+    "yarn-temperature": {"rope_scaling": {**YARN, "mscale": None, "mscale_all_dim": None}},
+    "linear": {"rope_scaling": {"rope_type": "linear", "factor": 2.0}},
+    "tied": {"tie_word_embeddings": True},
+    "experts-all": {"first_k_dense_replace": 0},
+    "experts-none": {"first_k_dense_replace": 3},
+    "wide-values": {"v_head_dim": 32, "n_shared_experts": 2},
+}
+V2_VARIANTS: dict[str, dict[str, Any]] = {
+    **BOTH,
+    "groups": GROUPS,
+    "mlp-bias": {"mlp_bias": True, "n_shared_experts": 2},
+    "gelu": {"hidden_act": "gelu"},
+}
+V3_VARIANTS: dict[str, dict[str, Any]] = {
+    **BOTH,
+    "rotated-halves": {"rope_interleave": False},
+    "unnormalised": {"norm_topk_prob": False},
+    "one-group": {"n_group": 1, "topk_group": 1, "rope_theta": 5e4},
+    "all-groups": {"n_group": 2, "topk_group": 2},
 }
 
 
@@ -109,16 +136,3 @@ def absorb(monkeypatch: Any, always: bool) -> None:
         return always
 
     monkeypatch.setattr("quintet.layers.mla.absorbs", chosen)
-
-
-def batch(padding: str, B: int = 3, T: int = 21) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
-    """Ids, mask and, where Transformers needs them to count from the first token, positions."""
-    ids = torch.randint(1, 101, (B, T))
-    mask = torch.ones(B, T, dtype=torch.long)
-    extra = {}
-    if padding == "left":
-        mask[1, :7], mask[2, :2] = 0, 0
-        extra = {"position_ids": (mask.cumsum(-1) - 1).clamp(min=0)}
-    if padding == "right":
-        mask[1, -7:], mask[2, -2:] = 0, 0
-    return ids, mask, extra
