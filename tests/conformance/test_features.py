@@ -89,6 +89,9 @@ def test_router_logits_are_returned_when_asked_for(family: Family, head: str) ->
     experts = {key for key in ("num_experts", "n_routed_experts") if hasattr(model.config, key)}
     E = getattr(model.config, experts.pop())
     assert [tuple(x.shape) for x in routed] == [(B * T, E)] * len(layers)
+    if head == "ForCausalLM":
+        # Where training needs them for its loss, they are still not part of the output.
+        assert "router_logits" not in model.train()(ids, labels=ids)
     model.config.output_router_logits = True
     assert "router_logits" in model(ids)
 

@@ -295,7 +295,7 @@ def test_balance_joins_the_loss_with_its_weight() -> None:
 
 
 def test_training_on_the_balance_alone_balances() -> None:
-    model = model_of(output_router_logits=True)
+    model = model_of(output_router_logits=True, initializer_range=0.02)
     ids = torch.randint(101, (4, 16))
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
     before = model(ids).aux_loss.item()
