@@ -295,3 +295,14 @@ def test_the_bias_steers_the_choice_and_not_the_weights() -> None:
     indices, weights, logits = gate(torch.randn(9, 48))
     assert bool((indices == 5).any(dim=1).all())
     assert torch.allclose(weights, logits.sigmoid().gather(1, indices) * 1.7)
+
+
+def test_a_checkpoint_cut_to_fewer_layers_comes_without_prediction_layers(tmp_path: Path) -> None:
+    whole = model_of("DeepseekV3", num_nextn_predict_layers=1)
+    whole.save_pretrained(tmp_path)
+    with pytest.warns(UserWarning, match="has no place for"):
+        cut = DeepseekV3ForCausalLM.from_pretrained(tmp_path, num_hidden_layers=2)
+    assert cut.config.num_nextn_predict_layers == 0
+    assert len(cut.model.layers) == 2
+    kept = cut.model.layers[1].self_attn.o_proj.weight
+    assert torch.equal(kept, whole.model.layers[1].self_attn.o_proj.weight)

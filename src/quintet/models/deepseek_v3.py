@@ -4,9 +4,9 @@ Also DeepSeek-R1 and Moonlight. Legend: docs/notation.md; Dn, Dr and Dv are the 
 part without positions, of its rotated part and of its value.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from types import MappingProxyType
-from typing import Any
+from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
@@ -110,6 +110,14 @@ class DeepseekV3Config(PreTrainedConfig):
     def head_dim(self) -> int:
         """The size that is rotated, Dr, under the name that rotary code reads."""
         return self.qk_rope_head_dim
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any], **overrides: Any) -> Self:
+        """Build a configuration from the content of a file; fewer layers have no prediction."""
+        if "num_hidden_layers" in overrides:
+            # Prediction layers are named by the number of layers before them.
+            overrides = {"num_nextn_predict_layers": 0, **cls._renamed(overrides)}
+        return super().from_dict(values, **overrides)
 
     def derive(self) -> None:
         """Fill in the key-value heads: latent attention has as many as heads."""
