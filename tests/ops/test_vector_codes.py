@@ -48,9 +48,11 @@ def test_zeros_and_single_peaks(bits: int, dtype: torch.dtype) -> None:
 
 
 def test_what_cannot_be_coded_is_named() -> None:
-    with pytest.raises(InputError, match="5 bits.* 8, 6 or 4"):
+    with pytest.raises(InputError, match=r"5 bits.* 8, 6 or 4"):
         VectorCode(5)
-    with pytest.raises(InputError, match="6 numbers cannot be kept in 6 bits.*multiple of 4; use 8"):
+    with pytest.raises(
+        InputError, match=r"6 numbers cannot be kept in 6 bits.*multiple of 4; use 8"
+    ):
         VectorCode(6).encode(torch.zeros(2, 6))
     with pytest.raises(InputError, match="3 numbers cannot be kept in 4 bits"):
         VectorCode(4).encode(torch.zeros(3))
