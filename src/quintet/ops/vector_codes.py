@@ -54,7 +54,7 @@ class VectorCode:
     def decode(self, codes: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
         """Return the vectors (..., D) of bytes and scales."""
         # The bytes wrap around below zero, which is what they mean when read as signed.
-        numbers = _unpack(codes, self.bits) - 2 ** (self.bits - 1)
+        numbers: Tensor = _unpack(codes, self.bits) - 2 ** (self.bits - 1)
         return numbers.view(torch.int8).to(dtype) * scale.to(dtype)
 
 
