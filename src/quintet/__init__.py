@@ -17,7 +17,7 @@ if TYPE_CHECKING:
         AutoModelForTokenClassification,
         AutoTokenizer,
     )
-    from quintet.cache import Cache, DynamicCache, StaticCache
+    from quintet.cache import Cache, DynamicCache, OffloadedCache, QuantizedCache, StaticCache
     from quintet.configuration import PreTrainedConfig
     from quintet.errors import QuintetError
     from quintet.generation.config import GenerationConfig
@@ -107,10 +107,12 @@ __all__ = [
     "DeepseekV3PreTrainedModel",
     "DynamicCache",
     "GenerationConfig",
+    "OffloadedCache",
     "PreTrainedConfig",
     "PreTrainedModel",
     "PreTrainedTokenizer",
     "PreTrainedTokenizerFast",
+    "QuantizedCache",
     "QuintetError",
     "Qwen2Config",
     "Qwen2ForCausalLM",
@@ -161,7 +163,7 @@ _SUFFIXES = (
 )
 _NAMES = {
     "quintet.auto": [name for name in __all__ if name.startswith("Auto")],
-    "quintet.cache": ["Cache", "DynamicCache", "StaticCache"],
+    "quintet.cache": ["Cache", "DynamicCache", "OffloadedCache", "QuantizedCache", "StaticCache"],
     "quintet.configuration": ["PreTrainedConfig"],
     "quintet.errors": ["QuintetError"],
     "quintet.generation.config": ["GenerationConfig"],
