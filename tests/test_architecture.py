@@ -22,7 +22,7 @@ LADDER = [
     {"ops"},
     {"tokenization", "configuration"},
     {"hub"},
-    {"files"},
+    {"files", "modeloutput"},
     {"errors"},
 ]
 HEIGHT = {name: -rung for rung, names in enumerate(LADDER) for name in names}
