@@ -20,6 +20,7 @@ LADDER = [
     {"layers"},
     {"cache"},
     {"ops"},
+    {"kernels"},
     {"tokenization", "configuration"},
     {"hub"},
     {"files", "modeloutput"},
