@@ -1,6 +1,5 @@
 """Attention in blocks against the formula in float64."""
 
-import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -45,7 +44,7 @@ def error(made: Tensor, exact: Tensor) -> float:
     seed=st.integers(0, 2**30),
 )
 def test_it_is_softmax_attention(
-    best_level: str,
+    all_instructions: None,
     B: int,
     K: int,
     groups: int,
@@ -70,7 +69,7 @@ def test_it_is_softmax_attention(
     assert error(made, formula(q, k, v, start, window, D**-0.5)) < BOUND
 
 
-def test_parts_are_one_vector_and_a_shared_key_is_every_heads(best_level: str) -> None:
+def test_parts_are_one_vector_and_a_shared_key_is_every_heads(all_instructions: None) -> None:
     q = torch.randn(2, 4, 70, 48).bfloat16()
     k = torch.randn(2, 4, 70, 32).bfloat16()
     shared = torch.randn(2, 1, 70, 16).bfloat16()
@@ -84,7 +83,7 @@ def test_parts_are_one_vector_and_a_shared_key_is_every_heads(best_level: str) -
     assert torch.equal(made, whole)
 
 
-def test_scores_of_any_size_stay_finite(best_level: str) -> None:
+def test_scores_of_any_size_stay_finite(all_instructions: None) -> None:
     q = torch.full((1, 1, 60, 16), 300.0).bfloat16()
     k = torch.cat((q, -q), dim=2)
     v = torch.randn(1, 1, 120, 16).bfloat16()
@@ -92,10 +91,12 @@ def test_scores_of_any_size_stay_finite(best_level: str) -> None:
         made = attend((q * sign,), (k,), v, start=60, window=None, scale=1.0)
         assert made is not None
         seen = v[:, :, :60] if sign > 0 else v[:, :, 60:61]
-        torch.testing.assert_close(made[0, 0, 0].float(), seen[0, 0].float().mean(0), rtol=0.02, atol=0.01)
+        torch.testing.assert_close(
+            made[0, 0, 0].float(), seen[0, 0].float().mean(0), rtol=0.02, atol=0.01
+        )
 
 
-def test_what_it_was_not_given_is_not_read(best_level: str) -> None:
+def test_what_it_was_not_given_is_not_read(all_instructions: None) -> None:
     """Keys behind a row's last query may be anything, as in a preallocated cache."""
     q = torch.randn(1, 2, 9, 16).bfloat16()
     k, v = torch.randn(2, 1, 2, 40, 16).bfloat16()
@@ -107,7 +108,7 @@ def test_what_it_was_not_given_is_not_read(best_level: str) -> None:
     assert torch.equal(made, clean)
 
 
-def test_it_leaves_to_torch_what_it_is_not_for(best_level: str) -> None:
+def test_it_leaves_to_torch_what_it_is_not_for(all_instructions: None) -> None:
     q = torch.randn(1, 2, 4, 16).bfloat16()
 
     def made(q: Tensor, v: Tensor) -> Tensor | None:

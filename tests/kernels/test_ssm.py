@@ -93,8 +93,15 @@ def test_it_is_convolution_recurrence_and_gate(
     state = None if first else torch.randn(B, H, P, N)
     counts = torch.randint(0, T + 1, (B,)) if ragged else None
     made, exact = both(projected, weights, window, state, counts)
-    bound = BOUND[dtype]
-    real = torch.ones(B, T, 1) if counts is None else torch.arange(T)[None, :, None] < counts.view(B, 1, 1)
+    # Where a row nearly cancels, its norm magnifies every rounding, those of the steps too.
+    plain = mix_stepwise(projected, weights, window, state, counts, chunk_size=64)
+    off = float((plain.out - exact.out).abs().max() / exact.out.abs().max())
+    bound = max(BOUND[dtype], 3 * off)
+    real = (
+        torch.ones(B, T, 1)
+        if counts is None
+        else torch.arange(T)[None, :, None] < counts.view(B, 1, 1)
+    )
     assert_close(made.out * real, exact.out * real, bound, "out")
     assert torch.equal(made.window, exact.window.to(dtype))
     # Inside, all is in float32 whatever goes in and out.
@@ -114,7 +121,9 @@ def test_it_is_what_runs(level: str) -> None:
 
 
 def test_decays_that_vanish_are_neither_slow_nor_wrong(level: str) -> None:
-    weights = random_weights(2, 16, 1, 16, 4, torch.float32)._replace(A_log=torch.tensor([4.0, -9.0]))
+    weights = random_weights(2, 16, 1, 16, 4, torch.float32)._replace(
+        A_log=torch.tensor([4.0, -9.0])
+    )
     projected = torch.randn(1, 400, 32 + 64 + 2) * 3
     made, exact = both(projected, weights, None, None, None)
     assert_close(made.out, exact.out, 1e-5, "out")
