@@ -119,7 +119,7 @@ class GenerationMixin:
         return torch.cat((ids, *(token[:, None] for token in tokens)), dim=1)
 
     def _device(self) -> torch.device:
-        return cast("torch.nn.Module", self).get_parameter("lm_head.weight").device
+        return next(cast("torch.nn.Module", self).parameters()).device
 
     def _cache_for(self, config: GenerationConfig, length: int) -> Cache | None:
         if config.use_cache is False:

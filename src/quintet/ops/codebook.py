@@ -38,9 +38,7 @@ TABLES = {
         *(0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0),
     ),
     "fp4": tuple(
-        sign * twelfths / 12
-        for sign in (1, -1)
-        for twelfths in (0, 0.0625, 8, 12, 4, 6, 2, 3)
+        sign * twelfths / 12 for sign in (1, -1) for twelfths in (0, 0.0625, 8, 12, 4, 6, 2, 3)
     ),
 }
 

@@ -9,7 +9,12 @@ from quintet.quantization.config import (
     QuantizationConfig,
     Scheme,
 )
-from quintet.quantization.modules import Quantized, QuantizedEmbedding, QuantizedExperts, QuantizedLinear
+from quintet.quantization.modules import (
+    Quantized,
+    QuantizedEmbedding,
+    QuantizedExperts,
+    QuantizedLinear,
+)
 from quintet.quantization.request import Request, requested
 from quintet.quantization.stored import Stored, packed, read, stored
 

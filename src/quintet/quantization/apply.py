@@ -1,6 +1,6 @@
 """A model's modules become quantised ones; their weights follow one by one."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Container, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -148,6 +148,10 @@ def apply(
             made = experts_like(module, scheme.weights, scheme.compute_dtype)
         if made is not None:
             replaced[module] = made.train(module.training)
+    # A module that several share has several names, and any may be the one it is saved under.
+    for path, module in model.named_modules(remove_duplicate=False):
+        if module in replaced:
+            made = replaced[module]
             slots |= {f"{path}.{name}": Slot(made, name) for name in made.matrices}
     for parent in list(model.modules()):
         for name, child in parent._modules.items():
@@ -179,7 +183,7 @@ def is_named(path: str, names: Sequence[str]) -> bool:
 def _cut(weight: Tensor | Encoded, shape: Shape, P: int) -> list[Tensor | Encoded]:
     """Cut a matrix (P · O, I) into P on top of each other."""
     if isinstance(weight, Tensor):
-        return list(weight.split(shape[0]))
+        return list(torch.split(weight, shape[0]))
     cut = {suffix: part.chunk(P) for suffix, part in weight.parts.items()}
     wanted = weight.format.parts(shape)
     if all(
@@ -191,13 +195,16 @@ def _cut(weight: Tensor | Encoded, shape: Shape, P: int) -> list[Tensor | Encode
             for i in range(P)
         ]
     # Blocks reach over the border between two of them.
-    return list(weight.decode(torch.float32).split(shape[0]))
+    return list(torch.split(weight.decode(torch.float32), shape[0]))
 
 
-def parts_on_disk(
-    model: nn.Module, tensors: Mapping[str, Tensor]
+def part_state(
+    model: nn.Module, tensors: Mapping[str, Tensor], tied: Container[str]
 ) -> tuple[dict[str, Tensor], dict[str, tuple[Quantized, str, dict[str, Tensor]]]]:
-    """Part a state dict into what is plain, and the parts of each quantised matrix by its name."""
+    """Part a state dict into what is plain, and the parts of each quantised matrix by its name.
+
+    Names in `tied` are second ones, and matrices under them are left out.
+    """
     plain, parted = dict(tensors), {}
     seen: set[Quantized] = set()
     for path, module in model.named_modules(remove_duplicate=False):
@@ -207,7 +214,8 @@ def parts_on_disk(
             suffixes = module.format.parts(shape)
             weight = f"{path}.{name}"
             parts = {s: plain.pop(weight + s) for s in suffixes if weight + s in plain}
-            if module not in seen and len(parts) == len(suffixes):
+            if weight not in tied and module not in seen and len(parts) == len(suffixes):
                 parted[weight] = (module, name, parts)
-        seen.add(module)
+        if not any(f"{path}.{name}" in tied for name in module.matrices):
+            seen.add(module)
     return plain, parted

@@ -75,7 +75,9 @@ class WeightFormat(ABC):
         """Return, for each tensor on disk, its name and shape; that of the key "" comes first."""
         return {suffix: (weight + suffix, part.shape) for suffix, part in self.parts(shape).items()}
 
-    def pack(self, weight: str, parts: Parts, shape: Shape, dtype: torch.dtype) -> dict[str, Tensor]:
+    def pack(
+        self, weight: str, parts: Parts, shape: Shape, dtype: torch.dtype
+    ) -> dict[str, Tensor]:
         """Name the parts as they are written; `dtype` is what the model computes in."""
         return {weight + suffix: part for suffix, part in parts.items()}
 

@@ -124,6 +124,8 @@ class QuantizedLinear(Quantized, LinearMap):
         compute_dtype: what inputs are converted to before they are multiplied; None for no change.
     """
 
+    bias: nn.Parameter | None
+
     def __init__(
         self,
         in_features: int,
@@ -178,16 +180,19 @@ class QuantizedEmbedding(Quantized):
         self.embedding_dim = embedding_dim
         self.padding_idx = padding_idx
         self.hold("weight", (num_embeddings, embedding_dim), device=device)
-        # Follows model.to(dtype), as the weights of other modules do.
-        like = torch.empty(0, dtype=dtype, device=device)
-        self.register_buffer("made_as", like, persistent=False)
+        self.dtype = dtype
 
     def forward(self, ids: Tensor) -> Tensor:
         """Map ids (B, T) to (B, T, C)."""
         rows = {suffix: part[ids.reshape(-1)] for suffix, part in self.parts("weight").items()}
         shape = (ids.numel(), self.embedding_dim)
-        made = self.format.decode(rows, shape, self.get_buffer("made_as").dtype)
+        made = self.format.decode(rows, shape, self.dtype)
         return made.view(*ids.shape, self.embedding_dim)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        # model.to(bfloat16) changes what is returned, as it does for embeddings of numbers.
+        self.dtype = fn(torch.empty(0, dtype=self.dtype)).dtype
+        return super()._apply(fn, recurse)
 
     def extra_repr(self) -> str:
         """Show the sizes in `print(model)`."""
@@ -228,9 +233,7 @@ class QuantizedExperts(Quantized):
 
     def _map(self, name: str, expert: int, x: Tensor) -> Tensor:
         shape, (_, P) = self.matrices[name]
-        made = [
-            self.format.linear(x, self.parts(name, (expert, p)), shape, None) for p in range(P)
-        ]
+        made = [self.format.linear(x, self.parts(name, (expert, p)), shape, None) for p in range(P)]
         return made[0] if P == 1 else torch.cat(made, dim=-1)
 
     def extra_repr(self) -> str:

@@ -52,9 +52,7 @@ class Request:
         return None if self.target is None else self.target.scheme()
 
 
-def requested(
-    held: Any, quantize: str | None, asked: Any, device: torch.device
-) -> Request:
+def requested(held: Any, quantize: str | None, asked: Any, device: torch.device) -> Request:
     """Settle what `quantize`, `quantization_config` and the files' own configuration come to.
 
     Without a wish, a model stays what its files are; FP8 only where the device multiplies it, and

@@ -1,6 +1,6 @@
 """Matrices between a checkpoint's files and a model: what a file holds them as, and back."""
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from quintet.checkpoint import StackExperts, TensorInfo, pieces
-from quintet.quantization.apply import Encoded, parts_on_disk
+from quintet.quantization.apply import Encoded, part_state
 from quintet.quantization.config import QuantizationConfig
 from quintet.quantization.formats import Shape, WeightFormat
 
@@ -59,9 +59,7 @@ def stored(
     return result
 
 
-def read(
-    source: Source, wanted: Mapping[str, Stored]
-) -> Iterator[tuple[str, Tensor | Encoded]]:
+def read(source: Source, wanted: Mapping[str, Stored]) -> Iterator[tuple[str, Tensor | Encoded]]:
     """Read tensors, those that are quantised with all that belongs to them.
 
     Scales are taken first, as views of the mapped files, so that no weight has to wait for its own.
@@ -90,7 +88,7 @@ def packed(
     tensors: Mapping[str, Tensor],
     rules: Sequence[StackExperts],
     *,
-    tied: Iterable[str],
+    tied: Container[str],
     dtype: torch.dtype,
 ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     """Part a state dict into plain tensors, and those of quantised matrices as they are on disk.
@@ -99,11 +97,9 @@ def packed(
         tied: names of tensors that are others under a second name; they are left out.
         dtype: what the model computes in.
     """
-    plain, parted = parts_on_disk(model, tensors)
+    plain, parted = part_state(model, tensors, tied)
     files: dict[str, Tensor] = {}
     for weight, (module, name, parts) in parted.items():
-        if weight in tied:
-            continue
         (rows, *rest), stack = module.matrices[name]
         if not stack:
             files |= module.format.pack(weight, parts, (rows, *rest), dtype)
