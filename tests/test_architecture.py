@@ -23,7 +23,7 @@ LADDER = [
     {"ops"},
     {"tokenization", "configuration"},
     {"hub"},
-    {"files"},
+    {"files", "modeloutput"},
     {"errors"},
 ]
 HEIGHT = {name: -rung for rung, names in enumerate(LADDER) for name in names}
