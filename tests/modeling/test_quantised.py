@@ -21,8 +21,8 @@ from quintet.quantization import (
     FineGrainedFP8Config,
     Int4Config,
     Int8Config,
-    Quantized,
     QuantizationConfig,
+    Quantized,
     QuantizedEmbedding,
     QuantizedExperts,
     QuantizedLinear,
@@ -331,5 +331,5 @@ def test_wishes_that_contradict_or_do_not_exist_are_refused(saved: Path) -> None
         load(saved, quantize="int8", quantization_config=Int4Config())
     with pytest.raises(InputError, match="has to be one of int8, int4, nf4, fp8, none"):
         load(saved, quantize="int7")
-    with pytest.raises(InputError, match="load_in_8bit: .*BitsAndBytesConfig"):
+    with pytest.raises(InputError, match=r"load_in_8bit: .*BitsAndBytesConfig"):
         load(saved, load_in_8bit=True)

@@ -303,7 +303,7 @@ class PreTrainedModel(nn.Module):
 
     @property
     def dtype(self) -> torch.dtype:
-        """The dtype of the first floating-point parameter, but for those that are always float32."""
+        """The dtype of the first parameter that is not always float32."""
         dtypes = (
             parameter.dtype
             for name, parameter in self.named_parameters()
