@@ -21,6 +21,7 @@ LADDER = [
     {"layers"},
     {"cache"},
     {"ops"},
+    {"kernels"},
     {"tokenization", "configuration"},
     {"hub"},
     {"files", "modeloutput"},
