@@ -63,8 +63,8 @@ def mamba2(
     convolved, dt, y = torch.empty(B, T, C), torch.empty(B, T, H), torch.empty(B, T, inner)
     out = projected.new_empty(B, T, inner)
     numbers = (REAL * 3)(*dt_limits, eps)
-    tensors = (projected, taps, conv_bias, window, next_window, *scalars, counts, state)
-    tensors += (convolved, dt, y, norm, out)
+    tensors = [projected, taps, conv_bias, window, next_window, *scalars, counts, state]
+    tensors += [convolved, dt, y, norm, out]
     addresses = [0 if x is None else x.data_ptr() for x in tensors]
     function(pointers((B, T, H, P, num_groups, N, W, *addresses, ctypes.addressof(numbers))))
     return out, next_window, state, convolved, dt
