@@ -7,9 +7,10 @@ import torch
 from torch import Tensor, nn
 
 from quintet.checkpoint import Piece, Weights
-from quintet.errors import CheckpointError
+from quintet.errors import CheckpointError, InputError
 from quintet.modeling.naming import Naming
 from quintet.modeling.progress import Progress
+from quintet.quantization import Encoded, Slot, read
 
 if TYPE_CHECKING:
     from quintet.modeling.base import PreTrainedModel
@@ -26,25 +27,36 @@ class Filler:
     Args:
         dtype: of what is not kept in float32.
         device_of: where the tensor of a name is to be.
+        slots: what takes in the tensors of a name that are held quantised.
     """
 
     def __init__(
-        self, model: "PreTrainedModel", dtype: torch.dtype, device_of: Callable[[str], torch.device]
+        self,
+        model: "PreTrainedModel",
+        dtype: torch.dtype,
+        device_of: Callable[[str], torch.device],
+        slots: Mapping[str, Slot],
     ) -> None:
-        self.model, self.dtype, self.device_of = model, dtype, device_of
+        self.model, self.dtype, self.device_of, self.slots = model, dtype, device_of, slots
         self._tensors: dict[str, Tensor] = dict(model.state_dict(keep_vars=True))
 
-    def put(self, name: str, piece: Piece, tensor: Tensor) -> bool:
+    def put(self, name: str, piece: Piece, weight: Tensor | Encoded) -> bool:
         """Put a tensor of the checkpoint where it belongs, and tell whether its memory is kept.
 
         Raises:
-            CheckpointError: its numbers mean nothing by themselves.
+            CheckpointError: its numbers mean nothing by themselves, or are not finite.
         """
-        dtype, device = self.stored_dtype(name, piece, tensor.dtype), self.device_of(name)
+        if isinstance(weight, Tensor):
+            _check_dtype(piece.name, weight.dtype)
+        dtype, device = self.dtype_of(name), self.device_of(name)
+        if name in self.slots:
+            self.slots[name].take(weight, piece.place, device, piece.name)
+            return False
+        tensor = weight.decode(dtype) if isinstance(weight, Encoded) else weight
         if piece.place is None:
             placed = tensor.to(device, dtype)
             assign(self.model, name, placed)
-            return placed is tensor
+            return placed is weight
         if self._tensors[name].is_meta:
             shape = self._tensors[name].shape
             self._tensors[name] = torch.empty(shape, dtype=dtype, device=device)
@@ -68,19 +80,6 @@ class Filler:
         """Return what a tensor of the model is kept in."""
         return torch.float32 if name.endswith(self.model.keep_in_fp32) else self.dtype
 
-    def stored_dtype(self, name: str, piece: Piece, saved: torch.dtype) -> torch.dtype:
-        """Return what a tensor that was saved in a dtype is kept in.
-
-        Raises:
-            CheckpointError: its numbers mean nothing by themselves.
-        """
-        if not saved.is_floating_point or saved.itemsize == 1:
-            raise CheckpointError(
-                f"{piece.name} is stored as {saved}, which a weight of a model that is not "
-                "quantised cannot be; use a copy of the model in bfloat16"
-            )
-        return self.dtype_of(name)
-
 
 def fill(filler: Filler, naming: Naming, weights: Weights, where: str) -> None:
     """Read what a model needs and put it into place.
@@ -88,16 +87,23 @@ def fill(filler: Filler, naming: Naming, weights: Weights, where: str) -> None:
     Raises:
         CheckpointError: a tensor cannot be read, or is there twice with different values.
     """
+    if shapeless := [name for name in naming.reshaped if name in filler.slots]:
+        raise InputError(
+            f"ignore_mismatched_sizes lets {', '.join(shapeless)} start from random weights, which "
+            "cannot be trained where they are quantised; load without quantisation"
+        )
     # Before reading: a head may be there in part, and what is read must stay.
     filler.draw(naming.fresh)
     _check_aliases(naming.aliases, weights, where)
-    sizes = {name: weights.tensors[name].nbytes for name in naming.wanted}
+    files = {name: [file for file, _ in one.files.values()] for name, one in naming.stored.items()}
+    sizes = {n: sum(weights.tensors[f].nbytes for f in fs) for n, fs in files.items()}
     progress = Progress("loading", sum(sizes.values()))
     try:
-        for in_file, tensor in weights.read(naming.wanted):
+        for in_file, weight in read(weights, naming.stored):
             name, piece = naming.wanted[in_file]
-            if not filler.put(name, piece, tensor):
-                weights.forget(in_file)
+            if not filler.put(name, piece, weight):
+                for file in files[in_file]:
+                    weights.forget(file)
             progress.add(sizes[in_file])
     finally:
         progress.close()
@@ -117,7 +123,7 @@ def _check_aliases(aliases: Mapping[str, str], weights: Weights, where: str) -> 
     """Refuse two names of one tensor of the model that hold different values."""
     for second, first in aliases.items():
         pair = dict(weights.read([first, second]))
-        if not torch.equal(pair[first], pair[second]):
+        if not _identical(pair[first], pair[second]):
             raise CheckpointError(
                 f"{where}: {second} and {first} are one tensor of the model, and there with "
                 "different values, of which one would be lost; if they are two, the config has "
@@ -125,3 +131,19 @@ def _check_aliases(aliases: Mapping[str, str], weights: Weights, where: str) -> 
             )
         weights.forget(first)
         weights.forget(second)
+
+
+def _identical(one: Tensor, other: Tensor) -> bool:
+    if one.dtype != other.dtype or one.shape != other.shape:
+        return False
+    # By their bytes: numbers that are not finite are equal, too, and FP8 has no comparison.
+    first, second = (t.contiguous().reshape(-1).view(torch.uint8) for t in (one, other))
+    return torch.equal(first, second)
+
+
+def _check_dtype(name: str, saved: torch.dtype) -> None:
+    if not saved.is_floating_point or saved.itemsize == 1:
+        raise CheckpointError(
+            f"{name} is stored as {saved}, which says nothing without the quantization_config that "
+            "config.json lacks; use a copy of the model in bfloat16"
+        )

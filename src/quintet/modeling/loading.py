@@ -27,13 +27,14 @@ from quintet.checkpoint import (
     split_tensors,
 )
 from quintet.configuration.base import PreTrainedConfig, read_config
-from quintet.errors import InputError, UnsupportedModelError, listed
+from quintet.errors import InputError, listed
 from quintet.generation.config import GENERATION_CONFIG_NAME, GenerationConfig
 from quintet.hub import CONFIG_PATTERNS, locate, locate_weights
 from quintet.modeling.filling import Filler, fill
 from quintet.modeling.naming import Naming, name_tensors
 from quintet.modeling.placement import DeviceMap, named_dtype, single_device
 from quintet.modeling.skeleton import skeleton
+from quintet.quantization import QuantizationConfig, requested
 
 if TYPE_CHECKING:
     from quintet.modeling.base import PreTrainedModel
@@ -88,6 +89,8 @@ class Options:
     state_dict: Mapping[str, Tensor] | None = None
     key_mapping: Mapping[str, str] | None = None
     ignore_mismatched_sizes: bool = False
+    quantize: str | None = None
+    quantization_config: QuantizationConfig | Mapping[str, Any] | None = None
 
 
 def load(
@@ -101,20 +104,30 @@ def load(
     device = single_device(options.device_map)
     root = None if source is None else source.locate(weights=options.state_dict is None)
     config = _config(cls, source, root, config, overrides)
-    _refuse_quantised(config, root)
+    request = requested(
+        vars(config).get("quantization_config"),
+        options.quantize,
+        options.quantization_config,
+        device,
+    )
     weights = _weights(source, root, options)
     target = _target_dtype(options.dtype, config, weights.tensors)
     where = "state_dict" if root is None or options.state_dict is not None else str(root)
 
     model = skeleton(cls, config)
     naming = name_tensors(
-        model, weights.tensors, ignore_mismatched_sizes=options.ignore_mismatched_sizes
+        model,
+        weights.tensors,
+        held_as=request.source,
+        ignore_mismatched_sizes=options.ignore_mismatched_sizes,
     )
     naming.difference.raise_if_incomplete(where)
-    fill(Filler(model, target, lambda name: device), naming, weights, where)
+    slots = {} if request.scheme is None else model.quantize_modules(request.scheme, target)
+    fill(Filler(model, target, lambda name: device, slots), naming, weights, where)
     model.drop(naming.optional)
     model.tie_weights()
     model.to(device)
+    model.note_quantization(request.target)
     _tell(model, where, naming)
 
     config.dtype = str(target).removeprefix("torch.")
@@ -126,13 +139,19 @@ def load(
 def write(
     directory: str | os.PathLike[str],
     tensors: Mapping[str, Tensor],
+    files: Mapping[str, Tensor],
     *,
     rules: Sequence[StackExperts],
     max_shard_size: int | str,
     texts: Mapping[str, str],
 ) -> None:
-    """Write weights and the files beside them; see `PreTrainedModel.save_pretrained`."""
-    named = dict(split_tensors(tensors, rules))
+    """Write weights and the files beside them; see `PreTrainedModel.save_pretrained`.
+
+    Args:
+        tensors: named as in the model.
+        files: named as on disk already.
+    """
+    named = {**dict(split_tensors(tensors, rules)), **files}
     save(Path(directory), named, max_shard_size=max_shard_size, text_files=texts)
 
 
@@ -167,17 +186,6 @@ def _weights(source: Source | None, root: Path | None, options: Options) -> Weig
     else:
         weights = Checkpoint.open(root, variant=source.variant)
     return Renamed(weights, options.key_mapping) if options.key_mapping else weights
-
-
-def _refuse_quantised(config: PreTrainedConfig, root: Path | None) -> None:
-    """Refuse weights that mean something only together with scales nobody here would apply."""
-    settings = vars(config).get("quantization_config")
-    if settings:
-        method = settings.get("quant_method") if isinstance(settings, dict) else settings
-        raise UnsupportedModelError(
-            f"{root or 'the model'} is quantised (quant_method={method!r}), which is not in this "
-            "version; use a copy of the model in bfloat16"
-        )
 
 
 def _tell(model: "PreTrainedModel", where: str, naming: Naming) -> None:
@@ -227,9 +235,8 @@ def _check_overrides(
 
 # What Transformers takes, and people will try.
 ABSENT = {
-    "quantization_config": "quantisation",
-    "load_in_8bit": "quantisation",
-    "load_in_4bit": "quantisation",
+    "load_in_8bit": "quantisation outside of quantization_config=BitsAndBytesConfig(...)",
+    "load_in_4bit": "quantisation outside of quantization_config=BitsAndBytesConfig(...)",
     "max_memory": "placing a model on several devices",
     "offload_folder": "offloading",
     "tp_plan": "tensor parallelism",
@@ -247,6 +254,7 @@ def _target_dtype(
     if dtype is None:
         return torch.get_default_dtype()
     if dtype == "auto":
-        saved = (t.dtype for t in tensors.values() if t.dtype.is_floating_point)
+        floats = (t.dtype for t in tensors.values() if t.dtype.is_floating_point)
+        saved = (found for found in floats if found.itemsize > 1)
         return config.torch_dtype or next(saved, torch.get_default_dtype())
     return named_dtype(dtype)

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from quintet.checkpoint import Difference, Mismatch, Piece, TensorInfo, compare, pieces
+from quintet.quantization import QuantizationConfig, Stored, stored
 
 if TYPE_CHECKING:
     from quintet.modeling.base import PreTrainedModel
@@ -23,6 +24,7 @@ class Naming:
     Attributes:
         wanted: the tensors to read, by their name in the checkpoint: whose they are in the
             model, and which part of it.
+        stored: how the checkpoint holds each of them, quantised ones as several tensors.
         absent: parameters of a new head, which begin with random weights.
         reshaped: parameters that begin with random weights as the checkpoint has other shapes.
         difference: what keeps the model from being complete.
@@ -33,6 +35,7 @@ class Naming:
     """
 
     wanted: Mapping[str, tuple[str, Piece]]
+    stored: Mapping[str, Stored]
     absent: tuple[str, ...]
     reshaped: tuple[str, ...]
     difference: Difference
@@ -65,12 +68,14 @@ def name_tensors(
     model: "PreTrainedModel",
     tensors: Mapping[str, TensorInfo],
     *,
+    held_as: QuantizationConfig | None = None,
     ignore_mismatched_sizes: bool = False,
 ) -> Naming:
     """Hold the tensors of a model against those of a checkpoint.
 
     The checkpoint may be with or without a head, and may hold experts stacked already.
-    `ignore_mismatched_sizes` lets tensors begin fresh whose shape is another.
+    `held_as` says how its matrices are quantised, and `ignore_mismatched_sizes` lets tensors
+    begin fresh whose shape is another.
     """
     tied, optional = model.tied_names(), model.optional_names(tensors)
     expected = {
@@ -109,26 +114,49 @@ def name_tensors(
     )
     for name in absent:
         del plan[name]
-    needed = {part.name: part.shape for parts in plan.values() for part in parts}
-    found = {name: tensors[name] for name in needed if name in tensors}
-    difference = compare(needed, found)
+    there = _stored(plan, tensors, held_as)
+    difference = _compare(there, tensors)
     reshaped: tuple[str, ...] = ()
     mismatched: tuple[Mismatch, ...] = ()
+    used = _files(there)
     if ignore_mismatched_sizes:
         mismatched = tuple(difference.mismatched)
         other = {item.name for item in mismatched}
-        reshaped = tuple(n for n, parts in plan.items() if other & {part.name for part in parts})
+        reshaped = tuple(
+            name
+            for name, parts in plan.items()
+            if any(other & set(_files({part.name: there[part.name]})) for part in parts)
+        )
         for name in reshaped:
-            needed = {n: s for n, s in needed.items() if n not in {p.name for p in plan[name]}}
-            del plan[name]
-        difference = compare(needed, {name: tensors[name] for name in needed if name in tensors})
+            for part in plan.pop(name):
+                del there[part.name]
+        difference = _compare(there, tensors)
     return Naming(
         wanted={part.name: (name, part) for name, parts in plan.items() for part in parts},
+        stored=there,
         absent=absent,
         reshaped=reshaped,
         difference=difference,
         mismatched=mismatched,
-        aliases={second: first for second, first in aliases.items() if first in needed},
+        aliases={second: first for second, first in aliases.items() if first in there},
         optional=optional,
-        unused=tuple(sorted(set(tensors) - set(found) - set(aliases))),
+        unused=tuple(sorted(set(tensors) - set(used) - set(aliases))),
     )
+
+
+def _stored(
+    plan: Mapping[str, list[Piece]],
+    tensors: Mapping[str, TensorInfo],
+    held_as: QuantizationConfig | None,
+) -> dict[str, Stored]:
+    needed = {part.name: part.shape for parts in plan.values() for part in parts}
+    return stored(needed, tensors, held_as)
+
+
+def _files(there: Mapping[str, Stored]) -> dict[str, Shape]:
+    return dict(file for one in there.values() for file in one.files.values())
+
+
+def _compare(there: Mapping[str, Stored], tensors: Mapping[str, TensorInfo]) -> Difference:
+    files = _files(there)
+    return compare(files, {name: tensors[name] for name in files if name in tensors})
