@@ -16,6 +16,7 @@ LADDER = [
     {"models"},
     {"modeling"},
     {"generation"},
+    {"quantization"},
     {"checkpoint"},
     {"layers"},
     {"cache"},

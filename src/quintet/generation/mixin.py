@@ -213,7 +213,7 @@ class GenerationMixin:
         return config
 
     def _device(self) -> torch.device:
-        return cast("torch.nn.Module", self).get_parameter("lm_head.weight").device
+        return next(cast("torch.nn.Module", self).parameters()).device
 
     def _cache_for(self, config: GenerationConfig, past: Cache | None, length: int) -> Cache | None:
         if past is not None:
