@@ -7,12 +7,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from quintet.kernels.linear import MOST_VECTORS, Matrix, linears, widen
 from quintet.layers.linear import Linear
-from quintet.ops.quantized import (
-    dequantize_int4,
-    dequantize_int8,
-    quantize_int4,
-    quantize_int8,
-)
+from quintet.ops.quantized import quantize_int4, quantize_int8
 from support import relative_error
 
 BOUND = {torch.float32: 1e-5, torch.bfloat16: 2**-8}
@@ -89,8 +84,10 @@ def quantized(kind: str, w: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 def numbers(kind: str, w: Matrix, columns: int, dtype: torch.dtype) -> torch.Tensor:
     assert w.scale is not None
     if kind == "int8":
-        return dequantize_int8(w.weight, w.scale, dtype)
-    return dequantize_int4(w.weight, w.scale, columns, dtype)
+        return (w.weight.float() * w.scale[..., None]).to(dtype)
+    halves = w.weight.unflatten(-1, (-1, 32))
+    levels = torch.cat((halves & 15, halves >> 4), dim=-1).float() - 8
+    return (levels * w.scale.float()[..., None]).flatten(-2)[..., :columns].to(dtype)
 
 
 KINDS = pytest.mark.parametrize("kind", ["int8", "int4"])
