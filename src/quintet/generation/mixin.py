@@ -198,7 +198,7 @@ class GenerationMixin:
         return config
 
     def _device(self) -> torch.device:
-        return cast("torch.nn.Module", self).get_parameter("lm_head.weight").device
+        return next(cast("torch.nn.Module", self).parameters()).device
 
     def _guidance(
         self, config: GenerationConfig, ids: Tensor | None, mask: Tensor | None
