@@ -83,9 +83,11 @@ class Worker:
     def _read(self) -> dict[str, Any]:
         assert self._process.stdout is not None
         line = self._process.stdout.readline()
-        answer: dict[str, Any] = {"error": f"the process ended with {self._process.wait()}"}
+        answer: dict[str, Any]
         if line:
             answer = json.loads(line)
+        else:
+            answer = {"error": f"the process ended with {self._process.wait()}"}
         self.error = answer.get("error")
         return answer
 

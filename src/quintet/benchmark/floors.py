@@ -20,6 +20,7 @@ from quintet.layers.moe import Experts
 from quintet.layers.shared_transformer import Adapters
 from quintet.modeling.decoder import DecoderModel
 from quintet.modeling.heads import CausalLMHead
+from quintet.quantization.modules import QuantizedEmbedding, QuantizedExperts
 
 __all__ = ["StepBytes", "prompt_flops", "step_bytes"]
 
@@ -98,10 +99,10 @@ def _decoder(model: CausalLMHead, own: Callable[[nn.Module], float], tokens: int
 def _inside(
     module: nn.Module, own: Callable[[nn.Module], float], tokens: int, active: int
 ) -> float:
-    if isinstance(module, nn.Embedding):
+    if isinstance(module, nn.Embedding | QuantizedEmbedding):
         return own(module) * tokens / module.num_embeddings
-    if isinstance(module, Experts):
-        missed = (1 - active / module.down_proj.shape[0]) ** tokens
+    if isinstance(module, Experts | QuantizedExperts):
+        missed = (1 - active / module.num_experts) ** tokens
         return own(module) * (1 - missed)
     parts = [_inside(child, own, tokens, active) for child in module.children()]
     return own(module) + (sum(parts) / len(parts) if isinstance(module, Adapters) else sum(parts))

@@ -15,7 +15,7 @@ import torch
 __all__ = ["Bandwidth", "Load", "Machine", "gemm_peak", "peak_memory", "read_bandwidth"]
 
 # Far larger than the caches of a CPU.
-_READ_BYTES = 512 * 2**20
+_READ_BYTES = 256 * 2**20
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,17 +68,17 @@ class Bandwidth:
 def read_bandwidth() -> Bandwidth:
     """Measure how fast all threads together read memory."""
     buffer = torch.ones(_READ_BYTES // 4, dtype=torch.float32)
-    seconds = _fastest(lambda: buffer.sum(), 7)
+    seconds = _fastest(lambda: buffer.sum())
     return Bandwidth(buffer.nbytes / seconds, "torch.sum, which understates it")
 
 
 def gemm_peak(dtype: torch.dtype) -> float:
     """Measure the most floating-point operations a second of a matrix product in `dtype`."""
     best = 0.0
-    for tokens, inputs, outputs in ((512, 2048, 2048), (512, 4096, 4096), (1024, 2048, 8192)):
+    for tokens, inputs, outputs in ((512, 2048, 2048), (512, 4096, 4096)):
         x = torch.randn(tokens, inputs).to(dtype)
         w = torch.randn(outputs, inputs).to(dtype)
-        seconds = _fastest(lambda x=x, w=w: torch.nn.functional.linear(x, w), 5)  # type: ignore[misc]
+        seconds = _fastest(lambda x=x, w=w: torch.nn.functional.linear(x, w))  # type: ignore[misc]
         best = max(best, 2 * tokens * inputs * outputs / seconds)
     return best
 
@@ -132,9 +132,10 @@ def _processor_times() -> tuple[float, float, float] | None:
     return (busy + idle + wait + stolen) / ticks, busy / ticks, stolen / ticks
 
 
-def _fastest(run: Callable[[], object], times: int) -> float:
-    seconds = []
-    for _ in range(times):
+def _fastest(run: Callable[[], object], budget: float = 0.5) -> float:
+    """Return the seconds of the fastest run, of at least two and as many as `budget` allows."""
+    seconds: list[float] = []
+    while len(seconds) < 2 or sum(seconds) < budget:
         started = time.perf_counter()
         run()
         seconds.append(time.perf_counter() - started)
