@@ -31,6 +31,7 @@ clean:
 	@echo "installing quintet into .venv (once; torch is large)" >&2
 	@$(INSTALL) torch
 	@$(INSTALL) -e .
+	@$(BIN)/python -m quintet.kernels >&2
 	@touch $@
 
 .venv/dev: .venv/base

@@ -16,13 +16,15 @@ LADDER = [
     {"models"},
     {"modeling"},
     {"generation"},
+    {"quantization"},
     {"checkpoint"},
     {"layers"},
     {"cache"},
     {"ops"},
+    {"kernels"},
     {"tokenization", "configuration"},
     {"hub"},
-    {"files"},
+    {"files", "modeloutput"},
     {"errors"},
 ]
 HEIGHT = {name: -rung for rung, names in enumerate(LADDER) for name in names}

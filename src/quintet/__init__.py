@@ -17,7 +17,7 @@ if TYPE_CHECKING:
         AutoModelForTokenClassification,
         AutoTokenizer,
     )
-    from quintet.cache import Cache, DynamicCache, StaticCache
+    from quintet.cache import Cache, DynamicCache, OffloadedCache, QuantizedCache, StaticCache
     from quintet.configuration import PreTrainedConfig
     from quintet.errors import QuintetError
     from quintet.generation.config import GenerationConfig
@@ -71,6 +71,12 @@ if TYPE_CHECKING:
         Zamba2PreTrainedModel,
     )
     from quintet.pipelines import pipeline
+    from quintet.quantization import (
+        BitsAndBytesConfig,
+        FineGrainedFP8Config,
+        Int4Config,
+        Int8Config,
+    )
     from quintet.tokenization import (
         BatchEncoding,
         PreTrainedTokenizer,
@@ -90,6 +96,7 @@ __all__ = [
     "AutoModelForTokenClassification",
     "AutoTokenizer",
     "BatchEncoding",
+    "BitsAndBytesConfig",
     "Cache",
     "DeepseekV2Config",
     "DeepseekV2ForCausalLM",
@@ -106,11 +113,16 @@ __all__ = [
     "DeepseekV3Model",
     "DeepseekV3PreTrainedModel",
     "DynamicCache",
+    "FineGrainedFP8Config",
     "GenerationConfig",
+    "Int4Config",
+    "Int8Config",
+    "OffloadedCache",
     "PreTrainedConfig",
     "PreTrainedModel",
     "PreTrainedTokenizer",
     "PreTrainedTokenizerFast",
+    "QuantizedCache",
     "QuintetError",
     "Qwen2Config",
     "Qwen2ForCausalLM",
@@ -161,7 +173,7 @@ _SUFFIXES = (
 )
 _NAMES = {
     "quintet.auto": [name for name in __all__ if name.startswith("Auto")],
-    "quintet.cache": ["Cache", "DynamicCache", "StaticCache"],
+    "quintet.cache": ["Cache", "DynamicCache", "OffloadedCache", "QuantizedCache", "StaticCache"],
     "quintet.configuration": ["PreTrainedConfig"],
     "quintet.errors": ["QuintetError"],
     "quintet.generation.config": ["GenerationConfig"],
@@ -173,6 +185,12 @@ _NAMES = {
         for module, prefix in _FAMILIES.items()
     },
     "quintet.pipelines": ["pipeline"],
+    "quintet.quantization": [
+        "BitsAndBytesConfig",
+        "FineGrainedFP8Config",
+        "Int4Config",
+        "Int8Config",
+    ],
     "quintet.tokenization": [
         "BatchEncoding",
         "PreTrainedTokenizer",

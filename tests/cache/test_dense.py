@@ -1,4 +1,4 @@
-"""Growing and preallocated caches hold what a plain list of token vectors for each row holds."""
+"""Caches of every kind hold what a plain list of token vectors for each row holds."""
 
 from typing import Any
 
@@ -8,17 +8,29 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from quintet.cache import Cache, DynamicCache, Span, StaticCache
+from quintet.cache import (
+    Cache,
+    DynamicCache,
+    OffloadedCache,
+    QuantizedCache,
+    Span,
+    StaticCache,
+)
 from quintet.errors import ContextLengthError, InputError
+from quintet.ops.vector_codes import BITS, VectorCode
 from support import small_config
 
-LAYERS, K, D, CAPACITY = 2, 2, 3, 24
+LAYERS, K, D, CAPACITY = 2, 2, 4, 24
 CPU = torch.device("cpu")
 CONFIG = small_config(num_hidden_layers=LAYERS)
 
 
 def caches() -> list[Cache]:
     return [DynamicCache(CONFIG), StaticCache(CONFIG, CAPACITY)]
+
+
+def code_of(cache: Cache) -> VectorCode | None:
+    return VectorCode(cache.nbits) if isinstance(cache, QuantizedCache) else None
 
 
 def vectors(tokens: Tensor, layer: int, part: int) -> Tensor:
@@ -36,12 +48,16 @@ def append(cache: Cache, tokens: Tensor, counts: Tensor | None = None) -> list[t
     return held
 
 
-def assert_rows(held: list[tuple[Any, Any]], rows: list[list[int]]) -> None:
+def assert_rows(
+    held: list[tuple[Any, Any]], rows: list[list[int]], code: VectorCode | None = None
+) -> None:
     for layer, pair in enumerate(held):
         for part, stored in enumerate(pair):
             assert stored.isfinite().all()
             for b, row in enumerate(rows):
                 expected = vectors(torch.tensor([row]), layer, part)[0]
+                if code is not None:
+                    expected = code.decode(*code.encode(expected), expected.dtype)
                 assert torch.equal(stored[b, :, : len(row)], expected), (layer, part, b)
 
 
@@ -98,7 +114,7 @@ def apply(name: str, value: Any, cache: Cache, model: Model, tokens: Tensor) -> 
             row + new[:count]
             for row, new, count in zip(model.rows, tokens.tolist(), kept, strict=True)
         ]
-        assert_rows(held, after)
+        assert_rows(held, after, code_of(cache))
     elif name == "fail":
         span = cache.span(B, value, CPU, None)
         cache.update(vectors(tokens, 0, 0), vectors(tokens, 0, 1), 0, span)
@@ -150,22 +166,23 @@ def possible(name: str, value: Any, model: Model) -> bool:
 def test_any_operations_leave_what_a_list_of_tokens_would_hold(
     rows: int, operations: list[tuple[str, Any]]
 ) -> None:
-    both, model = caches(), Model(rows)
+    every = [*caches(), OffloadedCache(CONFIG), *(QuantizedCache(CONFIG, bits) for bits in BITS)]
+    model = Model(rows)
     operations = [("append", 2), *operations]  # before, a cache does not know how many rows
     for name, value in operations:
         if not possible(name, value, model):
             continue
         T = max(*value[: len(model.rows)], 1) if name == "ragged" else value
         tokens = model.fresh(T) if name in ("append", "ragged", "fail") else torch.empty(0)
-        for cache in both:
+        for cache in every:
             apply(name, value, cache, model, tokens)
         apply_to_model(name, value, model, tokens)
-        for cache in both:
+        for cache in every:
             assert cache.lengths(len(model.rows)).tolist() == [len(row) for row in model.rows]
             assert cache.get_seq_length() == max(len(row) for row in model.rows)
             if any(model.rows):
                 assert cache.batch_size == len(model.rows)
-                assert_rows(list(cache), model.rows)
+                assert_rows(list(cache), model.rows, code_of(cache))
 
 
 # -- one by one ------------------------------------------------------------------------------

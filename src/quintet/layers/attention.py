@@ -2,6 +2,7 @@
 
 from torch import Tensor, nn
 
+from quintet.layers.linear import Linear, project
 from quintet.layers.step import Step
 from quintet.ops.rope import rotate
 
@@ -33,16 +34,16 @@ class Attention(nn.Module):
         self.scaling = head_dim**-0.5
         self.attention_dropout = dropout
         self.window = window
-        self.q_proj = nn.Linear(hidden_size, num_heads * head_dim, bias=qkv_bias)
-        self.k_proj = nn.Linear(hidden_size, num_kv_heads * head_dim, bias=qkv_bias)
-        self.v_proj = nn.Linear(hidden_size, num_kv_heads * head_dim, bias=qkv_bias)
-        self.o_proj = nn.Linear(num_heads * head_dim, hidden_size, bias=False)
+        self.q_proj = Linear(hidden_size, num_heads * head_dim, bias=qkv_bias)
+        self.k_proj = Linear(hidden_size, num_kv_heads * head_dim, bias=qkv_bias)
+        self.v_proj = Linear(hidden_size, num_kv_heads * head_dim, bias=qkv_bias)
+        self.o_proj = Linear(num_heads * head_dim, hidden_size, bias=False)
 
     def forward(self, hidden_states: Tensor, step: Step) -> tuple[Tensor, Tensor | None]:
         """Map (B, T, C) to (B, T, C), and the weights (B, H, T, S) where the backend has them."""
-        q = self._heads(self.q_proj(hidden_states))  # (B, H, T, D)
-        k = self._heads(self.k_proj(hidden_states))  # (B, K, T, D)
-        v = self._heads(self.v_proj(hidden_states))
+        q, k, v = project(hidden_states, self.q_proj, self.k_proj, self.v_proj)
+        q = self._heads(q)  # (B, H, T, D)
+        k, v = self._heads(k), self._heads(v)  # (B, K, T, D)
         q, k = rotate(q, step.cos, step.sin), rotate(k, step.cos, step.sin)
         if step.cache is not None:
             k, v = step.cache.update(k, v, self.layer_idx, step.span)

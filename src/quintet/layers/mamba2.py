@@ -9,6 +9,7 @@ import torch.nn.functional as F  # noqa: N812
 from torch import Tensor, nn
 
 from quintet.cache.recurrent import Inputs
+from quintet.layers.linear import Linear
 from quintet.layers.step import Step
 from quintet.ops.conv import causal_conv, continued, last_window
 from quintet.ops.norm import rms_norm
@@ -72,13 +73,13 @@ class Mamba2(nn.Module):
         self.layer_idx = layer_idx
         self.in_sizes = [inner, conv, num_heads]
         self.conv_sizes = [inner, num_groups * state_size, num_groups * state_size]
-        self.in_proj = nn.Linear(hidden_size, sum(self.in_sizes), bias=bias)
+        self.in_proj = Linear(hidden_size, sum(self.in_sizes), bias=bias)
         self.conv1d = nn.Conv1d(conv, conv, conv_kernel, groups=conv, bias=conv_bias)
         self.dt_bias = nn.Parameter(torch.ones(num_heads))
         self.A_log = nn.Parameter(torch.arange(1, num_heads + 1).log())
         self.D = nn.Parameter(torch.ones(num_heads))
         self.norm = GatedRMSNorm(inner, num_groups)
-        self.out_proj = nn.Linear(inner, hidden_size, bias=bias)
+        self.out_proj = Linear(inner, hidden_size, bias=bias)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         # model.to(bfloat16) must not round the scalars of the recurrence: a decay near one would

@@ -2,6 +2,7 @@
 
 from torch import Tensor, nn
 
+from quintet.layers.linear import Linear, project
 from quintet.layers.norm import RMSNorm
 from quintet.layers.step import Step
 from quintet.ops.attention import eager
@@ -53,25 +54,26 @@ class LatentAttention(nn.Module):
         self.rotate = rotate_interleaved if interleaved else rotate
         q_size = num_heads * (qk_nope_head_dim + qk_rope_head_dim)
         if q_lora_rank is None:
-            self.q_proj = nn.Linear(hidden_size, q_size, bias=False)
+            self.q_proj = Linear(hidden_size, q_size, bias=False)
         else:
             # The norms of latents keep their own epsilon, 1e-6, whatever the model's is.
-            self.q_a_proj = nn.Linear(hidden_size, q_lora_rank, bias=bias)
+            self.q_a_proj = Linear(hidden_size, q_lora_rank, bias=bias)
             self.q_a_layernorm = RMSNorm(q_lora_rank)
-            self.q_b_proj = nn.Linear(q_lora_rank, q_size, bias=False)
-        self.kv_a_proj_with_mqa = nn.Linear(hidden_size, kv_lora_rank + qk_rope_head_dim, bias=bias)
+            self.q_b_proj = Linear(q_lora_rank, q_size, bias=False)
+        self.kv_a_proj_with_mqa = Linear(hidden_size, kv_lora_rank + qk_rope_head_dim, bias=bias)
         self.kv_a_layernorm = RMSNorm(kv_lora_rank)
-        self.kv_b_proj = nn.Linear(
+        self.kv_b_proj = Linear(
             kv_lora_rank, num_heads * (qk_nope_head_dim + v_head_dim), bias=False
         )
-        self.o_proj = nn.Linear(num_heads * v_head_dim, hidden_size, bias=bias)
+        self.o_proj = Linear(num_heads * v_head_dim, hidden_size, bias=bias)
 
     def forward(self, hidden_states: Tensor, step: Step) -> tuple[Tensor, Tensor | None]:
         """Map (B, T, C) to (B, T, C), and the weights (B, H, T, S) where the backend has them."""
         B, T, _ = hidden_states.shape
         Dn, R = self.qk_nope_head_dim, self.kv_lora_rank
-        q = self._queries(hidden_states).view(B, T, self.num_heads, -1).transpose(1, 2)
-        latent = self.kv_a_proj_with_mqa(hidden_states)[:, None]  # (B, 1, T, R + Dr)
+        q, latent = self._queries_and_latents(hidden_states)
+        q = q.view(B, T, self.num_heads, -1).transpose(1, 2)
+        latent = latent[:, None]  # (B, 1, T, R + Dr)
         c_kv = self.kv_a_layernorm(latent[..., :R])
         q_nope, q_pe = q[..., :Dn], self.rotate(q[..., Dn:], step.cos, step.sin)
         k_pe = self.rotate(latent[..., R:], step.cos, step.sin)
@@ -80,11 +82,13 @@ class LatentAttention(nn.Module):
         out, weights = self._attend(q_nope, q_pe, c_kv[:, 0], k_pe[:, 0], step)
         return self.o_proj(out.transpose(1, 2).flatten(2)), weights
 
-    def _queries(self, hidden_states: Tensor) -> Tensor:
+    def _queries_and_latents(self, hidden_states: Tensor) -> tuple[Tensor, Tensor]:
+        latents = self.kv_a_proj_with_mqa
         if self.q_lora_rank is None:
-            return self.q_proj(hidden_states)  # type: ignore[no-any-return]
-        c_q = self.q_a_layernorm(self.q_a_proj(hidden_states))
-        return self.q_b_proj(c_q)  # type: ignore[no-any-return]
+            q, latent = project(hidden_states, self.q_proj, latents)
+            return q, latent
+        c_q, latent = project(hidden_states, self.q_a_proj, latents)
+        return self.q_b_proj(self.q_a_layernorm(c_q)), latent
 
     def _attend(
         self, q_nope: Tensor, q_pe: Tensor, c_kv: Tensor, k_pe: Tensor, step: Step

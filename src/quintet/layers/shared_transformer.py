@@ -9,6 +9,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
+from quintet.layers.linear import Linear, project
 from quintet.layers.norm import RMSNorm
 from quintet.layers.step import Step
 from quintet.ops.activations import Activation, activation
@@ -24,12 +25,23 @@ class Adapters(nn.ModuleDict):
         super().__init__()
         for use in uses:
             self[str(use)] = nn.Sequential(
-                nn.Linear(in_size, rank, bias=False), nn.Linear(rank, out_size, bias=False)
+                Linear(in_size, rank, bias=False), Linear(rank, out_size, bias=False)
             )
 
-    def forward(self, x: Tensor, use: int) -> Tensor:
-        """Map (B, T, in) to (B, T, out) as this use does."""
-        return self[str(use)](x)  # type: ignore[no-any-return]
+    def of(self, use: int) -> tuple[nn.Module, nn.Module]:
+        """Return the maps of a use, (..., in) to (..., rank) and (..., rank) to (..., out)."""
+        down, up = self.get_submodule(str(use)).children()
+        return down, up
+
+
+def adapted(
+    x: Tensor, maps: Sequence[nn.Module], adapters: Sequence[Adapters], use: int
+) -> list[Tensor]:
+    """Return map(x) + adapter(x) of each map and its adapter, all that read x in one pass."""
+    downs, ups = zip(*(adapter.of(use) for adapter in adapters), strict=True)
+    made = project(x, *maps, *downs)
+    n = len(maps)
+    return [y + up(low) for y, low, up in zip(made[:n], made[n:], ups, strict=True)]
 
 
 class SharedAttention(nn.Module):
@@ -60,10 +72,10 @@ class SharedAttention(nn.Module):
         self.dropout = dropout
         self.rotates = rotates
         self.adapts = adapter_rank is not None
-        self.q_proj = nn.Linear(inputs, width, bias=False)
-        self.k_proj = nn.Linear(inputs, kv_width, bias=False)
-        self.v_proj = nn.Linear(inputs, kv_width, bias=False)
-        self.o_proj = nn.Linear(width, hidden_size, bias=False)
+        self.q_proj = Linear(inputs, width, bias=False)
+        self.k_proj = Linear(inputs, kv_width, bias=False)
+        self.v_proj = Linear(inputs, kv_width, bias=False)
+        self.o_proj = Linear(width, hidden_size, bias=False)
         if adapter_rank is not None:
             self.linear_q_adapter_list = Adapters(uses, inputs, adapter_rank, width)
             self.linear_k_adapter_list = Adapters(uses, inputs, adapter_rank, kv_width)
@@ -73,11 +85,16 @@ class SharedAttention(nn.Module):
         self, x: Tensor, step: Step, *, layer_idx: int, use: int
     ) -> tuple[Tensor, Tensor | None]:
         """Return also the weights (B, H, T, S), where the backend has them."""
-        q, k, v = self.q_proj(x), self.k_proj(x), self.v_proj(x)
+        maps = (self.q_proj, self.k_proj, self.v_proj)
         if self.adapts:
-            q = q + self.linear_q_adapter_list(x, use)
-            k = k + self.linear_k_adapter_list(x, use)
-            v = v + self.linear_v_adapter_list(x, use)
+            adapters = (
+                self.linear_q_adapter_list,
+                self.linear_k_adapter_list,
+                self.linear_v_adapter_list,
+            )
+            q, k, v = adapted(x, maps, adapters, use)
+        else:
+            q, k, v = project(x, *maps)
         q, k, v = (y.view(*y.shape[:2], -1, self.head_dim).transpose(1, 2) for y in (q, k, v))
         if self.rotates:
             q, k = rotate(q, step.cos, step.sin), rotate(k, step.cos, step.sin)
@@ -102,8 +119,8 @@ class SharedMLP(nn.Module):
         bias: bool,
     ) -> None:
         super().__init__()
-        self.gate_up_proj = nn.Linear(hidden_size, 2 * intermediate_size, bias=bias)
-        self.down_proj = nn.Linear(intermediate_size, hidden_size, bias=bias)
+        self.gate_up_proj = Linear(hidden_size, 2 * intermediate_size, bias=bias)
+        self.down_proj = Linear(intermediate_size, hidden_size, bias=bias)
         self.gate_up_proj_adapter_list = Adapters(
             uses, hidden_size, adapter_rank, 2 * intermediate_size
         )
@@ -111,7 +128,8 @@ class SharedMLP(nn.Module):
 
     def forward(self, x: Tensor, *, use: int) -> Tensor:
         """Map (B, T, C) to (B, T, C)."""
-        gate, up = (self.gate_up_proj(x) + self.gate_up_proj_adapter_list(x, use)).chunk(2, dim=-1)
+        maps, adapters = (self.gate_up_proj,), (self.gate_up_proj_adapter_list,)
+        gate, up = adapted(x, maps, adapters, use)[0].chunk(2, dim=-1)
         return self.down_proj(self.act_fn(gate) * up)  # type: ignore[no-any-return]
 
 

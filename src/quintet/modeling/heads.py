@@ -9,6 +9,7 @@ from quintet.cache import Cache, LegacyCache
 from quintet.configuration.base import PreTrainedConfig
 from quintet.errors import InputError
 from quintet.generation.mixin import GenerationMixin
+from quintet.layers.linear import Linear
 from quintet.modeling.base import PreTrainedModel
 from quintet.modeling.decoder import DecoderModel
 from quintet.modeling.outputs import (
@@ -52,7 +53,7 @@ class CausalLMHead(_Headed, GenerationMixin):
 
     def __init__(self, config: PreTrainedConfig) -> None:
         super().__init__(config)
-        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.lm_head = Linear(config.hidden_size, config.vocab_size, bias=False)
         self.init_module(self.lm_head)
         self.tie_weights()
 
@@ -119,7 +120,7 @@ class SequenceClassificationHead(_Headed):
     def __init__(self, config: PreTrainedConfig) -> None:
         super().__init__(config)
         self.num_labels = config.num_labels
-        self.score = nn.Linear(config.hidden_size, config.num_labels, bias=False)
+        self.score = Linear(config.hidden_size, config.num_labels, bias=False)
         self.init_module(self.score)
 
     def forward(
@@ -202,7 +203,7 @@ class TokenClassificationHead(_Headed):
         self.num_labels = config.num_labels
         rate = config.classifier_dropout
         self.dropout = nn.Dropout(0.1 if rate is None else rate)
-        self.score = nn.Linear(config.hidden_size, config.num_labels)
+        self.score = Linear(config.hidden_size, config.num_labels)
         self.init_module(self.score)
 
     def forward(
@@ -247,7 +248,7 @@ class QuestionAnsweringHead(_Headed):
 
     def __init__(self, config: PreTrainedConfig) -> None:
         super().__init__(config)
-        self.qa_outputs = nn.Linear(config.hidden_size, 2)
+        self.qa_outputs = Linear(config.hidden_size, 2)
         self.init_module(self.qa_outputs)
 
     def forward(

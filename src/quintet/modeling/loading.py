@@ -26,10 +26,11 @@ from quintet.checkpoint import (
     split_tensors,
 )
 from quintet.configuration.base import PreTrainedConfig, read_config
-from quintet.errors import CheckpointError, InputError, UnsupportedModelError, listed
+from quintet.errors import CheckpointError, InputError, listed
 from quintet.generation.config import GENERATION_CONFIG_NAME, GenerationConfig
 from quintet.hub import CONFIG_PATTERNS, WEIGHT_PATTERNS, locate
 from quintet.modeling.placement import DeviceMap, named_dtype, single_device
+from quintet.quantization import Encoded, QuantizationConfig, Request, read, requested, stored
 
 if TYPE_CHECKING:
     from quintet.modeling.base import PreTrainedModel
@@ -78,6 +79,8 @@ def load(
     config: PreTrainedConfig | None,
     dtype: str | torch.dtype | None,
     device_map: DeviceMap,
+    quantize: str | None,
+    quantization_config: QuantizationConfig | Mapping[str, Any] | None,
     overrides: Mapping[str, Any],
 ) -> Model:
     """Load a model of class `cls`; see `PreTrainedModel.from_pretrained`."""
@@ -91,14 +94,17 @@ def load(
         raise InputError(
             f"{', '.join(overrides)}: give either a config or keys to replace in the checkpoint's"
         )
-    _refuse_quantised(config, root)
+    request = requested(
+        vars(config).get("quantization_config"), quantize, quantization_config, device
+    )
     checkpoint = Checkpoint.open(root)
     target = _target_dtype(dtype, config, checkpoint.tensors)
 
     with torch.device("meta"):
         model = cls(config)
-    _fill(model, checkpoint, str(root), target, device)
+    _fill(model, checkpoint, str(root), target, device, request)
     model.to(device)
+    model.note_quantization(request.target)
     config.dtype = str(target).removeprefix("torch.")
     if (root / GENERATION_CONFIG_NAME).is_file():
         model.generation_config = GenerationConfig.from_pretrained(root)
@@ -108,13 +114,19 @@ def load(
 def write(
     directory: str | os.PathLike[str],
     tensors: Mapping[str, Tensor],
+    files: Mapping[str, Tensor],
     *,
     rules: Sequence[StackExperts],
     max_shard_size: int | str,
     texts: Mapping[str, str],
 ) -> None:
-    """Write weights and the files beside them; see `PreTrainedModel.save_pretrained`."""
-    named = dict(split_tensors(tensors, rules))
+    """Write weights and the files beside them; see `PreTrainedModel.save_pretrained`.
+
+    Args:
+        tensors: named as in the model.
+        files: named as on disk already.
+    """
+    named = {**dict(split_tensors(tensors, rules)), **files}
     save(Path(directory), named, max_shard_size=max_shard_size, text_files=texts)
 
 
@@ -124,6 +136,7 @@ def _fill(
     where: str,
     dtype: torch.dtype,
     device: torch.device,
+    request: Request,
 ) -> None:
     """Give every parameter and persistent buffer of a meta model its tensor."""
     tied, optional = model.tied_names(), model.optional_names(checkpoint.tensors)
@@ -144,8 +157,13 @@ def _fill(
         for piece in parts
         if name not in fresh
     }
-    found = {name: info for name, info in checkpoint.tensors.items() if name in wanted}
-    compare({k: piece.shape for k, (_, piece) in wanted.items()}, found).raise_if_incomplete(where)
+    there = stored(
+        {k: piece.shape for k, (_, piece) in wanted.items()}, checkpoint.tensors, request.source
+    )
+    files = dict(file for one in there.values() for file in one.files.values())
+    found = {name: info for name, info in checkpoint.tensors.items() if name in files}
+    compare(files, found).raise_if_incomplete(where)
+    slots = {} if request.scheme is None else model.quantize_modules(request.scheme, dtype)
 
     # Before reading: a head may be there in part, and what is read must stay.
     for path in dict.fromkeys(name.rpartition(".")[0] for name in fresh):
@@ -154,31 +172,26 @@ def _fill(
             _assign(head, leaf, torch.empty_like(parameter, dtype=dtype, device=device))
         model.init_module(head)
     tensors = dict(model.state_dict(keep_vars=True))
-    for in_file, tensor in checkpoint.read(wanted):
+    for in_file, weight in read(checkpoint, there):
         name, piece = wanted[in_file]
-        stored = _stored_dtype(name, tensor.dtype, dtype, model)
+        if not isinstance(weight, Encoded):
+            _check_dtype(in_file, weight.dtype)
+        if name in slots:
+            slots[name].take(weight, piece.place, device, in_file)
+            continue
+        target = torch.float32 if name.endswith(model.keep_in_fp32) else dtype
+        tensor = weight.decode(target) if isinstance(weight, Encoded) else weight
         if piece.place is None:
-            _assign(model, name, tensor.to(device, stored))
+            _assign(model, name, tensor.to(device, target))
         else:
             if tensors[name].is_meta:
-                tensors[name] = torch.empty(expected[name], dtype=stored, device=device)
+                tensors[name] = torch.empty(expected[name], dtype=target, device=device)
                 _assign(model, name, tensors[name])
             # Converted on the way into its place: no expert is ever there twice.
             piece.of(tensors[name]).copy_(tensor)
     model.drop(optional)
     model.tie_weights()
-    _tell(model, where, fresh, set(checkpoint.tensors) - set(wanted))
-
-
-def _refuse_quantised(config: PreTrainedConfig, root: Path) -> None:
-    """Refuse weights that mean something only together with scales nobody here would apply."""
-    settings = vars(config).get("quantization_config")
-    if settings:
-        method = settings.get("quant_method") if isinstance(settings, dict) else settings
-        raise UnsupportedModelError(
-            f"{root} is quantised (quant_method={method!r}), which is not in this version; "
-            "use a copy of the model in bfloat16"
-        )
+    _tell(model, where, fresh, set(checkpoint.tensors) - set(files))
 
 
 def _plan(
@@ -217,15 +230,12 @@ def _assign(model: nn.Module, name: str, tensor: Tensor) -> None:
         module.register_buffer(leaf, tensor)
 
 
-def _stored_dtype(
-    name: str, saved: torch.dtype, dtype: torch.dtype, model: "PreTrainedModel"
-) -> torch.dtype:
+def _check_dtype(name: str, saved: torch.dtype) -> None:
     if not saved.is_floating_point or saved.itemsize == 1:
         raise CheckpointError(
-            f"{name} is stored as {saved}, which a weight of a model that is not quantised cannot "
-            "be; use a copy of the model in bfloat16"
+            f"{name} is stored as {saved}, which says nothing without the quantization_config that "
+            "config.json lacks; use a copy of the model in bfloat16"
         )
-    return torch.float32 if name.endswith(model.keep_in_fp32) else dtype
 
 
 def _tell(model: "PreTrainedModel", where: str, fresh: list[str], left: set[str]) -> None:
@@ -267,9 +277,8 @@ def _check_overrides(
 
 # What Transformers takes, and people will try.
 ABSENT = {
-    "quantization_config": "quantisation",
-    "load_in_8bit": "quantisation",
-    "load_in_4bit": "quantisation",
+    "load_in_8bit": "quantisation outside of quantization_config=BitsAndBytesConfig(...)",
+    "load_in_4bit": "quantisation outside of quantization_config=BitsAndBytesConfig(...)",
     "output_loading_info": "a report beside the model",
     "ignore_mismatched_sizes": "loading a model in part",
     "key_mapping": "renaming tensors",
@@ -288,6 +297,7 @@ def _target_dtype(
     if dtype is None:
         return torch.get_default_dtype()
     if dtype == "auto":
-        saved = (t.dtype for t in tensors.values() if t.dtype.is_floating_point)
+        floats = (t.dtype for t in tensors.values() if t.dtype.is_floating_point)
+        saved = (found for found in floats if found.itemsize > 1)
         return config.torch_dtype or next(saved, torch.get_default_dtype())
     return named_dtype(dtype)

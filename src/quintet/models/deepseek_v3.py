@@ -20,6 +20,7 @@ from quintet.configuration.rules import (
     Positive,
     known,
 )
+from quintet.layers.linear import Linear
 from quintet.layers.mla import LatentAttention
 from quintet.layers.mlp import GatedMLP
 from quintet.layers.moe import Experts
@@ -235,7 +236,7 @@ class DeepseekV3PredictionLayer(DeepseekV3DecoderLayer, PredictionLayer):
         self.embed_tokens = embed_tokens
         self.enorm = RMSNorm(C, eps)
         self.hnorm = RMSNorm(C, eps)
-        self.eh_proj = nn.Linear(2 * C, C, bias=False)
+        self.eh_proj = Linear(2 * C, C, bias=False)
         self.shared_head = nn.ModuleDict({"norm": RMSNorm(C, eps), "head": head})
 
     def join(self, hidden_states: Tensor, ahead: Tensor) -> Tensor:
@@ -250,6 +251,8 @@ class DeepseekV3PreTrainedModel(PreTrainedModel):
 
     config_class = DeepseekV3Config
     weight_rules = EXPERT_RULES
+    # Absorbed attention multiplies with parts of its weight.
+    keep_unquantized = (*PreTrainedModel.keep_unquantized, "kv_b_proj")
     keep_in_fp32 = ("e_score_correction_bias",)
 
     def init_module(self, module: nn.Module) -> None:

@@ -19,6 +19,7 @@ from quintet.configuration.rules import (
     known,
 )
 from quintet.layers.attention import Attention
+from quintet.layers.linear import Linear
 from quintet.layers.mlp import GatedMLP
 from quintet.layers.moe import Experts
 from quintet.layers.norm import RMSNorm
@@ -166,10 +167,10 @@ class Qwen2MoeSparseMoeBlock(nn.Module):
         C, act = config.hidden_size, config.hidden_act
         self.num_experts_per_tok = config.num_experts_per_tok
         self.norm_topk_prob = config.norm_topk_prob
-        self.gate = nn.Linear(C, config.num_experts, bias=False)
+        self.gate = Linear(C, config.num_experts, bias=False)
         self.experts = Experts(config.num_experts, C, config.moe_intermediate_size, act=act)
         self.shared_expert = GatedMLP(C, config.shared_expert_intermediate_size, act=act)
-        self.shared_expert_gate = nn.Linear(C, 1, bias=False)
+        self.shared_expert_gate = Linear(C, 1, bias=False)
 
     def forward(self, hidden_states: Tensor) -> tuple[Tensor, Tensor]:
         """Map (B, T, C) to (B, T, C), and return the router's logits (B, T, E)."""
@@ -224,6 +225,7 @@ class Qwen2MoePreTrainedModel(PreTrainedModel):
 
     config_class = Qwen2MoeConfig
     weight_rules = EXPERT_RULES
+    keep_unquantized = (*PreTrainedModel.keep_unquantized, "mlp.gate", "shared_expert_gate")
 
 
 class Qwen2MoeModel(Qwen2MoePreTrainedModel, MoeDecoderModel):

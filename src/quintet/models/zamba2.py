@@ -19,6 +19,7 @@ from quintet.configuration import PreTrainedConfig, rules
 from quintet.configuration.rope import RopeParameters
 from quintet.configuration.rules import Count, Fraction, NonNegativeFloat, Positive, known
 from quintet.errors import ConfigError
+from quintet.layers.linear import Linear
 from quintet.layers.mamba2 import Mamba2
 from quintet.layers.norm import RMSNorm
 from quintet.layers.rotary import RotaryEmbedding
@@ -290,7 +291,7 @@ class Zamba2HybridLayer(nn.Module):
         super().__init__()
         self.layer_idx, self.use = layer_idx, use
         self.shared_transformer = shared
-        self.linear = nn.Linear(config.hidden_size, config.hidden_size, bias=False)
+        self.linear = Linear(config.hidden_size, config.hidden_size, bias=False)
         self.mamba_decoder = Zamba2MambaDecoderLayer(config, layer_idx)
 
     def forward(self, hidden_states: Tensor, step: Step) -> LayerOutput:
@@ -318,7 +319,7 @@ class Zamba2PreTrainedModel(PreTrainedModel):
             first, again = (
                 f"{prefix}layers.{hybrids[i]}.shared_transformer" for i in (use % blocks, use)
             )
-            for leaf, _ in self.get_submodule(first).named_parameters():
+            for leaf in self.get_submodule(first).state_dict():
                 names[f"{again}.{leaf}"] = f"{first}.{leaf}"
         return names
 

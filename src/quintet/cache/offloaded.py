@@ -1,0 +1,33 @@
+"""Keys and values in the memory of the host, for texts that the accelerator has no room for."""
+
+import torch
+from torch import Tensor
+
+from quintet.cache.base import Cache, Span
+from quintet.cache.dense import DynamicSlot, _slots
+from quintet.cache.recurrent import RecurrentSlot
+from quintet.configuration.base import PreTrainedConfig
+
+__all__ = ["OffloadedCache", "OffloadedSlot"]
+
+
+class OffloadedSlot(DynamicSlot):
+    """Growing buffers on the CPU; what a step attends to is on the device of its tokens."""
+
+    def update(self, keys: Tensor, values: Tensor, span: Span) -> tuple[Tensor, Tensor]:
+        """Store (B, K, T, D) of a span and return all (B, K, S, D) there is to attend to."""
+        start = span.start.cpu() if isinstance(span.start, Tensor) else span.start
+        counts = None if span.counts is None else span.counts.cpu()
+        host = Span(start, span.length, span.keys, counts, torch.device("cpu"))
+        held = super().update(keys.cpu(), values.cpu(), host)
+        return held[0].to(keys.device), held[1].to(values.device)
+
+
+class OffloadedCache(Cache):
+    """A growing cache that is on the device for one layer at a time.
+
+    The states of recurrent layers do not grow with the text and stay on the device.
+    """
+
+    def __init__(self, config: PreTrainedConfig) -> None:
+        super().__init__(*_slots(config, OffloadedSlot, RecurrentSlot))

@@ -1,0 +1,102 @@
+"""Keys, values and latents in few bits."""
+
+import torch
+from torch import Tensor
+
+from quintet.cache.base import Cache, Span
+from quintet.cache.dense import DynamicSlot, _slots
+from quintet.cache.recurrent import RecurrentSlot
+from quintet.configuration.base import PreTrainedConfig
+from quintet.errors import InputError
+from quintet.ops.vector_codes import VectorCode
+
+__all__ = ["QuantizedCache", "QuantizedSlot"]
+
+
+class QuantizedSlot:
+    """Keys and values in buffers of coded vectors that grow; decoded one layer at a time.
+
+    Tokens are coded as they come and seen only through their codes, by themselves too. So what a
+    text leaves in the cache, and what follows from it, does not depend on how it was cut up.
+    """
+
+    def __init__(self, code: VectorCode) -> None:
+        self.code = code
+        self._codes = DynamicSlot()
+        self._scales = DynamicSlot()
+        self._dtype = torch.float32
+
+    def update(self, keys: Tensor, values: Tensor, span: Span) -> tuple[Tensor, Tensor]:
+        """Store (B, K, T, D) of a span and return all (B, K, S, D) there is to attend to.
+
+        Raises:
+            InputError: vectors of this size do not fill whole bytes, or a gradient is asked for.
+        """
+        if torch.is_grad_enabled() and (keys.requires_grad or values.requires_grad):
+            raise InputError(
+                "keys and values in few bits have no gradient; run the model under "
+                "torch.no_grad(), or train with a DynamicCache or none"
+            )
+        self._dtype = keys.dtype
+        key_codes, key_scales = self.code.encode(keys)
+        value_codes, value_scales = self.code.encode(values)
+        self._codes.update(key_codes, value_codes, span)
+        self._scales.update(key_scales, value_scales, span)
+        return self.content(span.keys)
+
+    def content(self, length: int) -> tuple[Tensor, Tensor]:
+        """Return the first `length` keys and values, (B, K, length, D) each.
+
+        Raises:
+            InputError: nothing is stored yet.
+        """
+        codes, scales = self._codes.content(length), self._scales.content(length)
+        return (
+            self.code.decode(codes[0], scales[0], self._dtype),
+            self.code.decode(codes[1], scales[1], self._dtype),
+        )
+
+    def select(self, rows: Tensor) -> None:
+        """Keep the given rows (N,) of the batch, in that order, each as often as it is named."""
+        self._codes.select(rows)
+        self._scales.select(rows)
+
+    def crop(self, lengths: int | Tensor) -> None:
+        """Do nothing: what is behind a row's length is never seen and is overwritten."""
+
+    def snapshot(self, lengths: int | Tensor) -> None:
+        """Do nothing: any length can be gone back to."""
+
+    def reset(self) -> None:
+        """Forget everything."""
+        self._codes.reset()
+        self._scales.reset()
+
+    @property
+    def batch_size(self) -> int | None:
+        """The number of rows, None while nothing is stored."""
+        return self._codes.batch_size
+
+    @property
+    def nbytes(self) -> int:
+        """The bytes of codes and scales, spare capacity included."""
+        return self._codes.nbytes + self._scales.nbytes
+
+
+class QuantizedCache(Cache):
+    """A growing cache of 8, 6 or 4 bits a number, and a scale for each head's vector of a token.
+
+    The states of recurrent layers, whose errors would add up over a text, are kept as they are.
+
+    Args:
+        config: the model's.
+        nbits: of a number.
+
+    Raises:
+        InputError: another number of bits.
+    """
+
+    def __init__(self, config: PreTrainedConfig, nbits: int = 8) -> None:
+        code = VectorCode(nbits)
+        super().__init__(*_slots(config, lambda: QuantizedSlot(code), RecurrentSlot))
+        self.nbits = nbits

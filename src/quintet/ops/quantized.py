@@ -1,0 +1,219 @@
+"""Weights in 8 and 4 bits and in FP8 blocks: what the formats mean.
+
+    int8   w ≈ q · scale            one scale a row
+    int4   w ≈ (q - 8) · scale      one scale for 64 neighbours of a row
+    fp8    w ≈ q · scale_inv        one scale for a block, of 128 x 128 in released checkpoints
+
+A weight is (..., O, I), the leading axes those of a stack of experts. Everything works through
+bands of rows, so that no more than a few megabytes are ever there in float32.
+
+An int4 weight is packed two numbers a byte: of each group of 64, byte j holds number j in its low
+half and number j + 32 in its high half, so that a wide load and a mask yield 32 neighbours. Rows
+are filled up to whole groups with zeros.
+"""
+
+import math
+from collections.abc import Iterator
+
+import torch
+import torch.nn.functional as F  # noqa: N812
+from torch import Tensor
+
+from quintet.errors import InputError
+
+__all__ = [
+    "FP8_BLOCK",
+    "INT4_GROUP",
+    "bands",
+    "dequantize_fp8",
+    "dequantize_int4",
+    "dequantize_int8",
+    "fp8_scale_shape",
+    "int4_linear",
+    "int4_shapes",
+    "int8_linear",
+    "quantize_fp8",
+    "quantize_int4",
+    "quantize_int8",
+]
+
+INT4_GROUP = 64
+FP8_BLOCK = (128, 128)
+# Small enough that a band in float32 stays in the cache between its operations.
+_BAND = 2**18
+
+
+def quantize_int8(weight: Tensor) -> tuple[Tensor, Tensor]:
+    """Round each row to multiples of a 127th of its largest magnitude.
+
+    Returns q int8 (..., O, I) and scale float32 (..., O).
+
+    Raises:
+        InputError: a weight is not finite.
+    """
+    q = torch.empty_like(weight, dtype=torch.int8, memory_format=torch.contiguous_format)
+    scale = weight.new_empty(weight.shape[:-1], dtype=torch.float32)
+    for rows, to, scales in zip(
+        bands(_rows(weight)),
+        bands(_rows(q)),
+        bands(scale.view(-1, 1), weight.shape[-1]),
+        strict=True,
+    ):
+        band = rows.to(torch.float32)
+        largest = _largest(band)
+        torch.div(largest, 127, out=scales)
+        to.copy_((band / _divisor(scales)).round_().clamp_(-127, 127))
+    return q, scale
+
+
+def dequantize_int8(q: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return q · scale, rounded once; q (..., O, I), scale (..., O)."""
+    weight = torch.empty_like(q, dtype=dtype)
+    scales = bands(scale.reshape(-1, 1), q.shape[-1])
+    for rows, to, by in zip(bands(_rows(q)), bands(_rows(weight)), scales, strict=True):
+        to.copy_(rows * by)
+    return weight
+
+
+def int8_linear(x: Tensor, q: Tensor, scale: Tensor, bias: Tensor | None = None) -> Tensor:
+    """Return x wᵀ + b with w = q · scale; x (..., I), q (O, I), scale (O,)."""
+    return F.linear(x, dequantize_int8(q, scale, x.dtype), bias)
+
+
+def int4_shapes(shape: tuple[int, ...]) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Return the shapes of `packed` and `scale` for a weight of `shape`."""
+    groups = math.ceil(shape[-1] / INT4_GROUP)
+    return (*shape[:-1], groups * INT4_GROUP // 2), (*shape[:-1], groups)
+
+
+def quantize_int4(weight: Tensor) -> tuple[Tensor, Tensor]:
+    """Round each group of 64 to the sixteen multiples -8..7 of a scale.
+
+    The number of largest magnitude becomes -8, whatever its sign: the scale takes that. Both ends
+    of the range are used, and the error is an eighth smaller than with -7..7 for either sign.
+
+    Returns packed uint8 (..., O, ceil(I / 64) · 32) and scale bfloat16 (..., O, ceil(I / 64)).
+
+    Raises:
+        InputError: a weight is not finite.
+    """
+    packed_shape, scale_shape = int4_shapes(tuple(weight.shape))
+    packed = weight.new_empty(packed_shape, dtype=torch.uint8)
+    scale = weight.new_empty(scale_shape, dtype=torch.bfloat16)
+    wide = weight.shape[-1]
+    for rows, to, scales in zip(
+        bands(_rows(weight)), bands(_rows(packed), wide), bands(_rows(scale), wide), strict=True
+    ):
+        band = rows.to(torch.float32)
+        band = torch.unflatten(F.pad(band, (0, -wide % INT4_GROUP)), -1, (-1, INT4_GROUP))
+        _largest(band)
+        extreme = band.gather(-1, band.abs().argmax(-1, keepdim=True))
+        scales.copy_(extreme.squeeze(-1) / -8)
+        # Rounded with the scale as it is stored.
+        by = _divisor(scales.to(torch.float32).unsqueeze(-1))
+        levels = (band / by).round_().clamp_(-8, 7).add_(8).to(torch.uint8)
+        low, high = levels.chunk(2, dim=-1)
+        to.copy_((low | (high << 4)).flatten(-2))
+    return packed, scale
+
+
+def dequantize_int4(packed: Tensor, scale: Tensor, columns: int, dtype: torch.dtype) -> Tensor:
+    """Return the weight (..., O, columns), rounded once; `columns` are those before filling up."""
+    weight = packed.new_empty((*packed.shape[:-1], columns), dtype=dtype)
+    for rows, to, by in zip(
+        bands(_rows(packed), columns),
+        bands(_rows(weight)),
+        bands(_rows(scale), columns),
+        strict=True,
+    ):
+        halves = torch.unflatten(rows, -1, (-1, INT4_GROUP // 2))
+        levels = torch.cat((halves & 15, halves >> 4), dim=-1).to(torch.float32).sub_(8)
+        levels *= by.to(torch.float32).unsqueeze(-1)
+        to.copy_(levels.flatten(-2)[..., :columns])
+    return weight
+
+
+def int4_linear(x: Tensor, packed: Tensor, scale: Tensor, bias: Tensor | None = None) -> Tensor:
+    """Return x wᵀ + b for an int4 weight; x (..., I), packed and scale of two axes."""
+    return F.linear(x, dequantize_int4(packed, scale, x.shape[-1], x.dtype), bias)
+
+
+def fp8_scale_shape(shape: tuple[int, ...], block: tuple[int, int] = FP8_BLOCK) -> tuple[int, ...]:
+    """Return the shape of the scales of a weight: whole blocks and what is left over."""
+    return *shape[:-2], math.ceil(shape[-2] / block[0]), math.ceil(shape[-1] / block[1])
+
+
+def quantize_fp8(weight: Tensor, block: tuple[int, int] = FP8_BLOCK) -> tuple[Tensor, Tensor]:
+    """Scale each block to the range of e4m3 and round (DeepSeek-V3, arXiv:2412.19437, §3.3).
+
+    Returns q float8_e4m3fn (..., O, I) and scale_inv float32, a 448th of the blocks' largest
+    magnitudes; see `fp8_scale_shape`.
+
+    Raises:
+        InputError: a weight is not finite.
+    """
+    q = torch.empty_like(weight, dtype=torch.float8_e4m3fn, memory_format=torch.contiguous_format)
+    scale = weight.new_empty(fp8_scale_shape(tuple(weight.shape), block), dtype=torch.float32)
+    wide = weight.shape[-1]
+    for at, rows in _block_rows(weight, block[0]):
+        band = F.pad(weight[..., rows, :].to(torch.float32), (0, -wide % block[1]))
+        band = torch.unflatten(band, -1, (-1, block[1]))  # (..., rows, blocks, columns)
+        largest = _largest(band).amax(-3)
+        scales = scale[..., at, :]
+        scales.copy_(torch.div(largest, 448).squeeze(-1))
+        band = band / _divisor(scales[..., None, :, None])
+        q[..., rows, :] = band.flatten(-2)[..., :wide].to(q.dtype)
+    return q, scale
+
+
+def dequantize_fp8(
+    q: Tensor, scale_inv: Tensor, dtype: torch.dtype, block: tuple[int, int] = FP8_BLOCK
+) -> Tensor:
+    """Return q · scale_inv of its block, multiplied in float32 and rounded once.
+
+    Blocks begin at the first row and column; the last ones may be cut, as those of 576 rows are.
+
+    Raises:
+        InputError: there is not one scale for each block.
+    """
+    if scale_inv.shape != (wanted := fp8_scale_shape(tuple(q.shape), block)):
+        raise InputError(
+            f"a weight {list(q.shape)} in blocks of {block[0]} x {block[1]} has scales "
+            f"{list(wanted)}, not {list(scale_inv.shape)}"
+        )
+    weight = torch.empty_like(q, dtype=dtype)
+    for at, rows in _block_rows(q, block[0]):
+        scales = scale_inv[..., at, :].to(torch.float32)
+        along = scales.repeat_interleave(block[1], dim=-1)[..., None, : q.shape[-1]]
+        weight[..., rows, :] = (q[..., rows, :].to(torch.float32) * along).to(dtype)
+    return weight
+
+
+def bands(rows: Tensor, columns: int | None = None) -> Iterator[Tensor]:
+    """Cut a matrix into bands of whole rows, as many as fit `_BAND` numbers of `columns` each."""
+    wide = max(rows.shape[-1] if columns is None else columns, 1)
+    yield from torch.split(rows, max(_BAND // wide, 1))
+
+
+def _rows(x: Tensor) -> Tensor:
+    return x.reshape(-1, x.shape[-1]) if x.ndim != 2 else x
+
+
+def _block_rows(x: Tensor, height: int) -> Iterator[tuple[int, slice]]:
+    for at, start in enumerate(range(0, x.shape[-2], height)):
+        yield at, slice(start, min(start + height, x.shape[-2]))
+
+
+def _divisor(scale: Tensor) -> Tensor:
+    # Where a scale is zero, so are its numbers.
+    return torch.where(scale == 0, 1.0, scale)
+
+
+def _largest(band: Tensor) -> Tensor:
+    largest = band.abs().amax(-1, keepdim=True)
+    if not bool(largest.isfinite().all()):
+        raise InputError(
+            "a weight that is NaN or infinite cannot be quantised; the checkpoint is damaged or "
+            "its training diverged"
+        )
+    return largest
