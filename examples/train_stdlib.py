@@ -184,12 +184,18 @@ class Muon(torch.optim.Optimizer):
                     continue
                 momentum = self.state[p].setdefault("momentum", torch.zeros_like(p))
                 momentum.lerp_(p.grad, 0.05)
-                update = p.grad.lerp(momentum, 0.95).view(-1, group["rows"] or p.shape[-2], p.shape[-1])
+                update = p.grad.lerp(momentum, 0.95).view(
+                    -1, group["rows"] or p.shape[-2], p.shape[-1]
+                )
                 tall = update.shape[-2] > update.shape[-1]
                 update = update.mT if tall else update
                 alike[update.shape[1:]].append((p, group, update, tall))
         for shape, members in alike.items():
-            made = orthogonal(torch.cat([update for _, _, update, _ in members])) * 0.2 * shape[1] ** 0.5
+            made = (
+                orthogonal(torch.cat([update for _, _, update, _ in members]))
+                * 0.2
+                * shape[1] ** 0.5
+            )
             parts = made.split([len(update) for _, _, update, _ in members])
             for (p, group, _, tall), part in zip(members, parts, strict=True):
                 part = part.mT if tall else part
@@ -198,7 +204,7 @@ class Muon(torch.optim.Optimizer):
 
 
 def orthogonal(x: Tensor) -> Tensor:
-    """Return the nearest orthogonal matrices, roughly, by Newton and Schulz; x (N, O, I), O <= I."""
+    """Return roughly the nearest orthogonal matrices (N, O, I), O <= I, by Newton and Schulz."""
     x = x.to(torch.bfloat16)
     x = x / (x.norm(dim=(-2, -1), keepdim=True) + 1e-7)
     for _ in range(5):
@@ -231,7 +237,7 @@ def learning_rate(done: float, recipe: Recipe) -> float:
 
 @dataclass
 class Progress:
-    """How much of the training is done, counted in steps, or in minutes where they are given."""
+    """How much of the training is done, counted in steps, or in minutes of the processor."""
 
     steps: int
     minutes: float | None
@@ -268,7 +274,7 @@ def train(
     progress: Progress,
     saved: Path,
 ) -> None:
-    """Take optimiser steps, each of `recipe.tokens` tokens, and save them every ten minutes."""
+    """Take optimiser steps, each of `recipe.tokens` tokens, and save them every five minutes."""
     optimizers = make_optimizers(model, recipe)
     if progress.step:
         for optimizer, state in zip(optimizers, torch.load(saved)["optimizers"], strict=True):
@@ -276,10 +282,10 @@ def train(
     model.train()
     source = batches(pools, recipe, progress)
     averages: dict[str, float] = {}
-    last_saved = said = time.monotonic()
+    last_saved = time.monotonic()
     with LoadBalancer(model, recipe.bias_rate) as balancer:
         while progress.done < 1:
-            started, done = time.monotonic(), progress.done
+            started, done = time.process_time(), progress.done
             for optimizer in optimizers:
                 for group in optimizer.param_groups:
                     group["lr"] = learning_rate(done, recipe)
@@ -296,7 +302,7 @@ def train(
             balancer.rate = recipe.bias_rate if done < recipe.bias_until else 0.0
             balancer.step()
             progress.step += 1
-            progress.seconds += time.monotonic() - started
+            progress.seconds += time.process_time() - started
 
             seen = {"MaxVio": sum(violations) / len(violations)}
             if out.mtp_loss is None:
@@ -306,14 +312,14 @@ def train(
                 seen["loss"] = out.loss.item() - weight * seen["mtp"]
             for name, value in seen.items():
                 averages[name] = 0.98 * averages.get(name, value) + 0.02 * value
-            if progress.step % 100 == 1 or progress.done >= 1:
+            if progress.step % 50 == 1 or progress.done >= 1:
                 told = "  ".join(f"{name} {value:.4f}" for name, value in averages.items())
                 speed = progress.step * recipe.tokens / progress.seconds
                 print(
                     f"{progress.done:6.1%}  step {progress.step:5}  {told}  {speed:,.0f} tokens/s",
                     flush=True,
                 )
-            if time.monotonic() - last_saved > 600:
+            if time.monotonic() - last_saved > 300:
                 save_progress(saved, model, optimizers, progress)
                 last_saved = time.monotonic()
     save_progress(saved, model, optimizers, progress)
@@ -393,11 +399,11 @@ something real to run before any download; it knows no facts and its code does n
 
 | | |
 |---|---|
-| architecture | DeepSeek-V3, {layers} layers, width {width}, {heads} heads over a latent of {rank}, \
-{experts} experts of which {active} are active beside a shared one, in all layers but the first; one \
-layer of multi-token prediction; tied embeddings |
-| parameters | {parameters:,}, stored in bfloat16; {active_parameters:,} of the {main_parameters:,} \
-without the prediction layer are active for a token |
+| architecture | DeepSeek-V3, {layers} layers, width {width}, {heads} heads over a latent of \
+{rank}, {experts} experts of which {active} are active beside a shared one, in all layers but the \
+first; one layer of multi-token prediction; tied embeddings |
+| parameters | {parameters:,}, stored in bfloat16; {active_parameters:,} of the \
+{main_parameters:,} without the prediction layer are active for a token |
 | tokenizer | byte-level BPE, {vocab:,} tokens, trained on the modules |
 | context | {context} tokens |
 | data | the .py files of the standard library of Python {python}, without generated tables and \
@@ -450,7 +456,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, default=Path("runs/demo"))
     parser.add_argument("--steps", type=int, default=Recipe.steps)
-    parser.add_argument("--minutes", type=float, help="train that long, whatever the steps")
+    parser.add_argument("--minutes", type=float, help="so long instead, by the processor's clock")
     parser.add_argument("--threads", type=int, default=Recipe.threads)
     parser.add_argument("--files", type=int, help="use that many files only, to try it out")
     parser.add_argument("--resume", action="store_true", help="go on from the last saved step")

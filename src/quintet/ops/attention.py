@@ -17,7 +17,15 @@ from torch.autograd.function import once_differentiable
 from quintet.errors import MissingDependencyError, UnsupportedBackendError
 from quintet.ops.masks import Visibility, causal_mask
 
-__all__ = ["BACKENDS", "AttentionBackend", "attention_backend", "eager", "flash", "sdpa"]
+__all__ = [
+    "BACKENDS",
+    "AttentionBackend",
+    "attention_backend",
+    "eager",
+    "flash",
+    "in_blocks",
+    "sdpa",
+]
 
 # How training on a CPU cuts its queries, and up to which length it does.
 BLOCKS = 4
@@ -62,7 +70,7 @@ def sdpa(
     q: Tensor, k: Tensor, v: Tensor, seen: Visibility, *, scale: float, dropout: float
 ) -> tuple[Tensor, Tensor | None]:
     """Attend by `torch.nn.functional.scaled_dot_product_attention`."""
-    if seen.is_causal and not dropout and _trains_in_bfloat16(q):
+    if seen.is_causal and not dropout and in_blocks(q):
         return _causal_blocks(q, k, v, scale), None
     mask = seen.mask
     if mask is not None and mask.is_floating_point():
@@ -135,7 +143,7 @@ def flash(
     return out.transpose(1, 2), None
 
 
-def _trains_in_bfloat16(q: Tensor) -> bool:
+def in_blocks(q: Tensor) -> bool:
     """Tell whether this is training on a CPU in bfloat16, on texts short enough for `BLOCKS`."""
     if q.device.type != "cpu" or q.shape[2] > LONGEST_IN_BLOCKS or torch.compiler.is_compiling():
         return False
@@ -191,7 +199,7 @@ def _causal_blocks(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
     q, k, v = (x.to(torch.bfloat16) for x in (q * scale, k, v))
     k, v = k.repeat_interleave(groups, dim=1), v.repeat_interleave(groups, dim=1)
     with torch.autocast("cpu", enabled=False):
-        out: Tensor = _CausalBlocks.apply(*(x.flatten(0, 1) for x in (q, k, v)))
+        out: Tensor = _CausalBlocks.apply(*(x.flatten(0, 1) for x in (q, k, v)))  # type: ignore[no-untyped-call]
     return out.view(*q.shape[:3], -1)
 
 
