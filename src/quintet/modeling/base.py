@@ -91,9 +91,10 @@ class PreTrainedModel(nn.Module):
     @classmethod
     def from_pretrained(
         cls,
-        name_or_path: str | os.PathLike[str],
+        name_or_path: str | os.PathLike[str] | None,
         *,
         config: PreTrainedConfig | None = None,
+        state_dict: Mapping[str, Tensor] | None = None,
         dtype: str | torch.dtype | None = "auto",
         torch_dtype: str | torch.dtype | None = None,
         device_map: DeviceMap = None,
@@ -102,6 +103,10 @@ class PreTrainedModel(nn.Module):
         token: str | bool | None = None,
         local_files_only: bool = False,
         subfolder: str = "",
+        variant: str | None = None,
+        key_mapping: Mapping[str, str] | None = None,
+        ignore_mismatched_sizes: bool = False,
+        output_loading_info: bool = False,
         trust_remote_code: bool = False,
         low_cpu_mem_usage: bool = True,
         use_safetensors: bool = True,
@@ -115,8 +120,9 @@ class PreTrainedModel(nn.Module):
         executed: `trust_remote_code` is accepted and does nothing, as does `low_cpu_mem_usage`.
 
         Args:
-            name_or_path: a directory, or a hub id.
+            name_or_path: a directory, or a hub id; None for a config and a state dict alone.
             config: in place of the checkpoint's own.
+            state_dict: weights in memory, in place of the checkpoint's.
             dtype: of the weights; "auto" is the one they were saved in.
             torch_dtype: the older name of `dtype`.
             device_map: one device for the whole model: its name or index, or "auto".
@@ -125,6 +131,14 @@ class PreTrainedModel(nn.Module):
             token: for private repositories.
             local_files_only: never use the network.
             subfolder: where in the repository the model is.
+            variant: which weights where a repository has several: "fp16" is
+                model.fp16.safetensors.
+            key_mapping: regular expressions that are replaced in the checkpoint's names, in order.
+            ignore_mismatched_sizes: let tensors of another shape start from random weights, with a
+                warning, in place of failing.
+            output_loading_info: return a pair of the model and a mapping of the names that were
+                missing (`missing_keys`), unused (`unexpected_keys`) or of another shape
+                (`mismatched_keys`).
             trust_remote_code: accepted, without effect.
             low_cpu_mem_usage: accepted, without effect: it always is.
             use_safetensors: has to be true; pickled weights are never read.
@@ -146,19 +160,23 @@ class PreTrainedModel(nn.Module):
             raise InputError(
                 f"dtype={dtype!r} and torch_dtype={torch_dtype!r} are one option; give dtype alone"
             )
-        source = loading.Source(
-            name_or_path, revision, cache_dir, token, local_files_only, subfolder
-        )
-        return loading.load(
-            cls,
-            source,
-            config=config,
+        source = None
+        if name_or_path is not None:
+            source = loading.Source(
+                name_or_path, revision, cache_dir, token, local_files_only, subfolder, variant
+            )
+        options = loading.Options(
             dtype=dtype if torch_dtype is None else torch_dtype,
             device_map=device_map,
+            state_dict=state_dict,
+            key_mapping=key_mapping,
+            ignore_mismatched_sizes=ignore_mismatched_sizes,
             quantize=quantize,
             quantization_config=quantization_config,
-            overrides=config_overrides,
         )
+        model, report = loading.load(cls, source, config, config_overrides, options)
+        # As in Transformers, the type of the result follows the argument.
+        return (model, report) if output_loading_info else model  # type: ignore[return-value]
 
     def save_pretrained(
         self,

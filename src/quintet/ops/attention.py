@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from quintet.errors import MissingDependencyError, UnsupportedBackendError
+from quintet.kernels.attention import attend
 from quintet.ops.masks import Visibility, causal_mask
 
 __all__ = [
@@ -69,7 +70,11 @@ def eager(
 def sdpa(
     q: Tensor, k: Tensor, v: Tensor, seen: Visibility, *, scale: float, dropout: float
 ) -> tuple[Tensor, Tensor | None]:
-    """Attend by `torch.nn.functional.scaled_dot_product_attention`."""
+    """Attend by `torch.nn.functional.scaled_dot_product_attention`, or by a kernel for CPUs."""
+    if not seen.custom and not dropout:
+        made = attend((q,), (k,), v, start=seen.start, window=seen.window, scale=scale)
+        if made is not None:
+            return made, None
     if seen.is_causal and not dropout and in_blocks(q):
         return _causal_blocks(q, k, v, scale), None
     mask = seen.mask
