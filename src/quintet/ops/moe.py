@@ -10,6 +10,8 @@ import torch
 import torch.nn.functional as F  # noqa: N812
 from torch import Tensor
 
+from quintet.kernels.gated import gated as kernel
+from quintet.kernels.linear import Matrix
 from quintet.ops.activations import Activation
 from quintet.ops.grouped import grouped_linear
 
@@ -68,6 +70,11 @@ def apply_experts(
     Shapes: x (N, C); indices and weights (N, A); gate_up (E, 2F, C), the gate's rows first;
     down (E, C, F); returns (N, C).
     """
+    if act is F.silu:
+        gate, up = (Matrix(half) for half in gate_up.chunk(2, dim=1))
+        made = kernel(x, gate, up, Matrix(down), indices, weights)
+        if made is not None:
+            return made
     form = looped_experts
     if torch.compiler.is_compiling():
         # Few tokens on a device: copying their matrices costs less than asking it which they are.

@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F  # noqa: N812
 from torch import Tensor
 
+from quintet.kernels.linear import Matrix
 from quintet.ops.quantized import (
     FP8_BLOCK,
     dequantize_fp8,
@@ -72,6 +73,10 @@ class WeightFormat(ABC):
         """Return x wᵀ + b; x (..., I)."""
         return F.linear(x, self.decode(parts, shape, x.dtype), bias)
 
+    def matrix(self, parts: Parts) -> Matrix | None:
+        """Return parts, or stacks of them, as kernels read them; None if they cannot."""
+        return None
+
     # -- on disk -----------------------------------------------------------------------------
 
     def files(self, weight: str, shape: Shape) -> dict[str, tuple[str, Shape]]:
@@ -120,6 +125,10 @@ class Int8Format(WeightFormat):
         """Return x wᵀ + b; x (..., I)."""
         return int8_linear(x, parts[""], parts["_scale"], bias)
 
+    def matrix(self, parts: Parts) -> Matrix:
+        """Return the parts as kernels read them."""
+        return Matrix(parts[""], parts["_scale"])
+
 
 @dataclass(frozen=True)
 class Int4Format(WeightFormat):
@@ -148,6 +157,10 @@ class Int4Format(WeightFormat):
     def linear(self, x: Tensor, parts: Parts, shape: Shape, bias: Tensor | None) -> Tensor:
         """Return x wᵀ + b; x (..., I)."""
         return int4_linear(x, parts[""], parts["_scale"], bias)
+
+    def matrix(self, parts: Parts) -> Matrix:
+        """Return the parts as kernels read them."""
+        return Matrix(parts[""], parts["_scale"])
 
 
 @dataclass(frozen=True)

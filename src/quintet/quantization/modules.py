@@ -4,9 +4,12 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Self
 
 import torch
+import torch.nn.functional as F  # noqa: N812
 from torch import Tensor, nn
 
 from quintet.errors import InputError
+from quintet.kernels.gated import gated as kernel
+from quintet.kernels.linear import Matrix, linears
 from quintet.layers.linear import LinearMap
 from quintet.layers.moe import Experts
 from quintet.ops.activations import Activation
@@ -154,7 +157,19 @@ class QuantizedLinear(Quantized, LinearMap):
     @classmethod
     def together(cls, x: Tensor, maps: Sequence[Self]) -> tuple[Tensor, ...]:
         """Return what each of `maps` makes of x (..., I)."""
+        held = [m.matrix() for m in maps]
+        known = [matrix for matrix in held if matrix is not None]
+        if len(known) == len(maps):
+            refuse_training(maps[0], x)
+            made = linears(x, known)
+            if made is not None:
+                return tuple(made)
         return tuple(m.forward(x) for m in maps)
+
+    def matrix(self) -> Matrix | None:
+        """Return what the map holds, where its format is one that kernels read."""
+        parts = self.format.matrix(self.parts("weight"))
+        return None if parts is None or self.compute_dtype else parts._replace(bias=self.bias)
 
     def extra_repr(self) -> str:
         """Show the sizes in `print(model)`."""
@@ -225,7 +240,22 @@ class QuantizedExperts(Quantized):
         """Map tokens (N, C) through the experts `indices` (N, A), summed by `weights` (N, A)."""
         refuse_training(self, x)
         wide = x if self.compute_dtype is None else x.to(self.compute_dtype)
+        made = self._in_one_pass(wide, indices, weights)
+        if made is not None:
+            return made.to(x.dtype)
         return each_hit_expert(wide, indices, weights, self.num_experts, self._run).to(x.dtype)
+
+    def _in_one_pass(self, x: Tensor, indices: Tensor, weights: Tensor) -> Tensor | None:
+        both = {s: self.get_buffer("gate_up_proj" + s) for s in self._suffixes("gate_up_proj")}
+        down = {s: self.get_buffer("down_proj" + s) for s in self._suffixes("down_proj")}
+        halves = [{s: part.chunk(2, dim=1)[i] for s, part in both.items()} for i in range(2)]
+        gate, up, last = (self.format.matrix(parts) for parts in (*halves, down))
+        if self.act_fn is not F.silu or gate is None or up is None or last is None:
+            return None
+        return kernel(x, gate, up, last, indices, weights)
+
+    def _suffixes(self, name: str) -> list[str]:
+        return list(self.format.parts(self.matrices[name][0]))
 
     def _run(self, expert: int, rows: Tensor) -> Tensor:
         made = gated(self._map("gate_up_proj", expert, rows), self.act_fn)
