@@ -18,7 +18,7 @@ def test_a_quantised_copy_talks(quintet: Any, chat_model: Path, tmp_path: Path) 
     assert (settings["quant_method"], settings["bits"]) == ("quintet", 8)
     AutoModelForCausalLM.from_pretrained(out)
     assert AutoTokenizer.from_pretrained(out).chat_template
-    assert quintet("generate", out, "-p", "The", "--max-new-tokens", "3").code == 0
+    assert quintet("generate", "The", "--model", out, "--max-new-tokens", "3").code == 0
 
 
 @pytest.mark.parametrize(
