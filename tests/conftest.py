@@ -24,3 +24,13 @@ def chat_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     from tiny import build
 
     return build(tmp_path_factory.mktemp("models") / "chat")
+
+
+@pytest.fixture(scope="session")
+def published() -> Path:
+    """The published vocabulary of Qwen2, which is not part of the repository."""
+    beside = Path(__file__).parents[2] / "shared" / "data" / "qwen2-tokenizer"
+    root = Path(os.environ.get("QUINTET_QWEN2_TOKENIZER", beside))
+    if not (root / "vocab.json").is_file():
+        pytest.skip(f"no Qwen2 vocabulary at {root}; set QUINTET_QWEN2_TOKENIZER")
+    return root

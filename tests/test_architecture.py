@@ -11,18 +11,20 @@ SOURCE = Path(__file__).parents[1] / "src" / "quintet"
 LADDER = [
     {"__main__"},
     {"cli"},
-    {"pipelines"},
+    {"pipelines", "benchmark"},
     {"auto"},
     {"models"},
     {"modeling"},
     {"generation"},
+    {"quantization"},
     {"checkpoint"},
     {"layers"},
     {"cache"},
     {"ops"},
+    {"kernels"},
     {"tokenization", "configuration"},
     {"hub"},
-    {"files"},
+    {"files", "modeloutput"},
     {"errors"},
 ]
 HEIGHT = {name: -rung for rung, names in enumerate(LADDER) for name in names}

@@ -8,7 +8,7 @@ from tokenizers.models import BPE
 
 from quintet import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
 
-__all__ = ["END", "build"]
+__all__ = ["END", "build", "trained_tokenizer"]
 
 END = "<|im_end|>"
 SPECIAL = ["<|endoftext|>", "<|im_start|>", END]
@@ -31,12 +31,7 @@ def build(root: Path, *, chat: bool = True, context: int = 256, vocab_size: int 
 
     Its greedy text never ends by itself. `vocab_size` is the model's, the tokenizer's if 0.
     """
-    tokenizer = PreTrainedTokenizerFast(
-        _pipeline(),
-        eos_token=END,
-        pad_token=SPECIAL[0],
-        chat_template=CHATML if chat else None,
-    )
+    tokenizer = trained_tokenizer(chat=chat)
     torch.manual_seed(7)
     config = Qwen2Config(
         vocab_size=vocab_size or len(tokenizer),
@@ -59,7 +54,17 @@ def build(root: Path, *, chat: bool = True, context: int = 256, vocab_size: int 
     return root
 
 
-def _pipeline() -> Tokenizer:
+def trained_tokenizer(*also: str, chat: bool = True) -> PreTrainedTokenizerFast:
+    """A tokenizer of 360 ids, with or without a chat template, that has also seen some texts."""
+    return PreTrainedTokenizerFast(
+        _pipeline([*TEXT, *also]),
+        eos_token=END,
+        pad_token=SPECIAL[0],
+        chat_template=CHATML if chat else None,
+    )
+
+
+def _pipeline(texts: list[str]) -> Tokenizer:
     pipeline = Tokenizer(BPE())
     pipeline.pre_tokenizer = pre_tokenizers.Sequence(
         [
@@ -74,5 +79,5 @@ def _pipeline() -> Tokenizer:
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
-    pipeline.train_from_iterator(TEXT * 4, trainer)
+    pipeline.train_from_iterator(texts * 4, trainer)
     return pipeline

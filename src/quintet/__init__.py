@@ -71,6 +71,12 @@ if TYPE_CHECKING:
         Zamba2PreTrainedModel,
     )
     from quintet.pipelines import pipeline
+    from quintet.quantization import (
+        BitsAndBytesConfig,
+        FineGrainedFP8Config,
+        Int4Config,
+        Int8Config,
+    )
     from quintet.tokenization import (
         BatchEncoding,
         PreTrainedTokenizer,
@@ -90,6 +96,7 @@ __all__ = [
     "AutoModelForTokenClassification",
     "AutoTokenizer",
     "BatchEncoding",
+    "BitsAndBytesConfig",
     "Cache",
     "DeepseekV2Config",
     "DeepseekV2ForCausalLM",
@@ -106,7 +113,10 @@ __all__ = [
     "DeepseekV3Model",
     "DeepseekV3PreTrainedModel",
     "DynamicCache",
+    "FineGrainedFP8Config",
     "GenerationConfig",
+    "Int4Config",
+    "Int8Config",
     "OffloadedCache",
     "PreTrainedConfig",
     "PreTrainedModel",
@@ -175,6 +185,12 @@ _NAMES = {
         for module, prefix in _FAMILIES.items()
     },
     "quintet.pipelines": ["pipeline"],
+    "quintet.quantization": [
+        "BitsAndBytesConfig",
+        "FineGrainedFP8Config",
+        "Int4Config",
+        "Int8Config",
+    ],
     "quintet.tokenization": [
         "BatchEncoding",
         "PreTrainedTokenizer",

@@ -4,16 +4,21 @@ import os
 import re
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
-from quintet.errors import ModelNotFoundError, OfflineError
+from quintet.errors import CheckpointError, ModelNotFoundError, OfflineError
+from quintet.files import read_json
 
 __all__ = [
     "CONFIG_NAME",
     "CONFIG_PATTERNS",
+    "SINGLE_WEIGHTS",
     "TOKENIZER_PATTERNS",
-    "WEIGHT_PATTERNS",
+    "WEIGHTS_INDEX",
     "demo_model",
     "locate",
+    "locate_weights",
+    "with_variant",
 ]
 
 CONFIG_NAME = "config.json"
@@ -28,8 +33,9 @@ TOKENIZER_PATTERNS = (
     "chat_template.jinja",
     "additional_chat_templates/*.jinja",
 )
-# Pickled weights are not in the list: they are never read, so never downloaded.
-WEIGHT_PATTERNS = ("*.safetensors", "*.safetensors.index.json")
+# Pickled weights are never read, so never downloaded.
+SINGLE_WEIGHTS = "model.safetensors"
+WEIGHTS_INDEX = "model.safetensors.index.json"
 
 _REPO_ID = re.compile(r"[A-Za-z0-9_][\w.-]*(/[A-Za-z0-9_][\w.-]*)?")
 
@@ -75,6 +81,62 @@ def locate(
         patterns = [f"{subfolder.strip('/')}/{pattern}" for pattern in patterns]
     root = _download(name, patterns, revision, cache_dir, token, local_files_only)
     return _inside(root, subfolder, name)
+
+
+def locate_weights(
+    name_or_path: str | os.PathLike[str],
+    variant: str | None = None,
+    *,
+    revision: str | None = None,
+    cache_dir: str | os.PathLike[str] | None = None,
+    token: str | bool | None = None,
+    local_files_only: bool = False,
+    subfolder: str = "",
+) -> Path:
+    """Return the directory that holds the weights of a model, downloading those of one variant.
+
+    Of a repository that has them in several dtypes and formats, the one file or the shards that
+    the index names are fetched, and nothing else.
+
+    Raises:
+        ModelNotFoundError: no such directory, repository, revision, or no access to it.
+        OfflineError: a hub id that is not in the local cache while the network is off.
+    """
+    where: dict[str, Any] = {
+        "revision": revision,
+        "cache_dir": cache_dir,
+        "token": token,
+        "local_files_only": local_files_only,
+        "subfolder": subfolder,
+    }
+    single, index = (with_variant(name, variant) for name in (SINGLE_WEIGHTS, WEIGHTS_INDEX))
+    root = locate(name_or_path, (single, index), **where)
+    if Path(os.fspath(name_or_path)).expanduser().is_dir() or (root / single).is_file():
+        return root
+    shards = _shards(root / index)
+    return locate(name_or_path, (index, *shards), **where) if shards else root
+
+
+def with_variant(name: str, variant: str | None) -> str:
+    """Return the name that a file of weights has for a variant.
+
+    `model.fp16.safetensors`, `model.safetensors.index.fp16.json`.
+    """
+    if variant is None:
+        return name
+    stem, _, suffix = name.rpartition(".")
+    return f"{stem}.{variant}.{suffix}"
+
+
+def _shards(index: Path) -> list[str]:
+    """Return the files that an index names; what is wrong with it is said when it is opened."""
+    try:
+        named = read_json(index).get("weight_map")
+    except (CheckpointError, OSError):
+        return []
+    names = set(named.values()) if isinstance(named, dict) else set()
+    # What could be a pattern or a path is no name of a shard.
+    return sorted(n for n in names if isinstance(n, str) and re.fullmatch(r"[\w.-]+", n))
 
 
 def _inside(root: Path, subfolder: str, name: str) -> Path:

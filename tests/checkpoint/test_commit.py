@@ -13,7 +13,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from quintet.checkpoint import Checkpoint, disk, save
+from quintet.checkpoint import Checkpoint, disk, recover, save
 from quintet.errors import CheckpointError, SaveError
 
 # How many tensors are in a shard of the old and of the new checkpoint; 6 of 6 are one file.
@@ -255,6 +255,10 @@ def test_a_kill_at_any_call_leaves_the_old_the_new_or_a_refusal(tmp_path: Path) 
         for at in range(1, len(list((tmp_path / case).iterdir())) + 1):
             directory = tmp_path / case / str(at)
             states.append(found(directory))
+            recover(directory)
+            again = found(directory)
+            assert again == states[-1] or (states[-1], again) == (None, 1)
+            assert again in ((1, 2) if before else (None, 2)), "the next load finds one of both"
             assert_usable(directory)
         assert len(states) > 10
         assert states[0] == (1 if before else None)
@@ -277,6 +281,10 @@ def test_a_save_that_died_between_texts_and_weights_is_refused_then_taken_back(
     with pytest.raises(CheckpointError, match="half of a save") as caught:
         Checkpoint.open(tmp_path)
     assert str(staging) in str(caught.value)
+
+    with disk.locked(tmp_path):
+        recover(tmp_path)
+    assert found(tmp_path) is None, "another process may be saving still"
 
     def full(_: Path) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")

@@ -74,8 +74,8 @@ def test_a_model_config_gives_the_tokens() -> None:
 
 
 def test_an_option_that_is_not_supported_is_told_and_kept(tmp_path: Path) -> None:
-    values = {"num_beams": 4, "no_repeat_ngram_size": 3, "top_k": 5}
-    with pytest.warns(UserWarning, match="num_beams=4, no_repeat_ngram_size=3.*without effect"):
+    values = {"num_beam_groups": 4, "penalty_alpha": 0.6, "top_k": 5}
+    with pytest.warns(UserWarning, match="num_beam_groups=4, penalty_alpha=0.6.*without effect"):
         config = GenerationConfig.from_pretrained(written(tmp_path, values))
     assert json.loads(config.to_json_string()) == values
 

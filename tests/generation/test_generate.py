@@ -230,7 +230,7 @@ def test_any_integer_dtype_goes_in(model: Any) -> None:
         pytest.param([PROMPT], {"num_return_sequences": 2}, "set do_sample=True", id="copies"),
         pytest.param([PROMPT], {"max_tokens": 3}, "did you mean 'max_", id="unknown"),
         pytest.param([PROMPT], {"temprature": 3}, "did you mean 'temperature'", id="misspelt"),
-        pytest.param([PROMPT], {"num_beams": 4}, "num_beams=4: beam search is not", id="beams"),
+        pytest.param([PROMPT], {"num_beam_groups": 4}, "=4: group beam search is not", id="groups"),
         pytest.param([PROMPT], {"max_new_tokens": 0}, "max_new_tokens=0 has to be", id="zero"),
         pytest.param([PROMPT], {"top_p": 2.0}, "top_p=2.0 has to be", id="top-p"),
     ],
@@ -278,12 +278,11 @@ def test_more_tokens_at_least_than_there_is_room_for() -> None:
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        ({"num_beams": 4}, "num_beams=4: beam search is not in this version"),
-        ({"return_dict_in_generate": True}, "returning more than tokens is not in this version"),
-        ({"inputs_embeds": torch.zeros(1, 2, 64)}, "generating from embeddings is not"),
+        ({"penalty_alpha": 0.6}, "penalty_alpha=0.6: contrastive search is not in this version"),
+        ({"dola_layers": "high"}, "dola_layers='high': contrasting layers is not in this version"),
         ({"generation_config": {"top_k": 3}}, "builtins.dict; it has to be quintet's"),
     ],
-    ids=["beams", "dict", "embeddings", "config"],
+    ids=["contrastive", "dola", "config"],
 )
 def test_what_is_not_here_yet_is_said(options: dict[str, Any], words: str) -> None:
     model = Qwen2ForCausalLM(small_config()).eval()
@@ -294,5 +293,5 @@ def test_what_is_not_here_yet_is_said(options: dict[str, Any], words: str) -> No
 def test_asking_for_nothing_of_what_is_not_here_is_fine() -> None:
     model = Qwen2ForCausalLM(small_config()).eval()
     plain = model.generate(torch.tensor([[1]]), max_new_tokens=3)
-    idle = {"num_beams": 1, "return_dict_in_generate": False, "stopping_criteria": []}
+    idle = {"num_beam_groups": 1, "custom_generate": None, "diversity_penalty": 0.0}
     assert torch.equal(model.generate(torch.tensor([[1]]), max_new_tokens=3, **idle), plain)

@@ -8,8 +8,8 @@ import torch
 
 from quintet import AutoModelForCausalLM, AutoTokenizer
 from quintet.errors import InputError
-from quintet.generation.decode import Prompt
 from quintet.generation.healing import heal
+from quintet.generation.text import Text
 
 
 @pytest.fixture(scope="module")
@@ -23,7 +23,7 @@ def opened(chat_model: Path) -> tuple[Any, Any]:
 def test_what_may_come_first_begins_with_what_was_taken_off(opened: tuple[Any, Any]) -> None:
     model, tokenizer = opened
     ids = tokenizer(["The c", "He said t"], padding=True, return_tensors="pt")
-    prompt = Prompt.left_padded(ids["input_ids"], ids["attention_mask"])
+    prompt = Text.left_padded(ids["input_ids"], ids["attention_mask"])
     shorter, allowed = heal(prompt, tokenizer, model.config.vocab_size)
     assert torch.equal(shorter.ids, prompt.ids[:, :-1])
     assert allowed is not None

@@ -10,7 +10,9 @@ from transformers.generation import logits_process as theirs
 
 from quintet import GenerationConfig
 from quintet.errors import InputError
-from quintet.generation.processors import Chooser
+from quintet.generation.processors.assemble import Setting, assemble
+from quintet.generation.sampler import Sampler
+from quintet.generation.text import Text
 from support import twins
 
 PROMPT = torch.tensor([[5, 17, 3, 5, 8]])
@@ -141,12 +143,15 @@ def test_the_distribution_is_computed_in_full_precision(dtype: torch.dtype) -> N
     logits = torch.zeros(1, 257, dtype=dtype)
     logits[0, 0] = 5.75
     rows = logits.expand(4000, -1)
-    ids = torch.zeros(4000, 1, dtype=torch.long)
+    text = Text(torch.zeros(4000, 1, dtype=torch.long))
     config = GenerationConfig(do_sample=True, top_k=0, top_p=0.8)
-    drawn = Chooser.from_config(config, generator=seeded())(rows, ids, ids.bool(), 0)
-    assert torch.equal(
-        drawn, Chooser.from_config(config, generator=seeded())(rows.float(), ids, ids.bool(), 0)
-    )
+
+    def sampler() -> Sampler:
+        setting = Setting(prompt=text, room=1, vocab_size=257)
+        return Sampler(assemble(config, setting), do_sample=True, generators=[seeded()] * 4000)
+
+    drawn = sampler().choose(text, rows)
+    assert torch.equal(drawn, sampler().choose(text, rows.float()))
     assert drawn.unique().numel() > 1
 
 
@@ -163,8 +168,7 @@ def test_the_models_logits_are_not_changed(model: Any) -> None:
         min_new_tokens=4,
         eos_token_id=3,
     )
-    ids = torch.tensor([[1, 2], [3, 4]])
-    Chooser.from_config(config, generator=seeded())(
-        logits, ids, torch.ones_like(ids, dtype=torch.bool), 0
-    )
+    text = Text(torch.tensor([[1, 2], [3, 4]]))
+    processors = assemble(config, Setting(prompt=text, room=5, vocab_size=23))
+    Sampler(processors, do_sample=True).choose(text, logits)
     assert torch.equal(logits, before)

@@ -46,7 +46,7 @@ def by_the_equations(m: Mamba2, x: Tensor) -> Tensor:
     z, xbc, dt = m.in_proj(x).split(m.in_sizes, dim=-1)
     xbc = torch.nn.functional.pad(xbc, (0, 0, m.conv1d.kernel_size[0] - 1, 0)).transpose(1, 2)
     xbc = torch.nn.functional.silu(m.conv1d(xbc)).transpose(1, 2)
-    u, b, c = xbc.split(m.conv_sizes, dim=-1)
+    u, b, c = xbc.split([24, 10, 10], dim=-1)
     dt = torch.nn.functional.softplus(dt + m.dt_bias).clamp(*m.dt_limits)
     u, b, c = u.unflatten(2, (4, 6)), b.unflatten(2, (2, -1)), c.unflatten(2, (2, -1))
     y = recurrence(u, dt, -m.A_log.exp(), b, c, m.D, None)[0].flatten(2)

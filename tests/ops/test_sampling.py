@@ -7,7 +7,17 @@ import torch
 from torch import Tensor
 from transformers.generation import logits_process as theirs
 
-from quintet.ops.sampling import draw, keep_min_p, keep_top_k, keep_top_p, penalise_repetition
+from quintet.errors import InputError
+from quintet.ops.sampling import (
+    above_min_p,
+    draw,
+    draw_several,
+    in_top_k,
+    in_top_p,
+    occurrences,
+    penalise_repetition,
+    top_k_candidates,
+)
 
 V = 53
 IDS = torch.zeros(4, 1, dtype=torch.long)
@@ -19,6 +29,12 @@ LOGITS = {
     "equal": lambda: torch.zeros(4, V),
     "banned": lambda: torch.randn(4, V).masked_fill(torch.rand(4, V) < 0.5, -torch.inf),
 }
+
+
+def only(logits: Tensor, kept: Tensor) -> Tensor:
+    return logits.masked_fill(~kept, -torch.inf)
+
+
 each_kind = pytest.mark.parametrize("make", LOGITS.values(), ids=LOGITS)
 
 
@@ -26,28 +42,30 @@ each_kind = pytest.mark.parametrize("make", LOGITS.values(), ids=LOGITS)
 @pytest.mark.parametrize("k", [1, 2, 7, V, 10 * V], ids=lambda k: f"k{k}")
 def test_top_k(make: Callable[[], Tensor], k: int) -> None:
     logits = make()
-    assert torch.equal(keep_top_k(logits, k), theirs.TopKLogitsWarper(k)(IDS, logits))
+    assert torch.equal(only(logits, in_top_k(logits, k)), theirs.TopKLogitsWarper(k)(IDS, logits))
 
 
 @each_kind
 @pytest.mark.parametrize("p", [0.001, 0.05, 0.1, 0.5, 0.9])
 def test_min_p(make: Callable[[], Tensor], p: float) -> None:
     logits = make()
-    assert torch.equal(keep_min_p(logits, p), theirs.MinPLogitsWarper(p)(IDS, logits))
+    assert torch.equal(
+        only(logits, above_min_p(logits, p)), theirs.MinPLogitsWarper(p)(IDS, logits)
+    )
 
 
 @pytest.mark.parametrize("kind", ["spread", "flat", "peaked", "banned"])
 @pytest.mark.parametrize("p", [1e-6, 0.1, 0.5, 0.9, 0.999])
 def test_top_p(kind: str, p: float) -> None:
     logits = LOGITS[kind]()
-    assert torch.equal(keep_top_p(logits, p), theirs.TopPLogitsWarper(p)(IDS, logits))
+    assert torch.equal(only(logits, in_top_p(logits, p)), theirs.TopPLogitsWarper(p)(IDS, logits))
 
 
 @each_kind
 @pytest.mark.parametrize("p", [1e-6, 0.1, 0.5, 0.9, 1.0])
 def test_top_p_keeps_the_fewest_that_reach_p(make: Callable[[], Tensor], p: float) -> None:
     logits = make()
-    kept = keep_top_p(logits, p)
+    kept = only(logits, in_top_p(logits, p))
     probabilities = logits.softmax(dim=-1)
     for row in range(len(kept)):
         held = probabilities[row][kept[row] > -torch.inf]
@@ -65,38 +83,89 @@ def test_repetition_penalty(make: Callable[[], Tensor], penalty: float) -> None:
     ids = torch.randint(0, V, (4, 20))
     expected = theirs.RepetitionPenaltyLogitsProcessor(penalty)(ids, logits.clone())
     before = logits.clone()
-    assert torch.equal(
-        penalise_repetition(logits, ids, torch.ones_like(ids) > 0, penalty), expected
-    )
+    occurred = occurrences(ids, None, V) > 0
+    assert torch.equal(penalise_repetition(logits, occurred, penalty), expected)
     assert torch.equal(logits, before)
 
 
-def test_padding_is_no_repetition() -> None:
-    logits = torch.ones(2, V)
-    ids = torch.tensor([[0, 0, 5, 0], [0, 0, 0, 5]])
-    kept = torch.tensor([[False, False, True, True], [False, False, False, True]])
-    changed = penalise_repetition(logits, ids, kept, 2.0) != 1
-    assert changed.nonzero().tolist() == [[0, 0], [0, 5], [1, 5]]
+def test_what_is_not_kept_does_not_occur() -> None:
+    ids = torch.tensor([[0, 0, 5, 0], [0, 0, 5, 5]])
+    kept = torch.tensor([[False, False, True, True], [False, False, True, True]])
+    counts = occurrences(ids, kept, V)
+    assert counts.nonzero().tolist() == [[0, 0], [0, 5], [1, 5]]
+    assert counts[1, 5] == 2
+    # An embedding may have more rows than there are logits.
+    assert occurrences(ids, kept, 3).tolist() == [[1, 0, 0], [0, 0, 0]]
+
+
+@each_kind
+@pytest.mark.parametrize("k", [1, 5, 30])
+def test_few_candidates_are_those_of_the_whole(make: Callable[[], Tensor], k: int) -> None:
+    logits = make()
+    few = top_k_candidates(logits, k)
+    kept = only(logits, in_top_k(logits, k))
+    if few is None:
+        # Too many tie with the last, or there are hardly more.
+        assert int((kept == kept.amin(dim=-1, keepdim=True)).sum(dim=-1).max()) > 1
+        return
+    values, ids = few
+    spread = torch.full_like(logits, -torch.inf).scatter(1, ids, values)
+    assert torch.equal(spread, kept)
+
+
+def chi_square(counts: Tensor, probabilities: Tensor) -> float:
+    expected = probabilities * counts.sum()
+    likely = expected > 0
+    assert not counts[~likely].any()
+    return float(((counts - expected) ** 2 / expected)[likely].sum())
 
 
 def test_draws_follow_the_distribution() -> None:
-    probabilities = torch.tensor([0.5, 0.25, 0.15, 0.07, 0.03, 0.0])
-    draws = 20_000
-    tokens = draw(probabilities.log().expand(draws, -1), torch.Generator().manual_seed(1))
-    counts = torch.bincount(tokens, minlength=6)
-    expected = draws * probabilities[:5]
-    chi_square = float(((counts[:5] - expected) ** 2 / expected).sum())
-    assert chi_square < 18.5  # 4 degrees of freedom: one seed in a thousand is above
-    assert counts[5] == 0
+    probabilities = torch.tensor([0.5, 0.25, 0.0, 0.15, 0.07, 0.03, 0.0])
+    torch.manual_seed(1)
+    tokens = draw(7 * probabilities.expand(20_000, -1))
+    counts = torch.bincount(tokens, minlength=7).float()
+    # 4 degrees of freedom: one seed in a thousand is above.
+    assert chi_square(counts, probabilities) < 18.5
 
 
-def test_a_generator_alone_decides_the_draw() -> None:
-    logits = torch.zeros(8, 1000)
-    first = draw(logits, torch.Generator().manual_seed(3))
-    torch.manual_seed(99)
-    assert torch.equal(first, draw(logits, torch.Generator().manual_seed(3)))
-    assert not torch.equal(first, draw(logits, torch.Generator().manual_seed(4)))
+def test_several_draws_are_without_replacement() -> None:
+    probabilities = torch.tensor([0.6, 0.3, 0.1])
+    torch.manual_seed(1)
+    drawn = draw_several(probabilities.log().expand(20_000, -1), 2)
+    assert bool((drawn[:, 0] != drawn[:, 1]).all())
+    pairs = torch.zeros(3, 3)
+    for first in range(3):
+        for second in range(3):
+            if first != second:
+                share = probabilities[second] / (1 - probabilities[first])
+                pairs[first, second] = probabilities[first] * share
+    counts = torch.bincount(drawn[:, 0] * 3 + drawn[:, 1], minlength=9).float()
+    # 5 degrees of freedom: one seed in a thousand is above.
+    assert chi_square(counts, pairs.flatten()) < 20.6
+
+
+@pytest.mark.parametrize("value", [0.0, torch.nan, torch.inf])
+def test_nothing_to_draw_is_an_error(value: float) -> None:
+    probabilities = torch.full((2, 3), 1 / 3)
+    probabilities[1] = value
+    with pytest.raises(InputError, match="there is no token to draw"):
+        draw(probabilities)
+
+
+def test_a_rows_generator_alone_decides_its_draw() -> None:
+    def drawn(seeds: list[int]) -> list[int]:
+        rows = torch.ones(len(seeds), 1000)
+        return draw(rows, [torch.Generator().manual_seed(seed) for seed in seeds]).tolist()
+
+    first = drawn([3, 4, 5])
+    assert drawn([5, 3]) == [first[2], first[0]]
+    assert len(set(first)) == 3
+
+
+def test_without_generators_torchs_own_seed_counts() -> None:
     torch.manual_seed(5)
-    shared = draw(logits, None)
+    shared = draw(torch.ones(8, 1000))
+    assert not torch.equal(shared, draw(torch.ones(8, 1000)))
     torch.manual_seed(5)
-    assert torch.equal(shared, draw(logits, None))
+    assert torch.equal(shared, draw(torch.ones(8, 1000)))

@@ -83,13 +83,3 @@ def oracle(trained: Path, chatml: str) -> Any:
         extra_special_tokens=CHAT_TOKENS,
         chat_template=chatml,
     )
-
-
-@pytest.fixture(scope="session")
-def published() -> Path:
-    """The published vocabulary of Qwen2, which is not part of the repository."""
-    beside = Path(__file__).parents[3] / "shared" / "data" / "qwen2-tokenizer"
-    root = Path(os.environ.get("QUINTET_QWEN2_TOKENIZER", beside))
-    if not (root / "vocab.json").is_file():
-        pytest.skip(f"no Qwen2 vocabulary at {root}; set QUINTET_QWEN2_TOKENIZER")
-    return root

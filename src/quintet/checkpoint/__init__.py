@@ -3,18 +3,23 @@
 from quintet.checkpoint.matching import Difference, Mismatch, compare
 from quintet.checkpoint.reading import Checkpoint, TensorInfo
 from quintet.checkpoint.rules import Piece, StackExperts, pieces, split_tensors
-from quintet.checkpoint.writing import parse_size, save
+from quintet.checkpoint.sources import InMemory, Renamed, Weights
+from quintet.checkpoint.writing import parse_size, recover, save
 
 __all__ = [
     "Checkpoint",
     "Difference",
+    "InMemory",
     "Mismatch",
     "Piece",
+    "Renamed",
     "StackExperts",
     "TensorInfo",
+    "Weights",
     "compare",
     "parse_size",
     "pieces",
+    "recover",
     "save",
     "split_tensors",
 ]

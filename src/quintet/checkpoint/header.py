@@ -66,6 +66,8 @@ class TensorInfo:
     dtype: torch.dtype
     shape: tuple[int, ...]
     file: Path
+    start: int = 0
+    """Where in the file its data begins."""
 
     @property
     def nbytes(self) -> int:
@@ -111,7 +113,7 @@ def read_header(path: Path) -> Header:
     metadata = content.pop("__metadata__", {})
     if not isinstance(metadata, dict) or not all(isinstance(v, str) for v in metadata.values()):
         _damaged(path, f"has __metadata__ that does not map text to text: {shown(metadata)}")
-    return Header(_tensors(path, content, size - 8 - length), metadata)
+    return Header(_tensors(path, content, 8 + length, size), metadata)
 
 
 def parse_object(raw: bytes, what: str) -> dict[str, Any]:
@@ -171,7 +173,10 @@ def _damaged(path: Path, what: str) -> NoReturn:
     raise CheckpointError(f"{path} {what}; the file is damaged or incomplete, fetch it again")
 
 
-def _tensors(path: Path, content: dict[str, Any], data_bytes: int) -> dict[str, TensorInfo]:
+def _tensors(
+    path: Path, content: dict[str, Any], data_start: int, size: int
+) -> dict[str, TensorInfo]:
+    data_bytes = size - data_start
     places = sorted((*_checked(path, name, entry), name) for name, entry in content.items())
     tensors: dict[str, TensorInfo] = {}
     reached = 0
@@ -190,7 +195,8 @@ def _tensors(path: Path, content: dict[str, Any], data_bytes: int) -> dict[str, 
                 f"there are {data_bytes}, {needed - data_bytes} too few",
             )
         entry = content[name]
-        tensors[name] = TensorInfo(name, DTYPES[entry["dtype"]], tuple(entry["shape"]), path)
+        dtype, shape = DTYPES[entry["dtype"]], tuple(entry["shape"])
+        tensors[name] = TensorInfo(name, dtype, shape, path, data_start + begin)
         reached = end
     if reached != data_bytes:
         _damaged(path, f"has {data_bytes} bytes of data, of which its tensors hold {reached}")

@@ -5,6 +5,7 @@ import stat
 from pathlib import Path
 
 from quintet.errors import CheckpointError
+from quintet.hub import SINGLE_WEIGHTS, WEIGHTS_INDEX
 
 __all__ = [
     "FINAL_INDEX",
@@ -19,11 +20,10 @@ __all__ = [
     "is_plain",
     "shard_name",
     "shown",
-    "with_variant",
 ]
 
-SINGLE = "model.safetensors"
-INDEX = "model.safetensors.index.json"
+SINGLE = SINGLE_WEIGHTS
+INDEX = WEIGHTS_INDEX
 # The second group is there while a save replaces shards of the same names.
 SHARD = re.compile(r"model-\d{5,}-of-\d{5,}(\.[0-9a-f]{16})?\.safetensors")
 # Temporary directories of saves, and in them: the note that says how to take one back, the
@@ -45,14 +45,6 @@ def shown(value: object) -> str:
 def shard_name(number: int, count: int) -> str:
     """Return the name of shard `number`, counted from 1, of `count`."""
     return f"model-{number:05}-of-{count:05}.safetensors"
-
-
-def with_variant(name: str, variant: str | None) -> str:
-    """Return the name that the file has for a variant: `model.fp16.safetensors`."""
-    if variant is None:
-        return name
-    stem, _, suffix = name.rpartition(".")
-    return f"{stem}.{variant}.{suffix}"
 
 
 def is_plain(name: str) -> bool:

@@ -9,9 +9,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from types import MappingProxyType
 from typing import Self
+from weakref import WeakValueDictionary
 
 import torch
-from safetensors import SafetensorError, safe_open
 
 from quintet.checkpoint.header import MAX_TENSORS, Header, TensorInfo, parse_object, read_header
 from quintet.checkpoint.layout import (
@@ -24,10 +24,11 @@ from quintet.checkpoint.layout import (
     find,
     is_plain,
     shown,
-    with_variant,
 )
+from quintet.checkpoint.mapping import MappedFile
 from quintet.errors import CheckpointError, InputError, listed
 from quintet.files import MAX_JSON_BYTES
+from quintet.hub import with_variant
 
 __all__ = ["Checkpoint", "TensorInfo", "half_moved"]
 
@@ -47,6 +48,9 @@ class Checkpoint:
     tensors: Mapping[str, TensorInfo]
     metadata: Mapping[str, str]
     _stamps: Mapping[Path, tuple[int, int, int]] = field(repr=False)
+    _mapped: WeakValueDictionary[Path, MappedFile] = field(
+        default_factory=WeakValueDictionary, repr=False, compare=False
+    )
 
     @classmethod
     def open(cls, directory: str | os.PathLike[str], *, variant: str | None = None) -> Self:
@@ -93,7 +97,8 @@ class Checkpoint:
     def read(self, names: Iterable[str]) -> Iterator[tuple[str, torch.Tensor]]:
         """Read tensors, each once, file by file and in the order of their data.
 
-        They are private views of the mapped file, so that no more is in memory than is used.
+        They are private views of the mapped file: nothing is copied, and only what is looked at
+        comes into memory. `forget` gives that back.
 
         Raises:
             CheckpointError: no such tensor, or a file was changed after `open`.
@@ -107,22 +112,31 @@ class Checkpoint:
                 by_file.setdefault(info.file, []).append(name)
         return self._stream(by_file)
 
+    def forget(self, name: str) -> None:
+        """Let go of the memory that looking at a tensor took, once its values are elsewhere.
+
+        Its view can still be read. What was written to it is lost.
+        """
+        info = self.tensors[name]
+        if (mapped := self._mapped.get(info.file)) is not None:
+            mapped.forget(info)
+
     def _stream(self, by_file: dict[Path, list[str]]) -> Iterator[tuple[str, torch.Tensor]]:
         for file, names in by_file.items():
-            name = names[0]
             try:
-                with safe_open(file, framework="pt", device="cpu") as handle:
-                    # After opening: what is mapped now is what was checked.
-                    if _stamp(file) != self._stamps[file]:
-                        raise CheckpointError(
-                            f"{file} was changed after the checkpoint was opened; open it again"
-                        )
-                    for name in names:
-                        yield name, handle.get_tensor(name)
-            except (SafetensorError, OSError) as error:
+                mapped = MappedFile(file)
+            except (OSError, ValueError) as error:
                 raise CheckpointError(
-                    f"{file}: tensor {shown(name)} cannot be read ({error}); {_AGAIN}"
+                    f"{file}: tensor {shown(names[0])} cannot be read ({error}); {_AGAIN}"
                 ) from error
+            # After opening: what is mapped now is what was checked.
+            if _stamp(file) != self._stamps[file]:
+                raise CheckpointError(
+                    f"{file} was changed after the checkpoint was opened; open it again"
+                )
+            self._mapped[file] = mapped
+            for name in names:
+                yield name, mapped.tensor(self.tensors[name])
 
 
 def half_moved(staging: Path) -> dict[str, str | None] | None:

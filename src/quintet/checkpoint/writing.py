@@ -32,7 +32,7 @@ from quintet.checkpoint.reading import half_moved
 from quintet.checkpoint.sizes import parse_size, split
 from quintet.errors import InputError, SaveError, listed
 
-__all__ = ["parse_size", "save"]
+__all__ = ["parse_size", "recover", "save"]
 
 _NO_TEXTS: Mapping[str, str] = MappingProxyType({})
 
@@ -80,6 +80,17 @@ def save(
         raise
     except OSError as error:
         raise SaveError(_why(error, staging, tensors)) from error
+
+
+def recover(directory: str | os.PathLike[str]) -> None:
+    """Take back what a save that died had half done, unless one is at work there now.
+
+    Where that cannot be done, `Checkpoint.open` refuses the directory.
+    """
+    directory = Path(directory)
+    if any(half_moved(staging) is not None for staging in directory.glob(f"{STAGING}*")):
+        with suppress(OSError), disk.locked(directory):
+            clean_up(directory)
 
 
 def _stage(

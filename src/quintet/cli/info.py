@@ -7,7 +7,7 @@ from typing import Any
 import click
 
 from quintet.errors import QuintetError
-from quintet.hub import CONFIG_PATTERNS, TOKENIZER_PATTERNS, WEIGHT_PATTERNS, demo_model, locate
+from quintet.hub import CONFIG_PATTERNS, TOKENIZER_PATTERNS, demo_model, locate, locate_weights
 
 __all__ = ["command"]
 
@@ -32,11 +32,12 @@ def command(
     name = str(demo_model()) if model is None else model
     root = locate(
         name,
-        (*CONFIG_PATTERNS, *TOKENIZER_PATTERNS, *WEIGHT_PATTERNS),
+        (*CONFIG_PATTERNS, *TOKENIZER_PATTERNS),
         revision=revision,
         cache_dir=cache_dir,
         local_files_only=offline,
     )
+    root = locate_weights(name, revision=revision, cache_dir=cache_dir, local_files_only=offline)
     facts = _facts(name, str(root))
     if as_json:
         click.echo(json.dumps(facts, indent=2))

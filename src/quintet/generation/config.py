@@ -2,6 +2,7 @@
 
 import dataclasses
 import difflib
+import functools
 import json
 import os
 import warnings
@@ -10,9 +11,17 @@ from pathlib import Path
 from typing import Annotated, Any, Self, get_type_hints
 
 from quintet.configuration.base import PreTrainedConfig
-from quintet.configuration.rules import Bounds, Count, NonNegative, Positive, check
+from quintet.configuration.rules import (
+    Bounds,
+    Count,
+    NonNegative,
+    NonNegativeFloat,
+    Positive,
+    check,
+)
 from quintet.errors import InputError, ModelNotFoundError, SaveError
 from quintet.files import read_json, write_text
+from quintet.generation.watermarking import WatermarkingConfig
 from quintet.hub import CONFIG_PATTERNS, locate
 
 __all__ = ["GENERATION_CONFIG_NAME", "GenerationConfig"]
@@ -22,28 +31,36 @@ GENERATION_CONFIG_NAME = "generation_config.json"
 _PROVENANCE = ("_from_model_config", "transformers_version")
 # What Transformers takes, and people will try.
 ABSENT = {
+    "assistant_confidence_threshold": "speculative decoding",
+    "assistant_early_exit": "speculative decoding",
+    "assistant_ensemble_weight": "speculative decoding",
+    "assistant_lookbehind": "speculative decoding",
     "assistant_model": "speculative decoding",
-    "bad_words_ids": "forbidding words",
+    "cache_config": "a cache with options",
+    "compile_config": "compiling the forward",
+    "constraints": "constrained beam search",
     "custom_generate": "running code of others",
-    "guidance_scale": "classifier-free guidance",
-    "inputs_embeds": "generating from embeddings",
-    "length_penalty": "beam search",
-    "logits_processor": "a processor of your own",
-    "max_time": "a time limit",
-    "no_repeat_ngram_size": "forbidding repeated n-grams",
-    "num_beams": "beam search",
-    "output_attentions": "returning more than tokens",
-    "output_hidden_states": "returning more than tokens",
-    "output_logits": "returning more than tokens",
-    "output_scores": "returning more than tokens",
-    "past_key_values": "continuing from a cache",
+    "diversity_penalty": "group beam search",
+    "dola_layers": "contrasting layers",
+    "force_words_ids": "constrained beam search",
+    "is_assistant": "speculative decoding",
+    "low_memory": "a beam search in turns",
+    "max_matching_ngram_size": "speculative decoding",
+    "num_assistant_tokens": "speculative decoding",
+    "num_assistant_tokens_schedule": "speculative decoding",
+    "num_beam_groups": "group beam search",
+    "penalty_alpha": "contrastive search",
     "prompt_lookup_num_tokens": "speculative decoding",
-    "return_dict_in_generate": "returning more than tokens",
-    "stop_strings": "stopping at strings",
-    "stopping_criteria": "a criterion of your own",
+    "speculation_type": "speculative decoding",
+    "synced_gpus": "several devices",
+    "target_lookbehind": "speculative decoding",
+    "trust_remote_code": "running code of others",
     "use_mtp": "decoding with prediction layers",
 }
+# The names of `cache_implementation`; `generation/caches.py` makes them.
+CACHES = ("dynamic", "static")
 Share = Annotated[float, Bounds(0, 1)]
+Ids = list[NonNegative]
 
 
 @dataclass(kw_only=True)
@@ -54,17 +71,49 @@ class GenerationConfig:
         max_new_tokens: how many tokens to add at the most; goes before `max_length`.
         max_length: how many tokens there are at the most, the prompt included. With neither set,
             20 are added.
-        min_new_tokens: no end of sequence before that many.
+        min_new_tokens: no end of sequence before that many; goes before `min_length`.
+        min_length: no end of sequence before that many, the prompt included.
+        max_time: seconds after which no further token is begun.
+        stop_strings: texts that end a row; needs `generate(tokenizer=…)`.
         do_sample: draw from the distribution; otherwise (not set) take the most likely token.
+        num_beams: how many continuations are followed at once; 1.
+        length_penalty: beams are ranked by their log-probability over length to this power; 1.
+        early_stopping: end a beam search as soon as there are `num_beams` ends (true), when a
+            better one is unlikely (false), or only when there can be none ("never"); false.
         temperature: the logits are divided by it; 1.
         top_k: draw among that many most likely tokens; 50, and 0 for all.
         top_p: draw among the most likely tokens that together have this probability; 1.
         min_p: draw among tokens at least this share as likely as the most likely one.
+        top_h: draw among the most likely tokens that hold this share of the entropy.
+        typical_p: draw among the tokens of this probability whose information is most typical; 1.
+        epsilon_cutoff: draw among tokens of at least this probability; 0.
+        eta_cutoff: draw among tokens above a bar that falls with the entropy; 0.
         repetition_penalty: logits of tokens that occurred are divided (or, below zero,
             multiplied) by it (arXiv:1909.05858, §4.1); 1.
+        encoder_repetition_penalty: above 1, it makes tokens of the prompt more likely; 1.
+        presence_penalty: taken off the logit of every token that was generated; 0.
+        frequency_penalty: taken off as often as it was generated; 0.
+        no_repeat_ngram_size: no n tokens in a row occur twice; 0 for any.
+        encoder_no_repeat_ngram_size: no n tokens of the prompt occur again; 0 for any.
+        bad_words_ids: sequences of ids that are never completed.
+        sequence_bias: what is added to the logit that completes a sequence of ids.
+        suppress_tokens: ids that never come; `begin_suppress_tokens`, that never come first.
+        forced_bos_token_id: what follows a prompt of one token; `forced_eos_token_id`, what the
+            last possible token is.
+        exponential_decay_length_penalty: (start, factor): the end becomes ever more likely from
+            `start` new tokens on.
+        guidance_scale: how far to go from what `negative_prompt_ids` makes likely; 1.
+        renormalize_logits: give scores as log-probabilities, after all else; false.
+        remove_invalid_values: take NaN for 0 and infinities for the largest numbers; false.
+        watermarking_config: mark the text.
         num_return_sequences: how many continuations of each prompt; 1.
+        return_dict_in_generate: return an output with `sequences` and the `output_…` asked for:
+            scores, logits, attentions and hidden states; false.
         use_cache: keep what the next step needs, rather than run over the whole text; true.
         cache_implementation: "dynamic" grows, "static" is preallocated; "dynamic".
+        max_cache_len: how many tokens a preallocated cache has room for; as many as are asked for.
+        prefill_chunk_size: read the prompt in pieces of so many tokens; all at once.
+        disable_compile: taken and without effect: nothing is compiled unasked.
         token_healing: take the prompt's last token off and let the model choose one that begins
             with its text; needs `generate(tokenizer=…)`; false.
     """
@@ -72,15 +121,49 @@ class GenerationConfig:
     max_new_tokens: Count | None = None
     max_length: Count | None = None
     min_new_tokens: NonNegative | None = None
+    min_length: NonNegative | None = None
+    max_time: NonNegativeFloat | None = None
+    stop_strings: str | list[str] | None = None
     do_sample: bool | None = None
+    num_beams: Count | None = None
+    length_penalty: float | None = None
+    early_stopping: bool | str | None = None
     temperature: Positive | None = None
     top_k: NonNegative | None = None
     top_p: Share | None = None
     min_p: Share | None = None
+    top_h: Share | None = None
+    typical_p: Share | None = None
+    epsilon_cutoff: Share | None = None
+    eta_cutoff: Share | None = None
     repetition_penalty: Positive | None = None
+    encoder_repetition_penalty: Positive | None = None
+    presence_penalty: float | None = None
+    frequency_penalty: float | None = None
+    no_repeat_ngram_size: NonNegative | None = None
+    encoder_no_repeat_ngram_size: NonNegative | None = None
+    bad_words_ids: list[Ids] | None = None
+    sequence_bias: list[Any] | dict[Any, Any] | None = None
+    suppress_tokens: Ids | None = None
+    begin_suppress_tokens: Ids | None = None
+    forced_bos_token_id: NonNegative | None = None
+    forced_eos_token_id: NonNegative | Ids | None = None
+    exponential_decay_length_penalty: list[float] | None = None
+    guidance_scale: float | None = None
+    renormalize_logits: bool | None = None
+    remove_invalid_values: bool | None = None
+    watermarking_config: WatermarkingConfig | None = None
     num_return_sequences: Count | None = None
+    return_dict_in_generate: bool | None = None
+    output_scores: bool | None = None
+    output_logits: bool | None = None
+    output_attentions: bool | None = None
+    output_hidden_states: bool | None = None
     use_cache: bool | None = None
     cache_implementation: str | None = None
+    max_cache_len: Count | None = None
+    prefill_chunk_size: Count | None = None
+    disable_compile: bool | None = None
     token_healing: bool | None = None
     bos_token_id: NonNegative | None = None
     eos_token_id: NonNegative | list[NonNegative] | None = None
@@ -88,17 +171,40 @@ class GenerationConfig:
     other: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        for key, annotation in get_type_hints(type(self), include_extras=True).items():
+        mark: Any = self.watermarking_config
+        if isinstance(mark, dict):
+            self.watermarking_config = WatermarkingConfig.from_dict(mark)
+        self.validate()
+
+    def validate(self) -> None:
+        """Check every option that is set.
+
+        Raises:
+            InputError: one breaks its rule.
+        """
+        kind: Any = type(self)
+        for key, annotation in _rules(kind).items():
             try:
                 check(type(self).__name__, key, getattr(self, key), annotation)
             except ValueError as error:
                 raise InputError(str(error)) from None
-        if self.top_p == 0:
-            raise InputError("GenerationConfig: top_p=0 leaves no token; it is above 0, up to 1")
-        if self.cache_implementation not in (None, "dynamic", "static"):
+        for key in ("top_p", "top_h", "typical_p"):
+            if getattr(self, key) == 0:
+                raise InputError(
+                    f"GenerationConfig: {key}=0 leaves no token; it is above 0, up to 1"
+                )
+        for key in ("epsilon_cutoff", "eta_cutoff"):
+            if getattr(self, key) == 1:
+                raise InputError(
+                    f"GenerationConfig: {key}=1 leaves no token; it is from 0, below 1"
+                )
+        _one_of("cache_implementation", self.cache_implementation, (None, *CACHES))
+        _one_of("early_stopping", self.early_stopping, (None, True, False, "never"))
+        decay = self.exponential_decay_length_penalty
+        if decay is not None and len(decay) != 2:
             raise InputError(
-                f"GenerationConfig: cache_implementation={self.cache_implementation!r} has to be "
-                "'dynamic' or 'static'"
+                f"GenerationConfig: exponential_decay_length_penalty={decay!r} has to be a start "
+                "and a factor"
             )
 
     @property
@@ -129,6 +235,18 @@ class GenerationConfig:
         if "max_length" in given and "max_new_tokens" not in given:
             given["max_new_tokens"] = None
         return dataclasses.replace(self, **given)
+
+    def update(self, **options: Any) -> dict[str, Any]:
+        """Set the options there are, in place, and return what is none.
+
+        Raises:
+            InputError: a value breaks its rule.
+        """
+        names = {f.name for f in fields(self)} - {"other"}
+        for name in names & set(options):
+            setattr(self, name, options[name])
+        self.__post_init__()
+        return {name: value for name, value in options.items() if name not in names}
 
     def over(self, base: Self) -> Self:
         """Return a copy in which the options that are not set here are those of `base`."""
@@ -197,7 +315,16 @@ class GenerationConfig:
     def to_dict(self) -> dict[str, Any]:
         """Return the options that are set."""
         values = {k: v for k, v in vars(self).items() if k != "other" and v is not None}
+        if isinstance(self.sequence_bias, dict):
+            # A tuple is no key in JSON.
+            values["sequence_bias"] = [[list(k), v] for k, v in self.sequence_bias.items()]
+        if self.watermarking_config is not None:
+            values["watermarking_config"] = self.watermarking_config.to_dict()
         return {**self.other, **values}
+
+    def to_diff_dict(self) -> dict[str, Any]:
+        """Return the options that are set, as `to_dict` does."""
+        return self.to_dict()
 
     def to_json_string(self) -> str:
         """Return what `generation_config.json` holds."""
@@ -213,6 +340,17 @@ class GenerationConfig:
         if path.is_file():
             raise SaveError(f"{path} is a file; save_pretrained writes into a directory")
         write_text(path / GENERATION_CONFIG_NAME, self.to_json_string())
+
+
+@functools.cache
+def _rules(kind: type) -> dict[str, Any]:
+    return get_type_hints(kind, include_extras=True)
+
+
+def _one_of(name: str, value: object, choices: tuple[object, ...]) -> None:
+    if value not in choices:
+        named = " or ".join(repr(choice) for choice in choices if choice is not None)
+        raise InputError(f"GenerationConfig: {name}={value!r} has to be {named}")
 
 
 def _asks_nothing(value: object) -> bool:

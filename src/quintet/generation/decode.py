@@ -1,28 +1,34 @@
 """The decode loop: one forward a step, one token for each row."""
 
-from collections.abc import Iterator
-from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
 from quintet.cache import Cache
-from quintet.generation.processors import Chooser
+from quintet.errors import InputError
+from quintet.generation.outputs import Made, Record
+from quintet.generation.sampler import Sampler
+from quintet.generation.stopping import Stopping
+from quintet.generation.streamers import Streamer
+from quintet.generation.text import Text
 
-__all__ = ["LanguageModel", "Prompt", "decode"]
+__all__ = ["Forward", "LanguageModel", "decode"]
 
 
 class LanguageModel(Protocol):
-    """What the loop needs of a model: a forward that continues from a cache."""
+    """What generation needs of a model: a forward that continues from a cache."""
 
     def __call__(
         self,
-        input_ids: Tensor,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
         *,
-        attention_mask: Tensor | None,
         past_key_values: Cache | None,
+        inputs_embeds: Tensor | None = None,
         use_cache: bool,
+        output_attentions: bool = False,
+        output_hidden_states: bool = False,
         logits_to_keep: int,
         return_dict: bool,
     ) -> Any:
@@ -30,59 +36,175 @@ class LanguageModel(Protocol):
         ...
 
 
-@dataclass(frozen=True, slots=True)
-class Prompt:
-    """The tokens to continue: (B, T) ids, with padding on the left where `mask` (B, T) is 0."""
+class Forward:
+    """The forwards of one generation: over its prompt, then over what was added to it.
 
-    ids: Tensor
-    mask: Tensor | None
+    Args:
+        model: what is run.
+        cache: what it continues from, and fills; None to run over the whole text every time.
+        record: tells whether attentions and hidden states are needed.
+        outlives: the cache is used afterwards, so that what follows the end of a row must not
+            get into it.
+    """
 
-    @classmethod
-    def left_padded(cls, ids: Tensor, mask: Tensor | None) -> "Prompt":
-        """Move padding in front, so that every row's last column is its last token."""
-        if mask is None or bool(mask.all()):
-            return cls(ids, None)
-        mask = mask.to(torch.bool)
-        order = torch.argsort(mask.to(torch.int8), dim=1, stable=True)
-        return cls(ids.gather(1, order), mask.gather(1, order))
+    def __init__(
+        self,
+        model: LanguageModel,
+        cache: Cache | None,
+        *,
+        record: Record | None = None,
+        outlives: bool = False,
+    ) -> None:
+        self.model = model
+        self.cache = cache
+        self.outlives = outlives
+        self._weighs = record is not None and record.attentions is not None
+        self._keeps = record is not None and record.hidden_states is not None
+        # Which columns so far were tokens, where weights are put into columns.
+        self._columns: Tensor | None = None
+
+    def prefill(
+        self,
+        inputs: Tensor,
+        padding: Tensor | None = None,
+        *,
+        all_new: bool = False,
+        chunk: int | None = None,
+    ) -> Made:
+        """Run over a prompt, or that part of it which the cache does not hold yet.
+
+        Args:
+            inputs: (B, T) ids or (B, T, C) embeddings, padded on the left.
+            padding: (B,) how many leading columns of each row are no text; None for none.
+            all_new: what the cache holds is no part of the prompt but comes before it.
+            chunk: how many tokens to run over at once.
+
+        Raises:
+            InputError: the cache holds all of a row.
+        """
+        mask = None
+        if self.cache is not None and self.cache.get_seq_length() and not all_new:
+            inputs, mask = _behind(self.cache, inputs, padding)
+        elif padding is not None:
+            mask = torch.arange(inputs.shape[1], device=inputs.device) >= padding[:, None]
+            self._columns = mask if self._weighs and not all_new else None
+        if chunk is None or chunk >= inputs.shape[1]:
+            return self._run(inputs, mask)
+        for start in range(0, inputs.shape[1], chunk):
+            piece = slice(start, start + chunk)
+            made = self._run(inputs[:, piece], None if mask is None else mask[:, piece])
+        return made
+
+    def step(self, text: Text, rows: Tensor | None = None, *, new: int = 1, keep: int = 1) -> Made:
+        """Run over the last `new` tokens of a text, or all of it without a cache.
+
+        Args:
+            text: the rows.
+            rows: (B,) True for rows that still go on; None for all.
+            new: how many tokens the cache does not hold.
+            keep: of how many positions logits are wanted.
+        """
+        if self.cache is None:
+            mask = None if text.padding is None else text.mask()
+            return self._run(text.ids, mask, keep)
+        mask = None
+        if self.outlives and rows is not None:
+            mask = rows[:, None].expand(-1, new)
+        if self._columns is not None:
+            # Weights are told by column, and those of a prompt's padding are kept empty.
+            added = (
+                text.ids.new_ones(len(text.ids), new, dtype=torch.bool) if mask is None else mask
+            )
+            self._columns = mask = torch.cat((self._columns, added), dim=1)
+        return self._run(text.ids[:, len(text) - new :], mask, keep)
+
+    def repeat(self, copies: int) -> None:
+        """Repeat every row of the cache, copies side by side."""
+        if copies > 1 and self.cache is not None:
+            self.cache.batch_repeat_interleave(copies)
+        if copies > 1 and self._columns is not None:
+            self._columns = self._columns.repeat_interleave(copies, dim=0)
+
+    def _run(self, inputs: Tensor, mask: Tensor | None, keep: int = 1) -> Made:
+        is_ids = inputs.ndim == 2
+        output = self.model(
+            input_ids=inputs if is_ids else None,
+            inputs_embeds=None if is_ids else inputs,
+            attention_mask=mask,
+            past_key_values=self.cache,
+            use_cache=self.cache is not None,
+            output_attentions=self._weighs,
+            output_hidden_states=self._keeps,
+            logits_to_keep=keep,
+            return_dict=True,
+        )
+        return Made(output.logits, output.attentions, output.hidden_states)
 
 
 def decode(
-    model: LanguageModel,
-    prompt: Prompt,
-    choose: Chooser,
+    forward: Forward,
+    made: Made,
+    text: Text,
+    sampler: Sampler,
+    stopping: Stopping,
     *,
-    cache: Cache | None,
-    max_new_tokens: int,
-    eos: Tensor,
+    room: int,
     pad: int,
-) -> Iterator[Tensor]:
-    """Yield the next token of every row (B,), until all have ended or `max_new_tokens` are made.
+    record: Record,
+    streamer: Streamer | None = None,
+) -> None:
+    """Add tokens to every row, until all have ended or `room` tokens are made.
 
-    A row that has ended yields `pad`. Without a cache, every step runs over the whole text.
+    A row that has ended gets `pad`.
+
+    Args:
+        forward: runs the model.
+        made: what it made of the text so far.
+        text: the rows, which grow.
+        sampler: chooses the tokens.
+        stopping: tells which rows end.
+        room: how many tokens to add at the most.
+        pad: what follows the end of a row.
+        record: takes what each step made.
+        streamer: gets every token.
     """
-    ids, mask = prompt.ids, prompt.mask
-    kept = torch.ones_like(ids, dtype=torch.bool) if mask is None else mask
-    unfinished = torch.ones(ids.shape[0], dtype=torch.bool, device=ids.device)
-    step_ids, step_mask = ids, mask
-    for made in range(max_new_tokens):
-        logits = model(
-            step_ids,
-            attention_mask=step_mask,
-            past_key_values=cache,
-            use_cache=cache is not None,
-            logits_to_keep=1,
-            return_dict=True,
-        ).logits[:, -1]
-        token = choose(logits, ids, kept, made)
-        token = torch.where(unfinished, token, pad)
-        yield token
-        unfinished = unfinished & ~torch.isin(token, eos)
-        if not bool(unfinished.any()):
-            return
-        ids = torch.cat((ids, token[:, None]), dim=1)
-        kept = torch.cat((kept, torch.ones_like(kept[:, :1])), dim=1)
-        if cache is None:
-            step_ids, step_mask = ids, None if mask is None else kept
+    goes_on: Tensor | None = None
+    for step in range(1, room + 1):
+        record.forward(made)
+        logits = made.logits[:, -1]
+        if record.scores is None:
+            tokens = sampler.choose(text, logits)
         else:
-            step_ids, step_mask = token[:, None], None
+            record.scores.append(sampler.scores(text, logits))
+            tokens = sampler.take(record.scores[-1])
+        if goes_on is not None:
+            tokens = torch.where(goes_on, tokens, pad)
+        text.append(tokens)
+        if streamer is not None:
+            streamer.put(tokens.cpu())
+        ended = stopping(text.ids, record.seen_scores())
+        if bool(ended.any()) or goes_on is not None:
+            goes_on = ~ended if goes_on is None else goes_on & ~ended
+            if not bool(goes_on.any()):
+                return
+        if step < room:
+            made = forward.step(text, goes_on)
+
+
+def _behind(cache: Cache, inputs: Tensor, padding: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    """Return what of a prompt's columns a cache does not hold, and a mask where rows differ."""
+    B, T = inputs.shape[:2]
+    held = cache.lengths(B, inputs.device)
+    lengths = torch.full_like(held, T) if padding is None else T - padding
+    new = lengths - held
+    if bool((new < 1).any()):
+        raise InputError(
+            f"past_key_values holds {held.tolist()} tokens of rows that have {lengths.tolist()}; "
+            "give the whole text, of which the cache holds the beginning, or the new tokens alone "
+            "with an attention_mask of all"
+        )
+    width = int(new.max())
+    inputs = inputs[:, T - width :]
+    if bool((new == width).all()):
+        return inputs, None
+    return inputs, torch.arange(width, device=new.device) >= width - new[:, None]

@@ -4,9 +4,10 @@ from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from typing import Self
 
-import torch.nn.functional as F  # noqa: N812
 from torch import Tensor, nn
 from torch.nn.modules import module as hooks
+
+from quintet.ops.linear import linear, linears
 
 __all__ = ["Linear", "LinearMap", "project"]
 
@@ -29,12 +30,12 @@ class Linear(nn.Linear, LinearMap):
 
     def forward(self, input: Tensor) -> Tensor:
         """Map (..., I) to (..., O)."""
-        return F.linear(input, self.weight, self.bias)
+        return linear(input, self.weight, self.bias)
 
     @classmethod
     def together(cls, x: Tensor, maps: Sequence[Self]) -> tuple[Tensor, ...]:
         """Return what each of `maps` makes of x (..., I)."""
-        return tuple(F.linear(x, m.weight, m.bias) for m in maps)
+        return tuple(linears(x, [(m.weight, m.bias) for m in maps]))
 
 
 def project(x: Tensor, *maps: nn.Module) -> tuple[Tensor, ...]:

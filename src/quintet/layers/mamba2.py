@@ -5,15 +5,12 @@ from collections.abc import Callable
 from typing import Self
 
 import torch
-import torch.nn.functional as F  # noqa: N812
 from torch import Tensor, nn
 
 from quintet.cache.recurrent import Inputs
 from quintet.layers.linear import Linear
 from quintet.layers.step import Step
-from quintet.ops.conv import causal_conv, continued, last_window
-from quintet.ops.norm import rms_norm
-from quintet.ops.ssd import ssd, ssd_step, step_sizes
+from quintet.ops.mamba2 import MixerWeights, gated_rms_norm, mix
 
 __all__ = ["GatedRMSNorm", "Mamba2"]
 
@@ -29,10 +26,7 @@ class GatedRMSNorm(nn.Module):
 
     def forward(self, x: Tensor, z: Tensor) -> Tensor:
         """Return the dtype of the gate `z`."""
-        dtype = torch.promote_types(z.dtype, torch.float32)
-        gated = torch.unflatten(x.to(dtype) * F.silu(z.to(dtype)), -1, (self.num_groups, -1))
-        weight = self.weight.view(self.num_groups, -1)
-        return rms_norm(gated, weight, self.variance_epsilon).flatten(-2).to(z.dtype)
+        return gated_rms_norm(x, z, self.weight, self.num_groups, self.variance_epsilon)
 
 
 class Mamba2(nn.Module):
@@ -66,13 +60,11 @@ class Mamba2(nn.Module):
         super().__init__()
         inner = num_heads * head_dim
         conv = inner + 2 * num_groups * state_size
-        self.num_heads = num_heads
         self.num_groups = num_groups
         self.chunk_size = chunk_size
         self.dt_limits = dt_limits
         self.layer_idx = layer_idx
         self.in_sizes = [inner, conv, num_heads]
-        self.conv_sizes = [inner, num_groups * state_size, num_groups * state_size]
         self.in_proj = Linear(hidden_size, sum(self.in_sizes), bias=bias)
         self.conv1d = nn.Conv1d(conv, conv, conv_kernel, groups=conv, bias=conv_bias)
         self.dt_bias = nn.Parameter(torch.ones(num_heads))
@@ -106,21 +98,24 @@ class Mamba2(nn.Module):
         slot = None if step.cache is None else step.cache.recurrent(self.layer_idx)
         window, state = (None, None) if slot is None else (slot.window, slot.state)
 
-        z, xbc, dt = torch.split(self.in_proj(hidden_states), self.in_sizes, dim=-1)
-        dt = step_sizes(dt, self.dt_bias, self.dt_limits, counts)  # (B, T, H)
-        A = -self.A_log.to(dt.dtype).exp()
-        taps = self.conv1d.weight.squeeze(1)  # (C, W)
-        raw = continued(xbc, window, taps.shape[1])
-        convolved = F.silu(causal_conv(raw, taps, self.conv1d.bias))
-        x, b, c = torch.split(convolved, self.conv_sizes, dim=-1)
-        x = torch.unflatten(x, -1, (self.num_heads, -1))  # (B, T, H, P)
-        b = torch.unflatten(b, -1, (self.num_groups, -1))  # (B, T, G, N)
-        c = torch.unflatten(c, -1, (self.num_groups, -1))
-        if T == 1 and state is not None:
-            y, state = ssd_step(x, dt, A, b, c, self.D, state)
-        else:
-            y, state = ssd(x, dt, A, b, c, self.D, state, chunk_size=self.chunk_size)
+        projected = self.in_proj(hidden_states)
+        made = mix(projected, self._weights(), window, state, counts, chunk_size=self.chunk_size)
         if slot is not None:
-            inputs = Inputs(xbc, x, dt, A, b, T if counts is None else counts)
-            slot.update(last_window(raw, taps.shape[1], counts), state, inputs)
-        return self.out_proj(self.norm(y.flatten(2), z))  # type: ignore[no-any-return]
+            raw = torch.split(projected, self.in_sizes, dim=-1)[1]
+            A = -self.A_log.to(made.dt.dtype).exp()
+            inputs = Inputs(raw, made.x, made.dt, A, made.b, T if counts is None else counts)
+            slot.update(made.window, made.state, inputs)
+        return self.out_proj(made.out)  # type: ignore[no-any-return]
+
+    def _weights(self) -> MixerWeights:
+        return MixerWeights(
+            self.conv1d.weight.squeeze(1),
+            self.conv1d.bias,
+            self.dt_bias,
+            self.A_log,
+            self.D,
+            self.norm.weight,
+            self.num_groups,
+            self.dt_limits,
+            self.norm.variance_epsilon,
+        )

@@ -16,6 +16,16 @@ from quintet.layers.moe import Experts
 from quintet.modeling import loading
 from quintet.modeling.placement import DeviceMap, named_dtype
 from quintet.ops.attention import attention_backend
+from quintet.quantization import (
+    QuantizationConfig,
+    Quantized,
+    Scheme,
+    Slot,
+    apply,
+    freeze,
+    packed,
+    tie,
+)
 
 __all__ = ["PreTrainedModel"]
 
@@ -30,6 +40,9 @@ class PreTrainedModel(nn.Module):
             top of a released model begins untrained.
         weight_rules: how tensors of the model and of its checkpoints differ.
         keep_in_fp32: how the names of tensors end that are float32 whatever `dtype` is asked for.
+        keep_unquantized: modules that every scheme leaves as they are, because a router's or
+            head's rounding costs much and saves little, or something else than a product reads
+            the weight.
     """
 
     config_class: ClassVar[type[PreTrainedConfig]] = PreTrainedConfig
@@ -38,6 +51,7 @@ class PreTrainedModel(nn.Module):
     new_head: ClassVar[tuple[str, ...]] = ()
     weight_rules: ClassVar[tuple[StackExperts, ...]] = ()
     keep_in_fp32: ClassVar[tuple[str, ...]] = ()
+    keep_unquantized: ClassVar[tuple[str, ...]] = ("score", "qa_outputs")
 
     def __init__(self, config: PreTrainedConfig) -> None:
         super().__init__()
@@ -77,9 +91,10 @@ class PreTrainedModel(nn.Module):
     @classmethod
     def from_pretrained(
         cls,
-        name_or_path: str | os.PathLike[str],
+        name_or_path: str | os.PathLike[str] | None,
         *,
         config: PreTrainedConfig | None = None,
+        state_dict: Mapping[str, Tensor] | None = None,
         dtype: str | torch.dtype | None = "auto",
         torch_dtype: str | torch.dtype | None = None,
         device_map: DeviceMap = None,
@@ -88,9 +103,15 @@ class PreTrainedModel(nn.Module):
         token: str | bool | None = None,
         local_files_only: bool = False,
         subfolder: str = "",
+        variant: str | None = None,
+        key_mapping: Mapping[str, str] | None = None,
+        ignore_mismatched_sizes: bool = False,
+        output_loading_info: bool = False,
         trust_remote_code: bool = False,
         low_cpu_mem_usage: bool = True,
         use_safetensors: bool = True,
+        quantize: str | None = None,
+        quantization_config: QuantizationConfig | Mapping[str, Any] | None = None,
         **config_overrides: Any,
     ) -> Self:
         """Load a model, completely or not at all; it comes back in eval mode.
@@ -99,8 +120,9 @@ class PreTrainedModel(nn.Module):
         executed: `trust_remote_code` is accepted and does nothing, as does `low_cpu_mem_usage`.
 
         Args:
-            name_or_path: a directory, or a hub id.
+            name_or_path: a directory, or a hub id; None for a config and a state dict alone.
             config: in place of the checkpoint's own.
+            state_dict: weights in memory, in place of the checkpoint's.
             dtype: of the weights; "auto" is the one they were saved in.
             torch_dtype: the older name of `dtype`.
             device_map: one device for the whole model: its name or index, or "auto".
@@ -109,9 +131,21 @@ class PreTrainedModel(nn.Module):
             token: for private repositories.
             local_files_only: never use the network.
             subfolder: where in the repository the model is.
+            variant: which weights where a repository has several: "fp16" is
+                model.fp16.safetensors.
+            key_mapping: regular expressions that are replaced in the checkpoint's names, in order.
+            ignore_mismatched_sizes: let tensors of another shape start from random weights, with a
+                warning, in place of failing.
+            output_loading_info: return a pair of the model and a mapping of the names that were
+                missing (`missing_keys`), unused (`unexpected_keys`) or of another shape
+                (`mismatched_keys`).
             trust_remote_code: accepted, without effect.
             low_cpu_mem_usage: accepted, without effect: it always is.
             use_safetensors: has to be true; pickled weights are never read.
+            quantize: hold the weights in fewer bits, converted one by one as they are read:
+                "int8", "int4", "nf4" or "fp8"; "none" turns a quantised checkpoint into plain
+                numbers, and None leaves it as it is.
+            quantization_config: the same with options, for example a `BitsAndBytesConfig`.
             **config_overrides: keys of the config to replace.
 
         Raises:
@@ -126,17 +160,23 @@ class PreTrainedModel(nn.Module):
             raise InputError(
                 f"dtype={dtype!r} and torch_dtype={torch_dtype!r} are one option; give dtype alone"
             )
-        source = loading.Source(
-            name_or_path, revision, cache_dir, token, local_files_only, subfolder
-        )
-        return loading.load(
-            cls,
-            source,
-            config=config,
+        source = None
+        if name_or_path is not None:
+            source = loading.Source(
+                name_or_path, revision, cache_dir, token, local_files_only, subfolder, variant
+            )
+        options = loading.Options(
             dtype=dtype if torch_dtype is None else torch_dtype,
             device_map=device_map,
-            overrides=config_overrides,
+            state_dict=state_dict,
+            key_mapping=key_mapping,
+            ignore_mismatched_sizes=ignore_mismatched_sizes,
+            quantize=quantize,
+            quantization_config=quantization_config,
         )
+        model, report = loading.load(cls, source, config, config_overrides, options)
+        # As in Transformers, the type of the result follows the argument.
+        return (model, report) if output_loading_info else model  # type: ignore[return-value]
 
     def save_pretrained(
         self,
@@ -159,12 +199,13 @@ class PreTrainedModel(nn.Module):
         texts = {CONFIG_NAME: self.config.to_json_string()}
         if self.can_generate():
             texts[GENERATION_CONFIG_NAME] = self.generation_config.to_json_string()
-        tensors = dict(self.state_dict() if state_dict is None else state_dict)
-        for alias in self.tied_names():
-            tensors.pop(alias, None)
+        given = self.state_dict() if state_dict is None else state_dict
+        tied = self.tied_names()
+        tensors, files = packed(self, given, self.weight_rules, tied=tied, dtype=self.dtype)
         loading.write(
             save_directory,
-            tensors,
+            {name: tensor for name, tensor in tensors.items() if name not in tied},
+            files,
             rules=self.weight_rules,
             max_shard_size=max_shard_size,
             texts=texts,
@@ -212,8 +253,10 @@ class PreTrainedModel(nn.Module):
     def tie_weights(self) -> None:
         """Make tied parameters one again, after one of them was replaced."""
         for alias, name in self.tied_names().items():
-            module, _, leaf = alias.rpartition(".")
-            setattr(self.get_submodule(module), leaf, self.get_parameter(name))
+            (path, _, leaf), origin = alias.rpartition("."), name.rpartition(".")[0]
+            module, source = self.get_submodule(path), self.get_submodule(origin)
+            if module is not source and not tie(module, source):
+                setattr(module, leaf, self.get_parameter(name))
 
     def resize_token_embeddings(
         self, new_num_tokens: int | None = None, pad_to_multiple_of: int | None = None
@@ -224,6 +267,11 @@ class PreTrainedModel(nn.Module):
             InputError: a size below 1, or one that cuts off the padding token.
         """
         old = self.get_input_embeddings()
+        if any(isinstance(m, Quantized) for m in (old, self.get_output_embeddings())):
+            raise InputError(
+                "the vocabulary of a model whose embeddings or head are quantised cannot change "
+                "its size; load it without quantization_config, resize it, and quantise it then"
+            )
         size = old.num_embeddings if new_num_tokens is None else new_num_tokens
         if size < 1 or (pad_to_multiple_of is not None and pad_to_multiple_of < 1):
             raise InputError(
@@ -248,12 +296,38 @@ class PreTrainedModel(nn.Module):
         self.tie_weights()
         return old
 
+    # -- quantisation ------------------------------------------------------------------------
+
+    def quantize_modules(self, scheme: Scheme, dtype: torch.dtype) -> dict[str, Slot]:
+        """Replace modules by quantised ones without weights; return where these go, by name."""
+        return apply(
+            self,
+            scheme,
+            keep=self.keep_unquantized,
+            embedding=self.get_input_embeddings(),
+            head=self.get_output_embeddings(),
+            tied="lm_head.weight" in self.tied_names(),
+            dtype=dtype,
+        )
+
+    def note_quantization(self, quantization: QuantizationConfig | None) -> None:
+        """Write down in the config what the weights are held as; None for plain numbers."""
+        vars(self.config).pop("quantization_config", None)
+        if quantization is not None:
+            freeze(self)
+            vars(self.config)["quantization_config"] = quantization.to_dict()
+
     # -- state -------------------------------------------------------------------------------
 
     @property
     def dtype(self) -> torch.dtype:
-        """The dtype of the first floating-point parameter."""
-        return next((p.dtype for p in self.parameters() if p.is_floating_point()), torch.float32)
+        """The dtype of the first parameter that is not always float32."""
+        dtypes = (
+            parameter.dtype
+            for name, parameter in self.named_parameters()
+            if parameter.is_floating_point() and not name.endswith(self.keep_in_fp32 or "\0")
+        )
+        return next(dtypes, torch.float32)
 
     @property
     def device(self) -> torch.device:
@@ -262,7 +336,13 @@ class PreTrainedModel(nn.Module):
 
     def num_parameters(self, *, only_trainable: bool = False) -> int:
         """Count the parameters, tied ones once."""
-        return sum(p.numel() for p in self.parameters() if p.requires_grad or not only_trainable)
+        plain = sum(p.numel() for p in self.parameters() if p.requires_grad or not only_trainable)
+        if only_trainable:
+            return plain
+        held = [module for module in self.modules() if isinstance(module, Quantized)]
+        # A tied head has the tensors of the embedding.
+        by_tensor = {id(next(iter(module.buffers()))): module for module in held}
+        return plain + sum(module.weight_count for module in by_tensor.values())
 
     def set_attn_implementation(self, attn_implementation: str) -> None:
         """Choose the attention backend of the next forward: eager, sdpa or flash_attention_2.

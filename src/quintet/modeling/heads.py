@@ -144,7 +144,7 @@ class SequenceClassificationHead(_Headed):
                 which, or where it is not set, the number of labels and the dtype.
 
         Raises:
-            InputError: several rows, and no pad_token_id to tell where each ends.
+            InputError: several rows, and neither pad_token_id nor a mask tells where each ends.
         """
         outputs = self._base(
             input_ids=input_ids,
@@ -173,11 +173,14 @@ class SequenceClassificationHead(_Headed):
     ) -> Tensor | int:
         """Return the column of each row's last token that is not padding."""
         pad = self.config.pad_token_id
+        if pad is None and attention_mask is not None and attention_mask.ndim == 2:
+            columns = torch.arange(attention_mask.shape[1], device=attention_mask.device)
+            return (columns * (attention_mask != 0)).argmax(dim=-1)
         if input_ids is None or pad is None:
             if B > 1 and pad is None:
                 raise InputError(
-                    f"a batch of {B} rows needs config.pad_token_id, to tell where each row ends; "
-                    "set model.config.pad_token_id = tokenizer.pad_token_id"
+                    f"a batch of {B} rows needs config.pad_token_id or an attention_mask, to tell "
+                    "where each row ends; set model.config.pad_token_id = tokenizer.pad_token_id"
                 )
             return -1
         columns = torch.arange(input_ids.shape[1], device=input_ids.device)

@@ -13,28 +13,33 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from quintet.checkpoint import (
     Checkpoint,
-    Piece,
+    InMemory,
+    Renamed,
     StackExperts,
     TensorInfo,
-    compare,
-    pieces,
+    Weights,
+    recover,
     save,
     split_tensors,
 )
 from quintet.configuration.base import PreTrainedConfig, read_config
-from quintet.errors import CheckpointError, InputError, UnsupportedModelError, listed
+from quintet.errors import InputError, listed
 from quintet.generation.config import GENERATION_CONFIG_NAME, GenerationConfig
-from quintet.hub import CONFIG_PATTERNS, WEIGHT_PATTERNS, locate
+from quintet.hub import CONFIG_PATTERNS, locate, locate_weights
+from quintet.modeling.filling import Filler, fill
+from quintet.modeling.naming import Naming, name_tensors
 from quintet.modeling.placement import DeviceMap, named_dtype, single_device
+from quintet.modeling.skeleton import skeleton
+from quintet.quantization import QuantizationConfig, requested
 
 if TYPE_CHECKING:
     from quintet.modeling.base import PreTrainedModel
 
-__all__ = ["NewHeadWarning", "Source", "load", "write"]
+__all__ = ["NewHeadWarning", "Options", "Source", "load", "write"]
 
 Model = TypeVar("Model", bound="PreTrainedModel")
 
@@ -57,195 +62,158 @@ class Source:
     token: str | bool | None = None
     local_files_only: bool = False
     subfolder: str = ""
+    variant: str | None = None
 
-    def locate(self) -> Path:
+    def locate(self, *, weights: bool = True) -> Path:
         """Return the local directory, downloading config and weights if needed."""
-        return locate(
-            self.name_or_path,
-            (*CONFIG_PATTERNS, *WEIGHT_PATTERNS),
-            revision=self.revision,
-            cache_dir=self.cache_dir,
-            token=self.token,
-            local_files_only=self.local_files_only,
-            subfolder=self.subfolder,
-        )
+        where: dict[str, Any] = {
+            "revision": self.revision,
+            "cache_dir": self.cache_dir,
+            "token": self.token,
+            "local_files_only": self.local_files_only,
+            "subfolder": self.subfolder,
+        }
+        root = locate(self.name_or_path, CONFIG_PATTERNS, **where)
+        if weights:
+            root = locate_weights(self.name_or_path, self.variant, **where)
+            recover(root)
+        return root
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Options:
+    """How a model is loaded; see `PreTrainedModel.from_pretrained`."""
+
+    dtype: str | torch.dtype | None = "auto"
+    device_map: DeviceMap = None
+    state_dict: Mapping[str, Tensor] | None = None
+    key_mapping: Mapping[str, str] | None = None
+    ignore_mismatched_sizes: bool = False
+    quantize: str | None = None
+    quantization_config: QuantizationConfig | Mapping[str, Any] | None = None
 
 
 def load(
     cls: type[Model],
-    source: Source,
-    *,
+    source: Source | None,
     config: PreTrainedConfig | None,
-    dtype: str | torch.dtype | None,
-    device_map: DeviceMap,
     overrides: Mapping[str, Any],
-) -> Model:
-    """Load a model of class `cls`; see `PreTrainedModel.from_pretrained`."""
-    device = single_device(device_map)
-    root = source.locate()
-    if config is None:
-        _check_overrides(cls, overrides, known=[*read_config(root)])
-        config = cls.config_class.from_pretrained(root, **overrides)
-        config.name_or_path = os.fspath(source.name_or_path)
-    elif overrides:
-        raise InputError(
-            f"{', '.join(overrides)}: give either a config or keys to replace in the checkpoint's"
-        )
-    _refuse_quantised(config, root)
-    checkpoint = Checkpoint.open(root)
-    target = _target_dtype(dtype, config, checkpoint.tensors)
+    options: Options,
+) -> tuple[Model, dict[str, Any]]:
+    """Load a model of class `cls`, and say what did not fit; see `from_pretrained`."""
+    device = single_device(options.device_map)
+    root = None if source is None else source.locate(weights=options.state_dict is None)
+    config = _config(cls, source, root, config, overrides)
+    request = requested(
+        vars(config).get("quantization_config"),
+        options.quantize,
+        options.quantization_config,
+        device,
+    )
+    weights = _weights(source, root, options)
+    target = _target_dtype(options.dtype, config, weights.tensors)
+    where = "state_dict" if root is None or options.state_dict is not None else str(root)
 
-    with torch.device("meta"):
-        model = cls(config)
-    _fill(model, checkpoint, str(root), target, device)
+    model = skeleton(cls, config)
+    naming = name_tensors(
+        model,
+        weights.tensors,
+        held_as=request.source,
+        ignore_mismatched_sizes=options.ignore_mismatched_sizes,
+    )
+    naming.difference.raise_if_incomplete(where)
+    slots = {} if request.scheme is None else model.quantize_modules(request.scheme, target)
+    fill(Filler(model, target, lambda name: device, slots), naming, weights, where)
+    model.drop(naming.optional)
+    model.tie_weights()
     model.to(device)
+    model.note_quantization(request.target)
+    _tell(model, where, naming)
+
     config.dtype = str(target).removeprefix("torch.")
-    if (root / GENERATION_CONFIG_NAME).is_file():
+    if root is not None and (root / GENERATION_CONFIG_NAME).is_file():
         model.generation_config = GenerationConfig.from_pretrained(root)
-    return model.eval()
+    return model.eval(), naming.report()
 
 
 def write(
     directory: str | os.PathLike[str],
     tensors: Mapping[str, Tensor],
+    files: Mapping[str, Tensor],
     *,
     rules: Sequence[StackExperts],
     max_shard_size: int | str,
     texts: Mapping[str, str],
 ) -> None:
-    """Write weights and the files beside them; see `PreTrainedModel.save_pretrained`."""
-    named = dict(split_tensors(tensors, rules))
+    """Write weights and the files beside them; see `PreTrainedModel.save_pretrained`.
+
+    Args:
+        tensors: named as in the model.
+        files: named as on disk already.
+    """
+    named = {**dict(split_tensors(tensors, rules)), **files}
     save(Path(directory), named, max_shard_size=max_shard_size, text_files=texts)
 
 
-def _fill(
-    model: "PreTrainedModel",
-    checkpoint: Checkpoint,
-    where: str,
-    dtype: torch.dtype,
-    device: torch.device,
-) -> None:
-    """Give every parameter and persistent buffer of a meta model its tensor."""
-    tied, optional = model.tied_names(), model.optional_names(checkpoint.tensors)
-    expected = {
-        name: tuple(tensor.shape)
-        for name, tensor in model.state_dict().items()
-        if name not in tied and not name.startswith(optional)
-    }
-    plan = _plan(model, expected, checkpoint.tensors)
-    fresh = [
-        name
-        for name in expected
-        if name.startswith(model.new_head) and plan[name][0].name not in checkpoint.tensors
-    ]
-    wanted = {
-        piece.name: (name, piece)
-        for name, parts in plan.items()
-        for piece in parts
-        if name not in fresh
-    }
-    found = {name: info for name, info in checkpoint.tensors.items() if name in wanted}
-    compare({k: piece.shape for k, (_, piece) in wanted.items()}, found).raise_if_incomplete(where)
-
-    # Before reading: a head may be there in part, and what is read must stay.
-    for path in dict.fromkeys(name.rpartition(".")[0] for name in fresh):
-        head = model.get_submodule(path)
-        for leaf, parameter in list(head.named_parameters(recurse=False)):
-            _assign(head, leaf, torch.empty_like(parameter, dtype=dtype, device=device))
-        model.init_module(head)
-    tensors = dict(model.state_dict(keep_vars=True))
-    for in_file, tensor in checkpoint.read(wanted):
-        name, piece = wanted[in_file]
-        stored = _stored_dtype(name, tensor.dtype, dtype, model)
-        if piece.place is None:
-            _assign(model, name, tensor.to(device, stored))
-        else:
-            if tensors[name].is_meta:
-                tensors[name] = torch.empty(expected[name], dtype=stored, device=device)
-                _assign(model, name, tensors[name])
-            # Converted on the way into its place: no expert is ever there twice.
-            piece.of(tensors[name]).copy_(tensor)
-    model.drop(optional)
-    model.tie_weights()
-    _tell(model, where, fresh, set(checkpoint.tensors) - set(wanted))
+def _config(
+    cls: type[Model],
+    source: Source | None,
+    root: Path | None,
+    config: PreTrainedConfig | None,
+    overrides: Mapping[str, Any],
+) -> PreTrainedConfig:
+    if config is not None:
+        if overrides:
+            raise InputError(
+                f"{', '.join(overrides)}: give either a config or keys to replace in the "
+                "checkpoint's"
+            )
+        return config
+    if source is None or root is None:
+        raise InputError("without a name or path, from_pretrained needs config and state_dict")
+    _check_overrides(cls, overrides, known=[*read_config(root)])
+    config = cls.config_class.from_pretrained(root, **overrides)
+    config.name_or_path = os.fspath(source.name_or_path)
+    return config
 
 
-def _refuse_quantised(config: PreTrainedConfig, root: Path) -> None:
-    """Refuse weights that mean something only together with scales nobody here would apply."""
-    settings = vars(config).get("quantization_config")
-    if settings:
-        method = settings.get("quant_method") if isinstance(settings, dict) else settings
-        raise UnsupportedModelError(
-            f"{root} is quantised (quant_method={method!r}), which is not in this version; "
-            "use a copy of the model in bfloat16"
-        )
-
-
-def _plan(
-    model: "PreTrainedModel",
-    expected: Mapping[str, tuple[int, ...]],
-    tensors: Mapping[str, TensorInfo],
-) -> dict[str, list[Piece]]:
-    """Say for each tensor of the model which of the checkpoint fill it.
-
-    The checkpoint may be with or without a head, and may hold experts stacked already.
-    """
-    own = f"{model.base_model_prefix}." if model.base_model is not model else ""
-    inner = [name.removeprefix(own) for name in expected if name.startswith(own)]
-    prefixes = dict.fromkeys((own, "", "model.", "transformer."))
-    prefix = max(prefixes, key=lambda p: sum(p + name in tensors for name in inner))
-    plan = {}
-    for name, shape in expected.items():
-        named = prefix + name.removeprefix(own) if name.startswith(own) else name
-        plan[name] = (
-            [Piece(named, shape)] if named in tensors else pieces(named, shape, model.weight_rules)
-        )
-    # A file may hold a tied tensor under another of its names alone.
-    for alias, name in model.tied_names().items():
-        named = prefix + alias.removeprefix(own) if alias.startswith(own) else alias
-        if plan[name][0].name not in tensors and named in tensors:
-            plan[name] = [Piece(named, expected[name])]
-    return plan
-
-
-def _assign(model: nn.Module, name: str, tensor: Tensor) -> None:
-    path, _, leaf = name.rpartition(".")
-    module = model.get_submodule(path)
-    if leaf in module._parameters:
-        setattr(module, leaf, nn.Parameter(tensor, requires_grad=tensor.is_floating_point()))
+def _weights(source: Source | None, root: Path | None, options: Options) -> Weights:
+    weights: Weights
+    if options.state_dict is not None:
+        weights = InMemory(options.state_dict)
+    elif source is None or root is None:
+        raise InputError("without a name or path, from_pretrained needs config and state_dict")
     else:
-        module.register_buffer(leaf, tensor)
+        weights = Checkpoint.open(root, variant=source.variant)
+    return Renamed(weights, options.key_mapping) if options.key_mapping else weights
 
 
-def _stored_dtype(
-    name: str, saved: torch.dtype, dtype: torch.dtype, model: "PreTrainedModel"
-) -> torch.dtype:
-    if not saved.is_floating_point or saved.itemsize == 1:
-        raise CheckpointError(
-            f"{name} is stored as {saved}, which a weight of a model that is not quantised cannot "
-            "be; use a copy of the model in bfloat16"
-        )
-    return torch.float32 if name.endswith(model.keep_in_fp32) else dtype
-
-
-def _tell(model: "PreTrainedModel", where: str, fresh: list[str], left: set[str]) -> None:
-    if fresh:
+def _tell(model: "PreTrainedModel", where: str, naming: Naming) -> None:
+    if naming.mismatched:
+        lines = [
+            f"{m.name}: expected {list(m.expected)}, found {list(m.found)}"
+            for m in naming.mismatched
+        ]
         warnings.warn(
-            f"{where} has no {', '.join(fresh)}: this head of {type(model).__name__} starts from "
-            "random weights and has to be trained",
+            f"{where} has other shapes, which ignore_mismatched_sizes lets pass:\n{listed(lines)}\n"
+            f"{', '.join(naming.reshaped)} of {type(model).__name__} start from random weights and "
+            "have to be trained",
             NewHeadWarning,
-            stacklevel=5,
+            stacklevel=4,
         )
-    # A head that this class does not have, and second names of tied tensors, are no loss.
-    known_heads = ("lm_head.", "score.", "qa_outputs.")
-    tied = tuple(alias.removeprefix(f"{model.base_model_prefix}.") for alias in model.tied_names())
-    lost = sorted(n for n in left if not n.startswith(known_heads) and not n.endswith(tied))
-    if lost:
+    if naming.absent:
+        warnings.warn(
+            f"{where} has no {', '.join(naming.absent)}: this head of {type(model).__name__} "
+            "starts from random weights and has to be trained",
+            NewHeadWarning,
+            stacklevel=4,
+        )
+    if lost := naming.lost:
         warnings.warn(
             f"{where} holds {len(lost)} tensors that {type(model).__name__} has no place for:\n"
             f"{listed(lost)}",
             UnusedTensorWarning,
-            stacklevel=5,
+            stacklevel=4,
         )
 
 
@@ -267,19 +235,17 @@ def _check_overrides(
 
 # What Transformers takes, and people will try.
 ABSENT = {
-    "quantization_config": "quantisation",
-    "load_in_8bit": "quantisation",
-    "load_in_4bit": "quantisation",
-    "output_loading_info": "a report beside the model",
-    "ignore_mismatched_sizes": "loading a model in part",
-    "key_mapping": "renaming tensors",
-    "state_dict": "loading from memory (use model.load_state_dict)",
-    "variant": "choosing a variant of the files",
+    "load_in_8bit": "quantisation outside of quantization_config=BitsAndBytesConfig(...)",
+    "load_in_4bit": "quantisation outside of quantization_config=BitsAndBytesConfig(...)",
     "max_memory": "placing a model on several devices",
     "offload_folder": "offloading",
     "tp_plan": "tensor parallelism",
 }
-OPTIONS = ("cache_dir", "config", "device_map", "dtype", "local_files_only", "revision", "token")
+OPTIONS = (
+    *("cache_dir", "config", "device_map", "dtype", "ignore_mismatched_sizes", "key_mapping"),
+    *("local_files_only", "output_loading_info", "revision", "state_dict", "subfolder", "token"),
+    "variant",
+)
 
 
 def _target_dtype(
@@ -288,6 +254,7 @@ def _target_dtype(
     if dtype is None:
         return torch.get_default_dtype()
     if dtype == "auto":
-        saved = (t.dtype for t in tensors.values() if t.dtype.is_floating_point)
+        floats = (t.dtype for t in tensors.values() if t.dtype.is_floating_point)
+        saved = (found for found in floats if found.itemsize > 1)
         return config.torch_dtype or next(saved, torch.get_default_dtype())
     return named_dtype(dtype)

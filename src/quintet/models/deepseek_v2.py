@@ -224,6 +224,8 @@ class DeepseekV2PreTrainedModel(PreTrainedModel):
 
     config_class = DeepseekV2Config
     weight_rules = EXPERT_RULES
+    # Absorbed attention multiplies with parts of its weight.
+    keep_unquantized = (*PreTrainedModel.keep_unquantized, "kv_b_proj")
 
     def init_module(self, module: nn.Module) -> None:
         """Draw the weights of one module, a router's among them."""

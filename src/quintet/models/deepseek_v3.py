@@ -251,6 +251,8 @@ class DeepseekV3PreTrainedModel(PreTrainedModel):
 
     config_class = DeepseekV3Config
     weight_rules = EXPERT_RULES
+    # Absorbed attention multiplies with parts of its weight.
+    keep_unquantized = (*PreTrainedModel.keep_unquantized, "kv_b_proj")
     keep_in_fp32 = ("e_score_correction_bias",)
 
     def init_module(self, module: nn.Module) -> None:

@@ -225,6 +225,7 @@ class Qwen2MoePreTrainedModel(PreTrainedModel):
 
     config_class = Qwen2MoeConfig
     weight_rules = EXPERT_RULES
+    keep_unquantized = (*PreTrainedModel.keep_unquantized, "mlp.gate", "shared_expert_gate")
 
 
 class Qwen2MoeModel(Qwen2MoePreTrainedModel, MoeDecoderModel):

@@ -319,7 +319,7 @@ class Zamba2PreTrainedModel(PreTrainedModel):
             first, again = (
                 f"{prefix}layers.{hybrids[i]}.shared_transformer" for i in (use % blocks, use)
             )
-            for leaf, _ in self.get_submodule(first).named_parameters():
+            for leaf in self.get_submodule(first).state_dict():
                 names[f"{again}.{leaf}"] = f"{first}.{leaf}"
         return names
 

@@ -14,6 +14,7 @@ import torch.nn.functional as F  # noqa: N812
 from torch import Tensor
 
 from quintet.errors import MissingDependencyError, UnsupportedBackendError
+from quintet.kernels.attention import attend
 from quintet.ops.masks import Visibility, causal_mask
 
 __all__ = ["BACKENDS", "AttentionBackend", "attention_backend", "eager", "flash", "sdpa"]
@@ -56,7 +57,11 @@ def eager(
 def sdpa(
     q: Tensor, k: Tensor, v: Tensor, seen: Visibility, *, scale: float, dropout: float
 ) -> tuple[Tensor, Tensor | None]:
-    """Attend by `torch.nn.functional.scaled_dot_product_attention`."""
+    """Attend by `torch.nn.functional.scaled_dot_product_attention`, or by a kernel for CPUs."""
+    if not seen.custom and not dropout:
+        made = attend((q,), (k,), v, start=seen.start, window=seen.window, scale=scale)
+        if made is not None:
+            return made, None
     mask = seen.mask
     if mask is not None and mask.is_floating_point():
         mask = mask.to(q.dtype)

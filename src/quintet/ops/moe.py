@@ -4,7 +4,7 @@
 Σ_a w_a · down_e(act(gate_e(x)) · up_e(x)). The terms are added in float32 or wider.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.nn.functional as F  # noqa: N812
@@ -15,6 +15,8 @@ from quintet.ops.grouped import grouped_linear
 
 __all__ = [
     "apply_experts",
+    "each_hit_expert",
+    "gated",
     "gathered_experts",
     "grouped_experts",
     "looped_experts",
@@ -81,7 +83,18 @@ def looped_experts(
     x: Tensor, indices: Tensor, weights: Tensor, gate_up: Tensor, down: Tensor, act: Activation
 ) -> Tensor:
     """Go from expert to expert, reading those that were hit and copying none of their weights."""
-    order, counts = _by_expert(indices, gate_up.shape[0])
+
+    def run(expert: int, rows: Tensor) -> Tensor:
+        return F.linear(gated(F.linear(rows, gate_up[expert]), act), down[expert])
+
+    return each_hit_expert(x, indices, weights, gate_up.shape[0], run)
+
+
+def each_hit_expert(
+    x: Tensor, indices: Tensor, weights: Tensor, E: int, run: Callable[[int, Tensor], Tensor]
+) -> Tensor:
+    """Sum what `run` makes of the tokens of each expert that was hit, by their weights."""
+    order, counts = _by_expert(indices, E)
     tokens = order // indices.shape[1]
     shares = weights.flatten()[order]
     out = _zeros(x)
@@ -89,8 +102,7 @@ def looped_experts(
     for expert, count in enumerate(counts.tolist()):
         if count:
             rows, share = tokens[start : start + count], shares[start : start + count, None]
-            made = F.linear(_gated(F.linear(x[rows], gate_up[expert]), act), down[expert])
-            out.index_add_(0, rows, (made * share).to(out.dtype))
+            out.index_add_(0, rows, (run(expert, x[rows]) * share).to(out.dtype))
             start += count
     return out.to(x.dtype)
 
@@ -102,7 +114,7 @@ def grouped_experts(
     order, counts = _by_expert(indices, gate_up.shape[0])
     tokens = order // indices.shape[1]
     made = grouped_linear(x[tokens], gate_up, counts)
-    made = grouped_linear(_gated(made, act), down, counts)
+    made = grouped_linear(gated(made, act), down, counts)
     made = made * weights.flatten()[order, None]
     out = _zeros(x)
     return out.index_add(0, tokens, made.to(out.dtype)).to(x.dtype)
@@ -118,7 +130,7 @@ def gathered_experts(
     """
     out = _zeros(x)
     for expert, share in zip(indices.unbind(dim=1), weights.unbind(dim=1), strict=True):
-        made = _gated(torch.bmm(gate_up[expert], x[:, :, None]).squeeze(-1), act)
+        made = gated(torch.bmm(gate_up[expert], x[:, :, None]).squeeze(-1), act)
         made = torch.bmm(down[expert], made[:, :, None]).squeeze(-1)
         out = out + made * share[:, None]
     return out.to(x.dtype)
@@ -132,7 +144,8 @@ def _by_expert(indices: Tensor, E: int) -> tuple[Tensor, Tensor]:
     return flat.argsort(stable=True), counts.scatter_add(0, flat, torch.ones_like(flat))
 
 
-def _gated(gate_up: Tensor, act: Activation) -> Tensor:
+def gated(gate_up: Tensor, act: Activation) -> Tensor:
+    """Return act(gate) · up; gate_up (..., 2F), the gate first."""
     gate, up = gate_up.chunk(2, dim=-1)
     return act(gate) * up
 

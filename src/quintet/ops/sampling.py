@@ -1,55 +1,189 @@
-"""From logits to a token: what reshapes the distribution, and the draw from it.
+"""From logits to a token: which tokens stay in a distribution, and the draw from it.
 
-Every function takes logits (B, V) in float32 and returns logits (B, V); a token that must not be
-drawn has -inf.
+What tells which tokens stay takes logits (B, V) in float32, where -inf is a token that is not
+there, and returns (B, V), True for those that stay; `least` of the likeliest always do.
 """
+
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
+from quintet.errors import InputError
+
 __all__ = [
+    "above_epsilon",
+    "above_eta",
+    "above_min_p",
     "draw",
-    "keep_min_p",
-    "keep_top_k",
-    "keep_top_p",
+    "draw_several",
+    "in_top_h",
+    "in_top_k",
+    "in_top_p",
+    "occurrences",
     "penalise_repetition",
+    "top_k_candidates",
+    "typical",
+    "uniform",
 ]
 
+# How many tokens beyond the k-th are looked at for ties with it.
+_TIES = 16
 
-def penalise_repetition(logits: Tensor, ids: Tensor, kept: Tensor, penalty: float) -> Tensor:
-    """Make tokens that occurred less likely by the factor `penalty` (arXiv:1909.05858, §4.1).
 
-    Shapes: ids (B, T), kept (B, T) True where an id is a token of the text and not padding.
+# -- what occurred ---------------------------------------------------------------------------
+
+
+def occurrences(ids: Tensor, kept: Tensor | None, V: int) -> Tensor:
+    """Count how often each token of the vocabulary is in each row, (B, V) float32.
+
+    Shapes: ids (B, T); kept (B, T) True where an id counts, None for all.
     """
-    # Padding is a write of False that must not undo a True, so it goes through a sum.
-    occurred = torch.zeros_like(logits).scatter_add_(1, ids, kept.to(logits.dtype)) > 0
+    counts = torch.zeros(ids.shape[0], V + 1, device=ids.device)
+    ones = torch.ones_like(ids, dtype=counts.dtype) if kept is None else kept.to(counts.dtype)
+    # An id that there is no logit for, of a larger embedding, lands in a column of its own.
+    return counts.scatter_add_(1, ids.clamp(max=V), ones)[:, :V]
+
+
+def penalise_repetition(logits: Tensor, occurred: Tensor, penalty: float) -> Tensor:
+    """Divide logits of tokens that occurred (B, V) by `penalty`, multiply those below zero.
+
+    (arXiv:1909.05858, §4.1)
+    """
     penalised = torch.where(logits < 0, logits * penalty, logits / penalty)
     return torch.where(occurred, penalised, logits)
 
 
-def keep_top_k(logits: Tensor, k: int) -> Tensor:
-    """Keep the k most likely tokens, and those that tie with the last of them."""
-    k = min(k, logits.shape[-1])
-    least = logits.topk(k, dim=-1).values[:, -1:]
-    return logits.masked_fill(logits < least, -torch.inf)
+# -- which tokens stay -----------------------------------------------------------------------
 
 
-def keep_top_p(logits: Tensor, p: float) -> Tensor:
-    """Keep the fewest likeliest tokens whose probabilities sum to p or more (arXiv:1904.09751)."""
-    values, order = logits.sort(dim=-1, descending=True)
-    probabilities = values.softmax(dim=-1)
-    before = probabilities.cumsum(dim=-1) - probabilities
-    dropped = (before >= p).scatter(1, order, before >= p)
-    return logits.masked_fill(dropped, -torch.inf)
+def in_top_k(logits: Tensor, k: int) -> Tensor:
+    """The k most likely tokens, and those that tie with the last of them."""
+    return logits >= logits.topk(min(k, logits.shape[-1]), dim=-1).values[:, -1:]
 
 
-def keep_min_p(logits: Tensor, p: float) -> Tensor:
-    """Keep tokens at least `p` times as likely as the most likely one (arXiv:2407.01082)."""
+def in_top_p(logits: Tensor, p: float, least: int = 1) -> Tensor:
+    """The fewest likeliest tokens whose probabilities sum to p or more (arXiv:1904.09751)."""
+    values, order = logits.sort(dim=-1)
+    # Summed from the unlikely end, where the small ones do not drown.
+    dropped = values.softmax(dim=-1).cumsum(dim=-1) <= 1 - p
+    dropped[:, -least:] = False
+    return torch.ones_like(dropped).scatter(1, order, ~dropped)
+
+
+def above_min_p(logits: Tensor, p: float, least: int = 1) -> Tensor:
+    """Tokens at least `p` times as likely as the most likely one (arXiv:2407.01082)."""
     probabilities = logits.softmax(dim=-1)
-    least = p * probabilities.amax(dim=-1, keepdim=True)
-    return logits.masked_fill(probabilities < least, -torch.inf)
+    likely = probabilities >= p * probabilities.amax(dim=-1, keepdim=True)
+    return likely if least == 1 else likely | _likeliest(probabilities, least)
 
 
-def draw(logits: Tensor, generator: torch.Generator | None) -> Tensor:
-    """Draw one token a row from softmax(logits), (B, V) -> (B,)."""
-    return torch.multinomial(logits.softmax(dim=-1), 1, generator=generator)[:, 0]
+def typical(logits: Tensor, mass: float, least: int = 1) -> Tensor:
+    """Tokens of that mass, those first whose information is nearest to the entropy.
+
+    (arXiv:2202.00666)
+    """
+    logs = logits.log_softmax(dim=-1)
+    distance = (-logs - entropy(logs)[:, None]).abs()
+    ranked, order = distance.sort(dim=-1)
+    covered = logits.gather(-1, order).softmax(dim=-1).cumsum(dim=-1)
+    last = (covered < mass).sum(dim=-1, keepdim=True).clamp(max=logits.shape[-1] - 1)
+    stays = ranked <= ranked.gather(1, last)
+    stays[:, :least] = True
+    return torch.zeros_like(stays).scatter(1, order, stays)
+
+
+def above_epsilon(logits: Tensor, epsilon: float | Tensor, least: int = 1) -> Tensor:
+    """Tokens of at least a probability, one for all rows or (B, 1) (arXiv:2210.15191)."""
+    return (logits.softmax(dim=-1) >= epsilon) | in_top_k(logits, least)
+
+
+def above_eta(logits: Tensor, epsilon: float, least: int = 1) -> Tensor:
+    """Tokens of at least min(ε, √ε·exp(-entropy)) (arXiv:2210.15191)."""
+    eta = (epsilon**0.5 * torch.exp(-entropy(logits.log_softmax(dim=-1)))).clamp(max=epsilon)
+    return above_epsilon(logits, eta[:, None], least)
+
+
+def in_top_h(logits: Tensor, h: float, n: int) -> Tensor:
+    """The likeliest tokens that hold a share h of the entropy of the n likeliest.
+
+    (arXiv:2509.02510)
+    """
+    values, order = logits.topk(min(n, logits.shape[-1]), dim=-1)
+    logs = values.log_softmax(dim=-1)
+    terms = torch.nan_to_num(-logs.exp() * logs, nan=0.0)
+    stays = terms.cumsum(dim=-1) <= h * terms.sum(dim=-1, keepdim=True)
+    stays[:, 0] = True
+    return torch.zeros_like(logits, dtype=torch.bool).scatter(1, order, stays)
+
+
+def entropy(logs: Tensor) -> Tensor:
+    """Return the entropy (B,) of log-probabilities (B, V); -inf adds nothing."""
+    return -(logs.exp() * logs).nansum(dim=-1)
+
+
+def _likeliest(scores: Tensor, count: int) -> Tensor:
+    first = scores.topk(min(count, scores.shape[-1]), dim=-1).indices
+    return torch.zeros_like(scores, dtype=torch.bool).scatter(1, first, True)
+
+
+def top_k_candidates(logits: Tensor, k: int) -> tuple[Tensor, Tensor] | None:
+    """Return what `in_top_k` keeps as (B, n) logits, the likeliest first, and their ids (B, n).
+
+    None where more tokens tie with the k-th than there is room for. What is in excess has -inf.
+    """
+    V = logits.shape[-1]
+    if k + _TIES >= V:
+        return None
+    values, ids = logits.topk(k + _TIES, dim=-1)
+    bar = values[:, k - 1 : k]
+    if bool((values[:, -1:] == bar).any()):
+        return None
+    return values.masked_fill(values < bar, -torch.inf), ids
+
+
+# -- the draw --------------------------------------------------------------------------------
+
+
+def uniform(
+    shape: tuple[int, ...],
+    device: torch.device,
+    generators: Sequence[torch.Generator] | None = None,
+) -> Tensor:
+    """Draw numbers (B, ...) in [0, 1), those of each row from its own generator."""
+    if generators is None:
+        return torch.rand(shape, device=device)
+    rows = [torch.rand(shape[1:], device=g.device, generator=g) for g in generators]
+    return torch.stack(rows).to(device)
+
+
+def draw(probabilities: Tensor, generators: Sequence[torch.Generator] | None = None) -> Tensor:
+    """Draw one index a row from probabilities (B, n) that need not sum to 1, (B,).
+
+    Raises:
+        InputError: a row has nothing to draw, or something that is not a number.
+    """
+    mass = probabilities.cumsum(dim=-1)
+    total = mass[:, -1:]
+    if not bool(((total > 0) & (total < torch.inf)).all()):
+        raise InputError(
+            "there is no token to draw: every one is forbidden, or the logits hold NaN or "
+            "infinity; check the options that forbid tokens, and the model's dtype"
+        )
+    u = uniform((len(mass), 1), mass.device, generators)
+    # Strictly below the total, so that what is found has a probability above zero.
+    point = torch.minimum(u * total, torch.nextafter(total, torch.zeros_like(total)))
+    return torch.searchsorted(mass, point, right=True)[:, 0]
+
+
+def draw_several(
+    logits: Tensor, count: int, generators: Sequence[torch.Generator] | None = None
+) -> Tensor:
+    """Draw `count` different indices a row from softmax(logits) without replacement, (B, count).
+
+    They come in the order in which they are drawn (Gumbel-top-k, arXiv:1903.06059).
+    """
+    u = uniform(tuple(logits.shape), logits.device, generators)
+    tiny = torch.finfo(u.dtype).tiny
+    gumbel = -torch.log((-torch.log(u.clamp(min=tiny))).clamp(min=tiny))
+    return (logits + gumbel).topk(count, dim=-1).indices

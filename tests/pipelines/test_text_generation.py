@@ -5,8 +5,9 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 
-import quintet.pipelines
+import quintet.pipelines.factory
 from quintet import (
     AutoModel,
     AutoModelForCausalLM,
@@ -27,7 +28,7 @@ TEXTS = ["Hello there", "def fibonacci(n):\n    return", "a"]
 
 @pytest.fixture(scope="module")
 def pipe(chat_model: Path) -> Any:
-    return pipeline("text-generation", model=chat_model)
+    return pipeline("text-generation", model=chat_model, do_sample=False)
 
 
 def text_of(pipe: Any, prompt: str, new: int) -> str:
@@ -56,7 +57,7 @@ def test_a_text_is_continued(pipe: Any) -> None:
 def test_a_list_of_texts_is_a_list_of_results(pipe: Any) -> None:
     assert pipe(TEXTS, max_new_tokens=12) == [pipe(text, max_new_tokens=12) for text in TEXTS]
     assert pipe(TEXTS[:1], max_new_tokens=12) == [pipe(TEXTS[0], max_new_tokens=12)]
-    assert pipe(tuple(TEXTS), max_new_tokens=3) == pipe(iter(TEXTS), max_new_tokens=3)
+    assert pipe(tuple(TEXTS), max_new_tokens=3) == list(pipe(iter(TEXTS), max_new_tokens=3))
 
 
 def test_a_chat_is_answered(pipe: Any) -> None:
@@ -115,6 +116,74 @@ def test_options_reach_generate(pipe: Any) -> None:
     assert pipe("a", do_sample=True, top_k=1, max_new_tokens=12) == pipe("a", max_new_tokens=12)
 
 
+def test_without_a_word_it_is_sampled_with_a_temperature(chat_model: Path, pipe: Any) -> None:
+    """As in Transformers: where neither the checkpoint nor the caller says how."""
+    made = pipeline("text-generation", model=chat_model)
+    seed = torch.Generator()
+    drawn = made(TEXTS[0], generator=seed.manual_seed(3))
+    asked = {"do_sample": True, "temperature": 0.7, "generator": seed.manual_seed(3)}
+    assert drawn == pipe(TEXTS[0], **asked)
+    assert drawn != pipe(TEXTS[0], do_sample=True, temperature=3.0, generator=seed.manual_seed(3))
+    assert made(TEXTS[0], do_sample=False) == pipe(TEXTS[0])
+    made.model.generation_config = GenerationConfig(do_sample=False)
+    assert made(TEXTS[0]) == pipe(TEXTS[0])
+
+
+def test_text_is_what_transformers_writes(chat_model: Path) -> None:
+    ours = pipeline("text-generation", chat_model, do_sample=False, max_new_tokens=20)
+    tokenizer = transformers.PreTrainedTokenizerFast.from_pretrained(chat_model)
+    theirs = transformers.pipeline(
+        "text-generation", str(chat_model), tokenizer=tokenizer, device="cpu",
+        do_sample=False, max_new_tokens=20,
+    )  # fmt: skip
+    prefilled = [*CHAT, {"role": "assistant", "content": "The quick"}]
+    for given in (TEXTS[0], TEXTS, CHAT, [CHAT, OTHER], prefilled):
+        for options in ({}, {"return_full_text": False}, {"return_tensors": True}):
+            assert ours(given, **options) == theirs(given, **options)
+    for options in (
+        {"prefix": "def "},
+        {"add_special_tokens": False},
+        {"skip_special_tokens": False},
+        {"truncation": True, "max_length": 30},
+        {"tokenizer_encode_kwargs": {"truncation": True, "max_length": 3}},
+        {"handle_long_generation": "hole"},
+    ):
+        assert ours(TEXTS[1], **options) == theirs(TEXTS[1], **options), options
+    assert ours(CHAT, continue_final_message=True) == theirs(CHAT, continue_final_message=True)
+
+
+def test_a_hole_is_left_for_the_answer(pipe: Any) -> None:
+    long = "Hello there " * 200
+    ids = pipe.tokenizer.encode(long)[-(256 - 100) :]
+    (found,) = pipe(long, handle_long_generation="hole", max_new_tokens=100, return_tensors=True)
+    assert found["generated_token_ids"][:156] == ids
+    assert len(found["generated_token_ids"]) == 256
+
+
+def test_a_chat_template_gets_tools_and_documents(chat_model: Path) -> None:
+    made = pipeline("text-generation", chat_model, do_sample=False, max_new_tokens=3)
+    made.tokenizer.chat_template = "{{ tools | length }}{{ documents[0]['title'] }}{{ messages }}"
+    tools = [{"type": "function", "function": {"name": "look", "description": "d"}}]
+    documents = [{"title": "a title", "text": "b"}]
+    (found,) = made(CHAT, tools=tools, documents=documents, return_tensors=True)
+    assert made.tokenizer.decode(found["generated_token_ids"]).startswith("1a title[")
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"return_full_text": True, "return_tensors": True}, "say the same thing twice"),
+        ({"handle_long_generation": "cut"}, "'cut' has to be 'hole'"),
+        ({"return_dict_in_generate": True}, "call model.generate"),
+        ({"handle_long_generation": "hole", "max_new_tokens": 300}, "leaves no room"),
+    ],
+    ids=str,
+)
+def test_options_that_do_not_go_are_named(pipe: Any, options: Any, message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        pipe("a", **options)
+
+
 # -- how long --------------------------------------------------------------------------------
 
 
@@ -168,11 +237,11 @@ def test_the_length_of_the_checkpoint(chat_model: Path, monkeypatch: pytest.Monk
     [
         pytest.param("", {}, "the text is empty", id="empty"),
         pytest.param(["a", ""], {}, "the text is empty", id="one-empty"),
-        pytest.param([], {}, "not empty", id="no-inputs"),
-        pytest.param(None, {}, "has to be a text, a chat", id="none"),
-        pytest.param(3, {}, "has to be a text, a chat", id="number"),
+        pytest.param([], {}, "got an empty list", id="no-inputs"),
+        pytest.param(None, {}, "cannot take a NoneType", id="none"),
+        pytest.param(3, {}, "cannot take a int", id="number"),
         pytest.param([3], {}, "has to be a text, a chat", id="numbers"),
-        pytest.param(CHAT[0], {}, "has to be a text, a chat", id="one-message"),
+        pytest.param(CHAT[0], {}, "cannot take a dict", id="one-message"),
         pytest.param([CHAT, []], {}, "has to be a text, a chat", id="empty-chat"),
         pytest.param("a", {"batch_size": 0}, "batch_size=0", id="batch-size"),
         pytest.param("a", {"max_tokens": 3}, "did you mean 'max_", id="unknown"),
@@ -212,7 +281,7 @@ def test_a_loaded_model_takes_its_tokenizer(chat_model: Path, pipe: Any) -> None
     tokenizer = AutoTokenizer.from_pretrained(chat_model)
     expected = pipe("Hello", max_new_tokens=5)
     for given in (tokenizer, chat_model, str(chat_model)):
-        made = pipeline("text-generation", model=model, tokenizer=given)
+        made = pipeline("text-generation", model=model, tokenizer=given, do_sample=False)
         assert made.model is model
         assert made("Hello", max_new_tokens=5) == expected
     with pytest.raises(InputError, match="a loaded model needs its tokenizer"):
@@ -246,17 +315,17 @@ def test_model_and_tokenizer_come_from_the_same_place(
 def test_without_a_model_it_is_the_packaged_one(
     chat_model: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(quintet.pipelines, "demo_model", lambda: chat_model)
+    monkeypatch.setattr(quintet.pipelines.factory, "demo_model", lambda: chat_model)
     assert pipeline("text-generation").tokenizer.name_or_path == str(chat_model)
 
 
 def test_an_unknown_task_is_named() -> None:
-    with pytest.raises(InputError, match="task='summarization' is not one of"):
+    with pytest.raises(InputError, match="there is no task 'summarization'"):
         pipeline("summarization")
 
 
 def test_a_model_without_a_language_head_is_refused(chat_model: Path, pipe: Any) -> None:
-    with pytest.raises(InputError, match="Qwen2Model has no language-modelling head"):
+    with pytest.raises(InputError, match="Qwen2Model does not fit 'text-generation'"):
         pipeline("text-generation", AutoModel.from_pretrained(chat_model), tokenizer=pipe.tokenizer)
 
 

@@ -1,0 +1,36 @@
+"""The caches that `cache_implementation` names."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from quintet.cache import Cache, StaticCache
+from quintet.configuration.base import PreTrainedConfig
+
+__all__ = ["MAKERS", "Request", "open_cache"]
+
+
+@dataclass(frozen=True, slots=True)
+class Request:
+    """What a cache is made from.
+
+    Attributes:
+        config: the model's.
+        grown: makes an empty cache of the kind the model grows.
+        length: how many tokens a row will hold at the most.
+    """
+
+    config: PreTrainedConfig
+    grown: Callable[[], Cache]
+    length: int
+
+
+# One for each name in `config.CACHES`.
+MAKERS: dict[str, Callable[[Request], Cache]] = {
+    "dynamic": lambda request: request.grown(),
+    "static": lambda request: StaticCache(request.config, max_cache_len=request.length),
+}
+
+
+def open_cache(name: str | None, request: Request) -> Cache:
+    """Return an empty cache of the kind that has the name; "dynamic" if there is none."""
+    return MAKERS[name or "dynamic"](request)

@@ -1,0 +1,131 @@
+"""What `generate(return_dict_in_generate=True)` returns, and what is recorded for it."""
+
+from dataclasses import dataclass, field
+
+from torch import Tensor
+
+from quintet.cache import Cache
+from quintet.generation.config import GenerationConfig
+from quintet.modeloutput import ModelOutput
+
+__all__ = [
+    "GenerateBeamDecoderOnlyOutput",
+    "GenerateDecoderOnlyOutput",
+    "Made",
+    "Record",
+]
+
+# One tensor a layer.
+Layers = tuple[Tensor, ...]
+
+
+@dataclass(eq=False)
+class GenerateDecoderOnlyOutput(ModelOutput):
+    """Sequences (B, T + new) and, one entry for each step, what else was asked for.
+
+    Shapes: scores and logits (B, V), after and before the processors; attentions (B, H, T, S) and
+    hidden_states (B, T, C) of every layer, T the prompt in the first step and 1 in the others.
+    """
+
+    sequences: Tensor
+    scores: tuple[Tensor, ...] | None = None
+    logits: tuple[Tensor, ...] | None = None
+    attentions: tuple[Layers, ...] | None = None
+    hidden_states: tuple[Layers, ...] | None = None
+    past_key_values: Cache | None = None
+
+
+@dataclass(eq=False)
+class GenerateBeamDecoderOnlyOutput(ModelOutput):
+    """Sequences of a beam search, the best of each prompt first, and what else was asked for.
+
+    Shapes: sequences (B·returned, T + new); sequences_scores (B·returned,) log-probabilities over
+    length to the power of the length penalty; beam_indices (B·returned, new) the row of B·beams
+    that each token was added to, -1 behind the end; the others as without beams, for B·beams rows.
+    """
+
+    sequences: Tensor
+    sequences_scores: Tensor | None = None
+    scores: tuple[Tensor, ...] | None = None
+    logits: tuple[Tensor, ...] | None = None
+    beam_indices: Tensor | None = None
+    attentions: tuple[Layers, ...] | None = None
+    hidden_states: tuple[Layers, ...] | None = None
+    past_key_values: Cache | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Made:
+    """What one forward made.
+
+    Shapes: logits (B, P, V) of the last P positions; attentions and hidden states of every layer,
+    where they were asked for.
+    """
+
+    logits: Tensor
+    attentions: Layers | None
+    hidden_states: Layers | None
+
+    def repeat(self, copies: int) -> "Made":
+        """Repeat every row, copies side by side."""
+        if copies == 1:
+            return self
+        return Made(
+            self.logits.repeat_interleave(copies, dim=0),
+            _repeated(self.attentions, copies),
+            _repeated(self.hidden_states, copies),
+        )
+
+
+@dataclass(slots=True)
+class Record:
+    """What a generation keeps of its steps: the lists that are there, not None."""
+
+    scores: list[Tensor] | None = None
+    logits: list[Tensor] | None = None
+    attentions: list[Layers] | None = None
+    hidden_states: list[Layers] | None = None
+    asked: bool = field(default=False)
+
+    @classmethod
+    def of(cls, config: GenerationConfig) -> "Record":
+        """Keep what a config asks for."""
+        if not config.return_dict_in_generate:
+            return cls()
+        return cls(
+            scores=[] if config.output_scores else None,
+            logits=[] if config.output_logits else None,
+            attentions=[] if config.output_attentions else None,
+            hidden_states=[] if config.output_hidden_states else None,
+            asked=True,
+        )
+
+    def forward(self, made: Made) -> None:
+        """Keep what a forward made."""
+        if self.logits is not None:
+            # A processor of the caller's may write into what it is given.
+            self.logits.append(made.logits[:, -1].float().clone())
+        if self.attentions is not None and made.attentions is not None:
+            self.attentions.append(made.attentions)
+        if self.hidden_states is not None and made.hidden_states is not None:
+            self.hidden_states.append(made.hidden_states)
+
+    def seen_scores(self) -> tuple[Tensor, ...] | None:
+        """Return the scores of all steps so far, as stopping criteria get them."""
+        return None if self.scores is None else tuple(self.scores)
+
+    def fields(self) -> dict[str, tuple[object, ...]]:
+        """Return what was kept, by the names of the outputs' fields."""
+        kept = {
+            "scores": self.scores,
+            "logits": self.logits,
+            "attentions": self.attentions,
+            "hidden_states": self.hidden_states,
+        }
+        return {name: tuple(steps) for name, steps in kept.items() if steps is not None}
+
+
+def _repeated(layers: Layers | None, copies: int) -> Layers | None:
+    if layers is None:
+        return None
+    return tuple(layer.repeat_interleave(copies, dim=0) for layer in layers)

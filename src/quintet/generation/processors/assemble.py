@@ -1,0 +1,159 @@
+"""The processors that a config asks for, in the order of Transformers."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from quintet.errors import InputError
+from quintet.generation.config import GenerationConfig
+from quintet.generation.processors import lengths, repetition, warpers, words
+from quintet.generation.processors.base import LogitsProcessor, LogitsProcessorList
+from quintet.generation.text import Text
+
+__all__ = ["Setting", "assemble"]
+
+# What takes (ids, scores) and returns scores, a `LogitsProcessor` or any function.
+Processor = Callable[[Tensor, Tensor], Tensor]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Setting:
+    """What processors are made for.
+
+    Attributes:
+        prompt: the rows that are continued, each as often as it is.
+        room: how many tokens are added at the most.
+        vocab_size: V.
+        num_beams: how many rows belong to one prompt.
+        prefix_allowed_tokens_fn: which tokens may come next.
+        first: what goes before all others.
+    """
+
+    prompt: Text
+    room: int
+    vocab_size: int
+    num_beams: int = 1
+    prefix_allowed_tokens_fn: words.PrefixAllowedTokens | None = None
+    first: Sequence[LogitsProcessor] = ()
+
+
+def assemble(
+    config: GenerationConfig, setting: Setting, own: Sequence[Processor] = ()
+) -> LogitsProcessorList:
+    """Return the processors of a config and those of the caller.
+
+    One of the caller takes the place of one of the same class that the config asks for.
+    """
+    asked = LogitsProcessorList(setting.first)
+    asked += _constraints(config, setting)
+    merged = LogitsProcessorList()
+    for processor in asked:
+        merged.append(next((one for one in own if type(one) is type(processor)), processor))
+    merged += [one for one in own if all(one is not other for other in merged)]
+    if config.do_sample:
+        merged += _warpers(config, setting)
+    if config.watermarking_config is not None:
+        from quintet.generation.processors.watermark import WatermarkLogitsProcessor
+
+        mark = config.watermarking_config.to_dict()
+        device = setting.prompt.ids.device
+        merged.append(WatermarkLogitsProcessor(setting.vocab_size, device, **mark))
+    if config.renormalize_logits:
+        merged.append(warpers.LogitNormalization())
+    return merged
+
+
+def _constraints(config: GenerationConfig, setting: Setting) -> list[LogitsProcessor]:
+    """Return what changes the most likely token, too."""
+    made: list[LogitsProcessor] = []
+    prompt, ends = setting.prompt, config.eos_token_ids
+    length = len(prompt) if prompt.padding is None else prompt.lengths()
+    padding, device = prompt.padding, prompt.ids.device
+
+    if config.sequence_bias:
+        made.append(words.SequenceBiasLogitsProcessor(config.sequence_bias))
+    if config.encoder_repetition_penalty not in (None, 1):
+        penalty = _known(config.encoder_repetition_penalty)
+        made.append(
+            repetition.EncoderRepetitionPenaltyLogitsProcessor(penalty, prompt.ids, padding=padding)
+        )
+    if config.repetition_penalty not in (None, 1):
+        penalty = _known(config.repetition_penalty)
+        made.append(repetition.RepetitionPenaltyLogitsProcessor(penalty))
+    if config.presence_penalty:
+        made.append(repetition.PresencePenaltyLogitsProcessor(config.presence_penalty, length))
+    if config.frequency_penalty:
+        made.append(repetition.FrequencyPenaltyLogitsProcessor(config.frequency_penalty, length))
+    if config.no_repeat_ngram_size:
+        made.append(repetition.NoRepeatNGramLogitsProcessor(config.no_repeat_ngram_size))
+    if size := config.encoder_no_repeat_ngram_size:
+        made.append(
+            repetition.EncoderNoRepeatNGramLogitsProcessor(size, prompt.ids, padding=padding)
+        )
+    if config.bad_words_ids:
+        made.append(words.NoBadWordsLogitsProcessor(config.bad_words_ids, ends))
+    if config.min_new_tokens and ends:
+        least = config.min_new_tokens
+        made.append(lengths.MinNewTokensLengthLogitsProcessor(length, least, ends, device))
+    elif config.min_length and ends:
+        # As `max_length` does, it counts the columns of the batch.
+        short = config.min_length if padding is None else (config.min_length - padding).clamp(min=0)
+        made.append(lengths.MinLengthLogitsProcessor(short, ends, device))
+    if setting.prefix_allowed_tokens_fn is not None:
+        allowed = setting.prefix_allowed_tokens_fn
+        made.append(words.PrefixConstrainedLogitsProcessor(allowed, setting.num_beams))
+    if config.forced_bos_token_id is not None:
+        made.append(lengths.ForcedBOSTokenLogitsProcessor(config.forced_bos_token_id))
+    if config.forced_eos_token_id is not None:
+        forced, last = config.forced_eos_token_id, length + setting.room
+        made.append(lengths.ForcedEOSTokenLogitsProcessor(last, forced, device))
+    if config.remove_invalid_values:
+        made.append(warpers.InfNanRemoveLogitsProcessor())
+    if config.exponential_decay_length_penalty is not None:
+        decay = config.exponential_decay_length_penalty
+        if not ends:
+            raise InputError(
+                f"exponential_decay_length_penalty={decay} makes the end more likely, and there "
+                "is no eos_token_id"
+            )
+        made.append(lengths.ExponentialDecayLengthPenalty(decay, ends, length))
+    if config.suppress_tokens:
+        made.append(words.SuppressTokensLogitsProcessor(config.suppress_tokens, device))
+    if config.begin_suppress_tokens:
+        begin = length
+        if len(prompt) == 1 and config.forced_bos_token_id is not None:
+            begin = length + 1
+        suppressed = config.begin_suppress_tokens
+        made.append(lengths.SuppressTokensAtBeginLogitsProcessor(suppressed, begin, device))
+    return made
+
+
+def _warpers(config: GenerationConfig, setting: Setting) -> list[LogitsProcessor]:
+    """Return what reshapes the distribution that is drawn from."""
+    made: list[LogitsProcessor] = []
+    # A beam search needs a token to go on with beside all that end it.
+    least = 1 if setting.num_beams == 1 else max(len(config.eos_token_ids), 1) + 1
+    top_k = 50 if config.top_k is None else config.top_k
+    if config.temperature not in (None, 1):
+        made.append(warpers.TemperatureLogitsWarper(_known(config.temperature)))
+    if config.top_h is not None:
+        made.append(warpers.TopHLogitsWarper(config.top_h))
+    if top_k:
+        made.append(warpers.TopKLogitsWarper(top_k, min_tokens_to_keep=least))
+    if config.top_p not in (None, 1):
+        made.append(warpers.TopPLogitsWarper(_known(config.top_p), min_tokens_to_keep=least))
+    if config.min_p:
+        made.append(warpers.MinPLogitsWarper(config.min_p, min_tokens_to_keep=least))
+    if config.typical_p not in (None, 1):
+        made.append(warpers.TypicalLogitsWarper(_known(config.typical_p), min_tokens_to_keep=least))
+    if config.epsilon_cutoff:
+        made.append(warpers.EpsilonLogitsWarper(config.epsilon_cutoff, min_tokens_to_keep=least))
+    if config.eta_cutoff:
+        made.append(warpers.EtaLogitsWarper(config.eta_cutoff, min_tokens_to_keep=least))
+    return made
+
+
+def _known(value: float | None) -> float:
+    assert value is not None
+    return value

@@ -1,0 +1,123 @@
+"""What reshapes the logits of a step: objects that map (ids, scores) to scores."""
+
+import functools
+import inspect
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from quintet.errors import InputError
+
+__all__ = [
+    "LogitsProcessor",
+    "LogitsProcessorList",
+    "LogitsWarper",
+    "TokenIds",
+    "forbid",
+    "positive_float",
+    "row_lengths",
+    "token_ids",
+]
+
+TokenIds = int | Iterable[int] | Tensor
+
+
+class LogitsProcessor:
+    """Maps the ids so far (B, T) and scores (B, V) to scores (B, V); -inf is a token forbidden.
+
+    What is given is not changed. One that looks at the ids may take a third argument, `padding`:
+    (B,) how many leading columns of each row are no text, None for none.
+    """
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        raise NotImplementedError(f"{type(self).__name__} has to define __call__(ids, scores)")
+
+
+class LogitsWarper(LogitsProcessor):
+    """Reshapes a distribution by itself, whatever the text is and whichever tokens these are.
+
+    A token at -inf is as good as not there. So a warper may be given part of a vocabulary, or
+    many positions at once; a subclass that defines `__call__` is not, for it may look at the ids.
+    """
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        return self.warp(scores)
+
+    def warp(self, scores: Tensor) -> Tensor:
+        """Return new scores (B, n) for any n tokens."""
+        raise NotImplementedError(f"{type(self).__name__} has to define warp(scores)")
+
+
+class LogitsProcessorList(list[Any]):
+    """Processors, one after another."""
+
+    def __call__(self, input_ids: Tensor, scores: Tensor, **kwargs: Any) -> Tensor:
+        """Return the scores after all of them; each gets the further arguments that it names.
+
+        Raises:
+            InputError: a processor needs an argument that is not given.
+        """
+        for processor in self:
+            further = {}
+            kind: Any = type(processor)
+            for name, needed in _further(kind).items():
+                if name in kwargs:
+                    further[name] = kwargs[name]
+                elif needed:
+                    raise InputError(
+                        f"{type(processor).__name__} needs the argument {name!r}; a logits "
+                        "processor is called with (input_ids, scores), and with padding=… if it "
+                        "names that"
+                    )
+            scores = processor(input_ids, scores, **further)
+        return scores
+
+
+@functools.cache
+def _further(kind: Any) -> dict[str, bool]:
+    """Return the named arguments behind ids and scores, and whether each has to be given."""
+    call = inspect.signature(kind.__call__).parameters
+    named = [p for p in call.values() if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)]
+    return {p.name: p.default is p.empty for p in named[3:]}
+
+
+def row_lengths(input_ids: Tensor, padding: Tensor | None) -> int | Tensor:
+    """Return how many tokens the rows have: one number, or (B,)."""
+    return input_ids.shape[1] if padding is None else input_ids.shape[1] - padding
+
+
+def token_ids(name: str, value: TokenIds) -> Tensor:
+    """Return ids as a tensor (N,).
+
+    Raises:
+        InputError: they are not integers of at least 0.
+    """
+    given = [value] if isinstance(value, int) else value
+    found = given if isinstance(given, Tensor) else torch.tensor(list(given))
+    if found.numel() == 0:
+        return found.reshape(-1).long()
+    if found.is_floating_point() or found.dtype == torch.bool or bool((found < 0).any()):
+        raise InputError(f"{name}={value!r} has to be token ids, integers of at least 0")
+    return found.reshape(-1).long()
+
+
+def forbid(scores: Tensor, ids: Tensor, rows: bool | Tensor = True) -> Tensor:
+    """Return scores with the tokens `ids` (N,) at -inf, in all rows, none, or those of (B,)."""
+    if rows is False:
+        return scores
+    ids = ids.to(scores.device)
+    without = scores.index_fill(1, ids[ids < scores.shape[1]], -torch.inf)
+    return without if rows is True else torch.where(rows[:, None], without, scores)
+
+
+def positive_float(name: str, value: float) -> float:
+    """Return a number as a float.
+
+    Raises:
+        InputError: it is not above 0.
+    """
+    if isinstance(value, bool) or not isinstance(value, int | float) or not value > 0:
+        raise InputError(f"{name}={value!r} has to be a number greater than 0")
+    return float(value)

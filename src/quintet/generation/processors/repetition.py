@@ -1,0 +1,177 @@
+"""What makes tokens that occurred less likely, or forbids them."""
+
+import torch
+from torch import Tensor
+
+from quintet.errors import InputError
+from quintet.generation.processors.base import LogitsProcessor, positive_float
+from quintet.ops.sampling import occurrences, penalise_repetition
+
+__all__ = [
+    "EncoderNoRepeatNGramLogitsProcessor",
+    "EncoderRepetitionPenaltyLogitsProcessor",
+    "FrequencyPenaltyLogitsProcessor",
+    "NoRepeatNGramLogitsProcessor",
+    "PresencePenaltyLogitsProcessor",
+    "RepetitionPenaltyLogitsProcessor",
+]
+
+
+class _Counting(LogitsProcessor):
+    """Counts tokens behind the first `prompt_ignore_length` of each row, an int or (B,)."""
+
+    def __init__(self, prompt_ignore_length: int | Tensor | None) -> None:
+        fits = prompt_ignore_length is None or (
+            prompt_ignore_length.ndim == 1
+            if isinstance(prompt_ignore_length, Tensor)
+            else prompt_ignore_length >= 0
+        )
+        if not fits:
+            raise InputError(
+                f"prompt_ignore_length={prompt_ignore_length!r} has to be an integer of at least "
+                "0, or a tensor of one for each row"
+            )
+        self.prompt_ignore_length = prompt_ignore_length
+
+    def _counts(self, input_ids: Tensor, scores: Tensor, padding: Tensor | None) -> Tensor:
+        begin: int | Tensor = 0 if padding is None else padding
+        if self.prompt_ignore_length is not None:
+            begin = begin + self.prompt_ignore_length
+        kept = None
+        if isinstance(begin, Tensor):
+            columns = torch.arange(input_ids.shape[1], device=input_ids.device)
+            kept = columns >= begin[:, None]
+        else:
+            input_ids = input_ids[:, begin:]
+        return occurrences(input_ids, kept, scores.shape[1])
+
+
+class RepetitionPenaltyLogitsProcessor(_Counting):
+    """Divides logits of tokens that occurred, multiplies those below 0 (arXiv:1909.05858, §4.1)."""
+
+    def __init__(self, penalty: float, prompt_ignore_length: int | Tensor | None = None) -> None:
+        super().__init__(prompt_ignore_length)
+        self.penalty = positive_float("repetition_penalty", penalty)
+
+    def __call__(self, input_ids: Tensor, scores: Tensor, padding: Tensor | None = None) -> Tensor:
+        occurred = self._counts(input_ids, scores, padding) > 0
+        return penalise_repetition(scores, occurred, self.penalty)
+
+
+class PresencePenaltyLogitsProcessor(_Counting):
+    """Lowers the logit of every token that occurred by `penalty`."""
+
+    def __init__(self, penalty: float, prompt_ignore_length: int | Tensor | None = None) -> None:
+        super().__init__(prompt_ignore_length)
+        self.penalty = float(penalty)
+
+    def __call__(self, input_ids: Tensor, scores: Tensor, padding: Tensor | None = None) -> Tensor:
+        occurred = self._counts(input_ids, scores, padding) > 0
+        return torch.where(occurred, scores - self.penalty, scores)
+
+
+class FrequencyPenaltyLogitsProcessor(_Counting):
+    """Lowers the logit of a token by `penalty` for each time that it occurred."""
+
+    def __init__(self, penalty: float, prompt_ignore_length: int | Tensor | None = None) -> None:
+        super().__init__(prompt_ignore_length)
+        self.penalty = float(penalty)
+
+    def __call__(self, input_ids: Tensor, scores: Tensor, padding: Tensor | None = None) -> Tensor:
+        return scores - self.penalty * self._counts(input_ids, scores, padding)
+
+
+class EncoderRepetitionPenaltyLogitsProcessor(LogitsProcessor):
+    """Makes tokens of the prompt more likely, for `penalty` above 1.
+
+    Args:
+        penalty: what their logits are multiplied by, those below 0 divided.
+        encoder_input_ids: the prompt, (B, T); each row is that of B' / B rows of scores (B', V).
+        padding: (B,) how many leading columns of each row are no text.
+    """
+
+    def __init__(
+        self, penalty: float, encoder_input_ids: Tensor, *, padding: Tensor | None = None
+    ) -> None:
+        self.penalty = 1 / positive_float("encoder_repetition_penalty", penalty)
+        self.encoder_input_ids = encoder_input_ids
+        columns = torch.arange(encoder_input_ids.shape[1], device=encoder_input_ids.device)
+        self.kept = None if padding is None else columns >= padding[:, None]
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        occurred = occurrences(self.encoder_input_ids, self.kept, scores.shape[1]) > 0
+        copies = scores.shape[0] // occurred.shape[0]
+        occurred = occurred.repeat_interleave(copies, dim=0).to(scores.device)
+        return penalise_repetition(scores, occurred, self.penalty)
+
+
+class NoRepeatNGramLogitsProcessor(LogitsProcessor):
+    """Forbids the token that would end an n-gram that is in the text already."""
+
+    def __init__(self, ngram_size: int) -> None:
+        self.ngram_size = _size("no_repeat_ngram_size", ngram_size)
+
+    def __call__(self, input_ids: Tensor, scores: Tensor, padding: Tensor | None = None) -> Tensor:
+        return _forbid_ends(input_ids, padding, input_ids, padding, self.ngram_size, scores)
+
+
+class EncoderNoRepeatNGramLogitsProcessor(LogitsProcessor):
+    """Forbids the token that would end an n-gram of the prompt.
+
+    Args:
+        encoder_ngram_size: n.
+        encoder_input_ids: the prompt, (B, T); each row is that of B' / B rows of scores (B', V).
+        padding: (B,) how many leading columns of each row are no text.
+    """
+
+    def __init__(
+        self,
+        encoder_ngram_size: int,
+        encoder_input_ids: Tensor,
+        *,
+        padding: Tensor | None = None,
+    ) -> None:
+        self.ngram_size = _size("encoder_no_repeat_ngram_size", encoder_ngram_size)
+        ids = encoder_input_ids
+        self.encoder_input_ids = ids[None] if ids.ndim == 1 else ids
+        self.padding = padding
+
+    def __call__(self, input_ids: Tensor, scores: Tensor, padding: Tensor | None = None) -> Tensor:
+        copies = scores.shape[0] // self.encoder_input_ids.shape[0]
+        source = self.encoder_input_ids.repeat_interleave(copies, dim=0)
+        begin = None if self.padding is None else self.padding.repeat_interleave(copies)
+        return _forbid_ends(source, begin, input_ids, padding, self.ngram_size, scores)
+
+
+def _forbid_ends(
+    source: Tensor,
+    source_padding: Tensor | None,
+    input_ids: Tensor,
+    padding: Tensor | None,
+    n: int,
+    scores: Tensor,
+) -> Tensor:
+    """Forbid the last token of each n-gram of `source` that begins as the text ends."""
+    T = input_ids.shape[1]
+    if n - 1 > T or n > source.shape[1]:
+        return scores
+    begin = input_ids[:, T - (n - 1) :]
+    windows = source.unfold(1, n, 1)
+    matches = (windows[..., :-1] == begin[:, None]).all(dim=-1)
+    if source_padding is not None:
+        columns = torch.arange(windows.shape[1], device=source.device)
+        matches &= columns >= source_padding[:, None]
+    if padding is not None:
+        matches &= (T - padding >= n - 1)[:, None]
+    V = scores.shape[1]
+    # What does not match goes into a column of its own, behind the vocabulary.
+    ends = torch.where(matches, windows[..., -1].clamp(max=V), V)
+    banned = torch.zeros(scores.shape[0], V + 1, dtype=torch.bool, device=scores.device)
+    banned.scatter_(1, ends, True)
+    return scores.masked_fill(banned[:, :V], -torch.inf)
+
+
+def _size(name: str, value: int) -> int:
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        raise InputError(f"{name}={value!r} has to be an integer of at least 1")
+    return value

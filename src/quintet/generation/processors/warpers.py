@@ -1,0 +1,181 @@
+"""What reshapes a distribution whatever the text: temperature, cutting off, normalising."""
+
+import math
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from quintet.errors import InputError
+from quintet.generation.processors.base import LogitsProcessor, LogitsWarper, positive_float
+from quintet.ops import sampling
+
+__all__ = [
+    "EpsilonLogitsWarper",
+    "EtaLogitsWarper",
+    "InfNanRemoveLogitsProcessor",
+    "LogitNormalization",
+    "MinPLogitsWarper",
+    "TemperatureLogitsWarper",
+    "TopHLogitsWarper",
+    "TopKLogitsWarper",
+    "TopPLogitsWarper",
+    "TypicalLogitsWarper",
+]
+
+
+class TemperatureLogitsWarper(LogitsWarper):
+    """Divides scores by a temperature."""
+
+    def __init__(self, temperature: float) -> None:
+        self.temperature = positive_float("temperature", temperature)
+
+    def warp(self, scores: Tensor) -> Tensor:
+        return scores / self.temperature
+
+
+class _Cut(LogitsWarper):
+    """Puts tokens to `filter_value`, but never the `min_tokens_to_keep` most likely."""
+
+    def __init__(self, filter_value: float = -math.inf, min_tokens_to_keep: int = 1) -> None:
+        if not isinstance(min_tokens_to_keep, int) or min_tokens_to_keep < 1:
+            raise InputError(f"min_tokens_to_keep={min_tokens_to_keep!r} has to be at least 1")
+        self.filter_value = filter_value
+        self.min_tokens_to_keep = min_tokens_to_keep
+
+    def _cut(self, scores: Tensor, keep: Callable[[Tensor], Tensor]) -> Tensor:
+        return scores.masked_fill(~keep(scores), self.filter_value)
+
+
+class TopKLogitsWarper(_Cut):
+    """Keeps the `top_k` most likely tokens, and those that tie with the last of them."""
+
+    def __init__(
+        self, top_k: int, filter_value: float = -math.inf, min_tokens_to_keep: int = 1
+    ) -> None:
+        super().__init__(filter_value, min_tokens_to_keep)
+        if isinstance(top_k, bool) or not isinstance(top_k, int) or top_k < 1:
+            raise InputError(f"top_k={top_k!r} has to be an integer of at least 1")
+        self.top_k = max(top_k, min_tokens_to_keep)
+
+    def warp(self, scores: Tensor) -> Tensor:
+        return self._cut(scores, lambda x: sampling.in_top_k(x, self.top_k))
+
+
+class TopPLogitsWarper(_Cut):
+    """Keeps the fewest likeliest tokens whose probabilities sum to p (arXiv:1904.09751)."""
+
+    def __init__(
+        self, top_p: float, filter_value: float = -math.inf, min_tokens_to_keep: int = 1
+    ) -> None:
+        super().__init__(filter_value, min_tokens_to_keep)
+        self.top_p = _share("top_p", top_p)
+
+    def warp(self, scores: Tensor) -> Tensor:
+        least = self.min_tokens_to_keep
+        return self._cut(scores, lambda x: sampling.in_top_p(x, self.top_p, least))
+
+
+class MinPLogitsWarper(_Cut):
+    """Keeps tokens at least `min_p` times as likely as the likeliest (arXiv:2407.01082)."""
+
+    def __init__(
+        self, min_p: float, filter_value: float = -math.inf, min_tokens_to_keep: int = 1
+    ) -> None:
+        super().__init__(filter_value, min_tokens_to_keep)
+        self.min_p = _share("min_p", min_p)
+
+    def warp(self, scores: Tensor) -> Tensor:
+        least = self.min_tokens_to_keep
+        return self._cut(scores, lambda x: sampling.above_min_p(x, self.min_p, least))
+
+
+class TypicalLogitsWarper(_Cut):
+    """Keeps the tokens whose information is nearest to the entropy (arXiv:2202.00666)."""
+
+    def __init__(
+        self, mass: float = 0.9, filter_value: float = -math.inf, min_tokens_to_keep: int = 1
+    ) -> None:
+        super().__init__(filter_value, min_tokens_to_keep)
+        self.mass = _inside("typical_p", mass)
+
+    def warp(self, scores: Tensor) -> Tensor:
+        least = self.min_tokens_to_keep
+        return self._cut(scores, lambda x: sampling.typical(x, self.mass, least))
+
+
+class EpsilonLogitsWarper(_Cut):
+    """Keeps tokens of at least a probability epsilon (arXiv:2210.15191)."""
+
+    def __init__(
+        self, epsilon: float, filter_value: float = -math.inf, min_tokens_to_keep: int = 1
+    ) -> None:
+        super().__init__(filter_value, min_tokens_to_keep)
+        self.epsilon = _inside("epsilon_cutoff", epsilon)
+
+    def warp(self, scores: Tensor) -> Tensor:
+        least = self.min_tokens_to_keep
+        return self._cut(scores, lambda x: sampling.above_epsilon(x, self.epsilon, least))
+
+
+class EtaLogitsWarper(_Cut):
+    """Keeps tokens above min(ε, √ε·exp(-entropy)) (arXiv:2210.15191)."""
+
+    def __init__(
+        self,
+        epsilon: float,
+        filter_value: float = -math.inf,
+        min_tokens_to_keep: int = 1,
+        device: str | torch.device = "cpu",
+    ) -> None:
+        super().__init__(filter_value, min_tokens_to_keep)
+        self.epsilon = _inside("eta_cutoff", epsilon)
+
+    def warp(self, scores: Tensor) -> Tensor:
+        least = self.min_tokens_to_keep
+        return self._cut(scores, lambda x: sampling.above_eta(x, self.epsilon, least))
+
+
+class TopHLogitsWarper(_Cut):
+    """Keeps the likeliest tokens that hold a share of the entropy (arXiv:2509.02510).
+
+    Attributes:
+        top_n: how many of the likeliest tokens the entropy is taken over.
+    """
+
+    top_n = 100
+
+    def __init__(self, top_h: float, filter_value: float = -math.inf) -> None:
+        super().__init__(filter_value)
+        self.top_h = _share("top_h", top_h)
+        if self.top_h == 0:
+            raise InputError("top_h=0 has to be greater than 0 and at most 1")
+
+    def warp(self, scores: Tensor) -> Tensor:
+        return self._cut(scores, lambda x: sampling.in_top_h(x, self.top_h, self.top_n))
+
+
+class LogitNormalization(LogitsWarper):
+    """Turns scores into log-probabilities."""
+
+    def warp(self, scores: Tensor) -> Tensor:
+        return scores.log_softmax(dim=-1)
+
+
+class InfNanRemoveLogitsProcessor(LogitsProcessor):
+    """Replaces NaN by 0 and infinities by the largest numbers there are."""
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        return torch.nan_to_num(scores, nan=0.0)
+
+
+def _share(name: str, value: float) -> float:
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value <= 1:
+        raise InputError(f"{name}={value!r} has to be a number from 0 to 1")
+    return float(value)
+
+
+def _inside(name: str, value: float) -> float:
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < 1:
+        raise InputError(f"{name}={value!r} has to be a number between 0 and 1, both excluded")
+    return float(value)

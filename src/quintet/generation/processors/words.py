@@ -1,0 +1,130 @@
+"""What favours or forbids given tokens and sequences of tokens."""
+
+from collections.abc import Callable, Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from quintet.errors import InputError
+from quintet.generation.processors.base import LogitsProcessor, TokenIds, forbid, token_ids
+
+__all__ = [
+    "NoBadWordsLogitsProcessor",
+    "PrefixAllowedTokens",
+    "PrefixConstrainedLogitsProcessor",
+    "SequenceBiasLogitsProcessor",
+    "SuppressTokensLogitsProcessor",
+]
+
+# The row of the batch and its ids so far -> the ids that may come next.
+PrefixAllowedTokens = Callable[[int, Tensor], Sequence[int]]
+Biases = Mapping[tuple[int, ...], float] | Sequence[Sequence[Sequence[int] | float]]
+
+
+class SuppressTokensLogitsProcessor(LogitsProcessor):
+    """Forbids tokens."""
+
+    def __init__(self, suppress_tokens: TokenIds, device: str | torch.device = "cpu") -> None:
+        self.suppress_tokens = token_ids("suppress_tokens", suppress_tokens).to(device)
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        return forbid(scores, self.suppress_tokens)
+
+
+class SequenceBiasLogitsProcessor(LogitsProcessor):
+    """Adds a bias to the token that would complete a sequence.
+
+    Args:
+        sequence_bias: the bias of each sequence, `{(10, 45): -2.0}` or `[[[10, 45], -2.0]]`.
+    """
+
+    def __init__(self, sequence_bias: Biases) -> None:
+        self.sequence_bias = _biases(sequence_bias)
+        # Sequences of one length are compared with the ends of all rows at once.
+        groups: dict[int, list[tuple[tuple[int, ...], float]]] = {}
+        for ids, bias in self.sequence_bias.items():
+            groups.setdefault(len(ids), []).append((ids, bias))
+        self._groups = [
+            (torch.tensor([ids for ids, _ in group]), torch.tensor([bias for _, bias in group]))
+            for group in groups.values()
+        ]
+
+    def __call__(self, input_ids: Tensor, scores: Tensor, padding: Tensor | None = None) -> Tensor:
+        T, V = input_ids.shape[1], scores.shape[1]
+        total = torch.zeros_like(scores)
+        for ids, bias in self._groups:
+            ids, bias = ids.to(scores.device), bias.to(scores)
+            if bool((ids >= V).any()):
+                raise InputError(
+                    f"sequence_bias has ids {ids[ids >= V].tolist()}, outside of the vocabulary, "
+                    f"0 to {V - 1}"
+                )
+            begin = ids.shape[1] - 1
+            if begin > T:
+                continue
+            matches = (input_ids[:, None, T - begin :] == ids[:, :-1]).all(dim=-1)
+            if padding is not None:
+                matches &= (T - padding >= begin)[:, None]
+            total.index_add_(1, ids[:, -1], torch.where(matches, bias, 0.0))
+        return scores + total
+
+
+class NoBadWordsLogitsProcessor(SequenceBiasLogitsProcessor):
+    """Forbids the token that would complete one of the sequences `bad_words_ids`.
+
+    An end token alone is no bad word.
+    """
+
+    def __init__(
+        self, bad_words_ids: list[list[int]], eos_token_id: TokenIds | None = None
+    ) -> None:
+        self.bad_word_ids = bad_words_ids
+        lists = isinstance(bad_words_ids, list) and all(isinstance(x, list) for x in bad_words_ids)
+        if not lists or not bad_words_ids:
+            raise InputError(
+                f"bad_words_ids={bad_words_ids!r} has to be a list of lists of token ids"
+            )
+        ends = [] if eos_token_id is None else token_ids("eos_token_id", eos_token_id).tolist()
+        super().__init__(
+            {tuple(ids): -torch.inf for ids in bad_words_ids if ids not in [[end] for end in ends]}
+        )
+
+
+class PrefixConstrainedLogitsProcessor(LogitsProcessor):
+    """Allows only the tokens that a function names, from the row's index and its ids so far."""
+
+    def __init__(self, prefix_allowed_tokens_fn: PrefixAllowedTokens, num_beams: int) -> None:
+        self.prefix_allowed_tokens_fn = prefix_allowed_tokens_fn
+        self.num_beams = num_beams
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        mask = torch.full_like(scores, -torch.inf)
+        for row, ids in enumerate(input_ids):
+            prompt = row // self.num_beams
+            allowed = token_ids(
+                "prefix_allowed_tokens_fn()", self.prefix_allowed_tokens_fn(prompt, ids)
+            )
+            if not len(allowed):
+                raise InputError(
+                    f"prefix_allowed_tokens_fn allows no token for row {prompt} behind "
+                    f"{ids[-8:].tolist()}; it has to name at least one"
+                )
+            mask[row, allowed.to(mask.device)] = 0
+        constrained = scores + mask
+        # Where all that is allowed was forbidden before, the constraint goes first.
+        stuck = constrained.amax(dim=-1).isneginf().reshape(-1, self.num_beams).all(dim=-1)
+        stuck = stuck.repeat_interleave(self.num_beams)
+        return torch.where(stuck[:, None], mask, constrained)
+
+
+def _biases(given: Biases) -> dict[tuple[int, ...], float]:
+    rule = "has to map sequences of token ids to numbers, as {(10, 45): -2.0} or [[[10, 45], -2.0]]"
+    try:
+        pairs = given.items() if isinstance(given, Mapping) else [(a, b) for a, b in given]
+        found = {tuple(ids): float(bias) for ids, bias in pairs}  # type: ignore[arg-type]
+    except (TypeError, ValueError):
+        raise InputError(f"sequence_bias={given!r} {rule}") from None
+    for ids in found:
+        if not ids or not all(isinstance(i, int) and i >= 0 for i in ids):
+            raise InputError(f"sequence_bias={given!r} {rule}; {ids!r} is no such sequence")
+    return found

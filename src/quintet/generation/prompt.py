@@ -1,0 +1,141 @@
+"""What `generate()` continues: ids or embeddings, checked, with padding moved in front."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from quintet.cache import Cache
+from quintet.errors import InputError
+from quintet.ops.token_ids import check_token_ids
+
+__all__ = ["Prompt", "read_prompt"]
+
+
+@dataclass(frozen=True, slots=True)
+class Prompt:
+    """The rows to continue, as given and as they are run.
+
+    Attributes:
+        given: (B, T) ids as the caller gave them; (B, 0) where there are embeddings alone.
+        ids: the same with padding on the left.
+        inputs: what the model runs over: the ids, or (B, W, C) embeddings.
+        padding: (B,) how many leading columns of `inputs` are no text; None for none.
+        all_new: whether a cache holds text that comes before these rows, rather than the
+            beginning of them.
+    """
+
+    given: Tensor
+    ids: Tensor
+    inputs: Tensor
+    padding: Tensor | None
+    all_new: bool = False
+
+    @property
+    def width(self) -> int:
+        """How many columns the model runs over."""
+        return self.inputs.shape[1]
+
+    def text_padding(self) -> Tensor | None:
+        """Return how many leading columns of `ids` are no text, (B,); None for none."""
+        return self.padding if self.ids.shape[1] == self.width else None
+
+
+def read_prompt(
+    inputs: Tensor | Mapping[str, Tensor] | None,
+    input_ids: Tensor | None,
+    inputs_embeds: Tensor | None,
+    attention_mask: Tensor | None,
+    past: Cache | None,
+    *,
+    vocab_size: int,
+    device: torch.device,
+) -> Prompt:
+    """Read the arguments of `generate()` that make the prompt.
+
+    Raises:
+        InputError: there is none, two contradict each other, or one is of another shape.
+    """
+    if isinstance(inputs, Mapping):
+        unknown = set(inputs) - {"input_ids", "attention_mask"}
+        if "input_ids" not in inputs or unknown:
+            raise InputError(
+                f"a mapping as inputs has {sorted(inputs)}; it has to have input_ids, "
+                "and may have attention_mask"
+            )
+        attention_mask = inputs.get("attention_mask") if attention_mask is None else attention_mask
+        inputs = inputs["input_ids"]
+    if inputs is not None and input_ids is not None:
+        raise InputError("inputs and input_ids are two names of the same argument; give one")
+    given = input_ids if inputs is None else inputs
+    if given is None and inputs_embeds is None:
+        raise InputError("there is no prompt; give inputs, for example tokenizer(text)")
+    if given is not None:
+        _check_ids(given, inputs_embeds is not None)
+        check_token_ids(given, vocab_size)
+        given = given.to(device)
+    run = given if inputs_embeds is None else inputs_embeds.to(device)
+    assert run is not None
+    if inputs_embeds is not None and (run.ndim != 3 or not run.numel()):
+        raise InputError(
+            f"inputs_embeds has shape {tuple(run.shape)}; it has to be (batch, tokens, width)"
+        )
+    if given is None:
+        given = torch.zeros(run.shape[0], 0, dtype=torch.long, device=device)
+    if len(given) != len(run):
+        raise InputError(
+            f"input_ids has {len(given)} rows and inputs_embeds {len(run)}; they have to be the "
+            "same"
+        )
+    mask, all_new = _read_mask(attention_mask, run, past)
+    if mask is None or bool(mask.all()):
+        return Prompt(given, given, run, None, all_new)
+    kept = mask.to(device).to(torch.bool)
+    order = torch.argsort(kept.to(torch.int8), dim=1, stable=True)
+    ids = given.gather(1, order) if given.shape[1] == run.shape[1] else given
+    moved = run.gather(1, order[..., None].expand_as(run)) if run.ndim == 3 else ids
+    return Prompt(given, ids, moved, (~kept).sum(dim=1), all_new)
+
+
+def _check_ids(ids: Tensor, may_be_empty: bool) -> None:
+    if not isinstance(ids, Tensor):
+        raise InputError(
+            f"input_ids is a {type(ids).__name__}, not a tensor; "
+            "call the tokenizer with return_tensors='pt'"
+        )
+    if ids.ndim != 2 or (ids.numel() == 0 and not may_be_empty):
+        raise InputError(
+            f"the prompt has shape {tuple(ids.shape)}; it has to be (batch, tokens) with at "
+            "least one token (is it empty?)"
+        )
+
+
+def _read_mask(mask: Tensor | None, run: Tensor, past: Cache | None) -> tuple[Tensor | None, bool]:
+    """Return the mask of the columns that are run, and whether it also covers a cache's."""
+    if mask is None:
+        return None, False
+    if not isinstance(mask, Tensor):
+        raise InputError(
+            f"attention_mask is a {type(mask).__name__}, not a tensor; "
+            "call the tokenizer with return_tensors='pt'"
+        )
+    B, T = run.shape[:2]
+    held = 0 if past is None else past.get_seq_length()
+    if mask.ndim == 2 and held and len(mask) == B and mask.shape[1] > T:
+        before = mask[:, :-T].to(torch.bool).sum(dim=1)
+        lengths = past.lengths(B, before.device) if past is not None else before
+        if not torch.equal(before, lengths.to(before)):
+            raise InputError(
+                f"attention_mask counts {before.tolist()} tokens before the new {T}, and "
+                f"past_key_values holds {lengths.tolist()}"
+            )
+        return mask[:, -T:], True
+    if mask.shape != (B, T):
+        raise InputError(
+            f"attention_mask has shape {tuple(mask.shape)} and the prompt {(B, T)}; they have to "
+            "be the same"
+        )
+    if not bool(mask.any(dim=1).all()):
+        raise InputError("attention_mask leaves a row without a single token")
+    return mask, False

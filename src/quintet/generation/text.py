@@ -1,0 +1,86 @@
+"""The rows of a batch as they are read and written: ids that end in the same column."""
+
+from typing import Self
+
+import torch
+from torch import Tensor
+
+__all__ = ["Text"]
+
+
+class Text:
+    """Rows of ids, right-aligned: the last column holds every row's last token.
+
+    Args:
+        ids: (B, T).
+        padding: (B,) how many leading columns of each row are no text; None for none.
+        room: how many columns to set memory aside for.
+    """
+
+    def __init__(self, ids: Tensor, padding: Tensor | None = None, *, room: int = 0) -> None:
+        self._buffer = ids if room == 0 else ids.new_zeros(ids.shape[0], ids.shape[1] + room)
+        self._buffer[:, : ids.shape[1]] = ids
+        self._length = ids.shape[1]
+        self.padding = padding
+
+    @classmethod
+    def left_padded(cls, ids: Tensor, mask: Tensor | None, *, room: int = 0) -> Self:
+        """Move the padding of a (B, T) mask in front of the tokens of its row."""
+        if mask is None or bool(mask.all()):
+            return cls(ids, room=room)
+        kept = mask.to(torch.bool)
+        order = torch.argsort(kept.to(torch.int8), dim=1, stable=True)
+        return cls(ids.gather(1, order), (~kept).sum(dim=1), room=room)
+
+    def __len__(self) -> int:
+        return self._length
+
+    @property
+    def ids(self) -> Tensor:
+        """The ids (B, T), a view."""
+        return self._buffer[:, : self._length]
+
+    def lengths(self) -> Tensor:
+        """Return how many tokens each row has, (B,)."""
+        if self.padding is None:
+            return torch.full((self._buffer.shape[0],), self._length, device=self._buffer.device)
+        return self._length - self.padding
+
+    def mask(self) -> Tensor:
+        """Return (B, T), True for text and False for padding."""
+        if self.padding is None:
+            return torch.ones_like(self.ids, dtype=torch.bool)
+        columns = torch.arange(self._length, device=self._buffer.device)
+        return columns >= self.padding[:, None]
+
+    def append(self, tokens: Tensor) -> None:
+        """Add tokens (B,) or (B, K) to every row."""
+        tokens = tokens[:, None] if tokens.ndim == 1 else tokens
+        end = self._length + tokens.shape[1]
+        if end > self._buffer.shape[1]:
+            spare = self._buffer.new_zeros(self._buffer.shape[0], end - self._buffer.shape[1] + 64)
+            self._buffer = torch.cat((self._buffer, spare), dim=1)
+        self._buffer[:, self._length : end] = tokens
+        self._length = end
+
+    def cut(self, length: int) -> "Text":
+        """Return the first `length` columns, a view; padding is at most all of them."""
+        padding = None if self.padding is None else self.padding.clamp(max=length)
+        return Text(self._buffer[:, :length], padding)
+
+    def accept(self, tokens: Tensor, counts: Tensor) -> None:
+        """Add the first `counts` (B,) of the tokens (B, K) of each row; the others move right."""
+        ids = torch.cat((self.ids, tokens), dim=1)
+        end = self._length + int(counts.max())
+        # Column c of the result is column c - shift of its row.
+        shift = end - self._length - counts
+        columns = torch.arange(end, device=ids.device) - shift[:, None]
+        self._buffer = ids.gather(1, columns.clamp(min=0))
+        self._length = end
+        held = shift if self.padding is None else self.padding + shift
+        self.padding = held if bool(held.any()) else None
+
+    def select(self, rows: Tensor) -> None:
+        """Keep the given rows (N,), in that order, each as often as it is named."""
+        self._buffer = self._buffer[rows]
+        self.padding = None if self.padding is None else self.padding[rows]

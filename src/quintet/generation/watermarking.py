@@ -1,0 +1,65 @@
+"""How a text is marked: options alone, so that a config needs no torch."""
+
+from dataclasses import asdict, dataclass
+from typing import Any, Self
+
+from quintet.errors import InputError
+
+__all__ = ["WatermarkingConfig"]
+
+SCHEMES = ("lefthash", "selfhash")
+
+
+@dataclass(kw_only=True)
+class WatermarkingConfig:
+    """Marks a text by favouring tokens that a hash of the text chooses (arXiv:2306.04634).
+
+    Attributes:
+        greenlist_ratio: the share of the vocabulary that is favoured at each step.
+        bias: what is added to their logits.
+        hashing_key: who has it can tell a marked text.
+        seeding_scheme: "lefthash" (algorithm 2) hashes the token before, "selfhash" (algorithm 3)
+            the token itself, too.
+        context_width: how many tokens "selfhash" looks back.
+    """
+
+    greenlist_ratio: float = 0.25
+    bias: float = 2.0
+    hashing_key: int = 15485863
+    seeding_scheme: str = "lefthash"
+    context_width: int = 1
+
+    def __post_init__(self) -> None:
+        if not 0 < self.greenlist_ratio < 1:
+            raise InputError(
+                f"WatermarkingConfig: greenlist_ratio={self.greenlist_ratio!r} has to be between "
+                "0 and 1, both excluded"
+            )
+        if self.seeding_scheme not in SCHEMES:
+            raise InputError(
+                f"WatermarkingConfig: seeding_scheme={self.seeding_scheme!r} has to be one of "
+                f"{', '.join(SCHEMES)}"
+            )
+        if self.context_width < 1:
+            raise InputError(
+                f"WatermarkingConfig: context_width={self.context_width!r} has to be at least 1"
+            )
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> Self:
+        """Build from the content of a file.
+
+        Raises:
+            InputError: there is no such option.
+        """
+        try:
+            return cls(**values)
+        except TypeError:
+            raise InputError(
+                f"watermarking_config={values!r} has other keys than greenlist_ratio, bias, "
+                "hashing_key, seeding_scheme and context_width"
+            ) from None
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return all options."""
+        return asdict(self)

@@ -1,0 +1,113 @@
+"""The compiled library: found or built once a process, and what to say where there is none."""
+
+import ctypes
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from quintet.kernels.build import BuildError, best_level, build
+
+__all__ = [
+    "INTEGER",
+    "POINTER",
+    "REAL",
+    "Function",
+    "Native",
+    "applies",
+    "entry",
+    "native",
+    "pointers",
+]
+
+POINTER, INTEGER, REAL = ctypes.c_void_p, ctypes.c_int64, ctypes.c_float
+Function = Callable[..., None]
+RUNTIMES = ("libgomp", "libiomp5", "libomp")
+
+
+@dataclass(frozen=True, slots=True)
+class Native:
+    """The library, or why there is none.
+
+    Attributes:
+        library: what ctypes loaded; None where the kernels cannot be had.
+        level: the instruction set it was compiled for.
+        reason: why there is no library.
+    """
+
+    library: ctypes.CDLL | None
+    level: str | None
+    reason: str | None
+
+
+@cache
+def native() -> Native:
+    """Return the library for this machine, compiling it if it never was."""
+    asked = os.environ.get("QUINTET_KERNELS")
+    if asked == "0":
+        return Native(None, None, "turned off by QUINTET_KERNELS=0")
+    try:
+        level = best_level(None if asked in (None, "", "1") else asked)
+        path = build(level, _openmp())
+    except BuildError as error:
+        return Native(None, None, str(error))
+    try:
+        return Native(ctypes.CDLL(str(path)), level, None)
+    except OSError as error:
+        return Native(None, None, f"{path} cannot be loaded: {error}")
+
+
+@cache
+def entry(name: str, *arguments: type) -> Function | None:
+    """Return a function of the library with its argument types declared; None without one."""
+    library = native().library
+    if library is None:
+        return None
+    function = library[name]
+    function.argtypes = arguments
+    function.restype = None
+    return function
+
+
+def applies(*tensors: Tensor) -> bool:
+    """Tell whether kernels may read these tensors: plain, on the CPU, and nobody is watching.
+
+    Not where gradients are recorded, a compiler traces, autocast chooses dtypes, or a mode counts
+    what torch is asked to do.
+    """
+    if (
+        torch.compiler.is_compiling()
+        or torch.is_autocast_enabled("cpu")
+        or torch._C._len_torch_dispatch_stack()
+        or torch._C._is_tracing()
+        or torch._C._functorch.peek_interpreter_stack() is not None
+    ):
+        return False
+    learns = torch.is_grad_enabled()
+    for tensor in tensors:
+        if type(tensor) not in PLAIN or not tensor.is_cpu or (learns and tensor.requires_grad):
+            return False
+    return True
+
+
+PLAIN = (Tensor, torch.nn.Parameter)
+
+
+def pointers(values: Sequence[int]) -> "ctypes.Array[ctypes.c_int64]":
+    """Return numbers and addresses as one array of eight-byte fields."""
+    return (INTEGER * len(values))(*values)
+
+
+def _openmp() -> Path | None:
+    """Return the OpenMP runtime torch brought into this process; two of them would fight."""
+    try:
+        with open("/proc/self/maps", encoding="utf-8", errors="replace") as file:
+            paths = {line.split(maxsplit=5)[-1].strip() for line in file if ".so" in line}
+    except OSError:
+        return None
+    found = [Path(path) for path in sorted(paths) if Path(path).name.startswith(RUNTIMES)]
+    return found[0] if found else None

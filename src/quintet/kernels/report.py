@@ -1,0 +1,53 @@
+"""Which kernels this process runs on, and why not where it does not."""
+
+from dataclasses import dataclass
+
+from quintet.kernels.native import native
+
+__all__ = ["Kernel", "Report", "report"]
+
+# What there is, and when a model uses it.
+KERNELS = {
+    "attention": "queries of a prompt over the keys before them, in bfloat16 (needs avx512_bf16)",
+    "linear": "linear maps in bfloat16 and float32 of up to 32 vectors at once",
+    "mamba2": "Zamba2's mixer between its projections, in bfloat16 and float32",
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Kernel:
+    """One kernel.
+
+    Attributes:
+        name: what it computes.
+        when: what it is used for.
+        level: the instruction set it was compiled for; None where PyTorch computes instead.
+        reason: why PyTorch does.
+    """
+
+    name: str
+    when: str
+    level: str | None
+    reason: str | None
+
+
+@dataclass(frozen=True, slots=True)
+class Report:
+    """All kernels, and the library they are in."""
+
+    kernels: tuple[Kernel, ...]
+    library: str | None
+
+    def __str__(self) -> str:
+        lines = [f"library: {self.library or 'none'}"]
+        for kernel in self.kernels:
+            state = kernel.level or f"PyTorch, as {kernel.reason}"
+            lines.append(f"{kernel.name}: {state} ({kernel.when})")
+        return "\n".join(lines)
+
+
+def report() -> Report:
+    """Say of each kernel what it runs on; compiles the library if that never happened."""
+    found = native()
+    kernels = (Kernel(name, when, found.level, found.reason) for name, when in KERNELS.items())
+    return Report(tuple(kernels), None if found.library is None else found.library._name)

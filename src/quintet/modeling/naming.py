@@ -1,0 +1,162 @@
+"""Which tensors of a checkpoint fill which of a model: decided by names, before data is read."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from quintet.checkpoint import Difference, Mismatch, Piece, TensorInfo, compare, pieces
+from quintet.quantization import QuantizationConfig, Stored, stored
+
+if TYPE_CHECKING:
+    from quintet.modeling.base import PreTrainedModel
+
+__all__ = ["Naming", "name_tensors"]
+
+Shape = tuple[int, ...]
+# A head that a class does not have is no loss.
+HEADS = ("lm_head.", "score.", "qa_outputs.")
+
+
+@dataclass(frozen=True, slots=True)
+class Naming:
+    """How a checkpoint and a model fit together.
+
+    Attributes:
+        wanted: the tensors to read, by their name in the checkpoint: whose they are in the
+            model, and which part of it.
+        stored: how the checkpoint holds each of them, quantised ones as several tensors.
+        absent: parameters of a new head, which begin with random weights.
+        reshaped: parameters that begin with random weights as the checkpoint has other shapes.
+        difference: what keeps the model from being complete.
+        mismatched: tensors of another shape that the caller chose to do without.
+        aliases: second names under which the checkpoint holds a tensor again, and the first.
+        optional: prefixes of what the model does without.
+        unused: what the checkpoint holds and the model has no place for.
+    """
+
+    wanted: Mapping[str, tuple[str, Piece]]
+    stored: Mapping[str, Stored]
+    absent: tuple[str, ...]
+    reshaped: tuple[str, ...]
+    difference: Difference
+    mismatched: tuple[Mismatch, ...]
+    aliases: Mapping[str, str]
+    optional: tuple[str, ...]
+    unused: tuple[str, ...]
+
+    @property
+    def fresh(self) -> tuple[str, ...]:
+        """All that begins with random weights."""
+        return (*self.absent, *self.reshaped)
+
+    @property
+    def lost(self) -> list[str]:
+        """What is unused and no head of another class."""
+        return [name for name in self.unused if not name.startswith(HEADS)]
+
+    def report(self) -> dict[str, Any]:
+        """Return what `output_loading_info` shows, with the keys of Transformers."""
+        return {
+            "missing_keys": set(self.absent),
+            "unexpected_keys": set(self.lost),
+            "mismatched_keys": {(m.name, m.found, m.expected) for m in self.mismatched},
+            "error_msgs": [],
+        }
+
+
+def name_tensors(
+    model: "PreTrainedModel",
+    tensors: Mapping[str, TensorInfo],
+    *,
+    held_as: QuantizationConfig | None = None,
+    ignore_mismatched_sizes: bool = False,
+) -> Naming:
+    """Hold the tensors of a model against those of a checkpoint.
+
+    The checkpoint may be with or without a head, and may hold experts stacked already.
+    `held_as` says how its matrices are quantised, and `ignore_mismatched_sizes` lets tensors
+    begin fresh whose shape is another.
+    """
+    tied, optional = model.tied_names(), model.optional_names(tensors)
+    expected = {
+        name: tuple(tensor.shape)
+        for name, tensor in model.state_dict().items()
+        if name not in tied and not name.startswith(optional)
+    }
+    own = f"{model.base_model_prefix}." if model.base_model is not model else ""
+    inner = [name.removeprefix(own) for name in expected if name.startswith(own)]
+    prefixes = dict.fromkeys((own, "", "model.", "transformer."))
+    prefix = max(prefixes, key=lambda p: sum(p + name in tensors for name in inner))
+
+    def on_disk(name: str) -> str:
+        return prefix + name.removeprefix(own) if name.startswith(own) else name
+
+    plan: dict[str, list[Piece]] = {}
+    for name, shape in expected.items():
+        named = on_disk(name)
+        whole = named in tensors
+        plan[name] = [Piece(named, shape)] if whole else pieces(named, shape, model.weight_rules)
+    aliases: dict[str, str] = {}
+    for alias, name in tied.items():
+        second, first = on_disk(alias), plan[name][0].name
+        if second not in tensors:
+            continue
+        if first in tensors:
+            aliases[second] = first
+        else:
+            # A file may hold a tied tensor under others of its names alone.
+            plan[name] = [Piece(second, expected[name])]
+
+    absent = tuple(
+        name
+        for name in expected
+        if name.startswith(model.new_head) and plan[name][0].name not in tensors
+    )
+    for name in absent:
+        del plan[name]
+    there = _stored(plan, tensors, held_as)
+    difference = _compare(there, tensors)
+    reshaped: tuple[str, ...] = ()
+    mismatched: tuple[Mismatch, ...] = ()
+    used = _files(there)
+    if ignore_mismatched_sizes:
+        mismatched = tuple(difference.mismatched)
+        other = {item.name for item in mismatched}
+        reshaped = tuple(
+            name
+            for name, parts in plan.items()
+            if any(other & set(_files({part.name: there[part.name]})) for part in parts)
+        )
+        for name in reshaped:
+            for part in plan.pop(name):
+                del there[part.name]
+        difference = _compare(there, tensors)
+    return Naming(
+        wanted={part.name: (name, part) for name, parts in plan.items() for part in parts},
+        stored=there,
+        absent=absent,
+        reshaped=reshaped,
+        difference=difference,
+        mismatched=mismatched,
+        aliases={second: first for second, first in aliases.items() if first in there},
+        optional=optional,
+        unused=tuple(sorted(set(tensors) - set(used) - set(aliases))),
+    )
+
+
+def _stored(
+    plan: Mapping[str, list[Piece]],
+    tensors: Mapping[str, TensorInfo],
+    held_as: QuantizationConfig | None,
+) -> dict[str, Stored]:
+    needed = {part.name: part.shape for parts in plan.values() for part in parts}
+    return stored(needed, tensors, held_as)
+
+
+def _files(there: Mapping[str, Stored]) -> dict[str, Shape]:
+    return dict(file for one in there.values() for file in one.files.values())
+
+
+def _compare(there: Mapping[str, Stored], tensors: Mapping[str, TensorInfo]) -> Difference:
+    files = _files(there)
+    return compare(files, {name: tensors[name] for name in files if name in tensors})

@@ -1,0 +1,53 @@
+"""Models without memory: names and shapes, and no weights drawn for them."""
+
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import torch
+from torch import nn
+from torch.overrides import TorchFunctionMode
+
+from quintet.configuration.base import PreTrainedConfig
+
+if TYPE_CHECKING:
+    from quintet.modeling.base import PreTrainedModel
+
+__all__ = ["skeleton"]
+
+Model = TypeVar("Model", bound="PreTrainedModel")
+
+
+class _Undrawn(TorchFunctionMode):
+    """Leaves out the drawing of weights, which without memory still imports a compiler."""
+
+    DRAWS: tuple[Any, ...] = (
+        *(torch.Tensor.normal_, torch.Tensor.uniform_, nn.init.normal_, nn.init.uniform_),
+        *(nn.init.kaiming_uniform_, nn.init.trunc_normal_, nn.init.xavier_uniform_),
+    )
+
+    def __torch_function__(
+        self,
+        func: Callable[..., Any],
+        types: Iterable[type],
+        args: tuple[Any, ...] = (),
+        kwargs: Mapping[str, Any] | None = None,
+    ) -> Any:
+        kwargs = kwargs or {}
+        if func in self.DRAWS:
+            drawn = args[0] if args else kwargs["tensor"]
+            if drawn.is_meta:
+                return drawn
+        return func(*args, **kwargs)
+
+
+@contextmanager
+def _on_meta() -> Iterator[None]:
+    with torch.device("meta"), _Undrawn():
+        yield
+
+
+def skeleton(cls: type[Model], config: PreTrainedConfig) -> Model:
+    """Build a model whose parameters have names, shapes and no data."""
+    with _on_meta():
+        return cls(config)

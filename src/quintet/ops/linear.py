@@ -1,0 +1,21 @@
+"""Linear maps: x·Wᵀ + b."""
+
+from collections.abc import Sequence
+
+import torch.nn.functional as F  # noqa: N812
+from torch import Tensor
+
+from quintet.kernels.linear import linears as kernel
+
+__all__ = ["linear", "linears"]
+
+
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """Map x (..., I) by a weight (O, I) and a bias (O) to (..., O)."""
+    return linears(x, [(weight, bias)])[0]
+
+
+def linears(x: Tensor, maps: Sequence[tuple[Tensor, Tensor | None]]) -> Sequence[Tensor]:
+    """Map the same x (..., I) by several weights (O, I) and biases (O), to (..., O) each."""
+    made = kernel(x, maps)
+    return [F.linear(x, weight, bias) for weight, bias in maps] if made is None else made

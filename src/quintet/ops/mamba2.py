@@ -1,0 +1,141 @@
+"""Mamba-2's mixer between its projections: convolution, state space, gate (arXiv:2405.21060, §7).
+
+Axis letters as in `quintet.ops.ssd`; C = H·P + 2·G·N are the channels of the convolution.
+"""
+
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F  # noqa: N812
+from torch import Tensor
+
+from quintet.kernels.ssm import mamba2
+from quintet.ops.conv import causal_conv, continued, last_window
+from quintet.ops.norm import rms_norm
+from quintet.ops.ssd import ssd, ssd_step, step_sizes
+
+__all__ = ["Mixed", "MixerWeights", "gated_rms_norm", "mix", "mix_stepwise"]
+
+
+class MixerWeights(NamedTuple):
+    """What a mixer has learned, its projections aside.
+
+    Attributes:
+        taps: (C, W) of the convolution.
+        conv_bias: (C).
+        dt_bias: (H), added to the step sizes.
+        A_log: (H), the logarithm of -A.
+        D: (H).
+        norm: (H·P), the scale behind the gate.
+        num_groups: G.
+        dt_limits: between which two a step size is clamped.
+        eps: of the normalisation.
+    """
+
+    taps: Tensor
+    conv_bias: Tensor | None
+    dt_bias: Tensor
+    A_log: Tensor
+    D: Tensor
+    norm: Tensor
+    num_groups: int
+    dt_limits: tuple[float, float]
+    eps: float
+
+
+class Mixed(NamedTuple):
+    """What a mixer made of T tokens.
+
+    Attributes:
+        out: (B, T, H·P), what is projected back.
+        window: (B, W - 1, C), the last inputs of the convolution.
+        state: (B, H, P, N).
+        x: (B, T, H, P), the convolved input.
+        dt: (B, T, H), the step sizes, 0 for padding.
+        b: (B, T, G, N).
+    """
+
+    out: Tensor
+    window: Tensor
+    state: Tensor
+    x: Tensor
+    dt: Tensor
+    b: Tensor
+
+
+def mix(
+    projected: Tensor,
+    weights: MixerWeights,
+    window: Tensor | None,
+    state: Tensor | None,
+    counts: Tensor | None,
+    *,
+    chunk_size: int,
+) -> Mixed:
+    """Mix tokens through the state, which is overwritten where no gradient needs it.
+
+    In one pass on a CPU (`quintet.kernels.ssm`), else by `mix_stepwise`, which defines it.
+
+    Shapes: projected (B, T, H·P + C + H), the gate before x, b, c before dt; counts (B,) how many
+    of the T are real, None for all.
+    """
+    made = mamba2(
+        projected,
+        weights.taps,
+        weights.conv_bias,
+        (weights.dt_bias, weights.A_log, weights.D),
+        weights.norm,
+        num_groups=weights.num_groups,
+        dt_limits=weights.dt_limits,
+        eps=weights.eps,
+        window=window,
+        state=state,
+        counts=counts,
+    )
+    if made is None:
+        return mix_stepwise(projected, weights, window, state, counts, chunk_size=chunk_size)
+    out, window, state, convolved, dt = made
+    x, b, _ = _heads_and_groups(convolved, weights)
+    return Mixed(out, window, state, x, dt, b)
+
+
+def mix_stepwise(
+    projected: Tensor,
+    weights: MixerWeights,
+    window: Tensor | None,
+    state: Tensor | None,
+    counts: Tensor | None,
+    *,
+    chunk_size: int,
+) -> Mixed:
+    """Convolve, update the state, gate and normalise, one after the other."""
+    inner, H = weights.norm.shape[0], weights.D.shape[0]
+    C, W = weights.taps.shape
+    z, raw, dt = torch.split(projected, [inner, C, H], dim=-1)
+    dt = step_sizes(dt, weights.dt_bias, weights.dt_limits, counts)
+    A = -weights.A_log.to(dt.dtype).exp()
+    wide = continued(raw, window, W)
+    convolved = F.silu(causal_conv(wide, weights.taps, weights.conv_bias))
+    x, b, c = _heads_and_groups(convolved, weights)
+    if projected.shape[1] == 1 and state is not None:
+        y, state = ssd_step(x, dt, A, b, c, weights.D, state)
+    else:
+        y, state = ssd(x, dt, A, b, c, weights.D, state, chunk_size=chunk_size)
+    out = gated_rms_norm(y.flatten(2), z, weights.norm, weights.num_groups, weights.eps)
+    return Mixed(out, last_window(wide, W, counts), state, x, dt, b)
+
+
+def _heads_and_groups(convolved: Tensor, weights: MixerWeights) -> tuple[Tensor, Tensor, Tensor]:
+    """Return x (B, T, H, P), b and c (B, T, G, N) of the convolved channels (B, T, C)."""
+    inner, size = weights.norm.shape[0], (convolved.shape[-1] - weights.norm.shape[0]) // 2
+    x, b, c = torch.split(convolved, [inner, size, size], dim=-1)
+    G = weights.num_groups
+    x = torch.unflatten(x, -1, (weights.D.shape[0], -1))
+    return x, torch.unflatten(b, -1, (G, -1)), torch.unflatten(c, -1, (G, -1))
+
+
+def gated_rms_norm(x: Tensor, z: Tensor, weight: Tensor, num_groups: int, eps: float) -> Tensor:
+    """Normalise x · silu(z), each of the groups by itself, in float32; return the dtype of `z`."""
+    dtype = torch.promote_types(z.dtype, torch.float32)
+    gated = torch.unflatten(x.to(dtype) * F.silu(z.to(dtype)), -1, (num_groups, -1))
+    return rms_norm(gated, weight.view(num_groups, -1), eps).flatten(-2).to(z.dtype)

@@ -1,0 +1,189 @@
+"""`pipeline(task)`: what a task needs, loaded and put together."""
+
+import difflib
+import importlib
+import os
+from collections.abc import Mapping
+from types import MappingProxyType
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from quintet.auto import (
+    AutoConfig,
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoModelForQuestionAnswering,
+    AutoModelForSequenceClassification,
+    AutoModelForTokenClassification,
+    AutoTokenizer,
+)
+from quintet.errors import InputError
+from quintet.hub import demo_model
+from quintet.modeling.placement import single_device
+from quintet.pipelines.base import Pipeline
+
+if TYPE_CHECKING:
+    from quintet.configuration import PreTrainedConfig
+    from quintet.modeling.base import PreTrainedModel
+    from quintet.modeling.placement import DeviceMap
+    from quintet.tokenization import PreTrainedTokenizer
+
+__all__ = ["ALIASES", "TASKS", "pipeline"]
+
+# The module of each task, its class, and what loads its model.
+TASKS: Mapping[str, tuple[str, str, Any]] = MappingProxyType(
+    {
+        "text-generation": ("text_generation", "TextGenerationPipeline", AutoModelForCausalLM),
+        "text-classification": (
+            "text_classification",
+            "TextClassificationPipeline",
+            AutoModelForSequenceClassification,
+        ),
+        "token-classification": (
+            "token_classification",
+            "TokenClassificationPipeline",
+            AutoModelForTokenClassification,
+        ),
+        "question-answering": (
+            "question_answering",
+            "QuestionAnsweringPipeline",
+            AutoModelForQuestionAnswering,
+        ),
+        "feature-extraction": ("feature_extraction", "FeatureExtractionPipeline", AutoModel),
+        "zero-shot-classification": (
+            "zero_shot_classification",
+            "ZeroShotClassificationPipeline",
+            AutoModelForSequenceClassification,
+        ),
+    }
+)
+ALIASES = MappingProxyType(
+    {"sentiment-analysis": "text-classification", "ner": "token-classification"}
+)
+# What a model that says nothing else is for, by the end of its class's name.
+TASK_OF = MappingProxyType(
+    {
+        "ForCausalLM": "text-generation",
+        "ForSequenceClassification": "text-classification",
+        "ForTokenClassification": "token-classification",
+        "ForQuestionAnswering": "question-answering",
+        "Model": "feature-extraction",
+    }
+)
+
+
+def pipeline(
+    task: str | None = None,
+    model: "str | os.PathLike[str] | PreTrainedModel | None" = None,
+    config: "str | os.PathLike[str] | PreTrainedConfig | None" = None,
+    tokenizer: "str | os.PathLike[str] | PreTrainedTokenizer | None" = None,
+    *,
+    revision: str | None = None,
+    token: str | bool | None = None,
+    device: str | int | torch.device | None = None,
+    device_map: "DeviceMap" = None,
+    dtype: str | torch.dtype = "auto",
+    torch_dtype: str | torch.dtype | None = None,
+    trust_remote_code: bool = False,
+    model_kwargs: Mapping[str, Any] | None = None,
+    **options: Any,
+) -> Pipeline:
+    """Load what a task needs and return it as one callable.
+
+    Args:
+        task: one of `TASKS`, or "sentiment-analysis" or "ner"; if not given, what the model is for.
+        model: a name, a directory or a loaded model; for "text-generation" the packaged demo
+            model if not given.
+        config: in place of the checkpoint's, or where to read it.
+        tokenizer: a name, a directory or a loaded tokenizer; the model's own if not given.
+        revision: branch, tag or commit of a hub id.
+        token: for private repositories.
+        device: where the model runs; a GPU if there is one, or where a loaded model is.
+        device_map: the other name of `device`.
+        dtype: of the weights.
+        torch_dtype: the older name of `dtype`.
+        trust_remote_code: accepted, without effect: no code of a repository is ever run.
+        model_kwargs: further arguments of `from_pretrained`.
+        **options: the task's, for every call, and `batch_size`.
+
+    Raises:
+        InputError: an unknown task or option, a loaded model without its tokenizer, or with an
+            option that says how to load it.
+    """
+    if device is not None and device_map is not None:
+        raise InputError("device and device_map are two names of the same choice; give one")
+    if task is not None:
+        task = _known(task)
+    if model is None:
+        if task not in (None, "text-generation"):
+            raise InputError(f"{task} has no model of its own; name one: pipeline({task!r}, …)")
+        model = demo_model()
+    if isinstance(model, str | os.PathLike):
+        places = ("cache_dir", "local_files_only", "subfolder")
+        kwargs = dict(model_kwargs or {})
+        where: dict[str, Any] = {"revision": revision, "token": token}
+        where |= {key: value for key, value in kwargs.items() if key in places}
+        if isinstance(config, str | os.PathLike):
+            config = AutoConfig.from_pretrained(config, **where)
+        if task is None:
+            known = AutoConfig.from_pretrained(model, **where) if config is None else config
+            task = _task_of((known.architectures or ["ForCausalLM"])[0])
+        if config is not None:
+            kwargs["config"] = config
+        if device is None and device_map is None:
+            device = "auto"
+        loaded = TASKS[task][2].from_pretrained(
+            model,
+            dtype=dtype if torch_dtype is None else torch_dtype,
+            device_map=device_map if device is None else device,
+            **{**kwargs, **where},
+        )
+        tokenizer = model if tokenizer is None else tokenizer
+    else:
+        _refuse_for_loaded(
+            config=config,
+            dtype=None if dtype == "auto" else dtype,
+            torch_dtype=torch_dtype,
+            device_map=device_map,
+            model_kwargs=model_kwargs,
+        )
+        task = _task_of(type(model).__name__) if task is None else task
+        loaded = model if device is None else model.to(single_device(device))
+        where = {"revision": revision, "token": token}
+    if tokenizer is None:
+        raise InputError("a loaded model needs its tokenizer: pipeline(task, model, tokenizer=…)")
+    if isinstance(tokenizer, str | os.PathLike):
+        tokenizer = AutoTokenizer.from_pretrained(tokenizer, **where)
+    module, name, _ = TASKS[task]
+    found = getattr(importlib.import_module(f"quintet.pipelines.{module}"), name)
+    made: Pipeline = found(loaded, tokenizer, **options)
+    return made
+
+
+def _known(task: str) -> str:
+    """Return the name of a task, also of one called by another name."""
+    names = (*TASKS, *ALIASES)
+    if task not in names:
+        near = difflib.get_close_matches(task, names, n=1)
+        hint = f"did you mean {near[0]!r}?" if near else f"there are {', '.join(names)}"
+        raise InputError(f"there is no task {task!r}; {hint}")
+    return ALIASES.get(task, task)
+
+
+def _task_of(architecture: str) -> str:
+    for suffix, task in TASK_OF.items():
+        if architecture.endswith(suffix):
+            return task
+    raise InputError(
+        f"what a {architecture} is for cannot be told; name a task: {', '.join(TASKS)}"
+    )
+
+
+def _refuse_for_loaded(**options: Any) -> None:
+    given = [name for name, value in options.items() if value is not None]
+    if given:
+        raise InputError(
+            f"the model is loaded already, so {', '.join(given)} would have no effect; "
+            "pass it to from_pretrained"
+        )

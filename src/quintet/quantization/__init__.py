@@ -1,0 +1,43 @@
+"""Weights in fewer bits: which modules, in which format, and how they lie on disk."""
+
+from quintet.quantization.apply import Encoded, Slot, apply, freeze, tie
+from quintet.quantization.config import (
+    BitsAndBytesConfig,
+    FineGrainedFP8Config,
+    Int4Config,
+    Int8Config,
+    QuantizationConfig,
+    Scheme,
+)
+from quintet.quantization.modules import (
+    Quantized,
+    QuantizedEmbedding,
+    QuantizedExperts,
+    QuantizedLinear,
+)
+from quintet.quantization.request import Request, requested
+from quintet.quantization.stored import Stored, packed, read, stored
+
+__all__ = [
+    "BitsAndBytesConfig",
+    "Encoded",
+    "FineGrainedFP8Config",
+    "Int4Config",
+    "Int8Config",
+    "QuantizationConfig",
+    "Quantized",
+    "QuantizedEmbedding",
+    "QuantizedExperts",
+    "QuantizedLinear",
+    "Request",
+    "Scheme",
+    "Slot",
+    "Stored",
+    "apply",
+    "freeze",
+    "packed",
+    "read",
+    "requested",
+    "stored",
+    "tie",
+]

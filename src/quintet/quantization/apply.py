@@ -1,0 +1,217 @@
+"""A model's modules become quantised ones; their weights follow one by one."""
+
+from collections.abc import Container, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from quintet.errors import CheckpointError, InputError
+from quintet.layers.moe import Experts
+from quintet.quantization.config import Scheme
+from quintet.quantization.formats import Parts, Shape, WeightFormat
+from quintet.quantization.modules import (
+    Quantized,
+    QuantizedEmbedding,
+    QuantizedLinear,
+    experts_like,
+)
+
+__all__ = ["Encoded", "Slot", "apply", "freeze", "is_named", "tie"]
+
+
+@dataclass(frozen=True, slots=True)
+class Encoded:
+    """A matrix (O, I), or a stack (E, O, I), in the parts of a format."""
+
+    format: WeightFormat
+    parts: Parts
+    shape: Shape
+
+    def decode(self, dtype: torch.dtype) -> Tensor:
+        """Return the numbers it stands for."""
+        return self.format.decode(self.parts, self.shape, dtype)
+
+    def slice(self, expert: int) -> "Encoded":
+        """Return one matrix of a stack."""
+        parts = {suffix: part[expert] for suffix, part in self.parts.items()}
+        return Encoded(self.format, parts, self.shape[1:])
+
+
+@dataclass(frozen=True, slots=True)
+class Slot:
+    """Where a matrix, or a stack of them, goes in a quantised model."""
+
+    module: Quantized
+    name: str
+
+    def take(
+        self,
+        weight: Tensor | Encoded,
+        place: tuple[int, slice] | None,
+        device: torch.device,
+        source: str,
+    ) -> None:
+        """Take in a matrix, or an expert's rows of a stack; `source` names it in errors.
+
+        Raises:
+            CheckpointError: it has numbers that are not finite.
+        """
+        shape, stack = self.module.matrices[self.name]
+        if place is not None:
+            expert, rows = place
+            self._put(weight, (expert, rows.start // shape[0]), device, source)
+        elif not stack:
+            self._put(weight, None, device, source)
+        else:
+            for expert in range(stack[0]):
+                whole = weight[expert] if isinstance(weight, Tensor) else weight.slice(expert)
+                for number, part in enumerate(_cut(whole, shape, stack[1])):
+                    self._put(part, (expert, number), device, source)
+
+    def _put(
+        self,
+        weight: Tensor | Encoded,
+        place: tuple[int, int] | None,
+        device: torch.device,
+        source: str,
+    ) -> None:
+        if isinstance(weight, Encoded) and weight.format == self.module.format:
+            self.module.put(self.name, weight.parts, place, device)
+            return
+        # As exact as the source: rounding to a dtype in between would be one loss more.
+        plain = weight.decode(torch.float32) if isinstance(weight, Encoded) else weight
+        try:
+            parts = self.module.format.encode(plain.to(device))
+        except InputError as error:
+            raise CheckpointError(f"{source}: {error}") from error
+        self.module.put(self.name, parts, place, device)
+
+
+def apply(
+    model: nn.Module,
+    scheme: Scheme,
+    *,
+    keep: Sequence[str],
+    embedding: nn.Module | None,
+    head: nn.Module | None,
+    tied: bool,
+    dtype: torch.dtype,
+) -> dict[str, Slot]:
+    """Replace linear maps and experts by quantised ones without weights.
+
+    Args:
+        keep: modules of this family that stay as they are, named as in `modules_to_not_convert`.
+        embedding: the module that turns ids into vectors.
+        head: the module that turns vectors into logits of ids.
+        tied: whether the two share their weight; then both are quantised, or none is.
+        dtype: of the vectors that a quantised embedding returns.
+
+    Returns where the weights of the former modules go, by their names.
+    """
+    keep = (*keep, *scheme.skip)
+    shares = tied and scheme.head is not None
+    ends = (embedding, head)
+    if any(m in ends and is_named(path, keep) for path, m in model.named_modules()):
+        shares = False
+    replaced: dict[nn.Module, Quantized] = {}
+    slots: dict[str, Slot] = {}
+    for path, module in list(model.named_modules()):
+        made: Quantized | None = None
+        if is_named(path, keep):
+            continue
+        if module is embedding:
+            if shares and scheme.head is not None and isinstance(module, nn.Embedding):
+                made = QuantizedEmbedding(
+                    module.num_embeddings,
+                    module.embedding_dim,
+                    padding_idx=module.padding_idx,
+                    weight_format=scheme.head,
+                    dtype=dtype,
+                    device=module.weight.device,
+                )
+        elif isinstance(module, nn.Linear):
+            chosen = scheme.weights
+            if module is head:
+                if scheme.head is None or (tied and not shares):
+                    continue
+                chosen = scheme.head
+            made = QuantizedLinear(
+                module.in_features,
+                module.out_features,
+                bias=module.bias,
+                weight_format=chosen,
+                compute_dtype=scheme.compute_dtype,
+                device=module.weight.device,
+            )
+        elif isinstance(module, Experts):
+            made = experts_like(module, scheme.weights, scheme.compute_dtype)
+        if made is not None:
+            replaced[module] = made.train(module.training)
+    # A module that several share has several names, and any may be the one it is saved under.
+    for path, module in model.named_modules(remove_duplicate=False):
+        if module in replaced:
+            made = replaced[module]
+            slots |= {f"{path}.{name}": Slot(made, name) for name in made.matrices}
+    for parent in list(model.modules()):
+        for name, child in parent._modules.items():
+            if child in replaced:
+                parent._modules[name] = replaced[child]
+    return slots
+
+
+def freeze(model: nn.Module) -> None:
+    """Ask for no gradients: a graph through frozen weights would only cost memory."""
+    for parameter in model.parameters():
+        parameter.requires_grad_(False)
+
+
+def tie(alias: nn.Module, source: nn.Module) -> bool:
+    """Let a quantised head read the rows of a quantised embedding; tell whether both are such."""
+    if not (isinstance(alias, QuantizedLinear) and isinstance(source, QuantizedEmbedding)):
+        return False
+    for suffix in source.format.parts(source.matrices["weight"][0]):
+        alias._buffers["weight" + suffix] = source._buffers["weight" + suffix]
+    return True
+
+
+def is_named(path: str, names: Sequence[str]) -> bool:
+    """Tell whether a path has one of the names as a part, or its parts in a row."""
+    return any(f".{name}." in f".{path}." for name in names)
+
+
+def _cut(weight: Tensor | Encoded, shape: Shape, P: int) -> list[Tensor | Encoded]:
+    """Cut a matrix (P · O, I) into P on top of each other."""
+    if isinstance(weight, Tensor):
+        return list(torch.split(weight, shape[0]))
+    if weight.format.cuts(shape[0]):
+        cut = {suffix: part.chunk(P) for suffix, part in weight.parts.items()}
+        return [
+            Encoded(weight.format, {suffix: cut[suffix][i] for suffix in cut}, shape)
+            for i in range(P)
+        ]
+    # Blocks reach over the border between two of them.
+    return list(torch.split(weight.decode(torch.float32), shape[0]))
+
+
+def part_state(
+    model: nn.Module, tensors: Mapping[str, Tensor], tied: Container[str]
+) -> tuple[dict[str, Tensor], dict[str, tuple[Quantized, str, dict[str, Tensor]]]]:
+    """Part a state dict into what is plain, and the parts of each quantised matrix by its name.
+
+    Names in `tied` are second ones, and matrices under them are left out.
+    """
+    plain, parted = dict(tensors), {}
+    seen: set[Quantized] = set()
+    for path, module in model.named_modules(remove_duplicate=False):
+        if not isinstance(module, Quantized):
+            continue
+        for name, (shape, _) in module.matrices.items():
+            suffixes = module.format.parts(shape)
+            weight = f"{path}.{name}"
+            parts = {s: plain.pop(weight + s) for s in suffixes if weight + s in plain}
+            if weight not in tied and module not in seen and len(parts) == len(suffixes):
+                parted[weight] = (module, name, parts)
+        if not any(f"{path}.{name}" in tied for name in module.matrices):
+            seen.add(module)
+    return plain, parted

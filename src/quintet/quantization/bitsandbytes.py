@@ -1,0 +1,195 @@
+"""The formats of bitsandbytes, under the names it gives their tensors on disk.
+
+They are computed here: no package is needed, and experts are quantised like everything else.
+"""
+
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from quintet.errors import CheckpointError
+from quintet.ops.codebook import (
+    BLOCK_SIZES,
+    NESTED_BLOCK,
+    TABLES,
+    NestedScales,
+    dequantize_codes,
+    dynamic_table,
+    nest,
+    quantize_codes,
+)
+from quintet.quantization.formats import Int8Format, Part, Parts, Shape, WeightFormat
+
+__all__ = ["CodesFormat", "RowwiseFormat"]
+
+
+@dataclass(frozen=True)
+class RowwiseFormat(Int8Format):
+    """LLM.int8 (arXiv:2208.07339): our int8 with the largest magnitude on disk, not the scale.
+
+    Activations stay in 16 bits, so that none is too large for eight.
+    """
+
+    name = "bitsandbytes int8"
+
+    def files(self, weight: str, shape: Shape) -> dict[str, tuple[str, Shape]]:
+        """Return, for each tensor on disk, its name and shape."""
+        largest = weight.removesuffix("weight") + "SCB"
+        return {"": (weight, shape), "SCB": (largest, shape[:-1])}
+
+    def pack(
+        self, weight: str, parts: Parts, shape: Shape, dtype: torch.dtype
+    ) -> dict[str, Tensor]:
+        """Name the parts as they are written."""
+        names = self.files(weight, shape)
+        return {names[""][0]: parts[""], names["SCB"][0]: parts["_scale"] * 127}
+
+    def unpack(self, weight: str, found: Parts, shape: Shape) -> dict[str, Tensor]:
+        """Return the parts, given the tensors on disk."""
+        return {"": found[""], "_scale": found["SCB"].to(torch.float32) / 127}
+
+
+@dataclass(frozen=True)
+class CodesFormat(WeightFormat):
+    """NF4 or FP4.
+
+    Attributes:
+        kind: which of the two.
+        nested: whether the scales are quantised once more.
+        block: how many numbers share a scale.
+    """
+
+    name = "bitsandbytes 4-bit"
+    kind: str = "fp4"
+    nested: bool = False
+    block: int = 64
+
+    def parts(self, shape: Shape) -> dict[str, Part]:
+        """Return what a matrix of `shape` is held as."""
+        n = math.prod(shape)
+        blocks = math.ceil(n / self.block)
+        codes = {"": Part((math.ceil(n / 2), 1), torch.uint8)}
+        if not self.nested:
+            return codes | {"_absmax": Part((blocks,), torch.float32)}
+        return codes | {
+            "_absmax": Part((blocks,), torch.uint8),
+            "_nested_absmax": Part((math.ceil(blocks / NESTED_BLOCK),), torch.float32),
+            "_nested_offset": Part((1,), torch.float32),
+        }
+
+    def encode(self, weight: Tensor) -> dict[str, Tensor]:
+        """Split a matrix of numbers into parts."""
+        packed, absmax = quantize_codes(weight, self.kind, self.block)
+        if not self.nested:
+            return {"": packed, "_absmax": absmax}
+        scales = nest(absmax)
+        return {
+            "": packed,
+            "_absmax": scales.codes,
+            "_nested_absmax": scales.absmax,
+            "_nested_offset": scales.offset,
+        }
+
+    def decode(self, parts: Parts, shape: Shape, dtype: torch.dtype) -> Tensor:
+        """Return the numbers that the parts stand for."""
+        absmax = parts["_absmax"]
+        if self.nested:
+            nested = NestedScales(absmax, parts["_nested_absmax"], parts["_nested_offset"])
+            absmax = nested.expand()
+        return dequantize_codes(parts[""], absmax, shape, self.kind, self.block, dtype)
+
+    # -- on disk -----------------------------------------------------------------------------
+
+    def files(self, weight: str, shape: Shape) -> dict[str, tuple[str, Shape]]:
+        """Return, for each tensor on disk, its name and shape, -1 for any size."""
+        parts = self.parts(shape)
+        files = {
+            "": (weight, parts[""].shape),
+            "absmax": (f"{weight}.absmax", parts["_absmax"].shape),
+            "quant_map": (f"{weight}.quant_map", (16,)),
+            "state": (f"{weight}.quant_state.bitsandbytes__{self.kind}", (-1,)),
+        }
+        if self.nested:
+            scales = parts["_nested_absmax"].shape
+            files["nested_absmax"] = (f"{weight}.nested_absmax", scales)
+            files["nested_quant_map"] = (f"{weight}.nested_quant_map", (256,))
+        return files
+
+    def pack(
+        self, weight: str, parts: Parts, shape: Shape, dtype: torch.dtype
+    ) -> dict[str, Tensor]:
+        """Name the parts as they are written; `dtype` is what the model computes in."""
+        names = {key: name for key, (name, _) in self.files(weight, shape).items()}
+        state: dict[str, object] = {
+            "quant_type": self.kind,
+            "blocksize": self.block,
+            "dtype": str(dtype).removeprefix("torch."),
+            "shape": list(shape),
+        }
+        packed = {
+            names[""]: parts[""],
+            names["absmax"]: parts["_absmax"],
+            names["quant_map"]: torch.tensor(TABLES[self.kind]),
+        }
+        if self.nested:
+            state |= {
+                "nested_blocksize": NESTED_BLOCK,
+                "nested_dtype": "float32",
+                "nested_offset": float(parts["_nested_offset"]),
+            }
+            packed[names["nested_absmax"]] = parts["_nested_absmax"]
+            packed[names["nested_quant_map"]] = dynamic_table(torch.device("cpu"))
+        packed[names["state"]] = torch.tensor(list(json.dumps(state).encode()), dtype=torch.uint8)
+        return packed
+
+    def unpack(self, weight: str, found: Parts, shape: Shape) -> dict[str, Tensor]:
+        """Return the parts, given the tensors on disk.
+
+        Raises:
+            CheckpointError: they were made of another table, block size or shape.
+        """
+        state = _state(weight, found["state"])
+        wanted = {"quant_type": self.kind, "blocksize": self.block, "shape": list(shape)}
+        if self.nested:
+            wanted["nested_blocksize"] = NESTED_BLOCK
+        for key, value in wanted.items():
+            if state.get(key) != value:
+                raise CheckpointError(
+                    f"{weight}: its quant_state has {key}={state.get(key)!r} and the model needs "
+                    f"{value!r}"
+                )
+        tables = {"quant_map": torch.tensor(TABLES[self.kind])}
+        if self.nested:
+            tables["nested_quant_map"] = dynamic_table(torch.device("cpu"))
+        for key, table in tables.items():
+            if not torch.allclose(found[key].to(torch.float32), table, rtol=0, atol=1e-6):
+                raise CheckpointError(f"{weight}: {key} is not the table of {self.kind}")
+        parts = {"": found[""].view(torch.uint8), "_absmax": found["absmax"]}
+        if self.nested:
+            offset = state.get("nested_offset")
+            if not isinstance(offset, float | int) or not math.isfinite(offset):
+                raise CheckpointError(f"{weight}: nested_offset={offset!r} has to be a number")
+            parts["_nested_absmax"] = found["nested_absmax"]
+            parts["_nested_offset"] = torch.tensor([offset], dtype=torch.float32)
+        return parts
+
+
+def block_size(numbers: int, blocks: int) -> int | None:
+    """Return how many numbers a block has, where `blocks` hold `numbers`; None if no size fits."""
+    fitting = [size for size in BLOCK_SIZES if math.ceil(numbers / size) == blocks]
+    # A matrix of a single block fits many; 64 is what everybody writes.
+    return 64 if 64 in fitting else next(iter(fitting), None)
+
+
+def _state(weight: str, stored: Tensor) -> Mapping[str, object]:
+    try:
+        state = json.loads(bytes(stored.tolist()))
+    except (ValueError, TypeError) as error:
+        raise CheckpointError(f"{weight}: its quant_state is not JSON ({error})") from error
+    if not isinstance(state, dict):
+        raise CheckpointError(f"{weight}: its quant_state has to be a JSON object")
+    return state

@@ -1,0 +1,349 @@
+"""What a caller asks for, and what `quantization_config` in a config.json says."""
+
+import dataclasses
+import difflib
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar, Self
+
+import torch
+
+from quintet.checkpoint import TensorInfo
+from quintet.configuration.base import FLOAT_DTYPES
+from quintet.errors import ConfigError, UnsupportedModelError
+from quintet.ops.quantized import FP8_BLOCK
+from quintet.quantization.bitsandbytes import CodesFormat, RowwiseFormat, block_size
+from quintet.quantization.formats import FP8Format, Int4Format, Int8Format, Shape, WeightFormat
+
+__all__ = [
+    "METHODS",
+    "BitsAndBytesConfig",
+    "FineGrainedFP8Config",
+    "Int4Config",
+    "Int8Config",
+    "QuantizationConfig",
+    "Scheme",
+]
+
+Tensors = Mapping[str, TensorInfo]
+
+
+@dataclass(frozen=True, slots=True)
+class Scheme:
+    """Which format each kind of matrix gets; None leaves it as it is.
+
+    Attributes:
+        weights: of the layers' linear maps and experts.
+        head: of the output head, and of the embedding where the two are one.
+        skip: parts of paths whose modules stay as they are.
+        compute_dtype: what inputs are converted to; None for no change.
+    """
+
+    weights: WeightFormat
+    head: WeightFormat | None = None
+    skip: tuple[str, ...] = ()
+    compute_dtype: torch.dtype | None = None
+
+
+@dataclass(kw_only=True)
+class QuantizationConfig(ABC):
+    """A way to quantise a model; an object of it, or its mapping, is `quantization_config`.
+
+    Attributes:
+        modules_to_not_convert: modules that keep their numbers. A name stands for every path that
+            has it as a part, or these parts in a row: "lm_head", "layers.0", "mlp.down_proj".
+    """
+
+    quant_method: ClassVar[str]
+
+    @abstractmethod
+    def scheme(self) -> Scheme | None:
+        """Return what a model is to be held as; None for plain numbers."""
+
+    @abstractmethod
+    def stored(self, weight: str, shape: Shape, tensors: Tensors) -> WeightFormat | None:
+        """Return the format a file holds a matrix in; None for plain numbers."""
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return what `config.json` holds."""
+        values = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+        return {"quant_method": self.quant_method, **{k: _plain(v) for k, v in values.items()}}
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> Self:
+        """Build a configuration from a mapping; keys it does not know are an error.
+
+        Raises:
+            ConfigError: a key or a value is not usable.
+        """
+        known = {field.name for field in dataclasses.fields(cls)}
+        for key in values:
+            if key not in known:
+                near = difflib.get_close_matches(key, known, n=1)
+                hint = f"; did you mean {near[0]!r}?" if near else f"; there are {sorted(known)}"
+                raise ConfigError(f"quantization_config: {cls.__name__} has no {key!r}{hint}")
+        return cls(**values)
+
+    def _require(self, holds: bool, key: str, rule: str) -> None:
+        if not holds:
+            value = getattr(self, key)
+            raise ConfigError(f"{type(self).__name__}: {key}={value!r} has to be {rule}")
+
+    def _require_names(self, key: str) -> None:
+        names = getattr(self, key)
+        valid = isinstance(names, list | tuple) and all(isinstance(n, str) and n for n in names)
+        self._require(names is None or valid, key, "a list of names of modules")
+
+
+@dataclass(kw_only=True)
+class _OwnConfig(QuantizationConfig):
+    quant_method: ClassVar[str] = "quintet"
+    bits: ClassVar[int]
+    group_size: ClassVar[int | None]
+
+    modules_to_not_convert: list[str] | None = None
+
+    def __post_init__(self) -> None:
+        self._require_names("modules_to_not_convert")
+
+    def stored(self, weight: str, shape: Shape, tensors: Tensors) -> WeightFormat | None:
+        """Return the format a file holds a matrix in: a model in int4 has a head in int8."""
+        formats = {torch.int8: Int8Format(), torch.uint8: Int4Format()}
+        return formats.get(tensors[weight].dtype)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return what `config.json` holds."""
+        return {**super().to_dict(), "bits": self.bits, "group_size": self.group_size}
+
+
+@dataclass(kw_only=True)
+class Int8Config(_OwnConfig):
+    """Weights in 8 bits, a scale for each row; heads and tied embeddings too."""
+
+    bits = 8
+    group_size = None
+
+    def scheme(self) -> Scheme:
+        """Return what a model is to be held as."""
+        return Scheme(Int8Format(), Int8Format(), tuple(self.modules_to_not_convert or ()))
+
+
+@dataclass(kw_only=True)
+class Int4Config(_OwnConfig):
+    """Weights in 4 bits, a scale for 64 neighbours; heads and tied embeddings in 8."""
+
+    bits = 4
+    group_size = 64
+
+    def scheme(self) -> Scheme:
+        """Return what a model is to be held as."""
+        return Scheme(Int4Format(), Int8Format(), tuple(self.modules_to_not_convert or ()))
+
+
+@dataclass(kw_only=True)
+class BitsAndBytesConfig(QuantizationConfig):
+    """The formats of bitsandbytes; arguments and defaults are those of Transformers.
+
+    The package is not needed. Experts are quantised like the other maps.
+
+    Attributes:
+        load_in_8bit: LLM.int8 (arXiv:2208.07339).
+        load_in_4bit: NF4 or FP4 (arXiv:2305.14314).
+        llm_int8_threshold: accepted: here no activation is quantised, so none is too large.
+        llm_int8_skip_modules: modules that keep their numbers; None for the output head.
+        llm_int8_enable_fp32_cpu_offload: accepted: the CPU computes in 8 bits too.
+        llm_int8_has_fp16_weight: has to be false: there would be nothing quantised.
+        bnb_4bit_compute_dtype: what inputs are converted to; None for no change.
+        bnb_4bit_quant_type: "nf4" or "fp4".
+        bnb_4bit_use_double_quant: whether the scales are quantised too.
+        bnb_4bit_quant_storage: how bytes are declared on disk; uint8.
+    """
+
+    quant_method: ClassVar[str] = "bitsandbytes"
+
+    load_in_8bit: bool = False
+    load_in_4bit: bool = False
+    llm_int8_threshold: float = 6.0
+    llm_int8_skip_modules: list[str] | None = None
+    llm_int8_enable_fp32_cpu_offload: bool = False
+    llm_int8_has_fp16_weight: bool = False
+    bnb_4bit_compute_dtype: torch.dtype | str | None = None
+    bnb_4bit_quant_type: str = "fp4"
+    bnb_4bit_use_double_quant: bool = False
+    bnb_4bit_quant_storage: torch.dtype | str | None = None
+
+    def __post_init__(self) -> None:
+        eight, four = self.load_in_8bit, self.load_in_4bit
+        if not (isinstance(eight, bool) and isinstance(four, bool) and eight != four):
+            raise ConfigError(
+                f"BitsAndBytesConfig: exactly one of load_in_8bit={eight!r} and "
+                f"load_in_4bit={four!r} has to be true"
+            )
+        self._require_names("llm_int8_skip_modules")
+        threshold = self.llm_int8_threshold
+        self._require(
+            isinstance(threshold, float | int) and threshold >= 0,
+            "llm_int8_threshold",
+            "a number of at least 0",
+        )
+        self._require(
+            self.llm_int8_has_fp16_weight is False,
+            "llm_int8_has_fp16_weight",
+            "false: weights in 16 bits are what a model without quantization_config has",
+        )
+        self._require(
+            self.bnb_4bit_quant_type in ("nf4", "fp4"), "bnb_4bit_quant_type", "'nf4' or 'fp4'"
+        )
+        name = _dtype_name(self.bnb_4bit_compute_dtype)
+        self._require(
+            name is None or name in FLOAT_DTYPES,
+            "bnb_4bit_compute_dtype",
+            f"one of {FLOAT_DTYPES}",
+        )
+        self.bnb_4bit_compute_dtype = None if name is None else getattr(torch, name)
+        self._require(
+            _dtype_name(self.bnb_4bit_quant_storage) in (None, "uint8"),
+            "bnb_4bit_quant_storage",
+            "uint8",
+        )
+        self.bnb_4bit_quant_storage = torch.uint8
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> Self:
+        """Build a configuration from a mapping, in any of the vintages Transformers wrote.
+
+        Raises:
+            ConfigError: a key or a value is not usable.
+        """
+        spoken = ("_load_in_8bit", "_load_in_4bit")
+        return super().from_dict({k: v for k, v in values.items() if k not in spoken})
+
+    def scheme(self) -> Scheme:
+        """Return what a model is to be held as."""
+        weights: WeightFormat = RowwiseFormat()
+        if self.load_in_4bit:
+            weights = CodesFormat(self.bnb_4bit_quant_type, self.bnb_4bit_use_double_quant)
+        skip = self.llm_int8_skip_modules
+        compute = self.bnb_4bit_compute_dtype if self.load_in_4bit else None
+        assert not isinstance(compute, str)
+        return Scheme(weights, None if skip is None else weights, tuple(skip or ()), compute)
+
+    def stored(self, weight: str, shape: Shape, tensors: Tensors) -> WeightFormat | None:
+        """Return the format a file holds a matrix in; which of bitsandbytes', its names tell."""
+        if tensors[weight].dtype == torch.int8:
+            return RowwiseFormat()
+        if tensors[weight].dtype.is_floating_point:
+            return None
+        kind = self.bnb_4bit_quant_type
+        for other in ("nf4", "fp4"):
+            if f"{weight}.quant_state.bitsandbytes__{other}" in tensors:
+                kind = other
+        absmax = tensors.get(f"{weight}.absmax")
+        numbers = torch.Size(shape).numel()
+        block = None if absmax is None else block_size(numbers, torch.Size(absmax.shape).numel())
+        return CodesFormat(kind, f"{weight}.nested_absmax" in tensors, block or 64)
+
+
+@dataclass(kw_only=True)
+class FineGrainedFP8Config(QuantizationConfig):
+    """FP8 numbers with a scale for each block, as DeepSeek-V3 and R1 are released.
+
+    Attributes:
+        activation_scheme: "dynamic": activations get their scales as they come.
+        weight_block_size: rows and columns of a block.
+        dequantize: hold the model in 16 bits.
+        modules_to_not_convert: modules that keep their numbers; None for the output head.
+    """
+
+    quant_method: ClassVar[str] = "fp8"
+
+    activation_scheme: str = "dynamic"
+    weight_block_size: tuple[int, int] | list[int] = FP8_BLOCK
+    dequantize: bool = False
+    modules_to_not_convert: list[str] | None = None
+    scale_fmt: str = "float"
+    fmt: str = "e4m3"
+
+    def __post_init__(self) -> None:
+        self._require_names("modules_to_not_convert")
+        self._require(self.activation_scheme == "dynamic", "activation_scheme", "'dynamic'")
+        self._require(self.scale_fmt == "float", "scale_fmt", "'float'")
+        self._require(self.fmt == "e4m3", "fmt", "'e4m3'")
+        self._require(isinstance(self.dequantize, bool), "dequantize", "true or false")
+        sizes = self.weight_block_size
+        self._require(
+            isinstance(sizes, list | tuple)
+            and len(sizes) == 2
+            and all(type(size) is int and size > 0 for size in sizes),
+            "weight_block_size",
+            "two positive integers",
+        )
+
+    def scheme(self) -> Scheme | None:
+        """Return what a model is to be held as; None for plain numbers."""
+        if self.dequantize:
+            return None
+        return Scheme(self._format(), skip=tuple(self.modules_to_not_convert or ()))
+
+    def stored(self, weight: str, shape: Shape, tensors: Tensors) -> WeightFormat | None:
+        """Return the format a file holds a matrix in."""
+        return self._format() if tensors[weight].dtype == torch.float8_e4m3fn else None
+
+    def _format(self) -> FP8Format:
+        rows, columns = self.weight_block_size
+        return FP8Format((rows, columns))
+
+
+METHODS: Mapping[str, type[QuantizationConfig]] = {
+    "bitsandbytes": BitsAndBytesConfig,
+    "fp8": FineGrainedFP8Config,
+}
+
+
+def read(values: Any) -> QuantizationConfig:
+    """Return the configuration that a `quantization_config`, an object or a mapping, is.
+
+    Raises:
+        UnsupportedModelError: the method is none of those here.
+        ConfigError: a key or a value is not usable.
+    """
+    if isinstance(values, QuantizationConfig):
+        return values
+    if not isinstance(values, Mapping):
+        raise ConfigError(
+            f"quantization_config={values!r} has to be a configuration or its mapping"
+        )
+    given = dict(values)
+    method = given.pop("quant_method", None)
+    if method is None and (given.get("load_in_8bit") or given.get("load_in_4bit")):
+        method = "bitsandbytes"
+    if method == "quintet":
+        return _own(given)
+    if method not in METHODS:
+        raise UnsupportedModelError(
+            f"quant_method={method!r} is not supported; there are quintet, {', '.join(METHODS)}. "
+            "Use a copy of the model in bfloat16"
+        )
+    return METHODS[method].from_dict(given)
+
+
+def _own(given: dict[str, Any]) -> QuantizationConfig:
+    bits, group = given.pop("bits", None), given.pop("group_size", None)
+    for kind in (Int8Config, Int4Config):
+        if (kind.bits, kind.group_size) == (bits, group):
+            return kind.from_dict(given)
+    raise ConfigError(
+        f"quantization_config: bits={bits!r} with group_size={group!r} has to be 8 with null or "
+        f"4 with {Int4Config.group_size}"
+    )
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, torch.dtype):
+        return str(value).removeprefix("torch.")
+    return list(value) if isinstance(value, tuple) else value
+
+
+def _dtype_name(value: Any) -> Any:
+    return None if value is None else str(value).removeprefix("torch.")

@@ -1,0 +1,179 @@
+"""How a matrix is held in fewer bits: named tensors, and what they mean together.
+
+A format splits a matrix (O, I) into *parts*. A part is named by what is appended to the weight's
+own name, so that `q_proj.weight` is held as `q_proj.weight` and `q_proj.weight_scale`; so it is on
+disk too, unless a format has to follow somebody else's names.
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+import torch.nn.functional as F  # noqa: N812
+from torch import Tensor
+
+from quintet.ops.quantized import (
+    FP8_BLOCK,
+    dequantize_fp8,
+    dequantize_int4,
+    dequantize_int8,
+    fp8_scale_shape,
+    int4_linear,
+    int4_shapes,
+    int8_linear,
+    quantize_fp8,
+    quantize_int4,
+    quantize_int8,
+)
+
+__all__ = ["FP8Format", "Int4Format", "Int8Format", "Part", "Parts", "WeightFormat"]
+
+Shape = tuple[int, ...]
+Parts = Mapping[str, Tensor]
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """Shape and dtype of one tensor of a format."""
+
+    shape: Shape
+    dtype: torch.dtype
+
+
+@dataclass(frozen=True)
+class WeightFormat(ABC):
+    """A way to hold a matrix (O, I)."""
+
+    name: ClassVar[str]
+
+    @abstractmethod
+    def parts(self, shape: Shape) -> dict[str, Part]:
+        """Return what a matrix of `shape` is held as; the part "" carries most of its bytes."""
+
+    @abstractmethod
+    def encode(self, weight: Tensor) -> dict[str, Tensor]:
+        """Split a matrix of numbers into parts.
+
+        Raises:
+            InputError: a number is not finite.
+        """
+
+    @abstractmethod
+    def decode(self, parts: Parts, shape: Shape, dtype: torch.dtype) -> Tensor:
+        """Return the numbers that the parts stand for."""
+
+    def cuts(self, row: int) -> bool:
+        """Tell whether the parts, cut there too, are those of the matrix cut before a row."""
+        return False
+
+    def linear(self, x: Tensor, parts: Parts, shape: Shape, bias: Tensor | None) -> Tensor:
+        """Return x wᵀ + b; x (..., I)."""
+        return F.linear(x, self.decode(parts, shape, x.dtype), bias)
+
+    # -- on disk -----------------------------------------------------------------------------
+
+    def files(self, weight: str, shape: Shape) -> dict[str, tuple[str, Shape]]:
+        """Return, for each tensor on disk, its name and shape; that of the key "" comes first."""
+        return {suffix: (weight + suffix, part.shape) for suffix, part in self.parts(shape).items()}
+
+    def pack(
+        self, weight: str, parts: Parts, shape: Shape, dtype: torch.dtype
+    ) -> dict[str, Tensor]:
+        """Name the parts as they are written; `dtype` is what the model computes in."""
+        return {weight + suffix: part for suffix, part in parts.items()}
+
+    def unpack(self, weight: str, found: Parts, shape: Shape) -> dict[str, Tensor]:
+        """Return the parts, given the tensors that `files` names by their keys.
+
+        Raises:
+            CheckpointError: what is there does not belong together.
+        """
+        return dict(found)
+
+
+@dataclass(frozen=True)
+class Int8Format(WeightFormat):
+    """Rows of 8-bit integers, each with a float32 scale."""
+
+    name = "int8"
+
+    def parts(self, shape: Shape) -> dict[str, Part]:
+        """Return what a matrix of `shape` is held as."""
+        return {"": Part(shape, torch.int8), "_scale": Part(shape[:-1], torch.float32)}
+
+    def encode(self, weight: Tensor) -> dict[str, Tensor]:
+        """Split a matrix of numbers into parts."""
+        q, scale = quantize_int8(weight)
+        return {"": q, "_scale": scale}
+
+    def decode(self, parts: Parts, shape: Shape, dtype: torch.dtype) -> Tensor:
+        """Return the numbers that the parts stand for."""
+        return dequantize_int8(parts[""], parts["_scale"], dtype)
+
+    def cuts(self, row: int) -> bool:
+        """Tell whether the parts, cut there too, are those of the matrix cut before a row."""
+        return True
+
+    def linear(self, x: Tensor, parts: Parts, shape: Shape, bias: Tensor | None) -> Tensor:
+        """Return x wᵀ + b; x (..., I)."""
+        return int8_linear(x, parts[""], parts["_scale"], bias)
+
+
+@dataclass(frozen=True)
+class Int4Format(WeightFormat):
+    """Groups of 64 4-bit integers, each with a bfloat16 scale."""
+
+    name = "int4"
+
+    def parts(self, shape: Shape) -> dict[str, Part]:
+        """Return what a matrix of `shape` is held as."""
+        packed, scale = int4_shapes(shape)
+        return {"": Part(packed, torch.uint8), "_scale": Part(scale, torch.bfloat16)}
+
+    def encode(self, weight: Tensor) -> dict[str, Tensor]:
+        """Split a matrix of numbers into parts."""
+        packed, scale = quantize_int4(weight)
+        return {"": packed, "_scale": scale}
+
+    def decode(self, parts: Parts, shape: Shape, dtype: torch.dtype) -> Tensor:
+        """Return the numbers that the parts stand for."""
+        return dequantize_int4(parts[""], parts["_scale"], shape[-1], dtype)
+
+    def cuts(self, row: int) -> bool:
+        """Tell whether the parts, cut there too, are those of the matrix cut before a row."""
+        return True
+
+    def linear(self, x: Tensor, parts: Parts, shape: Shape, bias: Tensor | None) -> Tensor:
+        """Return x wᵀ + b; x (..., I)."""
+        return int4_linear(x, parts[""], parts["_scale"], bias)
+
+
+@dataclass(frozen=True)
+class FP8Format(WeightFormat):
+    """Blocks of e4m3 numbers, each with a scale: the released weights of DeepSeek-V3 and R1."""
+
+    name = "fp8"
+    block: tuple[int, int] = FP8_BLOCK
+
+    def parts(self, shape: Shape) -> dict[str, Part]:
+        """Return what a matrix of `shape` is held as."""
+        scales = fp8_scale_shape(shape, self.block)
+        return {
+            "": Part(shape, torch.float8_e4m3fn),
+            "_scale_inv": Part(scales, torch.float32),
+        }
+
+    def encode(self, weight: Tensor) -> dict[str, Tensor]:
+        """Split a matrix of numbers into parts."""
+        q, scale_inv = quantize_fp8(weight, self.block)
+        return {"": q, "_scale_inv": scale_inv}
+
+    def decode(self, parts: Parts, shape: Shape, dtype: torch.dtype) -> Tensor:
+        """Return the numbers that the parts stand for."""
+        return dequantize_fp8(parts[""], parts["_scale_inv"], dtype, self.block)
+
+    def cuts(self, row: int) -> bool:
+        """Tell whether the parts, cut there too, are those of the matrix cut before a row."""
+        return row % self.block[0] == 0

@@ -1,0 +1,272 @@
+"""Modules whose matrices are held in a format of fewer bits; for inference."""
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Self
+
+import torch
+from torch import Tensor, nn
+
+from quintet.errors import InputError
+from quintet.layers.linear import LinearMap
+from quintet.layers.moe import Experts
+from quintet.ops.activations import Activation
+from quintet.ops.moe import each_hit_expert, gated
+from quintet.quantization.formats import Part, Shape, WeightFormat
+
+__all__ = ["Quantized", "QuantizedEmbedding", "QuantizedExperts", "QuantizedLinear"]
+
+
+class Quantized(nn.Module):
+    """A module that holds matrices as the parts of a format, buffers of the matrix's name.
+
+    Attributes:
+        format: the format of all its matrices.
+        matrices: the shape of each, and of the stack it stands in: () for a matrix alone, (E, P)
+            for E experts whose matrix is P on disk, which are on top of each other here.
+    """
+
+    def __init__(self, weight_format: WeightFormat) -> None:
+        super().__init__()
+        self.format = weight_format
+        self.matrices: dict[str, tuple[Shape, Shape]] = {}
+
+    def hold(
+        self, name: str, shape: Shape, stack: Shape = (), *, device: torch.device | None = None
+    ) -> None:
+        """Make room for a matrix, or a stack of such."""
+        self.matrices[name] = (shape, stack)
+        for suffix, part in self.format.parts(shape).items():
+            empty = torch.empty(_stacked(part, stack), dtype=part.dtype, device=device)
+            self.register_buffer(name + suffix, empty)
+
+    def parts(self, name: str, place: tuple[int, int] | None = None) -> dict[str, Tensor]:
+        """Return views of the parts of a matrix; `place` is its expert and number there."""
+        suffixes = self.format.parts(self.matrices[name][0])
+        return self.view(name, {s: self.get_buffer(name + s) for s in suffixes}, place)
+
+    def view(
+        self, name: str, buffers: Mapping[str, Tensor], place: tuple[int, int] | None
+    ) -> dict[str, Tensor]:
+        """Return what of `buffers`, the parts of a stack, belongs to the matrix at `place`."""
+        if place is None:
+            return dict(buffers)
+        (expert, number), shape = place, self.matrices[name][0]
+        heights = {suffix: part.shape[0] for suffix, part in self.format.parts(shape).items()}
+        return {
+            suffix: buffer[expert, number * heights[suffix] : (number + 1) * heights[suffix]]
+            for suffix, buffer in buffers.items()
+        }
+
+    def put(
+        self,
+        name: str,
+        parts: Mapping[str, Tensor],
+        place: tuple[int, int] | None,
+        device: torch.device,
+    ) -> None:
+        """Take in the parts of one matrix; what they are part of is made when its first come."""
+        shape, stack = self.matrices[name]
+        for suffix, part in self.format.parts(shape).items():
+            if place is None:
+                new = parts[suffix].to(device, part.dtype)
+                self._buffers[name + suffix] = new.view(part.shape)
+            elif self.get_buffer(name + suffix).is_meta:
+                room = torch.empty(_stacked(part, stack), dtype=part.dtype, device=device)
+                self._buffers[name + suffix] = room
+        if place is not None:
+            for suffix, view in self.parts(name, place).items():
+                view.copy_(parts[suffix].view(view.shape))
+
+    def decoded(self, name: str, dtype: torch.dtype) -> Tensor:
+        """Return the numbers of a matrix, or of a whole stack (E, P · O, I)."""
+        shape, stack = self.matrices[name]
+        if not stack:
+            return self.format.decode(self.parts(name), shape, dtype)
+        E, P = stack
+        return torch.stack(
+            [
+                torch.cat(
+                    [self.format.decode(self.parts(name, (e, p)), shape, dtype) for p in range(P)]
+                )
+                for e in range(E)
+            ]
+        )
+
+    @property
+    def weight_count(self) -> int:
+        """How many numbers the matrices stand for."""
+        shapes = (shape + stack for shape, stack in self.matrices.values())
+        return sum(torch.Size(shape).numel() for shape in shapes)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        # model.to(bfloat16) must change neither scales nor FP8 numbers, only where they are.
+        before = dict(self._buffers)
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        for name in self.matrices:
+            for suffix in self.format.parts(self.matrices[name][0]):
+                old, new = before[name + suffix], self._buffers[name + suffix]
+                if old is not None and new is not None and old.dtype != new.dtype:
+                    self._buffers[name + suffix] = old.to(new.device)
+        return self
+
+
+def _stacked(part: Part, stack: Shape) -> Shape:
+    if not stack:
+        return part.shape
+    E, P = stack
+    return (E, P * part.shape[0], *part.shape[1:])
+
+
+class QuantizedLinear(Quantized, LinearMap):
+    """y = x·Wᵀ + b with W in fewer bits.
+
+    Args:
+        compute_dtype: what inputs are converted to before they are multiplied; None for no change.
+    """
+
+    bias: nn.Parameter | None
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        *,
+        bias: nn.Parameter | None,
+        weight_format: WeightFormat,
+        compute_dtype: torch.dtype | None = None,
+        device: torch.device | None = None,
+    ) -> None:
+        super().__init__(weight_format)
+        self.in_features = in_features
+        self.out_features = out_features
+        self.compute_dtype = compute_dtype
+        self.hold("weight", (out_features, in_features), device=device)
+        self.register_parameter("bias", bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map (..., I) to (..., O)."""
+        refuse_training(self, x)
+        wide = x if self.compute_dtype is None else x.to(self.compute_dtype)
+        bias = None if self.bias is None else self.bias.to(wide.dtype)
+        shape = (self.out_features, self.in_features)
+        return self.format.linear(wide, self.parts("weight"), shape, bias).to(x.dtype)
+
+    @classmethod
+    def together(cls, x: Tensor, maps: Sequence[Self]) -> tuple[Tensor, ...]:
+        """Return what each of `maps` makes of x (..., I)."""
+        return tuple(m.forward(x) for m in maps)
+
+    def extra_repr(self) -> str:
+        """Show the sizes in `print(model)`."""
+        bias = self.bias is not None
+        return f"{self.in_features} -> {self.out_features}, {self.format.name}, bias={bias}"
+
+
+class QuantizedEmbedding(Quantized):
+    """The vectors of ids, read from rows in fewer bits; its format holds each row by itself."""
+
+    def __init__(
+        self,
+        num_embeddings: int,
+        embedding_dim: int,
+        *,
+        padding_idx: int | None,
+        weight_format: WeightFormat,
+        dtype: torch.dtype,
+        device: torch.device | None = None,
+    ) -> None:
+        super().__init__(weight_format)
+        self.num_embeddings = num_embeddings
+        self.embedding_dim = embedding_dim
+        self.padding_idx = padding_idx
+        self.hold("weight", (num_embeddings, embedding_dim), device=device)
+        self.dtype = dtype
+
+    def forward(self, ids: Tensor) -> Tensor:
+        """Map ids (B, T) to (B, T, C)."""
+        rows = {suffix: part[ids.reshape(-1)] for suffix, part in self.parts("weight").items()}
+        shape = (ids.numel(), self.embedding_dim)
+        made = self.format.decode(rows, shape, self.dtype)
+        return made.view(*ids.shape, self.embedding_dim)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        # model.to(bfloat16) changes what is returned, as it does for embeddings of numbers.
+        self.dtype = fn(torch.empty(0, dtype=self.dtype)).dtype
+        return super()._apply(fn, recurse)
+
+    def extra_repr(self) -> str:
+        """Show the sizes in `print(model)`."""
+        return f"{self.num_embeddings}, {self.embedding_dim}, {self.format.name}"
+
+
+class QuantizedExperts(Quantized):
+    """E gated MLPs in fewer bits; see `quintet.layers.moe.Experts`."""
+
+    def __init__(
+        self,
+        num_experts: int,
+        hidden_size: int,
+        intermediate_size: int,
+        *,
+        act: Activation,
+        weight_format: WeightFormat,
+        compute_dtype: torch.dtype | None = None,
+        device: torch.device | None = None,
+    ) -> None:
+        super().__init__(weight_format)
+        E, C, F = num_experts, hidden_size, intermediate_size
+        self.num_experts = num_experts
+        self.compute_dtype = compute_dtype
+        self.act_fn = act
+        self.hold("gate_up_proj", (F, C), (E, 2), device=device)
+        self.hold("down_proj", (C, F), (E, 1), device=device)
+
+    def forward(self, x: Tensor, indices: Tensor, weights: Tensor) -> Tensor:
+        """Map tokens (N, C) through the experts `indices` (N, A), summed by `weights` (N, A)."""
+        refuse_training(self, x)
+        wide = x if self.compute_dtype is None else x.to(self.compute_dtype)
+        return each_hit_expert(wide, indices, weights, self.num_experts, self._run).to(x.dtype)
+
+    def _run(self, expert: int, rows: Tensor) -> Tensor:
+        made = gated(self._map("gate_up_proj", expert, rows), self.act_fn)
+        return self._map("down_proj", expert, made)
+
+    def _map(self, name: str, expert: int, x: Tensor) -> Tensor:
+        shape, (_, P) = self.matrices[name]
+        made = [self.format.linear(x, self.parts(name, (expert, p)), shape, None) for p in range(P)]
+        return made[0] if P == 1 else torch.cat(made, dim=-1)
+
+    def extra_repr(self) -> str:
+        """Show the sizes in `print(model)`."""
+        C, F = self.matrices["down_proj"][0]
+        return f"{self.num_experts} of {C} -> {F} -> {C}, {self.format.name}"
+
+
+def refuse_training(module: nn.Module, x: Tensor) -> None:
+    """Refuse to build a graph for gradients through weights that have none.
+
+    Raises:
+        InputError: gradients are wanted here.
+    """
+    if torch.is_grad_enabled() and (module.training or x.requires_grad):
+        raise InputError(
+            "a quantised model cannot be trained: its weights are steps on a ladder, without "
+            "gradients. Load it without quantization_config to train it, or call model.eval() "
+            "and leave its parameters frozen to use it"
+        )
+
+
+def experts_like(
+    experts: Experts, weight_format: WeightFormat, compute_dtype: torch.dtype | None
+) -> QuantizedExperts:
+    """Return quantised experts of the same sizes, without their weights."""
+    E, C, F = experts.down_proj.shape
+    return QuantizedExperts(
+        E,
+        C,
+        F,
+        act=experts.act_fn,
+        weight_format=weight_format,
+        compute_dtype=compute_dtype,
+        device=experts.down_proj.device,
+    )

@@ -1,0 +1,85 @@
+"""What a model is quantised to: what the caller asks for, and what its files are."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from types import MappingProxyType
+from typing import Any
+
+import torch
+
+from quintet.errors import InputError
+from quintet.quantization import config
+from quintet.quantization.config import (
+    BitsAndBytesConfig,
+    FineGrainedFP8Config,
+    Int4Config,
+    Int8Config,
+    QuantizationConfig,
+    Scheme,
+)
+
+__all__ = ["SHORT", "Request", "requested"]
+
+# The least CUDA capability with a product of FP8 matrices.
+FP8_CAPABILITY = (8, 9)
+
+SHORT: Mapping[str, QuantizationConfig | None] = MappingProxyType(
+    {
+        "int8": Int8Config(),
+        "int4": Int4Config(),
+        "nf4": BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4"),
+        "fp8": FineGrainedFP8Config(),
+        "none": None,
+    }
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Request:
+    """How the files hold a model, and how it is to be held.
+
+    Attributes:
+        source: the configuration of the files; None for plain numbers.
+        target: that of the model; None for plain numbers.
+    """
+
+    source: QuantizationConfig | None
+    target: QuantizationConfig | None
+
+    @property
+    def scheme(self) -> Scheme | None:
+        """The formats of the model; None for plain numbers."""
+        return None if self.target is None else self.target.scheme()
+
+
+def requested(held: Any, quantize: str | None, asked: Any, device: torch.device) -> Request:
+    """Settle what `quantize`, `quantization_config` and the files' own configuration come to.
+
+    Without a wish, a model stays what its files are; FP8 only where the device multiplies it, and
+    elsewhere it becomes plain numbers.
+
+    Raises:
+        InputError: both wishes at once, or a `quantize` that does not exist.
+        ConfigError: a configuration has a value that breaks a rule.
+        UnsupportedModelError: a method that is not here.
+    """
+    source = config.read(held) if held else None
+    if quantize is not None and asked is not None:
+        raise InputError(
+            f"quantize={quantize!r} and quantization_config are one option; give one of them"
+        )
+    if quantize is not None:
+        if quantize not in SHORT:
+            raise InputError(f"quantize={quantize!r} has to be one of {', '.join(SHORT)}, or None")
+        return Request(source, SHORT[quantize])
+    target = source if asked is None else config.read(asked)
+    if asked is None and isinstance(source, FineGrainedFP8Config) and not multiplies_fp8(device):
+        target = None
+    if target is not None and target.scheme() is None:
+        target = None
+    return Request(source, target)
+
+
+def multiplies_fp8(device: torch.device) -> bool:
+    """Tell whether a device has a product of FP8 matrices."""
+    return device.type == "cuda" and torch.cuda.get_device_capability(device) >= FP8_CAPABILITY

@@ -1,0 +1,118 @@
+"""Matrices between a checkpoint's files and a model: what a file holds them as, and back."""
+
+from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor, nn
+
+from quintet.checkpoint import StackExperts, TensorInfo, pieces
+from quintet.quantization.apply import Encoded, part_state
+from quintet.quantization.config import QuantizationConfig
+from quintet.quantization.formats import Shape, WeightFormat
+
+__all__ = ["Stored", "packed", "stored"]
+
+
+class Source(Protocol):
+    """What tensors are read from."""
+
+    def read(self, names: Iterable[str]) -> Iterator[tuple[str, Tensor]]:
+        """Read tensors, each once."""
+
+
+@dataclass(frozen=True, slots=True)
+class Stored:
+    """A tensor of a checkpoint, or the several that a quantised matrix is there.
+
+    Attributes:
+        name: of the tensor, or of the one that carries most of the matrix's bytes.
+        format: None for plain numbers.
+        files: name and shape of each tensor, by the format's keys.
+    """
+
+    name: str
+    shape: Shape
+    format: WeightFormat | None
+    files: Mapping[str, tuple[str, Shape]]
+
+
+def stored(
+    wanted: Mapping[str, Shape],
+    tensors: Mapping[str, TensorInfo],
+    config: QuantizationConfig | None,
+) -> dict[str, Stored]:
+    """Say how a checkpoint holds each of the tensors `wanted`, going by what is in its files."""
+    result = {}
+    for name, shape in wanted.items():
+        weight_format = None
+        if config is not None and len(shape) in (2, 3) and name in tensors:
+            weight_format = config.stored(name, shape, tensors)
+        files = {"": (name, shape)}
+        if weight_format is not None:
+            files = {
+                key: (file, _any_size(file, expected, tensors))
+                for key, (file, expected) in weight_format.files(name, shape).items()
+            }
+        result[name] = Stored(name, shape, weight_format, files)
+    return result
+
+
+def read(source: Source, wanted: Mapping[str, Stored]) -> Iterator[tuple[str, Tensor | Encoded]]:
+    """Read tensors, those that are quantised with all that belongs to them.
+
+    Scales are taken first, as views of the mapped files, so that no weight has to wait for its own.
+    """
+    beside = {
+        file: (name, key)
+        for name, one in wanted.items()
+        for key, (file, _) in one.files.items()
+        if key
+    }
+    found: dict[str, dict[str, Tensor]] = {}
+    for file, tensor in source.read(beside) if beside else ():
+        name, key = beside[file]
+        found.setdefault(name, {})[key] = tensor
+    for name, tensor in source.read(wanted):
+        one = wanted[name]
+        if one.format is None:
+            yield name, tensor
+        else:
+            parts = one.format.unpack(name, {"": tensor, **found.pop(name, {})}, one.shape)
+            yield name, Encoded(one.format, parts, one.shape)
+
+
+def packed(
+    model: nn.Module,
+    tensors: Mapping[str, Tensor],
+    rules: Sequence[StackExperts],
+    *,
+    tied: Container[str],
+    dtype: torch.dtype,
+) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """Part a state dict into plain tensors, and those of quantised matrices as they are on disk.
+
+    Args:
+        tied: names of tensors that are others under a second name; they are left out.
+        dtype: what the model computes in.
+    """
+    plain, parted = part_state(model, tensors, tied)
+    files: dict[str, Tensor] = {}
+    for weight, (module, name, parts) in parted.items():
+        (rows, *rest), stack = module.matrices[name]
+        if not stack:
+            files |= module.format.pack(weight, parts, (rows, *rest), dtype)
+            continue
+        E, P = stack
+        for piece in pieces(weight, (E, P * rows, *rest), rules):
+            assert piece.place is not None
+            expert, height = piece.place
+            place = (expert, height.start // rows)
+            own = module.view(name, parts, place)
+            files |= module.format.pack(piece.name, own, (rows, *rest), dtype)
+    return plain, files
+
+
+def _any_size(name: str, shape: Shape, tensors: Mapping[str, TensorInfo]) -> Shape:
+    return tensors[name].shape if shape == (-1,) and name in tensors else shape

@@ -1,0 +1,46 @@
+"""Every kernel is tested on every instruction set that this machine has."""
+
+from collections.abc import Iterator
+
+import pytest
+
+from quintet.kernels import native
+from quintet.kernels.build import LEVELS, BuildError, best_level, find_compiler
+
+
+def levels() -> list[str]:
+    try:
+        find_compiler()
+        best = list(LEVELS).index(best_level())
+    except BuildError:
+        return []
+    return list(LEVELS)[best:]
+
+
+def forget() -> None:
+    native.native.cache_clear()
+    native.entry.cache_clear()
+
+
+@pytest.fixture(params=levels() or [pytest.param("", marks=pytest.mark.skip("no kernels here"))])
+def level(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    """The instruction set that the kernels of this test are compiled for."""
+    monkeypatch.setenv("QUINTET_KERNELS", request.param)
+    forget()
+    yield request.param
+    forget()
+
+
+@pytest.fixture
+def all_instructions() -> None:
+    """Skip where a kernel that needs all instructions there are is not used."""
+    if native.native().level != next(iter(LEVELS)):
+        pytest.skip(f"needs a CPU with {next(iter(LEVELS))}")
+
+
+@pytest.fixture
+def fresh(monkeypatch: pytest.MonkeyPatch) -> Iterator[pytest.MonkeyPatch]:
+    """Patches of an environment in which no library was looked for yet."""
+    forget()
+    yield monkeypatch
+    forget()

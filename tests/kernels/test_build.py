@@ -1,0 +1,115 @@
+import os
+import stat
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+
+from quintet.kernels import report
+from quintet.kernels.build import BuildError, best_level, build, find_compiler
+
+try:
+    LEVEL = best_level()
+    find_compiler()
+except BuildError as error:
+    pytest.skip(str(error), allow_module_level=True)
+
+
+def test_every_kernel_says_what_it_runs_on(level: str) -> None:
+    found = report()
+    assert found.kernels
+    assert {kernel.level for kernel in found.kernels} == {level}
+    assert {kernel.reason for kernel in found.kernels} == {None}
+    assert found.library is not None
+    assert level in str(found)
+
+
+@pytest.mark.parametrize(
+    ("variables", "reason"),
+    [
+        ({"QUINTET_KERNELS": "0"}, "turned off by QUINTET_KERNELS=0"),
+        ({"QUINTET_KERNELS": "neon"}, "QUINTET_KERNELS='neon' is none of"),
+        ({"CXX": "/nowhere/g++"}, "CXX='/nowhere/g++' is not a program"),
+        ({"PATH": ""}, "no C++ compiler"),
+        ({"CXX": "false"}, "false"),
+    ],
+    ids=str,
+)
+def test_without_a_library_it_says_why(
+    fresh: pytest.MonkeyPatch, tmp_path: Path, variables: dict[str, str], reason: str
+) -> None:
+    fresh.setenv("XDG_CACHE_HOME", str(tmp_path))
+    fresh.delenv("CXX", raising=False)
+    for name, value in variables.items():
+        fresh.setenv(name, value)
+    found = report()
+    assert found.library is None
+    assert all(kernel.level is None and reason in str(kernel.reason) for kernel in found.kernels)
+    assert reason in str(found)
+
+
+def test_a_compiler_that_fails_is_quoted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    compiler = tmp_path / "broken"
+    compiler.write_text(
+        '#!/bin/sh\n[ "$1" = --version ] && exit\necho "error: no bits" >&2\nexit 1'
+    )
+    compiler.chmod(0o755)
+    monkeypatch.setenv("CXX", str(compiler))
+    with pytest.raises(BuildError, match="error: no bits"):
+        build(LEVEL)
+    assert not list(tmp_path.glob("quintet/*.so"))
+
+
+def test_a_cache_that_cannot_be_written_is_a_reason(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # A file in the place of the folder: permissions do not stop the superuser.
+    (tmp_path / "quintet").write_text("")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    with pytest.raises(BuildError, match="cannot be written"):
+        build(LEVEL)
+
+
+def test_it_is_compiled_once_whoever_asks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    compiler, log = tmp_path / "counting", tmp_path / "log"
+    compiler.write_text(
+        f'#!/bin/sh\n[ "$1" = --version ] || echo ran >> {log}\nexec {find_compiler()} "$@"\n'
+    )
+    compiler.chmod(0o755)
+    monkeypatch.setenv("CXX", str(compiler))
+    with ThreadPoolExecutor(4) as pool:
+        paths = set(pool.map(lambda _: build(LEVEL), range(4)))
+    assert len(paths) == 1
+    assert log.read_text() == "ran\n"
+    folder = tmp_path / "quintet"
+    assert {path.name for path in folder.iterdir()} == {"build.lock", paths.pop().name}
+    assert stat.S_IMODE(folder.stat().st_mode) == 0o700
+
+
+def test_the_module_builds_and_reports(tmp_path: Path) -> None:
+    run = subprocess.run(
+        [sys.executable, "-m", "quintet.kernels"],
+        env={**os.environ, "XDG_CACHE_HOME": str(tmp_path)},
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=True,
+    )
+    assert LEVEL in run.stdout
+    assert list((tmp_path / "quintet").glob(f"kernels-{LEVEL}-*.so"))
+
+
+def test_it_shares_the_runtime_of_torch() -> None:
+    code = (
+        "from quintet.kernels import report; assert report().library;"
+        "lines = open('/proc/self/maps').read().splitlines();"
+        "print(*{l.split()[-1] for l in lines if 'omp' in l.rsplit('/')[-1]})"
+    )
+    run = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, timeout=300, check=True
+    )
+    assert len(run.stdout.split()) == 1
