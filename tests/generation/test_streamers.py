@@ -96,7 +96,7 @@ def test_a_subclass_can_send_text_elsewhere(tokenizer: Any) -> None:
         text = ""
         ended = False
 
-        def on_text(self, text: str, stream_end: bool = False) -> None:
+        def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
             self.text += text
             self.ended = stream_end
 
