@@ -61,9 +61,11 @@ def write(name: str, directory: Path, shard: str) -> None:
             for piece in pieces(name, shape, model.weight_rules):
                 count = torch.Size(piece.shape).numel()
                 start = int(torch.randint(0, 2**24, ()))
-                whole = pool[start:].repeat(-(-count // (2**26 - start)))
+                there = pool[start : start + count]
+                whole = there.repeat(-(-count // len(there))) if len(there) < count else there
                 values = whole[:count].view(piece.shape).clone()
-                yield piece.name, values.abs() + 1 if piece.name.endswith("norm.weight") else values
+                norm = piece.name.endswith("norm.weight")
+                yield piece.name, values.abs() + 1 if norm else values
 
     started = time.perf_counter()
     texts = {"config.json": config.to_json_string()}
