@@ -8,7 +8,9 @@ __all__ = ["Kernel", "Report", "report"]
 
 # What there is, and when a model uses it.
 KERNELS = {
-    "attention": "queries of a prompt over the keys before them, in bfloat16 (needs avx512_bf16)",
+    "attention": "softmax attention in bfloat16",
+    "grouped": "experts with SiLU in bfloat16",
+    "latent": "DeepSeek's attention in the space of the latents, in bfloat16",
     "linear": "linear maps in bfloat16 and float32 of up to 32 vectors at once",
     "mamba2": "Zamba2's mixer between its projections, in bfloat16 and float32",
 }
