@@ -125,7 +125,7 @@ def _open(
     from quintet.auto import AutoModelForCausalLM
     from quintet.benchmark import geometries, measuring, synthetic
     from quintet.modeling.heads import CausalLMHead
-    from quintet.modeling.placement import named_dtype, single_device
+    from quintet.modeling.placement import first_device, named_dtype
 
     if geometry is not None:
         shape = geometries.geometry(geometry)
@@ -133,7 +133,7 @@ def _open(
         if attn_implementation is not None:
             config.attn_implementation = attn_implementation
         chosen = torch.bfloat16 if dtype == "auto" else named_dtype(dtype)
-        return synthetic.random_model(config, chosen).to(single_device(device)), None
+        return synthetic.random_model(config, chosen).to(first_device(device)), None
     assert name is not None
     overrides = {} if attn_implementation is None else {"attn_implementation": attn_implementation}
     started = time.perf_counter()
