@@ -8,9 +8,11 @@ __all__ = ["Kernel", "Report", "report"]
 
 # What there is, and when a model uses it.
 KERNELS = {
-    "attention": "queries of a prompt over the keys before them, in bfloat16 (needs avx512_bf16)",
+    "attention": "softmax attention in bfloat16",
     "decode": "attention of one new token a row, in bfloat16 and float32",
     "gated": "MLPs and experts with SiLU of up to 24 tokens, weights as of linear maps",
+    "grouped": "experts with SiLU of more tokens, in bfloat16",
+    "latent": "DeepSeek's attention in the space of the latents, in bfloat16",
     "linear": "linear maps of up to 32 vectors at once, weights in bfloat16 or float32",
     "linear int8": "the same, weights in int8",
     "linear int4": "the same, weights in int4",

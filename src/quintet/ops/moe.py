@@ -1,7 +1,8 @@
 """Mixtures of experts: each token goes through a few of many MLPs.
 
 `apply_experts` has three forms that compute the same sum, for a token's A experts e with shares w:
-Σ_a w_a · down_e(act(gate_e(x)) · up_e(x)). The terms are added in float32 or wider.
+Σ_a w_a · down_e(act(gate_e(x)) · up_e(x)). The terms are added in float32 or wider. A kernel for
+CPUs goes before them where it can.
 """
 
 from collections.abc import Callable, Sequence
@@ -11,6 +12,7 @@ import torch.nn.functional as F  # noqa: N812
 from torch import Tensor
 
 from quintet.kernels.gated import gated as kernel
+from quintet.kernels.grouped import grouped_silu_experts
 from quintet.kernels.linear import Matrix
 from quintet.ops.activations import Activation
 from quintet.ops.grouped import grouped_linear
@@ -73,6 +75,8 @@ def apply_experts(
     if act is F.silu:
         gate, up = (Matrix(half) for half in gate_up.chunk(2, dim=1))
         made = kernel(x, gate, up, Matrix(down), indices, weights)
+        if made is None:
+            made = grouped_silu_experts(x, indices, weights, gate_up, down)
         if made is not None:
             return made
     form = looped_experts

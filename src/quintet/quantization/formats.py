@@ -6,7 +6,7 @@ disk too, unless a format has to follow somebody else's names.
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -27,6 +27,7 @@ from quintet.ops.quantized import (
     quantize_fp8,
     quantize_int4,
     quantize_int8,
+    quantized_linears,
 )
 
 __all__ = ["FP8Format", "Int4Format", "Int8Format", "Part", "Parts", "WeightFormat"]
@@ -76,6 +77,12 @@ class WeightFormat(ABC):
     def matrix(self, parts: Parts) -> Matrix | None:
         """Return parts, or stacks of them, as kernels read them; None if they cannot."""
         return None
+
+    def linears(
+        self, x: Tensor, maps: Sequence[tuple[Parts, Shape, Tensor | None]]
+    ) -> Sequence[Tensor]:
+        """Return x wᵀ + b for several matrices, in one pass where that is faster."""
+        return [self.linear(x, *one) for one in maps]
 
     # -- on disk -----------------------------------------------------------------------------
 
@@ -129,6 +136,12 @@ class Int8Format(WeightFormat):
         """Return the parts as kernels read them."""
         return Matrix(parts[""], parts["_scale"])
 
+    def linears(
+        self, x: Tensor, maps: Sequence[tuple[Parts, Shape, Tensor | None]]
+    ) -> Sequence[Tensor]:
+        """Return x wᵀ + b for several matrices, in one pass where that is faster."""
+        return quantized_linears(x, [(parts[""], parts["_scale"], bias) for parts, _, bias in maps])
+
 
 @dataclass(frozen=True)
 class Int4Format(WeightFormat):
@@ -161,6 +174,12 @@ class Int4Format(WeightFormat):
     def matrix(self, parts: Parts) -> Matrix:
         """Return the parts as kernels read them."""
         return Matrix(parts[""], parts["_scale"])
+
+    def linears(
+        self, x: Tensor, maps: Sequence[tuple[Parts, Shape, Tensor | None]]
+    ) -> Sequence[Tensor]:
+        """Return x wᵀ + b for several matrices, in one pass where that is faster."""
+        return quantized_linears(x, [(parts[""], parts["_scale"], bias) for parts, _, bias in maps])
 
 
 @dataclass(frozen=True)
