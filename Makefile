@@ -4,7 +4,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 
-.PHONY: demo test lint types train clean
+.PHONY: demo test lint types train bench bench-smoke clean
 
 demo: .venv/base
 	@$(BIN)/quintet generate "def fibonacci(n):" --seed 48
@@ -23,6 +23,15 @@ types: .venv/dev
 train: .venv/base
 	$(BIN)/python examples/train_stdlib.py --out runs/demo
 
+# Ours beside Transformers and llama.cpp, hours and 60 GB of checkpoints for all; BENCH="--only …"
+# chooses. Nothing else should run meanwhile.
+bench: .venv/bench
+	$(BIN)/python -m benchmarks $(BENCH)
+
+# The first rows, in some minutes.
+bench-smoke: .venv/bench
+	$(BIN)/python -m benchmarks --only 'qwen2-0.5b (tg @ |pp)512 x1$$' $(BENCH)
+
 clean:
 	rm -rf .venv runs .pytest_cache .mypy_cache .ruff_cache .hypothesis
 
@@ -37,4 +46,9 @@ clean:
 .venv/dev: .venv/base
 	@echo "installing the test tools into .venv (once)" >&2
 	@$(INSTALL) -e ".[dev]"
+	@touch $@
+
+.venv/bench: .venv/base
+	@echo "installing the peers into .venv (once; llama.cpp is compiled)" >&2
+	@$(INSTALL) -e ".[bench]"
 	@touch $@

@@ -8,8 +8,8 @@ import torch
 
 from quintet import AutoModelForCausalLM, AutoTokenizer
 from quintet.errors import InputError
-from quintet.generation.healing import heal
-from quintet.generation.text import Text
+from quintet.generation.healing import HealedTokenLogitsProcessor, heal
+from quintet.generation.prompt import read_prompt
 
 
 @pytest.fixture(scope="module")
@@ -23,10 +23,13 @@ def opened(chat_model: Path) -> tuple[Any, Any]:
 def test_what_may_come_first_begins_with_what_was_taken_off(opened: tuple[Any, Any]) -> None:
     model, tokenizer = opened
     ids = tokenizer(["The c", "He said t"], padding=True, return_tensors="pt")
-    prompt = Text.left_padded(ids["input_ids"], ids["attention_mask"])
-    shorter, allowed = heal(prompt, tokenizer, model.config.vocab_size)
+    V = model.config.vocab_size
+    cpu = torch.device("cpu")
+    prompt = read_prompt(ids, None, None, None, None, vocab_size=V, device=cpu)
+    shorter, (processor,) = heal(prompt, tokenizer, V)
     assert torch.equal(shorter.ids, prompt.ids[:, :-1])
-    assert allowed is not None
+    assert isinstance(processor, HealedTokenLogitsProcessor)
+    allowed = processor.allowed
     vocabulary = tokenizer.get_vocab()
     for row, last in enumerate(prompt.ids[:, -1].tolist()):
         begin = tokenizer.convert_ids_to_tokens(last)

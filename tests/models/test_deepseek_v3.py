@@ -306,3 +306,65 @@ def test_a_checkpoint_cut_to_fewer_layers_comes_without_prediction_layers(tmp_pa
     assert len(cut.model.layers) == 2
     kept = cut.model.layers[1].self_attn.o_proj.weight
     assert torch.equal(kept, whole.model.layers[1].self_attn.o_proj.weight)
+
+
+# -- the loss of multi-token prediction ------------------------------------------------------
+
+
+@torch.no_grad()
+def test_the_loss_is_the_papers() -> None:
+    model, weight = model_of("DeepseekV3", num_nextn_predict_layers=2), 0.3
+    ids, T = torch.randint(0, 101, (3, 9)), 9
+    out = model(ids, labels=ids, mtp_loss_weight=weight, output_mtp_logits=True)
+    depths = []
+    for k, logits in enumerate(out.mtp_logits, start=1):
+        log_p = logits.float().log_softmax(-1)
+        # P[t_i] is of token t_i, at the place that knows the tokens up to i - 1 (eq. 24).
+        taken = [log_p[b, i - k - 1, ids[b, i]] for b in range(3) for i in range(k + 1, T)]
+        depths.append(-sum(taken) / len(taken))
+    assert out.mtp_loss == pytest.approx(float(sum(depths) / 2), rel=1e-5)
+    plain = model(ids, labels=ids)
+    assert plain.mtp_loss is None
+    assert out.loss == pytest.approx(float(plain.loss + weight * out.mtp_loss), rel=1e-6)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("padding", ["left", "right"])
+def test_the_loss_of_padded_rows_is_that_of_rows_alone(padding: str) -> None:
+    model = model_of("DeepseekV3", num_nextn_predict_layers=2)
+    ids, mask, _ = batch(padding)
+    labels = ids.masked_fill(mask == 0, -100)
+    made = model(ids, attention_mask=mask, labels=labels, mtp_loss_weight=1.0).mtp_loss
+    alone = [
+        model(row[kept][None], output_mtp_logits=True).mtp_logits
+        for row, kept in zip(ids, mask.bool(), strict=True)
+    ]
+    depths = []
+    for k in range(2):
+        taken = [
+            torch.nn.functional.cross_entropy(
+                logits[k][0, : -(k + 2)], row[kept][k + 2 :], reduction="none"
+            )
+            for logits, row, kept in zip(alone, ids, mask.bool(), strict=True)
+        ]
+        depths.append(torch.cat(taken).mean())
+    assert made == pytest.approx(float(sum(depths) / 2), rel=1e-5)
+
+
+def test_the_loss_reaches_every_parameter_of_the_prediction_layers() -> None:
+    model = model_of("DeepseekV3", num_nextn_predict_layers=2)
+    ids = torch.randint(0, 101, (4, 12))
+    model(ids, labels=ids, mtp_loss_weight=0.1).loss.backward()
+    behind = model.model.prediction_layers()
+    assert all(p.grad is not None and p.grad.any() for p in behind[0].eh_proj.parameters())
+    assert all(p.grad is not None for layer in behind for p in layer.parameters())
+
+
+def test_a_weight_without_labels_or_below_zero_is_an_error() -> None:
+    model, ids = model_of("DeepseekV3", num_nextn_predict_layers=1), torch.tensor([[1, 2, 3]])
+    with pytest.raises(InputError, match="needs labels"):
+        model(ids, mtp_loss_weight=0.3)
+    with pytest.raises(InputError, match="at least 0"):
+        model(ids, labels=ids, mtp_loss_weight=-0.3)
+    with pytest.raises(InputError, match="num_nextn_predict_layers=0"):
+        model_of("DeepseekV3")(ids, labels=ids, mtp_loss_weight=0.3)

@@ -14,8 +14,9 @@ import torch
 from torch import Tensor
 
 from quintet.errors import MissingDependencyError, UnsupportedBackendError
-from quintet.ops.attention import BACKENDS, attention_backend, eager, flash, sdpa
+from quintet.ops.attention import BACKENDS, attention_backend, eager, flash, in_blocks, sdpa
 from quintet.ops.masks import Visibility, visibility
+from support import relative_error
 
 B, D = 3, 8
 SCALE = D**-0.5
@@ -257,3 +258,30 @@ def test_backends_are_chosen_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("quintet.ops.attention.find_spec", lambda name: None)
     with pytest.raises(MissingDependencyError, match="pip install flash-attn"):
         attention_backend("flash_attention_2")
+
+
+@pytest.mark.parametrize(("T", "K"), [(1, 4), (3, 4), (40, 4), (67, 2)])
+def test_training_in_bfloat16_attends_in_blocks_with_the_same_gradient(T: int, K: int) -> None:
+    q, k, v = (torch.randn(2, heads, T, 8) for heads in (4, K, K))
+    seen = Visibility(None, True, 0, None)
+    told, made = [], []
+    for found, dtype, backend in ((told, torch.float32, eager), (made, torch.bfloat16, sdpa)):
+        inputs = [x.to(dtype).detach().clone().requires_grad_() for x in (q, k, v)]
+        out, _ = backend(*inputs, seen, scale=0.3, dropout=0.0)
+        assert out.dtype == dtype
+        out.float().square().sum().backward()
+        found += [out, *(x.grad for x in inputs)]
+    for one, other in zip(made, told, strict=True):
+        assert relative_error(one.float(), other) < 0.02
+
+
+def test_blocks_give_way_where_there_is_no_gradient_or_the_text_is_long() -> None:
+    x = torch.randn(1, 1, 4, 8, dtype=torch.bfloat16, requires_grad=True)
+    assert in_blocks(x)
+    with torch.no_grad():
+        assert not in_blocks(x)
+    assert not in_blocks(x.detach())
+    assert not in_blocks(x.float())
+    assert not in_blocks(x.expand(1, 1, 4, 8).repeat(1, 1, 400, 1))
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert in_blocks(x.float())

@@ -37,6 +37,16 @@ def test_next_token_loss_and_its_gradient(dtype: torch.dtype) -> None:
     assert not gradient[:, -1].any()
 
 
+@pytest.mark.parametrize("ahead", [1, 2, 3, T, T + 2])
+def test_a_loss_may_look_further_ahead(ahead: int) -> None:
+    logits, labels = torch.randn(B, T, V), some_labels()
+    if ahead >= T:
+        assert torch.isnan(next_token_loss(logits, labels, ahead))
+        return
+    told = token_loss(logits[:, :-ahead], labels[:, ahead:])
+    torch.testing.assert_close(next_token_loss(logits, labels, ahead), told)
+
+
 @pytest.mark.parametrize("dtype", [torch.int64, torch.int32], ids=str)
 def test_token_loss(dtype: torch.dtype) -> None:
     logits, labels = torch.randn(B, T, 5), some_labels(5)

@@ -1,11 +1,20 @@
 """DeepSeek's routers and balance loss against plain loops over the formulas of the papers."""
 
+import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from quintet.ops.routing import RoutingRules, balance_loss, sigmoid_routing, softmax_routing
+from quintet.ops.routing import (
+    RoutingRules,
+    balance_loss,
+    balanced_bias,
+    expert_load,
+    max_violation,
+    sigmoid_routing,
+    softmax_routing,
+)
 from support import relative_error
 
 
@@ -110,3 +119,16 @@ def test_balanced_experts_have_the_least_loss() -> None:
     lopsided = torch.tensor([0.97, 0.01, 0.01, 0.01]).expand(1, 4, 4)
     assert float(balance_loss(lopsided, indices * 0, mask, per_row=True)) > 3.8
     assert float(balance_loss(even, indices, mask * 0, per_row=True)) == 0.0
+
+
+def test_a_bias_moves_against_the_load() -> None:
+    indices = torch.tensor([[0, 1], [0, 2], [0, 1]])
+    load = expert_load(indices, 4)
+    assert load.tolist() == [3, 2, 1, 0]
+    bias = balanced_bias(torch.zeros(4), load, 0.01)
+    torch.testing.assert_close(bias, torch.tensor([-0.01, -0.01, 0.01, 0.01]))
+    assert max_violation(load) == pytest.approx(1.0)
+    assert max_violation(torch.tensor([2, 2, 2])) == 0.0
+    assert max_violation(torch.zeros(3)) == 0.0
+    even = balanced_bias(torch.zeros(2), torch.tensor([5, 5]), 0.01)
+    assert not even.any()

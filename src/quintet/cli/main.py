@@ -17,6 +17,7 @@ __all__ = ["main"]
 
 COMMANDS = MappingProxyType(
     {
+        "bench": "Measure how fast a model runs here.",
         "chat": "Talk with a model.",
         "generate": "Continue a text.",
         "info": "Say what a model is.",

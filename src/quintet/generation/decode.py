@@ -1,5 +1,6 @@
 """The decode loop: one forward a step, one token for each row."""
 
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
@@ -8,12 +9,13 @@ from torch import Tensor
 from quintet.cache import Cache
 from quintet.errors import InputError
 from quintet.generation.outputs import Made, Record
+from quintet.generation.prompt import Prompt
 from quintet.generation.sampler import Sampler
 from quintet.generation.stopping import Stopping
 from quintet.generation.streamers import Streamer
 from quintet.generation.text import Text
 
-__all__ = ["Forward", "LanguageModel", "decode"]
+__all__ = ["Forward", "LanguageModel", "Run", "decode"]
 
 
 class LanguageModel(Protocol):
@@ -63,37 +65,38 @@ class Forward:
         # Which columns so far were tokens, where weights are put into columns.
         self._columns: Tensor | None = None
 
-    def prefill(
-        self,
-        inputs: Tensor,
-        padding: Tensor | None = None,
-        *,
-        all_new: bool = False,
-        chunk: int | None = None,
-    ) -> Made:
+    def prefill(self, prompt: Prompt, *, chunk: int | None = None, copies: int = 1) -> Made:
         """Run over a prompt, or that part of it which the cache does not hold yet.
 
         Args:
-            inputs: (B, T) ids or (B, T, C) embeddings, padded on the left.
-            padding: (B,) how many leading columns of each row are no text; None for none.
-            all_new: what the cache holds is no part of the prompt but comes before it.
+            prompt: the rows to continue.
             chunk: how many tokens to run over at once.
+            copies: how often each row is gone on with, side by side.
 
         Raises:
-            InputError: the cache holds all of a row.
+            InputError: the cache holds all of a row, or a chunk is asked for without a cache.
         """
-        mask = None
-        if self.cache is not None and self.cache.get_seq_length() and not all_new:
+        inputs, padding, mask = prompt.inputs, prompt.padding, None
+        if self.cache is None and (chunk is not None or inputs.ndim == 3):
+            given = "inputs_embeds" if chunk is None else f"prefill_chunk_size={chunk}"
+            raise InputError(f"{given} needs a cache; leave use_cache=False out")
+        if self.cache is not None and self.cache.get_seq_length() and not prompt.before:
             inputs, mask = _behind(self.cache, inputs, padding)
         elif padding is not None:
             mask = torch.arange(inputs.shape[1], device=inputs.device) >= padding[:, None]
-            self._columns = mask if self._weighs and not all_new else None
-        if chunk is None or chunk >= inputs.shape[1]:
-            return self._run(inputs, mask)
-        for start in range(0, inputs.shape[1], chunk):
-            piece = slice(start, start + chunk)
+            self._columns = mask if self._weighs and not prompt.before else None
+        made = None
+        for start in range(0, inputs.shape[1], chunk or inputs.shape[1]):
+            piece = slice(start, None if chunk is None else start + chunk)
             made = self._run(inputs[:, piece], None if mask is None else mask[:, piece])
-        return made
+        assert made is not None
+        if copies == 1:
+            return made
+        if self.cache is not None:
+            self.cache.batch_repeat_interleave(copies)
+        if self._columns is not None:
+            self._columns = self._columns.repeat_interleave(copies, dim=0)
+        return made.repeat(copies)
 
     def step(self, text: Text, rows: Tensor | None = None, *, new: int = 1, keep: int = 1) -> Made:
         """Run over the last `new` tokens of a text, or all of it without a cache.
@@ -118,12 +121,12 @@ class Forward:
             self._columns = mask = torch.cat((self._columns, added), dim=1)
         return self._run(text.ids[:, len(text) - new :], mask, keep)
 
-    def repeat(self, copies: int) -> None:
-        """Repeat every row of the cache, copies side by side."""
-        if copies > 1 and self.cache is not None:
-            self.cache.batch_repeat_interleave(copies)
-        if copies > 1 and self._columns is not None:
-            self._columns = self._columns.repeat_interleave(copies, dim=0)
+    def reorder(self, rows: Tensor) -> None:
+        """Give each row of the cache what the row named for it held, as beam search does."""
+        if self.cache is not None:
+            self.cache.reorder_cache(rows)
+        if self._columns is not None:
+            self._columns = self._columns[rows]
 
     def _run(self, inputs: Tensor, mask: Tensor | None, keep: int = 1) -> Made:
         is_ids = inputs.ndim == 2
@@ -141,23 +144,11 @@ class Forward:
         return Made(output.logits, output.attentions, output.hidden_states)
 
 
-def decode(
-    forward: Forward,
-    made: Made,
-    text: Text,
-    sampler: Sampler,
-    stopping: Stopping,
-    *,
-    room: int,
-    pad: int,
-    record: Record,
-    streamer: Streamer | None = None,
-) -> None:
-    """Add tokens to every row, until all have ended or `room` tokens are made.
+@dataclass(slots=True, kw_only=True)
+class Run:
+    """A generation under way: what every way of decoding goes on with.
 
-    A row that has ended gets `pad`.
-
-    Args:
+    Attributes:
         forward: runs the model.
         made: what it made of the text so far.
         text: the rows, which grow.
@@ -168,27 +159,43 @@ def decode(
         record: takes what each step made.
         streamer: gets every token.
     """
+
+    forward: Forward
+    made: Made
+    text: Text
+    sampler: Sampler
+    stopping: Stopping
+    room: int
+    pad: int
+    record: Record
+    streamer: Streamer | None = None
+
+
+def decode(run: Run) -> None:
+    """Add tokens to every row, one at a time, until all have ended or there is no more room."""
+    text, record, made = run.text, run.record, run.made
     goes_on: Tensor | None = None
-    for step in range(1, room + 1):
+    for step in range(1, run.room + 1):
         record.forward(made)
         logits = made.logits[:, -1]
         if record.scores is None:
-            tokens = sampler.choose(text, logits)
+            tokens = run.sampler.choose(text, logits)
         else:
-            record.scores.append(sampler.scores(text, logits))
-            tokens = sampler.take(record.scores[-1])
+            record.scores.append(run.sampler.scores(text, logits))
+            tokens = run.sampler.take(record.scores[-1])
         if goes_on is not None:
-            tokens = torch.where(goes_on, tokens, pad)
+            tokens = torch.where(goes_on, tokens, run.pad)
         text.append(tokens)
-        if streamer is not None:
-            streamer.put(tokens.cpu())
-        ended = stopping(text.ids, record.seen_scores())
-        if bool(ended.any()) or goes_on is not None:
-            goes_on = ~ended if goes_on is None else goes_on & ~ended
-            if not bool(goes_on.any()):
-                return
-        if step < room:
-            made = forward.step(text, goes_on)
+        if run.streamer is not None:
+            run.streamer.put(tokens.cpu())
+        if run.stopping:
+            ended = run.stopping(text.ids, record.seen_scores())
+            if goes_on is not None or bool(ended.any()):
+                goes_on = ~ended if goes_on is None else goes_on & ~ended
+                if not bool(goes_on.any()):
+                    return
+        if step < run.room:
+            made = run.forward.step(text, goes_on)
 
 
 def _behind(cache: Cache, inputs: Tensor, padding: Tensor | None) -> tuple[Tensor, Tensor | None]:

@@ -8,7 +8,9 @@ taken off, and the first one that is generated has to begin with the same text.
 import torch
 from torch import Tensor
 
+from quintet.errors import InputError
 from quintet.generation.processors.base import LogitsProcessor, row_lengths
+from quintet.generation.prompt import Prompt
 from quintet.generation.text import Text
 from quintet.tokenization import PreTrainedTokenizer
 
@@ -28,32 +30,53 @@ class HealedTokenLogitsProcessor(LogitsProcessor):
         self.prompt_length = prompt_length
 
     def __call__(self, input_ids: Tensor, scores: Tensor, padding: Tensor | None = None) -> Tensor:
-        first = row_lengths(input_ids, padding) == self.prompt_length
+        copies = scores.shape[0] // self.allowed.shape[0]
+        begin = self.prompt_length
+        if isinstance(begin, Tensor):
+            begin = begin.repeat_interleave(copies)
+        first = row_lengths(input_ids, padding) == begin
         if first is False:
             return scores
-        copies = scores.shape[0] // self.allowed.shape[0]
         banned = ~self.allowed.repeat_interleave(copies, dim=0)
-        banned = banned if first is True else banned & first[:, None]
+        if isinstance(first, Tensor):
+            banned &= first[:, None]
         return scores.masked_fill(banned, -torch.inf)
 
 
 def heal(
-    prompt: Text, tokenizer: PreTrainedTokenizer, vocab_size: int
-) -> tuple[Text, Tensor | None]:
-    """Return the prompt without its last tokens, and what may come first, (B, V) of True.
+    prompt: Prompt, tokenizer: PreTrainedTokenizer | None, vocab_size: int
+) -> tuple[Prompt, list[LogitsProcessor]]:
+    """Return the prompt without its last tokens, and what takes care of the first new ones.
 
-    A prompt with a row of a single token is left as it is, with None.
+    A prompt with a row of a single token is left as it is, with nothing to take care of.
+
+    Raises:
+        InputError: there is no tokenizer, or the prompt is given as embeddings.
     """
-    if int(prompt.lengths().min()) < 2:
-        return prompt, None
+    if tokenizer is None:
+        raise InputError("token_healing=True needs the tokenizer: generate(tokenizer=…)")
+    if prompt.inputs.ndim == 3:
+        raise InputError("token_healing=True needs ids, and inputs_embeds is given")
+    text = Text(prompt.ids, prompt.padding)
+    if int(text.lengths().min()) < 2:
+        return prompt, []
+    shorter = text.cut(len(text) - 1)
+    healed = Prompt(shorter.ids, shorter.ids, shorter.ids, shorter.padding, prompt.before)
+    length = len(shorter) if shorter.padding is None else shorter.lengths()
+    allowed = _beginning_alike(prompt.ids[:, -1], tokenizer, vocab_size)
+    return healed, [HealedTokenLogitsProcessor(allowed, length)]
+
+
+def _beginning_alike(last: Tensor, tokenizer: PreTrainedTokenizer, vocab_size: int) -> Tensor:
+    """Return the tokens whose text begins with that of the last of each row, (B, V) of True."""
     vocabulary = tokenizer.get_vocab()
     special = set(tokenizer.all_special_ids)
     texts = {token: text for text, token in vocabulary.items()}
-    allowed = torch.zeros(prompt.ids.shape[0], vocab_size, dtype=torch.bool)
-    for row, last in enumerate(prompt.ids[:, -1].tolist()):
-        allowed[row, last] = True
-        if last in special or last not in texts:
+    allowed = torch.zeros(len(last), vocab_size, dtype=torch.bool)
+    for row, token in enumerate(last.tolist()):
+        allowed[row, token] = True
+        if token in special or token not in texts:
             continue
-        begins = [i for text, i in vocabulary.items() if text.startswith(texts[last])]
+        begins = [i for text, i in vocabulary.items() if text.startswith(texts[token])]
         allowed[row, [i for i in begins if i not in special and i < vocab_size]] = True
-    return prompt.cut(len(prompt) - 1), allowed.to(prompt.ids.device)
+    return allowed.to(last.device)

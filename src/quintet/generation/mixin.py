@@ -1,4 +1,4 @@
-"""`generate()`: from arguments and config to the decode loop."""
+"""`generate()`: from arguments and config to a way of decoding, and its output."""
 
 import warnings
 from collections.abc import Mapping, Sequence
@@ -10,49 +10,30 @@ from torch import Tensor
 from quintet.cache import Cache
 from quintet.configuration.base import PreTrainedConfig
 from quintet.errors import ContextLengthError, InputError
+from quintet.generation import plan
+from quintet.generation.beams import Found, beam_search
 from quintet.generation.caches import Request, open_cache
 from quintet.generation.config import GenerationConfig
-from quintet.generation.decode import Forward, LanguageModel, decode
-from quintet.generation.healing import HealedTokenLogitsProcessor, heal
-from quintet.generation.outputs import GenerateDecoderOnlyOutput, Record
+from quintet.generation.decode import Forward, LanguageModel, Run, decode
+from quintet.generation.healing import heal
+from quintet.generation.outputs import (
+    GenerateBeamDecoderOnlyOutput,
+    GenerateDecoderOnlyOutput,
+    Record,
+)
 from quintet.generation.processors.assemble import Processor, Setting, assemble
 from quintet.generation.processors.base import LogitsProcessor
+from quintet.generation.processors.guidance import UnbatchedClassifierFreeGuidanceLogitsProcessor
 from quintet.generation.processors.words import PrefixAllowedTokens
 from quintet.generation.prompt import Prompt, read_prompt
 from quintet.generation.sampler import Generators, Sampler, row_generators
-from quintet.generation.stopping import (
-    Criterion,
-    EosTokenCriteria,
-    MaxLengthCriteria,
-    MaxTimeCriteria,
-    Stopping,
-    StoppingCriteriaList,
-    StopStringCriteria,
-)
+from quintet.generation.stopping import Criterion
 from quintet.generation.streamers import Streamer
 from quintet.generation.text import Text
+from quintet.generation.transitions import transition_scores
 from quintet.tokenization import PreTrainedTokenizer
 
 __all__ = ["GenerationMixin"]
-
-# What a checkpoint may set without a need, and the value that asks for nothing.
-_SAMPLING = {
-    "temperature": 1.0,
-    "top_k": 50,
-    "top_p": 1.0,
-    "min_p": 0.0,
-    "top_h": None,
-    "typical_p": 1.0,
-    "epsilon_cutoff": 0.0,
-    "eta_cutoff": 0.0,
-}
-_BEAMS = {"early_stopping": False, "length_penalty": 1.0}
-_OUTPUTS = {
-    "output_scores": False,
-    "output_logits": False,
-    "output_attentions": False,
-    "output_hidden_states": False,
-}
 
 
 class GenerationMixin:
@@ -118,84 +99,88 @@ class GenerationMixin:
             InputError: no prompt, an unknown option, or a value that breaks its rule.
             ContextLengthError: the prompt fills the model's context.
         """
-        config = self._configured(generation_config, options)
-        device = self._device()
-        prompt = read_prompt(
-            inputs,
-            input_ids,
-            inputs_embeds,
-            attention_mask,
-            past_key_values,
-            vocab_size=self.config.vocab_size,
-            device=device,
-        )
-        copies = _copies(config)
-        own = list(stopping_criteria or ())
-        held = past_key_values.get_seq_length() if past_key_values and prompt.all_new else 0
-        room = self._room(prompt, held, config, StoppingCriteriaList(own).max_length)
-        _check_least(config, room, self.config.vocab_size)
+        try:
+            config = self._configured(generation_config, options)
+            prompt = read_prompt(
+                inputs,
+                input_ids,
+                inputs_embeds,
+                attention_mask,
+                past_key_values,
+                vocab_size=self.config.vocab_size,
+                device=self._device(),
+            )
+            criteria = list(stopping_criteria or ())
+            room = self._room(prompt, config, plan.longest(criteria))
+            plan.check_least(config, room, self.config.vocab_size)
+            first: list[LogitsProcessor] = []
+            if config.guidance_scale not in (None, 1) or negative_prompt_ids is not None:
+                first += self._guidance(config, negative_prompt_ids, negative_prompt_attention_mask)
+            if config.token_healing:
+                prompt, healed = heal(prompt, tokenizer, self.config.vocab_size)
+                first += healed
+                room += len(healed)
+            search = plan.beam_options(config, streamer)
+            copies = search.num_beams if search else config.num_return_sequences or 1
 
-        text = Text(prompt.ids, prompt.text_padding())
-        given, first = prompt.given, []
-        if config.token_healing:
-            if tokenizer is None:
-                raise InputError("token_healing=True needs the tokenizer: generate(tokenizer=…)")
-            text, allowed = heal(text, tokenizer, self.config.vocab_size)
-            if allowed is not None:
-                prompt = Prompt(text.ids, text.ids, text.ids, text.padding, prompt.all_new)
-                given, room = prompt.given, room + 1
-                first.append(HealedTokenLogitsProcessor(allowed, _lengths(text)))
-        text = Text(text.ids, text.padding, room=room)
+            record = Record.of(config)
+            outlives = past_key_values is not None or record.asked
+            cache = self._cache_for(config, past_key_values, prompt.length + room)
+            forward = Forward(cast("LanguageModel", self), cache, record=record, outlives=outlives)
+            if streamer is not None:
+                streamer.put(prompt.given.repeat_interleave(copies, dim=0).cpu())
+            text = Text(prompt.ids, prompt.text_padding(), room=room, copies=copies)
+            setting = Setting(
+                prompt=text.cut(len(text)),
+                room=room,
+                vocab_size=self.config.vocab_size,
+                num_beams=copies if search else 1,
+                prefix_allowed_tokens_fn=prefix_allowed_tokens_fn,
+                first=first,
+            )
+            generators = row_generators(
+                generator, len(prompt.given), 1 if search else copies, self._device()
+            )
+            run = Run(
+                forward=forward,
+                text=text,
+                made=forward.prefill(prompt, chunk=config.prefill_chunk_size, copies=copies),
+                sampler=Sampler(
+                    assemble(config, setting, logits_processor or ()),
+                    do_sample=bool(config.do_sample),
+                    generators=generators,
+                ),
+                stopping=plan.stopping(config, criteria, tokenizer, self._device()),
+                room=room,
+                pad=plan.pad_token(config),
+                record=record,
+                streamer=streamer,
+            )
+            if search:
+                return _beam_output(run, prompt, beam_search(run, search))
+            decode(run)
+            return _output(run, prompt, copies)
+        finally:
+            # Whoever reads what is streamed must not wait for what will never come.
+            if streamer is not None:
+                streamer.end()
 
-        record = Record.of(config)
-        cache = self._cache_for(config, past_key_values, held + prompt.width + room)
-        forward = Forward(
-            cast("LanguageModel", self),
-            cache,
-            record=record,
-            outlives=past_key_values is not None or record.asked,
-        )
-        if streamer is not None:
-            streamer.put(given.repeat_interleave(copies, dim=0).cpu())
-        made = forward.prefill(
-            prompt.inputs, prompt.padding, all_new=prompt.all_new, chunk=config.prefill_chunk_size
-        )
-        forward.repeat(copies)
-        text.select(torch.arange(len(given), device=device).repeat_interleave(copies))
-        setting = Setting(
-            prompt=text.cut(len(text)),
-            room=room,
-            vocab_size=self.config.vocab_size,
-            prefix_allowed_tokens_fn=prefix_allowed_tokens_fn,
-            first=cast("list[LogitsProcessor]", first),
-        )
-        sampler = Sampler(
-            assemble(config, setting, logits_processor or ()),
-            do_sample=bool(config.do_sample),
-            generators=row_generators(generator, len(given), copies, device),
-        )
-        decode(
-            forward,
-            made.repeat(copies),
-            text,
-            sampler,
-            _stopping(config, own, tokenizer, device),
-            room=room,
-            pad=_pad_token(config),
-            record=record,
-            streamer=streamer,
-        )
-        if streamer is not None:
-            streamer.end()
-        given = given.repeat_interleave(copies, dim=0)
-        sequences = torch.cat((given, text.ids[:, given.shape[1] :]), dim=1)
-        if not record.asked:
-            return sequences
-        return GenerateDecoderOnlyOutput(
-            sequences=sequences,
-            past_key_values=forward.cache,
-            **cast("dict[str, Any]", record.fields()),
-        )
+    def compute_transition_scores(
+        self,
+        sequences: Tensor,
+        scores: tuple[Tensor, ...],
+        beam_indices: Tensor | None = None,
+        normalize_logits: bool = False,
+    ) -> Tensor:
+        """Return the score of each token that was generated, (B, new).
+
+        Args:
+            sequences: (B, T + new), as `generate` returns them.
+            scores: (B, V) of every step, as `generate(output_scores=True)` returns them.
+            beam_indices: (B, new), as a beam search returns them.
+            normalize_logits: take log-probabilities of the scores.
+        """
+        return transition_scores(sequences, scores, beam_indices, normalize=normalize_logits)
 
     def _configured(
         self, given: GenerationConfig | None, options: Mapping[str, Any]
@@ -209,11 +194,25 @@ class GenerationMixin:
                 )
             config = given.over(config)
         config = config.replace(**options)
-        _warn_of_idle(config, options)
+        plan.warn_of_idle(config, options)
         return config
 
     def _device(self) -> torch.device:
         return next(cast("torch.nn.Module", self).parameters()).device
+
+    def _guidance(
+        self, config: GenerationConfig, ids: Tensor | None, mask: Tensor | None
+    ) -> list[LogitsProcessor]:
+        scale = config.guidance_scale
+        if scale is None or scale == 1:
+            warnings.warn("negative_prompt_ids has no effect without guidance_scale", stacklevel=4)
+            return []
+        model = cast("Any", self)
+        return [
+            UnbatchedClassifierFreeGuidanceLogitsProcessor(
+                scale, model, ids, mask, config.use_cache
+            )
+        ]
 
     def _cache_for(self, config: GenerationConfig, past: Cache | None, length: int) -> Cache | None:
         if past is not None:
@@ -221,14 +220,14 @@ class GenerationMixin:
         if config.use_cache is False:
             return None
         length = config.max_cache_len or length
-        request = Request(config=self.config, grown=self.new_cache, length=length)
-        return open_cache(config.cache_implementation, request)
+        request = Request(
+            config=self.config, grown=self.new_cache, length=length, nbits=config.cache_bits
+        )
+        return open_cache(config.cache_kind, request)
 
-    def _room(
-        self, prompt: Prompt, held: int, config: GenerationConfig, max_length: int | None
-    ) -> int:
+    def _room(self, prompt: Prompt, config: GenerationConfig, max_length: int | None) -> int:
         """Return how many tokens to make at the most."""
-        context, length = self.config.max_position_embeddings, held + prompt.width
+        context, length = self.config.max_position_embeddings, prompt.length
         if length >= context:
             raise ContextLengthError(
                 f"the prompt has {length} tokens and the model's context is {context} "
@@ -254,73 +253,26 @@ class GenerationMixin:
         return min(wanted, context - length)
 
 
-def _copies(config: GenerationConfig) -> int:
-    copies = config.num_return_sequences or 1
-    if copies > 1 and not config.do_sample:
-        raise InputError(
-            f"num_return_sequences={copies} without sampling would be "
-            "the same text each time; set do_sample=True, or num_beams"
-        )
-    return copies
+def _output(run: Run, prompt: Prompt, copies: int) -> Tensor | GenerateDecoderOnlyOutput:
+    given = prompt.given.repeat_interleave(copies, dim=0)
+    sequences = torch.cat((given, run.text.ids[:, prompt.given.shape[1] :]), dim=1)
+    if not run.record.asked:
+        return sequences
+    return GenerateDecoderOnlyOutput(
+        sequences=sequences, past_key_values=run.forward.cache, **run.record.fields()
+    )
 
 
-def _lengths(text: Text) -> int | Tensor:
-    return len(text) if text.padding is None else text.lengths()
-
-
-def _stopping(
-    config: GenerationConfig,
-    own: list[Criterion],
-    tokenizer: PreTrainedTokenizer | None,
-    device: torch.device,
-) -> Stopping:
-    """Return what ends rows; one of the caller's takes the place of one of the same class."""
-    asked: list[Criterion] = []
-    if config.max_time is not None:
-        asked.append(MaxTimeCriteria(config.max_time))
-    if config.stop_strings is not None:
-        if tokenizer is None:
-            raise InputError(
-                f"stop_strings={config.stop_strings!r} needs the tokenizer: generate(tokenizer=…)"
-            )
-        asked.append(StopStringCriteria(tokenizer, config.stop_strings))
-    kinds = {type(criterion) for criterion in own}
-    ends = [] if EosTokenCriteria in kinds else config.eos_token_ids
-    criteria = [criterion for criterion in asked if type(criterion) not in kinds]
-    # Its length is that of the loop already.
-    criteria += [criterion for criterion in own if type(criterion) is not MaxLengthCriteria]
-    eos = torch.tensor(ends, dtype=torch.long, device=device)
-    return Stopping(eos, StoppingCriteriaList(criteria))
-
-
-def _warn_of_idle(config: GenerationConfig, options: Mapping[str, Any]) -> None:
-    for applies, names, needed in (
-        (config.do_sample, _SAMPLING, "do_sample=True"),
-        ((config.num_beams or 1) > 1, _BEAMS, "num_beams above 1"),
-        (config.return_dict_in_generate, _OUTPUTS, "return_dict_in_generate=True"),
-    ):
-        for name, usual in names.items() if not applies else ():
-            if (value := options.get(name)) is not None and value != usual:
-                warnings.warn(f"{name}={value} has no effect without {needed}", stacklevel=5)
-
-
-def _check_least(config: GenerationConfig, room: int, vocab_size: int) -> None:
-    """Check what `min_new_tokens` needs: room for them, and ends that can be forbidden."""
-    if config.min_new_tokens is None:
-        return
-    if config.min_new_tokens > room:
-        raise InputError(
-            f"min_new_tokens={config.min_new_tokens} and there is room for {room} new tokens; "
-            "raise max_new_tokens, or lower min_new_tokens"
-        )
-    if any(token >= vocab_size for token in config.eos_token_ids):
-        raise InputError(
-            f"eos_token_id={config.eos_token_id} is outside of the vocabulary, 0 to "
-            f"{vocab_size - 1}"
-        )
-
-
-def _pad_token(config: GenerationConfig) -> int:
-    if config.pad_token_id is not None:
-        return config.pad_token_id
-    return config.eos_token_ids[0] if config.eos_token_ids else 0
+def _beam_output(run: Run, prompt: Prompt, found: Found) -> Tensor | GenerateBeamDecoderOnlyOutput:
+    copies = len(found.tokens) // len(prompt.given)
+    given = prompt.given.repeat_interleave(copies, dim=0)
+    sequences = torch.cat((given, found.tokens), dim=1)
+    if not run.record.asked:
+        return sequences
+    return GenerateBeamDecoderOnlyOutput(
+        sequences=sequences,
+        sequences_scores=None if run.record.scores is None else found.scores,
+        beam_indices=found.rows,
+        past_key_values=run.forward.cache,
+        **run.record.fields(),
+    )

@@ -1,6 +1,7 @@
 """What `generate(return_dict_in_generate=True)` returns, and what is recorded for it."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from typing import Any
 
 from torch import Tensor
 
@@ -85,7 +86,7 @@ class Record:
     logits: list[Tensor] | None = None
     attentions: list[Layers] | None = None
     hidden_states: list[Layers] | None = None
-    asked: bool = field(default=False)
+    asked: bool = False
 
     @classmethod
     def of(cls, config: GenerationConfig) -> "Record":
@@ -114,7 +115,7 @@ class Record:
         """Return the scores of all steps so far, as stopping criteria get them."""
         return None if self.scores is None else tuple(self.scores)
 
-    def fields(self) -> dict[str, tuple[object, ...]]:
+    def fields(self) -> dict[str, Any]:
         """Return what was kept, by the names of the outputs' fields."""
         kept = {
             "scores": self.scores,

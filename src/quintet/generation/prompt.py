@@ -22,7 +22,7 @@ class Prompt:
         ids: the same with padding on the left.
         inputs: what the model runs over: the ids, or (B, W, C) embeddings.
         padding: (B,) how many leading columns of `inputs` are no text; None for none.
-        all_new: whether a cache holds text that comes before these rows, rather than the
+        before: how many tokens a cache holds that come before these rows, rather than being the
             beginning of them.
     """
 
@@ -30,12 +30,17 @@ class Prompt:
     ids: Tensor
     inputs: Tensor
     padding: Tensor | None
-    all_new: bool = False
+    before: int = 0
 
     @property
     def width(self) -> int:
         """How many columns the model runs over."""
         return self.inputs.shape[1]
+
+    @property
+    def length(self) -> int:
+        """How many columns there are with those that come before."""
+        return self.before + self.width
 
     def text_padding(self) -> Tensor | None:
         """Return how many leading columns of `ids` are no text, (B,); None for none."""
@@ -88,14 +93,14 @@ def read_prompt(
             f"input_ids has {len(given)} rows and inputs_embeds {len(run)}; they have to be the "
             "same"
         )
-    mask, all_new = _read_mask(attention_mask, run, past)
+    mask, before = _read_mask(attention_mask, run, past)
     if mask is None or bool(mask.all()):
-        return Prompt(given, given, run, None, all_new)
+        return Prompt(given, given, run, None, before)
     kept = mask.to(device).to(torch.bool)
     order = torch.argsort(kept.to(torch.int8), dim=1, stable=True)
     ids = given.gather(1, order) if given.shape[1] == run.shape[1] else given
     moved = run.gather(1, order[..., None].expand_as(run)) if run.ndim == 3 else ids
-    return Prompt(given, ids, moved, (~kept).sum(dim=1), all_new)
+    return Prompt(given, ids, moved, (~kept).sum(dim=1), before)
 
 
 def _check_ids(ids: Tensor, may_be_empty: bool) -> None:
@@ -111,10 +116,10 @@ def _check_ids(ids: Tensor, may_be_empty: bool) -> None:
         )
 
 
-def _read_mask(mask: Tensor | None, run: Tensor, past: Cache | None) -> tuple[Tensor | None, bool]:
-    """Return the mask of the columns that are run, and whether it also covers a cache's."""
+def _read_mask(mask: Tensor | None, run: Tensor, past: Cache | None) -> tuple[Tensor | None, int]:
+    """Return the mask of the columns that are run, and how long what comes before them is."""
     if mask is None:
-        return None, False
+        return None, 0
     if not isinstance(mask, Tensor):
         raise InputError(
             f"attention_mask is a {type(mask).__name__}, not a tensor; "
@@ -130,7 +135,7 @@ def _read_mask(mask: Tensor | None, run: Tensor, past: Cache | None) -> tuple[Te
                 f"attention_mask counts {before.tolist()} tokens before the new {T}, and "
                 f"past_key_values holds {lengths.tolist()}"
             )
-        return mask[:, -T:], True
+        return mask[:, -T:], held
     if mask.shape != (B, T):
         raise InputError(
             f"attention_mask has shape {tuple(mask.shape)} and the prompt {(B, T)}; they have to "
@@ -138,4 +143,4 @@ def _read_mask(mask: Tensor | None, run: Tensor, past: Cache | None) -> tuple[Te
         )
     if not bool(mask.any(dim=1).all()):
         raise InputError("attention_mask leaves a row without a single token")
-    return mask, False
+    return mask, 0

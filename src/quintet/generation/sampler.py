@@ -7,7 +7,11 @@ import torch
 from torch import Tensor
 
 from quintet.errors import InputError
-from quintet.generation.processors.base import LogitsProcessorList, LogitsWarper
+from quintet.generation.processors.base import (
+    LogitsProcessor,
+    LogitsProcessorList,
+    LogitsWarper,
+)
 from quintet.generation.processors.warpers import TemperatureLogitsWarper, TopKLogitsWarper
 from quintet.generation.text import Text
 from quintet.ops import sampling
@@ -124,6 +128,12 @@ class Sampler:
     def uniform(self, B: int, count: int, device: torch.device) -> Tensor:
         """Draw numbers (B, count) in [0, 1), those of each row from its own generator."""
         return sampling.uniform((B, count), device, self.generators)
+
+    def reorder(self, rows: Tensor) -> None:
+        """Go on with the rows (B,) of a beam search."""
+        for processor in self.processors:
+            if isinstance(processor, LogitsProcessor):
+                processor.reorder(rows)
 
     def _reshaped(self, processors: LogitsProcessorList, text: Text, logits: Tensor) -> Tensor:
         if not processors:

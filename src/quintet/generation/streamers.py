@@ -1,6 +1,9 @@
 """Where tokens go as they are made."""
 
+import asyncio
 import sys
+from collections.abc import AsyncIterator, Iterator
+from queue import Queue
 from typing import Protocol, TextIO
 
 from torch import Tensor
@@ -8,7 +11,13 @@ from torch import Tensor
 from quintet.errors import InputError
 from quintet.tokenization import IncrementalDecoder, PreTrainedTokenizer
 
-__all__ = ["Streamer", "TextStreamer"]
+__all__ = [
+    "AsyncTextIteratorStreamer",
+    "BaseStreamer",
+    "Streamer",
+    "TextIteratorStreamer",
+    "TextStreamer",
+]
 
 
 class Streamer(Protocol):
@@ -19,17 +28,31 @@ class Streamer(Protocol):
         ...
 
     def end(self) -> None:
-        """Take note that there are no more."""
+        """Take note that there are no more; also when generation fails halfway."""
         ...
 
 
-class TextStreamer:
+class BaseStreamer:
+    """What a streamer may inherit from."""
+
+    def put(self, value: Tensor) -> None:
+        """Take the prompt (1, T) first, then the token of each step (1,)."""
+        raise NotImplementedError(f"{type(self).__name__} has to define put(value)")
+
+    def end(self) -> None:
+        """Take note that there are no more; also when generation fails halfway."""
+        raise NotImplementedError(f"{type(self).__name__} has to define end()")
+
+
+class TextStreamer(BaseStreamer):
     """Writes text as it is made, never half a character.
 
     Args:
         tokenizer: turns ids into text.
         skip_prompt: write what is generated, not the prompt.
         skip_special_tokens: leave out tokens that are not text.
+        clean_up_tokenization_spaces: take out spaces before punctuation; as the tokenizer does
+            if not given.
         file: where to write; standard output if not given.
     """
 
@@ -39,11 +62,13 @@ class TextStreamer:
         skip_prompt: bool = False,
         *,
         skip_special_tokens: bool = False,
+        clean_up_tokenization_spaces: bool | None = None,
         file: TextIO | None = None,
     ) -> None:
         self.tokenizer = tokenizer
         self.skip_prompt = skip_prompt
         self.skip_special_tokens = skip_special_tokens
+        self.clean_up_tokenization_spaces = clean_up_tokenization_spaces
         self.file = file
         self._decoder: IncrementalDecoder | None = None
 
@@ -57,21 +82,147 @@ class TextStreamer:
             raise InputError(f"a TextStreamer takes one row, not {value.shape[0]}")
         if self._decoder is None:
             self._decoder = IncrementalDecoder(
-                self.tokenizer, skip_special_tokens=self.skip_special_tokens
+                self.tokenizer,
+                skip_special_tokens=self.skip_special_tokens,
+                clean_up_tokenization_spaces=self.clean_up_tokenization_spaces,
             )
             if self.skip_prompt:
                 return
-        self.on_text(self._decoder.push(value.reshape(-1).tolist()))
+        self.on_finalized_text(self._decoder.push(value.reshape(-1).tolist()))
 
     def end(self) -> None:
         """Write the rest and a line end, unless nothing was put."""
         if self._decoder is None:
             return
         rest, self._decoder = self._decoder.flush(), None
-        self.on_text(rest, stream_end=True)
+        self.on_finalized_text(rest, stream_end=True)
 
-    def on_text(self, text: str, stream_end: bool = False) -> None:
+    def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
         """Write a piece of text; a subclass may send it elsewhere."""
         out = sys.stdout if self.file is None else self.file
         out.write(text + ("\n" if stream_end else ""))
         out.flush()
+
+
+class TextIteratorStreamer(TextStreamer):
+    """Gives text as an iterator, to a thread other than that of `generate()`.
+
+    Args:
+        tokenizer: turns ids into text.
+        skip_prompt: give what is generated, not the prompt.
+        timeout: seconds to wait for the next piece, then `queue.Empty` is raised; None for ever.
+        skip_special_tokens: leave out tokens that are not text.
+        clean_up_tokenization_spaces: take out spaces before punctuation; as the tokenizer does
+            if not given.
+    """
+
+    def __init__(
+        self,
+        tokenizer: PreTrainedTokenizer,
+        skip_prompt: bool = False,
+        timeout: float | None = None,
+        *,
+        skip_special_tokens: bool = False,
+        clean_up_tokenization_spaces: bool | None = None,
+    ) -> None:
+        super().__init__(
+            tokenizer,
+            skip_prompt,
+            skip_special_tokens=skip_special_tokens,
+            clean_up_tokenization_spaces=clean_up_tokenization_spaces,
+        )
+        self.timeout = timeout
+        # None is the end.
+        self.text_queue: Queue[str | None] = Queue()
+        self._open = True
+
+    def put(self, value: Tensor) -> None:
+        """Take ids; the text that is certain by now can be read."""
+        self._open = True
+        super().put(value)
+
+    def end(self) -> None:
+        """Let the reader come to the end, also when nothing was put."""
+        super().end()
+        if self._open:
+            self._open = False
+            self.text_queue.put(None)
+
+    def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
+        """Hand a piece of text to the reader."""
+        self.text_queue.put(text)
+
+    def __iter__(self) -> Iterator[str]:
+        return self
+
+    def __next__(self) -> str:
+        piece = self.text_queue.get(timeout=self.timeout)
+        if piece is None:
+            raise StopIteration
+        return piece
+
+
+class AsyncTextIteratorStreamer(TextStreamer):
+    """Gives text as an asynchronous iterator, to the event loop in which it was made.
+
+    Args:
+        tokenizer: turns ids into text.
+        skip_prompt: give what is generated, not the prompt.
+        timeout: seconds to wait for the next piece, then `TimeoutError` is raised; None for ever.
+        skip_special_tokens: leave out tokens that are not text.
+        clean_up_tokenization_spaces: take out spaces before punctuation; as the tokenizer does
+            if not given.
+
+    Raises:
+        RuntimeError: it is made outside of a running event loop.
+    """
+
+    def __init__(
+        self,
+        tokenizer: PreTrainedTokenizer,
+        skip_prompt: bool = False,
+        timeout: float | None = None,
+        *,
+        skip_special_tokens: bool = False,
+        clean_up_tokenization_spaces: bool | None = None,
+    ) -> None:
+        super().__init__(
+            tokenizer,
+            skip_prompt,
+            skip_special_tokens=skip_special_tokens,
+            clean_up_tokenization_spaces=clean_up_tokenization_spaces,
+        )
+        self.timeout = timeout
+        self.loop = asyncio.get_running_loop()
+        # None is the end.
+        self.text_queue: asyncio.Queue[str | None] = asyncio.Queue()
+        self._open = True
+
+    def put(self, value: Tensor) -> None:
+        """Take ids; the text that is certain by now can be read."""
+        self._open = True
+        super().put(value)
+
+    def end(self) -> None:
+        """Let the reader come to the end, also when nothing was put."""
+        super().end()
+        if self._open:
+            self._open = False
+            self._send(None)
+
+    def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
+        """Hand a piece of text to the reader."""
+        self._send(text)
+
+    def _send(self, piece: str | None) -> None:
+        self.loop.call_soon_threadsafe(self.text_queue.put_nowait, piece)
+
+    def __aiter__(self) -> AsyncIterator[str]:
+        return self
+
+    async def __anext__(self) -> str:
+        async with asyncio.timeout(self.timeout):
+            piece = await self.text_queue.get()
+        if piece is None:
+            raise StopAsyncIteration
+        return piece

@@ -16,6 +16,7 @@ class Experts(nn.Module):
         self, num_experts: int, hidden_size: int, intermediate_size: int, *, act: str | Activation
     ) -> None:
         super().__init__()
+        self.num_experts = num_experts
         self.gate_up_proj = nn.Parameter(
             torch.empty(num_experts, 2 * intermediate_size, hidden_size)
         )

@@ -19,6 +19,7 @@ from quintet.modeling.decoder import first
 from quintet.modeling.heads import kept
 from quintet.modeling.moe import MoeCausalLMHead, MoeDecoderModel
 from quintet.modeling.outputs import MoeCausalLMOutputWithPast
+from quintet.ops.losses import IGNORED, next_token_loss
 from quintet.ops.ragged import ragged
 
 __all__ = [
@@ -115,6 +116,7 @@ class MtpCausalLMHead(MoeCausalLMHead):
         logits_to_keep: int | Tensor = 0,
         output_router_logits: bool | None = None,
         output_mtp_logits: bool = False,
+        mtp_loss_weight: float | None = None,
     ) -> MoeCausalLMOutputWithPast | tuple[Any, ...]:
         """Return logits (B, T, V) of the token after each; arguments as in `CausalLMHead.forward`.
 
@@ -123,12 +125,21 @@ class MtpCausalLMHead(MoeCausalLMHead):
             output_mtp_logits: return what each prediction layer predicts: `mtp_logits[k - 1]` has
                 at t the logits of token t + k + 1, made from the state at t and the tokens up to
                 t + k, and nothing of meaning at the last k tokens of a row.
+            mtp_loss_weight: λ; adds λ/D · Σ_k L_k to the loss, L_k being the cross-entropy of what
+                the k-th of D prediction layers predicts (arXiv:2412.19437, eq. 24-25).
+                `mtp_loss` is the mean of the L_k.
 
         Raises:
             InputError: an argument cannot be used, or two contradict each other.
         """
-        if output_mtp_logits:
+        looks_ahead = output_mtp_logits or mtp_loss_weight is not None
+        if looks_ahead:
             self._check_look_ahead(past_key_values)
+        if mtp_loss_weight is not None and (labels is None or mtp_loss_weight < 0):
+            raise InputError(
+                f"mtp_loss_weight={mtp_loss_weight} weighs a loss; it is at least 0, "
+                "and needs labels"
+            )
         states_asked = first(output_hidden_states, self.config.output_hidden_states)
         output = super().forward(
             input_ids=input_ids,
@@ -139,17 +150,21 @@ class MtpCausalLMHead(MoeCausalLMHead):
             labels=labels,
             use_cache=use_cache,
             output_attentions=output_attentions,
-            output_hidden_states=states_asked or output_mtp_logits,
+            output_hidden_states=states_asked or looks_ahead,
             return_dict=True,
             cache_position=cache_position,
             logits_to_keep=logits_to_keep,
             output_router_logits=output_router_logits,
         )
         assert isinstance(output, MoeCausalLMOutputWithPast)
-        if output_mtp_logits and output.hidden_states is not None:
+        if looks_ahead and output.hidden_states is not None:
             embeds, hidden = output.hidden_states[0], output.hidden_states[-1]
             ahead = self.model.look_ahead(hidden, embeds, attention_mask, position_ids)
-            output.mtp_logits = tuple(self.lm_head(kept(x, logits_to_keep)) for x in ahead)
+            made = tuple(self.lm_head(kept(x, logits_to_keep)) for x in ahead)
+            output.mtp_logits = made if output_mtp_logits else None
+            if mtp_loss_weight is not None and labels is not None and output.loss is not None:
+                output.mtp_loss = _look_ahead_loss(made, labels, attention_mask)
+                output.loss = output.loss + mtp_loss_weight * output.mtp_loss
         if not states_asked:
             output.hidden_states = None
         return output if first(return_dict, self.config.return_dict) else output.to_tuple()
@@ -198,3 +213,16 @@ class MtpCausalLMHead(MoeCausalLMHead):
                 "output_mtp_logits=True looks ahead in a whole text, without a past; "
                 "call the model on all of it, with an empty cache or none"
             )
+
+
+def _look_ahead_loss(made: tuple[Tensor, ...], labels: Tensor, mask: Tensor | None) -> Tensor:
+    """Return the mean over depths of the loss of what each predicts, made at tokens only."""
+    losses = []
+    for k, logits in enumerate(made, start=1):
+        told = labels
+        if mask is not None and mask.ndim == 2:
+            # A state of padding knows nothing, also where a label follows k + 1 columns later.
+            from_token = F.pad(mask[:, -labels.shape[1] :], (k + 1, 0))[:, : labels.shape[1]]
+            told = labels.masked_fill(from_token == 0, IGNORED)
+        losses.append(next_token_loss(logits, told, ahead=k + 1))
+    return torch.stack(losses).mean()

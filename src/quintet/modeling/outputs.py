@@ -60,7 +60,7 @@ class MoeCausalLMOutputWithPast(ModelOutput):
     """The output of a mixture-of-experts language model; aux_loss is the balance of the experts.
 
     Shapes: logits (B, T, V), router_logits (B·T, E) for each layer with experts, mtp_logits
-    (B, T, V) for each depth of multi-token prediction that was asked for.
+    (B, T, V) for each depth of multi-token prediction that was asked for, mtp_loss a scalar.
     """
 
     loss: Tensor | None = None
@@ -71,6 +71,7 @@ class MoeCausalLMOutputWithPast(ModelOutput):
     attentions: tuple[Tensor, ...] | None = None
     router_logits: tuple[Tensor, ...] | None = None
     mtp_logits: tuple[Tensor, ...] | None = None
+    mtp_loss: Tensor | None = None
 
 
 @dataclass(eq=False)

@@ -11,12 +11,14 @@ __all__ = ["next_token_loss", "sequence_loss", "span_loss", "token_loss"]
 IGNORED = -100
 
 
-def next_token_loss(logits: Tensor, labels: Tensor) -> Tensor:
+def next_token_loss(logits: Tensor, labels: Tensor, ahead: int = 1) -> Tensor:
     """Cross-entropy of each token given those before it, averaged over labels that are not -100.
 
-    Shapes: logits (B, T, V), labels (B, T); the label of position t is compared at t - 1.
+    Shapes: logits (B, T, V), labels (B, T); the label of position t is compared at t - `ahead`.
     """
-    return token_loss(logits[:, :-1], labels[:, 1:])
+    # The labels are moved, not the logits: a slice of those is copied, and so is its gradient.
+    shifted = F.pad(labels[:, ahead:], (0, min(ahead, labels.shape[1])), value=IGNORED)
+    return token_loss(logits, shifted)
 
 
 def token_loss(logits: Tensor, labels: Tensor) -> Tensor:

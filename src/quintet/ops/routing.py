@@ -8,7 +8,15 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-__all__ = ["RoutingRules", "balance_loss", "sigmoid_routing", "softmax_routing"]
+__all__ = [
+    "RoutingRules",
+    "balance_loss",
+    "balanced_bias",
+    "expert_load",
+    "max_violation",
+    "sigmoid_routing",
+    "softmax_routing",
+]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -81,6 +89,30 @@ def balance_loss(scores: Tensor, indices: Tensor, mask: Tensor, *, per_row: bool
     losses = (frequency * scores.sum(dim=1) / counted).sum(dim=-1)
     # A row of nothing but padding has no balance and does not count.
     return losses.sum() / (tokens > 0).sum().clamp(min=1)
+
+
+def expert_load(indices: Tensor, E: int) -> Tensor:
+    """Count how often each of E experts was chosen; indices (N, A) -> (E,)."""
+    flat = indices.flatten()
+    return torch.zeros(E, dtype=torch.long, device=flat.device).scatter_add(
+        0, flat, torch.ones_like(flat)
+    )
+
+
+def balanced_bias(bias: Tensor, load: Tensor, rate: float) -> Tensor:
+    """Return b_e + rate · sign(mean load - load_e) (arXiv:2412.19437, §2.1.2).
+
+    Experts that had too many tokens are chosen less from here on, and no gradient is bent for it.
+    Shapes: bias and load (E,).
+    """
+    load = load.to(bias.dtype)
+    return bias + rate * torch.sign(load.mean() - load)
+
+
+def max_violation(load: Tensor) -> float:
+    """Return MaxVio = max load / mean load - 1, 0 in perfect balance (arXiv:2408.15664, eq. 4)."""
+    load = load.to(torch.float64)
+    return float(load.max() / load.mean() - 1) if bool(load.any()) else 0.0
 
 
 def _in_best_groups(scores: Tensor, rules: RoutingRules, *, best: int) -> Tensor:

@@ -184,14 +184,10 @@ def _cut(weight: Tensor | Encoded, shape: Shape, P: int) -> list[Tensor | Encode
     """Cut a matrix (P · O, I) into P on top of each other."""
     if isinstance(weight, Tensor):
         return list(torch.split(weight, shape[0]))
-    cut = {suffix: part.chunk(P) for suffix, part in weight.parts.items()}
-    wanted = weight.format.parts(shape)
-    if all(
-        len(cut[suffix]) == P and all(tuple(one.shape) == part.shape for one in cut[suffix])
-        for suffix, part in wanted.items()
-    ):
+    if weight.format.cuts(shape[0]):
+        cut = {suffix: part.chunk(P) for suffix, part in weight.parts.items()}
         return [
-            Encoded(weight.format, {suffix: cut[suffix][i] for suffix in wanted}, shape)
+            Encoded(weight.format, {suffix: cut[suffix][i] for suffix in cut}, shape)
             for i in range(P)
         ]
     # Blocks reach over the border between two of them.

@@ -5,7 +5,6 @@ own name, so that `q_proj.weight` is held as `q_proj.weight` and `q_proj.weight_
 disk too, unless a format has to follow somebody else's names.
 """
 
-import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -65,6 +64,10 @@ class WeightFormat(ABC):
     def decode(self, parts: Parts, shape: Shape, dtype: torch.dtype) -> Tensor:
         """Return the numbers that the parts stand for."""
 
+    def cuts(self, row: int) -> bool:
+        """Tell whether the parts, cut there too, are those of the matrix cut before a row."""
+        return False
+
     def linear(self, x: Tensor, parts: Parts, shape: Shape, bias: Tensor | None) -> Tensor:
         """Return x wᵀ + b; x (..., I)."""
         return F.linear(x, self.decode(parts, shape, x.dtype), bias)
@@ -109,6 +112,10 @@ class Int8Format(WeightFormat):
         """Return the numbers that the parts stand for."""
         return dequantize_int8(parts[""], parts["_scale"], dtype)
 
+    def cuts(self, row: int) -> bool:
+        """Tell whether the parts, cut there too, are those of the matrix cut before a row."""
+        return True
+
     def linear(self, x: Tensor, parts: Parts, shape: Shape, bias: Tensor | None) -> Tensor:
         """Return x wᵀ + b; x (..., I)."""
         return int8_linear(x, parts[""], parts["_scale"], bias)
@@ -133,6 +140,10 @@ class Int4Format(WeightFormat):
     def decode(self, parts: Parts, shape: Shape, dtype: torch.dtype) -> Tensor:
         """Return the numbers that the parts stand for."""
         return dequantize_int4(parts[""], parts["_scale"], shape[-1], dtype)
+
+    def cuts(self, row: int) -> bool:
+        """Tell whether the parts, cut there too, are those of the matrix cut before a row."""
+        return True
 
     def linear(self, x: Tensor, parts: Parts, shape: Shape, bias: Tensor | None) -> Tensor:
         """Return x wᵀ + b; x (..., I)."""
@@ -163,7 +174,6 @@ class FP8Format(WeightFormat):
         """Return the numbers that the parts stand for."""
         return dequantize_fp8(parts[""], parts["_scale_inv"], dtype, self.block)
 
-
-def count(parts: Mapping[str, Part]) -> int:
-    """Return the bytes of parts."""
-    return sum(math.prod(part.shape) * part.dtype.itemsize for part in parts.values())
+    def cuts(self, row: int) -> bool:
+        """Tell whether the parts, cut there too, are those of the matrix cut before a row."""
+        return row % self.block[0] == 0

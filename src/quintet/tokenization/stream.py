@@ -25,12 +25,20 @@ class IncrementalDecoder:
     change at a distance gives all of it at `flush`.
     """
 
-    def __init__(self, tokenizer: Decoder, *, skip_special_tokens: bool = False) -> None:
+    def __init__(
+        self,
+        tokenizer: Decoder,
+        *,
+        skip_special_tokens: bool = False,
+        clean_up_tokenization_spaces: bool | None = None,
+    ) -> None:
         self._tokenizer = tokenizer
         self._skip = skip_special_tokens
         self._silent = tokenizer._silent_ids() if skip_special_tokens else set()
         self._source = _choose_source(tokenizer)
-        self._cleans = tokenizer.clean_up_tokenization_spaces and tokenizer._leaves_spaces
+        cleans = clean_up_tokenization_spaces
+        cleans = tokenizer.clean_up_tokenization_spaces if cleans is None else cleans
+        self._cleans = cleans and tokenizer._leaves_spaces
         self._held: list[str] = []
 
     def push(self, ids: int | Sequence[int]) -> str:

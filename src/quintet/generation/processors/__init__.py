@@ -5,6 +5,7 @@ from quintet.generation.processors.base import (
     LogitsProcessorList,
     LogitsWarper,
 )
+from quintet.generation.processors.guidance import UnbatchedClassifierFreeGuidanceLogitsProcessor
 from quintet.generation.processors.lengths import (
     ExponentialDecayLengthPenalty,
     ForcedBOSTokenLogitsProcessor,
@@ -33,6 +34,7 @@ from quintet.generation.processors.warpers import (
     TopPLogitsWarper,
     TypicalLogitsWarper,
 )
+from quintet.generation.processors.watermark import WatermarkLogitsProcessor
 from quintet.generation.processors.words import (
     NoBadWordsLogitsProcessor,
     PrefixConstrainedLogitsProcessor,
@@ -70,4 +72,6 @@ __all__ = [
     "TopKLogitsWarper",
     "TopPLogitsWarper",
     "TypicalLogitsWarper",
+    "UnbatchedClassifierFreeGuidanceLogitsProcessor",
+    "WatermarkLogitsProcessor",
 ]

@@ -34,6 +34,9 @@ class LogitsProcessor:
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
         raise NotImplementedError(f"{type(self).__name__} has to define __call__(ids, scores)")
 
+    def reorder(self, rows: Tensor) -> None:
+        """Go on with the rows (B,) of a beam search, where something is kept of each."""
+
 
 class LogitsWarper(LogitsProcessor):
     """Reshapes a distribution by itself, whatever the text is and whichever tokens these are.

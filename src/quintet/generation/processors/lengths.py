@@ -109,8 +109,9 @@ class ExponentialDecayLengthPenalty(LogitsProcessor):
             return scores
         ends = self.eos_token_id.to(scores.device)
         n = torch.as_tensor(behind, device=scores.device).clamp(min=0).reshape(-1, 1)
+        raised = torch.pow(self.regulation_factor, n.double()) - 1
         logits = scores[:, ends]
-        more = logits.abs() * (torch.pow(self.regulation_factor, n) - 1)
+        more = logits.abs() * raised.to(scores)
         return scores.index_add(1, ends, torch.where(logits.isfinite(), more, 0.0))
 
 

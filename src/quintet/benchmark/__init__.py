@@ -1,0 +1,1 @@
+"""How fast a model runs here, and how fast this machine would let it."""

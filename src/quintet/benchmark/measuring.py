@@ -1,0 +1,84 @@
+"""One measurement at a time: a prompt, or some steps at a depth."""
+
+import statistics
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from quintet.benchmark.synthetic import filled_cache, random_ids
+from quintet.modeling.heads import CausalLMHead
+
+__all__ = ["Spread", "decode", "prefill"]
+
+
+@dataclass(frozen=True, slots=True)
+class Spread:
+    """The seconds that one thing took, several times."""
+
+    seconds: tuple[float, ...]
+
+    @classmethod
+    def of(cls, seconds: Sequence[float]) -> "Spread":
+        """Keep them in the order they were measured."""
+        return cls(tuple(seconds))
+
+    @property
+    def median(self) -> float:
+        """The middle one."""
+        return statistics.median(self.seconds)
+
+    @property
+    def least(self) -> float:
+        """The shortest."""
+        return min(self.seconds)
+
+    @property
+    def most(self) -> float:
+        """The longest."""
+        return max(self.seconds)
+
+
+@torch.no_grad()
+def prefill(model: CausalLMHead, batch: int, tokens: int, seed: int = 0) -> float:
+    """Return the seconds from a prompt of random ids to the next token of each row."""
+    ids = random_ids(model.config.vocab_size, batch, tokens, seed).to(model.device)
+    _wait(model)
+    started = time.perf_counter()
+    _next(model(ids, use_cache=True, logits_to_keep=1).logits)
+    return time.perf_counter() - started
+
+
+@torch.no_grad()
+def decode(
+    model: CausalLMHead, batch: int, depth: int, steps: int, seed: int = 0, limit: float = 60.0
+) -> float:
+    """Return the mean seconds of a step, of `steps` behind a context of `depth` tokens.
+
+    Begins with a step that does not count; ends early after `limit` seconds.
+    """
+    cache = filled_cache(model, batch, depth)
+    ids = random_ids(model.config.vocab_size, batch, steps + 1, seed).to(model.device)
+    started, made = 0.0, 0
+    for column in torch.split(ids, 1, dim=1):
+        output = model(column, past_key_values=cache, use_cache=True, logits_to_keep=1)
+        _next(output.logits)
+        if not started:
+            started = time.perf_counter()
+            continue
+        made += 1
+        if time.perf_counter() - started > limit:
+            break
+    return (time.perf_counter() - started) / made
+
+
+def _next(logits: Tensor) -> list[int]:
+    """Take the likeliest tokens, as greedy decoding does; this waits for a device."""
+    return logits[:, -1].argmax(dim=-1).tolist()
+
+
+def _wait(model: CausalLMHead) -> None:
+    if model.device.type == "cuda":
+        torch.cuda.synchronize(model.device)

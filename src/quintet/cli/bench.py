@@ -1,0 +1,302 @@
+"""`quintet bench`: prompts and steps, timed, beside what this machine would allow."""
+
+import json
+import time
+from collections.abc import Iterator
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from quintet.cli.options import note, warnings_as_notes
+from quintet.errors import InputError
+
+if TYPE_CHECKING:
+    from quintet.benchmark.machine import Bandwidth
+    from quintet.modeling.heads import CausalLMHead
+
+__all__ = ["command"]
+
+# Above this share of the processor in other hands, a result says so.
+BUSY = 0.05
+
+
+class _Numbers(click.ParamType[tuple[int, ...]]):
+    """Whole numbers separated by commas."""
+
+    name = "n,n,…"
+
+    def __init__(self, least: int) -> None:
+        self.least = least
+
+    def convert(
+        self, value: Any, param: click.Parameter | None, ctx: click.Context | None
+    ) -> tuple[int, ...]:
+        try:
+            numbers = tuple(int(part) for part in str(value).split(",") if part.strip())
+        except ValueError:
+            self.fail(f"{value!r} is not whole numbers separated by commas", param, ctx)
+        if any(number < self.least for number in numbers):
+            self.fail(f"{value!r} has a number below {self.least}", param, ctx)
+        return numbers
+
+
+@click.command("bench")
+@click.argument("model", required=False)
+@click.option("--geometry", help="Random weights in the shape of a released model; no checkpoint.")
+@click.option(
+    "--n-prompt", "-p", type=_Numbers(0), default="512", show_default=True, help="Prompt lengths."
+)
+@click.option(
+    "--n-gen", "-n", type=click.IntRange(0), default=16, show_default=True, help="Steps to time."
+)
+@click.option(
+    "--n-depth", "-d", type=_Numbers(1), default="512", show_default=True, help="Context of steps."
+)
+@click.option(
+    "--batch-size", "-b", type=_Numbers(1), default="1", show_default=True, help="Rows at once."
+)
+@click.option("--repetitions", "-r", type=click.IntRange(1), default=5, show_default=True)
+@click.option("--threads", "-t", type=click.IntRange(1), help="Of the CPU.")
+@click.option("--dtype", default="auto", show_default=True, help="Of the weights.")
+@click.option("--device", default="auto", show_default=True, help="cpu, cuda, cuda:1, …")
+@click.option(
+    "--attn-implementation",
+    type=click.Choice(["eager", "sdpa", "flash_attention_2"]),
+    help="How attention is computed.",
+)
+@click.option("--revision", help="Branch, tag or commit of a hub id.")
+@click.option("--cache-dir", help="Where downloads are kept.")
+@click.option("--offline", is_flag=True, help="Never use the network.")
+@click.option("--json", "as_json", is_flag=True, help="As JSON.")
+@click.option("--quiet", "-q", is_flag=True, help="Nothing but the result.")
+def command(
+    model: str | None,
+    geometry: str | None,
+    n_prompt: tuple[int, ...],
+    n_gen: int,
+    n_depth: tuple[int, ...],
+    batch_size: tuple[int, ...],
+    repetitions: int,
+    threads: int | None,
+    as_json: bool,
+    quiet: bool,
+    **source: Any,
+) -> None:
+    """Measure how fast MODEL runs on this machine.
+
+    Prompts (pp) are timed to the first token, steps (tg) at a context depth that is filled with
+    random keys and values, which cost what real ones do. Medians of the repetitions.
+    """
+    if (model is None) == (geometry is None):
+        raise click.UsageError("Give either MODEL, a directory or hub id, or --geometry NAME.")
+    import torch
+
+    if threads is not None:
+        torch.set_num_threads(threads)
+    from quintet.benchmark.machine import read_bandwidth
+
+    # Before the model is there, so that its peak of memory is its own.
+    bandwidth = read_bandwidth()
+    with warnings_as_notes(quiet):
+        opened, seconds = _open(model, geometry, **source)
+        note(_described(opened, geometry or model), quiet)
+        result = _measured(
+            opened, bandwidth, n_prompt, n_gen, n_depth, batch_size, repetitions, quiet=quiet
+        )
+    result = {"model": geometry or model, "load_seconds": seconds, **result}
+    click.echo(json.dumps(result, indent=2) if as_json else "\n".join(_table(result)))
+
+
+def _open(
+    name: str | None,
+    geometry: str | None,
+    *,
+    dtype: str,
+    device: str,
+    attn_implementation: str | None,
+    revision: str | None,
+    cache_dir: str | None,
+    offline: bool,
+) -> tuple["CausalLMHead", float | None]:
+    """Return a model, and the seconds from its files to its first token; None without files."""
+    import torch
+
+    from quintet.auto import AutoModelForCausalLM
+    from quintet.benchmark import geometries, measuring, synthetic
+    from quintet.modeling.heads import CausalLMHead
+    from quintet.modeling.placement import first_device, named_dtype
+
+    if geometry is not None:
+        shape = geometries.geometry(geometry)
+        config = shape.config()
+        if attn_implementation is not None:
+            config.attn_implementation = attn_implementation
+        chosen = torch.bfloat16 if dtype == "auto" else named_dtype(dtype)
+        return synthetic.random_model(config, chosen).to(first_device(device)), None
+    assert name is not None
+    overrides = {} if attn_implementation is None else {"attn_implementation": attn_implementation}
+    started = time.perf_counter()
+    model = AutoModelForCausalLM.from_pretrained(
+        name,
+        dtype=dtype,
+        device_map=device,
+        revision=revision,
+        cache_dir=cache_dir,
+        local_files_only=offline,
+        **overrides,
+    )
+    if not isinstance(model, CausalLMHead):
+        raise InputError(f"{name} has no language-modelling head")
+    measuring.prefill(model, 1, 1)
+    return model, time.perf_counter() - started
+
+
+def _described(model: "CausalLMHead", name: str | None) -> str:
+    import torch
+
+    dtype = str(model.dtype).removeprefix("torch.")
+    millions = model.num_parameters() / 1e6
+    return (
+        f"{name}: {model.config.model_type}, {millions:,.0f} M parameters, {dtype} on "
+        f"{model.device}, {torch.get_num_threads()} threads, {model.config.attn_implementation}"
+    )
+
+
+def _measured(
+    model: "CausalLMHead",
+    bandwidth: "Bandwidth | None",
+    prompts: tuple[int, ...],
+    steps: int,
+    depths: tuple[int, ...],
+    batches: tuple[int, ...],
+    repetitions: int,
+    *,
+    quiet: bool,
+) -> dict[str, Any]:
+    import torch
+
+    from quintet.benchmark import machine
+    from quintet.kernels import report
+
+    on_cpu = model.device.type == "cpu"
+    bandwidth = bandwidth if on_cpu else None
+    peak = machine.gemm_peak(model.dtype) if on_cpu and any(prompts) else None
+    with machine.Load() as load:
+        rows = []
+        for row in _rows(
+            model, prompts, steps, depths, batches, repetitions, bandwidth=bandwidth, peak=peak
+        ):
+            note(" ".join(_cells(row)), quiet)
+            rows.append(row)
+    return {
+        "family": model.config.model_type,
+        "parameters": model.num_parameters(),
+        "dtype": str(model.dtype).removeprefix("torch."),
+        "device": str(model.device),
+        "threads": torch.get_num_threads(),
+        "attention": model.config.attn_implementation,
+        "kernels": {k.name: k.level or f"PyTorch, as {k.reason}" for k in report().kernels},
+        "peak_memory_bytes": machine.peak_memory(),
+        "bandwidth": None if bandwidth is None else asdict(bandwidth),
+        "gemm_flops_per_second": peak,
+        "machine": {**asdict(machine.Machine.here()), **load.facts()},
+        "rows": rows,
+    }
+
+
+def _rows(
+    model: "CausalLMHead",
+    prompts: tuple[int, ...],
+    steps: int,
+    depths: tuple[int, ...],
+    batches: tuple[int, ...],
+    repetitions: int,
+    *,
+    bandwidth: "Bandwidth | None",
+    peak: float | None,
+) -> Iterator[dict[str, Any]]:
+    from quintet.benchmark import floors, measuring, synthetic
+
+    for batch in batches:
+        for tokens in filter(None, prompts):
+            measuring.prefill(model, batch, tokens)  # the first one pays for what is made once
+            spread = measuring.Spread.of(
+                [measuring.prefill(model, batch, tokens, seed) for seed in range(repetitions)]
+            )
+            flops = floors.prompt_flops(model.config, batch, tokens)
+            floor = None if peak is None else flops / peak
+            yield _row(f"pp{tokens}", batch, batch * tokens, spread, floor, {"flops": flops})
+        for depth in depths if steps else ():
+            counted = floors.step_bytes(
+                model, synthetic.filled_cache(model, batch, 1), batch, depth
+            )
+            spread = measuring.Spread.of(
+                [measuring.decode(model, batch, depth, steps, seed) for seed in range(repetitions)]
+            )
+            floor = None if bandwidth is None else counted.total / bandwidth.bytes_per_second
+            yield _row(f"tg{steps} @ d{depth}", batch, batch, spread, floor, asdict(counted))
+
+
+def _row(
+    test: str, batch: int, tokens: int, spread: Any, floor: float | None, needs: dict[str, Any]
+) -> dict[str, Any]:
+    return {
+        "test": test,
+        "batch": batch,
+        "tokens_per_second": tokens / spread.median,
+        "seconds": spread.median,
+        "least": spread.least,
+        "most": spread.most,
+        "each": spread.seconds,
+        "floor_seconds": floor,
+        "of_floor": None if floor is None else floor / spread.median,
+        "needs": needs,
+    }
+
+
+HEADER = ("test", "batch", "tok/s", "ms", "least - most", "floor ms", "of it")
+
+
+def _cells(row: dict[str, Any]) -> tuple[str, ...]:
+    floor = row["floor_seconds"]
+    return (
+        row["test"],
+        str(row["batch"]),
+        f"{row['tokens_per_second']:.2f}",
+        f"{row['seconds'] * 1e3:.2f}",
+        f"{row['least'] * 1e3:.2f} - {row['most'] * 1e3:.2f}",
+        "" if floor is None else f"{floor * 1e3:.2f}",
+        "" if floor is None else f"{row['of_floor']:.0%}",
+    )
+
+
+def _table(result: dict[str, Any]) -> Iterator[str]:
+    rows = [HEADER, *map(_cells, result["rows"])]
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    rows.insert(1, tuple("-" * width for width in widths))
+    for first, *others in rows:
+        cells = [first.ljust(widths[0])]
+        cells += [cell.rjust(width) for cell, width in zip(others, widths[1:], strict=True)]
+        yield f"| {' | '.join(cells)} |"
+    yield ""
+    size, memory = result["parameters"] / 1e6, result["peak_memory_bytes"] / 2**30
+    loaded = result["load_seconds"]
+    yield (
+        f"{result['family']}, {size:,.0f} M parameters, {result['dtype']} on {result['device']}, "
+        f"{result['threads']} threads, {result['attention']}"
+    )
+    yield f"peak memory {memory:.2f} GiB" + (
+        "" if loaded is None else f", {loaded:.2f} s from files to first token"
+    )
+    if (bandwidth := result["bandwidth"]) is not None:
+        rate = bandwidth["bytes_per_second"] / 1e9
+        yield f"memory is read at {rate:.1f} GB/s ({bandwidth['how']})"
+    if (peak := result["gemm_flops_per_second"]) is not None:
+        yield f"matrices are multiplied at {peak / 1e9:.0f} GFLOP/s in {result['dtype']}"
+    for state in dict.fromkeys(result["kernels"].values()):
+        names = [name for name, its in result["kernels"].items() if its == state]
+        yield f"kernels: {', '.join(names)} ({state})"
+    others = result["machine"]["others"]
+    if others is not None and others > BUSY:
+        yield f"not quiet: others took {others:.0%} of the processor meanwhile"

@@ -1,0 +1,150 @@
+"""What a config means for a call: how it searches, what ends it, and what has no effect."""
+
+import warnings
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+
+from quintet.errors import InputError
+from quintet.generation.beams import BeamOptions
+from quintet.generation.config import GenerationConfig
+from quintet.generation.stopping import (
+    Criterion,
+    EosTokenCriteria,
+    MaxLengthCriteria,
+    MaxTimeCriteria,
+    Stopping,
+    StoppingCriteriaList,
+    StopStringCriteria,
+)
+from quintet.generation.streamers import Streamer
+from quintet.tokenization import PreTrainedTokenizer
+
+__all__ = ["beam_options", "check_least", "longest", "pad_token", "stopping", "warn_of_idle"]
+
+# What a checkpoint may set without a need, and the value that asks for nothing.
+_SAMPLING = {
+    "temperature": 1.0,
+    "top_k": 50,
+    "top_p": 1.0,
+    "min_p": 0.0,
+    "top_h": None,
+    "typical_p": 1.0,
+    "epsilon_cutoff": 0.0,
+    "eta_cutoff": 0.0,
+}
+_BEAMS = {"early_stopping": False, "length_penalty": 1.0}
+_OUTPUTS = {
+    "output_scores": False,
+    "output_logits": False,
+    "output_attentions": False,
+    "output_hidden_states": False,
+}
+
+
+def beam_options(config: GenerationConfig, streamer: Streamer | None) -> BeamOptions | None:
+    """Return how a beam search goes; None for none.
+
+    Raises:
+        InputError: more sequences are asked for than there will be, or a streamer.
+    """
+    beams, returned = config.num_beams or 1, config.num_return_sequences or 1
+    if beams == 1:
+        if returned > 1 and not config.do_sample:
+            raise InputError(
+                f"num_return_sequences={returned} without sampling would be "
+                "the same text each time; set do_sample=True, or num_beams"
+            )
+        return None
+    if returned > beams:
+        raise InputError(
+            f"num_return_sequences={returned} is more than the num_beams={beams} there are; "
+            "raise num_beams"
+        )
+    if streamer is not None:
+        raise InputError(
+            f"a streamer gets tokens as they are chosen, and with num_beams={beams} none is before "
+            "the end; leave one of the two out"
+        )
+    penalty, early = config.length_penalty, config.early_stopping
+    return BeamOptions(
+        num_beams=beams,
+        num_return_sequences=returned,
+        length_penalty=1.0 if penalty is None else penalty,
+        early_stopping=False if early is None else early,
+        eos_count=len(config.eos_token_ids),
+    )
+
+
+def longest(criteria: Sequence[Criterion]) -> int | None:
+    """Return the length at which a criterion of the caller's ends all rows."""
+    return StoppingCriteriaList(criteria).max_length
+
+
+def stopping(
+    config: GenerationConfig,
+    own: Sequence[Criterion],
+    tokenizer: PreTrainedTokenizer | None,
+    device: torch.device,
+) -> Stopping:
+    """Return what ends rows; one of the caller's takes the place of one of the same class.
+
+    Raises:
+        InputError: there are stop strings and no tokenizer.
+    """
+    asked: list[Criterion] = []
+    if config.max_time is not None:
+        asked.append(MaxTimeCriteria(config.max_time))
+    if config.stop_strings is not None:
+        if tokenizer is None:
+            raise InputError(
+                f"stop_strings={config.stop_strings!r} needs the tokenizer: generate(tokenizer=…)"
+            )
+        asked.append(StopStringCriteria(tokenizer, config.stop_strings))
+    kinds = {type(criterion) for criterion in own}
+    ends = [] if EosTokenCriteria in kinds else config.eos_token_ids
+    criteria = [criterion for criterion in asked if type(criterion) not in kinds]
+    # Its length is that of the loop already.
+    criteria += [criterion for criterion in own if type(criterion) is not MaxLengthCriteria]
+    eos = torch.tensor(ends, dtype=torch.long, device=device)
+    return Stopping(eos, StoppingCriteriaList(criteria))
+
+
+def warn_of_idle(config: GenerationConfig, options: Mapping[str, Any]) -> None:
+    """Tell which options of a call have no effect beside the others."""
+    for applies, names, needed in (
+        (config.do_sample, _SAMPLING, "do_sample=True"),
+        ((config.num_beams or 1) > 1, _BEAMS, "num_beams above 1"),
+        (config.return_dict_in_generate, _OUTPUTS, "return_dict_in_generate=True"),
+    ):
+        for name, usual in names.items() if not applies else ():
+            if (value := options.get(name)) is not None and value != usual:
+                warnings.warn(f"{name}={value} has no effect without {needed}", stacklevel=5)
+
+
+def check_least(config: GenerationConfig, room: int, vocab_size: int) -> None:
+    """Check what `min_new_tokens` needs: room for them, and ends that can be forbidden.
+
+    Raises:
+        InputError: one is missing.
+    """
+    if config.min_new_tokens is None:
+        return
+    if config.min_new_tokens > room:
+        raise InputError(
+            f"min_new_tokens={config.min_new_tokens} and there is room for {room} new tokens; "
+            "raise max_new_tokens, or lower min_new_tokens"
+        )
+    if any(token >= vocab_size for token in config.eos_token_ids):
+        raise InputError(
+            f"eos_token_id={config.eos_token_id} is outside of the vocabulary, 0 to "
+            f"{vocab_size - 1}"
+        )
+
+
+def pad_token(config: GenerationConfig) -> int:
+    """Return what follows the end of a row."""
+    if config.pad_token_id is not None:
+        return config.pad_token_id
+    return config.eos_token_ids[0] if config.eos_token_ids else 0

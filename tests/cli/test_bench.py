@@ -1,0 +1,70 @@
+"""`quintet bench`: rows for what was asked, as a table and as JSON."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+QUICK = ("-r", "2", "-n", "2")
+
+
+def test_every_combination_is_a_row(quintet: Any, chat_model: Path) -> None:
+    result = quintet(
+        "bench", chat_model, "--json", "-p", "4,8", "-d", "3,9", "-b", "1,2", "-t", "1", *QUICK
+    )
+    assert result.code == 0
+    found = json.loads(result.out)
+    assert [(row["test"], row["batch"]) for row in found["rows"]] == [
+        (test, batch) for batch in (1, 2) for test in ("pp4", "pp8", "tg2 @ d3", "tg2 @ d9")
+    ]
+    for row in found["rows"]:
+        tokens = row["batch"] * (int(row["test"][2:]) if row["test"].startswith("pp") else 1)
+        assert len(row["each"]) == 2
+        assert 0 < row["least"] <= row["seconds"] <= row["most"]
+        assert row["tokens_per_second"] == pytest.approx(tokens / row["seconds"])
+        assert row["of_floor"] == pytest.approx(row["floor_seconds"] / row["seconds"])
+    assert (found["family"], found["dtype"], found["threads"]) == ("qwen2", "float32", 1)
+    assert found["load_seconds"] > 0
+    assert found["peak_memory_bytes"] > 10_000_000
+    assert found["bandwidth"]["bytes_per_second"] > 1e8
+
+
+def test_the_table(process: Any, chat_model: Path) -> None:
+    child = process("bench", chat_model, "-p", "4", "-d", "3", "-t", "1", "-q", *QUICK)
+    out, err = child.communicate(timeout=300)
+    assert (child.returncode, err) == (0, "")
+    header, rule, prompt, steps, gap, model, memory, *_ = out.splitlines()
+    assert header.split("|")[1:3] == [" test     ", " batch "]
+    assert set(rule) == {"|", "-", " "}
+    assert len({len(header), len(rule), len(prompt), len(steps)}) == 1
+    assert prompt.startswith("| pp4 ")
+    assert steps.startswith("| tg2 @ d3 ")
+    assert gap == ""
+    assert model.startswith("qwen2, 0 M parameters, float32 on cpu, 1 threads")
+    assert memory.startswith("peak memory ")
+
+
+def test_only_prompts_or_only_steps(quintet: Any, chat_model: Path) -> None:
+    prompts = json.loads(quintet("bench", chat_model, "--json", "-p", "4", "-n", "0").out)
+    steps = json.loads(quintet("bench", chat_model, "--json", "-p", "0", "-d", "2", *QUICK).out)
+    assert [row["test"] for row in prompts["rows"]] == ["pp4"]
+    assert [row["test"] for row in steps["rows"]] == ["tg2 @ d2"]
+    assert steps["gemm_flops_per_second"] is None
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        ([], "Give either MODEL"),
+        (["model", "--geometry", "qwen2-0.5b"], "Give either MODEL"),
+        (["--geometry", "qwen3"], "there are qwen2-0.5b"),
+        (["model", "-p", "4,x"], "is not whole numbers"),
+        (["model", "-b", "0"], "a number below 1"),
+    ],
+)
+def test_what_cannot_be_measured(quintet: Any, arguments: list[str], said: str) -> None:
+    result = quintet("bench", *arguments)
+    assert result.code == 2
+    assert said in result.err
+    assert result.is_one_screen
