@@ -57,7 +57,7 @@ class Answer(TextStreamer):
         super().end()
         self.seconds = time.perf_counter() - self._started
 
-    def on_text(self, text: str, stream_end: bool = False) -> None:
+    def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
         """Write a piece of the answer, or say that the model thinks."""
         pieces = self._splitter.push(text)
         if stream_end:

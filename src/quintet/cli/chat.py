@@ -1,5 +1,6 @@
 """`quintet chat`: talk with a model in the terminal."""
 
+import contextlib
 import dataclasses
 import difflib
 import sys
@@ -186,7 +187,8 @@ class _Talk:
         if self.config.max_new_tokens is None and self.config.max_length is None:
             options["max_new_tokens"] = max(1, min(1024, context - ids.shape[1]))
         answer = Answer(tokenizer, prompt, self.reasoning)
-        try:
+        # What there is when Ctrl-C is pressed is the answer, and has been shown.
+        with contextlib.suppress(KeyboardInterrupt):
             self.opened.generator_model.generate(
                 ids,
                 self.config,
@@ -195,8 +197,6 @@ class _Talk:
                 generator=self.generator,
                 **options,
             )
-        except KeyboardInterrupt:
-            answer.end()
         self.conversation.add(text, answer.texts["answer"], answer.texts["reasoning"])
         self._tell(answer, ids.shape[1] + answer.tokens, context)
 

@@ -18,7 +18,7 @@ from quintet.cli.options import (
     warnings_as_notes,
 )
 from quintet.cli.settings import describe
-from quintet.errors import InputError, ModelNotFoundError, QuintetError
+from quintet.errors import InputError, ModelNotFoundError
 from quintet.hub import demo_model
 
 if TYPE_CHECKING:
@@ -134,24 +134,18 @@ def _continue(
     if not as_json:
         streamer = TextStreamer(tokenizer, skip_prompt=not echo, skip_special_tokens=True)
     started = time.perf_counter()
-    try:
-        output = cast(
-            "Tensor",
-            opened.generator_model.generate(
-                inputs,
-                config,
-                streamer=streamer,
-                tokenizer=tokenizer,
-                # Healing changes the end of the prompt, which then has to be shown.
-                token_healing=echo and not as_json,
-                generator=generator,
-            ),
-        )
-    except (KeyboardInterrupt, QuintetError):
-        if streamer is not None:
-            # Ends the line of what has been shown.
-            streamer.end()
-        raise
+    output = cast(
+        "Tensor",
+        opened.generator_model.generate(
+            inputs,
+            config,
+            streamer=streamer,
+            tokenizer=tokenizer,
+            # Healing changes the end of the prompt, which then has to be shown.
+            token_healing=echo and not as_json,
+            generator=generator,
+        ),
+    )
     seconds = time.perf_counter() - started
     made = output[0, length:]
     if as_json:
