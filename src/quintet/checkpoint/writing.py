@@ -18,14 +18,12 @@ from quintet.checkpoint.commit import Staged, clean_up, put_in_place
 from quintet.checkpoint.header import DTYPES, encode_header
 from quintet.checkpoint.layout import (
     FINAL_INDEX,
-    INDEX,
     REPLACED,
     SAVE_ID,
-    SINGLE,
     STAGING,
     UNDO,
+    Names,
     is_plain,
-    shard_name,
     shown,
 )
 from quintet.checkpoint.reading import half_moved
@@ -44,6 +42,7 @@ def save(
     max_shard_size: int | str = "5GB",
     metadata: Mapping[str, str] | None = None,
     text_files: Mapping[str, str] = _NO_TEXTS,
+    variant: str | None = None,
 ) -> list[Path]:
     """Write a checkpoint in the layout of the hub; return the paths of its files.
 
@@ -59,7 +58,8 @@ def save(
     most = parse_size(max_shard_size)
     header = {"format": "pt", **(metadata or {})}
     _check_tensors(tensors)
-    _check_texts(header, text_files)
+    named = Names(variant)
+    _check_texts(header, text_files, named)
     if os.path.lexists(directory) and not directory.is_dir():
         raise SaveError(f"{directory} is a file; a checkpoint is written into a directory")
     parts = split({name: tensor.nbytes for name, tensor in tensors.items()}, most)
@@ -70,7 +70,7 @@ def save(
             clean_up(directory)
             try:
                 disk.make(staging)
-                staged = _stage(staging, tensors, parts, header, text_files)
+                staged = _stage(staging, tensors, parts, header, text_files, named)
                 return put_in_place(staged)
             finally:
                 # The note in it is needed if the text files could not be restored.
@@ -99,11 +99,12 @@ def _stage(
     parts: list[list[str]],
     header: Mapping[str, str],
     texts: Mapping[str, str],
+    named: Names,
 ) -> Staged:
     """Write all files into the temporary directory, under the names they are moved with."""
-    finals = [SINGLE]
+    finals = [named.single]
     if len(parts) > 1:
-        finals = [shard_name(number + 1, len(parts)) for number in range(len(parts))]
+        finals = [named.shard(number + 1, len(parts)) for number in range(len(parts))]
         header = {**header, SAVE_ID: secrets.token_hex(8)}
     names = finals
     if len(parts) > 1 and any(os.path.lexists(staging.parent / name) for name in finals):
@@ -116,14 +117,14 @@ def _stage(
     if len(parts) > 1:
         total = sum(tensor.nbytes for tensor in tensors.values())
         about = {SAVE_ID: header[SAVE_ID], "total_size": total}
-        for file, shards in ((INDEX, names), (FINAL_INDEX, finals)):
+        for file, shards in ((named.index, names), (FINAL_INDEX, finals)):
             where = {name: s for s, part in zip(shards, parts, strict=True) for name in part}
             index = {"metadata": about, "weight_map": dict(sorted(where.items()))}
             disk.write(staging / file, [f"{json.dumps(index, indent=2)}\n".encode()])
     for name, text in texts.items():
         disk.write(staging / name, [text.encode()])
     disk.sync(staging)
-    return Staged(staging, dict(zip(names, finals, strict=True)), texts)
+    return Staged(staging, dict(zip(names, finals, strict=True)), texts, named)
 
 
 def _encode(
@@ -169,13 +170,13 @@ def _check_tensors(tensors: Mapping[str, torch.Tensor]) -> None:
         )
 
 
-def _check_texts(header: Mapping[str, str], texts: Mapping[str, str]) -> None:
+def _check_texts(header: Mapping[str, str], texts: Mapping[str, str], named: Names) -> None:
     if header["format"] != "pt" or SAVE_ID in header:
         raise InputError(f"metadata={shown(header)}: 'format' is 'pt' and {SAVE_ID!r} is reserved")
     for key, value in header.items():
         if not isinstance(key, str) or not isinstance(value, str) or not _is_utf8(key + value):
             raise InputError(f"metadata={shown({key: value})} has to map text to text")
-    reserved = (SINGLE, INDEX, FINAL_INDEX, REPLACED, UNDO, f"{UNDO}.part")
+    reserved = (named.single, named.index, FINAL_INDEX, REPLACED, UNDO, f"{UNDO}.part")
     for name, text in texts.items():
         if not is_plain(name) or name in reserved or name.endswith(".safetensors"):
             raise InputError(f"text_files: {shown(name)} has to be the plain name of a text file")

@@ -21,6 +21,10 @@ COMMANDS = MappingProxyType(
         "chat": "Talk with a model.",
         "generate": "Continue a text.",
         "info": "Say what a model is.",
+        "ls": "List the models in the hub cache.",
+        "plan": "Say whether a model fits, before it is fetched.",
+        "rm": "Remove models from the hub cache.",
+        "verify": "Check that a model's files are whole.",
     }
 )
 

@@ -11,7 +11,7 @@ from tokenizers import AddedToken, Tokenizer, processors
 
 from quintet.errors import InputError, ModelNotFoundError, SaveError, TokenizerError
 from quintet.files import write_text
-from quintet.hub import TOKENIZER_PATTERNS, locate
+from quintet.hub import TOKENIZER_PATTERNS, Pushable, locate
 from quintet.tokenization import files as names
 from quintet.tokenization.chat import Chat
 from quintet.tokenization.decoding import Decoder
@@ -31,7 +31,7 @@ _NO_LIMIT = int(1e30)
 _LISTS = ("additional_special_tokens", "extra_special_tokens")
 
 
-class PreTrainedTokenizer(Chat, Decoder):
+class PreTrainedTokenizer(Chat, Decoder, Pushable):
     """Text to ids and back, exactly as a pipeline (`tokenizer.json`) says.
 
     Args:
