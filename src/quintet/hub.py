@@ -35,6 +35,7 @@ TOKENIZER_PATTERNS = (
     "added_tokens.json",
     "vocab.json",
     "merges.txt",
+    "tokenizer.model",
     "chat_template.jinja",
     "additional_chat_templates/*.jinja",
 )
@@ -178,7 +179,7 @@ def push_folder(
                 "may, or set HF_TOKEN"
             ) from error
         raise SaveError(f"the hub refused the commit to {repo_id!r}: {error}") from error
-    except OSError as error:
+    except (OSError, ValueError) as error:
         raise OfflineError(f"{repo_id!r} cannot be pushed to: {error}") from error
     return str(done.commit_url)
 
@@ -263,7 +264,6 @@ def _download(
         HfHubHTTPError,
         HFValidationError,
         LocalEntryNotFoundError,
-        OfflineModeIsEnabled,
         RepositoryNotFoundError,
         RevisionNotFoundError,
     )
@@ -295,11 +295,12 @@ def _download(
         ) from error
     except RevisionNotFoundError as error:
         raise ModelNotFoundError(f"{name!r} has no revision {revision!r}") from error
-    except (LocalEntryNotFoundError, OfflineModeIsEnabled, HfHubHTTPError, OSError) as error:
+    # ValueError: what answered is not the hub, as in a network that asks to log in first.
+    except (LocalEntryNotFoundError, HfHubHTTPError, OSError, ValueError) as error:
         reason = (
             "offline mode is set (HF_HUB_OFFLINE or local_files_only)"
             if offline
-            else "the hub could not be reached"
+            else f"the hub could not be reached ({type(error).__name__})"
         )
         raise OfflineError(
             f"{name!r}{at} is neither a directory here nor in the hub cache "
