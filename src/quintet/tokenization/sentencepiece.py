@@ -74,11 +74,13 @@ def read_sentencepiece(path: Path, *, add_prefix_space: bool | None = None) -> T
         steps += [normalizers.Strip(), normalizers.Replace(Regex(" {2,}"), " ")]
     if prefix:
         # Metaspace puts no space before one that is there; SentencePiece does.
-        steps.append(normalizers.Replace(Regex("^ "), "  "))
+        steps.append(normalizers.Replace(Regex(r"\A "), "  "))
     if steps:
         pipeline.normalizer = normalizers.Sequence(steps)
+    # What is first, Metaspace tells by its place, which stripping moves.
+    scheme = "never" if not prefix else "always" if model.squeezes else "first"
     pipeline.pre_tokenizer = pre_tokenizers.Metaspace(
-        replacement=SPACE, prepend_scheme="first" if prefix else "never", split=False
+        replacement=SPACE, prepend_scheme=scheme, split=False
     )
     pipeline.decoder = decoders.Sequence(
         [
