@@ -360,7 +360,7 @@ class PreTrainedModel(nn.Module, Pushable):
         dtypes = (
             parameter.dtype
             for name, parameter in self.named_parameters()
-            if parameter.is_floating_point() and not name.endswith(self.keep_in_fp32 or "\0")
+            if parameter.is_floating_point() and not name.endswith(self.keep_in_fp32)
         )
         return next(dtypes, torch.float32)
 
