@@ -134,6 +134,7 @@ if TYPE_CHECKING:
         FineGrainedFP8Config,
         Int4Config,
         Int8Config,
+        TorchAoConfig,
     )
     from quintet.tokenization import (
         BatchEncoding,
@@ -240,6 +241,7 @@ __all__ = [
     "TopHLogitsWarper",
     "TopKLogitsWarper",
     "TopPLogitsWarper",
+    "TorchAoConfig",
     "TypicalLogitsWarper",
     "UnbatchedClassifierFreeGuidanceLogitsProcessor",
     "WatermarkLogitsProcessor",
@@ -350,6 +352,7 @@ _NAMES = {
         "FineGrainedFP8Config",
         "Int4Config",
         "Int8Config",
+        "TorchAoConfig",
     ],
     "quintet.tokenization": [
         "BatchEncoding",
