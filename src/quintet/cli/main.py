@@ -19,8 +19,14 @@ COMMANDS = MappingProxyType(
     {
         "bench": "Measure how fast a model runs here.",
         "chat": "Talk with a model.",
+        "convert": "Write a model's weights in another dtype or other shards.",
         "generate": "Continue a text.",
         "info": "Say what a model is.",
+        "ls": "List the models in the hub cache.",
+        "plan": "Say whether a model fits, before it is fetched.",
+        "quantize": "Write a model's weights in fewer bits.",
+        "rm": "Remove models from the hub cache.",
+        "verify": "Check that a model's files are whole.",
     }
 )
 
