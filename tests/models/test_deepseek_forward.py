@@ -124,7 +124,8 @@ def test_kernels_are_no_farther_from_float32_than_pytorch(
     truth, by_kernels = logits(exact), logits(model)
     for name in ("attend_latents", "attend_parts"):
         monkeypatch.setattr(f"quintet.ops.mla.{name}", lambda *_, **__: None)
-    monkeypatch.setattr("quintet.ops.moe.grouped_silu_experts", lambda *_: None)
+    for name in ("kernel", "grouped_silu_experts"):
+        monkeypatch.setattr(f"quintet.ops.moe.{name}", lambda *_: None)
     by_pytorch = logits(model)
 
     def error(made: Tensor) -> float:
@@ -140,7 +141,7 @@ def test_generate_runs_on_the_kernels(family: str, monkeypatch: pytest.MonkeyPat
         pytest.skip(f"no kernels: {native().reason}")
     from quintet.ops import mla, moe
 
-    ran = {"attend_latents": 0, "attend_parts": 0, "grouped_silu_experts": 0}
+    ran = {"attend_latents": 0, "attend_parts": 0, "experts": 0}
 
     def counted(name: str, kernel: Any) -> Any:
         def run(*inputs: Any, **options: Any) -> Tensor | None:
@@ -152,13 +153,12 @@ def test_generate_runs_on_the_kernels(family: str, monkeypatch: pytest.MonkeyPat
 
     for module, name in ((mla, "attend_latents"), (mla, "attend_parts")):
         monkeypatch.setattr(module, name, counted(name, getattr(module, name)))
-    monkeypatch.setattr(
-        moe, "grouped_silu_experts", counted("grouped_silu_experts", moe.grouped_silu_experts)
-    )
+    for name in ("kernel", "grouped_silu_experts"):  # of few tokens, and of many
+        monkeypatch.setattr(moe, name, counted("experts", getattr(moe, name)))
     model = model_of(family, **WIDE).bfloat16()
     model.generate(torch.randint(101, (1, 9)), max_new_tokens=4, do_sample=False)
     # Three layers, of which two have experts; a prompt and three steps.
-    assert ran == {"attend_latents": 9, "attend_parts": 3, "grouped_silu_experts": 8}
+    assert ran == {"attend_latents": 9, "attend_parts": 3, "experts": 8}
 
 
 @pytest.mark.parametrize(
