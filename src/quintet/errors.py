@@ -12,6 +12,7 @@
     ├── TokenizerError           tokenizer files or a call of the tokenizer
     │   └── ChatTemplateError    a chat template is missing, invalid or refuses its input
     ├── UnsupportedBackendError  a kernel that cannot serve this request
+    ├── DoesNotFitError          a model that is larger than the memory there is
     └── MissingDependencyError   an optional package that is not installed
 
 Each also inherits the built-in error a caller would expect, and carries the exit code with
@@ -23,6 +24,7 @@ __all__ = [
     "CheckpointError",
     "ConfigError",
     "ContextLengthError",
+    "DoesNotFitError",
     "InputError",
     "MissingDependencyError",
     "ModelNotFoundError",
@@ -102,6 +104,12 @@ class UnsupportedBackendError(QuintetError, ValueError):
     """A kernel or backend that cannot serve what was asked of it."""
 
     exit_code = 2
+
+
+class DoesNotFitError(QuintetError, MemoryError):
+    """A model that is larger than the memory there is for it."""
+
+    exit_code = 5
 
 
 class MissingDependencyError(QuintetError, ImportError):

@@ -74,3 +74,23 @@ def test_no_gradient_is_lost_unseen() -> None:
     model = FAMILIES[0].model_of()
     with pytest.raises(InputError, match=r"no gradient.*torch\.no_grad"):
         model(TEXT, past_key_values=QuantizedCache(model.config))
+
+
+@each()
+def test_generate_takes_every_kind_by_its_name(family: Family) -> None:
+    model = family.model_of()
+    mask = torch.ones_like(TEXT)
+    mask[1, :5] = 0
+    options = {"attention_mask": mask, "max_new_tokens": 6, "eos_token_id": -1 % 101}
+    plain = model.generate(TEXT, **options)
+    assert torch.equal(plain, model.generate(TEXT, cache_implementation="offloaded", **options))
+    for asked in (
+        {"cache_implementation": "quantized", "cache_dtype": "int6"},
+        {"cache_dtype": "int6"},
+        {"cache_implementation": "quantized", "cache_config": {"nbits": 6}},
+    ):
+        out = model.generate(TEXT, return_dict_in_generate=True, **asked, **options)
+        assert isinstance(out.past_key_values, QuantizedCache)
+        assert out.past_key_values.nbits == 6
+        given = QuantizedCache(model.config, 6)
+        assert torch.equal(out.sequences, model.generate(TEXT, past_key_values=given, **options))

@@ -137,4 +137,4 @@ def absorb(monkeypatch: Any, always: bool) -> None:
     def chosen(T: int, S: int) -> bool:
         return always
 
-    monkeypatch.setattr("quintet.layers.mla.absorbs", chosen)
+    monkeypatch.setattr("quintet.ops.mla.absorbs", chosen)

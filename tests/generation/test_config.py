@@ -163,3 +163,22 @@ def test_a_missing_or_damaged_file_is_named(tmp_path: Path) -> None:
         GenerationConfig.from_pretrained(written(tmp_path, [1]))
     with pytest.raises(SaveError, match="is a file"):
         GenerationConfig().save_pretrained(tmp_path / "generation_config.json")
+
+
+def test_bits_of_a_cache_have_one_meaning() -> None:
+    assert GenerationConfig().cache_kind == "dynamic"
+    assert GenerationConfig(cache_implementation="quantized").cache_bits == 8
+    config = GenerationConfig(cache_config={"nbits": 4})
+    assert (config.cache_kind, config.cache_bits) == ("quantized", 4)
+    assert GenerationConfig(cache_dtype="int6", cache_config={"nbits": 6}).cache_bits == 6
+    for wrong, rule in (
+        ({"cache_dtype": "fp8"}, "int8"),
+        ({"cache_dtype": "int8", "cache_config": {"nbits": 4}}, "different bits"),
+        ({"cache_dtype": "int8", "cache_implementation": "static"}, "'quantized'"),
+        ({"cache_config": {"nbits": 2}}, "8, 6 or 4"),
+        ({"cache_config": {"residual_length": 128}}, "residual_length"),
+    ):
+        with pytest.raises(InputError, match=rule):
+            GenerationConfig(**wrong)
+    with pytest.warns(UserWarning, match="backend='quanto'"):
+        GenerationConfig(cache_implementation="quantized", cache_config={"backend": "quanto"})

@@ -172,3 +172,95 @@ def test_the_models_logits_are_not_changed(model: Any) -> None:
     processors = assemble(config, Setting(prompt=text, room=5, vocab_size=23))
     Sampler(processors, do_sample=True).choose(text, logits)
     assert torch.equal(logits, before)
+
+
+# -- rows and their neighbours -----------------------------------------------------------------
+
+LEFT = torch.tensor([[0, 0, 5, 17, 3], [7, 8, 9, 4, 2], [0, 3, 3, 1, 4]])
+KEPT = torch.tensor([[0, 0, 1, 1, 1], [1, 1, 1, 1, 1], [0, 1, 1, 1, 1]])
+
+
+@pytest.mark.parametrize("options", OPTIONS, ids=str)
+@pytest.mark.parametrize("several", [False, True], ids=["one", "each"])
+def test_a_row_does_not_depend_on_its_neighbours(
+    model: Any, options: dict[str, Any], several: bool
+) -> None:
+    options = {**options, "do_sample": True, "max_new_tokens": 12, "eos_token_id": 6}
+
+    def generator(rows: list[int]) -> Any:
+        return [seeded(row) for row in rows] if several else seeded()
+
+    together = model.generate(LEFT, attention_mask=KEPT, generator=generator([0, 1, 2]), **options)
+    # One generator gives the n-th row the same, however many there are behind it.
+    for rows in ([0], [0, 1]) if not several else ([0], [2], [2, 0]):
+        out = model.generate(
+            LEFT[rows], attention_mask=KEPT[rows], generator=generator(rows), **options
+        )
+        for place, row in enumerate(rows):
+            made, expected = out[place, 5:].tolist(), together[row, 5:].tolist()
+            length = min(len(made), len(expected))
+            assert made[:length] == expected[:length]
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"repetition_penalty": 1.5},
+        {"no_repeat_ngram_size": 2},
+        {"presence_penalty": 1.0, "frequency_penalty": 0.5},
+        {"encoder_repetition_penalty": 1.5, "encoder_no_repeat_ngram_size": 2},
+        {"sequence_bias": [[[0, 0, 4], 9.0], [[3, 1], 3.0]]},
+        {"bad_words_ids": [[3, 1], [9]]},
+        {"min_new_tokens": 8},
+        {"forced_eos_token_id": 9},
+        {"exponential_decay_length_penalty": (2, 1.5)},
+        {"begin_suppress_tokens": list(range(12))},
+    ],
+    ids=lambda options: next(iter(options)),
+)
+def test_padding_is_no_text(model: Any, options: dict[str, Any]) -> None:
+    options = {"max_new_tokens": 10, "eos_token_id": [6, 11], "pad_token_id": 22, **options}
+    together = model.generate(LEFT, attention_mask=KEPT, **options)[:, 5:].tolist()
+    for row, mask in zip(range(3), KEPT.bool(), strict=True):
+        alone = model.generate(LEFT[row][mask][None], **options)[0, int(mask.sum()) :].tolist()
+        assert together[row][: len(alone)] == alone
+
+
+def test_every_option_reaches_the_text(model: Any) -> None:
+    """An option that nothing listened to would leave the text as it is."""
+    usual = {"max_new_tokens": 12, "eos_token_id": 6, "pad_token_id": 22}
+    greedy = model.generate(PROMPT, **usual).tolist()
+    free = greedy[0][5:]
+    changing: list[dict[str, Any]] = [
+        {"repetition_penalty": 2.0},
+        {"presence_penalty": 2.0},
+        {"frequency_penalty": 2.0},
+        {"encoder_repetition_penalty": 3.0},
+        {"no_repeat_ngram_size": 1},
+        {"encoder_no_repeat_ngram_size": 1},
+        {"bad_words_ids": [[free[0]]]},
+        {"sequence_bias": {(free[0],): -30.0}},
+        {"suppress_tokens": [free[0]]},
+        {"begin_suppress_tokens": [free[0]]},
+        {"forced_eos_token_id": 13},
+        {"guidance_scale": 3.0},
+        {"watermarking_config": {"bias": 9.0}},
+        {"prefix_allowed_tokens_fn": lambda row, ids: [1, 2, 3]},
+        {"logits_processor": [lambda ids, scores: -scores]},
+        {"eos_token_id": free[2]},
+        {"eos_token_id": free[2], "min_length": 30, "max_new_tokens": 40},
+        {"exponential_decay_length_penalty": (1, 30.0)},
+    ]
+    for options in changing:
+        made = model.generate(PROMPT, **{**usual, **options}).tolist()
+        assert made != greedy, options
+    assert model.generate(PROMPT[:, :1], forced_bos_token_id=3, **usual)[0, 1] == 3
+
+
+def test_a_processor_of_the_callers_takes_the_place_of_the_configs(model: Any) -> None:
+    from quintet import RepetitionPenaltyLogitsProcessor
+
+    own = [RepetitionPenaltyLogitsProcessor(3.0)]
+    made = model.generate(PROMPT, repetition_penalty=1.1, logits_processor=own)
+    assert torch.equal(made, model.generate(PROMPT, repetition_penalty=3.0))
+    assert not torch.equal(made, model.generate(PROMPT, repetition_penalty=1.1))

@@ -114,6 +114,8 @@ def test_ids_are_those_without_drafts(family: Family, B: int) -> None:
         {"bad_words_ids": [[7], [9, 11]], "forced_eos_token_id": 5},
         {"exponential_decay_length_penalty": [3, 1.5], "eos_token_id": 8},
         {"cache_implementation": "static"},
+        {"cache_implementation": "quantized"},
+        {"cache_implementation": "offloaded"},
         {"use_cache": False},
         {"max_new_tokens": 1},
         {"max_new_tokens": 2},

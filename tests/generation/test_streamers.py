@@ -1,13 +1,23 @@
 """Text as it is made: all of it, in whole characters, while it is made."""
 
+import asyncio
 import io
+import queue
+import threading
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from quintet import AutoModelForCausalLM, AutoTokenizer, TextStreamer
+from quintet import (
+    AsyncTextIteratorStreamer,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    TextIteratorStreamer,
+    TextStreamer,
+)
 from quintet.errors import InputError
 
 TEXTS = ["Hello there 🙂🙃, naïve café", "你好,世界。", "a", "🙂"]
@@ -119,3 +129,91 @@ def test_a_batch_is_refused(model: Any, tokenizer: Any) -> None:
         model.generate(
             ids[:1], streamer=TextStreamer(tokenizer), do_sample=True, num_return_sequences=3
         )
+
+
+# -- to another thread, or an event loop -------------------------------------------------------
+
+
+def in_a_thread(work: Callable[[], Any]) -> threading.Thread:
+    def quietly() -> None:
+        try:
+            work()
+        except InputError:
+            return
+
+    thread = threading.Thread(target=quietly)
+    thread.start()
+    return thread
+
+
+def test_text_is_read_in_another_thread(model: Any, tokenizer: Any) -> None:
+    inputs = tokenizer("Hello there", return_tensors="pt")
+    expected = tokenizer.decode(model.generate(**inputs, max_new_tokens=12)[0])
+    new = expected[len("Hello there") :]
+    for skip, whole in ((False, expected), (True, new)):
+        streamer = TextIteratorStreamer(tokenizer, skip_prompt=skip, timeout=300)
+        # One that has come to its end may be used again.
+        for _ in range(2):
+            thread = in_a_thread(
+                lambda s=streamer: model.generate(**inputs, max_new_tokens=12, streamer=s)
+            )
+            pieces = list(streamer)
+            thread.join()
+            assert "".join(pieces) == whole
+            assert len([piece for piece in pieces if piece]) > 3
+
+
+def test_a_generation_that_fails_ends_the_stream(model: Any, tokenizer: Any) -> None:
+    def failing(ids: torch.Tensor, scores: Any) -> bool:
+        raise InputError("no more")
+
+    inputs = tokenizer("Hello there", return_tensors="pt")
+    for options in ({"top_k": -1}, {"stopping_criteria": [failing]}):
+        streamer = TextIteratorStreamer(tokenizer, timeout=300)
+        thread = in_a_thread(
+            lambda s=streamer, o=options: model.generate(**inputs, streamer=s, **o)
+        )
+        assert "".join(streamer).startswith("Hello" if "stopping_criteria" in options else "")
+        thread.join()
+
+
+def test_waiting_has_an_end(tokenizer: Any) -> None:
+    streamer = TextIteratorStreamer(tokenizer, timeout=0.01)
+    with pytest.raises(queue.Empty):
+        next(streamer)
+
+
+def test_text_is_read_in_an_event_loop(model: Any, tokenizer: Any) -> None:
+    inputs = tokenizer("Hello there", return_tensors="pt")
+    expected = tokenizer.decode(model.generate(**inputs, max_new_tokens=12)[0])
+
+    async def read() -> list[str]:
+        streamer = AsyncTextIteratorStreamer(tokenizer, timeout=300)
+        thread = in_a_thread(lambda: model.generate(**inputs, max_new_tokens=12, streamer=streamer))
+        pieces = [piece async for piece in streamer]
+        thread.join()
+        return pieces
+
+    pieces = asyncio.run(read())
+    assert "".join(pieces) == expected
+    assert len(pieces) > 3
+
+
+def test_waiting_in_an_event_loop_has_an_end(tokenizer: Any) -> None:
+    async def wait() -> None:
+        await anext(AsyncTextIteratorStreamer(tokenizer, timeout=0.01))
+
+    with pytest.raises(TimeoutError):
+        asyncio.run(wait())
+
+
+def test_special_tokens_and_spaces_as_asked(tokenizer: Any) -> None:
+    special = tokenizer.all_special_ids[0]
+    ids = torch.tensor([[special, *tokenizer("Hello there")["input_ids"]]])
+    for skip in (False, True):
+        streamer = TextIteratorStreamer(
+            tokenizer, skip_special_tokens=skip, clean_up_tokenization_spaces=False
+        )
+        streamer.put(ids)
+        streamer.end()
+        assert "".join(streamer) == tokenizer.decode(ids[0], skip_special_tokens=skip)

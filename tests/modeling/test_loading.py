@@ -360,9 +360,9 @@ def test_device_map_names_one_device(tmp_path: Path, device_map: Any) -> None:
 
 @pytest.mark.parametrize(
     "device_map",
-    ["balanced", "cuda:99", 99, {"model": "cpu", "lm_head": 0}, {}, ["cpu"]],
+    ["disk", "meta", "cuda:99", 99, {"model": "cpu", "lm_head": 0}, {}, ["cpu"]],
     ids=str,
 )
 def test_a_device_map_that_cannot_be_followed_is_named(tmp_path: Path, device_map: Any) -> None:
-    with pytest.raises(UnsupportedBackendError, match="device_map="):
+    with pytest.raises(UnsupportedBackendError, match="device_map"):
         quintet.Qwen2ForCausalLM.from_pretrained(tmp_path, device_map=device_map)

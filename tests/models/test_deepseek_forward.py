@@ -31,7 +31,7 @@ def test_a_long_text_in_chunks_takes_both_ways(
         ways.add(absorbs(T, S))
         return absorbs(T, S)
 
-    monkeypatch.setattr("quintet.layers.mla.absorbs", noted)
+    monkeypatch.setattr("quintet.ops.mla.absorbs", noted)
     model = model_of(family, rope_scaling=YARN)
     ids = torch.randint(101, (1, 420))
     whole = model(ids, use_cache=False).logits

@@ -152,6 +152,12 @@ def test_a_transposed_weight_is_read_by_its_rows() -> None:
             assert torch.equal(one, other)
 
 
+def close(made: torch.Tensor, expected: torch.Tensor) -> bool:
+    # A kernel takes vectors in 16 bits and rounds once, where here each number is rounded too.
+    bound = {torch.float32: 2**-13, torch.bfloat16: 2**-7}[made.dtype]
+    return bool((made - expected).abs().max() <= bound * expected.abs().max().clamp(min=1))
+
+
 @given(st.integers(1, 90), st.integers(1, 200), st.sampled_from([torch.float32, torch.bfloat16]))
 @settings(max_examples=30, deadline=None)
 def test_linears_multiply_with_what_is_stored(rows: int, columns: int, dtype: torch.dtype) -> None:
@@ -162,7 +168,8 @@ def test_linears_multiply_with_what_is_stored(rows: int, columns: int, dtype: to
     )
     q, scale = quantize_int8(weight)
     expected = torch.nn.functional.linear(x, (q * scale[:, None]).to(dtype), bias)
-    assert torch.equal(int8_linear(x, q, scale, bias), expected)
+    made = int8_linear(x, q, scale, bias)
+    assert close(made, expected)
     packed, scale = quantize_int4(weight)
     expected = torch.nn.functional.linear(x, dequantize_int4(packed, scale, columns, dtype), bias)
-    assert torch.equal(int4_linear(x, packed, scale, bias), expected)
+    assert close(int4_linear(x, packed, scale, bias), expected)

@@ -14,7 +14,8 @@ from quintet.ops.sampling import (
     draw_several,
     in_top_k,
     in_top_p,
-    occurrences,
+    penalise_frequency,
+    penalise_presence,
     penalise_repetition,
     top_k_candidates,
 )
@@ -83,19 +84,38 @@ def test_repetition_penalty(make: Callable[[], Tensor], penalty: float) -> None:
     ids = torch.randint(0, V, (4, 20))
     expected = theirs.RepetitionPenaltyLogitsProcessor(penalty)(ids, logits.clone())
     before = logits.clone()
-    occurred = occurrences(ids, None, V) > 0
-    assert torch.equal(penalise_repetition(logits, occurred, penalty), expected)
+    assert torch.equal(penalise_repetition(logits, ids, None, penalty), expected)
     assert torch.equal(logits, before)
 
 
 def test_what_is_not_kept_does_not_occur() -> None:
     ids = torch.tensor([[0, 0, 5, 0], [0, 0, 5, 5]])
     kept = torch.tensor([[False, False, True, True], [False, False, True, True]])
-    counts = occurrences(ids, kept, V)
-    assert counts.nonzero().tolist() == [[0, 0], [0, 5], [1, 5]]
-    assert counts[1, 5] == 2
-    # An embedding may have more rows than there are logits.
-    assert occurrences(ids, kept, 3).tolist() == [[1, 0, 0], [0, 0, 0]]
+    logits = torch.ones(2, V)
+    for penalise, twice in (
+        (penalise_repetition, 0.5),
+        (penalise_presence, -1.0),
+        (penalise_frequency, -3.0),
+    ):
+        made = penalise(logits, ids, kept, 2.0)
+        assert (made != 1).nonzero().tolist() == [[0, 0], [0, 5], [1, 5]]
+        assert float(made[1, 5]) == twice
+        # An embedding may have more rows than there are logits.
+        few = penalise(logits[:, :3], ids, kept, 2.0)
+        assert (few != 1).nonzero().tolist() == [[0, 0]]
+
+
+@pytest.mark.parametrize("p", [0.1, 0.5, 0.9, 0.97])
+@pytest.mark.parametrize("scale", [0.1, 2.0, 5.0])
+def test_top_p_of_a_large_vocabulary(p: float, scale: float) -> None:
+    """Nearly all of it in a few tokens, or spread over more than are looked at first."""
+    logits = scale * torch.randn(3, 20_000)
+    kept, least = in_top_p(logits, p, least=2), 2
+    for row in range(3):
+        values, order = logits[row].double().softmax(dim=-1).sort(descending=True)
+        count = max(int((values.cumsum(dim=-1) - values < p).sum()), least)
+        assert abs(int(kept[row].sum()) - count) <= max(1, count // 1000)
+        assert bool(kept[row][order[: count - 1 - count // 1000]].all())
 
 
 @each_kind

@@ -19,8 +19,10 @@ COMMANDS = MappingProxyType(
     {
         "bench": "Measure how fast a model runs here.",
         "chat": "Talk with a model.",
+        "convert": "Write a model's weights in another dtype or other shards.",
         "generate": "Continue a text.",
         "info": "Say what a model is.",
+        "quantize": "Write a model's weights in fewer bits.",
     }
 )
 

@@ -3,7 +3,7 @@
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from quintet.cache import Cache, StaticCache
+from quintet.cache import Cache, OffloadedCache, QuantizedCache, StaticCache
 from quintet.configuration.base import PreTrainedConfig
 
 __all__ = ["MAKERS", "Request", "open_cache"]
@@ -17,20 +17,24 @@ class Request:
         config: the model's.
         grown: makes an empty cache of the kind the model grows.
         length: how many tokens a row will hold at the most.
+        nbits: of a number, where a cache of few bits is asked for.
     """
 
     config: PreTrainedConfig
     grown: Callable[[], Cache]
     length: int
+    nbits: int
 
 
 # One for each name in `config.CACHES`.
 MAKERS: dict[str, Callable[[Request], Cache]] = {
     "dynamic": lambda request: request.grown(),
     "static": lambda request: StaticCache(request.config, max_cache_len=request.length),
+    "quantized": lambda request: QuantizedCache(request.config, request.nbits),
+    "offloaded": lambda request: OffloadedCache(request.config),
 }
 
 
-def open_cache(name: str | None, request: Request) -> Cache:
-    """Return an empty cache of the kind that has the name; "dynamic" if there is none."""
-    return MAKERS[name or "dynamic"](request)
+def open_cache(name: str, request: Request) -> Cache:
+    """Return an empty cache of the kind that has the name."""
+    return MAKERS[name](request)

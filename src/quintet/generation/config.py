@@ -34,7 +34,6 @@ ABSENT = {
     "assistant_early_exit": "speculative decoding",
     "assistant_ensemble_weight": "speculative decoding",
     "assistant_lookbehind": "speculative decoding",
-    "cache_config": "a cache with options",
     "compile_config": "compiling the forward",
     "constraints": "constrained beam search",
     "custom_generate": "running code of others",
@@ -51,7 +50,9 @@ ABSENT = {
     "trust_remote_code": "running code of others",
 }
 # The names of `cache_implementation`; `generation/caches.py` makes them.
-CACHES = ("dynamic", "static")
+CACHES = ("dynamic", "static", "quantized", "offloaded")
+# The names of `cache_dtype` and the bits of a number.
+CACHE_BITS = {"int8": 8, "int6": 6, "int4": 4}
 # How the number of drafted tokens changes.
 SCHEDULES = ("constant", "heuristic", "heuristic_transient")
 Share = Annotated[float, Bounds(0, 1)]
@@ -114,7 +115,10 @@ class GenerationConfig:
             were accepted and one less after not; "constant".
         assistant_confidence_threshold: a draft ends with a token less probable than that; 0.
         use_cache: keep what the next step needs, rather than run over the whole text; true.
-        cache_implementation: "dynamic" grows, "static" is preallocated; "dynamic".
+        cache_implementation: "dynamic" grows, "static" is preallocated, "quantized" grows in few
+            bits, "offloaded" grows in the host's memory; "dynamic".
+        cache_dtype: of a quantized cache, "int8", "int6" or "int4"; "int8".
+        cache_config: the same as {"nbits": 8}, the way Transformers asks for it.
         max_cache_len: how many tokens a preallocated cache has room for; as many as are asked for.
         prefill_chunk_size: read the prompt in pieces of so many tokens; all at once.
         disable_compile: taken and without effect: nothing is compiled unasked.
@@ -171,6 +175,8 @@ class GenerationConfig:
     assistant_confidence_threshold: Share | None = None
     use_cache: bool | None = None
     cache_implementation: str | None = None
+    cache_dtype: str | None = None
+    cache_config: dict[str, Any] | None = None
     max_cache_len: Count | None = None
     prefill_chunk_size: Count | None = None
     disable_compile: bool | None = None
@@ -211,6 +217,13 @@ class GenerationConfig:
         _one_of("cache_implementation", self.cache_implementation, (None, *CACHES))
         schedule = self.num_assistant_tokens_schedule
         _one_of("num_assistant_tokens_schedule", schedule, (None, *SCHEDULES))
+        _one_of("cache_dtype", self.cache_dtype, (None, *CACHE_BITS))
+        _check_cache_config(self.cache_config)
+        if self._asked_bits() and self.cache_implementation not in (None, "quantized"):
+            raise InputError(
+                f"GenerationConfig: cache_implementation={self.cache_implementation!r} is not in "
+                "few bits; leave cache_dtype and cache_config out, or use 'quantized'"
+            )
         _one_of("early_stopping", self.early_stopping, (None, True, False, "never"))
         decay = self.exponential_decay_length_penalty
         if decay is not None and len(decay) != 2:
@@ -225,6 +238,27 @@ class GenerationConfig:
         if self.eos_token_id is None:
             return []
         return [self.eos_token_id] if isinstance(self.eos_token_id, int) else self.eos_token_id
+
+    @property
+    def cache_bits(self) -> int:
+        """The bits of a number in a quantized cache."""
+        return next(iter(self._asked_bits()), 8)
+
+    @property
+    def cache_kind(self) -> str:
+        """The name of the cache to make: what is asked for, or what the options imply."""
+        return self.cache_implementation or ("quantized" if self._asked_bits() else "dynamic")
+
+    def _asked_bits(self) -> set[int]:
+        bits = {CACHE_BITS[self.cache_dtype]} if self.cache_dtype else set()
+        if self.cache_config and "nbits" in self.cache_config:
+            bits.add(self.cache_config["nbits"])
+        if len(bits) > 1:
+            raise InputError(
+                f"GenerationConfig: cache_dtype={self.cache_dtype!r} and "
+                f"cache_config={self.cache_config!r} are of different bits; give one of the two"
+            )
+        return bits
 
     def replace(self, **options: Any) -> Self:
         """Return a copy with some options changed; None leaves an option as it is.
@@ -372,3 +406,25 @@ def _asks_nothing(value: object) -> bool:
     if isinstance(value, int | float):
         return value in (0, 1)
     return value is None or (isinstance(value, str | list | tuple | dict) and not value)
+
+
+def _check_cache_config(options: dict[str, Any] | None) -> None:
+    """Check the options of a cache: its bits, and whose code it would be in Transformers."""
+    if options is None:
+        return
+    unknown = sorted(set(options) - {"nbits", "backend"})
+    if unknown:
+        raise InputError(
+            f"GenerationConfig: cache_config has {', '.join(unknown)}; a quantized cache here has "
+            "one scale a vector, and only nbits to choose"
+        )
+    if "nbits" in options and options["nbits"] not in CACHE_BITS.values():
+        raise InputError(
+            f"GenerationConfig: cache_config nbits={options['nbits']!r} has to be 8, 6 or 4"
+        )
+    if "backend" in options:
+        warnings.warn(
+            f"cache_config backend={options['backend']!r} is without effect: the cache is coded "
+            "by quintet itself",
+            stacklevel=4,
+        )

@@ -188,11 +188,12 @@ def decode(run: Run) -> None:
         text.append(tokens)
         if run.streamer is not None:
             run.streamer.put(tokens.cpu())
-        ended = run.stopping(text.ids, record.seen_scores())
-        if goes_on is not None or bool(ended.any()):
-            goes_on = ~ended if goes_on is None else goes_on & ~ended
-            if not bool(goes_on.any()):
-                return
+        if run.stopping:
+            ended = run.stopping(text.ids, record.seen_scores())
+            if goes_on is not None or bool(ended.any()):
+                goes_on = ~ended if goes_on is None else goes_on & ~ended
+                if not bool(goes_on.any()):
+                    return
         if step < run.room:
             made = run.forward.step(text, goes_on)
 

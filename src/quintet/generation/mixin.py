@@ -252,8 +252,10 @@ class GenerationMixin:
         if config.use_cache is False:
             return None
         length = config.max_cache_len or length
-        request = Request(config=self.config, grown=self.new_cache, length=length)
-        return open_cache(config.cache_implementation, request)
+        request = Request(
+            config=self.config, grown=self.new_cache, length=length, nbits=config.cache_bits
+        )
+        return open_cache(config.cache_kind, request)
 
     def _room(self, prompt: Prompt, config: GenerationConfig, max_length: int | None) -> int:
         """Return how many tokens to make at the most."""

@@ -137,6 +137,10 @@ class Stopping:
         ended = self.ends(ids[:, -1])
         return ended | self.criteria(ids, scores) if self.criteria else ended
 
+    def __bool__(self) -> bool:
+        """Tell whether anything may end a row."""
+        return bool(self.criteria) or self.eos.numel() > 0
+
 
 def _all(input_ids: Tensor, ended: bool) -> Tensor:
     return torch.full((input_ids.shape[0],), ended, device=input_ids.device)

@@ -1,13 +1,14 @@
-"""Attention of many queries in bfloat16, without the matrix of scores."""
+"""Attention in bfloat16, without the matrix of scores."""
 
 import torch
 from torch import Tensor
 
-from quintet.kernels.native import POINTER, REAL, applies, entry, native, pointers
+from quintet.kernels.native import POINTER, REAL, applies, entry, pointers
 
-__all__ = ["attend"]
+__all__ = ["COLUMNS", "attend", "slots", "strides"]
 
-LANES = 16
+# How many columns of values the kernel takes at once, where vectors are widest.
+COLUMNS = 32
 
 
 def attend(
@@ -29,27 +30,33 @@ def attend(
     """
     B, H, T, _ = q[0].shape
     _, K, S, Dv = v.shape
-    if T == 1 or Dv % LANES or not applies(*q, *k, v) or native().level != "avx512_bf16":
+    if Dv % COLUMNS or any(x.shape[-1] % 2 for x in q) or not applies(*q, *k, v):
         return None
     if any(x.dtype != torch.bfloat16 or x.stride(-1) != 1 for x in (*q, *k, v)):
         return None
-    function = entry("quintet_attention", POINTER, REAL)
+    function = entry("quintet_attention_bf16", POINTER, REAL)
     if function is None:
         return None
-    starts = start if isinstance(start, Tensor) else torch.full((B,), start)
-    starts = starts.to(torch.long).contiguous()
     out = v.new_empty(B, T, H, Dv).transpose(1, 2)
-    fields = [*_parts(q), *_parts(k), *_vectors(v), out.data_ptr(), *out.stride()[:3]]
-    fields += (starts.data_ptr(), B, H, K, T, S, window or 0)
-    function(pointers(fields), scale)
+    starts = slots(start, B)
+    one, two = len(q) == 1, (q[-1], k[-1])
+    fields = [B, T, S, K, H // K, q[0].shape[-1], 0 if one else two[0].shape[-1], Dv, window or 0]
+    tensors = (q[0], two[0], k[0], two[1], v, out)
+    fields += [x.data_ptr() for x in tensors]
+    for x in tensors:
+        fields += strides(x)
+    function(pointers([*fields, starts.data_ptr()]), scale)
     return out
 
 
-def _parts(parts: tuple[Tensor, ...]) -> list[int]:
-    fields = [field for part in parts for field in _vectors(part)]
-    return fields + [0] * (10 - len(fields))
-
-
-def _vectors(x: Tensor) -> tuple[int, ...]:
+def strides(x: Tensor) -> tuple[int, int, int]:
+    """Return how far apart rows, tokens and heads of (B, H, T, D) are; 0 for a head of all."""
     row, head, token, _ = x.stride()
-    return x.data_ptr(), row, head if x.shape[1] > 1 else 0, token, x.shape[-1]
+    return row, token, head if x.shape[1] > 1 else 0
+
+
+def slots(start: int | Tensor, B: int) -> Tensor:
+    """Return the first slot of each of B rows."""
+    if isinstance(start, int):
+        return torch.full((B,), start)
+    return start.to(torch.long).contiguous()

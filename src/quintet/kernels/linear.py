@@ -1,49 +1,113 @@
-"""Linear maps of few vectors, bound by how fast their weights are read."""
+"""Linear maps of few vectors, bound by how fast their weights are read.
 
-from collections.abc import Sequence
+A weight is plain (bfloat16, float32), or in the int8 or int4 of `quintet.ops.quantized`. For those,
+vectors are rounded to 16 bits in groups of 64, far finer than the bfloat16 they come in, so that
+the result is that of the numbers the weight stands for.
+"""
+
+from collections.abc import Mapping, Sequence
+from types import MappingProxyType
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from quintet.kernels.native import INTEGER, POINTER, applies, entry, pointers
 
-__all__ = ["MOST_VECTORS", "linears"]
+__all__ = ["Matrix", "linears", "widen"]
 
-# Beyond this many vectors, torch's own matrix product is the faster one (docs/lab-notes.md).
-MOST_VECTORS = {torch.bfloat16: 32, torch.float32: 32}
-NAMES = {torch.bfloat16: "quintet_linear_bf16", torch.float32: "quintet_linear_f32"}
+GROUP = 64
 
 
-def linears(x: Tensor, maps: Sequence[tuple[Tensor, Tensor | None]]) -> list[Tensor] | None:
-    """Return x·Wᵀ + b for each of `maps`, in one pass; None where the kernel does not apply.
+class Matrix(NamedTuple):
+    """A weight (O, I) and a bias (O).
 
-    Shapes: x (..., I); of each map, W (O, I) and b (O); returns (..., O) for each.
+    Attributes:
+        weight: plain (O, I); int8 (O, I); or uint8 (O, ceil(I / 64) · 32), int4 two a byte.
+        scale: of int8, float32 (O,); of int4, bfloat16 (O, ceil(I / 64)); None of plain ones.
+        bias: (O,) in the dtype of the vectors.
+    """
+
+    weight: Tensor
+    scale: Tensor | None = None
+    bias: Tensor | None = None
+
+
+SUFFIX = {torch.bfloat16: "bf16", torch.float32: "f32"}
+FORMAT = {torch.int8: "int8_", torch.uint8: "int4_"}
+# Beyond so many vectors, torch's own matrix product is the faster one (docs/lab-notes.md).
+MOST_VECTORS: Mapping[str, int] = MappingProxyType(
+    {"bf16": 32, "f32": 32, "int8_bf16": 24, "int8_f32": 24, "int4_bf16": 24, "int4_f32": 24}
+)
+
+
+def linears(x: Tensor, maps: Sequence[Matrix]) -> list[Tensor] | None:
+    """Return x·Wᵀ + b for each of `maps`, all of one kind; None where the kernel does not apply.
+
+    Shapes: x (..., I), returns (..., O) for each.
     """
     dtype = x.dtype
-    if dtype not in NAMES or not applies(x):
+    if dtype not in SUFFIX or not applies(x):
         return None
+    kind = maps[0].weight.dtype
+    name = SUFFIX[dtype] if kind == dtype else FORMAT.get(kind, "?") + SUFFIX[dtype]
     shape = x.shape
     I = shape[-1]
     M = x.numel() // I if I else 0
-    if not 0 < M <= MOST_VECTORS[dtype]:
+    if not 0 < M <= MOST_VECTORS.get(name, 0):
         return None
-    function = entry(NAMES[dtype], POINTER, INTEGER, POINTER, INTEGER, INTEGER, INTEGER)
+    function = entry(f"quintet_linear_{name}", POINTER, INTEGER, POINTER, INTEGER, INTEGER)
     if function is None:
         return None
     x = x if x.is_contiguous() else x.contiguous()
     fields: list[int] = []
     made = []
-    for weight, bias in maps:
-        O, width = weight.shape
-        if weight.dtype != dtype or width != I or weight.stride(1) != 1 or not applies(weight):
+    for matrix in maps:
+        if not _fits(matrix, kind, I, dtype):
             return None
-        at = 0
-        if bias is not None:
-            if bias.dtype != dtype or not bias.is_contiguous() or not applies(bias):
-                return None
-            at = bias.data_ptr()
+        weight, scale, bias = matrix
+        O = weight.shape[0]
         y = x.new_empty((*shape[:-1], O))
         made.append(y)
-        fields += (weight.data_ptr(), at, y.data_ptr(), O, weight.stride(0), O)
-    function(pointers(fields), len(maps), x.data_ptr(), M, I, I)
+        fields += (
+            weight.data_ptr(),
+            0 if scale is None else scale.data_ptr(),
+            0 if bias is None else bias.data_ptr(),
+            y.data_ptr(),
+            O,
+            weight.stride(0),
+        )
+    function(pointers(fields), len(maps), x.data_ptr(), M, I)
     return made
+
+
+def widen(weight: Tensor, scale: Tensor, columns: int, dtype: torch.dtype) -> Tensor | None:
+    """Return an int8 or int4 weight (..., O, columns) as numbers, rounded once; or None."""
+    kind, suffix = FORMAT.get(weight.dtype), SUFFIX.get(dtype)
+    if kind is None or suffix is None or not applies(weight, scale) or not weight.numel():
+        return None
+    signature = (POINTER, POINTER, POINTER, INTEGER, INTEGER)
+    function = entry(f"quintet_widen_{kind}{suffix}", *signature)
+    if function is None or not weight.is_contiguous() or not scale.is_contiguous():
+        return None
+    made = torch.empty((*weight.shape[:-1], columns), dtype=dtype)
+    rows = made.numel() // columns
+    function(weight.data_ptr(), scale.data_ptr(), made.data_ptr(), rows, columns)
+    return made
+
+
+def _fits(matrix: Matrix, kind: torch.dtype, I: int, dtype: torch.dtype) -> bool:
+    weight, scale, bias = matrix
+    if weight.dtype != kind or not applies(weight):
+        return False
+    if bias is not None and (bias.dtype != dtype or not bias.is_contiguous() or not applies(bias)):
+        return False
+    if scale is None:
+        return kind == dtype and weight.shape[1] == I and weight.stride(1) == 1
+    if not weight.is_contiguous() or not scale.is_contiguous() or not applies(scale):
+        return False
+    O, groups = weight.shape[0], -(-I // GROUP)
+    if kind == torch.int8:
+        return weight.shape[1] == I and scale.shape == (O,) and scale.dtype == torch.float32
+    stored = (groups * GROUP // 2, (O, groups), torch.bfloat16)
+    return (weight.shape[1], scale.shape, scale.dtype) == stored

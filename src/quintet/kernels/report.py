@@ -8,8 +8,13 @@ __all__ = ["Kernel", "Report", "report"]
 
 # What there is, and when a model uses it.
 KERNELS = {
-    "attention": "queries of a prompt over the keys before them, in bfloat16 (needs avx512_bf16)",
-    "linear": "linear maps in bfloat16 and float32 of up to 32 vectors at once",
+    "attention": "softmax attention in bfloat16",
+    "grouped": "experts with SiLU in bfloat16",
+    "latent": "DeepSeek's attention in the space of the latents, in bfloat16",
+    "linear": "linear maps of up to 32 vectors at once, weights in bfloat16 or float32",
+    "linear int8": "the same, weights in int8",
+    "linear int4": "the same, weights in int4",
+    "widen": "int8 and int4 weights to bfloat16 or float32, for more vectors than that",
     "mamba2": "Zamba2's mixer between its projections, in bfloat16 and float32",
 }
 

@@ -5,8 +5,7 @@ from torch import Tensor, nn
 from quintet.layers.linear import Linear, project
 from quintet.layers.norm import RMSNorm
 from quintet.layers.step import Step
-from quintet.ops.attention import eager
-from quintet.ops.mla import absorbed, absorbs, expanded
+from quintet.ops.mla import latent_attention
 from quintet.ops.rope import rotate, rotate_interleaved
 
 __all__ = ["LatentAttention"]
@@ -94,22 +93,14 @@ class LatentAttention(nn.Module):
         self, q_nope: Tensor, q_pe: Tensor, c_kv: Tensor, k_pe: Tensor, step: Step
     ) -> tuple[Tensor, Tensor | None]:
         w_kv = self.kv_b_proj.weight.view(self.num_heads, -1, self.kv_lora_rank)  # (H, Dn + Dv, R)
-        seen, scale = step.seen[None], self.scaling
-        dropout = self.attention_dropout if self.training else 0.0
-        if absorbs(q_nope.shape[2], c_kv.shape[1]):
-            out, weights = absorbed(
-                q_nope, q_pe, c_kv, k_pe, w_kv, seen, scale=scale, dropout=dropout
-            )
-            # Only `eager` promises weights; holding them for all layers would cost memory.
-            return out, weights if step.attend is eager else None
-        return expanded(
+        return latent_attention(
             q_nope,
             q_pe,
             c_kv,
             k_pe,
             w_kv,
-            seen,
+            step.seen[None],
             attend=step.attend,
-            scale=scale,
-            dropout=dropout,
+            scale=self.scaling,
+            dropout=self.attention_dropout if self.training else 0.0,
         )

@@ -14,7 +14,7 @@ from quintet.errors import InputError
 from quintet.generation.config import GENERATION_CONFIG_NAME, GenerationConfig
 from quintet.layers.moe import Experts
 from quintet.modeling import loading
-from quintet.modeling.placement import DeviceMap, named_dtype
+from quintet.modeling.placement import DeviceMap, MaxMemory, named_dtype
 from quintet.ops.attention import attention_backend
 from quintet.quantization import (
     QuantizationConfig,
@@ -98,6 +98,7 @@ class PreTrainedModel(nn.Module):
         dtype: str | torch.dtype | None = "auto",
         torch_dtype: str | torch.dtype | None = None,
         device_map: DeviceMap = None,
+        max_memory: MaxMemory | None = None,
         revision: str | None = None,
         cache_dir: str | os.PathLike[str] | None = None,
         token: str | bool | None = None,
@@ -125,7 +126,12 @@ class PreTrainedModel(nn.Module):
             state_dict: weights in memory, in place of the checkpoint's.
             dtype: of the weights; "auto" is the one they were saved in.
             torch_dtype: the older name of `dtype`.
-            device_map: one device for the whole model: its name or index, or "auto".
+            device_map: where the weights go. A device, or its index, for all of them; "auto" for
+                as many GPUs as they take (the CPU where there is none), "balanced" for all GPUs
+                evenly, "sequential" for one after the other; or a mapping from parts to devices,
+                {"model.layers.0": 0, "": "cpu"}. Activations follow the weights.
+            max_memory: how much of each device the weights may take, for example
+                {0: "20GB", "cpu": "60GB"}; for device_map="auto", "balanced" or "sequential".
             revision: branch, tag or commit of a hub id.
             cache_dir: where downloads are kept.
             token: for private repositories.
@@ -151,6 +157,7 @@ class PreTrainedModel(nn.Module):
         Raises:
             ModelNotFoundError: no such model.
             CheckpointError: tensors are missing, of other shapes, or unreadable.
+            DoesNotFitError: the devices have too little memory for the weights.
             ConfigError: the config breaks a rule.
             InputError: an option that does not exist.
         """
@@ -168,6 +175,7 @@ class PreTrainedModel(nn.Module):
         options = loading.Options(
             dtype=dtype if torch_dtype is None else torch_dtype,
             device_map=device_map,
+            max_memory=max_memory,
             state_dict=state_dict,
             key_mapping=key_mapping,
             ignore_mismatched_sizes=ignore_mismatched_sizes,
@@ -325,7 +333,7 @@ class PreTrainedModel(nn.Module):
         dtypes = (
             parameter.dtype
             for name, parameter in self.named_parameters()
-            if parameter.is_floating_point() and not name.endswith(self.keep_in_fp32 or "\0")
+            if parameter.is_floating_point() and not name.endswith(self.keep_in_fp32)
         )
         return next(dtypes, torch.float32)
 

@@ -169,6 +169,8 @@ class DecoderModel(PreTrainedModel):
         states, weights, routed = self._run_layers(embeds, step, keeps)
         if cache is not None:
             cache.advance(span)
+        # With layers on several devices: what a run returns is where it began.
+        states, routed, weights = (_together(kind, embeds) for kind in (states, routed, weights))
         if rows is not None:
             states = [rows.unpack(state) for state in states]
             routed = [rows.unpack(logits) for logits in routed]
@@ -299,6 +301,10 @@ def _split_mask(mask: Tensor | None, B: int, T: int) -> tuple[Tensor | None, Ten
         f"attention_mask has shape {tuple(mask.shape)}; it has to be ({B}, {T}), "
         f"({B}, past + {T}) with a cache, or ({B}, 1, {T}, keys)"
     )
+
+
+def _together(tensors: list[Tensor], like: Tensor) -> list[Tensor]:
+    return [tensor.to(like.device) for tensor in tensors]
 
 
 def _positions(position_ids: Tensor, B: int, T: int) -> Tensor:

@@ -30,9 +30,17 @@ from quintet.configuration.base import PreTrainedConfig, read_config
 from quintet.errors import InputError, listed
 from quintet.generation.config import GENERATION_CONFIG_NAME, GenerationConfig
 from quintet.hub import CONFIG_PATTERNS, locate, locate_weights
+from quintet.modeling.dispatch import settle
 from quintet.modeling.filling import Filler, fill
 from quintet.modeling.naming import Naming, name_tensors
-from quintet.modeling.placement import DeviceMap, named_dtype, single_device
+from quintet.modeling.placement import (
+    DeviceMap,
+    MaxMemory,
+    first_device,
+    named_dtype,
+    parts,
+    place,
+)
 from quintet.modeling.skeleton import skeleton
 from quintet.quantization import QuantizationConfig, requested
 
@@ -86,6 +94,7 @@ class Options:
 
     dtype: str | torch.dtype | None = "auto"
     device_map: DeviceMap = None
+    max_memory: MaxMemory | None = None
     state_dict: Mapping[str, Tensor] | None = None
     key_mapping: Mapping[str, str] | None = None
     ignore_mismatched_sizes: bool = False
@@ -101,14 +110,14 @@ def load(
     options: Options,
 ) -> tuple[Model, dict[str, Any]]:
     """Load a model of class `cls`, and say what did not fit; see `from_pretrained`."""
-    device = single_device(options.device_map)
+    first = first_device(options.device_map)
     root = None if source is None else source.locate(weights=options.state_dict is None)
     config = _config(cls, source, root, config, overrides)
     request = requested(
         vars(config).get("quantization_config"),
         options.quantize,
         options.quantization_config,
-        device,
+        first,
     )
     weights = _weights(source, root, options)
     target = _target_dtype(options.dtype, config, weights.tensors)
@@ -123,10 +132,12 @@ def load(
     )
     naming.difference.raise_if_incomplete(where)
     slots = {} if request.scheme is None else model.quantize_modules(request.scheme, target)
-    fill(Filler(model, target, lambda name: device, slots), naming, weights, where)
     model.drop(naming.optional)
+    model_parts = parts(model, target, model.keep_in_fp32)
+    placement = place(options.device_map, model_parts, options.max_memory)
+    fill(Filler(model, target, placement.device_of, slots), naming, weights, where)
     model.tie_weights()
-    model.to(device)
+    settle(model, placement, model_parts)
     model.note_quantization(request.target)
     _tell(model, where, naming)
 
@@ -237,8 +248,8 @@ def _check_overrides(
 ABSENT = {
     "load_in_8bit": "quantisation outside of quantization_config=BitsAndBytesConfig(...)",
     "load_in_4bit": "quantisation outside of quantization_config=BitsAndBytesConfig(...)",
-    "max_memory": "placing a model on several devices",
-    "offload_folder": "offloading",
+    "offload_folder": "offloading to a disk (weights are mapped from their files already)",
+    "offload_state_dict": "offloading to a disk (weights are mapped from their files already)",
     "tp_plan": "tensor parallelism",
 }
 OPTIONS = (

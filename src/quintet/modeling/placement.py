@@ -1,16 +1,40 @@
-"""Which dtype and which device a caller names."""
+"""Which dtype, and which device for which part of a model."""
 
 import difflib
-from collections.abc import Mapping
+import itertools
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from types import MappingProxyType
 
 import torch
+from torch import nn
 
+from quintet.checkpoint import parse_size
 from quintet.configuration.base import FLOAT_DTYPES
-from quintet.errors import InputError, UnsupportedBackendError
+from quintet.errors import DoesNotFitError, InputError, UnsupportedBackendError
 
-__all__ = ["DeviceMap", "named_dtype", "single_device"]
+__all__ = [
+    "DeviceMap",
+    "MaxMemory",
+    "Part",
+    "Placement",
+    "first_device",
+    "gigabytes",
+    "host_memory",
+    "layout",
+    "named_dtype",
+    "parts",
+    "place",
+]
 
-DeviceMap = str | int | torch.device | Mapping[str, str | int | torch.device] | None
+Device = str | int | torch.device
+DeviceMap = Device | Mapping[str, Device] | None
+MaxMemory = Mapping[int | str, int | str]
+
+STRATEGIES = ("auto", "balanced", "sequential")
+# What is left of a device's free memory to activations and the cache.
+SHARE = 0.9
 
 
 def named_dtype(dtype: str | torch.dtype) -> torch.dtype:
@@ -28,31 +52,267 @@ def named_dtype(dtype: str | torch.dtype) -> torch.dtype:
     return found
 
 
-def single_device(device_map: DeviceMap) -> torch.device:
-    """Return the one device that is named; "auto" is the GPU where there is one, -1 the CPU.
+@dataclass(frozen=True, slots=True)
+class Part:
+    """A part of a model that is on one device: the embedding, a layer, a norm, a head."""
+
+    path: str
+    nbytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class Placement:
+    """Where each part of a model is; the longest path that a name begins with decides."""
+
+    devices: Mapping[str, torch.device]
+
+    @property
+    def several(self) -> bool:
+        """Whether there is more than one device."""
+        return len(set(self.devices.values())) > 1
+
+    def device_of(self, name: str) -> torch.device:
+        """Return where a parameter or module of that name is.
+
+        Raises:
+            InputError: no path covers it.
+        """
+        while True:
+            if name in self.devices:
+                return self.devices[name]
+            if not name:
+                raise InputError(f"device_map says nothing of {name!r}")
+            name = name.rpartition(".")[0]
+
+    def covers(self, name: str) -> bool:
+        """Tell whether a path is a beginning of the name."""
+        return any(path in ("", name) or name.startswith(f"{path}.") for path in self.devices)
+
+
+def parts(model: nn.Module, dtype: torch.dtype, fp32: tuple[str, ...] = ()) -> list[Part]:
+    """Return the parts of a model in the order of its forward, with their size in a dtype.
+
+    What two parts share is counted with the first. `fp32` are ends of names kept in float32.
+    """
+    found = [path for path in _paths(model, "") if path]
+    seen: set[int] = set()
+    result = []
+    for path in found:
+        size = 0
+        module = model.get_submodule(path)
+        tensors = itertools.chain(module.named_parameters(path), module.named_buffers(path))
+        for name, tensor in tensors:
+            if id(tensor) not in seen:
+                seen.add(id(tensor))
+                plain = isinstance(tensor, nn.Parameter) and tensor.is_floating_point()
+                kept = torch.float32 if fp32 and name.endswith(fp32) else dtype
+                size += tensor.numel() * (kept if plain else tensor.dtype).itemsize
+        result.append(Part(path, size))
+    return result
+
+
+def place(
+    device_map: DeviceMap,
+    model_parts: Sequence[Part],
+    max_memory: MaxMemory | None = None,
+) -> Placement:
+    """Decide where the parts of a model are.
+
+    `None` is torch's default device, -1 the CPU, "auto" as many GPUs as it takes (the CPU where
+    there is none), "balanced" all of them evenly, "sequential" one after the other.
 
     Raises:
-        UnsupportedBackendError: this machine does not have it, or several are named.
+        UnsupportedBackendError: this machine does not have a device, or it is "disk".
+        InputError: a mapping that leaves parts out or names others, or a wrong `max_memory`.
+        DoesNotFitError: the devices have too little memory.
     """
     if isinstance(device_map, Mapping):
-        if set(device_map) != {""}:
+        return _mapped(device_map, model_parts)
+    if device_map in STRATEGIES:
+        capacity = _capacity(max_memory)
+        if len(capacity) > 1 or max_memory:
+            return Placement(layout(model_parts, capacity, str(device_map)))
+        return Placement(MappingProxyType({"": next(iter(capacity))}))
+    if max_memory is not None:
+        raise InputError(
+            f"max_memory goes with device_map in {STRATEGIES}, not with {device_map!r}"
+        )
+    return Placement(MappingProxyType({"": first_device(device_map)}))
+
+
+def first_device(device_map: DeviceMap) -> torch.device:
+    """Return the device on which a forward begins, before the model is known.
+
+    Raises:
+        UnsupportedBackendError: this machine does not have a device that is named, or it is "disk".
+    """
+    if isinstance(device_map, Mapping):
+        if not device_map:
             raise UnsupportedBackendError(
-                f"device_map={dict(device_map)!r}: a model is placed on one device; "
-                "name it, for example device_map='cuda:0'"
+                "device_map={} names no device; name at least {'': 'cpu'}"
             )
-        device_map = device_map[""]
+        devices = [_device(device, of=path) for path, device in device_map.items()]
+        return devices[0]
     if device_map is None:
         return torch.get_default_device()
-    if device_map == -1:
-        return torch.device("cpu")
-    if device_map == "auto":
+    if device_map in STRATEGIES:
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    return _device(device_map)
+
+
+def layout(
+    model_parts: Sequence[Part], capacity: Mapping[torch.device, int], strategy: str
+) -> Mapping[str, torch.device]:
+    """Give the parts to devices in their order, so that a forward visits each device once.
+
+    "sequential" fills each up; "balanced" gives each the same share of the bytes as far as it has
+    room; "auto" does so with as few devices as hold it all, the CPU last.
+
+    Raises:
+        DoesNotFitError: there is too little room.
+    """
+    total = sum(part.nbytes for part in model_parts)
+    devices = list(capacity)
+    counts = range(1, len(devices) + 1) if strategy == "auto" else [len(devices)]
+    for count in counts:
+        first = {device: capacity[device] for device in devices[:count]}
+        placed = None if strategy == "sequential" else _even(model_parts, first)
+        placed = placed or _filled_up(model_parts, first)
+        if placed is not None:
+            return MappingProxyType(placed)
+    rooms = ", ".join(f"{device}: {gigabytes(size)}" for device, size in capacity.items())
+    raise DoesNotFitError(
+        f"the model needs {gigabytes(total)} for its weights, its largest part "
+        f"{gigabytes(max(part.nbytes for part in model_parts))}, and there is {rooms}; "
+        "quantise it, or give it more or larger devices"
+    )
+
+
+def _even(
+    model_parts: Sequence[Part], capacity: Mapping[torch.device, int]
+) -> dict[str, torch.device] | None:
+    """Cut the parts into shares of about the same bytes; None where one has too little room."""
+    devices = list(capacity)
+    share = sum(part.nbytes for part in model_parts) / len(devices)
+    placed, used, before = {}, dict.fromkeys(devices, 0), 0
+    for part in model_parts:
+        index = int((before + part.nbytes / 2) / share) if share else 0
+        device = devices[min(index, len(devices) - 1)]
+        placed[part.path] = device
+        used[device] += part.nbytes
+        before += part.nbytes
+    return placed if all(used[device] <= capacity[device] for device in devices) else None
+
+
+def _filled_up(
+    model_parts: Sequence[Part], capacity: Mapping[torch.device, int]
+) -> dict[str, torch.device] | None:
+    """Fill device after device; None where the last one has too little room."""
+    devices = iter(capacity.items())
+    device, room = next(devices)
+    placed = {}
+    for part in model_parts:
+        while part.nbytes > room:
+            following = next(devices, None)
+            if following is None:
+                return None
+            device, room = following
+        placed[part.path] = device
+        room -= part.nbytes
+    return placed
+
+
+def _mapped(device_map: Mapping[str, Device], model_parts: Sequence[Part]) -> Placement:
+    devices = {path: _device(device, of=path) for path, device in device_map.items()}
+    placement = Placement(MappingProxyType(devices))
+    paths = [part.path for part in model_parts]
+    for path in devices:
+        inside = any(p == path or p.startswith(f"{path}.") for p in paths)
+        if path and not inside:
+            known = {
+                ".".join(p.split(".")[: i + 1]) for p in paths for i in range(p.count(".") + 1)
+            }
+            near = difflib.get_close_matches(path, sorted(known), n=1)
+            hint = (
+                f"; did you mean {near[0]!r}?" if near else f"; there are {', '.join(paths[:4])}, …"
+            )
+            raise InputError(f"device_map names {path!r}, which is no part of the model{hint}")
+    if missing := [path for path in paths if not placement.covers(path)]:
+        raise InputError(
+            f"device_map leaves out {', '.join(missing[:5])}"
+            f"{' and others' if len(missing) > 5 else ''}; add them, or '' for all the rest"
+        )
+    return placement
+
+
+def _paths(module: nn.Module, path: str) -> Iterator[str]:
+    """Yield the parts: the members of lists, and all that has no list of layers inside."""
+    for name, child in module.named_children():
+        below = f"{path}.{name}" if path else name
+        if isinstance(child, nn.ModuleList) and not path.endswith("]"):
+            yield from (f"{below}.{i}" for i in range(len(child)))
+        elif any(isinstance(inner, nn.ModuleList) for inner in child.children()):
+            yield from _paths(child, below)
+        else:
+            yield below
+
+
+def _capacity(max_memory: MaxMemory | None) -> dict[torch.device, int]:
+    """Return how many bytes of weights each device may have, the CPU last."""
+    if max_memory is None:
+        count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+        devices = [torch.device("cuda", index) for index in range(count)]
+        if not devices:
+            return {torch.device("cpu"): host_memory()}
+        found = {device: int(SHARE * torch.cuda.mem_get_info(device)[0]) for device in devices}
+        return {**found, torch.device("cpu"): int(SHARE * host_memory())}
+    if not isinstance(max_memory, Mapping) or not max_memory:
+        raise InputError(f"max_memory={max_memory!r} has to map devices to bytes or '10GB'")
+    given = {_device(device, of="max_memory"): size for device, size in max_memory.items()}
+    sizes = {}
+    for device, size in given.items():
+        try:
+            sizes[device] = parse_size(size)
+        except InputError:
+            raise InputError(
+                f"max_memory of {device} is {size!r}; it has to be a number of bytes, or text such "
+                "as '10GB' or '10GiB'"
+            ) from None
+    return dict(sorted(sizes.items(), key=lambda item: item[0].type == "cpu"))
+
+
+def host_memory() -> int:
+    """Return the bytes of memory that a new process could have without swapping."""
     try:
-        device = torch.device(device_map)
-        torch.empty(0, device=device)
+        with open("/proc/meminfo", encoding="ascii") as file:
+            found = re.search(r"MemAvailable:\s+(\d+) kB", file.read())
+        return int(found[1]) * 1024 if found else 2**62
+    except OSError:
+        return 2**62
+
+
+def _device(device: Device, of: str = "") -> torch.device:
+    named = f"device_map={device!r}" if not of else f"device_map of {of!r} is {device!r}, which"
+    if device == -1:
+        return torch.device("cpu")
+    if device == "disk":
+        raise UnsupportedBackendError(
+            f"{named} is not supported: weights are mapped from their files already, so that the "
+            "system holds of them what it has room for; use 'cpu', or quantise the model"
+        )
+    try:
+        found = torch.device(device)
+        if found.type == "meta":
+            raise RuntimeError("it holds no data")
+        torch.empty(0, device=found)
     except (RuntimeError, AssertionError, TypeError) as error:
         reason = str(error).splitlines()[0]
         raise UnsupportedBackendError(
-            f"device_map={device_map!r} is not a device of this machine ({reason})"
+            f"{named} is not a device of this machine ({reason})"
         ) from None
-    return device
+    return found
+
+
+def gigabytes(size: int) -> str:
+    """Write a number of bytes for people."""
+    return f"{size / 1e9:.2f} GB"

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import torch.nn.functional as F  # noqa: N812
 from torch import Tensor
 
-from quintet.kernels.linear import linears as kernel
+from quintet.kernels import linear as kernels
 
 __all__ = ["linear", "linears"]
 
@@ -17,5 +17,5 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
 
 def linears(x: Tensor, maps: Sequence[tuple[Tensor, Tensor | None]]) -> Sequence[Tensor]:
     """Map the same x (..., I) by several weights (O, I) and biases (O), to (..., O) each."""
-    made = kernel(x, maps)
+    made = kernels.linears(x, [kernels.Matrix(weight, None, bias) for weight, bias in maps])
     return [F.linear(x, weight, bias) for weight, bias in maps] if made is None else made

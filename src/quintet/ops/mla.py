@@ -6,21 +6,26 @@ is kept. With W_UK and W_UV the maps of a head, and ⊕ joining the part that ca
     score = (q_nope ⊕ q_pe) · (W_UK c_kv ⊕ k_pe) = (W_UKᵀ q_nope ⊕ q_pe) · (c_kv ⊕ k_pe)
     out   = Σ p (W_UV c_kv)                      = W_UV (Σ p c_kv)
 
-`expanded` computes the middle, `absorbed` the right-hand side: the same function at other costs.
+`expanded` computes the middle, `absorbed` the right-hand side: the same function at other costs,
+of which `latent_attention` takes the lower one.
 
 Shapes here: q_nope (B, H, T, Dn), q_pe (B, H, T, Dr), c_kv (B, S, R), k_pe (B, S, Dr), and w_kv
 (H, Dn + Dv, R), a head's rows of W_UK before those of W_UV. Both return (B, H, T, Dv) and the
 weights (B, H, T, S), `expanded` only if its backend has them.
 """
 
+from dataclasses import replace
+
 import torch
 import torch.nn.functional as F  # noqa: N812
 from torch import Tensor
 
-from quintet.ops.attention import AttentionBackend, eager
+from quintet.kernels.attention import attend as attend_parts
+from quintet.kernels.latent import attend_latents
+from quintet.ops.attention import AttentionBackend, eager, sdpa
 from quintet.ops.masks import Visibility, causal_mask
 
-__all__ = ["BREAK_EVEN_QUERIES", "absorbed", "absorbs", "expanded"]
+__all__ = ["BREAK_EVEN_QUERIES", "absorbed", "absorbs", "expanded", "latent_attention"]
 
 # For R = 512, Dn = Dv = 128, Dr = 64, as in all released models, and each head and key: expanding
 # a key costs 2·R·(Dn + Dv) FLOPs once, and saves each query 2·(2R + Dr) - 2·(Dn + Dr + Dv).
@@ -35,6 +40,47 @@ def absorbs(T: int, S: int) -> bool:
     a step of decoding is absorbed, and with a long past the queries decide alone.
     """
     return T * (S + BREAK_EVEN_QUERIES) < S * BREAK_EVEN_QUERIES
+
+
+def latent_attention(
+    q_nope: Tensor,
+    q_pe: Tensor,
+    c_kv: Tensor,
+    k_pe: Tensor,
+    w_kv: Tensor,
+    seen: Visibility,
+    *,
+    attend: AttentionBackend,
+    scale: float,
+    dropout: float,
+) -> tuple[Tensor, Tensor | None]:
+    """Attend in the cheaper of the two ways; the weights come with `eager` alone."""
+    T = q_nope.shape[2]
+    if attend is not eager and not seen.custom and c_kv.is_cpu:
+        c_kv, k_pe, seen = _reachable(c_kv, k_pe, seen, T)
+    if not absorbs(T, c_kv.shape[1]):
+        return expanded(
+            q_nope, q_pe, c_kv, k_pe, w_kv, seen, attend=attend, scale=scale, dropout=dropout
+        )
+    if attend is not eager and not seen.custom and not dropout:
+        made = attend_latents(q_nope, q_pe, c_kv, k_pe, w_kv, start=seen.start, scale=scale)
+        if made is not None:
+            return made, None
+    out, weights = absorbed(q_nope, q_pe, c_kv, k_pe, w_kv, seen, scale=scale, dropout=dropout)
+    # Only `eager` promises weights; holding them for all layers would cost memory.
+    return out, weights if attend is eager else None
+
+
+def _reachable(
+    c_kv: Tensor, k_pe: Tensor, seen: Visibility, T: int
+) -> tuple[Tensor, Tensor, Visibility]:
+    """Leave out what is behind the last query of all rows, in a cache with room to spare."""
+    S = c_kv.shape[1]
+    if torch.compiler.is_compiling() or (isinstance(seen.start, int) and seen.start + T == S):
+        return c_kv, k_pe, seen
+    end = min(S, int(torch.as_tensor(seen.start).max()) + T)
+    mask = None if seen.mask is None else seen.mask[..., :end]
+    return c_kv[:, :end], k_pe[:, :end], replace(seen, mask=mask)
 
 
 def expanded(
@@ -53,6 +99,11 @@ def expanded(
     H, Dn = q_nope.shape[1], q_nope.shape[-1]
     kv = F.linear(c_kv, w_kv.flatten(0, 1)).view(*c_kv.shape[:2], H, -1).transpose(1, 2)
     k_nope, v = kv[..., :Dn], kv[..., Dn:]  # (B, H, S, Dn), (B, H, S, Dv)
+    if attend is sdpa and not seen.custom and not dropout:
+        q_parts, k_parts = (q_nope, q_pe), (k_nope, k_pe[:, None])
+        made = attend_parts(q_parts, k_parts, v, start=seen.start, window=seen.window, scale=scale)
+        if made is not None:
+            return made, None
     q = torch.cat((q_nope, q_pe), dim=-1)
     k = torch.cat((k_nope, k_pe[:, None].expand(-1, H, -1, -1)), dim=-1)
     Dv = v.shape[-1]

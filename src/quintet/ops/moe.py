@@ -1,7 +1,8 @@
 """Mixtures of experts: each token goes through a few of many MLPs.
 
 `apply_experts` has three forms that compute the same sum, for a token's A experts e with shares w:
-Σ_a w_a · down_e(act(gate_e(x)) · up_e(x)). The terms are added in float32 or wider.
+Σ_a w_a · down_e(act(gate_e(x)) · up_e(x)). The terms are added in float32 or wider. A kernel for
+CPUs goes before them where it can.
 """
 
 from collections.abc import Callable, Sequence
@@ -10,6 +11,7 @@ import torch
 import torch.nn.functional as F  # noqa: N812
 from torch import Tensor
 
+from quintet.kernels.grouped import grouped_silu_experts
 from quintet.ops.activations import Activation
 from quintet.ops.grouped import grouped_linear
 
@@ -68,6 +70,10 @@ def apply_experts(
     Shapes: x (N, C); indices and weights (N, A); gate_up (E, 2F, C), the gate's rows first;
     down (E, C, F); returns (N, C).
     """
+    if act is F.silu:
+        made = grouped_silu_experts(x, indices, weights, gate_up, down)
+        if made is not None:
+            return made
     form = looped_experts
     if torch.compiler.is_compiling():
         # Few tokens on a device: copying their matrices costs less than asking it which they are.

@@ -13,13 +13,14 @@ are filled up to whole groups with zeros.
 """
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import torch
 import torch.nn.functional as F  # noqa: N812
 from torch import Tensor
 
 from quintet.errors import InputError
+from quintet.kernels import linear as kernels
 
 __all__ = [
     "FP8_BLOCK",
@@ -35,12 +36,14 @@ __all__ = [
     "quantize_fp8",
     "quantize_int4",
     "quantize_int8",
+    "quantized_linears",
 ]
 
 INT4_GROUP = 64
 FP8_BLOCK = (128, 128)
 # Small enough that a band in float32 stays in the cache between its operations.
 _BAND = 2**18
+_WIDE_BAND = 2**21
 
 
 def quantize_int8(weight: Tensor) -> tuple[Tensor, Tensor]:
@@ -68,6 +71,9 @@ def quantize_int8(weight: Tensor) -> tuple[Tensor, Tensor]:
 
 def dequantize_int8(q: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
     """Return q · scale, rounded once; q (..., O, I), scale (..., O)."""
+    wide = kernels.widen(q, scale, q.shape[-1], dtype)
+    if wide is not None:
+        return wide
     weight = torch.empty_like(q, dtype=dtype)
     scales = bands(scale.reshape(-1, 1), q.shape[-1])
     for rows, to, by in zip(bands(_rows(q)), bands(_rows(weight)), scales, strict=True):
@@ -77,7 +83,7 @@ def dequantize_int8(q: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
 
 def int8_linear(x: Tensor, q: Tensor, scale: Tensor, bias: Tensor | None = None) -> Tensor:
     """Return x wᵀ + b with w = q · scale; x (..., I), q (O, I), scale (O,)."""
-    return F.linear(x, dequantize_int8(q, scale, x.dtype), bias)
+    return quantized_linears(x, [(q, scale, bias)])[0]
 
 
 def int4_shapes(shape: tuple[int, ...]) -> tuple[tuple[int, ...], tuple[int, ...]]:
@@ -119,6 +125,9 @@ def quantize_int4(weight: Tensor) -> tuple[Tensor, Tensor]:
 
 def dequantize_int4(packed: Tensor, scale: Tensor, columns: int, dtype: torch.dtype) -> Tensor:
     """Return the weight (..., O, columns), rounded once; `columns` are those before filling up."""
+    wide = kernels.widen(packed, scale, columns, dtype)
+    if wide is not None:
+        return wide
     weight = packed.new_empty((*packed.shape[:-1], columns), dtype=dtype)
     for rows, to, by in zip(
         bands(_rows(packed), columns),
@@ -135,7 +144,40 @@ def dequantize_int4(packed: Tensor, scale: Tensor, columns: int, dtype: torch.dt
 
 def int4_linear(x: Tensor, packed: Tensor, scale: Tensor, bias: Tensor | None = None) -> Tensor:
     """Return x wᵀ + b for an int4 weight; x (..., I), packed and scale of two axes."""
-    return F.linear(x, dequantize_int4(packed, scale, x.shape[-1], x.dtype), bias)
+
+    def dequantize(q: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
+        return dequantize_int4(q, scale, x.shape[-1], dtype)
+
+    return quantized_linears(x, [(packed, scale, bias)])[0]
+
+
+def quantized_linears(
+    x: Tensor, maps: Sequence[tuple[Tensor, Tensor, Tensor | None]]
+) -> Sequence[Tensor]:
+    """Map the same x (..., I) by several weights of one format, each with its scale and bias.
+
+    In one pass where a kernel does that. The format is int8 or int4, as the dtype of the weights
+    tells.
+    """
+    made = kernels.linears(x, [kernels.Matrix(*one) for one in maps])
+    if made is not None:
+        return made
+    return [_in_bands(x, *one) for one in maps]
+
+
+def _in_bands(x: Tensor, q: Tensor, scale: Tensor, bias: Tensor | None) -> Tensor:
+    # In bands that the multiplication finds in the cache.
+    columns = x.shape[-1]
+    out = x.new_empty((*x.shape[:-1], q.shape[0]))
+    height = max(_WIDE_BAND // max(columns, 1), 1)
+    for start in range(0, q.shape[0], height):
+        rows = slice(start, start + height)
+        if q.dtype == torch.int8:
+            w = dequantize_int8(q[rows], scale[rows], x.dtype)
+        else:
+            w = dequantize_int4(q[rows], scale[rows], columns, x.dtype)
+        out[..., rows] = F.linear(x, w, None if bias is None else bias[rows])
+    return out
 
 
 def fp8_scale_shape(shape: tuple[int, ...], block: tuple[int, int] = FP8_BLOCK) -> tuple[int, ...]:

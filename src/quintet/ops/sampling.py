@@ -7,6 +7,7 @@ there, and returns (B, V), True for those that stay; `least` of the likeliest al
 from collections.abc import Sequence
 
 import torch
+import torch.nn.functional as F  # noqa: N812
 from torch import Tensor
 
 from quintet.errors import InputError
@@ -20,13 +21,16 @@ __all__ = [
     "in_top_h",
     "in_top_k",
     "in_top_p",
-    "occurrences",
+    "penalise_frequency",
+    "penalise_presence",
     "penalise_repetition",
     "top_k_candidates",
     "typical",
     "uniform",
 ]
 
+# Sorting a vocabulary larger than this costs more than looking among its likeliest few first.
+_LARGE, _FEW = 8192, 1024
 # How many tokens beyond the k-th are looked at for ties with it.
 _TIES = 16
 
@@ -34,24 +38,39 @@ _TIES = 16
 # -- what occurred ---------------------------------------------------------------------------
 
 
-def occurrences(ids: Tensor, kept: Tensor | None, V: int) -> Tensor:
-    """Count how often each token of the vocabulary is in each row, (B, V) float32.
+def penalise_repetition(logits: Tensor, ids: Tensor, kept: Tensor | None, penalty: float) -> Tensor:
+    """Divide logits of tokens that occurred by `penalty`, multiply those below zero.
+
+    (arXiv:1909.05858, §4.1)
 
     Shapes: ids (B, T); kept (B, T) True where an id counts, None for all.
     """
-    counts = torch.zeros(ids.shape[0], V + 1, device=ids.device)
-    ones = torch.ones_like(ids, dtype=counts.dtype) if kept is None else kept.to(counts.dtype)
-    # An id that there is no logit for, of a larger embedding, lands in a column of its own.
-    return counts.scatter_add_(1, ids.clamp(max=V), ones)[:, :V]
+    places, wide = _occurred(logits, ids, kept)
+    found = wide.gather(1, places)
+    wide.scatter_(1, places, torch.where(found < 0, found * penalty, found / penalty))
+    return wide[:, : logits.shape[1]]
 
 
-def penalise_repetition(logits: Tensor, occurred: Tensor, penalty: float) -> Tensor:
-    """Divide logits of tokens that occurred (B, V) by `penalty`, multiply those below zero.
+def penalise_presence(logits: Tensor, ids: Tensor, kept: Tensor | None, penalty: float) -> Tensor:
+    """Subtract `penalty` from the logits of tokens that occurred; shapes as above."""
+    places, wide = _occurred(logits, ids, kept)
+    wide.scatter_(1, places, wide.gather(1, places) - penalty)
+    return wide[:, : logits.shape[1]]
 
-    (arXiv:1909.05858, §4.1)
-    """
-    penalised = torch.where(logits < 0, logits * penalty, logits / penalty)
-    return torch.where(occurred, penalised, logits)
+
+def penalise_frequency(logits: Tensor, ids: Tensor, kept: Tensor | None, penalty: float) -> Tensor:
+    """Subtract `penalty` from a token's logit for each time it occurred; shapes as above."""
+    places, wide = _occurred(logits, ids, kept)
+    taken = torch.full_like(places, -penalty, dtype=wide.dtype)
+    return wide.scatter_add_(1, places, taken)[:, : logits.shape[1]]
+
+
+def _occurred(logits: Tensor, ids: Tensor, kept: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Return the column of each id, and a copy of the logits with a column more for all others."""
+    V = logits.shape[1]
+    # An id that there is no logit for, of a larger embedding, counts as little as padding.
+    places = ids.clamp(max=V)
+    return places if kept is None else torch.where(kept, places, V), F.pad(logits, (0, 1))
 
 
 # -- which tokens stay -----------------------------------------------------------------------
@@ -64,11 +83,27 @@ def in_top_k(logits: Tensor, k: int) -> Tensor:
 
 def in_top_p(logits: Tensor, p: float, least: int = 1) -> Tensor:
     """The fewest likeliest tokens whose probabilities sum to p or more (arXiv:1904.09751)."""
+    if logits.shape[-1] > _LARGE:
+        found = _nucleus(logits, p, least)
+        if found is not None:
+            return found
     values, order = logits.sort(dim=-1)
     # Summed from the unlikely end, where the small ones do not drown.
     dropped = values.softmax(dim=-1).cumsum(dim=-1) <= 1 - p
     dropped[:, -least:] = False
     return torch.ones_like(dropped).scatter(1, order, ~dropped)
+
+
+def _nucleus(logits: Tensor, p: float, least: int) -> Tensor | None:
+    """Find the same among the likeliest few tokens; None where they do not reach p."""
+    values, ids = logits.topk(_FEW, dim=-1)
+    probabilities = (values - logits.logsumexp(dim=-1, keepdim=True)).exp()
+    mass = probabilities.cumsum(dim=-1)
+    if not bool((mass[:, -1] >= p).all()):
+        return None
+    stays = mass - probabilities < p
+    stays[:, :least] = True
+    return torch.zeros_like(logits, dtype=torch.bool).scatter(1, ids, stays)
 
 
 def above_min_p(logits: Tensor, p: float, least: int = 1) -> Tensor:

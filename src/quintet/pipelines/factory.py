@@ -20,7 +20,7 @@ from quintet.auto import (
 )
 from quintet.errors import InputError
 from quintet.hub import demo_model
-from quintet.modeling.placement import single_device
+from quintet.modeling.placement import first_device
 from quintet.pipelines.base import Pipeline
 
 if TYPE_CHECKING:
@@ -149,7 +149,7 @@ def pipeline(
             model_kwargs=model_kwargs,
         )
         task = _task_of(type(model).__name__) if task is None else task
-        loaded = model if device is None else model.to(single_device(device))
+        loaded = model if device is None else model.to(first_device(device))
         where = {"revision": revision, "token": token}
     if tokenizer is None:
         raise InputError("a loaded model needs its tokenizer: pipeline(task, model, tokenizer=…)")

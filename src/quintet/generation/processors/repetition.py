@@ -5,7 +5,7 @@ from torch import Tensor
 
 from quintet.errors import InputError
 from quintet.generation.processors.base import LogitsProcessor, positive_float
-from quintet.ops.sampling import occurrences, penalise_repetition
+from quintet.ops.sampling import penalise_frequency, penalise_presence, penalise_repetition
 
 __all__ = [
     "EncoderNoRepeatNGramLogitsProcessor",
@@ -33,17 +33,15 @@ class _Counting(LogitsProcessor):
             )
         self.prompt_ignore_length = prompt_ignore_length
 
-    def _counts(self, input_ids: Tensor, scores: Tensor, padding: Tensor | None) -> Tensor:
+    def _counted(self, input_ids: Tensor, padding: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        """Return ids and, where rows differ, which of them count."""
         begin: int | Tensor = 0 if padding is None else padding
         if self.prompt_ignore_length is not None:
             begin = begin + self.prompt_ignore_length
-        kept = None
-        if isinstance(begin, Tensor):
-            columns = torch.arange(input_ids.shape[1], device=input_ids.device)
-            kept = columns >= begin[:, None]
-        else:
-            input_ids = input_ids[:, begin:]
-        return occurrences(input_ids, kept, scores.shape[1])
+        if isinstance(begin, int):
+            return input_ids[:, begin:], None
+        columns = torch.arange(input_ids.shape[1], device=input_ids.device)
+        return input_ids, columns >= begin.to(input_ids.device)[:, None]
 
 
 class RepetitionPenaltyLogitsProcessor(_Counting):
@@ -54,8 +52,7 @@ class RepetitionPenaltyLogitsProcessor(_Counting):
         self.penalty = positive_float("repetition_penalty", penalty)
 
     def __call__(self, input_ids: Tensor, scores: Tensor, padding: Tensor | None = None) -> Tensor:
-        occurred = self._counts(input_ids, scores, padding) > 0
-        return penalise_repetition(scores, occurred, self.penalty)
+        return penalise_repetition(scores, *self._counted(input_ids, padding), self.penalty)
 
 
 class PresencePenaltyLogitsProcessor(_Counting):
@@ -66,8 +63,7 @@ class PresencePenaltyLogitsProcessor(_Counting):
         self.penalty = float(penalty)
 
     def __call__(self, input_ids: Tensor, scores: Tensor, padding: Tensor | None = None) -> Tensor:
-        occurred = self._counts(input_ids, scores, padding) > 0
-        return torch.where(occurred, scores - self.penalty, scores)
+        return penalise_presence(scores, *self._counted(input_ids, padding), self.penalty)
 
 
 class FrequencyPenaltyLogitsProcessor(_Counting):
@@ -78,7 +74,7 @@ class FrequencyPenaltyLogitsProcessor(_Counting):
         self.penalty = float(penalty)
 
     def __call__(self, input_ids: Tensor, scores: Tensor, padding: Tensor | None = None) -> Tensor:
-        return scores - self.penalty * self._counts(input_ids, scores, padding)
+        return penalise_frequency(scores, *self._counted(input_ids, padding), self.penalty)
 
 
 class EncoderRepetitionPenaltyLogitsProcessor(LogitsProcessor):
@@ -99,10 +95,12 @@ class EncoderRepetitionPenaltyLogitsProcessor(LogitsProcessor):
         self.kept = None if padding is None else columns >= padding[:, None]
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
-        occurred = occurrences(self.encoder_input_ids, self.kept, scores.shape[1]) > 0
-        copies = scores.shape[0] // occurred.shape[0]
-        occurred = occurred.repeat_interleave(copies, dim=0).to(scores.device)
-        return penalise_repetition(scores, occurred, self.penalty)
+        copies = scores.shape[0] // self.encoder_input_ids.shape[0]
+        ids = self.encoder_input_ids.repeat_interleave(copies, dim=0).to(scores.device)
+        kept = None
+        if self.kept is not None:
+            kept = self.kept.repeat_interleave(copies, dim=0).to(scores.device)
+        return penalise_repetition(scores, ids, kept, self.penalty)
 
 
 class NoRepeatNGramLogitsProcessor(LogitsProcessor):

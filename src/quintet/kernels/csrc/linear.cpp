@@ -1,37 +1,70 @@
-// y = W x + b for few vectors x: bound by how fast W is read.
+// y = W x + b for several W of the same few vectors x.
 #include <omp.h>
 
-#include "dense.h"
+#include "matrix.h"
 
 namespace {
 
+// W (O, I), b (O) or null, y (M, O), as Python fills it in: eight bytes a field.
 template <class T>
-void linears(const Dense<T>* maps, i64 count, const T* x, i64 M, i64 I, i64 x_stride) {
-    i64 rows = 0;
-    for (i64 k = 0; k < count; ++k) rows += maps[k].O;
-    const bool alone = rows * I * i64(sizeof(T)) < SMALL;
-#pragma omp parallel if (!alone)
+struct Map {
+    const void* w;
+    const void* scale;
+    const T* b;
+    T* y;
+    i64 O;
+    i64 stride;
+};
+
+template <class T>
+Plain<T> matrix(const Map<T>& map, i64 I, Plain<T>*) {
+    return {static_cast<const T*>(map.w), I, map.stride};
+}
+template <class T>
+Int8 matrix(const Map<T>& map, i64 I, Int8*) {
+    return {static_cast<const int8_t*>(map.w), static_cast<const float*>(map.scale), I};
+}
+template <class T>
+Int4 matrix(const Map<T>& map, i64 I, Int4*) {
+    return {static_cast<const uint8_t*>(map.w), static_cast<const bf16*>(map.scale), I};
+}
+
+template <class Matrix, class T>
+void linears(const Map<T>* maps, i64 count, const T* x, i64 M, i64 I) {
+    const Inputs<Matrix> inputs(x, M, I, I);
+    i64 all = 0, bytes = 0;
+    for (i64 k = 0; k < count; ++k) {
+        all += maps[k].O;
+        bytes += maps[k].O * matrix(maps[k], I, static_cast<Matrix*>(nullptr)).bytes();
+    }
+#pragma omp parallel if (bytes >= SMALL)
     {
-        const Share mine(rows, omp_get_thread_num(), omp_get_num_threads());
+        const Share mine(all, omp_get_thread_num(), omp_get_num_threads());
         i64 before = 0;
         for (i64 k = 0; k < count; ++k) {
+            const Map<T>& map = maps[k];
             const i64 from = std::max(mine.from - before, i64(0));
-            const i64 to = std::min(mine.to - before, maps[k].O);
-            if (from < to) maps[k].rows(x, M, I, x_stride, from, to);
-            before += maps[k].O;
+            const i64 to = std::min(mine.to - before, map.O);
+            if (from < to) {
+                const Matrix w = matrix(map, I, static_cast<Matrix*>(nullptr));
+                w.rows(inputs.of.data(), M, from, to, [&](i64 m, i64 o, float value) {
+                    narrow(map.b ? value + widen(map.b[o]) : value, map.y + m * map.O + o);
+                });
+            }
+            before += map.O;
         }
     }
 }
 
 }  // namespace
 
-extern "C" {
-
-void quintet_linear_bf16(const Dense<bf16>* maps, i64 count, const bf16* x, i64 M, i64 I, i64 x_stride) {
-    linears(maps, count, x, M, I, x_stride);
-}
-
-void quintet_linear_f32(const Dense<float>* maps, i64 count, const float* x, i64 M, i64 I, i64 x_stride) {
-    linears(maps, count, x, M, I, x_stride);
-}
-}
+#define QUINTET_LINEAR(name, Matrix, T)                                                       \
+    extern "C" void quintet_linear_##name(const Map<T>* maps, i64 count, const T* x, i64 M, i64 I) { \
+        linears<Matrix>(maps, count, x, M, I);                                                \
+    }
+QUINTET_LINEAR(bf16, Plain<bf16>, bf16)
+QUINTET_LINEAR(f32, Plain<float>, float)
+QUINTET_LINEAR(int8_bf16, Int8, bf16)
+QUINTET_LINEAR(int8_f32, Int8, float)
+QUINTET_LINEAR(int4_bf16, Int4, bf16)
+QUINTET_LINEAR(int4_f32, Int4, float)

@@ -1,0 +1,327 @@
+// Softmax attention of bfloat16, a block of keys at a time (arXiv:2205.14135).
+//
+// The queries that share a key head are rows of one product; rows are lanes. A row's numbers are
+// packed once, pair by pair, and a key's pairs are read as they lie and broadcast. Keys may be in
+// two pieces, (k1 + k2), as those of latent attention are; the values may be one of the pieces, so
+// that a latent is read from memory once for both products.
+#pragma once
+#include <omp.h>
+
+#include "tiles.h"
+
+namespace {
+
+constexpr i64 KEYS = 128;         // of a block
+constexpr i64 MOST_ROWS = 64;     // of a tile
+constexpr int KEY_TILE = LANES;   // keys whose sums are in registers at once
+constexpr i64 PANEL = KEYS * LANES + LANES;  // pairs of 2 LANES columns of values, and a gap
+constexpr float NOTHING = -1e30f; // the largest score of a row that has seen no key
+
+struct Strides {
+    i64 row, token, head;
+};
+
+// Eight-byte fields, as Python fills them; S keys. Query (b, t) of head k·G + g sees the keys of head k from
+// `window` before its own slot, start[b] + t, up to it; a window of 0 is none.
+struct Attention {
+    i64 B, T, S, K, G, D1, D2, Dv, window;
+    const bf16 *q1, *q2, *k1, *k2, *v;
+    bf16* out;
+    Strides q1_at, q2_at, k1_at, k2_at, v_at, out_at;
+    const i64* start;
+};
+
+// Scores of N keys in the lanes of one vector of rows. `ahead` keys further on, a line a step is
+// fetched: by the end, N keys.
+template <int N>
+inline void score_tile(const uint32_t* q, const bf16* k1, i64 s1, i64 D1, const bf16* k2, i64 s2,
+                       i64 D2, i64 ahead, float* scores) {
+    F acc[N];
+    for (int k = 0; k < N; ++k) acc[k] = zero();
+    const auto piece = [&](const bf16* keys, i64 stride, i64 D) __attribute__((always_inline)) {
+        const bf16* next = keys + ahead * stride;
+        i64 column = 0;
+        for (i64 d = 0; d < D; d += 2, q += LANES) {
+            if (N == KEY_TILE && ahead) {
+                prefetch<_MM_HINT_T1>(next + column, 0);
+                column += 32;
+                if (column >= D) column = 0, next += stride;
+            }
+            const Pairs rows = load_lanes(q);
+#pragma GCC unroll 16
+            for (int k = 0; k < N; ++k) acc[k] = dot(acc[k], rows, same_pair(keys + k * stride + d));
+        }
+    };
+    piece(k1, s1, D1);
+    piece(k2, s2, D2);
+    for (int k = 0; k < N; ++k) store(scores + k * LANES, acc[k]);
+}
+
+// The values of `n` keys: panels of 2 LANES columns, in each the pairs of keys, `zip`ped.
+inline void pack_values(const bf16* v, i64 stride, i64 n, i64 Dv, uint32_t* packed) {
+    for (i64 pair = 0; pair < (n + 1) / 2; ++pair) {
+        const bf16* one = v + 2 * pair * stride;
+        const bool whole = 2 * pair + 1 < n;
+        for (i64 panel = 0; panel < Dv / (2 * LANES); ++panel) {
+            const Pairs a = load_pairs(one + 2 * LANES * panel);
+            const Pairs b = whole ? load_pairs(one + stride + 2 * LANES * panel) : Pairs{};
+            Pairs low, high;
+            zip(a, b, &low, &high);
+            uint32_t* to = packed + panel * PANEL + pair * 2 * LANES;
+            store_pairs(to, low);
+            store_pairs(to + LANES, high);
+        }
+    }
+}
+
+// Add to R rows of 2 LANES columns the values of pairs of keys, by their weights.
+template <int R>
+inline void mix_tile(const uint32_t* weights, const uint32_t* values, i64 pairs, float* out, i64 Dv) {
+    F acc[R][2];
+    for (int r = 0; r < R; ++r)
+        for (int c = 0; c < 2; ++c) acc[r][c] = load(out + r * Dv + c * LANES);
+    for (i64 pair = 0; pair < pairs; ++pair) {
+        const Pairs low = load_lanes(values + pair * 2 * LANES);
+        const Pairs high = load_lanes(values + pair * 2 * LANES + LANES);
+#pragma GCC unroll 8
+        for (int r = 0; r < R; ++r) {
+            const Pairs weight = same_pair(weights + pair * LANES + r);
+            acc[r][0] = dot(acc[r][0], low, weight);
+            acc[r][1] = dot(acc[r][1], high, weight);
+        }
+    }
+    for (int r = 0; r < R; ++r)
+        for (int c = 0; c < 2; ++c) store(out + r * Dv + c * LANES, acc[r][c]);
+}
+
+// What one tile of rows has made of some of its keys: sums not yet divided by the total of weights.
+struct Partial {
+    float *out, *top, *total;
+    static i64 size(i64 Dv) { return MOST_ROWS * (Dv + 2); }
+    Partial(float* memory, i64 Dv)
+        : out(memory), top(out + MOST_ROWS * Dv), total(top + MOST_ROWS) {}
+};
+
+// Rows m0 to m0 + M of a row of the batch and a key head, over keys [from, to).
+class Tile {
+  public:
+    Tile(const Attention& a, float scale, i64 b, i64 k, i64 m0, i64 M, Scratch& scratch)
+        : a_(a), scale_(scale * 1.44269504f), b_(b), k_(k), M_(M), vectors_((M + LANES - 1) / LANES), pairs_((a.D1 + a.D2) / 2) {
+        const i64 rows = vectors_ * LANES, wide = a.D1 + a.D2 + 32;
+        copies_ = a.k1_at.token > 2 * a.D1 || a.k2_at.token > 2 * std::max<i64>(a.D2, 1);
+        const i64 n_values = a.Dv / (2 * LANES) * PANEL, n_keys = copies_ ? KEYS * wide : 0;
+        scratch.open(Scratch::room<uint32_t>(pairs_ * rows) + Scratch::room<uint32_t>(n_values) +
+                     Scratch::room<float>(rows * KEYS) + Scratch::room<uint32_t>(rows * KEYS / 2) +
+                     Scratch::room<bf16>(n_keys));
+        q_ = scratch.take<uint32_t>(pairs_ * rows);
+        values_ = scratch.take<uint32_t>(n_values);
+        scores_ = scratch.take<float>(rows * KEYS);
+        weights_ = scratch.take<uint32_t>(rows * KEYS / 2);
+        keys_ = scratch.take<bf16>(n_keys);
+        for (i64 i = 0; i < rows; ++i) pack_row(i, m0 + i, i < M);
+    }
+
+    void run(i64 from, i64 to, Partial& made) {
+        for (i64 i = 0; i < vectors_ * LANES; ++i) made.top[i] = NOTHING, made.total[i] = 0.0f;
+        std::fill(made.out, made.out + vectors_ * LANES * a_.Dv, 0.0f);
+        for (i64 s = from; s < to; s += KEYS) block(s, std::min(KEYS, to - s), to, made);
+    }
+
+  private:
+    void pack_row(i64 i, i64 m, bool real) {
+        const i64 t = (real ? m : m - i) / a_.G, h = k_ * a_.G + m % a_.G;
+        end_[i] = std::min(a_.S, a_.start[b_] + t + 1);
+        begin_[i] = a_.window > 0 ? std::max<i64>(0, end_[i] - a_.window) : 0;
+        uint32_t* to = q_ + i / LANES * LANES * pairs_ + i % LANES;
+        if (!real) {
+            for (i64 d = 0; d < pairs_; ++d) to[d * LANES] = 0;
+            return;
+        }
+        const bf16* one = a_.q1 + b_ * a_.q1_at.row + t * a_.q1_at.token + h * a_.q1_at.head;
+        for (i64 d = 0; d < a_.D1; d += 2, to += LANES) std::memcpy(to, one + d, 4);
+        const bf16* two = a_.q2 + b_ * a_.q2_at.row + t * a_.q2_at.token + h * a_.q2_at.head;
+        for (i64 d = 0; d < a_.D2; d += 2, to += LANES) std::memcpy(to, two + d, 4);
+    }
+
+    void block(i64 s, i64 n, i64 to, Partial& made) {
+        const bf16* v = a_.v + b_ * a_.v_at.row + k_ * a_.v_at.head + s * a_.v_at.token;
+        pack_values(v, a_.v_at.token, n, a_.Dv, values_);
+        score(s, n, to);
+        const i64 pairs = (n + 1) / 2;
+        for (i64 vec = 0; vec < vectors_; ++vec) {
+            if (n % 2) store(scores_ + (vec * KEYS + n) * LANES, all(-INFINITY));
+            if (masks(s, n, vec)) hide(s, n, vec);
+            weigh(vec, pairs, made);
+        }
+        // Fewer rows at a time where those of other tiles want room in the first-level cache.
+        if (LANES == 16 && vectors_ == 1)
+            mix<8>(pairs, made);
+        else
+            mix<4>(pairs, made);
+    }
+
+    void score(i64 s, i64 n, i64 to) {
+        const bf16* k1 = a_.k1 + b_ * a_.k1_at.row + k_ * a_.k1_at.head + s * a_.k1_at.token;
+        const bf16* k2 = a_.k2 + b_ * a_.k2_at.row + k_ * a_.k2_at.head + s * a_.k2_at.token;
+        i64 s1 = a_.k1_at.token, s2 = a_.k2_at.token;
+        if (copies_) {
+            // Keys far apart fall on each other's places in the cache.
+            const i64 wide = a_.D1 + a_.D2 + 32;
+            for (i64 i = 0; i < n; ++i) {
+                std::memcpy(keys_ + i * wide, k1 + i * s1, size_t(2 * a_.D1));
+                std::memcpy(keys_ + i * wide + a_.D1, k2 + i * s2, size_t(2 * a_.D2));
+            }
+            k1 = keys_, k2 = keys_ + a_.D1, s1 = s2 = wide;
+        }
+        for (i64 vec = 0; vec < vectors_; ++vec) {
+            const uint32_t* q = q_ + vec * LANES * pairs_;
+            float* scores = scores_ + vec * KEYS * LANES;
+            const i64 ahead = vec == 0 && !copies_ && s + 2 * KEYS <= to ? KEYS : 0;
+            i64 i = 0;
+            for (; i + KEY_TILE <= n; i += KEY_TILE)
+                score_tile<KEY_TILE>(q, k1 + i * s1, s1, a_.D1, k2 + i * s2, s2, a_.D2, ahead,
+                                     scores + i * LANES);
+            for (; i + 4 <= n; i += 4)
+                score_tile<4>(q, k1 + i * s1, s1, a_.D1, k2 + i * s2, s2, a_.D2, 0,
+                              scores + i * LANES);
+            for (; i < n; ++i)
+                score_tile<1>(q, k1 + i * s1, s1, a_.D1, k2 + i * s2, s2, a_.D2, 0,
+                              scores + i * LANES);
+        }
+    }
+
+    bool masks(i64 s, i64 n, i64 vec) const {
+        for (i64 i = vec * LANES; i < (vec + 1) * LANES; ++i)
+            if (begin_[i] > s || end_[i] < s + n) return true;
+        return false;
+    }
+
+    void hide(i64 s, i64 n, i64 vec) {
+        for (i64 i = 0; i < LANES; ++i) {
+            float* mine = scores_ + vec * KEYS * LANES + i;
+            const i64 row = vec * LANES + i;
+            const i64 first = std::clamp<i64>(begin_[row] - s, 0, n);
+            const i64 last = std::clamp<i64>(end_[row] - s, 0, n);
+            for (i64 j = 0; j < first; ++j) mine[j * LANES] = -INFINITY;
+            for (i64 j = last; j < n; ++j) mine[j * LANES] = -INFINITY;
+        }
+    }
+
+    void weigh(i64 vec, i64 pairs, Partial& made) {
+        const F scale = all(scale_);
+        const float* scores = scores_ + vec * KEYS * LANES;
+        uint32_t* weights = weights_ + vec * KEYS / 2 * LANES;
+        F most = all(-INFINITY);
+        for (i64 j = 0; j < 2 * pairs; ++j) most = max(most, mul(load(scores + j * LANES), scale));
+        const F before = load(made.top + vec * LANES), top = max(before, most);
+        const F fade = exp2_of(sub(before, top));
+        F total = mul(load(made.total + vec * LANES), fade);
+        for (i64 j = 0; j < pairs; ++j) {
+            const F a = exp2_of(sub(mul(load(scores + 2 * j * LANES), scale), top));
+            const F b = exp2_of(sub(mul(load(scores + (2 * j + 1) * LANES), scale), top));
+            total = add(total, add(a, b));
+            store_pairs(weights + j * LANES, rounded_pairs(a, b));
+        }
+        store(made.top + vec * LANES, top);
+        store(made.total + vec * LANES, total);
+        float factors[LANES];
+        store(factors, fade);
+        for (i64 i = 0; i < LANES; ++i) {
+            if (factors[i] == 1.0f) continue;
+            float* row = made.out + (vec * LANES + i) * a_.Dv;
+            for (i64 c = 0; c < a_.Dv; c += LANES) store(row + c, mul(load(row + c), all(factors[i])));
+        }
+    }
+
+    template <int R>
+    void mix(i64 pairs, Partial& made) {
+        for (i64 panel = 0; panel < a_.Dv / (2 * LANES); ++panel)
+            for (i64 row = 0; row < M_; row += R)
+                mix_tile<R>(weights_ + row / LANES * KEYS / 2 * LANES + row % LANES,
+                            values_ + panel * PANEL, pairs,
+                            made.out + row * a_.Dv + panel * 2 * LANES, a_.Dv);
+    }
+
+    const Attention& a_;
+    const float scale_;  // for powers of two, not of e
+    const i64 b_, k_, M_, vectors_, pairs_;
+    bool copies_;
+    uint32_t *q_, *values_, *weights_;
+    float* scores_;
+    bf16* keys_;
+    i64 begin_[MOST_ROWS], end_[MOST_ROWS];
+};
+
+// Join what `count` parts of the keys gave a row, and write it.
+inline void finish_row(const Attention& a, const Partial* parts, i64 count, i64 i, bf16* to) {
+    float top = NOTHING, total = 0.0f;
+    for (i64 p = 0; p < count; ++p) top = std::max(top, parts[p].top[i]);
+    std::vector<float> shares(static_cast<size_t>(count));
+    for (i64 p = 0; p < count; ++p) {
+        shares[size_t(p)] = std::exp2(parts[p].top[i] - top);
+        total += shares[size_t(p)] * parts[p].total[i];
+    }
+    for (i64 c = 0; c < a.Dv; c += 2 * LANES) {
+        F low = zero(), high = zero();
+        for (i64 p = 0; p < count; ++p) {
+            const float* from = parts[p].out + i * a.Dv + c;
+            const F share = all(shares[size_t(p)] / total);
+            low = fma(load(from), share, low);
+            high = fma(load(from + LANES), share, high);
+        }
+        F first, second;
+        columns(low, high, &first, &second);
+        store(to + c, first);
+        store(to + c + LANES, second);
+    }
+}
+
+inline void attend(const Attention& a, float scale) {
+    static thread_local Scratch of_thread, of_parts;
+    const i64 rows = a.T * a.G, tiles = (rows + MOST_ROWS - 1) / MOST_ROWS;
+    const i64 items = a.B * a.K * tiles, threads = omp_get_max_threads();
+    // Few tiles: their keys are divided among the threads too.
+    const bool few = items < 4 * threads && items % threads != 0;
+    const i64 parts = few ? std::clamp<i64>(a.S / (2 * KEYS), 1, threads) : 1;
+    const i64 slots = parts > 1 ? items * parts : threads, size = Partial::size(a.Dv);
+    of_parts.open(Scratch::room<float>(slots * size));
+    float* memory = of_parts.take<float>(slots * size);
+    const auto finish = [&](i64 item, const Partial* made) {
+        const i64 tile = item % tiles, k = item / tiles % a.K, b = item / tiles / a.K;
+        for (i64 i = 0; i < std::min(MOST_ROWS, rows - tile * MOST_ROWS); ++i) {
+            const i64 m = tile * MOST_ROWS + i, t = m / a.G, h = k * a.G + m % a.G;
+            finish_row(a, made, parts, i,
+                       a.out + b * a.out_at.row + t * a.out_at.token + h * a.out_at.head);
+        }
+    };
+#pragma omp parallel
+    {
+#pragma omp for schedule(dynamic, 1)
+        for (i64 job = 0; job < items * parts; ++job) {
+            // The last tiles see the most keys and go first.
+            const i64 item = items - 1 - job / parts, part = job % parts;
+            const i64 tile = item % tiles, k = item / tiles % a.K, b = item / tiles / a.K;
+            const i64 m0 = tile * MOST_ROWS, M = std::min(MOST_ROWS, rows - m0);
+            const i64 end = std::min(a.S, a.start[b] + (m0 + M - 1) / a.G + 1);
+            const i64 first = a.start[b] + m0 / a.G + 1 - a.window;
+            const i64 begin = a.window > 0 ? std::max<i64>(0, first) : 0;
+            const i64 share = ((end - begin + parts - 1) / parts + KEYS - 1) / KEYS * KEYS;
+            const i64 from = std::min(end, begin + part * share), to = std::min(end, from + share);
+            const i64 slot = parts > 1 ? item * parts + part : omp_get_thread_num();
+            Partial made(memory + slot * size, a.Dv);
+            Tile(a, scale, b, k, m0, M, of_thread).run(from, to, made);
+            if (parts == 1) finish(item, &made);
+        }
+        if (parts > 1) {
+#pragma omp for schedule(static)
+            for (i64 item = 0; item < items; ++item) {
+                std::vector<Partial> made;
+                for (i64 p = 0; p < parts; ++p)
+                    made.emplace_back(memory + (item * parts + p) * size, a.Dv);
+                finish(item, made.data());
+            }
+        }
+    }
+}
+
+}  // namespace

@@ -1,0 +1,443 @@
+// Matrices as models hold them, and their product with few vectors: bound by reading the matrix.
+//
+// A matrix offers `rows(x, M, from, to, put)`: for each of its rows o in [from, to) and each of M
+// vectors, put(m, o, the dot product). A vector comes as the matrix's `Input`: what is made of it
+// once and serves for all rows. One thread reads its rows as one line of memory: several lines at a
+// time halve the bandwidth here.
+#pragma once
+#include <vector>
+
+#include "simd.h"
+
+namespace {
+
+// Below this many bytes of weights, waking the other threads takes longer than it saves.
+constexpr i64 SMALL = 16384;
+// How far ahead of its use a line is asked for, in bytes.
+constexpr i64 AHEAD = 8192;
+
+// Call fn<MB>() for M vectors in as few blocks of at most MOST as there can be.
+template <int MOST, class Fn>
+inline void in_blocks(i64 M, Fn&& fn) {
+    const i64 blocks = (M + MOST - 1) / MOST, size = (M + blocks - 1) / blocks;
+    for (i64 m = 0; m < M; m += size) {
+        const i64 n = std::min(size, M - m);
+        if (n == 1) fn(m, std::integral_constant<int, 1>());
+        if constexpr (MOST >= 2)
+            if (n == 2) fn(m, std::integral_constant<int, 2>());
+        if constexpr (MOST >= 3)
+            if (n == 3) fn(m, std::integral_constant<int, 3>());
+        if constexpr (MOST >= 4)
+            if (n == 4) fn(m, std::integral_constant<int, 4>());
+        if constexpr (MOST >= 5)
+            if (n == 5) fn(m, std::integral_constant<int, 5>());
+        if constexpr (MOST >= 6)
+            if (n == 6) fn(m, std::integral_constant<int, 6>());
+    }
+}
+
+// W (O, I) as it is.
+template <class T>
+struct Plain {
+    using Input = const T*;
+    const T* w;
+    i64 I;
+    i64 stride;
+
+    i64 bytes() const { return I * i64(sizeof(T)); }
+
+    template <class Put>
+    void rows(const Input* x, i64 M, i64 from, i64 to, Put&& put) const {
+        if (M == 1) {
+            for (i64 o = from; o < to; ++o) put(0, o, row(x[0], w + o * stride));
+            return;
+        }
+        constexpr int MOST = LANES == 16 ? 6 : 2;
+        i64 o = from;
+        for (; o + 4 <= to; o += 4)
+            in_blocks<MOST>(M, [&](i64 m, auto n) { block<4, n()>(x, m, o, put); });
+        for (; o < to; ++o)
+            in_blocks<MOST>(M, [&](i64 m, auto n) { block<1, n()>(x, m, o, put); });
+    }
+
+  private:
+    float row(const T* x, const T* p) const {
+        using C = Chunk<T>;
+        constexpr i64 N = C::SIZE;
+        F even = zero(), odd = zero();
+        i64 i = 0;
+        for (; i + 2 * N <= I; i += 2 * N) {
+            prefetch<_MM_HINT_T0>(p + i, AHEAD);
+            if (LANES == 16) prefetch<_MM_HINT_T0>(p + i, AHEAD + 64);
+            even = C::dot_to(even, C::at(p + i), C::at(x + i));
+            odd = C::dot_to(odd, C::at(p + i + N), C::at(x + i + N));
+        }
+        if (i + N <= I) {
+            even = C::dot_to(even, C::at(p + i), C::at(x + i));
+            i += N;
+        }
+        if (i < I) odd = C::dot_to(odd, C::at(p + i, I - i), C::at(x + i, I - i));
+        return sum(add(even, odd));
+    }
+
+    // R rows by MB vectors. While the first block of vectors computes, the next R rows are on their
+    // way, in the order in which memory has them.
+    template <int R, int MB, class Put>
+    void block(const Input* x, i64 m0, i64 o, Put&& put) const {
+        using C = Chunk<T>;
+        constexpr i64 N = C::SIZE;
+        const T* p = w + o * stride;
+        const T* next = p + R * stride;
+        F acc[R][MB];
+        for (int r = 0; r < R; ++r)
+            for (int m = 0; m < MB; ++m) acc[r][m] = zero();
+        i64 i = 0;
+        for (; i + N <= I; i += N) {
+            typename C::V wv[R];
+#pragma GCC unroll 4
+            for (int r = 0; r < R; ++r) {
+                if (m0 == 0) prefetch<_MM_HINT_T1>(next + i * R + r * N, 0);
+                wv[r] = C::at(p + r * stride + i);
+            }
+#pragma GCC unroll 6
+            for (int m = 0; m < MB; ++m) {
+                const typename C::V xv = C::at(x[m0 + m] + i);
+#pragma GCC unroll 4
+                for (int r = 0; r < R; ++r) acc[r][m] = C::dot_to(acc[r][m], wv[r], xv);
+            }
+        }
+        if (i < I)
+            for (int m = 0; m < MB; ++m)
+                for (int r = 0; r < R; ++r)
+                    acc[r][m] = C::dot_to(acc[r][m], C::at(p + r * stride + i, I - i),
+                                          C::at(x[m0 + m] + i, I - i));
+        for (int m = 0; m < MB; ++m)
+            for (int r = 0; r < R; ++r) put(m0 + m, o + r, sum(acc[r][m]));
+    }
+};
+
+// -- integers --------------------------------------------------------------------------------
+//
+// A vector is rounded to 16-bit integers, each 64 neighbours with a scale of their own, which is
+// 2^-16 of the largest of them: far finer than the bfloat16 it comes in. Its products with 8-bit
+// weights are summed exactly in 32 bits over a group, then scaled and added in float32.
+
+constexpr i64 GROUP = 64;
+
+#if defined(__AVX512F__) && defined(__AVX512BW__) && defined(__AVX512VL__) && defined(__AVX512DQ__)
+constexpr int HALVES = 1;  // vectors of 16-bit integers that hold 32 of them
+using Words = __m512i;
+inline Words words(const int16_t* p) { return _mm512_load_si512(p); }
+inline Words widen_signed(const int8_t* p) {
+    return _mm512_cvtepi8_epi16(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
+}
+inline Words widen_unsigned(const uint8_t* p) {
+    return _mm512_cvtepu8_epi16(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
+}
+inline Words low_half(Words x) { return _mm512_and_si512(x, _mm512_set1_epi16(15)); }
+inline Words high_half(Words x) { return _mm512_srli_epi16(x, 4); }
+inline Words no_words() { return _mm512_setzero_si512(); }
+inline Words pair_products(Words sum, Words a, Words b) {
+#if defined(__AVX512VNNI__)
+    return _mm512_dpwssd_epi32(sum, a, b);
+#else
+    return _mm512_add_epi32(sum, _mm512_madd_epi16(a, b));
+#endif
+}
+inline F to_float(Words x) { return _mm512_cvtepi32_ps(x); }
+inline Words minus_eight_times(Words x) { return _mm512_slli_epi32(_mm512_sub_epi32(no_words(), x), 3); }
+inline Words ones() { return _mm512_set1_epi16(1); }
+inline F load_bytes(const int8_t* p) {
+    return _mm512_cvtepi32_ps(
+        _mm512_cvtepi8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))));
+}
+inline F load_low(const uint8_t* p) {
+    __m512i x = _mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
+    x = _mm512_and_si512(x, _mm512_set1_epi32(15));
+    return _mm512_cvtepi32_ps(_mm512_sub_epi32(x, _mm512_set1_epi32(8)));
+}
+inline F load_high(const uint8_t* p) {
+    __m512i x = _mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
+    return _mm512_cvtepi32_ps(_mm512_sub_epi32(_mm512_srli_epi32(x, 4), _mm512_set1_epi32(8)));
+}
+inline void store_words(int16_t* p, F x) {
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_cvtsepi32_epi16(_mm512_cvtps_epi32(x)));
+}
+#else
+constexpr int HALVES = 2;
+using Words = __m256i;
+inline Words words(const int16_t* p) {
+    return _mm256_load_si256(reinterpret_cast<const __m256i*>(p));
+}
+inline Words widen_signed(const int8_t* p) {
+    return _mm256_cvtepi8_epi16(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
+}
+inline Words widen_unsigned(const uint8_t* p) {
+    return _mm256_cvtepu8_epi16(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
+}
+inline Words low_half(Words x) { return _mm256_and_si256(x, _mm256_set1_epi16(15)); }
+inline Words high_half(Words x) { return _mm256_srli_epi16(x, 4); }
+inline Words no_words() { return _mm256_setzero_si256(); }
+inline Words pair_products(Words sum, Words a, Words b) {
+    return _mm256_add_epi32(sum, _mm256_madd_epi16(a, b));
+}
+inline F to_float(Words x) { return _mm256_cvtepi32_ps(x); }
+inline Words minus_eight_times(Words x) { return _mm256_slli_epi32(_mm256_sub_epi32(no_words(), x), 3); }
+inline Words ones() { return _mm256_set1_epi16(1); }
+inline F load_bytes(const int8_t* p) {
+    return _mm256_cvtepi32_ps(
+        _mm256_cvtepi8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p))));
+}
+inline F load_low(const uint8_t* p) {
+    __m256i x = _mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p)));
+    x = _mm256_and_si256(x, _mm256_set1_epi32(15));
+    return _mm256_cvtepi32_ps(_mm256_sub_epi32(x, _mm256_set1_epi32(8)));
+}
+inline F load_high(const uint8_t* p) {
+    __m256i x = _mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p)));
+    return _mm256_cvtepi32_ps(_mm256_sub_epi32(_mm256_srli_epi32(x, 4), _mm256_set1_epi32(8)));
+}
+inline void store_words(int16_t* p, F x) {
+    __m256i w = _mm256_cvtps_epi32(x);
+    w = _mm256_permute4x64_epi64(_mm256_packs_epi32(w, w), 0x08);
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm256_castsi256_si128(w));
+}
+#endif
+constexpr int WORDS = 32 / HALVES;  // 16-bit integers a vector holds
+
+// 64 neighbours of a vector: x ≈ values · scale, zeros behind its end. `offset` is what a weight
+// stored as w + 8 contributes too much, -8 · Σ values, lane by lane.
+struct alignas(64) Group {
+    int16_t values[GROUP];
+    int32_t offset[LANES];
+    float scale;
+};
+
+template <class T>
+void quantize(const T* x, i64 I, Group* groups) {
+    for (i64 i = 0; i < I; i += GROUP, ++groups) {
+        const i64 n = std::min(GROUP, I - i);
+        F values[GROUP / LANES], most = zero(), sick = zero();
+        for (i64 j = 0; j < GROUP / LANES; ++j) {
+            const i64 left = n - j * LANES;
+            const T* p = x + i + j * LANES;
+            const F v = left >= LANES ? load(p) : left > 0 ? load(p, left) : zero();
+            values[j] = v;
+            most = max(most, max(v, sub(zero(), v)));
+            sick = fma(v, zero(), sick);
+        }
+        // A group of zeros stays one; an infinity or a NaN makes NaN of every product.
+        const float top = largest(most), by = top > 0 ? 32767.0f / top : 0.0f;
+        groups->scale = top / 32767.0f + sum(sick);
+        Words total = no_words();
+        for (i64 j = 0; j < GROUP / LANES; ++j)
+            store_words(groups->values + j * LANES, mul(values[j], all(by)));
+        for (int h = 0; h < 2 * HALVES; ++h)
+            total = pair_products(total, words(groups->values + h * WORDS), ones());
+        total = minus_eight_times(total);
+        std::memcpy(groups->offset, &total, sizeof(total));
+    }
+}
+
+inline Words stored(const int32_t* p) {
+    Words x;
+    std::memcpy(&x, p, sizeof(x));
+    return x;
+}
+
+// 64 weights, widened.
+struct Wide {
+    Words parts[2 * HALVES];
+};
+
+// Σ w x over a group, lane by lane, from a start.
+inline Words products(Words sum, const Wide& w, const Group& x) {
+#pragma GCC unroll 4
+    for (int h = 0; h < 2 * HALVES; ++h)
+        sum = pair_products(sum, w.parts[h], words(x.values + h * WORDS));
+    return sum;
+}
+
+// q (O, I) with a scale for each row.
+struct Int8 {
+    using Input = const Group*;
+    const int8_t* q;
+    const float* scale;
+    i64 I;
+
+    i64 bytes() const { return I; }
+
+    template <class Put>
+    void rows(const Input* x, i64 M, i64 from, i64 to, Put&& put) const {
+        constexpr int MOST = LANES == 16 ? 6 : 2;
+        if (M == 1) {
+            for (i64 o = from; o < to; ++o) block<1, 1, true>(x, 0, o, put);
+            return;
+        }
+        i64 o = from;
+        for (; o + 2 <= to; o += 2)
+            in_blocks<MOST>(M, [&](i64 m, auto n) { block<2, n(), false>(x, m, o, put); });
+        for (; o < to; ++o)
+            in_blocks<MOST>(M, [&](i64 m, auto n) { block<1, n(), false>(x, m, o, put); });
+    }
+
+  private:
+    static Wide wide(const int8_t* p) {
+        Wide w;
+        for (int h = 0; h < 2 * HALVES; ++h) w.parts[h] = widen_signed(p + h * WORDS);
+        return w;
+    }
+
+    template <int R, int MB, bool LINE, class Put>
+    void block(const Input* x, i64 m0, i64 o, Put&& put) const {
+        const int8_t* p = q + o * I;
+        const int8_t* next = p + R * I;
+        F acc[R][MB];
+        for (int r = 0; r < R; ++r)
+            for (int m = 0; m < MB; ++m) acc[r][m] = zero();
+        const i64 whole = I / GROUP;
+        for (i64 g = 0; g < whole; ++g) {
+            Wide w[R];
+#pragma GCC unroll 2
+            for (int r = 0; r < R; ++r) {
+                if (LINE) prefetch<_MM_HINT_T0>(p + g * GROUP, AHEAD);
+                else if (m0 == 0) prefetch<_MM_HINT_T1>(next + (g * R + r) * GROUP, 0);
+                w[r] = wide(p + r * I + g * GROUP);
+            }
+#pragma GCC unroll 6
+            for (int m = 0; m < MB; ++m) {
+                const Group& xg = x[m0 + m][g];
+                const F by = all(xg.scale);
+#pragma GCC unroll 2
+                for (int r = 0; r < R; ++r)
+                    acc[r][m] = fma(to_float(products(no_words(), w[r], xg)), by, acc[r][m]);
+            }
+        }
+        if (whole * GROUP < I)
+            for (int r = 0; r < R; ++r) {
+                alignas(64) int8_t rest[GROUP] = {};
+                std::memcpy(rest, p + r * I + whole * GROUP, size_t(I - whole * GROUP));
+                const Wide w = wide(rest);
+                for (int m = 0; m < MB; ++m) {
+                    const Group& xg = x[m0 + m][whole];
+                    acc[r][m] = fma(to_float(products(no_words(), w, xg)), all(xg.scale), acc[r][m]);
+                }
+            }
+        for (int m = 0; m < MB; ++m)
+            for (int r = 0; r < R; ++r) put(m0 + m, o + r, sum(acc[r][m]) * scale[o + r]);
+    }
+};
+
+// Groups of 64 along each row, 32 bytes a group: byte j has number j + 8 low and j + 32 high; a
+// scale for each group.
+struct Int4 {
+    using Input = const Group*;
+    const uint8_t* q;
+    const bf16* scale;
+    i64 I;
+
+    i64 groups() const { return (I + GROUP - 1) / GROUP; }
+    i64 bytes() const { return groups() * (GROUP / 2 + 2); }
+
+    template <class Put>
+    void rows(const Input* x, i64 M, i64 from, i64 to, Put&& put) const {
+        constexpr int MOST = LANES == 16 ? 6 : 2;
+        if (M == 1) {
+            for (i64 o = from; o < to; ++o) block<1, 1, true>(x, 0, o, put);
+            return;
+        }
+        i64 o = from;
+        for (; o + 2 <= to; o += 2)
+            in_blocks<MOST>(M, [&](i64 m, auto n) { block<2, n(), false>(x, m, o, put); });
+        for (; o < to; ++o)
+            in_blocks<MOST>(M, [&](i64 m, auto n) { block<1, n(), false>(x, m, o, put); });
+    }
+
+  private:
+    static Wide wide(const uint8_t* p) {
+        Wide w;
+#pragma GCC unroll 2
+        for (int h = 0; h < HALVES; ++h) {
+            const Words both = widen_unsigned(p + h * WORDS);
+            w.parts[h] = low_half(both);
+            w.parts[HALVES + h] = high_half(both);
+        }
+        return w;
+    }
+
+    template <int R, int MB, bool LINE, class Put>
+    void block(const Input* x, i64 m0, i64 o, Put&& put) const {
+        const i64 G = groups(), stride = G * (GROUP / 2);
+        const uint8_t* p = q + o * stride;
+        const uint8_t* next = p + R * stride;
+        F acc[R][MB];
+        for (int r = 0; r < R; ++r)
+            for (int m = 0; m < MB; ++m) acc[r][m] = zero();
+        for (i64 g0 = 0; g0 < G; g0 += LANES) {
+            const i64 n = std::min(i64(LANES), G - g0);
+            alignas(64) float by[R][LANES];
+            for (int r = 0; r < R; ++r) {
+                const bf16* s = scale + (o + r) * G + g0;
+                store(by[r], n == LANES ? load(s) : load(s, n));
+            }
+            for (i64 j = 0; j < n; ++j) {
+                const i64 g = g0 + j;
+                Wide w[R];
+#pragma GCC unroll 2
+                for (int r = 0; r < R; ++r) {
+                    if (LINE && g % 2 == 0) prefetch<_MM_HINT_T0>(p + g * 32, AHEAD);
+                    if (!LINE && m0 == 0) prefetch<_MM_HINT_T1>(next + (g * R + r) * 32, 0);
+                    w[r] = wide(p + r * stride + g * 32);
+                }
+#pragma GCC unroll 6
+                for (int m = 0; m < MB; ++m) {
+                    const Group& xg = x[m0 + m][g];
+                    const Words start = stored(xg.offset);
+#pragma GCC unroll 2
+                    for (int r = 0; r < R; ++r)
+                        acc[r][m] = fma(to_float(products(start, w[r], xg)),
+                                        all(by[r][j] * xg.scale), acc[r][m]);
+                }
+            }
+        }
+        for (int m = 0; m < MB; ++m)
+            for (int r = 0; r < R; ++r) put(m0 + m, o + r, sum(acc[r][m]));
+    }
+};
+
+// What of M vectors (M, I) a matrix multiplies: pointers to them, or their groups.
+template <class Matrix>
+struct Inputs;
+
+template <class T>
+struct Inputs<Plain<T>> {
+    std::vector<const T*> of;
+    Inputs(const T* x, i64 M, i64, i64 stride) : of(size_t(M)) {
+        for (i64 m = 0; m < M; ++m) of[size_t(m)] = x + m * stride;
+    }
+};
+
+struct QuantizedInputs {
+    std::vector<Group> groups;
+    std::vector<const Group*> of;
+
+    template <class T>
+    QuantizedInputs(const T* x, i64 M, i64 I, i64 stride)
+        : groups(size_t(M * ((I + GROUP - 1) / GROUP))), of(size_t(M)) {
+        const i64 G = (I + GROUP - 1) / GROUP;
+        for (i64 m = 0; m < M; ++m) {
+            quantize(x + m * stride, I, groups.data() + m * G);
+            of[size_t(m)] = groups.data() + m * G;
+        }
+    }
+};
+template <>
+struct Inputs<Int8> : QuantizedInputs {
+    using QuantizedInputs::QuantizedInputs;
+};
+template <>
+struct Inputs<Int4> : QuantizedInputs {
+    using QuantizedInputs::QuantizedInputs;
+};
+
+}  // namespace
