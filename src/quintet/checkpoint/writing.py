@@ -18,14 +18,12 @@ from quintet.checkpoint.commit import Staged, clean_up, put_in_place
 from quintet.checkpoint.header import DTYPES, encode_header
 from quintet.checkpoint.layout import (
     FINAL_INDEX,
-    INDEX,
     REPLACED,
     SAVE_ID,
-    SINGLE,
     STAGING,
     UNDO,
+    Names,
     is_plain,
-    shard_name,
     shown,
 )
 from quintet.checkpoint.reading import half_moved
@@ -44,6 +42,7 @@ def save(
     max_shard_size: int | str = "5GB",
     metadata: Mapping[str, str] | None = None,
     text_files: Mapping[str, str] = _NO_TEXTS,
+    variant: str | None = None,
 ) -> list[Path]:
     """Write a checkpoint in the layout of the hub; return the paths of its files.
 
@@ -57,8 +56,9 @@ def save(
     """
     most = parse_size(max_shard_size)
     header = {"format": "pt", **(metadata or {})}
+    named = Names(variant)
     _check_tensors(tensors)
-    _check_texts(header, text_files)
+    _check_texts(header, text_files, named)
     parts = split({name: tensor.nbytes for name, tensor in tensors.items()}, most)
 
     def weights() -> Iterator[Mapping[str, torch.Tensor]]:
@@ -66,7 +66,7 @@ def save(
             yield {name: tensors[name] for name in part}
 
     needed = sum(tensor.nbytes for tensor in tensors.values())
-    return _save(Path(directory), weights(), len(parts) > 1, header, text_files, needed)
+    return _save(Path(directory), weights(), len(parts) > 1, header, text_files, named, needed)
 
 
 def save_stream(
@@ -87,8 +87,9 @@ def save_stream(
     """
     most = parse_size(max_shard_size)
     header = {"format": "pt"}
-    _check_texts(header, text_files)
-    return _save(Path(directory), _filled(tensors, most), None, header, text_files, None)
+    named = Names()
+    _check_texts(header, text_files, named)
+    return _save(Path(directory), _filled(tensors, most), None, header, text_files, named, None)
 
 
 def _filled(
@@ -118,6 +119,7 @@ def _save(
     sharded: bool | None,
     header: Mapping[str, str],
     texts: Mapping[str, str],
+    named: Names,
     needed: int | None,
 ) -> list[Path]:
     if os.path.lexists(directory) and not directory.is_dir():
@@ -129,7 +131,7 @@ def _save(
             clean_up(directory)
             try:
                 disk.make(staging)
-                return put_in_place(_stage(staging, parts, sharded, header, texts))
+                return put_in_place(_stage(staging, parts, sharded, header, texts, named))
             finally:
                 # The note in it is needed if the text files could not be restored.
                 if half_moved(staging) is None:
@@ -157,6 +159,7 @@ def _stage(
     sharded: bool | None,
     header: Mapping[str, str],
     texts: Mapping[str, str],
+    named: Names,
 ) -> Staged:
     """Write all files into the temporary directory, under the names they are moved with.
 
@@ -174,9 +177,9 @@ def _stage(
         # The widest numbers first, so that each lies where a machine reads it best.
         ordered = sorted(part, key=lambda name: (-part[name].dtype.itemsize, name))
         disk.write(staging / written[-1], _encode({name: part[name] for name in ordered}, header))
-    finals = [SINGLE]
+    finals = [named.single]
     if len(written) > 1:
-        finals = [shard_name(number + 1, len(written)) for number in range(len(written))]
+        finals = [named.shard(number + 1, len(written)) for number in range(len(written))]
     names = finals
     if len(written) > 1 and any(os.path.lexists(staging.parent / name) for name in finals):
         names = [f"{name.removesuffix('.safetensors')}.{save_id}.safetensors" for name in finals]
@@ -184,14 +187,14 @@ def _stage(
         disk.move(staging / before, staging / name)
     if len(written) > 1:
         about = {SAVE_ID: save_id, "total_size": total}
-        for file, shards in ((INDEX, names), (FINAL_INDEX, finals)):
+        for file, shards in ((named.index, names), (FINAL_INDEX, finals)):
             where = {name: s for s, part in zip(shards, held, strict=True) for name in part}
             index = {"metadata": about, "weight_map": dict(sorted(where.items()))}
             disk.write(staging / file, [f"{json.dumps(index, indent=2)}\n".encode()])
     for name, text in texts.items():
         disk.write(staging / name, [text.encode()])
     disk.sync(staging)
-    return Staged(staging, dict(zip(names, finals, strict=True)), texts)
+    return Staged(staging, dict(zip(names, finals, strict=True)), texts, named)
 
 
 def _encode(
@@ -237,13 +240,13 @@ def _check_tensors(tensors: Mapping[str, torch.Tensor]) -> None:
         )
 
 
-def _check_texts(header: Mapping[str, str], texts: Mapping[str, str]) -> None:
+def _check_texts(header: Mapping[str, str], texts: Mapping[str, str], named: Names) -> None:
     if header["format"] != "pt" or SAVE_ID in header:
         raise InputError(f"metadata={shown(header)}: 'format' is 'pt' and {SAVE_ID!r} is reserved")
     for key, value in header.items():
         if not isinstance(key, str) or not isinstance(value, str) or not _is_utf8(key + value):
             raise InputError(f"metadata={shown({key: value})} has to map text to text")
-    reserved = (SINGLE, INDEX, FINAL_INDEX, REPLACED, UNDO, f"{UNDO}.part")
+    reserved = (named.single, named.index, FINAL_INDEX, REPLACED, UNDO, f"{UNDO}.part")
     for name, text in texts.items():
         if not is_plain(name) or name in reserved or name.endswith(".safetensors"):
             raise InputError(f"text_files: {shown(name)} has to be the plain name of a text file")
