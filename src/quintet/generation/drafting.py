@@ -98,8 +98,8 @@ def make_drafter(
     """Return what drafts, after `check_drafting`."""
     if config.use_mtp:
         assert cache is not None
-        threshold = config.assistant_confidence_threshold or 0.0
-        return Prediction(cast("Predictor", model), cache, threshold=threshold)
+        least = config.assistant_confidence_threshold or 0.0
+        return Prediction(cast("Predictor", model), cache, threshold=least)
     if assistant is None:
         return PromptLookup(config.max_matching_ngram_size or NGRAM)
     own, asked = assistant.generation_config, config.assistant_confidence_threshold
