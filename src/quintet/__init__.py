@@ -128,12 +128,22 @@ if TYPE_CHECKING:
         Zamba2Model,
         Zamba2PreTrainedModel,
     )
-    from quintet.pipelines import pipeline
+    from quintet.pipelines import (
+        FeatureExtractionPipeline,
+        Pipeline,
+        QuestionAnsweringPipeline,
+        TextClassificationPipeline,
+        TextGenerationPipeline,
+        TokenClassificationPipeline,
+        ZeroShotClassificationPipeline,
+        pipeline,
+    )
     from quintet.quantization import (
         BitsAndBytesConfig,
         FineGrainedFP8Config,
         Int4Config,
         Int8Config,
+        TorchAoConfig,
     )
     from quintet.tokenization import (
         BatchEncoding,
@@ -179,6 +189,7 @@ __all__ = [
     "EpsilonLogitsWarper",
     "EtaLogitsWarper",
     "ExponentialDecayLengthPenalty",
+    "FeatureExtractionPipeline",
     "FineGrainedFP8Config",
     "ForcedBOSTokenLogitsProcessor",
     "ForcedEOSTokenLogitsProcessor",
@@ -202,6 +213,7 @@ __all__ = [
     "NoBadWordsLogitsProcessor",
     "NoRepeatNGramLogitsProcessor",
     "OffloadedCache",
+    "Pipeline",
     "PreTrainedConfig",
     "PreTrainedModel",
     "PreTrainedTokenizer",
@@ -209,6 +221,7 @@ __all__ = [
     "PrefixConstrainedLogitsProcessor",
     "PresencePenaltyLogitsProcessor",
     "QuantizedCache",
+    "QuestionAnsweringPipeline",
     "QuintetError",
     "Qwen2Config",
     "Qwen2ForCausalLM",
@@ -235,11 +248,15 @@ __all__ = [
     "SuppressTokensAtBeginLogitsProcessor",
     "SuppressTokensLogitsProcessor",
     "TemperatureLogitsWarper",
+    "TextClassificationPipeline",
+    "TextGenerationPipeline",
     "TextIteratorStreamer",
     "TextStreamer",
+    "TokenClassificationPipeline",
     "TopHLogitsWarper",
     "TopKLogitsWarper",
     "TopPLogitsWarper",
+    "TorchAoConfig",
     "TypicalLogitsWarper",
     "UnbatchedClassifierFreeGuidanceLogitsProcessor",
     "WatermarkLogitsProcessor",
@@ -252,6 +269,7 @@ __all__ = [
     "Zamba2HybridDynamicCache",
     "Zamba2Model",
     "Zamba2PreTrainedModel",
+    "ZeroShotClassificationPipeline",
     "__version__",
     "demo_model",
     "pipeline",
@@ -344,12 +362,16 @@ _NAMES = {
         f"quintet.models.{module}": [prefix + suffix for suffix in _SUFFIXES]
         for module, prefix in _FAMILIES.items()
     },
-    "quintet.pipelines": ["pipeline"],
+    "quintet.pipelines": [
+        *(name for name in __all__ if name.endswith("Pipeline")),
+        "pipeline",
+    ],
     "quintet.quantization": [
         "BitsAndBytesConfig",
         "FineGrainedFP8Config",
         "Int4Config",
         "Int8Config",
+        "TorchAoConfig",
     ],
     "quintet.tokenization": [
         "BatchEncoding",
