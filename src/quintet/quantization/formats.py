@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F  # noqa: N812
 from torch import Tensor
 
+from quintet.kernels.linear import Matrix
 from quintet.ops.quantized import (
     FP8_BLOCK,
     dequantize_fp8,
@@ -73,6 +74,10 @@ class WeightFormat(ABC):
         """Return x wᵀ + b; x (..., I)."""
         return F.linear(x, self.decode(parts, shape, x.dtype), bias)
 
+    def matrix(self, parts: Parts) -> Matrix | None:
+        """Return parts, or stacks of them, as kernels read them; None if they cannot."""
+        return None
+
     def linears(
         self, x: Tensor, maps: Sequence[tuple[Parts, Shape, Tensor | None]]
     ) -> Sequence[Tensor]:
@@ -127,6 +132,10 @@ class Int8Format(WeightFormat):
         """Return x wᵀ + b; x (..., I)."""
         return int8_linear(x, parts[""], parts["_scale"], bias)
 
+    def matrix(self, parts: Parts) -> Matrix:
+        """Return the parts as kernels read them."""
+        return Matrix(parts[""], parts["_scale"])
+
     def linears(
         self, x: Tensor, maps: Sequence[tuple[Parts, Shape, Tensor | None]]
     ) -> Sequence[Tensor]:
@@ -161,6 +170,10 @@ class Int4Format(WeightFormat):
     def linear(self, x: Tensor, parts: Parts, shape: Shape, bias: Tensor | None) -> Tensor:
         """Return x wᵀ + b; x (..., I)."""
         return int4_linear(x, parts[""], parts["_scale"], bias)
+
+    def matrix(self, parts: Parts) -> Matrix:
+        """Return the parts as kernels read them."""
+        return Matrix(parts[""], parts["_scale"])
 
     def linears(
         self, x: Tensor, maps: Sequence[tuple[Parts, Shape, Tensor | None]]

@@ -4,9 +4,12 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Self
 
 import torch
+import torch.nn.functional as F  # noqa: N812
 from torch import Tensor, nn
 
 from quintet.errors import InputError
+from quintet.kernels.gated import gated as kernel
+from quintet.kernels.linear import Matrix
 from quintet.layers.linear import LinearMap
 from quintet.layers.moe import Experts
 from quintet.ops.activations import Activation
@@ -170,6 +173,11 @@ class QuantizedLinear(Quantized, LinearMap):
         bias = None if self.bias is None else self.bias.to(dtype)
         return self.parts("weight"), (self.out_features, self.in_features), bias
 
+    def matrix(self) -> Matrix | None:
+        """Return what the map holds, where its format is one that kernels read."""
+        parts = self.format.matrix(self.parts("weight"))
+        return None if parts is None or self.compute_dtype else parts._replace(bias=self.bias)
+
     def extra_repr(self) -> str:
         """Show the sizes in `print(model)`."""
         bias = self.bias is not None
@@ -239,7 +247,23 @@ class QuantizedExperts(Quantized):
         """Map tokens (N, C) through the experts `indices` (N, A), summed by `weights` (N, A)."""
         refuse_training(self, x)
         wide = x if self.compute_dtype is None else x.to(self.compute_dtype)
+        made = self._in_one_pass(wide, indices, weights)
+        if made is not None:
+            return made.to(x.dtype)
         return each_hit_expert(wide, indices, weights, self.num_experts, self._run).to(x.dtype)
+
+    def _in_one_pass(self, x: Tensor, indices: Tensor, weights: Tensor) -> Tensor | None:
+        if self.act_fn is not F.silu:
+            return None
+        both, down = (
+            self.format.matrix({s: self.get_buffer(name + s) for s in self.suffixes(name)})
+            for name in ("gate_up_proj", "down_proj")
+        )
+        if both is None or down is None or both.scale is None:
+            return None
+        halves = zip(both.weight.chunk(2, dim=1), both.scale.chunk(2, dim=1), strict=True)
+        gate, up = (Matrix(weight, scale) for weight, scale in halves)
+        return kernel(x, gate, up, down, indices, weights)
 
     def _run(self, expert: int, rows: Tensor) -> Tensor:
         made = gated(self._map("gate_up_proj", expert, rows), self.act_fn)
