@@ -8,6 +8,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +19,8 @@ from quintet.benchmark.machine import Load
 __all__ = ["Settings", "Worker", "run"]
 
 ROOT = Path(__file__).parents[1]
-# What a process needs beside the weights: libraries, a cache at 16k tokens, activations.
-BESIDE = 2 * 2**30
+# What a process needs beside the weights: libraries, a cache, activations.
+BESIDE = 800 * 2**20
 # A step of a slow contender at a long context takes seconds; four of them tell enough.
 STEPS_LIMIT = 10.0
 WARM_UP = 512
@@ -180,15 +181,16 @@ def _apart(
     limits = _Limits(settings.threads)
     used = 0.0
     with Load(lambda: used + time.process_time()) as load:
-        for turn in range(settings.rounds):
-            for seat in seats:
-                worker = seat.open(settings)
-                for case in cases:
-                    for repeat in range(turn, settings.repeats, settings.rounds):
-                        limits.measure("prefill")
-                        seat.measure(worker, case, repeat)
-                used += worker.processor_seconds()
-                worker.close()
+        for turn, seat in product(range(settings.rounds), seats):
+            if not settings.in_time():
+                break
+            worker = seat.open(settings)
+            for case in cases:
+                for repeat in range(turn, settings.repeats, settings.rounds):
+                    limits.measure("prefill")
+                    seat.measure(worker, case, repeat)
+            used += worker.processor_seconds()
+            worker.close()
         used += limits.worker.processor_seconds()
     measured = limits.take()
     for case in cases:
@@ -229,7 +231,7 @@ def _record(
         **case.facts(),
         "results": {
             seat.contender.name: {
-                **seat.results[case.name],
+                **seat.results.get(case.name, {"seconds": [], "error": "out of time"}),
                 "import_seconds": [answer["import_seconds"] for answer in seat.loads],
                 "load_seconds": [answer.get("load_seconds") for answer in seat.loads],
             }
