@@ -143,6 +143,7 @@ if TYPE_CHECKING:
         FineGrainedFP8Config,
         Int4Config,
         Int8Config,
+        TorchAoConfig,
     )
     from quintet.tokenization import (
         BatchEncoding,
@@ -255,6 +256,7 @@ __all__ = [
     "TopHLogitsWarper",
     "TopKLogitsWarper",
     "TopPLogitsWarper",
+    "TorchAoConfig",
     "TypicalLogitsWarper",
     "UnbatchedClassifierFreeGuidanceLogitsProcessor",
     "WatermarkLogitsProcessor",
@@ -369,6 +371,7 @@ _NAMES = {
         "FineGrainedFP8Config",
         "Int4Config",
         "Int8Config",
+        "TorchAoConfig",
     ],
     "quintet.tokenization": [
         "BatchEncoding",
