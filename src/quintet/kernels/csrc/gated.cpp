@@ -92,8 +92,7 @@ void gated(const Call& c) {
             for (int half = 0; half < 2; ++half) {
                 float* out = made.data() + half * n * width;
                 matrix<Matrix>(half ? c.up : c.gate, run.expert, c.C)
-                    .rows(chosen.data() + run.from, n, from, to,
-                          [&](i64 m, i64 o, float value) { out[m * width + o - from] = value; });
+                    .rows(chosen.data() + run.from, n, from, to, {out, width, from});
             }
             for (i64 m = 0; m < n; ++m) {
                 const float *g = made.data() + m * width, *u = g + n * width;
@@ -110,17 +109,20 @@ void gated(const Call& c) {
 #pragma omp barrier
         const Share mine(c.C, me, threads);
         const i64 width = mine.to - mine.from;
-        made.assign(size_t(c.N * width), 0.0f);
+        made.resize(size_t(P * width));
         for (const Run& run : plan.runs)
             matrix<Matrix>(c.down, run.expert, c.F)
                 .rows(of_hidden.of.data() + run.from, run.to - run.from, mine.from, mine.to,
-                      [&](i64 m, i64 o, float value) {
-                          const size_t p = size_t(run.from + m);
-                          made[size_t(plan.tokens[p] * width + o - mine.from)] += plan.shares[p] * value;
-                      });
+                      {made.data() + run.from * width, width, mine.from});
+        std::vector<float> sums(size_t(c.N * width));
+        for (i64 p = 0; p < P; ++p) {
+            float* to = sums.data() + plan.tokens[size_t(p)] * width;
+            const float share = plan.shares[size_t(p)];
+            for (i64 i = 0; i < width; ++i) to[i] += share * made[size_t(p * width + i)];
+        }
         for (i64 n = 0; n < c.N; ++n)
             for (i64 i = 0; i < width; ++i)
-                narrow(made[size_t(n * width + i)], y + n * c.C + mine.from + i);
+                narrow(sums[size_t(n * width + i)], y + n * c.C + mine.from + i);
     }
 }
 

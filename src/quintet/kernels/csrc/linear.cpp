@@ -40,6 +40,7 @@ void linears(const Map<T>* maps, i64 count, const T* x, i64 M, i64 I) {
 #pragma omp parallel if (bytes >= SMALL)
     {
         const Share mine(all, omp_get_thread_num(), omp_get_num_threads());
+        std::vector<float> made;
         i64 before = 0;
         for (i64 k = 0; k < count; ++k) {
             const Map<T>& map = maps[k];
@@ -47,9 +48,14 @@ void linears(const Map<T>* maps, i64 count, const T* x, i64 M, i64 I) {
             const i64 to = std::min(mine.to - before, map.O);
             if (from < to) {
                 const Matrix w = matrix(map, I, static_cast<Matrix*>(nullptr));
-                w.rows(inputs.of.data(), M, from, to, [&](i64 m, i64 o, float value) {
-                    narrow(map.b ? value + widen(map.b[o]) : value, map.y + m * map.O + o);
-                });
+                const i64 width = to - from;
+                made.resize(size_t(M * width));
+                w.rows(inputs.of.data(), M, from, to, {made.data(), width, from});
+                for (i64 m = 0; m < M; ++m)
+                    for (i64 i = 0, o = from; o < to; ++i, ++o) {
+                        const float y = made[size_t(m * width + i)];
+                        narrow(map.b ? y + widen(map.b[o]) : y, map.y + m * map.O + o);
+                    }
             }
             before += map.O;
         }

@@ -1,7 +1,7 @@
 // Matrices as models hold them, and their product with few vectors: bound by reading the matrix.
 //
-// A matrix offers `rows(x, M, from, to, put)`: for each of its rows o in [from, to) and each of M
-// vectors, put(m, o, the dot product). A vector comes as the matrix's `Input`: what is made of it
+// A matrix offers `rows(x, M, from, to, out)`: for each of its rows o in [from, to) and each of M
+// vectors, out(m, o) is the dot product. A vector comes as the matrix's `Input`: what is made of it
 // once and serves for all rows. One thread reads its rows as one line of memory: several lines at a
 // time halve the bandwidth here.
 #pragma once
@@ -15,6 +15,14 @@ namespace {
 constexpr i64 SMALL = 16384;
 // How far ahead of its use a line is asked for, in bytes.
 constexpr i64 AHEAD = 8192;
+
+// Where products of M vectors and the rows [from, from + width) of a matrix go. One type for all
+// callers: the compiler makes the loops of a matrix once.
+struct Products {
+    float* out;
+    i64 width, from;
+    void operator()(i64 m, i64 o, float value) const { out[m * width + o - from] = value; }
+};
 
 // Call fn<MB>() for M vectors in as few blocks of at most MOST as there can be.
 template <int MOST, class Fn>
@@ -46,8 +54,7 @@ struct Plain {
 
     i64 bytes() const { return I * i64(sizeof(T)); }
 
-    template <class Put>
-    void rows(const Input* x, i64 M, i64 from, i64 to, Put&& put) const {
+    void rows(const Input* x, i64 M, i64 from, i64 to, const Products& put) const {
         if (M == 1) {
             for (i64 o = from; o < to; ++o) put(0, o, row(x[0], w + o * stride));
             return;
@@ -82,8 +89,8 @@ struct Plain {
 
     // R rows by MB vectors. While the first block of vectors computes, the next R rows are on their
     // way, in the order in which memory has them.
-    template <int R, int MB, class Put>
-    void block(const Input* x, i64 m0, i64 o, Put&& put) const {
+    template <int R, int MB>
+    void block(const Input* x, i64 m0, i64 o, const Products& put) const {
         using C = Chunk<T>;
         constexpr i64 N = C::SIZE;
         const T* p = w + o * stride;
@@ -264,8 +271,7 @@ struct Int8 {
 
     i64 bytes() const { return I; }
 
-    template <class Put>
-    void rows(const Input* x, i64 M, i64 from, i64 to, Put&& put) const {
+    void rows(const Input* x, i64 M, i64 from, i64 to, const Products& put) const {
         constexpr int MOST = LANES == 16 ? 6 : 2;
         if (M == 1) {
             for (i64 o = from; o < to; ++o) block<1, 1, true>(x, 0, o, put);
@@ -285,8 +291,8 @@ struct Int8 {
         return w;
     }
 
-    template <int R, int MB, bool LINE, class Put>
-    void block(const Input* x, i64 m0, i64 o, Put&& put) const {
+    template <int R, int MB, bool LINE>
+    void block(const Input* x, i64 m0, i64 o, const Products& put) const {
         const int8_t* p = q + o * I;
         const int8_t* next = p + R * I;
         F acc[R][MB];
@@ -336,8 +342,7 @@ struct Int4 {
     i64 groups() const { return (I + GROUP - 1) / GROUP; }
     i64 bytes() const { return groups() * (GROUP / 2 + 2); }
 
-    template <class Put>
-    void rows(const Input* x, i64 M, i64 from, i64 to, Put&& put) const {
+    void rows(const Input* x, i64 M, i64 from, i64 to, const Products& put) const {
         constexpr int MOST = LANES == 16 ? 6 : 2;
         if (M == 1) {
             for (i64 o = from; o < to; ++o) block<1, 1, true>(x, 0, o, put);
@@ -362,8 +367,8 @@ struct Int4 {
         return w;
     }
 
-    template <int R, int MB, bool LINE, class Put>
-    void block(const Input* x, i64 m0, i64 o, Put&& put) const {
+    template <int R, int MB, bool LINE>
+    void block(const Input* x, i64 m0, i64 o, const Products& put) const {
         const i64 G = groups(), stride = G * (GROUP / 2);
         const uint8_t* p = q + o * stride;
         const uint8_t* next = p + R * stride;
