@@ -36,7 +36,6 @@ ABSENT = {
     "assistant_ensemble_weight": "speculative decoding",
     "assistant_lookbehind": "speculative decoding",
     "assistant_model": "speculative decoding",
-    "compile_config": "compiling the forward",
     "constraints": "constrained beam search",
     "custom_generate": "running code of others",
     "diversity_penalty": "group beam search",
@@ -117,6 +116,9 @@ class GenerationConfig:
         cache_config: the same as {"nbits": 8}, the way Transformers asks for it.
         max_cache_len: how many tokens a preallocated cache has room for; as many as are asked for.
         prefill_chunk_size: read the prompt in pieces of so many tokens; all at once.
+        compile: run every step but the first as one compiled program, with a preallocated cache
+            (docs/guides/caches.md says when that pays); false.
+        compile_config: the same, with a `CompileConfig` that says how.
         disable_compile: taken and without effect: nothing is compiled unasked.
         token_healing: take the prompt's last token off and let the model choose one that begins
             with its text; needs `generate(tokenizer=…)`; false.
@@ -169,6 +171,8 @@ class GenerationConfig:
     cache_config: dict[str, Any] | None = None
     max_cache_len: Count | None = None
     prefill_chunk_size: Count | None = None
+    compile: bool | None = None
+    compile_config: Any = None
     disable_compile: bool | None = None
     token_healing: bool | None = None
     bos_token_id: NonNegative | None = None
@@ -212,6 +216,11 @@ class GenerationConfig:
                 f"GenerationConfig: cache_implementation={self.cache_implementation!r} is not in "
                 "few bits; leave cache_dtype and cache_config out, or use 'quantized'"
             )
+        if self.compiles and self.cache_kind != "static":
+            raise InputError(
+                f"GenerationConfig: a compiled step needs cache_implementation='static', not "
+                f"{self.cache_kind!r}, which changes its shape"
+            )
         _one_of("early_stopping", self.early_stopping, (None, True, False, "never"))
         decay = self.exponential_decay_length_penalty
         if decay is not None and len(decay) != 2:
@@ -235,7 +244,14 @@ class GenerationConfig:
     @property
     def cache_kind(self) -> str:
         """The name of the cache to make: what is asked for, or what the options imply."""
-        return self.cache_implementation or ("quantized" if self._asked_bits() else "dynamic")
+        if self.cache_implementation is None and self._asked_bits():
+            return "quantized"
+        return self.cache_implementation or ("static" if self.compiles else "dynamic")
+
+    @property
+    def compiles(self) -> bool:
+        """Whether the step is to be compiled."""
+        return bool(self.compile) or self.compile_config is not None
 
     def _asked_bits(self) -> set[int]:
         bits = {CACHE_BITS[self.cache_dtype]} if self.cache_dtype else set()
@@ -349,6 +365,7 @@ class GenerationConfig:
     def to_dict(self) -> dict[str, Any]:
         """Return the options that are set."""
         values = {k: v for k, v in vars(self).items() if k != "other" and v is not None}
+        values.pop("compile_config", None)  # of a process, not of a checkpoint
         if isinstance(self.sequence_bias, dict):
             # A tuple is no key in JSON.
             values["sequence_bias"] = [[list(k), v] for k, v in self.sequence_bias.items()]
