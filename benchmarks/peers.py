@@ -77,13 +77,13 @@ class Transformers:
     """Transformers as it comes: eager forwards, the attention it chooses, a growing cache."""
 
     def __init__(self, weights: str, threads: int) -> None:
+        if weights != "bf16":
+            raise ValueError(f"Transformers is measured in bf16, not in {weights}")
         import torch
         import transformers
 
         from quintet.benchmark.synthetic import random_ids
 
-        if weights != "bf16":
-            raise ValueError(f"Transformers has no {weights} weights on a CPU")
         transformers.utils.logging.set_verbosity_error()
         transformers.utils.logging.disable_progress_bar()
         torch.set_num_threads(threads)
@@ -146,10 +146,33 @@ class Transformers:
         return cache
 
 
-def make(peer: str, weights: str, threads: int) -> Peer:
+class Machine:
+    """What this machine could do, measured between the others' turns."""
+
+    def __init__(self, threads: int) -> None:
+        import torch
+
+        from quintet.benchmark import machine
+
+        torch.set_num_threads(threads)
+        self.torch, self.machine = torch, machine
+
+    def bandwidth(self) -> dict[str, Any]:
+        """Return the bytes a second that are read, and by what."""
+        found = self.machine.read_bandwidth(0.15)
+        return {"bytes_per_second": found.bytes_per_second, "how": found.how}
+
+    def gemm(self) -> dict[str, Any]:
+        """Return the floating-point operations a second of a bfloat16 product."""
+        return {"flops_per_second": self.machine.gemm_peak(self.torch.bfloat16, 0.3)}
+
+
+def make(peer: str, weights: str, threads: int) -> Any:
     """Return a contender, its libraries imported and its threads set."""
     if peer == "llama.cpp":
         from benchmarks.llama import LlamaCpp
 
         return LlamaCpp(weights, threads)
+    if peer == "machine":
+        return Machine(threads)
     return {"quintet": Quintet, "transformers": Transformers}[peer](weights, threads)

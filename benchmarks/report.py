@@ -159,7 +159,7 @@ def _results(records: Sequence[Record]) -> Iterator[str]:
             f"| {case} | {name} | {_cell(record, result)} | "
             f"{f'{statistics.median(loads):.2f}' if loads else ''} | {conditions['turns']} | "
             f"{record['bandwidth']['bytes_per_second'] / 1e9:.1f}, "
-            f"{record['gemm_flops_per_second'] / 1e9:.0f} | "
+            f"{(record['gemm_flops_per_second'] or 0) / 1e9:.0f} | "
             f"{_share(conditions['others'])}, {_share(conditions['stolen'])} |"
         )
 

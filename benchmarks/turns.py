@@ -2,11 +2,13 @@
 
 import json
 import os
+import statistics
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +19,8 @@ from quintet.benchmark.machine import Load
 __all__ = ["Settings", "Worker", "run"]
 
 ROOT = Path(__file__).parents[1]
-# What a process needs beside the weights: libraries, a cache at 16k tokens, activations.
-BESIDE = 2 * 2**30
+# What a process needs beside the weights: libraries, a cache, activations.
+BESIDE = 800 * 2**20
 # A step of a slow contender at a long context takes seconds; four of them tell enough.
 STEPS_LIMIT = 10.0
 WARM_UP = 512
@@ -55,10 +57,12 @@ class Worker:
             text=True,
         )
         self.error: str | None = None
-        self.import_seconds: float | None = self._read().get("import_seconds")
+        answer = self._read()
+        self.import_seconds: float | None = answer.get("import_seconds")
+        self.error = answer.get("error")
 
     def ask(self, what: str, **order: Any) -> dict[str, Any]:
-        """Have one thing done; after an error nothing more is."""
+        """Have one thing done; nothing more is without a process or a model."""
         if self.error is not None:
             return {"error": self.error}
         assert self._process.stdin is not None
@@ -76,20 +80,17 @@ class Worker:
 
     def close(self) -> None:
         """End the process."""
-        assert self._process.stdin is not None
-        self._process.stdin.close()
-        self._process.wait()
+        with self._process:
+            assert self._process.stdin is not None
+            self._process.stdin.close()
 
     def _read(self) -> dict[str, Any]:
         assert self._process.stdout is not None
         line = self._process.stdout.readline()
-        answer: dict[str, Any]
         if line:
-            answer = json.loads(line)
-        else:
-            answer = {"error": f"the process ended with {self._process.wait()}"}
-        self.error = answer.get("error")
-        return answer
+            return dict(json.loads(line))
+        self.error = f"the process ended with {self._process.wait()}"
+        return {"error": self.error}
 
 
 @dataclass(slots=True)
@@ -105,6 +106,7 @@ class _Seat:
         """Start a worker and have it load the model."""
         worker = Worker(self.contender.peer, self.contender.weights, settings.threads)
         answer = worker.ask("load", path=str(self.path))
+        worker.error = answer.get("error")
         self.loads.append({**answer, "import_seconds": worker.import_seconds})
         return worker
 
@@ -151,23 +153,24 @@ def _together(
 ) -> Iterator[dict[str, Any]]:
     """Hold all models at once and go from one to the next with every single measurement."""
     workers = [seat.open(settings) for seat in seats]
+    limits = _Limits(settings.threads)
     try:
         for case in cases:
             if not settings.in_time():
                 return
-            limits = _peaks(settings.threads)
-            with Load(lambda: _used(workers)) as load:
+            with Load(lambda: _used([*workers, limits.worker])) as load:
                 idle = []
                 for repeat in range(settings.repeats):
+                    limits.measure(case.kind)
                     for seat, worker in zip(seats, workers, strict=True):
                         others = [w for w in workers if w is not worker]
                         before, began = _used(others), time.perf_counter()
                         seat.measure(worker, case, repeat)
                         idle.append((_used(others) - before) / (time.perf_counter() - began))
-            facts = {"turns": "every measurement", "idle": max(idle), **load.facts()}
-            yield _record(case, seats, limits, facts)
+            facts = {"turns": "every measurement", "idle": statistics.median(idle), **load.facts()}
+            yield _record(case, seats, limits.take(), facts)
     finally:
-        for worker in workers:
+        for worker in (*workers, limits.worker):
             worker.close()
 
 
@@ -175,26 +178,33 @@ def _apart(
     cases: Sequence[Case], seats: Sequence[_Seat], settings: Settings
 ) -> Iterator[dict[str, Any]]:
     """Hold one model at a time, and load each of them in several rounds."""
-    limits = _peaks(settings.threads)
+    limits = _Limits(settings.threads)
     used = 0.0
     with Load(lambda: used + time.process_time()) as load:
-        for turn in range(settings.rounds):
-            for seat in seats:
-                worker = seat.open(settings)
-                for case in cases:
-                    for repeat in range(turn, settings.repeats, settings.rounds):
-                        seat.measure(worker, case, repeat)
-                used += worker.processor_seconds()
-                worker.close()
+        for turn, seat in product(range(settings.rounds), seats):
+            if not settings.in_time():
+                break
+            worker = seat.open(settings)
+            for case in cases:
+                for repeat in range(turn, settings.repeats, settings.rounds):
+                    limits.measure("prefill")
+                    seat.measure(worker, case, repeat)
+            used += worker.processor_seconds()
+            worker.close()
+        used += limits.worker.processor_seconds()
+    measured = limits.take()
     for case in cases:
         facts = {"turns": f"{settings.rounds} rounds, one model held at a time", **load.facts()}
-        yield _record(case, seats, limits, facts)
+        yield _record(case, seats, measured, facts)
+    limits.worker.close()
 
 
 def _loads(case: Case, seats: Sequence[_Seat], settings: Settings) -> dict[str, Any]:
     """Start a new process for every load."""
-    limits = _peaks(settings.threads)
-    used = 0.0
+    limits = _Limits(settings.threads)
+    limits.measure("load")
+    used = limits.worker.processor_seconds()
+    limits.worker.close()
     with Load(lambda: used + time.process_time()) as load:
         for _ in range(settings.repeats):
             for seat in seats:
@@ -210,7 +220,7 @@ def _loads(case: Case, seats: Sequence[_Seat], settings: Settings) -> dict[str, 
                 result["seconds"].append(answer["first_token_seconds"])
                 result["peak_memory"] = answer["peak_memory"]
         seat.results[case.name] = result
-    return _record(case, seats, limits, {"turns": "a new process each", **load.facts()})
+    return _record(case, seats, limits.take(), {"turns": "a new process each", **load.facts()})
 
 
 def _record(
@@ -221,7 +231,7 @@ def _record(
         **case.facts(),
         "results": {
             seat.contender.name: {
-                **seat.results[case.name],
+                **seat.results.get(case.name, {"seconds": [], "error": "out of time"}),
                 "import_seconds": [answer["import_seconds"] for answer in seat.loads],
                 "load_seconds": [answer.get("load_seconds") for answer in seat.loads],
             }
@@ -232,16 +242,32 @@ def _record(
     }
 
 
-def _peaks(threads: int) -> dict[str, Any]:
-    """Measure what the machine could do, in the same run as the contenders."""
-    done = subprocess.run(
-        [sys.executable, "-m", "benchmarks.peaks", str(threads)],
-        env=_environment(threads),
-        stdout=subprocess.PIPE,
-        text=True,
-        check=True,
-    )
-    return dict(json.loads(done.stdout))
+class _Limits:
+    """A worker that measures what the machine could do, between the others' turns."""
+
+    def __init__(self, threads: int) -> None:
+        self.worker = Worker("machine", "none", threads)
+        self._found: dict[str, list[dict[str, Any]]] = {"bandwidth": [], "gemm": []}
+
+    def measure(self, kind: str) -> None:
+        """Measure what bounds a kind of case."""
+        for what in ("bandwidth", "gemm") if kind == "prefill" else ("bandwidth",):
+            self._found[what].append(self.worker.ask(what))
+
+    def take(self) -> dict[str, Any]:
+        """Return the medians since the last time."""
+        bandwidth, gemm = self._found["bandwidth"], self._found["gemm"]
+        self._found = {"bandwidth": [], "gemm": []}
+        return {
+            "bandwidth": {
+                "bytes_per_second": statistics.median(x["bytes_per_second"] for x in bandwidth),
+                "how": bandwidth[0]["how"],
+                "each": [x["bytes_per_second"] for x in bandwidth],
+            },
+            "gemm_flops_per_second": statistics.median(x["flops_per_second"] for x in gemm)
+            if gemm
+            else None,
+        }
 
 
 def _environment(threads: int) -> dict[str, str]:

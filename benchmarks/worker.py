@@ -33,24 +33,22 @@ def main() -> None:
         what = order.pop("do")
         try:
             if what == "load":
-                started = time.perf_counter()
-                peer.load(order["path"])
-                loaded = time.perf_counter()
-                peer.first_token()
-                result: Any = {
-                    "load_seconds": loaded - started,
-                    "first_token_seconds": time.perf_counter() - started,
-                }
-            elif what == "facts":
-                result = peer.facts(**order)
-            elif what == "prefill":
-                result = {"seconds": peer.prefill(**order)}
+                result: Any = _loaded(peer, order["path"])
             else:
-                result = {"seconds": peer.decode(**order)}
+                answer = getattr(peer, what)(**order)
+                result = answer if isinstance(answer, dict) else {"seconds": answer}
         except Exception as error:
             traceback.print_exc()
             result = {"error": _named(error)}
         _answer(answers, result | {"peak_memory": _peak_memory()})
+
+
+def _loaded(peer: Any, path: str) -> dict[str, Any]:
+    started = time.perf_counter()
+    peer.load(path)
+    loaded = time.perf_counter() - started
+    peer.first_token()
+    return {"load_seconds": loaded, "first_token_seconds": time.perf_counter() - started}
 
 
 def _answer(answers: TextIO, content: dict[str, Any]) -> None:

@@ -11,7 +11,7 @@ SOURCE = Path(__file__).parents[1] / "src" / "quintet"
 LADDER = [
     {"__main__"},
     {"cli"},
-    {"pipelines", "benchmark"},
+    {"pipelines", "benchmark", "conversion"},
     {"auto"},
     {"models"},
     {"modeling"},

@@ -129,7 +129,16 @@ if TYPE_CHECKING:
         Zamba2Model,
         Zamba2PreTrainedModel,
     )
-    from quintet.pipelines import pipeline
+    from quintet.pipelines import (
+        FeatureExtractionPipeline,
+        Pipeline,
+        QuestionAnsweringPipeline,
+        TextClassificationPipeline,
+        TextGenerationPipeline,
+        TokenClassificationPipeline,
+        ZeroShotClassificationPipeline,
+        pipeline,
+    )
     from quintet.quantization import (
         BitsAndBytesConfig,
         FineGrainedFP8Config,
@@ -181,6 +190,7 @@ __all__ = [
     "EpsilonLogitsWarper",
     "EtaLogitsWarper",
     "ExponentialDecayLengthPenalty",
+    "FeatureExtractionPipeline",
     "FineGrainedFP8Config",
     "ForcedBOSTokenLogitsProcessor",
     "ForcedEOSTokenLogitsProcessor",
@@ -204,6 +214,7 @@ __all__ = [
     "NoBadWordsLogitsProcessor",
     "NoRepeatNGramLogitsProcessor",
     "OffloadedCache",
+    "Pipeline",
     "PreTrainedConfig",
     "PreTrainedModel",
     "PreTrainedTokenizer",
@@ -211,6 +222,7 @@ __all__ = [
     "PrefixConstrainedLogitsProcessor",
     "PresencePenaltyLogitsProcessor",
     "QuantizedCache",
+    "QuestionAnsweringPipeline",
     "QuintetError",
     "Qwen2Config",
     "Qwen2ForCausalLM",
@@ -237,8 +249,11 @@ __all__ = [
     "SuppressTokensAtBeginLogitsProcessor",
     "SuppressTokensLogitsProcessor",
     "TemperatureLogitsWarper",
+    "TextClassificationPipeline",
+    "TextGenerationPipeline",
     "TextIteratorStreamer",
     "TextStreamer",
+    "TokenClassificationPipeline",
     "TopHLogitsWarper",
     "TopKLogitsWarper",
     "TopPLogitsWarper",
@@ -254,6 +269,7 @@ __all__ = [
     "Zamba2HybridDynamicCache",
     "Zamba2Model",
     "Zamba2PreTrainedModel",
+    "ZeroShotClassificationPipeline",
     "__version__",
     "demo_model",
     "pipeline",
@@ -347,7 +363,10 @@ _NAMES = {
         f"quintet.models.{module}": [prefix + suffix for suffix in _SUFFIXES]
         for module, prefix in _FAMILIES.items()
     },
-    "quintet.pipelines": ["pipeline"],
+    "quintet.pipelines": [
+        *(name for name in __all__ if name.endswith("Pipeline")),
+        "pipeline",
+    ],
     "quintet.quantization": [
         "BitsAndBytesConfig",
         "FineGrainedFP8Config",

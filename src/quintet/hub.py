@@ -1,12 +1,16 @@
-"""A model's name becomes a local directory: a path as it is, a hub id by `huggingface_hub`."""
+"""A model's name becomes a local directory: a path as it is, a hub id by `huggingface_hub`.
+
+And the way back: what can be saved into a directory can be pushed.
+"""
 
 import os
 import re
+import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from quintet.errors import CheckpointError, ModelNotFoundError, OfflineError
+from quintet.errors import CheckpointError, ModelNotFoundError, OfflineError, SaveError
 from quintet.files import read_json
 
 __all__ = [
@@ -15,6 +19,7 @@ __all__ = [
     "SINGLE_WEIGHTS",
     "TOKENIZER_PATTERNS",
     "WEIGHTS_INDEX",
+    "Pushable",
     "demo_model",
     "locate",
     "locate_weights",
@@ -30,6 +35,7 @@ TOKENIZER_PATTERNS = (
     "added_tokens.json",
     "vocab.json",
     "merges.txt",
+    "tokenizer.model",
     "chat_template.jinja",
     "additional_chat_templates/*.jinja",
 )
@@ -81,6 +87,101 @@ def locate(
         patterns = [f"{subfolder.strip('/')}/{pattern}" for pattern in patterns]
     root = _download(name, patterns, revision, cache_dir, token, local_files_only)
     return _inside(root, subfolder, name)
+
+
+class Pushable:
+    """What is saved into a directory, and so into a repository on the hub."""
+
+    def save_pretrained(self, save_directory: str | os.PathLike[str]) -> Any:
+        """Write everything into a directory."""
+        raise NotImplementedError
+
+    def push_to_hub(
+        self,
+        repo_id: str,
+        *,
+        commit_message: str | None = None,
+        private: bool | None = None,
+        token: str | bool | None = None,
+        revision: str | None = None,
+        create_pr: bool = False,
+        **save_options: Any,
+    ) -> str:
+        """Save into a repository on the hub, made if needed, in one commit; return its address.
+
+        Other files there are left alone. `save_options` are those of `save_pretrained`.
+
+        Raises:
+            ModelNotFoundError: no such repository or revision, or no right to write to it.
+            OfflineError: the network is off or the hub cannot be reached.
+            SaveError: the hub refused the commit.
+        """
+        with tempfile.TemporaryDirectory(prefix="quintet-push-") as directory:
+            self.save_pretrained(directory, **save_options)
+            return push_folder(
+                Path(directory),
+                repo_id,
+                commit_message=commit_message or f"Upload {type(self).__name__}",
+                private=private,
+                token=token,
+                revision=revision,
+                create_pr=create_pr,
+            )
+
+
+def push_folder(
+    folder: Path,
+    repo_id: str,
+    *,
+    commit_message: str,
+    private: bool | None = None,
+    token: str | bool | None = None,
+    revision: str | None = None,
+    create_pr: bool = False,
+) -> str:
+    """Put the files of a folder into a repository in one commit; see `Pushable.push_to_hub`."""
+    from huggingface_hub import HfApi, constants
+    from huggingface_hub.errors import (
+        HfHubHTTPError,
+        HFValidationError,
+        LocalTokenNotFoundError,
+        OfflineModeIsEnabled,
+        RepositoryNotFoundError,
+        RevisionNotFoundError,
+    )
+
+    if constants.is_offline_mode():
+        raise OfflineError(f"{repo_id!r} cannot be pushed to: HF_HUB_OFFLINE is set; unset it")
+    api = HfApi(token=token)
+    try:
+        address = api.create_repo(repo_id, private=private, exist_ok=True)
+        done = api.upload_folder(
+            repo_id=address.repo_id,
+            folder_path=folder,
+            commit_message=commit_message,
+            revision=revision,
+            create_pr=create_pr,
+        )
+    except HFValidationError as error:
+        raise ModelNotFoundError(f"{repo_id!r} is not a valid hub id: {error}") from error
+    except (RepositoryNotFoundError, RevisionNotFoundError, LocalTokenNotFoundError) as error:
+        raise ModelNotFoundError(
+            f"{repo_id!r} cannot be pushed to: no such repository or revision for you; check the "
+            "spelling, and run `hf auth login` or set HF_TOKEN"
+        ) from error
+    except OfflineModeIsEnabled as error:
+        raise OfflineError(f"{repo_id!r} cannot be pushed to: {error}") from error
+    except HfHubHTTPError as error:
+        code = error.response.status_code
+        if code in (401, 403):
+            raise ModelNotFoundError(
+                f"you may not write to {repo_id!r} ({code}); run `hf auth login` with a token that "
+                "may, or set HF_TOKEN"
+            ) from error
+        raise SaveError(f"the hub refused the commit to {repo_id!r}: {error}") from error
+    except (OSError, ValueError) as error:
+        raise OfflineError(f"{repo_id!r} cannot be pushed to: {error}") from error
+    return str(done.commit_url)
 
 
 def locate_weights(
@@ -163,7 +264,6 @@ def _download(
         HfHubHTTPError,
         HFValidationError,
         LocalEntryNotFoundError,
-        OfflineModeIsEnabled,
         RepositoryNotFoundError,
         RevisionNotFoundError,
     )
@@ -195,11 +295,12 @@ def _download(
         ) from error
     except RevisionNotFoundError as error:
         raise ModelNotFoundError(f"{name!r} has no revision {revision!r}") from error
-    except (LocalEntryNotFoundError, OfflineModeIsEnabled, HfHubHTTPError, OSError) as error:
+    # ValueError: what answered is not the hub, as in a network that asks to log in first.
+    except (LocalEntryNotFoundError, HfHubHTTPError, OSError, ValueError) as error:
         reason = (
             "offline mode is set (HF_HUB_OFFLINE or local_files_only)"
             if offline
-            else "the hub could not be reached"
+            else f"the hub could not be reached ({type(error).__name__})"
         )
         raise OfflineError(
             f"{name!r}{at} is neither a directory here nor in the hub cache "

@@ -2,6 +2,7 @@
 
 import io
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -12,6 +13,7 @@ from typing import Any
 
 import pytest
 
+from quintet import AutoTokenizer
 from quintet.cli.main import main
 from tiny import build
 
@@ -67,11 +69,20 @@ def process() -> Iterator[Start]:
     """Start a command line as a process, after the statement `before`."""
     started: list[subprocess.Popen[str]] = []
 
-    def start(*arguments: object, before: str = "", **options: Any) -> subprocess.Popen[str]:
+    def start(
+        *arguments: object,
+        before: str = "",
+        environment: dict[str, str] | None = None,
+        **options: Any,
+    ) -> subprocess.Popen[str]:
         options = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, **options}
         child = subprocess.Popen(
             [sys.executable, "-c", LAUNCH.format(before=before), *map(str, arguments)],
-            env={**os.environ, "OMP_NUM_THREADS": "1", "NO_COLOR": "1", "TERM": "dumb"},
+            env={
+                **os.environ,
+                **{"OMP_NUM_THREADS": "1", "NO_COLOR": "1", "TERM": "dumb"},
+                **(environment or {}),
+            },
             text=True,
             **options,
         )
@@ -98,3 +109,14 @@ def tireless_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def plain_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A model without a chat template, and with fewer ids than its tokenizer."""
     return build(tmp_path_factory.mktemp("models") / "plain", chat=False, vocab_size=262)
+
+
+@pytest.fixture(scope="session")
+def thinking_model(chat_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model whose template begins the reasoning, which its answers never end."""
+    root = Path(shutil.copytree(chat_model, tmp_path_factory.mktemp("models") / "thinking"))
+    tokenizer = AutoTokenizer.from_pretrained(root)
+    begun = str(tokenizer.chat_template).replace("assistant\n'", "assistant\n<think>\n'")
+    tokenizer.chat_template = begun
+    tokenizer.save_pretrained(root)
+    return root

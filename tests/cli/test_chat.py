@@ -1,10 +1,7 @@
-"""`quintet chat`: piped, and at a terminal."""
+"""`quintet chat`: piped, so that only answers are printed."""
 
-import os
+import json
 import re
-import select
-import sys
-import time
 from pathlib import Path
 from typing import Any
 
@@ -31,9 +28,6 @@ def answer(chat_model: Path) -> Any:
         return text
 
     return made
-
-
-# -- piped -----------------------------------------------------------------------------------
 
 
 def test_only_answers_are_printed(quintet: Any, chat_model: Path, answer: Any) -> None:
@@ -79,7 +73,8 @@ def test_exit_leaves(quintet: Any, chat_model: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("typed", "said"), [("/help", "/reset "), ("/rest", "There is no command /rest.\n/help")]
+    ("typed", "said"),
+    [("/help", "/reset "), ("/rest", "There is no command /rest. Did you mean /reset?")],
 )
 def test_commands_are_explained_beside_the_answers(
     quintet: Any, chat_model: Path, typed: str, said: str
@@ -112,61 +107,131 @@ def test_sampling_is_repeatable(quintet: Any, chat_model: Path, answer: Any) -> 
     assert quintet(*asked, 4, stdin="Hello\n").out != first
 
 
-# -- at a terminal ---------------------------------------------------------------------------
+def test_settings_of_generate_by_name(quintet: Any, chat_model: Path, answer: Any) -> None:
+    asked = ["chat", chat_model, "max_new_tokens=4", "do_sample=false"]
+    result = quintet(*asked, stdin="Hello\n")
+    assert result.out == answer("Hello", new=4) + "\n"
+    assert "; greedy, max_new_tokens=4\n" in result.err
+    typed = quintet("chat", chat_model, stdin="/set max-new-tokens=4\nHello\n/set\n")
+    assert typed.out == answer("Hello", new=4) + "\n"
+    assert typed.err.count("greedy, max_new_tokens=4, reasoning=fold\n") == 2
 
 
-class Terminal:
-    """The other end of a pseudo-terminal."""
-
-    def __init__(self, descriptor: int) -> None:
-        self.descriptor = descriptor
-        self.seen = ""
-
-    def type(self, text: str) -> None:
-        os.write(self.descriptor, text.encode())
-
-    def until(self, pattern: str, seconds: float = 60) -> str:
-        """Read until a pattern is seen, and return and forget all up to its end."""
-        deadline = time.monotonic() + seconds
-        while not (found := re.search(pattern, self.seen)):
-            left = deadline - time.monotonic()
-            assert left > 0, f"no {pattern!r} in {self.seen!r}"
-            if select.select([self.descriptor], [], [], left)[0]:
-                data = os.read(self.descriptor, 4096)
-                self.seen += data.decode(errors="replace").replace("\r\n", "\n")
-        text, self.seen = self.seen[: found.end()], self.seen[found.end() :]
-        return text
+def test_set_changes_how_answers_are_drawn_and_back(
+    quintet: Any, chat_model: Path, answer: Any
+) -> None:
+    typed = (
+        "/set temperature=3.0 seed=5\nHello\n/reset\n/set temperature=None do_sample=None\nHello\n"
+    )
+    result = quintet("chat", chat_model, "-n", 10, stdin=typed)
+    drawn, greedy = result.out.splitlines()[0], answer("Hello")
+    assert not greedy.startswith(drawn)
+    assert result.out.endswith(f"{greedy}\n")
+    assert "sampling, temperature=3.0" in result.err
 
 
-@pytest.mark.skipif(sys.platform == "win32", reason="needs pseudo-terminals")
-def test_ctrl_c_stops_an_answer_and_ctrl_d_leaves(process: Any, tireless_model: Path) -> None:
-    import pty
+@pytest.mark.parametrize(
+    ("typed", "said"),
+    [
+        ("/set temperatur=1", "no option 'temperatur'; did you mean 'temperature'"),
+        ("/set hot", "'hot' sets nothing; write name=value"),
+        ("/set top_p=7", "top_p=7"),
+        ("/set reasoning=loud", "reasoning='loud' has to be one of fold, show, hide"),
+        ("/undo", "there is no message to take back"),
+        ("/regen", "there is no message to answer again"),
+        ("/load", "which file? /load FILE"),
+        ("/load nowhere.json", "there is no file 'nowhere.json'"),
+    ],
+)
+def test_a_command_that_fails_ends_a_script(
+    quintet: Any, chat_model: Path, typed: str, said: str
+) -> None:
+    result = quintet("chat", chat_model, stdin=f"{typed}\nHello\n")
+    assert result.code in (2, 3)
+    assert result.out == ""
+    assert said in result.err
+    assert result.is_one_screen
 
-    ours, theirs = pty.openpty()
-    try:
-        child = process(
-            "chat",
-            tireless_model,
-            "-n",
-            29_000,
-            before="import fcntl, termios; fcntl.ioctl(0, termios.TIOCSCTTY, 0)",
-            stdin=theirs,
-            stdout=theirs,
-            stderr=theirs,
-            start_new_session=True,
-        )
-        os.close(theirs)
-        terminal = Terminal(ours)
-        assert "/help lists the commands" in terminal.until("> $")
-        terminal.type("Hello\n")
-        terminal.until(r"Hello\n(.|\n){40}")
-        terminal.type("\x03")
-        made = re.search(r"\n(\d+) tokens, .*of 30000\n> $", terminal.until("of 30000\n> $"))
-        assert made
-        assert 0 < int(made[1]) < 29_000
-        terminal.type("/help\n")
-        terminal.until("forget the conversation(.|\n)*> $")
-        terminal.type("\x04")
-        assert child.wait(timeout=60) == 0
-    finally:
-        os.close(ours)
+
+def test_undo_and_regen(quintet: Any, chat_model: Path, answer: Any) -> None:
+    first = answer("Hello")
+    second = answer("Hello", first, "How are you?")
+    result = quintet("chat", chat_model, "-n", 10, stdin="Hello\nHow are you?\n/regen\n")
+    assert result.out == f"{first}\n{second}\n{second}\n"
+    result = quintet("chat", chat_model, "-n", 10, stdin="Hello\nOh no\n/undo\nHow are you?\n")
+    assert "taken back: Oh no\n" in result.err
+    assert result.out.endswith(f"\n{second}\n")
+
+
+def test_a_conversation_is_saved_and_loaded(
+    quintet: Any, chat_model: Path, answer: Any, tmp_path: Path
+) -> None:
+    path = tmp_path / "talk.json"
+    asked = ["chat", chat_model, "-n", 10]
+    quintet(*asked, "--system", "Be brief, please.", stdin=f"Hello\n/save {path}\n")
+    first = answer("Hello", system="Be brief, please.")
+    assert json.loads(path.read_text(encoding="utf-8")) == {
+        "model": str(chat_model),
+        "messages": [
+            {"role": "system", "content": "Be brief, please."},
+            {"role": "user", "content": "Hello"},
+            {"role": "assistant", "content": first},
+        ],
+    }
+    second = answer("Hello", first, "How are you?", system="Be brief, please.")
+    for result in (
+        quintet(*asked, stdin=f"/load {path}\nHow are you?\n"),
+        quintet(*asked, "--load", path, stdin="How are you?\n"),
+    ):
+        assert result.out == f"{second}\n"
+    path.write_text('{"messages": [{"role": "robot", "content": "Hi"}]}', encoding="utf-8")
+    refused = quintet(*asked, "--load", path, stdin="Hello\n")
+    assert (refused.code, refused.out) == (2, "")
+    assert "holds no conversation" in refused.err
+
+
+def test_a_message_of_several_lines(quintet: Any, chat_model: Path, answer: Any) -> None:
+    expected = answer("Hello\n\n  there") + "\n"
+    for typed in ('"""Hello\n\n  there"""\n', '"""\nHello\n\n  there\n"""\n'):
+        assert quintet("chat", chat_model, "-n", 10, stdin=typed).out == expected
+    typed = "Hello\\\n\\\n  there\n"
+    assert quintet("chat", chat_model, "-n", 10, stdin=typed).out == expected
+
+
+def test_two_slashes_begin_a_message_with_one(quintet: Any, chat_model: Path, answer: Any) -> None:
+    result = quintet("chat", chat_model, "-n", 10, stdin="//help\n")
+    assert result.out == answer("/help") + "\n"
+
+
+def test_underscores_in_options(quintet: Any, chat_model: Path, answer: Any) -> None:
+    result = quintet(
+        "chat", chat_model, "--max_new_tokens", 10, "--attn_implementation", "eager",
+        "--reasoning", "show", stdin="Hello\n",
+    )  # fmt: skip
+    assert (result.code, result.out) == (0, answer("Hello") + "\n")
+
+
+def test_weights_in_fewer_bits(quintet: Any, chat_model: Path) -> None:
+    result = quintet("chat", chat_model, "-n", 5, "--quantize", "int8", stdin="Hello\n")
+    assert result.code == 0
+    assert result.out.strip()
+    refused = quintet("chat", chat_model, "--quantize", "int9", stdin="Hello\n")
+    assert refused.code in (2, 3)
+    assert "int9" in refused.err
+
+
+# -- reasoning -------------------------------------------------------------------------------
+
+
+def test_piped_reasoning_is_left_out_unless_it_is_asked_for(
+    quintet: Any, thinking_model: Path, tmp_path: Path
+) -> None:
+    path = tmp_path / "talk.json"
+    asked = ["chat", thinking_model, "-n", 10]
+    folded = quintet(*asked, stdin=f"Hello\n/save {path}\n")
+    assert folded.out == "\n"
+    message = json.loads(path.read_text(encoding="utf-8"))["messages"][-1]
+    assert message["content"] == ""
+    shown = quintet(*asked, "--reasoning", "show", stdin="Hello\n")
+    assert shown.out.strip() == message["reasoning_content"].strip()
+    assert shown.out.strip()

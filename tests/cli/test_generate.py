@@ -47,7 +47,7 @@ def test_the_text_is_on_stdout_and_notes_on_stderr(
     assert result.out == continued(loaded, "Hello there", 12) + "\n"
     described, made = result.err.splitlines()
     assert described.startswith("qwen2, 0.0 M parameters, float32 on cpu, loaded in ")
-    assert described.endswith("; greedy")
+    assert described.endswith("; greedy, max_new_tokens=12")
     assert made.startswith("12 tokens in ")
 
 
@@ -89,7 +89,7 @@ def test_without_a_length_it_fills_the_context_at_most(quintet: Any, chat_model:
 def test_a_seed_makes_sampling_repeatable(quintet: Any, chat_model: Path) -> None:
     ask = ["generate", "Hello", "-m", chat_model, "-t", 1, "-n", 20]
     first = quintet(*ask, "--seed", 4)
-    assert "; sampling with seed 4\n" in first.err
+    assert "; sampling with seed 4, temperature=1.0, max_new_tokens=20\n" in first.err
     assert quintet(*ask, "--seed", 4).out == first.out
     assert quintet(*ask, "--seed", 5).out != first.out
 
@@ -97,7 +97,7 @@ def test_a_seed_makes_sampling_repeatable(quintet: Any, chat_model: Path) -> Non
 def test_the_seed_that_is_told_repeats_the_text(quintet: Any, chat_model: Path) -> None:
     ask = ["generate", "Hello", "-m", chat_model, "--top-p", 0.9, "-n", 20]
     first = quintet(*ask)
-    seed = first.err.partition("with seed ")[2].split()[0]
+    seed = first.err.partition("with seed ")[2].split(",")[0]
     assert quintet(*ask, "--seed", seed).out == first.out
 
 
@@ -126,7 +126,7 @@ def test_the_checkpoints_own_options_hold(
     own = GenerationConfig(do_sample=True, temperature=2.0, max_new_tokens=9)
     own.save_pretrained(root)
     result = quintet("generate", "Hello", "-m", root, "--seed", 3)
-    assert "sampling with seed 3" in result.err
+    assert "sampling with seed 3, temperature=2.0, max_new_tokens=9\n" in result.err
     expected = continued(
         loaded,
         "Hello",

@@ -9,6 +9,7 @@ import pytest
 
 import quintet.cli.info as module
 from quintet import AutoModelForCausalLM
+from quintet.kernels import report
 
 
 def test_the_facts(quintet: Any, chat_model: Path) -> None:
@@ -17,17 +18,22 @@ def test_the_facts(quintet: Any, chat_model: Path) -> None:
     facts = json.loads(result.out)
     model = AutoModelForCausalLM.from_pretrained(chat_model)
     weights = sum(tensor.nbytes for tensor in model.state_dict().values())
+    kernels = facts.pop("kernels")
+    assert set(kernels) == {kernel.name for kernel in report().kernels}
     assert facts == {
         "model": str(chat_model),
         "family": "qwen2",
         "saved as": "Qwen2ForCausalLM",
         "parameters": model.num_parameters(),
+        "active": model.num_parameters(),
         "layers": 2,
         "width": 32,
         "vocabulary": 360,
         "context": 256,
         "weights": f"{weights:,} bytes of float32 in 1 file(s)",
-        "attention": "sdpa",
+        "quantised": "no",
+        "cache": "256 bytes a token",
+        "attention": "sdpa; also eager",
         "tokenizer": "PreTrainedTokenizer, 360 tokens, with a chat template",
     }
 
@@ -35,12 +41,12 @@ def test_the_facts(quintet: Any, chat_model: Path) -> None:
 def test_the_table_says_the_same(quintet: Any, chat_model: Path) -> None:
     facts = json.loads(quintet("info", chat_model, "--json").out)
     lines = quintet("info", chat_model).out.splitlines()
-    assert len(lines) == len(facts)
-    for line, (key, value) in zip(lines, facts.items(), strict=True):
-        shown = f"{value:,}" if isinstance(value, int) else value
-        assert line.split(maxsplit=len(key.split()))[-1] == shown.split(maxsplit=0)[0]
-        assert line.startswith(f"{key} ")
-    assert len({line.index(line[12:].lstrip()[0], 12) for line in lines}) == 1
+    kernels = facts.pop("kernels")
+    assert len(lines) == len(facts) + len(kernels)
+    for key, value in facts.items():
+        (line,) = (line for line in lines if line.startswith(f"{key} "))
+        assert line.removeprefix(key).strip() == (f"{value:,}" if isinstance(value, int) else value)
+    assert all(any(f"  {name}: {how}" in line for line in lines) for name, how in kernels.items())
 
 
 def test_without_a_model_it_is_the_packaged_one(

@@ -91,7 +91,7 @@ def test_no_command_is_a_misuse_that_shows_help(quintet: Any) -> None:
     ("arguments", "hint"),
     [
         (["genrate", "x"], "No such command 'genrate'. Did you mean 'generate'?"),
-        (["zzz"], "No such command 'zzz'. There are chat, generate, info."),
+        (["zzz"], "No such command 'zzz'. There are bench, chat, "),
         (["--verson"], "Did you mean '--version'?"),
         (["generate", "--temprature", "1"], "Did you mean '--temperature'?"),
         (["generate", "x", "y"], "unexpected extra argument (y)"),

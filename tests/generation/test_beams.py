@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from conformance.families import FAMILIES, Family
+from quintet import QuantizedCache
 from quintet.errors import InputError
 from support import twins
 
@@ -19,7 +20,12 @@ SEARCHES = [
     {"length_penalty": 2.0, "early_stopping": "never"},
     {"length_penalty": 0.0, "early_stopping": "never", "num_beams": 2, "num_return_sequences": 2},
 ]
-CACHES: list[dict[str, Any]] = [{}, {"cache_implementation": "static"}, {"use_cache": False}]
+CACHES: list[dict[str, Any]] = [
+    {},
+    {"cache_implementation": "static"},
+    {"cache_implementation": "offloaded"},
+    {"use_cache": False},
+]
 
 
 @pytest.fixture(scope="module", params=FAMILIES, ids=str)
@@ -75,6 +81,20 @@ def test_the_sequences_are_those_of_transformers(
         scores = ours.compute_transition_scores(made.sequences, made.scores, made.beam_indices)
         expected = theirs.compute_transition_scores(told.sequences, told.scores, told.beam_indices)
         torch.testing.assert_close(scores, expected, rtol=1e-4, atol=1e-4)
+
+
+def test_a_search_on_a_quantised_cache(pair: tuple[Any, ...]) -> None:
+    """Beams change places in it, and their scores are those of their texts in one pass."""
+    ours, _, ids, _ = pair
+    options = {"cache_dtype": "int8", "eos_token_id": [], "length_penalty": 0.0}
+    made = searched(ours, ids, **options)
+    for row, score in enumerate(made.sequences_scores):
+        kept = made.sequences[row][torch.cat((MASK[row // 3].bool(), torch.ones(12) > 0))][None]
+        with torch.no_grad():
+            logits = ours(kept, past_key_values=QuantizedCache(ours.config, 8)).logits
+            logs = logits[0, -13:-1].log_softmax(dim=-1)
+        total = logs[torch.arange(12), kept[0, -12:]].sum()
+        assert float(score) == pytest.approx(float(total), rel=1e-3)
 
 
 @pytest.fixture(scope="module")

@@ -110,6 +110,13 @@ def test_null_is_the_default(tmp_path: Path) -> None:
         ({"do_sample": "yes"}, "do_sample='yes'"),
         ({"cache_implementation": "paged"}, "cache_implementation='paged'.*'static'"),
         ({"num_return_sequences": 0}, "num_return_sequences=0"),
+        ({"early_stopping": "soon"}, "early_stopping='soon' has to be True or False or 'never'"),
+        ({"typical_p": 0}, "typical_p=0 leaves no token"),
+        ({"epsilon_cutoff": 1}, "epsilon_cutoff=1 leaves no token"),
+        ({"exponential_decay_length_penalty": [1]}, "has to be a start and a factor"),
+        ({"watermarking_config": {"bais": 1}}, "watermarking_config={'bais': 1} has other keys"),
+        ({"watermarking_config": {"greenlist_ratio": 1}}, "greenlist_ratio=1 has to be between"),
+        ({"bad_words_ids": [1]}, "bad_words_ids=.1. has to be a list of a list of"),
     ],
 )
 def test_a_value_that_breaks_its_rule_is_named(
@@ -130,8 +137,43 @@ def test_replace_returns_a_copy() -> None:
 def test_replace_names_the_nearest_option() -> None:
     with pytest.raises(InputError, match="'repetition_penalti'; did you mean 'repetition_penalty'"):
         GenerationConfig().replace(repetition_penalti=2.0)
+    with pytest.raises(InputError, match="'atention_mask'; did you mean 'attention_mask'"):
+        GenerationConfig().replace(atention_mask=2.0)
     with pytest.raises(InputError, match="no option 'zzz'; there are max_new_tokens, "):
         GenerationConfig().replace(zzz=1)
+
+
+def test_what_generate_takes_is_what_is_suggested() -> None:
+    from quintet.generation import config
+    from quintet.generation.mixin import GenerationMixin
+
+    taken = set(inspect.signature(GenerationMixin.generate).parameters)
+    assert set(config._ARGUMENTS) <= taken
+
+
+def test_update_changes_in_place_and_returns_the_rest() -> None:
+    config = GenerationConfig(top_k=5)
+    assert config.update(top_p=0.5, attention_mask=3) == {"attention_mask": 3}
+    assert config == GenerationConfig(top_k=5, top_p=0.5)
+    with pytest.raises(InputError, match="temperature=0"):
+        config.update(temperature=0)
+
+
+def test_what_is_no_json_is_written_as_some_and_read_again(tmp_path: Path) -> None:
+    config = GenerationConfig(
+        sequence_bias={(1, 2): 0.5},
+        watermarking_config={"bias": 1.0},
+        exponential_decay_length_penalty=(3, 1.5),
+        early_stopping="never",
+        bad_words_ids=[[1], [2, 3]],
+    )
+    config.save_pretrained(tmp_path)
+    again = GenerationConfig.from_pretrained(tmp_path)
+    assert again.sequence_bias == [[[1, 2], 0.5]]
+    assert again.watermarking_config == config.watermarking_config
+    theirs = transformers.GenerationConfig.from_pretrained(tmp_path)
+    assert theirs.watermarking_config.bias == 1.0
+    assert theirs.early_stopping == "never"
 
 
 def test_only_what_is_set_goes_over_another_config() -> None:

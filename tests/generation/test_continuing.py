@@ -8,6 +8,7 @@ from torch import Tensor
 
 from conformance.families import FAMILIES, Family
 from quintet import DynamicCache, StaticCache
+from quintet.cache import to_legacy
 from quintet.errors import InputError
 
 # Rows of 11, 4 and 7 tokens.
@@ -150,6 +151,27 @@ def test_bad_embeddings(model: Any, options: dict[str, Any], message: str) -> No
     embeds = torch.zeros(1, 3, model.config.hidden_size)
     with pytest.raises(InputError, match=message):
         model.generate(**{"inputs_embeds": embeds, **options})
+
+
+def test_tuples_of_older_code_are_taken() -> None:
+    model = FAMILIES[0].model_of(initializer_range=0.2, eos_token_id=None, pad_token_id=0)
+    cut = MASK.clone()
+    # Every row has begun by the eighth column.
+    cache = model(ids()[:, :8], attention_mask=cut[:, :8], use_cache=True).past_key_values
+    past = to_legacy(cache, cut[:, :8])
+    out = model.generate(ids(), attention_mask=cut, past_key_values=past, max_new_tokens=5)
+    assert out[:, 11:].tolist() == plain(model, ids(), MASK, new=5)
+
+
+def test_what_contradicts_a_cache() -> None:
+    model = FAMILIES[0].model_of()
+    for name, value in (("use_cache", False), ("cache_implementation", "static")):
+        with pytest.raises(InputError, match=f"{name}={value!r} and past_key_values contradict"):
+            model.generate(ids(), past_key_values=model.new_cache(), **{name: value})
+    with pytest.raises(InputError, match="past_key_values is a dict; it has to be a Cache"):
+        model.generate(ids(), past_key_values={})
+    with pytest.warns(UserWarning, match="max_cache_len=99 has no effect without"):
+        model.generate(ids(), max_cache_len=99, max_new_tokens=1)
 
 
 def test_a_cache_of_another_kind_is_a_cache() -> None:

@@ -25,6 +25,9 @@ OPTIONS = [
     {"top_k": 0, "min_p": 0.3},
     {"top_k": 6, "top_p": 0.8, "min_p": 0.05, "temperature": 1.5},
     {"top_k": 5, "repetition_penalty": 1.8, "temperature": 0.9},
+    {"top_k": 0, "typical_p": 0.6},
+    {"top_k": 20, "epsilon_cutoff": 0.04},
+    {"top_k": 20, "eta_cutoff": 0.3, "temperature": 1.2},
 ]
 
 
@@ -46,6 +49,9 @@ def reference(logits: Tensor, ids: Tensor, options: dict[str, Any]) -> Tensor:
         "top_k": theirs.TopKLogitsWarper,
         "top_p": theirs.TopPLogitsWarper,
         "min_p": theirs.MinPLogitsWarper,
+        "typical_p": theirs.TypicalLogitsWarper,
+        "epsilon_cutoff": theirs.EpsilonLogitsWarper,
+        "eta_cutoff": theirs.EtaLogitsWarper,
     }
     # In this order, and top_k=0 is none.
     steps = LogitsProcessorList(

@@ -27,7 +27,8 @@ CHECKPOINTS = {
 PROMPTS = ("Hey, are you conscious? Can you talk to me?",)
 
 
-def checkpoint(root: Path, family: str, head: str) -> None:
+def checkpoint(root: Path, family: str, head: str, **changes: Any) -> None:
+    """Write a small model of a family, with its tokenizer."""
     tokenizer = trained_tokenizer(*PROMPTS)
     (known,) = (f for f in FAMILIES if f.name == family)
     model: Any = known.model_of(
@@ -36,6 +37,7 @@ def checkpoint(root: Path, family: str, head: str) -> None:
         max_position_embeddings=1024,
         eos_token_id=tokenizer.convert_tokens_to_ids(END),
         pad_token_id=tokenizer.pad_token_id,
+        **changes,
     )
     model.save_pretrained(root)
     tokenizer.save_pretrained(root)

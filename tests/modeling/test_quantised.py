@@ -27,7 +27,7 @@ from quintet.quantization import (
     QuantizedExperts,
     QuantizedLinear,
 )
-from support import small_config
+from support import relative_error, small_config
 
 IDS = torch.arange(1, 23).view(2, 11)
 CONFIGS: dict[str, QuantizationConfig] = {
@@ -94,7 +94,9 @@ def test_a_model_computes_with_the_weights_it_stands_for(
     root = checkpoints[family.name]
     model = cls.from_pretrained(root, quantization_config=CONFIGS[method], dtype="float32")
     expected = logits_of(reference(model, cls.from_pretrained(root)))
-    torch.testing.assert_close(logits_of(model), expected, rtol=1e-4, atol=1e-4)
+    # The kernels of int8 and int4 round what is multiplied to 16 bits, in groups of 64.
+    rounded = method in ("int8", "int4", "llm.int8")
+    assert relative_error(logits_of(model), expected) < (1e-3 if rounded else 1e-5)
 
 
 @each_config

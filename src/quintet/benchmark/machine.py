@@ -12,10 +12,12 @@ from typing import Any
 
 import torch
 
+from quintet.kernels.bandwidth import read
+
 __all__ = ["Bandwidth", "Load", "Machine", "gemm_peak", "peak_memory", "read_bandwidth"]
 
 # Far larger than the caches of a CPU.
-_READ_BYTES = 256 * 2**20
+_READ_BYTES = 192 * 2**20
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,22 +67,23 @@ class Bandwidth:
     how: str
 
 
-def read_bandwidth() -> Bandwidth:
-    """Measure how fast all threads together read memory."""
+def read_bandwidth(budget: float = 0.5) -> Bandwidth:
+    """Measure for `budget` seconds how fast all threads together read memory."""
     buffer = torch.ones(_READ_BYTES // 4, dtype=torch.float32)
-    seconds = _fastest(lambda: buffer.sum())
-    return Bandwidth(buffer.nbytes / seconds, "torch.sum, which understates it")
+    if read(buffer) is None:
+        seconds = _fastest(lambda: buffer.sum(), budget)
+        return Bandwidth(buffer.nbytes / seconds, "torch.sum, which understates it")
+    return Bandwidth(
+        buffer.nbytes / _fastest(lambda: read(buffer), budget), "wide loads with prefetch"
+    )
 
 
-def gemm_peak(dtype: torch.dtype) -> float:
-    """Measure the most floating-point operations a second of a matrix product in `dtype`."""
-    best = 0.0
-    for tokens, inputs, outputs in ((512, 2048, 2048), (512, 4096, 4096)):
-        x = torch.randn(tokens, inputs).to(dtype)
-        w = torch.randn(outputs, inputs).to(dtype)
-        seconds = _fastest(lambda x=x, w=w: torch.nn.functional.linear(x, w))  # type: ignore[misc]
-        best = max(best, 2 * tokens * inputs * outputs / seconds)
-    return best
+def gemm_peak(dtype: torch.dtype, budget: float = 0.5) -> float:
+    """Measure for `budget` seconds the most operations a second of a matrix product."""
+    tokens, width = 512, 4096
+    x, w = torch.randn(tokens, width).to(dtype), torch.randn(width, width).to(dtype)
+    seconds = _fastest(lambda: torch.nn.functional.linear(x, w), budget)
+    return 2 * tokens * width * width / seconds
 
 
 def peak_memory() -> int:
@@ -132,7 +135,7 @@ def _processor_times() -> tuple[float, float, float] | None:
     return (busy + idle + wait + stolen) / ticks, busy / ticks, stolen / ticks
 
 
-def _fastest(run: Callable[[], object], budget: float = 0.5) -> float:
+def _fastest(run: Callable[[], object], budget: float) -> float:
     """Return the seconds of the fastest run, of at least two and as many as `budget` allows."""
     seconds: list[float] = []
     while len(seconds) < 2 or sum(seconds) < budget:

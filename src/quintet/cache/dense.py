@@ -218,15 +218,19 @@ def _slots(
 
 def _write(buffer: Tensor, new: Tensor, span: Span) -> Tensor:
     """Return a buffer that holds `new` (B, K, T, D) at the slots of `span`."""
-    slots = span.slots()[:, None, :, None].expand_as(new)
     short = span.keys - buffer.shape[2]
     if torch.is_grad_enabled() and (new.requires_grad or buffer.requires_grad):
         # The graph of an earlier forward may still need the old content.
-        return F.pad(buffer, (0, 0, 0, max(short, 0))).scatter(2, slots, new)
+        wide = F.pad(buffer, (0, 0, 0, max(short, 0)))
+        return wide.scatter(2, _places(span, new), new)
     if short > 0:
         spare = span.keys // 4 + 64
         buffer = F.pad(buffer, (0, 0, 0, short + spare))
     if isinstance(span.start, int):
         buffer[:, :, span.start : span.start + span.length] = new
         return buffer
-    return buffer.scatter_(2, slots, new)
+    return buffer.scatter_(2, _places(span, new), new)
+
+
+def _places(span: Span, new: Tensor) -> Tensor:
+    return span.slots()[:, None, :, None].expand_as(new)

@@ -4,7 +4,7 @@ from quintet.checkpoint.matching import Difference, Mismatch, compare
 from quintet.checkpoint.reading import Checkpoint, TensorInfo
 from quintet.checkpoint.rules import Piece, StackExperts, pieces, split_tensors
 from quintet.checkpoint.sources import InMemory, Renamed, Weights
-from quintet.checkpoint.writing import parse_size, recover, save
+from quintet.checkpoint.writing import parse_size, recover, save, save_stream
 
 __all__ = [
     "Checkpoint",
@@ -21,5 +21,6 @@ __all__ = [
     "pieces",
     "recover",
     "save",
+    "save_stream",
     "split_tensors",
 ]

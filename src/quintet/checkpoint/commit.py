@@ -25,12 +25,10 @@ from typing import TypeVar
 from quintet.checkpoint import disk
 from quintet.checkpoint.layout import (
     FINAL_INDEX,
-    INDEX,
     REPLACED,
-    SHARD,
-    SINGLE,
     STAGING,
     UNDO,
+    Names,
 )
 from quintet.checkpoint.reading import half_moved
 
@@ -47,6 +45,7 @@ class Staged:
     weights: Mapping[str, str]
     """The name of each file of weights in `staging`, and the one it is to have in the end."""
     texts: Mapping[str, str]
+    names: Names
 
     @property
     def directory(self) -> Path:
@@ -56,7 +55,7 @@ class Staged:
     @property
     def sharded(self) -> bool:
         """Whether an index belongs to the weights."""
-        return SINGLE not in self.weights
+        return self.names.single not in self.weights
 
 
 def put_in_place(staged: Staged) -> list[Path]:
@@ -66,25 +65,26 @@ def put_in_place(staged: Staged) -> list[Path]:
         OSError: it failed, and what was there before is there again.
     """
     directory, staging = staged.directory, staged.staging
-    last = INDEX if staged.sharded else SINGLE
-    replaces = staged.sharded and os.path.lexists(directory / SINGLE)
+    single, index = staged.names.single, staged.names.index
+    last = index if staged.sharded else single
+    replaces = staged.sharded and os.path.lexists(directory / single)
     changed = [name for name, text in staged.texts.items() if _read(directory / name) != text]
     # The index goes first: without its shards it would be an error, they alone are none.
-    stale = [] if staged.sharded else [directory / INDEX]
-    stale += [path for path in sorted(directory.iterdir()) if SHARD.fullmatch(path.name)]
+    stale = [] if staged.sharded else [directory / index]
+    stale += [path for path in sorted(directory.iterdir()) if staged.names.is_shard(path.name)]
     moved: list[Path] = []
     try:
         if changed:
             _write_undo(staged, changed, REPLACED if replaces else last)
         if staged.sharded:
-            for name in [*staged.weights, *([INDEX] if replaces else [])]:
+            for name in [*staged.weights, *([index] if replaces else [])]:
                 moved.insert(0, directory / name)
                 disk.move(staging / name, directory / name)
         for name in changed:
             disk.move(staging / name, directory / name)
         disk.sync(directory)
         if replaces:
-            disk.move(directory / SINGLE, staging / REPLACED)
+            disk.move(directory / single, staging / REPLACED)
         else:
             disk.move(staging / last, directory / last)
     except BaseException:
@@ -124,7 +124,7 @@ def _finish(staged: Staged, stale: list[Path]) -> list[Path]:
         else:
             stale = [*stale, *(directory / name for name in names)]
             names = finals
-    kept = [*names, INDEX] if staged.sharded else names
+    kept = [*names, staged.names.index] if staged.sharded else names
     for path in stale if sure else []:
         if path.name not in kept and not _attempt(disk.remove, path):
             warnings.warn(f"{path} is no longer used and could not be removed", stacklevel=4)
@@ -138,7 +138,7 @@ def _take_infixes_out(staged: Staged) -> None:
         disk.same_file_as(directory / name, staging / final)
         disk.move(staging / final, directory / final)
     disk.sync(directory)
-    disk.move(staging / FINAL_INDEX, directory / INDEX)
+    disk.move(staging / FINAL_INDEX, directory / staged.names.index)
     disk.sync(directory)
 
 

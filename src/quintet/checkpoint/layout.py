@@ -2,30 +2,29 @@
 
 import re
 import stat
+from dataclasses import dataclass
 from pathlib import Path
 
-from quintet.errors import CheckpointError
-from quintet.hub import SINGLE_WEIGHTS, WEIGHTS_INDEX
+from quintet.errors import CheckpointError, InputError
+from quintet.hub import SINGLE_WEIGHTS, WEIGHTS_INDEX, with_variant
 
 __all__ = [
     "FINAL_INDEX",
     "INDEX",
     "REPLACED",
     "SAVE_ID",
-    "SHARD",
     "SINGLE",
     "STAGING",
     "UNDO",
+    "Names",
     "find",
+    "is_last_step",
     "is_plain",
-    "shard_name",
     "shown",
 ]
 
 SINGLE = SINGLE_WEIGHTS
 INDEX = WEIGHTS_INDEX
-# The second group is there while a save replaces shards of the same names.
-SHARD = re.compile(r"model-\d{5,}-of-\d{5,}(\.[0-9a-f]{16})?\.safetensors")
 # Temporary directories of saves, and in them: the note that says how to take one back, the
 # weights that it replaced, and the index for when the infixes are out of the shards' names.
 STAGING = ".saving-"
@@ -42,9 +41,48 @@ def shown(value: object) -> str:
     return text if len(text) <= 160 else f"{text[:159]}…"
 
 
-def shard_name(number: int, count: int) -> str:
-    """Return the name of shard `number`, counted from 1, of `count`."""
-    return f"model-{number:05}-of-{count:05}.safetensors"
+@dataclass(frozen=True, slots=True)
+class Names:
+    """What the files of weights are called, with a variant in each: `model.fp16.safetensors`.
+
+    Raises:
+        InputError: the variant cannot be a part of a file's name.
+    """
+
+    variant: str | None = None
+
+    def __post_init__(self) -> None:
+        if self.variant is not None and not re.fullmatch(r"\w[\w-]*", self.variant):
+            raise InputError(f"variant={self.variant!r} has to be a word such as 'fp16'")
+
+    @property
+    def single(self) -> str:
+        """The one file."""
+        return with_variant(SINGLE, self.variant)
+
+    @property
+    def index(self) -> str:
+        """The index of shards."""
+        return with_variant(INDEX, self.variant)
+
+    def shard(self, number: int, count: int) -> str:
+        """Return the name of shard `number`, counted from 1, of `count`."""
+        return f"{self._stem}-{number:05}-of-{count:05}.safetensors"
+
+    def is_shard(self, name: str) -> bool:
+        """Tell whether a name is that of a shard, also while a save replaces one of that name."""
+        rest = r"-\d{5,}-of-\d{5,}(\.[0-9a-f]{16})?\.safetensors"
+        return re.fullmatch(re.escape(self._stem) + rest, name) is not None
+
+    @property
+    def _stem(self) -> str:
+        return "model" if self.variant is None else f"model.{self.variant}"
+
+
+def is_last_step(name: object) -> bool:
+    """Tell whether a name is one that the last step of a save moves."""
+    pattern = r"model(\.\w[\w-]*)?\.safetensors|model\.safetensors\.index(\.\w[\w-]*)?\.json"
+    return isinstance(name, str) and (name == REPLACED or re.fullmatch(pattern, name) is not None)
 
 
 def is_plain(name: str) -> bool:

@@ -18,17 +18,17 @@ from quintet.checkpoint.layout import (
     INDEX,
     REPLACED,
     SAVE_ID,
-    SINGLE,
     STAGING,
     UNDO,
+    Names,
     find,
+    is_last_step,
     is_plain,
     shown,
 )
 from quintet.checkpoint.mapping import MappedFile
-from quintet.errors import CheckpointError, InputError, listed
+from quintet.errors import CheckpointError, listed
 from quintet.files import MAX_JSON_BYTES
-from quintet.hub import with_variant
 
 __all__ = ["Checkpoint", "TensorInfo", "half_moved"]
 
@@ -61,8 +61,7 @@ class Checkpoint:
             InputError: `variant` cannot be a part of a file's name.
         """
         directory = Path(directory)
-        if variant is not None and not re.fullmatch(r"\w[\w-]*", variant):
-            raise InputError(f"variant={variant!r} has to be a word such as 'fp16'")
+        named = Names(variant)
         if not directory.is_dir():
             raise CheckpointError(f"{directory} is not a directory; a checkpoint is one")
         for staging in sorted(directory.glob(f"{STAGING}*")):
@@ -72,17 +71,17 @@ class Checkpoint:
                     "config.json may be newer than its weights; save again, or remove "
                     f"{staging.name} if you know that the files belong together"
                 )
-        if single := find(directory, with_variant(SINGLE, variant)):
+        if single := find(directory, named.single):
             stamps = {single: _stamp(single)}
             headers = [read_header(single)]
-        elif index := find(directory, with_variant(INDEX, variant)):
+        elif index := find(directory, named.index):
             weight_map, save_id = _read_index(index)
             shards = _find_shards(directory, index, weight_map)
             stamps = {path: _stamp(path) for path in shards.values()}
             headers = [read_header(path) for path in shards.values()]
             _check_shards(index, weight_map, dict(zip(shards, headers, strict=True)), save_id)
         else:
-            raise CheckpointError(_why_nothing(directory, variant))
+            raise CheckpointError(_why_nothing(directory, named))
         tensors = {name: info for header in headers for name, info in header.tensors.items()}
         common = set.intersection(*(set(header.metadata.items()) for header in headers))
         return cls(
@@ -150,7 +149,7 @@ def half_moved(staging: Path) -> dict[str, str | None] | None:
     except (OSError, ValueError, KeyError, TypeError):
         return None
     # The note may have come with a directory that someone else made.
-    if not isinstance(texts, dict) or last_step not in (SINGLE, INDEX, REPLACED):
+    if not isinstance(texts, dict) or not is_last_step(last_step):
         return None
     if not all(is_plain(name) and isinstance(text, str | None) for name, text in texts.items()):
         return None
@@ -170,10 +169,9 @@ def _count(number: int, what: str) -> str:
     return f"{number} {what}{'' if number == 1 else 's'}"
 
 
-def _why_nothing(directory: Path, variant: str | None) -> str:
-    wanted = with_variant(SINGLE, variant)
+def _why_nothing(directory: Path, named: Names) -> str:
     names = sorted(path.name for path in directory.iterdir())
-    said = f"{directory} has neither {wanted} nor {with_variant(INDEX, variant)}"
+    said = f"{directory} has neither {named.single} nor {named.index}"
     if pickles := [name for name in names if Path(name).suffix in _PICKLES]:
         return (
             f"{said}, only pickled weights, which are never read because they can run code:\n"

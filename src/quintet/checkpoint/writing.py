@@ -5,7 +5,7 @@ import json
 import os
 import secrets
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import suppress
 from itertools import pairwise
 from pathlib import Path
@@ -18,21 +18,19 @@ from quintet.checkpoint.commit import Staged, clean_up, put_in_place
 from quintet.checkpoint.header import DTYPES, encode_header
 from quintet.checkpoint.layout import (
     FINAL_INDEX,
-    INDEX,
     REPLACED,
     SAVE_ID,
-    SINGLE,
     STAGING,
     UNDO,
+    Names,
     is_plain,
-    shard_name,
     shown,
 )
 from quintet.checkpoint.reading import half_moved
 from quintet.checkpoint.sizes import parse_size, split
 from quintet.errors import InputError, SaveError, listed
 
-__all__ = ["parse_size", "recover", "save"]
+__all__ = ["parse_size", "recover", "save", "save_stream"]
 
 _NO_TEXTS: Mapping[str, str] = MappingProxyType({})
 
@@ -44,6 +42,7 @@ def save(
     max_shard_size: int | str = "5GB",
     metadata: Mapping[str, str] | None = None,
     text_files: Mapping[str, str] = _NO_TEXTS,
+    variant: str | None = None,
 ) -> list[Path]:
     """Write a checkpoint in the layout of the hub; return the paths of its files.
 
@@ -55,14 +54,76 @@ def save(
         InputError: an argument cannot be saved; nothing was touched.
         SaveError: writing failed; what was there before is untouched.
     """
-    directory = Path(directory)
     most = parse_size(max_shard_size)
     header = {"format": "pt", **(metadata or {})}
+    named = Names(variant)
     _check_tensors(tensors)
-    _check_texts(header, text_files)
+    _check_texts(header, text_files, named)
+    parts = split({name: tensor.nbytes for name, tensor in tensors.items()}, most)
+
+    def weights() -> Iterator[Mapping[str, torch.Tensor]]:
+        for part in parts:
+            yield {name: tensors[name] for name in part}
+
+    needed = sum(tensor.nbytes for tensor in tensors.values())
+    return _save(Path(directory), weights(), len(parts) > 1, header, text_files, named, needed)
+
+
+def save_stream(
+    directory: str | os.PathLike[str],
+    tensors: Iterable[tuple[str, torch.Tensor]],
+    *,
+    max_shard_size: int | str = "5GB",
+    text_files: Mapping[str, str] = _NO_TEXTS,
+) -> list[Path]:
+    """Write a checkpoint out of tensors that are made one by one; see `save`.
+
+    No more than the tensors of one file are there at a time. An error of whoever makes them
+    leaves what was there before untouched.
+
+    Raises:
+        InputError: a tensor cannot be saved, or has the name of one before it.
+        SaveError: writing failed; what was there before is untouched.
+    """
+    most = parse_size(max_shard_size)
+    header = {"format": "pt"}
+    named = Names()
+    _check_texts(header, text_files, named)
+    return _save(Path(directory), _filled(tensors, most), None, header, text_files, named, None)
+
+
+def _filled(
+    tensors: Iterable[tuple[str, torch.Tensor]], most: int
+) -> Iterator[Mapping[str, torch.Tensor]]:
+    """Gather tensors until they fill a file."""
+    part: dict[str, torch.Tensor] = {}
+    seen: set[str] = set()
+    room = most
+    for name, tensor in tensors:
+        if name in seen:
+            raise InputError(f"tensor {shown(name)} is there twice")
+        seen.add(name)
+        if part and tensor.nbytes > room:
+            _check_tensors(part)
+            yield part
+            part, room = {}, most
+        part[name] = tensor
+        room -= tensor.nbytes
+    _check_tensors(part)
+    yield part
+
+
+def _save(
+    directory: Path,
+    parts: Iterator[Mapping[str, torch.Tensor]],
+    sharded: bool | None,
+    header: Mapping[str, str],
+    texts: Mapping[str, str],
+    named: Names,
+    needed: int | None,
+) -> list[Path]:
     if os.path.lexists(directory) and not directory.is_dir():
         raise SaveError(f"{directory} is a file; a checkpoint is written into a directory")
-    parts = split({name: tensor.nbytes for name, tensor in tensors.items()}, most)
     staging = directory / f"{STAGING}{secrets.token_hex(8)}"
     try:
         directory.mkdir(parents=True, exist_ok=True)
@@ -70,8 +131,7 @@ def save(
             clean_up(directory)
             try:
                 disk.make(staging)
-                staged = _stage(staging, tensors, parts, header, text_files)
-                return put_in_place(staged)
+                return put_in_place(_stage(staging, parts, sharded, header, texts, named))
             finally:
                 # The note in it is needed if the text files could not be restored.
                 if half_moved(staging) is None:
@@ -79,7 +139,7 @@ def save(
     except SaveError:
         raise
     except OSError as error:
-        raise SaveError(_why(error, staging, tensors)) from error
+        raise SaveError(_why(error, staging, needed)) from error
 
 
 def recover(directory: str | os.PathLike[str]) -> None:
@@ -95,35 +155,46 @@ def recover(directory: str | os.PathLike[str]) -> None:
 
 def _stage(
     staging: Path,
-    tensors: Mapping[str, torch.Tensor],
-    parts: list[list[str]],
+    parts: Iterator[Mapping[str, torch.Tensor]],
+    sharded: bool | None,
     header: Mapping[str, str],
     texts: Mapping[str, str],
+    named: Names,
 ) -> Staged:
-    """Write all files into the temporary directory, under the names they are moved with."""
-    finals = [SINGLE]
-    if len(parts) > 1:
-        finals = [shard_name(number + 1, len(parts)) for number in range(len(parts))]
-        header = {**header, SAVE_ID: secrets.token_hex(8)}
-    names = finals
-    if len(parts) > 1 and any(os.path.lexists(staging.parent / name) for name in finals):
-        names = [f"{name.removesuffix('.safetensors')}.{header[SAVE_ID]}" for name in finals]
-        names = [f"{name}.safetensors" for name in names]
-    for name, part in zip(names, parts, strict=True):
+    """Write all files into the temporary directory, under the names they are moved with.
+
+    `sharded` is None where only the end of the parts tells whether there are several.
+    """
+    save_id = secrets.token_hex(8)
+    header = header if sharded is False else {**header, SAVE_ID: save_id}
+    written: list[str] = []
+    held: list[list[str]] = []
+    total = 0
+    for part in parts:
+        written.append(f"{len(written)}.safetensors")
+        held.append(list(part))
+        total += sum(tensor.nbytes for tensor in part.values())
         # The widest numbers first, so that each lies where a machine reads it best.
-        ordered = sorted(part, key=lambda name: (-tensors[name].dtype.itemsize, name))
-        disk.write(staging / name, _encode({name: tensors[name] for name in ordered}, header))
-    if len(parts) > 1:
-        total = sum(tensor.nbytes for tensor in tensors.values())
-        about = {SAVE_ID: header[SAVE_ID], "total_size": total}
-        for file, shards in ((INDEX, names), (FINAL_INDEX, finals)):
-            where = {name: s for s, part in zip(shards, parts, strict=True) for name in part}
+        ordered = sorted(part, key=lambda name: (-part[name].dtype.itemsize, name))
+        disk.write(staging / written[-1], _encode({name: part[name] for name in ordered}, header))
+    finals = [named.single]
+    if len(written) > 1:
+        finals = [named.shard(number + 1, len(written)) for number in range(len(written))]
+    names = finals
+    if len(written) > 1 and any(os.path.lexists(staging.parent / name) for name in finals):
+        names = [f"{name.removesuffix('.safetensors')}.{save_id}.safetensors" for name in finals]
+    for before, name in zip(written, names, strict=True):
+        disk.move(staging / before, staging / name)
+    if len(written) > 1:
+        about = {SAVE_ID: save_id, "total_size": total}
+        for file, shards in ((named.index, names), (FINAL_INDEX, finals)):
+            where = {name: s for s, part in zip(shards, held, strict=True) for name in part}
             index = {"metadata": about, "weight_map": dict(sorted(where.items()))}
             disk.write(staging / file, [f"{json.dumps(index, indent=2)}\n".encode()])
     for name, text in texts.items():
         disk.write(staging / name, [text.encode()])
     disk.sync(staging)
-    return Staged(staging, dict(zip(names, finals, strict=True)), texts)
+    return Staged(staging, dict(zip(names, finals, strict=True)), texts, named)
 
 
 def _encode(
@@ -169,13 +240,13 @@ def _check_tensors(tensors: Mapping[str, torch.Tensor]) -> None:
         )
 
 
-def _check_texts(header: Mapping[str, str], texts: Mapping[str, str]) -> None:
+def _check_texts(header: Mapping[str, str], texts: Mapping[str, str], named: Names) -> None:
     if header["format"] != "pt" or SAVE_ID in header:
         raise InputError(f"metadata={shown(header)}: 'format' is 'pt' and {SAVE_ID!r} is reserved")
     for key, value in header.items():
         if not isinstance(key, str) or not isinstance(value, str) or not _is_utf8(key + value):
             raise InputError(f"metadata={shown({key: value})} has to map text to text")
-    reserved = (SINGLE, INDEX, FINAL_INDEX, REPLACED, UNDO, f"{UNDO}.part")
+    reserved = (named.single, named.index, FINAL_INDEX, REPLACED, UNDO, f"{UNDO}.part")
     for name, text in texts.items():
         if not is_plain(name) or name in reserved or name.endswith(".safetensors"):
             raise InputError(f"text_files: {shown(name)} has to be the plain name of a text file")
@@ -191,13 +262,13 @@ def _is_utf8(text: str) -> bool:
     return True
 
 
-def _why(error: OSError, staging: Path, tensors: Mapping[str, torch.Tensor]) -> str:
+def _why(error: OSError, staging: Path, needed: int | None) -> str:
     directory = staging.parent
     where = error.filename2 or error.filename or directory
     reason = f"could not save into {directory}: {error.strerror or error} ({where})"
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
-        needed = sum(tensor.nbytes for tensor in tensors.values())
-        reason += f"; the new weights need {needed:,} bytes"
+        size = "more" if needed is None else f"{needed:,}"
+        reason += f"; the new weights need {size} bytes"
         with suppress(OSError):
             reason += f" beside what is there, and {shutil.disk_usage(directory).free:,} are free"
     if half_moved(staging) is not None:

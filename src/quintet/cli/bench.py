@@ -94,10 +94,16 @@ def command(
 
     if threads is not None:
         torch.set_num_threads(threads)
+    from quintet.benchmark.machine import read_bandwidth
+
+    # Before the model is there, so that its peak of memory is its own.
+    bandwidth = read_bandwidth()
     with warnings_as_notes(quiet):
         opened, seconds = _open(model, geometry, **source)
         note(_described(opened, geometry or model), quiet)
-        result = _measured(opened, n_prompt, n_gen, n_depth, batch_size, repetitions, quiet=quiet)
+        result = _measured(
+            opened, bandwidth, n_prompt, n_gen, n_depth, batch_size, repetitions, quiet=quiet
+        )
     result = {"model": geometry or model, "load_seconds": seconds, **result}
     click.echo(json.dumps(result, indent=2) if as_json else "\n".join(_table(result)))
 
@@ -159,6 +165,7 @@ def _described(model: "CausalLMHead", name: str | None) -> str:
 
 def _measured(
     model: "CausalLMHead",
+    bandwidth: "Bandwidth | None",
     prompts: tuple[int, ...],
     steps: int,
     depths: tuple[int, ...],
@@ -170,9 +177,10 @@ def _measured(
     import torch
 
     from quintet.benchmark import machine
+    from quintet.kernels import report
 
     on_cpu = model.device.type == "cpu"
-    bandwidth = machine.read_bandwidth() if on_cpu else None
+    bandwidth = bandwidth if on_cpu else None
     peak = machine.gemm_peak(model.dtype) if on_cpu and any(prompts) else None
     with machine.Load() as load:
         rows = []
@@ -188,6 +196,7 @@ def _measured(
         "device": str(model.device),
         "threads": torch.get_num_threads(),
         "attention": model.config.attn_implementation,
+        "kernels": {k.name: k.level or f"PyTorch, as {k.reason}" for k in report().kernels},
         "peak_memory_bytes": machine.peak_memory(),
         "bandwidth": None if bandwidth is None else asdict(bandwidth),
         "gemm_flops_per_second": peak,
@@ -285,6 +294,9 @@ def _table(result: dict[str, Any]) -> Iterator[str]:
         yield f"memory is read at {rate:.1f} GB/s ({bandwidth['how']})"
     if (peak := result["gemm_flops_per_second"]) is not None:
         yield f"matrices are multiplied at {peak / 1e9:.0f} GFLOP/s in {result['dtype']}"
+    for state in dict.fromkeys(result["kernels"].values()):
+        names = [name for name, its in result["kernels"].items() if its == state]
+        yield f"kernels: {', '.join(names)} ({state})"
     others = result["machine"]["others"]
     if others is not None and others > BUSY:
         yield f"not quiet: others took {others:.0%} of the processor meanwhile"

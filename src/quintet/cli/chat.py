@@ -1,13 +1,18 @@
 """`quintet chat`: talk with a model in the terminal."""
 
 import contextlib
-import importlib
+import dataclasses
+import difflib
 import sys
 import time
-from typing import Any
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import click
 
+from quintet.cli.console import Console
+from quintet.cli.conversation import Conversation
 from quintet.cli.options import (
     Opened,
     choose,
@@ -17,25 +22,40 @@ from quintet.cli.options import (
     sampling_options,
     warnings_as_notes,
 )
-from quintet.errors import ChatTemplateError, ContextLengthError
+from quintet.cli.settings import describe, parse
+from quintet.errors import ChatTemplateError, InputError, QuintetError
+
+if TYPE_CHECKING:
+    import torch
+
+    from quintet.cli.answer import Answer, Reasoning
+    from quintet.generation.config import GenerationConfig
 
 __all__ = ["command"]
 
-HELP = """\
-/help           this list
-/system TEXT    begin again with TEXT as the system message
-/reset          forget the conversation
-/exit           leave (so does Ctrl-D; Ctrl-C stops an answer)"""
+REASONING = ("fold", "show", "hide")
 
 
 @click.command("chat")
 @click.argument("model")
+@click.argument("settings", nargs=-1, metavar="[NAME=VALUE]...")
 @click.option("--system", help="A system message to begin with.")
+@click.option("--load", "begun", type=click.Path(), help="Go on with a conversation /save wrote.")
+@click.option(
+    "--reasoning",
+    type=click.Choice(REASONING),
+    default="fold",
+    show_default=True,
+    help="What a model thinks before it answers: how long it took, all of it, or nothing.",
+)
 @sampling_options
 @model_options
 def command(
     model: str,
+    settings: tuple[str, ...],
     system: str | None,
+    begun: str | None,
+    reasoning: "Reasoning",
     seed: int | None,
     quiet: bool,
     temperature: float | None,
@@ -44,151 +64,205 @@ def command(
     top_p: float | None,
     min_p: float | None,
     repetition_penalty: float | None,
+    stop: tuple[str, ...],
+    mtp: bool,
     **where: Any,
 ) -> None:
     """Talk with MODEL, a directory or hub id of a model with a chat template.
 
-    Piped in, each line is a message, and only the answers are printed.
+    NAME=VALUE sets any option of generate(), such as temperature=0.7. Piped in, each line is a
+    message, and only the answers are printed.
     """
     with warnings_as_notes(quiet):
+        given = parse(settings)
+        conversation = Conversation(system) if begun is None else Conversation.load(Path(begun))
         opened = open_model(model, **where)
         if not opened.tokenizer.chat_template:
             raise ChatTemplateError(
                 f"{model!r} has no chat template: it continues texts and was not trained to "
                 "answer; use `quintet generate`, or the chat version of the model"
             )
-        options, generator, _ = choose(
+        options, generator, seed = choose(
             opened.model.device,
             seed,
             temperature,
+            max_new_tokens=max_new_tokens,
             top_k=top_k,
             top_p=top_p,
             min_p=min_p,
             repetition_penalty=repetition_penalty,
+            stop_strings=list(stop) or None,
+            use_mtp=mtp or None,
         )
-        config = opened.model.generation_config.replace(**options)
-        note(opened.describe(), quiet)
+        config = opened.model.generation_config.replace(**{**options, **given})
+        talk = _Talk(opened, config, generator, conversation, reasoning, quiet)
+        note(f"{opened.describe()}; {describe(config, seed)}", quiet)
         note("/help lists the commands", quiet or not sys.stdin.isatty())
-        talk = _Talk(opened, config, generator, max_new_tokens, system, quiet)
         talk.run()
 
 
 class _Talk:
-    """A conversation: the messages so far and how answers are made."""
+    """A conversation with a model: what is typed is a message, or a command to us."""
 
     def __init__(
         self,
         opened: Opened,
-        config: Any,
-        generator: Any,
-        max_new_tokens: int | None,
-        system: str | None,
+        config: "GenerationConfig",
+        generator: "torch.Generator",
+        conversation: Conversation,
+        reasoning: "Reasoning",
         quiet: bool,
     ) -> None:
         self.opened = opened
         self.config = config
         self.generator = generator
-        self.max_new_tokens = max_new_tokens
-        self.system = system
+        self.conversation = conversation
+        self.reasoning = reasoning
         self.quiet = quiet
-        self.messages: list[dict[str, str]] = []
-        self.reset()
-
-    def reset(self) -> None:
-        """Forget all but the system message."""
-        self.messages = [{"role": "system", "content": self.system}] if self.system else []
+        self.commands: dict[str, tuple[Callable[[str], None], str, str]] = {
+            "/help": (self._help, "", "this list"),
+            "/reset": (self._reset, "", "forget the conversation"),
+            "/system": (self._system, "TEXT", "begin again with TEXT as the system message"),
+            "/set": (self._set, "NAME=VALUE", "set options of generate(); alone: show them"),
+            "/regen": (self._regen, "", "answer the last message again"),
+            "/undo": (self._undo, "", "take the last message and its answer back"),
+            "/save": (self._save, "[FILE]", "write the conversation to a file"),
+            "/load": (self._load, "FILE", "go on with one from a file"),
+            "/exit": (self._exit, "", "leave (so does Ctrl-D; Ctrl-C stops an answer)"),
+        }
 
     def run(self) -> None:
         """Read messages and answer them until the input ends."""
-        at_terminal = sys.stdin.isatty() and sys.stdout.isatty()
-        if at_terminal:
-            # Line editing and history for input(), where the platform has it.
-            with contextlib.suppress(ImportError):
-                importlib.import_module("readline")
-        while True:
-            try:
-                text = input("> " if at_terminal else "").strip()
-            except EOFError:
-                return
-            except KeyboardInterrupt:
-                click.echo(err=True)
-                return
-            if text.startswith("/"):
-                if not self.obey(text):
+        with Console(list(self.commands)) as console:
+            interrupted = False
+            while True:
+                try:
+                    text = console.read()
+                except EOFError:
+                    if console.at_terminal:
+                        click.echo(err=True)
                     return
-            elif text:
-                self.answer(text)
+                except KeyboardInterrupt:
+                    click.echo(err=True)
+                    if interrupted or not console.at_terminal:
+                        return
+                    interrupted = True
+                    click.echo("Ctrl-C once more leaves.", err=True)
+                    continue
+                interrupted = False
+                try:
+                    self._hear(text)
+                except EOFError:
+                    return
+                except QuintetError as error:
+                    if not console.at_terminal:
+                        raise
+                    click.echo(f"error: {error}", err=True)
 
-    def obey(self, text: str) -> bool:
-        """Carry out a command; False to leave."""
-        name, _, rest = text.partition(" ")
-        if name == "/exit":
-            return False
-        if name == "/system":
-            self.system = rest.strip() or None
-            self.reset()
-        elif name == "/reset":
-            self.reset()
-        elif name == "/help":
-            click.echo(HELP, err=True)
-        else:
-            click.echo(f"There is no command {name}.\n{HELP}", err=True)
-        return True
+    def _hear(self, text: str) -> None:
+        if text.startswith("//"):
+            # A message that begins with a slash.
+            self._answer(text[1:])
+        elif text.startswith("/"):
+            name, _, rest = text.partition(" ")
+            if name in self.commands:
+                self.commands[name][0](rest.strip())
+            else:
+                near = difflib.get_close_matches(name, self.commands, n=1)
+                hint = f"Did you mean {near[0]}?" if near else "/help lists them."
+                click.echo(f"There is no command {name}. {hint}", err=True)
+        elif text:
+            self._answer(text)
 
-    def answer(self, text: str) -> None:
+    def _answer(self, text: str) -> None:
         """Answer one message, and keep both unless it fails."""
-        from quintet.generation.streamers import TextStreamer
+        from quintet.cli.answer import Answer
 
         tokenizer, model = self.opened.tokenizer, self.opened.model
-        asked = [*self.messages, {"role": "user", "content": text}]
-        inputs = tokenizer.apply_chat_template(
-            asked, add_generation_prompt=True, return_tensors="pt", return_dict=True
-        )
-        ids = inputs["input_ids"]
-        room = model.config.max_position_embeddings - ids.shape[1]
-        streamer = _Recorder(TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True))
-        started = time.perf_counter()
-        try:
+        asked = self.conversation.asked(text)
+        prompt = tokenizer.apply_chat_template(asked, add_generation_prompt=True, tokenize=False)
+        ids = tokenizer(prompt, add_special_tokens=False, return_tensors="pt")["input_ids"]
+        context = model.config.max_position_embeddings
+        options: dict[str, Any] = {}
+        if self.config.max_new_tokens is None and self.config.max_length is None:
+            options["max_new_tokens"] = max(1, min(1024, context - ids.shape[1]))
+        answer = Answer(tokenizer, prompt, self.reasoning)
+        # What there is when Ctrl-C is pressed is the answer, and has been shown.
+        with contextlib.suppress(KeyboardInterrupt):
             self.opened.generator_model.generate(
-                inputs,
+                ids,
                 self.config,
-                streamer=streamer,
+                tokenizer=tokenizer,
+                streamer=answer,
                 generator=self.generator,
-                max_new_tokens=self.max_new_tokens or max(1, min(1024, room)),
+                **options,
             )
-        except ContextLengthError as error:
-            if not sys.stdin.isatty():
-                raise
-            click.echo(f"error: {error}\n/reset forgets the conversation.", err=True)
-            return
-        except KeyboardInterrupt:
-            streamer.end()
-        seconds = time.perf_counter() - started
-        reply = tokenizer.decode(streamer.tokens, skip_special_tokens=True)
-        self.messages = [*asked, {"role": "assistant", "content": reply}]
-        used, made = ids.shape[1] + len(streamer.tokens), len(streamer.tokens)
+        self.conversation.add(text, answer.texts["answer"], answer.texts["reasoning"])
+        self._tell(answer, ids.shape[1] + answer.tokens, context)
+
+    def _tell(self, answer: "Answer", used: int, context: int) -> None:
+        speed = answer.tokens / max(answer.seconds, 1e-9)
         note(
-            f"{made} tokens, {made / seconds:.1f} tokens/s, context {used} of "
-            f"{model.config.max_position_embeddings}",
-            self.quiet,
+            f"{answer.tokens} tokens, {speed:.1f} tokens/s, context {used} of {context}", self.quiet
         )
 
+    # -- commands -------------------------------------------------------------------------------
 
-class _Recorder:
-    """A streamer that also keeps the tokens, so that an interrupted answer is not lost."""
+    def _help(self, _: str) -> None:
+        lines = [
+            f"{f'{name} {argument}':<18}{meaning}"
+            for name, (_, argument, meaning) in self.commands.items()
+        ]
+        lines.append('A message of several lines stands between two """. // begins one with a /.')
+        click.echo("\n".join(lines), err=True)
 
-    def __init__(self, inner: Any) -> None:
-        self.inner = inner
-        self.tokens: list[int] = []
-        self._prompt_seen = False
+    def _reset(self, _: str) -> None:
+        self.conversation.reset()
 
-    def put(self, value: Any) -> None:
-        """Pass tokens on, and keep those after the prompt."""
-        if self._prompt_seen:
-            self.tokens += value.tolist()
-        self._prompt_seen = True
-        self.inner.put(value)
+    def _system(self, text: str) -> None:
+        self.conversation = Conversation(text or None)
 
-    def end(self) -> None:
-        """Pass the end on."""
-        self.inner.end()
+    def _set(self, text: str) -> None:
+        given = parse(text.split())
+        reasoning = given.pop("reasoning", self.reasoning)
+        if reasoning not in REASONING:
+            raise InputError(f"reasoning={reasoning!r} has to be one of {', '.join(REASONING)}")
+        seed = given.pop("seed", None)
+        if given.get("temperature") == 0:
+            given = {**given, "temperature": None, "do_sample": False}
+        elif given.get("temperature") is not None:
+            given.setdefault("do_sample", True)
+        usual = self.opened.model.generation_config
+        self.config = self.config.replace(**given)
+        # None is the checkpoint's own choice again.
+        own = {name: getattr(usual, name) for name, value in given.items() if value is None}
+        self.config = dataclasses.replace(self.config, **own)
+        self.reasoning = reasoning
+        if seed is not None:
+            self.generator.manual_seed(int(seed))
+        click.echo(f"{describe(self.config)}, reasoning={self.reasoning}", err=True)
+
+    def _regen(self, _: str) -> None:
+        if (text := self.conversation.undo()) is None:
+            raise InputError("there is no message to answer again")
+        self._answer(text)
+
+    def _undo(self, _: str) -> None:
+        if (text := self.conversation.undo()) is None:
+            raise InputError("there is no message to take back")
+        first, *more = text.splitlines()
+        click.echo(f"taken back: {first}{' …' if more else ''}", err=True)
+
+    def _save(self, name: str) -> None:
+        path = Path(name or f"chat-{time.strftime('%Y%m%d-%H%M%S')}.json").expanduser()
+        self.conversation.save(path, model=self.opened.name)
+        click.echo(f"saved to {path}", err=True)
+
+    def _load(self, name: str) -> None:
+        if not name:
+            raise InputError("which file? /load FILE")
+        self.conversation = Conversation.load(Path(name).expanduser())
+        click.echo(f"{len(self.conversation.messages)} messages from {name}", err=True)
+
+    def _exit(self, _: str) -> None:
+        raise EOFError

@@ -1,11 +1,14 @@
-"""`quintet generate`: continue a text, shown as it is made."""
+"""`quintet generate`: continue a text, shown as it is made, or many from a file."""
 
+import json
 import time
-from typing import Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, cast
 
 import click
 
 from quintet.cli.options import (
+    Opened,
     choose,
     model_options,
     note,
@@ -14,21 +17,41 @@ from quintet.cli.options import (
     sampling_options,
     warnings_as_notes,
 )
-from quintet.errors import InputError, QuintetError
+from quintet.cli.settings import describe
+from quintet.errors import InputError, ModelNotFoundError
 from quintet.hub import demo_model
 
-__all__ = ["command"]
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+
+    from quintet.generation.config import GenerationConfig
+
+__all__ = ["command", "fitted", "how_it_ended"]
 
 
 @click.command("generate")
 @click.argument("prompt", required=False)
 @click.option("--model", "-m", help="Directory or hub id.  [default: the packaged demo model]")
+@click.option("--file", "-f", "file", type=click.Path(), help="Read the prompt from a file.")
+@click.option(
+    "--batch",
+    type=click.Path(),
+    help="Continue every line of a file of JSON Lines, - for standard input: a text each, or an "
+    "object with prompt or messages. Prints a line of JSON for each, in their order.",
+)
+@click.option("--batch-size", type=click.IntRange(1), default=8, show_default=True)
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object, at the end.")
 @click.option("--echo/--no-echo", default=True, help="Print the prompt before its continuation.")
 @sampling_options
 @model_options
 def command(
     prompt: str | None,
     model: str | None,
+    file: str | None,
+    batch: str | None,
+    batch_size: int,
+    as_json: bool,
     echo: bool,
     seed: int | None,
     quiet: bool,
@@ -38,18 +61,20 @@ def command(
     top_p: float | None,
     min_p: float | None,
     repetition_penalty: float | None,
+    stop: tuple[str, ...],
+    mtp: bool,
     **where: Any,
 ) -> None:
     """Continue PROMPT, or what is piped in, and print the text as it is made.
 
     Without --model, a tiny model that comes with the package writes something like Python.
     """
-    text = read_stdin() if prompt in (None, "-") else prompt
-    if not text:
-        raise InputError(
-            'the prompt is empty; try: quintet generate "def fibonacci(n):", or pipe a text in'
-        )
-    from quintet.generation.streamers import TextStreamer
+    given = {"PROMPT": prompt, "--file": file, "--batch": batch}
+    named = [name for name, value in given.items() if value is not None]
+    if len(named) > 1:
+        raise InputError(f"{' and '.join(named)} are two prompts; give one of them")
+    lines = None if batch is None else (_piped() if batch == "-" else _read(batch)).splitlines()
+    text = "" if batch is not None else _prompt(prompt, file)
 
     with warnings_as_notes(quiet):
         opened = open_model(str(demo_model()) if model is None else model, **where)
@@ -57,36 +82,110 @@ def command(
             opened.model.device,
             seed,
             temperature,
+            max_new_tokens=max_new_tokens,
             top_k=top_k,
             top_p=top_p,
             min_p=min_p,
             repetition_penalty=repetition_penalty,
+            stop_strings=list(stop) or None,
+            use_mtp=mtp or None,
         )
-        inputs = opened.tokenizer(text, return_tensors="pt")
-        length = inputs["input_ids"].shape[1]
         config = opened.model.generation_config.replace(**options)
-        if max_new_tokens is None and config.max_new_tokens is None and config.max_length is None:
-            room = opened.model.config.max_position_embeddings - length
-            max_new_tokens = max(1, min(256, room))
-        how = f"sampling with seed {seed}" if config.do_sample else "greedy"
-        note(f"{opened.describe()}; {how}", quiet)
+        note(f"{opened.describe()}; {describe(config, seed)}", quiet)
+        if lines is not None:
+            from quintet.cli.batch import run
 
-        streamer = TextStreamer(opened.tokenizer, skip_prompt=not echo, skip_special_tokens=True)
-        started = time.perf_counter()
-        try:
-            output = opened.generator_model.generate(
-                inputs,
-                config,
-                streamer=streamer,
-                tokenizer=opened.tokenizer,
-                token_healing=echo,
-                generator=generator,
-                max_new_tokens=max_new_tokens,
-            )
-        except (KeyboardInterrupt, QuintetError):
-            # Ends the line of what has been shown.
-            streamer.end()
-            raise
-        seconds = time.perf_counter() - started
-    made = output.shape[1] - length
-    note(f"{made} tokens in {seconds:.2f} s, {made / seconds:.1f} tokens/s", quiet)
+            run(opened, config, lines, seed=seed, batch_size=batch_size, quiet=quiet)
+        else:
+            _continue(opened, config, text, generator, seed, echo, as_json, quiet)
+
+
+def fitted(opened: Opened, config: "GenerationConfig", length: int) -> "GenerationConfig":
+    """Return the options with a number of new tokens, where nothing else sets one."""
+    if config.max_new_tokens is not None or config.max_length is not None:
+        return config
+    room = opened.model.config.max_position_embeddings - length
+    return config.replace(max_new_tokens=max(1, min(256, room)))
+
+
+def how_it_ended(config: "GenerationConfig", made: "Tensor") -> str:
+    """Return "stop" where a row of new ids ends by itself, "length" where it was cut off."""
+    ended = made.numel() > 0 and int(made[-1]) in config.eos_token_ids
+    return "stop" if ended or made.numel() < (config.max_new_tokens or 0) else "length"
+
+
+def _continue(
+    opened: Opened,
+    config: "GenerationConfig",
+    text: str,
+    generator: "torch.Generator",
+    seed: int,
+    echo: bool,
+    as_json: bool,
+    quiet: bool,
+) -> None:
+    from quintet.generation.streamers import TextStreamer
+
+    tokenizer = opened.tokenizer
+    inputs = tokenizer(text, return_tensors="pt")
+    length = inputs["input_ids"].shape[1]
+    config = fitted(opened, config, length)
+    streamer = None
+    if not as_json:
+        streamer = TextStreamer(tokenizer, skip_prompt=not echo, skip_special_tokens=True)
+    started = time.perf_counter()
+    output = cast(
+        "Tensor",
+        opened.generator_model.generate(
+            inputs,
+            config,
+            streamer=streamer,
+            tokenizer=tokenizer,
+            # Healing changes the end of the prompt, which then has to be shown.
+            token_healing=echo and not as_json,
+            generator=generator,
+        ),
+    )
+    seconds = time.perf_counter() - started
+    made = output[0, length:]
+    if as_json:
+        result = {
+            "prompt": text,
+            "text": tokenizer.decode(made, skip_special_tokens=True),
+            "finish_reason": how_it_ended(config, made),
+            "prompt_tokens": length,
+            "new_tokens": made.numel(),
+            "seconds": round(seconds, 4),
+            "seed": seed if config.do_sample else None,
+            "model": opened.name,
+        }
+        click.echo(json.dumps(result, ensure_ascii=False))
+    note(f"{made.numel()} tokens in {seconds:.2f} s, {made.numel() / seconds:.1f} tokens/s", quiet)
+
+
+def _prompt(prompt: str | None, file: str | None) -> str:
+    if file is not None:
+        text: str | None = _piped() if file == "-" else _read(file)
+    else:
+        text = read_stdin() if prompt in (None, "-") else prompt
+    if not text:
+        raise InputError(
+            'the prompt is empty; try: quintet generate "def fibonacci(n):", or pipe a text in'
+        )
+    return text
+
+
+def _piped() -> str:
+    if (text := read_stdin()) is None:
+        raise InputError("nothing is piped in; name a file, or pipe one into standard input")
+    return text
+
+
+def _read(name: str) -> str:
+    path = Path(name).expanduser()
+    if not path.is_file():
+        raise ModelNotFoundError(f"there is no file {name!r}")
+    try:
+        return path.read_text(encoding="utf-8")
+    except UnicodeDecodeError:
+        raise InputError(f"{name!r} is not UTF-8 text; convert it, e.g. with iconv") from None

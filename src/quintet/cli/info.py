@@ -1,13 +1,16 @@
 """`quintet info`: what a model is, read from its files without its weights."""
 
-import json
-import math
-from typing import Any
+from collections import Counter
+from typing import TYPE_CHECKING, Any
 
 import click
 
-from quintet.errors import QuintetError
-from quintet.hub import CONFIG_PATTERNS, TOKENIZER_PATTERNS, demo_model, locate, locate_weights
+from quintet.cli.output import show
+from quintet.errors import QuintetError, UnsupportedModelError
+from quintet.hub import demo_model
+
+if TYPE_CHECKING:
+    from quintet.configuration import PreTrainedConfig
 
 __all__ = ["command"]
 
@@ -25,56 +28,101 @@ def command(
     offline: bool,
     as_json: bool,
 ) -> None:
-    """Say what MODEL is: family, size, files, context, cache and tokenizer.
+    """Say what MODEL is: family, size, files, cache, tokenizer, and what it will run on.
 
-    Without MODEL, the packaged demo model.
+    Of a hub id, only the small files and the heads of the weights are fetched. Without MODEL, the
+    packaged demo model.
     """
     name = str(demo_model()) if model is None else model
-    root = locate(
-        name,
-        (*CONFIG_PATTERNS, *TOKENIZER_PATTERNS),
-        revision=revision,
-        cache_dir=cache_dir,
-        local_files_only=offline,
-    )
-    root = locate_weights(name, revision=revision, cache_dir=cache_dir, local_files_only=offline)
-    facts = _facts(name, str(root))
-    if as_json:
-        click.echo(json.dumps(facts, indent=2))
-        return
-    width = max(len(key) for key in facts)
-    for key, value in facts.items():
-        shown = f"{value:,}" if isinstance(value, int) else value
-        click.echo(f"{key:{width}}  {shown}")
+    where: dict[str, Any] = {
+        "revision": revision,
+        "cache_dir": cache_dir,
+        "local_files_only": offline,
+    }
+    show(_facts(name, where), as_json)
 
 
-def _facts(name: str, root: str) -> dict[str, Any]:
-    from pathlib import Path
+def _facts(name: str, where: dict[str, Any]) -> dict[str, Any]:
+    import torch
 
-    from quintet.auto import AutoConfig, AutoTokenizer
-    from quintet.checkpoint import Checkpoint
+    from quintet.auto import AutoConfig, AutoTokenizer, family
+    from quintet.checkpoint.remote import read_headers
+    from quintet.modeling.sizes import measure
+    from quintet.modeling.skeleton import skeleton
 
-    config = AutoConfig.from_pretrained(root)
-    checkpoint = Checkpoint.open(Path(root))
-    dtypes = sorted({str(t.dtype).removeprefix("torch.") for t in checkpoint.tensors.values()})
+    config = AutoConfig.from_pretrained(name, **where)
+    headers = read_headers(name, **where)
+    size = measure(skeleton(family(config.model_type).find("ForCausalLM"), config), torch.bfloat16)
+    dtypes = Counter[str]()
+    for dtype, count in headers.dtypes.items():
+        dtypes[str(dtype).removeprefix("torch.")] += count
     facts: dict[str, Any] = {
         "model": name,
         "family": config.model_type,
         "saved as": ", ".join(config.architectures or ["not said"]),
-        "parameters": sum(math.prod(t.shape) for t in checkpoint.tensors.values()),
+        "parameters": size.parameters,
+        "active": size.active,
         "layers": config.num_hidden_layers,
         "width": config.hidden_size,
         "vocabulary": config.vocab_size,
         "context": config.max_position_embeddings,
-        "weights": f"{checkpoint.total_bytes:,} bytes of {', '.join(dtypes)} in "
-        f"{len({t.file for t in checkpoint.tensors.values()})} file(s)",
-        "attention": config.attn_implementation,
+        "weights": f"{headers.total_bytes:,} bytes"
+        + (f" of {', '.join(sorted(dtypes))}" if dtypes else "")
+        + f" in {headers.files} file(s)",
+        "quantised": _quantised(config),
+        "cache": _cache(config, size.cache_per_token, size.state_per_row),
+        "attention": _attention(config),
+        "kernels": _kernels(),
     }
     try:
-        tokenizer = AutoTokenizer.from_pretrained(root)
+        tokenizer = AutoTokenizer.from_pretrained(name, **where)
     except QuintetError as error:
         facts["tokenizer"] = f"unusable: {error}"
     else:
         chat = "with a chat template" if tokenizer.chat_template else "no chat template"
         facts["tokenizer"] = f"{type(tokenizer).__name__}, {len(tokenizer):,} tokens, {chat}"
     return facts
+
+
+def _quantised(config: "PreTrainedConfig") -> str:
+    settings = vars(config).get("quantization_config")
+    if not settings:
+        return "no"
+    from quintet.quantization.config import read
+
+    try:
+        return type(read(settings)).__name__.removesuffix("Config")
+    except UnsupportedModelError as error:
+        return f"unusable: {error}"
+
+
+def _cache(config: "PreTrainedConfig", per_token: int, per_row: int) -> str:
+    itemsize = 4 if config.dtype == "float32" else 8 if config.dtype == "float64" else 2
+    text = f"{per_token * itemsize:,} bytes a token"
+    if config.attention_layers() and vars(config).get("kv_lora_rank"):
+        text += " (latent)"
+    return f"{text} and {per_row * 4:,} bytes a row" if per_row else text
+
+
+def _attention(config: "PreTrainedConfig") -> str:
+    from quintet.configuration.base import ATTENTION_BACKENDS
+    from quintet.ops.attention import attention_backend
+
+    usable = []
+    for name in ATTENTION_BACKENDS:
+        try:
+            attention_backend(name)
+        except QuintetError:
+            continue
+        usable.append(name)
+    others = [name for name in usable if name != config.attn_implementation]
+    return f"{config.attn_implementation}; also {', '.join(others)}"
+
+
+def _kernels() -> dict[str, str]:
+    from quintet.kernels import report
+
+    found = {}
+    for kernel in report().kernels:
+        found[kernel.name] = kernel.level or f"PyTorch, as {kernel.reason}"
+    return found

@@ -19,8 +19,14 @@ COMMANDS = MappingProxyType(
     {
         "bench": "Measure how fast a model runs here.",
         "chat": "Talk with a model.",
+        "convert": "Write a model's weights in another dtype or other shards.",
         "generate": "Continue a text.",
         "info": "Say what a model is.",
+        "ls": "List the models in the hub cache.",
+        "plan": "Say whether a model fits, before it is fetched.",
+        "quantize": "Write a model's weights in fewer bits.",
+        "rm": "Remove models from the hub cache.",
+        "verify": "Check that a model's files are whole.",
     }
 )
 
@@ -70,7 +76,18 @@ class _Commands(click.Group):
             formatter.write_dl(list(COMMANDS.items()))
 
 
-@click.group(cls=_Commands, context_settings={"help_option_names": ["-h", "--help"]})
+def _spelt_with_dashes(name: str) -> str:
+    return name.replace("_", "-")
+
+
+@click.group(
+    cls=_Commands,
+    context_settings={
+        "help_option_names": ["-h", "--help"],
+        # People know options from Python, where they have underscores.
+        "token_normalize_func": _spelt_with_dashes,
+    },
+)
 @click.version_option(__version__, message="quintet %(version)s")
 def cli() -> None:
     """Run open language models: DeepSeek-V2 and V3, Qwen2, Qwen2-MoE and Zamba2."""

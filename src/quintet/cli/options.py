@@ -52,6 +52,7 @@ def model_options(command: Command) -> Command:
         ),
         click.option("--threads", type=click.IntRange(1), help="Of the CPU."),
         click.option("--device", default="auto", show_default=True, help="cpu, cuda, cuda:1, …"),
+        click.option("--quantize", help="Hold the weights in fewer bits: int8, int4, …"),
         click.option("--dtype", default="auto", show_default=True, help="Of the weights."),
     ):
         command = option(command)
@@ -64,6 +65,8 @@ def sampling_options(command: Command) -> Command:
         click.option(
             "--seed", type=click.IntRange(0, LARGEST_SEED), help="Makes sampling repeatable."
         ),
+        click.option("--mtp", is_flag=True, help="Guess ahead with the model's prediction layers."),
+        click.option("--stop", multiple=True, help="A text that ends the answer; may be repeated."),
         click.option("--repetition-penalty", type=float, help="Above 1: fewer repetitions."),
         click.option("--min-p", type=float, help="Least share of the likeliest token."),
         click.option("--top-p", type=float, help="Draw from this much probability."),
@@ -98,6 +101,7 @@ def warnings_as_notes(quiet: bool) -> Iterator[None]:
 class Opened:
     """A model and its tokenizer, ready to run."""
 
+    name: str
     model: "PreTrainedModel"
     tokenizer: "PreTrainedTokenizer"
     seconds: float
@@ -128,6 +132,7 @@ def open_model(
     revision: str | None,
     cache_dir: str | None,
     offline: bool,
+    quantize: str | None = None,
 ) -> Opened:
     """Load a language model and its tokenizer.
 
@@ -144,7 +149,8 @@ def open_model(
         "cache_dir": cache_dir,
         "local_files_only": offline,
     }
-    overrides = {} if attn_implementation is None else {"attn_implementation": attn_implementation}
+    given = {"attn_implementation": attn_implementation, "quantize": quantize}
+    overrides = {key: value for key, value in given.items() if value is not None}
     tokenizer = AutoTokenizer.from_pretrained(name, **where)
     model = AutoModelForCausalLM.from_pretrained(
         name, dtype=dtype, device_map=device, **where, **overrides
@@ -153,7 +159,7 @@ def open_model(
         threads = 1
     if threads is not None:
         torch.set_num_threads(threads)
-    return Opened(model, tokenizer, time.perf_counter() - started)
+    return Opened(name, model, tokenizer, time.perf_counter() - started)
 
 
 def choose(

@@ -11,11 +11,11 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, ClassVar, Self, get_origin, get_type_hints
 
+from quintet.configuration.labels import labels
 from quintet.configuration.rope import RopeParameters, merge_rope
 from quintet.configuration.rules import (
     Count,
     Fraction,
-    Labels,
     Layers,
     NonNegative,
     NonNegativeFloat,
@@ -23,7 +23,7 @@ from quintet.configuration.rules import (
 )
 from quintet.errors import ConfigError, ModelNotFoundError, SaveError
 from quintet.files import read_json, write_text
-from quintet.hub import CONFIG_NAME, CONFIG_PATTERNS, locate
+from quintet.hub import CONFIG_NAME, CONFIG_PATTERNS, Pushable, locate
 
 if TYPE_CHECKING:
     import torch
@@ -40,7 +40,7 @@ class UnknownKeyWarning(UserWarning):
     """A key that looks like a misspelling of a known one."""
 
 
-class PreTrainedConfig:
+class PreTrainedConfig(Pushable):
     """The keys of `config.json` as attributes, each checked against its annotation.
 
     A family declares its keys as annotated class attributes with their defaults. Keys it does not
@@ -107,7 +107,7 @@ class PreTrainedConfig:
         self._warn_of_misspellings(values)
         values["dtype"] = _dtype_name(values.get("dtype"))
         values["rope_parameters"] = merge_rope(values, self.default_rope_theta)
-        values["id2label"], values["label2id"] = self._labels(values)
+        values["id2label"], values["label2id"] = labels(type(self).__name__, values)
         for key, annotation in self.declared_keys().items():
             value = values.pop(key, copy.copy(self.default(key)))
             check(type(self).__name__, key, value, annotation)
@@ -160,6 +160,10 @@ class PreTrainedConfig:
         """Return the layers that keep a recurrent state between steps."""
         return ()
 
+    def cache_numbers(self) -> tuple[int, int]:
+        """Return how many numbers a cache holds for each token of a row, and for a row besides."""
+        raise NotImplementedError
+
     def require(self, holds: bool, key: str, rule: str) -> None:
         """Raise a ConfigError that names `key`, its value and `rule` unless `holds`."""
         if not holds:
@@ -183,7 +187,7 @@ class PreTrainedConfig:
 
     @num_labels.setter
     def num_labels(self, value: int) -> None:
-        self.id2label, self.label2id = self._labels({"num_labels": value})
+        self.id2label, self.label2id = labels(type(self).__name__, {"num_labels": value})
 
     @property
     def use_return_dict(self) -> bool:
@@ -310,7 +314,7 @@ class PreTrainedConfig:
         usual = {key: PreTrainedConfig.default(key) for key in PreTrainedConfig.declared_keys()}
         for family in type(self).__mro__[: -len(PreTrainedConfig.__mro__)]:
             usual = {key: usual[key] for key in usual if key not in family.__annotations__}
-        usual["id2label"], usual["label2id"] = self._labels({})
+        usual["id2label"], usual["label2id"] = labels(type(self).__name__, {})
         values = {
             key: value
             for key, value in self.to_dict().items()
@@ -361,27 +365,6 @@ class PreTrainedConfig:
     def _renamed(cls, values: Mapping[str, Any]) -> dict[str, Any]:
         names = {**_RENAMED, **cls.aliases}
         return {names.get(key, key): value for key, value in values.items()}
-
-    def _labels(self, values: dict[str, Any]) -> tuple[dict[int, str], dict[str, int]]:
-        """Take the three label keys out of `values` and return the two mappings."""
-        count = values.pop("num_labels", None)
-        given = values.pop("id2label", None)
-        label2id = values.pop("label2id", None)
-        check(type(self).__name__, "num_labels", count, Labels | None)
-        if given is None:
-            names = {index: f"LABEL_{index}" for index in range(2 if count is None else count)}
-        else:
-            try:
-                names = {int(index): str(name) for index, name in given.items()}
-            except (AttributeError, TypeError, ValueError):
-                raise ConfigError(
-                    f"{type(self).__name__}: id2label={given!r} has to map integers to names"
-                ) from None
-        if count is not None and count != len(names):
-            raise ConfigError(
-                f"{type(self).__name__}: num_labels={count} but id2label has {len(names)} names"
-            )
-        return names, label2id or {name: index for index, name in names.items()}
 
     def _warn_of_misspellings(self, keys: "Any") -> None:
         known = [*self.accepted_keys(), "model_type"]

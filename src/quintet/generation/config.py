@@ -277,7 +277,7 @@ class GenerationConfig:
             if name in ABSENT:
                 raise InputError(f"{name}={options[name]!r}: {ABSENT[name]} is not in this version")
             if name not in names:
-                near = difflib.get_close_matches(name, names, n=1)
+                near = difflib.get_close_matches(name, [*names, *_ARGUMENTS], n=1)
                 hint = f"did you mean {near[0]!r}?" if near else f"there are {', '.join(names)}"
                 raise InputError(f"generate() has no option {name!r}; {hint}")
         given = {name: value for name, value in options.items() if value is not None}
@@ -391,6 +391,25 @@ class GenerationConfig:
         if path.is_file():
             raise SaveError(f"{path} is a file; save_pretrained writes into a directory")
         write_text(path / GENERATION_CONFIG_NAME, self.to_json_string())
+
+
+# What `generate()` takes beside options, for those who mistype it.
+_ARGUMENTS = (
+    "inputs",
+    "generation_config",
+    "logits_processor",
+    "stopping_criteria",
+    "prefix_allowed_tokens_fn",
+    "input_ids",
+    "inputs_embeds",
+    "attention_mask",
+    "past_key_values",
+    "negative_prompt_ids",
+    "negative_prompt_attention_mask",
+    "tokenizer",
+    "streamer",
+    "generator",
+)
 
 
 @functools.cache

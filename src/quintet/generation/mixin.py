@@ -8,7 +8,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
-from quintet.cache import Cache
+from quintet.cache import Cache, LegacyCache
 from quintet.configuration.base import PreTrainedConfig
 from quintet.errors import ContextLengthError, InputError
 from quintet.generation import plan
@@ -60,7 +60,7 @@ class GenerationMixin:
         input_ids: Tensor | None = None,
         inputs_embeds: Tensor | None = None,
         attention_mask: Tensor | None = None,
-        past_key_values: Cache | None = None,
+        past_key_values: Cache | LegacyCache | None = None,
         negative_prompt_ids: Tensor | None = None,
         negative_prompt_attention_mask: Tensor | None = None,
         tokenizer: PreTrainedTokenizer | None = None,
@@ -103,12 +103,14 @@ class GenerationMixin:
         """
         try:
             config = self._configured(generation_config, options)
+            layers = self.config.num_hidden_layers
+            past = plan.check_cache(config, options, past_key_values, attention_mask, layers)
             prompt = read_prompt(
                 inputs,
                 input_ids,
                 inputs_embeds,
                 attention_mask,
-                past_key_values,
+                past,
                 vocab_size=self.config.vocab_size,
                 device=self._device(),
             )
@@ -126,8 +128,8 @@ class GenerationMixin:
             copies = search.num_beams if search else config.num_return_sequences or 1
 
             record = Record.of(config)
-            outlives = past_key_values is not None or record.asked
-            cache = self._cache_for(config, past_key_values, prompt.length + room)
+            outlives = past is not None or record.asked
+            cache = self._cache_for(config, past, prompt.length + room)
             forward = Forward(
                 cast("LanguageModel", self),
                 cache,

@@ -5,7 +5,9 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
+from torch import Tensor
 
+from quintet.cache import Cache, from_legacy
 from quintet.errors import InputError
 from quintet.generation.beams import BeamOptions
 from quintet.generation.config import GenerationConfig
@@ -21,7 +23,15 @@ from quintet.generation.stopping import (
 from quintet.generation.streamers import Streamer
 from quintet.tokenization import PreTrainedTokenizer
 
-__all__ = ["beam_options", "check_least", "longest", "pad_token", "stopping", "warn_of_idle"]
+__all__ = [
+    "beam_options",
+    "check_cache",
+    "check_least",
+    "longest",
+    "pad_token",
+    "stopping",
+    "warn_of_idle",
+]
 
 # What a checkpoint may set without a need, and the value that asks for nothing.
 _SAMPLING = {
@@ -121,6 +131,43 @@ def warn_of_idle(config: GenerationConfig, options: Mapping[str, Any]) -> None:
         for name, usual in names.items() if not applies else ():
             if (value := options.get(name)) is not None and value != usual:
                 warnings.warn(f"{name}={value} has no effect without {needed}", stacklevel=5)
+
+
+def check_cache(
+    config: GenerationConfig,
+    options: Mapping[str, Any],
+    past: object,
+    mask: Tensor | None,
+    layers: int,
+) -> Cache | None:
+    """Return the cache to go on from, that of a tuple of older code too; None for none.
+
+    Raises:
+        InputError: it is no cache, or an option asks for another one, or for none.
+    """
+    if past is None:
+        if config.max_cache_len is not None and config.cache_implementation != "static":
+            warnings.warn(
+                f"max_cache_len={config.max_cache_len} has no effect without "
+                "cache_implementation='static'",
+                stacklevel=4,
+            )
+        return None
+    for name in ("use_cache", "cache_implementation"):
+        if (value := options.get(name)) is not None and value is not True:
+            raise InputError(
+                f"{name}={value!r} and past_key_values contradict each other: what is given is "
+                "gone on with; leave one of the two out"
+            )
+    if isinstance(past, tuple):
+        seen = None if mask is None else mask[:, : past[0][0].shape[2]]
+        return from_legacy(past, seen, layers)
+    if not isinstance(past, Cache):
+        raise InputError(
+            f"past_key_values is a {type(past).__name__}; it has to be a Cache, such as "
+            "DynamicCache(model.config)"
+        )
+    return past
 
 
 def check_least(config: GenerationConfig, room: int, vocab_size: int) -> None:

@@ -1,7 +1,5 @@
 """The rows of a batch as they are read and written: ids that end in the same column."""
 
-from typing import Self
-
 import torch
 from torch import Tensor
 
@@ -30,15 +28,6 @@ class Text:
             self._buffer[:, : ids.shape[1]] = ids
         self._length = ids.shape[1]
         self.padding = padding
-
-    @classmethod
-    def left_padded(cls, ids: Tensor, mask: Tensor | None, *, room: int = 0) -> Self:
-        """Move the padding of a (B, T) mask in front of the tokens of its row."""
-        if mask is None or bool(mask.all()):
-            return cls(ids, room=room)
-        kept = mask.to(torch.bool)
-        order = torch.argsort(kept.to(torch.int8), dim=1, stable=True)
-        return cls(ids.gather(1, order), (~kept).sum(dim=1), room=room)
 
     def __len__(self) -> int:
         return self._length

@@ -17,7 +17,7 @@ SOURCES = Path(__file__).parent / "csrc"
 COMPILERS = ("g++", "clang++", "c++")
 FLAGS = ("-std=c++17", "-O3", "-fPIC", "-shared", "-fopenmp")
 # A compiler that hangs must not hang the program that only wanted to be faster.
-TIMEOUT = 300.0
+TIMEOUT = 1800.0
 
 
 class BuildError(Exception):

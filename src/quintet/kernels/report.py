@@ -9,11 +9,14 @@ __all__ = ["Kernel", "Report", "report"]
 # What there is, and when a model uses it.
 KERNELS = {
     "attention": "softmax attention in bfloat16",
-    "grouped": "experts with SiLU in bfloat16",
+    "decode": "attention of one new token a row, in bfloat16 and float32",
+    "gated": "MLPs and experts with SiLU of up to 24 tokens, weights as of linear maps",
+    "grouped": "experts with SiLU of more tokens, in bfloat16",
     "latent": "DeepSeek's attention in the space of the latents, in bfloat16",
     "linear": "linear maps of up to 32 vectors at once, weights in bfloat16 or float32",
     "linear int8": "the same, weights in int8",
     "linear int4": "the same, weights in int4",
+    "rows": "RMSNorm, rotary embedding and SiLU gates in bfloat16 and float32",
     "widen": "int8 and int4 weights to bfloat16 or float32, for more vectors than that",
     "mamba2": "Zamba2's mixer between its projections, in bfloat16 and float32",
 }

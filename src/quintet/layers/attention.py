@@ -4,7 +4,7 @@ from torch import Tensor, nn
 
 from quintet.layers.linear import Linear, project
 from quintet.layers.step import Step
-from quintet.ops.rope import rotate
+from quintet.ops.rope import rotate_both
 
 __all__ = ["Attention"]
 
@@ -44,7 +44,7 @@ class Attention(nn.Module):
         q, k, v = project(hidden_states, self.q_proj, self.k_proj, self.v_proj)
         q = self._heads(q)  # (B, H, T, D)
         k, v = self._heads(k), self._heads(v)  # (B, K, T, D)
-        q, k = rotate(q, step.cos, step.sin), rotate(k, step.cos, step.sin)
+        q, k = rotate_both(q, k, step.cos, step.sin)
         if step.cache is not None:
             k, v = step.cache.update(k, v, self.layer_idx, step.span)
         dropout = self.attention_dropout if self.training else 0.0

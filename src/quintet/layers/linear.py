@@ -7,9 +7,10 @@ from typing import Self
 from torch import Tensor, nn
 from torch.nn.modules import module as hooks
 
+from quintet.kernels.linear import Matrix
 from quintet.ops.linear import linear, linears
 
-__all__ = ["Linear", "LinearMap", "project"]
+__all__ = ["Linear", "LinearMap", "matrices", "project"]
 
 
 class LinearMap(nn.Module, ABC):
@@ -24,6 +25,10 @@ class LinearMap(nn.Module, ABC):
     def together(cls, x: Tensor, maps: Sequence[Self]) -> tuple[Tensor, ...]:
         """Return what each of `maps` makes of x (..., I)."""
 
+    def matrix(self) -> Matrix | None:
+        """Return what the map holds, for kernels to read; None if they cannot."""
+        return None
+
 
 class Linear(nn.Linear, LinearMap):
     """y = x·Wᵀ + b, with the weight as checkpoints have it, (O, I)."""
@@ -31,6 +36,10 @@ class Linear(nn.Linear, LinearMap):
     def forward(self, input: Tensor) -> Tensor:
         """Map (..., I) to (..., O)."""
         return linear(input, self.weight, self.bias)
+
+    def matrix(self) -> Matrix:
+        """Return weight and bias."""
+        return Matrix(self.weight, None, self.bias)
 
     @classmethod
     def together(cls, x: Tensor, maps: Sequence[Self]) -> tuple[Tensor, ...]:
@@ -43,13 +52,24 @@ def project(x: Tensor, *maps: nn.Module) -> tuple[Tensor, ...]:
 
     Maps that somebody wrapped or hooked, as adapters and profilers do, are called as usual.
     """
+    alike = _alike(maps)
+    return tuple(m(x) for m in maps) if alike is None else type(alike[0]).together(x, alike)
+
+
+def matrices(*maps: nn.Module) -> list[Matrix] | None:
+    """Return what maps of one class hold; None where one has to be called, or cannot say."""
+    held = [m.matrix() for m in _alike(maps) or []]
+    known = [matrix for matrix in held if matrix is not None]
+    return known if len(known) == len(maps) else None
+
+
+def _alike(maps: Sequence[nn.Module]) -> list[LinearMap] | None:
     kind = type(maps[0])
     # A subclass with another forward has to bring another `together`.
-    if issubclass(kind, LinearMap) and "together" in vars(kind):
-        alike = [m for m in maps if type(m) is kind and not _hooked(m)]
-        if len(alike) == len(maps):
-            return kind.together(x, alike)
-    return tuple(m(x) for m in maps)
+    if not issubclass(kind, LinearMap) or "together" not in vars(kind):
+        return None
+    alike = [m for m in maps if type(m) is kind and not _hooked(m)]
+    return alike if len(alike) == len(maps) else None
 
 
 def _hooked(module: nn.Module) -> bool:

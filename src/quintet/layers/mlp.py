@@ -1,9 +1,11 @@
 """Feed-forward layers."""
 
+import torch.nn.functional as F  # noqa: N812
 from torch import Tensor, nn
 
-from quintet.layers.linear import Linear, project
-from quintet.ops.activations import Activation, activation
+from quintet.kernels.gated import gated
+from quintet.layers.linear import Linear, matrices, project
+from quintet.ops.activations import Activation, activation, gate_by
 
 __all__ = ["GatedMLP"]
 
@@ -22,5 +24,10 @@ class GatedMLP(nn.Module):
 
     def forward(self, hidden_states: Tensor) -> Tensor:
         """Map (B, T, C) to (B, T, C)."""
+        if self.act_fn is F.silu:
+            held = matrices(self.gate_proj, self.up_proj, self.down_proj)
+            made = None if held is None else gated(hidden_states, held[0], held[1], held[2])
+            if made is not None:
+                return made
         gate, up = project(hidden_states, self.gate_proj, self.up_proj)
-        return self.down_proj(self.act_fn(gate) * up)  # type: ignore[no-any-return]
+        return self.down_proj(gate_by(self.act_fn, gate, up))  # type: ignore[no-any-return]

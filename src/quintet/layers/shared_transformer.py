@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from quintet.layers.linear import Linear, project
 from quintet.layers.norm import RMSNorm
 from quintet.layers.step import Step
-from quintet.ops.activations import Activation, activation
-from quintet.ops.rope import rotate
+from quintet.ops.activations import Activation, activation, gate_by
+from quintet.ops.rope import rotate_both
 
 __all__ = ["Adapters", "SharedAttention", "SharedMLP", "SharedTransformer"]
 
@@ -97,7 +97,7 @@ class SharedAttention(nn.Module):
             q, k, v = project(x, *maps)
         q, k, v = (y.view(*y.shape[:2], -1, self.head_dim).transpose(1, 2) for y in (q, k, v))
         if self.rotates:
-            q, k = rotate(q, step.cos, step.sin), rotate(k, step.cos, step.sin)
+            q, k = rotate_both(q, k, step.cos, step.sin)
         if step.cache is not None:
             k, v = step.cache.update(k, v, layer_idx, step.span)
         dropout = self.dropout if self.training else 0.0
@@ -130,7 +130,7 @@ class SharedMLP(nn.Module):
         """Map (B, T, C) to (B, T, C)."""
         maps, adapters = (self.gate_up_proj,), (self.gate_up_proj_adapter_list,)
         gate, up = adapted(x, maps, adapters, use)[0].chunk(2, dim=-1)
-        return self.down_proj(self.act_fn(gate) * up)  # type: ignore[no-any-return]
+        return self.down_proj(gate_by(self.act_fn, gate, up))  # type: ignore[no-any-return]
 
 
 class SharedTransformer(nn.Module):

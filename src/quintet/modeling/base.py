@@ -12,6 +12,7 @@ from quintet.checkpoint import StackExperts
 from quintet.configuration.base import CONFIG_NAME, PreTrainedConfig
 from quintet.errors import InputError
 from quintet.generation.config import GENERATION_CONFIG_NAME, GenerationConfig
+from quintet.hub import Pushable
 from quintet.layers.moe import Experts
 from quintet.modeling import loading
 from quintet.modeling.placement import DeviceMap, MaxMemory, named_dtype
@@ -30,7 +31,7 @@ from quintet.quantization import (
 __all__ = ["PreTrainedModel"]
 
 
-class PreTrainedModel(nn.Module):
+class PreTrainedModel(nn.Module, Pushable):
     """The base of all models.
 
     Attributes:
@@ -193,8 +194,25 @@ class PreTrainedModel(nn.Module):
         max_shard_size: int | str = "5GB",
         state_dict: Mapping[str, Tensor] | None = None,
         safe_serialization: bool = True,
+        variant: str | None = None,
+        push_to_hub: bool = False,
+        repo_id: str | None = None,
+        token: str | bool | None = None,
     ) -> None:
         """Write config, generation config and weights, in the layout Transformers reads.
+
+        Whatever happens meanwhile, the directory holds the old checkpoint or the new one.
+
+        Args:
+            save_directory: made if needed.
+            max_shard_size: of a file of weights: "5GB", "500MiB", a number of bytes.
+            state_dict: the weights in place of the model's own.
+            safe_serialization: has to be true.
+            variant: a word in the names of the files, as in model.fp16.safetensors; weights of
+                other variants are left alone.
+            push_to_hub: then push the model to the hub, too.
+            repo_id: where to; the name of the directory if not given.
+            token: for the hub.
 
         Raises:
             SaveError: writing failed; a checkpoint that was there is still loadable.
@@ -216,8 +234,17 @@ class PreTrainedModel(nn.Module):
             files,
             rules=self.weight_rules,
             max_shard_size=max_shard_size,
+            variant=variant,
             texts=texts,
         )
+        if push_to_hub:
+            self.push_to_hub(
+                repo_id or os.path.basename(os.path.abspath(save_directory)),
+                token=token,
+                max_shard_size=max_shard_size,
+                state_dict=state_dict,
+                variant=variant,
+            )
 
     # -- the parts of a model ----------------------------------------------------------------
 
@@ -333,7 +360,7 @@ class PreTrainedModel(nn.Module):
         dtypes = (
             parameter.dtype
             for name, parameter in self.named_parameters()
-            if parameter.is_floating_point() and not name.endswith(self.keep_in_fp32 or "\0")
+            if parameter.is_floating_point() and not name.endswith(self.keep_in_fp32)
         )
         return next(dtypes, torch.float32)
 

@@ -15,7 +15,7 @@ from quintet.quantization import Encoded, Slot, read
 if TYPE_CHECKING:
     from quintet.modeling.base import PreTrainedModel
 
-__all__ = ["Filler", "fill"]
+__all__ = ["Filler", "fill", "identical"]
 
 
 class Filler:
@@ -123,7 +123,7 @@ def _check_aliases(aliases: Mapping[str, str], weights: Weights, where: str) -> 
     """Refuse two names of one tensor of the model that hold different values."""
     for second, first in aliases.items():
         pair = dict(weights.read([first, second]))
-        if not _identical(pair[first], pair[second]):
+        if not identical(pair[first], pair[second]):
             raise CheckpointError(
                 f"{where}: {second} and {first} are one tensor of the model, and there with "
                 "different values, of which one would be lost; if they are two, the config has "
@@ -133,7 +133,8 @@ def _check_aliases(aliases: Mapping[str, str], weights: Weights, where: str) -> 
         weights.forget(second)
 
 
-def _identical(one: Tensor, other: Tensor) -> bool:
+def identical(one: Tensor, other: Tensor) -> bool:
+    """Tell whether two tensors are the same bytes."""
     if one.dtype != other.dtype or one.shape != other.shape:
         return False
     # By their bytes: numbers that are not finite are equal, too, and FP8 has no comparison.

@@ -154,6 +154,7 @@ def write(
     *,
     rules: Sequence[StackExperts],
     max_shard_size: int | str,
+    variant: str | None,
     texts: Mapping[str, str],
 ) -> None:
     """Write weights and the files beside them; see `PreTrainedModel.save_pretrained`.
@@ -163,7 +164,7 @@ def write(
         files: named as on disk already.
     """
     named = {**dict(split_tensors(tensors, rules)), **files}
-    save(Path(directory), named, max_shard_size=max_shard_size, text_files=texts)
+    save(Path(directory), named, max_shard_size=max_shard_size, variant=variant, text_files=texts)
 
 
 def _config(

@@ -126,6 +126,10 @@ class DeepseekV3Config(PreTrainedConfig):
         if self.num_key_value_heads in (None, type(self).num_key_value_heads):
             self.num_key_value_heads = self.num_attention_heads
 
+    def cache_numbers(self) -> tuple[int, int]:
+        """Return how many numbers a cache holds for each token of a row, and for a row besides."""
+        return (self.kv_lora_rank + self.qk_rope_head_dim) * self.num_hidden_layers, 0
+
     def validate(self) -> None:
         """Check what rotates in pairs, and that tokens find enough experts in their groups."""
         super().validate()

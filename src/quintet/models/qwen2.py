@@ -102,6 +102,11 @@ class Qwen2Config(PreTrainedConfig):
                 for i in range(self.num_hidden_layers)
             ]
 
+    def cache_numbers(self) -> tuple[int, int]:
+        """Return how many numbers a cache holds for each token of a row, and for a row besides."""
+        numbers = 2 * known(self.num_key_value_heads) * known(self.head_dim)
+        return numbers * self.num_hidden_layers, 0
+
     def validate(self) -> None:
         """Check that the heads divide the width and each other, and name one type a layer."""
         super().validate()

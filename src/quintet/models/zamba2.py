@@ -159,6 +159,13 @@ class Zamba2Config(PreTrainedConfig):
             MAMBA if kind == "linear_attention" else kind for kind in self.layers_block_type
         ]
 
+    def cache_numbers(self) -> tuple[int, int]:
+        """Return how many numbers a cache holds for each token of a row, and for a row besides."""
+        inner, N = int(self.mamba_expand * self.hidden_size), self.mamba_d_state
+        window = (inner + 2 * self.mamba_ngroups * N) * (self.mamba_d_conv - 1)
+        keys = 2 * known(self.num_key_value_heads) * self.head_dim * len(self.hybrid_layer_ids)
+        return keys, (window + inner * N) * self.num_hidden_layers
+
     def validate(self) -> None:
         """Check that heads and groups divide what they share, and that each layer has a type."""
         super().validate()

@@ -7,8 +7,9 @@ import torch.nn.functional as F  # noqa: N812
 from torch import Tensor
 
 from quintet.errors import ConfigError
+from quintet.kernels import rows
 
-__all__ = ["ACTIVATIONS", "Activation", "activation"]
+__all__ = ["ACTIVATIONS", "Activation", "activation", "gate_by"]
 
 Activation = Callable[[Tensor], Tensor]
 
@@ -47,3 +48,9 @@ def activation(name: str | Activation) -> Activation:
     if name not in ACTIVATIONS:
         raise ConfigError(f"hidden_act={name!r} has to be one of {sorted(ACTIVATIONS)}")
     return ACTIVATIONS[name]
+
+
+def gate_by(act: Activation, gate: Tensor, up: Tensor) -> Tensor:
+    """Return act(gate) · up."""
+    made = rows.silu_mul(gate, up) if act is F.silu else None
+    return act(gate) * up if made is None else made

@@ -16,6 +16,7 @@ from torch.autograd.function import once_differentiable
 
 from quintet.errors import MissingDependencyError, UnsupportedBackendError
 from quintet.kernels.attention import attend
+from quintet.kernels.decode import decode
 from quintet.ops.masks import Visibility, causal_mask
 
 __all__ = [
@@ -72,6 +73,9 @@ def sdpa(
 ) -> tuple[Tensor, Tensor | None]:
     """Attend by `torch.nn.functional.scaled_dot_product_attention`, or by a kernel for CPUs."""
     if not seen.custom and not dropout:
+        made = decode(q, k, v, start=seen.start, window=seen.window, scale=scale)
+        if made is not None:
+            return made, None
         made = attend((q,), (k,), v, start=seen.start, window=seen.window, scale=scale)
         if made is not None:
             return made, None

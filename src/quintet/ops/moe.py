@@ -11,7 +11,9 @@ import torch
 import torch.nn.functional as F  # noqa: N812
 from torch import Tensor
 
+from quintet.kernels.gated import gated as kernel
 from quintet.kernels.grouped import grouped_silu_experts
+from quintet.kernels.linear import Matrix
 from quintet.ops.activations import Activation
 from quintet.ops.grouped import grouped_linear
 
@@ -71,7 +73,10 @@ def apply_experts(
     down (E, C, F); returns (N, C).
     """
     if act is F.silu:
-        made = grouped_silu_experts(x, indices, weights, gate_up, down)
+        gate, up = (Matrix(half) for half in gate_up.chunk(2, dim=1))
+        made = kernel(x, gate, up, Matrix(down), indices, weights)
+        if made is None:
+            made = grouped_silu_experts(x, indices, weights, gate_up, down)
         if made is not None:
             return made
     form = looped_experts

@@ -13,7 +13,7 @@ are filled up to whole groups with zeros.
 """
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator, Sequence
 
 import torch
 import torch.nn.functional as F  # noqa: N812
@@ -36,6 +36,7 @@ __all__ = [
     "quantize_fp8",
     "quantize_int4",
     "quantize_int8",
+    "quantized_linears",
 ]
 
 INT4_GROUP = 64
@@ -43,8 +44,6 @@ FP8_BLOCK = (128, 128)
 # Small enough that a band in float32 stays in the cache between its operations.
 _BAND = 2**18
 _WIDE_BAND = 2**21
-
-Dequantize = Callable[[Tensor, Tensor, torch.dtype], Tensor]
 
 
 def quantize_int8(weight: Tensor) -> tuple[Tensor, Tensor]:
@@ -84,7 +83,7 @@ def dequantize_int8(q: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
 
 def int8_linear(x: Tensor, q: Tensor, scale: Tensor, bias: Tensor | None = None) -> Tensor:
     """Return x wᵀ + b with w = q · scale; x (..., I), q (O, I), scale (O,)."""
-    return _linear(x, q, scale, bias, dequantize_int8)
+    return quantized_linears(x, [(q, scale, bias)])[0]
 
 
 def int4_shapes(shape: tuple[int, ...]) -> tuple[tuple[int, ...], tuple[int, ...]]:
@@ -149,22 +148,34 @@ def int4_linear(x: Tensor, packed: Tensor, scale: Tensor, bias: Tensor | None = 
     def dequantize(q: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
         return dequantize_int4(q, scale, x.shape[-1], dtype)
 
-    return _linear(x, packed, scale, bias, dequantize)
+    return quantized_linears(x, [(packed, scale, bias)])[0]
 
 
-def _linear(
-    x: Tensor, q: Tensor, scale: Tensor, bias: Tensor | None, dequantize: Dequantize
-) -> Tensor:
-    made = kernels.linears(x, [kernels.Matrix(q, scale, bias)])
+def quantized_linears(
+    x: Tensor, maps: Sequence[tuple[Tensor, Tensor, Tensor | None]]
+) -> Sequence[Tensor]:
+    """Map the same x (..., I) by several weights of one format, each with its scale and bias.
+
+    In one pass where a kernel does that. The format is int8 or int4, as the dtype of the weights
+    tells.
+    """
+    made = kernels.linears(x, [kernels.Matrix(*one) for one in maps])
     if made is not None:
-        return made[0]
+        return made
+    return [_in_bands(x, *one) for one in maps]
+
+
+def _in_bands(x: Tensor, q: Tensor, scale: Tensor, bias: Tensor | None) -> Tensor:
     # In bands that the multiplication finds in the cache.
     columns = x.shape[-1]
     out = x.new_empty((*x.shape[:-1], q.shape[0]))
     height = max(_WIDE_BAND // max(columns, 1), 1)
     for start in range(0, q.shape[0], height):
         rows = slice(start, start + height)
-        w = dequantize(q[rows], scale[rows], x.dtype)
+        if q.dtype == torch.int8:
+            w = dequantize_int8(q[rows], scale[rows], x.dtype)
+        else:
+            w = dequantize_int4(q[rows], scale[rows], columns, x.dtype)
         out[..., rows] = F.linear(x, w, None if bias is None else bias[rows])
     return out
 

@@ -6,12 +6,14 @@ import torch
 from torch import Tensor
 
 from quintet.configuration.rope import RopeParameters
+from quintet.kernels import rows
 
 __all__ = [
     "attention_factor",
     "inverse_frequencies",
     "rotary_angles",
     "rotate",
+    "rotate_both",
     "rotate_interleaved",
     "score_factor",
 ]
@@ -74,6 +76,19 @@ def rotary_angles(
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Rotate the pairs (x_i, x_{i+D/2}) by their angles; x (B, H, T, D), cos and sin (B, T, D)."""
+    made = rows.rotate((x,), cos, sin)
+    return _rotated(x, cos, sin) if made is None else made[0]
+
+
+def rotate_both(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
+    """Rotate queries (B, H, T, D) and keys (B, K, T, D) as `rotate` does."""
+    made = rows.rotate((q, k), cos, sin)
+    if made is None:
+        return _rotated(q, cos, sin), _rotated(k, cos, sin)
+    return made[0], made[1]
+
+
+def _rotated(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     left, right = x.chunk(2, dim=-1)
     return x * cos[:, None] + torch.cat((-right, left), dim=-1) * sin[:, None]
 

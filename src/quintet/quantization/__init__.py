@@ -1,6 +1,6 @@
 """Weights in fewer bits: which modules, in which format, and how they lie on disk."""
 
-from quintet.quantization.apply import Encoded, Slot, apply, freeze, tie
+from quintet.quantization.apply import Encoded, Slot, apply, cut, freeze, tie
 from quintet.quantization.config import (
     BitsAndBytesConfig,
     FineGrainedFP8Config,
@@ -34,6 +34,7 @@ __all__ = [
     "Slot",
     "Stored",
     "apply",
+    "cut",
     "freeze",
     "packed",
     "read",

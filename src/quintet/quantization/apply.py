@@ -17,7 +17,7 @@ from quintet.quantization.modules import (
     experts_like,
 )
 
-__all__ = ["Encoded", "Slot", "apply", "freeze", "is_named", "tie"]
+__all__ = ["Encoded", "Slot", "apply", "cut", "freeze", "is_named", "tie"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,7 +66,7 @@ class Slot:
         else:
             for expert in range(stack[0]):
                 whole = weight[expert] if isinstance(weight, Tensor) else weight.slice(expert)
-                for number, part in enumerate(_cut(whole, shape, stack[1])):
+                for number, part in enumerate(cut(whole, shape, stack[1])):
                     self._put(part, (expert, number), device, source)
 
     def _put(
@@ -76,16 +76,24 @@ class Slot:
         device: torch.device,
         source: str,
     ) -> None:
+        self.module.put(self.name, self.encoded(weight, source, device), place, device)
+
+    def encoded(
+        self, weight: Tensor | Encoded, source: str, device: torch.device | None = None
+    ) -> Parts:
+        """Return the parts of one matrix in the format that this place has.
+
+        Raises:
+            CheckpointError: it has numbers that are not finite.
+        """
         if isinstance(weight, Encoded) and weight.format == self.module.format:
-            self.module.put(self.name, weight.parts, place, device)
-            return
+            return weight.parts
         # As exact as the source: rounding to a dtype in between would be one loss more.
         plain = weight.decode(torch.float32) if isinstance(weight, Encoded) else weight
         try:
-            parts = self.module.format.encode(plain.to(device))
+            return self.module.format.encode(plain.to(device or plain.device))
         except InputError as error:
             raise CheckpointError(f"{source}: {error}") from error
-        self.module.put(self.name, parts, place, device)
 
 
 def apply(
@@ -180,14 +188,14 @@ def is_named(path: str, names: Sequence[str]) -> bool:
     return any(f".{name}." in f".{path}." for name in names)
 
 
-def _cut(weight: Tensor | Encoded, shape: Shape, P: int) -> list[Tensor | Encoded]:
+def cut(weight: Tensor | Encoded, shape: Shape, P: int) -> list[Tensor | Encoded]:
     """Cut a matrix (P · O, I) into P on top of each other."""
     if isinstance(weight, Tensor):
         return list(torch.split(weight, shape[0]))
     if weight.format.cuts(shape[0]):
-        cut = {suffix: part.chunk(P) for suffix, part in weight.parts.items()}
+        halves = {suffix: part.chunk(P) for suffix, part in weight.parts.items()}
         return [
-            Encoded(weight.format, {suffix: cut[suffix][i] for suffix in cut}, shape)
+            Encoded(weight.format, {suffix: halves[suffix][i] for suffix in halves}, shape)
             for i in range(P)
         ]
     # Blocks reach over the border between two of them.

@@ -6,7 +6,7 @@ disk too, unless a format has to follow somebody else's names.
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F  # noqa: N812
 from torch import Tensor
 
+from quintet.kernels.linear import Matrix
 from quintet.ops.quantized import (
     FP8_BLOCK,
     dequantize_fp8,
@@ -26,6 +27,7 @@ from quintet.ops.quantized import (
     quantize_fp8,
     quantize_int4,
     quantize_int8,
+    quantized_linears,
 )
 
 __all__ = ["FP8Format", "Int4Format", "Int8Format", "Part", "Parts", "WeightFormat"]
@@ -71,6 +73,16 @@ class WeightFormat(ABC):
     def linear(self, x: Tensor, parts: Parts, shape: Shape, bias: Tensor | None) -> Tensor:
         """Return x wᵀ + b; x (..., I)."""
         return F.linear(x, self.decode(parts, shape, x.dtype), bias)
+
+    def matrix(self, parts: Parts) -> Matrix | None:
+        """Return parts, or stacks of them, as kernels read them; None if they cannot."""
+        return None
+
+    def linears(
+        self, x: Tensor, maps: Sequence[tuple[Parts, Shape, Tensor | None]]
+    ) -> Sequence[Tensor]:
+        """Return x wᵀ + b for several matrices, in one pass where that is faster."""
+        return [self.linear(x, *one) for one in maps]
 
     # -- on disk -----------------------------------------------------------------------------
 
@@ -120,6 +132,16 @@ class Int8Format(WeightFormat):
         """Return x wᵀ + b; x (..., I)."""
         return int8_linear(x, parts[""], parts["_scale"], bias)
 
+    def matrix(self, parts: Parts) -> Matrix:
+        """Return the parts as kernels read them."""
+        return Matrix(parts[""], parts["_scale"])
+
+    def linears(
+        self, x: Tensor, maps: Sequence[tuple[Parts, Shape, Tensor | None]]
+    ) -> Sequence[Tensor]:
+        """Return x wᵀ + b for several matrices, in one pass where that is faster."""
+        return quantized_linears(x, [(parts[""], parts["_scale"], bias) for parts, _, bias in maps])
+
 
 @dataclass(frozen=True)
 class Int4Format(WeightFormat):
@@ -148,6 +170,16 @@ class Int4Format(WeightFormat):
     def linear(self, x: Tensor, parts: Parts, shape: Shape, bias: Tensor | None) -> Tensor:
         """Return x wᵀ + b; x (..., I)."""
         return int4_linear(x, parts[""], parts["_scale"], bias)
+
+    def matrix(self, parts: Parts) -> Matrix:
+        """Return the parts as kernels read them."""
+        return Matrix(parts[""], parts["_scale"])
+
+    def linears(
+        self, x: Tensor, maps: Sequence[tuple[Parts, Shape, Tensor | None]]
+    ) -> Sequence[Tensor]:
+        """Return x wᵀ + b for several matrices, in one pass where that is faster."""
+        return quantized_linears(x, [(parts[""], parts["_scale"], bias) for parts, _, bias in maps])
 
 
 @dataclass(frozen=True)

@@ -4,14 +4,17 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Self
 
 import torch
+import torch.nn.functional as F  # noqa: N812
 from torch import Tensor, nn
 
 from quintet.errors import InputError
+from quintet.kernels.gated import gated as kernel
+from quintet.kernels.linear import Matrix
 from quintet.layers.linear import LinearMap
 from quintet.layers.moe import Experts
 from quintet.ops.activations import Activation
 from quintet.ops.moe import each_hit_expert, gated
-from quintet.quantization.formats import Part, Shape, WeightFormat
+from quintet.quantization.formats import Part, Parts, Shape, WeightFormat
 
 __all__ = ["Quantized", "QuantizedEmbedding", "QuantizedExperts", "QuantizedLinear"]
 
@@ -29,20 +32,25 @@ class Quantized(nn.Module):
         super().__init__()
         self.format = weight_format
         self.matrices: dict[str, tuple[Shape, Shape]] = {}
+        self._suffixes: dict[str, tuple[str, ...]] = {}
 
     def hold(
         self, name: str, shape: Shape, stack: Shape = (), *, device: torch.device | None = None
     ) -> None:
         """Make room for a matrix, or a stack of such."""
         self.matrices[name] = (shape, stack)
+        self._suffixes[name] = tuple(self.format.parts(shape))
         for suffix, part in self.format.parts(shape).items():
             empty = torch.empty(_stacked(part, stack), dtype=part.dtype, device=device)
             self.register_buffer(name + suffix, empty)
 
     def parts(self, name: str, place: tuple[int, int] | None = None) -> dict[str, Tensor]:
         """Return views of the parts of a matrix; `place` is its expert and number there."""
-        suffixes = self.format.parts(self.matrices[name][0])
-        return self.view(name, {s: self.get_buffer(name + s) for s in suffixes}, place)
+        return self.view(name, {s: self.get_buffer(name + s) for s in self.suffixes(name)}, place)
+
+    def suffixes(self, name: str) -> tuple[str, ...]:
+        """Return how the names of a matrix's parts end."""
+        return self._suffixes[name]
 
     def view(
         self, name: str, buffers: Mapping[str, Tensor], place: tuple[int, int] | None
@@ -145,16 +153,30 @@ class QuantizedLinear(Quantized, LinearMap):
 
     def forward(self, x: Tensor) -> Tensor:
         """Map (..., I) to (..., O)."""
-        refuse_training(self, x)
-        wide = x if self.compute_dtype is None else x.to(self.compute_dtype)
-        bias = None if self.bias is None else self.bias.to(wide.dtype)
-        shape = (self.out_features, self.in_features)
-        return self.format.linear(wide, self.parts("weight"), shape, bias).to(x.dtype)
+        return self.together(x, [self])[0]
 
     @classmethod
     def together(cls, x: Tensor, maps: Sequence[Self]) -> tuple[Tensor, ...]:
         """Return what each of `maps` makes of x (..., I)."""
-        return tuple(m.forward(x) for m in maps)
+        kinds = {(m.format, m.compute_dtype) for m in maps}
+        if len(kinds) > 1:
+            return tuple(m.forward(x) for m in maps)
+        ((weight_format, compute_dtype),) = kinds
+        for m in maps:
+            refuse_training(m, x)
+        wide = x if compute_dtype is None else x.to(compute_dtype)
+        made = weight_format.linears(wide, [m.operands(wide.dtype) for m in maps])
+        return tuple(y.to(x.dtype) for y in made)
+
+    def operands(self, dtype: torch.dtype) -> tuple[Parts, Shape, Tensor | None]:
+        """Return the matrix, its shape and the bias in a dtype."""
+        bias = None if self.bias is None else self.bias.to(dtype)
+        return self.parts("weight"), (self.out_features, self.in_features), bias
+
+    def matrix(self) -> Matrix | None:
+        """Return what the map holds, where its format is one that kernels read."""
+        parts = self.format.matrix(self.parts("weight"))
+        return None if parts is None or self.compute_dtype else parts._replace(bias=self.bias)
 
     def extra_repr(self) -> str:
         """Show the sizes in `print(model)`."""
@@ -225,16 +247,36 @@ class QuantizedExperts(Quantized):
         """Map tokens (N, C) through the experts `indices` (N, A), summed by `weights` (N, A)."""
         refuse_training(self, x)
         wide = x if self.compute_dtype is None else x.to(self.compute_dtype)
+        made = self._in_one_pass(wide, indices, weights)
+        if made is not None:
+            return made.to(x.dtype)
         return each_hit_expert(wide, indices, weights, self.num_experts, self._run).to(x.dtype)
+
+    def _in_one_pass(self, x: Tensor, indices: Tensor, weights: Tensor) -> Tensor | None:
+        if self.act_fn is not F.silu:
+            return None
+        both, down = (
+            self.format.matrix({s: self.get_buffer(name + s) for s in self.suffixes(name)})
+            for name in ("gate_up_proj", "down_proj")
+        )
+        if both is None or down is None or both.scale is None:
+            return None
+        halves = zip(both.weight.chunk(2, dim=1), both.scale.chunk(2, dim=1), strict=True)
+        gate, up = (Matrix(weight, scale) for weight, scale in halves)
+        return kernel(x, gate, up, down, indices, weights)
 
     def _run(self, expert: int, rows: Tensor) -> Tensor:
         made = gated(self._map("gate_up_proj", expert, rows), self.act_fn)
         return self._map("down_proj", expert, made)
 
     def _map(self, name: str, expert: int, x: Tensor) -> Tensor:
-        shape, (_, P) = self.matrices[name]
-        made = [self.format.linear(x, self.parts(name, (expert, p)), shape, None) for p in range(P)]
-        return made[0] if P == 1 else torch.cat(made, dim=-1)
+        (rows, columns), (_, P) = self.matrices[name]
+        if self.format.cuts(rows):
+            # What lies on top of each other is one matrix.
+            parts = {s: self.get_buffer(name + s)[expert] for s in self.suffixes(name)}
+            return self.format.linear(x, parts, (P * rows, columns), None)
+        maps = [(self.parts(name, (expert, p)), (rows, columns), None) for p in range(P)]
+        return torch.cat(list(self.format.linears(x, maps)), dim=-1)
 
     def extra_repr(self) -> str:
         """Show the sizes in `print(model)`."""

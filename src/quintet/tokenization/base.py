@@ -11,7 +11,7 @@ from tokenizers import AddedToken, Tokenizer, processors
 
 from quintet.errors import InputError, ModelNotFoundError, SaveError, TokenizerError
 from quintet.files import write_text
-from quintet.hub import TOKENIZER_PATTERNS, locate
+from quintet.hub import TOKENIZER_PATTERNS, Pushable, locate
 from quintet.tokenization import files as names
 from quintet.tokenization.chat import Chat
 from quintet.tokenization.decoding import Decoder
@@ -22,6 +22,7 @@ from quintet.tokenization.files import (
     write_templates,
 )
 from quintet.tokenization.options import NAMED_TOKENS, TokenizerOptions, check_choice, check_names
+from quintet.tokenization.sentencepiece import read_sentencepiece
 from quintet.tokenization.templates import ChatTemplates
 from quintet.tokenization.vocabulary import Vocabulary, token_text
 
@@ -31,7 +32,7 @@ _NO_LIMIT = int(1e30)
 _LISTS = ("additional_special_tokens", "extra_special_tokens")
 
 
-class PreTrainedTokenizer(Chat, Decoder):
+class PreTrainedTokenizer(Chat, Decoder, Pushable):
     """Text to ids and back, exactly as a pipeline (`tokenizer.json`) says.
 
     Args:
@@ -159,9 +160,11 @@ class PreTrainedTokenizer(Chat, Decoder):
     def _from_files(cls, files: TokenizerFiles, options: TokenizerOptions) -> Self:
         if files.pipeline is not None:
             backend = read_pipeline(files.pipeline)
-        else:
-            assert files.vocabulary is not None
+        elif files.vocabulary is not None:
             backend = cls._from_vocabulary(*files.vocabulary)
+        else:
+            assert files.sentencepiece is not None
+            backend, options = _from_sentencepiece(files, options)
         _add_with_ids(backend, files.added)
         known = set(TokenizerOptions.__annotations__)
         if files.pipeline is not None:
@@ -309,6 +312,28 @@ class PreTrainedTokenizer(Chat, Decoder):
             ],
         )
         self._tokenizer.post_processor = template
+
+
+def _from_sentencepiece(
+    files: TokenizerFiles, options: TokenizerOptions
+) -> tuple[Tokenizer, TokenizerOptions]:
+    """Read `tokenizer.model`, which says nothing of roles but by the names of its pieces.
+
+    Files of this kind are of Llama's descent, whose texts begin with <s> unless the settings have
+    it otherwise.
+    """
+    assert files.sentencepiece is not None
+    prefix = files.settings.get("add_prefix_space")
+    backend = read_sentencepiece(
+        files.sentencepiece, add_prefix_space=prefix if isinstance(prefix, bool) else None
+    )
+    usual = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
+    for role, text in usual.items():
+        if role not in files.settings and backend.token_to_id(text) is not None:
+            files.settings[role] = text
+    begins = files.settings.get("add_bos_token", "bos_token" in files.settings)
+    ends = files.settings.get("add_eos_token", False)
+    return backend, {"add_bos_token": bool(begins), "add_eos_token": bool(ends), **options}
 
 
 def _add_with_ids(backend: Tokenizer, added: Mapping[int, AddedToken]) -> None:

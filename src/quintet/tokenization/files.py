@@ -20,6 +20,7 @@ SPECIAL_TOKENS = "special_tokens_map.json"
 ADDED_TOKENS = "added_tokens.json"
 VOCAB = "vocab.json"
 MERGES = "merges.txt"
+SENTENCEPIECE = "tokenizer.model"
 TEMPLATE = "chat_template.jinja"
 TEMPLATES = "additional_chat_templates"
 
@@ -47,6 +48,12 @@ class TokenizerFiles:
         vocab, merges = self.root / VOCAB, self.root / MERGES
         return (vocab, merges) if vocab.is_file() and merges.is_file() else None
 
+    @property
+    def sentencepiece(self) -> Path | None:
+        """The model of SentencePiece, if there is one."""
+        path = self.root / SENTENCEPIECE
+        return path if path.is_file() else None
+
 
 def read_tokenizer_files(root: Path) -> TokenizerFiles:
     """Read the small files of a tokenizer's directory.
@@ -56,9 +63,10 @@ def read_tokenizer_files(root: Path) -> TokenizerFiles:
         TokenizerError: a file is damaged.
     """
     files = TokenizerFiles(root=root, settings=_read(root / SETTINGS))
-    if files.pipeline is None and files.vocabulary is None:
+    if not (files.pipeline or files.vocabulary or files.sentencepiece):
         raise ModelNotFoundError(
-            f"{root} has no tokenizer: looked for {TOKENIZER}, and for {VOCAB} with {MERGES}"
+            f"{root} has no tokenizer: looked for {TOKENIZER}, for {VOCAB} with {MERGES}, and for "
+            f"{SENTENCEPIECE}"
         )
     given = files.settings.pop("added_tokens_decoder", None) or {}
     if not isinstance(given, dict):

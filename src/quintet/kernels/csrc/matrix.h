@@ -214,29 +214,26 @@ struct alignas(64) Group {
 };
 
 template <class T>
-void quantize(const T* x, i64 I, Group* groups) {
-    for (i64 i = 0; i < I; i += GROUP, ++groups) {
-        const i64 n = std::min(GROUP, I - i);
-        F values[GROUP / LANES], most = zero(), sick = zero();
-        for (i64 j = 0; j < GROUP / LANES; ++j) {
-            const i64 left = n - j * LANES;
-            const T* p = x + i + j * LANES;
-            const F v = left >= LANES ? load(p) : left > 0 ? load(p, left) : zero();
-            values[j] = v;
-            most = max(most, max(v, sub(zero(), v)));
-            sick = fma(v, zero(), sick);
-        }
-        // A group of zeros stays one; an infinity or a NaN makes NaN of every product.
-        const float top = largest(most), by = top > 0 ? 32767.0f / top : 0.0f;
-        groups->scale = top / 32767.0f + sum(sick);
-        Words total = no_words();
-        for (i64 j = 0; j < GROUP / LANES; ++j)
-            store_words(groups->values + j * LANES, mul(values[j], all(by)));
-        for (int h = 0; h < 2 * HALVES; ++h)
-            total = pair_products(total, words(groups->values + h * WORDS), ones());
-        total = minus_eight_times(total);
-        std::memcpy(groups->offset, &total, sizeof(total));
+void quantize(const T* x, i64 n, Group* group) {
+    F values[GROUP / LANES], most = zero(), sick = zero();
+    for (i64 j = 0; j < GROUP / LANES; ++j) {
+        const i64 left = n - j * LANES;
+        const T* p = x + j * LANES;
+        const F v = left >= LANES ? load(p) : left > 0 ? load(p, left) : zero();
+        values[j] = v;
+        most = max(most, max(v, sub(zero(), v)));
+        sick = fma(v, zero(), sick);
     }
+    // A group of zeros stays one; an infinity or a NaN makes NaN of every product.
+    const float top = largest(most), by = top > 0 ? 32767.0f / top : 0.0f;
+    group->scale = top / 32767.0f + sum(sick);
+    Words total = no_words();
+    for (i64 j = 0; j < GROUP / LANES; ++j)
+        store_words(group->values + j * LANES, mul(values[j], all(by)));
+    for (int h = 0; h < 2 * HALVES; ++h)
+        total = pair_products(total, words(group->values + h * WORDS), ones());
+    total = minus_eight_times(total);
+    std::memcpy(group->offset, &total, sizeof(total));
 }
 
 inline Words stored(const int32_t* p) {
@@ -405,15 +402,20 @@ struct Int4 {
     }
 };
 
-// What of M vectors (M, I) a matrix multiplies: pointers to them, or their groups.
+// What of M vectors (M, I) a matrix multiplies: pointers to them, or their groups. They are there
+// from the start, or room is made for them, which several threads then fill.
 template <class Matrix>
 struct Inputs;
 
 template <class T>
 struct Inputs<Plain<T>> {
     std::vector<const T*> of;
-    Inputs(const T* x, i64 M, i64, i64 stride) : of(size_t(M)) {
-        for (i64 m = 0; m < M; ++m) of[size_t(m)] = x + m * stride;
+    Inputs(i64 M, i64) : of(size_t(M)) {}
+    Inputs(const T* x, i64 M, i64 I, i64 stride) : of(size_t(M)) { fill(x, M, stride, 0, 1); (void)I; }
+
+    void fill(const T* x, i64 M, i64 stride, i64 thread, i64) {
+        if (thread == 0)
+            for (i64 m = 0; m < M; ++m) of[size_t(m)] = x + m * stride;
     }
 };
 
@@ -421,15 +423,26 @@ struct QuantizedInputs {
     std::vector<Group> groups;
     std::vector<const Group*> of;
 
+    QuantizedInputs(i64 M, i64 I) : groups(size_t(M * count(I))), of(size_t(M)) {
+        for (i64 m = 0; m < M; ++m) of[size_t(m)] = groups.data() + m * count(I);
+    }
     template <class T>
-    QuantizedInputs(const T* x, i64 M, i64 I, i64 stride)
-        : groups(size_t(M * ((I + GROUP - 1) / GROUP))), of(size_t(M)) {
-        const i64 G = (I + GROUP - 1) / GROUP;
-        for (i64 m = 0; m < M; ++m) {
-            quantize(x + m * stride, I, groups.data() + m * G);
-            of[size_t(m)] = groups.data() + m * G;
+    QuantizedInputs(const T* x, i64 M, i64 I, i64) : QuantizedInputs(M, I) {
+        fill(x, M, I, 0, 1);
+    }
+
+    template <class T>
+    void fill(const T* x, i64 M, i64 I, i64 thread, i64 threads) {
+        const i64 G = count(I);
+        const Share mine(M * G, thread, threads);
+        for (i64 at = mine.from; at < mine.to; ++at) {
+            const i64 m = at / G, start = at % G * GROUP;
+            quantize(x + m * I + start, std::min(GROUP, I - start), &groups[size_t(at)]);
         }
     }
+
+  private:
+    static i64 count(i64 I) { return (I + GROUP - 1) / GROUP; }
 };
 template <>
 struct Inputs<Int8> : QuantizedInputs {

@@ -206,7 +206,8 @@ struct Chunk<float> {
 
 // e^x, to a relative 2e-7; 0 and inf beyond float32's range.
 inline F exp_of(F x) {
-    x = min(max(x, all(-87.3f)), all(88.3f));
+    // In this order a NaN comes through both.
+    x = min(all(88.3f), max(all(-87.3f), x));
     F n = floor_of(fma(x, all(1.44269504f), all(0.5f)));
     F r = fma(n, all(-0.693359375f), x);
     r = fma(n, all(2.12194440e-4f), r);

@@ -1,0 +1,116 @@
+"""What a checkpoint holds, from the heads of its files: of a hub id, without its weights."""
+
+import os
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from quintet.checkpoint.header import DTYPES
+from quintet.checkpoint.layout import INDEX, SINGLE, find
+from quintet.checkpoint.reading import Checkpoint
+from quintet.errors import CheckpointError, OfflineError
+from quintet.files import read_json
+from quintet.hub import locate, locate_weights
+
+__all__ = ["Headers", "read_headers"]
+
+
+@dataclass(frozen=True, slots=True)
+class Headers:
+    """What the heads of the files say.
+
+    Attributes:
+        total_bytes: of the data of all tensors.
+        files: how many files there are.
+        dtypes: how many tensors of each dtype; of the first file alone where there are many.
+        local: whether the files are on this machine.
+    """
+
+    total_bytes: int
+    files: int
+    dtypes: Mapping[torch.dtype, int]
+    local: bool
+
+
+def read_headers(
+    name_or_path: str | os.PathLike[str],
+    *,
+    revision: str | None = None,
+    cache_dir: str | os.PathLike[str] | None = None,
+    token: str | bool | None = None,
+    local_files_only: bool = False,
+    subfolder: str = "",
+) -> Headers:
+    """Read the heads of a model's weights, from the hub only what they are long.
+
+    Raises:
+        ModelNotFoundError: no such model.
+        OfflineError: it is not here, and the network is off.
+        CheckpointError: it has no weights in this format, or they are damaged.
+    """
+    try:
+        root = locate_weights(
+            name_or_path,
+            revision=revision,
+            cache_dir=cache_dir,
+            local_files_only=True,
+            subfolder=subfolder,
+        )
+        checkpoint = Checkpoint.open(root)
+    except (OfflineError, CheckpointError):
+        if local_files_only or Path(name_or_path).expanduser().is_dir():
+            raise
+    else:
+        infos = checkpoint.tensors.values()
+        counts = Counter(info.dtype for info in infos)
+        return Headers(checkpoint.total_bytes, len({i.file for i in infos}), counts, local=True)
+    root = locate(
+        name_or_path,
+        (INDEX,),
+        revision=revision,
+        cache_dir=cache_dir,
+        token=token,
+        subfolder=subfolder,
+    )
+    prefix = f"{subfolder.strip('/')}/" if subfolder else ""
+    index = find(root, INDEX)
+    if index is None:
+        size, counts = _remote(os.fspath(name_or_path), prefix + SINGLE, revision, token)
+        return Headers(size, 1, counts, local=False)
+    content = read_json(index)
+    shards = sorted({str(shard) for shard in content.get("weight_map", {}).values()})
+    total = content.get("metadata", {}).get("total_size")
+    if not shards or not isinstance(total, int):
+        raise CheckpointError(f"{index} does not say which files there are and their total_size")
+    _, counts = _remote(os.fspath(name_or_path), prefix + shards[0], revision, token)
+    return Headers(total, len(shards), counts, local=False)
+
+
+def _remote(
+    repository: str, file: str, revision: str | None, token: str | bool | None
+) -> tuple[int, Counter[torch.dtype]]:
+    """Ask the hub for the head of one file; return the bytes of its data and what is in it."""
+    from huggingface_hub import HfApi
+    from huggingface_hub.errors import EntryNotFoundError, SafetensorsParsingError
+
+    try:
+        found = HfApi(token=token).parse_safetensors_file_metadata(
+            repository, file, revision=revision
+        )
+    except EntryNotFoundError as error:
+        raise CheckpointError(
+            f"{repository} has neither {SINGLE} nor {INDEX}; pickled weights are never read"
+        ) from error
+    except SafetensorsParsingError as error:
+        raise CheckpointError(f"{repository}: {file} is damaged ({error})") from error
+    counts: Counter[torch.dtype] = Counter()
+    size = 0
+    for name, tensor in found.tensors.items():
+        if tensor.dtype not in DTYPES:
+            raise CheckpointError(f"{repository}: {name} has the unknown dtype {tensor.dtype!r}")
+        counts[DTYPES[tensor.dtype]] += 1
+        size += tensor.data_offsets[1] - tensor.data_offsets[0]
+    return size, counts

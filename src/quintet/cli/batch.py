@@ -1,0 +1,162 @@
+"""Many prompts from JSON Lines to JSON Lines: one line each, in order, errors in their place."""
+
+import json
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from itertools import islice
+from typing import TYPE_CHECKING, Any, cast
+
+import click
+import torch
+
+from quintet.cli.generate import fitted, how_it_ended
+from quintet.cli.options import LARGEST_SEED, Opened, note
+from quintet.errors import InputError, QuintetError
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from quintet.generation.config import GenerationConfig
+
+__all__ = ["run"]
+
+PROMPTS = ("prompt", "messages")
+
+
+@dataclass(frozen=True, slots=True)
+class Line:
+    """A line of the file: its number from 0, what else it holds, and its ids, or what is wrong."""
+
+    index: int
+    other: dict[str, Any]
+    ids: list[int] | None = None
+    error: QuintetError | None = None
+
+
+def run(
+    opened: Opened,
+    config: "GenerationConfig",
+    lines: Sequence[str],
+    *,
+    seed: int,
+    batch_size: int,
+    quiet: bool,
+) -> None:
+    """Continue each line and print its result; the exit code is 1 if one of them failed.
+
+    A line's text depends on the seed and its number alone, not on what it runs beside.
+    """
+    started, made, failed = time.perf_counter(), 0, 0
+    asked = (_read(opened, index, line) for index, line in enumerate(lines) if line.strip())
+    while group := list(islice(asked, batch_size)):
+        for result in _results(opened, config, group, seed):
+            failed += "error" in result
+            made += result.get("new_tokens", 0)
+            click.echo(json.dumps(result, ensure_ascii=False))
+    seconds = time.perf_counter() - started
+    note(f"{made} tokens in {seconds:.2f} s, {made / seconds:.1f} tokens/s", quiet)
+    if failed:
+        note(f"{failed} lines failed; their errors are in their places", quiet)
+        raise SystemExit(1)
+
+
+def _results(
+    opened: Opened, config: "GenerationConfig", group: Sequence[Line], seed: int
+) -> Iterator[dict[str, Any]]:
+    good = [line for line in group if line.error is None]
+    try:
+        made = _made(opened, config, good, seed)
+        done = {line.index: result for line, result in zip(good, made, strict=True)}
+    except QuintetError:
+        # One of them is to blame: each alone, so that the others are answered.
+        done = {}
+    for line in group:
+        error = line.error
+        if error is None and line.index not in done:
+            try:
+                (done[line.index],) = _made(opened, config, [line], seed)
+            except QuintetError as raised:
+                error = raised
+        if error is not None:
+            told = {"type": type(error).__name__, "message": str(error)}
+            yield {"index": line.index, **line.other, "error": told}
+        else:
+            yield {"index": line.index, **line.other, **done[line.index]}
+
+
+def _made(
+    opened: Opened, config: "GenerationConfig", lines: Sequence[Line], seed: int
+) -> list[dict[str, Any]]:
+    if not lines:
+        return []
+    tokenizer = opened.tokenizer
+    rows = tokenizer.pad(
+        {"input_ids": [line.ids for line in lines]}, padding_side="left", return_tensors="pt"
+    )
+    width = rows["input_ids"].shape[1]
+    config = fitted(opened, config, width)
+    device = opened.model.device
+    output = cast(
+        "Tensor",
+        opened.generator_model.generate(
+            rows,
+            config,
+            tokenizer=tokenizer,
+            generator=[
+                torch.Generator(device).manual_seed((seed + line.index) & LARGEST_SEED)
+                for line in lines
+            ]
+            if config.do_sample
+            else None,
+        ),
+    )
+    results = []
+    for line, row in zip(lines, output[:, width:], strict=True):
+        new = _without_padding(row, config)
+        results.append(
+            {
+                "text": tokenizer.decode(new, skip_special_tokens=True),
+                "finish_reason": how_it_ended(config, new),
+                "prompt_tokens": len(line.ids or ()),
+                "new_tokens": new.numel(),
+            }
+        )
+    return results
+
+
+def _without_padding(row: "Tensor", config: "GenerationConfig") -> "Tensor":
+    """Return a row up to the token that ends it."""
+    ends = [i for i, token in enumerate(row.tolist()) if token in config.eos_token_ids]
+    return row[: ends[0] + 1] if ends else row
+
+
+def _read(opened: Opened, index: int, text: str) -> Line:
+    other: dict[str, Any] = {}
+    try:
+        value = json.loads(text)
+        if isinstance(value, str):
+            value = {"prompt": value}
+        if not isinstance(value, dict) or sum(name in value for name in PROMPTS) != 1:
+            raise InputError("a line has to be a text, or an object with prompt or messages")
+        other = {name: v for name, v in value.items() if name not in PROMPTS}
+        return Line(index, other, _ids(opened, value))
+    except json.JSONDecodeError as error:
+        return Line(index, other, error=InputError(f"the line is not JSON: {error}"))
+    except QuintetError as error:
+        return Line(index, other, error=error)
+
+
+def _ids(opened: Opened, value: dict[str, Any]) -> list[int]:
+    if "messages" in value:
+        ids = opened.tokenizer.apply_chat_template(value["messages"], add_generation_prompt=True)
+    else:
+        if not isinstance(value["prompt"], str):
+            raise InputError(f"the prompt is {value['prompt']!r}; it has to be a text")
+        ids = opened.tokenizer.encode(value["prompt"])
+    if not ids:
+        raise InputError("the prompt is empty")
+    room = opened.model.config.max_position_embeddings
+    if len(ids) >= room:
+        raise InputError(f"the prompt has {len(ids)} tokens and the model's context is {room}")
+    return cast("list[int]", ids)

@@ -1,0 +1,96 @@
+"""`quintet convert`: the same weights in another dtype, in other shards, or as plain numbers."""
+
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import click
+
+from quintet.cli.options import warnings_as_notes
+from quintet.hub import CONFIG_PATTERNS, TOKENIZER_PATTERNS, locate, locate_weights
+
+__all__ = ["command", "run", "writing_options"]
+
+Command = TypeVar("Command", bound=Callable[..., Any])
+
+
+def writing_options(command: Command) -> Command:
+    """Add what `convert` and `quantize` share: where from, where to, and in which pieces."""
+    for decorate in (
+        click.option("--quiet", "-q", is_flag=True, help="Say nothing when it is done."),
+        click.option("--offline", is_flag=True, help="Never use the network."),
+        click.option("--cache-dir", help="Where downloads are kept."),
+        click.option("--revision", help="Branch, tag or commit of a hub id."),
+        click.option(
+            "--max-shard-size",
+            default="5GB",
+            show_default=True,
+            help="The most a file holds, and about what this needs of memory.",
+        ),
+        click.option(
+            "--dtype",
+            default="auto",
+            show_default=True,
+            help="Of what is not quantised; auto is the one the weights have.",
+        ),
+        click.argument("directory", type=click.Path(file_okay=False)),
+        click.argument("model"),
+    ):
+        command = decorate(command)
+    return command
+
+
+@click.command("convert")
+@click.option("--dequantize", is_flag=True, help="Turn quantised weights into plain numbers.")
+@writing_options
+def command(model: str, directory: str, dequantize: bool, **options: Any) -> None:
+    """Write MODEL into DIRECTORY, whole or not at all.
+
+    Names become those of a release, with an entry for each expert. The weights go through one by
+    one, so that a model may be larger than the memory.
+    """
+    run(model, directory, quantize="none" if dequantize else None, config=None, **options)
+
+
+def run(
+    model: str,
+    directory: str,
+    *,
+    quantize: str | None,
+    config: dict[str, Any] | None,
+    dtype: str,
+    max_shard_size: str,
+    revision: str | None,
+    cache_dir: str | None,
+    offline: bool,
+    quiet: bool,
+) -> None:
+    """Convert a model and say on standard error what came of it."""
+    from quintet.conversion import convert
+
+    where: dict[str, Any] = {
+        "revision": revision,
+        "cache_dir": cache_dir,
+        "local_files_only": offline,
+    }
+    locate(model, (*CONFIG_PATTERNS, *TOKENIZER_PATTERNS), **where)
+    root = locate_weights(model, **where)
+    with warnings_as_notes(quiet=quiet):
+        done = convert(
+            root,
+            directory,
+            quantize=quantize,
+            quantization_config=config,
+            dtype=dtype,
+            max_shard_size=max_shard_size,
+        )
+    if not quiet:
+        if done.left_out:
+            names = ", ".join(done.left_out[:5])
+            more = ", …" if len(done.left_out) > 5 else ""
+            click.echo(f"note: left out, as the model has no place for it: {names}{more}", err=True)
+        share = done.written / max(done.read, 1)
+        click.echo(
+            f"{directory}: {done.written:,} bytes of weights, {share:.2f} of the {done.read:,} "
+            f"in {model}",
+            err=True,
+        )

@@ -1,0 +1,48 @@
+"""How commands show facts: a table for people, JSON for programs."""
+
+import json
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import click
+
+__all__ = ["show", "table"]
+
+
+def show(facts: Mapping[str, Any], as_json: bool) -> None:
+    """Print facts, one a line, or as one JSON object."""
+    if as_json:
+        click.echo(json.dumps(facts, indent=2))
+        return
+    width = max(map(len, facts), default=0)
+    for key, value in facts.items():
+        lines = list(value.items()) if isinstance(value, Mapping) else [(None, value)]
+        for number, (name, item) in enumerate(lines):
+            label = key if number == 0 else ""
+            text = _text(item) if name is None else f"{name}: {_text(item)}"
+            click.echo(f"{label:{width}}  {text}".rstrip())
+
+
+def table(rows: Sequence[Mapping[str, Any]], as_json: bool, empty: str) -> None:
+    """Print rows of the same keys, as columns or as a JSON list."""
+    if as_json:
+        click.echo(json.dumps(rows, indent=2))
+        return
+    if not rows:
+        click.echo(empty)
+        return
+    lines = [[key.upper() for key in rows[0]], *([_text(v) for v in row.values()] for row in rows)]
+    widths = [max(len(line[i]) for line in lines) for i in range(len(lines[0]))]
+    for line in lines:
+        padded = (cell.ljust(width) for cell, width in zip(line, widths, strict=True))
+        click.echo("  ".join(padded).rstrip())
+
+
+def _text(value: Any) -> str:
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if isinstance(value, int):
+        return f"{value:,}"
+    if isinstance(value, list | tuple):
+        return ", ".join(map(_text, value))
+    return "-" if value is None else str(value)

@@ -1,0 +1,237 @@
+"""`quintet plan`: whether a model fits, before anything of its weights is fetched."""
+
+import re
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from quintet.cli.output import show
+from quintet.errors import DoesNotFitError, InputError, OfflineError
+
+if TYPE_CHECKING:
+    import torch
+
+    from quintet.configuration import PreTrainedConfig
+    from quintet.modeling.placement import Part
+    from quintet.modeling.sizes import Size
+
+__all__ = ["command"]
+
+DTYPES = ("auto", "bfloat16", "float16", "float32")
+QUANTISED = ("int8", "int4", "nf4", "fp8")
+# How many tokens of a prompt are counted as being worked on at once.
+PROMPT = 512
+HELD = "the files' own quantisation"
+
+
+@click.command("plan")
+@click.argument("model")
+@click.option("--dtype", type=click.Choice(DTYPES), default="auto", show_default=True)
+@click.option("--quantize", type=click.Choice(QUANTISED), help="Hold the weights in fewer bits.")
+@click.option("--context", type=click.IntRange(1), help="Tokens a row.  [default: at most 4096]")
+@click.option("--batch", type=click.IntRange(1), default=1, show_default=True, help="Rows.")
+@click.option(
+    "--memory",
+    multiple=True,
+    help="Of a device, as 24GB or 8x80GB; may be given again.  [default: what this machine has]",
+)
+@click.option("--revision", help="Branch, tag or commit of a hub id.")
+@click.option("--cache-dir", help="Where downloads are kept.")
+@click.option("--offline", is_flag=True, help="Never use the network.")
+@click.option("--json", "as_json", is_flag=True, help="As JSON.")
+def command(
+    model: str,
+    dtype: str,
+    quantize: str | None,
+    context: int | None,
+    batch: int,
+    memory: tuple[str, ...],
+    revision: str | None,
+    cache_dir: str | None,
+    offline: bool,
+    as_json: bool,
+) -> None:
+    """Say whether MODEL fits, at which dtype, context and batch, and lay it out over devices.
+
+    From config.json and the heads of the files: no weights are fetched. Ends with 5 if it does not
+    fit.
+    """
+    from quintet.auto import AutoConfig
+
+    where: dict[str, Any] = {
+        "revision": revision,
+        "cache_dir": cache_dir,
+        "local_files_only": offline,
+    }
+    config = AutoConfig.from_pretrained(model, **where)
+    facts, reason = _plan(
+        config, dtype, quantize, context or min(4096, config.max_position_embeddings), batch, memory
+    )
+    facts = {"model": model, **_files(model, where), **facts}
+    show(facts, as_json)
+    if reason is not None:
+        raise DoesNotFitError(reason)
+
+
+def _plan(
+    config: "PreTrainedConfig",
+    dtype: str,
+    quantize: str | None,
+    context: int,
+    batch: int,
+    memory: tuple[str, ...],
+) -> tuple[dict[str, Any], str | None]:
+    """Return the facts, and why the model does not fit."""
+    import torch
+
+    from quintet.modeling.placement import layout
+
+    held = config.torch_dtype or torch.bfloat16 if dtype == "auto" else getattr(torch, dtype)
+    capacity = _capacity(memory)
+    kept = quantize or _kept(config, next(iter(capacity)), assumed=bool(memory))
+    size = _size(config, held, kept)
+    cache = size.cache_bytes(batch, context, held.itemsize)
+    working = size.working_bytes(batch, min(PROMPT, context), held.itemsize)
+    working += batch * config.vocab_size * 4
+    facts: dict[str, Any] = {
+        "family": config.model_type,
+        "parameters": size.parameters,
+        "active": size.active,
+        "weights": f"{_gb(size.weight_bytes)} in {kept or str(held).removeprefix('torch.')}",
+        "cache": f"{_gb(cache)} for {batch} x {context:,} tokens",
+        "working": f"{_gb(working)}, about",
+        "needed": _gb(size.weight_bytes + cache + working),
+        "memory": {str(device): _gb(room) for device, room in capacity.items()},
+        "bytes": {
+            "weights": size.weight_bytes,
+            "cache": cache,
+            "working": working,
+            "needed": size.weight_bytes + cache + working,
+        },
+    }
+    loaded = _with_cache(size, config, cache)
+    room = {device: max(limit - working, 0) for device, limit in capacity.items()}
+    try:
+        placed = layout(loaded, room, "auto")
+    except DoesNotFitError:
+        facts["fits"] = False
+        total = sum(room.values())
+        facts["instead"] = _instead(config, held, quantize, total, cache) or "nothing smaller fits"
+        return facts, (
+            f"{_gb(size.weight_bytes + cache)} for weights and cache do not fit into {_gb(total)}; "
+            f"{facts['instead']}"
+        )
+    facts["fits"] = True
+    facts["layout"] = {
+        str(device): _devices_share(loaded, [p for p in placed if placed[p] == device])
+        for device in capacity
+        if device in placed.values()
+    }
+    left = sum(room.values()) - size.weight_bytes
+    per_token = size.cache_bytes(batch, 1, held.itemsize) - size.cache_bytes(
+        batch, 0, held.itemsize
+    )
+    if per_token:
+        most = min(config.max_position_embeddings, left // per_token)
+        facts["longest context"] = f"{most:,} tokens a row"
+    return facts, None
+
+
+def _kept(config: "PreTrainedConfig", device: "torch.device", assumed: bool) -> str | None:
+    """Return what a quantised model stays quantised as on a device; None for plain numbers.
+
+    Of a device that is only `assumed`, the best is.
+    """
+    from quintet.quantization.config import FineGrainedFP8Config, read
+    from quintet.quantization.request import requested
+
+    settings = vars(config).get("quantization_config")
+    if not settings:
+        return None
+    if assumed and isinstance(read(settings), FineGrainedFP8Config):
+        return "fp8"
+    target = requested(settings, None, None, device).target
+    return None if target is None else HELD
+
+
+def _size(config: "PreTrainedConfig", dtype: "torch.dtype", held: str | None) -> "Size":
+    """Measure a model held in one of QUANTISED, as its config says (HELD), or as plain numbers."""
+    from quintet.auto import family
+    from quintet.modeling.sizes import measure
+    from quintet.modeling.skeleton import skeleton
+    from quintet.quantization.config import read
+    from quintet.quantization.request import SHORT
+
+    model = skeleton(family(config.model_type).find("ForCausalLM"), config)
+    if held is None:
+        return measure(model, dtype)
+    wish = read(vars(config)["quantization_config"]) if held == HELD else SHORT[held]
+    return measure(model, dtype, None if wish is None else wish.scheme())
+
+
+def _with_cache(size: "Size", config: "PreTrainedConfig", cache: int) -> "list[Part]":
+    """Add to each layer its share of the cache, which lies with it."""
+    from quintet.modeling.placement import Part
+
+    layers = [p.path for p in size.parts if re.search(r"layers\.\d+$", p.path)]
+    layers = layers[: config.num_hidden_layers]
+    each = cache // max(len(layers), 1)
+    return [Part(p.path, p.nbytes + (each if p.path in layers else 0)) for p in size.parts]
+
+
+def _devices_share(loaded: "list[Part]", paths: list[str]) -> str:
+    held = sum(part.nbytes for part in loaded if part.path in paths)
+    layers = [int(path.rpartition(".")[2]) for path in paths if re.search(r"\.\d+$", path)]
+    names = [path.rpartition(".")[2] for path in paths if not re.search(r"\.\d+$", path)]
+    spread = f"layers {min(layers)} to {max(layers)}" if layers else ""
+    return f"{_gb(held)}: {', '.join(filter(None, [spread, *names]))}"
+
+
+def _instead(
+    config: "PreTrainedConfig", dtype: "torch.dtype", quantize: str | None, room: int, cache: int
+) -> str | None:
+    """Name the least rounding at which the model fits."""
+    tried = (None, *QUANTISED).index(quantize) if quantize in QUANTISED else 0
+    for wish in ("int8", "int4")[min(tried, 2) :]:
+        if _size(config, dtype, wish).weight_bytes + cache <= room:
+            return f"it would with --quantize {wish}"
+    return None
+
+
+def _capacity(memory: tuple[str, ...]) -> "dict[torch.device, int]":
+    import torch
+
+    from quintet.checkpoint import parse_size
+    from quintet.modeling.placement import host_memory
+
+    if not memory:
+        if torch.cuda.is_available():
+            return {
+                torch.device("cuda", index): torch.cuda.mem_get_info(index)[0]
+                for index in range(torch.cuda.device_count())
+            }
+        return {torch.device("cpu"): host_memory()}
+    sizes = []
+    for text in memory:
+        count, _, size = text.rpartition("x")
+        if count and not re.fullmatch(r"[1-9]\d{0,3}", count):
+            raise InputError(f"--memory {text!r} has to be a size such as 24GB, or 8x80GB")
+        sizes += [parse_size(size)] * int(count or 1)
+    return {torch.device("cuda", index): size for index, size in enumerate(sizes)}
+
+
+def _files(model: str, where: dict[str, Any]) -> dict[str, Any]:
+    """Say what would have to be fetched."""
+    from quintet.checkpoint.remote import read_headers
+    from quintet.errors import CheckpointError
+
+    try:
+        headers = read_headers(model, **where)
+    except (CheckpointError, OfflineError) as error:
+        return {"files": f"no weights seen ({str(error).splitlines()[0]})"}
+    state = "here" if headers.local else "to fetch"
+    return {"files": f"{_gb(headers.total_bytes)} in {headers.files} file(s), {state}"}
+
+
+def _gb(size: int) -> str:
+    return f"{size / 1e9:.2f} GB" if size >= 10_000_000 else f"{size / 1e6:.2f} MB"

@@ -1,0 +1,37 @@
+"""`quintet quantize`: a model's weights in fewer bits, written as a checkpoint."""
+
+from typing import Any
+
+import click
+
+from quintet.cli.convert import run, writing_options
+
+__all__ = ["command"]
+
+METHODS = ("int8", "int4", "nf4", "fp8")
+
+
+@click.command("quantize")
+@click.option("--to", "method", type=click.Choice(METHODS), default="int8", show_default=True)
+@click.option(
+    "--keep",
+    multiple=True,
+    help="A module to leave as it is, for example lm_head; may be given several times.",
+)
+@writing_options
+def command(model: str, directory: str, method: str, keep: tuple[str, ...], **options: Any) -> None:
+    """Write MODEL in fewer bits into DIRECTORY, whole or not at all.
+
+    Experts and prediction layers are quantised too. int8 and int4 are Quintet's own; nf4 is what
+    bitsandbytes has, and fp8 what DeepSeek-V3 is released in. The weights go through one by one,
+    so that a model may be larger than the memory.
+    """
+    if not keep:
+        run(model, directory, quantize=method, config=None, **options)
+        return
+    from quintet.quantization.request import SHORT
+
+    chosen = SHORT[method]
+    assert chosen is not None
+    key = "llm_int8_skip_modules" if method == "nf4" else "modules_to_not_convert"
+    run(model, directory, quantize=None, config={**chosen.to_dict(), key: list(keep)}, **options)

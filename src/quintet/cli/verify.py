@@ -1,0 +1,213 @@
+"""`quintet verify`: whether the files of a model are whole, and belong together."""
+
+import hashlib
+import re
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from quintet.cli.output import show
+from quintet.errors import CheckpointError, InputError, QuintetError, listed
+from quintet.hub import CONFIG_PATTERNS, locate, locate_weights
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from quintet.checkpoint import Checkpoint
+
+__all__ = ["command"]
+
+# How many numbers are looked at together.
+SLICE = 1 << 24
+_SHA256 = re.compile(r"[0-9a-f]{64}")
+
+
+@click.command("verify")
+@click.argument("model")
+@click.option("--variant", help="Which weights, where there are several: fp16, …")
+@click.option(
+    "--hashes", type=click.Path(dir_okay=False), help="What sha256sum wrote of the files."
+)
+@click.option("--quick", is_flag=True, help="Names and sizes alone; read no data.")
+@click.option("--revision", help="Branch, tag or commit of a hub id.")
+@click.option("--cache-dir", help="Where downloads are kept.")
+@click.option("--json", "as_json", is_flag=True, help="As JSON.")
+def command(
+    model: str,
+    variant: str | None,
+    hashes: str | None,
+    quick: bool,
+    revision: str | None,
+    cache_dir: str | None,
+    as_json: bool,
+) -> None:
+    """Check a directory, or a hub id that has been downloaded.
+
+    Files that are whole, tensors of the names and shapes that config.json asks for, numbers that
+    are finite, a tokenizer that fits; and the files' SHA-256, where the hub cache or --hashes says
+    what it has to be. Ends with 4 if something is wrong, and names all of it.
+    """
+    where: dict[str, Any] = {
+        "revision": revision,
+        "cache_dir": cache_dir,
+        "local_files_only": True,
+    }
+    locate(model, CONFIG_PATTERNS, **where)
+    root = locate_weights(model, variant, **where)
+    expected = _expected_hashes(root, hashes)
+    problems: list[str] = []
+    facts: dict[str, Any] = {"model": model, "directory": str(root)}
+    try:
+        facts |= _weights(root, variant, quick, problems)
+    except QuintetError as error:
+        problems.append(str(error))
+    facts["hashes"] = "not read" if quick else _hashes(root, expected, problems)
+    _tokenizer(root, problems)
+    facts["problems"] = problems
+    facts["ok"] = not problems
+    show({key: value for key, value in facts.items() if key != "problems" or as_json}, as_json)
+    if problems:
+        raise CheckpointError(f"{model}: {len(problems)} problem(s)\n{listed(problems, 50)}")
+
+
+def _weights(root: Path, variant: str | None, quick: bool, problems: list[str]) -> dict[str, Any]:
+    from quintet.auto import AutoConfig, family
+    from quintet.checkpoint import Checkpoint
+    from quintet.modeling.naming import name_tensors
+    from quintet.modeling.skeleton import skeleton
+    from quintet.quantization.config import read
+
+    config = AutoConfig.from_pretrained(root)
+    checkpoint = Checkpoint.open(root, variant=variant)
+    settings = vars(config).get("quantization_config")
+    naming = name_tensors(
+        skeleton(_class(family(config.model_type), config.architectures), config),
+        checkpoint.tensors,
+        held_as=read(settings) if settings else None,
+    )
+    try:
+        naming.difference.raise_if_incomplete(str(root))
+    except CheckpointError as error:
+        problems.append(str(error))
+    problems += [f"{name} is no tensor of this model" for name in naming.lost]
+    if not quick:
+        problems += _not_finite(checkpoint)
+        problems += _aliases(checkpoint, naming.aliases)
+    return {
+        "family": config.model_type,
+        "tensors": len(checkpoint.tensors),
+        "bytes": checkpoint.total_bytes,
+        "files": len({info.file for info in checkpoint.tensors.values()}),
+    }
+
+
+def _class(found: Any, architectures: list[str] | None) -> Any:
+    """Return the class that was saved, a language model where that is not said."""
+    for name in architectures or []:
+        suffix = name.removeprefix(found.prefix)
+        if suffix != name and suffix in (
+            *("Model", "ForCausalLM", "ForSequenceClassification"),
+            *("ForTokenClassification", "ForQuestionAnswering"),
+        ):
+            return found.find(suffix)
+    return found.find("ForCausalLM")
+
+
+def _not_finite(checkpoint: "Checkpoint") -> Iterator[str]:
+    for name, tensor in checkpoint.read(checkpoint.tensors):
+        if tensor.is_floating_point() and (count := _count_not_finite(tensor)):
+            file = checkpoint.tensors[name].file.name
+            yield f"{file}: {name} has {count:,} numbers that are not finite"
+        checkpoint.forget(name)
+
+
+def _count_not_finite(tensor: "Tensor") -> int:
+    import torch
+
+    count = 0
+    for part in torch.split(tensor.reshape(-1), SLICE):
+        # Numbers of one byte have no such test.
+        numbers = part.to(torch.float32) if part.dtype.itemsize == 1 else part
+        count += int((~torch.isfinite(numbers)).sum())
+    return count
+
+
+def _aliases(checkpoint: "Checkpoint", aliases: Mapping[str, str]) -> Iterator[str]:
+    from quintet.modeling.filling import identical
+
+    for second, first in aliases.items():
+        pair = dict(checkpoint.read([first, second]))
+        if not identical(pair[first], pair[second]):
+            yield f"{second} and {first} are one tensor of the model, with different values"
+
+
+def _tokenizer(root: Path, problems: list[str]) -> None:
+    from quintet.auto import AutoConfig, AutoTokenizer
+    from quintet.errors import ModelNotFoundError
+
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(root)
+        vocab_size = AutoConfig.from_pretrained(root).vocab_size
+    except ModelNotFoundError:
+        return
+    except QuintetError as error:
+        problems.append(str(error))
+        return
+    largest = max(tokenizer.get_vocab().values(), default=0)
+    if largest >= vocab_size:
+        problems.append(
+            f"the tokenizer has the id {largest}, and the model a vocabulary of {vocab_size}"
+        )
+
+
+def _expected_hashes(root: Path, hashes: str | None) -> dict[str, str]:
+    """Return what is known of the files' hashes: from a list, or from the hub's own notes."""
+    if hashes is not None:
+        return _listed_hashes(Path(hashes))
+    found = {}
+    for path in sorted(root.glob("*.safetensors")):
+        # In the hub cache, a file is a link to a blob that is named by its hash.
+        blob = path.resolve().name
+        note = root / ".cache" / "huggingface" / "download" / f"{path.name}.metadata"
+        if _SHA256.fullmatch(blob):
+            found[path.name] = blob
+        elif note.is_file():
+            _, etag, *_ = [*note.read_text(encoding="utf-8", errors="replace").split(), "", ""]
+            if _SHA256.fullmatch(etag):
+                found[path.name] = etag
+    return found
+
+
+def _listed_hashes(path: Path) -> dict[str, str]:
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"--hashes {path} cannot be read: {error}") from error
+    found = {}
+    for line in filter(str.strip, lines):
+        match = re.fullmatch(r"([0-9a-fA-F]{64})[ \t]+\*?(?:\./)?([^/\\]+)", line.strip())
+        if match is None:
+            raise InputError(
+                f"--hashes {path}: {line[:80]!r} has to be a SHA-256 and the name of a file, as "
+                "sha256sum writes them"
+            )
+        found[match[2]] = match[1].lower()
+    return found
+
+
+def _hashes(root: Path, expected: Mapping[str, str], problems: list[str]) -> str:
+    right = 0
+    for name, wanted in sorted(expected.items()):
+        path = root / name
+        if not path.is_file():
+            problems.append(f"{name} is not there, and has a hash")
+            continue
+        with path.open("rb") as file:
+            found = hashlib.file_digest(file, "sha256").hexdigest()
+        if found == wanted:
+            right += 1
+        else:
+            problems.append(f"{name} has the SHA-256 {found}, expected {wanted}")
+    return f"{right} of {len(expected)} right" if expected else "none known"

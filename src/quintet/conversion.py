@@ -1,0 +1,180 @@
+"""A checkpoint becomes another: quantised, dequantised, of another dtype, in other shards.
+
+Tensors go through one by one, so that no more than those of one file are in memory.
+"""
+
+import os
+import shutil
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from quintet.auto import AutoConfig, family
+from quintet.checkpoint import Checkpoint, Piece, pieces, save_stream
+from quintet.configuration.base import CONFIG_NAME
+from quintet.errors import InputError
+from quintet.generation.config import GENERATION_CONFIG_NAME
+from quintet.hub import TOKENIZER_PATTERNS
+from quintet.modeling.base import PreTrainedModel
+from quintet.modeling.naming import Naming, name_tensors
+from quintet.modeling.placement import named_dtype
+from quintet.modeling.progress import Progress
+from quintet.modeling.skeleton import skeleton
+from quintet.quantization import (
+    Encoded,
+    QuantizationConfig,
+    Request,
+    Slot,
+    cut,
+    read,
+    requested,
+)
+
+__all__ = ["Converted", "convert"]
+
+
+@dataclass(frozen=True, slots=True)
+class Converted:
+    """What a conversion did.
+
+    Attributes:
+        read: bytes of weights that were read.
+        written: bytes of weights that were written.
+        left_out: tensors of the source that the model has no place for.
+    """
+
+    read: int
+    written: int
+    left_out: tuple[str, ...]
+
+
+def convert(
+    source: str | os.PathLike[str],
+    target: str | os.PathLike[str],
+    *,
+    quantize: str | None = None,
+    quantization_config: QuantizationConfig | Mapping[str, Any] | None = None,
+    dtype: str | torch.dtype = "auto",
+    max_shard_size: int | str = "5GB",
+) -> Converted:
+    """Write the model in directory `source` into directory `target`, whole or not at all.
+
+    Names become those of a release: with the prefix of the class that was saved, and an entry for
+    each expert, however the source has them.
+
+    Args:
+        quantize: as in `from_pretrained`; None leaves a quantised model as it is.
+        quantization_config: the same with options.
+        dtype: of what is not quantised; "auto" is the one of the source.
+
+    Raises:
+        InputError: source and target are one directory, or an option does not exist.
+        CheckpointError: the source is damaged, or a weight in it is not finite.
+        SaveError: writing failed; what was in `target` before is untouched.
+    """
+    root, target = Path(source), Path(target)
+    if target.exists() and root.samefile(target):
+        raise InputError(f"{target} is the source itself; write into another directory")
+    config = AutoConfig.from_pretrained(root)
+    checkpoint = Checkpoint.open(root)
+    found = family(config.model_type)
+    suffix = _suffix(config.architectures, found.prefix)
+    model = skeleton(found.find(suffix), config)
+    # Not a device that multiplies FP8 but a file is written to: it may stay as it is.
+    held = vars(config).get("quantization_config")
+    asked = held if quantize is None and quantization_config is None else quantization_config
+    request = requested(held, quantize, asked, torch.device("cpu"))
+    naming = name_tensors(model, checkpoint.tensors, held_as=request.source)
+    naming.difference.raise_if_incomplete(str(root))
+    kept = config.torch_dtype or torch.bfloat16 if dtype == "auto" else named_dtype(dtype)
+    weights = _Weights(model, naming, checkpoint, request, kept)
+
+    config.architectures = [type(model).__name__]
+    config.dtype = str(kept).removeprefix("torch.")
+    vars(config).pop("quantization_config", None)
+    if request.target is not None:
+        vars(config)["quantization_config"] = request.target.to_dict()
+    texts = {CONFIG_NAME: config.to_json_string()}
+    if (root / GENERATION_CONFIG_NAME).is_file():
+        texts[GENERATION_CONFIG_NAME] = (root / GENERATION_CONFIG_NAME).read_text("utf-8")
+    save_stream(target, weights.stream(), max_shard_size=max_shard_size, text_files=texts)
+    for pattern in TOKENIZER_PATTERNS:
+        for path in sorted(root.glob(pattern)):
+            if path.is_file() and path.name not in texts:
+                shutil.copyfile(path, target / path.name)
+    return Converted(weights.read, weights.written, tuple(naming.lost))
+
+
+@dataclass(slots=True)
+class _Weights:
+    """The tensors of a model on their way from one checkpoint into another."""
+
+    model: PreTrainedModel
+    naming: Naming
+    checkpoint: Checkpoint
+    request: Request
+    dtype: torch.dtype
+    read: int = 0
+    written: int = 0
+
+    def stream(self) -> Iterator[tuple[str, Tensor]]:
+        """Yield the tensors of the new checkpoint by their names there."""
+        rules = self.model.weight_rules
+        shapes = {name: tuple(tensor.shape) for name, tensor in self.model.state_dict().items()}
+        slots: dict[str, Slot] = {}
+        if (scheme := self.request.scheme) is not None:
+            slots = self.model.quantize_modules(scheme, self.dtype)
+        sizes = {
+            name: sum(self.checkpoint.tensors[file].nbytes for file, _ in one.files.values())
+            for name, one in self.naming.stored.items()
+        }
+        progress = Progress("converting", sum(sizes.values()))
+        try:
+            for in_file, weight in read(self.checkpoint, self.naming.stored):
+                name, piece = self.naming.wanted[in_file]
+                for to in pieces(name, shapes[name], rules):
+                    if piece.place is None or piece.place == to.place:
+                        part = _part(weight, piece, to)
+                        for named in self._converted(part, to, slots.get(name), in_file):
+                            self.written += named[1].nbytes
+                            yield named
+                self.read += sizes[in_file]
+                progress.add(sizes[in_file])
+        finally:
+            progress.close()
+
+    def _converted(
+        self, weight: Tensor | Encoded, to: Piece, slot: Slot | None, source: str
+    ) -> Iterator[tuple[str, Tensor]]:
+        if slot is not None:
+            weight_format = slot.module.format
+            parts = slot.encoded(weight, source)
+            yield from weight_format.pack(to.name, parts, to.shape, self.dtype).items()
+            return
+        exact = to.name.endswith(self.model.keep_in_fp32)
+        dtype = torch.float32 if exact else self.dtype
+        plain = weight.decode(dtype) if isinstance(weight, Encoded) else weight
+        yield to.name, plain.to(dtype) if plain.is_floating_point() else plain
+
+
+def _part(weight: Tensor | Encoded, piece: Piece, to: Piece) -> Tensor | Encoded:
+    """Return what of a tensor of the source is one tensor of a release."""
+    if to.place is None or piece.place is not None:
+        return weight
+    expert, rows = to.place
+    whole: Tensor | Encoded
+    whole = weight[expert] if isinstance(weight, Tensor) else weight.slice(expert)
+    height = to.shape[0]
+    return cut(whole, to.shape, whole.shape[0] // height)[int(rows.start) // height]
+
+
+def _suffix(architectures: list[str] | None, prefix: str) -> str:
+    """Return which head a checkpoint was saved with."""
+    for name in architectures or ():
+        if name.startswith(prefix):
+            return name.removeprefix(prefix)
+    return "ForCausalLM"

@@ -1,0 +1,194 @@
+"""A `tokenizer.model` of SentencePiece becomes a pipeline of `tokenizers`.
+
+Such a file is a message in the wire format of protocol buffers. Of its pieces, type and score say
+what they are: a BPE model merges the pair first whose piece has the best score.
+"""
+
+import struct
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
+
+from quintet.errors import TokenizerError
+
+__all__ = ["read_sentencepiece"]
+
+# A vocabulary of a million pieces is about 30 MB.
+MAX_BYTES = 256 * 1024 * 1024
+SPACE = "▁"
+# Kinds of pieces, and of models.
+CONTROL, USER_DEFINED, BYTE = 3, 4, 6
+UNIGRAM, BPE = 1, 2
+
+Value = int | bytes
+
+
+@dataclass(frozen=True, slots=True)
+class _Piece:
+    text: str
+    score: float
+    kind: int
+
+
+@dataclass(frozen=True, slots=True)
+class _Model:
+    pieces: list[_Piece]
+    kind: int
+    unknown: int
+    charsmap: bytes
+    prefix: bool
+    squeezes: bool
+
+
+def read_sentencepiece(path: Path, *, add_prefix_space: bool | None = None) -> Tokenizer:
+    """Read a `tokenizer.model` of the kinds BPE and unigram.
+
+    Control pieces and what users defined become added tokens. `add_prefix_space` is in place of
+    what the file says.
+
+    Raises:
+        TokenizerError: the file is damaged, or a model of words or characters.
+    """
+    try:
+        if path.stat().st_size > MAX_BYTES:
+            raise TokenizerError(f"{path} is larger than the limit of {MAX_BYTES} bytes")
+        model = _parse(path.read_bytes())
+    except (ValueError, OSError) as error:
+        if isinstance(error, TokenizerError):
+            raise
+        raise TokenizerError(f"{path} is not a SentencePiece model ({error})") from error
+    if model.kind not in (UNIGRAM, BPE):
+        raise TokenizerError(f"{path} is a SentencePiece model of words or characters, not of BPE")
+    prefix = model.prefix if add_prefix_space is None else add_prefix_space
+    try:
+        pipeline = Tokenizer(_vocabulary(model))
+    # The library raises bare Exception, with the reason as its message.
+    except Exception as error:
+        raise TokenizerError(f"{path} is not a usable SentencePiece model ({error})") from error
+    steps: list[normalizers.Normalizer] = []
+    if model.charsmap:
+        steps.append(normalizers.Precompiled(model.charsmap))
+    if model.squeezes:
+        steps += [normalizers.Strip(), normalizers.Replace(Regex(" {2,}"), " ")]
+    if prefix:
+        # Metaspace puts no space before one that is there; SentencePiece does.
+        steps.append(normalizers.Replace(Regex(r"\A "), "  "))
+    if steps:
+        pipeline.normalizer = normalizers.Sequence(steps)
+    # What is first, Metaspace tells by its place, which stripping moves.
+    scheme = "never" if not prefix else "always" if model.squeezes else "first"
+    pipeline.pre_tokenizer = pre_tokenizers.Metaspace(
+        replacement=SPACE, prepend_scheme=scheme, split=False
+    )
+    pipeline.decoder = decoders.Sequence(
+        [
+            decoders.Replace(SPACE, " "),
+            decoders.ByteFallback(),
+            decoders.Fuse(),
+            *([decoders.Strip(content=" ", left=1, right=0)] if prefix else []),
+        ]
+    )
+    for piece in model.pieces:
+        if piece.kind in (CONTROL, USER_DEFINED):
+            token = AddedToken(piece.text, normalized=False, special=piece.kind == CONTROL)
+            pipeline.add_tokens([token])
+    return pipeline
+
+
+def _vocabulary(model: _Model) -> models.Model:
+    bytewise = any(piece.kind == BYTE for piece in model.pieces)
+    if model.kind == UNIGRAM:
+        scores = [(piece.text, piece.score) for piece in model.pieces]
+        return models.Unigram(scores, model.unknown, bytewise)
+    return models.BPE(
+        vocab={piece.text: index for index, piece in enumerate(model.pieces)},
+        merges=_merges(model.pieces),
+        unk_token=model.pieces[model.unknown].text,
+        fuse_unk=True,
+        byte_fallback=bytewise,
+    )
+
+
+def _merges(pieces: list[_Piece]) -> list[tuple[str, str]]:
+    """Return the pairs that make a piece, the best piece first; every way to part it counts."""
+    texts = {piece.text for piece in pieces}
+    usual = [piece for piece in pieces if piece.kind not in (CONTROL, USER_DEFINED, BYTE)]
+    # Sorting keeps the order of pieces with the same score.
+    return [
+        (piece.text[:at], piece.text[at:])
+        for piece in sorted(usual, key=lambda piece: -piece.score)
+        for at in range(1, len(piece.text))
+        if piece.text[:at] in texts and piece.text[at:] in texts
+    ]
+
+
+def _parse(raw: bytes) -> _Model:
+    pieces: list[_Piece] = []
+    trainer: dict[int, Value] = {}
+    normalizer: dict[int, Value] = {}
+    for field, value in _fields(raw):
+        if field == 1 and isinstance(value, bytes):
+            pieces.append(_piece(dict(_fields(value))))
+        elif field == 2 and isinstance(value, bytes):
+            trainer = dict(_fields(value))
+        elif field == 3 and isinstance(value, bytes):
+            normalizer = dict(_fields(value))
+    unknown = trainer.get(40, 0)
+    if not pieces or not isinstance(unknown, int) or unknown >= len(pieces):
+        raise ValueError("it has no pieces, or no piece for what is unknown")
+    if len({piece.text for piece in pieces}) < len(pieces):
+        raise ValueError("a piece is there twice")
+    charsmap = normalizer.get(2, b"")
+    return _Model(
+        pieces,
+        kind=int(trainer.get(3, UNIGRAM)),
+        unknown=unknown,
+        charsmap=charsmap if isinstance(charsmap, bytes) else b"",
+        prefix=bool(normalizer.get(3, 1)),
+        squeezes=bool(normalizer.get(4, 1)),
+    )
+
+
+def _piece(fields: dict[int, Value]) -> _Piece:
+    text, score, kind = fields.get(1, b""), fields.get(2, bytes(4)), fields.get(3, 1)
+    if not isinstance(text, bytes) or not isinstance(score, bytes) or len(score) != 4:
+        raise ValueError("a piece has no text and score")
+    if not isinstance(kind, int) or not text:
+        raise ValueError("a piece has no text")
+    return _Piece(text.decode(), struct.unpack("<f", score)[0], kind)
+
+
+def _fields(raw: bytes) -> Iterator[tuple[int, Value]]:
+    """Yield the fields of a message: numbers, and the bytes of all else."""
+    at = 0
+    while at < len(raw):
+        tag, at = _varint(raw, at)
+        kind = tag & 7
+        if kind == 0:
+            value: Value
+            value, at = _varint(raw, at)
+        else:
+            size = 4 if kind == 5 else 8
+            if kind == 2:
+                size, at = _varint(raw, at)
+            elif kind not in (1, 5):
+                raise ValueError(f"field {tag >> 3} is of the unknown kind {kind}")
+            if at + size > len(raw):
+                raise ValueError(f"field {tag >> 3} ends behind the end of the file")
+            value, at = raw[at : at + size], at + size
+        yield tag >> 3, value
+
+
+def _varint(raw: bytes, at: int) -> tuple[int, int]:
+    value = 0
+    for shift in range(0, 70, 7):
+        if at >= len(raw):
+            raise ValueError("it ends within a number")
+        byte = raw[at]
+        at += 1
+        value |= (byte & 127) << shift
+        if byte < 128:
+            return value, at
+    raise ValueError("a number is too long")

@@ -1,0 +1,146 @@
+"""`quintet plan`: sizes from config.json alone, layouts, and exit code 5."""
+
+import itertools
+import json
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from conformance.families import FAMILIES, Family
+from quintet.modeling.sizes import measure
+from quintet.modeling.skeleton import skeleton
+
+each_family = pytest.mark.parametrize("family", FAMILIES, ids=str)
+# DeepSeek-V3 as released.
+V3 = {
+    "model_type": "deepseek_v3",
+    "hidden_size": 7168,
+    "intermediate_size": 18432,
+    "moe_intermediate_size": 2048,
+    "num_hidden_layers": 61,
+    "num_attention_heads": 128,
+    "num_key_value_heads": 128,
+    "n_routed_experts": 256,
+    "num_experts_per_tok": 8,
+    "first_k_dense_replace": 3,
+    "kv_lora_rank": 512,
+    "q_lora_rank": 1536,
+    "vocab_size": 129280,
+    "max_position_embeddings": 163840,
+    "num_nextn_predict_layers": 1,
+    "torch_dtype": "bfloat16",
+    "quantization_config": {"quant_method": "fp8", "weight_block_size": [128, 128]},
+}
+
+
+@pytest.fixture
+def v3(tmp_path: Path) -> Path:
+    (tmp_path / "config.json").write_text(json.dumps(V3))
+    return tmp_path
+
+
+def planned(quintet: Any, *arguments: object, code: int = 0) -> Any:
+    result = quintet("plan", *arguments, "--json")
+    assert result.code == code, result.err
+    return json.loads(result.out)
+
+
+# -- sizes -----------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+@each_family
+def test_the_cache_is_as_large_as_it_says(family: Family) -> None:
+    model = family.model_of()
+    size = measure(model, torch.float32)
+    ids = torch.arange(2 * 7).reshape(2, 7) + 3
+    cache = model(ids, use_cache=True).past_key_values
+    held = sum(x.numel() for slot in cache.layers if slot is not None for x in slot.content(7))
+    assert held == 2 * 7 * size.cache_per_token
+    states = sum(slot.nbytes for slot in cache.states if slot is not None)
+    assert states == 2 * 4 * size.state_per_row
+
+
+@each_family
+def test_a_skeleton_weighs_what_the_model_does(family: Family) -> None:
+    model = family.model_of()
+    bare = skeleton(type(model), model.config)
+    assert all(p.is_meta for p in bare.parameters())
+    size = measure(bare, torch.float32)
+    assert size.parameters == model.num_parameters()
+    weights = sum(t.nbytes for t in {id(t): t for t in model.state_dict().values()}.values())
+    aliases = sum(model.state_dict()[name].nbytes for name in model.tied_names())
+    buffer = model.model.rotary_emb.inv_freq.nbytes
+    assert size.weight_bytes == weights - aliases + buffer
+    routed = any(family.routes(model.config))
+    assert (size.active < size.parameters) == routed
+
+
+def test_active_parameters_are_those_that_a_token_meets(v3: Path, quintet: Any) -> None:
+    facts = planned(quintet, v3, "--memory", "8x141GB")
+    # 671 billion and the prediction layer's 11.6; 37 as the paper counts, with the embedding.
+    assert 682.5e9 < facts["parameters"] < 682.7e9
+    assert 37.4e9 < facts["active"] < 37.7e9
+
+
+# -- plans -----------------------------------------------------------------------------------
+
+
+def test_a_released_v3_is_laid_out_from_its_config_alone(v3: Path, quintet: Any) -> None:
+    started = time.process_time()
+    facts = planned(quintet, v3, "--memory", "8x141GB", "--context", 32768, "--batch", 4)
+    assert time.process_time() - started < 5
+    assert facts["fits"] is True
+    assert "in fp8" in facts["weights"]
+    assert facts["bytes"]["cache"] == 4 * 32768 * 61 * 576 * 2
+    assert 680e9 < facts["bytes"]["weights"] < 690e9
+    layers = [text.split("layers ")[1].split(",")[0] for text in facts["layout"].values()]
+    spans = [tuple(map(int, text.split(" to "))) for text in layers]
+    assert spans[0][0] == 0
+    assert spans[-1][1] == 61, "the prediction layer, too"
+    assert all(first[1] + 1 == second[0] for first, second in itertools.pairwise(spans))
+    assert "no weights seen" in facts["files"]
+
+
+def test_what_does_not_fit_ends_with_five_and_says_what_would(v3: Path, quintet: Any) -> None:
+    result = quintet("plan", v3, "--memory", "4x141GB", "--dtype", "bfloat16", "--json")
+    facts = json.loads(result.out)
+    assert (result.code, facts["fits"]) == (5, False)
+    assert facts["instead"] == "it would with --quantize int4"
+    assert "do not fit into" in result.err
+    assert result.is_one_screen
+    assert planned(quintet, v3, "--memory", "4x141GB", "--quantize", "int4")["fits"] is True
+
+
+def test_a_longer_context_and_more_rows_need_more(chat_model: Path, quintet: Any) -> None:
+    short = planned(quintet, chat_model, "--context", 10)["bytes"]
+    long = planned(quintet, chat_model, "--context", 20, "--batch", 3)["bytes"]
+    assert long["cache"] == 6 * short["cache"]
+    assert long["weights"] == short["weights"]
+    half = planned(quintet, chat_model, "--dtype", "bfloat16", "--context", 10)["bytes"]
+    assert 2 * half["cache"] == short["cache"]
+
+
+def test_the_longest_context_is_what_is_left(chat_model: Path, quintet: Any) -> None:
+    facts = planned(quintet, chat_model, "--memory", "20MB", "--context", 8)
+    assert facts["longest context"] == "256 tokens a row"
+    assert facts["files"].endswith("here")
+
+
+@pytest.mark.parametrize("memory", ["much", "yx80GB", "0x80GB", "-3GB"])
+def test_a_memory_that_is_none_is_refused(chat_model: Path, quintet: Any, memory: str) -> None:
+    result = quintet("plan", chat_model, f"--memory={memory}")
+    assert result.code == 2
+    assert result.is_one_screen
+
+
+def test_the_table(chat_model: Path, quintet: Any) -> None:
+    result = quintet("plan", chat_model)
+    assert result.code == 0
+    assert "\x1b" not in result.out
+    lines = result.out.splitlines()
+    assert lines[0].split() == ["model", str(chat_model)]
+    assert any(line.startswith("layout") and "layers 0 to 1" in line for line in lines)

@@ -1,0 +1,55 @@
+"""`quintet quantize` and `quintet convert`: checkpoints that load, and say what they are."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from quintet import AutoModelForCausalLM, AutoTokenizer
+
+
+def test_a_quantised_copy_talks(quintet: Any, chat_model: Path, tmp_path: Path) -> None:
+    out = tmp_path / "int8"
+    result = quintet("quantize", chat_model, out)
+    assert (result.code, result.out) == (0, "")
+    assert "bytes of weights" in result.err
+    settings = json.loads((out / "config.json").read_text())["quantization_config"]
+    assert (settings["quant_method"], settings["bits"]) == ("quintet", 8)
+    AutoModelForCausalLM.from_pretrained(out)
+    assert AutoTokenizer.from_pretrained(out).chat_template
+    assert quintet("generate", "The", "--model", out, "--max-new-tokens", "3").code == 0
+
+
+@pytest.mark.parametrize(
+    ("method", "key"), [("int4", "modules_to_not_convert"), ("nf4", "llm_int8_skip_modules")]
+)
+def test_modules_can_be_kept(
+    quintet: Any, chat_model: Path, tmp_path: Path, method: str, key: str
+) -> None:
+    assert (
+        quintet(
+            "quantize", chat_model, tmp_path / "out", "--to", method, "--keep", "down_proj", "-q"
+        )
+    ).err == ""
+    settings = json.loads((tmp_path / "out" / "config.json").read_text())["quantization_config"]
+    assert settings[key] == ["down_proj"]
+
+
+def test_it_comes_back_as_plain_numbers(quintet: Any, chat_model: Path, tmp_path: Path) -> None:
+    quintet("quantize", chat_model, tmp_path / "int8")
+    result = quintet(
+        "convert", tmp_path / "int8", tmp_path / "plain", "--dequantize", "--dtype", "bfloat16"
+    )
+    assert result.code == 0
+    config = json.loads((tmp_path / "plain" / "config.json").read_text())
+    assert config["dtype"] == "bfloat16"
+    assert "quantization_config" not in config
+
+
+def test_what_cannot_be_is_said_in_one_line(quintet: Any, chat_model: Path, tmp_path: Path) -> None:
+    result = quintet("quantize", chat_model, chat_model)
+    assert result.code == 2
+    assert result.is_one_screen
+    assert quintet("convert", tmp_path / "nothing", tmp_path / "out").code == 3
+    assert quintet("convert", chat_model, tmp_path / "out", "--max-shard-size", "many").code == 2

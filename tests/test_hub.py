@@ -1,0 +1,258 @@
+"""Hub ids, against a hub on this machine: what is fetched, what is said, what is pushed."""
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from safetensors.torch import load_file
+
+from hubserver import Hub, serve
+from tiny import build
+
+# Runs a body with everything imported, and prints what it puts into `said`.
+SCRIPT = """
+import json, sys, warnings
+from quintet import *
+from quintet.errors import QuintetError
+said = {}
+def fails(name, call):
+    try:
+        call()
+    except QuintetError as error:
+        said[name] = [type(error).__name__, str(error), error.exit_code]
+"""
+Run = Callable[..., dict[str, Any]]
+
+
+@pytest.fixture
+def hub() -> Iterator[Hub]:
+    with serve() as running:
+        yield running
+
+
+@pytest.fixture
+def run(hub: Hub, tmp_path: Path) -> Run:
+    """Run Python against the hub, in a process of its own, as the environment is read once."""
+
+    def start(body: str, **environment: str) -> dict[str, Any]:
+        child = {
+            **os.environ,
+            "HF_ENDPOINT": hub.url,
+            "HF_HOME": str(tmp_path / "home"),
+            "HF_HUB_OFFLINE": "0",
+            "HF_HUB_DISABLE_XET": "1",
+            "HF_HUB_DISABLE_TELEMETRY": "1",
+            "HF_HUB_DISABLE_PROGRESS_BARS": "1",
+            "OMP_NUM_THREADS": "1",
+            **environment,
+        }
+        done = subprocess.run(
+            [sys.executable, "-c", f"{SCRIPT}{body}\nprint(json.dumps(said))"],
+            env=child,
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        assert done.returncode == 0, done.stderr
+        found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+        return found
+
+    return start
+
+
+def cli(hub: Hub, tmp_path: Path, *arguments: str, **environment: str) -> Any:
+    child = {
+        **os.environ,
+        "HF_ENDPOINT": hub.url,
+        "HF_HOME": str(tmp_path / "home"),
+        "HF_HUB_OFFLINE": "0",
+        "HF_HUB_DISABLE_XET": "1",
+        "HF_HUB_DISABLE_PROGRESS_BARS": "1",
+        "NO_COLOR": "1",
+        **environment,
+    }
+    return subprocess.run(
+        [sys.executable, "-m", "quintet", *arguments],
+        env=child,
+        capture_output=True,
+        text=True,
+        check=False,
+        stdin=subprocess.DEVNULL,
+    )
+
+
+def test_revision_subfolder_variant_and_what_is_not_fetched(
+    hub: Hub, run: Run, tmp_path: Path
+) -> None:
+    from quintet import AutoModelForCausalLM
+
+    root = build(tmp_path / "model")
+    (root / "pytorch_model.bin").write_bytes(b"evil")
+    (root / "consolidated.safetensors").write_bytes(b"large")
+    hub.add("o/m", root)
+    hub.add("o/m", build(tmp_path / "wide", context=64), "old")
+    hub.add("o/m", root, "nested", inside="deep/er/")
+    AutoModelForCausalLM.from_pretrained(root).save_pretrained(
+        tmp_path / "variant", variant="fp16", max_shard_size="30KB"
+    )
+    hub.add("o/m", tmp_path / "variant", "both")
+    hub.add("o/m", root, "both")
+    said = run(
+        """
+from pathlib import Path
+load = AutoModelForCausalLM.from_pretrained
+said["main"] = load("o/m").config.max_position_embeddings
+said["old"] = load("o/m", revision="old").config.max_position_embeddings
+said["nested"] = load("o/m", revision="nested", subfolder="deep/er").config.name_or_path
+said["tokens"] = len(AutoTokenizer.from_pretrained("o/m", revision="nested", subfolder="deep/er"))
+load("o/m", revision="both", variant="fp16")
+load("o/m", cache_dir=sys.argv[0] and "CACHE")
+fails("subfolder", lambda: load("o/m", subfolder="../.."))
+fails("no subfolder", lambda: load("o/m", subfolder="absent"))
+""".replace("CACHE", str(tmp_path / "elsewhere"))
+    )
+    assert (said["main"], said["old"], said["nested"], said["tokens"]) == (256, 64, "o/m", 360)
+    assert said["subfolder"][2] == said["no subfolder"][2] == 3
+    assert not hub.fetched("pytorch_model.bin")
+    assert not hub.fetched("consolidated.safetensors")
+    commit = hub.commit_of("o/m", "both")
+    both = [line for line in hub.fetched(".safetensors") if f"/{commit}/" in line]
+    assert len(both) > 1
+    assert all(".fp16-" in line for line in both), "of a variant, nothing but the variant"
+    assert (tmp_path / "elsewhere" / "models--o--m").is_dir()
+
+
+def test_offline_gated_and_missing_are_told_apart(hub: Hub, run: Run, tmp_path: Path) -> None:
+    hub.add("o/m", build(tmp_path / "model"))
+    hub.add("o/gated", tmp_path / "model")
+    hub.gated.add("o/gated")
+    body = """
+load = AutoModelForCausalLM.from_pretrained
+fails("missing", lambda: load("o/none"))
+fails("revision", lambda: load("o/m", revision="v9"))
+fails("gated", lambda: load("o/gated"))
+fails("spelling", lambda: load("o//m"))
+fails("before", lambda: load("o/m", local_files_only=True))
+load("o/m")
+said["after"] = load("o/m", local_files_only=True).config.model_type
+"""
+    said = run(body)
+    assert said.pop("after") == "qwen2"
+    kinds = {name: (kind, code) for name, (kind, _, code) in said.items()}
+    assert kinds == {
+        "missing": ("ModelNotFoundError", 3),
+        "revision": ("ModelNotFoundError", 3),
+        "gated": ("ModelNotFoundError", 3),
+        "spelling": ("ModelNotFoundError", 3),
+        "before": ("OfflineError", 6),
+    }
+    assert len({message for _, message, _ in said.values()}) == 5
+    asked = len(hub.asked)
+    offline = """
+load = AutoModelForCausalLM.from_pretrained
+said["cached"] = load("o/m").config.model_type
+fails("other", lambda: load("o/other"))
+fails("push", lambda: AutoConfig.from_pretrained("o/m").push_to_hub("o/x"))
+"""
+    said = run(offline, HF_HUB_OFFLINE="1")
+    assert said["cached"] == "qwen2"
+    assert said["other"][0] == said["push"][0] == "OfflineError"
+    assert "HF_HUB_OFFLINE" in said["other"][1]
+    assert len(hub.asked) == asked, "offline means no request at all"
+
+
+def test_a_network_that_answers_for_the_hub(hub: Hub, run: Run, tmp_path: Path) -> None:
+    hub.add("o/m", build(tmp_path / "model"))
+    hub.broken = True
+    said = run('fails("portal", lambda: AutoModelForCausalLM.from_pretrained("o/m"))')
+    assert said["portal"][2] in (3, 6)
+    hub.broken = False
+    said = run('said["then"] = AutoModelForCausalLM.from_pretrained("o/m").config.model_type')
+    assert said["then"] == "qwen2"
+
+
+def test_a_pushed_model_comes_back(hub: Hub, run: Run, tmp_path: Path) -> None:
+    root = build(tmp_path / "model")
+    hub.add("o/gated", root)
+    hub.gated.add("o/gated")
+    said = run(
+        f"""
+import torch
+model = AutoModelForCausalLM.from_pretrained({str(root)!r})
+tokenizer = AutoTokenizer.from_pretrained({str(root)!r})
+said["url"] = model.push_to_hub("tester/new", token="hf_x", max_shard_size="30KB")
+tokenizer.push_to_hub("tester/new", token="hf_x")
+model.config.push_to_hub("tester/config", token="hf_x")
+again = AutoModelForCausalLM.from_pretrained("tester/new")
+said["same"] = all(map(torch.equal, model.state_dict().values(), again.state_dict().values()))
+said["text"] = AutoTokenizer.from_pretrained("tester/new")("Hello there")["input_ids"]
+said["first"] = tokenizer("Hello there")["input_ids"]
+both = {{"push_to_hub": True, "repo_id": "tester/both", "token": "hf_x"}}
+model.save_pretrained({str(tmp_path / "both")!r}, **both)
+fails("gated", lambda: model.push_to_hub("o/gated", token="hf_x"))
+fails("spelling", lambda: model.push_to_hub("a/b/c", token="hf_x"))
+"""
+    )
+    assert said["same"] is True
+    assert said["text"] == said["first"]
+    assert said["url"].startswith(f"{hub.url}/tester/new/commit/")
+    assert said["gated"][2] == said["spelling"][2] == 3
+    files = hub.files("tester/new", "main")
+    assert {"config.json", "generation_config.json", "tokenizer.json"} <= set(files)
+    assert len([name for name in files if name.startswith("model-")]) > 1
+    assert set(hub.files("tester/config", "main")) == {"config.json"}
+    assert "model.safetensors" in hub.files("tester/both", "main")
+    assert (tmp_path / "both" / "model.safetensors").is_file()
+
+
+def test_plan_and_info_of_a_hub_id_fetch_no_weights(hub: Hub, tmp_path: Path) -> None:
+    from quintet import AutoModelForCausalLM
+
+    root = build(tmp_path / "model")
+    hub.add("o/one", root)
+    AutoModelForCausalLM.from_pretrained(root).save_pretrained(
+        tmp_path / "many", max_shard_size="30KB"
+    )
+    hub.add("o/many", tmp_path / "many")
+    sizes = sum(tensor.nbytes for tensor in load_file(root / "model.safetensors").values())
+    for name in ("o/one", "o/many"):
+        plan = cli(hub, tmp_path, "plan", name, "--json")
+        assert plan.returncode == 0, plan.stderr
+        facts = json.loads(plan.stdout)
+        assert facts["files"].endswith("to fetch")
+        assert facts["files"].startswith(f"{sizes / 1e6:.2f} MB")
+    whole = [line for line in hub.asked if line.startswith("GET") and "safetensors" in line]
+    assert whole
+    cached = list((tmp_path / "home").rglob("*.safetensors"))
+    assert cached == []
+
+
+def test_a_download_is_verified_listed_and_removed(hub: Hub, run: Run, tmp_path: Path) -> None:
+    hub.add("o/m", build(tmp_path / "model"))
+    hub.add("o/m", tmp_path / "model", "old")
+    run('[AutoModelForCausalLM.from_pretrained("o/m", revision=r) for r in ("main", "old")]')
+    done = cli(hub, tmp_path, "verify", "o/m", "--json")
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)["hashes"] == "1 of 1 right"
+    rows = json.loads(cli(hub, tmp_path, "ls", "--json").stdout)
+    assert [(row["model"], row["family"]) for row in rows] == [("o/m", "qwen2")] * 2
+    assert sorted(row["revision"] for row in rows) == ["main", "old"]
+    listed = cli(hub, tmp_path, "ls").stdout.splitlines()
+    assert listed[0].split() == ["MODEL", "REVISION", "FAMILY", "SIZE", "USED"]
+    assert len(listed) == 3
+
+    refused = cli(hub, tmp_path, "rm", "o/m")
+    assert (refused.returncode, "pass --yes" in refused.stderr) == (2, True)
+    wrong = cli(hub, tmp_path, "rm", "o/n", "--yes")
+    assert (wrong.returncode, "did you mean 'o/m'" in wrong.stderr) == (3, True)
+    assert cli(hub, tmp_path, "rm", "o/m@main", "--dry-run").returncode == 0
+    assert cli(hub, tmp_path, "rm", "o/m@old", "--yes").returncode == 0
+    rows = json.loads(cli(hub, tmp_path, "ls", "--json").stdout)
+    assert [row["revision"] for row in rows] == ["main"]
+    assert cli(hub, tmp_path, "rm", "o/m", "-y").returncode == 0
+    assert "no models" in cli(hub, tmp_path, "ls").stdout
