@@ -144,6 +144,7 @@ if TYPE_CHECKING:
         FineGrainedFP8Config,
         Int4Config,
         Int8Config,
+        TorchAoConfig,
     )
     from quintet.tokenization import (
         BatchEncoding,
@@ -257,6 +258,7 @@ __all__ = [
     "TopHLogitsWarper",
     "TopKLogitsWarper",
     "TopPLogitsWarper",
+    "TorchAoConfig",
     "TypicalLogitsWarper",
     "UnbatchedClassifierFreeGuidanceLogitsProcessor",
     "WatermarkLogitsProcessor",
@@ -372,6 +374,7 @@ _NAMES = {
         "FineGrainedFP8Config",
         "Int4Config",
         "Int8Config",
+        "TorchAoConfig",
     ],
     "quintet.tokenization": [
         "BatchEncoding",

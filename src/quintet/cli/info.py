@@ -88,7 +88,7 @@ def _quantised(config: "PreTrainedConfig") -> str:
     settings = vars(config).get("quantization_config")
     if not settings:
         return "no"
-    from quintet.quantization.config import read
+    from quintet.quantization.request import read
 
     try:
         return type(read(settings)).__name__.removesuffix("Config")

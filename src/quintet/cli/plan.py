@@ -142,8 +142,8 @@ def _kept(config: "PreTrainedConfig", device: "torch.device", assumed: bool) -> 
 
     Of a device that is only `assumed`, the best is.
     """
-    from quintet.quantization.config import FineGrainedFP8Config, read
-    from quintet.quantization.request import requested
+    from quintet.quantization.config import FineGrainedFP8Config
+    from quintet.quantization.request import read, requested
 
     settings = vars(config).get("quantization_config")
     if not settings:
@@ -159,8 +159,7 @@ def _size(config: "PreTrainedConfig", dtype: "torch.dtype", held: str | None) ->
     from quintet.auto import family
     from quintet.modeling.sizes import measure
     from quintet.modeling.skeleton import skeleton
-    from quintet.quantization.config import read
-    from quintet.quantization.request import SHORT
+    from quintet.quantization.request import SHORT, read
 
     model = skeleton(family(config.model_type).find("ForCausalLM"), config)
     if held is None:

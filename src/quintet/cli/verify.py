@@ -77,7 +77,7 @@ def _weights(root: Path, variant: str | None, quick: bool, problems: list[str]) 
     from quintet.checkpoint import Checkpoint
     from quintet.modeling.naming import name_tensors
     from quintet.modeling.skeleton import skeleton
-    from quintet.quantization.config import read
+    from quintet.quantization.request import read
 
     config = AutoConfig.from_pretrained(root)
     checkpoint = Checkpoint.open(root, variant=variant)

@@ -17,6 +17,7 @@ from quintet.quantization.modules import (
 )
 from quintet.quantization.request import Request, requested
 from quintet.quantization.stored import Stored, packed, read, stored
+from quintet.quantization.torchao import TorchAoConfig
 
 __all__ = [
     "BitsAndBytesConfig",
@@ -33,6 +34,7 @@ __all__ = [
     "Scheme",
     "Slot",
     "Stored",
+    "TorchAoConfig",
     "apply",
     "cut",
     "freeze",

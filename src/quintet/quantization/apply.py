@@ -86,7 +86,8 @@ class Slot:
         Raises:
             CheckpointError: it has numbers that are not finite.
         """
-        if isinstance(weight, Encoded) and weight.format == self.module.format:
+        ours = self.module.format.parts_of
+        if isinstance(weight, Encoded) and weight.format.parts_of == ours:
             return weight.parts
         # As exact as the source: rounding to a dtype in between would be one loss more.
         plain = weight.decode(torch.float32) if isinstance(weight, Encoded) else weight

@@ -36,6 +36,11 @@ class RowwiseFormat(Int8Format):
 
     name = "bitsandbytes int8"
 
+    @property
+    def parts_of(self) -> WeightFormat:
+        """The format whose parts these are."""
+        return Int8Format()
+
     def files(self, weight: str, shape: Shape) -> dict[str, tuple[str, Shape]]:
         """Return, for each tensor on disk, its name and shape."""
         largest = weight.removesuffix("weight") + "SCB"

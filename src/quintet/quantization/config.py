@@ -11,13 +11,12 @@ import torch
 
 from quintet.checkpoint import TensorInfo
 from quintet.configuration.base import FLOAT_DTYPES
-from quintet.errors import ConfigError, UnsupportedModelError
+from quintet.errors import ConfigError
 from quintet.ops.quantized import FP8_BLOCK
 from quintet.quantization.bitsandbytes import CodesFormat, RowwiseFormat, block_size
 from quintet.quantization.formats import FP8Format, Int4Format, Int8Format, Shape, WeightFormat
 
 __all__ = [
-    "METHODS",
     "BitsAndBytesConfig",
     "FineGrainedFP8Config",
     "Int4Config",
@@ -110,7 +109,7 @@ class _OwnConfig(QuantizationConfig):
     def stored(self, weight: str, shape: Shape, tensors: Tensors) -> WeightFormat | None:
         """Return the format a file holds a matrix in: a model in int4 has a head in int8."""
         formats = {torch.int8: Int8Format(), torch.uint8: Int4Format()}
-        return formats.get(tensors[weight].dtype)
+        return formats.get(tensors[weight].dtype) if weight in tensors else None
 
     def to_dict(self) -> dict[str, Any]:
         """Return what `config.json` holds."""
@@ -231,10 +230,10 @@ class BitsAndBytesConfig(QuantizationConfig):
 
     def stored(self, weight: str, shape: Shape, tensors: Tensors) -> WeightFormat | None:
         """Return the format a file holds a matrix in; which of bitsandbytes', its names tell."""
+        if weight not in tensors or tensors[weight].dtype.is_floating_point:
+            return None
         if tensors[weight].dtype == torch.int8:
             return RowwiseFormat()
-        if tensors[weight].dtype.is_floating_point:
-            return None
         kind = self.bnb_4bit_quant_type
         for other in ("nf4", "fp4"):
             if f"{weight}.quant_state.bitsandbytes__{other}" in tensors:
@@ -288,55 +287,12 @@ class FineGrainedFP8Config(QuantizationConfig):
 
     def stored(self, weight: str, shape: Shape, tensors: Tensors) -> WeightFormat | None:
         """Return the format a file holds a matrix in."""
-        return self._format() if tensors[weight].dtype == torch.float8_e4m3fn else None
+        found = tensors.get(weight)
+        return self._format() if found and found.dtype == torch.float8_e4m3fn else None
 
     def _format(self) -> FP8Format:
         rows, columns = self.weight_block_size
         return FP8Format((rows, columns))
-
-
-METHODS: Mapping[str, type[QuantizationConfig]] = {
-    "bitsandbytes": BitsAndBytesConfig,
-    "fp8": FineGrainedFP8Config,
-}
-
-
-def read(values: Any) -> QuantizationConfig:
-    """Return the configuration that a `quantization_config`, an object or a mapping, is.
-
-    Raises:
-        UnsupportedModelError: the method is none of those here.
-        ConfigError: a key or a value is not usable.
-    """
-    if isinstance(values, QuantizationConfig):
-        return values
-    if not isinstance(values, Mapping):
-        raise ConfigError(
-            f"quantization_config={values!r} has to be a configuration or its mapping"
-        )
-    given = dict(values)
-    method = given.pop("quant_method", None)
-    if method is None and (given.get("load_in_8bit") or given.get("load_in_4bit")):
-        method = "bitsandbytes"
-    if method == "quintet":
-        return _own(given)
-    if method not in METHODS:
-        raise UnsupportedModelError(
-            f"quant_method={method!r} is not supported; there are quintet, {', '.join(METHODS)}. "
-            "Use a copy of the model in bfloat16"
-        )
-    return METHODS[method].from_dict(given)
-
-
-def _own(given: dict[str, Any]) -> QuantizationConfig:
-    bits, group = given.pop("bits", None), given.pop("group_size", None)
-    for kind in (Int8Config, Int4Config):
-        if (kind.bits, kind.group_size) == (bits, group):
-            return kind.from_dict(given)
-    raise ConfigError(
-        f"quantization_config: bits={bits!r} with group_size={group!r} has to be 8 with null or "
-        f"4 with {Int4Config.group_size}"
-    )
 
 
 def _plain(value: Any) -> Any:

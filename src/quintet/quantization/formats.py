@@ -86,6 +86,11 @@ class WeightFormat(ABC):
 
     # -- on disk -----------------------------------------------------------------------------
 
+    @property
+    def parts_of(self) -> "WeightFormat":
+        """The format whose parts these are; another one if only what is on disk differs."""
+        return self
+
     def files(self, weight: str, shape: Shape) -> dict[str, tuple[str, Shape]]:
         """Return, for each tensor on disk, its name and shape; that of the key "" comes first."""
         return {suffix: (weight + suffix, part.shape) for suffix, part in self.parts(shape).items()}

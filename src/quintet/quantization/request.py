@@ -7,8 +7,7 @@ from typing import Any
 
 import torch
 
-from quintet.errors import InputError
-from quintet.quantization import config
+from quintet.errors import ConfigError, InputError, UnsupportedModelError
 from quintet.quantization.config import (
     BitsAndBytesConfig,
     FineGrainedFP8Config,
@@ -17,6 +16,7 @@ from quintet.quantization.config import (
     QuantizationConfig,
     Scheme,
 )
+from quintet.quantization.torchao import TorchAoConfig
 
 __all__ = ["SHORT", "Request", "requested"]
 
@@ -63,7 +63,7 @@ def requested(held: Any, quantize: str | None, asked: Any, device: torch.device)
         ConfigError: a configuration has a value that breaks a rule.
         UnsupportedModelError: a method that is not here.
     """
-    source = config.read(held) if held else None
+    source = read(held) if held else None
     if quantize is not None and asked is not None:
         raise InputError(
             f"quantize={quantize!r} and quantization_config are one option; give one of them"
@@ -72,9 +72,11 @@ def requested(held: Any, quantize: str | None, asked: Any, device: torch.device)
         if quantize not in SHORT:
             raise InputError(f"quantize={quantize!r} has to be one of {', '.join(SHORT)}, or None")
         return Request(source, SHORT[quantize])
-    target = source if asked is None else config.read(asked)
+    target = source if asked is None else read(asked)
     if asked is None and isinstance(source, FineGrainedFP8Config) and not multiplies_fp8(device):
         target = None
+    if isinstance(target, TorchAoConfig):
+        target = target.ours()
     if target is not None and target.scheme() is None:
         target = None
     return Request(source, target)
@@ -83,3 +85,48 @@ def requested(held: Any, quantize: str | None, asked: Any, device: torch.device)
 def multiplies_fp8(device: torch.device) -> bool:
     """Tell whether a device has a product of FP8 matrices."""
     return device.type == "cuda" and torch.cuda.get_device_capability(device) >= FP8_CAPABILITY
+
+
+METHODS: Mapping[str, type[QuantizationConfig]] = {
+    "bitsandbytes": BitsAndBytesConfig,
+    "fp8": FineGrainedFP8Config,
+    "torchao": TorchAoConfig,
+}
+
+
+def read(values: Any) -> QuantizationConfig:
+    """Return the configuration that a `quantization_config`, an object or a mapping, is.
+
+    Raises:
+        UnsupportedModelError: the method is none of those here.
+        ConfigError: a key or a value is not usable.
+    """
+    if isinstance(values, QuantizationConfig):
+        return values
+    if not isinstance(values, Mapping):
+        raise ConfigError(
+            f"quantization_config={values!r} has to be a configuration or its mapping"
+        )
+    given = dict(values)
+    method = given.pop("quant_method", None)
+    if method is None and (given.get("load_in_8bit") or given.get("load_in_4bit")):
+        method = "bitsandbytes"
+    if method == "quintet":
+        return _own(given)
+    if method not in METHODS:
+        raise UnsupportedModelError(
+            f"quant_method={method!r} is not supported; there are quintet, {', '.join(METHODS)}. "
+            "Use a copy of the model in bfloat16"
+        )
+    return METHODS[method].from_dict(given)
+
+
+def _own(given: dict[str, Any]) -> QuantizationConfig:
+    bits, group = given.pop("bits", None), given.pop("group_size", None)
+    for kind in (Int8Config, Int4Config):
+        if (kind.bits, kind.group_size) == (bits, group):
+            return kind.from_dict(given)
+    raise ConfigError(
+        f"quantization_config: bits={bits!r} with group_size={group!r} has to be 8 with null or "
+        f"4 with {Int4Config.group_size}"
+    )

@@ -47,7 +47,7 @@ def stored(
     result = {}
     for name, shape in wanted.items():
         weight_format = None
-        if config is not None and len(shape) in (2, 3) and name in tensors:
+        if config is not None and len(shape) in (2, 3):
             weight_format = config.stored(name, shape, tensors)
         files = {"": (name, shape)}
         if weight_format is not None:
@@ -74,7 +74,9 @@ def read(source: Source, wanted: Mapping[str, Stored]) -> Iterator[tuple[str, Te
     for file, tensor in source.read(beside) if beside else ():
         name, key = beside[file]
         found.setdefault(name, {})[key] = tensor
-    for name, tensor in source.read(wanted):
+    carried = {one.files[""][0]: name for name, one in wanted.items()}
+    for file, tensor in source.read(carried):
+        name = carried[file]
         one = wanted[name]
         if one.format is None:
             yield name, tensor
