@@ -1,4 +1,4 @@
-"""A compiled step makes the same tokens, is compiled once, and is found again by other processes."""
+"""A compiled step makes the same tokens, is compiled once, and is found by other processes."""
 
 import os
 import subprocess
