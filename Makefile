@@ -19,7 +19,7 @@ lint: .venv/dev
 types: .venv/dev
 	$(BIN)/mypy
 
-# Trains the packaged demo model again, about an hour on one core.
+# Trains a demo model, a tiny DeepSeek-V3: about an hour on one core that nothing else uses.
 train: .venv/base
 	$(BIN)/python examples/train_stdlib.py --out runs/demo
 

@@ -1,6 +1,6 @@
 """Kernels beside the PyTorch they stand for, at the shapes of released models.
 
-    python benchmarks/kernels.py attention mamba2
+    python benchmarks/kernels.py attention latent experts mamba2
 
 Both in turn, medians of 21, all threads torch has.
 """
@@ -16,7 +16,12 @@ import torch.nn.functional as F  # noqa: N812
 
 from quintet.kernels import report
 from quintet.kernels.attention import attend
+from quintet.kernels.grouped import grouped_silu_experts
+from quintet.kernels.latent import attend_latents
 from quintet.ops.mamba2 import MixerWeights, mix, mix_stepwise
+from quintet.ops.masks import Visibility
+from quintet.ops.mla import absorbed
+from quintet.ops.moe import looped_experts
 
 BF16 = torch.bfloat16
 
@@ -62,6 +67,47 @@ def attention() -> None:
             )
 
 
+def latent() -> None:
+    """Compare a decoding step of DeepSeek's attention with `ops.mla.absorbed`."""
+    print("| absorbed attention | PyTorch | ours | |\n|---|---|---|---|")
+    Dn, Dr, Dv, R = 128, 64, 128, 512
+    for name, H in (("DeepSeek-V2-Lite", 16), ("DeepSeek-V3", 128)):
+        w_kv = (torch.randn(H, Dn + Dv, R) / R**0.5).to(BF16)
+        for S in (512, 4096, 16384):
+            q_nope, q_pe = torch.randn(1, H, 1, Dn).to(BF16), torch.randn(1, H, 1, Dr).to(BF16)
+            c_kv, k_pe = torch.randn(1, S, R).to(BF16), torch.randn(1, S, Dr).to(BF16)
+            inputs = (q_nope, q_pe, c_kv, k_pe, w_kv)
+            seen = Visibility(None, False, S - 1, None)
+            theirs, ours = in_turn(
+                partial(absorbed, *inputs, seen, scale=0.07, dropout=0.0),
+                partial(attend_latents, *inputs, start=S - 1, scale=0.07),
+            )
+            print(
+                f"| {name}, {S} tokens before | {theirs * 1e3:.2f} ms | {ours * 1e3:.2f} ms "
+                f"| {theirs / ours:.1f}× |"
+            )
+
+
+def experts() -> None:
+    """Compare the experts of DeepSeek-V2-Lite with the loop over them."""
+    print("| 6 of 64 experts | PyTorch | ours | |\n|---|---|---|---|")
+    C, width, E, A = 2048, 1408, 64, 6
+    gate_up = (torch.randn(E, 2 * width, C) / C**0.5).to(BF16)
+    down = (torch.randn(E, C, width) / width**0.5).to(BF16)
+    for N in (16, 64, 512, 2048):
+        inputs = (torch.randn(N, C).to(BF16), torch.rand(N, E).topk(A).indices, torch.rand(N, A))
+        flops = 6 * N * A * C * width
+        theirs, ours = in_turn(
+            partial(looped_experts, *inputs, gate_up, down, F.silu),
+            partial(grouped_silu_experts, *inputs, gate_up, down),
+            repeats=7,
+        )
+        print(
+            f"| {N} tokens | {theirs * 1e3:.1f} ms, {flops / theirs / 1e9:.0f} GF/s "
+            f"| {ours * 1e3:.1f} ms, {flops / ours / 1e9:.0f} GF/s | {theirs / ours:.1f}× |"
+        )
+
+
 def mamba2() -> None:
     """Compare a mixer of Zamba2-1.2B with its steps in PyTorch."""
     H, P, N, W = 64, 64, 128, 4
@@ -92,7 +138,7 @@ def mamba2() -> None:
 
 def main() -> None:
     """Run what the command line names."""
-    parts = {"attention": attention, "mamba2": mamba2}
+    parts = {"attention": attention, "latent": latent, "experts": experts, "mamba2": mamba2}
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("parts", nargs="+", choices=list(parts))
     print(f"{report()}\nthreads: {torch.get_num_threads()}\n")

@@ -1,4 +1,4 @@
-"""Train the packaged demo model: a tiny DeepSeek-V3 on the source of Python's standard library.
+"""Train a demo model: a tiny DeepSeek-V3 on the source of Python's standard library.
 
     python examples/train_stdlib.py --out runs/demo
 

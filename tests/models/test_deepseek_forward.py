@@ -12,6 +12,7 @@ from torch import Tensor
 
 from families.deepseek import GROUPS, YARN, config_of, model_of
 from quintet import DynamicCache, StaticCache
+from quintet.kernels.native import native
 from quintet.ops.mla import absorbs
 from support import relative_error
 
@@ -88,6 +89,76 @@ def test_legacy_tuples_hold_latents_and_rotated_keys() -> None:
         assert past[0][1].shape == (2, 1, stop, 8)
         steps.append(out.logits)
     assert relative_error(torch.cat(steps, dim=1), model(ids).logits) < TOLERANCE
+
+
+# Sizes that kernels take, and all experts, as rounding may change the choice of some.
+WIDE: dict[str, Any] = {
+    "kv_lora_rank": 64,
+    "v_head_dim": 32,
+    "num_experts_per_tok": 8,
+    "n_group": 4,
+    "topk_group": 4,
+}
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("kind", ["growing", "preallocated"])
+@pytest.mark.parametrize("family", KINDS)
+def test_kernels_are_no_farther_from_float32_than_pytorch(
+    family: str, kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Rows of their own lengths, a prompt, single steps, and several tokens behind a past."""
+    exact, model = model_of(family, **WIDE), model_of(family, **WIDE).bfloat16()
+    ids = torch.randint(101, (3, 60))
+    mask = torch.ones_like(ids)
+    mask[1, :7], mask[2, :21] = 0, 0
+
+    def logits(model: Any) -> Tensor:
+        cache = StaticCache(model.config, 90) if kind == "preallocated" else model.new_cache()
+        parts = [model(ids[:, :40], attention_mask=mask[:, :40], past_key_values=cache).logits]
+        for start, stop in pairwise((40, 41, 42, 57, 58, 60)):
+            parts.append(model(ids[:, start:stop], past_key_values=cache).logits)
+        made: Tensor = torch.cat(parts, dim=1).float()[mask.bool()]
+        return made
+
+    truth, by_kernels = logits(exact), logits(model)
+    for name in ("attend_latents", "attend_parts"):
+        monkeypatch.setattr(f"quintet.ops.mla.{name}", lambda *_, **__: None)
+    for name in ("kernel", "grouped_silu_experts"):
+        monkeypatch.setattr(f"quintet.ops.moe.{name}", lambda *_: None)
+    by_pytorch = logits(model)
+
+    def error(made: Tensor) -> float:
+        return float((made - truth).square().mean().sqrt() / truth.square().mean().sqrt())
+
+    assert error(by_kernels) <= 1.5 * error(by_pytorch) + 2**-8
+    assert error(by_kernels) < 0.05
+
+
+@pytest.mark.parametrize("family", KINDS)
+def test_generate_runs_on_the_kernels(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    if native().library is None:
+        pytest.skip(f"no kernels: {native().reason}")
+    from quintet.ops import mla, moe
+
+    ran = {"attend_latents": 0, "attend_parts": 0, "experts": 0}
+
+    def counted(name: str, kernel: Any) -> Any:
+        def run(*inputs: Any, **options: Any) -> Tensor | None:
+            made: Tensor | None = kernel(*inputs, **options)
+            ran[name] += made is not None
+            return made
+
+        return run
+
+    for module, name in ((mla, "attend_latents"), (mla, "attend_parts")):
+        monkeypatch.setattr(module, name, counted(name, getattr(module, name)))
+    for name in ("kernel", "grouped_silu_experts"):  # of few tokens, and of many
+        monkeypatch.setattr(moe, name, counted("experts", getattr(moe, name)))
+    model = model_of(family, **WIDE).bfloat16()
+    model.generate(torch.randint(101, (1, 9)), max_new_tokens=4, do_sample=False)
+    # Three layers, of which two have experts; a prompt and three steps.
+    assert ran == {"attend_latents": 9, "attend_parts": 3, "experts": 8}
 
 
 @pytest.mark.parametrize(

@@ -152,6 +152,16 @@ def test_text_is_what_transformers_writes(chat_model: Path) -> None:
     assert ours(CHAT, continue_final_message=True) == theirs(CHAT, continue_final_message=True)
 
 
+def test_an_answer_ends_at_a_text(pipe: Any) -> None:
+    (whole,) = pipe(TEXTS[0], max_new_tokens=20, return_full_text=False)
+    text = whole["generated_text"]
+    for stop in (text[4:7], [text[4:7], "never"]):
+        (cut,) = pipe(TEXTS[0], max_new_tokens=20, return_full_text=False, stop_sequence=stop)
+        assert text.startswith(cut["generated_text"])
+        assert text[4:7] in cut["generated_text"]
+        assert len(cut["generated_text"]) < len(text)
+
+
 def test_a_hole_is_left_for_the_answer(pipe: Any) -> None:
     long = "Hello there " * 200
     ids = pipe.tokenizer.encode(long)[-(256 - 100) :]

@@ -90,6 +90,11 @@ class AttentionSlot(CacheSlot, Protocol):
 class Cache:
     """The slots of all layers and how many tokens each row holds.
 
+    Attributes:
+        ahead: the cache of layers of multi-token prediction, where they have drafted for these
+            rows; what drafts keeps it. None where they have not.
+        ahead_until: (B,) how long the rows were when it was left.
+
     Args:
         layers: each layer's keys and values; None for a layer without attention.
         states: each layer's recurrent state; None for a layer without one.
@@ -106,6 +111,8 @@ class Cache:
         self._longest = 0
         # Recurrent states may already hold the tokens of a forward that has not ended.
         self._ahead = False
+        self.ahead: Cache | None = None
+        self.ahead_until: Tensor | None = None
 
     # -- one forward -------------------------------------------------------------------------
 
@@ -188,7 +195,8 @@ class Cache:
     @property
     def nbytes(self) -> int:
         """The bytes all layers hold."""
-        return sum(slot.nbytes for slot in self._slots())
+        beside = 0 if self.ahead is None else self.ahead.nbytes
+        return beside + sum(slot.nbytes for slot in self._slots())
 
     def __len__(self) -> int:
         return len(self.layers)
@@ -268,6 +276,10 @@ class Cache:
             self._longest = _longest(self._lengths)
         for slot in self._slots():
             slot.select(indices)
+        if self.ahead is not None:
+            self.ahead.batch_select_indices(indices)
+        if self.ahead_until is not None:
+            self.ahead_until = self.ahead_until[indices.to(self.ahead_until.device)]
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         """Give row i what row `beam_idx[i]` held, as beam search does."""
@@ -281,6 +293,7 @@ class Cache:
     def reset(self) -> None:
         """Forget everything; preallocated memory stays."""
         self._lengths, self._longest, self._ahead = 0, 0, False
+        self.ahead = self.ahead_until = None
         for slot in self._slots():
             slot.reset()
 

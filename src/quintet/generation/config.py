@@ -31,11 +31,9 @@ GENERATION_CONFIG_NAME = "generation_config.json"
 _PROVENANCE = ("_from_model_config", "transformers_version")
 # What Transformers takes, and people will try.
 ABSENT = {
-    "assistant_confidence_threshold": "speculative decoding",
     "assistant_early_exit": "speculative decoding",
     "assistant_ensemble_weight": "speculative decoding",
     "assistant_lookbehind": "speculative decoding",
-    "assistant_model": "speculative decoding",
     "constraints": "constrained beam search",
     "custom_generate": "running code of others",
     "diversity_penalty": "group beam search",
@@ -43,22 +41,19 @@ ABSENT = {
     "force_words_ids": "constrained beam search",
     "is_assistant": "speculative decoding",
     "low_memory": "a beam search in turns",
-    "max_matching_ngram_size": "speculative decoding",
-    "num_assistant_tokens": "speculative decoding",
-    "num_assistant_tokens_schedule": "speculative decoding",
     "num_beam_groups": "group beam search",
     "penalty_alpha": "contrastive search",
-    "prompt_lookup_num_tokens": "speculative decoding",
     "speculation_type": "speculative decoding",
     "synced_gpus": "several devices",
     "target_lookbehind": "speculative decoding",
     "trust_remote_code": "running code of others",
-    "use_mtp": "decoding with prediction layers",
 }
 # The names of `cache_implementation`; `generation/caches.py` makes them.
 CACHES = ("dynamic", "static", "quantized", "offloaded")
 # The names of `cache_dtype` and the bits of a number.
 CACHE_BITS = {"int8": 8, "int6": 6, "int4": 4}
+# How the number of drafted tokens changes.
+SCHEDULES = ("constant", "heuristic", "heuristic_transient")
 Share = Annotated[float, Bounds(0, 1)]
 Ids = list[NonNegative]
 
@@ -109,6 +104,15 @@ class GenerationConfig:
         num_return_sequences: how many continuations of each prompt; 1.
         return_dict_in_generate: return an output with `sequences` and the `output_…` asked for:
             scores, logits, attentions and hidden states; false.
+        use_mtp: draft tokens by the model's own layers of multi-token prediction, and check
+            several in a step; false.
+        prompt_lookup_num_tokens: draft that many tokens from the text itself.
+        max_matching_ngram_size: how many tokens at the end of a text are looked up in it; 2.
+        num_assistant_tokens: how many tokens an assistant model, or `use_mtp`, drafts; as the
+            assistant's config says, or else 5, and as many as there are prediction layers.
+        num_assistant_tokens_schedule: "constant", or "heuristic", which drafts two more after all
+            were accepted and one less after not; "constant".
+        assistant_confidence_threshold: a draft ends with a token less probable than that; 0.
         use_cache: keep what the next step needs, rather than run over the whole text; true.
         cache_implementation: "dynamic" grows, "static" is preallocated, "quantized" grows in few
             bits, "offloaded" grows in the host's memory; "dynamic".
@@ -165,6 +169,12 @@ class GenerationConfig:
     output_logits: bool | None = None
     output_attentions: bool | None = None
     output_hidden_states: bool | None = None
+    use_mtp: bool | None = None
+    prompt_lookup_num_tokens: Count | None = None
+    max_matching_ngram_size: Count | None = None
+    num_assistant_tokens: Count | None = None
+    num_assistant_tokens_schedule: str | None = None
+    assistant_confidence_threshold: Share | None = None
     use_cache: bool | None = None
     cache_implementation: str | None = None
     cache_dtype: str | None = None
@@ -209,6 +219,8 @@ class GenerationConfig:
                     f"GenerationConfig: {key}=1 leaves no token; it is from 0, below 1"
                 )
         _one_of("cache_implementation", self.cache_implementation, (None, *CACHES))
+        schedule = self.num_assistant_tokens_schedule
+        _one_of("num_assistant_tokens_schedule", schedule, (None, *SCHEDULES))
         _one_of("cache_dtype", self.cache_dtype, (None, *CACHE_BITS))
         _check_cache_config(self.cache_config)
         if self._asked_bits() and self.cache_implementation not in (None, "quantized"):

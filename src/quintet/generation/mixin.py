@@ -17,11 +17,19 @@ from quintet.generation.caches import Request, open_cache
 from quintet.generation.compiling import ROOM_STEP, CompileConfig, compiled
 from quintet.generation.config import GenerationConfig
 from quintet.generation.decode import Forward, LanguageModel, Run, decode
+from quintet.generation.drafting import (
+    AssistantModel,
+    check_drafting,
+    make_drafter,
+    make_schedule,
+)
+from quintet.generation.drafts import Drafter
 from quintet.generation.healing import heal
 from quintet.generation.outputs import (
     GenerateBeamDecoderOnlyOutput,
     GenerateDecoderOnlyOutput,
     Record,
+    Speculation,
 )
 from quintet.generation.processors.assemble import Processor, Setting, assemble
 from quintet.generation.processors.base import LogitsProcessor
@@ -29,6 +37,7 @@ from quintet.generation.processors.guidance import UnbatchedClassifierFreeGuidan
 from quintet.generation.processors.words import PrefixAllowedTokens
 from quintet.generation.prompt import Prompt, read_prompt
 from quintet.generation.sampler import Generators, Sampler, row_generators
+from quintet.generation.speculation import speculate
 from quintet.generation.stopping import Criterion
 from quintet.generation.streamers import Streamer
 from quintet.generation.text import Text
@@ -64,6 +73,8 @@ class GenerationMixin:
         negative_prompt_ids: Tensor | None = None,
         negative_prompt_attention_mask: Tensor | None = None,
         tokenizer: PreTrainedTokenizer | None = None,
+        assistant_model: AssistantModel | None = None,
+        assistant_tokenizer: PreTrainedTokenizer | None = None,
         streamer: Streamer | None = None,
         generator: Generators | None = None,
         **options: Any,
@@ -88,6 +99,8 @@ class GenerationMixin:
                 the prompt if not given.
             negative_prompt_attention_mask: (B, T), 0 for padding.
             tokenizer: what `stop_strings` and `token_healing` need.
+            assistant_model: a smaller model of the same tokens, which drafts what this one checks.
+            assistant_tokenizer: shows, beside `tokenizer`, that they are the same.
             streamer: gets the prompt and then every token as it is made.
             generator: the source of randomness, one or one for each row; seeded, it makes
                 sampling repeatable, each row whatever the others are.
@@ -101,6 +114,7 @@ class GenerationMixin:
             InputError: no prompt, an unknown option, or a value that breaks its rule.
             ContextLengthError: the prompt fills the model's context.
         """
+        drafter: Drafter | None = None
         try:
             config = self._configured(generation_config, options)
             layers = self.config.num_hidden_layers
@@ -126,6 +140,16 @@ class GenerationMixin:
                 room += len(healed)
             search = plan.beam_options(config, streamer)
             copies = search.num_beams if search else config.num_return_sequences or 1
+            speculates = check_drafting(
+                self,
+                config,
+                assistant_model,
+                tokenizer,
+                assistant_tokenizer,
+                rows=len(prompt.given) * copies,
+                padded=prompt.padding is not None,
+                has_ids=prompt.inputs.ndim == 2,
+            )
 
             record = Record.of(config)
             outlives = past is not None or record.asked
@@ -148,6 +172,9 @@ class GenerationMixin:
                 prefix_allowed_tokens_fn=prefix_allowed_tokens_fn,
                 first=first,
             )
+            if speculates:
+                V = self.config.vocab_size
+                drafter = make_drafter(self, config, assistant_model, cache, V)
             generators = row_generators(
                 generator, len(prompt.given), 1 if search else copies, self._device()
             )
@@ -168,9 +195,14 @@ class GenerationMixin:
             )
             if search:
                 return _beam_output(run, prompt, beam_search(run, search))
-            decode(run)
-            return _output(run, prompt, copies)
+            if drafter is None:
+                decode(run)
+                return _output(run, prompt, copies)
+            schedule = make_schedule(self, config, assistant_model)
+            return _output(run, prompt, copies, speculate(run, drafter, schedule))
         finally:
+            if drafter is not None:
+                drafter.close()
             # Whoever reads what is streamed must not wait for what will never come.
             if streamer is not None:
                 streamer.end()
@@ -284,13 +316,18 @@ class GenerationMixin:
         return min(wanted, context - length)
 
 
-def _output(run: Run, prompt: Prompt, copies: int) -> Tensor | GenerateDecoderOnlyOutput:
+def _output(
+    run: Run, prompt: Prompt, copies: int, speculation: Speculation | None = None
+) -> Tensor | GenerateDecoderOnlyOutput:
     given = prompt.given.repeat_interleave(copies, dim=0)
     sequences = torch.cat((given, run.text.ids[:, prompt.given.shape[1] :]), dim=1)
     if not run.record.asked:
         return sequences
     return GenerateDecoderOnlyOutput(
-        sequences=sequences, past_key_values=run.forward.cache, **run.record.fields()
+        sequences=sequences,
+        past_key_values=run.forward.cache,
+        speculation=speculation,
+        **run.record.fields(),
     )
 
 

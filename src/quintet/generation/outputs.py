@@ -1,6 +1,6 @@
 """What `generate(return_dict_in_generate=True)` returns, and what is recorded for it."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from torch import Tensor
@@ -14,10 +14,44 @@ __all__ = [
     "GenerateDecoderOnlyOutput",
     "Made",
     "Record",
+    "Speculation",
 ]
 
 # One tensor a layer.
 Layers = tuple[Tensor, ...]
+
+
+@dataclass(slots=True)
+class Speculation:
+    """How a speculation went.
+
+    Attributes:
+        accepted: for each forward that checked a draft, how many tokens of each row it drafted
+            and how many of those were taken; rows that had ended have (0, 0).
+    """
+
+    accepted: list[list[tuple[int, int]]] = field(default_factory=list)
+
+    @property
+    def drafted_tokens(self) -> int:
+        """How many tokens were drafted."""
+        return sum(asked for turn in self.accepted for asked, _ in turn)
+
+    @property
+    def accepted_tokens(self) -> int:
+        """How many of them were taken."""
+        return sum(kept for turn in self.accepted for _, kept in turn)
+
+    @property
+    def acceptance(self) -> float:
+        """The share of drafted tokens that were taken; 0 where none was drafted."""
+        return self.accepted_tokens / max(1, self.drafted_tokens)
+
+    @property
+    def tokens_per_forward(self) -> float:
+        """How many tokens a row got by a forward that checked a draft, on average."""
+        turns = sum(1 for turn in self.accepted for asked, _ in turn if asked)
+        return 1 + self.accepted_tokens / turns if turns else 1.0
 
 
 @dataclass(eq=False)
@@ -26,6 +60,7 @@ class GenerateDecoderOnlyOutput(ModelOutput):
 
     Shapes: scores and logits (B, V), after and before the processors; attentions (B, H, T, S) and
     hidden_states (B, T, C) of every layer, T the prompt in the first step and 1 in the others.
+    `speculation` tells how many drafted tokens were taken, where some were drafted.
     """
 
     sequences: Tensor
@@ -34,6 +69,7 @@ class GenerateDecoderOnlyOutput(ModelOutput):
     attentions: tuple[Layers, ...] | None = None
     hidden_states: tuple[Layers, ...] | None = None
     past_key_values: Cache | None = None
+    speculation: Speculation | None = None
 
 
 @dataclass(eq=False)
@@ -66,6 +102,20 @@ class Made:
     logits: Tensor
     attentions: Layers | None
     hidden_states: Layers | None
+
+    def at(self, place: int, new: int) -> "Made":
+        """Return what a forward over one token would have made of the one at `place` of `new`."""
+
+        def seen(weights: Tensor) -> Tensor:
+            keys = weights.shape[-1] - new + place + 1
+            return weights[:, :, place : place + 1, :keys]
+
+        weights, states = self.attentions, self.hidden_states
+        return Made(
+            self.logits[:, place : place + 1],
+            None if weights is None else tuple(seen(layer) for layer in weights),
+            None if states is None else tuple(x[:, place : place + 1] for x in states),
+        )
 
     def repeat(self, copies: int) -> "Made":
         """Repeat every row, copies side by side."""

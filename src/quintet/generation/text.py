@@ -67,6 +67,9 @@ class Text:
 
     def accept(self, tokens: Tensor, counts: Tensor) -> None:
         """Add the first `counts` (B,) of the tokens (B, K) of each row; the others move right."""
+        if len(counts) == 1:
+            self.append(tokens[:, : int(counts)])
+            return
         ids = torch.cat((self.ids, tokens), dim=1)
         end = self._length + int(counts.max())
         # Column c of the result is column c - shift of its row.

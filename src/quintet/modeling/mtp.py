@@ -12,7 +12,8 @@ import torch
 import torch.nn.functional as F  # noqa: N812
 from torch import Tensor, nn
 
-from quintet.cache import Cache, LegacyCache, Span
+from quintet.cache import AttentionSlot, Cache, LegacyCache, Span
+from quintet.cache.dense import DynamicSlot
 from quintet.errors import InputError
 from quintet.layers.step import LayerOutput, Step
 from quintet.modeling.decoder import first
@@ -94,6 +95,29 @@ class MtpDecoderModel(MoeDecoderModel):
             states.append(hidden_states)
         return states if rows is None else [rows.unpack(state) for state in states]
 
+    def predict(
+        self, depth: int, states: Tensor, ahead: Tensor, span: Span, cache: Cache
+    ) -> Tensor:
+        """Return the states (B, T, C), normalised, of one prediction layer that has a cache.
+
+        Args:
+            depth: which layer, 0 being the first.
+            states: (B, T, C) of the layer before it, those of the main run for the first.
+            ahead: (B, T, C) the embeddings of the tokens that lie `depth` + 1 ahead.
+            span: the slots these take in the cache.
+            cache: what the layers keep; see `prediction_cache`.
+        """
+        layer = self.prediction_layers()[depth]
+        # Rotary scores see differences alone, so that slots serve for positions.
+        step = self._step(ahead, span, None, None, cache, weighs=False)
+        made = self._run_layer(layer, layer.join(states, ahead), step).hidden_states
+        return layer.shared_head["norm"](made)  # type: ignore[no-any-return]
+
+    def prediction_cache(self) -> Cache:
+        """Return an empty cache for the prediction layers."""
+        before: list[AttentionSlot | None] = [None] * self.config.num_hidden_layers
+        return Cache([*before, *(DynamicSlot() for _ in self.prediction_layers())])
+
 
 class MtpCausalLMHead(MoeCausalLMHead):
     """Logits of the next token and, from prediction layers, of those after it."""
@@ -168,6 +192,36 @@ class MtpCausalLMHead(MoeCausalLMHead):
         if not states_asked:
             output.hidden_states = None
         return output if first(return_dict, self.config.return_dict) else output.to_tuple()
+
+    # -- what drafting by prediction layers needs -----------------------------------------------
+
+    def prediction_depth(self) -> int:
+        """Return how many prediction layers there are."""
+        return len(self.model.prediction_layers())
+
+    def prediction_cache(self) -> Cache:
+        """Return an empty cache for the prediction layers."""
+        return self.model.prediction_cache()
+
+    def predict(
+        self, depth: int, states: Tensor, ahead: Tensor, span: Span, cache: Cache
+    ) -> Tensor:
+        """Return the states (B, T, C) of one prediction layer; see `MtpDecoderModel.predict`."""
+        return self.model.predict(depth, states, ahead, span, cache)
+
+    def embed(self, ids: Tensor) -> Tensor:
+        """Return the embeddings (..., C) of ids."""
+        return self.model.embed_tokens(ids)  # type: ignore[no-any-return]
+
+    def logits(self, states: Tensor) -> Tensor:
+        """Return the logits (..., V) of states (..., C)."""
+        return self.lm_head(states)  # type: ignore[no-any-return]
+
+    def watched(self) -> nn.Module:
+        """Return the module whose output has the main run's states."""
+        return self.model
+
+    # -- checkpoints ---------------------------------------------------------------------------
 
     def tied_names(self) -> dict[str, str]:
         """Return the parameters that are other parameters under a second name."""

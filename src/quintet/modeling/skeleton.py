@@ -9,6 +9,7 @@ from torch import nn
 from torch.overrides import TorchFunctionMode
 
 from quintet.configuration.base import PreTrainedConfig
+from quintet.errors import ConfigError, QuintetError
 
 if TYPE_CHECKING:
     from quintet.modeling.base import PreTrainedModel
@@ -48,6 +49,26 @@ def _on_meta() -> Iterator[None]:
 
 
 def skeleton(cls: type[Model], config: PreTrainedConfig) -> Model:
-    """Build a model whose parameters have names, shapes and no data."""
-    with _on_meta():
-        return cls(config)
+    """Build a model whose parameters have names, shapes and no data.
+
+    Raises:
+        ConfigError: a parameter would have more bytes than can be counted.
+    """
+    try:
+        with _on_meta():
+            return cls(config)
+    except QuintetError:
+        raise
+    except (RuntimeError, OverflowError, TypeError, ValueError) as error:
+        # torch has many ways to say that a shape, or the product of its sides, is beyond 64 bits.
+        large = [key for key, value in vars(config).items() if _is_immense(value)]
+        if not large:
+            raise
+        raise ConfigError(
+            f"{cls.__name__}: {', '.join(large)} of its config make tensors that no machine can "
+            "have"
+        ) from error
+
+
+def _is_immense(value: object) -> bool:
+    return isinstance(value, int) and value >= 2**24

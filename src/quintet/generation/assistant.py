@@ -1,0 +1,92 @@
+"""Drafts by a smaller model of the same tokens."""
+
+import torch
+import torch.nn.functional as F  # noqa: N812
+from torch import Tensor
+
+from quintet.cache import Cache
+from quintet.generation.decode import LanguageModel
+from quintet.generation.drafts import Draft, Writer
+from quintet.generation.sampler import Sampler
+from quintet.generation.text import Text
+
+__all__ = ["Assistant"]
+
+
+class Assistant:
+    """Lets a smaller model write the draft.
+
+    Args:
+        model: the smaller model.
+        cache: an empty cache of its own.
+        known: how many ids the assistant knows; others are read as its last one.
+        vocab_size: V of the model that is assisted; what the assistant lacks is never drafted.
+        threshold: a draft ends with a token that is less probable than that.
+    """
+
+    def __init__(
+        self,
+        model: LanguageModel,
+        cache: Cache,
+        *,
+        known: int,
+        vocab_size: int,
+        threshold: float,
+    ) -> None:
+        self.model = model
+        self.known = known
+        self.cache = cache
+        self.vocab_size = vocab_size
+        self.threshold = threshold
+        self._held: Tensor | None = None
+
+    def propose(self, text: Text, wanted: Tensor, goes_on: Tensor, sampler: Sampler) -> Draft:
+        """Draft by the assistant, which reads first what it has not read yet."""
+        logits = self._read(text, goes_on)
+        self.cache.snapshot()
+        writer = Writer(text, wanted * goes_on, sampler, self.threshold)
+        rows = None if bool(goes_on.all()) else goes_on[:, None]
+        while True:
+            token = writer.write(logits)
+            if writer.done:
+                return writer.draft()
+            logits = self._run(token[:, None], rows)
+
+    def accepted(self, counts: Tensor) -> None:
+        """Do nothing: the text tells."""
+
+    def finish(self, text: Text) -> None:
+        """Do nothing: the cache goes with this object."""
+
+    def close(self) -> None:
+        """Do nothing."""
+
+    def _read(self, text: Text, goes_on: Tensor) -> Tensor:
+        """Run over what the text has and the cache has not; a row at its end is left as it is."""
+        T, lengths = len(text), text.lengths()
+        if self._held is None:
+            new = lengths
+        else:
+            # The last token is always read again, as it is what the next one follows from.
+            kept = torch.minimum(self.cache.lengths(len(lengths), lengths.device), lengths - 1)
+            kept = torch.where(goes_on, kept, self._held)
+            self.cache.crop(int(kept[0]) if len(kept) == 1 else kept)
+            new = torch.where(goes_on, lengths - kept, 0)
+        width = int(new.max())
+        columns = torch.arange(width, device=lengths.device)
+        mask = None if bool((new == width).all()) else columns >= width - new[:, None]
+        logits = self._run(text.ids[:, T - width :], mask)
+        self._held = self.cache.lengths(len(lengths), lengths.device).clone()
+        return logits
+
+    def _run(self, ids: Tensor, mask: Tensor | None) -> Tensor:
+        logits = self.model(
+            ids if self.known >= self.vocab_size else ids.clamp(max=self.known - 1),
+            mask,
+            past_key_values=self.cache,
+            use_cache=True,
+            logits_to_keep=1,
+            return_dict=True,
+        ).logits[:, -1]
+        lacking = self.vocab_size - logits.shape[-1]
+        return F.pad(logits, (0, lacking), value=-torch.inf) if lacking else logits

@@ -1,0 +1,150 @@
+"""Which drafter the options of a call ask for."""
+
+from typing import Protocol, cast
+
+from quintet.cache import Cache
+from quintet.configuration.base import PreTrainedConfig
+from quintet.errors import InputError
+from quintet.generation.assistant import Assistant
+from quintet.generation.config import GenerationConfig
+from quintet.generation.decode import LanguageModel
+from quintet.generation.drafts import Drafter, PromptLookup, Schedule
+from quintet.generation.prediction import Prediction, Predictor
+from quintet.tokenization import PreTrainedTokenizer
+
+__all__ = ["AssistantModel", "check_drafting", "make_drafter", "make_schedule"]
+
+# What is drafted for each row where no number is given.
+ASSISTANT_TOKENS = 5
+NGRAM = 2
+
+
+class AssistantModel(Protocol):
+    """What a model that drafts for another has to be."""
+
+    config: PreTrainedConfig
+    generation_config: GenerationConfig
+
+    def new_cache(self) -> Cache:
+        """Return an empty cache of the kind the model grows."""
+        ...
+
+
+def check_drafting(
+    model: object,
+    config: GenerationConfig,
+    assistant: AssistantModel | None,
+    tokenizer: PreTrainedTokenizer | None,
+    assistant_tokenizer: PreTrainedTokenizer | None,
+    *,
+    rows: int,
+    padded: bool,
+    has_ids: bool,
+) -> bool:
+    """Check what the options say of speculation, and return whether they ask for it.
+
+    Raises:
+        InputError: two ways of drafting, one that this model has not, or one beside options that
+            it cannot go with.
+    """
+    ways = {
+        "assistant_model": assistant is not None,
+        "prompt_lookup_num_tokens": config.prompt_lookup_num_tokens is not None,
+        "use_mtp": bool(config.use_mtp),
+    }
+    asked = [name for name, is_asked in ways.items() if is_asked]
+    if not asked:
+        return False
+    if len(asked) > 1:
+        raise InputError(f"{' and '.join(asked)} are ways of drafting; give one of them")
+    (way,) = asked
+    if (config.num_beams or 1) > 1:
+        raise InputError(
+            f"{way} drafts for rows that go on one by one; leave it out, or num_beams="
+            f"{config.num_beams}"
+        )
+    if config.guidance_scale not in (None, 1):
+        raise InputError(
+            f"{way} cannot go with guidance_scale={config.guidance_scale}, which runs over every "
+            "token once, and drafted tokens are taken back; leave one of the two out"
+        )
+    if (config.output_attentions or config.output_hidden_states) and (rows > 1 or padded):
+        raise InputError(
+            f"with {way}, output_attentions and output_hidden_states are there for one row without "
+            "padding, as rows take different numbers of tokens in a step"
+        )
+    if way != "use_mtp" and not has_ids:
+        raise InputError(f"{way} reads the ids of the prompt, and inputs_embeds has none")
+    if assistant is not None:
+        _check_assistant(model, assistant, tokenizer, assistant_tokenizer)
+    if way == "use_mtp":
+        if not isinstance(model, Predictor) or not model.prediction_depth():
+            raise InputError(
+                f"use_mtp=True needs layers of multi-token prediction, and this "
+                f"{type(model).__name__} has none; load a DeepSeek-V3 checkpoint that has them"
+            )
+        if config.use_cache is False:
+            raise InputError("use_mtp=True needs a cache; leave use_cache=False out")
+    return True
+
+
+def make_drafter(
+    model: object,
+    config: GenerationConfig,
+    assistant: AssistantModel | None,
+    cache: Cache | None,
+    vocab_size: int,
+) -> Drafter:
+    """Return what drafts, after `check_drafting`."""
+    if config.use_mtp:
+        assert cache is not None
+        least = config.assistant_confidence_threshold or 0.0
+        return Prediction(cast("Predictor", model), cache, threshold=least)
+    if assistant is None:
+        return PromptLookup(config.max_matching_ngram_size or NGRAM)
+    own, asked = assistant.generation_config, config.assistant_confidence_threshold
+    threshold = own.assistant_confidence_threshold if asked is None else asked
+    return Assistant(
+        cast("LanguageModel", assistant),
+        assistant.new_cache(),
+        known=assistant.config.vocab_size,
+        vocab_size=vocab_size,
+        threshold=threshold or 0.0,
+    )
+
+
+def make_schedule(
+    model: object, config: GenerationConfig, assistant: AssistantModel | None
+) -> Schedule:
+    """Return how many tokens are drafted, by the call or else by the assistant's own config."""
+    if config.prompt_lookup_num_tokens is not None:
+        return Schedule(config.prompt_lookup_num_tokens)
+    tokens, name = config.num_assistant_tokens, config.num_assistant_tokens_schedule
+    if assistant is not None:
+        own = assistant.generation_config
+        tokens = tokens or own.num_assistant_tokens or ASSISTANT_TOKENS
+        name = name or own.num_assistant_tokens_schedule
+    else:
+        tokens = tokens or cast("Predictor", model).prediction_depth()
+    return Schedule(tokens, name or "constant")
+
+
+def _check_assistant(
+    model: object,
+    assistant: AssistantModel,
+    tokenizer: PreTrainedTokenizer | None,
+    assistant_tokenizer: PreTrainedTokenizer | None,
+) -> None:
+    own, other = (cast("AssistantModel", m).config.vocab_size for m in (model, assistant))
+    if tokenizer is not None and assistant_tokenizer is not None:
+        if tokenizer.get_vocab() != assistant_tokenizer.get_vocab():
+            raise InputError(
+                "the tokenizers of model and assistant_model differ, so that the ids of one mean "
+                "something else to the other; choose an assistant with the same tokenizer"
+            )
+    elif own != other:
+        # The same tokenizer is often padded to other sizes, which the ids cannot tell.
+        raise InputError(
+            f"the model has a vocabulary of {own} and the assistant_model of {other}; if they have "
+            "the same tokenizer, show it by generate(tokenizer=…, assistant_tokenizer=…)"
+        )

@@ -1,0 +1,173 @@
+"""What speculation checks: drafted tokens, how many are asked for, and where they come from."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from quintet.generation.sampler import Sampler
+from quintet.generation.text import Text
+
+__all__ = ["Draft", "Drafter", "PromptLookup", "Schedule", "Writer"]
+
+
+@dataclass(frozen=True, slots=True)
+class Draft:
+    """Tokens (B, K) that may come next; of each row the first `counts` (B,) are meant.
+
+    `probabilities` (B, K, V) are what they were drawn from; None where nothing was drawn.
+    """
+
+    tokens: Tensor
+    counts: Tensor
+    probabilities: Tensor | None = None
+
+    @classmethod
+    def none(cls, text: Text) -> "Draft":
+        """Draft nothing."""
+        ids = text.ids
+        return cls(ids[:, :0], torch.zeros(len(ids), dtype=torch.long, device=ids.device))
+
+
+class Drafter(Protocol):
+    """Where drafts come from."""
+
+    def propose(self, text: Text, wanted: Tensor, goes_on: Tensor, sampler: Sampler) -> Draft:
+        """Draft up to `wanted` (B,) tokens behind each row that goes on, (B,) of True."""
+        ...
+
+    def accepted(self, counts: Tensor) -> None:
+        """Take note of how many tokens each row took of the last forward, 0 of one at its end."""
+        ...
+
+    def finish(self, text: Text) -> None:
+        """Take note of the whole text, where its cache will be gone on with."""
+        ...
+
+    def close(self) -> None:
+        """Take note that the generation is over, or has failed."""
+        ...
+
+
+@dataclass(slots=True)
+class Schedule:
+    """How many tokens to draft for each row.
+
+    "constant" is that many always. The heuristics draft two more after all were accepted, and one
+    less after not; as each row has its own number, it does not depend on the others.
+    """
+
+    tokens: int
+    name: str = "constant"
+    rows: list[int] = field(default_factory=list)
+
+    def start(self, B: int) -> None:
+        """Begin with that many rows."""
+        self.rows = [self.tokens] * B
+
+    def learn(self, drafted: Sequence[int], kept: Sequence[int]) -> None:
+        """Learn how many tokens of each row were drafted, and how many of those stayed."""
+        if self.name == "constant":
+            return
+        for row, (asked, stayed) in enumerate(zip(drafted, kept, strict=True)):
+            if asked:
+                change = 2 if stayed == asked else -1
+                self.rows[row] = max(1, self.rows[row] + change)
+
+
+class PromptLookup:
+    """Drafts what followed, earlier in the row, the tokens that it ends in now.
+
+    Args:
+        ngram: how many tokens at the end are looked for at the most; fewer are tried if these
+            did not occur before.
+    """
+
+    def __init__(self, ngram: int = 2) -> None:
+        self.ngram = ngram
+
+    def propose(self, text: Text, wanted: Tensor, goes_on: Tensor, sampler: Sampler) -> Draft:
+        """Draft from each row's own past."""
+        lengths, asked = text.lengths().tolist(), (wanted * goes_on).tolist()
+        found = [
+            self._continuation(row[len(row) - length :], count)
+            for row, length, count in zip(text.ids, lengths, asked, strict=True)
+        ]
+        K = max(len(tokens) for tokens in found)
+        tokens = text.ids.new_zeros(len(found), K)
+        for row, continuation in enumerate(found):
+            tokens[row, : len(continuation)] = continuation
+        counts = [len(continuation) for continuation in found]
+        return Draft(tokens, torch.tensor(counts, device=tokens.device))
+
+    def accepted(self, counts: Tensor) -> None:
+        """Do nothing: the text tells."""
+
+    def finish(self, text: Text) -> None:
+        """Do nothing."""
+
+    def close(self) -> None:
+        """Do nothing."""
+
+    def _continuation(self, row: Tensor, count: int) -> Tensor:
+        T = len(row)
+        if count == 0:
+            return row[:0]
+        for n in range(min(self.ngram, T - 1), 0, -1):
+            earlier = row[:-1].unfold(0, n, 1)  # (T - n, n)
+            starts = (earlier == row[T - n :]).all(dim=1).nonzero()[:, 0] + n
+            if len(starts):
+                # The latest one that goes on for long enough, or else the longest.
+                long = starts[starts + count <= T]
+                start = int(long[-1] if len(long) else starts[0])
+                return row[start : start + count]
+        return row[:0]
+
+
+class Writer:
+    """Writes a draft token by token, by the rules by which the text itself is written.
+
+    Args:
+        text: the rows so far.
+        wanted: (B,) how many tokens each row is to have at the most.
+        sampler: reshapes scores and takes tokens.
+        threshold: a row's draft ends with a token that is less probable than that.
+    """
+
+    def __init__(self, text: Text, wanted: Tensor, sampler: Sampler, threshold: float) -> None:
+        self.sampler = sampler
+        self.threshold = threshold
+        self.wanted = wanted
+        self.text = text.cut(len(text)) if sampler.processors else text
+        self.tokens: list[Tensor] = []
+        self._probabilities: list[Tensor] = []
+        self._counts = torch.zeros_like(wanted)
+        self._open = wanted > 0
+
+    @property
+    def done(self) -> bool:
+        """Whether no row is to have a further token."""
+        return not bool(self._open.any())
+
+    def write(self, logits: Tensor) -> Tensor:
+        """Add a token, (B,), to every row, from logits (B, V)."""
+        scores = self.sampler.scores(self.text, logits)
+        token = self.sampler.take(scores)
+        self.tokens.append(token)
+        self._counts = self._counts + self._open
+        if self.sampler.do_sample or self.threshold > 0:
+            p = scores.softmax(dim=-1)
+            if self.sampler.do_sample:
+                self._probabilities.append(p)
+            self._open = self._open & (p.gather(1, token[:, None])[:, 0] >= self.threshold)
+        self._open = self._open & (self._counts < self.wanted)
+        if self.sampler.processors:
+            self.text.append(token)
+        return token
+
+    def draft(self) -> Draft:
+        """Return what was written."""
+        drawn = torch.stack(self._probabilities, dim=1) if self._probabilities else None
+        return Draft(torch.stack(self.tokens, dim=1), self._counts, drawn)
