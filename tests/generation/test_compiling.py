@@ -35,7 +35,7 @@ def test_the_tokens_are_the_same_and_the_step_is_compiled_once(family: Family) -
 
 
 def test_what_cannot_be_compiled_is_named() -> None:
-    assert GenerationConfig(compile=True).cache_kind == "static"
+    assert GenerationConfig(compile=True).cache.kind == "static"
     with pytest.raises(InputError, match="needs cache_implementation='static', not 'offloaded'"):
         GenerationConfig(compile=True, cache_implementation="offloaded")
     assert "compile_config" not in GenerationConfig(compile_config=CompileConfig()).to_dict()

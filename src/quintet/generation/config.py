@@ -21,6 +21,7 @@ from quintet.configuration.rules import (
 )
 from quintet.errors import InputError, ModelNotFoundError, SaveError
 from quintet.files import read_json, write_text
+from quintet.generation.cache_choice import CACHE_BITS, CACHES, CacheChoice, choose_cache
 from quintet.generation.watermarking import WatermarkingConfig
 from quintet.hub import CONFIG_PATTERNS, locate
 
@@ -48,11 +49,6 @@ ABSENT = {
     "target_lookbehind": "speculative decoding",
     "trust_remote_code": "running code of others",
 }
-# The names of `cache_implementation`; `generation/caches.py` makes them.
-CACHES = ("dynamic", "static", "quantized", "offloaded")
-# The names of `cache_dtype` and the bits of a number.
-CACHE_BITS = {"int8": 8, "int6": 6, "int4": 4}
-# How the number of drafted tokens changes.
 SCHEDULES = ("constant", "heuristic", "heuristic_transient")
 Share = Annotated[float, Bounds(0, 1)]
 Ids = list[NonNegative]
@@ -222,17 +218,7 @@ class GenerationConfig:
         schedule = self.num_assistant_tokens_schedule
         _one_of("num_assistant_tokens_schedule", schedule, (None, *SCHEDULES))
         _one_of("cache_dtype", self.cache_dtype, (None, *CACHE_BITS))
-        _check_cache_config(self.cache_config)
-        if self._asked_bits() and self.cache_implementation not in (None, "quantized"):
-            raise InputError(
-                f"GenerationConfig: cache_implementation={self.cache_implementation!r} is not in "
-                "few bits; leave cache_dtype and cache_config out, or use 'quantized'"
-            )
-        if self.compiles and self.cache_kind != "static":
-            raise InputError(
-                f"GenerationConfig: a compiled step needs cache_implementation='static', not "
-                f"{self.cache_kind!r}, which changes its shape"
-            )
+        self.cache  # noqa: B018 - raises where the options contradict each other
         _one_of("early_stopping", self.early_stopping, (None, True, False, "never"))
         decay = self.exponential_decay_length_penalty
         if decay is not None and len(decay) != 2:
@@ -249,32 +235,16 @@ class GenerationConfig:
         return [self.eos_token_id] if isinstance(self.eos_token_id, int) else self.eos_token_id
 
     @property
-    def cache_bits(self) -> int:
-        """The bits of a number in a quantized cache."""
-        return next(iter(self._asked_bits()), 8)
-
-    @property
-    def cache_kind(self) -> str:
-        """The name of the cache to make: what is asked for, or what the options imply."""
-        if self.cache_implementation is None and self._asked_bits():
-            return "quantized"
-        return self.cache_implementation or ("static" if self.compiles else "dynamic")
+    def cache(self) -> CacheChoice:
+        """The cache that the options ask for."""
+        return choose_cache(
+            self.cache_implementation, self.cache_dtype, self.cache_config, compiles=self.compiles
+        )
 
     @property
     def compiles(self) -> bool:
         """Whether the step is to be compiled."""
         return bool(self.compile) or self.compile_config is not None
-
-    def _asked_bits(self) -> set[int]:
-        bits = {CACHE_BITS[self.cache_dtype]} if self.cache_dtype else set()
-        if self.cache_config and "nbits" in self.cache_config:
-            bits.add(self.cache_config["nbits"])
-        if len(bits) > 1:
-            raise InputError(
-                f"GenerationConfig: cache_dtype={self.cache_dtype!r} and "
-                f"cache_config={self.cache_config!r} are of different bits; give one of the two"
-            )
-        return bits
 
     def replace(self, **options: Any) -> Self:
         """Return a copy with some options changed; None leaves an option as it is.
@@ -442,25 +412,3 @@ def _asks_nothing(value: object) -> bool:
     if isinstance(value, int | float):
         return value in (0, 1)
     return value is None or (isinstance(value, str | list | tuple | dict) and not value)
-
-
-def _check_cache_config(options: dict[str, Any] | None) -> None:
-    """Check the options of a cache: its bits, and whose code it would be in Transformers."""
-    if options is None:
-        return
-    unknown = sorted(set(options) - {"nbits", "backend"})
-    if unknown:
-        raise InputError(
-            f"GenerationConfig: cache_config has {', '.join(unknown)}; a quantized cache here has "
-            "one scale a vector, and only nbits to choose"
-        )
-    if "nbits" in options and options["nbits"] not in CACHE_BITS.values():
-        raise InputError(
-            f"GenerationConfig: cache_config nbits={options['nbits']!r} has to be 8, 6 or 4"
-        )
-    if "backend" in options:
-        warnings.warn(
-            f"cache_config backend={options['backend']!r} is without effect: the cache is coded "
-            "by quintet itself",
-            stacklevel=4,
-        )

@@ -284,9 +284,9 @@ class GenerationMixin:
             length = -(-length // ROOM_STEP) * ROOM_STEP
         length = config.max_cache_len or length
         request = Request(
-            config=self.config, grown=self.new_cache, length=length, nbits=config.cache_bits
+            config=self.config, grown=self.new_cache, length=length, nbits=config.cache.bits
         )
-        return open_cache(config.cache_kind, request)
+        return open_cache(config.cache.kind, request)
 
     def _room(self, prompt: Prompt, config: GenerationConfig, max_length: int | None) -> int:
         """Return how many tokens to make at the most."""
