@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from quintet.cache import Cache, DynamicCache, OffloadedCache, QuantizedCache, StaticCache
     from quintet.configuration import PreTrainedConfig
     from quintet.errors import QuintetError
+    from quintet.generation.compiling import CompileConfig
     from quintet.generation.config import (
         GenerationConfig,
     )
@@ -168,6 +169,7 @@ __all__ = [
     "BatchEncoding",
     "BitsAndBytesConfig",
     "Cache",
+    "CompileConfig",
     "DeepseekV2Config",
     "DeepseekV2ForCausalLM",
     "DeepseekV2ForQuestionAnswering",
@@ -296,6 +298,7 @@ _NAMES = {
     "quintet.cache": ["Cache", "DynamicCache", "OffloadedCache", "QuantizedCache", "StaticCache"],
     "quintet.configuration": ["PreTrainedConfig"],
     "quintet.errors": ["QuintetError"],
+    "quintet.generation.compiling": ["CompileConfig"],
     "quintet.generation.config": [
         "GenerationConfig",
     ],

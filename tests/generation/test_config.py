@@ -208,11 +208,11 @@ def test_a_missing_or_damaged_file_is_named(tmp_path: Path) -> None:
 
 
 def test_bits_of_a_cache_have_one_meaning() -> None:
-    assert GenerationConfig().cache_kind == "dynamic"
-    assert GenerationConfig(cache_implementation="quantized").cache_bits == 8
+    assert GenerationConfig().cache.kind == "dynamic"
+    assert GenerationConfig(cache_implementation="quantized").cache.bits == 8
     config = GenerationConfig(cache_config={"nbits": 4})
-    assert (config.cache_kind, config.cache_bits) == ("quantized", 4)
-    assert GenerationConfig(cache_dtype="int6", cache_config={"nbits": 6}).cache_bits == 6
+    assert config.cache == ("quantized", 4)
+    assert GenerationConfig(cache_dtype="int6", cache_config={"nbits": 6}).cache.bits == 6
     for wrong, rule in (
         ({"cache_dtype": "fp8"}, "int8"),
         ({"cache_dtype": "int8", "cache_config": {"nbits": 4}}, "different bits"),

@@ -33,13 +33,6 @@ def level(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> It
 
 
 @pytest.fixture
-def all_instructions() -> None:
-    """Skip where a kernel that needs all instructions there are is not used."""
-    if native.native().level != next(iter(LEVELS)):
-        pytest.skip(f"needs a CPU with {next(iter(LEVELS))}")
-
-
-@pytest.fixture
 def fresh(monkeypatch: pytest.MonkeyPatch) -> Iterator[pytest.MonkeyPatch]:
     """Patches of an environment in which no library was looked for yet."""
     forget()

@@ -26,7 +26,7 @@ class Request:
     nbits: int
 
 
-# One for each name in `config.CACHES`.
+# One for each name in `cache_choice.CACHES`.
 MAKERS: dict[str, Callable[[Request], Cache]] = {
     "dynamic": lambda request: request.grown(),
     "static": lambda request: StaticCache(request.config, max_cache_len=request.length),

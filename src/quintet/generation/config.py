@@ -21,6 +21,7 @@ from quintet.configuration.rules import (
 )
 from quintet.errors import InputError, ModelNotFoundError, SaveError
 from quintet.files import read_json, write_text
+from quintet.generation.cache_choice import CACHE_BITS, CACHES, CacheChoice, choose_cache
 from quintet.generation.watermarking import WatermarkingConfig
 from quintet.hub import CONFIG_PATTERNS, locate
 
@@ -34,7 +35,6 @@ ABSENT = {
     "assistant_early_exit": "speculative decoding",
     "assistant_ensemble_weight": "speculative decoding",
     "assistant_lookbehind": "speculative decoding",
-    "compile_config": "compiling the forward",
     "constraints": "constrained beam search",
     "custom_generate": "running code of others",
     "diversity_penalty": "group beam search",
@@ -49,11 +49,6 @@ ABSENT = {
     "target_lookbehind": "speculative decoding",
     "trust_remote_code": "running code of others",
 }
-# The names of `cache_implementation`; `generation/caches.py` makes them.
-CACHES = ("dynamic", "static", "quantized", "offloaded")
-# The names of `cache_dtype` and the bits of a number.
-CACHE_BITS = {"int8": 8, "int6": 6, "int4": 4}
-# How the number of drafted tokens changes.
 SCHEDULES = ("constant", "heuristic", "heuristic_transient")
 Share = Annotated[float, Bounds(0, 1)]
 Ids = list[NonNegative]
@@ -121,6 +116,9 @@ class GenerationConfig:
         cache_config: the same as {"nbits": 8}, the way Transformers asks for it.
         max_cache_len: how many tokens a preallocated cache has room for; as many as are asked for.
         prefill_chunk_size: read the prompt in pieces of so many tokens; all at once.
+        compile: run every step but the first as one compiled program, with a preallocated cache
+            (docs/guides/caches.md says when that pays); false.
+        compile_config: the same, with a `CompileConfig` that says how.
         disable_compile: taken and without effect: nothing is compiled unasked.
         token_healing: take the prompt's last token off and let the model choose one that begins
             with its text; needs `generate(tokenizer=…)`; false.
@@ -179,6 +177,8 @@ class GenerationConfig:
     cache_config: dict[str, Any] | None = None
     max_cache_len: Count | None = None
     prefill_chunk_size: Count | None = None
+    compile: bool | None = None
+    compile_config: Any = None
     disable_compile: bool | None = None
     token_healing: bool | None = None
     bos_token_id: NonNegative | None = None
@@ -218,12 +218,7 @@ class GenerationConfig:
         schedule = self.num_assistant_tokens_schedule
         _one_of("num_assistant_tokens_schedule", schedule, (None, *SCHEDULES))
         _one_of("cache_dtype", self.cache_dtype, (None, *CACHE_BITS))
-        _check_cache_config(self.cache_config)
-        if self._asked_bits() and self.cache_implementation not in (None, "quantized"):
-            raise InputError(
-                f"GenerationConfig: cache_implementation={self.cache_implementation!r} is not in "
-                "few bits; leave cache_dtype and cache_config out, or use 'quantized'"
-            )
+        self.cache  # noqa: B018 - raises where the options contradict each other
         _one_of("early_stopping", self.early_stopping, (None, True, False, "never"))
         decay = self.exponential_decay_length_penalty
         if decay is not None and len(decay) != 2:
@@ -240,25 +235,16 @@ class GenerationConfig:
         return [self.eos_token_id] if isinstance(self.eos_token_id, int) else self.eos_token_id
 
     @property
-    def cache_bits(self) -> int:
-        """The bits of a number in a quantized cache."""
-        return next(iter(self._asked_bits()), 8)
+    def cache(self) -> CacheChoice:
+        """The cache that the options ask for."""
+        return choose_cache(
+            self.cache_implementation, self.cache_dtype, self.cache_config, compiles=self.compiles
+        )
 
     @property
-    def cache_kind(self) -> str:
-        """The name of the cache to make: what is asked for, or what the options imply."""
-        return self.cache_implementation or ("quantized" if self._asked_bits() else "dynamic")
-
-    def _asked_bits(self) -> set[int]:
-        bits = {CACHE_BITS[self.cache_dtype]} if self.cache_dtype else set()
-        if self.cache_config and "nbits" in self.cache_config:
-            bits.add(self.cache_config["nbits"])
-        if len(bits) > 1:
-            raise InputError(
-                f"GenerationConfig: cache_dtype={self.cache_dtype!r} and "
-                f"cache_config={self.cache_config!r} are of different bits; give one of the two"
-            )
-        return bits
+    def compiles(self) -> bool:
+        """Whether the step is to be compiled."""
+        return bool(self.compile) or self.compile_config is not None
 
     def replace(self, **options: Any) -> Self:
         """Return a copy with some options changed; None leaves an option as it is.
@@ -361,6 +347,7 @@ class GenerationConfig:
     def to_dict(self) -> dict[str, Any]:
         """Return the options that are set."""
         values = {k: v for k, v in vars(self).items() if k != "other" and v is not None}
+        values.pop("compile_config", None)  # of a process, not of a checkpoint
         if isinstance(self.sequence_bias, dict):
             # A tuple is no key in JSON.
             values["sequence_bias"] = [[list(k), v] for k, v in self.sequence_bias.items()]
@@ -425,25 +412,3 @@ def _asks_nothing(value: object) -> bool:
     if isinstance(value, int | float):
         return value in (0, 1)
     return value is None or (isinstance(value, str | list | tuple | dict) and not value)
-
-
-def _check_cache_config(options: dict[str, Any] | None) -> None:
-    """Check the options of a cache: its bits, and whose code it would be in Transformers."""
-    if options is None:
-        return
-    unknown = sorted(set(options) - {"nbits", "backend"})
-    if unknown:
-        raise InputError(
-            f"GenerationConfig: cache_config has {', '.join(unknown)}; a quantized cache here has "
-            "one scale a vector, and only nbits to choose"
-        )
-    if "nbits" in options and options["nbits"] not in CACHE_BITS.values():
-        raise InputError(
-            f"GenerationConfig: cache_config nbits={options['nbits']!r} has to be 8, 6 or 4"
-        )
-    if "backend" in options:
-        warnings.warn(
-            f"cache_config backend={options['backend']!r} is without effect: the cache is coded "
-            "by quintet itself",
-            stacklevel=4,
-        )

@@ -47,6 +47,7 @@ class Forward:
         record: tells whether attentions and hidden states are needed.
         outlives: the cache is used afterwards, so that what follows the end of a row must not
             get into it.
+        program: the model as a compiled program, for steps of one token.
     """
 
     def __init__(
@@ -56,8 +57,10 @@ class Forward:
         *,
         record: Record | None = None,
         outlives: bool = False,
+        program: LanguageModel | None = None,
     ) -> None:
         self.model = model
+        self.program = model if program is None else program
         self.cache = cache
         self.outlives = outlives
         self._weighs = record is not None and record.attentions is not None
@@ -130,7 +133,12 @@ class Forward:
 
     def _run(self, inputs: Tensor, mask: Tensor | None, keep: int = 1) -> Made:
         is_ids = inputs.ndim == 2
-        output = self.model(
+        # A prompt may have any length, and each would be a program of its own.
+        model = self.model
+        if inputs.shape[1] == 1 and self.cache is not None:
+            # So would each stride: these are a slice of a text that has room to grow.
+            model, inputs = self.program, inputs.contiguous()
+        output = model(
             input_ids=inputs if is_ids else None,
             inputs_embeds=None if is_ids else inputs,
             attention_mask=mask,

@@ -1,5 +1,6 @@
 """`generate()`: from arguments and config to a way of decoding, and its output."""
 
+import functools
 import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any, cast
@@ -13,6 +14,7 @@ from quintet.errors import ContextLengthError, InputError
 from quintet.generation import plan
 from quintet.generation.beams import Found, beam_search
 from quintet.generation.caches import Request, open_cache
+from quintet.generation.compiling import ROOM_STEP, CompileConfig, compiled
 from quintet.generation.config import GenerationConfig
 from quintet.generation.decode import Forward, LanguageModel, Run, decode
 from quintet.generation.drafting import (
@@ -152,7 +154,13 @@ class GenerationMixin:
             record = Record.of(config)
             outlives = past is not None or record.asked
             cache = self._cache_for(config, past, prompt.length + room)
-            forward = Forward(cast("LanguageModel", self), cache, record=record, outlives=outlives)
+            forward = Forward(
+                cast("LanguageModel", self),
+                cache,
+                record=record,
+                outlives=outlives,
+                program=self._program(config),
+            )
             if streamer is not None:
                 streamer.put(prompt.given.repeat_interleave(copies, dim=0).cpu())
             text = Text(prompt.ids, prompt.text_padding(), room=room, copies=copies)
@@ -231,6 +239,25 @@ class GenerationMixin:
         plan.warn_of_idle(config, options)
         return config
 
+    def _program(self, config: GenerationConfig) -> LanguageModel | None:
+        """Return the compiled model, the same one at every call that asks alike."""
+        if not config.compiles:
+            return None
+        how = config.compile_config or CompileConfig()
+        if not isinstance(how, CompileConfig):
+            raise InputError(
+                f"compile_config is a {type(how).__name__}; it has to be a quintet CompileConfig"
+            )
+        for known, program in self._programs:
+            if known == how:
+                return program
+        self._programs.append((how, compiled(cast("LanguageModel", self), how)))
+        return self._programs[-1][1]
+
+    @functools.cached_property
+    def _programs(self) -> list[tuple[CompileConfig, LanguageModel]]:
+        return []
+
     def _device(self) -> torch.device:
         return next(cast("torch.nn.Module", self).parameters()).device
 
@@ -253,11 +280,13 @@ class GenerationMixin:
             return past
         if config.use_cache is False:
             return None
+        if config.compiles:
+            length = -(-length // ROOM_STEP) * ROOM_STEP
         length = config.max_cache_len or length
         request = Request(
-            config=self.config, grown=self.new_cache, length=length, nbits=config.cache_bits
+            config=self.config, grown=self.new_cache, length=length, nbits=config.cache.bits
         )
-        return open_cache(config.cache_kind, request)
+        return open_cache(config.cache.kind, request)
 
     def _room(self, prompt: Prompt, config: GenerationConfig, max_length: int | None) -> int:
         """Return how many tokens to make at the most."""

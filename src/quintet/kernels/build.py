@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
 
-__all__ = ["LEVELS", "BuildError", "best_level", "build", "find_compiler"]
+__all__ = ["LEVELS", "BuildError", "best_level", "build", "cache_folder", "find_compiler"]
 
 SOURCES = Path(__file__).parent / "csrc"
 COMPILERS = ("g++", "clang++", "c++")
@@ -102,7 +102,7 @@ def build(level: str, openmp: Path | None = None) -> Path:
     compiler = find_compiler()
     sources = sorted(SOURCES.glob("*.cpp"))
     options = [*FLAGS, *LEVELS[level].options]
-    folder = _cache_folder()
+    folder = cache_folder()
     target = folder / f"kernels-{level}-{_key(compiler, options, openmp)}.so"
     if target.exists():
         return target
@@ -150,7 +150,8 @@ def _key(compiler: str, options: list[str], openmp: Path | None) -> str:
     return found.hexdigest()[:16]
 
 
-def _cache_folder() -> Path:
+def cache_folder() -> Path:
+    """Return the folder of this user where what is compiled is kept."""
     base = os.environ.get("XDG_CACHE_HOME") or os.path.join(os.path.expanduser("~"), ".cache")
     return Path(base) / "quintet"
 

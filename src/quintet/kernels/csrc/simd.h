@@ -220,19 +220,6 @@ inline F exp_of(F x) {
     y = fma(fma(y, r, all(1.0f)), r, all(1.0f));
     return scale_by_power(y, n);
 }
-// 2^x for x <= 0, to a relative 2e-6.
-inline F power_of_two(F x) {
-    x = max(x, all(-126.0f));
-    F n = floor_of(add(x, all(0.5f)));
-    F r = sub(x, n);
-    F y = all(1.3333558e-3f);
-    y = fma(y, r, all(9.6181291e-3f));
-    y = fma(y, r, all(5.5504109e-2f));
-    y = fma(y, r, all(2.4022651e-1f));
-    y = fma(y, r, all(6.9314718e-1f));
-    y = fma(y, r, all(1.0f));
-    return scale_by_power(y, n);
-}
 inline F silu(F x) { return div(x, add(all(1.0f), exp_of(sub(zero(), x)))); }
 
 // The part [from, to) of n items that is this thread's.

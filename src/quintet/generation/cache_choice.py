@@ -1,0 +1,74 @@
+"""Which cache the options of a generation ask for."""
+
+import warnings
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+from quintet.errors import InputError
+
+__all__ = ["CACHES", "CACHE_BITS", "CacheChoice", "choose_cache"]
+
+# The names of `cache_implementation`; `generation/caches.py` makes them.
+CACHES = ("dynamic", "static", "quantized", "offloaded")
+# The names of `cache_dtype` and the bits of a number.
+CACHE_BITS = {"int8": 8, "int6": 6, "int4": 4}
+
+
+class CacheChoice(NamedTuple):
+    """A cache by its name, and the bits of a number in a quantized one."""
+
+    kind: str
+    bits: int
+
+
+def choose_cache(
+    kind: str | None, dtype: str | None, config: Mapping[str, Any] | None, *, compiles: bool
+) -> CacheChoice:
+    """Return what is asked for, or what the options imply.
+
+    Raises:
+        InputError: there is no such option, or two contradict each other.
+    """
+    asked = {CACHE_BITS[dtype]} if dtype else set()
+    asked |= _configured_bits(config)
+    if len(asked) > 1:
+        raise InputError(
+            f"GenerationConfig: cache_dtype={dtype!r} and cache_config={config!r} are of "
+            "different bits; give one of the two"
+        )
+    if asked and kind not in (None, "quantized"):
+        raise InputError(
+            f"GenerationConfig: cache_implementation={kind!r} is not in few bits; leave "
+            "cache_dtype and cache_config out, or use 'quantized'"
+        )
+    kind = kind or ("quantized" if asked else "static" if compiles else "dynamic")
+    if compiles and kind != "static":
+        raise InputError(
+            "GenerationConfig: a compiled step needs cache_implementation='static', not "
+            f"{kind!r}, which changes its shape"
+        )
+    return CacheChoice(kind, next(iter(asked), 8))
+
+
+def _configured_bits(config: Mapping[str, Any] | None) -> set[int]:
+    """Return what the options of a cache, as Transformers has them, say of its bits."""
+    config = config or {}
+    unknown = sorted(set(config) - {"nbits", "backend"})
+    if unknown:
+        raise InputError(
+            f"GenerationConfig: cache_config has {', '.join(unknown)}; a quantized cache here has "
+            "one scale a vector, and only nbits to choose"
+        )
+    if "backend" in config:
+        warnings.warn(
+            f"cache_config backend={config['backend']!r} is without effect: the cache is coded "
+            "by quintet itself",
+            stacklevel=6,
+        )
+    if "nbits" not in config:
+        return set()
+    if config["nbits"] not in CACHE_BITS.values():
+        raise InputError(
+            f"GenerationConfig: cache_config nbits={config['nbits']!r} has to be 8, 6 or 4"
+        )
+    return {config["nbits"]}

@@ -1,0 +1,57 @@
+"""The step of decoding as one compiled program, kept between processes."""
+
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, cast
+
+import torch
+from torch._inductor.runtime.cache_dir_utils import default_cache_dir
+
+from quintet.generation.decode import LanguageModel
+from quintet.kernels.build import cache_folder
+
+__all__ = ["ROOM_STEP", "CompileConfig", "compiled"]
+
+# Each length of a preallocated cache is a program of its own, so there are few lengths.
+ROOM_STEP = 256
+FOLDER = "TORCHINDUCTOR_CACHE_DIR"
+
+
+@dataclass(frozen=True)
+class CompileConfig:
+    """How `torch.compile` treats the step; its arguments, with its defaults.
+
+    Attributes:
+        fullgraph: fail where the step is not one graph.
+        dynamic: compile for any shape; None to do so when a second one is met.
+        backend: the compiler's name, or a compiler.
+        mode: such as "reduce-overhead", which captures the step in a graph of the device.
+        options: of the backend; not together with a mode.
+    """
+
+    fullgraph: bool = False
+    dynamic: bool | None = None
+    backend: str | Callable[..., Any] = "inductor"
+    mode: str | None = None
+    options: dict[str, Any] | None = None
+
+
+def compiled(model: LanguageModel, config: CompileConfig) -> LanguageModel:
+    """Return the model with its forward compiled at the first call.
+
+    What the compiler makes is kept in the user's cache, so that another process finds it; where
+    `TORCHINDUCTOR_CACHE_DIR` says otherwise, there.
+    """
+    # torch writes its own choice into the environment as soon as it looks.
+    if os.environ.get(FOLDER, default_cache_dir()) == default_cache_dir():
+        os.environ[FOLDER] = str(cache_folder() / "inductor")
+    program = torch.compile(
+        cast("Callable[..., Any]", model),
+        fullgraph=config.fullgraph,
+        dynamic=config.dynamic,
+        backend=config.backend,
+        mode=config.mode,
+        options=config.options,
+    )
+    return cast("LanguageModel", program)

@@ -1,0 +1,72 @@
+"""A compiled step makes the same tokens, is compiled once, and is found by other processes."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch._dynamo.testing import CompileCounter
+
+from conformance.families import Family, each
+from quintet import CompileConfig, GenerationConfig
+from quintet.errors import InputError
+
+
+@each()
+def test_the_tokens_are_the_same_and_the_step_is_compiled_once(family: Family) -> None:
+    torch._dynamo.reset()
+    model = family.model_of()
+    ids = torch.randint(101, (2, 9), generator=torch.Generator().manual_seed(3))
+    mask = torch.ones_like(ids)
+    mask[1, :4] = 0
+    counter = CompileCounter()
+    options: dict[str, Any] = {"attention_mask": mask, "max_new_tokens": 12}
+    plain = model.generate(ids, **options)
+    config = CompileConfig(backend=counter, fullgraph=True)
+    for _ in range(2):
+        made = model.generate(ids, compile_config=config, **options)
+        assert torch.equal(made, plain)
+    # Another length of the text, but the same program.
+    model.generate(ids, compile_config=config, max_new_tokens=3)
+    assert counter.frame_count == 1
+
+
+def test_what_cannot_be_compiled_is_named() -> None:
+    assert GenerationConfig(compile=True).cache.kind == "static"
+    with pytest.raises(InputError, match="needs cache_implementation='static', not 'offloaded'"):
+        GenerationConfig(compile=True, cache_implementation="offloaded")
+    assert "compile_config" not in GenerationConfig(compile_config=CompileConfig()).to_dict()
+
+
+SCRIPT = """
+import torch, time
+from quintet import AutoModelForCausalLM, demo_model
+from torch._dynamo.utils import counters
+model = AutoModelForCausalLM.from_pretrained(demo_model(), dtype="float32")
+made = model.generate(torch.tensor([[5, 6, 7]]), compile=True, max_new_tokens=4, do_sample=False)
+found = counters["inductor"]["fxgraph_cache_hit"]
+print(made[0].tolist(), found)
+"""
+
+
+def test_another_process_finds_the_program(tmp_path: Path) -> None:
+    env = {**os.environ, "XDG_CACHE_HOME": str(tmp_path), "OMP_NUM_THREADS": "1"}
+    env.pop("TORCHINDUCTOR_CACHE_DIR", None)
+    runs = [
+        subprocess.run(
+            [sys.executable, "-c", SCRIPT],
+            env=env,
+            capture_output=True,
+            text=True,
+            check=True,
+            timeout=900,
+        ).stdout.split("]")
+        for _ in range(2)
+    ]
+    assert runs[0][0] == runs[1][0]
+    assert int(runs[0][1]) == 0
+    assert int(runs[1][1]) > 0
+    assert (tmp_path / "quintet" / "inductor").is_dir()
