@@ -25,6 +25,7 @@ class Hub:
     gated: set[str] = field(default_factory=set)
     asked: list[str] = field(default_factory=list)
     broken: bool = False
+    cut: str = ""  # files whose name ends so break off halfway
     url: str = ""
 
     def add(self, name: str, folder: Path, revision: str = "main", inside: str = "") -> None:
@@ -169,6 +170,9 @@ class _Handler(BaseHTTPRequestHandler):
             last = min(int(end) if end else len(content) - 1, len(content) - 1)
             headers["Content-Range"] = f"bytes {start}-{last}/{len(content)}"
             self._send(206, content[int(start) : last + 1], headers)
+        elif self.hub.cut and file.endswith(self.hub.cut) and self.command != "HEAD":
+            self._send(200, content[: len(content) // 2], headers, length=len(content))
+            self.close_connection = True
         else:
             self._send(200, content, headers)
 
@@ -189,9 +193,12 @@ class _Handler(BaseHTTPRequestHandler):
     def _json(self, value: Any) -> None:
         self._send(200, json.dumps(value).encode(), {"Content-Type": "application/json"})
 
-    def _send(self, code: int, content: bytes, headers: dict[str, str]) -> None:
+    def _send(
+        self, code: int, content: bytes, headers: dict[str, str], length: int | None = None
+    ) -> None:
         self.send_response(code)
-        for key, value in {"Content-Length": str(len(content)), **headers}.items():
+        told = len(content) if length is None else length
+        for key, value in {"Content-Length": str(told), **headers}.items():
             self.send_header(key, value)
         self.end_headers()
         if self.command != "HEAD":

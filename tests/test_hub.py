@@ -176,6 +176,52 @@ def test_a_network_that_answers_for_the_hub(hub: Hub, run: Run, tmp_path: Path) 
     assert said["then"] == "qwen2"
 
 
+def test_a_download_that_breaks_off_is_not_used(hub: Hub, run: Run, tmp_path: Path) -> None:
+    hub.add("o/m", build(tmp_path / "model"))
+    hub.cut = ".safetensors"
+    said = run('fails("cut", lambda: AutoModelForCausalLM.from_pretrained("o/m"))')
+    assert said["cut"][2] in (3, 6)
+    hub.cut = ""
+    said = run('said["then"] = AutoModelForCausalLM.from_pretrained("o/m").config.model_type')
+    assert said["then"] == "qwen2"
+
+
+def test_a_cache_that_cannot_be_written_is_named(hub: Hub, tmp_path: Path) -> None:
+    hub.add("o/m", build(tmp_path / "model"))
+    blocked = tmp_path / "a file"
+    blocked.write_text("")
+    done = cli(hub, tmp_path, "info", "o/m", HF_HOME=str(blocked / "home"))
+    assert done.returncode == 7
+    assert f"error: the hub cache {blocked}" in done.stderr
+    assert "HF_HOME" in done.stderr
+
+
+@pytest.mark.parametrize("name", ["with spaces", "模型 🎻", "é" * 120, "-n", "a'b\"c;$d"])
+def test_a_folder_may_have_any_name(hub: Hub, tmp_path: Path, name: str) -> None:
+    folder = build(tmp_path / name)
+    environment = {"HOME": ""}
+    done = cli(hub, tmp_path, "generate", "a", "--model", str(folder), "-n", "2", **environment)
+    assert done.returncode == 0, done.stderr
+
+
+def test_a_working_directory_that_is_gone_is_named(tmp_path: Path) -> None:
+    gone = tmp_path / "gone"
+    gone.mkdir()
+    done = subprocess.run(
+        [
+            "sh",
+            "-c",
+            f'cd "$0" && rmdir "$0" && exec "{sys.executable}" -m quintet info',
+            str(gone),
+        ],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 2
+    assert "error: the working directory no longer exists" in done.stderr
+
+
 def test_a_pushed_model_comes_back(hub: Hub, run: Run, tmp_path: Path) -> None:
     root = build(tmp_path / "model")
     hub.add("o/gated", root)

@@ -7,6 +7,7 @@ import os
 import re
 import tempfile
 from collections.abc import Sequence
+from errno import ENOSPC
 from pathlib import Path
 from typing import Any
 
@@ -69,6 +70,7 @@ def locate(
     Raises:
         ModelNotFoundError: no such directory, repository, revision, or no access to it.
         OfflineError: a hub id that is not in the local cache while the network is off.
+        SaveError: the cache cannot be written.
     """
     name = os.fspath(name_or_path)
     path = Path(name).expanduser()
@@ -261,9 +263,7 @@ def _download(
     from huggingface_hub import constants, snapshot_download
     from huggingface_hub.errors import (
         GatedRepoError,
-        HfHubHTTPError,
         HFValidationError,
-        LocalEntryNotFoundError,
         RepositoryNotFoundError,
         RevisionNotFoundError,
     )
@@ -295,8 +295,15 @@ def _download(
         ) from error
     except RevisionNotFoundError as error:
         raise ModelNotFoundError(f"{name!r} has no revision {revision!r}") from error
-    # ValueError: what answered is not the hub, as in a network that asks to log in first.
-    except (LocalEntryNotFoundError, HfHubHTTPError, OSError, ValueError) as error:
+    # Whatever else: the library below huggingface_hub, and so what it raises when a connection
+    # breaks or something answers that is not the hub, differs between its versions.
+    except Exception as error:
+        if isinstance(error, OSError) and (error.filename is not None or error.errno == ENOSPC):
+            raise SaveError(
+                f"the hub cache {cache_dir or constants.HF_HUB_CACHE} cannot be written: "
+                f"{error.strerror}; set HF_HOME, or cache_dir, to a folder with room that you may "
+                "write to"
+            ) from error
         reason = (
             "offline mode is set (HF_HUB_OFFLINE or local_files_only)"
             if offline

@@ -11,7 +11,7 @@ from typing import Any
 import click
 
 from quintet import __version__
-from quintet.errors import QuintetError, SaveError
+from quintet.errors import InputError, QuintetError, SaveError
 
 __all__ = ["main"]
 
@@ -99,6 +99,7 @@ def main(arguments: list[str] | None = None) -> None:
         # A model writes any character there is, also at a terminal that knows fewer.
         sys.stdout.reconfigure(errors="replace")
     try:
+        _check_directory()
         code: Any = cli.main(arguments, prog_name="quintet", standalone_mode=False)
     except click.exceptions.Abort:
         code = 130
@@ -113,3 +114,13 @@ def main(arguments: list[str] | None = None) -> None:
         click.echo(f"error: {error}", err=True)
         code = error.exit_code
     sys.exit(code if isinstance(code, int) else 0)
+
+
+def _check_directory() -> None:
+    """Refuse to start where no file can be found; a library would end the process in its way."""
+    try:
+        os.getcwd()
+    except FileNotFoundError:
+        raise InputError(
+            "the working directory no longer exists; change to one that does"
+        ) from None
