@@ -6,7 +6,6 @@ from dataclasses import dataclass
 from typing import Any, cast
 
 import torch
-from torch._inductor.runtime.cache_dir_utils import default_cache_dir
 
 from quintet.generation.decode import LanguageModel
 from quintet.kernels.build import cache_folder
@@ -43,6 +42,9 @@ def compiled(model: LanguageModel, config: CompileConfig) -> LanguageModel:
     What the compiler makes is kept in the user's cache, so that another process finds it; where
     `TORCHINDUCTOR_CACHE_DIR` says otherwise, there.
     """
+    # Imported here: torch's compiler takes a second, and most never compile.
+    from torch._inductor.runtime.cache_dir_utils import default_cache_dir
+
     # torch writes its own choice into the environment as soon as it looks.
     if os.environ.get(FOLDER, default_cache_dir()) == default_cache_dir():
         os.environ[FOLDER] = str(cache_folder() / "inductor")
