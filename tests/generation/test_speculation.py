@@ -189,14 +189,14 @@ def test_drafts_are_what_the_layers_predict_of_the_whole_text(
     seen: list[tuple[list[list[int]], Tensor]] = []
     propose = Prediction.propose
 
-    def spy(self: Any, text: Text, wanted: Tensor, goes_on: Tensor, sampler: Any) -> Any:
+    def spy(self: Any, text: Text, wanted: list[int], goes_on: list[bool], sampler: Any) -> Any:
         draft = propose(self, text, wanted, goes_on, sampler)
         rows = [
             row[len(row) - int(length) :].tolist()
             for row, length in zip(text.ids, text.lengths(), strict=True)
         ]
         for row, goes, count, drafted in zip(
-            rows, goes_on, draft.counts.tolist(), draft.tokens, strict=True
+            rows, goes_on, draft.counts, draft.tokens, strict=True
         ):
             if goes and count == depth:
                 seen.append((row, drafted))
@@ -401,9 +401,8 @@ def test_what_was_accepted_is_told() -> None:
 )
 def test_a_text_is_looked_up_in_itself(row: list[int], count: int, expected: list[int]) -> None:
     padded = Text(torch.tensor([[6, *row]]), torch.tensor([1]))
-    everyone = torch.tensor([True])
-    draft = PromptLookup().propose(padded, torch.tensor([count]), everyone, None)  # type: ignore[arg-type]
-    assert draft.tokens[0, : int(draft.counts)].tolist() == expected
+    draft = PromptLookup().propose(padded, [count], [True], None)  # type: ignore[arg-type]
+    assert draft.tokens[0, : draft.counts[0]].tolist() == expected
 
 
 def test_a_schedule_learns_row_by_row() -> None:
