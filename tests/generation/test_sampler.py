@@ -65,7 +65,8 @@ def test_several_positions_are_those_one_by_one(options: dict[str, Any]) -> None
     for place in range(4):
         prefix = rows.cut(len(rows) - 3 + place)
         alone = sampler.scores(prefix, logits[:, place]).log_softmax(dim=-1)
-        assert torch.equal(together[:, place], alone)
+        # Behind a top-k, sums run over fewer numbers: the last digit of a logarithm may differ.
+        torch.testing.assert_close(together[:, place], alone, rtol=0, atol=2e-6)
 
 
 def test_rows_of_different_lengths_are_as_alone() -> None:

@@ -116,13 +116,15 @@ class Sampler:
         """
         return self.scores_of_last(text, logits).log_softmax(dim=-1)
 
-    def draw(self, probabilities: Tensor) -> Tensor:
+    def draw(self, probabilities: Tensor, u: Tensor | None = None) -> Tensor:
         """Draw an index for each row, (B,), from probabilities (B, n) that need not sum to 1.
+
+        With `u` (B, 1) of [0, 1), by those numbers.
 
         Raises:
             InputError: there is nothing to draw from.
         """
-        return sampling.draw(probabilities, self.generators)
+        return sampling.draw(probabilities, self.generators, u)
 
     def uniform(self, B: int, count: int, device: torch.device) -> Tensor:
         """Draw numbers (B, count) in [0, 1), those of each row from its own generator."""

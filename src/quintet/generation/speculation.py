@@ -105,9 +105,11 @@ class _Speculating:
         drafted = draft.tokens.tolist()
         if sampler.do_sample:
             p = scores.softmax(dim=-1)
-            u = _for_a_turn(run.sampler, self.goes_on).uniform(B, K, p.device)
-            kept, rest = keep_sampled(p, draft.probabilities, draft.tokens, draft.counts, u)
-            behind = sampler.draw(rest).tolist()
+            # The first number is what is always needed: the others are as many as the others draft.
+            u = sampler.uniform(B, K + 1, p.device)
+            drawn = draft.probabilities
+            kept, rest = keep_sampled(p, drawn, draft.tokens, draft.counts, u[:, 1:])
+            behind = sampler.draw(rest, u[:, :1]).tolist()
         else:
             likeliest = scores.argmax(dim=-1).tolist()
             kept = keep_likeliest(likeliest, drafted, draft.counts)
