@@ -49,7 +49,8 @@ void rms_norm(const T* x, const T* weight, T* y, i64 rows, i64 C, float eps) {
     }
 }
 
-// x (B, H, T, D) with any strides but the last; y (B, T, H, D); cos and sin (B or 1, T, D).
+// x (B, H, T, D) with any strides but the last; y (B, T, H, D); cos and sin (B or 1, T, D). The
+// pairs are i and i + D/2 of x, or neighbours, which then part to i and i + D/2 of y.
 template <class T>
 struct Rotation {
     const T* x;
@@ -59,7 +60,7 @@ struct Rotation {
 
 template <class T>
 void rotate(const Rotation<T>* parts, i64 count, const T* cos, const T* sin, i64 angle_row, i64 B,
-            i64 tokens, i64 D) {
+            i64 tokens, i64 D, bool neighbours) {
     i64 heads = 0;
     for (i64 k = 0; k < count; ++k) heads += parts[k].H;
 #pragma omp parallel for if (B * tokens > 1 && B * tokens * heads * D >= FEW) schedule(static)
@@ -70,6 +71,15 @@ void rotate(const Rotation<T>* parts, i64 count, const T* cos, const T* sin, i64
             for (i64 h = 0; h < parts[k].H; ++h) {
                 const T* from = parts[k].x + b * parts[k].row + h * parts[k].head + t * parts[k].token;
                 T* to = parts[k].y + (at * parts[k].H + h) * D;
+                if (neighbours) {
+                    for (i64 i = 0; i < half; ++i) {
+                        const float left = widen(from[2 * i]), right = widen(from[2 * i + 1]);
+                        const float ci = widen(c[i]), si = widen(s[i]);
+                        narrow(left * ci - right * si, to + i);
+                        narrow(right * ci + left * si, to + half + i);
+                    }
+                    continue;
+                }
                 each_vector<T>(half, [&](i64 i, auto last) {
                     const F left = get(from, i, half, last), right = get(from + half, i, half, last);
                     const F cl = get(c, i, half, last), sl = get(s, i, half, last);
@@ -99,8 +109,9 @@ void silu_mul(const T* gate, const T* up, T* y, i64 rows, i64 width, i64 gate_ro
         rms_norm(x, w, y, rows, C, eps);                                                           \
     }                                                                                              \
     extern "C" void quintet_rotate_##name(const Rotation<T>* parts, i64 count, const T* cos,       \
-                                          const T* sin, i64 angle_row, i64 B, i64 tokens, i64 D) { \
-        rotate(parts, count, cos, sin, angle_row, B, tokens, D);                                   \
+                                          const T* sin, i64 angle_row, i64 B, i64 tokens, i64 D,   \
+                                          i64 neighbours) {                                        \
+        rotate(parts, count, cos, sin, angle_row, B, tokens, D, neighbours != 0);                  \
     }                                                                                              \
     extern "C" void quintet_silu_mul_##name(const T* gate, const T* up, T* y, i64 rows, i64 width, \
                                             i64 gate_row, i64 up_row) {                            \
