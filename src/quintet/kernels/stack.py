@@ -91,14 +91,14 @@ def stack(
         for matrix, (I, O) in zip(maps, shapes, strict=True):
             if matrix.weight.shape[0] != O or not fits(matrix, kind, I, dtype):
                 return None
-            # The kernel adds no bias within an MLP.
-            if matrix.bias is not None and O == F:
-                return None
             for tensor in matrix:
                 fields.append(0 if tensor is None else tensor.data_ptr())
                 if tensor is not None:
                     tensors.append(tensor)
             fields += (O, matrix.weight.stride(0))
+        # The kernel adds no bias within an MLP.
+        if block.gate.bias is not None or block.up.bias is not None:
+            return None
         for held in (block.keys, block.values):
             if held.dtype != dtype or held.shape[:2] != (B, K) or held.shape[3] != D:
                 return None
