@@ -1,6 +1,7 @@
 """Checkpoints that become others: in all families, tensor by tensor, whole or not at all."""
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -106,3 +107,19 @@ def test_a_model_is_not_written_over_itself(tmp_path: Path) -> None:
     Qwen2ForCausalLM(small_config()).save_pretrained(tmp_path)
     with pytest.raises(InputError, match="the source itself"):
         convert(tmp_path, tmp_path, quantize="int8")
+
+
+def test_every_file_of_the_tokenizer_comes_along(chat_model: Path, tmp_path: Path) -> None:
+    source = Path(shutil.copytree(chat_model, tmp_path / "source"))
+    (source / "additional_chat_templates").mkdir()
+    (source / "additional_chat_templates" / "tool_use.jinja").write_text("{{ tools }}")
+    (source / "tokenizer.model").write_bytes(b"\x0a\xff\x00")
+    convert(source, tmp_path / "target", dtype="bfloat16")
+    files = {
+        path.relative_to(source)
+        for path in source.rglob("*")
+        if path.is_file() and path.suffix != ".safetensors" and path.name != "config.json"
+    }
+    assert len(files) > 5
+    for file in files:
+        assert (tmp_path / "target" / file).read_bytes() == (source / file).read_bytes(), file

@@ -4,7 +4,6 @@ Tensors go through one by one, so that no more than those of one file are in mem
 """
 
 import os
-import shutil
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,9 +13,10 @@ import torch
 from torch import Tensor
 
 from quintet.auto import AutoConfig, family
-from quintet.checkpoint import Checkpoint, Piece, pieces, save_stream
+from quintet.checkpoint import Checkpoint, Piece, pieces, save_stream, undisturbed
 from quintet.configuration.base import CONFIG_NAME
 from quintet.errors import InputError
+from quintet.files import copy_file
 from quintet.generation.config import GENERATION_CONFIG_NAME
 from quintet.hub import TOKENIZER_PATTERNS
 from quintet.modeling.base import PreTrainedModel
@@ -79,8 +79,9 @@ def convert(
     root, target = Path(source), Path(target)
     if target.exists() and root.samefile(target):
         raise InputError(f"{target} is the source itself; write into another directory")
-    config = AutoConfig.from_pretrained(root)
-    checkpoint = Checkpoint.open(root)
+    config, checkpoint = undisturbed(
+        root, lambda: (AutoConfig.from_pretrained(root), Checkpoint.open(root))
+    )
     found = family(config.model_type)
     suffix = _suffix(config.architectures, found.prefix)
     model = skeleton(found.find(suffix), config)
@@ -101,11 +102,14 @@ def convert(
     texts = {CONFIG_NAME: config.to_json_string()}
     if (root / GENERATION_CONFIG_NAME).is_file():
         texts[GENERATION_CONFIG_NAME] = (root / GENERATION_CONFIG_NAME).read_text("utf-8")
+    others = [path for pattern in TOKENIZER_PATTERNS for path in root.glob(pattern)]
+    for path in others:
+        if path.parent == root and path.suffix in (".json", ".txt", ".jinja"):
+            texts[path.name] = path.read_text("utf-8")
     save_stream(target, weights.stream(), max_shard_size=max_shard_size, text_files=texts)
-    for pattern in TOKENIZER_PATTERNS:
-        for path in sorted(root.glob(pattern)):
-            if path.is_file() and path.name not in texts:
-                shutil.copyfile(path, target / path.name)
+    for path in others:
+        if path.name not in texts:
+            copy_file(path, target / path.relative_to(root))
     return Converted(weights.read, weights.written, tuple(naming.lost))
 
 

@@ -1,17 +1,27 @@
-"""Small text files, read with limits and written whole or not at all."""
+"""Small text files, read with limits and written whole or not at all; folders, locked."""
 
+import io
 import json
 import os
+import shutil
+import sys
 import tempfile
+import time
+import warnings
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
+from errno import EAGAIN, EWOULDBLOCK
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from quintet.errors import CheckpointError, SaveError
 
-__all__ = ["read_json", "replace_file", "write_text"]
+__all__ = ["copy_file", "locked", "read_json", "replace_file", "write_text", "write_texts"]
 
 # A tokenizer.json of a 256k vocabulary is about 35 MB; nothing honest is larger.
 MAX_JSON_BYTES = 256 * 1024 * 1024
+# Seconds that a save waits for another's: some of those have hundreds of gigabytes to write.
+PATIENCE = 600.0
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -41,17 +51,53 @@ def write_text(path: Path, text: str) -> None:
     Raises:
         SaveError: the disk is full, the folder is not writable, or `path` is a directory.
     """
+    _write({path: io.BytesIO(text.encode())})
+
+
+def write_texts(directory: Path, texts: Mapping[str, str]) -> None:
+    """Write text files that belong together: all are on the disk before the first is in place.
+
+    Raises:
+        SaveError: as for one, or another process is saving into the directory.
+    """
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+        directory.mkdir(parents=True, exist_ok=True)
+        with locked(directory):
+            _write({directory / name: io.BytesIO(text.encode()) for name, text in texts.items()})
+    except SaveError:
+        raise
+    except OSError as error:
+        raise SaveError(f"could not write into {directory}: {error.strerror or error}") from error
+
+
+def copy_file(source: Path, path: Path) -> None:
+    """Copy a file so that a reader sees the old content or the new, never a part.
+
+    Raises:
+        SaveError: the disk is full, the folder is not writable, or `path` is a directory.
+    """
+    with source.open("rb") as content:
+        _write({path: content})
+
+
+def _write(contents: Mapping[Path, BinaryIO]) -> None:
+    written: dict[Path, Path] = {}
+    path = Path()
+    try:
         try:
-            with os.fdopen(handle, "w", encoding="utf-8") as file:
-                file.write(text)
-                file.flush()
-                os.fsync(file.fileno())
-            replace_file(Path(name), path)
+            for path, content in contents.items():
+                path.parent.mkdir(parents=True, exist_ok=True)
+                handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+                written[path] = Path(name)
+                with os.fdopen(handle, "wb") as file:
+                    shutil.copyfileobj(content, file)
+                    file.flush()
+                    os.fsync(file.fileno())
+            for path, new in written.items():
+                replace_file(new, path)
         except BaseException:
-            Path(name).unlink(missing_ok=True)
+            for new in written.values():
+                new.unlink(missing_ok=True)
             raise
     except OSError as error:
         raise SaveError(f"could not write {path}: {error.strerror or error}") from error
@@ -63,3 +109,81 @@ def replace_file(new: Path, path: Path) -> None:
     os.umask(mask)
     new.chmod(0o666 & ~mask)
     new.replace(path)
+
+
+@contextmanager
+def locked(directory: Path, patience: float | None = None) -> Iterator[None]:
+    """Keep other processes from saving into a directory that is there, and wait for their saves.
+
+    The lock is on the directory itself: nothing is left in it, and it ends with its process.
+
+    Args:
+        patience: how many seconds to wait, ten minutes if None.
+
+    Raises:
+        SaveError: another process is still saving there, and which one.
+        OSError: there is no such directory, or no right to look into it.
+    """
+    if sys.platform == "win32":
+        yield
+        return
+    import fcntl
+
+    handle = os.open(directory, os.O_RDONLY)
+    try:
+        _wait_for(handle, directory, PATIENCE if patience is None else patience)
+        # While this one waited, another directory may have come into its place.
+        while not os.path.samestat(os.fstat(handle), os.stat(directory)):
+            os.close(handle)
+            handle = os.open(directory, os.O_RDONLY)
+            _wait_for(handle, directory, PATIENCE if patience is None else patience)
+        try:
+            yield
+        finally:
+            # A process forked meanwhile shares the lock: closing our handle would not end it.
+            with suppress(OSError):
+                fcntl.flock(handle, fcntl.LOCK_UN)
+    finally:
+        os.close(handle)
+
+
+def _wait_for(handle: int, directory: Path, patience: float) -> None:
+    import fcntl
+
+    began = time.monotonic()
+    told = False
+    while True:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            # Some network file systems have no locks; two saves at once are then on their own.
+            if error.errno not in (EAGAIN, EWOULDBLOCK):
+                return
+        else:
+            return
+        waited = time.monotonic() - began
+        if waited >= patience:
+            raise SaveError(
+                f"{_holder(handle)} is saving into {directory}; wait for it, end it, or save into "
+                "another directory"
+            )
+        if waited >= 1 and not told:
+            told = True
+            warnings.warn(
+                f"{_holder(handle)} is saving into {directory}; waiting for it", stacklevel=6
+            )
+        time.sleep(0.02)
+
+
+def _holder(handle: int) -> str:
+    """Name the process that has locked a file, where the system tells."""
+    found = os.fstat(handle)
+    device = f"{os.major(found.st_dev):02x}:{os.minor(found.st_dev):02x}"
+    with suppress(OSError):
+        for line in Path("/proc/locks").read_text().splitlines():
+            _, kind, _, _, process, place, *_ = line.split()
+            if kind == "FLOCK" and place == f"{device}:{found.st_ino}":
+                command = Path(f"/proc/{process}/cmdline").read_bytes().split(b"\0")
+                shown = b" ".join(command).decode(errors="replace").strip()
+                return f"process {process} ({shown[:80]})"
+    return "another process"

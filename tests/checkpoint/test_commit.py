@@ -15,6 +15,7 @@ from safetensors.torch import load_file
 
 from quintet.checkpoint import Checkpoint, disk, recover, save
 from quintet.errors import CheckpointError, SaveError
+from quintet.files import locked
 
 # How many tensors are in a shard of the old and of the new checkpoint; 6 of 6 are one file.
 CASES = {
@@ -282,8 +283,8 @@ def test_a_save_that_died_between_texts_and_weights_is_refused_then_taken_back(
         Checkpoint.open(tmp_path)
     assert str(staging) in str(caught.value)
 
-    with disk.locked(tmp_path):
-        recover(tmp_path)
+    with locked(tmp_path):
+        assert not recover(tmp_path)
     assert found(tmp_path) is None, "another process may be saving still"
 
     def full(_: Path) -> None:

@@ -1,7 +1,5 @@
 import json
 import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -229,26 +227,6 @@ def test_a_directory_in_the_place_of_a_text_file_leaves_the_old_checkpoint(tmp_p
     assert names(tmp_path) == ["config.json", "generation_config.json", "model.safetensors"]
     assert (tmp_path / "config.json").read_text() == "1"
     assert_same(tmp_path, {"w": torch.ones(1)})
-
-
-def test_a_second_process_is_told_that_one_is_saving(tmp_path: Path) -> None:
-    script = (
-        "import fcntl, os, sys\n"
-        "handle = os.open(sys.argv[1], os.O_RDONLY)\n"
-        "fcntl.flock(handle, fcntl.LOCK_EX)\n"
-        "print('locked', flush=True)\n"
-        "sys.stdin.read()\n"
-    )
-    command = [sys.executable, "-c", script, str(tmp_path)]
-    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as other:
-        assert other.stdout is not None
-        other.stdout.readline()
-        with pytest.raises(SaveError, match="another process is saving into") as caught:
-            save(tmp_path, {"w": torch.ones(1)})
-        assert str(tmp_path) in str(caught.value)
-        other.kill()
-    save(tmp_path, {"w": torch.ones(1)})
-    assert names(tmp_path) == ["model.safetensors"]
 
 
 @pytest.mark.skipif(not hasattr(os, "geteuid") or os.geteuid() == 0, reason="root may write")

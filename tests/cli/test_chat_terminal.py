@@ -223,3 +223,20 @@ def test_a_dumb_terminal_gets_no_codes(talk: Talk, thinking_model: Path) -> None
     # What turns pasting in brackets on and off is the line editor's own.
     rest = re.sub(r"\x1b\[\?2004[hl]", "", terminal.raw)
     assert "\x1b" not in rest
+
+
+def test_what_was_taken_of_drafts_is_told(talk: Talk, predicting_model: Path) -> None:
+    taken = r"\n24 tokens, [\d.]+ tokens/s, (\d+)% of (\d+) drafted tokens taken, context "
+    terminal = talk(predicting_model, "num_assistant_tokens=2", "-n", 24, "--mtp")
+    shown = terminal.say("Hello")
+    found = re.search(taken, shown)
+    assert found, shown
+    assert int(found[2]) > 10
+    plain = terminal.say("/set use_mtp=false")
+    assert "use_mtp=False" in plain
+    terminal.say("/undo")
+    again = terminal.say("Hello")
+    assert "drafted" not in again
+    # The echo of what was typed, the answer, the line of figures, the prompt.
+    assert again.splitlines()[:-2] == shown.splitlines()[:-2]
+    assert terminal.leave() == 0

@@ -1,5 +1,7 @@
 """`quintet generate`: the text on standard output, as it is made, and nothing else there."""
 
+import json
+import re
 import shutil
 import signal
 import subprocess
@@ -143,6 +145,44 @@ def test_the_checkpoints_own_options_hold(
 def test_the_generator_is_where_the_model_is() -> None:
     _, generator, seed = choose(torch.device("cpu"), 7, None)
     assert (generator.device, generator.initial_seed(), seed) == (torch.device("cpu"), 7, 7)
+
+
+def test_drafting_is_asked_for_and_told(
+    quintet: Any, predicting_model: Path, tmp_path: Path
+) -> None:
+    ask = ["generate", "Hello there", "-m", predicting_model, "-n", 20]
+    plain, drafting = quintet(*ask), quintet(*ask, "--mtp", "--draft", 2)
+    assert drafting.out == plain.out
+    assert "use_mtp=True, num_assistant_tokens=2" in drafting.err
+    found = re.search(r"tokens/s, \d+% of (\d+) drafted tokens taken\n", drafting.err)
+    assert found
+    assert "drafted" not in plain.err
+    model = AutoModelForCausalLM.from_pretrained(predicting_model)
+    tokenizer = AutoTokenizer.from_pretrained(predicting_model)
+    out = model.generate(
+        **tokenizer("Hello there", return_tensors="pt"),
+        max_new_tokens=20,
+        use_mtp=True,
+        num_assistant_tokens=2,
+        return_dict_in_generate=True,
+    ).speculation
+    result = json.loads(quintet(*ask, "--mtp", "--draft", 2, "--json").out)
+    assert result["drafted_tokens"] == out.drafted_tokens > 0
+    assert result["accepted_tokens"] == out.accepted_tokens
+    assert "drafted_tokens" not in json.loads(quintet(*ask, "--json").out)
+
+    lines = tmp_path / "prompts.jsonl"
+    lines.write_text('"Hello there"\n"The quick brown fox jumps"\n', encoding="utf-8")
+    batch = quintet("generate", "--batch", lines, *ask[2:], "--mtp", "--draft", 2)
+    rows = [json.loads(line) for line in batch.out.splitlines()]
+    assert rows[0]["drafted_tokens"] == out.drafted_tokens
+    assert all(row["accepted_tokens"] <= row["drafted_tokens"] for row in rows)
+
+
+def test_a_number_of_drafts_without_drafts_is_refused(quintet: Any, chat_model: Path) -> None:
+    result = quintet("generate", "Hello", "-m", chat_model, "--draft", 3)
+    assert (result.code, result.out) == (2, "")
+    assert "--draft 3 has no effect without --mtp" in result.err
 
 
 # -- what is refused -------------------------------------------------------------------------

@@ -65,7 +65,8 @@ def test_several_positions_are_those_one_by_one(options: dict[str, Any]) -> None
     for place in range(4):
         prefix = rows.cut(len(rows) - 3 + place)
         alone = sampler.scores(prefix, logits[:, place]).log_softmax(dim=-1)
-        assert torch.equal(together[:, place], alone)
+        # Behind a top-k, sums run over fewer numbers: the last digit of a logarithm may differ.
+        torch.testing.assert_close(together[:, place], alone, rtol=0, atol=2e-6)
 
 
 def test_rows_of_different_lengths_are_as_alone() -> None:
@@ -89,7 +90,7 @@ def test_rows_of_different_lengths_are_as_alone() -> None:
     config = GenerationConfig(do_sample=True, **options)
     setting = Setting(prompt=Text(prompts, padding), room=2, vocab_size=V)
     logits = torch.randn(3, V)
-    rows.accept(drafts, counts)
+    rows.accept([draft[:n] for draft, n in zip(drafts.tolist(), counts.tolist(), strict=True)])
     assert rows.lengths().tolist() == [9, 3, 6]
     together = Sampler(assemble(config, setting), do_sample=True).scores(rows, logits)
     for row in range(3):
@@ -102,11 +103,11 @@ def test_rows_of_different_lengths_are_as_alone() -> None:
 
 def test_accepting_moves_rows_to_the_right() -> None:
     rows = Text(torch.tensor([[1, 2], [0, 3]]), torch.tensor([0, 1]))
-    rows.accept(torch.tensor([[4, 5], [6, 7]]), torch.tensor([2, 1]))
+    rows.accept([[4, 5], [6]])
     assert rows.ids[0].tolist() == [1, 2, 4, 5]
     assert rows.ids[1, 2:].tolist() == [3, 6]
     assert rows.mask().tolist() == [[True] * 4, [False, False, True, True]]
-    rows.accept(torch.tensor([[8], [9]]), torch.tensor([0, 1]))
+    rows.accept([[], [9]])
     assert [row[kept].tolist() for row, kept in zip(rows.ids, rows.mask(), strict=True)] == [
         [1, 2, 4, 5],
         [3, 6, 9],

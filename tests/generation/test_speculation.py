@@ -189,14 +189,14 @@ def test_drafts_are_what_the_layers_predict_of_the_whole_text(
     seen: list[tuple[list[list[int]], Tensor]] = []
     propose = Prediction.propose
 
-    def spy(self: Any, text: Text, wanted: Tensor, goes_on: Tensor, sampler: Any) -> Any:
+    def spy(self: Any, text: Text, wanted: list[int], goes_on: list[bool], sampler: Any) -> Any:
         draft = propose(self, text, wanted, goes_on, sampler)
         rows = [
             row[len(row) - int(length) :].tolist()
             for row, length in zip(text.ids, text.lengths(), strict=True)
         ]
         for row, goes, count, drafted in zip(
-            rows, goes_on, draft.counts.tolist(), draft.tokens, strict=True
+            rows, goes_on, draft.counts, draft.tokens, strict=True
         ):
             if goes and count == depth:
                 seen.append((row, drafted))
@@ -401,9 +401,8 @@ def test_what_was_accepted_is_told() -> None:
 )
 def test_a_text_is_looked_up_in_itself(row: list[int], count: int, expected: list[int]) -> None:
     padded = Text(torch.tensor([[6, *row]]), torch.tensor([1]))
-    everyone = torch.tensor([True])
-    draft = PromptLookup().propose(padded, torch.tensor([count]), everyone, None)  # type: ignore[arg-type]
-    assert draft.tokens[0, : int(draft.counts)].tolist() == expected
+    draft = PromptLookup().propose(padded, [count], [True], None)  # type: ignore[arg-type]
+    assert draft.tokens[0, : draft.counts[0]].tolist() == expected
 
 
 def test_a_schedule_learns_row_by_row() -> None:
@@ -461,6 +460,44 @@ def test_what_cannot_go_together_is_named() -> None:
     assert torch.equal(model.generate(inputs_embeds=embeds, max_new_tokens=8, use_mtp=True), plain)
     # Nothing watches the model any longer, whether it went well or not.
     assert not model.model._forward_hooks
+
+
+@pytest.mark.parametrize(
+    ("options", "needed"),
+    [
+        ({"num_assistant_tokens": 3}, "assistant_model or use_mtp=True"),
+        ({"num_assistant_tokens_schedule": "heuristic"}, "assistant_model or use_mtp=True"),
+        ({"assistant_confidence_threshold": 0.4}, "assistant_model or use_mtp=True"),
+        ({"max_matching_ngram_size": 3}, "prompt_lookup_num_tokens"),
+        ({"assistant_tokenizer": object()}, "assistant_model"),
+        (
+            {"num_assistant_tokens": 3, "prompt_lookup_num_tokens": 2},
+            "assistant_model or use_mtp=True",
+        ),
+        ({"max_matching_ngram_size": 3, "use_mtp": True}, "prompt_lookup_num_tokens"),
+    ],
+    ids=str,
+)
+def test_options_of_drafts_that_nothing_writes_are_told(
+    options: dict[str, Any], needed: str
+) -> None:
+    model, inputs = model_of("DeepseekV3", num_nextn_predict_layers=1), prompts(1)
+    name = next(iter(options))
+    with pytest.warns(UserWarning, match=f"{name}.* has no effect without {needed}") as told_of:
+        model.generate(inputs, do_sample=False, max_new_tokens=2, **options)
+    assert len(told_of) == 1
+    assert told_of[0].filename == __file__
+
+
+def test_what_a_checkpoint_says_of_drafts_is_not_told(recwarn: pytest.WarningsRecorder) -> None:
+    model, inputs = model_of("DeepseekV3", num_nextn_predict_layers=1), prompts(1)
+    model.generation_config = model.generation_config.replace(
+        num_assistant_tokens=3, max_matching_ngram_size=3, assistant_confidence_threshold=0.1
+    )
+    told(model, inputs, max_new_tokens=2)
+    told(model, inputs, max_new_tokens=2, num_assistant_tokens=2, use_mtp=True)
+    told(model, inputs, max_new_tokens=2, max_matching_ngram_size=1, prompt_lookup_num_tokens=2)
+    assert not recwarn.list
 
 
 def test_an_assistant_of_another_size_is_taken_with_the_same_tokenizer() -> None:

@@ -45,6 +45,7 @@ def test_rms_norm_of_strided_and_broken_rows(level: str) -> None:
     T=st.integers(1, 40),
     half=st.integers(1, 40),
     shared=st.booleans(),
+    neighbours=st.booleans(),
     threads=st.integers(1, 3),
 )
 def test_rotate(
@@ -56,15 +57,21 @@ def test_rotate(
     T: int,
     half: int,
     shared: bool,
+    neighbours: bool,
     threads: int,
 ) -> None:
     torch.set_num_threads(threads)
     angles = torch.randn(1 if shared else B, T, 2 * half)
     cos, sin = angles.cos().to(dtype), angles.sin().to(dtype)
     parts = [torch.randn(B, T, n, 2 * half).to(dtype).transpose(1, 2) for n in (H, K)]
-    made = rotate((parts[0], parts[1]), cos, sin)
+    if neighbours:
+        # Those angles come in two halves that are the same.
+        cos, sin = (torch.cat((x[..., :half], x[..., :half]), dim=-1) for x in (cos, sin))
+    made = rotate((parts[0], parts[1]), cos, sin, neighbours=neighbours)
     assert made is not None
     for y, x in zip(made, parts, strict=True):
+        if neighbours:
+            x = x.unflatten(-1, (-1, 2)).transpose(-1, -2).flatten(-2)
         left, right = x.double().chunk(2, dim=-1)
         turned = torch.cat((-right, left), dim=-1) * sin.double()[:, None]
         exact = x.double() * cos.double()[:, None] + turned

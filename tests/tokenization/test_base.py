@@ -1,4 +1,7 @@
+import errno
 import json
+import threading
+import time
 from pathlib import Path
 from typing import Any
 
@@ -6,6 +9,7 @@ import pytest
 from tokenizers import AddedToken, Tokenizer, models
 
 from quintet.errors import InputError, ModelNotFoundError, SaveError, TokenizerError
+from quintet.files import locked
 from quintet.tokenization import PreTrainedTokenizer, PreTrainedTokenizerFast, Qwen2Tokenizer
 
 TEXT = "It's the naïve fox<|im_end|>\n 42 你好"
@@ -241,3 +245,34 @@ def test_saving_into_a_file_is_refused(tokenizer: Qwen2Tokenizer, tmp_path: Path
     (tmp_path / "file").write_text("")
     with pytest.raises(SaveError, match="is a file"):
         tokenizer.save_pretrained(tmp_path / "file")
+
+
+def test_a_full_disk_leaves_the_old_files_and_a_second_process_waits(
+    trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tokenizer = PreTrainedTokenizer.from_pretrained(trained)
+    tokenizer.save_pretrained(tmp_path)
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    tokenizer.model_max_length = 77
+    calls: list[int] = []
+
+    def full(handle: int) -> None:
+        calls.append(handle)
+        if len(calls) == 3:
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patched:
+        patched.setattr("quintet.files.os.fsync", full)
+        with pytest.raises(SaveError, match="No space left"):
+            tokenizer.save_pretrained(tmp_path)
+    assert len(calls) == 3
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
+
+    saver = threading.Thread(target=tokenizer.save_pretrained, args=(tmp_path,))
+    with locked(tmp_path):
+        saver.start()
+        time.sleep(0.1)
+        assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
+    saver.join()
+    assert b"77" in (tmp_path / "tokenizer_config.json").read_bytes()
+    assert {path.name for path in tmp_path.iterdir()} == before.keys()

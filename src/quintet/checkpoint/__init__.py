@@ -3,8 +3,9 @@
 from quintet.checkpoint.matching import Difference, Mismatch, compare
 from quintet.checkpoint.reading import Checkpoint, TensorInfo
 from quintet.checkpoint.rules import Piece, StackExperts, pieces, split_tensors
+from quintet.checkpoint.settled import recover, undisturbed
 from quintet.checkpoint.sources import InMemory, Renamed, Weights
-from quintet.checkpoint.writing import parse_size, recover, save, save_stream
+from quintet.checkpoint.writing import parse_size, save, save_stream
 
 __all__ = [
     "Checkpoint",
@@ -23,4 +24,5 @@ __all__ = [
     "save",
     "save_stream",
     "split_tensors",
+    "undisturbed",
 ]

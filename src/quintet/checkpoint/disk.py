@@ -3,15 +3,13 @@
 import os
 import shutil
 import sys
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager, suppress
-from errno import EAGAIN, EWOULDBLOCK
+from collections.abc import Iterable
+from contextlib import suppress
 from pathlib import Path
 
 from quintet.checkpoint.layout import UNDO
-from quintet.errors import SaveError
 
-__all__ = ["discard", "locked", "make", "move", "remove", "same_file_as", "sync", "write"]
+__all__ = ["discard", "make", "move", "remove", "same_file_as", "sync", "write"]
 
 
 def make(directory: Path) -> None:
@@ -59,37 +57,5 @@ def sync(directory: Path) -> None:
     handle = os.open(directory, os.O_RDONLY)
     try:
         os.fsync(handle)
-    finally:
-        os.close(handle)
-
-
-@contextmanager
-def locked(directory: Path) -> Iterator[None]:
-    """Keep other processes from saving into a directory; the lock dies with its process.
-
-    Raises:
-        SaveError: another process is saving there now.
-    """
-    if sys.platform == "win32":
-        yield
-        return
-    import fcntl
-
-    handle = os.open(directory, os.O_RDONLY)
-    try:
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            # Some network file systems have no locks; two savers at once are then on their own.
-            if error.errno in (EAGAIN, EWOULDBLOCK):
-                raise SaveError(
-                    f"another process is saving into {directory}; wait for it, or take another"
-                ) from error
-        try:
-            yield
-        finally:
-            # A process forked meanwhile shares the lock: closing our handle would not end it.
-            with suppress(OSError):
-                fcntl.flock(handle, fcntl.LOCK_UN)
     finally:
         os.close(handle)

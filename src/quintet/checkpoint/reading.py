@@ -5,6 +5,7 @@ import os
 import re
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import MappingProxyType
@@ -41,13 +42,16 @@ class Checkpoint:
     """The tensors of a checkpoint by name, without their data until it is asked for.
 
     Like Transformers, it takes `model.safetensors` where there is one, and otherwise the
-    shards that `model.safetensors.index.json` names. Pickled weights are never read.
+    shards that `model.safetensors.index.json` names. Pickled weights are never read. Files that
+    are replaced after `open` are read as they were.
     """
 
     directory: Path
     tensors: Mapping[str, TensorInfo]
     metadata: Mapping[str, str]
     _stamps: Mapping[Path, tuple[int, int, int]] = field(repr=False)
+    # Until all of a file has been read, it is held: a save may remove it meanwhile.
+    _held: dict[Path, MappedFile] = field(repr=False, compare=False)
     _mapped: WeakValueDictionary[Path, MappedFile] = field(
         default_factory=WeakValueDictionary, repr=False, compare=False
     )
@@ -82,11 +86,11 @@ class Checkpoint:
             _check_shards(index, weight_map, dict(zip(shards, headers, strict=True)), save_id)
         else:
             raise CheckpointError(_why_nothing(directory, named))
+        held = {path: _map(path, stamp) for path, stamp in stamps.items()}
         tensors = {name: info for header in headers for name, info in header.tensors.items()}
         common = set.intersection(*(set(header.metadata.items()) for header in headers))
-        return cls(
-            directory, MappingProxyType(tensors), MappingProxyType(dict(sorted(common))), stamps
-        )
+        metadata = MappingProxyType(dict(sorted(common)))
+        return cls(directory, MappingProxyType(tensors), metadata, stamps, held)
 
     @property
     def total_bytes(self) -> int:
@@ -100,7 +104,7 @@ class Checkpoint:
         comes into memory. `forget` gives that back.
 
         Raises:
-            CheckpointError: no such tensor, or a file was changed after `open`.
+            CheckpointError: no such tensor, or a file was overwritten after `open`.
         """
         wanted = set(names)
         if unknown := sorted(map(shown, wanted - self.tensors.keys())):
@@ -121,21 +125,36 @@ class Checkpoint:
             mapped.forget(info)
 
     def _stream(self, by_file: dict[Path, list[str]]) -> Iterator[tuple[str, torch.Tensor]]:
+        counts = Counter(info.file for info in self.tensors.values())
         for file, names in by_file.items():
-            try:
-                mapped = MappedFile(file)
-            except (OSError, ValueError) as error:
-                raise CheckpointError(
-                    f"{file}: tensor {shown(names[0])} cannot be read ({error}); {_AGAIN}"
-                ) from error
-            # After opening: what is mapped now is what was checked.
-            if _stamp(file) != self._stamps[file]:
-                raise CheckpointError(
-                    f"{file} was changed after the checkpoint was opened; open it again"
-                )
+            mapped = self._held.get(file) or _map(file, self._stamps[file])
+            _check_not_overwritten(file, self._stamps[file])
             self._mapped[file] = mapped
             for name in names:
                 yield name, mapped.tensor(self.tensors[name])
+            if len(names) == counts[file]:
+                self._held.pop(file, None)
+
+
+def _map(file: Path, stamp: tuple[int, int, int]) -> MappedFile:
+    try:
+        mapped = MappedFile(file)
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{file} cannot be read ({error}); {_AGAIN}") from error
+    # After opening: what is mapped now is what was checked.
+    if _stamp(file) != stamp:
+        raise CheckpointError(f"{file} was changed after the checkpoint was opened; open it again")
+    return mapped
+
+
+def _check_not_overwritten(file: Path, stamp: tuple[int, int, int]) -> None:
+    """Refuse a file that is the one that was opened and no longer what it was."""
+    with suppress(OSError):
+        found = file.stat()
+        if found.st_ino == stamp[0] and (found.st_size, found.st_mtime_ns) != stamp[1:]:
+            raise CheckpointError(
+                f"{file} was changed after the checkpoint was opened; open it again"
+            )
 
 
 def half_moved(staging: Path) -> dict[str, str | None] | None:

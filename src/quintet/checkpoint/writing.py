@@ -29,8 +29,9 @@ from quintet.checkpoint.layout import (
 from quintet.checkpoint.reading import half_moved
 from quintet.checkpoint.sizes import parse_size, split
 from quintet.errors import InputError, SaveError, listed
+from quintet.files import locked
 
-__all__ = ["parse_size", "recover", "save", "save_stream"]
+__all__ = ["parse_size", "save", "save_stream"]
 
 _NO_TEXTS: Mapping[str, str] = MappingProxyType({})
 
@@ -48,11 +49,12 @@ def save(
 
     An older checkpoint there is replaced in one step: whatever happens meanwhile, the directory
     holds the old one, the new one, or something that `Checkpoint.open` refuses. Other files are
-    left alone. While it runs, both are on the disk.
+    left alone. While it runs, both are on the disk. Of two saves at once, one waits for the other.
 
     Raises:
         InputError: an argument cannot be saved; nothing was touched.
-        SaveError: writing failed; what was there before is untouched.
+        SaveError: writing failed, or another process has been saving there for ten minutes; what
+            was there before is untouched.
     """
     most = parse_size(max_shard_size)
     header = {"format": "pt", **(metadata or {})}
@@ -127,7 +129,7 @@ def _save(
     staging = directory / f"{STAGING}{secrets.token_hex(8)}"
     try:
         directory.mkdir(parents=True, exist_ok=True)
-        with disk.locked(directory):
+        with locked(directory):
             clean_up(directory)
             try:
                 disk.make(staging)
@@ -140,17 +142,6 @@ def _save(
         raise
     except OSError as error:
         raise SaveError(_why(error, staging, needed)) from error
-
-
-def recover(directory: str | os.PathLike[str]) -> None:
-    """Take back what a save that died had half done, unless one is at work there now.
-
-    Where that cannot be done, `Checkpoint.open` refuses the directory.
-    """
-    directory = Path(directory)
-    if any(half_moved(staging) is not None for staging in directory.glob(f"{STAGING}*")):
-        with suppress(OSError), disk.locked(directory):
-            clean_up(directory)
 
 
 def _stage(

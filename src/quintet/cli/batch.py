@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, cast
 import click
 import torch
 
-from quintet.cli.generate import fitted, how_it_ended
+from quintet.cli.generate import fitted, how_it_ended, speculated, told
 from quintet.cli.options import LARGEST_SEED, Opened, note
 from quintet.errors import InputError, QuintetError
 
@@ -97,31 +97,28 @@ def _made(
     width = rows["input_ids"].shape[1]
     config = fitted(opened, config, width)
     device = opened.model.device
-    output = cast(
-        "Tensor",
-        opened.generator_model.generate(
-            rows,
-            config,
-            tokenizer=tokenizer,
-            generator=[
-                torch.Generator(device).manual_seed((seed + line.index) & LARGEST_SEED)
-                for line in lines
-            ]
-            if config.do_sample
-            else None,
-        ),
+    output = opened.generator_model.generate(
+        rows,
+        config,
+        tokenizer=tokenizer,
+        generator=[
+            torch.Generator(device).manual_seed((seed + line.index) & LARGEST_SEED)
+            for line in lines
+        ]
+        if config.do_sample
+        else None,
+        return_dict_in_generate=True,
     )
-    results = []
-    for line, row in zip(lines, output[:, width:], strict=True):
+    speculation, results = speculated(output), []
+    for index, (line, row) in enumerate(zip(lines, output.sequences[:, width:], strict=True)):
         new = _without_padding(row, config)
-        results.append(
-            {
-                "text": tokenizer.decode(new, skip_special_tokens=True),
-                "finish_reason": how_it_ended(config, new),
-                "prompt_tokens": len(line.ids or ()),
-                "new_tokens": new.numel(),
-            }
-        )
+        result: dict[str, Any] = {
+            "text": tokenizer.decode(new, skip_special_tokens=True),
+            "finish_reason": how_it_ended(config, new),
+            "prompt_tokens": len(line.ids or ()),
+            "new_tokens": new.numel(),
+        }
+        results.append(result if speculation is None else result | told(*speculation.of_row(index)))
     return results
 
 

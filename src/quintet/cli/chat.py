@@ -13,9 +13,12 @@ import click
 
 from quintet.cli.console import Console
 from quintet.cli.conversation import Conversation
+from quintet.cli.generate import speculated
 from quintet.cli.options import (
     Opened,
     choose,
+    drafted,
+    drafting,
     model_options,
     note,
     open_model,
@@ -30,6 +33,7 @@ if TYPE_CHECKING:
 
     from quintet.cli.answer import Answer, Reasoning
     from quintet.generation.config import GenerationConfig
+    from quintet.generation.outputs import Speculation
 
 __all__ = ["command"]
 
@@ -66,6 +70,7 @@ def command(
     repetition_penalty: float | None,
     stop: tuple[str, ...],
     mtp: bool,
+    draft: int | None,
     **where: Any,
 ) -> None:
     """Talk with MODEL, a directory or hub id of a model with a chat template.
@@ -92,7 +97,7 @@ def command(
             min_p=min_p,
             repetition_penalty=repetition_penalty,
             stop_strings=list(stop) or None,
-            use_mtp=mtp or None,
+            **drafting(mtp, draft),
         )
         config = opened.model.generation_config.replace(**{**options, **given})
         talk = _Talk(opened, config, generator, conversation, reasoning, quiet)
@@ -186,25 +191,27 @@ class _Talk:
         options: dict[str, Any] = {}
         if self.config.max_new_tokens is None and self.config.max_length is None:
             options["max_new_tokens"] = max(1, min(1024, context - ids.shape[1]))
-        answer = Answer(tokenizer, prompt, self.reasoning)
+        answer, output = Answer(tokenizer, prompt, self.reasoning), None
         # What there is when Ctrl-C is pressed is the answer, and has been shown.
         with contextlib.suppress(KeyboardInterrupt):
-            self.opened.generator_model.generate(
+            output = self.opened.generator_model.generate(
                 ids,
                 self.config,
                 tokenizer=tokenizer,
                 streamer=answer,
                 generator=self.generator,
+                return_dict_in_generate=True,
                 **options,
             )
         self.conversation.add(text, answer.texts["answer"], answer.texts["reasoning"])
-        self._tell(answer, ids.shape[1] + answer.tokens, context)
+        self._tell(answer, speculated(output), ids.shape[1] + answer.tokens, context)
 
-    def _tell(self, answer: "Answer", used: int, context: int) -> None:
+    def _tell(
+        self, answer: "Answer", speculation: "Speculation | None", used: int, context: int
+    ) -> None:
         speed = answer.tokens / max(answer.seconds, 1e-9)
-        note(
-            f"{answer.tokens} tokens, {speed:.1f} tokens/s, context {used} of {context}", self.quiet
-        )
+        made = f"{answer.tokens} tokens, {speed:.1f} tokens/s{drafted(speculation)}"
+        note(f"{made}, context {used} of {context}", self.quiet)
 
     # -- commands -------------------------------------------------------------------------------
 

@@ -3,13 +3,15 @@
 import json
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from quintet.cli.options import (
     Opened,
     choose,
+    drafted,
+    drafting,
     model_options,
     note,
     open_model,
@@ -26,8 +28,9 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from quintet.generation.config import GenerationConfig
+    from quintet.generation.outputs import Speculation
 
-__all__ = ["command", "fitted", "how_it_ended"]
+__all__ = ["command", "fitted", "how_it_ended", "speculated", "told"]
 
 
 @click.command("generate")
@@ -63,6 +66,7 @@ def command(
     repetition_penalty: float | None,
     stop: tuple[str, ...],
     mtp: bool,
+    draft: int | None,
     **where: Any,
 ) -> None:
     """Continue PROMPT, or what is piped in, and print the text as it is made.
@@ -88,7 +92,7 @@ def command(
             min_p=min_p,
             repetition_penalty=repetition_penalty,
             stop_strings=list(stop) or None,
-            use_mtp=mtp or None,
+            **drafting(mtp, draft),
         )
         config = opened.model.generation_config.replace(**options)
         note(f"{opened.describe()}; {describe(config, seed)}", quiet)
@@ -114,6 +118,18 @@ def how_it_ended(config: "GenerationConfig", made: "Tensor") -> str:
     return "stop" if ended or made.numel() < (config.max_new_tokens or 0) else "length"
 
 
+def speculated(output: Any) -> "Speculation | None":
+    """Return how a speculation went; None where there was none, as in a beam search."""
+    from quintet.generation.outputs import GenerateDecoderOnlyOutput
+
+    return output.speculation if isinstance(output, GenerateDecoderOnlyOutput) else None
+
+
+def told(drafted: int, accepted: int) -> dict[str, int]:
+    """Return what a line of JSON says of a row's drafts."""
+    return {"drafted_tokens": drafted, "accepted_tokens": accepted}
+
+
 def _continue(
     opened: Opened,
     config: "GenerationConfig",
@@ -134,20 +150,19 @@ def _continue(
     if not as_json:
         streamer = TextStreamer(tokenizer, skip_prompt=not echo, skip_special_tokens=True)
     started = time.perf_counter()
-    output = cast(
-        "Tensor",
-        opened.generator_model.generate(
-            inputs,
-            config,
-            streamer=streamer,
-            tokenizer=tokenizer,
-            # Healing changes the end of the prompt, which then has to be shown.
-            token_healing=echo and not as_json,
-            generator=generator,
-        ),
+    output = opened.generator_model.generate(
+        inputs,
+        config,
+        streamer=streamer,
+        tokenizer=tokenizer,
+        # Healing changes the end of the prompt, which then has to be shown.
+        token_healing=echo and not as_json,
+        generator=generator,
+        return_dict_in_generate=True,
     )
     seconds = time.perf_counter() - started
-    made = output[0, length:]
+    made = output.sequences[0, length:]
+    speculation = speculated(output)
     if as_json:
         result = {
             "prompt": text,
@@ -159,8 +174,11 @@ def _continue(
             "seed": seed if config.do_sample else None,
             "model": opened.name,
         }
+        if speculation is not None:
+            result |= told(*speculation.of_row(0))
         click.echo(json.dumps(result, ensure_ascii=False))
-    note(f"{made.numel()} tokens in {seconds:.2f} s, {made.numel() / seconds:.1f} tokens/s", quiet)
+    speed = f"{made.numel()} tokens in {seconds:.2f} s, {made.numel() / seconds:.1f} tokens/s"
+    note(f"{speed}{drafted(speculation)}", quiet)
 
 
 def _prompt(prompt: str | None, file: str | None) -> str:

@@ -17,12 +17,15 @@ if TYPE_CHECKING:
     import torch
 
     from quintet.generation.mixin import GenerationMixin
+    from quintet.generation.outputs import Speculation
     from quintet.modeling.base import PreTrainedModel
     from quintet.tokenization import PreTrainedTokenizer
 
 __all__ = [
     "Opened",
     "choose",
+    "drafted",
+    "drafting",
     "model_options",
     "note",
     "open_model",
@@ -65,6 +68,7 @@ def sampling_options(command: Command) -> Command:
         click.option(
             "--seed", type=click.IntRange(0, LARGEST_SEED), help="Makes sampling repeatable."
         ),
+        click.option("--draft", type=click.IntRange(1), help="With --mtp, so many tokens at once."),
         click.option("--mtp", is_flag=True, help="Guess ahead with the model's prediction layers."),
         click.option("--stop", multiple=True, help="A text that ends the answer; may be repeated."),
         click.option("--repetition-penalty", type=float, help="Above 1: fewer repetitions."),
@@ -176,6 +180,24 @@ def choose(
         options |= {"do_sample": True}
     seed = torch.seed() & LARGEST_SEED if seed is None else seed
     return options, torch.Generator(device).manual_seed(seed), seed
+
+
+def drafting(mtp: bool, draft: int | None) -> dict[str, Any]:
+    """Return generate()'s options of drafting.
+
+    Raises:
+        InputError: a number of tokens to draft, and nothing that drafts them.
+    """
+    if draft is not None and not mtp:
+        raise InputError(f"--draft {draft} has no effect without --mtp; give both or neither")
+    return {"use_mtp": mtp or None, "num_assistant_tokens": draft}
+
+
+def drafted(speculation: "Speculation | None") -> str:
+    """Say how much of what was drafted was taken, for a line of figures; "" where nothing was."""
+    if speculation is None or not speculation.drafted_tokens:
+        return ""
+    return f", {speculation.acceptance:.0%} of {speculation.drafted_tokens} drafted tokens taken"
 
 
 def read_stdin() -> str | None:

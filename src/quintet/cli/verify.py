@@ -74,13 +74,16 @@ def command(
 
 def _weights(root: Path, variant: str | None, quick: bool, problems: list[str]) -> dict[str, Any]:
     from quintet.auto import AutoConfig, family
-    from quintet.checkpoint import Checkpoint
+    from quintet.checkpoint import Checkpoint, undisturbed
     from quintet.modeling.naming import name_tensors
     from quintet.modeling.skeleton import skeleton
     from quintet.quantization.request import read
 
-    config = AutoConfig.from_pretrained(root)
-    checkpoint = Checkpoint.open(root, variant=variant)
+    config, checkpoint = undisturbed(
+        root,
+        lambda: (AutoConfig.from_pretrained(root), Checkpoint.open(root, variant=variant)),
+        variant=variant,
+    )
     settings = vars(config).get("quantization_config")
     naming = name_tensors(
         skeleton(_class(family(config.model_type), config.architectures), config),

@@ -38,21 +38,24 @@ class Assistant:
         self.cache = cache
         self.vocab_size = vocab_size
         self.threshold = threshold
-        self._held: Tensor | None = None
+        self._held: list[int] | None = None
 
-    def propose(self, text: Text, wanted: Tensor, goes_on: Tensor, sampler: Sampler) -> Draft:
+    def propose(
+        self, text: Text, wanted: list[int], goes_on: list[bool], sampler: Sampler
+    ) -> Draft:
         """Draft by the assistant, which reads first what it has not read yet."""
         logits = self._read(text, goes_on)
         self.cache.snapshot()
-        writer = Writer(text, wanted * goes_on, sampler, self.threshold)
-        rows = None if bool(goes_on.all()) else goes_on[:, None]
+        writer = Writer(text, wanted, sampler, self.threshold)
+        device = text.ids.device
+        rows = None if all(goes_on) else torch.tensor(goes_on, device=device)[:, None]
         while True:
             token = writer.write(logits)
             if writer.done:
                 return writer.draft()
             logits = self._run(token[:, None], rows)
 
-    def accepted(self, counts: Tensor) -> None:
+    def accepted(self, counts: list[int]) -> None:
         """Do nothing: the text tells."""
 
     def finish(self, text: Text) -> None:
@@ -61,22 +64,30 @@ class Assistant:
     def close(self) -> None:
         """Do nothing."""
 
-    def _read(self, text: Text, goes_on: Tensor) -> Tensor:
+    def _read(self, text: Text, goes_on: list[bool]) -> Tensor:
         """Run over what the text has and the cache has not; a row at its end is left as it is."""
-        T, lengths = len(text), text.lengths()
-        if self._held is None:
-            new = lengths
-        else:
+        T, lengths, device = len(text), text.lengths().tolist(), text.ids.device
+        new = lengths
+        if self._held is not None:
+            held = self.cache.lengths(len(lengths)).tolist()
             # The last token is always read again, as it is what the next one follows from.
-            kept = torch.minimum(self.cache.lengths(len(lengths), lengths.device), lengths - 1)
-            kept = torch.where(goes_on, kept, self._held)
-            self.cache.crop(int(kept[0]) if len(kept) == 1 else kept)
-            new = torch.where(goes_on, lengths - kept, 0)
-        width = int(new.max())
-        columns = torch.arange(width, device=lengths.device)
-        mask = None if bool((new == width).all()) else columns >= width - new[:, None]
+            kept = [
+                min(now, length - 1) if goes else before
+                for now, length, goes, before in zip(
+                    held, lengths, goes_on, self._held, strict=True
+                )
+            ]
+            self.cache.crop(kept[0] if len(kept) == 1 else torch.tensor(kept, device=device))
+            new = [
+                length - start if goes else 0
+                for length, start, goes in zip(lengths, kept, goes_on, strict=True)
+            ]
+        width, mask = max(new), None
+        if min(new) < width:
+            columns = torch.arange(width, device=device)
+            mask = columns >= width - torch.tensor(new, device=device)[:, None]
         logits = self._run(text.ids[:, T - width :], mask)
-        self._held = self.cache.lengths(len(lengths), lengths.device).clone()
+        self._held = self.cache.lengths(len(lengths)).tolist()
         return logits
 
     def _run(self, ids: Tensor, mask: Tensor | None) -> Tensor:

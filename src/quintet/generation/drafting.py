@@ -1,6 +1,8 @@
 """Which drafter the options of a call ask for."""
 
-from typing import Protocol, cast
+import warnings
+from collections.abc import Mapping
+from typing import Any, Protocol, cast
 
 from quintet.cache import Cache
 from quintet.configuration.base import PreTrainedConfig
@@ -12,11 +14,23 @@ from quintet.generation.drafts import Drafter, PromptLookup, Schedule
 from quintet.generation.prediction import Prediction, Predictor
 from quintet.tokenization import PreTrainedTokenizer
 
-__all__ = ["AssistantModel", "check_drafting", "make_drafter", "make_schedule"]
+__all__ = [
+    "AssistantModel",
+    "check_drafting",
+    "make_drafter",
+    "make_schedule",
+    "warn_of_idle_drafting",
+]
 
 # What is drafted for each row where no number is given.
 ASSISTANT_TOKENS = 5
 NGRAM = 2
+# What says how a draft is written, where it is not looked up.
+_OF_WRITERS = (
+    "num_assistant_tokens",
+    "num_assistant_tokens_schedule",
+    "assistant_confidence_threshold",
+)
 
 
 class AssistantModel(Protocol):
@@ -86,6 +100,26 @@ def check_drafting(
         if config.use_cache is False:
             raise InputError("use_mtp=True needs a cache; leave use_cache=False out")
     return True
+
+
+def warn_of_idle_drafting(
+    config: GenerationConfig,
+    options: Mapping[str, Any],
+    assistant: AssistantModel | None,
+    assistant_tokenizer: PreTrainedTokenizer | None,
+) -> None:
+    """Tell which options of a call have no effect, as nothing is drafted in the way they mean."""
+    writes = assistant is not None or bool(config.use_mtp)
+    idle = [] if writes else [(name, "assistant_model or use_mtp=True") for name in _OF_WRITERS]
+    if config.prompt_lookup_num_tokens is None:
+        idle.append(("max_matching_ngram_size", "prompt_lookup_num_tokens"))
+    given = {**options, "assistant_tokenizer": assistant_tokenizer}
+    if assistant is None:
+        idle.append(("assistant_tokenizer", "assistant_model"))
+    for name, needed in idle:
+        if given.get(name) is not None:
+            told = name if name == "assistant_tokenizer" else f"{name}={given[name]!r}"
+            warnings.warn(f"{told} has no effect without {needed}", stacklevel=4)
 
 
 def make_drafter(

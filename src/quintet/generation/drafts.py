@@ -15,30 +15,31 @@ __all__ = ["Draft", "Drafter", "PromptLookup", "Schedule", "Writer"]
 
 @dataclass(frozen=True, slots=True)
 class Draft:
-    """Tokens (B, K) that may come next; of each row the first `counts` (B,) are meant.
+    """Tokens (B, K) that may come next; of each row the first `counts` are meant.
 
     `probabilities` (B, K, V) are what they were drawn from; None where nothing was drawn.
     """
 
     tokens: Tensor
-    counts: Tensor
+    counts: list[int]
     probabilities: Tensor | None = None
 
     @classmethod
     def none(cls, text: Text) -> "Draft":
         """Draft nothing."""
-        ids = text.ids
-        return cls(ids[:, :0], torch.zeros(len(ids), dtype=torch.long, device=ids.device))
+        return cls(text.ids[:, :0], [0] * len(text.ids))
 
 
 class Drafter(Protocol):
     """Where drafts come from."""
 
-    def propose(self, text: Text, wanted: Tensor, goes_on: Tensor, sampler: Sampler) -> Draft:
-        """Draft up to `wanted` (B,) tokens behind each row that goes on, (B,) of True."""
+    def propose(
+        self, text: Text, wanted: list[int], goes_on: list[bool], sampler: Sampler
+    ) -> Draft:
+        """Draft up to `wanted` tokens behind each row, none behind one that does not go on."""
         ...
 
-    def accepted(self, counts: Tensor) -> None:
+    def accepted(self, counts: list[int]) -> None:
         """Take note of how many tokens each row took of the last forward, 0 of one at its end."""
         ...
 
@@ -88,21 +89,21 @@ class PromptLookup:
     def __init__(self, ngram: int = 2) -> None:
         self.ngram = ngram
 
-    def propose(self, text: Text, wanted: Tensor, goes_on: Tensor, sampler: Sampler) -> Draft:
+    def propose(
+        self, text: Text, wanted: list[int], goes_on: list[bool], sampler: Sampler
+    ) -> Draft:
         """Draft from each row's own past."""
-        lengths, asked = text.lengths().tolist(), (wanted * goes_on).tolist()
         found = [
             self._continuation(row[len(row) - length :], count)
-            for row, length, count in zip(text.ids, lengths, asked, strict=True)
+            for row, length, count in zip(text.ids, text.lengths().tolist(), wanted, strict=True)
         ]
         K = max(len(tokens) for tokens in found)
         tokens = text.ids.new_zeros(len(found), K)
         for row, continuation in enumerate(found):
             tokens[row, : len(continuation)] = continuation
-        counts = [len(continuation) for continuation in found]
-        return Draft(tokens, torch.tensor(counts, device=tokens.device))
+        return Draft(tokens, [len(continuation) for continuation in found])
 
-    def accepted(self, counts: Tensor) -> None:
+    def accepted(self, counts: list[int]) -> None:
         """Do nothing: the text tells."""
 
     def finish(self, text: Text) -> None:
@@ -131,39 +132,45 @@ class Writer:
 
     Args:
         text: the rows so far.
-        wanted: (B,) how many tokens each row is to have at the most.
+        wanted: how many tokens each row is to have at the most.
         sampler: reshapes scores and takes tokens.
         threshold: a row's draft ends with a token that is less probable than that.
     """
 
-    def __init__(self, text: Text, wanted: Tensor, sampler: Sampler, threshold: float) -> None:
+    def __init__(
+        self, text: Text, wanted: Sequence[int], sampler: Sampler, threshold: float
+    ) -> None:
         self.sampler = sampler
         self.threshold = threshold
-        self.wanted = wanted
         self.text = text.cut(len(text)) if sampler.processors else text
         self.tokens: list[Tensor] = []
         self._probabilities: list[Tensor] = []
-        self._counts = torch.zeros_like(wanted)
-        self._open = wanted > 0
+        self._counts = list(wanted)
 
     @property
     def done(self) -> bool:
         """Whether no row is to have a further token."""
-        return not bool(self._open.any())
+        return len(self.tokens) >= max(self._counts)
 
     def write(self, logits: Tensor) -> Tensor:
         """Add a token, (B,), to every row, from logits (B, V)."""
-        scores = self.sampler.scores(self.text, logits)
-        token = self.sampler.take(scores)
+        sampler = self.sampler
+        scores = sampler.scores_of_last(self.text, logits[:, None])[:, 0]
+        p = scores.softmax(dim=-1) if sampler.do_sample or self.threshold > 0 else None
+        if p is not None and sampler.do_sample:
+            token = sampler.draw(p)
+            self._probabilities.append(p)
+        else:
+            token = scores.argmax(dim=-1)
         self.tokens.append(token)
-        self._counts = self._counts + self._open
-        if self.sampler.do_sample or self.threshold > 0:
-            p = scores.softmax(dim=-1)
-            if self.sampler.do_sample:
-                self._probabilities.append(p)
-            self._open = self._open & (p.gather(1, token[:, None])[:, 0] >= self.threshold)
-        self._open = self._open & (self._counts < self.wanted)
-        if self.sampler.processors:
+        if p is not None and self.threshold > 0:
+            sure = (p.gather(1, token[:, None])[:, 0] >= self.threshold).tolist()
+            most = len(self.tokens)
+            self._counts = [
+                count if goes else min(count, most)
+                for count, goes in zip(self._counts, sure, strict=True)
+            ]
+        if sampler.processors:
             self.text.append(token)
         return token
 

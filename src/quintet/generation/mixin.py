@@ -22,6 +22,7 @@ from quintet.generation.drafting import (
     check_drafting,
     make_drafter,
     make_schedule,
+    warn_of_idle_drafting,
 )
 from quintet.generation.drafts import Drafter
 from quintet.generation.healing import heal
@@ -117,6 +118,7 @@ class GenerationMixin:
         drafter: Drafter | None = None
         try:
             config = self._configured(generation_config, options)
+            warn_of_idle_drafting(config, options, assistant_model, assistant_tokenizer)
             layers = self.config.num_hidden_layers
             past = plan.check_cache(config, options, past_key_values, attention_mask, layers)
             prompt = read_prompt(

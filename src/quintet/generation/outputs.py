@@ -42,6 +42,11 @@ class Speculation:
         """How many of them were taken."""
         return sum(kept for turn in self.accepted for _, kept in turn)
 
+    def of_row(self, row: int) -> tuple[int, int]:
+        """Return how many tokens of a row were drafted, and how many of those were taken."""
+        turns = [turn[row] for turn in self.accepted]
+        return sum(asked for asked, _ in turns), sum(kept for _, kept in turns)
+
     @property
     def acceptance(self) -> float:
         """The share of drafted tokens that were taken; 0 where none was drafted."""

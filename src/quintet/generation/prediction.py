@@ -6,6 +6,7 @@ own, which holds positions for which all these tokens are known; what drafted to
 taken back.
 """
 
+from dataclasses import dataclass
 from typing import Any, Protocol, runtime_checkable
 
 import torch
@@ -52,18 +53,51 @@ class Predictor(Protocol):
         ...
 
 
+@dataclass(slots=True)
 class _Seen:
-    """The main run's states and embeddings (B, W, C) at some columns, and which of them count."""
+    """The main run's states and embeddings (B, W, C) at some columns.
 
-    def __init__(self, states: Tensor, embeds: Tensor, mask: Tensor) -> None:
-        self.states, self.embeds, self.mask = states, embeds, mask
+    The mask (B, W) tells which of them count; None for all.
+    """
+
+    states: Tensor
+    embeds: Tensor
+    mask: Tensor | None
 
     def repeat(self, copies: int) -> "_Seen":
+        """Repeat every row, copies side by side."""
         return _Seen(
             self.states.repeat_interleave(copies, dim=0),
             self.embeds.repeat_interleave(copies, dim=0),
-            self.mask.repeat_interleave(copies, dim=0),
+            None if self.mask is None else self.mask.repeat_interleave(copies, dim=0),
         )
+
+    def last(self, columns: int) -> "_Seen":
+        """Return the last of the columns that count in each row."""
+        if self.mask is None:
+            return _Seen(self.states[:, -columns:], self.embeds[:, -columns:], None)
+        from_end = self.mask.flip(1).to(torch.long).cumsum(dim=1).flip(1)
+        return _Seen(self.states, self.embeds, self.mask & (from_end <= columns))
+
+    @classmethod
+    def joined(cls, pieces: "list[_Seen]") -> "_Seen":
+        """Return what was seen one after another."""
+        if len(pieces) == 1:
+            return pieces[0]
+        mask = None
+        if any(piece.mask is not None for piece in pieces):
+            mask = torch.cat([piece.full_mask() for piece in pieces], dim=1)
+        return cls(
+            torch.cat([piece.states for piece in pieces], dim=1),
+            torch.cat([piece.embeds for piece in pieces], dim=1),
+            mask,
+        )
+
+    def full_mask(self) -> Tensor:
+        """Return the mask, also where all columns count."""
+        if self.mask is not None:
+            return self.mask
+        return torch.ones(self.states.shape[:2], dtype=torch.bool, device=self.states.device)
 
 
 class Prediction:
@@ -83,26 +117,24 @@ class Prediction:
         self.main = main
         self.cache = _beside(main, model)
         self.threshold = threshold
+        self._depth = model.prediction_depth()
         self._seen: list[_Seen] = []
         self._handle = model.watched().register_forward_hook(self._watch, with_kwargs=True)
 
-    def propose(self, text: Text, wanted: Tensor, goes_on: Tensor, sampler: Sampler) -> Draft:
+    def propose(
+        self, text: Text, wanted: list[int], goes_on: list[bool], sampler: Sampler
+    ) -> Draft:
         """Draft by the prediction layers, which read first what the main run read."""
-        last = text.ids[:, -1]
-        states, ahead, counts = self._read(last, goes_on)
+        states, ahead, counts = self._read(text.ids[:, -1], goes_on)
         B, W, _ = states.shape
-        rows = torch.arange(B, device=last.device)
-        at = (W if counts is None else counts) - 1
-        writer = Writer(text, wanted * goes_on, sampler, self.threshold)
-        depth = self.model.prediction_depth()
+        writer = Writer(text, wanted, sampler, self.threshold)
         span = self.cache.span(B, W, states.device, counts)
-        for k in range(depth):
+        for k in range(self._depth):
             if k:
                 # The token that layer k - 1 has drafted is the one that layer k has not seen.
-                ahead = F.pad(ahead[:, 1:], (0, 0, 0, 1))
-                ahead[rows, at] = self.model.embed(writer.tokens[-1])
+                ahead = _followed(ahead, self.model.embed(writer.tokens[-1]), counts)
             states = self.model.predict(k, states, ahead, span, self.cache)
-            here = states[rows, at]
+            here = _at_end(states, counts)
             # Layers that are not asked for a token read the text all the same.
             if not writer.done:
                 writer.write(self.model.logits(here))
@@ -111,7 +143,7 @@ class Prediction:
         while not writer.done:
             embeds = self.model.embed(writer.tokens[-1])[:, None]
             one = self.cache.span(B, 1, embeds.device, None)
-            states = self.model.predict(depth - 1, here[:, None], embeds, one, self.cache)
+            states = self.model.predict(self._depth - 1, here[:, None], embeds, one, self.cache)
             self.cache.advance(one)
             here = states[:, 0]
             writer.write(self.model.logits(here))
@@ -119,26 +151,29 @@ class Prediction:
         self._take_back(steps, counts, W)
         return writer.draft()
 
-    def accepted(self, counts: Tensor) -> None:
+    def accepted(self, counts: list[int]) -> None:
         """Keep of the last forward what belongs to tokens that were taken."""
-        seen = self._seen[-1]
-        places = torch.arange(seen.mask.shape[1], device=counts.device)
-        seen.mask = places < counts[:, None]
+        seen, most = self._seen[-1], max(counts)
+        states, embeds, mask = seen.states[:, :most], seen.embeds[:, :most], None
+        if min(counts) < most:
+            places = torch.arange(most, device=states.device)
+            mask = places < torch.tensor(counts, device=states.device)[:, None]
+        self._seen[-1] = _Seen(states, embeds, mask)
 
     def finish(self, text: Text) -> None:
         """Read what the main run read last, so that the next generation can go on from here."""
-        everyone = torch.ones(len(text.ids), dtype=torch.bool, device=text.ids.device)
-        states, ahead, counts = self._read(text.ids[:, -1], everyone)
+        B = len(text.ids)
+        states, ahead, counts = self._read(text.ids[:, -1], [True] * B)
         W = states.shape[1]
-        span = self.cache.span(len(states), W, states.device, counts)
-        for k in range(self.model.prediction_depth()):
+        span = self.cache.span(B, W, states.device, counts)
+        for k in range(self._depth):
             if k:
                 # What lies further ahead is not there yet: those places are read again.
                 ahead = F.pad(ahead[:, 1:], (0, 0, 0, 1))
             states = self.model.predict(k, states, ahead, span, self.cache)
         self.cache.advance(span)
         self._take_back(0, counts, W)
-        self.main.ahead_until = self.main.lengths(len(text.ids)).clone()
+        self.main.ahead_until = self.main.lengths(B).clone()
 
     def close(self) -> None:
         """Stop watching the main run."""
@@ -146,52 +181,60 @@ class Prediction:
 
     def _watch(self, module: nn.Module, args: Any, kwargs: dict[str, Any], output: Any) -> None:
         states = output.last_hidden_state
-        ids, embeds = kwargs["input_ids"], kwargs["inputs_embeds"]
-        T = states.shape[1]
-        mask = kwargs["attention_mask"]
-        if mask is None:
-            mask = torch.ones(states.shape[:2], dtype=torch.bool, device=states.device)
-        seen = self.model.embed(ids) if embeds is None else embeds
-        self._seen.append(_Seen(states, seen, mask[:, -T:].to(torch.bool)))
+        ids, embeds, mask = (
+            kwargs[name] for name in ("input_ids", "inputs_embeds", "attention_mask")
+        )
+        if embeds is None:
+            embeds = self.model.embed(ids)
+        if mask is not None:
+            mask = mask[:, -states.shape[1] :].to(torch.bool)
+        self._seen.append(_Seen(states, embeds, mask))
 
-    def _read(self, last: Tensor, goes_on: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
+    def _read(self, last: Tensor, goes_on: list[bool]) -> tuple[Tensor, Tensor, Tensor | None]:
         """Return states and the embeddings ahead of them, (B, W, C), and how many count, (B,)."""
-        seen = self._seen
-        if len(seen[0].states) != len(last):
-            seen = [one.repeat(len(last) // len(one.states)) for one in seen]
-        states = torch.cat([one.states for one in seen], dim=1)
-        embeds = torch.cat([one.embeds for one in seen], dim=1)
-        mask = torch.cat([one.mask for one in seen], dim=1) & goes_on[:, None]
-        rows = ragged(mask)
-        counts = None
+        pieces, B = self._seen, len(last)
+        if len(pieces[0].states) != B:
+            pieces = [one.repeat(B // len(one.states)) for one in pieces]
+        seen = _Seen.joined(pieces)
+        if not all(goes_on):
+            seen.mask = seen.full_mask() & torch.tensor(goes_on, device=last.device)[:, None]
+        rows = None if seen.mask is None else ragged(seen.mask)
+        counts = None if rows is None else rows.counts
         if rows is not None:
-            counts = rows.counts
-            width = max(int(counts.max()), 1)
-            states, embeds = rows.pack(states)[:, :width], rows.pack(embeds)[:, :width]
-            mask = torch.arange(width, device=last.device) < counts[:, None]
-        self._carry(states, embeds, mask)
-        ahead = F.pad(embeds[:, 1:], (0, 0, 0, 1))
-        at = states.shape[1] - 1 if counts is None else counts - 1
-        ahead[torch.arange(len(last), device=last.device), at] = self.model.embed(last)
-        return states, ahead, counts
-
-    def _carry(self, states: Tensor, embeds: Tensor, mask: Tensor) -> None:
-        """Keep the columns that deeper layers have to read again, knowing the tokens by then."""
-        again = self.model.prediction_depth() - 1
-        self._seen = []
-        if again:
-            from_end = mask.flip(1).to(torch.long).cumsum(dim=1).flip(1)
-            self._seen.append(_Seen(states, embeds, mask & (from_end <= again)))
+            width = max(int(rows.counts.max()), 1)
+            states, embeds = (rows.pack(x)[:, :width] for x in (seen.states, seen.embeds))
+            mask = torch.arange(width, device=last.device) < rows.counts[:, None]
+            seen = _Seen(states, embeds, mask)
+        # Deeper layers have to read the last columns again, knowing the tokens by then.
+        again = self._depth - 1
+        self._seen = [seen.last(again)] if again else []
+        return seen.states, _followed(seen.embeds, self.model.embed(last), counts), counts
 
     def _take_back(self, steps: int, counts: Tensor | None, W: int) -> None:
         """Take what drafted tokens left in the cache out of it again."""
-        again = self.model.prediction_depth() - 1
+        again = self._depth - 1
         if counts is None:
             if steps + min(again, W):
                 self.cache.crop(-(steps + min(again, W)))
         elif steps or again:
             held = self.cache.lengths(len(counts), counts.device)
             self.cache.crop(held - steps - counts.clamp(max=again))
+
+
+def _at_end(x: Tensor, counts: Tensor | None) -> Tensor:
+    """Return the last of the first `counts` (B,) columns of each row, (B, C)."""
+    if counts is None:
+        return x[:, -1]
+    return x[torch.arange(len(x), device=x.device), counts - 1]
+
+
+def _followed(embeds: Tensor, last: Tensor, counts: Tensor | None) -> Tensor:
+    """Return what follows each of the first `counts` (B,) columns: the next one, then `last`."""
+    if counts is None:
+        return torch.cat((embeds[:, 1:], last[:, None]), dim=1)
+    ahead = F.pad(embeds[:, 1:], (0, 0, 0, 1))
+    ahead[torch.arange(len(last), device=last.device), counts - 1] = last
+    return ahead
 
 
 def _beside(main: Cache, model: Predictor) -> Cache:

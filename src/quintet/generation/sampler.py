@@ -98,17 +98,16 @@ class Sampler:
         if not self.processors:
             return logits
         B, P, V = logits.shape
-        if self._readers:
+        if self._readers and P == 1:
+            logits = self._reshaped(self._readers, text, logits[:, 0])[:, None]
+        elif self._readers:
             ends = range(len(text) - P + 1, len(text) + 1)
             read = [
                 self._reshaped(self._readers, text.cut(end), logits[:, place])
                 for place, end in enumerate(ends)
             ]
             logits = torch.stack(read, dim=1)
-        rows = logits.reshape(B * P, V)
-        for warper in self._warpers:
-            rows = warper.warp(rows)
-        return rows.reshape(B, P, V)
+        return self._warped(logits.reshape(B * P, V)).reshape(B, P, V)
 
     def log_probabilities(self, text: Text, logits: Tensor) -> Tensor:
         """Return what is drawn from behind the last P prefixes of a text, as logarithms (B, P, V).
@@ -117,13 +116,15 @@ class Sampler:
         """
         return self.scores_of_last(text, logits).log_softmax(dim=-1)
 
-    def draw(self, probabilities: Tensor) -> Tensor:
+    def draw(self, probabilities: Tensor, u: Tensor | None = None) -> Tensor:
         """Draw an index for each row, (B,), from probabilities (B, n) that need not sum to 1.
+
+        With `u` (B, 1) of [0, 1), by those numbers.
 
         Raises:
             InputError: there is nothing to draw from.
         """
-        return sampling.draw(probabilities, self.generators)
+        return sampling.draw(probabilities, self.generators, u)
 
     def uniform(self, B: int, count: int, device: torch.device) -> Tensor:
         """Draw numbers (B, count) in [0, 1), those of each row from its own generator."""
@@ -134,6 +135,20 @@ class Sampler:
         for processor in self.processors:
             if isinstance(processor, LogitsProcessor):
                 processor.reorder(rows)
+
+    def _warped(self, logits: Tensor) -> Tensor:
+        """Return logits (N, V) after the warpers, which see no more than what top-k leaves."""
+        few = None
+        if self._k is not None and self.do_sample:
+            few = sampling.top_k_candidates(logits, self._k)
+        if few is None:
+            for warper in self._warpers:
+                logits = warper.warp(logits)
+            return logits
+        values, ids = few
+        for warper in self._warpers:
+            values = warper.warp(values)
+        return torch.full_like(logits, -torch.inf).scatter_(1, ids, values)
 
     def _reshaped(self, processors: LogitsProcessorList, text: Text, logits: Tensor) -> Tensor:
         if not processors:

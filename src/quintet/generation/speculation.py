@@ -40,12 +40,13 @@ class _Speculating:
         B = len(self.prompt.ids)
         # What a row that has ended gets must stay out of the cache, as it has a length of its own.
         run.forward.outlives = run.forward.outlives or B > 1
+        # Whatever is known of single rows is kept in Python: a tensor of one number costs as much.
         self.rows: list[list[int]] = [[] for _ in range(B)]
+        self.goes_on = [True] * B
+        self.ends = frozenset(run.stopping.eos.tolist())
         self.scores: list[list[Tensor]] = [[] for _ in range(B)]
         self.logits: list[list[Tensor]] = [[] for _ in range(B)]
         self.streamed = 0
-        self.goes_on = torch.ones(B, dtype=torch.bool, device=self.prompt.ids.device)
-        self.goes_on_before = self.goes_on
         self.found = Speculation()
         schedule.start(B)
 
@@ -53,7 +54,7 @@ class _Speculating:
         """Go on until every row has ended."""
         made, draft = self.run.made, Draft.none(self.run.text)
         self._take(made, draft)
-        while bool(self.goes_on.any()):
+        while any(self.goes_on):
             draft = self._propose()
             made, held = self._check(draft)
             counts = self._take(made, draft)
@@ -73,104 +74,114 @@ class _Speculating:
         if cache is not None and capacity is not None:
             most = capacity - cache.get_seq_length() - 1
         wanted = [
-            min(asked, most, self.run.room - len(row) - 1)
-            for asked, row in zip(self.schedule.rows, self.rows, strict=True)
+            max(0, min(asked, most, self.run.room - len(row) - 1)) if goes else 0
+            for asked, row, goes in zip(self.schedule.rows, self.rows, self.goes_on, strict=True)
         ]
-        limits = torch.tensor(wanted, device=self.goes_on.device) * self.goes_on
         # Also where nothing is drafted: whether that is so depends on the other rows.
         sampler = _for_a_turn(self.run.sampler, self.goes_on)
-        if not bool((limits > 0).any()):
+        if not any(wanted):
             return Draft.none(self.run.text)
-        return self.drafter.propose(self.run.text, limits, self.goes_on, sampler)
+        return self.drafter.propose(self.run.text, wanted, self.goes_on, sampler)
 
     def _check(self, draft: Draft) -> tuple[Made, Tensor | None]:
         """Run over the last token and the draft; return how long the rows of the cache were."""
         forward, new = self.run.forward, draft.tokens.shape[1] + 1
-        held = None
-        if forward.cache is not None:
-            # A preallocated cache counts in place.
-            held = forward.cache.lengths(len(self.rows), self.goes_on.device).clone()
-            if new > 1:
-                forward.cache.snapshot()
-        rows = None if bool(self.goes_on.all()) else self.goes_on
+        held, device = None, draft.tokens.device
+        if forward.cache is not None and new > 1:
+            if len(self.rows) > 1:
+                # A preallocated cache counts in place.
+                held = forward.cache.lengths(len(self.rows), device).clone()
+            forward.cache.snapshot()
+        rows = None if all(self.goes_on) else torch.tensor(self.goes_on, device=device)
         return forward.step(_with(self.run.text, draft), rows, new=new, keep=new), held
 
-    def _take(self, made: Made, draft: Draft) -> Tensor:
-        """Add to each row what holds of a draft and the token behind it; return how many, (B,)."""
-        run, K = self.run, draft.tokens.shape[1]
+    def _take(self, made: Made, draft: Draft) -> list[int]:
+        """Add to each row what holds of a draft and the token behind it; return how many."""
+        run, K, B = self.run, draft.tokens.shape[1], len(self.rows)
         sampler = _for_a_turn(run.sampler, self.goes_on)
         # Without a cache, what was made may begin earlier.
         logits = made.logits[:, -(K + 1) :]
         scores = sampler.scores_of_last(_with(run.text, draft), logits)
+        drafted = draft.tokens.tolist()
         if sampler.do_sample:
             p = scores.softmax(dim=-1)
-            u = _for_a_turn(run.sampler, self.goes_on).uniform(len(p), K, p.device)
-            tokens, counts, rest = keep_sampled(
-                p, draft.probabilities, draft.tokens, draft.counts, u
-            )
-            tokens[torch.arange(len(p), device=p.device), counts - 1] = sampler.draw(rest)
+            # The first number is what is always needed: the others are as many as the others draft.
+            u = sampler.uniform(B, K + 1, p.device)
+            drawn = draft.probabilities
+            kept, rest = keep_sampled(p, drawn, draft.tokens, draft.counts, u[:, 1:])
+            behind = sampler.draw(rest, u[:, :1]).tolist()
         else:
-            tokens, counts = keep_likeliest(scores, draft.tokens, draft.counts)
-        kept = ((counts - 1) * self.goes_on).tolist()
-        counts = self._until_the_end(tokens, counts * self.goes_on, scores)
-        taken = counts.tolist()
-        self._note(made, scores, tokens.tolist(), taken)
-        run.text.accept(tokens[:, : max(taken)], counts)
+            likeliest = scores.argmax(dim=-1).tolist()
+            kept = keep_likeliest(likeliest, drafted, draft.counts)
+            behind = [row[count] for row, count in zip(likeliest, kept, strict=True)]
+        tokens = [[*drafted[row][: kept[row]], behind[row]] for row in range(B)]
+        went_on = self.goes_on
+        tokens = self._until_the_end(tokens, scores)
+        counts = [len(row) for row in tokens]
+        self._note(made, scores, tokens)
+        run.text.accept(tokens)
         if K:
-            drafted = (draft.counts * self.goes_on_before).tolist()
-            self.schedule.learn(drafted, kept)
-            stayed = [min(k, t) for k, t in zip(kept, taken, strict=True)]
-            self.found.accepted.append(list(zip(drafted, stayed, strict=True)))
+            asked = [n if goes else 0 for n, goes in zip(draft.counts, went_on, strict=True)]
+            kept = [n if goes else 0 for n, goes in zip(kept, went_on, strict=True)]
+            self.schedule.learn(asked, kept)
+            stayed = [min(k, t) for k, t in zip(kept, counts, strict=True)]
+            self.found.accepted.append(list(zip(asked, stayed, strict=True)))
         self._stream()
         return counts
 
-    def _until_the_end(self, tokens: Tensor, counts: Tensor, scores: Tensor) -> Tensor:
+    def _until_the_end(self, tokens: list[list[int]], scores: Tensor) -> list[list[int]]:
         """Cut what follows the end of a row, and take note of rows that have ended."""
         run = self.run
-        places = torch.arange(tokens.shape[1], device=tokens.device)
-        ends = run.stopping.ends(tokens)
-        if run.stopping.criteria:
-            columns = []
-            for place in range(int(counts.max())):
-                text = run.text.cut(len(run.text))
-                text.accept(tokens, counts.clamp(max=place + 1))
-                columns.append(run.stopping.criteria(text.ids, self._scores(scores, place)))
-            met = torch.stack(columns, dim=1)
-            ends = ends | torch.nn.functional.pad(met, (0, tokens.shape[1] - met.shape[1]))
-        ends = ends & (places < counts[:, None])
-        ended = ends.any(dim=1)
-        counts = torch.where(ended, ends.to(torch.long).argmax(dim=1) + 1, counts)
-        made = torch.tensor([len(row) for row in self.rows], device=counts.device) + counts
-        self.goes_on_before = self.goes_on
-        self.goes_on = self.goes_on & ~ended & (made < run.room)
-        return counts
+        tokens = [row if goes else [] for row, goes in zip(tokens, self.goes_on, strict=True)]
+        met = self._criteria(tokens, scores) if run.stopping.criteria else None
+        goes_on = []
+        for index, row in enumerate(tokens):
+            ends = [token in self.ends for token in row]
+            if met is not None:
+                ends = [end or met[place][index] for place, end in enumerate(ends)]
+            ended = True in ends
+            if ended:
+                del row[ends.index(True) + 1 :]
+            room = len(self.rows[index]) + len(row) < run.room
+            goes_on.append(self.goes_on[index] and not ended and room)
+        self.goes_on = goes_on
+        return tokens
 
-    def _take_back(self, held: Tensor | None, counts: Tensor, ran: int) -> None:
+    def _criteria(self, tokens: list[list[int]], scores: Tensor) -> list[list[bool]]:
+        """Ask the caller's criteria at every place of this turn; rows that end there are True."""
+        met = []
+        for place in range(max(len(row) for row in tokens)):
+            text = self.run.text.cut(len(self.run.text))
+            text.accept([row[: place + 1] for row in tokens])
+            met.append(self.run.stopping.criteria(text.ids, self._scores(scores, place)).tolist())
+        return met
+
+    def _take_back(self, held: Tensor | None, counts: list[int], ran: int) -> None:
         """Take out of the cache what was drafted and is not in the text."""
         cache = self.run.forward.cache
-        if cache is None or held is None or ran == 1:
+        if cache is None or ran == 1:
             return
-        if len(counts) == 1:
-            dropped = ran - int(counts)
-            if dropped:
-                cache.crop(-dropped)
-        else:
-            cache.crop(held + counts)
+        if held is not None:
+            cache.crop(held + torch.tensor(counts, device=held.device))
+        elif ran > counts[0]:
+            cache.crop(counts[0] - ran)
 
     # -- what is told ------------------------------------------------------------------------
 
-    def _note(self, made: Made, scores: Tensor, tokens: list[list[int]], counts: list[int]) -> None:
+    def _note(self, made: Made, scores: Tensor, tokens: list[list[int]]) -> None:
         """Keep the tokens of each row, and what was asked for of the steps that made them."""
         record = self.run.record
         first = not self.rows[0]
         K = scores.shape[1]
-        for index, count in enumerate(counts):
-            self.rows[index] += tokens[index][:count]
+        for index, row in enumerate(tokens):
+            self.rows[index] += row
             if record.scores is not None:
-                self.scores[index] += scores[index, :count].unbind(0)
+                self.scores[index] += scores[index, : len(row)].unbind(0)
             if record.logits is not None:
-                self.logits[index] += made.logits[index, -K:].float()[:count].unbind(0)
-        kept = [made] if first else [made.at(place, K) for place in range(counts[0])]
+                self.logits[index] += made.logits[index, -K:].float()[: len(row)].unbind(0)
+        if made.attentions is None and made.hidden_states is None:
+            return
+        kept = [made] if first else [made.at(place, K) for place in range(len(tokens[0]))]
         for one in kept:
             if record.attentions is not None and one.attentions is not None:
                 record.attentions.append(one.attentions)
@@ -188,9 +199,7 @@ class _Speculating:
         """Give the streamer the columns that all rows have, as it would get them without drafts."""
         if self.run.streamer is None:
             return
-        going = [
-            len(row) for row, goes in zip(self.rows, self.goes_on.tolist(), strict=True) if goes
-        ]
+        going = [len(row) for row, goes in zip(self.rows, self.goes_on, strict=True) if goes]
         ready = min(going) if going else max(len(row) for row in self.rows)
         for column in range(self.streamed, ready):
             tokens = [row[column] if column < len(row) else self.run.pad for row in self.rows]
@@ -224,7 +233,7 @@ def _columns(rows: list[list[Tensor]]) -> list[Tensor]:
     return [torch.stack(column) for column in zip(*filled, strict=True)]
 
 
-def _for_a_turn(sampler: Sampler, goes_on: Tensor) -> Sampler:
+def _for_a_turn(sampler: Sampler, goes_on: list[bool]) -> Sampler:
     """Return the sampler with generators for one draft or check, seeded by those of the rows.
 
     However much a turn draws for a row, because of the others, the next one is the same.
@@ -236,6 +245,6 @@ def _for_a_turn(sampler: Sampler, goes_on: Tensor) -> Sampler:
         torch.Generator(g.device).manual_seed(
             int(torch.randint(2**63 - 1, (1,), device=g.device, generator=g)) if goes else 0
         )
-        for g, goes in zip(sampler.generators, goes_on.tolist(), strict=True)
+        for g, goes in zip(sampler.generators, goes_on, strict=True)
     ]
     return made

@@ -104,17 +104,8 @@ class TextStreamer(BaseStreamer):
         out.flush()
 
 
-class TextIteratorStreamer(TextStreamer):
-    """Gives text as an iterator, to a thread other than that of `generate()`.
-
-    Args:
-        tokenizer: turns ids into text.
-        skip_prompt: give what is generated, not the prompt.
-        timeout: seconds to wait for the next piece, then `queue.Empty` is raised; None for ever.
-        skip_special_tokens: leave out tokens that are not text.
-        clean_up_tokenization_spaces: take out spaces before punctuation; as the tokenizer does
-            if not given.
-    """
+class _Handing(TextStreamer):
+    """Hands text to a reader elsewhere, and None at the end."""
 
     def __init__(
         self,
@@ -132,71 +123,8 @@ class TextIteratorStreamer(TextStreamer):
             clean_up_tokenization_spaces=clean_up_tokenization_spaces,
         )
         self.timeout = timeout
-        # None is the end.
-        self.text_queue: Queue[str | None] = Queue()
         self._open = True
-
-    def put(self, value: Tensor) -> None:
-        """Take ids; the text that is certain by now can be read."""
-        self._open = True
-        super().put(value)
-
-    def end(self) -> None:
-        """Let the reader come to the end, also when nothing was put."""
-        super().end()
-        if self._open:
-            self._open = False
-            self.text_queue.put(None)
-
-    def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
-        """Hand a piece of text to the reader."""
-        self.text_queue.put(text)
-
-    def __iter__(self) -> Iterator[str]:
-        return self
-
-    def __next__(self) -> str:
-        piece = self.text_queue.get(timeout=self.timeout)
-        if piece is None:
-            raise StopIteration
-        return piece
-
-
-class AsyncTextIteratorStreamer(TextStreamer):
-    """Gives text as an asynchronous iterator, to the event loop in which it was made.
-
-    Args:
-        tokenizer: turns ids into text.
-        skip_prompt: give what is generated, not the prompt.
-        timeout: seconds to wait for the next piece, then `TimeoutError` is raised; None for ever.
-        skip_special_tokens: leave out tokens that are not text.
-        clean_up_tokenization_spaces: take out spaces before punctuation; as the tokenizer does
-            if not given.
-
-    Raises:
-        RuntimeError: it is made outside of a running event loop.
-    """
-
-    def __init__(
-        self,
-        tokenizer: PreTrainedTokenizer,
-        skip_prompt: bool = False,
-        timeout: float | None = None,
-        *,
-        skip_special_tokens: bool = False,
-        clean_up_tokenization_spaces: bool | None = None,
-    ) -> None:
-        super().__init__(
-            tokenizer,
-            skip_prompt,
-            skip_special_tokens=skip_special_tokens,
-            clean_up_tokenization_spaces=clean_up_tokenization_spaces,
-        )
-        self.timeout = timeout
-        self.loop = asyncio.get_running_loop()
-        # None is the end.
-        self.text_queue: asyncio.Queue[str | None] = asyncio.Queue()
-        self._open = True
+        self._begin()
 
     def put(self, value: Tensor) -> None:
         """Take ids; the text that is certain by now can be read."""
@@ -213,6 +141,61 @@ class AsyncTextIteratorStreamer(TextStreamer):
     def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
         """Hand a piece of text to the reader."""
         self._send(text)
+
+    def _begin(self) -> None:
+        """Make the queue."""
+        raise NotImplementedError
+
+    def _send(self, piece: str | None) -> None:
+        raise NotImplementedError
+
+
+class TextIteratorStreamer(_Handing):
+    """Gives text as an iterator, to a thread other than that of `generate()`.
+
+    Args:
+        tokenizer: turns ids into text.
+        skip_prompt: give what is generated, not the prompt.
+        timeout: seconds to wait for the next piece, then `queue.Empty` is raised; None for ever.
+        skip_special_tokens: leave out tokens that are not text.
+        clean_up_tokenization_spaces: take out spaces before punctuation; as the tokenizer does
+            if not given.
+    """
+
+    def _begin(self) -> None:
+        self.text_queue: Queue[str | None] = Queue()
+
+    def _send(self, piece: str | None) -> None:
+        self.text_queue.put(piece)
+
+    def __iter__(self) -> Iterator[str]:
+        return self
+
+    def __next__(self) -> str:
+        piece = self.text_queue.get(timeout=self.timeout)
+        if piece is None:
+            raise StopIteration
+        return piece
+
+
+class AsyncTextIteratorStreamer(_Handing):
+    """Gives text as an asynchronous iterator, to the event loop in which it was made.
+
+    Args:
+        tokenizer: turns ids into text.
+        skip_prompt: give what is generated, not the prompt.
+        timeout: seconds to wait for the next piece, then `TimeoutError` is raised; None for ever.
+        skip_special_tokens: leave out tokens that are not text.
+        clean_up_tokenization_spaces: take out spaces before punctuation; as the tokenizer does
+            if not given.
+
+    Raises:
+        RuntimeError: it is made outside of a running event loop.
+    """
+
+    def _begin(self) -> None:
+        self.loop = asyncio.get_running_loop()
+        self.text_queue: asyncio.Queue[str | None] = asyncio.Queue()
 
     def _send(self, piece: str | None) -> None:
         self.loop.call_soon_threadsafe(self.text_queue.put_nowait, piece)

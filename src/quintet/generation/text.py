@@ -1,5 +1,7 @@
 """The rows of a batch as they are read and written: ids that end in the same column."""
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -65,20 +67,23 @@ class Text:
         padding = None if self.padding is None else self.padding.clamp(max=length)
         return Text(self._buffer[:, :length], padding)
 
-    def accept(self, tokens: Tensor, counts: Tensor) -> None:
-        """Add the first `counts` (B,) of the tokens (B, K) of each row; the others move right."""
-        if len(counts) == 1:
-            self.append(tokens[:, : int(counts)])
-            return
-        ids = torch.cat((self.ids, tokens), dim=1)
-        end = self._length + int(counts.max())
-        # Column c of the result is column c - shift of its row.
-        shift = end - self._length - counts
-        columns = torch.arange(end, device=ids.device) - shift[:, None]
-        self._buffer = ids.gather(1, columns.clamp(min=0))
-        self._length = end
-        held = shift if self.padding is None else self.padding + shift
-        self.padding = held if bool(held.any()) else None
+    def accept(self, rows: Sequence[Sequence[int]]) -> None:
+        """Add to each row tokens of its own; where others get more, it moves to the right."""
+        most = max(len(row) for row in rows)
+        missing = [most - len(row) for row in rows]
+        device = self._buffer.device
+        tokens = torch.tensor(
+            [[*row, *[0] * short] for row, short in zip(rows, missing, strict=True)],
+            dtype=self._buffer.dtype,
+            device=device,
+        )
+        self.append(tokens)
+        if any(missing):
+            # Column c of the result is column c - shift of its row.
+            shift = torch.tensor(missing, device=device)
+            columns = torch.arange(self._length, device=device) - shift[:, None]
+            self._buffer = self.ids.gather(1, columns.clamp(min=0))
+            self.padding = shift if self.padding is None else self.padding + shift
 
     def select(self, rows: Tensor) -> None:
         """Keep the given rows (N,), in that order, each as often as it is named."""

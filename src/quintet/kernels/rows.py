@@ -25,13 +25,18 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor | None:
     return made
 
 
-def rotate(parts: tuple[Tensor, ...], cos: Tensor, sin: Tensor) -> list[Tensor] | None:
-    """Rotate the pairs (i, i + D/2) of each (B, H, T, D); cos and sin (B or 1, T, D)."""
+def rotate(
+    parts: tuple[Tensor, ...], cos: Tensor, sin: Tensor, *, neighbours: bool = False
+) -> list[Tensor] | None:
+    """Rotate the pairs (i, i + D/2) of each (B, H, T, D); cos and sin (B or 1, T, D).
+
+    With `neighbours`, the pairs are (2i, 2i + 1), and come back as (i, i + D/2).
+    """
     dtype = cos.dtype
     suffix = SUFFIX.get(dtype)
     if suffix is None or not applies(cos, sin, *parts) or not parts[0].numel():
         return None
-    function = entry(f"quintet_rotate_{suffix}", POINTER, INTEGER, *(POINTER,) * 2, *(INTEGER,) * 4)
+    function = entry(f"quintet_rotate_{suffix}", POINTER, INTEGER, *(POINTER,) * 2, *(INTEGER,) * 5)
     B, _, T, D = parts[0].shape
     if function is None or D % 2 or not cos.is_contiguous() or not sin.is_contiguous():
         return None
@@ -48,7 +53,7 @@ def rotate(parts: tuple[Tensor, ...], cos: Tensor, sin: Tensor) -> list[Tensor] 
         fields += (x.data_ptr(), y.data_ptr(), row, head, token, x.shape[1])
     angle_row = T * D if cos.shape[0] > 1 else 0
     angles = cos.data_ptr(), sin.data_ptr(), angle_row
-    function(pointers(fields), len(parts), *angles, B, T, D)
+    function(pointers(fields), len(parts), *angles, B, T, D, neighbours)
     return made
 
 

@@ -6,7 +6,7 @@ from quintet.layers.linear import Linear, project
 from quintet.layers.norm import RMSNorm
 from quintet.layers.step import Step
 from quintet.ops.mla import latent_attention
-from quintet.ops.rope import rotate, rotate_interleaved
+from quintet.ops.rope import rotate_both
 
 __all__ = ["LatentAttention"]
 
@@ -50,7 +50,7 @@ class LatentAttention(nn.Module):
         self.layer_idx = layer_idx
         self.attention_dropout = dropout
         self.scaling = scaling
-        self.rotate = rotate_interleaved if interleaved else rotate
+        self.interleaved = interleaved
         q_size = num_heads * (qk_nope_head_dim + qk_rope_head_dim)
         if q_lora_rank is None:
             self.q_proj = Linear(hidden_size, q_size, bias=False)
@@ -74,11 +74,12 @@ class LatentAttention(nn.Module):
         q = q.view(B, T, self.num_heads, -1).transpose(1, 2)
         latent = latent[:, None]  # (B, 1, T, R + Dr)
         c_kv = self.kv_a_layernorm(latent[..., :R])
-        q_nope, q_pe = q[..., :Dn], self.rotate(q[..., Dn:], step.cos, step.sin)
-        k_pe = self.rotate(latent[..., R:], step.cos, step.sin)
+        q_pe, k_pe = rotate_both(
+            q[..., Dn:], latent[..., R:], step.cos, step.sin, interleaved=self.interleaved
+        )
         if step.cache is not None:
             c_kv, k_pe = step.cache.update(c_kv, k_pe, self.layer_idx, step.span)
-        out, weights = self._attend(q_nope, q_pe, c_kv[:, 0], k_pe[:, 0], step)
+        out, weights = self._attend(q[..., :Dn], q_pe, c_kv[:, 0], k_pe[:, 0], step)
         return self.o_proj(out.transpose(1, 2).flatten(2)), weights
 
     def _queries_and_latents(self, hidden_states: Tensor) -> tuple[Tensor, Tensor]:

@@ -4,18 +4,22 @@ from collections.abc import Callable
 from typing import Self
 
 import torch
-import torch.nn.functional as F  # noqa: N812
 from torch import Tensor, nn
 
 from quintet.layers.mlp import GatedMLP
 from quintet.layers.moe import Experts
-from quintet.ops.routing import RoutingRules, sigmoid_routing, softmax_routing
+from quintet.ops.routing import (
+    RoutingRules,
+    router_logits,
+    sigmoid_routing,
+    softmax_routing,
+)
 
 __all__ = ["Router", "SharedExpertsMoE", "SigmoidRouter", "SoftmaxRouter"]
 
 
 class Router(nn.Module):
-    """Scores of E experts for each token, in float32: nearby ones must not change places."""
+    """Scores of E experts for each token."""
 
     def __init__(self, hidden_size: int, num_experts: int, rules: RoutingRules) -> None:
         super().__init__()
@@ -24,7 +28,7 @@ class Router(nn.Module):
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Return the experts (N, A) of tokens (N, C), their weights, and the logits (N, E)."""
-        logits = F.linear(x.to(torch.float32), self.weight.to(torch.float32))
+        logits = router_logits(x, self.weight)
         return *self.choose(logits), logits
 
     def choose(self, logits: Tensor) -> tuple[Tensor, Tensor]:

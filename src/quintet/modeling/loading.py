@@ -22,9 +22,9 @@ from quintet.checkpoint import (
     StackExperts,
     TensorInfo,
     Weights,
-    recover,
     save,
     split_tensors,
+    undisturbed,
 )
 from quintet.configuration.base import PreTrainedConfig, read_config
 from quintet.errors import InputError, listed
@@ -84,7 +84,6 @@ class Source:
         root = locate(self.name_or_path, CONFIG_PATTERNS, **where)
         if weights:
             root = locate_weights(self.name_or_path, self.variant, **where)
-            recover(root)
         return root
 
 
@@ -105,21 +104,29 @@ class Options:
 def load(
     cls: type[Model],
     source: Source | None,
-    config: PreTrainedConfig | None,
+    given: PreTrainedConfig | None,
     overrides: Mapping[str, Any],
     options: Options,
 ) -> tuple[Model, dict[str, Any]]:
     """Load a model of class `cls`, and say what did not fit; see `from_pretrained`."""
     first = first_device(options.device_map)
     root = None if source is None else source.locate(weights=options.state_dict is None)
-    config = _config(cls, source, root, config, overrides)
+
+    def files() -> tuple[PreTrainedConfig, Weights, GenerationConfig | None]:
+        config = _config(cls, source, root, given, overrides)
+        return config, _weights(source, root, options), _generation_config(root)
+
+    config, weights, generation_config = (
+        files()
+        if source is None or root is None
+        else undisturbed(root, files, variant=source.variant)
+    )
     request = requested(
         vars(config).get("quantization_config"),
         options.quantize,
         options.quantization_config,
         first,
     )
-    weights = _weights(source, root, options)
     target = _target_dtype(options.dtype, config, weights.tensors)
     where = "state_dict" if root is None or options.state_dict is not None else str(root)
 
@@ -142,8 +149,8 @@ def load(
     _tell(model, where, naming)
 
     config.dtype = str(target).removeprefix("torch.")
-    if root is not None and (root / GENERATION_CONFIG_NAME).is_file():
-        model.generation_config = GenerationConfig.from_pretrained(root)
+    if generation_config is not None:
+        model.generation_config = generation_config
     return model.eval(), naming.report()
 
 
@@ -198,6 +205,12 @@ def _weights(source: Source | None, root: Path | None, options: Options) -> Weig
     else:
         weights = Checkpoint.open(root, variant=source.variant)
     return Renamed(weights, options.key_mapping) if options.key_mapping else weights
+
+
+def _generation_config(root: Path | None) -> GenerationConfig | None:
+    if root is None or not (root / GENERATION_CONFIG_NAME).is_file():
+        return None
+    return GenerationConfig.from_pretrained(root)
 
 
 def _tell(model: "PreTrainedModel", where: str, naming: Naming) -> None:

@@ -6,6 +6,7 @@ its embedding and output head (DeepSeek-V3, arXiv:2412.19437, §2.2).
 
 import warnings
 from collections.abc import Iterable
+from itertools import islice
 from typing import Any
 
 import torch
@@ -54,7 +55,8 @@ class MtpDecoderModel(MoeDecoderModel):
 
     def prediction_layers(self) -> list[PredictionLayer]:
         """Return the layers behind those of the main run."""
-        behind = self.layers[self.config.num_hidden_layers :]
+        # A slice of a list of modules would be a module, and this is asked at every step.
+        behind = islice(self.layers, self.config.num_hidden_layers, None)
         return [layer for layer in behind if isinstance(layer, PredictionLayer)]
 
     def look_ahead(

@@ -80,11 +80,14 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return _rotated(x, cos, sin) if made is None else made[0]
 
 
-def rotate_both(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
-    """Rotate queries (B, H, T, D) and keys (B, K, T, D) as `rotate` does."""
-    made = rows.rotate((q, k), cos, sin)
+def rotate_both(
+    q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, *, interleaved: bool = False
+) -> tuple[Tensor, Tensor]:
+    """Rotate queries (B, H, T, D) and keys (B, K, T, D) as `rotate` or `rotate_interleaved` do."""
+    made = rows.rotate((q, k), cos, sin, neighbours=interleaved)
     if made is None:
-        return _rotated(q, cos, sin), _rotated(k, cos, sin)
+        turn = rotate_interleaved if interleaved else _rotated
+        return turn(q, cos, sin), turn(k, cos, sin)
     return made[0], made[1]
 
 

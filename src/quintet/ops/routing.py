@@ -6,7 +6,10 @@ Shapes: router logits (N, E) in float32; the experts chosen and their weights (N
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F  # noqa: N812
 from torch import Tensor
+
+from quintet.kernels import routing as kernels
 
 __all__ = [
     "RoutingRules",
@@ -14,6 +17,7 @@ __all__ = [
     "balanced_bias",
     "expert_load",
     "max_violation",
+    "router_logits",
     "sigmoid_routing",
     "softmax_routing",
 ]
@@ -38,6 +42,15 @@ class RoutingRules:
     scaling: float = 1.0
 
 
+def router_logits(x: Tensor, weight: Tensor) -> Tensor:
+    """Return x·Wᵀ, (N, E), in float32: nearby experts must not change places.
+
+    Shapes: x (N, C), weight (E, C).
+    """
+    made = kernels.router_logits(x, weight)
+    return F.linear(x.to(torch.float32), weight.to(torch.float32)) if made is None else made
+
+
 def softmax_routing(logits: Tensor, rules: RoutingRules) -> tuple[Tensor, Tensor]:
     """Choose the experts with the highest softmax affinities (arXiv:2405.04434, §2.2.1-2.2.2).
 
@@ -59,6 +72,19 @@ def sigmoid_routing(logits: Tensor, bias: Tensor, rules: RoutingRules) -> tuple[
     The bias (E,) steers load alone. With groups, only those count whose two best experts sum to
     one of the `kept_groups` highest sums. Weights are normalised if asked, then scaled.
     """
+    made = kernels.sigmoid_routing(
+        logits,
+        bias,
+        active=rules.active,
+        groups=rules.groups,
+        kept_groups=rules.kept_groups,
+        normalise=rules.normalise,
+        scaling=rules.scaling,
+    )
+    return _sigmoid_routing(logits, bias, rules) if made is None else made
+
+
+def _sigmoid_routing(logits: Tensor, bias: Tensor, rules: RoutingRules) -> tuple[Tensor, Tensor]:
     scores = logits.sigmoid()
     choice = _in_best_groups(scores + bias, rules, best=2)
     indices = choice.topk(rules.active, dim=-1, sorted=False).indices

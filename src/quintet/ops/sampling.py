@@ -4,6 +4,7 @@ What tells which tokens stay takes logits (B, V) in float32, where -inf is a tok
 there, and returns (B, V), True for those that stay; `least` of the likeliest always do.
 """
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -47,7 +48,8 @@ def penalise_repetition(logits: Tensor, ids: Tensor, kept: Tensor | None, penalt
     """
     places, wide = _occurred(logits, ids, kept)
     found = wide.gather(1, places)
-    wide.scatter_(1, places, torch.where(found < 0, found * penalty, found / penalty))
+    lower = torch.minimum if penalty >= 1 else torch.maximum
+    wide.scatter_(1, places, lower(found * penalty, found / penalty))
     return wide[:, : logits.shape[1]]
 
 
@@ -192,20 +194,27 @@ def uniform(
     return torch.stack(rows).to(device)
 
 
-def draw(probabilities: Tensor, generators: Sequence[torch.Generator] | None = None) -> Tensor:
+def draw(
+    probabilities: Tensor,
+    generators: Sequence[torch.Generator] | None = None,
+    u: Tensor | None = None,
+) -> Tensor:
     """Draw one index a row from probabilities (B, n) that need not sum to 1, (B,).
+
+    With `u` (B, 1) of [0, 1), by those numbers.
 
     Raises:
         InputError: a row has nothing to draw, or something that is not a number.
     """
     mass = probabilities.cumsum(dim=-1)
     total = mass[:, -1:]
-    if not bool(((total > 0) & (total < torch.inf)).all()):
+    if not all(0 < row < math.inf for (row,) in total.tolist()):
         raise InputError(
             "there is no token to draw: every one is forbidden, or the logits hold NaN or "
             "infinity; check the options that forbid tokens, and the model's dtype"
         )
-    u = uniform((len(mass), 1), mass.device, generators)
+    if u is None:
+        u = uniform((len(mass), 1), mass.device, generators)
     # Strictly below the total, so that what is found has a probability above zero.
     point = torch.minimum(u * total, torch.nextafter(total, torch.zeros_like(total)))
     return torch.searchsorted(mass, point, right=True)[:, 0]

@@ -10,7 +10,7 @@ from typing import Any, ClassVar, Self, Unpack
 from tokenizers import AddedToken, Tokenizer, processors
 
 from quintet.errors import InputError, ModelNotFoundError, SaveError, TokenizerError
-from quintet.files import write_text
+from quintet.files import write_texts
 from quintet.hub import TOKENIZER_PATTERNS, Pushable, locate
 from quintet.tokenization import files as names
 from quintet.tokenization.chat import Chat
@@ -19,7 +19,7 @@ from quintet.tokenization.files import (
     TokenizerFiles,
     read_pipeline,
     read_tokenizer_files,
-    write_templates,
+    template_files,
 )
 from quintet.tokenization.options import NAMED_TOKENS, TokenizerOptions, check_choice, check_names
 from quintet.tokenization.sentencepiece import read_sentencepiece
@@ -199,7 +199,7 @@ class PreTrainedTokenizer(Chat, Decoder, Pushable):
         """Write all files of the tokenizer and return their paths.
 
         Raises:
-            SaveError: one could not be written.
+            SaveError: one could not be written, or another process is saving there.
         """
         root = _directory(save_directory)
         prefix = f"{filename_prefix}-" if filename_prefix else ""
@@ -222,16 +222,14 @@ class PreTrainedTokenizer(Chat, Decoder, Pushable):
             "tokenizer_class": self._saved_as,
             "truncation_side": self.truncation_side,
         }
-        pairs = [
-            (names.TOKENIZER, self._pipeline_json()),
-            (names.SETTINGS, _json(settings)),
-            (names.SPECIAL_TOKENS, _json(roles)),
-        ]
-        paths = [root / f"{prefix}{name}" for name, _ in pairs]
-        for path, (_, text) in zip(paths, pairs, strict=True):
-            write_text(path, text)
-        paths += write_templates(root, self.chat_template)
-        return tuple(map(str, paths))
+        texts = {
+            f"{prefix}{names.TOKENIZER}": self._pipeline_json(),
+            f"{prefix}{names.SETTINGS}": _json(settings),
+            f"{prefix}{names.SPECIAL_TOKENS}": _json(roles),
+            **template_files(self.chat_template),
+        }
+        write_texts(root, texts)
+        return tuple(str(root / name) for name in texts)
 
     def save_vocabulary(
         self, save_directory: str | os.PathLike[str], filename_prefix: str | None = None

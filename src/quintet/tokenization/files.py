@@ -9,10 +9,10 @@ from typing import Any
 from tokenizers import AddedToken, Tokenizer
 
 from quintet.errors import CheckpointError, ModelNotFoundError, SaveError, TokenizerError
-from quintet.files import read_json, write_text
+from quintet.files import read_json
 from quintet.tokenization.options import NAMED_TOKENS
 
-__all__ = ["TokenizerFiles", "read_pipeline", "read_tokenizer_files", "write_templates"]
+__all__ = ["TokenizerFiles", "read_pipeline", "read_tokenizer_files", "template_files"]
 
 TOKENIZER = "tokenizer.json"
 SETTINGS = "tokenizer_config.json"
@@ -109,23 +109,21 @@ def read_pipeline(path: Path) -> Tokenizer:
         ) from error
 
 
-def write_templates(root: Path, template: str | Mapping[str, str] | None) -> list[Path]:
-    """Write chat templates, one a file, and return the files.
+def template_files(template: str | Mapping[str, str] | None) -> dict[str, str]:
+    """Return the names and contents of the files that chat templates are saved as, one each.
 
     Raises:
-        SaveError: a name is not one of a file, or writing failed.
+        SaveError: a name is not one of a file.
     """
     named = template if isinstance(template, Mapping) else {"default": template}
-    written = []
+    files = {}
     for name, source in named.items():
         if source is None:
             continue
-        path = root / TEMPLATE if name == "default" else root / TEMPLATES / f"{name}.jinja"
         if Path(f"{name}.jinja").name != f"{name}.jinja" or name in ("", ".", ".."):
             raise SaveError(f"the chat template's name {name!r} is not a name for a file")
-        write_text(path, source)
-        written.append(path)
-    return written
+        files[TEMPLATE if name == "default" else f"{TEMPLATES}/{name}.jinja"] = source
+    return files
 
 
 def _read_templates(root: Path, settings: Any) -> str | dict[str, str] | None:

@@ -14,7 +14,8 @@ void rms_norm(const T* x, const T* weight, T* y, i64 rows, i64 C, float eps) {
     for (i64 r = 0; r < rows; ++r) normalise(x + r * C, weight, y + r * C, C, eps);
 }
 
-// x (B, H, T, D) with any strides but the last; y (B, T, H, D); cos and sin (B or 1, T, D).
+// x (B, H, T, D) with any strides but the last; y (B, T, H, D); cos and sin (B or 1, T, D). The
+// pairs are i and i + D/2 of x, or neighbours, which then part to i and i + D/2 of y.
 template <class T>
 struct Rotation {
     const T* x;
@@ -24,7 +25,7 @@ struct Rotation {
 
 template <class T>
 void rotate(const Rotation<T>* parts, i64 count, const T* cos, const T* sin, i64 angle_row, i64 B,
-            i64 tokens, i64 D) {
+            i64 tokens, i64 D, bool neighbours) {
     i64 heads = 0;
     for (i64 k = 0; k < count; ++k) heads += parts[k].H;
 #pragma omp parallel for if (B * tokens > 1 && B * tokens * heads * D >= FEW) schedule(static)
@@ -34,7 +35,11 @@ void rotate(const Rotation<T>* parts, i64 count, const T* cos, const T* sin, i64
         for (i64 k = 0; k < count; ++k)
             for (i64 h = 0; h < parts[k].H; ++h) {
                 const T* from = parts[k].x + b * parts[k].row + h * parts[k].head + t * parts[k].token;
-                rotate_head(from, parts[k].y + (at * parts[k].H + h) * D, c, s, D);
+                T* to = parts[k].y + (at * parts[k].H + h) * D;
+                if (neighbours)
+                    rotate_neighbours(from, to, c, s, D);
+                else
+                    rotate_head(from, to, c, s, D);
             }
     }
 }
@@ -57,8 +62,9 @@ void silu_mul(const T* gate, const T* up, T* y, i64 rows, i64 width, i64 gate_ro
         rms_norm(x, w, y, rows, C, eps);                                                           \
     }                                                                                              \
     extern "C" void quintet_rotate_##name(const Rotation<T>* parts, i64 count, const T* cos,       \
-                                          const T* sin, i64 angle_row, i64 B, i64 tokens, i64 D) { \
-        rotate(parts, count, cos, sin, angle_row, B, tokens, D);                                   \
+                                          const T* sin, i64 angle_row, i64 B, i64 tokens, i64 D,   \
+                                          i64 neighbours) {                                        \
+        rotate(parts, count, cos, sin, angle_row, B, tokens, D, neighbours != 0);                  \
     }                                                                                              \
     extern "C" void quintet_silu_mul_##name(const T* gate, const T* up, T* y, i64 rows, i64 width, \
                                             i64 gate_row, i64 up_row) {                            \

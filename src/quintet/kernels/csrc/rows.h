@@ -54,4 +54,15 @@ void rotate_head(const T* x, T* y, const T* cos, const T* sin, i64 D) {
     });
 }
 
+// The pairs (2i, 2i + 1), which part to i and i + D/2.
+template <class T>
+void rotate_neighbours(const T* x, T* y, const T* cos, const T* sin, i64 D) {
+    for (i64 i = 0; i < D / 2; ++i) {
+        const float left = widen(x[2 * i]), right = widen(x[2 * i + 1]);
+        const float c = widen(cos[i]), s = widen(sin[i]);
+        narrow(left * c - right * s, y + i);
+        narrow(right * c + left * s, y + D / 2 + i);
+    }
+}
+
 }  // namespace
