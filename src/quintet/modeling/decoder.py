@@ -240,15 +240,19 @@ class DecoderModel(PreTrainedModel):
         weighs: bool,
     ) -> Step:
         slots = span.slots()
-        cos, sin = self.rotary_emb(slots if position_ids is None else position_ids)
+        if position_ids is None and isinstance(span.start, int):
+            cos, sin = self.rotary_emb.following(span.start, span.length, embeds.dtype)
+        else:
+            cos, sin = self.rotary_emb(slots if position_ids is None else position_ids)
+            cos, sin = cos.to(embeds.dtype), sin.to(embeds.dtype)
         if custom is not None and custom.shape[-1] != span.keys:
             raise InputError(
                 f"attention_mask has shape {tuple(custom.shape)}; its last axis has to be "
                 f"{span.keys}, the keys there are with those in the cache"
             )
         return Step(
-            cos=cos.to(embeds.dtype),
-            sin=sin.to(embeds.dtype),
+            cos=cos,
+            sin=sin,
             seen={
                 window: visibility(slots, span.start, span.keys, window, custom)
                 for window in set(self.windows)
