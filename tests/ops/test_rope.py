@@ -145,3 +145,25 @@ def test_angles_are_float32_whatever_the_positions_are() -> None:
         exact = ((2**20 + 1) * frequencies.double()).cos()
         torch.testing.assert_close(cos[0, 0, : D // 2].double(), exact, rtol=0, atol=0.04)
         assert cos.dtype == torch.float32
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_angles_of_a_step_are_those_of_its_positions(kind: str, dtype: torch.dtype) -> None:
+    rotary = RotaryEmbedding(D, parsed(KINDS[kind]))
+    with torch.inference_mode():
+        rotary.following(0, 3, dtype)
+    for start, T in ((0, 1), (5, 4), (700, 2), (3, 40), (5000, 1)):
+        expected = [x.to(dtype) for x in rotary(torch.arange(start, start + T)[None])]
+        with torch.no_grad():
+            made = rotary.following(start, T, dtype)
+        for one, other in zip(made, expected, strict=True):
+            assert torch.equal(one, other)
+            assert one.shape == (1, T, D)
+    # What was made without gradients is not used with them: it could not be saved for a backward.
+    x = torch.ones(1, 4, D, requires_grad=True)
+    (x * rotary.following(5, 4, torch.float32)[0]).sum().backward()
+    rotary.to(torch.bfloat16)
+    with torch.no_grad():
+        cos, _ = rotary.following(700, 2, torch.float32)
+    assert torch.equal(cos, rotary(torch.arange(700, 702)[None])[0])

@@ -53,11 +53,12 @@ class _Speculating:
     def all(self) -> Speculation:
         """Go on until every row has ended."""
         made, draft = self.run.made, Draft.none(self.run.text)
-        self._take(made, draft)
+        self._take(made, self.run.text, draft)
         while any(self.goes_on):
             draft = self._propose()
-            made, held = self._check(draft)
-            counts = self._take(made, draft)
+            text = _with(self.run.text, draft)
+            made, held = self._check(text, draft)
+            counts = self._take(made, text, draft)
             self._take_back(held, counts, draft.tokens.shape[1] + 1)
             self.drafter.accepted(counts)
         if self.run.forward.outlives:
@@ -83,7 +84,7 @@ class _Speculating:
             return Draft.none(self.run.text)
         return self.drafter.propose(self.run.text, wanted, self.goes_on, sampler)
 
-    def _check(self, draft: Draft) -> tuple[Made, Tensor | None]:
+    def _check(self, text: Text, draft: Draft) -> tuple[Made, Tensor | None]:
         """Run over the last token and the draft; return how long the rows of the cache were."""
         forward, new = self.run.forward, draft.tokens.shape[1] + 1
         held, device = None, draft.tokens.device
@@ -93,15 +94,15 @@ class _Speculating:
                 held = forward.cache.lengths(len(self.rows), device).clone()
             forward.cache.snapshot()
         rows = None if all(self.goes_on) else torch.tensor(self.goes_on, device=device)
-        return forward.step(_with(self.run.text, draft), rows, new=new, keep=new), held
+        return forward.step(text, rows, new=new, keep=new), held
 
-    def _take(self, made: Made, draft: Draft) -> list[int]:
+    def _take(self, made: Made, text: Text, draft: Draft) -> list[int]:
         """Add to each row what holds of a draft and the token behind it; return how many."""
         run, K, B = self.run, draft.tokens.shape[1], len(self.rows)
         sampler = _for_a_turn(run.sampler, self.goes_on)
         # Without a cache, what was made may begin earlier.
         logits = made.logits[:, -(K + 1) :]
-        scores = sampler.scores_of_last(_with(run.text, draft), logits)
+        scores = sampler.scores_of_last(text, logits)
         drafted = draft.tokens.tolist()
         if sampler.do_sample:
             p = scores.softmax(dim=-1)

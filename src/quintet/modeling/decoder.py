@@ -16,6 +16,7 @@ from torch.utils.checkpoint import checkpoint
 
 from quintet.cache import Cache, DynamicCache, LegacyCache, Span, from_legacy, to_legacy
 from quintet.errors import InputError
+from quintet.layers.dense import in_one_call
 from quintet.layers.rotary import RotaryEmbedding
 from quintet.layers.step import LayerOutput, Step
 from quintet.modeling.base import PreTrainedModel
@@ -239,15 +240,19 @@ class DecoderModel(PreTrainedModel):
         weighs: bool,
     ) -> Step:
         slots = span.slots()
-        cos, sin = self.rotary_emb(slots if position_ids is None else position_ids)
+        if position_ids is None and isinstance(span.start, int):
+            cos, sin = self.rotary_emb.following(span.start, span.length, embeds.dtype)
+        else:
+            cos, sin = self.rotary_emb(slots if position_ids is None else position_ids)
+            cos, sin = cos.to(embeds.dtype), sin.to(embeds.dtype)
         if custom is not None and custom.shape[-1] != span.keys:
             raise InputError(
                 f"attention_mask has shape {tuple(custom.shape)}; its last axis has to be "
                 f"{span.keys}, the keys there are with those in the cache"
             )
         return Step(
-            cos=cos.to(embeds.dtype),
-            sin=sin.to(embeds.dtype),
+            cos=cos,
+            sin=sin,
             seen={
                 window: visibility(slots, span.start, span.keys, window, custom)
                 for window in set(self.windows)
@@ -268,7 +273,11 @@ class DecoderModel(PreTrainedModel):
         """
         states, weights, routed = [], [], []
         # A family may keep further layers behind, which are no part of this run.
-        for layer in islice(self.layers, self.config.num_hidden_layers):
+        layers = list(islice(self.layers, self.config.num_hidden_layers))
+        made = None if keeps else in_one_call(layers, hidden, step)
+        if made is not None:
+            return [self.final_norm(made)], [], []
+        for layer in layers:
             if keeps:
                 states.append(hidden)
             out = self._run_layer(layer, hidden, step)
