@@ -4,8 +4,8 @@ import base64
 import hashlib
 import json
 import threading
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -26,6 +26,12 @@ class Hub:
     asked: list[str] = field(default_factory=list)
     broken: bool = False
     cut: str = ""  # files whose name ends so break off halfway
+    ranges: bool = True
+    changed: str = ""  # files whose name ends so come with other bytes than were added
+    after_cut: Callable[[], None] | None = None  # what happens then
+    stall: str = ""  # files whose name ends so stop halfway until `go_on`
+    stalled: threading.Event = field(default_factory=threading.Event)
+    go_on: threading.Event = field(default_factory=threading.Event)
     url: str = ""
 
     def add(self, name: str, folder: Path, revision: str = "main", inside: str = "") -> None:
@@ -165,14 +171,29 @@ class _Handler(BaseHTTPRequestHandler):
         if is_large:
             headers |= {"X-Linked-Etag": f'"{oid}"', "X-Linked-Size": str(len(content))}
         asked = self.headers.get("Range", "")
-        if asked.startswith("bytes="):
+        if self.hub.changed and file.endswith(self.hub.changed):
+            content = content[:-1] + bytes([content[-1] ^ 1])
+        if asked.startswith("bytes=") and self.hub.ranges:
             start, _, end = asked.removeprefix("bytes=").partition("-")
+            if int(start) >= len(content):
+                self._send(416, b"", {"Content-Range": f"bytes */{len(content)}"})
+                return
             last = min(int(end) if end else len(content) - 1, len(content) - 1)
             headers["Content-Range"] = f"bytes {start}-{last}/{len(content)}"
             self._send(206, content[int(start) : last + 1], headers)
         elif self.hub.cut and file.endswith(self.hub.cut) and self.command != "HEAD":
             self._send(200, content[: len(content) // 2], headers, length=len(content))
             self.close_connection = True
+            if self.hub.after_cut is not None:
+                self.hub.after_cut()
+        elif self.hub.stall and file.endswith(self.hub.stall) and self.command != "HEAD":
+            half = len(content) // 2
+            self._send(200, content[:half], headers, length=len(content))
+            self.wfile.flush()
+            self.hub.stalled.set()
+            self.hub.go_on.wait()
+            with suppress(OSError):  # whoever asked may be gone
+                self.wfile.write(content[half:])
         else:
             self._send(200, content, headers)
 
@@ -224,6 +245,7 @@ def serve() -> Iterator[Hub]:
     try:
         yield hub
     finally:
+        hub.go_on.set()
         server.shutdown()
         thread.join()
         server.server_close()

@@ -24,6 +24,7 @@ LADDER = [
     {"kernels"},
     {"tokenization", "configuration"},
     {"hub"},
+    {"download"},
     {"files", "modeloutput"},
     {"errors"},
 ]

@@ -1,9 +1,13 @@
 """Hub ids, against a hub on this machine: what is fetched, what is said, what is pushed."""
 
+import hashlib
 import json
 import os
+import random
+import shutil
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -26,6 +30,22 @@ def fails(name, call):
     except QuintetError as error:
         said[name] = [type(error).__name__, str(error), error.exit_code]
 """
+# What only fetches, without torch; chunks are small, so that a part of a file is something.
+FETCH = """
+import json, sys
+from huggingface_hub import constants
+constants.DOWNLOAD_CHUNK_SIZE = 1024
+from quintet.errors import QuintetError
+from quintet.hub import locate_weights
+said = {}
+try:
+    said["root"] = str(locate_weights("o/m"))
+except QuintetError as error:
+    said["error"] = [type(error).__name__, str(error), error.exit_code]
+print(json.dumps(said))
+"""
+# The waits of huggingface_hub between its own attempts.
+AT_ONCE = "import time; time.sleep = lambda seconds: None\n"
 Run = Callable[..., dict[str, Any]]
 
 
@@ -36,24 +56,27 @@ def hub() -> Iterator[Hub]:
 
 
 @pytest.fixture
-def run(hub: Hub, tmp_path: Path) -> Run:
+def environment(hub: Hub, tmp_path: Path) -> dict[str, str]:
+    return {
+        **os.environ,
+        "HF_ENDPOINT": hub.url,
+        "HF_HOME": str(tmp_path / "home"),
+        "HF_HUB_OFFLINE": "0",
+        "HF_HUB_DISABLE_XET": "1",
+        "HF_HUB_DISABLE_TELEMETRY": "1",
+        "HF_HUB_DISABLE_PROGRESS_BARS": "1",
+        "OMP_NUM_THREADS": "1",
+    }
+
+
+@pytest.fixture
+def run(environment: dict[str, str]) -> Run:
     """Run Python against the hub, in a process of its own, as the environment is read once."""
 
-    def start(body: str, **environment: str) -> dict[str, Any]:
-        child = {
-            **os.environ,
-            "HF_ENDPOINT": hub.url,
-            "HF_HOME": str(tmp_path / "home"),
-            "HF_HUB_OFFLINE": "0",
-            "HF_HUB_DISABLE_XET": "1",
-            "HF_HUB_DISABLE_TELEMETRY": "1",
-            "HF_HUB_DISABLE_PROGRESS_BARS": "1",
-            "OMP_NUM_THREADS": "1",
-            **environment,
-        }
+    def start(body: str, **changes: str) -> dict[str, Any]:
         done = subprocess.run(
             [sys.executable, "-c", f"{SCRIPT}{body}\nprint(json.dumps(said))"],
-            env=child,
+            env={**environment, **changes},
             capture_output=True,
             text=True,
             check=False,
@@ -63,6 +86,44 @@ def run(hub: Hub, tmp_path: Path) -> Run:
         return found
 
     return start
+
+
+@pytest.fixture
+def fetching(environment: dict[str, str]) -> Callable[[], Any]:
+    """Start processes that fetch the weights of o/m."""
+
+    def start() -> Any:
+        return subprocess.Popen(
+            [sys.executable, "-c", AT_ONCE + FETCH],
+            env=environment,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+
+    return start
+
+
+def outcome(process: Any) -> dict[str, Any]:
+    out, err = process.communicate()
+    assert process.returncode == 0, err
+    found: dict[str, Any] = json.loads(out.splitlines()[-1])
+    return found
+
+
+def contents(said: dict[str, Any]) -> bytes:
+    assert "root" in said, said
+    return (Path(said["root"]) / "model.safetensors").read_bytes()
+
+
+def assert_nothing_else(home: Path, files: int) -> None:
+    """The cache holds files that are whole, and links to them."""
+    blobs = home / "hub" / "models--o--m" / "blobs"
+    assert [path.name for path in blobs.glob("*incomplete*")] == []
+    for path in blobs.iterdir():
+        digest = hashlib.sha256(path.read_bytes()).hexdigest()
+        assert digest[: len(path.name)] == path.name
+    assert len(list(blobs.iterdir())) == files
 
 
 def cli(hub: Hub, tmp_path: Path, *arguments: str, **environment: str) -> Any:
@@ -166,24 +227,112 @@ fails("push", lambda: AutoConfig.from_pretrained("o/m").push_to_hub("o/x"))
     assert len(hub.asked) == asked, "offline means no request at all"
 
 
-def test_a_network_that_answers_for_the_hub(hub: Hub, run: Run, tmp_path: Path) -> None:
-    hub.add("o/m", build(tmp_path / "model"))
+def test_a_network_that_answers_for_the_hub(
+    hub: Hub, fetching: Callable[[], Any], tmp_path: Path
+) -> None:
+    content = weights(hub, tmp_path)
     hub.broken = True
-    said = run('fails("portal", lambda: AutoModelForCausalLM.from_pretrained("o/m"))')
-    assert said["portal"][2] in (3, 6)
+    said = outcome(fetching())
+    assert said["error"][2] in (3, 6), said
     hub.broken = False
-    said = run('said["then"] = AutoModelForCausalLM.from_pretrained("o/m").config.model_type')
-    assert said["then"] == "qwen2"
+    assert contents(outcome(fetching())) == content
+    assert_nothing_else(tmp_path / "home", 1)
 
 
-def test_a_download_that_breaks_off_is_not_used(hub: Hub, run: Run, tmp_path: Path) -> None:
-    hub.add("o/m", build(tmp_path / "model"))
+def weights(hub: Hub, tmp_path: Path) -> bytes:
+    """Offer a model of noise, of which every part is another, and return its weights."""
+    path = tmp_path / "model" / "model.safetensors"
+    path.parent.mkdir()
+    path.write_bytes(random.Random(0).randbytes(100_000))
+    hub.add("o/m", path.parent)
+    return path.read_bytes()
+
+
+def test_a_download_that_breaks_off_goes_on(
+    hub: Hub, fetching: Callable[[], Any], tmp_path: Path
+) -> None:
+    content = weights(hub, tmp_path)
     hub.cut = ".safetensors"
-    said = run('fails("cut", lambda: AutoModelForCausalLM.from_pretrained("o/m"))')
-    assert said["cut"][2] in (3, 6)
+    assert contents(outcome(fetching())) == content
+    assert len(hub.fetched(".safetensors")) == 2
+    assert_nothing_else(tmp_path / "home", 1)
+
+
+def test_a_download_that_breaks_off_again_and_again_is_not_used(
+    hub: Hub, fetching: Callable[[], Any], tmp_path: Path
+) -> None:
+    content = weights(hub, tmp_path)
+    hub.cut, hub.ranges = ".safetensors", False
+    said = outcome(fetching())
+    assert said["error"][2] in (3, 6), said
+    assert_nothing_else(tmp_path / "home", 0)
     hub.cut = ""
-    said = run('said["then"] = AutoModelForCausalLM.from_pretrained("o/m").config.model_type')
-    assert said["then"] == "qwen2"
+    assert contents(outcome(fetching())) == content
+    assert_nothing_else(tmp_path / "home", 1)
+
+
+@pytest.mark.parametrize("size", [100_000, 20_000], ids=["same-size", "shorter-416"])
+def test_a_file_that_changes_while_it_is_fetched_is_fetched_again(
+    hub: Hub, fetching: Callable[[], Any], tmp_path: Path, size: int
+) -> None:
+    weights(hub, tmp_path)
+    new = random.Random(1).randbytes(size)
+
+    def change() -> None:
+        hub.cut = ""
+        hub.files("o/m", "main")["model.safetensors"] = new
+
+    hub.cut, hub.after_cut = ".safetensors", change
+    assert contents(outcome(fetching())) == new
+    assert_nothing_else(tmp_path / "home", 1)
+
+
+def test_a_file_that_something_on_the_way_changes_is_refused(
+    hub: Hub, fetching: Callable[[], Any], tmp_path: Path
+) -> None:
+    content = weights(hub, tmp_path)
+    hub.changed = ".safetensors"
+    said = outcome(fetching())
+    assert said["error"][0] == "CheckpointError"
+    assert "model.safetensors came twice" in said["error"][1]
+    assert len(hub.fetched(".safetensors")) == 2
+    assert_nothing_else(tmp_path / "home", 0)
+    hub.changed = ""
+    assert contents(outcome(fetching())) == content
+
+
+def test_a_download_that_is_killed_is_fetched_again_and_leaves_nothing(
+    hub: Hub, fetching: Callable[[], Any], tmp_path: Path
+) -> None:
+    content = weights(hub, tmp_path)
+    hub.stall = ".safetensors"
+    first = fetching()
+    assert hub.stalled.wait(120)
+    while not list((tmp_path / "home").rglob("*.incomplete")):
+        time.sleep(0.01)
+    first.kill()
+    first.communicate()
+    assert list((tmp_path / "home").rglob("*.incomplete"))
+    hub.stall = ""
+    assert contents(outcome(fetching())) == content
+    assert_nothing_else(tmp_path / "home", 1)
+
+
+def test_two_processes_fetch_a_file_once(
+    hub: Hub, fetching: Callable[[], Any], tmp_path: Path
+) -> None:
+    content = weights(hub, tmp_path)
+    hub.stall = ".safetensors"
+    processes = [fetching(), fetching()]
+    assert hub.stalled.wait(120)
+    until = time.monotonic() + 120
+    while sum("api/models" in line for line in hub.asked) < 2 and time.monotonic() < until:
+        time.sleep(0.01)
+    time.sleep(0.2)
+    hub.go_on.set()
+    assert [contents(outcome(process)) for process in processes] == [content] * 2
+    assert len(hub.fetched(".safetensors")) == 1
+    assert_nothing_else(tmp_path / "home", 1)
 
 
 def test_a_cache_that_cannot_be_written_is_named(hub: Hub, tmp_path: Path) -> None:
@@ -196,12 +345,24 @@ def test_a_cache_that_cannot_be_written_is_named(hub: Hub, tmp_path: Path) -> No
     assert "HF_HOME" in done.stderr
 
 
-@pytest.mark.parametrize("name", ["with spaces", "模型 🎻", "é" * 120, "-n", "a'b\"c;$d"])
-def test_a_folder_may_have_any_name(hub: Hub, tmp_path: Path, name: str) -> None:
-    folder = build(tmp_path / name)
-    environment = {"HOME": ""}
-    done = cli(hub, tmp_path, "generate", "a", "--model", str(folder), "-n", "2", **environment)
+def test_a_folder_may_have_any_name(hub: Hub, tmp_path: Path, chat_model: Path) -> None:
+    names = ["with spaces", "模型 🎻", "é" * 120, "-n", "a'b\"c;$d"]
+    folders = [str(shutil.copytree(chat_model, tmp_path / name)) for name in names]
+    script = (
+        "import sys; from quintet.cli.main import cli\n"
+        "for folder in sys.argv[1:]:\n"
+        "    cli.main(['generate', 'a', '--model', folder, '-n', '2'], standalone_mode=False)\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", script, *folders],
+        env={**os.environ, "HOME": "", "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        check=False,
+        stdin=subprocess.DEVNULL,
+    )
     assert done.returncode == 0, done.stderr
+    assert done.stdout.count("\n") >= len(names)
 
 
 def test_a_working_directory_that_is_gone_is_named(tmp_path: Path) -> None:

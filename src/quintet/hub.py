@@ -7,10 +7,10 @@ import os
 import re
 import tempfile
 from collections.abc import Sequence
-from errno import ENOSPC
 from pathlib import Path
 from typing import Any
 
+from quintet.download import download
 from quintet.errors import CheckpointError, ModelNotFoundError, OfflineError, SaveError
 from quintet.files import read_json
 
@@ -70,6 +70,7 @@ def locate(
     Raises:
         ModelNotFoundError: no such directory, repository, revision, or no access to it.
         OfflineError: a hub id that is not in the local cache while the network is off.
+        CheckpointError: a file came twice with another content than the hub says it has.
         SaveError: the cache cannot be written.
     """
     name = os.fspath(name_or_path)
@@ -87,7 +88,7 @@ def locate(
         )
     if subfolder:
         patterns = [f"{subfolder.strip('/')}/{pattern}" for pattern in patterns]
-    root = _download(name, patterns, revision, cache_dir, token, local_files_only)
+    root = download(name, patterns, revision, cache_dir, token, local_files_only)
     return _inside(root, subfolder, name)
 
 
@@ -249,69 +250,3 @@ def _inside(root: Path, subfolder: str, name: str) -> Path:
     if not path.is_dir():
         raise ModelNotFoundError(f"{name!r} has no folder {subfolder!r}")
     return path
-
-
-def _download(
-    name: str,
-    patterns: Sequence[str],
-    revision: str | None,
-    cache_dir: str | os.PathLike[str] | None,
-    token: str | bool | None,
-    local_files_only: bool,
-) -> Path:
-    # Imported here: huggingface_hub takes a third of a second, and a local path needs none of it.
-    from huggingface_hub import constants, snapshot_download
-    from huggingface_hub.errors import (
-        GatedRepoError,
-        HFValidationError,
-        RepositoryNotFoundError,
-        RevisionNotFoundError,
-    )
-
-    at = f" at revision {revision!r}" if revision else ""
-    offline = local_files_only or constants.is_offline_mode()
-    try:
-        root = snapshot_download(
-            name,
-            revision=revision,
-            cache_dir=Path(cache_dir) if cache_dir is not None else None,
-            token=token,
-            local_files_only=local_files_only,
-            allow_patterns=list(patterns),
-        )
-    except HFValidationError as error:
-        raise ModelNotFoundError(
-            f"no directory {name!r}, and it is not a valid hub id: {error}"
-        ) from error
-    except GatedRepoError as error:
-        raise ModelNotFoundError(
-            f"{name!r} is gated: accept its terms on the hub, then run `hf auth login` "
-            "or set HF_TOKEN"
-        ) from error
-    except RepositoryNotFoundError as error:
-        raise ModelNotFoundError(
-            f"no directory {name!r} here and no such repository on the hub; check the spelling, "
-            "or run `hf auth login` if it is private"
-        ) from error
-    except RevisionNotFoundError as error:
-        raise ModelNotFoundError(f"{name!r} has no revision {revision!r}") from error
-    # Whatever else: the library below huggingface_hub, and so what it raises when a connection
-    # breaks or something answers that is not the hub, differs between its versions.
-    except Exception as error:
-        if isinstance(error, OSError) and (error.filename is not None or error.errno == ENOSPC):
-            raise SaveError(
-                f"the hub cache {cache_dir or constants.HF_HUB_CACHE} cannot be written: "
-                f"{error.strerror}; set HF_HOME, or cache_dir, to a folder with room that you may "
-                "write to"
-            ) from error
-        reason = (
-            "offline mode is set (HF_HUB_OFFLINE or local_files_only)"
-            if offline
-            else f"the hub could not be reached ({type(error).__name__})"
-        )
-        raise OfflineError(
-            f"{name!r}{at} is neither a directory here nor in the hub cache "
-            f"({cache_dir or constants.HF_HUB_CACHE}), and {reason}; "
-            "connect and download it once, or name a local directory"
-        ) from error
-    return Path(root)

@@ -9,7 +9,7 @@ from torch import Tensor
 from quintet.kernels.ssm import mamba2
 from quintet.ops.mamba2 import Mixed, MixerWeights, mix, mix_stepwise
 
-BOUND = {torch.float32: 1e-5, torch.bfloat16: 2**-6}
+BOUND = {torch.float32: 4e-5, torch.bfloat16: 2**-6}
 
 
 def random_weights(H: int, P: int, G: int, N: int, W: int, dtype: torch.dtype) -> MixerWeights:
@@ -106,9 +106,8 @@ def test_it_is_convolution_recurrence_and_gate(
     assert torch.equal(made.window, exact.window.to(dtype))
     # Inside, all is in float32 whatever goes in and out.
     assert_close(made.state, exact.state, 1e-5, "state")
-    assert_close(made.x, exact.x, 1e-5, "x")
+    assert_close(made.convolved, exact.convolved, 1e-5, "convolved")
     assert_close(made.dt, exact.dt, 1e-5, "dt")
-    assert_close(made.b, exact.b, 1e-5, "b")
 
 
 def test_it_is_what_runs(level: str) -> None:

@@ -86,6 +86,10 @@ class AttentionSlot(CacheSlot, Protocol):
         """Return the first `length` keys and values, (B, K, length, D) each."""
         ...
 
+    def room(self, span: Span) -> tuple[Tensor, Tensor] | None:
+        """Return the buffers, with room for a span that the caller writes; None without such."""
+        ...
+
 
 class Cache:
     """The slots of all layers and how many tokens each row holds.
@@ -145,6 +149,13 @@ class Cache:
         if span is None:
             span = self.span(keys.shape[0], keys.shape[2], keys.device, None)
         return self._attention(layer_idx).update(keys, values, span)
+
+    def room(self, layer_idx: int, span: Span) -> tuple[Tensor, Tensor] | None:
+        """Return a layer's keys and values, (B, K, S, D) with room for the tokens of a span.
+
+        The caller writes them in place, instead of `update`; None where that cannot be done.
+        """
+        return self._attention(layer_idx).room(span)
 
     def recurrent(self, layer_idx: int) -> RecurrentSlot:
         """Return a layer's recurrent state, to be updated by the forward that asks for it.

@@ -71,13 +71,26 @@ class DynamicSlot(_DenseSlot):
             self.keys, self.values = keys, values
             self._borrowed = True
         else:
-            if self._borrowed and span.keys <= self.keys.shape[2]:
-                # The first tensors may be a caller's, who sees what is written into them.
-                self.keys, self.values = self.keys.clone(), self.values.clone()
-            self._borrowed = False
+            self._own(span)
             self.keys = _write(self.keys, keys, span)
             self.values = _write(self.values, values, span)
         return self.content(span.keys)
+
+    def room(self, span: Span) -> tuple[Tensor, Tensor] | None:
+        """Return the buffers, with room for a span that the caller writes; None while empty."""
+        if self.keys is None or self.values is None:
+            return None
+        self._own(span)
+        self.keys, self.values = _grown(self.keys, span), _grown(self.values, span)
+        return self.keys, self.values
+
+    def _own(self, span: Span) -> None:
+        assert self.keys is not None
+        assert self.values is not None
+        if self._borrowed and span.keys <= self.keys.shape[2]:
+            # The first tensors may be a caller's, who sees what is written into them.
+            self.keys, self.values = self.keys.clone(), self.values.clone()
+        self._borrowed = False
 
     def reset(self) -> None:
         """Forget everything."""
@@ -109,6 +122,10 @@ class StaticSlot(_DenseSlot):
             self.keys.scatter_(2, slots.expand_as(keys), keys)
             self.values.scatter_(2, slots.expand_as(values), values)
         return self.keys, self.values
+
+    def room(self, span: Span) -> tuple[Tensor, Tensor] | None:
+        """Return the buffers, for the caller to write a span; None before they are allocated."""
+        return None if self.keys is None or self.values is None else (self.keys, self.values)
 
     def reset(self) -> None:
         """Forget everything and keep the memory."""
@@ -223,13 +240,16 @@ def _write(buffer: Tensor, new: Tensor, span: Span) -> Tensor:
         # The graph of an earlier forward may still need the old content.
         wide = F.pad(buffer, (0, 0, 0, max(short, 0)))
         return wide.scatter(2, _places(span, new), new)
-    if short > 0:
-        spare = span.keys // 4 + 64
-        buffer = F.pad(buffer, (0, 0, 0, short + spare))
+    buffer = _grown(buffer, span)
     if isinstance(span.start, int):
         buffer[:, :, span.start : span.start + span.length] = new
         return buffer
     return buffer.scatter_(2, _places(span, new), new)
+
+
+def _grown(buffer: Tensor, span: Span) -> Tensor:
+    short = span.keys - buffer.shape[2]
+    return buffer if short <= 0 else F.pad(buffer, (0, 0, 0, short + span.keys // 4 + 64))
 
 
 def _places(span: Span, new: Tensor) -> Tensor:

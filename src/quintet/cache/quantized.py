@@ -44,6 +44,10 @@ class QuantizedSlot:
         self._scales.update(key_scales, value_scales, span)
         return self.content(span.keys)
 
+    def room(self, span: Span) -> tuple[Tensor, Tensor] | None:
+        """Return None: what is stored here are codes."""
+        return None
+
     def content(self, length: int) -> tuple[Tensor, Tensor]:
         """Return the first `length` keys and values, (B, K, length, D) each.
 

@@ -70,10 +70,18 @@ class RecurrentSlot:
         self.preallocated = preallocated
         self._snapshot: _Snapshot | None = None
 
-    def update(self, window: Tensor, state: Tensor, inputs: Inputs) -> None:
-        """Replace both by what they are after `inputs`."""
-        if self._snapshot is not None:
-            self._snapshot.since.append(inputs)
+    @property
+    def remembers(self) -> bool:
+        """Whether there is a snapshot, which `remember` has to be told the inputs for."""
+        return self._snapshot is not None
+
+    def remember(self, inputs: Inputs) -> None:
+        """Keep what an update came from, to go back to between the snapshot and here."""
+        assert self._snapshot is not None
+        self._snapshot.since.append(inputs)
+
+    def update(self, window: Tensor, state: Tensor) -> None:
+        """Replace both by what they are after a forward."""
         self.window = _stored(self.window, window)
         self.state = _stored(self.state, state)
 

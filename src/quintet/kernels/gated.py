@@ -6,7 +6,7 @@ from types import MappingProxyType
 import torch
 from torch import Tensor
 
-from quintet.kernels.linear import FORMAT, GROUP, SUFFIX, Matrix
+from quintet.kernels.linear import GROUP, Matrix, kernel_name
 from quintet.kernels.native import POINTER, applies, entry, pointers
 
 __all__ = ["gated"]
@@ -31,16 +31,14 @@ def gated(
     With `indices` (N, A), below E, and `shares` (N, A), x is (N, C) and weights are (E, ...).
     """
     dtype = x.dtype
-    if dtype not in SUFFIX or not applies(x):
-        return None
     kind = gate.weight.dtype
-    name = SUFFIX[dtype] if kind == dtype else FORMAT.get(kind, "?") + SUFFIX[dtype]
+    name = kernel_name(kind, dtype)
     C = x.shape[-1]
     N = x.numel() // C if C else 0
     if not 0 < N <= MOST_TOKENS.get(name, 0):
         return None
     function = entry(f"quintet_gated_{name}", POINTER)
-    if function is None:
+    if function is None or not applies(x):
         return None
     E, A = 1, 1
     routed = indices is not None

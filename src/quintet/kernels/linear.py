@@ -14,7 +14,7 @@ from torch import Tensor
 
 from quintet.kernels.native import INTEGER, POINTER, applies, entry, pointers
 
-__all__ = ["Matrix", "linears", "widen"]
+__all__ = ["Matrix", "fits", "kernel_name", "linears", "widen"]
 
 GROUP = 64
 
@@ -47,23 +47,22 @@ def linears(x: Tensor, maps: Sequence[Matrix]) -> list[Tensor] | None:
     Shapes: x (..., I), returns (..., O) for each.
     """
     dtype = x.dtype
-    if dtype not in SUFFIX or not applies(x):
-        return None
     kind = maps[0].weight.dtype
-    name = SUFFIX[dtype] if kind == dtype else FORMAT.get(kind, "?") + SUFFIX[dtype]
+    name = kernel_name(kind, dtype)
     shape = x.shape
     I = shape[-1]
     M = x.numel() // I if I else 0
     if not 0 < M <= MOST_VECTORS.get(name, 0):
         return None
     function = entry(f"quintet_linear_{name}", POINTER, INTEGER, POINTER, INTEGER, INTEGER)
-    if function is None:
+    tensors = [tensor for matrix in maps for tensor in matrix if tensor is not None]
+    if function is None or not applies(x, *tensors):
         return None
     x = x if x.is_contiguous() else x.contiguous()
     fields: list[int] = []
     made = []
     for matrix in maps:
-        if not _fits(matrix, kind, I, dtype):
+        if not fits(matrix, kind, I, dtype):
             return None
         weight, scale, bias = matrix
         O = weight.shape[0]
@@ -96,15 +95,24 @@ def widen(weight: Tensor, scale: Tensor, columns: int, dtype: torch.dtype) -> Te
     return made
 
 
-def _fits(matrix: Matrix, kind: torch.dtype, I: int, dtype: torch.dtype) -> bool:
+def kernel_name(kind: torch.dtype, dtype: torch.dtype) -> str:
+    """Return how kernels for weights of `kind` and vectors of `dtype` are called, if there are."""
+    suffix = SUFFIX.get(dtype, "?")
+    return suffix if kind == dtype else FORMAT.get(kind, "?") + suffix
+
+
+def fits(matrix: Matrix, kind: torch.dtype, I: int, dtype: torch.dtype) -> bool:
+    """Tell whether a matrix is laid out as kernels read those of `kind`, for vectors (..., I)."""
     weight, scale, bias = matrix
-    if weight.dtype != kind or not applies(weight):
+    if weight.dtype != kind or weight.ndim != 2:
         return False
-    if bias is not None and (bias.dtype != dtype or not bias.is_contiguous() or not applies(bias)):
+    if bias is not None and (
+        bias.dtype != dtype or bias.shape != weight.shape[:1] or not bias.is_contiguous()
+    ):
         return False
     if scale is None:
         return kind == dtype and weight.shape[1] == I and weight.stride(1) == 1
-    if not weight.is_contiguous() or not scale.is_contiguous() or not applies(scale):
+    if not weight.is_contiguous() or not scale.is_contiguous():
         return False
     O, groups = weight.shape[0], -(-I // GROUP)
     if kind == torch.int8:

@@ -10,7 +10,7 @@ from torch.nn.modules import module as hooks
 from quintet.kernels.linear import Matrix
 from quintet.ops.linear import linear, linears
 
-__all__ = ["Linear", "LinearMap", "matrices", "project"]
+__all__ = ["Linear", "LinearMap", "hooked", "matrices", "project"]
 
 
 class LinearMap(nn.Module, ABC):
@@ -68,11 +68,11 @@ def _alike(maps: Sequence[nn.Module]) -> list[LinearMap] | None:
     # A subclass with another forward has to bring another `together`.
     if not issubclass(kind, LinearMap) or "together" not in vars(kind):
         return None
-    alike = [m for m in maps if type(m) is kind and not _hooked(m)]
+    alike = [m for m in maps if type(m) is kind and not hooked(m)]
     return alike if len(alike) == len(maps) else None
 
 
-def _hooked(module: nn.Module) -> bool:
+def hooked(module: nn.Module) -> bool:
     """Tell whether calling the module may do more than its class's forward."""
     return bool(
         module._forward_hooks

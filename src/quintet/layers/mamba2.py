@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from quintet.cache.recurrent import Inputs
 from quintet.layers.linear import Linear
 from quintet.layers.step import Step
-from quintet.ops.mamba2 import MixerWeights, gated_rms_norm, mix
+from quintet.ops.mamba2 import MixerWeights, gated_rms_norm, heads_and_groups, mix
 
 __all__ = ["GatedRMSNorm", "Mamba2"]
 
@@ -99,12 +99,15 @@ class Mamba2(nn.Module):
         window, state = (None, None) if slot is None else (slot.window, slot.state)
 
         projected = self.in_proj(hidden_states)
-        made = mix(projected, self._weights(), window, state, counts, chunk_size=self.chunk_size)
+        weights = self._weights()
+        made = mix(projected, weights, window, state, counts, chunk_size=self.chunk_size)
         if slot is not None:
-            raw = torch.split(projected, self.in_sizes, dim=-1)[1]
-            A = -self.A_log.to(made.dt.dtype).exp()
-            inputs = Inputs(raw, made.x, made.dt, A, made.b, T if counts is None else counts)
-            slot.update(made.window, made.state, inputs)
+            slot.update(made.window, made.state)
+            if slot.remembers:
+                raw = torch.split(projected, self.in_sizes, dim=-1)[1]
+                A = -self.A_log.to(made.dt.dtype).exp()
+                x, b, _ = heads_and_groups(made.convolved, weights)
+                slot.remember(Inputs(raw, x, made.dt, A, b, T if counts is None else counts))
         return self.out_proj(made.out)  # type: ignore[no-any-return]
 
     def _weights(self) -> MixerWeights:

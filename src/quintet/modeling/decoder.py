@@ -16,6 +16,7 @@ from torch.utils.checkpoint import checkpoint
 
 from quintet.cache import Cache, DynamicCache, LegacyCache, Span, from_legacy, to_legacy
 from quintet.errors import InputError
+from quintet.layers.dense import in_one_call
 from quintet.layers.rotary import RotaryEmbedding
 from quintet.layers.step import LayerOutput, Step
 from quintet.modeling.base import PreTrainedModel
@@ -272,7 +273,11 @@ class DecoderModel(PreTrainedModel):
         """
         states, weights, routed = [], [], []
         # A family may keep further layers behind, which are no part of this run.
-        for layer in islice(self.layers, self.config.num_hidden_layers):
+        layers = list(islice(self.layers, self.config.num_hidden_layers))
+        made = None if keeps else in_one_call(layers, hidden, step)
+        if made is not None:
+            return [self.final_norm(made)], [], []
+        for layer in layers:
             if keeps:
                 states.append(hidden)
             out = self._run_layer(layer, hidden, step)

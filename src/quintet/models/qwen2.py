@@ -19,6 +19,7 @@ from quintet.configuration.rules import (
     known,
 )
 from quintet.layers.attention import Attention
+from quintet.layers.dense import DenseLayer, Parts
 from quintet.layers.mlp import GatedMLP
 from quintet.layers.norm import RMSNorm
 from quintet.layers.rotary import RotaryEmbedding
@@ -140,7 +141,7 @@ class Qwen2Config(PreTrainedConfig):
         return [self.sliding_window if t == SLIDING else None for t in self.layer_types or []]
 
 
-class Qwen2DecoderLayer(nn.Module):
+class Qwen2DecoderLayer(DenseLayer):
     """Attention, then the MLP, each on normalised input and added to the residual."""
 
     def __init__(self, config: Qwen2Config, layer_idx: int) -> None:
@@ -165,6 +166,10 @@ class Qwen2DecoderLayer(nn.Module):
         hidden_states = hidden_states + attended
         hidden_states = hidden_states + self.mlp(self.post_attention_layernorm(hidden_states))
         return LayerOutput(hidden_states, weights)
+
+    def parts(self) -> Parts:
+        """Return norms, attention and MLP in the order of the forward."""
+        return Parts(self.input_layernorm, self.self_attn, self.post_attention_layernorm, self.mlp)
 
 
 class Qwen2PreTrainedModel(PreTrainedModel):

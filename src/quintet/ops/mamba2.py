@@ -14,7 +14,14 @@ from quintet.ops.conv import causal_conv, continued, last_window
 from quintet.ops.norm import rms_norm
 from quintet.ops.ssd import ssd, ssd_step, step_sizes
 
-__all__ = ["Mixed", "MixerWeights", "gated_rms_norm", "mix", "mix_stepwise"]
+__all__ = [
+    "Mixed",
+    "MixerWeights",
+    "gated_rms_norm",
+    "heads_and_groups",
+    "mix",
+    "mix_stepwise",
+]
 
 
 class MixerWeights(NamedTuple):
@@ -50,17 +57,15 @@ class Mixed(NamedTuple):
         out: (B, T, H·P), what is projected back.
         window: (B, W - 1, C), the last inputs of the convolution.
         state: (B, H, P, N).
-        x: (B, T, H, P), the convolved input.
+        convolved: (B, T, C), which hold x, b and c (`heads_and_groups`).
         dt: (B, T, H), the step sizes, 0 for padding.
-        b: (B, T, G, N).
     """
 
     out: Tensor
     window: Tensor
     state: Tensor
-    x: Tensor
+    convolved: Tensor
     dt: Tensor
-    b: Tensor
 
 
 def mix(
@@ -94,9 +99,7 @@ def mix(
     )
     if made is None:
         return mix_stepwise(projected, weights, window, state, counts, chunk_size=chunk_size)
-    out, window, state, convolved, dt = made
-    x, b, _ = _heads_and_groups(convolved, weights)
-    return Mixed(out, window, state, x, dt, b)
+    return Mixed(*made)
 
 
 def mix_stepwise(
@@ -116,16 +119,16 @@ def mix_stepwise(
     A = -weights.A_log.to(dt.dtype).exp()
     wide = continued(raw, window, W)
     convolved = F.silu(causal_conv(wide, weights.taps, weights.conv_bias))
-    x, b, c = _heads_and_groups(convolved, weights)
+    x, b, c = heads_and_groups(convolved, weights)
     if projected.shape[1] == 1 and state is not None:
         y, state = ssd_step(x, dt, A, b, c, weights.D, state)
     else:
         y, state = ssd(x, dt, A, b, c, weights.D, state, chunk_size=chunk_size)
     out = gated_rms_norm(y.flatten(2), z, weights.norm, weights.num_groups, weights.eps)
-    return Mixed(out, last_window(wide, W, counts), state, x, dt, b)
+    return Mixed(out, last_window(wide, W, counts), state, convolved, dt)
 
 
-def _heads_and_groups(convolved: Tensor, weights: MixerWeights) -> tuple[Tensor, Tensor, Tensor]:
+def heads_and_groups(convolved: Tensor, weights: MixerWeights) -> tuple[Tensor, Tensor, Tensor]:
     """Return x (B, T, H, P), b and c (B, T, G, N) of the convolved channels (B, T, C)."""
     inner, size = weights.norm.shape[0], (convolved.shape[-1] - weights.norm.shape[0]) // 2
     x, b, c = torch.split(convolved, [inner, size, size], dim=-1)

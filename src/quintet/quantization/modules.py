@@ -46,7 +46,13 @@ class Quantized(nn.Module):
 
     def parts(self, name: str, place: tuple[int, int] | None = None) -> dict[str, Tensor]:
         """Return views of the parts of a matrix; `place` is its expert and number there."""
-        return self.view(name, {s: self.get_buffer(name + s) for s in self.suffixes(name)}, place)
+        return self.view(name, {s: self.held(name + s) for s in self.suffixes(name)}, place)
+
+    def held(self, name: str) -> Tensor:
+        """Return one part, by the name of its buffer; many times faster than `get_buffer`."""
+        part = self._buffers[name]
+        assert part is not None
+        return part
 
     def suffixes(self, name: str) -> tuple[str, ...]:
         """Return how the names of a matrix's parts end."""
@@ -256,7 +262,7 @@ class QuantizedExperts(Quantized):
         if self.act_fn is not F.silu:
             return None
         both, down = (
-            self.format.matrix({s: self.get_buffer(name + s) for s in self.suffixes(name)})
+            self.format.matrix({s: self.held(name + s) for s in self.suffixes(name)})
             for name in ("gate_up_proj", "down_proj")
         )
         if both is None or down is None or both.scale is None:
@@ -273,7 +279,7 @@ class QuantizedExperts(Quantized):
         (rows, columns), (_, P) = self.matrices[name]
         if self.format.cuts(rows):
             # What lies on top of each other is one matrix.
-            parts = {s: self.get_buffer(name + s)[expert] for s in self.suffixes(name)}
+            parts = {s: self.held(name + s)[expert] for s in self.suffixes(name)}
             return self.format.linear(x, parts, (P * rows, columns), None)
         maps = [(self.parts(name, (expert, p)), (rows, columns), None) for p in range(P)]
         return torch.cat(list(self.format.linears(x, maps)), dim=-1)

@@ -1,7 +1,7 @@
 // Gated MLPs, one or many experts, of few tokens: y = Σ_e share_e · down_e (silu(gate_e x) · up_e x).
 #include <omp.h>
 
-#include "matrix.h"
+#include "gated.h"
 
 namespace {
 
@@ -87,22 +87,9 @@ void gated(const Call& c) {
         for (i64 at = rows.from; at < rows.to;) {
             const Run& run = plan.runs[size_t(at / c.F)];
             const i64 from = at % c.F, to = std::min(c.F, from + rows.to - at), n = run.to - run.from;
-            const i64 width = to - from;
-            made.resize(size_t(2 * n * width));
-            for (int half = 0; half < 2; ++half) {
-                float* out = made.data() + half * n * width;
-                matrix<Matrix>(half ? c.up : c.gate, run.expert, c.C)
-                    .rows(chosen.data() + run.from, n, from, to, {out, width, from});
-            }
-            for (i64 m = 0; m < n; ++m) {
-                const float *g = made.data() + m * width, *u = g + n * width;
-                T* h = hidden.data() + (run.from + m) * c.F + from;
-                i64 i = 0;
-                for (; i + LANES <= width; i += LANES)
-                    store(h + i, mul(silu(load(g + i)), load(u + i)));
-                if (i < width) store(h + i, mul(silu(load(g + i, width - i)), load(u + i, width - i)), width - i);
-            }
-            at += width;
+            gate_rows(matrix<Matrix>(c.gate, run.expert, c.C), matrix<Matrix>(c.up, run.expert, c.C),
+                      chosen.data() + run.from, n, from, to, hidden.data() + run.from * c.F, c.F, made);
+            at += to - from;
         }
 #pragma omp barrier
         of_hidden.fill(hidden.data(), P, c.F, me, threads);

@@ -13,7 +13,8 @@ namespace {
 
 // Below this many bytes of weights, waking the other threads takes longer than it saves.
 constexpr i64 SMALL = 16384;
-// How far ahead of its use a line is asked for, in bytes.
+// How far ahead of its use a line of integers is asked for, in bytes, into the second cache: the
+// first has too few places for lines on their way, and they then come at half the speed.
 constexpr i64 AHEAD = 8192;
 
 // Where products of M vectors and the rows [from, from + width) of a matrix go. One type for all
@@ -68,23 +69,19 @@ struct Plain {
     }
 
   private:
+    // Four sums, and no line asked for ahead: the processor then sees best what comes next.
     float row(const T* x, const T* p) const {
         using C = Chunk<T>;
-        constexpr i64 N = C::SIZE;
-        F even = zero(), odd = zero();
+        constexpr i64 N = C::SIZE, SUMS = 4;
+        F acc[SUMS] = {zero(), zero(), zero(), zero()};
         i64 i = 0;
-        for (; i + 2 * N <= I; i += 2 * N) {
-            prefetch<_MM_HINT_T0>(p + i, AHEAD);
-            if (LANES == 16) prefetch<_MM_HINT_T0>(p + i, AHEAD + 64);
-            even = C::dot_to(even, C::at(p + i), C::at(x + i));
-            odd = C::dot_to(odd, C::at(p + i + N), C::at(x + i + N));
-        }
-        if (i + N <= I) {
-            even = C::dot_to(even, C::at(p + i), C::at(x + i));
-            i += N;
-        }
-        if (i < I) odd = C::dot_to(odd, C::at(p + i, I - i), C::at(x + i, I - i));
-        return sum(add(even, odd));
+        for (; i + SUMS * N <= I; i += SUMS * N)
+#pragma GCC unroll 4
+            for (i64 j = 0; j < SUMS; ++j)
+                acc[j] = C::dot_to(acc[j], C::at(p + i + j * N), C::at(x + i + j * N));
+        for (; i + N <= I; i += N) acc[0] = C::dot_to(acc[0], C::at(p + i), C::at(x + i));
+        if (i < I) acc[1] = C::dot_to(acc[1], C::at(p + i, I - i), C::at(x + i, I - i));
+        return sum(add(add(acc[0], acc[1]), add(acc[2], acc[3])));
     }
 
     // R rows by MB vectors. While the first block of vectors computes, the next R rows are on their
@@ -152,7 +149,6 @@ inline Words pair_products(Words sum, Words a, Words b) {
 #endif
 }
 inline F to_float(Words x) { return _mm512_cvtepi32_ps(x); }
-inline Words minus_eight_times(Words x) { return _mm512_slli_epi32(_mm512_sub_epi32(no_words(), x), 3); }
 inline Words ones() { return _mm512_set1_epi16(1); }
 inline F load_bytes(const int8_t* p) {
     return _mm512_cvtepi32_ps(
@@ -189,7 +185,6 @@ inline Words pair_products(Words sum, Words a, Words b) {
     return _mm256_add_epi32(sum, _mm256_madd_epi16(a, b));
 }
 inline F to_float(Words x) { return _mm256_cvtepi32_ps(x); }
-inline Words minus_eight_times(Words x) { return _mm256_slli_epi32(_mm256_sub_epi32(no_words(), x), 3); }
 inline Words ones() { return _mm256_set1_epi16(1); }
 inline F load_bytes(const int8_t* p) {
     return _mm256_cvtepi32_ps(
@@ -212,16 +207,19 @@ inline void store_words(int16_t* p, F x) {
 #endif
 constexpr int WORDS = 32 / HALVES;  // 16-bit integers a vector holds
 
-// 64 neighbours of a vector: x ≈ values · scale, zeros behind its end. `offset` is what a weight
-// stored as w + 8 contributes too much, -8 · Σ values, lane by lane.
-struct alignas(64) Group {
-    int16_t values[GROUP];
-    int32_t offset[LANES];
-    float scale;
+// A vector in groups of 64 neighbours, x ≈ values · scale, with zeros behind its end. `offset` is
+// what weights stored as w + 8 make of it too much, -8 · Σ values · scale. Scales and offsets come
+// in whole vectors: zeros behind the last group's.
+struct Rounded {
+    const int16_t* values;
+    const float* scale;
+    const float* offset;
+
+    const int16_t* group(i64 g) const { return values + g * GROUP; }
 };
 
 template <class T>
-void quantize(const T* x, i64 n, Group* group) {
+void quantize(const T* x, i64 n, int16_t* rounded, float* scale, float* offset) {
     F values[GROUP / LANES], most = zero(), sick = zero();
     for (i64 j = 0; j < GROUP / LANES; ++j) {
         const i64 left = n - j * LANES;
@@ -233,20 +231,12 @@ void quantize(const T* x, i64 n, Group* group) {
     }
     // A group of zeros stays one; an infinity or a NaN makes NaN of every product.
     const float top = largest(most), by = top > 0 ? 32767.0f / top : 0.0f;
-    group->scale = top / 32767.0f + sum(sick);
+    *scale = top / 32767.0f + sum(sick);
     Words total = no_words();
-    for (i64 j = 0; j < GROUP / LANES; ++j)
-        store_words(group->values + j * LANES, mul(values[j], all(by)));
+    for (i64 j = 0; j < GROUP / LANES; ++j) store_words(rounded + j * LANES, mul(values[j], all(by)));
     for (int h = 0; h < 2 * HALVES; ++h)
-        total = pair_products(total, words(group->values + h * WORDS), ones());
-    total = minus_eight_times(total);
-    std::memcpy(group->offset, &total, sizeof(total));
-}
-
-inline Words stored(const int32_t* p) {
-    Words x;
-    std::memcpy(&x, p, sizeof(x));
-    return x;
+        total = pair_products(total, words(rounded + h * WORDS), ones());
+    *offset = -8.0f * sum(to_float(total)) * *scale;
 }
 
 // 64 weights, widened.
@@ -254,17 +244,17 @@ struct Wide {
     Words parts[2 * HALVES];
 };
 
-// Σ w x over a group, lane by lane, from a start.
-inline Words products(Words sum, const Wide& w, const Group& x) {
+// Σ w x over a group, lane by lane.
+inline F products(const Wide& w, const int16_t* x) {
+    Words sum = no_words();
 #pragma GCC unroll 4
-    for (int h = 0; h < 2 * HALVES; ++h)
-        sum = pair_products(sum, w.parts[h], words(x.values + h * WORDS));
-    return sum;
+    for (int h = 0; h < 2 * HALVES; ++h) sum = pair_products(sum, w.parts[h], words(x + h * WORDS));
+    return to_float(sum);
 }
 
 // q (O, I) with a scale for each row.
 struct Int8 {
-    using Input = const Group*;
+    using Input = Rounded;
     const int8_t* q;
     const float* scale;
     i64 I;
@@ -303,17 +293,17 @@ struct Int8 {
             Wide w[R];
 #pragma GCC unroll 2
             for (int r = 0; r < R; ++r) {
-                if (LINE) prefetch<_MM_HINT_T0>(p + g * GROUP, AHEAD);
+                if (LINE) prefetch<_MM_HINT_T1>(p + g * GROUP, AHEAD);
                 else if (m0 == 0) prefetch<_MM_HINT_T1>(next + (g * R + r) * GROUP, 0);
                 w[r] = wide(p + r * I + g * GROUP);
             }
 #pragma GCC unroll 6
             for (int m = 0; m < MB; ++m) {
-                const Group& xg = x[m0 + m][g];
-                const F by = all(xg.scale);
+                const Rounded& xm = x[m0 + m];
+                const F by = all(xm.scale[g]);
 #pragma GCC unroll 2
                 for (int r = 0; r < R; ++r)
-                    acc[r][m] = fma(to_float(products(no_words(), w[r], xg)), by, acc[r][m]);
+                    acc[r][m] = fma(products(w[r], xm.group(g)), by, acc[r][m]);
             }
         }
         if (whole * GROUP < I)
@@ -322,8 +312,8 @@ struct Int8 {
                 std::memcpy(rest, p + r * I + whole * GROUP, size_t(I - whole * GROUP));
                 const Wide w = wide(rest);
                 for (int m = 0; m < MB; ++m) {
-                    const Group& xg = x[m0 + m][whole];
-                    acc[r][m] = fma(to_float(products(no_words(), w, xg)), all(xg.scale), acc[r][m]);
+                    const Rounded& xm = x[m0 + m];
+                    acc[r][m] = fma(products(w, xm.group(whole)), all(xm.scale[whole]), acc[r][m]);
                 }
             }
         for (int m = 0; m < MB; ++m)
@@ -334,7 +324,7 @@ struct Int8 {
 // Groups of 64 along each row, 32 bytes a group: byte j has number j + 8 low and j + 32 high; a
 // scale for each group.
 struct Int4 {
-    using Input = const Group*;
+    using Input = Rounded;
     const uint8_t* q;
     const bf16* scale;
     i64 I;
@@ -377,28 +367,30 @@ struct Int4 {
             for (int m = 0; m < MB; ++m) acc[r][m] = zero();
         for (i64 g0 = 0; g0 < G; g0 += LANES) {
             const i64 n = std::min(i64(LANES), G - g0);
-            alignas(64) float by[R][LANES];
+            alignas(64) float by[R][MB][LANES];
             for (int r = 0; r < R; ++r) {
                 const bf16* s = scale + (o + r) * G + g0;
-                store(by[r], n == LANES ? load(s) : load(s, n));
+                const F scales = n == LANES ? load(s) : load(s, n);
+                for (int m = 0; m < MB; ++m) {
+                    store(by[r][m], mul(scales, load(x[m0 + m].scale + g0)));
+                    acc[r][m] = fma(scales, load(x[m0 + m].offset + g0), acc[r][m]);
+                }
             }
             for (i64 j = 0; j < n; ++j) {
                 const i64 g = g0 + j;
                 Wide w[R];
 #pragma GCC unroll 2
                 for (int r = 0; r < R; ++r) {
-                    if (LINE && g % 2 == 0) prefetch<_MM_HINT_T0>(p + g * 32, AHEAD);
+                    if (LINE && g % 2 == 0) prefetch<_MM_HINT_T1>(p + g * 32, AHEAD);
                     if (!LINE && m0 == 0) prefetch<_MM_HINT_T1>(next + (g * R + r) * 32, 0);
                     w[r] = wide(p + r * stride + g * 32);
                 }
 #pragma GCC unroll 6
                 for (int m = 0; m < MB; ++m) {
-                    const Group& xg = x[m0 + m][g];
-                    const Words start = stored(xg.offset);
+                    const int16_t* xg = x[m0 + m].group(g);
 #pragma GCC unroll 2
                     for (int r = 0; r < R; ++r)
-                        acc[r][m] = fma(to_float(products(start, w[r], xg)),
-                                        all(by[r][j] * xg.scale), acc[r][m]);
+                        acc[r][m] = fma(products(w[r], xg), all(by[r][m][j]), acc[r][m]);
                 }
             }
         }
@@ -425,11 +417,18 @@ struct Inputs<Plain<T>> {
 };
 
 struct QuantizedInputs {
-    std::vector<Group> groups;
-    std::vector<const Group*> of;
+    std::vector<Words> values;  // of a type that is aligned as loads want it
+    std::vector<float> scales, offsets;
+    std::vector<Rounded> of;
 
-    QuantizedInputs(i64 M, i64 I) : groups(size_t(M * count(I))), of(size_t(M)) {
-        for (i64 m = 0; m < M; ++m) of[size_t(m)] = groups.data() + m * count(I);
+    QuantizedInputs(i64 M, i64 I)
+        : values(size_t(M * groups(I) * 2 * HALVES)),
+          scales(size_t(M * room(I))),
+          offsets(size_t(M * room(I))),
+          of(size_t(M)) {
+        for (i64 m = 0; m < M; ++m)
+            of[size_t(m)] = {group(m * groups(I)), scales.data() + m * room(I),
+                             offsets.data() + m * room(I)};
     }
     template <class T>
     QuantizedInputs(const T* x, i64 M, i64 I, i64) : QuantizedInputs(M, I) {
@@ -438,16 +437,21 @@ struct QuantizedInputs {
 
     template <class T>
     void fill(const T* x, i64 M, i64 I, i64 thread, i64 threads) {
-        const i64 G = count(I);
+        const i64 G = groups(I);
         const Share mine(M * G, thread, threads);
         for (i64 at = mine.from; at < mine.to; ++at) {
-            const i64 m = at / G, start = at % G * GROUP;
-            quantize(x + m * I + start, std::min(GROUP, I - start), &groups[size_t(at)]);
+            const i64 m = at / G, g = at % G, start = g * GROUP;
+            quantize(x + m * I + start, std::min(GROUP, I - start), group(at),
+                     &scales[size_t(m * room(I) + g)], &offsets[size_t(m * room(I) + g)]);
         }
     }
 
   private:
-    static i64 count(i64 I) { return (I + GROUP - 1) / GROUP; }
+    static i64 groups(i64 I) { return (I + GROUP - 1) / GROUP; }
+    static i64 room(i64 I) { return (groups(I) + LANES - 1) / LANES * LANES; }
+    int16_t* group(i64 at) {
+        return reinterpret_cast<int16_t*>(values.data() + at * 2 * HALVES);
+    }
 };
 template <>
 struct Inputs<Int8> : QuantizedInputs {

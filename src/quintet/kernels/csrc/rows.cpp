@@ -1,52 +1,17 @@
 // What is done row by row between the products: normalise, rotate, gate.
 #include <omp.h>
 
-#include "simd.h"
+#include "rows.h"
 
 namespace {
 
 // Numbers below which one thread does it all.
 constexpr i64 FEW = 16384;
 
-template <class T, class Fn>
-inline void each_vector(i64 n, Fn&& fn) {
-    i64 i = 0;
-    for (; i + LANES <= n; i += LANES) fn(i, std::false_type());
-    if (i < n) fn(i, std::true_type());
-}
-template <class T>
-inline F get(const T* p, i64 i, i64 n, std::false_type) { return (void)n, load(p + i); }
-template <class T>
-inline F get(const T* p, i64 i, i64 n, std::true_type) { return load(p + i, n - i); }
-template <class T>
-inline void set(T* p, i64 i, i64 n, F x, std::false_type) { (void)n, store(p + i, x); }
-template <class T>
-inline void set(T* p, i64 i, i64 n, F x, std::true_type) { store(p + i, x, n - i); }
-
-inline F round_to(F x, const float*) { return x; }
-inline F round_to(F x, const bf16*) {
-    bf16 halves[LANES];
-    store(halves, x);
-    return load(halves);
-}
-
 template <class T>
 void rms_norm(const T* x, const T* weight, T* y, i64 rows, i64 C, float eps) {
 #pragma omp parallel for if (rows > 1 && rows * C >= FEW) schedule(static)
-    for (i64 r = 0; r < rows; ++r) {
-        const T* from = x + r * C;
-        T* to = y + r * C;
-        F squares = zero();
-        each_vector<T>(C, [&](i64 i, auto last) {
-            const F v = get(from, i, C, last);
-            squares = fma(v, v, squares);
-        });
-        const F by = all(1.0f / std::sqrt(sum(squares) / float(C) + eps));
-        each_vector<T>(C, [&](i64 i, auto last) {
-            const F unit = round_to(mul(get(from, i, C, last), by), from);
-            set(to, i, C, mul(unit, get(weight, i, C, last)), last);
-        });
-    }
+    for (i64 r = 0; r < rows; ++r) normalise(x + r * C, weight, y + r * C, C, eps);
 }
 
 // x (B, H, T, D) with any strides but the last; y (B, T, H, D); cos and sin (B or 1, T, D). The
@@ -65,28 +30,16 @@ void rotate(const Rotation<T>* parts, i64 count, const T* cos, const T* sin, i64
     for (i64 k = 0; k < count; ++k) heads += parts[k].H;
 #pragma omp parallel for if (B * tokens > 1 && B * tokens * heads * D >= FEW) schedule(static)
     for (i64 at = 0; at < B * tokens; ++at) {
-        const i64 b = at / tokens, t = at % tokens, half = D / 2;
+        const i64 b = at / tokens, t = at % tokens;
         const T *c = cos + b * angle_row + t * D, *s = sin + b * angle_row + t * D;
         for (i64 k = 0; k < count; ++k)
             for (i64 h = 0; h < parts[k].H; ++h) {
                 const T* from = parts[k].x + b * parts[k].row + h * parts[k].head + t * parts[k].token;
                 T* to = parts[k].y + (at * parts[k].H + h) * D;
-                if (neighbours) {
-                    for (i64 i = 0; i < half; ++i) {
-                        const float left = widen(from[2 * i]), right = widen(from[2 * i + 1]);
-                        const float ci = widen(c[i]), si = widen(s[i]);
-                        narrow(left * ci - right * si, to + i);
-                        narrow(right * ci + left * si, to + half + i);
-                    }
-                    continue;
-                }
-                each_vector<T>(half, [&](i64 i, auto last) {
-                    const F left = get(from, i, half, last), right = get(from + half, i, half, last);
-                    const F cl = get(c, i, half, last), sl = get(s, i, half, last);
-                    const F cr = get(c + half, i, half, last), sr = get(s + half, i, half, last);
-                    set(to, i, half, sub(mul(left, cl), mul(right, sl)), last);
-                    set(to + half, i, half, fma(left, sr, mul(right, cr)), last);
-                });
+                if (neighbours)
+                    rotate_neighbours(from, to, c, s, D);
+                else
+                    rotate_head(from, to, c, s, D);
             }
     }
 }

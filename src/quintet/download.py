@@ -1,0 +1,170 @@
+"""The files of a hub id come into the hub cache: whole, and as the hub says they are."""
+
+import hashlib
+import os
+import re
+from collections.abc import Iterator, Sequence
+from contextlib import suppress
+from errno import ENOSPC
+from pathlib import Path
+
+from quintet.errors import CheckpointError, ModelNotFoundError, OfflineError, SaveError
+
+__all__ = ["download"]
+
+_SHA256 = re.compile(r"[0-9a-f]{64}")
+# What a process that was killed leaves: nobody resumes a file of this name.
+_PARTIAL = re.compile(r"([0-9a-f]+)\.[0-9a-f]{8}\.incomplete")
+
+
+class _ChangedError(Exception):
+    """What was fetched before does not go with what the hub has now."""
+
+
+def download(
+    name: str,
+    patterns: Sequence[str],
+    revision: str | None,
+    cache_dir: str | os.PathLike[str] | None,
+    token: str | bool | None,
+    local_files_only: bool,
+) -> Path:
+    """Return the snapshot of a repository that has the files of `patterns`, fetching what lacks.
+
+    Large files are held against the SHA-256 by which the hub knows them, once they have come: a
+    connection that broke off goes on at the byte it had come to, whatever is there by then. One
+    that is wrong is removed and fetched once more. Two processes take turns file by file.
+
+    Raises:
+        ModelNotFoundError: no such repository, revision, or no access to it.
+        OfflineError: not in the cache, and the network is off or unreachable.
+        CheckpointError: a file came twice with another content than the hub says it has.
+        SaveError: the cache cannot be written.
+    """
+    # Imported here: huggingface_hub takes a third of a second, and a local path needs none of it.
+    from huggingface_hub import constants
+    from huggingface_hub.file_download import repo_folder_name
+
+    cache = Path(constants.HF_HUB_CACHE if cache_dir is None else cache_dir)
+    folder = cache / repo_folder_name(repo_id=name, repo_type="model")
+    where = (revision, cache_dir, token, local_files_only)
+    for attempt in range(2):
+        known = set(_blobs(folder))
+        try:
+            root = _fetch(name, patterns, *where)
+        except _ChangedError as error:
+            if attempt:
+                raise OfflineError(f"{name!r} could not be fetched: {error}; try again") from error
+            continue
+        wrong = [blob for blob in _blobs(folder) if blob not in known and not _is_right(blob)]
+        if not wrong:
+            _remove_partial(folder, cache / ".locks" / folder.name)
+            return root
+        names = _remove(wrong, folder)
+    raise CheckpointError(
+        f"{name!r}: {', '.join(names)} came twice with a SHA-256 that is not the one the hub has "
+        "for it, and is not kept; something between here and the hub changes files"
+    )
+
+
+def _blobs(folder: Path) -> Iterator[Path]:
+    """Yield the files of a repository that are named by their SHA-256."""
+    return (path for path in folder.glob("blobs/*") if _SHA256.fullmatch(path.name))
+
+
+def _is_right(blob: Path) -> bool:
+    try:
+        with blob.open("rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest() == blob.name
+    except FileNotFoundError:
+        return False  # another process found it wrong, too
+
+
+def _remove(blobs: Sequence[Path], folder: Path) -> list[str]:
+    """Remove files and the links to them, and return the names of those."""
+    for blob in blobs:
+        blob.unlink(missing_ok=True)
+    links = [path for path in folder.glob("snapshots/**/*") if path.is_symlink()]
+    dangling = [path for path in links if not path.exists()]
+    for path in dangling:
+        path.unlink(missing_ok=True)
+    return sorted({path.name for path in dangling})
+
+
+def _remove_partial(folder: Path, locks: Path) -> None:
+    """Remove what downloads that were killed left; a process at work holds the lock of its file."""
+    from huggingface_hub.utils import WeakFileLock  # type: ignore[attr-defined]
+
+    for path in folder.glob("blobs/*.incomplete"):
+        if match := _PARTIAL.fullmatch(path.name):
+            with suppress(OSError), WeakFileLock(locks / f"{match[1]}.lock", timeout=0.05):
+                path.unlink(missing_ok=True)
+
+
+def _fetch(
+    name: str,
+    patterns: Sequence[str],
+    revision: str | None,
+    cache_dir: str | os.PathLike[str] | None,
+    token: str | bool | None,
+    local_files_only: bool,
+) -> Path:
+    from huggingface_hub import constants, snapshot_download
+    from huggingface_hub.errors import (
+        GatedRepoError,
+        HfHubHTTPError,
+        HFValidationError,
+        RepositoryNotFoundError,
+        RevisionNotFoundError,
+    )
+
+    at = f" at revision {revision!r}" if revision else ""
+    offline = local_files_only or constants.is_offline_mode()
+    try:
+        root = snapshot_download(
+            name,
+            revision=revision,
+            cache_dir=Path(cache_dir) if cache_dir is not None else None,
+            token=token,
+            local_files_only=local_files_only,
+            allow_patterns=list(patterns),
+        )
+    except HFValidationError as error:
+        raise ModelNotFoundError(
+            f"no directory {name!r}, and it is not a valid hub id: {error}"
+        ) from error
+    except GatedRepoError as error:
+        raise ModelNotFoundError(
+            f"{name!r} is gated: accept its terms on the hub, then run `hf auth login` "
+            "or set HF_TOKEN"
+        ) from error
+    except RepositoryNotFoundError as error:
+        raise ModelNotFoundError(
+            f"no directory {name!r} here and no such repository on the hub; check the spelling, "
+            "or run `hf auth login` if it is private"
+        ) from error
+    except RevisionNotFoundError as error:
+        raise ModelNotFoundError(f"{name!r} has no revision {revision!r}") from error
+    # Whatever else: the library below huggingface_hub, and so what it raises when a connection
+    # breaks or something answers that is not the hub, differs between its versions.
+    except Exception as error:
+        # It asked for the rest of a file that is no longer that long.
+        if isinstance(error, HfHubHTTPError) and error.response.status_code == 416:
+            raise _ChangedError(f"it changed while it was fetched ({error})") from error
+        if isinstance(error, OSError) and (error.filename is not None or error.errno == ENOSPC):
+            raise SaveError(
+                f"the hub cache {cache_dir or constants.HF_HUB_CACHE} cannot be written: "
+                f"{error.strerror}; set HF_HOME, or cache_dir, to a folder with room that you may "
+                "write to"
+            ) from error
+        reason = (
+            "offline mode is set (HF_HUB_OFFLINE or local_files_only)"
+            if offline
+            else f"the hub could not be reached ({type(error).__name__})"
+        )
+        raise OfflineError(
+            f"{name!r}{at} is neither a directory here nor in the hub cache "
+            f"({cache_dir or constants.HF_HUB_CACHE}), and {reason}; "
+            "connect and download it once, or name a local directory"
+        ) from error
+    return Path(root)

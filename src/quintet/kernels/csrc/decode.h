@@ -1,0 +1,135 @@
+// Attention of few queries that share keys: bound by reading keys and values.
+#pragma once
+#include <vector>
+
+#include "simd.h"
+
+namespace {
+
+// Keys that are scored before their values are added up, so that both stay in the cache.
+constexpr i64 BLOCK = 128;
+// The least keys for which a row is worth being split among threads.
+constexpr i64 LEAST = 256;
+
+// A softmax in the making over some of the keys: values weighted by e^(score - most), their sum.
+struct Partial {
+    std::vector<float> values;
+    std::vector<float> most, total;
+    Partial(i64 G, i64 D) : values(size_t(G * D)), most(size_t(G), -INFINITY), total(size_t(G)) {}
+
+    void clear() {
+        std::fill(values.begin(), values.end(), 0.0f);
+        std::fill(most.begin(), most.end(), -INFINITY);
+        std::fill(total.begin(), total.end(), 0.0f);
+    }
+};
+
+template <class T, int GB>
+void weigh(const T* v, i64 stride, i64 n, const float* scores, float* values, i64 D) {
+    for (i64 d = 0; d < D; d += 2 * LANES) {
+        const bool two = d + LANES < D;
+        F acc[GB][2];
+        for (int g = 0; g < GB; ++g) {
+            acc[g][0] = load(values + g * D + d);
+            acc[g][1] = two ? load(values + g * D + d + LANES) : zero();
+        }
+        for (i64 s = 0; s < n; ++s) {
+            const F v0 = load(v + s * stride + d);
+            const F v1 = two ? load(v + s * stride + d + LANES) : zero();
+#pragma GCC unroll 8
+            for (int g = 0; g < GB; ++g) {
+                const F p = all(scores[g * BLOCK + s]);
+                acc[g][0] = fma(p, v0, acc[g][0]);
+                acc[g][1] = fma(p, v1, acc[g][1]);
+            }
+        }
+        for (int g = 0; g < GB; ++g) {
+            store(values + g * D + d, acc[g][0]);
+            if (two) store(values + g * D + d + LANES, acc[g][1]);
+        }
+    }
+}
+
+// G queries that share keys and values, and the strides between tokens and heads.
+template <class T>
+struct Queries {
+    const T *q, *k, *v;
+    i64 q_head, k_token, v_token, G, D;
+};
+
+// The keys [from, to), added to what `part` has.
+template <class T>
+void attend(const Queries<T>& c, i64 from, i64 to, float scale, Partial& part) {
+    using C = Chunk<T>;
+    const i64 G = c.G, D = c.D;
+    const T *q = c.q, *k = c.k, *v = c.v;
+    std::vector<float> scores(size_t(G * BLOCK));
+    for (i64 s0 = from; s0 < to; s0 += BLOCK) {
+        const i64 n = std::min(BLOCK, to - s0);
+        for (i64 s = 0; s < n; ++s) {
+            const T* key = k + (s0 + s) * c.k_token;
+            for (i64 g = 0; g < G; ++g) {
+                const T* query = q + g * c.q_head;
+                F acc = zero();
+                i64 d = 0;
+                for (; d + C::SIZE <= D; d += C::SIZE)
+                    acc = C::dot_to(acc, C::at(query + d), C::at(key + d));
+                if (d < D) acc = C::dot_to(acc, C::at(query + d, D - d), C::at(key + d, D - d));
+                scores[size_t(g * BLOCK + s)] = sum(acc) * scale;
+            }
+        }
+        for (i64 g = 0; g < G; ++g) {
+            float* row = scores.data() + g * BLOCK;
+            for (i64 s = n; s < (n + LANES - 1) / LANES * LANES; ++s) row[s] = -INFINITY;
+            F top = all(part.most[size_t(g)]);
+            for (i64 s = 0; s < n; s += LANES) top = max(load(row + s), top);
+            const float most = largest(top), before = part.most[size_t(g)];
+            const float shrink = before == -INFINITY ? 0.0f : std::exp(before - most);
+            F total = zero();
+            for (i64 s = 0; s < n; s += LANES) {
+                const F p = exp_of(sub(load(row + s), all(most)));
+                store(row + s, p);
+                total = add(total, p);
+            }
+            part.most[size_t(g)] = most;
+            part.total[size_t(g)] = part.total[size_t(g)] * shrink + sum(total);
+            float* values = part.values.data() + g * D;
+            if (shrink != 1.0f)
+                for (i64 d = 0; d < D; d += LANES) store(values + d, mul(load(values + d), all(shrink)));
+        }
+        i64 g = 0;
+        const T* first = v + s0 * c.v_token;
+        for (; g + 4 <= G; g += 4)
+            weigh<T, 4>(first, c.v_token, n, scores.data() + g * BLOCK, part.values.data() + g * D, D);
+        for (; g < G; ++g)
+            weigh<T, 1>(first, c.v_token, n, scores.data() + g * BLOCK, part.values.data() + g * D, D);
+    }
+}
+
+// What `count` parts of the keys make together, (G, D).
+template <class T>
+void merge(const Partial* parts, i64 count, i64 G, i64 D, T* out) {
+    for (i64 g = 0; g < G; ++g) {
+        float most = -INFINITY, total = 0;
+        for (i64 i = 0; i < count; ++i) most = std::max(most, parts[i].most[size_t(g)]);
+        for (i64 i = 0; i < count; ++i)
+            if (parts[i].total[size_t(g)] > 0)
+                total += parts[i].total[size_t(g)] * std::exp(parts[i].most[size_t(g)] - most);
+        for (i64 d = 0; d < D; d += LANES) {
+            F y = zero();
+            for (i64 i = 0; i < count; ++i)
+                if (parts[i].total[size_t(g)] > 0)
+                    y = fma(load(parts[i].values.data() + g * D + d),
+                            all(std::exp(parts[i].most[size_t(g)] - most) / total), y);
+            store(out + g * D + d, y);
+        }
+    }
+}
+
+// Into how many parts the keys of each of `units` groups are cut, so that all threads have some.
+inline i64 parts_of(i64 units, i64 threads, i64 keys) {
+    const i64 wanted = units % threads ? (threads + units - 1) / units * (units < threads ? 1 : 2) : 1;
+    return std::max(i64(1), std::min(wanted, keys / LEAST));
+}
+
+}  // namespace
