@@ -75,7 +75,7 @@ def show_accuracy(files: int) -> None:
     model = quintet.AutoModelForCausalLM.from_pretrained(root, dtype="float32")
     tokenizer = quintet.AutoTokenizer.from_pretrained(root)
     end = tokenizer.convert_tokens_to_ids(END)
-    texts = collect(Path(sysconfig.get_paths()["stdlib"]))[1][:files]
+    texts = collect(Path(sysconfig.get_paths()["stdlib"])).held_out[:files]
     context = model.config.max_position_embeddings
     rows = []
     for text in texts:

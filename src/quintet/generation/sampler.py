@@ -45,7 +45,10 @@ class Sampler:
             first -= 1
         self._readers = LogitsProcessorList(self.processors[:first])
         self._warpers: list[LogitsWarper] = self.processors[first:]
-        self._k = _bound(self._warpers)
+        bound = _bound(self._warpers)
+        self._k = None if bound is None else bound.top_k
+        # Of the few that top-k leaves, it leaves all.
+        self._few = [warper for warper in self._warpers if warper is not bound]
 
     # -- one position ------------------------------------------------------------------------
 
@@ -77,7 +80,7 @@ class Sampler:
             few = sampling.top_k_candidates(logits, self._k)
             if few is not None:
                 values, ids = few
-                for warper in self._warpers:
+                for warper in self._few:
                     values = warper.warp(values)
                 return ids.gather(1, self.take(values)[:, None])[:, 0]
             for warper in self._warpers:
@@ -146,7 +149,7 @@ class Sampler:
                 logits = warper.warp(logits)
             return logits
         values, ids = few
-        for warper in self._warpers:
+        for warper in self._few:
             values = warper.warp(values)
         return torch.full_like(logits, -torch.inf).scatter_(1, ids, values)
 
@@ -206,11 +209,11 @@ def _warps(processor: object) -> bool:
     )
 
 
-def _bound(warpers: Sequence[LogitsWarper]) -> int | None:
-    """Return the k of a top-k that nothing but a temperature, which keeps the order, precedes."""
+def _bound(warpers: Sequence[LogitsWarper]) -> TopKLogitsWarper | None:
+    """Return the top-k that nothing but a temperature, which keeps the order, precedes."""
     for warper in warpers:
         if type(warper) is TopKLogitsWarper and warper.filter_value == -torch.inf:
-            return warper.top_k
+            return warper
         if type(warper) is not TemperatureLogitsWarper:
             return None
     return None

@@ -39,13 +39,11 @@ def keep_sampled(
     of_draft = p[:, :K].gather(2, drafted[..., None])[..., 0]
     kept = u < of_draft if q is None else u * q.gather(2, drafted[..., None])[..., 0] < of_draft
     n = [_run(row, count) for row, count in zip(kept.tolist(), counts, strict=True)]
-    rows, places = torch.arange(len(p), device=p.device), torch.tensor(n, device=p.device)
-    next_p = p[rows, places]
+    next_p = _at(p, n)
     rejected = [kept < count for kept, count in zip(n, counts, strict=True)]
     if any(rejected):
-        places = places.clamp(max=K - 1)
-        told = drafted[rows, places]
-        rest = residual(next_p, told, None if q is None else q[rows, places])
+        places = [min(place, K - 1) for place in n]
+        rest = residual(next_p, _at(drafted, places), None if q is None else _at(q, places))
         chosen = torch.tensor(rejected, device=p.device)
         next_p = rest if all(rejected) else torch.where(chosen[:, None], rest, next_p)
     return n, next_p
@@ -58,6 +56,13 @@ def residual(p: Tensor, rejected: Tensor, q: Tensor | None) -> Tensor:
     rest = (p - q).clamp(min=0)
     # Where p and q are the same but for rounding, nothing would be left to draw.
     return torch.where(rest.sum(dim=-1, keepdim=True) > 0, rest, p)
+
+
+def _at(x: Tensor, places: Sequence[int]) -> Tensor:
+    """Return what each row of (B, K, ...) has at its place."""
+    if len(places) == 1:
+        return x[:, places[0]]
+    return x[torch.arange(len(x), device=x.device), torch.tensor(places, device=x.device)]
 
 
 def _run(kept: Sequence[bool], count: int) -> int:
