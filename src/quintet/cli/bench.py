@@ -137,13 +137,13 @@ def _open(
         if attn_implementation is not None:
             config.attn_implementation = attn_implementation
         chosen = torch.bfloat16 if dtype == "auto" else named_dtype(dtype)
-        model = synthetic.random_model(config, chosen)
+        drawn = synthetic.random_model(config, chosen)
         if quantize is not None:
-            kind, numbers = type(model), model.state_dict()
-            model = kind.from_pretrained(
+            kind, numbers = type(drawn), drawn.state_dict()
+            drawn = kind.from_pretrained(
                 None, config=config, state_dict=numbers, dtype=chosen, quantize=quantize
             )
-        return model.to(first_device(device)), None
+        return drawn.to(first_device(device)), None
     assert name is not None
     started = time.perf_counter()
     model = AutoModelForCausalLM.from_pretrained(
