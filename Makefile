@@ -2,6 +2,8 @@
 
 PYTHON ?= python3
 BIN := .venv/bin
+# Tests run in as many processes, of one thread each; 0 is this process alone.
+WORKERS ?= 2
 INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 
 .PHONY: demo test lint types train bench bench-smoke clean
@@ -10,7 +12,7 @@ demo: .venv/base
 	@$(BIN)/quintet generate "def fibonacci(n):" --seed 34
 
 test: lint types
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile
 
 lint: .venv/dev
 	$(BIN)/ruff check .

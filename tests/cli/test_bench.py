@@ -53,6 +53,16 @@ def test_only_prompts_or_only_steps(quintet: Any, chat_model: Path) -> None:
     assert steps["gemm_flops_per_second"] is None
 
 
+def test_quantised_weights_are_fewer_bytes(quintet: Any, chat_model: Path) -> None:
+    found = []
+    for options in ([], ["--quantize", "int8"]):
+        result = quintet("bench", chat_model, "--json", "-p", "0", "-d", "2", *QUICK, *options)
+        found.append(json.loads(result.out))
+    plain, quantised = (one["rows"][0]["needs"]["weights"] for one in found)
+    assert quantised < 0.4 * plain
+    assert [one["quantize"] for one in found] == [None, "int8"]
+
+
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [

@@ -469,7 +469,7 @@ def test_what_cannot_go_together_is_named() -> None:
         ({"num_assistant_tokens_schedule": "heuristic"}, "assistant_model or use_mtp=True"),
         ({"assistant_confidence_threshold": 0.4}, "assistant_model or use_mtp=True"),
         ({"max_matching_ngram_size": 3}, "prompt_lookup_num_tokens"),
-        ({"assistant_tokenizer": object()}, "assistant_model"),
+        ({"assistant_tokenizer": "a tokenizer"}, "assistant_model"),
         (
             {"num_assistant_tokens": 3, "prompt_lookup_num_tokens": 2},
             "assistant_model or use_mtp=True",

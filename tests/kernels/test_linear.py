@@ -194,7 +194,7 @@ W = torch.randn(4, 8)
         (torch.randn(3, 8), W.clone().as_subclass(Wrapped)),
         (torch.randn(3, 7), W),
     ],
-    ids=str,
+    ids=lambda tensor: f"{type(tensor).__name__} {tensor.dtype} {list(tensor.shape)}",
 )
 def test_it_leaves_the_rest_to_torch(level: str, x: torch.Tensor, w: torch.Tensor) -> None:
     assert linears(x, [Matrix(w)]) is None

@@ -93,7 +93,9 @@ class Int8WeightOnlyConfig:
 
 
 @pytest.mark.parametrize(
-    "quant_type", ["int8_weight_only", WRITTEN["quant_type"], Int8WeightOnlyConfig()], ids=str
+    "quant_type",
+    ["int8_weight_only", WRITTEN["quant_type"], Int8WeightOnlyConfig()],
+    ids=["name", "as-written", "object"],
 )
 def test_a_configuration_can_be_said_in_several_ways(quant_type: Any) -> None:
     assert TorchAoConfig(quant_type=quant_type).ours() == Int8Config(

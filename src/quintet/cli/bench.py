@@ -59,6 +59,7 @@ class _Numbers(click.ParamType[tuple[int, ...]]):
 @click.option("--repetitions", "-r", type=click.IntRange(1), default=5, show_default=True)
 @click.option("--threads", "-t", type=click.IntRange(1), help="Of the CPU.")
 @click.option("--dtype", default="auto", show_default=True, help="Of the weights.")
+@click.option("--quantize", help="Hold the weights in fewer bits: int8, int4, …")
 @click.option("--device", default="auto", show_default=True, help="cpu, cuda, cuda:1, …")
 @click.option(
     "--attn-implementation",
@@ -104,7 +105,8 @@ def command(
         result = _measured(
             opened, bandwidth, n_prompt, n_gen, n_depth, batch_size, repetitions, quiet=quiet
         )
-    result = {"model": geometry or model, "load_seconds": seconds, **result}
+    source_of = {"model": geometry or model, "quantize": source["quantize"]}
+    result = {**source_of, "load_seconds": seconds, **result}
     click.echo(json.dumps(result, indent=2) if as_json else "\n".join(_table(result)))
 
 
@@ -113,6 +115,7 @@ def _open(
     geometry: str | None,
     *,
     dtype: str,
+    quantize: str | None,
     device: str,
     attn_implementation: str | None,
     revision: str | None,
@@ -127,15 +130,21 @@ def _open(
     from quintet.modeling.heads import CausalLMHead
     from quintet.modeling.placement import first_device, named_dtype
 
+    given = {"attn_implementation": attn_implementation, "quantize": quantize}
+    overrides: dict[str, Any] = {key: value for key, value in given.items() if value is not None}
     if geometry is not None:
-        shape = geometries.geometry(geometry)
-        config = shape.config()
+        config = geometries.geometry(geometry).config()
         if attn_implementation is not None:
             config.attn_implementation = attn_implementation
         chosen = torch.bfloat16 if dtype == "auto" else named_dtype(dtype)
-        return synthetic.random_model(config, chosen).to(first_device(device)), None
+        drawn = synthetic.random_model(config, chosen)
+        if quantize is not None:
+            kind, numbers = type(drawn), drawn.state_dict()
+            drawn = kind.from_pretrained(
+                None, config=config, state_dict=numbers, dtype=chosen, quantize=quantize
+            )
+        return drawn.to(first_device(device)), None
     assert name is not None
-    overrides = {} if attn_implementation is None else {"attn_implementation": attn_implementation}
     started = time.perf_counter()
     model = AutoModelForCausalLM.from_pretrained(
         name,
@@ -285,6 +294,7 @@ def _table(result: dict[str, Any]) -> Iterator[str]:
     yield (
         f"{result['family']}, {size:,.0f} M parameters, {result['dtype']} on {result['device']}, "
         f"{result['threads']} threads, {result['attention']}"
+        + (f", weights in {result['quantize']}" if result["quantize"] else "")
     )
     yield f"peak memory {memory:.2f} GiB" + (
         "" if loaded is None else f", {loaded:.2f} s from files to first token"

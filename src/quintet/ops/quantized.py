@@ -144,10 +144,6 @@ def dequantize_int4(packed: Tensor, scale: Tensor, columns: int, dtype: torch.dt
 
 def int4_linear(x: Tensor, packed: Tensor, scale: Tensor, bias: Tensor | None = None) -> Tensor:
     """Return x wᵀ + b for an int4 weight; x (..., I), packed and scale of two axes."""
-
-    def dequantize(q: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
-        return dequantize_int4(q, scale, x.shape[-1], dtype)
-
     return quantized_linears(x, [(packed, scale, bias)])[0]
 
 

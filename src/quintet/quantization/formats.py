@@ -110,8 +110,26 @@ class WeightFormat(ABC):
         return dict(found)
 
 
+class _Integers(WeightFormat):
+    """Integers of a row or a part of one, and their scales, which kernels multiply as they are."""
+
+    def cuts(self, row: int) -> bool:
+        """Tell whether the parts, cut there too, are those of the matrix cut before a row."""
+        return True
+
+    def matrix(self, parts: Parts) -> Matrix:
+        """Return the parts as kernels read them."""
+        return Matrix(parts[""], parts["_scale"])
+
+    def linears(
+        self, x: Tensor, maps: Sequence[tuple[Parts, Shape, Tensor | None]]
+    ) -> Sequence[Tensor]:
+        """Return x wᵀ + b for several matrices, in one pass where that is faster."""
+        return quantized_linears(x, [(parts[""], parts["_scale"], bias) for parts, _, bias in maps])
+
+
 @dataclass(frozen=True)
-class Int8Format(WeightFormat):
+class Int8Format(_Integers):
     """Rows of 8-bit integers, each with a float32 scale."""
 
     name = "int8"
@@ -129,27 +147,13 @@ class Int8Format(WeightFormat):
         """Return the numbers that the parts stand for."""
         return dequantize_int8(parts[""], parts["_scale"], dtype)
 
-    def cuts(self, row: int) -> bool:
-        """Tell whether the parts, cut there too, are those of the matrix cut before a row."""
-        return True
-
     def linear(self, x: Tensor, parts: Parts, shape: Shape, bias: Tensor | None) -> Tensor:
         """Return x wᵀ + b; x (..., I)."""
         return int8_linear(x, parts[""], parts["_scale"], bias)
 
-    def matrix(self, parts: Parts) -> Matrix:
-        """Return the parts as kernels read them."""
-        return Matrix(parts[""], parts["_scale"])
-
-    def linears(
-        self, x: Tensor, maps: Sequence[tuple[Parts, Shape, Tensor | None]]
-    ) -> Sequence[Tensor]:
-        """Return x wᵀ + b for several matrices, in one pass where that is faster."""
-        return quantized_linears(x, [(parts[""], parts["_scale"], bias) for parts, _, bias in maps])
-
 
 @dataclass(frozen=True)
-class Int4Format(WeightFormat):
+class Int4Format(_Integers):
     """Groups of 64 4-bit integers, each with a bfloat16 scale."""
 
     name = "int4"
@@ -168,23 +172,9 @@ class Int4Format(WeightFormat):
         """Return the numbers that the parts stand for."""
         return dequantize_int4(parts[""], parts["_scale"], shape[-1], dtype)
 
-    def cuts(self, row: int) -> bool:
-        """Tell whether the parts, cut there too, are those of the matrix cut before a row."""
-        return True
-
     def linear(self, x: Tensor, parts: Parts, shape: Shape, bias: Tensor | None) -> Tensor:
         """Return x wᵀ + b; x (..., I)."""
         return int4_linear(x, parts[""], parts["_scale"], bias)
-
-    def matrix(self, parts: Parts) -> Matrix:
-        """Return the parts as kernels read them."""
-        return Matrix(parts[""], parts["_scale"])
-
-    def linears(
-        self, x: Tensor, maps: Sequence[tuple[Parts, Shape, Tensor | None]]
-    ) -> Sequence[Tensor]:
-        """Return x wᵀ + b for several matrices, in one pass where that is faster."""
-        return quantized_linears(x, [(parts[""], parts["_scale"], bias) for parts, _, bias in maps])
 
 
 @dataclass(frozen=True)
