@@ -54,9 +54,12 @@ def linears(x: Tensor, maps: Sequence[Matrix]) -> list[Tensor] | None:
     M = x.numel() // I if I else 0
     if not 0 < M <= MOST_VECTORS.get(name, 0):
         return None
-    function = entry(f"quintet_linear_{name}", POINTER, INTEGER, POINTER, INTEGER, INTEGER)
     tensors = [tensor for matrix in maps for tensor in matrix if tensor is not None]
-    if function is None or not applies(x, *tensors):
+    # Asked before the library is: a compiler that traces this must not look into it.
+    if not applies(x, *tensors):
+        return None
+    function = entry(f"quintet_linear_{name}", POINTER, INTEGER, POINTER, INTEGER, INTEGER)
+    if function is None:
         return None
     x = x if x.is_contiguous() else x.contiguous()
     fields: list[int] = []
