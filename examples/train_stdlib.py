@@ -91,6 +91,12 @@ class Recipe:
         """Return the phase in which a share of the training is done."""
         return next((phase for phase in self.phases if done < phase.until), self.phases[-1])
 
+    @property
+    def mtp_from(self) -> float:
+        """The share of the training that is done when the prediction layer is first trained."""
+        starts = (0.0, *(phase.until for phase in self.phases))
+        return next(at for at, phase in zip(starts, self.phases, strict=False) if phase.mtp_weight)
+
     def config(self, end: int) -> DeepseekV3Config:
         """Return the model's configuration."""
         return DeepseekV3Config(
@@ -427,7 +433,12 @@ Bits per byte on the held-out files, all of them together:
 
 The model starts every file from nothing and pays for each byte; the compressors see the files as
 one stream, which helps them. The prediction layer names the model's own choice of the token after
-the next for {agreement:.1%} of the held-out tokens. Made by `python examples/train_stdlib.py`.
+the next for {agreement:.1%} of the held-out tokens; it was trained from {mtp_from:.0%} of the
+training on.
+
+The Qwen2 that was packaged before needed 1.078 bits per byte of the same files. The two were not
+given the same to read: this model has the tests of the library as well. Made by
+`python examples/train_stdlib.py{asked}`.
 """
 
 
@@ -554,6 +565,8 @@ def main() -> None:
         bpb=bits / len(stream),
         xz=8 * len(lzma.compress(stream, preset=9)) / len(stream),
         gzip=8 * len(gzip.compress(stream, 9)) / len(stream),
+        mtp_from=recipe.mtp_from,
+        asked="" if options.minutes is None else f" --minutes {options.minutes:g}",
         agreement=held_out_agreement(model, tokenizer, found.held_out),
     )
     (options.out / "README.md").write_text(card, encoding="utf-8")
