@@ -46,6 +46,10 @@ def linears(x: Tensor, maps: Sequence[Matrix]) -> list[Tensor] | None:
 
     Shapes: x (..., I), returns (..., O) for each.
     """
+    tensors = [tensor for matrix in maps for tensor in matrix if tensor is not None]
+    # First: what traces this must see neither its conditions nor the library.
+    if not applies(x, *tensors):
+        return None
     dtype = x.dtype
     kind = maps[0].weight.dtype
     name = kernel_name(kind, dtype)
@@ -53,10 +57,6 @@ def linears(x: Tensor, maps: Sequence[Matrix]) -> list[Tensor] | None:
     I = shape[-1]
     M = x.numel() // I if I else 0
     if not 0 < M <= MOST_VECTORS.get(name, 0):
-        return None
-    tensors = [tensor for matrix in maps for tensor in matrix if tensor is not None]
-    # Asked before the library is: a compiler that traces this must not look into it.
-    if not applies(x, *tensors):
         return None
     function = entry(f"quintet_linear_{name}", POINTER, INTEGER, POINTER, INTEGER, INTEGER)
     if function is None:
