@@ -1,3 +1,5 @@
+from typing import Any
+
 import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
@@ -5,7 +7,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from quintet.kernels.linear import Matrix
-from quintet.kernels.stack import Block, stack
+from quintet.kernels.stack import Block, Stack
 from quintet.ops.quantized import dequantize_int4, dequantize_int8, quantize_int4, quantize_int8
 from support import relative_error
 
@@ -38,9 +40,13 @@ def rotated(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return x * cos + torch.cat((-right, left), dim=-1) * sin
 
 
+Held = list[tuple[Tensor, Tensor]]
+
+
 def definition(
     x: Tensor,
     blocks: list[Block],
+    held_: Held,
     numbers: list[list[Tensor]],
     cos: Tensor,
     sin: Tensor,
@@ -54,8 +60,9 @@ def definition(
         y = x[b].double()  # (T, C)
         T = len(y)
         c, s = (a[b if len(a) > 1 else 0].double() for a in (cos, sin))
-        for block, (wq, wk, wv, wo, wg, wu, wd) in zip(blocks, numbers, strict=True):
-            K, D = block.keys.shape[1], block.keys.shape[3]
+        for block, (old_k, old_v), ws in zip(blocks, held_, numbers, strict=True):
+            wq, wk, wv, wo, wg, wu, wd = ws
+            K, D = old_k.shape[1], old_k.shape[3]
             n = norm(y, block.attention_norm, eps)
             q, k, v = (
                 (n @ w.T + (0 if m.bias is None else m.bias.double()))
@@ -64,8 +71,8 @@ def definition(
                 for w, m in zip((wq, wk, wv), block.qkv, strict=True)
             )
             q, k = rotated(q, c, s), rotated(k, c, s)
-            keys = torch.cat((block.keys[b, :, :start].double(), k), dim=1)
-            values = torch.cat((block.values[b, :, :start].double(), v), dim=1)
+            keys = torch.cat((old_k[b, :, :start].double(), k), dim=1)
+            values = torch.cat((old_v[b, :, :start].double(), v), dim=1)
             keys, values = (z.repeat_interleave(len(q) // K, dim=0) for z in (keys, values))
             scores = q @ keys.mT * scale
             at = torch.arange(start, start + T)[:, None] - torch.arange(start + T)
@@ -91,8 +98,8 @@ def make(
     starts: list[int],
     window: int | None,
     layers: int = 2,
-) -> tuple[list[Block], list[list[Tensor]], Tensor, Tensor, Tensor]:
-    blocks, numbers = [], []
+) -> tuple[list[Block], Held, list[list[Tensor]], Tensor, Tensor, Tensor]:
+    blocks, buffers, numbers = [], [], []
     S = max(starts) + T + 3
     for _ in range(layers):
         shapes = [(K * G * D, C), (K * D, C), (K * D, C), (C, K * G * D), (F, C), (F, C), (C, F)]
@@ -103,11 +110,13 @@ def make(
         for b, start in enumerate(starts):
             # What lies behind must not be read before it is written.
             keys[b, :, start:], values[b, :, start:] = torch.nan, torch.nan
-        blocks.append(Block(norms[0], (q, k, v), o, norms[1], gate, up, down, keys, values, window))
+        blocks.append(Block(norms[0], (q, k, v), o, norms[1], gate, up, down, window))
+        buffers.append((keys, values))
         numbers.append([w for _, w in made])
     angles = torch.randn(B, T, D // 2).repeat(1, 1, 2)
     return (
         blocks,
+        buffers,
         numbers,
         torch.randn(B, T, C).to(dtype),
         angles.cos().to(dtype),
@@ -148,32 +157,41 @@ def test_layers_in_one_call_are_what_the_formulas_say(
     torch.set_num_threads(threads)
     torch.manual_seed(C + F + K + T)
     B = len(starts)
-    blocks, numbers, x, cos, sin = make(kind, dtype, B, T, C, F, K, G, D, starts, window)
-    exact = definition(x, blocks, numbers, cos, sin, starts, 0.2, 1e-6)
+    blocks, buffers, numbers, x, cos, sin = make(kind, dtype, B, T, C, F, K, G, D, starts, window)
+    exact = definition(x, blocks, buffers, numbers, cos, sin, starts, 0.2, 1e-6)
     before = x.clone()
-    made = stack(x, blocks, cos, sin, starts=starts, scale=0.2, eps=1e-6)
+    layers = Stack.of(blocks, head_dim=D, dtype=dtype)
+    assert layers is not None
+    made = layers.run(x, buffers, cos, sin, starts=starts, scale=0.2, eps=1e-6)
     assert made is not None
     assert torch.equal(x, before)
     bound = BOUND if kind == "plain" else QUANTIZED_BOUND
     assert relative_error(made.double(), exact) <= bound[dtype]
     for b, start in enumerate(starts):
-        assert blocks[0].keys[b, :, start : start + T].isfinite().all()
-        assert blocks[0].keys[b, :, start + T :].isnan().all()
+        assert buffers[0][0][b, :, start : start + T].isfinite().all()
+        assert buffers[0][0][b, :, start + T :].isnan().all()
 
 
 def test_what_it_cannot_do_is_left_to_the_layers(level: str) -> None:
-    def run(change: str = "", **fields: object) -> Tensor | None:
-        blocks, _, x, cos, sin = make("plain", torch.float32, 1, 1, 64, 72, 1, 2, 16, [4], None)
-        blocks[1] = blocks[1]._replace(**fields)  # type: ignore[arg-type]
+    def run(change: str = "", keys: Tensor | None = None, **fields: Any) -> Tensor | None:
+        blocks, buffers, _, x, cos, sin = make(
+            "plain", torch.float32, 1, 1, 64, 72, 1, 2, 16, [4], None
+        )
+        blocks[1] = blocks[1]._replace(**fields)
+        layers = Stack.of(blocks, head_dim=16, dtype=torch.float32)
+        if layers is None:
+            return None
         if change == "gradient":
             x.requires_grad_()
         if change == "half":
             x = x.half()
         if change == "angles":
             cos = cos[..., :8]
+        if keys is not None:
+            buffers[1] = keys, buffers[1][1]
         starts = [100] if change == "no room" else [4]
         x = x.expand(1, 17, 64) if change == "many" else x
-        return stack(x, blocks, cos, sin, starts=starts, scale=1.0, eps=1e-6)
+        return layers.run(x, buffers, cos, sin, starts=starts, scale=1.0, eps=1e-6)
 
     assert run() is not None
     for change in ("gradient", "half", "angles", "no room", "many"):
@@ -187,3 +205,7 @@ def test_what_it_cannot_do_is_left_to_the_layers(level: str) -> None:
     assert run(mlp_norm=torch.ones(63)) is None
     assert run(keys=torch.zeros(1, 1, 8, 32)) is None
     assert run(keys=torch.zeros(1, 1, 4, 16)) is None
+    trained = Matrix(torch.randn(72, 64, requires_grad=True))
+    with torch.no_grad():
+        assert run(gate=trained) is not None
+    assert run(gate=trained) is None

@@ -1,6 +1,7 @@
 """A model's layers run in one call where they can, and one by one where somebody is in between."""
 
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -9,6 +10,7 @@ from torch import Tensor, nn
 from quintet import DynamicCache, OffloadedCache, QuantizedCache, Qwen2ForCausalLM, StaticCache
 from quintet.cache import Cache
 from quintet.kernels.native import native
+from quintet.layers import dense
 from quintet.modeling import decoder
 from support import relative_error, small_config
 
@@ -151,3 +153,46 @@ def test_a_caller_s_own_keys_are_not_written_into(model: Qwen2ForCausalLM) -> No
         model(torch.tensor([[3]]), past_key_values=cache)
     for tensor, copy in zip(before, kept, strict=True):
         assert torch.equal(tensor, copy)
+
+
+def test_weights_that_are_held_are_those_of_the_beginning(
+    model: Qwen2ForCausalLM, passes: list[bool]
+) -> None:
+    expected = step(model, DynamicCache(model.config))
+    passes.clear()
+
+    def fail_halfway() -> None:
+        with model.weights_held():
+            made = step(model, DynamicCache(model.config))
+            assert torch.equal(made, expected)
+            # Layers were gathered once, not by the step.
+            assert passes == []
+            replace_norm(model)
+            raise RuntimeError("halfway")
+
+    with pytest.raises(RuntimeError, match="halfway"):
+        fail_halfway()
+    assert not torch.equal(step(model, DynamicCache(model.config)), expected)
+    assert passes == [False, False]
+
+
+def test_generate_gathers_once(
+    model: Qwen2ForCausalLM, monkeypatch: pytest.MonkeyPatch, passes: list[bool]
+) -> None:
+    gathered: list[bool] = []
+    real = decoder.gather
+
+    def counted(*arguments: Any) -> dense.Gathered | None:
+        made = real(*arguments)
+        gathered.append(made is not None)
+        return made
+
+    monkeypatch.setattr(decoder, "gather", counted)
+    ids = torch.arange(20)[None]
+    made = model.generate(ids, max_new_tokens=6, do_sample=False)
+    assert gathered == [True]
+    # The prompt alone came before.
+    assert passes == [False]
+    monkeypatch.setattr(decoder, "gather", lambda *_: None)
+    monkeypatch.setattr(decoder, "in_one_call", lambda *_: None)
+    assert torch.equal(made, model.generate(ids, max_new_tokens=6, do_sample=False))

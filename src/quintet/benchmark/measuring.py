@@ -57,20 +57,22 @@ def decode(
 ) -> float:
     """Return the mean seconds of a step, of `steps` behind a context of `depth` tokens.
 
-    Begins with a step that does not count; ends early after `limit` seconds.
+    Steps as `generate()` takes them: the weights do not change in between. Begins with a step that
+    does not count; ends early after `limit` seconds.
     """
     cache = filled_cache(model, batch, depth)
     ids = random_ids(model.config.vocab_size, batch, steps + 1, seed).to(model.device)
     started, made = 0.0, 0
-    for column in torch.split(ids, 1, dim=1):
-        output = model(column, past_key_values=cache, use_cache=True, logits_to_keep=1)
-        _next(output.logits)
-        if not started:
-            started = time.perf_counter()
-            continue
-        made += 1
-        if time.perf_counter() - started > limit:
-            break
+    with model.weights_held():
+        for column in torch.split(ids, 1, dim=1):
+            output = model(column, past_key_values=cache, use_cache=True, logits_to_keep=1)
+            _next(output.logits)
+            if not started:
+                started = time.perf_counter()
+                continue
+            made += 1
+            if time.perf_counter() - started > limit:
+                break
     return (time.perf_counter() - started) / made
 
 

@@ -3,6 +3,7 @@
 import functools
 import warnings
 from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, cast
 
 import torch
@@ -57,6 +58,10 @@ class GenerationMixin:
     def new_cache(self) -> Cache:
         """Return an empty cache of the kind the model grows."""
         raise NotImplementedError
+
+    def weights_held(self) -> AbstractContextManager[None]:
+        """Take weights and hooks as they are now for all steps inside."""
+        return nullcontext()
 
     @torch.no_grad()
     def generate(
@@ -195,13 +200,14 @@ class GenerationMixin:
                 record=record,
                 streamer=streamer,
             )
-            if search:
-                return _beam_output(run, prompt, beam_search(run, search))
-            if drafter is None:
-                decode(run)
-                return _output(run, prompt, copies)
-            schedule = make_schedule(self, config, assistant_model)
-            return _output(run, prompt, copies, speculate(run, drafter, schedule))
+            with self.weights_held():
+                if search:
+                    return _beam_output(run, prompt, beam_search(run, search))
+                if drafter is None:
+                    decode(run)
+                    return _output(run, prompt, copies)
+                schedule = make_schedule(self, config, assistant_model)
+                return _output(run, prompt, copies, speculate(run, drafter, schedule))
         finally:
             if drafter is not None:
                 drafter.close()

@@ -2,12 +2,14 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterable
+from dataclasses import dataclass
 from typing import NamedTuple
 
+import torch
 import torch.nn.functional as F  # noqa: N812
 from torch import Tensor, nn
 
-from quintet.kernels.stack import Block, stack
+from quintet.kernels.stack import Block, Stack
 from quintet.layers.attention import Attention
 from quintet.layers.linear import hooked, matrices
 from quintet.layers.mlp import GatedMLP
@@ -15,7 +17,7 @@ from quintet.layers.norm import RMSNorm
 from quintet.layers.step import Step
 from quintet.ops.attention import sdpa
 
-__all__ = ["DenseLayer", "Parts", "in_one_call"]
+__all__ = ["DenseLayer", "Gathered", "Parts", "gather", "in_one_call"]
 
 # More tokens are a prompt, for which it is the products that take time.
 MOST_TOKENS = 16
@@ -38,16 +40,61 @@ class DenseLayer(nn.Module, ABC):
         """Return what the layer consists of, for those that run it without calling it."""
 
 
-def in_one_call(layers: Iterable[nn.Module], hidden: Tensor, step: Step) -> Tensor | None:
-    """Return what the layers make of (B, T, C) in one call of a kernel; None where it cannot.
+@dataclass(frozen=True, slots=True)
+class Gathered:
+    """What a model's layers hold, taken down to run them in one call.
 
-    It cannot where a module is hooked or replaced by another: those have to be called.
+    Attributes:
+        stack: their weights.
+        indices: their places in the cache.
+        scale: of the scores.
+        eps: of the norms.
     """
-    cache, starts = step.cache, step.span.start
-    if cache is None or step.attend is not sdpa or hidden.shape[:2].numel() > MOST_TOKENS:
+
+    stack: Stack
+    indices: tuple[int, ...]
+    scale: float
+    eps: float
+
+    def run(self, hidden: Tensor, step: Step) -> Tensor | None:
+        """Return what the layers make of (B, T, C); None where they have to be called."""
+        cache, starts = step.cache, step.span.start
+        if cache is None or not _fits(hidden, step):
+            return None
+        held = []
+        for index in self.indices:
+            room = cache.room(index, step.span)
+            if room is None:
+                return None
+            held.append(room)
+        return self.stack.run(
+            hidden,
+            held,
+            step.cos,
+            step.sin,
+            starts=[starts] * len(hidden) if isinstance(starts, int) else starts.tolist(),
+            scale=self.scale,
+            eps=self.eps,
+        )
+
+
+def in_one_call(layers: Iterable[nn.Module], hidden: Tensor, step: Step) -> Tensor | None:
+    """Return what the layers make of (B, T, C) in one call of a kernel; None where it cannot."""
+    if not _fits(hidden, step):
         return None
-    blocks: list[Block] = []
-    scale = eps = 0.0
+    gathered = gather(layers, hidden.dtype)
+    return None if gathered is None else gathered.run(hidden, step)
+
+
+def gather(layers: Iterable[nn.Module], dtype: torch.dtype) -> Gathered | None:
+    """Take down what the layers hold; None where they have to be called.
+
+    They have to be where a module is hooked or replaced by another.
+    """
+    blocks, indices = [], []
+    scales: set[float] = set()
+    numbers: set[float] = set()
+    head_dim = 0
     for layer in layers:
         # A subclass with another forward has to say again what it consists of.
         if not isinstance(layer, DenseLayer) or "parts" not in vars(type(layer)) or hooked(layer):
@@ -59,10 +106,7 @@ def in_one_call(layers: Iterable[nn.Module], hidden: Tensor, step: Step) -> Tens
             return None
         if hooked(norm) or hooked(attention) or hooked(mlp_norm) or hooked(mlp):
             return None
-        if mlp.act_fn is not F.silu or norm.variance_epsilon != mlp_norm.variance_epsilon:
-            return None
-        seen = step.seen[attention.window]
-        if seen.custom or (attention.training and attention.attention_dropout):
+        if mlp.act_fn is not F.silu or (attention.training and attention.attention_dropout):
             return None
         held = matrices(
             attention.q_proj,
@@ -73,20 +117,28 @@ def in_one_call(layers: Iterable[nn.Module], hidden: Tensor, step: Step) -> Tens
             mlp.up_proj,
             mlp.down_proj,
         )
-        room = cache.room(attention.layer_idx, step.span)
-        if held is None or room is None:
+        if held is None:
             return None
         q, k, v, o, gate, up, down = held
         blocks.append(
-            Block(norm.weight, (q, k, v), o, mlp_norm.weight, gate, up, down, *room, seen.window)
+            Block(norm.weight, (q, k, v), o, mlp_norm.weight, gate, up, down, attention.window)
         )
-        scale, eps = attention.scaling, norm.variance_epsilon
-    return stack(
-        hidden,
-        blocks,
-        step.cos,
-        step.sin,
-        starts=[starts] * len(hidden) if isinstance(starts, int) else starts.tolist(),
-        scale=scale,
-        eps=eps,
+        indices.append(attention.layer_idx)
+        scales.add(attention.scaling)
+        numbers |= {norm.variance_epsilon, mlp_norm.variance_epsilon}
+        head_dim = attention.head_dim
+    if len(scales) != 1 or len(numbers) != 1:
+        return None
+    stack = Stack.of(blocks, head_dim=head_dim, dtype=dtype)
+    if stack is None:
+        return None
+    return Gathered(stack, tuple(indices), scales.pop(), numbers.pop())
+
+
+def _fits(hidden: Tensor, step: Step) -> bool:
+    return (
+        step.cache is not None
+        and step.attend is sdpa
+        and hidden.shape[:2].numel() <= MOST_TOKENS
+        and not any(seen.custom for seen in step.seen.values())
     )

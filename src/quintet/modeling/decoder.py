@@ -5,7 +5,8 @@ the attention backend has them, weights.
 """
 
 import warnings
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import islice
 from typing import Any, TypeVar
@@ -16,7 +17,7 @@ from torch.utils.checkpoint import checkpoint
 
 from quintet.cache import Cache, DynamicCache, LegacyCache, Span, from_legacy, to_legacy
 from quintet.errors import InputError
-from quintet.layers.dense import in_one_call
+from quintet.layers.dense import Gathered, gather, in_one_call
 from quintet.layers.rotary import RotaryEmbedding
 from quintet.layers.step import LayerOutput, Step
 from quintet.modeling.base import PreTrainedModel
@@ -62,6 +63,7 @@ class DecoderModel(PreTrainedModel):
     norm: nn.Module
     rotary_emb: RotaryEmbedding
     windows: Iterable[int | None] = (None,)
+    _held: Gathered | None = None
 
     def forward(
         self,
@@ -119,6 +121,23 @@ class DecoderModel(PreTrainedModel):
     def new_cache(self) -> Cache:
         """Return an empty cache of the kind this family grows."""
         return DynamicCache(self.config)
+
+    @contextmanager
+    def weights_held(self) -> Iterator[None]:
+        """Take weights and hooks as they are now for all steps inside, which need not look again.
+
+        Where layers run in one call (`quintet.layers.dense`), gathering what they hold takes longer
+        than all else that is not computing.
+        """
+        before = self._held
+        layers = islice(self.layers, self.config.num_hidden_layers)
+        # Whether gradients are recorded is asked at every step.
+        with torch.no_grad():
+            self._held = gather(layers, self.dtype)
+        try:
+            yield
+        finally:
+            self._held = before
 
     def final_norm(self, hidden_states: Tensor) -> Tensor:
         """Normalise what the last layer made (overridden where the norm has another name)."""
@@ -274,7 +293,10 @@ class DecoderModel(PreTrainedModel):
         states, weights, routed = [], [], []
         # A family may keep further layers behind, which are no part of this run.
         layers = list(islice(self.layers, self.config.num_hidden_layers))
-        made = None if keeps else in_one_call(layers, hidden, step)
+        made = None
+        if not keeps:
+            held = self._held
+            made = in_one_call(layers, hidden, step) if held is None else held.run(hidden, step)
         if made is not None:
             return [self.final_norm(made)], [], []
         for layer in layers:

@@ -1,5 +1,6 @@
 """The heads every family gets: one class each, on top of any base model."""
 
+from contextlib import AbstractContextManager
 from typing import Any, ClassVar, cast
 
 import torch
@@ -64,6 +65,10 @@ class CausalLMHead(_Headed, GenerationMixin):
     def new_cache(self) -> Cache:
         """Return an empty cache of the kind this family grows."""
         return cast("DecoderModel", self.base_model).new_cache()
+
+    def weights_held(self) -> AbstractContextManager[None]:
+        """Take weights and hooks as they are now for all steps inside."""
+        return cast("DecoderModel", self.base_model).weights_held()
 
     def forward(
         self,

@@ -21,12 +21,25 @@ struct Weight {
 struct Layer {
     const void *attention_norm, *mlp_norm;
     Weight q, k, v, o, gate, up, down;
-    void *keys, *values;  // (B, K, S, D)
-    i64 k_row, k_head, k_token, v_row, v_head, v_token, window;
+    i64 window;
+};
+
+// Keys or values (B, K, S, D).
+struct Buffer {
+    void* p;
+    i64 row, head, token;
+
+    template <class T>
+    T* of(i64 b, i64 kv) const { return static_cast<T*>(p) + b * row + kv * head; }
+};
+
+struct Held {
+    Buffer keys, values;
 };
 
 struct Stack {
     const Layer* layers;
+    const Held* held;
     void* x;                // (B, T, C), in and out
     const void *cos, *sin;  // (B or 1, T, D)
     const i64* starts;      // (B) the slot of each row's first token
@@ -58,10 +71,10 @@ struct Step {
     }
 
     // Rotate queries and keys of a row and key head, and put its keys and values into the cache.
-    void place(const Layer& layer, i64 b, i64 kv) {
+    void place(const Held& held, i64 b, i64 kv) {
         const i64 G = s.H / s.K, D = s.D;
-        T* keys = static_cast<T*>(layer.keys) + b * layer.k_row + kv * layer.k_head;
-        T* values = static_cast<T*>(layer.values) + b * layer.v_row + kv * layer.v_head;
+        T* keys = held.keys.of<T>(b, kv);
+        T* values = held.values.of<T>(b, kv);
         for (i64 t = 0; t < s.T; ++t) {
             const i64 m = b * s.T + t, slot = s.starts[b] + t;
             const T* cos = static_cast<const T*>(s.cos) + b * s.angle_row + t * D;
@@ -70,20 +83,19 @@ struct Step {
                 T* head = q.data() + (m * s.H + kv * G + g) * D;
                 rotate_head(head, head, cos, sin, D);
             }
-            rotate_head(k.data() + (m * s.K + kv) * D, keys + slot * layer.k_token, cos, sin, D);
+            rotate_head(k.data() + (m * s.K + kv) * D, keys + slot * held.keys.token, cos, sin, D);
             const T* value = v.data() + (m * s.K + kv) * D;
-            std::copy(value, value + D, values + slot * layer.v_token);
+            std::copy(value, value + D, values + slot * held.values.token);
         }
     }
 
-    void attend_part(const Layer& layer, i64 b, i64 t, i64 kv, i64 split, i64 splits, Partial& part) {
+    void attend_part(const Layer& layer, const Held& held, i64 b, i64 t, i64 kv, i64 split, i64 splits, Partial& part) {
         const i64 G = s.H / s.K, D = s.D, m = b * s.T + t, n = seen(layer, b, t);
         const i64 first = s.starts[b] + t + 1 - n;
         const Queries<T> queries{
             q.data() + (m * s.H + kv * G) * D,
-            static_cast<const T*>(layer.keys) + b * layer.k_row + kv * layer.k_head,
-            static_cast<const T*>(layer.values) + b * layer.v_row + kv * layer.v_head,
-            D, layer.k_token, layer.v_token, G, D};
+            held.keys.of<T>(b, kv), held.values.of<T>(b, kv),
+            D, held.keys.token, held.values.token, G, D};
         const Share mine(n, split, splits);
         part.clear();
         attend(queries, first + mine.from, first + mine.to, scale, part);
@@ -94,7 +106,7 @@ struct Step {
     }
 
     // Attention of all rows; every thread calls it, and waits at its end.
-    void attention(const Layer& layer, i64 thread, i64 threads) {
+    void attention(const Layer& layer, const Held& held, i64 thread, i64 threads) {
         const i64 G = s.H / s.K;
         i64 longest = 0;
         for (i64 b = 0; b < s.B; ++b) longest = std::max(longest, seen(layer, b, s.T - 1));
@@ -102,11 +114,11 @@ struct Step {
         const Share mine(units(), thread, threads);
         for (i64 unit = mine.from; unit < mine.to; ++unit) {
             const i64 b = unit / s.K, kv = unit % s.K;
-            place(layer, b, kv);
+            place(held, b, kv);
             if (splits > 1) continue;
             Partial& part = parts[size_t(thread)];
             for (i64 t = 0; t < s.T; ++t) {
-                attend_part(layer, b, t, kv, 0, 1, part);
+                attend_part(layer, held, b, t, kv, 0, 1, part);
                 merge(&part, 1, G, s.D, attended_by(b, t, kv));
             }
         }
@@ -116,7 +128,7 @@ struct Step {
         const Share items(all * splits, thread, threads);
         for (i64 at = items.from; at < items.to; ++at) {
             const i64 item = at / splits, unit = item / s.T;
-            attend_part(layer, unit / s.K, item % s.T, unit % s.K, at % splits, splits,
+            attend_part(layer, held, unit / s.K, item % s.T, unit % s.K, at % splits, splits,
                         parts[size_t(at)]);
         }
 #pragma omp barrier
@@ -158,7 +170,7 @@ struct Step {
                                    map_of(layer.v, v.data())};
             map_rows<Matrix>(maps, 3, of_normed.of.data(), M, s.C, thread, threads, made);
 #pragma omp barrier
-            attention(layer, thread, threads);
+            attention(layer, s.held[l], thread, threads);
             of_attended.fill(attended.data(), M, s.H * s.D, 0, 1);
             add(layer.o, of_attended, s.H * s.D, thread, threads, made);
             take_in(layer.mlp_norm);
