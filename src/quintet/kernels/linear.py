@@ -46,6 +46,10 @@ def linears(x: Tensor, maps: Sequence[Matrix]) -> list[Tensor] | None:
 
     Shapes: x (..., I), returns (..., O) for each.
     """
+    tensors = [tensor for matrix in maps for tensor in matrix if tensor is not None]
+    # First: what traces this must see neither its conditions nor the library.
+    if not applies(x, *tensors):
+        return None
     dtype = x.dtype
     kind = maps[0].weight.dtype
     name = kernel_name(kind, dtype)
@@ -55,8 +59,7 @@ def linears(x: Tensor, maps: Sequence[Matrix]) -> list[Tensor] | None:
     if not 0 < M <= MOST_VECTORS.get(name, 0):
         return None
     function = entry(f"quintet_linear_{name}", POINTER, INTEGER, POINTER, INTEGER, INTEGER)
-    tensors = [tensor for matrix in maps for tensor in matrix if tensor is not None]
-    if function is None or not applies(x, *tensors):
+    if function is None:
         return None
     x = x if x.is_contiguous() else x.contiguous()
     fields: list[int] = []

@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from quintet.kernels.allocator import keep_freed_memory
 from quintet.kernels.build import BuildError, best_level, build
 
 __all__ = [
@@ -56,9 +57,11 @@ def native() -> Native:
     except BuildError as error:
         return Native(None, None, str(error))
     try:
-        return Native(ctypes.CDLL(str(path)), level, None)
+        library = ctypes.CDLL(str(path))
     except OSError as error:
         return Native(None, None, f"{path} cannot be loaded: {error}")
+    keep_freed_memory()
+    return Native(library, level, None)
 
 
 @cache

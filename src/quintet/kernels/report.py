@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 
+from quintet.kernels.allocator import keep_freed_memory
 from quintet.kernels.native import native
 
 __all__ = ["Kernel", "Report", "report"]
@@ -48,9 +49,12 @@ class Report:
 
     kernels: tuple[Kernel, ...]
     library: str | None
+    keeps_memory: bool
 
     def __str__(self) -> str:
         lines = [f"library: {self.library or 'none'}"]
+        kept = "kept, up to 256 MB" if self.keeps_memory else "handed back as the C library does"
+        lines.append(f"freed memory: {kept}")
         for kernel in self.kernels:
             state = kernel.level or f"PyTorch, as {kernel.reason}"
             lines.append(f"{kernel.name}: {state} ({kernel.when})")
@@ -61,4 +65,5 @@ def report() -> Report:
     """Say of each kernel what it runs on; compiles the library if that never happened."""
     found = native()
     kernels = (Kernel(name, when, found.level, found.reason) for name, when in KERNELS.items())
-    return Report(tuple(kernels), None if found.library is None else found.library._name)
+    library = None if found.library is None else found.library._name
+    return Report(tuple(kernels), library, library is not None and keep_freed_memory())

@@ -1,0 +1,33 @@
+"""What the C library does with memory that was freed."""
+
+import ctypes
+import os
+import platform
+import sys
+from functools import cache
+
+__all__ = ["keep_freed_memory"]
+
+# The parameters of mallopt(3), and what they are set to: buffers below the first size are taken
+# from the heap, whose free end is handed back beyond the second.
+TRIM_THRESHOLD, MMAP_THRESHOLD = -1, -3
+LARGEST, KEPT = 64 * 2**20, 256 * 2**20
+VARIABLES = ("MALLOC_MMAP_THRESHOLD_", "MALLOC_TRIM_THRESHOLD_", "MALLOC_TOP_PAD_")
+
+
+@cache
+def keep_freed_memory() -> bool:
+    """Have glibc keep up to 256 MB that were freed, and tell whether it does.
+
+    Otherwise each activation of a prompt is taken from the system and handed back, and the
+    system clears every page of it: a fifth of the time of a prompt (docs/adr/0019). Whoever sets
+    glibc's own variables is not overruled.
+    """
+    if sys.platform != "linux" or platform.libc_ver()[0] != "glibc":
+        return False
+    if any(name in os.environ for name in VARIABLES) or "malloc" in os.environ.get(
+        "GLIBC_TUNABLES", ""
+    ):
+        return False
+    libc = ctypes.CDLL(None)
+    return bool(libc.mallopt(TRIM_THRESHOLD, KEPT) and libc.mallopt(MMAP_THRESHOLD, LARGEST))

@@ -1,0 +1,66 @@
+"""In processes of their own: what the C library was told holds for the whole process."""
+
+import os
+import platform
+import subprocess
+import sys
+
+import pytest
+
+pytestmark = pytest.mark.skipif(
+    platform.libc_ver()[0] != "glibc", reason="it is glibc that is told what to keep"
+)
+
+FAULTS = """
+import resource
+import torch
+from quintet.kernels.report import report
+
+def faults():
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    for _ in range(5):
+        torch.ones(40 * 2**20, dtype=torch.uint8)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+
+kept = report().keeps_memory
+faults(), faults()
+print(kept, faults())
+"""
+
+
+def run(**variables: str) -> tuple[bool, int]:
+    clean = {k: v for k, v in os.environ.items() if not k.startswith(("MALLOC_", "GLIBC_"))}
+    made = subprocess.run(
+        [sys.executable, "-c", FAULTS],
+        env={**clean, **variables},
+        capture_output=True,
+        text=True,
+        check=True,
+        timeout=600,
+    )
+    kept, faults = made.stdout.split()
+    return kept == "True", int(faults)
+
+
+def test_large_buffers_are_not_cleared_again_by_the_system() -> None:
+    kept, faults = run()
+    if not kept:
+        pytest.skip("there are no kernels here")
+    assert faults < 1000
+    _, handed_back = run(QUINTET_KERNELS="0")
+    assert handed_back > 40_000
+
+
+@pytest.mark.parametrize(
+    "variables",
+    [
+        {"MALLOC_TRIM_THRESHOLD_": "131072"},
+        {"GLIBC_TUNABLES": "glibc.malloc.mmap_threshold=131072"},
+        {"QUINTET_KERNELS": "0"},
+    ],
+    ids=str,
+)
+def test_it_gives_way_to_what_somebody_set(variables: dict[str, str]) -> None:
+    kept, faults = run(**variables)
+    assert not kept
+    assert faults > 40_000
