@@ -12,6 +12,7 @@ import torch.nn.functional as F  # noqa: N812
 from torch import Tensor
 
 from quintet.errors import InputError
+from quintet.kernels import sampling as kernels
 
 __all__ = [
     "above_epsilon",
@@ -46,6 +47,13 @@ def penalise_repetition(logits: Tensor, ids: Tensor, kept: Tensor | None, penalt
 
     Shapes: ids (B, T); kept (B, T) True where an id counts, None for all.
     """
+    made = kernels.penalise_repetition(logits, ids, kept, penalty)
+    return _penalise_repetition(logits, ids, kept, penalty) if made is None else made
+
+
+def _penalise_repetition(
+    logits: Tensor, ids: Tensor, kept: Tensor | None, penalty: float
+) -> Tensor:
     places, wide = _occurred(logits, ids, kept)
     found = wide.gather(1, places)
     lower = torch.minimum if penalty >= 1 else torch.maximum
