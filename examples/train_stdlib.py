@@ -75,7 +75,7 @@ class Recipe:
     # layer learns from has to be there first. Its weights are those of the paper.
     phases: tuple[Phase, ...] = (Phase(0.45, 256, None), Phase(0.8, 512, 0.3), Phase(1, 1024, 0.1))
     tokens: int = 4096
-    steps: int = 3600
+    steps: int = 5000
     warmup: float = 0.03
     learning_rate: float = 3e-3
     weight_decay: float = 0.1
