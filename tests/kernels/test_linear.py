@@ -101,7 +101,7 @@ QUANTIZED_BOUND = {torch.float32: 2**-13, torch.bfloat16: 2**-8}
     max_examples=15, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
 )
 @given(
-    M=st.integers(1, 24),
+    M=st.integers(1, 20),
     I=st.integers(1, 300),
     sizes=st.lists(st.integers(1, 50), min_size=1, max_size=3),
     biased=st.booleans(),

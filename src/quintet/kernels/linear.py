@@ -37,7 +37,7 @@ SUFFIX = {torch.bfloat16: "bf16", torch.float32: "f32"}
 FORMAT = {torch.int8: "int8_", torch.uint8: "int4_"}
 # Beyond so many vectors, torch's own matrix product is the faster one (docs/lab-notes.md).
 MOST_VECTORS: Mapping[str, int] = MappingProxyType(
-    {"bf16": 32, "f32": 32, "int8_bf16": 24, "int8_f32": 24, "int4_bf16": 24, "int4_f32": 24}
+    {"bf16": 32, "f32": 32, "int8_bf16": 20, "int8_f32": 20, "int4_bf16": 20, "int4_f32": 20}
 )
 
 
