@@ -31,6 +31,10 @@ class Terminal:
         self.raw = ""
 
     def type(self, text: str) -> None:
+        if text == CTRL_C:
+            # A signal between readline's echo and its wait for the next key is not seen until that
+            # comes. Nobody is that quick.
+            time.sleep(0.5)
         os.write(self.descriptor, text.encode())
 
     def say(self, text: str) -> str:
