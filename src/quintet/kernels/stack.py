@@ -51,12 +51,16 @@ class Stack:
     """
 
     def __init__(
-        self, tensors: list[Tensor], fields: list[int], sizes: tuple[int, ...], dtype: torch.dtype
+        self,
+        name: str,
+        dtype: torch.dtype,
+        tensors: list[Tensor],
+        fields: list[int],
+        sizes: tuple[int, int, int, int, int, int],
     ) -> None:
-        self._tensors, self._dtype = tensors, dtype
+        self._name, self._dtype, self._tensors = name, dtype, tensors
         self._layers = pointers(fields)
         self._count, self._C, self._F, self._H, self._K, self._D = sizes
-        self._name = ""
 
     @classmethod
     def of(cls, blocks: Sequence[Block], *, head_dim: int, dtype: torch.dtype) -> Self | None:
@@ -89,9 +93,7 @@ class Stack:
             fields.append(block.window or 0)
         if not applies(*tensors):
             return None
-        made = cls(tensors, fields, (len(blocks), C, F, H, K, D), dtype)
-        made._name = name
-        return made
+        return cls(name, dtype, tensors, fields, (len(blocks), C, F, H, K, D))
 
     def run(
         self,

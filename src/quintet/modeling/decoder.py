@@ -294,7 +294,7 @@ class DecoderModel(PreTrainedModel):
         # A family may keep further layers behind, which are no part of this run.
         layers = list(islice(self.layers, self.config.num_hidden_layers))
         made = None
-        if not keeps:
+        if not keeps and not torch.compiler.is_compiling():
             held = self._held
             made = in_one_call(layers, hidden, step) if held is None else held.run(hidden, step)
         if made is not None:
