@@ -1,5 +1,7 @@
 """A model's layers run in one call where they can, and one by one where somebody is in between."""
 
+import copy
+import pickle
 from collections.abc import Callable
 from typing import Any
 
@@ -151,8 +153,8 @@ def test_a_caller_s_own_keys_are_not_written_into(model: Qwen2ForCausalLM) -> No
         before = slot.content(8)
         kept = [tensor.clone() for tensor in before]
         model(torch.tensor([[3]]), past_key_values=cache)
-    for tensor, copy in zip(before, kept, strict=True):
-        assert torch.equal(tensor, copy)
+    for tensor, old in zip(before, kept, strict=True):
+        assert torch.equal(tensor, old)
 
 
 def test_weights_that_are_held_are_those_of_the_beginning(
@@ -174,6 +176,32 @@ def test_weights_that_are_held_are_those_of_the_beginning(
         fail_halfway()
     assert not torch.equal(step(model, DynamicCache(model.config)), expected)
     assert passes == [False, False]
+
+
+def test_nothing_is_held_once_all_have_ended(model: Qwen2ForCausalLM, passes: list[bool]) -> None:
+    # As two threads may: the one that began first ends first.
+    first, second = model.weights_held(), model.weights_held()
+    first.__enter__()
+    second.__enter__()
+    first.__exit__(None, None, None)
+    expected = step(model, DynamicCache(model.config))
+    second.__exit__(None, None, None)
+    passes.clear()
+    replace_norm(model)
+    assert not torch.equal(step(model, DynamicCache(model.config)), expected)
+    assert passes == [False, False]
+
+
+def test_a_copy_made_meanwhile_reads_its_own_weights(
+    model: Qwen2ForCausalLM, passes: list[bool]
+) -> None:
+    with model.weights_held():
+        copies = copy.deepcopy(model), pickle.loads(pickle.dumps(model))
+    expected = step(model, DynamicCache(model.config))
+    for other in copies:
+        assert torch.equal(step(other, DynamicCache(model.config)), expected)
+        replace_norm(other)
+        assert not torch.equal(step(other, DynamicCache(model.config)), expected)
 
 
 def test_generate_gathers_once(

@@ -56,6 +56,10 @@ class Gathered:
     scale: float
     eps: float
 
+    def __reduce__(self) -> tuple[type[None], tuple[()]]:
+        # A copy of a model has weights of its own to gather.
+        return type(None), ()
+
     def run(self, hidden: Tensor, step: Step) -> Tensor | None:
         """Return what the layers make of (B, T, C); None where they have to be called."""
         cache, starts = step.cache, step.span.start

@@ -129,7 +129,6 @@ class DecoderModel(PreTrainedModel):
         Where layers run in one call (`quintet.layers.dense`), gathering what they hold takes longer
         than all else that is not computing.
         """
-        before = self._held
         layers = islice(self.layers, self.config.num_hidden_layers)
         # Whether gradients are recorded is asked at every step.
         with torch.no_grad():
@@ -137,7 +136,8 @@ class DecoderModel(PreTrainedModel):
         try:
             yield
         finally:
-            self._held = before
+            # Not what was held before: of two threads, the one that began first may end first.
+            self._held = None
 
     def final_norm(self, hidden_states: Tensor) -> Tensor:
         """Normalise what the last layer made (overridden where the norm has another name)."""
