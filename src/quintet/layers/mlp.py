@@ -1,16 +1,18 @@
 """Feed-forward layers."""
 
 import torch.nn.functional as F  # noqa: N812
-from torch import Tensor, nn
+from torch import Tensor
 
+from quintet.kernels import parts
 from quintet.kernels.gated import gated
 from quintet.layers.linear import Linear, matrices, project
+from quintet.layers.stack import StackPart
 from quintet.ops.activations import Activation, activation, gate_by
 
 __all__ = ["GatedMLP"]
 
 
-class GatedMLP(nn.Module):
+class GatedMLP(StackPart):
     """down(act(gate(x)) · up(x)), a gated linear unit (arXiv:2002.05202)."""
 
     def __init__(
@@ -31,3 +33,8 @@ class GatedMLP(nn.Module):
                 return made
         gate, up = project(hidden_states, self.gate_proj, self.up_proj)
         return self.down_proj(gate_by(self.act_fn, gate, up))  # type: ignore[no-any-return]
+
+    def part(self, norm: parts.Norm) -> parts.Part | None:
+        """Return the maps; None with another activation than SiLU."""
+        held = matrices(self.gate_proj, self.up_proj, self.down_proj)
+        return None if held is None or self.act_fn is not F.silu else parts.MLP(norm, *held)
