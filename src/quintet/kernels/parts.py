@@ -12,7 +12,7 @@ from torch import Tensor
 from quintet.kernels.linear import Matrix, fits
 from quintet.kernels.native import applies
 
-__all__ = ["MLP", "Attention", "Fields", "Norm", "Part", "Tokens"]
+__all__ = ["MLP", "Attention", "Fields", "Mixer", "Norm", "Part", "Tokens", "readable"]
 
 LANES = 16
 
@@ -177,6 +177,63 @@ class MLP(Part):
         ):
             fields.matrix(matrix, O, I)
         fields.integers(F)
+
+
+@dataclass(frozen=True, slots=True)
+class Mixer(Part):
+    """Mamba-2's mixer: a window (B, W - 1, H·P + 2·G·N) and a state (B, H, P, N) are kept.
+
+    Attributes:
+        in_proj: from C to the gate, the convolution's channels and the step sizes.
+        out_proj: from H·P to C.
+        taps: of the convolution, (H·P + 2·G·N, W).
+        conv_bias: of the same.
+        scalars: dt_bias, A_log and D, (H) each, in float32.
+        gated: the norm behind the gate, of each group by itself.
+        num_groups: G.
+        dt_limits: between which two a step size is clamped.
+    """
+
+    number: ClassVar[int] = 2
+    norm: Norm
+    in_proj: Matrix
+    out_proj: Matrix
+    taps: Tensor
+    conv_bias: Tensor | None
+    scalars: tuple[Tensor, Tensor, Tensor]
+    gated: Norm
+    num_groups: int
+    dt_limits: tuple[float, float]
+
+    def write(self, fields: Fields, C: int) -> None:
+        """Write norms, maps, scalars and sizes."""
+        H, P, N, channels, W = self._sizes()
+        inner = H * P
+        fields.fit &= P % LANES == 0 and N % LANES == 0
+        fields.norm(self.norm, C)
+        fields.matrix(self.in_proj, inner + channels + H, C)
+        fields.matrix(self.out_proj, C, inner)
+        fields.tensor(self.taps, (channels, W), fields.dtype)
+        fields.tensor(self.conv_bias, (channels,), fields.dtype)
+        for scalars in self.scalars:
+            fields.tensor(scalars, (H,), torch.float32)
+        fields.norm(self.gated, inner)
+        fields.integers(H, P, self.num_groups, N, W)
+        for limit in self.dt_limits:
+            fields.real(limit)
+
+    def held(self, kept: Sequence[Tensor], fields: Fields, B: int, tokens: Tokens) -> None:
+        """Write where the window and the state are."""
+        H, P, N, channels, W = self._sizes()
+        fields.fit &= len(kept) == 2
+        shapes = ((B, W - 1, channels), fields.dtype), ((B, H, P, N), torch.float32)
+        for tensor, (shape, dtype) in zip(kept, shapes, strict=False):
+            fields.tensor(tensor, shape, dtype)
+
+    def _sizes(self) -> tuple[int, int, int, int, int]:
+        H, inner = len(self.scalars[0]), len(self.gated.weight)
+        channels, W = self.taps.shape
+        return H, inner // H, (channels - inner) // 2 // self.num_groups, channels, W
 
 
 def readable(fields: Fields) -> bool:

@@ -24,6 +24,7 @@ from quintet.layers.mamba2 import Mamba2
 from quintet.layers.norm import RMSNorm
 from quintet.layers.rotary import RotaryEmbedding
 from quintet.layers.shared_transformer import SharedAttention, SharedMLP, SharedTransformer
+from quintet.layers.stack import Residual, ResidualLayer
 from quintet.layers.step import LayerOutput, Step
 from quintet.modeling.base import PreTrainedModel
 from quintet.modeling.decoder import DecoderModel
@@ -260,7 +261,7 @@ def shared_transformer(config: Zamba2Config, uses: Sequence[int]) -> SharedTrans
     return SharedTransformer(attention, mlp, C, config.rms_norm_eps)
 
 
-class Zamba2MambaDecoderLayer(nn.Module):
+class Zamba2MambaDecoderLayer(ResidualLayer):
     """Mamba-2 on normalised input, added to the residual."""
 
     def __init__(self, config: Zamba2Config, layer_idx: int) -> None:
@@ -287,6 +288,10 @@ class Zamba2MambaDecoderLayer(nn.Module):
         """Map (B, T, C) to (B, T, C); `beside` is added to the input but not to the residual."""
         x = hidden_states if beside is None else hidden_states + beside
         return LayerOutput(hidden_states + self.mamba(self.input_layernorm(x), step))
+
+    def residuals(self) -> tuple[Residual]:
+        """Return the mixer, for where there is nothing beside."""
+        return (Residual(self.input_layernorm, self.mamba),)
 
 
 class Zamba2HybridLayer(nn.Module):

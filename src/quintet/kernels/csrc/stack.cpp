@@ -6,12 +6,13 @@
 #include <omp.h>
 
 #include "parts/attention.h"
+#include "parts/mixer.h"
 #include "parts/mlp.h"
 
 namespace {
 
 // As `quintet.kernels.parts` numbers them.
-enum Kind : i64 { ATTENTION, MLP };
+enum Kind : i64 { ATTENTION, MLP, MIXER };
 
 struct Part {
     i64 kind;
@@ -37,6 +38,7 @@ void with_part(const Stack& s, i64 i, i64 threads, Room& room, Fn&& fn) {
     switch (s.parts[i].kind) {
         case ATTENTION: return as(static_cast<AttentionPart<Matrix, T>*>(nullptr));
         case MLP: return as(static_cast<MLPPart<Matrix, T>*>(nullptr));
+        case MIXER: return as(static_cast<MixerPart<Matrix, T>*>(nullptr));
     }
 }
 
