@@ -4,7 +4,8 @@ import struct
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import ClassVar
+from enum import IntEnum
+from typing import ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
@@ -12,17 +13,44 @@ from torch import Tensor
 from quintet.kernels.linear import Matrix, fits
 from quintet.kernels.native import applies
 
-__all__ = ["MLP", "Attention", "Fields", "Mixer", "Norm", "Part", "Tokens", "readable"]
+__all__ = [
+    "MLP",
+    "Adapted",
+    "Attention",
+    "Fields",
+    "Mixer",
+    "Norm",
+    "Part",
+    "SharedMLP",
+    "Source",
+    "Tokens",
+    "readable",
+]
 
 LANES = 16
 
 
+class Source(IntEnum):
+    """What a part reads: x, what was left beside it, their sum, or x and the embeddings, 2C."""
+
+    HIDDEN, BESIDE, SUM, WITH_EMBEDS = range(4)
+
+
 @dataclass(frozen=True, slots=True)
 class Norm:
-    """A root-mean-square norm: its scale (C,) and what is added to the mean square."""
+    """A root-mean-square norm: its scale, what is added to the mean square, and of what it is."""
 
     weight: Tensor
     eps: float
+    of: Source = Source.HIDDEN
+
+
+class Adapted(NamedTuple):
+    """A map, and a low-rank addition to it: map(x) + up(down(x))."""
+
+    map: Matrix
+    down: Matrix | None = None
+    up: Matrix | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,12 +60,14 @@ class Tokens:
     Attributes:
         cos: (B or 1, T, D) of the rotary angles.
         sin: the same.
+        embeds: (B, T, C).
         starts: the slot that each row's first token takes.
         counts: (B,) how many of a row's T tokens are real; None where all are.
     """
 
     cos: Tensor
     sin: Tensor
+    embeds: Tensor
     starts: Sequence[int]
     counts: Tensor | None = None
 
@@ -78,9 +108,21 @@ class Fields:
         """Write a norm of vectors (C,)."""
         self.tensor(norm.weight, (C,), self.dtype)
         self.real(norm.eps)
+        self.integers(norm.of)
 
-    def matrix(self, matrix: Matrix, O: int, I: int) -> None:
-        """Write a map from I to O."""
+    def adapted(self, adapted: Adapted, O: int, I: int) -> None:
+        """Write a map from I to O and what is added to it."""
+        _, down, up = adapted
+        rank = 0 if down is None else down.weight.shape[0]
+        for matrix, shape in zip(adapted, ((O, I), (rank, I), (O, rank)), strict=True):
+            self.matrix(matrix, *shape)
+        self.fit &= (down is None) == (up is None)
+
+    def matrix(self, matrix: Matrix | None, O: int, I: int) -> None:
+        """Write a map from I to O; zeros for None."""
+        if matrix is None:
+            self.numbers += [0] * 5
+            return
         weight = matrix.weight
         self.kind = self.kind or weight.dtype
         self.fit &= fits(matrix, self.kind, I, self.dtype) and weight.shape[0] == O
@@ -92,7 +134,7 @@ class Fields:
 
 
 class Part(ABC):
-    """A part of a layer, x += part(norm(x)).
+    """A part of a layer, x += part(norm(x)), or one that leaves what it makes beside x.
 
     Attributes:
         number: what the kernel calls this kind of part.
@@ -114,35 +156,41 @@ class Attention(Part):
     """Attention of H query heads over K heads of keys and values, kept as (B, K, S, D) each.
 
     Attributes:
-        qkv: three maps of C; the heads are the queries', the keys' and the values'.
+        qkv: the maps to the queries', the keys' and the values' heads.
         o: from (H·D) to C.
         window: how many keys a query sees at the most, its own included; None for all.
         scale: of the scores.
+        rotates: whether positions turn queries and keys.
+        beside: whether what it makes is left beside x, and not added to it.
     """
 
     number: ClassVar[int] = 0
     norm: Norm
-    qkv: tuple[Matrix, Matrix, Matrix]
+    qkv: tuple[Adapted, Adapted, Adapted]
     o: Matrix
     head_dim: int
     window: int | None
     scale: float
+    rotates: bool = True
+    beside: bool = False
 
     def write(self, fields: Fields, C: int) -> None:
         """Write norm, maps and sizes."""
-        D = self.head_dim
-        H, K = (self.qkv[i].weight.shape[0] // D for i in (0, 1))
+        D, I = self.head_dim, len(self.norm.weight)
+        H, K = (self.qkv[i].map.weight.shape[0] // D for i in (0, 1))
         fields.fit &= D % LANES == 0 and K > 0 and H % K == 0
-        fields.norm(self.norm, C)
-        for matrix, heads in zip(self.qkv, (H, K, K), strict=True):
-            fields.matrix(matrix, heads * D, C)
+        # All have an addition or none.
+        fields.fit &= len({adapted.down is None for adapted in self.qkv}) == 1
+        fields.norm(self.norm, 2 * C if self.norm.of == Source.WITH_EMBEDS else C)
+        for adapted, heads in zip(self.qkv, (H, K, K), strict=True):
+            fields.adapted(adapted, heads * D, I)
         fields.matrix(self.o, C, H * D)
-        fields.integers(H, K, D, self.window or 0)
+        fields.integers(H, K, D, self.window or 0, self.rotates, self.beside)
         fields.real(self.scale)
 
     def held(self, kept: Sequence[Tensor], fields: Fields, B: int, tokens: Tokens) -> None:
         """Write where the tokens' keys and values go."""
-        K, D = self.qkv[1].weight.shape[0] // self.head_dim, self.head_dim
+        K, D = self.qkv[1].map.weight.shape[0] // self.head_dim, self.head_dim
         cos, sin = tokens.cos, tokens.sin
         T, last = cos.shape[1], max(tokens.starts) + cos.shape[1]
         angles = cos.shape == sin.shape == (len(cos), T, D) and len(cos) in (1, B)
@@ -234,6 +282,31 @@ class Mixer(Part):
         H, inner = len(self.scalars[0]), len(self.gated.weight)
         channels, W = self.taps.shape
         return H, inner // H, (channels - inner) // 2 // self.num_groups, channels, W
+
+
+@dataclass(frozen=True, slots=True)
+class SharedMLP(Part):
+    """linear(down(gelu(gate) · up)) of what was left beside x, and left there again.
+
+    Attributes:
+        gate_up: to gate and up, the gate first.
+        linear: from C to C.
+    """
+
+    number: ClassVar[int] = 3
+    norm: Norm
+    gate_up: Adapted
+    down: Matrix
+    linear: Matrix
+
+    def write(self, fields: Fields, C: int) -> None:
+        """Write norm and maps."""
+        O = self.gate_up.map.weight.shape[0]
+        fields.fit &= O % 2 == 0
+        fields.norm(self.norm, C)
+        fields.adapted(self.gate_up, O, C)
+        fields.matrix(self.down, C, O // 2)
+        fields.matrix(self.linear, C, C)
 
 
 def readable(fields: Fields) -> bool:

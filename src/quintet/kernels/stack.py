@@ -61,18 +61,20 @@ class Stack:
                 the slots of keys and values from `tokens.starts[b]` on.
         """
         B, T, C = x.shape
-        cos, sin, counts = tokens.cos, tokens.sin, tokens.counts
+        cos, sin, embeds, counts = tokens.cos, tokens.sin, tokens.embeds, tokens.counts
         # Asked before the library is: a compiler that traces this must not look into it.
-        if not 0 < B * T <= MOST_TOKENS[self._name] or not applies(x, cos, sin):
+        if not 0 < B * T <= MOST_TOKENS[self._name] or not applies(x, cos, sin, embeds):
             return None
         if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in self._tensors):
             return None
         function = entry(f"quintet_stack_{self._name}", POINTER)
         if function is None or self._C != C or len(tokens.starts) != B:
             return None
-        if any(t.dtype != self._dtype for t in (x, cos, sin)) or cos.shape[1] != T:
+        if cos.shape[1] != T or embeds.shape != x.shape:
             return None
-        if not cos.is_contiguous() or not sin.is_contiguous():
+        if any(t.dtype != self._dtype for t in (x, cos, sin, embeds)):
+            return None
+        if not all(t.is_contiguous() for t in (cos, sin, embeds)):
             return None
         held = Fields(self._dtype)
         places = []
@@ -88,6 +90,8 @@ class Stack:
         at = pointers([base + 8 * place for place in places])
         call = (
             y.data_ptr(),
+            embeds.data_ptr(),
+            0,
             cos.data_ptr(),
             sin.data_ptr(),
             ctypes.addressof(starts),

@@ -60,8 +60,8 @@ class Attention(StackPart):
         held = matrices(self.q_proj, self.k_proj, self.v_proj, self.o_proj)
         if held is None or (self.training and self.attention_dropout):
             return None
-        q, k, v, o = held
-        return parts.Attention(norm, (q, k, v), o, self.head_dim, self.window, self.scaling)
+        q, k, v = (parts.Adapted(matrix) for matrix in held[:3])
+        return parts.Attention(norm, (q, k, v), held[3], self.head_dim, self.window, self.scaling)
 
     def kept(self, step: Step) -> tuple[Tensor, ...] | None:
         """Return the keys and values of this layer, with room for the step's."""

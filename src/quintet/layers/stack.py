@@ -1,7 +1,7 @@
 """Decoder layers, as many as there are in a row, in one call where few tokens pass them."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from itertools import chain, groupby
 from typing import NamedTuple, TypeVar
@@ -19,11 +19,13 @@ from quintet.ops.attention import sdpa
 __all__ = [
     "Gathered",
     "LayerRun",
-    "Residual",
-    "ResidualLayer",
+    "Piece",
+    "StackLayer",
     "StackPart",
     "fits",
     "gather",
+    "norm_of",
+    "residuals",
     "untouched",
 ]
 
@@ -32,8 +34,28 @@ MOST_TOKENS = 16
 Module = TypeVar("Module", bound=nn.Module)
 
 
+class Piece(NamedTuple):
+    """A part of a layer.
+
+    Attributes:
+        part: what it holds.
+        kept: what of a step's cache the kernel is to change; None where it cannot.
+    """
+
+    part: parts.Part
+    kept: Callable[[Step], tuple[Tensor, ...] | None]
+
+
+class StackLayer(nn.Module, ABC):
+    """A layer that can say what it consists of to a kernel, which then runs it uncalled."""
+
+    @abstractmethod
+    def pieces(self) -> list[Piece] | None:
+        """Return the parts in the order of the forward; None where the layer has to be called."""
+
+
 class StackPart(nn.Module, ABC):
-    """A module that can say what it computes to a kernel, which then does it in its place."""
+    """A module of which x += module(norm(x)) can be a part."""
 
     @abstractmethod
     def part(self, norm: parts.Norm) -> parts.Part | None:
@@ -44,19 +66,31 @@ class StackPart(nn.Module, ABC):
         return ()
 
 
-class Residual(NamedTuple):
-    """x += module(norm(x))."""
+def residuals(
+    *pairs: tuple[nn.Module, nn.Module], of: parts.Source = parts.Source.HIDDEN
+) -> list[Piece] | None:
+    """Return the parts of a layer that is some x += module(norm(x)), of (norm, module) each.
 
-    norm: nn.Module
-    module: nn.Module
+    Args:
+        of: what is normalised in place of x.
+    """
+    pieces = []
+    for norm, module in pairs:
+        # A subclass with another forward has to say again what it holds.
+        if not isinstance(module, StackPart) or "part" not in vars(type(module)):
+            return None
+        before = norm_of(norm, of)
+        part = None if before is None or hooked(module) else module.part(before)
+        if part is None:
+            return None
+        pieces.append(Piece(part, module.kept))
+    return pieces
 
 
-class ResidualLayer(nn.Module, ABC):
-    """A layer that is nothing but a few x += module(norm(x)), one after the other."""
-
-    @abstractmethod
-    def residuals(self) -> Sequence[Residual]:
-        """Return what the layer consists of, for those that run it without calling it."""
+def norm_of(module: nn.Module, of: parts.Source = parts.Source.HIDDEN) -> parts.Norm | None:
+    """Return what a root-mean-square norm holds; None where it is something else, or hooked."""
+    plain = untouched(module, RMSNorm)
+    return None if plain is None else parts.Norm(plain.weight, plain.variance_epsilon, of)
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,20 +100,20 @@ class LayerRun:
     Attributes:
         layers: what is called where they cannot be.
         stack: their weights; None where they never can.
-        modules: the parts of the stack.
+        pieces: what the stack was made of.
     """
 
     layers: tuple[nn.Module, ...]
     stack: Stack | None = None
-    modules: tuple[StackPart, ...] = ()
+    pieces: tuple[Piece, ...] = ()
 
     def in_one_call(self, hidden: Tensor, step: Step) -> Tensor | None:
         """Return what the layers make of (B, T, C); None where they have to be called."""
         if self.stack is None:
             return None
         kept = []
-        for module in self.modules:
-            tensors = module.kept(step)
+        for piece in self.pieces:
+            tensors = piece.kept(step)
             if tensors is None:
                 return None
             kept.append(tensors)
@@ -87,6 +121,7 @@ class LayerRun:
         tokens = parts.Tokens(
             step.cos,
             step.sin,
+            step.embeds,
             [starts] * len(hidden) if isinstance(starts, int) else starts.tolist(),
             step.span.counts,
         )
@@ -120,34 +155,21 @@ def gather(layers: Iterable[nn.Module], C: int, dtype: torch.dtype) -> Gathered:
     They have to be called where a module is hooked or replaced by another.
     """
     runs = []
-    described = [(layer, _described(layer)) for layer in layers]
+    described = [(layer, _pieces(layer)) for layer in layers]
     for stackable, group in groupby(described, key=lambda pair: pair[1] is not None):
         run = list(group)
         own = tuple(layer for layer, _ in run)
-        held = list(chain.from_iterable(found for _, found in run if found is not None))
-        stack = Stack.of([part for _, part in held], C, dtype) if stackable else None
-        runs.append(LayerRun(own, stack, tuple(module for module, _ in held)))
+        pieces = tuple(chain.from_iterable(found for _, found in run if found is not None))
+        stack = Stack.of([piece.part for piece in pieces], C, dtype) if stackable else None
+        runs.append(LayerRun(own, stack, pieces))
     return Gathered(tuple(runs))
 
 
-def _described(layer: nn.Module) -> list[tuple[StackPart, parts.Part]] | None:
+def _pieces(layer: nn.Module) -> list[Piece] | None:
     # A subclass with another forward has to say again what it consists of.
-    if not isinstance(layer, ResidualLayer) or "residuals" not in vars(type(layer)):
+    if not isinstance(layer, StackLayer) or "pieces" not in vars(type(layer)):
         return None
-    if hooked(layer):
-        return None
-    described = []
-    for norm, module in layer.residuals():
-        if not isinstance(module, StackPart) or "part" not in vars(type(module)):
-            return None
-        plain = untouched(norm, RMSNorm)
-        if plain is None or hooked(module):
-            return None
-        part = module.part(parts.Norm(plain.weight, plain.variance_epsilon))
-        if part is None:
-            return None
-        described.append((module, part))
-    return described
+    return None if hooked(layer) else layer.pieces()
 
 
 def untouched(module: nn.Module | None, kind: type[Module]) -> Module | None:

@@ -22,7 +22,7 @@ from quintet.layers.attention import Attention
 from quintet.layers.mlp import GatedMLP
 from quintet.layers.norm import RMSNorm
 from quintet.layers.rotary import RotaryEmbedding
-from quintet.layers.stack import Residual, ResidualLayer
+from quintet.layers.stack import Piece, StackLayer, residuals
 from quintet.layers.step import LayerOutput, Step
 from quintet.modeling.base import PreTrainedModel
 from quintet.modeling.decoder import DecoderModel
@@ -141,7 +141,7 @@ class Qwen2Config(PreTrainedConfig):
         return [self.sliding_window if t == SLIDING else None for t in self.layer_types or []]
 
 
-class Qwen2DecoderLayer(ResidualLayer):
+class Qwen2DecoderLayer(StackLayer):
     """Attention, then the MLP, each on normalised input and added to the residual."""
 
     def __init__(self, config: Qwen2Config, layer_idx: int) -> None:
@@ -167,11 +167,10 @@ class Qwen2DecoderLayer(ResidualLayer):
         hidden_states = hidden_states + self.mlp(self.post_attention_layernorm(hidden_states))
         return LayerOutput(hidden_states, weights)
 
-    def residuals(self) -> tuple[Residual, Residual]:
+    def pieces(self) -> list[Piece] | None:
         """Return attention and MLP."""
-        return (
-            Residual(self.input_layernorm, self.self_attn),
-            Residual(self.post_attention_layernorm, self.mlp),
+        return residuals(
+            (self.input_layernorm, self.self_attn), (self.post_attention_layernorm, self.mlp)
         )
 
 

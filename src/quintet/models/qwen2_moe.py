@@ -24,7 +24,7 @@ from quintet.layers.mlp import GatedMLP
 from quintet.layers.moe import Experts
 from quintet.layers.norm import RMSNorm
 from quintet.layers.rotary import RotaryEmbedding
-from quintet.layers.stack import Residual, ResidualLayer
+from quintet.layers.stack import Piece, StackLayer, residuals
 from quintet.layers.step import LayerOutput, Step
 from quintet.modeling.base import PreTrainedModel
 from quintet.modeling.heads import (
@@ -191,7 +191,7 @@ class Qwen2MoeSparseMoeBlock(nn.Module):
         return y.unflatten(0, (B, T)), logits.unflatten(0, (B, T))
 
 
-class Qwen2MoeDecoderLayer(ResidualLayer):
+class Qwen2MoeDecoderLayer(StackLayer):
     """Attention, then experts or an MLP, each on normalised input and added to the residual."""
 
     def __init__(self, config: Qwen2MoeConfig, layer_idx: int) -> None:
@@ -225,11 +225,10 @@ class Qwen2MoeDecoderLayer(ResidualLayer):
         made, router_logits = self.mlp(x)
         return LayerOutput(hidden_states + made, weights, router_logits)
 
-    def residuals(self) -> tuple[Residual, Residual]:
+    def pieces(self) -> list[Piece] | None:
         """Return attention, and the experts or the MLP."""
-        return (
-            Residual(self.input_layernorm, self.self_attn),
-            Residual(self.post_attention_layernorm, self.mlp),
+        return residuals(
+            (self.input_layernorm, self.self_attn), (self.post_attention_layernorm, self.mlp)
         )
 
 

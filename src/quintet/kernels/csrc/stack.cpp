@@ -8,11 +8,12 @@
 #include "parts/attention.h"
 #include "parts/mixer.h"
 #include "parts/mlp.h"
+#include "parts/shared_mlp.h"
 
 namespace {
 
 // As `quintet.kernels.parts` numbers them.
-enum Kind : i64 { ATTENTION, MLP, MIXER };
+enum Kind : i64 { ATTENTION, MLP, MIXER, SHARED_MLP };
 
 struct Part {
     i64 kind;
@@ -28,37 +29,41 @@ struct Stack {
 
 // Call `fn` with a part that takes what threads share from `room`.
 template <class Matrix, class T, class Fn>
-void with_part(const Stack& s, i64 i, i64 threads, Room& room, Fn&& fn) {
+void with_part(const Stack& s, const Tokens& tokens, i64 i, i64 threads, Room& room, Fn&& fn) {
     const auto as = [&](auto* kind) {
         using P = std::remove_pointer_t<decltype(kind)>;
         P part(*static_cast<const typename P::Fields*>(s.parts[i].fields),
-               static_cast<const typename P::Held*>(s.held[i]), s.tokens, threads, room);
+               static_cast<const typename P::Held*>(s.held[i]), tokens, threads, room);
         fn(part);
     };
     switch (s.parts[i].kind) {
         case ATTENTION: return as(static_cast<AttentionPart<Matrix, T>*>(nullptr));
         case MLP: return as(static_cast<MLPPart<Matrix, T>*>(nullptr));
         case MIXER: return as(static_cast<MixerPart<Matrix, T>*>(nullptr));
+        case SHARED_MLP: return as(static_cast<SharedMLPPart<Matrix, T>*>(nullptr));
     }
 }
 
 template <class Matrix, class T>
 void stack(const Stack& s) {
     const i64 most = omp_get_max_threads();
+    Tokens tokens = s.tokens;
     size_t bytes = 0;
     for (i64 i = 0; i < s.count; ++i) {
         Room room(nullptr);
-        with_part<Matrix, T>(s, i, most, room, [](auto&) {});
+        with_part<Matrix, T>(s, tokens, i, most, room, [](auto&) {});
         bytes = std::max(bytes, room.used());
     }
+    std::vector<T> beside(size_t(tokens.all() * tokens.C));
+    tokens.beside = beside.data();
     std::vector<char> memory(bytes + 64);
     char* aligned = memory.data() + size_t(-reinterpret_cast<uintptr_t>(memory.data()) % 64);
 #pragma omp parallel if (s.work >= SMALL)
     {
-        Member<Matrix, T> me{s.tokens, omp_get_thread_num(), omp_get_num_threads(), {}};
+        Member<Matrix, T> me{tokens, omp_get_thread_num(), omp_get_num_threads(), {}};
         for (i64 i = 0; i < s.count; ++i) {
             Room room(aligned);
-            with_part<Matrix, T>(s, i, most, room, [&](auto& part) { part.run(me); });
+            with_part<Matrix, T>(s, tokens, i, most, room, [&](auto& part) { part.run(me); });
         }
     }
 }

@@ -1,7 +1,7 @@
 // Grouped-query attention, over keys and values in the buffers of a cache.
 #pragma once
 #include "../decode.h"
-#include "part.h"
+#include "adapted.h"
 
 namespace {
 
@@ -19,8 +19,9 @@ class AttentionPart {
   public:
     struct Fields {
         Norm norm;
-        Weight q, k, v, o;
-        i64 H, K, D, window;
+        Adapted qkv[3];
+        Weight o;
+        i64 H, K, D, window, rotates, beside;
         double scale;
     };
     struct Held {
@@ -31,20 +32,20 @@ class AttentionPart {
         : f_(f), held_(held), s_(s),
           // More than `parts_of` ever asks for.
           most_(std::max(threads, 2 * (threads + s.B * f.K) * s.T)),
-          q_(room.take<T>(s.all() * f.H * f.D)), k_(room.take<T>(s.all() * f.K * f.D)),
-          v_(room.take<T>(s.all() * f.K * f.D)), attended_(room.take<T>(s.all() * f.H * f.D)),
+          maps_(f.qkv, s.all(), room), q_(maps_[0]), k_(maps_[1]), v_(maps_[2]),
+          attended_(room.take<T>(s.all() * f.H * f.D)),
           added_(room.take<T>(s.all() * s.C)),
           sums_(room.take<float>(most_ * Partial::room(f.H / f.K, f.D))) {}
 
     void run(Member<Matrix, T>& me) {
         const Normed<Matrix, T> normed(me, f_.norm);
-        const Map<T> maps[] = {map_of(f_.q, q_), map_of(f_.k, k_), map_of(f_.v, v_)};
-        me.map(maps, 3, normed.inputs, s_.C);
-#pragma omp barrier
+        maps_.run(me, normed.inputs, normed.width);
         attend_all(me);
-        Inputs<Matrix> inputs(s_.all(), f_.H * f_.D);
-        inputs.fill(attended_, s_.all(), f_.H * f_.D, 0, 1);
-        me.add(f_.o, inputs, f_.H * f_.D, added_);
+        const auto inputs = taken_in<Matrix>(attended_, s_.all(), f_.H * f_.D);
+        if (!f_.beside) return me.add(f_.o, inputs, f_.H * f_.D, added_, me.x());
+        const Map<T> o = map_of(f_.o, static_cast<T*>(s_.beside));
+        me.map(&o, 1, inputs, f_.H * f_.D);
+#pragma omp barrier
     }
 
   private:
@@ -67,11 +68,14 @@ class AttentionPart {
             const i64 m = b * s_.T + t, slot = s_.starts[b] + t;
             const T* cos = static_cast<const T*>(s_.cos) + b * s_.angle_row + t * D;
             const T* sin = static_cast<const T*>(s_.sin) + b * s_.angle_row + t * D;
-            for (i64 g = 0; g < G; ++g) {
+            for (i64 g = 0; g < G && f_.rotates; ++g) {
                 T* head = q_ + (m * f_.H + kv * G + g) * D;
                 rotate_head(head, head, cos, sin, D);
             }
-            rotate_head(k_ + (m * f_.K + kv) * D, keys + slot * held_->keys.token, cos, sin, D);
+            const T* key = k_ + (m * f_.K + kv) * D;
+            T* to = keys + slot * held_->keys.token;
+            if (f_.rotates) rotate_head(key, to, cos, sin, D);
+            else std::copy(key, key + D, to);
             const T* value = v_ + (m * f_.K + kv) * D;
             std::copy(value, value + D, values + slot * held_->values.token);
         }
@@ -132,6 +136,7 @@ class AttentionPart {
     const Held* const held_;
     const Tokens& s_;
     const i64 most_;
+    AdaptedMaps<Matrix, T, 3> maps_;
     T *const q_, *const k_, *const v_, *const attended_, *const added_;
     float* const sums_;
 };

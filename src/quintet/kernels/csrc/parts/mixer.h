@@ -44,9 +44,8 @@ class MixerPart {
 #pragma omp barrier
         mixer_.run(me.thread, me.threads);
 #pragma omp barrier
-        Inputs<Matrix> inputs(s_.all(), shape_.inner());
-        inputs.fill(mixed_, s_.all(), shape_.inner(), 0, 1);
-        me.add(f_.out, inputs, shape_.inner(), added_);
+        const auto inputs = taken_in<Matrix>(mixed_, s_.all(), shape_.inner());
+        me.add(f_.out, inputs, shape_.inner(), added_, me.x());
     }
 
   private:

@@ -25,9 +25,7 @@ class MLPPart {
             gate_rows(matrix_of<Matrix, T>(f_.gate, s_.C), matrix_of<Matrix, T>(f_.up, s_.C),
                       normed.inputs.of.data(), s_.all(), mine.from, mine.to, hidden_, f_.F, me.made);
 #pragma omp barrier
-        Inputs<Matrix> inputs(s_.all(), f_.F);
-        inputs.fill(hidden_, s_.all(), f_.F, 0, 1);
-        me.add(f_.down, inputs, f_.F, added_);
+        me.add(f_.down, taken_in<Matrix>(hidden_, s_.all(), f_.F), f_.F, added_, me.x());
     }
 
   private:

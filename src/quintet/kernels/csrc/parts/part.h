@@ -11,14 +11,20 @@ struct Weight {
     i64 O, stride;
 };
 
+// What is normalised: x, what lies beside it, their sum, or x with the embeddings behind it, 2C wide.
+enum Source : i64 { HIDDEN, BESIDE, SUM, WITH_EMBEDS };
+
 struct Norm {
     const void* weight;
     double eps;
+    Source of;
 };
 
 // The tokens of a step.
 struct Tokens {
     void* x;                // (B, T, C), in and out
+    const void* embeds;     // the same
+    void* beside;           // the same, what a part leaves to the next ones
     const void *cos, *sin;  // (B or 1, T, D)
     const i64* starts;      // (B) the slot of each row's first token
     const i64* counts;      // (B) how many of a row's tokens are real; null where all are
@@ -71,36 +77,64 @@ struct Member {
         map_rows<Matrix>(maps, count, inputs.of.data(), s.all(), I, thread, threads, made);
     }
 
-    // x += y, of the columns that are this thread's.
-    void add(const T* y) const {
-        const Share mine = share(s.C);
+    // to += y, of the columns that are this thread's of C.
+    void add(const T* y, T* to, i64 C) const {
+        const Share mine = share(C);
         for (i64 m = 0; m < s.all(); ++m)
-            for (i64 i = m * s.C + mine.from; i < m * s.C + mine.to; ++i)
-                narrow(widen(x()[i]) + widen(y[i]), x() + i);
+            for (i64 i = m * C + mine.from; i < m * C + mine.to; ++i)
+                narrow(widen(to[i]) + widen(y[i]), to + i);
     }
 
-    // x += W of `inputs`, with `added` (B, T, C) as room; all see it behind this.
-    void add(const Weight& w, const Inputs<Matrix>& inputs, i64 I, T* added) {
-        const Map<T> to = map_of(w, added);
-        map(&to, 1, inputs, I);
-        add(added);
+    // to += W of `inputs`, with `added` (B, T, O) as room; all see it behind this.
+    void add(const Weight& w, const Inputs<Matrix>& inputs, i64 I, T* added, T* to) {
+        const Map<T> map_ = map_of(w, added);
+        map(&map_, 1, inputs, I);
+        add(added, to, w.O);
 #pragma omp barrier
     }
 };
 
+// What matrices multiply, of vectors that all threads wrote.
+template <class Matrix, class T>
+Inputs<Matrix> taken_in(const T* x, i64 M, i64 I) {
+    return Inputs<Matrix>(x, M, I, I);
+}
+
 // norm(x) as matrices multiply it, which a thread makes for itself without waiting for the others.
 template <class Matrix, class T>
 struct Normed {
+    const i64 width;
     std::vector<T> rows;
     Inputs<Matrix> inputs;
 
     Normed(const Member<Matrix, T>& me, const Norm& norm)
-        : rows(size_t(me.s.all() * me.s.C)), inputs(me.s.all(), me.s.C) {
-        const i64 C = me.s.C;
-        for (i64 m = 0; m < me.s.all(); ++m)
-            normalise(me.x() + m * C, static_cast<const T*>(norm.weight), rows.data() + m * C, C,
-                      float(norm.eps));
-        inputs.fill(rows.data(), me.s.all(), C, 0, 1);
+        : width(norm.of == WITH_EMBEDS ? 2 * me.s.C : me.s.C),
+          rows(size_t(me.s.all() * width)),
+          inputs(me.s.all(), width) {
+        const Tokens& s = me.s;
+        std::vector<T> made(static_cast<size_t>(width));
+        for (i64 m = 0; m < s.all(); ++m)
+            normalise(source(s, norm.of, m, made.data()), static_cast<const T*>(norm.weight),
+                      rows.data() + m * width, width, float(norm.eps));
+        inputs.fill(rows.data(), s.all(), width, 0, 1);
+    }
+
+  private:
+    static const T* source(const Tokens& s, Source of, i64 m, T* made) {
+        const T* x = static_cast<const T*>(s.x) + m * s.C;
+        const T* beside = static_cast<const T*>(s.beside) + m * s.C;
+        switch (of) {
+            case HIDDEN: return x;
+            case BESIDE: return beside;
+            case SUM:
+                for (i64 i = 0; i < s.C; ++i) narrow(widen(x[i]) + widen(beside[i]), made + i);
+                return made;
+            case WITH_EMBEDS:
+                std::copy_n(x, s.C, made);
+                std::copy_n(static_cast<const T*>(s.embeds) + m * s.C, s.C, made + s.C);
+                return made;
+        }
+        return x;
     }
 };
 
