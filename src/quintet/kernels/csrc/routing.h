@@ -42,39 +42,42 @@ struct Rules {
     const float* bias;  // (E) or null
 };
 
-// The largest of those that are open, the first one of equals; NaN goes before all, as in torch.
-template <class Open>
-i64 best(const float* values, i64 n, Open&& open) {
-    i64 found = -1;
-    for (i64 i = 0; i < n; ++i)
-        if (open(i) && (found < 0 || !(values[i] <= values[found]))) {
-            found = i;
-            if (values[i] != values[i]) break;
-        }
-    return found;
-}
+// The best `most` of the numbers offered, by their places: the highest first, of equals the one
+// offered first; NaN goes before all, as in torch.
+struct Best {
+    const float* values;
+    i64 most;
+    i64* places;
+    i64 count = 0;
+
+    void offer(i64 i) {
+        if (count == most && !before(i, places[count - 1])) return;
+        i64 at = count < most ? count++ : count - 1;
+        for (; at > 0 && before(i, places[at - 1]); --at) places[at] = places[at - 1];
+        places[at] = i;
+    }
+
+  private:
+    bool before(i64 i, i64 j) const { return !(values[i] <= values[j]) && values[j] == values[j]; }
+};
 
 // The choice of experts, with the room it takes: each thread has its own.
 class Router {
   public:
     explicit Router(const Rules& rules)
-        : r_(rules), scores_(size_t(r_.E)), choice_(size_t(r_.E)), taken_(size_t(r_.E)), open_(size_t(r_.groups)) {}
+        : r_(rules), size_(r_.E / r_.groups), scores_(room(r_.E)), choice_(room(r_.E)), totals_(room(r_.groups)),
+          groups_(size_t(r_.groups)), ranked_(size_t(size_)) {}
 
     // A token's experts, the best first, and their weights, rounded as the logits are.
     template <class T>
     void choose(const T* logits, i64* indices, float* weights) {
         score(logits);
-        open_groups();
-        const i64 size = r_.E / r_.groups;
-        std::fill(taken_.begin(), taken_.end(), 0);
+        Best experts{choice_.data(), r_.A, indices};
+        const i64 open = open_groups();
+        for (i64 k = 0; k < open; ++k)
+            for (i64 e = groups_[size_t(k)] * size_; e < (groups_[size_t(k)] + 1) * size_; ++e) experts.offer(e);
         float total = 0.0f;
-        for (i64 a = 0; a < r_.A; ++a) {
-            const i64 e = best(choice_.data(), r_.E,
-                               [&](i64 i) { return !taken_[size_t(i)] && open_[size_t(i / size)]; });
-            taken_[size_t(e)] = 1;
-            indices[a] = e;
-            total += weights[a] = scores_[size_t(e)];
-        }
+        for (i64 a = 0; a < r_.A; ++a) total += weights[a] = scores_[size_t(indices[a])];
         for (i64 a = 0; a < r_.A; ++a) {
             const float share = r_.normalise ? weights[a] / (total + 1e-20f) : weights[a];
             weights[a] = rounded<T>(share * float(r_.scaling));
@@ -82,40 +85,51 @@ class Router {
     }
 
   private:
+    static size_t room(i64 n) { return size_t((n + LANES - 1) / LANES * LANES); }
+
     template <class T>
     void score(const T* logits) {
-        const size_t E = size_t(r_.E);
+        const i64 E = r_.E;
+        float* to = scores_.data();
+        const auto each = [&](auto&& fn) {
+            i64 e = 0;
+            for (; e + LANES <= E; e += LANES) store(to + e, fn(load(logits + e), load(to + e)));
+            if (e < E) store(to + e, fn(load(logits + e, E - e), load(to + e, E - e)), E - e);
+        };
         if (r_.scoring == SIGMOID) {
-            for (size_t e = 0; e < E; ++e) scores_[e] = 1.0f / (1.0f + std::exp(-widen(logits[e])));
+            each([](F x, F) { return div(all(1.0f), add(all(1.0f), exp_of(sub(zero(), x)))); });
         } else {
             float most = -INFINITY, total = 0.0f;
-            for (size_t e = 0; e < E; ++e) most = std::max(most, widen(logits[e]));
-            for (size_t e = 0; e < E; ++e) total += scores_[e] = std::exp(widen(logits[e]) - most);
-            for (size_t e = 0; e < E; ++e) scores_[e] /= total;
+            for (i64 e = 0; e < E; ++e) most = std::max(most, widen(logits[e]));
+            each([&](F x, F) { return exp_of(sub(x, all(most))); });
+            for (i64 e = 0; e < E; ++e) total += to[e];
+            each([&](F, F y) { return div(y, all(total)); });
         }
-        for (size_t e = 0; e < E; ++e) choice_[e] = r_.bias ? scores_[e] + r_.bias[e] : scores_[e];
+        for (i64 e = 0; e < E; ++e) choice_[size_t(e)] = r_.bias ? to[e] + r_.bias[e] : to[e];
     }
 
-    void open_groups() {
-        std::fill(open_.begin(), open_.end(), r_.kept == r_.groups);
-        if (r_.kept == r_.groups) return;
-        const i64 size = r_.E / r_.groups;
-        std::fill(taken_.begin(), taken_.end(), 0);
-        std::vector<float> totals(size_t(r_.groups));
-        for (i64 g = 0; g < r_.groups; ++g)
-            for (i64 k = 0; k < std::min(r_.ranked, size); ++k) {
-                const i64 e = g * size + best(choice_.data() + g * size, size,
-                                              [&](i64 i) { return !taken_[size_t(g * size + i)]; });
-                taken_[size_t(e)] = 1;
-                totals[size_t(g)] += choice_[size_t(e)];
-            }
-        for (i64 k = 0; k < r_.kept; ++k)
-            open_[size_t(best(totals.data(), r_.groups, [&](i64 g) { return !open_[size_t(g)]; }))] = 1;
+    // Those whose experts may be chosen are put first, in their order; how many they are.
+    i64 open_groups() {
+        if (r_.kept == r_.groups) {
+            for (i64 g = 0; g < r_.groups; ++g) groups_[size_t(g)] = g;
+            return r_.groups;
+        }
+        for (i64 g = 0; g < r_.groups; ++g) {
+            Best of_group{choice_.data() + g * size_, std::min(r_.ranked, size_), ranked_.data()};
+            for (i64 i = 0; i < size_; ++i) of_group.offer(i);
+            totals_[size_t(g)] = 0.0f;
+            for (i64 k = 0; k < of_group.count; ++k) totals_[size_t(g)] += of_group.values[ranked_[size_t(k)]];
+        }
+        Best open{totals_.data(), r_.kept, groups_.data()};
+        for (i64 g = 0; g < r_.groups; ++g) open.offer(g);
+        std::sort(groups_.begin(), groups_.begin() + r_.kept);
+        return r_.kept;
     }
 
     const Rules& r_;
-    std::vector<float> scores_, choice_;
-    std::vector<char> taken_, open_;
+    const i64 size_;
+    std::vector<float> scores_, choice_, totals_;
+    std::vector<i64> groups_, ranked_;
 };
 
 }  // namespace
