@@ -132,15 +132,13 @@ def test_what_is_no_number_is_chosen_like_in_torch_and_ends_nothing(level: str) 
 def test_routers_use_it_where_nothing_learns(level: str) -> None:
     rules = RoutingRules(active=2, groups=2, kept_groups=1, normalise=True, scaling=2.5)
     logits, bias = torch.randn(5, 8), torch.randn(8)
-    made, expected = softmax_routing(logits, rules), choose(logits, softmax_rules(rules))
-    assert expected is not None
-    assert all(map(torch.equal, made, expected))
-    made, expected = sigmoid_routing(logits, bias, rules), choose(logits, sigmoid_rules(rules), bias)
-    assert expected is not None
-    assert all(map(torch.equal, made, expected))
-    made, expected = top_experts(logits, 3, normalise=False), choose(logits, Rules(active=3))
-    assert expected is not None
-    assert all(map(torch.equal, made, expected))
+    for made, expected in (
+        (softmax_routing(logits, rules), choose(logits, softmax_rules(rules))),
+        (sigmoid_routing(logits, bias, rules), choose(logits, sigmoid_rules(rules), bias)),
+        (top_experts(logits, 3, normalise=False), choose(logits, Rules(active=3))),
+    ):
+        assert expected is not None
+        assert all(map(torch.equal, made, expected))
     logits.requires_grad_()
     for _, weights in (
         softmax_routing(logits, rules),

@@ -38,13 +38,13 @@ class Rules:
 
     def fields(self, E: int, bias: Tensor | None) -> tuple[int, ...] | None:
         """Return what the kernel reads for E experts and a bias (E,); None if it cannot."""
-        if E % self.groups or not 0 < self.active <= E // self.groups * self.kept_groups:
+        if not 0 < self.kept_groups <= self.groups or E % self.groups:
             return None
-        if not 0 < self.kept_groups <= self.groups:
+        if not 0 < self.active <= E // self.groups * self.kept_groups:
             return None
-        if bias is not None:
-            if bias.dtype != torch.float32 or bias.shape != (E,) or not bias.is_contiguous():
-                return None
+        stored = bias is None or (bias.dtype, bias.shape) == (torch.float32, (E,))
+        if not stored or not (bias is None or bias.is_contiguous()):
+            return None
         return (
             int(self.sigmoid),
             E,
