@@ -1,6 +1,5 @@
 """What the parts of decoder layers hold, as the kernel that runs layers in one call reads it."""
 
-import struct
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -10,8 +9,10 @@ from typing import ClassVar, NamedTuple
 import torch
 from torch import Tensor
 
+from quintet.kernels.gated import stacked
 from quintet.kernels.linear import Matrix, fits
-from quintet.kernels.native import applies
+from quintet.kernels.native import applies, real
+from quintet.kernels.routing import Rules
 
 __all__ = [
     "MLP",
@@ -21,6 +22,7 @@ __all__ = [
     "Mixer",
     "Norm",
     "Part",
+    "Routed",
     "SharedMLP",
     "Source",
     "Tokens",
@@ -28,6 +30,7 @@ __all__ = [
 ]
 
 LANES = 16
+RULES = 9
 
 
 class Source(IntEnum):
@@ -93,7 +96,7 @@ class Fields:
 
     def real(self, value: float) -> None:
         """Write a float64."""
-        self.numbers += struct.unpack("q", struct.pack("d", value))
+        self.numbers.append(real(value))
 
     def tensor(self, x: Tensor | None, shape: tuple[int, ...], dtype: torch.dtype) -> None:
         """Write the address of a tensor that has to be of a shape, packed; 0 for None."""
@@ -131,6 +134,15 @@ class Fields:
                 self.tensors.append(tensor)
             self.numbers.append(0 if tensor is None else tensor.data_ptr())
         self.numbers += (O, weight.stride(0))
+
+    def experts(self, matrix: Matrix, O: int, I: int) -> None:
+        """Write a stack of maps from I to O."""
+        weight, scale, _ = matrix
+        self.kind = self.kind or weight.dtype
+        fields = stacked(matrix, self.kind, self.dtype, O, I)
+        self.fit &= fields is not None
+        self.tensors += [weight] if scale is None else [weight, scale]
+        self.numbers += fields or [0] * 5
 
 
 class Part(ABC):
@@ -307,6 +319,53 @@ class SharedMLP(Part):
         fields.adapted(self.gate_up, O, C)
         fields.matrix(self.down, C, O // 2)
         fields.matrix(self.linear, C, C)
+
+
+@dataclass(frozen=True, slots=True)
+class Routed(Part):
+    """A of E experts for each token, and an expert that all share: Σ p_a · expert_a(n) + shared(n).
+
+    Attributes:
+        router: (E, C), of which n makes the logits.
+        wide: whether logits are float32; otherwise they are rounded as x is.
+        rules: how experts are chosen.
+        bias: (E,) of the choice, or None.
+        experts: gate and up (E, F, C), and down (E, C, F).
+        shared: gate, up and down; None without a shared expert.
+        share: (1, C), of which σ(share n) is a factor of the shared expert; None for one.
+    """
+
+    number: ClassVar[int] = 4
+    norm: Norm
+    router: Tensor
+    wide: bool
+    rules: Rules
+    bias: Tensor | None
+    experts: tuple[Matrix, Matrix, Matrix]
+    shared: tuple[Matrix, Matrix, Matrix] | None
+    share: Tensor | None = None
+
+    def write(self, fields: Fields, C: int) -> None:
+        """Write norm, router, experts and their sizes."""
+        E, F, _ = self.experts[0].weight.shape
+        rules = self.rules.fields(E, self.bias)
+        fields.fit &= rules is not None
+        fields.norm(self.norm, C)
+        fields.tensor(self.router, (E, C), fields.dtype)
+        fields.integers(self.wide, *(rules or [0] * RULES))
+        if self.bias is not None:
+            fields.tensors.append(self.bias)
+        for matrix, (O, I) in zip(self.experts, ((F, C), (F, C), (C, F)), strict=True):
+            fields.experts(matrix, O, I)
+        fields.integers(E, C, F)
+        width = 0 if self.shared is None else self.shared[0].weight.shape[0]
+        shapes = (width, C), (width, C), (C, width)
+        for one, (O, I) in zip(self.shared or (None,) * 3, shapes, strict=True):
+            # The kernel adds no bias within an MLP.
+            fields.fit &= one is None or one.bias is None
+            fields.matrix(one, O, I)
+        fields.integers(width)
+        fields.tensor(self.share, (1, C), fields.dtype)
 
 
 def readable(fields: Fields) -> bool:

@@ -6,6 +6,7 @@
 #include <omp.h>
 
 #include "parts/attention.h"
+#include "parts/experts.h"
 #include "parts/mixer.h"
 #include "parts/mlp.h"
 #include "parts/shared_mlp.h"
@@ -13,7 +14,7 @@
 namespace {
 
 // As `quintet.kernels.parts` numbers them.
-enum Kind : i64 { ATTENTION, MLP, MIXER, SHARED_MLP };
+enum Kind : i64 { ATTENTION, MLP, MIXER, SHARED_MLP, EXPERTS };
 
 struct Part {
     i64 kind;
@@ -41,6 +42,7 @@ void with_part(const Stack& s, const Tokens& tokens, i64 i, i64 threads, Room& r
         case MLP: return as(static_cast<MLPPart<Matrix, T>*>(nullptr));
         case MIXER: return as(static_cast<MixerPart<Matrix, T>*>(nullptr));
         case SHARED_MLP: return as(static_cast<SharedMLPPart<Matrix, T>*>(nullptr));
+        case EXPERTS: return as(static_cast<ExpertsPart<Matrix, T>*>(nullptr));
     }
 }
 
