@@ -4,6 +4,7 @@ import torch.nn.functional as F  # noqa: N812
 from torch import Tensor, nn
 
 from quintet.kernels.gated import gated
+from quintet.kernels.product import gated_products
 from quintet.layers.linear import Linear, matrices, project
 from quintet.ops.activations import Activation, activation, gate_by
 
@@ -26,8 +27,12 @@ class GatedMLP(nn.Module):
         """Map (B, T, C) to (B, T, C)."""
         if self.act_fn is F.silu:
             held = matrices(self.gate_proj, self.up_proj, self.down_proj)
-            made = None if held is None else gated(hidden_states, held[0], held[1], held[2])
-            if made is not None:
-                return made
+            if held is not None:
+                made = gated(hidden_states, held[0], held[1], held[2])
+                if made is not None:
+                    return made
+                inside = gated_products(hidden_states, held[0], held[1])
+                if inside is not None:
+                    return self.down_proj(inside)  # type: ignore[no-any-return]
         gate, up = project(hidden_states, self.gate_proj, self.up_proj)
         return self.down_proj(gate_by(self.act_fn, gate, up))  # type: ignore[no-any-return]
