@@ -2,6 +2,7 @@
 
 import ctypes
 import os
+import struct
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache
@@ -23,6 +24,7 @@ __all__ = [
     "entry",
     "native",
     "pointers",
+    "real",
 ]
 
 POINTER, INTEGER, REAL = ctypes.c_void_p, ctypes.c_int64, ctypes.c_float
@@ -103,6 +105,12 @@ PLAIN = (Tensor, torch.nn.Parameter)
 def pointers(values: Sequence[int]) -> "ctypes.Array[ctypes.c_int64]":
     """Return numbers and addresses as one array of eight-byte fields."""
     return (INTEGER * len(values))(*values)
+
+
+def real(value: float) -> int:
+    """Return a number as a field of `pointers`: the eight bytes of a double."""
+    (field,) = struct.unpack("q", struct.pack("d", value))
+    return int(field)
 
 
 def _openmp() -> Path | None:

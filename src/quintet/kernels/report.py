@@ -21,7 +21,7 @@ KERNELS = {
     "product": "linear maps of more vectors, and the gates of MLPs with SiLU, in bfloat16",
     "rows": "RMSNorm, rotary embedding and SiLU gates in bfloat16 and float32",
     "sampling": "the penalty for tokens that occurred",
-    "routing": "routers of up to 32 tokens, weights in bfloat16 or float32",
+    "routing": "routers of up to 32 tokens, in bfloat16 and float32",
     "widen": "int8 and int4 weights to bfloat16 or float32, for more vectors than that",
     "mamba2": "Zamba2's mixer between its projections, in bfloat16 and float32",
 }

@@ -14,6 +14,7 @@ from torch import Tensor
 from quintet.kernels.gated import gated as kernel
 from quintet.kernels.grouped import grouped_silu_experts
 from quintet.kernels.linear import Matrix
+from quintet.kernels.routing import Rules, choose
 from quintet.ops.activations import Activation
 from quintet.ops.grouped import grouped_linear
 
@@ -35,6 +36,11 @@ def top_experts(logits: Tensor, A: int, *, normalise: bool) -> tuple[Tensor, Ten
     Shares are probabilities of a softmax over all experts, in the dtype of `logits` (N, E);
     `normalise` makes those chosen sum to one.
     """
+    made = choose(logits, Rules(active=A, normalise=normalise))
+    return _top_experts(logits, A, normalise=normalise) if made is None else made
+
+
+def _top_experts(logits: Tensor, A: int, *, normalise: bool) -> tuple[Tensor, Tensor]:
     # In float32: in bfloat16 many probabilities round to the same number, and others are chosen.
     probabilities = logits.softmax(dim=-1, dtype=torch.float32)
     shares, indices = probabilities.topk(A, dim=-1)

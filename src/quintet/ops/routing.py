@@ -10,6 +10,7 @@ import torch.nn.functional as F  # noqa: N812
 from torch import Tensor
 
 from quintet.kernels import routing as kernels
+from quintet.kernels.routing import Rules
 
 __all__ = [
     "RoutingRules",
@@ -19,7 +20,9 @@ __all__ = [
     "max_violation",
     "router_logits",
     "sigmoid_routing",
+    "sigmoid_rules",
     "softmax_routing",
+    "softmax_rules",
 ]
 
 
@@ -57,6 +60,23 @@ def softmax_routing(logits: Tensor, rules: RoutingRules) -> tuple[Tensor, Tensor
     With groups, only those count whose best expert is among the `kept_groups` best. Weights are
     the affinities, normalised to sum to one or else scaled, never both.
     """
+    made = kernels.choose(logits, softmax_rules(rules))
+    return _softmax_routing(logits, rules) if made is None else made
+
+
+def softmax_rules(rules: RoutingRules) -> Rules:
+    """Return what `softmax_routing` does, in the words of the kernel."""
+    normalise = rules.normalise and rules.active > 1
+    return Rules(
+        active=rules.active,
+        groups=rules.groups,
+        kept_groups=rules.kept_groups,
+        normalise=normalise,
+        scaling=1.0 if normalise else rules.scaling,
+    )
+
+
+def _softmax_routing(logits: Tensor, rules: RoutingRules) -> tuple[Tensor, Tensor]:
     scores = logits.softmax(dim=-1)
     choice = _in_best_groups(scores, rules, best=1)
     indices = choice.topk(rules.active, dim=-1, sorted=False).indices
@@ -72,16 +92,21 @@ def sigmoid_routing(logits: Tensor, bias: Tensor, rules: RoutingRules) -> tuple[
     The bias (E,) steers load alone. With groups, only those count whose two best experts sum to
     one of the `kept_groups` highest sums. Weights are normalised if asked, then scaled.
     """
-    made = kernels.sigmoid_routing(
-        logits,
-        bias,
+    made = kernels.choose(logits, sigmoid_rules(rules), bias)
+    return _sigmoid_routing(logits, bias, rules) if made is None else made
+
+
+def sigmoid_rules(rules: RoutingRules) -> Rules:
+    """Return what `sigmoid_routing` does, in the words of the kernel."""
+    return Rules(
+        sigmoid=True,
         active=rules.active,
         groups=rules.groups,
         kept_groups=rules.kept_groups,
+        ranked=2,
         normalise=rules.normalise,
         scaling=rules.scaling,
     )
-    return _sigmoid_routing(logits, bias, rules) if made is None else made
 
 
 def _sigmoid_routing(logits: Tensor, bias: Tensor, rules: RoutingRules) -> tuple[Tensor, Tensor]:
