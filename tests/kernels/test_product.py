@@ -84,7 +84,9 @@ def test_a_row_does_not_depend_on_the_others_or_on_threads(level: str) -> None:
     one = products(x, [matrix])
     torch.set_num_threads(3)
     many, few = products(x, [matrix]), products(x[:7], [matrix])
-    assert one is not None and many is not None and few is not None
+    assert one is not None
+    assert many is not None
+    assert few is not None
     assert torch.equal(one[0], many[0])
     assert torch.equal(one[0][:7], few[0])
 

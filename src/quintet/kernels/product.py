@@ -9,6 +9,8 @@ from quintet.kernels.linear import Matrix, fits
 from quintet.kernels.native import INTEGER, POINTER, applies, entry, pointers
 
 __all__ = ["gated_products", "products"]
+
+
 def products(x: Tensor, maps: Sequence[Matrix]) -> list[Tensor] | None:
     """Return x·Wᵀ + b for each of `maps`; None where the kernel does not apply.
 
