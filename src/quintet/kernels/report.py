@@ -18,6 +18,7 @@ KERNELS = {
     "linear": "linear maps of up to 32 vectors at once, weights in bfloat16 or float32",
     "linear int8": "the same, weights in int8",
     "linear int4": "the same, weights in int4",
+    "product": "linear maps of more vectors, and the gates of MLPs with SiLU, in bfloat16",
     "rows": "RMSNorm, rotary embedding and SiLU gates in bfloat16 and float32",
     "sampling": "the penalty for tokens that occurred",
     "routing": "routers of up to 32 tokens, in bfloat16 and float32",

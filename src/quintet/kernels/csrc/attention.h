@@ -276,52 +276,62 @@ inline void finish_row(const Attention& a, const Partial* parts, i64 count, i64 
     }
 }
 
-inline void attend(const Attention& a, float scale) {
-    static thread_local Scratch of_thread, of_parts;
-    const i64 rows = a.T * a.G, tiles = (rows + MOST_ROWS - 1) / MOST_ROWS;
-    const i64 items = a.B * a.K * tiles, threads = omp_get_max_threads();
-    // Few tiles: their keys are divided among the threads too.
-    const bool few = items < 4 * threads && items % threads != 0;
-    const i64 parts = few ? std::clamp<i64>(a.S / (2 * KEYS), 1, threads) : 1;
-    const i64 slots = parts > 1 ? items * parts : threads, size = Partial::size(a.Dv);
-    of_parts.open(Scratch::room<float>(slots * size));
-    float* memory = of_parts.take<float>(slots * size);
+// How attention is divided: tiles of rows, and where those are too few for the threads, parts of
+// their keys too. What is in the making takes memory that all threads share.
+struct Division {
+    i64 rows, tiles, items, parts, slots, size;
+
+    Division(const Attention& a, i64 threads)
+        : rows(a.T * a.G), tiles((rows + MOST_ROWS - 1) / MOST_ROWS), items(a.B * a.K * tiles),
+          parts(items < 4 * threads && items % threads != 0 ? std::clamp<i64>(a.S / (2 * KEYS), 1, threads) : 1),
+          slots(parts > 1 ? items * parts : threads), size(Partial::size(a.Dv)) {}
+
+    i64 room() const { return slots * size; }
+};
+
+// Every thread of a running team calls it, no more of them than the division was made for, with the
+// same `memory`; none returns before all is written.
+inline void attend(const Attention& a, float scale, const Division& d, float* memory) {
+    static thread_local Scratch of_thread;
     const auto finish = [&](i64 item, const Partial* made) {
-        const i64 tile = item % tiles, k = item / tiles % a.K, b = item / tiles / a.K;
-        for (i64 i = 0; i < std::min(MOST_ROWS, rows - tile * MOST_ROWS); ++i) {
+        const i64 tile = item % d.tiles, k = item / d.tiles % a.K, b = item / d.tiles / a.K;
+        for (i64 i = 0; i < std::min(MOST_ROWS, d.rows - tile * MOST_ROWS); ++i) {
             const i64 m = tile * MOST_ROWS + i, t = m / a.G, h = k * a.G + m % a.G;
-            finish_row(a, made, parts, i,
+            finish_row(a, made, d.parts, i,
                        a.out + b * a.out_at.row + t * a.out_at.token + h * a.out_at.head);
         }
     };
-#pragma omp parallel
-    {
 #pragma omp for schedule(dynamic, 1)
-        for (i64 job = 0; job < items * parts; ++job) {
-            // The last tiles see the most keys and go first.
-            const i64 item = items - 1 - job / parts, part = job % parts;
-            const i64 tile = item % tiles, k = item / tiles % a.K, b = item / tiles / a.K;
-            const i64 m0 = tile * MOST_ROWS, M = std::min(MOST_ROWS, rows - m0);
-            const i64 end = std::min(a.S, a.start[b] + (m0 + M - 1) / a.G + 1);
-            const i64 first = a.start[b] + m0 / a.G + 1 - a.window;
-            const i64 begin = a.window > 0 ? std::max<i64>(0, first) : 0;
-            const i64 share = ((end - begin + parts - 1) / parts + KEYS - 1) / KEYS * KEYS;
-            const i64 from = std::min(end, begin + part * share), to = std::min(end, from + share);
-            const i64 slot = parts > 1 ? item * parts + part : omp_get_thread_num();
-            Partial made(memory + slot * size, a.Dv);
-            Tile(a, scale, b, k, m0, M, of_thread).run(from, to, made);
-            if (parts == 1) finish(item, &made);
-        }
-        if (parts > 1) {
-#pragma omp for schedule(static)
-            for (i64 item = 0; item < items; ++item) {
-                std::vector<Partial> made;
-                for (i64 p = 0; p < parts; ++p)
-                    made.emplace_back(memory + (item * parts + p) * size, a.Dv);
-                finish(item, made.data());
-            }
-        }
+    for (i64 job = 0; job < d.items * d.parts; ++job) {
+        // The last tiles see the most keys and go first.
+        const i64 item = d.items - 1 - job / d.parts, part = job % d.parts;
+        const i64 tile = item % d.tiles, k = item / d.tiles % a.K, b = item / d.tiles / a.K;
+        const i64 m0 = tile * MOST_ROWS, M = std::min(MOST_ROWS, d.rows - m0);
+        const i64 end = std::min(a.S, a.start[b] + (m0 + M - 1) / a.G + 1);
+        const i64 first = a.start[b] + m0 / a.G + 1 - a.window;
+        const i64 begin = a.window > 0 ? std::max<i64>(0, first) : 0;
+        const i64 share = ((end - begin + d.parts - 1) / d.parts + KEYS - 1) / KEYS * KEYS;
+        const i64 from = std::min(end, begin + part * share), to = std::min(end, from + share);
+        const i64 slot = d.parts > 1 ? item * d.parts + part : omp_get_thread_num();
+        Partial made(memory + slot * d.size, a.Dv);
+        Tile(a, scale, b, k, m0, M, of_thread).run(from, to, made);
+        if (d.parts == 1) finish(item, &made);
     }
+    if (d.parts == 1) return;
+#pragma omp for schedule(static)
+    for (i64 item = 0; item < d.items; ++item) {
+        std::vector<Partial> made;
+        for (i64 p = 0; p < d.parts; ++p)
+            made.emplace_back(memory + (item * d.parts + p) * d.size, a.Dv);
+        finish(item, made.data());
+    }
+}
+
+// What threads that are about to run need besides, kept from call to call.
+inline float* memory_of(const Division& division) {
+    static thread_local Scratch of_parts;
+    of_parts.open(Scratch::room<float>(division.room()));
+    return of_parts.take<float>(division.room());
 }
 
 }  // namespace
