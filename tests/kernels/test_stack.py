@@ -7,7 +7,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from quintet.kernels.linear import Matrix
-from quintet.kernels.stack import Block, Stack
+from quintet.kernels.parts import MLP, Attention, Norm, Part, Tokens
+from quintet.kernels.stack import Stack
 from quintet.ops.quantized import dequantize_int4, dequantize_int8, quantize_int4, quantize_int8
 from support import relative_error
 

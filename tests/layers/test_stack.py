@@ -12,7 +12,8 @@ from torch import Tensor, nn
 from quintet import DynamicCache, OffloadedCache, QuantizedCache, Qwen2ForCausalLM, StaticCache
 from quintet.cache import Cache
 from quintet.kernels.native import native
-from quintet.layers import dense
+from quintet.layers import stack
+from quintet.layers.step import Step
 from quintet.modeling import decoder
 from support import relative_error, small_config
 
@@ -35,14 +36,14 @@ def model() -> Qwen2ForCausalLM:
 def passes(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
     """For each run over the layers, whether it was one call."""
     seen: list[bool] = []
-    real = decoder.in_one_call
+    real = stack.LayerRun.in_one_call
 
-    def watched(*arguments: object) -> Tensor | None:
-        made = real(*arguments)  # type: ignore[arg-type]
+    def watched(run: stack.LayerRun, hidden: Tensor, step: Step) -> Tensor | None:
+        made = real(run, hidden, step)
         seen.append(made is not None)
         return made
 
-    monkeypatch.setattr(decoder, "in_one_call", watched)
+    monkeypatch.setattr(stack.LayerRun, "in_one_call", watched)
     return seen
 
 
@@ -121,7 +122,7 @@ def test_what_somebody_put_in_between_is_called(
     change(model)
     made = step(model, DynamicCache(model.config))
     assert passes == [False, False]
-    monkeypatch.setattr(decoder, "in_one_call", lambda *_: None)
+    monkeypatch.setattr(stack.LayerRun, "in_one_call", lambda *_: None)
     assert torch.equal(made, step(model, DynamicCache(model.config)))
 
 
@@ -210,7 +211,7 @@ def test_generate_gathers_once(
     gathered: list[bool] = []
     real = decoder.gather
 
-    def counted(*arguments: Any) -> dense.Gathered | None:
+    def counted(*arguments: Any) -> stack.Gathered | None:
         made = real(*arguments)
         gathered.append(made is not None)
         return made
@@ -222,5 +223,5 @@ def test_generate_gathers_once(
     # The prompt alone came before.
     assert passes == [False]
     monkeypatch.setattr(decoder, "gather", lambda *_: None)
-    monkeypatch.setattr(decoder, "in_one_call", lambda *_: None)
+    monkeypatch.setattr(stack.LayerRun, "in_one_call", lambda *_: None)
     assert torch.equal(made, model.generate(ids, max_new_tokens=6, do_sample=False))
