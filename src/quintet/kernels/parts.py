@@ -74,6 +74,16 @@ class Tokens:
     starts: Sequence[int]
     counts: Tensor | None = None
 
+    @property
+    def end(self) -> int:
+        """The slot behind the last token of all rows."""
+        return max(self.starts) + self.cos.shape[1]
+
+    def turn(self, B: int, D: int) -> bool:
+        """Tell whether the angles are those of heads (B, ..., T, D)."""
+        shape = self.cos.shape
+        return shape == self.sin.shape == (shape[0], shape[1], D) and shape[0] in (1, B)
+
 
 class Fields:
     """Eight-byte fields for vectors of a dtype, and the tensors whose addresses are among them.
@@ -145,6 +155,15 @@ class Fields:
         self.numbers += fields or [0] * 5
 
 
+    def buffer(self, x: Tensor, shape: tuple[int, int, int, int]) -> None:
+        """Write where what a cache keeps of (B, K, S, D) is, which may have room for more of S."""
+        (B, K, S, D), strides = shape, x.stride()
+        room = x.ndim == 4 and x.shape[2] >= S and strides[-1] == 1
+        self.fit &= room and x.shape == (B, K, x.shape[2], D) and x.dtype == self.dtype
+        self.tensors.append(x)
+        self.numbers += (x.data_ptr(), *strides[:3])
+
+
 class Part(ABC):
     """A part of a layer, x += part(norm(x)), or one that leaves what it makes beside x.
 
@@ -203,17 +222,9 @@ class Attention(Part):
     def held(self, kept: Sequence[Tensor], fields: Fields, B: int, tokens: Tokens) -> None:
         """Write where the tokens' keys and values go."""
         K, D = self.qkv[1].map.weight.shape[0] // self.head_dim, self.head_dim
-        cos, sin = tokens.cos, tokens.sin
-        T, last = cos.shape[1], max(tokens.starts) + cos.shape[1]
-        angles = cos.shape == sin.shape == (len(cos), T, D) and len(cos) in (1, B)
-        fields.fit &= angles and len(kept) == 2
+        fields.fit &= tokens.turn(B, D) and len(kept) == 2
         for buffer in kept:
-            strides = buffer.stride()
-            room = buffer.ndim == 4 and buffer.shape[2] >= last and strides[3] == 1
-            fields.fit &= room and buffer.dtype == fields.dtype
-            fields.fit &= room and buffer.shape == (B, K, buffer.shape[2], D)
-            fields.tensors.append(buffer)
-            fields.integers(buffer.data_ptr(), *strides[:3])
+            fields.buffer(buffer, (B, K, tokens.end, D))
 
 
 @dataclass(frozen=True, slots=True)
