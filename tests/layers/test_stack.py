@@ -9,6 +9,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+import conformance.families as conformance
+from conformance.families import Family
 from quintet import DynamicCache, OffloadedCache, QuantizedCache, Qwen2ForCausalLM, StaticCache
 from quintet.cache import Cache
 from quintet.kernels.native import native
@@ -19,8 +21,20 @@ from support import relative_error, small_config
 
 pytestmark = pytest.mark.skipif(native().library is None, reason=f"{native().reason}")
 
-CACHES: dict[str, Callable[[Qwen2ForCausalLM], Cache]] = {
-    "dynamic": lambda model: DynamicCache(model.config),
+
+def dynamic_cache(model: Any) -> Cache:
+    return DynamicCache(model.config)
+
+
+# So that the kernel's vectors are full.
+WIDE: dict[str, dict[str, Any]] = {
+    "qwen2": {"head_dim": 16},
+    "qwen2-moe": {"head_dim": 16},
+    "zamba2": {"hidden_size": 64, "mamba_d_state": 16},
+}
+FAMILIES = [family for family in conformance.FAMILIES if family.name in WIDE]
+CACHES: dict[str, Callable[[Any], Cache]] = {
+    "dynamic": dynamic_cache,
     "static": lambda model: StaticCache(model.config, 40),
     "offloaded": lambda model: OffloadedCache(model.config),
 }
@@ -47,6 +61,49 @@ def passes(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
     return seen
 
 
+@pytest.fixture
+def gathered(monkeypatch: pytest.MonkeyPatch) -> list[stack.Gathered]:
+    """What was gathered, in order."""
+    seen: list[stack.Gathered] = []
+    real = decoder.gather
+
+    def watched(*arguments: Any) -> stack.Gathered:
+        seen.append(real(*arguments))
+        return seen[-1]
+
+    monkeypatch.setattr(decoder, "gather", watched)
+    return seen
+
+
+@torch.no_grad()
+def steps(model: Any, new_cache: Callable[[Any], Cache], T: int) -> tuple[Tensor, Cache]:
+    """The logits of three steps of T tokens behind a prompt of which one row is shorter."""
+    cache = new_cache(model)
+    ids = torch.arange(3 * 12).view(3, 12) % model.config.vocab_size
+    mask = torch.ones_like(ids)
+    mask[1, :4] = 0
+    model(ids, attention_mask=mask, past_key_values=cache, use_cache=True)
+    made = [
+        model(ids[:, at : at + T], past_key_values=cache, use_cache=True).logits for at in range(3)
+    ]
+    return torch.cat(made, dim=1), cache
+
+
+def assert_same_content(ours: Cache, theirs: Cache) -> None:
+    lengths = ours.lengths(3).tolist()
+    assert lengths == theirs.lengths(3).tolist()
+    for mine, reference in zip(ours.layers, theirs.layers, strict=True):
+        if mine is None or reference is None:
+            continue
+        for x, y in zip(mine.content(max(lengths)), reference.content(max(lengths)), strict=True):
+            for row, length in enumerate(lengths):
+                assert relative_error(x[row, :, :length], y[row, :, :length]) <= 1e-5
+    for held, known in zip(ours.states, theirs.states, strict=True):
+        if held is not None and held.state is not None:
+            assert relative_error(held.state, known.state) <= 1e-5
+            assert relative_error(held.window, known.window) <= 1e-5
+
+
 @torch.no_grad()
 def step(model: Qwen2ForCausalLM, cache: Cache, T: int = 1) -> Tensor:
     """The logits of T tokens behind a prompt of which one row is shorter."""
@@ -59,23 +116,71 @@ def step(model: Qwen2ForCausalLM, cache: Cache, T: int = 1) -> Tensor:
 
 @pytest.mark.parametrize("kind", list(CACHES))
 @pytest.mark.parametrize("T", [1, 3])
+@pytest.mark.parametrize("family", FAMILIES, ids=str)
 def test_a_step_in_one_call_gives_and_keeps_what_the_layers_do(
-    model: Qwen2ForCausalLM, passes: list[bool], kind: str, T: int
+    family: Family, passes: list[bool], kind: str, T: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    caches = [CACHES[kind](model) for _ in range(2)]
-    made = step(model, caches[0], T)
-    assert passes == [False, True]
-    model.model.layers[0].mlp.register_forward_hook(lambda *_: None)
-    expected = step(model, caches[1], T)
-    assert passes == [False, True, False, False]
+    model = family.model_of(**WIDE[family.name])
+    made, cache = steps(model, CACHES[kind], T)
+    assert passes == [False, *[True] * 3]
+    monkeypatch.setattr(stack.LayerRun, "in_one_call", lambda *_: None)
+    expected, reference = steps(model, CACHES[kind], T)
     assert relative_error(made, expected) <= 1e-5
-    for ours, theirs in zip(caches[0].layers, caches[1].layers, strict=True):
-        assert ours is not None
-        assert theirs is not None
-        for mine, reference in zip(ours.content(20), theirs.content(20), strict=True):
-            for row, length in enumerate(caches[0].lengths(3).tolist()):
-                error = relative_error(mine[row, :, :length], reference[row, :, :length])
-                assert error <= 1e-5
+    assert_same_content(cache, reference)
+
+
+@pytest.mark.parametrize(
+    ("family", "variant"),
+    [
+        pytest.param(family, variant, id=f"{family.name}-{variant}")
+        for family in FAMILIES
+        for variant in family.variants
+    ],
+)
+def test_every_form_of_a_family_runs_in_one_call_but_for_other_activations(
+    family: Family, variant: str, passes: list[bool], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    values = {**WIDE[family.name], **family.variants[variant]}
+    model = family.model_of(**values)
+    made, cache = steps(model, dynamic_cache, 1)
+    other = {"zamba2": "silu"}.get(family.name, "gelu")
+    assert (passes == [False, *[True] * 3]) == (values.get("hidden_act") != other)
+    monkeypatch.setattr(stack.LayerRun, "in_one_call", lambda *_: None)
+    expected, reference = steps(model, dynamic_cache, 1)
+    assert relative_error(made, expected) <= 1e-5
+    assert_same_content(cache, reference)
+
+
+@pytest.mark.parametrize("family", FAMILIES, ids=str)
+def test_tokens_one_by_one_are_the_same_to_the_last_bit(
+    family: Family, passes: list[bool], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = family.model_of(**WIDE[family.name]).to(torch.bfloat16)
+    made, _ = steps(model, dynamic_cache, 1)
+    assert True in passes
+    monkeypatch.setattr(stack.LayerRun, "in_one_call", lambda *_: None)
+    expected, _ = steps(model, dynamic_cache, 1)
+    assert torch.equal(made, expected)
+
+
+@pytest.mark.parametrize("family", FAMILIES, ids=str)
+def test_a_hook_anywhere_is_called_as_often_as_by_the_layers(
+    family: Family, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = family.model_of(**WIDE[family.name])
+    named = dict(model.base_model.layers.named_modules())
+
+    def count(name: str) -> int:
+        calls = []
+        handle = named[name].register_forward_hook(lambda *_: calls.append(None))
+        steps(model, dynamic_cache, 1)
+        handle.remove()
+        return len(calls)
+
+    in_place = {name: count(name) for name in named if name}
+    assert sum(in_place.values()) > len(in_place)
+    monkeypatch.setattr(stack.LayerRun, "in_one_call", lambda *_: None)
+    assert in_place == {name: count(name) for name in in_place}
 
 
 def wrap_map(model: Qwen2ForCausalLM) -> None:
@@ -121,9 +226,10 @@ def test_what_somebody_put_in_between_is_called(
 ) -> None:
     change(model)
     made = step(model, DynamicCache(model.config))
-    assert passes == [False, False]
+    # The prompt, and a step whose second of three layers is called.
+    assert passes == [False, True, False, True]
     monkeypatch.setattr(stack.LayerRun, "in_one_call", lambda *_: None)
-    assert torch.equal(made, step(model, DynamicCache(model.config)))
+    assert relative_error(made, step(model, DynamicCache(model.config))) <= 1e-5
 
 
 def test_what_a_caller_asks_to_see_comes_from_the_layers(
@@ -144,6 +250,37 @@ def test_what_a_caller_asks_to_see_comes_from_the_layers(
     assert True not in passes
 
 
+@pytest.mark.parametrize("family", [f for f in FAMILIES if "router_logits" in f.compared], ids=str)
+def test_router_logits_that_are_asked_for_come_from_the_layers(
+    family: Family, passes: list[bool]
+) -> None:
+    model = family.model_of(**WIDE[family.name])
+    cache = DynamicCache(model.config)
+    ids = torch.arange(8)[None]
+    with torch.no_grad():
+        model(ids, past_key_values=cache)
+        out = model(ids[:, :1], past_key_values=cache, output_router_logits=True)
+    assert len(out.router_logits) == len(family.routes(model.config))
+    assert True not in passes
+
+
+def test_states_that_may_be_gone_back_to_are_left_to_the_layers(passes: list[bool]) -> None:
+    (family,) = (family for family in FAMILIES if family.name == "zamba2")
+    model = family.model_of(**WIDE[family.name])
+    cache = DynamicCache(model.config)
+    ids = torch.arange(8)[None]
+    with torch.no_grad():
+        model(ids, past_key_values=cache)
+        expected = model(ids[:, :2], past_key_values=copy.deepcopy(cache)).logits
+        cache.snapshot()
+        passes.clear()
+        model(ids[:, :3], past_key_values=cache)
+        assert passes == [False]
+        cache.crop(8)
+        made = model(ids[:, :2], past_key_values=cache).logits
+    assert relative_error(made, expected) <= 1e-5
+
+
 def test_a_caller_s_own_keys_are_not_written_into(model: Qwen2ForCausalLM) -> None:
     cache = DynamicCache(model.config)
     with torch.no_grad():
@@ -159,27 +296,25 @@ def test_a_caller_s_own_keys_are_not_written_into(model: Qwen2ForCausalLM) -> No
 
 
 def test_weights_that_are_held_are_those_of_the_beginning(
-    model: Qwen2ForCausalLM, passes: list[bool]
+    model: Qwen2ForCausalLM, gathered: list[stack.Gathered]
 ) -> None:
     expected = step(model, DynamicCache(model.config))
-    passes.clear()
 
     def fail_halfway() -> None:
         with model.weights_held():
+            before = len(gathered)
             made = step(model, DynamicCache(model.config))
             assert torch.equal(made, expected)
-            # Layers were gathered once, not by the step.
-            assert passes == []
+            assert len(gathered) == before
             replace_norm(model)
             raise RuntimeError("halfway")
 
     with pytest.raises(RuntimeError, match="halfway"):
         fail_halfway()
     assert not torch.equal(step(model, DynamicCache(model.config)), expected)
-    assert passes == [False, False]
 
 
-def test_nothing_is_held_once_all_have_ended(model: Qwen2ForCausalLM, passes: list[bool]) -> None:
+def test_nothing_is_held_once_all_have_ended(model: Qwen2ForCausalLM) -> None:
     # As two threads may: the one that began first ends first.
     first, second = model.weights_held(), model.weights_held()
     first.__enter__()
@@ -187,15 +322,11 @@ def test_nothing_is_held_once_all_have_ended(model: Qwen2ForCausalLM, passes: li
     first.__exit__(None, None, None)
     expected = step(model, DynamicCache(model.config))
     second.__exit__(None, None, None)
-    passes.clear()
     replace_norm(model)
     assert not torch.equal(step(model, DynamicCache(model.config)), expected)
-    assert passes == [False, False]
 
 
-def test_a_copy_made_meanwhile_reads_its_own_weights(
-    model: Qwen2ForCausalLM, passes: list[bool]
-) -> None:
+def test_a_copy_made_meanwhile_reads_its_own_weights(model: Qwen2ForCausalLM) -> None:
     with model.weights_held():
         copies = copy.deepcopy(model), pickle.loads(pickle.dumps(model))
     expected = step(model, DynamicCache(model.config))
@@ -206,22 +337,15 @@ def test_a_copy_made_meanwhile_reads_its_own_weights(
 
 
 def test_generate_gathers_once(
-    model: Qwen2ForCausalLM, monkeypatch: pytest.MonkeyPatch, passes: list[bool]
+    model: Qwen2ForCausalLM,
+    gathered: list[stack.Gathered],
+    passes: list[bool],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    gathered: list[bool] = []
-    real = decoder.gather
-
-    def counted(*arguments: Any) -> stack.Gathered | None:
-        made = real(*arguments)
-        gathered.append(made is not None)
-        return made
-
-    monkeypatch.setattr(decoder, "gather", counted)
     ids = torch.arange(20)[None]
     made = model.generate(ids, max_new_tokens=6, do_sample=False)
-    assert gathered == [True]
-    # The prompt alone came before.
-    assert passes == [False]
-    monkeypatch.setattr(decoder, "gather", lambda *_: None)
+    assert len(gathered) == 1
+    # The prompt, and five steps.
+    assert passes == [False, *[True] * 5]
     monkeypatch.setattr(stack.LayerRun, "in_one_call", lambda *_: None)
     assert torch.equal(made, model.generate(ids, max_new_tokens=6, do_sample=False))

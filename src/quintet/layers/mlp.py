@@ -6,6 +6,7 @@ from torch import Tensor, nn
 from quintet.kernels import parts
 from quintet.kernels.gated import gated
 from quintet.kernels.linear import Matrix
+from quintet.kernels.product import gated_products
 from quintet.layers.linear import Linear, matrices, project
 from quintet.layers.stack import StackPart, untouched
 from quintet.ops.activations import Activation, activation, gate_by
@@ -29,9 +30,13 @@ class GatedMLP(StackPart):
         """Map (B, T, C) to (B, T, C)."""
         if self.act_fn is F.silu:
             held = matrices(self.gate_proj, self.up_proj, self.down_proj)
-            made = None if held is None else gated(hidden_states, held[0], held[1], held[2])
-            if made is not None:
-                return made
+            if held is not None:
+                made = gated(hidden_states, held[0], held[1], held[2])
+                if made is not None:
+                    return made
+                inside = gated_products(hidden_states, held[0], held[1])
+                if inside is not None:
+                    return self.down_proj(inside)  # type: ignore[no-any-return]
         gate, up = project(hidden_states, self.gate_proj, self.up_proj)
         return self.down_proj(gate_by(self.act_fn, gate, up))  # type: ignore[no-any-return]
 

@@ -5,7 +5,9 @@ from collections.abc import Sequence
 import torch.nn.functional as F  # noqa: N812
 from torch import Tensor
 
-from quintet.kernels import linear as kernels
+from quintet.kernels.linear import Matrix
+from quintet.kernels.linear import linears as few
+from quintet.kernels.product import products as many
 
 __all__ = ["linear", "linears"]
 
@@ -17,5 +19,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
 
 def linears(x: Tensor, maps: Sequence[tuple[Tensor, Tensor | None]]) -> Sequence[Tensor]:
     """Map the same x (..., I) by several weights (O, I) and biases (O), to (..., O) each."""
-    made = kernels.linears(x, [kernels.Matrix(weight, None, bias) for weight, bias in maps])
+    matrices = [Matrix(weight, None, bias) for weight, bias in maps]
+    made = few(x, matrices)
+    made = many(x, matrices) if made is None else made
     return [F.linear(x, weight, bias) for weight, bias in maps] if made is None else made

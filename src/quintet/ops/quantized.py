@@ -21,6 +21,7 @@ from torch import Tensor
 
 from quintet.errors import InputError
 from quintet.kernels import linear as kernels
+from quintet.ops.linear import linear
 
 __all__ = [
     "FP8_BLOCK",
@@ -172,7 +173,7 @@ def _in_bands(x: Tensor, q: Tensor, scale: Tensor, bias: Tensor | None) -> Tenso
             w = dequantize_int8(q[rows], scale[rows], x.dtype)
         else:
             w = dequantize_int4(q[rows], scale[rows], columns, x.dtype)
-        out[..., rows] = F.linear(x, w, None if bias is None else bias[rows])
+        out[..., rows] = linear(x, w, None if bias is None else bias[rows])
     return out
 
 

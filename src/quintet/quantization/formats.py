@@ -11,10 +11,10 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
-import torch.nn.functional as F  # noqa: N812
 from torch import Tensor
 
 from quintet.kernels.linear import Matrix
+from quintet.ops.linear import linear
 from quintet.ops.quantized import (
     FP8_BLOCK,
     dequantize_fp8,
@@ -72,7 +72,7 @@ class WeightFormat(ABC):
 
     def linear(self, x: Tensor, parts: Parts, shape: Shape, bias: Tensor | None) -> Tensor:
         """Return x wᵀ + b; x (..., I)."""
-        return F.linear(x, self.decode(parts, shape, x.dtype), bias)
+        return linear(x, self.decode(parts, shape, x.dtype), bias)
 
     def matrix(self, parts: Parts) -> Matrix | None:
         """Return parts, or stacks of them, as kernels read them; None if they cannot."""

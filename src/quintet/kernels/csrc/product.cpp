@@ -1,0 +1,112 @@
+// Linear maps of many vectors, and the gated half of an MLP. Each thread takes whole panels of a
+// matrix and leads all rows past them.
+#include <omp.h>
+
+#include "product.h"
+
+namespace {
+
+constexpr i64 PACKED = i64(1) << 20;  // bytes of panels that fit the second-level cache
+
+// Eight-byte fields, as Python fills them: y (M, O) = x·weightᵀ + bias, weight (O, I); or, with the
+// matrix `up` beside the weight, silu(x·weightᵀ) · (x·upᵀ).
+struct Map {
+    const bf16 *weight, *up, *bias;
+    bf16* y;
+    i64 O, stride;
+
+    i64 width() const { return up ? LANES : 2 * LANES; }
+    i64 panels() const { return (O + width() - 1) / width(); }
+};
+
+struct Work {
+    const Map* map;
+    i64 first;  // of the outputs
+
+    Panel panel() const {
+        const bf16* w = map->weight + first * map->stride;
+        const i64 rows = map->O - first;
+        return map->up ? panel_of(w, map->up + first * map->stride, map->stride, rows)
+                       : panel_of(w, map->stride, std::min<i64>(2 * LANES, rows));
+    }
+    void biases(float* to) const {
+        for (i64 i = 0; i < 2 * LANES; ++i)
+            to[i] = map->bias && first + i < map->O ? widen(map->bias[first + i]) : 0.0f;
+    }
+};
+
+// How many panels a tile of rows meets while it is in the first-level cache: as many as leave the
+// threads equal shares.
+i64 panels_together(i64 panels, i64 bytes, i64 threads) {
+    i64 together = 4;
+    for (; together > 1; together /= 2) {
+        const i64 groups = (panels + together - 1) / together;
+        if (together * bytes <= PACKED && (groups % threads == 0 || groups >= 8 * threads)) break;
+    }
+    return together;
+}
+
+}  // namespace
+
+extern "C" void quintet_product_bf16(const Map* maps, i64 count, const bf16* x, i64 x_stride, i64 M, i64 I) {
+    static thread_local Scratch of_caller, of_thread;
+    std::vector<Work> works;
+    for (const Map* map = maps; map < maps + count; ++map)
+        for (i64 p = 0; p < map->panels(); ++p) works.push_back({map, p * map->width()});
+    const i64 n = i64(works.size()), threads = omp_get_max_threads();
+    const i64 tiles = (M + TILE - 1) / TILE, pairs = (I + 1) / 2, packed = pairs * 2 * LANES;
+    const i64 together = panels_together(n, 4 * packed, threads), groups = (n + together - 1) / together;
+    const bool copies = I % 2 || 2 * x_stride % 2048 == 0;
+    bf16* copy = nullptr;
+    if (copies) {
+        of_caller.open(Scratch::room<bf16>(M * spread(I)));
+        copy = of_caller.take<bf16>(M * spread(I));
+    }
+    const bf16* rows = copies ? copy : x;
+    const i64 stride = copies ? spread(I) : x_stride;
+#pragma omp parallel
+    {
+        if (copies) {
+#pragma omp for schedule(static)
+            for (i64 m = 0; m < M; ++m) copy_row(x + m * x_stride, I, copy + m * stride);
+        }
+        of_thread.open(together * (Scratch::room<uint32_t>(packed) + Scratch::room<float>(2 * LANES)));
+        uint32_t* w = of_thread.take<uint32_t>(together * packed);
+        float* starts = of_thread.take<float>(together * 2 * LANES);
+#pragma omp for schedule(dynamic, 1)
+        for (i64 group = 0; group < groups; ++group) {
+            const i64 from = group * together, to = std::min(n, from + together);
+            std::vector<Ahead> ahead;
+            for (i64 j = from; j < to; ++j) {
+                pack(works[size_t(j)].panel(), I, w + (j - from) * packed);
+                works[size_t(j)].biases(starts + (j - from) * 2 * LANES);
+                // Most likely what this thread takes next.
+                ahead.emplace_back(works[size_t(std::min(n - 1, j + threads * together))].panel(), tiles);
+            }
+            for (i64 t = 0; t < tiles; ++t) {
+                const i64 m = M * t / tiles, size = M * (t + 1) / tiles - m;
+                for (i64 j = from; j < to; ++j) {
+                    const Map& map = *works[size_t(j)].map;
+                    const i64 first = works[size_t(j)].first, columns = std::min(map.width(), map.O - first);
+                    bf16* y = map.y + m * map.O + first;
+                    const auto run = [&](const auto& finish) {
+                        few_rows(size, w + (j - from) * packed, rows + m * stride, stride, pairs,
+                                 starts + (j - from) * 2 * LANES, ahead[size_t(j - from)], finish);
+                    };
+                    if (map.up)
+                        run([&](int r, F gate, F up) __attribute__((always_inline)) {
+                            const F made = mul(silu(gate), up);
+                            if (columns == LANES)
+                                store(y + r * map.O, made);
+                            else
+                                store(y + r * map.O, made, columns);
+                        });
+                    else
+                        run([&](int r, F low, F high) __attribute__((always_inline)) {
+                            store_both(y + r * map.O, low, high, columns);
+                        });
+                }
+            }
+        }
+    }
+}
