@@ -236,7 +236,6 @@ class Maker:
         part = parts.Routed(norm, router, wide, rules, bias, stacked, own, share)  # type: ignore[arg-type]
         return Case(part, (), formula)
 
-
     def latent(self, starts: list[int], T: int, H: int, rank: int, neighbours: bool) -> Case:
         B, S, R, Dn, Dr, Dv = len(starts), max(starts) + T + 3, 32, 16, 8, 12
         norm, n = self.norm()

@@ -1,4 +1,4 @@
-"""Latent attention in the space of the latents, in bfloat16: by itself, and as a part of a stack."""
+"""Latent attention in the space of the latents, in bfloat16: by itself, or as part of a layer."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass

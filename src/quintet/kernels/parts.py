@@ -154,7 +154,6 @@ class Fields:
         self.tensors += [weight] if scale is None else [weight, scale]
         self.numbers += fields or [0] * 5
 
-
     def buffer(self, x: Tensor, shape: tuple[int, int, int, int]) -> None:
         """Write where what a cache keeps of (B, K, S, D) is, which may have room for more of S."""
         (B, K, S, D), strides = shape, x.stride()

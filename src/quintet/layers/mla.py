@@ -86,28 +86,25 @@ class LatentAttention(StackPart):
 
     def part(self, norm: parts.Norm) -> parts.Part | None:
         """Return the maps and how they are used; None where weights may be dropped."""
-        w_kv = untouched(self.kv_b_proj, Linear)
         kv_norm = norm_of(self.kv_a_layernorm)
-        if w_kv is None or kv_norm is None or (self.training and self.attention_dropout):
+        if untouched(self.kv_b_proj, Linear) is None or kv_norm is None:
             return None
-        if self.q_lora_rank is None:
-            held = matrices(self.q_proj, self.kv_a_proj_with_mqa, self.o_proj)
-            q_a = None
-        else:
-            q_norm = norm_of(self.q_a_layernorm)
-            maps = self.q_b_proj, self.kv_a_proj_with_mqa, self.o_proj, self.q_a_proj
-            held = matrices(*maps)
-            q_a = None if held is None or q_norm is None else (held.pop(), q_norm)
-            if q_a is None:
-                return None
-        if held is None:
+        if self.training and self.attention_dropout:
             return None
+        direct = self.q_lora_rank is None
+        queries = (self.q_proj,) if direct else (self.q_b_proj, self.q_a_proj)
+        held = matrices(self.kv_a_proj_with_mqa, self.o_proj, *queries)
+        q_norm = None if direct else norm_of(self.q_a_layernorm)
+        if held is None or (q_norm is None) != direct:
+            return None
+        kv, o, q = held[:3]
         return latent.LatentAttention(
             norm,
-            q_a,
-            *held[:2],
+            None if q_norm is None else (held[3], q_norm),
+            q,
+            kv,
             kv_norm,
-            held[2],
+            o,
             self._w_kv(),
             self.v_head_dim,
             self.scaling,
