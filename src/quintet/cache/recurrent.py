@@ -80,6 +80,15 @@ class RecurrentSlot:
         assert self._snapshot is not None
         self._snapshot.since.append(inputs)
 
+    def room(self) -> tuple[Tensor, Tensor] | None:
+        """Return window and state for a caller to change in place, instead of `update`.
+
+        None while there are none, and where inputs have to be remembered or others may need them.
+        """
+        if self.remembers or self.window is None or self.state is None:
+            return None
+        return None if _locked(self.window) or _locked(self.state) else (self.window, self.state)
+
     def update(self, window: Tensor, state: Tensor) -> None:
         """Replace both by what they are after a forward."""
         self.window = _stored(self.window, window)

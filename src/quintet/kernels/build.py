@@ -137,7 +137,7 @@ def _compile(
 
 def _key(compiler: str, options: list[str], openmp: Path | None) -> str:
     found = hashlib.sha256()
-    for source in sorted(SOURCES.iterdir()):
+    for source in sorted(path for path in SOURCES.rglob("*") if path.is_file()):
         found.update(source.read_bytes())
     try:
         version = subprocess.run(

@@ -9,7 +9,7 @@ from torch import Tensor
 from quintet.kernels.linear import GROUP, Matrix, kernel_name
 from quintet.kernels.native import POINTER, applies, entry, pointers
 
-__all__ = ["gated"]
+__all__ = ["gated", "stacked"]
 
 # Beyond so many tokens, torch's products are the faster ones (docs/lab-notes.md).
 MOST_TOKENS: Mapping[str, int] = MappingProxyType(
@@ -46,7 +46,7 @@ def gated(
     F = gate.weight.shape[-2]
     fields: list[int] = []
     for matrix, O, I in ((gate, F, C), (up, F, C), (down, C, F)):
-        stack = _stack(matrix, kind, dtype, O, I, routed)
+        stack = stacked(matrix, kind, dtype, O, I, routed=routed)
         if stack is None:
             return None
         fields += stack
@@ -62,15 +62,19 @@ def gated(
             shares.to(torch.float32).contiguous(),
         )
         chosen = indices.data_ptr(), shares.data_ptr()
-    fields += (x.data_ptr(), y.data_ptr(), *chosen, N, A, E, C, F)
+    fields += (E, C, F, x.data_ptr(), y.data_ptr(), *chosen, N, A)
     function(pointers(fields))
     return y
 
 
-def _stack(
-    matrix: Matrix, kind: torch.dtype, dtype: torch.dtype, O: int, I: int, routed: bool
+def stacked(
+    matrix: Matrix, kind: torch.dtype, dtype: torch.dtype, O: int, I: int, *, routed: bool = True
 ) -> tuple[int, ...] | None:
-    """Return address, scales, steps between experts in bytes, and the rows' stride; or None."""
+    """Return address, scales, steps between experts in bytes, and the rows' stride; or None.
+
+    Args:
+        routed: whether there is one matrix an expert, (E, O, I), and not one for all.
+    """
     weight, scale, bias = matrix
     if weight.dtype != kind or weight.ndim != 2 + routed or bias is not None or not applies(weight):
         return None

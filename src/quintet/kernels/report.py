@@ -14,7 +14,7 @@ KERNELS = {
     "gated": "MLPs and experts with SiLU of up to 24 tokens, weights as of linear maps",
     "grouped": "experts with SiLU of more tokens, in bfloat16",
     "latent": "DeepSeek's attention in the space of the latents, in bfloat16",
-    "stack": "all layers of Qwen2 for up to 16 tokens (8 in int8 and int4) in one call",
+    "stack": "all layers for up to 16 tokens (8 in int8 and int4) in one call",
     "linear": "linear maps of up to 32 vectors at once, weights in bfloat16 or float32",
     "linear int8": "the same, weights in int8",
     "linear int4": "the same, weights in int4",

@@ -1,15 +1,17 @@
 """Grouped-query attention."""
 
-from torch import Tensor, nn
+from torch import Tensor
 
-from quintet.layers.linear import Linear, project
+from quintet.kernels import parts
+from quintet.layers.linear import Linear, matrices, project
+from quintet.layers.stack import StackPart
 from quintet.layers.step import Step
 from quintet.ops.rope import rotate_both
 
 __all__ = ["Attention"]
 
 
-class Attention(nn.Module):
+class Attention(StackPart):
     """Attention with H query heads over K shared key-value heads (arXiv:2305.13245).
 
     Args:
@@ -52,6 +54,18 @@ class Attention(nn.Module):
             q, k, v, step.seen[self.window], scale=self.scaling, dropout=dropout
         )
         return self.o_proj(out.transpose(1, 2).flatten(2)), weights
+
+    def part(self, norm: parts.Norm) -> parts.Part | None:
+        """Return the maps and how they are used; None where weights may be dropped."""
+        held = matrices(self.q_proj, self.k_proj, self.v_proj, self.o_proj)
+        if held is None or (self.training and self.attention_dropout):
+            return None
+        q, k, v = (parts.Adapted(matrix) for matrix in held[:3])
+        return parts.Attention(norm, (q, k, v), held[3], self.head_dim, self.window, self.scaling)
+
+    def kept(self, step: Step) -> tuple[Tensor, ...] | None:
+        """Return the keys and values of this layer, with room for the step's."""
+        return None if step.cache is None else step.cache.room(self.layer_idx, step.span)
 
     def _heads(self, x: Tensor) -> Tensor:
         B, T, _ = x.shape

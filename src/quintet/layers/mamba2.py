@@ -8,7 +8,9 @@ import torch
 from torch import Tensor, nn
 
 from quintet.cache.recurrent import Inputs
-from quintet.layers.linear import Linear
+from quintet.kernels import parts
+from quintet.layers.linear import Linear, matrices
+from quintet.layers.stack import StackPart, untouched
 from quintet.layers.step import Step
 from quintet.ops.mamba2 import MixerWeights, gated_rms_norm, heads_and_groups, mix
 
@@ -29,7 +31,7 @@ class GatedRMSNorm(nn.Module):
         return gated_rms_norm(x, z, self.weight, self.num_groups, self.variance_epsilon)
 
 
-class Mamba2(nn.Module):
+class Mamba2(StackPart):
     """Mix tokens through a state of N numbers a channel; axis letters as in `quintet.ops.ssd`.
 
     Args:
@@ -109,6 +111,29 @@ class Mamba2(nn.Module):
                 x, b, _ = heads_and_groups(made.convolved, weights)
                 slot.remember(Inputs(raw, x, made.dt, A, b, T if counts is None else counts))
         return self.out_proj(made.out)  # type: ignore[no-any-return]
+
+    def part(self, norm: parts.Norm) -> parts.Part | None:
+        """Return maps, taps and scalars."""
+        held = matrices(self.in_proj, self.out_proj)
+        conv, gated = untouched(self.conv1d, nn.Conv1d), untouched(self.norm, GatedRMSNorm)
+        if held is None or conv is None or gated is None:
+            return None
+        weights = self._weights()
+        return parts.Mixer(
+            norm,
+            held[0],
+            held[1],
+            weights.taps,
+            weights.conv_bias,
+            (weights.dt_bias, weights.A_log, weights.D),
+            parts.Norm(weights.norm, weights.eps),
+            weights.num_groups,
+            weights.dt_limits,
+        )
+
+    def kept(self, step: Step) -> tuple[Tensor, ...] | None:
+        """Return window and state; None where it has none yet, or has to remember its inputs."""
+        return None if step.cache is None else step.cache.recurrent(self.layer_idx).room()
 
     def _weights(self) -> MixerWeights:
         return MixerWeights(

@@ -3,15 +3,18 @@
 import torch.nn.functional as F  # noqa: N812
 from torch import Tensor, nn
 
+from quintet.kernels import parts
 from quintet.kernels.gated import gated
+from quintet.kernels.linear import Matrix
 from quintet.kernels.product import gated_products
 from quintet.layers.linear import Linear, matrices, project
+from quintet.layers.stack import StackPart, untouched
 from quintet.ops.activations import Activation, activation, gate_by
 
-__all__ = ["GatedMLP"]
+__all__ = ["GatedMLP", "silu_matrices"]
 
 
-class GatedMLP(nn.Module):
+class GatedMLP(StackPart):
     """down(act(gate(x)) · up(x)), a gated linear unit (arXiv:2002.05202)."""
 
     def __init__(
@@ -36,3 +39,17 @@ class GatedMLP(nn.Module):
                     return self.down_proj(inside)  # type: ignore[no-any-return]
         gate, up = project(hidden_states, self.gate_proj, self.up_proj)
         return self.down_proj(gate_by(self.act_fn, gate, up))  # type: ignore[no-any-return]
+
+    def part(self, norm: parts.Norm) -> parts.Part | None:
+        """Return the maps; None with another activation than SiLU."""
+        held = silu_matrices(self)
+        return None if held is None else parts.MLP(norm, *held)
+
+
+def silu_matrices(mlp: nn.Module) -> tuple[Matrix, Matrix, Matrix] | None:
+    """Return gate, up and down of a gated MLP with SiLU; None of one that has to be called."""
+    plain = untouched(mlp, GatedMLP)
+    if plain is None or plain.act_fn is not F.silu:
+        return None
+    held = matrices(plain.gate_proj, plain.up_proj, plain.down_proj)
+    return None if held is None else (held[0], held[1], held[2])

@@ -1,15 +1,30 @@
 """The experts of a layer, stacked."""
 
+from abc import ABC, abstractmethod
+
 import torch
+import torch.nn.functional as F  # noqa: N812
 from torch import Tensor, nn
 
+from quintet.kernels.linear import Matrix
+from quintet.layers.linear import hooked
 from quintet.ops.activations import Activation, activation
 from quintet.ops.moe import apply_experts
 
-__all__ = ["Experts"]
+__all__ = ["ExpertStack", "Experts", "silu_stacks"]
 
 
-class Experts(nn.Module):
+class ExpertStack(nn.Module, ABC):
+    """E gated MLPs on top of each other, each way to hold matrices a class of its own."""
+
+    act_fn: Activation
+
+    @abstractmethod
+    def stacks(self) -> tuple[Matrix, Matrix, Matrix] | None:
+        """Return gate and up (E, F, C), and down (E, C, F), for kernels; None if they cannot."""
+
+
+class Experts(ExpertStack):
     """E gated MLPs in two parameters: gate_up_proj (E, 2F, C) and down_proj (E, C, F)."""
 
     def __init__(
@@ -27,7 +42,20 @@ class Experts(nn.Module):
         """Map tokens (N, C) through the experts `indices` (N, A), summed by `weights` (N, A)."""
         return apply_experts(x, indices, weights, self.gate_up_proj, self.down_proj, self.act_fn)
 
+    def stacks(self) -> tuple[Matrix, Matrix, Matrix]:
+        """Return views of the parameters."""
+        gate, up = self.gate_up_proj.chunk(2, dim=1)
+        return Matrix(gate), Matrix(up), Matrix(self.down_proj)
+
     def extra_repr(self) -> str:
         """Show the sizes in `print(model)`."""
         E, C, F = self.down_proj.shape
         return f"{E} of {C} -> {F} -> {C}"
+
+
+def silu_stacks(experts: nn.Module) -> tuple[Matrix, Matrix, Matrix] | None:
+    """Return gate, up and down of experts with SiLU; None of those that have to be called."""
+    # A subclass with another forward has to bring other stacks.
+    if not isinstance(experts, ExpertStack) or "stacks" not in vars(type(experts)):
+        return None
+    return experts.stacks() if experts.act_fn is F.silu and not hooked(experts) else None

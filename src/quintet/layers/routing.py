@@ -6,13 +6,18 @@ from typing import Self
 import torch
 from torch import Tensor, nn
 
-from quintet.layers.mlp import GatedMLP
-from quintet.layers.moe import Experts
+from quintet.kernels import parts
+from quintet.kernels.routing import Rules
+from quintet.layers.mlp import GatedMLP, silu_matrices
+from quintet.layers.moe import Experts, silu_stacks
+from quintet.layers.stack import StackPart, untouched
 from quintet.ops.routing import (
     RoutingRules,
     router_logits,
     sigmoid_routing,
+    sigmoid_rules,
     softmax_routing,
+    softmax_rules,
 )
 
 __all__ = ["Router", "SharedExpertsMoE", "SigmoidRouter", "SoftmaxRouter"]
@@ -35,6 +40,10 @@ class Router(nn.Module):
         """Return the experts (N, A) and their weights, given the logits (N, E)."""
         raise NotImplementedError
 
+    def kernel_rules(self) -> tuple[Rules, Tensor | None]:
+        """Return what `choose` does, as kernels know it, and the bias (E,) it adds."""
+        raise NotImplementedError
+
 
 class SoftmaxRouter(Router):
     """The router of DeepSeek-V2."""
@@ -42,6 +51,10 @@ class SoftmaxRouter(Router):
     def choose(self, logits: Tensor) -> tuple[Tensor, Tensor]:
         """Return the experts (N, A) and their weights, given the logits (N, E)."""
         return softmax_routing(logits, self.rules)
+
+    def kernel_rules(self) -> tuple[Rules, None]:
+        """Return what `choose` does, as kernels know it."""
+        return softmax_rules(self.rules), None
 
 
 class SigmoidRouter(Router):
@@ -58,6 +71,10 @@ class SigmoidRouter(Router):
         """Return the experts (N, A) and their weights, given the logits (N, E)."""
         return sigmoid_routing(logits, self.e_score_correction_bias, self.rules)
 
+    def kernel_rules(self) -> tuple[Rules, Tensor]:
+        """Return what `choose` does, as kernels know it, and the bias that balances load."""
+        return sigmoid_rules(self.rules), self.e_score_correction_bias
+
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         # model.to(bfloat16) must not round the bias: its steps are smaller than bfloat16's.
         bias = self.e_score_correction_bias
@@ -68,7 +85,7 @@ class SigmoidRouter(Router):
         return self
 
 
-class SharedExpertsMoE(nn.Module):
+class SharedExpertsMoE(StackPart):
     """Routed experts, and shared ones that every token goes through (arXiv:2401.06066, §3)."""
 
     def __init__(self, gate: Router, experts: Experts, shared_experts: GatedMLP | None) -> None:
@@ -86,3 +103,13 @@ class SharedExpertsMoE(nn.Module):
         if self.shared_experts is not None:
             out = out + self.shared_experts(hidden_states)
         return out, logits.view(B, T, -1)
+
+    def part(self, norm: parts.Norm) -> parts.Part | None:
+        """Return router, experts and shared experts."""
+        router = untouched(self.gate, SoftmaxRouter) or untouched(self.gate, SigmoidRouter)
+        experts = silu_stacks(self.experts)
+        shared = None if self.shared_experts is None else silu_matrices(self.shared_experts)
+        if router is None or experts is None or (shared is None) != (self.shared_experts is None):
+            return None
+        rules, bias = router.kernel_rules()
+        return parts.Routed(norm, router.weight, True, rules, bias, experts, shared)

@@ -7,10 +7,13 @@ It reads hidden states beside token embeddings, 2C wide, and has no residual con
 from collections.abc import Sequence
 
 import torch
+import torch.nn.functional as F  # noqa: N812
 from torch import Tensor, nn
 
-from quintet.layers.linear import Linear, project
+from quintet.kernels import parts
+from quintet.layers.linear import Linear, hooked, matrices, project
 from quintet.layers.norm import RMSNorm
+from quintet.layers.stack import Piece, norm_of, untouched
 from quintet.layers.step import Step
 from quintet.ops.activations import Activation, activation, gate_by
 from quintet.ops.rope import rotate_both
@@ -42,6 +45,18 @@ def adapted(
     made = project(x, *maps, *downs)
     n = len(maps)
     return [y + up(low) for y, low, up in zip(made[:n], made[n:], ups, strict=True)]
+
+
+def adapted_matrices(
+    maps: Sequence[nn.Module], adapters: Sequence[Adapters], use: int
+) -> list[parts.Adapted] | None:
+    """Return what each map and its adapter hold; None where one has to be called."""
+    downs, ups = zip(*(adapter.of(use) for adapter in adapters), strict=True)
+    held = matrices(*maps, *downs, *ups)
+    if held is None or any(map(hooked, adapters)):
+        return None
+    n = len(maps)
+    return [parts.Adapted(*held[i::n]) for i in range(n)]
 
 
 class SharedAttention(nn.Module):
@@ -87,12 +102,7 @@ class SharedAttention(nn.Module):
         """Return also the weights (B, H, T, S), where the backend has them."""
         maps = (self.q_proj, self.k_proj, self.v_proj)
         if self.adapts:
-            adapters = (
-                self.linear_q_adapter_list,
-                self.linear_k_adapter_list,
-                self.linear_v_adapter_list,
-            )
-            q, k, v = adapted(x, maps, adapters, use)
+            q, k, v = adapted(x, maps, self._adapters(), use)
         else:
             q, k, v = project(x, *maps)
         q, k, v = (y.view(*y.shape[:2], -1, self.head_dim).transpose(1, 2) for y in (q, k, v))
@@ -103,6 +113,42 @@ class SharedAttention(nn.Module):
         dropout = self.dropout if self.training else 0.0
         out, weights = step.attend(q, k, v, step.seen[None], scale=self.scaling, dropout=dropout)
         return self.o_proj(out.transpose(1, 2).flatten(2)), weights
+
+    def piece(self, norm: parts.Norm, *, layer_idx: int, use: int) -> Piece | None:
+        """Return a use of the attention behind a norm; None where it has to be called."""
+        maps = (self.q_proj, self.k_proj, self.v_proj)
+        o = matrices(self.o_proj)
+        held: list[parts.Adapted] | None
+        if self.adapts:
+            held = adapted_matrices(maps, self._adapters(), use)
+        else:
+            plain = matrices(*maps)
+            held = None if plain is None else [parts.Adapted(matrix) for matrix in plain]
+        if o is None or held is None or hooked(self) or (self.training and self.dropout):
+            return None
+        q, k, v = held
+        part = parts.Attention(
+            norm,
+            (q, k, v),
+            o[0],
+            self.head_dim,
+            None,
+            self.scaling,
+            rotates=self.rotates,
+            beside=True,
+        )
+
+        def kept(step: Step) -> tuple[Tensor, ...] | None:
+            return None if step.cache is None else step.cache.room(layer_idx, step.span)
+
+        return Piece(part, kept)
+
+    def _adapters(self) -> tuple[Adapters, Adapters, Adapters]:
+        return (
+            self.linear_q_adapter_list,
+            self.linear_k_adapter_list,
+            self.linear_v_adapter_list,
+        )
 
 
 class SharedMLP(nn.Module):
@@ -132,6 +178,14 @@ class SharedMLP(nn.Module):
         gate, up = adapted(x, maps, adapters, use)[0].chunk(2, dim=-1)
         return self.down_proj(gate_by(self.act_fn, gate, up))  # type: ignore[no-any-return]
 
+    def piece(self, norm: parts.Norm, linear: nn.Module, *, use: int) -> Piece | None:
+        """Return a use of the MLP, behind a norm and before a map; None where they are called."""
+        held = adapted_matrices((self.gate_up_proj,), (self.gate_up_proj_adapter_list,), use)
+        maps = matrices(self.down_proj, linear)
+        if held is None or maps is None or hooked(self) or self.act_fn is not F.gelu:
+            return None
+        return Piece(parts.SharedMLP(norm, held[0], *maps), lambda step: ())
+
 
 class SharedTransformer(nn.Module):
     """Attention over hidden states beside embeddings, then the MLP, without residuals."""
@@ -150,3 +204,19 @@ class SharedTransformer(nn.Module):
         beside = self.input_layernorm(torch.cat((hidden_states, step.embeds), dim=-1))
         attended, weights = self.self_attn(beside, step, layer_idx=layer_idx, use=use)
         return self.feed_forward(self.pre_ff_layernorm(attended), use=use), weights
+
+    def pieces(self, linear: nn.Module, *, layer_idx: int, use: int) -> list[Piece] | None:
+        """Return a use of the block before a map; None where they have to be called."""
+        if untouched(self, SharedTransformer) is None:
+            return None
+        norms = (
+            norm_of(self.input_layernorm, parts.Source.WITH_EMBEDS),
+            norm_of(self.pre_ff_layernorm, parts.Source.BESIDE),
+        )
+        attention = untouched(self.self_attn, SharedAttention)
+        mlp = untouched(self.feed_forward, SharedMLP)
+        if norms[0] is None or norms[1] is None or attention is None or mlp is None:
+            return None
+        first = attention.piece(norms[0], layer_idx=layer_idx, use=use)
+        second = mlp.piece(norms[1], linear, use=use)
+        return None if first is None or second is None else [first, second]

@@ -17,8 +17,8 @@ from torch.utils.checkpoint import checkpoint
 
 from quintet.cache import Cache, DynamicCache, LegacyCache, Span, from_legacy, to_legacy
 from quintet.errors import InputError
-from quintet.layers.dense import Gathered, gather, in_one_call
 from quintet.layers.rotary import RotaryEmbedding
+from quintet.layers.stack import Gathered, LayerRun, fits, gather
 from quintet.layers.step import LayerOutput, Step
 from quintet.modeling.base import PreTrainedModel
 from quintet.modeling.outputs import BaseModelOutputWithPast
@@ -126,13 +126,12 @@ class DecoderModel(PreTrainedModel):
     def weights_held(self) -> Iterator[None]:
         """Take weights and hooks as they are now for all steps inside, which need not look again.
 
-        Where layers run in one call (`quintet.layers.dense`), gathering what they hold takes longer
+        Where layers run in one call (`quintet.layers.stack`), gathering what they hold takes longer
         than all else that is not computing.
         """
-        layers = islice(self.layers, self.config.num_hidden_layers)
         # Whether gradients are recorded is asked at every step.
         with torch.no_grad():
-            self._held = gather(layers, self.dtype)
+            self._held = self._gather()
         try:
             yield
         finally:
@@ -157,6 +156,7 @@ class DecoderModel(PreTrainedModel):
         output_attentions: bool | None,
         output_hidden_states: bool | None,
         cache_position: Tensor | None,
+        output_router_logits: bool = False,
     ) -> Run:
         embeds = self._embed(input_ids, inputs_embeds)
         B, T, _ = embeds.shape
@@ -186,7 +186,7 @@ class DecoderModel(PreTrainedModel):
 
         step = self._step(embeds, span, position_ids, custom, cache, weighs)
         keeps = first(output_hidden_states, self.config.output_hidden_states)
-        states, weights, routed = self._run_layers(embeds, step, keeps)
+        states, weights, routed = self._run_layers(embeds, step, keeps, output_router_logits)
         if cache is not None:
             cache.advance(span)
         # With layers on several devices: what a run returns is where it began.
@@ -283,32 +283,40 @@ class DecoderModel(PreTrainedModel):
         )
 
     def _run_layers(
-        self, hidden: Tensor, step: Step, keeps: bool
+        self, hidden: Tensor, step: Step, keeps: bool, routes: bool
     ) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
         """Return states, weights and routing of the layers.
 
         The states are the embeddings and each layer's output, the last one normalised; or that
-        one alone, as nothing should hold on to the others.
+        one alone, as nothing should hold on to the others. The routing may be missing where it is
+        not asked for.
         """
         states, weights, routed = [], [], []
-        # A family may keep further layers behind, which are no part of this run.
-        layers = list(islice(self.layers, self.config.num_hidden_layers))
-        made = None
-        if not keeps and not torch.compiler.is_compiling():
-            held = self._held
-            made = in_one_call(layers, hidden, step) if held is None else held.run(hidden, step)
-        if made is not None:
-            return [self.final_norm(made)], [], []
-        for layer in layers:
-            if keeps:
-                states.append(hidden)
-            out = self._run_layer(layer, hidden, step)
-            hidden = out.hidden_states
-            if out.attention is not None:
-                weights.append(out.attention)
-            if out.router_logits is not None:
-                routed.append(out.router_logits)
+        runs: tuple[LayerRun, ...] = (LayerRun(self._own_layers()),)
+        if not keeps and not routes and not torch.compiler.is_compiling() and fits(hidden, step):
+            runs = (self._held or self._gather()).runs
+        for run in runs:
+            made = run.in_one_call(hidden, step)
+            if made is not None:
+                hidden = made
+                continue
+            for layer in run.layers:
+                if keeps:
+                    states.append(hidden)
+                out = self._run_layer(layer, hidden, step)
+                hidden = out.hidden_states
+                if out.attention is not None:
+                    weights.append(out.attention)
+                if out.router_logits is not None:
+                    routed.append(out.router_logits)
         return [*states, self.final_norm(hidden)], weights, routed
+
+    def _gather(self) -> Gathered:
+        return gather(self._own_layers(), self.config.hidden_size, self.dtype)
+
+    def _own_layers(self) -> tuple[nn.Module, ...]:
+        # A family may keep further layers behind, which are no part of a run.
+        return tuple(islice(self.layers, self.config.num_hidden_layers))
 
     def _run_layer(self, layer: nn.Module, hidden: Tensor, step: Step) -> LayerOutput:
         # A cache would be written twice, so with one nothing is recomputed.

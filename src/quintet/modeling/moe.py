@@ -46,6 +46,7 @@ class MoeDecoderModel(DecoderModel):
         Args:
             output_router_logits: return what the router of each layer with experts computed.
         """
+        wanted = first(output_router_logits, self.config.output_router_logits)
         run = self._run(
             input_ids=input_ids,
             attention_mask=attention_mask,
@@ -56,8 +57,8 @@ class MoeDecoderModel(DecoderModel):
             output_attentions=output_attentions,
             output_hidden_states=output_hidden_states,
             cache_position=cache_position,
+            output_router_logits=wanted,
         )
-        wanted = first(output_router_logits, self.config.output_router_logits)
         output = MoeModelOutputWithPast(
             last_hidden_state=run.hidden,
             past_key_values=run.past,

@@ -19,10 +19,10 @@ from quintet.configuration.rules import (
     known,
 )
 from quintet.layers.attention import Attention
-from quintet.layers.dense import DenseLayer, Parts
 from quintet.layers.mlp import GatedMLP
 from quintet.layers.norm import RMSNorm
 from quintet.layers.rotary import RotaryEmbedding
+from quintet.layers.stack import Piece, StackLayer, residuals
 from quintet.layers.step import LayerOutput, Step
 from quintet.modeling.base import PreTrainedModel
 from quintet.modeling.decoder import DecoderModel
@@ -141,7 +141,7 @@ class Qwen2Config(PreTrainedConfig):
         return [self.sliding_window if t == SLIDING else None for t in self.layer_types or []]
 
 
-class Qwen2DecoderLayer(DenseLayer):
+class Qwen2DecoderLayer(StackLayer):
     """Attention, then the MLP, each on normalised input and added to the residual."""
 
     def __init__(self, config: Qwen2Config, layer_idx: int) -> None:
@@ -167,9 +167,11 @@ class Qwen2DecoderLayer(DenseLayer):
         hidden_states = hidden_states + self.mlp(self.post_attention_layernorm(hidden_states))
         return LayerOutput(hidden_states, weights)
 
-    def parts(self) -> Parts:
-        """Return norms, attention and MLP in the order of the forward."""
-        return Parts(self.input_layernorm, self.self_attn, self.post_attention_layernorm, self.mlp)
+    def pieces(self) -> list[Piece] | None:
+        """Return attention and MLP."""
+        return residuals(
+            (self.input_layernorm, self.self_attn), (self.post_attention_layernorm, self.mlp)
+        )
 
 
 class Qwen2PreTrainedModel(PreTrainedModel):

@@ -18,12 +18,15 @@ from quintet.configuration.rules import (
     Positive,
     known,
 )
+from quintet.kernels import parts
+from quintet.kernels.routing import Rules
 from quintet.layers.attention import Attention
 from quintet.layers.linear import Linear
-from quintet.layers.mlp import GatedMLP
-from quintet.layers.moe import Experts
+from quintet.layers.mlp import GatedMLP, silu_matrices
+from quintet.layers.moe import Experts, silu_stacks
 from quintet.layers.norm import RMSNorm
 from quintet.layers.rotary import RotaryEmbedding
+from quintet.layers.stack import Piece, StackLayer, StackPart, residuals, untouched
 from quintet.layers.step import LayerOutput, Step
 from quintet.modeling.base import PreTrainedModel
 from quintet.modeling.heads import (
@@ -161,7 +164,7 @@ class Qwen2MoeConfig(PreTrainedConfig):
         return self.num_experts > 0 and on_step and layer_idx not in known(self.mlp_only_layers)
 
 
-class Qwen2MoeSparseMoeBlock(nn.Module):
+class Qwen2MoeSparseMoeBlock(StackPart):
     """The experts the router chose, weighted, and a shared one that every token gates for itself.
 
     y = Σ_a p_a · expert_a(x) + σ(g·x) · shared(x), with p the A largest of softmax(W x).
@@ -189,8 +192,19 @@ class Qwen2MoeSparseMoeBlock(nn.Module):
         y = y + torch.sigmoid(self.shared_expert_gate(x)) * self.shared_expert(x)
         return y.unflatten(0, (B, T)), logits.unflatten(0, (B, T))
 
+    def part(self, norm: parts.Norm) -> parts.Part | None:
+        """Return router, experts, and the shared one with its gate."""
+        router, gate = untouched(self.gate, Linear), untouched(self.shared_expert_gate, Linear)
+        experts, shared = silu_stacks(self.experts), silu_matrices(self.shared_expert)
+        if router is None or gate is None or experts is None or shared is None:
+            return None
+        rules = Rules(active=self.num_experts_per_tok, normalise=self.norm_topk_prob)
+        return parts.Routed(
+            norm, router.weight, False, rules, None, experts, shared, share=gate.weight
+        )
 
-class Qwen2MoeDecoderLayer(nn.Module):
+
+class Qwen2MoeDecoderLayer(StackLayer):
     """Attention, then experts or an MLP, each on normalised input and added to the residual."""
 
     def __init__(self, config: Qwen2MoeConfig, layer_idx: int) -> None:
@@ -223,6 +237,12 @@ class Qwen2MoeDecoderLayer(nn.Module):
             return LayerOutput(hidden_states + self.mlp(x), weights)
         made, router_logits = self.mlp(x)
         return LayerOutput(hidden_states + made, weights, router_logits)
+
+    def pieces(self) -> list[Piece] | None:
+        """Return attention, and the experts or the MLP."""
+        return residuals(
+            (self.input_layernorm, self.self_attn), (self.post_attention_layernorm, self.mlp)
+        )
 
 
 class Qwen2MoePreTrainedModel(PreTrainedModel):

@@ -19,11 +19,13 @@ from quintet.configuration import PreTrainedConfig, rules
 from quintet.configuration.rope import RopeParameters
 from quintet.configuration.rules import Count, Fraction, NonNegativeFloat, Positive, known
 from quintet.errors import ConfigError
+from quintet.kernels import parts
 from quintet.layers.linear import Linear
 from quintet.layers.mamba2 import Mamba2
 from quintet.layers.norm import RMSNorm
 from quintet.layers.rotary import RotaryEmbedding
 from quintet.layers.shared_transformer import SharedAttention, SharedMLP, SharedTransformer
+from quintet.layers.stack import Piece, StackLayer, residuals, untouched
 from quintet.layers.step import LayerOutput, Step
 from quintet.modeling.base import PreTrainedModel
 from quintet.modeling.decoder import DecoderModel
@@ -260,7 +262,7 @@ def shared_transformer(config: Zamba2Config, uses: Sequence[int]) -> SharedTrans
     return SharedTransformer(attention, mlp, C, config.rms_norm_eps)
 
 
-class Zamba2MambaDecoderLayer(nn.Module):
+class Zamba2MambaDecoderLayer(StackLayer):
     """Mamba-2 on normalised input, added to the residual."""
 
     def __init__(self, config: Zamba2Config, layer_idx: int) -> None:
@@ -288,8 +290,13 @@ class Zamba2MambaDecoderLayer(nn.Module):
         x = hidden_states if beside is None else hidden_states + beside
         return LayerOutput(hidden_states + self.mamba(self.input_layernorm(x), step))
 
+    def pieces(self, *, beside: bool = False) -> list[Piece] | None:
+        """Return the mixer, of the hidden states alone or of their sum with what is beside."""
+        of = parts.Source.SUM if beside else parts.Source.HIDDEN
+        return residuals((self.input_layernorm, self.mamba), of=of)
 
-class Zamba2HybridLayer(nn.Module):
+
+class Zamba2HybridLayer(StackLayer):
     """A shared block, its output projected for this layer, then Mamba-2 on top of both."""
 
     def __init__(
@@ -308,6 +315,13 @@ class Zamba2HybridLayer(nn.Module):
         )
         out = self.mamba_decoder(hidden_states, step, self.linear(made))
         return LayerOutput(out.hidden_states, weights)
+
+    def pieces(self) -> list[Piece] | None:
+        """Return the shared block and the mixer, which reads what that left beside."""
+        decoder = untouched(self.mamba_decoder, Zamba2MambaDecoderLayer)
+        shared = self.shared_transformer.pieces(self.linear, layer_idx=self.layer_idx, use=self.use)
+        mixer = None if decoder is None else decoder.pieces(beside=True)
+        return None if shared is None or mixer is None else [*shared, *mixer]
 
 
 class Zamba2PreTrainedModel(PreTrainedModel):

@@ -11,7 +11,7 @@ from quintet.errors import InputError
 from quintet.kernels.gated import gated as kernel
 from quintet.kernels.linear import Matrix
 from quintet.layers.linear import LinearMap
-from quintet.layers.moe import Experts
+from quintet.layers.moe import Experts, ExpertStack
 from quintet.ops.activations import Activation
 from quintet.ops.moe import each_hit_expert, gated
 from quintet.quantization.formats import Part, Parts, Shape, WeightFormat
@@ -227,7 +227,7 @@ class QuantizedEmbedding(Quantized):
         return f"{self.num_embeddings}, {self.embedding_dim}, {self.format.name}"
 
 
-class QuantizedExperts(Quantized):
+class QuantizedExperts(Quantized, ExpertStack):
     """E gated MLPs in fewer bits; see `quintet.layers.moe.Experts`."""
 
     def __init__(
@@ -259,8 +259,11 @@ class QuantizedExperts(Quantized):
         return each_hit_expert(wide, indices, weights, self.num_experts, self._run).to(x.dtype)
 
     def _in_one_pass(self, x: Tensor, indices: Tensor, weights: Tensor) -> Tensor | None:
-        if self.act_fn is not F.silu:
-            return None
+        stacks = self.stacks() if self.act_fn is F.silu else None
+        return None if stacks is None else kernel(x, *stacks, indices, weights)
+
+    def stacks(self) -> tuple[Matrix, Matrix, Matrix] | None:
+        """Return gate, up and down where their format is one that kernels read."""
         both, down = (
             self.format.matrix({s: self.held(name + s) for s in self.suffixes(name)})
             for name in ("gate_up_proj", "down_proj")
@@ -269,7 +272,7 @@ class QuantizedExperts(Quantized):
             return None
         halves = zip(both.weight.chunk(2, dim=1), both.scale.chunk(2, dim=1), strict=True)
         gate, up = (Matrix(weight, scale) for weight, scale in halves)
-        return kernel(x, gate, up, down, indices, weights)
+        return gate, up, down
 
     def _run(self, expert: int, rows: Tensor) -> Tensor:
         made = gated(self._map("gate_up_proj", expert, rows), self.act_fn)

@@ -22,7 +22,13 @@ void decode(const Call& c, float scale) {
     for (i64 b = 0; b < c.B; ++b) longest = std::max(longest, c.lengths[b]);
     if (c.window) longest = std::min(longest, c.window);
     const i64 splits = parts_of(units, omp_get_max_threads(), longest);
-    std::vector<Partial> parts(size_t(units * splits), Partial(G, c.D));
+    const i64 room = Partial::room(G, c.D);
+    std::vector<float> memory(size_t(units * splits * room));
+    std::vector<Partial> parts;
+    for (i64 at = 0; at < units * splits; ++at) {
+        parts.emplace_back(memory.data() + at * room, G, c.D);
+        parts.back().clear();
+    }
 #pragma omp parallel for if (units * splits > 1 && units * longest * c.D >= 8192) schedule(static)
     for (i64 at = 0; at < units * splits; ++at) {
         const i64 unit = at / splits, b = unit / c.K, kv = unit % c.K;

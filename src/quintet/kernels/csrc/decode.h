@@ -13,14 +13,18 @@ constexpr i64 LEAST = 256;
 
 // A softmax in the making over some of the keys: values weighted by e^(score - most), their sum.
 struct Partial {
-    std::vector<float> values;
-    std::vector<float> most, total;
-    Partial(i64 G, i64 D) : values(size_t(G * D)), most(size_t(G), -INFINITY), total(size_t(G)) {}
+    float *values, *most, *total;
+    i64 G, D;
+
+    // How many numbers it keeps in the memory it is given.
+    static i64 room(i64 G, i64 D) { return (G * (D + 2) + LANES - 1) / LANES * LANES; }
+    Partial(float* memory, i64 G, i64 D)
+        : values(memory), most(memory + G * D), total(most + G), G(G), D(D) {}
 
     void clear() {
-        std::fill(values.begin(), values.end(), 0.0f);
-        std::fill(most.begin(), most.end(), -INFINITY);
-        std::fill(total.begin(), total.end(), 0.0f);
+        std::fill(values, values + G * D, 0.0f);
+        std::fill(most, most + G, -INFINITY);
+        std::fill(total, total + G, 0.0f);
     }
 };
 
@@ -81,9 +85,9 @@ void attend(const Queries<T>& c, i64 from, i64 to, float scale, Partial& part) {
         for (i64 g = 0; g < G; ++g) {
             float* row = scores.data() + g * BLOCK;
             for (i64 s = n; s < (n + LANES - 1) / LANES * LANES; ++s) row[s] = -INFINITY;
-            F top = all(part.most[size_t(g)]);
+            F top = all(part.most[g]);
             for (i64 s = 0; s < n; s += LANES) top = max(load(row + s), top);
-            const float most = largest(top), before = part.most[size_t(g)];
+            const float most = largest(top), before = part.most[g];
             const float shrink = before == -INFINITY ? 0.0f : std::exp(before - most);
             F total = zero();
             for (i64 s = 0; s < n; s += LANES) {
@@ -91,18 +95,18 @@ void attend(const Queries<T>& c, i64 from, i64 to, float scale, Partial& part) {
                 store(row + s, p);
                 total = add(total, p);
             }
-            part.most[size_t(g)] = most;
-            part.total[size_t(g)] = part.total[size_t(g)] * shrink + sum(total);
-            float* values = part.values.data() + g * D;
+            part.most[g] = most;
+            part.total[g] = part.total[g] * shrink + sum(total);
+            float* values = part.values + g * D;
             if (shrink != 1.0f)
                 for (i64 d = 0; d < D; d += LANES) store(values + d, mul(load(values + d), all(shrink)));
         }
         i64 g = 0;
         const T* first = v + s0 * c.v_token;
         for (; g + 4 <= G; g += 4)
-            weigh<T, 4>(first, c.v_token, n, scores.data() + g * BLOCK, part.values.data() + g * D, D);
+            weigh<T, 4>(first, c.v_token, n, scores.data() + g * BLOCK, part.values + g * D, D);
         for (; g < G; ++g)
-            weigh<T, 1>(first, c.v_token, n, scores.data() + g * BLOCK, part.values.data() + g * D, D);
+            weigh<T, 1>(first, c.v_token, n, scores.data() + g * BLOCK, part.values + g * D, D);
     }
 }
 
@@ -111,16 +115,16 @@ template <class T>
 void merge(const Partial* parts, i64 count, i64 G, i64 D, T* out) {
     for (i64 g = 0; g < G; ++g) {
         float most = -INFINITY, total = 0;
-        for (i64 i = 0; i < count; ++i) most = std::max(most, parts[i].most[size_t(g)]);
+        for (i64 i = 0; i < count; ++i) most = std::max(most, parts[i].most[g]);
         for (i64 i = 0; i < count; ++i)
-            if (parts[i].total[size_t(g)] > 0)
-                total += parts[i].total[size_t(g)] * std::exp(parts[i].most[size_t(g)] - most);
+            if (parts[i].total[g] > 0)
+                total += parts[i].total[g] * std::exp(parts[i].most[g] - most);
         for (i64 d = 0; d < D; d += LANES) {
             F y = zero();
             for (i64 i = 0; i < count; ++i)
-                if (parts[i].total[size_t(g)] > 0)
-                    y = fma(load(parts[i].values.data() + g * D + d),
-                            all(std::exp(parts[i].most[size_t(g)] - most) / total), y);
+                if (parts[i].total[g] > 0)
+                    y = fma(load(parts[i].values + g * D + d),
+                            all(std::exp(parts[i].most[g] - most) / total), y);
             store(out + g * D + d, y);
         }
     }

@@ -1,10 +1,11 @@
-// The first half of a gated MLP: silu(gate x) · up x.
+// Gated MLPs, one or many experts: y = Σ_e share_e · down_e (silu(gate_e x) · up_e x).
 #pragma once
 #include "matrix.h"
 
 namespace {
 
-// Its numbers [from, to) for n vectors, each `row` from the one before; `made` is room to work in.
+// Numbers [from, to) of silu(gate x) · up x for n vectors, each `row` from the one before; `made` is
+// room to work in.
 template <class Matrix, class T>
 void gate_rows(const Matrix& gate, const Matrix& up, const typename Matrix::Input* x, i64 n, i64 from,
                i64 to, T* hidden, i64 row, std::vector<float>& made) {
@@ -18,6 +19,102 @@ void gate_rows(const Matrix& gate, const Matrix& up, const typename Matrix::Inpu
         i64 i = 0;
         for (; i + LANES <= width; i += LANES) store(h + i, mul(silu(load(g + i)), load(u + i)));
         if (i < width) store(h + i, mul(silu(load(g + i, width - i)), load(u + i, width - i)), width - i);
+    }
+}
+
+// One matrix an expert, `step` bytes from one to the next; eight-byte fields, as Python fills them.
+struct Stacked {
+    const char* w;
+    const char* scale;
+    i64 w_step;
+    i64 scale_step;
+    i64 stride;
+};
+
+struct Experts {
+    Stacked gate, up, down;
+    i64 E, C, F;
+};
+
+template <class T>
+void open(const Stacked& s, i64 e, i64 I, Plain<T>* to) {
+    *to = {reinterpret_cast<const T*>(s.w + e * s.w_step), I, s.stride};
+}
+inline void open(const Stacked& s, i64 e, i64 I, Int8* to) {
+    *to = {reinterpret_cast<const int8_t*>(s.w + e * s.w_step),
+           reinterpret_cast<const float*>(s.scale + e * s.scale_step), I};
+}
+inline void open(const Stacked& s, i64 e, i64 I, Int4* to) {
+    *to = {reinterpret_cast<const uint8_t*>(s.w + e * s.w_step),
+           reinterpret_cast<const bf16*>(s.scale + e * s.scale_step), I};
+}
+template <class Matrix>
+Matrix expert(const Stacked& s, i64 e, i64 I) {
+    Matrix m;
+    open(s, e, I, &m);
+    return m;
+}
+
+// The choices of all tokens, sorted by expert: of expert `expert`, [from, to).
+struct Chosen {
+    i64 expert, from, to;
+};
+
+struct Plan {
+    std::vector<Chosen> experts;
+    std::vector<i64> tokens;
+    std::vector<float> shares;
+
+    // Of indices and shares (N, A); without any, every token goes to the one expert there is.
+    Plan(const i64* indices, const float* given, i64 N, i64 A, i64 E)
+        : tokens(size_t(N * A)), shares(size_t(N * A)) {
+        std::vector<i64> counts(size_t(E) + 1);
+        auto expert = [&](i64 i) { return size_t(indices ? indices[i] : 0); };
+        for (i64 i = 0; i < N * A; ++i) ++counts[expert(i) + 1];
+        for (i64 e = 0; e < E; ++e) {
+            const i64 n = counts[size_t(e) + 1], from = counts[size_t(e)];
+            if (n) experts.push_back({e, from, from + n});
+            counts[size_t(e) + 1] += from;
+        }
+        for (i64 i = 0; i < N * A; ++i) {
+            const size_t at = size_t(counts[expert(i)]++);
+            tokens[at] = i / A;
+            shares[at] = given ? given[i] : 1.0f;
+        }
+    }
+    i64 choices() const { return i64(tokens.size()); }
+};
+
+// The part of silu(gate x) · up x of all choices that is a thread's: hidden is (choices, F).
+template <class Matrix, class T>
+void gate_experts(const Experts& of, const Plan& plan, const Inputs<Matrix>& of_tokens, i64 thread,
+                  i64 threads, T* hidden, std::vector<float>& made) {
+    std::vector<typename Matrix::Input> x(plan.tokens.size());
+    for (size_t p = 0; p < x.size(); ++p) x[p] = of_tokens.of[size_t(plan.tokens[p])];
+    const Share rows(i64(plan.experts.size()) * of.F, thread, threads);
+    for (i64 at = rows.from; at < rows.to;) {
+        const Chosen& run = plan.experts[size_t(at / of.F)];
+        const i64 from = at % of.F, to = std::min(of.F, from + rows.to - at), n = run.to - run.from;
+        gate_rows(expert<Matrix>(of.gate, run.expert, of.C), expert<Matrix>(of.up, run.expert, of.C),
+                  x.data() + run.from, n, from, to, hidden + run.from * of.F, of.F, made);
+        at += to - from;
+    }
+}
+
+// Σ share · down h of each token, of the columns [from, to): sums (N, to - from) start at zero.
+template <class Matrix>
+void sum_experts(const Experts& of, const Plan& plan, const Inputs<Matrix>& of_hidden, i64 from, i64 to,
+                 std::vector<float>& sums, std::vector<float>& made) {
+    const i64 width = to - from;
+    made.resize(size_t(plan.choices() * width));
+    for (const Chosen& run : plan.experts)
+        expert<Matrix>(of.down, run.expert, of.F)
+            .rows(of_hidden.of.data() + run.from, run.to - run.from, from, to,
+                  {made.data() + run.from * width, width, from});
+    for (i64 p = 0; p < plan.choices(); ++p) {
+        float* at = sums.data() + plan.tokens[size_t(p)] * width;
+        const float share = plan.shares[size_t(p)];
+        for (i64 i = 0; i < width; ++i) at[i] += share * made[size_t(p * width + i)];
     }
 }
 

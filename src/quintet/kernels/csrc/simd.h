@@ -220,6 +220,18 @@ inline F exp_of(F x) {
     y = fma(fma(y, r, all(1.0f)), r, all(1.0f));
     return scale_by_power(y, n);
 }
+// x Φ(x) = max(x, 0) - |x|/2 · erfc(|x| / √2), with erfc from Abramowitz and Stegun, 7.1.26.
+inline F gelu(F x) {
+    const F z = mul(max(x, sub(zero(), x)), all(0.70710678f));
+    const F t = div(all(1.0f), fma(z, all(0.3275911f), all(1.0f)));
+    F y = all(1.061405429f);
+    y = fma(y, t, all(-1.453152027f));
+    y = fma(y, t, all(1.421413741f));
+    y = fma(y, t, all(-0.284496736f));
+    y = fma(y, t, all(0.254829592f));
+    const F tail = mul(mul(y, t), exp_of(sub(zero(), mul(z, z))));
+    return sub(max(zero(), x), mul(mul(z, all(0.70710678f)), tail));
+}
 inline F silu(F x) { return div(x, add(all(1.0f), exp_of(sub(zero(), x)))); }
 
 // The part [from, to) of n items that is this thread's.

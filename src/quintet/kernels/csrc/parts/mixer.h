@@ -1,0 +1,60 @@
+// Mamba-2's mixer with its projections, over a window and a state that are changed in place.
+#pragma once
+#include "../ssm.h"
+#include "part.h"
+
+namespace {
+
+template <class Matrix, class T>
+class MixerPart {
+  public:
+    struct Fields {
+        Norm norm;
+        Weight in, out;
+        const T *taps, *bias;
+        const float *dt_bias, *a_log, *d;
+        Norm gated;
+        i64 H, P, G, N, W;
+        double least, most;
+    };
+    struct Held {
+        T* window;
+        float* state;
+    };
+
+    MixerPart(const Fields& f, const Held* held, const Tokens& s, i64, Room& room)
+        : f_(f), s_(s),
+          numbers_{float(f.least), float(f.most), float(f.gated.eps)},
+          shape_{s.B, s.T, f.H, f.P, f.G, f.N, f.W},
+          projected_(room.take<T>(s.all() * shape_.row())),
+          mixed_(room.take<T>(s.all() * shape_.inner())),
+          added_(room.take<T>(s.all() * s.C)),
+          mixer_{shape_, projected_, f.taps, f.bias, held->window, held->window,
+                 f.dt_bias, f.a_log, f.d, s.counts, held->state,
+                 room.take<float>(s.all() * shape_.conv()), room.take<float>(s.all() * f.H),
+                 room.take<float>(s.all() * shape_.inner()),
+                 static_cast<const T*>(f.gated.weight), mixed_, numbers_} {}
+
+    void run(Member<Matrix, T>& me) {
+        {
+            const Normed<Matrix, T> normed(me, f_.norm);
+            const Map<T> in = map_of(f_.in, projected_);
+            me.map(&in, 1, normed.inputs, s_.C);
+        }
+#pragma omp barrier
+        mixer_.run(me.thread, me.threads);
+#pragma omp barrier
+        const auto inputs = taken_in<Matrix>(mixed_, s_.all(), shape_.inner());
+        me.add(f_.out, inputs, shape_.inner(), added_, me.x());
+    }
+
+  private:
+    const Fields& f_;
+    const Tokens& s_;
+    const float numbers_[3];
+    const Shape shape_;
+    T *const projected_, *const mixed_, *const added_;
+    const Mixer<T> mixer_;
+};
+
+}  // namespace

@@ -1,0 +1,37 @@
+// The gated MLP, down(silu(gate(n)) · up(n)).
+#pragma once
+#include "../gated.h"
+#include "part.h"
+
+namespace {
+
+template <class Matrix, class T>
+class MLPPart {
+  public:
+    struct Fields {
+        Norm norm;
+        Weight gate, up, down;
+        i64 F;
+    };
+    using Held = void;
+
+    MLPPart(const Fields& f, const Held*, const Tokens& s, i64, Room& room)
+        : f_(f), s_(s), hidden_(room.take<T>(s.all() * f.F)), added_(room.take<T>(s.all() * s.C)) {}
+
+    void run(Member<Matrix, T>& me) {
+        const Normed<Matrix, T> normed(me, f_.norm);
+        const Share mine = me.share(f_.F);
+        if (mine.from < mine.to)
+            gate_rows(matrix_of<Matrix, T>(f_.gate, s_.C), matrix_of<Matrix, T>(f_.up, s_.C),
+                      normed.inputs.of.data(), s_.all(), mine.from, mine.to, hidden_, f_.F, me.made);
+#pragma omp barrier
+        me.add(f_.down, taken_in<Matrix>(hidden_, s_.all(), f_.F), f_.F, added_, me.x());
+    }
+
+  private:
+    const Fields& f_;
+    const Tokens& s_;
+    T *const hidden_, *const added_;
+};
+
+}  // namespace

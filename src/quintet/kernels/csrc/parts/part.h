@@ -1,0 +1,141 @@
+// What the parts of a stack have in common. A part is x += part(norm(x)), run by a team of threads;
+// every field that Python fills in takes eight bytes.
+#pragma once
+#include "../linear.h"
+#include "../rows.h"
+
+namespace {
+
+struct Weight {
+    const void *w, *scale, *bias;
+    i64 O, stride;
+};
+
+// What is normalised: x, what lies beside it, their sum, or x with the embeddings behind it, 2C wide.
+enum Source : i64 { HIDDEN, BESIDE, SUM, WITH_EMBEDS };
+
+struct Norm {
+    const void* weight;
+    double eps;
+    Source of;
+};
+
+// The tokens of a step.
+struct Tokens {
+    void* x;                // (B, T, C), in and out
+    const void* embeds;     // the same
+    void* beside;           // the same, what a part leaves to the next ones
+    const void *cos, *sin;  // (B or 1, T, D)
+    const i64* starts;      // (B) the slot of each row's first token
+    const i64* counts;      // (B) how many of a row's tokens are real; null where all are
+    i64 angle_row, B, T, C;
+
+    i64 all() const { return B * T; }
+};
+
+// Memory that the threads of a team share, of which each takes the same pieces in the same order.
+// Without any it counts how much that is.
+class Room {
+  public:
+    explicit Room(char* memory) : memory_(memory) {}
+
+    template <class T>
+    T* take(i64 n) {
+        T* piece = reinterpret_cast<T*>(memory_ + used_);
+        used_ += (size_t(n) * sizeof(T) + 63) / 64 * 64;
+        return piece;
+    }
+    size_t used() const { return used_; }
+
+  private:
+    char* memory_;
+    size_t used_ = 0;
+};
+
+template <class T>
+Map<T> map_of(const Weight& w, T* y) {
+    return {w.w, w.scale, static_cast<const T*>(w.bias), y, w.O, w.stride};
+}
+
+template <class Matrix, class T>
+Matrix matrix_of(const Weight& w, i64 I) {
+    return matrix(map_of<T>(w, nullptr), I, static_cast<Matrix*>(nullptr));
+}
+
+// One thread of the team that runs a stack.
+template <class Matrix, class T>
+struct Member {
+    const Tokens& s;
+    const i64 thread, threads;
+    std::vector<float> made;  // room to work in
+
+    T* x() const { return static_cast<T*>(s.x); }
+    Share share(i64 n) const { return Share(n, thread, threads); }
+
+    // The rows that are this thread's of several maps of the same vectors.
+    void map(const Map<T>* maps, i64 count, const Inputs<Matrix>& inputs, i64 I) {
+        map_rows<Matrix>(maps, count, inputs.of.data(), s.all(), I, thread, threads, made);
+    }
+
+    // to += y, of the columns that are this thread's of C.
+    void add(const T* y, T* to, i64 C) const {
+        const Share mine = share(C);
+        for (i64 m = 0; m < s.all(); ++m)
+            for (i64 i = m * C + mine.from; i < m * C + mine.to; ++i)
+                narrow(widen(to[i]) + widen(y[i]), to + i);
+    }
+
+    // to += W of `inputs`, with `added` (B, T, O) as room; all see it behind this.
+    void add(const Weight& w, const Inputs<Matrix>& inputs, i64 I, T* added, T* to) {
+        const Map<T> map_ = map_of(w, added);
+        map(&map_, 1, inputs, I);
+        add(added, to, w.O);
+#pragma omp barrier
+    }
+};
+
+// What matrices multiply, of vectors that all threads wrote.
+template <class Matrix, class T>
+Inputs<Matrix> taken_in(const T* x, i64 M, i64 I) {
+    return Inputs<Matrix>(x, M, I, I);
+}
+
+// norm(x) as matrices multiply it, which a thread makes for itself without waiting for the others.
+template <class Matrix, class T>
+struct Normed {
+    const i64 width;
+    std::vector<T> rows;
+    Inputs<Matrix> inputs;
+
+    Normed(const Member<Matrix, T>& me, const Norm& norm)
+        : width(norm.of == WITH_EMBEDS ? 2 * me.s.C : me.s.C),
+          rows(size_t(me.s.all() * width)),
+          inputs(me.s.all(), width) {
+        const Tokens& s = me.s;
+        std::vector<T> made(static_cast<size_t>(width));
+        for (i64 m = 0; m < s.all(); ++m)
+            normalise(source(s, norm.of, m, made.data()), static_cast<const T*>(norm.weight),
+                      rows.data() + m * width, width, float(norm.eps));
+        inputs.fill(rows.data(), s.all(), width, 0, 1);
+    }
+
+  private:
+    static const T* source(const Tokens& s, Source of, i64 m, T* made) {
+        const T* x = static_cast<const T*>(s.x) + m * s.C;
+        const T* beside = static_cast<const T*>(s.beside) + m * s.C;
+        switch (of) {
+            case HIDDEN: return x;
+            case BESIDE: return beside;
+            case SUM:
+                for (i64 i = 0; i < s.C; ++i) narrow(widen(x[i]) + widen(beside[i]), made + i);
+                return made;
+            case WITH_EMBEDS:
+                std::copy_n(x, s.C, made);
+                std::copy_n(static_cast<const T*>(s.embeds) + m * s.C, s.C, made + s.C);
+                return made;
+        }
+        return x;
+    }
+};
+
+}  // namespace

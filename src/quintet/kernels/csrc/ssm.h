@@ -1,0 +1,277 @@
+// Mamba-2's mixer between its two projections: convolution, state space, gated norm, in one pass.
+//
+// Letters as in quintet/ops/ssd.py. Everything is float32 inside. A thread keeps its heads from the
+// first chunk to the last, so that a state is read and written once a chunk and never shared.
+#pragma once
+#include <vector>
+
+#include "simd.h"
+
+namespace {
+
+constexpr int CHUNK = 64;
+
+// out[i] += Σ_k a[i·ai + k·ak] · m[k], for I rows of V vectors at once.
+template <int I, int V>
+inline void rows_times(float* out, i64 ldo, const float* a, i64 ai, i64 ak,
+                       const float* m, i64 ldm, i64 K) {
+    F acc[I][V];
+    for (int i = 0; i < I; ++i)
+        for (int v = 0; v < V; ++v) acc[i][v] = load(out + i * ldo + LANES * v);
+    for (i64 k = 0; k < K; ++k) {
+        F row[V];
+        for (int v = 0; v < V; ++v) row[v] = load(m + k * ldm + LANES * v);
+        for (int i = 0; i < I; ++i) {
+            const F x = all(a[i * ai + k * ak]);
+            for (int v = 0; v < V; ++v) acc[i][v] = fma(x, row[v], acc[i][v]);
+        }
+    }
+    for (int i = 0; i < I; ++i)
+        for (int v = 0; v < V; ++v) store(out + i * ldo + LANES * v, acc[i][v]);
+}
+
+// out (M, P) += a (M, K) · m (K, P); a is read with any strides, P is a multiple of LANES.
+inline void accumulate(float* out, i64 ldo, const float* a, i64 ai, i64 ak,
+                       const float* m, i64 ldm, i64 M, i64 K, i64 P) {
+    for (i64 p = 0; p < P;) {
+        const bool wide = P - p >= 4 * LANES;
+        i64 i = 0;
+        for (; i + 6 <= M; i += 6) {
+            if (wide) rows_times<6, 4>(out + i * ldo + p, ldo, a + i * ai, ai, ak, m + p, ldm, K);
+            else rows_times<6, 1>(out + i * ldo + p, ldo, a + i * ai, ai, ak, m + p, ldm, K);
+        }
+        for (; i < M; ++i) {
+            if (wide) rows_times<1, 4>(out + i * ldo + p, ldo, a + i * ai, ai, ak, m + p, ldm, K);
+            else rows_times<1, 1>(out + i * ldo + p, ldo, a + i * ai, ai, ak, m + p, ldm, K);
+        }
+        p += wide ? 4 * LANES : LANES;
+    }
+}
+
+struct Shape {
+    i64 B, T, H, P, G, N, W;
+    i64 inner() const { return H * P; }
+    i64 conv() const { return H * P + 2 * G * N; }
+    i64 row() const { return inner() + conv() + H; }  // of the input: z, x b c, dt
+};
+
+// Eight-byte fields, as Python fills them.
+template <class T>
+struct Mixer {
+    Shape s;
+    const T* in;      // (B, T, row)
+    const T* taps;    // (conv, W)
+    const T* bias;    // (conv) or null
+    const T* window;  // (B, W - 1, conv) or null
+    T* next_window;
+    const float *dt_bias, *a_log, *d;  // (H)
+    const i64* counts;                 // (B) or null
+    float* state;                      // (B, H, P, N)
+    float *mixed, *dt, *y;             // (B, T, conv), (B, T, H), (B, T, inner)
+    const T* weight;                   // (inner)
+    T* out;                            // (B, T, inner)
+    const float* numbers;              // the least and the largest step, the norm's epsilon
+
+    i64 count(i64 b) const { return counts ? counts[b] : s.T; }
+
+    // y_t = silu(bias + Σ_w taps_w · x_{t+w-W+1}) of the channels c0 to c1.
+    void convolve(i64 c0, i64 c1) const {
+        const i64 n = c1 - c0, C = s.conv(), row = s.row();
+        if (n <= 0) return;
+        std::vector<float> turned((s.W + 1) * n);  // taps by place, then the bias
+        for (i64 c = 0; c < n; ++c) {
+            for (i64 w = 0; w < s.W; ++w)
+                turned[w * n + c] = widen(taps[(c0 + c) * s.W + w]);
+            turned[s.W * n + c] = bias ? widen(bias[c0 + c]) : 0.0f;
+        }
+        for (i64 b = 0; b < s.B; ++b) {
+            const T* x = in + b * s.T * row + s.inner() + c0;
+            const T* old = window ? window + b * (s.W - 1) * C + c0 : nullptr;
+            for (i64 t = 0; t < s.T; ++t) {
+                float* to = mixed + (b * s.T + t) * C + c0;
+                for (i64 c = 0; c < n; c += LANES) {
+                    F made = load(&turned[s.W * n + c]);
+                    for (i64 w = 0; w < s.W; ++w) {
+                        const i64 at = t + w - (s.W - 1);
+                        if (at >= 0)
+                            made = fma(load(x + at * row + c), load(&turned[w * n + c]), made);
+                        else if (old)
+                            made = fma(load(old + (at + s.W - 1) * C + c), load(&turned[w * n + c]), made);
+                    }
+                    store(to + c, silu(made));
+                }
+            }
+            for (i64 w = 0; w < s.W - 1; ++w) {
+                const i64 at = count(b) + w - (s.W - 1);
+                T* to = next_window + (b * (s.W - 1) + w) * C + c0;
+                if (at >= 0) std::copy_n(x + at * row, n, to);
+                else if (old) std::copy_n(old + (at + s.W - 1) * C, n, to);
+                else std::fill_n(to, n, T{});
+            }
+        }
+    }
+
+    // softplus(dt + bias) within limits; 0 for padding, which leaves a state as it is.
+    void step_sizes(i64 r0, i64 r1) const {
+        for (i64 r = r0; r < r1; ++r) {
+            const T* raw = in + (r + 1) * s.row() - s.H;
+            const bool real = r % s.T < count(r / s.T);
+            for (i64 h = 0; h < s.H; ++h) {
+                const float v = widen(raw[h]) + dt_bias[h];
+                const float soft = v > 20.0f ? v : std::log1p(std::exp(v));
+                dt[r * s.H + h] = real ? std::min(std::max(soft, numbers[0]), numbers[1]) : 0.0f;
+            }
+        }
+    }
+
+    // One token: S = exp(dt·A)·S + dt·x ⊗ b;  y = S·c + D·x.
+    void one(i64 b, i64 h) const {
+        const float* row = mixed + b * s.conv();
+        const float* x = row + h * s.P;
+        const float* in_ = row + s.inner() + h / (s.H / s.G) * s.N;
+        const float* out_ = in_ + s.G * s.N;
+        const float step = dt[b * s.H + h];
+        const float decay = std::exp(-step * std::exp(a_log[h]));
+        float* S = state + (b * s.H + h) * s.P * s.N;
+        for (i64 p = 0; p < s.P; ++p, S += s.N) {
+            F seen = zero();
+            for (i64 n = 0; n < s.N; n += LANES) {
+                const F kept = mul(load(S + n), all(decay));
+                const F v = fma(load(in_ + n), all(step * x[p]), kept);
+                store(S + n, v);
+                seen = fma(v, load(out_ + n), seen);
+            }
+            y[b * s.inner() + h * s.P + p] = sum(seen) + d[h] * x[p];
+        }
+    }
+
+    // All tokens of a row, for its heads h0 to h1, chunk by chunk (arXiv:2405.21060, §6).
+    void scan(i64 b, i64 h0, i64 h1) const {
+        const i64 C = s.conv(), P = s.P, N = s.N, R = s.H / s.G;
+        std::vector<float> states((h1 - h0) * N * P), met(CHUNK * CHUNK), mix(CHUNK * CHUNK),
+            taken(CHUNK * P), turned(N * CHUNK), since(CHUNK), until(CHUNK);
+        for (i64 h = h0; h < h1; ++h) {
+            const float* S = state + (b * s.H + h) * P * N;
+            for (i64 p = 0; p < P; ++p)
+                for (i64 n = 0; n < N; ++n) states[((h - h0) * N + n) * P + p] = S[p * N + n];
+        }
+        for (i64 t0 = 0; t0 < s.T; t0 += CHUNK) {
+            const i64 L = std::min<i64>(CHUNK, s.T - t0);
+            const float* rows = mixed + (b * s.T + t0) * C;
+            i64 group = -1;
+            const float *in_ = nullptr, *out_ = nullptr;
+            for (i64 h = h0; h < h1; ++h) {
+                if (h / R != group) {
+                    group = h / R;
+                    in_ = rows + s.inner() + group * N;
+                    out_ = in_ + s.G * N;
+                    // c·bᵀ, the same for all heads of a group.
+                    for (i64 l = 0; l < L; ++l)
+                        for (i64 n = 0; n < N; ++n) turned[n * CHUNK + l] = in_[l * C + n];
+                    for (i64 n = 0; n < N; ++n)
+                        std::fill(&turned[n * CHUNK + L], &turned[n * CHUNK] + CHUNK, 0.0f);
+                    std::fill(met.begin(), met.end(), 0.0f);
+                    accumulate(met.data(), CHUNK, out_, C, 1, turned.data(), CHUNK, L, N, CHUNK);
+                }
+                chunk(b, h, t0, L, rows, in_, out_, &states[(h - h0) * N * P], met.data(),
+                      mix.data(), taken.data(), since.data(), until.data());
+            }
+        }
+        for (i64 h = h0; h < h1; ++h) {
+            float* S = state + (b * s.H + h) * P * N;
+            for (i64 p = 0; p < P; ++p)
+                for (i64 n = 0; n < N; ++n) S[p * N + n] = states[((h - h0) * N + n) * P + p];
+        }
+    }
+
+    void chunk(i64 b, i64 h, i64 t0, i64 L, const float* rows,
+                             const float* in_, const float* out_, float* S, const float* met,
+                             float* mix, float* taken, float* since, float* until) const {
+        const i64 C = s.conv(), P = s.P, N = s.N;
+        const float* steps = dt + (b * s.T + t0) * s.H + h;
+        const float a = -std::exp(a_log[h]);
+        // decay(l, r) = Π exp(dt_i·A), r < i <= l, as a running product: no sums that cancel.
+        float decay[CHUNK];
+        std::fill_n(mix, CHUNK * CHUNK, 0.0f);
+        for (i64 l = 0; l < L; ++l) {
+            const float e = std::exp(steps[l * s.H] * a);
+            since[l] = l ? since[l - 1] * e : e;
+            for (i64 r = 0; r < l; ++r) decay[r] *= e;
+            decay[l] = 1.0f;
+            for (i64 r = 0; r <= l; ++r) mix[l * CHUNK + r] = met[l * CHUNK + r] * decay[r];
+        }
+        for (i64 l = 0; l < L; ++l) until[l] = decay[l];
+        float* to = y + (b * s.T + t0) * s.inner() + h * P;
+        for (i64 l = 0; l < L; ++l) {
+            const float* x = rows + l * C + h * P;
+            for (i64 p = 0; p < P; p += LANES) {
+                store(taken + l * P + p, mul(load(x + p), all(steps[l * s.H])));
+                store(to + l * s.inner() + p, zero());
+            }
+        }
+        accumulate(to, s.inner(), out_, C, 1, S, P, L, N, P);
+        for (i64 l = 0; l < L; ++l) {
+            const float* x = rows + l * C + h * P;
+            float* o = to + l * s.inner();
+            for (i64 p = 0; p < P; p += LANES)
+                store(o + p, fma(load(o + p), all(since[l]), mul(load(x + p), all(d[h]))));
+        }
+        // Below the diagonal, in two steps: the upper right quarter is zero.
+        const i64 half = std::min<i64>(L, CHUNK / 2);
+        accumulate(to, s.inner(), mix, CHUNK, 1, taken, P, half, half, P);
+        if (L > half)
+            accumulate(to + half * s.inner(), s.inner(), mix + half * CHUNK, CHUNK, 1, taken, P,
+                       L - half, L, P);
+        const float kept = since[L - 1];
+        for (i64 i = 0; i < N * P; i += LANES) store(S + i, mul(load(S + i), all(kept)));
+        for (i64 l = 0; l < L; ++l)
+            for (i64 p = 0; p < P; p += LANES)
+                store(taken + l * P + p, mul(load(taken + l * P + p), all(until[l])));
+        accumulate(S, P, in_, 1, C, taken, P, N, L, P);
+    }
+
+    // y · silu(z), each group scaled to unit root mean square, times the weight.
+    void normalise(i64 r0, i64 r1) const {
+        const i64 width = s.inner() / s.G;
+        for (i64 r = r0; r < r1; ++r) {
+            for (i64 g = 0; g < s.G; ++g) {
+                float* v = y + r * s.inner() + g * width;
+                const T* z = in + r * s.row() + g * width;
+                F squares = zero();
+                for (i64 i = 0; i < width; i += LANES) {
+                    const F x = mul(load(v + i), silu(load(z + i)));
+                    store(v + i, x);
+                    squares = fma(x, x, squares);
+                }
+                const float scale = 1.0f / std::sqrt(sum(squares) / width + numbers[2]);
+                for (i64 i = 0; i < width; i += LANES)
+                    store(out + r * s.inner() + g * width + i,
+                          mul(mul(load(v + i), all(scale)), load(weight + g * width + i)));
+            }
+        }
+    }
+
+    // By each thread of a team.
+    void run(i64 thread, i64 threads) const {
+        const unsigned mode = _mm_getcsr();
+        _mm_setcsr(mode | 0x8040);  // decays that vanish become zero, not slow
+        const i64 rows = s.B * s.T, blocks = s.conv() / LANES;
+        convolve(blocks * thread / threads * LANES, blocks * (thread + 1) / threads * LANES);
+        step_sizes(rows * thread / threads, rows * (thread + 1) / threads);
+#pragma omp barrier
+        const i64 pairs = s.B * s.H, last = pairs * (thread + 1) / threads;
+        for (i64 pair = pairs * thread / threads; pair < last;) {
+            const i64 b = pair / s.H, end = std::min(last, (b + 1) * s.H);
+            if (s.T == 1)
+                for (i64 i = pair; i < end; ++i) one(b, i - b * s.H);
+            else
+                scan(b, pair - b * s.H, end - b * s.H);
+            pair = end;
+        }
+#pragma omp barrier
+        normalise(rows * thread / threads, rows * (thread + 1) / threads);
+        _mm_setcsr(mode);
+    }
+};
+
+}  // namespace

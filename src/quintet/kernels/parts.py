@@ -1,0 +1,373 @@
+"""What the parts of decoder layers hold, as the kernel that runs layers in one call reads it."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass
+from enum import IntEnum
+from typing import ClassVar, NamedTuple
+
+import torch
+from torch import Tensor
+
+from quintet.kernels.gated import stacked
+from quintet.kernels.linear import Matrix, fits
+from quintet.kernels.native import applies, real
+from quintet.kernels.routing import Rules
+
+__all__ = [
+    "MLP",
+    "Adapted",
+    "Attention",
+    "Fields",
+    "Mixer",
+    "Norm",
+    "Part",
+    "Routed",
+    "SharedMLP",
+    "Source",
+    "Tokens",
+    "readable",
+]
+
+LANES = 16
+RULES = 9
+
+
+class Source(IntEnum):
+    """What a part reads: x, what was left beside it, their sum, or x and the embeddings, 2C."""
+
+    HIDDEN, BESIDE, SUM, WITH_EMBEDS = range(4)
+
+
+@dataclass(frozen=True, slots=True)
+class Norm:
+    """A root-mean-square norm: its scale, what is added to the mean square, and of what it is."""
+
+    weight: Tensor
+    eps: float
+    of: Source = Source.HIDDEN
+
+
+class Adapted(NamedTuple):
+    """A map, and a low-rank addition to it: map(x) + up(down(x))."""
+
+    map: Matrix
+    down: Matrix | None = None
+    up: Matrix | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Tokens:
+    """What a step brings, but for the hidden states.
+
+    Attributes:
+        cos: (B or 1, T, D) of the rotary angles.
+        sin: the same.
+        embeds: (B, T, C).
+        starts: the slot that each row's first token takes.
+        counts: (B,) how many of a row's T tokens are real; None where all are.
+    """
+
+    cos: Tensor
+    sin: Tensor
+    embeds: Tensor
+    starts: Sequence[int]
+    counts: Tensor | None = None
+
+
+class Fields:
+    """Eight-byte fields for vectors of a dtype, and the tensors whose addresses are among them.
+
+    Attributes:
+        kind: the dtype in which all matrices are stored, known with the first of them.
+        fit: whether the kernel can read all that was written so far.
+    """
+
+    def __init__(self, dtype: torch.dtype) -> None:
+        self.dtype = dtype
+        self.kind: torch.dtype | None = None
+        self.numbers: list[int] = []
+        self.tensors: list[Tensor] = []
+        self.fit = True
+
+    def integers(self, *values: int) -> None:
+        """Write numbers."""
+        self.numbers += values
+
+    def real(self, value: float) -> None:
+        """Write a float64."""
+        self.numbers.append(real(value))
+
+    def tensor(self, x: Tensor | None, shape: tuple[int, ...], dtype: torch.dtype) -> None:
+        """Write the address of a tensor that has to be of a shape, packed; 0 for None."""
+        if x is None:
+            self.numbers.append(0)
+            return
+        self.fit &= x.shape == shape and x.dtype == dtype and x.is_contiguous()
+        self.tensors.append(x)
+        self.numbers.append(x.data_ptr())
+
+    def norm(self, norm: Norm, C: int) -> None:
+        """Write a norm of vectors (C,)."""
+        self.tensor(norm.weight, (C,), self.dtype)
+        self.real(norm.eps)
+        self.integers(norm.of)
+
+    def adapted(self, adapted: Adapted, O: int, I: int) -> None:
+        """Write a map from I to O and what is added to it."""
+        _, down, up = adapted
+        rank = 0 if down is None else down.weight.shape[0]
+        for matrix, shape in zip(adapted, ((O, I), (rank, I), (O, rank)), strict=True):
+            self.matrix(matrix, *shape)
+        self.fit &= (down is None) == (up is None)
+
+    def matrix(self, matrix: Matrix | None, O: int, I: int) -> None:
+        """Write a map from I to O; zeros for None."""
+        if matrix is None:
+            self.numbers += [0] * 5
+            return
+        weight = matrix.weight
+        self.kind = self.kind or weight.dtype
+        self.fit &= fits(matrix, self.kind, I, self.dtype) and weight.shape[0] == O
+        for tensor in matrix:
+            if tensor is not None:
+                self.tensors.append(tensor)
+            self.numbers.append(0 if tensor is None else tensor.data_ptr())
+        self.numbers += (O, weight.stride(0))
+
+    def experts(self, matrix: Matrix, O: int, I: int) -> None:
+        """Write a stack of maps from I to O."""
+        weight, scale, _ = matrix
+        self.kind = self.kind or weight.dtype
+        fields = stacked(matrix, self.kind, self.dtype, O, I)
+        self.fit &= fields is not None
+        self.tensors += [weight] if scale is None else [weight, scale]
+        self.numbers += fields or [0] * 5
+
+
+class Part(ABC):
+    """A part of a layer, x += part(norm(x)), or one that leaves what it makes beside x.
+
+    Attributes:
+        number: what the kernel calls this kind of part.
+    """
+
+    number: ClassVar[int]
+
+    @abstractmethod
+    def write(self, fields: Fields, C: int) -> None:
+        """Write what it holds, for hidden states (B, T, C)."""
+
+    def held(self, kept: Sequence[Tensor], fields: Fields, B: int, tokens: Tokens) -> None:
+        """Write what a step reads and changes of what is kept between steps: here, nothing."""
+        fields.fit &= not kept
+
+
+@dataclass(frozen=True, slots=True)
+class Attention(Part):
+    """Attention of H query heads over K heads of keys and values, kept as (B, K, S, D) each.
+
+    Attributes:
+        qkv: the maps to the queries', the keys' and the values' heads.
+        o: from (H·D) to C.
+        window: how many keys a query sees at the most, its own included; None for all.
+        scale: of the scores.
+        rotates: whether positions turn queries and keys.
+        beside: whether what it makes is left beside x, and not added to it.
+    """
+
+    number: ClassVar[int] = 0
+    norm: Norm
+    qkv: tuple[Adapted, Adapted, Adapted]
+    o: Matrix
+    head_dim: int
+    window: int | None
+    scale: float
+    rotates: bool = True
+    beside: bool = False
+
+    def write(self, fields: Fields, C: int) -> None:
+        """Write norm, maps and sizes."""
+        D, I = self.head_dim, len(self.norm.weight)
+        H, K = (self.qkv[i].map.weight.shape[0] // D for i in (0, 1))
+        fields.fit &= D % LANES == 0 and K > 0 and H % K == 0
+        # All have an addition or none.
+        fields.fit &= len({adapted.down is None for adapted in self.qkv}) == 1
+        fields.norm(self.norm, 2 * C if self.norm.of == Source.WITH_EMBEDS else C)
+        for adapted, heads in zip(self.qkv, (H, K, K), strict=True):
+            fields.adapted(adapted, heads * D, I)
+        fields.matrix(self.o, C, H * D)
+        fields.integers(H, K, D, self.window or 0, self.rotates, self.beside)
+        fields.real(self.scale)
+
+    def held(self, kept: Sequence[Tensor], fields: Fields, B: int, tokens: Tokens) -> None:
+        """Write where the tokens' keys and values go."""
+        K, D = self.qkv[1].map.weight.shape[0] // self.head_dim, self.head_dim
+        cos, sin = tokens.cos, tokens.sin
+        T, last = cos.shape[1], max(tokens.starts) + cos.shape[1]
+        angles = cos.shape == sin.shape == (len(cos), T, D) and len(cos) in (1, B)
+        fields.fit &= angles and len(kept) == 2
+        for buffer in kept:
+            strides = buffer.stride()
+            room = buffer.ndim == 4 and buffer.shape[2] >= last and strides[3] == 1
+            fields.fit &= room and buffer.dtype == fields.dtype
+            fields.fit &= room and buffer.shape == (B, K, buffer.shape[2], D)
+            fields.tensors.append(buffer)
+            fields.integers(buffer.data_ptr(), *strides[:3])
+
+
+@dataclass(frozen=True, slots=True)
+class MLP(Part):
+    """down(silu(gate(n)) · up(n)), through F numbers a token."""
+
+    number: ClassVar[int] = 1
+    norm: Norm
+    gate: Matrix
+    up: Matrix
+    down: Matrix
+
+    def write(self, fields: Fields, C: int) -> None:
+        """Write norm, maps and their width."""
+        F = self.gate.weight.shape[0]
+        # The kernel adds no bias within an MLP.
+        fields.fit &= self.gate.bias is None and self.up.bias is None
+        fields.norm(self.norm, C)
+        for matrix, (O, I) in zip(
+            (self.gate, self.up, self.down), ((F, C), (F, C), (C, F)), strict=True
+        ):
+            fields.matrix(matrix, O, I)
+        fields.integers(F)
+
+
+@dataclass(frozen=True, slots=True)
+class Mixer(Part):
+    """Mamba-2's mixer: a window (B, W - 1, H·P + 2·G·N) and a state (B, H, P, N) are kept.
+
+    Attributes:
+        in_proj: from C to the gate, the convolution's channels and the step sizes.
+        out_proj: from H·P to C.
+        taps: of the convolution, (H·P + 2·G·N, W).
+        conv_bias: of the same.
+        scalars: dt_bias, A_log and D, (H) each, in float32.
+        gated: the norm behind the gate, of each group by itself.
+        num_groups: G.
+        dt_limits: between which two a step size is clamped.
+    """
+
+    number: ClassVar[int] = 2
+    norm: Norm
+    in_proj: Matrix
+    out_proj: Matrix
+    taps: Tensor
+    conv_bias: Tensor | None
+    scalars: tuple[Tensor, Tensor, Tensor]
+    gated: Norm
+    num_groups: int
+    dt_limits: tuple[float, float]
+
+    def write(self, fields: Fields, C: int) -> None:
+        """Write norms, maps, scalars and sizes."""
+        H, P, N, channels, W = self._sizes()
+        inner = H * P
+        fields.fit &= P % LANES == 0 and N % LANES == 0
+        fields.norm(self.norm, C)
+        fields.matrix(self.in_proj, inner + channels + H, C)
+        fields.matrix(self.out_proj, C, inner)
+        fields.tensor(self.taps, (channels, W), fields.dtype)
+        fields.tensor(self.conv_bias, (channels,), fields.dtype)
+        for scalars in self.scalars:
+            fields.tensor(scalars, (H,), torch.float32)
+        fields.norm(self.gated, inner)
+        fields.integers(H, P, self.num_groups, N, W)
+        for limit in self.dt_limits:
+            fields.real(limit)
+
+    def held(self, kept: Sequence[Tensor], fields: Fields, B: int, tokens: Tokens) -> None:
+        """Write where the window and the state are."""
+        H, P, N, channels, W = self._sizes()
+        fields.fit &= len(kept) == 2
+        shapes = ((B, W - 1, channels), fields.dtype), ((B, H, P, N), torch.float32)
+        for tensor, (shape, dtype) in zip(kept, shapes, strict=False):
+            fields.tensor(tensor, shape, dtype)
+
+    def _sizes(self) -> tuple[int, int, int, int, int]:
+        H, inner = len(self.scalars[0]), len(self.gated.weight)
+        channels, W = self.taps.shape
+        return H, inner // H, (channels - inner) // 2 // self.num_groups, channels, W
+
+
+@dataclass(frozen=True, slots=True)
+class SharedMLP(Part):
+    """linear(down(gelu(gate) · up)) of what was left beside x, and left there again.
+
+    Attributes:
+        gate_up: to gate and up, the gate first.
+        linear: from C to C.
+    """
+
+    number: ClassVar[int] = 3
+    norm: Norm
+    gate_up: Adapted
+    down: Matrix
+    linear: Matrix
+
+    def write(self, fields: Fields, C: int) -> None:
+        """Write norm and maps."""
+        O = self.gate_up.map.weight.shape[0]
+        fields.fit &= O % 2 == 0
+        fields.norm(self.norm, C)
+        fields.adapted(self.gate_up, O, C)
+        fields.matrix(self.down, C, O // 2)
+        fields.matrix(self.linear, C, C)
+
+
+@dataclass(frozen=True, slots=True)
+class Routed(Part):
+    """A of E experts for each token, and an expert that all share: Σ p_a · expert_a(n) + shared(n).
+
+    Attributes:
+        router: (E, C), of which n makes the logits.
+        wide: whether logits are float32; otherwise they are rounded as x is.
+        rules: how experts are chosen.
+        bias: (E,) of the choice, or None.
+        experts: gate and up (E, F, C), and down (E, C, F).
+        shared: gate, up and down; None without a shared expert.
+        share: (1, C), of which σ(share n) is a factor of the shared expert; None for one.
+    """
+
+    number: ClassVar[int] = 4
+    norm: Norm
+    router: Tensor
+    wide: bool
+    rules: Rules
+    bias: Tensor | None
+    experts: tuple[Matrix, Matrix, Matrix]
+    shared: tuple[Matrix, Matrix, Matrix] | None
+    share: Tensor | None = None
+
+    def write(self, fields: Fields, C: int) -> None:
+        """Write norm, router, experts and their sizes."""
+        E, F, _ = self.experts[0].weight.shape
+        rules = self.rules.fields(E, self.bias)
+        fields.fit &= rules is not None
+        fields.norm(self.norm, C)
+        fields.tensor(self.router, (E, C), fields.dtype)
+        fields.integers(self.wide, *(rules or [0] * RULES))
+        if self.bias is not None:
+            fields.tensors.append(self.bias)
+        for matrix, (O, I) in zip(self.experts, ((F, C), (F, C), (C, F)), strict=True):
+            fields.experts(matrix, O, I)
+        fields.integers(E, C, F)
+        width = 0 if self.shared is None else self.shared[0].weight.shape[0]
+        shapes = (width, C), (width, C), (C, width)
+        for one, (O, I) in zip(self.shared or (None,) * 3, shapes, strict=True):
+            # The kernel adds no bias within an MLP.
+            fields.fit &= one is None or one.bias is None
+            fields.matrix(one, O, I)
+        fields.integers(width)
+        fields.tensor(self.share, (1, C), fields.dtype)
+
+
+def readable(fields: Fields) -> bool:
+    """Tell whether the kernel may read all that was written."""
+    return fields.fit and applies(*fields.tensors)

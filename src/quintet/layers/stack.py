@@ -1,0 +1,177 @@
+"""Decoder layers, as many as there are in a row, in one call where few tokens pass them."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from itertools import chain, groupby
+from typing import NamedTuple, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from quintet.kernels import parts
+from quintet.kernels.stack import Stack
+from quintet.layers.linear import hooked
+from quintet.layers.norm import RMSNorm
+from quintet.layers.step import Step
+from quintet.ops.attention import sdpa
+
+__all__ = [
+    "Gathered",
+    "LayerRun",
+    "Piece",
+    "StackLayer",
+    "StackPart",
+    "fits",
+    "gather",
+    "norm_of",
+    "residuals",
+    "untouched",
+]
+
+# More tokens are a prompt, for which it is the products that take time.
+MOST_TOKENS = 16
+Module = TypeVar("Module", bound=nn.Module)
+
+
+class Piece(NamedTuple):
+    """A part of a layer.
+
+    Attributes:
+        part: what it holds.
+        kept: what of a step's cache the kernel is to change; None where it cannot.
+    """
+
+    part: parts.Part
+    kept: Callable[[Step], tuple[Tensor, ...] | None]
+
+
+class StackLayer(nn.Module, ABC):
+    """A layer that can say what it consists of to a kernel, which then runs it uncalled."""
+
+    @abstractmethod
+    def pieces(self) -> list[Piece] | None:
+        """Return the parts in the order of the forward; None where the layer has to be called."""
+
+
+class StackPart(nn.Module, ABC):
+    """A module of which x += module(norm(x)) can be a part."""
+
+    @abstractmethod
+    def part(self, norm: parts.Norm) -> parts.Part | None:
+        """Return what the module holds, behind a norm; None where it has to be called."""
+
+    def kept(self, step: Step) -> tuple[Tensor, ...] | None:
+        """Return what of a step's cache the kernel is to change; None where it cannot."""
+        return ()
+
+
+def residuals(
+    *pairs: tuple[nn.Module, nn.Module], of: parts.Source = parts.Source.HIDDEN
+) -> list[Piece] | None:
+    """Return the parts of a layer that is some x += module(norm(x)), of (norm, module) each.
+
+    Args:
+        of: what is normalised in place of x.
+    """
+    pieces = []
+    for norm, module in pairs:
+        # A subclass with another forward has to say again what it holds.
+        if not isinstance(module, StackPart) or "part" not in vars(type(module)):
+            return None
+        before = norm_of(norm, of)
+        part = None if before is None or hooked(module) else module.part(before)
+        if part is None:
+            return None
+        pieces.append(Piece(part, module.kept))
+    return pieces
+
+
+def norm_of(module: nn.Module, of: parts.Source = parts.Source.HIDDEN) -> parts.Norm | None:
+    """Return what a root-mean-square norm holds; None where it is something else, or hooked."""
+    plain = untouched(module, RMSNorm)
+    return None if plain is None else parts.Norm(plain.weight, plain.variance_epsilon, of)
+
+
+@dataclass(frozen=True, slots=True)
+class LayerRun:
+    """Layers in a row, and what they hold, taken down to run them in one call.
+
+    Attributes:
+        layers: what is called where they cannot be.
+        stack: their weights; None where they never can.
+        pieces: what the stack was made of.
+    """
+
+    layers: tuple[nn.Module, ...]
+    stack: Stack | None = None
+    pieces: tuple[Piece, ...] = ()
+
+    def in_one_call(self, hidden: Tensor, step: Step) -> Tensor | None:
+        """Return what the layers make of (B, T, C); None where they have to be called."""
+        if self.stack is None:
+            return None
+        kept = []
+        for piece in self.pieces:
+            tensors = piece.kept(step)
+            if tensors is None:
+                return None
+            kept.append(tensors)
+        starts = step.span.start
+        tokens = parts.Tokens(
+            step.cos,
+            step.sin,
+            step.embeds,
+            [starts] * len(hidden) if isinstance(starts, int) else starts.tolist(),
+            step.span.counts,
+        )
+        return self.stack.run(hidden, tokens, kept)
+
+
+@dataclass(frozen=True, slots=True)
+class Gathered:
+    """All layers of a model, as runs."""
+
+    runs: tuple[LayerRun, ...]
+
+    def __reduce__(self) -> tuple[type[None], tuple[()]]:
+        # A copy of a model has weights of its own to gather.
+        return type(None), ()
+
+
+def fits(hidden: Tensor, step: Step) -> bool:
+    """Tell whether layers that can be are to be run in one call for tokens (B, T, C)."""
+    return (
+        step.cache is not None
+        and step.attend is sdpa
+        and hidden.shape[:2].numel() <= MOST_TOKENS
+        and not any(seen.custom for seen in step.seen.values())
+    )
+
+
+def gather(layers: Iterable[nn.Module], C: int, dtype: torch.dtype) -> Gathered:
+    """Take down what layers hold, as many in a row together as can be run in one call.
+
+    They have to be called where a module is hooked or replaced by another.
+    """
+    runs = []
+    described = [(layer, _pieces(layer)) for layer in layers]
+    for stackable, group in groupby(described, key=lambda pair: pair[1] is not None):
+        run = list(group)
+        own = tuple(layer for layer, _ in run)
+        pieces = tuple(chain.from_iterable(found for _, found in run if found is not None))
+        stack = Stack.of([piece.part for piece in pieces], C, dtype) if stackable else None
+        runs.append(LayerRun(own, stack, pieces))
+    return Gathered(tuple(runs))
+
+
+def _pieces(layer: nn.Module) -> list[Piece] | None:
+    # A subclass with another forward has to say again what it consists of.
+    if not isinstance(layer, StackLayer) or "pieces" not in vars(type(layer)):
+        return None
+    return None if hooked(layer) else layer.pieces()
+
+
+def untouched(module: nn.Module | None, kind: type[Module]) -> Module | None:
+    """Return a module that is of a class, not one derived from it, and nothing more; else None."""
+    return module if type(module) is kind and not hooked(module) else None

@@ -1,0 +1,351 @@
+"""A model's layers run in one call where they can, and one by one where somebody is in between."""
+
+import copy
+import pickle
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import conformance.families as conformance
+from conformance.families import Family
+from quintet import DynamicCache, OffloadedCache, QuantizedCache, Qwen2ForCausalLM, StaticCache
+from quintet.cache import Cache
+from quintet.kernels.native import native
+from quintet.layers import stack
+from quintet.layers.step import Step
+from quintet.modeling import decoder
+from support import relative_error, small_config
+
+pytestmark = pytest.mark.skipif(native().library is None, reason=f"{native().reason}")
+
+
+def dynamic_cache(model: Any) -> Cache:
+    return DynamicCache(model.config)
+
+
+# So that the kernel's vectors are full.
+WIDE: dict[str, dict[str, Any]] = {
+    "qwen2": {"head_dim": 16},
+    "qwen2-moe": {"head_dim": 16},
+    "zamba2": {"hidden_size": 64, "mamba_d_state": 16},
+}
+FAMILIES = [family for family in conformance.FAMILIES if family.name in WIDE]
+CACHES: dict[str, Callable[[Any], Cache]] = {
+    "dynamic": dynamic_cache,
+    "static": lambda model: StaticCache(model.config, 40),
+    "offloaded": lambda model: OffloadedCache(model.config),
+}
+
+
+@pytest.fixture
+def model() -> Qwen2ForCausalLM:
+    torch.manual_seed(0)
+    return Qwen2ForCausalLM(small_config(head_dim=16)).eval()
+
+
+@pytest.fixture
+def passes(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
+    """For each run over the layers, whether it was one call."""
+    seen: list[bool] = []
+    real = stack.LayerRun.in_one_call
+
+    def watched(run: stack.LayerRun, hidden: Tensor, step: Step) -> Tensor | None:
+        made = real(run, hidden, step)
+        seen.append(made is not None)
+        return made
+
+    monkeypatch.setattr(stack.LayerRun, "in_one_call", watched)
+    return seen
+
+
+@pytest.fixture
+def gathered(monkeypatch: pytest.MonkeyPatch) -> list[stack.Gathered]:
+    """What was gathered, in order."""
+    seen: list[stack.Gathered] = []
+    real = decoder.gather
+
+    def watched(*arguments: Any) -> stack.Gathered:
+        seen.append(real(*arguments))
+        return seen[-1]
+
+    monkeypatch.setattr(decoder, "gather", watched)
+    return seen
+
+
+@torch.no_grad()
+def steps(model: Any, new_cache: Callable[[Any], Cache], T: int) -> tuple[Tensor, Cache]:
+    """The logits of three steps of T tokens behind a prompt of which one row is shorter."""
+    cache = new_cache(model)
+    ids = torch.arange(3 * 12).view(3, 12) % model.config.vocab_size
+    mask = torch.ones_like(ids)
+    mask[1, :4] = 0
+    model(ids, attention_mask=mask, past_key_values=cache, use_cache=True)
+    made = [
+        model(ids[:, at : at + T], past_key_values=cache, use_cache=True).logits for at in range(3)
+    ]
+    return torch.cat(made, dim=1), cache
+
+
+def assert_same_content(ours: Cache, theirs: Cache) -> None:
+    lengths = ours.lengths(3).tolist()
+    assert lengths == theirs.lengths(3).tolist()
+    for mine, reference in zip(ours.layers, theirs.layers, strict=True):
+        if mine is None or reference is None:
+            continue
+        for x, y in zip(mine.content(max(lengths)), reference.content(max(lengths)), strict=True):
+            for row, length in enumerate(lengths):
+                assert relative_error(x[row, :, :length], y[row, :, :length]) <= 1e-5
+    for held, known in zip(ours.states, theirs.states, strict=True):
+        if held is not None and held.state is not None:
+            assert relative_error(held.state, known.state) <= 1e-5
+            assert relative_error(held.window, known.window) <= 1e-5
+
+
+@torch.no_grad()
+def step(model: Qwen2ForCausalLM, cache: Cache, T: int = 1) -> Tensor:
+    """The logits of T tokens behind a prompt of which one row is shorter."""
+    ids = torch.arange(3 * 20).view(3, 20) % model.config.vocab_size
+    mask = torch.ones_like(ids)
+    mask[1, :4] = 0
+    model(ids, attention_mask=mask, past_key_values=cache, use_cache=True)
+    return model(ids[:, :T] + 1, past_key_values=cache, use_cache=True).logits
+
+
+@pytest.mark.parametrize("kind", list(CACHES))
+@pytest.mark.parametrize("T", [1, 3])
+@pytest.mark.parametrize("family", FAMILIES, ids=str)
+def test_a_step_in_one_call_gives_and_keeps_what_the_layers_do(
+    family: Family, passes: list[bool], kind: str, T: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = family.model_of(**WIDE[family.name])
+    made, cache = steps(model, CACHES[kind], T)
+    assert passes == [False, *[True] * 3]
+    monkeypatch.setattr(stack.LayerRun, "in_one_call", lambda *_: None)
+    expected, reference = steps(model, CACHES[kind], T)
+    assert relative_error(made, expected) <= 1e-5
+    assert_same_content(cache, reference)
+
+
+@pytest.mark.parametrize(
+    ("family", "variant"),
+    [
+        pytest.param(family, variant, id=f"{family.name}-{variant}")
+        for family in FAMILIES
+        for variant in family.variants
+    ],
+)
+def test_every_form_of_a_family_runs_in_one_call_but_for_other_activations(
+    family: Family, variant: str, passes: list[bool], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    values = {**WIDE[family.name], **family.variants[variant]}
+    model = family.model_of(**values)
+    made, cache = steps(model, dynamic_cache, 1)
+    other = {"zamba2": "silu"}.get(family.name, "gelu")
+    assert (passes == [False, *[True] * 3]) == (values.get("hidden_act") != other)
+    monkeypatch.setattr(stack.LayerRun, "in_one_call", lambda *_: None)
+    expected, reference = steps(model, dynamic_cache, 1)
+    assert relative_error(made, expected) <= 1e-5
+    assert_same_content(cache, reference)
+
+
+@pytest.mark.parametrize("family", FAMILIES, ids=str)
+def test_tokens_one_by_one_are_the_same_to_the_last_bit(
+    family: Family, passes: list[bool], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = family.model_of(**WIDE[family.name]).to(torch.bfloat16)
+    made, _ = steps(model, dynamic_cache, 1)
+    assert True in passes
+    monkeypatch.setattr(stack.LayerRun, "in_one_call", lambda *_: None)
+    expected, _ = steps(model, dynamic_cache, 1)
+    assert torch.equal(made, expected)
+
+
+@pytest.mark.parametrize("family", FAMILIES, ids=str)
+def test_a_hook_anywhere_is_called_as_often_as_by_the_layers(
+    family: Family, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = family.model_of(**WIDE[family.name])
+    named = dict(model.base_model.layers.named_modules())
+
+    def count(name: str) -> int:
+        calls = []
+        handle = named[name].register_forward_hook(lambda *_: calls.append(None))
+        steps(model, dynamic_cache, 1)
+        handle.remove()
+        return len(calls)
+
+    in_place = {name: count(name) for name in named if name}
+    assert sum(in_place.values()) > len(in_place)
+    monkeypatch.setattr(stack.LayerRun, "in_one_call", lambda *_: None)
+    assert in_place == {name: count(name) for name in in_place}
+
+
+def wrap_map(model: Qwen2ForCausalLM) -> None:
+    class Wrapped(nn.Module):
+        def __init__(self, inner: nn.Module) -> None:
+            super().__init__()
+            self.inner = inner
+
+        def forward(self, x: Tensor) -> Tensor:
+            return 2 * self.inner(x)  # type: ignore[no-any-return]
+
+    model.model.layers[1].self_attn.v_proj = Wrapped(model.model.layers[1].self_attn.v_proj)
+
+
+def replace_norm(model: Qwen2ForCausalLM) -> None:
+    model.model.layers[1].input_layernorm = nn.Identity()
+
+
+def change_forward(model: Qwen2ForCausalLM) -> None:
+    layer = model.model.layers[1]
+    layer.mlp.forward = lambda x: 3 * x
+
+
+def own_layer(model: Qwen2ForCausalLM) -> None:
+    kind = type(model.model.layers[1])
+    model.model.layers[1].__class__ = type("Own", (kind,), {})
+
+
+def hook_layer(model: Qwen2ForCausalLM) -> None:
+    model.model.layers[1].register_forward_pre_hook(lambda module, given: (2 * given[0], given[1]))
+
+
+@pytest.mark.parametrize(
+    "change",
+    [wrap_map, replace_norm, change_forward, own_layer, hook_layer],
+    ids=lambda f: f.__name__,
+)
+def test_what_somebody_put_in_between_is_called(
+    model: Qwen2ForCausalLM,
+    passes: list[bool],
+    change: Callable[[Qwen2ForCausalLM], None],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    change(model)
+    made = step(model, DynamicCache(model.config))
+    # The prompt, and a step whose second of three layers is called.
+    assert passes == [False, True, False, True]
+    monkeypatch.setattr(stack.LayerRun, "in_one_call", lambda *_: None)
+    assert relative_error(made, step(model, DynamicCache(model.config))) <= 1e-5
+
+
+def test_what_a_caller_asks_to_see_comes_from_the_layers(
+    model: Qwen2ForCausalLM, passes: list[bool]
+) -> None:
+    cache = DynamicCache(model.config)
+    ids = torch.arange(8)[None]
+    with torch.no_grad():
+        model(ids, past_key_values=cache)
+        passes.clear()
+        out = model(ids[:, :1], past_key_values=cache, output_attentions=True)
+        assert out.attentions is not None
+        out = model(ids[:, :1], past_key_values=cache, output_hidden_states=True)
+        assert len(out.hidden_states) == model.config.num_hidden_layers + 1
+        model(ids[:, :1], past_key_values=QuantizedCache(model.config))
+    with torch.enable_grad():
+        assert model(ids[:, :1], past_key_values=cache).logits.requires_grad
+    assert True not in passes
+
+
+@pytest.mark.parametrize("family", [f for f in FAMILIES if "router_logits" in f.compared], ids=str)
+def test_router_logits_that_are_asked_for_come_from_the_layers(
+    family: Family, passes: list[bool]
+) -> None:
+    model = family.model_of(**WIDE[family.name])
+    cache = DynamicCache(model.config)
+    ids = torch.arange(8)[None]
+    with torch.no_grad():
+        model(ids, past_key_values=cache)
+        out = model(ids[:, :1], past_key_values=cache, output_router_logits=True)
+    assert len(out.router_logits) == len(family.routes(model.config))
+    assert True not in passes
+
+
+def test_states_that_may_be_gone_back_to_are_left_to_the_layers(passes: list[bool]) -> None:
+    (family,) = (family for family in FAMILIES if family.name == "zamba2")
+    model = family.model_of(**WIDE[family.name])
+    cache = DynamicCache(model.config)
+    ids = torch.arange(8)[None]
+    with torch.no_grad():
+        model(ids, past_key_values=cache)
+        expected = model(ids[:, :2], past_key_values=copy.deepcopy(cache)).logits
+        cache.snapshot()
+        passes.clear()
+        model(ids[:, :3], past_key_values=cache)
+        assert passes == [False]
+        cache.crop(8)
+        made = model(ids[:, :2], past_key_values=cache).logits
+    assert relative_error(made, expected) <= 1e-5
+
+
+def test_a_caller_s_own_keys_are_not_written_into(model: Qwen2ForCausalLM) -> None:
+    cache = DynamicCache(model.config)
+    with torch.no_grad():
+        model(torch.arange(8)[None], past_key_values=cache)
+        cache.crop(5)
+        slot = cache.layers[0]
+        assert slot is not None
+        before = slot.content(8)
+        kept = [tensor.clone() for tensor in before]
+        model(torch.tensor([[3]]), past_key_values=cache)
+    for tensor, old in zip(before, kept, strict=True):
+        assert torch.equal(tensor, old)
+
+
+def test_weights_that_are_held_are_those_of_the_beginning(
+    model: Qwen2ForCausalLM, gathered: list[stack.Gathered]
+) -> None:
+    expected = step(model, DynamicCache(model.config))
+
+    def fail_halfway() -> None:
+        with model.weights_held():
+            before = len(gathered)
+            made = step(model, DynamicCache(model.config))
+            assert torch.equal(made, expected)
+            assert len(gathered) == before
+            replace_norm(model)
+            raise RuntimeError("halfway")
+
+    with pytest.raises(RuntimeError, match="halfway"):
+        fail_halfway()
+    assert not torch.equal(step(model, DynamicCache(model.config)), expected)
+
+
+def test_nothing_is_held_once_all_have_ended(model: Qwen2ForCausalLM) -> None:
+    # As two threads may: the one that began first ends first.
+    first, second = model.weights_held(), model.weights_held()
+    first.__enter__()
+    second.__enter__()
+    first.__exit__(None, None, None)
+    expected = step(model, DynamicCache(model.config))
+    second.__exit__(None, None, None)
+    replace_norm(model)
+    assert not torch.equal(step(model, DynamicCache(model.config)), expected)
+
+
+def test_a_copy_made_meanwhile_reads_its_own_weights(model: Qwen2ForCausalLM) -> None:
+    with model.weights_held():
+        copies = copy.deepcopy(model), pickle.loads(pickle.dumps(model))
+    expected = step(model, DynamicCache(model.config))
+    for other in copies:
+        assert torch.equal(step(other, DynamicCache(model.config)), expected)
+        replace_norm(other)
+        assert not torch.equal(step(other, DynamicCache(model.config)), expected)
+
+
+def test_generate_gathers_once(
+    model: Qwen2ForCausalLM,
+    gathered: list[stack.Gathered],
+    passes: list[bool],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    ids = torch.arange(20)[None]
+    made = model.generate(ids, max_new_tokens=6, do_sample=False)
+    assert len(gathered) == 1
+    # The prompt, and five steps.
+    assert passes == [False, *[True] * 5]
+    monkeypatch.setattr(stack.LayerRun, "in_one_call", lambda *_: None)
+    assert torch.equal(made, model.generate(ids, max_new_tokens=6, do_sample=False))
