@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from quintet.kernels import parts
+from quintet.kernels.latent import LatentAttention
 from quintet.kernels.linear import Matrix
 from quintet.kernels.parts import Adapted, Norm, Source
 from quintet.kernels.routing import Rules
@@ -243,6 +244,58 @@ class Maker:
         part = parts.Routed(norm, router, wide, rules, bias, stacked, own, share)  # type: ignore[arg-type]
         return Case(part, (), formula)
 
+    def latent(self, starts: list[int], T: int, H: int, rank: int, neighbours: bool) -> Case:
+        B, S, R, Dn, Dr, Dv = len(starts), max(starts) + T + 3, 32, 16, 8, 12
+        norm, n = self.norm()
+        kv, f_kv = self.map(R + Dr, self.C, bias=True)
+        q, f_q = self.map(H * (Dn + Dr), rank or self.C)
+        o, f_o = self.map(self.C, H * Dv)
+        w_kv = (torch.randn(H, Dn + Dv, R) / R**0.5).to(self.dtype)
+        units = [(1 + 0.2 * torch.randn(width)).to(self.dtype) for width in (R, rank)]
+        q_a, f_a = self.map(rank, self.C, bias=True) if rank else (None, None)
+        kept = tuple(torch.randn(B, 1, S, D).to(self.dtype) for D in (R, Dr))
+        old = [buffer.double() for buffer in kept]
+        for b, start in enumerate(starts):
+            kept[0][b, :, start:], kept[1][b, :, start:] = torch.nan, torch.nan
+
+        def unit(x: Tensor, weight: Tensor) -> Tensor:
+            return x / (x.square().mean(-1, keepdim=True) + EPS).sqrt() * weight.double()
+
+        def turned(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+            # Neighbours part to the two halves.
+            return rotated(x.unflatten(-1, (-1, 2)).mT.flatten(-2) if neighbours else x, cos, sin)
+
+        def formula(run: Run) -> None:
+            x = n(run)
+            made = []
+            for b, start in enumerate(run.starts):
+                cos, sin = (a[b if len(a) > 1 else 0] for a in (run.cos, run.sin))
+                q_ = f_q(x[b] if f_a is None else unit(f_a(x[b]), units[1]))
+                q_nope, q_pe = q_.view(T, H, -1).transpose(0, 1).split((Dn, Dr), dim=-1)
+                c, k = f_kv(x[b]).split((R, Dr), dim=-1)
+                c = torch.cat((old[0][b, 0, :start], unit(c, units[0])))
+                k = torch.cat((old[1][b, 0, :start], turned(k, cos, sin)))
+                k_nope, v = (c @ w_kv.double().mT).split((Dn, Dv), dim=-1)
+                scores = (q_nope @ k_nope.mT + turned(q_pe, cos, sin) @ k.T) * 0.2
+                seen = torch.arange(start + T) <= torch.arange(start, start + T)[:, None]
+                weights = scores.masked_fill(~seen, -torch.inf).softmax(-1)
+                made.append(f_o((weights @ v).transpose(0, 1).reshape(T, -1)))
+            run.x = run.x + torch.stack(made)
+
+        part = LatentAttention(
+            norm,
+            None if q_a is None else (q_a, Norm(units[1], EPS)),
+            q,
+            kv,
+            Norm(units[0], EPS),
+            o,
+            w_kv,
+            Dv,
+            0.2,
+            neighbours,
+        )
+        return Case(part, kept, formula)
+
 
 def rotated(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     left, right = x.chunk(2, dim=-1)
@@ -415,6 +468,73 @@ def test_experts_in_one_call_are_what_the_formulas_say(
     )
     cases = [maker.routed(6, width, shared, rules, wide), maker.mlp(72)]
     check(maker, cases, *step(maker, [0] * B, T, 16))
+
+
+@kinds
+@few
+@given(
+    starts=st.lists(st.integers(0, 900), min_size=1, max_size=3),
+    T=st.integers(1, 2),
+    C=st.sampled_from([64, 100]),
+    H=st.sampled_from([1, 3, 16]),
+    rank=st.sampled_from([0, 20, 64]),
+    neighbours=st.booleans(),
+    threads=st.integers(1, 4),
+)
+def test_latent_attention_in_one_call_is_what_the_formulas_say(
+    level: str,
+    kind: str,
+    starts: list[int],
+    T: int,
+    C: int,
+    H: int,
+    rank: int,
+    neighbours: bool,
+    threads: int,
+) -> None:
+    torch.set_num_threads(threads)
+    torch.manual_seed(C + H + rank + T)
+    maker = Maker(kind, torch.bfloat16, C)
+    cases = [
+        case
+        for _ in range(2)
+        for case in (maker.latent(starts, T, H, rank, neighbours), maker.mlp(72))
+    ]
+    check(maker, cases, *step(maker, starts, T, 8))
+    for buffer in cases[0].kept:
+        for b, start in enumerate(starts):
+            assert buffer[b, :, start : start + T].isfinite().all()
+            assert buffer[b, :, start + T :].isnan().all()
+
+
+def test_latents_and_their_weights_have_to_be_laid_out_as_they_are_read(level: str) -> None:
+    maker = Maker("plain", torch.bfloat16, 64)
+
+    def run(kept: int | None = None, buffer: Tensor | None = None, **fields: Any) -> Tensor | None:
+        case = maker.latent([4], 1, 2, 20, True)
+        stack = Stack.of([replace(case.part, **fields)], 64, torch.bfloat16)  # type: ignore[type-var]
+        x, tokens, _ = step(maker, [4], 1, 8)
+        held = list(case.kept)
+        if kept is not None and buffer is not None:
+            held[kept] = buffer
+        return None if stack is None else stack.run(x, tokens, [held])
+
+    assert run() is not None
+    w_kv = torch.randn(2, 28, 32).bfloat16()
+    assert run(w_kv=w_kv) is not None
+    assert run(w_kv=w_kv.float()) is None
+    assert run(w_kv=w_kv[:, :27]) is None
+    assert run(w_kv=w_kv[:, :, :31]) is None
+    assert run(w_kv=w_kv.mT.contiguous().mT) is None
+    assert run(q_a=None) is None
+    assert run(kv_norm=Norm(torch.ones(31).bfloat16(), EPS)) is None
+    assert run(kept=0, buffer=torch.zeros(1, 1, 8, 32).bfloat16()) is not None
+    assert run(kept=0, buffer=torch.zeros(1, 1, 4, 32).bfloat16()) is None
+    assert run(kept=0, buffer=torch.zeros(1, 2, 8, 32).bfloat16()) is None
+    assert run(kept=1, buffer=torch.zeros(1, 1, 8, 32).bfloat16()) is None
+    assert run(kept=1, buffer=torch.zeros(1, 1, 8, 8)) is None
+    wide = Maker("plain", torch.float32, 64)
+    assert Stack.of([wide.latent([4], 1, 2, 20, True).part], 64, torch.float32) is None
 
 
 def test_what_it_cannot_do_is_left_to_the_layers(level: str) -> None:

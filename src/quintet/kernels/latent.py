@@ -1,12 +1,18 @@
-"""Latent attention in the space of the latents, in bfloat16."""
+"""Latent attention in the space of the latents, in bfloat16: by itself, or as part of a layer."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
 from quintet.kernels.attention import COLUMNS, slots, strides
+from quintet.kernels.linear import Matrix
 from quintet.kernels.native import POINTER, REAL, applies, entry, pointers
+from quintet.kernels.parts import Fields, Norm, Part
 
-__all__ = ["attend_latents"]
+__all__ = ["LatentAttention", "attend_latents"]
 
 
 def attend_latents(
@@ -45,3 +51,69 @@ def attend_latents(
         fields += strides(x)
     function(pointers([*fields, starts.data_ptr()]), scale)
     return out.transpose(1, 2)
+
+
+@dataclass(frozen=True, slots=True)
+class LatentAttention(Part):
+    """Attention of H heads to latents (B, 1, S, R) and rotated keys (B, 1, S, Dr), both kept.
+
+    Attributes:
+        q_a: from C to the queries' own latent, and its norm; None for queries without one.
+        q: from there to the heads, (Dn + Dr) each.
+        kv: from C to the latent and the key, R + Dr.
+        kv_norm: of the latent.
+        o: from (H·Dv) to C.
+        w_kv: (H, Dn + Dv, R), a head's rows of W_UK before those of W_UV.
+        value_dim: Dv.
+        scale: of the scores.
+        neighbours: whether it is neighbours that are rotated together, or i and i + Dr/2.
+    """
+
+    number: ClassVar[int] = 5
+    norm: Norm
+    q_a: tuple[Matrix, Norm] | None
+    q: Matrix
+    kv: Matrix
+    kv_norm: Norm
+    o: Matrix
+    w_kv: Tensor
+    value_dim: int
+    scale: float
+    neighbours: bool
+
+    def write(self, fields: Fields, C: int) -> None:
+        """Write norms, maps and sizes."""
+        H, Dn, Dr, R = sizes = self._sizes()
+        Dv = self.value_dim
+        fields.fit &= fields.dtype == torch.bfloat16 and all(size > 0 for size in sizes)
+        fields.fit &= Dn % 2 == 0 and Dr % 2 == 0 and R % COLUMNS == 0
+        fields.norm(self.norm, C)
+        I = C
+        if self.q_a is None:
+            fields.matrix(None, 0, 0)
+            fields.norm(self.norm, C)
+        else:
+            matrix, norm = self.q_a
+            I = matrix.weight.shape[0]
+            fields.matrix(matrix, I, C)
+            fields.norm(norm, I)
+        fields.matrix(self.q, H * (Dn + Dr), I)
+        fields.matrix(self.kv, R + Dr, C)
+        fields.norm(self.kv_norm, R)
+        fields.matrix(self.o, C, H * Dv)
+        fields.tensor(self.w_kv, (H, Dn + Dv, R), fields.dtype)
+        fields.integers(H, Dn, Dr, Dv, R, self.neighbours)
+        fields.angles.add(Dr)
+        fields.real(self.scale)
+
+    def held(self, kept: Sequence[Tensor], fields: Fields, B: int) -> None:
+        """Write where the tokens' latents and keys go."""
+        _, _, Dr, R = self._sizes()
+        fields.fit &= len(kept) == 2
+        for buffer, D in zip(kept, (R, Dr), strict=False):
+            fields.slots(buffer, B, 1, D)
+
+    def _sizes(self) -> tuple[int, int, int, int]:
+        H, rows, R = self.w_kv.shape
+        Dr = self.kv.weight.shape[0] - R
+        return H, rows - self.value_dim, Dr, R

@@ -380,7 +380,7 @@ class Routed(Part):
 class FinalNorm(Part):
     """x = norm(x), behind the last layer."""
 
-    number: ClassVar[int] = 5
+    number: ClassVar[int] = 6
     norm: Norm
 
     def write(self, fields: Fields, C: int) -> None:

@@ -1,17 +1,19 @@
 """Multi-head latent attention."""
 
-from torch import Tensor, nn
+from torch import Tensor
 
-from quintet.layers.linear import Linear, project
+from quintet.kernels import latent, parts
+from quintet.layers.linear import Linear, matrices, project
 from quintet.layers.norm import RMSNorm
+from quintet.layers.stack import StackPart, norm_of, untouched
 from quintet.layers.step import Step
-from quintet.ops.mla import latent_attention
+from quintet.ops.mla import absorbs, latent_attention
 from quintet.ops.rope import rotate_both
 
 __all__ = ["LatentAttention"]
 
 
-class LatentAttention(nn.Module):
+class LatentAttention(StackPart):
     """Attention whose keys and values are made of one latent a token (arXiv:2405.04434, §2.1).
 
     A cache holds the normalised latent c_kv and the rotated key k_pe that all heads share,
@@ -82,6 +84,46 @@ class LatentAttention(nn.Module):
         out, weights = self._attend(q[..., :Dn], q_pe, c_kv[:, 0], k_pe[:, 0], step)
         return self.o_proj(out.transpose(1, 2).flatten(2)), weights
 
+    def part(self, norm: parts.Norm) -> parts.Part | None:
+        """Return the maps and how they are used; None where weights may be dropped."""
+        kv_norm = norm_of(self.kv_a_layernorm)
+        if untouched(self.kv_b_proj, Linear) is None or kv_norm is None:
+            return None
+        if self.training and self.attention_dropout:
+            return None
+        direct = self.q_lora_rank is None
+        queries = (self.q_proj,) if direct else (self.q_b_proj, self.q_a_proj)
+        held = matrices(self.kv_a_proj_with_mqa, self.o_proj, *queries)
+        q_norm = None if direct else norm_of(self.q_a_layernorm)
+        if held is None or (q_norm is None) != direct:
+            return None
+        kv, o, q = held[:3]
+        return latent.LatentAttention(
+            norm,
+            None if q_norm is None else (held[3], q_norm),
+            q,
+            kv,
+            kv_norm,
+            o,
+            self._w_kv(),
+            self.v_head_dim,
+            self.scaling,
+            self.interleaved,
+        )
+
+    def kept(self, step: Step) -> tuple[Tensor, ...] | None:
+        """Return the latents and keys of this layer, with room for the step's.
+
+        None also where the keys of every head would be cheaper to have.
+        """
+        span = step.span
+        if step.cache is None or not absorbs(span.length, span.keys):
+            return None
+        return step.cache.room(self.layer_idx, span)
+
+    def _w_kv(self) -> Tensor:
+        return self.kv_b_proj.weight.view(self.num_heads, -1, self.kv_lora_rank)  # (H, Dn + Dv, R)
+
     def _queries_and_latents(self, hidden_states: Tensor) -> tuple[Tensor, Tensor]:
         latents = self.kv_a_proj_with_mqa
         if self.q_lora_rank is None:
@@ -93,13 +135,12 @@ class LatentAttention(nn.Module):
     def _attend(
         self, q_nope: Tensor, q_pe: Tensor, c_kv: Tensor, k_pe: Tensor, step: Step
     ) -> tuple[Tensor, Tensor | None]:
-        w_kv = self.kv_b_proj.weight.view(self.num_heads, -1, self.kv_lora_rank)  # (H, Dn + Dv, R)
         return latent_attention(
             q_nope,
             q_pe,
             c_kv,
             k_pe,
-            w_kv,
+            self._w_kv(),
             step.seen[None],
             attend=step.attend,
             scale=self.scaling,

@@ -26,6 +26,7 @@ from quintet.layers.moe import Experts
 from quintet.layers.norm import RMSNorm
 from quintet.layers.rotary import RotaryEmbedding
 from quintet.layers.routing import Router, SharedExpertsMoE, SoftmaxRouter
+from quintet.layers.stack import Piece, StackLayer, residuals
 from quintet.layers.step import LayerOutput, Step
 from quintet.modeling.base import PreTrainedModel
 from quintet.modeling.heads import (
@@ -169,7 +170,7 @@ class DeepseekV2Config(PreTrainedConfig):
         )
 
 
-class DeepseekV2DecoderLayer(nn.Module):
+class DeepseekV2DecoderLayer(StackLayer):
     """Attention, then experts or one MLP, each on normalised input and added to the residual."""
 
     def __init__(self, config: DeepseekV2Config, layer_idx: int) -> None:
@@ -202,6 +203,12 @@ class DeepseekV2DecoderLayer(nn.Module):
         else:
             out = self.mlp(out)
         return LayerOutput(hidden_states + out, weights, router_logits)
+
+    def pieces(self) -> list[Piece] | None:
+        """Return attention, and the experts or the MLP."""
+        return residuals(
+            (self.input_layernorm, self.self_attn), (self.post_attention_layernorm, self.mlp)
+        )
 
 
 def _mlp(config: DeepseekV2Config, intermediate_size: int | None = None) -> GatedMLP:

@@ -27,6 +27,7 @@ from quintet.layers.moe import Experts
 from quintet.layers.norm import RMSNorm
 from quintet.layers.rotary import RotaryEmbedding
 from quintet.layers.routing import Router, SharedExpertsMoE, SigmoidRouter
+from quintet.layers.stack import Piece, StackLayer, residuals
 from quintet.layers.step import LayerOutput, Step
 from quintet.modeling.base import PreTrainedModel
 from quintet.modeling.heads import (
@@ -176,7 +177,7 @@ class DeepseekV3Config(PreTrainedConfig):
         )
 
 
-class DeepseekV3DecoderLayer(nn.Module):
+class DeepseekV3DecoderLayer(StackLayer):
     """Attention, then experts or one MLP, each on normalised input and added to the residual."""
 
     def __init__(self, config: DeepseekV3Config, layer_idx: int) -> None:
@@ -209,6 +210,12 @@ class DeepseekV3DecoderLayer(nn.Module):
         else:
             out = self.mlp(out)
         return LayerOutput(hidden_states + out, weights, router_logits)
+
+    def pieces(self) -> list[Piece] | None:
+        """Return attention, and the experts or the MLP."""
+        return residuals(
+            (self.input_layernorm, self.self_attn), (self.post_attention_layernorm, self.mlp)
+        )
 
 
 def _mlp(config: DeepseekV3Config, intermediate_size: int | None = None) -> GatedMLP:

@@ -95,10 +95,10 @@ inline void mix_tile(const uint32_t* weights, const uint32_t* values, i64 pairs,
 }
 
 // What one tile of rows has made of some of its keys: sums not yet divided by the total of weights.
-struct Partial {
+struct TileSums {
     float *out, *top, *total;
     static i64 size(i64 Dv) { return MOST_ROWS * (Dv + 2); }
-    Partial(float* memory, i64 Dv)
+    TileSums(float* memory, i64 Dv)
         : out(memory), top(out + MOST_ROWS * Dv), total(top + MOST_ROWS) {}
 };
 
@@ -121,7 +121,7 @@ class Tile {
         for (i64 i = 0; i < rows; ++i) pack_row(i, m0 + i, i < M);
     }
 
-    void run(i64 from, i64 to, Partial& made) {
+    void run(i64 from, i64 to, TileSums& made) {
         for (i64 i = 0; i < vectors_ * LANES; ++i) made.top[i] = NOTHING, made.total[i] = 0.0f;
         std::fill(made.out, made.out + vectors_ * LANES * a_.Dv, 0.0f);
         for (i64 s = from; s < to; s += KEYS) block(s, std::min(KEYS, to - s), to, made);
@@ -143,7 +143,7 @@ class Tile {
         for (i64 d = 0; d < a_.D2; d += 2, to += LANES) std::memcpy(to, two + d, 4);
     }
 
-    void block(i64 s, i64 n, i64 to, Partial& made) {
+    void block(i64 s, i64 n, i64 to, TileSums& made) {
         const bf16* v = a_.v + b_ * a_.v_at.row + k_ * a_.v_at.head + s * a_.v_at.token;
         pack_values(v, a_.v_at.token, n, a_.Dv, values_);
         score(s, n, to);
@@ -207,7 +207,7 @@ class Tile {
         }
     }
 
-    void weigh(i64 vec, i64 pairs, Partial& made) {
+    void weigh(i64 vec, i64 pairs, TileSums& made) {
         const F scale = all(scale_);
         const float* scores = scores_ + vec * KEYS * LANES;
         uint32_t* weights = weights_ + vec * KEYS / 2 * LANES;
@@ -234,7 +234,7 @@ class Tile {
     }
 
     template <int R>
-    void mix(i64 pairs, Partial& made) {
+    void mix(i64 pairs, TileSums& made) {
         for (i64 panel = 0; panel < a_.Dv / (2 * LANES); ++panel)
             for (i64 row = 0; row < M_; row += R)
                 mix_tile<R>(weights_ + row / LANES * KEYS / 2 * LANES + row % LANES,
@@ -253,7 +253,7 @@ class Tile {
 };
 
 // Join what `count` parts of the keys gave a row, and write it.
-inline void finish_row(const Attention& a, const Partial* parts, i64 count, i64 i, bf16* to) {
+inline void finish_row(const Attention& a, const TileSums* parts, i64 count, i64 i, bf16* to) {
     float top = NOTHING, total = 0.0f;
     for (i64 p = 0; p < count; ++p) top = std::max(top, parts[p].top[i]);
     std::vector<float> shares(static_cast<size_t>(count));
@@ -284,7 +284,7 @@ struct Division {
     Division(const Attention& a, i64 threads)
         : rows(a.T * a.G), tiles((rows + MOST_ROWS - 1) / MOST_ROWS), items(a.B * a.K * tiles),
           parts(items < 4 * threads && items % threads != 0 ? std::clamp<i64>(a.S / (2 * KEYS), 1, threads) : 1),
-          slots(parts > 1 ? items * parts : threads), size(Partial::size(a.Dv)) {}
+          slots(parts > 1 ? items * parts : threads), size(TileSums::size(a.Dv)) {}
 
     i64 room() const { return slots * size; }
 };
@@ -293,7 +293,7 @@ struct Division {
 // same `memory`; none returns before all is written.
 inline void attend(const Attention& a, float scale, const Division& d, float* memory) {
     static thread_local Scratch of_thread;
-    const auto finish = [&](i64 item, const Partial* made) {
+    const auto finish = [&](i64 item, const TileSums* made) {
         const i64 tile = item % d.tiles, k = item / d.tiles % a.K, b = item / d.tiles / a.K;
         for (i64 i = 0; i < std::min(MOST_ROWS, d.rows - tile * MOST_ROWS); ++i) {
             const i64 m = tile * MOST_ROWS + i, t = m / a.G, h = k * a.G + m % a.G;
@@ -313,14 +313,14 @@ inline void attend(const Attention& a, float scale, const Division& d, float* me
         const i64 share = ((end - begin + d.parts - 1) / d.parts + KEYS - 1) / KEYS * KEYS;
         const i64 from = std::min(end, begin + part * share), to = std::min(end, from + share);
         const i64 slot = d.parts > 1 ? item * d.parts + part : omp_get_thread_num();
-        Partial made(memory + slot * d.size, a.Dv);
+        TileSums made(memory + slot * d.size, a.Dv);
         Tile(a, scale, b, k, m0, M, of_thread).run(from, to, made);
         if (d.parts == 1) finish(item, &made);
     }
     if (d.parts == 1) return;
 #pragma omp for schedule(static)
     for (i64 item = 0; item < d.items; ++item) {
-        std::vector<Partial> made;
+        std::vector<TileSums> made;
         for (i64 p = 0; p < d.parts; ++p)
             made.emplace_back(memory + (item * d.parts + p) * d.size, a.Dv);
         finish(item, made.data());

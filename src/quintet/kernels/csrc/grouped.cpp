@@ -2,13 +2,11 @@
 // thread takes whole blocks.
 #include <omp.h>
 
-#include "tiles.h"
+#include "product.h"
 
 namespace {
 
-constexpr i64 BLOCK = 72;  // tokens whose inputs and gated products fit the second-level cache
-constexpr i64 ROWS = 16;   // of a matrix at a time
-constexpr i64 VECTORS = LANES == 16 ? 6 : 2;
+constexpr i64 BLOCK = 288;  // tokens at most that go through an expert together
 constexpr i64 MADE = i64(32) << 20;  // bytes of experts' outputs that wait to be summed
 
 // Eight-byte fields, as Python fills them: x (N, C), indices and shares (N, A), gate_up (E, 2F, C),
@@ -26,90 +24,58 @@ struct Job {
     i64 expert, from, count;
 };
 
-// y[m][r] of R rows of w and M vectors; the first vectors fetch the rows that come next.
-template <int R, int M>
-inline void tile(const bf16* w, i64 I, const bf16* x, float* y, bool fetch) {
-    F acc[M][4];
-    for (int m = 0; m < M; ++m)
-        for (int r = 0; r < 4; ++r) acc[m][r] = zero();
-    i64 i = 0;
-    for (; i + 2 * LANES <= I; i += 2 * LANES) {
-        Pairs rows[R];
-#pragma GCC unroll 8
-        for (int r = 0; r < R; ++r) {
-            if (fetch) prefetch<_MM_HINT_T1>(w + R * I + i * R + r * 2 * LANES, 0);
-            rows[r] = load_pairs(w + r * I + i);
+// Where the panels of an expert lie, in the order in which they are taken: of gates and ups, then of downs.
+struct Panels {
+    const Grouped& g;
+    i64 gates() const { return (g.F + LANES - 1) / LANES; }
+    i64 count() const { return gates() + (g.C + 2 * LANES - 1) / (2 * LANES); }
+    Panel at(i64 expert, i64 p) const {
+        if (p < gates()) {
+            const bf16* gate = g.gate_up + (expert * 2 * g.F + p * LANES) * g.C;
+            return panel_of(gate, gate + g.F * g.C, g.C, g.F - p * LANES);
         }
-#pragma GCC unroll 8
-        for (int m = 0; m < M; ++m) {
-            const Pairs v = load_pairs(x + m * I + i);
-#pragma GCC unroll 8
-            for (int r = 0; r < R; ++r) acc[m][r] = dot(acc[m][r], rows[r], v);
-        }
+        const i64 c = (p - gates()) * 2 * LANES;
+        return panel_of(g.down + (expert * g.C + c) * g.F, g.F, g.C - c);
     }
-    if (i < I)
-        for (int m = 0; m < M; ++m)
-            for (int r = 0; r < R; ++r)
-                acc[m][r] = dot(acc[m][r], load_pairs(w + r * I + i, I - i),
-                                load_pairs(x + m * I + i, I - i));
-    for (int m = 0; m < M; ++m) {
-        float four[4];
-        sums(acc[m][0], acc[m][1], acc[m][2], acc[m][3], four);
-        for (int r = 0; r < R; ++r) y[m * ROWS + r] = four[r];
-    }
-}
+};
 
-template <int R>
-void group(const bf16* w, i64 I, const bf16* x, i64 n, float* y) {
-    const i64 blocks = (n + VECTORS - 1) / VECTORS;
-    for (i64 b = 0; b < blocks; ++b) {
-        const i64 m = n * b / blocks, size = n * (b + 1) / blocks - m;
-        switch (size) {
-            case 1: tile<R, 1>(w, I, x + m * I, y + m * ROWS, b == 0); break;
-            case 2: tile<R, 2>(w, I, x + m * I, y + m * ROWS, b == 0); break;
-            case 3: tile<R, 3>(w, I, x + m * I, y + m * ROWS, b == 0); break;
-            case 4: tile<R, 4>(w, I, x + m * I, y + m * ROWS, b == 0); break;
-            case 5: tile<R, 5>(w, I, x + m * I, y + m * ROWS, b == 0); break;
-            case 6: tile<R, 6>(w, I, x + m * I, y + m * ROWS, b == 0); break;
-        }
-    }
-}
-
-// y[m][r] = w[r]·x[m] of at most ROWS rows.
-void product(const bf16* w, i64 rows, i64 I, const bf16* x, i64 n, float* y) {
-    i64 r = 0;
-    for (; r + 4 <= rows; r += 4) group<4>(w + r * I, I, x, n, y + r);
-    for (; r < rows; ++r) group<1>(w + r * I, I, x, n, y + r);
-}
-
-void run(const Grouped& g, const Job& job, const bf16* x, const i64* slots, bf16* made) {
+void run(const Grouped& g, const Job& job, i64 next_expert, const bf16* x, const i64* slots, bf16* made) {
     static thread_local Scratch scratch;
-    const i64 n = job.count, C = g.C, F_ = g.F;
-    scratch.open(Scratch::room<bf16>(n * C) + Scratch::room<bf16>(n * F_) +
-                 2 * Scratch::room<float>(n * ROWS));
-    bf16 *input = scratch.take<bf16>(n * C), *gated = scratch.take<bf16>(n * F_);
-    float *one = scratch.take<float>(n * ROWS), *two = scratch.take<float>(n * ROWS);
-    for (i64 m = 0; m < n; ++m)
-        std::memcpy(input + m * C, x + slots[job.from + m] / g.A * g.x_stride, size_t(C) * 2);
-    const bf16 *gates = g.gate_up + job.expert * 2 * F_ * C, *ups = gates + F_ * C;
-    for (i64 f = 0; f < F_; f += ROWS) {
-        const i64 rows = std::min(ROWS, F_ - f);
-        product(gates + f * C, rows, C, input, n, one);
-        product(ups + f * C, rows, C, input, n, two);
-        for (i64 m = 0; m < n; ++m)
-            for (i64 r = 0; r < rows; r += LANES) {
-                const F y = mul(silu(load(one + m * ROWS + r)), load(two + m * ROWS + r));
-                store(gated + m * F_ + f + r, y, std::min<i64>(LANES, rows - r));
-            }
+    const i64 n = job.count, C = g.C, F_ = g.F, wide = spread(C), narrow = spread(F_);
+    const i64 packed = (std::max(C, F_) + 1) / 2 * 2 * LANES, tiles = (n + TILE - 1) / TILE;
+    scratch.open(Scratch::room<bf16>(n * wide) + Scratch::room<bf16>(n * narrow) +
+                 Scratch::room<uint32_t>(packed));
+    bf16 *input = scratch.take<bf16>(n * wide), *gated = scratch.take<bf16>(n * narrow);
+    uint32_t* w = scratch.take<uint32_t>(packed);
+    const float start[2 * LANES] = {};
+    for (i64 m = 0; m < n; ++m) {
+        copy_row(x + slots[job.from + m] / g.A * g.x_stride, C, input + m * wide);
+        if (F_ % 2) gated[m * narrow + F_] = {};
     }
-    const bf16* downs = g.down + job.expert * C * F_;
-    for (i64 c = 0; c < C; c += ROWS) {
-        const i64 rows = std::min(ROWS, C - c);
-        product(downs + c * F_, rows, F_, gated, n, one);
-        for (i64 m = 0; m < n; ++m)
-            for (i64 r = 0; r < rows; r += LANES)
-                store(made + slots[job.from + m] * C + c + r, load(one + m * ROWS + r),
-                      std::min<i64>(LANES, rows - r));
+    const Panels panels{g};
+    for (i64 p = 0; p < panels.count(); ++p) {
+        const bool first = p < panels.gates();
+        const Panel panel = panels.at(job.expert, p);
+        const i64 columns = panel.lows + (first ? 0 : panel.highs), I = first ? C : F_;
+        pack(panel, I, w);
+        Ahead ahead(p + 1 < panels.count() ? panels.at(job.expert, p + 1) : panels.at(next_expert, 0), tiles);
+        for (i64 t = 0; t < tiles; ++t) {
+            const i64 m = n * t / tiles, size = n * (t + 1) / tiles - m;
+            if (first) {
+                bf16* y = gated + m * narrow + p * LANES;
+                few_rows(size, w, input + m * wide, wide, (I + 1) / 2, start, ahead,
+                         [&](int r, F gate, F up) __attribute__((always_inline)) {
+                             store(y + r * narrow, mul(silu(gate), up), columns);
+                         });
+            } else {
+                const i64* slot = slots + job.from + m;
+                bf16* y = made + (p - panels.gates()) * 2 * LANES;
+                few_rows(size, w, gated + m * narrow, narrow, (I + 1) / 2, start, ahead,
+                         [&](int r, F low, F high) __attribute__((always_inline)) {
+                             store_both(y + slot[r] * C, low, high, columns);
+                         });
+            }
+        }
     }
 }
 
@@ -128,6 +94,8 @@ std::vector<Job> sort(const i64* indices, i64 count, i64 E, std::vector<i64>* sl
         for (i64 b = 0; b < blocks; ++b)
             jobs.push_back({e, from + n * b / blocks, n * (b + 1) / blocks - n * b / blocks});
     }
+    // Small ones are left for the end, where threads wait for each other.
+    std::stable_sort(jobs.begin(), jobs.end(), [](const Job& a, const Job& b) { return a.count > b.count; });
     return jobs;
 }
 
@@ -162,7 +130,10 @@ extern "C" void quintet_grouped_bf16(const Grouped* grouped) {
 #pragma omp parallel
         {
 #pragma omp for schedule(dynamic, 1)
-            for (size_t j = 0; j < jobs.size(); ++j) run(g, jobs[j], x, slots.data(), made);
+            for (size_t j = 0; j < jobs.size(); ++j) {
+                const size_t next = std::min(jobs.size() - 1, j + size_t(omp_get_num_threads()));
+                run(g, jobs[j], jobs[next].expert, x, slots.data(), made);
+            }
 #pragma omp for schedule(static)
             for (i64 t = 0; t < n; ++t) add_up(g, first + t, made + t * g.A * g.C);
         }

@@ -27,7 +27,7 @@ struct Work {
         const bf16* w = map->weight + first * map->stride;
         const i64 rows = map->O - first;
         return map->up ? panel_of(w, map->up + first * map->stride, map->stride, rows)
-                       : panel_of(w, map->stride, std::min<i64>(2 * LANES, rows));
+                       : panel_of(w, map->stride, rows);
     }
     void biases(float* to) const {
         for (i64 i = 0; i < 2 * LANES; ++i)

@@ -13,12 +13,12 @@ struct Panel {
     i64 lows, highs, stride;
 };
 
-// Rows `apart` and more of one matrix, in which `high` follows `low`, or of two.
+// What is left of one matrix, in which `high` follows `low`, or of two.
 inline Panel panel_of(const bf16* w, i64 stride, i64 rows) {
-    return {w, w + LANES * stride, std::min<i64>(LANES, rows), std::max<i64>(0, rows - LANES), stride};
+    return {w, w + LANES * stride, std::clamp<i64>(rows, 0, LANES), std::clamp<i64>(rows - LANES, 0, LANES), stride};
 }
 inline Panel panel_of(const bf16* gate, const bf16* up, i64 stride, i64 rows) {
-    rows = std::min<i64>(LANES, rows);
+    rows = std::clamp<i64>(rows, 0, LANES);
     return {gate, up, rows, rows, stride};
 }
 

@@ -5,15 +5,6 @@
 
 namespace {
 
-// Keys or values (B, K, S, D).
-struct Buffer {
-    void* p;
-    i64 row, head, token;
-
-    template <class T>
-    T* of(i64 b, i64 kv) const { return static_cast<T*>(p) + b * row + kv * head; }
-};
-
 template <class Matrix, class T>
 class AttentionPart {
   public:

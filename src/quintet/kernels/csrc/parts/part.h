@@ -33,6 +33,15 @@ struct Tokens {
     i64 all() const { return B * T; }
 };
 
+// Keys or values (B, K, S, D), what a cache keeps.
+struct Buffer {
+    void* p;
+    i64 row, head, token;
+
+    template <class T>
+    T* of(i64 b, i64 kv) const { return static_cast<T*>(p) + b * row + kv * head; }
+};
+
 // Memory that the threads of a team share, of which each takes the same pieces in the same order.
 // Without any it counts how much that is.
 class Room {

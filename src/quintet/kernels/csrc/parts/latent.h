@@ -1,0 +1,109 @@
+// Latent attention in the space of the latents, over latents and keys in the buffers of a cache.
+#pragma once
+#include "../latent.h"
+#include "part.h"
+
+namespace {
+
+template <class Matrix>
+class LatentPart {
+  public:
+    struct Fields {
+        Norm norm;
+        Weight q_a;  // of zeros where queries have no latent of their own
+        Norm q_norm;
+        Weight q, kv;
+        Norm kv_norm;
+        Weight o;
+        const bf16* w;  // (H, Dn + Dv, R)
+        i64 H, Dn, Dr, Dv, R, neighbours;
+        double scale;
+    };
+    struct Held {
+        Buffer latents, keys;
+    };
+
+    LatentPart(const Fields& f, const Held* held, const Tokens& s, i64 threads, Room& room)
+        : f_(f), held_(held), s_(s),
+          q_row_(f.H * (f.Dn + f.Dr)),
+          c_q_(room.take<bf16>(s.all() * f.q_a.O)),
+          q_(room.take<bf16>(s.all() * q_row_)),
+          q_pe_(room.take<bf16>(s.all() * f.H * f.Dr)),
+          kv_(room.take<bf16>(s.all() * f.kv.O)),
+          q_latent_(room.take<bf16>(s.all() * f.H * f.R)),
+          mixed_(room.take<bf16>(s.all() * f.H * f.R)),
+          attended_(room.take<bf16>(s.all() * f.H * f.Dv)),
+          added_(room.take<bf16>(s.all() * s.C)),
+          latent_(over_all_rows()),
+          division_(latent_.attention(), threads),
+          sums_(room.take<float>(division_.room())) {}
+
+    void run(Member<Matrix, bf16>& me) {
+        map_in(me);
+        place(me);
+        // It begins with what needs neither positions nor the cache, and then waits for all.
+        attend(latent_, float(f_.scale), division_, sums_);
+        const i64 I = f_.H * f_.Dv;
+        me.add(f_.o, taken_in<Matrix>(attended_, s_.all(), I), I, added_, me.x());
+    }
+
+  private:
+    Latent over_all_rows() const {
+        const i64 last = *std::max_element(s_.starts, s_.starts + s_.B), head = f_.Dn + f_.Dr;
+        const Buffer &latents = held_->latents, &keys = held_->keys;
+        return {s_.B, s_.T, last + s_.T, f_.H, f_.Dn, f_.Dr, f_.Dv, f_.R,
+                q_, q_pe_, static_cast<const bf16*>(latents.p), static_cast<const bf16*>(keys.p), f_.w,
+                q_latent_, mixed_, attended_,
+                {s_.T * q_row_, q_row_, head}, {s_.T * f_.H * f_.Dr, f_.H * f_.Dr, f_.Dr},
+                {latents.row, latents.token, 0}, {keys.row, keys.token, 0}, s_.starts};
+    }
+
+    // Queries of all heads, and the latents with their keys.
+    void map_in(Member<Matrix, bf16>& me) {
+        const Normed<Matrix, bf16> normed(me, f_.norm);
+        const Map<bf16> first[] = {f_.q_a.w ? map_of(f_.q_a, c_q_) : map_of(f_.q, q_), map_of(f_.kv, kv_)};
+        me.map(first, 2, normed.inputs, s_.C);
+#pragma omp barrier
+        if (!f_.q_a.w) return;
+        const i64 M = s_.all(), rank = f_.q_a.O;
+        std::vector<bf16> unit(size_t(M * rank));
+        for (i64 m = 0; m < M; ++m)
+            normalise(c_q_ + m * rank, static_cast<const bf16*>(f_.q_norm.weight), unit.data() + m * rank, rank,
+                      float(f_.q_norm.eps));
+        const Map<bf16> second = map_of(f_.q, q_);
+        me.map(&second, 1, taken_in<Matrix>(unit.data(), M, rank), rank);
+#pragma omp barrier
+    }
+
+    // Rotate queries and keys, and put latents and keys into the cache.
+    void place(const Member<Matrix, bf16>& me) const {
+        const Share heads = me.share(s_.all() * f_.H), tokens = me.share(s_.all());
+        for (i64 at = heads.from; at < heads.to; ++at)
+            rotate(q_ + at / f_.H * q_row_ + at % f_.H * (f_.Dn + f_.Dr) + f_.Dn, q_pe_ + at * f_.Dr, at / f_.H);
+        for (i64 m = tokens.from; m < tokens.to; ++m) {
+            const i64 b = m / s_.T, slot = s_.starts[b] + m % s_.T;
+            const bf16* from = kv_ + m * f_.kv.O;
+            normalise(from, static_cast<const bf16*>(f_.kv_norm.weight),
+                      held_->latents.template of<bf16>(b, 0) + slot * held_->latents.token, f_.R, float(f_.kv_norm.eps));
+            rotate(from + f_.R, held_->keys.template of<bf16>(b, 0) + slot * held_->keys.token, m);
+        }
+    }
+
+    void rotate(const bf16* from, bf16* to, i64 m) const {
+        const i64 at = m / s_.T * s_.angle_row + m % s_.T * f_.Dr;
+        const bf16 *cos = static_cast<const bf16*>(s_.cos) + at, *sin = static_cast<const bf16*>(s_.sin) + at;
+        if (f_.neighbours) rotate_neighbours(from, to, cos, sin, f_.Dr);
+        else rotate_head(from, to, cos, sin, f_.Dr);
+    }
+
+    const Fields& f_;
+    const Held* const held_;
+    const Tokens& s_;
+    const i64 q_row_;
+    bf16 *const c_q_, *const q_, *const q_pe_, *const kv_, *const q_latent_, *const mixed_, *const attended_, *const added_;
+    const Latent latent_;
+    const Division division_;
+    float* const sums_;
+};
+
+}  // namespace
