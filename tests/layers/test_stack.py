@@ -178,7 +178,7 @@ def test_a_hook_anywhere_is_called_as_often_as_by_the_layers(
     family: Family, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model = model_of(family)
-    named = dict(model.base_model.layers.named_modules())
+    named = dict(model.base_model.named_modules())
 
     def count(name: str) -> int:
         calls = []

@@ -10,7 +10,7 @@ from torch import Tensor
 from quintet.kernels.attention import COLUMNS, slots, strides
 from quintet.kernels.linear import Matrix
 from quintet.kernels.native import POINTER, REAL, applies, entry, pointers
-from quintet.kernels.parts import Fields, Norm, Part, Tokens
+from quintet.kernels.parts import Fields, Norm, Part
 
 __all__ = ["LatentAttention", "attend_latents"]
 
@@ -103,14 +103,15 @@ class LatentAttention(Part):
         fields.matrix(self.o, C, H * Dv)
         fields.tensor(self.w_kv, (H, Dn + Dv, R), fields.dtype)
         fields.integers(H, Dn, Dr, Dv, R, self.neighbours)
+        fields.angles.add(Dr)
         fields.real(self.scale)
 
-    def held(self, kept: Sequence[Tensor], fields: Fields, B: int, tokens: Tokens) -> None:
+    def held(self, kept: Sequence[Tensor], fields: Fields, B: int) -> None:
         """Write where the tokens' latents and keys go."""
         _, _, Dr, R = self._sizes()
-        fields.fit &= tokens.turn(B, Dr) and len(kept) == 2
+        fields.fit &= len(kept) == 2
         for buffer, D in zip(kept, (R, Dr), strict=False):
-            fields.buffer(buffer, (B, 1, tokens.end, D))
+            fields.slots(buffer, B, 1, D)
 
     def _sizes(self) -> tuple[int, int, int, int]:
         H, rows, R = self.w_kv.shape

@@ -1,5 +1,6 @@
 """What the parts of decoder layers hold, as the kernel that runs layers in one call reads it."""
 
+import sys
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -19,6 +20,7 @@ __all__ = [
     "Adapted",
     "Attention",
     "Fields",
+    "FinalNorm",
     "Mixer",
     "Norm",
     "Part",
@@ -74,22 +76,14 @@ class Tokens:
     starts: Sequence[int]
     counts: Tensor | None = None
 
-    @property
-    def end(self) -> int:
-        """The slot behind the last token of all rows."""
-        return max(self.starts) + self.cos.shape[1]
-
-    def turn(self, B: int, D: int) -> bool:
-        """Tell whether the angles are those of heads (B, ..., T, D)."""
-        shape = self.cos.shape
-        return shape == self.sin.shape == (shape[0], shape[1], D) and shape[0] in (1, B)
-
 
 class Fields:
     """Eight-byte fields for vectors of a dtype, and the tensors whose addresses are among them.
 
     Attributes:
         kind: the dtype in which all matrices are stored, known with the first of them.
+        angles: the sizes of the heads that are rotated.
+        room: how many slots there are for keys and values.
         fit: whether the kernel can read all that was written so far.
     """
 
@@ -98,6 +92,8 @@ class Fields:
         self.kind: torch.dtype | None = None
         self.numbers: list[int] = []
         self.tensors: list[Tensor] = []
+        self.angles: set[int] = set()
+        self.room = sys.maxsize
         self.fit = True
 
     def integers(self, *values: int) -> None:
@@ -122,6 +118,15 @@ class Fields:
         self.tensor(norm.weight, (C,), self.dtype)
         self.real(norm.eps)
         self.integers(norm.of)
+
+    def slots(self, buffer: Tensor, B: int, K: int, D: int) -> None:
+        """Write where keys or values (B, K, S, D) are, and the steps between them."""
+        whole = buffer.ndim == 4 and buffer.shape == (B, K, buffer.shape[2], D)
+        self.fit &= whole and buffer.stride(3) == 1 and buffer.dtype == self.dtype
+        if self.fit:
+            self.room = min(self.room, buffer.shape[2])
+            self.tensors.append(buffer)
+            self.integers(buffer.data_ptr(), *buffer.stride()[:3])
 
     def adapted(self, adapted: Adapted, O: int, I: int) -> None:
         """Write a map from I to O and what is added to it."""
@@ -154,14 +159,6 @@ class Fields:
         self.tensors += [weight] if scale is None else [weight, scale]
         self.numbers += fields or [0] * 5
 
-    def buffer(self, x: Tensor, shape: tuple[int, int, int, int]) -> None:
-        """Write where what a cache keeps of (B, K, S, D) is, which may have room for more of S."""
-        (B, K, S, D), strides = shape, x.stride()
-        room = x.ndim == 4 and x.shape[2] >= S and strides[-1] == 1
-        self.fit &= room and x.shape == (B, K, x.shape[2], D) and x.dtype == self.dtype
-        self.tensors.append(x)
-        self.numbers += (x.data_ptr(), *strides[:3])
-
 
 class Part(ABC):
     """A part of a layer, x += part(norm(x)), or one that leaves what it makes beside x.
@@ -176,7 +173,7 @@ class Part(ABC):
     def write(self, fields: Fields, C: int) -> None:
         """Write what it holds, for hidden states (B, T, C)."""
 
-    def held(self, kept: Sequence[Tensor], fields: Fields, B: int, tokens: Tokens) -> None:
+    def held(self, kept: Sequence[Tensor], fields: Fields, B: int) -> None:
         """Write what a step reads and changes of what is kept between steps: here, nothing."""
         fields.fit &= not kept
 
@@ -216,14 +213,15 @@ class Attention(Part):
             fields.adapted(adapted, heads * D, I)
         fields.matrix(self.o, C, H * D)
         fields.integers(H, K, D, self.window or 0, self.rotates, self.beside)
+        fields.angles |= {D} if self.rotates else set()
         fields.real(self.scale)
 
-    def held(self, kept: Sequence[Tensor], fields: Fields, B: int, tokens: Tokens) -> None:
+    def held(self, kept: Sequence[Tensor], fields: Fields, B: int) -> None:
         """Write where the tokens' keys and values go."""
         K, D = self.qkv[1].map.weight.shape[0] // self.head_dim, self.head_dim
-        fields.fit &= tokens.turn(B, D) and len(kept) == 2
+        fields.fit &= len(kept) == 2
         for buffer in kept:
-            fields.buffer(buffer, (B, K, tokens.end, D))
+            fields.slots(buffer, B, K, D)
 
 
 @dataclass(frozen=True, slots=True)
@@ -292,7 +290,7 @@ class Mixer(Part):
         for limit in self.dt_limits:
             fields.real(limit)
 
-    def held(self, kept: Sequence[Tensor], fields: Fields, B: int, tokens: Tokens) -> None:
+    def held(self, kept: Sequence[Tensor], fields: Fields, B: int) -> None:
         """Write where the window and the state are."""
         H, P, N, channels, W = self._sizes()
         fields.fit &= len(kept) == 2
@@ -376,6 +374,18 @@ class Routed(Part):
             fields.matrix(one, O, I)
         fields.integers(width)
         fields.tensor(self.share, (1, C), fields.dtype)
+
+
+@dataclass(frozen=True, slots=True)
+class FinalNorm(Part):
+    """x = norm(x), behind the last layer."""
+
+    number: ClassVar[int] = 6
+    norm: Norm
+
+    def write(self, fields: Fields, C: int) -> None:
+        """Write the norm."""
+        fields.norm(self.norm, C)
 
 
 def readable(fields: Fields) -> bool:

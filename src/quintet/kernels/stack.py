@@ -1,9 +1,10 @@
 """Decoder layers for few tokens, in one call."""
 
 import ctypes
+import operator
 from collections.abc import Mapping, Sequence
 from types import MappingProxyType
-from typing import Self
+from typing import NamedTuple, Self
 
 import torch
 from torch import Tensor
@@ -18,6 +19,24 @@ __all__ = ["Stack"]
 MOST_TOKENS: Mapping[str, int] = MappingProxyType(
     {"bf16": 16, "f32": 16, "int8_bf16": 8, "int8_f32": 8, "int4_bf16": 8, "int4_f32": 8}
 )
+
+
+class Placed(NamedTuple):
+    """Where what parts keep between steps is.
+
+    Attributes:
+        rows: B.
+        tensors: what is kept.
+        room: how many slots there are for keys and values.
+        fields: what the parts have written.
+        table: for each part the address of its fields.
+    """
+
+    rows: int
+    tensors: list[Tensor]
+    room: int
+    fields: "ctypes.Array[ctypes.c_int64]"
+    table: "ctypes.Array[ctypes.c_int64]"
 
 
 class Stack:
@@ -35,6 +54,8 @@ class Stack:
         for part, array in zip(parts, self._fields, strict=True):
             rows += (part.number, ctypes.addressof(array))
         self._table = pointers(rows)
+        self._angles = frozenset[int]().union(*(fields.angles for fields in written))
+        self._placed: Placed | None = None
         self._work = max(sum(x.numel() for x in fields.tensors) for fields in written)
 
     @classmethod
@@ -70,24 +91,20 @@ class Stack:
         function = entry(f"quintet_stack_{self._name}", POINTER)
         if function is None or self._C != C or len(tokens.starts) != B:
             return None
-        if cos.shape[1] != T or embeds.shape != x.shape:
+        if cos.shape != sin.shape or cos.shape[:2] not in ((1, T), (B, T)):
+            return None
+        if not self._angles <= {cos.shape[2]} or embeds.shape != x.shape:
             return None
         if any(t.dtype != self._dtype for t in (x, cos, sin, embeds)):
             return None
         if not all(t.is_contiguous() for t in (cos, sin, embeds)):
             return None
-        held = Fields(self._dtype)
-        places = []
-        for part, tensors in zip(self._parts, kept, strict=True):
-            places.append(len(held.numbers))
-            part.held(tensors, held, B, tokens)
-        if not readable(held):
+        placed = self._place(kept, B)
+        if placed is None or max(tokens.starts) + T > placed.room:
             return None
         y = x.clone(memory_format=torch.contiguous_format)
-        memory, starts = pointers(held.numbers), pointers(tokens.starts)
+        starts = pointers(tokens.starts)
         counted = None if counts is None else pointers(counts.tolist())
-        base = ctypes.addressof(memory)
-        at = pointers([base + 8 * place for place in places])
         call = (
             y.data_ptr(),
             embeds.data_ptr(),
@@ -101,9 +118,30 @@ class Stack:
             T,
             C,
             ctypes.addressof(self._table),
-            ctypes.addressof(at),
+            ctypes.addressof(placed.table),
             len(self._parts),
             self._work,
         )
         function(pointers(call))
         return y
+
+    def _place(self, kept: Sequence[Sequence[Tensor]], B: int) -> "Placed | None":
+        """Return where B rows of what the parts keep are; worked out anew if it is not the same."""
+        tensors = [tensor for part in kept for tensor in part]
+        last = self._placed
+        # Neither shape nor address of a tensor changes while it is the same.
+        same = last is not None and last.rows == B and len(last.tensors) == len(tensors)
+        if last is not None and same and all(map(operator.is_, last.tensors, tensors)):
+            return last
+        held = Fields(self._dtype)
+        places = []
+        for part, own in zip(self._parts, kept, strict=True):
+            places.append(len(held.numbers))
+            part.held(own, held, B)
+        if not readable(held):
+            return None
+        fields = pointers(held.numbers)
+        base = ctypes.addressof(fields)
+        table = pointers([base + 8 * place for place in places])
+        self._placed = Placed(B, tensors, held.room, fields, table)
+        return self._placed

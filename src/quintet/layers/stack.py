@@ -101,11 +101,13 @@ class LayerRun:
         layers: what is called where they cannot be.
         stack: their weights; None where they never can.
         pieces: what the stack was made of.
+        normalises: whether the norm behind the last layer is one of them.
     """
 
     layers: tuple[nn.Module, ...]
     stack: Stack | None = None
     pieces: tuple[Piece, ...] = ()
+    normalises: bool = False
 
     def in_one_call(self, hidden: Tensor, step: Step) -> Tensor | None:
         """Return what the layers make of (B, T, C); None where they have to be called."""
@@ -149,20 +151,29 @@ def fits(hidden: Tensor, step: Step) -> bool:
     )
 
 
-def gather(layers: Iterable[nn.Module], C: int, dtype: torch.dtype) -> Gathered:
+def gather(
+    layers: Iterable[nn.Module], final_norm: nn.Module, C: int, dtype: torch.dtype
+) -> Gathered:
     """Take down what layers hold, as many in a row together as can be run in one call.
 
     They have to be called where a module is hooked or replaced by another.
     """
-    runs = []
     described = [(layer, _pieces(layer)) for layer in layers]
-    for stackable, group in groupby(described, key=lambda pair: pair[1] is not None):
-        run = list(group)
-        own = tuple(layer for layer, _ in run)
-        pieces = tuple(chain.from_iterable(found for _, found in run if found is not None))
-        stack = Stack.of([piece.part for piece in pieces], C, dtype) if stackable else None
-        runs.append(LayerRun(own, stack, pieces))
+    grouped = [list(group) for _, group in groupby(described, key=lambda pair: pair[1] is not None)]
+    runs = []
+    for group in grouped:
+        pieces = list(chain.from_iterable(found or () for _, found in group))
+        behind = norm_of(final_norm) if pieces and group is grouped[-1] else None
+        if behind is not None:
+            pieces.append(Piece(parts.FinalNorm(behind), _nothing))
+        stack = Stack.of([piece.part for piece in pieces], C, dtype) if pieces else None
+        own = tuple(layer for layer, _ in group)
+        runs.append(LayerRun(own, stack, tuple(pieces), behind is not None))
     return Gathered(tuple(runs))
+
+
+def _nothing(step: Step) -> tuple[Tensor, ...]:
+    return ()
 
 
 def _pieces(layer: nn.Module) -> list[Piece] | None:

@@ -138,9 +138,10 @@ class DecoderModel(PreTrainedModel):
             # Not what was held before: of two threads, the one that began first may end first.
             self._held = None
 
-    def final_norm(self, hidden_states: Tensor) -> Tensor:
-        """Normalise what the last layer made (overridden where the norm has another name)."""
-        return self.norm(hidden_states)  # type: ignore[no-any-return]
+    @property
+    def final_norm(self) -> nn.Module:
+        """What normalises what the last layer made (overridden where it has another name)."""
+        return self.norm
 
     # -- the steps of forward ----------------------------------------------------------------
 
@@ -295,10 +296,11 @@ class DecoderModel(PreTrainedModel):
         runs: tuple[LayerRun, ...] = (LayerRun(self._own_layers()),)
         if not keeps and not routes and not torch.compiler.is_compiling() and fits(hidden, step):
             runs = (self._held or self._gather()).runs
+        normalised = False
         for run in runs:
             made = run.in_one_call(hidden, step)
             if made is not None:
-                hidden = made
+                hidden, normalised = made, run.normalises
                 continue
             for layer in run.layers:
                 if keeps:
@@ -309,10 +311,11 @@ class DecoderModel(PreTrainedModel):
                     weights.append(out.attention)
                 if out.router_logits is not None:
                     routed.append(out.router_logits)
-        return [*states, self.final_norm(hidden)], weights, routed
+        return [*states, hidden if normalised else self.final_norm(hidden)], weights, routed
 
     def _gather(self) -> Gathered:
-        return gather(self._own_layers(), self.config.hidden_size, self.dtype)
+        layers = self._own_layers()
+        return gather(layers, self.final_norm, self.config.hidden_size, self.dtype)
 
     def _own_layers(self) -> tuple[nn.Module, ...]:
         # A family may keep further layers behind, which are no part of a run.

@@ -375,9 +375,10 @@ class Zamba2Model(Zamba2PreTrainedModel, DecoderModel):
         self.rotary_emb = RotaryEmbedding(config.head_dim, config.rope())
         self.init_weights()
 
-    def final_norm(self, hidden_states: Tensor) -> Tensor:
-        """Normalise what the last layer made."""
-        return self.final_layernorm(hidden_states)  # type: ignore[no-any-return]
+    @property
+    def final_norm(self) -> nn.Module:
+        """What normalises what the last layer made."""
+        return self.final_layernorm
 
 
 class Zamba2ForCausalLM(Zamba2PreTrainedModel, CausalLMHead):

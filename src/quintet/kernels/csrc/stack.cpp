@@ -7,6 +7,7 @@
 
 #include "parts/attention.h"
 #include "parts/experts.h"
+#include "parts/final_norm.h"
 #include "parts/latent.h"
 #include "parts/mixer.h"
 #include "parts/mlp.h"
@@ -15,7 +16,7 @@
 namespace {
 
 // As `quintet.kernels.parts` numbers them.
-enum Kind : i64 { ATTENTION, MLP, MIXER, SHARED_MLP, EXPERTS, LATENT };
+enum Kind : i64 { ATTENTION, MLP, MIXER, SHARED_MLP, EXPERTS, LATENT, FINAL_NORM };
 
 struct Part {
     i64 kind;
@@ -46,6 +47,8 @@ void with_part(const Stack& s, const Tokens& tokens, i64 i, i64 threads, Room& r
         case EXPERTS: return as(static_cast<ExpertsPart<Matrix, T>*>(nullptr));
         case LATENT:
             if constexpr (std::is_same_v<T, bf16>) as(static_cast<LatentPart<Matrix>*>(nullptr));
+            return;
+        case FINAL_NORM: return as(static_cast<FinalNormPart<Matrix, T>*>(nullptr));
     }
 }
 

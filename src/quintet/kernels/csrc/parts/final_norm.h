@@ -1,0 +1,31 @@
+// The norm behind the last layer: x = norm(x).
+#pragma once
+#include "part.h"
+
+namespace {
+
+template <class Matrix, class T>
+class FinalNormPart {
+  public:
+    struct Fields {
+        Norm norm;
+    };
+    using Held = void;
+
+    FinalNormPart(const Fields& f, const Held*, const Tokens& s, i64, Room&) : norm_(f.norm), s_(s) {}
+
+    void run(Member<Matrix, T>& me) {
+        const Share mine = me.share(s_.all());
+        for (i64 m = mine.from; m < mine.to; ++m) {
+            T* x = me.x() + m * s_.C;
+            normalise(x, static_cast<const T*>(norm_.weight), x, s_.C, float(norm_.eps));
+        }
+#pragma omp barrier
+    }
+
+  private:
+    const Norm& norm_;
+    const Tokens& s_;
+};
+
+}  // namespace
