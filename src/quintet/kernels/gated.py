@@ -28,8 +28,8 @@ def gated(
     """Return Σ share · down(silu(gate x) · up x) over a token's experts; None if it cannot.
 
     Shapes: x (..., C); gate and up (F, C), down (C, F), each as in `Matrix` and without a bias.
-    With `indices` (N, A) and `shares` (N, A), x is (N, C) and weights are (E, ...). Indices that are
-    not all from 0 to E - 1 are refused.
+    With `indices` (N, A) and `shares` (N, A), x is (N, C) and weights are (E, ...). Indices have to
+    be all from 0 to E - 1.
     """
     dtype = x.dtype
     kind = gate.weight.dtype

@@ -14,7 +14,7 @@ def grouped_silu_experts(
     """Compute `ops.moe.looped_experts` with SiLU; None where the kernel does not apply.
 
     Shapes: x (N, C); indices and weights (N, A); gate_up (E, 2F, C); down (E, C, F); returns
-    (N, C). Indices that are not all from 0 to E - 1 are refused.
+    (N, C). Indices have to be all from 0 to E - 1.
     """
     matrices = (gate_up, down)
     if not applies(x, indices, weights, *matrices) or not all(m.is_contiguous() for m in matrices):
