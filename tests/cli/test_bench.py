@@ -6,6 +6,8 @@ from typing import Any
 
 import pytest
 
+from quintet.generation.cache_choice import CACHE_BITS
+
 QUICK = ("-r", "2", "-n", "2")
 
 
@@ -63,6 +65,22 @@ def test_quantised_weights_are_fewer_bytes(quintet: Any, chat_model: Path) -> No
     assert [one["quantize"] for one in found] == [None, "int8"]
 
 
+def test_a_cache_of_few_bits_is_fewer_bytes(quintet: Any, chat_model: Path) -> None:
+    read = []
+    for options in ([], *(["--cache-dtype", name] for name in CACHE_BITS)):
+        result = quintet("bench", chat_model, "--json", "-p", "4", "-d", "5", *QUICK, *options)
+        found = json.loads(result.out)
+        assert found["cache_dtype"] == (options[1] if options else None)
+        assert [row["test"] for row in found["rows"]] == ["pp4", "tg2 @ d5"]
+        read.append(found["rows"][1]["needs"]["cache"])
+    # Of float32; each vector of a head has a scale of 16 bits.
+    assert read == sorted(read, reverse=True)
+    assert all(cache < 0.6 * read[0] for cache in read[1:])
+    assert len(set(read)) == 4
+    table = quintet("bench", chat_model, "-p", "0", "-d", "5", *QUICK, "--cache-dtype", "int4")
+    assert ", cache in int4" in table.out
+
+
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
@@ -71,6 +89,7 @@ def test_quantised_weights_are_fewer_bytes(quintet: Any, chat_model: Path) -> No
         (["--geometry", "qwen3"], "there are qwen2-0.5b"),
         (["model", "-p", "4,x"], "is not whole numbers"),
         (["model", "-b", "0"], "a number below 1"),
+        (["model", "--cache-dtype", "int5"], "is not one of"),
     ],
 )
 def test_what_cannot_be_measured(quintet: Any, arguments: list[str], said: str) -> None:

@@ -121,3 +121,21 @@ def test_what_it_cannot_do_is_left_to_torch(level: str) -> None:
     assert gated(x, Matrix(g), Matrix(g), Matrix(d.T)) is None
     assert gated(x, Matrix(g.clone().requires_grad_()), Matrix(g), Matrix(d)) is None
     assert gated(x.half(), Matrix(g.half()), Matrix(g.half()), Matrix(d.half())) is None
+
+
+@pytest.mark.parametrize("wrong", [-1, 3, 2**40, -(2**40)])
+def test_experts_that_do_not_exist_are_refused(level: str, wrong: int) -> None:
+    x, shares = torch.randn(2, 8), torch.ones(2, 2)
+    gate, down = Matrix(torch.randn(3, 5, 8)), Matrix(torch.randn(3, 8, 5))
+    indices = torch.tensor([[0, 1], [2, 0]])
+    assert gated(x, gate, gate, down, indices, shares) is not None
+    indices[1, 1] = wrong
+    assert gated(x, gate, gate, down, indices, shares) is None
+
+
+def test_choices_have_to_be_those_of_the_tokens(level: str) -> None:
+    x, indices = torch.randn(2, 8), torch.zeros(2, 3, dtype=torch.long)
+    gate, down = Matrix(torch.randn(3, 5, 8)), Matrix(torch.randn(3, 8, 5))
+    assert gated(x, gate, gate, down, indices, torch.ones(2, 3)) is not None
+    assert gated(x, gate, gate, down, indices, torch.ones(2, 2)) is None
+    assert gated(x[:1], gate, gate, down, indices, torch.ones(2, 3)) is None

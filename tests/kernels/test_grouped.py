@@ -112,3 +112,14 @@ def test_it_leaves_to_torch_what_it_is_not_for(level: str) -> None:
     assert grouped_silu_experts(*wide) is None
     assert grouped_silu_experts(x, indices, weights, gate_up.mT.contiguous().mT, down) is None
     assert grouped_silu_experts(x, indices, weights, gate_up.requires_grad_(), down) is None
+
+
+def test_experts_that_do_not_exist_are_refused(level: str) -> None:
+    x, indices, weights, gate_up, down = problem(9, 12, 7, 5, 2)
+    for wrong in (-1, 5, 2**40):
+        indices[3, 1] = wrong
+        assert grouped_silu_experts(x, indices, weights, gate_up, down) is None
+    indices[3, 1] = 4
+    assert grouped_silu_experts(x, indices, weights, gate_up, down) is not None
+    assert grouped_silu_experts(x[:8], indices, weights, gate_up, down) is None
+    assert grouped_silu_experts(x, indices, weights[:, :1], gate_up, down) is None

@@ -280,3 +280,18 @@ def test_balance_loss_of_equal_experts_is_their_number_a_token() -> None:
     assert float(switch_balance_loss(logits, A, torch.ones(1, 8))) == pytest.approx(A)
     nobody = switch_balance_loss(logits, A, torch.zeros(1, 8))
     assert float(nobody) == 0
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("tokens", [1, 40])
+@pytest.mark.parametrize("wrong", [-1, E])
+def test_experts_that_do_not_exist_are_an_error(
+    dtype: torch.dtype, tokens: int, wrong: int
+) -> None:
+    x, gate_up, down = (
+        torch.randn(shape).to(dtype) for shape in ((tokens, C), (E, 2 * F, C), (E, C, F))
+    )
+    indices, weights = torch.zeros(tokens, A, dtype=torch.long), torch.ones(tokens, A)
+    indices[-1, -1] = wrong
+    with pytest.raises(RuntimeError, match="out of bounds"):
+        apply_experts(x, indices, weights, gate_up, down, silu)

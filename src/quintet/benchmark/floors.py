@@ -31,7 +31,7 @@ class StepBytes:
 
     Attributes:
         weights: with the experts that as many uniformly routed tokens hit on average.
-        cache: keys and values, or latents.
+        cache: keys and values, or latents, as they are stored.
         states: recurrent states, counted twice, for they are written as well.
     """
 
@@ -46,12 +46,11 @@ class StepBytes:
 
 
 def step_bytes(model: CausalLMHead, cache: Cache, batch: int, depth: int) -> StepBytes:
-    """Count what a step of `batch` tokens reads at `depth`, with a cache of at least one token."""
+    """Count what a step of `batch` tokens reads at `depth`, with a cache of one token a row."""
     held = 0
     for slot, window in zip(cache.layers, _windows(model), strict=True):
         if slot is not None:
-            keys, values = slot.content(1)
-            held += (keys.nbytes + values.nbytes) * min(depth, window or depth)
+            held += slot.nbytes * min(depth, window or depth)
     return StepBytes(
         weights=round(_decoder(model, _bytes, batch) + _bytes(model.get_output_embeddings())),
         cache=held,

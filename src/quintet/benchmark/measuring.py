@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from quintet.benchmark.synthetic import filled_cache, random_ids
+from quintet.cache import Cache
 from quintet.modeling.heads import CausalLMHead
 
 __all__ = ["Spread", "decode", "prefill"]
@@ -42,25 +43,40 @@ class Spread:
 
 
 @torch.no_grad()
-def prefill(model: CausalLMHead, batch: int, tokens: int, seed: int = 0) -> float:
-    """Return the seconds from a prompt of random ids to the next token of each row."""
+def prefill(
+    model: CausalLMHead, batch: int, tokens: int, seed: int = 0, cache: Cache | None = None
+) -> float:
+    """Return the seconds from a prompt of random ids to the next token of each row.
+
+    Args:
+        cache: an empty one, which the prompt fills; by default of the kind that the model grows.
+    """
     ids = random_ids(model.config.vocab_size, batch, tokens, seed).to(model.device)
     _wait(model)
     started = time.perf_counter()
-    _next(model(ids, use_cache=True, logits_to_keep=1).logits)
+    _next(model(ids, past_key_values=cache, use_cache=True, logits_to_keep=1).logits)
     return time.perf_counter() - started
 
 
 @torch.no_grad()
 def decode(
-    model: CausalLMHead, batch: int, depth: int, steps: int, seed: int = 0, limit: float = 60.0
+    model: CausalLMHead,
+    batch: int,
+    depth: int,
+    steps: int,
+    seed: int = 0,
+    limit: float = 60.0,
+    cache: Cache | None = None,
 ) -> float:
     """Return the mean seconds of a step, of `steps` behind a context of `depth` tokens.
 
     Steps as `generate()` takes them: the weights do not change in between. Begins with a step that
     does not count; ends early after `limit` seconds.
+
+    Args:
+        cache: an empty one for the context; by default of the kind that the model grows.
     """
-    cache = filled_cache(model, batch, depth)
+    cache = filled_cache(model, batch, depth, cache)
     ids = random_ids(model.config.vocab_size, batch, steps + 1, seed).to(model.device)
     started, made = 0.0, 0
     with model.weights_held():

@@ -50,13 +50,16 @@ def random_ids(vocab_size: int, batch: int, tokens: int, seed: int = 0) -> Tenso
 
 
 @torch.no_grad()
-def filled_cache(model: CausalLMHead, batch: int, depth: int) -> Cache:
+def filled_cache(model: CausalLMHead, batch: int, depth: int, cache: Cache | None = None) -> Cache:
     """Return a cache whose rows hold `depth` tokens, all but the first with random keys and values.
 
     One token runs through the model, which shows what each layer keeps; recurrent states, which
     have no depth, stay as it leaves them.
+
+    Args:
+        cache: an empty one to fill; by default of the kind that the model grows.
     """
-    cache = model.new_cache()
+    cache = model.new_cache() if cache is None else cache
     ids = random_ids(model.config.vocab_size, batch, 1).to(model.device)
     model(ids, past_key_values=cache, use_cache=True, logits_to_keep=1)
     if depth > 1:

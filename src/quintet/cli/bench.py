@@ -60,6 +60,11 @@ class _Numbers(click.ParamType[tuple[int, ...]]):
 @click.option("--threads", "-t", type=click.IntRange(1), help="Of the CPU.")
 @click.option("--dtype", default="auto", show_default=True, help="Of the weights.")
 @click.option("--quantize", help="Hold the weights in fewer bits: int8, int4, …")
+@click.option(
+    "--cache-dtype",
+    type=click.Choice(["int8", "int6", "int4"]),
+    help="Hold keys and values in fewer bits.",
+)
 @click.option("--device", default="auto", show_default=True, help="cpu, cuda, cuda:1, …")
 @click.option(
     "--attn-implementation",
@@ -80,6 +85,7 @@ def command(
     batch_size: tuple[int, ...],
     repetitions: int,
     threads: int | None,
+    cache_dtype: str | None,
     as_json: bool,
     quiet: bool,
     **source: Any,
@@ -103,10 +109,18 @@ def command(
         opened, seconds = _open(model, geometry, **source)
         note(_described(opened, geometry or model), quiet)
         result = _measured(
-            opened, bandwidth, n_prompt, n_gen, n_depth, batch_size, repetitions, quiet=quiet
+            opened,
+            bandwidth,
+            n_prompt,
+            n_gen,
+            n_depth,
+            batch_size,
+            repetitions,
+            cache_dtype=cache_dtype,
+            quiet=quiet,
         )
     source_of = {"model": geometry or model, "quantize": source["quantize"]}
-    result = {**source_of, "load_seconds": seconds, **result}
+    result = {**source_of, "cache_dtype": cache_dtype, "load_seconds": seconds, **result}
     click.echo(json.dumps(result, indent=2) if as_json else "\n".join(_table(result)))
 
 
@@ -181,6 +195,7 @@ def _measured(
     batches: tuple[int, ...],
     repetitions: int,
     *,
+    cache_dtype: str | None,
     quiet: bool,
 ) -> dict[str, Any]:
     import torch
@@ -194,7 +209,15 @@ def _measured(
     with machine.Load() as load:
         rows = []
         for row in _rows(
-            model, prompts, steps, depths, batches, repetitions, bandwidth=bandwidth, peak=peak
+            model,
+            prompts,
+            steps,
+            depths,
+            batches,
+            repetitions,
+            cache_dtype=cache_dtype,
+            bandwidth=bandwidth,
+            peak=peak,
         ):
             note(" ".join(_cells(row)), quiet)
             rows.append(row)
@@ -222,26 +245,40 @@ def _rows(
     batches: tuple[int, ...],
     repetitions: int,
     *,
+    cache_dtype: str | None,
     bandwidth: "Bandwidth | None",
     peak: float | None,
 ) -> Iterator[dict[str, Any]]:
     from quintet.benchmark import floors, measuring, synthetic
+    from quintet.cache import Cache, QuantizedCache
+    from quintet.generation.cache_choice import CACHE_BITS
+
+    def empty() -> Cache:
+        if cache_dtype is None:
+            return model.new_cache()
+        return QuantizedCache(model.config, CACHE_BITS[cache_dtype])
 
     for batch in batches:
         for tokens in filter(None, prompts):
-            measuring.prefill(model, batch, tokens)  # the first one pays for what is made once
+            # The first one pays for what is made once.
+            measuring.prefill(model, batch, tokens, cache=empty())
             spread = measuring.Spread.of(
-                [measuring.prefill(model, batch, tokens, seed) for seed in range(repetitions)]
+                [
+                    measuring.prefill(model, batch, tokens, seed, empty())
+                    for seed in range(repetitions)
+                ]
             )
             flops = floors.prompt_flops(model.config, batch, tokens)
             floor = None if peak is None else flops / peak
             yield _row(f"pp{tokens}", batch, batch * tokens, spread, floor, {"flops": flops})
         for depth in depths if steps else ():
-            counted = floors.step_bytes(
-                model, synthetic.filled_cache(model, batch, 1), batch, depth
-            )
+            one = synthetic.filled_cache(model, batch, 1, empty())
+            counted = floors.step_bytes(model, one, batch, depth)
             spread = measuring.Spread.of(
-                [measuring.decode(model, batch, depth, steps, seed) for seed in range(repetitions)]
+                [
+                    measuring.decode(model, batch, depth, steps, seed, cache=empty())
+                    for seed in range(repetitions)
+                ]
             )
             floor = None if bandwidth is None else counted.total / bandwidth.bytes_per_second
             yield _row(f"tg{steps} @ d{depth}", batch, batch, spread, floor, asdict(counted))
@@ -295,6 +332,7 @@ def _table(result: dict[str, Any]) -> Iterator[str]:
         f"{result['family']}, {size:,.0f} M parameters, {result['dtype']} on {result['device']}, "
         f"{result['threads']} threads, {result['attention']}"
         + (f", weights in {result['quantize']}" if result["quantize"] else "")
+        + (f", cache in {result['cache_dtype']}" if result["cache_dtype"] else "")
     )
     yield f"peak memory {memory:.2f} GiB" + (
         "" if loaded is None else f", {loaded:.2f} s from files to first token"

@@ -28,7 +28,8 @@ def gated(
     """Return Σ share · down(silu(gate x) · up x) over a token's experts; None if it cannot.
 
     Shapes: x (..., C); gate and up (F, C), down (C, F), each as in `Matrix` and without a bias.
-    With `indices` (N, A), below E, and `shares` (N, A), x is (N, C) and weights are (E, ...).
+    With `indices` (N, A) and `shares` (N, A), x is (N, C) and weights are (E, ...). Indices have to
+    be all from 0 to E - 1.
     """
     dtype = x.dtype
     kind = gate.weight.dtype
@@ -55,16 +56,18 @@ def gated(
     chosen = 0, 0
     if indices is not None and shares is not None:
         E, A = gate.weight.shape[0], indices.shape[1]
-        if not applies(indices, shares) or not A:
+        if not applies(indices, shares) or not A or not indices.shape == shares.shape == (N, A):
             return None
         indices, shares = (
             indices.to(torch.int64).contiguous(),
             shares.to(torch.float32).contiguous(),
         )
         chosen = indices.data_ptr(), shares.data_ptr()
-    fields += (E, C, F, x.data_ptr(), y.data_ptr(), *chosen, N, A)
-    function(pointers(fields))
-    return y
+    fields += (E, C, F, x.data_ptr(), y.data_ptr(), *chosen, N, A, 0)
+    call = pointers(fields)
+    function(call)
+    refused = call[-1]
+    return None if refused else y
 
 
 def stacked(

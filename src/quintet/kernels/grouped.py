@@ -14,7 +14,7 @@ def grouped_silu_experts(
     """Compute `ops.moe.looped_experts` with SiLU; None where the kernel does not apply.
 
     Shapes: x (N, C); indices and weights (N, A); gate_up (E, 2F, C); down (E, C, F); returns
-    (N, C).
+    (N, C). Indices have to be all from 0 to E - 1.
     """
     matrices = (gate_up, down)
     if not applies(x, indices, weights, *matrices) or not all(m.is_contiguous() for m in matrices):
@@ -25,10 +25,14 @@ def grouped_silu_experts(
     if function is None:
         return None
     N, A = indices.shape
+    if len(x) != N or weights.shape != (N, A):
+        return None
     E, C, F = down.shape
     indices = indices.to(torch.int64).contiguous()
     shares = weights.to(torch.float32).contiguous()
     out = x.new_empty(N, C)
     tensors = (x, indices, shares, *matrices, out)
-    function(pointers([N, A, E, C, F, x.stride(0), *(t.data_ptr() for t in tensors)]))
-    return out
+    call = pointers([N, A, E, C, F, x.stride(0), *(t.data_ptr() for t in tensors), 0])
+    function(call)
+    refused = call[-1]
+    return None if refused else out

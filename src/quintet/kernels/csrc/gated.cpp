@@ -2,6 +2,7 @@
 #include <omp.h>
 
 #include "gated.h"
+#include "routing.h"
 
 namespace {
 
@@ -13,10 +14,13 @@ struct Call {
     const i64* indices;  // (N, A), null where every token goes to the one expert there is
     const float* shares;
     i64 N, A;
+    i64 refused;  // out: indices name experts that do not exist
 };
 
 template <class Matrix, class T>
-void gated(const Call& c) {
+void gated(Call& c) {
+    c.refused = c.indices && !known(c.indices, c.N * c.A, c.experts.E);
+    if (c.refused) return;
     const i64 C = c.experts.C, F = c.experts.F;
     const Plan plan(c.indices, c.shares, c.N, c.A, c.experts.E);
     const i64 P = plan.choices();
@@ -45,7 +49,7 @@ void gated(const Call& c) {
 }  // namespace
 
 #define QUINTET_GATED(name, Matrix, T) \
-    extern "C" void quintet_gated_##name(const Call* call) { gated<Matrix, T>(*call); }
+    extern "C" void quintet_gated_##name(Call* call) { gated<Matrix, T>(*call); }
 QUINTET_GATED(bf16, Plain<bf16>, bf16)
 QUINTET_GATED(f32, Plain<float>, float)
 QUINTET_GATED(int8_bf16, Int8, bf16)

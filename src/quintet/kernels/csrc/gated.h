@@ -1,6 +1,6 @@
 // Gated MLPs, one or many experts: y = Σ_e share_e · down_e (silu(gate_e x) · up_e x).
 #pragma once
-#include "matrix.h"
+#include "integers.h"
 
 namespace {
 

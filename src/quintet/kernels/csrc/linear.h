@@ -1,6 +1,6 @@
 // y = W x + b of few vectors, by parts of all rows of several W.
 #pragma once
-#include "matrix.h"
+#include "integers.h"
 
 namespace {
 

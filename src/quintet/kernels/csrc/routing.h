@@ -30,6 +30,11 @@ struct Logits {
     }
 };
 
+// Whether all choices are of experts there are: what comes from a caller may be anything.
+inline bool known(const i64* indices, i64 count, i64 E) {
+    return std::all_of(indices, indices + count, [E](i64 e) { return 0 <= e && e < E; });
+}
+
 enum Scoring : i64 { SOFTMAX, SIGMOID };
 
 // Eight-byte fields, as Python fills them. A score is the softmax or the sigmoid of a logit; a choice

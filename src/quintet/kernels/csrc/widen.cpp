@@ -1,7 +1,7 @@
 // Quantised matrices as bfloat16 or float32, for products of many vectors.
 #include <omp.h>
 
-#include "matrix.h"
+#include "integers.h"
 
 namespace {
 
