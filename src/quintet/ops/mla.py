@@ -23,6 +23,7 @@ from torch import Tensor
 from quintet.kernels.attention import attend as attend_parts
 from quintet.kernels.latent import attend_latents
 from quintet.ops.attention import AttentionBackend, eager, sdpa
+from quintet.ops.linear import linear
 from quintet.ops.masks import Visibility, causal_mask
 
 __all__ = ["BREAK_EVEN_QUERIES", "absorbed", "absorbs", "expanded", "latent_attention"]
@@ -97,7 +98,7 @@ def expanded(
 ) -> tuple[Tensor, Tensor | None]:
     """Attend with the keys and values of every head computed from the latents."""
     H, Dn = q_nope.shape[1], q_nope.shape[-1]
-    kv = F.linear(c_kv, w_kv.flatten(0, 1)).view(*c_kv.shape[:2], H, -1).transpose(1, 2)
+    kv = linear(c_kv, w_kv.flatten(0, 1)).view(*c_kv.shape[:2], H, -1).transpose(1, 2)
     k_nope, v = kv[..., :Dn], kv[..., Dn:]  # (B, H, S, Dn), (B, H, S, Dv)
     if attend is sdpa and not seen.custom and not dropout:
         q_parts, k_parts = (q_nope, q_pe), (k_nope, k_pe[:, None])
