@@ -1,5 +1,6 @@
 """Attention in blocks against the formula in float64."""
 
+import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -94,6 +95,18 @@ def test_scores_of_any_size_stay_finite(level: str) -> None:
         torch.testing.assert_close(
             made[0, 0, 0].float(), seen[0, 0].float().mean(0), rtol=0.02, atol=0.01
         )
+
+
+@pytest.mark.parametrize("span", [-400.0, -30.0, 6.0, 30.0, 400.0])
+def test_scores_that_rise_or_fall_from_block_to_block(level: str, span: float) -> None:
+    T = 700
+    q = torch.zeros(1, 2, T, 4).bfloat16()
+    q[..., 0] = torch.rand(T) + 0.5
+    k, v = torch.randn(1, 1, T, 4).bfloat16(), torch.randn(1, 1, T, 32).bfloat16()
+    k[..., 0] += torch.linspace(0, span, T)
+    made = attend((q,), (k,), v, start=0, window=None, scale=1.0)
+    assert made is not None
+    assert error(made, formula(q, k, v, torch.zeros(1), None, 1.0)) < BOUND
 
 
 def test_what_it_was_not_given_is_not_read(level: str) -> None:

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from quintet.kernels import report
-from quintet.kernels.build import BuildError, best_level, build, find_compiler
+from quintet.kernels.build import SOURCES, BuildError, best_level, build, find_compiler
 
 try:
     LEVEL = best_level()
@@ -77,23 +77,28 @@ def test_it_is_compiled_once_whoever_asks(tmp_path: Path, monkeypatch: pytest.Mo
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     compiler, log = tmp_path / "counting", tmp_path / "log"
     compiler.write_text(
-        f'#!/bin/sh\n[ "$1" = --version ] || echo ran >> {log}\nexec {find_compiler()} "$@"\n'
+        # Without optimising: it is compiled, not run.
+        f'#!/bin/sh\n[ "$1" = --version ] || echo ran >> {log}\nexec {find_compiler()} "$@" -O0\n'
     )
     compiler.chmod(0o755)
     monkeypatch.setenv("CXX", str(compiler))
     with ThreadPoolExecutor(4) as pool:
         paths = set(pool.map(lambda _: build(LEVEL), range(4)))
     assert len(paths) == 1
-    assert log.read_text() == "ran\n"
+    # Every source, and the library that is made of them.
+    assert len(log.read_text().split()) == len(list(SOURCES.glob("*.cpp"))) + 1
     folder = tmp_path / "quintet"
     assert {path.name for path in folder.iterdir()} == {"build.lock", paths.pop().name}
     assert stat.S_IMODE(folder.stat().st_mode) == 0o700
 
 
 def test_the_module_builds_and_reports(tmp_path: Path) -> None:
+    compiler = tmp_path / "hasty"
+    compiler.write_text(f'#!/bin/sh\nexec {find_compiler()} "$@" -O0\n')
+    compiler.chmod(0o755)
     run = subprocess.run(
         [sys.executable, "-m", "quintet.kernels"],
-        env={**os.environ, "XDG_CACHE_HOME": str(tmp_path)},
+        env={**os.environ, "XDG_CACHE_HOME": str(tmp_path), "CXX": str(compiler)},
         capture_output=True,
         text=True,
         timeout=300,

@@ -7,6 +7,7 @@ import shutil
 import subprocess
 import tempfile
 from collections.abc import Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
@@ -15,7 +16,7 @@ __all__ = ["LEVELS", "BuildError", "best_level", "build", "cache_folder", "find_
 
 SOURCES = Path(__file__).parent / "csrc"
 COMPILERS = ("g++", "clang++", "c++")
-FLAGS = ("-std=c++17", "-O3", "-fPIC", "-shared", "-fopenmp")
+FLAGS = ("-std=c++17", "-O3", "-fPIC", "-fopenmp")
 # A compiler that hangs must not hang the program that only wanted to be faster.
 TIMEOUT = 1800.0
 
@@ -121,18 +122,30 @@ def _compile(
 ) -> None:
     # Beside the target, so that the rename is one step: a library is there whole or not at all.
     with tempfile.TemporaryDirectory(dir=target.parent) as scratch:
+        objects = [Path(scratch) / f"{source.stem}.o" for source in sources]
+        # The threads wait for compilers, of which there are as many as there are cores.
+        with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
+            commands = [
+                [compiler, *options, "-c", str(source), "-o", str(made)]
+                for source, made in zip(sources, objects, strict=True)
+            ]
+            list(pool.map(_run, commands))
         made = Path(scratch) / target.name
-        command = [compiler, *options, *map(str, sources), "-o", str(made)]
+        command = [compiler, *options, "-shared", *map(str, objects), "-o", str(made)]
         # Named after the sources, this very file is what the loader finds already loaded.
         command += [str(openmp)] if openmp else []
-        try:
-            run = subprocess.run(command, capture_output=True, text=True, timeout=TIMEOUT)
-        except subprocess.TimeoutExpired:
-            raise BuildError(f"{compiler} took longer than {TIMEOUT:.0f} s") from None
-        if run.returncode != 0:
-            said = [line for line in run.stderr.splitlines() if "error" in line]
-            raise BuildError(f"{compiler} failed: {(said or [run.stderr.strip()])[0][:300]}")
+        _run(command)
         os.replace(made, target)
+
+
+def _run(command: list[str]) -> None:
+    try:
+        run = subprocess.run(command, capture_output=True, text=True, timeout=TIMEOUT)
+    except subprocess.TimeoutExpired:
+        raise BuildError(f"{command[0]} took longer than {TIMEOUT:.0f} s") from None
+    if run.returncode != 0:
+        said = [line for line in run.stderr.splitlines() if "error" in line]
+        raise BuildError(f"{command[0]} failed: {(said or [run.stderr.strip()])[0][:300]}")
 
 
 def _key(compiler: str, options: list[str], openmp: Path | None) -> str:

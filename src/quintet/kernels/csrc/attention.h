@@ -13,9 +13,12 @@ namespace {
 
 constexpr i64 KEYS = 128;         // of a block
 constexpr i64 MOST_ROWS = 64;     // of a tile
-constexpr int KEY_TILE = LANES;   // keys whose sums are in registers at once
+// Keys whose sums are in registers at once, for one vector of rows and for two.
+constexpr int KEY_TILE[] = {0, LANES, 12};
 constexpr i64 PANEL = KEYS * LANES + LANES;  // pairs of 2 LANES columns of values, and a gap
-constexpr float NOTHING = -1e30f; // the largest score of a row that has seen no key
+constexpr float NOTHING = -1e30f; // the base of a row that has seen no key
+constexpr float GROWTH = 8.0f;    // how far above its base a score may be, as a power of two
+constexpr bf16 ONES[] = {{0x3F80}, {0x3F80}};
 
 struct Strides {
     i64 row, token, head;
@@ -31,30 +34,43 @@ struct Attention {
     const i64* start;
 };
 
-// Scores of N keys in the lanes of one vector of rows. `ahead` keys further on, a line a step is
-// fetched: by the end, N keys.
-template <int N>
-inline void score_tile(const uint32_t* q, const bf16* k1, i64 s1, i64 D1, const bf16* k2, i64 s2,
-                       i64 D2, i64 ahead, float* scores) {
-    F acc[N];
-    for (int k = 0; k < N; ++k) acc[k] = zero();
+// Scores of N keys in the lanes of V vectors of rows, which are `apart` in q: times the scale, less the
+// rows' bases. `ahead` keys further on, a line a step is fetched: by the end, N keys.
+template <int N, int V>
+inline void score_tile(const uint32_t* q, i64 apart, const bf16* k1, i64 s1, i64 D1, const bf16* k2,
+                       i64 s2, i64 D2, i64 ahead, F scale, const F* bases, float* scores) {
+    F acc[N][V];
+#pragma GCC unroll 16
+    for (int k = 0; k < N; ++k)
+        for (int v = 0; v < V; ++v) acc[k][v] = zero();
     const auto piece = [&](const bf16* keys, i64 stride, i64 D) __attribute__((always_inline)) {
         const bf16* next = keys + ahead * stride;
         i64 column = 0;
+        // Three keys to an address: more would not fit the registers for them.
+        const bf16* at[(N + 2) / 3];
+#pragma GCC unroll 6
+        for (int i = 0; i < (N + 2) / 3; ++i) at[i] = keys + 3 * i * stride;
         for (i64 d = 0; d < D; d += 2, q += LANES) {
-            if (N == KEY_TILE && ahead) {
+            if (N == KEY_TILE[V] && ahead) {
                 prefetch<_MM_HINT_T1>(next + column, 0);
                 column += 32;
                 if (column >= D) column = 0, next += stride;
             }
-            const Pairs rows = load_lanes(q);
+            Pairs rows[V];
+            for (int v = 0; v < V; ++v) rows[v] = load_lanes(q + v * apart);
 #pragma GCC unroll 16
-            for (int k = 0; k < N; ++k) acc[k] = dot(acc[k], rows, same_pair(keys + k * stride + d));
+            for (int k = 0; k < N; ++k) {
+                const Pairs key = same_pair(at[k / 3] + k % 3 * stride + d);
+#pragma GCC unroll 4
+                for (int v = 0; v < V; ++v) acc[k][v] = dot(acc[k][v], rows[v], key);
+            }
         }
     };
     piece(k1, s1, D1);
     piece(k2, s2, D2);
-    for (int k = 0; k < N; ++k) store(scores + k * LANES, acc[k]);
+#pragma GCC unroll 16
+    for (int k = 0; k < N; ++k)
+        for (int v = 0; v < V; ++v) store(scores + v * KEYS * LANES + k * LANES, sub(mul(acc[k][v], scale), bases[v]));
 }
 
 // The values of `n` keys: panels of 2 LANES columns, in each the pairs of keys, `zip`ped.
@@ -111,11 +127,11 @@ class Tile {
         copies_ = a.k1_at.token > 2 * a.D1 || a.k2_at.token > 2 * std::max<i64>(a.D2, 1);
         const i64 n_values = a.Dv / (2 * LANES) * PANEL, n_keys = copies_ ? KEYS * wide : 0;
         scratch.open(Scratch::room<uint32_t>(pairs_ * rows) + Scratch::room<uint32_t>(n_values) +
-                     Scratch::room<float>(rows * KEYS) + Scratch::room<uint32_t>(rows * KEYS / 2) +
+                     Scratch::room<float>(2 * LANES * KEYS) + Scratch::room<uint32_t>(rows * KEYS / 2) +
                      Scratch::room<bf16>(n_keys));
         q_ = scratch.take<uint32_t>(pairs_ * rows);
         values_ = scratch.take<uint32_t>(n_values);
-        scores_ = scratch.take<float>(rows * KEYS);
+        scores_ = scratch.take<float>(2 * LANES * KEYS);
         weights_ = scratch.take<uint32_t>(rows * KEYS / 2);
         keys_ = scratch.take<bf16>(n_keys);
         for (i64 i = 0; i < rows; ++i) pack_row(i, m0 + i, i < M);
@@ -146,13 +162,12 @@ class Tile {
     void block(i64 s, i64 n, i64 to, TileSums& made) {
         const bf16* v = a_.v + b_ * a_.v_at.row + k_ * a_.v_at.head + s * a_.v_at.token;
         pack_values(v, a_.v_at.token, n, a_.Dv, values_);
-        score(s, n, to);
+        const Keys keys = keys_at(s, n);
         const i64 pairs = (n + 1) / 2;
-        for (i64 vec = 0; vec < vectors_; ++vec) {
-            if (n % 2) store(scores_ + (vec * KEYS + n) * LANES, all(-INFINITY));
-            if (masks(s, n, vec)) hide(s, n, vec);
-            weigh(vec, pairs, made);
-        }
+        i64 vec = 0;
+        if (LANES == 16)
+            for (; vec + 2 <= vectors_; vec += 2) weigh_keys<2>(keys, vec, s, n, to, made);
+        for (; vec < vectors_; ++vec) weigh_keys<1>(keys, vec, s, n, to, made);
         // Fewer rows at a time where those of other tiles want room in the first-level cache.
         if (LANES == 16 && vectors_ == 1)
             mix<8>(pairs, made);
@@ -160,33 +175,47 @@ class Tile {
             mix<4>(pairs, made);
     }
 
-    void score(i64 s, i64 n, i64 to) {
+    struct Keys {
+        const bf16 *k1, *k2;
+        i64 s1, s2;
+    };
+
+    Keys keys_at(i64 s, i64 n) {
         const bf16* k1 = a_.k1 + b_ * a_.k1_at.row + k_ * a_.k1_at.head + s * a_.k1_at.token;
         const bf16* k2 = a_.k2 + b_ * a_.k2_at.row + k_ * a_.k2_at.head + s * a_.k2_at.token;
-        i64 s1 = a_.k1_at.token, s2 = a_.k2_at.token;
-        if (copies_) {
-            // Keys far apart fall on each other's places in the cache.
-            const i64 wide = a_.D1 + a_.D2 + 32;
-            for (i64 i = 0; i < n; ++i) {
-                std::memcpy(keys_ + i * wide, k1 + i * s1, size_t(2 * a_.D1));
-                std::memcpy(keys_ + i * wide + a_.D1, k2 + i * s2, size_t(2 * a_.D2));
-            }
-            k1 = keys_, k2 = keys_ + a_.D1, s1 = s2 = wide;
+        const i64 s1 = a_.k1_at.token, s2 = a_.k2_at.token;
+        if (!copies_) return {k1, k2, s1, s2};
+        // Keys far apart fall on each other's places in the cache.
+        const i64 wide = a_.D1 + a_.D2 + 32;
+        for (i64 i = 0; i < n; ++i) {
+            std::memcpy(keys_ + i * wide, k1 + i * s1, size_t(2 * a_.D1));
+            std::memcpy(keys_ + i * wide + a_.D1, k2 + i * s2, size_t(2 * a_.D2));
         }
-        for (i64 vec = 0; vec < vectors_; ++vec) {
-            const uint32_t* q = q_ + vec * LANES * pairs_;
-            float* scores = scores_ + vec * KEYS * LANES;
-            const i64 ahead = vec == 0 && !copies_ && s + 2 * KEYS <= to ? KEYS : 0;
-            i64 i = 0;
-            for (; i + KEY_TILE <= n; i += KEY_TILE)
-                score_tile<KEY_TILE>(q, k1 + i * s1, s1, a_.D1, k2 + i * s2, s2, a_.D2, ahead,
-                                     scores + i * LANES);
-            for (; i + 4 <= n; i += 4)
-                score_tile<4>(q, k1 + i * s1, s1, a_.D1, k2 + i * s2, s2, a_.D2, 0,
-                              scores + i * LANES);
-            for (; i < n; ++i)
-                score_tile<1>(q, k1 + i * s1, s1, a_.D1, k2 + i * s2, s2, a_.D2, 0,
-                              scores + i * LANES);
+        return {keys_, keys_ + a_.D1, wide, wide};
+    }
+
+    // From keys to weights, for V vectors of rows, whose scores are not to leave the first-level cache.
+    template <int V>
+    void weigh_keys(const Keys& keys, i64 vec, i64 s, i64 n, i64 to, TileSums& made) {
+        F bases[V];
+        for (int v = 0; v < V; ++v) bases[v] = base_of(load(made.top + (vec + v) * LANES));
+        const i64 ahead = vec == 0 && !copies_ && s + 2 * KEYS <= to ? KEYS : 0, apart = LANES * pairs_;
+        i64 i = 0;
+        const auto tiles = [&](auto count) __attribute__((always_inline)) {
+            for (; i + count <= n; i += count)
+                score_tile<count, V>(q_ + vec * apart, apart, keys.k1 + i * keys.s1, keys.s1, a_.D1,
+                                     keys.k2 + i * keys.s2, keys.s2, a_.D2, ahead, all(scale_), bases,
+                                     scores_ + i * LANES);
+        };
+        tiles(std::integral_constant<int, KEY_TILE[V]>());
+        if (V == 2) tiles(std::integral_constant<int, 8>());
+        tiles(std::integral_constant<int, 4>());
+        tiles(std::integral_constant<int, 1>());
+        for (int v = 0; v < V; ++v) {
+            float* scores = scores_ + v * KEYS * LANES;
+            if (n % 2) store(scores + n * LANES, all(-INFINITY));
+            if (masks(s, n, vec + v)) hide(s, n, vec + v, scores);
+            weigh(vec + v, (n + 1) / 2, scores, made);
         }
     }
 
@@ -196,9 +225,9 @@ class Tile {
         return false;
     }
 
-    void hide(i64 s, i64 n, i64 vec) {
+    void hide(i64 s, i64 n, i64 vec, float* scores) {
         for (i64 i = 0; i < LANES; ++i) {
-            float* mine = scores_ + vec * KEYS * LANES + i;
+            float* mine = scores + i;
             const i64 row = vec * LANES + i;
             const i64 first = std::clamp<i64>(begin_[row] - s, 0, n);
             const i64 last = std::clamp<i64>(end_[row] - s, 0, n);
@@ -207,30 +236,49 @@ class Tile {
         }
     }
 
-    void weigh(i64 vec, i64 pairs, TileSums& made) {
-        const F scale = all(scale_);
-        const float* scores = scores_ + vec * KEYS * LANES;
+    // What is subtracted from a row's scores: nothing before it has seen a key.
+    static F base_of(F top) { return unless_below(top, NOTHING / 2, top); }
+
+    void weigh(i64 vec, i64 pairs, float* scores, TileSums& made) {
+        F most = all(-INFINITY), other = most;
+        for (i64 j = 0; j < 2 * pairs; j += 2) {
+            most = max(most, load(scores + j * LANES));
+            other = max(other, load(scores + (j + 1) * LANES));
+        }
+        most = max(most, other);
+        const F top = load(made.top + vec * LANES);
+        if (any_above(most, all(GROWTH)) || any_above(all(NOTHING / 2), top)) raise(vec, pairs, scores, most, made);
         uint32_t* weights = weights_ + vec * KEYS / 2 * LANES;
-        F most = all(-INFINITY);
-        for (i64 j = 0; j < 2 * pairs; ++j) most = max(most, mul(load(scores + j * LANES), scale));
-        const F before = load(made.top + vec * LANES), top = max(before, most);
-        const F fade = exp2_of(sub(before, top));
-        F total = mul(load(made.total + vec * LANES), fade);
+        F total = load(made.total + vec * LANES);
+        const Pairs ones = same_pair(ONES);
         for (i64 j = 0; j < pairs; ++j) {
-            const F a = exp2_of(sub(mul(load(scores + 2 * j * LANES), scale), top));
-            const F b = exp2_of(sub(mul(load(scores + (2 * j + 1) * LANES), scale), top));
-            total = add(total, add(a, b));
-            store_pairs(weights + j * LANES, rounded_pairs(a, b));
+            const Pairs both = rounded_pairs(coarse_exp2_of(load(scores + 2 * j * LANES)),
+                                             coarse_exp2_of(load(scores + (2 * j + 1) * LANES)));
+            total = dot(total, both, ones);
+            store_pairs(weights + j * LANES, both);
         }
-        store(made.top + vec * LANES, top);
         store(made.total + vec * LANES, total);
-        float factors[LANES];
-        store(factors, fade);
+    }
+
+    // Take the largest score for a base where a row has none yet, or grew far above the one it has: so
+    // what was summed is seldom rescaled.
+    __attribute__((noinline)) void raise(i64 vec, i64 pairs, float* scores, F largest, TileSums& made) {
+        float most[LANES], by[LANES] = {};
+        store(most, largest);
         for (i64 i = 0; i < LANES; ++i) {
-            if (factors[i] == 1.0f) continue;
-            float* row = made.out + (vec * LANES + i) * a_.Dv;
-            for (i64 c = 0; c < a_.Dv; c += LANES) store(row + c, mul(load(row + c), all(factors[i])));
+            const i64 row = vec * LANES + i;
+            const bool seen = made.top[row] > NOTHING / 2;
+            if (!(most[i] > (seen ? GROWTH : -INFINITY))) continue;
+            by[i] = most[i];
+            made.top[row] = seen ? made.top[row] + by[i] : by[i];
+            if (!seen) continue;
+            const float fade = std::exp2(-by[i]);
+            made.total[row] *= fade;
+            float* out = made.out + row * a_.Dv;
+            for (i64 c = 0; c < a_.Dv; c += LANES) store(out + c, mul(load(out + c), all(fade)));
         }
+        const F lower = load(by);
+        for (i64 j = 0; j < 2 * pairs; ++j) store(scores + j * LANES, sub(load(scores + j * LANES), lower));
     }
 
     template <int R>

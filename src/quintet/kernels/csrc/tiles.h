@@ -88,6 +88,32 @@ inline F exp2_of(F x) {
     return unless_below(x, -126.0f, scale_by_power(y, n));
 }
 
+// The same for x up to 127, to a relative 1e-4: for what is rounded to bfloat16 next.
+inline F coarse_exp2_of(F x) {
+    // So large that what is left of x is a whole number, in the lowest bits.
+    const F shift = all(12582912.0f), n = add(x, shift), f = sub(x, sub(n, shift));
+    F y = all(5.51716685e-2f);
+    y = fma(y, f, all(2.42611125e-1f));
+    y = fma(y, f, all(6.93260968e-1f));
+    y = fma(y, f, all(9.99928057e-1f));
+#if defined(__AVX512F__)
+    const __m512i power = _mm512_slli_epi32(_mm512_castps_si512(n), 23);
+    const __mmask16 there = _mm512_cmp_ps_mask(x, all(-126.0f), _CMP_NLT_UQ);
+    return _mm512_castsi512_ps(_mm512_maskz_add_epi32(there, _mm512_castps_si512(y), power));
+#else
+    const __m256i power = _mm256_slli_epi32(_mm256_castps_si256(n), 23);
+    return unless_below(x, -126.0f, _mm256_castsi256_ps(_mm256_add_epi32(_mm256_castps_si256(y), power)));
+#endif
+}
+
+inline bool any_above(F a, F b) {
+#if defined(__AVX512F__)
+    return _mm512_cmp_ps_mask(a, b, _CMP_GT_OQ);
+#else
+    return _mm256_movemask_ps(_mm256_cmp_ps(a, b, _CMP_GT_OQ));
+#endif
+}
+
 // The sums of four vectors, one beside the other.
 inline void sums(F a, F b, F c, F d, float* to) {
 #if defined(__AVX512F__)

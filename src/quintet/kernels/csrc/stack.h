@@ -3,6 +3,7 @@
 //
 // A layer is a few parts x += part(norm(x)), each in a header of its own (parts/). Results are rounded
 // where the layer's own modules round them.
+#pragma once
 #include <omp.h>
 
 #include "parts/attention.h"
@@ -80,9 +81,3 @@ void stack(const Stack& s) {
 
 #define QUINTET_STACK(name, Matrix, T) \
     extern "C" void quintet_stack_##name(const Stack* call) { stack<Matrix, T>(*call); }
-QUINTET_STACK(bf16, Plain<bf16>, bf16)
-QUINTET_STACK(f32, Plain<float>, float)
-QUINTET_STACK(int8_bf16, Int8, bf16)
-QUINTET_STACK(int8_f32, Int8, float)
-QUINTET_STACK(int4_bf16, Int4, bf16)
-QUINTET_STACK(int4_f32, Int4, float)
