@@ -173,6 +173,26 @@ def test_tokens_one_by_one_are_the_same_to_the_last_bit(
     assert torch.equal(made, expected)
 
 
+@pytest.mark.parametrize("quantize", ["int8", "int4"])
+@pytest.mark.parametrize("family", FAMILIES, ids=str)
+def test_weights_of_fewer_bits_are_the_same_to_the_last_bit(
+    family: Family, quantize: str, passes: list[bool], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    wide = model_of(family).to(torch.bfloat16)
+    model = type(wide).from_pretrained(
+        None,
+        config=wide.config,
+        state_dict=wide.state_dict(),
+        dtype=torch.bfloat16,
+        quantize=quantize,
+    )
+    made, _ = steps(model, dynamic_cache, 1)
+    assert passes == [False, *[True] * 3]
+    monkeypatch.setattr(stack.LayerRun, "in_one_call", lambda *_: None)
+    expected, _ = steps(model, dynamic_cache, 1)
+    assert torch.equal(made, expected)
+
+
 @pytest.mark.parametrize("family", FAMILIES, ids=str)
 def test_a_hook_anywhere_is_called_as_often_as_by_the_layers(
     family: Family, monkeypatch: pytest.MonkeyPatch
@@ -289,6 +309,22 @@ def test_states_that_may_be_gone_back_to_are_left_to_the_layers(passes: list[boo
         cache.crop(8)
         made = model(ids[:, :2], past_key_values=cache).logits
     assert relative_error(made, expected) <= 1e-5
+
+
+@pytest.mark.parametrize("name", ROUNDED)
+def test_latents_that_are_cheaper_expanded_are_left_to_the_layers(
+    name: str, passes: list[bool]
+) -> None:
+    (family,) = (family for family in FAMILIES if family.name == name)
+    model = model_of(family)
+    ids = torch.arange(20)[None]
+    for past, T, absorbed in ((1, 1, True), (1, 16, False), (2, 16, True), (2, 17, False)):
+        cache = DynamicCache(model.config)
+        with torch.no_grad():
+            model(ids[:, :past], past_key_values=cache)
+            passes.clear()
+            model(ids[:, :T], past_key_values=cache)
+        assert (True in passes) == absorbed, (past, T)
 
 
 def test_a_caller_s_own_keys_are_not_written_into(model: Qwen2ForCausalLM) -> None:
