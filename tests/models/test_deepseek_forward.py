@@ -136,12 +136,16 @@ def test_kernels_are_no_farther_from_float32_than_pytorch(
 
 
 @pytest.mark.parametrize("family", KINDS)
-def test_generate_runs_on_the_kernels(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("hooked", [False, True], ids=["in-one-call", "layer-by-layer"])
+def test_generate_runs_on_the_kernels(
+    family: str, hooked: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
     if native().library is None:
         pytest.skip(f"no kernels: {native().reason}")
+    from quintet.layers.stack import LayerRun
     from quintet.ops import mla, moe
 
-    ran = {"attend_latents": 0, "attend_parts": 0, "experts": 0}
+    ran = {"attend_latents": 0, "attend_parts": 0, "experts": 0, "all layers": 0}
 
     def counted(name: str, kernel: Any) -> Any:
         def run(*inputs: Any, **options: Any) -> Tensor | None:
@@ -155,10 +159,16 @@ def test_generate_runs_on_the_kernels(family: str, monkeypatch: pytest.MonkeyPat
         monkeypatch.setattr(module, name, counted(name, getattr(module, name)))
     for name in ("kernel", "grouped_silu_experts"):  # of few tokens, and of many
         monkeypatch.setattr(moe, name, counted("experts", getattr(moe, name)))
+    monkeypatch.setattr(LayerRun, "in_one_call", counted("all layers", LayerRun.in_one_call))
     model = model_of(family, **WIDE).bfloat16()
+    if hooked:
+        for layer in model.model.layers:
+            layer.register_forward_hook(lambda *_: None)
     model.generate(torch.randint(101, (1, 9)), max_new_tokens=4, do_sample=False)
     # Three layers, of which two have experts; a prompt and three steps.
-    assert ran == {"attend_latents": 9, "attend_parts": 3, "experts": 8}
+    in_one_call = {"attend_latents": 0, "attend_parts": 3, "experts": 2, "all layers": 3}
+    by_layer = {"attend_latents": 9, "attend_parts": 3, "experts": 8, "all layers": 0}
+    assert ran == (by_layer if hooked else in_one_call)
 
 
 @pytest.mark.parametrize(
