@@ -143,5 +143,6 @@ class Stack:
         fields = pointers(held.numbers)
         base = ctypes.addressof(fields)
         table = pointers([base + 8 * place for place in places])
-        self._placed = Placed(B, tensors, held.room, fields, table)
-        return self._placed
+        # Another thread may put its own there before this one returns.
+        placed = self._placed = Placed(B, tensors, held.room, fields, table)
+        return placed
