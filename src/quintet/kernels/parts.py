@@ -32,7 +32,6 @@ __all__ = [
 ]
 
 LANES = 16
-RULES = 9
 
 
 class Source(IntEnum):
@@ -157,7 +156,7 @@ class Fields:
         fields = stacked(matrix, self.kind, self.dtype, O, I)
         self.fit &= fields is not None
         self.tensors += [weight] if scale is None else [weight, scale]
-        self.numbers += fields or [0] * 5
+        self.numbers += fields or ()
 
 
 class Part(ABC):
@@ -360,7 +359,7 @@ class Routed(Part):
         fields.fit &= rules is not None
         fields.norm(self.norm, C)
         fields.tensor(self.router, (E, C), fields.dtype)
-        fields.integers(self.wide, *(rules or [0] * RULES))
+        fields.integers(self.wide, *(rules or ()))
         if self.bias is not None:
             fields.tensors.append(self.bias)
         for matrix, (O, I) in zip(self.experts, ((F, C), (F, C), (C, F)), strict=True):
