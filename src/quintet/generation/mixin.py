@@ -33,6 +33,7 @@ from quintet.generation.outputs import (
     Record,
     Speculation,
 )
+from quintet.generation.preparing import next_inputs
 from quintet.generation.processors.assemble import Processor, Setting, assemble
 from quintet.generation.processors.base import LogitsProcessor
 from quintet.generation.processors.guidance import UnbatchedClassifierFreeGuidanceLogitsProcessor
@@ -214,6 +215,33 @@ class GenerationMixin:
             # Whoever reads what is streamed must not wait for what will never come.
             if streamer is not None:
                 streamer.end()
+
+    def prepare_inputs_for_generation(
+        self,
+        input_ids: Tensor,
+        next_sequence_length: int | None = None,
+        past_key_values: Cache | LegacyCache | None = None,
+        attention_mask: Tensor | None = None,
+        inputs_embeds: Tensor | None = None,
+        is_first_iteration: bool = False,
+        **others: Any,
+    ) -> dict[str, Any]:
+        """Return the arguments of the forward that makes the token after a text.
+
+        Args:
+            input_ids: (B, T) the text so far.
+            next_sequence_length: how many of its last tokens to run over; those that the cache
+                does not hold if not given.
+            past_key_values: what holds the beginning of the text.
+            attention_mask: (B, T), 0 for padding.
+            inputs_embeds: (B, T, C) in place of the ids of a prompt.
+            is_first_iteration: accepted; whether there is a past says the same.
+            **others: further arguments of the forward, handed on.
+        """
+        text = next_inputs(
+            input_ids, past_key_values, attention_mask, inputs_embeds, next_sequence_length
+        )
+        return {**text, **others}
 
     def compute_transition_scores(
         self,

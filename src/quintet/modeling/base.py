@@ -15,6 +15,7 @@ from quintet.generation.config import GENERATION_CONFIG_NAME, GenerationConfig
 from quintet.hub import Pushable
 from quintet.layers.moe import Experts
 from quintet.modeling import loading
+from quintet.modeling.contract import ModelContract
 from quintet.modeling.placement import DeviceMap, MaxMemory, named_dtype
 from quintet.ops.attention import attention_backend
 from quintet.quantization import (
@@ -31,7 +32,7 @@ from quintet.quantization import (
 __all__ = ["PreTrainedModel"]
 
 
-class PreTrainedModel(nn.Module, Pushable):
+class PreTrainedModel(ModelContract, Pushable):
     """The base of all models.
 
     Attributes:
@@ -48,21 +49,19 @@ class PreTrainedModel(nn.Module, Pushable):
 
     config_class: ClassVar[type[PreTrainedConfig]] = PreTrainedConfig
     base_model_prefix: ClassVar[str] = "model"
-    main_input_name: ClassVar[str] = "input_ids"
     new_head: ClassVar[tuple[str, ...]] = ()
     weight_rules: ClassVar[tuple[StackExperts, ...]] = ()
     keep_in_fp32: ClassVar[tuple[str, ...]] = ()
     keep_unquantized: ClassVar[tuple[str, ...]] = ("score", "qa_outputs")
 
     def __init__(self, config: PreTrainedConfig) -> None:
-        super().__init__()
         if not isinstance(config, self.config_class):
             raise InputError(
                 f"{type(self).__name__} takes a {self.config_class.__name__}, "
                 f"not a {type(config).__name__}"
             )
         attention_backend(config.attn_implementation)
-        self.config = config
+        super().__init__(config)
         self.generation_config = GenerationConfig.from_model_config(config)
         self.gradient_checkpointing = False
 
@@ -268,9 +267,22 @@ class PreTrainedModel(nn.Module, Pushable):
         """Return the module that turns vectors into logits of ids; None without one."""
         return None
 
-    def can_generate(self) -> bool:
-        """Tell whether the model has a language-modelling head."""
-        return self.get_output_embeddings() is not None
+    def set_output_embeddings(self, new_embeddings: nn.Linear) -> None:
+        """Replace the module that turns vectors into logits of ids.
+
+        Where the config ties it to the vectors of the ids, it is no longer tied from then on
+        unless it shares their weight.
+
+        Raises:
+            InputError: the model has no such module.
+        """
+        old = self.get_output_embeddings()
+        if old is None:
+            raise InputError(f"{type(self).__name__} has no output embeddings to replace")
+        name = next(name for name, module in self.named_children() if module is old)
+        self.add_module(name, new_embeddings)
+        if new_embeddings.weight is not self.get_input_embeddings().weight:
+            self.config.tie_word_embeddings = False
 
     def tied_names(self) -> dict[str, str]:
         """Return the parameters that are other parameters under a second name."""
@@ -368,16 +380,6 @@ class PreTrainedModel(nn.Module, Pushable):
     def device(self) -> torch.device:
         """The device of the first parameter."""
         return next(self.parameters()).device
-
-    def num_parameters(self, *, only_trainable: bool = False) -> int:
-        """Count the parameters, tied ones once."""
-        plain = sum(p.numel() for p in self.parameters() if p.requires_grad or not only_trainable)
-        if only_trainable:
-            return plain
-        held = [module for module in self.modules() if isinstance(module, Quantized)]
-        # A tied head has the tensors of the embedding.
-        by_tensor = {id(next(iter(module.buffers()))): module for module in held}
-        return plain + sum(module.weight_count for module in by_tensor.values())
 
     def set_attn_implementation(self, attn_implementation: str) -> None:
         """Choose the attention backend of the next forward: eager, sdpa or flash_attention_2.

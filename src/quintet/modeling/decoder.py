@@ -21,6 +21,7 @@ from quintet.layers.rotary import RotaryEmbedding
 from quintet.layers.stack import Gathered, LayerRun, fits, gather
 from quintet.layers.step import LayerOutput, Step
 from quintet.modeling.base import PreTrainedModel
+from quintet.modeling.contract import vocabulary_of
 from quintet.modeling.outputs import BaseModelOutputWithPast
 from quintet.ops.attention import attention_backend
 from quintet.ops.masks import visibility
@@ -214,7 +215,7 @@ class DecoderModel(PreTrainedModel):
             raise InputError("give exactly one of input_ids and inputs_embeds")
         if inputs_embeds is None:
             assert input_ids is not None
-            check_token_ids(input_ids, self.embed_tokens.num_embeddings)
+            check_token_ids(input_ids, vocabulary_of(self.embed_tokens, self.config))
             inputs_embeds = self.embed_tokens(input_ids)
         C = self.config.hidden_size
         if inputs_embeds.ndim != 3 or inputs_embeds.shape[-1] != C or inputs_embeds.numel() == 0:

@@ -1,0 +1,147 @@
+"""The names by which trainers, adapters and launchers know a model; nothing here computes."""
+
+from collections.abc import Iterable
+from typing import TYPE_CHECKING, Any, ClassVar, cast
+
+import torch
+from torch import Tensor, nn
+
+from quintet.configuration.base import PreTrainedConfig
+from quintet.errors import InputError
+from quintet.generation.mixin import GenerationMixin
+from quintet.quantization import Quantized, QuantizedEmbedding
+
+if TYPE_CHECKING:
+    from quintet.modeling.base import PreTrainedModel
+
+__all__ = ["ModelContract", "vocabulary_of"]
+
+
+class ModelContract(nn.Module):
+    """What tools ask of any model: how large it is, what it is called, which parts it has.
+
+    Attributes:
+        main_input_name: the argument of `forward` whose size is the size of a batch.
+        model_tags: what the model is tagged with when it is pushed to the hub.
+        warnings_issued: what tools have warned of once, which they note here.
+        hf_device_map: the device of each part, where `device_map` spread them.
+    """
+
+    main_input_name: ClassVar[str] = "input_ids"
+    is_parallelizable: ClassVar[bool] = False
+    config: PreTrainedConfig
+    model_tags: list[str] | None = None
+    name_or_path: str
+
+    def __init__(self, config: PreTrainedConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.name_or_path = config.name_or_path
+        self.warnings_issued: dict[str, Any] = {}
+
+    @classmethod
+    def can_generate(cls) -> bool:
+        """Tell whether models of this class have a language-modelling head."""
+        return issubclass(cls, GenerationMixin)
+
+    # -- what there is of it -----------------------------------------------------------------
+
+    @property
+    def dummy_inputs(self) -> dict[str, Tensor]:
+        """A small input that any forward takes."""
+        return {"input_ids": torch.tensor([[7, 6, 0, 0, 1]]) % self.config.vocab_size}
+
+    def num_parameters(self, only_trainable: bool = False, exclude_embeddings: bool = False) -> int:
+        """Count the parameters, tied ones once.
+
+        Args:
+            only_trainable: those alone that get gradients, which quantised ones never do.
+            exclude_embeddings: all but the vectors of ids, and what is tied to them.
+        """
+        left_out: set[int] = set()
+        if exclude_embeddings:
+            kinds = (nn.Embedding, QuantizedEmbedding)
+            vectors = [module for module in self.modules() if isinstance(module, kinds)]
+            left_out = {id(t) for module in vectors for t in _tensors(module)}
+        plain = sum(
+            parameter.numel()
+            for parameter in self.parameters()
+            if (parameter.requires_grad or not only_trainable) and id(parameter) not in left_out
+        )
+        if only_trainable:
+            return plain
+        held = [module for module in self.modules() if isinstance(module, Quantized)]
+        # A tied head has the tensors of the embedding.
+        by_tensor = {id(next(iter(module.buffers()))): module for module in held}
+        return plain + sum(
+            module.weight_count for first, module in by_tensor.items() if first not in left_out
+        )
+
+    def get_memory_footprint(self, return_buffers: bool = True) -> int:
+        """Return the bytes of the parameters, and of the buffers, tied ones once.
+
+        The weights of a quantised model are buffers.
+        """
+        tensors: Iterable[Tensor] = self.parameters()
+        nbytes = sum(t.numel() * t.element_size() for t in tensors)
+        if return_buffers:
+            nbytes += sum(t.numel() * t.element_size() for t in self.buffers())
+        return nbytes
+
+    def add_model_tags(self, tags: list[str] | str) -> None:
+        """Note words that the model is tagged with on the hub; those it has stay."""
+        given = [tags] if isinstance(tags, str) else list(tags)
+        self.model_tags = list(dict.fromkeys([*(self.model_tags or ()), *given]))
+
+    # -- its parts ---------------------------------------------------------------------------
+
+    def get_decoder(self) -> "PreTrainedModel":
+        """Return the model without its head; itself where it has none."""
+        return cast("PreTrainedModel", self).base_model
+
+    def set_decoder(self, decoder: "PreTrainedModel") -> None:
+        """Replace the model without its head.
+
+        Raises:
+            InputError: this model has no head, so there is nothing around its decoder.
+        """
+        model = cast("PreTrainedModel", self)
+        if model.base_model is model:
+            raise InputError(f"{type(self).__name__} is a decoder itself; it cannot be replaced")
+        self.add_module(model.base_model_prefix, decoder)
+        model.tie_weights()
+
+    @property
+    def _no_split_modules(self) -> set[str]:
+        """The classes of what may not be spread over devices: the layers."""
+        layers = self.get_decoder().get_submodule("layers")
+        return {type(layer).__name__ for layer in layers.children()}
+
+    @property
+    def _tied_weights_keys(self) -> dict[str, str]:
+        """The parameters that are others under a second name."""
+        return cast("PreTrainedModel", self).tied_names()
+
+    @property
+    def all_tied_weights_keys(self) -> dict[str, str]:
+        """The same, under the name that Transformers 5 gives it."""
+        return self._tied_weights_keys
+
+    @property
+    def _keys_to_ignore_on_save(self) -> set[str] | None:
+        """The names a checkpoint lacks, and a trainer that resumes from one does not miss."""
+        return set(self._tied_weights_keys) or None
+
+
+def vocabulary_of(embedding: nn.Module, config: PreTrainedConfig) -> int:
+    """Return how many ids an embedding has vectors for.
+
+    What an adapter puts around it tells no number; then it is the config's.
+    """
+    if isinstance(embedding, nn.Embedding | QuantizedEmbedding):
+        return embedding.num_embeddings
+    return config.vocab_size
+
+
+def _tensors(module: nn.Module) -> list[Tensor]:
+    return [*module.parameters(recurse=False), *module.buffers(recurse=False)]
