@@ -118,3 +118,43 @@ def test_layers_take_scalars(path: Path) -> None:
 )
 def test_every_way_of_importing_is_seen(text: str, found: set[str]) -> None:
     assert packages(ast.parse(text)) == found
+
+
+# What makes a tensor of nothing but numbers takes the defaults of whoever calls.
+MAKERS = (
+    *("arange", "as_tensor", "asarray", "empty", "empty_strided", "eye", "frombuffer", "full"),
+    *("linspace", "logspace", "ones", "rand", "randint", "randn", "randperm", "range"),
+    *("scalar_tensor", "tensor", "zeros", "Tensor", "FloatTensor"),
+)
+
+
+def undecided(tree: ast.AST) -> Iterator[str]:
+    """Yield the calls that make a tensor and leave its dtype or its device to the defaults."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute):
+            makes = ast.unparse(node.func) in {f"torch.{name}" for name in MAKERS}
+            if makes and not {"dtype", "device"} <= {word.arg for word in node.keywords}:
+                yield ast.unparse(node)
+
+
+@each_of([path for path in FILES if own(path) in {"kernels", "ops", "cache"}])
+def test_every_tensor_made_names_dtype_and_device(path: Path) -> None:
+    assert list(undecided(parsed(path))) == []
+    # Imported by name they would not be seen.
+    assert not {f"torch.{name}" for name in MAKERS if name != "Tensor"} & set(
+        imported(parsed(path))
+    )
+
+
+@pytest.mark.parametrize(
+    ("text", "found"),
+    [
+        ("torch.zeros(3)", ["torch.zeros(3)"]),
+        ("torch.full((3,), 1, dtype=d)", ["torch.full((3,), 1, dtype=d)"]),
+        ("f(torch.arange(3, device=d))", ["torch.arange(3, device=d)"]),
+        ("torch.empty(3, device=d, dtype=d)", []),
+        ("x.new_empty(3), torch.empty_like(x)", []),
+    ],
+)
+def test_every_way_of_leaving_it_open_is_seen(text: str, found: list[str]) -> None:
+    assert list(undecided(ast.parse(text))) == found

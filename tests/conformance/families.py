@@ -14,7 +14,7 @@ import quintet
 import support
 from families import deepseek, qwen2, qwen2_moe, zamba2
 
-__all__ = ["FAMILIES", "HEADS", "Family", "each", "each_head", "each_variant"]
+__all__ = ["FAMILIES", "HEADS", "WIDE", "Family", "each", "each_head", "each_variant"]
 
 HEADS = (
     "Model",
@@ -24,6 +24,14 @@ HEADS = (
     "ForQuestionAnswering",
 )
 SHARED_HEADS = HEADS[:3]
+# Changes that make vectors long enough for all kernels.
+WIDE: dict[str, dict[str, Any]] = {
+    "qwen2": {"head_dim": 16},
+    "qwen2-moe": {"head_dim": 16},
+    "zamba2": {"hidden_size": 64, "mamba_d_state": 16},
+    "deepseek-v2": {"kv_lora_rank": 32},
+    "deepseek-v3": {"kv_lora_rank": 32},
+}
 
 
 def every_layer(config: Any) -> Sequence[int]:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 import conformance.families as conformance
-from conformance.families import Family
+from conformance.families import WIDE, Family
 from quintet import DynamicCache, OffloadedCache, QuantizedCache, Qwen2ForCausalLM, StaticCache
 from quintet.cache import Cache
 from quintet.kernels.native import native
@@ -26,14 +26,6 @@ def dynamic_cache(model: Any) -> Cache:
     return DynamicCache(model.config)
 
 
-# So that the kernel's vectors are full.
-WIDE: dict[str, dict[str, Any]] = {
-    "qwen2": {"head_dim": 16},
-    "qwen2-moe": {"head_dim": 16},
-    "zamba2": {"hidden_size": 64, "mamba_d_state": 16},
-    "deepseek-v2": {"kv_lora_rank": 32},
-    "deepseek-v3": {"kv_lora_rank": 32},
-}
 # Latent attention is a kernel in bfloat16 alone.
 ROUNDED = ("deepseek-v2", "deepseek-v3")
 FAMILIES = [family for family in conformance.FAMILIES if family.name in WIDE]
@@ -358,6 +350,16 @@ def test_weights_that_are_held_are_those_of_the_beginning(
     with pytest.raises(RuntimeError, match="halfway"):
         fail_halfway()
     assert not torch.equal(step(model, DynamicCache(model.config)), expected)
+
+
+def test_nothing_is_gathered_where_no_kernel_would_run(
+    model: Qwen2ForCausalLM, gathered: list[stack.Gathered], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with torch.autocast("cpu", torch.bfloat16):
+        step(model, DynamicCache(model.config))
+    monkeypatch.setattr(stack, "available", lambda: False)
+    step(model, DynamicCache(model.config))
+    assert gathered == []
 
 
 def test_nothing_is_held_once_all_have_ended(model: Qwen2ForCausalLM) -> None:

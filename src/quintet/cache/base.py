@@ -39,7 +39,7 @@ class Span:
 
     def slots(self) -> Tensor:
         """Return the slot of every token, (B or 1, T)."""
-        steps = torch.arange(self.length, device=self.device)
+        steps = torch.arange(self.length, dtype=torch.long, device=self.device)
         if isinstance(self.start, int):
             return (steps + self.start)[None]
         return self.start[:, None] + steps
@@ -192,7 +192,7 @@ class Cache:
     def lengths(self, batch: int, device: torch.device | str = "cpu") -> Tensor:
         """Return how many tokens each of `batch` rows holds, (B,)."""
         if isinstance(self._lengths, int):
-            return torch.full((batch,), self._lengths, device=device)
+            return torch.full((batch,), self._lengths, dtype=torch.long, device=device)
         return self._lengths.to(device)
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
@@ -241,7 +241,7 @@ class Cache:
             held = self.lengths(max_length.numel() if rows is None else rows, max_length.device)
         kept: int | Tensor
         if isinstance(held, Tensor):
-            limit = torch.as_tensor(max_length, device=held.device)
+            limit = torch.as_tensor(max_length, dtype=torch.long, device=held.device)
             if limit.ndim and limit.shape != held.shape:
                 raise InputError(
                     f"max_length has shape {tuple(limit.shape)} and the cache {len(held)} rows; "
@@ -251,7 +251,7 @@ class Cache:
         else:
             end = int(max_length)
             kept = max(held + end if end < 0 else min(held, end), 0)
-        if self.states and not self._ahead and bool((torch.as_tensor(kept == held)).all()):
+        if self.states and not self._ahead and _are_all(kept == held):
             return
         for slot in self._slots():
             slot.crop(kept)
@@ -273,7 +273,7 @@ class Cache:
             InputError: a row does not reach that far.
         """
         at = int(position)
-        if at < 0 or bool((torch.as_tensor(self._lengths) < at).any()):
+        if at < 0 or not _are_all(self._lengths >= at):
             raise InputError(
                 f"cache_position starts at {at}, but the cache holds {self.get_seq_length()} "
                 "tokens; a forward continues where the cache ends, or from before that"
@@ -299,7 +299,8 @@ class Cache:
     def batch_repeat_interleave(self, repeats: int) -> None:
         """Repeat every row `repeats` times, copies side by side."""
         if self.batch_size is not None:
-            self.batch_select_indices(torch.arange(self.batch_size).repeat_interleave(repeats))
+            rows = torch.arange(self.batch_size, dtype=torch.long, device="cpu")
+            self.batch_select_indices(rows.repeat_interleave(repeats))
 
     def reset(self) -> None:
         """Forget everything; preallocated memory stays."""
@@ -319,6 +320,10 @@ class Cache:
         if slot is None:
             raise InputError(f"layer {layer_idx} keeps a recurrent state, not keys and values")
         return slot
+
+
+def _are_all(found: bool | Tensor) -> bool:
+    return found if isinstance(found, bool) else bool(found.all())
 
 
 def _longest(lengths: int | Tensor) -> int:

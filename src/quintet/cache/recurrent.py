@@ -110,8 +110,8 @@ class RecurrentSlot:
             InputError: that is before the snapshot, or there is none.
         """
         snapshot = self._snapshot
-        wanted = torch.as_tensor(lengths)
-        held = None if snapshot is None else torch.as_tensor(snapshot.lengths)
+        wanted = _as_tensor(lengths)
+        held = None if snapshot is None else _as_tensor(snapshot.lengths)
         if snapshot is None or held is None or bool((wanted.to(held.device) < held).any()):
             has = "there is none" if held is None else f"it was at {held.tolist()} tokens"
             raise InputError(
@@ -202,5 +202,12 @@ def _locked(x: Tensor) -> bool:
 def _smaller(a: Tensor | int, b: Tensor | int) -> Tensor | int:
     if isinstance(a, int) and isinstance(b, int):
         return min(a, b)
+    # A number takes the device of the tensor beside it.
     device = a.device if isinstance(a, Tensor) else None if isinstance(b, int) else b.device
-    return torch.minimum(torch.as_tensor(a, device=device), torch.as_tensor(b, device=device))
+    return torch.minimum(_as_tensor(a, device), _as_tensor(b, device))
+
+
+def _as_tensor(lengths: Tensor | int, device: torch.device | None = None) -> Tensor:
+    if isinstance(lengths, Tensor):
+        return lengths if device is None else lengths.to(device)
+    return torch.tensor(lengths, dtype=torch.long, device=device or "cpu")

@@ -58,5 +58,5 @@ def strides(x: Tensor) -> tuple[int, int, int]:
 def slots(start: int | Tensor, B: int) -> Tensor:
     """Return the first slot of each of B rows."""
     if isinstance(start, int):
-        return torch.full((B,), start)
+        return torch.full((B,), start, dtype=torch.long, device="cpu")
     return start.to(torch.long).contiguous()

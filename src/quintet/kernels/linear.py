@@ -92,7 +92,7 @@ def widen(weight: Tensor, scale: Tensor, columns: int, dtype: torch.dtype) -> Te
     function = entry(f"quintet_widen_{kind}{suffix}", *signature)
     if function is None or not weight.is_contiguous() or not scale.is_contiguous():
         return None
-    made = torch.empty((*weight.shape[:-1], columns), dtype=dtype)
+    made = weight.new_empty((*weight.shape[:-1], columns), dtype=dtype)
     rows = made.numel() // columns
     function(weight.data_ptr(), scale.data_ptr(), made.data_ptr(), rows, columns)
     return made

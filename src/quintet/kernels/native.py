@@ -10,6 +10,7 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from quintet.kernels.allocator import keep_freed_memory
 from quintet.kernels.build import BuildError, best_level, build
@@ -21,6 +22,7 @@ __all__ = [
     "Function",
     "Native",
     "applies",
+    "available",
     "entry",
     "native",
     "pointers",
@@ -78,23 +80,33 @@ def entry(name: str, *arguments: type) -> Function | None:
     return function
 
 
+def available() -> bool:
+    """Tell whether there is a library."""
+    return native().library is not None
+
+
 def applies(*tensors: Tensor) -> bool:
     """Tell whether kernels may read these tensors: plain, on the CPU, and nobody is watching.
 
-    Not where gradients are recorded, a compiler traces, autocast chooses dtypes, or a mode counts
-    what torch is asked to do.
+    Not where gradients or tangents are recorded, a compiler traces, autocast chooses dtypes, or a
+    mode sees what torch is asked to do.
     """
     if (
         torch.compiler.is_compiling()
         or torch.is_autocast_enabled("cpu")
         or torch._C._len_torch_dispatch_stack()
+        or torch._C._len_torch_function_stack()
         or torch._C._is_tracing()
         or torch._C._functorch.peek_interpreter_stack() is not None
+        or forward_ad._current_level >= 0
     ):
         return False
     learns = torch.is_grad_enabled()
     for tensor in tensors:
         if type(tensor) not in PLAIN or not tensor.is_cpu or (learns and tensor.requires_grad):
+            return False
+        # Numbers that are not in memory as they read, or not in memory at all.
+        if tensor.layout is not torch.strided or tensor.is_neg() or tensor._is_zerotensor():
             return False
     return True
 

@@ -73,7 +73,7 @@ def router_logits(x: Tensor, weight: Tensor) -> Tensor | None:
     if function is None:
         return None
     E = weight.shape[0]
-    made = torch.empty((N, E), dtype=torch.float32)
+    made = x.new_empty((N, E), dtype=torch.float32)
     sizes = N, E, C, x.stride(0), weight.stride(0)
     function(pointers((x.data_ptr(), weight.data_ptr(), made.data_ptr(), *sizes)))
     return made
@@ -96,8 +96,8 @@ def choose(
     function = entry(f"quintet_choose_{suffix}", *(POINTER,) * 2, INTEGER, *(POINTER,) * 2)
     if function is None or fields is None:
         return None
-    indices = torch.empty((N, rules.active), dtype=torch.int64)
-    weights = torch.empty((N, rules.active), dtype=torch.float32)
+    indices = logits.new_empty((N, rules.active), dtype=torch.int64)
+    weights = logits.new_empty((N, rules.active), dtype=torch.float32)
     out = indices.data_ptr(), weights.data_ptr()
     function(pointers(fields), logits.data_ptr(), N, *out)
     return indices, weights.to(logits.dtype)

@@ -56,11 +56,11 @@ def mamba2(
         return None
     projected, taps, norm = (x.contiguous() for x in (projected, taps, norm))
     if state is None:
-        state = torch.zeros(B, H, P, N)
+        state = scalars[0].new_zeros(B, H, P, N)
     window = None if window is None else window.contiguous()
     counts = None if counts is None else counts.to(torch.long).contiguous()
     next_window = projected.new_empty(B, W - 1, C)
-    convolved, dt, y = torch.empty(B, T, C), torch.empty(B, T, H), torch.empty(B, T, inner)
+    convolved, dt, y = (scalars[0].new_empty(B, T, width) for width in (C, H, inner))
     out = projected.new_empty(B, T, inner)
     numbers = (REAL * 3)(*dt_limits, eps)
     tensors = [projected, taps, conv_bias, window, next_window, *scalars, counts, state]

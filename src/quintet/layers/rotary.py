@@ -38,13 +38,16 @@ class RotaryEmbedding(nn.Module):
         """Return cos and sin of the T positions from `start` on, (1, T, D), in a dtype."""
         end = start + T
         if T > FEW or self.rope.rope_type == "dynamic" or not self._may_keep():
-            cos, sin = self(torch.arange(start, end, device=self.inv_freq.device)[None])
+            cos, sin = self(self._places(start, end))
             return cos.to(dtype), sin.to(dtype)
         table = self._tables.get(dtype)
         if table is None or len(table[0]) < end:
-            cos, sin = self(torch.arange(max(256, 2 * end))[None])
+            cos, sin = self(self._places(0, max(256, 2 * end)))
             table = self._tables[dtype] = cos[0].to(dtype), sin[0].to(dtype)
         return table[0][None, start:end], table[1][None, start:end]
+
+    def _places(self, start: int, end: int) -> Tensor:
+        return torch.arange(start, end, dtype=torch.long, device=self.inv_freq.device)[None]
 
     def _may_keep(self) -> bool:
         # What is made while gradients are recorded, or by a tracer, is not for others.

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from quintet.kernels import parts
+from quintet.kernels.native import applies, available
 from quintet.kernels.stack import Stack
 from quintet.layers.linear import hooked
 from quintet.layers.norm import RMSNorm
@@ -148,6 +149,8 @@ def fits(hidden: Tensor, step: Step) -> bool:
         and step.attend is sdpa
         and hidden.shape[:2].numel() <= MOST_TOKENS
         and not any(seen.custom for seen in step.seen.values())
+        and applies(hidden)
+        and available()
     )
 
 

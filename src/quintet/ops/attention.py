@@ -58,7 +58,8 @@ def eager(
     scores = q @ k.transpose(-1, -2) * scale  # (B, H, T, S)
     mask = seen.mask
     if seen.is_causal:
-        mask = causal_mask(torch.arange(q.shape[2], device=q.device)[None], k.shape[2], None)
+        slots = torch.arange(q.shape[2], dtype=torch.long, device=q.device)
+        mask = causal_mask(slots[None], k.shape[2], None)
     if mask is not None and mask.dtype == torch.bool:
         # The lowest finite number, not -inf: a row that sees nothing stays finite.
         scores = scores.masked_fill(~mask, torch.finfo(scores.dtype).min)
@@ -174,7 +175,7 @@ class _CausalBlocks(torch.autograd.Function):
     def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         T = q.shape[1]
         size = -(-T // BLOCKS)
-        hidden = torch.full((size, size), -torch.inf, dtype=q.dtype).triu(1)
+        hidden = q.new_full((size, size), -torch.inf).triu(1)
         out, weights = torch.empty_like(v), []
         for start in range(0, T, size):
             end = min(start + size, T)

@@ -51,7 +51,7 @@ def quantize_codes(weight: Tensor, kind: str, block: int) -> tuple[Tensor, Tenso
     Raises:
         InputError: a weight is not finite.
     """
-    table = torch.tensor(TABLES[kind], device=weight.device)
+    table = torch.tensor(TABLES[kind], dtype=torch.float32, device=weight.device)
     order = table.argsort()
     between = (table[order[:-1]] + table[order[1:]]) / 2
     n = weight.numel()
@@ -82,7 +82,7 @@ def dequantize_codes(
     dtype: torch.dtype,
 ) -> Tensor:
     """Return the weight of `shape`, multiplied in float32 and rounded once."""
-    table = torch.tensor(TABLES[kind], device=packed.device)
+    table = torch.tensor(TABLES[kind], dtype=torch.float32, device=packed.device)
     n = math.prod(shape)
     weight = packed.new_empty(n, dtype=dtype)
     codes = packed.reshape(-1)
@@ -132,9 +132,9 @@ def dynamic_table(device: torch.device) -> Tensor:
 
     Each decade has twice as many numbers as the one below it (arXiv:1511.04561, §3).
     """
-    numbers = [torch.tensor([0.0, 1.0])]
+    numbers = [torch.tensor([0.0, 1.0], dtype=torch.float32, device="cpu")]
     for i in range(7):
-        edges = torch.linspace(0.1, 1, 2**i + 1)
+        edges = torch.linspace(0.1, 1, 2**i + 1, dtype=torch.float32, device="cpu")
         middles = 10.0 ** (i - 6) * ((edges[:-1] + edges[1:]) / 2)
         numbers += [middles, -middles]
     return torch.cat(numbers).sort().values.to(device)

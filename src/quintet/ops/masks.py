@@ -33,7 +33,8 @@ def causal_mask(slots: Tensor, S: int, window: int | None) -> Tensor:
 
     Shapes: slots (B, T), the slot of each query.
     """
-    distance = slots[:, :, None] - torch.arange(S, device=slots.device)  # (B, T, S)
+    keys = torch.arange(S, dtype=torch.long, device=slots.device)
+    distance = slots[:, :, None] - keys  # (B, T, S)
     seen = distance >= 0
     if window is not None:
         seen &= distance < window

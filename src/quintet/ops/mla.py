@@ -79,9 +79,13 @@ def _reachable(
     S = c_kv.shape[1]
     if torch.compiler.is_compiling() or (isinstance(seen.start, int) and seen.start + T == S):
         return c_kv, k_pe, seen
-    end = min(S, int(torch.as_tensor(seen.start).max()) + T)
+    end = min(S, _last(seen.start) + T)
     mask = None if seen.mask is None else seen.mask[..., :end]
     return c_kv[:, :end], k_pe[:, :end], replace(seen, mask=mask)
+
+
+def _last(start: int | Tensor) -> int:
+    return start if isinstance(start, int) else int(start.max())
 
 
 def expanded(
@@ -145,7 +149,7 @@ def absorbed(
     scores = scores.transpose(1, 2).contiguous().view(B, H, T, S)
     mask = seen.mask
     if seen.is_causal:
-        mask = causal_mask(torch.arange(T, device=scores.device)[None], S, None)
+        mask = causal_mask(torch.arange(T, dtype=torch.long, device=scores.device)[None], S, None)
     if mask is not None and mask.dtype == torch.bool:
         # The lowest finite number, not -inf: a row that sees nothing stays finite.
         scores = scores.masked_fill(~mask, torch.finfo(scores.dtype).min)

@@ -59,7 +59,7 @@ def switch_balance_loss(router_logits: Sequence[Tensor], A: int, mask: Tensor) -
     """
     counted = mask.reshape(-1, 1).to(router_logits[0].device, torch.float32)
     E = router_logits[0].shape[-1]
-    chosen = probable = torch.zeros(E, device=counted.device)
+    chosen = probable = torch.zeros(E, dtype=torch.float32, device=counted.device)
     for logits in router_logits:
         probabilities = logits.softmax(dim=-1, dtype=torch.float32)
         indices = probabilities.topk(A, dim=-1).indices

@@ -197,8 +197,10 @@ def uniform(
 ) -> Tensor:
     """Draw numbers (B, ...) in [0, 1), those of each row from its own generator."""
     if generators is None:
-        return torch.rand(shape, device=device)
-    rows = [torch.rand(shape[1:], device=g.device, generator=g) for g in generators]
+        return torch.rand(shape, dtype=torch.float32, device=device)
+    rows = [
+        torch.rand(shape[1:], dtype=torch.float32, device=g.device, generator=g) for g in generators
+    ]
     return torch.stack(rows).to(device)
 
 

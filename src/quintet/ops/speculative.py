@@ -44,7 +44,7 @@ def keep_sampled(
     if any(rejected):
         places = [min(place, K - 1) for place in n]
         rest = residual(next_p, _at(drafted, places), None if q is None else _at(q, places))
-        chosen = torch.tensor(rejected, device=p.device)
+        chosen = torch.tensor(rejected, dtype=torch.bool, device=p.device)
         next_p = rest if all(rejected) else torch.where(chosen[:, None], rest, next_p)
     return n, next_p
 
@@ -62,7 +62,8 @@ def _at(x: Tensor, places: Sequence[int]) -> Tensor:
     """Return what each row of (B, K, ...) has at its place."""
     if len(places) == 1:
         return x[:, places[0]]
-    return x[torch.arange(len(x), device=x.device), torch.tensor(places, device=x.device)]
+    rows = torch.arange(len(x), dtype=torch.long, device=x.device)
+    return x[rows, torch.tensor(places, dtype=torch.long, device=x.device)]
 
 
 def _run(kept: Sequence[bool], count: int) -> int:

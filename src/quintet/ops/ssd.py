@@ -144,6 +144,6 @@ def _between(decay: Tensor) -> Tensor:
 
 def only(dt: Tensor, counts: Tensor | int) -> Tensor:
     """Set dt (B, T, H) to 0 behind the first `counts` tokens, of all rows or (B,) of each."""
-    places = torch.arange(dt.shape[1], device=dt.device)
+    places = torch.arange(dt.shape[1], dtype=torch.long, device=dt.device)
     real = places < (counts if isinstance(counts, int) else counts[:, None])
     return dt * real[..., None]
