@@ -10,9 +10,12 @@ import pytest
 import torch
 from torch._dynamo.testing import CompileCounter
 
+import quintet
 from conformance.families import Family, each
 from quintet import CompileConfig, GenerationConfig
 from quintet.errors import InputError
+from quintet.generation.compiling import compiled
+from support import small_config
 
 
 @each()
@@ -70,3 +73,16 @@ def test_another_process_finds_the_program(tmp_path: Path) -> None:
     assert int(runs[0][1]) == 0
     assert int(runs[1][1]) > 0
     assert (tmp_path / "quintet" / "inductor").is_dir()
+
+
+# What torch's compiler says while it is imported.
+@pytest.mark.filterwarnings("ignore:.torch.jit:DeprecationWarning")
+def test_without_a_cache_that_can_be_written_the_compiler_keeps_its_own_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # A file in the place of the folder: permissions do not stop the superuser.
+    (tmp_path / "quintet").write_text("")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.delenv("TORCHINDUCTOR_CACHE_DIR", raising=False)
+    compiled(quintet.Qwen2ForCausalLM(small_config()), CompileConfig())
+    assert "quintet" not in os.environ.get("TORCHINDUCTOR_CACHE_DIR", "")

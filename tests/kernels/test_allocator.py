@@ -7,6 +7,8 @@ import sys
 
 import pytest
 
+from quintet.kernels.allocator import MMAP_THRESHOLD, TRIM_THRESHOLD, keep
+
 pytestmark = pytest.mark.skipif(
     platform.libc_ver()[0] != "glibc", reason="it is glibc that is told what to keep"
 )
@@ -64,3 +66,17 @@ def test_it_gives_way_to_what_somebody_set(variables: dict[str, str]) -> None:
     kept, faults = run(**variables)
     assert not kept
     assert faults > 40_000
+
+
+@pytest.mark.parametrize(("most", "kept"), [(2**62, True), (32 * 2**20, True), (2**20, False)])
+def test_a_c_library_that_takes_less_is_told_less_or_nothing(most: int, kept: bool) -> None:
+    said: list[int] = []
+
+    def mallopt(parameter: int, value: int) -> int:
+        taken = parameter == TRIM_THRESHOLD or value <= most
+        if taken:
+            said.append(parameter)
+        return int(taken)
+
+    assert keep(mallopt) is kept
+    assert sorted(said) == ([MMAP_THRESHOLD, TRIM_THRESHOLD] if kept else [])

@@ -6,9 +6,20 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
+import torch
 
-from quintet.kernels import report
-from quintet.kernels.build import SOURCES, BuildError, best_level, build, find_compiler
+from quintet.kernels import outlook, report
+from quintet.kernels.build import SOURCES, BuildError, best_level, find_compiler, recipe
+
+# A package brings an OpenMP runtime of its own, under another name, before torch does.
+FOREIGN_OPENMP = """
+import ctypes, importlib.util, pathlib
+torchs = pathlib.Path(importlib.util.find_spec("torch").origin).parent
+(gomp,) = torchs.glob("lib/libgomp.so.1")
+foreign = pathlib.Path(r"{folder}") / "libgomp-abc.so.1"
+foreign.write_bytes(gomp.read_bytes().replace(b"libgomp.so.1\\0", b"libgomp.so.9\\0"))
+ctypes.CDLL(str(foreign))
+"""
 
 try:
     LEVEL = best_level()
@@ -38,7 +49,11 @@ def test_every_kernel_says_what_it_runs_on(level: str) -> None:
     ids=str,
 )
 def test_without_a_library_it_says_why(
-    fresh: pytest.MonkeyPatch, tmp_path: Path, variables: dict[str, str], reason: str
+    fresh: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    tmp_path: Path,
+    variables: dict[str, str],
+    reason: str,
 ) -> None:
     fresh.setenv("XDG_CACHE_HOME", str(tmp_path))
     fresh.delenv("CXX", raising=False)
@@ -48,6 +63,10 @@ def test_without_a_library_it_says_why(
     assert found.library is None
     assert all(kernel.level is None and reason in str(kernel.reason) for kernel in found.kernels)
     assert reason in str(found)
+    assert reason in outlook()
+    # Told once, with what to do about it; not where it was asked for.
+    told = 0 if variables.get("QUINTET_KERNELS") == "0" else 1
+    assert ["several times slower" in r.getMessage() for r in caplog.records] == [True] * told
 
 
 def test_a_compiler_that_fails_is_quoted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -59,7 +78,7 @@ def test_a_compiler_that_fails_is_quoted(tmp_path: Path, monkeypatch: pytest.Mon
     compiler.chmod(0o755)
     monkeypatch.setenv("CXX", str(compiler))
     with pytest.raises(BuildError, match="error: no bits"):
-        build(LEVEL)
+        recipe(LEVEL).make()
     assert not list(tmp_path.glob("quintet/*.so"))
 
 
@@ -69,8 +88,8 @@ def test_a_cache_that_cannot_be_written_is_a_reason(
     # A file in the place of the folder: permissions do not stop the superuser.
     (tmp_path / "quintet").write_text("")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    with pytest.raises(BuildError, match="cannot be written"):
-        build(LEVEL)
+    with pytest.raises(BuildError, match="cannot be used"):
+        recipe(LEVEL).make()
 
 
 def test_it_is_compiled_once_whoever_asks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -83,7 +102,7 @@ def test_it_is_compiled_once_whoever_asks(tmp_path: Path, monkeypatch: pytest.Mo
     compiler.chmod(0o755)
     monkeypatch.setenv("CXX", str(compiler))
     with ThreadPoolExecutor(4) as pool:
-        paths = set(pool.map(lambda _: build(LEVEL), range(4)))
+        paths = set(pool.map(lambda _: recipe(LEVEL).make(), range(4)))
     assert len(paths) == 1
     # Every source, and the library that is made of them.
     assert len(log.read_text().split()) == len(list(SOURCES.glob("*.cpp"))) + 1
@@ -108,13 +127,25 @@ def test_the_module_builds_and_reports(tmp_path: Path) -> None:
     assert list((tmp_path / "quintet").glob(f"kernels-{LEVEL}-*.so"))
 
 
-def test_it_shares_the_runtime_of_torch() -> None:
-    code = (
-        "from quintet.kernels import report; assert report().library;"
-        "lines = open('/proc/self/maps').read().splitlines();"
-        "print(*{l.split()[-1] for l in lines if 'omp' in l.rsplit('/')[-1]})"
-    )
+USED = """
+import torch
+from quintet.kernels.native import find_recipe
+before = {l.split()[-1] for l in open("/proc/self/maps") if "omp" in l.rsplit("/")[-1]}
+print(find_recipe().openmp)
+from quintet.kernels import report
+assert report().library
+after = {l.split()[-1] for l in open("/proc/self/maps") if "omp" in l.rsplit("/")[-1]}
+assert before == after, after - before
+"""
+
+
+@pytest.mark.parametrize("foreign", [False, True])
+def test_it_shares_the_runtime_of_torch(tmp_path: Path, foreign: bool) -> None:
+    lib = Path(torch.__file__).parent / "lib"
+    if not list(lib.glob("libgomp.so.1")):
+        pytest.skip("this torch brings no libgomp.so.1 to make another of")
+    code = FOREIGN_OPENMP.format(folder=tmp_path) * foreign + USED
     run = subprocess.run(
         [sys.executable, "-c", code], capture_output=True, text=True, timeout=300, check=True
     )
-    assert len(run.stdout.split()) == 1
+    assert run.stdout.split() == [str(lib / "libgomp.so.1")]

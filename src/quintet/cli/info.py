@@ -47,6 +47,7 @@ def _facts(name: str, where: dict[str, Any]) -> dict[str, Any]:
 
     from quintet.auto import AutoConfig, AutoTokenizer, family
     from quintet.checkpoint.remote import read_headers
+    from quintet.kernels import outlook
     from quintet.modeling.sizes import measure
     from quintet.modeling.skeleton import skeleton
 
@@ -72,7 +73,7 @@ def _facts(name: str, where: dict[str, Any]) -> dict[str, Any]:
         "quantised": _quantised(config),
         "cache": _cache(config, size.cache_per_token, size.state_per_row),
         "attention": _attention(config),
-        "kernels": _kernels(),
+        "kernels": outlook(),
     }
     try:
         tokenizer = AutoTokenizer.from_pretrained(name, **where)
@@ -117,12 +118,3 @@ def _attention(config: "PreTrainedConfig") -> str:
         usable.append(name)
     others = [name for name in usable if name != config.attn_implementation]
     return f"{config.attn_implementation}; also {', '.join(others)}"
-
-
-def _kernels() -> dict[str, str]:
-    from quintet.kernels import report
-
-    found = {}
-    for kernel in report().kernels:
-        found[kernel.name] = kernel.level or f"PyTorch, as {kernel.reason}"
-    return found

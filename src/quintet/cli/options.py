@@ -1,5 +1,6 @@
 """Options that several commands share, and how a model is opened with them."""
 
+import logging
 import os
 import sys
 import time
@@ -90,15 +91,34 @@ def note(text: str, quiet: bool = False) -> None:
 
 @contextmanager
 def warnings_as_notes(quiet: bool) -> Iterator[None]:
-    """Show warnings as one line each on standard error."""
+    """Show warnings, and what is logged, as one line each on standard error."""
 
     def show(message: Warning | str, *_: object, **__: object) -> None:
         note(f"warning: {message}", quiet)
 
-    with warnings.catch_warnings():
-        warnings.simplefilter("default")
-        warnings.showwarning = show
-        yield
+    handler = _Notes(quiet)
+    log = logging.getLogger("quintet")
+    log.addHandler(handler)
+    log.propagate = False
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("default")
+            warnings.showwarning = show
+            yield
+    finally:
+        log.removeHandler(handler)
+        log.propagate = True
+
+
+class _Notes(logging.Handler):
+    """Shows what is logged as notes."""
+
+    def __init__(self, quiet: bool) -> None:
+        super().__init__(logging.WARNING)
+        self._quiet = quiet
+
+    def emit(self, record: logging.LogRecord) -> None:
+        note(record.getMessage(), self._quiet)
 
 
 @dataclass(frozen=True, slots=True)
@@ -146,6 +166,7 @@ def open_model(
     import torch
 
     from quintet.auto import AutoModelForCausalLM, AutoTokenizer
+    from quintet.kernels.native import native
 
     started = time.perf_counter()
     where: dict[str, Any] = {
@@ -163,7 +184,11 @@ def open_model(
         threads = 1
     if threads is not None:
         torch.set_num_threads(threads)
-    return Opened(name, model, tokenizer, time.perf_counter() - started)
+    seconds = time.perf_counter() - started
+    if model.device.type == "cpu":
+        # Compiled now where they never were, not in the middle of the first answer.
+        native()
+    return Opened(name, model, tokenizer, seconds)
 
 
 def choose(

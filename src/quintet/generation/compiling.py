@@ -1,14 +1,16 @@
 """The step of decoding as one compiled program, kept between processes."""
 
 import os
+import tempfile
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any, cast
 
 import torch
 
 from quintet.generation.decode import LanguageModel
-from quintet.kernels.build import cache_folder
+from quintet.kernels.store import BuildError, open_folder
 
 __all__ = ["ROOM_STEP", "CompileConfig", "compiled"]
 
@@ -47,7 +49,12 @@ def compiled(model: LanguageModel, config: CompileConfig) -> LanguageModel:
 
     # torch writes its own choice into the environment as soon as it looks.
     if os.environ.get(FOLDER, default_cache_dir()) == default_cache_dir():
-        os.environ[FOLDER] = str(cache_folder() / "inductor")
+        # Where the user's cache cannot be written, what torch chose can.
+        with suppress(BuildError, OSError):
+            kept = open_folder() / "inductor"
+            kept.mkdir(exist_ok=True)
+            with tempfile.TemporaryFile(dir=kept):
+                os.environ[FOLDER] = str(kept)
     program = torch.compile(
         cast("Callable[..., Any]", model),
         fullgraph=config.fullgraph,

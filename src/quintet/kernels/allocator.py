@@ -4,14 +4,17 @@ import ctypes
 import os
 import platform
 import sys
+from collections.abc import Callable
 from functools import cache
 
-__all__ = ["keep_freed_memory"]
+__all__ = ["keep", "keep_freed_memory"]
 
 # The parameters of mallopt(3), and what they are set to: buffers below the first size are taken
 # from the heap, whose free end is handed back beyond the second.
 TRIM_THRESHOLD, MMAP_THRESHOLD = -1, -3
-LARGEST, KEPT = 64 * 2**20, 256 * 2**20
+KEPT = 256 * 2**20
+# Older versions take 32 MB at the most.
+LARGEST = (64 * 2**20, 32 * 2**20)
 VARIABLES = ("MALLOC_MMAP_THRESHOLD_", "MALLOC_TRIM_THRESHOLD_", "MALLOC_TOP_PAD_")
 
 
@@ -29,5 +32,13 @@ def keep_freed_memory() -> bool:
         "GLIBC_TUNABLES", ""
     ):
         return False
-    libc = ctypes.CDLL(None)
-    return bool(libc.mallopt(TRIM_THRESHOLD, KEPT) and libc.mallopt(MMAP_THRESHOLD, LARGEST))
+    return keep(ctypes.CDLL(None).mallopt)
+
+
+def keep(mallopt: Callable[[int, int], int]) -> bool:
+    """Tell the C library to keep what is freed, or nothing at all, and return which.
+
+    Either setting ends the threshold's own growth, so one without the other is worse than none.
+    """
+    taken = any(mallopt(MMAP_THRESHOLD, size) for size in LARGEST)
+    return taken and bool(mallopt(TRIM_THRESHOLD, KEPT))

@@ -5,24 +5,26 @@ import hashlib
 import os
 import shutil
 import subprocess
-import tempfile
-from collections.abc import Iterator, Mapping
+import time
+from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
 
-__all__ = ["LEVELS", "BuildError", "best_level", "build", "cache_folder", "find_compiler"]
+from quintet.kernels import store
+from quintet.kernels.patience import SILENT, log, told
+from quintet.kernels.store import BuildError
+
+__all__ = ["LEVELS", "BuildError", "Recipe", "best_level", "find_compiler", "recipe"]
 
 SOURCES = Path(__file__).parent / "csrc"
 COMPILERS = ("g++", "clang++", "c++")
 FLAGS = ("-std=c++17", "-O3", "-fPIC", "-fopenmp")
 # A compiler that hangs must not hang the program that only wanted to be faster.
-TIMEOUT = 1800.0
-
-
-class BuildError(Exception):
-    """Why there is no library; its text is what `report()` shows."""
+TIMEOUT = 600.0
+UNSET = "unset it to take the best this CPU has"
+OTHER_COMPILER = "set CXX to a compiler that works"
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,9 +68,9 @@ def best_level(wanted: str | None = None) -> str:
     have = [name for name, level in LEVELS.items() if level.features <= features]
     if wanted is not None:
         if wanted not in LEVELS:
-            raise BuildError(f"QUINTET_KERNELS={wanted!r} is none of 0, {', '.join(LEVELS)}")
+            raise BuildError(f"QUINTET_KERNELS={wanted!r} is none of 0, {', '.join(LEVELS)}", UNSET)
         if wanted not in have:
-            raise BuildError(f"QUINTET_KERNELS={wanted!r}, and this CPU does not have it")
+            raise BuildError(f"QUINTET_KERNELS={wanted!r}, and this CPU does not have it", UNSET)
         return wanted
     if not have:
         raise BuildError("this CPU has no AVX2, the least the kernels are written for")
@@ -86,69 +88,111 @@ def find_compiler() -> str:
         if path := shutil.which(name):
             return path
     if named:
-        raise BuildError(f"CXX={named!r} is not a program that can be run")
-    raise BuildError(f"no C++ compiler: none of {', '.join(COMPILERS)} is installed, CXX not set")
+        raise BuildError(f"CXX={named!r} is not a program that can be run", OTHER_COMPILER)
+    raise BuildError(
+        f"no C++ compiler: none of {', '.join(COMPILERS)} is installed, CXX not set",
+        "install one, such as by `apt install g++` or `dnf install gcc-c++`",
+    )
 
 
-def build(level: str, openmp: Path | None = None) -> Path:
-    """Return the library for a level, compiled now unless the cache has it.
+@dataclass(frozen=True, slots=True)
+class Recipe:
+    """How the library for a level is made, and where it then is.
+
+    Attributes:
+        level: a name of `LEVELS`.
+        compiler: the path of a C++ compiler.
+        options: what it is told for every source.
+        openmp: the OpenMP runtime to link; None for the compiler's own.
+        target: the library.
+    """
+
+    level: str
+    compiler: str
+    options: tuple[str, ...]
+    openmp: Path | None
+    target: Path
+
+    def made(self) -> bool:
+        """Tell whether the library is there."""
+        return store.is_whole(self.target)
+
+    def make(self) -> Path:
+        """Return the library, compiled now unless it is there.
+
+        Raises:
+            BuildError: the compiler fails, or the cache cannot be used.
+        """
+        folder = store.open_folder()
+        try:
+            if not self.made():
+                with store.held(folder):
+                    # Another process may have made it meanwhile.
+                    if not self.made():
+                        self._compile(folder)
+        except OSError as error:
+            raise BuildError(
+                f"the cache {folder} cannot be written: {error.strerror}", store.REMEDY
+            ) from error
+        with contextlib.suppress(OSError):
+            # The least lately used ones are removed one day.
+            os.utime(self.target)
+        return self.target
+
+    def _compile(self, folder: Path) -> None:
+        started = time.monotonic()
+        saying = f"compiling kernels for this CPU ({self.level}), once; usually half a minute"
+        # Beside the target, so that the move is one step.
+        with told(saying), store.scratch(folder) as scratch:
+            sources = sorted(SOURCES.glob("*.cpp"))
+            objects = [scratch / f"{source.stem}.o" for source in sources]
+            # The threads wait for compilers, of which there are as many as there are cores.
+            with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
+                commands = [
+                    [self.compiler, *self.options, "-c", str(source), "-o", str(made)]
+                    for source, made in zip(sources, objects, strict=True)
+                ]
+                list(pool.map(_run, commands))
+            made = scratch / self.target.name
+            command = [self.compiler, *self.options, "-shared", *map(str, objects), "-o", str(made)]
+            # Named after the sources, this very file is what the loader finds already loaded.
+            command += [str(self.openmp)] if self.openmp else []
+            _run(command)
+            store.publish(made, self.target)
+        seconds = time.monotonic() - started
+        if seconds > SILENT:
+            log.warning("kernels compiled in %.0f s", seconds)
+
+
+def recipe(level: str, openmp: Path | None = None) -> Recipe:
+    """Return how the library for a level is made on this machine.
 
     Args:
         level: a name of `LEVELS`.
         openmp: the OpenMP runtime to link, by default the compiler's own.
 
     Raises:
-        BuildError: there is no compiler, it fails, or the cache cannot be written.
+        BuildError: there is no compiler, or it does not run.
     """
     compiler = find_compiler()
-    sources = sorted(SOURCES.glob("*.cpp"))
-    options = [*FLAGS, *LEVELS[level].options]
-    folder = cache_folder()
-    target = folder / f"kernels-{level}-{_key(compiler, options, openmp)}.so"
-    if target.exists():
-        return target
-    try:
-        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-        with _locked(folder / "build.lock"):
-            if not target.exists():
-                _compile(compiler, options, sources, target, openmp)
-    except OSError as error:
-        raise BuildError(f"the cache {folder} cannot be written: {error.strerror}") from error
-    return target
-
-
-def _compile(
-    compiler: str, options: list[str], sources: list[Path], target: Path, openmp: Path | None
-) -> None:
-    # Beside the target, so that the rename is one step: a library is there whole or not at all.
-    with tempfile.TemporaryDirectory(dir=target.parent) as scratch:
-        objects = [Path(scratch) / f"{source.stem}.o" for source in sources]
-        # The threads wait for compilers, of which there are as many as there are cores.
-        with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
-            commands = [
-                [compiler, *options, "-c", str(source), "-o", str(made)]
-                for source, made in zip(sources, objects, strict=True)
-            ]
-            list(pool.map(_run, commands))
-        made = Path(scratch) / target.name
-        command = [compiler, *options, "-shared", *map(str, objects), "-o", str(made)]
-        # Named after the sources, this very file is what the loader finds already loaded.
-        command += [str(openmp)] if openmp else []
-        _run(command)
-        os.replace(made, target)
+    options = (*FLAGS, *LEVELS[level].options)
+    name = f"kernels-{level}-{_key(compiler, options, openmp)}.so"
+    return Recipe(level, compiler, options, openmp, store.cache_folder() / name)
 
 
 def _run(command: list[str]) -> None:
     try:
         run = subprocess.run(command, capture_output=True, text=True, timeout=TIMEOUT)
     except subprocess.TimeoutExpired:
-        raise BuildError(f"{command[0]} took longer than {TIMEOUT:.0f} s") from None
+        raise BuildError(f"{command[0]} took longer than {TIMEOUT:.0f} s", OTHER_COMPILER) from None
     if run.returncode != 0:
         said = [line for line in run.stderr.splitlines() if "error" in line]
-        raise BuildError(f"{command[0]} failed: {(said or [run.stderr.strip()])[0][:300]}")
+        raise BuildError(
+            f"{command[0]} failed: {(said or [run.stderr.strip()])[0][:300]}", OTHER_COMPILER
+        )
 
 
-def _key(compiler: str, options: list[str], openmp: Path | None) -> str:
+def _key(compiler: str, options: tuple[str, ...], openmp: Path | None) -> str:
     found = hashlib.sha256()
     for source in sorted(path for path in SOURCES.rglob("*") if path.is_file()):
         found.update(source.read_bytes())
@@ -157,16 +201,10 @@ def _key(compiler: str, options: list[str], openmp: Path | None) -> str:
             [compiler, "--version"], capture_output=True, timeout=TIMEOUT, check=True
         ).stdout
     except (OSError, subprocess.SubprocessError) as error:
-        raise BuildError(f"{compiler} does not run: {error}") from error
+        raise BuildError(f"{compiler} does not run: {error}", OTHER_COMPILER) from error
     found.update(version)
     found.update("\0".join([*options, str(openmp)]).encode())
     return found.hexdigest()[:16]
-
-
-def cache_folder() -> Path:
-    """Return the folder of this user where what is compiled is kept."""
-    base = os.environ.get("XDG_CACHE_HOME") or os.path.join(os.path.expanduser("~"), ".cache")
-    return Path(base) / "quintet"
 
 
 def _cpu_features() -> frozenset[str]:
@@ -177,13 +215,5 @@ def _cpu_features() -> frozenset[str]:
                     return frozenset(line.partition(":")[2].split())
     except OSError:
         pass
+    # No remedy: nobody on another machine needs to hear of it.
     raise BuildError("the kernels are for x86-64 on Linux")
-
-
-@contextlib.contextmanager
-def _locked(path: Path) -> Iterator[None]:
-    import fcntl  # there is none outside of POSIX, where there is no /proc/cpuinfo either
-
-    with open(path, "w", encoding="ascii") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
-        yield

@@ -13,7 +13,8 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from quintet.kernels.allocator import keep_freed_memory
-from quintet.kernels.build import BuildError, best_level, build
+from quintet.kernels.build import BuildError, Recipe, best_level, recipe
+from quintet.kernels.patience import log
 
 __all__ = [
     "INTEGER",
@@ -24,6 +25,7 @@ __all__ = [
     "applies",
     "available",
     "entry",
+    "find_recipe",
     "native",
     "pointers",
     "real",
@@ -31,7 +33,6 @@ __all__ = [
 
 POINTER, INTEGER, REAL = ctypes.c_void_p, ctypes.c_int64, ctypes.c_float
 Function = Callable[..., None]
-RUNTIMES = ("libgomp", "libiomp5", "libomp")
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,21 +52,40 @@ class Native:
 
 @cache
 def native() -> Native:
-    """Return the library for this machine, compiling it if it never was."""
-    asked = os.environ.get("QUINTET_KERNELS")
-    if asked == "0":
-        return Native(None, None, "turned off by QUINTET_KERNELS=0")
+    """Return the library for this machine, compiling it if it never was.
+
+    Why there is none is logged where something can be done about it.
+    """
     try:
-        level = best_level(None if asked in (None, "", "1") else asked)
-        path = build(level, _openmp())
+        found = find_recipe()
+        path = found.make()
     except BuildError as error:
+        if error.remedy is not None:
+            log.warning(
+                "models run on PyTorch, several times slower than on kernels for this CPU: %s; %s",
+                error,
+                error.remedy,
+            )
         return Native(None, None, str(error))
     try:
         library = ctypes.CDLL(str(path))
     except OSError as error:
+        log.warning("models run on PyTorch, as %s cannot be loaded: %s", path, error)
         return Native(None, None, f"{path} cannot be loaded: {error}")
     keep_freed_memory()
-    return Native(library, level, None)
+    return Native(library, found.level, None)
+
+
+def find_recipe() -> Recipe:
+    """Return how the library of this process is made.
+
+    Raises:
+        BuildError: it cannot be, on this machine or with these environment variables.
+    """
+    asked = os.environ.get("QUINTET_KERNELS")
+    if asked == "0":
+        raise BuildError("turned off by QUINTET_KERNELS=0")
+    return recipe(best_level(None if asked in (None, "", "1") else asked), _openmp())
 
 
 @cache
@@ -126,11 +146,25 @@ def real(value: float) -> int:
 
 
 def _openmp() -> Path | None:
-    """Return the OpenMP runtime torch brought into this process; two of them would fight."""
+    """Return the OpenMP runtime that torch calls; a second one would fight with it.
+
+    Other packages bring their own into the process, so it is asked which one torch's call finds.
+    """
     try:
         with open("/proc/self/maps", encoding="utf-8", errors="replace") as file:
-            paths = {line.split(maxsplit=5)[-1].strip() for line in file if ".so" in line}
+            mapped = [line.split(maxsplit=5) for line in file if ".so" in line]
     except OSError:
         return None
-    found = [Path(path) for path in sorted(paths) if Path(path).name.startswith(RUNTIMES)]
-    return found[0] if found else None
+    spans = [(fields[0].split("-"), fields[5].strip()) for fields in mapped if len(fields) == 6]
+    torchs = next((path for _, path in spans if Path(path).name == "libtorch_cpu.so"), None)
+    # As the loader looks: what is global first, then what torch's library depends on.
+    for name in (None, torchs):
+        try:
+            function = ctypes.CDLL(name)["omp_get_max_threads"]
+        except (AttributeError, OSError):
+            continue
+        address = ctypes.cast(function, ctypes.c_void_p).value or 0
+        for (start, end), path in spans:
+            if int(start, 16) <= address < int(end, 16):
+                return Path(path)
+    return None

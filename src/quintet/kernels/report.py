@@ -3,9 +3,10 @@
 from dataclasses import dataclass
 
 from quintet.kernels.allocator import keep_freed_memory
-from quintet.kernels.native import native
+from quintet.kernels.native import find_recipe, native
+from quintet.kernels.store import BuildError
 
-__all__ = ["Kernel", "Report", "report"]
+__all__ = ["Kernel", "Report", "outlook", "report"]
 
 # What there is, and when a model uses it.
 KERNELS = {
@@ -68,3 +69,13 @@ def report() -> Report:
     kernels = (Kernel(name, when, found.level, found.reason) for name, when in KERNELS.items())
     library = None if found.library is None else found.library._name
     return Report(tuple(kernels), library, library is not None and keep_freed_memory())
+
+
+def outlook() -> str:
+    """Say in a line what this process computes on, on a CPU; compiles nothing."""
+    try:
+        recipe = find_recipe()
+        made = recipe.made()
+    except BuildError as error:
+        return f"PyTorch alone, as {error}" + (f"; {error.remedy}" if error.remedy else "")
+    return recipe.level if made else f"{recipe.level}, compiled at first use (half a minute, once)"

@@ -1,0 +1,25 @@
+"""Whoever waits is told why."""
+
+import logging
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+__all__ = ["SILENT", "log", "told"]
+
+# Python writes warnings of a logger nobody set up to standard error.
+log = logging.getLogger("quintet.kernels")
+# Seconds.
+SILENT = 2.0
+
+
+@contextmanager
+def told(text: str) -> Iterator[None]:
+    """Log a text once what is inside has taken two seconds."""
+    timer = threading.Timer(SILENT, log.warning, ("%s", text))
+    timer.daemon = True
+    timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()
