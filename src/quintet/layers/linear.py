@@ -5,15 +5,15 @@ from collections.abc import Sequence
 from typing import Self
 
 from torch import Tensor, nn
-from torch.nn.modules import module as hooks
 
 from quintet.kernels.linear import Matrix
+from quintet.layers.plain import PlainModule, hooked
 from quintet.ops.linear import linear, linears
 
-__all__ = ["Linear", "LinearMap", "hooked", "matrices", "project"]
+__all__ = ["Linear", "LinearMap", "matrices", "project"]
 
 
-class LinearMap(nn.Module, ABC):
+class LinearMap(PlainModule, ABC):
     """A linear map that can share a pass over an input with others of its class.
 
     Each way to hold a matrix (plain, int8, int4, ...) is a class of its own, and `project` goes by
@@ -70,15 +70,3 @@ def _alike(maps: Sequence[nn.Module]) -> list[LinearMap] | None:
         return None
     alike = [m for m in maps if type(m) is kind and not hooked(m)]
     return alike if len(alike) == len(maps) else None
-
-
-def hooked(module: nn.Module) -> bool:
-    """Tell whether calling the module may do more than its class's forward."""
-    return bool(
-        module._forward_hooks
-        or module._forward_pre_hooks
-        or module._backward_hooks
-        or module._backward_pre_hooks
-        or "forward" in vars(module)
-        or hooks._has_any_global_hook()  # type: ignore[no-untyped-call]
-    )

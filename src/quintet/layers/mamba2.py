@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable
+from functools import partial
 from typing import Self
 
 import torch
@@ -10,14 +11,16 @@ from torch import Tensor, nn
 from quintet.cache.recurrent import Inputs
 from quintet.kernels import parts
 from quintet.layers.linear import Linear, matrices
-from quintet.layers.stack import StackPart, untouched
+from quintet.layers.plain import PlainModule, untouched
+from quintet.layers.stack import StackPart
 from quintet.layers.step import Step
-from quintet.ops.mamba2 import MixerWeights, gated_rms_norm, heads_and_groups, mix
+from quintet.ops.conv import causal_conv
+from quintet.ops.mamba2 import Calls, MixerWeights, gated_rms_norm, heads_and_groups, mix
 
 __all__ = ["GatedRMSNorm", "Mamba2"]
 
 
-class GatedRMSNorm(nn.Module):
+class GatedRMSNorm(PlainModule):
     """RMS normalisation of x · silu(z), each of the groups by itself, in float32."""
 
     def __init__(self, hidden_size: int, num_groups: int, eps: float = 1e-5) -> None:
@@ -29,6 +32,14 @@ class GatedRMSNorm(nn.Module):
     def forward(self, x: Tensor, z: Tensor) -> Tensor:
         """Return the dtype of the gate `z`."""
         return gated_rms_norm(x, z, self.weight, self.num_groups, self.variance_epsilon)
+
+
+class CausalConv1d(nn.Conv1d, PlainModule):
+    """A depthwise convolution over the tokens; (B, C, W - 1 + T) -> (B, C, T)."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        """Map each token and the W - 1 before it to one."""
+        return causal_conv(input.mT, self.weight.squeeze(1), self.bias).mT
 
 
 class Mamba2(StackPart):
@@ -66,9 +77,10 @@ class Mamba2(StackPart):
         self.chunk_size = chunk_size
         self.dt_limits = dt_limits
         self.layer_idx = layer_idx
+        self.conv_kernel = conv_kernel
         self.in_sizes = [inner, conv, num_heads]
         self.in_proj = Linear(hidden_size, sum(self.in_sizes), bias=bias)
-        self.conv1d = nn.Conv1d(conv, conv, conv_kernel, groups=conv, bias=conv_bias)
+        self.conv1d = CausalConv1d(conv, conv, conv_kernel, groups=conv, bias=conv_bias)
         self.dt_bias = nn.Parameter(torch.ones(num_heads))
         self.A_log = nn.Parameter(torch.arange(1, num_heads + 1).log())
         self.D = nn.Parameter(torch.ones(num_heads))
@@ -102,7 +114,15 @@ class Mamba2(StackPart):
 
         projected = self.in_proj(hidden_states)
         weights = self._weights()
-        made = mix(projected, weights, window, state, counts, chunk_size=self.chunk_size)
+        made = mix(
+            projected,
+            weights,
+            window,
+            state,
+            counts,
+            chunk_size=self.chunk_size,
+            calls=self._calls(),
+        )
         if slot is not None:
             slot.update(made.window, made.state)
             if slot.remembers:
@@ -115,8 +135,7 @@ class Mamba2(StackPart):
     def part(self, norm: parts.Norm) -> parts.Part | None:
         """Return maps, taps and scalars."""
         held = matrices(self.in_proj, self.out_proj)
-        conv, gated = untouched(self.conv1d, nn.Conv1d), untouched(self.norm, GatedRMSNorm)
-        if held is None or conv is None or gated is None:
+        if held is None or self._calls() is not None:
             return None
         weights = self._weights()
         return parts.Mixer(
@@ -135,15 +154,26 @@ class Mamba2(StackPart):
         """Return window and state; None where it has none yet, or has to remember its inputs."""
         return None if step.cache is None else step.cache.recurrent(self.layer_idx).room()
 
+    def _calls(self) -> Calls | None:
+        """Return what has to be called, as it is more than its weights; None where nothing is."""
+        conv, norm = untouched(self.conv1d, CausalConv1d), untouched(self.norm, GatedRMSNorm)
+        if conv is not None and norm is not None:
+            return None
+        return Calls(lambda wide: self.conv1d(wide.mT).mT, self.norm)
+
     def _weights(self) -> MixerWeights:
+        conv, norm = untouched(self.conv1d, CausalConv1d), untouched(self.norm, GatedRMSNorm)
+        inner, channels, _ = self.in_sizes
+        # Of what is called, the sizes are all that is known.
+        unknown = partial(torch.empty, device="meta")
         return MixerWeights(
-            self.conv1d.weight.squeeze(1),
-            self.conv1d.bias,
+            unknown(channels, self.conv_kernel) if conv is None else conv.weight.squeeze(1),
+            None if conv is None else conv.bias,
             self.dt_bias,
             self.A_log,
             self.D,
-            self.norm.weight,
+            unknown(inner) if norm is None else norm.weight,
             self.num_groups,
             self.dt_limits,
-            self.norm.variance_epsilon,
+            0.0 if norm is None else norm.variance_epsilon,
         )

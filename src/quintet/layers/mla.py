@@ -5,7 +5,8 @@ from torch import Tensor
 from quintet.kernels import latent, parts
 from quintet.layers.linear import Linear, matrices, project
 from quintet.layers.norm import RMSNorm
-from quintet.layers.stack import StackPart, norm_of, untouched
+from quintet.layers.plain import untouched
+from quintet.layers.stack import StackPart, norm_of
 from quintet.layers.step import Step
 from quintet.ops.mla import absorbs, latent_attention
 from quintet.ops.rope import rotate_both
@@ -87,7 +88,8 @@ class LatentAttention(StackPart):
     def part(self, norm: parts.Norm) -> parts.Part | None:
         """Return the maps and how they are used; None where weights may be dropped."""
         kv_norm = norm_of(self.kv_a_layernorm)
-        if untouched(self.kv_b_proj, Linear) is None or kv_norm is None:
+        w_kv = self._w_kv()
+        if w_kv is None or kv_norm is None:
             return None
         if self.training and self.attention_dropout:
             return None
@@ -105,7 +107,7 @@ class LatentAttention(StackPart):
             kv,
             kv_norm,
             o,
-            self._w_kv(),
+            w_kv,
             self.v_head_dim,
             self.scaling,
             self.interleaved,
@@ -121,8 +123,12 @@ class LatentAttention(StackPart):
             return None
         return step.cache.room(self.layer_idx, span)
 
-    def _w_kv(self) -> Tensor:
-        return self.kv_b_proj.weight.view(self.num_heads, -1, self.kv_lora_rank)  # (H, Dn + Dv, R)
+    def _w_kv(self) -> Tensor | None:
+        """Return (H, Dn + Dv, R), a head's rows for keys first; None where the map is more."""
+        plain = untouched(self.kv_b_proj, Linear)
+        if plain is None or plain.matrix().bias is not None:
+            return None
+        return plain.weight.view(self.num_heads, -1, self.kv_lora_rank)
 
     def _queries_and_latents(self, hidden_states: Tensor) -> tuple[Tensor, Tensor]:
         latents = self.kv_a_proj_with_mqa
@@ -140,6 +146,7 @@ class LatentAttention(StackPart):
             q_pe,
             c_kv,
             k_pe,
+            self.kv_b_proj,
             self._w_kv(),
             step.seen[None],
             attend=step.attend,

@@ -8,7 +8,8 @@ from quintet.kernels.gated import gated
 from quintet.kernels.linear import Matrix
 from quintet.kernels.product import gated_products
 from quintet.layers.linear import Linear, matrices, project
-from quintet.layers.stack import StackPart, untouched
+from quintet.layers.plain import untouched
+from quintet.layers.stack import StackPart
 from quintet.ops.activations import Activation, activation, gate_by
 
 __all__ = ["GatedMLP", "silu_matrices"]

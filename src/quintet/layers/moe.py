@@ -7,14 +7,14 @@ import torch.nn.functional as F  # noqa: N812
 from torch import Tensor, nn
 
 from quintet.kernels.linear import Matrix
-from quintet.layers.linear import hooked
+from quintet.layers.plain import PlainModule, hooked
 from quintet.ops.activations import Activation, activation
 from quintet.ops.moe import apply_experts
 
 __all__ = ["ExpertStack", "Experts", "silu_stacks"]
 
 
-class ExpertStack(nn.Module, ABC):
+class ExpertStack(PlainModule, ABC):
     """E gated MLPs on top of each other, each way to hold matrices a class of its own."""
 
     act_fn: Activation

@@ -3,12 +3,13 @@
 import torch
 from torch import Tensor, nn
 
+from quintet.layers.plain import PlainModule
 from quintet.ops.norm import rms_norm
 
 __all__ = ["RMSNorm"]
 
 
-class RMSNorm(nn.Module):
+class RMSNorm(PlainModule):
     """Root-mean-square normalisation with a learned scale (arXiv:1910.07467)."""
 
     def __init__(self, hidden_size: int, eps: float = 1e-6) -> None:

@@ -4,10 +4,11 @@ from collections.abc import Callable
 from typing import Self
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from quintet.configuration.rope import RopeParameters
 from quintet.kernels.native import applies
+from quintet.layers.plain import PlainModule, hooked
 from quintet.ops.rope import inverse_frequencies, rotary_angles
 
 __all__ = ["RotaryEmbedding"]
@@ -16,7 +17,7 @@ __all__ = ["RotaryEmbedding"]
 FEW = 32
 
 
-class RotaryEmbedding(nn.Module):
+class RotaryEmbedding(PlainModule):
     """Cos and sin of the angles of positions, (B, T) -> two of (B, T, D)."""
 
     inv_freq: Tensor
@@ -51,7 +52,7 @@ class RotaryEmbedding(nn.Module):
 
     def _may_keep(self) -> bool:
         # What is made while gradients are recorded, or by a tracer, is not for others.
-        return not torch.is_grad_enabled() and applies(self.inv_freq)
+        return not torch.is_grad_enabled() and applies(self.inv_freq) and not hooked(self)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         # model.to(bfloat16) must not round the frequencies: at position 10,000 they would be

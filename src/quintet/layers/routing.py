@@ -10,7 +10,8 @@ from quintet.kernels import parts
 from quintet.kernels.routing import Rules
 from quintet.layers.mlp import GatedMLP, silu_matrices
 from quintet.layers.moe import Experts, silu_stacks
-from quintet.layers.stack import StackPart, untouched
+from quintet.layers.plain import PlainModule, untouched
+from quintet.layers.stack import StackPart
 from quintet.ops.routing import (
     RoutingRules,
     router_logits,
@@ -23,7 +24,7 @@ from quintet.ops.routing import (
 __all__ = ["Router", "SharedExpertsMoE", "SigmoidRouter", "SoftmaxRouter"]
 
 
-class Router(nn.Module):
+class Router(PlainModule):
     """Scores of E experts for each token."""
 
     def __init__(self, hidden_size: int, num_experts: int, rules: RoutingRules) -> None:

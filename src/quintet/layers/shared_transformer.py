@@ -11,14 +11,22 @@ import torch.nn.functional as F  # noqa: N812
 from torch import Tensor, nn
 
 from quintet.kernels import parts
-from quintet.layers.linear import Linear, hooked, matrices, project
+from quintet.layers.linear import Linear, matrices, project
 from quintet.layers.norm import RMSNorm
-from quintet.layers.stack import Piece, norm_of, untouched
+from quintet.layers.plain import PlainModule, hooked, untouched
+from quintet.layers.stack import Piece, norm_of
 from quintet.layers.step import Step
 from quintet.ops.activations import Activation, activation, gate_by
 from quintet.ops.rope import rotate_both
 
 __all__ = ["Adapters", "SharedAttention", "SharedMLP", "SharedTransformer"]
+
+
+class Adapter(nn.Sequential, PlainModule):
+    """A low-rank addition to a projection."""
+
+    def __init__(self, in_size: int, rank: int, out_size: int) -> None:
+        super().__init__(Linear(in_size, rank, bias=False), Linear(rank, out_size, bias=False))
 
 
 class Adapters(nn.ModuleDict):
@@ -27,21 +35,18 @@ class Adapters(nn.ModuleDict):
     def __init__(self, uses: Sequence[int], in_size: int, rank: int, out_size: int) -> None:
         super().__init__()
         for use in uses:
-            self[str(use)] = nn.Sequential(
-                Linear(in_size, rank, bias=False), Linear(rank, out_size, bias=False)
-            )
-
-    def of(self, use: int) -> tuple[nn.Module, nn.Module]:
-        """Return the maps of a use, (..., in) to (..., rank) and (..., rank) to (..., out)."""
-        down, up = self.get_submodule(str(use)).children()
-        return down, up
+            self[str(use)] = Adapter(in_size, rank, out_size)
 
 
 def adapted(
     x: Tensor, maps: Sequence[nn.Module], adapters: Sequence[Adapters], use: int
 ) -> list[Tensor]:
     """Return map(x) + adapter(x) of each map and its adapter, all that read x in one pass."""
-    downs, ups = zip(*(adapter.of(use) for adapter in adapters), strict=True)
+    pairs = _pairs(adapters, use)
+    if pairs is None:
+        added = [adapter[str(use)](x) for adapter in adapters]
+        return [y + more for y, more in zip(project(x, *maps), added, strict=True)]
+    downs, ups = pairs
     made = project(x, *maps, *downs)
     n = len(maps)
     return [y + up(low) for y, low, up in zip(made[:n], made[n:], ups, strict=True)]
@@ -51,15 +56,26 @@ def adapted_matrices(
     maps: Sequence[nn.Module], adapters: Sequence[Adapters], use: int
 ) -> list[parts.Adapted] | None:
     """Return what each map and its adapter hold; None where one has to be called."""
-    downs, ups = zip(*(adapter.of(use) for adapter in adapters), strict=True)
-    held = matrices(*maps, *downs, *ups)
-    if held is None or any(map(hooked, adapters)):
+    pairs = _pairs(adapters, use)
+    held = None if pairs is None else matrices(*maps, *pairs[0], *pairs[1])
+    if held is None:
         return None
     n = len(maps)
     return [parts.Adapted(*held[i::n]) for i in range(n)]
 
 
-class SharedAttention(nn.Module):
+def _pairs(
+    adapters: Sequence[Adapters], use: int
+) -> tuple[list[nn.Module], list[nn.Module]] | None:
+    """Return the maps of a use, to the ranks and from them; None where an adapter is called."""
+    plain = [untouched(adapter[str(use)], Adapter) for adapter in adapters]
+    known = [adapter for adapter in plain if adapter is not None and len(adapter) == 2]
+    if len(known) < len(plain):
+        return None
+    return [adapter[0] for adapter in known], [adapter[1] for adapter in known]
+
+
+class SharedAttention(PlainModule):
     """Attention over hidden states beside embeddings, (B, T, 2C) -> (B, T, C).
 
     Args:
@@ -151,7 +167,7 @@ class SharedAttention(nn.Module):
         )
 
 
-class SharedMLP(nn.Module):
+class SharedMLP(PlainModule):
     """down(act(gate(x)) · up(x)), with gate and up adapted to the use."""
 
     def __init__(
@@ -187,7 +203,7 @@ class SharedMLP(nn.Module):
         return Piece(parts.SharedMLP(norm, held[0], *maps), lambda step: ())
 
 
-class SharedTransformer(nn.Module):
+class SharedTransformer(PlainModule):
     """Attention over hidden states beside embeddings, then the MLP, without residuals."""
 
     def __init__(self, attention: SharedAttention, mlp: SharedMLP, C: int, eps: float) -> None:

@@ -4,7 +4,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from itertools import chain, groupby
-from typing import NamedTuple, TypeVar
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from quintet.kernels import parts
 from quintet.kernels.native import applies, available
 from quintet.kernels.stack import Stack
-from quintet.layers.linear import hooked
 from quintet.layers.norm import RMSNorm
+from quintet.layers.plain import PlainModule, hooked, untouched
 from quintet.layers.step import Step
 from quintet.ops.attention import sdpa
 
@@ -27,12 +27,10 @@ __all__ = [
     "gather",
     "norm_of",
     "residuals",
-    "untouched",
 ]
 
 # More tokens are a prompt, for which it is the products that take time.
 MOST_TOKENS = 16
-Module = TypeVar("Module", bound=nn.Module)
 
 
 class Piece(NamedTuple):
@@ -47,7 +45,7 @@ class Piece(NamedTuple):
     kept: Callable[[Step], tuple[Tensor, ...] | None]
 
 
-class StackLayer(nn.Module, ABC):
+class StackLayer(PlainModule, ABC):
     """A layer that can say what it consists of to a kernel, which then runs it uncalled."""
 
     @abstractmethod
@@ -55,7 +53,7 @@ class StackLayer(nn.Module, ABC):
         """Return the parts in the order of the forward; None where the layer has to be called."""
 
 
-class StackPart(nn.Module, ABC):
+class StackPart(PlainModule, ABC):
     """A module of which x += module(norm(x)) can be a part."""
 
     @abstractmethod
@@ -184,8 +182,3 @@ def _pieces(layer: nn.Module) -> list[Piece] | None:
     if not isinstance(layer, StackLayer) or "pieces" not in vars(type(layer)):
         return None
     return None if hooked(layer) else layer.pieces()
-
-
-def untouched(module: nn.Module | None, kind: type[Module]) -> Module | None:
-    """Return a module that is of a class, not one derived from it, and nothing more; else None."""
-    return module if type(module) is kind and not hooked(module) else None

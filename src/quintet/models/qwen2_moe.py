@@ -25,8 +25,9 @@ from quintet.layers.linear import Linear
 from quintet.layers.mlp import GatedMLP, silu_matrices
 from quintet.layers.moe import Experts, silu_stacks
 from quintet.layers.norm import RMSNorm
+from quintet.layers.plain import untouched
 from quintet.layers.rotary import RotaryEmbedding
-from quintet.layers.stack import Piece, StackLayer, StackPart, residuals, untouched
+from quintet.layers.stack import Piece, StackLayer, StackPart, residuals
 from quintet.layers.step import LayerOutput, Step
 from quintet.modeling.base import PreTrainedModel
 from quintet.modeling.heads import (

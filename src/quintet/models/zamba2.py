@@ -23,9 +23,10 @@ from quintet.kernels import parts
 from quintet.layers.linear import Linear
 from quintet.layers.mamba2 import Mamba2
 from quintet.layers.norm import RMSNorm
+from quintet.layers.plain import untouched
 from quintet.layers.rotary import RotaryEmbedding
 from quintet.layers.shared_transformer import SharedAttention, SharedMLP, SharedTransformer
-from quintet.layers.stack import Piece, StackLayer, residuals, untouched
+from quintet.layers.stack import Piece, StackLayer, residuals
 from quintet.layers.step import LayerOutput, Step
 from quintet.modeling.base import PreTrainedModel
 from quintet.modeling.decoder import DecoderModel

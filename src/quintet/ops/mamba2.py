@@ -3,6 +3,8 @@
 Axis letters as in `quintet.ops.ssd`; C = H·P + 2·G·N are the channels of the convolution.
 """
 
+from collections.abc import Callable
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -15,6 +17,7 @@ from quintet.ops.norm import rms_norm
 from quintet.ops.ssd import ssd, ssd_step, step_sizes
 
 __all__ = [
+    "Calls",
     "Mixed",
     "MixerWeights",
     "gated_rms_norm",
@@ -50,6 +53,18 @@ class MixerWeights(NamedTuple):
     eps: float
 
 
+class Calls(NamedTuple):
+    """Modules that are more than their weights, and have to be called.
+
+    Attributes:
+        convolve: the convolution, (B, W - 1 + T, C) -> (B, T, C).
+        normalise: the norm behind the gate, of y and z (B, T, H·P) each.
+    """
+
+    convolve: Callable[[Tensor], Tensor]
+    normalise: Callable[[Tensor, Tensor], Tensor]
+
+
 class Mixed(NamedTuple):
     """What a mixer made of T tokens.
 
@@ -76,6 +91,7 @@ def mix(
     counts: Tensor | None,
     *,
     chunk_size: int,
+    calls: Calls | None = None,
 ) -> Mixed:
     """Mix tokens through the state, which is overwritten where no gradient needs it.
 
@@ -83,22 +99,31 @@ def mix(
 
     Shapes: projected (B, T, H·P + C + H), the gate before x, b, c before dt; counts (B,) how many
     of the T are real, None for all.
+
+    Args:
+        calls: what is called in place of multiplying with taps and scale; None to multiply.
     """
-    made = mamba2(
-        projected,
-        weights.taps,
-        weights.conv_bias,
-        (weights.dt_bias, weights.A_log, weights.D),
-        weights.norm,
-        num_groups=weights.num_groups,
-        dt_limits=weights.dt_limits,
-        eps=weights.eps,
-        window=window,
-        state=state,
-        counts=counts,
+    made = (
+        None
+        if calls is not None
+        else mamba2(
+            projected,
+            weights.taps,
+            weights.conv_bias,
+            (weights.dt_bias, weights.A_log, weights.D),
+            weights.norm,
+            num_groups=weights.num_groups,
+            dt_limits=weights.dt_limits,
+            eps=weights.eps,
+            window=window,
+            state=state,
+            counts=counts,
+        )
     )
     if made is None:
-        return mix_stepwise(projected, weights, window, state, counts, chunk_size=chunk_size)
+        return mix_stepwise(
+            projected, weights, window, state, counts, chunk_size=chunk_size, calls=calls
+        )
     return Mixed(*made)
 
 
@@ -110,22 +135,28 @@ def mix_stepwise(
     counts: Tensor | None,
     *,
     chunk_size: int,
+    calls: Calls | None = None,
 ) -> Mixed:
     """Convolve, update the state, gate and normalise, one after the other."""
     inner, H = weights.norm.shape[0], weights.D.shape[0]
     C, W = weights.taps.shape
+    convolve, normalise = calls or Calls(
+        partial(causal_conv, weight=weights.taps, bias=weights.conv_bias),
+        partial(
+            gated_rms_norm, weight=weights.norm, num_groups=weights.num_groups, eps=weights.eps
+        ),
+    )
     z, raw, dt = torch.split(projected, [inner, C, H], dim=-1)
     dt = step_sizes(dt, weights.dt_bias, weights.dt_limits, counts)
     A = -weights.A_log.to(dt.dtype).exp()
     wide = continued(raw, window, W)
-    convolved = F.silu(causal_conv(wide, weights.taps, weights.conv_bias))
+    convolved = F.silu(convolve(wide))
     x, b, c = heads_and_groups(convolved, weights)
     if projected.shape[1] == 1 and state is not None:
         y, state = ssd_step(x, dt, A, b, c, weights.D, state)
     else:
         y, state = ssd(x, dt, A, b, c, weights.D, state, chunk_size=chunk_size)
-    out = gated_rms_norm(y.flatten(2), z, weights.norm, weights.num_groups, weights.eps)
-    return Mixed(out, last_window(wide, W, counts), state, convolved, dt)
+    return Mixed(normalise(y.flatten(2), z), last_window(wide, W, counts), state, convolved, dt)
 
 
 def heads_and_groups(convolved: Tensor, weights: MixerWeights) -> tuple[Tensor, Tensor, Tensor]:

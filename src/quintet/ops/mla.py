@@ -7,13 +7,16 @@ is kept. With W_UK and W_UV the maps of a head, and ⊕ joining the part that ca
     out   = Σ p (W_UV c_kv)                      = W_UV (Σ p c_kv)
 
 `expanded` computes the middle, `absorbed` the right-hand side: the same function at other costs,
-of which `latent_attention` takes the lower one.
+of which `latent_attention` takes the lower one. Where the maps are more than their weights, with an
+adapter or a hook on them, there is the middle alone.
 
 Shapes here: q_nope (B, H, T, Dn), q_pe (B, H, T, Dr), c_kv (B, S, R), k_pe (B, S, Dr), and w_kv
-(H, Dn + Dv, R), a head's rows of W_UK before those of W_UV. Both return (B, H, T, Dv) and the
-weights (B, H, T, S), `expanded` only if its backend has them.
+(H, Dn + Dv, R), a head's rows of W_UK before those of W_UV; `expand` maps c_kv by all of them, to
+(B, S, H·(Dn + Dv)). Both return (B, H, T, Dv) and the weights (B, H, T, S), `expanded` only if its
+backend has them.
 """
 
+from collections.abc import Callable
 from dataclasses import replace
 
 import torch
@@ -23,7 +26,6 @@ from torch import Tensor
 from quintet.kernels.attention import attend as attend_parts
 from quintet.kernels.latent import attend_latents
 from quintet.ops.attention import AttentionBackend, eager, sdpa
-from quintet.ops.linear import linear
 from quintet.ops.masks import Visibility, causal_mask
 
 __all__ = ["BREAK_EVEN_QUERIES", "absorbed", "absorbs", "expanded", "latent_attention"]
@@ -48,20 +50,25 @@ def latent_attention(
     q_pe: Tensor,
     c_kv: Tensor,
     k_pe: Tensor,
-    w_kv: Tensor,
+    expand: Callable[[Tensor], Tensor],
+    w_kv: Tensor | None,
     seen: Visibility,
     *,
     attend: AttentionBackend,
     scale: float,
     dropout: float,
 ) -> tuple[Tensor, Tensor | None]:
-    """Attend in the cheaper of the two ways; the weights come with `eager` alone."""
+    """Attend in the cheaper of the two ways; the weights come with `eager` alone.
+
+    Args:
+        w_kv: what `expand` multiplies with; None where it does more, and has to be called.
+    """
     T = q_nope.shape[2]
     if attend is not eager and not seen.custom and c_kv.is_cpu:
         c_kv, k_pe, seen = _reachable(c_kv, k_pe, seen, T)
-    if not absorbs(T, c_kv.shape[1]):
+    if w_kv is None or not absorbs(T, c_kv.shape[1]):
         return expanded(
-            q_nope, q_pe, c_kv, k_pe, w_kv, seen, attend=attend, scale=scale, dropout=dropout
+            q_nope, q_pe, c_kv, k_pe, expand, seen, attend=attend, scale=scale, dropout=dropout
         )
     if attend is not eager and not seen.custom and not dropout:
         made = attend_latents(q_nope, q_pe, c_kv, k_pe, w_kv, start=seen.start, scale=scale)
@@ -93,7 +100,7 @@ def expanded(
     q_pe: Tensor,
     c_kv: Tensor,
     k_pe: Tensor,
-    w_kv: Tensor,
+    expand: Callable[[Tensor], Tensor],
     seen: Visibility,
     *,
     attend: AttentionBackend,
@@ -102,7 +109,7 @@ def expanded(
 ) -> tuple[Tensor, Tensor | None]:
     """Attend with the keys and values of every head computed from the latents."""
     H, Dn = q_nope.shape[1], q_nope.shape[-1]
-    kv = linear(c_kv, w_kv.flatten(0, 1)).view(*c_kv.shape[:2], H, -1).transpose(1, 2)
+    kv = expand(c_kv).view(*c_kv.shape[:2], H, -1).transpose(1, 2)
     k_nope, v = kv[..., :Dn], kv[..., Dn:]  # (B, H, S, Dn), (B, H, S, Dv)
     if attend is sdpa and not seen.custom and not dropout:
         q_parts, k_parts = (q_nope, q_pe), (k_nope, k_pe[:, None])
