@@ -232,7 +232,7 @@ def own_layer(model: Qwen2ForCausalLM) -> None:
 
 
 def hook_layer(model: Qwen2ForCausalLM) -> None:
-    model.model.layers[1].register_forward_pre_hook(lambda module, given: (2 * given[0], given[1]))
+    model.model.layers[1].register_forward_pre_hook(lambda module, given: (2 * given[0],))
 
 
 @pytest.mark.parametrize(

@@ -138,7 +138,7 @@ def test_normalised_weights_are_not_scaled(groups: dict[str, Any]) -> None:
     """Transformers ignores `norm_topk_prob`; DeepSeek's own code normalises in place of scaling."""
     model = model_of("DeepseekV2", norm_topk_prob=True, routed_scaling_factor=16.0, **groups)
     gate = model.model.layers[1].mlp.gate
-    indices, weights, logits = gate(torch.randn(7, 48))
+    logits, weights, indices = gate(torch.randn(7, 48))
     expected = logits.softmax(-1).gather(1, indices)
     assert torch.allclose(weights, expected / expected.sum(-1, keepdim=True))
     assert torch.allclose(weights.sum(-1), torch.ones(7))

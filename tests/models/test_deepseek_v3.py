@@ -292,7 +292,7 @@ def test_the_bias_steers_the_choice_and_not_the_weights() -> None:
     model = model_of("DeepseekV3", n_group=1, topk_group=1, norm_topk_prob=False)
     gate = model.model.layers[1].mlp.gate
     gate.e_score_correction_bias.zero_()[5] = 10.0
-    indices, weights, logits = gate(torch.randn(9, 48))
+    logits, weights, indices = gate(torch.randn(9, 48))
     assert bool((indices == 5).any(dim=1).all())
     assert torch.allclose(weights, logits.sigmoid().gather(1, indices) * 1.7)
 

@@ -8,10 +8,11 @@ from torch import Tensor, nn
 
 from quintet.kernels.linear import Matrix
 from quintet.layers.plain import PlainModule, hooked
+from quintet.layers.step import Notes
 from quintet.ops.activations import Activation, activation
 from quintet.ops.moe import apply_experts
 
-__all__ = ["ExpertStack", "Experts", "silu_stacks"]
+__all__ = ["ExpertStack", "Experts", "run_mlp", "silu_stacks"]
 
 
 class ExpertStack(PlainModule, ABC):
@@ -51,6 +52,14 @@ class Experts(ExpertStack):
         """Show the sizes in `print(model)`."""
         E, C, F = self.down_proj.shape
         return f"{E} of {C} -> {F} -> {C}"
+
+
+def run_mlp(mlp: nn.Module, x: Tensor, notes: Notes, *, routed: bool) -> Tensor:
+    """Return what an MLP, or experts that take note of their router's logits, make of x."""
+    # What somebody put in their place need not know of notes that nobody asked for.
+    asked = routed and notes.router_logits is not None
+    made: Tensor = mlp(x, notes=notes) if asked else mlp(x)
+    return made
 
 
 def silu_stacks(experts: nn.Module) -> tuple[Matrix, Matrix, Matrix] | None:

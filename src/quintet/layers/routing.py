@@ -12,6 +12,7 @@ from quintet.layers.mlp import GatedMLP, silu_matrices
 from quintet.layers.moe import Experts, silu_stacks
 from quintet.layers.plain import PlainModule, untouched
 from quintet.layers.stack import StackPart
+from quintet.layers.step import Notes
 from quintet.ops.routing import (
     RoutingRules,
     router_logits,
@@ -33,9 +34,10 @@ class Router(PlainModule):
         self.rules = rules
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Return the experts (N, A) of tokens (N, C), their weights, and the logits (N, E)."""
+        """Return the logits (N, E) of tokens (N, C), the weights (N, A), and whose these are."""
         logits = router_logits(x, self.weight)
-        return *self.choose(logits), logits
+        indices, weights = self.choose(logits)
+        return logits, weights, indices
 
     def choose(self, logits: Tensor) -> tuple[Tensor, Tensor]:
         """Return the experts (N, A) and their weights, given the logits (N, E)."""
@@ -95,15 +97,17 @@ class SharedExpertsMoE(StackPart):
         self.experts = experts
         self.shared_experts = shared_experts
 
-    def forward(self, hidden_states: Tensor) -> tuple[Tensor, Tensor]:
-        """Map (B, T, C) to (B, T, C), and return the router's logits (B, T, E)."""
+    def forward(self, hidden_states: Tensor, notes: Notes | None = None) -> Tensor:
+        """Map (B, T, C) to (B, T, C), and note the router's logits (B, T, E)."""
         B, T, _ = hidden_states.shape
         tokens = hidden_states.flatten(0, 1)
-        indices, weights, logits = self.gate(tokens)
-        out = self.experts(tokens, indices, weights).view_as(hidden_states)
+        logits, weights, indices = self.gate(tokens)
+        out: Tensor = self.experts(tokens, indices, weights).view_as(hidden_states)
         if self.shared_experts is not None:
             out = out + self.shared_experts(hidden_states)
-        return out, logits.view(B, T, -1)
+        if notes is not None:
+            notes.note_routing(logits.view(B, T, -1))
+        return out
 
     def part(self, norm: parts.Norm) -> parts.Part | None:
         """Return router, experts and shared experts."""

@@ -113,10 +113,10 @@ class SharedAttention(PlainModule):
             self.linear_v_adapter_list = Adapters(uses, inputs, adapter_rank, kv_width)
 
     def forward(
-        self, x: Tensor, step: Step, *, layer_idx: int, use: int
+        self, hidden_states: Tensor, step: Step, *, layer_idx: int, use: int
     ) -> tuple[Tensor, Tensor | None]:
         """Return also the weights (B, H, T, S), where the backend has them."""
-        maps = (self.q_proj, self.k_proj, self.v_proj)
+        x, maps = hidden_states, (self.q_proj, self.k_proj, self.v_proj)
         if self.adapts:
             q, k, v = adapted(x, maps, self._adapters(), use)
         else:
@@ -213,13 +213,15 @@ class SharedTransformer(PlainModule):
         self.input_layernorm = RMSNorm(2 * C, eps)
         self.pre_ff_layernorm = RMSNorm(C, eps)
 
-    def forward(
-        self, hidden_states: Tensor, step: Step, *, layer_idx: int, use: int
-    ) -> tuple[Tensor, Tensor | None]:
-        """Map (B, T, C) to (B, T, C), and return the attention's weights."""
+    def forward(self, hidden_states: Tensor, step: Step, *, layer_idx: int, use: int) -> Tensor:
+        """Map (B, T, C) to (B, T, C), and note the attention's weights."""
         beside = self.input_layernorm(torch.cat((hidden_states, step.embeds), dim=-1))
-        attended, weights = self.self_attn(beside, step, layer_idx=layer_idx, use=use)
-        return self.feed_forward(self.pre_ff_layernorm(attended), use=use), weights
+        attended, weights = self.self_attn(
+            hidden_states=beside, step=step, layer_idx=layer_idx, use=use
+        )
+        step.notes.note_weights(weights)
+        made: Tensor = self.feed_forward(self.pre_ff_layernorm(attended), use=use)
+        return made
 
     def pieces(self, linear: nn.Module, *, layer_idx: int, use: int) -> list[Piece] | None:
         """Return a use of the block before a map; None where they have to be called."""

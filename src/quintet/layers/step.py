@@ -1,8 +1,7 @@
 """What all layers of one forward share."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import NamedTuple
+from dataclasses import dataclass, field
 
 from torch import Tensor
 
@@ -10,21 +9,45 @@ from quintet.cache import Cache, Span
 from quintet.ops.attention import AttentionBackend
 from quintet.ops.masks import Visibility
 
-__all__ = ["LayerOutput", "Step"]
+__all__ = ["Notes", "Step"]
 
 
-class LayerOutput(NamedTuple):
-    """What a decoder layer returns.
+class Notes:
+    """What layers tell, in their order, beside the hidden states they return.
+
+    Layers return hidden states alone, as those of Transformers do, so that whoever hooks them
+    meets the same here.
 
     Attributes:
-        hidden_states: (B, T, C).
-        attention: the weights (B, H, T, S), where the backend has them.
-        router_logits: (B, T, E), where the layer has experts.
+        weights: (B, H, T, S) of attention, where the backend has them; None if nobody asked.
+        router_logits: (B, T, E) of experts; None if nobody asked.
     """
 
-    hidden_states: Tensor
-    attention: Tensor | None = None
-    router_logits: Tensor | None = None
+    def __init__(self, *, weights: bool = False, router_logits: bool = False) -> None:
+        self.weights: list[Tensor] | None = [] if weights else None
+        self.router_logits: list[Tensor] | None = [] if router_logits else None
+
+    def note_weights(self, weights: Tensor | None) -> None:
+        """Take a layer's weights, if somebody asked."""
+        if self.weights is not None and weights is not None:
+            self.weights.append(weights)
+
+    def note_routing(self, logits: Tensor) -> None:
+        """Take what a layer's router made, if somebody asked."""
+        if self.router_logits is not None:
+            self.router_logits.append(logits)
+
+    def extend(self, others: "Notes") -> None:
+        """Take what was noted elsewhere."""
+        for weights in others.weights or ():
+            self.note_weights(weights)
+        for logits in others.router_logits or ():
+            self.note_routing(logits)
+
+    def like(self) -> "Notes":
+        """Return empty notes of what is asked for here."""
+        weighs, routes = self.weights is not None, self.router_logits is not None
+        return Notes(weights=weighs, router_logits=routes)
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,6 +62,7 @@ class Step:
         span: the slots the tokens take.
         cache: where layers keep what the next step needs; None to keep nothing.
         embeds: (B, T, C) the embeddings, for layers that look back at them.
+        notes: where layers put what was asked for beside their output.
     """
 
     cos: Tensor
@@ -48,3 +72,4 @@ class Step:
     span: Span
     cache: Cache | None
     embeds: Tensor
+    notes: Notes = field(default_factory=Notes)

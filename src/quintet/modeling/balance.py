@@ -75,7 +75,7 @@ class LoadBalancer:
     def _count(
         self, name: str, router: nn.Module, args: tuple[Tensor], out: tuple[Tensor, Tensor, Tensor]
     ) -> None:
-        indices, _, logits = out
+        logits, _, indices = out
         load = expert_load(indices, logits.shape[-1])
         held = self.loads.get(name)
         self.loads[name] = load if held is None else held + load

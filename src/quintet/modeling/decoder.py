@@ -13,13 +13,13 @@ from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from quintet.cache import Cache, DynamicCache, LegacyCache, Span, from_legacy, to_legacy
 from quintet.errors import InputError
 from quintet.layers.rotary import RotaryEmbedding
+from quintet.layers.running import run_layer
 from quintet.layers.stack import Gathered, LayerRun, fits, gather
-from quintet.layers.step import LayerOutput, Step
+from quintet.layers.step import Notes, Step
 from quintet.modeling.base import PreTrainedModel
 from quintet.modeling.contract import vocabulary_of
 from quintet.modeling.outputs import BaseModelOutputWithPast
@@ -186,13 +186,17 @@ class DecoderModel(PreTrainedModel):
             embeds = rows.pack(embeds)
             position_ids = None if position_ids is None else rows.pack(position_ids)
 
-        step = self._step(embeds, span, position_ids, custom, cache, weighs)
+        notes = Notes(weights=weighs, router_logits=output_router_logits)
+        step = self._step(embeds, span, position_ids, custom, cache, notes)
         keeps = first(output_hidden_states, self.config.output_hidden_states)
-        states, weights, routed = self._run_layers(embeds, step, keeps, output_router_logits)
+        states = self._run_layers(embeds, step, keeps)
         if cache is not None:
             cache.advance(span)
         # With layers on several devices: what a run returns is where it began.
-        states, routed, weights = (_together(kind, embeds) for kind in (states, routed, weights))
+        states = _together(states, embeds)
+        weights, routed = (
+            _together(kind or [], embeds) for kind in (notes.weights, notes.router_logits)
+        )
         if rows is not None:
             states = [rows.unpack(state) for state in states]
             routed = [rows.unpack(logits) for logits in routed]
@@ -258,7 +262,7 @@ class DecoderModel(PreTrainedModel):
         position_ids: Tensor | None,
         custom: Tensor | None,
         cache: Cache | None,
-        weighs: bool,
+        notes: Notes,
     ) -> Step:
         slots = span.slots()
         if position_ids is None and isinstance(span.start, int):
@@ -278,23 +282,23 @@ class DecoderModel(PreTrainedModel):
                 window: visibility(slots, span.start, span.keys, window, custom)
                 for window in set(self.windows)
             },
-            attend=attention_backend("eager" if weighs else self.config.attn_implementation),
+            attend=attention_backend(
+                self.config.attn_implementation if notes.weights is None else "eager"
+            ),
             span=span,
             cache=cache,
             embeds=embeds,
+            notes=notes,
         )
 
-    def _run_layers(
-        self, hidden: Tensor, step: Step, keeps: bool, routes: bool
-    ) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
-        """Return states, weights and routing of the layers.
+    def _run_layers(self, hidden: Tensor, step: Step, keeps: bool) -> list[Tensor]:
+        """Return the embeddings and each layer's output, the last one normalised.
 
-        The states are the embeddings and each layer's output, the last one normalised; or that
-        one alone, as nothing should hold on to the others. The routing may be missing where it is
-        not asked for.
+        Or that one alone, as nothing should hold on to the others where nobody asked.
         """
-        states, weights, routed = [], [], []
+        states = []
         runs: tuple[LayerRun, ...] = (LayerRun(self._own_layers()),)
+        routes = step.notes.router_logits is not None
         if not keeps and not routes and not torch.compiler.is_compiling() and fits(hidden, step):
             runs = (self._held or self._gather()).runs
         normalised = False
@@ -306,13 +310,8 @@ class DecoderModel(PreTrainedModel):
             for layer in run.layers:
                 if keeps:
                     states.append(hidden)
-                out = self._run_layer(layer, hidden, step)
-                hidden = out.hidden_states
-                if out.attention is not None:
-                    weights.append(out.attention)
-                if out.router_logits is not None:
-                    routed.append(out.router_logits)
-        return [*states, hidden if normalised else self.final_norm(hidden)], weights, routed
+                hidden = self._run_layer(layer, hidden, step)
+        return [*states, hidden if normalised else self.final_norm(hidden)]
 
     def _gather(self) -> Gathered:
         layers = self._own_layers()
@@ -322,12 +321,10 @@ class DecoderModel(PreTrainedModel):
         # A family may keep further layers behind, which are no part of a run.
         return tuple(islice(self.layers, self.config.num_hidden_layers))
 
-    def _run_layer(self, layer: nn.Module, hidden: Tensor, step: Step) -> LayerOutput:
+    def _run_layer(self, layer: nn.Module, hidden: Tensor, step: Step) -> Tensor:
         # A cache would be written twice, so with one nothing is recomputed.
-        if self.gradient_checkpointing and self.training and step.cache is None:
-            return LayerOutput(*checkpoint(layer, hidden, step, use_reentrant=False))
-        out: LayerOutput = layer(hidden, step)
-        return out
+        recomputes = self.gradient_checkpointing and self.training and step.cache is None
+        return run_layer(layer, hidden, step, recomputes=recomputes)
 
 
 def _split_mask(mask: Tensor | None, B: int, T: int) -> tuple[Tensor | None, Tensor | None]:

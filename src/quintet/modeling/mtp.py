@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from quintet.cache import AttentionSlot, Cache, LegacyCache, Span
 from quintet.cache.dense import DynamicSlot
 from quintet.errors import InputError
-from quintet.layers.step import LayerOutput, Step
+from quintet.layers.step import Notes, Step
 from quintet.modeling.decoder import first
 from quintet.modeling.heads import kept
 from quintet.modeling.moe import MoeCausalLMHead, MoeDecoderModel
@@ -45,7 +45,7 @@ class PredictionLayer(nn.Module):
         """Join states (B, T, C) with the embeddings (B, T, C) of tokens that lie ahead of them."""
         raise NotImplementedError
 
-    def forward(self, hidden_states: Tensor, step: Step) -> LayerOutput:
+    def forward(self, hidden_states: Tensor, step: Step) -> Tensor:
         """Map (B, T, C) to (B, T, C), as a decoder layer does."""
         raise NotImplementedError
 
@@ -86,13 +86,13 @@ class MtpDecoderModel(MoeDecoderModel):
             position_ids = None if position_ids is None else rows.pack(position_ids)
         span = Span(0, T, T, None if rows is None else rows.counts, embeds.device)
         # Rotary scores see differences alone, so that the position of t serves for t + k too.
-        step = self._step(embeds, span, position_ids, custom, None, weighs=False)
+        step = self._step(embeds, span, position_ids, custom, None, Notes())
 
         states = []
         for k, layer in enumerate(self.prediction_layers(), start=1):
             ahead = F.pad(embeds[:, k:], (0, 0, 0, min(k, T)))
             joined = layer.join(hidden_states, ahead)
-            hidden_states = self._run_layer(layer, joined, step).hidden_states
+            hidden_states = self._run_layer(layer, joined, step)
             hidden_states = layer.shared_head["norm"](hidden_states)
             states.append(hidden_states)
         return states if rows is None else [rows.unpack(state) for state in states]
@@ -111,8 +111,8 @@ class MtpDecoderModel(MoeDecoderModel):
         """
         layer = self.prediction_layers()[depth]
         # Rotary scores see differences alone, so that slots serve for positions.
-        step = self._step(ahead, span, None, None, cache, weighs=False)
-        made = self._run_layer(layer, layer.join(states, ahead), step).hidden_states
+        step = self._step(ahead, span, None, None, cache, Notes())
+        made = self._run_layer(layer, layer.join(states, ahead), step)
         return layer.shared_head["norm"](made)  # type: ignore[no-any-return]
 
     def prediction_cache(self) -> Cache:

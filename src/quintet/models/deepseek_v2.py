@@ -22,12 +22,12 @@ from quintet.configuration.rules import (
 )
 from quintet.layers.mla import LatentAttention
 from quintet.layers.mlp import GatedMLP
-from quintet.layers.moe import Experts
+from quintet.layers.moe import Experts, run_mlp
 from quintet.layers.norm import RMSNorm
 from quintet.layers.rotary import RotaryEmbedding
 from quintet.layers.routing import Router, SharedExpertsMoE, SoftmaxRouter
 from quintet.layers.stack import Piece, StackLayer, residuals
-from quintet.layers.step import LayerOutput, Step
+from quintet.layers.step import Step
 from quintet.modeling.base import PreTrainedModel
 from quintet.modeling.heads import (
     QuestionAnsweringHead,
@@ -189,20 +189,20 @@ class DeepseekV2DecoderLayer(StackLayer):
             scaling=config.qk_head_dim**-0.5 * score_factor(config.rope()),
             interleaved=True,
         )
-        self.mlp = _experts(config) if config.has_experts(layer_idx) else _mlp(config)
+        self.has_experts = config.has_experts(layer_idx)
+        self.mlp = _experts(config) if self.has_experts else _mlp(config)
         self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
 
-    def forward(self, hidden_states: Tensor, step: Step) -> LayerOutput:
+    def forward(self, hidden_states: Tensor, step: Step) -> Tensor:
         """Map (B, T, C) to (B, T, C)."""
-        attended, weights = self.self_attn(self.input_layernorm(hidden_states), step)
+        attended, weights = self.self_attn(
+            hidden_states=self.input_layernorm(hidden_states), step=step
+        )
+        step.notes.note_weights(weights)
         hidden_states = hidden_states + attended
-        out, router_logits = self.post_attention_layernorm(hidden_states), None
-        if isinstance(self.mlp, SharedExpertsMoE):
-            out, router_logits = self.mlp(out)
-        else:
-            out = self.mlp(out)
-        return LayerOutput(hidden_states + out, weights, router_logits)
+        x = self.post_attention_layernorm(hidden_states)
+        return hidden_states + run_mlp(self.mlp, x, step.notes, routed=self.has_experts)
 
     def pieces(self) -> list[Piece] | None:
         """Return attention, and the experts or the MLP."""

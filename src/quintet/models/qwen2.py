@@ -23,7 +23,7 @@ from quintet.layers.mlp import GatedMLP
 from quintet.layers.norm import RMSNorm
 from quintet.layers.rotary import RotaryEmbedding
 from quintet.layers.stack import Piece, StackLayer, residuals
-from quintet.layers.step import LayerOutput, Step
+from quintet.layers.step import Step
 from quintet.modeling.base import PreTrainedModel
 from quintet.modeling.decoder import DecoderModel
 from quintet.modeling.heads import (
@@ -160,12 +160,15 @@ class Qwen2DecoderLayer(StackLayer):
         self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
 
-    def forward(self, hidden_states: Tensor, step: Step) -> LayerOutput:
+    def forward(self, hidden_states: Tensor, step: Step) -> Tensor:
         """Map (B, T, C) to (B, T, C)."""
-        attended, weights = self.self_attn(self.input_layernorm(hidden_states), step)
+        attended, weights = self.self_attn(
+            hidden_states=self.input_layernorm(hidden_states), step=step
+        )
+        step.notes.note_weights(weights)
         hidden_states = hidden_states + attended
-        hidden_states = hidden_states + self.mlp(self.post_attention_layernorm(hidden_states))
-        return LayerOutput(hidden_states, weights)
+        made: Tensor = self.mlp(self.post_attention_layernorm(hidden_states))
+        return hidden_states + made
 
     def pieces(self) -> list[Piece] | None:
         """Return attention and MLP."""

@@ -23,12 +23,12 @@ from quintet.kernels.routing import Rules
 from quintet.layers.attention import Attention
 from quintet.layers.linear import Linear
 from quintet.layers.mlp import GatedMLP, silu_matrices
-from quintet.layers.moe import Experts, silu_stacks
+from quintet.layers.moe import Experts, run_mlp, silu_stacks
 from quintet.layers.norm import RMSNorm
 from quintet.layers.plain import untouched
 from quintet.layers.rotary import RotaryEmbedding
 from quintet.layers.stack import Piece, StackLayer, StackPart, residuals
-from quintet.layers.step import LayerOutput, Step
+from quintet.layers.step import Notes, Step
 from quintet.modeling.base import PreTrainedModel
 from quintet.modeling.heads import (
     QuestionAnsweringHead,
@@ -181,17 +181,19 @@ class Qwen2MoeSparseMoeBlock(StackPart):
         self.shared_expert = GatedMLP(C, config.shared_expert_intermediate_size, act=act)
         self.shared_expert_gate = Linear(C, 1, bias=False)
 
-    def forward(self, hidden_states: Tensor) -> tuple[Tensor, Tensor]:
-        """Map (B, T, C) to (B, T, C), and return the router's logits (B, T, E)."""
+    def forward(self, hidden_states: Tensor, notes: Notes | None = None) -> Tensor:
+        """Map (B, T, C) to (B, T, C), and note the router's logits (B, T, E)."""
         B, T, _ = hidden_states.shape
         x = hidden_states.flatten(0, 1)
         logits = self.gate(x)
         indices, shares = top_experts(
             logits, self.num_experts_per_tok, normalise=self.norm_topk_prob
         )
-        y = self.experts(x, indices, shares)
+        y: Tensor = self.experts(x, indices, shares)
         y = y + torch.sigmoid(self.shared_expert_gate(x)) * self.shared_expert(x)
-        return y.unflatten(0, (B, T)), logits.unflatten(0, (B, T))
+        if notes is not None:
+            notes.note_routing(logits.unflatten(0, (B, T)))
+        return y.view(B, T, -1)
 
     def part(self, norm: parts.Norm) -> parts.Part | None:
         """Return router, experts, and the shared one with its gate."""
@@ -229,15 +231,15 @@ class Qwen2MoeDecoderLayer(StackLayer):
         self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
 
-    def forward(self, hidden_states: Tensor, step: Step) -> LayerOutput:
+    def forward(self, hidden_states: Tensor, step: Step) -> Tensor:
         """Map (B, T, C) to (B, T, C)."""
-        attended, weights = self.self_attn(self.input_layernorm(hidden_states), step)
+        attended, weights = self.self_attn(
+            hidden_states=self.input_layernorm(hidden_states), step=step
+        )
+        step.notes.note_weights(weights)
         hidden_states = hidden_states + attended
         x = self.post_attention_layernorm(hidden_states)
-        if not self.has_experts:
-            return LayerOutput(hidden_states + self.mlp(x), weights)
-        made, router_logits = self.mlp(x)
-        return LayerOutput(hidden_states + made, weights, router_logits)
+        return hidden_states + run_mlp(self.mlp, x, step.notes, routed=self.has_experts)
 
     def pieces(self) -> list[Piece] | None:
         """Return attention, and the experts or the MLP."""

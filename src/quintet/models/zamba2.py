@@ -27,7 +27,7 @@ from quintet.layers.plain import untouched
 from quintet.layers.rotary import RotaryEmbedding
 from quintet.layers.shared_transformer import SharedAttention, SharedMLP, SharedTransformer
 from quintet.layers.stack import Piece, StackLayer, residuals
-from quintet.layers.step import LayerOutput, Step
+from quintet.layers.step import Step
 from quintet.modeling.base import PreTrainedModel
 from quintet.modeling.decoder import DecoderModel
 from quintet.modeling.heads import (
@@ -284,12 +284,11 @@ class Zamba2MambaDecoderLayer(StackLayer):
         )
         self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
 
-    def forward(
-        self, hidden_states: Tensor, step: Step, beside: Tensor | None = None
-    ) -> LayerOutput:
+    def forward(self, hidden_states: Tensor, step: Step, beside: Tensor | None = None) -> Tensor:
         """Map (B, T, C) to (B, T, C); `beside` is added to the input but not to the residual."""
         x = hidden_states if beside is None else hidden_states + beside
-        return LayerOutput(hidden_states + self.mamba(self.input_layernorm(x), step))
+        made: Tensor = self.mamba(hidden_states=self.input_layernorm(x), step=step)
+        return hidden_states + made
 
     def pieces(self, *, beside: bool = False) -> list[Piece] | None:
         """Return the mixer, of the hidden states alone or of their sum with what is beside."""
@@ -309,13 +308,13 @@ class Zamba2HybridLayer(StackLayer):
         self.linear = Linear(config.hidden_size, config.hidden_size, bias=False)
         self.mamba_decoder = Zamba2MambaDecoderLayer(config, layer_idx)
 
-    def forward(self, hidden_states: Tensor, step: Step) -> LayerOutput:
+    def forward(self, hidden_states: Tensor, step: Step) -> Tensor:
         """Map (B, T, C) to (B, T, C)."""
-        made, weights = self.shared_transformer(
-            hidden_states, step, layer_idx=self.layer_idx, use=self.use
+        made = self.shared_transformer(
+            hidden_states, step=step, layer_idx=self.layer_idx, use=self.use
         )
-        out = self.mamba_decoder(hidden_states, step, self.linear(made))
-        return LayerOutput(out.hidden_states, weights)
+        out: Tensor = self.mamba_decoder(hidden_states, step=step, beside=self.linear(made))
+        return out
 
     def pieces(self) -> list[Piece] | None:
         """Return the shared block and the mixer, which reads what that left beside."""
