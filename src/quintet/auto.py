@@ -8,7 +8,7 @@ from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, ClassVar, cast
 
 from quintet.configuration.base import PreTrainedConfig, read_config
-from quintet.errors import InputError, UnsupportedModelError
+from quintet.errors import InputError, UnsupportedModelError, shown
 from quintet.hub import CONFIG_PATTERNS, locate
 
 if TYPE_CHECKING:
@@ -35,8 +35,18 @@ class Family:
     prefix: str
 
     def find(self, suffix: str) -> Any:
-        """Return the family's class of that name, for example "ForCausalLM"."""
-        return getattr(importlib.import_module(self.module), self.prefix + suffix)
+        """Return the family's class of that name, for example "ForCausalLM".
+
+        Raises:
+            UnsupportedModelError: the family has none of that name.
+        """
+        found = vars(importlib.import_module(self.module)).get(self.prefix + suffix)
+        if found is None:
+            raise UnsupportedModelError(
+                f"architectures: there is no class {shown(self.prefix + suffix)} in "
+                f"{self.module}; take it out of config.json, or name one that is there"
+            )
+        return found
 
 
 FAMILIES: Mapping[str, Family] = MappingProxyType(
@@ -58,7 +68,7 @@ def family(model_type: object) -> Family:
     """
     if not isinstance(model_type, str) or model_type not in FAMILIES:
         raise UnsupportedModelError(
-            f"model_type={model_type!r} is not supported; there are {', '.join(FAMILIES)}"
+            f"model_type={shown(model_type)} is not supported; there are {', '.join(FAMILIES)}"
         )
     return FAMILIES[model_type]
 

@@ -35,6 +35,7 @@ __all__ = [
     "UnsupportedBackendError",
     "UnsupportedModelError",
     "listed",
+    "shown",
 ]
 
 
@@ -122,3 +123,14 @@ def listed(names: list[str], most: int = 10) -> str:
     if len(names) > most:
         shown.append(f"  … and {len(names) - most} more")
     return "\n".join(shown)
+
+
+def shown(value: object) -> str:
+    """Write a value from a file as it may stand in a message: quoted and not endless."""
+    if isinstance(value, str | bytes | list | tuple) and len(value) > 160:
+        return f"{repr(value[:160])[:159]}…"
+    try:
+        text = repr(value)
+    except (ValueError, RecursionError):
+        return f"{type(value).__name__} too long to be written"
+    return text if len(text) <= 160 else f"{text[:159]}…"

@@ -129,7 +129,7 @@ def test_anything_but_a_mapping_is_refused(name: str, value: Any) -> None:
 
 
 def test_parameters_of_another_kind_are_pointed_out() -> None:
-    with pytest.warns(UserWarning, match="'linear' does not use beta_fast, mscale"):
+    with pytest.warns(UserWarning, match="'linear' does not use 'beta_fast', 'mscale'"):
         Qwen2Config(rope_scaling={"type": "linear", "factor": 2.0, "beta_fast": 1, "mscale": 1})
 
 

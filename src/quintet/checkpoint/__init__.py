@@ -2,7 +2,7 @@
 
 from quintet.checkpoint.matching import Difference, Mismatch, compare
 from quintet.checkpoint.reading import Checkpoint, TensorInfo
-from quintet.checkpoint.rules import Piece, StackExperts, pieces, split_tensors
+from quintet.checkpoint.rules import Piece, StackExperts, count_pieces, pieces, split_tensors
 from quintet.checkpoint.settled import recover, undisturbed
 from quintet.checkpoint.sources import InMemory, Renamed, Weights
 from quintet.checkpoint.writing import parse_size, save, save_stream
@@ -18,6 +18,7 @@ __all__ = [
     "TensorInfo",
     "Weights",
     "compare",
+    "count_pieces",
     "parse_size",
     "pieces",
     "recover",

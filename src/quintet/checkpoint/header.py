@@ -16,8 +16,7 @@ from typing import Any, NoReturn
 
 import torch
 
-from quintet.checkpoint.layout import shown
-from quintet.errors import CheckpointError
+from quintet.errors import CheckpointError, shown
 
 __all__ = [
     "DTYPES",

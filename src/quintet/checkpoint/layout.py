@@ -20,7 +20,6 @@ __all__ = [
     "find",
     "is_last_step",
     "is_plain",
-    "shown",
 ]
 
 SINGLE = SINGLE_WEIGHTS
@@ -33,12 +32,6 @@ REPLACED = "replaced"
 FINAL_INDEX = "final.index.json"
 # One save writes one random value under this key into all its shards and their index.
 SAVE_ID = "save_id"
-
-
-def shown(value: object) -> str:
-    """Write a value from a file as it may stand in a message: quoted and not endless."""
-    text = repr(value)
-    return text if len(text) <= 160 else f"{text[:159]}…"
 
 
 @dataclass(frozen=True, slots=True)

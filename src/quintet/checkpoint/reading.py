@@ -25,10 +25,9 @@ from quintet.checkpoint.layout import (
     find,
     is_last_step,
     is_plain,
-    shown,
 )
 from quintet.checkpoint.mapping import MappedFile
-from quintet.errors import CheckpointError, listed
+from quintet.errors import CheckpointError, listed, shown
 from quintet.files import MAX_JSON_BYTES
 
 __all__ = ["Checkpoint", "TensorInfo", "half_moved"]

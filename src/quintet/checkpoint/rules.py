@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-__all__ = ["Piece", "StackExperts", "pieces", "split_tensors"]
+__all__ = ["Piece", "StackExperts", "count_pieces", "pieces", "split_tensors"]
 
 Shape = tuple[int, ...]
 
@@ -46,21 +46,34 @@ class Piece:
 
 def pieces(name: str, shape: Shape, rules: Sequence[StackExperts]) -> list[Piece]:
     """Return what a tensor of the model is on disk."""
+    rule = _rule(name, rules)
+    if rule is None:
+        return [Piece(name, shape)]
+    prefix = name.removesuffix(rule.stacked)
+    rows, rest = divmod(shape[1], len(rule.parts))
+    assert not rest, f"{name} {shape} is not {len(rule.parts)} parts of equal height"
+    return [
+        Piece(
+            prefix + part.format(expert),
+            (rows, *shape[2:]),
+            (expert, slice(index * rows, (index + 1) * rows)),
+        )
+        for expert in range(shape[0])
+        for index, part in enumerate(rule.parts)
+    ]
+
+
+def count_pieces(name: str, shape: Shape, rules: Sequence[StackExperts]) -> int:
+    """Return how many tensors on disk a tensor of the model is, without listing them."""
+    rule = _rule(name, rules)
+    return 1 if rule is None else shape[0] * len(rule.parts)
+
+
+def _rule(name: str, rules: Sequence[StackExperts]) -> StackExperts | None:
     for rule in rules:
         if name == rule.stacked or name.endswith("." + rule.stacked):
-            prefix = name.removesuffix(rule.stacked)
-            rows, rest = divmod(shape[1], len(rule.parts))
-            assert not rest, f"{name} {shape} is not {len(rule.parts)} parts of equal height"
-            return [
-                Piece(
-                    prefix + part.format(expert),
-                    (rows, *shape[2:]),
-                    (expert, slice(index * rows, (index + 1) * rows)),
-                )
-                for expert in range(shape[0])
-                for index, part in enumerate(rule.parts)
-            ]
-    return [Piece(name, shape)]
+            return rule
+    return None
 
 
 def split_tensors(

@@ -24,11 +24,10 @@ from quintet.checkpoint.layout import (
     UNDO,
     Names,
     is_plain,
-    shown,
 )
 from quintet.checkpoint.reading import half_moved
 from quintet.checkpoint.sizes import parse_size, split
-from quintet.errors import InputError, SaveError, listed
+from quintet.errors import InputError, SaveError, listed, shown
 from quintet.files import locked
 
 __all__ = ["parse_size", "save", "save_stream"]

@@ -7,6 +7,7 @@ import json
 import os
 import warnings
 from collections.abc import Mapping, Sequence
+from itertools import islice
 from pathlib import Path
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, ClassVar, Self, get_origin, get_type_hints
@@ -14,14 +15,16 @@ from typing import TYPE_CHECKING, Any, ClassVar, Self, get_origin, get_type_hint
 from quintet.configuration.labels import labels
 from quintet.configuration.rope import RopeParameters, merge_rope
 from quintet.configuration.rules import (
-    Count,
+    EndIds,
     Fraction,
     Layers,
-    NonNegative,
+    Length,
     NonNegativeFloat,
+    Size,
+    TokenId,
     check,
 )
-from quintet.errors import ConfigError, ModelNotFoundError, SaveError
+from quintet.errors import ConfigError, ModelNotFoundError, SaveError, shown
 from quintet.files import read_json, write_text
 from quintet.hub import CONFIG_NAME, CONFIG_PATTERNS, Pushable, locate
 
@@ -33,6 +36,7 @@ __all__ = ["ATTENTION_BACKENDS", "CONFIG_NAME", "PreTrainedConfig", "UnknownKeyW
 ATTENTION_BACKENDS = ("eager", "sdpa", "flash_attention_2")
 FLOAT_DTYPES = ("bfloat16", "float16", "float32", "float64")
 _RENAMED = {"torch_dtype": "dtype", "_name_or_path": "name_or_path"}
+MOST_COMPARED = 200
 _ROPE_KEYS = ("rope_theta", "rope_scaling", "rope_parameters")
 
 
@@ -61,27 +65,27 @@ class PreTrainedConfig(Pushable):
 
     architectures: list[str] | None = None
     attn_implementation: str = "sdpa"
-    bos_token_id: NonNegative | None = None
+    bos_token_id: TokenId | None = None
     classifier_dropout: Fraction | None = None
     dtype: str | None = None
-    eos_token_id: NonNegative | list[NonNegative] | None = None
-    hidden_size: Count = 1
+    eos_token_id: TokenId | EndIds | None = None
+    hidden_size: Size = 1
     id2label: dict[int, str] | None = None
     initializer_range: NonNegativeFloat = 0.02
     label2id: dict[str, int] | None = None
-    max_position_embeddings: Count = 2048
+    max_position_embeddings: Length = 2048
     name_or_path: str = ""
     num_hidden_layers: Layers = 1
     output_attentions: bool = False
     output_hidden_states: bool = False
     output_router_logits: bool = False
-    pad_token_id: NonNegative | None = None
+    pad_token_id: TokenId | None = None
     problem_type: str | None = None
     return_dict: bool = True
     rope_parameters: dict[str, Any] = {}  # noqa: RUF012  (a default, copied for each object)
     tie_word_embeddings: bool = False
     use_cache: bool = True
-    vocab_size: Count = 1
+    vocab_size: Size = 1
 
     def __init_subclass__(cls) -> None:
         super().__init_subclass__()
@@ -101,7 +105,7 @@ class PreTrainedConfig(Pushable):
         family = values.pop("model_type", self.model_type)
         if family != self.model_type:
             raise ConfigError(
-                f"{type(self).__name__}: model_type={family!r} has to be {self.model_type!r}; "
+                f"{type(self).__name__}: model_type={shown(family)} has to be {self.model_type!r}; "
                 "use AutoConfig, or the class of that family"
             )
         self._warn_of_misspellings(values)
@@ -116,7 +120,7 @@ class PreTrainedConfig(Pushable):
             # Names of methods and of internals are not for a file to set.
             if key.startswith("_") or hasattr(type(self), key):
                 warnings.warn(
-                    f"{type(self).__name__} cannot have a key {key!r}; it is left out",
+                    f"{type(self).__name__} cannot have a key {shown(key)}; it is left out",
                     UnknownKeyWarning,
                     stacklevel=2,
                 )
@@ -124,6 +128,16 @@ class PreTrainedConfig(Pushable):
                 setattr(self, key, value)
         self.derive()
         self.validate()
+
+    def check(self) -> None:
+        """Check the type and bounds of every key, as they are now.
+
+        Raises:
+            ConfigError: a value that was set since breaks its rule.
+        """
+        for key, annotation in self.declared_keys().items():
+            check(type(self).__name__, key, getattr(self, key), annotation)
+        self._check_padding()
 
     # -- what a family extends ---------------------------------------------------------------
 
@@ -150,6 +164,7 @@ class PreTrainedConfig(Pushable):
             "problem_type",
             f"one of {kinds}, or null",
         )
+        self._check_padding()
         self.rope()
 
     def attention_layers(self) -> Sequence[int]:
@@ -168,7 +183,7 @@ class PreTrainedConfig(Pushable):
         """Raise a ConfigError that names `key`, its value and `rule` unless `holds`."""
         if not holds:
             raise ConfigError(
-                f"{type(self).__name__}: {key}={getattr(self, key)!r} has to be {rule}"
+                f"{type(self).__name__}: {key}={shown(getattr(self, key))} has to be {rule}"
             )
 
     # -- names that are views of other keys --------------------------------------------------
@@ -280,7 +295,7 @@ class PreTrainedConfig(Pushable):
         found = values.get("model_type", cls.model_type)
         if found != cls.model_type:
             raise ConfigError(
-                f"{root / CONFIG_NAME} has model_type={found!r}, not {cls.model_type!r}; "
+                f"{root / CONFIG_NAME} has model_type={shown(found)}, not {cls.model_type!r}; "
                 "use AutoConfig, or the class of that family"
             )
         return cls.from_dict({**values, "name_or_path": os.fspath(name_or_path)}, **overrides)
@@ -361,6 +376,11 @@ class PreTrainedConfig(Pushable):
             return cls.default_rope_theta
         return None if isinstance(value := getattr(cls, key), property) else value
 
+    def _check_padding(self) -> None:
+        pad, size = self.pad_token_id, self.vocab_size
+        holds = pad is None or -size <= pad < size
+        self.require(holds, "pad_token_id", f"less than vocab_size={size}, or null for none")
+
     @classmethod
     def _renamed(cls, values: Mapping[str, Any]) -> dict[str, Any]:
         names = {**_RENAMED, **cls.aliases}
@@ -368,11 +388,12 @@ class PreTrainedConfig(Pushable):
 
     def _warn_of_misspellings(self, keys: "Any") -> None:
         known = [*self.accepted_keys(), "model_type"]
-        for key in keys:
+        # A file may have any number of keys, and comparing takes a while.
+        for key in islice(keys, MOST_COMPARED):
             near = difflib.get_close_matches(key, known, n=1, cutoff=0.85)
             if near and key not in known:
                 warnings.warn(
-                    f"{type(self).__name__} does not know {key!r} and keeps it unused; "
+                    f"{type(self).__name__} does not know {shown(key)} and keeps it unused; "
                     f"did you mean {near[0]!r}?",
                     UnknownKeyWarning,
                     stacklevel=3,

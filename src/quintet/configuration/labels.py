@@ -3,7 +3,7 @@
 from typing import Any
 
 from quintet.configuration.rules import Labels, check
-from quintet.errors import ConfigError
+from quintet.errors import ConfigError, shown
 
 __all__ = ["labels"]
 
@@ -24,7 +24,9 @@ def labels(owner: str, values: dict[str, Any]) -> tuple[dict[int, str], dict[str
         try:
             names = {int(index): str(name) for index, name in given.items()}
         except (AttributeError, TypeError, ValueError):
-            raise ConfigError(f"{owner}: id2label={given!r} has to map integers to names") from None
+            raise ConfigError(
+                f"{owner}: id2label={shown(given)} has to map integers to names"
+            ) from None
     if count is not None and count != len(names):
         raise ConfigError(f"{owner}: num_labels={count} but id2label has {len(names)} names")
     return names, label2id or {name: index for index, name in names.items()}

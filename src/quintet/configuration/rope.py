@@ -10,7 +10,7 @@ from dataclasses import dataclass, fields
 from typing import Any
 
 from quintet.configuration.rules import Bounds, check
-from quintet.errors import ConfigError
+from quintet.errors import ConfigError, shown
 
 __all__ = ["RopeParameters", "merge_rope"]
 
@@ -74,14 +74,16 @@ class RopeParameters:
         """
         kind = values.get("rope_type", "default")
         if not isinstance(kind, str) or kind not in _KEYS:
-            raise ConfigError(f"rope_parameters: rope_type={kind!r} has to be one of {list(_KEYS)}")
+            raise ConfigError(
+                f"rope_parameters: rope_type={shown(kind)} has to be one of {list(_KEYS)}"
+            )
         required, optional = _KEYS[kind]
         given = {name for name, value in values.items() if value is not None}
         if missing := sorted(required - given):
             raise ConfigError(f"rope_parameters: rope_type={kind!r} needs {', '.join(missing)}")
         if unused := sorted(given - required - optional - {"rope_type", "type", "rope_theta"}):
             warnings.warn(
-                f"rope_parameters: rope_type={kind!r} does not use {', '.join(unused)}",
+                f"rope_parameters: rope_type={kind!r} does not use {', '.join(map(shown, unused))}",
                 stacklevel=2,
             )
         used = {"rope_type", "rope_theta"} | required | optional
@@ -92,7 +94,7 @@ class RopeParameters:
                 check("rope_parameters", field.name, chosen[field.name], field.type)
         for name, rule in _BOUNDS.items():
             if name in chosen and not rule.holds(chosen[name]):
-                raise ConfigError(f"rope_parameters: {name}={chosen[name]!r} has to be {rule}")
+                raise ConfigError(f"rope_parameters: {name}={shown(chosen[name])} has to be {rule}")
         if kind == "yarn" and chosen.get("rope_theta") == 1:
             raise ConfigError(
                 "rope_parameters: rope_theta=1 turns all dimensions alike; yarn needs another"
@@ -115,7 +117,7 @@ def merge_rope(values: dict[str, Any], default_theta: float) -> dict[str, Any]:
     parameters = values.pop("rope_parameters", None)
     for name, value in (("rope_scaling", scaling), ("rope_parameters", parameters)):
         if value is not None and not isinstance(value, dict):
-            raise ConfigError(f"{name}={value!r} has to be a mapping or null")
+            raise ConfigError(f"{name}={shown(value)} has to be a mapping or null")
     merged = dict(scaling or parameters or {})
     kind = merged.pop("type", None)
     if merged.get("rope_type") is None:

@@ -7,17 +7,31 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Annotated, Any, TypeVar, Union, get_args, get_origin
 
-from quintet.errors import ConfigError
+from quintet.errors import ConfigError, shown
 
 __all__ = [
+    "AnyExperts",
+    "AnyId",
+    "AnyIds",
+    "AnyLength",
     "Bounds",
     "Count",
+    "EndIds",
+    "ExpertCount",
     "Fraction",
+    "HeadSize",
     "Labels",
+    "LayerNumbers",
+    "LayerTypes",
     "Layers",
+    "Length",
+    "MoreLayers",
+    "MostItems",
     "NonNegative",
     "NonNegativeFloat",
     "Positive",
+    "Size",
+    "TokenId",
     "check",
     "known",
 ]
@@ -39,15 +53,44 @@ class Bounds:
         return above and value <= self.most
 
     def __str__(self) -> str:
-        below = f"{'greater than' if self.open_below else 'at least'} {self.least:g}"
-        return below if self.most == math.inf else f"{below} and at most {self.most:g}"
+        below = f"{'greater than' if self.open_below else 'at least'} {_number(self.least)}"
+        return below if self.most == math.inf else f"{below} and at most {_number(self.most)}"
+
+
+@dataclass(frozen=True, slots=True)
+class MostItems:
+    """How many items a list may have, asked before any of them is looked at."""
+
+    most: int
+
+    def holds(self, value: object) -> bool:
+        """Tell whether `value` is short enough, or no list."""
+        return not isinstance(value, list | tuple) or len(value) <= self.most
+
+    def __str__(self) -> str:
+        return f"of at most {_number(self.most)} items"
 
 
 Count = Annotated[int, Bounds(1)]
-# What a file can make us hold one object each of, so that a bad one cannot exhaust the memory.
-Layers = Annotated[int, Bounds(1, 10_000)]
-Labels = Annotated[int, Bounds(1, 1_000_000)]
 NonNegative = Annotated[int, Bounds(0)]
+# A file decides none of these alone: what it can make us build, list or fill stays small enough
+# to be built in a second and held in some megabytes before the weights are looked at.
+Size = Annotated[int, Bounds(1, 2**24)]
+HeadSize = Annotated[int, Bounds(1, 2**16)]
+ExpertCount = Annotated[int, Bounds(1, 2**16)]
+AnyExperts = Annotated[int, Bounds(0, 2**16)]
+Layers = Annotated[int, Bounds(1, 1_000)]
+LayerTypes = Annotated[list[str], MostItems(1_000)]
+LayerNumbers = Annotated[list[NonNegative], MostItems(1_000)]
+MoreLayers = Annotated[int, Bounds(0, 100)]
+Labels = Annotated[int, Bounds(1, 1_000_000)]
+# Numbers that reach tensors of 64-bit integers, but make none larger.
+Length = Annotated[int, Bounds(1, 2**53)]
+AnyLength = Annotated[int, Bounds(0, 2**53)]
+TokenId = Annotated[int, Bounds(0, 2**53)]
+AnyId = Annotated[int, Bounds(-(2**53), 2**53)]
+AnyIds = Annotated[list[AnyId], MostItems(1_000)]
+EndIds = Annotated[list[TokenId], MostItems(1_000)]
 NonNegativeFloat = Annotated[float, Bounds(0)]
 Positive = Annotated[float, Bounds(0, open_below=True)]
 Fraction = Annotated[float, Bounds(0, 1)]
@@ -66,7 +109,7 @@ def check(owner: str, key: str, value: Any, annotation: Any) -> None:
         ConfigError: the value is of another type, not finite, or out of its bounds.
     """
     if not _fits(value, annotation):
-        raise ConfigError(f"{owner}: {key}={value!r} has to be {_describe(annotation)}")
+        raise ConfigError(f"{owner}: {key}={shown(value)} has to be {_describe(annotation)}")
 
 
 def _fits(value: Any, annotation: Any) -> bool:
@@ -74,6 +117,8 @@ def _fits(value: Any, annotation: Any) -> bool:
     if annotation is Any:
         return True
     if origin is Annotated:
+        if not all(rule.holds(value) for rule in args[1:] if isinstance(rule, MostItems)):
+            return False
         if not _fits(value, args[0]):
             return False
         return all(rule.holds(value) for rule in args[1:] if isinstance(rule, Bounds))
@@ -96,6 +141,10 @@ def _fits(value: Any, annotation: Any) -> bool:
     if annotation is None or annotation is types.NoneType:
         return value is None
     return isinstance(value, annotation)
+
+
+def _number(value: float) -> str:
+    return str(value) if isinstance(value, int) else f"{value:g}"
 
 
 def _describe(annotation: Any) -> str:

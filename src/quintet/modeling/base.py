@@ -60,6 +60,8 @@ class PreTrainedModel(ModelContract, Pushable):
                 f"{type(self).__name__} takes a {self.config_class.__name__}, "
                 f"not a {type(config).__name__}"
             )
+        # What a caller has set since the config was made is as little believed as a file.
+        config.check()
         attention_backend(config.attn_implementation)
         super().__init__(config)
         self.generation_config = GenerationConfig.from_model_config(config)

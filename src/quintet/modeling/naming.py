@@ -4,7 +4,15 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from quintet.checkpoint import Difference, Mismatch, Piece, TensorInfo, compare, pieces
+from quintet.checkpoint import (
+    Difference,
+    Mismatch,
+    Piece,
+    TensorInfo,
+    compare,
+    count_pieces,
+    pieces,
+)
 from quintet.quantization import QuantizationConfig, Stored, stored
 
 if TYPE_CHECKING:
@@ -92,9 +100,14 @@ def name_tensors(
         return prefix + name.removeprefix(own) if name.startswith(own) else name
 
     plan: dict[str, list[Piece]] = {}
+    # A config may ask for more experts than anything could list: what takes more pieces than the
+    # files have tensors is not all there, and is asked for as it is in the model.
+    left = len(tensors)
     for name, shape in expected.items():
         named = on_disk(name)
-        whole = named in tensors
+        count = count_pieces(named, shape, model.weight_rules)
+        whole = named in tensors or count > max(left, 1)
+        left -= 0 if whole else count
         plan[name] = [Piece(named, shape)] if whole else pieces(named, shape, model.weight_rules)
     aliases: dict[str, str] = {}
     for alias, name in tied.items():

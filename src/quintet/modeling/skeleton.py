@@ -59,7 +59,7 @@ def skeleton(cls: type[Model], config: PreTrainedConfig) -> Model:
             return cls(config)
     except QuintetError:
         raise
-    except (RuntimeError, OverflowError, TypeError, ValueError) as error:
+    except (RuntimeError, ArithmeticError, TypeError, ValueError) as error:
         # torch has many ways to say that a shape, or the product of its sides, is beyond 64 bits.
         large = [key for key, value in vars(config).items() if _is_immense(value)]
         if not large:

@@ -13,11 +13,19 @@ from torch import Tensor, nn
 
 from quintet.configuration import PreTrainedConfig
 from quintet.configuration.rules import (
+    AnyExperts,
     Count,
+    EndIds,
+    ExpertCount,
     Fraction,
+    HeadSize,
+    Layers,
+    Length,
     NonNegative,
     NonNegativeFloat,
     Positive,
+    Size,
+    TokenId,
     known,
 )
 from quintet.layers.mla import LatentAttention
@@ -63,41 +71,41 @@ class DeepseekV2Config(PreTrainedConfig):
     model_type = "deepseek_v2"
     aliases = MappingProxyType({"num_experts": "n_routed_experts"})
 
-    vocab_size: Count = 32000
-    hidden_size: Count = 4096
-    intermediate_size: Count = 11008
-    num_hidden_layers: Count = 32
-    num_attention_heads: Count = 32
-    num_key_value_heads: Count | None = None
+    vocab_size: Size = 32000
+    hidden_size: Size = 4096
+    intermediate_size: Size = 11008
+    num_hidden_layers: Layers = 32
+    num_attention_heads: Size = 32
+    num_key_value_heads: Size | None = None
     hidden_act: str | Callable[[Any], Any] = "silu"
-    max_position_embeddings: Count = 2048
+    max_position_embeddings: Length = 2048
     initializer_range: NonNegativeFloat = 0.02
     rms_norm_eps: Positive = 1e-6
     use_cache: bool = True
-    pad_token_id: NonNegative | None = None
-    bos_token_id: NonNegative | None = 1
-    eos_token_id: NonNegative | list[NonNegative] | None = 2
+    pad_token_id: TokenId | None = None
+    bos_token_id: TokenId | None = 1
+    eos_token_id: TokenId | EndIds | None = 2
     tie_word_embeddings: bool = False
     attention_bias: bool = False
     attention_dropout: Fraction = 0.0
     mlp_bias: bool = False
     aux_loss_alpha: NonNegativeFloat = 0.001
     first_k_dense_replace: NonNegative = 0
-    kv_lora_rank: Count = 512
-    q_lora_rank: Count | None = 1536
-    n_group: Count | None = None
-    n_routed_experts: Count | None = 64
-    n_shared_experts: NonNegative | None = 2
-    qk_nope_head_dim: Count = 128
-    qk_rope_head_dim: Count = 64
+    kv_lora_rank: Size = 512
+    q_lora_rank: Size | None = 1536
+    n_group: ExpertCount | None = None
+    n_routed_experts: ExpertCount | None = 64
+    n_shared_experts: AnyExperts | None = 2
+    qk_nope_head_dim: HeadSize = 128
+    qk_rope_head_dim: HeadSize = 64
     routed_scaling_factor: NonNegativeFloat = 1.0
     seq_aux: bool = True
-    topk_group: Count | None = None
+    topk_group: ExpertCount | None = None
     topk_method: str = GREEDY
-    v_head_dim: Count = 128
-    num_experts_per_tok: Count | None = None
+    v_head_dim: HeadSize = 128
+    num_experts_per_tok: ExpertCount | None = None
     norm_topk_prob: bool = False
-    moe_intermediate_size: Count = 1407
+    moe_intermediate_size: Size = 1407
     moe_layer_freq: Count = 1
     scoring_func: str = "softmax"
 

@@ -13,11 +13,20 @@ from torch import Tensor, nn
 
 from quintet.configuration import PreTrainedConfig
 from quintet.configuration.rules import (
+    AnyExperts,
     Count,
+    EndIds,
+    ExpertCount,
     Fraction,
+    HeadSize,
+    Layers,
+    Length,
+    MoreLayers,
     NonNegative,
     NonNegativeFloat,
     Positive,
+    Size,
+    TokenId,
     known,
 )
 from quintet.layers.linear import Linear
@@ -65,41 +74,41 @@ class DeepseekV3Config(PreTrainedConfig):
         {"num_mtp_layers": "num_nextn_predict_layers", "num_local_experts": "n_routed_experts"}
     )
 
-    vocab_size: Count = 129280
-    hidden_size: Count = 7168
-    intermediate_size: Count = 18432
-    moe_intermediate_size: Count = 2048
-    num_hidden_layers: Count = 61
-    num_attention_heads: Count = 128
-    num_key_value_heads: Count | None = 128
-    n_shared_experts: NonNegative | None = 1
-    n_routed_experts: Count | None = 256
+    vocab_size: Size = 129280
+    hidden_size: Size = 7168
+    intermediate_size: Size = 18432
+    moe_intermediate_size: Size = 2048
+    num_hidden_layers: Layers = 61
+    num_attention_heads: Size = 128
+    num_key_value_heads: Size | None = 128
+    n_shared_experts: AnyExperts | None = 1
+    n_routed_experts: ExpertCount | None = 256
     routed_scaling_factor: NonNegativeFloat = 2.5
-    kv_lora_rank: Count = 512
-    q_lora_rank: Count | None = 1536
-    qk_rope_head_dim: Count = 64
-    v_head_dim: Count = 128
-    qk_nope_head_dim: Count = 128
-    n_group: Count | None = 8
-    topk_group: Count | None = 4
-    num_experts_per_tok: Count | None = 8
+    kv_lora_rank: Size = 512
+    q_lora_rank: Size | None = 1536
+    qk_rope_head_dim: HeadSize = 64
+    v_head_dim: HeadSize = 128
+    qk_nope_head_dim: HeadSize = 128
+    n_group: ExpertCount | None = 8
+    topk_group: ExpertCount | None = 4
+    num_experts_per_tok: ExpertCount | None = 8
     first_k_dense_replace: NonNegative = 3
     norm_topk_prob: bool = True
     hidden_act: str | Callable[[Any], Any] = "silu"
-    max_position_embeddings: Count = 4096
+    max_position_embeddings: Length = 4096
     initializer_range: NonNegativeFloat = 0.02
     rms_norm_eps: Positive = 1e-6
     use_cache: bool = True
-    pad_token_id: NonNegative | None = None
-    bos_token_id: NonNegative | None = 0
-    eos_token_id: NonNegative | list[NonNegative] | None = 1
+    pad_token_id: TokenId | None = None
+    bos_token_id: TokenId | None = 0
+    eos_token_id: TokenId | EndIds | None = 1
     pretraining_tp: int = 1
     tie_word_embeddings: bool = False
     rope_interleave: bool = True
     attention_bias: bool = False
     attention_dropout: Fraction = 0.0
     moe_layer_freq: Count = 1
-    num_nextn_predict_layers: NonNegative = 0
+    num_nextn_predict_layers: MoreLayers = 0
     scoring_func: str = "sigmoid"
     topk_method: str = "noaux_tc"
 

@@ -10,12 +10,15 @@ from torch import Tensor, nn
 
 from quintet.configuration import PreTrainedConfig
 from quintet.configuration.rules import (
-    Count,
     Fraction,
+    HeadSize,
     Layers,
+    LayerTypes,
+    Length,
     NonNegative,
     NonNegativeFloat,
     Positive,
+    Size,
     known,
 )
 from quintet.layers.attention import Attention
@@ -58,23 +61,23 @@ class Qwen2Config(PreTrainedConfig):
     derived = ("head_dim", "layer_types")
     decides_layer_types = ("max_window_layers", "sliding_window", "use_sliding_window")
 
-    vocab_size: Count = 151936
-    hidden_size: Count = 4096
-    intermediate_size: Count = 22016
+    vocab_size: Size = 151936
+    hidden_size: Size = 4096
+    intermediate_size: Size = 22016
     num_hidden_layers: Layers = 32
-    num_attention_heads: Count = 32
-    num_key_value_heads: Count | None = 32
-    head_dim: Count | None = None
+    num_attention_heads: Size = 32
+    num_key_value_heads: Size | None = 32
+    head_dim: HeadSize | None = None
     hidden_act: str | Callable[[Any], Any] = "silu"
-    max_position_embeddings: Count = 32768
+    max_position_embeddings: Length = 32768
     initializer_range: NonNegativeFloat = 0.02
     rms_norm_eps: Positive = 1e-6
     use_cache: bool = True
     tie_word_embeddings: bool = False
     use_sliding_window: bool = False
-    sliding_window: Count | None = 4096
+    sliding_window: Length | None = 4096
     max_window_layers: NonNegative = 28
-    layer_types: list[str] | None = None
+    layer_types: LayerTypes | None = None
     attention_dropout: Fraction = 0.0
 
     def derive(self) -> None:
@@ -118,11 +121,6 @@ class Qwen2Config(PreTrainedConfig):
             kv_heads is not None and heads % kv_heads == 0,
             "num_key_value_heads",
             f"a divisor of num_attention_heads={heads}",
-        )
-        self.require(
-            self.pad_token_id is None or self.pad_token_id < self.vocab_size,
-            "pad_token_id",
-            f"less than vocab_size={self.vocab_size}",
         )
         self.require((self.head_dim or 1) % 2 == 0, "head_dim", "even, to be rotated in pairs")
         self.require(

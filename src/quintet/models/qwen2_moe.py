@@ -11,11 +11,20 @@ from torch import Tensor, nn
 
 from quintet.configuration import PreTrainedConfig
 from quintet.configuration.rules import (
+    AnyExperts,
+    AnyLength,
     Count,
+    ExpertCount,
     Fraction,
+    HeadSize,
+    LayerNumbers,
+    Layers,
+    LayerTypes,
+    Length,
     NonNegative,
     NonNegativeFloat,
     Positive,
+    Size,
     known,
 )
 from quintet.kernels import parts
@@ -65,31 +74,31 @@ class Qwen2MoeConfig(PreTrainedConfig):
     # Not layer_types: a file says which layers slide, as Transformers works it out otherwise.
     derived = ("head_dim",)
 
-    vocab_size: Count = 151936
-    hidden_size: Count = 2048
-    intermediate_size: Count = 5632
-    num_hidden_layers: Count = 24
-    num_attention_heads: Count = 16
-    num_key_value_heads: Count | None = 16
-    head_dim: Count | None = None
+    vocab_size: Size = 151936
+    hidden_size: Size = 2048
+    intermediate_size: Size = 5632
+    num_hidden_layers: Layers = 24
+    num_attention_heads: Size = 16
+    num_key_value_heads: Size | None = 16
+    head_dim: HeadSize | None = None
     hidden_act: str | Callable[[Any], Any] = "silu"
-    max_position_embeddings: Count = 32768
+    max_position_embeddings: Length = 32768
     initializer_range: NonNegativeFloat = 0.02
     rms_norm_eps: Positive = 1e-6
     use_cache: bool = True
     tie_word_embeddings: bool = False
     use_sliding_window: bool = False
-    sliding_window: NonNegative | None = 4096
+    sliding_window: AnyLength | None = 4096
     max_window_layers: NonNegative = 28
-    layer_types: list[str] | None = None
+    layer_types: LayerTypes | None = None
     attention_dropout: Fraction = 0.0
     qkv_bias: bool = True
     decoder_sparse_step: Count = 1
-    mlp_only_layers: list[NonNegative] | None = None
-    moe_intermediate_size: Count = 1408
-    shared_expert_intermediate_size: Count = 5632
-    num_experts: NonNegative = 60
-    num_experts_per_tok: Count = 4
+    mlp_only_layers: LayerNumbers | None = None
+    moe_intermediate_size: Size = 1408
+    shared_expert_intermediate_size: Size = 5632
+    num_experts: AnyExperts = 60
+    num_experts_per_tok: ExpertCount = 4
     norm_topk_prob: bool = False
     output_router_logits: bool = False
     router_aux_loss_coef: NonNegativeFloat = 0.001

@@ -9,16 +9,29 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from types import MappingProxyType
-from typing import Any, ClassVar, Self, cast
+from typing import Annotated, Any, ClassVar, Self, cast
 
 import torch
 from torch import Tensor, nn
 
 from quintet.cache import DynamicCache
-from quintet.configuration import PreTrainedConfig, rules
+from quintet.configuration import PreTrainedConfig
 from quintet.configuration.rope import RopeParameters
-from quintet.configuration.rules import Count, Fraction, NonNegativeFloat, Positive, known
-from quintet.errors import ConfigError
+from quintet.configuration.rules import (
+    AnyId,
+    AnyIds,
+    Bounds,
+    Fraction,
+    Layers,
+    LayerTypes,
+    Length,
+    NonNegative,
+    NonNegativeFloat,
+    Positive,
+    Size,
+    known,
+)
+from quintet.errors import ConfigError, shown
 from quintet.kernels import parts
 from quintet.layers.linear import Linear
 from quintet.layers.mamba2 import Mamba2
@@ -77,40 +90,40 @@ class Zamba2Config(PreTrainedConfig):
         {"layer_types": "layers_block_type", "attention_head_dim": "head_dim"}
     )
 
-    vocab_size: Count = 32000
-    max_position_embeddings: Count = 4096
-    hidden_size: Count = 2560
-    num_hidden_layers: Count = 54
-    layers_block_type: list[str] | None = None
-    mamba_d_state: Count = 64
-    mamba_d_conv: Count = 4
-    mamba_expand: Positive = 2
-    mamba_ngroups: Count = 1
+    vocab_size: Size = 32000
+    max_position_embeddings: Length = 4096
+    hidden_size: Size = 2560
+    num_hidden_layers: Layers = 54
+    layers_block_type: LayerTypes | None = None
+    mamba_d_state: Size = 64
+    mamba_d_conv: Size = 4
+    mamba_expand: Annotated[float, Bounds(0, 1024, open_below=True)] = 2
+    mamba_ngroups: Size = 1
     time_step_min: Positive = 0.001
     time_step_max: Positive = 0.1
     time_step_floor: Positive = 1e-4
     time_step_limit: list[Any] | None = None
-    n_mamba_heads: Count = 8
+    n_mamba_heads: Size = 8
     use_conv_bias: bool = True
-    chunk_size: Count = 256
+    chunk_size: Length = 256
     use_mem_eff_path: bool = False
     add_bias_linear: bool = False
-    intermediate_size: Count | None = None
+    intermediate_size: Size | None = None
     hidden_act: str | Callable[[Any], Any] = "gelu"
-    num_attention_heads: Count = 32
-    num_key_value_heads: Count | None = None
+    num_attention_heads: Size = 32
+    num_key_value_heads: Size | None = None
     attention_dropout: Fraction = 0.0
-    num_mem_blocks: Count = 1
+    num_mem_blocks: Size = 1
     use_shared_attention_adapter: bool = False
-    adapter_rank: Count = 128
+    adapter_rank: Size = 128
     use_mem_rope: bool = False
     initializer_range: NonNegativeFloat = 0.02
     rms_norm_eps: Positive = 1e-5
     use_cache: bool = True
-    num_logits_to_keep: rules.NonNegative | None = 1
-    pad_token_id: int | None = 0
-    bos_token_id: int | None = 1
-    eos_token_id: int | list[int] | None = 2
+    num_logits_to_keep: NonNegative | None = 1
+    pad_token_id: AnyId | None = 0
+    bos_token_id: AnyId | None = 1
+    eos_token_id: AnyId | AnyIds | None = 2
     use_long_context: bool = False
     tie_word_embeddings: bool = True
 
@@ -129,7 +142,7 @@ class Zamba2Config(PreTrainedConfig):
         for key, value in stated.items():
             if value != (follows := getattr(self, key)):
                 raise ConfigError(
-                    f"Zamba2Config: {key}={value!r} follows from other keys, which make it "
+                    f"Zamba2Config: {key}={shown(value)} follows from other keys, which make it "
                     f"{follows!r}; change those"
                 )
 
@@ -188,6 +201,11 @@ class Zamba2Config(PreTrainedConfig):
         ):
             part: int = getattr(self, key)
             self.require(whole % part == 0, key, f"a divisor of {name}={whole}")
+        self.require(
+            self.head_dim <= 2**16,
+            "num_attention_heads",
+            f"such that the size of a head, {self.head_dim}, is at most {2**16}",
+        )
         self.require(
             not self.use_mem_rope or self.head_dim % 2 == 0,
             "use_mem_rope",

@@ -11,7 +11,7 @@ import torch
 
 from quintet.checkpoint import TensorInfo
 from quintet.configuration.base import FLOAT_DTYPES
-from quintet.errors import ConfigError
+from quintet.errors import ConfigError, shown
 from quintet.ops.quantized import FP8_BLOCK
 from quintet.quantization.bitsandbytes import CodesFormat, RowwiseFormat, block_size
 from quintet.quantization.formats import FP8Format, Int4Format, Int8Format, Shape, WeightFormat
@@ -81,13 +81,13 @@ class QuantizationConfig(ABC):
             if key not in known:
                 near = difflib.get_close_matches(key, known, n=1)
                 hint = f"; did you mean {near[0]!r}?" if near else f"; there are {sorted(known)}"
-                raise ConfigError(f"quantization_config: {cls.__name__} has no {key!r}{hint}")
+                raise ConfigError(f"quantization_config: {cls.__name__} has no {shown(key)}{hint}")
         return cls(**values)
 
     def _require(self, holds: bool, key: str, rule: str) -> None:
         if not holds:
             value = getattr(self, key)
-            raise ConfigError(f"{type(self).__name__}: {key}={value!r} has to be {rule}")
+            raise ConfigError(f"{type(self).__name__}: {key}={shown(value)} has to be {rule}")
 
     def _require_names(self, key: str) -> None:
         names = getattr(self, key)
@@ -176,8 +176,8 @@ class BitsAndBytesConfig(QuantizationConfig):
         eight, four = self.load_in_8bit, self.load_in_4bit
         if not (isinstance(eight, bool) and isinstance(four, bool) and eight != four):
             raise ConfigError(
-                f"BitsAndBytesConfig: exactly one of load_in_8bit={eight!r} and "
-                f"load_in_4bit={four!r} has to be true"
+                f"BitsAndBytesConfig: exactly one of load_in_8bit={shown(eight)} and "
+                f"load_in_4bit={shown(four)} has to be true"
             )
         self._require_names("llm_int8_skip_modules")
         threshold = self.llm_int8_threshold

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from quintet.errors import ConfigError, InputError, UnsupportedModelError
+from quintet.errors import ConfigError, InputError, UnsupportedModelError, shown
 from quintet.quantization.config import (
     BitsAndBytesConfig,
     FineGrainedFP8Config,
@@ -70,7 +70,9 @@ def requested(held: Any, quantize: str | None, asked: Any, device: torch.device)
         )
     if quantize is not None:
         if quantize not in SHORT:
-            raise InputError(f"quantize={quantize!r} has to be one of {', '.join(SHORT)}, or None")
+            raise InputError(
+                f"quantize={shown(quantize)} has to be one of {', '.join(SHORT)}, or None"
+            )
         return Request(source, SHORT[quantize])
     target = source if asked is None else read(asked)
     if asked is None and isinstance(source, FineGrainedFP8Config) and not multiplies_fp8(device):
@@ -105,7 +107,7 @@ def read(values: Any) -> QuantizationConfig:
         return values
     if not isinstance(values, Mapping):
         raise ConfigError(
-            f"quantization_config={values!r} has to be a configuration or its mapping"
+            f"quantization_config={shown(values)} has to be a configuration or its mapping"
         )
     given = dict(values)
     method = given.pop("quant_method", None)
@@ -113,10 +115,10 @@ def read(values: Any) -> QuantizationConfig:
         method = "bitsandbytes"
     if method == "quintet":
         return _own(given)
-    if method not in METHODS:
+    if not isinstance(method, str) or method not in METHODS:
         raise UnsupportedModelError(
-            f"quant_method={method!r} is not supported; there are quintet, {', '.join(METHODS)}. "
-            "Use a copy of the model in bfloat16"
+            f"quant_method={shown(method)} is not supported; there are quintet, "
+            f"{', '.join(METHODS)}. Use a copy of the model in bfloat16"
         )
     return METHODS[method].from_dict(given)
 
@@ -127,6 +129,6 @@ def _own(given: dict[str, Any]) -> QuantizationConfig:
         if (kind.bits, kind.group_size) == (bits, group):
             return kind.from_dict(given)
     raise ConfigError(
-        f"quantization_config: bits={bits!r} with group_size={group!r} has to be 8 with null or "
-        f"4 with {Int4Config.group_size}"
+        f"quantization_config: bits={shown(bits)} with group_size={shown(group)} has to be 8 with "
+        f"null or 4 with {Int4Config.group_size}"
     )

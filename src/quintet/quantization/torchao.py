@@ -7,7 +7,7 @@ from typing import Any, ClassVar
 from torch import Tensor
 
 from quintet.checkpoint import TensorInfo
-from quintet.errors import CheckpointError, ConfigError, UnsupportedModelError
+from quintet.errors import CheckpointError, ConfigError, UnsupportedModelError, shown
 from quintet.ops.quantized import INT4_GROUP
 from quintet.quantization.config import Int4Config, Int8Config, QuantizationConfig, Scheme
 from quintet.quantization.formats import Int8Format, Parts, Shape, WeightFormat
@@ -67,7 +67,7 @@ class TorchAoConfig(QuantizationConfig):
 
     quant_method: ClassVar[str] = "torchao"
 
-    quant_type: Any
+    quant_type: Any = None
     modules_to_not_convert: list[str] | None = None
     include_input_output_embeddings: bool = False
     untie_embedding_weights: bool = False
@@ -77,12 +77,12 @@ class TorchAoConfig(QuantizationConfig):
         kind, group = _kind(self.quant_type)
         if kind not in (*INT8, *INT4):
             raise UnsupportedModelError(
-                f"TorchAoConfig: quant_type={self.quant_type!r} is not supported; there are "
+                f"TorchAoConfig: quant_type={shown(self.quant_type)} is not supported; there are "
                 f"{INT8[1]} and {INT4[1]}"
             )
         if group not in ((None,) if kind in INT8 else (None, INT4_GROUP)):
             only = "a scale for each row" if kind in INT8 else f"group_size={INT4_GROUP}"
-            raise ConfigError(f"TorchAoConfig: group_size={group!r}; {kind} has {only} here")
+            raise ConfigError(f"TorchAoConfig: group_size={shown(group)}; {kind} has {only} here")
         self._is_int8 = kind in INT8
 
     def ours(self) -> Int8Config | Int4Config:
