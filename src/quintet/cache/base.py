@@ -29,6 +29,7 @@ class Span:
         keys: S, how many slots a layer has to attend to once the tokens are stored.
         counts: (B,) how many of the T are real, the rest being padding behind; None for all.
         device: where the tokens are.
+        learns: whether a graph of autograd may hold on to all that is attended to.
     """
 
     start: int | Tensor
@@ -36,6 +37,7 @@ class Span:
     keys: int
     counts: Tensor | None
     device: torch.device
+    learns: bool = False
 
     def slots(self) -> Tensor:
         """Return the slot of every token, (B or 1, T)."""

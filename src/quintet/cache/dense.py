@@ -7,6 +7,7 @@ import torch.nn.functional as F  # noqa: N812
 from torch import Tensor
 
 from quintet.cache.base import AttentionSlot, Cache, Span, _longest
+from quintet.cache.memory import locked, own, writable
 from quintet.cache.recurrent import RecurrentSlot
 from quintet.configuration.base import PreTrainedConfig
 from quintet.errors import ContextLengthError, InputError
@@ -23,6 +24,8 @@ class _DenseSlot:
     def __init__(self) -> None:
         self.keys: Tensor | None = None
         self.values: Tensor | None = None
+        # Whether they may be held by others too: by a caller, or by a graph of autograd.
+        self._shared = False
 
     def content(self, length: int) -> tuple[Tensor, Tensor]:
         """Return the first `length` keys and values, (B, K, length, D) each.
@@ -61,36 +64,36 @@ class _DenseSlot:
 class DynamicSlot(_DenseSlot):
     """Keys and values in buffers that grow by a quarter whenever they are full."""
 
-    def __init__(self) -> None:
-        super().__init__()
-        self._borrowed = False
-
     def update(self, keys: Tensor, values: Tensor, span: Span) -> tuple[Tensor, Tensor]:
         """Store (B, K, T, D) of a span and return all (B, K, S, D) there is to attend to."""
         if self.keys is None or self.values is None:
             self.keys, self.values = keys, values
-            self._borrowed = True
+            # They may be a caller's, who sees what is written into them.
+            self._shared = True
         else:
-            self._own(span)
+            self._unshare(span)
             self.keys = _write(self.keys, keys, span)
             self.values = _write(self.values, values, span)
+            self._shared = span.learns
         return self.content(span.keys)
 
     def room(self, span: Span) -> tuple[Tensor, Tensor] | None:
         """Return the buffers, with room for a span that the caller writes; None while empty."""
         if self.keys is None or self.values is None:
             return None
-        self._own(span)
-        self.keys, self.values = _grown(self.keys, span), _grown(self.values, span)
-        return self.keys, self.values
+        self._unshare(span)
+        keys, values = self.keys, self.values = (
+            own(_grown(self.keys, span)),
+            own(_grown(self.values, span)),
+        )
+        return keys, values
 
-    def _own(self, span: Span) -> None:
+    def _unshare(self, span: Span) -> None:
         assert self.keys is not None
         assert self.values is not None
-        if self._borrowed and span.keys <= self.keys.shape[2]:
-            # The first tensors may be a caller's, who sees what is written into them.
+        if self._shared and span.keys <= self.keys.shape[2]:
             self.keys, self.values = self.keys.clone(), self.values.clone()
-        self._borrowed = False
+        self._shared = False
 
     def reset(self) -> None:
         """Forget everything."""
@@ -113,25 +116,34 @@ class StaticSlot(_DenseSlot):
             # Zeros, not empty memory: a weight of 0 times NaN would still be NaN.
             self.keys = keys.new_zeros(*keys.shape[:2], self.capacity, keys.shape[3])
             self.values = values.new_zeros(*values.shape[:2], self.capacity, values.shape[3])
-        slots = span.slots()[:, None, :, None]
-        if torch.is_grad_enabled() and (keys.requires_grad or self.keys.requires_grad):
-            # The graph of an earlier forward may still need the old content.
-            self.keys = self.keys.scatter(2, slots.expand_as(keys), keys)
-            self.values = self.values.scatter(2, slots.expand_as(values), values)
-        else:
-            self.keys.scatter_(2, slots.expand_as(keys), keys)
-            self.values.scatter_(2, slots.expand_as(values), values)
+        self.keys = self._written(self.keys, keys, span)
+        self.values = self._written(self.values, values, span)
+        self._shared = span.learns
         return self.keys, self.values
 
     def room(self, span: Span) -> tuple[Tensor, Tensor] | None:
         """Return the buffers, for the caller to write a span; None before they are allocated."""
-        return None if self.keys is None or self.values is None else (self.keys, self.values)
+        if self.keys is None or self.values is None:
+            return None
+        give = torch.clone if self._shared else own
+        self.keys, self.values, self._shared = give(self.keys), give(self.values), False
+        return self.keys, self.values
 
     def reset(self) -> None:
         """Forget everything and keep the memory."""
         if self.keys is not None and self.values is not None:
-            self.keys.zero_()
-            self.values.zero_()
+            self.keys, self.values = self._zeroed(self.keys), self._zeroed(self.values)
+            self._shared = False
+
+    def _zeroed(self, buffer: Tensor) -> Tensor:
+        kept = writable(buffer) and not self._shared
+        return buffer.zero_() if kept else torch.zeros_like(buffer)
+
+    def _written(self, buffer: Tensor, new: Tensor, span: Span) -> Tensor:
+        places = _places(span, new)
+        if self._shared or not writable(buffer, new):
+            return buffer.scatter(2, places, new)
+        return buffer.scatter_(2, places, new)
 
 
 class DynamicCache(Cache):
@@ -177,6 +189,8 @@ class StaticCache(Cache):
         unused = self.batch_size is None
         if isinstance(self._lengths, int) or (unused and len(self._lengths) != batch):
             self._lengths = torch.zeros(batch, dtype=torch.long, device=device)
+        elif locked(self._lengths):
+            self._lengths = self._lengths.clone()
         span = super().span(batch, length, device, counts)
         if not torch.compiler.is_compiling():
             longest = self.get_seq_length()
@@ -236,8 +250,7 @@ def _slots(
 def _write(buffer: Tensor, new: Tensor, span: Span) -> Tensor:
     """Return a buffer that holds `new` (B, K, T, D) at the slots of `span`."""
     short = span.keys - buffer.shape[2]
-    if torch.is_grad_enabled() and (new.requires_grad or buffer.requires_grad):
-        # The graph of an earlier forward may still need the old content.
+    if not writable(buffer, new):
         wide = F.pad(buffer, (0, 0, 0, max(short, 0)))
         return wide.scatter(2, _places(span, new), new)
     buffer = _grown(buffer, span)

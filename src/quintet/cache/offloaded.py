@@ -1,5 +1,7 @@
 """Keys and values in the memory of the host, for texts that the accelerator has no room for."""
 
+from dataclasses import replace
+
 import torch
 from torch import Tensor
 
@@ -18,7 +20,7 @@ class OffloadedSlot(DynamicSlot):
         """Store (B, K, T, D) of a span and return all (B, K, S, D) there is to attend to."""
         start = span.start.cpu() if isinstance(span.start, Tensor) else span.start
         counts = None if span.counts is None else span.counts.cpu()
-        host = Span(start, span.length, span.keys, counts, torch.device("cpu"))
+        host = replace(span, start=start, counts=counts, device=torch.device("cpu"))
         held = super().update(keys.cpu(), values.cpu(), host)
         return held[0].to(keys.device), held[1].to(values.device)
 

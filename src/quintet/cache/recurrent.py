@@ -11,6 +11,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from quintet.cache.memory import own, writable
 from quintet.errors import InputError
 from quintet.ops.conv import continued, last_window
 from quintet.ops.ssd import only, ssd
@@ -83,11 +84,18 @@ class RecurrentSlot:
     def room(self) -> tuple[Tensor, Tensor] | None:
         """Return window and state for a caller to change in place, instead of `update`.
 
-        None while there are none, and where inputs have to be remembered or others may need them.
+        None while there are none, and where inputs have to be remembered.
         """
-        if self.remembers or self.window is None or self.state is None:
+        if self.remembers:
             return None
-        return None if _locked(self.window) or _locked(self.state) else (self.window, self.state)
+        return self.content()
+
+    def content(self) -> tuple[Tensor, Tensor] | None:
+        """Return window and state, which a caller may overwrite; None of none."""
+        if self.window is None or self.state is None:
+            return None
+        window, state = self.window, self.state = own(self.window), own(self.state)
+        return window, state
 
     def update(self, window: Tensor, state: Tensor) -> None:
         """Replace both by what they are after a forward."""
@@ -120,7 +128,8 @@ class RecurrentSlot:
                 "taken back"
             )
         left = lengths - snapshot.lengths
-        window, state, kept = snapshot.window, snapshot.state, []
+        window, state = (None if x is None else own(x) for x in (snapshot.window, snapshot.state))
+        kept = []
         for inputs in snapshot.since:
             left = left.to(inputs.dt.device) if isinstance(left, Tensor) else left
             counts = _smaller(left, inputs.counts)
@@ -175,9 +184,9 @@ class RecurrentSlot:
 
     def _clear(self) -> None:
         if self.preallocated and self.window is not None and self.state is not None:
-            self.window, self.state = self.window.detach(), self.state.detach()
-            self.window.zero_()
-            self.state.zero_()
+            self.window, self.state = (
+                x.zero_() if writable(x) else torch.zeros_like(x) for x in (self.window, self.state)
+            )
         else:
             self.window = self.state = None
 
@@ -186,17 +195,9 @@ def _stored(old: Tensor | None, new: Tensor) -> Tensor:
     """Return `new` in memory of its own, that of `old` where nothing else may need its content."""
     if old is new:
         return new
-    if old is None or _locked(old) or old.requires_grad or new.requires_grad:
+    if old is None or new.requires_grad or not writable(old):
         return new.clone()
     return old.copy_(new)
-
-
-def _locked(x: Tensor) -> bool:
-    """Tell whether a tensor was made in inference mode and is used outside of it."""
-    # Compiled code cannot ask.
-    if torch.compiler.is_compiling():
-        return False
-    return x.is_inference() and not torch.is_inference_mode_enabled()
 
 
 def _smaller(a: Tensor | int, b: Tensor | int) -> Tensor | int:

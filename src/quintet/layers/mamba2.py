@@ -110,7 +110,8 @@ class Mamba2(StackPart):
         """Map (B, T, C) to (B, T, C), continuing from the cache's state of this layer."""
         T, counts = hidden_states.shape[1], step.span.counts
         slot = None if step.cache is None else step.cache.recurrent(self.layer_idx)
-        window, state = (None, None) if slot is None else (slot.window, slot.state)
+        held = None if slot is None else slot.content()
+        window, state = (None, None) if held is None else held
 
         projected = self.in_proj(hidden_states)
         weights = self._weights()

@@ -7,7 +7,7 @@ the attention backend has them, weights.
 import warnings
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import islice
 from typing import Any, TypeVar
 
@@ -179,6 +179,8 @@ class DecoderModel(PreTrainedModel):
         else:
             _check_past(cache, mask, B, T)
             span = cache.span(B, T, embeds.device, counts)
+            if torch.is_grad_enabled():
+                span = replace(span, learns=any(p.requires_grad for p in self.parameters()))
 
         if position_ids is not None:
             position_ids = _positions(position_ids, B, T)

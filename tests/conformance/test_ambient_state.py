@@ -1,0 +1,135 @@
+"""What a process has set around a call changes nothing of what a model computes, in every family."""
+
+import itertools
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from comparisons import TOLERANCE
+from conformance.families import Family, each
+from quintet import Cache, DynamicCache, OffloadedCache, QuantizedCache, StaticCache
+from quintet.errors import InputError
+from support import relative_error
+
+Mode = Callable[[], AbstractContextManager[Any]]
+TEXT = torch.randint(101, (2, 32), generator=torch.Generator().manual_seed(7))
+# A prompt, a step of the kind that kernels take whole, and more than such a step.
+PIECES = (7, 1, 20, 4)
+MODES: dict[str, Mode] = {
+    "grad": torch.enable_grad,
+    "no-grad": torch.no_grad,
+    "inference": torch.inference_mode,
+}
+ORDERS = list(itertools.product(MODES, repeat=3))
+CACHES: dict[str, Callable[[Any], Cache]] = {
+    "dynamic": DynamicCache,
+    "static": lambda config: StaticCache(config, 40),
+    "offloaded": OffloadedCache,
+    "quantised": QuantizedCache,
+}
+
+
+def in_pieces(model: Any, cache: Cache, modes: tuple[str, ...], text: Tensor = TEXT) -> Tensor:
+    """Logits of a text given piece by piece, each under the next of the modes."""
+    made = []
+    for ids, mode in zip(text.split(PIECES, dim=1), modes, strict=True):
+        with MODES[mode]():
+            made.append(model(ids, past_key_values=cache).logits.detach().clone())
+    return torch.cat(made, dim=1)
+
+
+# -- which mode gradients are in ------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", ["dynamic", "static", "offloaded"])
+@each
+def test_a_cache_goes_on_in_any_mode(family: Family, kind: str) -> None:
+    model = family.model_of()
+    expected = in_pieces(model, CACHES[kind](model.config), ("no-grad",) * 4)
+    for order in ORDERS if kind == "static" else ORDERS[::2]:
+        made = in_pieces(model, CACHES[kind](model.config), (*order, order[0]))
+        assert relative_error(made, expected) < TOLERANCE, order
+
+
+@each
+def test_codes_refuse_gradients_before_they_change(family: Family) -> None:
+    model = family.model_of()
+    expected = in_pieces(model, QuantizedCache(model.config), ("no-grad",) * 4)
+    for order in itertools.product(("no-grad", "inference"), repeat=2):
+        cache = QuantizedCache(model.config)
+        cache.snapshot()
+        made = []
+        for ids, mode in zip(TEXT.split(PIECES, dim=1), order * 2, strict=True):
+            with pytest.raises(InputError, match="no gradient"), torch.enable_grad():
+                model(ids, past_key_values=cache)
+            cache.crop(cache.get_seq_length())
+            with MODES[mode]():
+                made.append(model(ids, past_key_values=cache).logits.clone())
+                cache.snapshot()
+        assert relative_error(torch.cat(made, dim=1), expected) < TOLERANCE
+
+
+@pytest.mark.parametrize("kind", ["dynamic", "static"])
+@each
+def test_rows_change_and_states_return_in_any_mode(family: Family, kind: str) -> None:
+    model = family.model_of()
+    mask = torch.ones_like(TEXT[:, :7])
+    mask[0, :3] = 0
+    results = []
+    for order in [("no-grad",) * 3, *ORDERS]:
+        cache = CACHES[kind](model.config)
+        with MODES[order[0]]():
+            model(TEXT[:, :7], attention_mask=mask, past_key_values=cache)
+            cache.snapshot()
+        with MODES[order[1]]():
+            model(TEXT[:, 7:10], past_key_values=cache)
+            cache.crop(torch.tensor([5, 8]))
+        with MODES[order[2]]():
+            cache.batch_select_indices(torch.tensor([1, 0, 1]))
+            results.append(model(TEXT[[1, 0, 1], 10:14], past_key_values=cache).logits.detach())
+            cache.reset()
+            results[-1] = results[-1].clone()
+            assert cache.get_seq_length() == 0
+    for made, order in zip(results[1:], ORDERS, strict=True):
+        assert relative_error(made, results[0]) < TOLERANCE, order
+
+
+@pytest.mark.parametrize("frozen", [False, True], ids=["all", "queries-alone"])
+@pytest.mark.parametrize("kind", ["dynamic", "static"])
+@each
+def test_what_is_written_later_leaves_a_graph_alone(
+    family: Family, kind: str, frozen: bool
+) -> None:
+    """A loss of an earlier piece has the gradients it would have had at once."""
+    model = family.model_of()
+    if frozen:
+        # Keys have no gradient, and queries need them for theirs.
+        for name, parameter in model.named_parameters():
+            parameter.requires_grad_("q_proj" in name or "q_b_proj" in name)
+
+    def gradients(then: str | None) -> list[Tensor]:
+        model.zero_grad()
+        cache = CACHES[kind](model.config)
+        with torch.no_grad():
+            model(TEXT[:, :5], past_key_values=cache)
+            cache.snapshot()
+        loss = model(TEXT[:, 5:9], past_key_values=cache, labels=TEXT[:, 5:9]).loss
+        if then is not None:
+            with MODES[then]():
+                cache.crop(5)
+                model(TEXT[:, 20:24], past_key_values=cache)
+                cache.crop(5)
+                model(TEXT[:, 20:21], past_key_values=cache)
+                cache.reset()
+        loss.backward()
+        return [p.grad.clone() for p in model.parameters() if p.grad is not None]
+
+    expected = gradients(None)
+    assert expected
+    for then in MODES:
+        for made, right in zip(gradients(then), expected, strict=True):
+            assert torch.equal(made, right), then
