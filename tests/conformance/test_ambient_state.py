@@ -1,4 +1,4 @@
-"""What a process has set around a call changes nothing of what a model computes, in every family."""
+"""What a process has set around a call changes nothing of what a model of any family computes."""
 
 import itertools
 from collections.abc import Callable
@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F  # noqa: N812
 from torch import Tensor
 
 from comparisons import TOLERANCE
@@ -133,3 +134,64 @@ def test_what_is_written_later_leaves_a_graph_alone(
     for then in MODES:
         for made, right in zip(gradients(then), expected, strict=True):
             assert torch.equal(made, right), then
+
+
+# -- who derives ----------------------------------------------------------------------------
+
+
+def loss_of(model: Any) -> Callable[..., Tensor]:
+    """A loss as a function of the embeddings' weights, with all others as they are."""
+    name = "model.embed_tokens.weight"
+
+    def loss(weight: Tensor, ids: Tensor = TEXT[:, :6]) -> Tensor:
+        given = {"input_ids": ids, "use_cache": False}
+        logits = torch.func.functional_call(model, {name: weight}, kwargs=given).logits
+        return F.cross_entropy(logits[:, :-1].flatten(0, 1).float(), ids[:, 1:].flatten())
+
+    return loss
+
+
+# torch.func.jvp scripts what it decomposes.
+@pytest.mark.filterwarnings("ignore:.torch.jit.script. is deprecated:DeprecationWarning")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@each
+def test_derivatives_of_every_kind_agree(family: Family, dtype: torch.dtype) -> None:
+    model = family.model_of(**family.rounded, tie_word_embeddings=False).to(dtype)
+    model.requires_grad_(requires_grad=False)
+    loss, weight = loss_of(model), model.get_input_embeddings().weight.detach().clone()
+    tolerance = 1e-4 if dtype == torch.float32 else 0.05
+    direction = torch.randn_like(weight) / weight.numel() ** 0.5
+
+    leaf = weight.clone().requires_grad_()
+    (plain,) = torch.autograd.grad(loss(leaf), leaf)
+    assert relative_error(torch.func.grad(loss)(weight).float(), plain.float()) < tolerance
+
+    if not family.routes(model.config):
+        # Which tokens an expert gets is a number of them, which vmap has no rule for.
+        rows = TEXT[:, None, :6]
+        apart = torch.stack([torch.func.grad(loss)(weight, ids).float() for ids in rows])
+        together = torch.func.vmap(torch.func.grad(loss), in_dims=(None, 0))(weight, rows)
+        assert relative_error(together.float(), apart) < tolerance
+
+    expected = (plain.float() * direction.float()).sum()
+    _, forward = torch.func.jvp(loss, (weight,), (direction,))
+    assert relative_error(forward.float(), expected) < 5 * tolerance
+    with torch.autograd.forward_ad.dual_level():
+        dual = torch.autograd.forward_ad.make_dual(weight, direction)
+        tangent = torch.autograd.forward_ad.unpack_dual(loss(dual)).tangent
+    assert relative_error(tangent.float(), expected) < 5 * tolerance
+
+
+@each
+def test_a_gradient_has_a_gradient(family: Family) -> None:
+    """A penalty on the gradient, in bfloat16 as in float32, where torch's sdpa has none."""
+    found = []
+    for dtype, backend in ((torch.float32, "eager"), (torch.bfloat16, "sdpa")):
+        model = family.model_of(**family.rounded, tie_word_embeddings=False).to(dtype)
+        model.config.attn_implementation = backend
+        model.requires_grad_(requires_grad=False)
+        weight = model.get_input_embeddings().weight.detach().clone().requires_grad_()
+        (grad,) = torch.autograd.grad(loss_of(model)(weight), weight, create_graph=True)
+        (second,) = torch.autograd.grad(grad.float().square().sum(), weight)
+        found.append(second.float())
+    assert relative_error(found[1], found[0]) < 0.1

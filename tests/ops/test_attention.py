@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 
 from quintet.errors import MissingDependencyError, UnsupportedBackendError
-from quintet.ops.attention import BACKENDS, attention_backend, eager, flash, in_blocks, sdpa
+from quintet.ops.attention import BACKENDS, attention_backend, eager, flash, sdpa
+from quintet.ops.causal_blocks import in_blocks
 from quintet.ops.masks import Visibility, visibility
 from support import relative_error
 

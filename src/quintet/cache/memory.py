@@ -3,17 +3,19 @@
 import torch
 from torch import Tensor
 
+from quintet.ops.transforms import transformed
+
 __all__ = ["locked", "own", "writable"]
 
 
 def writable(held: Tensor, *new: Tensor) -> bool:
     """Tell whether tensors can be written into one that a cache holds.
 
-    Not where a graph of autograd may hold on to it or to them, nor where it was made in inference
-    mode, which forbids that outside of it.
+    Not where a graph of autograd may hold on to it or to them, where it was made in inference mode,
+    which forbids that outside of it, or where what is new has an axis or a tangent of `torch.func`.
     """
     learns = torch.is_grad_enabled() and any(x.requires_grad for x in new)
-    return not (learns or held.requires_grad or locked(held) or _transformed())
+    return not (learns or held.requires_grad or locked(held) or transformed())
 
 
 def locked(held: Tensor) -> bool:
@@ -27,8 +29,3 @@ def locked(held: Tensor) -> bool:
 def own(held: Tensor) -> Tensor:
     """Return a tensor that may be written in place: what is held, or a copy of it."""
     return held if writable(held) else held.clone()
-
-
-def _transformed() -> bool:
-    # Inside torch.func, what is new may have an axis or a tangent that what is held has not.
-    return torch._C._functorch.peek_interpreter_stack() is not None

@@ -4,6 +4,7 @@
 """
 
 from collections.abc import Mapping
+from contextlib import nullcontext
 from importlib import import_module
 from importlib.util import find_spec
 from types import MappingProxyType
@@ -12,12 +13,13 @@ from typing import Any, Protocol
 import torch
 import torch.nn.functional as F  # noqa: N812
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from quintet.errors import MissingDependencyError, UnsupportedBackendError
 from quintet.kernels.attention import attend
 from quintet.kernels.decode import decode
-from quintet.ops.masks import Visibility, causal_mask
+from quintet.ops.causal_blocks import causal_blocks, in_blocks
+from quintet.ops.masks import MOST_ENTRIES, Visibility, causal_mask, shown
+from quintet.ops.transforms import transformed
 
 __all__ = [
     "BACKENDS",
@@ -25,13 +27,9 @@ __all__ = [
     "attention_backend",
     "eager",
     "flash",
-    "in_blocks",
+    "in_range",
     "sdpa",
 ]
-
-# How training on a CPU cuts its queries, and up to which length it does.
-BLOCKS = 4
-LONGEST_IN_BLOCKS = 1024
 
 
 class AttentionBackend(Protocol):
@@ -55,16 +53,9 @@ def eager(
     groups = q.shape[1] // k.shape[1]
     k = k.repeat_interleave(groups, dim=1)
     v = v.repeat_interleave(groups, dim=1)
-    scores = q @ k.transpose(-1, -2) * scale  # (B, H, T, S)
-    mask = seen.mask
-    if seen.is_causal:
-        slots = torch.arange(q.shape[2], dtype=torch.long, device=q.device)
-        mask = causal_mask(slots[None], k.shape[2], None)
-    if mask is not None and mask.dtype == torch.bool:
-        # The lowest finite number, not -inf: a row that sees nothing stays finite.
-        scores = scores.masked_fill(~mask, torch.finfo(scores.dtype).min)
-    elif mask is not None:
-        scores = scores + mask
+    q_wide, k_wide, precision = in_range(q, k)
+    with precision:
+        scores = shown(q_wide @ k_wide.transpose(-1, -2) * scale, seen)  # (B, H, T, S)
     weights = scores.softmax(dim=-1, dtype=torch.float32).to(q.dtype)
     return F.dropout(weights, dropout) @ v, weights
 
@@ -73,6 +64,9 @@ def sdpa(
     q: Tensor, k: Tensor, v: Tensor, seen: Visibility, *, scale: float, dropout: float
 ) -> tuple[Tensor, Tensor | None]:
     """Attend by `torch.nn.functional.scaled_dot_product_attention`, or by a kernel for CPUs."""
+    if transformed():
+        # The fused attention has no rules for that.
+        return eager(q, k, v, seen, scale=scale, dropout=dropout)[0], None
     if not seen.custom and not dropout:
         made = decode(q, k, v, start=seen.start, window=seen.window, scale=scale)
         if made is not None:
@@ -81,21 +75,59 @@ def sdpa(
         if made is not None:
             return made, None
     if seen.is_causal and not dropout and in_blocks(q):
-        return _causal_blocks(q, k, v, scale), None
-    mask = seen.mask
+        return causal_blocks(q, k, v, scale), None
+    if seen.slots is not None:
+        return _by_queries(q, k, v, seen, seen.slots, scale=scale, dropout=dropout), None
+    return _fused(q, k, v, seen.mask, is_causal=seen.is_causal, scale=scale, dropout=dropout), None
+
+
+def _fused(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: Tensor | None,
+    *,
+    scale: float,
+    dropout: float,
+    is_causal: bool = False,
+) -> Tensor:
     if mask is not None and mask.is_floating_point():
-        mask = mask.to(q.dtype)
-    out = F.scaled_dot_product_attention(
+        # The lowest number of a wider dtype would be -inf, and a row of them no number.
+        mask = mask.clamp(min=torch.finfo(q.dtype).min).to(q.dtype)
+    return F.scaled_dot_product_attention(
         q,
         k,
         v,
         attn_mask=mask,
         dropout_p=dropout,
-        is_causal=seen.is_causal,
+        # Not what a program that is recorded for any length makes of a comparison of lengths.
+        is_causal=True if is_causal else False,  # noqa: SIM210
         scale=scale,
-        enable_gqa=q.shape[1] != k.shape[1],
+        enable_gqa=True if q.shape[1] != k.shape[1] else False,  # noqa: SIM210
     )
-    return out, None
+
+
+def _by_queries(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    seen: Visibility,
+    slots: Tensor,
+    *,
+    scale: float,
+    dropout: float,
+) -> Tensor:
+    """Attend with some queries at a time, to the keys that they reach: no mask is ever large."""
+    T, S = q.shape[2], k.shape[2]
+    size = max(1, MOST_ENTRIES // (len(slots) * S))
+    out = []
+    for first in range(0, T, size):
+        last = min(first + size, T)
+        begin, end = seen.keys_of(first, last, S)
+        mask = causal_mask(slots[:, first:last], end, seen.window, begin=begin)
+        keys, values = k[:, :, begin:end], v[:, :, begin:end]
+        out.append(_fused(q[:, :, first:last], keys, values, mask, scale=scale, dropout=dropout))
+    return torch.cat(out, dim=2)
 
 
 def flash(
@@ -153,64 +185,18 @@ def flash(
     return out.transpose(1, 2), None
 
 
-def in_blocks(q: Tensor) -> bool:
-    """Tell whether this is training on a CPU in bfloat16, on texts short enough for `BLOCKS`."""
-    if q.device.type != "cpu" or q.shape[2] > LONGEST_IN_BLOCKS or torch.compiler.is_compiling():
-        return False
-    low = q.dtype == torch.bfloat16 or (
-        torch.is_autocast_enabled("cpu") and torch.get_autocast_dtype("cpu") == torch.bfloat16
-    )
-    return low and torch.is_grad_enabled() and q.requires_grad
+def in_range(*tensors: Tensor) -> tuple[Any, ...]:
+    """Return tensors of which scores are made, and the context to make them in.
 
-
-class _CausalBlocks(torch.autograd.Function):
-    """Attend block by block of queries, each to the keys up to its end, with plain products.
-
-    With the gradient it takes half the time of torch's fused kernel for CPUs, and keeps the
-    weights, which is why long texts do not come here. Shapes: q, k, v (N, T, D); the scores are
-    q·kᵀ, unscaled.
+    float16 ends at 65,504, which a product of queries and keys passes before it is scaled; what
+    would be float16, also by autocast, is widened to float32.
     """
-
-    @staticmethod
-    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        T = q.shape[1]
-        size = -(-T // BLOCKS)
-        hidden = q.new_full((size, size), -torch.inf).triu(1)
-        out, weights = torch.empty_like(v), []
-        for start in range(0, T, size):
-            end = min(start + size, T)
-            scores = q[:, start:end] @ k[:, :end].mT
-            scores[..., start:] += hidden[: end - start, : end - start]
-            weights.append(scores.softmax(dim=-1))
-            out[:, start:end] = weights[-1] @ v[:, :end]
-        ctx.save_for_backward(q, k, v, *weights)
-        return out
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        q, k, v, *weights = ctx.saved_tensors
-        grad = grad.contiguous()
-        for_q, for_k, for_v = torch.empty_like(q), torch.zeros_like(k), torch.zeros_like(v)
-        start = 0
-        for weight in weights:
-            end = start + weight.shape[1]
-            here = grad[:, start:end]
-            for_v[:, :end] += weight.mT @ here
-            moved = torch._softmax_backward_data(here @ v[:, :end].mT, weight, -1, weight.dtype)
-            for_q[:, start:end] = moved @ k[:, :end]
-            for_k[:, :end] += moved.mT @ q[:, start:end]
-            start = end
-        return for_q, for_k, for_v
-
-
-def _causal_blocks(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
-    groups = q.shape[1] // k.shape[1]
-    q, k, v = (x.to(torch.bfloat16) for x in (q * scale, k, v))
-    k, v = k.repeat_interleave(groups, dim=1), v.repeat_interleave(groups, dim=1)
-    with torch.autocast("cpu", enabled=False):
-        out: Tensor = _CausalBlocks.apply(*(x.flatten(0, 1) for x in (q, k, v)))  # type: ignore[no-untyped-call]
-    return out.view(*q.shape[:3], -1)
+    device = tensors[0].device.type
+    chosen = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+    narrow = torch.get_autocast_dtype(device) if chosen else tensors[0].dtype
+    if narrow != torch.float16:
+        return (*tensors, nullcontext())
+    return (*(x.to(torch.float32) for x in tensors), torch.autocast(device, enabled=False))
 
 
 def _learns(*tensors: Tensor) -> bool:

@@ -5,7 +5,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-__all__ = ["Visibility", "causal_mask", "visibility"]
+__all__ = ["Visibility", "causal_mask", "shown", "visibility"]
+
+# A mask of more entries is made for some of the queries at a time.
+MOST_ENTRIES = 2**23
 
 
 @dataclass(frozen=True, slots=True)
@@ -14,11 +17,12 @@ class Visibility:
 
     Attributes:
         mask: (B or 1, H or 1, T, S), True where a query sees a key, or a float to add to the
-            scores; None where `is_causal` says it all, or every key is seen.
+            scores; None where `is_causal` says it all, every key is seen, or `slots` are given.
         is_causal: query i of T sees keys 0..i of S = T.
         start: the first query's slot, one for all rows or (B,).
         window: how many keys, its own included, a query sees at the most; None for no limit.
         custom: the mask is the caller's own, not one that `start` and `window` describe.
+        slots: (B or 1, T), the slots of queries whose mask would be too large to have at once.
     """
 
     mask: Tensor | None
@@ -26,19 +30,46 @@ class Visibility:
     start: int | Tensor
     window: int | None
     custom: bool = False
+    slots: Tensor | None = None
+
+    def keys_of(self, first: int, last: int, S: int) -> tuple[int, int]:
+        """Return from which key up to which the queries `first` up to `last` see any of S."""
+        start = self.start
+        if isinstance(start, Tensor) and start.is_meta:
+            return 0, S
+        least, most = (start,) * 2 if isinstance(start, int) else (start.min(), start.max())
+        begin = 0 if self.window is None else max(0, int(least) + first - self.window + 1)
+        return begin, min(S, int(most) + last)
 
 
-def causal_mask(slots: Tensor, S: int, window: int | None) -> Tensor:
+def causal_mask(slots: Tensor, S: int, window: int | None, *, begin: int = 0) -> Tensor:
     """Return (B, 1, T, S): key slot s is seen from slot t when t - window < s <= t.
 
-    Shapes: slots (B, T), the slot of each query.
+    Shapes: slots (B, T), the slot of each query. Only the keys from `begin` on are looked at.
     """
-    keys = torch.arange(S, dtype=torch.long, device=slots.device)
-    distance = slots[:, :, None] - keys  # (B, T, S)
-    seen = distance >= 0
+    keys = torch.arange(begin, S, dtype=torch.long, device=slots.device)
+    # Compared, not subtracted: a difference of all pairs takes eight times the memory.
+    seen = keys <= slots[:, :, None]  # (B, T, S)
     if window is not None:
-        seen &= distance < window
+        seen &= keys > slots[:, :, None] - window
     return seen[:, None]
+
+
+def shown(scores: Tensor, seen: Visibility) -> Tensor:
+    """Return scores (B, H, T, S) with those of keys that a query does not see lowered."""
+    T, S = scores.shape[-2:]
+    mask = seen.mask
+    if seen.is_causal:
+        places = torch.arange(T, dtype=torch.long, device=scores.device)
+        mask = causal_mask(places[None], S, None)
+    elif seen.slots is not None:
+        mask = causal_mask(seen.slots, S, seen.window)
+    if mask is None:
+        return scores
+    if mask.dtype == torch.bool:
+        # The lowest finite number, not -inf: a row that sees nothing stays finite.
+        return scores.masked_fill(~mask, torch.finfo(scores.dtype).min)
+    return scores + mask.to(scores.dtype)
 
 
 def visibility(
@@ -54,4 +85,8 @@ def visibility(
             window = None
         if window is None and end == S and (T == 1 or start == 0):
             return Visibility(None, T > 1, start, None)
+    # A program that is recorded once has to serve other lengths, and has no loops over them.
+    recorded = torch.compiler.is_compiling() or torch._C._is_tracing()
+    if not recorded and T > 1 and slots.numel() * S > MOST_ENTRIES:
+        return Visibility(None, False, start, window, slots=slots)
     return Visibility(causal_mask(slots, S, window), False, start, window)

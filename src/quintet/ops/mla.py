@@ -25,8 +25,8 @@ from torch import Tensor
 
 from quintet.kernels.attention import attend as attend_parts
 from quintet.kernels.latent import attend_latents
-from quintet.ops.attention import AttentionBackend, eager, sdpa
-from quintet.ops.masks import Visibility, causal_mask
+from quintet.ops.attention import AttentionBackend, eager, in_range, sdpa
+from quintet.ops.masks import Visibility, shown
 
 __all__ = ["BREAK_EVEN_QUERIES", "absorbed", "absorbs", "expanded", "latent_attention"]
 
@@ -146,24 +146,25 @@ def absorbed(
     """
     B, H, T, Dn = q_nope.shape
     S = c_kv.shape[1]
-    q_latent = torch.einsum("bhtd,hdr->bhtr", q_nope, w_kv[:, :Dn])
+    *wide, precision = in_range(q_nope, q_pe, c_kv, k_pe, w_kv[:, :Dn])
+    with precision:
+        scores = shown(_scores(*wide, scale=scale).view(B, H, T, S), seen)
+    weights = scores.softmax(dim=-1, dtype=torch.float32).to(q_nope.dtype)
+    mixed = F.dropout(weights, dropout).flatten(1, 2) @ c_kv  # (B, H·T, R)
+    by_head = mixed.view(B, H, T, -1).permute(1, 3, 0, 2).flatten(2)  # (H, R, B·T)
+    out = w_kv[:, Dn:] @ by_head  # (H, Dv, B·T)
+    return out.view(H, -1, B, T).permute(2, 0, 3, 1), weights
+
+
+def _scores(
+    q_nope: Tensor, q_pe: Tensor, c_kv: Tensor, k_pe: Tensor, w_uk: Tensor, *, scale: float
+) -> Tensor:
+    """Return (B, H·T, S)."""
+    q_latent = torch.einsum("bhtd,hdr->bhtr", q_nope, w_uk)
     # What is cut out of something larger, a growing cache or w_kv, stands on the left and as it
     # lies: oneDNN copies a transposed slice first, which takes ten times as long as the product.
     positional = k_pe @ q_pe.flatten(1, 2).transpose(1, 2)  # (B, S, H·T)
     scores = torch.baddbmm(
         positional, c_kv, q_latent.flatten(1, 2).transpose(1, 2), beta=scale, alpha=scale
     )
-    scores = scores.transpose(1, 2).contiguous().view(B, H, T, S)
-    mask = seen.mask
-    if seen.is_causal:
-        mask = causal_mask(torch.arange(T, dtype=torch.long, device=scores.device)[None], S, None)
-    if mask is not None and mask.dtype == torch.bool:
-        # The lowest finite number, not -inf: a row that sees nothing stays finite.
-        scores = scores.masked_fill(~mask, torch.finfo(scores.dtype).min)
-    elif mask is not None:
-        scores = scores + mask.to(scores.dtype)
-    weights = scores.softmax(dim=-1, dtype=torch.float32).to(q_nope.dtype)
-    mixed = F.dropout(weights, dropout).flatten(1, 2) @ c_kv  # (B, H·T, R)
-    by_head = mixed.view(B, H, T, -1).permute(1, 3, 0, 2).flatten(2)  # (H, R, B·T)
-    out = w_kv[:, Dn:] @ by_head  # (H, Dv, B·T)
-    return out.view(H, -1, B, T).permute(2, 0, 3, 1), weights
+    return scores.transpose(1, 2).contiguous()

@@ -29,8 +29,11 @@ def check_token_ids(input_ids: Tensor, vocab_size: int) -> None:
             f"input_ids has shape {tuple(input_ids.shape)}: there is no token to start from; "
             "give at least one, for example the tokenizer's bos or eos token"
         )
-    # Reading the ids back from another device would stall it at every step.
+    # Reading the ids back from another device would stall it at every step, and rows that
+    # torch.func runs side by side cannot be read.
     if torch.compiler.is_compiling() or input_ids.device.type != "cpu":
+        return
+    if torch._C._functorch.is_functorch_wrapped_tensor(input_ids):
         return
     # Of a few numbers, faster than torch.
     ids = input_ids.flatten().tolist()
