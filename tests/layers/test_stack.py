@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.nn.utils import parametrize
 
 import conformance.families as conformance
 from conformance.families import WIDE, Family
@@ -15,6 +16,7 @@ from quintet import DynamicCache, OffloadedCache, QuantizedCache, Qwen2ForCausal
 from quintet.cache import Cache
 from quintet.kernels.native import native
 from quintet.layers import stack
+from quintet.layers.norm import RMSNorm
 from quintet.layers.step import Step
 from quintet.modeling import decoder
 from support import relative_error, small_config
@@ -63,12 +65,12 @@ def passes(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
 
 
 @pytest.fixture
-def gathered(monkeypatch: pytest.MonkeyPatch) -> list[stack.Gathered]:
+def gathered(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
     """What was gathered, in order."""
-    seen: list[stack.Gathered] = []
+    seen: list[Any] = []
     real = decoder.gather
 
-    def watched(*arguments: Any) -> stack.Gathered:
+    def watched(*arguments: Any) -> Any:
         seen.append(real(*arguments))
         return seen[-1]
 
@@ -231,6 +233,16 @@ def own_layer(model: Qwen2ForCausalLM) -> None:
     model.model.layers[1].__class__ = type("Own", (kind,), {})
 
 
+def own_layer_of_another_forward(model: Qwen2ForCausalLM) -> None:
+    kind = type(model.model.layers[1])
+
+    class Own(kind):  # type: ignore[misc, valid-type]
+        def forward(self, hidden_states: Tensor, step: Step) -> Tensor:
+            return 2 * hidden_states
+
+    model.model.layers[1].__class__ = Own
+
+
 def hook_layer(model: Qwen2ForCausalLM) -> None:
     model.model.layers[1].register_forward_pre_hook(lambda module, given: (2 * given[0],))
 
@@ -333,60 +345,148 @@ def test_a_caller_s_own_keys_are_not_written_into(model: Qwen2ForCausalLM) -> No
         assert torch.equal(tensor, old)
 
 
-def test_weights_that_are_held_are_those_of_the_beginning(
-    model: Qwen2ForCausalLM, gathered: list[stack.Gathered]
+def swap_weight(model: Qwen2ForCausalLM) -> None:
+    proj = model.model.layers[1].mlp.up_proj
+    proj.weight = nn.Parameter(2 * proj.weight.detach())
+
+
+def swap_memory(model: Qwen2ForCausalLM) -> None:
+    proj = model.model.layers[1].mlp.up_proj
+    proj.weight.data = 2 * proj.weight.data
+
+
+def edit_weight(model: Qwen2ForCausalLM) -> None:
+    model.model.layers[1].mlp.up_proj.weight.data.mul_(2)
+
+
+def swap_layer(model: Qwen2ForCausalLM) -> None:
+    model.model.layers[1] = copy.deepcopy(model.model.layers[2])
+
+
+def swap_final_norm(model: Qwen2ForCausalLM) -> None:
+    model.model.norm = nn.Identity()
+
+
+def swap_activation(model: Qwen2ForCausalLM) -> None:
+    model.model.layers[1].mlp.act_fn = torch.tanh
+
+
+def change_epsilon(model: Qwen2ForCausalLM) -> None:
+    model.model.layers[1].input_layernorm.variance_epsilon = 0.5
+
+
+def hook_map(model: Qwen2ForCausalLM) -> None:
+    model.model.layers[1].mlp.up_proj.register_forward_hook(lambda module, given, out: 2 * out)
+
+
+def parametrize_map(model: Qwen2ForCausalLM) -> None:
+    class Double(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return 2 * x
+
+    parametrize.register_parametrization(model.model.layers[1].mlp.up_proj, "weight", Double())
+
+
+CHANGES = [
+    wrap_map,
+    replace_norm,
+    change_forward,
+    own_layer_of_another_forward,
+    hook_layer,
+    swap_weight,
+    swap_memory,
+    edit_weight,
+    swap_layer,
+    swap_final_norm,
+    swap_activation,
+    change_epsilon,
+    hook_map,
+    parametrize_map,
+]
+
+
+@pytest.mark.parametrize("change", CHANGES, ids=lambda f: f.__name__)
+def test_what_is_changed_between_two_steps_is_seen_by_the_next(
+    model: Qwen2ForCausalLM, gathered: list[Any], change: Callable[[Qwen2ForCausalLM], None]
 ) -> None:
-    expected = step(model, DynamicCache(model.config))
+    cache = DynamicCache(model.config)
+    ids = torch.arange(20)[None]
+    with torch.no_grad(), model.layers_kept(cache):
+        model(ids, past_key_values=cache)
+        for token in (3, 4, 5):
+            model(torch.tensor([[token]]), past_key_values=cache)
+        assert len(gathered) == 1
+        before, after = copy.deepcopy(cache), copy.deepcopy(cache)
+        unchanged = model(torch.tensor([[6]]), past_key_values=before).logits
+        change(model)
+        made = model(torch.tensor([[6]]), past_key_values=cache).logits
+    with torch.no_grad():
+        expected = model(torch.tensor([[6]]), past_key_values=after).logits
+    assert torch.equal(made, expected)
+    assert not torch.equal(made, unchanged)
+
+
+def test_a_class_that_is_patched_between_two_steps_is_seen_by_the_next(
+    model: Qwen2ForCausalLM, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cache = DynamicCache(model.config)
+    with torch.no_grad(), model.layers_kept(cache):
+        model(torch.arange(20)[None], past_key_values=cache)
+        model(torch.tensor([[3]]), past_key_values=cache)
+        calls: list[nn.Module] = []
+        written = RMSNorm.forward
+
+        def mine(norm: RMSNorm, x: Tensor) -> Tensor:
+            calls.append(norm)
+            return written(norm, x)
+
+        monkeypatch.setattr(RMSNorm, "forward", mine)
+        model(torch.tensor([[3]]), past_key_values=cache)
+    assert len(calls) == 2 * model.config.num_hidden_layers + 1
+
+
+def test_nothing_is_kept_at_the_end_nor_after_a_failure(
+    model: Qwen2ForCausalLM, gathered: list[Any]
+) -> None:
+    cache = DynamicCache(model.config)
 
     def fail_halfway() -> None:
-        with model.weights_held():
-            before = len(gathered)
-            made = step(model, DynamicCache(model.config))
-            assert torch.equal(made, expected)
-            assert len(gathered) == before
-            replace_norm(model)
+        with model.layers_kept(cache):
+            step(model, cache)
+            step(model, copy.deepcopy(cache))
+            assert cache.kept_layers is not None
             raise RuntimeError("halfway")
 
     with pytest.raises(RuntimeError, match="halfway"):
         fail_halfway()
-    assert not torch.equal(step(model, DynamicCache(model.config)), expected)
+    assert cache.kept_layers is None
+    before = len(gathered)
+    with torch.no_grad():
+        for _ in range(2):
+            model(torch.tensor([[1]] * 3), past_key_values=cache)
+    assert len(gathered) == before + 2
+    assert cache.kept_layers is None
 
 
-def test_nothing_is_gathered_where_no_kernel_would_run(
-    model: Qwen2ForCausalLM, gathered: list[stack.Gathered], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    with torch.autocast("cpu", torch.bfloat16):
-        step(model, DynamicCache(model.config))
-    monkeypatch.setattr(stack, "available", lambda: False)
-    step(model, DynamicCache(model.config))
-    assert gathered == []
-
-
-def test_nothing_is_held_once_all_have_ended(model: Qwen2ForCausalLM) -> None:
-    # As two threads may: the one that began first ends first.
-    first, second = model.weights_held(), model.weights_held()
-    first.__enter__()
-    second.__enter__()
-    first.__exit__(None, None, None)
-    expected = step(model, DynamicCache(model.config))
-    second.__exit__(None, None, None)
-    replace_norm(model)
-    assert not torch.equal(step(model, DynamicCache(model.config)), expected)
-
-
-def test_a_copy_made_meanwhile_reads_its_own_weights(model: Qwen2ForCausalLM) -> None:
-    with model.weights_held():
-        copies = copy.deepcopy(model), pickle.loads(pickle.dumps(model))
-    expected = step(model, DynamicCache(model.config))
-    for other in copies:
-        assert torch.equal(step(other, DynamicCache(model.config)), expected)
-        replace_norm(other)
-        assert not torch.equal(step(other, DynamicCache(model.config)), expected)
+def test_copies_made_meanwhile_read_their_own_weights(model: Qwen2ForCausalLM) -> None:
+    cache = DynamicCache(model.config)
+    with torch.no_grad(), model.layers_kept(cache):
+        model(torch.arange(20)[None], past_key_values=cache)
+        model(torch.tensor([[3]]), past_key_values=cache)
+        for copied in (
+            lambda x: copy.deepcopy(x),
+            lambda x: pickle.loads(pickle.dumps(x)),
+        ):
+            other, its_cache = copied(model), copied(cache)
+            assert its_cache.kept_layers is None
+            edit_weight(other)
+            plain = model(torch.tensor([[4]]), past_key_values=copied(cache)).logits
+            assert not torch.equal(other(torch.tensor([[4]]), past_key_values=its_cache)[0], plain)
 
 
 def test_generate_gathers_once(
     model: Qwen2ForCausalLM,
-    gathered: list[stack.Gathered],
+    gathered: list[Any],
     passes: list[bool],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:

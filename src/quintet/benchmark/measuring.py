@@ -79,7 +79,7 @@ def decode(
     cache = filled_cache(model, batch, depth, cache)
     ids = random_ids(model.config.vocab_size, batch, steps + 1, seed).to(model.device)
     started, made = 0.0, 0
-    with model.weights_held():
+    with model.layers_kept(cache):
         for column in torch.split(ids, 1, dim=1):
             output = model(column, past_key_values=cache, use_cache=True, logits_to_keep=1)
             _next(output.logits)

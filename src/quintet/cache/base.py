@@ -100,6 +100,12 @@ class Cache:
         ahead: the cache of layers of multi-token prediction, where they have drafted for these
             rows; what drafts keeps it. None where they have not.
         ahead_until: (B,) how long the rows were when it was left.
+        keeps_layers: whether what the model took down of its layers is kept for the next forward,
+            as nobody but this generation has the cache.
+        kept_layers: that; a model's own affair.
+        seen: where each forward that fills the cache puts the states and embeddings (B, T, C) of
+            its tokens, and which of them are no padding, (B, T) or None for all; None to put
+            nothing there.
 
     Args:
         layers: each layer's keys and values; None for a layer without attention.
@@ -119,6 +125,9 @@ class Cache:
         self._ahead = False
         self.ahead: Cache | None = None
         self.ahead_until: Tensor | None = None
+        self.keeps_layers = False
+        self.kept_layers: object = None
+        self.seen: list[tuple[Tensor, Tensor, Tensor | None]] | None = None
 
     # -- one forward -------------------------------------------------------------------------
 

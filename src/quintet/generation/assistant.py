@@ -38,6 +38,7 @@ class Assistant:
         self.cache = cache
         self.vocab_size = vocab_size
         self.threshold = threshold
+        cache.keeps_layers = True
         self._held: list[int] | None = None
 
     def propose(

@@ -60,8 +60,8 @@ class GenerationMixin:
         """Return an empty cache of the kind the model grows."""
         raise NotImplementedError
 
-    def weights_held(self) -> AbstractContextManager[None]:
-        """Take weights and hooks as they are now for all steps inside."""
+    def layers_kept(self, cache: Cache | None) -> AbstractContextManager[None]:
+        """Take down what layers hold once for all steps inside that go on with a cache."""
         return nullcontext()
 
     @torch.no_grad()
@@ -201,7 +201,7 @@ class GenerationMixin:
                 record=record,
                 streamer=streamer,
             )
-            with self.weights_held():
+            with self.layers_kept(cache):
                 if search:
                     return _beam_output(run, prompt, beam_search(run, search))
                 if drafter is None:

@@ -7,11 +7,11 @@ taken back.
 """
 
 from dataclasses import dataclass
-from typing import Any, Protocol, runtime_checkable
+from typing import Protocol, runtime_checkable
 
 import torch
 import torch.nn.functional as F  # noqa: N812
-from torch import Tensor, nn
+from torch import Tensor
 
 from quintet.cache import Cache, Span
 from quintet.generation.drafts import Draft, Writer
@@ -46,10 +46,6 @@ class Predictor(Protocol):
 
     def logits(self, states: Tensor) -> Tensor:
         """Return the logits (..., V) of states (..., C)."""
-        ...
-
-    def watched(self) -> nn.Module:
-        """Return the module whose output has the main run's states as `last_hidden_state`."""
         ...
 
 
@@ -107,8 +103,9 @@ class Prediction:
     serving engines do (EAGLE, arXiv:2401.15077).
 
     Args:
-        model: runs them; its main run is watched from here on.
-        main: the main run's cache, which has that of the layers beside it.
+        model: runs them.
+        main: the main run's cache, which has that of the layers beside it. What its forwards make
+            is taken from it, so that of two generations by one model each sees its own.
         threshold: a draft ends with a token that is less probable than that.
     """
 
@@ -119,7 +116,7 @@ class Prediction:
         self.threshold = threshold
         self._depth = model.prediction_depth()
         self._seen: list[_Seen] = []
-        self._handle = model.watched().register_forward_hook(self._watch, with_kwargs=True)
+        main.seen = []
 
     def propose(
         self, text: Text, wanted: list[int], goes_on: list[bool], sampler: Sampler
@@ -153,6 +150,7 @@ class Prediction:
 
     def accepted(self, counts: list[int]) -> None:
         """Keep of the last forward what belongs to tokens that were taken."""
+        self._look()
         seen, most = self._seen[-1], max(counts)
         states, embeds, mask = seen.states[:, :most], seen.embeds[:, :most], None
         if min(counts) < most:
@@ -177,21 +175,17 @@ class Prediction:
 
     def close(self) -> None:
         """Stop watching the main run."""
-        self._handle.remove()
+        self.main.seen = None
 
-    def _watch(self, module: nn.Module, args: Any, kwargs: dict[str, Any], output: Any) -> None:
-        states = output.last_hidden_state
-        ids, embeds, mask = (
-            kwargs[name] for name in ("input_ids", "inputs_embeds", "attention_mask")
-        )
-        if embeds is None:
-            embeds = self.model.embed(ids)
-        if mask is not None:
-            mask = mask[:, -states.shape[1] :].to(torch.bool)
-        self._seen.append(_Seen(states, embeds, mask))
+    def _look(self) -> None:
+        """Take over what the main run has made since."""
+        if self.main.seen:
+            self._seen += (_Seen(*made) for made in self.main.seen)
+            self.main.seen.clear()
 
     def _read(self, last: Tensor, goes_on: list[bool]) -> tuple[Tensor, Tensor, Tensor | None]:
         """Return states and the embeddings ahead of them, (B, W, C), and how many count, (B,)."""
+        self._look()
         pieces, B = self._seen, len(last)
         if len(pieces[0].states) != B:
             pieces = [one.repeat(B // len(one.states)) for one in pieces]

@@ -1,7 +1,7 @@
 """Decoder layers, as many as there are in a row, in one call where few tokens pass them."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from itertools import chain, groupby
 from typing import NamedTuple
@@ -14,11 +14,12 @@ from quintet.kernels.native import applies, available
 from quintet.kernels.stack import Stack
 from quintet.layers.norm import RMSNorm
 from quintet.layers.plain import PlainModule, hooked, untouched
+from quintet.layers.snapshot import Snapshot
 from quintet.layers.step import Step
 from quintet.ops.attention import sdpa
 
 __all__ = [
-    "Gathered",
+    "Kept",
     "LayerRun",
     "Piece",
     "StackLayer",
@@ -129,14 +130,23 @@ class LayerRun:
         return self.stack.run(hidden, tokens, kept)
 
 
-@dataclass(frozen=True, slots=True)
-class Gathered:
-    """All layers of a model, as runs."""
+class Kept:
+    """Runs of all layers of a model, to be used again while nobody changes them."""
 
-    runs: tuple[LayerRun, ...]
+    def __init__(self, runs: Sequence[LayerRun], final_norm: nn.Module) -> None:
+        self.runs = tuple(runs)
+        self._layers = tuple(chain.from_iterable(run.layers for run in runs))
+        self._final_norm = final_norm
+        uncalled = [run.layers for run in runs if run.stack is not None]
+        self._snapshot = Snapshot([*chain.from_iterable(uncalled), final_norm])
+
+    def serves(self, layers: tuple[nn.Module, ...], final_norm: nn.Module) -> bool:
+        """Tell whether these are the layers, and nobody changed or hooked them since."""
+        same = layers == self._layers and final_norm is self._final_norm
+        return same and self._snapshot.holds()
 
     def __reduce__(self) -> tuple[type[None], tuple[()]]:
-        # A copy of a model has weights of its own to gather.
+        # A copy of a cache may be gone on with by a copy of the model.
         return type(None), ()
 
 
@@ -154,7 +164,7 @@ def fits(hidden: Tensor, step: Step) -> bool:
 
 def gather(
     layers: Iterable[nn.Module], final_norm: nn.Module, C: int, dtype: torch.dtype
-) -> Gathered:
+) -> tuple[LayerRun, ...]:
     """Take down what layers hold, as many in a row together as can be run in one call.
 
     They have to be called where a module is hooked or replaced by another.
@@ -170,7 +180,7 @@ def gather(
         stack = Stack.of([piece.part for piece in pieces], C, dtype) if pieces else None
         own = tuple(layer for layer, _ in group)
         runs.append(LayerRun(own, stack, tuple(pieces), behind is not None))
-    return Gathered(tuple(runs))
+    return tuple(runs)
 
 
 def _nothing(step: Step) -> tuple[Tensor, ...]:

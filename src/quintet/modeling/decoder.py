@@ -18,7 +18,7 @@ from quintet.cache import Cache, DynamicCache, LegacyCache, Span, from_legacy, t
 from quintet.errors import InputError
 from quintet.layers.rotary import RotaryEmbedding
 from quintet.layers.running import run_layer
-from quintet.layers.stack import Gathered, LayerRun, fits, gather
+from quintet.layers.stack import Kept, LayerRun, fits, gather
 from quintet.layers.step import Notes, Step
 from quintet.modeling.base import PreTrainedModel
 from quintet.modeling.contract import vocabulary_of
@@ -64,7 +64,6 @@ class DecoderModel(PreTrainedModel):
     norm: nn.Module
     rotary_emb: RotaryEmbedding
     windows: Iterable[int | None] = (None,)
-    _held: Gathered | None = None
 
     def forward(
         self,
@@ -124,20 +123,20 @@ class DecoderModel(PreTrainedModel):
         return DynamicCache(self.config)
 
     @contextmanager
-    def weights_held(self) -> Iterator[None]:
-        """Take weights and hooks as they are now for all steps inside, which need not look again.
+    def layers_kept(self, cache: Cache | None) -> Iterator[None]:
+        """Take down what layers hold once for all steps inside that go on with a cache.
 
         Where layers run in one call (`quintet.layers.stack`), gathering what they hold takes longer
-        than all else that is not computing.
+        than all else that is not computing. It is kept with the cache, which belongs to one
+        generation as no model does; each step looks whether anything was changed since.
         """
-        # Whether gradients are recorded is asked at every step.
-        with torch.no_grad():
-            self._held = self._gather()
+        if cache is not None:
+            cache.keeps_layers = True
         try:
             yield
         finally:
-            # Not what was held before: of two threads, the one that began first may end first.
-            self._held = None
+            if cache is not None:
+                cache.keeps_layers, cache.kept_layers = False, None
 
     @property
     def final_norm(self) -> nn.Module:
@@ -184,6 +183,7 @@ class DecoderModel(PreTrainedModel):
 
         if position_ids is not None:
             position_ids = _positions(position_ids, B, T)
+        given = embeds
         if rows is not None:
             embeds = rows.pack(embeds)
             position_ids = None if position_ids is None else rows.pack(position_ids)
@@ -204,6 +204,8 @@ class DecoderModel(PreTrainedModel):
             routed = [rows.unpack(logits) for logits in routed]
         if weighs and mask is not None:
             weights = [_in_columns(w, rows, mask, span.keys) for w in weights]
+        if cache is not None and cache.seen is not None:
+            cache.seen.append((states[-1], given, None if mask is None else mask[:, -T:].bool()))
 
         past: Cache | LegacyCache | None = cache if use_cache else None
         if past is not None and cache is not None and isinstance(past_key_values, tuple):
@@ -302,7 +304,7 @@ class DecoderModel(PreTrainedModel):
         runs: tuple[LayerRun, ...] = (LayerRun(self._own_layers()),)
         routes = step.notes.router_logits is not None
         if not keeps and not routes and not torch.compiler.is_compiling() and fits(hidden, step):
-            runs = (self._held or self._gather()).runs
+            runs = self._gathered(step.cache)
         normalised = False
         for run in runs:
             made = run.in_one_call(hidden, step)
@@ -315,9 +317,16 @@ class DecoderModel(PreTrainedModel):
                 hidden = self._run_layer(layer, hidden, step)
         return [*states, hidden if normalised else self.final_norm(hidden)]
 
-    def _gather(self) -> Gathered:
-        layers = self._own_layers()
-        return gather(layers, self.final_norm, self.config.hidden_size, self.dtype)
+    def _gathered(self, cache: Cache | None) -> tuple[LayerRun, ...]:
+        layers, norm, C = self._own_layers(), self.final_norm, self.config.hidden_size
+        if cache is None or not cache.keeps_layers:
+            return gather(layers, norm, C, self.dtype)
+        kept = cache.kept_layers
+        if not isinstance(kept, Kept) or not kept.serves(layers, norm):
+            # Whether gradients are recorded is asked at every step.
+            with torch.no_grad():
+                cache.kept_layers = kept = Kept(gather(layers, norm, C, self.dtype), norm)
+        return kept.runs
 
     def _own_layers(self) -> tuple[nn.Module, ...]:
         # A family may keep further layers behind, which are no part of a run.

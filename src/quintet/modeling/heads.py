@@ -66,9 +66,9 @@ class CausalLMHead(_Headed, GenerationMixin):
         """Return an empty cache of the kind this family grows."""
         return cast("DecoderModel", self.base_model).new_cache()
 
-    def weights_held(self) -> AbstractContextManager[None]:
-        """Take weights and hooks as they are now for all steps inside."""
-        return cast("DecoderModel", self.base_model).weights_held()
+    def layers_kept(self, cache: Cache | None) -> AbstractContextManager[None]:
+        """Take down what layers hold once for all steps inside that go on with a cache."""
+        return cast("DecoderModel", self.base_model).layers_kept(cache)
 
     def forward(
         self,

@@ -219,10 +219,6 @@ class MtpCausalLMHead(MoeCausalLMHead):
         """Return the logits (..., V) of states (..., C)."""
         return self.lm_head(states)  # type: ignore[no-any-return]
 
-    def watched(self) -> nn.Module:
-        """Return the module whose output has the main run's states."""
-        return self.model
-
     # -- checkpoints ---------------------------------------------------------------------------
 
     def tied_names(self) -> dict[str, str]:

@@ -104,6 +104,8 @@ class UnbatchedClassifierFreeGuidanceLogitsProcessor(LogitsProcessor):
             logits_to_keep=1,
         )
         self._cache = output.past_key_values
+        if self._cache is not None:
+            self._cache.keeps_layers = True
         logits: Tensor = output.logits[:, -1]
         return logits
 

@@ -1,0 +1,66 @@
+"""Whether modules are what they were, told faster than what they hold could be asked for."""
+
+import operator
+from collections.abc import Callable, Iterable
+from itertools import chain
+from typing import Any
+
+from torch import Tensor, nn
+
+from quintet.layers.plain import hooked
+
+__all__ = ["Snapshot"]
+
+look_up: Callable[[dict[str, Any], str], Any] = dict.get
+
+
+class Snapshot:
+    """What modules and all below them were when it was taken.
+
+    It tells of another module, parameter or buffer in a place, of other memory behind one, of
+    hooks, of any attribute, and of another class or another forward in a class. What changes
+    within the memory of a weight is the weight's own and no change here.
+    """
+
+    def __init__(self, roots: Iterable[nn.Module]) -> None:
+        # All loops over them are Python's own: there are hundreds, and they are asked every step.
+        modules = list(dict.fromkeys(chain.from_iterable(root.modules() for root in roots)))
+        self._modules = modules
+        self._kinds = list(map(type, modules))
+        self._one_of_each = list(dict(zip(self._kinds, modules, strict=True)).values())
+        self._attributes = list(map(vars, modules))
+        self._values = list(chain.from_iterable(map(dict.values, self._attributes)))
+        self._hooks = [
+            hooks
+            for m in modules
+            for hooks in (
+                m._forward_hooks,
+                m._forward_pre_hooks,
+                m._backward_hooks,
+                m._backward_pre_hooks,
+            )
+        ]
+        places: list[tuple[dict[str, Any], str]] = [
+            (held, name)
+            for m in modules
+            for held in (m._modules, m._parameters, m._buffers)
+            for name in held
+        ]
+        self._held = [held for held, _ in places]
+        self._names = [name for _, name in places]
+        self._parts = list(map(look_up, self._held, self._names))
+        self._tensors = [part for part in self._parts if isinstance(part, Tensor)]
+        self._addresses = list(map(Tensor.data_ptr, self._tensors))
+
+    def holds(self) -> bool:
+        """Tell whether all is as it was."""
+        values = chain.from_iterable(map(dict.values, self._attributes))
+        return (
+            not any(self._hooks)
+            and sum(map(len, self._attributes)) == len(self._values)
+            and all(map(operator.is_, values, self._values))
+            and all(map(operator.is_, map(look_up, self._held, self._names), self._parts))
+            and list(map(Tensor.data_ptr, self._tensors)) == self._addresses
+            and list(map(type, self._modules)) == self._kinds
+            and not any(map(hooked, self._one_of_each))
+        )
