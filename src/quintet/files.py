@@ -3,9 +3,9 @@
 import io
 import json
 import os
+import secrets
 import shutil
 import sys
-import tempfile
 import time
 import warnings
 from collections.abc import Iterator, Mapping
@@ -16,7 +16,7 @@ from typing import Any, BinaryIO
 
 from quintet.errors import CheckpointError, SaveError
 
-__all__ = ["copy_file", "locked", "read_json", "replace_file", "write_text", "write_texts"]
+__all__ = ["copy_file", "locked", "read_json", "write_text", "write_texts"]
 
 # A tokenizer.json of a 256k vocabulary is about 35 MB; nothing honest is larger.
 MAX_JSON_BYTES = 256 * 1024 * 1024
@@ -87,28 +87,21 @@ def _write(contents: Mapping[Path, BinaryIO]) -> None:
         try:
             for path, content in contents.items():
                 path.parent.mkdir(parents=True, exist_ok=True)
-                handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-                written[path] = Path(name)
-                with os.fdopen(handle, "wb") as file:
+                new = path.with_name(f".{path.name}.{secrets.token_hex(6)}")
+                # A plain `open`: asking for the umask sets it, for all threads at once.
+                with new.open("xb") as file:
+                    written[path] = new
                     shutil.copyfileobj(content, file)
                     file.flush()
                     os.fsync(file.fileno())
             for path, new in written.items():
-                replace_file(new, path)
+                new.replace(path)
         except BaseException:
             for new in written.values():
                 new.unlink(missing_ok=True)
             raise
     except OSError as error:
         raise SaveError(f"could not write {path}: {error.strerror or error}") from error
-
-
-def replace_file(new: Path, path: Path) -> None:
-    """Move a finished temporary file to its name, with the rights a plain `open` would give."""
-    mask = os.umask(0)
-    os.umask(mask)
-    new.chmod(0o666 & ~mask)
-    new.replace(path)
 
 
 @contextmanager

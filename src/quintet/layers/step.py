@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
+import torch
 from torch import Tensor
 
 from quintet.cache import Cache, Span
@@ -63,6 +64,7 @@ class Step:
         cache: where layers keep what the next step needs; None to keep nothing.
         embeds: (B, T, C) the embeddings, for layers that look back at them.
         notes: where layers put what was asked for beside their output.
+        elsewhere: the same step on other devices, which layers there share.
     """
 
     cos: Tensor
@@ -73,3 +75,4 @@ class Step:
     cache: Cache | None
     embeds: Tensor
     notes: Notes = field(default_factory=Notes)
+    elsewhere: "dict[torch.device, Step]" = field(init=False, default_factory=dict, repr=False)

@@ -6,6 +6,8 @@ what the rest of the model meets elsewhere.
 
 import dataclasses
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from threading import get_ident
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -42,21 +44,20 @@ def _hook(model: "PreTrainedModel", placement: Placement, parts: Sequence[Part])
     What several layers share is where the first of them is; the others send to it and get back.
     """
     home = model.get_input_embeddings().weight.device
-    mover = _Mover()
     where: dict[nn.Module, torch.device] = {}
     tied = model.tied_names()
     for part in parts:
         # A tied head is where the weight is that it shares.
         origin = tied.get(f"{part.path}.weight", part.path)
         device, module = placement.device_of(origin), model.get_submodule(part.path)
-        module.register_forward_pre_hook(mover.to(device), with_kwargs=True)
+        module.register_forward_pre_hook(_Bring(device), with_kwargs=True)
         for guest in _guests(module, device, where):
-            guest.register_forward_pre_hook(mover.fetch(where[guest]), with_kwargs=True)
-            guest.register_forward_hook(mover.send_back())
+            visits = _Visits(where[guest])
+            guest.register_forward_pre_hook(visits.arrive, with_kwargs=True)
+            guest.register_forward_hook(visits.leave, always_call=True)
         where |= {inner: device for inner in module.modules() if inner not in where}
         if model.base_model is not model and not part.path.startswith(model.base_model_prefix):
-            module.register_forward_hook(mover.home(home))
-    model.base_model.register_forward_hook(mover.clear, always_call=True)
+            module.register_forward_hook(_Send(home))
 
 
 def _guests(
@@ -77,7 +78,8 @@ def moved(value: Any, device: torch.device) -> Any:
     if isinstance(value, torch.device):
         return device
     if isinstance(value, Step | Span | Visibility):
-        fields = {f.name: moved(getattr(value, f.name), device) for f in dataclasses.fields(value)}
+        given = (field.name for field in dataclasses.fields(value) if field.init)
+        fields = {name: moved(getattr(value, name), device) for name in given}
         return dataclasses.replace(value, **fields)
     if isinstance(value, Mapping):
         return {key: moved(item, device) for key, item in value.items()}
@@ -87,64 +89,66 @@ def moved(value: Any, device: torch.device) -> Any:
     return value
 
 
-class _Mover:
-    """Moves what parts are given; the step that all layers share, once for each device."""
+# Hooks are objects, not closures: a model is copied and pickled with them. What they keep of a
+# forward is with its step, or with the thread that runs it: others may run the same model.
 
-    def __init__(self) -> None:
-        self._steps: dict[tuple[int, torch.device], tuple[Step, Step]] = {}
-        self._callers: list[torch.device] = []
 
-    def to(self, device: torch.device) -> Any:
-        """Return a hook that brings a part's arguments to it."""
+@dataclass(frozen=True, slots=True)
+class _Bring:
+    """A hook that brings a part's arguments to it."""
 
-        def hook(
-            module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
-        ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-            return (
-                tuple(self._moved(arg, device) for arg in args),
-                {key: self._moved(arg, device) for key, arg in kwargs.items()},
-            )
+    device: torch.device
 
-        return hook
+    def __call__(
+        self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        return (
+            tuple(_brought(arg, self.device) for arg in args),
+            {key: _brought(arg, self.device) for key, arg in kwargs.items()},
+        )
 
-    def home(self, device: torch.device) -> Any:
-        """Return a hook that brings what a part made to a device."""
 
-        def hook(module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
-            return moved(output, device)
+@dataclass(frozen=True, slots=True)
+class _Send:
+    """A hook that sends what a part made to a device."""
 
-        return hook
+    device: torch.device
 
-    def fetch(self, device: torch.device) -> Any:
-        """Return a hook that brings a shared part's arguments to it, and notes where from."""
-        hook = self.to(device)
+    def __call__(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
+        return moved(output, self.device)
 
-        def noting(
-            module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
-        ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-            self._callers.append(args[0].device)
-            arguments: tuple[tuple[Any, ...], dict[str, Any]] = hook(module, args, kwargs)
-            return arguments
 
-        return noting
+@dataclass(slots=True)
+class _Visits:
+    """Two hooks of a part that several share: arguments go to it, and the output back.
 
-    def send_back(self) -> Any:
-        """Return a hook that brings what a shared part made to where it was called from."""
+    Attributes:
+        device: where the part is.
+        callers: from where each thread is calling it.
+    """
 
-        def hook(module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
-            return moved(output, self._callers.pop())
+    device: torch.device
+    callers: dict[int, torch.device] = field(default_factory=dict)
 
-        return hook
+    def arrive(
+        self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """Bring the arguments to the part, and note where they were."""
+        given = (arg for arg in (*args, *kwargs.values()) if isinstance(arg, Tensor))
+        self.callers[get_ident()] = next(given).device
+        return _Bring(self.device)(module, args, kwargs)
 
-    def clear(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-        """Let go of the steps of a forward that is over."""
-        self._steps.clear()
-        self._callers.clear()
+    def leave(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
+        """Send the output to where the arguments were; forget that, also after a failure."""
+        return moved(output, self.callers.pop(get_ident(), self.device))
 
-    def _moved(self, value: Any, device: torch.device) -> Any:
-        if not isinstance(value, Step) or value.embeds.device == device:
-            return moved(value, device)
-        key = (id(value), device)
-        if key not in self._steps:
-            self._steps[key] = (value, moved(value, device))
-        return self._steps[key][1]
+
+def _brought(value: Any, device: torch.device) -> Any:
+    """Return an argument on a device; a step that all layers share, once for each device."""
+    if not isinstance(value, Step):
+        return moved(value, device)
+    if value.embeds.device == device:
+        return value
+    if device not in value.elsewhere:
+        value.elsewhere[device] = moved(value, device)
+    return value.elsewhere[device]
