@@ -3,9 +3,9 @@
 import torch
 from torch import Tensor
 
-from quintet.kernels.native import POINTER, REAL, applies, entry, pointers
+from quintet.kernels.calls import begin, firsts
 
-__all__ = ["COLUMNS", "attend", "slots", "strides"]
+__all__ = ["COLUMNS", "attend"]
 
 # How many columns of values the kernel takes at once, where vectors are widest.
 COLUMNS = 32
@@ -28,35 +28,26 @@ def attend(
 
     Shapes: q (B, H, T, D) each, k (B, K or 1, S, D) each, v (B, K, S, Dv), start (B).
     """
+    call = begin()
+    if call is None or v.dtype != torch.bfloat16 or any(x.ndim != 4 for x in (*q, *k, v)):
+        return None
     B, H, T, _ = q[0].shape
     _, K, S, Dv = v.shape
-    if Dv % COLUMNS or any(x.shape[-1] % 2 for x in q) or not applies(*q, *k, v):
+    slots = firsts(start, B)
+    if not 1 <= len(q) == len(k) <= 2 or not K or H % K or Dv % COLUMNS or slots is None:
         return None
-    if any(x.dtype != torch.bfloat16 or x.stride(-1) != 1 for x in (*q, *k, v)):
-        return None
-    function = entry("quintet_attention_bf16", POINTER, REAL)
-    if function is None:
-        return None
-    out = v.new_empty(B, T, H, Dv).transpose(1, 2)
-    starts = slots(start, B)
-    one, two = len(q) == 1, (q[-1], k[-1])
-    fields = [B, T, S, K, H // K, q[0].shape[-1], 0 if one else two[0].shape[-1], Dv, window or 0]
-    tensors = (q[0], two[0], k[0], two[1], v, out)
-    fields += [x.data_ptr() for x in tensors]
-    for x in tensors:
-        fields += strides(x)
-    function(pointers([*fields, starts.data_ptr()]), scale)
-    return out
-
-
-def strides(x: Tensor) -> tuple[int, int, int]:
-    """Return how far apart rows, tokens and heads of (B, H, T, D) are; 0 for a head of all."""
-    row, head, token, _ = x.stride()
-    return row, token, head if x.shape[1] > 1 else 0
-
-
-def slots(start: int | Tensor, B: int) -> Tensor:
-    """Return the first slot of each of B rows."""
-    if isinstance(start, int):
-        return torch.full((B,), start, dtype=torch.long, device="cpu")
-    return start.to(torch.long).contiguous()
+    call.integers(B, H, K, T, S, Dv, window or 0)
+    call.real(scale)
+    for of_q, of_k in zip(q, k, strict=True):
+        D, heads = of_q.shape[3], of_k.shape[1]
+        if D % 2 or heads not in (1, K):
+            return None
+        call.integers(D, heads)
+        call.rows(of_q, v.dtype, B, H, T, D)
+        call.rows(of_k, v.dtype, B, heads, S, D)
+    if len(q) == 1:
+        call.integers(*[0] * 12)
+    call.rows(v, v.dtype, B, K, S, Dv)
+    out = call.output(v, B, T, H, Dv)
+    call.integers(*slots)
+    return out.transpose(1, 2) if call.run("attention_bf16") else None

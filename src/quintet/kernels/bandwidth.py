@@ -3,18 +3,18 @@
 import torch
 from torch import Tensor
 
-from quintet.kernels.native import INTEGER, POINTER, applies, entry
+from quintet.kernels.calls import begin
 
 __all__ = ["read"]
 
 
 def read(x: Tensor) -> Tensor | None:
     """Return the sum of x (N,) in float32, read in wide loads by all threads; None without it."""
-    if x.dtype != torch.float32 or x.ndim != 1 or not x.is_contiguous() or not applies(x):
+    call = begin()
+    if call is None:
         return None
-    function = entry("quintet_read_f32", POINTER, INTEGER, POINTER)
-    if function is None:
-        return None
-    total = x.new_empty(())
-    function(x.data_ptr(), x.numel(), total.data_ptr())
-    return total
+    count = x.numel()
+    call.integers(count)
+    call.packed(x, torch.float32, count)
+    total = call.output(x)
+    return total if call.run("read_f32") else None

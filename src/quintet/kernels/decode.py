@@ -1,11 +1,9 @@
 """Attention of one new token a row, bound by reading its keys and values."""
 
-import ctypes
-
 import torch
 from torch import Tensor
 
-from quintet.kernels.native import POINTER, REAL, applies, entry, pointers
+from quintet.kernels.calls import begin, firsts
 
 __all__ = ["decode"]
 
@@ -22,23 +20,23 @@ def decode(
 
     Shapes: q (B, H, 1, D), k and v (B, K, S, D), start (B).
     """
+    call = begin()
     suffix = SUFFIX.get(q.dtype)
+    if call is None or suffix is None or q.ndim != 4 or k.ndim != 4:
+        return None
     B, H, T, D = q.shape
     K, S = k.shape[1:3]
-    if T != 1 or suffix is None or D % LANES or not B or not applies(q, k, v):
+    if T != 1 or D % LANES or not B or not K or H % K:
         return None
-    if k.shape != v.shape or k.shape[3] != D or H % K:
+    slots = firsts(start, B)
+    # A query behind the last key has none of its own.
+    if slots is None or not 0 <= min(slots) <= max(slots) < S:
         return None
-    if any(x.dtype != q.dtype or x.stride(3) != 1 for x in (q, k, v)):
-        return None
-    function = entry(f"quintet_decode_{suffix}", POINTER, REAL)
-    if function is None:
-        return None
-    ends = [start + 1] * B if isinstance(start, int) else (start + 1).tolist()
-    assert max(ends) <= S, "a query behind the last key"
-    lengths = pointers(ends)
-    out = q.new_empty((B, 1, H, D))
-    fields = [q.data_ptr(), k.data_ptr(), v.data_ptr(), out.data_ptr(), *q.stride()[:2]]
-    fields += (*k.stride()[:3], *v.stride()[:3], ctypes.addressof(lengths), B, H, K, D, window or 0)
-    function(pointers(fields), scale)
-    return out.transpose(1, 2)
+    call.integers(B, H, K, S, D, window or 0)
+    call.real(scale)
+    call.rows(q, q.dtype, B, H, 1, D)
+    call.rows(k, q.dtype, B, K, S, D)
+    call.rows(v, q.dtype, B, K, S, D)
+    out = call.output(q, B, 1, H, D)
+    call.integers(*(slot + 1 for slot in slots))
+    return out.transpose(1, 2) if call.run(f"decode_{suffix}") else None

@@ -7,9 +7,9 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from quintet.kernels.attention import COLUMNS, slots, strides
+from quintet.kernels.attention import COLUMNS
+from quintet.kernels.calls import begin, firsts
 from quintet.kernels.linear import Matrix
-from quintet.kernels.native import POINTER, REAL, applies, entry, pointers
 from quintet.kernels.parts import Fields, Norm, Part
 
 __all__ = ["LatentAttention", "attend_latents"]
@@ -31,26 +31,26 @@ def attend_latents(
     (B, H, T, Dn), q_pe (B, H, T, Dr), c_kv (B, S, R), k_pe (B, S, Dr), w_kv (H, Dn + Dv, R), start
     (B).
     """
-    B, H, T, Dn = q_nope.shape
-    S, R = c_kv.shape[1:]
+    call = begin()
+    if call is None or (q_nope.ndim, q_pe.ndim, c_kv.ndim, w_kv.ndim) != (4, 4, 3, 3):
+        return None
+    (B, H, T, Dn), (S, R), dtype = q_nope.shape, c_kv.shape[1:], torch.bfloat16
     Dr, Dv = q_pe.shape[-1], w_kv.shape[1] - Dn
-    tensors = (q_nope, q_pe, c_kv, k_pe, w_kv)
-    if Dn % 2 or Dr % 2 or R % COLUMNS or not w_kv.is_contiguous() or not applies(*tensors):
+    slots = firsts(start, B)
+    if Dn % 2 or Dr % 2 or R % COLUMNS or Dv <= 0 or slots is None:
         return None
-    if any(x.dtype != torch.bfloat16 or x.stride(-1) != 1 for x in tensors):
-        return None
-    function = entry("quintet_latent_bf16", POINTER, REAL)
-    if function is None:
-        return None
-    out = q_nope.new_empty(B, T, H, Dv)
-    space = q_nope.new_empty(2, B, T, H, R)
-    starts = slots(start, B)
-    fields = [B, T, S, H, Dn, Dr, Dv, R]
-    fields += [x.data_ptr() for x in (*tensors, space, space[1], out)]
-    for x in (q_nope, q_pe, c_kv[:, None], k_pe[:, None]):
-        fields += strides(x)
-    function(pointers([*fields, starts.data_ptr()]), scale)
-    return out.transpose(1, 2)
+    call.integers(B, H, T, S, Dn, Dr, Dv, R)
+    call.real(scale)
+    call.rows(q_nope, dtype, B, H, T, Dn)
+    call.rows(q_pe, dtype, B, H, T, Dr)
+    call.rows(c_kv, dtype, B, S, R)
+    call.rows(k_pe, dtype, B, S, Dr)
+    call.packed(w_kv, dtype, H, Dn + Dv, R)
+    for _ in range(2):
+        call.output(q_nope, B, T, H, R)
+    out = call.output(q_nope, B, T, H, Dv)
+    call.integers(*slots)
+    return out.transpose(1, 2) if call.run("latent_bf16") else None
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,7 +101,7 @@ class LatentAttention(Part):
         fields.matrix(self.kv, R + Dr, C)
         fields.norm(self.kv_norm, R)
         fields.matrix(self.o, C, H * Dv)
-        fields.tensor(self.w_kv, (H, Dn + Dv, R), fields.dtype)
+        fields.packed(self.w_kv, fields.dtype, H, Dn + Dv, R)
         fields.integers(H, Dn, Dr, Dv, R, self.neighbours)
         fields.angles.add(Dr)
         fields.real(self.scale)

@@ -12,9 +12,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from quintet.kernels.native import INTEGER, POINTER, applies, entry, pointers
+from quintet.kernels.calls import Call, begin
 
-__all__ = ["Matrix", "fits", "kernel_name", "linears", "widen"]
+__all__ = ["GROUP", "Matrix", "kernel_name", "linears", "widen", "write"]
 
 GROUP = 64
 
@@ -46,56 +46,43 @@ def linears(x: Tensor, maps: Sequence[Matrix]) -> list[Tensor] | None:
 
     Shapes: x (..., I), returns (..., O) for each.
     """
-    tensors = [tensor for matrix in maps for tensor in matrix if tensor is not None]
-    # First: what traces this must see neither its conditions nor the library.
-    if not applies(x, *tensors):
+    call = begin()
+    if call is None or not x.ndim:
         return None
-    dtype = x.dtype
-    kind = maps[0].weight.dtype
+    dtype, kind = x.dtype, maps[0].weight.dtype
     name = kernel_name(kind, dtype)
     shape = x.shape
     I = shape[-1]
     M = x.numel() // I if I else 0
-    if not 0 < M <= MOST_VECTORS.get(name, 0):
+    if not 0 < M <= MOST_VECTORS.get(name, 0) or any(matrix.weight.ndim != 2 for matrix in maps):
         return None
-    function = entry(f"quintet_linear_{name}", POINTER, INTEGER, POINTER, INTEGER, INTEGER)
-    if function is None:
-        return None
-    x = x if x.is_contiguous() else x.contiguous()
-    fields: list[int] = []
+    call.integers(M, I, len(maps))
+    call.copied(x, dtype, *shape)
     made = []
     for matrix in maps:
-        if not fits(matrix, kind, I, dtype):
-            return None
-        weight, scale, bias = matrix
-        O = weight.shape[0]
-        y = x.new_empty((*shape[:-1], O))
-        made.append(y)
-        fields += (
-            weight.data_ptr(),
-            0 if scale is None else scale.data_ptr(),
-            0 if bias is None else bias.data_ptr(),
-            y.data_ptr(),
-            O,
-            weight.stride(0),
-        )
-    function(pointers(fields), len(maps), x.data_ptr(), M, I)
-    return made
+        O = len(matrix.weight)
+        write(call, matrix, kind, dtype, O, I)
+        made.append(call.output(x, *shape[:-1], O))
+    return made if call.run(f"linear_{name}") else None
 
 
 def widen(weight: Tensor, scale: Tensor, columns: int, dtype: torch.dtype) -> Tensor | None:
     """Return an int8 or int4 weight (..., O, columns) as numbers, rounded once; or None."""
+    call = begin()
     kind, suffix = FORMAT.get(weight.dtype), SUFFIX.get(dtype)
-    if kind is None or suffix is None or not applies(weight, scale) or not weight.numel():
+    if call is None or kind is None or suffix is None or weight.ndim < 2 or not weight.numel():
         return None
-    signature = (POINTER, POINTER, POINTER, INTEGER, INTEGER)
-    function = entry(f"quintet_widen_{kind}{suffix}", *signature)
-    if function is None or not weight.is_contiguous() or not scale.is_contiguous():
-        return None
-    made = weight.new_empty((*weight.shape[:-1], columns), dtype=dtype)
-    rows = made.numel() // columns
-    function(weight.data_ptr(), scale.data_ptr(), made.data_ptr(), rows, columns)
-    return made
+    rows = weight.shape[:-1]
+    call.integers(rows.numel(), columns)
+    if weight.dtype == torch.int8:
+        call.packed(weight, torch.int8, *rows, columns)
+        call.packed(scale, torch.float32, *rows)
+    else:
+        groups = -(-columns // GROUP)
+        call.packed(weight, torch.uint8, *rows, groups * GROUP // 2)
+        call.packed(scale, torch.bfloat16, *rows, groups)
+    made = call.output(weight, *rows, columns, dtype=dtype)
+    return made if call.run(f"widen_{kind}{suffix}") else None
 
 
 def kernel_name(kind: torch.dtype, dtype: torch.dtype) -> str:
@@ -104,21 +91,29 @@ def kernel_name(kind: torch.dtype, dtype: torch.dtype) -> str:
     return suffix if kind == dtype else FORMAT.get(kind, "?") + suffix
 
 
-def fits(matrix: Matrix, kind: torch.dtype, I: int, dtype: torch.dtype) -> bool:
-    """Tell whether a matrix is laid out as kernels read those of `kind`, for vectors (..., I)."""
+def write(
+    call: Call, matrix: Matrix | None, kind: torch.dtype, dtype: torch.dtype, O: int, I: int
+) -> None:
+    """Write a matrix that has to map vectors (..., I) of a dtype to (..., O); zeros for None.
+
+    Args:
+        kind: the dtype in which weights are stored.
+    """
+    if matrix is None:
+        call.integers(*[0] * 8)
+        return
     weight, scale, bias = matrix
-    if weight.dtype != kind or weight.ndim != 2:
-        return False
-    if bias is not None and (
-        bias.dtype != dtype or bias.shape != weight.shape[:1] or not bias.is_contiguous()
-    ):
-        return False
-    if scale is None:
-        return kind == dtype and weight.shape[1] == I and weight.stride(1) == 1
-    if not weight.is_contiguous() or not scale.is_contiguous():
-        return False
-    O, groups = weight.shape[0], -(-I // GROUP)
-    if kind == torch.int8:
-        return weight.shape[1] == I and scale.shape == (O,) and scale.dtype == torch.float32
-    stored = (groups * GROUP // 2, (O, groups), torch.bfloat16)
-    return (weight.shape[1], scale.shape, scale.dtype) == stored
+    if kind == dtype:
+        call.rows(weight, kind, O, I)
+        call.fit &= scale is None
+        call.integers(0, 0)
+    else:
+        groups = -(-I // GROUP)
+        columns = I if kind == torch.int8 else groups * GROUP // 2
+        stored = (torch.float32, O) if kind == torch.int8 else (torch.bfloat16, O, groups)
+        call.fit &= scale is not None
+        call.packed(weight, kind, O, columns)
+        call.integers(columns)
+        call.packed(scale, *stored)
+    call.packed(bias, dtype, O)
+    call.integers(O)

@@ -2,37 +2,15 @@
 
 import ctypes
 import os
-import struct
-from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-
-import torch
-from torch import Tensor
-from torch.autograd import forward_ad
 
 from quintet.kernels.allocator import keep_freed_memory
 from quintet.kernels.build import BuildError, Recipe, best_level, recipe
 from quintet.kernels.patience import log
 
-__all__ = [
-    "INTEGER",
-    "POINTER",
-    "REAL",
-    "Function",
-    "Native",
-    "applies",
-    "available",
-    "entry",
-    "find_recipe",
-    "native",
-    "pointers",
-    "real",
-]
-
-POINTER, INTEGER, REAL = ctypes.c_void_p, ctypes.c_int64, ctypes.c_float
-Function = Callable[..., None]
+__all__ = ["Native", "available", "entry", "find_recipe", "native"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,60 +67,24 @@ def find_recipe() -> Recipe:
 
 
 @cache
-def entry(name: str, *arguments: type) -> Function | None:
-    """Return a function of the library with its argument types declared; None without one."""
+def entry(name: str) -> "ctypes._NamedFuncPointer":
+    """Return a function of the library, which has to be there.
+
+    It takes the address of a call's fields and how many bytes they are (`quintet.kernels.calls`),
+    and returns 0 if it ran.
+    """
     library = native().library
     if library is None:
-        return None
-    function = library[name]
-    function.argtypes = arguments
-    function.restype = None
+        raise RuntimeError(f"there is no library, and so no kernel {name}")
+    function = library[f"quintet_{name}"]
+    function.argtypes = (ctypes.c_void_p, ctypes.c_int64)
+    function.restype = ctypes.c_int64
     return function
 
 
 def available() -> bool:
     """Tell whether there is a library."""
     return native().library is not None
-
-
-def applies(*tensors: Tensor) -> bool:
-    """Tell whether kernels may read these tensors: plain, on the CPU, and nobody is watching.
-
-    Not where gradients or tangents are recorded, a compiler traces, autocast chooses dtypes, or a
-    mode sees what torch is asked to do.
-    """
-    if (
-        torch.compiler.is_compiling()
-        or torch.is_autocast_enabled("cpu")
-        or torch._C._len_torch_dispatch_stack()
-        or torch._C._len_torch_function_stack()
-        or torch._C._is_tracing()
-        or torch._C._functorch.peek_interpreter_stack() is not None
-        or forward_ad._current_level >= 0
-    ):
-        return False
-    learns = torch.is_grad_enabled()
-    for tensor in tensors:
-        if type(tensor) not in PLAIN or not tensor.is_cpu or (learns and tensor.requires_grad):
-            return False
-        # Numbers that are not in memory as they read, or not in memory at all.
-        if tensor.layout is not torch.strided or tensor.is_neg() or tensor._is_zerotensor():
-            return False
-    return True
-
-
-PLAIN = (Tensor, torch.nn.Parameter)
-
-
-def pointers(values: Sequence[int]) -> "ctypes.Array[ctypes.c_int64]":
-    """Return numbers and addresses as one array of eight-byte fields."""
-    return (INTEGER * len(values))(*values)
-
-
-def real(value: float) -> int:
-    """Return a number as a field of `pointers`: the eight bytes of a double."""
-    (field,) = struct.unpack("q", struct.pack("d", value))
-    return int(field)
 
 
 def _openmp() -> Path | None:

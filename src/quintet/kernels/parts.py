@@ -10,9 +10,9 @@ from typing import ClassVar, NamedTuple
 import torch
 from torch import Tensor
 
+from quintet.kernels.calls import Call
 from quintet.kernels.gated import stacked
-from quintet.kernels.linear import Matrix, fits
-from quintet.kernels.native import applies, real
+from quintet.kernels.linear import Matrix, write
 from quintet.kernels.routing import Rules
 
 __all__ = [
@@ -28,7 +28,6 @@ __all__ = [
     "SharedMLP",
     "Source",
     "Tokens",
-    "readable",
 ]
 
 LANES = 16
@@ -76,56 +75,37 @@ class Tokens:
     counts: Tensor | None = None
 
 
-class Fields:
-    """Eight-byte fields for vectors of a dtype, and the tensors whose addresses are among them.
+class Fields(Call):
+    """The fields of a part, for vectors of a dtype.
 
     Attributes:
         kind: the dtype in which all matrices are stored, known with the first of them.
         angles: the sizes of the heads that are rotated.
         room: how many slots there are for keys and values.
-        fit: whether the kernel can read all that was written so far.
     """
 
-    def __init__(self, dtype: torch.dtype) -> None:
+    __slots__ = ("angles", "dtype", "kind", "room")
+
+    def __init__(self, dtype: torch.dtype, kind: torch.dtype | None = None) -> None:
+        super().__init__()
         self.dtype = dtype
-        self.kind: torch.dtype | None = None
-        self.numbers: list[int] = []
-        self.tensors: list[Tensor] = []
+        self.kind = kind
         self.angles: set[int] = set()
         self.room = sys.maxsize
-        self.fit = True
-
-    def integers(self, *values: int) -> None:
-        """Write numbers."""
-        self.numbers += values
-
-    def real(self, value: float) -> None:
-        """Write a float64."""
-        self.numbers.append(real(value))
-
-    def tensor(self, x: Tensor | None, shape: tuple[int, ...], dtype: torch.dtype) -> None:
-        """Write the address of a tensor that has to be of a shape, packed; 0 for None."""
-        if x is None:
-            self.numbers.append(0)
-            return
-        self.fit &= x.shape == shape and x.dtype == dtype and x.is_contiguous()
-        self.tensors.append(x)
-        self.numbers.append(x.data_ptr())
 
     def norm(self, norm: Norm, C: int) -> None:
         """Write a norm of vectors (C,)."""
-        self.tensor(norm.weight, (C,), self.dtype)
+        self.packed(norm.weight, self.dtype, C)
         self.real(norm.eps)
         self.integers(norm.of)
 
     def slots(self, buffer: Tensor, B: int, K: int, D: int) -> None:
-        """Write where keys or values (B, K, S, D) are, and the steps between them."""
-        whole = buffer.ndim == 4 and buffer.shape == (B, K, buffer.shape[2], D)
-        self.fit &= whole and buffer.stride(3) == 1 and buffer.dtype == self.dtype
-        if self.fit:
-            self.room = min(self.room, buffer.shape[2])
-            self.tensors.append(buffer)
-            self.integers(buffer.data_ptr(), *buffer.stride()[:3])
+        """Write where keys or values (B, K, S, D) are."""
+        if buffer.ndim != 4:
+            self.fit = False
+            return
+        self.room = min(self.room, buffer.shape[2])
+        self.rows(buffer, self.dtype, B, K, buffer.shape[2], D)
 
     def adapted(self, adapted: Adapted, O: int, I: int) -> None:
         """Write a map from I to O and what is added to it."""
@@ -137,26 +117,16 @@ class Fields:
 
     def matrix(self, matrix: Matrix | None, O: int, I: int) -> None:
         """Write a map from I to O; zeros for None."""
-        if matrix is None:
-            self.numbers += [0] * 5
-            return
-        weight = matrix.weight
-        self.kind = self.kind or weight.dtype
-        self.fit &= fits(matrix, self.kind, I, self.dtype) and weight.shape[0] == O
-        for tensor in matrix:
-            if tensor is not None:
-                self.tensors.append(tensor)
-            self.numbers.append(0 if tensor is None else tensor.data_ptr())
-        self.numbers += (O, weight.stride(0))
+        write(self, matrix, self._kind_of(matrix), self.dtype, O, I)
 
-    def experts(self, matrix: Matrix, O: int, I: int) -> None:
-        """Write a stack of maps from I to O."""
-        weight, scale, _ = matrix
-        self.kind = self.kind or weight.dtype
-        fields = stacked(matrix, self.kind, self.dtype, O, I)
-        self.fit &= fields is not None
-        self.tensors += [weight] if scale is None else [weight, scale]
-        self.numbers += fields or ()
+    def experts(self, matrix: Matrix, E: int, O: int, I: int) -> None:
+        """Write a stack of E maps from I to O."""
+        stacked(self, matrix, self._kind_of(matrix), self.dtype, O, I, E)
+
+    def _kind_of(self, matrix: Matrix | None) -> torch.dtype:
+        if matrix is not None:
+            self.kind = self.kind or matrix.weight.dtype
+        return self.kind or self.dtype
 
 
 class Part(ABC):
@@ -280,10 +250,10 @@ class Mixer(Part):
         fields.norm(self.norm, C)
         fields.matrix(self.in_proj, inner + channels + H, C)
         fields.matrix(self.out_proj, C, inner)
-        fields.tensor(self.taps, (channels, W), fields.dtype)
-        fields.tensor(self.conv_bias, (channels,), fields.dtype)
+        fields.packed(self.taps, fields.dtype, channels, W)
+        fields.packed(self.conv_bias, fields.dtype, channels)
         for scalars in self.scalars:
-            fields.tensor(scalars, (H,), torch.float32)
+            fields.packed(scalars, torch.float32, H)
         fields.norm(self.gated, inner)
         fields.integers(H, P, self.num_groups, N, W)
         for limit in self.dt_limits:
@@ -293,9 +263,9 @@ class Mixer(Part):
         """Write where the window and the state are."""
         H, P, N, channels, W = self._sizes()
         fields.fit &= len(kept) == 2
-        shapes = ((B, W - 1, channels), fields.dtype), ((B, H, P, N), torch.float32)
-        for tensor, (shape, dtype) in zip(kept, shapes, strict=False):
-            fields.tensor(tensor, shape, dtype)
+        if len(kept) == 2:
+            fields.packed(kept[0], fields.dtype, B, W - 1, channels)
+            fields.packed(kept[1], torch.float32, B, H, P, N)
 
     def _sizes(self) -> tuple[int, int, int, int, int]:
         H, inner = len(self.scalars[0]), len(self.gated.weight)
@@ -355,15 +325,12 @@ class Routed(Part):
     def write(self, fields: Fields, C: int) -> None:
         """Write norm, router, experts and their sizes."""
         E, F, _ = self.experts[0].weight.shape
-        rules = self.rules.fields(E, self.bias)
-        fields.fit &= rules is not None
         fields.norm(self.norm, C)
-        fields.tensor(self.router, (E, C), fields.dtype)
-        fields.integers(self.wide, *(rules or ()))
-        if self.bias is not None:
-            fields.tensors.append(self.bias)
+        fields.packed(self.router, fields.dtype, E, C)
+        fields.integers(self.wide)
+        self.rules.write(fields, E, self.bias)
         for matrix, (O, I) in zip(self.experts, ((F, C), (F, C), (C, F)), strict=True):
-            fields.experts(matrix, O, I)
+            fields.experts(matrix, E, O, I)
         fields.integers(E, C, F)
         width = 0 if self.shared is None else self.shared[0].weight.shape[0]
         shapes = (width, C), (width, C), (C, width)
@@ -372,7 +339,7 @@ class Routed(Part):
             fields.fit &= one is None or one.bias is None
             fields.matrix(one, O, I)
         fields.integers(width)
-        fields.tensor(self.share, (1, C), fields.dtype)
+        fields.packed(self.share, fields.dtype, 1, C)
 
 
 @dataclass(frozen=True, slots=True)
@@ -385,8 +352,3 @@ class FinalNorm(Part):
     def write(self, fields: Fields, C: int) -> None:
         """Write the norm."""
         fields.norm(self.norm, C)
-
-
-def readable(fields: Fields) -> bool:
-    """Tell whether the kernel may read all that was written."""
-    return fields.fit and applies(*fields.tensors)

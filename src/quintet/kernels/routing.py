@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from quintet.kernels.native import INTEGER, POINTER, applies, entry, pointers, real
+from quintet.kernels.calls import Call, begin
 
 __all__ = ["Rules", "choose", "router_logits"]
 
@@ -36,47 +36,28 @@ class Rules:
     normalise: bool = False
     scaling: float = 1.0
 
-    def fields(self, E: int, bias: Tensor | None) -> tuple[int, ...] | None:
-        """Return what the kernel reads for E experts and a bias (E,); None if it cannot."""
-        if not 0 < self.kept_groups <= self.groups or E % self.groups:
-            return None
-        if not 0 < self.active <= E // self.groups * self.kept_groups:
-            return None
-        stored = bias is None or (bias.dtype, bias.shape) == (torch.float32, (E,))
-        if not stored or not (bias is None or bias.is_contiguous()):
-            return None
-        return (
-            int(self.sigmoid),
-            E,
-            self.active,
-            self.groups,
-            self.kept_groups,
-            self.ranked,
-            int(self.normalise),
-            real(self.scaling),
-            0 if bias is None else bias.data_ptr(),
-        )
+    def write(self, call: Call, E: int, bias: Tensor | None) -> None:
+        """Write them for E experts and a bias (E,) of the choice."""
+        whole = 0 < self.kept_groups <= self.groups and E % self.groups == 0 and self.ranked > 0
+        call.fit &= whole and 0 < self.active <= E // self.groups * self.kept_groups
+        call.integers(self.sigmoid, E, self.active, self.groups, self.kept_groups, self.ranked)
+        call.integers(self.normalise)
+        call.real(self.scaling)
+        call.packed(bias, torch.float32, E)
 
 
 def router_logits(x: Tensor, weight: Tensor) -> Tensor | None:
     """Return x·Wᵀ in float32, (N, E); x (N, C), weight (E, C). None where it does not apply."""
-    # Asked first: a compiler that traces this must see none of the conditions.
-    if not applies(x, weight):
-        return None
+    call = begin()
     suffix = SUFFIX.get(x.dtype)
-    N, C = x.shape
-    if suffix is None or weight.dtype != x.dtype or not 0 < N <= MOST_TOKENS:
+    if call is None or suffix is None or x.ndim != 2 or not 0 < len(x) <= MOST_TOKENS:
         return None
-    if x.stride(1) != 1 or weight.stride(1) != 1:
-        return None
-    function = entry(f"quintet_router_logits_{suffix}", POINTER)
-    if function is None:
-        return None
-    E = weight.shape[0]
-    made = x.new_empty((N, E), dtype=torch.float32)
-    sizes = N, E, C, x.stride(0), weight.stride(0)
-    function(pointers((x.data_ptr(), weight.data_ptr(), made.data_ptr(), *sizes)))
-    return made
+    (N, C), E = x.shape, weight.shape[0] if weight.ndim else 0
+    call.integers(N, E, C)
+    call.rows(x, x.dtype, N, C)
+    call.rows(weight, x.dtype, E, C)
+    made = call.output(x, N, E, dtype=torch.float32)
+    return made if call.run(f"router_logits_{suffix}") else None
 
 
 def choose(
@@ -86,18 +67,14 @@ def choose(
 
     The weights are in the dtype of the logits (N, E). The bias (E,) counts for the choice alone.
     """
-    if not (applies(logits) if bias is None else applies(logits, bias)):
-        return None
+    call = begin()
     suffix = SUFFIX.get(logits.dtype)
+    if call is None or suffix is None or logits.ndim != 2 or not 0 < len(logits) <= MOST_TOKENS:
+        return None
     N, E = logits.shape
-    if suffix is None or not 0 < N <= MOST_TOKENS or not logits.is_contiguous():
-        return None
-    fields = rules.fields(E, bias)
-    function = entry(f"quintet_choose_{suffix}", *(POINTER,) * 2, INTEGER, *(POINTER,) * 2)
-    if function is None or fields is None:
-        return None
-    indices = logits.new_empty((N, rules.active), dtype=torch.int64)
-    weights = logits.new_empty((N, rules.active), dtype=torch.float32)
-    out = indices.data_ptr(), weights.data_ptr()
-    function(pointers(fields), logits.data_ptr(), N, *out)
-    return indices, weights.to(logits.dtype)
+    rules.write(call, E, bias)
+    call.integers(N)
+    call.packed(logits, logits.dtype, N, E)
+    indices = call.output(logits, N, rules.active, dtype=torch.int64)
+    weights = call.output(logits, N, rules.active, dtype=torch.float32)
+    return (indices, weights.to(logits.dtype)) if call.run(f"choose_{suffix}") else None

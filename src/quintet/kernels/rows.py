@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from quintet.kernels.native import INTEGER, POINTER, REAL, applies, entry, pointers
+from quintet.kernels.calls import begin
 
 __all__ = ["rms_norm", "rotate", "silu_mul"]
 
@@ -12,17 +12,17 @@ SUFFIX = {torch.bfloat16: "bf16", torch.float32: "f32"}
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor | None:
     """Return x / sqrt(mean(x²) + eps) · weight; x (..., C), weight (C)."""
+    call = begin()
     suffix = SUFFIX.get(x.dtype)
-    if suffix is None or weight.dtype != x.dtype or not applies(x, weight) or not x.numel():
+    if call is None or suffix is None or not x.ndim or not x.numel():
         return None
-    function = entry(f"quintet_rms_norm_{suffix}", *(POINTER,) * 3, INTEGER, INTEGER, REAL)
-    if function is None or weight.ndim != 1 or not weight.is_contiguous():
-        return None
-    x = x if x.is_contiguous() else x.contiguous()
     C = x.shape[-1]
-    made = torch.empty_like(x)
-    function(x.data_ptr(), weight.data_ptr(), made.data_ptr(), x.numel() // C, C, eps)
-    return made
+    call.integers(x.numel() // C, C)
+    call.real(eps)
+    call.copied(x, x.dtype, *x.shape)
+    call.packed(weight, x.dtype, C)
+    made = call.output(x, *x.shape)
+    return made if call.run(f"rms_norm_{suffix}") else None
 
 
 def rotate(
@@ -32,42 +32,35 @@ def rotate(
 
     With `neighbours`, the pairs are (2i, 2i + 1), and come back as (i, i + D/2).
     """
+    call = begin()
     dtype = cos.dtype
     suffix = SUFFIX.get(dtype)
-    if suffix is None or not applies(cos, sin, *parts) or not parts[0].numel():
+    if call is None or suffix is None or cos.ndim != 3 or any(x.ndim != 4 for x in parts):
         return None
-    function = entry(f"quintet_rotate_{suffix}", POINTER, INTEGER, *(POINTER,) * 2, *(INTEGER,) * 5)
-    B, _, T, D = parts[0].shape
-    if function is None or D % 2 or not cos.is_contiguous() or not sin.is_contiguous():
+    (B, _, T, D), turns = parts[0].shape, len(cos)
+    if D % 2 or turns not in (1, B) or not parts[0].numel():
         return None
-    if cos.shape != sin.shape or cos.shape[0] not in (1, B) or cos.shape[1:] != (T, D):
-        return None
-    fields: list[int] = []
+    call.integers(B, T, D, neighbours, turns, len(parts))
+    call.packed(cos, dtype, turns, T, D)
+    call.packed(sin, dtype, turns, T, D)
     made = []
     for x in parts:
-        row, head, token, last = x.stride()
-        if x.dtype != dtype or last != 1:
-            return None
-        y = x.new_empty((B, T, x.shape[1], D))
-        made.append(y.transpose(1, 2))
-        fields += (x.data_ptr(), y.data_ptr(), row, head, token, x.shape[1])
-    angle_row = T * D if cos.shape[0] > 1 else 0
-    angles = cos.data_ptr(), sin.data_ptr(), angle_row
-    function(pointers(fields), len(parts), *angles, B, T, D, neighbours)
-    return made
+        heads = x.shape[1]
+        call.integers(heads)
+        call.rows(x, dtype, B, heads, T, D)
+        made.append(call.output(x, B, T, heads, D).transpose(1, 2))
+    return made if call.run(f"rotate_{suffix}") else None
 
 
 def silu_mul(gate: Tensor, up: Tensor) -> Tensor | None:
     """Return silu(gate) · up; both (..., F)."""
+    call = begin()
     suffix = SUFFIX.get(gate.dtype)
-    if suffix is None or up.dtype != gate.dtype or not applies(gate, up) or not gate.numel():
+    if call is None or suffix is None or not gate.ndim or not gate.numel():
         return None
-    function = entry(f"quintet_silu_mul_{suffix}", *(POINTER,) * 3, *(INTEGER,) * 4)
-    if function is None or gate.shape != up.shape or not gate.is_contiguous():
-        return None
-    up = up if up.is_contiguous() else up.contiguous()
-    made = torch.empty_like(gate)
     F = gate.shape[-1]
-    rows = gate.numel() // F
-    function(gate.data_ptr(), up.data_ptr(), made.data_ptr(), rows, F, F, F)
-    return made
+    call.integers(gate.numel() // F, F)
+    call.packed(gate, gate.dtype, *gate.shape)
+    call.copied(up, gate.dtype, *gate.shape)
+    made = call.output(gate, *gate.shape)
+    return made if call.run(f"silu_mul_{suffix}") else None

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from quintet.kernels.native import INTEGER, POINTER, REAL, applies, entry
+from quintet.kernels.calls import begin
 
 __all__ = ["penalise_repetition"]
 
@@ -12,18 +12,14 @@ def penalise_repetition(
     logits: Tensor, ids: Tensor, kept: Tensor | None, penalty: float
 ) -> Tensor | None:
     """Return what `ops.sampling.penalise_repetition` does; None where the kernel does not apply."""
-    if logits.dtype != torch.float32 or ids.dtype != torch.int64 or not applies(logits, ids):
+    call = begin()
+    if call is None or logits.ndim != 2 or ids.ndim != 2:
         return None
-    if not logits.is_contiguous() or (ids.numel() and ids.stride(1) != 1):
-        return None
-    if kept is not None and not (kept.is_contiguous() and kept.dtype == torch.bool):
-        return None
-    function = entry("quintet_penalise_repetition", *(POINTER,) * 4, *(INTEGER,) * 4, REAL)
-    if function is None:
-        return None
-    made = torch.empty_like(logits)
     (B, V), T = logits.shape, ids.shape[1]
-    mask = 0 if kept is None else kept.data_ptr()
-    pointers = logits.data_ptr(), ids.data_ptr(), mask, made.data_ptr()
-    function(*pointers, B, V, T, ids.stride(0), penalty)
-    return made
+    call.integers(B, V, T)
+    call.real(penalty)
+    call.packed(logits, torch.float32, B, V)
+    call.rows(ids, torch.int64, B, T)
+    call.packed(kept, torch.bool, B, T)
+    made = call.output(logits, B, V)
+    return made if call.run("penalise_repetition") else None

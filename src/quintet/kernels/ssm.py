@@ -1,17 +1,15 @@
 """Mamba-2's mixer between its projections, in one pass."""
 
-import ctypes
-
 import torch
 from torch import Tensor
 
-from quintet.kernels.native import POINTER, REAL, applies, entry, pointers
+from quintet.kernels.calls import begin
 
 __all__ = ["mamba2"]
 
 # Channels are computed this many at a time.
 LANES = 16
-NAMES = {torch.bfloat16: "quintet_mamba2_bf16", torch.float32: "quintet_mamba2_f32"}
+NAMES = {torch.bfloat16: "mamba2_bf16", torch.float32: "mamba2_f32"}
 
 
 def mamba2(
@@ -36,35 +34,37 @@ def mamba2(
     Args:
         scalars: dt_bias, A_log and D, (H) each.
     """
-    B, T, _ = projected.shape
-    H, (C, W), inner, dtype = len(scalars[0]), taps.shape, len(norm), projected.dtype
+    call = begin()
+    dtype = projected.dtype
+    if call is None or dtype not in NAMES or projected.ndim != 3 or taps.ndim != 2:
+        return None
+    (B, T, _), (C, W), H, inner = projected.shape, taps.shape, scalars[0].numel(), norm.numel()
+    if not H or not B * T or not W or num_groups < 1:
+        return None
     P, N = inner // H, (C - inner) // 2 // num_groups
-    given = [x for x in (taps, conv_bias, norm, window) if x is not None]
-    held = [x for x in (*scalars, state) if x is not None]
-    if (
-        dtype not in NAMES
-        or P % LANES
-        or N % LANES
-        or projected.numel() == 0
-        or not applies(projected, *given, *held)
-        or any(x.dtype != dtype for x in given)
-        or any(x.dtype != torch.float32 or not x.is_contiguous() for x in held)
-    ):
+    if H % num_groups or P % LANES or N <= 0 or N % LANES:
         return None
-    function = entry(NAMES[dtype], POINTER)
-    if function is None:
+    call.integers(B, T, H, P, num_groups, N, W)
+    for number in (*dt_limits, eps):
+        call.real(number)
+    # Of these sizes all have to be.
+    C, inner = H * P + 2 * num_groups * N, H * P
+    call.copied(projected, dtype, B, T, inner + C + H)
+    call.copied(taps, dtype, C, W)
+    call.packed(conv_bias, dtype, C)
+    call.copied(window, dtype, B, W - 1, C)
+    for scalar in scalars:
+        call.packed(scalar, torch.float32, H)
+    call.copied(counts, torch.int64, B)
+    call.copied(norm, dtype, inner)
+    if state is None and call.fit:
+        state = projected.new_zeros((B, H, P, N), dtype=torch.float32)
+    call.packed(state, torch.float32, B, H, P, N)
+    next_window = call.output(projected, B, W - 1, C)
+    convolved, dt, _ = (
+        call.output(projected, B, T, width, dtype=torch.float32) for width in (C, H, inner)
+    )
+    out = call.output(projected, B, T, inner)
+    if state is None or not call.run(NAMES[dtype]):
         return None
-    projected, taps, norm = (x.contiguous() for x in (projected, taps, norm))
-    if state is None:
-        state = scalars[0].new_zeros(B, H, P, N)
-    window = None if window is None else window.contiguous()
-    counts = None if counts is None else counts.to(torch.long).contiguous()
-    next_window = projected.new_empty(B, W - 1, C)
-    convolved, dt, y = (scalars[0].new_empty(B, T, width) for width in (C, H, inner))
-    out = projected.new_empty(B, T, inner)
-    numbers = (REAL * 3)(*dt_limits, eps)
-    tensors = [projected, taps, conv_bias, window, next_window, *scalars, counts, state]
-    tensors += [convolved, dt, y, norm, out]
-    addresses = [0 if x is None else x.data_ptr() for x in tensors]
-    function(pointers((B, T, H, P, num_groups, N, W, *addresses, ctypes.addressof(numbers))))
     return out, next_window, state, convolved, dt

@@ -1,17 +1,18 @@
 """Decoder layers for few tokens, in one call."""
 
-import ctypes
 import operator
+from array import array
 from collections.abc import Mapping, Sequence
+from itertools import pairwise
 from types import MappingProxyType
 from typing import NamedTuple, Self
 
 import torch
 from torch import Tensor
 
+from quintet.kernels.calls import applies, begin, watched
 from quintet.kernels.linear import kernel_name
-from quintet.kernels.native import POINTER, applies, entry, pointers
-from quintet.kernels.parts import Fields, Part, Tokens, readable
+from quintet.kernels.parts import Fields, Part, Tokens
 
 __all__ = ["Stack"]
 
@@ -29,14 +30,14 @@ class Placed(NamedTuple):
         tensors: what is kept.
         room: how many slots there are for keys and values.
         fields: what the parts have written.
-        table: for each part the address of its fields.
+        table: for each part where its fields are, and how many bytes.
     """
 
     rows: int
     tensors: list[Tensor]
     room: int
-    fields: "ctypes.Array[ctypes.c_int64]"
-    table: "ctypes.Array[ctypes.c_int64]"
+    fields: "array[int]"
+    table: "array[int]"
 
 
 class Stack:
@@ -49,11 +50,12 @@ class Stack:
         self._parts, self._name, self._C = tuple(parts), name, C
         self._dtype = written[0].dtype
         self._tensors = [tensor for fields in written for tensor in fields.tensors]
-        self._fields = [pointers(fields.numbers) for fields in written]
-        rows: list[int] = []
-        for part, array in zip(parts, self._fields, strict=True):
-            rows += (part.number, ctypes.addressof(array))
-        self._table = pointers(rows)
+        # Assigning to a parameter's `data` would free what addresses were taken of.
+        self._storages = [tensor.untyped_storage() for tensor in self._tensors]
+        self._fields = [array("q", fields.fields) for fields in written]
+        self._table = array("q")
+        for part, fields in zip(parts, self._fields, strict=True):
+            self._table.extend((part.number, *_where(fields)))
         self._angles = frozenset[int]().union(*(fields.angles for fields in written))
         self._placed: Placed | None = None
         self._work = max(sum(x.numel() for x in fields.tensors) for fields in written)
@@ -61,13 +63,14 @@ class Stack:
     @classmethod
     def of(cls, parts: Sequence[Part], C: int, dtype: torch.dtype) -> Self | None:
         """Return parts for hidden states (B, T, C) of a dtype; None where the kernel cannot."""
+        if watched():
+            return None
         written = []
         kind: torch.dtype | None = None
         for part in parts:
-            fields = Fields(dtype)
-            fields.kind = kind
+            fields = Fields(dtype, kind)
             part.write(fields, C)
-            if not readable(fields):
+            if not fields.fit:
                 return None
             kind = fields.kind
             written.append(fields)
@@ -81,49 +84,30 @@ class Stack:
             kept: for each part what it keeps between steps, changed in place. Row b's tokens take
                 the slots of keys and values from `tokens.starts[b]` on.
         """
-        B, T, C = x.shape
-        cos, sin, embeds, counts = tokens.cos, tokens.sin, tokens.embeds, tokens.counts
-        # Asked before the library is: a compiler that traces this must not look into it.
-        if not 0 < B * T <= MOST_TOKENS[self._name] or not applies(x, cos, sin, embeds):
+        call = begin()
+        if call is None or x.ndim != 3 or not 0 < x.shape[:2].numel() <= MOST_TOKENS[self._name]:
             return None
         if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in self._tensors):
             return None
-        function = entry(f"quintet_stack_{self._name}", POINTER)
-        if function is None or self._C != C or len(tokens.starts) != B:
-            return None
-        if cos.shape != sin.shape or cos.shape[:2] not in ((1, T), (B, T)):
-            return None
-        if not self._angles <= {cos.shape[2]} or embeds.shape != x.shape:
-            return None
-        if any(t.dtype != self._dtype for t in (x, cos, sin, embeds)):
-            return None
-        if not all(t.is_contiguous() for t in (cos, sin, embeds)):
+        (B, T, C), dtype, starts = x.shape, self._dtype, tokens.starts
+        turns, D = (len(tokens.cos), tokens.cos.shape[-1]) if tokens.cos.ndim else (0, 0)
+        if C != self._C or len(starts) != B or turns not in (1, B) or not self._angles <= {D}:
             return None
         placed = self._place(kept, B)
-        if placed is None or max(tokens.starts) + T > placed.room:
+        if placed is None or min(starts) < 0 or max(starts) + T > placed.room:
             return None
+        call.integers(B, T, C, turns, D, self._work, len(self._parts))
         y = x.clone(memory_format=torch.contiguous_format)
-        starts = pointers(tokens.starts)
-        counted = None if counts is None else pointers(counts.tolist())
-        call = (
-            y.data_ptr(),
-            embeds.data_ptr(),
-            0,
-            cos.data_ptr(),
-            sin.data_ptr(),
-            ctypes.addressof(starts),
-            0 if counted is None else ctypes.addressof(counted),
-            cos.stride(0) if len(cos) > 1 else 0,
-            B,
-            T,
-            C,
-            ctypes.addressof(self._table),
-            ctypes.addressof(placed.table),
-            len(self._parts),
-            self._work,
-        )
-        function(pointers(call))
-        return y
+        call.fit &= applies(x)
+        call.packed(y, dtype, B, T, C)
+        call.packed(tokens.embeds, dtype, B, T, C)
+        call.packed(tokens.cos, dtype, turns, T, D)
+        call.packed(tokens.sin, dtype, turns, T, D)
+        first = array("q", starts)
+        call.integers(*_where(first))
+        call.copied(tokens.counts, torch.int64, B)
+        call.integers(*_where(self._table), *_where(placed.table))
+        return y if call.run(f"stack_{self._name}") else None
 
     def _place(self, kept: Sequence[Sequence[Tensor]], B: int) -> "Placed | None":
         """Return where B rows of what the parts keep are; worked out anew if it is not the same."""
@@ -134,15 +118,22 @@ class Stack:
         if last is not None and same and all(map(operator.is_, last.tensors, tensors)):
             return last
         held = Fields(self._dtype)
-        places = []
+        ends = [0]
         for part, own in zip(self._parts, kept, strict=True):
-            places.append(len(held.numbers))
             part.held(own, held, B)
-        if not readable(held):
+            ends.append(len(held.fields))
+        if not held.fit:
             return None
-        fields = pointers(held.numbers)
-        base = ctypes.addressof(fields)
-        table = pointers([base + 8 * place for place in places])
+        fields = array("q", held.fields)
+        base, _ = fields.buffer_info()
+        table = array("q")
+        for start, end in pairwise(ends):
+            table.extend((base + 8 * start, 8 * (end - start)))
         # Another thread may put its own there before this one returns.
         placed = self._placed = Placed(B, tensors, held.room, fields, table)
         return placed
+
+
+def _where(fields: "array[int]") -> tuple[int, int]:
+    address, count = fields.buffer_info()
+    return address, 8 * count

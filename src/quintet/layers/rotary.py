@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from quintet.configuration.rope import RopeParameters
-from quintet.kernels.native import applies
+from quintet.kernels.calls import applies
 from quintet.layers.plain import PlainModule, hooked
 from quintet.ops.rope import inverse_frequencies, rotary_angles
 

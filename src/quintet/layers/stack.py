@@ -10,7 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from quintet.kernels import parts
-from quintet.kernels.native import applies, available
+from quintet.kernels.calls import applies
+from quintet.kernels.native import available
 from quintet.kernels.stack import Stack
 from quintet.layers.norm import RMSNorm
 from quintet.layers.plain import PlainModule, hooked, untouched

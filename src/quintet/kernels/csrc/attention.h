@@ -12,6 +12,7 @@
 namespace {
 
 constexpr i64 KEYS = 128;         // of a block
+constexpr i64 WIDEST = 32;        // columns of values that are taken at once, where vectors are widest
 constexpr i64 MOST_ROWS = 64;     // of a tile
 // Keys whose sums are in registers at once, for one vector of rows and for two.
 constexpr int KEY_TILE[] = {0, LANES, 12};
@@ -21,10 +22,10 @@ constexpr float GROWTH = 8.0f;    // how far above its base a score may be, as a
 constexpr bf16 ONES[] = {{0x3F80}, {0x3F80}};
 
 struct Strides {
-    i64 row, token, head;
+    i64 row, head, token;
 };
 
-// Eight-byte fields, as Python fills them; S keys. Query (b, t) of head k·G + g sees the keys of head k from
+// S keys. Query (b, t) of head k·G + g sees the keys of head k from
 // `window` before its own slot, start[b] + t, up to it; a window of 0 is none.
 struct Attention {
     i64 B, T, S, K, G, D1, D2, Dv, window;

@@ -2,9 +2,22 @@
 // compared with. The sums keep the compiler from leaving the reads out.
 #include <omp.h>
 
-#include "simd.h"
+#include "span.h"
 
-extern "C" void quintet_read_f32(const float* x, i64 count, float* total) {
+namespace {
+
+struct Call {
+    i64 count;
+    Span<const float> x;
+    Span<float> total;
+
+    i64 size() const { return sizeof(Call); }
+    bool fits() const { return x.holds(count) && total.holds(1); }
+};
+
+void read(const Call& c) {
+    const float* x = c.x;
+    const i64 count = c.count;
     constexpr i64 STEP = 8 * LANES, LINE = 16;
     double all_threads = 0;
 #pragma omp parallel reduction(+ : all_threads)
@@ -22,5 +35,9 @@ extern "C" void quintet_read_f32(const float* x, i64 count, float* total) {
         if (me == 0)
             for (const float* q = x + steps * STEP; q < x + count; ++q) all_threads += *q;
     }
-    *total = float(all_threads);
+    *c.total = float(all_threads);
 }
+
+}  // namespace
+
+QUINTET_ENTRY(read_f32, Call, read)

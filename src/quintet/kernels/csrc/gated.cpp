@@ -6,26 +6,34 @@
 
 namespace {
 
-// As Python fills it in: eight bytes a field.
+template <class Matrix, class T>
 struct Call {
     Experts experts;
-    const void* x;
-    void* y;
-    const i64* indices;  // (N, A), null where every token goes to the one expert there is
-    const float* shares;
     i64 N, A;
-    i64 refused;  // out: indices name experts that do not exist
+    Span<const T> x;  // (N, C)
+    Span<T> y;        // the same
+    Span<const i64> indices;  // (N, A), null where every token goes to the one expert there is
+    Span<const float> shares;
+
+    i64 size() const { return sizeof(Call); }
+    bool fits() const {
+        return N > 0 && A > 0 && experts.template fits<Matrix>() && x.holds(N * experts.C) &&
+               y.holds(N * experts.C) && chooses();
+    }
+
+  private:
+    bool chooses() const {
+        if (!indices.given()) return A == 1 && experts.E == 1;
+        return indices.holds(N * A) && shares.holds(N * A) && known(indices, N * A, experts.E);
+    }
 };
 
 template <class Matrix, class T>
-void gated(Call& c) {
-    c.refused = c.indices && !known(c.indices, c.N * c.A, c.experts.E);
-    if (c.refused) return;
+void gated(const Call<Matrix, T>& c) {
     const i64 C = c.experts.C, F = c.experts.F;
     const Plan plan(c.indices, c.shares, c.N, c.A, c.experts.E);
     const i64 P = plan.choices();
-    T* y = static_cast<T*>(c.y);
-    const Inputs<Matrix> of_tokens(static_cast<const T*>(c.x), c.N, C, C);
+    const Inputs<Matrix> of_tokens(c.x.p, c.N, C, C);
     std::vector<T> hidden(size_t(P * F));
     Inputs<Matrix> of_hidden(P, F);
 #pragma omp parallel
@@ -42,14 +50,15 @@ void gated(Call& c) {
         sum_experts(c.experts, plan, of_hidden, mine.from, mine.to, sums, made);
         for (i64 n = 0; n < c.N; ++n)
             for (i64 i = 0; i < width; ++i)
-                narrow(sums[size_t(n * width + i)], y + n * C + mine.from + i);
+                narrow(sums[size_t(n * width + i)], c.y + n * C + mine.from + i);
     }
 }
 
 }  // namespace
 
-#define QUINTET_GATED(name, Matrix, T) \
-    extern "C" void quintet_gated_##name(Call* call) { gated<Matrix, T>(*call); }
+#define QUINTET_GATED(name, Matrix, T)    \
+    using Call_##name = Call<Matrix, T>;  \
+    QUINTET_ENTRY(gated_##name, Call_##name, gated)
 QUINTET_GATED(bf16, Plain<bf16>, bf16)
 QUINTET_GATED(f32, Plain<float>, float)
 QUINTET_GATED(int8_bf16, Int8, bf16)

@@ -22,31 +22,49 @@ void gate_rows(const Matrix& gate, const Matrix& up, const typename Matrix::Inpu
     }
 }
 
-// One matrix an expert, `step` bytes from one to the next; eight-byte fields, as Python fills them.
+// One matrix an expert; steps in elements, from one to the next and from row to row.
 struct Stacked {
-    const char* w;
-    const char* scale;
-    i64 w_step;
+    Span<const void> w;
+    i64 w_step, stride;
+    Span<const void> scale;
     i64 scale_step;
-    i64 stride;
+
+    template <class Matrix>
+    const typename Matrix::Stored* weight_of(i64 e) const {
+        return w.as<typename Matrix::Stored>() + e * w_step;
+    }
+    template <class Matrix>
+    const typename Matrix::Scale* scale_of(i64 e) const {
+        return scale.as<typename Matrix::Scale>() + e * scale_step;
+    }
+    template <class Matrix>
+    bool fits(i64 E, i64 O, i64 I) const {
+        const Bytes one = Matrix::bytes(O, I, stride);
+        if (w_step < 0 || scale_step < 0 || one.weight <= 0) return false;
+        const i64 weights = (E - 1) * w_step * i64(sizeof(typename Matrix::Stored));
+        const i64 scales = (E - 1) * scale_step * i64(sizeof(typename Matrix::Scale));
+        return Bytes{weights + one.weight, one.scale ? scales + one.scale : 0}.within(w, scale);
+    }
 };
 
 struct Experts {
     Stacked gate, up, down;
     i64 E, C, F;
+
+    template <class Matrix>
+    bool fits() const {
+        return E > 0 && C > 0 && F > 0 && gate.fits<Matrix>(E, F, C) && up.fits<Matrix>(E, F, C) &&
+               down.fits<Matrix>(E, C, F);
+    }
 };
 
 template <class T>
 void open(const Stacked& s, i64 e, i64 I, Plain<T>* to) {
-    *to = {reinterpret_cast<const T*>(s.w + e * s.w_step), I, s.stride};
+    *to = {s.weight_of<Plain<T>>(e), I, s.stride};
 }
-inline void open(const Stacked& s, i64 e, i64 I, Int8* to) {
-    *to = {reinterpret_cast<const int8_t*>(s.w + e * s.w_step),
-           reinterpret_cast<const float*>(s.scale + e * s.scale_step), I};
-}
-inline void open(const Stacked& s, i64 e, i64 I, Int4* to) {
-    *to = {reinterpret_cast<const uint8_t*>(s.w + e * s.w_step),
-           reinterpret_cast<const bf16*>(s.scale + e * s.scale_step), I};
+template <class Integers>
+void open(const Stacked& s, i64 e, i64 I, Integers* to) {
+    *to = {s.weight_of<Integers>(e), s.scale_of<Integers>(e), I};
 }
 template <class Matrix>
 Matrix expert(const Stacked& s, i64 e, i64 I) {

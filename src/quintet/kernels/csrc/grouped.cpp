@@ -4,22 +4,29 @@
 
 #include "product.h"
 #include "routing.h"
+#include "span.h"
 
 namespace {
 
 constexpr i64 BLOCK = 288;  // tokens at most that go through an expert together
 constexpr i64 MADE = i64(32) << 20;  // bytes of experts' outputs that wait to be summed
 
-// Eight-byte fields, as Python fills them: x (N, C), indices and shares (N, A), gate_up (E, 2F, C),
-// down (E, C, F), out (N, C).
+// x (N, C), indices and shares (N, A), gate_up (E, 2F, C), down (E, C, F), out (N, C).
 struct Grouped {
-    i64 N, A, E, C, F, x_stride;
-    const bf16* x;
-    const i64* indices;
-    const float* shares;
-    const bf16 *gate_up, *down;
-    bf16* out;
-    i64 refused;  // out: indices name experts that do not exist
+    i64 N, A, E, C, F;
+    Span<const bf16> x;
+    i64 x_stride;
+    Span<const i64> indices;
+    Span<const float> shares;
+    Span<const bf16> gate_up, down;
+    Span<bf16> out;
+
+    i64 size() const { return sizeof(Grouped); }
+    bool fits() const {
+        return N > 0 && A > 0 && E > 0 && C > 0 && F > 0 && x.holds({{N, x_stride}, {C, 1}}) &&
+               indices.holds(N * A) && shares.holds(N * A) && gate_up.holds(E * 2 * F * C) &&
+               down.holds(E * C * F) && out.holds(N * C) && known(indices, N * A, E);
+    }
 };
 
 struct Job {
@@ -115,13 +122,8 @@ void add_up(const Grouped& g, i64 token, const bf16* made) {
     }
 }
 
-}  // namespace
-
-extern "C" void quintet_grouped_bf16(Grouped* grouped) {
+void grouped(const Grouped& g) {
     static thread_local Scratch scratch;
-    const Grouped& g = *grouped;
-    grouped->refused = !known(g.indices, g.N * g.A, g.E);
-    if (g.refused) return;
     const i64 most = std::max<i64>(256, MADE / (2 * g.C * g.A));
     const i64 room = std::min(g.N, most) * g.A * g.C;
     scratch.open(Scratch::room<bf16>(room));
@@ -143,3 +145,7 @@ extern "C" void quintet_grouped_bf16(Grouped* grouped) {
         }
     }
 }
+
+}  // namespace
+
+QUINTET_ENTRY(grouped_bf16, Grouped, grouped)

@@ -140,11 +140,14 @@ inline F products(const Wide& w, const int16_t* x) {
 // q (O, I) with a scale for each row.
 struct Int8 {
     using Input = Rounded;
+    using Stored = int8_t;
+    using Scale = float;
     const int8_t* q;
     const float* scale;
     i64 I;
 
     i64 bytes() const { return I; }
+    static Bytes bytes(i64 O, i64 I, i64) { return {O * I, O * i64(sizeof(float))}; }
 
     void rows(const Input* x, i64 M, i64 from, i64 to, const Products& put) const {
         constexpr int MOST = LANES == 16 ? 6 : 2;
@@ -210,12 +213,18 @@ struct Int8 {
 // scale for each group.
 struct Int4 {
     using Input = Rounded;
+    using Stored = uint8_t;
+    using Scale = bf16;
     const uint8_t* q;
     const bf16* scale;
     i64 I;
 
     i64 groups() const { return (I + GROUP - 1) / GROUP; }
     i64 bytes() const { return groups() * (GROUP / 2 + 2); }
+    static Bytes bytes(i64 O, i64 I, i64) {
+        const i64 G = O * ((I + GROUP - 1) / GROUP);
+        return {G * (GROUP / 2), G * i64(sizeof(bf16))};
+    }
 
     void rows(const Input* x, i64 M, i64 from, i64 to, const Products& put) const {
         constexpr int MOST = LANES == 16 ? 6 : 2;

@@ -5,8 +5,8 @@
 
 namespace {
 
-// Eight-byte fields, as Python fills them. w (H, Dn + Dv, R) is whole; q_latent and mixed, each
-// (B, T, H, R), are room to compute in; out is (B, T, H, Dv).
+// w (H, Dn + Dv, R) is whole; q_latent and mixed, each (B, T, H, R), are room to compute in; out is
+// (B, T, H, Dv).
 struct Latent {
     i64 B, T, S, H, Dn, Dr, Dv, R;
     const bf16 *q_nope, *q_pe, *c_kv, *k_pe, *w;
@@ -16,7 +16,7 @@ struct Latent {
 
     // All heads attend to the latents, which are keys and values.
     Attention attention() const {
-        const Strides whole{T * H * R, H * R, R};
+        const Strides whole{T * H * R, R, H * R};
         return {B, T, S, 1, H, R, Dr, R, 0, q_latent, q_pe, c_kv, k_pe, c_kv, mixed,
                 whole, pe_at, c_at, k_at, c_at, whole, start};
     }

@@ -7,12 +7,21 @@
 #pragma once
 #include <vector>
 
-#include "simd.h"
+#include "span.h"
 
 namespace {
 
 // Below this many bytes of weights, waking the other threads takes longer than it saves.
 constexpr i64 SMALL = 16384;
+
+// How many bytes a matrix takes, and its scales.
+struct Bytes {
+    i64 weight, scale;
+
+    bool within(const Span<const void>& w, const Span<const void>& s) const {
+        return w.as<char>().holds(weight) && s.as<char>().holds(scale);
+    }
+};
 
 // Where products of M vectors and the rows [from, from + width) of a matrix go. One type for all
 // callers: the compiler makes the loops of a matrix once.
@@ -46,11 +55,14 @@ inline void in_blocks(i64 M, Fn&& fn) {
 template <class T>
 struct Plain {
     using Input = const T*;
+    using Stored = T;
+    using Scale = float;
     const T* w;
     i64 I;
     i64 stride;
 
     i64 bytes() const { return I * i64(sizeof(T)); }
+    static Bytes bytes(i64 O, i64 I, i64 stride) { return {reach({{O, stride}, {I, 1}}) * i64(sizeof(T)), 0}; }
 
     void rows(const Input* x, i64 M, i64 from, i64 to, const Products& put) const {
         if (M == 1) {

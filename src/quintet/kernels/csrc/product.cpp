@@ -3,20 +3,43 @@
 #include <omp.h>
 
 #include "product.h"
+#include "span.h"
 
 namespace {
 
 constexpr i64 PACKED = i64(1) << 20;  // bytes of panels that fit the second-level cache
 
-// Eight-byte fields, as Python fills them: y (M, O) = x·weightᵀ + bias, weight (O, I); or, with the
-// matrix `up` beside the weight, silu(x·weightᵀ) · (x·upᵀ).
+// y (M, O) = x·weightᵀ + bias, weight (O, I); or, with the matrix `up` beside the weight,
+// silu(x·weightᵀ) · (x·upᵀ).
 struct Map {
-    const bf16 *weight, *up, *bias;
-    bf16* y;
-    i64 O, stride;
+    Span<const bf16> weight;
+    i64 stride;
+    Span<const bf16> up;
+    i64 up_stride;
+    Span<const bf16> bias;
+    Span<bf16> y;
+    i64 O;
+
+    bool fits(i64 M, i64 I) const {
+        return O > 0 && weight.holds({{O, stride}, {I, 1}}) && (!up.given() || (up_stride == stride && up.holds({{O, stride}, {I, 1}}))) &&
+               (!bias.given() || bias.holds(O)) && y.holds(M * O);
+    }
 
     i64 width() const { return up ? LANES : 2 * LANES; }
     i64 panels() const { return (O + width() - 1) / width(); }
+};
+
+struct Call {
+    i64 M, I, count;
+    Span<const bf16> x;  // (M, I)
+    i64 x_stride;
+
+    const Map* maps() const { return behind<Map>(this); }
+    i64 size() const { return i64(sizeof(Call)) + count * i64(sizeof(Map)); }
+    bool fits() const {
+        return M > 0 && I > 0 && count > 0 && x.holds({{M, x_stride}, {I, 1}}) &&
+               std::all_of(maps(), maps() + count, [this](const Map& map) { return map.fits(M, I); });
+    }
 };
 
 struct Work {
@@ -46,12 +69,12 @@ i64 panels_together(i64 panels, i64 bytes, i64 threads) {
     return together;
 }
 
-}  // namespace
-
-extern "C" void quintet_product_bf16(const Map* maps, i64 count, const bf16* x, i64 x_stride, i64 M, i64 I) {
+void products(const Call& c) {
+    const bf16* x = c.x;
+    const i64 M = c.M, I = c.I, x_stride = c.x_stride;
     static thread_local Scratch of_caller, of_thread;
     std::vector<Work> works;
-    for (const Map* map = maps; map < maps + count; ++map)
+    for (const Map* map = c.maps(); map < c.maps() + c.count; ++map)
         for (i64 p = 0; p < map->panels(); ++p) works.push_back({map, p * map->width()});
     const i64 n = i64(works.size()), threads = omp_get_max_threads();
     const i64 tiles = (M + TILE - 1) / TILE, pairs = (I + 1) / 2, packed = pairs * 2 * LANES;
@@ -110,3 +133,7 @@ extern "C" void quintet_product_bf16(const Map* maps, i64 count, const bf16* x, 
         }
     }
 }
+
+}  // namespace
+
+QUINTET_ENTRY(product_bf16, Call, products)

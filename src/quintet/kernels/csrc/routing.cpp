@@ -9,7 +9,23 @@ namespace {
 constexpr i64 FEW = 1 << 16;
 
 template <class T>
-void logits(const Logits<T>& of) {
+struct LogitsCall {
+    i64 N, E, C;
+    Span<const T> x;  // (N, C)
+    i64 x_row;
+    Span<const T> weight;  // (E, C)
+    i64 weight_row;
+    Span<float> y;  // (N, E)
+
+    i64 size() const { return sizeof(LogitsCall); }
+    bool fits() const {
+        return x.holds({{N, x_row}, {C, 1}}) && weight.holds({{E, weight_row}, {C, 1}}) && y.holds(N * E);
+    }
+};
+
+template <class T>
+void logits(const LogitsCall<T>& c) {
+    const Logits<T> of{c.x, c.weight, c.y, c.N, c.E, c.C, c.x_row, c.weight_row};
 #pragma omp parallel if (of.N * of.E * of.C >= FEW)
     {
         const Share mine(of.E, omp_get_thread_num(), omp_get_num_threads());
@@ -18,19 +34,30 @@ void logits(const Logits<T>& of) {
 }
 
 template <class T>
-void choose(const Rules& rules, const T* logits, i64 N, i64* indices, float* weights) {
-    Router router(rules);
-    for (i64 n = 0; n < N; ++n)
-        router.choose(logits + n * rules.E, indices + n * rules.A, weights + n * rules.A);
+struct ChoiceCall {
+    Rules rules;
+    i64 N;
+    Span<const T> logits;  // (N, E)
+    Span<i64> indices;     // (N, A)
+    Span<float> weights;   // the same
+
+    i64 size() const { return sizeof(ChoiceCall); }
+    bool fits() const {
+        return N > 0 && rules.fits() && logits.holds(N * rules.E) && indices.holds(N * rules.A) &&
+               weights.holds(N * rules.A);
+    }
+};
+
+template <class T>
+void choose(const ChoiceCall<T>& c) {
+    const i64 E = c.rules.E, A = c.rules.A;
+    Router router(c.rules);
+    for (i64 n = 0; n < c.N; ++n) router.choose(c.logits + n * E, c.indices + n * A, c.weights + n * A);
 }
 
 }  // namespace
 
-#define QUINTET_ROUTING(name, T)                                                                      \
-    extern "C" void quintet_router_logits_##name(const Logits<T>* of) { logits(*of); }                \
-    extern "C" void quintet_choose_##name(const Rules* rules, const T* logits, i64 N, i64* indices,   \
-                                          float* weights) {                                           \
-        choose(*rules, logits, N, indices, weights);                                                  \
-    }
-QUINTET_ROUTING(bf16, bf16)
-QUINTET_ROUTING(f32, float)
+QUINTET_ENTRY(router_logits_bf16, LogitsCall<bf16>, logits)
+QUINTET_ENTRY(router_logits_f32, LogitsCall<float>, logits)
+QUINTET_ENTRY(choose_bf16, ChoiceCall<bf16>, choose)
+QUINTET_ENTRY(choose_f32, ChoiceCall<float>, choose)

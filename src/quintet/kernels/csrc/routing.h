@@ -3,7 +3,7 @@
 #pragma once
 #include <vector>
 
-#include "simd.h"
+#include "span.h"
 
 namespace {
 
@@ -37,14 +37,19 @@ inline bool known(const i64* indices, i64 count, i64 E) {
 
 enum Scoring : i64 { SOFTMAX, SIGMOID };
 
-// Eight-byte fields, as Python fills them. A score is the softmax or the sigmoid of a logit; a choice
+// A score is the softmax or the sigmoid of a logit; a choice
 // goes by it and the bias, a weight by it alone. Of the groups, `kept` are open: those whose
 // `ranked` best experts sum highest.
 struct Rules {
     Scoring scoring;
     i64 E, A, groups, kept, ranked, normalise;
     double scaling;
-    const float* bias;  // (E) or null
+    Span<const float> bias;  // (E) or null
+
+    bool fits() const {
+        return E > 0 && groups > 0 && E % groups == 0 && kept > 0 && kept <= groups && ranked > 0 && A > 0 &&
+               A <= E / groups * kept && (!bias.given() || bias.holds(E));
+    }
 };
 
 // The best `most` of the numbers offered, by their places: the highest first, of equals the one

@@ -1,7 +1,9 @@
 // What is done row by row between the products: normalise, rotate, gate.
+#include "rows.h"
+
 #include <omp.h>
 
-#include "rows.h"
+#include "span.h"
 
 namespace {
 
@@ -9,66 +11,103 @@ namespace {
 constexpr i64 FEW = 16384;
 
 template <class T>
-void rms_norm(const T* x, const T* weight, T* y, i64 rows, i64 C, float eps) {
-#pragma omp parallel for if (rows > 1 && rows * C >= FEW) schedule(static)
-    for (i64 r = 0; r < rows; ++r) normalise(x + r * C, weight, y + r * C, C, eps);
-}
+struct NormCall {
+    i64 rows, C;
+    double eps;
+    Span<const T> x, weight;  // (rows, C), (C)
+    Span<T> y;                // (rows, C)
 
-// x (B, H, T, D) with any strides but the last; y (B, T, H, D); cos and sin (B or 1, T, D). The
-// pairs are i and i + D/2 of x, or neighbours, which then part to i and i + D/2 of y.
-template <class T>
-struct Rotation {
-    const T* x;
-    T* y;
-    i64 row, head, token, H;
+    i64 size() const { return sizeof(NormCall); }
+    bool fits() const { return rows >= 0 && C > 0 && x.holds(rows * C) && weight.holds(C) && y.holds(rows * C); }
 };
 
 template <class T>
-void rotate(const Rotation<T>* parts, i64 count, const T* cos, const T* sin, i64 angle_row, i64 B,
-            i64 tokens, i64 D, bool neighbours) {
+void rms_norm(const NormCall<T>& c) {
+    const i64 C = c.C;
+#pragma omp parallel for if (c.rows > 1 && c.rows * C >= FEW) schedule(static)
+    for (i64 r = 0; r < c.rows; ++r) normalise(c.x + r * C, c.weight.p, c.y + r * C, C, float(c.eps));
+}
+
+// x (B, H, T, D) with any steps but the last; y (B, T, H, D). The pairs are i and i + D/2 of x, or
+// neighbours, which then part to i and i + D/2 of y.
+template <class T>
+struct Rotation {
+    i64 H;
+    Span<const T> x;
+    i64 row, head, token;
+    Span<T> y;
+};
+
+template <class T>
+struct RotateCall {
+    i64 B, tokens, D, neighbours, turns, count;
+    Span<const T> cos, sin;  // (turns, tokens, D), of one row for all or of each
+
+    const Rotation<T>* parts() const { return behind<Rotation<T>>(this); }
+    i64 size() const { return i64(sizeof(RotateCall)) + count * i64(sizeof(Rotation<T>)); }
+    bool fits() const {
+        return B >= 0 && tokens >= 0 && D > 0 && D % 2 == 0 && (turns == 1 || turns == B) &&
+               cos.holds(turns * tokens * D) && sin.holds(turns * tokens * D) &&
+               std::all_of(parts(), parts() + count, [this](const Rotation<T>& of) {
+                   return of.x.holds({{B, of.row}, {of.H, of.head}, {tokens, of.token}, {D, 1}}) &&
+                          of.y.holds(B * of.H * tokens * D);
+               });
+    }
+};
+
+template <class T>
+void rotate(const RotateCall<T>& c) {
+    const i64 tokens = c.tokens, D = c.D;
     i64 heads = 0;
-    for (i64 k = 0; k < count; ++k) heads += parts[k].H;
-#pragma omp parallel for if (B * tokens > 1 && B * tokens * heads * D >= FEW) schedule(static)
-    for (i64 at = 0; at < B * tokens; ++at) {
-        const i64 b = at / tokens, t = at % tokens;
-        const T *c = cos + b * angle_row + t * D, *s = sin + b * angle_row + t * D;
-        for (i64 k = 0; k < count; ++k)
-            for (i64 h = 0; h < parts[k].H; ++h) {
-                const T* from = parts[k].x + b * parts[k].row + h * parts[k].head + t * parts[k].token;
-                T* to = parts[k].y + (at * parts[k].H + h) * D;
-                if (neighbours)
-                    rotate_neighbours(from, to, c, s, D);
+    for (i64 k = 0; k < c.count; ++k) heads += c.parts()[k].H;
+#pragma omp parallel for if (c.B * tokens > 1 && c.B * tokens * heads * D >= FEW) schedule(static)
+    for (i64 at = 0; at < c.B * tokens; ++at) {
+        const i64 b = at / tokens, t = at % tokens, angle = (c.turns > 1 ? at : t) * D;
+        for (i64 k = 0; k < c.count; ++k) {
+            const Rotation<T>& of = c.parts()[k];
+            for (i64 h = 0; h < of.H; ++h) {
+                const T* from = of.x + b * of.row + h * of.head + t * of.token;
+                T* to = of.y + (at * of.H + h) * D;
+                if (c.neighbours)
+                    rotate_neighbours(from, to, c.cos + angle, c.sin + angle, D);
                 else
-                    rotate_head(from, to, c, s, D);
+                    rotate_head(from, to, c.cos + angle, c.sin + angle, D);
             }
+        }
     }
 }
 
 template <class T>
-void silu_mul(const T* gate, const T* up, T* y, i64 rows, i64 width, i64 gate_row, i64 up_row) {
-#pragma omp parallel for if (rows > 1 && rows * width >= FEW) schedule(static)
-    for (i64 r = 0; r < rows; ++r) {
-        const T *g = gate + r * gate_row, *u = up + r * up_row;
+struct GateCall {
+    i64 rows, width;
+    Span<const T> gate, up;  // (rows, width)
+    Span<T> y;
+
+    i64 size() const { return sizeof(GateCall); }
+    bool fits() const {
+        const i64 n = rows * width;
+        return rows >= 0 && width > 0 && gate.holds(n) && up.holds(n) && y.holds(n);
+    }
+};
+
+template <class T>
+void silu_mul(const GateCall<T>& c) {
+    const i64 width = c.width;
+#pragma omp parallel for if (c.rows > 1 && c.rows * width >= FEW) schedule(static)
+    for (i64 r = 0; r < c.rows; ++r) {
+        const T *g = c.gate + r * width, *u = c.up + r * width;
+        T* y = c.y + r * width;
         each_vector<T>(width, [&](i64 i, auto last) {
-            set(y + r * width, i, width, mul(silu(get(g, i, width, last)), get(u, i, width, last)), last);
+            set(y, i, width, mul(silu(get(g, i, width, last)), get(u, i, width, last)), last);
         });
     }
 }
 
 }  // namespace
 
-#define QUINTET_ROWS(name, T)                                                                      \
-    extern "C" void quintet_rms_norm_##name(const T* x, const T* w, T* y, i64 rows, i64 C, float eps) { \
-        rms_norm(x, w, y, rows, C, eps);                                                           \
-    }                                                                                              \
-    extern "C" void quintet_rotate_##name(const Rotation<T>* parts, i64 count, const T* cos,       \
-                                          const T* sin, i64 angle_row, i64 B, i64 tokens, i64 D,   \
-                                          i64 neighbours) {                                        \
-        rotate(parts, count, cos, sin, angle_row, B, tokens, D, neighbours != 0);                  \
-    }                                                                                              \
-    extern "C" void quintet_silu_mul_##name(const T* gate, const T* up, T* y, i64 rows, i64 width, \
-                                            i64 gate_row, i64 up_row) {                            \
-        silu_mul(gate, up, y, rows, width, gate_row, up_row);                                      \
-    }
-QUINTET_ROWS(bf16, bf16)
-QUINTET_ROWS(f32, float)
+QUINTET_ENTRY(rms_norm_bf16, NormCall<bf16>, rms_norm)
+QUINTET_ENTRY(rms_norm_f32, NormCall<float>, rms_norm)
+QUINTET_ENTRY(rotate_bf16, RotateCall<bf16>, rotate)
+QUINTET_ENTRY(rotate_f32, RotateCall<float>, rotate)
+QUINTET_ENTRY(silu_mul_bf16, GateCall<bf16>, silu_mul)
+QUINTET_ENTRY(silu_mul_f32, GateCall<float>, silu_mul)

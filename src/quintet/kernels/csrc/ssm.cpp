@@ -1,19 +1,50 @@
 // Mamba-2's mixer between its projections, by a team of its own.
+#include "ssm.h"
+
 #include <omp.h>
 
-#include "ssm.h"
+#include "span.h"
 
 namespace {
 
 template <class T>
-void mix(const Mixer<T>& mixer) {
+struct Call {
+    Shape s;
+    double least, most, eps;  // of the steps, and what is added to the mean square
+    Span<const T> in;         // (B, T, row)
+    Span<const T> taps;       // (conv, W)
+    Span<const T> bias;       // (conv) or null
+    Span<const T> window;     // (B, W - 1, conv) or null
+    Span<const float> dt_bias, a_log, d;  // (H)
+    Span<const i64> counts;               // (B) or null
+    Span<const T> weight;                 // (inner)
+    Span<float> state;                    // (B, H, P, N)
+    Span<T> next_window;
+    Span<float> mixed, dt, y;  // (B, T, conv), (B, T, H), (B, T, inner)
+    Span<T> out;               // (B, T, inner)
+
+    i64 size() const { return sizeof(Call); }
+    bool fits() const {
+        const i64 rows = s.B * s.T, past = s.B * (s.W - 1) * s.conv();
+        return s.fits() && in.holds(rows * s.row()) && taps.holds(s.conv() * s.W) &&
+               (!bias.given() || bias.holds(s.conv())) && (!window.given() || window.holds(past)) && dt_bias.holds(s.H) &&
+               a_log.holds(s.H) && d.holds(s.H) && weight.holds(s.inner()) &&
+               state.holds(s.B * s.H * s.P * s.N) && next_window.holds(past) && mixed.holds(rows * s.conv()) &&
+               dt.holds(rows * s.H) && y.holds(rows * s.inner()) && out.holds(rows * s.inner()) &&
+               (!counts.given() || (counts.holds(s.B) && s.counts(counts)));
+    }
+};
+
+template <class T>
+void mix(const Call<T>& c) {
+    const float numbers[] = {float(c.least), float(c.most), float(c.eps)};
+    const Mixer<T> mixer{c.s,     c.in,     c.taps,  c.bias,  c.window, c.next_window, c.dt_bias, c.a_log, c.d,
+                         c.counts, c.state, c.mixed, c.dt,    c.y,      c.weight,      c.out,     numbers};
 #pragma omp parallel
     mixer.run(omp_get_thread_num(), omp_get_num_threads());
 }
 
 }  // namespace
 
-extern "C" {
-void quintet_mamba2_bf16(const Mixer<bf16>* mixer) { mix(*mixer); }
-void quintet_mamba2_f32(const Mixer<float>* mixer) { mix(*mixer); }
-}
+QUINTET_ENTRY(mamba2_bf16, Call<bf16>, mix)
+QUINTET_ENTRY(mamba2_f32, Call<float>, mix)

@@ -50,12 +50,21 @@ inline void accumulate(float* out, i64 ldo, const float* a, i64 ai, i64 ak,
 
 struct Shape {
     i64 B, T, H, P, G, N, W;
+
+    // Whatever the level, vectors of 16 are whole.
+    bool fits() const {
+        return B > 0 && T > 0 && H > 0 && P > 0 && G > 0 && N > 0 && W > 0 && H % G == 0 && P % 16 == 0 &&
+               N % 16 == 0;
+    }
+    // Whether rows have as many real tokens as they can.
+    bool counts(const i64* of) const {
+        return std::all_of(of, of + B, [this](i64 n) { return 0 <= n && n <= T; });
+    }
     i64 inner() const { return H * P; }
     i64 conv() const { return H * P + 2 * G * N; }
     i64 row() const { return inner() + conv() + H; }  // of the input: z, x b c, dt
 };
 
-// Eight-byte fields, as Python fills them.
 template <class T>
 struct Mixer {
     Shape s;

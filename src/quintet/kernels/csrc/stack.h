@@ -19,48 +19,94 @@ namespace {
 // As `quintet.kernels.parts` numbers them.
 enum Kind : i64 { ATTENTION, MLP, MIXER, SHARED_MLP, EXPERTS, LATENT, FINAL_NORM };
 
+// What a part holds, and what it keeps between steps.
 struct Part {
     i64 kind;
-    const void* fields;
+    Span<const void> fields, held;
 };
 
+// Call `fn` with a null pointer of a kind's class; false where there is no such kind.
+template <class Matrix, class T, class Fn>
+bool with_kind(i64 kind, Fn&& fn) {
+    switch (kind) {
+        case ATTENTION: return fn(static_cast<AttentionPart<Matrix, T>*>(nullptr));
+        case MLP: return fn(static_cast<MLPPart<Matrix, T>*>(nullptr));
+        case MIXER: return fn(static_cast<MixerPart<Matrix, T>*>(nullptr));
+        case SHARED_MLP: return fn(static_cast<SharedMLPPart<Matrix, T>*>(nullptr));
+        case EXPERTS: return fn(static_cast<ExpertsPart<Matrix, T>*>(nullptr));
+        case LATENT:
+            if constexpr (std::is_same_v<T, bf16>) return fn(static_cast<LatentPart<Matrix>*>(nullptr));
+            return false;
+        case FINAL_NORM: return fn(static_cast<FinalNormPart<Matrix, T>*>(nullptr));
+    }
+    return false;
+}
+
+template <class P>
+bool fits(P*, const Part& part, const Tokens& tokens) {
+    using Held = typename P::Held;
+    i64 kept = 0;
+    if constexpr (!std::is_void_v<Held>) kept = sizeof(Held);
+    return part.fields.bytes == i64(sizeof(typename P::Fields)) && part.held.bytes == kept &&
+           P::fits(*static_cast<const typename P::Fields*>(part.fields.p),
+                   static_cast<const Held*>(part.held.p), tokens);
+}
+
+template <class Matrix, class T>
 struct Stack {
-    Tokens tokens;
-    const Part* parts;
-    const void* const* held;  // what each part keeps between steps, or null
-    i64 count, work;
+    i64 B, T_, C, turns, D, work, count;
+    Span<T> x;                     // (B, T, C), in and out
+    Span<const T> embeds;          // the same
+    Span<const T> cos, sin;        // (turns, T, D), of one row for all or of each
+    Span<const i64> starts, counts;  // (B); counts may be null
+    // Two tables, as the second changes with the cache: kind and fields of each part, what it keeps.
+    struct Row {
+        i64 kind;
+        Span<const void> fields;
+    };
+    Span<const Row> rows;
+    Span<const Span<const void>> held;
+
+    Part part(i64 i) const { return {rows[i].kind, rows[i].fields, held[i]}; }
+    Tokens tokens() const {
+        return {x.p, embeds.p, nullptr, cos.p, sin.p, starts, counts, turns > 1 ? T_ * D : 0, D, B, T_, C};
+    }
+
+    i64 size() const { return sizeof(Stack); }
+    bool fits() const {
+        const i64 n = B * T_ * C, angles = turns * T_ * D;
+        if (B <= 0 || T_ <= 0 || C <= 0 || (turns != 1 && turns != B)) return false;
+        if (!x.holds(n) || !embeds.holds(n) || !cos.holds(angles) || !sin.holds(angles)) return false;
+        if (!starts.holds(B) || (counts.given() && !counts.holds(B)) || !rows.holds(count) || !held.holds(count)) return false;
+        if (std::any_of(starts.p, starts + B, [](i64 slot) { return slot < 0; })) return false;
+        for (i64 i = 0; i < count; ++i) {
+            const auto of_kind = [&](auto* kind) { return ::fits(kind, part(i), tokens()); };
+            if (!with_kind<Matrix, T>(rows[i].kind, of_kind)) return false;
+        }
+        return true;
+    }
 };
 
 // Call `fn` with a part that takes what threads share from `room`.
 template <class Matrix, class T, class Fn>
-void with_part(const Stack& s, const Tokens& tokens, i64 i, i64 threads, Room& room, Fn&& fn) {
-    const auto as = [&](auto* kind) {
+void with_part(const Part& given, const Tokens& tokens, i64 threads, Room& room, Fn&& fn) {
+    with_kind<Matrix, T>(given.kind, [&](auto* kind) {
         using P = std::remove_pointer_t<decltype(kind)>;
-        P part(*static_cast<const typename P::Fields*>(s.parts[i].fields),
-               static_cast<const typename P::Held*>(s.held[i]), tokens, threads, room);
+        P part(*static_cast<const typename P::Fields*>(given.fields.p),
+               static_cast<const typename P::Held*>(given.held.p), tokens, threads, room);
         fn(part);
-    };
-    switch (s.parts[i].kind) {
-        case ATTENTION: return as(static_cast<AttentionPart<Matrix, T>*>(nullptr));
-        case MLP: return as(static_cast<MLPPart<Matrix, T>*>(nullptr));
-        case MIXER: return as(static_cast<MixerPart<Matrix, T>*>(nullptr));
-        case SHARED_MLP: return as(static_cast<SharedMLPPart<Matrix, T>*>(nullptr));
-        case EXPERTS: return as(static_cast<ExpertsPart<Matrix, T>*>(nullptr));
-        case LATENT:
-            if constexpr (std::is_same_v<T, bf16>) as(static_cast<LatentPart<Matrix>*>(nullptr));
-            return;
-        case FINAL_NORM: return as(static_cast<FinalNormPart<Matrix, T>*>(nullptr));
-    }
+        return true;
+    });
 }
 
 template <class Matrix, class T>
-void stack(const Stack& s) {
+void stack(const Stack<Matrix, T>& s) {
     const i64 most = omp_get_max_threads();
-    Tokens tokens = s.tokens;
+    Tokens tokens = s.tokens();
     size_t bytes = 0;
     for (i64 i = 0; i < s.count; ++i) {
         Room room(nullptr);
-        with_part<Matrix, T>(s, tokens, i, most, room, [](auto&) {});
+        with_part<Matrix, T>(s.part(i), tokens, most, room, [](auto&) {});
         bytes = std::max(bytes, room.used());
     }
     std::vector<T> beside(size_t(tokens.all() * tokens.C));
@@ -72,12 +118,13 @@ void stack(const Stack& s) {
         Member<Matrix, T> me{tokens, omp_get_thread_num(), omp_get_num_threads(), {}};
         for (i64 i = 0; i < s.count; ++i) {
             Room room(aligned);
-            with_part<Matrix, T>(s, tokens, i, most, room, [&](auto& part) { part.run(me); });
+            with_part<Matrix, T>(s.part(i), tokens, most, room, [&](auto& part) { part.run(me); });
         }
     }
 }
 
 }  // namespace
 
-#define QUINTET_STACK(name, Matrix, T) \
-    extern "C" void quintet_stack_##name(const Stack* call) { stack<Matrix, T>(*call); }
+#define QUINTET_STACK(name, Matrix, T)    \
+    using Stack_##name = Stack<Matrix, T>; \
+    QUINTET_ENTRY(stack_##name, Stack_##name, stack)

@@ -5,8 +5,24 @@
 
 namespace {
 
+template <class Matrix, class T>
+struct Call {
+    i64 rows, I;
+    Span<const void> q, scale;
+    Span<T> y;  // (rows, I)
+
+    i64 size() const { return sizeof(Call); }
+    bool fits() const {
+        return rows >= 0 && I > 0 && Matrix::bytes(rows, I, I).within(q, scale) && y.holds(rows * I);
+    }
+};
+
 template <class T>
-void widen_int8(const int8_t* q, const float* scale, T* to, i64 rows, i64 I) {
+void widen_int8(const Call<Int8, T>& c) {
+    const i64 rows = c.rows, I = c.I;
+    const int8_t* q = c.q.template as<int8_t>();
+    const float* scale = c.scale.template as<float>();
+    T* to = c.y;
 #pragma omp parallel for if (rows * I >= SMALL) schedule(static)
     for (i64 o = 0; o < rows; ++o) {
         const F by = all(scale[o]);
@@ -19,7 +35,11 @@ void widen_int8(const int8_t* q, const float* scale, T* to, i64 rows, i64 I) {
 }
 
 template <class T>
-void widen_int4(const uint8_t* q, const bf16* scale, T* to, i64 rows, i64 I) {
+void widen_int4(const Call<Int4, T>& c) {
+    const i64 rows = c.rows, I = c.I;
+    const uint8_t* q = c.q.template as<uint8_t>();
+    const bf16* scale = c.scale.template as<bf16>();
+    T* to = c.y;
     const i64 G = (I + GROUP - 1) / GROUP;
 #pragma omp parallel for if (rows * I >= SMALL) schedule(static)
     for (i64 o = 0; o < rows; ++o)
@@ -44,17 +64,10 @@ void widen_int4(const uint8_t* q, const bf16* scale, T* to, i64 rows, i64 I) {
 
 }  // namespace
 
-extern "C" {
-void quintet_widen_int8_bf16(const int8_t* q, const float* scale, bf16* to, i64 rows, i64 I) {
-    widen_int8(q, scale, to, rows, I);
-}
-void quintet_widen_int8_f32(const int8_t* q, const float* scale, float* to, i64 rows, i64 I) {
-    widen_int8(q, scale, to, rows, I);
-}
-void quintet_widen_int4_bf16(const uint8_t* q, const bf16* scale, bf16* to, i64 rows, i64 I) {
-    widen_int4(q, scale, to, rows, I);
-}
-void quintet_widen_int4_f32(const uint8_t* q, const bf16* scale, float* to, i64 rows, i64 I) {
-    widen_int4(q, scale, to, rows, I);
-}
-}
+#define QUINTET_WIDEN(name, Matrix, T, run) \
+    using Call_##name = Call<Matrix, T>;    \
+    QUINTET_ENTRY(widen_##name, Call_##name, run)
+QUINTET_WIDEN(int8_bf16, Int8, bf16, widen_int8)
+QUINTET_WIDEN(int8_f32, Int8, float, widen_int8)
+QUINTET_WIDEN(int4_bf16, Int4, bf16, widen_int4)
+QUINTET_WIDEN(int4_f32, Int4, float, widen_int4)

@@ -7,6 +7,13 @@ namespace {
 // D and U are null where there is no addition.
 struct Adapted {
     Weight map, down, up;
+
+    bool adapts() const { return down.w.given(); }
+    template <class Matrix, class T>
+    bool fits(i64 O, i64 I) const {
+        return map.O == O && map.fits<Matrix, T>(I) &&
+               (!adapts() || (up.O == O && down.fits<Matrix, T>(I) && up.fits<Matrix, T>(down.O)));
+    }
 };
 
 // Several of the same vectors, all with an addition or none.
@@ -25,7 +32,7 @@ class AdaptedMaps {
 
     // All see it behind this.
     void run(Member<Matrix, T>& me, const Inputs<Matrix>& inputs, i64 I) {
-        const bool adapts = maps_[0].down.w;
+        const bool adapts = maps_[0].adapts();
         Map<T> all[2 * N];
         for (int i = 0; i < N; ++i) {
             all[i] = map_of(maps_[i].map, made_[i]);
@@ -38,7 +45,7 @@ class AdaptedMaps {
             const i64 rank = maps_[i].down.O;
             const Map<T> up = map_of(maps_[i].up, added_[i]);
             me.map(&up, 1, taken_in<Matrix>(low_[i], M_, rank), rank);
-            me.add(added_[i], made_[i], up.O);
+            me.add(added_[i], made_[i], up.O());
         }
 #pragma omp barrier
     }

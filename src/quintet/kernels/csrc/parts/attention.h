@@ -19,6 +19,17 @@ class AttentionPart {
         Buffer keys, values;
     };
 
+    static bool fits(const Fields& f, const Held* held, const Tokens& s) {
+        const i64 I = f.norm.width(s.C), heads[] = {f.H, f.K, f.K};
+        if (f.K <= 0 || f.H <= 0 || f.H % f.K || f.D <= 0 || f.D % 16 || f.window < 0) return false;
+        for (int i = 0; i < 3; ++i)
+            if (f.qkv[i].adapts() != f.qkv[0].adapts() || !f.qkv[i].template fits<Matrix, T>(heads[i] * f.D, I))
+                return false;
+        return f.norm.template fits<T>(s.C) && f.o.O == s.C && f.o.template fits<Matrix, T>(f.H * f.D) &&
+               (!f.rotates || s.D == f.D) && held->keys.template fits<T>(s.B, f.K, s.end(), f.D) &&
+               held->values.template fits<T>(s.B, f.K, s.end(), f.D);
+    }
+
     AttentionPart(const Fields& f, const Held* held, const Tokens& s, i64 threads, Room& room)
         : f_(f), held_(held), s_(s),
           // More than `parts_of` ever asks for.

@@ -11,15 +11,25 @@ class ExpertsPart {
   public:
     struct Fields {
         Norm norm;
-        const T* router;  // (E, C)
+        Span<const T> router;  // (E, C)
         i64 wide;         // whether logits stay float32; otherwise they are rounded
         Rules rules;
         Experts experts;
         Weight gate, up, down;  // of the shared expert
         i64 F;                  // its width, 0 where there is none
-        const T* share;         // (C), of which the sigmoid is the shared expert's share, or null
+        Span<const T> share;    // (C), of which the sigmoid is the shared expert's share, or null
     };
     using Held = void;
+
+    static bool fits(const Fields& f, const Held*, const Tokens& s) {
+        const i64 C = s.C;
+        const bool shared = f.gate.O == f.F && f.up.O == f.F && f.down.O == C && f.F > 0 &&
+                            f.gate.template fits<Matrix, T>(C) && f.up.template fits<Matrix, T>(C) &&
+                            f.down.template fits<Matrix, T>(f.F);
+        return f.norm.width(C) == C && f.norm.template fits<T>(C) && f.rules.fits() && f.rules.E == f.experts.E &&
+               f.router.holds(f.rules.E * C) && f.experts.C == C && f.experts.template fits<Matrix>() &&
+               (f.F == 0 || shared) && (!f.share.given() || f.share.holds(C));
+    }
 
     ExpertsPart(const Fields& f, const Held*, const Tokens& s, i64, Room& room)
         : f_(f), s_(s),

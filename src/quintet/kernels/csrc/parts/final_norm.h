@@ -12,13 +12,17 @@ class FinalNormPart {
     };
     using Held = void;
 
+    static bool fits(const Fields& f, const Held*, const Tokens& s) {
+        return f.norm.width(s.C) == s.C && f.norm.template fits<T>(s.C);
+    }
+
     FinalNormPart(const Fields& f, const Held*, const Tokens& s, i64, Room&) : norm_(f.norm), s_(s) {}
 
     void run(Member<Matrix, T>& me) {
         const Share mine = me.share(s_.all());
         for (i64 m = mine.from; m < mine.to; ++m) {
             T* x = me.x() + m * s_.C;
-            normalise(x, static_cast<const T*>(norm_.weight), x, s_.C, float(norm_.eps));
+            normalise(x, norm_.template scale<T>(), x, s_.C, float(norm_.eps));
         }
 #pragma omp barrier
     }

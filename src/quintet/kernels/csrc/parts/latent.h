@@ -15,13 +15,27 @@ class LatentPart {
         Weight q, kv;
         Norm kv_norm;
         Weight o;
-        const bf16* w;  // (H, Dn + Dv, R)
+        Span<const bf16> w;  // (H, Dn + Dv, R)
         i64 H, Dn, Dr, Dv, R, neighbours;
         double scale;
     };
     struct Held {
         Buffer latents, keys;
     };
+
+    static bool fits(const Fields& f, const Held* held, const Tokens& s) {
+        const i64 C = s.C, Dn = f.Dn, Dr = f.Dr;
+        const bool ranked = f.q_a.w.given(), even = Dn % 2 == 0 && Dr % 2 == 0 && f.R % WIDEST == 0;
+        if (f.H <= 0 || Dn <= 0 || Dr <= 0 || f.Dv <= 0 || f.R <= 0 || !even || s.D != Dr) return false;
+        if (ranked && !(f.q_a.template fits<Matrix, bf16>(C) && f.q_norm.weight.template as<bf16>().holds(f.q_a.O)))
+            return false;
+        return f.norm.width(C) == C && f.norm.template fits<bf16>(C) && f.q.O == f.H * (Dn + Dr) &&
+               f.q.template fits<Matrix, bf16>(ranked ? f.q_a.O : C) && f.kv.O == f.R + Dr &&
+               f.kv.template fits<Matrix, bf16>(C) && f.kv_norm.weight.template as<bf16>().holds(f.R) && f.o.O == C &&
+               f.o.template fits<Matrix, bf16>(f.H * f.Dv) && f.w.holds(f.H * (Dn + f.Dv) * f.R) &&
+               held->latents.template fits<bf16>(s.B, 1, s.end(), f.R) &&
+               held->keys.template fits<bf16>(s.B, 1, s.end(), Dr);
+    }
 
     LatentPart(const Fields& f, const Held* held, const Tokens& s, i64 threads, Room& room)
         : f_(f), held_(held), s_(s),
@@ -49,26 +63,26 @@ class LatentPart {
 
   private:
     Latent over_all_rows() const {
-        const i64 last = *std::max_element(s_.starts, s_.starts + s_.B), head = f_.Dn + f_.Dr;
+        const i64 head = f_.Dn + f_.Dr;
         const Buffer &latents = held_->latents, &keys = held_->keys;
-        return {s_.B, s_.T, last + s_.T, f_.H, f_.Dn, f_.Dr, f_.Dv, f_.R,
-                q_, q_pe_, static_cast<const bf16*>(latents.p), static_cast<const bf16*>(keys.p), f_.w,
+        return {s_.B, s_.T, s_.end(), f_.H, f_.Dn, f_.Dr, f_.Dv, f_.R,
+                q_, q_pe_, latents.of<bf16>(0, 0), keys.of<bf16>(0, 0), f_.w,
                 q_latent_, mixed_, attended_,
-                {s_.T * q_row_, q_row_, head}, {s_.T * f_.H * f_.Dr, f_.H * f_.Dr, f_.Dr},
-                {latents.row, latents.token, 0}, {keys.row, keys.token, 0}, s_.starts};
+                {s_.T * q_row_, head, q_row_}, {s_.T * f_.H * f_.Dr, f_.Dr, f_.H * f_.Dr},
+                {latents.row, 0, latents.token}, {keys.row, 0, keys.token}, s_.starts};
     }
 
     // Queries of all heads, and the latents with their keys.
     void map_in(Member<Matrix, bf16>& me) {
         const Normed<Matrix, bf16> normed(me, f_.norm);
-        const Map<bf16> first[] = {f_.q_a.w ? map_of(f_.q_a, c_q_) : map_of(f_.q, q_), map_of(f_.kv, kv_)};
+        const Map<bf16> first[] = {f_.q_a.w.p ? map_of(f_.q_a, c_q_) : map_of(f_.q, q_), map_of(f_.kv, kv_)};
         me.map(first, 2, normed.inputs, s_.C);
 #pragma omp barrier
-        if (!f_.q_a.w) return;
+        if (!f_.q_a.w.p) return;
         const i64 M = s_.all(), rank = f_.q_a.O;
         std::vector<bf16> unit(size_t(M * rank));
         for (i64 m = 0; m < M; ++m)
-            normalise(c_q_ + m * rank, static_cast<const bf16*>(f_.q_norm.weight), unit.data() + m * rank, rank,
+            normalise(c_q_ + m * rank, f_.q_norm.template scale<bf16>(), unit.data() + m * rank, rank,
                       float(f_.q_norm.eps));
         const Map<bf16> second = map_of(f_.q, q_);
         me.map(&second, 1, taken_in<Matrix>(unit.data(), M, rank), rank);
@@ -83,7 +97,7 @@ class LatentPart {
         for (i64 m = tokens.from; m < tokens.to; ++m) {
             const i64 b = m / s_.T, slot = s_.starts[b] + m % s_.T;
             const bf16* from = kv_ + m * f_.kv.O;
-            normalise(from, static_cast<const bf16*>(f_.kv_norm.weight),
+            normalise(from, f_.kv_norm.template scale<bf16>(),
                       held_->latents.template of<bf16>(b, 0) + slot * held_->latents.token, f_.R, float(f_.kv_norm.eps));
             rotate(from + f_.R, held_->keys.template of<bf16>(b, 0) + slot * held_->keys.token, m);
         }

@@ -11,21 +11,34 @@ class MixerPart {
     struct Fields {
         Norm norm;
         Weight in, out;
-        const T *taps, *bias;
-        const float *dt_bias, *a_log, *d;
+        Span<const T> taps, bias;
+        Span<const float> dt_bias, a_log, d;
         Norm gated;
         i64 H, P, G, N, W;
         double least, most;
+
+        Shape shape(const Tokens& s) const { return {s.B, s.T, H, P, G, N, W}; }
     };
     struct Held {
-        T* window;
-        float* state;
+        Span<T> window;
+        Span<float> state;
     };
+
+    static bool fits(const Fields& f, const Held* held, const Tokens& s) {
+        const Shape shape = f.shape(s);
+        return shape.fits() && f.norm.width(s.C) == s.C && f.norm.template fits<T>(s.C) && f.in.O == shape.row() &&
+               f.in.template fits<Matrix, T>(s.C) && f.out.O == s.C &&
+               f.out.template fits<Matrix, T>(shape.inner()) && f.taps.holds(shape.conv() * f.W) &&
+               (!f.bias.given() || f.bias.holds(shape.conv())) && f.dt_bias.holds(f.H) && f.a_log.holds(f.H) &&
+               f.d.holds(f.H) && f.gated.weight.template as<T>().holds(shape.inner()) &&
+               held->window.holds(s.B * (f.W - 1) * shape.conv()) && held->state.holds(s.B * f.H * f.P * f.N) &&
+               (!s.counts || shape.counts(s.counts));
+    }
 
     MixerPart(const Fields& f, const Held* held, const Tokens& s, i64, Room& room)
         : f_(f), s_(s),
           numbers_{float(f.least), float(f.most), float(f.gated.eps)},
-          shape_{s.B, s.T, f.H, f.P, f.G, f.N, f.W},
+          shape_(f.shape(s)),
           projected_(room.take<T>(s.all() * shape_.row())),
           mixed_(room.take<T>(s.all() * shape_.inner())),
           added_(room.take<T>(s.all() * s.C)),
@@ -33,7 +46,7 @@ class MixerPart {
                  f.dt_bias, f.a_log, f.d, s.counts, held->state,
                  room.take<float>(s.all() * shape_.conv()), room.take<float>(s.all() * f.H),
                  room.take<float>(s.all() * shape_.inner()),
-                 static_cast<const T*>(f.gated.weight), mixed_, numbers_} {}
+                 f.gated.template scale<T>(), mixed_, numbers_} {}
 
     void run(Member<Matrix, T>& me) {
         {

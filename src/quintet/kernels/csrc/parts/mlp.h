@@ -15,6 +15,12 @@ class MLPPart {
     };
     using Held = void;
 
+    static bool fits(const Fields& f, const Held*, const Tokens& s) {
+        return f.norm.width(s.C) == s.C && f.norm.template fits<T>(s.C) && f.gate.O == f.F && f.up.O == f.F &&
+               f.down.O == s.C && f.gate.template fits<Matrix, T>(s.C) && f.up.template fits<Matrix, T>(s.C) &&
+               f.down.template fits<Matrix, T>(f.F);
+    }
+
     MLPPart(const Fields& f, const Held*, const Tokens& s, i64, Room& room)
         : f_(f), s_(s), hidden_(room.take<T>(s.all() * f.F)), added_(room.take<T>(s.all() * s.C)) {}
 

@@ -1,23 +1,27 @@
-// What the parts of a stack have in common. A part is x += part(norm(x)), run by a team of threads;
-// every field that Python fills in takes eight bytes.
+// What the parts of a stack have in common. A part is x += part(norm(x)), run by a team of threads. It
+// says of the fields that Python filled in whether they fit each other and the tokens.
 #pragma once
 #include "../linear.h"
 #include "../rows.h"
 
 namespace {
 
-struct Weight {
-    const void *w, *scale, *bias;
-    i64 O, stride;
-};
-
 // What is normalised: x, what lies beside it, their sum, or x with the embeddings behind it, 2C wide.
 enum Source : i64 { HIDDEN, BESIDE, SUM, WITH_EMBEDS };
 
 struct Norm {
-    const void* weight;
+    Span<const void> weight;
     double eps;
     Source of;
+
+    // How wide what is normalised is, for hidden states (B, T, C).
+    i64 width(i64 C) const { return of == WITH_EMBEDS ? 2 * C : C; }
+    template <class T>
+    const T* scale() const { return weight.as<T>(); }
+    template <class T>
+    bool fits(i64 C) const {
+        return weight.as<T>().holds(width(C)) && HIDDEN <= of && of <= WITH_EMBEDS;
+    }
 };
 
 // The tokens of a step.
@@ -28,18 +32,24 @@ struct Tokens {
     const void *cos, *sin;  // (B or 1, T, D)
     const i64* starts;      // (B) the slot of each row's first token
     const i64* counts;      // (B) how many of a row's tokens are real; null where all are
-    i64 angle_row, B, T, C;
+    i64 angle_row, D, B, T, C;
 
     i64 all() const { return B * T; }
+    // How many slots the tokens reach.
+    i64 end() const { return *std::max_element(starts, starts + B) + T; }
 };
 
 // Keys or values (B, K, S, D), what a cache keeps.
 struct Buffer {
-    void* p;
+    Span<char> memory;
     i64 row, head, token;
 
     template <class T>
-    T* of(i64 b, i64 kv) const { return static_cast<T*>(p) + b * row + kv * head; }
+    T* of(i64 b, i64 kv) const { return reinterpret_cast<T*>(memory.p) + b * row + kv * head; }
+    template <class T>
+    bool fits(i64 B, i64 K, i64 S, i64 D) const {
+        return memory.holds(reach({{B, row}, {K, head}, {S, token}, {D, 1}}) * i64(sizeof(T)));
+    }
 };
 
 // Memory that the threads of a team share, of which each takes the same pieces in the same order.
@@ -63,7 +73,7 @@ class Room {
 
 template <class T>
 Map<T> map_of(const Weight& w, T* y) {
-    return {w.w, w.scale, static_cast<const T*>(w.bias), y, w.O, w.stride};
+    return {w, y};
 }
 
 template <class Matrix, class T>
@@ -117,13 +127,13 @@ struct Normed {
     Inputs<Matrix> inputs;
 
     Normed(const Member<Matrix, T>& me, const Norm& norm)
-        : width(norm.of == WITH_EMBEDS ? 2 * me.s.C : me.s.C),
+        : width(norm.width(me.s.C)),
           rows(size_t(me.s.all() * width)),
           inputs(me.s.all(), width) {
         const Tokens& s = me.s;
         std::vector<T> made(static_cast<size_t>(width));
         for (i64 m = 0; m < s.all(); ++m)
-            normalise(source(s, norm.of, m, made.data()), static_cast<const T*>(norm.weight),
+            normalise(source(s, norm.of, m, made.data()), norm.template scale<T>(),
                       rows.data() + m * width, width, float(norm.eps));
         inputs.fill(rows.data(), s.all(), width, 0, 1);
     }

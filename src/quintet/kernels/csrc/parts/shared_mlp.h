@@ -15,6 +15,13 @@ class SharedMLPPart {
     };
     using Held = void;
 
+    static bool fits(const Fields& f, const Held*, const Tokens& s) {
+        const i64 O = f.gate_up.map.O, I = f.norm.width(s.C);
+        return O % 2 == 0 && f.norm.template fits<T>(s.C) && f.gate_up.template fits<Matrix, T>(O, I) &&
+               f.down.O == s.C && f.down.template fits<Matrix, T>(O / 2) && f.linear.O == s.C &&
+               f.linear.template fits<Matrix, T>(s.C);
+    }
+
     SharedMLPPart(const Fields& f, const Held*, const Tokens& s, i64, Room& room)
         : f_(f), s_(s), F_(f.gate_up.map.O / 2), maps_(&f.gate_up, s.all(), room),
           hidden_(room.take<T>(s.all() * F_)), made_(room.take<T>(s.all() * s.C)) {}

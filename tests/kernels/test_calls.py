@@ -1,0 +1,115 @@
+"""Nothing that does not fit crosses into C++: either side refuses it, and PyTorch judges."""
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from operations import CASES, Case, mutants
+from quintet.kernels import calls
+from quintet.kernels.calls import Call
+
+EACH = pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+
+
+def outcome(case: Case, inputs: dict[str, Tensor]) -> Any:
+    """What an operation makes, or how it fails."""
+    try:
+        made = case.run(**inputs)
+    except Exception as error:
+        return type(error), str(error)
+    return [made] if isinstance(made, Tensor) else list(made)
+
+
+def assert_alike(made: Any, expected: Any, label: str, rough: float) -> None:
+    assert type(made) is type(expected), f"{label}: {made} and not {expected}"
+    if not isinstance(made, list):
+        assert made == expected, label
+        return
+    for ours, torchs in zip(made, expected, strict=True):
+        assert (ours.shape, ours.dtype, ours.device) == (torchs.shape, torchs.dtype, torchs.device)
+        if torchs.layout is not torch.strided:
+            ours, torchs = ours.to_dense(), torchs.to_dense()
+        # Of an input without numbers torch makes any.
+        if torchs.is_meta or "meta" in label:
+            continue
+        ours, torchs = ours.double(), torchs.double()
+        if made[0].dtype.itemsize == 2:
+            rough = 2**-5
+        scale = torchs.nan_to_num(0, 0, 0).abs().amax() if torchs.numel() else 1.0
+        torch.testing.assert_close(
+            ours, torchs, rtol=rough, atol=float(rough * scale), equal_nan=True, msg=label
+        )
+
+
+def bound(case: Case) -> float:
+    """A rounding more or less on the way; vectors are rounded to 16 bits for integers."""
+    return 2**-5 if "bfloat16" in case.name else 2**-10 if "int" in case.name else 1e-5
+
+
+@EACH
+def test_what_fits_is_computed_by_a_kernel(
+    level: str, case: Case, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ran = []
+    real = Call.run
+    monkeypatch.setattr(
+        Call, "run", lambda call, name: (ran.append(made := real(call, name)), made)[1]
+    )
+    with torch.no_grad():
+        case.run(**case.inputs)
+    assert ran
+    assert all(ran)
+
+
+@pytest.mark.filterwarnings("ignore")
+@EACH
+@torch.no_grad()
+def test_whatever_comes_is_what_it_is_without_kernels(
+    level: str, case: Case, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, x in case.inputs.items():
+        # Made twice, as some inputs are written to.
+        for (label, one), (_, two) in zip(mutants(x), mutants(x), strict=True):
+            fresh = {other: value.clone() for other, value in case.inputs.items()}
+            made = outcome(case, {**case.inputs, **fresh, name: one})
+            fresh = {other: value.clone() for other, value in case.inputs.items()}
+            with monkeypatch.context() as without:
+                without.setattr(calls, "available", lambda: False)
+                expected = outcome(case, {**case.inputs, **fresh, name: two})
+            assert_alike(made, expected, f"{name} {label}", bound(case))
+
+
+@EACH
+@torch.no_grad()
+def test_the_other_side_refuses_what_it_is_not_lent(
+    level: str, case: Case, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whatever this side lets through: less memory, other sizes, other fields."""
+    given: list[tuple[str, list[int], list[Tensor]]] = []
+    real = Call.run
+
+    def watched(call: Call, name: str) -> bool:
+        given.append((name, list(call.fields), list(call.tensors)))
+        return real(call, name)
+
+    monkeypatch.setattr(Call, "run", watched)
+    case.run(**case.inputs)
+
+    def runs(name: str, fields: list[int]) -> bool:
+        call = Call()
+        call.fields = fields
+        return real(call, name)
+
+    for name, fields, tensors in given:
+        assert runs(name, fields)
+        assert not runs(name, [*fields, 0])
+        assert not runs(name, fields[:-1])
+        assert not runs(name, [])
+        addresses = {x.data_ptr() for x in tensors}
+        for i, field in enumerate(fields):
+            if field in addresses:
+                assert not runs(name, [*fields[:i], 0, *fields[i + 1 :]]), f"{name} {i}"
+                less = [*fields[: i + 1], fields[i + 1] - 1, *fields[i + 2 :]]
+                assert not runs(name, less), f"{name} {i}"
