@@ -6,13 +6,18 @@ BIN := .venv/bin
 WORKERS ?= 2
 INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 
-.PHONY: demo test lint types train bench bench-smoke clean
+.PHONY: demo test fuzz lint types train bench bench-smoke clean
 
 demo: .venv/base
 	@$(BIN)/quintet generate "def fibonacci(n):" --seed 34
 
 test: lint types
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder
+
+# Mutants of every kind of file, MUTANTS of each; FUZZ="--only … --seed …" chooses.
+MUTANTS ?= 2000
+fuzz: .venv/dev
+	@PYTHONPATH=tests $(BIN)/python -m fuzz --mutants $(MUTANTS) $(FUZZ)
 
 lint: .venv/dev
 	$(BIN)/ruff check .

@@ -40,7 +40,7 @@ _POSITIVE = Bounds(0, open_below=True)
 _BOUNDS = {
     "factor": Bounds(1),
     "rope_theta": _POSITIVE,
-    "original_max_position_embeddings": Bounds(1),
+    "original_max_position_embeddings": Bounds(1, 2**53),
     "attention_factor": _POSITIVE,
     "beta_fast": _POSITIVE,
     "beta_slow": _POSITIVE,

@@ -134,8 +134,9 @@ def _fits(value: Any, annotation: Any) -> bool:
         return callable(value)
     if annotation is float:
         is_number = isinstance(value, int | float) and not isinstance(value, bool)
-        # Compared, not asked by isfinite, which fails on an integer too long for a float.
-        return is_number and abs(value) <= sys.float_info.max
+        # Compared, not asked by isfinite, which fails on an integer too long for a float; torch
+        # fails on one too long for 64 bits.
+        return is_number and abs(value) <= (2**63 if isinstance(value, int) else sys.float_info.max)
     if annotation is int:
         return isinstance(value, int) and not isinstance(value, bool)
     if annotation is None or annotation is types.NoneType:

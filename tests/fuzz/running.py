@@ -1,0 +1,210 @@
+"""Mutants are tried in a process of their own, which may hang, swell or die."""
+
+import contextlib
+import multiprocessing
+import os
+import resource
+import shutil
+import tempfile
+import time
+import traceback
+import warnings
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from multiprocessing.connection import Connection
+from pathlib import Path
+from random import Random
+from typing import Any
+
+from fuzz.mutants import mutant
+from quintet.errors import QuintetError
+
+__all__ = ["Found", "Report", "Target", "fuzz"]
+
+SECONDS = 5.0
+MEGABYTES = 200
+# A process is ended that does not come back; its own clock is asked for all that does.
+PATIENCE = 60.0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Target:
+    """A reader of a file.
+
+    Attributes:
+        name: what it is called by.
+        make: writes a directory in which everything is right.
+        files: the files of it that are changed, one at a time.
+        read: reads the directory; a `QuintetError` is an answer, any other error is a fault.
+        also: further errors that are an answer (what is documented of a function that has no
+            path, for example).
+        change: what changes the bytes of a file; by default, every kind of mutant.
+    """
+
+    name: str
+    make: Callable[[Path], None]
+    files: tuple[str, ...]
+    read: Callable[[Path], Any]
+    also: tuple[type[Exception], ...] = ()
+    change: Callable[[bytes, Random], bytes] = mutant
+
+
+@dataclass(frozen=True, slots=True)
+class Found:
+    """A mutant that was not answered as it should be; `--only` and `--at` bring it back."""
+
+    target: str
+    number: int
+    what: str
+    detail: str = ""
+
+    def __str__(self) -> str:
+        return f"{self.target} {self.number}: {self.what}\n{self.detail}"
+
+
+@dataclass(slots=True)
+class Report:
+    """What came of the mutants of one target."""
+
+    tried: int = 0
+    read: int = 0
+    refused: int = 0
+    slowest: float = 0.0
+    largest: int = 0
+    faults: list[Found] = field(default_factory=list)
+
+
+def fuzz(
+    target: Target, numbers: range, seed: int = 0, *, until: float = float("inf"), most: int = 20
+) -> Report:
+    """Try mutants of a target, each decided by the seed and its number.
+
+    Args:
+        until: a time of the monotonic clock at which to end.
+        most: how many faults are enough.
+    """
+    report = Report()
+    with tempfile.TemporaryDirectory(prefix="quintet-fuzz-") as folder:
+        seeds = Path(folder) / "seeds"
+        target.make(seeds)
+        at = numbers.start
+        while at < numbers.stop and len(report.faults) < most and time.monotonic() < until:
+            at = _one_process(target, seeds, range(at, numbers.stop), seed, until, most, report)
+    return report
+
+
+def _one_process(
+    target: Target,
+    seeds: Path,
+    numbers: range,
+    seed: int,
+    until: float,
+    most: int,
+    report: Report,
+) -> int:
+    """Let one process try mutants until it dies or is done, and return the next number."""
+    ours, theirs = multiprocessing.Pipe(duplex=False)
+    process = multiprocessing.get_context("fork").Process(
+        target=_try_all, args=(target, seeds, numbers, seed, theirs), daemon=True
+    )
+    process.start()
+    theirs.close()
+    at = numbers.start
+    try:
+        while at < numbers.stop and len(report.faults) < most and time.monotonic() < until:
+            if not ours.poll(PATIENCE):
+                report.faults.append(Found(target.name, at, f"no end within {PATIENCE:.0f} s"))
+                return at + 1
+            what, detail, took, size = ours.recv()
+            report.tried += 1
+            report.read += what == "read"
+            report.refused += what == "refused"
+            report.slowest = max(report.slowest, took)
+            report.largest = max(report.largest, size)
+            if what not in ("read", "refused"):
+                report.faults.append(Found(target.name, at, what, detail))
+            elif took > SECONDS:
+                report.faults.append(Found(target.name, at, f"took {took:.1f} s", detail))
+            elif size > MEGABYTES:
+                report.faults.append(Found(target.name, at, f"took {size} MB", detail))
+            at += 1
+            if size > MEGABYTES:
+                return at
+    except EOFError:
+        process.join(5)
+        report.faults.append(Found(target.name, at, f"the process died ({process.exitcode})"))
+        return at + 1
+    finally:
+        process.kill()
+        process.join()
+        ours.close()
+    return at
+
+
+def _try_all(target: Target, seeds: Path, numbers: range, seed: int, to: Connection) -> None:
+    warnings.simplefilter("ignore")
+    # What libraries print about their own errors belongs to nobody.
+    with open(os.devnull, "w") as nowhere:
+        os.dup2(nowhere.fileno(), 1)
+        os.dup2(nowhere.fileno(), 2)
+    with tempfile.TemporaryDirectory(prefix="quintet-mutant-") as folder:
+        root = Path(folder) / "model"
+        shutil.copytree(seeds, root)
+        with contextlib.suppress(Exception):
+            target.read(root)  # what is imported and compiled once is no mutant's
+        used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+        resource.setrlimit(resource.RLIMIT_AS, (used + 2**30, used + 2**30))
+        for number in numbers:
+            to.send(_try(target, seeds, root, number, seed))
+
+
+def _try(
+    target: Target, seeds: Path, root: Path, number: int, seed: int
+) -> tuple[str, str, float, int]:
+    with _changed(target, seeds, root, number, seed):
+        before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        began = time.process_time()
+        what, detail = "read", ""
+        try:
+            target.read(root)
+        except QuintetError as error:
+            what = "refused"
+            try:
+                f"{error}".encode()
+            except UnicodeEncodeError:
+                what, detail = "a message that cannot be printed", repr(str(error))[:300]
+            else:
+                if len(str(error)) > 20_000:
+                    what, detail = "a message without end", str(error)[:300]
+        except target.also:
+            what = "refused"
+        # A panic of a library in Rust is no Exception.
+        except BaseException as error:
+            what = f"{type(error).__name__}: {str(error)[:200]!r}"
+            detail = "".join(traceback.format_exception(error)[-3:])
+        took = time.process_time() - began
+        size = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before
+    return what, detail, took, size // 1024
+
+
+@contextlib.contextmanager
+def _changed(target: Target, seeds: Path, root: Path, number: int, seed: int) -> Iterator[None]:
+    random = Random(f"{seed} {target.name} {number}")
+    name = random.choice(target.files)
+    content = (seeds / name).read_bytes()
+    (root / name).write_bytes(target.change(content, random))
+    try:
+        yield
+    finally:
+        (root / name).write_bytes(content)
+
+
+def keep(target: Target, number: int, seed: int, directory: Path) -> None:
+    """Write the directory with one mutant, to be looked at."""
+    target.make(directory)
+    seeds = directory.with_name(f"{directory.name}.seeds")
+    shutil.copytree(directory, seeds)
+    random = Random(f"{seed} {target.name} {number}")
+    name = random.choice(target.files)
+    (directory / name).write_bytes(target.change((seeds / name).read_bytes(), random))
+    shutil.rmtree(seeds)

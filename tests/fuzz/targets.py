@@ -1,0 +1,137 @@
+"""The readers that are tried: each a right directory, the files that are changed, a function."""
+
+import json
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from random import Random
+from typing import Any
+
+import torch
+
+import quintet
+from conformance.families import FAMILIES, Family
+from fuzz.mutants import mutant
+from fuzz.running import Target
+from quintet import AutoModelForCausalLM, GenerationConfig
+from quintet.checkpoint import Checkpoint
+
+__all__ = ["TARGETS"]
+
+WEIGHTS = "model.safetensors"
+INDEX = "model.safetensors.index.json"
+
+
+def _small(family: Family, **save: Any) -> Callable[[Path], None]:
+    def make(root: Path) -> None:
+        family.model_of().save_pretrained(root, **save)
+
+    return make
+
+
+def _quantised(quantize: str) -> Callable[[Path], None]:
+    def make(root: Path) -> None:
+        plain = root.with_name(f"{root.name}.plain")
+        FAMILIES[0].model_of().save_pretrained(plain)
+        AutoModelForCausalLM.from_pretrained(plain, quantize=quantize).save_pretrained(root)
+
+    return make
+
+
+def _generation(root: Path) -> None:
+    options: dict[str, Any] = {"max_new_tokens": 3, "do_sample": True, "top_k": 5, "top_p": 0.9}
+    options |= {"eos_token_id": [1, 2], "pad_token_id": 0, "repetition_penalty": 1.1}
+    options |= {"bad_words_ids": [[3, 4]], "sequence_bias": [[[5], 1.0]], "num_beams": 2}
+    options |= {"suppress_tokens": [7], "exponential_decay_length_penalty": [2, 1.1]}
+    GenerationConfig(**options).save_pretrained(root)
+
+
+def _header(content: bytes, random: Random) -> bytes:
+    """Change the header of a safetensors file as the JSON that it is, or the file as bytes."""
+    if random.random() < 0.2:
+        return mutant(content, random)
+    length = int.from_bytes(content[:8], "little")
+    header = mutant(content[8 : 8 + length], random)
+    return len(header).to_bytes(8, "little") + header + content[8 + length :]
+
+
+def _read_weights(root: Path) -> None:
+    checkpoint = Checkpoint.open(root)
+    for _, tensor in checkpoint.read(checkpoint.tensors):
+        tensor.view(-1)[:1].clone()
+
+
+def _config_on_meta(root: Path) -> None:
+    config = quintet.AutoConfig.from_pretrained(root)
+    config.to_json_string()
+    with torch.device("meta"):
+        AutoModelForCausalLM.from_config(config)
+
+
+def _only(key: str) -> Callable[[bytes, Random], bytes]:
+    """Change what a JSON object has under one key."""
+
+    def change(content: bytes, random: Random) -> bytes:
+        whole: Mapping[str, Any] = json.loads(content)
+        changed = mutant(json.dumps(whole[key]).encode(), random)
+        rest = json.dumps({k: v for k, v in whole.items() if k != key}).encode()
+        return rest[:-1] + f', "{key}": '.encode() + changed + b"}"
+
+    return change
+
+
+TARGETS = (
+    *(
+        Target(
+            name=f"config-{family.name}",
+            make=_small(family),
+            files=("config.json",),
+            read=AutoModelForCausalLM.from_pretrained,
+        )
+        for family in FAMILIES
+    ),
+    *(
+        Target(
+            name=f"config-on-meta-{family.name}",
+            make=_small(family),
+            files=("config.json",),
+            read=_config_on_meta,
+        )
+        for family in FAMILIES
+    ),
+    *(
+        Target(
+            name=f"quantization-{kind}",
+            make=_quantised(kind),
+            files=("config.json",),
+            read=AutoModelForCausalLM.from_pretrained,
+            change=_only("quantization_config"),
+        )
+        for kind in ("int8", "int4", "nf4", "fp8")
+    ),
+    Target(
+        name="generation-config",
+        make=_generation,
+        files=("generation_config.json",),
+        read=GenerationConfig.from_pretrained,
+    ),
+    Target(
+        name="weights",
+        make=_small(FAMILIES[0]),
+        files=(WEIGHTS,),
+        read=_read_weights,
+        change=_header,
+    ),
+    Target(
+        name="model-weights",
+        make=_small(FAMILIES[3]),
+        files=(WEIGHTS,),
+        read=AutoModelForCausalLM.from_pretrained,
+        change=_header,
+    ),
+    Target(
+        name="index",
+        make=_small(FAMILIES[0], max_shard_size="30KB"),
+        files=(INDEX,),
+        read=AutoModelForCausalLM.from_pretrained,
+    ),
+)
