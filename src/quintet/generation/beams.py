@@ -19,7 +19,7 @@ from quintet.generation.outputs import Record
 from quintet.generation.sampler import Sampler
 from quintet.generation.stopping import Stopping
 from quintet.generation.text import Text
-from quintet.ops.sampling import draw_several
+from quintet.ops.sampling import check_left, draw_several
 
 __all__ = ["BeamOptions", "Found", "beam_search"]
 
@@ -104,6 +104,11 @@ def beam_search(run: Run, options: BeamOptions) -> Found:
         if record.scores is not None:
             record.scores.append(scores.clone())
         taken = _candidates(running, scores, step, sampler, options)
+        # A prompt that has ended, in whatever way, needs no further token.
+        needs = improves[:, 0] & ~(ended.any(dim=1) & taken.scores[:, 0].isneginf())
+        if options.early_stopping is True:
+            needs &= ~ended.all(dim=1)
+        check_left(taken.scores[:, 0].tolist(), needs, step + 1)
         stops = _stops(taken, text, run.stopping, step, record)
         if step + 1 == room:
             stops = torch.ones_like(stops)
@@ -157,7 +162,10 @@ def _stops(taken: _Beams, text: Text, stopping: Stopping, step: int, record: Rec
         return stopping.ends(tokens)
     before = text.ids[taken.rows[:, :, step].flatten().long()]
     ids = torch.cat((before, tokens.reshape(-1, 1)), dim=1)
-    return stopping(ids, record.seen_scores()).reshape(tokens.shape)
+    padding = text.padding
+    if padding is not None:
+        padding = padding[taken.rows[:, :, step].flatten().long()]
+    return stopping(ids, record.seen_scores(), padding).reshape(tokens.shape)
 
 
 def _hold(

@@ -187,17 +187,17 @@ def decode(run: Run) -> None:
         record.forward(made)
         logits = made.logits[:, -1]
         if record.scores is None:
-            tokens = run.sampler.choose(text, logits)
+            tokens = run.sampler.choose(text, logits, goes_on, step=step)
         else:
-            record.scores.append(run.sampler.scores(text, logits))
-            tokens = run.sampler.take(record.scores[-1])
+            record.scores.append(run.sampler.scores(text, logits, goes_on))
+            tokens = run.sampler.take(record.scores[-1], goes_on, step=step)
         if goes_on is not None:
             tokens = torch.where(goes_on, tokens, run.pad)
         text.append(tokens)
         if run.streamer is not None:
             run.streamer.put(tokens.cpu())
         if run.stopping:
-            ended = run.stopping(text.ids, record.seen_scores())
+            ended = run.stopping(text.ids, record.seen_scores(), text.padding)
             if goes_on is not None or bool(ended.any()):
                 goes_on = ~ended if goes_on is None else goes_on & ~ended
                 if not bool(goes_on.any()):

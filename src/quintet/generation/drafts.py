@@ -1,5 +1,7 @@
 """What speculation checks: drafted tokens, how many are asked for, and where they come from."""
 
+import math
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
@@ -130,6 +132,9 @@ class PromptLookup:
 class Writer:
     """Writes a draft token by token, by the rules by which the text itself is written.
 
+    A row's draft ends where no token is left, or where the scores are not numbers: what is drafted
+    may make a text slower, but neither another one nor an error.
+
     Args:
         text: the rows so far.
         wanted: how many tokens each row is to have at the most.
@@ -155,13 +160,18 @@ class Writer:
     def write(self, logits: Tensor) -> Tensor:
         """Add a token, (B,), to every row, from logits (B, V)."""
         sampler = self.sampler
-        scores = sampler.scores_of_last(self.text, logits[:, None])[:, 0]
+        needed = None
+        if sampler.asks_who_goes_on:
+            asked = [[count > len(self.tokens)] for count in self._counts]
+            needed = torch.tensor(asked, device=logits.device)
+        scores = sampler.scores_of_last(self.text, logits[:, None], needed)[:, 0]
         p = scores.softmax(dim=-1) if sampler.do_sample or self.threshold > 0 else None
+        best, token = scores.max(dim=-1)
+        self._end_at(best.tolist())
         if p is not None and sampler.do_sample:
-            token = sampler.draw(p)
+            writes = [count > len(self.tokens) for count in self._counts]
+            token = sampler.draw(p, goes_on=torch.tensor(writes))
             self._probabilities.append(p)
-        else:
-            token = scores.argmax(dim=-1)
         self.tokens.append(token)
         if p is not None and self.threshold > 0:
             sure = (p.gather(1, token[:, None])[:, 0] >= self.threshold).tolist()
@@ -173,6 +183,19 @@ class Writer:
         if sampler.processors:
             self.text.append(token)
         return token
+
+    def _end_at(self, best: list[float]) -> None:
+        """End the draft of each row whose largest score is no number."""
+        written = len(self.tokens)
+        for row, score in enumerate(best):
+            if self._counts[row] > written and not -math.inf < score < math.inf:
+                self._counts[row] = written
+                if score != -math.inf:
+                    warnings.warn(
+                        f"the scores of a draft hold {score}, so that row {row} gets none here; "
+                        "the text is what the model makes alone (check what drafts, and its dtype)",
+                        stacklevel=2,
+                    )
 
     def draft(self) -> Draft:
         """Return what was written."""

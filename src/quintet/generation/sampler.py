@@ -52,63 +52,104 @@ class Sampler:
 
     # -- one position ------------------------------------------------------------------------
 
-    def scores(self, text: Text, logits: Tensor) -> Tensor:
+    def scores(self, text: Text, logits: Tensor, goes_on: Tensor | None = None) -> Tensor:
         """Return the logits (B, V) of the token behind the text, reshaped, in float32."""
-        return self._reshaped(self.processors, text, logits.to(torch.float32))
+        return self._reshaped(self.processors, text, logits.to(torch.float32), goes_on)
 
-    def take(self, scores: Tensor) -> Tensor:
+    def take(
+        self,
+        scores: Tensor,
+        goes_on: Tensor | None = None,
+        *,
+        step: int | None = None,
+        u: Tensor | None = None,
+    ) -> Tensor:
         """Take a token for each row, (B,), of scores (B, V).
 
+        Args:
+            scores: what is taken from.
+            goes_on: (B,) True for rows that need a token, others get any; None for all.
+            step: which new token it is, from 1, for the message of an error.
+            u: (B, 1) numbers of [0, 1) to draw by.
+
         Raises:
-            InputError: there is nothing to draw from.
+            InputError: a row has no token left, or its scores hold NaN or infinity.
         """
         if not self.do_sample:
-            return scores.argmax(dim=-1)
-        return sampling.draw(scores.softmax(dim=-1), self.generators)
+            best, tokens = scores.max(dim=-1)
+            sampling.check_left(best.tolist(), goes_on, step)
+            return tokens
+        try:
+            return sampling.draw(scores.softmax(dim=-1), self.generators, u, goes_on)
+        except sampling.NothingLeftError:
+            sampling.check_left(scores.amax(dim=-1).tolist(), goes_on, step)
+            raise
 
-    def choose(self, text: Text, logits: Tensor) -> Tensor:
+    def choose(
+        self,
+        text: Text,
+        logits: Tensor,
+        goes_on: Tensor | None = None,
+        *,
+        step: int | None = None,
+    ) -> Tensor:
         """Take a token for each row, (B,), as `take(scores(…))` does, but by the shortest way.
 
         Where top-k bounds the distribution, all behind it happens to those few tokens alone.
 
         Raises:
-            InputError: there is nothing to draw from.
+            InputError: a row has no token left, or its scores hold NaN or infinity.
         """
         logits = logits.to(torch.float32)
-        if self._k is not None and self.do_sample:
-            logits = self._reshaped(self._readers, text, logits)
-            few = sampling.top_k_candidates(logits, self._k)
-            if few is not None:
-                values, ids = few
-                for warper in self._few:
-                    values = warper.warp(values)
-                return ids.gather(1, self.take(values)[:, None])[:, 0]
-            for warper in self._warpers:
-                logits = warper.warp(logits)
-            return self.take(logits)
-        return self.take(self._reshaped(self.processors, text, logits))
+        if self._k is None or not self.do_sample:
+            scores = self._reshaped(self.processors, text, logits, goes_on)
+            return self.take(scores, goes_on, step=step)
+        logits = self._reshaped(self._readers, text, logits, goes_on)
+        few = sampling.top_k_candidates(logits, self._k)
+        if few is None:
+            return self.take(_warped(self._warpers, logits), goes_on, step=step)
+        values, ids, crowded = few
+        u = self.uniform(len(ids), 1, ids.device)
+        index = self.take(_warped(self._few, values), goes_on, step=step, u=u)
+        tokens = ids.gather(1, index[:, None])[:, 0]
+        if crowded is None:
+            return tokens
+        # Row by row: which way is taken must not depend on the other rows.
+        whole = self.take(_warped(self._warpers, logits[crowded]), step=step, u=u[crowded])
+        return tokens.masked_scatter(crowded, whole)
 
     # -- several positions, for those who check what was drafted -------------------------------
 
-    def scores_of_last(self, text: Text, logits: Tensor) -> Tensor:
+    @property
+    def asks_who_goes_on(self) -> bool:
+        """Whether it matters to a processor which scores are needed."""
+        return self._readers.asks_for("goes_on")
+
+    def scores_of_last(self, text: Text, logits: Tensor, goes_on: Tensor | None = None) -> Tensor:
         """Return the reshaped logits (B, P, V) of the tokens behind the last P prefixes of a text.
 
         `logits[:, -1]` are those of the token behind the whole text, `logits[:, -2]` of the one
         behind all but its last token, and so on: what one forward over the last P tokens of a
-        text makes.
+        text makes. `goes_on` (B, P) is False where they are not needed; behind a token that is
+        forbidden, they never are.
         """
         logits = logits.to(torch.float32)
         if not self.processors:
             return logits
         B, P, V = logits.shape
         if self._readers and P == 1:
-            logits = self._reshaped(self._readers, text, logits[:, 0])[:, None]
+            needed = None if goes_on is None else goes_on[:, 0]
+            logits = self._reshaped(self._readers, text, logits[:, 0], needed)[:, None]
         elif self._readers:
-            ends = range(len(text) - P + 1, len(text) + 1)
-            read = [
-                self._reshaped(self._readers, text.cut(end), logits[:, place])
-                for place, end in enumerate(ends)
-            ]
+            read: list[Tensor] = []
+            needed = None
+            for place, end in enumerate(range(len(text) - P + 1, len(text) + 1)):
+                if goes_on is not None:
+                    needed = goes_on[:, place] if needed is None else goes_on[:, place] & needed
+                read.append(self._reshaped(self._readers, text.cut(end), logits[:, place], needed))
+                if needed is not None and place + 1 < P:
+                    follows = read[-1].gather(1, text.ids[:, end : end + 1])[:, 0]
+                    needed = needed & ~follows.isneginf()
             logits = torch.stack(read, dim=1)
         return self._warped(logits.reshape(B * P, V)).reshape(B, P, V)
 
@@ -119,15 +160,17 @@ class Sampler:
         """
         return self.scores_of_last(text, logits).log_softmax(dim=-1)
 
-    def draw(self, probabilities: Tensor, u: Tensor | None = None) -> Tensor:
+    def draw(
+        self, probabilities: Tensor, u: Tensor | None = None, goes_on: Tensor | None = None
+    ) -> Tensor:
         """Draw an index for each row, (B,), from probabilities (B, n) that need not sum to 1.
 
-        With `u` (B, 1) of [0, 1), by those numbers.
+        With `u` (B, 1) of [0, 1), by those numbers; where `goes_on` (B,) is False, any.
 
         Raises:
             InputError: there is nothing to draw from.
         """
-        return sampling.draw(probabilities, self.generators, u)
+        return sampling.draw(probabilities, self.generators, u, goes_on)
 
     def uniform(self, B: int, count: int, device: torch.device) -> Tensor:
         """Draw numbers (B, count) in [0, 1), those of each row from its own generator."""
@@ -145,18 +188,24 @@ class Sampler:
         if self._k is not None and self.do_sample:
             few = sampling.top_k_candidates(logits, self._k)
         if few is None:
-            for warper in self._warpers:
-                logits = warper.warp(logits)
-            return logits
-        values, ids = few
-        for warper in self._few:
-            values = warper.warp(values)
-        return torch.full_like(logits, -torch.inf).scatter_(1, ids, values)
+            return _warped(self._warpers, logits)
+        values, ids, crowded = few
+        values = _warped(self._few, values)
+        made = torch.full_like(logits, -torch.inf).scatter_(1, ids, values)
+        if crowded is not None:
+            made[crowded] = _warped(self._warpers, logits[crowded])
+        return made
 
-    def _reshaped(self, processors: LogitsProcessorList, text: Text, logits: Tensor) -> Tensor:
+    def _reshaped(
+        self,
+        processors: LogitsProcessorList,
+        text: Text,
+        logits: Tensor,
+        goes_on: Tensor | None = None,
+    ) -> Tensor:
         if not processors:
             return logits
-        return processors(text.ids, logits, padding=text.padding)
+        return processors(text.ids, logits, padding=text.padding, goes_on=goes_on)
 
 
 def row_generators(
@@ -200,6 +249,12 @@ def _seeded(parent: torch.Generator, count: int) -> list[torch.Generator]:
     seed = torch.randint(2**63 - 1, (1,), device=parent.device, generator=parent)
     seeds = random.Random(int(seed))
     return [torch.Generator(parent.device).manual_seed(seeds.getrandbits(63)) for _ in range(count)]
+
+
+def _warped(warpers: Sequence[LogitsWarper], scores: Tensor) -> Tensor:
+    for warper in warpers:
+        scores = warper.warp(scores)
+    return scores
 
 
 def _warps(processor: object) -> bool:

@@ -6,6 +6,8 @@ whatever the others do, so that rows differ in length from the first check on.
 """
 
 import copy
+import dataclasses
+import math
 
 import torch
 from torch import Tensor
@@ -15,6 +17,7 @@ from quintet.generation.drafts import Draft, Drafter, Schedule
 from quintet.generation.outputs import Made, Speculation
 from quintet.generation.sampler import Sampler
 from quintet.generation.text import Text
+from quintet.ops.sampling import NothingLeftError
 from quintet.ops.speculative import keep_likeliest, keep_sampled
 
 __all__ = ["speculate"]
@@ -82,7 +85,15 @@ class _Speculating:
         sampler = _for_a_turn(self.run.sampler, self.goes_on)
         if not any(wanted):
             return Draft.none(self.run.text)
-        return self.drafter.propose(self.run.text, wanted, self.goes_on, sampler)
+        draft = self.drafter.propose(self.run.text, wanted, self.goes_on, sampler)
+        if not self.ends:
+            return draft
+        # Behind an end, nothing is ever needed, and a processor must not be asked.
+        counts = [
+            next((n for n, token in enumerate(row[:count], 1) if token in self.ends), count)
+            for row, count in zip(draft.tokens.tolist(), draft.counts, strict=True)
+        ]
+        return dataclasses.replace(draft, counts=counts)
 
     def _check(self, text: Text, draft: Draft) -> tuple[Made, Tensor | None]:
         """Run over the last token and the draft; return how long the rows of the cache were."""
@@ -102,7 +113,7 @@ class _Speculating:
         sampler = _for_a_turn(run.sampler, self.goes_on)
         # Without a cache, what was made may begin earlier.
         logits = made.logits[:, -(K + 1) :]
-        scores = sampler.scores_of_last(text, logits)
+        scores = sampler.scores_of_last(text, logits, self._needed(sampler, draft))
         drafted = draft.tokens.tolist()
         if sampler.do_sample:
             p = scores.softmax(dim=-1)
@@ -110,15 +121,20 @@ class _Speculating:
             u = sampler.uniform(B, K + 1, p.device)
             drawn = draft.probabilities
             kept, rest = keep_sampled(p, drawn, draft.tokens, draft.counts, u[:, 1:])
-            behind = sampler.draw(rest, u[:, :1]).tolist()
+            # Whether there is something to draw is asked below, of the tokens that are needed.
+            none = torch.zeros(B, dtype=torch.bool)
+            behind = sampler.draw(rest, u[:, :1], none).tolist()
+            best = scores.amax(dim=-1)
         else:
-            likeliest = scores.argmax(dim=-1).tolist()
+            best, chosen = scores.max(dim=-1)
+            likeliest = chosen.tolist()
             kept = keep_likeliest(likeliest, drafted, draft.counts)
             behind = [row[count] for row, count in zip(likeliest, kept, strict=True)]
         tokens = [[*drafted[row][: kept[row]], behind[row]] for row in range(B)]
         went_on = self.goes_on
         tokens = self._until_the_end(tokens, scores)
         counts = [len(row) for row in tokens]
+        self._check_left(best.tolist(), counts)
         self._note(made, scores, tokens)
         run.text.accept(tokens)
         if K:
@@ -129,6 +145,24 @@ class _Speculating:
             self.found.accepted.append(list(zip(asked, stayed, strict=True)))
         self._stream()
         return counts
+
+    def _needed(self, sampler: Sampler, draft: Draft) -> Tensor | None:
+        """Tell which scores (B, K + 1) may be needed, where a processor asks."""
+        if not sampler.asks_who_goes_on:
+            return None
+        device = draft.tokens.device
+        most = [
+            count if goes else -1 for count, goes in zip(draft.counts, self.goes_on, strict=True)
+        ]
+        places = torch.arange(draft.tokens.shape[1] + 1, device=device)
+        return places <= torch.tensor(most, device=device)[:, None]
+
+    def _check_left(self, best: list[list[float]], counts: list[int]) -> None:
+        """Check by the largest scores of all places that there was a token where one was taken."""
+        for row, count in enumerate(counts):
+            for place, score in enumerate(best[row][:count]):
+                if not -math.inf < score < math.inf:
+                    raise NothingLeftError(row, score, len(self.rows[row]) + place + 1)
 
     def _until_the_end(self, tokens: list[list[int]], scores: Tensor) -> list[list[int]]:
         """Cut what follows the end of a row, and take note of rows that have ended."""
@@ -154,7 +188,8 @@ class _Speculating:
         for place in range(max(len(row) for row in tokens)):
             text = self.run.text.cut(len(self.run.text))
             text.accept([row[: place + 1] for row in tokens])
-            met.append(self.run.stopping.criteria(text.ids, self._scores(scores, place)).tolist())
+            seen = self._scores(scores, place)
+            met.append(self.run.stopping.criteria(text.ids, seen, text.padding).tolist())
         return met
 
     def _take_back(self, held: Tensor | None, counts: list[int], ran: int) -> None:

@@ -83,8 +83,13 @@ class StopStringCriteria(StoppingCriteria):
         # A token has a byte at least; and one more, as a text's first may lose a space.
         self._reach = max(len(one.encode()) for one in strings) + 1
 
-    def __call__(self, input_ids: Tensor, scores: Scores, **kwargs: Any) -> Tensor:
+    def __call__(
+        self, input_ids: Tensor, scores: Scores, padding: Tensor | None = None, **kwargs: Any
+    ) -> Tensor:
         tails = input_ids[:, -self._reach :].tolist()
+        if padding is not None:
+            lengths = (input_ids.shape[1] - padding).tolist()
+            tails = [tail[-n:] for tail, n in zip(tails, lengths, strict=True)]
         return torch.tensor([self._completes(tail) for tail in tails], device=input_ids.device)
 
     def _completes(self, ids: list[int]) -> bool:
@@ -102,11 +107,16 @@ class StopStringCriteria(StoppingCriteria):
 class StoppingCriteriaList(list[Any]):
     """Criteria, of which any ends a row."""
 
-    def __call__(self, input_ids: Tensor, scores: Scores, **kwargs: Any) -> Tensor:
-        """Return which rows end, (B,)."""
+    def __call__(
+        self, input_ids: Tensor, scores: Scores, padding: Tensor | None = None, **kwargs: Any
+    ) -> Tensor:
+        """Return which rows end, (B,); `padding` (B,) tells how many columns are no text."""
         ended = _all(input_ids, False)
         for criterion in self:
-            ended = ended | criterion(input_ids, scores, **kwargs)
+            further = kwargs
+            if isinstance(criterion, StopStringCriteria):
+                further = {**kwargs, "padding": padding}
+            ended = ended | criterion(input_ids, scores, **further)
         return ended
 
     @property
@@ -132,10 +142,10 @@ class Stopping:
         # A comparison is five times as fast as a search.
         return tokens == self.eos if self.eos.numel() == 1 else torch.isin(tokens, self.eos)
 
-    def __call__(self, ids: Tensor, scores: Scores) -> Tensor:
+    def __call__(self, ids: Tensor, scores: Scores, padding: Tensor | None = None) -> Tensor:
         """Tell which rows (B, T) end with their last token, (B,)."""
         ended = self.ends(ids[:, -1])
-        return ended | self.criteria(ids, scores) if self.criteria else ended
+        return ended | self.criteria(ids, scores, padding) if self.criteria else ended
 
     def __bool__(self) -> bool:
         """Tell whether anything may end a row."""

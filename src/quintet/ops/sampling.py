@@ -1,7 +1,8 @@
 """From logits to a token: which tokens stay in a distribution, and the draw from it.
 
 What tells which tokens stay takes logits (B, V) in float32, where -inf is a token that is not
-there, and returns (B, V), True for those that stay; `least` of the likeliest always do.
+there, and returns (B, V), True for those that stay; `least` of the likeliest always do. Where a
+row holds NaN, its NaN stays, so that the draw can tell. Each row is what it is alone.
 """
 
 import math
@@ -15,9 +16,11 @@ from quintet.errors import InputError
 from quintet.kernels import sampling as kernels
 
 __all__ = [
+    "NothingLeftError",
     "above_epsilon",
     "above_eta",
     "above_min_p",
+    "check_left",
     "draw",
     "draw_several",
     "in_top_h",
@@ -35,6 +38,37 @@ __all__ = [
 _LARGE, _FEW = 8192, 1024
 # How many tokens beyond the k-th are looked at for ties with it.
 _TIES = 16
+
+
+class NothingLeftError(InputError):
+    """A row has no token to take: every one is forbidden, or its scores are not numbers.
+
+    Args:
+        row: its index.
+        best: the largest of its scores, which tells why, where it is known.
+        step: which new token it would have been, from 1, where that is known.
+    """
+
+    def __init__(self, row: int, best: float | None = None, step: int | None = None) -> None:
+        when = "" if step is None else f" for new token {step}"
+        super().__init__(f"row {row} has no token to take{when}: {_why(best)}")
+        self.row = row
+
+
+def _why(best: float | None) -> str:
+    forbidden = (
+        "every one is forbidden; loosen what forbids tokens (such as bad_words_ids, "
+        "suppress_tokens, min_new_tokens, prefix_allowed_tokens_fn or a logits_processor)"
+    )
+    broken = (
+        "check the model's weights and dtype (float16 overflows where bfloat16 does not) and any "
+        "logits_processor; remove_invalid_values=True goes on with numbers in their place"
+    )
+    if best is None:
+        return f"its scores hold NaN or infinity, or {forbidden}"
+    if best == -math.inf:
+        return forbidden
+    return f"its scores hold {'NaN' if math.isnan(best) else 'infinity'}; {broken}"
 
 
 # -- what occurred ---------------------------------------------------------------------------
@@ -88,15 +122,22 @@ def _occurred(logits: Tensor, ids: Tensor, kept: Tensor | None) -> tuple[Tensor,
 
 def in_top_k(logits: Tensor, k: int) -> Tensor:
     """The k most likely tokens, and those that tie with the last of them."""
-    return logits >= logits.topk(min(k, logits.shape[-1]), dim=-1).values[:, -1:]
+    return ~(logits < logits.topk(min(k, logits.shape[-1]), dim=-1).values[:, -1:])
 
 
 def in_top_p(logits: Tensor, p: float, least: int = 1) -> Tensor:
     """The fewest likeliest tokens whose probabilities sum to p or more (arXiv:1904.09751)."""
-    if logits.shape[-1] > _LARGE:
-        found = _nucleus(logits, p, least)
-        if found is not None:
-            return found
+    if logits.shape[-1] <= _LARGE:
+        return _sorted_nucleus(logits, p, least)
+    stays, reached = _nucleus(logits, p, least)
+    if not bool(reached.all()):
+        # Row by row: which way is taken must not depend on the other rows.
+        spread = ~reached
+        stays[spread] = _sorted_nucleus(logits[spread], p, least)
+    return stays
+
+
+def _sorted_nucleus(logits: Tensor, p: float, least: int) -> Tensor:
     values, order = logits.sort(dim=-1)
     # Summed from the unlikely end, where the small ones do not drown.
     dropped = values.softmax(dim=-1).cumsum(dim=-1) <= 1 - p
@@ -104,22 +145,20 @@ def in_top_p(logits: Tensor, p: float, least: int = 1) -> Tensor:
     return torch.ones_like(dropped).scatter(1, order, ~dropped)
 
 
-def _nucleus(logits: Tensor, p: float, least: int) -> Tensor | None:
-    """Find the same among the likeliest few tokens; None where they do not reach p."""
+def _nucleus(logits: Tensor, p: float, least: int) -> tuple[Tensor, Tensor]:
+    """Find the same among the likeliest few tokens, and tell for which rows (B,) they reach p."""
     values, ids = logits.topk(_FEW, dim=-1)
     probabilities = (values - logits.logsumexp(dim=-1, keepdim=True)).exp()
     mass = probabilities.cumsum(dim=-1)
-    if not bool((mass[:, -1] >= p).all()):
-        return None
     stays = mass - probabilities < p
     stays[:, :least] = True
-    return torch.zeros_like(logits, dtype=torch.bool).scatter(1, ids, stays)
+    return torch.zeros_like(logits, dtype=torch.bool).scatter(1, ids, stays), mass[:, -1] >= p
 
 
 def above_min_p(logits: Tensor, p: float, least: int = 1) -> Tensor:
     """Tokens at least `p` times as likely as the most likely one (arXiv:2407.01082)."""
     probabilities = logits.softmax(dim=-1)
-    likely = probabilities >= p * probabilities.amax(dim=-1, keepdim=True)
+    likely = ~(probabilities < p * probabilities.amax(dim=-1, keepdim=True))
     return likely if least == 1 else likely | _likeliest(probabilities, least)
 
 
@@ -133,14 +172,14 @@ def typical(logits: Tensor, mass: float, least: int = 1) -> Tensor:
     ranked, order = distance.sort(dim=-1)
     covered = logits.gather(-1, order).softmax(dim=-1).cumsum(dim=-1)
     last = (covered < mass).sum(dim=-1, keepdim=True).clamp(max=logits.shape[-1] - 1)
-    stays = ranked <= ranked.gather(1, last)
+    stays = ~(ranked > ranked.gather(1, last))
     stays[:, :least] = True
     return torch.zeros_like(stays).scatter(1, order, stays)
 
 
 def above_epsilon(logits: Tensor, epsilon: float | Tensor, least: int = 1) -> Tensor:
     """Tokens of at least a probability, one for all rows or (B, 1) (arXiv:2210.15191)."""
-    return (logits.softmax(dim=-1) >= epsilon) | in_top_k(logits, least)
+    return ~(logits.softmax(dim=-1) < epsilon) | in_top_k(logits, least)
 
 
 def above_eta(logits: Tensor, epsilon: float, least: int = 1) -> Tensor:
@@ -172,19 +211,22 @@ def _likeliest(scores: Tensor, count: int) -> Tensor:
     return torch.zeros_like(scores, dtype=torch.bool).scatter(1, first, True)
 
 
-def top_k_candidates(logits: Tensor, k: int) -> tuple[Tensor, Tensor] | None:
+def top_k_candidates(logits: Tensor, k: int) -> tuple[Tensor, Tensor, Tensor | None] | None:
     """Return what `in_top_k` keeps as (B, n) logits, the likeliest first, and their ids (B, n).
 
-    None where more tokens tie with the k-th than there is room for. What is in excess has -inf.
+    What is in excess has -inf. The third tells for which rows (B,) more tokens tie with the k-th
+    than there is room for, so that some are missing; None for no row. None at all where there are
+    hardly more tokens than candidates.
     """
     V = logits.shape[-1]
     if k + _TIES >= V:
         return None
     values, ids = logits.topk(k + _TIES, dim=-1)
     bar = values[:, k - 1 : k]
-    if bool((values[:, -1:] == bar).any()):
-        return None
-    return values.masked_fill(values < bar, -torch.inf), ids
+    # Where fewer than k tokens are there at all, the k-th is -inf, and none is missing.
+    tied = ((values[:, -1:] == bar) & (bar > -torch.inf))[:, 0]
+    kept = values.masked_fill(values < bar, -torch.inf)
+    return kept, ids, tied if bool(tied.any()) else None
 
 
 # -- the draw --------------------------------------------------------------------------------
@@ -208,26 +250,40 @@ def draw(
     probabilities: Tensor,
     generators: Sequence[torch.Generator] | None = None,
     u: Tensor | None = None,
+    goes_on: Tensor | None = None,
 ) -> Tensor:
     """Draw one index a row from probabilities (B, n) that need not sum to 1, (B,).
 
     With `u` (B, 1) of [0, 1), by those numbers.
 
     Raises:
-        InputError: a row has nothing to draw, or something that is not a number.
+        NothingLeftError: a row has nothing to draw, or something that is not a number, and is not
+            one of those that `goes_on` (B,) excepts.
     """
     mass = probabilities.cumsum(dim=-1)
     total = mass[:, -1:]
-    if not all(0 < row < math.inf for (row,) in total.tolist()):
-        raise InputError(
-            "there is no token to draw: every one is forbidden, or the logits hold NaN or "
-            "infinity; check the options that forbid tokens, and the model's dtype"
-        )
+    stuck = [row for row, (whole,) in enumerate(total.tolist()) if not 0 < whole < math.inf]
+    for row in stuck:
+        if goes_on is None or bool(goes_on[row]):
+            raise NothingLeftError(row)
+        # Of a row at its end, any index will do.
+        mass[row] = 1.0
     if u is None:
         u = uniform((len(mass), 1), mass.device, generators)
     # Strictly below the total, so that what is found has a probability above zero.
     point = torch.minimum(u * total, torch.nextafter(total, torch.zeros_like(total)))
     return torch.searchsorted(mass, point, right=True)[:, 0]
+
+
+def check_left(best: Sequence[float], goes_on: Tensor | None, step: int | None = None) -> None:
+    """Check by the largest score of each row that it has a token to take.
+
+    Raises:
+        NothingLeftError: a row has none, and is not one that `goes_on` (B,) excepts.
+    """
+    for row, score in enumerate(best):
+        if not -math.inf < score < math.inf and (goes_on is None or bool(goes_on[row])):
+            raise NothingLeftError(row, score, step)
 
 
 def draw_several(

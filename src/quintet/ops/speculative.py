@@ -51,9 +51,7 @@ def keep_sampled(
 
 def residual(p: Tensor, rejected: Tensor, q: Tensor | None) -> Tensor:
     """Return max(p - q, 0), (B, V), with q certain of the rejected token where it is None."""
-    if q is None:
-        return p.scatter(1, rejected[:, None], 0.0)
-    rest = (p - q).clamp(min=0)
+    rest = p.scatter(1, rejected[:, None], 0.0) if q is None else (p - q).clamp(min=0)
     # Where p and q are the same but for rounding, nothing would be left to draw.
     return torch.where(rest.sum(dim=-1, keepdim=True) > 0, rest, p)
 

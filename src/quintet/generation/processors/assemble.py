@@ -102,7 +102,9 @@ def _constraints(config: GenerationConfig, setting: Setting) -> list[LogitsProce
         made.append(lengths.MinLengthLogitsProcessor(short, ends, device))
     if setting.prefix_allowed_tokens_fn is not None:
         allowed = setting.prefix_allowed_tokens_fn
-        made.append(words.PrefixConstrainedLogitsProcessor(allowed, setting.num_beams))
+        made.append(
+            words.PrefixConstrainedLogitsProcessor(allowed, setting.num_beams, padding=padding)
+        )
     if config.forced_bos_token_id is not None:
         made.append(lengths.ForcedBOSTokenLogitsProcessor(config.forced_bos_token_id))
     if config.forced_eos_token_id is not None:
@@ -122,8 +124,9 @@ def _constraints(config: GenerationConfig, setting: Setting) -> list[LogitsProce
         made.append(words.SuppressTokensLogitsProcessor(config.suppress_tokens, device))
     if config.begin_suppress_tokens:
         begin = length
-        if len(prompt) == 1 and config.forced_bos_token_id is not None:
-            begin = length + 1
+        if config.forced_bos_token_id is not None:
+            # What follows a prompt of one token is forced, and the text begins behind it.
+            begin = length + (length == 1)
         suppressed = config.begin_suppress_tokens
         made.append(lengths.SuppressTokensAtBeginLogitsProcessor(suppressed, begin, device))
     return made

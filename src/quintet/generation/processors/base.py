@@ -27,8 +27,9 @@ TokenIds = int | Iterable[int] | Tensor
 class LogitsProcessor:
     """Maps the ids so far (B, T) and scores (B, V) to scores (B, V); -inf is a token forbidden.
 
-    What is given is not changed. One that looks at the ids may take a third argument, `padding`:
-    (B,) how many leading columns of each row are no text, None for none.
+    What is given is not changed. One that looks at the ids may take further arguments: `padding`,
+    (B,) how many leading columns of each row are no text, None for none; `goes_on`, (B,) False for
+    rows whose scores are not needed, None for all.
     """
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
@@ -76,6 +77,11 @@ class LogitsProcessorList(list[Any]):
                     )
             scores = processor(input_ids, scores, **further)
         return scores
+
+    def asks_for(self, name: str) -> bool:
+        """Tell whether a processor names an argument behind ids and scores."""
+        kinds: list[Any] = [type(processor) for processor in self]
+        return any(name in _further(kind) for kind in kinds)
 
 
 @functools.cache

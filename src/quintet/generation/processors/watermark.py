@@ -50,11 +50,13 @@ class WatermarkLogitsProcessor(LogitsProcessor):
         self.rng = torch.Generator(device).manual_seed(hashing_key)
         self.fixed_table = torch.randperm(_TABLE, generator=self.rng, device=device)
 
-    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
-        if input_ids.shape[1] < self.context_width:
-            return scores
+    def __call__(self, input_ids: Tensor, scores: Tensor, padding: Tensor | None = None) -> Tensor:
+        begins = [0] * len(scores) if padding is None else padding.tolist()
         marked = scores.clone()
         for row, ids in enumerate(input_ids):
+            ids = ids[begins[row] :]
+            if len(ids) < self.context_width:
+                continue
             chosen = (
                 self._favouring_themselves(ids, scores[row])
                 if self.seeding_scheme == "selfhash"

@@ -91,16 +91,40 @@ class NoBadWordsLogitsProcessor(SequenceBiasLogitsProcessor):
 
 
 class PrefixConstrainedLogitsProcessor(LogitsProcessor):
-    """Allows only the tokens that a function names, from the row's index and its ids so far."""
+    """Allows only the tokens that a function names, from the row's index and its ids so far.
 
-    def __init__(self, prefix_allowed_tokens_fn: PrefixAllowedTokens, num_beams: int) -> None:
+    Args:
+        prefix_allowed_tokens_fn: the function; it is not asked about rows that have ended.
+        num_beams: how many rows belong to one prompt.
+        padding: (B,) how many leading columns of each prompt are no text, as its caller gave it:
+            those that are added in front later are not shown to the function.
+    """
+
+    def __init__(
+        self,
+        prefix_allowed_tokens_fn: PrefixAllowedTokens,
+        num_beams: int,
+        *,
+        padding: Tensor | None = None,
+    ) -> None:
         self.prefix_allowed_tokens_fn = prefix_allowed_tokens_fn
         self.num_beams = num_beams
+        self.padding = padding
 
-    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+    def __call__(
+        self,
+        input_ids: Tensor,
+        scores: Tensor,
+        padding: Tensor | None = None,
+        goes_on: Tensor | None = None,
+    ) -> Tensor:
         mask = torch.full_like(scores, -torch.inf)
+        begins = self._begins(len(scores), padding)
+        needed = [True] * len(scores) if goes_on is None else goes_on.tolist()
         for row, ids in enumerate(input_ids):
-            prompt = row // self.num_beams
+            if not needed[row]:
+                continue
+            prompt, ids = row // self.num_beams, ids[begins[row] :]
             allowed = token_ids(
                 "prefix_allowed_tokens_fn()", self.prefix_allowed_tokens_fn(prompt, ids)
             )
@@ -115,6 +139,12 @@ class PrefixConstrainedLogitsProcessor(LogitsProcessor):
         stuck = constrained.amax(dim=-1).isneginf().reshape(-1, self.num_beams).all(dim=-1)
         stuck = stuck.repeat_interleave(self.num_beams)
         return torch.where(stuck[:, None], mask, constrained)
+
+    def _begins(self, rows: int, padding: Tensor | None) -> list[int]:
+        """Return how many columns were added in front of each row since the prompt."""
+        if padding is None:
+            return [0] * rows
+        return (padding if self.padding is None else padding - self.padding).tolist()
 
 
 def _biases(given: Biases) -> dict[tuple[int, ...], float]:
