@@ -50,8 +50,8 @@ class Attention(StackPart):
         if step.cache is not None:
             k, v = step.cache.update(k, v, self.layer_idx, step.span)
         dropout = self.attention_dropout if self.training else 0.0
-        out, weights = step.attend(
-            q, k, v, step.seen[self.window], scale=self.scaling, dropout=dropout
+        out, weights = step.attention(
+            q, k, v, window=self.window, scale=self.scaling, dropout=dropout
         )
         return self.o_proj(out.transpose(1, 2).flatten(2)), weights
 

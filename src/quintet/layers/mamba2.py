@@ -115,6 +115,8 @@ class Mamba2(StackPart):
 
         projected = self.in_proj(hidden_states)
         weights = self._weights()
+        if step.texts is not None:
+            return self.out_proj(step.texts.each(self._mix_alone, projected))  # type: ignore[no-any-return]
         made = mix(
             projected,
             weights,
@@ -132,6 +134,11 @@ class Mamba2(StackPart):
                 x, b, _ = heads_and_groups(made.convolved, weights)
                 slot.remember(Inputs(raw, x, made.dt, A, b, T if counts is None else counts))
         return self.out_proj(made.out)  # type: ignore[no-any-return]
+
+    def _mix_alone(self, projected: Tensor) -> Tensor:
+        weights, calls = self._weights(), self._calls()
+        mixed = mix(projected, weights, None, None, None, chunk_size=self.chunk_size, calls=calls)
+        return mixed.out
 
     def part(self, norm: parts.Norm) -> parts.Part | None:
         """Return maps, taps and scalars."""

@@ -8,6 +8,7 @@ from quintet.layers.norm import RMSNorm
 from quintet.layers.plain import untouched
 from quintet.layers.stack import StackPart, norm_of
 from quintet.layers.step import Step
+from quintet.ops.masks import Visibility
 from quintet.ops.mla import absorbs, latent_attention
 from quintet.ops.rope import rotate_both
 
@@ -82,7 +83,7 @@ class LatentAttention(StackPart):
         )
         if step.cache is not None:
             c_kv, k_pe = step.cache.update(c_kv, k_pe, self.layer_idx, step.span)
-        out, weights = self._attend(q[..., :Dn], q_pe, c_kv[:, 0], k_pe[:, 0], step)
+        out, weights = self._attend(q[..., :Dn], q_pe, c_kv, k_pe, step)
         return self.o_proj(out.transpose(1, 2).flatten(2)), weights
 
     def part(self, norm: parts.Norm) -> parts.Part | None:
@@ -141,15 +142,21 @@ class LatentAttention(StackPart):
     def _attend(
         self, q_nope: Tensor, q_pe: Tensor, c_kv: Tensor, k_pe: Tensor, step: Step
     ) -> tuple[Tensor, Tensor | None]:
-        return latent_attention(
-            q_nope,
-            q_pe,
-            c_kv,
-            k_pe,
-            self.kv_b_proj,
-            self._w_kv(),
-            step.seen[None],
-            attend=step.attend,
-            scale=self.scaling,
-            dropout=self.attention_dropout if self.training else 0.0,
-        )
+        w_kv, dropout = self._w_kv(), self.attention_dropout if self.training else 0.0
+
+        def attend(seen: Visibility, *parts: Tensor) -> tuple[Tensor, Tensor | None]:
+            q_nope, q_pe, c_kv, k_pe = parts
+            return latent_attention(
+                q_nope,
+                q_pe,
+                c_kv[:, 0],
+                k_pe[:, 0],
+                self.kv_b_proj,
+                w_kv,
+                seen,
+                attend=step.attend,
+                scale=self.scaling,
+                dropout=dropout,
+            )
+
+        return step.by_text(attend, None, q_nope, q_pe, c_kv, k_pe)

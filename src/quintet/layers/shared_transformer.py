@@ -127,7 +127,7 @@ class SharedAttention(PlainModule):
         if step.cache is not None:
             k, v = step.cache.update(k, v, layer_idx, step.span)
         dropout = self.dropout if self.training else 0.0
-        out, weights = step.attend(q, k, v, step.seen[None], scale=self.scaling, dropout=dropout)
+        out, weights = step.attention(q, k, v, window=None, scale=self.scaling, dropout=dropout)
         return self.o_proj(out.transpose(1, 2).flatten(2)), weights
 
     def piece(self, norm: parts.Norm, *, layer_idx: int, use: int) -> Piece | None:

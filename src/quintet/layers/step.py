@@ -8,6 +8,7 @@ from torch import Tensor
 
 from quintet.cache import Cache, Span
 from quintet.ops.attention import AttentionBackend
+from quintet.ops.documents import Attend, Documents
 from quintet.ops.masks import Visibility
 
 __all__ = ["Notes", "Step"]
@@ -63,6 +64,7 @@ class Step:
         span: the slots the tokens take.
         cache: where layers keep what the next step needs; None to keep nothing.
         embeds: (B, T, C) the embeddings, for layers that look back at them.
+        texts: the texts that rows hold; None where one each.
         notes: where layers put what was asked for beside their output.
         elsewhere: the same step on other devices, which layers there share.
     """
@@ -75,4 +77,23 @@ class Step:
     cache: Cache | None
     embeds: Tensor
     notes: Notes = field(default_factory=Notes)
+    texts: Documents | None = None
     elsewhere: "dict[torch.device, Step]" = field(init=False, default_factory=dict, repr=False)
+
+    def attention(
+        self, q: Tensor, k: Tensor, v: Tensor, *, window: int | None, scale: float, dropout: float
+    ) -> tuple[Tensor, Tensor | None]:
+        """Attend by the backend, each text of the rows by itself."""
+
+        def attend(seen: Visibility, *qkv: Tensor) -> tuple[Tensor, Tensor | None]:
+            q, k, v = qkv
+            return self.attend(q, k, v, seen, scale=scale, dropout=dropout)
+
+        return self.by_text(attend, window, q, k, v)
+
+    def by_text(
+        self, attend: Attend, window: int | None, *tensors: Tensor
+    ) -> tuple[Tensor, Tensor | None]:
+        """Return what a function of visibility and (B, H, T, ...) makes of each text."""
+        within = attend if self.texts is None else self.texts.attention(attend)
+        return within(self.seen[window], *tensors)

@@ -22,8 +22,17 @@ from quintet.layers.stack import Kept, LayerRun, fits, gather
 from quintet.layers.step import Notes, Step
 from quintet.modeling.base import PreTrainedModel
 from quintet.modeling.contract import vocabulary_of
+from quintet.modeling.inputs import (
+    check_causal,
+    check_past,
+    first_position,
+    positions,
+    split_mask,
+)
 from quintet.modeling.outputs import BaseModelOutputWithPast
+from quintet.modeling.packing import Packing, packed
 from quintet.ops.attention import attention_backend
+from quintet.ops.documents import Documents
 from quintet.ops.masks import visibility
 from quintet.ops.ragged import Ragged, keys_in_columns, ragged
 from quintet.ops.token_ids import check_token_ids
@@ -77,6 +86,12 @@ class DecoderModel(PreTrainedModel):
         output_hidden_states: bool | None = None,
         return_dict: bool | None = None,
         cache_position: Tensor | None = None,
+        *,
+        cu_seq_lens_q: Tensor | None = None,
+        cu_seq_lens_k: Tensor | None = None,
+        max_length_q: int | Tensor | None = None,
+        max_length_k: int | Tensor | None = None,
+        seq_idx: Tensor | None = None,
     ) -> BaseModelOutputWithPast | tuple[Any, ...]:
         """Run the layers over T new tokens of each row.
 
@@ -86,7 +101,7 @@ class DecoderModel(PreTrainedModel):
                 which may be anywhere; or (B, 1, T, S), a mask of the caller's own, boolean or
                 added to the scores.
             position_ids: (B, T) for the rotary embedding; counted from the first token of each
-                row where not given.
+                row where not given. Without a mask and a cache, a text ends where they jump.
             past_key_values: what the tokens before left behind.
             inputs_embeds: (B, T, C) in place of `input_ids`.
             use_cache: return a cache that the next call continues from.
@@ -94,11 +109,18 @@ class DecoderModel(PreTrainedModel):
             output_hidden_states: return the embeddings and the output of every layer.
             return_dict: False for a plain tuple.
             cache_position: (T,) the slots to write, to go back to an earlier point of the cache.
+            cu_seq_lens_q: (n + 1,) where each of n texts packed into the rows begins, counted over
+                all rows, and the end. No text sees another, and no cache is returned.
+            cu_seq_lens_k: the same again.
+            max_length_q: the length of the longest of these texts, or more.
+            max_length_k: the same again.
+            seq_idx: (B, T) numbers that change where a text ends, in place of `cu_seq_lens_q`.
 
         Raises:
             InputError: an argument cannot be used, or two contradict each other.
             ContextLengthError: a preallocated cache has no room.
         """
+        packing = Packing(cu_seq_lens_q, cu_seq_lens_k, max_length_q, max_length_k, seq_idx)
         run = self._run(
             input_ids=input_ids,
             attention_mask=attention_mask,
@@ -109,6 +131,7 @@ class DecoderModel(PreTrainedModel):
             output_attentions=output_attentions,
             output_hidden_states=output_hidden_states,
             cache_position=cache_position,
+            packing=packing,
         )
         output = BaseModelOutputWithPast(
             last_hidden_state=run.hidden,
@@ -143,6 +166,29 @@ class DecoderModel(PreTrainedModel):
         """What normalises what the last layer made (overridden where it has another name)."""
         return self.norm
 
+    def texts(
+        self,
+        shape: tuple[int, int],
+        packing: Packing,
+        attention_mask: Tensor | None,
+        position_ids: Tensor | None,
+        past_key_values: Cache | LegacyCache | None,
+        *,
+        use_cache: bool | None,
+    ) -> Documents | None:
+        """Return the texts that a forward takes rows (B, T) for; None where each row is one."""
+        texts = packed(
+            packing,
+            shape,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            cached=past_key_values is not None or (use_cache is True and not self._recomputes()),
+        )
+        if texts is None or texts.pieces is not None or not self.config.recurrent_layers():
+            return texts
+        torch._assert_async((texts.index == 0).all(), "a recorded program has one text in a row")
+        return None
+
     # -- the steps of forward ----------------------------------------------------------------
 
     def _run(
@@ -157,39 +203,50 @@ class DecoderModel(PreTrainedModel):
         output_attentions: bool | None,
         output_hidden_states: bool | None,
         cache_position: Tensor | None,
+        packing: Packing,
         output_router_logits: bool = False,
     ) -> Run:
         embeds = self._embed(input_ids, inputs_embeds)
         B, T, _ = embeds.shape
+        if position_ids is not None:
+            position_ids = positions(position_ids, B, T)
+        texts = self.texts(
+            (B, T), packing, attention_mask, position_ids, past_key_values, use_cache=use_cache
+        )
         use_cache = self._decide_cache(use_cache, past_key_values)
+        if texts is not None:
+            attention_mask = None
+            use_cache = use_cache and texts.pieces is None
+            position_ids = texts.positions() if position_ids is None else position_ids
         weighs = first(output_attentions, self.config.output_attentions)
-        mask, custom = _split_mask(attention_mask, B, T)
+        mask, custom = split_mask(attention_mask, B, T)
         rows = None if mask is None else ragged(mask[:, -T:])
         counts = None if rows is None else rows.counts
 
         cache = self._open_cache(past_key_values, mask, T, use_cache)
         if cache_position is not None:
             if cache is not None:
-                cache.seek(_first_position(cache_position, T))
+                cache.seek(first_position(cache_position, T))
             elif position_ids is None:
                 position_ids = cache_position[None]
         if cache is None:
             span = Span(0, T, T, counts, embeds.device)
         else:
-            _check_past(cache, mask, B, T)
+            check_past(cache, mask, B, T)
             span = cache.span(B, T, embeds.device, counts)
             if torch.is_grad_enabled():
                 span = replace(span, learns=any(p.requires_grad for p in self.parameters()))
 
-        if position_ids is not None:
-            position_ids = _positions(position_ids, B, T)
         given = embeds
+        if custom is not None and self.config.recurrent_layers():
+            check_causal(custom, span)
+            custom = None
         if rows is not None:
             embeds = rows.pack(embeds)
             position_ids = None if position_ids is None else rows.pack(position_ids)
 
         notes = Notes(weights=weighs, router_logits=output_router_logits)
-        step = self._step(embeds, span, position_ids, custom, cache, notes)
+        step = self._step(embeds, span, position_ids, custom, cache, notes, texts)
         keeps = first(output_hidden_states, self.config.output_hidden_states)
         states = self._run_layers(embeds, step, keeps)
         if cache is not None:
@@ -234,8 +291,7 @@ class DecoderModel(PreTrainedModel):
         return inputs_embeds
 
     def _decide_cache(self, use_cache: bool | None, past: Cache | LegacyCache | None) -> bool:
-        recomputes = self.gradient_checkpointing and self.training and torch.is_grad_enabled()
-        if recomputes and past is None:
+        if self._recomputes() and past is None:
             if use_cache:
                 warnings.warn(
                     "use_cache=True has no effect while gradient checkpointing recomputes layers",
@@ -243,6 +299,9 @@ class DecoderModel(PreTrainedModel):
                 )
             return False
         return first(use_cache, self.config.use_cache)
+
+    def _recomputes(self) -> bool:
+        return self.gradient_checkpointing and self.training and torch.is_grad_enabled()
 
     def _open_cache(
         self, past: Cache | LegacyCache | None, mask: Tensor | None, T: int, use_cache: bool
@@ -267,33 +326,47 @@ class DecoderModel(PreTrainedModel):
         custom: Tensor | None,
         cache: Cache | None,
         notes: Notes,
+        texts: Documents | None = None,
     ) -> Step:
         slots = span.slots()
         if position_ids is None and isinstance(span.start, int):
             cos, sin = self.rotary_emb.following(span.start, span.length, embeds.dtype)
         else:
-            cos, sin = self.rotary_emb(slots if position_ids is None else position_ids)
+            cos, sin = self._angles(slots if position_ids is None else position_ids, texts)
             cos, sin = cos.to(embeds.dtype), sin.to(embeds.dtype)
         if custom is not None and custom.shape[-1] != span.keys:
             raise InputError(
                 f"attention_mask has shape {tuple(custom.shape)}; its last axis has to be "
                 f"{span.keys}, the keys there are with those in the cache"
             )
+        seen = {
+            window: visibility(slots, span.start, span.keys, window, custom)
+            for window in set(self.windows)
+        }
+        attend = attention_backend(
+            self.config.attn_implementation if notes.weights is None else "eager"
+        )
+        if texts is not None and texts.pieces is None:
+            seen = {window: texts.masked(one, slots) for window, one in seen.items()}
         return Step(
             cos=cos,
             sin=sin,
-            seen={
-                window: visibility(slots, span.start, span.keys, window, custom)
-                for window in set(self.windows)
-            },
-            attend=attention_backend(
-                self.config.attn_implementation if notes.weights is None else "eager"
-            ),
+            seen=seen,
+            attend=attend,
+            texts=texts,
             span=span,
             cache=cache,
             embeds=embeds,
             notes=notes,
         )
+
+    def _angles(self, positions: Tensor, texts: Documents | None) -> tuple[Tensor, Tensor]:
+        if texts is None or texts.pieces is None:
+            return self.rotary_emb(positions)  # type: ignore[no-any-return]
+        # Some depend on how long a text is.
+        both = texts.each(lambda own: torch.stack(self.rotary_emb(own), dim=-1), positions)
+        cos, sin = both.unbind(dim=-1)
+        return cos, sin
 
     def _run_layers(self, hidden: Tensor, step: Step, keeps: bool) -> list[Tensor]:
         """Return the embeddings and each layer's output, the last one normalised.
@@ -338,66 +411,8 @@ class DecoderModel(PreTrainedModel):
         return run_layer(layer, hidden, step, recomputes=recomputes)
 
 
-def _split_mask(mask: Tensor | None, B: int, T: int) -> tuple[Tensor | None, Tensor | None]:
-    """Return the mask as padding (B, W) or as a custom one (B, H, T, S), whichever it is."""
-    if mask is None:
-        return None, None
-    if not isinstance(mask, Tensor):
-        raise InputError(f"attention_mask is a {type(mask).__name__}; it has to be a tensor")
-    if mask.ndim == 2 and mask.shape[0] == B and mask.shape[1] >= T:
-        return mask, None
-    if mask.ndim == 4 and mask.shape[0] in (1, B) and mask.shape[2] == T:
-        return None, mask if mask.is_floating_point() else mask.to(torch.bool)
-    raise InputError(
-        f"attention_mask has shape {tuple(mask.shape)}; it has to be ({B}, {T}), "
-        f"({B}, past + {T}) with a cache, or ({B}, 1, {T}, keys)"
-    )
-
-
 def _together(tensors: list[Tensor], like: Tensor) -> list[Tensor]:
     return [tensor.to(like.device) for tensor in tensors]
-
-
-def _positions(position_ids: Tensor, B: int, T: int) -> Tensor:
-    fits = isinstance(position_ids, Tensor) and position_ids.shape in ((T,), (1, T), (B, T))
-    if not fits or position_ids.is_floating_point():
-        raise InputError(
-            f"position_ids is {_described(position_ids)}; it has to be integers of shape ({B}, {T})"
-        )
-    return position_ids.reshape(-1, T).expand(B, T)
-
-
-def _described(value: object) -> str:
-    if isinstance(value, Tensor):
-        return f"a tensor of shape {tuple(value.shape)} and dtype {value.dtype}"
-    return f"a {type(value).__name__}"
-
-
-def _check_past(cache: Cache, mask: Tensor | None, B: int, T: int) -> None:
-    if mask is None or mask.shape[1] == T or torch.compiler.is_compiling():
-        return
-    told = mask[:, :-T].to(torch.bool).sum(dim=1)
-    held = cache.lengths(B, told.device)
-    if not torch.equal(told, held):
-        raise InputError(
-            f"attention_mask counts {told.tolist()} tokens before the new {T}, and the cache holds "
-            f"{held.tolist()}; pass the mask of all tokens so far, or of the new ones alone"
-        )
-
-
-def _first_position(cache_position: Tensor, T: int) -> Tensor:
-    if cache_position.shape != (T,):
-        raise InputError(
-            f"cache_position has shape {tuple(cache_position.shape)}; it has to be ({T},), "
-            "a slot for each new token"
-        )
-    if not torch.compiler.is_compiling():
-        steps = cache_position - cache_position[0]
-        if not torch.equal(steps, torch.arange(T, device=steps.device)):
-            raise InputError(
-                f"cache_position={cache_position.tolist()} has to be consecutive slots"
-            )
-    return cache_position[0]
 
 
 def _in_columns(weights: Tensor, rows: Ragged | None, mask: Tensor, keys: int) -> Tensor:

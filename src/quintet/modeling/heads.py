@@ -20,6 +20,8 @@ from quintet.modeling.outputs import (
     SequenceClassifierOutputWithPast,
     TokenClassifierOutput,
 )
+from quintet.modeling.packing import Packing, own_labels
+from quintet.ops.documents import Documents
 from quintet.ops.losses import next_token_loss, sequence_loss, span_loss, token_loss
 
 __all__ = [
@@ -43,6 +45,11 @@ class _Headed(PreTrainedModel):
 
     def _base(self, **inputs: Any) -> BaseModelOutputWithPast:
         return cast("BaseModelOutputWithPast", self.base_model(**inputs, return_dict=True))
+
+    def texts(self, logits: Tensor, *given: Any, use_cache: bool | None) -> Documents | None:
+        """Return the texts of the rows that logits (B, T, V) are of; see `DecoderModel.texts`."""
+        B, T = logits.shape[:2]
+        return cast("DecoderModel", self.base_model).texts((B, T), *given, use_cache=use_cache)
 
     def _returned(self, output: Any, return_dict: bool | None) -> Any:
         wanted = self.config.return_dict if return_dict is None else return_dict
@@ -84,6 +91,12 @@ class CausalLMHead(_Headed, GenerationMixin):
         return_dict: bool | None = None,
         cache_position: Tensor | None = None,
         logits_to_keep: int | Tensor = 0,
+        *,
+        cu_seq_lens_q: Tensor | None = None,
+        cu_seq_lens_k: Tensor | None = None,
+        max_length_q: int | Tensor | None = None,
+        max_length_k: int | Tensor | None = None,
+        seq_idx: Tensor | None = None,
     ) -> CausalLMOutputWithPast | tuple[Any, ...]:
         """Return logits (B, T, V) of the token after each; arguments as in `DecoderModel.forward`.
 
@@ -95,6 +108,7 @@ class CausalLMHead(_Headed, GenerationMixin):
         Raises:
             InputError: an argument cannot be used, or two contradict each other.
         """
+        packing = Packing(cu_seq_lens_q, cu_seq_lens_k, max_length_q, max_length_k, seq_idx)
         outputs = self._base(
             input_ids=input_ids,
             attention_mask=attention_mask,
@@ -105,11 +119,16 @@ class CausalLMHead(_Headed, GenerationMixin):
             output_attentions=output_attentions,
             output_hidden_states=output_hidden_states,
             cache_position=cache_position,
+            **packing._asdict(),
         )
         logits = self.lm_head(kept(outputs.last_hidden_state, logits_to_keep))
         loss = None
         if labels is not None:
             check_labels(labels, logits)
+            texts = self.texts(
+                logits, packing, attention_mask, position_ids, past_key_values, use_cache=use_cache
+            )
+            labels = own_labels(labels, texts)
             loss = next_token_loss(logits, labels)
         output = CausalLMOutputWithPast(
             loss, logits, outputs.past_key_values, outputs.hidden_states, outputs.attentions
@@ -140,6 +159,12 @@ class SequenceClassificationHead(_Headed):
         output_attentions: bool | None = None,
         output_hidden_states: bool | None = None,
         return_dict: bool | None = None,
+        *,
+        cu_seq_lens_q: Tensor | None = None,
+        cu_seq_lens_k: Tensor | None = None,
+        max_length_q: int | Tensor | None = None,
+        max_length_k: int | Tensor | None = None,
+        seq_idx: Tensor | None = None,
     ) -> SequenceClassifierOutputWithPast | tuple[Any, ...]:
         """Return logits (B, num_labels); arguments as in `DecoderModel.forward`.
 
@@ -151,6 +176,7 @@ class SequenceClassificationHead(_Headed):
         Raises:
             InputError: several rows, and neither pad_token_id nor a mask tells where each ends.
         """
+        packing = Packing(cu_seq_lens_q, cu_seq_lens_k, max_length_q, max_length_k, seq_idx)
         outputs = self._base(
             input_ids=input_ids,
             attention_mask=attention_mask,
@@ -160,6 +186,7 @@ class SequenceClassificationHead(_Headed):
             use_cache=use_cache,
             output_attentions=output_attentions,
             output_hidden_states=output_hidden_states,
+            **packing._asdict(),
         )
         logits = self.score(outputs.last_hidden_state)
         B = logits.shape[0]
@@ -226,12 +253,19 @@ class TokenClassificationHead(_Headed):
         output_attentions: bool | None = None,
         output_hidden_states: bool | None = None,
         return_dict: bool | None = None,
+        *,
+        cu_seq_lens_q: Tensor | None = None,
+        cu_seq_lens_k: Tensor | None = None,
+        max_length_q: int | Tensor | None = None,
+        max_length_k: int | Tensor | None = None,
+        seq_idx: Tensor | None = None,
     ) -> TokenClassifierOutput | tuple[Any, ...]:
         """Return logits (B, T, num_labels); arguments as in `DecoderModel.forward`.
 
         Args:
             labels: (B, T) classes, -100 where the loss ignores them.
         """
+        packing = Packing(cu_seq_lens_q, cu_seq_lens_k, max_length_q, max_length_k, seq_idx)
         outputs = self._base(
             input_ids=input_ids,
             attention_mask=attention_mask,
@@ -241,6 +275,7 @@ class TokenClassificationHead(_Headed):
             use_cache=use_cache,
             output_attentions=output_attentions,
             output_hidden_states=output_hidden_states,
+            **packing._asdict(),
         )
         logits = self.score(self.dropout(outputs.last_hidden_state))
         loss = None if labels is None else token_loss(logits, labels)
@@ -271,6 +306,12 @@ class QuestionAnsweringHead(_Headed):
         output_attentions: bool | None = None,
         output_hidden_states: bool | None = None,
         return_dict: bool | None = None,
+        *,
+        cu_seq_lens_q: Tensor | None = None,
+        cu_seq_lens_k: Tensor | None = None,
+        max_length_q: int | Tensor | None = None,
+        max_length_k: int | Tensor | None = None,
+        seq_idx: Tensor | None = None,
     ) -> QuestionAnsweringModelOutput | tuple[Any, ...]:
         """Return start and end logits (B, T) each; arguments as in `DecoderModel.forward`.
 
@@ -281,6 +322,7 @@ class QuestionAnsweringHead(_Headed):
         Raises:
             InputError: one of the two positions without the other.
         """
+        packing = Packing(cu_seq_lens_q, cu_seq_lens_k, max_length_q, max_length_k, seq_idx)
         if (start_positions is None) != (end_positions is None):
             raise InputError("start_positions and end_positions go together; give both or neither")
         outputs = self._base(
@@ -291,6 +333,7 @@ class QuestionAnsweringHead(_Headed):
             inputs_embeds=inputs_embeds,
             output_attentions=output_attentions,
             output_hidden_states=output_hidden_states,
+            **packing._asdict(),
         )
         starts, ends = self.qa_outputs(outputs.last_hidden_state).unbind(dim=-1)
         loss = None

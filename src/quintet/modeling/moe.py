@@ -10,6 +10,7 @@ from quintet.checkpoint import StackExperts
 from quintet.modeling.decoder import DecoderModel, first
 from quintet.modeling.heads import CausalLMHead, check_labels, kept
 from quintet.modeling.outputs import MoeCausalLMOutputWithPast, MoeModelOutputWithPast
+from quintet.modeling.packing import Packing, own_labels
 from quintet.ops.losses import next_token_loss
 
 __all__ = ["EXPERT_RULES", "MoeCausalLMHead", "MoeDecoderModel"]
@@ -40,12 +41,19 @@ class MoeDecoderModel(DecoderModel):
         return_dict: bool | None = None,
         cache_position: Tensor | None = None,
         output_router_logits: bool | None = None,
+        *,
+        cu_seq_lens_q: Tensor | None = None,
+        cu_seq_lens_k: Tensor | None = None,
+        max_length_q: int | Tensor | None = None,
+        max_length_k: int | Tensor | None = None,
+        seq_idx: Tensor | None = None,
     ) -> MoeModelOutputWithPast | tuple[Any, ...]:
         """Run the layers over T new tokens of each row; arguments as in `DecoderModel.forward`.
 
         Args:
             output_router_logits: return what the router of each layer with experts computed.
         """
+        packing = Packing(cu_seq_lens_q, cu_seq_lens_k, max_length_q, max_length_k, seq_idx)
         wanted = first(output_router_logits, self.config.output_router_logits)
         run = self._run(
             input_ids=input_ids,
@@ -57,6 +65,7 @@ class MoeDecoderModel(DecoderModel):
             output_attentions=output_attentions,
             output_hidden_states=output_hidden_states,
             cache_position=cache_position,
+            packing=packing,
             output_router_logits=wanted,
         )
         output = MoeModelOutputWithPast(
@@ -98,6 +107,12 @@ class MoeCausalLMHead(CausalLMHead):
         cache_position: Tensor | None = None,
         logits_to_keep: int | Tensor = 0,
         output_router_logits: bool | None = None,
+        *,
+        cu_seq_lens_q: Tensor | None = None,
+        cu_seq_lens_k: Tensor | None = None,
+        max_length_q: int | Tensor | None = None,
+        max_length_k: int | Tensor | None = None,
+        seq_idx: Tensor | None = None,
     ) -> MoeCausalLMOutputWithPast | tuple[Any, ...]:
         """Return logits (B, T, V) of the token after each; arguments as in `CausalLMHead.forward`.
 
@@ -105,6 +120,7 @@ class MoeCausalLMHead(CausalLMHead):
             output_router_logits: return what the router of each layer with experts computed, and
                 the balance loss.
         """
+        packing = Packing(cu_seq_lens_q, cu_seq_lens_k, max_length_q, max_length_k, seq_idx)
         routed = first(output_router_logits, self.config.output_router_logits)
         weight = self.aux_loss_weight(labels, routed)
         outputs = cast(
@@ -121,6 +137,7 @@ class MoeCausalLMHead(CausalLMHead):
                 cache_position=cache_position,
                 output_router_logits=routed or weight is not None,
                 return_dict=True,
+                **packing._asdict(),
             ),
         )
         logits = self.lm_head(kept(outputs.last_hidden_state, logits_to_keep))
@@ -133,6 +150,10 @@ class MoeCausalLMHead(CausalLMHead):
             aux = self.aux_loss(outputs.router_logits, mask)
         if labels is not None:
             check_labels(labels, logits)
+            texts = self.texts(
+                logits, packing, attention_mask, position_ids, past_key_values, use_cache=use_cache
+            )
+            labels = own_labels(labels, texts)
             loss = next_token_loss(logits, labels)
             if aux is not None and weight is not None:
                 loss = loss + weight * aux

@@ -21,6 +21,8 @@ from quintet.modeling.decoder import first
 from quintet.modeling.heads import kept
 from quintet.modeling.moe import MoeCausalLMHead, MoeDecoderModel
 from quintet.modeling.outputs import MoeCausalLMOutputWithPast
+from quintet.modeling.packing import Packing, own_labels
+from quintet.ops.documents import Documents
 from quintet.ops.losses import IGNORED, next_token_loss
 from quintet.ops.ragged import ragged
 
@@ -65,16 +67,20 @@ class MtpDecoderModel(MoeDecoderModel):
         embeds: Tensor,
         attention_mask: Tensor | None,
         position_ids: Tensor | None,
+        texts: Documents | None = None,
     ) -> list[Tensor]:
         """Return the states of each prediction layer, (B, T, C), normalised.
 
         Layer k joins the states of layer k - 1 at position t, those of the main run for k = 1,
-        with the embedding of token t + k. The last k tokens of a row have none: their states mean
-        nothing. Masks and positions are those of the main run.
+        with the embedding of token t + k. The last k tokens of a row, and of each of several texts
+        in it, have none: their states mean nothing. Masks, positions and texts are those of the
+        main run.
         """
         B, T, _ = embeds.shape
         rows = custom = None
-        if attention_mask is not None and attention_mask.ndim == 2:
+        if texts is not None:
+            position_ids = texts.positions() if position_ids is None else position_ids
+        elif attention_mask is not None and attention_mask.ndim == 2:
             rows = ragged(attention_mask[:, -T:])
         elif attention_mask is not None:
             floats = attention_mask.is_floating_point()
@@ -86,11 +92,14 @@ class MtpDecoderModel(MoeDecoderModel):
             position_ids = None if position_ids is None else rows.pack(position_ids)
         span = Span(0, T, T, None if rows is None else rows.counts, embeds.device)
         # Rotary scores see differences alone, so that the position of t serves for t + k too.
-        step = self._step(embeds, span, position_ids, custom, None, Notes())
+        step = self._step(embeds, span, position_ids, custom, None, Notes(), texts)
 
         states = []
         for k, layer in enumerate(self.prediction_layers(), start=1):
-            ahead = F.pad(embeds[:, k:], (0, 0, 0, min(k, T)))
+            if texts is None:
+                ahead = F.pad(embeds[:, k:], (0, 0, 0, min(k, T)))
+            else:
+                ahead = texts.ahead(embeds, k)
             joined = layer.join(hidden_states, ahead)
             hidden_states = self._run_layer(layer, joined, step)
             hidden_states = layer.shared_head["norm"](hidden_states)
@@ -143,6 +152,12 @@ class MtpCausalLMHead(MoeCausalLMHead):
         output_router_logits: bool | None = None,
         output_mtp_logits: bool = False,
         mtp_loss_weight: float | None = None,
+        *,
+        cu_seq_lens_q: Tensor | None = None,
+        cu_seq_lens_k: Tensor | None = None,
+        max_length_q: int | Tensor | None = None,
+        max_length_k: int | Tensor | None = None,
+        seq_idx: Tensor | None = None,
     ) -> MoeCausalLMOutputWithPast | tuple[Any, ...]:
         """Return logits (B, T, V) of the token after each; arguments as in `CausalLMHead.forward`.
 
@@ -158,6 +173,7 @@ class MtpCausalLMHead(MoeCausalLMHead):
         Raises:
             InputError: an argument cannot be used, or two contradict each other.
         """
+        packing = Packing(cu_seq_lens_q, cu_seq_lens_k, max_length_q, max_length_k, seq_idx)
         looks_ahead = output_mtp_logits or mtp_loss_weight is not None
         if looks_ahead:
             self._check_look_ahead(past_key_values)
@@ -181,15 +197,19 @@ class MtpCausalLMHead(MoeCausalLMHead):
             cache_position=cache_position,
             logits_to_keep=logits_to_keep,
             output_router_logits=output_router_logits,
+            **packing._asdict(),
         )
         assert isinstance(output, MoeCausalLMOutputWithPast)
         if looks_ahead and output.hidden_states is not None:
             embeds, hidden = output.hidden_states[0], output.hidden_states[-1]
-            ahead = self.model.look_ahead(hidden, embeds, attention_mask, position_ids)
+            texts = self.texts(
+                hidden, packing, attention_mask, position_ids, past_key_values, use_cache=use_cache
+            )
+            ahead = self.model.look_ahead(hidden, embeds, attention_mask, position_ids, texts)
             made = tuple(self.lm_head(kept(x, logits_to_keep)) for x in ahead)
             output.mtp_logits = made if output_mtp_logits else None
             if mtp_loss_weight is not None and labels is not None and output.loss is not None:
-                output.mtp_loss = _look_ahead_loss(made, labels, attention_mask)
+                output.mtp_loss = _look_ahead_loss(made, labels, attention_mask, texts)
                 output.loss = output.loss + mtp_loss_weight * output.mtp_loss
         if not states_asked:
             output.hidden_states = None
@@ -267,14 +287,16 @@ class MtpCausalLMHead(MoeCausalLMHead):
             )
 
 
-def _look_ahead_loss(made: tuple[Tensor, ...], labels: Tensor, mask: Tensor | None) -> Tensor:
+def _look_ahead_loss(
+    made: tuple[Tensor, ...], labels: Tensor, mask: Tensor | None, texts: Documents | None
+) -> Tensor:
     """Return the mean over depths of the loss of what each predicts, made at tokens only."""
     losses = []
     for k, logits in enumerate(made, start=1):
-        told = labels
+        told = own_labels(labels, texts, k + 1)
         if mask is not None and mask.ndim == 2:
             # A state of padding knows nothing, also where a label follows k + 1 columns later.
             from_token = F.pad(mask[:, -labels.shape[1] :], (k + 1, 0))[:, : labels.shape[1]]
-            told = labels.masked_fill(from_token == 0, IGNORED)
+            told = told.masked_fill(from_token == 0, IGNORED)
         losses.append(next_token_loss(logits, told, ahead=k + 1))
     return torch.stack(losses).mean()

@@ -5,6 +5,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from quintet.ops.transforms import recorded
+
 __all__ = ["Visibility", "causal_mask", "shown", "visibility"]
 
 # A mask of more entries is made for some of the queries at a time.
@@ -86,7 +88,6 @@ def visibility(
         if window is None and end == S and (T == 1 or start == 0):
             return Visibility(None, T > 1, start, None)
     # A program that is recorded once has to serve other lengths, and has no loops over them.
-    recorded = torch.compiler.is_compiling() or torch._C._is_tracing()
-    if not recorded and T > 1 and slots.numel() * S > MOST_ENTRIES:
+    if not recorded() and T > 1 and slots.numel() * S > MOST_ENTRIES:
         return Visibility(None, False, start, window, slots=slots)
     return Visibility(causal_mask(slots, S, window), False, start, window)

@@ -1,9 +1,17 @@
-"""Whether a forward is transformed into another function: its derivative, or itself over rows."""
+"""Whether a forward is more than computed: recorded as a program, or derived."""
 
 import torch
 from torch.autograd import forward_ad
 
-__all__ = ["transformed"]
+__all__ = ["recorded", "transformed"]
+
+
+def recorded() -> bool:
+    """Tell whether a compiler, an exporter or a tracer records what is computed.
+
+    The program has to serve other numbers, and where it can, other lengths.
+    """
+    return torch.compiler.is_compiling() or torch._C._is_tracing()
 
 
 def transformed() -> bool:

@@ -1,0 +1,135 @@
+"""Several texts in a row: how trainers and collators say so."""
+
+from itertools import pairwise
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from quintet.errors import InputError
+from quintet.ops.documents import Documents, documents_of
+from quintet.ops.losses import IGNORED
+from quintet.ops.transforms import recorded
+
+__all__ = ["Packing", "own_labels", "packed"]
+
+
+class Packing(NamedTuple):
+    """What collators of packed rows send beside positions that begin anew with every text.
+
+    Attributes:
+        cu_seq_lens_q: (n + 1,) where each of n texts begins, counted over all rows, and the end.
+        cu_seq_lens_k: the same again.
+        max_length_q: the length of the longest text, or more.
+        max_length_k: the same again.
+        seq_idx: (B, T) numbers that change where a text ends.
+    """
+
+    cu_seq_lens_q: Tensor | None = None
+    cu_seq_lens_k: Tensor | None = None
+    max_length_q: int | Tensor | None = None
+    max_length_k: int | Tensor | None = None
+    seq_idx: Tensor | None = None
+
+
+def packed(
+    packing: Packing,
+    shape: tuple[int, int],
+    *,
+    attention_mask: Tensor | None,
+    position_ids: Tensor | None,
+    cached: bool,
+) -> Documents | None:
+    """Return the texts of rows (B, T); None where each row is one.
+
+    Positions tell only without a mask and a cache, as in Transformers: with these, a row is one
+    text wherever its positions jump.
+
+    Raises:
+        InputError: what tells where texts end contradicts itself, the mask or the cache.
+    """
+    named = [name for name, value in packing._asdict().items() if value is not None]
+    if named:
+        _check_alone(named[0], attention_mask, cached)
+        return _told(packing, shape)
+    if position_ids is None or attention_mask is not None or cached or position_ids.ndim == 0:
+        return None
+    B, T = shape
+    positions = position_ids.reshape(-1, T).expand(B, T)
+    # A text goes on where the next position is one more.
+    columns = torch.arange(T, dtype=positions.dtype, device=positions.device)
+    return documents_of(positions - columns)
+
+
+def own_labels(labels: Tensor, documents: Documents | None, ahead: int = 1) -> Tensor:
+    """Return labels (B, T) without those that a token of another text would have to predict."""
+    if documents is None or labels.shape != documents.index.shape:
+        return labels
+    return labels.masked_fill(documents.apart(ahead).to(labels.device), IGNORED)
+
+
+def _check_alone(name: str, mask: Tensor | None, cached: bool) -> None:
+    if cached:
+        raise InputError(
+            f"{name} tells of several texts in a row, which leave no cache to continue from; "
+            "pass use_cache=False and no past_key_values"
+        )
+    if mask is not None and (mask.ndim != 2 or not bool(mask.to(torch.bool).all())):
+        raise InputError(
+            f"{name} tells of several texts in a row, which have no padding and no mask of their "
+            "own; leave attention_mask out"
+        )
+
+
+def _told(packing: Packing, shape: tuple[int, int]) -> Documents | None:
+    B, T = shape
+    told: list[tuple[str, Tensor]] = []
+    index = packing.seq_idx
+    if index is not None:
+        if not isinstance(index, Tensor) or index.shape not in ((T,), (1, T), (B, T)):
+            raise InputError(
+                f"seq_idx has to be a tensor of shape ({B}, {T}), a number for each token"
+            )
+        told.append(("seq_idx", index.reshape(-1, T).expand(B, T)))
+    for side, lengths, most in (
+        ("q", packing.cu_seq_lens_q, packing.max_length_q),
+        ("k", packing.cu_seq_lens_k, packing.max_length_k),
+    ):
+        if lengths is not None:
+            told.append((f"cu_seq_lens_{side}", _numbers(lengths, side, most, shape)))
+        elif most is not None:
+            raise InputError(f"max_length_{side} says nothing without cu_seq_lens_{side}")
+    found = [(name, documents_of(numbers)) for name, numbers in told]
+    for name, other in found[1:]:
+        if not _alike(found[0][1], other):
+            raise InputError(f"{found[0][0]} and {name} tell of different texts")
+    return found[0][1]
+
+
+def _numbers(
+    lengths: Tensor, side: str, most: int | Tensor | None, shape: tuple[int, int]
+) -> Tensor:
+    """Return the number of each token's text, (B, T)."""
+    B, T = shape
+    if not recorded():
+        _check_lengths(lengths, side, most, B * T)
+    places = torch.arange(B * T, dtype=lengths.dtype, device=lengths.device)
+    return torch.searchsorted(lengths[1:], places, right=True).view(B, T)
+
+
+def _check_lengths(lengths: Tensor, side: str, most: int | Tensor | None, N: int) -> None:
+    ends = lengths.tolist() if isinstance(lengths, Tensor) and lengths.ndim == 1 else []
+    sizes = [after - before for before, after in pairwise(ends)]
+    if not sizes or ends[0] != 0 or ends[-1] != N or min(sizes) < 0:
+        raise InputError(
+            f"cu_seq_lens_{side}={ends or lengths} has to be a tensor of where each text begins, "
+            f"from 0 to the {N} tokens there are"
+        )
+    if most is not None and int(most) < max(sizes):
+        raise InputError(f"max_length_{side}={int(most)}, and a text has {max(sizes)}")
+
+
+def _alike(one: Documents | None, other: Documents | None) -> bool:
+    if one is None or other is None:
+        return one is other
+    return one.pieces == other.pieces
