@@ -45,6 +45,30 @@ def continued(parts: Any, ids: list[int], new: int) -> str:
     return text
 
 
+@pytest.mark.parametrize("size", [1, 20])
+def test_a_lines_own_options_hold_for_it_alone(
+    quintet: Any, chat_model: Path, tmp_path: Path, size: int
+) -> None:
+    path = tmp_path / "prompts.jsonl"
+    lines: list[dict[str, Any]] = [
+        {"prompt": "Hello there", "id": 1},
+        {"prompt": "Hello there", "id": 2, "max_new_tokens": 4},
+        {"prompt": "Hello there", "id": 3, "temperature": 5.0, "max_new_tokens": 9},
+        {"prompt": "Hello there", "id": 4, "top_p": 7},
+        {"prompt": "Hello there", "id": 5, "max_new_tokens": 4, "temperature": 0},
+    ]
+    path.write_text("\n".join(map(json.dumps, lines)), encoding="utf-8")
+    asked = ["generate", "--batch", path, "-m", chat_model, "-n", 12, "--seed", 3]
+    rows = [json.loads(r) for r in quintet(*asked, "--batch-size", size).out.splitlines()]
+    assert [row["id"] for row in rows] == [1, 2, 3, 4, 5]
+    assert "top_p" in rows[3]["error"]["message"]
+    assert [row.get("new_tokens") for row in rows] == [12, 4, 9, None, 4]
+    assert rows[0]["text"].startswith(rows[1]["text"])
+    assert rows[1]["text"] == rows[4]["text"]
+    assert not rows[0]["text"].startswith(rows[2]["text"])
+    assert "max_new_tokens" not in rows[1]
+
+
 @pytest.mark.parametrize("size", [1, 3, 20])
 def test_every_line_is_answered_in_its_place(
     quintet: Any, chat_model: Path, parts: Any, lines: Path, size: int

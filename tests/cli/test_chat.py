@@ -74,7 +74,12 @@ def test_exit_leaves(quintet: Any, chat_model: Path) -> None:
 
 @pytest.mark.parametrize(
     ("typed", "said"),
-    [("/help", "/reset "), ("/rest", "There is no command /rest. Did you mean /reset?")],
+    [
+        ("/help", "/reset "),
+        ("/reset", "forgotten: all"),
+        ("/clear", "forgotten: all"),
+        ("/system Be brief.", "begun again, with a system message"),
+    ],
 )
 def test_commands_are_explained_beside_the_answers(
     quintet: Any, chat_model: Path, typed: str, said: str
@@ -98,6 +103,45 @@ def test_a_conversation_longer_than_the_context(quintet: Any, chat_model: Path) 
     assert (result.code, result.out) == (2, "")
     assert re.search(r"error: the prompt has \d+ tokens and the model's context is 256", result.err)
     assert result.is_one_screen
+
+
+@pytest.mark.parametrize("word", ["temperature=0", "temperature=0.0", "do_sample=False"])
+def test_a_temperature_of_zero_is_the_likeliest_token_everywhere(
+    quintet: Any, chat_model: Path, answer: Any, word: str
+) -> None:
+    expected = answer("Hello") + "\n"
+    asked = ["chat", chat_model, "-n", 10]
+    for result in (
+        quintet(*asked, word, stdin="Hello\n"),
+        quintet(*asked, "-t", 0, stdin="Hello\n"),
+        quintet(*asked, stdin=f"/set {word}\nHello\n"),
+    ):
+        assert (result.code, result.out) == (0, expected), result.err
+    drawn = quintet(*asked, "temperature=3.0", "--seed", 1, stdin="Hello\n")
+    assert "sampling with seed 1, temperature=3.0" in drawn.err
+
+
+def test_a_question_is_answered_and_that_is_all(
+    quintet: Any, chat_model: Path, answer: Any
+) -> None:
+    question = "What is x, if 2 x = 4?"
+    result = quintet("chat", chat_model, question, "max_new_tokens=10", stdin="Not this\n")
+    assert (result.code, result.out) == (0, answer(question) + "\n")
+    refused = quintet("chat", chat_model, "What", "is", "x?")
+    assert refused.code == 2
+    assert "put one into quotes" in refused.err
+
+
+def test_an_answer_that_is_cut_says_so(quintet: Any, chat_model: Path) -> None:
+    result = quintet("chat", chat_model, "-n", 3, stdin="Hello\n")
+    assert "cut at max_new_tokens=3; -n or /set changes that" in result.err
+
+
+def test_the_first_line_names_the_format_of_the_weights(quintet: Any, chat_model: Path) -> None:
+    result = quintet("chat", chat_model, "-n", 2, "--quantize", "int4", stdin="")
+    assert "int4 and float32 on cpu" in result.err
+    slow = quintet("chat", chat_model, "-n", 2, "--quantize", "nf4", stdin="")
+    assert "warning: bitsandbytes 4-bit is turned into numbers at every step" in slow.err
 
 
 def test_sampling_is_repeatable(quintet: Any, chat_model: Path, answer: Any) -> None:
@@ -137,7 +181,10 @@ def test_set_changes_how_answers_are_drawn_and_back(
         ("/set hot", "'hot' sets nothing; write name=value"),
         ("/set top_p=7", "top_p=7"),
         ("/set reasoning=loud", "reasoning='loud' has to be one of fold, show, hide"),
+        ("/rest", "there is no command /rest. Did you mean /reset?"),
+        ("/foo", "there is no command /foo. /help lists them"),
         ("/undo", "there is no message to take back"),
+        ("/retry", "there is no message to answer again"),
         ("/regen", "there is no message to answer again"),
         ("/load", "which file? /load FILE"),
         ("/load nowhere.json", "there is no file 'nowhere.json'"),
@@ -184,6 +231,9 @@ def test_a_conversation_is_saved_and_loaded(
         quintet(*asked, "--load", path, stdin="How are you?\n"),
     ):
         assert result.out == f"{second}\n"
+    french = answer("Hello", first, "How are you?", system="You speak French.")
+    other = quintet(*asked, "--load", path, "--system", "You speak French.", stdin="How are you?\n")
+    assert other.out == f"{french}\n" != f"{second}\n"
     path.write_text('{"messages": [{"role": "robot", "content": "Hi"}]}', encoding="utf-8")
     refused = quintet(*asked, "--load", path, stdin="Hello\n")
     assert (refused.code, refused.out) == (2, "")

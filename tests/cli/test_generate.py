@@ -47,7 +47,7 @@ def test_the_text_is_on_stdout_and_notes_on_stderr(
     result = quintet("generate", "Hello there", "-m", chat_model, "-n", 12)
     assert result.code == 0
     assert result.out == continued(loaded, "Hello there", 12) + "\n"
-    described, made = result.err.splitlines()
+    described, made, _ = result.err.splitlines()
     assert described.startswith("qwen2, 0.0 M parameters, float32 on cpu, loaded in ")
     assert described.endswith("; greedy, max_new_tokens=12")
     assert made.startswith("12 tokens in ")
@@ -69,7 +69,27 @@ def test_a_text_can_be_piped_in(
     quintet: Any, chat_model: Path, loaded: Any, prompt: list[str]
 ) -> None:
     result = quintet("generate", *prompt, "-m", chat_model, "-n", 5, stdin="naïve\n🙂\n")
-    assert result.out == continued(loaded, "naïve\n🙂\n", 5) + "\n"
+    # The last line end is that of `echo`, not of the text.
+    assert result.out == continued(loaded, "naïve\n🙂", 5) + "\n"
+    result = quintet("generate", *prompt, "-m", chat_model, "-n", 5, stdin="naïve\n\n")
+    assert result.out == continued(loaded, "naïve\n", 5) + "\n"
+
+
+def test_options_of_generate_by_name(quintet: Any, chat_model: Path, loaded: Any) -> None:
+    result = quintet("generate", "Hello", "max_new_tokens=5", "temperature=0", "-m", chat_model)
+    assert result.out == continued(loaded, "Hello", 5) + "\n"
+    refused = quintet("generate", "class", "Stack:", "-m", chat_model)
+    assert refused.code == 2
+    assert "'Stack:' is a second prompt; put a prompt of several words in quotes" in refused.err
+
+
+def test_a_model_that_answers_is_not_mistaken_for_one_that_continues(
+    quintet: Any, chat_model: Path, plain_model: Path
+) -> None:
+    said = quintet("generate", "Hello", "-m", chat_model, "-n", 1).err
+    assert f'to ask this model: quintet chat {chat_model} "QUESTION"' in said
+    assert "1 token in " in said
+    assert "quintet chat" not in quintet("generate", "Hello", "-m", plain_model, "-n", 1).err
 
 
 def test_without_a_model_it_is_the_packaged_one(
@@ -143,7 +163,7 @@ def test_the_checkpoints_own_options_hold(
 
 
 def test_the_generator_is_where_the_model_is() -> None:
-    _, generator, seed = choose(torch.device("cpu"), 7, None)
+    _, generator, seed = choose(torch.device("cpu"), 7, {}, [])
     assert (generator.device, generator.initial_seed(), seed) == (torch.device("cpu"), 7, 7)
 
 

@@ -110,7 +110,7 @@ def test_what_does_not_fit_ends_with_five_and_says_what_would(v3: Path, quintet:
     facts = json.loads(result.out)
     assert (result.code, facts["fits"]) == (5, False)
     assert facts["instead"] == "it would with --quantize int4"
-    assert "do not fit into" in result.err
+    assert facts["needed"] in result.err
     assert result.is_one_screen
     assert planned(quintet, v3, "--memory", "4x141GB", "--quantize", "int4")["fits"] is True
 
@@ -126,8 +126,27 @@ def test_a_longer_context_and_more_rows_need_more(chat_model: Path, quintet: Any
 
 def test_the_longest_context_is_what_is_left(chat_model: Path, quintet: Any) -> None:
     facts = planned(quintet, chat_model, "--memory", "20MB", "--context", 8)
-    assert facts["longest context"] == "256 tokens a row"
+    assert facts["longest context"] == 256
+    assert list(facts["memory"]) == ["device 0"]
     assert facts["files"].endswith("here")
+
+
+def test_a_context_the_model_has_no_positions_for_is_refused(
+    chat_model: Path, quintet: Any
+) -> None:
+    assert quintet("plan", chat_model, "--context", 256).code == 0
+    result = quintet("plan", chat_model, "--context", 257)
+    assert (result.code, result.out) == (2, "")
+    assert "--context 257 is more than the 256 tokens" in result.err
+
+
+def test_where_nothing_fits_the_least_that_is_needed_is_named(v3: Path, quintet: Any) -> None:
+    result = quintet("plan", v3, "--memory", "24GB", "--json")
+    facts = json.loads(result.out)
+    assert result.code == 5
+    least = facts["bytes"]["least"]
+    assert 300e9 < least < 450e9
+    assert f"the least that is needed is {least / 1e9:.2f} GB" in facts["instead"]
 
 
 @pytest.mark.parametrize("memory", ["much", "yx80GB", "0x80GB", "-3GB"])

@@ -162,6 +162,62 @@ def test_an_answer_ends_at_a_text(pipe: Any) -> None:
         assert len(cut["generated_text"]) < len(text)
 
 
+@pytest.mark.parametrize("beams", [1, 2])
+@pytest.mark.parametrize("batch_size", [1, 2])
+def test_what_else_is_asked_for_comes_with_the_text(pipe: Any, batch_size: int, beams: int) -> None:
+    texts = ["Hello there", "def f"]
+    found = pipe(
+        texts,
+        batch_size=batch_size,
+        max_new_tokens=4,
+        do_sample=False,
+        num_beams=beams,
+        num_return_sequences=beams,
+        return_dict_in_generate=True,
+        output_logits=True,
+        output_scores=True,
+    )
+    for text, results in zip(texts, found, strict=True):
+        ids = pipe.tokenizer(text, return_tensors="pt")["input_ids"]
+        made = pipe.model.generate(
+            ids,
+            max_new_tokens=4,
+            do_sample=False,
+            num_beams=beams,
+            num_return_sequences=beams,
+            return_dict_in_generate=True,
+            output_logits=True,
+            output_scores=True,
+        )
+        assert len(results) == beams
+        for index, result in enumerate(results):
+            if beams > 1:
+                torch.testing.assert_close(
+                    torch.tensor(result["sequences_scores"]), made.sequences_scores[index]
+                )
+            logits = torch.stack(made.logits, dim=1)[index]
+            torch.testing.assert_close(torch.tensor(result["logits"]), logits)
+
+
+def test_an_assistant_may_be_named(chat_model: Path) -> None:
+    pipe = pipeline("text-generation", chat_model, assistant_model=str(chat_model))
+    plain = pipeline("text-generation", chat_model)
+    options: dict[str, Any] = {"max_new_tokens": 8, "do_sample": False}
+    assert pipe("Hello", **options) == plain("Hello", **options)
+
+
+@pytest.mark.parametrize("name", ["dtype", "torch_dtype"])
+def test_arguments_may_stand_among_those_of_the_model(chat_model: Path, name: str) -> None:
+    kwargs: dict[str, Any] = {name: torch.bfloat16, "attn_implementation": "eager"}
+    pipe = pipeline("text-generation", chat_model, model_kwargs=kwargs)
+    assert pipe.model.dtype == torch.bfloat16
+    assert pipe.model.config.attn_implementation == "eager"
+    with pytest.raises(InputError, match=r"dtype.* twice; give one of them"):
+        pipeline("text-generation", chat_model, dtype="float32", model_kwargs=kwargs)
+    with pytest.raises(InputError, match=r"device_map.* twice; give one of them"):
+        pipeline("text-generation", chat_model, device="cpu", model_kwargs={"device_map": "cpu"})
+
+
 def test_a_hole_is_left_for_the_answer(pipe: Any) -> None:
     long = "Hello there " * 200
     ids = pipe.tokenizer.encode(long)[-(256 - 100) :]
@@ -184,7 +240,8 @@ def test_a_chat_template_gets_tools_and_documents(chat_model: Path) -> None:
     [
         ({"return_full_text": True, "return_tensors": True}, "say the same thing twice"),
         ({"handle_long_generation": "cut"}, "'cut' has to be 'hole'"),
-        ({"return_dict_in_generate": True}, "call model.generate"),
+        ({"output_hidden_states": True}, "output_hidden_states are nested .* model.generate"),
+        ({"assistant_model": "some/name"}, "loaded at every call; give its name to pipeline"),
         ({"handle_long_generation": "hole", "max_new_tokens": 300}, "leaves no room"),
     ],
     ids=str,

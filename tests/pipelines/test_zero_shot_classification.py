@@ -44,9 +44,18 @@ def test_the_text_is_cut_and_the_hypothesis_is_not(peers: Peers) -> None:
     assert close(ours(text, LABELS), theirs(text, LABELS))
 
 
-def test_a_model_without_entailment_is_refused(headed: Made) -> None:
-    with pytest.raises(InputError, match=r"labels of this model are LABEL_0, .*'entailment'"):
-        pipeline(TASK, headed(HEAD))
+def test_without_a_label_of_entailment_it_is_the_last_one(peers: Peers) -> None:
+    with pytest.warns(UserWarning, match=r"labels of this model are LABEL_0, .*the last one"):
+        ours, theirs = peers(TASK, HEAD, num_labels=3)
+    assert close(ours(TEXTS[0], LABELS), theirs(TEXTS[0], LABELS))
+    assert close(
+        ours(TEXTS[0], LABELS, multi_label=True), theirs(TEXTS[0], LABELS, multi_label=True)
+    )
+
+
+def test_a_model_of_one_label_is_refused(headed: Made) -> None:
+    with pytest.raises(InputError, match="this model has 1 label"):
+        pipeline(TASK, headed(HEAD, num_labels=1))
 
 
 @pytest.mark.parametrize(

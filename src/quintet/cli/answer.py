@@ -5,9 +5,9 @@ import sys
 import time
 from typing import Literal
 
-import click
 from torch import Tensor
 
+from quintet.cli.options import can_dim, dimmed
 from quintet.cli.reasoning import Kind, ReasoningSplitter
 from quintet.generation.streamers import TextStreamer
 from quintet.tokenization import PreTrainedTokenizer
@@ -38,7 +38,7 @@ class Answer(TextStreamer):
         self._prompt_seen = False
         self._started = time.perf_counter()
         at_terminal = sys.stdout.isatty()
-        self._dims = at_terminal and not os.environ.get("NO_COLOR")
+        self._dims = at_terminal and can_dim()
         self._folds = at_terminal and os.environ.get("TERM") != "dumb"
         self._told = ""
 
@@ -94,4 +94,4 @@ class Answer(TextStreamer):
             sys.stdout.write(f"{BACK if self._told else ''}{line}\n")
 
     def _dimmed(self, text: str) -> str:
-        return click.style(text, dim=True) if self._dims else text
+        return dimmed(text) if self._dims else text

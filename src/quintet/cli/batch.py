@@ -1,9 +1,10 @@
 """Many prompts from JSON Lines to JSON Lines: one line each, in order, errors in their place."""
 
+import contextlib
 import json
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, fields
 from itertools import islice
 from typing import TYPE_CHECKING, Any, cast
 
@@ -12,12 +13,12 @@ import torch
 
 from quintet.cli.generate import fitted, how_it_ended, speculated, told
 from quintet.cli.options import LARGEST_SEED, Opened, note
+from quintet.cli.settings import drawn
 from quintet.errors import InputError, QuintetError
+from quintet.generation.config import GenerationConfig
 
 if TYPE_CHECKING:
     from torch import Tensor
-
-    from quintet.generation.config import GenerationConfig
 
 __all__ = ["run"]
 
@@ -26,17 +27,26 @@ PROMPTS = ("prompt", "messages")
 
 @dataclass(frozen=True, slots=True)
 class Line:
-    """A line of the file: its number from 0, what else it holds, and its ids, or what is wrong."""
+    """A line of the file.
+
+    Attributes:
+        index: its number, from 0.
+        other: what else it holds, which comes back with the result.
+        options: of generate(), for this line alone.
+        ids: the prompt.
+        error: what is wrong with it.
+    """
 
     index: int
     other: dict[str, Any]
+    options: dict[str, Any] = field(default_factory=dict)
     ids: list[int] | None = None
     error: QuintetError | None = None
 
 
 def run(
     opened: Opened,
-    config: "GenerationConfig",
+    config: GenerationConfig,
     lines: Sequence[str],
     *,
     seed: int,
@@ -62,15 +72,17 @@ def run(
 
 
 def _results(
-    opened: Opened, config: "GenerationConfig", group: Sequence[Line], seed: int
+    opened: Opened, config: GenerationConfig, group: Sequence[Line], seed: int
 ) -> Iterator[dict[str, Any]]:
     good = [line for line in group if line.error is None]
-    try:
-        made = _made(opened, config, good, seed)
-        done = {line.index: result for line, result in zip(good, made, strict=True)}
-    except QuintetError:
-        # One of them is to blame: each alone, so that the others are answered.
-        done = {}
+    done: dict[int, dict[str, Any]] = {}
+    while good:
+        alike = [line for line in good if line.options == good[0].options]
+        good = [line for line in good if line not in alike]
+        # One of them may be to blame: then each alone, so that the others are answered.
+        with contextlib.suppress(QuintetError):
+            made = _made(opened, config, alike, seed)
+            done |= {line.index: result for line, result in zip(alike, made, strict=True)}
     for line in group:
         error = line.error
         if error is None and line.index not in done:
@@ -86,11 +98,10 @@ def _results(
 
 
 def _made(
-    opened: Opened, config: "GenerationConfig", lines: Sequence[Line], seed: int
+    opened: Opened, config: GenerationConfig, lines: Sequence[Line], seed: int
 ) -> list[dict[str, Any]]:
-    if not lines:
-        return []
     tokenizer = opened.tokenizer
+    config = config.replace(**drawn(lines[0].options))
     rows = tokenizer.pad(
         {"input_ids": [line.ids for line in lines]}, padding_side="left", return_tensors="pt"
     )
@@ -122,7 +133,7 @@ def _made(
     return results
 
 
-def _without_padding(row: "Tensor", config: "GenerationConfig") -> "Tensor":
+def _without_padding(row: "Tensor", config: GenerationConfig) -> "Tensor":
     """Return a row up to the token that ends it."""
     ends = [i for i, token in enumerate(row.tolist()) if token in config.eos_token_ids]
     return row[: ends[0] + 1] if ends else row
@@ -130,14 +141,17 @@ def _without_padding(row: "Tensor", config: "GenerationConfig") -> "Tensor":
 
 def _read(opened: Opened, index: int, text: str) -> Line:
     other: dict[str, Any] = {}
+    options: dict[str, Any] = {}
     try:
         value = json.loads(text)
         if isinstance(value, str):
             value = {"prompt": value}
         if not isinstance(value, dict) or sum(name in value for name in PROMPTS) != 1:
             raise InputError("a line has to be a text, or an object with prompt or messages")
-        other = {name: v for name, v in value.items() if name not in PROMPTS}
-        return Line(index, other, _ids(opened, value))
+        known = {option.name for option in fields(GenerationConfig)}
+        options = {name: v for name, v in value.items() if name in known}
+        other = {name: v for name, v in value.items() if name not in {*PROMPTS, *known}}
+        return Line(index, other, options, _ids(opened, value))
     except json.JSONDecodeError as error:
         return Line(index, other, error=InputError(f"the line is not JSON: {error}"))
     except QuintetError as error:

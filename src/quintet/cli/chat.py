@@ -13,7 +13,7 @@ import click
 
 from quintet.cli.console import Console
 from quintet.cli.conversation import Conversation
-from quintet.cli.generate import speculated
+from quintet.cli.generate import counted, how_it_ended, speculated
 from quintet.cli.options import (
     Opened,
     choose,
@@ -25,7 +25,7 @@ from quintet.cli.options import (
     sampling_options,
     warnings_as_notes,
 )
-from quintet.cli.settings import describe, parse
+from quintet.cli.settings import SETTING, describe, drawn, parse
 from quintet.errors import ChatTemplateError, InputError, QuintetError
 
 if TYPE_CHECKING:
@@ -38,11 +38,15 @@ if TYPE_CHECKING:
 __all__ = ["command"]
 
 REASONING = ("fold", "show", "hide")
+# Tokens of an answer where nothing says how many.
+LONGEST_ANSWER = 1024
+# A prompt of so many tokens takes seconds to read on a CPU.
+LONG_PROMPT = 1024
 
 
 @click.command("chat")
 @click.argument("model")
-@click.argument("settings", nargs=-1, metavar="[NAME=VALUE]...")
+@click.argument("words", nargs=-1, metavar="[QUESTION] [NAME=VALUE]...")
 @click.option("--system", help="A system message to begin with.")
 @click.option("--load", "begun", type=click.Path(), help="Go on with a conversation /save wrote.")
 @click.option(
@@ -56,7 +60,7 @@ REASONING = ("fold", "show", "hide")
 @model_options
 def command(
     model: str,
-    settings: tuple[str, ...],
+    words: tuple[str, ...],
     system: str | None,
     begun: str | None,
     reasoning: "Reasoning",
@@ -75,12 +79,19 @@ def command(
 ) -> None:
     """Talk with MODEL, a directory or hub id of a model with a chat template.
 
-    NAME=VALUE sets any option of generate(), such as temperature=0.7. Piped in, each line is a
-    message, and only the answers are printed.
+    With a QUESTION, answer it and leave. NAME=VALUE sets any option of generate(), such as
+    temperature=0.7. Piped in, each line is a message, and only the answers are printed.
     """
+    settings = [word for word in words if SETTING.match(word)]
+    questions = [word for word in words if not SETTING.match(word)]
+    if len(questions) > 1:
+        raise InputError(
+            f"{questions[0]!r} and {questions[1]!r} are two questions; put one into quotes"
+        )
     with warnings_as_notes(quiet):
-        given = parse(settings)
-        conversation = Conversation(system) if begun is None else Conversation.load(Path(begun))
+        conversation = Conversation() if begun is None else Conversation.load(Path(begun))
+        if system is not None:
+            conversation.begin_with(system)
         opened = open_model(model, **where)
         if not opened.tokenizer.chat_template:
             raise ChatTemplateError(
@@ -90,18 +101,24 @@ def command(
         options, generator, seed = choose(
             opened.model.device,
             seed,
-            temperature,
-            max_new_tokens=max_new_tokens,
-            top_k=top_k,
-            top_p=top_p,
-            min_p=min_p,
-            repetition_penalty=repetition_penalty,
-            stop_strings=list(stop) or None,
-            **drafting(mtp, draft),
+            {
+                "temperature": temperature,
+                "max_new_tokens": max_new_tokens,
+                "top_k": top_k,
+                "top_p": top_p,
+                "min_p": min_p,
+                "repetition_penalty": repetition_penalty,
+                "stop_strings": list(stop) or None,
+                **drafting(mtp, draft),
+            },
+            settings,
         )
-        config = opened.model.generation_config.replace(**{**options, **given})
+        config = opened.model.generation_config.replace(**options)
         talk = _Talk(opened, config, generator, conversation, reasoning, quiet)
         note(f"{opened.describe()}; {describe(config, seed)}", quiet)
+        if questions:
+            talk.answer(questions[0])
+            return
         note("/help lists the commands", quiet or not sys.stdin.isatty())
         talk.run()
 
@@ -135,6 +152,13 @@ class _Talk:
             "/load": (self._load, "FILE", "go on with one from a file"),
             "/exit": (self._exit, "", "leave (so does Ctrl-D; Ctrl-C stops an answer)"),
         }
+        # What other programs call them.
+        self.other_names = {
+            "/bye": "/exit",
+            "/quit": "/exit",
+            "/clear": "/reset",
+            "/retry": "/regen",
+        }
 
     def run(self) -> None:
         """Read messages and answer them until the input ends."""
@@ -155,6 +179,8 @@ class _Talk:
                     click.echo("Ctrl-C once more leaves.", err=True)
                     continue
                 interrupted = False
+                if console.at_terminal and text in ("exit", "quit"):
+                    return
                 try:
                     self._hear(text)
                 except EOFError:
@@ -167,20 +193,21 @@ class _Talk:
     def _hear(self, text: str) -> None:
         if text.startswith("//"):
             # A message that begins with a slash.
-            self._answer(text[1:])
+            self.answer(text[1:])
         elif text.startswith("/"):
             name, _, rest = text.partition(" ")
+            name = self.other_names.get(name, name)
             if name in self.commands:
                 self.commands[name][0](rest.strip())
             else:
                 near = difflib.get_close_matches(name, self.commands, n=1)
                 hint = f"Did you mean {near[0]}?" if near else "/help lists them."
-                click.echo(f"There is no command {name}. {hint}", err=True)
+                raise InputError(f"there is no command {name}. {hint}")
         elif text:
-            self._answer(text)
+            self.answer(text)
 
-    def _answer(self, text: str) -> None:
-        """Answer one message, and keep both unless it fails."""
+    def answer(self, text: str) -> None:
+        """Answer one message, and keep both unless there is no answer."""
         from quintet.cli.answer import Answer
 
         tokenizer, model = self.opened.tokenizer, self.opened.model
@@ -188,29 +215,38 @@ class _Talk:
         prompt = tokenizer.apply_chat_template(asked, add_generation_prompt=True, tokenize=False)
         ids = tokenizer(prompt, add_special_tokens=False, return_tensors="pt")["input_ids"]
         context = model.config.max_position_embeddings
-        options: dict[str, Any] = {}
-        if self.config.max_new_tokens is None and self.config.max_length is None:
-            options["max_new_tokens"] = max(1, min(1024, context - ids.shape[1]))
+        config = self.config
+        if config.max_new_tokens is None and config.max_length is None:
+            most = max(1, min(LONGEST_ANSWER, context - ids.shape[1]))
+            config = config.replace(max_new_tokens=most)
+        if ids.shape[1] >= LONG_PROMPT and sys.stderr.isatty():
+            note(f"reading {ids.shape[1]:,} tokens", self.quiet)
         answer, output = Answer(tokenizer, prompt, self.reasoning), None
         # What there is when Ctrl-C is pressed is the answer, and has been shown.
         with contextlib.suppress(KeyboardInterrupt):
             output = self.opened.generator_model.generate(
                 ids,
-                self.config,
+                config,
                 tokenizer=tokenizer,
                 streamer=answer,
                 generator=self.generator,
                 return_dict_in_generate=True,
-                **options,
             )
+        if output is None and not answer.tokens:
+            note("stopped before the answer began; the message is taken back", self.quiet)
+            return
         self.conversation.add(text, answer.texts["answer"], answer.texts["reasoning"])
         self._tell(answer, speculated(output), ids.shape[1] + answer.tokens, context)
+        if output is not None and answer.tokens == config.max_new_tokens:
+            ended = how_it_ended(config, output.sequences[0, ids.shape[1] :])
+            if ended == "length":
+                note(f"cut at max_new_tokens={answer.tokens}; -n or /set changes that", self.quiet)
 
     def _tell(
         self, answer: "Answer", speculation: "Speculation | None", used: int, context: int
     ) -> None:
         speed = answer.tokens / max(answer.seconds, 1e-9)
-        made = f"{answer.tokens} tokens, {speed:.1f} tokens/s{drafted(speculation)}"
+        made = f"{counted(answer.tokens)}, {speed:.1f} tokens/s{drafted(speculation)}"
         note(f"{made}, context {used} of {context}", self.quiet)
 
     # -- commands -------------------------------------------------------------------------------
@@ -225,9 +261,12 @@ class _Talk:
 
     def _reset(self, _: str) -> None:
         self.conversation.reset()
+        kept = " but the system message" if self.conversation.system else ""
+        click.echo(f"forgotten: all{kept}", err=True)
 
     def _system(self, text: str) -> None:
         self.conversation = Conversation(text or None)
+        click.echo(f"begun again, {'with' if text else 'without'} a system message", err=True)
 
     def _set(self, text: str) -> None:
         given = parse(text.split())
@@ -235,10 +274,7 @@ class _Talk:
         if reasoning not in REASONING:
             raise InputError(f"reasoning={reasoning!r} has to be one of {', '.join(REASONING)}")
         seed = given.pop("seed", None)
-        if given.get("temperature") == 0:
-            given = {**given, "temperature": None, "do_sample": False}
-        elif given.get("temperature") is not None:
-            given.setdefault("do_sample", True)
+        given = drawn(given)
         usual = self.opened.model.generation_config
         self.config = self.config.replace(**given)
         # None is the checkpoint's own choice again.
@@ -252,7 +288,7 @@ class _Talk:
     def _regen(self, _: str) -> None:
         if (text := self.conversation.undo()) is None:
             raise InputError("there is no message to answer again")
-        self._answer(text)
+        self.answer(text)
 
     def _undo(self, _: str) -> None:
         if (text := self.conversation.undo()) is None:

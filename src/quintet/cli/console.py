@@ -39,6 +39,9 @@ class Console:
             readline.set_completer_delims(" ")
             is_libedit = "libedit" in (readline.__doc__ or "")
             readline.parse_and_bind("bind ^I rl_complete" if is_libedit else "tab: complete")
+            if not is_libedit and os.environ.get("TERM") != "dumb":
+                # What is pasted is one message, however many lines it has.
+                readline.parse_and_bind("set enable-bracketed-paste on")
             try:
                 readline.read_history_file(history_file())
             except OSError:
@@ -66,8 +69,8 @@ class Console:
     def read(self) -> str:
         '''Return the next message.
 
-        It is one line; those after a line that ends with a backslash belong to it, and all
-        between two `"""`.
+        It is one line, or what was pasted at once; lines after one that ends with a backslash
+        belong to it, and all between two `"""`.
 
         Raises:
             EOFError: there is none.

@@ -30,6 +30,13 @@ class Conversation:
         """Forget all but the system message."""
         self.messages = [{"role": "system", "content": self.system}] if self.system else []
 
+    def begin_with(self, system: str) -> None:
+        """Put a system message at the beginning, in place of the one there is."""
+        self.system = system or None
+        rest = [message for message in self.messages if message["role"] != "system"]
+        self.reset()
+        self.messages += rest
+
     def asked(self, text: str) -> list[Message]:
         """Return the messages with a further one of the user, for the model."""
         # What the model thought about earlier answers is not part of them.

@@ -1,6 +1,7 @@
 """`quintet generate`: continue a text, shown as it is made, or many from a file."""
 
 import json
+import shlex
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,7 +20,7 @@ from quintet.cli.options import (
     sampling_options,
     warnings_as_notes,
 )
-from quintet.cli.settings import describe
+from quintet.cli.settings import SETTING, describe
 from quintet.errors import InputError, ModelNotFoundError
 from quintet.hub import demo_model
 
@@ -35,13 +36,15 @@ __all__ = ["command", "fitted", "how_it_ended", "speculated", "told"]
 
 @click.command("generate")
 @click.argument("prompt", required=False)
+@click.argument("words", nargs=-1, metavar="[NAME=VALUE]...")
 @click.option("--model", "-m", help="Directory or hub id.  [default: the packaged demo model]")
 @click.option("--file", "-f", "file", type=click.Path(), help="Read the prompt from a file.")
 @click.option(
     "--batch",
     type=click.Path(),
     help="Continue every line of a file of JSON Lines, - for standard input: a text each, or an "
-    "object with prompt or messages. Prints a line of JSON for each, in their order.",
+    "object with prompt or messages and options of generate(). Prints a line of JSON for each, in "
+    "their order, with what else its object holds.",
 )
 @click.option("--batch-size", type=click.IntRange(1), default=8, show_default=True)
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object, at the end.")
@@ -50,6 +53,7 @@ __all__ = ["command", "fitted", "how_it_ended", "speculated", "told"]
 @model_options
 def command(
     prompt: str | None,
+    words: tuple[str, ...],
     model: str | None,
     file: str | None,
     batch: str | None,
@@ -71,8 +75,14 @@ def command(
 ) -> None:
     """Continue PROMPT, or what is piped in, and print the text as it is made.
 
-    Without --model, a tiny model that comes with the package writes something like Python.
+    NAME=VALUE sets any option of generate(). Without --model, a tiny model that comes with the
+    package writes something like Python.
     """
+    for word in words:
+        if not SETTING.match(word):
+            raise InputError(
+                f"{word!r} is a second prompt; put a prompt of several words in quotes"
+            )
     given = {"PROMPT": prompt, "--file": file, "--batch": batch}
     named = [name for name, value in given.items() if value is not None]
     if len(named) > 1:
@@ -85,14 +95,17 @@ def command(
         options, generator, seed = choose(
             opened.model.device,
             seed,
-            temperature,
-            max_new_tokens=max_new_tokens,
-            top_k=top_k,
-            top_p=top_p,
-            min_p=min_p,
-            repetition_penalty=repetition_penalty,
-            stop_strings=list(stop) or None,
-            **drafting(mtp, draft),
+            {
+                "temperature": temperature,
+                "max_new_tokens": max_new_tokens,
+                "top_k": top_k,
+                "top_p": top_p,
+                "min_p": min_p,
+                "repetition_penalty": repetition_penalty,
+                "stop_strings": list(stop) or None,
+                **drafting(mtp, draft),
+            },
+            words,
         )
         config = opened.model.generation_config.replace(**options)
         note(f"{opened.describe()}; {describe(config, seed)}", quiet)
@@ -123,6 +136,11 @@ def speculated(output: Any) -> "Speculation | None":
     from quintet.generation.outputs import GenerateDecoderOnlyOutput
 
     return output.speculation if isinstance(output, GenerateDecoderOnlyOutput) else None
+
+
+def counted(tokens: int) -> str:
+    """Return a number of tokens in words."""
+    return "1 token" if tokens == 1 else f"{tokens:,} tokens"
 
 
 def told(drafted: int, accepted: int) -> dict[str, int]:
@@ -177,20 +195,30 @@ def _continue(
         if speculation is not None:
             result |= told(*speculation.of_row(0))
         click.echo(json.dumps(result, ensure_ascii=False))
-    speed = f"{made.numel()} tokens in {seconds:.2f} s, {made.numel() / seconds:.1f} tokens/s"
+    speed = f"{counted(made.numel())} in {seconds:.2f} s, {made.numel() / seconds:.1f} tokens/s"
     note(f"{speed}{drafted(speculation)}", quiet)
+    if tokenizer.chat_template:
+        name = shlex.quote(opened.name)
+        note(f'a text was continued; to ask this model: quintet chat {name} "QUESTION"', quiet)
 
 
 def _prompt(prompt: str | None, file: str | None) -> str:
     if file is not None:
-        text: str | None = _piped() if file == "-" else _read(file)
+        text: str | None = _without_line_end(_piped() if file == "-" else _read(file))
+    elif prompt in (None, "-"):
+        text = _without_line_end(read_stdin())
     else:
-        text = read_stdin() if prompt in (None, "-") else prompt
+        text = prompt
     if not text:
         raise InputError(
             'the prompt is empty; try: quintet generate "def fibonacci(n):", or pipe a text in'
         )
     return text
+
+
+def _without_line_end(text: str | None) -> str | None:
+    """Return a text without the line end that `echo` and editors put behind the last line."""
+    return None if text is None else text.removesuffix("\n").removesuffix("\r")
 
 
 def _piped() -> str:

@@ -31,6 +31,12 @@ COMMANDS = MappingProxyType(
 )
 
 
+# What other programs call them; a model is fetched when it is first used.
+OTHER_WORDS = MappingProxyType(
+    {"run": "chat", "pull": "chat", "download": "chat", "list": "ls", "show": "info"}
+)
+
+
 class _Commands(click.Group):
     """Imports a command's module when the command runs, not for the list of commands."""
 
@@ -49,7 +55,9 @@ class _Commands(click.Group):
     ) -> tuple[str | None, click.Command | None, list[str]]:
         name = args[0]
         if name not in COMMANDS and not name.startswith("-"):
-            near = difflib.get_close_matches(name, COMMANDS, n=1)
+            near = [OTHER_WORDS[name]] if name in OTHER_WORDS else []
+            near += [known for known in COMMANDS if known.startswith(name)]
+            near += difflib.get_close_matches(name, COMMANDS, n=1)
             hint = f" Did you mean {near[0]!r}?" if near else f" There are {', '.join(COMMANDS)}."
             raise click.UsageError(f"No such command {name!r}.{hint}", ctx)
         return super().resolve_command(ctx, args)

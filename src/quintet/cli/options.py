@@ -5,18 +5,20 @@ import os
 import sys
 import time
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 import click
 
+from quintet.cli.settings import drawn, parse
 from quintet.errors import InputError
 
 if TYPE_CHECKING:
     import torch
 
+    from quintet.configuration import PreTrainedConfig
     from quintet.generation.mixin import GenerationMixin
     from quintet.generation.outputs import Speculation
     from quintet.modeling.base import PreTrainedModel
@@ -83,10 +85,20 @@ def sampling_options(command: Command) -> Command:
     return command
 
 
+def can_dim() -> bool:
+    """Tell whether the terminal's user wants text in other shades, and the terminal can."""
+    return not os.environ.get("NO_COLOR") and os.environ.get("TERM") != "dumb"
+
+
+def dimmed(text: str) -> str:
+    """Return a text that a terminal shows in a darker shade."""
+    return click.style(text, dim=True)
+
+
 def note(text: str, quiet: bool = False) -> None:
     """Say something beside the result: on standard error, unless asked for silence."""
     if not quiet:
-        click.echo(text if os.environ.get("NO_COLOR") else click.style(text, dim=True), err=True)
+        click.echo(dimmed(text) if can_dim() else text, err=True)
 
 
 @contextmanager
@@ -140,10 +152,22 @@ class Opened:
         millions = self.model.num_parameters() / 1e6
         size = f"{millions / 1000:.2f} B" if millions >= 1000 else f"{millions:.1f} M"
         dtype = str(self.model.dtype).removeprefix("torch.")
+        held = held_as(self.model.config)
+        kind = dtype if held is None else f"{held} and {dtype}"
         return (
-            f"{self.model.config.model_type}, {size} parameters, {dtype} on {self.model.device}, "
+            f"{self.model.config.model_type}, {size} parameters, {kind} on {self.model.device}, "
             f"loaded in {self.seconds:.2f} s"
         )
+
+
+def held_as(config: "PreTrainedConfig") -> str | None:
+    """Return the name of the format a loaded model's weights are held in; None for numbers."""
+    from quintet.quantization.request import read
+
+    settings = vars(config).get("quantization_config")
+    wish = read(settings) if settings else None
+    scheme = None if wish is None else wish.scheme()
+    return None if scheme is None else scheme.weights.name
 
 
 def open_model(
@@ -188,23 +212,36 @@ def open_model(
     if model.device.type == "cpu":
         # Compiled now where they never were, not in the middle of the first answer.
         native()
+        held = held_as(model.config)
+        if held not in (None, "int8", "int4"):
+            warnings.warn(
+                f"{held} is turned into numbers at every step on a CPU, many times slower than "
+                "int8 and int4, which have kernels: --quantize int8",
+                stacklevel=2,
+            )
     return Opened(name, model, tokenizer, seconds)
 
 
 def choose(
-    device: "torch.device", seed: int | None, temperature: float | None, **options: Any
+    device: "torch.device", seed: int | None, options: Mapping[str, Any], words: Iterable[str]
 ) -> tuple[dict[str, Any], "torch.Generator", int]:
-    """Return generate()'s options, a seeded generator on the model's device, and the seed."""
+    """Return generate()'s options, a seeded generator on the model's device, and the seed.
+
+    Args:
+        device: the model's.
+        seed: of the generator; drawn where it is None.
+        options: as the command line's own options say; None for what nobody asked for.
+        words: NAME=VALUE, which go before them.
+
+    Raises:
+        InputError: a word that sets nothing.
+    """
     import torch
 
-    if temperature == 0:
-        options |= {"do_sample": False}
-    elif temperature is not None:
-        options |= {"do_sample": True, "temperature": temperature}
-    elif any(options.get(name) is not None for name in ("top_k", "top_p", "min_p")):
-        options |= {"do_sample": True}
+    given = {name: value for name, value in options.items() if value is not None}
+    given = drawn({**given, **parse(words)})
     seed = torch.seed() & LARGEST_SEED if seed is None else seed
-    return options, torch.Generator(device).manual_seed(seed), seed
+    return given, torch.Generator(device).manual_seed(seed), seed
 
 
 def drafting(mtp: bool, draft: int | None) -> dict[str, Any]:

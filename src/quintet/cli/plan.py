@@ -64,6 +64,12 @@ def command(
         "local_files_only": offline,
     }
     config = AutoConfig.from_pretrained(model, **where)
+    most = config.max_position_embeddings
+    if context is not None and context > most:
+        raise InputError(
+            f"--context {context:,} is more than the {most:,} tokens this model has positions for "
+            "(max_position_embeddings)"
+        )
     facts, reason = _plan(
         config, dtype, quantize, context or min(4096, config.max_position_embeddings), batch, memory
     )
@@ -93,6 +99,11 @@ def _plan(
     cache = size.cache_bytes(batch, context, held.itemsize)
     working = size.working_bytes(batch, min(PROMPT, context), held.itemsize)
     working += batch * config.vocab_size * 4
+
+    def named(device: torch.device) -> str:
+        # Memory that was only named may be any device's.
+        return f"device {device.index}" if memory else str(device)
+
     facts: dict[str, Any] = {
         "family": config.model_type,
         "parameters": size.parameters,
@@ -101,7 +112,7 @@ def _plan(
         "cache": f"{_gb(cache)} for {batch} x {context:,} tokens",
         "working": f"{_gb(working)}, about",
         "needed": _gb(size.weight_bytes + cache + working),
-        "memory": {str(device): _gb(room) for device, room in capacity.items()},
+        "memory": {named(device): _gb(room) for device, room in capacity.items()},
         "bytes": {
             "weights": size.weight_bytes,
             "cache": cache,
@@ -116,14 +127,19 @@ def _plan(
     except DoesNotFitError:
         facts["fits"] = False
         total = sum(room.values())
-        facts["instead"] = _instead(config, held, quantize, total, cache) or "nothing smaller fits"
+        least = _size(config, held, "int4").weight_bytes + cache + working
+        facts["bytes"]["least"] = least
+        facts["instead"] = (
+            _instead(config, held, quantize, total, cache)
+            or f"the least that is needed is {_gb(least)}, with --quantize int4"
+        )
         return facts, (
-            f"{_gb(size.weight_bytes + cache)} for weights and cache do not fit into {_gb(total)}; "
+            f"{facts['needed']} needed, and there are {_gb(sum(capacity.values()))}; "
             f"{facts['instead']}"
         )
     facts["fits"] = True
     facts["layout"] = {
-        str(device): _devices_share(loaded, [p for p in placed if placed[p] == device])
+        named(device): _devices_share(loaded, [p for p in placed if placed[p] == device])
         for device in capacity
         if device in placed.values()
     }
@@ -133,7 +149,7 @@ def _plan(
     )
     if per_token:
         most = min(config.max_position_embeddings, left // per_token)
-        facts["longest context"] = f"{most:,} tokens a row"
+        facts["longest context"] = most
     return facts, None
 
 

@@ -1,7 +1,8 @@
 """Options of `generate()` as words: `temperature=0.2`, and back."""
 
 import json
-from collections.abc import Iterable
+import re
+from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
 from quintet.errors import InputError
@@ -9,7 +10,10 @@ from quintet.errors import InputError
 if TYPE_CHECKING:
     from quintet.generation.config import GenerationConfig
 
-__all__ = ["describe", "parse"]
+__all__ = ["SETTING", "describe", "drawn", "parse"]
+
+# What a word that sets an option looks like; a question may have a "=" further on.
+SETTING = re.compile(r"[A-Za-z_][\w-]*=")
 
 # How an answer is drawn, and how it ends; ids and the like are of no interest to who reads.
 SHOWN = (
@@ -33,6 +37,10 @@ SHOWN = (
 )
 
 
+# Options that mean nothing without a draw.
+SAMPLING = ("temperature", "top_k", "top_p", "min_p")
+
+
 def parse(words: Iterable[str]) -> dict[str, Any]:
     """Return options from words `name=value`; a value is JSON, or a text as it is.
 
@@ -46,6 +54,19 @@ def parse(words: Iterable[str]) -> dict[str, Any]:
             raise InputError(f"{word!r} sets nothing; write name=value, such as temperature=0.7")
         options[name.strip().replace("-", "_")] = _value(value.strip())
     return options
+
+
+def drawn(options: Mapping[str, Any]) -> dict[str, Any]:
+    """Return options of generate() in which a temperature says whether an answer is drawn.
+
+    0 takes the likeliest token. Any other one, or another option of sampling, asks for a draw.
+    """
+    given = dict(options)
+    if given.get("temperature") == 0:
+        return {**given, "temperature": None, "do_sample": False}
+    if any(given.get(name) is not None for name in SAMPLING):
+        given.setdefault("do_sample", True)
+    return given
 
 
 def describe(config: "GenerationConfig", seed: int | None = None) -> str:

@@ -58,6 +58,8 @@ TASKS: Mapping[str, tuple[str, str, Any]] = MappingProxyType(
         ),
     }
 )
+# What tells where files are, to model, configuration and tokenizer alike.
+PLACES = ("cache_dir", "local_files_only", "revision", "subfolder", "token")
 ALIASES = MappingProxyType(
     {"sentiment-analysis": "text-classification", "ner": "token-classification"}
 )
@@ -104,8 +106,9 @@ def pipeline(
         dtype: of the weights.
         torch_dtype: the older name of `dtype`.
         trust_remote_code: accepted, without effect: no code of a repository is ever run.
-        model_kwargs: further arguments of `from_pretrained`.
-        **options: the task's, for every call, and `batch_size`.
+        model_kwargs: further arguments of `from_pretrained`, and any of those above.
+        **options: the task's, for every call, and `batch_size`; an `assistant_model` may be a
+            name or a directory.
 
     Raises:
         InputError: an unknown task or option, a loaded model without its tokenizer, or with an
@@ -120,10 +123,16 @@ def pipeline(
             raise InputError(f"{task} has no model of its own; name one: pipeline({task!r}, …)")
         model = demo_model()
     if isinstance(model, str | os.PathLike):
-        places = ("cache_dir", "local_files_only", "subfolder")
-        kwargs = dict(model_kwargs or {})
-        where: dict[str, Any] = {"revision": revision, "token": token}
-        where |= {key: value for key, value in kwargs.items() if key in places}
+        kwargs = _once(
+            model_kwargs or {},
+            config=config,
+            revision=revision,
+            token=token,
+            dtype=(None if dtype == "auto" else dtype) if torch_dtype is None else torch_dtype,
+            device_map=device_map if device is None else device,
+        )
+        config = kwargs.pop("config", None)
+        where = {key: kwargs.pop(key) for key in PLACES if key in kwargs}
         if isinstance(config, str | os.PathLike):
             config = AutoConfig.from_pretrained(config, **where)
         if task is None:
@@ -131,14 +140,8 @@ def pipeline(
             task = _task_of((known.architectures or ["ForCausalLM"])[0])
         if config is not None:
             kwargs["config"] = config
-        if device is None and device_map is None:
-            device = "auto"
-        loaded = TASKS[task][2].from_pretrained(
-            model,
-            dtype=dtype if torch_dtype is None else torch_dtype,
-            device_map=device_map if device is None else device,
-            **{**kwargs, **where},
-        )
+        kwargs.setdefault("device_map", "auto")
+        loaded = TASKS[task][2].from_pretrained(model, **kwargs, **where)
         tokenizer = model if tokenizer is None else tokenizer
     else:
         _refuse_for_loaded(
@@ -155,10 +158,30 @@ def pipeline(
         raise InputError("a loaded model needs its tokenizer: pipeline(task, model, tokenizer=…)")
     if isinstance(tokenizer, str | os.PathLike):
         tokenizer = AutoTokenizer.from_pretrained(tokenizer, **where)
+    assistant = options.get("assistant_model")
+    if isinstance(assistant, str | os.PathLike):
+        options["assistant_model"] = AutoModelForCausalLM.from_pretrained(
+            assistant, dtype=loaded.dtype, device_map=loaded.device, token=where.get("token")
+        )
     module, name, _ = TASKS[task]
     found = getattr(importlib.import_module(f"quintet.pipelines.{module}"), name)
     made: Pipeline = found(loaded, tokenizer, **options)
     return made
+
+
+def _once(given: Mapping[str, Any], **named: Any) -> dict[str, Any]:
+    """Return arguments of `from_pretrained`, those that are named and those that are given."""
+    kwargs = dict(given)
+    if "torch_dtype" in kwargs:
+        kwargs.setdefault("dtype", kwargs.pop("torch_dtype"))
+    wishes = {name: value for name, value in named.items() if value is not None}
+    for name, value in wishes.items():
+        if name in kwargs:
+            raise InputError(
+                f"{name}={value!r} and model_kwargs[{name!r}]={kwargs[name]!r} say the same thing "
+                "twice; give one of them"
+            )
+    return {**kwargs, **wishes}
 
 
 def _known(task: str) -> str:

@@ -1,5 +1,6 @@
 """`pipeline("text-generation")`: texts continued, chats answered."""
 
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from typing import TYPE_CHECKING, Any, cast
@@ -22,6 +23,10 @@ Chat = Sequence[Message]
 # What holds where neither the checkpoint nor the caller says otherwise, as in Transformers.
 NEW_TOKENS = 256
 TEMPERATURE = 0.7
+# Of generate()'s output: what has a value for every row, and which of it for every step.
+STEPWISE = frozenset({"scores", "logits"})
+BY_ROW = STEPWISE | {"sequences", "sequences_scores", "beam_indices"}
+NESTED = ("output_attentions", "output_hidden_states")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -94,6 +99,19 @@ class Part:
     continues: bool = False
 
 
+@dataclass(frozen=True, slots=True)
+class Output:
+    """What was generated for a prompt.
+
+    Attributes:
+        prompt: the length of the batch's prompts.
+        rows: (copies, …) by the names of `generate()`'s output: sequences and what else there is.
+    """
+
+    prompt: int
+    rows: Mapping[str, Tensor]
+
+
 class TextGenerationPipeline(Pipeline):
     """Continues texts, and answers chats with the model's chat template.
 
@@ -133,9 +151,17 @@ class TextGenerationPipeline(Pipeline):
         own = {f.name for f in fields(Options)} - {"generation"}
         mine = {name: value for name, value in given.items() if name in own}
         rest = {name: value for name, value in given.items() if name not in own}
-        if "return_dict_in_generate" in rest:
+        assistant = rest.get("assistant_model")
+        if isinstance(assistant, str | os.PathLike):
             raise InputError(
-                "return_dict_in_generate returns more than a text; call model.generate() for it"
+                f"assistant_model={assistant!r} would be loaded at every call; give its name to "
+                "pipeline(), or a loaded model"
+            )
+        nested = [name for name in NESTED if rest.get(name)]
+        if nested:
+            raise InputError(
+                f"{nested[0]} are nested by step and layer, and a result here is flat; call "
+                "model.generate() for them"
             )
         changed: Options = replace(base, **mine, generation={**base.generation, **rest})
         return changed
@@ -165,8 +191,8 @@ class TextGenerationPipeline(Pipeline):
             part = replace(part, ids=part.ids[-room:])
         return [part]
 
-    def forward(self, parts: list[Part], options: Options) -> list[tuple[int, Tensor]]:
-        """Return for each prompt the length of the batch's prompts, and its sequences."""
+    def forward(self, parts: list[Part], options: Options) -> list[Output]:
+        """Return what was generated for each prompt."""
         if options.streamer is not None and len(parts) > 1:
             raise InputError(f"a streamer takes one input, not {len(parts)}")
         rows = self.rows([part.ids for part in parts], side="left")
@@ -175,27 +201,42 @@ class TextGenerationPipeline(Pipeline):
         if options.stop_sequence is not None:
             given = options.stop_sequence
             more["stop_strings"] = [given] if isinstance(given, str) else list(given)
-        generated = (
-            cast("GenerationMixin", self.model)
-            .generate(
-                rows.input_ids,
-                generation_config=self._config(prompt, options),
-                attention_mask=rows.attention_mask,
-                tokenizer=self.tokenizer,
-                streamer=options.streamer,
-                generator=options.generator,
-                **more,
-            )
-            .cpu()
+        generated = cast("GenerationMixin", self.model).generate(
+            rows.input_ids,
+            generation_config=self._config(prompt, options),
+            attention_mask=rows.attention_mask,
+            tokenizer=self.tokenizer,
+            streamer=options.streamer,
+            generator=options.generator,
+            **more,
         )
+        by_row = {"sequences": generated}
+        if isinstance(generated, Mapping):
+            by_row = {name: value for name, value in generated.items() if name in BY_ROW}
+            # Of every step, (steps, rows, …): the rows come first.
+            for name in STEPWISE & by_row.keys():
+                by_row[name] = torch.stack(by_row[name], dim=1)
+        generated = by_row["sequences"]
         copies = len(generated) // len(parts)
-        return [(prompt, rows) for rows in torch.split(generated, copies)]
+        # The scores of a beam search are those of its beams, not of what it returns.
+        split = {
+            name: torch.split(value.cpu(), copies)
+            for name, value in by_row.items()
+            if len(value) == len(generated)
+        }
+        return [
+            Output(prompt, {name: rows[index] for name, rows in split.items()})
+            for index in range(len(parts))
+        ]
 
     def postprocess(
-        self, parts: Sequence[Part], outputs: list[tuple[int, Tensor]], options: Options
+        self, parts: Sequence[Part], outputs: list[Output], options: Options
     ) -> list[dict[str, Any]]:
-        """Return a text, a chat or ids for each sequence."""
-        ((part, (prompt, sequences)),) = zip(parts, outputs, strict=True)
+        """Return a text, a chat or ids for each sequence, and what else was asked for of it."""
+        ((part, output),) = zip(parts, outputs, strict=True)
+        prompt = output.prompt
+        others = {name: rows.tolist() for name, rows in output.rows.items() if name != "sequences"}
+        sequences = output.rows["sequences"]
         if options.return_tensors:
             start = prompt - len(part.ids)
             return [{"generated_token_ids": row[start:].tolist()} for row in sequences]
@@ -205,7 +246,13 @@ class TextGenerationPipeline(Pipeline):
             clean_up_tokenization_spaces=options.clean_up_tokenization_spaces,
         )
         full = options.return_full_text is not False
-        return [{"generated_text": _joined(part, answer, full)} for answer in answers]
+        return [
+            {
+                "generated_text": _joined(part, answer, full),
+                **{name: rows[index] for name, rows in others.items()},
+            }
+            for index, answer in enumerate(answers)
+        ]
 
     def _ids_of_text(self, text: str, options: Options) -> list[int]:
         encode: dict[str, Any] = {**self._encode_options(options)}

@@ -4,6 +4,7 @@ Each label makes a hypothesis, and a model of natural language inference says wh
 entails it (arXiv:1909.00161, §5).
 """
 
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -67,8 +68,11 @@ class ZeroShotClassificationPipeline(Pipeline):
 
     A result is `{"sequence": …, "labels": […], "scores": […]}`, likeliest first.
 
+    The label that begins with "entail" tells how well one fits; where there is none, the last one,
+    with a warning.
+
     Raises:
-        InputError: the model has no label that begins with "entail".
+        InputError: the model has one label only.
     """
 
     task = "zero-shot-classification"
@@ -81,12 +85,18 @@ class ZeroShotClassificationPipeline(Pipeline):
         super().__init__(model, tokenizer, **options)
         labels = model.config.label2id or {}
         entails = [i for label, i in labels.items() if label.lower().startswith("entail")]
-        if not entails or len(labels) < 2:
+        if len(labels) < 2:
             raise InputError(
-                f"the labels of this model are {', '.join(labels)}; zero-shot-classification "
-                "needs a model of natural language inference, with a label 'entailment'"
+                f"this model has {len(labels)} label; zero-shot-classification needs a model of "
+                "natural language inference, with labels for entailment and contradiction"
             )
-        self.entailment = entails[0]
+        if not entails:
+            warnings.warn(
+                f"the labels of this model are {', '.join(labels)}, none of which is 'entailment'; "
+                "the last one is taken for it. config.label2id says otherwise",
+                stacklevel=2,
+            )
+        self.entailment = entails[0] if entails else len(labels) - 1
         # Where there are three, what is not entailed and comes first is the contradiction.
         self.contradiction = len(labels) - 1 if self.entailment == 0 else 0
 
