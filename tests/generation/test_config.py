@@ -144,11 +144,11 @@ def test_replace_names_the_nearest_option() -> None:
 
 
 def test_what_generate_takes_is_what_is_suggested() -> None:
-    from quintet.generation import config
+    from quintet.generation import option_names
     from quintet.generation.mixin import GenerationMixin
 
     taken = set(inspect.signature(GenerationMixin.generate).parameters)
-    assert set(config._ARGUMENTS) <= taken
+    assert set(option_names.ARGUMENTS) <= taken
 
 
 def test_update_changes_in_place_and_returns_the_rest() -> None:

@@ -1,7 +1,6 @@
 """How to generate: the options of `generate()`, from a checkpoint's file and from the call."""
 
 import dataclasses
-import difflib
 import functools
 import json
 import os
@@ -22,6 +21,7 @@ from quintet.configuration.rules import (
 from quintet.errors import InputError, ModelNotFoundError, SaveError
 from quintet.files import read_json, write_text
 from quintet.generation.cache_choice import CACHE_BITS, CACHES, CacheChoice, choose_cache
+from quintet.generation.option_names import asks_nothing, check_names
 from quintet.generation.watermarking import WatermarkingConfig
 from quintet.hub import CONFIG_PATTERNS, locate
 
@@ -30,33 +30,21 @@ __all__ = ["GENERATION_CONFIG_NAME", "GenerationConfig"]
 GENERATION_CONFIG_NAME = "generation_config.json"
 # Keys of the file that say where it comes from, not how to generate.
 _PROVENANCE = ("_from_model_config", "transformers_version")
-# What Transformers takes, and people will try.
-ABSENT = {
-    "assistant_early_exit": "speculative decoding",
-    "assistant_ensemble_weight": "speculative decoding",
-    "assistant_lookbehind": "speculative decoding",
-    "constraints": "constrained beam search",
-    "custom_generate": "running code of others",
-    "diversity_penalty": "group beam search",
-    "dola_layers": "contrasting layers",
-    "force_words_ids": "constrained beam search",
-    "is_assistant": "speculative decoding",
-    "low_memory": "a beam search in turns",
-    "num_beam_groups": "group beam search",
-    "penalty_alpha": "contrastive search",
-    "speculation_type": "speculative decoding",
-    "synced_gpus": "several devices",
-    "target_lookbehind": "speculative decoding",
-    "trust_remote_code": "running code of others",
-}
+# How many of the likeliest tokens are drawn from, where nobody says.
+TOP_K = 50
 SCHEDULES = ("constant", "heuristic", "heuristic_transient")
 Share = Annotated[float, Bounds(0, 1)]
 Ids = list[NonNegative]
+# -1 is taken for none.
+EndId = Annotated[int, Bounds(-1)]
 
 
 @dataclass(kw_only=True)
 class GenerationConfig:
     """The options of `generate()`; None is "not set", and then what is named here holds.
+
+    In a call, `generate(top_k=None)`, it says that the option is not to hold at all: it lifts what
+    the configs set.
 
     Attributes:
         max_new_tokens: how many tokens to add at the most; goes before `max_length`.
@@ -182,7 +170,7 @@ class GenerationConfig:
     disable_compile: bool | None = None
     token_healing: bool | None = None
     bos_token_id: NonNegative | None = None
-    eos_token_id: NonNegative | list[NonNegative] | None = None
+    eos_token_id: EndId | list[EndId] | None = None
     pad_token_id: NonNegative | None = None
     other: dict[str, Any] = field(default_factory=dict)
 
@@ -232,7 +220,9 @@ class GenerationConfig:
         """The ids that end a sequence, as a list."""
         if self.eos_token_id is None:
             return []
-        return [self.eos_token_id] if isinstance(self.eos_token_id, int) else self.eos_token_id
+        ids = [self.eos_token_id] if isinstance(self.eos_token_id, int) else self.eos_token_id
+        # One that is named twice ends a text no sooner; -1 is no token, and ends none.
+        return [token for token in dict.fromkeys(ids) if token >= 0]
 
     @property
     def cache(self) -> CacheChoice:
@@ -252,21 +242,23 @@ class GenerationConfig:
         Raises:
             InputError: there is no such option, or its value breaks a rule.
         """
-        names = [f.name for f in fields(self) if f.name != "other"]
-        # What asks for nothing may be asked for.
-        options = {k: v for k, v in options.items() if k not in ABSENT or not _asks_nothing(v)}
-        for name in options:
-            if name in ABSENT:
-                raise InputError(f"{name}={options[name]!r}: {ABSENT[name]} is not in this version")
-            if name not in names:
-                near = difflib.get_close_matches(name, [*names, *_ARGUMENTS], n=1)
-                hint = f"did you mean {near[0]!r}?" if near else f"there are {', '.join(names)}"
-                raise InputError(f"generate() has no option {name!r}; {hint}")
-        given = {name: value for name, value in options.items() if value is not None}
+        return self.overridden(**{name: v for name, v in options.items() if v is not None})
+
+    def overridden(self, **options: Any) -> Self:
+        """Return a copy with the options of a call; None lifts what is set.
+
+        Raises:
+            InputError: there is no such option, or its value breaks a rule.
+        """
+        given = check_names(options, [f.name for f in fields(self) if f.name != "other"])
         # A length that is asked for now goes before one that a file sets in the other way.
-        if "max_length" in given and "max_new_tokens" not in given:
+        if given.get("max_length") is not None and "max_new_tokens" not in given:
             given["max_new_tokens"] = None
         return dataclasses.replace(self, **given)
+
+    def usual(self) -> Self:
+        """Return a copy that says what holds where nothing is said and None means another thing."""
+        return self if self.top_k is not None else dataclasses.replace(self, top_k=TOP_K)
 
     def update(self, **options: Any) -> dict[str, Any]:
         """Set the options there are, in place, and return what is none.
@@ -293,7 +285,7 @@ class GenerationConfig:
         idle = [
             f"{key}={value!r}"
             for key, value in other.items()
-            if key not in _PROVENANCE and not _asks_nothing(value)
+            if key not in _PROVENANCE and not asks_nothing(value)
         ]
         if idle:
             warnings.warn(
@@ -375,25 +367,6 @@ class GenerationConfig:
         write_text(path / GENERATION_CONFIG_NAME, self.to_json_string())
 
 
-# What `generate()` takes beside options, for those who mistype it.
-_ARGUMENTS = (
-    "inputs",
-    "generation_config",
-    "logits_processor",
-    "stopping_criteria",
-    "prefix_allowed_tokens_fn",
-    "input_ids",
-    "inputs_embeds",
-    "attention_mask",
-    "past_key_values",
-    "negative_prompt_ids",
-    "negative_prompt_attention_mask",
-    "tokenizer",
-    "streamer",
-    "generator",
-)
-
-
 @functools.cache
 def _rules(kind: type) -> dict[str, Any]:
     return get_type_hints(kind, include_extras=True)
@@ -403,12 +376,3 @@ def _one_of(name: str, value: object, choices: tuple[object, ...]) -> None:
     if value not in choices:
         named = " or ".join(repr(choice) for choice in choices if choice is not None)
         raise InputError(f"GenerationConfig: {name}={value!r} has to be {named}")
-
-
-def _asks_nothing(value: object) -> bool:
-    """Tell whether an option has the value it has when nobody asks for what it does."""
-    if isinstance(value, bool):
-        return not value
-    if isinstance(value, int | float):
-        return value in (0, 1)
-    return value is None or (isinstance(value, str | list | tuple | dict) and not value)

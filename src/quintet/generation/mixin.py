@@ -111,7 +111,8 @@ class GenerationMixin:
             streamer: gets the prompt and then every token as it is made.
             generator: the source of randomness, one or one for each row; seeded, it makes
                 sampling repeatable, each row whatever the others are.
-            **options: fields of `GenerationConfig` that go before both configs.
+            **options: fields of `GenerationConfig` that go before both configs; None lifts what
+                they set.
 
         Returns:
             The ids; or with `return_dict_in_generate` a `GenerateDecoderOnlyOutput`, of beams a
@@ -271,7 +272,7 @@ class GenerationMixin:
                     f"{type(given).__name__}; it has to be quintet's GenerationConfig"
                 )
             config = given.over(config)
-        config = config.replace(**options)
+        config = config.usual().overridden(**options)
         plan.warn_of_idle(config, options)
         return config
 

@@ -137,13 +137,12 @@ def _warpers(config: GenerationConfig, setting: Setting) -> list[LogitsProcessor
     made: list[LogitsProcessor] = []
     # A beam search needs a token to go on with beside all that end it.
     least = 1 if setting.num_beams == 1 else max(len(config.eos_token_ids), 1) + 1
-    top_k = 50 if config.top_k is None else config.top_k
     if config.temperature not in (None, 1):
         made.append(warpers.TemperatureLogitsWarper(_known(config.temperature)))
     if config.top_h is not None:
         made.append(warpers.TopHLogitsWarper(config.top_h))
-    if top_k:
-        made.append(warpers.TopKLogitsWarper(top_k, min_tokens_to_keep=least))
+    if config.top_k:
+        made.append(warpers.TopKLogitsWarper(config.top_k, min_tokens_to_keep=least))
     if config.top_p not in (None, 1):
         made.append(warpers.TopPLogitsWarper(_known(config.top_p), min_tokens_to_keep=least))
     if config.min_p:

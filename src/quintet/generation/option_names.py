@@ -1,0 +1,76 @@
+"""The names of options: those there are, those of Transformers there are not, and typing errors."""
+
+import difflib
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from quintet.errors import InputError
+
+__all__ = ["ARGUMENTS", "asks_nothing", "check_names"]
+
+# What Transformers takes, and people will try.
+_ABSENT = {
+    "assistant_early_exit": "speculative decoding",
+    "assistant_ensemble_weight": "speculative decoding",
+    "assistant_lookbehind": "speculative decoding",
+    "constraints": "constrained beam search",
+    "custom_generate": "running code of others",
+    "diversity_penalty": "group beam search",
+    "dola_layers": "contrasting layers",
+    "force_words_ids": "constrained beam search",
+    "is_assistant": "speculative decoding",
+    "low_memory": "a beam search in turns",
+    "num_beam_groups": "group beam search",
+    "penalty_alpha": "contrastive search",
+    "speculation_type": "speculative decoding",
+    "synced_gpus": "several devices",
+    "target_lookbehind": "speculative decoding",
+    "trust_remote_code": "running code of others",
+}
+# What `generate()` takes beside options, for those who mistype it.
+ARGUMENTS = (
+    "inputs",
+    "generation_config",
+    "logits_processor",
+    "stopping_criteria",
+    "prefix_allowed_tokens_fn",
+    "input_ids",
+    "inputs_embeds",
+    "attention_mask",
+    "past_key_values",
+    "negative_prompt_ids",
+    "negative_prompt_attention_mask",
+    "tokenizer",
+    "streamer",
+    "generator",
+    "assistant_model",
+    "assistant_tokenizer",
+)
+
+
+def check_names(options: Mapping[str, Any], known: Iterable[str]) -> dict[str, Any]:
+    """Return the options that ask for something, after checking that there are such.
+
+    Raises:
+        InputError: there is none of that name, or it is not in this version.
+    """
+    names = list(known)
+    # What asks for nothing may be asked for.
+    asked = {k: v for k, v in options.items() if k not in _ABSENT or not asks_nothing(v)}
+    for name in asked:
+        if name in _ABSENT:
+            raise InputError(f"{name}={asked[name]!r}: {_ABSENT[name]} is not in this version")
+        if name not in names:
+            near = difflib.get_close_matches(name, [*names, *ARGUMENTS], n=1)
+            hint = f"did you mean {near[0]!r}?" if near else f"there are {', '.join(names)}"
+            raise InputError(f"generate() has no option {name!r}; {hint}")
+    return asked
+
+
+def asks_nothing(value: object) -> bool:
+    """Tell whether an option has the value it has when nobody asks for what it does."""
+    if isinstance(value, bool):
+        return not value
+    if isinstance(value, int | float):
+        return value in (0, 1)
+    return value is None or (isinstance(value, str | list | tuple | dict) and not value)
