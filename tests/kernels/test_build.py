@@ -149,3 +149,15 @@ def test_it_shares_the_runtime_of_torch(tmp_path: Path, foreign: bool) -> None:
         [sys.executable, "-c", code], capture_output=True, text=True, timeout=300, check=True
     )
     assert run.stdout.split() == [str(lib / "libgomp.so.1")]
+
+
+def test_the_runtime_is_found_whatever_was_imported_before() -> None:
+    code = "from quintet.kernels.native import find_recipe as f; print(f().target); import torch; "
+    run = subprocess.run(
+        [sys.executable, "-c", code + "print(f().target)"],
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=True,
+    )
+    assert len(set(run.stdout.split())) == 1

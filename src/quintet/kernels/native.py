@@ -6,6 +6,8 @@ from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
+import torch  # noqa: F401 - the OpenMP runtime that it brings is asked for below
+
 from quintet.kernels.allocator import keep_freed_memory
 from quintet.kernels.build import BuildError, Recipe, best_level, recipe
 from quintet.kernels.patience import log
