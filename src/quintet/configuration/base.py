@@ -313,8 +313,12 @@ class PreTrainedConfig(Pushable):
         write_text(path / CONFIG_NAME, self.to_json_string())
 
     def to_dict(self) -> dict[str, Any]:
-        """Return every key, with the rotary ones in both vintages of names."""
+        """Return every key, with the rotary ones in both vintages of names.
+
+        Where the configuration was read from is no part of it.
+        """
         values = {"model_type": self.model_type, **copy.deepcopy(vars(self))}
+        del values["name_or_path"]
         scaling = {k: v for k, v in self.rope_parameters.items() if k != "rope_theta"}
         values["rope_theta"] = self.rope_theta
         values["rope_scaling"] = None if self.rope_scaling is None else scaling

@@ -16,6 +16,7 @@ from quintet.hub import Pushable
 from quintet.layers.moe import Experts
 from quintet.modeling import loading
 from quintet.modeling.contract import ModelContract
+from quintet.modeling.naming import stack_experts
 from quintet.modeling.placement import DeviceMap, MaxMemory, named_dtype
 from quintet.ops.attention import attention_backend
 from quintet.quantization import (
@@ -78,7 +79,7 @@ class PreTrainedModel(ModelContract, Pushable):
         torch_dtype: str | torch.dtype | None = None,
         attn_implementation: str | None = None,
     ) -> Self:
-        """Build a model with random weights.
+        """Build a model with random weights; `config` stays the caller's, and as it is.
 
         Raises:
             InputError: `dtype` (or `torch_dtype`, its older name) is none that weights can have.
@@ -124,7 +125,7 @@ class PreTrainedModel(ModelContract, Pushable):
 
         Args:
             name_or_path: a directory, or a hub id; None for a config and a state dict alone.
-            config: in place of the checkpoint's own.
+            config: in place of the checkpoint's own; it stays the caller's, and as it is.
             state_dict: weights in memory, in place of the checkpoint's.
             dtype: of the weights; "auto" is the one they were saved in.
             torch_dtype: the older name of `dtype`.
@@ -322,10 +323,11 @@ class PreTrainedModel(ModelContract, Pushable):
                 "its size; load it without quantization_config, resize it, and quantise it then"
             )
         size = old.num_embeddings if new_num_tokens is None else new_num_tokens
-        if size < 1 or (pad_to_multiple_of is not None and pad_to_multiple_of < 1):
+        multiple = 1 if pad_to_multiple_of is None else pad_to_multiple_of
+        if any(not isinstance(n, int) or isinstance(n, bool) or n < 1 for n in (size, multiple)):
             raise InputError(
-                f"new_num_tokens={new_num_tokens}, pad_to_multiple_of={pad_to_multiple_of}: "
-                "both have to be at least 1"
+                f"new_num_tokens={new_num_tokens!r}, pad_to_multiple_of={pad_to_multiple_of!r}: "
+                "both have to be integers of at least 1"
             )
         if pad_to_multiple_of:
             size = -(-size // pad_to_multiple_of) * pad_to_multiple_of
@@ -344,6 +346,14 @@ class PreTrainedModel(ModelContract, Pushable):
         self.config.vocab_size = size
         self.tie_weights()
         return old
+
+    def _load_from_state_dict(
+        self, state_dict: dict[str, Any], prefix: str, *others: Any, **named: Any
+    ) -> None:
+        """Take experts under the names that files have for them, one by one."""
+        errors: list[str] = others[-1] if others else named["error_msgs"]
+        errors += stack_experts(self, state_dict, prefix)
+        super()._load_from_state_dict(state_dict, prefix, *others, **named)
 
     # -- quantisation ------------------------------------------------------------------------
 

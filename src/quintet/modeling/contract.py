@@ -1,5 +1,6 @@
 """The names by which trainers, adapters and launchers know a model; nothing here computes."""
 
+import copy
 from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any, ClassVar, cast
 
@@ -35,7 +36,8 @@ class ModelContract(nn.Module):
 
     def __init__(self, config: PreTrainedConfig) -> None:
         super().__init__()
-        self.config = config
+        # Of its own: what becomes of the model (its size, its dtype) is not said of others.
+        self.config = copy.deepcopy(config)
         self.name_or_path = config.name_or_path
         self.warnings_issued: dict[str, Any] = {}
 

@@ -41,7 +41,9 @@ class _Headed(PreTrainedModel):
 
     def __init__(self, config: PreTrainedConfig) -> None:
         super().__init__(config)
-        self.add_module(self.base_model_prefix, self.base_class(config))
+        base = self.base_class(config)
+        base.config = self.config
+        self.add_module(self.base_model_prefix, base)
 
     def _base(self, **inputs: Any) -> BaseModelOutputWithPast:
         return cast("BaseModelOutputWithPast", self.base_model(**inputs, return_dict=True))

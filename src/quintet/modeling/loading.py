@@ -4,7 +4,9 @@ The model is built without memory, names and shapes are compared with the checkp
 and only then is data read, one tensor after the other.
 """
 
+import copy
 import difflib
+import itertools
 import os
 import warnings
 from collections.abc import Mapping, Sequence
@@ -27,7 +29,7 @@ from quintet.checkpoint import (
     undisturbed,
 )
 from quintet.configuration.base import PreTrainedConfig, read_config
-from quintet.errors import InputError, listed
+from quintet.errors import InputError, UnsupportedBackendError, listed
 from quintet.generation.config import GENERATION_CONFIG_NAME, GenerationConfig
 from quintet.hub import CONFIG_PATTERNS, locate, locate_weights
 from quintet.modeling.dispatch import settle
@@ -109,6 +111,18 @@ def load(
     options: Options,
 ) -> tuple[Model, dict[str, Any]]:
     """Load a model of class `cls`, and say what did not fit; see `from_pretrained`."""
+    # Weights that are made in inference mode could not be trained, ever.
+    with torch.inference_mode(False):
+        return _load(cls, source, given, overrides, options)
+
+
+def _load(
+    cls: type[Model],
+    source: Source | None,
+    given: PreTrainedConfig | None,
+    overrides: Mapping[str, Any],
+    options: Options,
+) -> tuple[Model, dict[str, Any]]:
     first = first_device(options.device_map)
     root = None if source is None else source.locate(weights=options.state_dict is None)
 
@@ -144,6 +158,7 @@ def load(
     placement = place(options.device_map, model_parts, options.max_memory)
     fill(Filler(model, target, placement.device_of, slots), naming, weights, where)
     model.tie_weights()
+    _check_filled(model)
     settle(model, placement, model_parts)
     model.note_quantization(request.target)
     _tell(model, where, naming)
@@ -174,6 +189,17 @@ def write(
     save(Path(directory), named, max_shard_size=max_shard_size, variant=variant, text_files=texts)
 
 
+def _check_filled(model: "PreTrainedModel") -> None:
+    """Refuse a model whose weights somebody's context has taken away again."""
+    tensors = itertools.chain(model.named_parameters(), model.named_buffers())
+    if lost := [name for name, tensor in tensors if tensor.is_meta]:
+        raise UnsupportedBackendError(
+            f"{len(lost)} tensors ended without data, {lost[0]} among them: something around "
+            "from_pretrained, such as accelerate's init_empty_weights, moves new parameters to "
+            "meta; load without it, or build the model without weights by from_config"
+        )
+
+
 def _config(
     cls: type[Model],
     source: Source | None,
@@ -187,7 +213,7 @@ def _config(
                 f"{', '.join(overrides)}: give either a config or keys to replace in the "
                 "checkpoint's"
             )
-        return config
+        return copy.deepcopy(config)
     if source is None or root is None:
         raise InputError("without a name or path, from_pretrained needs config and state_dict")
     _check_overrides(cls, overrides, known=[*read_config(root)])

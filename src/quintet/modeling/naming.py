@@ -4,6 +4,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from torch import Tensor
+
 from quintet.checkpoint import (
     Difference,
     Mismatch,
@@ -13,12 +15,13 @@ from quintet.checkpoint import (
     count_pieces,
     pieces,
 )
+from quintet.errors import listed
 from quintet.quantization import QuantizationConfig, Stored, stored
 
 if TYPE_CHECKING:
     from quintet.modeling.base import PreTrainedModel
 
-__all__ = ["Naming", "name_tensors"]
+__all__ = ["Naming", "name_tensors", "stack_experts"]
 
 Shape = tuple[int, ...]
 # A head that a class does not have is no loss.
@@ -155,6 +158,35 @@ def name_tensors(
         optional=optional,
         unused=tuple(sorted(set(tensors) - set(used) - set(aliases))),
     )
+
+
+def stack_experts(model: "PreTrainedModel", state: dict[str, Tensor], prefix: str) -> list[str]:
+    """Replace the tensors of experts one by one in a state dict by those of the model.
+
+    Returns what is wrong, where only some of a stack are there or their shapes do not fit.
+    """
+    errors = []
+    for name, stack in model.named_parameters():
+        named = prefix + name
+        if named in state or count_pieces(named, tuple(stack.shape), model.weight_rules) == 1:
+            continue
+        parts = pieces(named, tuple(stack.shape), model.weight_rules)
+        held = [part for part in parts if part.name in state]
+        if not held:
+            continue
+        wrong = [part.name for part in held if tuple(state[part.name].shape) != part.shape]
+        if wrong or len(held) < len(parts):
+            lacking = [part.name for part in parts if part.name not in state]
+            what = "have other shapes" if wrong else "are missing"
+            errors.append(f"{named} is made of {len(parts)} tensors, of which some {what}:")
+            errors.append(listed(wrong or lacking))
+            continue
+        first = state[parts[0].name]
+        whole = first.new_empty(stack.shape)
+        for part in parts:
+            part.of(whole).copy_(state.pop(part.name))
+        state[named] = whole
+    return errors
 
 
 def _stored(

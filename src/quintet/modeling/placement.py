@@ -154,7 +154,13 @@ def first_device(device_map: DeviceMap) -> torch.device:
         devices = [_device(device, of=path) for path, device in device_map.items()]
         return devices[0]
     if device_map is None:
-        return torch.get_default_device()
+        default = torch.get_default_device()
+        if default.type == "meta":
+            raise UnsupportedBackendError(
+                "torch's default device here is meta, which holds no data: load outside of "
+                "torch.device('meta'), or build a model without weights by from_config"
+            )
+        return default
     if device_map in STRATEGIES:
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     return _device(device_map)
