@@ -48,7 +48,7 @@ def test_documented_default(key: str, value: Any) -> None:
 
 def test_what_the_page_calls_with_works() -> None:
     config = small_config()
-    assert Qwen2Model(config).config is config
+    assert Qwen2Model(config).config == config
     assert Qwen2Config.model_type == "qwen2"
     assert Qwen2Config().to_dict()["model_type"] == "qwen2"
 

@@ -163,7 +163,7 @@ def _load(
     model.note_quantization(request.target)
     _tell(model, where, naming)
 
-    config.dtype = str(target).removeprefix("torch.")
+    model.config.dtype = str(target).removeprefix("torch.")
     if generation_config is not None:
         model.generation_config = generation_config
     return model.eval(), naming.report()
