@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn.modules import module as everywhere
-from torch.nn.utils import parametrize
+from torch.nn.utils import parametrize, prune
 from torch.nn.utils.parametrizations import weight_norm
 
 from conformance.families import Family, each, each_head
@@ -248,6 +248,30 @@ def test_gradients_reach_an_adapter_in_a_prompt_and_in_a_step(family: Family, ba
             assert float(grad.abs().max()) > 0, name
 
 
+class AdaptedEmbedding(Adapted):
+    """A low-rank addition to the vectors of ids."""
+
+    def forward(self, ids: Tensor) -> Tensor:
+        made: Tensor = self.base_layer(ids) + self.up[ids] @ self.down
+        return made
+
+
+@each
+def test_an_adapter_on_the_embedding_is_what_merging_it_is(family: Family) -> None:
+    model = model_of(family, tie_word_embeddings=False)
+    plain, _ = both(model)
+    base = model.get_input_embeddings()
+    wrapper = AdaptedEmbedding(base)
+    with put(model, "model.embed_tokens", wrapper):
+        whole, step = both(model)
+    with torch.no_grad():
+        base.weight += wrapper.up @ wrapper.down
+    merged, merged_step = both(model)
+    assert relative_error(whole, merged) <= 1e-5
+    assert relative_error(step, merged_step) <= 1e-5
+    assert not torch.equal(whole, plain)
+
+
 class Doubled(nn.Module):
     """What somebody wrapped, and whose output is doubled."""
 
@@ -346,7 +370,15 @@ def by_magnitude(module: nn.Module) -> None:
         parametrized(module)
 
 
-WAYS = [replace_forward, derive, call_otherwise, parametrized, by_magnitude]
+def pruned(module: nn.Module) -> None:
+    """What is cut off is taken out of the weight at every call, by a hook."""
+    for name, weight in list(module.named_parameters(recurse=False)):
+        kept = torch.arange(weight.numel()).view_as(weight) % 2
+        prune.custom_from_mask(module, name, kept)
+
+
+OF_WEIGHTS = (parametrized, by_magnitude, pruned)
+WAYS = [replace_forward, derive, call_otherwise, *OF_WEIGHTS]
 
 
 @pytest.mark.parametrize("way", WAYS, ids=lambda f: f.__name__)
@@ -360,7 +392,7 @@ def test_a_module_that_was_changed_is_called(
     found = {type(m): n for n, m in model.named_modules() if isinstance(m, PlainModule)}
     for name in found.values():
         module = model.get_submodule(name)
-        if way in (parametrized, by_magnitude) and not list(module.parameters(recurse=False)):
+        if way in OF_WEIGHTS and not list(module.parameters(recurse=False)):
             continue
         model = model_of(family)
         way(model.get_submodule(name))
@@ -385,17 +417,18 @@ def test_a_hook_on_all_modules_is_obeyed(family: Family, kind: type[nn.Module]) 
         handle.remove()
 
 
+@pytest.mark.parametrize("name", ["__call__", "_call_impl"])
 @each
 def test_a_call_of_all_modules_that_was_replaced_is_obeyed(
-    family: Family, monkeypatch: pytest.MonkeyPatch
+    family: Family, name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model = model_of(family)
     plain, _ = both(model)
-    written = nn.Module.__call__
+    written = getattr(nn.Module, name)
 
     def call(self: nn.Module, *given: Any, **named: Any) -> Any:
         made = written(self, *given, **named)
         return scaled(made) if isinstance(self, RMSNorm) else made
 
-    monkeypatch.setattr(nn.Module, "__call__", call)
+    monkeypatch.setattr(nn.Module, name, call)
     assert_obeyed(model, plain)

@@ -15,6 +15,7 @@ from conformance.families import Family, each
 from quintet import CompileConfig, GenerationConfig
 from quintet.errors import InputError
 from quintet.generation.compiling import compiled
+from quintet.layers.norm import RMSNorm
 from support import small_config
 
 
@@ -35,6 +36,36 @@ def test_the_tokens_are_the_same_and_the_step_is_compiled_once(family: Family) -
     # Another length of the text, but the same program.
     model.generate(ids, compile_config=config, max_new_tokens=3)
     assert counter.frame_count == 1
+
+
+def test_hooks_that_change_after_compiling_are_obeyed_with_a_warning(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    torch._dynamo.reset()
+    model = quintet.Qwen2ForCausalLM(small_config()).eval()
+    ids = torch.arange(9)[None]
+    config = CompileConfig(backend=CompileCounter())
+    options: dict[str, Any] = {"max_new_tokens": 5, "do_sample": False}
+    plain = model.generate(ids, compile_config=config, **options)
+    norm, calls = model.model.layers[1].input_layernorm, []
+
+    def mine(self: RMSNorm, hidden_states: torch.Tensor) -> torch.Tensor:
+        calls.append(self)
+        return hidden_states
+
+    handle = norm.register_forward_hook(lambda *_: calls.append(norm))
+    with pytest.warns(UserWarning, match="without effect, compile=True"):
+        model.generate(ids, compile_config=config, **options)
+    # The prompt and four steps.
+    assert len(calls) == 5
+    handle.remove()
+    assert torch.equal(model.generate(ids, compile_config=config, **options), plain)
+    with monkeypatch.context() as patch:
+        patch.setattr(RMSNorm, "forward", mine)
+        with pytest.warns(UserWarning, match="without effect, compile=True"):
+            model.generate(ids, compile_config=config, **options)
+    assert len(calls) == 5 + 5 * (2 * model.config.num_hidden_layers + 1)
+    assert torch.equal(model.generate(ids, compile_config=config, **options), plain)
 
 
 def test_what_cannot_be_compiled_is_named() -> None:

@@ -45,6 +45,7 @@ from quintet.generation.stopping import Criterion
 from quintet.generation.streamers import Streamer
 from quintet.generation.text import Text
 from quintet.generation.transitions import transition_scores
+from quintet.layers.plain import in_between
 from quintet.tokenization import PreTrainedTokenizer
 
 __all__ = ["GenerationMixin"]
@@ -285,14 +286,23 @@ class GenerationMixin:
             raise InputError(
                 f"compile_config is a {type(how).__name__}; it has to be a quintet CompileConfig"
             )
-        for known, program in self._programs:
-            if known == how:
+        between = in_between(cast("torch.nn.Module", self))
+        for known, program, traced in self._programs:
+            if known == how and traced == between:
                 return program
-        self._programs.append((how, compiled(cast("LanguageModel", self), how)))
+            if known == how:
+                # The compiler takes hooks for what never changes, and would not look again.
+                warnings.warn(
+                    "this model's hooks, or the forward of a class, changed since its step was "
+                    "compiled: without effect, compile=True; the step runs as it is",
+                    stacklevel=4,
+                )
+                return None
+        self._programs.append((how, compiled(cast("LanguageModel", self), how), between))
         return self._programs[-1][1]
 
     @functools.cached_property
-    def _programs(self) -> list[tuple[CompileConfig, LanguageModel]]:
+    def _programs(self) -> list[tuple[CompileConfig, LanguageModel, tuple[object, ...]]]:
         return []
 
     def _device(self) -> torch.device:

@@ -6,9 +6,10 @@ from typing import Any, ClassVar, TypeVar
 from torch import nn
 from torch.nn.modules import module as hooks
 
-__all__ = ["PlainModule", "hooked", "untouched"]
+__all__ = ["PlainModule", "hooked", "in_between", "untouched"]
 
 Module = TypeVar("Module", bound=nn.Module)
+WRITTEN_CALL = nn.Module._call_impl
 
 
 class PlainModule(nn.Module):
@@ -42,8 +43,23 @@ def hooked(module: nn.Module) -> bool:
         or not issubclass(kind, PlainModule)
         or kind.forward is not kind.written_forward
         or kind.__call__ is not nn.Module._wrapped_call_impl
+        or kind._call_impl is not WRITTEN_CALL
         or hooks._has_any_global_hook()  # type: ignore[no-untyped-call]
     )
+
+
+def in_between(model: nn.Module) -> tuple[object, ...]:
+    """Return what is between a model's modules and is not looked at again once it was compiled.
+
+    These are hooks, by their numbers, of which none is given twice, and replaced forwards of
+    classes.
+    """
+    modules = list(model.modules())
+    on_each = [held for m in modules for held in (m._forward_hooks, m._forward_pre_hooks)]
+    on_all = hooks._global_forward_hooks, hooks._global_forward_pre_hooks
+    kinds = [kind for kind in dict.fromkeys(map(type, modules)) if issubclass(kind, PlainModule)]
+    replaced = [kind.forward for kind in kinds if kind.forward is not kind.written_forward]
+    return (*(tuple(held) for held in (*on_each, *on_all) if held), *replaced)
 
 
 def untouched(module: nn.Module | None, kind: type[Module]) -> Module | None:
