@@ -11,6 +11,7 @@ SOURCE = Path(__file__).parents[1] / "src" / "quintet"
 LADDER = [
     {"__main__"},
     {"cli"},
+    {"interop"},
     {"pipelines", "benchmark", "conversion"},
     {"auto"},
     {"models"},
@@ -81,9 +82,24 @@ def test_families_do_not_import_each_other(path: Path) -> None:
     assert not families
 
 
+OTHERS = {"transformers", "peft", "accelerate", "trl"}
+
+
+def at_import(tree: ast.Module) -> ast.Module:
+    """Return a file without what runs only when a function is called."""
+    kinds = ast.FunctionDef | ast.AsyncFunctionDef
+    return ast.Module([node for node in tree.body if not isinstance(node, kinds)], [])
+
+
 @each_of(FILES)
-def test_the_oracle_is_not_imported(path: Path) -> None:
-    assert "transformers" not in {name.split(".")[0] for name in imported(parsed(path))}
+def test_only_the_bridge_imports_tools_and_only_when_called(path: Path) -> None:
+    tree = at_import(parsed(path)) if own(path) == "interop" else parsed(path)
+    assert not OTHERS & {name.split(".")[0] for name in imported(tree)}
+
+
+@each_of([path for path in FILES if own(path) != "interop"])
+def test_nothing_needs_the_bridge(path: Path) -> None:
+    assert "interop" not in packages(parsed(path))
 
 
 @each_of(FILES)

@@ -46,6 +46,7 @@ from quintet.modeling.heads import (
 )
 from quintet.modeling.moe import EXPERT_RULES, MoeCausalLMHead, MoeDecoderModel
 from quintet.ops.activations import activation
+from quintet.ops.linear import linear
 from quintet.ops.moe import switch_balance_loss, top_experts
 
 __all__ = [
@@ -174,6 +175,22 @@ class Qwen2MoeConfig(PreTrainedConfig):
         return self.num_experts > 0 and on_step and layer_idx not in known(self.mlp_only_layers)
 
 
+class Qwen2MoeRouter(nn.Module):
+    """Logits of E experts for each token.
+
+    It is no `nn.Linear`: what adapts or quantises all linear maps leaves the choice of experts
+    as it is, here as in Transformers.
+    """
+
+    def __init__(self, hidden_size: int, num_experts: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(num_experts, hidden_size))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map (N, C) to (N, E)."""
+        return linear(x, self.weight)
+
+
 class Qwen2MoeSparseMoeBlock(StackPart):
     """The experts the router chose, weighted, and a shared one that every token gates for itself.
 
@@ -185,7 +202,7 @@ class Qwen2MoeSparseMoeBlock(StackPart):
         C, act = config.hidden_size, config.hidden_act
         self.num_experts_per_tok = config.num_experts_per_tok
         self.norm_topk_prob = config.norm_topk_prob
-        self.gate = Linear(C, config.num_experts, bias=False)
+        self.gate = Qwen2MoeRouter(C, config.num_experts)
         self.experts = Experts(config.num_experts, C, config.moe_intermediate_size, act=act)
         self.shared_expert = GatedMLP(C, config.shared_expert_intermediate_size, act=act)
         self.shared_expert_gate = Linear(C, 1, bias=False)
@@ -206,7 +223,8 @@ class Qwen2MoeSparseMoeBlock(StackPart):
 
     def part(self, norm: parts.Norm) -> parts.Part | None:
         """Return router, experts, and the shared one with its gate."""
-        router, gate = untouched(self.gate, Linear), untouched(self.shared_expert_gate, Linear)
+        router = untouched(self.gate, Qwen2MoeRouter)
+        gate = untouched(self.shared_expert_gate, Linear)
         experts, shared = silu_stacks(self.experts), silu_matrices(self.shared_expert)
         if router is None or gate is None or experts is None or shared is None:
             return None
@@ -263,6 +281,12 @@ class Qwen2MoePreTrainedModel(PreTrainedModel):
     config_class = Qwen2MoeConfig
     weight_rules = EXPERT_RULES
     keep_unquantized = (*PreTrainedModel.keep_unquantized, "mlp.gate", "shared_expert_gate")
+
+    def init_module(self, module: nn.Module) -> None:
+        """Draw the weights of one module, a router's among them."""
+        super().init_module(module)
+        if isinstance(module, Qwen2MoeRouter):
+            nn.init.normal_(module.weight, std=self.config.initializer_range)
 
 
 class Qwen2MoeModel(Qwen2MoePreTrainedModel, MoeDecoderModel):

@@ -1,0 +1,61 @@
+"""A model that is also an instance of Transformers' `PreTrainedModel`, for tools that ask.
+
+`Trainer` writes a checkpoint that can be loaded, and PEFT leaves the output layer out of
+"all-linear", for what is an instance of that class alone. Everything this library defines goes
+before what Transformers does.
+"""
+
+import functools
+from typing import Any, TypeVar
+
+from quintet.errors import MissingDependencyError
+from quintet.modeling.base import PreTrainedModel
+
+__all__ = ["as_transformers"]
+
+Model = TypeVar("Model", bound=PreTrainedModel)
+
+
+def as_transformers(model: Model) -> Model:
+    """Make a model an instance of `transformers.PreTrainedModel`, too, and return it.
+
+    It is the same object with the same weights and methods; its class is one derived from the
+    one it had. A second call changes nothing.
+
+    Raises:
+        MissingDependencyError: Transformers is not installed.
+    """
+    for module in model.modules():
+        if isinstance(module, PreTrainedModel):
+            kind: Any = type(module)
+            module.__class__ = _bridged(kind)
+    return model
+
+
+@functools.cache
+def _bridged(cls: Any) -> Any:
+    try:
+        from transformers import PreTrainedModel as TransformersModel
+    except ImportError as error:
+        raise MissingDependencyError(
+            "quintet.interop needs Transformers; install it with pip install transformers"
+        ) from error
+    if issubclass(cls, TransformersModel):
+        return cls
+    body = {
+        "__module__": cls.__module__,
+        "__doc__": cls.__doc__,
+        "config_class": cls.config_class,
+        "__reduce_ex__": _reduced,
+    }
+    # Checkpoints and messages name the class as if there was no other.
+    return type(cls.__name__, (cls, TransformersModel), body)
+
+
+def _reduced(model: PreTrainedModel, protocol: int) -> tuple[Any, ...]:
+    return _empty, (type(model).__mro__[1],), model.__getstate__()  # type: ignore[no-untyped-call]
+
+
+def _empty(cls: Any) -> Any:
+    bridged = _bridged(cls)
+    return bridged.__new__(bridged)
