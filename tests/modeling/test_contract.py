@@ -118,3 +118,14 @@ def test_a_loop_of_ones_own_makes_what_generate_makes(family: Family) -> None:
         ids = torch.cat((ids, made.logits[:, -1:].argmax(-1)), dim=1)
         mask = torch.cat((mask, mask.new_ones(2, 1)), dim=1)
     assert torch.equal(ids, wanted)
+
+
+@each
+def test_one_process_alone_saves(family: Family, tmp_path: Any) -> None:
+    model = family.model_of()
+    model.save_pretrained(tmp_path / "other", is_main_process=False, save_function=torch.save)
+    assert not (tmp_path / "other").exists()
+    model.save_pretrained(tmp_path / "main", True, save_function=torch.save)
+    ids = torch.arange(4)[None]
+    again = family.cls("ForCausalLM").from_pretrained(tmp_path / "main")
+    assert torch.equal(again(ids).logits, model(ids).logits)

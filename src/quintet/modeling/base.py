@@ -2,7 +2,7 @@
 
 import copy
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, ClassVar, Self
 
 import torch
@@ -18,6 +18,7 @@ from quintet.modeling import loading
 from quintet.modeling.contract import ModelContract
 from quintet.modeling.naming import stack_experts
 from quintet.modeling.placement import DeviceMap, MaxMemory, named_dtype
+from quintet.modeling.released import stack_released
 from quintet.ops.attention import attention_backend
 from quintet.quantization import (
     QuantizationConfig,
@@ -192,6 +193,7 @@ class PreTrainedModel(ModelContract, Pushable):
     def save_pretrained(
         self,
         save_directory: str | os.PathLike[str],
+        is_main_process: bool = True,
         *,
         max_shard_size: int | str = "5GB",
         state_dict: Mapping[str, Tensor] | None = None,
@@ -200,6 +202,7 @@ class PreTrainedModel(ModelContract, Pushable):
         push_to_hub: bool = False,
         repo_id: str | None = None,
         token: str | bool | None = None,
+        save_function: Callable[..., Any] | None = None,
     ) -> None:
         """Write config, generation config and weights, in the layout Transformers reads.
 
@@ -207,6 +210,7 @@ class PreTrainedModel(ModelContract, Pushable):
 
         Args:
             save_directory: made if needed.
+            is_main_process: False in the processes that are to write nothing.
             max_shard_size: of a file of weights: "5GB", "500MiB", a number of bytes.
             state_dict: the weights in place of the model's own.
             safe_serialization: has to be true.
@@ -215,6 +219,8 @@ class PreTrainedModel(ModelContract, Pushable):
             push_to_hub: then push the model to the hub, too.
             repo_id: where to; the name of the directory if not given.
             token: for the hub.
+            save_function: accepted, without effect: the files are always written whole, by this
+                library; `is_main_process` says by whom.
 
         Raises:
             SaveError: writing failed; a checkpoint that was there is still loadable.
@@ -222,6 +228,8 @@ class PreTrainedModel(ModelContract, Pushable):
         """
         if not safe_serialization:
             raise InputError("safe_serialization=False: pickled weights are never written")
+        if not is_main_process:
+            return
         self.config.architectures = [type(self).__name__]
         self.config.dtype = str(self.dtype).removeprefix("torch.")
         texts = {CONFIG_NAME: self.config.to_json_string()}
@@ -248,6 +256,12 @@ class PreTrainedModel(ModelContract, Pushable):
                 variant=variant,
             )
 
+    def _load_from_state_dict(
+        self, state_dict: dict[str, Any], prefix: str, *others: Any, **options: Any
+    ) -> None:
+        stack_released(state_dict, dict(self.named_parameters()), prefix, self.weight_rules)
+        super()._load_from_state_dict(state_dict, prefix, *others, **options)
+
     # -- the parts of a model ----------------------------------------------------------------
 
     @property
@@ -269,23 +283,6 @@ class PreTrainedModel(ModelContract, Pushable):
     def get_output_embeddings(self) -> nn.Linear | None:
         """Return the module that turns vectors into logits of ids; None without one."""
         return None
-
-    def set_output_embeddings(self, new_embeddings: nn.Linear) -> None:
-        """Replace the module that turns vectors into logits of ids.
-
-        Where the config ties it to the vectors of the ids, it is no longer tied from then on
-        unless it shares their weight.
-
-        Raises:
-            InputError: the model has no such module.
-        """
-        old = self.get_output_embeddings()
-        if old is None:
-            raise InputError(f"{type(self).__name__} has no output embeddings to replace")
-        name = next(name for name, module in self.named_children() if module is old)
-        self.add_module(name, new_embeddings)
-        if new_embeddings.weight is not self.get_input_embeddings().weight:
-            self.config.tie_word_embeddings = False
 
     def tied_names(self) -> dict[str, str]:
         """Return the parameters that are other parameters under a second name."""

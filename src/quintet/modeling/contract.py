@@ -113,6 +113,24 @@ class ModelContract(nn.Module):
         self.add_module(model.base_model_prefix, decoder)
         model.tie_weights()
 
+    def set_output_embeddings(self, new_embeddings: nn.Linear) -> None:
+        """Replace the module that turns vectors into logits of ids.
+
+        Where the config ties it to the vectors of the ids, it is no longer tied from then on
+        unless it shares their weight.
+
+        Raises:
+            InputError: the model has no such module.
+        """
+        model = cast("PreTrainedModel", self)
+        old = model.get_output_embeddings()
+        if old is None:
+            raise InputError(f"{type(self).__name__} has no output embeddings to replace")
+        name = next(name for name, module in self.named_children() if module is old)
+        self.add_module(name, new_embeddings)
+        if new_embeddings.weight is not model.get_input_embeddings().weight:
+            self.config.tie_word_embeddings = False
+
     @property
     def _no_split_modules(self) -> set[str]:
         """The classes of what may not be spread over devices: the layers."""
