@@ -18,7 +18,6 @@ from quintet.modeling import loading
 from quintet.modeling.contract import ModelContract
 from quintet.modeling.naming import stack_experts
 from quintet.modeling.placement import DeviceMap, MaxMemory, named_dtype
-from quintet.modeling.released import stack_released
 from quintet.ops.attention import attention_backend
 from quintet.quantization import (
     QuantizationConfig,
@@ -255,12 +254,6 @@ class PreTrainedModel(ModelContract, Pushable):
                 state_dict=state_dict,
                 variant=variant,
             )
-
-    def _load_from_state_dict(
-        self, state_dict: dict[str, Any], prefix: str, *others: Any, **options: Any
-    ) -> None:
-        stack_released(state_dict, dict(self.named_parameters()), prefix, self.weight_rules)
-        super()._load_from_state_dict(state_dict, prefix, *others, **options)
 
     # -- the parts of a model ----------------------------------------------------------------
 
