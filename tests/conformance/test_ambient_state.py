@@ -1,8 +1,9 @@
 """What a process has set around a call changes nothing of what a model of any family computes."""
 
 import itertools
-from collections.abc import Callable
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 import pytest
@@ -195,3 +196,108 @@ def test_a_gradient_has_a_gradient(family: Family) -> None:
         (second,) = torch.autograd.grad(grad.float().square().sum(), weight)
         found.append(second.float())
     assert relative_error(found[1], found[0]) < 0.1
+
+
+# -- what is set for all of torch --------------------------------------------------------------
+
+
+@contextmanager
+def put(set_it: Callable[[Any], Any], value: Any, before: Any) -> Iterator[None]:
+    set_it(value)
+    try:
+        yield
+    finally:
+        set_it(before)
+
+
+# No warning of operations that are not deterministic: they are errors.
+AROUND: dict[str, Mode] = {
+    "deterministic": lambda: put(torch.use_deterministic_algorithms, True, False),
+    "anomaly": lambda: torch.autograd.set_detect_anomaly(True),
+    "autocast-off": lambda: torch.autocast("cpu", enabled=False),
+    "bfloat16": lambda: put(torch.set_default_dtype, torch.bfloat16, torch.get_default_dtype()),
+    "float64": lambda: put(torch.set_default_dtype, torch.float64, torch.get_default_dtype()),
+    "meta": lambda: torch.device("meta"),
+    "default-meta": lambda: put(torch.set_default_device, "meta", None),
+    "saved-tensors": lambda: torch.autograd.graph.saved_tensors_hooks(lambda x: x, lambda x: x),
+}
+MASK = torch.ones(2, 9, dtype=torch.long)
+MASK[0, :3] = 0
+PACKED = torch.tensor([[0, 1, 2, 3, 0, 1, 2, 0, 1]])
+
+
+def all_it_makes(model: Any) -> list[Tensor]:
+    """Losses, gradients, weights and states: of a padded batch, of packed texts, of steps."""
+    ids = TEXT[:, :9]
+    model.zero_grad()
+    labels = ids.masked_fill(MASK == 0, -100)
+    padded = model(ids, attention_mask=MASK, labels=labels, use_cache=False)
+    packed = model(ids, position_ids=PACKED, labels=ids)
+    (padded.loss + packed.loss).backward()
+    made = [padded.loss, packed.loss, padded.logits, packed.logits]
+    made += [p.grad for p in model.parameters() if p.grad is not None]
+    with torch.no_grad():
+        told = model(ids, attention_mask=MASK, output_attentions=True, output_hidden_states=True)
+        made += [*told.attentions, *told.hidden_states]
+        for cache in (DynamicCache(model.config), StaticCache(model.config, 16)):
+            cache.snapshot()
+            made.append(model(ids, attention_mask=MASK, past_key_values=cache).logits)
+            cache.snapshot()
+            made.append(model(ids[:, :2], past_key_values=cache).logits)
+            cache.crop(torch.tensor([7, 10], device="cpu"))
+            made.append(model(ids[:, :1], past_key_values=cache).logits)
+    return [x.detach().clone() for x in made]
+
+
+@each
+def test_nothing_around_a_call_changes_what_it_makes(family: Family) -> None:
+    model = family.model_of()
+    expected = all_it_makes(model)
+    largest = [float(right.abs().max()) for right in expected]
+    for name, around in AROUND.items():
+        with around():
+            found = all_it_makes(model)
+        for made, right, most in zip(found, expected, largest, strict=True):
+            assert (made.dtype, made.device) == (right.dtype, right.device), name
+            # A gradient may be nothing but rounding.
+            assert float((made - right).abs().max()) <= max(1e-5 * most, 1e-6), name
+
+
+@each
+def test_the_number_of_threads_changes_nothing(family: Family) -> None:
+    model = family.model_of()
+    expected = in_pieces(model, DynamicCache(model.config), ("no-grad",) * 4)
+    for count in (1, 2):
+        with put(torch.set_num_threads, count, torch.get_num_threads()):
+            made = in_pieces(model, DynamicCache(model.config), ("no-grad",) * 4)
+        assert relative_error(made, expected) < TOLERANCE
+
+
+@each
+def test_another_thread_makes_the_same(family: Family) -> None:
+    model = family.model_of()
+    expected = all_it_makes(model)
+    with ThreadPoolExecutor(1) as pool, torch.inference_mode(), torch.device("meta"):
+        # A thread has modes of its own.
+        found = pool.submit(all_it_makes, model).result()
+    for made, right in zip(found, expected, strict=True):
+        assert float((made - right).abs().max()) <= max(1e-5 * float(right.abs().max()), 1e-6)
+
+
+@each
+def test_autocast_computes_in_its_dtype(family: Family) -> None:
+    """Prompts, steps and training, as near as that dtype is."""
+    model = family.model_of(**family.rounded)
+    expected = in_pieces(model, DynamicCache(model.config), ("no-grad",) * 4)
+    for dtype in (torch.bfloat16, torch.float16):
+        for mode in ("no-grad", "inference", "grad"):
+            for cache in (DynamicCache(model.config), StaticCache(model.config, 40)):
+                with torch.autocast("cpu", dtype):
+                    made = in_pieces(model, cache, (mode,) * 4)
+                error = (made.float() - expected).square().mean().sqrt()
+                assert float(error / expected.square().mean().sqrt()) < 0.05, (dtype, mode)
+        with torch.autocast("cpu", dtype):
+            loss = model(TEXT, labels=TEXT).loss
+        loss.backward()
+        grads = [p.grad for p in model.parameters() if p.grad is not None]
+        assert all(bool(grad.isfinite().all()) for grad in grads)
