@@ -35,6 +35,7 @@ __all__ = [
     "UnsupportedBackendError",
     "UnsupportedModelError",
     "listed",
+    "named",
     "shown",
 ]
 
@@ -123,6 +124,12 @@ def listed(names: list[str], most: int = 10) -> str:
     if len(names) > most:
         shown.append(f"  … and {len(names) - most} more")
     return "\n".join(shown)
+
+
+def named(value: object) -> str:
+    """Return the name of a value's class, with its module: other libraries' may have the same."""
+    kind = type(value)
+    return kind.__name__ if kind.__module__ == "builtins" else f"{kind.__module__}.{kind.__name__}"
 
 
 def shown(value: object) -> str:

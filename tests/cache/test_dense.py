@@ -341,8 +341,7 @@ def test_lengths_of_rows_before_anything_is_stored() -> None:
         cache.batch_repeat_interleave(3)
         with pytest.raises(InputError, match="empty"):
             cache[0]
-    with pytest.raises(InputError, match="num_hidden_layers"):
-        DynamicCache()
+    assert len(DynamicCache()) == 0
 
 
 def test_slots_of_a_span() -> None:

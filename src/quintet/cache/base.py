@@ -13,7 +13,9 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from quintet.cache.memory import check_alike
 from quintet.cache.recurrent import RecurrentSlot
+from quintet.configuration.base import PreTrainedConfig
 from quintet.errors import InputError
 
 __all__ = ["AttentionSlot", "Cache", "CacheSlot", "Span"]
@@ -86,6 +88,11 @@ class AttentionSlot(CacheSlot, Protocol):
 
     def content(self, length: int) -> tuple[Tensor, Tensor]:
         """Return the first `length` keys and values, (B, K, length, D) each."""
+        ...
+
+    @property
+    def dtype(self) -> torch.dtype | None:
+        """What numbers are kept in, None while nothing is stored or where it is no matter."""
         ...
 
     def room(self, span: Span) -> tuple[Tensor, Tensor] | None:
@@ -168,11 +175,38 @@ class Cache:
         """
         return self._attention(layer_idx).room(span)
 
-    def recurrent(self, layer_idx: int) -> RecurrentSlot:
-        """Return a layer's recurrent state, to be updated by the forward that asks for it.
+    def fit(self, config: PreTrainedConfig, dtype: torch.dtype | None = None) -> None:
+        """Check that there are as many layers as a model has, and hold what it computes in.
+
+        Args:
+            config: the model's.
+            dtype: of its hidden states; None where that is no matter.
 
         Raises:
-            InputError: the cache keeps none for this layer.
+            InputError: there are more, or fewer, or what they hold is in another dtype.
+        """
+        layers = config.num_hidden_layers
+        if len(self.layers) != layers:
+            raise InputError(
+                f"the cache has {len(self.layers)} layers and the model {layers}; "
+                "use the cache of this model, or make one from its config"
+            )
+        held = next((slot.dtype for slot in self.layers if slot is not None), None)
+        if dtype is not None and held is not None and held != dtype:
+            raise InputError(
+                f"the cache holds {held} and the model computes in {dtype}; use a new cache where "
+                "a model has changed"
+            )
+
+    def recurrent(self, layer_idx: int, raw: Tensor | None = None) -> RecurrentSlot:
+        """Return a layer's recurrent state, to be updated by the forward that asks for it.
+
+        Args:
+            layer_idx: of the layer.
+            raw: (B, T, C) what is to enter the convolution.
+
+        Raises:
+            InputError: the cache keeps none for this layer, or one of another model.
         """
         slot = self.states[layer_idx] if self.states else None
         if slot is None:
@@ -180,6 +214,8 @@ class Cache:
                 f"this {type(self).__name__} keeps no recurrent state for layer {layer_idx}; "
                 "use the cache that the model returns, or make one from the model's config"
             )
+        if raw is not None and slot.window is not None:
+            check_alike("inputs of convolutions (channels)", slot.window, raw, 2)
         self._ahead = True
         return slot
 

@@ -7,7 +7,7 @@ import torch.nn.functional as F  # noqa: N812
 from torch import Tensor
 
 from quintet.cache.base import AttentionSlot, Cache, Span, _longest
-from quintet.cache.memory import locked, own, writable
+from quintet.cache.memory import check_alike, locked, own, writable
 from quintet.cache.recurrent import RecurrentSlot
 from quintet.configuration.base import PreTrainedConfig
 from quintet.errors import ContextLengthError, InputError
@@ -37,6 +37,13 @@ class _DenseSlot:
             raise InputError("this layer of the cache is empty; run the model with it first")
         return self.keys[:, :, :length], self.values[:, :, :length]
 
+    def _check(self, keys: Tensor, values: Tensor) -> None:
+        """Check that keys and values (B, K, T, D) are such as are held."""
+        assert self.keys is not None
+        assert self.values is not None
+        check_alike("keys (heads x numbers)", self.keys, keys, 1, 3)
+        check_alike("values (heads x numbers)", self.values, values, 1, 3)
+
     def select(self, rows: Tensor) -> None:
         """Keep the given rows (N,) of the batch, in that order, each as often as it is named."""
         if self.keys is not None and self.values is not None:
@@ -56,6 +63,11 @@ class _DenseSlot:
         return None if self.keys is None else self.keys.shape[0]
 
     @property
+    def dtype(self) -> torch.dtype | None:
+        """What numbers are kept in, None while nothing is stored."""
+        return None if self.keys is None else self.keys.dtype
+
+    @property
     def nbytes(self) -> int:
         """The bytes held, spare capacity included."""
         return sum(x.nbytes for x in (self.keys, self.values) if x is not None)
@@ -71,6 +83,7 @@ class DynamicSlot(_DenseSlot):
             # They may be a caller's, who sees what is written into them.
             self._shared = True
         else:
+            self._check(keys, values)
             self._unshare(span)
             self.keys = _write(self.keys, keys, span)
             self.values = _write(self.values, values, span)
@@ -116,6 +129,7 @@ class StaticSlot(_DenseSlot):
             # Zeros, not empty memory: a weight of 0 times NaN would still be NaN.
             self.keys = keys.new_zeros(*keys.shape[:2], self.capacity, keys.shape[3])
             self.values = values.new_zeros(*values.shape[:2], self.capacity, values.shape[3])
+        self._check(keys, values)
         self.keys = self._written(self.keys, keys, span)
         self.values = self._written(self.values, values, span)
         self._shared = span.learns
@@ -147,7 +161,11 @@ class StaticSlot(_DenseSlot):
 
 
 class DynamicCache(Cache):
-    """A cache that grows with its rows: keys and values, and the states of recurrent layers."""
+    """A cache that grows with its rows: keys and values, and the states of recurrent layers.
+
+    Without a config, it gets the layers of the first model that uses it, or one for each index
+    that `update` is given.
+    """
 
     def __init__(
         self, config: PreTrainedConfig | None = None, *, num_hidden_layers: int | None = None
@@ -155,9 +173,24 @@ class DynamicCache(Cache):
         if num_hidden_layers is not None:
             super().__init__([DynamicSlot() for _ in range(num_hidden_layers)])
         elif config is None:
-            raise InputError("DynamicCache needs the model's config, or num_hidden_layers")
+            super().__init__([])
         else:
             super().__init__(*_slots(config, DynamicSlot, RecurrentSlot))
+
+    def fit(self, config: PreTrainedConfig, dtype: torch.dtype | None = None) -> None:
+        """Take the layers of a model, where there are none; check that these are they.
+
+        Raises:
+            InputError: there are more, or fewer, or what they hold is in another dtype.
+        """
+        if not self.layers:
+            self.layers, self.states = _slots(config, DynamicSlot, RecurrentSlot)
+        super().fit(config, dtype)
+
+    def _attention(self, layer_idx: int) -> AttentionSlot:
+        if not self.states:
+            self.layers += [DynamicSlot() for _ in range(len(self.layers), layer_idx + 1)]
+        return super()._attention(layer_idx)
 
 
 class StaticCache(Cache):

@@ -3,9 +3,10 @@
 import torch
 from torch import Tensor
 
+from quintet.errors import InputError
 from quintet.ops.transforms import transformed
 
-__all__ = ["locked", "own", "writable"]
+__all__ = ["check_alike", "locked", "own", "writable"]
 
 
 def writable(held: Tensor, *new: Tensor) -> bool:
@@ -29,3 +30,26 @@ def locked(held: Tensor) -> bool:
 def own(held: Tensor) -> Tensor:
     """Return a tensor that may be written in place: what is held, or a copy of it."""
     return held if writable(held) else held.clone()
+
+
+def check_alike(what: str, held: Tensor, new: Tensor, *axes: int) -> None:
+    """Check that what a model adds to a cache is as large as what it holds, and beside it.
+
+    Args:
+        what: they are called.
+        held: by the cache.
+        new: to be added.
+        axes: that have to be as large.
+
+    Raises:
+        InputError: it has other sizes, or is elsewhere.
+    """
+    if held.device != new.device or any(held.shape[axis] != new.shape[axis] for axis in axes):
+        raise InputError(
+            f"the cache holds {what} {_described(held, axes)}, and the model makes "
+            f"{_described(new, axes)}; use the cache of this model, as it is now"
+        )
+
+
+def _described(x: Tensor, axes: tuple[int, ...]) -> str:
+    return f"of {' x '.join(str(x.shape[axis]) for axis in axes)} on {x.device}"

@@ -82,6 +82,11 @@ class QuantizedSlot:
         return self._codes.batch_size
 
     @property
+    def dtype(self) -> torch.dtype | None:
+        """None: codes are decoded to any."""
+        return None
+
+    @property
     def nbytes(self) -> int:
         """The bytes of codes and scales, spare capacity included."""
         return self._codes.nbytes + self._scales.nbytes

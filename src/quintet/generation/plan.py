@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from quintet.cache import Cache, from_legacy
-from quintet.errors import InputError
+from quintet.errors import InputError, named
 from quintet.generation.beams import BeamOptions
 from quintet.generation.config import GenerationConfig
 from quintet.generation.stopping import (
@@ -164,7 +164,7 @@ def check_cache(
         return from_legacy(past, seen, layers)
     if not isinstance(past, Cache):
         raise InputError(
-            f"past_key_values is a {type(past).__name__}; it has to be a Cache, such as "
+            f"past_key_values is a {named(past)}; it has to be a Cache, such as "
             "DynamicCache(model.config)"
         )
     return past

@@ -109,11 +109,11 @@ class Mamba2(StackPart):
     def forward(self, hidden_states: Tensor, step: Step) -> Tensor:
         """Map (B, T, C) to (B, T, C), continuing from the cache's state of this layer."""
         T, counts = hidden_states.shape[1], step.span.counts
-        slot = None if step.cache is None else step.cache.recurrent(self.layer_idx)
+        projected = self.in_proj(hidden_states)
+        raw = torch.split(projected, self.in_sizes, dim=-1)[1]
+        slot = None if step.cache is None else step.cache.recurrent(self.layer_idx, raw)
         held = None if slot is None else slot.content()
         window, state = (None, None) if held is None else held
-
-        projected = self.in_proj(hidden_states)
         weights = self._weights()
         if step.texts is not None:
             return self.out_proj(step.texts.each(self._mix_alone, projected))  # type: ignore[no-any-return]
@@ -129,7 +129,6 @@ class Mamba2(StackPart):
         if slot is not None:
             slot.update(made.window, made.state)
             if slot.remembers:
-                raw = torch.split(projected, self.in_sizes, dim=-1)[1]
                 A = -self.A_log.to(made.dt.dtype).exp()
                 x, b, _ = heads_and_groups(made.convolved, weights)
                 slot.remember(Inputs(raw, x, made.dt, A, b, T if counts is None else counts))

@@ -14,7 +14,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
-from quintet.cache import Cache, DynamicCache, LegacyCache, Span, from_legacy, to_legacy
+from quintet.cache import Cache, DynamicCache, LegacyCache, Span, to_legacy
 from quintet.errors import InputError
 from quintet.layers.rotary import RotaryEmbedding
 from quintet.layers.running import run_layer
@@ -26,6 +26,7 @@ from quintet.modeling.inputs import (
     check_causal,
     check_past,
     first_position,
+    opened,
     positions,
     split_mask,
 )
@@ -35,7 +36,7 @@ from quintet.ops.attention import attention_backend
 from quintet.ops.documents import Documents
 from quintet.ops.masks import visibility
 from quintet.ops.ragged import Ragged, keys_in_columns, ragged
-from quintet.ops.token_ids import check_token_ids
+from quintet.ops.token_ids import check_placed, check_token_ids
 
 __all__ = ["DecoderModel", "Run", "check_token_ids", "first"]
 
@@ -219,11 +220,17 @@ class DecoderModel(PreTrainedModel):
             use_cache = use_cache and texts.pieces is None
             position_ids = texts.positions() if position_ids is None else position_ids
         weighs = first(output_attentions, self.config.output_attentions)
+        if attention_mask is not None and attention_mask.is_meta:
+            check_placed("attention_mask", attention_mask, embeds.device)
         mask, custom = split_mask(attention_mask, B, T)
         rows = None if mask is None else ragged(mask[:, -T:])
         counts = None if rows is None else rows.counts
 
-        cache = self._open_cache(past_key_values, mask, T, use_cache)
+        cache: Cache | None
+        if past_key_values is None:
+            cache = self.new_cache() if use_cache else None
+        else:
+            cache = opened(past_key_values, mask, embeds, self.config)
         if cache_position is not None:
             if cache is not None:
                 cache.seek(first_position(cache_position, T))
@@ -281,6 +288,8 @@ class DecoderModel(PreTrainedModel):
         if inputs_embeds is None:
             assert input_ids is not None
             check_token_ids(input_ids, vocabulary_of(self.embed_tokens, self.config))
+            if input_ids.is_meta:
+                check_placed("input_ids", input_ids, self.device)
             inputs_embeds = self.embed_tokens(input_ids)
         C = self.config.hidden_size
         if inputs_embeds.ndim != 3 or inputs_embeds.shape[-1] != C or inputs_embeds.numel() == 0:
@@ -302,21 +311,6 @@ class DecoderModel(PreTrainedModel):
 
     def _recomputes(self) -> bool:
         return self.gradient_checkpointing and self.training and torch.is_grad_enabled()
-
-    def _open_cache(
-        self, past: Cache | LegacyCache | None, mask: Tensor | None, T: int, use_cache: bool
-    ) -> Cache | None:
-        if past is None:
-            return self.new_cache() if use_cache else None
-        if isinstance(past, tuple):
-            seen = mask[:, :-T] if mask is not None and mask.shape[1] > T else None
-            return from_legacy(past, seen, self.config.num_hidden_layers)
-        if not isinstance(past, Cache):
-            raise InputError(
-                f"past_key_values is a {type(past).__name__}; it has to be a Cache, or a tuple of "
-                "(keys, values) for each layer"
-            )
-        return past
 
     def _step(
         self,

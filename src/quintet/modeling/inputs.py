@@ -3,12 +3,13 @@
 import torch
 from torch import Tensor
 
-from quintet.cache import Cache, Span
-from quintet.errors import InputError
+from quintet.cache import Cache, LegacyCache, Span, from_legacy
+from quintet.configuration.base import PreTrainedConfig
+from quintet.errors import InputError, named
 from quintet.ops.masks import causal_mask
 from quintet.ops.transforms import recorded
 
-__all__ = ["check_causal", "check_past", "first_position", "positions", "split_mask"]
+__all__ = ["check_causal", "check_past", "first_position", "opened", "positions", "split_mask"]
 
 
 # What is added to a score to hide its key.
@@ -18,6 +19,30 @@ NOT_CAUSAL = (
     "cannot obey; mark padding by a mask (batch, tokens), and texts in a row by position_ids or "
     "seq_idx"
 )
+
+
+def opened(
+    past: Cache | LegacyCache, mask: Tensor | None, embeds: Tensor, config: PreTrainedConfig
+) -> Cache:
+    """Return the cache that new tokens, embedded as (B, T, C), go to.
+
+    Raises:
+        InputError: it is none, or of another model.
+    """
+    T = embeds.shape[1]
+    if isinstance(past, tuple):
+        seen = mask[:, :-T] if mask is not None and mask.shape[1] > T else None
+        past = from_legacy(past, seen, config.num_hidden_layers)
+    if not isinstance(past, Cache):
+        raise InputError(
+            f"past_key_values is a {named(past)}; it has to be a Cache, or a tuple of "
+            "(keys, values) for each layer"
+        )
+    # Autocast computes keys in a dtype of its own.
+    device = embeds.device.type
+    chosen = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+    past.fit(config, None if chosen else embeds.dtype)
+    return past
 
 
 def split_mask(mask: Tensor | None, B: int, T: int) -> tuple[Tensor | None, Tensor | None]:

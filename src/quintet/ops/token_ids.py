@@ -5,7 +5,7 @@ from torch import Tensor
 
 from quintet.errors import InputError
 
-__all__ = ["check_token_ids"]
+__all__ = ["check_placed", "check_token_ids"]
 
 
 def check_token_ids(input_ids: Tensor, vocab_size: int) -> None:
@@ -44,4 +44,17 @@ def check_token_ids(input_ids: Tensor, vocab_size: int) -> None:
         raise InputError(
             f"input_ids[{row}, {column}] is {bad}; the model's vocabulary has ids 0 to "
             f"{vocab_size - 1} (is this the model's own tokenizer?)"
+        )
+
+
+def check_placed(name: str, x: Tensor, device: torch.device) -> None:
+    """Check that a tensor has numbers, where the model that gets it has.
+
+    Raises:
+        InputError: it is on the meta device and the model is not.
+    """
+    if x.is_meta and device.type != "meta":
+        raise InputError(
+            f"{name} is on the meta device, where tensors have no numbers, and the model is on "
+            f"{device}; make it outside of torch.device('meta')"
         )
