@@ -12,6 +12,7 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, ClassVar, Self, get_origin, get_type_hints
 
+from quintet.configuration.contract import ConfigContract
 from quintet.configuration.labels import labels
 from quintet.configuration.rope import RopeParameters, merge_rope
 from quintet.configuration.rules import (
@@ -44,7 +45,7 @@ class UnknownKeyWarning(UserWarning):
     """A key that looks like a misspelling of a known one."""
 
 
-class PreTrainedConfig(Pushable):
+class PreTrainedConfig(ConfigContract, Pushable):
     """The keys of `config.json` as attributes, each checked against its annotation.
 
     A family declares its keys as annotated class attributes with their defaults. Keys it does not

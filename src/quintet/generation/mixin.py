@@ -4,6 +4,7 @@ import functools
 import warnings
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from types import MethodType
 from typing import Any, cast
 
 import torch
@@ -33,6 +34,7 @@ from quintet.generation.outputs import (
     Record,
     Speculation,
 )
+from quintet.generation.prepared import PreparedForward, check_prepared
 from quintet.generation.preparing import next_inputs
 from quintet.generation.processors.assemble import Processor, Setting, assemble
 from quintet.generation.processors.base import LogitsProcessor
@@ -164,13 +166,16 @@ class GenerationMixin:
             record = Record.of(config)
             outlives = past is not None or record.asked
             cache = self._cache_for(config, past, prompt.length + room)
-            forward = Forward(
+            forward = (PreparedForward if self._prepares_otherwise() else Forward)(
                 cast("LanguageModel", self),
                 cache,
                 record=record,
                 outlives=outlives,
                 program=self._program(config),
             )
+            if isinstance(forward, PreparedForward):
+                check_prepared(config, prompt, speculates=speculates)
+                forward.prepare = self.prepare_inputs_for_generation
             if streamer is not None:
                 streamer.put(prompt.given.repeat_interleave(copies, dim=0).cpu())
             text = Text(prompt.ids, prompt.text_padding(), room=room, copies=copies)
@@ -244,6 +249,12 @@ class GenerationMixin:
             input_ids, past_key_values, attention_mask, inputs_embeds, next_sequence_length
         )
         return {**text, **others}
+
+    def _prepares_otherwise(self) -> bool:
+        """Tell whether somebody put another `prepare_inputs_for_generation` in place."""
+        mine: Any = GenerationMixin.prepare_inputs_for_generation
+        put: Any = self.prepare_inputs_for_generation
+        return not isinstance(put, MethodType) or put.__func__ is not mine
 
     def compute_transition_scores(
         self,

@@ -9,6 +9,7 @@ import functools
 from typing import Any, TypeVar
 
 from quintet.errors import MissingDependencyError
+from quintet.interop.caches import taking_caches
 from quintet.modeling.base import PreTrainedModel
 
 __all__ = ["as_transformers"]
@@ -47,6 +48,7 @@ def _bridged(cls: Any) -> Any:
         "__doc__": cls.__doc__,
         "config_class": cls.config_class,
         "__reduce_ex__": _reduced,
+        "forward": taking_caches(cls.forward),
     }
     # Checkpoints and messages name the class as if there was no other.
     return type(cls.__name__, (cls, TransformersModel), body)

@@ -1,0 +1,54 @@
+"""Caches of Transformers, taken over where both hold keys and values of the same shape."""
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+from torch import Tensor
+
+from quintet.cache import from_legacy
+from quintet.errors import InputError
+from quintet.modeling.base import PreTrainedModel
+
+__all__ = ["taking_caches"]
+
+
+def taking_caches(forward: Callable[..., Any]) -> Callable[..., Any]:
+    """Let a forward take Transformers' caches: they are copied, and a cache of ours comes back."""
+
+    @functools.wraps(forward)
+    def run(model: PreTrainedModel, *args: Any, **inputs: Any) -> Any:
+        from transformers import Cache as TransformersCache
+
+        past = inputs.get("past_key_values")
+        if isinstance(past, TransformersCache):
+            inputs["past_key_values"] = _taken(model, past, args, inputs)
+        return forward(model, *args, **inputs)
+
+    return run
+
+
+def _taken(model: PreTrainedModel, past: Any, args: tuple[Any, ...], inputs: dict[str, Any]) -> Any:
+    """Return our cache with what theirs holds; None where it holds nothing.
+
+    Raises:
+        InputError: the family keeps something else between steps than keys and values.
+    """
+    if not past.get_seq_length():
+        return None
+    pairs = tuple((layer.keys, layer.values) for layer in past.layers)
+    per_token, per_row = model.config.cache_numbers()
+    theirs = sum(x.shape[1] * x.shape[3] for pair in pairs for x in pair)
+    if per_row or theirs != per_token:
+        raise InputError(
+            f"past_key_values is a {type(past).__module__}.{type(past).__name__} of {theirs} "
+            f"numbers a token; {type(model).__name__} keeps {per_token}, and {per_row} a row: "
+            "such caches cannot be exchanged. Run the text again without one"
+        )
+    ids = args[0] if args else inputs.get("input_ids")
+    new: Tensor = inputs["inputs_embeds"] if ids is None else ids
+    mask: Tensor | None = args[1] if len(args) > 1 else inputs.get("attention_mask")
+    length = new.shape[1]
+    padded = mask is not None and mask.ndim == 2 and mask.shape[1] > length
+    seen = mask[:, :-length] if mask is not None and padded else None
+    return from_legacy(pairs, seen, model.config.num_hidden_layers)
