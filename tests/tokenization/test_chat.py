@@ -97,7 +97,7 @@ def test_the_final_message_is_left_open_exactly(
 def test_a_message_cannot_be_continued_and_begun(tokenizer: Qwen2Tokenizer) -> None:
     with pytest.raises(InputError, match="begins a new one"):
         tokenizer.apply_chat_template(CHAT, continue_final_message=True, add_generation_prompt=True)
-    with pytest.raises(ChatTemplateError, match="rewrites the content"):
+    with pytest.raises(ChatTemplateError, match="rewrites the 'content'"):
         tokenizer.apply_chat_template(
             CHAT,
             chat_template="{{ messages[-1].content | upper }}",

@@ -170,7 +170,12 @@ class PreTrainedTokenizer(Chat, Decoder, Pushable):
         if files.pipeline is not None:
             # What is added around a text is a step of the pipeline, and its file has the say.
             known -= {"add_bos_token", "add_eos_token"}
-        given = {k: v for k, v in files.settings.items() if k in known and v is not None}
+        # A role that is null has no token, whichever the class would give it.
+        given = {
+            k: v
+            for k, v in files.settings.items()
+            if k in known and (v is not None or k in NAMED_TOKENS)
+        }
         rest = {k: v for k, v in files.settings.items() if k not in known}
         if files.chat_template is not None:
             given["chat_template"] = files.chat_template
@@ -203,7 +208,10 @@ class PreTrainedTokenizer(Chat, Decoder, Pushable):
         """
         root = _directory(save_directory)
         prefix = f"{filename_prefix}-" if filename_prefix else ""
-        roles: dict[str, Any] = dict(self.special_tokens_map)
+        roles: dict[str, Any] = {
+            **dict.fromkeys(role for role in self._defaults() if role in NAMED_TOKENS),
+            **self.special_tokens_map,
+        }
         if self._additional:
             roles["additional_special_tokens"] = self._additional
         settings = {
@@ -225,7 +233,9 @@ class PreTrainedTokenizer(Chat, Decoder, Pushable):
         texts = {
             f"{prefix}{names.TOKENIZER}": self._pipeline_json(),
             f"{prefix}{names.SETTINGS}": _json(settings),
-            f"{prefix}{names.SPECIAL_TOKENS}": _json(roles),
+            f"{prefix}{names.SPECIAL_TOKENS}": _json(
+                {role: token for role, token in roles.items() if token is not None}
+            ),
             **template_files(self.chat_template),
         }
         write_texts(root, texts)
@@ -329,7 +339,7 @@ def _from_sentencepiece(
     for role, text in usual.items():
         if role not in files.settings and backend.token_to_id(text) is not None:
             files.settings[role] = text
-    begins = files.settings.get("add_bos_token", "bos_token" in files.settings)
+    begins = files.settings.get("add_bos_token", files.settings.get("bos_token") is not None)
     ends = files.settings.get("add_eos_token", False)
     return backend, {"add_bos_token": bool(begins), "add_eos_token": bool(ends), **options}
 

@@ -1,7 +1,6 @@
 """Conversations to the text, or the ids, a chat model was trained on."""
 
 import difflib
-import secrets
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -13,9 +12,9 @@ from quintet.tokenization.messages import (
     plain,
     plain_messages,
     plain_tools,
-    tag_last_message,
 )
 from quintet.tokenization.options import EncodeOptions, check_names
+from quintet.tokenization.rendering import render_chat
 from quintet.tokenization.rows import Row
 from quintet.tokenization.sanitize import sanitised_row
 from quintet.tokenization.templates import ChatTemplates, Rendered
@@ -58,7 +57,7 @@ class Chat(Encoder):
         documents: Sequence[Mapping[str, Any]] | None = None,
         chat_template: str | None = None,
         add_generation_prompt: bool = False,
-        continue_final_message: bool = False,
+        continue_final_message: bool | str = False,
         tokenize: bool = True,
         padding: bool | str = False,
         truncation: bool | str = False,
@@ -78,7 +77,9 @@ class Chat(Encoder):
             documents: dicts with "title" and "text".
             chat_template: a template, or the name of one of several.
             add_generation_prompt: end with what begins an answer.
-            continue_final_message: end inside of the last message, for the model to go on.
+            continue_final_message: end inside of the last message, for the model to go on: of its
+                content, or of the field that is named, such as "reasoning_content". What the
+                template would cut from a finished message stays.
             tokenize: return ids; otherwise text.
             padding: as in `tokenizer(...)`.
             truncation: as in `tokenizer(...)`.
@@ -110,14 +111,10 @@ class Chat(Encoder):
                 "return_assistant_tokens_mask needs a chat template that encloses the model's "
                 "own words in {% generation %}…{% endgeneration %}; this one does not"
             )
-        tag = f"end{secrets.token_hex(8)}" if continue_final_message else ""
+        continued = _continued_field(continue_final_message, template)
 
         def render(variables: Mapping[str, Any]) -> Rendered:
-            if not tag:
-                return source.render(dict(variables))
-            # The space after the tag tells whether the template takes spaces away.
-            tagged = tag_last_message(variables["messages"], f"{tag} ")
-            return _cut_at(source.render({**variables, "messages": tagged}), tag)
+            return render_chat(source, variables, continued)
 
         prompt = {"add_generation_prompt": add_generation_prompt}
         chats = [{**shared, **prompt, "messages": messages} for messages in conversations]
@@ -223,16 +220,16 @@ def _conversations(conversation: Any) -> tuple[bool, list[list[dict[str, Any]]]]
     return False, [plain_messages(conversation, "conversation")]
 
 
-def _cut_at(rendered: Rendered, tag: str) -> Rendered:
-    place = rendered.text.rfind(tag)
-    if place < 0:
+def _continued_field(asked: bool | str, template: str) -> str:
+    """Return the name of the field to go on with, or "" for none."""
+    if not isinstance(asked, str):
+        return "content" if asked else ""
+    if not asked or asked not in template:
         raise ChatTemplateError(
-            "continue_final_message does not work with this chat template: it leaves out or "
-            "rewrites the content of the last message"
+            f"continue_final_message={asked!r} has to be True or a field of messages that the "
+            "chat template writes, and it has no such field"
         )
-    text = rendered.text[:place]
-    kept_spaces = rendered.text.startswith(" ", place + len(tag))
-    return Rendered(text if kept_spaces else text.rstrip(), ())
+    return asked
 
 
 def _refuse_without_ids(**options: Any) -> None:

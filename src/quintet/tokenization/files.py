@@ -77,7 +77,7 @@ def read_tokenizer_files(root: Path) -> TokenizerFiles:
     roles = _read(root / SPECIAL_TOKENS)
     known = (*NAMED_TOKENS, "additional_special_tokens", "extra_special_tokens")
     for role in known:
-        if roles.get(role) is not None and files.settings.get(role) is None:
+        if roles.get(role) is not None and role not in files.settings:
             files.settings[role] = roles[role]
     special = {
         token["content"] if isinstance(token, dict) else token

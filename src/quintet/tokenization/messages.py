@@ -1,6 +1,5 @@
 """A conversation as a template may see it: checked, copied, and made of plain data only."""
 
-import copy
 import inspect
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -8,7 +7,7 @@ from typing import Any
 from quintet.errors import ChatTemplateError
 from quintet.tokenization.tools import function_schema
 
-__all__ = ["Message", "plain", "plain_messages", "plain_tools", "tag_last_message"]
+__all__ = ["Message", "plain", "plain_messages", "plain_tools"]
 
 Message = Mapping[str, Any]
 
@@ -18,7 +17,7 @@ _INSTEAD_OF_CONTENT = ("tool_calls", "reasoning_content", "thinking", "tool_resp
 
 
 def plain_messages(conversation: Any, where: str) -> list[dict[str, Any]]:
-    """Check and copy the messages of one conversation; keys that are None are left out.
+    """Check and copy the messages of one conversation.
 
     Raises:
         ChatTemplateError: something is not a message; it names the index and the key.
@@ -38,12 +37,12 @@ def _plain_message(message: Any, where: str) -> dict[str, Any]:
         raise ChatTemplateError(
             f"{where} has to be a dict with 'role' and 'content', not {type(message).__name__}"
         )
-    given = {key: value for key, value in message.items() if value is not None}
+    given = dict(message)
     role = given.get("role")
     if not isinstance(role, str):
         raise ChatTemplateError(f"{where}['role'] has to be a string, not {role!r}")
     if "content" not in given:
-        if not any(key in given for key in _INSTEAD_OF_CONTENT):
+        if not any(given.get(key) is not None for key in _INSTEAD_OF_CONTENT):
             raise ChatTemplateError(
                 f"{where} has no 'content'; its keys are {', '.join(map(str, message))}"
             )
@@ -54,7 +53,7 @@ def _plain_message(message: Any, where: str) -> dict[str, Any]:
                     f"{where}['content'][{index}] has to be a dict such as "
                     "{'type': 'text', 'text': 'Hi'}"
                 )
-    elif not isinstance(given["content"], str):
+    elif not isinstance(given["content"], str | None):
         raise ChatTemplateError(
             f"{where}['content'] has to be a string or a list of parts, "
             f"not {type(given['content']).__name__}"
@@ -111,20 +110,3 @@ def plain(value: Any, where: str, depth: int = 0) -> Any:
     raise ChatTemplateError(
         f"{where} is {type(value).__name__}; a template sees only strings, numbers, lists, dicts"
     )
-
-
-def tag_last_message(messages: list[dict[str, Any]], tag: str) -> list[dict[str, Any]]:
-    """Return the messages with a tag at the end of the last one's text.
-
-    Raises:
-        ChatTemplateError: it has no text.
-    """
-    last = copy.deepcopy(messages[-1])
-    if isinstance(last.get("content"), str):
-        last["content"] += tag
-        return [*messages[:-1], last]
-    for part in reversed(last.get("content") or []):
-        if isinstance(part.get("text"), str):
-            part["text"] += tag
-            return [*messages[:-1], last]
-    raise ChatTemplateError("continue_final_message needs text in the last message's 'content'")

@@ -2,7 +2,7 @@
 
 import functools
 import types
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import jinja2
@@ -81,17 +81,22 @@ class Source:
         except Exception as error:
             raise ChatTemplateError(f"the chat template is not valid: {_short(error)}") from error
 
-    def render(self, variables: dict[str, Any]) -> Rendered:
+    def render(self, variables: Mapping[str, Any], *, none_is_text: bool = True) -> Rendered:
         """Run the template on plain data.
+
+        Args:
+            variables: what it sees.
+            none_is_text: write None as "None"; otherwise that is an error.
 
         Raises:
             ChatTemplateError: it failed, refused the conversation, or ran over its budget.
         """
         environment = _Sandbox()
+        environment.none_is_text = none_is_text
         template = jinja2.Template.from_code(environment, self._code, environment.globals)
         parts: list[str] = []
         try:
-            for part in template.generate(variables):
+            for part in template.generate(dict(variables)):
                 environment.length += len(part)
                 environment.budget.take(0, len(part))
                 parts.append(part)
@@ -139,6 +144,7 @@ class _Sandbox(MeteredEnvironment):
 
     def __init__(self) -> None:
         self.length = 0
+        self.none_is_text = True
         self.has_generation = False
         self.generated: list[tuple[int, int, str]] = []
         super().__init__(
@@ -203,6 +209,8 @@ class _Sandbox(MeteredEnvironment):
     # With the context, so that nothing is written down when the template is compiled.
     @jinja2.pass_context
     def _as_text(self, context: jinja2.runtime.Context, value: Any) -> str:
+        if value is None and not self.none_is_text:
+            raise jinja2.TemplateError("it writes None, which a message has as a value")
         self.budget.room(self.budget.text(value))
         text = str(value)
         self.budget.take(1, len(text))
