@@ -26,7 +26,7 @@ LADDER = [
     {"tokenization", "configuration"},
     {"hub"},
     {"download"},
-    {"files", "modeloutput"},
+    {"files", "folder", "modeloutput"},
     {"errors"},
 ]
 HEIGHT = {name: -rung for rung, names in enumerate(LADDER) for name in names}

@@ -14,7 +14,7 @@ from errno import EAGAIN, EWOULDBLOCK
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from quintet.errors import CheckpointError, SaveError
+from quintet.errors import CheckpointError, SaveError, shown
 
 __all__ = ["copy_file", "locked", "read_json", "write_text", "write_texts"]
 
@@ -24,18 +24,24 @@ MAX_JSON_BYTES = 256 * 1024 * 1024
 PATIENCE = 600.0
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    """Read a JSON object from a file.
+def read_json(path: Path, most: int = MAX_JSON_BYTES) -> dict[str, Any]:
+    """Read a JSON object of at most `most` bytes from a file.
 
     Raises:
-        CheckpointError: the file is too large, not UTF-8, not JSON, or not an object.
+        CheckpointError: the file cannot be read, is too large, not UTF-8, not JSON, or no object.
         FileNotFoundError: there is no such file.
     """
-    size = path.stat().st_size
-    if size > MAX_JSON_BYTES:
-        raise CheckpointError(f"{path}: {size} bytes is more than the limit of {MAX_JSON_BYTES}")
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
+        size = path.stat().st_size
+        if size > most:
+            raise CheckpointError(f"{path}: {size} bytes is more than the limit of {most}")
+        raw = path.read_bytes()
+    except FileNotFoundError:
+        raise
+    except OSError as error:
+        raise CheckpointError(f"{path} cannot be read: {error.strerror or error}") from error
+    try:
+        value = json.loads(raw.decode())
     except (ValueError, RecursionError) as error:
         raise CheckpointError(
             f"{path} is not readable as JSON ({error}); fetch the file again"
@@ -66,8 +72,9 @@ def write_texts(directory: Path, texts: Mapping[str, str]) -> None:
             _write({directory / name: io.BytesIO(text.encode()) for name, text in texts.items()})
     except SaveError:
         raise
-    except OSError as error:
-        raise SaveError(f"could not write into {directory}: {error.strerror or error}") from error
+    except (OSError, ValueError) as error:
+        where = shown(str(directory))
+        raise SaveError(f"could not write into {where}: {_reason(error)}") from error
 
 
 def copy_file(source: Path, path: Path) -> None:
@@ -78,6 +85,10 @@ def copy_file(source: Path, path: Path) -> None:
     """
     with source.open("rb") as content:
         _write({path: content})
+
+
+def _reason(error: OSError | ValueError) -> str:
+    return error.strerror or str(error) if isinstance(error, OSError) else str(error)
 
 
 def _write(contents: Mapping[Path, BinaryIO]) -> None:
@@ -100,8 +111,9 @@ def _write(contents: Mapping[Path, BinaryIO]) -> None:
             for new in written.values():
                 new.unlink(missing_ok=True)
             raise
-    except OSError as error:
-        raise SaveError(f"could not write {path}: {error.strerror or error}") from error
+    # A name with a character that no file can have is no error of the system.
+    except (OSError, ValueError) as error:
+        raise SaveError(f"could not write {shown(str(path))}: {_reason(error)}") from error
 
 
 @contextmanager

@@ -11,8 +11,9 @@ from pathlib import Path
 from typing import Any
 
 from quintet.download import download
-from quintet.errors import CheckpointError, ModelNotFoundError, OfflineError, SaveError
+from quintet.errors import CheckpointError, ModelNotFoundError, OfflineError, SaveError, shown
 from quintet.files import read_json
+from quintet.folder import ADAPTER_CONFIG_NAME, CONFIG_NAME, checked_path, what_else
 
 __all__ = [
     "CONFIG_NAME",
@@ -27,8 +28,8 @@ __all__ = [
     "with_variant",
 ]
 
-CONFIG_NAME = "config.json"
-CONFIG_PATTERNS = (CONFIG_NAME, "generation_config.json")
+# Of an adapter, to say what it is.
+CONFIG_PATTERNS = (CONFIG_NAME, "generation_config.json", ADAPTER_CONFIG_NAME)
 TOKENIZER_PATTERNS = (
     "tokenizer.json",
     "tokenizer_config.json",
@@ -72,24 +73,28 @@ def locate(
         OfflineError: a hub id that is not in the local cache while the network is off.
         CheckpointError: a file came twice with another content than the hub says it has.
         SaveError: the cache cannot be written.
+        UnsupportedModelError: it is an adapter, or in another format.
+        InputError: something that cannot be a path.
     """
-    name = os.fspath(name_or_path)
-    path = Path(name).expanduser()
-    if path.is_file():
-        raise ModelNotFoundError(
-            f"{name!r} is a file; a model is a directory with config.json in it "
-            f"(did you mean {str(path.parent)!r}?)"
-        )
+    path = checked_path(name_or_path, "name_or_path")
+    name = str(os.fspath(name_or_path))
+    if cache_dir is not None:
+        checked_path(cache_dir, "cache_dir")
+    if path.is_file() and (reason := what_else(path)):
+        raise reason
     if path.is_dir():
-        return _inside(path, subfolder, name)
+        return _inside(path, subfolder, name, patterns)
     if not _REPO_ID.fullmatch(name) or name.startswith(("./", "../", "~", "/")):
         raise ModelNotFoundError(
-            f"no directory {name!r}, and it is not a hub id of the form 'owner/name'"
+            f"no directory {shown(name)}, and it is not a hub id of the form 'owner/name'"
         )
     if subfolder:
-        patterns = [f"{subfolder.strip('/')}/{pattern}" for pattern in patterns]
-    root = download(name, patterns, revision, cache_dir, token, local_files_only)
-    return _inside(root, subfolder, name)
+        checked_path(subfolder, "subfolder")
+    fetched = [
+        f"{subfolder.strip('/')}/{pattern}" if subfolder else pattern for pattern in patterns
+    ]
+    root = download(name, fetched, revision, cache_dir, token, local_files_only)
+    return _inside(root, subfolder, name, patterns)
 
 
 class Pushable:
@@ -243,10 +248,14 @@ def _shards(index: Path) -> list[str]:
     return sorted(n for n in names if isinstance(n, str) and re.fullmatch(r"[\w.-]+", n))
 
 
-def _inside(root: Path, subfolder: str, name: str) -> Path:
-    path = (root / subfolder).resolve() if subfolder else root
+def _inside(root: Path, subfolder: str, name: str, patterns: Sequence[str]) -> Path:
+    path = (root / checked_path(subfolder, "subfolder")).resolve() if subfolder else root
     if subfolder and not path.is_relative_to(root.resolve()):
         raise ModelNotFoundError(f"subfolder={subfolder!r} leads out of {name!r}")
     if not path.is_dir():
         raise ModelNotFoundError(f"{name!r} has no folder {subfolder!r}")
+    # An adapter may have a tokenizer, and that can be read.
+    wanted = (p for p in patterns if p != ADAPTER_CONFIG_NAME)
+    if not any(any(path.glob(pattern)) for pattern in wanted) and (reason := what_else(path)):
+        raise reason
     return path

@@ -31,6 +31,7 @@ __all__ = [
 # The limit of the hub itself; the header of 100 000 tensors is about 12 MB.
 MAX_HEADER_BYTES = 25_000_000
 MAX_TENSORS = 1_000_000
+MAX_CONTAINERS = 2_000_000
 # As many axes as torch's own operations take.
 MAX_AXES = 64
 
@@ -122,6 +123,10 @@ def parse_object(raw: bytes, what: str) -> dict[str, Any]:
         CheckpointError: it is not UTF-8, not JSON, not an object, or a key is there twice.
     """
     objects = 0
+
+    # Each takes some sixty bytes, however few it has in the file.
+    if raw.count(b"[") + raw.count(b"{") > MAX_CONTAINERS:
+        raise CheckpointError(f"{what} has more than {MAX_CONTAINERS} lists and objects")
 
     def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         nonlocal objects

@@ -1,11 +1,10 @@
 """Where the weights of a checkpoint lie: the names of its files, and which paths are safe."""
 
 import re
-import stat
 from dataclasses import dataclass
-from pathlib import Path
 
-from quintet.errors import CheckpointError, InputError
+from quintet.errors import InputError
+from quintet.folder import find_file as find
 from quintet.hub import SINGLE_WEIGHTS, WEIGHTS_INDEX, with_variant
 
 __all__ = [
@@ -85,34 +84,3 @@ def is_plain(name: str) -> bool:
     except UnicodeEncodeError:
         return False
     return 0 < size <= 255 and name not in (".", "..") and not re.search(r"[/\\:\x00-\x1f]", name)
-
-
-def find(directory: Path, name: str) -> Path | None:
-    """Return the path of a regular file in `directory`, or None where there is no such name.
-
-    Raises:
-        CheckpointError: it is a directory or a device, or a link that leads out.
-    """
-    path = directory / name
-    try:
-        real = path.resolve(strict=True)
-        mode = real.stat().st_mode
-    except FileNotFoundError:
-        return None
-    except (OSError, RuntimeError) as error:
-        raise CheckpointError(f"{path} cannot be read: {error}") from error
-    if not stat.S_ISREG(mode):
-        raise CheckpointError(f"{path} has to be a regular file, and is not")
-    if not any(real.is_relative_to(root) for root in _allowed(directory.resolve())):
-        raise CheckpointError(
-            f"{path} is a link that leads out of its directory, to {real}; "
-            "put the file itself there, or open the directory that holds it"
-        )
-    return path
-
-
-def _allowed(directory: Path) -> list[Path]:
-    """Return the directories in which the files of a checkpoint may really lie."""
-    # huggingface_hub: models--owner--name/snapshots/<commit>/file -> ../../blobs/<hash>
-    snapshots = [folder for folder in directory.parents if folder.name == "snapshots"]
-    return [directory, *(folder.parent / "blobs" for folder in snapshots)]

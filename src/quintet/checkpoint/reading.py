@@ -217,8 +217,9 @@ def _read_index(path: Path) -> tuple[dict[str, str], str | None]:
         )
     if len(weight_map) > MAX_TENSORS:
         raise CheckpointError(f"{path} names {len(weight_map)} tensors; the most is {MAX_TENSORS}")
-    for name, shard in weight_map.items():
-        if not isinstance(shard, str) or not is_plain(shard):
+    # One tensor of each file, as there may be a million.
+    for shard, name in {str(shard): name for name, shard in weight_map.items()}.items():
+        if not isinstance(weight_map[name], str) or not is_plain(shard):
             raise CheckpointError(
                 f"{path}: tensor {shown(name)} is said to be in {shown(shard)}, which has to be "
                 "the plain name of a file in the same directory"

@@ -29,6 +29,7 @@ from quintet.checkpoint.reading import half_moved
 from quintet.checkpoint.sizes import parse_size, split
 from quintet.errors import InputError, SaveError, listed, shown
 from quintet.files import locked
+from quintet.folder import checked_path
 
 __all__ = ["parse_size", "save", "save_stream"]
 
@@ -123,6 +124,7 @@ def _save(
     named: Names,
     needed: int | None,
 ) -> list[Path]:
+    checked_path(directory, "save_directory")
     if os.path.lexists(directory) and not directory.is_dir():
         raise SaveError(f"{directory} is a file; a checkpoint is written into a directory")
     staging = directory / f"{STAGING}{secrets.token_hex(8)}"

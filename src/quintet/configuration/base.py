@@ -27,6 +27,7 @@ from quintet.configuration.rules import (
 )
 from quintet.errors import ConfigError, ModelNotFoundError, SaveError, shown
 from quintet.files import read_json, write_text
+from quintet.folder import checked_path, find_file, what_else
 from quintet.hub import CONFIG_NAME, CONFIG_PATTERNS, Pushable, locate
 
 if TYPE_CHECKING:
@@ -38,6 +39,8 @@ ATTENTION_BACKENDS = ("eager", "sdpa", "flash_attention_2")
 FLOAT_DTYPES = ("bfloat16", "float16", "float32", "float64")
 _RENAMED = {"torch_dtype": "dtype", "_name_or_path": "name_or_path"}
 MOST_COMPARED = 200
+# As much as two hundred thousand labels are; in memory it may be twenty times as much.
+MAX_CONFIG_BYTES = 8_000_000
 _ROPE_KEYS = ("rope_theta", "rope_scaling", "rope_parameters")
 
 
@@ -308,7 +311,7 @@ class PreTrainedConfig(ConfigContract, Pushable):
             SaveError: it could not be written; an older one is untouched.
             ConfigError: a value cannot be written as JSON.
         """
-        path = Path(save_directory)
+        path = checked_path(save_directory, "save_directory")
         if path.is_file():
             raise SaveError(f"{path} is a file; save_pretrained writes into a directory")
         write_text(path / CONFIG_NAME, self.to_json_string())
@@ -410,12 +413,15 @@ def read_config(root: Path) -> dict[str, Any]:
 
     Raises:
         ModelNotFoundError: the directory has none.
+        UnsupportedModelError: it holds an adapter, or a model in another format.
         CheckpointError: it is not a JSON object.
     """
-    path = root / CONFIG_NAME
-    if not path.is_file():
-        raise ModelNotFoundError(f"{root} has no {CONFIG_NAME}; it is not a model's directory")
-    return read_json(path)
+    path = find_file(root, CONFIG_NAME)
+    if path is None:
+        raise what_else(root) or ModelNotFoundError(
+            f"{root} has no {CONFIG_NAME}; it is not a model's directory"
+        )
+    return read_json(path, most=MAX_CONFIG_BYTES)
 
 
 def _view(key: str) -> property:

@@ -6,7 +6,6 @@ import json
 import os
 import warnings
 from dataclasses import dataclass, field, fields
-from pathlib import Path
 from typing import Annotated, Any, Self, get_type_hints
 
 from quintet.configuration.base import PreTrainedConfig
@@ -20,6 +19,7 @@ from quintet.configuration.rules import (
 )
 from quintet.errors import InputError, ModelNotFoundError, SaveError
 from quintet.files import read_json, write_text
+from quintet.folder import checked_path, find_file
 from quintet.generation.cache_choice import CACHE_BITS, CACHES, CacheChoice, choose_cache
 from quintet.generation.option_names import asks_nothing, check_names
 from quintet.generation.watermarking import WatermarkingConfig
@@ -331,8 +331,8 @@ class GenerationConfig:
             local_files_only=local_files_only,
             subfolder=subfolder,
         )
-        path = root / GENERATION_CONFIG_NAME
-        if not path.is_file():
+        path = find_file(root, GENERATION_CONFIG_NAME)
+        if path is None:
             raise ModelNotFoundError(f"{root} has no {GENERATION_CONFIG_NAME}")
         return cls.from_dict(read_json(path))
 
@@ -361,7 +361,7 @@ class GenerationConfig:
         Raises:
             SaveError: it could not be written.
         """
-        path = Path(save_directory)
+        path = checked_path(save_directory, "save_directory")
         if path.is_file():
             raise SaveError(f"{path} is a file; save_pretrained writes into a directory")
         write_text(path / GENERATION_CONFIG_NAME, self.to_json_string())

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from quintet.checkpoint import StackExperts
 from quintet.configuration.base import CONFIG_NAME, PreTrainedConfig
 from quintet.errors import InputError
+from quintet.folder import checked_path
 from quintet.generation.config import GENERATION_CONFIG_NAME, GenerationConfig
 from quintet.hub import Pushable
 from quintet.layers.moe import Experts
@@ -229,6 +230,7 @@ class PreTrainedModel(ModelContract, Pushable):
             raise InputError("safe_serialization=False: pickled weights are never written")
         if not is_main_process:
             return
+        save_directory = checked_path(save_directory, "save_directory")
         self.config.architectures = [type(self).__name__]
         self.config.dtype = str(self.dtype).removeprefix("torch.")
         texts = {CONFIG_NAME: self.config.to_json_string()}

@@ -30,6 +30,7 @@ from quintet.checkpoint import (
 )
 from quintet.configuration.base import PreTrainedConfig, read_config
 from quintet.errors import InputError, UnsupportedBackendError, listed
+from quintet.folder import find_file
 from quintet.generation.config import GENERATION_CONFIG_NAME, GenerationConfig
 from quintet.hub import CONFIG_PATTERNS, locate, locate_weights
 from quintet.modeling.dispatch import settle
@@ -234,7 +235,7 @@ def _weights(source: Source | None, root: Path | None, options: Options) -> Weig
 
 
 def _generation_config(root: Path | None) -> GenerationConfig | None:
-    if root is None or not (root / GENERATION_CONFIG_NAME).is_file():
+    if root is None or find_file(root, GENERATION_CONFIG_NAME) is None:
         return None
     return GenerationConfig.from_pretrained(root)
 

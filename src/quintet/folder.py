@@ -1,0 +1,139 @@
+"""What lies in a model's folder: which of its files may be read, and what a folder is instead."""
+
+import json
+import os
+import stat
+from contextlib import suppress
+from pathlib import Path
+
+from quintet.errors import (
+    CheckpointError,
+    InputError,
+    ModelNotFoundError,
+    QuintetError,
+    UnsupportedModelError,
+    shown,
+)
+
+__all__ = ["ADAPTER_CONFIG_NAME", "CONFIG_NAME", "checked_path", "find_file", "what_else"]
+
+CONFIG_NAME = "config.json"
+ADAPTER_CONFIG_NAME = "adapter_config.json"
+GGUF = ".gguf"
+
+
+def checked_path(path: object, argument: str) -> Path:
+    """Return a path that a system can have, `~` expanded.
+
+    Raises:
+        InputError: it is no path, or has a character or a length that no file can have.
+    """
+    if not isinstance(path, str | os.PathLike):
+        raise InputError(f"{argument}={shown(path)} has to be a path")
+    text = os.fspath(path)
+    try:
+        expanded = Path(text).expanduser()
+        # Whether there is such a file does not matter; whether there could be one does.
+        os.lstat(expanded)
+    except (ValueError, RuntimeError, TypeError) as error:
+        raise InputError(f"{argument}={shown(text)} cannot be a path: {error}") from None
+    except OSError as error:
+        if not isinstance(error, FileNotFoundError | NotADirectoryError):
+            raise InputError(
+                f"{argument}={shown(text)} cannot be looked at: {error.strerror}"
+            ) from None
+    return expanded
+
+
+def find_file(directory: Path, name: str) -> Path | None:
+    """Return the path of a regular file in a model's folder, or None where there is none.
+
+    A link may lead to where the hub's cache keeps files, and to the file of the same name in
+    another model's folder. Anywhere else, somebody who made the folder could have us read, and
+    publish again with the model, what is not the model's.
+
+    Raises:
+        CheckpointError: it is a directory or a device, or a link that leads elsewhere.
+    """
+    path = directory / name
+    try:
+        real = path.resolve(strict=True)
+        mode = real.stat().st_mode
+        home = directory.resolve()
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    except (OSError, RuntimeError, ValueError) as error:
+        raise CheckpointError(f"{path} cannot be read: {error}") from error
+    if not stat.S_ISREG(mode):
+        raise CheckpointError(f"{path} has to be a regular file, and is not")
+    if not (real.is_relative_to(home) or _is_of_a_model(real, path.name) or _is_cached(real, home)):
+        raise CheckpointError(
+            f"{path} is a link that leads out of its directory, to {real}; put the file itself "
+            "there, or open the directory that holds it (a link may lead to the file of the same "
+            "name in another model's directory)"
+        )
+    return path
+
+
+def _is_of_a_model(real: Path, name: str) -> bool:
+    if real.name != name or not (real.parent / CONFIG_NAME).is_file():
+        return False
+    return any(real.parent.glob("*.safetensors"))
+
+
+def _is_cached(real: Path, directory: Path) -> bool:
+    # huggingface_hub: models--owner--name/snapshots/<commit>/file -> ../../blobs/<hash>
+    if real.parent.name == "blobs" and (real.parent.parent / "snapshots").is_dir():
+        return True
+    snapshots = [folder for folder in directory.parents if folder.name == "snapshots"]
+    return any(real.is_relative_to(folder.parent / "blobs") for folder in snapshots)
+
+
+def what_else(path: Path) -> QuintetError | None:
+    """Return why a path is no model where that can be told: an adapter, GGUF, an empty folder."""
+    if path.is_file():
+        if path.suffix.lower() == GGUF:
+            return _gguf(str(path), path.name)
+        inside = path.parent if (path.parent / CONFIG_NAME).is_file() else None
+        hint = f" (did you mean {str(inside)!r}?)" if inside else ""
+        return ModelNotFoundError(
+            f"{shown(str(path))} is a file; a model is a directory with {CONFIG_NAME} in it{hint}"
+        )
+    if (path / CONFIG_NAME).exists():
+        return None
+    adapter = path / ADAPTER_CONFIG_NAME
+    if adapter.is_file():
+        return _adapter(path, adapter)
+    try:
+        names = sorted(os.listdir(path))
+    except OSError as error:
+        return ModelNotFoundError(f"{path} cannot be looked into: {error.strerror}")
+    ggufs = [name for name in names if name.lower().endswith(GGUF)]
+    if ggufs:
+        return _gguf(str(path), ", ".join(map(shown, ggufs[:3])))
+    if not names:
+        return ModelNotFoundError(
+            f"{path} is empty; a model is a directory with {CONFIG_NAME}, weights and a tokenizer"
+        )
+    return None
+
+
+def _gguf(where: str, names: str) -> UnsupportedModelError:
+    return UnsupportedModelError(
+        f"{where} is a model in GGUF ({names}), the format of llama.cpp, which is not read here; "
+        "use the release it was made from, with safetensors, and quantize='int8' or 'int4'"
+    )
+
+
+def _adapter(path: Path, adapter: Path) -> UnsupportedModelError:
+    base: object = None
+    with suppress(OSError, ValueError, RecursionError):
+        content = json.loads(adapter.read_bytes()[:1_000_000])
+        base = content.get("base_model_name_or_path") if isinstance(content, dict) else None
+    of = f" of {shown(base)}" if isinstance(base, str) and base else ""
+    model = shown(base) if of else "its base model"
+    return UnsupportedModelError(
+        f"{path} is an adapter of PEFT{of}, not a model: load {model}, put the adapter on it by "
+        f"PeftModel.from_pretrained(model, {str(path)!r}), and save what merge_and_unload() "
+        "returns for the command line"
+    )
