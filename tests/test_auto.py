@@ -165,6 +165,7 @@ def test_a_config_that_is_none_is_named(
 
 
 def test_a_directory_without_a_config_is_named(tmp_path: Path) -> None:
+    (tmp_path / "notes.txt").touch()
     for auto in (AutoConfig, AutoModelForCausalLM):
         with pytest.raises(ModelNotFoundError, match=r"has no config\.json; it is not a model"):
             auto.from_pretrained(tmp_path)

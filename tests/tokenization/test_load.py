@@ -24,7 +24,7 @@ def test_any_other_pipeline_is_the_general_class(trained: Path) -> None:
 
 
 def test_errors_name_what_was_asked_for(tmp_path: Path, trained: Path) -> None:
-    with pytest.raises(ModelNotFoundError, match="no tokenizer"):
+    with pytest.raises(ModelNotFoundError, match="is empty"):
         load(tmp_path)
     with pytest.raises(InputError, match="did you mean 'truncation_side'"):
         load(trained, truncation_sid="left")
