@@ -1,6 +1,8 @@
 """The losses are Transformers', and labels that fit nothing are named."""
 
+from collections.abc import Callable
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -41,7 +43,8 @@ def test_next_token_loss_and_its_gradient(dtype: torch.dtype) -> None:
 def test_a_loss_may_look_further_ahead(ahead: int) -> None:
     logits, labels = torch.randn(B, T, V), some_labels()
     if ahead >= T:
-        assert torch.isnan(next_token_loss(logits, labels, ahead))
+        with pytest.warns(UserWarning, match="no label counts"):
+            assert next_token_loss(logits, labels, ahead) == 0
         return
     told = token_loss(logits[:, :-ahead], labels[:, ahead:])
     torch.testing.assert_close(next_token_loss(logits, labels, ahead), told)
@@ -112,7 +115,10 @@ def test_a_label_out_of_range_is_named(label: int, named: str) -> None:
         pytest.param("regression", torch.rand(B, 2), r"\(3, 2\) do not fit .*\(3, 4\)", id="shape"),
         pytest.param("multi_label_classification", torch.ones(B), r"\(3,\) do not fit", id="flat"),
         pytest.param(
-            "single_label_classification", torch.zeros(B + 1).long(), "4 labels and 3", id="rows"
+            "single_label_classification",
+            torch.zeros(B + 1).long(),
+            r"\(4,\) for 3 sequences",
+            id="rows",
         ),
         pytest.param(
             "single_label_classification", torch.zeros(B), "float32; classes", id="float-classes"
@@ -129,3 +135,128 @@ def test_labels_of_another_shape_or_kind_are_named(
 def test_labels_for_other_tokens_are_named() -> None:
     with pytest.raises(InputError, match=r"labels have shape \(3, 5\) .* \(3, 7\) tokens"):
         token_loss(torch.randn(B, T, V), torch.zeros(B, 5).long())
+
+
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf], ids=str)
+@pytest.mark.parametrize("kind", ["regression", "multi_label_classification"])
+def test_targets_that_are_no_numbers_are_named(kind: str, bad: float) -> None:
+    labels = torch.rand(B, 4)
+    labels[1, 2] = bad
+    with pytest.raises(InputError, match=f"labels hold {bad}"):
+        sequence_loss(torch.randn(B, 4), labels, kind)
+
+
+@pytest.mark.parametrize("bad", [-0.5, 1.5, -100], ids=str)
+def test_a_label_that_holds_more_or_less_than_wholly_is_named(bad: float) -> None:
+    labels = torch.rand(B, 4)
+    labels[1, 2] = bad
+    with pytest.raises(InputError, match=f"labels hold {bad:g}; they are 0 to 1"):
+        sequence_loss(torch.randn(B, 4), labels, "multi_label_classification")
+
+
+@pytest.mark.parametrize(
+    ("places", "named"),
+    [
+        pytest.param(torch.tensor([0, -1, 2]), "_positions hold -1", id="negative"),
+        pytest.param(torch.tensor([0.0, 1, 2]), "_positions have dtype torch.float32", id="float"),
+        pytest.param(torch.zeros(B + 1).long(), r"_positions have shape \(4,\)", id="rows"),
+        pytest.param([0, 1, 2], "_positions is a list", id="list"),
+    ],
+)
+def test_places_that_cannot_be_are_named(places: Any, named: str) -> None:
+    good, logits = torch.zeros(B).long(), torch.randn(B, T)
+    with pytest.raises(InputError, match=f"start{named}"):
+        span_loss(logits, logits, places, good)
+    with pytest.raises(InputError, match=f"end{named}"):
+        span_loss(logits, logits, good, places)
+
+
+# -- parts of a batch ------------------------------------------------------------------------
+
+Loss = Callable[..., Tensor]
+classes, sequences, numbers = some_labels(), torch.tensor([3, 0, 1]), torch.rand(B, 4)
+LOSSES: dict[str, tuple[Loss, Callable[[int], dict[str, Any]], int]] = {
+    "tokens": (token_loss, lambda b: {"labels": classes[:b]}, int((classes != -100).sum())),
+    "next": (
+        next_token_loss,
+        lambda b: {"labels": classes[:b]},
+        int((classes[:, 1:] != -100).sum()),
+    ),
+    "single": (
+        sequence_loss,
+        lambda b: {"labels": sequences[:b], "problem_type": "single_label_classification"},
+        B,
+    ),
+    "regression": (
+        sequence_loss,
+        lambda b: {"labels": numbers[:b], "problem_type": "regression"},
+        4 * B,
+    ),
+    "multi": (
+        sequence_loss,
+        lambda b: {"labels": numbers[:b], "problem_type": "multi_label_classification"},
+        4 * B,
+    ),
+}
+each_loss = pytest.mark.parametrize("name", LOSSES)
+
+
+def logits_of(name: str) -> Tensor:
+    shape = (B, T, V) if name in ("tokens", "next") else (B, 4)
+    return torch.randn(shape, requires_grad=True)
+
+
+@each_loss
+def test_the_sum_is_divided_by_what_the_whole_batch_has(name: str) -> None:
+    loss, labels, count = LOSSES[name]
+    logits = logits_of(name)
+    whole = loss(logits, **labels(B))
+    for items in (count, torch.tensor(count), torch.tensor([float(count)])):
+        told = loss(logits, **labels(B), items=items)
+        assert told.shape == ()
+        torch.testing.assert_close(told, whole)
+    torch.testing.assert_close(loss(logits, **labels(B), items=2 * count), whole / 2)
+
+
+@each_loss
+@pytest.mark.parametrize(
+    "items",
+    [0, -3, torch.nan, torch.inf, torch.tensor([4, 5]), True, torch.tensor(0)],
+    ids=["0", "negative", "nan", "inf", "two", "bool", "tensor-0"],
+)
+def test_a_count_that_cannot_be_is_named(name: str, items: Any) -> None:
+    loss, labels, _ = LOSSES[name]
+    with pytest.raises(InputError, match="num_items_in_batch="):
+        loss(logits_of(name), **labels(B), items=items)
+
+
+@pytest.mark.parametrize("items", [None, 0, 12, torch.tensor(0)], ids=str)
+def test_a_loss_of_nothing_is_zero_with_a_warning(items: Any) -> None:
+    logits = torch.randn(B, T, V, requires_grad=True)
+    none = torch.full((B, T), -100)
+    cut = torch.full((B,), T)
+    for loss, given in (
+        (token_loss, (logits, none)),
+        (next_token_loss, (logits, none)),
+        (next_token_loss, (logits[:, :1], classes[:, :1])),
+        (sequence_loss, (logits[:, 0], none[:, 0], "single_label_classification")),
+        (span_loss, (logits[..., 0], logits[..., 1], cut, cut)),
+    ):
+        with pytest.warns(UserWarning, match="no label counts"):
+            told = loss(*given, items=items)
+        assert told.item() == 0
+        (gradient,) = torch.autograd.grad(told, logits)
+        assert not gradient.any()
+
+
+def test_no_answer_is_looked_for_in_padding() -> None:
+    starts, ends = torch.randn(2, B, T)
+    first, last = torch.tensor([4, 1, 2]), torch.tensor([6, 3, 2])
+    mask = torch.ones(B, T).long()
+    mask[0, :3], mask[1, 5:], mask[2] = 0, 0, 0  # the third has no token, and no answer
+    alone = [
+        span_loss(starts[:1, 3:], ends[:1, 3:], first[:1] - 3, last[:1] - 3),
+        span_loss(starts[1:2, :5], ends[1:2, :5], first[1:2], last[1:2]),
+    ]
+    told = span_loss(starts, ends, first, last, mask)
+    torch.testing.assert_close(told, (alone[0] + alone[1]) / 2)

@@ -1,8 +1,12 @@
 """`pipeline("text-classification")`, beside Transformers' and alone."""
 
+from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from torch import Tensor
 
 from pipelines.conftest import Made, Peers, close
 from quintet import pipeline
@@ -54,6 +58,28 @@ def test_every_option_gives_what_transformers_gives(
 def test_the_kind_of_problem_decides_the_function(changes: dict[str, Any], peers: Peers) -> None:
     ours, theirs = peers(TASK, HEAD, **changes)
     assert close(ours(TEXTS, top_k=None), theirs(TEXTS, top_k=None))
+
+
+@pytest.mark.parametrize(
+    ("count", "labels", "scores"),
+    [
+        pytest.param(1, torch.tensor([5.0]), lambda x: x, id="regression"),
+        pytest.param(3, torch.tensor([[1.0, 0, 1]]), torch.sigmoid, id="several"),
+        pytest.param(3, torch.tensor([2]), lambda x: torch.softmax(x, dim=-1), id="one"),
+    ],
+)
+def test_what_a_head_was_trained_for_decides_the_function(
+    count: int, labels: Tensor, scores: Callable[[Tensor], Tensor], headed: Made, tmp_path: Path
+) -> None:
+    untrained = pipeline(TASK, headed(HEAD, num_labels=count))
+    model, tokenizer = untrained.model, untrained.tokenizer
+    given = tokenizer(TEXTS[0], return_tensors="pt")
+    model(**given, labels=labels).loss.backward()
+    model.save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    expected = scores(model(**given).logits[0]).sort(descending=True).values
+    made = pipeline(TASK, str(tmp_path))(TEXTS[0], top_k=None)
+    assert [one["score"] for one in made] == pytest.approx(expected.tolist(), rel=1e-5)
 
 
 def test_options_of_the_pipeline_hold_for_every_call(headed: Made) -> None:

@@ -1,9 +1,8 @@
-"""The heads every family gets: one class each, on top of any base model."""
+"""A head on top of any base model, and the one that every family writes text with."""
 
 from contextlib import AbstractContextManager
-from typing import Any, ClassVar, cast
+from typing import Any, ClassVar, TypedDict, Unpack, cast
 
-import torch
 from torch import Tensor, nn
 
 from quintet.cache import Cache, LegacyCache
@@ -13,29 +12,44 @@ from quintet.generation.mixin import GenerationMixin
 from quintet.layers.linear import Linear
 from quintet.modeling.base import PreTrainedModel
 from quintet.modeling.decoder import DecoderModel
-from quintet.modeling.outputs import (
-    BaseModelOutputWithPast,
-    CausalLMOutputWithPast,
-    QuestionAnsweringModelOutput,
-    SequenceClassifierOutputWithPast,
-    TokenClassifierOutput,
-)
+from quintet.modeling.outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 from quintet.modeling.packing import Packing, own_labels
 from quintet.ops.documents import Documents
-from quintet.ops.losses import next_token_loss, sequence_loss, span_loss, token_loss
+from quintet.ops.labels import IGNORED, of_tokens, predicted
+from quintet.ops.losses import Items, next_token_loss, token_loss
 
 __all__ = [
     "CausalLMHead",
-    "QuestionAnsweringHead",
-    "SequenceClassificationHead",
-    "TokenClassificationHead",
-    "check_labels",
+    "Headed",
+    "Shifted",
+    "check_shape",
+    "given",
     "kept",
+    "padding_mask",
+    "shift_labels_of",
 ]
 
 
-class _Headed(PreTrainedModel):
-    """A base model under `base_model_prefix`; its outputs are the head's inputs."""
+class Shifted(TypedDict, total=False):
+    """Labels that are shifted already.
+
+    Not a parameter by name: a trainer that finds "label" in a name takes it for one that has to be
+    given to get a loss.
+    """
+
+    shift_labels: Tensor | None
+
+
+class Headed(PreTrainedModel):
+    """A base model under `base_model_prefix`; its outputs are the head's inputs.
+
+    Attributes:
+        loss_type: what Transformers calls the head's loss; a trainer sees by it which labels count.
+        accepts_loss_kwargs: that the loss of a part of a batch takes `num_items_in_batch`.
+    """
+
+    loss_type: ClassVar[str]
+    accepts_loss_kwargs: ClassVar[bool] = True
 
     base_class: ClassVar[type[DecoderModel]]
 
@@ -58,8 +72,10 @@ class _Headed(PreTrainedModel):
         return output if wanted else output.to_tuple()
 
 
-class CausalLMHead(_Headed, GenerationMixin):
+class CausalLMHead(Headed, GenerationMixin):
     """Logits of the next token."""
+
+    loss_type = "ForCausalLM"
 
     def __init__(self, config: PreTrainedConfig) -> None:
         super().__init__(config)
@@ -93,24 +109,31 @@ class CausalLMHead(_Headed, GenerationMixin):
         return_dict: bool | None = None,
         cache_position: Tensor | None = None,
         logits_to_keep: int | Tensor = 0,
+        num_items_in_batch: Items = None,
         *,
         cu_seq_lens_q: Tensor | None = None,
         cu_seq_lens_k: Tensor | None = None,
         max_length_q: int | Tensor | None = None,
         max_length_k: int | Tensor | None = None,
         seq_idx: Tensor | None = None,
+        **shifted: Unpack[Shifted],
     ) -> CausalLMOutputWithPast | tuple[Any, ...]:
         """Return logits (B, T, V) of the token after each; arguments as in `DecoderModel.forward`.
 
         Args:
             labels: (B, T) ids to predict, -100 where the loss ignores them; they are shifted here.
+                Padding, as a mask (B, T) tells, neither predicts nor is predicted.
             logits_to_keep: how many of the last positions to return logits of, 0 for all; or a
                 tensor of positions (N,). The loss needs all of them.
+            num_items_in_batch: what the sum over labels is divided by in place of their number:
+                how many a batch has in all, of which this is a part.
+            shift_labels: (B, T) the ids to predict where they are predicted, in place of `labels`.
 
         Raises:
             InputError: an argument cannot be used, or two contradict each other.
         """
         packing = Packing(cu_seq_lens_q, cu_seq_lens_k, max_length_q, max_length_k, seq_idx)
+        shift_labels = shift_labels_of(shifted)
         outputs = self._base(
             input_ids=input_ids,
             attention_mask=attention_mask,
@@ -125,240 +148,106 @@ class CausalLMHead(_Headed, GenerationMixin):
         )
         logits = self.lm_head(kept(outputs.last_hidden_state, logits_to_keep))
         loss = None
-        if labels is not None:
-            check_labels(labels, logits)
+        if labels is not None or shift_labels is not None:
             texts = self.texts(
                 logits, packing, attention_mask, position_ids, past_key_values, use_cache=use_cache
             )
-            labels = own_labels(labels, texts)
-            loss = next_token_loss(logits, labels)
+            loss = self.label_loss(
+                logits,
+                labels,
+                shift_labels,
+                padding_mask(attention_mask),
+                texts,
+                num_items_in_batch,
+            )
         output = CausalLMOutputWithPast(
             loss, logits, outputs.past_key_values, outputs.hidden_states, outputs.attentions
         )
         return cast("CausalLMOutputWithPast", self._returned(output, return_dict))
 
-
-class SequenceClassificationHead(_Headed):
-    """Logits of a whole sequence, read off its last token that is not padding."""
-
-    new_head = ("score.",)
-
-    def __init__(self, config: PreTrainedConfig) -> None:
-        super().__init__(config)
-        self.num_labels = config.num_labels
-        self.score = Linear(config.hidden_size, config.num_labels, bias=False)
-        self.init_module(self.score)
-
-    def forward(
+    def label_loss(
         self,
-        input_ids: Tensor | None = None,
-        attention_mask: Tensor | None = None,
-        position_ids: Tensor | None = None,
-        past_key_values: Cache | LegacyCache | None = None,
-        inputs_embeds: Tensor | None = None,
-        labels: Tensor | None = None,
-        use_cache: bool | None = None,
-        output_attentions: bool | None = None,
-        output_hidden_states: bool | None = None,
-        return_dict: bool | None = None,
-        *,
-        cu_seq_lens_q: Tensor | None = None,
-        cu_seq_lens_k: Tensor | None = None,
-        max_length_q: int | Tensor | None = None,
-        max_length_k: int | Tensor | None = None,
-        seq_idx: Tensor | None = None,
-    ) -> SequenceClassifierOutputWithPast | tuple[Any, ...]:
-        """Return logits (B, num_labels); arguments as in `DecoderModel.forward`.
-
-        Args:
-            labels: (B,) classes; or (B,), (B, num_labels) numbers for a regression; or
-                (B, num_labels) of 0..1 for several labels at once. `config.problem_type` decides
-                which, or where it is not set, the number of labels and the dtype.
-
-        Raises:
-            InputError: several rows, and neither pad_token_id nor a mask tells where each ends.
-        """
-        packing = Packing(cu_seq_lens_q, cu_seq_lens_k, max_length_q, max_length_k, seq_idx)
-        outputs = self._base(
-            input_ids=input_ids,
-            attention_mask=attention_mask,
-            position_ids=position_ids,
-            past_key_values=past_key_values,
-            inputs_embeds=inputs_embeds,
-            use_cache=use_cache,
-            output_attentions=output_attentions,
-            output_hidden_states=output_hidden_states,
-            **packing._asdict(),
-        )
-        logits = self.score(outputs.last_hidden_state)
-        B = logits.shape[0]
-        last = self._last_tokens(input_ids, attention_mask, B)
-        logits = logits[torch.arange(B, device=logits.device), last]
-        loss = None
+        logits: Tensor,
+        labels: Tensor | None,
+        shift_labels: Tensor | None,
+        mask: Tensor | None,
+        texts: Documents | None,
+        items: Items,
+    ) -> Tensor:
+        """Return the loss of labels of either kind, of rows with padding or with several texts."""
         if labels is not None:
-            loss = sequence_loss(logits, labels, self._problem_type(labels))
-        output = SequenceClassifierOutputWithPast(
-            loss, logits, outputs.past_key_values, outputs.hidden_states, outputs.attentions
+            check_shape("labels", labels, logits)
+            labels = predicted(own_labels(labels, texts), mask)
+        if shift_labels is not None:
+            check_shape("shift_labels", shift_labels, logits)
+            shift_labels = of_tokens(own_labels(shift_labels, texts, shifted=1), mask)
+        loss: Tensor = self.loss_function(
+            logits=logits,
+            labels=labels,
+            vocab_size=logits.shape[-1],
+            **given(num_items_in_batch=items, shift_labels=shift_labels),
         )
-        return cast("SequenceClassifierOutputWithPast", self._returned(output, return_dict))
+        return loss
 
-    def _last_tokens(
-        self, input_ids: Tensor | None, attention_mask: Tensor | None, B: int
-    ) -> Tensor | int:
-        """Return the column of each row's last token that is not padding."""
-        pad = self.config.pad_token_id
-        if pad is None and attention_mask is not None and attention_mask.ndim == 2:
-            columns = torch.arange(attention_mask.shape[1], device=attention_mask.device)
-            return (columns * (attention_mask != 0)).argmax(dim=-1)
-        if input_ids is None or pad is None:
-            if B > 1 and pad is None:
-                raise InputError(
-                    f"a batch of {B} rows needs config.pad_token_id or an attention_mask, to tell "
-                    "where each row ends; set model.config.pad_token_id = tokenizer.pad_token_id"
-                )
-            return -1
-        columns = torch.arange(input_ids.shape[1], device=input_ids.device)
-        return (columns * (input_ids != pad)).argmax(dim=-1)
-
-    def _problem_type(self, labels: Tensor) -> str:
-        if self.config.problem_type is not None:
-            return self.config.problem_type
-        if self.num_labels == 1:
-            return "regression"
-        if labels.is_floating_point():
-            return "multi_label_classification"
-        return "single_label_classification"
-
-
-class TokenClassificationHead(_Headed):
-    """Logits of each token."""
-
-    new_head = ("score.",)
-
-    def __init__(self, config: PreTrainedConfig) -> None:
-        super().__init__(config)
-        self.num_labels = config.num_labels
-        rate = config.classifier_dropout
-        self.dropout = nn.Dropout(0.1 if rate is None else rate)
-        self.score = Linear(config.hidden_size, config.num_labels)
-        self.init_module(self.score)
-
-    def forward(
+    def loss_function(
         self,
-        input_ids: Tensor | None = None,
-        attention_mask: Tensor | None = None,
-        position_ids: Tensor | None = None,
-        past_key_values: Cache | LegacyCache | None = None,
-        inputs_embeds: Tensor | None = None,
-        labels: Tensor | None = None,
-        use_cache: bool | None = None,
-        output_attentions: bool | None = None,
-        output_hidden_states: bool | None = None,
-        return_dict: bool | None = None,
-        *,
-        cu_seq_lens_q: Tensor | None = None,
-        cu_seq_lens_k: Tensor | None = None,
-        max_length_q: int | Tensor | None = None,
-        max_length_k: int | Tensor | None = None,
-        seq_idx: Tensor | None = None,
-    ) -> TokenClassifierOutput | tuple[Any, ...]:
-        """Return logits (B, T, num_labels); arguments as in `DecoderModel.forward`.
+        logits: Tensor,
+        labels: Tensor | None,
+        vocab_size: int,
+        num_items_in_batch: Items = None,
+        ignore_index: int = IGNORED,
+        shift_labels: Tensor | None = None,
+    ) -> Tensor:
+        """Return the cross-entropy of the next tokens; may be replaced by assigning another.
 
-        Args:
-            labels: (B, T) classes, -100 where the loss ignores them.
-        """
-        packing = Packing(cu_seq_lens_q, cu_seq_lens_k, max_length_q, max_length_k, seq_idx)
-        outputs = self._base(
-            input_ids=input_ids,
-            attention_mask=attention_mask,
-            position_ids=position_ids,
-            past_key_values=past_key_values,
-            inputs_embeds=inputs_embeds,
-            use_cache=use_cache,
-            output_attentions=output_attentions,
-            output_hidden_states=output_hidden_states,
-            **packing._asdict(),
-        )
-        logits = self.score(self.dropout(outputs.last_hidden_state))
-        loss = None if labels is None else token_loss(logits, labels)
-        output = TokenClassifierOutput(loss, logits, outputs.hidden_states, outputs.attentions)
-        return cast("TokenClassifierOutput", self._returned(output, return_dict))
-
-
-class QuestionAnsweringHead(_Headed):
-    """Logits of where an answer starts and ends."""
-
-    base_model_prefix = "transformer"
-    new_head = ("qa_outputs.",)
-
-    def __init__(self, config: PreTrainedConfig) -> None:
-        super().__init__(config)
-        self.qa_outputs = Linear(config.hidden_size, 2)
-        self.init_module(self.qa_outputs)
-
-    def forward(
-        self,
-        input_ids: Tensor | None = None,
-        attention_mask: Tensor | None = None,
-        position_ids: Tensor | None = None,
-        past_key_values: Cache | LegacyCache | None = None,
-        inputs_embeds: Tensor | None = None,
-        start_positions: Tensor | None = None,
-        end_positions: Tensor | None = None,
-        output_attentions: bool | None = None,
-        output_hidden_states: bool | None = None,
-        return_dict: bool | None = None,
-        *,
-        cu_seq_lens_q: Tensor | None = None,
-        cu_seq_lens_k: Tensor | None = None,
-        max_length_q: int | Tensor | None = None,
-        max_length_k: int | Tensor | None = None,
-        seq_idx: Tensor | None = None,
-    ) -> QuestionAnsweringModelOutput | tuple[Any, ...]:
-        """Return start and end logits (B, T) each; arguments as in `DecoderModel.forward`.
-
-        Args:
-            start_positions: (B,) the answer's first token; past the end where it was cut off.
-            end_positions: (B,) the answer's last token.
+        Shapes: logits (B, T, V), labels (B, T), or shift_labels (B, T) which are shifted already.
 
         Raises:
-            InputError: one of the two positions without the other.
+            InputError: the arguments do not fit each other.
         """
-        packing = Packing(cu_seq_lens_q, cu_seq_lens_k, max_length_q, max_length_k, seq_idx)
-        if (start_positions is None) != (end_positions is None):
-            raise InputError("start_positions and end_positions go together; give both or neither")
-        outputs = self._base(
-            input_ids=input_ids,
-            attention_mask=attention_mask,
-            position_ids=position_ids,
-            past_key_values=past_key_values,
-            inputs_embeds=inputs_embeds,
-            output_attentions=output_attentions,
-            output_hidden_states=output_hidden_states,
-            **packing._asdict(),
-        )
-        starts, ends = self.qa_outputs(outputs.last_hidden_state).unbind(dim=-1)
-        loss = None
-        if start_positions is not None and end_positions is not None:
-            loss = span_loss(starts, ends, start_positions, end_positions)
-        output = QuestionAnsweringModelOutput(
-            loss, starts, ends, outputs.hidden_states, outputs.attentions
-        )
-        return cast("QuestionAnsweringModelOutput", self._returned(output, return_dict))
+        if logits.shape[-1] != vocab_size:
+            raise InputError(f"logits of {logits.shape[-1]} ids and vocab_size={vocab_size}")
+        if shift_labels is not None:
+            return token_loss(logits, shift_labels, num_items_in_batch, ignore_index)
+        if labels is None:
+            raise InputError("a loss needs labels, or shift_labels")
+        return next_token_loss(logits, labels, items=num_items_in_batch, ignored=ignore_index)
 
 
-def check_labels(labels: Tensor, logits: Tensor) -> None:
+def check_shape(name: str, labels: Tensor, logits: Tensor) -> None:
     """Check that there is a label for each position that has logits.
 
     Raises:
         InputError: there is not.
     """
-    if labels.shape != logits.shape[:2]:
+    if not isinstance(labels, Tensor) or labels.shape != logits.shape[:2]:
+        shape = f"shape {tuple(labels.shape)}" if isinstance(labels, Tensor) else type(labels)
         raise InputError(
-            f"labels have shape {tuple(labels.shape)} and there are logits of "
-            f"{tuple(logits.shape[:2])} positions; give a label for each token, and "
-            "logits_to_keep=0"
+            f"{name} have {shape} and there are logits of {tuple(logits.shape[:2])} positions; "
+            "give a tensor with a label for each token, and logits_to_keep=0"
         )
+
+
+def shift_labels_of(options: Shifted) -> Tensor | None:
+    """Return the labels that are shifted already, None without.
+
+    Raises:
+        TypeError: there are options of other names.
+    """
+    for name in options:
+        if name != "shift_labels":
+            raise TypeError(f"forward() got an unexpected keyword argument {name!r}")
+    return options.get("shift_labels")
+
+
+def padding_mask(attention_mask: Tensor | None) -> Tensor | None:
+    """Return a mask that tells tokens from padding, (B, W); None for one of the caller's own."""
+    return attention_mask if attention_mask is not None and attention_mask.ndim == 2 else None
+
+
+def given(**options: Any) -> dict[str, Any]:
+    """Return the options that are not None."""
+    return {name: value for name, value in options.items() if value is not None}
 
 
 def kept(hidden: Tensor, logits_to_keep: int | Tensor) -> Tensor:

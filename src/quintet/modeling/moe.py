@@ -1,6 +1,6 @@
 """What models with experts add: router logits, and a loss that balances the experts."""
 
-from typing import Any, cast
+from typing import Any, Unpack, cast
 
 import torch
 from torch import Tensor
@@ -8,10 +8,10 @@ from torch import Tensor
 from quintet.cache import Cache, LegacyCache
 from quintet.checkpoint import StackExperts
 from quintet.modeling.decoder import DecoderModel, first
-from quintet.modeling.heads import CausalLMHead, check_labels, kept
+from quintet.modeling.heads import CausalLMHead, Shifted, kept, padding_mask, shift_labels_of
 from quintet.modeling.outputs import MoeCausalLMOutputWithPast, MoeModelOutputWithPast
-from quintet.modeling.packing import Packing, own_labels
-from quintet.ops.losses import next_token_loss
+from quintet.modeling.packing import Packing
+from quintet.ops.losses import Items
 
 __all__ = ["EXPERT_RULES", "MoeCausalLMHead", "MoeDecoderModel"]
 
@@ -107,22 +107,27 @@ class MoeCausalLMHead(CausalLMHead):
         cache_position: Tensor | None = None,
         logits_to_keep: int | Tensor = 0,
         output_router_logits: bool | None = None,
+        num_items_in_batch: Items = None,
         *,
         cu_seq_lens_q: Tensor | None = None,
         cu_seq_lens_k: Tensor | None = None,
         max_length_q: int | Tensor | None = None,
         max_length_k: int | Tensor | None = None,
         seq_idx: Tensor | None = None,
+        **shifted: Unpack[Shifted],
     ) -> MoeCausalLMOutputWithPast | tuple[Any, ...]:
         """Return logits (B, T, V) of the token after each; arguments as in `CausalLMHead.forward`.
 
         Args:
             output_router_logits: return what the router of each layer with experts computed, and
                 the balance loss.
+            num_items_in_batch: divides the sum over labels alone; the balance is that of the
+                tokens of this call.
         """
         packing = Packing(cu_seq_lens_q, cu_seq_lens_k, max_length_q, max_length_k, seq_idx)
+        shift_labels = shift_labels_of(shifted)
         routed = first(output_router_logits, self.config.output_router_logits)
-        weight = self.aux_loss_weight(labels, routed)
+        weight = self.aux_loss_weight(shift_labels if labels is None else labels, routed)
         outputs = cast(
             "MoeModelOutputWithPast",
             self.base_model(
@@ -141,21 +146,20 @@ class MoeCausalLMHead(CausalLMHead):
             ),
         )
         logits = self.lm_head(kept(outputs.last_hidden_state, logits_to_keep))
-        aux = loss = None
-        if weight is not None and outputs.router_logits:
-            states = outputs.last_hidden_state
-            mask = states.new_ones(states.shape[:2], dtype=torch.long)
-            if attention_mask is not None and attention_mask.ndim == 2:
-                mask = attention_mask[:, -mask.shape[1] :]
-            aux = self.aux_loss(outputs.router_logits, mask)
-        if labels is not None:
-            check_labels(labels, logits)
+        padding = padding_mask(attention_mask)
+        loss = aux = None
+        if labels is not None or shift_labels is not None:
             texts = self.texts(
                 logits, packing, attention_mask, position_ids, past_key_values, use_cache=use_cache
             )
-            labels = own_labels(labels, texts)
-            loss = next_token_loss(logits, labels)
-            if aux is not None and weight is not None:
+            loss = self.label_loss(logits, labels, shift_labels, padding, texts, num_items_in_batch)
+        if weight is not None and outputs.router_logits:
+            states = outputs.last_hidden_state
+            mask = states.new_ones(states.shape[:2], dtype=torch.long)
+            if padding is not None:
+                mask = padding[:, -mask.shape[1] :]
+            aux = self.aux_loss(outputs.router_logits, mask)
+            if loss is not None:
                 loss = loss + weight * aux
         output = MoeCausalLMOutputWithPast(
             loss=loss,

@@ -7,7 +7,7 @@ its embedding and output head (DeepSeek-V3, arXiv:2412.19437, §2.2).
 import warnings
 from collections.abc import Iterable
 from itertools import islice
-from typing import Any
+from typing import Any, Unpack
 
 import torch
 import torch.nn.functional as F  # noqa: N812
@@ -18,12 +18,13 @@ from quintet.cache.dense import DynamicSlot
 from quintet.errors import InputError
 from quintet.layers.step import Notes, Step
 from quintet.modeling.decoder import first
-from quintet.modeling.heads import kept
+from quintet.modeling.heads import Shifted, kept, padding_mask, shift_labels_of
 from quintet.modeling.moe import MoeCausalLMHead, MoeDecoderModel
 from quintet.modeling.outputs import MoeCausalLMOutputWithPast
 from quintet.modeling.packing import Packing, own_labels
 from quintet.ops.documents import Documents
-from quintet.ops.losses import IGNORED, next_token_loss
+from quintet.ops.labels import following_tokens
+from quintet.ops.losses import Items, token_loss
 from quintet.ops.ragged import ragged
 
 __all__ = [
@@ -152,12 +153,14 @@ class MtpCausalLMHead(MoeCausalLMHead):
         output_router_logits: bool | None = None,
         output_mtp_logits: bool = False,
         mtp_loss_weight: float | None = None,
+        num_items_in_batch: Items = None,
         *,
         cu_seq_lens_q: Tensor | None = None,
         cu_seq_lens_k: Tensor | None = None,
         max_length_q: int | Tensor | None = None,
         max_length_k: int | Tensor | None = None,
         seq_idx: Tensor | None = None,
+        **shifted: Unpack[Shifted],
     ) -> MoeCausalLMOutputWithPast | tuple[Any, ...]:
         """Return logits (B, T, V) of the token after each; arguments as in `CausalLMHead.forward`.
 
@@ -169,15 +172,18 @@ class MtpCausalLMHead(MoeCausalLMHead):
             mtp_loss_weight: λ; adds λ/D · Σ_k L_k to the loss, L_k being the cross-entropy of what
                 the k-th of D prediction layers predicts (arXiv:2412.19437, eq. 24-25).
                 `mtp_loss` is the mean of the L_k.
+            num_items_in_batch: divides the sums over labels, those of the L_k too.
 
         Raises:
             InputError: an argument cannot be used, or two contradict each other.
         """
         packing = Packing(cu_seq_lens_q, cu_seq_lens_k, max_length_q, max_length_k, seq_idx)
+        shift_labels = shift_labels_of(shifted)
         looks_ahead = output_mtp_logits or mtp_loss_weight is not None
         if looks_ahead:
             self._check_look_ahead(past_key_values)
-        if mtp_loss_weight is not None and (labels is None or mtp_loss_weight < 0):
+        unlabelled = labels is None and shift_labels is None
+        if mtp_loss_weight is not None and (unlabelled or mtp_loss_weight < 0):
             raise InputError(
                 f"mtp_loss_weight={mtp_loss_weight} weighs a loss; it is at least 0, "
                 "and needs labels"
@@ -197,6 +203,8 @@ class MtpCausalLMHead(MoeCausalLMHead):
             cache_position=cache_position,
             logits_to_keep=logits_to_keep,
             output_router_logits=output_router_logits,
+            num_items_in_batch=num_items_in_batch,
+            **shifted,
             **packing._asdict(),
         )
         assert isinstance(output, MoeCausalLMOutputWithPast)
@@ -208,8 +216,15 @@ class MtpCausalLMHead(MoeCausalLMHead):
             ahead = self.model.look_ahead(hidden, embeds, attention_mask, position_ids, texts)
             made = tuple(self.lm_head(kept(x, logits_to_keep)) for x in ahead)
             output.mtp_logits = made if output_mtp_logits else None
-            if mtp_loss_weight is not None and labels is not None and output.loss is not None:
-                output.mtp_loss = _look_ahead_loss(made, labels, attention_mask, texts)
+            if mtp_loss_weight is not None and output.loss is not None:
+                mask = padding_mask(attention_mask)
+                losses = [
+                    token_loss(
+                        logits, _targets(k, labels, shift_labels, mask, texts), num_items_in_batch
+                    )
+                    for k, logits in enumerate(made, start=1)
+                ]
+                output.mtp_loss = torch.stack(losses).mean()
                 output.loss = output.loss + mtp_loss_weight * output.mtp_loss
         if not states_asked:
             output.hidden_states = None
@@ -287,16 +302,15 @@ class MtpCausalLMHead(MoeCausalLMHead):
             )
 
 
-def _look_ahead_loss(
-    made: tuple[Tensor, ...], labels: Tensor, mask: Tensor | None, texts: Documents | None
+def _targets(
+    k: int,
+    labels: Tensor | None,
+    shift_labels: Tensor | None,
+    mask: Tensor | None,
+    texts: Documents | None,
 ) -> Tensor:
-    """Return the mean over depths of the loss of what each predicts, made at tokens only."""
-    losses = []
-    for k, logits in enumerate(made, start=1):
-        told = own_labels(labels, texts, k + 1)
-        if mask is not None and mask.ndim == 2:
-            # A state of padding knows nothing, also where a label follows k + 1 columns later.
-            from_token = F.pad(mask[:, -labels.shape[1] :], (k + 1, 0))[:, : labels.shape[1]]
-            told = told.masked_fill(from_token == 0, IGNORED)
-        losses.append(next_token_loss(logits, told, ahead=k + 1))
-    return torch.stack(losses).mean()
+    """Return the labels (B, T) of what layer k predicts, where it does: k + 1 tokens further."""
+    if shift_labels is not None:
+        return following_tokens(own_labels(shift_labels, texts, k + 1, shifted=1), mask, k)
+    assert labels is not None
+    return following_tokens(own_labels(labels, texts, k + 1), mask, k + 1)

@@ -4,11 +4,12 @@ from itertools import pairwise
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F  # noqa: N812
 from torch import Tensor
 
 from quintet.errors import InputError
 from quintet.ops.documents import Documents, documents_of
-from quintet.ops.losses import IGNORED
+from quintet.ops.labels import IGNORED
 from quintet.ops.transforms import recorded
 
 __all__ = ["Packing", "own_labels", "packed"]
@@ -61,11 +62,17 @@ def packed(
     return documents_of(positions - columns)
 
 
-def own_labels(labels: Tensor, documents: Documents | None, ahead: int = 1) -> Tensor:
-    """Return labels (B, T) without those that a token of another text would have to predict."""
+def own_labels(
+    labels: Tensor, documents: Documents | None, ahead: int = 1, *, shifted: int = 0
+) -> Tensor:
+    """Return labels (B, T) without those that a token of another text would have to predict.
+
+    A label is of the token `shifted` places after its own, and predicted `ahead` places before it.
+    """
     if documents is None or labels.shape != documents.index.shape:
         return labels
-    return labels.masked_fill(documents.apart(ahead).to(labels.device), IGNORED)
+    apart = F.pad(documents.apart(ahead)[:, shifted:], (0, shifted))
+    return labels.masked_fill(apart.to(labels.device), IGNORED)
 
 
 def _check_alone(name: str, mask: Tensor | None, cached: bool) -> None:

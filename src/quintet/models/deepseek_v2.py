@@ -37,7 +37,7 @@ from quintet.layers.routing import Router, SharedExpertsMoE, SoftmaxRouter
 from quintet.layers.stack import Piece, StackLayer, residuals
 from quintet.layers.step import Step
 from quintet.modeling.base import PreTrainedModel
-from quintet.modeling.heads import (
+from quintet.modeling.classification import (
     QuestionAnsweringHead,
     SequenceClassificationHead,
     TokenClassificationHead,

@@ -39,7 +39,7 @@ from quintet.layers.routing import Router, SharedExpertsMoE, SigmoidRouter
 from quintet.layers.stack import Piece, StackLayer, residuals
 from quintet.layers.step import Step
 from quintet.modeling.base import PreTrainedModel
-from quintet.modeling.heads import (
+from quintet.modeling.classification import (
     QuestionAnsweringHead,
     SequenceClassificationHead,
     TokenClassificationHead,

@@ -28,13 +28,13 @@ from quintet.layers.rotary import RotaryEmbedding
 from quintet.layers.stack import Piece, StackLayer, residuals
 from quintet.layers.step import Step
 from quintet.modeling.base import PreTrainedModel
-from quintet.modeling.decoder import DecoderModel
-from quintet.modeling.heads import (
-    CausalLMHead,
+from quintet.modeling.classification import (
     QuestionAnsweringHead,
     SequenceClassificationHead,
     TokenClassificationHead,
 )
+from quintet.modeling.decoder import DecoderModel
+from quintet.modeling.heads import CausalLMHead
 from quintet.ops.activations import activation
 
 __all__ = [

@@ -39,7 +39,7 @@ from quintet.layers.rotary import RotaryEmbedding
 from quintet.layers.stack import Piece, StackLayer, StackPart, residuals
 from quintet.layers.step import Notes, Step
 from quintet.modeling.base import PreTrainedModel
-from quintet.modeling.heads import (
+from quintet.modeling.classification import (
     QuestionAnsweringHead,
     SequenceClassificationHead,
     TokenClassificationHead,

@@ -42,13 +42,13 @@ from quintet.layers.shared_transformer import SharedAttention, SharedMLP, Shared
 from quintet.layers.stack import Piece, StackLayer, residuals
 from quintet.layers.step import Step
 from quintet.modeling.base import PreTrainedModel
-from quintet.modeling.decoder import DecoderModel
-from quintet.modeling.heads import (
-    CausalLMHead,
+from quintet.modeling.classification import (
     QuestionAnsweringHead,
     SequenceClassificationHead,
     TokenClassificationHead,
 )
+from quintet.modeling.decoder import DecoderModel
+from quintet.modeling.heads import CausalLMHead
 from quintet.ops.activations import activation
 
 __all__ = [

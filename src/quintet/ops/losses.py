@@ -1,42 +1,56 @@
-"""The losses of the heads, in float32."""
+"""The losses of the heads, in float32: sums over labels, divided by how many there are.
+
+`items` is how many there are in all where a batch is given in parts, so that the losses of the
+parts add up to that of the whole.
+"""
+
+import warnings
 
 import torch
 import torch.nn.functional as F  # noqa: N812
 from torch import Tensor
 
 from quintet.errors import InputError
+from quintet.ops.labels import (
+    IGNORED,
+    check_classes,
+    check_positions,
+    check_targets,
+    following,
+    readable,
+)
 
-__all__ = ["next_token_loss", "sequence_loss", "span_loss", "token_loss"]
+__all__ = ["Items", "next_token_loss", "sequence_loss", "span_loss", "token_loss"]
 
-IGNORED = -100
+Items = int | float | Tensor | None
 
 
-def next_token_loss(logits: Tensor, labels: Tensor, ahead: int = 1) -> Tensor:
-    """Cross-entropy of each token given those before it, averaged over labels that are not -100.
+def next_token_loss(
+    logits: Tensor, labels: Tensor, ahead: int = 1, items: Items = None, ignored: int = IGNORED
+) -> Tensor:
+    """Cross-entropy of each token given those before it, averaged over labels that count.
 
     Shapes: logits (B, T, V), labels (B, T); the label of position t is compared at t - `ahead`.
     """
-    # The labels are moved, not the logits: a slice of those is copied, and so is its gradient.
-    shifted = F.pad(labels[:, ahead:], (0, min(ahead, labels.shape[1])), value=IGNORED)
-    return token_loss(logits, shifted)
+    return token_loss(logits, following(labels, ahead, ignored), items, ignored)
 
 
-def token_loss(logits: Tensor, labels: Tensor) -> Tensor:
-    """Cross-entropy of each position's label; logits (B, T, V), labels (B, T)."""
+def token_loss(
+    logits: Tensor, labels: Tensor, items: Items = None, ignored: int = IGNORED
+) -> Tensor:
+    """Cross-entropy of each position's label, -100 for none; logits (..., V), labels (...)."""
     if labels.shape != logits.shape[:-1]:
         raise InputError(
             f"labels have shape {tuple(labels.shape)} and there are logits of "
             f"{tuple(logits.shape[:-1])} tokens; give a label for each, or {IGNORED}"
         )
-    _check_labels(labels, logits.shape[-1])
-    return F.cross_entropy(
-        logits.reshape(-1, logits.shape[-1]).to(torch.float32),
-        labels.reshape(-1).to(logits.device, torch.long),
-        ignore_index=IGNORED,
-    )
+    if ignored != IGNORED:
+        labels = labels.masked_fill(labels == ignored, IGNORED)
+    check_classes(labels, logits.shape[-1])
+    return _cross_entropy(logits.reshape(-1, logits.shape[-1]), labels.reshape(-1), items)
 
 
-def sequence_loss(logits: Tensor, labels: Tensor, problem_type: str) -> Tensor:
+def sequence_loss(logits: Tensor, labels: Tensor, problem_type: str, items: Items = None) -> Tensor:
     """Regression, single-label or multi-label loss of whole sequences.
 
     Shapes: logits (B, L); labels (B,) or (B, L), classes for "single_label_classification",
@@ -44,14 +58,13 @@ def sequence_loss(logits: Tensor, labels: Tensor, problem_type: str) -> Tensor:
     """
     labels = labels.to(logits.device)
     if problem_type == "single_label_classification":
-        labels = labels.reshape(-1)
-        if labels.shape != logits.shape[:1]:
+        if labels.shape not in (logits.shape[:1], (len(logits), 1)):
             raise InputError(
-                f"{len(labels)} labels and {len(logits)} sequences; "
+                f"labels of shape {tuple(labels.shape)} for {len(logits)} sequences; "
                 f"problem_type={problem_type!r} takes one class for each"
             )
-        _check_labels(labels, logits.shape[-1])
-        return F.cross_entropy(logits.to(torch.float32), labels.to(torch.long))
+        check_classes(labels, logits.shape[-1])
+        return _cross_entropy(logits, labels.reshape(-1), items)
     if problem_type == "regression" and logits.shape[-1] == 1:
         logits, labels = logits.squeeze(-1), labels.reshape(-1)
     if logits.shape != labels.shape:
@@ -59,37 +72,75 @@ def sequence_loss(logits: Tensor, labels: Tensor, problem_type: str) -> Tensor:
             f"labels of shape {tuple(labels.shape)} do not fit logits of shape "
             f"{tuple(logits.shape)} for problem_type={problem_type!r}"
         )
-    loss = F.mse_loss if problem_type == "regression" else F.binary_cross_entropy_with_logits
-    return loss(logits.to(torch.float32), labels.to(torch.float32))
+    regression = problem_type == "regression"
+    check_targets(labels, None if regression else (0, 1))
+    loss = F.mse_loss if regression else F.binary_cross_entropy_with_logits
+    total = loss(logits.to(torch.float32), labels.to(torch.float32), reduction="sum")
+    return _averaged(total, total.new_full((), labels.numel()), items)
 
 
 def span_loss(
-    start_logits: Tensor, end_logits: Tensor, start_positions: Tensor, end_positions: Tensor
+    start_logits: Tensor,
+    end_logits: Tensor,
+    start_positions: Tensor,
+    end_positions: Tensor,
+    mask: Tensor | None = None,
+    items: Items = None,
 ) -> Tensor:
     """Mean cross-entropy of where an answer starts and ends; logits (B, T), positions (B,).
 
-    A position past the end is an answer that was cut off and does not count.
+    A place that is no token of its row, as the mask (B, past + T) tells, is an answer that was
+    cut off and does not count; and no row's answer is looked for in its padding.
     """
-    T = start_logits.shape[-1]
-    losses = [
-        F.cross_entropy(
-            logits.to(torch.float32),
-            positions.reshape(-1).to(logits.device).clamp(0, T),
-            ignore_index=T,
-        )
-        for logits, positions in ((start_logits, start_positions), (end_logits, end_positions))
-    ]
+    B, T = start_logits.shape
+    losses = []
+    for logits, positions, name in (
+        (start_logits, start_positions, "start_positions"),
+        (end_logits, end_positions, "end_positions"),
+    ):
+        places = check_positions(positions, B, name).to(logits.device, torch.long)
+        places = places.masked_fill(places >= T, IGNORED)
+        logits = logits.to(torch.float32)
+        if mask is not None:
+            tokens = mask[:, -T:].to(logits.device) != 0
+            lost = ~tokens.gather(1, places.clamp(min=0)[:, None]).squeeze(1)
+            places = places.masked_fill(lost, IGNORED)
+            # A row that is all padding has no place that counts, but has to have one.
+            tokens = tokens | ~tokens.any(dim=1, keepdim=True)
+            logits = logits.masked_fill(~tokens, -torch.inf)
+        losses.append(_cross_entropy(logits, places, items))
     return (losses[0] + losses[1]) / 2
 
 
-def _check_labels(labels: Tensor, classes: int) -> None:
-    if labels.is_floating_point():
-        raise InputError(f"labels have dtype {labels.dtype}; classes are integers")
-    if torch.compiler.is_compiling() or labels.device.type != "cpu" or labels.numel() == 0:
-        return
-    counted = labels[labels != IGNORED]
-    if counted.numel() and (counted.min() < 0 or counted.max() >= classes):
-        bad = int(counted.min() if counted.min() < 0 else counted.max())
-        raise InputError(
-            f"labels hold {bad}; a label is 0 to {classes - 1}, or {IGNORED} to be ignored"
-        )
+def _cross_entropy(logits: Tensor, labels: Tensor, items: Items) -> Tensor:
+    labels = labels.to(logits.device, torch.long)
+    logits = logits.to(torch.float32)
+    total = F.cross_entropy(logits, labels, ignore_index=IGNORED, reduction="sum")
+    return _averaged(total, (labels != IGNORED).sum(), items)
+
+
+def _averaged(total: Tensor, counted: Tensor, items: Items) -> Tensor:
+    """Divide a sum by what was counted, or by what the caller has; nothing counted makes 0."""
+    divisor = counted
+    if items is not None:
+        if isinstance(items, bool) or (
+            isinstance(items, Tensor)
+            and (items.numel() != 1 or items.is_complex() or items.dtype == torch.bool)
+        ):
+            raise InputError(f"num_items_in_batch={items} has to be one number")
+        given = items if isinstance(items, Tensor) else total.new_full((), items)
+        divisor = given.to(total.device).reshape(())
+    if readable(total):
+        nothing = not counted
+        if nothing:
+            warnings.warn(
+                "no label counts, so that there is nothing to learn from and the loss is 0: each "
+                f"is {IGNORED}, at padding, or the first of its row",
+                stacklevel=4,
+            )
+        if not (divisor > 0 or (nothing and divisor == 0)) or torch.isinf(divisor):
+            raise InputError(
+                f"num_items_in_batch={items} has to be how many labels the whole batch has, "
+                "at least 1"
+            )
+    return total / divisor.masked_fill(divisor == 0, 1)
