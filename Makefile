@@ -6,7 +6,7 @@ BIN := .venv/bin
 WORKERS ?= 2
 INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 
-.PHONY: demo test fuzz lint types train bench bench-smoke clean
+.PHONY: demo test sanitize fuzz lint types train bench bench-smoke clean
 
 demo: .venv/base
 	@$(BIN)/quintet generate "def fibonacci(n):" --seed 34
@@ -18,6 +18,19 @@ test: lint types
 MUTANTS ?= 2000
 fuzz: .venv/dev
 	@PYTHONPATH=tests $(BIN)/python -m fuzz --mutants $(MUTANTS) $(FUZZ)
+
+# The kernels, compiled to report whatever they touch that is not theirs, under their own tests and
+# whole models: on the best instruction set of this CPU, or the one that QUINTET_KERNELS names.
+CHECKS := -fsanitize=address,undefined -fno-sanitize-recover=undefined -fno-omit-frame-pointer
+PRELOAD = $(shell $${CXX:-g++} -print-file-name=libasan.so) $(shell $${CXX:-g++} -print-file-name=libstdc++.so)
+sanitize: export QUINTET_KERNELS_FLAGS = -O1 -g1 $(CHECKS)
+sanitize: export ASAN_OPTIONS = detect_leaks=0
+sanitize: export OMP_NUM_THREADS = 1
+sanitize: .venv/dev
+	$(BIN)/python -c "from quintet.kernels.native import find_recipe as f; print(f().make())"
+	LD_PRELOAD="$(PRELOAD)" $(BIN)/python -m pytest -s -n $(WORKERS) --dist loadfile \
+	  tests/kernels tests/conformance/test_kernels.py tests/conformance/test_misfits.py \
+	  --ignore-glob='*test_build.py' --ignore-glob='*test_store.py'
 
 lint: .venv/dev
 	$(BIN)/ruff check .

@@ -106,7 +106,6 @@ def test_the_other_side_refuses_what_it_is_not_lent(
         assert runs(name, fields)
         assert not runs(name, [*fields, 0])
         assert not runs(name, fields[:-1])
-        assert not runs(name, [])
         addresses = {x.data_ptr() for x in tensors}
         for i, field in enumerate(fields):
             if field in addresses:
