@@ -13,7 +13,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from conformance.families import Family, each
+from conformance.families import FAMILIES, Family, each
 from quintet import DynamicCache
 from quintet.layers.step import Step
 
@@ -107,3 +107,20 @@ def test_layers_on_one_device_share_one_step(family: Family, model: Any) -> None
     logits(model)
     assert len(steps) >= 3
     assert len({id(step) for step in steps}) == 2
+
+
+def test_what_prediction_layers_join_is_given_to_them() -> None:
+    # As what is given to a layer is brought to where it is.
+    (family,) = (family for family in FAMILIES if family.name == "deepseek-v3")
+    model = family.model_of(num_nextn_predict_layers=2)
+    given: list[set[str]] = []
+    for layer in model.model.prediction_layers():
+        layer.register_forward_pre_hook(
+            lambda module, args, named: given.append(set(named)), with_kwargs=True
+        )
+    with torch.no_grad():
+        model(IDS, output_mtp_logits=True)
+    assert given == [{"step", "ahead"}] * 2
+    model.generate(IDS, use_mtp=True, max_new_tokens=3, do_sample=False)
+    assert len(given) > 2
+    assert all(names == {"step", "ahead"} for names in given)

@@ -11,20 +11,23 @@ from quintet.layers.step import Notes, Step
 __all__ = ["run_layer"]
 
 
-def run_layer(layer: nn.Module, hidden: Tensor, step: Step, *, recomputes: bool) -> Tensor:
+def run_layer(
+    layer: nn.Module, hidden: Tensor, step: Step, *, recomputes: bool, **more: Tensor
+) -> Tensor:
     """Return what a layer makes of (B, T, C), and note what else it tells.
 
     Args:
+        more: what else this layer is given, by name.
         recomputes: run it again in the backward pass, in place of keeping what that needs.
 
     Raises:
         InputError: a hook, or what somebody put in its place, returned something else.
     """
     if recomputes:
-        made, noted = checkpoint(_noting, layer, hidden, step, use_reentrant=False)
+        made, noted = checkpoint(_noting, layer, hidden, step, more, use_reentrant=False)
         step.notes.extend(noted)
     else:
-        made = layer(hidden, step=step)
+        made = layer(hidden, step=step, **more)
     if not isinstance(made, Tensor):
         raise InputError(
             f"a {type(layer).__name__} returned a {type(made).__name__}, by a hook on it or by "
@@ -33,7 +36,9 @@ def run_layer(layer: nn.Module, hidden: Tensor, step: Step, *, recomputes: bool)
     return made
 
 
-def _noting(layer: nn.Module, hidden: Tensor, step: Step) -> tuple[Tensor, Notes]:
+def _noting(
+    layer: nn.Module, hidden: Tensor, step: Step, more: dict[str, Tensor]
+) -> tuple[Tensor, Notes]:
     """Run a layer with notes of its own, so that no second run adds to those of the first."""
     notes = step.notes.like()
-    return layer(hidden, step=replace(step, notes=notes)), notes
+    return layer(hidden, step=replace(step, notes=notes), **more), notes

@@ -399,10 +399,10 @@ class DecoderModel(PreTrainedModel):
         # A family may keep further layers behind, which are no part of a run.
         return tuple(islice(self.layers, self.config.num_hidden_layers))
 
-    def _run_layer(self, layer: nn.Module, hidden: Tensor, step: Step) -> Tensor:
+    def _run_layer(self, layer: nn.Module, hidden: Tensor, step: Step, **more: Tensor) -> Tensor:
         # A cache would be written twice, so with one nothing is recomputed.
         recomputes = self.gradient_checkpointing and self.training and step.cache is None
-        return run_layer(layer, hidden, step, recomputes=recomputes)
+        return run_layer(layer, hidden, step, recomputes=recomputes, **more)
 
 
 def _together(tensors: list[Tensor], like: Tensor) -> list[Tensor]:

@@ -44,12 +44,11 @@ class PredictionLayer(nn.Module):
 
     shared_head: nn.ModuleDict
 
-    def join(self, hidden_states: Tensor, ahead: Tensor) -> Tensor:
-        """Join states (B, T, C) with the embeddings (B, T, C) of tokens that lie ahead of them."""
-        raise NotImplementedError
+    def forward(self, hidden_states: Tensor, step: Step, ahead: Tensor) -> Tensor:
+        """Join states with the embeddings of tokens ahead, and map them as a decoder layer does.
 
-    def forward(self, hidden_states: Tensor, step: Step) -> Tensor:
-        """Map (B, T, C) to (B, T, C), as a decoder layer does."""
+        Shapes: (B, T, C), all three.
+        """
         raise NotImplementedError
 
 
@@ -101,10 +100,11 @@ class MtpDecoderModel(MoeDecoderModel):
                 ahead = F.pad(embeds[:, k:], (0, 0, 0, min(k, T)))
             else:
                 ahead = texts.ahead(embeds, k)
-            joined = layer.join(hidden_states, ahead)
-            hidden_states = self._run_layer(layer, joined, step)
+            hidden_states = self._run_layer(layer, hidden_states, step, ahead=ahead)
             hidden_states = layer.shared_head["norm"](hidden_states)
             states.append(hidden_states)
+        # With layers on several devices: what is returned is where it began.
+        states = [state.to(embeds.device) for state in states]
         return states if rows is None else [rows.unpack(state) for state in states]
 
     def predict(
@@ -122,8 +122,8 @@ class MtpDecoderModel(MoeDecoderModel):
         layer = self.prediction_layers()[depth]
         # Rotary scores see differences alone, so that slots serve for positions.
         step = self._step(ahead, span, None, None, cache, Notes())
-        made = self._run_layer(layer, layer.join(states, ahead), step)
-        return layer.shared_head["norm"](made)  # type: ignore[no-any-return]
+        made = self._run_layer(layer, states, step, ahead=ahead)
+        return layer.shared_head["norm"](made).to(ahead.device)  # type: ignore[no-any-return]
 
     def prediction_cache(self) -> Cache:
         """Return an empty cache for the prediction layers."""

@@ -259,11 +259,13 @@ class DeepseekV3PredictionLayer(DeepseekV3DecoderLayer, PredictionLayer):
         self.eh_proj = Linear(2 * C, C, bias=False)
         self.shared_head = nn.ModuleDict({"norm": RMSNorm(C, eps), "head": head})
 
-    def join(self, hidden_states: Tensor, ahead: Tensor) -> Tensor:
-        """Join states (B, T, C) with the embeddings (B, T, C) of tokens that lie ahead."""
+    def forward(  # type: ignore[override]
+        self, hidden_states: Tensor, step: Step, ahead: Tensor
+    ) -> Tensor:
+        """Join states (B, T, C) with embeddings (B, T, C) of tokens ahead, and map (B, T, C)."""
         # The paper writes the state first; the released weights have the embedding first.
         both = torch.cat((self.enorm(ahead), self.hnorm(hidden_states)), dim=-1)
-        return self.eh_proj(both)  # type: ignore[no-any-return]
+        return super().forward(self.eh_proj(both), step)
 
 
 class DeepseekV3PreTrainedModel(PreTrainedModel):
