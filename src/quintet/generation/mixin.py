@@ -317,7 +317,8 @@ class GenerationMixin:
         return []
 
     def _device(self) -> torch.device:
-        return next(cast("torch.nn.Module", self).parameters()).device
+        device: torch.device = cast("Any", self).device
+        return device
 
     def _guidance(
         self, config: GenerationConfig, ids: Tensor | None, mask: Tensor | None

@@ -1,6 +1,7 @@
 """What every model is: a module with a config, read from and written to checkpoints."""
 
 import copy
+import itertools
 import os
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, ClassVar, Self
@@ -382,8 +383,14 @@ class PreTrainedModel(ModelContract, Pushable):
 
     @property
     def device(self) -> torch.device:
-        """The device of the first parameter."""
-        return next(self.parameters()).device
+        """The device of the first parameter; of the first that has one where weights are offloaded.
+
+        What has no device (`meta`) between the calls of a forward is brought there for them, and
+        buffers stay.
+        """
+        tensors = itertools.chain(self.parameters(), self.buffers())
+        devices = (tensor.device for tensor in tensors if not tensor.is_meta)
+        return next(devices, torch.device("meta"))
 
     def set_attn_implementation(self, attn_implementation: str) -> None:
         """Choose the attention backend of the next forward: eager, sdpa or flash_attention_2.
