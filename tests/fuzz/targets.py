@@ -12,6 +12,7 @@ import quintet
 from conformance.families import FAMILIES, Family
 from fuzz.mutants import mutant
 from fuzz.running import Target
+from fuzz.tokenizers import TOKENIZERS
 from quintet import AutoModelForCausalLM, GenerationConfig
 from quintet.checkpoint import Checkpoint
 
@@ -80,6 +81,7 @@ def _only(key: str) -> Callable[[bytes, Random], bytes]:
 
 
 TARGETS = (
+    *TOKENIZERS,
     *(
         Target(
             name=f"config-{family.name}",

@@ -197,6 +197,7 @@ def test_templates_in_the_settings_are_read(directory: Path) -> None:
 
 
 def test_a_directory_without_a_tokenizer_names_the_files(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text("{}")
     with pytest.raises(ModelNotFoundError, match=r"tokenizer\.json, for vocab\.json"):
         PreTrainedTokenizer.from_pretrained(tmp_path)
 

@@ -9,7 +9,7 @@ from typing import Any, ClassVar, Self, Unpack
 
 from tokenizers import AddedToken, Tokenizer, processors
 
-from quintet.errors import InputError, ModelNotFoundError, SaveError, TokenizerError
+from quintet.errors import InputError, SaveError, TokenizerError, shown
 from quintet.files import write_texts
 from quintet.hub import TOKENIZER_PATTERNS, Pushable, locate
 from quintet.tokenization import files as names
@@ -17,11 +17,13 @@ from quintet.tokenization.chat import Chat
 from quintet.tokenization.decoding import Decoder
 from quintet.tokenization.files import (
     TokenizerFiles,
+    existing,
     read_pipeline,
     read_tokenizer_files,
     template_files,
 )
-from quintet.tokenization.options import NAMED_TOKENS, TokenizerOptions, check_choice, check_names
+from quintet.tokenization.guard import guarded
+from quintet.tokenization.options import NAMED_TOKENS, TokenizerOptions, check_names, check_values
 from quintet.tokenization.sentencepiece import read_sentencepiece
 from quintet.tokenization.templates import ChatTemplates
 from quintet.tokenization.vocabulary import Vocabulary, token_text
@@ -62,9 +64,7 @@ class PreTrainedTokenizer(Chat, Decoder, Pushable):
                 "for a directory or a hub id use from_pretrained"
             )
         if tokenizer_file is not None:
-            if not Path(tokenizer_file).is_file():
-                raise ModelNotFoundError(f"there is no file {os.fspath(tokenizer_file)!r}")
-            backend = read_pipeline(Path(tokenizer_file))
+            backend = read_pipeline(existing(tokenizer_file))
         else:
             assert tokenizer_object is not None
             backend = copy.deepcopy(tokenizer_object)
@@ -75,6 +75,13 @@ class PreTrainedTokenizer(Chat, Decoder, Pushable):
     ) -> None:
         """Take over a pipeline; `settings` are the keys of a file that mean nothing here."""
         check_names(type(self).__name__, options, TokenizerOptions.__annotations__)
+        check_values(options, InputError)
+        with guarded("these files, or options, make no tokenizer"):
+            self._take(backend, options, settings)
+
+    def _take(
+        self, backend: Tokenizer, options: TokenizerOptions, settings: Mapping[str, Any]
+    ) -> None:
         Vocabulary.__init__(self, backend)
         # Cutting and padding belong to a call. What the file says is kept for saving it again.
         self._stored = (backend.truncation, backend.padding)
@@ -84,8 +91,6 @@ class PreTrainedTokenizer(Chat, Decoder, Pushable):
         self.name_or_path = options.get("name_or_path", "")
         self.padding_side = options.get("padding_side", "right")
         self.truncation_side = options.get("truncation_side", "right")
-        check_choice("padding_side", self.padding_side, ("left", "right"))
-        check_choice("truncation_side", self.truncation_side, ("left", "right"))
         limit = options.get("model_max_length")
         self.model_max_length = _NO_LIMIT if limit is None else int(limit)
         self.model_input_names = list(
@@ -158,6 +163,12 @@ class PreTrainedTokenizer(Chat, Decoder, Pushable):
 
     @classmethod
     def _from_files(cls, files: TokenizerFiles, options: TokenizerOptions) -> Self:
+        check_values(options, InputError)
+        with guarded(f"the files in {shown(str(files.root))} make no tokenizer"):
+            return cls._made_of(files, options)
+
+    @classmethod
+    def _made_of(cls, files: TokenizerFiles, options: TokenizerOptions) -> Self:
         if files.pipeline is not None:
             backend = read_pipeline(files.pipeline)
         elif files.vocabulary is not None:

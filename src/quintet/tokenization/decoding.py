@@ -10,6 +10,7 @@ from tokenizers.models import BPE
 from quintet.errors import InputError, TokenizerError
 from quintet.tokenization.arrays import as_ids
 from quintet.tokenization.bytelevel import token_bytes
+from quintet.tokenization.guard import guarded
 from quintet.tokenization.vocabulary import Vocabulary
 
 __all__ = ["Decoder", "clean_up", "decoder_steps"]
@@ -69,7 +70,8 @@ class Decoder(Vocabulary):
 
     def _decode_one(self, ids: list[int], skip: bool, clean: bool | None) -> str:
         if self.errors == "replace":
-            text = self._tokenizer.decode(ids, skip_special_tokens=skip)
+            with guarded("the pipeline cannot decode these tokens"):
+                text = self._tokenizer.decode(ids, skip_special_tokens=skip)
         else:
             text = self._strictly(self._spelt(ids, skip))
         wanted = self.clean_up_tokenization_spaces if clean is None else clean

@@ -5,9 +5,10 @@ from typing import Any, Unpack
 
 from tokenizers import Encoding
 
-from quintet.errors import InputError, TokenizerError
+from quintet.errors import InputError
 from quintet.tokenization.arrays import as_lists
 from quintet.tokenization.batch import BatchEncoding
+from quintet.tokenization.guard import guarded
 from quintet.tokenization.lengths import Cut, pad_target, padding_strategy, truncation_strategy
 from quintet.tokenization.options import EncodeOptions, Side, check_choice, check_names
 from quintet.tokenization.rows import Row
@@ -144,19 +145,17 @@ class Encoder(Vocabulary):
         if split_special_tokens not in (None, self.split_special_tokens):
             backend = share_pipeline(backend, added_tokens=True)
             backend.encode_special_tokens = bool(split_special_tokens)
-        try:
-            return backend.encode_batch(
-                inputs, is_pretokenized=as_words, add_special_tokens=add_special_tokens
-            )
-        # These are strings, as was checked; only half of a surrogate pair is refused so.
-        except TypeError:
-            raise InputError(
-                "the text holds half of a surrogate pair, so it is not Unicode text; "
-                "repair it: text.encode('utf-16', 'surrogatepass').decode('utf-16', 'replace')"
-            ) from None
-        # The library raises bare Exception for a text its model cannot express.
-        except Exception as error:
-            raise TokenizerError(f"the pipeline cannot encode this text: {error}") from error
+        with guarded("the pipeline cannot encode this text"):
+            try:
+                return backend.encode_batch(
+                    inputs, is_pretokenized=as_words, add_special_tokens=add_special_tokens
+                )
+            # These are strings, as was checked; only half of a surrogate pair is refused so.
+            except TypeError:
+                raise InputError(
+                    "the text holds half of a surrogate pair, so it is not Unicode text; repair "
+                    "it: text.encode('utf-16', 'surrogatepass').decode('utf-16', 'replace')"
+                ) from None
 
     def _finish(self, rows: list[Row], batched: bool, options: EncodeOptions) -> BatchEncoding:
         """Cut and pad rows, and lay the columns out that were asked for."""

@@ -1,18 +1,21 @@
 """The files of a tokenizer's directory, read and written."""
 
 import json
+import os
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from tokenizers import AddedToken, Tokenizer
 
-from quintet.errors import CheckpointError, ModelNotFoundError, SaveError, TokenizerError
+from quintet.errors import CheckpointError, ModelNotFoundError, SaveError, TokenizerError, shown
 from quintet.files import read_json
-from quintet.tokenization.options import NAMED_TOKENS
+from quintet.tokenization.guard import guarded
+from quintet.tokenization.options import NAMED_TOKENS, check_values, is_text
 
-__all__ = ["TokenizerFiles", "read_pipeline", "read_tokenizer_files", "template_files"]
+__all__ = ["TokenizerFiles", "existing", "read_pipeline", "read_tokenizer_files", "template_files"]
 
 TOKENIZER = "tokenizer.json"
 SETTINGS = "tokenizer_config.json"
@@ -39,20 +42,18 @@ class TokenizerFiles:
     @property
     def pipeline(self) -> Path | None:
         """The file that describes the whole pipeline, if there is one."""
-        path = self.root / TOKENIZER
-        return path if path.is_file() else None
+        return _found(self.root / TOKENIZER)
 
     @property
     def vocabulary(self) -> tuple[Path, Path] | None:
         """The two files of a byte-level vocabulary, if they are there."""
-        vocab, merges = self.root / VOCAB, self.root / MERGES
-        return (vocab, merges) if vocab.is_file() and merges.is_file() else None
+        vocab, merges = _found(self.root / VOCAB), _found(self.root / MERGES)
+        return (vocab, merges) if vocab and merges else None
 
     @property
     def sentencepiece(self) -> Path | None:
         """The model of SentencePiece, if there is one."""
-        path = self.root / SENTENCEPIECE
-        return path if path.is_file() else None
+        return _found(self.root / SENTENCEPIECE)
 
 
 def read_tokenizer_files(root: Path) -> TokenizerFiles:
@@ -79,6 +80,7 @@ def read_tokenizer_files(root: Path) -> TokenizerFiles:
     for role in known:
         if roles.get(role) is not None and role not in files.settings:
             files.settings[role] = roles[role]
+    check_values(files.settings, lambda said: TokenizerError(f"{root / SETTINGS}: {said}"))
     special = {
         token["content"] if isinstance(token, dict) else token
         for role in known
@@ -86,6 +88,8 @@ def read_tokenizer_files(root: Path) -> TokenizerFiles:
     }
     by_text = {token.content: index for index, token in files.added.items()}
     for text, index in _read(root / ADDED_TOKENS).items():
+        if not is_text(text):
+            raise TokenizerError(f"{root / ADDED_TOKENS}: {shown(text)} is not a token")
         if text not in by_text:
             is_special = text in special
             token = AddedToken(text, special=is_special, normalized=not is_special)
@@ -100,13 +104,8 @@ def read_pipeline(path: Path) -> Tokenizer:
     Raises:
         TokenizerError: it is damaged, or for a version of `tokenizers` that is not installed.
     """
-    try:
+    with guarded(f"{shown(str(path))} is not a readable tokenizer; fetch the file again"):
         return Tokenizer.from_file(str(path))
-    # The library raises bare Exception, with the place in the file as its message.
-    except Exception as error:
-        raise TokenizerError(
-            f"{path} is not a readable tokenizer ({error}); fetch the file again"
-        ) from error
 
 
 def template_files(template: str | Mapping[str, str] | None) -> dict[str, str]:
@@ -139,7 +138,7 @@ def _read_templates(root: Path, settings: Any) -> str | dict[str, str] | None:
             ) from None
     elif settings is not None:
         named = dict(settings) if isinstance(settings, dict) else {"default": settings}
-    if (root / TEMPLATE).is_file():
+    if _found(root / TEMPLATE):
         named["default"] = _text(root / TEMPLATE)
     for path in sorted((root / TEMPLATES).glob("*.jinja")):
         named[path.stem] = _text(path)
@@ -151,17 +150,41 @@ def _read_templates(root: Path, settings: Any) -> str | dict[str, str] | None:
 def _text(path: Path) -> str:
     try:
         return path.read_text(encoding="utf-8")
-    except UnicodeDecodeError as error:
-        raise TokenizerError(f"{path} is not UTF-8 text ({error.reason})") from error
+    except (UnicodeDecodeError, OSError) as error:
+        raise TokenizerError(f"{path} is not a readable file of UTF-8 text ({error})") from error
+
+
+def existing(path: str | os.PathLike[str]) -> Path:
+    """Return the path of a file that a caller names.
+
+    Raises:
+        ModelNotFoundError: there is none.
+    """
+    with suppress(OSError, ValueError):
+        if Path(path).is_file():
+            return Path(path)
+    raise ModelNotFoundError(f"there is no file {shown(os.fspath(path))}")
+
+
+def _found(path: Path) -> Path | None:
+    """Return a path if there is a file, None if there is nothing, and nothing else."""
+    if path.is_file():
+        return path
+    if path.exists() or path.is_symlink():
+        raise TokenizerError(f"{path} is not a file; remove it, or put the file in its place")
+    return None
 
 
 def _read(path: Path) -> dict[str, Any]:
-    if not path.is_file():
+    if _found(path) is None:
         return {}
     try:
-        return read_json(path)
-    except CheckpointError as error:
+        value = read_json(path)
+    except (CheckpointError, OSError) as error:
         raise TokenizerError(str(error)) from error
+    if not is_text(json.dumps(value, ensure_ascii=False)):
+        raise TokenizerError(f"{path} holds half of a surrogate pair, so it is not Unicode text")
+    return value
 
 
 def _as_list(value: Any) -> list[Any]:
@@ -171,14 +194,14 @@ def _as_list(value: Any) -> list[Any]:
 
 
 def _as_id(index: Any, file: str) -> int:
-    try:
-        return int(index)
-    except (TypeError, ValueError):
-        raise TokenizerError(f"{file}: {index!r} is not a token id") from None
+    with suppress(TypeError, ValueError):
+        if isinstance(index, str | int) and 0 <= int(index) < 2**32:
+            return int(index)
+    raise TokenizerError(f"{file}: {shown(index)} is not a token id")
 
 
 def _as_token(token: Any, file: str) -> AddedToken:
-    if not isinstance(token, dict) or not isinstance(token.get("content"), str):
-        raise TokenizerError(f"{file}: {json.dumps(token)} is not an added token")
+    if not isinstance(token, dict) or not is_text(token.get("content")):
+        raise TokenizerError(f"{file}: {shown(token)} is not an added token")
     flags = {name: bool(token[name]) for name in _FLAGS if name in token}
     return AddedToken(token["content"], **flags)

@@ -1,12 +1,12 @@
 """The keywords tokenizers take, in one place, so that a misspelt one is refused by name."""
 
 import difflib
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, Literal, TypedDict
 
 from tokenizers import AddedToken
 
-from quintet.errors import InputError
+from quintet.errors import InputError, shown
 
 __all__ = [
     "NAMED_TOKENS",
@@ -15,6 +15,8 @@ __all__ = [
     "TokenizerOptions",
     "check_choice",
     "check_names",
+    "check_values",
+    "is_text",
 ]
 
 Side = Literal["left", "right"]
@@ -88,6 +90,75 @@ def check_names(owner: str, given: Iterable[str], known: Iterable[str]) -> None:
             near = difflib.get_close_matches(name, known, n=1)
             hint = f"did you mean {near[0]!r}?" if near else f"it takes {', '.join(known)}"
             raise InputError(f"{owner} does not know {name!r}; {hint}")
+
+
+def check_values(given: Mapping[str, Any], error: Callable[[str], Exception]) -> None:
+    """Refuse options whose value is of another kind than the option.
+
+    Raises:
+        Exception: what `error` makes of the message, which names the option and the value.
+    """
+    for name, value in given.items():
+        usable, said = _KINDS.get(name, (lambda _: True, ""))
+        if not usable(value):
+            raise error(f"{name}={shown(value)} has to be {said}")
+
+
+def is_text(value: Any) -> bool:
+    """Tell whether a value is Unicode text: halves of surrogate pairs are not."""
+    if not isinstance(value, str):
+        return False
+    try:
+        value.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+def _is_token(value: Any) -> bool:
+    if isinstance(value, AddedToken):
+        return True
+    return is_text(value.get("content") if isinstance(value, Mapping) else value)
+
+
+def _are_tokens(value: Any) -> bool:
+    if value is None:
+        return True
+    if isinstance(value, Mapping):
+        return all(map(_is_token, value.values()))
+    return isinstance(value, list | tuple) and all(map(_is_token, value))
+
+
+def _is_limit(value: Any) -> bool:
+    if value is None:
+        return True
+    return isinstance(value, int | float) and not isinstance(value, bool) and 0 <= value < 1e300
+
+
+def _is_switch(value: Any) -> bool:
+    return value is None or isinstance(value, bool)
+
+
+def _are_names(value: Any) -> bool:
+    return isinstance(value, list | tuple) and bool(value) and all(map(is_text, value))
+
+
+_Kind = tuple[Callable[[Any], bool], str]
+_TOKEN: _Kind = (lambda value: value is None or _is_token(value), "a token, its text, or null")
+_TOKENS: _Kind = (_are_tokens, "a list of tokens, or tokens by name")
+_SWITCH: _Kind = (_is_switch, "true or false")
+_TEXT: _Kind = (is_text, "a text")
+_SIDE: _Kind = (lambda value: value in ("left", "right"), "one of 'left', 'right'")
+_KINDS: dict[str, _Kind] = {
+    **dict.fromkeys(NAMED_TOKENS, _TOKEN),
+    **dict.fromkeys(["additional_special_tokens", "extra_special_tokens"], _TOKENS),
+    **dict.fromkeys(["clean_up_tokenization_spaces", "split_special_tokens"], _SWITCH),
+    **dict.fromkeys(["add_bos_token", "add_eos_token"], _SWITCH),
+    **dict.fromkeys(["padding_side", "truncation_side"], _SIDE),
+    "errors": _TEXT,
+    "model_max_length": (_is_limit, "a number from 0"),
+    "model_input_names": (_are_names, "a list of names"),
+}
 
 
 def check_choice(name: str, value: Any, choices: Sequence[Any]) -> None:

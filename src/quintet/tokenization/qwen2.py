@@ -9,9 +9,10 @@ from typing import Any, ClassVar
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, normalizers, pre_tokenizers
 from tokenizers.models import BPE
 
-from quintet.errors import InputError, ModelNotFoundError, TokenizerError
+from quintet.errors import InputError, TokenizerError, shown
 from quintet.tokenization.base import PreTrainedTokenizer
-from quintet.tokenization.files import read_pipeline
+from quintet.tokenization.files import existing, read_pipeline
+from quintet.tokenization.guard import guarded
 from quintet.tokenization.options import TokenizerOptions, check_names
 
 __all__ = ["Qwen2Tokenizer", "Qwen2TokenizerFast"]
@@ -84,13 +85,13 @@ class Qwen2Tokenizer(PreTrainedTokenizer):
                 "or vocab and merges, or tokenizer_file; for a directory use from_pretrained"
             )
         if tokenizer_file is not None:
-            backend = read_pipeline(_existing(tokenizer_file))
+            backend = read_pipeline(existing(tokenizer_file))
         elif given == [("vocab", "merges")]:
             backend = _pipeline(dict(vocab or {}), _pairs(merges or []))
         elif vocab_file is None or merges_file is None:
             raise InputError("vocab_file and merges_file belong together")
         else:
-            backend = self._from_vocabulary(_existing(vocab_file), _existing(merges_file))
+            backend = self._from_vocabulary(existing(vocab_file), existing(merges_file))
         merged: TokenizerOptions = {
             **options,  # type: ignore[typeddict-item]
             "errors": errors,
@@ -109,13 +110,9 @@ class Qwen2Tokenizer(PreTrainedTokenizer):
 
     @classmethod
     def _from_vocabulary(cls, vocab: Path, merges: Path) -> Tokenizer:
-        try:
+        with guarded(f"{vocab} or {merges} is damaged; fetch the files again"):
             tokens = json.loads(vocab.read_text(encoding="utf-8"))
             lines = merges.read_text(encoding="utf-8").split("\n")
-        except (UnicodeDecodeError, json.JSONDecodeError) as error:
-            raise TokenizerError(
-                f"{vocab} or {merges} is damaged ({error}); fetch the files again"
-            ) from error
         if not isinstance(tokens, dict):
             raise TokenizerError(f"{vocab} has to hold an object of tokens and ids")
         if lines and lines[0].startswith("#version"):
@@ -156,13 +153,8 @@ class Qwen2TokenizerFast(Qwen2Tokenizer):
 
 
 def _pipeline(vocab: dict[str, int], merges: list[tuple[str, str]]) -> Tokenizer:
-    try:
+    with guarded("the vocabulary and the merges do not go together"):
         backend = Tokenizer(BPE(vocab=vocab, merges=merges))
-    # The library raises bare Exception, or TypeError for ids that are not numbers.
-    except Exception as error:
-        raise TokenizerError(
-            f"the vocabulary and the merges do not go together: {error}"
-        ) from error
     backend.normalizer = normalizers.NFC()
     backend.pre_tokenizer = pre_tokenizers.Sequence(
         [
@@ -179,12 +171,6 @@ def _pairs(merges: Sequence[str | tuple[str, str]]) -> list[tuple[str, str]]:
     for line, merge in enumerate(merges, 1):
         pair = merge.rstrip("\r").split(" ") if isinstance(merge, str) else merge
         if len(pair) != 2:
-            raise TokenizerError(f"merge {line} is {merge!r}; it has to be two tokens")
+            raise TokenizerError(f"merge {line} is {shown(merge)}; it has to be two tokens")
         pairs.append((pair[0], pair[1]))
     return pairs
-
-
-def _existing(path: PathLike) -> Path:
-    if not Path(path).is_file():
-        raise ModelNotFoundError(f"there is no file {os.fspath(path)!r}")
-    return Path(path)

@@ -12,11 +12,14 @@ from pathlib import Path
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
 
 from quintet.errors import TokenizerError
+from quintet.tokenization.guard import guarded
 
 __all__ = ["read_sentencepiece"]
 
 # A vocabulary of a million pieces is about 30 MB.
 MAX_BYTES = 256 * 1024 * 1024
+# A merge is looked for at every place of a piece.
+MAX_PIECE = 4096
 SPACE = "▁"
 # Kinds of pieces, and of models.
 CONTROL, USER_DEFINED, BYTE = 3, 4, 6
@@ -62,11 +65,12 @@ def read_sentencepiece(path: Path, *, add_prefix_space: bool | None = None) -> T
     if model.kind not in (UNIGRAM, BPE):
         raise TokenizerError(f"{path} is a SentencePiece model of words or characters, not of BPE")
     prefix = model.prefix if add_prefix_space is None else add_prefix_space
-    try:
-        pipeline = Tokenizer(_vocabulary(model))
-    # The library raises bare Exception, with the reason as its message.
-    except Exception as error:
-        raise TokenizerError(f"{path} is not a usable SentencePiece model ({error})") from error
+    with guarded(f"{path} is not a usable SentencePiece model"):
+        return _pipeline(model, prefix)
+
+
+def _pipeline(model: _Model, prefix: bool) -> Tokenizer:
+    pipeline = Tokenizer(_vocabulary(model))
     steps: list[normalizers.Normalizer] = []
     if model.charsmap:
         steps.append(normalizers.Precompiled(model.charsmap))
@@ -155,8 +159,8 @@ def _piece(fields: dict[int, Value]) -> _Piece:
     text, score, kind = fields.get(1, b""), fields.get(2, bytes(4)), fields.get(3, 1)
     if not isinstance(text, bytes) or not isinstance(score, bytes) or len(score) != 4:
         raise ValueError("a piece has no text and score")
-    if not isinstance(kind, int) or not text:
-        raise ValueError("a piece has no text")
+    if not isinstance(kind, int) or not text or len(text) > MAX_PIECE:
+        raise ValueError(f"a piece has no text, or more than {MAX_PIECE} bytes of it")
     return _Piece(text.decode(), struct.unpack("<f", score)[0], kind)
 
 

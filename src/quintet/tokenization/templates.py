@@ -28,7 +28,9 @@ class ChatTemplates:
     """
 
     def __init__(self, source: str | Mapping[str, str] | None) -> None:
-        by_name: Mapping[Any, Any] = source if isinstance(source, Mapping) else {"": source or ""}
+        by_name: Mapping[Any, Any] = source if isinstance(source, Mapping) else {"": source}
+        if source is None:
+            by_name = {}
         for name, template in by_name.items():
             if not isinstance(name, str) or not isinstance(template, str):
                 raise ChatTemplateError(

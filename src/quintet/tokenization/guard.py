@@ -1,0 +1,28 @@
+"""The edge to the `tokenizers` library, which ends in errors of every kind, and in panics."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from quintet.errors import QuintetError, TokenizerError
+
+__all__ = ["guarded"]
+
+MAX_MESSAGE = 1000
+
+
+@contextmanager
+def guarded(what: str) -> Iterator[None]:
+    """Turn whatever a damaged file or pipeline ends in into a TokenizerError.
+
+    The library raises bare Exception, and its panics are no Exception at all.
+
+    Raises:
+        TokenizerError: the block ended in an error that was not raised on purpose.
+    """
+    try:
+        yield
+    except (QuintetError, KeyboardInterrupt, SystemExit, GeneratorExit):
+        raise
+    except BaseException as error:
+        said = str(error).encode(errors="backslashreplace").decode()[:MAX_MESSAGE]
+        raise TokenizerError(f"{what} ({type(error).__name__}: {said})") from error
