@@ -5,7 +5,8 @@ from typing import Any
 
 import pytest
 import torch
-from torch import nn
+import torch.nn.functional as F  # noqa: N812
+from torch import Tensor, nn
 
 from families import deepseek
 from quintet.kernels import parts
@@ -49,6 +50,52 @@ def hook_map(layer: LatentAttention) -> None:
 def drop_weights(layer: LatentAttention) -> None:
     layer.attention_dropout = 0.5
     layer.train()
+
+
+class Halved(Tensor):
+    """What stands for a weight in a format of somebody else's: it knows products alone."""
+
+    @staticmethod
+    def __new__(cls, weight: Tensor) -> "Halved":
+        made: Halved = Tensor._make_wrapper_subclass(  # type: ignore[attr-defined]
+            cls, weight.shape, dtype=weight.dtype, device=weight.device
+        )
+        return made
+
+    def __init__(self, weight: Tensor) -> None:
+        self.half = weight.detach() / 2
+
+    def __tensor_flatten__(self) -> tuple[list[str], None]:
+        return ["half"], None
+
+    @staticmethod
+    def __tensor_unflatten__(inner: Any, context: Any, size: Any, stride: Any) -> "Halved":
+        return Halved(2 * inner["half"])
+
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is F.linear:
+            return F.linear(args[0], 2 * args[1].half, *args[2:])
+        with torch._C.DisableTorchFunctionSubclass():
+            return func(*args, **(kwargs or {}))
+
+    @classmethod
+    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is torch.ops.aten.detach.default:
+            return cls(2 * args[0].half)
+        raise NotImplementedError(func)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("prefix", ["DeepseekV2", "DeepseekV3"])
+def test_a_weight_in_a_format_of_somebody_else_is_multiplied_with(prefix: str) -> None:
+    model = deepseek.model_of(prefix)
+    ids = torch.arange(9)[None]
+    plain = model.generate(ids, max_new_tokens=5, do_sample=False)
+    maps = [layer.self_attn.kv_b_proj for layer in model.model.layers]
+    for module in (*maps, model.lm_head):
+        module.weight = nn.Parameter(Halved(module.weight), requires_grad=False)
+    assert torch.equal(model.generate(ids, max_new_tokens=5, do_sample=False), plain)
 
 
 def hold_integers(layer: LatentAttention) -> None:

@@ -1,6 +1,7 @@
 """Multi-head latent attention."""
 
 from torch import Tensor
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from quintet.kernels import latent, parts
 from quintet.layers.linear import Linear, matrices, project
@@ -128,6 +129,10 @@ class LatentAttention(StackPart):
         """Return (H, Dn + Dv, R), a head's rows for keys first; None where the map is more."""
         plain = untouched(self.kv_b_proj, Linear)
         if plain is None or plain.matrix().bias is not None:
+            return None
+        # What stands for a weight, as formats of other packages do, may know products alone.
+        weight: object = plain.weight
+        if is_traceable_wrapper_subclass(weight):
             return None
         return plain.weight.view(self.num_heads, -1, self.kv_lora_rank)
 

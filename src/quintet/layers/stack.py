@@ -138,8 +138,13 @@ class Kept:
         self.runs = tuple(runs)
         self._layers = tuple(chain.from_iterable(run.layers for run in runs))
         self._final_norm = final_norm
-        uncalled = [run.layers for run in runs if run.stack is not None]
-        self._snapshot = Snapshot([*chain.from_iterable(uncalled), final_norm])
+        # What is called anyway may hold weights of kinds that have no address.
+        uncalled = [
+            (*run.layers, final_norm) if run.normalises else run.layers
+            for run in runs
+            if run.stack is not None
+        ]
+        self._snapshot = Snapshot(chain.from_iterable(uncalled))
 
     def serves(self, layers: tuple[nn.Module, ...], final_norm: nn.Module) -> bool:
         """Tell whether these are the layers, and nobody changed or hooked them since."""

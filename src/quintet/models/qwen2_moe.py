@@ -34,7 +34,7 @@ from quintet.layers.linear import Linear
 from quintet.layers.mlp import GatedMLP, silu_matrices
 from quintet.layers.moe import Experts, run_mlp, silu_stacks
 from quintet.layers.norm import RMSNorm
-from quintet.layers.plain import untouched
+from quintet.layers.plain import PlainModule, untouched
 from quintet.layers.rotary import RotaryEmbedding
 from quintet.layers.stack import Piece, StackLayer, StackPart, residuals
 from quintet.layers.step import Notes, Step
@@ -175,20 +175,24 @@ class Qwen2MoeConfig(PreTrainedConfig):
         return self.num_experts > 0 and on_step and layer_idx not in known(self.mlp_only_layers)
 
 
-class Qwen2MoeRouter(nn.Module):
-    """Logits of E experts for each token.
+class Qwen2MoeRouter(PlainModule):
+    """The A likeliest of E experts for each token.
 
     It is no `nn.Linear`: what adapts or quantises all linear maps leaves the choice of experts
     as it is, here as in Transformers.
     """
 
-    def __init__(self, hidden_size: int, num_experts: int) -> None:
+    def __init__(self, config: Qwen2MoeConfig) -> None:
         super().__init__()
-        self.weight = nn.Parameter(torch.empty(num_experts, hidden_size))
+        self.top_k = config.num_experts_per_tok
+        self.norm_topk_prob = config.norm_topk_prob
+        self.weight = nn.Parameter(torch.empty(config.num_experts, config.hidden_size))
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Map (N, C) to (N, E)."""
-        return linear(x, self.weight)
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Return the logits (N, E) of tokens (N, C), the weights (N, A), and whose these are."""
+        logits = linear(x, self.weight)
+        indices, shares = top_experts(logits, self.top_k, normalise=self.norm_topk_prob)
+        return logits, shares, indices
 
 
 class Qwen2MoeSparseMoeBlock(StackPart):
@@ -200,9 +204,7 @@ class Qwen2MoeSparseMoeBlock(StackPart):
     def __init__(self, config: Qwen2MoeConfig) -> None:
         super().__init__()
         C, act = config.hidden_size, config.hidden_act
-        self.num_experts_per_tok = config.num_experts_per_tok
-        self.norm_topk_prob = config.norm_topk_prob
-        self.gate = Qwen2MoeRouter(C, config.num_experts)
+        self.gate = Qwen2MoeRouter(config)
         self.experts = Experts(config.num_experts, C, config.moe_intermediate_size, act=act)
         self.shared_expert = GatedMLP(C, config.shared_expert_intermediate_size, act=act)
         self.shared_expert_gate = Linear(C, 1, bias=False)
@@ -211,10 +213,7 @@ class Qwen2MoeSparseMoeBlock(StackPart):
         """Map (B, T, C) to (B, T, C), and note the router's logits (B, T, E)."""
         B, T, _ = hidden_states.shape
         x = hidden_states.flatten(0, 1)
-        logits = self.gate(x)
-        indices, shares = top_experts(
-            logits, self.num_experts_per_tok, normalise=self.norm_topk_prob
-        )
+        logits, shares, indices = self.gate(x)
         y: Tensor = self.experts(x, indices, shares)
         y = y + torch.sigmoid(self.shared_expert_gate(x)) * self.shared_expert(x)
         if notes is not None:
@@ -228,7 +227,7 @@ class Qwen2MoeSparseMoeBlock(StackPart):
         experts, shared = silu_stacks(self.experts), silu_matrices(self.shared_expert)
         if router is None or gate is None or experts is None or shared is None:
             return None
-        rules = Rules(active=self.num_experts_per_tok, normalise=self.norm_topk_prob)
+        rules = Rules(active=router.top_k, normalise=router.norm_topk_prob)
         return parts.Routed(
             norm, router.weight, False, rules, None, experts, shared, share=gate.weight
         )
