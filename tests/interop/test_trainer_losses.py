@@ -120,3 +120,18 @@ def test_accelerate_trains_in_bfloat16(family: Family) -> None:
     assert out.logits.dtype == torch.float32
     accelerator.backward(out.loss)
     assert model.lm_head.weight.grad is not None
+
+
+@each
+def test_a_trainer_recomputes_layers_with_the_same_losses(family: Family, tmp_path: Path) -> None:
+    told, found = (
+        losses(family.model_of("ForCausalLM"), tmp_path, ragged_rows(), **options)
+        for options in (
+            {},
+            {
+                "activation_checkpointing": True,
+                "activation_checkpointing_kwargs": {"use_reentrant": True, "every_n_layers": 2},
+            },
+        )
+    )
+    assert found == pytest.approx(told, rel=1e-4)

@@ -17,6 +17,7 @@ from quintet.generation.config import GENERATION_CONFIG_NAME, GenerationConfig
 from quintet.hub import Pushable
 from quintet.layers.moe import Experts
 from quintet.modeling import loading
+from quintet.modeling.checkpointing import Checkpointing
 from quintet.modeling.contract import ModelContract
 from quintet.modeling.naming import stack_experts
 from quintet.modeling.placement import DeviceMap, MaxMemory, named_dtype
@@ -35,7 +36,7 @@ from quintet.quantization import (
 __all__ = ["PreTrainedModel"]
 
 
-class PreTrainedModel(ModelContract, Pushable):
+class PreTrainedModel(ModelContract, Checkpointing, Pushable):
     """The base of all models.
 
     Attributes:
@@ -68,7 +69,7 @@ class PreTrainedModel(ModelContract, Pushable):
         attention_backend(config.attn_implementation)
         super().__init__(config)
         self.generation_config = GenerationConfig.from_model_config(config)
-        self.gradient_checkpointing = False
+        self.checkpoint_as_configured(self.config)
 
     # -- files -------------------------------------------------------------------------------
 
@@ -401,19 +402,6 @@ class PreTrainedModel(ModelContract, Pushable):
         """
         attention_backend(attn_implementation)
         self.config.attn_implementation = attn_implementation
-
-    def gradient_checkpointing_enable(self) -> None:
-        """Recompute layers in the backward pass of training, to hold fewer activations."""
-        self.base_model.gradient_checkpointing = True
-
-    def gradient_checkpointing_disable(self) -> None:
-        """Hold the activations again."""
-        self.base_model.gradient_checkpointing = False
-
-    @property
-    def is_gradient_checkpointing(self) -> bool:
-        """Whether layers are recomputed in training."""
-        return self.base_model.gradient_checkpointing
 
     def init_weights(self) -> None:
         """Draw fresh weights: normal with `initializer_range`, biases zero, norms one."""

@@ -372,7 +372,7 @@ class DecoderModel(PreTrainedModel):
         routes = step.notes.router_logits is not None
         if not keeps and not routes and not torch.compiler.is_compiling() and fits(hidden, step):
             runs = self._gathered(step.cache)
-        normalised = False
+        normalised, index = False, 0
         for run in runs:
             made = run.in_one_call(hidden, step)
             if made is not None:
@@ -381,7 +381,8 @@ class DecoderModel(PreTrainedModel):
             for layer in run.layers:
                 if keeps:
                     states.append(hidden)
-                hidden = self._run_layer(layer, hidden, step)
+                hidden = self._run_layer(layer, index, hidden, step)
+                index += 1
         return [*states, hidden if normalised else self.final_norm(hidden)]
 
     def _gathered(self, cache: Cache | None) -> tuple[LayerRun, ...]:
@@ -399,10 +400,14 @@ class DecoderModel(PreTrainedModel):
         # A family may keep further layers behind, which are no part of a run.
         return tuple(islice(self.layers, self.config.num_hidden_layers))
 
-    def _run_layer(self, layer: nn.Module, hidden: Tensor, step: Step, **more: Tensor) -> Tensor:
+    def _run_layer(
+        self, layer: nn.Module, index: int, hidden: Tensor, step: Step, **more: Tensor
+    ) -> Tensor:
         # A cache would be written twice, so with one nothing is recomputed.
-        recomputes = self.gradient_checkpointing and self.training and step.cache is None
-        return run_layer(layer, hidden, step, recomputes=recomputes, **more)
+        recompute = None
+        if step.cache is None and self._recomputes():
+            recompute = self.recompute.of(index)
+        return run_layer(layer, hidden, step, recompute, **more)
 
 
 def _together(tensors: list[Tensor], like: Tensor) -> list[Tensor]:

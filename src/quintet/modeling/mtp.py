@@ -100,7 +100,8 @@ class MtpDecoderModel(MoeDecoderModel):
                 ahead = F.pad(embeds[:, k:], (0, 0, 0, min(k, T)))
             else:
                 ahead = texts.ahead(embeds, k)
-            hidden_states = self._run_layer(layer, hidden_states, step, ahead=ahead)
+            index = self.config.num_hidden_layers + k - 1
+            hidden_states = self._run_layer(layer, index, hidden_states, step, ahead=ahead)
             hidden_states = layer.shared_head["norm"](hidden_states)
             states.append(hidden_states)
         # With layers on several devices: what is returned is where it began.
@@ -122,7 +123,8 @@ class MtpDecoderModel(MoeDecoderModel):
         layer = self.prediction_layers()[depth]
         # Rotary scores see differences alone, so that slots serve for positions.
         step = self._step(ahead, span, None, None, cache, Notes())
-        made = self._run_layer(layer, states, step, ahead=ahead)
+        index = self.config.num_hidden_layers + depth
+        made = self._run_layer(layer, index, states, step, ahead=ahead)
         return layer.shared_head["norm"](made).to(ahead.device)  # type: ignore[no-any-return]
 
     def prediction_cache(self) -> Cache:
