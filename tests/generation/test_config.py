@@ -165,6 +165,7 @@ def test_what_is_no_json_is_written_as_some_and_read_again(tmp_path: Path) -> No
         watermarking_config={"bias": 1.0},
         exponential_decay_length_penalty=(3, 1.5),
         early_stopping="never",
+        num_beams=2,
         bad_words_ids=[[1], [2, 3]],
     )
     config.save_pretrained(tmp_path)
@@ -224,3 +225,91 @@ def test_bits_of_a_cache_have_one_meaning() -> None:
             GenerationConfig(**wrong)
     with pytest.warns(UserWarning, match="backend='quanto'"):
         GenerationConfig(cache_implementation="quantized", cache_config={"backend": "quanto"})
+
+
+def test_what_breaks_a_rule_or_has_no_effect_is_not_saved(tmp_path: Path) -> None:
+    config = GenerationConfig(temperature=0.5)
+    with pytest.raises(InputError, match=r"temperature=0.5 has no effect without do_sample=True"):
+        config.save_pretrained(tmp_path)
+    config.do_sample = True
+    config.save_pretrained(tmp_path)
+    config.top_p = 7.0
+    with pytest.raises(InputError, match=r"top_p=7.0"):
+        config.save_pretrained(tmp_path)
+    for changes in ({"temperature": 0.5}, {"length_penalty": 2.0}, {"output_scores": True}):
+        with pytest.raises(ValueError, match="invalid"):
+            transformers.GenerationConfig(**changes).save_pretrained(tmp_path)
+        with pytest.raises(InputError, match="has no effect without"):
+            GenerationConfig(**changes).save_pretrained(tmp_path)
+
+
+def test_a_file_that_is_not_changed_is_written_as_it_was(tmp_path: Path) -> None:
+    (tmp_path / "generation_config.json").write_text('{"temperature": 0.5, "top_k": 3}')
+    config = GenerationConfig.from_pretrained(tmp_path)
+    config.save_pretrained(tmp_path / "again")
+    assert GenerationConfig.from_pretrained(tmp_path / "again") == config
+    config.update(top_k=4)
+    with pytest.raises(InputError, match=r"temperature=0.5 has no effect"):
+        config.save_pretrained(tmp_path)
+
+
+def test_another_file_and_options_beside_it(tmp_path: Path) -> None:
+    config = GenerationConfig(do_sample=True, top_k=3, eos_token_id=4)
+    config.save_pretrained(tmp_path, config_file_name="mine.json")
+    read = GenerationConfig.from_pretrained(tmp_path, "mine.json", top_k=None, top_p=0.5)
+    assert (read.top_k, read.top_p, read.eos_token_id) == (None, 0.5, 4)
+    theirs = transformers.GenerationConfig.from_pretrained(
+        tmp_path, "mine.json", top_k=None, top_p=0.5
+    )
+    assert (theirs.top_k, theirs.top_p, theirs.eos_token_id) == (None, 0.5, 4)
+    with pytest.raises(InputError, match="did you mean 'top_p'"):
+        GenerationConfig.from_pretrained(tmp_path, "mine.json", topp=0.5)
+    with pytest.raises(ModelNotFoundError, match=r"other.json"):
+        GenerationConfig.from_pretrained(tmp_path, "other.json")
+    with pytest.raises(InputError, match="without a folder"):
+        GenerationConfig.from_pretrained(tmp_path, "../mine.json")
+    config.to_json_file(tmp_path / "third.json")
+    assert GenerationConfig.from_pretrained(tmp_path, "third.json") == config
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"do_sample": True},
+        {"num_beams": 3},
+        {"num_beams": 3, "do_sample": True},
+        {"prompt_lookup_num_tokens": 3},
+        {"use_mtp": True, "do_sample": True},
+    ],
+    ids=str,
+)
+def test_the_mode_is_that_of_transformers(options: dict[str, Any]) -> None:
+    ours, theirs = GenerationConfig(**options), transformers.GenerationConfig(**options)
+    assert ours.get_generation_mode() == theirs.get_generation_mode()
+    if "num_beams" not in options:
+        assert ours.get_generation_mode(object()) == "assisted_generation"
+
+
+def test_updating_defaults_and_keeping_further_keys() -> None:
+    for kind in (GenerationConfig, transformers.GenerationConfig):
+        config: Any = kind(top_k=5, do_sample=True)
+        given = {"top_k": 7, "top_p": 0.5, "mine": 1}
+        assert config.update(**given, defaults_only=True) == {"top_k": 7, "mine": 1}
+        assert (config.top_k, config.top_p) == (5, 0.5)
+        assert config.update(mine=1, allow_custom_entries=True) == {}
+        assert config.to_dict()["mine"] == 1
+    config = GenerationConfig(top_k=5)
+    with pytest.raises(InputError, match="top_p=7"):
+        config.update(top_k=6, top_p=7)
+    assert config.top_k == 5
+
+
+def test_a_mapping_of_a_model_is_read() -> None:
+    values = {"eos_token_id": [3, 4], "pad_token_id": 0, "hidden_size": 5}
+    assert GenerationConfig.from_model_config(values) == GenerationConfig(
+        eos_token_id=[3, 4], pad_token_id=0
+    )
+    assert GenerationConfig.from_dict({"top_k": 4}, top_p=0.5) == GenerationConfig(
+        top_k=4, top_p=0.5
+    )

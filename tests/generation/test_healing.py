@@ -26,7 +26,8 @@ def test_what_may_come_first_begins_with_what_was_taken_off(opened: tuple[Any, A
     V = model.config.vocab_size
     cpu = torch.device("cpu")
     prompt = read_prompt(ids, None, None, None, None, vocab_size=V, device=cpu)
-    shorter, (processor,) = heal(prompt, tokenizer, V)
+    healing = heal(prompt, tokenizer, V)
+    shorter, (processor,) = healing.prompt, healing.processors
     assert torch.equal(shorter.ids, prompt.ids[:, :-1])
     assert isinstance(processor, HealedTokenLogitsProcessor)
     allowed = processor.allowed
@@ -72,3 +73,47 @@ def test_a_single_token_is_left_as_it_is(opened: tuple[Any, Any]) -> None:
 def test_healing_needs_the_tokenizer(opened: tuple[Any, Any]) -> None:
     with pytest.raises(InputError, match="needs the tokenizer"):
         opened[0].generate(torch.tensor([[5, 6]]), token_healing=True)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"do_sample": True},
+        {"num_beams": 3},
+        {"prompt_lookup_num_tokens": 2},
+        {"forced_eos_token_id": 5},
+    ],
+    ids=str,
+)
+def test_a_row_of_one_token_leaves_the_others_healed(
+    opened: tuple[Any, Any], options: dict[str, Any]
+) -> None:
+    model, tokenizer = opened
+    texts = [tokenizer(text, return_tensors="pt").input_ids for text in ("The c", "He said t")]
+    texts.insert(1, texts[0][:, :1])
+    width = max(text.shape[1] for text in texts)
+    ids, mask = torch.zeros(3, width, dtype=torch.long), torch.zeros(3, width, dtype=torch.long)
+    for row, text in enumerate(texts):
+        ids[row, width - text.shape[1] :], mask[row, width - text.shape[1] :] = text, 1
+    options = {
+        "token_healing": True,
+        "tokenizer": tokenizer,
+        "max_new_tokens": 5,
+        "eos_token_id": None,
+        "pad_token_id": 0,
+        **options,
+    }
+
+    def seed(row: int) -> torch.Generator:
+        return torch.Generator().manual_seed(row)
+
+    seeds = [seed(row) for row in range(3)]
+    made = model.generate(ids, attention_mask=mask, generator=seeds, **options)
+    assert made.shape == (3, width + 5)
+    for row, text in enumerate(texts):
+        alone = model.generate(text, generator=[seed(row)], **options)[0]
+        # A row of one token lies a column further left, and is filled up behind.
+        last = width + 4 if row == 1 else width + 5
+        assert made[row, last - len(alone) : last].tolist() == alone.tolist()
+    assert int(made[1, -1]) == 0

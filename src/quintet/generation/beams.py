@@ -88,7 +88,7 @@ def beam_search(run: Run, options: BeamOptions) -> Found:
         options: how the search goes.
     """
     forward, text, sampler, record = run.forward, run.text, run.sampler, run.record
-    made, room, pad = run.made, run.room, run.pad
+    made, room, pad = run.made, run.rooms.most, run.pad
     N, device = options.num_beams, text.ids.device
     B = len(text.ids) // N
     running = _Beams.empty(B, N, room, pad, device)
@@ -110,8 +110,8 @@ def beam_search(run: Run, options: BeamOptions) -> Found:
             needs &= ~ended.all(dim=1)
         check_left(taken.scores[:, 0].tolist(), needs, step + 1)
         stops = _stops(taken, text, run.stopping, step, record)
-        if step + 1 == room:
-            stops = torch.ones_like(stops)
+        full = run.rooms.last(step + 1)
+        stops = stops | (full if isinstance(full, bool) else full.reshape(B, N)[:, :1])
 
         running, _ = taken.best(taken.scores + stops * _NEVER, N)
         ends, ended = _hold(ends, ended, taken, stops, improves, step + 1, options)
@@ -120,8 +120,8 @@ def beam_search(run: Run, options: BeamOptions) -> Found:
         if options.early_stopping == "never" and options.length_penalty > 0:
             length = room
         improves = improves & _may_improve(running, ends, ended, length, options.length_penalty)
-        full = options.early_stopping is True and bool(ended.all())
-        if full or bool(stops.all()) or not bool(improves.any()):
+        enough = options.early_stopping is True and bool(ended.all())
+        if enough or bool(stops.all()) or not bool(improves.any()):
             break
         rows = running.rows[:, :, step].flatten().long()
         if not torch.equal(rows, torch.arange(B * N, device=device)):

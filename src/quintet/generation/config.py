@@ -1,28 +1,19 @@
 """How to generate: the options of `generate()`, from a checkpoint's file and from the call."""
 
 import dataclasses
-import functools
 import json
 import os
 import warnings
+from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
-from typing import Annotated, Any, Self, get_type_hints
+from typing import Any, Self
 
 from quintet.configuration.base import PreTrainedConfig
-from quintet.configuration.rules import (
-    Bounds,
-    Count,
-    NonNegative,
-    NonNegativeFloat,
-    Positive,
-    check,
-)
 from quintet.errors import InputError, ModelNotFoundError, SaveError
 from quintet.files import read_json, write_text
 from quintet.folder import checked_path, find_file
-from quintet.generation.cache_choice import CACHE_BITS, CACHES, CacheChoice, choose_cache
 from quintet.generation.option_names import asks_nothing, check_names
-from quintet.generation.watermarking import WatermarkingConfig
+from quintet.generation.options import Options
 from quintet.hub import CONFIG_PATTERNS, locate
 
 __all__ = ["GENERATION_CONFIG_NAME", "GenerationConfig"]
@@ -32,209 +23,23 @@ GENERATION_CONFIG_NAME = "generation_config.json"
 _PROVENANCE = ("_from_model_config", "transformers_version")
 # How many of the likeliest tokens are drawn from, where nobody says.
 TOP_K = 50
-SCHEDULES = ("constant", "heuristic", "heuristic_transient")
-Share = Annotated[float, Bounds(0, 1)]
-Ids = list[NonNegative]
-# -1 is taken for none.
-EndId = Annotated[int, Bounds(-1)]
+_NAMES = tuple(f.name for f in fields(Options))
 
 
 @dataclass(kw_only=True)
-class GenerationConfig:
-    """The options of `generate()`; None is "not set", and then what is named here holds.
+class GenerationConfig(Options):
+    """Options of `generate()`, from a checkpoint's file or made by hand.
 
-    In a call, `generate(top_k=None)`, it says that the option is not to hold at all: it lifts what
-    the configs set.
+    None is "not set". In a call, as `generate(top_k=None)`, it says that the option is not to hold
+    at all: it lifts what the configs set.
 
     Attributes:
-        max_new_tokens: how many tokens to add at the most; goes before `max_length`.
-        max_length: how many tokens there are at the most, the prompt included. With neither set,
-            20 are added.
-        min_new_tokens: no end of sequence before that many; goes before `min_length`.
-        min_length: no end of sequence before that many, the prompt included.
-        max_time: seconds after which no further token is begun.
-        stop_strings: texts that end a row; needs `generate(tokenizer=…)`.
-        do_sample: draw from the distribution; otherwise (not set) take the most likely token.
-        num_beams: how many continuations are followed at once; 1.
-        length_penalty: beams are ranked by their log-probability over length to this power; 1.
-        early_stopping: end a beam search as soon as there are `num_beams` ends (true), when a
-            better one is unlikely (false), or only when there can be none ("never"); false.
-        temperature: the logits are divided by it; 1.
-        top_k: draw among that many most likely tokens; 50, and 0 for all.
-        top_p: draw among the most likely tokens that together have this probability; 1.
-        min_p: draw among tokens at least this share as likely as the most likely one.
-        top_h: draw among the most likely tokens that hold this share of the entropy.
-        typical_p: draw among the tokens of this probability whose information is most typical; 1.
-        epsilon_cutoff: draw among tokens of at least this probability; 0.
-        eta_cutoff: draw among tokens above a bar that falls with the entropy; 0.
-        repetition_penalty: logits of tokens that occurred are divided (or, below zero,
-            multiplied) by it (arXiv:1909.05858, §4.1); 1.
-        encoder_repetition_penalty: above 1, it makes tokens of the prompt more likely; 1.
-        presence_penalty: taken off the logit of every token that was generated; 0.
-        frequency_penalty: taken off as often as it was generated; 0.
-        no_repeat_ngram_size: no n tokens in a row occur twice; 0 for any.
-        encoder_no_repeat_ngram_size: no n tokens of the prompt occur again; 0 for any.
-        bad_words_ids: sequences of ids that are never completed.
-        sequence_bias: what is added to the logit that completes a sequence of ids.
-        suppress_tokens: ids that never come; `begin_suppress_tokens`, that never come first.
-        forced_bos_token_id: what follows a prompt of one token; `forced_eos_token_id`, what the
-            last possible token is.
-        exponential_decay_length_penalty: (start, factor): the end becomes ever more likely from
-            `start` new tokens on.
-        guidance_scale: how far to go from what `negative_prompt_ids` makes likely; 1.
-        renormalize_logits: give scores as log-probabilities, after all else; false.
-        remove_invalid_values: take NaN for 0 and infinities for the largest numbers; false.
-        watermarking_config: mark the text.
-        num_return_sequences: how many continuations of each prompt; 1.
-        return_dict_in_generate: return an output with `sequences` and the `output_…` asked for:
-            scores, logits, attentions and hidden states; false.
-        use_mtp: draft tokens by the model's own layers of multi-token prediction, and check
-            several in a step; false.
-        prompt_lookup_num_tokens: draft that many tokens from the text itself.
-        max_matching_ngram_size: how many tokens at the end of a text are looked up in it; 2.
-        num_assistant_tokens: how many tokens an assistant model, or `use_mtp`, drafts; as the
-            assistant's config says, or else 5, and as many as there are prediction layers.
-        num_assistant_tokens_schedule: "constant", or "heuristic", which drafts two more after all
-            were accepted and one less after not; "constant".
-        assistant_confidence_threshold: a draft ends with a token less probable than that; 0.
-        use_cache: keep what the next step needs, rather than run over the whole text; true.
-        cache_implementation: "dynamic" grows, "static" is preallocated, "quantized" grows in few
-            bits, "offloaded" grows in the host's memory; "dynamic".
-        cache_dtype: of a quantized cache, "int8", "int6" or "int4"; "int8".
-        cache_config: the same as {"nbits": 8}, the way Transformers asks for it.
-        max_cache_len: how many tokens a preallocated cache has room for; as many as are asked for.
-        prefill_chunk_size: read the prompt in pieces of so many tokens; all at once.
-        compile: run every step but the first as one compiled program, with a preallocated cache
-            (docs/guides/caches.md says when that pays); false.
-        compile_config: the same, with a `CompileConfig` that says how.
-        disable_compile: taken and without effect: nothing is compiled unasked.
-        token_healing: take the prompt's last token off and let the model choose one that begins
-            with its text; needs `generate(tokenizer=…)`; false.
+        other: keys of a file that are no options here.
+        read_as: what the file said, by which a change is known; None for one made by hand.
     """
 
-    max_new_tokens: Count | None = None
-    max_length: Count | None = None
-    min_new_tokens: NonNegative | None = None
-    min_length: NonNegative | None = None
-    max_time: NonNegativeFloat | None = None
-    stop_strings: str | list[str] | None = None
-    do_sample: bool | None = None
-    num_beams: Count | None = None
-    length_penalty: float | None = None
-    early_stopping: bool | str | None = None
-    temperature: Positive | None = None
-    top_k: NonNegative | None = None
-    top_p: Share | None = None
-    min_p: Share | None = None
-    top_h: Share | None = None
-    typical_p: Share | None = None
-    epsilon_cutoff: Share | None = None
-    eta_cutoff: Share | None = None
-    repetition_penalty: Positive | None = None
-    encoder_repetition_penalty: Positive | None = None
-    presence_penalty: float | None = None
-    frequency_penalty: float | None = None
-    no_repeat_ngram_size: NonNegative | None = None
-    encoder_no_repeat_ngram_size: NonNegative | None = None
-    bad_words_ids: list[Ids] | None = None
-    sequence_bias: list[Any] | dict[Any, Any] | None = None
-    suppress_tokens: Ids | None = None
-    begin_suppress_tokens: Ids | None = None
-    forced_bos_token_id: NonNegative | None = None
-    forced_eos_token_id: NonNegative | Ids | None = None
-    exponential_decay_length_penalty: list[float] | None = None
-    guidance_scale: float | None = None
-    renormalize_logits: bool | None = None
-    remove_invalid_values: bool | None = None
-    watermarking_config: WatermarkingConfig | None = None
-    num_return_sequences: Count | None = None
-    return_dict_in_generate: bool | None = None
-    output_scores: bool | None = None
-    output_logits: bool | None = None
-    output_attentions: bool | None = None
-    output_hidden_states: bool | None = None
-    use_mtp: bool | None = None
-    prompt_lookup_num_tokens: Count | None = None
-    max_matching_ngram_size: Count | None = None
-    num_assistant_tokens: Count | None = None
-    num_assistant_tokens_schedule: str | None = None
-    assistant_confidence_threshold: Share | None = None
-    use_cache: bool | None = None
-    cache_implementation: str | None = None
-    cache_dtype: str | None = None
-    cache_config: dict[str, Any] | None = None
-    max_cache_len: Count | None = None
-    prefill_chunk_size: Count | None = None
-    compile: bool | None = None
-    compile_config: Any = None
-    disable_compile: bool | None = None
-    token_healing: bool | None = None
-    bos_token_id: NonNegative | None = None
-    eos_token_id: EndId | list[EndId] | None = None
-    pad_token_id: NonNegative | None = None
     other: dict[str, Any] = field(default_factory=dict)
-
-    def __post_init__(self) -> None:
-        mark: Any = self.watermarking_config
-        if isinstance(mark, dict):
-            self.watermarking_config = WatermarkingConfig.from_dict(mark)
-        self.validate()
-
-    def validate(self) -> None:
-        """Check every option that is set.
-
-        Raises:
-            InputError: one breaks its rule.
-        """
-        kind: Any = type(self)
-        for key, annotation in _rules(kind).items():
-            try:
-                check(type(self).__name__, key, getattr(self, key), annotation)
-            except ValueError as error:
-                raise InputError(str(error)) from None
-        for key in ("top_p", "top_h", "typical_p"):
-            if getattr(self, key) == 0:
-                raise InputError(
-                    f"GenerationConfig: {key}=0 leaves no token; it is above 0, up to 1"
-                )
-        for key in ("epsilon_cutoff", "eta_cutoff"):
-            if getattr(self, key) == 1:
-                raise InputError(
-                    f"GenerationConfig: {key}=1 leaves no token; it is from 0, below 1"
-                )
-        _one_of("cache_implementation", self.cache_implementation, (None, *CACHES))
-        schedule = self.num_assistant_tokens_schedule
-        _one_of("num_assistant_tokens_schedule", schedule, (None, *SCHEDULES))
-        _one_of("cache_dtype", self.cache_dtype, (None, *CACHE_BITS))
-        self.cache  # noqa: B018 - raises where the options contradict each other
-        _one_of("early_stopping", self.early_stopping, (None, True, False, "never"))
-        decay = self.exponential_decay_length_penalty
-        if decay is not None and len(decay) != 2:
-            raise InputError(
-                f"GenerationConfig: exponential_decay_length_penalty={decay!r} has to be a start "
-                "and a factor"
-            )
-
-    @property
-    def eos_token_ids(self) -> list[int]:
-        """The ids that end a sequence, as a list."""
-        if self.eos_token_id is None:
-            return []
-        ids = [self.eos_token_id] if isinstance(self.eos_token_id, int) else self.eos_token_id
-        # One that is named twice ends a text no sooner; -1 is no token, and ends none.
-        return [token for token in dict.fromkeys(ids) if token >= 0]
-
-    @property
-    def cache(self) -> CacheChoice:
-        """The cache that the options ask for."""
-        return choose_cache(
-            self.cache_implementation, self.cache_dtype, self.cache_config, compiles=self.compiles
-        )
-
-    @property
-    def compiles(self) -> bool:
-        """Whether the step is to be compiled."""
-        return bool(self.compile) or self.compile_config is not None
+    read_as: dict[str, Any] | None = field(default=None, init=False, repr=False, compare=False)
 
     def replace(self, **options: Any) -> Self:
         """Return a copy with some options changed; None leaves an option as it is.
@@ -250,7 +55,7 @@ class GenerationConfig:
         Raises:
             InputError: there is no such option, or its value breaks a rule.
         """
-        given = check_names(options, [f.name for f in fields(self) if f.name != "other"])
+        given = check_names(options, _NAMES)
         # A length that is asked for now goes before one that a file sets in the other way.
         if given.get("max_length") is not None and "max_new_tokens" not in given:
             given["max_new_tokens"] = None
@@ -260,26 +65,51 @@ class GenerationConfig:
         """Return a copy that says what holds where nothing is said and None means another thing."""
         return self if self.top_k is not None else dataclasses.replace(self, top_k=TOP_K)
 
-    def update(self, **options: Any) -> dict[str, Any]:
+    def update(
+        self, defaults_only: bool = False, allow_custom_entries: bool = False, **options: Any
+    ) -> dict[str, Any]:
         """Set the options there are, in place, and return what is none.
 
+        Args:
+            defaults_only: set only what is not set.
+            allow_custom_entries: keep what is none, as a file's further keys are kept.
+            **options: the options.
+
         Raises:
-            InputError: a value breaks its rule.
+            InputError: a value breaks its rule, and nothing is changed.
         """
-        names = {f.name for f in fields(self)} - {"other"}
-        for name in names & set(options):
-            setattr(self, name, options[name])
-        self.__post_init__()
-        return {name: value for name, value in options.items() if name not in names}
+        known = {
+            name: value
+            for name, value in options.items()
+            if name in _NAMES and not (defaults_only and getattr(self, name) is not None)
+        }
+        rest = {name: value for name, value in options.items() if name not in known}
+        if allow_custom_entries:
+            custom = {k: v for k, v in rest.items() if k not in _NAMES and k not in self.other}
+            known["other"] = {**self.other, **custom}
+            rest = {name: value for name, value in rest.items() if name not in custom}
+        vars(self).update({**vars(dataclasses.replace(self, **known)), "read_as": self.read_as})
+        return rest
 
     def over(self, base: Self) -> Self:
         """Return a copy in which the options that are not set here are those of `base`."""
-        return base.replace(**{k: v for k, v in vars(self).items() if k != "other"})
+        return base.replace(**{name: getattr(self, name) for name in _NAMES})
 
     @classmethod
-    def from_dict(cls, values: dict[str, Any]) -> Self:
-        """Build from the content of a file; options that are not supported are kept and told."""
-        names = {f.name for f in fields(cls)} - {"other"}
+    def from_dict(
+        cls, values: dict[str, Any], *, source: str = GENERATION_CONFIG_NAME, **options: Any
+    ) -> Self:
+        """Build from the content of a file; options that are not supported are kept and told.
+
+        Args:
+            values: the content.
+            source: what it is called in a warning.
+            **options: what is to be otherwise; None is not set.
+
+        Raises:
+            InputError: there is no such option, or a value breaks a rule.
+        """
+        names = set(_NAMES)
         known = {k: v for k, v in values.items() if k in names and v is not None}
         other = {k: v for k, v in values.items() if k not in names}
         idle = [
@@ -289,15 +119,19 @@ class GenerationConfig:
         ]
         if idle:
             warnings.warn(
-                f"{GENERATION_CONFIG_NAME} sets {', '.join(idle)}, which generate() does not have; "
-                "without effect",
+                f"{source} sets {', '.join(idle)}, which generate() does not have; without effect",
                 stacklevel=3,
             )
-        return cls(**known, other=other)
+        read = cls(**known, other=other)
+        return read.overridden(**options) if options else read
 
     @classmethod
-    def from_model_config(cls, config: PreTrainedConfig) -> Self:
+    def from_model_config(cls, config: PreTrainedConfig | Mapping[str, Any]) -> Self:
         """Build from a model's config, for a checkpoint without a file of its own."""
+        if isinstance(config, Mapping):
+            named = ("bos_token_id", "eos_token_id", "pad_token_id")
+            given: dict[str, Any] = {name: config.get(name) for name in named}
+            return cls(**given)
         return cls(
             bos_token_id=config.bos_token_id,
             eos_token_id=config.eos_token_id,
@@ -308,37 +142,54 @@ class GenerationConfig:
     def from_pretrained(
         cls,
         name_or_path: str | os.PathLike[str],
+        config_file_name: str | os.PathLike[str] | None = None,
         *,
         revision: str | None = None,
         cache_dir: str | os.PathLike[str] | None = None,
         token: str | bool | None = None,
         local_files_only: bool = False,
         subfolder: str = "",
+        **options: Any,
     ) -> Self:
         """Read the `generation_config.json` of a directory or hub id.
+
+        Args:
+            name_or_path: the directory, or the id.
+            config_file_name: the name of the file, if it has another one.
+            revision: of a hub id, as the following.
+            cache_dir: where its files are kept.
+            token: to get them by.
+            local_files_only: take them from the cache.
+            subfolder: where in it they lie.
+            **options: what is to be otherwise than in the file; None is not set.
 
         Raises:
             ModelNotFoundError: no such model, or it has none.
             CheckpointError: it is not a JSON object.
-            InputError: an option breaks a rule.
+            InputError: there is no such option, or one breaks a rule.
         """
+        name = os.fspath(config_file_name or GENERATION_CONFIG_NAME)
+        if os.path.basename(name) != name:
+            raise InputError(f"config_file_name={name!r} has to be a name without a folder")
         root = locate(
             name_or_path,
-            CONFIG_PATTERNS,
+            (*CONFIG_PATTERNS, name),
             revision=revision,
             cache_dir=cache_dir,
             token=token,
             local_files_only=local_files_only,
             subfolder=subfolder,
         )
-        path = find_file(root, GENERATION_CONFIG_NAME)
+        path = find_file(root, name)
         if path is None:
-            raise ModelNotFoundError(f"{root} has no {GENERATION_CONFIG_NAME}")
-        return cls.from_dict(read_json(path))
+            raise ModelNotFoundError(f"{root} has no {name}")
+        read = cls.from_dict(read_json(path))
+        read.read_as = read.to_dict()
+        return read.overridden(**options) if options else read
 
     def to_dict(self) -> dict[str, Any]:
         """Return the options that are set."""
-        values = {k: v for k, v in vars(self).items() if k != "other" and v is not None}
+        values = {name: v for name in _NAMES if (v := getattr(self, name)) is not None}
         values.pop("compile_config", None)  # of a process, not of a checkpoint
         if isinstance(self.sequence_bias, dict):
             # A tuple is no key in JSON.
@@ -351,28 +202,35 @@ class GenerationConfig:
         """Return the options that are set, as `to_dict` does."""
         return self.to_dict()
 
-    def to_json_string(self) -> str:
-        """Return what `generation_config.json` holds."""
-        return json.dumps(self.to_dict(), indent=2, sort_keys=True) + "\n"
-
-    def save_pretrained(self, save_directory: str | os.PathLike[str]) -> None:
-        """Write `generation_config.json` into a directory, made if needed.
+    def to_json_file(self, json_file_path: str | os.PathLike[str]) -> None:
+        """Write what `generation_config.json` holds into a file.
 
         Raises:
             SaveError: it could not be written.
         """
+        write_text(checked_path(json_file_path, "json_file_path"), self.to_json_string())
+
+    def to_json_string(self) -> str:
+        """Return what `generation_config.json` holds."""
+        return json.dumps(self.to_dict(), indent=2, sort_keys=True) + "\n"
+
+    def save_pretrained(
+        self,
+        save_directory: str | os.PathLike[str],
+        config_file_name: str | os.PathLike[str] | None = None,
+    ) -> None:
+        """Write `generation_config.json` into a directory, made if needed.
+
+        Raises:
+            InputError: an option breaks a rule, or has no effect beside the others; what was read
+                from a file and not changed is written as it was.
+            SaveError: it could not be written.
+        """
+        self.validate(strict=self.to_dict() != self.read_as)
+        name = os.fspath(config_file_name or GENERATION_CONFIG_NAME)
+        if os.path.basename(name) != name:
+            raise InputError(f"config_file_name={name!r} has to be a name without a folder")
         path = checked_path(save_directory, "save_directory")
         if path.is_file():
             raise SaveError(f"{path} is a file; save_pretrained writes into a directory")
-        write_text(path / GENERATION_CONFIG_NAME, self.to_json_string())
-
-
-@functools.cache
-def _rules(kind: type) -> dict[str, Any]:
-    return get_type_hints(kind, include_extras=True)
-
-
-def _one_of(name: str, value: object, choices: tuple[object, ...]) -> None:
-    if value not in choices:
-        named = " or ".join(repr(choice) for choice in choices if choice is not None)
-        raise InputError(f"GenerationConfig: {name}={value!r} has to be {named}")
+        write_text(path / name, self.to_json_string())

@@ -27,6 +27,7 @@ class LanguageModel(Protocol):
         attention_mask: Tensor | None = None,
         *,
         past_key_values: Cache | None,
+        position_ids: Tensor | None = None,
         inputs_embeds: Tensor | None = None,
         use_cache: bool,
         output_attentions: bool = False,
@@ -67,6 +68,8 @@ class Forward:
         self._keeps = record is not None and record.hidden_states is not None
         # Which columns so far were tokens, where weights are put into columns.
         self._columns: Tensor | None = None
+        # How far a row's positions are from its slots (B,), where the caller gave some.
+        self._shift: Tensor | None = None
 
     def prefill(self, prompt: Prompt, *, chunk: int | None = None, copies: int = 1) -> Made:
         """Run over a prompt, or that part of it which the cache does not hold yet.
@@ -80,18 +83,29 @@ class Forward:
             InputError: the cache holds all of a row, or a chunk is asked for without a cache.
         """
         inputs, padding, mask = prompt.inputs, prompt.padding, None
+        positions = prompt.positions
+        if positions is not None:
+            if self.cache is None:
+                raise InputError("position_ids needs a cache; leave use_cache=False out")
+            lengths = prompt.width if padding is None else prompt.width - padding
+            self._shift = positions[:, -1] + 1 - lengths
         if self.cache is None and (chunk is not None or inputs.ndim == 3):
             given = "inputs_embeds" if chunk is None else f"prefill_chunk_size={chunk}"
             raise InputError(f"{given} needs a cache; leave use_cache=False out")
         if self.cache is not None and self.cache.get_seq_length() and not prompt.before:
             inputs, mask = _behind(self.cache, inputs, padding)
+            positions = None if positions is None else positions[:, -inputs.shape[1] :]
         elif padding is not None:
             mask = torch.arange(inputs.shape[1], device=inputs.device) >= padding[:, None]
             self._columns = mask if self._weighs and not prompt.before else None
         made = None
         for start in range(0, inputs.shape[1], chunk or inputs.shape[1]):
             piece = slice(start, None if chunk is None else start + chunk)
-            made = self._run(inputs[:, piece], None if mask is None else mask[:, piece])
+            made = self._run(
+                inputs[:, piece],
+                None if mask is None else mask[:, piece],
+                positions=None if positions is None else positions[:, piece],
+            )
         assert made is not None
         if copies == 1:
             return made
@@ -99,6 +113,8 @@ class Forward:
             self.cache.batch_repeat_interleave(copies)
         if self._columns is not None:
             self._columns = self._columns.repeat_interleave(copies, dim=0)
+        if self._shift is not None:
+            self._shift = self._shift.repeat_interleave(copies)
         return made.repeat(copies)
 
     def step(self, text: Text, rows: Tensor | None = None, *, new: int = 1, keep: int = 1) -> Made:
@@ -122,7 +138,16 @@ class Forward:
                 text.ids.new_ones(len(text.ids), new, dtype=torch.bool) if mask is None else mask
             )
             self._columns = mask = torch.cat((self._columns, added), dim=1)
-        return self._run(text.ids[:, len(text) - new :], mask, keep)
+        return self._run(
+            text.ids[:, len(text) - new :], mask, keep, positions=self._positions(text, new)
+        )
+
+    def _positions(self, text: Text, new: int) -> Tensor | None:
+        """Return the positions (B, new) of the last tokens, where they are not their slots."""
+        if self._shift is None:
+            return None
+        from_end = torch.arange(-new, 0, device=self._shift.device)
+        return (text.lengths() + self._shift)[:, None] + from_end
 
     def reorder(self, rows: Tensor) -> None:
         """Give each row of the cache what the row named for it held, as beam search does."""
@@ -131,7 +156,14 @@ class Forward:
         if self._columns is not None:
             self._columns = self._columns[rows]
 
-    def _run(self, inputs: Tensor, mask: Tensor | None, keep: int = 1) -> Made:
+    def _run(
+        self,
+        inputs: Tensor,
+        mask: Tensor | None,
+        keep: int = 1,
+        *,
+        positions: Tensor | None = None,
+    ) -> Made:
         is_ids = inputs.ndim == 2
         # A prompt may have any length, and each would be a program of its own.
         model = self.model
@@ -142,6 +174,7 @@ class Forward:
             input_ids=inputs if is_ids else None,
             inputs_embeds=None if is_ids else inputs,
             attention_mask=mask,
+            position_ids=positions,
             past_key_values=self.cache,
             use_cache=self.cache is not None,
             output_attentions=self._weighs,
@@ -150,6 +183,39 @@ class Forward:
             return_dict=True,
         )
         return Made(output.logits, output.attentions, output.hidden_states)
+
+
+@dataclass(frozen=True, slots=True)
+class Rooms:
+    """How many tokens rows may get.
+
+    Attributes:
+        most: the row that may get most.
+        fewer: (B,) True for rows that may get one less; None for none.
+    """
+
+    most: int
+    fewer: Tensor | None = None
+
+    @classmethod
+    def of(cls, most: int, fewer: Tensor | None, copies: int) -> "Rooms":
+        """Return the rooms of rows, copies of each prompt side by side."""
+        return cls(most, None if fewer is None else fewer.repeat_interleave(copies))
+
+    @property
+    def each(self) -> int | Tensor:
+        """How many tokens, one number or (B,)."""
+        return self.most if self.fewer is None else self.most - self.fewer.long()
+
+    def row(self, row: int) -> int:
+        """Return how many tokens a row may get."""
+        return self.most if self.fewer is None else self.most - int(self.fewer[row])
+
+    def last(self, step: int) -> Tensor | bool:
+        """Tell for which rows (B,) a step, from 1, is the last; one truth for all."""
+        if step + 1 == self.most and self.fewer is not None:
+            return self.fewer
+        return step == self.most
 
 
 @dataclass(slots=True, kw_only=True)
@@ -162,7 +228,7 @@ class Run:
         text: the rows, which grow.
         sampler: chooses the tokens.
         stopping: tells which rows end.
-        room: how many tokens to add at the most.
+        rooms: how many tokens to add at the most.
         pad: what follows the end of a row.
         record: takes what each step made.
         streamer: gets every token.
@@ -173,7 +239,7 @@ class Run:
     text: Text
     sampler: Sampler
     stopping: Stopping
-    room: int
+    rooms: Rooms
     pad: int
     record: Record
     streamer: Streamer | None = None
@@ -183,7 +249,8 @@ def decode(run: Run) -> None:
     """Add tokens to every row, one at a time, until all have ended or there is no more room."""
     text, record, made = run.text, run.record, run.made
     goes_on: Tensor | None = None
-    for step in range(1, run.room + 1):
+    room = run.rooms.most
+    for step in range(1, room + 1):
         record.forward(made)
         logits = made.logits[:, -1]
         if record.scores is None:
@@ -196,13 +263,18 @@ def decode(run: Run) -> None:
         text.append(tokens)
         if run.streamer is not None:
             run.streamer.put(tokens.cpu())
+        full = run.rooms.last(step)
+        if isinstance(full, Tensor):
+            goes_on = ~full if goes_on is None else goes_on & ~full
+            if not bool(goes_on.any()):
+                return
         if run.stopping:
             ended = run.stopping(text.ids, record.seen_scores(), text.padding)
             if goes_on is not None or bool(ended.any()):
                 goes_on = ~ended if goes_on is None else goes_on & ~ended
                 if not bool(goes_on.any()):
                     return
-        if step < run.room:
+        if step < room:
             made = run.forward.step(text, goes_on)
 
 

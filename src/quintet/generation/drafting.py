@@ -2,7 +2,7 @@
 
 import warnings
 from collections.abc import Mapping
-from typing import Any, Protocol, cast
+from typing import Any, Protocol, cast, runtime_checkable
 
 from quintet.cache import Cache
 from quintet.configuration.base import PreTrainedConfig
@@ -33,6 +33,7 @@ _OF_WRITERS = (
 )
 
 
+@runtime_checkable
 class AssistantModel(Protocol):
     """What a model that drafts for another has to be."""
 
@@ -82,10 +83,14 @@ def check_drafting(
             f"{way} cannot go with guidance_scale={config.guidance_scale}, which runs over every "
             "token once, and drafted tokens are taken back; leave one of the two out"
         )
-    if (config.output_attentions or config.output_hidden_states) and (rows > 1 or padded):
+    if (config.output_attentions or config.output_hidden_states) and rows > 1:
         raise InputError(
-            f"with {way}, output_attentions and output_hidden_states are there for one row without "
-            "padding, as rows take different numbers of tokens in a step"
+            f"with {way}, output_attentions and output_hidden_states are there for one row, as "
+            "rows take different numbers of tokens in a step"
+        )
+    if config.output_attentions and padded:
+        raise InputError(
+            f"with {way}, output_attentions are there for a row without padding; cut it off"
         )
     if way != "use_mtp" and not has_ids:
         raise InputError(f"{way} reads the ids of the prompt, and inputs_embeds has none")

@@ -5,6 +5,8 @@ break is rare, because colon and line break together are a token of their own. S
 taken off, and the first one that is generated has to begin with the same text.
 """
 
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 
@@ -14,7 +16,7 @@ from quintet.generation.prompt import Prompt
 from quintet.generation.text import Text
 from quintet.tokenization import PreTrainedTokenizer
 
-__all__ = ["HealedTokenLogitsProcessor", "heal"]
+__all__ = ["HealedTokenLogitsProcessor", "Healing", "heal"]
 
 
 class HealedTokenLogitsProcessor(LogitsProcessor):
@@ -43,12 +45,24 @@ class HealedTokenLogitsProcessor(LogitsProcessor):
         return scores.masked_fill(banned, -torch.inf)
 
 
-def heal(
-    prompt: Prompt, tokenizer: PreTrainedTokenizer | None, vocab_size: int
-) -> tuple[Prompt, list[LogitsProcessor]]:
-    """Return the prompt without its last tokens, and what takes care of the first new ones.
+@dataclass(frozen=True, slots=True)
+class Healing:
+    """Prompts without their last tokens, and what follows from that.
 
-    A prompt with a row of a single token is left as it is, with nothing to take care of.
+    Attributes:
+        prompt: the shorter prompts.
+        processors: what takes care of the first new tokens.
+        as_given: (B,) True for rows of a single token, which are left as they are and so get a
+            token less than the others; None where all rows are alike.
+    """
+
+    prompt: Prompt
+    processors: list[LogitsProcessor]
+    as_given: Tensor | None = None
+
+
+def heal(prompt: Prompt, tokenizer: PreTrainedTokenizer | None, vocab_size: int) -> Healing:
+    """Take the last token of each prompt off, but for those that have no other.
 
     Raises:
         InputError: there is no tokenizer, or the prompt is given as embeddings.
@@ -57,14 +71,26 @@ def heal(
         raise InputError("token_healing=True needs the tokenizer: generate(tokenizer=…)")
     if prompt.inputs.ndim == 3:
         raise InputError("token_healing=True needs ids, and inputs_embeds is given")
-    text = Text(prompt.ids, prompt.padding)
-    if int(text.lengths().min()) < 2:
-        return prompt, []
-    shorter = text.cut(len(text) - 1)
-    healed = Prompt(shorter.ids, shorter.ids, shorter.ids, shorter.padding, prompt.before)
-    length = len(shorter) if shorter.padding is None else shorter.lengths()
+    single = Text(prompt.ids, prompt.padding).lengths() < 2
+    if bool(single.all()):
+        return Healing(prompt, [])
+    some = bool(single.any())
+    B, T = prompt.ids.shape
+    columns = torch.arange(T - 1, device=single.device).repeat(B, 1)
+    columns[single, -1] = T - 1
+    padding = prompt.padding
+    if padding is not None:
+        padding = padding - single.long()
+    ids = prompt.ids.gather(1, columns)
+    positions = None if prompt.positions is None else prompt.positions.gather(1, columns)
     allowed = _beginning_alike(prompt.ids[:, -1], tokenizer, vocab_size)
-    return healed, [HealedTokenLogitsProcessor(allowed, length)]
+    allowed[single] = True
+    length = T - 1 if padding is None else T - 1 - padding
+    return Healing(
+        Prompt(ids, ids, ids, padding, prompt.before, positions),
+        [HealedTokenLogitsProcessor(allowed, length)],
+        single if some else None,
+    )
 
 
 def _beginning_alike(last: Tensor, tokenizer: PreTrainedTokenizer, vocab_size: int) -> Tensor:

@@ -12,13 +12,14 @@ from torch import Tensor
 
 from quintet.cache import Cache, LegacyCache
 from quintet.configuration.base import PreTrainedConfig
-from quintet.errors import ContextLengthError, InputError
+from quintet.errors import InputError
 from quintet.generation import plan
+from quintet.generation.arguments import check_arguments
 from quintet.generation.beams import Found, beam_search
 from quintet.generation.caches import Request, open_cache
 from quintet.generation.compiling import ROOM_STEP, CompileConfig, compiled
 from quintet.generation.config import GenerationConfig
-from quintet.generation.decode import Forward, LanguageModel, Run, decode
+from quintet.generation.decode import Forward, LanguageModel, Rooms, Run, decode
 from quintet.generation.drafting import (
     AssistantModel,
     check_drafting,
@@ -48,6 +49,7 @@ from quintet.generation.streamers import Streamer
 from quintet.generation.text import Text
 from quintet.generation.transitions import transition_scores
 from quintet.layers.plain import in_between
+from quintet.ops.token_ids import check_token_ids
 from quintet.tokenization import PreTrainedTokenizer
 
 __all__ = ["GenerationMixin"]
@@ -71,7 +73,7 @@ class GenerationMixin:
     def generate(
         self,
         inputs: Tensor | Mapping[str, Tensor] | None = None,
-        generation_config: GenerationConfig | None = None,
+        generation_config: plan.Configuring | None = None,
         logits_processor: Sequence[Processor] | None = None,
         stopping_criteria: Sequence[Criterion] | None = None,
         prefix_allowed_tokens_fn: PrefixAllowedTokens | None = None,
@@ -79,6 +81,7 @@ class GenerationMixin:
         input_ids: Tensor | None = None,
         inputs_embeds: Tensor | None = None,
         attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
         past_key_values: Cache | LegacyCache | None = None,
         negative_prompt_ids: Tensor | None = None,
         negative_prompt_attention_mask: Tensor | None = None,
@@ -87,6 +90,8 @@ class GenerationMixin:
         assistant_tokenizer: PreTrainedTokenizer | None = None,
         streamer: Streamer | None = None,
         generator: Generators | None = None,
+        labels: object = None,
+        logits_to_keep: int | None = None,
         **options: Any,
     ) -> Any:
         """Continue each row of a prompt and return prompt and continuation, (B, T + new).
@@ -94,8 +99,10 @@ class GenerationMixin:
         Rows that end early are filled with the pad token.
 
         Args:
-            inputs: (B, T) ids, or what the tokenizer returns.
-            generation_config: how to generate; what it does not set is as in the model's own.
+            inputs: (B, T) ids, or what the tokenizer returns; without any prompt, the text begins
+                with `bos_token_id`.
+            generation_config: how to generate; what it does not set is as in the model's own. One
+                of Transformers is read, too.
             logits_processor: further processors, behind those that the options ask for.
             stopping_criteria: what else ends a row.
             prefix_allowed_tokens_fn: the ids that may come next, from a row's index and its ids.
@@ -103,6 +110,7 @@ class GenerationMixin:
             inputs_embeds: (B, T, C) to run over in place of the ids; without ids, what is
                 returned begins behind it.
             attention_mask: (B, T), 0 for padding, on either side; without it, nothing is.
+            position_ids: (B, T) a position for each token of the prompt; those of the text follow.
             past_key_values: the cache of an earlier call that has run over the beginning of these
                 rows; or, with an attention_mask of all, over what comes before them.
             negative_prompt_ids: (B, T) what `guidance_scale` leads away from; the last token of
@@ -114,6 +122,8 @@ class GenerationMixin:
             streamer: gets the prompt and then every token as it is made.
             generator: the source of randomness, one or one for each row; seeded, it makes
                 sampling repeatable, each row whatever the others are.
+            labels: taken, as trainers give what a batch has, and not used.
+            logits_to_keep: taken, as it changes no text: what follows needs the last alone.
             **options: fields of `GenerationConfig` that go before both configs; None lifts what
                 they set.
 
@@ -127,7 +137,19 @@ class GenerationMixin:
         """
         drafter: Drafter | None = None
         try:
+            check_arguments(
+                logits_processor=logits_processor,
+                stopping_criteria=stopping_criteria,
+                prefix_allowed_tokens_fn=prefix_allowed_tokens_fn,
+                tokenizer=tokenizer,
+                assistant_model=assistant_model,
+                assistant_tokenizer=assistant_tokenizer,
+                streamer=streamer,
+                logits_to_keep=logits_to_keep,
+            )
             config = self._configured(generation_config, options)
+            if inputs is None and input_ids is None and inputs_embeds is None:
+                inputs = plan.beginning(config, position_ids, self._device())
             warn_of_idle_drafting(config, options, assistant_model, assistant_tokenizer)
             layers = self.config.num_hidden_layers
             past = plan.check_cache(config, options, past_key_values, attention_mask, layers)
@@ -137,19 +159,23 @@ class GenerationMixin:
                 inputs_embeds,
                 attention_mask,
                 past,
+                position_ids,
                 vocab_size=self.config.vocab_size,
                 device=self._device(),
             )
             criteria = list(stopping_criteria or ())
-            room = self._room(prompt, config, plan.longest(criteria))
+            context = self.config.max_position_embeddings
+            room = plan.room(prompt, config, plan.longest(criteria), context)
             plan.check_least(config, room, self.config.vocab_size)
             first: list[LogitsProcessor] = []
+            as_given: Tensor | None = None
             if config.guidance_scale not in (None, 1) or negative_prompt_ids is not None:
                 first += self._guidance(config, negative_prompt_ids, negative_prompt_attention_mask)
             if config.token_healing:
-                prompt, healed = heal(prompt, tokenizer, self.config.vocab_size)
-                first += healed
-                room += len(healed)
+                healing = heal(prompt, tokenizer, self.config.vocab_size)
+                prompt, as_given = healing.prompt, healing.as_given
+                first += healing.processors
+                room += len(healing.processors)
             search = plan.beam_options(config, streamer)
             copies = search.num_beams if search else config.num_return_sequences or 1
             speculates = check_drafting(
@@ -179,9 +205,10 @@ class GenerationMixin:
             if streamer is not None:
                 streamer.put(prompt.given.repeat_interleave(copies, dim=0).cpu())
             text = Text(prompt.ids, prompt.text_padding(), room=room, copies=copies)
+            rooms = Rooms.of(room, as_given, copies)
             setting = Setting(
                 prompt=text.cut(len(text)),
-                room=room,
+                room=rooms.each,
                 vocab_size=self.config.vocab_size,
                 num_beams=copies if search else 1,
                 prefix_allowed_tokens_fn=prefix_allowed_tokens_fn,
@@ -203,7 +230,7 @@ class GenerationMixin:
                     generators=generators,
                 ),
                 stopping=plan.stopping(config, criteria, tokenizer, self._device()),
-                room=room,
+                rooms=rooms,
                 pad=plan.pad_token(config),
                 record=record,
                 streamer=streamer,
@@ -220,7 +247,7 @@ class GenerationMixin:
             if drafter is not None:
                 drafter.close()
             # Whoever reads what is streamed must not wait for what will never come.
-            if streamer is not None:
+            if isinstance(streamer, Streamer):
                 streamer.end()
 
     def prepare_inputs_for_generation(
@@ -273,17 +300,10 @@ class GenerationMixin:
         """
         return transition_scores(sequences, scores, beam_indices, normalize=normalize_logits)
 
-    def _configured(
-        self, given: GenerationConfig | None, options: Mapping[str, Any]
-    ) -> GenerationConfig:
+    def _configured(self, given: object, options: Mapping[str, Any]) -> GenerationConfig:
         config = self.generation_config
         if given is not None:
-            if not isinstance(given, GenerationConfig):
-                raise InputError(
-                    f"generation_config is a {type(given).__module__}."
-                    f"{type(given).__name__}; it has to be quintet's GenerationConfig"
-                )
-            config = given.over(config)
+            config = plan.read_config(given).over(config)
         config = config.usual().overridden(**options)
         plan.warn_of_idle(config, options)
         return config
@@ -292,10 +312,11 @@ class GenerationMixin:
         """Return the compiled model, the same one at every call that asks alike."""
         if not config.compiles:
             return None
-        how = config.compile_config or CompileConfig()
+        how = CompileConfig() if config.compile_config is None else config.compile_config
         if not isinstance(how, CompileConfig):
             raise InputError(
-                f"compile_config is a {type(how).__name__}; it has to be a quintet CompileConfig"
+                f"compile_config is a {type(how).__module__}.{type(how).__name__}; it has to be "
+                "a quintet CompileConfig"
             )
         between = in_between(cast("torch.nn.Module", self))
         for known, program, traced in self._programs:
@@ -323,7 +344,13 @@ class GenerationMixin:
     def _guidance(
         self, config: GenerationConfig, ids: Tensor | None, mask: Tensor | None
     ) -> list[LogitsProcessor]:
-        scale = config.guidance_scale
+        scale, V = config.guidance_scale, self.config.vocab_size
+        if ids is not None:
+            check_token_ids(ids, V, "negative_prompt_ids")
+        if mask is not None and not isinstance(mask, Tensor):
+            raise InputError(
+                f"negative_prompt_attention_mask is a {type(mask).__name__}, not a tensor"
+            )
         if scale is None or scale == 1:
             warnings.warn("negative_prompt_ids has no effect without guidance_scale", stacklevel=4)
             return []
@@ -341,38 +368,17 @@ class GenerationMixin:
             return None
         if config.compiles:
             length = -(-length // ROOM_STEP) * ROOM_STEP
+        context = self.config.max_position_embeddings
+        if (config.max_cache_len or 0) > max(context, length):
+            raise InputError(
+                f"max_cache_len={config.max_cache_len} is more than the model's context of "
+                f"{context} (max_position_embeddings), so that it would never be filled"
+            )
         length = config.max_cache_len or length
         request = Request(
             config=self.config, grown=self.new_cache, length=length, nbits=config.cache.bits
         )
         return open_cache(config.cache.kind, request)
-
-    def _room(self, prompt: Prompt, config: GenerationConfig, max_length: int | None) -> int:
-        """Return how many tokens to make at the most."""
-        context, length = self.config.max_position_embeddings, prompt.length
-        if length >= context:
-            raise ContextLengthError(
-                f"the prompt has {length} tokens and the model's context is {context} "
-                "(max_position_embeddings), with none left to generate; shorten the prompt"
-            )
-        if max_length is None and config.max_new_tokens is None:
-            max_length = config.max_length
-        if max_length is not None:
-            wanted = max_length - prompt.width
-            if wanted < 1:
-                raise InputError(
-                    f"the prompt has {prompt.width} tokens and max_length={max_length} counts "
-                    "them; set max_new_tokens, or a larger max_length"
-                )
-        else:
-            wanted = config.max_new_tokens or 20
-        if length + wanted > context:
-            warnings.warn(
-                f"a prompt of {length} and {wanted} new tokens do not fit the model's context of "
-                f"{context}; at most {context - length} are made",
-                stacklevel=4,
-            )
-        return min(wanted, context - length)
 
 
 def _output(

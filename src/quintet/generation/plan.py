@@ -2,15 +2,16 @@
 
 import warnings
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
 
 from quintet.cache import Cache, from_legacy
-from quintet.errors import InputError, named
+from quintet.errors import ContextLengthError, InputError, named
 from quintet.generation.beams import BeamOptions
 from quintet.generation.config import GenerationConfig
+from quintet.generation.prompt import Prompt
 from quintet.generation.stopping import (
     Criterion,
     EosTokenCriteria,
@@ -24,33 +25,18 @@ from quintet.generation.streamers import Streamer
 from quintet.tokenization import PreTrainedTokenizer
 
 __all__ = [
+    "Configuring",
     "beam_options",
+    "beginning",
     "check_cache",
     "check_least",
     "longest",
     "pad_token",
+    "read_config",
+    "room",
     "stopping",
     "warn_of_idle",
 ]
-
-# What a checkpoint may set without a need, and the value that asks for nothing.
-_SAMPLING = {
-    "temperature": 1.0,
-    "top_k": 50,
-    "top_p": 1.0,
-    "min_p": 0.0,
-    "top_h": None,
-    "typical_p": 1.0,
-    "epsilon_cutoff": 0.0,
-    "eta_cutoff": 0.0,
-}
-_BEAMS = {"early_stopping": False, "length_penalty": 1.0}
-_OUTPUTS = {
-    "output_scores": False,
-    "output_logits": False,
-    "output_attentions": False,
-    "output_hidden_states": False,
-}
 
 
 def beam_options(config: GenerationConfig, streamer: Streamer | None) -> BeamOptions | None:
@@ -85,6 +71,15 @@ def beam_options(config: GenerationConfig, streamer: Streamer | None) -> BeamOpt
         early_stopping=False if early is None else early,
         eos_count=len(config.eos_token_ids),
     )
+
+
+def beginning(
+    config: GenerationConfig, positions: Tensor | None, device: torch.device
+) -> Tensor | None:
+    """Return what a text without a prompt begins with, one row of one token; None for nothing."""
+    if config.bos_token_id is None or positions is not None:
+        return None
+    return torch.tensor([[config.bos_token_id]], device=device)
 
 
 def longest(criteria: Sequence[Criterion]) -> int | None:
@@ -123,14 +118,8 @@ def stopping(
 
 def warn_of_idle(config: GenerationConfig, options: Mapping[str, Any]) -> None:
     """Tell which options of a call have no effect beside the others."""
-    for applies, names, needed in (
-        (config.do_sample, _SAMPLING, "do_sample=True"),
-        ((config.num_beams or 1) > 1, _BEAMS, "num_beams above 1"),
-        (config.return_dict_in_generate, _OUTPUTS, "return_dict_in_generate=True"),
-    ):
-        for name, usual in names.items() if not applies else ():
-            if (value := options.get(name)) is not None and value != usual:
-                warnings.warn(f"{name}={value} has no effect without {needed}", stacklevel=5)
+    for name, value, needed in config.idle(options):
+        warnings.warn(f"{name}={value} has no effect without {needed}", stacklevel=5)
 
 
 def check_cache(
@@ -188,6 +177,65 @@ def check_least(config: GenerationConfig, room: int, vocab_size: int) -> None:
             f"eos_token_id={config.eos_token_id} is outside of the vocabulary, 0 to "
             f"{vocab_size - 1}"
         )
+
+
+def room(prompt: Prompt, config: GenerationConfig, max_length: int | None, context: int) -> int:
+    """Return how many tokens to make at the most, in a context of so many.
+
+    Raises:
+        ContextLengthError: the prompt fills it.
+        InputError: the prompt is longer than it may be with the text.
+    """
+    length = prompt.length
+    if length >= context:
+        raise ContextLengthError(
+            f"the prompt has {length} tokens and the model's context is {context} "
+            "(max_position_embeddings), with none left to generate; shorten the prompt"
+        )
+    if max_length is None and config.max_new_tokens is None:
+        max_length = config.max_length
+    if max_length is not None:
+        wanted = max_length - prompt.width
+        if wanted < 1:
+            raise InputError(
+                f"the prompt has {prompt.width} tokens and max_length={max_length} counts "
+                "them; set max_new_tokens, or a larger max_length"
+            )
+    else:
+        wanted = config.max_new_tokens or 20
+    if length + wanted > context:
+        warnings.warn(
+            f"a prompt of {length} and {wanted} new tokens do not fit the model's context of "
+            f"{context}; at most {context - length} are made",
+            stacklevel=4,
+        )
+    return min(wanted, context - length)
+
+
+@runtime_checkable
+class Configuring(Protocol):
+    """A config of generation, ours or that of another library with the same names."""
+
+    def to_diff_dict(self) -> dict[str, Any]:
+        """Return the options that are set."""
+        ...
+
+
+def read_config(given: object) -> GenerationConfig:
+    """Return a config of ours from one that has the same names.
+
+    Raises:
+        InputError: it is none, or sets what cannot be read.
+    """
+    if isinstance(given, GenerationConfig):
+        return given
+    if isinstance(given, type) or not isinstance(given, Configuring):
+        raise InputError(
+            f"generation_config is a {named(given)}; it has to be "
+            "quintet's GenerationConfig, or that of Transformers"
+        )
+    values = {name: value for name, value in given.to_diff_dict().items() if value is not None}
+    return GenerationConfig.from_dict(values, source="generation_config")
 
 
 def pad_token(config: GenerationConfig) -> int:

@@ -24,6 +24,7 @@ class Prompt:
         padding: (B,) how many leading columns of `inputs` are no text; None for none.
         before: how many tokens a cache holds that come before these rows, rather than being the
             beginning of them.
+        positions: (B, W) what the rotary embedding turns into angles; None for the slots.
     """
 
     given: Tensor
@@ -31,6 +32,7 @@ class Prompt:
     inputs: Tensor
     padding: Tensor | None
     before: int = 0
+    positions: Tensor | None = None
 
     @property
     def width(self) -> int:
@@ -53,6 +55,7 @@ def read_prompt(
     inputs_embeds: Tensor | None,
     attention_mask: Tensor | None,
     past: Cache | None,
+    position_ids: Tensor | None = None,
     *,
     vocab_size: int,
     device: torch.device,
@@ -75,18 +78,19 @@ def read_prompt(
         raise InputError("inputs and input_ids are two names of the same argument; give one")
     given = input_ids if inputs is None else inputs
     if given is None and inputs_embeds is None:
-        raise InputError("there is no prompt; give inputs, for example tokenizer(text)")
+        raise InputError(
+            "there is no prompt; give inputs, for example tokenizer(text), or set bos_token_id, "
+            "which a text without a prompt begins with"
+        )
     if given is not None:
         _check_ids(given, inputs_embeds is not None)
         check_token_ids(given, vocab_size)
         check_placed("inputs", given, device)
         given = given.to(device)
+    if inputs_embeds is not None:
+        _check_embeds(inputs_embeds)
     run = given if inputs_embeds is None else inputs_embeds.to(device)
     assert run is not None
-    if inputs_embeds is not None and (run.ndim != 3 or not run.numel()):
-        raise InputError(
-            f"inputs_embeds has shape {tuple(run.shape)}; it has to be (batch, tokens, width)"
-        )
     if given is None:
         given = torch.zeros(run.shape[0], 0, dtype=torch.long, device=device)
     if len(given) != len(run):
@@ -95,13 +99,15 @@ def read_prompt(
             "same"
         )
     mask, before = _read_mask(attention_mask, run, past)
+    positions = _read_positions(position_ids, run)
     if mask is None or bool(mask.all()):
-        return Prompt(given, given, run, None, before)
+        return Prompt(given, given, run, None, before, positions)
     kept = mask.to(device).to(torch.bool)
     order = torch.argsort(kept.to(torch.int8), dim=1, stable=True)
     ids = given.gather(1, order) if given.shape[1] == run.shape[1] else given
     moved = run.gather(1, order[..., None].expand_as(run)) if run.ndim == 3 else ids
-    return Prompt(given, ids, moved, (~kept).sum(dim=1), before)
+    positions = None if positions is None else positions.gather(1, order)
+    return Prompt(given, ids, moved, (~kept).sum(dim=1), before, positions)
 
 
 def _check_ids(ids: Tensor, may_be_empty: bool) -> None:
@@ -115,6 +121,51 @@ def _check_ids(ids: Tensor, may_be_empty: bool) -> None:
             f"the prompt has shape {tuple(ids.shape)}; it has to be (batch, tokens) with at "
             "least one token (is it empty?)"
         )
+    _check_real("input_ids", ids)
+
+
+def _check_embeds(embeds: Tensor) -> None:
+    if not isinstance(embeds, Tensor):
+        raise InputError(
+            f"inputs_embeds is a {type(embeds).__name__}, not a tensor; make it with "
+            "model.get_input_embeddings()(ids)"
+        )
+    if embeds.ndim != 3 or not embeds.numel() or not embeds.is_floating_point():
+        raise InputError(
+            f"inputs_embeds has shape {tuple(embeds.shape)} and dtype {embeds.dtype}; it has to be "
+            "(batch, tokens, width) of floating point"
+        )
+    _check_real("inputs_embeds", embeds)
+    if not bool(embeds.isfinite().all()):
+        row, column = (~embeds.isfinite()).nonzero()[0, :2].tolist()
+        raise InputError(
+            f"inputs_embeds[{row}, {column}] holds NaN or infinity; it has to be finite numbers"
+        )
+
+
+def _check_real(name: str, given: Tensor) -> None:
+    if given.is_meta:
+        raise InputError(f"{name} is on the meta device, without values; give it on the model's")
+
+
+def _read_positions(positions: Tensor | None, run: Tensor) -> Tensor | None:
+    if positions is None:
+        return None
+    if not isinstance(positions, Tensor):
+        raise InputError(f"position_ids is a {type(positions).__name__}, not a tensor")
+    B, T = run.shape[:2]
+    fits = positions.ndim == 2 and positions.shape[1] == T and positions.shape[0] in (1, B)
+    if not fits or positions.dtype not in (torch.int64, torch.int32):
+        raise InputError(
+            f"position_ids has shape {tuple(positions.shape)} and dtype {positions.dtype}; it has "
+            f"to be {(B, T)} of integers, a position for each token of the prompt"
+        )
+    _check_real("position_ids", positions)
+    if bool((positions < 0).any()):
+        raise InputError(
+            f"position_ids holds {int(positions.min())}; a position is an integer of at least 0"
+        )
+    return positions.to(run.device).long().expand(B, -1)
 
 
 def _read_mask(mask: Tensor | None, run: Tensor, past: Cache | None) -> tuple[Tensor | None, int]:
@@ -126,6 +177,10 @@ def _read_mask(mask: Tensor | None, run: Tensor, past: Cache | None) -> tuple[Te
             f"attention_mask is a {type(mask).__name__}, not a tensor; "
             "call the tokenizer with return_tensors='pt'"
         )
+    _check_real("attention_mask", mask)
+    if mask.dtype != torch.bool and not bool(((mask == 0) | (mask == 1)).all()):
+        bad = mask[(mask != 0) & (mask != 1)].flatten()[0].item()
+        raise InputError(f"attention_mask holds {bad}; it has to be 1 for tokens and 0 for padding")
     B, T = run.shape[:2]
     held = 0 if past is None else past.get_seq_length()
     if mask.ndim == 2 and held and len(mask) == B and mask.shape[1] > T:

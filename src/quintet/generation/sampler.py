@@ -2,6 +2,7 @@
 
 import random
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -221,7 +222,7 @@ def row_generators(
     """
     if generator is None:
         return None
-    given = [generator] if isinstance(generator, torch.Generator) else list(generator)
+    given: list[Any] = list(generator) if isinstance(generator, list | tuple) else [generator]
     for one in given:
         if not isinstance(one, torch.Generator):
             raise InputError(

@@ -24,7 +24,7 @@ __all__ = ["speculate"]
 
 
 def speculate(run: Run, drafter: Drafter, schedule: Schedule) -> Speculation:
-    """Add tokens to every row, until all have ended or have `run.room` more.
+    """Add tokens to every row, until all have ended or have all they may get.
 
     Args:
         run: the generation; afterwards its text has the rows with what follows their end.
@@ -46,6 +46,7 @@ class _Speculating:
         # Whatever is known of single rows is kept in Python: a tensor of one number costs as much.
         self.rows: list[list[int]] = [[] for _ in range(B)]
         self.goes_on = [True] * B
+        self.room = [run.rooms.row(row) for row in range(B)]
         self.ends = frozenset(run.stopping.eos.tolist())
         self.scores: list[list[Tensor]] = [[] for _ in range(B)]
         self.logits: list[list[Tensor]] = [[] for _ in range(B)]
@@ -73,13 +74,15 @@ class _Speculating:
 
     def _propose(self) -> Draft:
         """Draft as many tokens as the schedule says and there is room for."""
-        most, cache = self.run.room, self.run.forward.cache
+        most, cache = self.run.rooms.most, self.run.forward.cache
         capacity = None if cache is None else cache.get_max_cache_shape()
         if cache is not None and capacity is not None:
             most = capacity - cache.get_seq_length() - 1
         wanted = [
-            max(0, min(asked, most, self.run.room - len(row) - 1)) if goes else 0
-            for asked, row, goes in zip(self.schedule.rows, self.rows, self.goes_on, strict=True)
+            max(0, min(asked, most, room - len(row) - 1)) if goes else 0
+            for asked, row, room, goes in zip(
+                self.schedule.rows, self.rows, self.room, self.goes_on, strict=True
+            )
         ]
         # Also where nothing is drafted: whether that is so depends on the other rows.
         sampler = _for_a_turn(self.run.sampler, self.goes_on)
@@ -177,7 +180,7 @@ class _Speculating:
             ended = True in ends
             if ended:
                 del row[ends.index(True) + 1 :]
-            room = len(self.rows[index]) + len(row) < run.room
+            room = len(self.rows[index]) + len(row) < self.room[index]
             goes_on.append(self.goes_on[index] and not ended and room)
         self.goes_on = goes_on
         return tokens

@@ -4,7 +4,7 @@ import asyncio
 import sys
 from collections.abc import AsyncIterator, Iterator
 from queue import Queue
-from typing import Protocol, TextIO
+from typing import Protocol, TextIO, runtime_checkable
 
 from torch import Tensor
 
@@ -20,6 +20,7 @@ __all__ = [
 ]
 
 
+@runtime_checkable
 class Streamer(Protocol):
     """What `generate(streamer=…)` takes."""
 

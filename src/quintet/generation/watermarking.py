@@ -1,13 +1,22 @@
 """How a text is marked: options alone, so that a config needs no torch."""
 
 from dataclasses import asdict, dataclass
-from typing import Any, Self
+from typing import Annotated, Any, Self
 
+from quintet.configuration.rules import Bounds, Count, check
 from quintet.errors import InputError
 
 __all__ = ["WatermarkingConfig"]
 
 SCHEMES = ("lefthash", "selfhash")
+_RULES: dict[str, Any] = {
+    "greenlist_ratio": float,
+    "bias": Annotated[float, Bounds(-1e30, 1e30)],
+    # What seeds a generator.
+    "hashing_key": Annotated[int, Bounds(0, 2**63 - 1)],
+    "seeding_scheme": str,
+    "context_width": Count,
+}
 
 
 @dataclass(kw_only=True)
@@ -30,6 +39,11 @@ class WatermarkingConfig:
     context_width: int = 1
 
     def __post_init__(self) -> None:
+        for name, rule in _RULES.items():
+            try:
+                check("WatermarkingConfig", name, getattr(self, name), rule)
+            except ValueError as error:
+                raise InputError(str(error)) from None
         if not 0 < self.greenlist_ratio < 1:
             raise InputError(
                 f"WatermarkingConfig: greenlist_ratio={self.greenlist_ratio!r} has to be between "
@@ -39,10 +53,6 @@ class WatermarkingConfig:
             raise InputError(
                 f"WatermarkingConfig: seeding_scheme={self.seeding_scheme!r} has to be one of "
                 f"{', '.join(SCHEMES)}"
-            )
-        if self.context_width < 1:
-            raise InputError(
-                f"WatermarkingConfig: context_width={self.context_width!r} has to be at least 1"
             )
 
     @classmethod

@@ -8,25 +8,25 @@ from quintet.errors import InputError
 __all__ = ["check_placed", "check_token_ids"]
 
 
-def check_token_ids(input_ids: Tensor, vocab_size: int) -> None:
-    """Check that ids are (B, T) integers the embedding has.
+def check_token_ids(input_ids: Tensor, vocab_size: int, name: str = "input_ids") -> None:
+    """Check that ids are (B, T) integers the embedding has; `name` is what they are called.
 
     Raises:
         InputError: another shape or dtype, no token at all, or an id out of range.
     """
     if not isinstance(input_ids, Tensor):
         raise InputError(
-            f"input_ids is a {type(input_ids).__name__}, not a tensor; "
+            f"{name} is a {type(input_ids).__name__}, not a tensor; "
             "call the tokenizer with return_tensors='pt'"
         )
     if input_ids.ndim != 2 or input_ids.dtype not in (torch.int64, torch.int32):
         raise InputError(
-            f"input_ids has shape {tuple(input_ids.shape)} and dtype {input_ids.dtype}; "
+            f"{name} has shape {tuple(input_ids.shape)} and dtype {input_ids.dtype}; "
             "it has to be (batch, tokens) of integers"
         )
     if input_ids.numel() == 0:
         raise InputError(
-            f"input_ids has shape {tuple(input_ids.shape)}: there is no token to start from; "
+            f"{name} has shape {tuple(input_ids.shape)}: there is no token to start from; "
             "give at least one, for example the tokenizer's bos or eos token"
         )
     # Reading the ids back from another device would stall it at every step, and rows that
@@ -42,7 +42,7 @@ def check_token_ids(input_ids: Tensor, vocab_size: int) -> None:
         bad = low if low < 0 else high
         row, column = (input_ids == bad).nonzero()[0].tolist()
         raise InputError(
-            f"input_ids[{row}, {column}] is {bad}; the model's vocabulary has ids 0 to "
+            f"{name}[{row}, {column}] is {bad}; the model's vocabulary has ids 0 to "
             f"{vocab_size - 1} (is this the model's own tokenizer?)"
         )
 

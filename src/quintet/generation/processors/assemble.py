@@ -23,7 +23,7 @@ class Setting:
 
     Attributes:
         prompt: the rows that are continued, each as often as it is.
-        room: how many tokens are added at the most.
+        room: how many tokens are added at the most, to all rows or to each (B,).
         vocab_size: V.
         num_beams: how many rows belong to one prompt.
         prefix_allowed_tokens_fn: which tokens may come next.
@@ -31,7 +31,7 @@ class Setting:
     """
 
     prompt: Text
-    room: int
+    room: int | Tensor
     vocab_size: int
     num_beams: int = 1
     prefix_allowed_tokens_fn: words.PrefixAllowedTokens | None = None

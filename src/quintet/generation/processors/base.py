@@ -15,7 +15,9 @@ __all__ = [
     "LogitsProcessorList",
     "LogitsWarper",
     "TokenIds",
+    "check_known",
     "forbid",
+    "largest",
     "positive_float",
     "row_lengths",
     "token_ids",
@@ -103,13 +105,35 @@ def token_ids(name: str, value: TokenIds) -> Tensor:
     Raises:
         InputError: they are not integers of at least 0.
     """
-    given = [value] if isinstance(value, int) else value
-    found = given if isinstance(given, Tensor) else torch.tensor(list(given))
+    rule = f"{name}={value!r} has to be token ids, integers of at least 0"
+    try:
+        given = [value] if isinstance(value, int) else value
+        found = given if isinstance(given, Tensor) else torch.tensor(list(given))
+    except (TypeError, ValueError, OverflowError, RuntimeError):
+        raise InputError(rule) from None
     if found.numel() == 0:
         return found.reshape(-1).long()
-    if found.is_floating_point() or found.dtype == torch.bool or bool((found < 0).any()):
-        raise InputError(f"{name}={value!r} has to be token ids, integers of at least 0")
+    whole = not (found.is_floating_point() or found.is_complex() or found.dtype == torch.bool)
+    if not whole or bool((found < 0).any()):
+        raise InputError(rule)
     return found.reshape(-1).long()
+
+
+def largest(ids: Tensor) -> int:
+    """Return the largest of some ids, which says whether a vocabulary has them all."""
+    return int(ids.max()) if ids.numel() else 0
+
+
+def check_known(name: str, token: int, V: int) -> None:
+    """Check that a vocabulary has the largest of the tokens that an option names.
+
+    Raises:
+        InputError: it has not.
+    """
+    if token >= V:
+        raise InputError(
+            f"{name} names token {token}, which is outside of the vocabulary, 0 to {V - 1}"
+        )
 
 
 def forbid(scores: Tensor, ids: Tensor, rows: bool | Tensor = True) -> Tensor:

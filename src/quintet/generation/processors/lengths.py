@@ -7,7 +7,9 @@ from quintet.errors import InputError
 from quintet.generation.processors.base import (
     LogitsProcessor,
     TokenIds,
+    check_known,
     forbid,
+    largest,
     row_lengths,
     token_ids,
 )
@@ -64,8 +66,10 @@ class ForcedBOSTokenLogitsProcessor(LogitsProcessor):
     def __init__(self, bos_token_id: int) -> None:
         self.bos_token_id = bos_token_id
         self._only = token_ids("forced_bos_token_id", bos_token_id)
+        self._largest = largest(self._only)
 
     def __call__(self, input_ids: Tensor, scores: Tensor, padding: Tensor | None = None) -> Tensor:
+        check_known("forced_bos_token_id", self._largest, scores.shape[1])
         return _force(scores, self._only, row_lengths(input_ids, padding) == 1)
 
 
@@ -77,8 +81,10 @@ class ForcedEOSTokenLogitsProcessor(LogitsProcessor):
     ) -> None:
         self.max_length = _length("max_length", max_length)
         self.eos_token_id = token_ids("forced_eos_token_id", eos_token_id).to(device)
+        self._largest = largest(self.eos_token_id)
 
     def __call__(self, input_ids: Tensor, scores: Tensor, padding: Tensor | None = None) -> Tensor:
+        check_known("forced_eos_token_id", self._largest, scores.shape[1])
         last = row_lengths(input_ids, padding) == self.max_length - 1
         return _force(scores, self.eos_token_id, last)
 
@@ -101,7 +107,8 @@ class ExponentialDecayLengthPenalty(LogitsProcessor):
         start, factor = exponential_decay_length_penalty
         self.regulation_start = int(start) + _length("input_ids_seq_length", input_ids_seq_length)
         self.regulation_factor = float(factor)
-        self.eos_token_id = token_ids("eos_token_id", eos_token_id)
+        # Named twice, it would be raised twice.
+        self.eos_token_id = torch.unique(token_ids("eos_token_id", eos_token_id))
 
     def __call__(self, input_ids: Tensor, scores: Tensor, padding: Tensor | None = None) -> Tensor:
         behind = row_lengths(input_ids, padding) - self.regulation_start
@@ -127,6 +134,7 @@ class SuppressTokensAtBeginLogitsProcessor(LogitsProcessor):
         self.begin_suppress_tokens = token_ids("begin_suppress_tokens", begin_suppress_tokens).to(
             device
         )
+        self._largest = largest(self.begin_suppress_tokens)
         self.begin_index = begin_index
 
     def set_begin_index(self, begin_index: Length) -> None:
@@ -134,6 +142,7 @@ class SuppressTokensAtBeginLogitsProcessor(LogitsProcessor):
         self.begin_index = begin_index
 
     def __call__(self, input_ids: Tensor, scores: Tensor, padding: Tensor | None = None) -> Tensor:
+        check_known("begin_suppress_tokens", self._largest, scores.shape[1])
         begins = row_lengths(input_ids, padding) == self.begin_index
         return forbid(scores, self.begin_suppress_tokens, begins)
 

@@ -1,12 +1,20 @@
 """What favours or forbids given tokens and sequences of tokens."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
 
 from quintet.errors import InputError
-from quintet.generation.processors.base import LogitsProcessor, TokenIds, forbid, token_ids
+from quintet.generation.processors.base import (
+    LogitsProcessor,
+    TokenIds,
+    check_known,
+    forbid,
+    largest,
+    token_ids,
+)
+from quintet.generation.sequence_bias import Biases, read_biases
 
 __all__ = [
     "NoBadWordsLogitsProcessor",
@@ -18,7 +26,6 @@ __all__ = [
 
 # The row of the batch and its ids so far -> the ids that may come next.
 PrefixAllowedTokens = Callable[[int, Tensor], Sequence[int]]
-Biases = Mapping[tuple[int, ...], float] | Sequence[Sequence[Sequence[int] | float]]
 
 
 class SuppressTokensLogitsProcessor(LogitsProcessor):
@@ -26,8 +33,10 @@ class SuppressTokensLogitsProcessor(LogitsProcessor):
 
     def __init__(self, suppress_tokens: TokenIds, device: str | torch.device = "cpu") -> None:
         self.suppress_tokens = token_ids("suppress_tokens", suppress_tokens).to(device)
+        self._largest = largest(self.suppress_tokens)
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        check_known("suppress_tokens", self._largest, scores.shape[1])
         return forbid(scores, self.suppress_tokens)
 
 
@@ -38,8 +47,11 @@ class SequenceBiasLogitsProcessor(LogitsProcessor):
         sequence_bias: the bias of each sequence, `{(10, 45): -2.0}` or `[[[10, 45], -2.0]]`.
     """
 
+    _name = "sequence_bias"
+
     def __init__(self, sequence_bias: Biases) -> None:
-        self.sequence_bias = _biases(sequence_bias)
+        self.sequence_bias = read_biases(sequence_bias, self._name)
+        self._largest = max((max(ids) for ids in self.sequence_bias), default=0)
         # Sequences of one length are compared with the ends of all rows at once.
         groups: dict[int, list[tuple[tuple[int, ...], float]]] = {}
         for ids, bias in self.sequence_bias.items():
@@ -50,15 +62,11 @@ class SequenceBiasLogitsProcessor(LogitsProcessor):
         ]
 
     def __call__(self, input_ids: Tensor, scores: Tensor, padding: Tensor | None = None) -> Tensor:
-        T, V = input_ids.shape[1], scores.shape[1]
+        T = input_ids.shape[1]
+        check_known(self._name, self._largest, scores.shape[1])
         total = torch.zeros_like(scores)
         for ids, bias in self._groups:
             ids, bias = ids.to(scores.device), bias.to(scores)
-            if bool((ids >= V).any()):
-                raise InputError(
-                    f"sequence_bias has ids {ids[ids >= V].tolist()}, outside of the vocabulary, "
-                    f"0 to {V - 1}"
-                )
             begin = ids.shape[1] - 1
             if begin > T:
                 continue
@@ -75,6 +83,8 @@ class NoBadWordsLogitsProcessor(SequenceBiasLogitsProcessor):
     An end token alone is no bad word.
     """
 
+    _name = "bad_words_ids"
+
     def __init__(
         self, bad_words_ids: list[list[int]], eos_token_id: TokenIds | None = None
     ) -> None:
@@ -86,7 +96,7 @@ class NoBadWordsLogitsProcessor(SequenceBiasLogitsProcessor):
             )
         ends = [] if eos_token_id is None else token_ids("eos_token_id", eos_token_id).tolist()
         super().__init__(
-            {tuple(ids): -torch.inf for ids in bad_words_ids if ids not in [[end] for end in ends]}
+            [[ids, -torch.inf] for ids in bad_words_ids if ids not in [[end] for end in ends]]
         )
 
 
@@ -133,6 +143,7 @@ class PrefixConstrainedLogitsProcessor(LogitsProcessor):
                     f"prefix_allowed_tokens_fn allows no token for row {prompt} behind "
                     f"{ids[-8:].tolist()}; it has to name at least one"
                 )
+            check_known("prefix_allowed_tokens_fn()", largest(allowed), scores.shape[1])
             mask[row, allowed.to(mask.device)] = 0
         constrained = scores + mask
         # Where all that is allowed was forbidden before, the constraint goes first.
@@ -145,16 +156,3 @@ class PrefixConstrainedLogitsProcessor(LogitsProcessor):
         if padding is None:
             return [0] * rows
         return (padding if self.padding is None else padding - self.padding).tolist()
-
-
-def _biases(given: Biases) -> dict[tuple[int, ...], float]:
-    rule = "has to map sequences of token ids to numbers, as {(10, 45): -2.0} or [[[10, 45], -2.0]]"
-    try:
-        pairs = given.items() if isinstance(given, Mapping) else [(a, b) for a, b in given]
-        found = {tuple(ids): float(bias) for ids, bias in pairs}  # type: ignore[arg-type]
-    except (TypeError, ValueError):
-        raise InputError(f"sequence_bias={given!r} {rule}") from None
-    for ids in found:
-        if not ids or not all(isinstance(i, int) and i >= 0 for i in ids):
-            raise InputError(f"sequence_bias={given!r} {rule}; {ids!r} is no such sequence")
-    return found
