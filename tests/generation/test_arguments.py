@@ -1,4 +1,4 @@
-"""Arguments of `generate()` that come from elsewhere: positions, labels, configs of Transformers."""
+"""Arguments of `generate()` that come from elsewhere: positions, labels, foreign configs."""
 
 import copy
 from typing import Any
