@@ -51,11 +51,23 @@ class _Speculating:
         self.scores: list[list[Tensor]] = [[] for _ in range(B)]
         self.logits: list[list[Tensor]] = [[] for _ in range(B)]
         self.streamed = 0
+        # How long the rows of the cache were before a draft was run, until it is taken back.
+        self.before: int | Tensor | None = None
         self.found = Speculation()
         schedule.start(B)
 
     def all(self) -> Speculation:
         """Go on until every row has ended."""
+        try:
+            return self._all()
+        except BaseException:
+            # Whoever interrupts this may go on from the cache, which must hold no draft.
+            cache, before = self.run.forward.cache, self.before
+            if cache is not None and before is not None:
+                cache.crop(before)
+            raise
+
+    def _all(self) -> Speculation:
         made, draft = self.run.made, Draft.none(self.run.text)
         self._take(made, self.run.text, draft)
         while any(self.goes_on):
@@ -107,6 +119,7 @@ class _Speculating:
                 # A preallocated cache counts in place.
                 held = forward.cache.lengths(len(self.rows), device).clone()
             forward.cache.snapshot()
+            self.before = forward.cache.get_seq_length() if held is None else held
         rows = None if all(self.goes_on) else torch.tensor(self.goes_on, device=device)
         return forward.step(text, rows, new=new, keep=new), held
 
@@ -204,6 +217,7 @@ class _Speculating:
             cache.crop(held + torch.tensor(counts, device=held.device))
         elif ran > counts[0]:
             cache.crop(counts[0] - ran)
+        self.before = None
 
     # -- what is told ------------------------------------------------------------------------
 

@@ -85,6 +85,8 @@ class Call:
     __slots__ = ("_learns", "fields", "fit", "tensors")
 
     def __init__(self) -> None:
+        # OpenMP counts threads for each thread by itself, and torch tells it when first asked here.
+        torch.get_num_threads()
         self._learns = torch.is_grad_enabled()
         self.fit = True
         self.fields: list[int] = []
