@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Self, get_origin, get_type_hint
 
 from quintet.configuration.contract import ConfigContract
 from quintet.configuration.labels import labels
+from quintet.configuration.numbers import decoded, encoded
 from quintet.configuration.rope import RopeParameters, merge_rope
 from quintet.configuration.rules import (
     EndIds,
@@ -25,7 +26,7 @@ from quintet.configuration.rules import (
     TokenId,
     check,
 )
-from quintet.errors import ConfigError, ModelNotFoundError, SaveError, shown
+from quintet.errors import CheckpointError, ConfigError, ModelNotFoundError, SaveError, shown
 from quintet.files import read_json, write_text
 from quintet.folder import checked_path, find_file, what_else
 from quintet.hub import CONFIG_NAME, CONFIG_PATTERNS, Pushable, locate
@@ -243,7 +244,7 @@ class PreTrainedConfig(ConfigContract, Pushable):
     @classmethod
     def from_dict(cls, values: Mapping[str, Any], **overrides: Any) -> Self:
         """Build a configuration from the content of a file; `overrides` win over it."""
-        merged, overrides = cls._renamed(values), cls._renamed(overrides)
+        merged, overrides = cls._renamed(decoded(dict(values))), cls._renamed(overrides)
         if "num_labels" in overrides:
             merged = {k: v for k, v in merged.items() if k not in ("id2label", "label2id")}
         elif "id2label" in overrides:
@@ -352,8 +353,8 @@ class PreTrainedConfig(ConfigContract, Pushable):
             if getattr(plain, key) == values.get(key):
                 values.pop(key, None)
         try:
-            return json.dumps(values, indent=2, sort_keys=True) + "\n"
-        except (TypeError, ValueError) as error:
+            return json.dumps(encoded(values), indent=2, sort_keys=True, allow_nan=False) + "\n"
+        except (TypeError, ValueError, RecursionError) as error:
             raise ConfigError(f"{type(self).__name__} cannot be written as JSON: {error}") from None
 
     def __eq__(self, other: object) -> bool:
@@ -421,7 +422,11 @@ def read_config(root: Path) -> dict[str, Any]:
         raise what_else(root) or ModelNotFoundError(
             f"{root} has no {CONFIG_NAME}; it is not a model's directory"
         )
-    return read_json(path, most=MAX_CONFIG_BYTES)
+    try:
+        values: dict[str, Any] = decoded(read_json(path, most=MAX_CONFIG_BYTES))
+    except RecursionError:
+        raise CheckpointError(f"{path} is nested too deeply; fetch the file again") from None
+    return values
 
 
 def _view(key: str) -> property:

@@ -1,6 +1,12 @@
 """The names by which tools made for Transformers read a config."""
 
-from typing import ClassVar, Self
+import json
+import os
+from collections.abc import Mapping
+from typing import Any, ClassVar, Self
+
+from quintet.files import write_text
+from quintet.folder import checked_path
 
 __all__ = ["ConfigContract"]
 
@@ -16,6 +22,44 @@ class ConfigContract:
     is_encoder_decoder: ClassVar[bool] = False
     is_composition: ClassVar[bool] = False
     attn_implementation: str
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return every key."""
+        raise NotImplementedError
+
+    def to_json_string(self) -> str:
+        """Return what `config.json` holds."""
+        raise NotImplementedError
+
+    def check(self) -> None:
+        """Check the type and bounds of every key, as they are now."""
+        raise NotImplementedError
+
+    def to_diff_dict(self) -> dict[str, Any]:
+        """Return the keys that `config.json` holds: those that are not at their default."""
+        values: dict[str, Any] = json.loads(self.to_json_string())
+        return values
+
+    def to_json_file(self, json_file_path: str | os.PathLike[str]) -> None:
+        """Write what `config.json` holds into a file of any name.
+
+        Raises:
+            SaveError: it could not be written.
+        """
+        write_text(checked_path(json_file_path, "json_file_path"), self.to_json_string())
+
+    def update(self, config_dict: Mapping[str, Any]) -> None:
+        """Set keys, and check them all.
+
+        Raises:
+            ConfigError: a value breaks its rule.
+        """
+        for key, value in config_dict.items():
+            setattr(self, key, value)
+        self.check()
+
+    def __contains__(self, key: str) -> bool:
+        return key in self.to_dict()
 
     def get_text_config(self, decoder: bool | None = None, encoder: bool | None = None) -> Self:
         """Return the config of the part that reads text, which is all of it."""

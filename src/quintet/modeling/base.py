@@ -61,8 +61,9 @@ class PreTrainedModel(ModelContract, Checkpointing, Pushable):
     def __init__(self, config: PreTrainedConfig) -> None:
         if not isinstance(config, self.config_class):
             raise InputError(
-                f"{type(self).__name__} takes a {self.config_class.__name__}, "
-                f"not a {type(config).__name__}"
+                f"{type(self).__name__} takes a quintet.{self.config_class.__name__}, not a "
+                f"{type(config).__module__}.{type(config).__qualname__}; where that has a "
+                f"to_dict(), {self.config_class.__name__}.from_dict(config.to_dict()) is one"
             )
         # What a caller has set since the config was made is as little believed as a file.
         config.check()

@@ -182,11 +182,13 @@ def fp8_scale_shape(shape: tuple[int, ...], block: tuple[int, int] = FP8_BLOCK) 
     return *shape[:-2], math.ceil(shape[-2] / block[0]), math.ceil(shape[-1] / block[1])
 
 
-def quantize_fp8(weight: Tensor, block: tuple[int, int] = FP8_BLOCK) -> tuple[Tensor, Tensor]:
+def quantize_fp8(
+    weight: Tensor, block: tuple[int, int] = FP8_BLOCK, *, powers: bool = False
+) -> tuple[Tensor, Tensor]:
     """Scale each block to the range of e4m3 and round (DeepSeek-V3, arXiv:2412.19437, §3.3).
 
     Returns q float8_e4m3fn (..., O, I) and scale_inv float32, a 448th of the blocks' largest
-    magnitudes; see `fp8_scale_shape`.
+    magnitudes, or with `powers` the next power of two from there up; see `fp8_scale_shape`.
 
     Raises:
         InputError: a weight is not finite.
@@ -200,6 +202,8 @@ def quantize_fp8(weight: Tensor, block: tuple[int, int] = FP8_BLOCK) -> tuple[Te
         largest = _largest(band).amax(-3)
         scales = scale[..., at, :]
         scales.copy_(torch.div(largest, 448).squeeze(-1))
+        if powers:
+            scales.copy_(torch.where(scales > 0, scales.log2().ceil().exp2(), scales))
         band = band / _divisor(scales[..., None, :, None])
         q[..., rows, :] = band.flatten(-2)[..., :wide].to(q.dtype)
     return q, scale

@@ -252,6 +252,7 @@ class FineGrainedFP8Config(QuantizationConfig):
         activation_scheme: "dynamic": activations get their scales as they come.
         weight_block_size: rows and columns of a block.
         dequantize: hold the model in 16 bits.
+        scale_fmt: "ue8m0" where scales are powers of two, as from DeepSeek-V3.1 on.
         modules_to_not_convert: modules that keep their numbers; None for the output head.
     """
 
@@ -267,7 +268,7 @@ class FineGrainedFP8Config(QuantizationConfig):
     def __post_init__(self) -> None:
         self._require_names("modules_to_not_convert")
         self._require(self.activation_scheme == "dynamic", "activation_scheme", "'dynamic'")
-        self._require(self.scale_fmt == "float", "scale_fmt", "'float'")
+        self._require(self.scale_fmt in ("float", "ue8m0"), "scale_fmt", "'float' or 'ue8m0'")
         self._require(self.fmt == "e4m3", "fmt", "'e4m3'")
         self._require(isinstance(self.dequantize, bool), "dequantize", "true or false")
         sizes = self.weight_block_size
@@ -292,7 +293,7 @@ class FineGrainedFP8Config(QuantizationConfig):
 
     def _format(self) -> FP8Format:
         rows, columns = self.weight_block_size
-        return FP8Format((rows, columns))
+        return FP8Format((rows, columns), self.scale_fmt == "ue8m0")
 
 
 def _plain(value: Any) -> Any:

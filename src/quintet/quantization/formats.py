@@ -179,10 +179,16 @@ class Int4Format(_Integers):
 
 @dataclass(frozen=True)
 class FP8Format(WeightFormat):
-    """Blocks of e4m3 numbers, each with a scale: the released weights of DeepSeek-V3 and R1."""
+    """Blocks of e4m3 numbers, each with a scale: the released weights of DeepSeek-V3 and R1.
+
+    Attributes:
+        block: rows and columns of a block.
+        powers: whether scales are powers of two, as in V3.1.
+    """
 
     name = "fp8"
     block: tuple[int, int] = FP8_BLOCK
+    powers: bool = False
 
     def parts(self, shape: Shape) -> dict[str, Part]:
         """Return what a matrix of `shape` is held as."""
@@ -194,7 +200,7 @@ class FP8Format(WeightFormat):
 
     def encode(self, weight: Tensor) -> dict[str, Tensor]:
         """Split a matrix of numbers into parts."""
-        q, scale_inv = quantize_fp8(weight, self.block)
+        q, scale_inv = quantize_fp8(weight, self.block, powers=self.powers)
         return {"": q, "_scale_inv": scale_inv}
 
     def decode(self, parts: Parts, shape: Shape, dtype: torch.dtype) -> Tensor:
@@ -204,3 +210,7 @@ class FP8Format(WeightFormat):
     def cuts(self, row: int) -> bool:
         """Tell whether the parts, cut there too, are those of the matrix cut before a row."""
         return row % self.block[0] == 0
+
+    def unpack(self, weight: str, found: Parts, shape: Shape) -> dict[str, Tensor]:
+        """Return the parts; scales that are powers of two may lie there in a byte each."""
+        return {**found, "_scale_inv": found["_scale_inv"].to(torch.float32)}

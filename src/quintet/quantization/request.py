@@ -107,7 +107,9 @@ def read(values: Any) -> QuantizationConfig:
         return values
     if not isinstance(values, Mapping):
         raise ConfigError(
-            f"quantization_config={shown(values)} has to be a configuration or its mapping"
+            f"quantization_config is a {type(values).__module__}.{type(values).__qualname__}: "
+            f"{shown(values)}; it has to be a configuration of quintet or a mapping, as the "
+            "to_dict() of those of Transformers"
         )
     given = dict(values)
     method = given.pop("quant_method", None)

@@ -1,0 +1,29 @@
+"""Numbers that JSON does not have, as Transformers writes them: {"__float__": "Infinity"}."""
+
+import math
+from typing import Any
+
+__all__ = ["decoded", "encoded"]
+
+TAG = "__float__"
+NUMBERS = {"NaN": math.nan, "Infinity": math.inf, "-Infinity": -math.inf}
+
+
+def encoded(value: Any) -> Any:
+    """Return a value with each number that is not finite, however deep, as a mapping."""
+    if isinstance(value, float) and not math.isfinite(value):
+        return {TAG: "NaN" if math.isnan(value) else "Infinity" if value > 0 else "-Infinity"}
+    if isinstance(value, dict):
+        return {key: encoded(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [encoded(item) for item in value]
+    return value
+
+
+def decoded(value: Any) -> Any:
+    """Return a value with each such mapping as the number that it is."""
+    if isinstance(value, dict):
+        if value.keys() == {TAG} and isinstance(value[TAG], str) and value[TAG] in NUMBERS:
+            return NUMBERS[value[TAG]]
+        return {key: decoded(item) for key, item in value.items()}
+    return [decoded(item) for item in value] if isinstance(value, list) else value
