@@ -16,3 +16,5 @@ def test_what_tools_ask_of_a_config(family: Family, tmp_path: Path) -> None:
     config.save_pretrained(tmp_path)
     read = type(config).from_pretrained(tmp_path, is_encoder_decoder=False)
     assert read.get_text_config().vocab_size == config.vocab_size
+    assert read._name_or_path == read.name_or_path == str(tmp_path)
+    assert "_name_or_path" not in read.to_dict()

@@ -22,6 +22,7 @@ class ConfigContract:
     is_encoder_decoder: ClassVar[bool] = False
     is_composition: ClassVar[bool] = False
     attn_implementation: str
+    name_or_path: str
 
     def to_dict(self) -> dict[str, Any]:
         """Return every key."""
@@ -72,3 +73,11 @@ class ConfigContract:
     @_attn_implementation.setter
     def _attn_implementation(self, value: str) -> None:
         self.attn_implementation = value
+
+    @property
+    def _name_or_path(self) -> str:
+        return self.name_or_path
+
+    @_name_or_path.setter
+    def _name_or_path(self, value: str) -> None:
+        self.name_or_path = value
