@@ -20,6 +20,7 @@ __all__ = ["Call", "applies", "begin", "firsts", "watched"]
 PLAIN = (Tensor, torch.nn.Parameter)
 STRIDED = torch.strided
 NOTHING = (0, 0)
+AS_REAL, AS_INTEGER = struct.Struct("d"), struct.Struct("q")
 
 
 def watched() -> bool:
@@ -98,8 +99,7 @@ class Call:
 
     def real(self, value: float) -> None:
         """Write a float64."""
-        (field,) = struct.unpack("q", struct.pack("d", value))
-        self.fields.append(field)
+        self.fields += AS_INTEGER.unpack(AS_REAL.pack(value))
 
     def packed(self, x: Tensor | None, dtype: torch.dtype, *shape: int) -> None:
         """Write a tensor that has to be of a dtype and a shape, without gaps; zeros for None."""
@@ -167,7 +167,8 @@ class Call:
         """
         if not self.fit:
             return like
-        made = like.new_empty(shape, dtype=dtype)
+        # Asking for the dtype it has takes longer than the rest.
+        made = like.new_empty(shape) if dtype is None else like.new_empty(shape, dtype=dtype)
         self._write(made)
         return made
 
