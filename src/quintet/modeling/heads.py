@@ -1,7 +1,9 @@
 """A head on top of any base model, and the one that every family writes text with."""
 
+import inspect
+from collections.abc import Callable
 from contextlib import AbstractContextManager
-from typing import Any, ClassVar, TypedDict, Unpack, cast
+from typing import Any, ClassVar, TypedDict, TypeVar, Unpack, cast
 
 from torch import Tensor, nn
 
@@ -27,7 +29,11 @@ __all__ = [
     "kept",
     "padding_mask",
     "shift_labels_of",
+    "without_shifted",
 ]
+
+
+Forward = TypeVar("Forward", bound=Callable[..., Any])
 
 
 class Shifted(TypedDict, total=False):
@@ -38,6 +44,14 @@ class Shifted(TypedDict, total=False):
     """
 
     shift_labels: Tensor | None
+
+
+def without_shifted(forward: Forward) -> Forward:
+    """Leave `shift_labels` out of the signature that tools read."""
+    told = inspect.signature(forward)
+    named = [p for p in told.parameters.values() if p.kind is not p.VAR_KEYWORD]
+    vars(forward)["__signature__"] = told.replace(parameters=named)
+    return forward
 
 
 class Headed(PreTrainedModel):
@@ -95,6 +109,7 @@ class CausalLMHead(Headed, GenerationMixin):
         """Take down what layers hold once for all steps inside that go on with a cache."""
         return cast("DecoderModel", self.base_model).layers_kept(cache)
 
+    @without_shifted
     def forward(
         self,
         input_ids: Tensor | None = None,

@@ -8,7 +8,14 @@ from torch import Tensor
 from quintet.cache import Cache, LegacyCache
 from quintet.checkpoint import StackExperts
 from quintet.modeling.decoder import DecoderModel, first
-from quintet.modeling.heads import CausalLMHead, Shifted, kept, padding_mask, shift_labels_of
+from quintet.modeling.heads import (
+    CausalLMHead,
+    Shifted,
+    kept,
+    padding_mask,
+    shift_labels_of,
+    without_shifted,
+)
 from quintet.modeling.outputs import MoeCausalLMOutputWithPast, MoeModelOutputWithPast
 from quintet.modeling.packing import Packing
 from quintet.ops.losses import Items
@@ -92,6 +99,7 @@ class MoeCausalLMHead(CausalLMHead):
         raise NotImplementedError
 
     # The order of the output's fields is Transformers', which no subclass of the plain one has.
+    @without_shifted
     def forward(  # type: ignore[override]
         self,
         input_ids: Tensor | None = None,

@@ -18,7 +18,7 @@ from quintet.cache.dense import DynamicSlot
 from quintet.errors import InputError
 from quintet.layers.step import Notes, Step
 from quintet.modeling.decoder import first
-from quintet.modeling.heads import Shifted, kept, padding_mask, shift_labels_of
+from quintet.modeling.heads import Shifted, kept, padding_mask, shift_labels_of, without_shifted
 from quintet.modeling.moe import MoeCausalLMHead, MoeDecoderModel
 from quintet.modeling.outputs import MoeCausalLMOutputWithPast
 from quintet.modeling.packing import Packing, own_labels
@@ -138,6 +138,7 @@ class MtpCausalLMHead(MoeCausalLMHead):
 
     model: MtpDecoderModel
 
+    @without_shifted
     def forward(  # type: ignore[override]
         self,
         input_ids: Tensor | None = None,
