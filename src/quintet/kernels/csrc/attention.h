@@ -190,7 +190,7 @@ class Tile {
         const i64 wide = a_.D1 + a_.D2 + 32;
         for (i64 i = 0; i < n; ++i) {
             std::memcpy(keys_ + i * wide, k1 + i * s1, size_t(2 * a_.D1));
-            std::memcpy(keys_ + i * wide + a_.D1, k2 + i * s2, size_t(2 * a_.D2));
+            if (a_.D2) std::memcpy(keys_ + i * wide + a_.D1, k2 + i * s2, size_t(2 * a_.D2));
         }
         return {keys_, keys_ + a_.D1, wide, wide};
     }

@@ -59,8 +59,9 @@ Span<T> own(T* p) {
 // Run a call, of which `bytes` were given; 1 if it is refused.
 template <class Call, class Fn>
 i64 enter(const void* fields, i64 bytes, Fn&& run) {
+    if (bytes < i64(sizeof(Call))) return 1;
     const Call& call = *static_cast<const Call*>(fields);
-    if (bytes < i64(sizeof(Call)) || bytes != call.size() || !call.fits()) return 1;
+    if (bytes != call.size() || !call.fits()) return 1;
     run(call);
     return 0;
 }
