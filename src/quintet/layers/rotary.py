@@ -38,7 +38,7 @@ class RotaryEmbedding(PlainModule):
     def following(self, start: int, T: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """Return cos and sin of the T positions from `start` on, (1, T, D), in a dtype."""
         end = start + T
-        if T > FEW or self.rope.rope_type == "dynamic" or not self._may_keep():
+        if not self._may_keep() or T > FEW or self.rope.rope_type == "dynamic":
             cos, sin = self(self._places(start, end))
             return cos.to(dtype), sin.to(dtype)
         table = self._tables.get(dtype)

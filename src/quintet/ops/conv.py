@@ -40,7 +40,7 @@ def last_window(x: Tensor, W: int, counts: Tensor | int | None) -> Tensor:
     """
     if counts is None:
         counts = x.shape[1] - W + 1
-    if isinstance(counts, int):
+    if not isinstance(counts, Tensor):
         return x[:, counts : counts + W - 1]
     places = counts[:, None] + torch.arange(W - 1, dtype=torch.long, device=x.device)
     return x.gather(1, places[..., None].expand(-1, -1, x.shape[2]))

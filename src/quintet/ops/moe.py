@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F  # noqa: N812
 from torch import Tensor
 
+from quintet.errors import UnsupportedBackendError
 from quintet.kernels.gated import gated as kernel
 from quintet.kernels.grouped import grouped_silu_experts
 from quintet.kernels.linear import Matrix
@@ -77,7 +78,14 @@ def apply_experts(
 
     Shapes: x (N, C); indices and weights (N, A); gate_up (E, 2F, C), the gate's rows first;
     down (E, C, F); returns (N, C).
+
+    Raises:
+        UnsupportedBackendError: torch.jit traces, which would hold for these tokens' experts alone.
     """
+    if torch._C._is_tracing():
+        raise UnsupportedBackendError(
+            "torch.jit.trace cannot follow which tokens go to which experts; use torch.export"
+        )
     if act is F.silu:
         gate, up = (Matrix(half) for half in gate_up.chunk(2, dim=1))
         made = kernel(x, gate, up, Matrix(down), indices, weights)

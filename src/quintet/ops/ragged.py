@@ -9,6 +9,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from quintet.ops.transforms import recorded
+
 __all__ = ["Ragged", "keys_in_columns", "ragged"]
 
 
@@ -38,9 +40,12 @@ class Ragged:
 def ragged(mask: Tensor) -> Ragged | None:
     """Read a (B, T) mask of ones and zeros; None when nothing is padding."""
     kept = mask.to(torch.bool)
-    if not torch.compiler.is_compiling() and bool(kept.all()):
+    if not recorded() and bool(kept.all()):
         return None
-    order = torch.argsort(~kept, dim=1, stable=True)
+    T = mask.shape[1]
+    places = torch.arange(T, dtype=torch.long, device=mask.device)
+    # Numbers of their own, as exporters know no stable sort.
+    order = torch.argsort(places + T * ~kept, dim=1)
     return Ragged(kept.sum(dim=1), order, torch.argsort(order, dim=1))
 
 

@@ -170,7 +170,7 @@ def _in_best_groups(scores: Tensor, rules: RoutingRules, *, best: int) -> Tensor
     """Set scores (N, E) to -inf outside the groups whose `best` highest scores sum highest."""
     if rules.kept_groups == rules.groups:
         return scores
-    grouped = scores.view(len(scores), rules.groups, -1)  # (N, groups, E / groups)
+    grouped = scores.view(scores.shape[0], rules.groups, -1)  # (N, groups, E / groups)
     best = min(best, grouped.shape[-1])
     totals = grouped.topk(best, dim=-1).values.sum(dim=-1)
     winners = totals.topk(rules.kept_groups, dim=-1, sorted=False).indices

@@ -18,6 +18,8 @@ import torch
 import torch.nn.functional as F  # noqa: N812
 from torch import Tensor
 
+from quintet.ops.transforms import recorded
+
 __all__ = ["only", "recurrence", "ssd", "ssd_step", "step_sizes"]
 
 # The decays within a chunk take L numbers a token and head; beyond this, reading and writing them
@@ -73,8 +75,11 @@ def ssd(
     """
     B, T, H, P = x.shape
     G = b.shape[2]
-    L = min(chunk_size, LONGEST_CHUNK, T)
+    L = min(chunk_size, LONGEST_CHUNK) if recorded() else min(chunk_size, LONGEST_CHUNK, T)
     K = -(-T // L)
+    if _is_any(T):
+        # An exported program of any length cannot be told how many chunks that makes.
+        L, K = T, 1
     A, D = A.to(dt.dtype), D.to(dt.dtype)
 
     def chunked(v: Tensor) -> Tensor:
@@ -87,7 +92,8 @@ def ssd(
     steps = torch.unflatten(chunked(dt), 3, (G, -1)).permute(0, 1, 3, 4, 2)  # (B, K, G, R, L)
     taken = heads * steps[..., None]
     decay = steps * A.view(G, -1, 1)  # its logarithm
-    since = decay.cumsum(dim=-1).exp()
+    so_far = decay.cumsum(dim=-1)
+    since = so_far.exp()
     between = _between(decay)
     until = between[..., -1, :]
 
@@ -96,11 +102,8 @@ def ssd(
         state = torch.zeros_like(made[:, 0])
     else:
         state = torch.unflatten(state.to(dt.dtype), 1, (G, -1))
-    starts = []
-    for k in range(K):
-        starts.append(state)
-        state = torch.addcmul(made[:, k], state, since[:, k, ..., -1, None, None])
-    y = torch.einsum("bkgln,bkgrpn->bkgrlp", c, torch.stack(starts, dim=1)) * since[..., None]
+    starts, state = _passed_on(made, so_far[..., -1], state)
+    y = torch.einsum("bkgln,bkgrpn->bkgrlp", c, starts) * since[..., None]
 
     met = (c @ b.transpose(-1, -2))[:, :, :, None] * between  # (B, K, G, R, L, L)
     y = y + met @ taken + D.view(G, -1, 1, 1) * heads
@@ -130,6 +133,29 @@ def ssd_step(
     return y + D.to(dt.dtype)[:, None] * x, state
 
 
+def _is_any(size: object) -> bool:
+    return isinstance(size, torch.SymInt)
+
+
+def _passed_on(made: Tensor, decay: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the state that each chunk begins with (B, K, G, R, P, N), and the last one.
+
+    Shapes: made (B, K, G, R, P, N), what each chunk adds; decay (B, K, G, R), the logarithm of what
+    it leaves of a state; state (B, G, R, P, N), before the first.
+    """
+    if recorded():
+        # No loop over chunks, of which there may be another number.
+        added = torch.cat((state[:, None], made), dim=1)
+        between = _between(F.pad(decay, (0, 0, 0, 0, 1, 0)).movedim(1, -1))  # (B, G, R, K+1, K+1)
+        states = torch.einsum("bgrkj,bjgrpn->bkgrpn", between, added)
+        return states[:, :-1], states[:, -1]
+    starts, left = [], decay.exp()[..., None, None]
+    for k in range(made.shape[1]):
+        starts.append(state)
+        state = torch.addcmul(made[:, k], state, left[:, k])
+    return torch.stack(starts, dim=1), state
+
+
 def _between(decay: Tensor) -> Tensor:
     """Return exp(Σ decay_i, s < i <= l) for tokens s <= l of a chunk, else 0: (..., L, L).
 
@@ -145,5 +171,5 @@ def _between(decay: Tensor) -> Tensor:
 def only(dt: Tensor, counts: Tensor | int) -> Tensor:
     """Set dt (B, T, H) to 0 behind the first `counts` tokens, of all rows or (B,) of each."""
     places = torch.arange(dt.shape[1], dtype=torch.long, device=dt.device)
-    real = places < (counts if isinstance(counts, int) else counts[:, None])
+    real = places < (counts[:, None] if isinstance(counts, Tensor) else counts)
     return dt * real[..., None]
