@@ -8,6 +8,7 @@ from torch import nn
 
 import quintet
 from conformance.families import FAMILIES, Family, each, each_head
+from quintet.errors import InputError
 
 
 def twins(family: Family, head: str = "ForCausalLM", **changes: Any) -> tuple[Any, Any]:
@@ -129,3 +130,29 @@ def test_one_process_alone_saves(family: Family, tmp_path: Any) -> None:
     ids = torch.arange(4)[None]
     again = family.cls("ForCausalLM").from_pretrained(tmp_path / "main")
     assert torch.equal(again(ids).logits, model(ids).logits)
+
+
+@each()
+def test_tied_weights_that_became_two_are_not_saved_as_one(family: Family, tmp_path: Any) -> None:
+    model = family.model_of("ForCausalLM", tie_word_embeddings=True)
+    model.save_pretrained(tmp_path)
+    before = model.lm_head.weight
+    model.lm_head.weight = torch.nn.Parameter(before.detach().clone())
+    model.save_pretrained(tmp_path)
+    with torch.no_grad():
+        model.lm_head.weight[0] += 1
+    with pytest.raises(InputError, match=r"lm_head.weight differs from .*tie_word_embeddings"):
+        model.save_pretrained(tmp_path)
+    model.tie_weights()
+    model.save_pretrained(tmp_path)
+    assert torch.equal(type(model).from_pretrained(tmp_path).lm_head.weight, before)
+
+
+def test_the_devices_of_a_spread_model_are_told(tmp_path: Any) -> None:
+    family = FAMILIES[0]
+    family.model_of("ForCausalLM").save_pretrained(tmp_path)
+    plain = quintet.AutoModelForCausalLM.from_pretrained(tmp_path, device_map="cpu")
+    assert not hasattr(plain, "hf_device_map")
+    spread = {"": "cpu", "lm_head": "cpu:0"}
+    model = quintet.AutoModelForCausalLM.from_pretrained(tmp_path, device_map=spread)
+    assert model.hf_device_map == {path: torch.device(name) for path, name in spread.items()}

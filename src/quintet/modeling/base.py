@@ -19,7 +19,7 @@ from quintet.layers.moe import Experts
 from quintet.modeling import loading
 from quintet.modeling.checkpointing import Checkpointing
 from quintet.modeling.contract import ModelContract
-from quintet.modeling.naming import stack_experts
+from quintet.modeling.naming import check_tied, stack_experts
 from quintet.modeling.placement import DeviceMap, MaxMemory, named_dtype
 from quintet.ops.attention import attention_backend
 from quintet.quantization import (
@@ -227,7 +227,8 @@ class PreTrainedModel(ModelContract, Checkpointing, Pushable):
 
         Raises:
             SaveError: writing failed; a checkpoint that was there is still loadable.
-            InputError: `safe_serialization=False`; pickled weights are never written.
+            InputError: `safe_serialization=False`; pickled weights are never written. Or tied
+                weights that are two different ones.
         """
         if not safe_serialization:
             raise InputError("safe_serialization=False: pickled weights are never written")
@@ -242,6 +243,7 @@ class PreTrainedModel(ModelContract, Checkpointing, Pushable):
         given = self.state_dict() if state_dict is None else state_dict
         tied = self.tied_names()
         tensors, files = packed(self, given, self.weight_rules, tied=tied, dtype=self.dtype)
+        check_tied(tensors, tied)
         loading.write(
             save_directory,
             {name: tensor for name, tensor in tensors.items() if name not in tied},

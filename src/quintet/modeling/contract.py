@@ -25,7 +25,7 @@ class ModelContract(nn.Module):
         main_input_name: the argument of `forward` whose size is the size of a batch.
         model_tags: what the model is tagged with when it is pushed to the hub.
         warnings_issued: what tools have warned of once, which they note here.
-        hf_device_map: the device of each part, where `device_map` spread them.
+        hf_device_map: the device of each part, only there where they are several.
     """
 
     main_input_name: ClassVar[str] = "input_ids"
@@ -33,6 +33,7 @@ class ModelContract(nn.Module):
     config: PreTrainedConfig
     model_tags: list[str] | None = None
     name_or_path: str
+    hf_device_map: dict[str, torch.device]
 
     def __init__(self, config: PreTrainedConfig) -> None:
         super().__init__()

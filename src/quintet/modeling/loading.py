@@ -161,6 +161,8 @@ def _load(
     model.tie_weights()
     _check_filled(model)
     settle(model, placement, model_parts)
+    if placement.several:
+        model.hf_device_map = dict(placement.devices)
     model.note_quantization(request.target)
     _tell(model, where, naming)
 

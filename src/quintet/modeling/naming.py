@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import Tensor
 
 from quintet.checkpoint import (
@@ -15,13 +16,13 @@ from quintet.checkpoint import (
     count_pieces,
     pieces,
 )
-from quintet.errors import listed
+from quintet.errors import InputError, listed
 from quintet.quantization import QuantizationConfig, Stored, stored
 
 if TYPE_CHECKING:
     from quintet.modeling.base import PreTrainedModel
 
-__all__ = ["Naming", "name_tensors", "stack_experts"]
+__all__ = ["Naming", "check_tied", "name_tensors", "stack_experts"]
 
 Shape = tuple[int, ...]
 # A head that a class does not have is no loss.
@@ -158,6 +159,23 @@ def name_tensors(
         optional=optional,
         unused=tuple(sorted(set(tensors) - set(used) - set(aliases))),
     )
+
+
+def check_tied(tensors: Mapping[str, Tensor], tied: Mapping[str, str]) -> None:
+    """Refuse tied tensors that have become two: only one of them would be written.
+
+    Raises:
+        InputError: one is not the other.
+    """
+    for alias, name in tied.items():
+        if alias not in tensors or name not in tensors:
+            continue
+        one, other = tensors[alias], tensors[name]
+        if one.data_ptr() != other.data_ptr() and not torch.equal(one, other):
+            raise InputError(
+                f"{alias} differs from {name}, and config.tie_word_embeddings says that they are "
+                "one; set it to False to keep both, or call tie_weights() to keep the latter"
+            )
 
 
 def stack_experts(model: "PreTrainedModel", state: dict[str, Tensor], prefix: str) -> list[str]:
