@@ -147,6 +147,7 @@ if TYPE_CHECKING:
         TorchAoConfig,
     )
     from quintet.tokenization import (
+        AddedToken,
         BatchEncoding,
         PreTrainedTokenizer,
         PreTrainedTokenizerFast,
@@ -157,6 +158,7 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 __all__ = [
+    "AddedToken",
     "AsyncTextIteratorStreamer",
     "AutoConfig",
     "AutoModel",
@@ -377,6 +379,7 @@ _NAMES = {
         "TorchAoConfig",
     ],
     "quintet.tokenization": [
+        "AddedToken",
         "BatchEncoding",
         "PreTrainedTokenizer",
         "PreTrainedTokenizerFast",

@@ -119,8 +119,12 @@ def test_a_panic_of_the_library_is_an_error() -> None:
 
 def test_a_vocabulary_with_wrong_ids_is_refused(trained: Path, tmp_path: Path) -> None:
     merges = trained / "merges.txt"
-    for wrong in ({"a": -1}, {"a": "b"}, {"a": 10**30}, {"a": None}, [1], "a"):
+    for wrong in ({"a": -1}, {"a": "b"}, {"a": 10**30}, {"a": 10**9}, {"a": None}, [1], "a"):
         (tmp_path / "vocab.json").write_text(json.dumps(wrong))
         with pytest.raises(TokenizerError):
             Qwen2Tokenizer(tmp_path / "vocab.json", merges)
+    (tmp_path / "merges.txt").write_text("")
+    (tmp_path / "vocab.json").write_text('{"a": 1000000000}')
+    with pytest.raises(TokenizerError, match="has the id 1000000000"):
+        Qwen2Tokenizer(tmp_path / "vocab.json", tmp_path / "merges.txt")
     assert Tokenizer.from_file(str(trained / "tokenizer.json"))

@@ -1,6 +1,8 @@
 """Tool calls, empty contents and messages gone on with, in templates as DeepSeek publishes them."""
 
+import copy
 import json
+import pickle
 from pathlib import Path
 from typing import Any
 
@@ -108,3 +110,14 @@ def test_a_role_that_is_null_has_no_token(trained: Path, tmp_path: Path, role: s
     assert again.special_tokens_map == ours.special_tokens_map
     if role == "unk_token":
         assert again.convert_tokens_to_ids("no such token") is None
+
+
+def test_a_used_tokenizer_is_pickled_as_a_fresh_one(tokenizer: Qwen2Tokenizer) -> None:
+    fresh = pickle.dumps(tokenizer)
+    chat = [{"role": "user", "content": "the quick fox"}]
+    ids = tokenizer.apply_chat_template(chat)
+    tokenizer(["the quick fox"] * 3, padding=True, truncation=True, max_length=5)
+    tokenizer.decode(ids, skip_special_tokens=True)
+    assert pickle.dumps(tokenizer) == fresh
+    for again in (pickle.loads(fresh), copy.deepcopy(tokenizer)):
+        assert again.apply_chat_template(chat) == ids

@@ -1,5 +1,6 @@
-"""What lets tools made for Transformers take a model of this library. Needs Transformers."""
+"""What lets tools made for Transformers take a model, or a tokenizer, of this library."""
 
 from quintet.interop.bridge import as_transformers
+from quintet.interop.tokenizers import to_transformers
 
-__all__ = ["as_transformers"]
+__all__ = ["as_transformers", "to_transformers"]

@@ -1,5 +1,7 @@
 """Text to ids and back, exactly as `tokenizer.json` says, and chat templates. No torch."""
 
+from tokenizers import AddedToken
+
 from quintet.tokenization.base import PreTrainedTokenizer, PreTrainedTokenizerFast
 from quintet.tokenization.batch import BatchEncoding
 from quintet.tokenization.load import load
@@ -8,6 +10,7 @@ from quintet.tokenization.stream import IncrementalDecoder
 from quintet.tokenization.tools import function_schema
 
 __all__ = [
+    "AddedToken",
     "BatchEncoding",
     "IncrementalDecoder",
     "PreTrainedTokenizer",

@@ -26,7 +26,7 @@ from quintet.tokenization.guard import guarded
 from quintet.tokenization.options import NAMED_TOKENS, TokenizerOptions, check_names, check_values
 from quintet.tokenization.sentencepiece import read_sentencepiece
 from quintet.tokenization.templates import ChatTemplates
-from quintet.tokenization.vocabulary import Vocabulary, token_text
+from quintet.tokenization.vocabulary import Vocabulary, check_gaps, token_text
 
 __all__ = ["PreTrainedTokenizer", "PreTrainedTokenizerFast"]
 
@@ -268,6 +268,7 @@ class PreTrainedTokenizer(Chat, Decoder, Pushable):
             raise SaveError(f"could not write the vocabulary into {root}: {error}") from error
 
     def _pipeline_json(self) -> str:
+        check_gaps(self.get_vocab())
         text = self._tokenizer.to_str(pretty=True)
         truncation, padding = self._stored
         if truncation is None and padding is None:

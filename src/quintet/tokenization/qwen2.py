@@ -14,6 +14,7 @@ from quintet.tokenization.base import PreTrainedTokenizer
 from quintet.tokenization.files import existing, read_pipeline
 from quintet.tokenization.guard import guarded
 from quintet.tokenization.options import TokenizerOptions, check_names
+from quintet.tokenization.vocabulary import check_gaps
 
 __all__ = ["Qwen2Tokenizer", "Qwen2TokenizerFast"]
 
@@ -154,6 +155,7 @@ class Qwen2TokenizerFast(Qwen2Tokenizer):
 
 def _pipeline(vocab: dict[str, int], merges: list[tuple[str, str]]) -> Tokenizer:
     with guarded("the vocabulary and the merges do not go together"):
+        check_gaps(vocab)
         backend = Tokenizer(BPE(vocab=vocab, merges=merges))
     backend.normalizer = normalizers.NFC()
     backend.pre_tokenizer = pre_tokenizers.Sequence(

@@ -40,6 +40,10 @@ class ChatTemplates:
         self.source = dict(source) if isinstance(source, Mapping) else source
         self._compiled: dict[str, Source] = {}
 
+    def __getstate__(self) -> dict[str, Any]:
+        """What was compiled is made again: a tokenizer that was used is the one that was not."""
+        return {"source": self.source, "_compiled": {}}
+
     def choose(self, asked: str | None, *, has_tools: bool) -> str:
         """Return the template asked for, by name or itself, or else the one that fits.
 

@@ -8,7 +8,9 @@ from tokenizers import AddedToken, Tokenizer
 from quintet.errors import InputError, TokenizerError
 from quintet.tokenization.options import NAMED_TOKENS, check_names
 
-__all__ = ["Vocabulary", "share_pipeline"]
+__all__ = ["Vocabulary", "check_gaps", "share_pipeline"]
+
+MAX_GAP = 1_000_000
 
 
 class _Role:
@@ -266,6 +268,20 @@ def token_text(token: Any) -> str:
     if isinstance(token, Mapping) and isinstance(token.get("content"), str):
         return str(token["content"])
     raise TokenizerError(f"{token!r} is not a token: a string, or an object with 'content'")
+
+
+def check_gaps(vocabulary: Mapping[str, int]) -> None:
+    """Refuse ids with large gaps: the library writes a vocabulary by counting through them.
+
+    Raises:
+        TokenizerError: an id is far beyond the number of tokens.
+    """
+    last = max(vocabulary.values(), default=0)
+    if last > len(vocabulary) + MAX_GAP:
+        raise TokenizerError(
+            f"a token has the id {last} in a vocabulary of {len(vocabulary)} tokens; ids are "
+            "counted from 0, with few gaps"
+        )
 
 
 def share_pipeline(source: Tokenizer, *, added_tokens: bool) -> Tokenizer:
