@@ -7,6 +7,7 @@ import pytest
 
 from quintet import AutoTokenizer, PreTrainedTokenizer
 from quintet.interop import to_transformers
+from quintet.tokenization import IncrementalDecoder
 
 TEXTS = ["Hello there, it's 42!", "  two  spaces\n\n", "naïve 你好 🙂", "", "a<s>b</s><|im_end|> c"]
 CHAT = [{"role": "user", "content": "Hi  <s>"}, {"role": "assistant", "content": "naïve"}]
@@ -46,3 +47,14 @@ def same(ours: PreTrainedTokenizer) -> None:
         assert theirs.apply_chat_template(CHAT, **options) == ours.apply_chat_template(
             CHAT, **options
         )
+
+
+def test_its_text_streams_as_ours_does(chat_model: Path) -> None:
+    ours = AutoTokenizer.from_pretrained(chat_model)
+    ids = ours("naïve 你好 <s> there")["input_ids"]
+    texts = []
+    for tokenizer in (ours, to_transformers(ours)):
+        stream = IncrementalDecoder(tokenizer, skip_special_tokens=True)
+        texts.append([*map(stream.push, ids), stream.flush()])
+    assert texts[0] == texts[1]
+    assert "".join(texts[0]) == ours.decode(ids, skip_special_tokens=True)

@@ -2,6 +2,7 @@
 
 import codecs
 from collections.abc import Sequence
+from typing import Any
 
 from quintet.errors import TokenizerError
 from quintet.tokenization.arrays import as_ids
@@ -27,11 +28,13 @@ class IncrementalDecoder:
 
     def __init__(
         self,
-        tokenizer: Decoder,
+        tokenizer: Any,
         *,
         skip_special_tokens: bool = False,
         clean_up_tokenization_spaces: bool | None = None,
     ) -> None:
+        if not isinstance(tokenizer, Decoder):
+            tokenizer = _of_another_library(tokenizer)
         self._tokenizer = tokenizer
         self._skip = skip_special_tokens
         self._silent = tokenizer._silent_ids() if skip_special_tokens else set()
@@ -151,6 +154,14 @@ class _Whole:
 
     def flush(self) -> str:
         return self._tokenizer.decode(self._ids, skip_special_tokens=False)
+
+
+def _of_another_library(tokenizer: Any) -> Decoder:
+    """Return the decoding half of a tokenizer, such as Transformers', with the same pipeline."""
+    decoder = Decoder(tokenizer.backend_tokenizer)
+    decoder.errors = "replace"
+    decoder.clean_up_tokenization_spaces = bool(tokenizer.clean_up_tokenization_spaces)
+    return decoder
 
 
 def _choose_source(tokenizer: Decoder) -> _Bytes | _Tokens | _Whole:
