@@ -27,7 +27,7 @@ TEMPLATE = (
 
 def _use(root: Path) -> None:
     tokenizer = AutoTokenizer.from_pretrained(root)
-    ids = tokenizer("Hello there, it's <s> 42 你好")["input_ids"]
+    ids = tokenizer.encode("Hello there, it's <s> 42 你好")
     tokenizer.decode(ids, skip_special_tokens=True)
     tokenizer.apply_chat_template(CHAT, add_generation_prompt=True)
     with tempfile.TemporaryDirectory() as folder:

@@ -202,3 +202,10 @@ def test_counting_changes_no_text(template: str, text: str | None) -> None:
             Source(template).render(variables)
     else:
         assert Source(template).render(variables).text == text
+
+
+def test_a_message_of_an_error_ends() -> None:
+    for template in ("{% " + "a" * 100_000 + " %}", "{{ raise_exception('a' * 100000) }}"):
+        with pytest.raises(ChatTemplateError) as caught:
+            Source(template).render({})
+        assert len(str(caught.value)) < 1200

@@ -267,3 +267,9 @@ def test_the_models_limit_is_used_where_no_length_is_given(tokenizer: Qwen2Token
     tokenizer.model_max_length = 2
     assert len(tokenizer("a b c d", truncation=True)["input_ids"]) == 2
     assert len(tokenizer("a", padding="max_length")["input_ids"]) == 2
+
+
+def test_the_column_of_ids_is_named_by_the_model(tokenizer: Qwen2Tokenizer) -> None:
+    ids = tokenizer.encode("the fox")
+    tokenizer.model_input_names = ["decoder_input_ids", "attention_mask"]
+    assert tokenizer.encode("the fox") == tokenizer("the fox")["decoder_input_ids"] == ids

@@ -73,7 +73,7 @@ class Encoder(Vocabulary):
         self, text: Text, text_pair: Text | None = None, **options: Unpack[EncodeOptions]
     ) -> list[int]:
         """Return the ids of one text; options are those of `tokenizer(...)`."""
-        ids: list[int] = self(text, text_pair, **options)["input_ids"]
+        ids: list[int] = self(text, text_pair, **options)[self.model_input_names[0]]
         return ids
 
     def tokenize(

@@ -72,7 +72,7 @@ class Source:
             self._code: types.CodeType = environment.compile(tree)
         except jinja2.TemplateSyntaxError as error:
             raise ChatTemplateError(
-                f"the chat template is not valid, line {error.lineno}: {error.message}"
+                f"the chat template is not valid, line {error.lineno}: {_short(error.message)}"
             ) from error
         except (RecursionError, MemoryError) as error:
             raise ChatTemplateError("the chat template is nested too deeply") from error
@@ -312,6 +312,6 @@ class _Sandbox(MeteredEnvironment):
         return isinstance(obj, _OWN) and super().is_safe_attribute(obj, attr, value)
 
 
-def _short(error: Exception) -> str:
+def _short(error: object) -> str:
     text = str(error)
     return text if len(text) <= MAX_MESSAGE else f"{text[:MAX_MESSAGE]}…"
