@@ -10,7 +10,7 @@ import transformers
 
 import quintet
 from conformance.families import Family, each
-from quintet.errors import ConfigError, InputError
+from quintet.errors import ConfigError, InputError, UnsupportedModelError
 
 LIMITS = '{"__float__": "Infinity"}', "Infinity"
 
@@ -41,6 +41,13 @@ def test_what_is_written_is_json_and_transformers_reads_it(family: Family, tmp_p
     assert theirs.odd == again.odd == {"a": [math.inf, -math.inf, 1.5], "b": [math.inf]}
     theirs.save_pretrained(tmp_path / "theirs")
     assert type(config).from_pretrained(tmp_path / "theirs").odd == theirs.odd
+
+
+def test_a_file_that_is_such_a_number_is_no_config(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(LIMITS[0])
+    with pytest.raises(UnsupportedModelError, match="no model_type"):
+        quintet.AutoConfig.from_pretrained(tmp_path)
+    assert quintet.Qwen2Config.from_dict({"__float__": "Infinity"}) == quintet.Qwen2Config()
 
 
 def test_not_a_number_comes_back(tmp_path: Path) -> None:

@@ -244,7 +244,10 @@ class PreTrainedConfig(ConfigContract, Pushable):
     @classmethod
     def from_dict(cls, values: Mapping[str, Any], **overrides: Any) -> Self:
         """Build a configuration from the content of a file; `overrides` win over it."""
-        merged, overrides = cls._renamed(decoded(dict(values))), cls._renamed(overrides)
+        merged, overrides = (
+            cls._renamed({key: decoded(value) for key, value in values.items()}),
+            cls._renamed(overrides),
+        )
         if "num_labels" in overrides:
             merged = {k: v for k, v in merged.items() if k not in ("id2label", "label2id")}
         elif "id2label" in overrides:
@@ -423,7 +426,9 @@ def read_config(root: Path) -> dict[str, Any]:
             f"{root} has no {CONFIG_NAME}; it is not a model's directory"
         )
     try:
-        values: dict[str, Any] = decoded(read_json(path, most=MAX_CONFIG_BYTES))
+        # The whole is a mapping of keys, whatever its only key is called.
+        content = read_json(path, most=MAX_CONFIG_BYTES)
+        values = {key: decoded(value) for key, value in content.items()}
     except RecursionError:
         raise CheckpointError(f"{path} is nested too deeply; fetch the file again") from None
     return values

@@ -227,7 +227,8 @@ def dequantize_fp8(
     weight = torch.empty_like(q, dtype=dtype)
     for at, rows in _block_rows(q, block[0]):
         scales = scale_inv[..., at, :].to(torch.float32)
-        along = scales.repeat_interleave(block[1], dim=-1)[..., None, : q.shape[-1]]
+        wide = min(block[1], q.shape[-1])
+        along = scales.repeat_interleave(wide, dim=-1)[..., None, : q.shape[-1]]
         weight[..., rows, :] = (q[..., rows, :].to(torch.float32) * along).to(dtype)
     return weight
 

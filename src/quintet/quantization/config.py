@@ -26,6 +26,8 @@ __all__ = [
 ]
 
 Tensors = Mapping[str, TensorInfo]
+# A scale is repeated for all of its block, also where a matrix ends before that.
+MOST_OF_A_BLOCK = 2**16
 
 
 @dataclass(frozen=True, slots=True)
@@ -275,9 +277,9 @@ class FineGrainedFP8Config(QuantizationConfig):
         self._require(
             isinstance(sizes, list | tuple)
             and len(sizes) == 2
-            and all(type(size) is int and size > 0 for size in sizes),
+            and all(type(size) is int and 0 < size <= MOST_OF_A_BLOCK for size in sizes),
             "weight_block_size",
-            "two positive integers",
+            f"two positive integers up to {MOST_OF_A_BLOCK}",
         )
 
     def scheme(self) -> Scheme | None:
