@@ -118,7 +118,7 @@ def test_what_fails_at_once_leaves_a_cache_as_it_was(family: Family) -> None:
 def test_what_has_no_numbers_is_named(family: Family) -> None:
     model = family.model_of()
     for call in (model, model.generate):
-        with pytest.raises(InputError, match=r"meta device.*cpu"):
+        with pytest.raises(InputError, match="is on the meta device"):
             call(IDS.to("meta"))
     # A model there has none either, and tells what shapes it makes.
     assert model.to("meta")(IDS.to("meta"), use_cache=False).logits.shape == (2, 9, 101)

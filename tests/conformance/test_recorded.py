@@ -70,3 +70,16 @@ def test_a_trace_of_a_mask_of_ones_takes_padding(family: Family) -> None:
     for mask in (ones, padded):
         right = model(ids, attention_mask=mask, use_cache=False).logits
         assert relative_error(traced(ids, mask)[mask != 0], right[mask != 0]) < TOLERANCE
+
+
+@torch.no_grad()
+@each
+def test_one_graph_is_compiled_for_many_lengths(family: Family) -> None:
+    torch.compiler.reset()
+    model = family.model_of()
+    program = torch.compile(model, fullgraph=True, dynamic=True, backend="eager")
+    for T in LENGTHS:
+        ids = IDS[:, :T].clone()
+        made = program(input_ids=ids, use_cache=False).logits
+        right = model(input_ids=ids, use_cache=False).logits
+        assert relative_error(made, right) < TOLERANCE, T

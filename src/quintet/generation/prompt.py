@@ -8,7 +8,7 @@ from torch import Tensor
 
 from quintet.cache import Cache
 from quintet.errors import InputError
-from quintet.ops.token_ids import check_placed, check_token_ids
+from quintet.ops.token_ids import check_token_ids
 
 __all__ = ["Prompt", "read_prompt"]
 
@@ -85,7 +85,6 @@ def read_prompt(
     if given is not None:
         _check_ids(given, inputs_embeds is not None)
         check_token_ids(given, vocab_size)
-        check_placed("inputs", given, device)
         given = given.to(device)
     if inputs_embeds is not None:
         _check_embeds(inputs_embeds)

@@ -18,6 +18,7 @@ from quintet.kernels.linear import Matrix
 from quintet.kernels.routing import Rules, choose
 from quintet.ops.activations import Activation
 from quintet.ops.grouped import grouped_linear
+from quintet.ops.transforms import recorded
 
 __all__ = [
     "apply_experts",
@@ -82,7 +83,7 @@ def apply_experts(
     Raises:
         UnsupportedBackendError: torch.jit traces, which would hold for these tokens' experts alone.
     """
-    if torch._C._is_tracing():
+    if recorded() and not torch.compiler.is_compiling():
         raise UnsupportedBackendError(
             "torch.jit.trace cannot follow which tokens go to which experts; use torch.export"
         )
