@@ -206,11 +206,13 @@ def test_a_megabyte_takes_linear_time(tokenizer: Qwen2Tokenizer) -> None:
     [
         (5, {}, "text has to be a string, not int"),
         ([["a"]], {}, "is_split_into_words=True"),
+        ([("a", "b", "c")], {}, "tuple of 3; a pair has two"),
+        ([("a", ["b"])], {}, r"text\[0\]\[1\] has to be a string, not list of 1"),
+        ([(["a"], "b")], {"is_split_into_words": True}, r"text\[0\] has to be a list of words"),
         ("a", {"is_split_into_words": True}, "a list of words"),
         ("a", {"paddin": True}, "did you mean 'padding'"),
         ("a", {"padding": "longst"}, "'longest'"),
         ("a", {"truncation": "first"}, "'only_first'"),
-        ("a", {"max_length": 3}, "without truncation=True"),
         ("a", {"stride": 3}, "need truncation=True"),
         ("a", {"padding": "max_length"}, "needs max_length"),
         ("a", {"padding": True, "padding_side": "top"}, "'left', 'right'"),
@@ -233,6 +235,8 @@ def test_bad_input_is_refused_by_name(
 def test_pairs_have_to_match(tokenizer: Qwen2Tokenizer, bert: PreTrainedTokenizer) -> None:
     with pytest.raises(InputError, match="2 texts but 1 pairs"):
         tokenizer(["a", "b"], ["c"])
+    with pytest.raises(InputError, match=r"text\[0\] has to be a string, not tuple"):
+        tokenizer([("a", "b")], ["c"])
     with pytest.raises(InputError, match="has to be one too"):
         tokenizer(["a", "b"], "c")
     with pytest.raises(InputError, match="no room for the 3 tokens"):

@@ -4,6 +4,7 @@ from tokenizers import AddedToken
 
 from quintet.tokenization.base import PreTrainedTokenizer, PreTrainedTokenizerFast
 from quintet.tokenization.batch import BatchEncoding
+from quintet.tokenization.lengths import LongTextWarning
 from quintet.tokenization.load import load
 from quintet.tokenization.qwen2 import Qwen2Tokenizer, Qwen2TokenizerFast
 from quintet.tokenization.stream import IncrementalDecoder
@@ -13,6 +14,7 @@ __all__ = [
     "AddedToken",
     "BatchEncoding",
     "IncrementalDecoder",
+    "LongTextWarning",
     "PreTrainedTokenizer",
     "PreTrainedTokenizerFast",
     "Qwen2Tokenizer",

@@ -23,6 +23,7 @@ from quintet.tokenization.files import (
     template_files,
 )
 from quintet.tokenization.guard import guarded
+from quintet.tokenization.lengths import LongTexts
 from quintet.tokenization.options import NAMED_TOKENS, TokenizerOptions, check_names, check_values
 from quintet.tokenization.sentencepiece import read_sentencepiece
 from quintet.tokenization.templates import ChatTemplates
@@ -88,6 +89,7 @@ class PreTrainedTokenizer(Chat, Decoder, Pushable):
         backend.no_truncation()
         backend.no_padding()
         self._settings = dict(settings)
+        self._long_texts = LongTexts()
         self.name_or_path = options.get("name_or_path", "")
         self.padding_side = options.get("padding_side", "right")
         self.truncation_side = options.get("truncation_side", "right")

@@ -1,5 +1,6 @@
 """Text to ids: one call for a text, a batch, pairs, or texts that are already words."""
 
+import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any, Unpack
 
@@ -9,7 +10,14 @@ from quintet.errors import InputError
 from quintet.tokenization.arrays import as_lists
 from quintet.tokenization.batch import BatchEncoding
 from quintet.tokenization.guard import guarded
-from quintet.tokenization.lengths import Cut, pad_target, padding_strategy, truncation_strategy
+from quintet.tokenization.inputs import Text, batch_of
+from quintet.tokenization.lengths import (
+    Cut,
+    LongTexts,
+    pad_target,
+    padding_strategy,
+    truncation_strategy,
+)
 from quintet.tokenization.options import EncodeOptions, Side, check_choice, check_names
 from quintet.tokenization.rows import Row
 from quintet.tokenization.vocabulary import Vocabulary, share_pipeline
@@ -18,8 +26,6 @@ __all__ = ["UNBOUNDED", "Encoder"]
 
 # What tokenizer_config.json says instead of "no limit" is 10^30; nothing real comes near this.
 UNBOUNDED = 10**20
-
-Text = str | Sequence[str] | Sequence[Sequence[str]]
 
 
 class Encoder(Vocabulary):
@@ -30,6 +36,7 @@ class Encoder(Vocabulary):
     model_max_length: int
     model_input_names: list[str]
     split_special_tokens: bool
+    _long_texts: LongTexts
 
     def __call__(
         self, text: Text, text_pair: Text | None = None, **options: Unpack[EncodeOptions]
@@ -37,8 +44,8 @@ class Encoder(Vocabulary):
         """Encode a text, or a list of them, each with its pair if there is one.
 
         Args:
-            text: a string, or a list of strings; with `is_split_into_words=True` a list of
-                words, or a list of lists of words.
+            text: a string, or a list of strings or of pairs of them; with
+                `is_split_into_words=True` a list of words in place of each string.
             text_pair: the second text, or as many of them as there are texts.
             options:
                 padding (False): True or "longest" for the longest row, "max_length" for
@@ -46,7 +53,8 @@ class Encoder(Vocabulary):
                 truncation (False): True or "longest_first", "only_first", "only_second", to
                 `max_length`, or `model_max_length` if that is not given; the side is the
                 attribute `truncation_side`. `return_overflowing_tokens=True` returns what was
-                cut off as further rows that overlap by `stride` tokens.
+                cut off as further rows that overlap by `stride` tokens. `max_length` with
+                neither truncation nor padding given cuts, too.
                 return_tensors (None): "pt" or "np".
                 add_special_tokens (True): whether the pipeline adds what it adds around a text.
                 split_special_tokens: whether special tokens written in a text are read as
@@ -54,13 +62,15 @@ class Encoder(Vocabulary):
                 return_attention_mask, return_token_type_ids (as in `model_input_names`),
                 return_special_tokens_mask, return_offsets_mapping, return_length (False):
                 further columns.
+                verbose (True): whether to warn: once of a text longer than `model_max_length`,
+                and of a `max_length` without effect.
 
         Raises:
             InputError: text or an option is not usable as given.
         """
         check_names(f"{type(self).__name__}(...)", options, EncodeOptions.__annotations__)
         as_words = options.get("is_split_into_words", False)
-        inputs, batched = _inputs(text, text_pair, as_words)
+        inputs, batched = batch_of(text, text_pair, as_words)
         encodings = self._encode(
             inputs,
             as_words=as_words,
@@ -166,6 +176,8 @@ class Encoder(Vocabulary):
             pieces = [cut.apply(row, overflow=overflow) for row in rows]
             sources = [index for index, piece in enumerate(pieces) for _ in piece]
             rows = [row for piece in pieces for row in piece]
+        elif options.get("max_length") is None and options.get("verbose", True):
+            self._long_texts.check(map(len, rows), self.model_max_length)
         rows = self._pad_rows(rows, cut, options)
         columns = self._lay_out(rows, options)
         if overflow:
@@ -176,21 +188,25 @@ class Encoder(Vocabulary):
         return BatchEncoding(columns, rows, tensor_type=kind)
 
     def _cut(self, options: EncodeOptions) -> Cut | None:
-        strategy = truncation_strategy(options.get("truncation"))
+        max_length = options.get("max_length")
+        truncation, padding = options.get("truncation"), options.get("padding", False)
+        if truncation is None and not padding:
+            truncation = max_length is not None
+        strategy = truncation_strategy(truncation)
         check_choice(
             "truncation",
             strategy,
             ("do_not_truncate", "longest_first", "only_first", "only_second"),
         )
         check_choice("truncation_side", self.truncation_side, ("left", "right"))
-        max_length = options.get("max_length")
         stride = options.get("stride", 0)
         if strategy == "do_not_truncate":
-            padding = options.get("padding", False)
-            if max_length is not None and padding != "max_length":
-                raise InputError(
+            useless = max_length is not None and padding != "max_length"
+            if useless and options.get("verbose", True):
+                warnings.warn(
                     f"max_length={max_length} has no effect without truncation=True "
-                    "or padding='max_length'"
+                    "or padding='max_length'",
+                    stacklevel=4,
                 )
             if stride or options.get("return_overflowing_tokens"):
                 raise InputError("stride and return_overflowing_tokens need truncation=True")
@@ -295,40 +311,3 @@ def _columns(
         raise InputError(f"pad needs {main!r} and got {', '.join(columns) or 'no columns'}")
     batched = not columns[main] or isinstance(columns[main][0], list)
     return columns if batched else {name: [row] for name, row in columns.items()}, batched
-
-
-def _inputs(text: Any, pair: Any, as_words: bool) -> tuple[list[Any], bool]:
-    """Check texts and pairs; return them as a batch, and whether they were one.
-
-    Raises:
-        InputError: something is not text, or the counts differ.
-    """
-    if as_words:
-        batched = isinstance(text, list | tuple) and bool(text) and not isinstance(text[0], str)
-    else:
-        batched = isinstance(text, list | tuple)
-    texts = list(text) if batched else [text]
-    for index, one in enumerate(texts):
-        _check_text(one, as_words, f"text[{index}]" if batched else "text")
-    if pair is None:
-        return texts, batched
-    if batched and not isinstance(pair, list | tuple):
-        raise InputError(f"text is a list of {len(texts)}, so text_pair has to be one too")
-    pairs = list(pair) if batched else [pair]
-    if len(pairs) != len(texts):
-        raise InputError(f"{len(texts)} texts but {len(pairs)} pairs")
-    for index, one in enumerate(pairs):
-        _check_text(one, as_words, f"text_pair[{index}]" if batched else "text_pair")
-    return list(zip(texts, pairs, strict=True)), batched
-
-
-def _check_text(value: Any, as_words: bool, name: str) -> None:
-    if as_words:
-        if not isinstance(value, list | tuple) or not all(isinstance(w, str) for w in value):
-            raise InputError(
-                f"{name} has to be a list of words, as is_split_into_words=True says, "
-                f"not {type(value).__name__}"
-            )
-    elif not isinstance(value, str):
-        hint = "; pass is_split_into_words=True for words" if isinstance(value, list) else ""
-        raise InputError(f"{name} has to be a string, not {type(value).__name__}{hint}")

@@ -1,13 +1,51 @@
 """Cutting and padding: which tokens of each row stay, and how much goes around them."""
 
-from collections.abc import Sequence
+import warnings
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from quintet.errors import InputError
 from quintet.tokenization.options import Side, check_choice
 from quintet.tokenization.rows import Row
 
-__all__ = ["Cut", "pad_target", "padding_strategy", "truncation_strategy"]
+__all__ = [
+    "Cut",
+    "LongTextWarning",
+    "LongTexts",
+    "pad_target",
+    "padding_strategy",
+    "truncation_strategy",
+]
+
+
+class LongTextWarning(UserWarning):
+    """A text has more tokens than the model was made for."""
+
+
+class LongTexts:
+    """Warns of texts beyond the model's length, the first time there is one."""
+
+    def __init__(self) -> None:
+        self._warned = False
+
+    def __getstate__(self) -> dict[str, Any]:
+        """A tokenizer that was used is the one that was not."""
+        return {"_warned": False}
+
+    def check(self, lengths: Iterable[int], limit: int) -> None:
+        """Warn, for the caller of the tokenizer, of the first row over a limit; 0 is no limit."""
+        if self._warned or not limit:
+            return
+        longest = max(lengths, default=0)
+        if longest > limit:
+            self._warned = True
+            warnings.warn(
+                f"a text has {longest} tokens and model_max_length is {limit}, so the model was "
+                "not made for it; cut it with truncation=True, or set model_max_length",
+                LongTextWarning,
+                stacklevel=4,
+            )
 
 
 def padding_strategy(given: bool | str | None) -> str:

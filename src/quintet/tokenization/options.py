@@ -76,6 +76,7 @@ class EncodeOptions(TypedDict, total=False):
     return_offsets_mapping: bool
     return_length: bool
     split_special_tokens: bool | None
+    verbose: bool
 
 
 def check_names(owner: str, given: Iterable[str], known: Iterable[str]) -> None:
