@@ -188,6 +188,27 @@ fails("no subfolder", lambda: load("o/m", subfolder="absent"))
     assert (tmp_path / "elsewhere" / "models--o--m").is_dir()
 
 
+def test_a_download_that_is_asked_for_again_is_made(
+    hub: Hub, run: Run, chat_model: Path, tmp_path: Path
+) -> None:
+    hub.add("o/m", chat_model)
+    said = run(
+        """
+from pathlib import Path
+root = AutoTokenizer.from_pretrained("o/m")
+kept = next(Path("HUB").rglob("tokenizer.json"))
+right = kept.read_bytes()
+kept.write_text("{}")
+fails("cached", lambda: AutoTokenizer.from_pretrained("o/m"))
+said["again"] = len(AutoTokenizer.from_pretrained("o/m", force_download=True)) == len(root)
+said["right"] = kept.read_bytes() == right
+""".replace("HUB", str(tmp_path / "home"))
+    )
+    assert said["cached"][0] == "TokenizerError"
+    assert said["again"]
+    assert said["right"]
+
+
 def test_offline_gated_and_missing_are_told_apart(hub: Hub, run: Run, tmp_path: Path) -> None:
     hub.add("o/m", build(tmp_path / "model"))
     hub.add("o/gated", tmp_path / "model")

@@ -28,8 +28,11 @@ def download(
     cache_dir: str | os.PathLike[str] | None,
     token: str | bool | None,
     local_files_only: bool,
+    force: bool = False,
 ) -> Path:
     """Return the snapshot of a repository that has the files of `patterns`, fetching what lacks.
+
+    With `force` all are fetched, whatever the cache has.
 
     Large files are held against the SHA-256 by which the hub knows them, once they have come: a
     connection that broke off goes on at the byte it had come to, whatever is there by then. One
@@ -47,9 +50,9 @@ def download(
 
     cache = Path(constants.HF_HUB_CACHE if cache_dir is None else cache_dir)
     folder = cache / repo_folder_name(repo_id=name, repo_type="model")
-    where = (revision, cache_dir, token, local_files_only)
+    where = (revision, cache_dir, token, local_files_only, force)
     for attempt in range(2):
-        known = set(_blobs(folder))
+        known = set() if force else set(_blobs(folder))
         try:
             root = _fetch(name, patterns, *where)
         except _ChangedError as error:
@@ -108,6 +111,7 @@ def _fetch(
     cache_dir: str | os.PathLike[str] | None,
     token: str | bool | None,
     local_files_only: bool,
+    force: bool = False,
 ) -> Path:
     from huggingface_hub import constants, snapshot_download
     from huggingface_hub.errors import (
@@ -128,6 +132,7 @@ def _fetch(
             token=token,
             local_files_only=local_files_only,
             allow_patterns=list(patterns),
+            force_download=force,
         )
     except HFValidationError as error:
         raise ModelNotFoundError(

@@ -11,7 +11,14 @@ from pathlib import Path
 from typing import Any
 
 from quintet.download import download
-from quintet.errors import CheckpointError, ModelNotFoundError, OfflineError, SaveError, shown
+from quintet.errors import (
+    CheckpointError,
+    InputError,
+    ModelNotFoundError,
+    OfflineError,
+    SaveError,
+    shown,
+)
 from quintet.files import read_json
 from quintet.folder import ADAPTER_CONFIG_NAME, CONFIG_NAME, checked_path, what_else
 
@@ -62,9 +69,11 @@ def locate(
     token: str | bool | None = None,
     local_files_only: bool = False,
     subfolder: str = "",
+    force_download: bool = False,
 ) -> Path:
     """Return the directory that holds the files of a model, downloading `patterns` if needed.
 
+    `force_download` fetches them again where the cache has them, and means nothing to a directory.
     An existing directory always wins over a hub id of the same spelling. `HF_HUB_OFFLINE`,
     `HF_HOME` and the other variables of `huggingface_hub` are obeyed.
 
@@ -74,8 +83,10 @@ def locate(
         CheckpointError: a file came twice with another content than the hub says it has.
         SaveError: the cache cannot be written.
         UnsupportedModelError: it is an adapter, or in another format.
-        InputError: something that cannot be a path.
+        InputError: something that cannot be a path, or `force_download` without the network.
     """
+    if force_download and local_files_only:
+        raise InputError("force_download=True and local_files_only=True contradict each other")
     path = checked_path(name_or_path, "name_or_path")
     name = str(os.fspath(name_or_path))
     if cache_dir is not None:
@@ -93,7 +104,7 @@ def locate(
     fetched = [
         f"{subfolder.strip('/')}/{pattern}" if subfolder else pattern for pattern in patterns
     ]
-    root = download(name, fetched, revision, cache_dir, token, local_files_only)
+    root = download(name, fetched, revision, cache_dir, token, local_files_only, force_download)
     return _inside(root, subfolder, name, patterns)
 
 

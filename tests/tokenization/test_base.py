@@ -57,7 +57,8 @@ def test_settings_become_attributes_and_keywords_win(directory: Path) -> None:
     assert ours.model_max_length == 99
     assert ours.eos_token == "<|im_end|>"
     assert ours.bos_token is None
-    assert ours.additional_special_tokens == ["<|im_start|>"]
+    assert ours.special_tokens_map["image_token"] == "<|im_start|>"
+    assert ours.additional_special_tokens == []
     assert ours.name_or_path == str(directory)
     assert ours.is_fast
 

@@ -5,6 +5,7 @@ from typing import Any
 
 from quintet.errors import MissingDependencyError
 from quintet.tokenization import PreTrainedTokenizer
+from quintet.tokenization.options import NAMED_TOKENS
 
 __all__ = ["to_transformers"]
 
@@ -24,9 +25,12 @@ def to_transformers(tokenizer: PreTrainedTokenizer) -> Any:
         raise MissingDependencyError(
             "quintet.interop needs Transformers; install it with pip install transformers"
         ) from error
+    usual = dict(tokenizer.special_tokens_map)
+    own = {name: usual.pop(name) for name in [*usual] if name not in NAMED_TOKENS}
     return PreTrainedTokenizerFast(  # type: ignore[no-untyped-call]
         tokenizer_object=copy.deepcopy(tokenizer.backend_tokenizer),
-        **tokenizer.special_tokens_map,
+        **usual,
+        model_specific_special_tokens=own,
         extra_special_tokens=tokenizer.additional_special_tokens,
         chat_template=tokenizer.chat_template,
         padding_side=tokenizer.padding_side,

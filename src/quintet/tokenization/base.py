@@ -1,7 +1,6 @@
 """The one class of tokenizers: a pipeline of the `tokenizers` library, and its settings."""
 
 import copy
-import json
 import os
 from collections.abc import Mapping
 from pathlib import Path
@@ -18,13 +17,24 @@ from quintet.tokenization.decoding import Decoder
 from quintet.tokenization.files import (
     TokenizerFiles,
     existing,
+    json_text,
     read_pipeline,
     read_tokenizer_files,
     template_files,
+    template_settings,
+    token_flags,
 )
 from quintet.tokenization.guard import guarded
 from quintet.tokenization.lengths import LongTexts
-from quintet.tokenization.options import NAMED_TOKENS, TokenizerOptions, check_names, check_values
+from quintet.tokenization.options import (
+    FIXED,
+    NAMED_TOKENS,
+    TokenizerOptions,
+    check_fixed,
+    check_names,
+    check_values,
+)
+from quintet.tokenization.prefix import set_prefix_space
 from quintet.tokenization.sentencepiece import read_sentencepiece
 from quintet.tokenization.templates import ChatTemplates
 from quintet.tokenization.vocabulary import Vocabulary, check_gaps, token_text
@@ -77,6 +87,7 @@ class PreTrainedTokenizer(Chat, Decoder, Pushable):
         """Take over a pipeline; `settings` are the keys of a file that mean nothing here."""
         check_names(type(self).__name__, options, TokenizerOptions.__annotations__)
         check_values(options, InputError)
+        check_fixed(options)
         with guarded("these files, or options, make no tokenizer"):
             self._take(backend, options, settings)
 
@@ -106,6 +117,11 @@ class PreTrainedTokenizer(Chat, Decoder, Pushable):
         self._templates = ChatTemplates(options.get("chat_template"))
         self._give_roles(options)
         self._surround(options.get("add_bos_token"), options.get("add_eos_token"))
+        prefix = options.get("add_prefix_space")
+        set_prefix_space(backend, prefix)
+        if prefix is not None:
+            # Transformers makes the pipeline of some classes anew, of the settings.
+            self._settings["add_prefix_space"] = prefix
 
     @property
     def is_fast(self) -> bool:
@@ -131,6 +147,7 @@ class PreTrainedTokenizer(Chat, Decoder, Pushable):
         token: str | bool | None = None,
         local_files_only: bool = False,
         subfolder: str = "",
+        force_download: bool = False,
         trust_remote_code: bool | None = None,
         use_fast: bool | None = None,
         legacy: bool | None = None,
@@ -140,6 +157,7 @@ class PreTrainedTokenizer(Chat, Decoder, Pushable):
 
         `tokenizer.json` is obeyed to the letter, whichever class the directory names; so are
         the tokens it adds around a text, unless `add_bos_token` or `add_eos_token` is passed.
+        `force_download` fetches files again that the cache has.
         `trust_remote_code`, `use_fast` and `legacy` are accepted and change nothing: no code of
         a repository is ever run, and there is one implementation.
 
@@ -157,6 +175,7 @@ class PreTrainedTokenizer(Chat, Decoder, Pushable):
             token=token,
             local_files_only=local_files_only,
             subfolder=subfolder,
+            force_download=force_download,
         )
         return cls._from_files(
             read_tokenizer_files(root),
@@ -178,11 +197,13 @@ class PreTrainedTokenizer(Chat, Decoder, Pushable):
         else:
             assert files.sentencepiece is not None
             backend, options = _from_sentencepiece(files, options)
-        _add_with_ids(backend, files.added)
-        known = set(TokenizerOptions.__annotations__)
+        names.add_with_ids(backend, files.added)
+        known = set(TokenizerOptions.__annotations__) - FIXED.keys()
         if files.pipeline is not None:
             # What is added around a text is a step of the pipeline, and its file has the say.
-            known -= {"add_bos_token", "add_eos_token"}
+            known -= {"add_bos_token", "add_eos_token", "add_prefix_space"}
+        elif files.vocabulary is None:
+            known -= {"add_prefix_space"}
         # A role that is null has no token, whichever the class would give it.
         given = {
             k: v
@@ -212,27 +233,36 @@ class PreTrainedTokenizer(Chat, Decoder, Pushable):
     # -- writing ------------------------------------------------------------------------------
 
     def save_pretrained(
-        self, save_directory: str | os.PathLike[str], filename_prefix: str | None = None
+        self,
+        save_directory: str | os.PathLike[str],
+        filename_prefix: str | None = None,
+        *,
+        save_jinja_files: bool = True,
     ) -> tuple[str, ...]:
         """Write all files of the tokenizer and return their paths.
+
+        Chat templates have files of their own; `save_jinja_files=False` writes them into
+        `tokenizer_config.json` instead.
 
         Raises:
             SaveError: one could not be written, or another process is saving there.
         """
-        root = _directory(save_directory)
+        root = names.save_directory(save_directory)
         prefix = f"{filename_prefix}-" if filename_prefix else ""
         roles: dict[str, Any] = {
             **dict.fromkeys(role for role in self._defaults() if role in NAMED_TOKENS),
-            **self.special_tokens_map,
+            **{role: self._named[role] for role in NAMED_TOKENS if role in self._named},
         }
+        own = {name: token for name, token in self._named.items() if name not in NAMED_TOKENS}
+        if own:
+            roles["extra_special_tokens"] = own
         if self._additional:
             roles["additional_special_tokens"] = self._additional
         settings = {
             **self._settings,
             **roles,
             "added_tokens_decoder": {
-                str(index): json.loads(json.dumps(_flags(token)))
-                for index, token in self.added_tokens_decoder.items()
+                str(index): token_flags(token) for index, token in self.added_tokens_decoder.items()
             },
             "clean_up_tokenization_spaces": self.clean_up_tokenization_spaces,
             "errors": self.errors,
@@ -243,13 +273,16 @@ class PreTrainedTokenizer(Chat, Decoder, Pushable):
             "tokenizer_class": self._saved_as,
             "truncation_side": self.truncation_side,
         }
+        files = template_files(self.chat_template) if save_jinja_files else {}
+        if not save_jinja_files:
+            settings |= template_settings(self.chat_template, root)
         texts = {
             f"{prefix}{names.TOKENIZER}": self._pipeline_json(),
-            f"{prefix}{names.SETTINGS}": _json(settings),
-            f"{prefix}{names.SPECIAL_TOKENS}": _json(
+            f"{prefix}{names.SETTINGS}": json_text(settings),
+            f"{prefix}{names.SPECIAL_TOKENS}": json_text(
                 {role: token for role, token in roles.items() if token is not None}
             ),
-            **template_files(self.chat_template),
+            **files,
         }
         write_texts(root, texts)
         return tuple(str(root / name) for name in texts)
@@ -262,7 +295,7 @@ class PreTrainedTokenizer(Chat, Decoder, Pushable):
         Raises:
             SaveError: one could not be written.
         """
-        root = _directory(save_directory)
+        root = names.save_directory(save_directory)
         try:
             root.mkdir(parents=True, exist_ok=True)
             return tuple(self._tokenizer.model.save(str(root), filename_prefix))
@@ -289,7 +322,10 @@ class PreTrainedTokenizer(Chat, Decoder, Pushable):
         listed: list[Any] = []
         for key in _LISTS:
             tokens: Any = options.get(key) or []
-            listed += tokens.values() if isinstance(tokens, Mapping) else tokens
+            if isinstance(tokens, Mapping):
+                given |= {name: token for name, token in tokens.items() if token}
+            else:
+                listed += tokens
         self._named = {role: token_text(token) for role, token in given.items()}
         self._additional = list(dict.fromkeys(map(token_text, listed)))
         # What the pipeline knows already is left as the pipeline has it.
@@ -345,10 +381,12 @@ def _from_sentencepiece(
     it otherwise.
     """
     assert files.sentencepiece is not None
-    prefix = files.settings.get("add_prefix_space")
-    backend = read_sentencepiece(
-        files.sentencepiece, add_prefix_space=prefix if isinstance(prefix, bool) else None
-    )
+    asked = options.get("add_prefix_space")
+    prefix = files.settings.get("add_prefix_space") if asked is None else asked
+    backend = read_sentencepiece(files.sentencepiece, add_prefix_space=prefix)
+    if asked is not None:
+        files.settings["add_prefix_space"] = asked
+    options = {**options, "add_prefix_space": None}
     usual = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
     for role, text in usual.items():
         if role not in files.settings and backend.token_to_id(text) is not None:
@@ -356,46 +394,6 @@ def _from_sentencepiece(
     begins = files.settings.get("add_bos_token", files.settings.get("bos_token") is not None)
     ends = files.settings.get("add_eos_token", False)
     return backend, {"add_bos_token": bool(begins), "add_eos_token": bool(ends), **options}
-
-
-def _add_with_ids(backend: Tokenizer, added: Mapping[int, AddedToken]) -> None:
-    """Add the tokens a pipeline lacks, in the order of their ids.
-
-    Raises:
-        TokenizerError: a token would get another id than the files say.
-    """
-    for index, token in sorted(added.items()):
-        if backend.token_to_id(token.content) is None:
-            backend.add_tokens([token])
-        found = backend.token_to_id(token.content)
-        if found != index:
-            raise TokenizerError(
-                f"the token {token.content!r} has the id {index} in {names.SETTINGS} (or "
-                f"{names.ADDED_TOKENS}), but the vocabulary gives it {found}; the files are of "
-                "different tokenizers"
-            )
-
-
-def _directory(path: str | os.PathLike[str]) -> Path:
-    root = Path(path)
-    if root.is_file():
-        raise SaveError(f"{root} is a file; a tokenizer is saved into a directory")
-    return root
-
-
-def _flags(token: AddedToken) -> dict[str, Any]:
-    return {
-        "content": token.content,
-        "lstrip": token.lstrip,
-        "normalized": token.normalized,
-        "rstrip": token.rstrip,
-        "single_word": token.single_word,
-        "special": token.special,
-    }
-
-
-def _json(value: Any) -> str:
-    return json.dumps(value, indent=2, sort_keys=True, ensure_ascii=False) + "\n"
 
 
 PreTrainedTokenizerFast = PreTrainedTokenizer

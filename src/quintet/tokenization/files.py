@@ -15,7 +15,18 @@ from quintet.files import read_json
 from quintet.tokenization.guard import guarded
 from quintet.tokenization.options import NAMED_TOKENS, check_values, is_text
 
-__all__ = ["TokenizerFiles", "existing", "read_pipeline", "read_tokenizer_files", "template_files"]
+__all__ = [
+    "TokenizerFiles",
+    "add_with_ids",
+    "existing",
+    "json_text",
+    "read_pipeline",
+    "read_tokenizer_files",
+    "save_directory",
+    "template_files",
+    "template_settings",
+    "token_flags",
+]
 
 TOKENIZER = "tokenizer.json"
 SETTINGS = "tokenizer_config.json"
@@ -108,6 +119,24 @@ def read_pipeline(path: Path) -> Tokenizer:
         return Tokenizer.from_file(str(path))
 
 
+def add_with_ids(backend: Tokenizer, added: Mapping[int, AddedToken]) -> None:
+    """Add the tokens a pipeline lacks, in the order of their ids.
+
+    Raises:
+        TokenizerError: a token would get another id than the files say.
+    """
+    for index, token in sorted(added.items()):
+        if backend.token_to_id(token.content) is None:
+            backend.add_tokens([token])
+        found = backend.token_to_id(token.content)
+        if found != index:
+            raise TokenizerError(
+                f"the token {token.content!r} has the id {index} in {SETTINGS} (or "
+                f"{ADDED_TOKENS}), but the vocabulary gives it {found}; the files are of "
+                "different tokenizers"
+            )
+
+
 def template_files(template: str | Mapping[str, str] | None) -> dict[str, str]:
     """Return the names and contents of the files that chat templates are saved as, one each.
 
@@ -123,6 +152,53 @@ def template_files(template: str | Mapping[str, str] | None) -> dict[str, str]:
             raise SaveError(f"the chat template's name {name!r} is not a name for a file")
         files[TEMPLATE if name == "default" else f"{TEMPLATES}/{name}.jinja"] = source
     return files
+
+
+def template_settings(template: str | Mapping[str, str] | None, root: Path) -> dict[str, Any]:
+    """Return chat templates as the key of `tokenizer_config.json`, as they were saved once.
+
+    Raises:
+        SaveError: the directory has a file with a template, which would win.
+    """
+    for name in (TEMPLATE, TEMPLATES):
+        if (root / name).exists():
+            raise SaveError(
+                f"{root / name} would be read in place of what save_jinja_files=False writes into "
+                f"{SETTINGS}; remove it"
+            )
+    if isinstance(template, Mapping):
+        named = [{"name": name, "template": source} for name, source in template.items()]
+        return {"chat_template": named}
+    return {} if template is None else {"chat_template": template}
+
+
+def token_flags(token: AddedToken) -> dict[str, Any]:
+    """Return an added token as `added_tokens_decoder` has it."""
+    return {
+        "content": token.content,
+        "lstrip": token.lstrip,
+        "normalized": token.normalized,
+        "rstrip": token.rstrip,
+        "single_word": token.single_word,
+        "special": token.special,
+    }
+
+
+def json_text(value: Any) -> str:
+    """Return a value as the text of a file."""
+    return json.dumps(value, indent=2, sort_keys=True, ensure_ascii=False) + "\n"
+
+
+def save_directory(path: str | os.PathLike[str]) -> Path:
+    """Return a path to save into.
+
+    Raises:
+        SaveError: it is a file.
+    """
+    root = Path(path)
+    if root.is_file():
+        raise SaveError(f"{root} is a file; a tokenizer is saved into a directory")
+    return root
 
 
 def _read_templates(root: Path, settings: Any) -> str | dict[str, str] | None:

@@ -23,6 +23,7 @@ def load(
     token: str | bool | None = None,
     local_files_only: bool = False,
     subfolder: str = "",
+    force_download: bool = False,
     trust_remote_code: bool | None = None,
     use_fast: bool | None = None,
     legacy: bool | None = None,
@@ -47,6 +48,7 @@ def load(
         token=token,
         local_files_only=local_files_only,
         subfolder=subfolder,
+        force_download=force_download,
     )
     files = read_tokenizer_files(root)
     kind = Qwen2Tokenizer if _is_qwen2(files) else PreTrainedTokenizer

@@ -9,11 +9,13 @@ from tokenizers import AddedToken
 from quintet.errors import InputError, shown
 
 __all__ = [
+    "FIXED",
     "NAMED_TOKENS",
     "EncodeOptions",
     "Side",
     "TokenizerOptions",
     "check_choice",
+    "check_fixed",
     "check_names",
     "check_values",
     "is_text",
@@ -52,6 +54,9 @@ class TokenizerOptions(TypedDict, total=False):
     split_special_tokens: bool
     add_bos_token: bool | None
     add_eos_token: bool | None
+    add_prefix_space: bool | None
+    do_lower_case: bool | None
+    pad_token_type_id: int | None
     errors: str
     chat_template: str | Mapping[str, str] | None
     name_or_path: str
@@ -105,6 +110,29 @@ def check_values(given: Mapping[str, Any], error: Callable[[str], Exception]) ->
             raise error(f"{name}={shown(value)} has to be {said}")
 
 
+# What a pipeline decides, though other tokenizers have an option for it: a file that names one is
+# not obeyed, and a caller may only ask for what is so.
+FIXED: Mapping[str, tuple[Any, str]] = {
+    "do_lower_case": (
+        False,
+        "the pipeline says what is done to letters; for small ones put "
+        "tokenizers.normalizers.Lowercase() into backend_tokenizer.normalizer",
+    ),
+    "pad_token_type_id": (0, "padding is of the segment 0"),
+}
+
+
+def check_fixed(given: Mapping[str, Any]) -> None:
+    """Refuse options that would have no effect.
+
+    Raises:
+        InputError: one has another value than the one that holds anyway.
+    """
+    for name, (value, why) in FIXED.items():
+        if given.get(name) is not None and given[name] != value:
+            raise InputError(f"{name}={shown(given[name])} has no effect here: {why}")
+
+
 def is_text(value: Any) -> bool:
     """Tell whether a value is Unicode text: halves of surrogate pairs are not."""
     if not isinstance(value, str):
@@ -154,7 +182,7 @@ _KINDS: dict[str, _Kind] = {
     **dict.fromkeys(NAMED_TOKENS, _TOKEN),
     **dict.fromkeys(["additional_special_tokens", "extra_special_tokens"], _TOKENS),
     **dict.fromkeys(["clean_up_tokenization_spaces", "split_special_tokens"], _SWITCH),
-    **dict.fromkeys(["add_bos_token", "add_eos_token"], _SWITCH),
+    **dict.fromkeys(["add_bos_token", "add_eos_token", "add_prefix_space"], _SWITCH),
     **dict.fromkeys(["padding_side", "truncation_side"], _SIDE),
     "errors": _TEXT,
     "model_max_length": (_is_limit, "a number from 0"),

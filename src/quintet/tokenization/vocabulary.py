@@ -1,7 +1,7 @@
 """Tokens and their ids: the vocabulary, what was added to it, and the tokens with a role."""
 
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any, overload
+from typing import TYPE_CHECKING, Any, overload
 
 from tokenizers import AddedToken, Tokenizer
 
@@ -76,6 +76,27 @@ class Vocabulary:
         self._tokenizer = backend
         self._named: dict[str, str] = {}
         self._additional: list[str] = []
+
+    if not TYPE_CHECKING:  # a misspelt name stays one for type checkers
+
+        def __getattr__(self, name: str) -> Any:
+            # `copy` and `pickle` ask for names before there are any.
+            named = self.__dict__.get("_named", {})
+            if name in named:
+                return named[name]
+            if name.endswith("_id") and name[:-3] in named:
+                return self._known(name[:-3], named[name[:-3]])
+            raise AttributeError(f"{type(self).__name__} has no attribute {name!r}")
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        named = self.__dict__.get("_named", {})
+        if name in named and name not in NAMED_TOKENS:
+            if not isinstance(value, str | AddedToken):
+                raise InputError(f"{name}={value!r} has to be a token")
+            self._known(name, token_text(value))
+            named[name] = token_text(value)
+        else:
+            super().__setattr__(name, value)
 
     # -- sizes and look-ups -------------------------------------------------------------------
 
@@ -154,6 +175,11 @@ class Vocabulary:
             self.convert_ids_to_tokens(index) for index in map(int, ids) if index not in skipped
         ]
 
+    @property
+    def pad_token_type_id(self) -> int:
+        """The segment of padding."""
+        return 0
+
     # -- added tokens -------------------------------------------------------------------------
 
     def add_tokens(
@@ -177,6 +203,8 @@ class Vocabulary:
         self,
         special_tokens_dict: Mapping[str, str | AddedToken | Sequence[str | AddedToken]],
         replace_additional_special_tokens: bool = True,
+        *,
+        replace_extra_special_tokens: bool = True,
     ) -> int:
         """Give tokens a role, adding them where they are new; return how many are new.
 
@@ -184,20 +212,30 @@ class Vocabulary:
             special_tokens_dict: `{"pad_token": "[PAD]", "additional_special_tokens": [...]}`.
             replace_additional_special_tokens: whether the list given takes the place of the
                 one there is, or is appended to it.
+            replace_extra_special_tokens: the name Transformers 5 has for the same.
 
         Raises:
-            InputError: an unknown role.
+            InputError: an unknown role, or the list of tokens without a role by both its names.
         """
         lists = ("additional_special_tokens", "extra_special_tokens")
-        check_names("add_special_tokens", special_tokens_dict, [*NAMED_TOKENS, *lists])
+        if all(name in special_tokens_dict for name in lists):
+            raise InputError(f"{' and '.join(lists)} are names of one list; give it once")
+        replace = replace_additional_special_tokens and replace_extra_special_tokens
+        check_names(
+            "add_special_tokens", special_tokens_dict, {*NAMED_TOKENS, *lists, *self._named}
+        )
+        given = dict(special_tokens_dict)
+        if lists[0] in given:
+            # Which token gets which id goes by the order, and Transformers renames first.
+            given[lists[1]] = given.pop(lists[0])
         added = 0
-        for role, value in special_tokens_dict.items():
+        for role, value in given.items():
             if role in lists:
                 if isinstance(value, str | AddedToken):
                     raise InputError(f"{role}={value!r} has to be a list of tokens")
                 tokens = list(value)
                 names = [token_text(token) for token in tokens]
-                kept = [] if replace_additional_special_tokens else self._additional
+                kept = [] if replace else self._additional
                 self._additional = [*kept, *(name for name in names if name not in kept)]
             else:
                 if not isinstance(value, str | AddedToken):
@@ -211,8 +249,9 @@ class Vocabulary:
 
     @property
     def special_tokens_map(self) -> dict[str, str]:
-        """The tokens with a role, by role."""
-        return {role: self._named[role] for role in NAMED_TOKENS if role in self._named}
+        """The tokens with a role, by role; those with a name of the tokenizer's own come last."""
+        usual = {role: self._named[role] for role in NAMED_TOKENS if role in self._named}
+        return usual | self._named
 
     @property
     def additional_special_tokens(self) -> list[str]:
@@ -229,6 +268,15 @@ class Vocabulary:
     def extra_special_tokens(self) -> list[str]:
         """The name Transformers 5 has for `additional_special_tokens`."""
         return self.additional_special_tokens
+
+    @extra_special_tokens.setter
+    def extra_special_tokens(self, tokens: Sequence[str]) -> None:
+        self.additional_special_tokens = list(tokens)
+
+    @property
+    def extra_special_tokens_ids(self) -> list[int]:
+        """The ids of `extra_special_tokens`."""
+        return self.additional_special_tokens_ids
 
     @property
     def additional_special_tokens_ids(self) -> list[int]:
