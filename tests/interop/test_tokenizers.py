@@ -13,6 +13,7 @@ TEXTS = ["Hello there, it's 42!", "  two  spaces\n\n", "naïve 你好 🙂", "",
 CHAT = [{"role": "user", "content": "Hi  <s>"}, {"role": "assistant", "content": "naïve"}]
 
 
+@pytest.mark.filterwarnings("ignore::quintet.tokenization.LongTextWarning")
 @pytest.mark.parametrize("options", [{}, {"padding_side": "left", "model_max_length": 7}])
 def test_ids_text_and_chats_are_the_same(chat_model: Path, options: dict[str, Any]) -> None:
     ours = AutoTokenizer.from_pretrained(chat_model, **options)
