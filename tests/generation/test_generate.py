@@ -280,7 +280,7 @@ def test_more_tokens_at_least_than_there_is_room_for() -> None:
     [
         ({"penalty_alpha": 0.6}, "penalty_alpha=0.6: contrastive search is not in this version"),
         ({"dola_layers": "high"}, "dola_layers='high': contrasting layers is not in this version"),
-        ({"generation_config": {"top_k": 3}}, "builtins.dict; it has to be quintet's"),
+        ({"generation_config": {"top_k": 3}}, "a dict; it has to be quintet's"),
     ],
     ids=["contrastive", "dola", "config"],
 )

@@ -3,6 +3,7 @@
 import copy
 import itertools
 from collections import Counter
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -469,7 +470,7 @@ def test_what_cannot_go_together_is_named() -> None:
         ({"num_assistant_tokens_schedule": "heuristic"}, "assistant_model or use_mtp=True"),
         ({"assistant_confidence_threshold": 0.4}, "assistant_model or use_mtp=True"),
         ({"max_matching_ngram_size": 3}, "prompt_lookup_num_tokens"),
-        ({"assistant_tokenizer": "a tokenizer"}, "assistant_model"),
+        ({"assistant_tokenizer": SimpleNamespace(get_vocab=dict)}, "assistant_model"),
         (
             {"num_assistant_tokens": 3, "prompt_lookup_num_tokens": 2},
             "assistant_model or use_mtp=True",

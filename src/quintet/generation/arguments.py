@@ -11,10 +11,15 @@ __all__ = ["check_arguments"]
 
 
 @runtime_checkable
-class _Tokenizer(Protocol):
+class _Decoding(Protocol):
     """What turns ids into text, of whichever library."""
 
     def decode(self, token_ids: Any, **kwargs: Any) -> Any: ...
+
+
+@runtime_checkable
+class _Knowing(Protocol):
+    """What has a vocabulary."""
 
     def get_vocab(self) -> dict[str, int]: ...
 
@@ -49,7 +54,9 @@ def check_arguments(
         rule = "a function of a row's index and its ids that names the ids that may come"
         raise _refused("prefix_allowed_tokens_fn", prefix_allowed_tokens_fn, rule)
     for name, given in (("tokenizer", tokenizer), ("assistant_tokenizer", assistant_tokenizer)):
-        if given is not None and (isinstance(given, type) or not isinstance(given, _Tokenizer)):
+        if given is not None and (
+            isinstance(given, type) or not isinstance(given, _Decoding | _Knowing)
+        ):
             raise _refused(name, given, "a tokenizer, such as AutoTokenizer.from_pretrained(…)")
     if assistant_model is not None and not (
         isinstance(assistant_model, AssistantModel) and callable(assistant_model)

@@ -177,12 +177,18 @@ def _read_mask(mask: Tensor | None, run: Tensor, past: Cache | None) -> tuple[Te
             "call the tokenizer with return_tensors='pt'"
         )
     _check_real("attention_mask", mask)
+    B, T = run.shape[:2]
+    held = 0 if past is None else past.get_seq_length()
+    goes_before = mask.ndim == 2 and held and len(mask) == B and mask.shape[1] > T
+    if not goes_before and mask.shape != (B, T):
+        raise InputError(
+            f"attention_mask has shape {tuple(mask.shape)} and the prompt {(B, T)}; they have to "
+            "be the same"
+        )
     if mask.dtype != torch.bool and not bool(((mask == 0) | (mask == 1)).all()):
         bad = mask[(mask != 0) & (mask != 1)].flatten()[0].item()
         raise InputError(f"attention_mask holds {bad}; it has to be 1 for tokens and 0 for padding")
-    B, T = run.shape[:2]
-    held = 0 if past is None else past.get_seq_length()
-    if mask.ndim == 2 and held and len(mask) == B and mask.shape[1] > T:
+    if goes_before:
         before = mask[:, :-T].to(torch.bool).sum(dim=1)
         lengths = past.lengths(B, before.device) if past is not None else before
         if not torch.equal(before, lengths.to(before)):
@@ -191,11 +197,6 @@ def _read_mask(mask: Tensor | None, run: Tensor, past: Cache | None) -> tuple[Te
                 f"past_key_values holds {lengths.tolist()}"
             )
         return mask[:, -T:], held
-    if mask.shape != (B, T):
-        raise InputError(
-            f"attention_mask has shape {tuple(mask.shape)} and the prompt {(B, T)}; they have to "
-            "be the same"
-        )
     if not bool(mask.any(dim=1).all()):
         raise InputError("attention_mask leaves a row without a single token")
     return mask, 0
