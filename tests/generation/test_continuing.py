@@ -1,5 +1,6 @@
 """Texts that are read in pieces, carried on from a cache, or given as embeddings."""
 
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -143,7 +144,10 @@ def test_beams_from_embeddings(model: Any) -> None:
         ({"inputs_embeds": torch.zeros(1, 2)}, r"inputs_embeds has shape \(1, 2\)"),
         ({"input_ids": torch.ones(2, 3).long()}, "input_ids has 2 rows and inputs_embeds 1"),
         ({"use_cache": False}, "inputs_embeds needs a cache"),
-        ({"token_healing": True, "tokenizer": object()}, "token_healing=True needs ids"),
+        (
+            {"token_healing": True, "tokenizer": SimpleNamespace(get_vocab=dict)},
+            "token_healing=True needs ids",
+        ),
         ({"attention_mask": torch.ones(1, 4)}, "attention_mask has shape"),
     ],
 )
