@@ -18,7 +18,7 @@ if TYPE_CHECKING:
         AutoTokenizer,
     )
     from quintet.cache import Cache, DynamicCache, OffloadedCache, QuantizedCache, StaticCache
-    from quintet.configuration import PreTrainedConfig
+    from quintet.configuration import PreTrainedConfig, PretrainedConfig
     from quintet.errors import QuintetError
     from quintet.generation.compiling import CompileConfig
     from quintet.generation.config import (
@@ -224,6 +224,7 @@ __all__ = [
     "PreTrainedTokenizerFast",
     "PrefixConstrainedLogitsProcessor",
     "PresencePenaltyLogitsProcessor",
+    "PretrainedConfig",
     "QuantizedCache",
     "QuestionAnsweringPipeline",
     "QuintetError",
@@ -298,7 +299,7 @@ _SUFFIXES = (
 _NAMES = {
     "quintet.auto": [name for name in __all__ if name.startswith("Auto")],
     "quintet.cache": ["Cache", "DynamicCache", "OffloadedCache", "QuantizedCache", "StaticCache"],
-    "quintet.configuration": ["PreTrainedConfig"],
+    "quintet.configuration": ["PreTrainedConfig", "PretrainedConfig"],
     "quintet.errors": ["QuintetError"],
     "quintet.generation.compiling": ["CompileConfig"],
     "quintet.generation.config": [

@@ -87,7 +87,7 @@ class AutoConfig:
 
     @staticmethod
     def from_pretrained(
-        name_or_path: str | os.PathLike[str],
+        pretrained_model_name_or_path: str | os.PathLike[str],
         *,
         revision: str | None = None,
         cache_dir: str | os.PathLike[str] | None = None,
@@ -107,7 +107,7 @@ class AutoConfig:
             ConfigError: a value breaks a rule.
         """
         root = locate(
-            name_or_path,
+            pretrained_model_name_or_path,
             CONFIG_PATTERNS,
             revision=revision,
             cache_dir=cache_dir,
@@ -121,7 +121,7 @@ class AutoConfig:
                 f"{root / 'config.json'} has no model_type; there are {', '.join(FAMILIES)}"
             )
         config_class = family(values["model_type"]).find("Config")
-        values["name_or_path"] = os.fspath(name_or_path)
+        values["name_or_path"] = os.fspath(pretrained_model_name_or_path)
         return cast("PreTrainedConfig", config_class.from_dict(values, **overrides))
 
 
@@ -148,7 +148,7 @@ class _AutoModel:
 
     @classmethod
     def from_pretrained(
-        cls, name_or_path: str | os.PathLike[str], **options: Any
+        cls, pretrained_model_name_or_path: str | os.PathLike[str], **options: Any
     ) -> "PreTrainedModel":
         """Load a model; see `PreTrainedModel.from_pretrained`.
 
@@ -156,13 +156,15 @@ class _AutoModel:
             UnsupportedModelError: its family is not here.
         """
         config = options.get("config")
-        if config is None:
-            where = ("revision", "cache_dir", "token", "local_files_only", "subfolder")
-            config = AutoConfig.from_pretrained(
-                name_or_path, **{key: options[key] for key in where if key in options}
-            )
+        if config is None or isinstance(config, str | os.PathLike):
+            places = ("revision", "cache_dir", "token", "local_files_only", "subfolder")
+            where = {key: options[key] for key in places if key in options}
+            read_from = pretrained_model_name_or_path if config is None else config
+            config = AutoConfig.from_pretrained(read_from, **where)
         model_class = family(config.model_type).find(cls.suffix)
-        return cast("PreTrainedModel", model_class.from_pretrained(name_or_path, **options))
+        return cast(
+            "PreTrainedModel", model_class.from_pretrained(pretrained_model_name_or_path, **options)
+        )
 
 
 class AutoModel(_AutoModel):
@@ -203,9 +205,9 @@ class AutoTokenizer:
 
     @staticmethod
     def from_pretrained(
-        name_or_path: str | os.PathLike[str], **options: Any
+        pretrained_model_name_or_path: str | os.PathLike[str], **options: Any
     ) -> "PreTrainedTokenizer":
         """Load the tokenizer of a directory or hub id; see `quintet.tokenization.load`."""
         from quintet.tokenization import load
 
-        return load(name_or_path, **options)
+        return load(pretrained_model_name_or_path, **options)

@@ -10,6 +10,7 @@ import transformers
 from safetensors.torch import load_file, save_file
 
 import quintet
+from conformance.families import Family, each
 from families import qwen2_moe, zamba2
 from quintet.errors import CheckpointError, InputError
 from quintet.modeling.loading import NewHeadWarning, UnusedTensorWarning
@@ -218,3 +219,55 @@ def test_shared_blocks_that_differ_are_refused_by_name(tmp_path: Path) -> None:
     rewrite(tmp_path, **{name.replace(".", "__"): weights[name] + 1})
     with pytest.raises(CheckpointError, match=rf"{name} and model\.layers\.{hybrids[0]}\."):
         quintet.Zamba2ForCausalLM.from_pretrained(tmp_path)
+
+
+# -- arguments of Transformers -------------------------------------------------------------------
+
+
+@each()
+def test_the_names_of_arguments_are_those_of_transformers(family: Family, tmp_path: Path) -> None:
+    model = family.model_of("ForCausalLM")
+    model.save_pretrained(tmp_path)
+    for cls in (type(model), quintet.AutoModelForCausalLM):
+        assert_same(cls.from_pretrained(pretrained_model_name_or_path=tmp_path), model)
+    for found in (type(model.config), quintet.AutoConfig):
+        config = found.from_pretrained(pretrained_model_name_or_path=tmp_path)
+        assert config.to_dict() == model.config.to_dict()
+    # What asks for nothing may be asked for.
+    idle: dict[str, Any] = {
+        "force_download": False, "weights_only": True, "from_tf": False, "from_flax": False,
+        "proxies": None, "use_safetensors": None, "load_in_8bit": False, "tp_plan": None,
+        "offload_folder": None, "use_kernels": False, "config": None, "state_dict": None,
+        "generation_config": None, "attn_implementation": None,
+    }  # fmt: skip
+    assert_same(type(model).from_pretrained(tmp_path, **idle), model)
+    for name, value in {"force_download": True, "from_tf": True, "proxies": {"http": "x"}}.items():
+        with pytest.raises(InputError, match=f"{name}: .* is not in this version"):
+            type(model).from_pretrained(tmp_path, **{name: value})
+
+
+@each()
+def test_a_config_goes_with_an_attention_and_may_be_a_place(family: Family, tmp_path: Path) -> None:
+    model = family.model_of("ForCausalLM")
+    model.save_pretrained(tmp_path / "model")
+    model.config.save_pretrained(tmp_path / "config")
+    config = type(model.config).from_pretrained(tmp_path / "model")
+    for cls in (type(model), quintet.AutoModelForCausalLM):
+        for given in (config, str(tmp_path / "config"), tmp_path / "config"):
+            eager = cls.from_pretrained(
+                tmp_path / "model", config=given, attn_implementation="eager"
+            )
+            assert eager.config.attn_implementation == "eager"
+            assert_same(eager, model)
+    assert config.attn_implementation != "eager"
+    with pytest.raises(InputError, match="vocab_size: give either a config or keys"):
+        type(model).from_pretrained(tmp_path / "model", config=config, vocab_size=7)
+
+
+def test_a_generation_config_in_place_of_the_checkpoints(tmp_path: Path) -> None:
+    made().save_pretrained(tmp_path)
+    wanted = quintet.GenerationConfig(max_new_tokens=7)
+    model = quintet.AutoModelForCausalLM.from_pretrained(tmp_path, generation_config=wanted)
+    assert model.generation_config.max_new_tokens == 7
+    with pytest.raises(InputError, match="a Qwen2Model generates nothing"):
+        quintet.Qwen2Model.from_pretrained(tmp_path, generation_config=wanted)

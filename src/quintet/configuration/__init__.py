@@ -3,4 +3,7 @@
 from quintet.configuration.base import PreTrainedConfig
 from quintet.configuration.rope import RopeParameters
 
-__all__ = ["PreTrainedConfig", "RopeParameters"]
+__all__ = ["PreTrainedConfig", "PretrainedConfig", "RopeParameters"]
+
+# The name before version 5 of Transformers.
+PretrainedConfig = PreTrainedConfig

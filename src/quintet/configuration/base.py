@@ -274,7 +274,7 @@ class PreTrainedConfig(ConfigContract, Pushable):
     @classmethod
     def from_pretrained(
         cls,
-        name_or_path: str | os.PathLike[str],
+        pretrained_model_name_or_path: str | os.PathLike[str],
         *,
         revision: str | None = None,
         cache_dir: str | os.PathLike[str] | None = None,
@@ -291,7 +291,7 @@ class PreTrainedConfig(ConfigContract, Pushable):
             ConfigError: a value breaks a rule, or the file is of another family.
         """
         root = locate(
-            name_or_path,
+            pretrained_model_name_or_path,
             CONFIG_PATTERNS,
             revision=revision,
             cache_dir=cache_dir,
@@ -306,7 +306,9 @@ class PreTrainedConfig(ConfigContract, Pushable):
                 f"{root / CONFIG_NAME} has model_type={shown(found)}, not {cls.model_type!r}; "
                 "use AutoConfig, or the class of that family"
             )
-        return cls.from_dict({**values, "name_or_path": os.fspath(name_or_path)}, **overrides)
+        return cls.from_dict(
+            {**values, "name_or_path": os.fspath(pretrained_model_name_or_path)}, **overrides
+        )
 
     def save_pretrained(self, save_directory: str | os.PathLike[str]) -> None:
         """Write `config.json` into a directory, made if needed.

@@ -141,7 +141,7 @@ class GenerationConfig(Options):
     @classmethod
     def from_pretrained(
         cls,
-        name_or_path: str | os.PathLike[str],
+        pretrained_model_name: str | os.PathLike[str],
         config_file_name: str | os.PathLike[str] | None = None,
         *,
         revision: str | None = None,
@@ -154,7 +154,7 @@ class GenerationConfig(Options):
         """Read the `generation_config.json` of a directory or hub id.
 
         Args:
-            name_or_path: the directory, or the id.
+            pretrained_model_name: the directory, or the id.
             config_file_name: the name of the file, if it has another one.
             revision: of a hub id, as the following.
             cache_dir: where its files are kept.
@@ -172,7 +172,7 @@ class GenerationConfig(Options):
         if os.path.basename(name) != name:
             raise InputError(f"config_file_name={name!r} has to be a name without a folder")
         root = locate(
-            name_or_path,
+            pretrained_model_name,
             (*CONFIG_PATTERNS, name),
             revision=revision,
             cache_dir=cache_dir,

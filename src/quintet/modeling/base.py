@@ -98,9 +98,10 @@ class PreTrainedModel(ModelContract, Checkpointing, Pushable):
     @classmethod
     def from_pretrained(
         cls,
-        name_or_path: str | os.PathLike[str] | None,
+        pretrained_model_name_or_path: str | os.PathLike[str] | None,
         *,
-        config: PreTrainedConfig | None = None,
+        config: PreTrainedConfig | str | os.PathLike[str] | None = None,
+        generation_config: GenerationConfig | None = None,
         state_dict: Mapping[str, Tensor] | None = None,
         dtype: str | torch.dtype | None = "auto",
         torch_dtype: str | torch.dtype | None = None,
@@ -117,7 +118,7 @@ class PreTrainedModel(ModelContract, Checkpointing, Pushable):
         output_loading_info: bool = False,
         trust_remote_code: bool = False,
         low_cpu_mem_usage: bool = True,
-        use_safetensors: bool = True,
+        use_safetensors: bool | None = None,
         quantize: str | None = None,
         quantization_config: QuantizationConfig | Mapping[str, Any] | None = None,
         **config_overrides: Any,
@@ -128,8 +129,11 @@ class PreTrainedModel(ModelContract, Checkpointing, Pushable):
         executed: `trust_remote_code` is accepted and does nothing, as does `low_cpu_mem_usage`.
 
         Args:
-            name_or_path: a directory, or a hub id; None for a config and a state dict alone.
-            config: in place of the checkpoint's own; it stays the caller's, and as it is.
+            pretrained_model_name_or_path: a directory, or a hub id; None for a config and a state
+                dict alone.
+            config: in place of the checkpoint's own, or where to read it; one that is given stays
+                the caller's, and as it is.
+            generation_config: in place of the checkpoint's own.
             state_dict: weights in memory, in place of the checkpoint's.
             dtype: of the weights; "auto" is the one they were saved in.
             torch_dtype: the older name of `dtype`.
@@ -154,12 +158,13 @@ class PreTrainedModel(ModelContract, Checkpointing, Pushable):
                 (`mismatched_keys`).
             trust_remote_code: accepted, without effect.
             low_cpu_mem_usage: accepted, without effect: it always is.
-            use_safetensors: has to be true; pickled weights are never read.
+            use_safetensors: not false; pickled weights are never read.
             quantize: hold the weights in fewer bits, converted one by one as they are read:
                 "int8", "int4", "nf4" or "fp8"; "none" turns a quantised checkpoint into plain
                 numbers, and None leaves it as it is.
             quantization_config: the same with options, for example a `BitsAndBytesConfig`.
-            **config_overrides: keys of the config to replace.
+            **config_overrides: keys of the config to replace; with a `config`, only
+                `attn_implementation`.
 
         Raises:
             ModelNotFoundError: no such model.
@@ -168,18 +173,30 @@ class PreTrainedModel(ModelContract, Checkpointing, Pushable):
             ConfigError: the config breaks a rule.
             InputError: an option that does not exist.
         """
-        if not use_safetensors:
+        if use_safetensors is False:
             raise InputError("use_safetensors=False: pickled weights are never read")
         if torch_dtype is not None and dtype != "auto":
             raise InputError(
                 f"dtype={dtype!r} and torch_dtype={torch_dtype!r} are one option; give dtype alone"
             )
         source = None
-        if name_or_path is not None:
+        if pretrained_model_name_or_path is not None:
             source = loading.Source(
-                name_or_path, revision, cache_dir, token, local_files_only, subfolder, variant
+                pretrained_model_name_or_path,
+                revision,
+                cache_dir,
+                token,
+                local_files_only,
+                subfolder,
+                variant,
+            )
+        if generation_config is not None and not cls.can_generate():
+            raise InputError(
+                f"generation_config: a {cls.__name__} generates nothing; load {cls.__name__} "
+                "without it, or the model for causal language modelling"
             )
         options = loading.Options(
+            generation_config=generation_config,
             dtype=dtype if torch_dtype is None else torch_dtype,
             device_map=device_map,
             max_memory=max_memory,

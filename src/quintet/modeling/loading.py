@@ -32,6 +32,7 @@ from quintet.configuration.base import PreTrainedConfig, read_config
 from quintet.errors import InputError, UnsupportedBackendError, listed
 from quintet.folder import find_file
 from quintet.generation.config import GENERATION_CONFIG_NAME, GenerationConfig
+from quintet.generation.option_names import asks_nothing
 from quintet.hub import CONFIG_PATTERNS, locate, locate_weights
 from quintet.modeling.dispatch import settle
 from quintet.modeling.filling import Filler, fill
@@ -75,18 +76,22 @@ class Source:
     subfolder: str = ""
     variant: str | None = None
 
-    def locate(self, *, weights: bool = True) -> Path:
-        """Return the local directory, downloading config and weights if needed."""
-        where: dict[str, Any] = {
+    @property
+    def where(self) -> dict[str, Any]:
+        """What tells where files are, but for the name."""
+        return {
             "revision": self.revision,
             "cache_dir": self.cache_dir,
             "token": self.token,
             "local_files_only": self.local_files_only,
             "subfolder": self.subfolder,
         }
-        root = locate(self.name_or_path, CONFIG_PATTERNS, **where)
+
+    def locate(self, *, weights: bool = True) -> Path:
+        """Return the local directory, downloading config and weights if needed."""
+        root = locate(self.name_or_path, CONFIG_PATTERNS, **self.where)
         if weights:
-            root = locate_weights(self.name_or_path, self.variant, **where)
+            root = locate_weights(self.name_or_path, self.variant, **self.where)
         return root
 
 
@@ -94,6 +99,7 @@ class Source:
 class Options:
     """How a model is loaded; see `PreTrainedModel.from_pretrained`."""
 
+    generation_config: GenerationConfig | None = None
     dtype: str | torch.dtype | None = "auto"
     device_map: DeviceMap = None
     max_memory: MaxMemory | None = None
@@ -107,7 +113,7 @@ class Options:
 def load(
     cls: type[Model],
     source: Source | None,
-    given: PreTrainedConfig | None,
+    given: PreTrainedConfig | str | os.PathLike[str] | None,
     overrides: Mapping[str, Any],
     options: Options,
 ) -> tuple[Model, dict[str, Any]]:
@@ -120,10 +126,11 @@ def load(
 def _load(
     cls: type[Model],
     source: Source | None,
-    given: PreTrainedConfig | None,
+    given: PreTrainedConfig | str | os.PathLike[str] | None,
     overrides: Mapping[str, Any],
     options: Options,
 ) -> tuple[Model, dict[str, Any]]:
+    overrides = _asked(overrides)
     first = first_device(options.device_map)
     root = None if source is None else source.locate(weights=options.state_dict is None)
 
@@ -167,8 +174,9 @@ def _load(
     _tell(model, where, naming)
 
     model.config.dtype = str(target).removeprefix("torch.")
-    if generation_config is not None:
-        model.generation_config = generation_config
+    wanted = options.generation_config or generation_config
+    if wanted is not None:
+        model.generation_config = wanted
     return model.eval(), naming.report()
 
 
@@ -207,16 +215,23 @@ def _config(
     cls: type[Model],
     source: Source | None,
     root: Path | None,
-    config: PreTrainedConfig | None,
+    config: PreTrainedConfig | str | os.PathLike[str] | None,
     overrides: Mapping[str, Any],
 ) -> PreTrainedConfig:
+    if isinstance(config, str | os.PathLike):
+        where = {} if source is None else source.where
+        _check_overrides(cls, overrides, known=[])
+        return cls.config_class.from_pretrained(config, **where, **overrides)
     if config is not None:
-        if overrides:
+        replaced = copy.deepcopy(config)
+        more = dict(overrides)
+        if (attention := more.pop("attn_implementation", None)) is not None:
+            replaced.attn_implementation = attention
+        if more:
             raise InputError(
-                f"{', '.join(overrides)}: give either a config or keys to replace in the "
-                "checkpoint's"
+                f"{', '.join(more)}: give either a config or keys to replace in the checkpoint's"
             )
-        return copy.deepcopy(config)
+        return replaced
     if source is None or root is None:
         raise InputError("without a name or path, from_pretrained needs config and state_dict")
     _check_overrides(cls, overrides, known=[*read_config(root)])
@@ -287,8 +302,27 @@ def _check_overrides(
             )
 
 
+def _asked(given: Mapping[str, Any]) -> dict[str, Any]:
+    """Return arguments without those that ask for nothing, as their defaults there do."""
+    return {
+        key: value
+        for key, value in given.items()
+        if key not in WITHOUT_EFFECT
+        and not (key in ABSENT and asks_nothing(value))
+        and not (key == "attn_implementation" and value is None)
+    }
+
+
+# Pickled weights, of which it speaks, are never read.
+WITHOUT_EFFECT = ("weights_only",)
 # What Transformers takes, and people will try.
 ABSENT = {
+    "force_download": "fetching again what was checked against the hub's digests (`quintet rm` "
+    "removes it)",
+    "from_flax": "reading the weights of another framework",
+    "from_tf": "reading the weights of another framework",
+    "proxies": "proxies as an argument (the environment's HTTPS_PROXY is obeyed)",
+    "use_kernels": "kernels from a hub",
     "load_in_8bit": "quantisation outside of quantization_config=BitsAndBytesConfig(...)",
     "load_in_4bit": "quantisation outside of quantization_config=BitsAndBytesConfig(...)",
     "offload_folder": "offloading to a disk (weights are mapped from their files already)",
