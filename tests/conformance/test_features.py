@@ -263,7 +263,9 @@ def test_starts_and_ends_are_read_off_the_states(family: Family) -> None:
     out = model(ids, attention_mask=mask, start_positions=starts, end_positions=starts + 1)
     assert relative_error(out.start_logits, expected[..., 0]) < TOLERANCE
     assert relative_error(out.end_logits, expected[..., 1]) < TOLERANCE
-    told = [torch.nn.functional.cross_entropy(expected[:2, :, i], starts[:2] + i) for i in range(2)]
+    # No span begins or ends in padding.
+    among = expected.masked_fill(mask[..., None] == 0, -torch.inf)
+    told = [torch.nn.functional.cross_entropy(among[:2, :, i], starts[:2] + i) for i in range(2)]
     assert relative_error(out.loss, sum(told) / 2) < TOLERANCE
 
 
@@ -273,3 +275,29 @@ def test_a_classifier_without_pad_token_takes_one_row(family: Family) -> None:
     assert model(torch.tensor([[1, 2]])).logits.shape == (1, 3)
     with pytest.raises(InputError, match="pad_token_id"):
         model(torch.tensor([[1, 2], [3, 4]]))
+
+
+@each()
+@pytest.mark.parametrize("padded", [False, True], ids=["ones", "padded"])
+def test_gradients_pass_what_is_returned(family: Family, padded: bool) -> None:
+    model = family.model_of("ForCausalLM", attn_implementation="eager")
+    ids = torch.randint(5, 90, (2, 7))
+    mask = torch.ones_like(ids)
+    if padded:
+        mask[1, :3] = 0
+    output = model(
+        ids,
+        attention_mask=mask,
+        labels=ids,
+        use_cache=False,
+        output_hidden_states=True,
+        # The weights of padded rows are copies, in the columns of the mask.
+        output_attentions=not padded,
+    )
+    returned = [*output.hidden_states, *(output.attentions or ())]
+    for tensor in returned:
+        tensor.retain_grad()
+    output.loss.backward()
+    for tensor in returned:
+        assert tensor.grad is not None
+        assert tensor.grad.any()

@@ -255,7 +255,7 @@ class DecoderModel(PreTrainedModel):
         notes = Notes(weights=weighs, router_logits=output_router_logits)
         step = self._step(embeds, span, position_ids, custom, cache, notes, texts)
         keeps = first(output_hidden_states, self.config.output_hidden_states)
-        states = self._run_layers(embeds, step, keeps)
+        states = self._run_layers(embeds, step, rows, keeps)
         if cache is not None:
             cache.advance(span)
         # With layers on several devices: what a run returns is where it began.
@@ -264,7 +264,6 @@ class DecoderModel(PreTrainedModel):
             _together(kind or [], embeds) for kind in (notes.weights, notes.router_logits)
         )
         if rows is not None:
-            states = [rows.unpack(state) for state in states]
             routed = [rows.unpack(logits) for logits in routed]
         if weighs and mask is not None:
             weights = [_in_columns(w, rows, mask, span.keys) for w in weights]
@@ -362,8 +361,10 @@ class DecoderModel(PreTrainedModel):
         cos, sin = both.unbind(dim=-1)
         return cos, sin
 
-    def _run_layers(self, hidden: Tensor, step: Step, keeps: bool) -> list[Tensor]:
-        """Return the embeddings and each layer's output, the last one normalised.
+    def _run_layers(
+        self, hidden: Tensor, step: Step, rows: Ragged | None, keeps: bool
+    ) -> list[Tensor]:
+        """Return the embeddings and each layer's output, the last one normalised, in columns.
 
         Or that one alone, as nothing should hold on to the others where nobody asked.
         """
@@ -380,10 +381,13 @@ class DecoderModel(PreTrainedModel):
                 continue
             for layer in run.layers:
                 if keeps:
-                    states.append(hidden)
+                    # What is returned is what the next layer reads, so that gradients pass it.
+                    states.append(hidden if rows is None else rows.unpack(hidden))
+                    hidden = states[-1] if rows is None else rows.pack(states[-1])
                 hidden = self._run_layer(layer, index, hidden, step)
                 index += 1
-        return [*states, hidden if normalised else self.final_norm(hidden)]
+        last = hidden if normalised else self.final_norm(hidden)
+        return [*states, last if rows is None else rows.unpack(last)]
 
     def _gathered(self, cache: Cache | None) -> tuple[LayerRun, ...]:
         layers, norm, C = self._own_layers(), self.final_norm, self.config.hidden_size
@@ -415,6 +419,9 @@ def _together(tensors: list[Tensor], like: Tensor) -> list[Tensor]:
 
 
 def _in_columns(weights: Tensor, rows: Ragged | None, mask: Tensor, keys: int) -> Tensor:
+    if rows is None and mask.shape[1] == weights.shape[2] == keys:
+        # No padding and nothing before: the very weights, through which gradients pass.
+        return weights
     if rows is not None:
         weights = rows.unpack(weights.transpose(1, 2)).transpose(1, 2)
     # A mask of the new tokens alone does not tell in which columns those in the cache were.

@@ -59,4 +59,5 @@ def keys_in_columns(weights: Tensor, mask: Tensor) -> Tensor:
 
 def _take(x: Tensor, index: Tensor) -> Tensor:
     index = index.reshape(*index.shape, *[1] * (x.ndim - 2)).expand(-1, -1, *x.shape[2:])
-    return x.gather(1, index)
+    # With layers on several devices, what is moved is not always where the mask is.
+    return x.gather(1, index.to(x.device))
