@@ -156,8 +156,7 @@ class PreTrainedModel(ModelContract, Checkpointing, Pushable):
             output_loading_info: return a pair of the model and a mapping of the names that were
                 missing (`missing_keys`), unused (`unexpected_keys`) or of another shape
                 (`mismatched_keys`).
-            trust_remote_code: accepted, without effect.
-            low_cpu_mem_usage: accepted, without effect: it always is.
+            trust_remote_code: accepted, without effect; so is low_cpu_mem_usage.
             use_safetensors: not false; pickled weights are never read.
             quantize: hold the weights in fewer bits, converted one by one as they are read:
                 "int8", "int4", "nf4" or "fp8"; "none" turns a quantised checkpoint into plain
@@ -191,10 +190,7 @@ class PreTrainedModel(ModelContract, Checkpointing, Pushable):
                 variant,
             )
         if generation_config is not None and not cls.can_generate():
-            raise InputError(
-                f"generation_config: a {cls.__name__} generates nothing; load {cls.__name__} "
-                "without it, or the model for causal language modelling"
-            )
+            raise InputError(f"generation_config: a {cls.__name__} generates nothing")
         options = loading.Options(
             generation_config=generation_config,
             dtype=dtype if torch_dtype is None else torch_dtype,
