@@ -1,0 +1,107 @@
+"""Two versions of this library beside each other: steps of decoding and prompts, in turns.
+
+    python benchmarks/versions.py OLD NEW [--model qwen2-0.5b …] [--rounds 15]
+
+OLD and NEW are checkouts (`git worktree add`). Each runs in a process of its own, with random
+weights in bfloat16, and waits while the other one measures.
+"""
+
+import argparse
+import os
+import statistics
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+CONTEXT, NEW = 256, 24
+MODELS = (
+    "qwen2-0.5b",
+    "qwen1.5-moe-a2.7b-6l",
+    "deepseek-v2-lite-6l",
+    "deepseek-v3-2l-64e",
+    "zamba2-1.2b",
+)
+
+WORKER = """
+import sys, time, torch
+from quintet.benchmark.geometries import geometry
+from quintet.benchmark.synthetic import random_ids, random_model
+name, context, new, threads = sys.argv[1], *map(int, sys.argv[2:])
+torch.set_num_threads(threads)
+config = geometry(name).config()
+model = random_model(config, torch.bfloat16).eval()
+ids = random_ids(config.vocab_size, 1, context)
+def generate(tokens):
+    started = time.perf_counter()
+    model.generate(ids, max_new_tokens=tokens, do_sample=False, eos_token_id=[])
+    return time.perf_counter() - started
+generate(new)
+print("ready", flush=True)
+for line in sys.stdin:
+    prompt = generate(1)
+    print(prompt, (generate(new) - prompt) / (new - 1), flush=True)
+"""
+
+
+def worker(checkout: Path, *arguments: str) -> "subprocess.Popen[str]":
+    """Start a version, which answers each line with the seconds of a prompt and of a step."""
+    return subprocess.Popen(
+        [sys.executable, "-c", WORKER, *arguments],
+        env={**os.environ, "PYTHONPATH": str(checkout / "src")},
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+
+
+def asker(process: "subprocess.Popen[str]") -> Callable[[], tuple[float, float]]:
+    """Return what measures once."""
+    assert process.stdin is not None
+    assert process.stdout is not None
+    stdin, stdout = process.stdin, process.stdout
+    if stdout.readline() != "ready\n":
+        raise SystemExit("a version did not start")
+
+    def ask() -> tuple[float, float]:
+        stdin.write("\n")
+        stdin.flush()
+        prompt, step = map(float, stdout.readline().split())
+        return prompt, step
+
+    return ask
+
+
+def main() -> None:
+    """Print a row for each model: medians, and of the pairs new over old."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("old", type=Path)
+    parser.add_argument("new", type=Path)
+    parser.add_argument("--model", nargs="+", default=MODELS)
+    parser.add_argument("--rounds", type=int, default=15)
+    parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
+    asked = parser.parse_args()
+    print("| model | prompt ms, old | new | of pairs | step ms, old | new | of pairs |")
+    print("|---|---|---|---|---|---|---|")
+    for model in asked.model:
+        arguments = (model, str(CONTEXT), str(NEW), str(asked.threads))
+        processes = [worker(asked.old, *arguments), worker(asked.new, *arguments)]
+        old, new = map(asker, processes)
+        pairs = []
+        for round_ in range(asked.rounds):
+            # Who goes first finds the memory as the other one left it.
+            first, second = (old, new) if round_ % 2 else (new, old)
+            one, two = first(), second()
+            pairs.append((one, two) if round_ % 2 else (two, one))
+        for process in processes:
+            process.kill()
+        cells = []
+        for kind in (0, 1):
+            olds, news = ([pair[side][kind] for pair in pairs] for side in (0, 1))
+            ratio = statistics.median(b / a for a, b in zip(olds, news, strict=True))
+            cells += [f"{1e3 * statistics.median(x):.2f}" for x in (olds, news)] + [f"{ratio:.3f}"]
+        print(f"| {model} | {' | '.join(cells)} |", flush=True)
+
+
+if __name__ == "__main__":
+    main()
