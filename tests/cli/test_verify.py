@@ -64,7 +64,7 @@ def test_everything_wrong_is_named_at_once(quintet: Any, root: Path) -> None:
     assert "1 missing:\n  model.layers.1.mlp.up_proj.weight: expected [48, 32]" in text
     assert "input_layernorm.weight: expected [32], found [31]" in text
     assert f"{FILE}: model.norm.weight has 2 numbers that are not finite" in text
-    assert "tokenizer.json is not a readable tokenizer" in text
+    assert "tokenizer.json' is not a readable tokenizer" in text
     quick = verified(quintet, root, "--quick")
     assert len(quick["problems"]) == 2, "no data is read"
 

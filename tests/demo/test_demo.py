@@ -84,7 +84,7 @@ def test_its_prediction_layer_is_there_and_most_of_its_drafts_are_taken(texts: l
     assert model.prediction_depth() == model.config.num_nextn_predict_layers == 1
     drafted = accepted = 0
     for text in texts:
-        ids = tokenizer(text, return_tensors="pt")["input_ids"][:, 200:300]
+        ids = tokenizer(text, return_tensors="pt", verbose=False)["input_ids"][:, 200:300]
         options = {"max_new_tokens": 40, "do_sample": False}
         plain = model.generate(ids, **options)
         out = model.generate(ids, **options, use_mtp=True, return_dict_in_generate=True)

@@ -275,7 +275,7 @@ def with_config(root: Path, values: Any) -> None:
     [
         ({"quant_method": "awq", "bits": 4}, UnsupportedModelError, "quant_method='awq'"),
         ({"bits": 4}, UnsupportedModelError, "quant_method=None"),
-        ("int8", ConfigError, "quantization_config='int8'"),
+        ("int8", ConfigError, "quantization_config is a builtins.str: 'int8'"),
         ({"quant_method": "quintet", "bits": 3, "group_size": None}, ConfigError, "bits=3"),
         ({"quant_method": "fp8", "fmt": "e5m2"}, ConfigError, "fmt='e5m2'"),
         ({"quant_method": "fp8", "weight_block_size": [0, 1]}, ConfigError, "two positive"),

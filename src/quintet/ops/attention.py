@@ -93,7 +93,8 @@ def _fused(
 ) -> Tensor:
     if mask is not None and mask.is_floating_point():
         # The lowest number of a wider dtype would be -inf, and a row of them no number.
-        mask = mask.clamp(min=torch.finfo(q.dtype).min).to(q.dtype)
+        lowest = max(torch.finfo(q.dtype).min, torch.finfo(mask.dtype).min)
+        mask = mask.clamp(min=lowest).to(q.dtype)
     return F.scaled_dot_product_attention(
         q,
         k,
