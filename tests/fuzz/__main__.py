@@ -3,7 +3,6 @@
 import argparse
 import os
 import sys
-import time
 from pathlib import Path
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -32,8 +31,7 @@ def main() -> int:
     for target in targets:
         if given.keep is not None and given.at is not None:
             keep(target, given.at, given.seed, given.keep)
-        until = time.monotonic() + given.seconds
-        report = fuzz(target, numbers, given.seed, until=until)
+        report = fuzz(target, numbers, given.seed, seconds=given.seconds)
         print(
             f"{target.name:28} {report.tried:7} tried, {report.read:6} read, {report.refused:6} "
             f"refused, {len(report.faults):3} faults, at most {report.slowest:.2f} s and "

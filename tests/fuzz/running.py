@@ -72,24 +72,28 @@ class Report:
     slowest: float = 0.0
     largest: int = 0
     faults: list[Found] = field(default_factory=list)
+    began: float = float("inf")
+
+    def ended(self, seconds: float, most: int) -> bool:
+        """Whether there were faults enough, or the time since the first answer is over."""
+        return len(self.faults) >= most or time.monotonic() - self.began >= seconds
 
 
 def fuzz(
-    target: Target, numbers: range, seed: int = 0, *, until: float = float("inf"), most: int = 20
+    target: Target, numbers: range, seed: int = 0, *, seconds: float = float("inf"), most: int = 20
 ) -> Report:
     """Try mutants of a target, each decided by the seed and its number.
 
     Args:
-        until: a time of the monotonic clock at which to end.
+        seconds: how long, from the first answer on; one mutant is tried however little it is.
         most: how many faults are enough.
     """
     report = Report()
     with tempfile.TemporaryDirectory(prefix="quintet-fuzz-") as folder:
         seeds = Path(folder) / "seeds"
         target.make(seeds)
-        at = numbers.start
-        while at < numbers.stop and len(report.faults) < most and time.monotonic() < until:
-            at = _one_process(target, seeds, range(at, numbers.stop), seed, until, most, report)
+        while numbers and not report.ended(seconds, most):
+            numbers = _one_process(target, seeds, numbers, seed, seconds, most, report)
     return report
 
 
@@ -98,24 +102,26 @@ def _one_process(
     seeds: Path,
     numbers: range,
     seed: int,
-    until: float,
+    seconds: float,
     most: int,
     report: Report,
-) -> int:
-    """Let one process try mutants until it dies or is done, and return the next number."""
+) -> range:
+    """Let one process try mutants until it dies or is done, and return what is left."""
     ours, theirs = multiprocessing.Pipe(duplex=False)
     process = multiprocessing.get_context("fork").Process(
         target=_try_all, args=(target, seeds, numbers, seed, theirs), daemon=True
     )
     process.start()
     theirs.close()
-    at = numbers.start
     try:
-        while at < numbers.stop and len(report.faults) < most and time.monotonic() < until:
+        while numbers and not report.ended(seconds, most):
+            at, numbers = numbers[0], numbers[1:]
             if not ours.poll(PATIENCE):
                 report.faults.append(Found(target.name, at, f"no end within {PATIENCE:.0f} s"))
-                return at + 1
+                return numbers
             what, detail, took, size = ours.recv()
+            if not report.tried:
+                report.began = time.monotonic()
             report.tried += 1
             report.read += what == "read"
             report.refused += what == "refused"
@@ -123,22 +129,19 @@ def _one_process(
             report.largest = max(report.largest, size)
             if what not in ("read", "refused"):
                 report.faults.append(Found(target.name, at, what, detail))
-            elif took > SECONDS:
-                report.faults.append(Found(target.name, at, f"took {took:.1f} s", detail))
-            elif size > MEGABYTES:
-                report.faults.append(Found(target.name, at, f"took {size} MB", detail))
-            at += 1
+            elif took > SECONDS or size > MEGABYTES:
+                spent = f"took {took:.1f} s and {size} MB"
+                report.faults.append(Found(target.name, at, spent, detail))
             if size > MEGABYTES:
-                return at
+                return numbers
     except EOFError:
         process.join(5)
         report.faults.append(Found(target.name, at, f"the process died ({process.exitcode})"))
-        return at + 1
     finally:
         process.kill()
         process.join()
         ours.close()
-    return at
+    return numbers
 
 
 def _try_all(target: Target, seeds: Path, numbers: range, seed: int, to: Connection) -> None:

@@ -2,6 +2,7 @@
 
 import os
 import time
+from collections.abc import Callable
 from pathlib import Path
 from random import Random
 from typing import Any
@@ -21,7 +22,7 @@ RIGHT = b'{"a": [1, 2, 3]}'
 
 @pytest.mark.parametrize("target", TARGETS, ids=lambda target: target.name)
 def test_a_mutant_is_read_or_refused(target: Target) -> None:
-    report = fuzz(target, range(300), until=time.monotonic() + SECONDS)
+    report = fuzz(target, range(300), seconds=SECONDS)
     assert not report.faults, "\n".join(map(str, report.faults))
     assert report.tried == report.read + report.refused > 0
 
@@ -57,11 +58,18 @@ def _speak(root: Path) -> None:
     raise CheckpointError("\udcff")
 
 
+def bad(read: Callable[[Path], Any]) -> Target:
+    def on_mutants(root: Path) -> None:
+        if (root / "file").read_bytes() != RIGHT:
+            read(root)
+
+    return Target(name="bad", make=made, files=("file",), read=on_mutants)
+
+
 @pytest.mark.parametrize(
     ("read", "said"),
     [
         (_raise, "KeyError"),
-        (_hang, "took 0."),
         (_swell, "MB"),
         (_die, "died"),
         (_exhaust, "MemoryError"),
@@ -69,16 +77,21 @@ def _speak(root: Path) -> None:
     ],
     ids=lambda value: getattr(value, "__name__", value),
 )
-def test_what_is_no_answer_is_found(read: Any, said: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(running, "SECONDS", 0.2)
-
-    def on_mutants(root: Path) -> None:
-        if (root / "file").read_bytes() != RIGHT:
-            read(root)
-
-    report = fuzz(Target(name="bad", make=made, files=("file",), read=on_mutants), range(1))
+def test_what_is_no_answer_is_found(read: Any, said: str) -> None:
+    report = fuzz(bad(read), range(1))
     assert len(report.faults) == 1
     assert said in report.faults[0].what
+
+
+def test_what_takes_too_long_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(running, "SECONDS", 0.2)
+    report = fuzz(bad(_hang), range(1))
+    assert len(report.faults) == 1
+    assert "took 0." in report.faults[0].what
+
+
+def test_one_mutant_is_tried_however_little_time_there_is() -> None:
+    assert fuzz(bad(_raise), range(10), seconds=0.0).tried == 1
 
 
 def test_a_number_names_one_mutant() -> None:
