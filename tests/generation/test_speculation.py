@@ -166,15 +166,16 @@ def test_a_conversation_goes_on_with_its_cache_and_that_of_the_prediction_layers
     options = {"use_mtp": True, "num_assistant_tokens": 2, "return_dict_in_generate": True}
     first = told(model, inputs, **options)
     held = first.past_key_values
-    assert held.ahead is not None
-    assert held.ahead.lengths(1).tolist() == held.lengths(1).tolist()
+    beside = held.companion.cache
+    assert beside.lengths(1).tolist() == held.lengths(1).tolist()
     text = torch.cat((first.sequences, torch.randint(2, V, (1, 5))), dim=1)
     again = model.generate(text, past_key_values=held, max_new_tokens=9, **options)
     assert torch.equal(again.sequences, told(model, {"input_ids": text}, max_new_tokens=9))
     held.crop(20)
-    held.ahead.crop(20)
     text = text[:, :25]
     again = model.generate(text, past_key_values=held, max_new_tokens=9, **options)
+    assert held.companion.cache is beside
+    assert beside.lengths(1).tolist() == held.lengths(1).tolist()
     assert torch.equal(again.sequences, told(model, {"input_ids": text}, max_new_tokens=9))
 
 

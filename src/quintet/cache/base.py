@@ -18,7 +18,7 @@ from quintet.cache.recurrent import RecurrentSlot
 from quintet.configuration.base import PreTrainedConfig
 from quintet.errors import InputError
 
-__all__ = ["AttentionSlot", "Cache", "CacheSlot", "Span"]
+__all__ = ["AttentionSlot", "Cache", "CacheSlot", "Companion", "Span"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,13 +100,24 @@ class AttentionSlot(CacheSlot, Protocol):
         ...
 
 
+class Companion(Protocol):
+    """What is kept beside a cache, of the same rows, and follows when they are selected."""
+
+    def select(self, rows: Tensor) -> None:
+        """Keep the given rows (N,) of the batch, in that order, each as often as it is named."""
+        ...
+
+    @property
+    def nbytes(self) -> int:
+        """The bytes held."""
+        ...
+
+
 class Cache:
     """The slots of all layers and how many tokens each row holds.
 
     Attributes:
-        ahead: the cache of layers of multi-token prediction, where they have drafted for these
-            rows; what drafts keeps it. None where they have not.
-        ahead_until: (B,) how long the rows were when it was left.
+        companion: what somebody else keeps of the same rows, as drafting does; None for nothing.
         keeps_layers: whether what the model took down of its layers is kept for the next forward,
             as nobody but this generation has the cache.
         kept_layers: that; a model's own affair.
@@ -129,9 +140,8 @@ class Cache:
         self._lengths: int | Tensor = 0
         self._longest = 0
         # Recurrent states may already hold the tokens of a forward that has not ended.
-        self._ahead = False
-        self.ahead: Cache | None = None
-        self.ahead_until: Tensor | None = None
+        self._forward_unfinished = False
+        self.companion: Companion | None = None
         self.keeps_layers = False
         self.kept_layers: object = None
         self.seen: list[tuple[Tensor, Tensor, Tensor | None]] | None = None
@@ -145,7 +155,7 @@ class Cache:
             InputError: the cache holds another number of rows, or what a failed forward left.
             ContextLengthError: a preallocated cache has no room for them.
         """
-        if self._ahead:
+        if self._forward_unfinished:
             raise InputError(
                 "an earlier forward failed halfway and left recurrent layers ahead of the cache's "
                 "lengths; crop the cache to its last snapshot, or reset it"
@@ -216,12 +226,12 @@ class Cache:
             )
         if raw is not None and slot.window is not None:
             check_alike("inputs of convolutions (channels)", slot.window, raw, 2)
-        self._ahead = True
+        self._forward_unfinished = True
         return slot
 
     def advance(self, span: Span) -> None:
         """Count the tokens of a span that every layer has stored."""
-        self._ahead = False
+        self._forward_unfinished = False
         if span.counts is None:
             self._lengths = self._lengths + span.length
             self._longest += span.length
@@ -253,7 +263,7 @@ class Cache:
     @property
     def nbytes(self) -> int:
         """The bytes all layers hold."""
-        beside = 0 if self.ahead is None else self.ahead.nbytes
+        beside = 0 if self.companion is None else self.companion.nbytes
         return beside + sum(slot.nbytes for slot in self._slots())
 
     def __len__(self) -> int:
@@ -298,11 +308,11 @@ class Cache:
         else:
             end = int(max_length)
             kept = max(held + end if end < 0 else min(held, end), 0)
-        if self.states and not self._ahead and _are_all(kept == held):
+        if self.states and not self._forward_unfinished and _are_all(kept == held):
             return
         for slot in self._slots():
             slot.crop(kept)
-        self._lengths, self._longest, self._ahead = kept, _longest(kept), False
+        self._lengths, self._longest, self._forward_unfinished = kept, _longest(kept), False
 
     def snapshot(self) -> None:
         """Prepare to be cropped to the present lengths, or to any point after them.
@@ -334,10 +344,8 @@ class Cache:
             self._longest = _longest(self._lengths)
         for slot in self._slots():
             slot.select(indices)
-        if self.ahead is not None:
-            self.ahead.batch_select_indices(indices)
-        if self.ahead_until is not None:
-            self.ahead_until = self.ahead_until[indices.to(self.ahead_until.device)]
+        if self.companion is not None:
+            self.companion.select(indices)
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         """Give row i what row `beam_idx[i]` held, as beam search does."""
@@ -351,8 +359,8 @@ class Cache:
 
     def reset(self) -> None:
         """Forget everything; preallocated memory stays."""
-        self._lengths, self._longest, self._ahead = 0, 0, False
-        self.ahead = self.ahead_until = None
+        self._lengths, self._longest, self._forward_unfinished = 0, 0, False
+        self.companion = None
         for slot in self._slots():
             slot.reset()
 

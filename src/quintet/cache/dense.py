@@ -237,7 +237,7 @@ class StaticCache(Cache):
     def advance(self, span: Span) -> None:
         """Count the tokens of a span that every layer has stored."""
         assert isinstance(self._lengths, Tensor)
-        self._ahead = False
+        self._forward_unfinished = False
         self._lengths.add_(span.length if span.counts is None else span.counts)
 
     def seek(self, position: Tensor) -> None:

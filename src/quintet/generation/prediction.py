@@ -7,7 +7,7 @@ taken back.
 """
 
 from dataclasses import dataclass
-from typing import Protocol, runtime_checkable
+from typing import Protocol, Self, runtime_checkable
 
 import torch
 import torch.nn.functional as F  # noqa: N812
@@ -19,7 +19,7 @@ from quintet.generation.sampler import Sampler
 from quintet.generation.text import Text
 from quintet.ops.ragged import ragged
 
-__all__ = ["Prediction", "Predictor"]
+__all__ = ["Prediction", "PredictionCache", "Predictor"]
 
 
 @runtime_checkable
@@ -96,6 +96,46 @@ class _Seen:
         return torch.ones(self.states.shape[:2], dtype=torch.bool, device=self.states.device)
 
 
+@dataclass(slots=True)
+class PredictionCache:
+    """The cache of the prediction layers, which goes with the rows of a main one.
+
+    Attributes:
+        cache: theirs.
+        until: (B,) how long the main rows were when it was left; None while drafts are made.
+    """
+
+    cache: Cache
+    until: Tensor | None = None
+
+    @classmethod
+    def beside(cls, main: Cache, model: Predictor) -> Self:
+        """Return what a main cache has beside it, to go on with, or an empty one put there.
+
+        Where the main one was cropped in between, it is too; where the main one went on without
+        the layers, they miss what they did not see, which costs them nothing but drafts.
+        """
+        held = main.companion
+        if not isinstance(held, cls):
+            held = main.companion = cls(model.prediction_cache())
+        if held.until is not None:
+            cut = (held.until - main.lengths(len(held.until), held.until.device)).clamp(min=0)
+            held.cache.crop(held.cache.lengths(len(cut), cut.device) - cut)
+            held.until = None
+        return held
+
+    def select(self, rows: Tensor) -> None:
+        """Keep the given rows (N,) of the batch, in that order, each as often as it is named."""
+        self.cache.batch_select_indices(rows)
+        if self.until is not None:
+            self.until = self.until[rows.to(self.until.device)]
+
+    @property
+    def nbytes(self) -> int:
+        """The bytes of the layers' cache."""
+        return self.cache.nbytes
+
+
 class Prediction:
     """Lets the prediction layers write the draft.
 
@@ -112,7 +152,8 @@ class Prediction:
     def __init__(self, model: Predictor, main: Cache, *, threshold: float) -> None:
         self.model = model
         self.main = main
-        self.cache = _beside(main, model)
+        self._held = PredictionCache.beside(main, model)
+        self.cache = self._held.cache
         self.threshold = threshold
         self._depth = model.prediction_depth()
         self._seen: list[_Seen] = []
@@ -171,7 +212,7 @@ class Prediction:
             states = self.model.predict(k, states, ahead, span, self.cache)
         self.cache.advance(span)
         self._take_back(0, counts, W)
-        self.main.ahead_until = self.main.lengths(B).clone()
+        self._held.until = self.main.lengths(B).clone()
 
     def close(self) -> None:
         """Stop watching the main run."""
@@ -229,18 +270,3 @@ def _followed(embeds: Tensor, last: Tensor, counts: Tensor | None) -> Tensor:
     ahead = F.pad(embeds[:, 1:], (0, 0, 0, 1))
     ahead[torch.arange(len(last), device=last.device), counts - 1] = last
     return ahead
-
-
-def _beside(main: Cache, model: Predictor) -> Cache:
-    """Return the cache of the prediction layers that a main one has beside it.
-
-    Where the main one was cropped in between, it is too; where the main one went on without the
-    layers, they miss what they did not see, which costs them nothing but drafts.
-    """
-    if main.ahead is None:
-        main.ahead = model.prediction_cache()
-    elif main.ahead_until is not None:
-        until, now = main.ahead_until, main.lengths(len(main.ahead_until))
-        held = main.ahead.lengths(len(until))
-        main.ahead.crop(held - (until - now).clamp(min=0))
-    return main.ahead
