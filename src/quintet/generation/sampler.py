@@ -8,12 +8,12 @@ import torch
 from torch import Tensor
 
 from quintet.errors import InputError
+from quintet.generation.choice import Choice
 from quintet.generation.processors.base import (
     LogitsProcessor,
     LogitsProcessorList,
     LogitsWarper,
 )
-from quintet.generation.processors.warpers import TemperatureLogitsWarper, TopKLogitsWarper
 from quintet.generation.text import Text
 from quintet.ops import sampling
 
@@ -44,18 +44,18 @@ class Sampler:
         first = len(self.processors)
         while first and _warps(self.processors[first - 1]):
             first -= 1
-        self._readers = LogitsProcessorList(self.processors[:first])
-        self._warpers: list[LogitsWarper] = self.processors[first:]
-        bound = _bound(self._warpers)
-        self._k = None if bound is None else bound.top_k
-        # Of the few that top-k leaves, it leaves all.
-        self._few = [warper for warper in self._warpers if warper is not bound]
+        self.readers = LogitsProcessorList(self.processors[:first])
+        self.choice = Choice(self.processors[first:], do_sample=do_sample)
 
     # -- one position ------------------------------------------------------------------------
 
     def scores(self, text: Text, logits: Tensor, goes_on: Tensor | None = None) -> Tensor:
         """Return the logits (B, V) of the token behind the text, reshaped, in float32."""
         return self._reshaped(self.processors, text, logits.to(torch.float32), goes_on)
+
+    def read(self, text: Text, logits: Tensor, goes_on: Tensor | None = None) -> Tensor:
+        """Return logits (B, V) after what reads the text, before what warps them, in float32."""
+        return self._reshaped(self.readers, text, logits.to(torch.float32), goes_on)
 
     def take(
         self,
@@ -76,15 +76,7 @@ class Sampler:
         Raises:
             InputError: a row has no token left, or its scores hold NaN or infinity.
         """
-        if not self.do_sample:
-            best, tokens = scores.max(dim=-1)
-            sampling.check_left(best.tolist(), goes_on, step)
-            return tokens
-        try:
-            return sampling.draw(scores.softmax(dim=-1), self.generators, u, goes_on)
-        except sampling.NothingLeftError:
-            sampling.check_left(scores.amax(dim=-1).tolist(), goes_on, step)
-            raise
+        return self.choice.take(scores, self.generators, goes_on, step=step, u=u)
 
     def choose(
         self,
@@ -96,35 +88,18 @@ class Sampler:
     ) -> Tensor:
         """Take a token for each row, (B,), as `take(scores(…))` does, but by the shortest way.
 
-        Where top-k bounds the distribution, all behind it happens to those few tokens alone.
-
         Raises:
             InputError: a row has no token left, or its scores hold NaN or infinity.
         """
-        logits = logits.to(torch.float32)
-        if self._k is None or not self.do_sample:
-            scores = self._reshaped(self.processors, text, logits, goes_on)
-            return self.take(scores, goes_on, step=step)
-        logits = self._reshaped(self._readers, text, logits, goes_on)
-        few = sampling.top_k_candidates(logits, self._k)
-        if few is None:
-            return self.take(_warped(self._warpers, logits), goes_on, step=step)
-        values, ids, crowded = few
-        u = self.uniform(len(ids), 1, ids.device)
-        index = self.take(_warped(self._few, values), goes_on, step=step, u=u)
-        tokens = ids.gather(1, index[:, None])[:, 0]
-        if crowded is None:
-            return tokens
-        # Row by row: which way is taken must not depend on the other rows.
-        whole = self.take(_warped(self._warpers, logits[crowded]), step=step, u=u[crowded])
-        return tokens.masked_scatter(crowded, whole)
+        scores = self.read(text, logits, goes_on)
+        return self.choice.choose(scores, self.generators, goes_on, step=step)
 
     # -- several positions, for those who check what was drafted -------------------------------
 
     @property
     def asks_who_goes_on(self) -> bool:
         """Whether it matters to a processor which scores are needed."""
-        return self._readers.asks_for("goes_on")
+        return self.readers.asks_for("goes_on")
 
     def scores_of_last(self, text: Text, logits: Tensor, goes_on: Tensor | None = None) -> Tensor:
         """Return the reshaped logits (B, P, V) of the tokens behind the last P prefixes of a text.
@@ -137,22 +112,22 @@ class Sampler:
         logits = logits.to(torch.float32)
         if not self.processors:
             return logits
-        B, P, V = logits.shape
-        if self._readers and P == 1:
+        P = logits.shape[1]
+        if self.readers and P == 1:
             needed = None if goes_on is None else goes_on[:, 0]
-            logits = self._reshaped(self._readers, text, logits[:, 0], needed)[:, None]
-        elif self._readers:
+            logits = self.read(text, logits[:, 0], needed)[:, None]
+        elif self.readers:
             read: list[Tensor] = []
             needed = None
             for place, end in enumerate(range(len(text) - P + 1, len(text) + 1)):
                 if goes_on is not None:
                     needed = goes_on[:, place] if needed is None else goes_on[:, place] & needed
-                read.append(self._reshaped(self._readers, text.cut(end), logits[:, place], needed))
+                read.append(self.read(text.cut(end), logits[:, place], needed))
                 if needed is not None and place + 1 < P:
                     follows = read[-1].gather(1, text.ids[:, end : end + 1])[:, 0]
                     needed = needed & ~follows.isneginf()
             logits = torch.stack(read, dim=1)
-        return self._warped(logits.reshape(B * P, V)).reshape(B, P, V)
+        return self.choice.warped_positions(logits)
 
     def log_probabilities(self, text: Text, logits: Tensor) -> Tensor:
         """Return what is drawn from behind the last P prefixes of a text, as logarithms (B, P, V).
@@ -182,20 +157,6 @@ class Sampler:
         for processor in self.processors:
             if isinstance(processor, LogitsProcessor):
                 processor.reorder(rows)
-
-    def _warped(self, logits: Tensor) -> Tensor:
-        """Return logits (N, V) after the warpers, which see no more than what top-k leaves."""
-        few = None
-        if self._k is not None and self.do_sample:
-            few = sampling.top_k_candidates(logits, self._k)
-        if few is None:
-            return _warped(self._warpers, logits)
-        values, ids, crowded = few
-        values = _warped(self._few, values)
-        made = torch.full_like(logits, -torch.inf).scatter_(1, ids, values)
-        if crowded is not None:
-            made[crowded] = _warped(self._warpers, logits[crowded])
-        return made
 
     def _reshaped(
         self,
@@ -252,24 +213,8 @@ def _seeded(parent: torch.Generator, count: int) -> list[torch.Generator]:
     return [torch.Generator(parent.device).manual_seed(seeds.getrandbits(63)) for _ in range(count)]
 
 
-def _warped(warpers: Sequence[LogitsWarper], scores: Tensor) -> Tensor:
-    for warper in warpers:
-        scores = warper.warp(scores)
-    return scores
-
-
 def _warps(processor: object) -> bool:
     """Tell whether a processor is a warper that says itself how it is called."""
     return isinstance(processor, LogitsWarper) and (
         type(processor).__call__ is LogitsWarper.__call__
     )
-
-
-def _bound(warpers: Sequence[LogitsWarper]) -> TopKLogitsWarper | None:
-    """Return the top-k that nothing but a temperature, which keeps the order, precedes."""
-    for warper in warpers:
-        if type(warper) is TopKLogitsWarper and warper.filter_value == -torch.inf:
-            return warper
-        if type(warper) is not TemperatureLogitsWarper:
-            return None
-    return None

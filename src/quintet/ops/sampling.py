@@ -2,7 +2,8 @@
 
 What tells which tokens stay takes logits (B, V) in float32, where -inf is a token that is not
 there, and returns (B, V), True for those that stay; `least` of the likeliest always do. Where a
-row holds NaN, its NaN stays, so that the draw can tell. Each row is what it is alone.
+row holds NaN, its NaN stays, so that the draw can tell. Each row is what it is alone. A `Value` is
+one number for all rows, or a number for each, (B, 1), in float64 as Python has it.
 """
 
 import math
@@ -17,9 +18,11 @@ from quintet.kernels import sampling as kernels
 
 __all__ = [
     "NothingLeftError",
+    "Value",
     "above_epsilon",
     "above_eta",
     "above_min_p",
+    "alongside",
     "check_left",
     "draw",
     "draw_several",
@@ -33,6 +36,8 @@ __all__ = [
     "typical",
     "uniform",
 ]
+
+Value = float | Tensor
 
 # Sorting a vocabulary larger than this costs more than looking among its likeliest few first.
 _LARGE, _FEW = 8192, 1024
@@ -52,7 +57,7 @@ class NothingLeftError(InputError):
     def __init__(self, row: int, best: float | None = None, step: int | None = None) -> None:
         when = "" if step is None else f" for new token {step}"
         super().__init__(f"row {row} has no token to take{when}: {_why(best)}")
-        self.row = row
+        self.row, self.best = row, best
 
 
 def _why(best: float | None) -> str:
@@ -120,12 +125,18 @@ def _occurred(logits: Tensor, ids: Tensor, kept: Tensor | None) -> tuple[Tensor,
 # -- which tokens stay -----------------------------------------------------------------------
 
 
-def in_top_k(logits: Tensor, k: int) -> Tensor:
-    """The k most likely tokens, and those that tie with the last of them."""
-    return ~(logits < logits.topk(min(k, logits.shape[-1]), dim=-1).values[:, -1:])
+def in_top_k(logits: Tensor, k: int | Tensor) -> Tensor:
+    """The k most likely tokens, and those that tie with the last of them; k may be (B, 1)."""
+    V = logits.shape[-1]
+    if isinstance(k, Tensor):
+        places = k.to(logits.device).clamp(max=V) - 1
+        bar = logits.topk(int(places.max()) + 1, dim=-1).values.gather(1, places)
+    else:
+        bar = logits.topk(min(k, V), dim=-1).values[:, -1:]
+    return ~(logits < bar)
 
 
-def in_top_p(logits: Tensor, p: float, least: int = 1) -> Tensor:
+def in_top_p(logits: Tensor, p: Value, least: int = 1) -> Tensor:
     """The fewest likeliest tokens whose probabilities sum to p or more (arXiv:1904.09751)."""
     if logits.shape[-1] <= _LARGE:
         return _sorted_nucleus(logits, p, least)
@@ -133,36 +144,39 @@ def in_top_p(logits: Tensor, p: float, least: int = 1) -> Tensor:
     if not bool(reached.all()):
         # Row by row: which way is taken must not depend on the other rows.
         spread = ~reached
-        stays[spread] = _sorted_nucleus(logits[spread], p, least)
+        rest = p[spread.to(p.device)] if isinstance(p, Tensor) else p
+        stays[spread] = _sorted_nucleus(logits[spread], rest, least)
     return stays
 
 
-def _sorted_nucleus(logits: Tensor, p: float, least: int) -> Tensor:
+def _sorted_nucleus(logits: Tensor, p: Value, least: int) -> Tensor:
     values, order = logits.sort(dim=-1)
     # Summed from the unlikely end, where the small ones do not drown.
-    dropped = values.softmax(dim=-1).cumsum(dim=-1) <= 1 - p
+    dropped = values.softmax(dim=-1).cumsum(dim=-1) <= alongside(1 - p, logits)
     dropped[:, -least:] = False
     return torch.ones_like(dropped).scatter(1, order, ~dropped)
 
 
-def _nucleus(logits: Tensor, p: float, least: int) -> tuple[Tensor, Tensor]:
+def _nucleus(logits: Tensor, p: Value, least: int) -> tuple[Tensor, Tensor]:
     """Find the same among the likeliest few tokens, and tell for which rows (B,) they reach p."""
     values, ids = logits.topk(_FEW, dim=-1)
     probabilities = (values - logits.logsumexp(dim=-1, keepdim=True)).exp()
-    mass = probabilities.cumsum(dim=-1)
+    mass, p = probabilities.cumsum(dim=-1), alongside(p, logits)
     stays = mass - probabilities < p
     stays[:, :least] = True
-    return torch.zeros_like(logits, dtype=torch.bool).scatter(1, ids, stays), mass[:, -1] >= p
+    reached = (mass[:, -1:] >= p)[:, 0]
+    return torch.zeros_like(logits, dtype=torch.bool).scatter(1, ids, stays), reached
 
 
-def above_min_p(logits: Tensor, p: float, least: int = 1) -> Tensor:
+def above_min_p(logits: Tensor, p: Value, least: int = 1) -> Tensor:
     """Tokens at least `p` times as likely as the most likely one (arXiv:2407.01082)."""
     probabilities = logits.softmax(dim=-1)
-    likely = ~(probabilities < p * probabilities.amax(dim=-1, keepdim=True))
+    bar = alongside(p, logits) * probabilities.amax(dim=-1, keepdim=True)
+    likely = ~(probabilities < bar)
     return likely if least == 1 else likely | _likeliest(probabilities, least)
 
 
-def typical(logits: Tensor, mass: float, least: int = 1) -> Tensor:
+def typical(logits: Tensor, mass: Value, least: int = 1) -> Tensor:
     """Tokens of that mass, those first whose information is nearest to the entropy.
 
     (arXiv:2202.00666)
@@ -171,24 +185,26 @@ def typical(logits: Tensor, mass: float, least: int = 1) -> Tensor:
     distance = (-logs - entropy(logs)[:, None]).abs()
     ranked, order = distance.sort(dim=-1)
     covered = logits.gather(-1, order).softmax(dim=-1).cumsum(dim=-1)
-    last = (covered < mass).sum(dim=-1, keepdim=True).clamp(max=logits.shape[-1] - 1)
+    last = (covered < alongside(mass, logits)).sum(dim=-1, keepdim=True)
+    last = last.clamp(max=logits.shape[-1] - 1)
     stays = ~(ranked > ranked.gather(1, last))
     stays[:, :least] = True
     return torch.zeros_like(stays).scatter(1, order, stays)
 
 
-def above_epsilon(logits: Tensor, epsilon: float | Tensor, least: int = 1) -> Tensor:
-    """Tokens of at least a probability, one for all rows or (B, 1) (arXiv:2210.15191)."""
-    return ~(logits.softmax(dim=-1) < epsilon) | in_top_k(logits, least)
+def above_epsilon(logits: Tensor, epsilon: Value, least: int = 1) -> Tensor:
+    """Tokens of at least a probability (arXiv:2210.15191)."""
+    return ~(logits.softmax(dim=-1) < alongside(epsilon, logits)) | in_top_k(logits, least)
 
 
-def above_eta(logits: Tensor, epsilon: float, least: int = 1) -> Tensor:
+def above_eta(logits: Tensor, epsilon: Value, least: int = 1) -> Tensor:
     """Tokens of at least min(ε, √ε·exp(-entropy)) (arXiv:2210.15191)."""
-    eta = (epsilon**0.5 * torch.exp(-entropy(logits.log_softmax(dim=-1)))).clamp(max=epsilon)
-    return above_epsilon(logits, eta[:, None], least)
+    likeliness = torch.exp(-entropy(logits.log_softmax(dim=-1)))[:, None]
+    eta = alongside(epsilon**0.5, logits) * likeliness
+    return above_epsilon(logits, torch.clamp(eta, max=alongside(epsilon, logits)), least)
 
 
-def in_top_h(logits: Tensor, h: float, n: int) -> Tensor:
+def in_top_h(logits: Tensor, h: Value, n: int) -> Tensor:
     """The likeliest tokens that hold a share h of the entropy of the n likeliest.
 
     (arXiv:2509.02510)
@@ -196,7 +212,7 @@ def in_top_h(logits: Tensor, h: float, n: int) -> Tensor:
     values, order = logits.topk(min(n, logits.shape[-1]), dim=-1)
     logs = values.log_softmax(dim=-1)
     terms = torch.nan_to_num(-logs.exp() * logs, nan=0.0)
-    stays = terms.cumsum(dim=-1) <= h * terms.sum(dim=-1, keepdim=True)
+    stays = terms.cumsum(dim=-1) <= alongside(h, logits) * terms.sum(dim=-1, keepdim=True)
     stays[:, 0] = True
     return torch.zeros_like(logits, dtype=torch.bool).scatter(1, order, stays)
 
@@ -204,6 +220,11 @@ def in_top_h(logits: Tensor, h: float, n: int) -> Tensor:
 def entropy(logs: Tensor) -> Tensor:
     """Return the entropy (B,) of log-probabilities (B, V); -inf adds nothing."""
     return -(logs.exp() * logs).nansum(dim=-1)
+
+
+def alongside(value: Value, logits: Tensor) -> Value:
+    """Return a value as logits are computed with; a number becomes that by itself."""
+    return value.to(logits) if isinstance(value, Tensor) else value
 
 
 def _likeliest(scores: Tensor, count: int) -> Tensor:

@@ -1,7 +1,11 @@
-"""What reshapes a distribution whatever the text: temperature, cutting off, normalising."""
+"""What reshapes a distribution whatever the text: temperature, cutting off, normalising.
 
+`beside` makes one of several: it reshapes each row by a number of its own, just as alone.
+"""
+
+import copy
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Hashable, Sequence
 
 import torch
 from torch import Tensor
@@ -21,6 +25,9 @@ __all__ = [
     "TopKLogitsWarper",
     "TopPLogitsWarper",
     "TypicalLogitsWarper",
+    "beside",
+    "kind",
+    "of_rows",
 ]
 
 
@@ -31,7 +38,7 @@ class TemperatureLogitsWarper(LogitsWarper):
         self.temperature = positive_float("temperature", temperature)
 
     def warp(self, scores: Tensor) -> Tensor:
-        return scores / self.temperature
+        return scores / sampling.alongside(self.temperature, scores)
 
 
 class _Cut(LogitsWarper):
@@ -56,7 +63,7 @@ class TopKLogitsWarper(_Cut):
         super().__init__(filter_value, min_tokens_to_keep)
         if isinstance(top_k, bool) or not isinstance(top_k, int) or top_k < 1:
             raise InputError(f"top_k={top_k!r} has to be an integer of at least 1")
-        self.top_k = max(top_k, min_tokens_to_keep)
+        self.top_k: int | Tensor = max(top_k, min_tokens_to_keep)
 
     def warp(self, scores: Tensor) -> Tensor:
         return self._cut(scores, lambda x: sampling.in_top_k(x, self.top_k))
@@ -167,6 +174,53 @@ class InfNanRemoveLogitsProcessor(LogitsProcessor):
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
         return torch.nan_to_num(scores, nan=0.0)
+
+
+# The number of each class that rows may have for themselves; none of what has none.
+_NUMBERS: dict[type[LogitsWarper], str | None] = {
+    TemperatureLogitsWarper: "temperature",
+    TopKLogitsWarper: "top_k",
+    TopPLogitsWarper: "top_p",
+    MinPLogitsWarper: "min_p",
+    TypicalLogitsWarper: "mass",
+    EpsilonLogitsWarper: "epsilon",
+    EtaLogitsWarper: "epsilon",
+    TopHLogitsWarper: "top_h",
+    LogitNormalization: None,
+}
+
+
+def kind(warper: LogitsWarper) -> Hashable:
+    """Return what is equal of warpers that `beside` can make one of."""
+    if type(warper) not in _NUMBERS:
+        return id(warper)
+    number = _NUMBERS[type(warper)]
+    return type(warper), *((k, v) for k, v in vars(warper).items() if k != number)
+
+
+def beside(warpers: Sequence[LogitsWarper]) -> LogitsWarper:
+    """Return what does to each row of a batch what its own of these warpers of a kind does."""
+    first = warpers[0]
+    number = _NUMBERS.get(type(first))
+    if number is None:
+        return first
+    values = [vars(warper)[number] for warper in warpers]
+    if all(value == values[0] for value in values):
+        return first
+    made = copy.copy(first)
+    dtype = torch.long if isinstance(values[0], int) else torch.float64
+    vars(made)[number] = torch.tensor(values, dtype=dtype)[:, None]
+    return made
+
+
+def of_rows(warper: LogitsWarper, rows: Tensor) -> LogitsWarper:
+    """Return what does to some rows of a batch, as an index names them, what a warper does."""
+    number = _NUMBERS.get(type(warper))
+    if number is None or not isinstance(vars(warper)[number], Tensor):
+        return warper
+    made = copy.copy(warper)
+    vars(made)[number] = vars(warper)[number][rows.cpu()]
+    return made
 
 
 def _share(name: str, value: float) -> float:

@@ -1,0 +1,155 @@
+"""How a token is taken of scores: the likeliest, or one that is drawn; with a value a row."""
+
+from collections.abc import Hashable, Sequence
+
+import torch
+from torch import Tensor
+
+from quintet.generation.processors import warpers as warping
+from quintet.generation.processors.base import LogitsWarper
+from quintet.generation.processors.warpers import TemperatureLogitsWarper, TopKLogitsWarper
+from quintet.ops import sampling
+
+__all__ = ["Choice"]
+
+
+class Choice:
+    """Takes a token for each row of scores (B, V).
+
+    Args:
+        warpers: what reshapes the scores before, in order.
+        do_sample: draw from the distribution, rather than take the likeliest token.
+    """
+
+    def __init__(self, warpers: Sequence[LogitsWarper] = (), *, do_sample: bool = False) -> None:
+        self.do_sample = do_sample
+        self.warpers = list(warpers)
+        bound = _bound(self.warpers)
+        # How many tokens are there for what follows top-k, where that is so few in every row.
+        self._k: int | None = None
+        if do_sample and bound is not None and not isinstance(bound.top_k, Tensor):
+            self._k = bound.top_k
+        # Of the few that top-k leaves, it leaves all.
+        self._few = [warper for warper in self.warpers if warper is not bound]
+
+    @property
+    def kind(self) -> Hashable:
+        """What is equal of choices that `beside` can make one of.
+
+        A sum over another number of tokens may differ in its last digit: rows whose top-k is not
+        the same do not share one.
+        """
+        return self.do_sample, self._k, *(warping.kind(warper) for warper in self.warpers)
+
+    @classmethod
+    def beside(cls, choices: Sequence["Choice"]) -> "Choice":
+        """Return what takes for each row what its own of these choices of a kind takes."""
+        columns = zip(*(choice.warpers for choice in choices), strict=True)
+        return cls([warping.beside(column) for column in columns], do_sample=choices[0].do_sample)
+
+    def choose(
+        self,
+        scores: Tensor,
+        generators: Sequence[torch.Generator] | None = None,
+        goes_on: Tensor | None = None,
+        *,
+        step: int | None = None,
+        u: Tensor | None = None,
+    ) -> Tensor:
+        """Take a token for each row, (B,), as `take(warped(scores))` does, by the shortest way.
+
+        Where top-k bounds the distribution, all behind it happens to those few tokens alone. The
+        other arguments are those of `take`.
+
+        Raises:
+            NothingLeftError: a row has no token left, or its scores hold NaN or infinity.
+        """
+        few = None if self._k is None else sampling.top_k_candidates(scores, self._k)
+        if few is None:
+            warped = self.warped(scores)
+            return self.take(warped, generators, goes_on, step=step, u=u)
+        values, ids, crowded = few
+        if u is None:
+            u = sampling.uniform((len(ids), 1), ids.device, generators)
+        index = self.take(_warped(self._few, values), None, goes_on, step=step, u=u)
+        tokens = ids.gather(1, index[:, None])[:, 0]
+        if crowded is None:
+            return tokens
+        # Row by row: which way is taken must not depend on the other rows.
+        rows = crowded.nonzero()[:, 0]
+        needed = None if goes_on is None else goes_on[rows]
+        rest = _warped([warping.of_rows(warper, rows) for warper in self.warpers], scores[rows])
+        return tokens.index_copy(0, rows, self.take(rest, None, needed, step=step, u=u[rows]))
+
+    def take(
+        self,
+        scores: Tensor,
+        generators: Sequence[torch.Generator] | None = None,
+        goes_on: Tensor | None = None,
+        *,
+        step: int | None = None,
+        u: Tensor | None = None,
+    ) -> Tensor:
+        """Take a token for each row, (B,), of scores (B, n) that are warped already.
+
+        Args:
+            scores: what is taken from.
+            generators: where the randomness of each row comes from; torch's own if not given.
+            goes_on: (B,) True for rows that need a token, others get any; None for all.
+            step: which new token it is, from 1, for the message of an error.
+            u: (B, 1) numbers of [0, 1) to draw by.
+
+        Raises:
+            NothingLeftError: a row has no token left, or its scores hold NaN or infinity.
+        """
+        if not self.do_sample:
+            best, tokens = scores.max(dim=-1)
+            sampling.check_left(best.tolist(), goes_on, step)
+            return tokens
+        try:
+            return sampling.draw(scores.softmax(dim=-1), generators, u, goes_on)
+        except sampling.NothingLeftError:
+            sampling.check_left(scores.amax(dim=-1).tolist(), goes_on, step)
+            raise
+
+    def warped(self, scores: Tensor) -> Tensor:
+        """Return scores (B, V) after the warpers."""
+        return _warped(self.warpers, scores)
+
+    def warped_positions(self, scores: Tensor) -> Tensor:
+        """Return scores (B, P, V) after the warpers, which see no more than what top-k leaves."""
+        B, P, V = scores.shape
+        scores = scores.reshape(B * P, V)
+        few = None if self._k is None else sampling.top_k_candidates(scores, self._k)
+        if few is None:
+            return _warped(self._at(self.warpers, B, P), scores).reshape(B, P, V)
+        values, ids, crowded = few
+        values = _warped(self._at(self._few, B, P), values)
+        made = torch.full_like(scores, -torch.inf).scatter_(1, ids, values)
+        if crowded is not None:
+            rows = crowded.nonzero()[:, 0]
+            whole = [warping.of_rows(warper, rows // P) for warper in self.warpers]
+            made[rows] = _warped(whole, scores[rows])
+        return made.reshape(B, P, V)
+
+    def _at(self, warpers: list[LogitsWarper], B: int, P: int) -> list[LogitsWarper]:
+        if P == 1:
+            return warpers
+        rows = torch.arange(B).repeat_interleave(P)
+        return [warping.of_rows(warper, rows) for warper in warpers]
+
+
+def _warped(warpers: Sequence[LogitsWarper], scores: Tensor) -> Tensor:
+    for warper in warpers:
+        scores = warper.warp(scores)
+    return scores
+
+
+def _bound(warpers: Sequence[LogitsWarper]) -> TopKLogitsWarper | None:
+    """Return the top-k that nothing but a temperature, which keeps the order, precedes."""
+    for warper in warpers:
+        if type(warper) is TopKLogitsWarper and warper.filter_value == -torch.inf:
+            return warper
+        if type(warper) is not TemperatureLogitsWarper:
+            return None
+    return None

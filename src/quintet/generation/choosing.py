@@ -1,0 +1,114 @@
+"""The choice of tokens for rows of which each has options of its own."""
+
+from collections.abc import Hashable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from quintet.errors import InputError
+from quintet.generation.choice import Choice
+from quintet.generation.sampler import Sampler
+from quintet.generation.text import Text
+from quintet.ops import sampling
+
+__all__ = ["Choosing"]
+
+
+@dataclass(frozen=True, slots=True)
+class _Group:
+    """Rows whose tokens are taken at once.
+
+    Attributes:
+        rows: which they are.
+        index: the same as a tensor; None for all rows there are.
+        choice: how tokens are taken.
+    """
+
+    rows: list[int]
+    index: Tensor | None
+    choice: Choice
+
+
+class Choosing:
+    """Chooses a token for each of several rows, for each as its sampler does for it alone.
+
+    Rows whose options are of the same kind are taken at once, with a value a row where values
+    differ; what reads a text gets the text and the scores of its row, nothing else.
+
+    Args:
+        samplers: those of the rows, each of a single row.
+
+    Raises:
+        InputError: a sampler has generators for several rows.
+    """
+
+    def __init__(self, samplers: Sequence[Sampler]) -> None:
+        kinds: dict[Hashable, list[int]] = {}
+        for row, sampler in enumerate(samplers):
+            if sampler.generators is not None and len(sampler.generators) != 1:
+                raise InputError(
+                    f"the sampler of row {row} has {len(sampler.generators)} generators; one for "
+                    "a single row has one, or none"
+                )
+            kinds.setdefault(sampler.choice.kind, []).append(row)
+        self.samplers = tuple(samplers)
+        self._reading = [row for row, sampler in enumerate(samplers) if sampler.readers]
+        self._groups = [
+            _Group(
+                rows,
+                None if len(kinds) == 1 else torch.tensor(rows),
+                Choice.beside([samplers[row].choice for row in rows]),
+            )
+            for rows in kinds.values()
+        ]
+
+    def choose(
+        self, texts: Sequence[Text], logits: Tensor, steps: Sequence[int]
+    ) -> list[int | Exception]:
+        """Return for each row its token, or what kept it from having one.
+
+        Args:
+            texts: each row's text, (1, T).
+            logits: (B, V) of the tokens behind the texts.
+            steps: which new token of its row it is, from 1, for the message of an error.
+        """
+        made: list[int | Exception] = [-1] * len(self.samplers)
+        scores = logits.to(torch.float32)
+        if self._reading and scores.data_ptr() == logits.data_ptr():
+            scores = scores.clone()
+        for row in self._reading:
+            try:
+                text, sampler = texts[row], self.samplers[row]
+                scores[row] = sampler.read(text, scores[row : row + 1])[0]
+            except Exception as error:
+                made[row] = error
+        for group in self._groups:
+            self._take(group, scores, steps, made)
+        return made
+
+    def _take(
+        self, group: _Group, scores: Tensor, steps: Sequence[int], made: list[int | Exception]
+    ) -> None:
+        rows, choice = group.rows, group.choice
+        if group.index is not None:
+            scores = scores[group.index.to(scores.device)]
+        u = None
+        if choice.do_sample:
+            u = torch.cat([self.samplers[row].uniform(1, 1, scores.device) for row in rows])
+        goes_on = None
+        if any(isinstance(made[row], Exception) for row in rows):
+            goes_on = torch.tensor([not isinstance(made[row], Exception) for row in rows])
+        for _ in range(len(rows) + 1):
+            try:
+                tokens = choice.choose(scores, None, goes_on, u=u).tolist()
+                break
+            except sampling.NothingLeftError as error:
+                # The others take theirs, by the same numbers.
+                row = rows[error.row]
+                made[row] = sampling.NothingLeftError(0, error.best, steps[row])
+                goes_on = torch.ones(len(rows), dtype=torch.bool) if goes_on is None else goes_on
+                goes_on[error.row] = False
+        for row, token in zip(rows, tokens, strict=True):
+            if not isinstance(made[row], Exception):
+                made[row] = token
