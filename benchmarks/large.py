@@ -17,7 +17,7 @@ import torch
 from quintet import AutoModelForCausalLM, DeepseekV2Config, PreTrainedConfig, Qwen2MoeConfig
 from quintet.auto import family
 from quintet.checkpoint import pieces, save_stream
-from quintet.modeling.skeleton import skeleton
+from quintet.modeling.init_on_meta import init_on_meta
 
 
 def geometry(name: str) -> PreTrainedConfig:
@@ -48,7 +48,7 @@ def geometry(name: str) -> PreTrainedConfig:
 def write(name: str, directory: Path, shard: str) -> None:
     """Write random weights; a pool of them is drawn once and read from somewhere else each time."""
     config = geometry(name)
-    model = skeleton(family(config.model_type).find("ForCausalLM"), config)
+    model = init_on_meta(family(config.model_type).find("ForCausalLM"), config)
     config.architectures = [type(model).__name__]
     torch.manual_seed(0)
     sizes = {

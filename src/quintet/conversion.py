@@ -13,17 +13,17 @@ import torch
 from torch import Tensor
 
 from quintet.auto import AutoConfig, family
-from quintet.checkpoint import Checkpoint, Piece, pieces, save_stream, undisturbed
+from quintet.checkpoint import Checkpoint, Piece, pieces, read_consistently, save_stream
 from quintet.configuration.base import CONFIG_NAME
 from quintet.errors import InputError
 from quintet.files import copy_file
 from quintet.generation.config import GENERATION_CONFIG_NAME
 from quintet.hub import TOKENIZER_PATTERNS
 from quintet.modeling.base import PreTrainedModel
-from quintet.modeling.naming import Naming, name_tensors
+from quintet.modeling.init_on_meta import init_on_meta
+from quintet.modeling.key_mapping import KeyMapping, map_keys
 from quintet.modeling.placement import named_dtype
 from quintet.modeling.progress import Progress
-from quintet.modeling.skeleton import skeleton
 from quintet.quantization import (
     Encoded,
     QuantizationConfig,
@@ -79,20 +79,20 @@ def convert(
     root, target = Path(source), Path(target)
     if target.exists() and root.samefile(target):
         raise InputError(f"{target} is the source itself; write into another directory")
-    config, checkpoint = undisturbed(
+    config, checkpoint = read_consistently(
         root, lambda: (AutoConfig.from_pretrained(root), Checkpoint.open(root))
     )
     found = family(config.model_type)
     suffix = _suffix(config.architectures, found.prefix)
-    model = skeleton(found.find(suffix), config)
+    model = init_on_meta(found.find(suffix), config)
     # Not a device that multiplies FP8 but a file is written to: it may stay as it is.
     held = vars(config).get("quantization_config")
     asked = held if quantize is None and quantization_config is None else quantization_config
     request = requested(held, quantize, asked, torch.device("cpu"))
-    naming = name_tensors(model, checkpoint.tensors, held_as=request.source)
-    naming.difference.raise_if_incomplete(str(root))
+    mapping = map_keys(model, checkpoint.tensors, held_as=request.source)
+    mapping.difference.raise_if_incomplete(str(root))
     kept = config.torch_dtype or torch.bfloat16 if dtype == "auto" else named_dtype(dtype)
-    weights = _Weights(model, naming, checkpoint, request, kept)
+    weights = _Weights(model, mapping, checkpoint, request, kept)
 
     config.architectures = [type(model).__name__]
     config.dtype = str(kept).removeprefix("torch.")
@@ -110,7 +110,7 @@ def convert(
     for path in others:
         if path.name not in texts:
             copy_file(path, target / path.relative_to(root))
-    return Converted(weights.read, weights.written, tuple(naming.lost))
+    return Converted(weights.read, weights.written, tuple(mapping.lost))
 
 
 @dataclass(slots=True)
@@ -118,7 +118,7 @@ class _Weights:
     """The tensors of a model on their way from one checkpoint into another."""
 
     model: PreTrainedModel
-    naming: Naming
+    mapping: KeyMapping
     checkpoint: Checkpoint
     request: Request
     dtype: torch.dtype
@@ -134,12 +134,12 @@ class _Weights:
             slots = self.model.quantize_modules(scheme, self.dtype)
         sizes = {
             name: sum(self.checkpoint.tensors[file].nbytes for file, _ in one.files.values())
-            for name, one in self.naming.stored.items()
+            for name, one in self.mapping.stored.items()
         }
         progress = Progress("converting", sum(sizes.values()))
         try:
-            for in_file, weight in read(self.checkpoint, self.naming.stored):
-                name, piece = self.naming.wanted[in_file]
+            for in_file, weight in read(self.checkpoint, self.mapping.stored):
+                name, piece = self.mapping.wanted[in_file]
                 for to in pieces(name, shapes[name], rules):
                     if piece.place is None or piece.place == to.place:
                         part = _part(weight, piece, to)

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from quintet.checkpoint import Checkpoint, save, save_stream, undisturbed
+from quintet.checkpoint import Checkpoint, read_consistently, save, save_stream
 from quintet.errors import CheckpointError, SaveError
 from quintet.files import locked
 
@@ -197,7 +197,7 @@ def test_a_reader_looks_again_until_nothing_changes_between(tmp_path: Path) -> N
             raise CheckpointError("a shard has gone")
         return seen[-1]
 
-    assert undisturbed(tmp_path, read) == "2"
+    assert read_consistently(tmp_path, read) == "2"
     assert seen == ["0", "1", "2"]
 
 
@@ -211,13 +211,13 @@ def test_a_reader_is_told_what_is_wrong_where_no_save_is_to_blame(
         raise CheckpointError("damaged")
 
     with pytest.raises(CheckpointError, match="damaged"):
-        undisturbed(tmp_path, read)
+        read_consistently(tmp_path, read)
     assert calls == [1]
 
     def disturbed() -> None:
         (tmp_path / "config.json").write_text("x" * len(calls))
         calls.append(1)
 
-    monkeypatch.setattr("quintet.checkpoint.settled.PATIENCE", 0.1)
+    monkeypatch.setattr("quintet.checkpoint.consistency.PATIENCE", 0.1)
     with pytest.raises(CheckpointError, match="is saved into all the time"):
-        undisturbed(tmp_path, disturbed)
+        read_consistently(tmp_path, disturbed)

@@ -10,8 +10,8 @@ import pytest
 import torch
 
 from conformance.families import FAMILIES, Family
+from quintet.modeling.init_on_meta import init_on_meta
 from quintet.modeling.sizes import measure
-from quintet.modeling.skeleton import skeleton
 
 each_family = pytest.mark.parametrize("family", FAMILIES, ids=str)
 # DeepSeek-V3 as released.
@@ -67,7 +67,7 @@ def test_the_cache_is_as_large_as_it_says(family: Family) -> None:
 @each_family
 def test_a_skeleton_weighs_what_the_model_does(family: Family) -> None:
     model = family.model_of()
-    bare = skeleton(type(model), model.config)
+    bare = init_on_meta(type(model), model.config)
     assert all(p.is_meta for p in bare.parameters())
     size = measure(bare, torch.float32)
     assert size.parameters == model.num_parameters()

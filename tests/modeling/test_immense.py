@@ -14,7 +14,7 @@ import torch
 import quintet
 from conformance.families import FAMILIES, Family, each
 from quintet.errors import CheckpointError, ConfigError, QuintetError
-from quintet.modeling.skeleton import skeleton
+from quintet.modeling.init_on_meta import init_on_meta
 
 IMMENSE = (10**6, 2**24, 2**31, 10**19)
 # Room for the models of the tests, and for none of the tensors that are asked for.
@@ -109,7 +109,7 @@ def test_a_config_set_to_more_is_refused_where_a_model_is_made_of_it(family: Fam
         config = family.config()
         setattr(config, key, 2**24)
         with suppress(QuintetError):
-            skeleton(family.cls("ForCausalLM"), config)
+            init_on_meta(family.cls("ForCausalLM"), config)
         if key in LENGTHS:
             continue
         setattr(config, key, 10**19)
@@ -119,7 +119,7 @@ def test_a_config_set_to_more_is_refused_where_a_model_is_made_of_it(family: Fam
 
 def test_the_largest_released_model_is_within_bounds() -> None:
     config = quintet.DeepseekV3Config(num_nextn_predict_layers=1)
-    model = skeleton(quintet.DeepseekV3ForCausalLM, config)
+    model = init_on_meta(quintet.DeepseekV3ForCausalLM, config)
     assert model.num_parameters() > 671e9
 
 

@@ -1,9 +1,9 @@
 """Safetensors files and named tensors: checked before reading, written whole or not at all."""
 
+from quintet.checkpoint.consistency import read_consistently, recover
 from quintet.checkpoint.matching import Difference, Mismatch, compare
 from quintet.checkpoint.reading import Checkpoint, TensorInfo
 from quintet.checkpoint.rules import Piece, StackExperts, count_pieces, pieces, split_tensors
-from quintet.checkpoint.settled import recover, undisturbed
 from quintet.checkpoint.sources import InMemory, Renamed, Weights
 from quintet.checkpoint.writing import parse_size, save, save_stream
 
@@ -21,9 +21,9 @@ __all__ = [
     "count_pieces",
     "parse_size",
     "pieces",
+    "read_consistently",
     "recover",
     "save",
     "save_stream",
     "split_tensors",
-    "undisturbed",
 ]

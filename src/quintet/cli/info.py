@@ -48,12 +48,14 @@ def _facts(name: str, where: dict[str, Any]) -> dict[str, Any]:
     from quintet.auto import AutoConfig, AutoTokenizer, family
     from quintet.checkpoint.remote import read_headers
     from quintet.kernels import outlook
+    from quintet.modeling.init_on_meta import init_on_meta
     from quintet.modeling.sizes import measure
-    from quintet.modeling.skeleton import skeleton
 
     config = AutoConfig.from_pretrained(name, **where)
     headers = read_headers(name, **where)
-    size = measure(skeleton(family(config.model_type).find("ForCausalLM"), config), torch.bfloat16)
+    size = measure(
+        init_on_meta(family(config.model_type).find("ForCausalLM"), config), torch.bfloat16
+    )
     dtypes = Counter[str]()
     for dtype, count in headers.dtypes.items():
         dtypes[str(dtype).removeprefix("torch.")] += count

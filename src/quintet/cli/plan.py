@@ -173,11 +173,11 @@ def _kept(config: "PreTrainedConfig", device: "torch.device", assumed: bool) -> 
 def _size(config: "PreTrainedConfig", dtype: "torch.dtype", held: str | None) -> "Size":
     """Measure a model held in one of QUANTISED, as its config says (HELD), or as plain numbers."""
     from quintet.auto import family
+    from quintet.modeling.init_on_meta import init_on_meta
     from quintet.modeling.sizes import measure
-    from quintet.modeling.skeleton import skeleton
     from quintet.quantization.request import SHORT, read
 
-    model = skeleton(family(config.model_type).find("ForCausalLM"), config)
+    model = init_on_meta(family(config.model_type).find("ForCausalLM"), config)
     if held is None:
         return measure(model, dtype)
     wish = read(vars(config)["quantization_config"]) if held == HELD else SHORT[held]

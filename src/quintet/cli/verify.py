@@ -74,30 +74,30 @@ def command(
 
 def _weights(root: Path, variant: str | None, quick: bool, problems: list[str]) -> dict[str, Any]:
     from quintet.auto import AutoConfig, family
-    from quintet.checkpoint import Checkpoint, undisturbed
-    from quintet.modeling.naming import name_tensors
-    from quintet.modeling.skeleton import skeleton
+    from quintet.checkpoint import Checkpoint, read_consistently
+    from quintet.modeling.init_on_meta import init_on_meta
+    from quintet.modeling.key_mapping import map_keys
     from quintet.quantization.request import read
 
-    config, checkpoint = undisturbed(
+    config, checkpoint = read_consistently(
         root,
         lambda: (AutoConfig.from_pretrained(root), Checkpoint.open(root, variant=variant)),
         variant=variant,
     )
     settings = vars(config).get("quantization_config")
-    naming = name_tensors(
-        skeleton(_class(family(config.model_type), config.architectures), config),
+    mapping = map_keys(
+        init_on_meta(_class(family(config.model_type), config.architectures), config),
         checkpoint.tensors,
         held_as=read(settings) if settings else None,
     )
     try:
-        naming.difference.raise_if_incomplete(str(root))
+        mapping.difference.raise_if_incomplete(str(root))
     except CheckpointError as error:
         problems.append(str(error))
-    problems += [f"{name} is no tensor of this model" for name in naming.lost]
+    problems += [f"{name} is no tensor of this model" for name in mapping.lost]
     if not quick:
         problems += _not_finite(checkpoint)
-        problems += _aliases(checkpoint, naming.aliases)
+        problems += _aliases(checkpoint, mapping.aliases)
     return {
         "family": config.model_type,
         "tensors": len(checkpoint.tensors),
@@ -138,7 +138,7 @@ def _count_not_finite(tensor: "Tensor") -> int:
 
 
 def _aliases(checkpoint: "Checkpoint", aliases: Mapping[str, str]) -> Iterator[str]:
-    from quintet.modeling.filling import identical
+    from quintet.modeling.weight_loader import identical
 
     for second, first in aliases.items():
         pair = dict(checkpoint.read([first, second]))

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from typing import Any, Protocol, runtime_checkable
 
 from quintet.errors import InputError, named
-from quintet.generation.drafting import AssistantModel
+from quintet.generation.speculative.factory import AssistantModel
 from quintet.generation.streamers import Streamer
 
 __all__ = ["check_arguments"]

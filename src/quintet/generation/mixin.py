@@ -20,14 +20,6 @@ from quintet.generation.caches import Request, open_cache
 from quintet.generation.compiling import ROOM_STEP, CompileConfig, compiled
 from quintet.generation.config import GenerationConfig
 from quintet.generation.decode import Forward, LanguageModel, Rooms, Run, decode
-from quintet.generation.drafting import (
-    AssistantModel,
-    check_drafting,
-    make_drafter,
-    make_schedule,
-    warn_of_idle_drafting,
-)
-from quintet.generation.drafts import Drafter
 from quintet.generation.healing import heal
 from quintet.generation.outputs import (
     GenerateBeamDecoderOnlyOutput,
@@ -43,7 +35,15 @@ from quintet.generation.processors.guidance import UnbatchedClassifierFreeGuidan
 from quintet.generation.processors.words import PrefixAllowedTokens
 from quintet.generation.prompt import Prompt, read_prompt
 from quintet.generation.sampler import Generators, Sampler, row_generators
-from quintet.generation.speculation import speculate
+from quintet.generation.speculative.candidates import Drafter
+from quintet.generation.speculative.decoding import speculate
+from quintet.generation.speculative.factory import (
+    AssistantModel,
+    check_drafting,
+    make_drafter,
+    make_schedule,
+    warn_of_idle_drafting,
+)
 from quintet.generation.stopping import Criterion
 from quintet.generation.streamers import Streamer
 from quintet.generation.text import Text

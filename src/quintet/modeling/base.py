@@ -19,7 +19,7 @@ from quintet.layers.moe import Experts
 from quintet.modeling import loading
 from quintet.modeling.checkpointing import Checkpointing
 from quintet.modeling.contract import ModelContract
-from quintet.modeling.naming import check_tied, stack_experts
+from quintet.modeling.key_mapping import check_tied, stack_experts
 from quintet.modeling.placement import DeviceMap, MaxMemory, named_dtype
 from quintet.ops.attention import attention_backend
 from quintet.quantization import (

@@ -21,10 +21,10 @@ from quintet.ops.masks import Visibility
 if TYPE_CHECKING:
     from quintet.modeling.base import PreTrainedModel
 
-__all__ = ["moved", "settle"]
+__all__ = ["dispatch_model", "moved"]
 
 
-def settle(model: "PreTrainedModel", placement: Placement, parts: Sequence[Part]) -> None:
+def dispatch_model(model: "PreTrainedModel", placement: Placement, parts: Sequence[Part]) -> None:
     """Bring what was not in the checkpoint to where it belongs, and let the model run there."""
     if not placement.several:
         model.to(placement.device_of(""))

@@ -24,9 +24,9 @@ from quintet.checkpoint import (
     StackExperts,
     TensorInfo,
     Weights,
+    read_consistently,
     save,
     split_tensors,
-    undisturbed,
 )
 from quintet.configuration.base import PreTrainedConfig, read_config
 from quintet.errors import InputError, UnsupportedBackendError, listed
@@ -34,9 +34,9 @@ from quintet.folder import find_file
 from quintet.generation.config import GENERATION_CONFIG_NAME, GenerationConfig
 from quintet.generation.option_names import asks_nothing
 from quintet.hub import CONFIG_PATTERNS, locate, locate_weights
-from quintet.modeling.dispatch import settle
-from quintet.modeling.filling import Filler, fill
-from quintet.modeling.naming import Naming, name_tensors
+from quintet.modeling.dispatch import dispatch_model
+from quintet.modeling.init_on_meta import init_on_meta
+from quintet.modeling.key_mapping import KeyMapping, map_keys
 from quintet.modeling.placement import (
     DeviceMap,
     MaxMemory,
@@ -45,7 +45,7 @@ from quintet.modeling.placement import (
     parts,
     place,
 )
-from quintet.modeling.skeleton import skeleton
+from quintet.modeling.weight_loader import WeightLoader, load_weights
 from quintet.quantization import QuantizationConfig, requested
 
 if TYPE_CHECKING:
@@ -141,7 +141,7 @@ def _load(
     config, weights, generation_config = (
         files()
         if source is None or root is None
-        else undisturbed(root, files, variant=source.variant)
+        else read_consistently(root, files, variant=source.variant)
     )
     request = requested(
         vars(config).get("quantization_config"),
@@ -152,32 +152,32 @@ def _load(
     target = _target_dtype(options.dtype, config, weights.tensors)
     where = "state_dict" if root is None or options.state_dict is not None else str(root)
 
-    model = skeleton(cls, config)
-    naming = name_tensors(
+    model = init_on_meta(cls, config)
+    mapping = map_keys(
         model,
         weights.tensors,
         held_as=request.source,
         ignore_mismatched_sizes=options.ignore_mismatched_sizes,
     )
-    naming.difference.raise_if_incomplete(where)
+    mapping.difference.raise_if_incomplete(where)
     slots = {} if request.scheme is None else model.quantize_modules(request.scheme, target)
-    model.drop(naming.optional)
+    model.drop(mapping.optional)
     model_parts = parts(model, target, model.keep_in_fp32)
     placement = place(options.device_map, model_parts, options.max_memory)
-    fill(Filler(model, target, placement.device_of, slots), naming, weights, where)
+    load_weights(WeightLoader(model, target, placement.device_of, slots), mapping, weights, where)
     model.tie_weights()
     _check_filled(model)
-    settle(model, placement, model_parts)
+    dispatch_model(model, placement, model_parts)
     if placement.several:
         model.hf_device_map = dict(placement.devices)
     model.note_quantization(request.target)
-    _tell(model, where, naming)
+    _tell(model, where, mapping)
 
     model.config.dtype = str(target).removeprefix("torch.")
     wanted = options.generation_config or generation_config
     if wanted is not None:
         model.generation_config = wanted
-    return model.eval(), naming.report()
+    return model.eval(), mapping.report()
 
 
 def write(
@@ -257,27 +257,27 @@ def _generation_config(root: Path | None) -> GenerationConfig | None:
     return GenerationConfig.from_pretrained(root)
 
 
-def _tell(model: "PreTrainedModel", where: str, naming: Naming) -> None:
-    if naming.mismatched:
+def _tell(model: "PreTrainedModel", where: str, mapping: KeyMapping) -> None:
+    if mapping.mismatched:
         lines = [
             f"{m.name}: expected {list(m.expected)}, found {list(m.found)}"
-            for m in naming.mismatched
+            for m in mapping.mismatched
         ]
         warnings.warn(
             f"{where} has other shapes, which ignore_mismatched_sizes lets pass:\n{listed(lines)}\n"
-            f"{', '.join(naming.reshaped)} of {type(model).__name__} start from random weights and "
-            "have to be trained",
+            f"{', '.join(mapping.reshaped)} of {type(model).__name__} start from random weights "
+            "and have to be trained",
             NewHeadWarning,
             stacklevel=4,
         )
-    if naming.absent:
+    if mapping.absent:
         warnings.warn(
-            f"{where} has no {', '.join(naming.absent)}: this head of {type(model).__name__} "
+            f"{where} has no {', '.join(mapping.absent)}: this head of {type(model).__name__} "
             "starts from random weights and has to be trained",
             NewHeadWarning,
             stacklevel=4,
         )
-    if lost := naming.lost:
+    if lost := mapping.lost:
         warnings.warn(
             f"{where} holds {len(lost)} tensors that {type(model).__name__} has no place for:\n"
             f"{listed(lost)}",

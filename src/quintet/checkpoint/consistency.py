@@ -17,14 +17,14 @@ from quintet.errors import CheckpointError, QuintetError, SaveError
 from quintet.files import locked
 from quintet.hub import CONFIG_PATTERNS
 
-__all__ = ["recover", "undisturbed"]
+__all__ = ["read_consistently", "recover"]
 
 T = TypeVar("T")
 # Seconds in which a reader has to find a moment between two saves.
 PATIENCE = 60.0
 
 
-def undisturbed(directory: Path, read: Callable[[], T], *, variant: str | None = None) -> T:
+def read_consistently(directory: Path, read: Callable[[], T], *, variant: str | None = None) -> T:
     """Return what `read` reads, of one moment: if a save came between, it is called again.
 
     Between two looks at the directory in which nothing that a save replaces has changed, `read`

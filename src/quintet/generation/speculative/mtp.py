@@ -14,16 +14,16 @@ import torch.nn.functional as F  # noqa: N812
 from torch import Tensor
 
 from quintet.cache import Cache, Span
-from quintet.generation.drafts import Draft, Writer
 from quintet.generation.sampler import Sampler
+from quintet.generation.speculative.candidates import Draft, DraftWriter
 from quintet.generation.text import Text
 from quintet.ops.ragged import ragged
 
-__all__ = ["Prediction", "PredictionCache", "Predictor"]
+__all__ = ["MTPCache", "MTPDrafter", "MTPModel"]
 
 
 @runtime_checkable
-class Predictor(Protocol):
+class MTPModel(Protocol):
     """What a model with prediction layers offers."""
 
     def prediction_depth(self) -> int:
@@ -97,7 +97,7 @@ class _Seen:
 
 
 @dataclass(slots=True)
-class PredictionCache:
+class MTPCache:
     """The cache of the prediction layers, which goes with the rows of a main one.
 
     Attributes:
@@ -109,7 +109,7 @@ class PredictionCache:
     until: Tensor | None = None
 
     @classmethod
-    def beside(cls, main: Cache, model: Predictor) -> Self:
+    def beside(cls, main: Cache, model: MTPModel) -> Self:
         """Return what a main cache has beside it, to go on with, or an empty one put there.
 
         Where the main one was cropped in between, it is too; where the main one went on without
@@ -136,7 +136,7 @@ class PredictionCache:
         return self.cache.nbytes
 
 
-class Prediction:
+class MTPDrafter:
     """Lets the prediction layers write the draft.
 
     Beyond their number, the last layer goes on with its own states, position by position, as
@@ -149,10 +149,10 @@ class Prediction:
         threshold: a draft ends with a token that is less probable than that.
     """
 
-    def __init__(self, model: Predictor, main: Cache, *, threshold: float) -> None:
+    def __init__(self, model: MTPModel, main: Cache, *, threshold: float) -> None:
         self.model = model
         self.main = main
-        self._held = PredictionCache.beside(main, model)
+        self._held = MTPCache.beside(main, model)
         self.cache = self._held.cache
         self.threshold = threshold
         self._depth = model.prediction_depth()
@@ -165,7 +165,7 @@ class Prediction:
         """Draft by the prediction layers, which read first what the main run read."""
         states, ahead, counts = self._read(text.ids[:, -1], goes_on)
         B, W, _ = states.shape
-        writer = Writer(text, wanted, sampler, self.threshold)
+        writer = DraftWriter(text, wanted, sampler, self.threshold)
         span = self.cache.span(B, W, states.device, counts)
         for k in range(self._depth):
             if k:

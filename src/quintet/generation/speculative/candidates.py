@@ -12,7 +12,7 @@ from torch import Tensor
 from quintet.generation.sampler import Sampler
 from quintet.generation.text import Text
 
-__all__ = ["Draft", "Drafter", "PromptLookup", "Schedule", "Writer"]
+__all__ = ["Draft", "DraftWriter", "Drafter", "PromptLookup", "Schedule"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -129,7 +129,7 @@ class PromptLookup:
         return row[:0]
 
 
-class Writer:
+class DraftWriter:
     """Writes a draft token by token, by the rules by which the text itself is written.
 
     A row's draft ends where no token is left, or where the scores are not numbers: what is drafted

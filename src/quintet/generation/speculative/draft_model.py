@@ -6,14 +6,14 @@ from torch import Tensor
 
 from quintet.cache import Cache
 from quintet.generation.decode import LanguageModel
-from quintet.generation.drafts import Draft, Writer
 from quintet.generation.sampler import Sampler
+from quintet.generation.speculative.candidates import Draft, DraftWriter
 from quintet.generation.text import Text
 
-__all__ = ["Assistant"]
+__all__ = ["DraftModel"]
 
 
-class Assistant:
+class DraftModel:
     """Lets a smaller model write the draft.
 
     Args:
@@ -47,7 +47,7 @@ class Assistant:
         """Draft by the assistant, which reads first what it has not read yet."""
         logits = self._read(text, goes_on)
         self.cache.snapshot()
-        writer = Writer(text, wanted, sampler, self.threshold)
+        writer = DraftWriter(text, wanted, sampler, self.threshold)
         device = text.ids.device
         rows = None if all(goes_on) else torch.tensor(goes_on, device=device)[:, None]
         while True:

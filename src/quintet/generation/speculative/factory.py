@@ -7,11 +7,11 @@ from typing import Any, Protocol, cast, runtime_checkable
 from quintet.cache import Cache
 from quintet.configuration.base import PreTrainedConfig
 from quintet.errors import InputError
-from quintet.generation.assistant import Assistant
 from quintet.generation.config import GenerationConfig
 from quintet.generation.decode import LanguageModel
-from quintet.generation.drafts import Drafter, PromptLookup, Schedule
-from quintet.generation.prediction import Prediction, Predictor
+from quintet.generation.speculative.candidates import Drafter, PromptLookup, Schedule
+from quintet.generation.speculative.draft_model import DraftModel
+from quintet.generation.speculative.mtp import MTPDrafter, MTPModel
 from quintet.tokenization import PreTrainedTokenizer
 
 __all__ = [
@@ -97,7 +97,7 @@ def check_drafting(
     if assistant is not None:
         _check_assistant(model, assistant, tokenizer, assistant_tokenizer)
     if way == "use_mtp":
-        if not isinstance(model, Predictor) or not model.prediction_depth():
+        if not isinstance(model, MTPModel) or not model.prediction_depth():
             raise InputError(
                 f"use_mtp=True needs layers of multi-token prediction, and this "
                 f"{type(model).__name__} has none; load a DeepSeek-V3 checkpoint that has them"
@@ -138,12 +138,12 @@ def make_drafter(
     if config.use_mtp:
         assert cache is not None
         least = config.assistant_confidence_threshold or 0.0
-        return Prediction(cast("Predictor", model), cache, threshold=least)
+        return MTPDrafter(cast("MTPModel", model), cache, threshold=least)
     if assistant is None:
         return PromptLookup(config.max_matching_ngram_size or NGRAM)
     own, asked = assistant.generation_config, config.assistant_confidence_threshold
     threshold = own.assistant_confidence_threshold if asked is None else asked
-    return Assistant(
+    return DraftModel(
         cast("LanguageModel", assistant),
         assistant.new_cache(),
         known=assistant.config.vocab_size,
@@ -164,7 +164,7 @@ def make_schedule(
         tokens = tokens or own.num_assistant_tokens or ASSISTANT_TOKENS
         name = name or own.num_assistant_tokens_schedule
     else:
-        tokens = tokens or cast("Predictor", model).prediction_depth()
+        tokens = tokens or cast("MTPModel", model).prediction_depth()
     return Schedule(tokens, name or "constant")
 
 

@@ -14,7 +14,7 @@ from quintet.errors import ConfigError, QuintetError
 if TYPE_CHECKING:
     from quintet.modeling.base import PreTrainedModel
 
-__all__ = ["skeleton"]
+__all__ = ["init_on_meta"]
 
 Model = TypeVar("Model", bound="PreTrainedModel")
 
@@ -48,7 +48,7 @@ def _on_meta() -> Iterator[None]:
         yield
 
 
-def skeleton(cls: type[Model], config: PreTrainedConfig) -> Model:
+def init_on_meta(cls: type[Model], config: PreTrainedConfig) -> Model:
     """Build a model whose parameters have names, shapes and no data.
 
     Raises:

@@ -8,17 +8,17 @@ from torch import Tensor, nn
 
 from quintet.checkpoint import Piece, Weights
 from quintet.errors import CheckpointError, InputError
-from quintet.modeling.naming import Naming
+from quintet.modeling.key_mapping import KeyMapping
 from quintet.modeling.progress import Progress
 from quintet.quantization import Encoded, Slot, read
 
 if TYPE_CHECKING:
     from quintet.modeling.base import PreTrainedModel
 
-__all__ = ["Filler", "fill", "identical"]
+__all__ = ["WeightLoader", "identical", "load_weights"]
 
 
-class Filler:
+class WeightLoader:
     """Puts tensors into their places, each as it comes.
 
     A tensor that comes whole and as it is to be kept stays a view of the mapped file; every other
@@ -81,27 +81,27 @@ class Filler:
         return torch.float32 if name.endswith(self.model.keep_in_fp32) else self.dtype
 
 
-def fill(filler: Filler, naming: Naming, weights: Weights, where: str) -> None:
+def load_weights(loader: WeightLoader, mapping: KeyMapping, weights: Weights, where: str) -> None:
     """Read what a model needs and put it into place.
 
     Raises:
         CheckpointError: a tensor cannot be read, or is there twice with different values.
     """
-    if shapeless := [name for name in naming.reshaped if name in filler.slots]:
+    if shapeless := [name for name in mapping.reshaped if name in loader.slots]:
         raise InputError(
             f"ignore_mismatched_sizes lets {', '.join(shapeless)} start from random weights, which "
             "cannot be trained where they are quantised; load without quantisation"
         )
     # Before reading: a head may be there in part, and what is read must stay.
-    filler.draw(naming.fresh)
-    _check_aliases(naming.aliases, weights, where)
-    files = {name: [file for file, _ in one.files.values()] for name, one in naming.stored.items()}
+    loader.draw(mapping.fresh)
+    _check_aliases(mapping.aliases, weights, where)
+    files = {name: [file for file, _ in one.files.values()] for name, one in mapping.stored.items()}
     sizes = {n: sum(weights.tensors[f].nbytes for f in fs) for n, fs in files.items()}
     progress = Progress("loading", sum(sizes.values()))
     try:
-        for in_file, weight in read(weights, naming.stored):
-            name, piece = naming.wanted[in_file]
-            if not filler.put(name, piece, weight):
+        for in_file, weight in read(weights, mapping.stored):
+            name, piece = mapping.wanted[in_file]
+            if not loader.put(name, piece, weight):
                 for file in files[in_file]:
                     weights.forget(file)
             progress.add(sizes[in_file])

@@ -13,9 +13,9 @@ import torch
 from torch import Tensor
 
 from quintet.generation.decode import Run
-from quintet.generation.drafts import Draft, Drafter, Schedule
 from quintet.generation.outputs import Made, Speculation
 from quintet.generation.sampler import Sampler
+from quintet.generation.speculative.candidates import Draft, Drafter, Schedule
 from quintet.generation.text import Text
 from quintet.ops.sampling import NothingLeftError
 from quintet.ops.speculative import keep_likeliest, keep_sampled

@@ -14,8 +14,8 @@ from conformance.families import FAMILIES, Family
 from families.deepseek import model_of
 from quintet import GenerationConfig
 from quintet.errors import InputError
-from quintet.generation.drafts import PromptLookup, Schedule
-from quintet.generation.prediction import Prediction
+from quintet.generation.speculative.candidates import PromptLookup, Schedule
+from quintet.generation.speculative.mtp import MTPDrafter
 from quintet.generation.text import Text
 
 V = 101
@@ -189,7 +189,7 @@ def test_drafts_are_what_the_layers_predict_of_the_whole_text(
 ) -> None:
     model = model_of("DeepseekV3", num_nextn_predict_layers=depth)
     seen: list[tuple[list[list[int]], Tensor]] = []
-    propose = Prediction.propose
+    propose = MTPDrafter.propose
 
     def spy(self: Any, text: Text, wanted: list[int], goes_on: list[bool], sampler: Any) -> Any:
         draft = propose(self, text, wanted, goes_on, sampler)
@@ -204,7 +204,7 @@ def test_drafts_are_what_the_layers_predict_of_the_whole_text(
                 seen.append((row, drafted))
         return draft
 
-    monkeypatch.setattr(Prediction, "propose", spy)
+    monkeypatch.setattr(MTPDrafter, "propose", spy)
     # What is drafted by chance is what is taken, so that rows go on by different numbers.
     out = told(model, prompts(B), use_mtp=True, return_dict_in_generate=True, max_new_tokens=12)
     assert len(seen) > 5

@@ -22,7 +22,7 @@ from quintet.quantization import QuantizationConfig, Stored, stored
 if TYPE_CHECKING:
     from quintet.modeling.base import PreTrainedModel
 
-__all__ = ["Naming", "check_tied", "name_tensors", "stack_experts"]
+__all__ = ["KeyMapping", "check_tied", "map_keys", "stack_experts"]
 
 Shape = tuple[int, ...]
 # A head that a class does not have is no loss.
@@ -30,7 +30,7 @@ HEADS = ("lm_head.", "score.", "qa_outputs.")
 
 
 @dataclass(frozen=True, slots=True)
-class Naming:
+class KeyMapping:
     """How a checkpoint and a model fit together.
 
     Attributes:
@@ -76,13 +76,13 @@ class Naming:
         }
 
 
-def name_tensors(
+def map_keys(
     model: "PreTrainedModel",
     tensors: Mapping[str, TensorInfo],
     *,
     held_as: QuantizationConfig | None = None,
     ignore_mismatched_sizes: bool = False,
-) -> Naming:
+) -> KeyMapping:
     """Hold the tensors of a model against those of a checkpoint.
 
     The checkpoint may be with or without a head, and may hold experts stacked already.
@@ -148,7 +148,7 @@ def name_tensors(
             for part in plan.pop(name):
                 del there[part.name]
         difference = _compare(there, tensors)
-    return Naming(
+    return KeyMapping(
         wanted={part.name: (name, part) for name, parts in plan.items() for part in parts},
         stored=there,
         absent=absent,

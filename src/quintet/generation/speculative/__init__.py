@@ -1,0 +1,1 @@
+"""Speculative decoding: a draft of several tokens, checked by one forward."""
