@@ -76,6 +76,52 @@ def test_imports_point_down_the_ladder(path: Path) -> None:
     assert packages(parsed(path)) - {here, "__version__"} <= below
 
 
+def module_of(path: Path) -> str:
+    """Return the dotted name of a file; a package's is that of its `__init__`."""
+    parts = path.relative_to(SOURCE.parent).with_suffix("").parts
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+def graph(files: list[Path]) -> dict[str, set[str]]:
+    """Return the modules that each module imports anywhere, by their dotted names."""
+    known = {module_of(path): parsed(path) for path in files}
+
+    def targets(tree: ast.AST) -> Iterator[str]:
+        for name in imported(tree):
+            while name and name not in known:
+                name = name.rpartition(".")[0]
+            yield name
+
+    # The root is everyone's parent, and imports the public names when they are first used.
+    return {name: {*targets(tree)} - {"", "quintet", name} for name, tree in known.items()}
+
+
+def circles(imports: dict[str, set[str]]) -> set[str]:
+    """Return the modules that import each other in a circle, and those that lead to one."""
+    left = dict(imports)
+    while leaves := [name for name, needs in left.items() if not needs & left.keys()]:
+        for name in leaves:
+            del left[name]
+    return set(left)
+
+
+# Imports for types alone count: what can only be described by each other is one thing.
+def test_no_module_imports_in_a_circle() -> None:
+    assert circles(graph([path for path in FILES if path != SOURCE / "__init__.py"])) == set()
+
+
+@pytest.mark.parametrize(
+    ("imports", "found"),
+    [
+        ({"a": {"b"}, "b": {"c"}, "c": set()}, set()),
+        ({"a": {"b"}, "b": {"a"}, "c": set()}, {"a", "b"}),
+        ({"a": {"b"}, "b": {"c"}, "c": {"b"}}, {"a", "b", "c"}),
+    ],
+)
+def test_every_circle_is_seen(imports: dict[str, set[str]], found: set[str]) -> None:
+    assert circles(imports) == found
+
+
 @each_of([path for path in FILES if own(path) == "models"])
 def test_families_do_not_import_each_other(path: Path) -> None:
     families = {name for name in imported(parsed(path)) if name.startswith("quintet.models.")}

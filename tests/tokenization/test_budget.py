@@ -8,7 +8,7 @@ import pytest
 
 import quintet.tokenization.budget as budget_module
 from quintet.errors import ChatTemplateError
-from quintet.tokenization.sandbox import MAX_TOKENS, Source
+from quintet.tokenization.sandbox import MAX_TOKENS, CompiledTemplate
 
 MILLION = "{% set a = 'a' * 1000000 %}"
 # Lists and tuples whose text would have 2 ** 40 characters.
@@ -122,7 +122,7 @@ def peak(template: str) -> float:
     tracemalloc.start()
     try:
         with pytest.raises(ChatTemplateError):
-            Source(template).render({"messages": [], "many": MANY})
+            CompiledTemplate(template).render({"messages": [], "many": MANY})
         return tracemalloc.get_traced_memory()[1] / 1e6
     finally:
         tracemalloc.stop()
@@ -153,7 +153,7 @@ def test_what_never_ends_is_not_begun(name: str, monkeypatch: pytest.MonkeyPatch
 )
 def test_a_long_template_is_not_compiled(template: str) -> None:
     with pytest.raises(ChatTemplateError, match=f"more than {MAX_TOKENS} tokens"):
-        Source(template)
+        CompiledTemplate(template)
 
 
 @pytest.mark.parametrize(
@@ -169,7 +169,7 @@ def test_a_long_template_is_not_compiled(template: str) -> None:
 )
 def test_what_python_does_not_compile_is_no_template(template: str) -> None:
     with pytest.raises(ChatTemplateError):
-        Source(template)
+        CompiledTemplate(template)
 
 
 @pytest.mark.parametrize(
@@ -199,13 +199,13 @@ def test_counting_changes_no_text(template: str, text: str | None) -> None:
     variables: dict[str, Any] = {"messages": []}
     if text is None:
         with pytest.raises(ChatTemplateError):
-            Source(template).render(variables)
+            CompiledTemplate(template).render(variables)
     else:
-        assert Source(template).render(variables).text == text
+        assert CompiledTemplate(template).render(variables).text == text
 
 
 def test_a_message_of_an_error_ends() -> None:
     for template in ("{% " + "a" * 100_000 + " %}", "{{ raise_exception('a' * 100000) }}"):
         with pytest.raises(ChatTemplateError) as caught:
-            Source(template).render({})
+            CompiledTemplate(template).render({})
         assert len(str(caught.value)) < 1200

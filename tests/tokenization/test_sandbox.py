@@ -4,13 +4,13 @@ from typing import Any
 import pytest
 
 from quintet.errors import ChatTemplateError
-from quintet.tokenization.sandbox import Source
+from quintet.tokenization.sandbox import CompiledTemplate
 
 MESSAGES = [{"role": "user", "content": "x"}]
 
 
 def render(template: str, **variables: Any) -> str:
-    return Source(template).render({"messages": MESSAGES, **variables}).text
+    return CompiledTemplate(template).render({"messages": MESSAGES, **variables}).text
 
 
 BOMBS = {
@@ -145,7 +145,7 @@ def test_the_date_is_todays() -> None:
 
 def test_mistakes_name_the_line() -> None:
     with pytest.raises(ChatTemplateError, match="line 2"):
-        Source("a\n{% for %}")
+        CompiledTemplate("a\n{% for %}")
 
 
 def test_a_long_conversation_is_within_the_budget() -> None:
@@ -158,16 +158,16 @@ def test_generated_parts_are_marked_where_they_stand() -> None:
     template = (
         "{% for m in messages %}<{% generation %}{{ m.content }}!{% endgeneration %}>{% endfor %}"
     )
-    source = Source(template)
+    source = CompiledTemplate(template)
     rendered = source.render({"messages": [{"content": "ab"}, {"content": "c"}]})
     assert rendered.text == "<ab!><c!>"
     assert [rendered.text[slice(*span)] for span in rendered.generated] == ["ab!", "c!"]
     hidden = "{% macro f() %}..{% generation %}a{% endgeneration %}{% endmacro %}{{ f() }}"
     with pytest.raises(ChatTemplateError, match="inside of a macro"):
-        Source(hidden).render({})
+        CompiledTemplate(hidden).render({})
 
 
 def test_renderings_do_not_share_their_budget() -> None:
-    source = Source("{% for i in range(90000) %}{% endfor %}")
+    source = CompiledTemplate("{% for i in range(90000) %}{% endfor %}")
     for _ in range(15):
         source.render({})

@@ -40,7 +40,7 @@ class Answer(TextStreamer):
         at_terminal = sys.stdout.isatty()
         self._dims = at_terminal and can_dim()
         self._folds = at_terminal and os.environ.get("TERM") != "dumb"
-        self._told = ""
+        self._status = ""
 
     def put(self, value: Tensor) -> None:
         """Take the prompt, then each token."""
@@ -81,8 +81,8 @@ class Answer(TextStreamer):
         if self._reasoning == "show":
             sys.stdout.write(self._dimmed(piece))
         elif self._reasoning == "fold" and self._folds:
-            self._told = f"{BACK}{self._dimmed(f'thinking, {self.tokens} tokens')}"
-            sys.stdout.write(self._told)
+            self._status = f"{BACK}{self._dimmed(f'thinking, {self.tokens} tokens')}"
+            sys.stdout.write(self._status)
 
     def _thought(self) -> None:
         """End the reasoning: the answer begins on a line of its own."""
@@ -91,7 +91,7 @@ class Answer(TextStreamer):
         elif self._reasoning == "fold" and sys.stdout.isatty():
             seconds = time.perf_counter() - self._started
             line = self._dimmed(f"thought for {seconds:.1f} s, {self.tokens} tokens")
-            sys.stdout.write(f"{BACK if self._told else ''}{line}\n")
+            sys.stdout.write(f"{BACK if self._status else ''}{line}\n")
 
     def _dimmed(self, text: str) -> str:
         return dimmed(text) if self._dims else text

@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Any, cast
 import click
 import torch
 
-from quintet.cli.generate import fitted, how_it_ended, speculated, told
-from quintet.cli.options import LARGEST_SEED, Opened, note
+from quintet.cli.options import LARGEST_SEED, Opened, note, with_default_length
+from quintet.cli.results import draft_counts, finish_reason, speculation_of
 from quintet.cli.settings import drawn
 from quintet.errors import InputError, QuintetError
 from quintet.generation.config import GenerationConfig
@@ -57,15 +57,15 @@ def run(
 
     A line's text depends on the seed and its number alone, not on what it runs beside.
     """
-    started, made, failed = time.perf_counter(), 0, 0
-    asked = (_read(opened, index, line) for index, line in enumerate(lines) if line.strip())
-    while group := list(islice(asked, batch_size)):
+    started, tokens, failed = time.perf_counter(), 0, 0
+    parsed = (_read(opened, index, line) for index, line in enumerate(lines) if line.strip())
+    while group := list(islice(parsed, batch_size)):
         for result in _results(opened, config, group, seed):
             failed += "error" in result
-            made += result.get("new_tokens", 0)
+            tokens += result.get("new_tokens", 0)
             click.echo(json.dumps(result, ensure_ascii=False))
     seconds = time.perf_counter() - started
-    note(f"{made} tokens in {seconds:.2f} s, {made / seconds:.1f} tokens/s", quiet)
+    note(f"{tokens} tokens in {seconds:.2f} s, {tokens / seconds:.1f} tokens/s", quiet)
     if failed:
         note(f"{failed} lines failed; their errors are in their places", quiet)
         raise SystemExit(1)
@@ -81,23 +81,23 @@ def _results(
         good = [line for line in good if line not in alike]
         # One of them may be to blame: then each alone, so that the others are answered.
         with contextlib.suppress(QuintetError):
-            made = _made(opened, config, alike, seed)
-            done |= {line.index: result for line, result in zip(alike, made, strict=True)}
+            results = _generate(opened, config, alike, seed)
+            done |= {line.index: result for line, result in zip(alike, results, strict=True)}
     for line in group:
         error = line.error
         if error is None and line.index not in done:
             try:
-                (done[line.index],) = _made(opened, config, [line], seed)
+                (done[line.index],) = _generate(opened, config, [line], seed)
             except QuintetError as raised:
                 error = raised
         if error is not None:
-            told = {"type": type(error).__name__, "message": str(error)}
-            yield {"index": line.index, **line.other, "error": told}
+            message = {"type": type(error).__name__, "message": str(error)}
+            yield {"index": line.index, **line.other, "error": message}
         else:
             yield {"index": line.index, **line.other, **done[line.index]}
 
 
-def _made(
+def _generate(
     opened: Opened, config: GenerationConfig, lines: Sequence[Line], seed: int
 ) -> list[dict[str, Any]]:
     tokenizer = opened.tokenizer
@@ -106,7 +106,7 @@ def _made(
         {"input_ids": [line.ids for line in lines]}, padding_side="left", return_tensors="pt"
     )
     width = rows["input_ids"].shape[1]
-    config = fitted(opened, config, width)
+    config = with_default_length(opened, config, width)
     device = opened.model.device
     output = opened.generator_model.generate(
         rows,
@@ -120,16 +120,18 @@ def _made(
         else None,
         return_dict_in_generate=True,
     )
-    speculation, results = speculated(output), []
+    speculation, results = speculation_of(output), []
     for index, (line, row) in enumerate(zip(lines, output.sequences[:, width:], strict=True)):
         new = _without_padding(row, config)
         result: dict[str, Any] = {
             "text": tokenizer.decode(new, skip_special_tokens=True),
-            "finish_reason": how_it_ended(config, new),
+            "finish_reason": finish_reason(config, new),
             "prompt_tokens": len(line.ids or ()),
             "new_tokens": new.numel(),
         }
-        results.append(result if speculation is None else result | told(*speculation.of_row(index)))
+        results.append(
+            result if speculation is None else result | draft_counts(*speculation.of_row(index))
+        )
     return results
 
 

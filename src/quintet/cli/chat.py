@@ -13,18 +13,18 @@ import click
 
 from quintet.cli.console import Console
 from quintet.cli.conversation import Conversation
-from quintet.cli.generate import counted, how_it_ended, speculated
 from quintet.cli.options import (
     Opened,
     choose,
-    drafted,
-    drafting,
+    drafting_options,
     model_options,
     note,
     open_model,
     sampling_options,
     warnings_as_notes,
+    with_default_length,
 )
+from quintet.cli.results import counted, draft_summary, finish_reason, speculation_of
 from quintet.cli.settings import SETTING, describe, drawn, parse
 from quintet.errors import ChatTemplateError, InputError, QuintetError
 
@@ -109,7 +109,7 @@ def command(
                 "min_p": min_p,
                 "repetition_penalty": repetition_penalty,
                 "stop_strings": list(stop) or None,
-                **drafting(mtp, draft),
+                **drafting_options(mtp, draft),
             },
             settings,
         )
@@ -211,14 +211,11 @@ class _Talk:
         from quintet.cli.answer import Answer
 
         tokenizer, model = self.opened.tokenizer, self.opened.model
-        asked = self.conversation.asked(text)
-        prompt = tokenizer.apply_chat_template(asked, add_generation_prompt=True, tokenize=False)
+        messages = self.conversation.with_question(text)
+        prompt = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
         ids = tokenizer(prompt, add_special_tokens=False, return_tensors="pt")["input_ids"]
         context = model.config.max_position_embeddings
-        config = self.config
-        if config.max_new_tokens is None and config.max_length is None:
-            most = max(1, min(LONGEST_ANSWER, context - ids.shape[1]))
-            config = config.replace(max_new_tokens=most)
+        config = with_default_length(self.opened, self.config, ids.shape[1], LONGEST_ANSWER)
         if ids.shape[1] >= LONG_PROMPT and sys.stderr.isatty():
             note(f"reading {ids.shape[1]:,} tokens", self.quiet)
         answer, output = Answer(tokenizer, prompt, self.reasoning), None
@@ -236,18 +233,18 @@ class _Talk:
             note("stopped before the answer began; the message is taken back", self.quiet)
             return
         self.conversation.add(text, answer.texts["answer"], answer.texts["reasoning"])
-        self._tell(answer, speculated(output), ids.shape[1] + answer.tokens, context)
+        self._report(answer, speculation_of(output), ids.shape[1] + answer.tokens, context)
         if output is not None and answer.tokens == config.max_new_tokens:
-            ended = how_it_ended(config, output.sequences[0, ids.shape[1] :])
-            if ended == "length":
+            reason = finish_reason(config, output.sequences[0, ids.shape[1] :])
+            if reason == "length":
                 note(f"cut at max_new_tokens={answer.tokens}; -n or /set changes that", self.quiet)
 
-    def _tell(
+    def _report(
         self, answer: "Answer", speculation: "Speculation | None", used: int, context: int
     ) -> None:
         speed = answer.tokens / max(answer.seconds, 1e-9)
-        made = f"{counted(answer.tokens)}, {speed:.1f} tokens/s{drafted(speculation)}"
-        note(f"{made}, context {used} of {context}", self.quiet)
+        figures = f"{counted(answer.tokens)}, {speed:.1f} tokens/s{draft_summary(speculation)}"
+        note(f"{figures}, context {used} of {context}", self.quiet)
 
     # -- commands -------------------------------------------------------------------------------
 

@@ -37,7 +37,7 @@ class Conversation:
         self.reset()
         self.messages += rest
 
-    def asked(self, text: str) -> list[Message]:
+    def with_question(self, text: str) -> list[Message]:
         """Return the messages with a further one of the user, for the model."""
         # What the model thought about earlier answers is not part of them.
         kept = [{k: m[k] for k in ("role", "content")} for m in self.messages]
@@ -52,11 +52,11 @@ class Conversation:
 
     def undo(self) -> str | None:
         """Take back and return the last question, with its answer; None if there is none."""
-        asked = [i for i, message in enumerate(self.messages) if message["role"] == "user"]
-        if not asked:
+        questions = [i for i, message in enumerate(self.messages) if message["role"] == "user"]
+        if not questions:
             return None
-        text = self.messages[asked[-1]]["content"]
-        del self.messages[asked[-1] :]
+        text = self.messages[questions[-1]]["content"]
+        del self.messages[questions[-1] :]
         return text
 
     def save(self, path: Path, **about: Any) -> None:

@@ -11,27 +11,26 @@ import click
 from quintet.cli.options import (
     Opened,
     choose,
-    drafted,
-    drafting,
+    drafting_options,
     model_options,
     note,
     open_model,
     read_stdin,
     sampling_options,
     warnings_as_notes,
+    with_default_length,
 )
+from quintet.cli.results import counted, draft_counts, draft_summary, finish_reason, speculation_of
 from quintet.cli.settings import SETTING, describe
 from quintet.errors import InputError, ModelNotFoundError
 from quintet.hub import demo_model
 
 if TYPE_CHECKING:
     import torch
-    from torch import Tensor
 
     from quintet.generation.config import GenerationConfig
-    from quintet.generation.outputs import Speculation
 
-__all__ = ["command", "fitted", "how_it_ended", "speculated", "told"]
+__all__ = ["command"]
 
 
 @click.command("generate")
@@ -103,7 +102,7 @@ def command(
                 "min_p": min_p,
                 "repetition_penalty": repetition_penalty,
                 "stop_strings": list(stop) or None,
-                **drafting(mtp, draft),
+                **drafting_options(mtp, draft),
             },
             words,
         )
@@ -115,37 +114,6 @@ def command(
             run(opened, config, lines, seed=seed, batch_size=batch_size, quiet=quiet)
         else:
             _continue(opened, config, text, generator, seed, echo, as_json, quiet)
-
-
-def fitted(opened: Opened, config: "GenerationConfig", length: int) -> "GenerationConfig":
-    """Return the options with a number of new tokens, where nothing else sets one."""
-    if config.max_new_tokens is not None or config.max_length is not None:
-        return config
-    room = opened.model.config.max_position_embeddings - length
-    return config.replace(max_new_tokens=max(1, min(256, room)))
-
-
-def how_it_ended(config: "GenerationConfig", made: "Tensor") -> str:
-    """Return "stop" where a row of new ids ends by itself, "length" where it was cut off."""
-    ended = made.numel() > 0 and int(made[-1]) in config.eos_token_ids
-    return "stop" if ended or made.numel() < (config.max_new_tokens or 0) else "length"
-
-
-def speculated(output: Any) -> "Speculation | None":
-    """Return how a speculation went; None where there was none, as in a beam search."""
-    from quintet.generation.outputs import GenerateDecoderOnlyOutput
-
-    return output.speculation if isinstance(output, GenerateDecoderOnlyOutput) else None
-
-
-def counted(tokens: int) -> str:
-    """Return a number of tokens in words."""
-    return "1 token" if tokens == 1 else f"{tokens:,} tokens"
-
-
-def told(drafted: int, accepted: int) -> dict[str, int]:
-    """Return what a line of JSON says of a row's drafts."""
-    return {"drafted_tokens": drafted, "accepted_tokens": accepted}
 
 
 def _continue(
@@ -163,7 +131,7 @@ def _continue(
     tokenizer = opened.tokenizer
     inputs = tokenizer(text, return_tensors="pt")
     length = inputs["input_ids"].shape[1]
-    config = fitted(opened, config, length)
+    config = with_default_length(opened, config, length)
     streamer = None
     if not as_json:
         streamer = TextStreamer(tokenizer, skip_prompt=not echo, skip_special_tokens=True)
@@ -179,24 +147,24 @@ def _continue(
         return_dict_in_generate=True,
     )
     seconds = time.perf_counter() - started
-    made = output.sequences[0, length:]
-    speculation = speculated(output)
+    ids = output.sequences[0, length:]
+    speculation = speculation_of(output)
     if as_json:
         result = {
             "prompt": text,
-            "text": tokenizer.decode(made, skip_special_tokens=True),
-            "finish_reason": how_it_ended(config, made),
+            "text": tokenizer.decode(ids, skip_special_tokens=True),
+            "finish_reason": finish_reason(config, ids),
             "prompt_tokens": length,
-            "new_tokens": made.numel(),
+            "new_tokens": ids.numel(),
             "seconds": round(seconds, 4),
             "seed": seed if config.do_sample else None,
             "model": opened.name,
         }
         if speculation is not None:
-            result |= told(*speculation.of_row(0))
+            result |= draft_counts(*speculation.of_row(0))
         click.echo(json.dumps(result, ensure_ascii=False))
-    speed = f"{counted(made.numel())} in {seconds:.2f} s, {made.numel() / seconds:.1f} tokens/s"
-    note(f"{speed}{drafted(speculation)}", quiet)
+    speed = f"{counted(ids.numel())} in {seconds:.2f} s, {ids.numel() / seconds:.1f} tokens/s"
+    note(f"{speed}{draft_summary(speculation)}", quiet)
     if tokenizer.chat_template:
         name = shlex.quote(opened.name)
         note(f'a text was continued; to ask this model: quintet chat {name} "QUESTION"', quiet)

@@ -19,22 +19,22 @@ if TYPE_CHECKING:
     import torch
 
     from quintet.configuration import PreTrainedConfig
+    from quintet.generation.config import GenerationConfig
     from quintet.generation.mixin import GenerationMixin
-    from quintet.generation.outputs import Speculation
     from quintet.modeling.base import PreTrainedModel
     from quintet.tokenization import PreTrainedTokenizer
 
 __all__ = [
     "Opened",
     "choose",
-    "drafted",
-    "drafting",
+    "drafting_options",
     "model_options",
     "note",
     "open_model",
     "read_stdin",
     "sampling_options",
     "warnings_as_notes",
+    "with_default_length",
 ]
 
 LARGEST_SEED = 2**32 - 1
@@ -244,7 +244,7 @@ def choose(
     return given, torch.Generator(device).manual_seed(seed), seed
 
 
-def drafting(mtp: bool, draft: int | None) -> dict[str, Any]:
+def drafting_options(mtp: bool, draft: int | None) -> dict[str, Any]:
     """Return generate()'s options of drafting.
 
     Raises:
@@ -255,11 +255,14 @@ def drafting(mtp: bool, draft: int | None) -> dict[str, Any]:
     return {"use_mtp": mtp or None, "num_assistant_tokens": draft}
 
 
-def drafted(speculation: "Speculation | None") -> str:
-    """Say how much of what was drafted was taken, for a line of figures; "" where nothing was."""
-    if speculation is None or not speculation.drafted_tokens:
-        return ""
-    return f", {speculation.acceptance:.0%} of {speculation.drafted_tokens} drafted tokens taken"
+def with_default_length(
+    opened: Opened, config: "GenerationConfig", prompt: int, most: int = 256
+) -> "GenerationConfig":
+    """Limit the new tokens to `most` and the context's rest, unless the options limit them."""
+    if config.max_new_tokens is not None or config.max_length is not None:
+        return config
+    room = opened.model.config.max_position_embeddings - prompt
+    return config.replace(max_new_tokens=max(1, min(most, room)))
 
 
 def read_stdin() -> str | None:

@@ -1,7 +1,7 @@
 """Switching the recomputing of layers on and off, under the names trainers and adapters use."""
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any, ClassVar, cast
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -10,14 +10,12 @@ from torch.utils.hooks import RemovableHandle
 from quintet.configuration.base import PreTrainedConfig
 from quintet.errors import ConfigError
 from quintet.layers.recompute import Recompute
-
-if TYPE_CHECKING:
-    from quintet.modeling.base import PreTrainedModel
+from quintet.modeling.core import ModelCore
 
 __all__ = ["Checkpointing"]
 
 
-class Checkpointing(nn.Module):
+class Checkpointing(ModelCore):
     """What a model has so that its layers can be recomputed in training.
 
     Attributes:
@@ -37,10 +35,10 @@ class Checkpointing(nn.Module):
         Raises:
             ConfigError: it is neither true nor false.
         """
-        asked = vars(config).pop("gradient_checkpointing", False)
-        if not isinstance(asked, bool | None):
-            raise ConfigError(f"gradient_checkpointing={asked!r} has to be true or false")
-        self.gradient_checkpointing = bool(asked)
+        given = vars(config).pop("gradient_checkpointing", False)
+        if not isinstance(given, bool | None):
+            raise ConfigError(f"gradient_checkpointing={given!r} has to be true or false")
+        self.gradient_checkpointing = bool(given)
 
     def activation_checkpointing_enable(
         self,
@@ -62,21 +60,21 @@ class Checkpointing(nn.Module):
         """
         options = activation_checkpointing_kwargs
         recompute = Recompute({} if options is None else options, every_n_layers, offload)
-        base = cast("PreTrainedModel", self).base_model
+        base = self._layers_owner()
         base.recompute, base.gradient_checkpointing = recompute, True
         if recompute.reentrant:
             self.enable_input_require_grads()
 
     def activation_checkpointing_disable(self) -> None:
         """Hold the activations again, and let inputs be without gradients."""
-        base = cast("PreTrainedModel", self).base_model
+        base = self._layers_owner()
         base.recompute, base.gradient_checkpointing = Recompute(), False
         self.disable_input_require_grads()
 
     @property
     def is_activation_checkpointing(self) -> bool:
         """Whether layers are recomputed in training."""
-        return cast("PreTrainedModel", self).base_model.gradient_checkpointing
+        return self._layers_owner().gradient_checkpointing
 
     def gradient_checkpointing_enable(
         self,
@@ -98,18 +96,23 @@ class Checkpointing(nn.Module):
 
     def enable_input_require_grads(self) -> None:
         """Have the vectors of ids require gradients, also where their weights are frozen."""
-        base = cast("PreTrainedModel", self).base_model
+        base = self._layers_owner()
         if base._input_grads is None:
             base._input_grads = base.get_input_embeddings().register_forward_hook(_require_grads)
 
     def disable_input_require_grads(self) -> None:
         """Undo `enable_input_require_grads`."""
-        base = cast("PreTrainedModel", self).base_model
+        base = self._layers_owner()
         if base._input_grads is not None:
             base._input_grads.remove()
             base._input_grads = None
 
+    def _layers_owner(self) -> "Checkpointing":
+        base = self.base_model
+        assert isinstance(base, Checkpointing)
+        return base
 
-def _require_grads(module: nn.Module, args: tuple[Any, ...], made: Tensor) -> None:
+
+def _require_grads(module: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
     if torch.is_grad_enabled():
-        made.requires_grad_(True)
+        output.requires_grad_(True)

@@ -1,8 +1,7 @@
 """The names by which trainers, adapters and launchers know a model; nothing here computes."""
 
-import copy
 from collections.abc import Iterable
-from typing import TYPE_CHECKING, Any, ClassVar, cast
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -10,35 +9,28 @@ from torch import Tensor, nn
 from quintet.configuration.base import PreTrainedConfig
 from quintet.errors import InputError
 from quintet.generation.mixin import GenerationMixin
+from quintet.modeling.core import ModelCore
 from quintet.quantization import Quantized, QuantizedEmbedding
-
-if TYPE_CHECKING:
-    from quintet.modeling.base import PreTrainedModel
 
 __all__ = ["ModelContract", "vocabulary_of"]
 
 
-class ModelContract(nn.Module):
+class ModelContract(ModelCore):
     """What tools ask of any model: how large it is, what it is called, which parts it has.
 
     Attributes:
         main_input_name: the argument of `forward` whose size is the size of a batch.
         model_tags: what the model is tagged with when it is pushed to the hub.
         warnings_issued: what tools have warned of once, which they note here.
-        hf_device_map: the device of each part, only there where they are several.
     """
 
     main_input_name: ClassVar[str] = "input_ids"
     is_parallelizable: ClassVar[bool] = False
-    config: PreTrainedConfig
     model_tags: list[str] | None = None
     name_or_path: str
-    hf_device_map: dict[str, torch.device]
 
     def __init__(self, config: PreTrainedConfig) -> None:
-        super().__init__()
-        # Of its own: what becomes of the model (its size, its dtype) is not said of others.
-        self.config = copy.deepcopy(config)
+        super().__init__(config)
         self.name_or_path = config.name_or_path
         self.warnings_issued: dict[str, Any] = {}
 
@@ -98,21 +90,20 @@ class ModelContract(nn.Module):
 
     # -- its parts ---------------------------------------------------------------------------
 
-    def get_decoder(self) -> "PreTrainedModel":
+    def get_decoder(self) -> ModelCore:
         """Return the model without its head; itself where it has none."""
-        return cast("PreTrainedModel", self).base_model
+        return self.base_model
 
-    def set_decoder(self, decoder: "PreTrainedModel") -> None:
+    def set_decoder(self, decoder: ModelCore) -> None:
         """Replace the model without its head.
 
         Raises:
             InputError: this model has no head, so there is nothing around its decoder.
         """
-        model = cast("PreTrainedModel", self)
-        if model.base_model is model:
+        if self.base_model is self:
             raise InputError(f"{type(self).__name__} is a decoder itself; it cannot be replaced")
-        self.add_module(model.base_model_prefix, decoder)
-        model.tie_weights()
+        self.add_module(self.base_model_prefix, decoder)
+        self.tie_weights()
 
     def set_output_embeddings(self, new_embeddings: nn.Linear) -> None:
         """Replace the module that turns vectors into logits of ids.
@@ -123,13 +114,12 @@ class ModelContract(nn.Module):
         Raises:
             InputError: the model has no such module.
         """
-        model = cast("PreTrainedModel", self)
-        old = model.get_output_embeddings()
+        old = self.get_output_embeddings()
         if old is None:
             raise InputError(f"{type(self).__name__} has no output embeddings to replace")
         name = next(name for name, module in self.named_children() if module is old)
         self.add_module(name, new_embeddings)
-        if new_embeddings.weight is not model.get_input_embeddings().weight:
+        if new_embeddings.weight is not self.get_input_embeddings().weight:
             self.config.tie_word_embeddings = False
 
     @property
@@ -141,7 +131,7 @@ class ModelContract(nn.Module):
     @property
     def _tied_weights_keys(self) -> dict[str, str]:
         """The parameters that are others under a second name."""
-        return cast("PreTrainedModel", self).tied_names()
+        return self.tied_names()
 
     @property
     def all_tied_weights_keys(self) -> dict[str, str]:

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import nn
@@ -10,13 +10,11 @@ from torch.overrides import TorchFunctionMode
 
 from quintet.configuration.base import PreTrainedConfig
 from quintet.errors import ConfigError, QuintetError
-
-if TYPE_CHECKING:
-    from quintet.modeling.base import PreTrainedModel
+from quintet.modeling.core import ModelCore
 
 __all__ = ["init_on_meta"]
 
-Model = TypeVar("Model", bound="PreTrainedModel")
+Model = TypeVar("Model", bound=ModelCore)
 
 
 class _Undrawn(TorchFunctionMode):

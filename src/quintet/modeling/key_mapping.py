@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -17,10 +17,8 @@ from quintet.checkpoint import (
     pieces,
 )
 from quintet.errors import InputError, listed
+from quintet.modeling.core import ModelCore
 from quintet.quantization import QuantizationConfig, Stored, stored
-
-if TYPE_CHECKING:
-    from quintet.modeling.base import PreTrainedModel
 
 __all__ = ["KeyMapping", "check_tied", "map_keys", "stack_experts"]
 
@@ -77,7 +75,7 @@ class KeyMapping:
 
 
 def map_keys(
-    model: "PreTrainedModel",
+    model: ModelCore,
     tensors: Mapping[str, TensorInfo],
     *,
     held_as: QuantizationConfig | None = None,
@@ -178,7 +176,7 @@ def check_tied(tensors: Mapping[str, Tensor], tied: Mapping[str, str]) -> None:
             )
 
 
-def stack_experts(model: "PreTrainedModel", state: dict[str, Tensor], prefix: str) -> list[str]:
+def stack_experts(model: ModelCore, state: dict[str, Tensor], prefix: str) -> list[str]:
     """Replace the tensors of experts one by one in a state dict by those of the model.
 
     Returns what is wrong, where only some of a stack are there or their shapes do not fit.

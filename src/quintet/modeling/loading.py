@@ -12,7 +12,7 @@ import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -34,6 +34,7 @@ from quintet.folder import find_file
 from quintet.generation.config import GENERATION_CONFIG_NAME, GenerationConfig
 from quintet.generation.option_names import asks_nothing
 from quintet.hub import CONFIG_PATTERNS, locate, locate_weights
+from quintet.modeling.core import ModelCore
 from quintet.modeling.dispatch import dispatch_model
 from quintet.modeling.init_on_meta import init_on_meta
 from quintet.modeling.key_mapping import KeyMapping, map_keys
@@ -48,12 +49,9 @@ from quintet.modeling.placement import (
 from quintet.modeling.weight_loader import WeightLoader, load_weights
 from quintet.quantization import QuantizationConfig, requested
 
-if TYPE_CHECKING:
-    from quintet.modeling.base import PreTrainedModel
-
 __all__ = ["NewHeadWarning", "Options", "Source", "load", "write"]
 
-Model = TypeVar("Model", bound="PreTrainedModel")
+Model = TypeVar("Model", bound=ModelCore)
 
 
 class NewHeadWarning(UserWarning):
@@ -200,7 +198,7 @@ def write(
     save(Path(directory), named, max_shard_size=max_shard_size, variant=variant, text_files=texts)
 
 
-def _check_filled(model: "PreTrainedModel") -> None:
+def _check_filled(model: ModelCore) -> None:
     """Refuse a model whose weights somebody's context has taken away again."""
     tensors = itertools.chain(model.named_parameters(), model.named_buffers())
     if lost := [name for name, tensor in tensors if tensor.is_meta]:
@@ -257,7 +255,7 @@ def _generation_config(root: Path | None) -> GenerationConfig | None:
     return GenerationConfig.from_pretrained(root)
 
 
-def _tell(model: "PreTrainedModel", where: str, mapping: KeyMapping) -> None:
+def _tell(model: ModelCore, where: str, mapping: KeyMapping) -> None:
     if mapping.mismatched:
         lines = [
             f"{m.name}: expected {list(m.expected)}, found {list(m.found)}"
@@ -286,9 +284,7 @@ def _tell(model: "PreTrainedModel", where: str, mapping: KeyMapping) -> None:
         )
 
 
-def _check_overrides(
-    cls: type["PreTrainedModel"], given: Mapping[str, Any], known: list[str]
-) -> None:
+def _check_overrides(cls: type[ModelCore], given: Mapping[str, Any], known: list[str]) -> None:
     allowed = {*cls.config_class.accepted_keys(), *known}
     for key in given:
         if key in ABSENT:

@@ -1,19 +1,16 @@
 """Data goes from a checkpoint into a model that was built without memory."""
 
 from collections.abc import Callable, Mapping
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
 from quintet.checkpoint import Piece, Weights
 from quintet.errors import CheckpointError, InputError
+from quintet.modeling.core import ModelCore
 from quintet.modeling.key_mapping import KeyMapping
 from quintet.modeling.progress import Progress
 from quintet.quantization import Encoded, Slot, read
-
-if TYPE_CHECKING:
-    from quintet.modeling.base import PreTrainedModel
 
 __all__ = ["WeightLoader", "identical", "load_weights"]
 
@@ -32,7 +29,7 @@ class WeightLoader:
 
     def __init__(
         self,
-        model: "PreTrainedModel",
+        model: ModelCore,
         dtype: torch.dtype,
         device_of: Callable[[str], torch.device],
         slots: Mapping[str, Slot],

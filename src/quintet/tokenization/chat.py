@@ -14,10 +14,11 @@ from quintet.tokenization.messages import (
     plain_tools,
 )
 from quintet.tokenization.options import EncodeOptions, check_names
+from quintet.tokenization.rendered import Rendered
 from quintet.tokenization.rendering import render_chat
 from quintet.tokenization.rows import Row
 from quintet.tokenization.sanitize import sanitised_row
-from quintet.tokenization.templates import ChatTemplates, Rendered
+from quintet.tokenization.templates import ChatTemplates
 
 __all__ = ["Chat"]
 

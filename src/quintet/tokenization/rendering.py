@@ -6,21 +6,23 @@ from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 from quintet.errors import ChatTemplateError
-from quintet.tokenization.templates import Rendered
+from quintet.tokenization.rendered import Rendered
 
 if TYPE_CHECKING:
-    from quintet.tokenization.sandbox import Source
+    from quintet.tokenization.sandbox import CompiledTemplate
 
 __all__ = ["render_chat"]
 
 Messages = list[dict[str, Any]]
 
 
-def render_chat(source: "Source", variables: Mapping[str, Any], continued: str = "") -> Rendered:
+def render_chat(
+    template: "CompiledTemplate", variables: Mapping[str, Any], continued: str = ""
+) -> Rendered:
     """Write a conversation down, in the first of its readings that the template takes.
 
     Args:
-        source: the template.
+        template: of the tokenizer or the call, compiled.
         variables: what it sees; among it "messages".
         continued: the field of the last message at whose end to stop, or "" for the whole.
 
@@ -33,9 +35,9 @@ def render_chat(source: "Source", variables: Mapping[str, Any], continued: str =
     for messages in _readings(variables["messages"]):
         seen = {**variables, "messages": messages}
         try:
-            whole = source.render(seen, none_is_text=not _has_none(messages))
-            _check_calls(source, seen)
-            return _continued(source, seen, continued) if continued else whole
+            whole = template.render(seen, none_is_text=not _has_none(messages))
+            _check_calls(template, seen)
+            return _continued(template, seen, continued) if continued else whole
         except ChatTemplateError as error:
             refused = refused or error
     assert refused is not None
@@ -62,7 +64,7 @@ def _has_none(messages: Messages) -> bool:
     return any(value is None for one in messages for value in one.values())
 
 
-def _check_calls(source: "Source", variables: Mapping[str, Any]) -> None:
+def _check_calls(template: "CompiledTemplate", variables: Mapping[str, Any]) -> None:
     """Refuse a template that leaves the calls of tools out, as renaming them shows."""
     messages = copy.deepcopy(variables["messages"])
     tags = []
@@ -75,7 +77,7 @@ def _check_calls(source: "Source", variables: Mapping[str, Any]) -> None:
                 function["name"] += tags[-1]
     if not tags:
         return
-    text = source.render({**variables, "messages": messages}).text
+    text = template.render({**variables, "messages": messages}).text
     if not all(tag in text for tag in tags):
         raise ChatTemplateError(
             "the chat template leaves out tool calls of this conversation; some write none "
@@ -84,7 +86,7 @@ def _check_calls(source: "Source", variables: Mapping[str, Any]) -> None:
         )
 
 
-def _continued(source: "Source", variables: Mapping[str, Any], field: str) -> Rendered:
+def _continued(template: "CompiledTemplate", variables: Mapping[str, Any], field: str) -> Rendered:
     """Write all up to the end of a field of the last message, and that as it is."""
     messages = copy.deepcopy(variables["messages"])
     holder, key = _text_of(messages[-1], field)
@@ -92,14 +94,14 @@ def _continued(source: "Source", variables: Mapping[str, Any], field: str) -> Re
     tag = f"end{secrets.token_hex(8)}"
     # The space after the tag tells whether the template takes spaces away.
     holder[key] = f"{content}{tag} "
-    text = source.render({**variables, "messages": messages}).text
+    text = template.render({**variables, "messages": messages}).text
     place = text.rfind(tag)
     if place >= 0 and text[:place].rstrip().endswith(content.strip()):
         kept_spaces = text.startswith(" ", place + len(tag))
         return Rendered(text[:place] if kept_spaces else text[:place].rstrip(), ())
     # A template that cuts a finished message, such as its thoughts, must not cut this one.
     holder[key] = f"{tag} "
-    text = source.render({**variables, "messages": messages}).text
+    text = template.render({**variables, "messages": messages}).text
     place = text.rfind(tag)
     if place < 0:
         raise ChatTemplateError(

@@ -30,9 +30,9 @@ from quintet.tokenization.callables import (
     check_numbers,
 )
 from quintet.tokenization.metering import metered
-from quintet.tokenization.templates import Rendered
+from quintet.tokenization.rendered import Rendered
 
-__all__ = ["Source"]
+__all__ = ["CompiledTemplate"]
 
 MAX_SOURCE = 256 * 1024
 # The longest published templates have about 5,000; compiling takes 50 µs and 5 kB for each.
@@ -50,7 +50,7 @@ _OWN = (
 )
 
 
-class Source:
+class CompiledTemplate:
     """A template, compiled once; each rendering has an environment and a budget of its own.
 
     Raises:

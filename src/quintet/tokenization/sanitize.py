@@ -15,8 +15,8 @@ from tokenizers import AddedToken
 from quintet.errors import ChatTemplateError, InputError
 from quintet.tokenization.encoding import Encoder
 from quintet.tokenization.options import EncodeOptions
+from quintet.tokenization.rendered import Rendered
 from quintet.tokenization.rows import Row
-from quintet.tokenization.templates import Rendered
 from quintet.tokenization.vocabulary import share_pipeline
 
 __all__ = ["sanitised_row"]

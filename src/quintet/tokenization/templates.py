@@ -1,23 +1,14 @@
 """The chat templates of one tokenizer: by name, compiled when first used."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from quintet.errors import ChatTemplateError
 
 if TYPE_CHECKING:
-    from quintet.tokenization.sandbox import Source
+    from quintet.tokenization.sandbox import CompiledTemplate
 
-__all__ = ["ChatTemplates", "Rendered"]
-
-
-@dataclass(frozen=True, slots=True)
-class Rendered:
-    """The text of a conversation, and which parts of it `{% generation %}` encloses."""
-
-    text: str
-    generated: tuple[tuple[int, int], ...]
+__all__ = ["ChatTemplates"]
 
 
 class ChatTemplates:
@@ -38,7 +29,7 @@ class ChatTemplates:
                     f"{type(template).__name__}"
                 )
         self.source = dict(source) if isinstance(source, Mapping) else source
-        self._compiled: dict[str, Source] = {}
+        self._compiled: dict[str, CompiledTemplate] = {}
 
     def __getstate__(self) -> dict[str, Any]:
         """What was compiled is made again: a tokenizer that was used is the one that was not."""
@@ -69,15 +60,15 @@ class ChatTemplates:
             )
         return template
 
-    def compiled(self, template: str) -> "Source":
+    def compiled(self, template: str) -> "CompiledTemplate":
         """Return the template ready to run.
 
         Raises:
             ChatTemplateError: it is not a template.
         """
         # Imported here: jinja2 takes longer to import than a text takes to encode.
-        from quintet.tokenization.sandbox import Source
+        from quintet.tokenization.sandbox import CompiledTemplate
 
         if template not in self._compiled:
-            self._compiled[template] = Source(template)
+            self._compiled[template] = CompiledTemplate(template)
         return self._compiled[template]
