@@ -11,6 +11,7 @@ import transformers
 from conformance.families import FAMILIES
 from quintet import GenerationConfig, pipeline
 from quintet.errors import InputError
+from quintet.generation.plan import configured
 
 # For every option of both libraries, two values: of the checkpoint, and of the call.
 VALUES: dict[str, tuple[Any, Any]] = {
@@ -102,7 +103,7 @@ def test_what_holds_is_what_holds_there(name: str, given: str, twins: tuple[Any,
     theirs.generation_config = transformers.GenerationConfig(**kept)
     call: dict[str, Any] = {"none": {name: None}, "value": {name: asked}}.get(given, {})
     config = {name: asked} if given == "config" else {"temperature": None}
-    own = ours._configured(GenerationConfig(**config), call)
+    own = configured(ours.generation_config, GenerationConfig(**config), call)
     other, _ = theirs._prepare_generation_config(transformers.GenerationConfig(**config), **call)
     usual = theirs.generation_config._get_default_generation_params()
     for option in VALUES:

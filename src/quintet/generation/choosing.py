@@ -1,6 +1,6 @@
 """The choice of tokens for rows of which each has options of its own."""
 
-from collections.abc import Hashable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -64,12 +64,12 @@ class Choosing:
         ]
 
     def choose(
-        self, texts: Sequence[Text], logits: Tensor, steps: Sequence[int]
+        self, text_of: Callable[[int], Text], logits: Tensor, steps: Sequence[int]
     ) -> list[int | Exception]:
         """Return for each row its token, or what kept it from having one.
 
         Args:
-            texts: each row's text, (1, T).
+            text_of: returns a row's text, (1, T); asked where something reads it.
             logits: (B, V) of the tokens behind the texts.
             steps: which new token of its row it is, from 1, for the message of an error.
         """
@@ -79,8 +79,7 @@ class Choosing:
             scores = scores.clone()
         for row in self._reading:
             try:
-                text, sampler = texts[row], self.samplers[row]
-                scores[row] = sampler.read(text, scores[row : row + 1])[0]
+                scores[row] = self.samplers[row].read(text_of(row), scores[row : row + 1])[0]
             except Exception as error:
                 made[row] = error
         for group in self._groups:

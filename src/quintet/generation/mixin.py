@@ -147,7 +147,7 @@ class GenerationMixin:
                 streamer=streamer,
                 logits_to_keep=logits_to_keep,
             )
-            config = self._configured(generation_config, options)
+            config = plan.configured(self.generation_config, generation_config, options)
             if inputs is None and input_ids is None and inputs_embeds is None:
                 inputs = plan.beginning(config, position_ids, self._device())
             warn_of_idle_drafting(config, options, assistant_model, assistant_tokenizer)
@@ -299,14 +299,6 @@ class GenerationMixin:
             normalize_logits: take log-probabilities of the scores.
         """
         return transition_scores(sequences, scores, beam_indices, normalize=normalize_logits)
-
-    def _configured(self, given: object, options: Mapping[str, Any]) -> GenerationConfig:
-        config = self.generation_config
-        if given is not None:
-            config = plan.read_config(given).over(config)
-        config = config.usual().overridden(**options)
-        plan.warn_of_idle(config, options)
-        return config
 
     def _program(self, config: GenerationConfig) -> LanguageModel | None:
         """Return the compiled model, the same one at every call that asks alike."""

@@ -30,6 +30,7 @@ __all__ = [
     "beginning",
     "check_cache",
     "check_least",
+    "configured",
     "longest",
     "pad_token",
     "read_config",
@@ -114,6 +115,20 @@ def stopping(
     criteria += [criterion for criterion in own if type(criterion) is not MaxLengthCriteria]
     eos = torch.tensor(ends, dtype=torch.long, device=device)
     return Stopping(eos, StoppingCriteriaList(criteria))
+
+
+def configured(
+    own: GenerationConfig, given: object, options: Mapping[str, Any]
+) -> GenerationConfig:
+    """Return what holds for a call: its options before the config it gives, that before `own`.
+
+    Raises:
+        InputError: what is given is no config, or an option is unknown or breaks its rule.
+    """
+    config = own if given is None else read_config(given).over(own)
+    config = config.usual().overridden(**options)
+    warn_of_idle(config, options)
+    return config
 
 
 def warn_of_idle(config: GenerationConfig, options: Mapping[str, Any]) -> None:

@@ -1,0 +1,293 @@
+"""One step for any mix of sequences: a forward over what each needs next, and a token for each."""
+
+from collections import abc
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from quintet.configuration.base import PreTrainedConfig
+from quintet.errors import ContextLengthError, InputError
+from quintet.generation import plan
+from quintet.generation.arguments import check_arguments
+from quintet.generation.choosing import Choosing
+from quintet.generation.config import GenerationConfig
+from quintet.generation.processors.assemble import Processor, Setting, assemble
+from quintet.generation.processors.words import PrefixAllowedTokens
+from quintet.generation.prompt import read_prompt
+from quintet.generation.rows import Cached, Piece, Rows
+from quintet.generation.sampler import Sampler, row_generators
+from quintet.generation.sequence import Sequence
+from quintet.generation.stopping import Criterion
+from quintet.generation.streamers import Streamer
+from quintet.generation.text import Text
+from quintet.tokenization import PreTrainedTokenizer
+
+__all__ = ["Engine"]
+
+# What these ask for is no affair of one sequence, and the values that ask for nothing.
+_OF_A_CALL: abc.Mapping[str, tuple[object, ...]] = {
+    "num_beams": (None, 1),
+    "num_return_sequences": (None, 1),
+    "use_mtp": (None, False),
+    "prompt_lookup_num_tokens": (None,),
+    "guidance_scale": (None, 1),
+    "token_healing": (None, False),
+    "use_cache": (None, True),
+    "cache_implementation": (None, "dynamic"),
+    "max_cache_len": (None,),
+    "prefill_chunk_size": (None,),
+    "compile": (None, False),
+    "compile_config": (None,),
+    "return_dict_in_generate": (None, False),
+}
+
+
+class Served(Cached, Protocol):
+    """What an engine needs of a model."""
+
+    config: PreTrainedConfig
+    generation_config: GenerationConfig
+
+
+class Engine:
+    """Generates for sequences that come and go between any two steps, each as it would alone.
+
+    It belongs to one thread. Nothing of it is kept with the model, which any number of engines and
+    calls of `generate()` may share.
+
+    Args:
+        model: a model with a language-modelling head.
+        rows: how many sequences there is room for at once.
+        capacity: how many tokens a sequence may have with its prompt; the model's context if not
+            given.
+
+    Raises:
+        InputError: there is no row, or the capacity is beyond the model's context.
+    """
+
+    def __init__(self, model: Served, rows: int, capacity: int | None = None) -> None:
+        context = model.config.max_position_embeddings
+        capacity = context if capacity is None else capacity
+        if rows < 1 or not 1 <= capacity <= context:
+            raise InputError(
+                f"an engine with rows={rows} of capacity={capacity} cannot be: it has at least "
+                f"one row, and the model's context is {context} (max_position_embeddings)"
+            )
+        self.model = model
+        self.capacity = capacity
+        self._rows = Rows(model, rows)
+        # Which row of the cache each sequence has.
+        self._placed: dict[Sequence, int] = {}
+        self._choosing = Choosing([])
+
+    @property
+    def sequences(self) -> list[Sequence]:
+        """The sequences that have a row, in the order in which they came."""
+        return list(self._placed)
+
+    @property
+    def nbytes(self) -> int:
+        """The bytes that the rows hold."""
+        return self._rows.nbytes
+
+    @torch.no_grad()
+    def sequence(
+        self,
+        inputs: Tensor | abc.Sequence[int],
+        generation_config: plan.Configuring | None = None,
+        logits_processor: abc.Sequence[Processor] | None = None,
+        stopping_criteria: abc.Sequence[Criterion] | None = None,
+        prefix_allowed_tokens_fn: PrefixAllowedTokens | None = None,
+        *,
+        tokenizer: PreTrainedTokenizer | None = None,
+        streamer: Streamer | None = None,
+        generator: torch.Generator | None = None,
+        **options: Any,
+    ) -> Sequence:
+        """Return a sequence that becomes what `generate()` makes of the same arguments.
+
+        Args:
+            inputs: the ids of the prompt, (T,) or (1, T) or a list.
+            generation_config: as for `generate()`, like all that follows.
+            logits_processor: further processors, which get this row alone.
+            stopping_criteria: what else ends it.
+            prefix_allowed_tokens_fn: the ids that may come next, from 0 and the ids so far.
+            tokenizer: what `stop_strings` needs.
+            streamer: gets the prompt, and then every token as it is made.
+            generator: the source of its randomness; torch's own if not given.
+            **options: fields of `GenerationConfig`.
+
+        Raises:
+            InputError: no prompt, an unknown option, a value that breaks its rule, or an option
+                that is no affair of one sequence.
+            ContextLengthError: the prompt fills the model's context.
+        """
+        check_arguments(
+            logits_processor=logits_processor,
+            stopping_criteria=stopping_criteria,
+            prefix_allowed_tokens_fn=prefix_allowed_tokens_fn,
+            tokenizer=tokenizer,
+            assistant_model=None,
+            assistant_tokenizer=None,
+            streamer=streamer,
+            logits_to_keep=None,
+        )
+        config = plan.configured(self.model.generation_config, generation_config, options)
+        _check_of_a_sequence(config)
+        size, device = self.model.config.vocab_size, self.model.device
+        ids = _row(inputs)
+        prompt = read_prompt(ids, None, None, None, None, vocab_size=size, device=device)
+        criteria = list(stopping_criteria or ())
+        context = self.model.config.max_position_embeddings
+        room = plan.room(prompt, config, plan.longest(criteria), context)
+        plan.check_least(config, room, size)
+        setting = Setting(
+            prompt=Text(prompt.ids),
+            room=room,
+            vocab_size=size,
+            prefix_allowed_tokens_fn=prefix_allowed_tokens_fn,
+        )
+        sampler = Sampler(
+            assemble(config, setting, logits_processor or ()),
+            do_sample=bool(config.do_sample),
+            generators=row_generators(generator, 1, 1, device),
+        )
+        stopping = plan.stopping(config, criteria, tokenizer, device)
+        return Sequence(prompt.ids[0].tolist(), sampler, stopping, room, streamer)
+
+    # -- coming and going --------------------------------------------------------------------
+
+    def add(self, sequence: Sequence) -> None:
+        """Give a sequence a row; one that was removed goes on where it was.
+
+        Raises:
+            InputError: it has a row, has ended, or there is none.
+            ContextLengthError: it may become longer than a row.
+        """
+        if sequence in self._placed:
+            raise InputError("the sequence is in this engine already")
+        if sequence.finished:
+            raise InputError(
+                f"the sequence has ended ({sequence.finish_reason}); make another one to go on"
+            )
+        most = sequence.prompt_length + sequence.room
+        # The last token is run over by nobody.
+        if most - 1 > self.capacity:
+            raise ContextLengthError(
+                f"a prompt of {sequence.prompt_length} and {sequence.room} new tokens do not fit "
+                f"a row of {self.capacity}; set max_new_tokens, or make an engine of more capacity"
+            )
+        row = self._rows.open()
+        if row is None:
+            raise InputError(
+                f"all {len(self._placed)} rows are taken; remove a sequence, or make an engine "
+                "with more rows"
+            )
+        sequence.computed = 0
+        self._placed[sequence] = row
+
+    def remove(self, sequence: Sequence) -> None:
+        """Take back the row of a sequence; the others' memory stays where it is.
+
+        Raises:
+            InputError: it has none.
+        """
+        self._rows.close(self._row(sequence))
+        del self._placed[sequence]
+
+    # -- a step ------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def step(self, sequences: abc.Sequence[Sequence], piece: int | None = None) -> list[list[int]]:
+        """Run one forward over what each sequence needs next, and return the tokens each got.
+
+        One whose prompt is not run over to its end gets none, and so does one that has ended. What
+        goes wrong with one sequence ends that one, with its `error`.
+
+        Args:
+            sequences: some of those in the engine.
+            piece: how many tokens of a prompt to run over at the most; all if not given.
+
+        Raises:
+            InputError: a sequence is not in the engine, or named twice.
+            Exception: what the forward raised; then no sequence has moved, and the step can be
+                done again.
+        """
+        rows = [self._row(sequence) for sequence in sequences]
+        if len(set(rows)) < len(rows) or (piece is not None and piece < 1):
+            raise InputError(
+                f"a step over {len(rows)} sequences in pieces of {piece} has to name each "
+                "sequence once, and a piece of at least one token"
+            )
+        going = [(one, row) for one, row in zip(sequences, rows, strict=True) if not one.finished]
+        pieces = [_piece(one, row, piece) for one, row in going]
+        if not pieces:
+            return [[] for _ in sequences]
+        try:
+            logits = self._rows.run(pieces)
+        except BaseException:
+            self._take_back([one for one, _ in going])
+            raise
+        ready = []
+        for (sequence, _), ran in zip(going, pieces, strict=True):
+            sequence.computed += len(ran.ids)
+            if ran.keep:
+                ready.append(sequence)
+        before = {one: len(one.ids) for one in ready}
+        self._choose(ready, logits)
+        return [one.ids[before[one] :] if one in before else [] for one in sequences]
+
+    def _choose(self, ready: list[Sequence], logits: Tensor) -> None:
+        """Give each sequence the token that is chosen from its logits, (N, V)."""
+        samplers = tuple(sequence.sampler for sequence in ready)
+        if samplers != self._choosing.samplers:
+            self._choosing = Choosing(samplers)
+        steps = [len(one.ids) - one.prompt_length + 1 for one in ready]
+        chosen = self._choosing.choose(lambda row: ready[row].text, logits, steps)
+        for sequence, token in zip(ready, chosen, strict=True):
+            if isinstance(token, Exception):
+                sequence.fail(token)
+            else:
+                sequence.take(token)
+
+    def _take_back(self, sequences: list[Sequence]) -> None:
+        """Bring rows back to what their sequences say, after a forward that failed."""
+        for sequence in sequences:
+            # Half of a forward may be in them: the next step runs over the text again.
+            self._rows.clear(self._placed[sequence])
+            sequence.computed = 0
+
+    def _row(self, sequence: Sequence) -> int:
+        row = self._placed.get(sequence)
+        if row is None:
+            raise InputError("the sequence is not in this engine; add it first")
+        return row
+
+
+def _piece(sequence: Sequence, row: int, most: int | None) -> Piece:
+    count = sequence.waiting if most is None else min(sequence.waiting, most)
+    end = sequence.computed + count
+    keep = 1 if end == len(sequence.ids) else 0
+    return Piece(row, sequence.ids[sequence.computed : end], keep)
+
+
+def _row(inputs: Tensor | abc.Sequence[int]) -> Tensor:
+    """Return the ids of a prompt as (1, T)."""
+    if not isinstance(inputs, Tensor):
+        inputs = torch.tensor(list(inputs), dtype=torch.long)
+    if inputs.ndim == 2 and len(inputs) != 1:
+        raise InputError(
+            f"the prompt has {len(inputs)} rows; a sequence is one text, so make one for each"
+        )
+    return inputs[None] if inputs.ndim == 1 else inputs
+
+
+def _check_of_a_sequence(config: GenerationConfig) -> None:
+    for name, nothing in _OF_A_CALL.items():
+        value = vars(config)[name]
+        if not any(value is one or value == one for one in nothing):
+            raise InputError(
+                f"{name}={value!r} is no option of one sequence in an engine; set it to "
+                f"{nothing[0]!r}, or use generate()"
+            )

@@ -1,0 +1,300 @@
+"""Sequences that come and go between any two steps become what each becomes alone."""
+
+import random
+from dataclasses import dataclass, field
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from conformance.families import FAMILIES, Family, each
+from quintet.errors import ContextLengthError, InputError
+from quintet.generation.engine import Engine
+from quintet.generation.processors.base import LogitsProcessor
+from quintet.generation.sequence import Sequence
+from quintet.ops.sampling import NothingLeftError
+
+ENDS = {"eos_token_id": 5, "pad_token_id": 0}
+SCHEDULES = 8
+CHOICES: dict[str, list[Any]] = {
+    "temperature": [0.5, 1.7],
+    "top_k": [0, 3, 20],
+    "top_p": [0.3, 0.9],
+    "min_p": [0.05],
+    "typical_p": [0.9],
+    "repetition_penalty": [1.4],
+    "frequency_penalty": [1.1],
+    "no_repeat_ngram_size": [2],
+    "bad_words_ids": [[[7], [8, 9]]],
+    "sequence_bias": [[[[6], 4.0]]],
+    "begin_suppress_tokens": [[10, 12]],
+    "min_new_tokens": [3],
+    "forced_eos_token_id": [19],
+    "watermarking_config": [{"bias": 4.0}],
+}
+
+
+def prompt_of(length: int, seed: int) -> Tensor:
+    dice = torch.Generator().manual_seed(seed)
+    return torch.randint(6, 90, (1, length), generator=dice)
+
+
+def drawn_options(dice: random.Random) -> dict[str, Any]:
+    names = dice.sample(sorted(CHOICES), dice.randint(0, 4))
+    options = {name: dice.choice(CHOICES[name]) for name in names}
+    return {"do_sample": dice.random() < 0.6, "max_new_tokens": dice.randint(3, 9), **options}
+
+
+@dataclass(eq=False)
+class Case:
+    """One sequence of a schedule and what it becomes alone."""
+
+    prompt: Tensor
+    options: dict[str, Any]
+    seed: int
+    sequence: Sequence = field(init=False)
+
+    def generator(self) -> torch.Generator:
+        return torch.Generator().manual_seed(self.seed)
+
+    def alone(self, model: Any) -> list[int]:
+        made = model.generate(self.prompt, generator=self.generator(), **ENDS, **self.options)
+        return made[0, self.prompt.shape[1] :].tolist()
+
+
+def cases(engine: Engine, dice: random.Random, count: int) -> list[Case]:
+    made = []
+    for _ in range(count):
+        seed = dice.randrange(10**6)
+        case = Case(prompt_of(dice.choice((1, 2, 5, 11, 24)), seed), drawn_options(dice), seed)
+        case.sequence = engine.sequence(
+            case.prompt, generator=case.generator(), **ENDS, **case.options
+        )
+        made.append(case)
+    return made
+
+
+@each
+@pytest.mark.parametrize("seed", range(SCHEDULES))
+@pytest.mark.filterwarnings("ignore:.*has no effect without:UserWarning")
+def test_any_schedule(family: Family, seed: int) -> None:
+    """Some wait, some leave halfway and come again, and prompts are read in pieces of any size."""
+    model, dice = family.model_of(), random.Random(seed)
+    rows = dice.randint(1, 4)
+    engine = Engine(model, rows, 64)
+    waiting = cases(engine, dice, dice.randint(rows, 7))
+    everyone = list(waiting)
+    under_way: list[Case] = []
+    for _ in range(1000):
+        while waiting and len(under_way) < rows:
+            under_way.append(waiting.pop(0))
+            engine.add(under_way[-1].sequence)
+        if not under_way:
+            break
+        some = dice.sample(under_way, dice.randint(1, len(under_way)))
+        lengths = [len(case.sequence.ids) for case in some]
+        got = engine.step([case.sequence for case in some], dice.choice((None, 1, 3, 8)))
+        for case, length, tokens in zip(some, lengths, got, strict=True):
+            assert case.sequence.ids[length:] == tokens
+        leaving = [case for case in under_way if case.sequence.finished]
+        if dice.random() < 0.15:
+            leaving = leaving or [dice.choice(under_way)]
+        for case in leaving:
+            engine.remove(case.sequence)
+            under_way.remove(case)
+            if not case.sequence.finished:
+                waiting.append(case)
+    assert not engine.sequences
+    for case in everyone:
+        assert case.sequence.new == case.alone(model), case.options
+
+
+@each
+def test_rows_are_used_again(family: Family) -> None:
+    model = family.model_of()
+    engine = Engine(model, 1)
+    for seed in range(3):
+        prompt = prompt_of(4 + 5 * seed, seed)
+        sequence = engine.sequence(prompt, max_new_tokens=4, **ENDS)
+        engine.add(sequence)
+        while not sequence.finished:
+            engine.step([sequence], 3)
+        engine.remove(sequence)
+        expected = model.generate(prompt, max_new_tokens=4, **ENDS)[0, prompt.shape[1] :]
+        assert sequence.new == expected.tolist()
+
+
+class Broken(LogitsProcessor):
+    """Fails at the third token."""
+
+    def __init__(self) -> None:
+        self.calls = 0
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        self.calls += 1
+        if self.calls == 3:
+            raise RuntimeError("of its own")
+        return scores
+
+
+class Reader:
+    """A streamer that keeps what it gets, and may fail."""
+
+    def __init__(self, fails_at: int | None = None) -> None:
+        self.got: list[list[int]] = []
+        self.ended = 0
+        self.fails_at = fails_at
+
+    def put(self, value: Tensor) -> None:
+        if len(self.got) == self.fails_at:
+            raise BrokenPipeError("nobody reads")
+        self.got.append(value.reshape(-1).tolist())
+
+    def end(self) -> None:
+        self.ended += 1
+
+
+def run(engine: Engine, sequences: list[Sequence]) -> None:
+    for sequence in sequences:
+        engine.add(sequence)
+    while not all(sequence.finished for sequence in sequences):
+        engine.step(sequences)
+
+
+@each
+def test_what_goes_wrong_with_one_is_the_affair_of_that_one(family: Family) -> None:
+    model = family.model_of()
+    engine = Engine(model, 5)
+    options = {**ENDS, "max_new_tokens": 6, "min_new_tokens": 6}
+    readers = [Reader(), Reader(fails_at=4)]
+
+    def fails(ids: Tensor, scores: object) -> bool:
+        if ids.shape[1] == 9:
+            raise KeyError("no such rule")
+        return False
+
+    sequences = [
+        engine.sequence(
+            prompt_of(5, 0), logits_processor=[Broken()], streamer=readers[0], **options
+        ),
+        engine.sequence(prompt_of(6, 1), **options),
+        engine.sequence(prompt_of(5, 2), streamer=readers[1], **options),
+        engine.sequence(prompt_of(7, 3), stopping_criteria=[fails], **options),
+        engine.sequence(
+            prompt_of(3, 4), suppress_tokens=list(range(model.config.vocab_size)), **options
+        ),
+    ]
+    run(engine, sequences)
+    kinds = [RuntimeError, None, BrokenPipeError, KeyError, NothingLeftError]
+    assert [one.finish_reason for one in sequences] == [
+        "error",
+        "length",
+        "error",
+        "error",
+        "error",
+    ]
+    for one, kind in zip(sequences, kinds, strict=True):
+        assert isinstance(one.error, kind) if kind else one.error is None
+    assert [len(one.new) for one in sequences] == [2, 6, 4, 2, 0]
+    assert sequences[1].new == model.generate(prompt_of(6, 1), **options)[0, 6:].tolist()
+    assert [reader.ended for reader in readers] == [1, 1]
+    assert readers[0].got == [prompt_of(5, 0)[0].tolist(), *([token] for token in sequences[0].new)]
+
+
+@each
+@pytest.mark.parametrize("where", ["prompt", "step"])
+def test_a_forward_that_fails_can_be_done_again(
+    family: Family, where: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = family.model_of()
+    engine = Engine(model, 3)
+    options = {**ENDS, "max_new_tokens": 5, "min_new_tokens": 5}
+    prompts = [prompt_of(n, n) for n in (4, 9, 6)]
+    sequences = [engine.sequence(prompt, **options) for prompt in prompts]
+    for sequence in sequences:
+        engine.add(sequence)
+    if where == "step":
+        engine.step(sequences)
+    held = [list(sequence.ids) for sequence in sequences]
+    layer = model.base_model.layers[-1]
+
+    def fail(module: Any, args: Any) -> None:
+        raise MemoryError("out of it")
+
+    handle = layer.register_forward_pre_hook(fail)
+    with pytest.raises(MemoryError):
+        engine.step(sequences[:2])
+    handle.remove()
+    assert [sequence.ids for sequence in sequences] == held
+    while not all(sequence.finished for sequence in sequences):
+        engine.step(sequences)
+    for prompt, sequence in zip(prompts, sequences, strict=True):
+        assert sequence.new == model.generate(prompt, **options)[0, prompt.shape[1] :].tolist()
+
+
+def test_what_is_no_affair_of_one_sequence_is_refused_by_its_name() -> None:
+    engine = Engine(FAMILIES[0].model_of(), 1)
+    for name, value in {
+        "num_beams": 2,
+        "use_cache": False,
+        "prompt_lookup_num_tokens": 2,
+        "cache_implementation": "static",
+        "return_dict_in_generate": True,
+        "prefill_chunk_size": 4,
+    }.items():
+        with pytest.raises(InputError, match=f"{name}=.*no option of one sequence"):
+            engine.sequence([7, 8], **{name: value})
+    with pytest.raises(InputError, match="2 rows; a sequence is one text"):
+        engine.sequence(torch.ones(2, 3, dtype=torch.long))
+    with pytest.raises(InputError, match="empty"):
+        engine.sequence([])
+    with pytest.raises(InputError, match="temprature"):
+        engine.sequence([7], temprature=2.0)
+
+
+def test_rows_are_given_once_and_only_where_there_are_any() -> None:
+    model = FAMILIES[0].model_of()
+    with pytest.raises(InputError, match="rows=0"):
+        Engine(model, 0)
+    engine = Engine(model, 1, 10)
+    one, other = (engine.sequence([7, 8, 9], max_new_tokens=4, **ENDS) for _ in range(2))
+    with pytest.raises(InputError, match="not in this engine"):
+        engine.step([one])
+    engine.add(one)
+    with pytest.raises(InputError, match="already"):
+        engine.add(one)
+    with pytest.raises(InputError, match="rows are taken"):
+        engine.add(other)
+    with pytest.raises(InputError, match="once"):
+        engine.step([one, one])
+    with pytest.raises(ContextLengthError, match="row of 10"):
+        engine.add(engine.sequence([7] * 8, max_new_tokens=4, **ENDS))
+    one.cancel()
+    assert engine.step([one]) == [[]]
+    engine.remove(one)
+    with pytest.raises(InputError, match="has ended"):
+        engine.add(one)
+    engine.add(other)
+    assert engine.sequences == [other]
+
+
+def test_two_engines_and_generate_share_a_model() -> None:
+    model = FAMILIES[0].model_of()
+    engines = [Engine(model, 2) for _ in range(2)]
+    prompts = [prompt_of(n, n) for n in (4, 9)]
+    sequences = [
+        engine.sequence(prompt, max_new_tokens=5, **ENDS)
+        for engine, prompt in zip(engines, prompts, strict=True)
+    ]
+    before = {name: id(value) for name, value in vars(model).items()}
+    for engine, sequence in zip(engines, sequences, strict=True):
+        engine.add(sequence)
+    while not all(sequence.finished for sequence in sequences):
+        for engine, sequence in zip(engines, sequences, strict=True):
+            engine.step([sequence])
+        model.generate(prompts[0], max_new_tokens=1, **ENDS)
+    assert {name: id(value) for name, value in vars(model).items()} == before
+    for prompt, sequence in zip(prompts, sequences, strict=True):
+        expected = model.generate(prompt, max_new_tokens=5, **ENDS)[0, prompt.shape[1] :]
+        assert sequence.new == expected.tolist()
