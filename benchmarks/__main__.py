@@ -17,7 +17,7 @@ from typing import Any
 from benchmarks import files, report
 from benchmarks.suite import CASES, Case
 from benchmarks.turns import Settings, run
-from quintet.benchmark.machine import Machine
+from quintet.measurement.machine import Machine
 
 ROOT = Path(__file__).parents[1]
 RESULTS = Path(__file__).parent / "results"

@@ -9,8 +9,8 @@ def checkpoint(folder: Path, geometry: str) -> Path:
     """Return the directory of a geometry's checkpoint, writing it if it is not there."""
     import torch
 
-    from quintet.benchmark.geometries import geometry as named
-    from quintet.benchmark.synthetic import random_model
+    from quintet.measurement.geometries import geometry as named
+    from quintet.measurement.synthetic import random_model
 
     path = folder / geometry
     if not (path / "config.json").is_file():

@@ -8,7 +8,7 @@ import llama_cpp
 import numpy as np
 
 from benchmarks.llama_state import lengthened
-from quintet.benchmark.synthetic import random_ids
+from quintet.measurement.synthetic import random_ids
 
 __all__ = ["LlamaCpp"]
 

@@ -13,9 +13,9 @@ import torch
 from torch import Tensor, nn
 
 from quintet import AutoModelForCausalLM
-from quintet.benchmark.machine import read_bandwidth
-from quintet.benchmark.synthetic import filled_cache, random_ids
 from quintet.cache import Cache
+from quintet.measurement.machine import read_bandwidth
+from quintet.measurement.synthetic import filled_cache, random_ids
 from quintet.modeling.heads import CausalLMHead
 
 STEPS = 40

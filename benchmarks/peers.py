@@ -37,11 +37,11 @@ class Quintet:
         import torch
 
         from quintet.auto import AutoModelForCausalLM
-        from quintet.benchmark import floors, measuring, synthetic
+        from quintet.measurement import floors, synthetic, timing
 
         torch.set_num_threads(threads)
         self.torch, self.auto = torch, AutoModelForCausalLM
-        self.floors, self.measuring, self.synthetic = floors, measuring, synthetic
+        self.floors, self.timing, self.synthetic = floors, timing, synthetic
         self.weights = weights
 
     def load(self, path: str) -> None:
@@ -49,13 +49,13 @@ class Quintet:
         self.model = self.auto.from_pretrained(path, dtype="bfloat16", **options)
 
     def first_token(self) -> None:
-        self.measuring.prefill(self.model, 1, 8)
+        self.timing.time_prompt(self.model, 1, 8)
 
     def prefill(self, batch: int, tokens: int, seed: int) -> float:
-        return self.measuring.prefill(self.model, batch, tokens, seed)
+        return self.timing.time_prompt(self.model, batch, tokens, seed)
 
     def decode(self, batch: int, depth: int, steps: int, seed: int, limit: float) -> float:
-        return self.measuring.decode(self.model, batch, depth, steps, seed, limit)
+        return self.timing.time_steps(self.model, batch, depth, steps, seed, limit)
 
     def facts(self, kind: str, batch: int, tokens: int) -> dict[str, Any]:
         facts: dict[str, Any] = {"attention": self.model.config.attn_implementation}
@@ -82,7 +82,7 @@ class Transformers:
         import torch
         import transformers
 
-        from quintet.benchmark.synthetic import random_ids
+        from quintet.measurement.synthetic import random_ids
 
         transformers.utils.logging.set_verbosity_error()
         transformers.utils.logging.disable_progress_bar()
@@ -152,7 +152,7 @@ class Machine:
     def __init__(self, threads: int) -> None:
         import torch
 
-        from quintet.benchmark import machine
+        from quintet.measurement import machine
 
         torch.set_num_threads(threads)
         self.torch, self.machine = torch, machine

@@ -40,7 +40,7 @@ class Case:
     """One measurement of one geometry.
 
     Attributes:
-        geometry: a name in `quintet.benchmark.geometries`.
+        geometry: a name in `quintet.measurement.geometries`.
         kind: a prompt, some steps, or a load to the first token.
         tokens: of the prompt, or of the context before the steps.
         batch: rows at once.

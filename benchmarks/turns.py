@@ -14,7 +14,7 @@ from typing import Any
 
 from benchmarks import files
 from benchmarks.suite import Case, Contender
-from quintet.benchmark.machine import Load
+from quintet.measurement.machine import Load
 
 __all__ = ["Settings", "Worker", "run"]
 

@@ -25,8 +25,12 @@ MODELS = (
 
 WORKER = """
 import sys, time, torch
-from quintet.benchmark.geometries import geometry
-from quintet.benchmark.synthetic import random_ids, random_model
+try:
+    from quintet.measurement.geometries import geometry
+    from quintet.measurement.synthetic import random_ids, random_model
+except ImportError:  # what it was called in older versions
+    from quintet.benchmark.geometries import geometry
+    from quintet.benchmark.synthetic import random_ids, random_model
 name, context, new, threads = sys.argv[1], *map(int, sys.argv[2:])
 torch.set_num_threads(threads)
 config = geometry(name).config()

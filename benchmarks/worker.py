@@ -61,7 +61,7 @@ def _named(error: Exception) -> str:
 
 
 def _peak_memory() -> int:
-    from quintet.benchmark.machine import peak_memory
+    from quintet.measurement.machine import peak_memory
 
     return peak_memory()
 

@@ -12,7 +12,7 @@ LADDER = [
     {"__main__"},
     {"cli"},
     {"interop"},
-    {"pipelines", "benchmark", "conversion"},
+    {"pipelines", "measurement", "conversion"},
     {"auto"},
     {"models"},
     {"modeling"},

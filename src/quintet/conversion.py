@@ -27,11 +27,11 @@ from quintet.modeling.progress import Progress
 from quintet.quantization import (
     Encoded,
     QuantizationConfig,
-    Request,
+    QuantizationRequest,
     Slot,
     cut,
     read,
-    requested,
+    resolve_quantization,
 )
 
 __all__ = ["Converted", "convert"]
@@ -87,8 +87,8 @@ def convert(
     model = init_on_meta(found.find(suffix), config)
     # Not a device that multiplies FP8 but a file is written to: it may stay as it is.
     held = vars(config).get("quantization_config")
-    asked = held if quantize is None and quantization_config is None else quantization_config
-    request = requested(held, quantize, asked, torch.device("cpu"))
+    given = held if quantize is None and quantization_config is None else quantization_config
+    request = resolve_quantization(held, quantize, given, torch.device("cpu"))
     mapping = map_keys(model, checkpoint.tensors, held_as=request.source)
     mapping.difference.raise_if_incomplete(str(root))
     kept = config.torch_dtype or torch.bfloat16 if dtype == "auto" else named_dtype(dtype)
@@ -120,7 +120,7 @@ class _Weights:
     model: PreTrainedModel
     mapping: KeyMapping
     checkpoint: Checkpoint
-    request: Request
+    request: QuantizationRequest
     dtype: torch.dtype
     read: int = 0
     written: int = 0

@@ -156,7 +156,7 @@ def _wait_for(handle: int, directory: Path, patience: float) -> None:
     import fcntl
 
     began = time.monotonic()
-    told = False
+    warned = False
     while True:
         try:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -172,8 +172,8 @@ def _wait_for(handle: int, directory: Path, patience: float) -> None:
                 f"{_holder(handle)} is saving into {directory}; wait for it, end it, or save into "
                 "another directory"
             )
-        if waited >= 1 and not told:
-            told = True
+        if waited >= 1 and not warned:
+            warned = True
             warnings.warn(
                 f"{_holder(handle)} is saving into {directory}; waiting for it", stacklevel=6
             )

@@ -119,17 +119,17 @@ class ModelOutput(OrderedDict[str, Any]):
     @classmethod
     def _of(cls, pairs: Iterable[tuple[str, Any]]) -> Self:
         """Return an output of these fields, also where one that is required is not set."""
-        made = cls.__new__(cls)
+        output = cls.__new__(cls)
         for name in cls.__dataclass_fields__:  # type: ignore[attr-defined]
-            setattr(made, name, None)
-        made.update(pairs)
-        return made
+            setattr(output, name, None)
+        output.update(pairs)
+        return output
 
 
 def _revived(cls: type[ModelOutput], attributes: dict[str, Any], items: dict[str, Any]) -> Any:
-    made = cls._of(items.items())
-    vars(made).update(attributes)
-    return made
+    output = cls._of(items.items())
+    vars(output).update(attributes)
+    return output
 
 
 def _is_pair(value: Any) -> bool:

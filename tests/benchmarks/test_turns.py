@@ -8,8 +8,8 @@ import pytest
 
 from benchmarks import turns
 from benchmarks.suite import Case, Contender
-from quintet.benchmark import geometries
-from quintet.benchmark.geometries import Geometry
+from quintet.measurement import geometries
+from quintet.measurement.geometries import Geometry
 
 OURS, THEIRS = Contender("quintet", "bf16"), Contender("transformers", "bf16")
 TINY = Geometry(

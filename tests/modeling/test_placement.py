@@ -9,7 +9,7 @@ import torch
 from conformance.families import FAMILIES, Family
 from quintet.errors import DoesNotFitError, InputError, UnsupportedBackendError
 from quintet.modeling import dispatch
-from quintet.modeling.placement import Part, layout, parts, place
+from quintet.modeling.placement import ModelPart, layout, parts, place
 
 FIRST, SECOND = torch.device("cpu"), torch.device("cpu", 0)
 GPU = torch.device("cuda", 0)
@@ -22,7 +22,7 @@ def devices(*sizes: int) -> dict[torch.device, int]:
 
 
 def placed(sizes: list[int], capacity: dict[torch.device, int], strategy: str) -> list[int]:
-    found = layout([Part(f"p{i}", size) for i, size in enumerate(sizes)], capacity, strategy)
+    found = layout([ModelPart(f"p{i}", size) for i, size in enumerate(sizes)], capacity, strategy)
     return [found[f"p{i}"].index for i in range(len(sizes))]
 
 
@@ -80,7 +80,7 @@ def test_the_parts_hold_each_weight_once(family: Family) -> None:
 
 # -- maps ------------------------------------------------------------------------------------
 
-PARTS = [Part(path, 4) for path in ("model.embed_tokens", "model.layers.0", "lm_head")]
+PARTS = [ModelPart(path, 4) for path in ("model.embed_tokens", "model.layers.0", "lm_head")]
 
 
 def test_a_mapping_is_followed_by_the_longest_path() -> None:

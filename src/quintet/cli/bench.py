@@ -12,7 +12,7 @@ from quintet.cli.options import note, warnings_as_notes
 from quintet.errors import InputError
 
 if TYPE_CHECKING:
-    from quintet.benchmark.machine import Bandwidth
+    from quintet.measurement.machine import Bandwidth
     from quintet.modeling.heads import CausalLMHead
 
 __all__ = ["command"]
@@ -101,7 +101,7 @@ def command(
 
     if threads is not None:
         torch.set_num_threads(threads)
-    from quintet.benchmark.machine import read_bandwidth
+    from quintet.measurement.machine import read_bandwidth
 
     # Before the model is there, so that its peak of memory is its own.
     bandwidth = read_bandwidth()
@@ -140,7 +140,7 @@ def _open(
     import torch
 
     from quintet.auto import AutoModelForCausalLM
-    from quintet.benchmark import geometries, measuring, synthetic
+    from quintet.measurement import geometries, synthetic, timing
     from quintet.modeling.heads import CausalLMHead
     from quintet.modeling.placement import first_device, named_dtype
 
@@ -171,7 +171,7 @@ def _open(
     )
     if not isinstance(model, CausalLMHead):
         raise InputError(f"{name} has no language-modelling head")
-    measuring.prefill(model, 1, 1)
+    timing.time_prompt(model, 1, 1)
     return model, time.perf_counter() - started
 
 
@@ -200,8 +200,8 @@ def _measured(
 ) -> dict[str, Any]:
     import torch
 
-    from quintet.benchmark import machine
     from quintet.kernels import report
+    from quintet.measurement import machine
 
     on_cpu = model.device.type == "cpu"
     bandwidth = bandwidth if on_cpu else None
@@ -249,9 +249,9 @@ def _rows(
     bandwidth: "Bandwidth | None",
     peak: float | None,
 ) -> Iterator[dict[str, Any]]:
-    from quintet.benchmark import floors, measuring, synthetic
     from quintet.cache import Cache, QuantizedCache
     from quintet.generation.cache_choice import CACHE_BITS
+    from quintet.measurement import floors, synthetic, timing
 
     def empty() -> Cache:
         if cache_dtype is None:
@@ -261,10 +261,10 @@ def _rows(
     for batch in batches:
         for tokens in filter(None, prompts):
             # The first one pays for what is made once.
-            measuring.prefill(model, batch, tokens, cache=empty())
-            spread = measuring.Spread.of(
+            timing.time_prompt(model, batch, tokens, cache=empty())
+            spread = timing.Spread.of(
                 [
-                    measuring.prefill(model, batch, tokens, seed, empty())
+                    timing.time_prompt(model, batch, tokens, seed, empty())
                     for seed in range(repetitions)
                 ]
             )
@@ -274,9 +274,9 @@ def _rows(
         for depth in depths if steps else ():
             one = synthetic.filled_cache(model, batch, 1, empty())
             counted = floors.step_bytes(model, one, batch, depth)
-            spread = measuring.Spread.of(
+            spread = timing.Spread.of(
                 [
-                    measuring.decode(model, batch, depth, steps, seed, cache=empty())
+                    timing.time_steps(model, batch, depth, steps, seed, cache=empty())
                     for seed in range(repetitions)
                 ]
             )

@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     import torch
 
     from quintet.configuration import PreTrainedConfig
-    from quintet.modeling.placement import Part
+    from quintet.modeling.placement import ModelPart
     from quintet.modeling.sizes import Size
 
 __all__ = ["command"]
@@ -159,14 +159,14 @@ def _kept(config: "PreTrainedConfig", device: "torch.device", assumed: bool) -> 
     Of a device that is only `assumed`, the best is.
     """
     from quintet.quantization.config import FineGrainedFP8Config
-    from quintet.quantization.request import read, requested
+    from quintet.quantization.request import read, resolve_quantization
 
     settings = vars(config).get("quantization_config")
     if not settings:
         return None
     if assumed and isinstance(read(settings), FineGrainedFP8Config):
         return "fp8"
-    target = requested(settings, None, None, device).target
+    target = resolve_quantization(settings, None, None, device).target
     return None if target is None else HELD
 
 
@@ -184,17 +184,17 @@ def _size(config: "PreTrainedConfig", dtype: "torch.dtype", held: str | None) ->
     return measure(model, dtype, None if wish is None else wish.scheme())
 
 
-def _with_cache(size: "Size", config: "PreTrainedConfig", cache: int) -> "list[Part]":
+def _with_cache(size: "Size", config: "PreTrainedConfig", cache: int) -> "list[ModelPart]":
     """Add to each layer its share of the cache, which lies with it."""
-    from quintet.modeling.placement import Part
+    from quintet.modeling.placement import ModelPart
 
     layers = [p.path for p in size.parts if re.search(r"layers\.\d+$", p.path)]
     layers = layers[: config.num_hidden_layers]
     each = cache // max(len(layers), 1)
-    return [Part(p.path, p.nbytes + (each if p.path in layers else 0)) for p in size.parts]
+    return [ModelPart(p.path, p.nbytes + (each if p.path in layers else 0)) for p in size.parts]
 
 
-def _devices_share(loaded: "list[Part]", paths: list[str]) -> str:
+def _devices_share(loaded: "list[ModelPart]", paths: list[str]) -> str:
     held = sum(part.nbytes for part in loaded if part.path in paths)
     layers = [int(path.rpartition(".")[2]) for path in paths if re.search(r"\.\d+$", path)]
     names = [path.rpartition(".")[2] for path in paths if not re.search(r"\.\d+$", path)]

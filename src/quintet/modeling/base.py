@@ -141,7 +141,7 @@ class PreTrainedModel(ModelContract, Checkpointing, Pushable):
             )
         source = None
         if pretrained_model_name_or_path is not None:
-            source = loading.Source(
+            source = loading.ModelSource(
                 pretrained_model_name_or_path,
                 revision,
                 cache_dir,

@@ -16,13 +16,13 @@ from torch import Tensor, nn
 from quintet.cache import Span
 from quintet.layers.step import Step
 from quintet.modeling.core import ModelCore
-from quintet.modeling.placement import Part, Placement
+from quintet.modeling.placement import ModelPart, Placement
 from quintet.ops.masks import Visibility
 
 __all__ = ["dispatch_model", "moved"]
 
 
-def dispatch_model(model: ModelCore, placement: Placement, parts: Sequence[Part]) -> None:
+def dispatch_model(model: ModelCore, placement: Placement, parts: Sequence[ModelPart]) -> None:
     """Bring what was not in the checkpoint to where it belongs, and let the model run there."""
     if not placement.several:
         model.to(placement.device_of(""))
@@ -36,7 +36,7 @@ def dispatch_model(model: ModelCore, placement: Placement, parts: Sequence[Part]
     _hook(model, placement, parts)
 
 
-def _hook(model: ModelCore, placement: Placement, parts: Sequence[Part]) -> None:
+def _hook(model: ModelCore, placement: Placement, parts: Sequence[ModelPart]) -> None:
     """Let a model whose weights are on several devices run: inputs and outputs on the first.
 
     What several layers share is where the first of them is; the others send to it and get back.

@@ -48,9 +48,9 @@ class Shifted(TypedDict, total=False):
 
 def without_shifted(forward: Forward) -> Forward:
     """Leave `shift_labels` out of the signature that tools read."""
-    told = inspect.signature(forward)
-    named = [p for p in told.parameters.values() if p.kind is not p.VAR_KEYWORD]
-    vars(forward)["__signature__"] = told.replace(parameters=named)
+    signature = inspect.signature(forward)
+    named = [p for p in signature.parameters.values() if p.kind is not p.VAR_KEYWORD]
+    vars(forward)["__signature__"] = signature.replace(parameters=named)
     return forward
 
 

@@ -47,9 +47,9 @@ from quintet.modeling.placement import (
     place,
 )
 from quintet.modeling.weight_loader import WeightLoader, load_weights
-from quintet.quantization import QuantizationConfig, requested
+from quintet.quantization import QuantizationConfig, resolve_quantization
 
-__all__ = ["NewHeadWarning", "Options", "Source", "load", "write"]
+__all__ = ["ModelSource", "NewHeadWarning", "Options", "load", "write"]
 
 Model = TypeVar("Model", bound=ModelCore)
 
@@ -63,7 +63,7 @@ class UnusedTensorWarning(UserWarning):
 
 
 @dataclass(frozen=True, slots=True)
-class Source:
+class ModelSource:
     """Where a model comes from."""
 
     name_or_path: str | os.PathLike[str]
@@ -110,7 +110,7 @@ class Options:
 
 def load(
     cls: type[Model],
-    source: Source | None,
+    source: ModelSource | None,
     given: PreTrainedConfig | str | os.PathLike[str] | None,
     overrides: Mapping[str, Any],
     options: Options,
@@ -123,12 +123,12 @@ def load(
 
 def _load(
     cls: type[Model],
-    source: Source | None,
+    source: ModelSource | None,
     given: PreTrainedConfig | str | os.PathLike[str] | None,
     overrides: Mapping[str, Any],
     options: Options,
 ) -> tuple[Model, dict[str, Any]]:
-    overrides = _asked(overrides)
+    overrides = _effective(overrides)
     first = first_device(options.device_map)
     root = None if source is None else source.locate(weights=options.state_dict is None)
 
@@ -141,7 +141,7 @@ def _load(
         if source is None or root is None
         else read_consistently(root, files, variant=source.variant)
     )
-    request = requested(
+    request = resolve_quantization(
         vars(config).get("quantization_config"),
         options.quantize,
         options.quantization_config,
@@ -169,7 +169,7 @@ def _load(
     if placement.several:
         model.hf_device_map = dict(placement.devices)
     model.note_quantization(request.target)
-    _tell(model, where, mapping)
+    _warn(model, where, mapping)
 
     model.config.dtype = str(target).removeprefix("torch.")
     wanted = options.generation_config or generation_config
@@ -211,7 +211,7 @@ def _check_filled(model: ModelCore) -> None:
 
 def _config(
     cls: type[Model],
-    source: Source | None,
+    source: ModelSource | None,
     root: Path | None,
     config: PreTrainedConfig | str | os.PathLike[str] | None,
     overrides: Mapping[str, Any],
@@ -238,7 +238,7 @@ def _config(
     return config
 
 
-def _weights(source: Source | None, root: Path | None, options: Options) -> Weights:
+def _weights(source: ModelSource | None, root: Path | None, options: Options) -> Weights:
     weights: Weights
     if options.state_dict is not None:
         weights = InMemory(options.state_dict)
@@ -255,7 +255,7 @@ def _generation_config(root: Path | None) -> GenerationConfig | None:
     return GenerationConfig.from_pretrained(root)
 
 
-def _tell(model: ModelCore, where: str, mapping: KeyMapping) -> None:
+def _warn(model: ModelCore, where: str, mapping: KeyMapping) -> None:
     if mapping.mismatched:
         lines = [
             f"{m.name}: expected {list(m.expected)}, found {list(m.found)}"
@@ -298,7 +298,7 @@ def _check_overrides(cls: type[ModelCore], given: Mapping[str, Any], known: list
             )
 
 
-def _asked(given: Mapping[str, Any]) -> dict[str, Any]:
+def _effective(given: Mapping[str, Any]) -> dict[str, Any]:
     """Return arguments without those that ask for nothing, as their defaults there do."""
     return {
         key: value

@@ -17,7 +17,7 @@ from quintet.errors import DoesNotFitError, InputError, UnsupportedBackendError
 __all__ = [
     "DeviceMap",
     "MaxMemory",
-    "Part",
+    "ModelPart",
     "Placement",
     "first_device",
     "gigabytes",
@@ -53,7 +53,7 @@ def named_dtype(dtype: str | torch.dtype) -> torch.dtype:
 
 
 @dataclass(frozen=True, slots=True)
-class Part:
+class ModelPart:
     """A part of a model that is on one device: the embedding, a layer, a norm, a head."""
 
     path: str
@@ -89,7 +89,7 @@ class Placement:
         return any(path in ("", name) or name.startswith(f"{path}.") for path in self.devices)
 
 
-def parts(model: nn.Module, dtype: torch.dtype, fp32: tuple[str, ...] = ()) -> list[Part]:
+def parts(model: nn.Module, dtype: torch.dtype, fp32: tuple[str, ...] = ()) -> list[ModelPart]:
     """Return the parts of a model in the order of its forward, with their size in a dtype.
 
     What two parts share is counted with the first. `fp32` are ends of names kept in float32.
@@ -107,13 +107,13 @@ def parts(model: nn.Module, dtype: torch.dtype, fp32: tuple[str, ...] = ()) -> l
                 plain = isinstance(tensor, nn.Parameter) and tensor.is_floating_point()
                 kept = torch.float32 if fp32 and name.endswith(fp32) else dtype
                 size += tensor.numel() * (kept if plain else tensor.dtype).itemsize
-        result.append(Part(path, size))
+        result.append(ModelPart(path, size))
     return result
 
 
 def place(
     device_map: DeviceMap,
-    model_parts: Sequence[Part],
+    model_parts: Sequence[ModelPart],
     max_memory: MaxMemory | None = None,
 ) -> Placement:
     """Decide where the parts of a model are.
@@ -167,7 +167,7 @@ def first_device(device_map: DeviceMap) -> torch.device:
 
 
 def layout(
-    model_parts: Sequence[Part], capacity: Mapping[torch.device, int], strategy: str
+    model_parts: Sequence[ModelPart], capacity: Mapping[torch.device, int], strategy: str
 ) -> Mapping[str, torch.device]:
     """Give the parts to devices in their order, so that a forward visits each device once.
 
@@ -195,7 +195,7 @@ def layout(
 
 
 def _even(
-    model_parts: Sequence[Part], capacity: Mapping[torch.device, int]
+    model_parts: Sequence[ModelPart], capacity: Mapping[torch.device, int]
 ) -> dict[str, torch.device] | None:
     """Cut the parts into shares of about the same bytes; None where one has too little room."""
     devices = list(capacity)
@@ -211,7 +211,7 @@ def _even(
 
 
 def _filled_up(
-    model_parts: Sequence[Part], capacity: Mapping[torch.device, int]
+    model_parts: Sequence[ModelPart], capacity: Mapping[torch.device, int]
 ) -> dict[str, torch.device] | None:
     """Fill device after device; None where the last one has too little room."""
     devices = iter(capacity.items())
@@ -228,7 +228,7 @@ def _filled_up(
     return placed
 
 
-def _mapped(device_map: Mapping[str, Device], model_parts: Sequence[Part]) -> Placement:
+def _mapped(device_map: Mapping[str, Device], model_parts: Sequence[ModelPart]) -> Placement:
     devices = {path: _device(device, of=path) for path, device in device_map.items()}
     placement = Placement(MappingProxyType(devices))
     paths = [part.path for part in model_parts]

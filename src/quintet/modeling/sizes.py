@@ -8,7 +8,7 @@ from torch import nn
 
 from quintet.layers.moe import Experts
 from quintet.modeling.base import PreTrainedModel
-from quintet.modeling.placement import Part, parts
+from quintet.modeling.placement import ModelPart, parts
 from quintet.quantization import Scheme
 
 __all__ = ["Size", "measure"]
@@ -29,7 +29,7 @@ class Size:
 
     parameters: int
     active: int
-    parts: tuple[Part, ...]
+    parts: tuple[ModelPart, ...]
     cache_per_token: int
     state_per_row: int
     width: int

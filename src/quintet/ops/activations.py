@@ -52,5 +52,5 @@ def activation(name: str | Activation) -> Activation:
 
 def gate_by(act: Activation, gate: Tensor, up: Tensor) -> Tensor:
     """Return act(gate) · up."""
-    made = rows.silu_mul(gate, up) if act is F.silu else None
-    return act(gate) * up if made is None else made
+    output = rows.silu_mul(gate, up) if act is F.silu else None
+    return act(gate) * up if output is None else output

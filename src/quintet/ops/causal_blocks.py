@@ -82,8 +82,8 @@ def _derivable(
     q: Tensor, k: Tensor, v: Tensor, grad: Tensor, needed: tuple[bool, ...]
 ) -> tuple[Tensor | None, ...]:
     out = (q @ k.mT + _hidden(q, q.shape[1])).softmax(dim=-1) @ v
-    asked = [x for x, need in zip((q, k, v), needed, strict=True) if need]
-    found = iter(torch.autograd.grad(out, asked, grad, create_graph=True))
+    wanted = [x for x, need in zip((q, k, v), needed, strict=True) if need]
+    found = iter(torch.autograd.grad(out, wanted, grad, create_graph=True))
     return tuple(next(found) if need else None for need in needed)
 
 

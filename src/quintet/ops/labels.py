@@ -90,12 +90,12 @@ def check_targets(labels: Tensor, between: tuple[float, float] | None = None) ->
     if not readable(labels):
         return
     good = labels.isfinite()
-    told = "finite numbers"
+    valid = "finite numbers"
     if between is not None:
         good &= (labels >= between[0]) & (labels <= between[1])
-        told = f"{between[0]:g} to {between[1]:g}, one for each label that may hold"
+        valid = f"{between[0]:g} to {between[1]:g}, one for each label that may hold"
     if not good.all():
-        raise InputError(f"labels hold {labels[~good][0].item():g}; they are {told}")
+        raise InputError(f"labels hold {labels[~good][0].item():g}; they are {valid}")
 
 
 def check_positions(positions: Tensor, rows: int, name: str) -> Tensor:

@@ -20,6 +20,6 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
 def linears(x: Tensor, maps: Sequence[tuple[Tensor, Tensor | None]]) -> Sequence[Tensor]:
     """Map the same x (..., I) by several weights (O, I) and biases (O), to (..., O) each."""
     matrices = [Matrix(weight, None, bias) for weight, bias in maps]
-    made = few(x, matrices)
-    made = many(x, matrices) if made is None else made
-    return [F.linear(x, weight, bias) for weight, bias in maps] if made is None else made
+    output = few(x, matrices)
+    output = many(x, matrices) if output is None else output
+    return [F.linear(x, weight, bias) for weight, bias in maps] if output is None else output

@@ -103,7 +103,7 @@ def mix(
     Args:
         calls: what is called in place of multiplying with taps and scale; None to multiply.
     """
-    made = (
+    fused = (
         None
         if calls is not None
         else mamba2(
@@ -120,11 +120,11 @@ def mix(
             counts=counts,
         )
     )
-    if made is None:
+    if fused is None:
         return mix_stepwise(
             projected, weights, window, state, counts, chunk_size=chunk_size, calls=calls
         )
-    return Mixed(*made)
+    return Mixed(*fused)
 
 
 def mix_stepwise(

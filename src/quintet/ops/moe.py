@@ -38,8 +38,8 @@ def top_experts(logits: Tensor, A: int, *, normalise: bool) -> tuple[Tensor, Ten
     Shares are probabilities of a softmax over all experts, in the dtype of `logits` (N, E);
     `normalise` makes those chosen sum to one.
     """
-    made = choose(logits, Rules(active=A, normalise=normalise))
-    return _top_experts(logits, A, normalise=normalise) if made is None else made
+    output = choose(logits, Rules(active=A, normalise=normalise))
+    return _top_experts(logits, A, normalise=normalise) if output is None else output
 
 
 def _top_experts(logits: Tensor, A: int, *, normalise: bool) -> tuple[Tensor, Tensor]:
@@ -89,11 +89,11 @@ def apply_experts(
         )
     if act is F.silu:
         gate, up = (Matrix(half) for half in gate_up.chunk(2, dim=1))
-        made = kernel(x, gate, up, Matrix(down), indices, weights)
-        if made is None:
-            made = grouped_silu_experts(x, indices, weights, gate_up, down)
-        if made is not None:
-            return made
+        output = kernel(x, gate, up, Matrix(down), indices, weights)
+        if output is None:
+            output = grouped_silu_experts(x, indices, weights, gate_up, down)
+        if output is not None:
+            return output
     form = looped_experts
     if torch.compiler.is_compiling():
         # Few tokens on a device: copying their matrices costs less than asking it which they are.
@@ -139,11 +139,11 @@ def grouped_experts(
     """Sort the tokens by expert and map them all at once; no shape depends on the routing."""
     order, counts = _by_expert(indices, gate_up.shape[0])
     tokens = order // indices.shape[1]
-    made = grouped_linear(x[tokens], gate_up, counts)
-    made = grouped_linear(gated(made, act), down, counts)
-    made = made * weights.flatten()[order, None]
+    output = grouped_linear(x[tokens], gate_up, counts)
+    output = grouped_linear(gated(output, act), down, counts)
+    output = output * weights.flatten()[order, None]
     out = _zeros(x)
-    return out.index_add(0, tokens, made.to(out.dtype)).to(x.dtype)
+    return out.index_add(0, tokens, output.to(out.dtype)).to(x.dtype)
 
 
 def gathered_experts(
@@ -156,9 +156,9 @@ def gathered_experts(
     """
     out = _zeros(x)
     for expert, share in zip(indices.unbind(dim=1), weights.unbind(dim=1), strict=True):
-        made = gated(torch.bmm(gate_up[expert], x[:, :, None]).squeeze(-1), act)
-        made = torch.bmm(down[expert], made[:, :, None]).squeeze(-1)
-        out = out + made * share[:, None]
+        output = gated(torch.bmm(gate_up[expert], x[:, :, None]).squeeze(-1), act)
+        output = torch.bmm(down[expert], output[:, :, None]).squeeze(-1)
+        out = out + output * share[:, None]
     return out.to(x.dtype)
 
 

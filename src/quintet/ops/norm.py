@@ -14,9 +14,9 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     The row is normalised in float32 and rounded to the dtype of `x` before the weight is applied,
     the order in which the released checkpoints were trained. Shapes: x (..., C), weight (C).
     """
-    made = rows.rms_norm(x, weight, eps)
-    if made is not None:
-        return made
+    output = rows.rms_norm(x, weight, eps)
+    if output is not None:
+        return output
     y = x.to(torch.float32)
     y = y * torch.rsqrt(y.square().mean(-1, keepdim=True) + eps)
     return weight * y.to(x.dtype)

@@ -156,9 +156,9 @@ def quantized_linears(
     In one pass where a kernel does that. The format is int8 or int4, as the dtype of the weights
     tells.
     """
-    made = kernels.linears(x, [kernels.Matrix(*one) for one in maps])
-    if made is not None:
-        return made
+    output = kernels.linears(x, [kernels.Matrix(*one) for one in maps])
+    if output is not None:
+        return output
     return [_in_bands(x, *one) for one in maps]
 
 

@@ -76,19 +76,19 @@ def rotary_angles(
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Rotate the pairs (x_i, x_{i+D/2}) by their angles; x (B, H, T, D), cos and sin (B, T, D)."""
-    made = rows.rotate((x,), cos, sin)
-    return _rotated(x, cos, sin) if made is None else made[0]
+    output = rows.rotate((x,), cos, sin)
+    return _rotated(x, cos, sin) if output is None else output[0]
 
 
 def rotate_both(
     q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, *, interleaved: bool = False
 ) -> tuple[Tensor, Tensor]:
     """Rotate queries (B, H, T, D) and keys (B, K, T, D) as `rotate` or `rotate_interleaved` do."""
-    made = rows.rotate((q, k), cos, sin, neighbours=interleaved)
-    if made is None:
+    output = rows.rotate((q, k), cos, sin, neighbours=interleaved)
+    if output is None:
         turn = rotate_interleaved if interleaved else _rotated
         return turn(q, cos, sin), turn(k, cos, sin)
-    return made[0], made[1]
+    return output[0], output[1]
 
 
 def _rotated(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:

@@ -50,8 +50,8 @@ def router_logits(x: Tensor, weight: Tensor) -> Tensor:
 
     Shapes: x (N, C), weight (E, C).
     """
-    made = kernels.router_logits(x, weight)
-    return F.linear(x.to(torch.float32), weight.to(torch.float32)) if made is None else made
+    output = kernels.router_logits(x, weight)
+    return F.linear(x.to(torch.float32), weight.to(torch.float32)) if output is None else output
 
 
 def softmax_routing(logits: Tensor, rules: RoutingRules) -> tuple[Tensor, Tensor]:
@@ -60,8 +60,8 @@ def softmax_routing(logits: Tensor, rules: RoutingRules) -> tuple[Tensor, Tensor
     With groups, only those count whose best expert is among the `kept_groups` best. Weights are
     the affinities, normalised to sum to one or else scaled, never both.
     """
-    made = kernels.choose(logits, softmax_rules(rules))
-    return _softmax_routing(logits, rules) if made is None else made
+    output = kernels.choose(logits, softmax_rules(rules))
+    return _softmax_routing(logits, rules) if output is None else output
 
 
 def softmax_rules(rules: RoutingRules) -> Rules:
@@ -92,8 +92,8 @@ def sigmoid_routing(logits: Tensor, bias: Tensor, rules: RoutingRules) -> tuple[
     The bias (E,) steers load alone. With groups, only those count whose two best experts sum to
     one of the `kept_groups` highest sums. Weights are normalised if asked, then scaled.
     """
-    made = kernels.choose(logits, sigmoid_rules(rules), bias)
-    return _sigmoid_routing(logits, bias, rules) if made is None else made
+    output = kernels.choose(logits, sigmoid_rules(rules), bias)
+    return _sigmoid_routing(logits, bias, rules) if output is None else output
 
 
 def sigmoid_rules(rules: RoutingRules) -> Rules:

@@ -86,8 +86,8 @@ def penalise_repetition(logits: Tensor, ids: Tensor, kept: Tensor | None, penalt
 
     Shapes: ids (B, T); kept (B, T) True where an id counts, None for all.
     """
-    made = kernels.penalise_repetition(logits, ids, kept, penalty)
-    return _penalise_repetition(logits, ids, kept, penalty) if made is None else made
+    output = kernels.penalise_repetition(logits, ids, kept, penalty)
+    return _penalise_repetition(logits, ids, kept, penalty) if output is None else output
 
 
 def _penalise_repetition(

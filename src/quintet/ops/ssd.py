@@ -97,12 +97,12 @@ def ssd(
     between = _between(decay)
     until = between[..., -1, :]
 
-    made = torch.einsum("bkgln,bkgrlp->bkgrpn", b, taken * until[..., None])
+    added = torch.einsum("bkgln,bkgrlp->bkgrpn", b, taken * until[..., None])
     if state is None:
-        state = torch.zeros_like(made[:, 0])
+        state = torch.zeros_like(added[:, 0])
     else:
         state = torch.unflatten(state.to(dt.dtype), 1, (G, -1))
-    starts, state = _passed_on(made, so_far[..., -1], state)
+    starts, state = _passed_on(added, so_far[..., -1], state)
     y = torch.einsum("bkgln,bkgrpn->bkgrlp", c, starts) * since[..., None]
 
     met = (c @ b.transpose(-1, -2))[:, :, :, None] * between  # (B, K, G, R, L, L)
@@ -137,22 +137,22 @@ def _is_any(size: object) -> bool:
     return isinstance(size, torch.SymInt)
 
 
-def _passed_on(made: Tensor, decay: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
+def _passed_on(added: Tensor, decay: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
     """Return the state that each chunk begins with (B, K, G, R, P, N), and the last one.
 
-    Shapes: made (B, K, G, R, P, N), what each chunk adds; decay (B, K, G, R), the logarithm of what
+    Shapes: added (B, K, G, R, P, N), what each chunk adds; decay (B, K, G, R), the logarithm of what
     it leaves of a state; state (B, G, R, P, N), before the first.
     """
     if recorded():
         # No loop over chunks, of which there may be another number.
-        added = torch.cat((state[:, None], made), dim=1)
+        added = torch.cat((state[:, None], added), dim=1)
         between = _between(F.pad(decay, (0, 0, 0, 0, 1, 0)).movedim(1, -1))  # (B, G, R, K+1, K+1)
         states = torch.einsum("bgrkj,bjgrpn->bkgrpn", between, added)
         return states[:, :-1], states[:, -1]
     starts, left = [], decay.exp()[..., None, None]
-    for k in range(made.shape[1]):
+    for k in range(added.shape[1]):
         starts.append(state)
-        state = torch.addcmul(made[:, k], state, left[:, k])
+        state = torch.addcmul(added[:, k], state, left[:, k])
     return torch.stack(starts, dim=1), state
 
 

@@ -165,8 +165,8 @@ def pipeline(
         )
     module, name, _ = TASKS[task]
     found = getattr(importlib.import_module(f"quintet.pipelines.{module}"), name)
-    made: Pipeline = found(loaded, tokenizer, **options)
-    return made
+    pipeline: Pipeline = found(loaded, tokenizer, **options)
+    return pipeline
 
 
 def _once(given: Mapping[str, Any], **named: Any) -> dict[str, Any]:

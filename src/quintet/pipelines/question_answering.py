@@ -51,7 +51,7 @@ class Options:
 
 
 @dataclass(frozen=True, slots=True)
-class Part:
+class ContextWindow:
     """A window of the context behind the question; `spans` is None outside of the context."""
 
     context: str
@@ -84,7 +84,7 @@ class QuestionAnsweringPipeline(Pipeline):
     ) -> Any:
         """Answer one question, a list, or a stream of them; see `Options`."""
         if inputs is None:
-            inputs = _asked(question, context)
+            inputs = _pairs(question, context)
         elif question is not None or context is not None:
             raise InputError("give inputs, or question and context, not both")
         return super().__call__(inputs, batch_size=batch_size, **options)
@@ -93,16 +93,16 @@ class QuestionAnsweringPipeline(Pipeline):
         """Tell whether this is one question."""
         return isinstance(inputs, Mapping)
 
-    def preprocess(self, item: Any, options: Options) -> Sequence[Part]:
+    def preprocess(self, item: Any, options: Options) -> Sequence[ContextWindow]:
         """Cut the context into windows, each behind the question."""
         question, context = _question_and_context(item)
         size = min(options.max_seq_len or LONGEST_WINDOW, self.longest)
         stride = options.doc_stride
         stride = min(size // 2, LONGEST_STRIDE) if stride is None else stride
-        asked = self.tokenizer(
+        tokens = self.tokenizer(
             question, truncation=True, max_length=options.max_question_len, add_special_tokens=False
         )
-        question = question[: asked.encodings[0].offsets[-1][1]] if asked.encodings else question
+        question = question[: tokens.encodings[0].offsets[-1][1]] if tokens.encodings else question
         encoded = self.tokenizer(
             question,
             context,
@@ -113,14 +113,14 @@ class QuestionAnsweringPipeline(Pipeline):
         )
         return [self._part(context, row, options) for row in encoded.encodings or []]
 
-    def forward(self, parts: list[Part], options: Options) -> list[tuple[Tensor, Tensor]]:
+    def forward(self, parts: list[ContextWindow], options: Options) -> list[tuple[Tensor, Tensor]]:
         """Return the logits of starts and of ends (T,) of each window."""
         output, lengths = self.run([part.ids for part in parts])
         starts = unpadded(output.start_logits, lengths)
         return list(zip(starts, unpadded(output.end_logits, lengths), strict=True))
 
     def postprocess(
-        self, parts: Sequence[Part], outputs: list[tuple[Tensor, Tensor]], options: Options
+        self, parts: Sequence[ContextWindow], outputs: list[tuple[Tensor, Tensor]], options: Options
     ) -> Any:
         """Return the best answers of all windows; the same words found twice add up."""
         scores: dict[tuple[int, int, str], float] = {}
@@ -150,7 +150,7 @@ class QuestionAnsweringPipeline(Pipeline):
         answers = answers[: options.top_k]
         return answers[0] if len(answers) == 1 else answers
 
-    def _part(self, context: str, row: Any, options: Options) -> Part:
+    def _part(self, context: str, row: Any, options: Options) -> ContextWindow:
         spans: list[tuple[int, int] | None] = []
         words: dict[int, tuple[int, int]] = {}
         columns = list(zip(row.sequence_ids, row.word_ids, row.offsets, strict=True))
@@ -165,10 +165,10 @@ class QuestionAnsweringPipeline(Pipeline):
                 spans.append(words[word])
             else:
                 spans.append(offset)
-        return Part(context, row.ids, spans)
+        return ContextWindow(context, row.ids, spans)
 
 
-def _asked(question: Any, context: Any) -> Any:
+def _pairs(question: Any, context: Any) -> Any:
     """Return what is asked by name as an input, or as several where there are lists."""
     if question is None or context is None:
         raise InputError('give a question and its context: pipe(question="…", context="…")')

@@ -91,7 +91,7 @@ class Options:
 
 
 @dataclass(frozen=True, slots=True)
-class Part:
+class Prompt:
     """A prompt: what was given, and its ids."""
 
     item: str | Chat
@@ -170,10 +170,10 @@ class TextGenerationPipeline(Pipeline):
         """Tell whether this is one text or one chat."""
         return isinstance(inputs, str) or _is_chat(inputs)
 
-    def preprocess(self, item: Any, options: Options) -> Sequence[Part]:
+    def preprocess(self, item: Any, options: Options) -> Sequence[Prompt]:
         """Return the ids of a prompt."""
         if isinstance(item, str):
-            part = Part(item, self._ids_of_text(item, options))
+            part = Prompt(item, self._ids_of_text(item, options))
         elif _is_chat(item):
             part = self._chat(item, options)
         else:
@@ -191,7 +191,7 @@ class TextGenerationPipeline(Pipeline):
             part = replace(part, ids=part.ids[-room:])
         return [part]
 
-    def forward(self, parts: list[Part], options: Options) -> list[Output]:
+    def forward(self, parts: list[Prompt], options: Options) -> list[Output]:
         """Return what was generated for each prompt."""
         if options.streamer is not None and len(parts) > 1:
             raise InputError(f"a streamer takes one input, not {len(parts)}")
@@ -230,7 +230,7 @@ class TextGenerationPipeline(Pipeline):
         ]
 
     def postprocess(
-        self, parts: Sequence[Part], outputs: list[Output], options: Options
+        self, parts: Sequence[Prompt], outputs: list[Output], options: Options
     ) -> list[dict[str, Any]]:
         """Return a text, a chat or ids for each sequence, and what else was asked for of it."""
         ((part, output),) = zip(parts, outputs, strict=True)
@@ -264,7 +264,7 @@ class TextGenerationPipeline(Pipeline):
             raise InputError("the text is empty; give at least one character to start from")
         return ids
 
-    def _chat(self, chat: Chat, options: Options) -> Part:
+    def _chat(self, chat: Chat, options: Options) -> Prompt:
         continues = options.continue_final_message
         if continues is None:
             # Two messages of the assistant after each other are nothing a model was trained on.
@@ -277,7 +277,7 @@ class TextGenerationPipeline(Pipeline):
             continue_final_message=continues,
             **{**self._encode_options(options), **options.tokenizer_encode_kwargs},
         )
-        return Part(chat, ids, continues)
+        return Prompt(chat, ids, continues)
 
     def _encode_options(self, options: Options) -> dict[str, Any]:
         if not options.truncation:
@@ -312,7 +312,7 @@ def _is_chat(item: Any) -> bool:
     return is_list and bool(item) and all(isinstance(m, Mapping) and "role" in m for m in item)
 
 
-def _joined(part: Part, answer: str, full: bool) -> str | list[Message]:
+def _joined(part: Prompt, answer: str, full: bool) -> str | list[Message]:
     if not full:
         return answer
     if isinstance(part.item, str):

@@ -80,7 +80,7 @@ class Entity:
 
 
 @dataclass(frozen=True, slots=True)
-class Part:
+class TextWindow:
     """A window of a text; `places` holds None for tokens that the tokenizer added."""
 
     text: str
@@ -105,7 +105,7 @@ class TokenClassificationPipeline(Pipeline):
             return all(isinstance(word, str) for word in inputs)
         return isinstance(inputs, str)
 
-    def preprocess(self, item: Any, options: Options) -> Sequence[Part]:
+    def preprocess(self, item: Any, options: Options) -> Sequence[TextWindow]:
         """Cut a text into windows, mostly one."""
         longest = self.longest
         if options.stride is not None and not 0 <= options.stride < longest:
@@ -132,7 +132,7 @@ class TokenClassificationPipeline(Pipeline):
                 None if sequence is None else _moved(offset, starts[word or 0] if starts else 0)
                 for sequence, word, offset in columns
             ]
-            parts.append(Part(text, row.ids, places))
+            parts.append(TextWindow(text, row.ids, places))
         if options.stride is None and len(parts) > 1:
             warnings.warn(
                 f"the text is longer than {longest} tokens and only these are classified; pass "
@@ -142,13 +142,13 @@ class TokenClassificationPipeline(Pipeline):
             return parts[:1]
         return parts
 
-    def forward(self, parts: list[Part], options: Options) -> list[Tensor]:
+    def forward(self, parts: list[TextWindow], options: Options) -> list[Tensor]:
         """Return the probabilities (T, num_labels) of each window."""
         output, lengths = self.run([part.ids for part in parts], use_cache=False)
         return [torch.softmax(row, dim=-1) for row in unpadded(output.logits, lengths)]
 
     def postprocess(
-        self, parts: Sequence[Part], outputs: list[Tensor], options: Options
+        self, parts: Sequence[TextWindow], outputs: list[Tensor], options: Options
     ) -> list[dict[str, Any]]:
         """Put tokens together, and leave out what is not wanted."""
         found = []
@@ -166,7 +166,7 @@ class TokenClassificationPipeline(Pipeline):
         found = [one for one in found if one[key] not in options.ignore_labels]
         return _without_overlaps(found) if len(parts) > 1 else found
 
-    def _tokens(self, part: Part, scores: Tensor) -> Iterator[Token]:
+    def _tokens(self, part: TextWindow, scores: Tensor) -> Iterator[Token]:
         text = part.text
         for index, (token, place) in enumerate(zip(part.ids, part.places, strict=True)):
             if place is None:

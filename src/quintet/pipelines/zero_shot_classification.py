@@ -55,7 +55,7 @@ class Options:
 
 
 @dataclass(frozen=True, slots=True)
-class Part:
+class Hypothesis:
     """A text with one label's hypothesis."""
 
     text: str
@@ -117,21 +117,23 @@ class ZeroShotClassificationPipeline(Pipeline):
         """Tell whether this is one text."""
         return isinstance(inputs, str)
 
-    def preprocess(self, item: Any, options: Options) -> Sequence[Part]:
+    def preprocess(self, item: Any, options: Options) -> Sequence[Hypothesis]:
         """Return a part for each label."""
         if not isinstance(item, str) or not item:
             raise InputError(f"{item!r} is no text; give a string that is not empty")
         return [
-            Part(item, label, self._ids(item, options.hypothesis_template.format(label)))
+            Hypothesis(item, label, self._ids(item, options.hypothesis_template.format(label)))
             for label in options.labels
         ]
 
-    def forward(self, parts: list[Part], options: Options) -> list[Tensor]:
+    def forward(self, parts: list[Hypothesis], options: Options) -> list[Tensor]:
         """Return the logits of each text with its hypothesis."""
         output, _ = self.run([part.ids for part in parts], use_cache=False)
         return list(output.logits.float().cpu())
 
-    def postprocess(self, parts: Sequence[Part], outputs: list[Tensor], options: Options) -> Any:
+    def postprocess(
+        self, parts: Sequence[Hypothesis], outputs: list[Tensor], options: Options
+    ) -> Any:
         """Compare the labels with each other, or each with its contradiction."""
         logits = torch.stack(outputs)
         if options.multi_label or len(parts) == 1:

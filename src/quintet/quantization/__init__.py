@@ -15,7 +15,7 @@ from quintet.quantization.modules import (
     QuantizedExperts,
     QuantizedLinear,
 )
-from quintet.quantization.request import Request, requested
+from quintet.quantization.request import QuantizationRequest, resolve_quantization
 from quintet.quantization.stored import Stored, packed, read, stored
 from quintet.quantization.torchao import TorchAoConfig
 
@@ -26,11 +26,11 @@ __all__ = [
     "Int4Config",
     "Int8Config",
     "QuantizationConfig",
+    "QuantizationRequest",
     "Quantized",
     "QuantizedEmbedding",
     "QuantizedExperts",
     "QuantizedLinear",
-    "Request",
     "Scheme",
     "Slot",
     "Stored",
@@ -40,7 +40,7 @@ __all__ = [
     "freeze",
     "packed",
     "read",
-    "requested",
+    "resolve_quantization",
     "stored",
     "tie",
 ]

@@ -126,12 +126,12 @@ def apply(
     replaced: dict[nn.Module, Quantized] = {}
     slots: dict[str, Slot] = {}
     for path, module in list(model.named_modules()):
-        made: Quantized | None = None
+        replacement: Quantized | None = None
         if is_named(path, keep):
             continue
         if module is embedding:
             if shares and scheme.head is not None and isinstance(module, nn.Embedding):
-                made = QuantizedEmbedding(
+                replacement = QuantizedEmbedding(
                     module.num_embeddings,
                     module.embedding_dim,
                     padding_idx=module.padding_idx,
@@ -145,7 +145,7 @@ def apply(
                 if scheme.head is None or (tied and not shares):
                     continue
                 chosen = scheme.head
-            made = QuantizedLinear(
+            replacement = QuantizedLinear(
                 module.in_features,
                 module.out_features,
                 bias=module.bias,
@@ -154,14 +154,14 @@ def apply(
                 device=module.weight.device,
             )
         elif isinstance(module, Experts):
-            made = experts_like(module, scheme.weights, scheme.compute_dtype)
-        if made is not None:
-            replaced[module] = made.train(module.training)
+            replacement = experts_like(module, scheme.weights, scheme.compute_dtype)
+        if replacement is not None:
+            replaced[module] = replacement.train(module.training)
     # A module that several share has several names, and any may be the one it is saved under.
     for path, module in model.named_modules(remove_duplicate=False):
         if module in replaced:
-            made = replaced[module]
-            slots |= {f"{path}.{name}": Slot(made, name) for name in made.matrices}
+            replacement = replaced[module]
+            slots |= {f"{path}.{name}": Slot(replacement, name) for name in replacement.matrices}
     for parent in list(model.modules()):
         for name, child in parent._modules.items():
             if child in replaced:

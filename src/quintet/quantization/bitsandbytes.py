@@ -22,7 +22,7 @@ from quintet.ops.codebook import (
     nest,
     quantize_codes,
 )
-from quintet.quantization.formats import Int8Format, Part, Parts, Shape, WeightFormat
+from quintet.quantization.formats import Int8Format, Parts, Shape, TensorSpec, WeightFormat
 
 __all__ = ["CodesFormat", "RowwiseFormat"]
 
@@ -73,17 +73,17 @@ class CodesFormat(WeightFormat):
     nested: bool = False
     block: int = 64
 
-    def parts(self, shape: Shape) -> dict[str, Part]:
+    def parts(self, shape: Shape) -> dict[str, TensorSpec]:
         """Return what a matrix of `shape` is held as."""
         n = math.prod(shape)
         blocks = math.ceil(n / self.block)
-        codes = {"": Part((math.ceil(n / 2), 1), torch.uint8)}
+        codes = {"": TensorSpec((math.ceil(n / 2), 1), torch.uint8)}
         if not self.nested:
-            return codes | {"_absmax": Part((blocks,), torch.float32)}
+            return codes | {"_absmax": TensorSpec((blocks,), torch.float32)}
         return codes | {
-            "_absmax": Part((blocks,), torch.uint8),
-            "_nested_absmax": Part((math.ceil(blocks / NESTED_BLOCK),), torch.float32),
-            "_nested_offset": Part((1,), torch.float32),
+            "_absmax": TensorSpec((blocks,), torch.uint8),
+            "_nested_absmax": TensorSpec((math.ceil(blocks / NESTED_BLOCK),), torch.float32),
+            "_nested_offset": TensorSpec((1,), torch.float32),
         }
 
     def encode(self, weight: Tensor) -> dict[str, Tensor]:

@@ -30,14 +30,14 @@ from quintet.ops.quantized import (
     quantized_linears,
 )
 
-__all__ = ["FP8Format", "Int4Format", "Int8Format", "Part", "Parts", "WeightFormat"]
+__all__ = ["FP8Format", "Int4Format", "Int8Format", "Parts", "TensorSpec", "WeightFormat"]
 
 Shape = tuple[int, ...]
 Parts = Mapping[str, Tensor]
 
 
 @dataclass(frozen=True, slots=True)
-class Part:
+class TensorSpec:
     """Shape and dtype of one tensor of a format."""
 
     shape: Shape
@@ -51,7 +51,7 @@ class WeightFormat(ABC):
     name: ClassVar[str]
 
     @abstractmethod
-    def parts(self, shape: Shape) -> dict[str, Part]:
+    def parts(self, shape: Shape) -> dict[str, TensorSpec]:
         """Return what a matrix of `shape` is held as; the part "" carries most of its bytes."""
 
     @abstractmethod
@@ -134,9 +134,9 @@ class Int8Format(_Integers):
 
     name = "int8"
 
-    def parts(self, shape: Shape) -> dict[str, Part]:
+    def parts(self, shape: Shape) -> dict[str, TensorSpec]:
         """Return what a matrix of `shape` is held as."""
-        return {"": Part(shape, torch.int8), "_scale": Part(shape[:-1], torch.float32)}
+        return {"": TensorSpec(shape, torch.int8), "_scale": TensorSpec(shape[:-1], torch.float32)}
 
     def encode(self, weight: Tensor) -> dict[str, Tensor]:
         """Split a matrix of numbers into parts."""
@@ -158,10 +158,10 @@ class Int4Format(_Integers):
 
     name = "int4"
 
-    def parts(self, shape: Shape) -> dict[str, Part]:
+    def parts(self, shape: Shape) -> dict[str, TensorSpec]:
         """Return what a matrix of `shape` is held as."""
         packed, scale = int4_shapes(shape)
-        return {"": Part(packed, torch.uint8), "_scale": Part(scale, torch.bfloat16)}
+        return {"": TensorSpec(packed, torch.uint8), "_scale": TensorSpec(scale, torch.bfloat16)}
 
     def encode(self, weight: Tensor) -> dict[str, Tensor]:
         """Split a matrix of numbers into parts."""
@@ -190,12 +190,12 @@ class FP8Format(WeightFormat):
     block: tuple[int, int] = FP8_BLOCK
     powers: bool = False
 
-    def parts(self, shape: Shape) -> dict[str, Part]:
+    def parts(self, shape: Shape) -> dict[str, TensorSpec]:
         """Return what a matrix of `shape` is held as."""
         scales = fp8_scale_shape(shape, self.block)
         return {
-            "": Part(shape, torch.float8_e4m3fn),
-            "_scale_inv": Part(scales, torch.float32),
+            "": TensorSpec(shape, torch.float8_e4m3fn),
+            "_scale_inv": TensorSpec(scales, torch.float32),
         }
 
     def encode(self, weight: Tensor) -> dict[str, Tensor]:

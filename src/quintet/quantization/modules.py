@@ -14,7 +14,7 @@ from quintet.layers.linear import LinearMap
 from quintet.layers.moe import Experts, ExpertStack
 from quintet.ops.activations import Activation
 from quintet.ops.moe import each_hit_expert, gated
-from quintet.quantization.formats import Part, Parts, Shape, WeightFormat
+from quintet.quantization.formats import Parts, Shape, TensorSpec, WeightFormat
 
 __all__ = ["Quantized", "QuantizedEmbedding", "QuantizedExperts", "QuantizedLinear"]
 
@@ -124,7 +124,7 @@ class Quantized(nn.Module):
         return self
 
 
-def _stacked(part: Part, stack: Shape) -> Shape:
+def _stacked(part: TensorSpec, stack: Shape) -> Shape:
     if not stack:
         return part.shape
     E, P = stack
@@ -171,8 +171,8 @@ class QuantizedLinear(Quantized, LinearMap):
         for m in maps:
             refuse_training(m, x)
         wide = x if compute_dtype is None else x.to(compute_dtype)
-        made = weight_format.linears(wide, [m.operands(wide.dtype) for m in maps])
-        return tuple(y.to(x.dtype) for y in made)
+        output = weight_format.linears(wide, [m.operands(wide.dtype) for m in maps])
+        return tuple(y.to(x.dtype) for y in output)
 
     def operands(self, dtype: torch.dtype) -> tuple[Parts, Shape, Tensor | None]:
         """Return the matrix, its shape and the bias in a dtype."""
@@ -214,8 +214,8 @@ class QuantizedEmbedding(Quantized):
         """Map ids (B, T) to (B, T, C)."""
         rows = {suffix: part[ids.reshape(-1)] for suffix, part in self.parts("weight").items()}
         shape = (ids.numel(), self.embedding_dim)
-        made = self.format.decode(rows, shape, self.dtype)
-        return made.view(*ids.shape, self.embedding_dim)
+        output = self.format.decode(rows, shape, self.dtype)
+        return output.view(*ids.shape, self.embedding_dim)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         # model.to(bfloat16) changes what is returned, as it does for embeddings of numbers.
@@ -253,9 +253,9 @@ class QuantizedExperts(Quantized, ExpertStack):
         """Map tokens (N, C) through the experts `indices` (N, A), summed by `weights` (N, A)."""
         refuse_training(self, x)
         wide = x if self.compute_dtype is None else x.to(self.compute_dtype)
-        made = self._in_one_pass(wide, indices, weights)
-        if made is not None:
-            return made.to(x.dtype)
+        output = self._in_one_pass(wide, indices, weights)
+        if output is not None:
+            return output.to(x.dtype)
         return each_hit_expert(wide, indices, weights, self.num_experts, self._run).to(x.dtype)
 
     def _in_one_pass(self, x: Tensor, indices: Tensor, weights: Tensor) -> Tensor | None:
@@ -275,8 +275,8 @@ class QuantizedExperts(Quantized, ExpertStack):
         return gate, up, down
 
     def _run(self, expert: int, rows: Tensor) -> Tensor:
-        made = gated(self._map("gate_up_proj", expert, rows), self.act_fn)
-        return self._map("down_proj", expert, made)
+        output = gated(self._map("gate_up_proj", expert, rows), self.act_fn)
+        return self._map("down_proj", expert, output)
 
     def _map(self, name: str, expert: int, x: Tensor) -> Tensor:
         (rows, columns), (_, P) = self.matrices[name]

@@ -18,7 +18,7 @@ from quintet.quantization.config import (
 )
 from quintet.quantization.torchao import TorchAoConfig
 
-__all__ = ["SHORT", "Request", "requested"]
+__all__ = ["SHORT", "QuantizationRequest", "resolve_quantization"]
 
 # The least CUDA capability with a product of FP8 matrices.
 FP8_CAPABILITY = (8, 9)
@@ -35,7 +35,7 @@ SHORT: Mapping[str, QuantizationConfig | None] = MappingProxyType(
 
 
 @dataclass(frozen=True, slots=True)
-class Request:
+class QuantizationRequest:
     """How the files hold a model, and how it is to be held.
 
     Attributes:
@@ -52,7 +52,9 @@ class Request:
         return None if self.target is None else self.target.scheme()
 
 
-def requested(held: Any, quantize: str | None, asked: Any, device: torch.device) -> Request:
+def resolve_quantization(
+    held: Any, quantize: str | None, config: Any, device: torch.device
+) -> QuantizationRequest:
     """Settle what `quantize`, `quantization_config` and the files' own configuration come to.
 
     Without a wish, a model stays what its files are; FP8 only where the device multiplies it, and
@@ -64,7 +66,7 @@ def requested(held: Any, quantize: str | None, asked: Any, device: torch.device)
         UnsupportedModelError: a method that is not here.
     """
     source = read(held) if held else None
-    if quantize is not None and asked is not None:
+    if quantize is not None and config is not None:
         raise InputError(
             f"quantize={quantize!r} and quantization_config are one option; give one of them"
         )
@@ -73,15 +75,15 @@ def requested(held: Any, quantize: str | None, asked: Any, device: torch.device)
             raise InputError(
                 f"quantize={shown(quantize)} has to be one of {', '.join(SHORT)}, or None"
             )
-        return Request(source, SHORT[quantize])
-    target = source if asked is None else read(asked)
-    if asked is None and isinstance(source, FineGrainedFP8Config) and not multiplies_fp8(device):
+        return QuantizationRequest(source, SHORT[quantize])
+    target = source if config is None else read(config)
+    if config is None and isinstance(source, FineGrainedFP8Config) and not multiplies_fp8(device):
         target = None
     if isinstance(target, TorchAoConfig):
         target = target.ours()
     if target is not None and target.scheme() is None:
         target = None
-    return Request(source, target)
+    return QuantizationRequest(source, target)
 
 
 def multiplies_fp8(device: torch.device) -> bool:

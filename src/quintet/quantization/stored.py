@@ -1,25 +1,17 @@
 """Matrices between a checkpoint's files and a model: what a file holds them as, and back."""
 
-from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Container, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Protocol
 
 import torch
 from torch import Tensor, nn
 
-from quintet.checkpoint import StackExperts, TensorInfo, pieces
+from quintet.checkpoint import StackExperts, TensorInfo, Weights, pieces
 from quintet.quantization.apply import Encoded, part_state
 from quintet.quantization.config import QuantizationConfig
 from quintet.quantization.formats import Shape, WeightFormat
 
 __all__ = ["Stored", "packed", "stored"]
-
-
-class Source(Protocol):
-    """What tensors are read from."""
-
-    def read(self, names: Iterable[str]) -> Iterator[tuple[str, Tensor]]:
-        """Read tensors, each once."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,7 +51,7 @@ def stored(
     return result
 
 
-def read(source: Source, wanted: Mapping[str, Stored]) -> Iterator[tuple[str, Tensor | Encoded]]:
+def read(weights: Weights, wanted: Mapping[str, Stored]) -> Iterator[tuple[str, Tensor | Encoded]]:
     """Read tensors, those that are quantised with all that belongs to them.
 
     Scales are taken first, as views of the mapped files, so that no weight has to wait for its own.
@@ -71,11 +63,11 @@ def read(source: Source, wanted: Mapping[str, Stored]) -> Iterator[tuple[str, Te
         if key
     }
     found: dict[str, dict[str, Tensor]] = {}
-    for file, tensor in source.read(beside) if beside else ():
+    for file, tensor in weights.read(beside) if beside else ():
         name, key = beside[file]
         found.setdefault(name, {})[key] = tensor
     carried = {one.files[""][0]: name for name, one in wanted.items()}
-    for file, tensor in source.read(carried):
+    for file, tensor in weights.read(carried):
         name = carried[file]
         one = wanted[name]
         if one.format is None:

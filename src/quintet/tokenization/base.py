@@ -381,11 +381,11 @@ def _from_sentencepiece(
     it otherwise.
     """
     assert files.sentencepiece is not None
-    asked = options.get("add_prefix_space")
-    prefix = files.settings.get("add_prefix_space") if asked is None else asked
+    given = options.get("add_prefix_space")
+    prefix = files.settings.get("add_prefix_space") if given is None else given
     backend = read_sentencepiece(files.sentencepiece, add_prefix_space=prefix)
-    if asked is not None:
-        files.settings["add_prefix_space"] = asked
+    if given is not None:
+        files.settings["add_prefix_space"] = given
     options = {**options, "add_prefix_space": None}
     usual = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
     for role, text in usual.items():

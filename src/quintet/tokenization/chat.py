@@ -221,16 +221,16 @@ def _conversations(conversation: Any) -> tuple[bool, list[list[dict[str, Any]]]]
     return False, [plain_messages(conversation, "conversation")]
 
 
-def _continued_field(asked: bool | str, template: str) -> str:
+def _continued_field(field: bool | str, template: str) -> str:
     """Return the name of the field to go on with, or "" for none."""
-    if not isinstance(asked, str):
-        return "content" if asked else ""
-    if not asked or asked not in template:
+    if not isinstance(field, str):
+        return "content" if field else ""
+    if not field or field not in template:
         raise ChatTemplateError(
-            f"continue_final_message={asked!r} has to be True or a field of messages that the "
+            f"continue_final_message={field!r} has to be True or a field of messages that the "
             "chat template writes, and it has no such field"
         )
-    return asked
+    return field
 
 
 def _refuse_without_ids(**options: Any) -> None:

@@ -33,17 +33,17 @@ class _Meter(jinja2.visitor.NodeTransformer):
 
     def visit_List(self, node: nodes.List) -> nodes.Node:  # noqa: N802
         self.generic_visit(node)
-        return _ask("made", node)
+        return _ask("literal", node)
 
     def visit_Tuple(self, node: nodes.Tuple) -> nodes.Node:  # noqa: N802
         self.generic_visit(node)
-        return _ask("made", node) if node.ctx == "load" else node
+        return _ask("literal", node) if node.ctx == "load" else node
 
     def visit_Dict(self, node: nodes.Dict) -> nodes.Node:  # noqa: N802
         self.generic_visit(node)
         for pair in node.items:
             pair.key = _compared(pair.key)
-        return _ask("made", node)
+        return _ask("literal", node)
 
     def visit_Compare(self, node: nodes.Compare) -> nodes.Node:  # noqa: N802
         self.generic_visit(node)

@@ -177,7 +177,7 @@ class _Sandbox(MeteredEnvironment):
         self.budget.take(1, len(text))
         return text
 
-    def made(self, value: Any) -> Any:
+    def literal(self, value: Any) -> Any:
         """Count a list, tuple or dict that the template writes down."""
         a_place = 2 * ITEM if isinstance(value, dict) else POINTER
         self.budget.take(1, ITEM + a_place * len(value))

@@ -35,15 +35,15 @@ class ChatTemplates:
         """What was compiled is made again: a tokenizer that was used is the one that was not."""
         return {"source": self.source, "_compiled": {}}
 
-    def choose(self, asked: str | None, *, has_tools: bool) -> str:
+    def choose(self, requested: str | None, *, has_tools: bool) -> str:
         """Return the template asked for, by name or itself, or else the one that fits.
 
         Raises:
             ChatTemplateError: there is none.
         """
         if isinstance(self.source, dict):
-            if asked is not None:
-                return self.source.get(asked, asked)
+            if requested is not None:
+                return self.source.get(requested, requested)
             if has_tools and "tool_use" in self.source:
                 return self.source["tool_use"]
             if "default" in self.source:
@@ -52,7 +52,7 @@ class ChatTemplates:
                 "none of the chat templates is the default; pass chat_template=, one of "
                 f"{', '.join(sorted(self.source))}"
             )
-        template = self.source if asked is None else asked
+        template = self.source if requested is None else requested
         if template is None:
             raise ChatTemplateError(
                 "this tokenizer has no chat template, as a base model's has none; set "

@@ -6,10 +6,10 @@ import pytest
 import torch
 
 from quintet import AutoConfig, AutoModelForCausalLM
-from quintet.benchmark.geometries import GEOMETRIES, geometry
-from quintet.benchmark.measuring import Spread, decode, prefill
-from quintet.benchmark.synthetic import filled_cache, random_ids, random_model
 from quintet.errors import InputError
+from quintet.measurement.geometries import GEOMETRIES, geometry
+from quintet.measurement.synthetic import filled_cache, random_ids, random_model
+from quintet.measurement.timing import Spread, time_prompt, time_steps
 
 from .test_floors import DENSE, HYBRID, LATENT, MIXED, model_of
 
@@ -86,18 +86,18 @@ def test_steps_run_behind_the_depth(monkeypatch: Any) -> None:
         seen.append((*arguments[0].shape, options["past_key_values"].get_seq_length()))
 
     handle = model.register_forward_hook(note, with_kwargs=True)
-    assert decode(model, 2, 30, steps=3) > 0
+    assert time_steps(model, 2, 30, steps=3) > 0
     # One that fills, one that does not count, three that do.
     assert seen == [(2, 1, 1), (2, 1, 31), (2, 1, 32), (2, 1, 33), (2, 1, 34)]
     handle.remove()
-    assert prefill(model, 2, 30) > 0
+    assert time_prompt(model, 2, 30) > 0
 
 
 def test_a_step_that_takes_long_is_the_last() -> None:
     model = model_of("qwen2", DENSE)
     calls: list[int] = []
     model.register_forward_hook(lambda *_: calls.append(1))
-    assert decode(model, 1, 5, steps=50, limit=0.0) > 0
+    assert time_steps(model, 1, 5, steps=50, limit=0.0) > 0
     assert len(calls) == 3
 
 

@@ -8,11 +8,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from quintet.benchmark.synthetic import filled_cache, random_ids
 from quintet.cache import Cache
+from quintet.measurement.synthetic import filled_cache, random_ids
 from quintet.modeling.heads import CausalLMHead
 
-__all__ = ["Spread", "decode", "prefill"]
+__all__ = ["Spread", "time_prompt", "time_steps"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,10 +43,10 @@ class Spread:
 
 
 @torch.no_grad()
-def prefill(
+def time_prompt(
     model: CausalLMHead, batch: int, tokens: int, seed: int = 0, cache: Cache | None = None
 ) -> float:
-    """Return the seconds from a prompt of random ids to the next token of each row.
+    """Time a prompt of random ids (batch, tokens), up to the next token of each row, in seconds.
 
     Args:
         cache: an empty one, which the prompt fills; by default of the kind that the model grows.
@@ -59,7 +59,7 @@ def prefill(
 
 
 @torch.no_grad()
-def decode(
+def time_steps(
     model: CausalLMHead,
     batch: int,
     depth: int,
@@ -68,7 +68,7 @@ def decode(
     limit: float = 60.0,
     cache: Cache | None = None,
 ) -> float:
-    """Return the mean seconds of a step, of `steps` behind a context of `depth` tokens.
+    """Time `steps` behind a context of `depth` tokens: the mean seconds of one.
 
     Steps as `generate()` takes them: the weights do not change in between. Begins with a step that
     does not count; ends early after `limit` seconds.
@@ -78,7 +78,7 @@ def decode(
     """
     cache = filled_cache(model, batch, depth, cache)
     ids = random_ids(model.config.vocab_size, batch, steps + 1, seed).to(model.device)
-    started, made = 0.0, 0
+    started, steps_taken = 0.0, 0
     with model.layers_kept(cache):
         for column in torch.split(ids, 1, dim=1):
             output = model(column, past_key_values=cache, use_cache=True, logits_to_keep=1)
@@ -86,10 +86,10 @@ def decode(
             if not started:
                 started = time.perf_counter()
                 continue
-            made += 1
+            steps_taken += 1
             if time.perf_counter() - started > limit:
                 break
-    return (time.perf_counter() - started) / made
+    return (time.perf_counter() - started) / steps_taken
 
 
 def _next(logits: Tensor) -> list[int]:

@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from quintet import AutoConfig
-from quintet.benchmark.floors import StepBytes, prompt_flops, step_bytes
-from quintet.benchmark.synthetic import filled_cache, random_model
+from quintet.measurement.floors import StepBytes, prompt_flops, step_bytes
+from quintet.measurement.synthetic import filled_cache, random_model
 
 DENSE = {
     "vocab_size": 100,
