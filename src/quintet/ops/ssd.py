@@ -140,8 +140,8 @@ def _is_any(size: object) -> bool:
 def _passed_on(added: Tensor, decay: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
     """Return the state that each chunk begins with (B, K, G, R, P, N), and the last one.
 
-    Shapes: added (B, K, G, R, P, N), what each chunk adds; decay (B, K, G, R), the logarithm of what
-    it leaves of a state; state (B, G, R, P, N), before the first.
+    Shapes: added (B, K, G, R, P, N), by each chunk; decay (B, K, G, R), the logarithm of what it
+    leaves of a state; state (B, G, R, P, N), before the first.
     """
     if recorded():
         # No loop over chunks, of which there may be another number.
