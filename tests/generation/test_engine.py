@@ -43,6 +43,8 @@ def prompt_of(length: int, seed: int) -> Tensor:
 def drawn_options(dice: random.Random) -> dict[str, Any]:
     names = dice.sample(sorted(CHOICES), dice.randint(0, 4))
     options = {name: dice.choice(CHOICES[name]) for name in names}
+    if dice.random() < 0.3 and "watermarking_config" not in options:
+        options["prompt_lookup_num_tokens"] = dice.choice((1, 3))
     return {"do_sample": dice.random() < 0.6, "max_new_tokens": dice.randint(3, 9), **options}
 
 
@@ -238,7 +240,7 @@ def test_what_is_no_affair_of_one_sequence_is_refused_by_its_name() -> None:
     for name, value in {
         "num_beams": 2,
         "use_cache": False,
-        "prompt_lookup_num_tokens": 2,
+        "use_mtp": True,
         "cache_implementation": "static",
         "return_dict_in_generate": True,
         "prefill_chunk_size": 4,

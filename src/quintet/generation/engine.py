@@ -18,6 +18,12 @@ from quintet.generation.prompt import read_prompt
 from quintet.generation.rows import Cached, Piece, Rows
 from quintet.generation.sampler import Sampler, row_generators
 from quintet.generation.sequence import Sequence
+from quintet.generation.speculative.drafting import Drafting
+from quintet.generation.speculative.factory import (
+    check_drafting,
+    make_drafter,
+    make_schedule,
+)
 from quintet.generation.stopping import Criterion
 from quintet.generation.streamers import Streamer
 from quintet.generation.text import Text
@@ -30,7 +36,6 @@ _OF_A_CALL: abc.Mapping[str, tuple[object, ...]] = {
     "num_beams": (None, 1),
     "num_return_sequences": (None, 1),
     "use_mtp": (None, False),
-    "prompt_lookup_num_tokens": (None,),
     "guidance_scale": (None, 1),
     "token_healing": (None, False),
     "use_cache": (None, True),
@@ -154,7 +159,13 @@ class Engine:
             generators=row_generators(generator, 1, 1, device),
         )
         stopping = plan.stopping(config, criteria, tokenizer, device)
-        return Sequence(prompt.ids[0].tolist(), sampler, stopping, room, streamer)
+        drafting = None
+        if check_drafting(
+            self.model, config, None, tokenizer, None, rows=1, padded=False, has_ids=True
+        ):
+            drafter = make_drafter(self.model, config, None, None, size)
+            drafting = Drafting(drafter, make_schedule(self.model, config, None))
+        return Sequence(prompt.ids[0].tolist(), sampler, stopping, room, streamer, drafting)
 
     # -- coming and going --------------------------------------------------------------------
 
@@ -221,7 +232,7 @@ class Engine:
                 "sequence once, and a piece of at least one token"
             )
         going = [(one, row) for one, row in zip(sequences, rows, strict=True) if not one.finished]
-        pieces = [_piece(one, row, piece) for one, row in going]
+        pieces = [_next_piece(one, row, piece) for one, row in going]
         if not pieces:
             return [[] for _ in sequences]
         try:
@@ -229,23 +240,35 @@ class Engine:
         except BaseException:
             self._take_back([one for one, _ in going])
             raise
-        ready = []
+        before = {one: len(one.ids) for one, _ in going}
         for (sequence, _), ran in zip(going, pieces, strict=True):
             sequence.computed += len(ran.ids)
-            if ran.keep:
-                ready.append(sequence)
-        before = {one: len(one.ids) for one in ready}
-        self._choose(ready, logits)
-        return [one.ids[before[one] :] if one in before else [] for one in sequences]
+        self._choose([one for one, _ in going], pieces, logits)
+        return [one.ids[before.get(one, len(one.ids)) :] for one in sequences]
 
-    def _choose(self, ready: list[Sequence], logits: Tensor) -> None:
-        """Give each sequence the token that is chosen from its logits, (N, V)."""
-        samplers = tuple(sequence.sampler for sequence in ready)
+    def _choose(self, going: list[Sequence], pieces: list[Piece], logits: Tensor) -> None:
+        """Give each sequence its tokens, of logits (N, V) as pieces kept them."""
+        single: list[Sequence] = []
+        places: list[int] = []
+        place = 0
+        for sequence, piece in zip(going, pieces, strict=True):
+            own, place = place, place + piece.keep
+            if piece.keep and sequence.drafting is None:
+                single.append(sequence)
+                places.append(own)
+            elif piece.keep:
+                sequence.take_checked(logits[own:place])
+                if sequence.computed >= len(sequence.ids):
+                    # Some of what was drafted does not hold.
+                    sequence.computed = self._rows.rewind(piece.row, len(sequence.ids) - 1)
+        if len(places) < len(logits):
+            logits = logits[places]
+        samplers = tuple(sequence.sampler for sequence in single)
         if samplers != self._choosing.samplers:
             self._choosing = Choosing(samplers)
-        steps = [len(one.ids) - one.prompt_length + 1 for one in ready]
-        chosen = self._choosing.choose(lambda row: ready[row].text, logits, steps)
-        for sequence, token in zip(ready, chosen, strict=True):
+        steps = [len(one.ids) - one.prompt_length + 1 for one in single]
+        chosen = self._choosing.choose(lambda row: single[row].text, logits, steps)
+        for sequence, token in zip(single, chosen, strict=True):
             if isinstance(token, Exception):
                 sequence.fail(token)
             else:
@@ -254,9 +277,7 @@ class Engine:
     def _take_back(self, sequences: list[Sequence]) -> None:
         """Bring rows back to what their sequences say, after a forward that failed."""
         for sequence in sequences:
-            # Half of a forward may be in them: the next step runs over the text again.
-            self._rows.clear(self._placed[sequence])
-            sequence.computed = 0
+            sequence.computed = self._rows.rewind(self._placed[sequence], sequence.computed)
 
     def _row(self, sequence: Sequence) -> int:
         row = self._placed.get(sequence)
@@ -265,11 +286,14 @@ class Engine:
         return row
 
 
-def _piece(sequence: Sequence, row: int, most: int | None) -> Piece:
+def _next_piece(sequence: Sequence, row: int, most: int | None) -> Piece:
     count = sequence.waiting if most is None else min(sequence.waiting, most)
     end = sequence.computed + count
-    keep = 1 if end == len(sequence.ids) else 0
-    return Piece(row, sequence.ids[sequence.computed : end], keep)
+    ids = sequence.ids[sequence.computed : end]
+    if end < len(sequence.ids):
+        return Piece(row, ids, 0)
+    draft = sequence.draft()
+    return Piece(row, ids + draft, len(draft) + 1)
 
 
 def _row(inputs: Tensor | abc.Sequence[int]) -> Tensor:

@@ -79,9 +79,14 @@ class Rows:
         del self._caches[row]
         self._free.append(row)
 
-    def clear(self, row: int) -> None:
-        """Forget what a row holds."""
-        self._caches[row].reset()
+    def rewind(self, row: int, length: int) -> int:
+        """Take a row back to a length, or to the nearest one before that it can go back to."""
+        cache = self._caches[row]
+        if length and not cache.states:
+            cache.crop(length)
+            return length
+        cache.reset()
+        return 0
 
     @property
     def nbytes(self) -> int:

@@ -1,12 +1,17 @@
 """A text under way: what it is so far, how its tokens are chosen, what ends it and who reads it."""
 
+import math
+
 import torch
+from torch import Tensor
 
 from quintet.errors import InputError
 from quintet.generation.sampler import Sampler
+from quintet.generation.speculative.drafting import Drafting
 from quintet.generation.stopping import Stopping
 from quintet.generation.streamers import Streamer
 from quintet.generation.text import Text
+from quintet.ops.sampling import NothingLeftError
 
 __all__ = ["Sequence"]
 
@@ -23,6 +28,7 @@ class Sequence:
         stopping: what ends it before there is no room for more.
         room: how many tokens it gets at the most.
         streamer: gets the prompt now, and every token as it is made.
+        drafting: drafts tokens for it, of which a step checks several; None for one at a time.
 
     Attributes:
         ids: all its ids so far.
@@ -43,6 +49,7 @@ class Sequence:
         stopping: Stopping,
         room: int,
         streamer: Streamer | None = None,
+        drafting: Drafting | None = None,
     ) -> None:
         if not prompt or room < 1:
             raise InputError(
@@ -53,6 +60,7 @@ class Sequence:
         self.prompt_length = len(prompt)
         self.computed = 0
         self.sampler, self.room, self.streamer = sampler, room, streamer
+        self.drafting = drafting
         self.finish_reason: str | None = None
         self.error: Exception | None = None
         self._ends = frozenset(stopping.eos.tolist())
@@ -83,6 +91,30 @@ class Sequence:
         if behind:
             self._text.append(self._text.ids.new_tensor([self.ids[-behind:]]))
         return self._text
+
+    def draft(self) -> list[int]:
+        """Return what may come next and is to be checked; nothing behind a prompt."""
+        if self.drafting is None or len(self.ids) == self.prompt_length:
+            return []
+        left = self.room - (len(self.ids) - self.prompt_length)
+        return self.drafting.propose(self.text, self.sampler, left, self._ends)
+
+    def take_checked(self, logits: Tensor) -> None:
+        """Add what holds of the draft and the token behind it, by logits (K + 1, V)."""
+        assert self.drafting is not None
+        try:
+            checked = self.drafting.check(self.text, self.sampler, logits)
+        except Exception as error:
+            self.fail(error)
+            return
+        before, tokens = len(self.ids), checked.tokens[0]
+        for token, best in zip(tokens, checked.best[0], strict=False):
+            if not -math.inf < best < math.inf:
+                self.fail(NothingLeftError(0, best, len(self.ids) - self.prompt_length + 1))
+            if self.finished:
+                break
+            self.take(token)
+        self.drafting.taken(len(self.ids) - before, checked.kept[0])
 
     def take(self, token: int) -> None:
         """Add a token, hand it to the streamer, and take note if it is the last."""

@@ -5,20 +5,16 @@ sampled ones in distribution (arXiv:2211.17192). Each row takes as many tokens o
 whatever the others do, so that rows differ in length from the first check on.
 """
 
-import copy
 import dataclasses
-import math
 
 import torch
 from torch import Tensor
 
 from quintet.generation.decode import Run
 from quintet.generation.outputs import Made, Speculation
-from quintet.generation.sampler import Sampler
 from quintet.generation.speculative.candidates import Draft, Drafter, Schedule
+from quintet.generation.speculative.checking import check_draft, for_a_turn
 from quintet.generation.text import Text
-from quintet.ops.sampling import NothingLeftError
-from quintet.ops.speculative import keep_likeliest, keep_sampled
 
 __all__ = ["speculate"]
 
@@ -97,7 +93,7 @@ class _Speculating:
             )
         ]
         # Also where nothing is drafted: whether that is so depends on the other rows.
-        sampler = _for_a_turn(self.run.sampler, self.goes_on)
+        sampler = for_a_turn(self.run.sampler, self.goes_on)
         if not any(wanted):
             return Draft.none(self.run.text)
         draft = self.drafter.propose(self.run.text, wanted, self.goes_on, sampler)
@@ -125,32 +121,15 @@ class _Speculating:
 
     def _take(self, made: Made, text: Text, draft: Draft) -> list[int]:
         """Add to each row what holds of a draft and the token behind it; return how many."""
-        run, K, B = self.run, draft.tokens.shape[1], len(self.rows)
-        sampler = _for_a_turn(run.sampler, self.goes_on)
+        run, K = self.run, draft.tokens.shape[1]
+        sampler = for_a_turn(run.sampler, self.goes_on)
         # Without a cache, what was made may begin earlier.
-        logits = made.logits[:, -(K + 1) :]
-        scores = sampler.scores_of_last(text, logits, self._needed(sampler, draft))
-        drafted = draft.tokens.tolist()
-        if sampler.do_sample:
-            p = scores.softmax(dim=-1)
-            # The first number is what is always needed: the others are as many as the others draft.
-            u = sampler.uniform(B, K + 1, p.device)
-            drawn = draft.probabilities
-            kept, rest = keep_sampled(p, drawn, draft.tokens, draft.counts, u[:, 1:])
-            # Whether there is something to draw is asked below, of the tokens that are needed.
-            none = torch.zeros(B, dtype=torch.bool)
-            behind = sampler.draw(rest, u[:, :1], none).tolist()
-            best = scores.amax(dim=-1)
-        else:
-            best, chosen = scores.max(dim=-1)
-            likeliest = chosen.tolist()
-            kept = keep_likeliest(likeliest, drafted, draft.counts)
-            behind = [row[count] for row, count in zip(likeliest, kept, strict=True)]
-        tokens = [[*drafted[row][: kept[row]], behind[row]] for row in range(B)]
+        checked = check_draft(sampler, text, made.logits[:, -(K + 1) :], draft, self.goes_on)
+        scores, kept = checked.scores, checked.kept
         went_on = self.goes_on
-        tokens = self._until_the_end(tokens, scores)
+        tokens = self._until_the_end(checked.tokens, scores)
         counts = [len(row) for row in tokens]
-        self._check_left(best.tolist(), counts)
+        checked.check_left(counts, [len(row) for row in self.rows])
         self._note(made, scores, tokens)
         run.text.accept(tokens)
         if K:
@@ -161,24 +140,6 @@ class _Speculating:
             self.found.accepted.append(list(zip(asked, stayed, strict=True)))
         self._stream()
         return counts
-
-    def _needed(self, sampler: Sampler, draft: Draft) -> Tensor | None:
-        """Tell which scores (B, K + 1) may be needed, where a processor asks."""
-        if not sampler.asks_who_goes_on:
-            return None
-        device = draft.tokens.device
-        most = [
-            count if goes else -1 for count, goes in zip(draft.counts, self.goes_on, strict=True)
-        ]
-        places = torch.arange(draft.tokens.shape[1] + 1, device=device)
-        return places <= torch.tensor(most, device=device)[:, None]
-
-    def _check_left(self, best: list[list[float]], counts: list[int]) -> None:
-        """Check by the largest scores of all places that there was a token where one was taken."""
-        for row, count in enumerate(counts):
-            for place, score in enumerate(best[row][:count]):
-                if not -math.inf < score < math.inf:
-                    raise NothingLeftError(row, score, len(self.rows[row]) + place + 1)
 
     def _until_the_end(self, tokens: list[list[int]], scores: Tensor) -> list[list[int]]:
         """Cut what follows the end of a row, and take note of rows that have ended."""
@@ -284,20 +245,3 @@ def _columns(rows: list[list[Tensor]]) -> list[Tensor]:
     longest = max(len(row) for row in rows)
     filled = [row + [torch.zeros_like(row[0])] * (longest - len(row)) for row in rows]
     return [torch.stack(column) for column in zip(*filled, strict=True)]
-
-
-def _for_a_turn(sampler: Sampler, goes_on: list[bool]) -> Sampler:
-    """Return the sampler with generators for one draft or check, seeded by those of the rows.
-
-    However much a turn draws for a row, because of the others, the next one is the same.
-    """
-    if sampler.generators is None or not sampler.do_sample:
-        return sampler
-    made = copy.copy(sampler)
-    made.generators = [
-        torch.Generator(g.device).manual_seed(
-            int(torch.randint(2**63 - 1, (1,), device=g.device, generator=g)) if goes else 0
-        )
-        for g, goes in zip(sampler.generators, goes_on, strict=True)
-    ]
-    return made

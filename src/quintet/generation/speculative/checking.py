@@ -1,0 +1,109 @@
+"""The check of a draft: which of its tokens hold, and which one follows."""
+
+import copy
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from quintet.generation.sampler import Sampler
+from quintet.generation.speculative.candidates import Draft
+from quintet.generation.text import Text
+from quintet.ops.sampling import NothingLeftError
+from quintet.ops.speculative import keep_likeliest, keep_sampled
+
+__all__ = ["Checked", "check_draft", "for_a_turn"]
+
+
+@dataclass(frozen=True, slots=True)
+class Checked:
+    """What a check of drafts found.
+
+    Attributes:
+        tokens: of each row, what holds of its draft and the token behind it.
+        kept: how many of each row's draft hold.
+        scores: (B, K + 1, V) that they were taken by.
+        best: the largest of them, of each row and place.
+    """
+
+    tokens: list[list[int]]
+    kept: list[int]
+    scores: Tensor
+    best: list[list[float]]
+
+    def check_left(self, counts: Sequence[int], before: Sequence[int]) -> None:
+        """Check that there was a token to take at the first `counts` places of each row.
+
+        Args:
+            counts: how many tokens each row takes.
+            before: how many it has got already, for the message.
+
+        Raises:
+            NothingLeftError: there was none.
+        """
+        for row, count in enumerate(counts):
+            for place, score in enumerate(self.best[row][:count]):
+                if not -math.inf < score < math.inf:
+                    raise NothingLeftError(row, score, before[row] + place + 1)
+
+
+def check_draft(
+    sampler: Sampler, text: Text, logits: Tensor, draft: Draft, goes_on: Sequence[bool]
+) -> Checked:
+    """Tell what holds of a draft.
+
+    Args:
+        sampler: takes the tokens, for this turn.
+        text: the rows with their drafts.
+        logits: (B, K + 1, V) of the tokens from the first drafted one on.
+        draft: K tokens of each row.
+        goes_on: which rows need a token.
+    """
+    K, B = draft.tokens.shape[1], len(logits)
+    scores = sampler.scores_of_last(text, logits, _needed(sampler, draft, goes_on))
+    drafted = draft.tokens.tolist()
+    if sampler.do_sample:
+        p = scores.softmax(dim=-1)
+        # The first number is what is always needed: the others are as many as the others draft.
+        u = sampler.uniform(B, K + 1, p.device)
+        kept, rest = keep_sampled(p, draft.probabilities, draft.tokens, draft.counts, u[:, 1:])
+        # Whether there is something to draw is asked later, of the tokens that are needed.
+        none = torch.zeros(B, dtype=torch.bool)
+        behind = sampler.draw(rest, u[:, :1], none).tolist()
+        best = scores.amax(dim=-1)
+    else:
+        best, chosen = scores.max(dim=-1)
+        likeliest = chosen.tolist()
+        kept = keep_likeliest(likeliest, drafted, draft.counts)
+        behind = [row[count] for row, count in zip(likeliest, kept, strict=True)]
+    tokens = [[*drafted[row][: kept[row]], behind[row]] for row in range(B)]
+    return Checked(tokens, kept, scores, best.tolist())
+
+
+def for_a_turn(sampler: Sampler, goes_on: Sequence[bool]) -> Sampler:
+    """Return the sampler with generators for one draft or check, seeded by those of the rows.
+
+    However much a turn draws for a row, because of the others, the next one is the same.
+    """
+    if sampler.generators is None or not sampler.do_sample:
+        return sampler
+    made = copy.copy(sampler)
+    made.generators = [
+        torch.Generator(g.device).manual_seed(
+            int(torch.randint(2**63 - 1, (1,), device=g.device, generator=g)) if goes else 0
+        )
+        for g, goes in zip(sampler.generators, goes_on, strict=True)
+    ]
+    return made
+
+
+def _needed(sampler: Sampler, draft: Draft, goes_on: Sequence[bool]) -> Tensor | None:
+    """Tell which scores (B, K + 1) may be needed, where a processor asks."""
+    if not sampler.asks_who_goes_on:
+        return None
+    device = draft.tokens.device
+    most = [count if goes else -1 for count, goes in zip(draft.counts, goes_on, strict=True)]
+    places = torch.arange(draft.tokens.shape[1] + 1, device=device)
+    return places <= torch.tensor(most, device=device)[:, None]
