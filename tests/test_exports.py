@@ -73,14 +73,10 @@ def test_a_name_that_is_not_there_is_an_attribute_error() -> None:
 
 
 def test_what_type_checkers_see_is_what_is_loaded() -> None:
-    tree = ast.parse(Path(quintet.__file__).read_text(encoding="utf-8"))
-    block = next(node for node in tree.body if isinstance(node, ast.If))
-    seen = {
-        alias.name: node.module
-        for node in block.body
-        if isinstance(node, ast.ImportFrom)
-        for alias in node.names
-    }
+    tree = ast.parse(Path(quintet.__file__).with_suffix(".pyi").read_text(encoding="utf-8"))
+    imports = [node for node in tree.body if isinstance(node, ast.ImportFrom)]
+    seen = {alias.name: node.module for node in imports for alias in node.names}
+    assert all(alias.asname == alias.name for node in imports for alias in node.names)
     assert seen == quintet._MODULE_OF
     assert {*seen, "__version__"} == set(quintet.__all__)
 

@@ -23,7 +23,7 @@ from quintet.modeling.base import PreTrainedModel
 from quintet.modeling.init_on_meta import init_on_meta
 from quintet.modeling.key_mapping import KeyMapping, map_keys
 from quintet.modeling.placement import named_dtype
-from quintet.modeling.progress import Progress
+from quintet.modeling.progress import progress_bar
 from quintet.quantization import (
     Encoded,
     QuantizationConfig,
@@ -136,8 +136,7 @@ class _Weights:
             name: sum(self.checkpoint.tensors[file].nbytes for file, _ in one.files.values())
             for name, one in self.mapping.stored.items()
         }
-        progress = Progress("converting", sum(sizes.values()))
-        try:
+        with progress_bar("converting", sum(sizes.values())) as bar:
             for in_file, weight in read(self.checkpoint, self.mapping.stored):
                 name, piece = self.mapping.wanted[in_file]
                 for to in pieces(name, shapes[name], rules):
@@ -147,9 +146,7 @@ class _Weights:
                             self.written += named[1].nbytes
                             yield named
                 self.read += sizes[in_file]
-                progress.add(sizes[in_file])
-        finally:
-            progress.close()
+                bar.update(sizes[in_file])
 
     def _converted(
         self, weight: Tensor | Encoded, to: Piece, slot: Slot | None, source: str

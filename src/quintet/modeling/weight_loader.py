@@ -9,7 +9,7 @@ from quintet.checkpoint import Piece, Weights
 from quintet.errors import CheckpointError, InputError
 from quintet.modeling.core import ModelCore
 from quintet.modeling.key_mapping import KeyMapping
-from quintet.modeling.progress import Progress
+from quintet.modeling.progress import progress_bar
 from quintet.quantization import Encoded, Slot, read
 
 __all__ = ["WeightLoader", "identical", "load_weights"]
@@ -94,16 +94,13 @@ def load_weights(loader: WeightLoader, mapping: KeyMapping, weights: Weights, wh
     _check_aliases(mapping.aliases, weights, where)
     files = {name: [file for file, _ in one.files.values()] for name, one in mapping.stored.items()}
     sizes = {n: sum(weights.tensors[f].nbytes for f in fs) for n, fs in files.items()}
-    progress = Progress("loading", sum(sizes.values()))
-    try:
+    with progress_bar("loading", sum(sizes.values())) as bar:
         for in_file, weight in read(weights, mapping.stored):
             name, piece = mapping.wanted[in_file]
             if not loader.put(name, piece, weight):
                 for file in files[in_file]:
                     weights.forget(file)
-            progress.add(sizes[in_file])
-    finally:
-        progress.close()
+            bar.update(sizes[in_file])
 
 
 def assign(model: nn.Module, name: str, tensor: Tensor) -> None:
