@@ -55,7 +55,7 @@ def attend_latents(
 
 @dataclass(frozen=True, slots=True)
 class LatentAttention(Part):
-    """Attention of H heads to latents (B, 1, S, R) and rotated keys (B, 1, S, Dr), both kept.
+    """Attention of H heads to kept latents (rows, 1, S, R) and rotated keys (rows, 1, S, Dr).
 
     Attributes:
         q_a: from C to the queries' own latent, and its norm; None for queries without one.
@@ -106,12 +106,12 @@ class LatentAttention(Part):
         fields.angles.add(Dr)
         fields.real(self.scale)
 
-    def held(self, kept: Sequence[Tensor], fields: Fields, B: int) -> None:
+    def held(self, kept: Sequence[Tensor], fields: Fields, rows: int) -> None:
         """Write where the tokens' latents and keys go."""
         _, _, Dr, R = self._sizes()
         fields.fit &= len(kept) == 2
         for buffer, D in zip(kept, (R, Dr), strict=False):
-            fields.slots(buffer, B, 1, D)
+            fields.slots(buffer, rows, 1, D)
 
     def _sizes(self) -> tuple[int, int, int, int]:
         H, rows, R = self.w_kv.shape

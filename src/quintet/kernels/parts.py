@@ -58,21 +58,24 @@ class Adapted(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class Tokens:
-    """What a step brings, but for the hidden states.
+    """What a step brings, but for the hidden states: M tokens, one sequence behind the other.
 
     Attributes:
-        cos: (B or 1, T, D) of the rotary angles.
+        cos: (..., D) of the rotary angles: of all M tokens, or of those of one sequence where all
+            have equally many and share them.
         sin: the same.
-        embeds: (B, T, C).
-        starts: the slot that each row's first token takes.
-        counts: (B,) how many of a row's T tokens are real; None where all are.
+        embeds: of the shape of the hidden states.
+        rows: the row of the cache that each sequence has, none of them twice.
+        starts: the slot that its first token takes.
+        lengths: how many tokens it has, at least one.
     """
 
     cos: Tensor
     sin: Tensor
     embeds: Tensor
+    rows: Sequence[int]
     starts: Sequence[int]
-    counts: Tensor | None = None
+    lengths: Sequence[int]
 
 
 class Fields(Call):
@@ -99,13 +102,13 @@ class Fields(Call):
         self.real(norm.eps)
         self.integers(norm.of)
 
-    def slots(self, buffer: Tensor, B: int, K: int, D: int) -> None:
-        """Write where keys or values (B, K, S, D) are."""
+    def slots(self, buffer: Tensor, rows: int, K: int, D: int) -> None:
+        """Write where keys or values (rows, K, S, D) are."""
         if buffer.ndim != 4:
             self.fit = False
             return
         self.room = min(self.room, buffer.shape[2])
-        self.rows(buffer, self.dtype, B, K, buffer.shape[2], D)
+        self.rows(buffer, self.dtype, rows, K, buffer.shape[2], D)
 
     def adapted(self, adapted: Adapted, O: int, I: int) -> None:
         """Write a map from I to O and what is added to it."""
@@ -140,16 +143,20 @@ class Part(ABC):
 
     @abstractmethod
     def write(self, fields: Fields, C: int) -> None:
-        """Write what it holds, for hidden states (B, T, C)."""
+        """Write what it holds, for hidden states (M, C)."""
 
-    def held(self, kept: Sequence[Tensor], fields: Fields, B: int) -> None:
-        """Write what a step reads and changes of what is kept between steps: here, nothing."""
+    def held(self, kept: Sequence[Tensor], fields: Fields, rows: int) -> None:
+        """Write what a step reads and changes of what is kept between steps: here, nothing.
+
+        Args:
+            rows: how many sequences there is room for.
+        """
         fields.fit &= not kept
 
 
 @dataclass(frozen=True, slots=True)
 class Attention(Part):
-    """Attention of H query heads over K heads of keys and values, kept as (B, K, S, D) each.
+    """Attention of H query heads over K heads of keys and values, kept as (rows, K, S, D) each.
 
     Attributes:
         qkv: the maps to the queries', the keys' and the values' heads.
@@ -185,12 +192,12 @@ class Attention(Part):
         fields.angles |= {D} if self.rotates else set()
         fields.real(self.scale)
 
-    def held(self, kept: Sequence[Tensor], fields: Fields, B: int) -> None:
+    def held(self, kept: Sequence[Tensor], fields: Fields, rows: int) -> None:
         """Write where the tokens' keys and values go."""
         K, D = self.qkv[1].map.weight.shape[0] // self.head_dim, self.head_dim
         fields.fit &= len(kept) == 2
         for buffer in kept:
-            fields.slots(buffer, B, K, D)
+            fields.slots(buffer, rows, K, D)
 
 
 @dataclass(frozen=True, slots=True)
@@ -218,7 +225,7 @@ class MLP(Part):
 
 @dataclass(frozen=True, slots=True)
 class Mixer(Part):
-    """Mamba-2's mixer: a window (B, W - 1, H·P + 2·G·N) and a state (B, H, P, N) are kept.
+    """Mamba-2's mixer, with a window (rows, W - 1, H·P + 2·G·N) and a state (rows, H, P, N).
 
     Attributes:
         in_proj: from C to the gate, the convolution's channels and the step sizes.
@@ -259,13 +266,13 @@ class Mixer(Part):
         for limit in self.dt_limits:
             fields.real(limit)
 
-    def held(self, kept: Sequence[Tensor], fields: Fields, B: int) -> None:
+    def held(self, kept: Sequence[Tensor], fields: Fields, rows: int) -> None:
         """Write where the window and the state are."""
         H, P, N, channels, W = self._sizes()
         fields.fit &= len(kept) == 2
         if len(kept) == 2:
-            fields.packed(kept[0], fields.dtype, B, W - 1, channels)
-            fields.packed(kept[1], torch.float32, B, H, P, N)
+            fields.packed(kept[0], fields.dtype, rows, W - 1, channels)
+            fields.packed(kept[1], torch.float32, rows, H, P, N)
 
     def _sizes(self) -> tuple[int, int, int, int, int]:
         H, inner = len(self.scalars[0]), len(self.gated.weight)

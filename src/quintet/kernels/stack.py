@@ -1,9 +1,10 @@
 """Decoder layers for few tokens, in one call."""
 
 import operator
+import sys
 from array import array
 from collections.abc import Mapping, Sequence
-from itertools import pairwise
+from itertools import accumulate, chain, pairwise
 from types import MappingProxyType
 from typing import NamedTuple, Self
 
@@ -18,7 +19,7 @@ __all__ = ["Stack"]
 
 # Beyond so many tokens, calls of their own cost little beside what the layers compute.
 MOST_TOKENS: Mapping[str, int] = MappingProxyType(
-    {"bf16": 16, "f32": 16, "int8_bf16": 8, "int8_f32": 8, "int4_bf16": 8, "int4_f32": 8}
+    dict.fromkeys(("bf16", "f32", "int8_bf16", "int8_f32", "int4_bf16", "int4_f32"), 64)
 )
 
 
@@ -26,7 +27,7 @@ class Placed(NamedTuple):
     """Where what parts keep between steps is.
 
     Attributes:
-        rows: B.
+        rows: how many sequences there is room for.
         tensors: what is kept.
         room: how many slots there are for keys and values.
         fields: what the parts have written.
@@ -62,7 +63,7 @@ class Stack:
 
     @classmethod
     def of(cls, parts: Sequence[Part], C: int, dtype: torch.dtype) -> Self | None:
-        """Return parts for hidden states (B, T, C) of a dtype; None where the kernel cannot."""
+        """Return parts for hidden states (M, C) of a dtype; None where the kernel cannot."""
         if watched():
             return None
         written = []
@@ -78,49 +79,57 @@ class Stack:
         return cls(parts, written, name, C) if name in MOST_TOKENS else None
 
     def run(self, x: Tensor, tokens: Tokens, kept: Sequence[Sequence[Tensor]]) -> Tensor | None:
-        """Return what the parts make of x (B, T, C), the last one's sum; None if they cannot.
+        """Return what the parts make of x (..., C), the last one's sum; None if they cannot.
 
         Args:
-            kept: for each part what it keeps between steps, changed in place. Row b's tokens take
-                the slots of keys and values from `tokens.starts[b]` on.
+            kept: for each part what it keeps between steps, changed in place. A sequence's tokens
+                take the slots of keys and values in its row from its start on.
         """
         call = begin()
-        if call is None or x.ndim != 3 or not 0 < x.shape[:2].numel() <= MOST_TOKENS[self._name]:
+        if call is None or not x.ndim or not x.numel() or x.shape[-1] != self._C:
             return None
         if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in self._tensors):
             return None
-        (B, T, C), dtype, starts = x.shape, self._dtype, tokens.starts
-        turns, D = (len(tokens.cos), tokens.cos.shape[-1]) if tokens.cos.ndim else (0, 0)
-        if C != self._C or len(starts) != B or turns not in (1, B) or not self._angles <= {D}:
+        C, dtype, shape = self._C, self._dtype, x.shape
+        M, rows, starts, lengths = x.numel() // C, tokens.rows, tokens.starts, tokens.lengths
+        if MOST_TOKENS[self._name] < M or not len(rows) == len(starts) == len(lengths):
             return None
-        placed = self._place(kept, B)
-        if placed is None or min(starts) < 0 or max(starts) + T > placed.room:
+        if min(lengths) < 1 or sum(lengths) != M or min(starts) < 0 or len(set(rows)) < len(rows):
             return None
-        call.integers(B, T, C, turns, D, self._work, len(self._parts))
+        D = tokens.cos.shape[-1] if tokens.cos.ndim else 0
+        angles = tokens.cos.numel() // D if D else 1
+        if not self._angles <= {D} or (angles != M and set(lengths) != {angles}):
+            return None
+        placed = self._place(kept)
+        if placed is None or min(rows) < 0 or max(rows) >= placed.rows:
+            return None
+        if max(map(operator.add, starts, lengths)) > placed.room:
+            return None
+        call.integers(M, C, placed.rows, len(rows), angles, D, self._work, len(self._parts))
         y = x.clone(memory_format=torch.contiguous_format)
         call.fit &= applies(x)
-        call.packed(y, dtype, B, T, C)
-        call.packed(tokens.embeds, dtype, B, T, C)
-        call.packed(tokens.cos, dtype, turns, T, D)
-        call.packed(tokens.sin, dtype, turns, T, D)
-        first = array("q", starts)
-        call.integers(*_where(first))
-        call.copied(tokens.counts, torch.int64, B)
-        call.integers(*_where(self._table), *_where(placed.table))
+        call.packed(y, dtype, *shape)
+        call.packed(tokens.embeds, dtype, *shape)
+        call.packed(tokens.cos, dtype, *tokens.cos.shape)
+        call.packed(tokens.sin, dtype, *tokens.cos.shape)
+        firsts = accumulate(lengths, initial=0)
+        of = array("q", chain.from_iterable(zip(rows, starts, lengths, firsts, strict=False)))
+        call.integers(*_where(of), *_where(self._table), *_where(placed.table))
         return y if call.run(f"stack_{self._name}") else None
 
-    def _place(self, kept: Sequence[Sequence[Tensor]], B: int) -> "Placed | None":
-        """Return where B rows of what the parts keep are; worked out anew if it is not the same."""
+    def _place(self, kept: Sequence[Sequence[Tensor]]) -> "Placed | None":
+        """Return where what the parts keep is; worked out anew if it is not the same."""
         tensors = [tensor for part in kept for tensor in part]
         last = self._placed
         # Neither shape nor address of a tensor changes while it is the same.
-        same = last is not None and last.rows == B and len(last.tensors) == len(tensors)
+        same = last is not None and len(last.tensors) == len(tensors)
         if last is not None and same and all(map(operator.is_, last.tensors, tensors)):
             return last
+        rows = next((len(tensor) for tensor in tensors if tensor.ndim), sys.maxsize)
         held = Fields(self._dtype)
         ends = [0]
         for part, own in zip(self._parts, kept, strict=True):
-            part.held(own, held, B)
+            part.held(own, held, rows)
             ends.append(len(held.fields))
         if not held.fit:
             return None
@@ -130,7 +139,7 @@ class Stack:
         for start, end in pairwise(ends):
             table.extend((base + 8 * start, 8 * (end - start)))
         # Another thread may put its own there before this one returns.
-        placed = self._placed = Placed(B, tensors, held.room, fields, table)
+        placed = self._placed = Placed(rows, tensors, held.room, fields, table)
         return placed
 
 

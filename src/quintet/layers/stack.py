@@ -31,8 +31,9 @@ __all__ = [
     "residuals",
 ]
 
-# More tokens are a prompt, for which it is the products that take time.
-MOST_TOKENS = 16
+# More tokens, or more of one sequence, are a prompt, for which it is the products that take time.
+MOST_TOKENS = 64
+MOST_OF_SEQUENCE = 16
 
 
 class Piece(NamedTuple):
@@ -120,15 +121,27 @@ class LayerRun:
             if tensors is None:
                 return None
             kept.append(tensors)
-        starts = step.span.start
-        tokens = parts.Tokens(
-            step.cos,
-            step.sin,
-            step.embeds,
-            [starts] * len(hidden) if isinstance(starts, int) else starts.tolist(),
-            step.span.counts,
+        B, T, _ = hidden.shape
+        start, counts = step.span.start, step.span.counts
+        starts = [start] * B if isinstance(start, int) else start.tolist()
+        if counts is None:
+            tokens = parts.Tokens(step.cos, step.sin, step.embeds, range(B), starts, [T] * B)
+            return self.stack.run(hidden, tokens, kept)
+        real = torch.arange(T) < counts[:, None]
+        cos, sin, embeds = (
+            x.expand(B, *x.shape[1:])[real] for x in (step.cos, step.sin, step.embeds)
         )
-        return self.stack.run(hidden, tokens, kept)
+        some = [(row, starts[row], n) for row, n in enumerate(counts.tolist()) if n]
+        if not some:
+            return None
+        packed = self.stack.run(
+            hidden[real], parts.Tokens(cos, sin, embeds, *zip(*some, strict=True)), kept
+        )
+        if packed is None:
+            return None
+        made = torch.zeros_like(hidden)
+        made[real] = packed
+        return made
 
 
 class Kept:
@@ -161,6 +174,7 @@ def fits(hidden: Tensor, step: Step) -> bool:
     return (
         step.cache is not None
         and step.attend is sdpa
+        and hidden.shape[1] <= MOST_OF_SEQUENCE
         and hidden.shape[:2].numel() <= MOST_TOKENS
         and not any(seen.custom for seen in step.seen.values())
         and applies(hidden)

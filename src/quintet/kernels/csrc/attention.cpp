@@ -1,6 +1,5 @@
 // Attention with keys and values as they are.
 #include "attention.h"
-#include "span.h"
 
 namespace {
 
@@ -42,10 +41,12 @@ struct Call {
 };
 
 void run(const Call& c) {
-    const Attention a{c.B, c.T, c.S, c.K, c.H / c.K, c.one.D, c.two.D, c.Dv, c.window,
+    std::vector<Sequence> rows;
+    for (i64 b = 0; b < c.B; ++b) rows.push_back({b, c.start()[b], c.T, b});
+    const Attention a{c.S, c.K, c.H / c.K, c.one.D, c.two.D, c.Dv, c.window,
                       c.one.q, c.two.q, c.one.k, c.two.k, c.v, c.out,
                       c.one.q_at, c.two.q_at, c.one.steps(), c.two.steps(), c.v_at,
-                      {c.T * c.H * c.Dv, c.Dv, c.H * c.Dv}, c.start()};
+                      {c.T * c.H * c.Dv, c.Dv, c.H * c.Dv}, {rows.data(), c.B}};
     const Division division(a, omp_get_max_threads());
     float* memory = memory_of(division);
 #pragma omp parallel

@@ -7,6 +7,7 @@
 #pragma once
 #include <omp.h>
 
+#include "sequences.h"
 #include "tiles.h"
 
 namespace {
@@ -25,14 +26,17 @@ struct Strides {
     i64 row, head, token;
 };
 
-// S keys. Query (b, t) of head k·G + g sees the keys of head k from
-// `window` before its own slot, start[b] + t, up to it; a window of 0 is none.
+// S keys. A sequence's queries begin at `first` rows of q, its keys at its row of k; query t of head
+// k·G + g sees the keys of head k from `window` before its own slot up to it; a window of 0 is none.
 struct Attention {
-    i64 B, T, S, K, G, D1, D2, Dv, window;
+    i64 S, K, G, D1, D2, Dv, window;
     const bf16 *q1, *q2, *k1, *k2, *v;
     bf16* out;
     Strides q1_at, q2_at, k1_at, k2_at, v_at, out_at;
-    const i64* start;
+    Sequences sequences;
+
+    i64 end(const Sequence& s, i64 t) const { return std::min(S, s.end(t)); }
+    i64 begin(const Sequence& s, i64 t) const { return window > 0 ? std::max<i64>(0, end(s, t) - window) : 0; }
 };
 
 // Scores of N keys in the lanes of V vectors of rows, which are `apart` in q: times the scale, less the
@@ -117,13 +121,31 @@ struct TileSums {
     static i64 size(i64 Dv) { return MOST_ROWS * (Dv + 2); }
     TileSums(float* memory, i64 Dv)
         : out(memory), top(out + MOST_ROWS * Dv), total(top + MOST_ROWS) {}
+
+    // What further keys gave M rows; nothing where they saw none of them.
+    void add(const TileSums& other, i64 M, i64 Dv) const {
+        for (i64 row = 0; row < M; row += LANES) {
+            const F one = load(top + row), two = load(other.top + row), most = max(one, two);
+            const F old = exp2_of(sub(one, most)), by = exp2_of(sub(two, most));
+            store(top + row, most);
+            store(total + row, fma(load(other.total + row), by, mul(load(total + row), old)));
+            float olds[LANES], bys[LANES];
+            store(olds, old), store(bys, by);
+            for (i64 i = 0; i < std::min<i64>(LANES, M - row); ++i) {
+                float* to = out + (row + i) * Dv;
+                const float* from = other.out + (row + i) * Dv;
+                for (i64 c = 0; c < Dv; c += LANES)
+                    store(to + c, fma(load(from + c), all(bys[i]), mul(load(to + c), all(olds[i]))));
+            }
+        }
+    }
 };
 
-// Rows m0 to m0 + M of a row of the batch and a key head, over keys [from, to).
+// Rows m0 to m0 + M of a sequence and a key head.
 class Tile {
   public:
-    Tile(const Attention& a, float scale, i64 b, i64 k, i64 m0, i64 M, Scratch& scratch)
-        : a_(a), scale_(scale * 1.44269504f), b_(b), k_(k), M_(M), vectors_((M + LANES - 1) / LANES), pairs_((a.D1 + a.D2) / 2) {
+    Tile(const Attention& a, float scale, const Sequence& s, i64 k, i64 m0, i64 M, Scratch& scratch)
+        : a_(a), scale_(scale * 1.44269504f), s_(s), k_(k), M_(M), vectors_((M + LANES - 1) / LANES), pairs_((a.D1 + a.D2) / 2) {
         const i64 rows = vectors_ * LANES, wide = a.D1 + a.D2 + 32;
         copies_ = a.k1_at.token > 2 * a.D1 || a.k2_at.token > 2 * std::max<i64>(a.D2, 1);
         const i64 n_values = a.Dv / (2 * LANES) * PANEL, n_keys = copies_ ? KEYS * wide : 0;
@@ -138,7 +160,8 @@ class Tile {
         for (i64 i = 0; i < rows; ++i) pack_row(i, m0 + i, i < M);
     }
 
-    void run(i64 from, i64 to, TileSums& made) {
+    // Over keys [from, to).
+    void run(i64 from, i64 to, const TileSums& made) {
         for (i64 i = 0; i < vectors_ * LANES; ++i) made.top[i] = NOTHING, made.total[i] = 0.0f;
         std::fill(made.out, made.out + vectors_ * LANES * a_.Dv, 0.0f);
         for (i64 s = from; s < to; s += KEYS) block(s, std::min(KEYS, to - s), to, made);
@@ -147,21 +170,21 @@ class Tile {
   private:
     void pack_row(i64 i, i64 m, bool real) {
         const i64 t = (real ? m : m - i) / a_.G, h = k_ * a_.G + m % a_.G;
-        end_[i] = std::min(a_.S, a_.start[b_] + t + 1);
-        begin_[i] = a_.window > 0 ? std::max<i64>(0, end_[i] - a_.window) : 0;
+        end_[i] = a_.end(s_, t);
+        begin_[i] = a_.begin(s_, t);
         uint32_t* to = q_ + i / LANES * LANES * pairs_ + i % LANES;
         if (!real) {
             for (i64 d = 0; d < pairs_; ++d) to[d * LANES] = 0;
             return;
         }
-        const bf16* one = a_.q1 + b_ * a_.q1_at.row + t * a_.q1_at.token + h * a_.q1_at.head;
+        const bf16* one = a_.q1 + s_.first * a_.q1_at.row + t * a_.q1_at.token + h * a_.q1_at.head;
         for (i64 d = 0; d < a_.D1; d += 2, to += LANES) std::memcpy(to, one + d, 4);
-        const bf16* two = a_.q2 + b_ * a_.q2_at.row + t * a_.q2_at.token + h * a_.q2_at.head;
+        const bf16* two = a_.q2 + s_.first * a_.q2_at.row + t * a_.q2_at.token + h * a_.q2_at.head;
         for (i64 d = 0; d < a_.D2; d += 2, to += LANES) std::memcpy(to, two + d, 4);
     }
 
-    void block(i64 s, i64 n, i64 to, TileSums& made) {
-        const bf16* v = a_.v + b_ * a_.v_at.row + k_ * a_.v_at.head + s * a_.v_at.token;
+    void block(i64 s, i64 n, i64 to, const TileSums& made) {
+        const bf16* v = a_.v + s_.row * a_.v_at.row + k_ * a_.v_at.head + s * a_.v_at.token;
         pack_values(v, a_.v_at.token, n, a_.Dv, values_);
         const Keys keys = keys_at(s, n);
         const i64 pairs = (n + 1) / 2;
@@ -182,8 +205,8 @@ class Tile {
     };
 
     Keys keys_at(i64 s, i64 n) {
-        const bf16* k1 = a_.k1 + b_ * a_.k1_at.row + k_ * a_.k1_at.head + s * a_.k1_at.token;
-        const bf16* k2 = a_.k2 + b_ * a_.k2_at.row + k_ * a_.k2_at.head + s * a_.k2_at.token;
+        const bf16* k1 = a_.k1 + s_.row * a_.k1_at.row + k_ * a_.k1_at.head + s * a_.k1_at.token;
+        const bf16* k2 = a_.k2 + s_.row * a_.k2_at.row + k_ * a_.k2_at.head + s * a_.k2_at.token;
         const i64 s1 = a_.k1_at.token, s2 = a_.k2_at.token;
         if (!copies_) return {k1, k2, s1, s2};
         // Keys far apart fall on each other's places in the cache.
@@ -197,7 +220,7 @@ class Tile {
 
     // From keys to weights, for V vectors of rows, whose scores are not to leave the first-level cache.
     template <int V>
-    void weigh_keys(const Keys& keys, i64 vec, i64 s, i64 n, i64 to, TileSums& made) {
+    void weigh_keys(const Keys& keys, i64 vec, i64 s, i64 n, i64 to, const TileSums& made) {
         F bases[V];
         for (int v = 0; v < V; ++v) bases[v] = base_of(load(made.top + (vec + v) * LANES));
         const i64 ahead = vec == 0 && !copies_ && s + 2 * KEYS <= to ? KEYS : 0, apart = LANES * pairs_;
@@ -240,7 +263,7 @@ class Tile {
     // What is subtracted from a row's scores: nothing before it has seen a key.
     static F base_of(F top) { return unless_below(top, NOTHING / 2, top); }
 
-    void weigh(i64 vec, i64 pairs, float* scores, TileSums& made) {
+    void weigh(i64 vec, i64 pairs, float* scores, const TileSums& made) {
         F most = all(-INFINITY), other = most;
         for (i64 j = 0; j < 2 * pairs; j += 2) {
             most = max(most, load(scores + j * LANES));
@@ -263,7 +286,7 @@ class Tile {
 
     // Take the largest score for a base where a row has none yet, or grew far above the one it has: so
     // what was summed is seldom rescaled.
-    __attribute__((noinline)) void raise(i64 vec, i64 pairs, float* scores, F largest, TileSums& made) {
+    __attribute__((noinline)) void raise(i64 vec, i64 pairs, float* scores, F largest, const TileSums& made) {
         float most[LANES], by[LANES] = {};
         store(most, largest);
         for (i64 i = 0; i < LANES; ++i) {
@@ -283,7 +306,7 @@ class Tile {
     }
 
     template <int R>
-    void mix(i64 pairs, TileSums& made) {
+    void mix(i64 pairs, const TileSums& made) {
         for (i64 panel = 0; panel < a_.Dv / (2 * LANES); ++panel)
             for (i64 row = 0; row < M_; row += R)
                 mix_tile<R>(weights_ + row / LANES * KEYS / 2 * LANES + row % LANES,
@@ -293,7 +316,8 @@ class Tile {
 
     const Attention& a_;
     const float scale_;  // for powers of two, not of e
-    const i64 b_, k_, M_, vectors_, pairs_;
+    const Sequence& s_;
+    const i64 k_, M_, vectors_, pairs_;
     bool copies_;
     uint32_t *q_, *values_, *weights_;
     float* scores_;
@@ -301,78 +325,90 @@ class Tile {
     i64 begin_[MOST_ROWS], end_[MOST_ROWS];
 };
 
-// Join what `count` parts of the keys gave a row, and write it.
-inline void finish_row(const Attention& a, const TileSums* parts, i64 count, i64 i, bf16* to) {
-    float top = NOTHING, total = 0.0f;
-    for (i64 p = 0; p < count; ++p) top = std::max(top, parts[p].top[i]);
-    std::vector<float> shares(static_cast<size_t>(count));
-    for (i64 p = 0; p < count; ++p) {
-        shares[size_t(p)] = std::exp2(parts[p].top[i] - top);
-        total += shares[size_t(p)] * parts[p].total[i];
-    }
+// Write a row of which all keys are summed.
+inline void finish_row(const Attention& a, const TileSums& made, i64 i, bf16* to) {
+    const F share = all(1.0f / made.total[i]);
     for (i64 c = 0; c < a.Dv; c += 2 * LANES) {
-        F low = zero(), high = zero();
-        for (i64 p = 0; p < count; ++p) {
-            const float* from = parts[p].out + i * a.Dv + c;
-            const F share = all(shares[size_t(p)] / total);
-            low = fma(load(from), share, low);
-            high = fma(load(from + LANES), share, high);
-        }
+        const float* from = made.out + i * a.Dv + c;
         F first, second;
-        columns(low, high, &first, &second);
+        columns(fma(load(from), share, zero()), fma(load(from + LANES), share, zero()), &first, &second);
         store(to + c, first);
         store(to + c + LANES, second);
     }
 }
 
-// How attention is divided: tiles of rows, and where those are too few for the threads, parts of
+// How attention is divided: tiles of rows, and where those are too few for the threads, the parts of
 // their keys too. What is in the making takes memory that all threads share.
 struct Division {
-    i64 rows, tiles, items, parts, slots, size;
+    struct Item {
+        const Sequence* s;
+        i64 k, m0, M, slot;  // the first of its parts' in memory
+        Parts parts;
+    };
+    std::vector<Item> items;
+    i64 slots = 0, jobs, size;
+    bool splits;
 
-    Division(const Attention& a, i64 threads)
-        : rows(a.T * a.G), tiles((rows + MOST_ROWS - 1) / MOST_ROWS), items(a.B * a.K * tiles),
-          parts(items < 4 * threads && items % threads != 0 ? std::clamp<i64>(a.S / (2 * KEYS), 1, threads) : 1),
-          slots(parts > 1 ? items * parts : threads), size(TileSums::size(a.Dv)) {}
+    Division(const Attention& a, i64 threads) : size(TileSums::size(a.Dv)) {
+        for (const Sequence& s : a.sequences)
+            for (i64 k = 0; k < a.K; ++k)
+                for (i64 m0 = 0; m0 < s.length * a.G; m0 += MOST_ROWS) {
+                    const i64 M = std::min(MOST_ROWS, s.length * a.G - m0);
+                    items.push_back({&s, k, m0, M, slots, Parts(a.begin(s, m0 / a.G), a.end(s, (m0 + M - 1) / a.G))});
+                    slots += items.back().parts.count;
+                }
+        const i64 tiles = i64(items.size());
+        splits = tiles < 4 * threads && tiles % threads != 0;
+        jobs = splits ? slots : tiles;
+        if (!splits) slots = 2 * threads;
+    }
 
     i64 room() const { return slots * size; }
+    const Item& of_slot(i64 slot) const {
+        return *std::prev(std::upper_bound(items.begin(), items.end(), slot,
+                                           [](i64 at, const Item& item) { return at < item.slot; }));
+    }
 };
 
 // Every thread of a running team calls it, no more of them than the division was made for, with the
 // same `memory`; none returns before all is written.
 inline void attend(const Attention& a, float scale, const Division& d, float* memory) {
     static thread_local Scratch of_thread;
-    const auto finish = [&](i64 item, const TileSums* made) {
-        const i64 tile = item % d.tiles, k = item / d.tiles % a.K, b = item / d.tiles / a.K;
-        for (i64 i = 0; i < std::min(MOST_ROWS, d.rows - tile * MOST_ROWS); ++i) {
-            const i64 m = tile * MOST_ROWS + i, t = m / a.G, h = k * a.G + m % a.G;
-            finish_row(a, made, d.parts, i,
-                       a.out + b * a.out_at.row + t * a.out_at.token + h * a.out_at.head);
+    using Item = Division::Item;
+    // Blocks begin where they do for every other row.
+    const auto from = [](const Item& item, i64 i) { return item.parts.from(i) / KEYS * KEYS; };
+    const auto sums = [&](i64 slot) { return TileSums(memory + slot * d.size, a.Dv); };
+    const auto finish = [&](const Item& item, const TileSums& made) {
+        for (i64 i = 0; i < item.M; ++i) {
+            const i64 m = item.m0 + i, t = m / a.G, h = item.k * a.G + m % a.G;
+            finish_row(a, made, i, a.out + item.s->first * a.out_at.row + t * a.out_at.token + h * a.out_at.head);
         }
     };
 #pragma omp for schedule(dynamic, 1)
-    for (i64 job = 0; job < d.items * d.parts; ++job) {
+    for (i64 job = 0; job < d.jobs; ++job) {
         // The last tiles see the most keys and go first.
-        const i64 item = d.items - 1 - job / d.parts, part = job % d.parts;
-        const i64 tile = item % d.tiles, k = item / d.tiles % a.K, b = item / d.tiles / a.K;
-        const i64 m0 = tile * MOST_ROWS, M = std::min(MOST_ROWS, d.rows - m0);
-        const i64 end = std::min(a.S, a.start[b] + (m0 + M - 1) / a.G + 1);
-        const i64 first = a.start[b] + m0 / a.G + 1 - a.window;
-        const i64 begin = a.window > 0 ? std::max<i64>(0, first) : 0;
-        const i64 share = ((end - begin + d.parts - 1) / d.parts + KEYS - 1) / KEYS * KEYS;
-        const i64 from = std::min(end, begin + part * share), to = std::min(end, from + share);
-        const i64 slot = d.parts > 1 ? item * d.parts + part : omp_get_thread_num();
-        TileSums made(memory + slot * d.size, a.Dv);
-        Tile(a, scale, b, k, m0, M, of_thread).run(from, to, made);
-        if (d.parts == 1) finish(item, &made);
+        const i64 at = d.jobs - 1 - job;
+        const Item& item = d.splits ? d.of_slot(at) : d.items[size_t(at)];
+        Tile tile(a, scale, *item.s, item.k, item.m0, item.M, of_thread);
+        if (d.splits) {
+            tile.run(from(item, at - item.slot), item.parts.to(at - item.slot), sums(at));
+            continue;
+        }
+        const TileSums made = sums(2 * omp_get_thread_num()), part = sums(2 * omp_get_thread_num() + 1);
+        tile.run(from(item, 0), item.parts.to(0), made);
+        for (i64 i = 1; i < item.parts.count; ++i) {
+            tile.run(from(item, i), item.parts.to(i), part);
+            made.add(part, item.M, a.Dv);
+        }
+        finish(item, made);
     }
-    if (d.parts == 1) return;
+    if (!d.splits) return;
 #pragma omp for schedule(static)
-    for (i64 item = 0; item < d.items; ++item) {
-        std::vector<TileSums> made;
-        for (i64 p = 0; p < d.parts; ++p)
-            made.emplace_back(memory + (item * d.parts + p) * d.size, a.Dv);
-        finish(item, made.data());
+    for (size_t at = 0; at < d.items.size(); ++at) {
+        const Item& item = d.items[at];
+        const TileSums made = sums(item.slot);
+        for (i64 i = 1; i < item.parts.count; ++i) made.add(sums(item.slot + i), item.M, a.Dv);
+        finish(item, made);
     }
 }
 

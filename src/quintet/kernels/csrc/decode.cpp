@@ -2,7 +2,6 @@
 #include <omp.h>
 
 #include "decode.h"
-#include "span.h"
 
 namespace {
 
@@ -36,32 +35,59 @@ struct Call {
 template <class T>
 void decode(const Call<T>& c) {
     const float scale = float(c.scale);
-    const i64 G = c.H / c.K, units = c.B * c.K;
-    i64 longest = 0;
-    for (i64 b = 0; b < c.B; ++b) longest = std::max(longest, c.lengths()[b]);
-    if (c.window) longest = std::min(longest, c.window);
-    const i64 splits = parts_of(units, omp_get_max_threads(), longest);
-    const i64 room = Partial::room(G, c.D);
-    std::vector<float> memory(size_t(units * splits * room));
-    std::vector<Partial> parts;
-    for (i64 at = 0; at < units * splits; ++at) {
-        parts.emplace_back(memory.data() + at * room, G, c.D);
-        parts.back().clear();
+    const i64 G = c.H / c.K, units = c.B * c.K, room = Partial::room(G, c.D), threads = omp_get_max_threads();
+    const auto queries = [&](i64 unit) {
+        const i64 b = unit / c.K, kv = unit % c.K;
+        return Queries<T>{c.q + b * c.q_at.row + kv * G * c.q_at.head,
+                          c.k + b * c.k_at.row + kv * c.k_at.head,
+                          c.v + b * c.v_at.row + kv * c.v_at.head,
+                          c.q_at.head, c.k_at.token, c.v_at.token, G, c.D};
+    };
+    const auto parts = [&](i64 unit) {
+        const i64 end = c.lengths()[unit / c.K];
+        return Parts(c.window ? std::max(i64(0), end - c.window) : 0, end);
+    };
+    const auto out = [&](i64 unit) { return c.out + (unit / c.K * c.H + unit % c.K * G) * c.D; };
+    i64 keys = 0;
+    std::vector<i64> firsts(size_t(units) + 1);
+    for (i64 unit = 0; unit < units; ++unit) {
+        keys += parts(unit).end - parts(unit).begin;
+        firsts[size_t(unit) + 1] = firsts[size_t(unit)] + parts(unit).count;
     }
-#pragma omp parallel for if (units * splits > 1 && units * longest * c.D >= 8192) schedule(static)
-    for (i64 at = 0; at < units * splits; ++at) {
-        const i64 unit = at / splits, b = unit / c.K, kv = unit % c.K;
-        const Queries<T> queries{c.q + b * c.q_at.row + kv * G * c.q_at.head,
-                             c.k + b * c.k_at.row + kv * c.k_at.head,
-                             c.v + b * c.v_at.row + kv * c.v_at.head,
-                             c.q_at.head, c.k_at.token, c.v_at.token, G, c.D};
-        const i64 end = c.lengths()[b], start = c.window ? std::max(i64(0), end - c.window) : 0;
-        const Share mine(end - start, at % splits, splits);
-        attend(queries, start + mine.from, start + mine.to, scale, parts[size_t(at)]);
+    const bool large = keys * c.D >= 8192;
+    if (!large || units % threads == 0 || units >= 4 * threads) {
+#pragma omp parallel if (large && units > 1)
+        {
+            std::vector<float> memory(size_t(2 * room));
+            Partial sum(memory.data(), G, c.D), part(memory.data() + room, G, c.D);
+#pragma omp for schedule(static)
+            for (i64 unit = 0; unit < units; ++unit) {
+                attend(queries(unit), parts(unit), scale, sum, part);
+                sum.finish(out(unit));
+            }
+        }
+        return;
     }
-    for (i64 unit = 0; unit < units; ++unit)
-        merge(&parts[size_t(unit * splits)], splits, G, c.D,
-              c.out + (unit / c.K * c.H + unit % c.K * G) * c.D);
+    std::vector<float> memory(size_t((firsts.back() + threads) * room));
+    const auto partial = [&](i64 at) { return Partial(memory.data() + at * room, G, c.D); };
+#pragma omp parallel
+    {
+#pragma omp for schedule(static)
+        for (i64 at = 0; at < firsts.back(); ++at) {
+            const i64 unit = std::upper_bound(firsts.begin(), firsts.end(), at) - firsts.begin() - 1;
+            const i64 i = at - firsts[size_t(unit)];
+            Partial part = partial(at);
+            part.clear();
+            attend(queries(unit), parts(unit).from(i), parts(unit).to(i), scale, part);
+        }
+        Partial sum = partial(firsts.back() + omp_get_thread_num());
+#pragma omp for schedule(static)
+        for (i64 unit = 0; unit < units; ++unit) {
+            sum.clear();
+            for (i64 at = firsts[size_t(unit)]; at < firsts[size_t(unit) + 1]; ++at) sum.add(partial(at));
+            sum.finish(out(unit));
+        }
+    }
 }
 
 }  // namespace

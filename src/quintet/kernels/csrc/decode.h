@@ -2,14 +2,12 @@
 #pragma once
 #include <vector>
 
-#include "simd.h"
+#include "sequences.h"
 
 namespace {
 
 // Keys that are scored before their values are added up, so that both stay in the cache.
 constexpr i64 BLOCK = 128;
-// The least keys for which a row is worth being split among threads.
-constexpr i64 LEAST = 256;
 
 // A softmax in the making over some of the keys: values weighted by e^(score - most), their sum.
 struct Partial {
@@ -25,6 +23,27 @@ struct Partial {
         std::fill(values, values + G * D, 0.0f);
         std::fill(most, most + G, -INFINITY);
         std::fill(total, total + G, 0.0f);
+    }
+
+    // What further keys made, of which there are some.
+    void add(const Partial& other) {
+        for (i64 g = 0; g < G; ++g) {
+            const float top = std::max(most[g], other.most[g]);
+            const float old = std::exp(most[g] - top), by = std::exp(other.most[g] - top);
+            most[g] = top;
+            total[g] = total[g] * old + other.total[g] * by;
+            for (i64 d = g * D; d < (g + 1) * D; d += LANES)
+                store(values + d, fma(load(other.values + d), all(by), mul(load(values + d), all(old))));
+        }
+    }
+
+    // (G, D), at the end.
+    template <class T>
+    void finish(T* out) const {
+        for (i64 g = 0; g < G; ++g) {
+            const F share = all(1.0f / total[g]);
+            for (i64 d = g * D; d < (g + 1) * D; d += LANES) store(out + d, mul(load(values + d), share));
+        }
     }
 };
 
@@ -110,30 +129,15 @@ void attend(const Queries<T>& c, i64 from, i64 to, float scale, Partial& part) {
     }
 }
 
-// What `count` parts of the keys make together, (G, D).
+// All keys of some parts, one part behind the other; `part` is room to work in.
 template <class T>
-void merge(const Partial* parts, i64 count, i64 G, i64 D, T* out) {
-    for (i64 g = 0; g < G; ++g) {
-        float most = -INFINITY, total = 0;
-        for (i64 i = 0; i < count; ++i) most = std::max(most, parts[i].most[g]);
-        for (i64 i = 0; i < count; ++i)
-            if (parts[i].total[g] > 0)
-                total += parts[i].total[g] * std::exp(parts[i].most[g] - most);
-        for (i64 d = 0; d < D; d += LANES) {
-            F y = zero();
-            for (i64 i = 0; i < count; ++i)
-                if (parts[i].total[g] > 0)
-                    y = fma(load(parts[i].values + g * D + d),
-                            all(std::exp(parts[i].most[g] - most) / total), y);
-            store(out + g * D + d, y);
-        }
+void attend(const Queries<T>& c, const Parts& parts, float scale, Partial& sum, Partial& part) {
+    sum.clear();
+    for (i64 i = 0; i < parts.count; ++i) {
+        part.clear();
+        attend(c, parts.from(i), parts.to(i), scale, part);
+        sum.add(part);
     }
-}
-
-// Into how many parts the keys of each of `units` groups are cut, so that all threads have some.
-inline i64 parts_of(i64 units, i64 threads, i64 keys) {
-    const i64 wanted = units % threads ? (threads + units - 1) / units * (units < threads ? 1 : 2) : 1;
-    return std::max(i64(1), std::min(wanted, keys / LEAST));
 }
 
 }  // namespace

@@ -50,36 +50,35 @@ struct Panels {
 
 void run(const Grouped& g, const Job& job, i64 next_expert, const bf16* x, const i64* slots, bf16* made) {
     static thread_local Scratch scratch;
-    const i64 n = job.count, C = g.C, F_ = g.F, wide = spread(C), narrow = spread(F_);
-    const i64 packed = (std::max(C, F_) + 1) / 2 * 2 * LANES, tiles = (n + TILE - 1) / TILE;
-    scratch.open(Scratch::room<bf16>(n * wide) + Scratch::room<bf16>(n * narrow) +
-                 Scratch::room<uint32_t>(packed));
-    bf16 *input = scratch.take<bf16>(n * wide), *gated = scratch.take<bf16>(n * narrow);
+    const i64 n = job.count, C = g.C, F_ = g.F, wide = row_size(C), narrow = row_size(F_);
+    const i64 packed = std::max(panel_size(C), panel_size(F_)), tiles = (n + TILE - 1) / TILE;
+    scratch.open(Scratch::room<uint32_t>(n * wide) + Scratch::room<uint32_t>(n * narrow) +
+                 Scratch::room<bf16>(n * F_) + Scratch::room<uint32_t>(packed));
+    uint32_t *input = scratch.take<uint32_t>(n * wide), *hidden = scratch.take<uint32_t>(n * narrow);
+    bf16* gated = scratch.take<bf16>(n * F_);
     uint32_t* w = scratch.take<uint32_t>(packed);
-    const float start[2 * LANES] = {};
-    for (i64 m = 0; m < n; ++m) {
-        copy_row(x + slots[job.from + m] / g.A * g.x_stride, C, input + m * wide);
-        if (F_ % 2) gated[m * narrow + F_] = {};
-    }
+    for (i64 m = 0; m < n; ++m) arrange(x + slots[job.from + m] / g.A * g.x_stride, C, input + m * wide);
     const Panels panels{g};
     for (i64 p = 0; p < panels.count(); ++p) {
         const bool first = p < panels.gates();
         const Panel panel = panels.at(job.expert, p);
         const i64 columns = panel.lows + (first ? 0 : panel.highs), I = first ? C : F_;
+        if (p == panels.gates())
+            for (i64 m = 0; m < n; ++m) arrange(gated + m * F_, F_, hidden + m * narrow);
         pack(panel, I, w);
         Ahead ahead(p + 1 < panels.count() ? panels.at(job.expert, p + 1) : panels.at(next_expert, 0), tiles);
         for (i64 t = 0; t < tiles; ++t) {
             const i64 m = n * t / tiles, size = n * (t + 1) / tiles - m;
             if (first) {
-                bf16* y = gated + m * narrow + p * LANES;
-                few_rows(size, w, input + m * wide, wide, (I + 1) / 2, start, ahead,
+                bf16* y = gated + m * F_ + p * LANES;
+                few_rows(size, w, input + m * wide, I, ahead,
                          [&](int r, F gate, F up) __attribute__((always_inline)) {
-                             store(y + r * narrow, mul(silu(gate), up), columns);
+                             store(y + r * F_, mul(silu(gate), up), columns);
                          });
             } else {
                 const i64* slot = slots + job.from + m;
                 bf16* y = made + (p - panels.gates()) * 2 * LANES;
-                few_rows(size, w, gated + m * narrow, narrow, (I + 1) / 2, start, ahead,
+                few_rows(size, w, hidden + m * narrow, I, ahead,
                          [&](int r, F low, F high) __attribute__((always_inline)) {
                              store_both(y + slot[r] * C, low, high, columns);
                          });

@@ -1,6 +1,5 @@
 // Latent attention by itself.
 #include "latent.h"
-#include "span.h"
 
 namespace {
 
@@ -33,9 +32,11 @@ struct Call {
 };
 
 void run(const Call& c) {
-    const Latent latent{c.B, c.T, c.S, c.H, c.Dn, c.Dr, c.Dv, c.R,
+    std::vector<Sequence> rows;
+    for (i64 b = 0; b < c.B; ++b) rows.push_back({b, c.start()[b], c.T, b});
+    const Latent latent{c.B, c.T, c.S, c.H, c.Dn, c.Dr, c.Dv, c.R, c.T,
                         c.q_nope, c.q_pe, c.c_kv, c.k_pe, c.w, c.q_latent, c.mixed, c.out,
-                        c.nope_at, c.pe_at, {c.c_row, 0, c.c_token}, {c.k_row, 0, c.k_token}, c.start()};
+                        c.nope_at, c.pe_at, {c.c_row, 0, c.c_token}, {c.k_row, 0, c.k_token}, {rows.data(), c.B}};
     const Division division(latent.attention(), omp_get_max_threads());
     float* memory = memory_of(division);
 #pragma omp parallel

@@ -6,19 +6,19 @@
 namespace {
 
 // w (H, Dn + Dv, R) is whole; q_latent and mixed, each (B, T, H, R), are room to compute in; out is
-// (B, T, H, Dv).
+// (B, T, H, Dv). Sequences begin `apart` tokens from one `first` to the next.
 struct Latent {
-    i64 B, T, S, H, Dn, Dr, Dv, R;
+    i64 B, T, S, H, Dn, Dr, Dv, R, apart;
     const bf16 *q_nope, *q_pe, *c_kv, *k_pe, *w;
     bf16 *q_latent, *mixed, *out;
     Strides nope_at, pe_at, c_at, k_at;
-    const i64* start;
+    Sequences sequences;
 
     // All heads attend to the latents, which are keys and values.
     Attention attention() const {
-        const Strides whole{T * H * R, R, H * R};
-        return {B, T, S, 1, H, R, Dr, R, 0, q_latent, q_pe, c_kv, k_pe, c_kv, mixed,
-                whole, pe_at, c_at, k_at, c_at, whole, start};
+        const Strides whole{apart * H * R, R, H * R};
+        return {S, 1, H, R, Dr, R, 0, q_latent, q_pe, c_kv, k_pe, c_kv, mixed,
+                whole, pe_at, c_at, k_at, c_at, whole, sequences};
     }
 };
 

@@ -5,8 +5,7 @@
 // once and serves for all rows. One thread reads its rows as one line of memory: several lines at a
 // time halve the bandwidth here.
 #pragma once
-#include <vector>
-
+#include "product.h"
 #include "span.h"
 
 namespace {
@@ -65,36 +64,22 @@ struct Plain {
     static Bytes bytes(i64 O, i64 I, i64 stride) { return {reach({{O, stride}, {I, 1}}) * i64(sizeof(T)), 0}; }
 
     void rows(const Input* x, i64 M, i64 from, i64 to, const Products& put) const {
-        if (M == 1) {
-            for (i64 o = from; o < to; ++o) put(0, o, row(x[0], w + o * stride));
-            return;
-        }
+        if constexpr (std::is_same_v<T, bf16>)
+            if (M >= PACKED) return packed(x, M, from, to, put);
         constexpr int MOST = LANES == 16 ? 6 : 2;
         i64 o = from;
-        for (; o + 4 <= to; o += 4)
+        for (; M > 1 && o + 4 <= to; o += 4)
             in_blocks<MOST>(M, [&](i64 m, auto n) { block<4, n()>(x, m, o, put); });
         for (; o < to; ++o)
             in_blocks<MOST>(M, [&](i64 m, auto n) { block<1, n()>(x, m, o, put); });
     }
 
   private:
-    // Four sums, and no line asked for ahead: the processor then sees best what comes next.
-    float row(const T* x, const T* p) const {
-        using C = Chunk<T>;
-        constexpr i64 N = C::SIZE, SUMS = 4;
-        F acc[SUMS] = {zero(), zero(), zero(), zero()};
-        i64 i = 0;
-        for (; i + SUMS * N <= I; i += SUMS * N)
-#pragma GCC unroll 4
-            for (i64 j = 0; j < SUMS; ++j)
-                acc[j] = C::dot_to(acc[j], C::at(p + i + j * N), C::at(x + i + j * N));
-        for (; i + N <= I; i += N) acc[0] = C::dot_to(acc[0], C::at(p + i), C::at(x + i));
-        if (i < I) acc[1] = C::dot_to(acc[1], C::at(p + i, I - i), C::at(x + i, I - i));
-        return sum(add(add(acc[0], acc[1]), add(acc[2], acc[3])));
-    }
+    // From so many vectors on, packing rows for them pays.
+    static constexpr i64 PACKED = 6;
 
     // R rows by MB vectors. While the first block of vectors computes, the next R rows are on their
-    // way, in the order in which memory has them.
+    // way, in the order in which memory has them; of a single row the processor sees best what comes next.
     template <int R, int MB>
     void block(const Input* x, i64 m0, i64 o, const Products& put) const {
         using C = Chunk<T>;
@@ -109,7 +94,7 @@ struct Plain {
             typename C::V wv[R];
 #pragma GCC unroll 4
             for (int r = 0; r < R; ++r) {
-                if (m0 == 0) prefetch<_MM_HINT_T1>(next + i * R + r * N, 0);
+                if (R * MB > 1 && m0 == 0) prefetch<_MM_HINT_T1>(next + i * R + r * N, 0);
                 wv[r] = C::at(p + r * stride + i);
             }
 #pragma GCC unroll 6
@@ -126,6 +111,31 @@ struct Plain {
                                           C::at(x[m0 + m] + i, I - i));
         for (int m = 0; m < MB; ++m)
             for (int r = 0; r < R; ++r) put(m0 + m, o + r, sum(acc[r][m]));
+    }
+
+    // The same sums by panels of rows, each read once for all vectors.
+    void packed(const Input* x, i64 M, i64 from, i64 to, const Products& put) const {
+        static thread_local Scratch scratch;
+        const i64 row = row_size(I), tiles = (M + TILE - 1) / TILE;
+        scratch.open(Scratch::room<uint32_t>(M * row) + Scratch::room<uint32_t>(panel_size(I)));
+        uint32_t *arranged = scratch.take<uint32_t>(M * row), *panel = scratch.take<uint32_t>(panel_size(I));
+        for (i64 m = 0; m < M; ++m) arrange(x[m], I, arranged + m * row);
+        const auto panel_at = [&](i64 o) { return panel_of(w + o * stride, stride, to - o); };
+        for (i64 o = from; o < to; o += 2 * LANES) {
+            const i64 columns = std::min<i64>(2 * LANES, to - o);
+            pack(panel_at(o), I, panel);
+            Ahead ahead(panel_at(std::min(o + 2 * LANES, to - 1)), tiles);
+            for (i64 t = 0; t < tiles; ++t) {
+                const i64 m = M * t / tiles, size = M * (t + 1) / tiles - m;
+                float* out = put.out + m * put.width + o - put.from;
+                few_rows(size, panel, arranged + m * row, I, ahead, [&](int r, F low, F high) __attribute__((always_inline)) {
+                    float* y = out + r * put.width;
+                    if (columns == 2 * LANES) return store(y, low), store(y + LANES, high);
+                    store(y, low, std::min<i64>(LANES, columns));
+                    if (columns > LANES) store(y + LANES, high, columns - LANES);
+                });
+            }
+        }
     }
 };
 

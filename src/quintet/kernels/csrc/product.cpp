@@ -54,7 +54,8 @@ struct Work {
     }
     void biases(float* to) const {
         for (i64 i = 0; i < 2 * LANES; ++i)
-            to[i] = map->bias && first + i < map->O ? widen(map->bias[first + i]) : 0.0f;
+            // Added to a sum, minus zero leaves it as it is.
+            to[i] = map->bias && first + i < map->O ? widen(map->bias[first + i]) : -0.0f;
     }
 };
 
@@ -77,32 +78,24 @@ void products(const Call& c) {
     for (const Map* map = c.maps(); map < c.maps() + c.count; ++map)
         for (i64 p = 0; p < map->panels(); ++p) works.push_back({map, p * map->width()});
     const i64 n = i64(works.size()), threads = omp_get_max_threads();
-    const i64 tiles = (M + TILE - 1) / TILE, pairs = (I + 1) / 2, packed = pairs * 2 * LANES;
+    const i64 tiles = (M + TILE - 1) / TILE, packed = panel_size(I), row = row_size(I);
     const i64 together = panels_together(n, 4 * packed, threads), groups = (n + together - 1) / together;
-    const bool copies = I % 2 || 2 * x_stride % 2048 == 0;
-    bf16* copy = nullptr;
-    if (copies) {
-        of_caller.open(Scratch::room<bf16>(M * spread(I)));
-        copy = of_caller.take<bf16>(M * spread(I));
-    }
-    const bf16* rows = copies ? copy : x;
-    const i64 stride = copies ? spread(I) : x_stride;
+    of_caller.open(Scratch::room<uint32_t>(M * row));
+    uint32_t* rows = of_caller.take<uint32_t>(M * row);
 #pragma omp parallel
     {
-        if (copies) {
 #pragma omp for schedule(static)
-            for (i64 m = 0; m < M; ++m) copy_row(x + m * x_stride, I, copy + m * stride);
-        }
+        for (i64 m = 0; m < M; ++m) arrange(x + m * x_stride, I, rows + m * row);
         of_thread.open(together * (Scratch::room<uint32_t>(packed) + Scratch::room<float>(2 * LANES)));
         uint32_t* w = of_thread.take<uint32_t>(together * packed);
-        float* starts = of_thread.take<float>(together * 2 * LANES);
+        float* biases = of_thread.take<float>(together * 2 * LANES);
 #pragma omp for schedule(dynamic, 1)
         for (i64 group = 0; group < groups; ++group) {
             const i64 from = group * together, to = std::min(n, from + together);
             std::vector<Ahead> ahead;
             for (i64 j = from; j < to; ++j) {
                 pack(works[size_t(j)].panel(), I, w + (j - from) * packed);
-                works[size_t(j)].biases(starts + (j - from) * 2 * LANES);
+                works[size_t(j)].biases(biases + (j - from) * 2 * LANES);
                 // Most likely what this thread takes next.
                 ahead.emplace_back(works[size_t(std::min(n - 1, j + threads * together))].panel(), tiles);
             }
@@ -113,8 +106,7 @@ void products(const Call& c) {
                     const i64 first = works[size_t(j)].first, columns = std::min(map.width(), map.O - first);
                     bf16* y = map.y + m * map.O + first;
                     const auto run = [&](const auto& finish) {
-                        few_rows(size, w + (j - from) * packed, rows + m * stride, stride, pairs,
-                                 starts + (j - from) * 2 * LANES, ahead[size_t(j - from)], finish);
+                        few_rows(size, w + (j - from) * packed, rows + m * row, I, ahead[size_t(j - from)], finish);
                     };
                     if (map.up)
                         run([&](int r, F gate, F up) __attribute__((always_inline)) {
@@ -126,7 +118,8 @@ void products(const Call& c) {
                         });
                     else
                         run([&](int r, F low, F high) __attribute__((always_inline)) {
-                            store_both(y + r * map.O, low, high, columns);
+                            const float* bias = biases + (j - from) * 2 * LANES;
+                            store_both(y + r * map.O, add(low, load(bias)), add(high, load(bias + LANES)), columns);
                         });
                 }
             }

@@ -60,7 +60,13 @@ inline F max(F a, F b) { return _mm512_max_ps(a, b); }
 inline F min(F a, F b) { return _mm512_min_ps(a, b); }
 inline F floor_of(F a) { return _mm512_roundscale_ps(a, 1); }
 inline F scale_by_power(F a, F n) { return _mm512_scalef_ps(a, n); }
-inline float sum(F a) { return _mm512_reduce_add_ps(a); }
+// In the order in which `sums` adds.
+inline float sum(F a) {
+    a = add(a, _mm512_permute_ps(a, 0x4E));
+    a = add(a, _mm512_permute_ps(a, 0xB1));
+    const __m256 half = _mm256_add_ps(_mm512_castps512_ps256(a), _mm512_extractf32x8_ps(a, 1));
+    return _mm_cvtss_f32(_mm_add_ps(_mm256_castps256_ps128(half), _mm256_extractf128_ps(half, 1)));
+}
 inline float largest(F a) { return _mm512_reduce_max_ps(a); }
 
 inline __mmask16 below(i64 n) { return __mmask16((1u << n) - 1); }
@@ -233,6 +239,28 @@ inline F gelu(F x) {
     return sub(max(zero(), x), mul(mul(z, all(0.70710678f)), tail));
 }
 inline F silu(F x) { return div(x, add(all(1.0f), exp_of(sub(zero(), x)))); }
+
+// The sums of four vectors, one beside the other.
+inline void sums(F a, F b, F c, F d, float* to) {
+#if defined(__AVX512F__)
+    const F ab = add(_mm512_unpacklo_ps(a, b), _mm512_unpackhi_ps(a, b));
+    const F cd = add(_mm512_unpacklo_ps(c, d), _mm512_unpackhi_ps(c, d));
+    const __m512d low = _mm512_unpacklo_pd(_mm512_castps_pd(ab), _mm512_castps_pd(cd));
+    const __m512d high = _mm512_unpackhi_pd(_mm512_castps_pd(ab), _mm512_castps_pd(cd));
+    const F all = add(_mm512_castpd_ps(low), _mm512_castpd_ps(high));
+    const __m256 half = _mm256_add_ps(_mm512_castps512_ps256(all), _mm512_extractf32x8_ps(all, 1));
+    _mm_storeu_ps(to, _mm_add_ps(_mm256_castps256_ps128(half), _mm256_extractf128_ps(half, 1)));
+#else
+    to[0] = sum(a), to[1] = sum(b), to[2] = sum(c), to[3] = sum(d);
+#endif
+}
+
+// The lanes in the order in which `sum` adds them: two neighbours, then pairs of neighbours, and so on.
+#if defined(__AVX512F__)
+constexpr int ORDER[] = {0, 2, 1, 3, 8, 10, 9, 11, 4, 6, 5, 7, 12, 14, 13, 15};
+#else
+constexpr int ORDER[] = {0, 4, 2, 6, 1, 5, 3, 7};
+#endif
 
 // The part [from, to) of n items that is this thread's.
 struct Share {

@@ -5,7 +5,7 @@
 #pragma once
 #include <vector>
 
-#include "simd.h"
+#include "sequences.h"
 
 namespace {
 
@@ -49,16 +49,12 @@ inline void accumulate(float* out, i64 ldo, const float* a, i64 ai, i64 ak,
 }
 
 struct Shape {
-    i64 B, T, H, P, G, N, W;
+    i64 H, P, G, N, W;
 
     // Whatever the level, vectors of 16 are whole.
     bool fits() const {
-        return B > 0 && T > 0 && H > 0 && P > 0 && G > 0 && N > 0 && W > 0 && H % G == 0 && P % 16 == 0 &&
+        return H > 0 && P > 0 && G > 0 && N > 0 && W > 0 && H % G == 0 && P % 16 == 0 &&
                N % 16 == 0;
-    }
-    // Whether rows have as many real tokens as they can.
-    bool counts(const i64* of) const {
-        return std::all_of(of, of + B, [this](i64 n) { return 0 <= n && n <= T; });
     }
     i64 inner() const { return H * P; }
     i64 conv() const { return H * P + 2 * G * N; }
@@ -68,20 +64,22 @@ struct Shape {
 template <class T>
 struct Mixer {
     Shape s;
-    const T* in;      // (B, T, row)
-    const T* taps;    // (conv, W)
-    const T* bias;    // (conv) or null
-    const T* window;  // (B, W - 1, conv) or null
+    i64 M;
+    Sequences sequences;
+    const i64* counts;  // how many of each sequence's tokens are real; null where all are
+    const T* in;        // (M, row)
+    const T* taps;      // (conv, W)
+    const T* bias;      // (conv) or null
+    const T* window;    // (rows, W - 1, conv) or null
     T* next_window;
     const float *dt_bias, *a_log, *d;  // (H)
-    const i64* counts;                 // (B) or null
-    float* state;                      // (B, H, P, N)
-    float *mixed, *dt, *y;             // (B, T, conv), (B, T, H), (B, T, inner)
+    float* state;                      // (rows, H, P, N)
+    float *mixed, *dt, *y;             // (M, conv), (M, H), (M, inner)
     const T* weight;                   // (inner)
-    T* out;                            // (B, T, inner)
+    T* out;                            // (M, inner)
     const float* numbers;              // the least and the largest step, the norm's epsilon
 
-    i64 count(i64 b) const { return counts ? counts[b] : s.T; }
+    i64 count(const Sequence& of) const { return counts ? counts[&of - sequences.p] : of.length; }
 
     // y_t = silu(bias + Σ_w taps_w · x_{t+w-W+1}) of the channels c0 to c1.
     void convolve(i64 c0, i64 c1) const {
@@ -93,11 +91,11 @@ struct Mixer {
                 turned[w * n + c] = widen(taps[(c0 + c) * s.W + w]);
             turned[s.W * n + c] = bias ? widen(bias[c0 + c]) : 0.0f;
         }
-        for (i64 b = 0; b < s.B; ++b) {
-            const T* x = in + b * s.T * row + s.inner() + c0;
-            const T* old = window ? window + b * (s.W - 1) * C + c0 : nullptr;
-            for (i64 t = 0; t < s.T; ++t) {
-                float* to = mixed + (b * s.T + t) * C + c0;
+        for (const Sequence& of : sequences) {
+            const T* x = in + of.first * row + s.inner() + c0;
+            const T* old = window ? window + of.row * (s.W - 1) * C + c0 : nullptr;
+            for (i64 t = 0; t < of.length; ++t) {
+                float* to = mixed + (of.first + t) * C + c0;
                 for (i64 c = 0; c < n; c += LANES) {
                     F made = load(&turned[s.W * n + c]);
                     for (i64 w = 0; w < s.W; ++w) {
@@ -111,8 +109,8 @@ struct Mixer {
                 }
             }
             for (i64 w = 0; w < s.W - 1; ++w) {
-                const i64 at = count(b) + w - (s.W - 1);
-                T* to = next_window + (b * (s.W - 1) + w) * C + c0;
+                const i64 at = count(of) + w - (s.W - 1);
+                T* to = next_window + (of.row * (s.W - 1) + w) * C + c0;
                 if (at >= 0) std::copy_n(x + at * row, n, to);
                 else if (old) std::copy_n(old + (at + s.W - 1) * C, n, to);
                 else std::fill_n(to, n, T{});
@@ -122,26 +120,27 @@ struct Mixer {
 
     // softplus(dt + bias) within limits; 0 for padding, which leaves a state as it is.
     void step_sizes(i64 r0, i64 r1) const {
-        for (i64 r = r0; r < r1; ++r) {
-            const T* raw = in + (r + 1) * s.row() - s.H;
-            const bool real = r % s.T < count(r / s.T);
-            for (i64 h = 0; h < s.H; ++h) {
-                const float v = widen(raw[h]) + dt_bias[h];
-                const float soft = v > 20.0f ? v : std::log1p(std::exp(v));
-                dt[r * s.H + h] = real ? std::min(std::max(soft, numbers[0]), numbers[1]) : 0.0f;
+        for (const Sequence& of : sequences)
+            for (i64 r = std::max(r0, of.first); r < std::min(r1, of.first + of.length); ++r) {
+                const T* raw = in + (r + 1) * s.row() - s.H;
+                const bool real = r - of.first < count(of);
+                for (i64 h = 0; h < s.H; ++h) {
+                    const float v = widen(raw[h]) + dt_bias[h];
+                    const float soft = v > 20.0f ? v : std::log1p(std::exp(v));
+                    dt[r * s.H + h] = real ? std::min(std::max(soft, numbers[0]), numbers[1]) : 0.0f;
+                }
             }
-        }
     }
 
     // One token: S = exp(dt·A)·S + dt·x ⊗ b;  y = S·c + D·x.
-    void one(i64 b, i64 h) const {
-        const float* row = mixed + b * s.conv();
+    void one(const Sequence& of, i64 h) const {
+        const float* row = mixed + of.first * s.conv();
         const float* x = row + h * s.P;
         const float* in_ = row + s.inner() + h / (s.H / s.G) * s.N;
         const float* out_ = in_ + s.G * s.N;
-        const float step = dt[b * s.H + h];
+        const float step = dt[of.first * s.H + h];
         const float decay = std::exp(-step * std::exp(a_log[h]));
-        float* S = state + (b * s.H + h) * s.P * s.N;
+        float* S = state + (of.row * s.H + h) * s.P * s.N;
         for (i64 p = 0; p < s.P; ++p, S += s.N) {
             F seen = zero();
             for (i64 n = 0; n < s.N; n += LANES) {
@@ -150,23 +149,23 @@ struct Mixer {
                 store(S + n, v);
                 seen = fma(v, load(out_ + n), seen);
             }
-            y[b * s.inner() + h * s.P + p] = sum(seen) + d[h] * x[p];
+            y[of.first * s.inner() + h * s.P + p] = sum(seen) + d[h] * x[p];
         }
     }
 
-    // All tokens of a row, for its heads h0 to h1, chunk by chunk (arXiv:2405.21060, §6).
-    void scan(i64 b, i64 h0, i64 h1) const {
+    // All tokens of a sequence, for its heads h0 to h1, chunk by chunk (arXiv:2405.21060, §6).
+    void scan(const Sequence& of, i64 h0, i64 h1) const {
         const i64 C = s.conv(), P = s.P, N = s.N, R = s.H / s.G;
         std::vector<float> states((h1 - h0) * N * P), met(CHUNK * CHUNK), mix(CHUNK * CHUNK),
             taken(CHUNK * P), turned(N * CHUNK), since(CHUNK), until(CHUNK);
         for (i64 h = h0; h < h1; ++h) {
-            const float* S = state + (b * s.H + h) * P * N;
+            const float* S = state + (of.row * s.H + h) * P * N;
             for (i64 p = 0; p < P; ++p)
                 for (i64 n = 0; n < N; ++n) states[((h - h0) * N + n) * P + p] = S[p * N + n];
         }
-        for (i64 t0 = 0; t0 < s.T; t0 += CHUNK) {
-            const i64 L = std::min<i64>(CHUNK, s.T - t0);
-            const float* rows = mixed + (b * s.T + t0) * C;
+        for (i64 t0 = 0; t0 < of.length; t0 += CHUNK) {
+            const i64 L = std::min<i64>(CHUNK, of.length - t0);
+            const float* rows = mixed + (of.first + t0) * C;
             i64 group = -1;
             const float *in_ = nullptr, *out_ = nullptr;
             for (i64 h = h0; h < h1; ++h) {
@@ -182,22 +181,22 @@ struct Mixer {
                     std::fill(met.begin(), met.end(), 0.0f);
                     accumulate(met.data(), CHUNK, out_, C, 1, turned.data(), CHUNK, L, N, CHUNK);
                 }
-                chunk(b, h, t0, L, rows, in_, out_, &states[(h - h0) * N * P], met.data(),
+                chunk(of.first + t0, h, L, rows, in_, out_, &states[(h - h0) * N * P], met.data(),
                       mix.data(), taken.data(), since.data(), until.data());
             }
         }
         for (i64 h = h0; h < h1; ++h) {
-            float* S = state + (b * s.H + h) * P * N;
+            float* S = state + (of.row * s.H + h) * P * N;
             for (i64 p = 0; p < P; ++p)
                 for (i64 n = 0; n < N; ++n) S[p * N + n] = states[((h - h0) * N + n) * P + p];
         }
     }
 
-    void chunk(i64 b, i64 h, i64 t0, i64 L, const float* rows,
+    void chunk(i64 first, i64 h, i64 L, const float* rows,
                              const float* in_, const float* out_, float* S, const float* met,
                              float* mix, float* taken, float* since, float* until) const {
         const i64 C = s.conv(), P = s.P, N = s.N;
-        const float* steps = dt + (b * s.T + t0) * s.H + h;
+        const float* steps = dt + first * s.H + h;
         const float a = -std::exp(a_log[h]);
         // decay(l, r) = Π exp(dt_i·A), r < i <= l, as a running product: no sums that cancel.
         float decay[CHUNK];
@@ -210,7 +209,7 @@ struct Mixer {
             for (i64 r = 0; r <= l; ++r) mix[l * CHUNK + r] = met[l * CHUNK + r] * decay[r];
         }
         for (i64 l = 0; l < L; ++l) until[l] = decay[l];
-        float* to = y + (b * s.T + t0) * s.inner() + h * P;
+        float* to = y + first * s.inner() + h * P;
         for (i64 l = 0; l < L; ++l) {
             const float* x = rows + l * C + h * P;
             for (i64 p = 0; p < P; p += LANES) {
@@ -264,21 +263,17 @@ struct Mixer {
     void run(i64 thread, i64 threads) const {
         const unsigned mode = _mm_getcsr();
         _mm_setcsr(mode | 0x8040);  // decays that vanish become zero, not slow
-        const i64 rows = s.B * s.T, blocks = s.conv() / LANES;
+        const i64 blocks = s.conv() / LANES;
+        const Share tokens(M, thread, threads), heads(s.H, thread, threads);
         convolve(blocks * thread / threads * LANES, blocks * (thread + 1) / threads * LANES);
-        step_sizes(rows * thread / threads, rows * (thread + 1) / threads);
+        step_sizes(tokens.from, tokens.to);
 #pragma omp barrier
-        const i64 pairs = s.B * s.H, last = pairs * (thread + 1) / threads;
-        for (i64 pair = pairs * thread / threads; pair < last;) {
-            const i64 b = pair / s.H, end = std::min(last, (b + 1) * s.H);
-            if (s.T == 1)
-                for (i64 i = pair; i < end; ++i) one(b, i - b * s.H);
-            else
-                scan(b, pair - b * s.H, end - b * s.H);
-            pair = end;
+        for (const Sequence& of : sequences) {
+            for (i64 h = heads.from; of.length == 1 && h < heads.to; ++h) one(of, h);
+            if (of.length > 1 && heads.from < heads.to) scan(of, heads.from, heads.to);
         }
 #pragma omp barrier
-        normalise(rows * thread / threads, rows * (thread + 1) / threads);
+        normalise(tokens.from, tokens.to);
         _mm_setcsr(mode);
     }
 };

@@ -54,34 +54,37 @@ bool fits(P*, const Part& part, const Tokens& tokens) {
 
 template <class Matrix, class T>
 struct Stack {
-    i64 B, T_, C, turns, D, work, count;
-    Span<T> x;                     // (B, T, C), in and out
-    Span<const T> embeds;          // the same
-    Span<const T> cos, sin;        // (turns, T, D), of one row for all or of each
-    Span<const i64> starts, counts;  // (B); counts may be null
+    i64 M, C, rows, sequences, angles, D, work, count;
+    Span<T> x;                // (M, C), in and out
+    Span<const T> embeds;     // the same
+    Span<const T> cos, sin;   // (angles, D), of all tokens or of those of each sequence
+    Span<const Sequence> of;  // whose tokens they are, one sequence behind the other
     // Two tables, as the second changes with the cache: kind and fields of each part, what it keeps.
     struct Row {
         i64 kind;
         Span<const void> fields;
     };
-    Span<const Row> rows;
+    Span<const Row> parts;
     Span<const Span<const void>> held;
 
-    Part part(i64 i) const { return {rows[i].kind, rows[i].fields, held[i]}; }
+    Part part(i64 i) const { return {parts[i].kind, parts[i].fields, held[i]}; }
     Tokens tokens() const {
-        return {x.p, embeds.p, nullptr, cos.p, sin.p, starts, counts, turns > 1 ? T_ * D : 0, D, B, T_, C};
+        return {x.p, embeds.p, nullptr, cos.p, sin.p, angles, D, M, C, rows, {of.p, sequences}};
     }
 
     i64 size() const { return sizeof(Stack); }
     bool fits() const {
-        const i64 n = B * T_ * C, angles = turns * T_ * D;
-        if (B <= 0 || T_ <= 0 || C <= 0 || (turns != 1 && turns != B)) return false;
-        if (!x.holds(n) || !embeds.holds(n) || !cos.holds(angles) || !sin.holds(angles)) return false;
-        if (!starts.holds(B) || (counts.given() && !counts.holds(B)) || !rows.holds(count) || !held.holds(count)) return false;
-        if (std::any_of(starts.p, starts + B, [](i64 slot) { return slot < 0; })) return false;
+        if (M <= 0 || C <= 0 || rows <= 0 || sequences <= 0 || angles <= 0 || D < 0 || M % angles) return false;
+        if (!x.holds(M * C) || !embeds.holds(M * C) || !cos.holds(angles * D) || !sin.holds(angles * D)) return false;
+        if (!of.holds(sequences) || !parts.holds(count) || !held.holds(count)) return false;
+        const Sequences all{of.p, sequences};
+        if (!all.fits(rows, M)) return false;
+        // Angles that sequences share are for tokens that stand alike in all of them.
+        if (angles != M && !std::all_of(all.begin(), all.end(), [this](const Sequence& s) { return s.length == angles; }))
+            return false;
         for (i64 i = 0; i < count; ++i) {
             const auto of_kind = [&](auto* kind) { return ::fits(kind, part(i), tokens()); };
-            if (!with_kind<Matrix, T>(rows[i].kind, of_kind)) return false;
+            if (!with_kind<Matrix, T>(parts[i].kind, of_kind)) return false;
         }
         return true;
     }

@@ -114,21 +114,6 @@ inline bool any_above(F a, F b) {
 #endif
 }
 
-// The sums of four vectors, one beside the other.
-inline void sums(F a, F b, F c, F d, float* to) {
-#if defined(__AVX512F__)
-    const F ab = add(_mm512_unpacklo_ps(a, b), _mm512_unpackhi_ps(a, b));
-    const F cd = add(_mm512_unpacklo_ps(c, d), _mm512_unpackhi_ps(c, d));
-    const __m512d low = _mm512_unpacklo_pd(_mm512_castps_pd(ab), _mm512_castps_pd(cd));
-    const __m512d high = _mm512_unpackhi_pd(_mm512_castps_pd(ab), _mm512_castps_pd(cd));
-    const F all = add(_mm512_castpd_ps(low), _mm512_castpd_ps(high));
-    const __m256 half = _mm256_add_ps(_mm512_castps512_ps256(all), _mm512_extractf32x8_ps(all, 1));
-    _mm_storeu_ps(to, _mm_add_ps(_mm256_castps256_ps128(half), _mm256_extractf128_ps(half, 1)));
-#else
-    to[0] = sum(a), to[1] = sum(b), to[2] = sum(c), to[3] = sum(d);
-#endif
-}
-
 // Memory that a thread keeps from call to call: asking for it anew would cost more than it is
 // worth. What is taken holds until the next `open`.
 class Scratch {

@@ -33,8 +33,8 @@ class LatentPart {
                f.q.template fits<Matrix, bf16>(ranked ? f.q_a.O : C) && f.kv.O == f.R + Dr &&
                f.kv.template fits<Matrix, bf16>(C) && f.kv_norm.weight.template as<bf16>().holds(f.R) && f.o.O == C &&
                f.o.template fits<Matrix, bf16>(f.H * f.Dv) && f.w.holds(f.H * (Dn + f.Dv) * f.R) &&
-               held->latents.template fits<bf16>(s.B, 1, s.end(), f.R) &&
-               held->keys.template fits<bf16>(s.B, 1, s.end(), Dr);
+               held->latents.template fits<bf16>(s, 1, f.R) &&
+               held->keys.template fits<bf16>(s, 1, Dr);
     }
 
     LatentPart(const Fields& f, const Held* held, const Tokens& s, i64 threads, Room& room)
@@ -65,11 +65,11 @@ class LatentPart {
     Latent over_all_rows() const {
         const i64 head = f_.Dn + f_.Dr;
         const Buffer &latents = held_->latents, &keys = held_->keys;
-        return {s_.B, s_.T, s_.end(), f_.H, f_.Dn, f_.Dr, f_.Dv, f_.R,
+        return {1, s_.M, s_.sequences.slots(), f_.H, f_.Dn, f_.Dr, f_.Dv, f_.R, 1,
                 q_, q_pe_, latents.of<bf16>(0, 0), keys.of<bf16>(0, 0), f_.w,
                 q_latent_, mixed_, attended_,
-                {s_.T * q_row_, head, q_row_}, {s_.T * f_.H * f_.Dr, f_.Dr, f_.H * f_.Dr},
-                {latents.row, 0, latents.token}, {keys.row, 0, keys.token}, s_.starts};
+                {q_row_, head, q_row_}, {f_.H * f_.Dr, f_.Dr, f_.H * f_.Dr},
+                {latents.row, 0, latents.token}, {keys.row, 0, keys.token}, s_.sequences};
     }
 
     // Queries of all heads, and the latents with their keys.
@@ -94,18 +94,19 @@ class LatentPart {
         const Share heads = me.share(s_.all() * f_.H), tokens = me.share(s_.all());
         for (i64 at = heads.from; at < heads.to; ++at)
             rotate(q_ + at / f_.H * q_row_ + at % f_.H * (f_.Dn + f_.Dr) + f_.Dn, q_pe_ + at * f_.Dr, at / f_.H);
-        for (i64 m = tokens.from; m < tokens.to; ++m) {
-            const i64 b = m / s_.T, slot = s_.starts[b] + m % s_.T;
-            const bf16* from = kv_ + m * f_.kv.O;
-            normalise(from, f_.kv_norm.template scale<bf16>(),
-                      held_->latents.template of<bf16>(b, 0) + slot * held_->latents.token, f_.R, float(f_.kv_norm.eps));
-            rotate(from + f_.R, held_->keys.template of<bf16>(b, 0) + slot * held_->keys.token, m);
-        }
+        for (const Sequence& of : s_.sequences)
+            for (i64 m = std::max(tokens.from, of.first); m < std::min(tokens.to, of.first + of.length); ++m) {
+                const i64 slot = of.start + m - of.first;
+                const bf16* from = kv_ + m * f_.kv.O;
+                normalise(from, f_.kv_norm.template scale<bf16>(),
+                          held_->latents.template of<bf16>(of.row, 0) + slot * held_->latents.token, f_.R,
+                          float(f_.kv_norm.eps));
+                rotate(from + f_.R, held_->keys.template of<bf16>(of.row, 0) + slot * held_->keys.token, m);
+            }
     }
 
     void rotate(const bf16* from, bf16* to, i64 m) const {
-        const i64 at = m / s_.T * s_.angle_row + m % s_.T * f_.Dr;
-        const bf16 *cos = static_cast<const bf16*>(s_.cos) + at, *sin = static_cast<const bf16*>(s_.sin) + at;
+        const bf16 *cos = s_.cos_of<bf16>(m), *sin = s_.sin_of<bf16>(m);
         if (f_.neighbours) rotate_neighbours(from, to, cos, sin, f_.Dr);
         else rotate_head(from, to, cos, sin, f_.Dr);
     }

@@ -17,7 +17,7 @@ class MixerPart {
         i64 H, P, G, N, W;
         double least, most;
 
-        Shape shape(const Tokens& s) const { return {s.B, s.T, H, P, G, N, W}; }
+        Shape shape() const { return {H, P, G, N, W}; }
     };
     struct Held {
         Span<T> window;
@@ -25,25 +25,24 @@ class MixerPart {
     };
 
     static bool fits(const Fields& f, const Held* held, const Tokens& s) {
-        const Shape shape = f.shape(s);
+        const Shape shape = f.shape();
         return shape.fits() && f.norm.width(s.C) == s.C && f.norm.template fits<T>(s.C) && f.in.O == shape.row() &&
                f.in.template fits<Matrix, T>(s.C) && f.out.O == s.C &&
                f.out.template fits<Matrix, T>(shape.inner()) && f.taps.holds(shape.conv() * f.W) &&
                (!f.bias.given() || f.bias.holds(shape.conv())) && f.dt_bias.holds(f.H) && f.a_log.holds(f.H) &&
                f.d.holds(f.H) && f.gated.weight.template as<T>().holds(shape.inner()) &&
-               held->window.holds(s.B * (f.W - 1) * shape.conv()) && held->state.holds(s.B * f.H * f.P * f.N) &&
-               (!s.counts || shape.counts(s.counts));
+               held->window.holds(s.rows * (f.W - 1) * shape.conv()) && held->state.holds(s.rows * f.H * f.P * f.N);
     }
 
     MixerPart(const Fields& f, const Held* held, const Tokens& s, i64, Room& room)
         : f_(f), s_(s),
           numbers_{float(f.least), float(f.most), float(f.gated.eps)},
-          shape_(f.shape(s)),
+          shape_(f.shape()),
           projected_(room.take<T>(s.all() * shape_.row())),
           mixed_(room.take<T>(s.all() * shape_.inner())),
           added_(room.take<T>(s.all() * s.C)),
-          mixer_{shape_, projected_, f.taps, f.bias, held->window, held->window,
-                 f.dt_bias, f.a_log, f.d, s.counts, held->state,
+          mixer_{shape_, s.M, s.sequences, nullptr, projected_, f.taps, f.bias, held->window, held->window,
+                 f.dt_bias, f.a_log, f.d, held->state,
                  room.take<float>(s.all() * shape_.conv()), room.take<float>(s.all() * f.H),
                  room.take<float>(s.all() * shape_.inner()),
                  f.gated.template scale<T>(), mixed_, numbers_} {}

@@ -3,6 +3,7 @@
 #pragma once
 #include "../linear.h"
 #include "../rows.h"
+#include "../sequences.h"
 
 namespace {
 
@@ -14,7 +15,7 @@ struct Norm {
     double eps;
     Source of;
 
-    // How wide what is normalised is, for hidden states (B, T, C).
+    // How wide what is normalised is, for hidden states (M, C).
     i64 width(i64 C) const { return of == WITH_EMBEDS ? 2 * C : C; }
     template <class T>
     const T* scale() const { return weight.as<T>(); }
@@ -24,31 +25,32 @@ struct Norm {
     }
 };
 
-// The tokens of a step.
+// The tokens of a step, those of one sequence behind those of another.
 struct Tokens {
-    void* x;                // (B, T, C), in and out
+    void* x;                // (M, C), in and out
     const void* embeds;     // the same
     void* beside;           // the same, what a part leaves to the next ones
-    const void *cos, *sin;  // (B or 1, T, D)
-    const i64* starts;      // (B) the slot of each row's first token
-    const i64* counts;      // (B) how many of a row's tokens are real; null where all are
-    i64 angle_row, D, B, T, C;
+    const void *cos, *sin;  // (angles, D), of all tokens or of those of each sequence
+    i64 angles, D, M, C, rows;  // rows of the cache
+    Sequences sequences;
 
-    i64 all() const { return B * T; }
-    // How many slots the tokens reach.
-    i64 end() const { return *std::max_element(starts, starts + B) + T; }
+    i64 all() const { return M; }
+    template <class T>
+    const T* cos_of(i64 m) const { return static_cast<const T*>(cos) + m % angles * D; }
+    template <class T>
+    const T* sin_of(i64 m) const { return static_cast<const T*>(sin) + m % angles * D; }
 };
 
-// Keys or values (B, K, S, D), what a cache keeps.
+// Keys or values (rows, K, S, D), what a cache keeps.
 struct Buffer {
     Span<char> memory;
     i64 row, head, token;
 
     template <class T>
-    T* of(i64 b, i64 kv) const { return reinterpret_cast<T*>(memory.p) + b * row + kv * head; }
+    T* of(i64 row_, i64 kv) const { return reinterpret_cast<T*>(memory.p) + row_ * row + kv * head; }
     template <class T>
-    bool fits(i64 B, i64 K, i64 S, i64 D) const {
-        return memory.holds(reach({{B, row}, {K, head}, {S, token}, {D, 1}}) * i64(sizeof(T)));
+    bool fits(const Tokens& s, i64 K, i64 D) const {
+        return memory.holds(reach({{s.rows, row}, {K, head}, {s.sequences.slots(), token}, {D, 1}}) * i64(sizeof(T)));
     }
 };
 
@@ -104,7 +106,7 @@ struct Member {
                 narrow(widen(to[i]) + widen(y[i]), to + i);
     }
 
-    // to += W of `inputs`, with `added` (B, T, O) as room; all see it behind this.
+    // to += W of `inputs`, with `added` (M, O) as room; all see it behind this.
     void add(const Weight& w, const Inputs<Matrix>& inputs, i64 I, T* added, T* to) {
         const Map<T> map_ = map_of(w, added);
         map(&map_, 1, inputs, I);
