@@ -1,6 +1,9 @@
 """What holds for the whole source tree, read from its syntax."""
 
 import ast
+import re
+import sys
+import tomllib
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -126,6 +129,15 @@ def test_every_circle_is_seen(imports: dict[str, set[str]], found: set[str]) -> 
 def test_families_do_not_import_each_other(path: Path) -> None:
     families = {name for name in imported(parsed(path)) if name.startswith("quintet.models.")}
     assert not families
+
+
+def test_what_is_imported_is_what_is_declared() -> None:
+    """Each dependency is used, and nothing else is; markupsafe is jinja2's own type of text."""
+    project = tomllib.loads((SOURCE.parents[1] / "pyproject.toml").read_text(encoding="utf-8"))
+    declared = {re.split(r"[<>=,]", one)[0] for one in project["project"]["dependencies"]}
+    used = {name.split(".")[0] for path in FILES for name in imported(parsed(path))}
+    outside = used - sys.stdlib_module_names - {"quintet", "markupsafe", "transformers"}
+    assert outside == declared
 
 
 OTHERS = {"transformers", "peft", "accelerate", "trl"}

@@ -163,7 +163,7 @@ class _Weights:
 
 
 def _part(weight: Tensor | Encoded, piece: Piece, to: Piece) -> Tensor | Encoded:
-    """Return what of a tensor of the source is one tensor of a release."""
+    """Cut the tensor of one piece out of a tensor that was read."""
     if to.place is None or piece.place is not None:
         return weight
     expert, rows = to.place
@@ -174,7 +174,7 @@ def _part(weight: Tensor | Encoded, piece: Piece, to: Piece) -> Tensor | Encoded
 
 
 def _suffix(architectures: list[str] | None, prefix: str) -> str:
-    """Return which head a checkpoint was saved with."""
+    """Return the suffix of the class a checkpoint was saved with."""
     for name in architectures or ():
         if name.startswith(prefix):
             return name.removeprefix(prefix)

@@ -181,7 +181,7 @@ def _wait_for(handle: int, directory: Path, patience: float) -> None:
 
 
 def _holder(handle: int) -> str:
-    """Name the process that has locked a file, where the system tells."""
+    """Name the process that has locked a file, as /proc/locks knows it."""
     found = os.fstat(handle)
     device = f"{os.major(found.st_dev):02x}:{os.minor(found.st_dev):02x}"
     with suppress(OSError):

@@ -46,7 +46,7 @@ def checked_path(path: object, argument: str) -> Path:
 
 
 def find_file(directory: Path, name: str) -> Path | None:
-    """Return the path of a regular file in a model's folder, or None where there is none.
+    """Return the path of a regular file in a model's folder, or None if it is missing.
 
     A link may lead to where the hub's cache keeps files, and to the file of the same name in
     another model's folder. Anywhere else, somebody who made the folder could have us read, and
@@ -90,7 +90,7 @@ def _is_cached(real: Path, directory: Path) -> bool:
 
 
 def what_else(path: Path) -> QuintetError | None:
-    """Return why a path is no model where that can be told: an adapter, GGUF, an empty folder."""
+    """Return the error of a path that is something else (an adapter, GGUF, empty), or None."""
     if path.is_file():
         if path.suffix.lower() == GGUF:
             return _gguf(str(path), path.name)

@@ -1,6 +1,5 @@
 import json
 import tempfile
-import time
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +12,7 @@ from safetensors.torch import save, save_file
 
 from quintet.checkpoint.header import read_header
 from quintet.errors import CheckpointError
+from work import in_sums
 
 
 def framed(header: Any, data: bytes = b"", length: int | None = None) -> bytes:
@@ -124,13 +124,12 @@ def test_every_64th_of_a_file_is_refused(tmp_path: Path) -> None:
     assert "of which its tensors hold" in refusal(tmp_path / "longer", whole + b"\0")
 
 
-def test_a_hundred_thousand_entries_are_checked_in_seconds(tmp_path: Path) -> None:
+def test_a_hundred_thousand_entries_are_checked_fast(tmp_path: Path) -> None:
     content = {f"t{i}": entry(offsets=[4 * i, 4 * i + 4]) for i in range(100_000)}
     path = tmp_path / "many.safetensors"
     path.write_bytes(framed(content, b"1234" * 100_000))
-    began = time.perf_counter()
+    assert in_sums(lambda: read_header(path)) < 20
     assert len(read_header(path).tensors) == 100_000
-    assert time.perf_counter() - began < 10
 
 
 def test_a_flood_of_objects_is_stopped(tmp_path: Path) -> None:
@@ -140,9 +139,11 @@ def test_a_flood_of_objects_is_stopped(tmp_path: Path) -> None:
 
 def test_twins_among_many_names_are_found_fast(tmp_path: Path) -> None:
     names = b",".join(b'"n%d":0' % (i % 199_999) for i in range(200_000))
-    began = time.perf_counter()
-    assert "'n0' is there twice" in refusal(tmp_path / "x", framed(b"{" + names + b"}"))
-    assert time.perf_counter() - began < 5
+
+    def refuse() -> None:
+        assert "'n0' is there twice" in refusal(tmp_path / "x", framed(b"{" + names + b"}"))
+
+    assert in_sums(refuse) < 10
 
 
 NUMBERS = st.integers(-3, 40) | st.sampled_from([2**31, 2**63 - 1, 2**63, 2**64, -(2**63)])

@@ -2,7 +2,6 @@ import json
 import os
 import pickle
 import struct
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -140,11 +139,10 @@ def test_opening_and_reading_a_part_leaves_the_rest_on_the_disk(tmp_path: Path) 
     path = tmp_path / "model.safetensors"
     path.write_bytes(struct.pack("<Q", len(raw)) + raw)
     os.truncate(path, 8 + len(raw) + size + 16)
-    before, began = resident(), time.perf_counter()
+    before = resident()
     checkpoint = Checkpoint.open(tmp_path)
     tensors = dict(checkpoint.read(checkpoint.tensors))
     assert tensors["small"].tolist() == [0, 0, 0, 0]
-    assert time.perf_counter() - began < 1
     assert resident() - before < 50_000_000
 
 

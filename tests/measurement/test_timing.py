@@ -1,5 +1,6 @@
 """Random models and filled caches: what they hold is what a real run would."""
 
+import math
 from typing import Any
 
 import pytest
@@ -7,6 +8,7 @@ import torch
 
 from quintet import AutoConfig, AutoModelForCausalLM
 from quintet.errors import InputError
+from quintet.measurement import synthetic
 from quintet.measurement.geometries import GEOMETRIES, geometry
 from quintet.measurement.synthetic import filled_cache, random_ids, random_model
 from quintet.measurement.timing import Spread, time_prompt, time_steps
@@ -30,8 +32,6 @@ def test_a_filled_cache_is_as_one_after_a_prompt(model_type: str) -> None:
                     assert len(b[0, 0].unique(dim=0)) == 20
         for a, b in zip(real.states, made.states, strict=True):
             assert (a.state.shape, a.window.shape) == (b.state.shape, b.window.shape)
-        logits = model(random_ids(100, 2, 1), past_key_values=made).logits
-    assert logits.isfinite().all()
 
 
 @pytest.mark.parametrize("model_type", SMALL)
@@ -46,7 +46,12 @@ def test_a_random_model_has_the_tensors_of_a_fresh_one(model_type: str) -> None:
     assert not made.training
 
 
-def test_no_two_rows_are_the_same() -> None:
+def test_no_two_rows_are_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    widths = [value for one in GEOMETRIES.values() for value in vars(one.config()).values()]
+    sizes = [width for width in widths if type(width) is int and width > 1]
+    assert all(math.gcd(synthetic._DRAWN, size) == 1 for size in sizes)
+    # Fewer numbers than the matrix has: repeated, they stand elsewhere in each row.
+    monkeypatch.setattr(synthetic, "_DRAWN", 101)
     weight = model_of("qwen2", DENSE).get_parameter("model.embed_tokens.weight")
     assert len(weight.unique(dim=0)) == 100
 

@@ -119,9 +119,11 @@ def test_a_model_without_conv_bias_has_none(tmp_path: Path) -> None:
 
 @torch.no_grad()
 def test_scalars_of_state_spaces_are_loaded_as_float32(tmp_path: Path) -> None:
-    model_of().bfloat16().save_pretrained(tmp_path)
+    model = model_of().bfloat16()
+    model.save_pretrained(tmp_path)
     loaded = Zamba2ForCausalLM.from_pretrained(tmp_path, dtype="bfloat16")
     mixer = loaded.model.layers[0].mamba
     assert {x.dtype for x in (mixer.A_log, mixer.D, mixer.dt_bias)} == {torch.float32}
     assert mixer.in_proj.weight.dtype == loaded.dtype == torch.bfloat16
-    assert loaded(ids_of(1, 5)).logits.isfinite().all()
+    ids = ids_of(1, 5)
+    assert relative_error(loaded(ids).logits, model(ids).logits) < 0.03

@@ -1,10 +1,10 @@
-import time
 from typing import Any
 
 import pytest
 
 from quintet.errors import ChatTemplateError
 from quintet.tokenization.sandbox import CompiledTemplate
+from work import in_sums
 
 MESSAGES = [{"role": "user", "content": "x"}]
 
@@ -49,11 +49,12 @@ BOMBS = {
 
 
 @pytest.mark.parametrize("name", BOMBS)
-def test_a_bomb_ends_in_an_error_within_a_second(name: str) -> None:
-    start = time.thread_time()
-    with pytest.raises(ChatTemplateError):
-        render(BOMBS[name])
-    assert time.thread_time() - start < 1.5
+def test_a_bomb_ends_in_an_error_after_little_work(name: str) -> None:
+    def explode() -> None:
+        with pytest.raises(ChatTemplateError):
+            render(BOMBS[name])
+
+    assert in_sums(explode) < 10
 
 
 @pytest.mark.parametrize(

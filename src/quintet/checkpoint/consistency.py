@@ -25,7 +25,7 @@ PATIENCE = 60.0
 
 
 def read_consistently(directory: Path, read: Callable[[], T], *, variant: str | None = None) -> T:
-    """Return what `read` reads, of one moment: if a save came between, it is called again.
+    """Call `read` until no save has come between, and return its result.
 
     Between two looks at the directory in which nothing that a save replaces has changed, `read`
     saw one state of it. `Checkpoint.open` refuses those with texts of one save and weights of

@@ -208,7 +208,7 @@ def _tensors(
 
 
 def _checked(path: Path, name: str, entry: Any) -> tuple[int, int]:
-    """Return where the data of one entry begins and ends, if dtype, shape and size agree."""
+    """Return the byte range of an entry, after checking that dtype, shape and size agree."""
     tensor = f"has a tensor {shown(name)}"
     if not _is_text(name):
         _damaged(path, f"{tensor} whose name is not text")

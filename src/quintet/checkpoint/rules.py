@@ -45,7 +45,7 @@ class Piece:
 
 
 def pieces(name: str, shape: Shape, rules: Sequence[StackExperts]) -> list[Piece]:
-    """Return what a tensor of the model is on disk."""
+    """List the tensors on disk that fill a tensor of the model."""
     rule = _rule(name, rules)
     if rule is None:
         return [Piece(name, shape)]
@@ -64,7 +64,7 @@ def pieces(name: str, shape: Shape, rules: Sequence[StackExperts]) -> list[Piece
 
 
 def count_pieces(name: str, shape: Shape, rules: Sequence[StackExperts]) -> int:
-    """Return how many tensors on disk a tensor of the model is, without listing them."""
+    """Count the tensors on disk that fill a tensor of the model, without listing them."""
     rule = _rule(name, rules)
     return 1 if rule is None else shape[0] * len(rule.parts)
 

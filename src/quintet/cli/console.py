@@ -14,7 +14,7 @@ LONGEST_HISTORY = 1000
 
 
 def history_file() -> Path:
-    """Return where typed lines are remembered: `$XDG_STATE_HOME/quintet/chat_history`."""
+    """Return the file of typed lines: `$XDG_STATE_HOME/quintet/chat_history`."""
     state = os.environ.get("XDG_STATE_HOME")
     root = Path(state) if state else Path.home() / ".local" / "state"
     return root / "quintet" / "chat_history"
@@ -109,7 +109,7 @@ class Console:
 
 
 def _readline() -> ModuleType | None:
-    """Return what edits the lines of `input()`, where the platform has it."""
+    """Return the module that edits the lines of `input()`, or None if the platform has none."""
     try:
         return importlib.import_module("readline")
     except ImportError:

@@ -30,7 +30,7 @@ def command(everything: bool, cache_dir: str | None, as_json: bool) -> None:
 
 
 def scanned(cache_dir: str | None) -> "HFCacheInfo | None":
-    """Scan the hub cache; None where there is none."""
+    """Scan the hub cache, or return None if there is no cache."""
     from huggingface_hub import CacheNotFound, scan_cache_dir
 
     try:

@@ -266,7 +266,7 @@ def with_default_length(
 
 
 def read_stdin() -> str | None:
-    """Return what is piped in, None at a terminal.
+    """Read standard input to its end, or return None at a terminal.
 
     Raises:
         InputError: it is not UTF-8.

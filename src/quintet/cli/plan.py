@@ -87,7 +87,7 @@ def _plan(
     batch: int,
     memory: tuple[str, ...],
 ) -> tuple[dict[str, Any], str | None]:
-    """Return the facts, and why the model does not fit."""
+    """Return the facts, and the reason if the model does not fit."""
     import torch
 
     from quintet.modeling.placement import layout
@@ -154,7 +154,7 @@ def _plan(
 
 
 def _kept(config: "PreTrainedConfig", device: "torch.device", assumed: bool) -> str | None:
-    """Return what a quantised model stays quantised as on a device; None for plain numbers.
+    """Return the format in which a device keeps a quantised model, or None for plain numbers.
 
     Of a device that is only `assumed`, the best is.
     """
@@ -236,7 +236,7 @@ def _capacity(memory: tuple[str, ...]) -> "dict[torch.device, int]":
 
 
 def _files(model: str, where: dict[str, Any]) -> dict[str, Any]:
-    """Say what would have to be fetched."""
+    """Describe the files, and whether they are here already."""
     from quintet.checkpoint.remote import read_headers
     from quintet.errors import CheckpointError
 

@@ -52,7 +52,7 @@ class ReasoningSplitter:
         return pieces
 
     def flush(self) -> list[tuple[Kind, str]]:
-        """Return what was held back: there is no more."""
+        """Return the text held back, after the last piece."""
         pieces: list[tuple[Kind, str]] = []
         self._give(pieces, self._held)
         self._held = ""
@@ -70,5 +70,5 @@ class ReasoningSplitter:
 
 
 def _overlap(text: str, tag: str) -> int:
-    """Return how many of the last characters may begin a tag."""
+    """Count the last characters that may begin a tag."""
     return next((n for n in range(len(tag) - 1, 0, -1) if text.endswith(tag[:n])), 0)

@@ -166,7 +166,7 @@ def _tokenizer(root: Path, problems: list[str]) -> None:
 
 
 def _expected_hashes(root: Path, hashes: str | None) -> dict[str, str]:
-    """Return what is known of the files' hashes: from a list, or from the hub's own notes."""
+    """Return the SHA-256 each file should have, from a list or from the hub's own notes."""
     if hashes is not None:
         return _listed_hashes(Path(hashes))
     found = {}

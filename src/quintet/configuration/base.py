@@ -181,7 +181,7 @@ class PreTrainedConfig(ConfigContract, Pushable):
         return ()
 
     def cache_numbers(self) -> tuple[int, int]:
-        """Return how many numbers a cache holds for each token of a row, and for a row besides."""
+        """Count the numbers a cache holds for each token of a row, and for a row besides."""
         raise NotImplementedError
 
     def require(self, holds: bool, key: str, rule: str) -> None:
@@ -335,7 +335,7 @@ class PreTrainedConfig(ConfigContract, Pushable):
         return values
 
     def to_json_string(self) -> str:
-        """Return what `config.json` holds: all keys but the common ones left at their default.
+        """Return the content of `config.json`: all keys but common ones left at their default.
 
         Raises:
             ConfigError: a value (a function as `hidden_act`) cannot be written as JSON.
@@ -385,7 +385,7 @@ class PreTrainedConfig(ConfigContract, Pushable):
 
     @classmethod
     def default(cls, key: str) -> Any:
-        """Return what a declared key is when nobody sets it."""
+        """Return the default of a declared key."""
         if key == "rope_theta":
             return cls.default_rope_theta
         return None if isinstance(value := getattr(cls, key), property) else value

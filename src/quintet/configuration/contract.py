@@ -29,7 +29,7 @@ class ConfigContract:
         raise NotImplementedError
 
     def to_json_string(self) -> str:
-        """Return what `config.json` holds."""
+        """Return the content of `config.json`."""
         raise NotImplementedError
 
     def check(self) -> None:

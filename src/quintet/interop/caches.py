@@ -29,7 +29,7 @@ def taking_caches(forward: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _taken(model: PreTrainedModel, past: Any, args: tuple[Any, ...], inputs: dict[str, Any]) -> Any:
-    """Return our cache with what theirs holds; None where it holds nothing.
+    """Copy the content of their cache into one of ours, or return None if it is empty.
 
     Raises:
         InputError: the family keeps something else between steps than keys and values.

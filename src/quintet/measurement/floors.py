@@ -77,7 +77,7 @@ def _bytes(module: nn.Module) -> float:
 
 
 def _products(module: nn.Module) -> float:
-    """Return how many multiplications by a module's own weights a token takes."""
+    """Count the multiplications by a module's own weights for one token."""
     if isinstance(module, nn.Embedding):
         return 0
     return sum(x.numel() for x in _tensors(module) if x.ndim > 1)

@@ -27,7 +27,7 @@ class Machine:
     Attributes:
         cpu: as it names itself.
         cores: those this process may use.
-        memory: in bytes, None where the system does not tell.
+        memory: in bytes, or None if the system hides it.
         system: its name and version.
         python: its version.
         torch: its version.
@@ -93,7 +93,7 @@ def peak_memory() -> int:
 
 
 class Load:
-    """What else the machine does while something is measured; None where the system hides it.
+    """What else the machine does while something is measured, or None if the system hides it.
 
     Used as a context; `others` and `stolen` are shares of all cores' time.
     """

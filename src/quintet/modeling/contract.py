@@ -145,7 +145,7 @@ class ModelContract(ModelCore):
 
 
 def vocabulary_of(embedding: nn.Module, config: PreTrainedConfig) -> int:
-    """Return how many ids an embedding has vectors for.
+    """Count the vectors of an embedding.
 
     What an adapter puts around it tells no number; then it is the config's.
     """

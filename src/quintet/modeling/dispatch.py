@@ -61,7 +61,7 @@ def _hook(model: ModelCore, placement: Placement, parts: Sequence[ModelPart]) ->
 def _guests(
     module: nn.Module, device: torch.device, where: Mapping[nn.Module, torch.device]
 ) -> Iterator[nn.Module]:
-    """Yield what a part shares with an earlier one that is elsewhere, if not hooked already."""
+    """Yield the modules, not hooked yet, that a part shares with an earlier one elsewhere."""
     for child in module.children():
         if where.get(child, device) == device:
             yield from _guests(child, device, where)

@@ -65,7 +65,7 @@ class KeyMapping:
         return [name for name in self.unused if not name.startswith(HEADS)]
 
     def report(self) -> dict[str, Any]:
-        """Return what `output_loading_info` shows, with the keys of Transformers."""
+        """Return the result of `output_loading_info`, with the keys of Transformers."""
         return {
             "missing_keys": set(self.absent),
             "unexpected_keys": set(self.lost),
@@ -81,7 +81,7 @@ def map_keys(
     held_as: QuantizationConfig | None = None,
     ignore_mismatched_sizes: bool = False,
 ) -> KeyMapping:
-    """Hold the tensors of a model against those of a checkpoint.
+    """Map the tensors of a checkpoint to those of a model, by name and shape.
 
     The checkpoint may be with or without a head, and may hold experts stacked already.
     `held_as` says how its matrices are quantised, and `ignore_mismatched_sizes` lets tensors

@@ -95,7 +95,7 @@ class MoeCausalLMHead(CausalLMHead):
         raise NotImplementedError
 
     def aux_loss(self, router_logits: tuple[Tensor, ...], mask: Tensor) -> Tensor:
-        """Return how unbalanced the experts were; router_logits (B·T, E) a layer, mask (B, T)."""
+        """Compute the loss of unbalanced experts; router_logits (B·T, E) a layer, mask (B, T)."""
         raise NotImplementedError
 
     # The order of the output's fields is Transformers', which no subclass of the plain one has.

@@ -72,7 +72,7 @@ class Placement:
         return len(set(self.devices.values())) > 1
 
     def device_of(self, name: str) -> torch.device:
-        """Return where a parameter or module of that name is.
+        """Return the device of a parameter or module by its name.
 
         Raises:
             InputError: no path covers it.
@@ -197,7 +197,7 @@ def layout(
 def _even(
     model_parts: Sequence[ModelPart], capacity: Mapping[torch.device, int]
 ) -> dict[str, torch.device] | None:
-    """Cut the parts into shares of about the same bytes; None where one has too little room."""
+    """Cut the parts into shares of about the same bytes, or return None if one does not fit."""
     devices = list(capacity)
     share = sum(part.nbytes for part in model_parts) / len(devices)
     placed, used, before = {}, dict.fromkeys(devices, 0), 0
@@ -213,7 +213,7 @@ def _even(
 def _filled_up(
     model_parts: Sequence[ModelPart], capacity: Mapping[torch.device, int]
 ) -> dict[str, torch.device] | None:
-    """Fill device after device; None where the last one has too little room."""
+    """Fill device after device, or return None if the last one has too little room."""
     devices = iter(capacity.items())
     device, room = next(devices)
     placed = {}
@@ -264,7 +264,7 @@ def _paths(module: nn.Module, path: str) -> Iterator[str]:
 
 
 def _capacity(max_memory: MaxMemory | None) -> dict[torch.device, int]:
-    """Return how many bytes of weights each device may have, the CPU last."""
+    """Return the bytes of weights that each device may hold, the CPU last."""
     if max_memory is None:
         count = torch.cuda.device_count() if torch.cuda.is_available() else 0
         devices = [torch.device("cuda", index) for index in range(count)]

@@ -74,7 +74,7 @@ class WeightLoader:
             self.model.init_module(module)
 
     def dtype_of(self, name: str) -> torch.dtype:
-        """Return what a tensor of the model is kept in."""
+        """Return the dtype of a tensor of the model."""
         return torch.float32 if name.endswith(self.model.keep_in_fp32) else self.dtype
 
 

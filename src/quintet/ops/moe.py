@@ -52,7 +52,7 @@ def _top_experts(logits: Tensor, A: int, *, normalise: bool) -> tuple[Tensor, Te
 
 
 def switch_balance_loss(router_logits: Sequence[Tensor], A: int, mask: Tensor) -> Tensor:
-    """Say how unbalanced the experts of all layers together are: E · Σ_e f_e · P_e.
+    """Compute the load-balancing loss of all layers together: E · Σ_e f_e · P_e.
 
     f_e is how many of a token's A choices fall on expert e, P_e its probability, both averaged
     over the tokens of every layer (Switch Transformer, arXiv:2101.03961, eq. 4-6, with f summed

@@ -36,7 +36,7 @@ def inverse_frequencies(rope: RopeParameters, D: int) -> Tensor:
 
 
 def attention_factor(rope: RopeParameters) -> float:
-    """Return what cos and sin are multiplied by: YaRN's temperature (arXiv:2309.00071, §3.4)."""
+    """Return YaRN's temperature, the factor of cos and sin (arXiv:2309.00071, §3.4)."""
     if rope.rope_type != "yarn":
         return 1.0
     if rope.attention_factor is not None:
@@ -47,7 +47,7 @@ def attention_factor(rope: RopeParameters) -> float:
 
 
 def score_factor(rope: RopeParameters) -> float:
-    """Return what YaRN multiplies attention scores by in models that set `mscale_all_dim`.
+    """Return YaRN's factor of attention scores in models that set `mscale_all_dim`.
 
     They give its temperature to all of a query and key, not to the rotated part alone; cos and
     sin then carry only what `mscale` exceeds it by (`attention_factor`).

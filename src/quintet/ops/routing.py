@@ -65,7 +65,7 @@ def softmax_routing(logits: Tensor, rules: RoutingRules) -> tuple[Tensor, Tensor
 
 
 def softmax_rules(rules: RoutingRules) -> Rules:
-    """Return what `softmax_routing` does, in the words of the kernel."""
+    """Write the rules of `softmax_routing` for the kernel."""
     normalise = rules.normalise and rules.active > 1
     return Rules(
         active=rules.active,
@@ -97,7 +97,7 @@ def sigmoid_routing(logits: Tensor, bias: Tensor, rules: RoutingRules) -> tuple[
 
 
 def sigmoid_rules(rules: RoutingRules) -> Rules:
-    """Return what `sigmoid_routing` does, in the words of the kernel."""
+    """Write the rules of `sigmoid_routing` for the kernel."""
     return Rules(
         sigmoid=True,
         active=rules.active,

@@ -233,7 +233,7 @@ def _likeliest(scores: Tensor, count: int) -> Tensor:
 
 
 def top_k_candidates(logits: Tensor, k: int) -> tuple[Tensor, Tensor, Tensor | None] | None:
-    """Return what `in_top_k` keeps as (B, n) logits, the likeliest first, and their ids (B, n).
+    """Return the logits (B, n) that `in_top_k` keeps, the likeliest first, and their ids (B, n).
 
     What is in excess has -inf. The third tells for which rows (B,) more tokens tie with the k-th
     than there is room for, so that some are missing; None for no row. None at all where there are

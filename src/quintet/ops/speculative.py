@@ -14,7 +14,7 @@ __all__ = ["keep_likeliest", "keep_sampled", "residual"]
 def keep_likeliest(
     likeliest: Sequence[Sequence[int]], drafted: Sequence[Sequence[int]], counts: Sequence[int]
 ) -> list[int]:
-    """Return how many drafts of each row are, one after another, the model's likeliest token."""
+    """Count the drafts of each row that are, one after another, the model's likeliest token."""
     return [
         _run([a == b for a, b in zip(own, row, strict=False)], count)
         for own, row, count in zip(likeliest, drafted, counts, strict=True)
@@ -57,7 +57,7 @@ def residual(p: Tensor, rejected: Tensor, q: Tensor | None) -> Tensor:
 
 
 def _at(x: Tensor, places: Sequence[int]) -> Tensor:
-    """Return what each row of (B, K, ...) has at its place."""
+    """Take from each row of (B, K, ...) the entry at its place."""
     if len(places) == 1:
         return x[:, places[0]]
     rows = torch.arange(len(x), dtype=torch.long, device=x.device)
@@ -65,5 +65,5 @@ def _at(x: Tensor, places: Sequence[int]) -> Tensor:
 
 
 def _run(kept: Sequence[bool], count: int) -> int:
-    """Return how many of the first `count` are kept before one is not."""
+    """Count how many of the first `count` are kept before one is not."""
     return next((place for place in range(count) if not kept[place]), count)

@@ -232,7 +232,7 @@ def _checked_size(size: int) -> int:
 
 
 def _stream(inputs: Any, task: str) -> Iterable[Any]:
-    """Return what can be gone through; a dataset may only have a length and places."""
+    """Return an iterable over inputs; a dataset may only have a length and places."""
     if isinstance(inputs, Iterable) and not isinstance(inputs, str | bytes | Mapping):
         return inputs
     if isinstance(inputs, torch.utils.data.Dataset) and hasattr(inputs, "__len__"):

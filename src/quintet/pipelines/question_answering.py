@@ -169,7 +169,7 @@ class QuestionAnsweringPipeline(Pipeline):
 
 
 def _pairs(question: Any, context: Any) -> Any:
-    """Return what is asked by name as an input, or as several where there are lists."""
+    """Pair a question with a context, or each question of a list with its own."""
     if question is None or context is None:
         raise InputError('give a question and its context: pipe(question="…", context="…")')
     if isinstance(question, str) and isinstance(context, str):

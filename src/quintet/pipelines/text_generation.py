@@ -192,7 +192,7 @@ class TextGenerationPipeline(Pipeline):
         return [part]
 
     def forward(self, parts: list[Prompt], options: Options) -> list[Output]:
-        """Return what was generated for each prompt."""
+        """Generate a continuation of each prompt."""
         if options.streamer is not None and len(parts) > 1:
             raise InputError(f"a streamer takes one input, not {len(parts)}")
         rows = self.rows([part.ids for part in parts], side="left")
@@ -286,7 +286,7 @@ class TextGenerationPipeline(Pipeline):
         return {"truncation": options.truncation, "max_length": longest}
 
     def _config(self, prompt: int, options: Options) -> GenerationConfig:
-        """Return how to generate, with a pipeline's defaults where nobody says otherwise."""
+        """Return the generation config, with a pipeline's defaults for what nobody sets."""
         config = self.model.generation_config
         if options.generation_config is not None:
             config = options.generation_config.over(config)

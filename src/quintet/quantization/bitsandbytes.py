@@ -74,7 +74,7 @@ class CodesFormat(WeightFormat):
     block: int = 64
 
     def parts(self, shape: Shape) -> dict[str, TensorSpec]:
-        """Return what a matrix of `shape` is held as."""
+        """Return shape and dtype of each part of a matrix of `shape`."""
         n = math.prod(shape)
         blocks = math.ceil(n / self.block)
         codes = {"": TensorSpec((math.ceil(n / 2), 1), torch.uint8)}
@@ -184,7 +184,7 @@ class CodesFormat(WeightFormat):
 
 
 def block_size(numbers: int, blocks: int) -> int | None:
-    """Return how many numbers a block has, where `blocks` hold `numbers`; None if no size fits."""
+    """Return the block size at which `blocks` hold `numbers`, or None if no size fits."""
     fitting = [size for size in BLOCK_SIZES if math.ceil(numbers / size) == blocks]
     # A matrix of a single block fits many; 64 is what everybody writes.
     return 64 if 64 in fitting else next(iter(fitting), None)

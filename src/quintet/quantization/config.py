@@ -60,14 +60,14 @@ class QuantizationConfig(ABC):
 
     @abstractmethod
     def scheme(self) -> Scheme | None:
-        """Return what a model is to be held as; None for plain numbers."""
+        """Return the formats of a model, or None for plain numbers."""
 
     @abstractmethod
     def stored(self, weight: str, shape: Shape, tensors: Tensors) -> WeightFormat | None:
         """Return the format a file holds a matrix in; None for plain numbers."""
 
     def to_dict(self) -> dict[str, Any]:
-        """Return what `config.json` holds."""
+        """Return the content of `config.json`."""
         values = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
         return {"quant_method": self.quant_method, **{k: _plain(v) for k, v in values.items()}}
 
@@ -114,7 +114,7 @@ class _OwnConfig(QuantizationConfig):
         return formats.get(tensors[weight].dtype) if weight in tensors else None
 
     def to_dict(self) -> dict[str, Any]:
-        """Return what `config.json` holds."""
+        """Return the content of `config.json`."""
         return {**super().to_dict(), "bits": self.bits, "group_size": self.group_size}
 
 
@@ -126,7 +126,7 @@ class Int8Config(_OwnConfig):
     group_size = None
 
     def scheme(self) -> Scheme:
-        """Return what a model is to be held as."""
+        """Return the formats of a model."""
         return Scheme(Int8Format(), Int8Format(), tuple(self.modules_to_not_convert or ()))
 
 
@@ -138,7 +138,7 @@ class Int4Config(_OwnConfig):
     group_size = 64
 
     def scheme(self) -> Scheme:
-        """Return what a model is to be held as."""
+        """Return the formats of a model."""
         return Scheme(Int4Format(), Int8Format(), tuple(self.modules_to_not_convert or ()))
 
 
@@ -221,7 +221,7 @@ class BitsAndBytesConfig(QuantizationConfig):
         return super().from_dict({k: v for k, v in values.items() if k not in spoken})
 
     def scheme(self) -> Scheme:
-        """Return what a model is to be held as."""
+        """Return the formats of a model."""
         weights: WeightFormat = RowwiseFormat()
         if self.load_in_4bit:
             weights = CodesFormat(self.bnb_4bit_quant_type, self.bnb_4bit_use_double_quant)
@@ -283,7 +283,7 @@ class FineGrainedFP8Config(QuantizationConfig):
         )
 
     def scheme(self) -> Scheme | None:
-        """Return what a model is to be held as; None for plain numbers."""
+        """Return the formats of a model, or None for plain numbers."""
         if self.dequantize:
             return None
         return Scheme(self._format(), skip=tuple(self.modules_to_not_convert or ()))

@@ -52,7 +52,7 @@ class WeightFormat(ABC):
 
     @abstractmethod
     def parts(self, shape: Shape) -> dict[str, TensorSpec]:
-        """Return what a matrix of `shape` is held as; the part "" carries most of its bytes."""
+        """Return shape and dtype of each part of a matrix; "" carries most of its bytes."""
 
     @abstractmethod
     def encode(self, weight: Tensor) -> dict[str, Tensor]:
@@ -135,7 +135,7 @@ class Int8Format(_Integers):
     name = "int8"
 
     def parts(self, shape: Shape) -> dict[str, TensorSpec]:
-        """Return what a matrix of `shape` is held as."""
+        """Return shape and dtype of each part of a matrix of `shape`."""
         return {"": TensorSpec(shape, torch.int8), "_scale": TensorSpec(shape[:-1], torch.float32)}
 
     def encode(self, weight: Tensor) -> dict[str, Tensor]:
@@ -159,7 +159,7 @@ class Int4Format(_Integers):
     name = "int4"
 
     def parts(self, shape: Shape) -> dict[str, TensorSpec]:
-        """Return what a matrix of `shape` is held as."""
+        """Return shape and dtype of each part of a matrix of `shape`."""
         packed, scale = int4_shapes(shape)
         return {"": TensorSpec(packed, torch.uint8), "_scale": TensorSpec(scale, torch.bfloat16)}
 
@@ -191,7 +191,7 @@ class FP8Format(WeightFormat):
     powers: bool = False
 
     def parts(self, shape: Shape) -> dict[str, TensorSpec]:
-        """Return what a matrix of `shape` is held as."""
+        """Return shape and dtype of each part of a matrix of `shape`."""
         scales = fp8_scale_shape(shape, self.block)
         return {
             "": TensorSpec(shape, torch.float8_e4m3fn),

@@ -55,13 +55,13 @@ class Quantized(nn.Module):
         return part
 
     def suffixes(self, name: str) -> tuple[str, ...]:
-        """Return how the names of a matrix's parts end."""
+        """Return the suffixes of a matrix's parts."""
         return self._suffixes[name]
 
     def view(
         self, name: str, buffers: Mapping[str, Tensor], place: tuple[int, int] | None
     ) -> dict[str, Tensor]:
-        """Return what of `buffers`, the parts of a stack, belongs to the matrix at `place`."""
+        """Cut the parts of the matrix at `place` out of `buffers`, the parts of a stack."""
         if place is None:
             return dict(buffers)
         (expert, number), shape = place, self.matrices[name][0]
@@ -163,7 +163,7 @@ class QuantizedLinear(Quantized, LinearMap):
 
     @classmethod
     def together(cls, x: Tensor, maps: Sequence[Self]) -> tuple[Tensor, ...]:
-        """Return what each of `maps` makes of x (..., I)."""
+        """Apply each of `maps` to x (..., I)."""
         kinds = {(m.format, m.compute_dtype) for m in maps}
         if len(kinds) > 1:
             return tuple(m.forward(x) for m in maps)
@@ -180,7 +180,7 @@ class QuantizedLinear(Quantized, LinearMap):
         return self.parts("weight"), (self.out_features, self.in_features), bias
 
     def matrix(self) -> Matrix | None:
-        """Return what the map holds, where its format is one that kernels read."""
+        """Return the map's operands for a kernel, or None if its format has none."""
         parts = self.format.matrix(self.parts("weight"))
         return None if parts is None or self.compute_dtype else parts._replace(bias=self.bias)
 

@@ -35,7 +35,7 @@ def stored(
     tensors: Mapping[str, TensorInfo],
     config: QuantizationConfig | None,
 ) -> dict[str, Stored]:
-    """Say how a checkpoint holds each of the tensors `wanted`, going by what is in its files."""
+    """Find the tensors of a checkpoint that hold each of the tensors `wanted`."""
     result = {}
     for name, shape in wanted.items():
         weight_format = None

@@ -93,7 +93,7 @@ class TorchAoConfig(QuantizationConfig):
         return (Int8Config if self._is_int8 else Int4Config)(modules_to_not_convert=kept)
 
     def scheme(self) -> Scheme:
-        """Return what a model is to be held as."""
+        """Return the formats of a model."""
         return self.ours().scheme()
 
     def stored(

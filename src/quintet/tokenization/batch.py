@@ -113,7 +113,7 @@ class BatchEncoding(UserDict[str, Any]):
     def token_to_chars(
         self, batch_or_token_index: int, token_index: int | None = None
     ) -> tuple[int, int] | None:
-        """Return where a token starts and ends in its text: `(token)` or `(row, token)`."""
+        """Return start and end of a token in its text: `(token)` or `(row, token)`."""
         row, token = _row_and(batch_or_token_index, token_index)
         if self._row(row).sequence_ids[token] is None:
             return None

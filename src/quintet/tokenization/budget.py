@@ -78,11 +78,11 @@ class Budget:
             yield item
 
     def text(self, value: Any) -> int:
-        """Return how long the text of a value is at most."""
+        """Bound the length of a value's text."""
         return len(value) if isinstance(value, str) else self.weigh(value)
 
     def weigh(self, value: Any, *, a_character: int = QUOTED, indent: int = 0) -> int:
-        """Return how long a value is at most when all of it is written down, refusing too much.
+        """Bound the length of a value when all of it is written down, refusing too much.
 
         What comparing, hashing and sorting look at is never more. A list within itself many
         times counts as often.
@@ -117,5 +117,5 @@ class Budget:
 
 
 def size(value: Any) -> int:
-    """Return how many items a value has, 0 for what is not a collection."""
+    """Count the items of a value, 0 if it is no collection."""
     return len(value) if isinstance(value, Sized) else 0

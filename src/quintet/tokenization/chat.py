@@ -162,7 +162,7 @@ class Chat(Encoder):
         documents: Sequence[Mapping[str, Any]] | None,
         template_kwargs: Mapping[str, Any],
     ) -> dict[str, Any]:
-        """Return what every conversation of a call shares, checked against the template."""
+        """Check the variables that every conversation of a call shares against the template."""
         used = self._templates.compiled(template).variables
         for name in template_kwargs:
             if name not in used or name in _OWN_NAMES:

@@ -73,12 +73,12 @@ _SPEC = re.compile(r"[#0\- +]*(\*|[0-9]+)?(?:\.(\*|[0-9]*))?[hlL]?")
 
 
 def format_width(budget: Budget, spec: str) -> int:
-    """Return how wide a field of `str.format` can get by its format alone."""
+    """Bound the width of a field of `str.format` by its format alone."""
     return sum(_number(budget, digits) for digits in re.findall(r"\d+", spec))
 
 
 def percent(budget: Budget, form: str, values: Any) -> int:
-    """Return how long `form % values` is at most."""
+    """Bound the length of `form % values`."""
     given = list(values) if isinstance(values, tuple) else [values]
     if isinstance(values, Mapping):
         given += values.values()
@@ -102,7 +102,7 @@ def percent(budget: Budget, form: str, values: Any) -> int:
 
 
 def _behind_key(form: str, at: int) -> int:
-    """Return the place behind the name in parentheses, where one begins."""
+    """Return the place behind a name in parentheses, or `at` if none begins there."""
     if not form.startswith("(", at):
         return at
     depth = 0

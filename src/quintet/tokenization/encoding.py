@@ -97,7 +97,7 @@ class Encoder(Vocabulary):
         return self(text, pair, **options).tokens()
 
     def num_special_tokens_to_add(self, pair: bool = False) -> int:
-        """Return how many tokens the pipeline adds around a text, or around a pair."""
+        """Count the tokens that the pipeline adds around a text, or around a pair."""
         return self._tokenizer.num_special_tokens_to_add(pair)
 
     def pad(

@@ -99,7 +99,7 @@ class Cut:
         return rows if overflow else rows[:1]
 
     def _shares(self, text: int, pair: int, room: int) -> tuple[int, int]:
-        """Return how many tokens of each sequence stay."""
+        """Count the tokens of each sequence that stay."""
         if self.strategy == "longest_first":
             if not pair:
                 return room, 0

@@ -112,7 +112,7 @@ def _continued(template: "CompiledTemplate", variables: Mapping[str, Any], field
 
 
 def _text_of(message: dict[str, Any], field: str) -> tuple[dict[str, Any], str]:
-    """Return where the text of a field is: the message itself, or the last of its parts."""
+    """Return the holder of a field's text and its key: the message, or the last of its parts."""
     value = message.get(field)
     if isinstance(value, str):
         return message, field

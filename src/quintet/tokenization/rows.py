@@ -121,7 +121,7 @@ class Row:
         ]
 
     def sequence_lengths(self) -> tuple[int, int]:
-        """Return how many tokens come from the text and from its pair."""
+        """Count the tokens that come from the text and from its pair."""
         counts = [0, 0]
         pairs = zip(self._encoding.sequence_ids, self._encoding.special_tokens_mask, strict=True)
         for sequence, special in pairs:
