@@ -76,10 +76,13 @@ def test_what_cannot_be_compiled_is_named() -> None:
 
 
 SCRIPT = """
-import torch, time
-from quintet import AutoModelForCausalLM, demo_model
+import torch
+import quintet
 from torch._dynamo.utils import counters
-model = AutoModelForCausalLM.from_pretrained(demo_model(), dtype="float32")
+torch.manual_seed(0)
+sizes = {"vocab_size": 50, "hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1}
+heads = {"num_attention_heads": 2, "num_key_value_heads": 1}
+model = quintet.Qwen2ForCausalLM(quintet.Qwen2Config(**sizes, **heads)).eval()
 made = model.generate(torch.tensor([[5, 6, 7]]), compile=True, max_new_tokens=4, do_sample=False)
 found = counters["inductor"]["fxgraph_cache_hit"]
 print(made[0].tolist(), found)

