@@ -23,6 +23,8 @@ __all__ = ["Found", "Report", "Target", "fuzz"]
 
 SECONDS = 5.0
 MEGABYTES = 200
+# Mutants are written to memory where that is a folder: a disk would take most of the time.
+MEMORY = "/dev/shm" if os.access("/dev/shm", os.W_OK) else None
 # A process is ended that does not come back; its own clock is asked for all that does.
 PATIENCE = 60.0
 
@@ -89,7 +91,7 @@ def fuzz(
         most: how many faults are enough.
     """
     report = Report()
-    with tempfile.TemporaryDirectory(prefix="quintet-fuzz-") as folder:
+    with tempfile.TemporaryDirectory(prefix="quintet-fuzz-", dir=MEMORY) as folder:
         seeds = Path(folder) / "seeds"
         target.make(seeds)
         while numbers and not report.ended(seconds, most):
@@ -150,7 +152,9 @@ def _try_all(target: Target, seeds: Path, numbers: range, seed: int, to: Connect
     with open(os.devnull, "w") as nowhere:
         os.dup2(nowhere.fileno(), 1)
         os.dup2(nowhere.fileno(), 2)
-    with tempfile.TemporaryDirectory(prefix="quintet-mutant-") as folder:
+    with tempfile.TemporaryDirectory(prefix="quintet-mutant-", dir=MEMORY) as folder:
+        # What a reader writes for itself is there too.
+        tempfile.tempdir = folder
         root = Path(folder) / "model"
         shutil.copytree(seeds, root)
         with contextlib.suppress(Exception):

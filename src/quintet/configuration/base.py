@@ -401,11 +401,11 @@ class PreTrainedConfig(ConfigContract, Pushable):
         return {names.get(key, key): value for key, value in values.items()}
 
     def _warn_of_misspellings(self, keys: "Any") -> None:
-        known = [*self.accepted_keys(), "model_type"]
+        known = {*self.accepted_keys(), "model_type"}
         # A file may have any number of keys, and comparing takes a while.
-        for key in islice(keys, MOST_COMPARED):
-            near = difflib.get_close_matches(key, known, n=1, cutoff=0.85)
-            if near and key not in known:
+        for key in islice((key for key in keys if key not in known), MOST_COMPARED):
+            near = difflib.get_close_matches(key, sorted(known), n=1, cutoff=0.85)
+            if near:
                 warnings.warn(
                     f"{type(self).__name__} does not know {shown(key)} and keeps it unused; "
                     f"did you mean {near[0]!r}?",

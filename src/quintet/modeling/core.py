@@ -199,7 +199,9 @@ class ModelCore(nn.Module):
     def init_weights(self) -> None:
         """Draw fresh weights: normal with `initializer_range`, biases zero, norms one."""
         for module in self.modules():
-            self.init_module(module)
+            # Without memory there is nothing to draw, which torch takes its time for.
+            if any(not weight.is_meta for weight in module.parameters(recurse=False)):
+                self.init_module(module)
         self.tie_weights()
 
     def init_module(self, module: nn.Module) -> None:
