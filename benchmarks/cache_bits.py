@@ -38,7 +38,7 @@ def latent(layers: int) -> dict[str, int]:
 
 def bytes_per_token(config: PreTrainedConfig, cache: Cache, shapes: list[tuple[int, int]]) -> float:
     """Fill a cache with keys and values of (heads, size) and return the bytes of a token."""
-    span = cache.span(1, TOKENS, torch.device("cpu"), None)
+    span = cache.segment(1, TOKENS, torch.device("cpu"), None)
     for layer in range(config.num_hidden_layers):
         keys, values = (torch.randn(1, heads, TOKENS, size).to(BF16) for heads, size in shapes)
         cache.update(keys, values, layer, span)
@@ -131,7 +131,7 @@ def show_speed(contexts: list[int], repeats: int) -> None:
         times: dict[str, list[float]] = {kind: [] for kind in KINDS}
         caches = {kind: make(config) for kind, make in KINDS.items()}
         for cache in caches.values():
-            span = cache.span(1, context, torch.device("cpu"), None)
+            span = cache.segment(1, context, torch.device("cpu"), None)
             for layer in range(config.num_hidden_layers):
                 c_kv, k_pe = (torch.randn(1, 1, context, size).to(BF16) for size in (512, 64))
                 cache.update(c_kv, k_pe, layer, span)

@@ -19,7 +19,7 @@ from quintet.kernels.attention import attend
 from quintet.kernels.grouped import grouped_silu_experts
 from quintet.kernels.latent import attend_latents
 from quintet.ops.mamba2 import MixerWeights, mix, mix_stepwise
-from quintet.ops.masks import Visibility
+from quintet.ops.masks import AttentionMask
 from quintet.ops.mla import absorbed
 from quintet.ops.moe import looped_experts
 
@@ -77,7 +77,7 @@ def latent() -> None:
             q_nope, q_pe = torch.randn(1, H, 1, Dn).to(BF16), torch.randn(1, H, 1, Dr).to(BF16)
             c_kv, k_pe = torch.randn(1, S, R).to(BF16), torch.randn(1, S, Dr).to(BF16)
             inputs = (q_nope, q_pe, c_kv, k_pe, w_kv)
-            seen = Visibility(None, False, S - 1, None)
+            seen = AttentionMask(None, False, S - 1, None)
             theirs, ours = in_turn(
                 partial(absorbed, *inputs, seen, scale=0.07, dropout=0.0),
                 partial(attend_latents, *inputs, start=S - 1, scale=0.07),

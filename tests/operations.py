@@ -14,7 +14,7 @@ from quintet.ops.activations import gate_by
 from quintet.ops.attention import sdpa
 from quintet.ops.linear import linear, linears
 from quintet.ops.mamba2 import MixerWeights, mix
-from quintet.ops.masks import Visibility, visibility
+from quintet.ops.masks import AttentionMask, attention_mask_of
 from quintet.ops.mla import expanded, latent_attention
 from quintet.ops.moe import apply_experts, top_experts
 from quintet.ops.norm import rms_norm
@@ -45,9 +45,9 @@ class Case:
     inputs: dict[str, Tensor]
 
 
-def seen_by(start: Tensor, T: int, S: int) -> Visibility:
+def seen_by(start: Tensor, T: int, S: int) -> AttentionMask:
     slots = start[:, None] + torch.arange(T)
-    return visibility(slots, start, S, None)
+    return attention_mask_of(slots, start, S, None)
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor) -> Any:

@@ -13,7 +13,7 @@ from quintet.cache import (
     DynamicCache,
     OffloadedCache,
     QuantizedCache,
-    Span,
+    Segment,
     StaticCache,
 )
 from quintet.errors import ContextLengthError, InputError
@@ -40,7 +40,7 @@ def vectors(tokens: Tensor, layer: int, part: int) -> Tensor:
 
 
 def append(cache: Cache, tokens: Tensor, counts: Tensor | None = None) -> list[tuple[Any, Any]]:
-    span = cache.span(*tokens.shape, CPU, counts)
+    span = cache.segment(*tokens.shape, CPU, counts)
     held = [
         cache.update(vectors(tokens, i, 0), vectors(tokens, i, 1), i, span) for i in range(LAYERS)
     ]
@@ -116,7 +116,7 @@ def apply(name: str, value: Any, cache: Cache, model: Model, tokens: Tensor) -> 
         ]
         assert_rows(held, after, code_of(cache))
     elif name == "fail":
-        span = cache.span(B, value, CPU, None)
+        span = cache.segment(B, value, CPU, None)
         cache.update(vectors(tokens, 0, 0), vectors(tokens, 0, 1), 0, span)
     elif name == "crop":
         cache.crop(value)
@@ -193,7 +193,7 @@ def test_lengths_move_only_when_every_layer_has_stored(cache: Cache) -> None:
     first = torch.arange(1, 7).reshape(2, 3)
     append(cache, first)
     tokens = torch.full((2, 4), 99)
-    span = cache.span(2, 4, CPU, torch.tensor([4, 1]))
+    span = cache.segment(2, 4, CPU, torch.tensor([4, 1]))
     cache.update(vectors(tokens, 0, 0), vectors(tokens, 0, 1), 0, span)
     assert cache.lengths(2).tolist() == [3, 3]
     assert cache.get_seq_length() == 3
@@ -272,7 +272,7 @@ def test_nbytes_is_what_is_held(dtype: torch.dtype) -> None:
     dynamic, static = caches()
     assert dynamic.nbytes == static.nbytes == 0
     for cache in (dynamic, static):
-        span = cache.span(2, 5, CPU, None)
+        span = cache.segment(2, 5, CPU, None)
         for layer in range(LAYERS):
             cache.update(
                 torch.ones(2, K, 5, D).to(dtype), torch.ones(2, K, 5, D).to(dtype), layer, span
@@ -299,7 +299,7 @@ def test_growing_copies_seldom() -> None:
 
 def test_tensors_that_were_handed_in_are_not_written_into() -> None:
     cache = DynamicCache(CONFIG)
-    span = cache.span(1, 4, CPU, None)
+    span = cache.segment(1, 4, CPU, None)
     mine = [torch.ones(1, K, 4, D) for _ in range(2 * LAYERS)]
     for layer in range(LAYERS):
         cache.update(mine[2 * layer], mine[2 * layer + 1], layer, span)
@@ -317,7 +317,7 @@ def test_gradients_reach_old_and_new_keys(counts: Tensor | None) -> None:
     steps = [torch.randn(2, K, 2, D, requires_grad=True) for _ in range(4)]
     total = torch.zeros(())
     for step in steps:
-        span = cache.span(2, 2, CPU, counts)
+        span = cache.segment(2, 2, CPU, counts)
         keys, values = cache.update(step, 2 * step, 0, span)
         cache.advance(span)
         total = total + keys[1, :, : cache.lengths(2)[1]].square().sum() + values[0].sum()
@@ -344,6 +344,9 @@ def test_lengths_of_rows_before_anything_is_stored() -> None:
     assert len(DynamicCache()) == 0
 
 
-def test_slots_of_a_span() -> None:
-    assert Span(3, 2, 5, None, CPU).slots().tolist() == [[3, 4]]
-    assert Span(torch.tensor([0, 7]), 3, 10, None, CPU).slots().tolist() == [[0, 1, 2], [7, 8, 9]]
+def test_slots_of_a_segment() -> None:
+    assert Segment(3, 2, 5, None, CPU).slots().tolist() == [[3, 4]]
+    assert Segment(torch.tensor([0, 7]), 3, 10, None, CPU).slots().tolist() == [
+        [0, 1, 2],
+        [7, 8, 9],
+    ]

@@ -62,7 +62,7 @@ def test_continuing_leaves_the_tuples_as_they_were(mask: Tensor | None) -> None:
     before = [x.clone() for pair in past for x in pair]
     cache = from_legacy(past, mask, LAYERS)
     cache.crop(-1)
-    span = cache.span(B, 1, torch.device("cpu"), None)
+    span = cache.segment(B, 1, torch.device("cpu"), None)
     for layer in range(LAYERS):
         cache.update(torch.ones(B, K, 1, D), torch.ones(B, K, 1, D), layer, span)
     cache.advance(span)
@@ -73,7 +73,7 @@ def test_new_tokens_land_behind_in_wider_columns() -> None:
     mask = torch.tensor([[0, 1, 1, 1], [1, 1, 0, 0]])
     past = some_tuples()
     cache = from_legacy(past, mask, LAYERS)
-    span = cache.span(B, 1, torch.device("cpu"), None)
+    span = cache.segment(B, 1, torch.device("cpu"), None)
     new = torch.full((B, K, 1, D), 5.0)
     for layer in range(LAYERS):
         cache.update(new, 2 * new, layer, span)

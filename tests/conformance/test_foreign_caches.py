@@ -157,7 +157,7 @@ def test_a_cache_without_a_config_gets_the_models_layers(family: Family) -> None
 def test_a_cache_without_a_config_grows_by_what_it_is_given() -> None:
     cache = DynamicCache()
     keys, values = torch.randn(2, 1, 2, 3, 4).unbind()
-    span = cache.span(1, 3, keys.device, None)
+    span = cache.segment(1, 3, keys.device, None)
     for layer in range(3):
         made = cache.update(keys + layer, values, layer, span)
         assert relative_error(made[0], keys + layer) < TOLERANCE

@@ -243,8 +243,9 @@ def test_what_contradicts_itself_is_named(family: Family) -> None:
     padding[0, 0] = 0
     cache = DynamicCache(model.config)
     for said, message in (
-        ({"seq_idx": index, "use_cache": True}, "no cache to continue from"),
-        ({"cu_seq_lens_q": ends, "past_key_values": cache}, "no cache to continue from"),
+        ({"seq_idx": index, "use_cache": True}, "give one as past_key_values"),
+        ({"seq_idx": index, "past_key_values": cache}, "cu_seq_lens_q alone"),
+        ({"cu_seq_lens_q": ends, "past_key_values": cache}, "one row of input; there are 2"),
         ({"seq_idx": index, "attention_mask": padding}, "no padding"),
         ({"seq_idx": index[:, :4]}, r"seq_idx.*\(2, 12\)"),
         ({"cu_seq_lens_q": ends[:-1]}, r"cu_seq_lens_q=.*24 tokens"),

@@ -6,7 +6,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from quintet.kernels.latent import attend_latents
-from quintet.ops.masks import Visibility, causal_mask
+from quintet.ops.masks import AttentionMask, causal_mask
 from quintet.ops.mla import absorbed
 
 # The mapped query, the weights, their mixture and the result are rounded to bfloat16.
@@ -24,7 +24,7 @@ def definition(inputs: list[Tensor], start: Tensor, scale: float) -> Tensor:
     T, S = inputs[0].shape[2], inputs[2].shape[1]
     mask = causal_mask(start[:, None] + torch.arange(T), S, None)
     wide = [x.double() for x in inputs]
-    seen = Visibility(mask, False, start, None)
+    seen = AttentionMask(mask, False, start, None)
     return absorbed(*wide, seen, scale=scale, dropout=0.0)[0]
 
 
@@ -33,7 +33,7 @@ def magnitude(inputs: list[Tensor], start: Tensor, scale: float) -> Tensor:
     q_nope, q_pe, c_kv, k_pe, w_kv = (x.double() for x in inputs)
     T, S, Dn = q_nope.shape[2], c_kv.shape[1], q_nope.shape[3]
     mask = causal_mask(start[:, None] + torch.arange(T), S, None)
-    seen = Visibility(mask, False, start, None)
+    seen = AttentionMask(mask, False, start, None)
     _, weights = absorbed(q_nope, q_pe, c_kv, k_pe, w_kv, seen, scale=scale, dropout=0.0)
     return torch.einsum("bhts,bsr,hdr->bhtd", weights, c_kv.abs(), w_kv[:, Dn:])
 

@@ -7,9 +7,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from quintet.cache import Cache, RecurrentSlot, Span
+from quintet.cache import Cache, RecurrentSlot, Segment
+from quintet.layers.context import ForwardContext
 from quintet.layers.mamba2 import GatedRMSNorm, Mamba2
-from quintet.layers.step import Step
 from quintet.ops.attention import eager
 from quintet.ops.ssd import recurrence
 
@@ -34,12 +34,12 @@ def mixer(**changes: Any) -> Mamba2:
     return made
 
 
-def step_of(x: Tensor, cache: Cache | None = None, counts: Tensor | None = None) -> Step:
+def step_of(x: Tensor, cache: Cache | None = None, counts: Tensor | None = None) -> ForwardContext:
     B, T, _ = x.shape
-    span = Span(0, T, T, counts, x.device)
+    segment = Segment(0, T, T, counts, x.device)
     if cache is not None:
-        span = cache.span(B, T, x.device, counts)
-    return Step(x, x, {}, eager, span, cache, embeds=x)
+        segment = cache.segment(B, T, x.device, counts)
+    return ForwardContext(x, x, segment, (segment,), ({},), eager, cache, embeds=x)
 
 
 def by_the_equations(m: Mamba2, x: Tensor) -> Tensor:
@@ -77,7 +77,7 @@ def test_step_sizes_are_clamped_alike_in_prompts_and_steps() -> None:
     for part in x.split([4, 1, 1, 3, 1, 1], dim=1):
         step = step_of(part, cache)
         parts.append(m(part, step))
-        cache.advance(step.span)
+        cache.advance(step.whole)
     assert_close(torch.cat(parts, dim=1), by_the_equations(m, x))
 
 
@@ -87,7 +87,7 @@ def test_rows_with_padding_behind_equal_rows_alone() -> None:
     cache = Cache([None], [RecurrentSlot()])
     step = step_of(x, cache, counts)
     y = m(x, step)
-    cache.advance(step.span)
+    cache.advance(step.whole)
     more = torch.randn(3, 2, 12).double()
     after = m(more, step_of(more, cache))
     for row, count in enumerate(counts.tolist()):
@@ -103,7 +103,7 @@ def test_gradients_reach_through_the_cache() -> None:
     for part in (x[:, :3], x[:, 3:4], x[:, 4:5], x[:, 5:]):
         step = step_of(part, cache)
         parts.append(m(part, step))
-        cache.advance(step.span)
+        cache.advance(step.whole)
     made = torch.autograd.grad(torch.cat(parts, dim=1).square().sum(), x)[0]
     expected = torch.autograd.grad(by_the_equations(m, x).square().sum(), x)[0]
     assert_close(made, expected)
@@ -117,7 +117,7 @@ def test_a_step_changes_the_state_in_place() -> None:
         for part in (x[:, :1], x[:, 1:2]):
             step = step_of(part, cache)
             m(part, step)
-            cache.advance(step.span)
+            cache.advance(step.whole)
             state, window = slot.state, slot.window
         step = step_of(x[:, 2:], cache)
         m(x[:, 2:], step)

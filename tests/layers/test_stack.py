@@ -16,8 +16,8 @@ from quintet import DynamicCache, OffloadedCache, QuantizedCache, Qwen2ForCausal
 from quintet.cache import Cache
 from quintet.kernels.native import native
 from quintet.layers import stack
+from quintet.layers.context import ForwardContext
 from quintet.layers.norm import RMSNorm
-from quintet.layers.step import Step
 from quintet.modeling import decoder
 from support import relative_error, small_config
 
@@ -55,8 +55,8 @@ def passes(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
     seen: list[bool] = []
     real = stack.LayerRun.in_one_call
 
-    def watched(run: stack.LayerRun, hidden: Tensor, step: Step) -> Tensor | None:
-        made = real(run, hidden, step)
+    def watched(run: stack.LayerRun, hidden: Tensor, context: ForwardContext) -> Tensor | None:
+        made = real(run, hidden, context)
         seen.append(made is not None)
         return made
 
@@ -237,7 +237,7 @@ def own_layer_of_another_forward(model: Qwen2ForCausalLM) -> None:
     kind = type(model.model.layers[1])
 
     class Own(kind):  # type: ignore[misc, valid-type]
-        def forward(self, hidden_states: Tensor, step: Step) -> Tensor:
+        def forward(self, hidden_states: Tensor, context: ForwardContext) -> Tensor:
             return 2 * hidden_states
 
     model.model.layers[1].__class__ = Own

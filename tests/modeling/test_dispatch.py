@@ -15,7 +15,7 @@ from torch import Tensor
 
 from conformance.families import FAMILIES, Family, each
 from quintet import DynamicCache
-from quintet.layers.step import Step
+from quintet.layers.context import ForwardContext
 
 IDS = torch.tensor([[5, 6, 7, 8, 9], [7, 9, 4, 3, 2]])
 # Two names of one device: everything is moved, as between two.
@@ -99,7 +99,7 @@ def test_after_a_failure_the_next_forward_is_right(family: Family, model: Any) -
 
 @each
 def test_layers_on_one_device_share_one_step(family: Family, model: Any) -> None:
-    steps: list[Step] = []
+    steps: list[ForwardContext] = []
     for layer in model.model.layers:
         layer.register_forward_pre_hook(
             lambda module, given, named: steps.append(named["step"]), with_kwargs=True

@@ -16,7 +16,7 @@ from quintet.errors import ConfigError
 from quintet.layers.mlp import GatedMLP
 from quintet.models.qwen2_moe import Qwen2MoeConfig, Qwen2MoeForCausalLM, Qwen2MoeModel
 from quintet.ops.attention import eager
-from quintet.ops.masks import Visibility, causal_mask
+from quintet.ops.masks import AttentionMask, causal_mask
 from quintet.ops.moe import switch_balance_loss
 from support import relative_error
 
@@ -204,7 +204,7 @@ def stand_in_for_flash(monkeypatch: pytest.MonkeyPatch) -> None:
         T, S = q.shape[1], k.shape[1]
         window = None if window_size == (-1, -1) else window_size[0] + 1
         mask = causal_mask(torch.arange(S - T, S)[None], S, window)
-        seen = Visibility(mask, False, S - T, window)
+        seen = AttentionMask(mask, False, S - T, window)
         out, _ = eager(
             *(x.transpose(1, 2) for x in (q, k, v)), seen, scale=softmax_scale, dropout=0
         )

@@ -16,7 +16,7 @@ from torch import Tensor
 from quintet.errors import MissingDependencyError, UnsupportedBackendError
 from quintet.ops.attention import BACKENDS, attention_backend, eager, flash, sdpa
 from quintet.ops.causal_blocks import in_blocks
-from quintet.ops.masks import Visibility, visibility
+from quintet.ops.masks import AttentionMask, attention_mask_of
 from support import relative_error
 
 B, D = 3, 8
@@ -29,18 +29,18 @@ def tensors(H: int, K: int, T: int, S: int, dtype: torch.dtype = torch.float32) 
     return [torch.randn(shape).to(dtype) for shape in shapes]
 
 
-def uniform(T: int, start: int = 0, spare: int = 0, window: int | None = None) -> Visibility:
-    return visibility(torch.arange(start, start + T)[None], start, start + T + spare, window)
+def uniform(T: int, start: int = 0, spare: int = 0, window: int | None = None) -> AttentionMask:
+    return attention_mask_of(torch.arange(start, start + T)[None], start, start + T + spare, window)
 
 
-def own_starts(T: int, spare: int = 0, window: int | None = None) -> Visibility:
+def own_starts(T: int, spare: int = 0, window: int | None = None) -> AttentionMask:
     start = torch.tensor([0, 3, 5])
-    return visibility(start[:, None] + torch.arange(T), start, 5 + T + spare, window)
+    return attention_mask_of(start[:, None] + torch.arange(T), start, 5 + T + spare, window)
 
 
-def custom(mask: Tensor) -> Visibility:
+def custom(mask: Tensor) -> AttentionMask:
     T, S = mask.shape[-2:]
-    return visibility(torch.arange(T)[None], 0, S, None, mask)
+    return attention_mask_of(torch.arange(T)[None], 0, S, None, mask)
 
 
 def some_mask(shape: tuple[int, ...]) -> Tensor:
@@ -100,7 +100,7 @@ def test_the_formula(backend: Any, H: int, K: int) -> None:
     T, S, seen = CASES["own-starts-window"]()
     q, k, v = tensors(H, K, T, S)
     out, _ = backend(q, k, v, seen, scale=SCALE, dropout=0.0)
-    torch.testing.assert_close(out.double(), by_hand(q, k, v, seen.mask), rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(out.double(), by_hand(q, k, v, seen.entries), rtol=1e-5, atol=1e-6)
 
 
 @HEADS
@@ -264,7 +264,7 @@ def test_backends_are_chosen_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize(("T", "K"), [(1, 4), (3, 4), (40, 4), (67, 2)])
 def test_training_in_bfloat16_attends_in_blocks_with_the_same_gradient(T: int, K: int) -> None:
     q, k, v = (torch.randn(2, heads, T, 8) for heads in (4, K, K))
-    seen = Visibility(None, True, 0, None)
+    seen = AttentionMask(None, True, 0, None)
     told, made = [], []
     for found, dtype, backend in ((told, torch.float32, eager), (made, torch.bfloat16, sdpa)):
         inputs = [x.to(dtype).detach().clone().requires_grad_() for x in (q, k, v)]

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from quintet.ops.masks import Visibility, causal_mask, visibility
+from quintet.ops.masks import AttentionMask, attention_mask_of, causal_mask
 
 WINDOWS = pytest.mark.parametrize("window", [None, 1, 3, 100], ids=lambda w: f"window-{w}")
 
@@ -19,11 +19,11 @@ def spelt_out(slots: Tensor, S: int, window: int | None) -> Tensor:
     return mask[:, None]
 
 
-def meaning(seen: Visibility, T: int, S: int) -> Tensor:
-    """What a visibility says, as a mask (1 or B, 1, T, S)."""
-    if seen.mask is not None:
+def meaning(seen: AttentionMask, T: int, S: int) -> Tensor:
+    """What a mask says, as a mask (1 or B, 1, T, S)."""
+    if seen.entries is not None:
         assert not seen.is_causal
-        return seen.mask
+        return seen.entries
     if seen.is_causal:
         assert T == S
         return torch.ones(T, S, dtype=torch.bool).tril()[None, None]
@@ -41,11 +41,11 @@ def test_causal_mask(S: int, window: int | None) -> None:
 @pytest.mark.parametrize("T", [1, 2, 6], ids=lambda T: f"T{T}")
 @pytest.mark.parametrize("start", [0, 1, 4], ids=lambda start: f"start{start}")
 @pytest.mark.parametrize("spare", [0, 7], ids=["growing", "preallocated"])
-def test_visibility_of_rows_that_share_a_start(
+def test_mask_of_rows_that_share_a_start(
     T: int, start: int, spare: int, window: int | None
 ) -> None:
     slots, S = torch.arange(start, start + T)[None], start + T + spare
-    seen = visibility(slots, start, S, window)
+    seen = attention_mask_of(slots, start, S, window)
     assert torch.equal(meaning(seen, T, S).expand(1, 1, T, S), spelt_out(slots, S, window))
     assert not seen.custom
     assert seen.start == start
@@ -54,12 +54,12 @@ def test_visibility_of_rows_that_share_a_start(
 
 @WINDOWS
 @pytest.mark.parametrize("T", [1, 3], ids=lambda T: f"T{T}")
-def test_visibility_of_rows_with_their_own_start(T: int, window: int | None) -> None:
+def test_mask_of_rows_with_their_own_start(T: int, window: int | None) -> None:
     start = torch.tensor([0, 2, 5])
     slots, S = start[:, None] + torch.arange(T), 5 + T
-    seen = visibility(slots, start, S, window)
-    assert seen.mask is not None
-    assert torch.equal(seen.mask, spelt_out(slots, S, window))
+    seen = attention_mask_of(slots, start, S, window)
+    assert seen.entries is not None
+    assert torch.equal(seen.entries, spelt_out(slots, S, window))
     assert seen.start is start
     assert seen.window == window
 
@@ -69,14 +69,14 @@ def test_visibility_of_rows_with_their_own_start(T: int, window: int | None) -> 
     [pytest.param(8, 0, 8, id="prompt"), pytest.param(1, 8, 9, id="step")],
 )
 def test_the_usual_cases_need_no_mask(T: int, start: int, S: int) -> None:
-    seen = visibility(torch.arange(start, start + T)[None], start, S, None)
-    assert seen.mask is None
+    seen = attention_mask_of(torch.arange(start, start + T)[None], start, S, None)
+    assert seen.entries is None
     assert seen.is_causal == (T > 1)
 
 
 def test_a_mask_of_the_callers_own_is_taken_as_it_is() -> None:
     custom = torch.zeros(1, 1, 3, 3)
-    seen = visibility(torch.arange(3)[None], 0, 3, 2, custom)
-    assert seen.mask is custom
+    seen = attention_mask_of(torch.arange(3)[None], 0, 3, 2, custom)
+    assert seen.entries is custom
     assert seen.custom
     assert not seen.is_causal

@@ -10,28 +10,28 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from quintet.ops.attention import AttentionBackend, eager, sdpa
-from quintet.ops.masks import Visibility, causal_mask
+from quintet.ops.masks import AttentionMask, causal_mask
 from quintet.ops.mla import BREAK_EVEN_QUERIES, absorbed, absorbs, expanded
 from support import relative_error
 
 SIZES = st.integers(1, 9)
 
 
-def mask_of(kind: str, B: int, H: int, T: int, S: int) -> Visibility:
+def mask_of(kind: str, B: int, H: int, T: int, S: int) -> AttentionMask:
     past = S - T
     slots = torch.arange(past, S)[None].expand(B, T)
     seen = causal_mask(slots, S, None)
     if kind == "all" and T == 1:
-        return Visibility(None, False, past, None)
+        return AttentionMask(None, False, past, None)
     if kind == "causal" and past == 0:
-        return Visibility(None, True, 0, None)
+        return AttentionMask(None, True, 0, None)
     if kind == "float":
         added = torch.randn(B, 1, T, S).masked_fill(~seen, torch.finfo(torch.float32).min)
-        return Visibility(added, False, past, None, custom=True)
+        return AttentionMask(added, False, past, None, custom=True)
     if kind == "heads":
         seen = seen & (torch.rand(B, H, T, S) < 0.8)
         seen[..., 0] = True
-    return Visibility(seen, False, past, None)
+    return AttentionMask(seen, False, past, None)
 
 
 @settings(max_examples=80, deadline=None)
@@ -99,7 +99,7 @@ def test_both_equal_the_formula_of_the_paper() -> None:
             q = torch.cat((q_nope[0, h, t], q_pe[0, h, t]))
             p = torch.stack([q @ x * 0.3 for x in k]).softmax(dim=0)
             expected[0, h, t] = sum((w * x for w, x in zip(p, v, strict=True)), torch.zeros(Dv))
-    seen, rest = Visibility(None, True, 0, None), {"scale": 0.3, "dropout": 0.0}
+    seen, rest = AttentionMask(None, True, 0, None), {"scale": 0.3, "dropout": 0.0}
     inputs = (q_nope, q_pe, c_kv, k_pe)
     assert relative_error(absorbed(*inputs, w_kv, seen, **rest)[0], expected) < 1e-5
     expand = partial(F.linear, weight=w_kv.flatten(0, 1))
@@ -109,7 +109,7 @@ def test_both_equal_the_formula_of_the_paper() -> None:
 
 
 def test_a_query_that_sees_nothing_stays_finite() -> None:
-    seen = Visibility(torch.zeros(1, 1, 1, 4, dtype=torch.bool), False, 3, None)
+    seen = AttentionMask(torch.zeros(1, 1, 1, 4, dtype=torch.bool), False, 3, None)
     out, _ = absorbed(
         torch.randn(1, 2, 1, 4),
         torch.randn(1, 2, 1, 2),
@@ -170,5 +170,5 @@ def test_absorbing_never_makes_a_tensor_of_all_heads_and_keys(T: int) -> None:
         torch.randn(H, Dn + Dv, R),
     )
     with Watch():
-        absorbed(*inputs, Visibility(None, False, S - 1, None), scale=1.0, dropout=0.0)
+        absorbed(*inputs, AttentionMask(None, False, S - 1, None), scale=1.0, dropout=0.0)
     assert max(sizes) == max(H * T * S, H * T * R)

@@ -1,11 +1,12 @@
 """What the layers keep between steps."""
 
-from quintet.cache.base import AttentionSlot, Cache, CacheSlot, Span
+from quintet.cache.base import AttentionSlot, Cache, CacheSlot
 from quintet.cache.dense import DynamicCache, StaticCache
 from quintet.cache.legacy import LegacyCache, from_legacy, to_legacy
 from quintet.cache.offloaded import OffloadedCache
 from quintet.cache.quantized import QuantizedCache
 from quintet.cache.recurrent import RecurrentSlot
+from quintet.cache.segment import Segment, segments_of
 
 __all__ = [
     "AttentionSlot",
@@ -16,8 +17,9 @@ __all__ = [
     "OffloadedCache",
     "QuantizedCache",
     "RecurrentSlot",
-    "Span",
+    "Segment",
     "StaticCache",
     "from_legacy",
+    "segments_of",
     "to_legacy",
 ]

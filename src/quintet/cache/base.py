@@ -1,13 +1,12 @@
 """One cache for every family: a list of per-layer slots, and one length for each row.
 
 Every row of a batch has its own length from the start. A forward asks the cache where its tokens
-go (`span`), the layers write there, and the model moves the lengths once at the end (`advance`):
+go (`segment`), the layers write there, and the model moves the lengths once at the end (`advance`):
 a forward that fails halfway leaves the cache as it was. Recurrent states cannot be left behind a
 length like that: after such a failure the cache asks to be cropped or reset.
 """
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from typing import Protocol
 
 import torch
@@ -15,38 +14,11 @@ from torch import Tensor
 
 from quintet.cache.memory import check_alike
 from quintet.cache.recurrent import RecurrentSlot
+from quintet.cache.segment import Segment
 from quintet.configuration.base import PreTrainedConfig
 from quintet.errors import InputError
 
-__all__ = ["AttentionSlot", "Cache", "CacheSlot", "Companion", "Span"]
-
-
-@dataclass(frozen=True, slots=True)
-class Span:
-    """Where the T tokens of one forward go in each row.
-
-    Attributes:
-        start: the slot of the first token; an int when all rows share it, otherwise (B,).
-        length: T.
-        keys: S, how many slots a layer has to attend to once the tokens are stored.
-        counts: (B,) how many of the T are real, the rest being padding behind; None for all.
-        device: where the tokens are.
-        learns: whether a graph of autograd may hold on to all that is attended to.
-    """
-
-    start: int | Tensor
-    length: int
-    keys: int
-    counts: Tensor | None
-    device: torch.device
-    learns: bool = False
-
-    def slots(self) -> Tensor:
-        """Return the slot of every token, (B or 1, T)."""
-        steps = torch.arange(self.length, dtype=torch.long, device=self.device)
-        if isinstance(self.start, int):
-            return (steps + self.start)[None]
-        return self.start[:, None] + steps
+__all__ = ["AttentionSlot", "Cache", "CacheSlot", "Companion"]
 
 
 class CacheSlot(Protocol):
@@ -82,8 +54,8 @@ class CacheSlot(Protocol):
 class AttentionSlot(CacheSlot, Protocol):
     """A slot of keys and values."""
 
-    def update(self, keys: Tensor, values: Tensor, span: Span) -> tuple[Tensor, Tensor]:
-        """Store (B, K, T, D) of a span and return all (B, K, S, D) there is to attend to."""
+    def update(self, keys: Tensor, values: Tensor, segment: Segment) -> tuple[Tensor, Tensor]:
+        """Store a segment's (B, K, T, D) and return all (B, K, S, D) its rows have to attend to."""
         ...
 
     def content(self, length: int) -> tuple[Tensor, Tensor]:
@@ -95,8 +67,8 @@ class AttentionSlot(CacheSlot, Protocol):
         """What numbers are kept in, None while nothing is stored or where it is no matter."""
         ...
 
-    def room(self, span: Span) -> tuple[Tensor, Tensor] | None:
-        """Return the buffers, with room for a span that the caller writes; None without such."""
+    def room(self, segment: Segment) -> tuple[Tensor, Tensor] | None:
+        """Return the buffers of all rows, with room for what the caller writes; None without."""
         ...
 
 
@@ -148,7 +120,9 @@ class Cache:
 
     # -- one forward -------------------------------------------------------------------------
 
-    def span(self, batch: int, length: int, device: torch.device, counts: Tensor | None) -> Span:
+    def segment(
+        self, batch: int, length: int, device: torch.device, counts: Tensor | None
+    ) -> Segment:
         """Return where the next `length` tokens of `batch` rows go.
 
         Raises:
@@ -168,22 +142,22 @@ class Cache:
                 f"the cache holds {rows} rows and the input has {batch}; "
                 "use a new cache, or select its rows with batch_select_indices"
             )
-        return Span(self._lengths, length, self._longest + length, counts, device)
+        return Segment(self._lengths, length, self._longest + length, counts, device)
 
     def update(
-        self, keys: Tensor, values: Tensor, layer_idx: int, span: Span | None = None
+        self, keys: Tensor, values: Tensor, layer_idx: int, segment: Segment | None = None
     ) -> tuple[Tensor, Tensor]:
         """Store a layer's keys and values (B, K, T, D); `advance` follows after the last layer."""
-        if span is None:
-            span = self.span(keys.shape[0], keys.shape[2], keys.device, None)
-        return self._attention(layer_idx).update(keys, values, span)
+        if segment is None:
+            segment = self.segment(keys.shape[0], keys.shape[2], keys.device, None)
+        return self._attention(layer_idx).update(keys, values, segment)
 
-    def room(self, layer_idx: int, span: Span) -> tuple[Tensor, Tensor] | None:
-        """Return a layer's keys and values, (B, K, S, D) with room for the tokens of a span.
+    def room(self, layer_idx: int, segment: Segment) -> tuple[Tensor, Tensor] | None:
+        """Return a layer's keys and values, (B, K, S, D) with room for the tokens of a segment.
 
         The caller writes them in place, instead of `update`; None where that cannot be done.
         """
-        return self._attention(layer_idx).room(span)
+        return self._attention(layer_idx).room(segment)
 
     def fit(self, config: PreTrainedConfig, dtype: torch.dtype | None = None) -> None:
         """Check that there are as many layers as a model has, and hold what it computes in.
@@ -229,14 +203,14 @@ class Cache:
         self._forward_unfinished = True
         return slot
 
-    def advance(self, span: Span) -> None:
-        """Count the tokens of a span that every layer has stored."""
+    def advance(self, segment: Segment) -> None:
+        """Count the tokens of all rows that every layer has stored."""
         self._forward_unfinished = False
-        if span.counts is None:
-            self._lengths = self._lengths + span.length
-            self._longest += span.length
+        if segment.counts is None:
+            self._lengths = self._lengths + segment.length
+            self._longest += segment.length
         else:
-            self._lengths = self._lengths + span.counts
+            self._lengths = self._lengths + segment.counts
             self._longest = _longest(self._lengths)
 
     # -- what it holds -----------------------------------------------------------------------

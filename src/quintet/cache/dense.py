@@ -6,9 +6,10 @@ import torch
 import torch.nn.functional as F  # noqa: N812
 from torch import Tensor
 
-from quintet.cache.base import AttentionSlot, Cache, Span, _longest
+from quintet.cache.base import AttentionSlot, Cache, _longest
 from quintet.cache.memory import check_alike, locked, own, writable
 from quintet.cache.recurrent import RecurrentSlot
+from quintet.cache.segment import Segment
 from quintet.configuration.base import PreTrainedConfig
 from quintet.errors import ContextLengthError, InputError
 
@@ -27,15 +28,16 @@ class _DenseSlot:
         # Whether they may be held by others too: by a caller, or by a graph of autograd.
         self._shared = False
 
-    def content(self, length: int) -> tuple[Tensor, Tensor]:
-        """Return the first `length` keys and values, (B, K, length, D) each.
+    def content(self, length: int, rows: slice | None = None) -> tuple[Tensor, Tensor]:
+        """Return the first `length` keys and values of some rows, (B, K, length, D) each.
 
         Raises:
             InputError: nothing is stored yet.
         """
         if self.keys is None or self.values is None:
             raise InputError("this layer of the cache is empty; run the model with it first")
-        return self.keys[:, :, :length], self.values[:, :, :length]
+        keys, values = self.keys[:, :, :length], self.values[:, :, :length]
+        return (keys, values) if rows is None else (keys[rows], values[rows])
 
     def _check(self, keys: Tensor, values: Tensor) -> None:
         """Check that keys and values (B, K, T, D) are such as are held."""
@@ -76,35 +78,37 @@ class _DenseSlot:
 class DynamicSlot(_DenseSlot):
     """Keys and values in buffers that grow by a quarter whenever they are full."""
 
-    def update(self, keys: Tensor, values: Tensor, span: Span) -> tuple[Tensor, Tensor]:
-        """Store (B, K, T, D) of a span and return all (B, K, S, D) there is to attend to."""
+    def update(self, keys: Tensor, values: Tensor, segment: Segment) -> tuple[Tensor, Tensor]:
+        """Store a segment's (B, K, T, D) and return all (B, K, S, D) its rows have to attend to."""
         if self.keys is None or self.values is None:
-            self.keys, self.values = keys, values
-            # They may be a caller's, who sees what is written into them.
-            self._shared = True
-        else:
-            self._check(keys, values)
-            self._unshare(span)
-            self.keys = _write(self.keys, keys, span)
-            self.values = _write(self.values, values, span)
-            self._shared = span.learns
-        return self.content(span.keys)
+            if segment.rows is None:
+                self.keys, self.values = keys, values
+                # They may be a caller's, who sees what is written into them.
+                self._shared = True
+                return self.content(segment.keys)
+            self.keys, self.values = _zeros(keys, segment), _zeros(values, segment)
+        self._check(keys, values)
+        self._unshare(segment)
+        self.keys = _write(self.keys, keys, segment)
+        self.values = _write(self.values, values, segment)
+        self._shared = segment.learns
+        return self.content(segment.keys, segment.rows)
 
-    def room(self, span: Span) -> tuple[Tensor, Tensor] | None:
-        """Return the buffers, with room for a span that the caller writes; None while empty."""
+    def room(self, segment: Segment) -> tuple[Tensor, Tensor] | None:
+        """Return the buffers, with room for what the caller writes; None while empty."""
         if self.keys is None or self.values is None:
             return None
-        self._unshare(span)
+        self._unshare(segment)
         keys, values = self.keys, self.values = (
-            own(_grown(self.keys, span)),
-            own(_grown(self.values, span)),
+            own(_grown(self.keys, segment)),
+            own(_grown(self.values, segment)),
         )
         return keys, values
 
-    def _unshare(self, span: Span) -> None:
+    def _unshare(self, segment: Segment) -> None:
         assert self.keys is not None
         assert self.values is not None
-        if self._shared and span.keys <= self.keys.shape[2]:
+        if self._shared and segment.room <= self.keys.shape[2]:
             self.keys, self.values = self.keys.clone(), self.values.clone()
         self._shared = False
 
@@ -123,20 +127,22 @@ class StaticSlot(_DenseSlot):
         super().__init__()
         self.capacity = capacity
 
-    def update(self, keys: Tensor, values: Tensor, span: Span) -> tuple[Tensor, Tensor]:
-        """Store (B, K, T, D) of a span and return the buffers, (B, K, capacity, D)."""
+    def update(self, keys: Tensor, values: Tensor, segment: Segment) -> tuple[Tensor, Tensor]:
+        """Store (B, K, T, D) of a segment and return its rows' buffers, (B, K, capacity, D)."""
         if self.keys is None or self.values is None:
             # Zeros, not empty memory: a weight of 0 times NaN would still be NaN.
-            self.keys = keys.new_zeros(*keys.shape[:2], self.capacity, keys.shape[3])
-            self.values = values.new_zeros(*values.shape[:2], self.capacity, values.shape[3])
+            self.keys = _zeros(keys, segment, self.capacity)
+            self.values = _zeros(values, segment, self.capacity)
         self._check(keys, values)
-        self.keys = self._written(self.keys, keys, span)
-        self.values = self._written(self.values, values, span)
-        self._shared = span.learns
-        return self.keys, self.values
+        shared = self._shared or not (writable(self.keys, keys, values) and writable(self.values))
+        self.keys = _scattered(self.keys, keys, segment, shared=shared)
+        self.values = _scattered(self.values, values, segment, shared=shared)
+        self._shared = segment.learns
+        # Whole, where all rows are meant: shapes that never change.
+        return self.content(self.capacity if segment.rows is None else segment.keys, segment.rows)
 
-    def room(self, span: Span) -> tuple[Tensor, Tensor] | None:
-        """Return the buffers, for the caller to write a span; None before they are allocated."""
+    def room(self, segment: Segment) -> tuple[Tensor, Tensor] | None:
+        """Return the buffers, for the caller to write; None before they are allocated."""
         if self.keys is None or self.values is None:
             return None
         give = torch.clone if self._shared else own
@@ -152,12 +158,6 @@ class StaticSlot(_DenseSlot):
     def _zeroed(self, buffer: Tensor) -> Tensor:
         kept = writable(buffer) and not self._shared
         return buffer.zero_() if kept else torch.zeros_like(buffer)
-
-    def _written(self, buffer: Tensor, new: Tensor, span: Span) -> Tensor:
-        places = _places(span, new)
-        if self._shared or not writable(buffer, new):
-            return buffer.scatter(2, places, new)
-        return buffer.scatter_(2, places, new)
 
 
 class DynamicCache(Cache):
@@ -212,7 +212,9 @@ class StaticCache(Cache):
         )
         self.max_cache_len = max_cache_len
 
-    def span(self, batch: int, length: int, device: torch.device, counts: Tensor | None) -> Span:
+    def segment(
+        self, batch: int, length: int, device: torch.device, counts: Tensor | None
+    ) -> Segment:
         """Return where the next `length` tokens of `batch` rows go.
 
         Raises:
@@ -224,7 +226,7 @@ class StaticCache(Cache):
             self._lengths = torch.zeros(batch, dtype=torch.long, device=device)
         elif locked(self._lengths):
             self._lengths = self._lengths.clone()
-        span = super().span(batch, length, device, counts)
+        segment = super().segment(batch, length, device, counts)
         if not torch.compiler.is_compiling():
             longest = self.get_seq_length()
             if longest + length > self.max_cache_len:
@@ -232,13 +234,13 @@ class StaticCache(Cache):
                     f"the cache has room for max_cache_len={self.max_cache_len} tokens a row, "
                     f"holds up to {longest} and was given {length} more; make a larger one"
                 )
-        return Span(span.start, length, self.max_cache_len, counts, device)
+        return Segment(segment.start, length, self.max_cache_len, counts, device)
 
-    def advance(self, span: Span) -> None:
-        """Count the tokens of a span that every layer has stored."""
+    def advance(self, segment: Segment) -> None:
+        """Count the tokens of all rows that every layer has stored."""
         assert isinstance(self._lengths, Tensor)
         self._forward_unfinished = False
-        self._lengths.add_(span.length if span.counts is None else span.counts)
+        self._lengths.add_(segment.length if segment.counts is None else segment.counts)
 
     def seek(self, position: Tensor) -> None:
         """Continue every row from the slot `position` (a scalar)."""
@@ -280,23 +282,37 @@ def _slots(
     )
 
 
-def _write(buffer: Tensor, new: Tensor, span: Span) -> Tensor:
-    """Return a buffer that holds `new` (B, K, T, D) at the slots of `span`."""
-    short = span.keys - buffer.shape[2]
+def _zeros(new: Tensor, segment: Segment, capacity: int | None = None) -> Tensor:
+    """Return an empty buffer for such as `new` (B, K, T, D), in all rows of a cache."""
+    rows = len(new) if segment.batch is None else segment.batch
+    return new.new_zeros(rows, new.shape[1], capacity or segment.room, new.shape[3])
+
+
+def _write(buffer: Tensor, new: Tensor, segment: Segment) -> Tensor:
+    """Return a buffer that holds `new` (B, K, T, D) at the slots of a segment."""
     if not writable(buffer, new):
+        short = segment.room - buffer.shape[2]
         wide = F.pad(buffer, (0, 0, 0, max(short, 0)))
-        return wide.scatter(2, _places(span, new), new)
-    buffer = _grown(buffer, span)
-    if isinstance(span.start, int):
-        buffer[:, :, span.start : span.start + span.length] = new
+        return _scattered(wide, new, segment, shared=True)
+    buffer = _grown(buffer, segment)
+    if isinstance(segment.start, int):
+        held = buffer if segment.rows is None else buffer[segment.rows]
+        held[:, :, segment.start : segment.start + segment.length] = new
         return buffer
-    return buffer.scatter_(2, _places(span, new), new)
+    return _scattered(buffer, new, segment, shared=False)
 
 
-def _grown(buffer: Tensor, span: Span) -> Tensor:
-    short = span.keys - buffer.shape[2]
-    return buffer if short <= 0 else F.pad(buffer, (0, 0, 0, short + span.keys // 4 + 64))
+def _scattered(buffer: Tensor, new: Tensor, segment: Segment, *, shared: bool) -> Tensor:
+    """Return a buffer with `new` (B, K, T, D) at the slots of a segment, a copy if it is shared."""
+    places = segment.slots()[:, None, :, None].expand_as(new)
+    if segment.rows is None:
+        return buffer.scatter(2, places, new) if shared else buffer.scatter_(2, places, new)
+    if shared:
+        buffer = buffer.clone()
+    buffer[segment.rows].scatter_(2, places, new)
+    return buffer
 
 
-def _places(span: Span, new: Tensor) -> Tensor:
-    return span.slots()[:, None, :, None].expand_as(new)
+def _grown(buffer: Tensor, segment: Segment) -> Tensor:
+    short = segment.room - buffer.shape[2]
+    return buffer if short <= 0 else F.pad(buffer, (0, 0, 0, short + segment.room // 4 + 64))

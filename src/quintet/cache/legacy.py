@@ -27,15 +27,15 @@ def from_legacy(past: LegacyCache, mask: Tensor | None, num_hidden_layers: int) 
     cache = DynamicCache(num_hidden_layers=num_hidden_layers)
     first = past[0][0]
     rows = None if mask is None else ragged(mask)
-    span = cache.span(
+    segment = cache.segment(
         first.shape[0], first.shape[2], first.device, None if rows is None else rows.counts
     )
     for index, pair in enumerate(past):
         keys, values = pair
         if rows is not None:
             keys, values = (rows.pack(x.transpose(1, 2)).transpose(1, 2) for x in pair)
-        cache.update(keys, values, index, span)
-    cache.advance(span)
+        cache.update(keys, values, index, segment)
+    cache.advance(segment)
     return cache
 
 

@@ -5,9 +5,10 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from quintet.cache.base import Cache, Span
+from quintet.cache.base import Cache
 from quintet.cache.dense import DynamicSlot, _slots
 from quintet.cache.recurrent import RecurrentSlot
+from quintet.cache.segment import Segment
 from quintet.configuration.base import PreTrainedConfig
 
 __all__ = ["OffloadedCache", "OffloadedSlot"]
@@ -16,11 +17,11 @@ __all__ = ["OffloadedCache", "OffloadedSlot"]
 class OffloadedSlot(DynamicSlot):
     """Growing buffers on the CPU; what a step attends to is on the device of its tokens."""
 
-    def update(self, keys: Tensor, values: Tensor, span: Span) -> tuple[Tensor, Tensor]:
-        """Store (B, K, T, D) of a span and return all (B, K, S, D) there is to attend to."""
-        start = span.start.cpu() if isinstance(span.start, Tensor) else span.start
-        counts = None if span.counts is None else span.counts.cpu()
-        host = replace(span, start=start, counts=counts, device=torch.device("cpu"))
+    def update(self, keys: Tensor, values: Tensor, segment: Segment) -> tuple[Tensor, Tensor]:
+        """Store a segment's (B, K, T, D) and return all (B, K, S, D) its rows have to attend to."""
+        start = segment.start.cpu() if isinstance(segment.start, Tensor) else segment.start
+        counts = None if segment.counts is None else segment.counts.cpu()
+        host = replace(segment, start=start, counts=counts, device=torch.device("cpu"))
         held = super().update(keys.cpu(), values.cpu(), host)
         return held[0].to(keys.device), held[1].to(values.device)
 

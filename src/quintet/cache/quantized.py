@@ -3,9 +3,10 @@
 import torch
 from torch import Tensor
 
-from quintet.cache.base import Cache, Span
+from quintet.cache.base import Cache
 from quintet.cache.dense import DynamicSlot, _slots
 from quintet.cache.recurrent import RecurrentSlot
+from quintet.cache.segment import Segment
 from quintet.configuration.base import PreTrainedConfig
 from quintet.errors import InputError
 from quintet.ops.vector_codes import VectorCode
@@ -26,8 +27,8 @@ class QuantizedSlot:
         self._scales = DynamicSlot()
         self._dtype = torch.float32
 
-    def update(self, keys: Tensor, values: Tensor, span: Span) -> tuple[Tensor, Tensor]:
-        """Store (B, K, T, D) of a span and return all (B, K, S, D) there is to attend to.
+    def update(self, keys: Tensor, values: Tensor, segment: Segment) -> tuple[Tensor, Tensor]:
+        """Store a segment's (B, K, T, D) and return all (B, K, S, D) its rows have to attend to.
 
         Raises:
             InputError: vectors of this size do not fill whole bytes, or a gradient is asked for.
@@ -40,21 +41,21 @@ class QuantizedSlot:
         self._dtype = keys.dtype
         key_codes, key_scales = self.code.encode(keys)
         value_codes, value_scales = self.code.encode(values)
-        self._codes.update(key_codes, value_codes, span)
-        self._scales.update(key_scales, value_scales, span)
-        return self.content(span.keys)
+        self._codes.update(key_codes, value_codes, segment)
+        self._scales.update(key_scales, value_scales, segment)
+        return self.content(segment.keys, segment.rows)
 
-    def room(self, span: Span) -> tuple[Tensor, Tensor] | None:
+    def room(self, segment: Segment) -> tuple[Tensor, Tensor] | None:
         """Return None: what is stored here are codes."""
         return None
 
-    def content(self, length: int) -> tuple[Tensor, Tensor]:
-        """Return the first `length` keys and values, (B, K, length, D) each.
+    def content(self, length: int, rows: slice | None = None) -> tuple[Tensor, Tensor]:
+        """Return the first `length` keys and values of some rows, (B, K, length, D) each.
 
         Raises:
             InputError: nothing is stored yet.
         """
-        codes, scales = self._codes.content(length), self._scales.content(length)
+        codes, scales = self._codes.content(length, rows), self._scales.content(length, rows)
         return (
             self.code.decode(codes[0], scales[0], self._dtype),
             self.code.decode(codes[1], scales[1], self._dtype),

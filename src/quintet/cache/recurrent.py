@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from quintet.cache.memory import own, writable
+from quintet.cache.segment import Segment
 from quintet.errors import InputError
 from quintet.ops.conv import continued, last_window
 from quintet.ops.ssd import only, ssd
@@ -97,10 +98,20 @@ class RecurrentSlot:
         window, state = self.window, self.state = own(self.window), own(self.state)
         return window, state
 
-    def update(self, window: Tensor, state: Tensor) -> None:
-        """Replace both by what they are after a forward."""
-        self.window = _stored(self.window, window)
-        self.state = _stored(self.state, state)
+    def update(self, window: Tensor, state: Tensor, segment: Segment | None = None) -> None:
+        """Replace both by what they are after a forward, of a segment's rows or of all."""
+        if segment is None or segment.rows is None:
+            self.window = _stored(self.window, window)
+            self.state = _stored(self.state, state)
+            return
+        if self.content() is None:
+            rows = len(state) if segment.batch is None else segment.batch
+            self.window = window.new_zeros(rows, *window.shape[1:])
+            self.state = state.new_zeros(rows, *state.shape[1:])
+        assert self.window is not None
+        assert self.state is not None
+        self.window = _placed(self.window, window, segment.rows)
+        self.state = _placed(self.state, state, segment.rows)
 
     def snapshot(self, lengths: int | Tensor) -> None:
         """Remember the present content, of rows that are `lengths` long, and what comes after it.
@@ -198,6 +209,16 @@ def _stored(old: Tensor | None, new: Tensor) -> Tensor:
     if old is None or new.requires_grad or not writable(old):
         return new.clone()
     return old.copy_(new)
+
+
+def _placed(held: Tensor, new: Tensor, rows: slice) -> Tensor:
+    """Return what is held with other content in some rows."""
+    if new.data_ptr() == held[rows].data_ptr():
+        return held
+    if new.requires_grad or held.requires_grad:
+        return held.slice_scatter(new, 0, rows.start, rows.stop)
+    held[rows] = new
+    return held
 
 
 def _smaller(a: Tensor | int, b: Tensor | int) -> Tensor | int:

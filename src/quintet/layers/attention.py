@@ -3,9 +3,9 @@
 from torch import Tensor
 
 from quintet.kernels import parts
+from quintet.layers.context import ForwardContext
 from quintet.layers.linear import Linear, matrices, project
 from quintet.layers.stack import StackPart
-from quintet.layers.step import Step
 from quintet.ops.rope import rotate_both
 
 __all__ = ["Attention"]
@@ -41,17 +41,17 @@ class Attention(StackPart):
         self.v_proj = Linear(hidden_size, num_kv_heads * head_dim, bias=qkv_bias)
         self.o_proj = Linear(num_heads * head_dim, hidden_size, bias=False)
 
-    def forward(self, hidden_states: Tensor, step: Step) -> tuple[Tensor, Tensor | None]:
+    def forward(
+        self, hidden_states: Tensor, context: ForwardContext
+    ) -> tuple[Tensor, Tensor | None]:
         """Map (B, T, C) to (B, T, C), and the weights (B, H, T, S) where the backend has them."""
         q, k, v = project(hidden_states, self.q_proj, self.k_proj, self.v_proj)
         q = self._heads(q)  # (B, H, T, D)
         k, v = self._heads(k), self._heads(v)  # (B, K, T, D)
-        q, k = rotate_both(q, k, step.cos, step.sin)
-        if step.cache is not None:
-            k, v = step.cache.update(k, v, self.layer_idx, step.span)
+        q, k = rotate_both(q, k, context.cos, context.sin)
         dropout = self.attention_dropout if self.training else 0.0
-        out, weights = step.attention(
-            q, k, v, window=self.window, scale=self.scaling, dropout=dropout
+        out, weights = context.attention(
+            q, k, v, self.layer_idx, window=self.window, scale=self.scaling, dropout=dropout
         )
         return self.o_proj(out.transpose(1, 2).flatten(2)), weights
 
@@ -63,9 +63,9 @@ class Attention(StackPart):
         q, k, v = (parts.Adapted(matrix) for matrix in held[:3])
         return parts.Attention(norm, (q, k, v), held[3], self.head_dim, self.window, self.scaling)
 
-    def kept(self, step: Step) -> tuple[Tensor, ...] | None:
-        """Return the keys and values of this layer, with room for the step's."""
-        return None if step.cache is None else step.cache.room(self.layer_idx, step.span)
+    def kept(self, context: ForwardContext) -> tuple[Tensor, ...] | None:
+        """Return the keys and values of this layer, with room for the forward's."""
+        return None if context.cache is None else context.cache.room(self.layer_idx, context.whole)
 
     def _heads(self, x: Tensor) -> Tensor:
         B, T, _ = x.shape

@@ -10,10 +10,10 @@ from torch import Tensor, nn
 
 from quintet.cache.recurrent import Inputs
 from quintet.kernels import parts
+from quintet.layers.context import ForwardContext
 from quintet.layers.linear import Linear, matrices
 from quintet.layers.plain import PlainModule, untouched
 from quintet.layers.stack import StackPart
-from quintet.layers.step import Step
 from quintet.ops.conv import causal_conv
 from quintet.ops.mamba2 import Calls, MixerWeights, gated_rms_norm, heads_and_groups, mix
 
@@ -106,38 +106,30 @@ class Mamba2(StackPart):
         # The inverse of softplus.
         self.dt_bias.copy_(dt + (-torch.expm1(-dt)).log())
 
-    def forward(self, hidden_states: Tensor, step: Step) -> Tensor:
+    def forward(self, hidden_states: Tensor, context: ForwardContext) -> Tensor:
         """Map (B, T, C) to (B, T, C), continuing from the cache's state of this layer."""
-        T, counts = hidden_states.shape[1], step.span.counts
         projected = self.in_proj(hidden_states)
         raw = torch.split(projected, self.in_sizes, dim=-1)[1]
-        slot = None if step.cache is None else step.cache.recurrent(self.layer_idx, raw)
+        slot = None if context.cache is None else context.cache.recurrent(self.layer_idx, raw)
         held = None if slot is None else slot.content()
-        window, state = (None, None) if held is None else held
-        weights = self._weights()
-        if step.texts is not None:
-            return self.out_proj(step.texts.each(self._mix_alone, projected))  # type: ignore[no-any-return]
-        made = mix(
-            projected,
-            weights,
-            window,
-            state,
-            counts,
-            chunk_size=self.chunk_size,
-            calls=self._calls(),
-        )
-        if slot is not None:
-            slot.update(made.window, made.state)
-            if slot.remembers:
-                A = -self.A_log.to(made.dt.dtype).exp()
-                x, b, _ = heads_and_groups(made.convolved, weights)
-                slot.remember(Inputs(raw, x, made.dt, A, b, T if counts is None else counts))
-        return self.out_proj(made.out)  # type: ignore[no-any-return]
-
-    def _mix_alone(self, projected: Tensor) -> Tensor:
         weights, calls = self._weights(), self._calls()
-        mixed = mix(projected, weights, None, None, None, chunk_size=self.chunk_size, calls=calls)
-        return mixed.out
+        made = []
+        for segment, own in zip(context.segments, context.split(projected), strict=True):
+            window, state = (None, None) if held is None else (segment.of(x) for x in held)
+            mixed = mix(
+                own, weights, window, state, segment.counts, chunk_size=self.chunk_size, calls=calls
+            )
+            if slot is not None:
+                slot.update(mixed.window, mixed.state, segment)
+            made.append(mixed)
+        if slot is not None and slot.remembers:
+            x, b, _ = heads_and_groups(context.padded([m.convolved for m in made]), weights)
+            dt, counts = context.padded([m.dt for m in made]), context.whole.counts
+            A = -self.A_log.to(dt.dtype).exp()
+            raw = context.padded(context.split(raw))
+            inputs = Inputs(raw, x, dt, A, b, context.whole.length if counts is None else counts)
+            slot.remember(inputs)
+        return self.out_proj(context.joined([m.out for m in made]))  # type: ignore[no-any-return]
 
     def part(self, norm: parts.Norm) -> parts.Part | None:
         """Return maps, taps and scalars."""
@@ -157,9 +149,9 @@ class Mamba2(StackPart):
             weights.dt_limits,
         )
 
-    def kept(self, step: Step) -> tuple[Tensor, ...] | None:
+    def kept(self, context: ForwardContext) -> tuple[Tensor, ...] | None:
         """Return window and state; None where it has none yet, or has to remember its inputs."""
-        return None if step.cache is None else step.cache.recurrent(self.layer_idx).room()
+        return None if context.cache is None else context.cache.recurrent(self.layer_idx).room()
 
     def _calls(self) -> Calls | None:
         """Return what has to be called, as it is more than its weights; None where nothing is."""

@@ -4,12 +4,12 @@ from torch import Tensor
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from quintet.kernels import latent, parts
+from quintet.layers.context import ForwardContext
 from quintet.layers.linear import Linear, matrices, project
 from quintet.layers.norm import RMSNorm
 from quintet.layers.plain import untouched
 from quintet.layers.stack import StackPart, norm_of
-from quintet.layers.step import Step
-from quintet.ops.masks import Visibility
+from quintet.ops.masks import AttentionMask
 from quintet.ops.mla import absorbs, latent_attention
 from quintet.ops.rope import rotate_both
 
@@ -71,7 +71,9 @@ class LatentAttention(StackPart):
         )
         self.o_proj = Linear(num_heads * v_head_dim, hidden_size, bias=bias)
 
-    def forward(self, hidden_states: Tensor, step: Step) -> tuple[Tensor, Tensor | None]:
+    def forward(
+        self, hidden_states: Tensor, context: ForwardContext
+    ) -> tuple[Tensor, Tensor | None]:
         """Map (B, T, C) to (B, T, C), and the weights (B, H, T, S) where the backend has them."""
         B, T, _ = hidden_states.shape
         Dn, R = self.qk_nope_head_dim, self.kv_lora_rank
@@ -80,11 +82,9 @@ class LatentAttention(StackPart):
         latent = latent[:, None]  # (B, 1, T, R + Dr)
         c_kv = self.kv_a_layernorm(latent[..., :R])
         q_pe, k_pe = rotate_both(
-            q[..., Dn:], latent[..., R:], step.cos, step.sin, interleaved=self.interleaved
+            q[..., Dn:], latent[..., R:], context.cos, context.sin, interleaved=self.interleaved
         )
-        if step.cache is not None:
-            c_kv, k_pe = step.cache.update(c_kv, k_pe, self.layer_idx, step.span)
-        out, weights = self._attend(q[..., :Dn], q_pe, c_kv, k_pe, step)
+        out, weights = self._attend(q[..., :Dn], q_pe, c_kv, k_pe, context)
         return self.o_proj(out.transpose(1, 2).flatten(2)), weights
 
     def part(self, norm: parts.Norm) -> parts.Part | None:
@@ -115,15 +115,16 @@ class LatentAttention(StackPart):
             self.interleaved,
         )
 
-    def kept(self, step: Step) -> tuple[Tensor, ...] | None:
-        """Return the latents and keys of this layer, with room for the step's.
+    def kept(self, context: ForwardContext) -> tuple[Tensor, ...] | None:
+        """Return the latents and keys of this layer, with room for the forward's.
 
         None also where the keys of every head would be cheaper to have.
         """
-        span = step.span
-        if step.cache is None or not absorbs(span.length, span.keys):
+        if context.cache is None:
             return None
-        return step.cache.room(self.layer_idx, span)
+        if not all(absorbs(segment.length, segment.keys) for segment in context.segments):
+            return None
+        return context.cache.room(self.layer_idx, context.whole)
 
     def _w_kv(self) -> Tensor | None:
         """Return (H, Dn + Dv, R), a head's rows for keys first; None where the map is more."""
@@ -145,12 +146,13 @@ class LatentAttention(StackPart):
         return self.q_b_proj(self.q_a_layernorm(c_q)), latent
 
     def _attend(
-        self, q_nope: Tensor, q_pe: Tensor, c_kv: Tensor, k_pe: Tensor, step: Step
+        self, q_nope: Tensor, q_pe: Tensor, c_kv: Tensor, k_pe: Tensor, context: ForwardContext
     ) -> tuple[Tensor, Tensor | None]:
         w_kv, dropout = self._w_kv(), self.attention_dropout if self.training else 0.0
 
-        def attend(seen: Visibility, *parts: Tensor) -> tuple[Tensor, Tensor | None]:
-            q_nope, q_pe, c_kv, k_pe = parts
+        def attend(
+            mask: AttentionMask, q_nope: Tensor, q_pe: Tensor, c_kv: Tensor, k_pe: Tensor
+        ) -> tuple[Tensor, Tensor | None]:
             return latent_attention(
                 q_nope,
                 q_pe,
@@ -158,10 +160,10 @@ class LatentAttention(StackPart):
                 k_pe[:, 0],
                 self.kv_b_proj,
                 w_kv,
-                seen,
-                attend=step.attend,
+                mask,
+                attend=context.attend,
                 scale=self.scaling,
                 dropout=dropout,
             )
 
-        return step.by_text(attend, None, q_nope, q_pe, c_kv, k_pe)
+        return context.by_segment(attend, (q_nope, q_pe), c_kv, k_pe, self.layer_idx, window=None)

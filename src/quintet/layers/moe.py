@@ -7,8 +7,8 @@ import torch.nn.functional as F  # noqa: N812
 from torch import Tensor, nn
 
 from quintet.kernels.linear import Matrix
+from quintet.layers.context import Notes
 from quintet.layers.plain import PlainModule, hooked
-from quintet.layers.step import Notes
 from quintet.ops.activations import Activation, activation
 from quintet.ops.moe import apply_experts
 

@@ -11,7 +11,7 @@ from torch.autograd.graph import save_on_cpu
 from torch.utils.checkpoint import checkpoint
 
 from quintet.errors import InputError
-from quintet.layers.step import Step
+from quintet.layers.context import ForwardContext
 
 __all__ = ["Recompute"]
 
@@ -67,25 +67,27 @@ class Recompute:
         """Return this for a layer that is recomputed, None for one that is not."""
         return self if index % self.every_n_layers == 0 else None
 
-    def run(self, layer: nn.Module, hidden: Tensor, step: Step, more: Mapping[str, Tensor]) -> Any:
+    def run(
+        self, layer: nn.Module, hidden: Tensor, context: ForwardContext, more: Mapping[str, Tensor]
+    ) -> Any:
         """Return what a layer makes of (B, T, C) and more, and note what else it tells."""
         weighed: list[int] = []
 
         def noting(hidden: Tensor, embeds: Tensor, *others: Tensor) -> tuple[Any, ...]:
             # Notes of its own, so that no second run adds to those of the first.
-            notes = step.notes.like()
+            notes = context.notes.like()
             named = dict(zip(more, others, strict=True))
-            made = layer(hidden, step=replace(step, embeds=embeds, notes=notes), **named)
+            made = layer(hidden, context=replace(context, embeds=embeds, notes=notes), **named)
             weights = notes.weights or ()
             weighed.append(len(weights))
             return made, *weights, *(notes.router_logits or ())
 
         # The reentrant way knows no tensors but those it gives and gets.
-        made, *noted = self._checkpointed(noting, hidden, step.embeds, *more.values())
+        made, *noted = self._checkpointed(noting, hidden, context.embeds, *more.values())
         for weights in noted[: weighed[0]]:
-            step.notes.note_weights(weights)
+            context.notes.note_weights(weights)
         for logits in noted[weighed[0] :]:
-            step.notes.note_routing(logits)
+            context.notes.note_routing(logits)
         return made
 
     def _checkpointed(

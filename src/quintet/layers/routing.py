@@ -8,11 +8,11 @@ from torch import Tensor, nn
 
 from quintet.kernels import parts
 from quintet.kernels.routing import Rules
+from quintet.layers.context import Notes
 from quintet.layers.mlp import GatedMLP, silu_matrices
 from quintet.layers.moe import Experts, silu_stacks
 from quintet.layers.plain import PlainModule, untouched
 from quintet.layers.stack import StackPart
-from quintet.layers.step import Notes
 from quintet.ops.routing import (
     RoutingRules,
     router_logits,

@@ -3,8 +3,8 @@
 from torch import Tensor, nn
 
 from quintet.errors import InputError
+from quintet.layers.context import ForwardContext
 from quintet.layers.recompute import Recompute
-from quintet.layers.step import Step
 
 __all__ = ["run_layer"]
 
@@ -12,7 +12,7 @@ __all__ = ["run_layer"]
 def run_layer(
     layer: nn.Module,
     hidden: Tensor,
-    step: Step,
+    context: ForwardContext,
     recompute: Recompute | None = None,
     **more: Tensor,
 ) -> Tensor:
@@ -26,9 +26,9 @@ def run_layer(
         InputError: a hook, or what somebody put in its place, returned something else.
     """
     if recompute is None:
-        made = layer(hidden, step=step, **more)
+        made = layer(hidden, context=context, **more)
     else:
-        made = recompute.run(layer, hidden, step, more)
+        made = recompute.run(layer, hidden, context, more)
     if not isinstance(made, Tensor):
         raise InputError(
             f"a {type(layer).__name__} returned a {type(made).__name__}, by a hook on it or by "

@@ -11,11 +11,11 @@ import torch.nn.functional as F  # noqa: N812
 from torch import Tensor, nn
 
 from quintet.kernels import parts
+from quintet.layers.context import ForwardContext
 from quintet.layers.linear import Linear, matrices, project
 from quintet.layers.norm import RMSNorm
 from quintet.layers.plain import PlainModule, hooked, untouched
 from quintet.layers.stack import Piece, norm_of
-from quintet.layers.step import Step
 from quintet.ops.activations import Activation, activation, gate_by
 from quintet.ops.rope import rotate_both
 
@@ -113,7 +113,7 @@ class SharedAttention(PlainModule):
             self.linear_v_adapter_list = Adapters(uses, inputs, adapter_rank, kv_width)
 
     def forward(
-        self, hidden_states: Tensor, step: Step, *, layer_idx: int, use: int
+        self, hidden_states: Tensor, context: ForwardContext, *, layer_idx: int, use: int
     ) -> tuple[Tensor, Tensor | None]:
         """Return also the weights (B, H, T, S), where the backend has them."""
         x, maps = hidden_states, (self.q_proj, self.k_proj, self.v_proj)
@@ -123,11 +123,11 @@ class SharedAttention(PlainModule):
             q, k, v = project(x, *maps)
         q, k, v = (y.view(*y.shape[:2], -1, self.head_dim).transpose(1, 2) for y in (q, k, v))
         if self.rotates:
-            q, k = rotate_both(q, k, step.cos, step.sin)
-        if step.cache is not None:
-            k, v = step.cache.update(k, v, layer_idx, step.span)
+            q, k = rotate_both(q, k, context.cos, context.sin)
         dropout = self.dropout if self.training else 0.0
-        out, weights = step.attention(q, k, v, window=None, scale=self.scaling, dropout=dropout)
+        out, weights = context.attention(
+            q, k, v, layer_idx, window=None, scale=self.scaling, dropout=dropout
+        )
         return self.o_proj(out.transpose(1, 2).flatten(2)), weights
 
     def piece(self, norm: parts.Norm, *, layer_idx: int, use: int) -> Piece | None:
@@ -154,8 +154,8 @@ class SharedAttention(PlainModule):
             beside=True,
         )
 
-        def kept(step: Step) -> tuple[Tensor, ...] | None:
-            return None if step.cache is None else step.cache.room(layer_idx, step.span)
+        def kept(context: ForwardContext) -> tuple[Tensor, ...] | None:
+            return None if context.cache is None else context.cache.room(layer_idx, context.whole)
 
         return Piece(part, kept)
 
@@ -200,7 +200,7 @@ class SharedMLP(PlainModule):
         maps = matrices(self.down_proj, linear)
         if held is None or maps is None or hooked(self) or self.act_fn is not F.gelu:
             return None
-        return Piece(parts.SharedMLP(norm, held[0], *maps), lambda step: ())
+        return Piece(parts.SharedMLP(norm, held[0], *maps), lambda context: ())
 
 
 class SharedTransformer(PlainModule):
@@ -213,13 +213,15 @@ class SharedTransformer(PlainModule):
         self.input_layernorm = RMSNorm(2 * C, eps)
         self.pre_ff_layernorm = RMSNorm(C, eps)
 
-    def forward(self, hidden_states: Tensor, step: Step, *, layer_idx: int, use: int) -> Tensor:
+    def forward(
+        self, hidden_states: Tensor, context: ForwardContext, *, layer_idx: int, use: int
+    ) -> Tensor:
         """Map (B, T, C) to (B, T, C), and note the attention's weights."""
-        beside = self.input_layernorm(torch.cat((hidden_states, step.embeds), dim=-1))
+        beside = self.input_layernorm(torch.cat((hidden_states, context.embeds), dim=-1))
         attended, weights = self.self_attn(
-            hidden_states=beside, step=step, layer_idx=layer_idx, use=use
+            hidden_states=beside, context=context, layer_idx=layer_idx, use=use
         )
-        step.notes.note_weights(weights)
+        context.notes.note_weights(weights)
         made: Tensor = self.feed_forward(self.pre_ff_layernorm(attended), use=use)
         return made
 

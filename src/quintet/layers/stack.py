@@ -13,10 +13,10 @@ from quintet.kernels import parts
 from quintet.kernels.calls import applies
 from quintet.kernels.native import available
 from quintet.kernels.stack import Stack
+from quintet.layers.context import ForwardContext
 from quintet.layers.norm import RMSNorm
 from quintet.layers.plain import PlainModule, hooked, untouched
 from quintet.layers.snapshot import Snapshot
-from quintet.layers.step import Step
 from quintet.ops.attention import sdpa
 
 __all__ = [
@@ -41,11 +41,11 @@ class Piece(NamedTuple):
 
     Attributes:
         part: what it holds.
-        kept: what of a step's cache the kernel is to change; None where it cannot.
+        kept: what of a forward's cache the kernel is to change; None where it cannot.
     """
 
     part: parts.Part
-    kept: Callable[[Step], tuple[Tensor, ...] | None]
+    kept: Callable[[ForwardContext], tuple[Tensor, ...] | None]
 
 
 class StackLayer(PlainModule, ABC):
@@ -63,8 +63,8 @@ class StackPart(PlainModule, ABC):
     def part(self, norm: parts.Norm) -> parts.Part | None:
         """Return what the module holds, behind a norm; None where it has to be called."""
 
-    def kept(self, step: Step) -> tuple[Tensor, ...] | None:
-        """Return what of a step's cache the kernel is to change; None where it cannot."""
+    def kept(self, context: ForwardContext) -> tuple[Tensor, ...] | None:
+        """Return what of a forward's cache the kernel is to change; None where it cannot."""
         return ()
 
 
@@ -111,26 +111,26 @@ class LayerRun:
     pieces: tuple[Piece, ...] = ()
     normalises: bool = False
 
-    def in_one_call(self, hidden: Tensor, step: Step) -> Tensor | None:
+    def in_one_call(self, hidden: Tensor, context: ForwardContext) -> Tensor | None:
         """Return what the layers make of (B, T, C); None where they have to be called."""
         if self.stack is None:
             return None
         kept = []
         for piece in self.pieces:
-            tensors = piece.kept(step)
+            tensors = piece.kept(context)
             if tensors is None:
                 return None
             kept.append(tensors)
-        B, T, _ = hidden.shape
-        start, counts = step.span.start, step.span.counts
-        starts = [start] * B if isinstance(start, int) else start.tolist()
+        counts = context.whole.counts if context.rectangular else None
         if counts is None:
-            tokens = parts.Tokens(step.cos, step.sin, step.embeds, range(B), starts, [T] * B)
+            tokens = parts.Tokens(context.cos, context.sin, context.embeds, *_sequences(context))
             return self.stack.run(hidden, tokens, kept)
-        real = torch.arange(T) < counts[:, None]
+        B, T, _ = hidden.shape
+        real = torch.arange(T, dtype=torch.long, device=counts.device) < counts[:, None]
         cos, sin, embeds = (
-            x.expand(B, *x.shape[1:])[real] for x in (step.cos, step.sin, step.embeds)
+            x.expand(B, *x.shape[1:])[real] for x in (context.cos, context.sin, context.embeds)
         )
+        starts = context.whole.starts(B)
         some = [(row, starts[row], n) for row, n in enumerate(counts.tolist()) if n]
         if not some:
             return None
@@ -169,14 +169,14 @@ class Kept:
         return type(None), ()
 
 
-def fits(hidden: Tensor, step: Step) -> bool:
+def fits(hidden: Tensor, context: ForwardContext) -> bool:
     """Tell whether layers that can be are to be run in one call for tokens (B, T, C)."""
     return (
-        step.cache is not None
-        and step.attend is sdpa
-        and hidden.shape[1] <= MOST_OF_SEQUENCE
+        context.cache is not None
+        and context.attend is sdpa
+        and max(one.length for one in context.segments) <= MOST_OF_SEQUENCE
         and hidden.shape[:2].numel() <= MOST_TOKENS
-        and not any(seen.custom for seen in step.seen.values())
+        and not any(mask.custom for masks in context.masks for mask in masks.values())
         and applies(hidden)
         and available()
     )
@@ -203,7 +203,20 @@ def gather(
     return tuple(runs)
 
 
-def _nothing(step: Step) -> tuple[Tensor, ...]:
+def _sequences(context: ForwardContext) -> tuple[list[int], list[int], list[int]]:
+    """Return the row, the first slot and the number of tokens of each sequence."""
+    rows: list[int] = []
+    starts: list[int] = []
+    lengths: list[int] = []
+    for one in context.segments:
+        own = range(len(context.embeds)) if one.rows is None else range(one.rows.start, one.rows.stop)
+        rows += own
+        starts += one.starts(len(own))
+        lengths += [one.length] * len(own)
+    return rows, starts, lengths
+
+
+def _nothing(context: ForwardContext) -> tuple[Tensor, ...]:
     return ()
 
 

@@ -63,12 +63,12 @@ def filled_cache(model: CausalLMHead, batch: int, depth: int, cache: Cache | Non
     ids = random_ids(model.config.vocab_size, batch, 1).to(model.device)
     model(ids, past_key_values=cache, use_cache=True, logits_to_keep=1)
     if depth > 1:
-        span = cache.span(batch, depth - 1, model.device, None)
+        segment = cache.segment(batch, depth - 1, model.device, None)
         for slot in cache.layers:
             if slot is not None:
                 keys, values = (_longer(x, depth - 1) for x in slot.content(1))
-                slot.update(keys, values, span)
-        cache.advance(span)
+                slot.update(keys, values, segment)
+        cache.advance(segment)
     return cache
 
 

@@ -1,11 +1,10 @@
 """The forward of a decoder without a head, the same for every family.
 
-What a family adds is its layers: each maps hidden states and a `Step` to hidden states and, where
-the attention backend has them, weights.
+What a family adds is its layers: each maps hidden states and a `ForwardContext` to hidden states.
 """
 
 import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from itertools import islice
@@ -14,12 +13,12 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
-from quintet.cache import Cache, DynamicCache, LegacyCache, Span, to_legacy
+from quintet.cache import Cache, DynamicCache, LegacyCache, Segment, segments_of, to_legacy
 from quintet.errors import InputError
+from quintet.layers.context import ForwardContext, Notes
 from quintet.layers.rotary import RotaryEmbedding
 from quintet.layers.running import run_layer
 from quintet.layers.stack import Kept, LayerRun, fits, gather
-from quintet.layers.step import Notes, Step
 from quintet.modeling.base import PreTrainedModel
 from quintet.modeling.contract import vocabulary_of
 from quintet.modeling.inputs import (
@@ -34,11 +33,11 @@ from quintet.modeling.outputs import BaseModelOutputWithPast
 from quintet.modeling.packing import Packing, packed
 from quintet.ops.attention import attention_backend
 from quintet.ops.documents import Documents
-from quintet.ops.masks import visibility
-from quintet.ops.ragged import Ragged, keys_in_columns, ragged
+from quintet.ops.masks import attention_mask_of
+from quintet.ops.ragged import Padding, Ragged, keys_in_columns, padding_of
 from quintet.ops.token_ids import check_placed, check_token_ids
 
-__all__ = ["DecoderModel", "Run", "check_token_ids", "first"]
+__all__ = ["DecoderModel", "Run", "check_token_ids", "first", "separated"]
 
 Value = TypeVar("Value")
 
@@ -183,9 +182,10 @@ class DecoderModel(PreTrainedModel):
             shape,
             attention_mask=attention_mask,
             position_ids=position_ids,
-            cached=past_key_values is not None or (use_cache is True and not self._recomputes()),
+            past=past_key_values,
+            keeps=use_cache is True and not self._recomputes(),
         )
-        if texts is None or texts.pieces is not None or not self.config.recurrent_layers():
+        if texts is None or texts.lengths is not None or not self.config.recurrent_layers():
             return texts
         torch._assert_async((texts.index == 0).all(), "a recorded program has one text in a row")
         return None
@@ -217,14 +217,14 @@ class DecoderModel(PreTrainedModel):
         use_cache = self._decide_cache(use_cache, past_key_values)
         if texts is not None:
             attention_mask = None
-            use_cache = use_cache and texts.pieces is None
-            position_ids = texts.positions() if position_ids is None else position_ids
+            use_cache = use_cache and (past_key_values is not None or texts.lengths is None)
+            if position_ids is None and past_key_values is None:
+                position_ids = texts.positions()
         weighs = first(output_attentions, self.config.output_attentions)
         if attention_mask is not None and attention_mask.is_meta:
             check_placed("attention_mask", attention_mask, embeds.device)
         mask, custom = split_mask(attention_mask, B, T)
-        rows = None if mask is None else ragged(mask[:, -T:])
-        counts = None if rows is None else rows.counts
+        rows = None if mask is None else padding_of(mask[:, -T:])
 
         cache: Cache | None
         if past_key_values is None:
@@ -236,28 +236,26 @@ class DecoderModel(PreTrainedModel):
                 cache.seek(first_position(cache_position, T))
             elif position_ids is None:
                 position_ids = cache_position[None]
-        if cache is None:
-            span = Span(0, T, T, counts, embeds.device)
-        else:
+        if cache is not None:
             check_past(cache, mask, B, T)
-            span = cache.span(B, T, embeds.device, counts)
-            if torch.is_grad_enabled():
-                span = replace(span, learns=any(p.requires_grad for p in self.parameters()))
 
         given = embeds
-        if custom is not None and self.config.recurrent_layers():
-            check_causal(custom, span)
-            custom = None
         if rows is not None:
             embeds = rows.pack(embeds)
             position_ids = None if position_ids is None else rows.pack(position_ids)
+        whole, lengths = self._whole(embeds, rows or texts, cache)
+        if custom is not None and self.config.recurrent_layers():
+            check_causal(custom, whole)
+            custom = None
 
         notes = Notes(weights=weighs, router_logits=output_router_logits)
-        step = self._step(embeds, span, position_ids, custom, cache, notes, texts)
+        context = self._context(embeds, whole, lengths, position_ids, custom, cache, notes)
+        if texts is not None and texts.lengths is None:
+            context = separated(context, texts)
         keeps = first(output_hidden_states, self.config.output_hidden_states)
-        states = self._run_layers(embeds, step, rows, keeps)
+        states = self._run_layers(embeds, context, rows, keeps)
         if cache is not None:
-            cache.advance(span)
+            cache.advance(whole)
         # With layers on several devices: what a run returns is where it began.
         states = _together(states, embeds)
         weights, routed = (
@@ -266,7 +264,9 @@ class DecoderModel(PreTrainedModel):
         if rows is not None:
             routed = [rows.unpack(logits) for logits in routed]
         if weighs and mask is not None:
-            weights = [_in_columns(w, rows, mask, span.keys) for w in weights]
+            weights = [_in_columns(w, rows, mask, whole.keys) for w in weights]
+        elif weighs and cache is None and texts is not None and texts.lengths is not None:
+            weights = [texts.in_columns(w) for w in weights]
         if cache is not None and cache.seen is not None:
             cache.seen.append((states[-1], given, None if mask is None else mask[:, -T:].bool()))
 
@@ -311,58 +311,98 @@ class DecoderModel(PreTrainedModel):
     def _recomputes(self) -> bool:
         return self.gradient_checkpointing and self.training and torch.is_grad_enabled()
 
-    def _step(
+    def _whole(
+        self, embeds: Tensor, rows: Padding | Documents | None, cache: Cache | None
+    ) -> tuple[Segment, tuple[int, ...] | None]:
+        """Return the slots that tokens take in all rows, and how many each has where they differ.
+
+        Args:
+            embeds: (B, T, C), packed.
+            rows: how they are; None for T of each of B rows.
+            cache: what they continue.
+        """
+        B, T, _ = embeds.shape
+        lengths, counts, device = None, None, embeds.device
+        if isinstance(rows, Ragged):
+            counts = rows.counts
+        elif rows is not None and rows.lengths is not None:
+            lengths = rows.lengths
+            B, T = len(lengths), max(lengths)
+            counts = torch.tensor(lengths, dtype=torch.long, device=device)
+        if cache is None:
+            return Segment(0, T, T, counts, device), lengths
+        whole = cache.segment(B, T, device, counts)
+        if torch.is_grad_enabled():
+            whole = replace(whole, learns=any(p.requires_grad for p in self.parameters()))
+        return whole, lengths
+
+    def _context(
         self,
         embeds: Tensor,
-        span: Span,
+        whole: Segment,
+        lengths: tuple[int, ...] | None,
         position_ids: Tensor | None,
         custom: Tensor | None,
         cache: Cache | None,
         notes: Notes,
-        texts: Documents | None = None,
-    ) -> Step:
-        slots = span.slots()
-        if position_ids is None and isinstance(span.start, int):
-            cos, sin = self.rotary_emb.following(span.start, span.length, embeds.dtype)
-        else:
-            cos, sin = self._angles(slots if position_ids is None else position_ids, texts)
-            cos, sin = cos.to(embeds.dtype), sin.to(embeds.dtype)
-        if custom is not None and custom.shape[-1] != span.keys:
+    ) -> ForwardContext:
+        segments = (whole,) if lengths is None else segments_of(whole, lengths)
+        slots = [segment.slots() for segment in segments]
+        if custom is not None and custom.shape[-1] != whole.keys:
             raise InputError(
                 f"attention_mask has shape {tuple(custom.shape)}; its last axis has to be "
-                f"{span.keys}, the keys there are with those in the cache"
+                f"{whole.keys}, the keys there are with those in the cache"
             )
-        seen = {
-            window: visibility(slots, span.start, span.keys, window, custom)
-            for window in set(self.windows)
-        }
+        if position_ids is None and lengths is None and isinstance(whole.start, int):
+            cos, sin = self.rotary_emb.following(whole.start, whole.length, embeds.dtype)
+        else:
+            cos, sin = self._angles(segments, slots, position_ids)
+            cos, sin = cos.to(embeds.dtype), sin.to(embeds.dtype)
+        windows = set(self.windows)
+        masks = tuple(
+            {
+                window: attention_mask_of(own, segment.start, segment.keys, window, custom)
+                for window in windows
+            }
+            for own, segment in zip(slots, segments, strict=True)
+        )
         attend = attention_backend(
             self.config.attn_implementation if notes.weights is None else "eager"
         )
-        if texts is not None and texts.pieces is None:
-            seen = {window: texts.masked(one, slots) for window, one in seen.items()}
-        return Step(
+        return ForwardContext(
             cos=cos,
             sin=sin,
-            seen=seen,
+            whole=whole,
+            segments=segments,
+            masks=masks,
             attend=attend,
-            texts=texts,
-            span=span,
             cache=cache,
             embeds=embeds,
             notes=notes,
         )
 
-    def _angles(self, positions: Tensor, texts: Documents | None) -> tuple[Tensor, Tensor]:
-        if texts is None or texts.pieces is None:
-            return self.rotary_emb(positions)  # type: ignore[no-any-return]
-        # Some depend on how long a text is.
-        both = texts.each(lambda own: torch.stack(self.rotary_emb(own), dim=-1), positions)
-        cos, sin = both.unbind(dim=-1)
-        return cos, sin
+    def _angles(
+        self, segments: Sequence[Segment], slots: Sequence[Tensor], positions: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        """Return the angles of all tokens, (B or 1, T, D), those of a segment by themselves.
+
+        Some depend on how long a row is.
+        """
+        if len(segments) == 1 and segments[0].tokens is None:
+            return self.rotary_emb(slots[0] if positions is None else positions)  # type: ignore[no-any-return]
+        made = []
+        for segment, own in zip(segments, slots, strict=True):
+            if positions is not None:
+                own = torch.unflatten(positions.flatten()[segment.tokens], 0, (-1, segment.length))
+            elif segment.rows is not None:
+                own = own.expand(segment.rows.stop - segment.rows.start, -1)
+            made.append([x.flatten(0, 1) for x in self.rotary_emb(own)])
+        cos, sin = (torch.cat(kind) for kind in zip(*made, strict=True))
+        B = 1 if positions is None else len(positions)
+        return torch.unflatten(cos, 0, (B, -1)), torch.unflatten(sin, 0, (B, -1))
 
     def _run_layers(
-        self, hidden: Tensor, step: Step, rows: Ragged | None, keeps: bool
+        self, hidden: Tensor, context: ForwardContext, rows: Padding | None, keeps: bool
     ) -> list[Tensor]:
         """Return the embeddings and each layer's output, the last one normalised, in columns.
 
@@ -370,12 +410,12 @@ class DecoderModel(PreTrainedModel):
         """
         states = []
         runs: tuple[LayerRun, ...] = (LayerRun(self._own_layers()),)
-        routes = step.notes.router_logits is not None
-        if not keeps and not routes and not torch.compiler.is_compiling() and fits(hidden, step):
-            runs = self._gathered(step.cache)
+        routes = context.notes.router_logits is not None
+        if not keeps and not routes and not torch.compiler.is_compiling() and fits(hidden, context):
+            runs = self._gathered(context.cache)
         normalised, index = False, 0
         for run in runs:
-            made = run.in_one_call(hidden, step)
+            made = run.in_one_call(hidden, context)
             if made is not None:
                 hidden, normalised = made, run.normalises
                 continue
@@ -384,7 +424,7 @@ class DecoderModel(PreTrainedModel):
                     # What is returned is what the next layer reads, so that gradients pass it.
                     states.append(hidden if rows is None else rows.unpack(hidden))
                     hidden = states[-1] if rows is None else rows.pack(states[-1])
-                hidden = self._run_layer(layer, index, hidden, step)
+                hidden = self._run_layer(layer, index, hidden, context)
                 index += 1
         last = hidden if normalised else self.final_norm(hidden)
         return [*states, last if rows is None else rows.unpack(last)]
@@ -405,28 +445,37 @@ class DecoderModel(PreTrainedModel):
         return tuple(islice(self.layers, self.config.num_hidden_layers))
 
     def _run_layer(
-        self, layer: nn.Module, index: int, hidden: Tensor, step: Step, **more: Tensor
+        self, layer: nn.Module, index: int, hidden: Tensor, context: ForwardContext, **more: Tensor
     ) -> Tensor:
         # A cache would be written twice, so with one nothing is recomputed.
         recompute = None
-        if step.cache is None and self._recomputes():
+        if context.cache is None and self._recomputes():
             recompute = self.recompute.of(index)
-        return run_layer(layer, hidden, step, recompute, **more)
+        return run_layer(layer, hidden, context, recompute, **more)
 
 
 def _together(tensors: list[Tensor], like: Tensor) -> list[Tensor]:
     return [tensor.to(like.device) for tensor in tensors]
 
 
-def _in_columns(weights: Tensor, rows: Ragged | None, mask: Tensor, keys: int) -> Tensor:
+def _in_columns(weights: Tensor, rows: Padding | None, mask: Tensor, keys: int) -> Tensor:
     if rows is None and mask.shape[1] == weights.shape[2] == keys:
         # No padding and nothing before: the very weights, through which gradients pass.
         return weights
     if rows is not None:
-        weights = rows.unpack(weights.transpose(1, 2)).transpose(1, 2)
+        weights = rows.unpack_rows(weights.transpose(1, 2)).transpose(1, 2)
     # A mask of the new tokens alone does not tell in which columns those in the cache were.
     covers = mask.shape[1] >= keys
     return keys_in_columns(weights, mask) if covers else weights
+
+
+def separated(context: ForwardContext, texts: Documents) -> ForwardContext:
+    """Return a recorded program's context in which texts do not see each other."""
+    slots = context.whole.slots()
+    masks = tuple(
+        {window: texts.masked(mask, slots) for window, mask in own.items()} for own in context.masks
+    )
+    return replace(context, masks=masks)
 
 
 def first(value: Value | None, default: Value) -> Value:

@@ -13,11 +13,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from quintet.cache import Span
-from quintet.layers.step import Step
+from quintet.cache import Segment
+from quintet.layers.context import ForwardContext
 from quintet.modeling.core import ModelCore
 from quintet.modeling.placement import ModelPart, Placement
-from quintet.ops.masks import Visibility
+from quintet.ops.masks import AttentionMask
 
 __all__ = ["dispatch_model", "moved"]
 
@@ -75,7 +75,7 @@ def moved(value: Any, device: torch.device) -> Any:
         return value.to(device)
     if isinstance(value, torch.device):
         return device
-    if isinstance(value, Step | Span | Visibility):
+    if isinstance(value, ForwardContext | Segment | AttentionMask):
         given = (field.name for field in dataclasses.fields(value) if field.init)
         fields = {name: moved(getattr(value, name), device) for name in given}
         return dataclasses.replace(value, **fields)
@@ -143,7 +143,7 @@ class _Visits:
 
 def _brought(value: Any, device: torch.device) -> Any:
     """Return an argument on a device; a step that all layers share, once for each device."""
-    if not isinstance(value, Step):
+    if not isinstance(value, ForwardContext):
         return moved(value, device)
     if value.embeds.device == device:
         return value

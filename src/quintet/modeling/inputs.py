@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from quintet.cache import Cache, LegacyCache, Span, from_legacy
+from quintet.cache import Cache, LegacyCache, Segment, from_legacy
 from quintet.configuration.base import PreTrainedConfig
 from quintet.errors import InputError, named
 from quintet.ops.masks import causal_mask
@@ -118,13 +118,13 @@ def first_position(cache_position: Tensor, T: int) -> Tensor:
     return cache_position[0]
 
 
-def check_causal(mask: Tensor, span: Span) -> None:
+def check_causal(mask: Tensor, segment: Segment) -> None:
     """Check that a mask (B, H, T, S) says what holds without one: states can obey no other.
 
     Raises:
         InputError: it is another.
     """
-    seen = causal_mask(span.slots(), span.keys, None)
+    seen = causal_mask(segment.slots(), segment.keys, None)
     hides = ~mask if mask.dtype == torch.bool else mask < LOW
     shows = mask if mask.dtype == torch.bool else mask == 0
     plain = torch.where(seen, shows, hides).all()

@@ -13,11 +13,11 @@ import torch
 import torch.nn.functional as F  # noqa: N812
 from torch import Tensor, nn
 
-from quintet.cache import AttentionSlot, Cache, LegacyCache, Span
+from quintet.cache import AttentionSlot, Cache, LegacyCache, Segment
 from quintet.cache.dense import DynamicSlot
 from quintet.errors import InputError
-from quintet.layers.step import Notes, Step
-from quintet.modeling.decoder import first
+from quintet.layers.context import ForwardContext, Notes
+from quintet.modeling.decoder import first, separated
 from quintet.modeling.heads import Shifted, kept, padding_mask, shift_labels_of, without_shifted
 from quintet.modeling.moe import MoeCausalLMHead, MoeDecoderModel
 from quintet.modeling.outputs import MoeCausalLMOutputWithPast
@@ -25,7 +25,7 @@ from quintet.modeling.packing import Packing, own_labels
 from quintet.ops.documents import Documents
 from quintet.ops.labels import following_tokens
 from quintet.ops.losses import Items, token_loss
-from quintet.ops.ragged import ragged
+from quintet.ops.ragged import padding_of
 
 __all__ = [
     "MissingPredictionLayersWarning",
@@ -44,7 +44,7 @@ class PredictionLayer(nn.Module):
 
     shared_head: nn.ModuleDict
 
-    def forward(self, hidden_states: Tensor, step: Step, ahead: Tensor) -> Tensor:
+    def forward(self, hidden_states: Tensor, context: ForwardContext, ahead: Tensor) -> Tensor:
         """Join states with the embeddings of tokens ahead, and map them as a decoder layer does.
 
         Shapes: (B, T, C), all three.
@@ -81,7 +81,7 @@ class MtpDecoderModel(MoeDecoderModel):
         if texts is not None:
             position_ids = texts.positions() if position_ids is None else position_ids
         elif attention_mask is not None and attention_mask.ndim == 2:
-            rows = ragged(attention_mask[:, -T:])
+            rows = padding_of(attention_mask[:, -T:])
         elif attention_mask is not None:
             floats = attention_mask.is_floating_point()
             custom = attention_mask if floats else attention_mask.to(torch.bool)
@@ -90,18 +90,20 @@ class MtpDecoderModel(MoeDecoderModel):
         if rows is not None:
             hidden_states, embeds = rows.pack(hidden_states), rows.pack(embeds)
             position_ids = None if position_ids is None else rows.pack(position_ids)
-        span = Span(0, T, T, None if rows is None else rows.counts, embeds.device)
+        whole, lengths = self._whole(embeds, rows or texts, None)
         # Rotary scores see differences alone, so that the position of t serves for t + k too.
-        step = self._step(embeds, span, position_ids, custom, None, Notes(), texts)
+        context = self._context(embeds, whole, lengths, position_ids, custom, None, Notes())
+        if texts is not None and texts.lengths is None:
+            context = separated(context, texts)
 
         states = []
         for k, layer in enumerate(self.prediction_layers(), start=1):
-            if texts is None:
-                ahead = F.pad(embeds[:, k:], (0, 0, 0, min(k, T)))
+            if texts is None or lengths is not None:
+                ahead = context.joined([_later(x, k) for x in context.split(embeds)])
             else:
                 ahead = texts.ahead(embeds, k)
             index = self.config.num_hidden_layers + k - 1
-            hidden_states = self._run_layer(layer, index, hidden_states, step, ahead=ahead)
+            hidden_states = self._run_layer(layer, index, hidden_states, context, ahead=ahead)
             hidden_states = layer.shared_head["norm"](hidden_states)
             states.append(hidden_states)
         # With layers on several devices: what is returned is where it began.
@@ -109,7 +111,7 @@ class MtpDecoderModel(MoeDecoderModel):
         return states if rows is None else [rows.unpack(state) for state in states]
 
     def predict(
-        self, depth: int, states: Tensor, ahead: Tensor, span: Span, cache: Cache
+        self, depth: int, states: Tensor, ahead: Tensor, segment: Segment, cache: Cache
     ) -> Tensor:
         """Return the states (B, T, C), normalised, of one prediction layer that has a cache.
 
@@ -117,14 +119,14 @@ class MtpDecoderModel(MoeDecoderModel):
             depth: which layer, 0 being the first.
             states: (B, T, C) of the layer before it, those of the main run for the first.
             ahead: (B, T, C) the embeddings of the tokens that lie `depth` + 1 ahead.
-            span: the slots these take in the cache.
+            segment: the slots these take in the cache.
             cache: what the layers keep; see `prediction_cache`.
         """
         layer = self.prediction_layers()[depth]
         # Rotary scores see differences alone, so that slots serve for positions.
-        step = self._step(ahead, span, None, None, cache, Notes())
+        context = self._context(ahead, segment, None, None, None, cache, Notes())
         index = self.config.num_hidden_layers + depth
-        made = self._run_layer(layer, index, states, step, ahead=ahead)
+        made = self._run_layer(layer, index, states, context, ahead=ahead)
         return layer.shared_head["norm"](made).to(ahead.device)  # type: ignore[no-any-return]
 
     def prediction_cache(self) -> Cache:
@@ -244,10 +246,10 @@ class MtpCausalLMHead(MoeCausalLMHead):
         return self.model.prediction_cache()
 
     def predict(
-        self, depth: int, states: Tensor, ahead: Tensor, span: Span, cache: Cache
+        self, depth: int, states: Tensor, ahead: Tensor, segment: Segment, cache: Cache
     ) -> Tensor:
         """Return the states (B, T, C) of one prediction layer; see `MtpDecoderModel.predict`."""
-        return self.model.predict(depth, states, ahead, span, cache)
+        return self.model.predict(depth, states, ahead, segment, cache)
 
     def embed(self, ids: Tensor) -> Tensor:
         """Return the embeddings (..., C) of ids."""
@@ -303,6 +305,11 @@ class MtpCausalLMHead(MoeCausalLMHead):
                 "output_mtp_logits=True looks ahead in a whole text, without a past; "
                 "call the model on all of it, with an empty cache or none"
             )
+
+
+def _later(x: Tensor, k: int) -> Tensor:
+    """Return for each of (B, T, C) what comes k places later, zeros behind the last."""
+    return F.pad(x[:, k:], (0, 0, 0, min(k, x.shape[1])))
 
 
 def _targets(

@@ -39,7 +39,8 @@ def packed(
     *,
     attention_mask: Tensor | None,
     position_ids: Tensor | None,
-    cached: bool,
+    past: object = None,
+    keeps: bool = False,
 ) -> Documents | None:
     """Return the texts of rows (B, T); None where each row is one.
 
@@ -51,8 +52,16 @@ def packed(
     """
     named = [name for name, value in packing._asdict().items() if value is not None]
     if named:
-        _check_alone(named[0], attention_mask, cached)
+        _check_alone(named[0], attention_mask)
+        if past is not None:
+            return _continuing(packing, shape)
+        if keeps:
+            raise InputError(
+                f"{named[0]} tells of several texts in a row, each of which has a row of a cache; "
+                "give one as past_key_values, or use_cache=False"
+            )
         return _told(packing, shape)
+    cached = past is not None or keeps
     if position_ids is None or attention_mask is not None or cached or position_ids.ndim == 0:
         return None
     B, T = shape
@@ -75,12 +84,7 @@ def own_labels(
     return labels.masked_fill(apart.to(labels.device), IGNORED)
 
 
-def _check_alone(name: str, mask: Tensor | None, cached: bool) -> None:
-    if cached:
-        raise InputError(
-            f"{name} tells of several texts in a row, which leave no cache to continue from; "
-            "pass use_cache=False and no past_key_values"
-        )
+def _check_alone(name: str, mask: Tensor | None) -> None:
     if mask is not None and (mask.ndim != 2 or not bool(mask.to(torch.bool).all())):
         raise InputError(
             f"{name} tells of several texts in a row, which have no padding and no mask of their "
@@ -113,6 +117,24 @@ def _told(packing: Packing, shape: tuple[int, int]) -> Documents | None:
     return found[0][1]
 
 
+def _continuing(packing: Packing, shape: tuple[int, int]) -> Documents:
+    """Return the texts of one row, each of which continues a row of a cache; some have no token."""
+    B = shape[0]
+    lengths, keys = packing.cu_seq_lens_q, packing.cu_seq_lens_k
+    if lengths is None or packing.seq_idx is not None or B > 1:
+        raise InputError(
+            "texts that continue a cache are told of by cu_seq_lens_q alone, which has to say how "
+            f"many tokens each of its rows is given in one row of input; there are {B}"
+        )
+    if keys is not None and not torch.equal(keys, lengths):
+        raise InputError(
+            "cu_seq_lens_k has to be cu_seq_lens_q again: where texts continue a cache, it knows "
+            "how many keys they have there"
+        )
+    index = _numbers(lengths, "q", packing.max_length_q, shape)
+    return Documents(index, tuple(lengths.diff().tolist()))
+
+
 def _numbers(
     lengths: Tensor, side: str, most: int | Tensor | None, shape: tuple[int, int]
 ) -> Tensor:
@@ -139,4 +161,4 @@ def _check_lengths(lengths: Tensor, side: str, most: int | Tensor | None, N: int
 def _alike(one: Documents | None, other: Documents | None) -> bool:
     if one is None or other is None:
         return one is other
-    return one.pieces == other.pieces
+    return one.lengths == other.lengths

@@ -28,6 +28,7 @@ from quintet.configuration.rules import (
     TokenId,
     known,
 )
+from quintet.layers.context import ForwardContext
 from quintet.layers.mla import LatentAttention
 from quintet.layers.mlp import GatedMLP
 from quintet.layers.moe import Experts, run_mlp
@@ -35,7 +36,6 @@ from quintet.layers.norm import RMSNorm
 from quintet.layers.rotary import RotaryEmbedding
 from quintet.layers.routing import Router, SharedExpertsMoE, SoftmaxRouter
 from quintet.layers.stack import Piece, StackLayer, residuals
-from quintet.layers.step import Step
 from quintet.modeling.base import PreTrainedModel
 from quintet.modeling.classification import (
     QuestionAnsweringHead,
@@ -202,15 +202,15 @@ class DeepseekV2DecoderLayer(StackLayer):
         self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
 
-    def forward(self, hidden_states: Tensor, step: Step) -> Tensor:
+    def forward(self, hidden_states: Tensor, context: ForwardContext) -> Tensor:
         """Map (B, T, C) to (B, T, C)."""
         attended, weights = self.self_attn(
-            hidden_states=self.input_layernorm(hidden_states), step=step
+            hidden_states=self.input_layernorm(hidden_states), context=context
         )
-        step.notes.note_weights(weights)
+        context.notes.note_weights(weights)
         hidden_states = hidden_states + attended
         x = self.post_attention_layernorm(hidden_states)
-        return hidden_states + run_mlp(self.mlp, x, step.notes, routed=self.has_experts)
+        return hidden_states + run_mlp(self.mlp, x, context.notes, routed=self.has_experts)
 
     def pieces(self) -> list[Piece] | None:
         """Return attention, and the experts or the MLP."""

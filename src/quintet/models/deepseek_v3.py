@@ -29,6 +29,7 @@ from quintet.configuration.rules import (
     TokenId,
     known,
 )
+from quintet.layers.context import ForwardContext
 from quintet.layers.linear import Linear
 from quintet.layers.mla import LatentAttention
 from quintet.layers.mlp import GatedMLP
@@ -37,7 +38,6 @@ from quintet.layers.norm import RMSNorm
 from quintet.layers.rotary import RotaryEmbedding
 from quintet.layers.routing import Router, SharedExpertsMoE, SigmoidRouter
 from quintet.layers.stack import Piece, StackLayer, residuals
-from quintet.layers.step import Step
 from quintet.modeling.base import PreTrainedModel
 from quintet.modeling.classification import (
     QuestionAnsweringHead,
@@ -210,15 +210,15 @@ class DeepseekV3DecoderLayer(StackLayer):
         self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
 
-    def forward(self, hidden_states: Tensor, step: Step) -> Tensor:
+    def forward(self, hidden_states: Tensor, context: ForwardContext) -> Tensor:
         """Map (B, T, C) to (B, T, C)."""
         attended, weights = self.self_attn(
-            hidden_states=self.input_layernorm(hidden_states), step=step
+            hidden_states=self.input_layernorm(hidden_states), context=context
         )
-        step.notes.note_weights(weights)
+        context.notes.note_weights(weights)
         hidden_states = hidden_states + attended
         x = self.post_attention_layernorm(hidden_states)
-        return hidden_states + run_mlp(self.mlp, x, step.notes, routed=self.has_experts)
+        return hidden_states + run_mlp(self.mlp, x, context.notes, routed=self.has_experts)
 
     def pieces(self) -> list[Piece] | None:
         """Return attention, and the experts or the MLP."""
@@ -260,12 +260,12 @@ class DeepseekV3PredictionLayer(DeepseekV3DecoderLayer, PredictionLayer):
         self.shared_head = nn.ModuleDict({"norm": RMSNorm(C, eps), "head": head})
 
     def forward(  # type: ignore[override]
-        self, hidden_states: Tensor, step: Step, ahead: Tensor
+        self, hidden_states: Tensor, context: ForwardContext, ahead: Tensor
     ) -> Tensor:
         """Join states (B, T, C) with embeddings (B, T, C) of tokens ahead, and map (B, T, C)."""
         # The paper writes the state first; the released weights have the embedding first.
         both = torch.cat((self.enorm(ahead), self.hnorm(hidden_states)), dim=-1)
-        return super().forward(self.eh_proj(both), step)
+        return super().forward(self.eh_proj(both), context)
 
 
 class DeepseekV3PreTrainedModel(PreTrainedModel):

@@ -22,11 +22,11 @@ from quintet.configuration.rules import (
     known,
 )
 from quintet.layers.attention import Attention
+from quintet.layers.context import ForwardContext
 from quintet.layers.mlp import GatedMLP
 from quintet.layers.norm import RMSNorm
 from quintet.layers.rotary import RotaryEmbedding
 from quintet.layers.stack import Piece, StackLayer, residuals
-from quintet.layers.step import Step
 from quintet.modeling.base import PreTrainedModel
 from quintet.modeling.classification import (
     QuestionAnsweringHead,
@@ -158,12 +158,12 @@ class Qwen2DecoderLayer(StackLayer):
         self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
 
-    def forward(self, hidden_states: Tensor, step: Step) -> Tensor:
+    def forward(self, hidden_states: Tensor, context: ForwardContext) -> Tensor:
         """Map (B, T, C) to (B, T, C)."""
         attended, weights = self.self_attn(
-            hidden_states=self.input_layernorm(hidden_states), step=step
+            hidden_states=self.input_layernorm(hidden_states), context=context
         )
-        step.notes.note_weights(weights)
+        context.notes.note_weights(weights)
         hidden_states = hidden_states + attended
         made: Tensor = self.mlp(self.post_attention_layernorm(hidden_states))
         return hidden_states + made

@@ -30,6 +30,7 @@ from quintet.configuration.rules import (
 from quintet.kernels import parts
 from quintet.kernels.routing import Rules
 from quintet.layers.attention import Attention
+from quintet.layers.context import ForwardContext, Notes
 from quintet.layers.linear import Linear
 from quintet.layers.mlp import GatedMLP, silu_matrices
 from quintet.layers.moe import Experts, run_mlp, silu_stacks
@@ -37,7 +38,6 @@ from quintet.layers.norm import RMSNorm
 from quintet.layers.plain import PlainModule, untouched
 from quintet.layers.rotary import RotaryEmbedding
 from quintet.layers.stack import Piece, StackLayer, StackPart, residuals
-from quintet.layers.step import Notes, Step
 from quintet.modeling.base import PreTrainedModel
 from quintet.modeling.classification import (
     QuestionAnsweringHead,
@@ -257,15 +257,15 @@ class Qwen2MoeDecoderLayer(StackLayer):
         self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
 
-    def forward(self, hidden_states: Tensor, step: Step) -> Tensor:
+    def forward(self, hidden_states: Tensor, context: ForwardContext) -> Tensor:
         """Map (B, T, C) to (B, T, C)."""
         attended, weights = self.self_attn(
-            hidden_states=self.input_layernorm(hidden_states), step=step
+            hidden_states=self.input_layernorm(hidden_states), context=context
         )
-        step.notes.note_weights(weights)
+        context.notes.note_weights(weights)
         hidden_states = hidden_states + attended
         x = self.post_attention_layernorm(hidden_states)
-        return hidden_states + run_mlp(self.mlp, x, step.notes, routed=self.has_experts)
+        return hidden_states + run_mlp(self.mlp, x, context.notes, routed=self.has_experts)
 
     def pieces(self) -> list[Piece] | None:
         """Return attention, and the experts or the MLP."""

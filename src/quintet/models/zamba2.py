@@ -33,6 +33,7 @@ from quintet.configuration.rules import (
 )
 from quintet.errors import ConfigError, shown
 from quintet.kernels import parts
+from quintet.layers.context import ForwardContext
 from quintet.layers.linear import Linear
 from quintet.layers.mamba2 import Mamba2
 from quintet.layers.norm import RMSNorm
@@ -40,7 +41,6 @@ from quintet.layers.plain import untouched
 from quintet.layers.rotary import RotaryEmbedding
 from quintet.layers.shared_transformer import SharedAttention, SharedMLP, SharedTransformer
 from quintet.layers.stack import Piece, StackLayer, residuals
-from quintet.layers.step import Step
 from quintet.modeling.base import PreTrainedModel
 from quintet.modeling.classification import (
     QuestionAnsweringHead,
@@ -302,10 +302,12 @@ class Zamba2MambaDecoderLayer(StackLayer):
         )
         self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
 
-    def forward(self, hidden_states: Tensor, step: Step, beside: Tensor | None = None) -> Tensor:
+    def forward(
+        self, hidden_states: Tensor, context: ForwardContext, beside: Tensor | None = None
+    ) -> Tensor:
         """Map (B, T, C) to (B, T, C); `beside` is added to the input but not to the residual."""
         x = hidden_states if beside is None else hidden_states + beside
-        made: Tensor = self.mamba(hidden_states=self.input_layernorm(x), step=step)
+        made: Tensor = self.mamba(hidden_states=self.input_layernorm(x), context=context)
         return hidden_states + made
 
     def pieces(self, *, beside: bool = False) -> list[Piece] | None:
@@ -326,12 +328,12 @@ class Zamba2HybridLayer(StackLayer):
         self.linear = Linear(config.hidden_size, config.hidden_size, bias=False)
         self.mamba_decoder = Zamba2MambaDecoderLayer(config, layer_idx)
 
-    def forward(self, hidden_states: Tensor, step: Step) -> Tensor:
+    def forward(self, hidden_states: Tensor, context: ForwardContext) -> Tensor:
         """Map (B, T, C) to (B, T, C)."""
         made = self.shared_transformer(
-            hidden_states, step=step, layer_idx=self.layer_idx, use=self.use
+            hidden_states, context=context, layer_idx=self.layer_idx, use=self.use
         )
-        out: Tensor = self.mamba_decoder(hidden_states, step=step, beside=self.linear(made))
+        out: Tensor = self.mamba_decoder(hidden_states, context=context, beside=self.linear(made))
         return out
 
     def pieces(self) -> list[Piece] | None:

@@ -18,7 +18,7 @@ from quintet.errors import MissingDependencyError, UnsupportedBackendError
 from quintet.kernels.attention import attend
 from quintet.kernels.decode import decode
 from quintet.ops.causal_blocks import causal_blocks, in_blocks
-from quintet.ops.masks import MOST_ENTRIES, Visibility, causal_mask, shown
+from quintet.ops.masks import MOST_ENTRIES, AttentionMask, causal_mask, masked
 from quintet.ops.transforms import transformed
 
 __all__ = [
@@ -40,14 +40,14 @@ class AttentionBackend(Protocol):
     """
 
     def __call__(
-        self, q: Tensor, k: Tensor, v: Tensor, seen: Visibility, *, scale: float, dropout: float
+        self, q: Tensor, k: Tensor, v: Tensor, mask: AttentionMask, *, scale: float, dropout: float
     ) -> tuple[Tensor, Tensor | None]:
         """Attend."""
         ...
 
 
 def eager(
-    q: Tensor, k: Tensor, v: Tensor, seen: Visibility, *, scale: float, dropout: float
+    q: Tensor, k: Tensor, v: Tensor, mask: AttentionMask, *, scale: float, dropout: float
 ) -> tuple[Tensor, Tensor | None]:
     """Attend by the formula, with the softmax in float32; the only backend that has weights."""
     groups = q.shape[1] // k.shape[1]
@@ -55,30 +55,32 @@ def eager(
     v = v.repeat_interleave(groups, dim=1)
     q_wide, k_wide, precision = in_range(q, k)
     with precision:
-        scores = shown(q_wide @ k_wide.transpose(-1, -2) * scale, seen)  # (B, H, T, S)
+        scores = masked(q_wide @ k_wide.transpose(-1, -2) * scale, mask)  # (B, H, T, S)
     weights = scores.softmax(dim=-1, dtype=torch.float32).to(q.dtype)
     return F.dropout(weights, dropout) @ v, weights
 
 
 def sdpa(
-    q: Tensor, k: Tensor, v: Tensor, seen: Visibility, *, scale: float, dropout: float
+    q: Tensor, k: Tensor, v: Tensor, mask: AttentionMask, *, scale: float, dropout: float
 ) -> tuple[Tensor, Tensor | None]:
     """Attend by `torch.nn.functional.scaled_dot_product_attention`, or by a kernel for CPUs."""
     if transformed():
         # The fused attention has no rules for that.
-        return eager(q, k, v, seen, scale=scale, dropout=dropout)[0], None
-    if not seen.custom and not dropout:
-        made = decode(q, k, v, start=seen.start, window=seen.window, scale=scale)
+        return eager(q, k, v, mask, scale=scale, dropout=dropout)[0], None
+    if not mask.custom and not dropout:
+        made = decode(q, k, v, start=mask.start, window=mask.window, scale=scale)
         if made is not None:
             return made, None
-        made = attend((q,), (k,), v, start=seen.start, window=seen.window, scale=scale)
+        made = attend((q,), (k,), v, start=mask.start, window=mask.window, scale=scale)
         if made is not None:
             return made, None
-    if seen.is_causal and not dropout and in_blocks(q):
+    if mask.is_causal and not dropout and in_blocks(q):
         return causal_blocks(q, k, v, scale), None
-    if seen.slots is not None:
-        return _by_queries(q, k, v, seen, seen.slots, scale=scale, dropout=dropout), None
-    return _fused(q, k, v, seen.mask, is_causal=seen.is_causal, scale=scale, dropout=dropout), None
+    if mask.slots is not None:
+        return _by_queries(q, k, v, mask, mask.slots, scale=scale, dropout=dropout), None
+    return _fused(
+        q, k, v, mask.entries, is_causal=mask.is_causal, scale=scale, dropout=dropout
+    ), None
 
 
 def _fused(
@@ -112,7 +114,7 @@ def _by_queries(
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    seen: Visibility,
+    mask: AttentionMask,
     slots: Tensor,
     *,
     scale: float,
@@ -124,15 +126,15 @@ def _by_queries(
     out = []
     for first in range(0, T, size):
         last = min(first + size, T)
-        begin, end = seen.keys_of(first, last, S)
-        mask = causal_mask(slots[:, first:last], end, seen.window, begin=begin)
+        begin, end = mask.keys_of(first, last, S)
+        entries = causal_mask(slots[:, first:last], end, mask.window, begin=begin)
         keys, values = k[:, :, begin:end], v[:, :, begin:end]
-        out.append(_fused(q[:, :, first:last], keys, values, mask, scale=scale, dropout=dropout))
+        out.append(_fused(q[:, :, first:last], keys, values, entries, scale=scale, dropout=dropout))
     return torch.cat(out, dim=2)
 
 
 def flash(
-    q: Tensor, k: Tensor, v: Tensor, seen: Visibility, *, scale: float, dropout: float
+    q: Tensor, k: Tensor, v: Tensor, mask: AttentionMask, *, scale: float, dropout: float
 ) -> tuple[Tensor, Tensor | None]:
     """Attend by the flash-attn package, version 2 (arXiv:2307.08691).
 
@@ -140,7 +142,7 @@ def flash(
         UnsupportedBackendError: a 4-D mask of the caller's own, a dtype it has no kernel for, or
             training on rows of a cache that have lengths of their own.
     """
-    if seen.custom:
+    if mask.custom:
         raise UnsupportedBackendError(
             "attn_implementation='flash_attention_2' cannot take a 4-D attention_mask; "
             "use 'sdpa' or 'eager'"
@@ -150,7 +152,7 @@ def flash(
             f"attn_implementation='flash_attention_2' computes in float16 or bfloat16, "
             f"not {q.dtype}; load the model with dtype='bfloat16', or use 'sdpa'"
         )
-    if not isinstance(seen.start, int) and (
+    if not isinstance(mask.start, int) and (
         dropout or (torch.is_grad_enabled() and _learns(q, k, v))
     ):
         # The kernel for a cache has neither; it would leave the gradients out without a word.
@@ -161,9 +163,9 @@ def flash(
     package = import_module("flash_attn")
     q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)  # (B, T, H, D)
     # Both kernels align the diagonal with the last key, and count a window without the query.
-    window = (-1, -1) if seen.window is None else (seen.window - 1, 0)
-    if isinstance(seen.start, int):
-        end = seen.start + q.shape[1]
+    window = (-1, -1) if mask.window is None else (mask.window - 1, 0)
+    if isinstance(mask.start, int):
+        end = mask.start + q.shape[1]
         out = package.flash_attn_func(
             q,
             k[:, :end],
@@ -178,7 +180,7 @@ def flash(
             q,
             k,
             v,
-            cache_seqlens=(seen.start + q.shape[1]).to(torch.int32),
+            cache_seqlens=(mask.start + q.shape[1]).to(torch.int32),
             softmax_scale=scale,
             causal=True,
             window_size=window,

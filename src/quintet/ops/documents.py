@@ -1,24 +1,15 @@
-"""Rows that hold several texts one after the other, none of which sees another.
+"""Rows that hold several texts one after the other, none of which sees another."""
 
-What mixes tokens, attention and recurrent states, runs over one text at a time; all else runs over
-the row as it is. No mask of all pairs is made, and no padding.
-"""
-
-from collections.abc import Callable
 from dataclasses import dataclass
-from itertools import pairwise
 
 import torch
 import torch.nn.functional as F  # noqa: N812
 from torch import Tensor
 
-from quintet.ops.masks import Visibility, causal_mask, visibility
+from quintet.ops.masks import AttentionMask, causal_mask
 from quintet.ops.transforms import recorded
 
-__all__ = ["Attend", "Documents", "documents_of"]
-
-# Of a visibility, queries (B, H, T, ...), keys and what else there is of each token.
-Attend = Callable[..., tuple[Tensor, Tensor | None]]
+__all__ = ["Documents", "documents_of"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,12 +18,12 @@ class Documents:
 
     Attributes:
         index: (B, T), the number of each token's text in its row.
-        pieces: row, first column and the one behind the last, of each text in order; None in a
-            program that is recorded for any texts.
+        lengths: how many tokens each text of all rows has, in order; None in a program that is
+            recorded for any texts.
     """
 
     index: Tensor
-    pieces: tuple[tuple[int, int, int], ...] | None
+    lengths: tuple[int, ...] | None
 
     def positions(self) -> Tensor:
         """Return (B, T), each token's place in its text."""
@@ -52,42 +43,22 @@ class Documents:
         index = F.pad(self.index[:, k:], (0, min(k, T)), value=-1)
         return later.masked_fill((index != self.index)[..., None], 0)
 
-    def each(self, of: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
-        """Return what a function makes of each text of (B, T, ...), in the columns of that."""
-        assert self.pieces is not None
-        made = [of(x[row : row + 1, start:end]) for row, start, end in self.pieces]
-        joined = torch.cat(made, dim=1)
-        return joined.view(*x.shape[:2], *joined.shape[2:])
-
-    def attention(self, attend: Attend) -> Attend:
-        """Return what attends within each text, of what attends in rows (B, H, T, ...)."""
-        pieces = self.pieces
-        if pieces is None:
-            return attend
-
-        def within(seen: Visibility, q: Tensor, *others: Tensor) -> tuple[Tensor, Tensor | None]:
-            B, H, T, _ = q.shape
-            outs, maps = [], []
-            for row, start, end in pieces:
-                own = (x[row : row + 1, :, start:end] for x in (q, *others))
-                out, weights = attend(_within(end - start, seen.window, q.device), *own)
-                outs.append(out)
-                if weights is not None:
-                    maps.append(F.pad(weights, (start, T - end)))
-
-            def joined(made: list[Tensor]) -> Tensor:
-                return torch.cat(made, dim=2).view(H, B, T, -1).transpose(0, 1)
-
-            return joined(outs), joined(maps) if maps else None
-
-        return within
-
-    def masked(self, seen: Visibility, slots: Tensor) -> Visibility:
-        """Return a visibility with a mask that separates the texts, for a recorded program."""
+    def masked(self, mask: AttentionMask, slots: Tensor) -> AttentionMask:
+        """Return a mask whose entries separate the texts, for a recorded program."""
         T = self.index.shape[1]
         same = self.index[:, None, :, None] == self.index[:, None, None]
-        mask = causal_mask(slots, T, seen.window) & same
-        return Visibility(mask, False, seen.start, seen.window, custom=True)
+        entries = causal_mask(slots, T, mask.window) & same
+        return AttentionMask(entries, False, mask.start, mask.window, custom=True)
+
+    def in_columns(self, weights: Tensor) -> Tensor:
+        """Return weights (n, H, t, s) of n texts where their rows have them, (B, H, T, T)."""
+        assert self.lengths is not None
+        B, T = self.index.shape
+        made, column = [], 0
+        for own, length in zip(weights, self.lengths, strict=True):
+            made.append(F.pad(own[:, :length, :length], (column, T - column - length)))
+            column = (column + length) % T
+        return torch.unflatten(torch.cat(made, dim=1), 1, (B, T)).transpose(0, 1)
 
 
 def documents_of(index: Tensor) -> Documents | None:
@@ -101,14 +72,6 @@ def documents_of(index: Tensor) -> Documents | None:
         return Documents(number, None)
     if not bool(starts.any()):
         return None
-    T = index.shape[1]
-    pieces = []
-    for row, borders in enumerate(starts.tolist()):
-        edges = [0, *(column + 1 for column, border in enumerate(borders) if border), T]
-        pieces += [(row, *edge) for edge in pairwise(edges)]
-    return Documents(number, tuple(pieces))
-
-
-def _within(length: int, window: int | None, device: torch.device) -> Visibility:
-    slots = torch.arange(length, dtype=torch.long, device=device)[None]
-    return visibility(slots, 0, length, window)
+    firsts = F.pad(starts, (1, 0), value=True).flatten().nonzero().flatten()
+    ends = F.pad(firsts[1:], (0, 1), value=index.numel())
+    return Documents(number, tuple((ends - firsts).tolist()))

@@ -7,27 +7,27 @@ from torch import Tensor
 
 from quintet.ops.transforms import recorded
 
-__all__ = ["Visibility", "causal_mask", "shown", "visibility"]
+__all__ = ["AttentionMask", "attention_mask_of", "causal_mask", "masked"]
 
 # A mask of more entries is made for some of the queries at a time.
 MOST_ENTRIES = 2**23
 
 
 @dataclass(frozen=True, slots=True)
-class Visibility:
+class AttentionMask:
     """What one forward's queries see of the keys; the same for every layer of a kind.
 
     Attributes:
-        mask: (B or 1, H or 1, T, S), True where a query sees a key, or a float to add to the
+        entries: (B or 1, H or 1, T, S), True where a query sees a key, or a float to add to the
             scores; None where `is_causal` says it all, every key is seen, or `slots` are given.
         is_causal: query i of T sees keys 0..i of S = T.
         start: the first query's slot, one for all rows or (B,).
         window: how many keys, its own included, a query sees at the most; None for no limit.
-        custom: the mask is the caller's own, not one that `start` and `window` describe.
-        slots: (B or 1, T), the slots of queries whose mask would be too large to have at once.
+        custom: the entries are the caller's own, not one that `start` and `window` describe.
+        slots: (B or 1, T), the slots of queries whose entries would be too large to have at once.
     """
 
-    mask: Tensor | None
+    entries: Tensor | None
     is_causal: bool
     start: int | Tensor
     window: int | None
@@ -57,37 +57,37 @@ def causal_mask(slots: Tensor, S: int, window: int | None, *, begin: int = 0) ->
     return seen[:, None]
 
 
-def shown(scores: Tensor, seen: Visibility) -> Tensor:
+def masked(scores: Tensor, mask: AttentionMask) -> Tensor:
     """Return scores (B, H, T, S) with those of keys that a query does not see lowered."""
     T, S = scores.shape[-2:]
-    mask = seen.mask
-    if seen.is_causal:
+    entries = mask.entries
+    if mask.is_causal:
         places = torch.arange(T, dtype=torch.long, device=scores.device)
-        mask = causal_mask(places[None], S, None)
-    elif seen.slots is not None:
-        mask = causal_mask(seen.slots, S, seen.window)
-    if mask is None:
+        entries = causal_mask(places[None], S, None)
+    elif mask.slots is not None:
+        entries = causal_mask(mask.slots, S, mask.window)
+    if entries is None:
         return scores
-    if mask.dtype == torch.bool:
+    if entries.dtype == torch.bool:
         # The lowest finite number, not -inf: a row that sees nothing stays finite.
-        return scores.masked_fill(~mask, torch.finfo(scores.dtype).min)
-    return scores + mask.to(scores.dtype)
+        return scores.masked_fill(~entries, torch.finfo(scores.dtype).min)
+    return scores + entries.to(scores.dtype)
 
 
-def visibility(
+def attention_mask_of(
     slots: Tensor, start: int | Tensor, S: int, window: int | None, custom: Tensor | None = None
-) -> Visibility:
-    """Describe what T queries at `slots` (B or 1, T) see of S keys, with a mask only if needed."""
+) -> AttentionMask:
+    """Describe what T queries at `slots` (B or 1, T) see of S keys, by entries only if needed."""
     if custom is not None:
-        return Visibility(custom, False, start, window, custom=True)
+        return AttentionMask(custom, False, start, window, custom=True)
     T = slots.shape[1]
     if isinstance(start, int):
         end = start + T
         if window is not None and end <= window:
             window = None
         if window is None and end == S and (T == 1 or start == 0):
-            return Visibility(None, T > 1, start, None)
+            return AttentionMask(None, T > 1, start, None)
     # A program that is recorded once has to serve other lengths, and has no loops over them.
     if not recorded() and T > 1 and slots.numel() * S > MOST_ENTRIES:
-        return Visibility(None, False, start, window, slots=slots)
-    return Visibility(causal_mask(slots, S, window), False, start, window)
+        return AttentionMask(None, False, start, window, slots=slots)
+    return AttentionMask(causal_mask(slots, S, window), False, start, window)

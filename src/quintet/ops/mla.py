@@ -26,7 +26,7 @@ from torch import Tensor
 from quintet.kernels.attention import attend as attend_parts
 from quintet.kernels.latent import attend_latents
 from quintet.ops.attention import AttentionBackend, eager, in_range, sdpa
-from quintet.ops.masks import Visibility, shown
+from quintet.ops.masks import AttentionMask, masked
 
 __all__ = ["BREAK_EVEN_QUERIES", "absorbed", "absorbs", "expanded", "latent_attention"]
 
@@ -52,7 +52,7 @@ def latent_attention(
     k_pe: Tensor,
     expand: Callable[[Tensor], Tensor],
     w_kv: Tensor | None,
-    seen: Visibility,
+    mask: AttentionMask,
     *,
     attend: AttentionBackend,
     scale: float,
@@ -64,31 +64,31 @@ def latent_attention(
         w_kv: what `expand` multiplies with; None where it does more, and has to be called.
     """
     T = q_nope.shape[2]
-    if attend is not eager and not seen.custom and c_kv.is_cpu:
-        c_kv, k_pe, seen = _reachable(c_kv, k_pe, seen, T)
+    if attend is not eager and not mask.custom and c_kv.is_cpu:
+        c_kv, k_pe, mask = _reachable(c_kv, k_pe, mask, T)
     if w_kv is None or not absorbs(T, c_kv.shape[1]):
         return expanded(
-            q_nope, q_pe, c_kv, k_pe, expand, seen, attend=attend, scale=scale, dropout=dropout
+            q_nope, q_pe, c_kv, k_pe, expand, mask, attend=attend, scale=scale, dropout=dropout
         )
-    if attend is not eager and not seen.custom and not dropout:
-        made = attend_latents(q_nope, q_pe, c_kv, k_pe, w_kv, start=seen.start, scale=scale)
+    if attend is not eager and not mask.custom and not dropout:
+        made = attend_latents(q_nope, q_pe, c_kv, k_pe, w_kv, start=mask.start, scale=scale)
         if made is not None:
             return made, None
-    out, weights = absorbed(q_nope, q_pe, c_kv, k_pe, w_kv, seen, scale=scale, dropout=dropout)
+    out, weights = absorbed(q_nope, q_pe, c_kv, k_pe, w_kv, mask, scale=scale, dropout=dropout)
     # Only `eager` promises weights; holding them for all layers would cost memory.
     return out, weights if attend is eager else None
 
 
 def _reachable(
-    c_kv: Tensor, k_pe: Tensor, seen: Visibility, T: int
-) -> tuple[Tensor, Tensor, Visibility]:
+    c_kv: Tensor, k_pe: Tensor, mask: AttentionMask, T: int
+) -> tuple[Tensor, Tensor, AttentionMask]:
     """Leave out what is behind the last query of all rows, in a cache with room to spare."""
     S = c_kv.shape[1]
-    if torch.compiler.is_compiling() or (isinstance(seen.start, int) and seen.start + T == S):
-        return c_kv, k_pe, seen
-    end = min(S, _last(seen.start) + T)
-    mask = None if seen.mask is None else seen.mask[..., :end]
-    return c_kv[:, :end], k_pe[:, :end], replace(seen, mask=mask)
+    if torch.compiler.is_compiling() or (isinstance(mask.start, int) and mask.start + T == S):
+        return c_kv, k_pe, mask
+    end = min(S, _last(mask.start) + T)
+    entries = None if mask.entries is None else mask.entries[..., :end]
+    return c_kv[:, :end], k_pe[:, :end], replace(mask, entries=entries)
 
 
 def _last(start: int | Tensor) -> int:
@@ -101,7 +101,7 @@ def expanded(
     c_kv: Tensor,
     k_pe: Tensor,
     expand: Callable[[Tensor], Tensor],
-    seen: Visibility,
+    mask: AttentionMask,
     *,
     attend: AttentionBackend,
     scale: float,
@@ -111,9 +111,9 @@ def expanded(
     H, Dn = q_nope.shape[1], q_nope.shape[-1]
     kv = expand(c_kv).view(*c_kv.shape[:2], H, -1).transpose(1, 2)
     k_nope, v = kv[..., :Dn], kv[..., Dn:]  # (B, H, S, Dn), (B, H, S, Dv)
-    if attend is sdpa and not seen.custom and not dropout:
+    if attend is sdpa and not mask.custom and not dropout:
         q_parts, k_parts = (q_nope, q_pe), (k_nope, k_pe[:, None])
-        made = attend_parts(q_parts, k_parts, v, start=seen.start, window=seen.window, scale=scale)
+        made = attend_parts(q_parts, k_parts, v, start=mask.start, window=mask.window, scale=scale)
         if made is not None:
             return made, None
     q = torch.cat((q_nope, q_pe), dim=-1)
@@ -124,7 +124,7 @@ def expanded(
         # Zeros change no score and are cut off the values again.
         D = max(q.shape[-1], Dv)
         q, k, v = (F.pad(x, (0, D - x.shape[-1])) for x in (q, k, v))
-    out, weights = attend(q, k, v, seen, scale=scale, dropout=dropout)
+    out, weights = attend(q, k, v, mask, scale=scale, dropout=dropout)
     return out[..., :Dv], weights
 
 
@@ -134,7 +134,7 @@ def absorbed(
     c_kv: Tensor,
     k_pe: Tensor,
     w_kv: Tensor,
-    seen: Visibility,
+    mask: AttentionMask,
     *,
     scale: float,
     dropout: float,
@@ -148,7 +148,7 @@ def absorbed(
     S = c_kv.shape[1]
     *wide, precision = in_range(q_nope, q_pe, c_kv, k_pe, w_kv[:, :Dn])
     with precision:
-        scores = shown(_scores(*wide, scale=scale).view(B, H, T, S), seen)
+        scores = masked(_scores(*wide, scale=scale).view(B, H, T, S), mask)
     weights = scores.softmax(dim=-1, dtype=torch.float32).to(q_nope.dtype)
     mixed = F.dropout(weights, dropout).flatten(1, 2) @ c_kv  # (B, H·T, R)
     by_head = mixed.view(B, H, T, -1).permute(1, 3, 0, 2).flatten(2)  # (H, R, B·T)

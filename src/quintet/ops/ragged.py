@@ -11,7 +11,7 @@ from torch import Tensor
 
 from quintet.ops.transforms import recorded
 
-__all__ = ["Ragged", "keys_in_columns", "ragged"]
+__all__ = ["Padding", "Ragged", "Unpadded", "keys_in_columns", "padding_of", "ragged"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,6 +35,60 @@ class Ragged:
     def unpack(self, x: Tensor) -> Tensor:
         """Put packed rows back into their columns."""
         return _take(x, self.places)
+
+    def unpack_rows(self, x: Tensor) -> Tensor:
+        """Put packed rows back into their columns."""
+        return self.unpack(x)
+
+
+@dataclass(frozen=True, slots=True)
+class Unpadded:
+    """Which places of a padded batch are tokens, to compute those alone.
+
+    Attributes:
+        lengths: how many tokens each row has.
+        index: (N,), the places of all tokens, counted over all rows.
+        shape: (B, T), that of the batch.
+    """
+
+    lengths: tuple[int, ...]
+    index: Tensor
+    shape: tuple[int, int]
+
+    def pack(self, x: Tensor) -> Tensor:
+        """Return the tokens of (B, T, ...), (1, N, ...)."""
+        return x.flatten(0, 1)[self.index.to(x.device)][None]
+
+    def unpack(self, x: Tensor) -> Tensor:
+        """Return (1, N, ...) in the places of the batch, (B, T, ...), with zeros for padding."""
+        B, T = self.shape
+        whole = x.new_zeros(B * T, *x.shape[2:])
+        return torch.unflatten(whole.index_copy(0, self.index.to(x.device), x[0]), 0, (B, T))
+
+    def unpack_rows(self, x: Tensor) -> Tensor:
+        """Put rows (B, t, ...), of which the first are a row's tokens, into their columns."""
+        steps = torch.arange(x.shape[1], dtype=torch.long, device=x.device)
+        lengths = torch.tensor(self.lengths, dtype=torch.long, device=x.device)
+        return self.unpack(x[steps < lengths[:, None]][None])
+
+
+Padding = Ragged | Unpadded
+
+
+def padding_of(mask: Tensor) -> Padding | None:
+    """Read a (B, T) mask of ones and zeros; None when nothing is padding.
+
+    A program that is recorded serves any mask of a shape, so it computes the padding too.
+    """
+    kept = mask.to(torch.bool)
+    if recorded():
+        return ragged(mask)
+    index = kept.flatten().nonzero().flatten()
+    if len(index) == kept.numel():
+        return None
+    if not len(index):
+        return ragged(mask)
+    return Unpadded(tuple(kept.sum(dim=1).tolist()), index, (kept.shape[0], kept.shape[1]))
 
 
 def ragged(mask: Tensor) -> Ragged | None:

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F  # noqa: N812
 from torch import Tensor
 
-from quintet.cache import Cache, Span
+from quintet.cache import Cache, Segment
 from quintet.generation.sampler import Sampler
 from quintet.generation.speculative.candidates import Draft, DraftWriter
 from quintet.generation.text import Text
@@ -35,7 +35,7 @@ class MTPModel(Protocol):
         ...
 
     def predict(
-        self, depth: int, states: Tensor, ahead: Tensor, span: Span, cache: Cache
+        self, depth: int, states: Tensor, ahead: Tensor, segment: Segment, cache: Cache
     ) -> Tensor:
         """Return the states (B, W, C) of one prediction layer, 0 being the first."""
         ...
@@ -166,21 +166,21 @@ class MTPDrafter:
         states, ahead, counts = self._read(text.ids[:, -1], goes_on)
         B, W, _ = states.shape
         writer = DraftWriter(text, wanted, sampler, self.threshold)
-        span = self.cache.span(B, W, states.device, counts)
+        segment = self.cache.segment(B, W, states.device, counts)
         for k in range(self._depth):
             if k:
                 # The token that layer k - 1 has drafted is the one that layer k has not seen.
                 ahead = _followed(ahead, self.model.embed(writer.tokens[-1]), counts)
-            states = self.model.predict(k, states, ahead, span, self.cache)
+            states = self.model.predict(k, states, ahead, segment, self.cache)
             here = _at_end(states, counts)
             # Layers that are not asked for a token read the text all the same.
             if not writer.done:
                 writer.write(self.model.logits(here))
-        self.cache.advance(span)
+        self.cache.advance(segment)
         steps = 0
         while not writer.done:
             embeds = self.model.embed(writer.tokens[-1])[:, None]
-            one = self.cache.span(B, 1, embeds.device, None)
+            one = self.cache.segment(B, 1, embeds.device, None)
             states = self.model.predict(self._depth - 1, here[:, None], embeds, one, self.cache)
             self.cache.advance(one)
             here = states[:, 0]
@@ -204,13 +204,13 @@ class MTPDrafter:
         B = len(text.ids)
         states, ahead, counts = self._read(text.ids[:, -1], [True] * B)
         W = states.shape[1]
-        span = self.cache.span(B, W, states.device, counts)
+        segment = self.cache.segment(B, W, states.device, counts)
         for k in range(self._depth):
             if k:
                 # What lies further ahead is not there yet: those places are read again.
                 ahead = F.pad(ahead[:, 1:], (0, 0, 0, 1))
-            states = self.model.predict(k, states, ahead, span, self.cache)
-        self.cache.advance(span)
+            states = self.model.predict(k, states, ahead, segment, self.cache)
+        self.cache.advance(segment)
         self._take_back(0, counts, W)
         self._held.until = self.main.lengths(B).clone()
 

@@ -1,0 +1,104 @@
+"""Where the tokens of one forward go: the slots they take in the rows of a cache."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from itertools import groupby
+
+import torch
+from torch import Tensor
+
+__all__ = ["Segment", "segments_of"]
+
+
+@dataclass(frozen=True, slots=True)
+class Segment:
+    """A rectangle: T tokens of each of some rows that lie beside each other.
+
+    Attributes:
+        start: the slot of the first token; an int when all rows share it, otherwise (B,).
+        length: T.
+        keys: S, how many slots a layer has to attend to once the tokens are stored.
+        counts: (B,) how many of the T are real, the rest being padding behind; None for all.
+        device: where the tokens are.
+        learns: whether a graph of autograd may hold on to all that is attended to.
+        rows: of the cache, that are meant; None for all.
+        tokens: of the packed row of a forward, that are meant; None for all.
+        batch: how many rows the cache has; None for as many as are meant.
+        longest: how many slots its longest row needs; None for `keys`.
+    """
+
+    start: int | Tensor
+    length: int
+    keys: int
+    counts: Tensor | None
+    device: torch.device
+    learns: bool = False
+    rows: slice | None = None
+    tokens: slice | None = None
+    batch: int | None = None
+    longest: int | None = None
+
+    def slots(self) -> Tensor:
+        """Return the slot of every token, (B or 1, T)."""
+        steps = torch.arange(self.length, dtype=torch.long, device=self.device)
+        if isinstance(self.start, int):
+            return (steps + self.start)[None]
+        return self.start[:, None] + steps
+
+    def of(self, x: Tensor) -> Tensor:
+        """Return the rows that are meant of what a cache holds, (rows, ...)."""
+        return x if self.rows is None else x[self.rows]
+
+    @property
+    def room(self) -> int:
+        """How many slots buffers need."""
+        return self.keys if self.longest is None else self.longest
+
+    def starts(self, rows: int) -> list[int]:
+        """Return the slot of the first token of each row."""
+        return [self.start] * rows if isinstance(self.start, int) else self.start.tolist()
+
+
+def segments_of(whole: Segment, lengths: Sequence[int]) -> tuple[Segment, ...]:
+    """Return the rectangles that rows with as many tokens each are made of, in order.
+
+    Rows beside each other make one where they have equally many tokens and begin at the same slot,
+    or have one token each. Rows without tokens are in none.
+
+    Args:
+        whole: of all rows, with the longest one's tokens for length.
+        lengths: how many tokens each row has.
+    """
+    starts = whole.starts(len(lengths))
+
+    def alike(row: int) -> tuple[int, int | None]:
+        return lengths[row], None if lengths[row] == 1 else starts[row]
+
+    segments, token = [], 0
+    for (length, _), group in groupby(range(len(lengths)), key=alike):
+        if not length:
+            continue
+        rows = list(group)
+        first, last = rows[0], rows[-1] + 1
+        own = starts[first:last]
+        start = (
+            own[0]
+            if min(own) == max(own)
+            else torch.tensor(own, dtype=torch.long, device=whole.device)
+        )
+        end = token + length * len(rows)
+        segments.append(
+            replace(
+                whole,
+                start=start,
+                length=length,
+                keys=max(own) + length,
+                counts=None,
+                rows=slice(first, last),
+                tokens=slice(token, end),
+                batch=len(lengths),
+                longest=whole.keys,
+            )
+        )
+        token = end
+    return tuple(segments)

@@ -1,0 +1,206 @@
+"""What all layers of one forward share."""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+
+import torch
+import torch.nn.functional as F  # noqa: N812
+from torch import Tensor
+
+from quintet.cache import Cache, Segment
+from quintet.ops.attention import AttentionBackend
+from quintet.ops.masks import AttentionMask
+
+__all__ = ["ForwardContext", "Notes"]
+
+
+class Notes:
+    """What layers tell, in their order, beside the hidden states they return.
+
+    Layers return hidden states alone, as those of Transformers do, so that whoever hooks them
+    meets the same here.
+
+    Attributes:
+        weights: (B, H, T, S) of attention, where the backend has them; None if nobody asked.
+        router_logits: (B, T, E) of experts; None if nobody asked.
+    """
+
+    def __init__(self, *, weights: bool = False, router_logits: bool = False) -> None:
+        self.weights: list[Tensor] | None = [] if weights else None
+        self.router_logits: list[Tensor] | None = [] if router_logits else None
+
+    def note_weights(self, weights: Tensor | None) -> None:
+        """Take a layer's weights, if somebody asked."""
+        if self.weights is not None and weights is not None:
+            self.weights.append(weights)
+
+    def note_routing(self, logits: Tensor) -> None:
+        """Take what a layer's router made, if somebody asked."""
+        if self.router_logits is not None:
+            self.router_logits.append(logits)
+
+    def extend(self, others: "Notes") -> None:
+        """Take what was noted elsewhere."""
+        for weights in others.weights or ():
+            self.note_weights(weights)
+        for logits in others.router_logits or ():
+            self.note_routing(logits)
+
+    def like(self) -> "Notes":
+        """Return empty notes of what is asked for here."""
+        weighs, routes = self.weights is not None, self.router_logits is not None
+        return Notes(weights=weighs, router_logits=routes)
+
+
+@dataclass(frozen=True, slots=True)
+class ForwardContext:
+    """One forward's positions, masks and cache, worked out once for all layers.
+
+    Its tokens are one rectangle (B, T) of rows, or N of rows with unequally many. Then hidden
+    states are (1, N, C), and what mixes tokens does so segment by segment.
+
+    Attributes:
+        cos: (B or 1, T, D) of the rotary angles, in the dtype of the activations.
+        sin: the same.
+        whole: the slots that the tokens of all rows take.
+        segments: the rectangles that the tokens make; the whole where they are one.
+        masks: of each segment, by the layer's window (None for full attention).
+        attend: the attention backend.
+        cache: where layers keep what the next step needs; None to keep nothing.
+        embeds: (B, T, C) the embeddings, for layers that look back at them.
+        notes: where layers put what was asked for beside their output.
+        elsewhere: the same on other devices, which layers there share.
+    """
+
+    cos: Tensor
+    sin: Tensor
+    whole: Segment
+    segments: tuple[Segment, ...]
+    masks: tuple[Mapping[int | None, AttentionMask], ...]
+    attend: AttentionBackend
+    cache: Cache | None
+    embeds: Tensor
+    notes: Notes = field(default_factory=Notes)
+    elsewhere: "dict[torch.device, ForwardContext]" = field(
+        init=False, default_factory=dict, repr=False
+    )
+
+    @property
+    def rectangular(self) -> bool:
+        """Whether the tokens are one rectangle, with as many of each row."""
+        return self.segments[0].tokens is None
+
+    def attention(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        layer_idx: int,
+        *,
+        window: int | None,
+        scale: float,
+        dropout: float,
+    ) -> tuple[Tensor, Tensor | None]:
+        """Attend from q (B, H, T, D) to k and v (B, K, T, D), and to those in the cache before."""
+
+        def attend(
+            mask: AttentionMask, q: Tensor, k: Tensor, v: Tensor
+        ) -> tuple[Tensor, Tensor | None]:
+            return self.attend(q, k, v, mask, scale=scale, dropout=dropout)
+
+        return self.by_segment(attend, (q,), k, v, layer_idx, window=window)
+
+    def by_segment(
+        self,
+        attend: Callable[..., tuple[Tensor, Tensor | None]],
+        queries: tuple[Tensor, ...],
+        keys: Tensor,
+        values: Tensor,
+        layer_idx: int,
+        *,
+        window: int | None,
+    ) -> tuple[Tensor, Tensor | None]:
+        """Attend within each row, to what a layer's cache holds of it with these keys stored.
+
+        Shapes: (B, H, T, ...), all given; returns (B, H, T, D) and weights (B, H, T, S), or
+        of n rows with unequally many tokens (n, H, T, S), the longest one's.
+
+        Args:
+            attend: from a mask, queries, keys and values of a segment to the same.
+        """
+        if self.rectangular:
+            if self.cache is not None:
+                keys, values = self.cache.update(keys, values, layer_idx, self.whole)
+            return attend(self.masks[0][window], *queries, keys, values)
+        outs, weights = [], []
+        own = zip(*(self._split(x) for x in queries), strict=True)
+        stored = self._stored(keys, values, layer_idx)
+        for masks, parts, pair in zip(self.masks, own, stored, strict=True):
+            out, weighed = attend(masks[window], *parts, *pair)
+            outs.append(out.transpose(1, 2))
+            if weighed is not None:
+                weights.append(weighed)
+        return self.joined(outs).transpose(1, 2), self._stacked(weights) if weights else None
+
+    def split(self, x: Tensor) -> list[Tensor]:
+        """Return what (B, T, ...) holds of each segment, (b, t, ...)."""
+        if self.rectangular:
+            return [x]
+        flat = x.flatten(0, 1)
+        return [torch.unflatten(flat[one.tokens], 0, (-1, one.length)) for one in self.segments]
+
+    def joined(self, pieces: Sequence[Tensor]) -> Tensor:
+        """Return (B, T, ...) of what segments have made, (b, t, ...)."""
+        if self.rectangular:
+            return pieces[0]
+        flat = torch.cat([piece.flatten(0, 1) for piece in pieces])
+        return torch.unflatten(flat, 0, self.embeds.shape[:2])
+
+    def padded(self, pieces: Sequence[Tensor]) -> Tensor:
+        """Return what segments have made (b, t, ...) as rows of one length, (n, T, ...).
+
+        What is behind a row's end is meaningless but finite.
+        """
+        if self.rectangular:
+            return pieces[0]
+        counts = self.whole.counts
+        assert counts is not None
+        steps = torch.arange(self.whole.length, dtype=torch.long, device=counts.device)
+        places = (counts.cumsum(0) - counts)[:, None] + steps
+        flat = torch.cat([piece.flatten(0, 1) for piece in pieces])
+        return flat[places.clamp(max=len(flat) - 1)]
+
+    def _split(self, x: Tensor) -> list[Tensor]:
+        return [piece.transpose(1, 2) for piece in self.split(x.transpose(1, 2))]
+
+    def _stored(self, keys: Tensor, values: Tensor, layer_idx: int) -> list[tuple[Tensor, Tensor]]:
+        """Store (B, K, T, D) of all segments, and return what each has to attend to."""
+        own = list(zip(self._split(keys), self._split(values), strict=True))
+        if self.cache is None:
+            return own
+        cache, pairs = self.cache, list(zip(own, self.segments, strict=True))
+        if not (torch.is_grad_enabled() and (keys.requires_grad or values.requires_grad)):
+            return [cache.update(*pair, layer_idx, segment) for pair, segment in pairs]
+        # Buffers that gradients pass are written once, or each segment would copy them.
+        rows = [self.padded([x.transpose(1, 2) for x in kind]) for kind in zip(*own, strict=True)]
+        keys, values = (x.transpose(1, 2) for x in rows)
+        held = cache.update(keys, values, layer_idx, self.whole)
+        return [pair if segment.start == 0 else _reached(held, segment) for pair, segment in pairs]
+
+    def _stacked(self, weights: Sequence[Tensor]) -> Tensor:
+        """Return weights (b, H, t, s) of segments as (n, H, T, S), zeros where there are none."""
+        T, S = (max(x.shape[axis] for x in weights) for axis in (2, 3))
+        empty = weights[0].new_zeros(1, weights[0].shape[1], T, S)
+        stacked, row = [], 0
+        for segment, x in zip(self.segments, weights, strict=True):
+            assert segment.rows is not None
+            stacked += [empty] * (segment.rows.start - row)
+            stacked.append(F.pad(x, (0, S - x.shape[3], 0, T - x.shape[2])))
+            row = segment.rows.stop
+        stacked += [empty] * ((self.segments[0].batch or row) - row)
+        return torch.cat(stacked)
+
+
+def _reached(held: tuple[Tensor, Tensor], segment: Segment) -> tuple[Tensor, Tensor]:
+    keys, values = (segment.of(x)[:, :, : segment.keys] for x in held)
+    return keys, values
