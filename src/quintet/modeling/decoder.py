@@ -110,7 +110,8 @@ class DecoderModel(PreTrainedModel):
             return_dict: False for a plain tuple.
             cache_position: (T,) the slots to write, to go back to an earlier point of the cache.
             cu_seq_lens_q: (n + 1,) where each of n texts packed into the rows begins, counted over
-                all rows, and the end. No text sees another, and no cache is returned.
+                all rows, and the end. No text sees another. With a cache of n rows, how many of
+                (1, N) tokens each of its rows is given, of which some may be given none.
             cu_seq_lens_k: the same again.
             max_length_q: the length of the longest of these texts, or more.
             max_length_k: the same again.
