@@ -209,7 +209,9 @@ def _sequences(context: ForwardContext) -> tuple[list[int], list[int], list[int]
     starts: list[int] = []
     lengths: list[int] = []
     for one in context.segments:
-        own = range(len(context.embeds)) if one.rows is None else range(one.rows.start, one.rows.stop)
+        own = (
+            range(len(context.embeds)) if one.rows is None else range(one.rows.start, one.rows.stop)
+        )
         rows += own
         starts += one.starts(len(own))
         lengths += [one.length] * len(own)
