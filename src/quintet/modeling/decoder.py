@@ -4,16 +4,16 @@ What a family adds is its layers: each maps hidden states and a `ForwardContext`
 """
 
 import warnings
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from itertools import islice
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 
-from quintet.cache import Cache, DynamicCache, LegacyCache, Segment, segments_of, to_legacy
+from quintet.cache import Cache, DynamicCache, LegacyCache, Segment, to_legacy
 from quintet.errors import InputError
 from quintet.layers.context import ForwardContext, Notes
 from quintet.layers.rotary import RotaryEmbedding
@@ -31,13 +31,13 @@ from quintet.modeling.inputs import (
 )
 from quintet.modeling.outputs import BaseModelOutputWithPast
 from quintet.modeling.packing import Packing, packed
+from quintet.modeling.segmenting import angles, masks, segments
 from quintet.ops.attention import attention_backend
 from quintet.ops.documents import Documents
-from quintet.ops.masks import attention_mask_of
-from quintet.ops.ragged import Padding, Ragged, keys_in_columns, padding_of
+from quintet.ops.ragged import Padding, keys_in_columns, padding_of
 from quintet.ops.token_ids import check_placed, check_token_ids
 
-__all__ = ["DecoderModel", "Run", "check_token_ids", "first", "separated"]
+__all__ = ["DecoderModel", "Run", "check_token_ids", "first"]
 
 Value = TypeVar("Value")
 
@@ -244,15 +244,13 @@ class DecoderModel(PreTrainedModel):
         if rows is not None:
             embeds = rows.pack(embeds)
             position_ids = None if position_ids is None else rows.pack(position_ids)
-        whole, lengths = self._whole(embeds, rows or texts, cache)
+        taken = whole, _ = self._segments(embeds, rows or texts, cache)
         if custom is not None and self.config.recurrent_layers():
             check_causal(custom, whole)
             custom = None
 
         notes = Notes(weights=weighs, router_logits=output_router_logits)
-        context = self._context(embeds, whole, lengths, position_ids, custom, cache, notes)
-        if texts is not None and texts.lengths is None:
-            context = separated(context, texts)
+        context = self._context(embeds, taken, position_ids, custom, cache, notes, texts)
         keeps = first(output_hidden_states, self.config.output_hidden_states)
         states = self._run_layers(embeds, context, rows, keeps)
         if cache is not None:
@@ -312,95 +310,38 @@ class DecoderModel(PreTrainedModel):
     def _recomputes(self) -> bool:
         return self.gradient_checkpointing and self.training and torch.is_grad_enabled()
 
-    def _whole(
+    def _segments(
         self, embeds: Tensor, rows: Padding | Documents | None, cache: Cache | None
-    ) -> tuple[Segment, tuple[int, ...] | None]:
-        """Return the slots that tokens take in all rows, and how many each has where they differ.
-
-        Args:
-            embeds: (B, T, C), packed.
-            rows: how they are; None for T of each of B rows.
-            cache: what they continue.
-        """
-        B, T, _ = embeds.shape
-        lengths, counts, device = None, None, embeds.device
-        if isinstance(rows, Ragged):
-            counts = rows.counts
-        elif rows is not None and rows.lengths is not None:
-            lengths = rows.lengths
-            B, T = len(lengths), max(lengths)
-            counts = torch.tensor(lengths, dtype=torch.long, device=device)
-        if cache is None:
-            return Segment(0, T, T, counts, device), lengths
-        whole = cache.segment(B, T, device, counts)
-        if torch.is_grad_enabled():
-            whole = replace(whole, learns=any(p.requires_grad for p in self.parameters()))
-        return whole, lengths
+    ) -> tuple[Segment, tuple[Segment, ...]]:
+        """Return the slots that tokens (B, T, C), packed, take in all rows, and by segment."""
+        learns = cache is not None and torch.is_grad_enabled()
+        learns = learns and any(p.requires_grad for p in self.parameters())
+        return segments(embeds, rows, cache, learns=learns)
 
     def _context(
         self,
         embeds: Tensor,
-        whole: Segment,
-        lengths: tuple[int, ...] | None,
+        taken: tuple[Segment, tuple[Segment, ...]],
         position_ids: Tensor | None,
         custom: Tensor | None,
         cache: Cache | None,
         notes: Notes,
+        texts: Documents | None = None,
     ) -> ForwardContext:
-        segments = (whole,) if lengths is None else segments_of(whole, lengths)
-        slots = [segment.slots() for segment in segments]
-        if custom is not None and custom.shape[-1] != whole.keys:
-            raise InputError(
-                f"attention_mask has shape {tuple(custom.shape)}; its last axis has to be "
-                f"{whole.keys}, the keys there are with those in the cache"
-            )
-        if position_ids is None and lengths is None and isinstance(whole.start, int):
-            cos, sin = self.rotary_emb.following(whole.start, whole.length, embeds.dtype)
-        else:
-            cos, sin = self._angles(segments, slots, position_ids)
-            cos, sin = cos.to(embeds.dtype), sin.to(embeds.dtype)
-        windows = set(self.windows)
-        masks = tuple(
-            {
-                window: attention_mask_of(own, segment.start, segment.keys, window, custom)
-                for window in windows
-            }
-            for own, segment in zip(slots, segments, strict=True)
-        )
-        attend = attention_backend(
-            self.config.attn_implementation if notes.weights is None else "eager"
-        )
+        whole, own = taken
+        cos, sin = angles(self.rotary_emb, own, position_ids, embeds.dtype)
+        implementation = self.config.attn_implementation if notes.weights is None else "eager"
         return ForwardContext(
             cos=cos,
             sin=sin,
             whole=whole,
-            segments=segments,
-            masks=masks,
-            attend=attend,
+            segments=own,
+            masks=masks(own, set(self.windows), custom, texts),
+            attend=attention_backend(implementation),
             cache=cache,
             embeds=embeds,
             notes=notes,
         )
-
-    def _angles(
-        self, segments: Sequence[Segment], slots: Sequence[Tensor], positions: Tensor | None
-    ) -> tuple[Tensor, Tensor]:
-        """Return the angles of all tokens, (B or 1, T, D), those of a segment by themselves.
-
-        Some depend on how long a row is.
-        """
-        if len(segments) == 1 and segments[0].tokens is None:
-            return self.rotary_emb(slots[0] if positions is None else positions)  # type: ignore[no-any-return]
-        made = []
-        for segment, own in zip(segments, slots, strict=True):
-            if positions is not None:
-                own = torch.unflatten(positions.flatten()[segment.tokens], 0, (-1, segment.length))
-            elif segment.rows is not None:
-                own = own.expand(segment.rows.stop - segment.rows.start, -1)
-            made.append([x.flatten(0, 1) for x in self.rotary_emb(own)])
-        cos, sin = (torch.cat(kind) for kind in zip(*made, strict=True))
-        B = 1 if positions is None else len(positions)
-        return torch.unflatten(cos, 0, (B, -1)), torch.unflatten(sin, 0, (B, -1))
 
     def _run_layers(
         self, hidden: Tensor, context: ForwardContext, rows: Padding | None, keeps: bool
@@ -468,15 +409,6 @@ def _in_columns(weights: Tensor, rows: Padding | None, mask: Tensor, keys: int) 
     # A mask of the new tokens alone does not tell in which columns those in the cache were.
     covers = mask.shape[1] >= keys
     return keys_in_columns(weights, mask) if covers else weights
-
-
-def separated(context: ForwardContext, texts: Documents) -> ForwardContext:
-    """Return a recorded program's context in which texts do not see each other."""
-    slots = context.whole.slots()
-    masks = tuple(
-        {window: texts.masked(mask, slots) for window, mask in own.items()} for own in context.masks
-    )
-    return replace(context, masks=masks)
 
 
 def first(value: Value | None, default: Value) -> Value:

@@ -17,7 +17,7 @@ from quintet.cache import AttentionSlot, Cache, LegacyCache, Segment
 from quintet.cache.dense import DynamicSlot
 from quintet.errors import InputError
 from quintet.layers.context import ForwardContext, Notes
-from quintet.modeling.decoder import first, separated
+from quintet.modeling.decoder import first
 from quintet.modeling.heads import Shifted, kept, padding_mask, shift_labels_of, without_shifted
 from quintet.modeling.moe import MoeCausalLMHead, MoeDecoderModel
 from quintet.modeling.outputs import MoeCausalLMOutputWithPast
@@ -90,15 +90,13 @@ class MtpDecoderModel(MoeDecoderModel):
         if rows is not None:
             hidden_states, embeds = rows.pack(hidden_states), rows.pack(embeds)
             position_ids = None if position_ids is None else rows.pack(position_ids)
-        whole, lengths = self._whole(embeds, rows or texts, None)
+        taken = self._segments(embeds, rows or texts, None)
         # Rotary scores see differences alone, so that the position of t serves for t + k too.
-        context = self._context(embeds, whole, lengths, position_ids, custom, None, Notes())
-        if texts is not None and texts.lengths is None:
-            context = separated(context, texts)
+        context = self._context(embeds, taken, position_ids, custom, None, Notes(), texts)
 
         states = []
         for k, layer in enumerate(self.prediction_layers(), start=1):
-            if texts is None or lengths is not None:
+            if texts is None or texts.lengths is not None:
                 ahead = context.joined([_later(x, k) for x in context.split(embeds)])
             else:
                 ahead = texts.ahead(embeds, k)
@@ -124,7 +122,7 @@ class MtpDecoderModel(MoeDecoderModel):
         """
         layer = self.prediction_layers()[depth]
         # Rotary scores see differences alone, so that slots serve for positions.
-        context = self._context(ahead, segment, None, None, None, cache, Notes())
+        context = self._context(ahead, (segment, (segment,)), None, None, cache, Notes())
         index = self.config.num_hidden_layers + depth
         made = self._run_layer(layer, index, states, context, ahead=ahead)
         return layer.shared_head["norm"](made).to(ahead.device)  # type: ignore[no-any-return]

@@ -1,0 +1,109 @@
+"""What a forward is made of: the segments of its tokens, their angles and what they see."""
+
+from collections.abc import Collection, Sequence
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from quintet.cache import Cache, Segment, segments_of
+from quintet.errors import InputError
+from quintet.layers.rotary import RotaryEmbedding
+from quintet.ops.documents import Documents
+from quintet.ops.masks import AttentionMask, attention_mask_of
+from quintet.ops.ragged import Padding, Ragged
+
+__all__ = ["angles", "masks", "segments"]
+
+
+def segments(
+    embeds: Tensor, rows: Padding | Documents | None, cache: Cache | None, *, learns: bool
+) -> tuple[Segment, tuple[Segment, ...]]:
+    """Return the slots that tokens take in all rows of a cache, and the rectangles they make.
+
+    Args:
+        embeds: (B, T, C), or (1, N, C) of rows with unequally many.
+        rows: what tells how many each has; None for T of each of B.
+        cache: what they continue.
+        learns: whether a graph of autograd may hold on to what is attended to.
+
+    Raises:
+        InputError: the cache holds another number of rows.
+        ContextLengthError: a preallocated cache has no room for them.
+    """
+    B, T, _ = embeds.shape
+    lengths, counts, device = None, None, embeds.device
+    if isinstance(rows, Ragged):
+        counts = rows.counts
+    elif rows is not None and rows.lengths is not None:
+        lengths = rows.lengths
+        B, T = len(lengths), max(lengths)
+        counts = torch.tensor(lengths, dtype=torch.long, device=device)
+    if cache is None:
+        whole = Segment(0, T, T, counts, device)
+    else:
+        whole = replace(cache.segment(B, T, device, counts), learns=learns)
+    return whole, (whole,) if lengths is None else segments_of(whole, lengths)
+
+
+def angles(
+    rotary: RotaryEmbedding,
+    segments: Sequence[Segment],
+    positions: Tensor | None,
+    dtype: torch.dtype,
+) -> tuple[Tensor, Tensor]:
+    """Return cos and sin of all tokens, (B or 1, T, D), those of a segment made by themselves.
+
+    Some depend on how long a row is.
+
+    Args:
+        positions: (B, T) of the tokens; None for their slots.
+    """
+    first = segments[0]
+    if first.tokens is None:
+        if positions is None and isinstance(first.start, int):
+            return rotary.following(first.start, first.length, dtype)
+        cos, sin = rotary(first.slots() if positions is None else positions)
+        return cos.to(dtype), sin.to(dtype)
+    made = []
+    for segment in segments:
+        if positions is not None:
+            own = torch.unflatten(positions.flatten()[segment.tokens], 0, (-1, segment.length))
+        else:
+            assert segment.rows is not None
+            own = segment.slots().expand(segment.rows.stop - segment.rows.start, -1)
+        made.append([x.flatten(0, 1) for x in rotary(own)])
+    cos, sin = (torch.cat(kind).to(dtype) for kind in zip(*made, strict=True))
+    B = 1 if positions is None else len(positions)
+    return torch.unflatten(cos, 0, (B, -1)), torch.unflatten(sin, 0, (B, -1))
+
+
+def masks(
+    segments: Sequence[Segment],
+    windows: Collection[int | None],
+    custom: Tensor | None,
+    texts: Documents | None,
+) -> tuple[dict[int | None, AttentionMask], ...]:
+    """Return what the queries of each segment see, by window.
+
+    Args:
+        custom: (B, H, T, S), the caller's own mask.
+        texts: what a program that is recorded for any texts separates by entries.
+
+    Raises:
+        InputError: the caller's mask is of other keys.
+    """
+    keys = segments[0].keys
+    if custom is not None and custom.shape[-1] != keys:
+        raise InputError(
+            f"attention_mask has shape {tuple(custom.shape)}; its last axis has to be "
+            f"{keys}, the keys there are with those in the cache"
+        )
+    seen = []
+    for one in segments:
+        slots = one.slots()
+        own = {w: attention_mask_of(slots, one.start, one.keys, w, custom) for w in windows}
+        if texts is not None and texts.lengths is None:
+            own = {window: texts.masked(mask, slots) for window, mask in own.items()}
+        seen.append(own)
+    return tuple(seen)
