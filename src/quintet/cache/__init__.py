@@ -1,9 +1,11 @@
 """What the layers keep between steps."""
 
 from quintet.cache.base import AttentionSlot, Cache, CacheSlot
+from quintet.cache.content import RowContent
 from quintet.cache.dense import DynamicCache, StaticCache
 from quintet.cache.legacy import LegacyCache, from_legacy, to_legacy
 from quintet.cache.offloaded import OffloadedCache
+from quintet.cache.pool import PooledCache
 from quintet.cache.quantized import QuantizedCache
 from quintet.cache.recurrent import RecurrentSlot
 from quintet.cache.segment import Segment, segments_of
@@ -15,8 +17,10 @@ __all__ = [
     "DynamicCache",
     "LegacyCache",
     "OffloadedCache",
+    "PooledCache",
     "QuantizedCache",
     "RecurrentSlot",
+    "RowContent",
     "Segment",
     "StaticCache",
     "from_legacy",

@@ -13,12 +13,12 @@ import torch
 from torch import Tensor
 
 from quintet.cache.memory import check_alike
-from quintet.cache.recurrent import RecurrentSlot
+from quintet.cache.recurrent import Inputs
 from quintet.cache.segment import Segment
 from quintet.configuration.base import PreTrainedConfig
 from quintet.errors import InputError
 
-__all__ = ["AttentionSlot", "Cache", "CacheSlot", "Companion"]
+__all__ = ["AttentionSlot", "Cache", "CacheSlot", "Companion", "StateSlot"]
 
 
 class CacheSlot(Protocol):
@@ -72,6 +72,36 @@ class AttentionSlot(CacheSlot, Protocol):
         ...
 
 
+class StateSlot(CacheSlot, Protocol):
+    """A slot of a recurrent state and the last inputs of a convolution."""
+
+    @property
+    def window(self) -> Tensor | None:
+        """The last inputs (B, W - 1, C); None while nothing is stored."""
+        ...
+
+    @property
+    def remembers(self) -> bool:
+        """Whether `remember` has to be told the inputs of an update."""
+        ...
+
+    def remember(self, inputs: Inputs) -> None:
+        """Keep what an update came from."""
+        ...
+
+    def content(self) -> tuple[Tensor, Tensor] | None:
+        """Return window and state, which a caller may overwrite; None of none."""
+        ...
+
+    def room(self) -> tuple[Tensor, Tensor] | None:
+        """Return the same for a caller to change in place, instead of `update`; None where not."""
+        ...
+
+    def update(self, window: Tensor, state: Tensor, segment: Segment) -> None:
+        """Replace both, of the segment's rows, by what they are after a forward."""
+        ...
+
+
 class Companion(Protocol):
     """What is kept beside a cache, of the same rows, and follows when they are selected."""
 
@@ -105,7 +135,7 @@ class Cache:
     def __init__(
         self,
         layers: Sequence[AttentionSlot | None],
-        states: Sequence[RecurrentSlot | None] = (),
+        states: Sequence[StateSlot | None] = (),
     ) -> None:
         self.layers = list(layers)
         self.states = list(states)
@@ -182,7 +212,7 @@ class Cache:
                 "a model has changed"
             )
 
-    def recurrent(self, layer_idx: int, raw: Tensor | None = None) -> RecurrentSlot:
+    def recurrent(self, layer_idx: int, raw: Tensor | None = None) -> StateSlot:
         """Return a layer's recurrent state, to be updated by the forward that asks for it.
 
         Args:
@@ -338,7 +368,7 @@ class Cache:
         for slot in self._slots():
             slot.reset()
 
-    def _slots(self) -> Iterator[AttentionSlot | RecurrentSlot]:
+    def _slots(self) -> Iterator[AttentionSlot | StateSlot]:
         # Recurrent ones first: they may refuse, and then nothing has changed.
         for slot in (*self.states, *self.layers):
             if slot is not None:

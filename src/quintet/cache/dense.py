@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F  # noqa: N812
 from torch import Tensor
 
-from quintet.cache.base import AttentionSlot, Cache, _longest
+from quintet.cache.base import AttentionSlot, Cache, StateSlot, _longest
 from quintet.cache.memory import check_alike, locked, own, writable
 from quintet.cache.recurrent import RecurrentSlot
 from quintet.cache.segment import Segment
@@ -271,8 +271,8 @@ class StaticCache(Cache):
 def _slots(
     config: PreTrainedConfig,
     attention: Callable[[], AttentionSlot],
-    recurrent: Callable[[], RecurrentSlot],
-) -> tuple[list[AttentionSlot | None], list[RecurrentSlot | None]]:
+    recurrent: Callable[[], StateSlot],
+) -> tuple[list[AttentionSlot | None], list[StateSlot | None]]:
     """Return the slots that each of the config's layers needs."""
     attends, recurs = config.attention_layers(), config.recurrent_layers()
     layers = range(config.num_hidden_layers)

@@ -1,0 +1,59 @@
+"""What a row of a pool holds, taken out of it."""
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from quintet.errors import InputError
+
+__all__ = ["RowContent"]
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class RowContent:
+    """A copy of what a row holds of its tokens from one to another.
+
+    Attributes:
+        start: the slot of the first token.
+        stop: the slot behind the last one.
+        layers: what each layer with attention holds of them, tensors (K, stop - start, D).
+        states: each recurrent layer's window and state behind the last token, none without such
+            layers; None where the row did not have them for this place.
+        kind: how the layers hold it.
+    """
+
+    start: int
+    stop: int
+    layers: tuple[tuple[Tensor, ...], ...]
+    states: tuple[tuple[Tensor, ...], ...] | None
+    kind: str
+
+    def __len__(self) -> int:
+        return self.stop - self.start
+
+    def split(self, at: int) -> "tuple[RowContent, RowContent]":
+        """Return the content up to a slot and from there on; the first part has no states.
+
+        Raises:
+            InputError: the slot is not within the content.
+        """
+        if not self.start < at < self.stop:
+            raise InputError(
+                f"content of the slots {self.start} to {self.stop} cannot be split at {at}; "
+                "give a slot between"
+            )
+        n = at - self.start
+        head = tuple(tuple(x[:, :n].clone() for x in layer) for layer in self.layers)
+        tail = tuple(tuple(x[:, n:].clone() for x in layer) for layer in self.layers)
+        # Without recurrent layers nothing is missing.
+        between = None if self.states else self.states
+        return (
+            RowContent(self.start, at, head, between, self.kind),
+            RowContent(at, self.stop, tail, self.states, self.kind),
+        )
+
+    @property
+    def nbytes(self) -> int:
+        """The bytes held."""
+        held = (*self.layers, *(self.states or ()))
+        return sum(x.nbytes for tensors in held for x in tensors)

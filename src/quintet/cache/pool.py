@@ -1,0 +1,426 @@
+"""A pool of rows that sequences join and leave, in memory that is allocated once.
+
+The rows in use are the first ones of the memory, without holes, so that a forward over all of them
+reads plain tensors. A sequence names its row by an id; where the row lies is the table's affair,
+and changes when another leaves.
+"""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from quintet.cache.base import Cache, Span
+from quintet.cache.content import RowContent
+from quintet.cache.dense import _slots
+from quintet.cache.row_memory import CodeRows, DenseRows, RowMemory
+from quintet.cache.rows import Row, RowTable, whole_blocks
+from quintet.cache.state_rows import StateRows
+from quintet.configuration.base import PreTrainedConfig
+from quintet.errors import ContextLengthError, InputError
+from quintet.ops.transforms import transformed
+from quintet.ops.vector_codes import VectorCode
+
+__all__ = ["PooledCache"]
+
+
+class PooledCache(Cache):
+    """A cache whose rows join, leave, are copied and go back one by one, between two forwards.
+
+    A forward goes on with the rows in use, in the order of `rows`; an empty pool takes in as many
+    as the first forward has. What a row holds moves in memory only where the last one takes the
+    place of one that leaves.
+
+    Args:
+        config: the model's.
+        rows: how many sequences there is room for.
+        capacity: how many tokens each.
+        nbits: 8, 6 or 4 bits a number of keys, values and latents; None to keep them as they are.
+
+    Raises:
+        InputError: a number below 1, or another number of bits.
+    """
+
+    def __init__(
+        self, config: PreTrainedConfig, rows: int, capacity: int, nbits: int | None = None
+    ) -> None:
+        if rows < 1 or capacity < 1:
+            raise InputError(f"rows={rows} and capacity={capacity} have to be at least 1")
+        table = self._table = RowTable(rows)
+        # The rows of a forward that has not ended.
+        self._running: list[Row] = []
+        self.capacity = capacity
+        code = None if nbits is None else VectorCode(nbits)
+        self._memory: list[RowMemory] = []
+        self._recurrent: list[StateRows] = []
+
+        def memory() -> RowMemory:
+            own = DenseRows(table, capacity) if code is None else CodeRows(table, capacity, code)
+            self._memory.append(own)
+            return own
+
+        def state() -> StateRows:
+            self._recurrent.append(StateRows(table))
+            return self._recurrent[-1]
+
+        super().__init__(*_slots(config, memory, state))
+
+    # -- rows ------------------------------------------------------------------------------------
+
+    @property
+    def rows(self) -> tuple[int, ...]:
+        """The ids of the rows in use, in the order in which a forward takes them."""
+        return tuple(row.id for row in self._table)
+
+    def index(self, row: int) -> int:
+        """Return which row of a forward's a row is.
+
+        Raises:
+            InputError: no row in use has this id.
+        """
+        return self._table.index(row)
+
+    def length(self, row: int) -> int:
+        """Return how many tokens a row holds."""
+        return self._row(row).length
+
+    @torch.no_grad()
+    def join(self, *contents: RowContent) -> int:
+        """Take a row into use, empty or with content that was extracted, and return its id.
+
+        Args:
+            contents: one behind the other, the first from slot 0 on.
+
+        Raises:
+            InputError: all rows are in use, or the contents cannot be put there.
+            ContextLengthError: they are longer than a row.
+        """
+        self._table.check_free(1)
+        self._check(0, contents)
+        row = self._join(1)[0]
+        self._write(row, contents)
+        return row.id
+
+    @torch.no_grad()
+    def extend(self, row: int, *contents: RowContent) -> None:
+        """Put content that was extracted behind what a row holds.
+
+        Raises:
+            InputError: it is not what follows, or not of this kind of memory and model.
+            ContextLengthError: it is longer than the row.
+        """
+        own = self._row(row)
+        self._check_whole(own)
+        self._check(own.length, contents)
+        self._write(own, contents)
+
+    @torch.no_grad()
+    def extract(self, row: int, start: int = 0, stop: int | None = None) -> RowContent:
+        """Return a copy of what a row holds of its tokens from one slot to another.
+
+        The states of recurrent layers go with it where the row is at `stop`, or has a snapshot
+        there.
+
+        Raises:
+            InputError: the row does not hold these tokens, or what a failed forward left.
+        """
+        own, index = self._row(row), self._table.index(row)
+        stop = own.length if stop is None else stop
+        if not 0 <= start <= stop <= own.length:
+            raise InputError(
+                f"row {row} holds {own.length} tokens and not those from {start} to {stop}"
+            )
+        states: tuple[tuple[Tensor, ...], ...] | None = None
+        if all(slot.reach(index, stop) == stop for slot in self._recurrent):
+            states = tuple(slot.state_at(index, stop) for slot in self._recurrent)
+        layers = tuple(slot.read(index, start, stop) for slot in self._memory)
+        return RowContent(start, stop, layers, states, self._kind)
+
+    @torch.no_grad()
+    def fork(self, row: int, copies: int = 1) -> list[int]:
+        """Take rows into use that hold what a row holds, snapshots included; return their ids.
+
+        Raises:
+            InputError: too few rows are free, or a failed forward left the row ahead.
+        """
+        own, index = self._row(row), self._table.index(row)
+        self._check_whole(own)
+        joined = self._join(copies)
+        for copy in joined:
+            self._copy(index, self._table.index(copy.id))
+            for slot in self._recurrent:
+                slot.share(own, copy)
+            copy.length = copy.finite = own.length
+        self._count()
+        return [copy.id for copy in joined]
+
+    @torch.no_grad()
+    def free(self, row: int) -> None:
+        """Give a row back. The last row in use takes its place.
+
+        Raises:
+            InputError: no row in use has this id.
+        """
+        own, index, last = self._row(row), self._table.index(row), len(self._table) - 1
+        for state in self._recurrent:
+            state.drop(own)
+        if index != last:
+            self._copy(last, index)
+            # What lies behind is of the row that left.
+            self._table[last].finite = self._table[last].length
+        self._table.leave(index)
+        self._count()
+        self.companion = None
+
+    # -- going back --------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def snapshot_row(self, row: int) -> int:
+        """Copy the states of a row, to rewind it to its present length, which is returned.
+
+        Keys and values need no copy. A row can have any number of snapshots.
+
+        Raises:
+            InputError: a failed forward left the row ahead.
+        """
+        own, index = self._row(row), self._table.index(row)
+        self._check_whole(own)
+        for slot in self._recurrent:
+            slot.take(index)
+        return own.length
+
+    def snapshots(self, row: int) -> list[int]:
+        """Return the lengths of a row that it has copies of its states for."""
+        index = self._table.index(row)
+        return sorted(self._recurrent[0].taken(index)) if self._recurrent else []
+
+    def drop_snapshots(self, row: int, *lengths: int) -> None:
+        """Forget the snapshots of a row at some lengths, or all."""
+        own = self._row(row)
+        for slot in self._recurrent:
+            slot.drop(own, lengths or None)
+
+    @torch.no_grad()
+    def rewind(self, row: int, length: int) -> int:
+        """Take a row back to a length, or to the nearest one before; return where it is.
+
+        Keys and values can go back to any length, recurrent states to a snapshot or the beginning.
+        The tokens from the returned length on have to be given again.
+
+        Raises:
+            InputError: the row is not that long.
+        """
+        own, index = self._row(row), self._table.index(row)
+        if not 0 <= length <= own.length:
+            raise InputError(f"row {row} holds {own.length} tokens and cannot go back to {length}")
+        reached = min((slot.reach(index, length) for slot in self._recurrent), default=length)
+        for slot in self._recurrent:
+            slot.back(index, reached)
+        own.length, own.torn = reached, False
+        self._count()
+        return reached
+
+    # -- one forward -------------------------------------------------------------------------------
+
+    def span(self, batch: int, length: int, device: torch.device, counts: Tensor | None) -> Span:
+        """Return where the next `length` tokens of `batch` rows go.
+
+        Raises:
+            InputError: another number of rows is in use, a failed forward left one of them ahead,
+                or gradients are recorded.
+            ContextLengthError: a row has no room for them.
+        """
+        if torch.is_grad_enabled() or transformed():
+            raise InputError(
+                "a pool's memory is written in place, which no gradient can pass; run the model "
+                "under torch.no_grad() or torch.inference_mode(), or with a DynamicCache"
+            )
+        self._look_for_torn()
+        torn = [row.id for row in self._table if row.torn]
+        if torn:
+            raise InputError(
+                f"a forward that failed halfway left recurrent layers ahead of rows {torn}; "
+                "rewind them, or free them"
+            )
+        needed = self._longest + length
+        if needed > self.capacity:
+            raise ContextLengthError(
+                f"the pool has room for capacity={self.capacity} tokens a row, holds up to "
+                f"{self._longest} and was given {length} more; make a larger one"
+            )
+        if not len(self._table):
+            self._join(batch)
+        span = super().span(batch, length, device, counts)
+        self._running = list(self._table)
+        taken = [length] * batch if counts is None else counts.tolist()
+        self._clear(taken, needed)
+        return span
+
+    def advance(self, span: Span) -> None:
+        """Count the tokens of a span that every layer has stored."""
+        super().advance(span)
+        self._counted()
+        self._running = []
+        for row in self._table:
+            row.finite = max(row.finite, whole_blocks(span.keys, self.capacity))
+
+    @property
+    def batch_size(self) -> int | None:
+        """The number of rows in use, None of none."""
+        return len(self._table) or None
+
+    def get_max_cache_shape(self) -> int | None:
+        """Return how many tokens a row can hold."""
+        return self.capacity
+
+    # -- all rows at once --------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def crop(self, max_length: int | Tensor) -> None:
+        """Forget all but the first `max_length` tokens of every row, or of each with a (B,) tensor.
+
+        Raises:
+            InputError: a tensor of another shape than (B,), or recurrent layers have no snapshot
+                at that length.
+        """
+        self._look_for_torn()
+        self._forward_unfinished = any(row.torn for row in self._table)
+        super().crop(max_length)
+        self._counted()
+
+    @torch.no_grad()
+    def snapshot(self) -> None:
+        """Copy the states of all rows, to go back to their present lengths, and no other copies."""
+        super().snapshot()
+
+    @torch.no_grad()
+    def batch_select_indices(self, indices: Tensor) -> None:
+        """Keep the rows at `indices` (N,), in that order; one named again gets a row of its own.
+
+        Raises:
+            InputError: these are more rows than the pool has.
+        """
+        self._table.check_free(len(indices) - len(self._table))
+        before = list(self._table)
+        super().batch_select_indices(indices)
+        copies = self._table.select(indices.tolist())
+        for slot in self._recurrent:
+            for copy, row in copies:
+                slot.share(row, copy)
+            for row in set(before).difference(self._table):
+                slot.drop(row)
+        for index, row in enumerate(self._table):
+            if index >= len(before) or before[index] is not row:
+                row.finite = row.length
+        self._count()
+
+    def reset(self) -> None:
+        """Give all rows back and keep the memory."""
+        super().reset()
+        self._table.clear()
+
+    # -- within ------------------------------------------------------------------------------------
+
+    @property
+    def _kind(self) -> str:
+        return self._memory[0].kind if self._memory else "states"
+
+    def _row(self, row: int) -> Row:
+        self._look_for_torn()
+        return self._table[self._table.index(row)]
+
+    def _check_whole(self, row: Row) -> None:
+        if row.torn:
+            raise InputError(
+                f"a forward that failed halfway left recurrent layers ahead of row {row.id}; "
+                "rewind it, or free it"
+            )
+
+    def _join(self, rows: int) -> list[Row]:
+        joined = self._table.join(rows)
+        for row in joined:
+            for slot in self._recurrent:
+                slot.write(self._table.index(row.id), ())
+        self._count()
+        # What drafted for other rows has nothing to go on with.
+        self.companion = None
+        return joined
+
+    def _copy(self, source: int, target: int) -> None:
+        for slot in self._memory:
+            slot.copy(source, target)
+        for state in self._recurrent:
+            state.copy(source, target)
+
+    def _count(self) -> None:
+        """Take the lengths over from the table, when rows were changed."""
+        lengths = [row.length for row in self._table]
+        self._longest = max(lengths, default=0)
+        same = not lengths or min(lengths) == self._longest
+        self._lengths = self._longest if same else torch.tensor(lengths, dtype=torch.long)
+
+    def _counted(self) -> None:
+        """Give the lengths to the table, when a forward or a crop has changed them."""
+        for row, length in zip(self._table, self.lengths(len(self._table)).tolist(), strict=True):
+            row.length, row.torn = length, False
+
+    def _clear(self, taken: Sequence[int], slots: int) -> None:
+        """Let all rows hold numbers in so many slots, which others' queries may pass over.
+
+        Those that the tokens of this forward take are written anyway.
+        """
+        end = whole_blocks(slots, self.capacity)
+        for index, (row, tokens) in enumerate(zip(self._table, taken, strict=True)):
+            start = max(row.finite, row.length + tokens)
+            if start < end:
+                for slot in self._memory:
+                    slot.clear(index, start, end)
+
+    def _look_for_torn(self) -> None:
+        """Mark the rows of a forward that failed when recurrent layers had begun."""
+        if self._forward_unfinished:
+            for row in self._running:
+                row.torn = True
+            self._running, self._forward_unfinished = [], False
+
+    def _check(self, length: int, contents: Sequence[RowContent]) -> None:
+        """Check that contents can be put behind the first tokens of a row, before anything is."""
+        for content in contents:
+            if content.start != length:
+                raise InputError(
+                    f"the row holds {length} tokens and the content is of the slots "
+                    f"{content.start} to {content.stop}; give what follows"
+                )
+            length = content.stop
+            alike = len(content.layers) == len(self._memory) and content.kind == self._kind
+            if not alike:
+                raise InputError(
+                    f"the content is {content.kind} of {len(content.layers)} layers, and the pool "
+                    f"keeps {self._kind} of {len(self._memory)}; extract it from such a pool"
+                )
+            for slot, tensors in zip(self._memory, content.layers, strict=True):
+                slot.check(tensors)
+            for state, tensors in zip(self._recurrent, content.states or (), strict=False):
+                state.check(tensors)
+        if contents and contents[-1].states is None:
+            raise InputError(
+                f"the content up to slot {length} comes without the states of recurrent layers; "
+                "extract it where the row ends, or has a snapshot"
+            )
+        if length > self.capacity:
+            raise ContextLengthError(
+                f"the pool has room for capacity={self.capacity} tokens a row and the content is "
+                f"of {length}; make a larger one"
+            )
+
+    def _write(self, row: Row, contents: Sequence[RowContent]) -> None:
+        index = self._table.index(row.id)
+        for content in contents:
+            for slot, tensors in zip(self._memory, content.layers, strict=True):
+                slot.write(index, content.start, tensors)
+            row.length = content.stop
+        row.finite = max(row.finite, row.length)
+        if contents:
+            for state, tensors in zip(self._recurrent, contents[-1].states or (), strict=True):
+                state.write(index, tensors)
+        self._count()

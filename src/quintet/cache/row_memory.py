@@ -1,0 +1,276 @@
+"""The memory of a pool's rows: keys and values or latents, or codes of them.
+
+On a CPU a row is a contiguous part of buffers that are allocated once and touched as they are
+used. Another layout, in pages say, is another `RowMemory`.
+"""
+
+from collections.abc import Sequence
+from typing import ClassVar, Protocol
+
+import torch
+from torch import Tensor
+
+from quintet.cache.base import AttentionSlot, Span
+from quintet.cache.dense import _places
+from quintet.cache.memory import check_alike
+from quintet.cache.rows import RowTable, whole_blocks
+from quintet.errors import InputError
+from quintet.ops.vector_codes import VectorCode
+
+__all__ = ["Buffers", "CodeRows", "DenseRows", "RowMemory"]
+
+
+class RowMemory(AttentionSlot, Protocol):
+    """What one layer keeps of the tokens of a pool's rows.
+
+    A row is named by its place in the pool's table. The pool checks what it asks for.
+    """
+
+    @property
+    def kind(self) -> str:
+        """How tokens are kept; content goes from one memory to another of the same kind."""
+        ...
+
+    def read(self, row: int, start: int, stop: int) -> tuple[Tensor, ...]:
+        """Return copies of what is kept of a row's tokens, (K, stop - start, D) each."""
+        ...
+
+    def check(self, content: Sequence[Tensor]) -> None:
+        """Check that content can be written here.
+
+        Raises:
+            InputError: it is of another layer or model.
+        """
+        ...
+
+    def write(self, row: int, start: int, content: Sequence[Tensor]) -> None:
+        """Put tensors that `read` returned into a row, from a slot on."""
+        ...
+
+    def copy(self, source: int, target: int) -> None:
+        """Put the tokens of a row into another."""
+        ...
+
+    def clear(self, row: int, start: int, stop: int) -> None:
+        """Make some slots of a row hold numbers, whatever they held."""
+        ...
+
+
+class Buffers:
+    """Tensors (R, ...) of which the rows in use, the first ones, are handed out.
+
+    The same tensor objects come again while as many rows are in use: whoever remembers where they
+    are need not look again.
+    """
+
+    def __init__(self, table: RowTable) -> None:
+        self.table = table
+        self.whole: tuple[Tensor, ...] = ()
+        self._in_use: dict[int, tuple[Tensor, ...]] = {}
+
+    def allocate(self, like: Sequence[Tensor]) -> None:
+        """Take memory for R rows of tensors (...) such as these, and do not touch it."""
+        # Not as tensors of inference mode, nor as views made in it: others could not write them.
+        with torch.inference_mode(False), torch.no_grad():
+            self.whole = tuple(
+                torch.empty(self.table.size, *x.shape, dtype=x.dtype, device=x.device) for x in like
+            )
+        self._in_use.clear()
+
+    def in_use(self) -> tuple[Tensor, ...]:
+        """Return the rows in use of each tensor; none before memory was taken."""
+        rows = len(self.table)
+        found = self._in_use.get(rows)
+        if found is None:
+            with torch.inference_mode(False), torch.no_grad():
+                found = self._in_use[rows] = tuple(x[:rows] for x in self.whole)
+        return found
+
+    def check(self, content: Sequence[Tensor], *axes: int) -> None:
+        """Check that a row's content is as large as rows here, on some axes or all, and alike."""
+        for buffer, x in zip(self.whole, content, strict=False):
+            check_alike("rows", buffer[0], x, *(axes or range(x.ndim)))
+            if buffer.dtype != x.dtype:
+                raise InputError(
+                    f"the pool holds {buffer.dtype} and the content {x.dtype}; take content of the "
+                    "model as it is now"
+                )
+
+    @property
+    def nbytes(self) -> int:
+        """The bytes taken."""
+        return sum(x.nbytes for x in self.whole)
+
+
+class _TokenRows:
+    """Buffers (R, K, capacity, D)."""
+
+    def __init__(self, table: RowTable, capacity: int) -> None:
+        self.capacity = capacity
+        self._table = table
+        self._buffers = Buffers(table)
+
+    # -- for the pool ----------------------------------------------------------------------------
+
+    def read(self, row: int, start: int, stop: int) -> tuple[Tensor, ...]:
+        """Return copies of what is kept of a row's tokens, (K, stop - start, D) each."""
+        return tuple(x[row, :, start:stop].clone() for x in self._buffers.whole)
+
+    def check(self, content: Sequence[Tensor]) -> None:
+        """Check that content can be written here.
+
+        Raises:
+            InputError: it is of another layer or model.
+        """
+        self._buffers.check(content, 0, 2)
+
+    def write(self, row: int, start: int, content: Sequence[Tensor]) -> None:
+        """Put tensors that `read` returned into a row, from a slot on."""
+        if content and not self._buffers.whole:
+            self._allocate(content)
+        for buffer, x in zip(self._buffers.whole, content, strict=False):
+            buffer[row, :, start : start + x.shape[1]] = x
+
+    def copy(self, source: int, target: int) -> None:
+        """Put the tokens of a row into another."""
+        stop = self._table[source].length
+        for buffer in self._buffers.whole:
+            buffer[target, :, :stop] = buffer[source, :, :stop]
+
+    def clear(self, row: int, start: int, stop: int) -> None:
+        """Make some slots of a row hold numbers, whatever they held."""
+        # A weight of 0 times NaN would still be NaN.
+        for buffer in self._buffers.whole:
+            buffer[row, :, start:stop] = 0
+
+    # -- as every slot ---------------------------------------------------------------------------
+
+    def room(self, span: Span) -> tuple[Tensor, Tensor] | None:
+        """Return the buffers of the rows in use, for the caller to write; None where it cannot."""
+        return None
+
+    def select(self, rows: Tensor) -> None:
+        """Keep the given rows (N,) of the batch, in that order, each as often as it is named."""
+        moved = [(to, at) for to, at in enumerate(rows.tolist()) if to != at]
+        held = {at: self.read(at, 0, self._table[at].length) for _, at in moved}
+        for to, at in moved:
+            self.write(to, 0, held[at])
+
+    def crop(self, lengths: int | Tensor) -> None:
+        """Do nothing: what is behind a row's length is never seen and is overwritten."""
+
+    def snapshot(self, lengths: int | Tensor) -> None:
+        """Do nothing: any length can be gone back to."""
+
+    def reset(self) -> None:
+        """Do nothing: rows that join look at nothing that was here."""
+
+    @property
+    def batch_size(self) -> int | None:
+        """The number of rows in use."""
+        return len(self._table)
+
+    @property
+    def dtype(self) -> torch.dtype | None:
+        """What numbers are kept in, None before memory was taken or where it is no matter."""
+        return None
+
+    @property
+    def nbytes(self) -> int:
+        """The bytes taken, of rows that are free too."""
+        return self._buffers.nbytes
+
+    # -- within ----------------------------------------------------------------------------------
+
+    def _store(self, new: Sequence[Tensor], span: Span) -> tuple[Tensor, ...]:
+        """Store (B, K, T, D) of a span and return all (B, K, S, D)."""
+        if not self._buffers.whole:
+            self._allocate([x[0] for x in new])
+            for index in range(len(self._table)):
+                self.clear(index, 0, whole_blocks(span.keys, self.capacity))
+        held = self._buffers.in_use()
+        for buffer, x in zip(held, new, strict=True):
+            check_alike("keys or values (heads x numbers)", buffer, x, 1, 3)
+        for buffer, x in zip(held, new, strict=True):
+            if isinstance(span.start, int):
+                buffer[:, :, span.start : span.start + span.length] = x
+            else:
+                buffer.scatter_(2, _places(span, x), x)
+        return self._first(span.keys)
+
+    def _first(self, length: int) -> tuple[Tensor, ...]:
+        if not self._buffers.whole:
+            raise InputError("this layer of the cache is empty; run the model with it first")
+        return tuple(x[:, :, :length] for x in self._buffers.in_use())
+
+    def _allocate(self, like: Sequence[Tensor]) -> None:
+        """Take memory for rows of (K, T, D)."""
+        self._buffers.allocate([x[:, :1].expand(-1, self.capacity, -1) for x in like])
+
+
+class DenseRows(_TokenRows):
+    """Keys and values, or latents and rotated keys, as they are."""
+
+    kind: ClassVar[str] = "dense"
+
+    def update(self, keys: Tensor, values: Tensor, span: Span) -> tuple[Tensor, Tensor]:
+        """Store (B, K, T, D) of a span and return all (B, K, S, D) there is to attend to."""
+        keys, values = self._store((keys, values), span)
+        return keys, values
+
+    def room(self, span: Span) -> tuple[Tensor, Tensor] | None:
+        """Return the buffers of the rows in use, for the caller to write; None without memory."""
+        if not self._buffers.whole:
+            return None
+        keys, values = self._buffers.in_use()
+        return keys, values
+
+    def content(self, length: int) -> tuple[Tensor, Tensor]:
+        """Return the first `length` keys and values of the rows in use, (B, K, length, D) each.
+
+        Raises:
+            InputError: nothing is stored yet.
+        """
+        keys, values = self._first(length)
+        return keys, values
+
+    @property
+    def dtype(self) -> torch.dtype | None:
+        """What numbers are kept in, None before memory was taken."""
+        return self._buffers.whole[0].dtype if self._buffers.whole else None
+
+
+class CodeRows(_TokenRows):
+    """Keys and values in few bits: codes and scales of vectors, decoded one layer at a time."""
+
+    def __init__(self, table: RowTable, capacity: int, code: VectorCode) -> None:
+        super().__init__(table, capacity)
+        self.code = code
+        self._dtype = torch.float32
+
+    @property
+    def kind(self) -> str:
+        """How tokens are kept."""
+        return f"int{self.code.bits}"
+
+    def update(self, keys: Tensor, values: Tensor, span: Span) -> tuple[Tensor, Tensor]:
+        """Store (B, K, T, D) of a span and return all (B, K, S, D) there is to attend to.
+
+        Raises:
+            InputError: vectors of this size do not fill whole bytes.
+        """
+        self._dtype = keys.dtype
+        self._store((*self.code.encode(keys), *self.code.encode(values)), span)
+        return self.content(span.keys)
+
+    def content(self, length: int) -> tuple[Tensor, Tensor]:
+        """Return the first `length` keys and values of the rows in use, (B, K, length, D) each.
+
+        Raises:
+            InputError: nothing is stored yet.
+        """
+        keys, key_scales, values, value_scales = self._first(length)
+        return (
+            self.code.decode(keys, key_scales, self._dtype),
+            self.code.decode(values, value_scales, self._dtype),
+        )

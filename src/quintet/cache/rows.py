@@ -1,0 +1,124 @@
+"""Which row of a pool's memory each sequence has."""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+from quintet.errors import InputError
+
+__all__ = ["Row", "RowTable", "whole_blocks"]
+
+BLOCK = 64
+
+
+def whole_blocks(slots: int, capacity: int) -> int:
+    """Return up to where a row is made to hold numbers, if it has to for so many slots."""
+    return min(-(-slots // BLOCK) * BLOCK, capacity)
+
+
+@dataclass(slots=True, eq=False)
+class Row:
+    """One sequence's row.
+
+    Attributes:
+        id: what the row is called; no other row of the pool ever has the same.
+        length: how many tokens it holds.
+        finite: up to which slot its memory holds numbers; behind that it may hold anything.
+        torn: whether a forward that failed may have left its states ahead of its length.
+    """
+
+    id: int
+    length: int = 0
+    finite: int = 0
+    torn: bool = False
+
+
+class RowTable:
+    """The rows in use, which are the first ones of the memory, without holes.
+
+    Args:
+        size: R, how many rows the memory has.
+    """
+
+    def __init__(self, size: int) -> None:
+        self.size = size
+        self._rows: list[Row] = []
+        self._indices: dict[int, int] = {}
+        self._next = 0
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    def __iter__(self) -> Iterator[Row]:
+        return iter(self._rows)
+
+    def __getitem__(self, index: int) -> Row:
+        return self._rows[index]
+
+    def index(self, row: int) -> int:
+        """Return where a row is in the memory.
+
+        Raises:
+            InputError: no row in use has this id.
+        """
+        found = self._indices.get(row)
+        if found is None:
+            raise InputError(
+                f"the pool has no row {row!r}; in use are {list(self._indices)}, and a row that "
+                "was freed is gone"
+            )
+        return found
+
+    def check_free(self, rows: int) -> None:
+        """Check that so many rows are free.
+
+        Raises:
+            InputError: there are fewer.
+        """
+        if len(self) + rows > self.size:
+            raise InputError(
+                f"the pool has {self.size} rows, {len(self)} are in use and {rows} more are asked "
+                "for; free some, or make a larger pool"
+            )
+
+    def join(self, rows: int) -> list[Row]:
+        """Take the next free rows into use."""
+        self.check_free(rows)
+        joined = [self._new() for _ in range(rows)]
+        self._set([*self._rows, *joined])
+        return joined
+
+    def leave(self, index: int) -> None:
+        """Give a row back; the last one takes its place, where it is not itself the last."""
+        rows = self._rows
+        rows[index] = rows[-1]
+        self._set(rows[:-1])
+
+    def select(self, indices: Sequence[int]) -> list[tuple[Row, Row]]:
+        """Keep the rows at some indices, in that order, and those named again under new ids.
+
+        Returns:
+            Each row that is new and the one that it is a copy of.
+        """
+        kept: list[Row] = []
+        copies = []
+        for row in (self._rows[index] for index in indices):
+            own = row
+            if any(row is other for other in kept):
+                own = self._new()
+                own.length = row.length
+                copies.append((own, row))
+            kept.append(own)
+        self._set(kept)
+        return copies
+
+    def clear(self) -> None:
+        """Give all rows back."""
+        self._set([])
+
+    def _new(self) -> Row:
+        self._next += 1
+        return Row(self._next - 1)
+
+    def _set(self, rows: list[Row]) -> None:
+        self._rows = rows
+        self._indices = {row.id: index for index, row in enumerate(rows)}

@@ -1,0 +1,186 @@
+"""The recurrent states of a pool's rows.
+
+A state cannot be cut like a list of keys. What a row has to go back to are copies of its state,
+taken at some of its lengths; tokens behind the copy have to be read again. So nothing has to be
+told of what a forward takes in, and few tokens stay one call for all layers.
+"""
+
+from collections.abc import Iterable, Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from quintet.cache.recurrent import Inputs
+from quintet.cache.row_memory import Buffers
+from quintet.cache.rows import Row, RowTable
+from quintet.errors import InputError
+
+__all__ = ["StateRows"]
+
+
+class StateRows:
+    """Windows (R, W - 1, C) of convolutions and states (R, H, P, N), changed in place."""
+
+    def __init__(self, table: RowTable) -> None:
+        self._table = table
+        self._buffers = Buffers(table)
+        # By row and its length then.
+        self._copies: dict[Row, dict[int, tuple[Tensor, ...]]] = {}
+
+    # -- for a forward -------------------------------------------------------------------------
+
+    @property
+    def window(self) -> Tensor | None:
+        """The windows of the rows in use, None before memory was taken."""
+        return self._buffers.in_use()[0] if self._buffers.whole else None
+
+    @property
+    def remembers(self) -> bool:
+        """Nothing is told of the inputs: what goes back goes to a copy."""
+        return False
+
+    def content(self) -> tuple[Tensor, Tensor] | None:
+        """Return window and state of the rows in use, to be overwritten; None without memory."""
+        if not self._buffers.whole:
+            return None
+        window, state = self._buffers.in_use()
+        return window, state
+
+    def room(self) -> tuple[Tensor, Tensor] | None:
+        """Return the same, for a caller to change in place."""
+        return self.content()
+
+    def update(self, window: Tensor, state: Tensor) -> None:
+        """Replace both by what they are after a forward."""
+        if not self._buffers.whole:
+            self._allocate((window[0], state[0]))
+        for held, new in zip(self._buffers.in_use(), (window, state), strict=True):
+            if held.data_ptr() != new.data_ptr():
+                held.copy_(new)
+
+    def remember(self, inputs: Inputs) -> None:
+        """Do nothing."""
+
+    # -- for the pool ----------------------------------------------------------------------------
+
+    def read(self, index: int) -> tuple[Tensor, ...]:
+        """Return copies of a row's window and state; none before memory was taken."""
+        return tuple(x[index].clone() for x in self._buffers.whole)
+
+    def check(self, content: Sequence[Tensor]) -> None:
+        """Check that content can be written here.
+
+        Raises:
+            InputError: it is of another layer or model.
+        """
+        self._buffers.check(content)
+
+    def write(self, index: int, content: Sequence[Tensor]) -> None:
+        """Put what `read` returned into a row; zeros for none."""
+        if content and not self._buffers.whole:
+            self._allocate(content)
+        for at, buffer in enumerate(self._buffers.whole):
+            buffer[index] = content[at] if content else 0
+
+    def copy(self, source: int, target: int) -> None:
+        """Put the state of a row into another."""
+        for buffer in self._buffers.whole:
+            buffer[target] = buffer[source]
+
+    def take(self, index: int) -> None:
+        """Copy the state of a row, to go back to when it is as long as now."""
+        row = self._table[index]
+        self._copies.setdefault(row, {})[row.length] = self.read(index)
+
+    def taken(self, index: int) -> Mapping[int, tuple[Tensor, ...]]:
+        """Return the copies of a row's state, by its lengths then."""
+        return self._copies.get(self._table[index], {})
+
+    def state_at(self, index: int, length: int) -> tuple[Tensor, ...]:
+        """Return window and state of a row at a length that `reach` returned; none of zeros."""
+        row = self._table[index]
+        if length == row.length and not row.torn:
+            return self.read(index)
+        return self.taken(index).get(length, ())
+
+    def share(self, source: Row, target: Row) -> None:
+        """Give a row the copies that another has."""
+        if source in self._copies:
+            self._copies[target] = dict(self._copies[source])
+
+    def drop(self, row: Row, lengths: Iterable[int] | None = None) -> None:
+        """Forget a row's copies for some lengths, or all."""
+        held = self._copies.get(row, {})
+        for length in list(held if lengths is None else lengths):
+            held.pop(length, None)
+        if not held:
+            self._copies.pop(row, None)
+
+    def reach(self, index: int, length: int) -> int:
+        """Return the length that is nearest below the given one and can be gone back to."""
+        row = self._table[index]
+        if length == row.length and not row.torn:
+            return length
+        return max((n for n in self.taken(index) if n <= length), default=0)
+
+    def back(self, index: int, length: int) -> None:
+        """Go back to a length that `reach` returned; copies for longer ones are forgotten."""
+        row, held = self._table[index], self.taken(index)
+        if length != row.length or row.torn:
+            self.write(index, held.get(length, ()))
+        self.drop(row, [n for n in held if n > length])
+
+    # -- as every slot ---------------------------------------------------------------------------
+
+    def select(self, rows: Tensor) -> None:
+        """Keep the given rows (N,) of the batch, in that order, each as often as it is named."""
+        moved = [(to, at) for to, at in enumerate(rows.tolist()) if to != at]
+        held = {at: self.read(at) for _, at in moved}
+        for to, at in moved:
+            self.write(to, held[at])
+
+    def crop(self, lengths: int | Tensor) -> None:
+        """Go back to where rows had the given lengths and their states were copied.
+
+        Raises:
+            InputError: there is no copy.
+        """
+        given = torch.as_tensor(lengths).expand(len(self._table)).tolist()
+        for index, length in enumerate(given):
+            if self.reach(index, length) != length:
+                raise InputError(
+                    f"a recurrent layer cannot go back to {length} tokens of row "
+                    f"{self._table[index].id}: it has copies of its state for "
+                    f"{sorted(self.taken(index))}; take a snapshot there before the tokens that "
+                    "may be taken back, or rewind the row and read again what is behind"
+                )
+        for index, length in enumerate(given):
+            self.back(index, length)
+
+    def snapshot(self, lengths: int | Tensor) -> None:
+        """Copy the states of all rows, in place of the copies there are."""
+        for index, row in enumerate(self._table):
+            self.drop(row)
+            self.take(index)
+
+    def reset(self) -> None:
+        """Forget the copies; rows that join begin with zeros."""
+        self._copies.clear()
+
+    @property
+    def batch_size(self) -> int | None:
+        """The number of rows in use."""
+        return len(self._table)
+
+    @property
+    def nbytes(self) -> int:
+        """The bytes taken, of rows that are free too, and of copies."""
+        all_copies = (pair for held in self._copies.values() for pair in held.values())
+        copied = {id(x): x for pair in all_copies for x in pair}
+        return self._buffers.nbytes + sum(x.nbytes for x in copied.values())
+
+    def _allocate(self, like: Sequence[Tensor]) -> None:
+        """Take memory for rows like a window and a state."""
+        self._buffers.allocate(like)
+        for index in range(len(self._table)):
+            self.write(index, ())
