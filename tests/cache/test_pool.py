@@ -1,0 +1,345 @@
+"""A pool holds what plain lists of tokens say, whatever is done to its rows in whatever order."""
+
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import HealthCheck, settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
+from torch import Tensor
+
+from families.zamba2 import small_config as hybrid_config
+from quintet.cache import PooledCache, RowContent
+from quintet.errors import InputError
+from quintet.ops.vector_codes import VectorCode
+from support import small_config
+
+R, CAPACITY = 4, 70
+K, D, W, C = 2, 4, 3, 5
+CPU = torch.device("cpu")
+
+
+def vectors(tokens: list[int], layer: int, part: int) -> Tensor:
+    """A different (K, D) for every token, layer and part: (K, T, D)."""
+    offsets = torch.arange(K * D).reshape(K, 1, D) / 100
+    return (
+        torch.tensor(tokens, dtype=torch.float32)[None, :, None] * 10 + layer + part / 2 + offsets
+    )
+
+
+def states(tokens: list[int], layer: int) -> tuple[Tensor, Tensor]:
+    """What a recurrent layer has after tokens: the last of them, and a sum that fades."""
+    last = [0] * (W - 1) + tokens
+    window = torch.tensor(last[len(last) - W + 1 :], dtype=torch.float32)[:, None].repeat(1, C)
+    state = torch.zeros(1, 2, 3)
+    for token in tokens:
+        state = state / 2 + token + layer
+    return window, state
+
+
+class Pools(RuleBasedStateMachine):
+    """Operations on a pool of rows, and on lists of tokens."""
+
+    config: Any
+    nbits: int | None = None
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.pool = PooledCache(self.config, rows=R, capacity=CAPACITY, nbits=self.nbits)
+        self.code = None if self.nbits is None else VectorCode(self.nbits)
+        self.attends = self.config.attention_layers()
+        self.recurs = self.config.recurrent_layers()
+        # By the id of a row: its tokens, and the lengths it has snapshots for.
+        self.texts: dict[int, list[int]] = {}
+        self.marks: dict[int, set[int]] = {}
+        self.extracted: list[tuple[list[int], RowContent]] = []
+        self.next = 1
+
+    # -- what is drawn ---------------------------------------------------------------------------
+
+    def row(self, data: st.DataObject) -> int:
+        return data.draw(st.sampled_from(sorted(self.texts)))
+
+    def some_rows(self) -> bool:
+        return bool(self.texts)
+
+    def free_rows(self) -> bool:
+        return len(self.texts) < R
+
+    # -- rules -------------------------------------------------------------------------------------
+
+    @initialize(rows=st.integers(0, R), length=st.integers(1, 3))
+    def begin(self, rows: int, length: int) -> None:
+        """As a batch does that has a cache for itself."""
+        if rows:
+            self.forward([[self.new() for _ in range(length)] for _ in range(rows)], joins=True)
+
+    @precondition(free_rows)
+    @rule()
+    def join(self) -> None:
+        self.add(self.pool.join(), [])
+
+    @precondition(lambda self: self.free_rows() and self.extracted)
+    @rule(data=st.data())
+    def join_with_content(self, data: st.DataObject) -> None:
+        tokens, content = data.draw(st.sampled_from(self.extracted))
+        if content.states is None:
+            with pytest.raises(InputError, match="without the states"):
+                self.pool.join(content)
+        elif content.start:
+            with pytest.raises(InputError, match="give what follows"):
+                self.pool.join(content)
+        elif len(content) > 1 and data.draw(st.booleans()):
+            parts = content.split(data.draw(st.integers(1, len(content) - 1)))
+            self.add(self.pool.join(*parts), tokens)
+        else:
+            self.add(self.pool.join(content), tokens)
+
+    @precondition(some_rows)
+    @rule(data=st.data())
+    def extract(self, data: st.DataObject) -> None:
+        row = self.row(data)
+        text = self.texts[row]
+        stop = data.draw(st.one_of(st.just(len(text)), st.integers(0, len(text))))
+        start = data.draw(st.sampled_from(sorted({0, stop // 2})))
+        content = self.pool.extract(row, start, stop)
+        whole = not self.recurs or stop in (*self.marks[row], len(text), 0)
+        assert (content.states is not None) == whole
+        self.extracted = [*self.extracted[-5:], (text[:stop], content)]
+
+    @precondition(lambda self: self.some_rows() and self.extracted)
+    @rule(data=st.data())
+    def extend(self, data: st.DataObject) -> None:
+        tokens, content = data.draw(st.sampled_from(self.extracted))
+        for row, text in self.texts.items():
+            if text == tokens[: content.start] and content.states is not None:
+                self.pool.extend(row, content)
+                self.texts[row] = tokens
+                return
+
+    @precondition(lambda self: self.some_rows() and self.free_rows())
+    @rule(data=st.data())
+    def fork(self, data: st.DataObject) -> None:
+        row = self.row(data)
+        copies = data.draw(st.integers(1, R - len(self.texts)))
+        for copy in self.pool.fork(row, copies):
+            self.add(copy, self.texts[row], self.marks[row])
+
+    @precondition(some_rows)
+    @rule(data=st.data())
+    def free(self, data: st.DataObject) -> None:
+        row = self.row(data)
+        self.pool.free(row)
+        del self.texts[row], self.marks[row]
+        with pytest.raises(InputError, match=f"no row {row}"):
+            self.pool.length(row)
+
+    @precondition(some_rows)
+    @rule(length=st.integers(1, 3))
+    def run(self, length: int) -> None:
+        self.forward([[self.new() for _ in range(length)] for _ in self.texts])
+
+    @precondition(lambda self: self.some_rows() and self.recurs)
+    @rule(data=st.data())
+    def fail(self, data: st.DataObject) -> None:
+        """A forward that fails halfway; every row has to go back."""
+        self.forward([[self.new()] for _ in self.texts], fails=True)
+        for row in sorted(self.texts):
+            if data.draw(st.booleans()):
+                self.free_again(row)
+            else:
+                self.back(row, len(self.texts[row]))
+
+    @precondition(some_rows)
+    @rule(data=st.data())
+    def rewind(self, data: st.DataObject) -> None:
+        row = self.row(data)
+        self.back(row, data.draw(st.integers(0, len(self.texts[row]))))
+
+    @precondition(some_rows)
+    @rule(data=st.data())
+    def snapshot_row(self, data: st.DataObject) -> None:
+        row = self.row(data)
+        self.marks[row].add(self.pool.snapshot_row(row))
+        if self.recurs:
+            assert self.pool.snapshots(row) == sorted(self.marks[row])
+
+    @precondition(some_rows)
+    @rule(data=st.data())
+    def drop_snapshots(self, data: st.DataObject) -> None:
+        row = self.row(data)
+        gone = data.draw(st.lists(st.sampled_from(sorted({*self.marks[row], 0})), max_size=2))
+        self.pool.drop_snapshots(row, *gone)
+        self.marks[row] = self.marks[row].difference(gone) if gone else set()
+
+    @precondition(some_rows)
+    @rule()
+    def snapshot(self) -> None:
+        self.pool.snapshot()
+        self.marks = {row: {len(text)} for row, text in self.texts.items()}
+
+    @precondition(some_rows)
+    @rule(data=st.data())
+    def crop(self, data: st.DataObject) -> None:
+        kept = [data.draw(st.integers(0, len(self.texts[row]))) for row in self.pool.rows]
+        reached = [
+            not self.recurs or n in (*self.marks[row], len(self.texts[row]), 0)
+            for row, n in zip(self.pool.rows, kept, strict=True)
+        ]
+        if not all(reached):
+            with pytest.raises(InputError, match="cannot go back"):
+                self.pool.crop(torch.tensor(kept))
+            return
+        self.pool.crop(torch.tensor(kept))
+        for row, n in zip(self.pool.rows, kept, strict=True):
+            self.cut(row, n)
+
+    @precondition(some_rows)
+    @rule(data=st.data())
+    def reorder(self, data: st.DataObject) -> None:
+        before = self.pool.rows
+        places = st.integers(0, len(before) - 1)
+        indices = data.draw(st.lists(places, min_size=1, max_size=R))
+        self.pool.batch_select_indices(torch.tensor(indices))
+        texts, marks = self.texts, self.marks
+        self.texts, self.marks = {}, {}
+        assert len(set(self.pool.rows)) == len(indices)
+        for row, index in zip(self.pool.rows, indices, strict=True):
+            assert row == before[index] or row not in before
+            self.add(row, texts[before[index]], marks[before[index]])
+
+    @rule()
+    def reset(self) -> None:
+        self.pool.reset()
+        self.texts, self.marks = {}, {}
+
+    # -- what holds after each -----------------------------------------------------------------
+
+    @invariant()
+    def rows_are_owned_once(self) -> None:
+        rows = self.pool.rows
+        assert sorted(rows) == sorted(self.texts)
+        assert sorted(self.pool.index(row) for row in rows) == list(range(len(rows)))
+        assert self.pool.batch_size == (len(rows) or None)
+        lengths = [len(self.texts[row]) for row in rows]
+        assert self.pool.lengths(len(rows)).tolist() == lengths
+        assert self.pool.get_seq_length() == max(lengths, default=0)
+
+    @invariant()
+    def what_nobody_holds_may_be_anything(self) -> None:
+        rows = list(self.pool._table)
+        for slot in self.pool._memory:
+            for buffer in slot._buffers.whole:
+                for index in range(R):
+                    at = rows[index].finite if index < len(rows) else 0
+                    buffer[index, :, at:] = float("nan") if buffer.is_floating_point() else 255
+        for state in self.pool._recurrent:
+            for buffer in state._buffers.whole:
+                buffer[len(rows) :] = float("nan")
+
+    @invariant()
+    def content_is_that_of_the_texts(self) -> None:
+        for row, text in self.texts.items():
+            content = self.pool.extract(row)
+            assert (content.start, content.stop) == (0, len(text))
+            if text:
+                for layer, held in zip(self.attends, content.layers, strict=True):
+                    for x, told in zip(held, self.coded(text, layer), strict=True):
+                        assert torch.equal(x, told)
+            assert content.states is not None
+            for layer, held in zip(self.recurs, content.states, strict=True):
+                for x, told in zip(held, states(text, layer), strict=False):
+                    assert torch.equal(x, told)
+
+    # -- helpers --------------------------------------------------------------------------------
+
+    def new(self) -> int:
+        self.next = self.next % 29 + 1
+        return self.next
+
+    def coded(self, text: list[int], layer: int) -> list[Tensor]:
+        both = [vectors(text, layer, part) for part in (0, 1)]
+        if self.code is None:
+            return both
+        return [x for one in both for x in self.code.encode(one)]
+
+    def add(self, row: int, text: list[int], marks: set[int] | None = None) -> None:
+        self.texts[row], self.marks[row] = list(text), set(marks or ())
+
+    def cut(self, row: int, length: int) -> None:
+        self.texts[row] = self.texts[row][:length]
+        self.marks[row] = {n for n in self.marks[row] if n <= length}
+
+    def free_again(self, row: int) -> None:
+        self.pool.free(row)
+        del self.texts[row], self.marks[row]
+
+    def back(self, row: int, length: int) -> None:
+        torn = self.pool._table[self.pool.index(row)].torn or self.pool._forward_unfinished
+        reached = self.pool.rewind(row, length)
+        expected = length
+        if self.recurs and (torn or length != len(self.texts[row])):
+            expected = max((n for n in self.marks[row] if n <= length), default=0)
+        assert reached == expected
+        self.cut(row, reached)
+
+    def forward(self, tokens: list[list[int]], joins: bool = False, fails: bool = False) -> None:
+        """Run what layers would keep of tokens, in the order of the pool's rows."""
+        if max((len(text) for text in self.texts.values()), default=0) + len(tokens[0]) > CAPACITY:
+            return
+        B, T = len(tokens), len(tokens[0])
+        with torch.no_grad():
+            span = self.pool.span(B, T, CPU, None)
+            if joins:
+                for row in self.pool.rows:
+                    self.add(row, [])
+            texts = [self.texts[row] + new for row, new in zip(self.pool.rows, tokens, strict=True)]
+            for layer in sorted({*self.attends, *self.recurs}):
+                if layer in self.recurs:
+                    both = [states(text, layer) for text in texts]
+                    window, state = (torch.stack(kind) for kind in zip(*both, strict=True))
+                    self.pool.recurrent(layer, torch.zeros(B, T, C)).update(window, state)
+                    if fails:
+                        return
+                if layer in self.attends:
+                    keys, values = (
+                        torch.stack([vectors(new, layer, part) for new in tokens])
+                        for part in (0, 1)
+                    )
+                    held = self.pool.update(keys, values, layer, span)
+                    for part, x in enumerate(held):
+                        assert x.isfinite().all()
+                        for index, text in enumerate(texts):
+                            told = vectors(text, layer, part)
+                            if self.code is not None:
+                                told = self.code.decode(*self.code.encode(told), torch.float32)
+                            assert torch.equal(x[index, :, : len(text)], told)
+            self.pool.advance(span)
+        for row, text in zip(self.pool.rows, texts, strict=True):
+            self.texts[row] = text
+
+
+class DensePools(Pools):
+    config = small_config(num_hidden_layers=2)
+
+
+class CodePools(Pools):
+    config = small_config(num_hidden_layers=1)
+    nbits = 6
+
+
+class HybridPools(Pools):
+    config = hybrid_config()
+
+
+quick = settings(
+    max_examples=25,
+    stateful_step_count=25,
+    deadline=None,
+    suppress_health_check=[HealthCheck.too_slow, HealthCheck.filter_too_much],
+)
+TestDensePools = DensePools.TestCase
+TestCodePools = CodePools.TestCase
+TestHybridPools = HybridPools.TestCase
+TestDensePools.settings = TestCodePools.settings = TestHybridPools.settings = quick
