@@ -130,8 +130,7 @@ class Pools(RuleBasedStateMachine):
     @rule(data=st.data())
     def free(self, data: st.DataObject) -> None:
         row = self.row(data)
-        self.pool.free(row)
-        del self.texts[row], self.marks[row]
+        self.free_again(row)
         with pytest.raises(InputError, match=f"no row {row}"):
             self.pool.length(row)
 
@@ -162,8 +161,6 @@ class Pools(RuleBasedStateMachine):
     def snapshot_row(self, data: st.DataObject) -> None:
         row = self.row(data)
         self.marks[row].add(self.pool.snapshot_row(row))
-        if self.recurs:
-            assert self.pool.snapshots(row) == sorted(self.marks[row])
 
     @precondition(some_rows)
     @rule(data=st.data())
@@ -229,14 +226,9 @@ class Pools(RuleBasedStateMachine):
     @invariant()
     def what_nobody_holds_may_be_anything(self) -> None:
         rows = list(self.pool._table)
-        for slot in self.pool._memory:
-            for buffer in slot._buffers.whole:
-                for index in range(R):
-                    at = rows[index].finite if index < len(rows) else 0
-                    buffer[index, :, at:] = float("nan") if buffer.is_floating_point() else 255
-        for state in self.pool._recurrent:
-            for buffer in state._buffers.whole:
-                buffer[len(rows) :] = float("nan")
+        for index in range(R):
+            used = index < len(rows)
+            self.fill(index, rows[index].finite if used else 0, states=not used)
 
     @invariant()
     def content_is_that_of_the_texts(self) -> None:
@@ -252,11 +244,24 @@ class Pools(RuleBasedStateMachine):
                 for x, told in zip(held, states(text, layer), strict=False):
                     assert torch.equal(x, told)
 
+        if self.recurs:
+            for row, marks in self.marks.items():
+                assert self.pool.snapshots(row) == sorted(marks)
+
     # -- helpers --------------------------------------------------------------------------------
 
     def new(self) -> int:
         self.next = self.next % 29 + 1
         return self.next
+
+    def fill(self, index: int, start: int, *, states: bool) -> None:
+        """Fill memory that nobody holds with NaN, and codes with the largest one."""
+        for slot in self.pool._memory:
+            for buffer in slot._buffers.whole:
+                buffer[index, :, start:] = float("nan") if buffer.is_floating_point() else 255
+        for state in self.pool._recurrent if states else ():
+            for buffer in state._buffers.whole:
+                buffer[index] = float("nan")
 
     def coded(self, text: list[int], layer: int) -> list[Tensor]:
         both = [vectors(text, layer, part) for part in (0, 1)]
@@ -272,6 +277,7 @@ class Pools(RuleBasedStateMachine):
         self.marks[row] = {n for n in self.marks[row] if n <= length}
 
     def free_again(self, row: int) -> None:
+        self.fill(self.pool.index(row), 0, states=True)
         self.pool.free(row)
         del self.texts[row], self.marks[row]
 
