@@ -10,7 +10,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 from torch import Tensor
 
 from families.zamba2 import small_config as hybrid_config
-from quintet.cache import PooledCache, RowContent
+from quintet.cache import PooledCache, RowContent, Segment, segments_of
 from quintet.errors import InputError
 from quintet.ops.vector_codes import VectorCode
 from support import small_config
@@ -84,11 +84,11 @@ class Pools(RuleBasedStateMachine):
     @rule(data=st.data())
     def join_with_content(self, data: st.DataObject) -> None:
         tokens, content = data.draw(st.sampled_from(self.extracted))
-        if content.states is None:
-            with pytest.raises(InputError, match="without the states"):
-                self.pool.join(content)
-        elif content.start:
+        if content.start:
             with pytest.raises(InputError, match="give what follows"):
+                self.pool.join(content)
+        elif content.states is None:
+            with pytest.raises(InputError, match="without the states"):
                 self.pool.join(content)
         elif len(content) > 1 and data.draw(st.booleans()):
             parts = content.split(data.draw(st.integers(1, len(content) - 1)))
@@ -138,6 +138,12 @@ class Pools(RuleBasedStateMachine):
     @rule(length=st.integers(1, 3))
     def run(self, length: int) -> None:
         self.forward([[self.new() for _ in range(length)] for _ in self.texts])
+
+    @precondition(some_rows)
+    @rule(lengths=st.lists(st.integers(0, 3), min_size=R, max_size=R))
+    def run_some(self, lengths: list[int]) -> None:
+        """As many tokens of each row as it likes, none of some."""
+        self.forward([[self.new() for _ in range(n)] for n in lengths[: len(self.texts)]])
 
     @precondition(lambda self: self.some_rows() and self.recurs)
     @rule(data=st.data())
@@ -292,38 +298,49 @@ class Pools(RuleBasedStateMachine):
 
     def forward(self, tokens: list[list[int]], joins: bool = False, fails: bool = False) -> None:
         """Run what layers would keep of tokens, in the order of the pool's rows."""
-        if max((len(text) for text in self.texts.values()), default=0) + len(tokens[0]) > CAPACITY:
+        taken = [len(new) for new in tokens]
+        B, T = len(tokens), max(taken)
+        held = [0] * B if joins else [len(self.texts[row]) for row in self.pool.rows]
+        if max(n + new for n, new in zip(held, taken, strict=True)) > CAPACITY or not T:
             return
-        B, T = len(tokens), len(tokens[0])
+        counts = None if min(taken) == T else torch.tensor(taken)
         with torch.no_grad():
-            span = self.pool.span(B, T, CPU, None)
+            whole = self.pool.segment(B, T, CPU, counts)
             if joins:
                 for row in self.pool.rows:
                     self.add(row, [])
             texts = [self.texts[row] + new for row, new in zip(self.pool.rows, tokens, strict=True)]
+            segments = (whole,) if counts is None else segments_of(whole, taken)
             for layer in sorted({*self.attends, *self.recurs}):
-                if layer in self.recurs:
-                    both = [states(text, layer) for text in texts]
-                    window, state = (torch.stack(kind) for kind in zip(*both, strict=True))
-                    self.pool.recurrent(layer, torch.zeros(B, T, C)).update(window, state)
-                    if fails:
-                        return
-                if layer in self.attends:
-                    keys, values = (
-                        torch.stack([vectors(new, layer, part) for new in tokens])
-                        for part in (0, 1)
-                    )
-                    held = self.pool.update(keys, values, layer, span)
-                    for part, x in enumerate(held):
-                        assert x.isfinite().all()
-                        for index, text in enumerate(texts):
-                            told = vectors(text, layer, part)
-                            if self.code is not None:
-                                told = self.code.decode(*self.code.encode(told), torch.float32)
-                            assert torch.equal(x[index, :, : len(text)], told)
-            self.pool.advance(span)
+                for segment in segments:
+                    rows = segment.rows or slice(None)
+                    if layer in self.recurs:
+                        both = [states(text, layer) for text in texts[rows]]
+                        window, state = (torch.stack(kind) for kind in zip(*both, strict=True))
+                        slot = self.pool.recurrent(layer, torch.zeros(B, T, C))
+                        slot.update(window, state, segment)
+                        if fails:
+                            return
+                    if layer in self.attends:
+                        self.attend(layer, tokens[rows], texts[rows], segment)
+            self.pool.advance(whole)
         for row, text in zip(self.pool.rows, texts, strict=True):
             self.texts[row] = text
+
+    def attend(
+        self, layer: int, tokens: list[list[int]], texts: list[list[int]], segment: Segment
+    ) -> None:
+        keys, values = (
+            torch.stack([vectors(new, layer, part) for new in tokens]) for part in (0, 1)
+        )
+        held = self.pool.update(keys, values, layer, segment)
+        for part, x in enumerate(held):
+            assert x.isfinite().all()
+            for index, text in enumerate(texts):
+                told = vectors(text, layer, part)
+                if self.code is not None:
+                    told = self.code.decode(*self.code.encode(told), torch.float32)
+                assert torch.equal(x[index, :, : len(text)], told)
 
 
 class DensePools(Pools):

@@ -6,19 +6,21 @@ and changes when another leaves.
 """
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
-from quintet.cache.base import Cache, Span
+from quintet.cache.base import Cache
 from quintet.cache.content import RowContent
 from quintet.cache.dense import _slots
 from quintet.cache.row_memory import CodeRows, DenseRows, RowMemory
 from quintet.cache.rows import Row, RowTable, whole_blocks
+from quintet.cache.segment import Segment
 from quintet.cache.state_rows import StateRows
 from quintet.configuration.base import PreTrainedConfig
 from quintet.errors import ContextLengthError, InputError
-from quintet.ops.transforms import transformed
+from quintet.ops.transforms import recorded, transformed
 from quintet.ops.vector_codes import VectorCode
 
 __all__ = ["PooledCache"]
@@ -222,18 +224,21 @@ class PooledCache(Cache):
 
     # -- one forward -------------------------------------------------------------------------------
 
-    def span(self, batch: int, length: int, device: torch.device, counts: Tensor | None) -> Span:
-        """Return where the next `length` tokens of `batch` rows go.
+    def segment(
+        self, batch: int, length: int, device: torch.device, counts: Tensor | None
+    ) -> Segment:
+        """Return where the next `length` tokens of `batch` rows go, or the first `counts` of them.
 
         Raises:
             InputError: another number of rows is in use, a failed forward left one of them ahead,
-                or gradients are recorded.
+                or gradients or a program are recorded.
             ContextLengthError: a row has no room for them.
         """
-        if torch.is_grad_enabled() or transformed():
+        if torch.is_grad_enabled() or transformed() or recorded():
             raise InputError(
-                "a pool's memory is written in place, which no gradient can pass; run the model "
-                "under torch.no_grad() or torch.inference_mode(), or with a DynamicCache"
+                "a pool's memory is written in place, which no gradient can pass and no program "
+                "records; run the model under torch.no_grad() or torch.inference_mode(), or with a "
+                "DynamicCache or StaticCache"
             )
         self._look_for_torn()
         torn = [row.id for row in self._table if row.torn]
@@ -242,27 +247,30 @@ class PooledCache(Cache):
                 f"a forward that failed halfway left recurrent layers ahead of rows {torn}; "
                 "rewind them, or free them"
             )
-        needed = self._longest + length
+        rows = list(self._table) or [Row(-1)] * batch
+        whole = super().segment(batch, length, device, counts)
+        taken = [length] * batch if counts is None else counts.tolist()
+        ends = [row.length + tokens for row, tokens in zip(rows, taken, strict=True)]
+        needed = max(ends)
         if needed > self.capacity:
+            row = ends.index(needed)
             raise ContextLengthError(
-                f"the pool has room for capacity={self.capacity} tokens a row, holds up to "
-                f"{self._longest} and was given {length} more; make a larger one"
+                f"the pool has room for capacity={self.capacity} tokens a row, row {row} holds "
+                f"{rows[row].length} and was given {taken[row]} more; make a larger one"
             )
         if not len(self._table):
             self._join(batch)
-        span = super().span(batch, length, device, counts)
-        self._running = list(self._table)
-        taken = [length] * batch if counts is None else counts.tolist()
-        self._clear(taken, needed)
-        return span
+        self._running = [row for row, tokens in zip(self._table, taken, strict=True) if tokens]
+        self._clear(ends, needed)
+        return replace(whole, keys=needed)
 
-    def advance(self, span: Span) -> None:
-        """Count the tokens of a span that every layer has stored."""
-        super().advance(span)
+    def advance(self, segment: Segment) -> None:
+        """Count the tokens of all rows that every layer has stored."""
+        super().advance(segment)
         self._counted()
         self._running = []
         for row in self._table:
-            row.finite = max(row.finite, whole_blocks(span.keys, self.capacity))
+            row.finite = max(row.finite, whole_blocks(segment.keys, self.capacity))
 
     @property
     def batch_size(self) -> int | None:
@@ -364,14 +372,14 @@ class PooledCache(Cache):
         for row, length in zip(self._table, self.lengths(len(self._table)).tolist(), strict=True):
             row.length, row.torn = length, False
 
-    def _clear(self, taken: Sequence[int], slots: int) -> None:
+    def _clear(self, ends: Sequence[int], slots: int) -> None:
         """Let all rows hold numbers in so many slots, which others' queries may pass over.
 
-        Those that the tokens of this forward take are written anyway.
+        Those up to where a row's tokens of this forward end are written anyway.
         """
         end = whole_blocks(slots, self.capacity)
-        for index, (row, tokens) in enumerate(zip(self._table, taken, strict=True)):
-            start = max(row.finite, row.length + tokens)
+        for index, (row, own) in enumerate(zip(self._table, ends, strict=True)):
+            start = max(row.finite, own)
             if start < end:
                 for slot in self._memory:
                     slot.clear(index, start, end)

@@ -10,10 +10,11 @@ from typing import ClassVar, Protocol
 import torch
 from torch import Tensor
 
-from quintet.cache.base import AttentionSlot, Span
-from quintet.cache.dense import _places
+from quintet.cache.base import AttentionSlot
+from quintet.cache.dense import _write
 from quintet.cache.memory import check_alike
 from quintet.cache.rows import RowTable, whole_blocks
+from quintet.cache.segment import Segment
 from quintet.errors import InputError
 from quintet.ops.vector_codes import VectorCode
 
@@ -145,7 +146,7 @@ class _TokenRows:
 
     # -- as every slot ---------------------------------------------------------------------------
 
-    def room(self, span: Span) -> tuple[Tensor, Tensor] | None:
+    def room(self, segment: Segment) -> tuple[Tensor, Tensor] | None:
         """Return the buffers of the rows in use, for the caller to write; None where it cannot."""
         return None
 
@@ -182,26 +183,23 @@ class _TokenRows:
 
     # -- within ----------------------------------------------------------------------------------
 
-    def _store(self, new: Sequence[Tensor], span: Span) -> tuple[Tensor, ...]:
-        """Store (B, K, T, D) of a span and return all (B, K, S, D)."""
+    def _store(self, new: Sequence[Tensor], segment: Segment) -> None:
+        """Store (B, K, T, D) of a segment."""
         if not self._buffers.whole:
             self._allocate([x[0] for x in new])
             for index in range(len(self._table)):
-                self.clear(index, 0, whole_blocks(span.keys, self.capacity))
+                self.clear(index, 0, whole_blocks(segment.room, self.capacity))
         held = self._buffers.in_use()
         for buffer, x in zip(held, new, strict=True):
             check_alike("keys or values (heads x numbers)", buffer, x, 1, 3)
         for buffer, x in zip(held, new, strict=True):
-            if isinstance(span.start, int):
-                buffer[:, :, span.start : span.start + span.length] = x
-            else:
-                buffer.scatter_(2, _places(span, x), x)
-        return self._first(span.keys)
+            _write(buffer, x, segment)
 
-    def _first(self, length: int) -> tuple[Tensor, ...]:
+    def _first(self, length: int, rows: slice | None) -> tuple[Tensor, ...]:
         if not self._buffers.whole:
             raise InputError("this layer of the cache is empty; run the model with it first")
-        return tuple(x[:, :, :length] for x in self._buffers.in_use())
+        held = (x[:, :, :length] for x in self._buffers.in_use())
+        return tuple(x if rows is None else x[rows] for x in held)
 
     def _allocate(self, like: Sequence[Tensor]) -> None:
         """Take memory for rows of (K, T, D)."""
@@ -213,25 +211,25 @@ class DenseRows(_TokenRows):
 
     kind: ClassVar[str] = "dense"
 
-    def update(self, keys: Tensor, values: Tensor, span: Span) -> tuple[Tensor, Tensor]:
-        """Store (B, K, T, D) of a span and return all (B, K, S, D) there is to attend to."""
-        keys, values = self._store((keys, values), span)
-        return keys, values
+    def update(self, keys: Tensor, values: Tensor, segment: Segment) -> tuple[Tensor, Tensor]:
+        """Store (B, K, T, D) of a segment and return all (B, K, S, D) its rows attend to."""
+        self._store((keys, values), segment)
+        return self.content(segment.keys, segment.rows)
 
-    def room(self, span: Span) -> tuple[Tensor, Tensor] | None:
+    def room(self, segment: Segment) -> tuple[Tensor, Tensor] | None:
         """Return the buffers of the rows in use, for the caller to write; None without memory."""
         if not self._buffers.whole:
             return None
         keys, values = self._buffers.in_use()
         return keys, values
 
-    def content(self, length: int) -> tuple[Tensor, Tensor]:
-        """Return the first `length` keys and values of the rows in use, (B, K, length, D) each.
+    def content(self, length: int, rows: slice | None = None) -> tuple[Tensor, Tensor]:
+        """Return the first `length` keys and values of some rows in use, or all: (B, K, length, D).
 
         Raises:
             InputError: nothing is stored yet.
         """
-        keys, values = self._first(length)
+        keys, values = self._first(length, rows)
         return keys, values
 
     @property
@@ -253,23 +251,23 @@ class CodeRows(_TokenRows):
         """How tokens are kept."""
         return f"int{self.code.bits}"
 
-    def update(self, keys: Tensor, values: Tensor, span: Span) -> tuple[Tensor, Tensor]:
-        """Store (B, K, T, D) of a span and return all (B, K, S, D) there is to attend to.
+    def update(self, keys: Tensor, values: Tensor, segment: Segment) -> tuple[Tensor, Tensor]:
+        """Store (B, K, T, D) of a segment and return all (B, K, S, D) its rows attend to.
 
         Raises:
             InputError: vectors of this size do not fill whole bytes.
         """
         self._dtype = keys.dtype
-        self._store((*self.code.encode(keys), *self.code.encode(values)), span)
-        return self.content(span.keys)
+        self._store((*self.code.encode(keys), *self.code.encode(values)), segment)
+        return self.content(segment.keys, segment.rows)
 
-    def content(self, length: int) -> tuple[Tensor, Tensor]:
-        """Return the first `length` keys and values of the rows in use, (B, K, length, D) each.
+    def content(self, length: int, rows: slice | None = None) -> tuple[Tensor, Tensor]:
+        """Return the first `length` keys and values of some rows in use, or all: (B, K, length, D).
 
         Raises:
             InputError: nothing is stored yet.
         """
-        keys, key_scales, values, value_scales = self._first(length)
+        keys, key_scales, values, value_scales = self._first(length, rows)
         return (
             self.code.decode(keys, key_scales, self._dtype),
             self.code.decode(values, value_scales, self._dtype),

@@ -13,6 +13,7 @@ from torch import Tensor
 from quintet.cache.recurrent import Inputs
 from quintet.cache.row_memory import Buffers
 from quintet.cache.rows import Row, RowTable
+from quintet.cache.segment import Segment
 from quintet.errors import InputError
 
 __all__ = ["StateRows"]
@@ -50,13 +51,14 @@ class StateRows:
         """Return the same, for a caller to change in place."""
         return self.content()
 
-    def update(self, window: Tensor, state: Tensor) -> None:
-        """Replace both by what they are after a forward."""
+    def update(self, window: Tensor, state: Tensor, segment: Segment) -> None:
+        """Replace both, of the segment's rows, by what they are after a forward."""
         if not self._buffers.whole:
             self._allocate((window[0], state[0]))
         for held, new in zip(self._buffers.in_use(), (window, state), strict=True):
-            if held.data_ptr() != new.data_ptr():
-                held.copy_(new)
+            own = segment.of(held)
+            if own.data_ptr() != new.data_ptr():
+                own.copy_(new)
 
     def remember(self, inputs: Inputs) -> None:
         """Do nothing."""
