@@ -10,6 +10,7 @@ from torch import Tensor
 
 from conformance.families import WIDE, Family, each
 from quintet.cache import Cache, DynamicCache, PooledCache, QuantizedCache
+from quintet.cache.row_memory import DenseRows
 from quintet.errors import ContextLengthError, InputError
 from quintet.kernels.native import native
 from quintet.layers import stack
@@ -50,12 +51,12 @@ def begun(model: Any, ids: Tensor, nbits: int | None = None) -> PooledCache:
 
 def spoil(pool: PooledCache) -> None:
     """Fill the memory that holds no row's tokens with NaN, and codes with the largest one."""
-    for slot in pool._memory:
+    for slot in pool._kept.tokens:
         for buffer in slot._buffers.whole:
             for index in range(len(buffer)):
                 at = pool._table[index].finite if index < len(pool._table) else 0
                 buffer[index, :, at:] = float("nan") if buffer.is_floating_point() else 255
-    for slot in pool._recurrent:
+    for slot in pool._kept.states:
         for buffer in slot._buffers.whole:
             buffer[len(pool._table) :] = float("nan")
 
@@ -305,6 +306,7 @@ def test_what_does_not_fit_is_named_and_changes_nothing() -> None:
         (lambda: whole.split(10), "cannot be split at 10"),
         (lambda: PooledCache(model.config, rows=0, capacity=1), "rows=0 and capacity=1"),
         (lambda: PooledCache(model.config, rows=1, capacity=1, nbits=5), "5 bits"),
+        (lambda: PooledCache(model.config, 1, 1, 8, memory=DenseRows), "nbits=8 names a memory"),
         (lambda: pool.batch_repeat_interleave(3), "2 more are asked"),
     ):
         with pytest.raises(InputError, match=message):

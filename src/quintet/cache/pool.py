@@ -5,8 +5,9 @@ reads plain tensors. A sequence names its row by an id; where the row lies is th
 and changes when another leaves.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -14,6 +15,7 @@ from torch import Tensor
 from quintet.cache.base import Cache
 from quintet.cache.content import RowContent
 from quintet.cache.dense import _slots
+from quintet.cache.memories import RowMemories
 from quintet.cache.row_memory import CodeRows, DenseRows, RowMemory
 from quintet.cache.rows import Row, RowTable, whole_blocks
 from quintet.cache.segment import Segment
@@ -38,34 +40,44 @@ class PooledCache(Cache):
         rows: how many sequences there is room for.
         capacity: how many tokens each.
         nbits: 8, 6 or 4 bits a number of keys, values and latents; None to keep them as they are.
+        memory: makes the memory of a layer with attention, of the table of rows and the capacity;
+            another kind or layout than those that `nbits` names.
 
     Raises:
-        InputError: a number below 1, or another number of bits.
+        InputError: a number below 1, another number of bits, or both bits and a memory.
     """
 
     def __init__(
-        self, config: PreTrainedConfig, rows: int, capacity: int, nbits: int | None = None
+        self,
+        config: PreTrainedConfig,
+        rows: int,
+        capacity: int,
+        nbits: int | None = None,
+        *,
+        memory: Callable[[RowTable, int], RowMemory] | None = None,
     ) -> None:
         if rows < 1 or capacity < 1:
             raise InputError(f"rows={rows} and capacity={capacity} have to be at least 1")
+        if nbits is not None and memory is not None:
+            raise InputError(f"nbits={nbits} names a memory, and memory= is another; give one")
+        if nbits is not None:
+            memory = partial(CodeRows, code=VectorCode(nbits))
+        make = memory or DenseRows
         table = self._table = RowTable(rows)
+        self.capacity = capacity
         # The rows of a forward that has not ended.
         self._running: list[Row] = []
-        self.capacity = capacity
-        code = None if nbits is None else VectorCode(nbits)
-        self._memory: list[RowMemory] = []
-        self._recurrent: list[StateRows] = []
+        self._kept = kept = RowMemories()
 
-        def memory() -> RowMemory:
-            own = DenseRows(table, capacity) if code is None else CodeRows(table, capacity, code)
-            self._memory.append(own)
-            return own
+        def attention() -> RowMemory:
+            kept.tokens.append(make(table, capacity))
+            return kept.tokens[-1]
 
-        def state() -> StateRows:
-            self._recurrent.append(StateRows(table))
-            return self._recurrent[-1]
+        def recurrent() -> StateRows:
+            kept.states.append(StateRows(table))
+            return kept.states[-1]
 
-        super().__init__(*_slots(config, memory, state))
+        super().__init__(*_slots(config, attention, recurrent))
 
     # -- rows ------------------------------------------------------------------------------------
 
@@ -98,7 +110,7 @@ class PooledCache(Cache):
             ContextLengthError: they are longer than a row.
         """
         self._table.check_free(1)
-        self._check(0, contents)
+        self._kept.check(0, contents, self.capacity)
         row = self._join(1)[0]
         self._write(row, contents)
         return row.id
@@ -113,7 +125,7 @@ class PooledCache(Cache):
         """
         own = self._row(row)
         self._check_whole(own)
-        self._check(own.length, contents)
+        self._kept.check(own.length, contents, self.capacity)
         self._write(own, contents)
 
     @torch.no_grad()
@@ -124,7 +136,7 @@ class PooledCache(Cache):
         there.
 
         Raises:
-            InputError: the row does not hold these tokens, or what a failed forward left.
+            InputError: the row does not hold these tokens.
         """
         own, index = self._row(row), self._table.index(row)
         stop = own.length if stop is None else stop
@@ -132,11 +144,7 @@ class PooledCache(Cache):
             raise InputError(
                 f"row {row} holds {own.length} tokens and not those from {start} to {stop}"
             )
-        states: tuple[tuple[Tensor, ...], ...] | None = None
-        if all(slot.reach(index, stop) == stop for slot in self._recurrent):
-            states = tuple(slot.state_at(index, stop) for slot in self._recurrent)
-        layers = tuple(slot.read(index, start, stop) for slot in self._memory)
-        return RowContent(start, stop, layers, states, self._kind)
+        return self._kept.read(index, start, stop)
 
     @torch.no_grad()
     def fork(self, row: int, copies: int = 1) -> list[int]:
@@ -149,9 +157,8 @@ class PooledCache(Cache):
         self._check_whole(own)
         joined = self._join(copies)
         for copy in joined:
-            self._copy(index, self._table.index(copy.id))
-            for slot in self._recurrent:
-                slot.share(own, copy)
+            self._kept.copy(index, self._table.index(copy.id))
+            self._kept.share(own, copy)
             copy.length = copy.finite = own.length
         self._count()
         return [copy.id for copy in joined]
@@ -164,10 +171,9 @@ class PooledCache(Cache):
             InputError: no row in use has this id.
         """
         own, index, last = self._row(row), self._table.index(row), len(self._table) - 1
-        for state in self._recurrent:
-            state.drop(own)
+        self._kept.drop(own)
         if index != last:
-            self._copy(last, index)
+            self._kept.copy(last, index)
             # What lies behind is of the row that left.
             self._table[last].finite = self._table[last].length
         self._table.leave(index)
@@ -187,20 +193,18 @@ class PooledCache(Cache):
         """
         own, index = self._row(row), self._table.index(row)
         self._check_whole(own)
-        for slot in self._recurrent:
+        for slot in self._kept.states:
             slot.take(index)
         return own.length
 
     def snapshots(self, row: int) -> list[int]:
         """Return the lengths of a row that it has copies of its states for."""
-        index = self._table.index(row)
-        return sorted(self._recurrent[0].taken(index)) if self._recurrent else []
+        index, states = self._table.index(row), self._kept.states
+        return sorted(states[0].taken(index)) if states else []
 
     def drop_snapshots(self, row: int, *lengths: int) -> None:
         """Forget the snapshots of a row at some lengths, or all."""
-        own = self._row(row)
-        for slot in self._recurrent:
-            slot.drop(own, lengths or None)
+        self._kept.drop(self._row(row), lengths or None)
 
     @torch.no_grad()
     def rewind(self, row: int, length: int) -> int:
@@ -215,8 +219,8 @@ class PooledCache(Cache):
         own, index = self._row(row), self._table.index(row)
         if not 0 <= length <= own.length:
             raise InputError(f"row {row} holds {own.length} tokens and cannot go back to {length}")
-        reached = min((slot.reach(index, length) for slot in self._recurrent), default=length)
-        for slot in self._recurrent:
+        reached = self._kept.reach(index, length)
+        for slot in self._kept.states:
             slot.back(index, reached)
         own.length, own.torn = reached, False
         self._count()
@@ -298,7 +302,14 @@ class PooledCache(Cache):
 
     @torch.no_grad()
     def snapshot(self) -> None:
-        """Copy the states of all rows, to go back to their present lengths, and no other copies."""
+        """Copy the states of all rows, to go back to their present lengths, and no other copies.
+
+        Raises:
+            InputError: a failed forward left a row ahead.
+        """
+        self._look_for_torn()
+        for row in self._table:
+            self._check_whole(row)
         super().snapshot()
 
     @torch.no_grad()
@@ -309,14 +320,14 @@ class PooledCache(Cache):
             InputError: these are more rows than the pool has.
         """
         self._table.check_free(len(indices) - len(self._table))
+        self._look_for_torn()
         before = list(self._table)
         super().batch_select_indices(indices)
         copies = self._table.select(indices.tolist())
-        for slot in self._recurrent:
-            for copy, row in copies:
-                slot.share(row, copy)
-            for row in set(before).difference(self._table):
-                slot.drop(row)
+        for copy, row in copies:
+            self._kept.share(row, copy)
+        for row in set(before).difference(self._table):
+            self._kept.drop(row)
         for index, row in enumerate(self._table):
             if index >= len(before) or before[index] is not row:
                 row.finite = row.length
@@ -325,13 +336,10 @@ class PooledCache(Cache):
     def reset(self) -> None:
         """Give all rows back and keep the memory."""
         super().reset()
+        self._running = []
         self._table.clear()
 
     # -- within ------------------------------------------------------------------------------------
-
-    @property
-    def _kind(self) -> str:
-        return self._memory[0].kind if self._memory else "states"
 
     def _row(self, row: int) -> Row:
         self._look_for_torn()
@@ -347,18 +355,12 @@ class PooledCache(Cache):
     def _join(self, rows: int) -> list[Row]:
         joined = self._table.join(rows)
         for row in joined:
-            for slot in self._recurrent:
+            for slot in self._kept.states:
                 slot.write(self._table.index(row.id), ())
         self._count()
         # What drafted for other rows has nothing to go on with.
         self.companion = None
         return joined
-
-    def _copy(self, source: int, target: int) -> None:
-        for slot in self._memory:
-            slot.copy(source, target)
-        for state in self._recurrent:
-            state.copy(source, target)
 
     def _count(self) -> None:
         """Take the lengths over from the table, when rows were changed."""
@@ -381,7 +383,7 @@ class PooledCache(Cache):
         for index, (row, own) in enumerate(zip(self._table, ends, strict=True)):
             start = max(row.finite, own)
             if start < end:
-                for slot in self._memory:
+                for slot in self._kept.tokens:
                     slot.clear(index, start, end)
 
     def _look_for_torn(self) -> None:
@@ -391,44 +393,9 @@ class PooledCache(Cache):
                 row.torn = True
             self._running, self._forward_unfinished = [], False
 
-    def _check(self, length: int, contents: Sequence[RowContent]) -> None:
-        """Check that contents can be put behind the first tokens of a row, before anything is."""
-        for content in contents:
-            if content.start != length:
-                raise InputError(
-                    f"the row holds {length} tokens and the content is of the slots "
-                    f"{content.start} to {content.stop}; give what follows"
-                )
-            length = content.stop
-            alike = len(content.layers) == len(self._memory) and content.kind == self._kind
-            if not alike:
-                raise InputError(
-                    f"the content is {content.kind} of {len(content.layers)} layers, and the pool "
-                    f"keeps {self._kind} of {len(self._memory)}; extract it from such a pool"
-                )
-            for slot, tensors in zip(self._memory, content.layers, strict=True):
-                slot.check(tensors)
-            for state, tensors in zip(self._recurrent, content.states or (), strict=False):
-                state.check(tensors)
-        if contents and contents[-1].states is None:
-            raise InputError(
-                f"the content up to slot {length} comes without the states of recurrent layers; "
-                "extract it where the row ends, or has a snapshot"
-            )
-        if length > self.capacity:
-            raise ContextLengthError(
-                f"the pool has room for capacity={self.capacity} tokens a row and the content is "
-                f"of {length}; make a larger one"
-            )
-
     def _write(self, row: Row, contents: Sequence[RowContent]) -> None:
-        index = self._table.index(row.id)
-        for content in contents:
-            for slot, tensors in zip(self._memory, content.layers, strict=True):
-                slot.write(index, content.start, tensors)
-            row.length = content.stop
-        row.finite = max(row.finite, row.length)
         if contents:
-            for state, tensors in zip(self._recurrent, contents[-1].states or (), strict=True):
-                state.write(index, tensors)
+            self._kept.write(self._table.index(row.id), contents)
+            row.length = contents[-1].stop
+            row.finite = max(row.finite, row.length)
         self._count()

@@ -18,7 +18,7 @@ from quintet.cache.segment import Segment
 from quintet.errors import InputError
 from quintet.ops.vector_codes import VectorCode
 
-__all__ = ["Buffers", "CodeRows", "DenseRows", "RowMemory"]
+__all__ = ["Buffers", "CodeRows", "DenseRows", "RowMemory", "TokenRows"]
 
 
 class RowMemory(AttentionSlot, Protocol):
@@ -103,8 +103,13 @@ class Buffers:
         return sum(x.nbytes for x in self.whole)
 
 
-class _TokenRows:
-    """Buffers (R, K, capacity, D)."""
+class TokenRows:
+    """Buffers (R, K, capacity, D); what they are made of tokens is said by `update` and `content`.
+
+    Args:
+        table: the rows in use.
+        capacity: how many tokens a row has room for.
+    """
 
     def __init__(self, table: RowTable, capacity: int) -> None:
         self.capacity = capacity
@@ -181,10 +186,10 @@ class _TokenRows:
         """The bytes taken, of rows that are free too."""
         return self._buffers.nbytes
 
-    # -- within ----------------------------------------------------------------------------------
+    # -- for kinds -------------------------------------------------------------------------------
 
-    def _store(self, new: Sequence[Tensor], segment: Segment) -> None:
-        """Store (B, K, T, D) of a segment."""
+    def store(self, new: Sequence[Tensor], segment: Segment) -> None:
+        """Put tensors (B, K, T, D), always as many, at the slots of a segment."""
         if not self._buffers.whole:
             self._allocate([x[0] for x in new])
             for index in range(len(self._table)):
@@ -195,7 +200,12 @@ class _TokenRows:
         for buffer, x in zip(held, new, strict=True):
             _write(buffer, x, segment)
 
-    def _first(self, length: int, rows: slice | None) -> tuple[Tensor, ...]:
+    def first(self, length: int, rows: slice | None) -> tuple[Tensor, ...]:
+        """Return what was stored of the first tokens of some rows, (B, K, length, D) each.
+
+        Raises:
+            InputError: nothing is stored yet.
+        """
         if not self._buffers.whole:
             raise InputError("this layer of the cache is empty; run the model with it first")
         held = (x[:, :, :length] for x in self._buffers.in_use())
@@ -206,14 +216,14 @@ class _TokenRows:
         self._buffers.allocate([x[:, :1].expand(-1, self.capacity, -1) for x in like])
 
 
-class DenseRows(_TokenRows):
+class DenseRows(TokenRows):
     """Keys and values, or latents and rotated keys, as they are."""
 
     kind: ClassVar[str] = "dense"
 
     def update(self, keys: Tensor, values: Tensor, segment: Segment) -> tuple[Tensor, Tensor]:
         """Store (B, K, T, D) of a segment and return all (B, K, S, D) its rows attend to."""
-        self._store((keys, values), segment)
+        self.store((keys, values), segment)
         return self.content(segment.keys, segment.rows)
 
     def room(self, segment: Segment) -> tuple[Tensor, Tensor] | None:
@@ -229,7 +239,7 @@ class DenseRows(_TokenRows):
         Raises:
             InputError: nothing is stored yet.
         """
-        keys, values = self._first(length, rows)
+        keys, values = self.first(length, rows)
         return keys, values
 
     @property
@@ -238,7 +248,7 @@ class DenseRows(_TokenRows):
         return self._buffers.whole[0].dtype if self._buffers.whole else None
 
 
-class CodeRows(_TokenRows):
+class CodeRows(TokenRows):
     """Keys and values in few bits: codes and scales of vectors, decoded one layer at a time."""
 
     def __init__(self, table: RowTable, capacity: int, code: VectorCode) -> None:
@@ -258,7 +268,7 @@ class CodeRows(_TokenRows):
             InputError: vectors of this size do not fill whole bytes.
         """
         self._dtype = keys.dtype
-        self._store((*self.code.encode(keys), *self.code.encode(values)), segment)
+        self.store((*self.code.encode(keys), *self.code.encode(values)), segment)
         return self.content(segment.keys, segment.rows)
 
     def content(self, length: int, rows: slice | None = None) -> tuple[Tensor, Tensor]:
@@ -267,7 +277,7 @@ class CodeRows(_TokenRows):
         Raises:
             InputError: nothing is stored yet.
         """
-        keys, key_scales, values, value_scales = self._first(length, rows)
+        keys, key_scales, values, value_scales = self.first(length, rows)
         return (
             self.code.decode(keys, key_scales, self._dtype),
             self.code.decode(values, value_scales, self._dtype),

@@ -105,7 +105,7 @@ class RowTable:
             own = row
             if any(row is other for other in kept):
                 own = self._new()
-                own.length = row.length
+                own.length, own.torn = row.length, row.torn
                 copies.append((own, row))
             kept.append(own)
         self._set(kept)

@@ -1,0 +1,101 @@
+"""What all layers of a pool keep of its rows."""
+
+from collections.abc import Iterable, Sequence
+
+from quintet.cache.content import RowContent
+from quintet.cache.row_memory import RowMemory
+from quintet.cache.rows import Row
+from quintet.cache.state_rows import StateRows
+from quintet.errors import ContextLengthError, InputError
+
+__all__ = ["RowMemories"]
+
+
+class RowMemories:
+    """The memories of all layers, for what concerns all of them.
+
+    Attributes:
+        tokens: of the layers with attention.
+        states: of the recurrent layers.
+    """
+
+    def __init__(self) -> None:
+        self.tokens: list[RowMemory] = []
+        self.states: list[StateRows] = []
+
+    @property
+    def kind(self) -> str:
+        """How tokens are kept."""
+        return self.tokens[0].kind if self.tokens else "states"
+
+    def read(self, index: int, start: int, stop: int) -> RowContent:
+        """Return a copy of some tokens of a row, with the states behind them if they are there."""
+        states = None
+        if self.reach(index, stop) == stop:
+            states = tuple(slot.state_at(index, stop) for slot in self.states)
+        layers = tuple(slot.read(index, start, stop) for slot in self.tokens)
+        return RowContent(start, stop, layers, states, self.kind)
+
+    def check(self, length: int, contents: Sequence[RowContent], capacity: int) -> None:
+        """Check that contents can be put behind the first tokens of a row, before anything is.
+
+        Raises:
+            InputError: they are not what follows, not of this kind of memory or model, or their
+                end comes without the states of recurrent layers.
+            ContextLengthError: they are longer than a row.
+        """
+        for content in contents:
+            if content.start != length:
+                raise InputError(
+                    f"the row holds {length} tokens and the content is of the slots "
+                    f"{content.start} to {content.stop}; give what follows"
+                )
+            length = content.stop
+            if len(content.layers) != len(self.tokens) or content.kind != self.kind:
+                raise InputError(
+                    f"the content is {content.kind} of {len(content.layers)} layers, and the pool "
+                    f"keeps {self.kind} of {len(self.tokens)}; extract it from such a pool"
+                )
+            for slot, tensors in zip(self.tokens, content.layers, strict=True):
+                slot.check(tensors)
+            for state, tensors in zip(self.states, content.states or (), strict=False):
+                state.check(tensors)
+        if contents and contents[-1].states is None:
+            raise InputError(
+                f"the content up to slot {length} comes without the states of recurrent layers; "
+                "extract it where the row ends, or has a snapshot"
+            )
+        if length > capacity:
+            raise ContextLengthError(
+                f"the pool has room for capacity={capacity} tokens a row and the content is of "
+                f"{length}; make a larger one"
+            )
+
+    def write(self, index: int, contents: Sequence[RowContent]) -> None:
+        """Put contents that were checked, at least one, into a row."""
+        for content in contents:
+            for slot, tensors in zip(self.tokens, content.layers, strict=True):
+                slot.write(index, content.start, tensors)
+        for state, tensors in zip(self.states, contents[-1].states or (), strict=True):
+            state.write(index, tensors)
+
+    def copy(self, source: int, target: int) -> None:
+        """Put what a row holds into another."""
+        for slot in self.tokens:
+            slot.copy(source, target)
+        for state in self.states:
+            state.copy(source, target)
+
+    def reach(self, index: int, length: int) -> int:
+        """Return the length that is nearest below the given one and can be gone back to."""
+        return min((slot.reach(index, length) for slot in self.states), default=length)
+
+    def share(self, source: Row, target: Row) -> None:
+        """Give a row the snapshots that another has."""
+        for slot in self.states:
+            slot.share(source, target)
+
+    def drop(self, row: Row, lengths: Iterable[int] | None = None) -> None:
+        """Forget a row's snapshots for some lengths, or all."""
+        for slot in self.states:
+            slot.drop(row, lengths)
