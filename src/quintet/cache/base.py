@@ -94,7 +94,7 @@ class StateSlot(CacheSlot, Protocol):
         ...
 
     def room(self) -> tuple[Tensor, Tensor] | None:
-        """Return the same for a caller to change in place, instead of `update`; None where not."""
+        """Return both, of all rows, for a caller to change instead of `update`; None where not."""
         ...
 
     def update(self, window: Tensor, state: Tensor, segment: Segment) -> None:

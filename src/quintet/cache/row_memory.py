@@ -58,34 +58,37 @@ class RowMemory(AttentionSlot, Protocol):
 
 
 class Buffers:
-    """Tensors (R, ...) of which the rows in use, the first ones, are handed out.
+    """Tensors (R, ...) of which the first rows are in use.
 
-    The same tensor objects come again while as many rows are in use: whoever remembers where they
-    are need not look again.
+    Attributes:
+        whole: the tensors; none before memory was taken.
     """
 
     def __init__(self, table: RowTable) -> None:
         self.table = table
         self.whole: tuple[Tensor, ...] = ()
-        self._in_use: dict[int, tuple[Tensor, ...]] = {}
 
     def allocate(self, like: Sequence[Tensor]) -> None:
         """Take memory for R rows of tensors (...) such as these, and do not touch it."""
-        # Not as tensors of inference mode, nor as views made in it: others could not write them.
+        # Tensors of inference mode could not be written outside of it.
         with torch.inference_mode(False), torch.no_grad():
             self.whole = tuple(
                 torch.empty(self.table.size, *x.shape, dtype=x.dtype, device=x.device) for x in like
             )
-        self._in_use.clear()
 
     def in_use(self) -> tuple[Tensor, ...]:
-        """Return the rows in use of each tensor; none before memory was taken."""
-        rows = len(self.table)
-        found = self._in_use.get(rows)
-        if found is None:
-            with torch.inference_mode(False), torch.no_grad():
-                found = self._in_use[rows] = tuple(x[:rows] for x in self.whole)
-        return found
+        """Return the rows in use of each tensor."""
+        return tuple(x[: len(self.table)] for x in self.whole)
+
+    def pair(self) -> tuple[Tensor, Tensor] | None:
+        """Return both tensors with all rows; None before memory was taken.
+
+        They are the same objects in every forward, which a kernel need not look at again.
+        """
+        if not self.whole:
+            return None
+        first, second = self.whole
+        return first, second
 
     def check(self, content: Sequence[Tensor], *axes: int) -> None:
         """Check that a row's content is as large as rows here, on some axes or all, and alike."""
@@ -152,7 +155,7 @@ class TokenRows:
     # -- as every slot ---------------------------------------------------------------------------
 
     def room(self, segment: Segment) -> tuple[Tensor, Tensor] | None:
-        """Return the buffers of the rows in use, for the caller to write; None where it cannot."""
+        """Return the buffers of all rows, for the caller to write; None where it cannot."""
         return None
 
     def select(self, rows: Tensor) -> None:
@@ -227,11 +230,8 @@ class DenseRows(TokenRows):
         return self.content(segment.keys, segment.rows)
 
     def room(self, segment: Segment) -> tuple[Tensor, Tensor] | None:
-        """Return the buffers of the rows in use, for the caller to write; None without memory."""
-        if not self._buffers.whole:
-            return None
-        keys, values = self._buffers.in_use()
-        return keys, values
+        """Return the buffers of all rows, for the caller to write; None without memory."""
+        return self._buffers.pair()
 
     def content(self, length: int, rows: slice | None = None) -> tuple[Tensor, Tensor]:
         """Return the first `length` keys and values of some rows in use, or all: (B, K, length, D).

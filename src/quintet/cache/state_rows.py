@@ -48,8 +48,8 @@ class StateRows:
         return window, state
 
     def room(self) -> tuple[Tensor, Tensor] | None:
-        """Return the same, for a caller to change in place."""
-        return self.content()
+        """Return window and state of all rows, for a caller to change in place."""
+        return self._buffers.pair()
 
     def update(self, window: Tensor, state: Tensor, segment: Segment) -> None:
         """Replace both, of the segment's rows, by what they are after a forward."""
