@@ -13,6 +13,7 @@ from quintet.cache import (
     Cache as Cache,
     DynamicCache as DynamicCache,
     OffloadedCache as OffloadedCache,
+    PooledCache as PooledCache,
     QuantizedCache as QuantizedCache,
     StaticCache as StaticCache,
 )
