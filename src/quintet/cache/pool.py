@@ -366,8 +366,10 @@ class PooledCache(Cache):
         """Take the lengths over from the table, when rows were changed."""
         lengths = [row.length for row in self._table]
         self._longest = max(lengths, default=0)
-        same = not lengths or min(lengths) == self._longest
-        self._lengths = self._longest if same else torch.tensor(lengths, dtype=torch.long)
+        if not lengths or min(lengths) == self._longest:
+            self._lengths = self._longest
+        else:
+            self._lengths = torch.tensor(lengths, dtype=torch.long, device="cpu")
 
     def _counted(self) -> None:
         """Give the lengths to the table, when a forward or a crop has changed them."""
