@@ -7,7 +7,6 @@ told of what a forward takes in, and few tokens stay one call for all layers.
 
 from collections.abc import Iterable, Mapping, Sequence
 
-import torch
 from torch import Tensor
 
 from quintet.cache.recurrent import Inputs
@@ -147,7 +146,8 @@ class StateRows:
         Raises:
             InputError: there is no copy.
         """
-        given = torch.as_tensor(lengths).expand(len(self._table)).tolist()
+        rows = len(self._table)
+        given = [lengths] * rows if isinstance(lengths, int) else lengths.expand(rows).tolist()
         for index, length in enumerate(given):
             if self.reach(index, length) != length:
                 raise InputError(
