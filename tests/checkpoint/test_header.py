@@ -128,7 +128,7 @@ def test_a_hundred_thousand_entries_are_checked_fast(tmp_path: Path) -> None:
     content = {f"t{i}": entry(offsets=[4 * i, 4 * i + 4]) for i in range(100_000)}
     path = tmp_path / "many.safetensors"
     path.write_bytes(framed(content, b"1234" * 100_000))
-    assert in_sums(lambda: read_header(path)) < 20
+    assert in_sums(lambda: read_header(path)) < 40
     assert len(read_header(path).tensors) == 100_000
 
 

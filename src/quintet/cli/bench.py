@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from quintet.cli.options import note, warnings_as_notes
+from quintet.cli.options import note, source_options, warnings_as_notes
 from quintet.errors import InputError
 
 if TYPE_CHECKING:
@@ -71,9 +71,7 @@ class _Numbers(click.ParamType[tuple[int, ...]]):
     type=click.Choice(["eager", "sdpa", "flash_attention_2"]),
     help="How attention is computed.",
 )
-@click.option("--revision", help="Branch, tag or commit of a hub id.")
-@click.option("--cache-dir", help="Where downloads are kept.")
-@click.option("--offline", is_flag=True, help="Never use the network.")
+@source_options
 @click.option("--json", "as_json", is_flag=True, help="As JSON.")
 @click.option("--quiet", "-q", is_flag=True, help="Nothing but the result.")
 def command(
@@ -132,9 +130,7 @@ def _open(
     quantize: str | None,
     device: str,
     attn_implementation: str | None,
-    revision: str | None,
-    cache_dir: str | None,
-    offline: bool,
+    **where: Any,
 ) -> tuple["CausalLMHead", float | None]:
     """Return a model, and the seconds from its files to its first token; None without files."""
     import torch
@@ -164,9 +160,7 @@ def _open(
         name,
         dtype=dtype,
         device_map=device,
-        revision=revision,
-        cache_dir=cache_dir,
-        local_files_only=offline,
+        **where,
         **overrides,
     )
     if not isinstance(model, CausalLMHead):

@@ -16,7 +16,6 @@ from quintet.cli.conversation import Conversation
 from quintet.cli.options import (
     Opened,
     choose,
-    drafting_options,
     model_options,
     note,
     open_model,
@@ -66,15 +65,7 @@ def command(
     reasoning: "Reasoning",
     seed: int | None,
     quiet: bool,
-    temperature: float | None,
-    max_new_tokens: int | None,
-    top_k: int | None,
-    top_p: float | None,
-    min_p: float | None,
-    repetition_penalty: float | None,
-    stop: tuple[str, ...],
-    mtp: bool,
-    draft: int | None,
+    sampling: dict[str, Any],
     **where: Any,
 ) -> None:
     """Talk with MODEL, a directory or hub id of a model with a chat template.
@@ -101,16 +92,7 @@ def command(
         options, generator, seed = choose(
             opened.model.device,
             seed,
-            {
-                "temperature": temperature,
-                "max_new_tokens": max_new_tokens,
-                "top_k": top_k,
-                "top_p": top_p,
-                "min_p": min_p,
-                "repetition_penalty": repetition_penalty,
-                "stop_strings": list(stop) or None,
-                **drafting_options(mtp, draft),
-            },
+            sampling,
             settings,
         )
         config = opened.model.generation_config.replace(**options)

@@ -5,7 +5,7 @@ from typing import Any, TypeVar
 
 import click
 
-from quintet.cli.options import warnings_as_notes
+from quintet.cli.options import source_options, warnings_as_notes
 from quintet.hub import CONFIG_PATTERNS, TOKENIZER_PATTERNS, locate, locate_weights
 
 __all__ = ["command", "run", "writing_options"]
@@ -17,9 +17,7 @@ def writing_options(command: Command) -> Command:
     """Add what `convert` and `quantize` share: where from, where to, and in which pieces."""
     for decorate in (
         click.option("--quiet", "-q", is_flag=True, help="Say nothing when it is done."),
-        click.option("--offline", is_flag=True, help="Never use the network."),
-        click.option("--cache-dir", help="Where downloads are kept."),
-        click.option("--revision", help="Branch, tag or commit of a hub id."),
+        source_options,
         click.option(
             "--max-shard-size",
             default="5GB",
@@ -59,19 +57,12 @@ def run(
     config: dict[str, Any] | None,
     dtype: str,
     max_shard_size: str,
-    revision: str | None,
-    cache_dir: str | None,
-    offline: bool,
     quiet: bool,
+    **where: Any,
 ) -> None:
     """Convert a model and say on standard error what came of it."""
     from quintet.conversion import convert
 
-    where: dict[str, Any] = {
-        "revision": revision,
-        "cache_dir": cache_dir,
-        "local_files_only": offline,
-    }
     locate(model, (*CONFIG_PATTERNS, *TOKENIZER_PATTERNS), **where)
     root = locate_weights(model, **where)
     with warnings_as_notes(quiet=quiet):

@@ -11,7 +11,6 @@ import click
 from quintet.cli.options import (
     Opened,
     choose,
-    drafting_options,
     model_options,
     note,
     open_model,
@@ -61,15 +60,7 @@ def command(
     echo: bool,
     seed: int | None,
     quiet: bool,
-    temperature: float | None,
-    max_new_tokens: int | None,
-    top_k: int | None,
-    top_p: float | None,
-    min_p: float | None,
-    repetition_penalty: float | None,
-    stop: tuple[str, ...],
-    mtp: bool,
-    draft: int | None,
+    sampling: dict[str, Any],
     **where: Any,
 ) -> None:
     """Continue PROMPT, or what is piped in, and print the text as it is made.
@@ -94,16 +85,7 @@ def command(
         options, generator, seed = choose(
             opened.model.device,
             seed,
-            {
-                "temperature": temperature,
-                "max_new_tokens": max_new_tokens,
-                "top_k": top_k,
-                "top_p": top_p,
-                "min_p": min_p,
-                "repetition_penalty": repetition_penalty,
-                "stop_strings": list(stop) or None,
-                **drafting_options(mtp, draft),
-            },
+            sampling,
             words,
         )
         config = opened.model.generation_config.replace(**options)

@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from quintet.cli.options import source_options
 from quintet.cli.output import show
 from quintet.errors import QuintetError, UnsupportedModelError
 from quintet.hub import demo_model
@@ -17,16 +18,12 @@ __all__ = ["command"]
 
 @click.command("info")
 @click.argument("model", required=False)
-@click.option("--revision", help="Branch, tag or commit of a hub id.")
-@click.option("--cache-dir", help="Where downloads are kept.")
-@click.option("--offline", is_flag=True, help="Never use the network.")
+@source_options
 @click.option("--json", "as_json", is_flag=True, help="As JSON.")
 def command(
     model: str | None,
-    revision: str | None,
-    cache_dir: str | None,
-    offline: bool,
     as_json: bool,
+    **where: Any,
 ) -> None:
     """Say what MODEL is: family, size, files, cache, tokenizer, and what it will run on.
 
@@ -34,11 +31,6 @@ def command(
     packaged demo model.
     """
     name = str(demo_model()) if model is None else model
-    where: dict[str, Any] = {
-        "revision": revision,
-        "cache_dir": cache_dir,
-        "local_files_only": offline,
-    }
     show(_facts(name, where), as_json)
 
 

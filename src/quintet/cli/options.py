@@ -1,5 +1,6 @@
 """Options that several commands share, and how a model is opened with them."""
 
+import functools
 import logging
 import os
 import sys
@@ -27,12 +28,12 @@ if TYPE_CHECKING:
 __all__ = [
     "Opened",
     "choose",
-    "drafting_options",
     "model_options",
     "note",
     "open_model",
     "read_stdin",
     "sampling_options",
+    "source_options",
     "warnings_as_notes",
     "with_default_length",
 ]
@@ -41,16 +42,26 @@ LARGEST_SEED = 2**32 - 1
 # Below so many parameters, threads cost more than they give (docs/lab-notes.md), and on a machine
 # that is busy they wait for each other many times longer than they compute.
 SMALL = 20_000_000
+_OF_GENERATE = ("max_new_tokens", "temperature", "top_k", "top_p", "min_p", "repetition_penalty")
 Command = TypeVar("Command", bound=Callable[..., Any])
+
+
+def source_options(command: Command) -> Command:
+    """Add the options that say where a model comes from, named as `from_pretrained` names them."""
+    for option in (
+        click.option("--offline", "local_files_only", is_flag=True, help="Never use the network."),
+        click.option("--cache-dir", help="Where downloads are kept."),
+        click.option("--revision", help="Branch, tag or commit of a hub id."),
+    ):
+        command = option(command)
+    return command
 
 
 def model_options(command: Command) -> Command:
     """Add the options that say which model runs where."""
     for option in (
         click.option("--quiet", "-q", is_flag=True, help="Nothing but the result."),
-        click.option("--offline", is_flag=True, help="Never use the network."),
-        click.option("--cache-dir", help="Where downloads are kept."),
-        click.option("--revision", help="Branch, tag or commit of a hub id."),
+        source_options,
         click.option(
             "--attn-implementation",
             type=click.Choice(["eager", "sdpa", "flash_attention_2"]),
@@ -65,8 +76,21 @@ def model_options(command: Command) -> Command:
     return command
 
 
-def sampling_options(command: Command) -> Command:
-    """Add the options that say how tokens are chosen; those of the checkpoint hold otherwise."""
+def sampling_options(command: Callable[..., None]) -> Callable[..., None]:
+    """Add the options that say how tokens are chosen; those of the checkpoint hold otherwise.
+
+    The command gets the seed, and a mapping `sampling` of options of `generate()`.
+    """
+
+    @functools.wraps(command)
+    def collecting(**given: Any) -> None:
+        mtp, draft, stop = (given.pop(name) for name in ("mtp", "draft", "stop"))
+        if draft is not None and not mtp:
+            raise InputError(f"--draft {draft} has no effect without --mtp; give both or neither")
+        sampling = {name: given.pop(name) for name in _OF_GENERATE}
+        sampling |= {"use_mtp": mtp or None, "num_assistant_tokens": draft}
+        command(sampling={**sampling, "stop_strings": list(stop) or None}, **given)
+
     for option in (
         click.option(
             "--seed", type=click.IntRange(0, LARGEST_SEED), help="Makes sampling repeatable."
@@ -81,8 +105,8 @@ def sampling_options(command: Command) -> Command:
         click.option("--temperature", "-t", type=float, help="0 always takes the likeliest token."),
         click.option("--max-new-tokens", "--max-tokens", "-n", type=click.IntRange(1)),
     ):
-        command = option(command)
-    return command
+        collecting = option(collecting)
+    return collecting
 
 
 def can_dim() -> bool:
@@ -177,12 +201,10 @@ def open_model(
     device: str,
     attn_implementation: str | None,
     threads: int | None,
-    revision: str | None,
-    cache_dir: str | None,
-    offline: bool,
     quantize: str | None = None,
+    **where: Any,
 ) -> Opened:
-    """Load a language model and its tokenizer.
+    """Load a language model and its tokenizer, from where `source_options` say.
 
     Raises:
         QuintetError: whatever keeps either from loading.
@@ -193,11 +215,6 @@ def open_model(
     from quintet.kernels.native import native
 
     started = time.perf_counter()
-    where: dict[str, Any] = {
-        "revision": revision,
-        "cache_dir": cache_dir,
-        "local_files_only": offline,
-    }
     given = {"attn_implementation": attn_implementation, "quantize": quantize}
     overrides = {key: value for key, value in given.items() if value is not None}
     tokenizer = AutoTokenizer.from_pretrained(name, **where)
@@ -242,17 +259,6 @@ def choose(
     given = drawn({**given, **parse(words)})
     seed = torch.seed() & LARGEST_SEED if seed is None else seed
     return given, torch.Generator(device).manual_seed(seed), seed
-
-
-def drafting_options(mtp: bool, draft: int | None) -> dict[str, Any]:
-    """Return generate()'s options of drafting.
-
-    Raises:
-        InputError: a number of tokens to draft, and nothing that drafts them.
-    """
-    if draft is not None and not mtp:
-        raise InputError(f"--draft {draft} has no effect without --mtp; give both or neither")
-    return {"use_mtp": mtp or None, "num_assistant_tokens": draft}
 
 
 def with_default_length(

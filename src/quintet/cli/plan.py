@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from quintet.cli.options import source_options
 from quintet.cli.output import show
 from quintet.errors import DoesNotFitError, InputError, OfflineError
 
@@ -35,9 +36,7 @@ HELD = "the files' own quantisation"
     multiple=True,
     help="Of a device, as 24GB or 8x80GB; may be given again.  [default: what this machine has]",
 )
-@click.option("--revision", help="Branch, tag or commit of a hub id.")
-@click.option("--cache-dir", help="Where downloads are kept.")
-@click.option("--offline", is_flag=True, help="Never use the network.")
+@source_options
 @click.option("--json", "as_json", is_flag=True, help="As JSON.")
 def command(
     model: str,
@@ -46,10 +45,8 @@ def command(
     context: int | None,
     batch: int,
     memory: tuple[str, ...],
-    revision: str | None,
-    cache_dir: str | None,
-    offline: bool,
     as_json: bool,
+    **where: Any,
 ) -> None:
     """Say whether MODEL fits, at which dtype, context and batch, and lay it out over devices.
 
@@ -58,11 +55,6 @@ def command(
     """
     from quintet.auto import AutoConfig
 
-    where: dict[str, Any] = {
-        "revision": revision,
-        "cache_dir": cache_dir,
-        "local_files_only": offline,
-    }
     config = AutoConfig.from_pretrained(model, **where)
     most = config.max_position_embeddings
     if context is not None and context > most:
