@@ -115,7 +115,7 @@ def test_any_schedule(family: Family, seed: int) -> None:
 @each
 def test_rows_are_used_again(family: Family) -> None:
     model = family.model_of()
-    engine = Engine(model, 1)
+    engine = Engine(model, 1, 32)
     for seed in range(3):
         prompt = prompt_of(4 + 5 * seed, seed)
         sequence = engine.sequence(prompt, max_new_tokens=4, **ENDS)
@@ -167,7 +167,7 @@ def run(engine: Engine, sequences: list[Sequence]) -> None:
 @each
 def test_what_goes_wrong_with_one_is_the_affair_of_that_one(family: Family) -> None:
     model = family.model_of()
-    engine = Engine(model, 5)
+    engine = Engine(model, 5, 32)
     options = {**ENDS, "max_new_tokens": 6, "min_new_tokens": 6}
     readers = [Reader(), Reader(fails_at=4)]
 
@@ -210,7 +210,7 @@ def test_a_forward_that_fails_can_be_done_again(
     family: Family, where: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model = family.model_of()
-    engine = Engine(model, 3)
+    engine = Engine(model, 3, 32)
     options = {**ENDS, "max_new_tokens": 5, "min_new_tokens": 5}
     prompts = [prompt_of(n, n) for n in (4, 9, 6)]
     sequences = [engine.sequence(prompt, **options) for prompt in prompts]
@@ -236,7 +236,7 @@ def test_a_forward_that_fails_can_be_done_again(
 
 
 def test_what_is_no_affair_of_one_sequence_is_refused_by_its_name() -> None:
-    engine = Engine(FAMILIES[0].model_of(), 1)
+    engine = Engine(FAMILIES[0].model_of(), 1, 32)
     for name, value in {
         "num_beams": 2,
         "use_cache": False,
@@ -258,7 +258,7 @@ def test_what_is_no_affair_of_one_sequence_is_refused_by_its_name() -> None:
 def test_rows_are_given_once_and_only_where_there_are_any() -> None:
     model = FAMILIES[0].model_of()
     with pytest.raises(InputError, match="rows=0"):
-        Engine(model, 0)
+        Engine(model, 0, 32)
     engine = Engine(model, 1, 10)
     one, other = (engine.sequence([7, 8, 9], max_new_tokens=4, **ENDS) for _ in range(2))
     with pytest.raises(InputError, match="not in this engine"):
@@ -283,7 +283,7 @@ def test_rows_are_given_once_and_only_where_there_are_any() -> None:
 
 def test_two_engines_and_generate_share_a_model() -> None:
     model = FAMILIES[0].model_of()
-    engines = [Engine(model, 2) for _ in range(2)]
+    engines = [Engine(model, 2, 32) for _ in range(2)]
     prompts = [prompt_of(n, n) for n in (4, 9)]
     sequences = [
         engine.sequence(prompt, max_new_tokens=5, **ENDS)

@@ -6,7 +6,6 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from quintet.configuration.base import PreTrainedConfig
 from quintet.errors import ContextLengthError, InputError
 from quintet.generation import plan
 from quintet.generation.arguments import check_arguments
@@ -51,7 +50,6 @@ _OF_A_CALL: abc.Mapping[str, tuple[object, ...]] = {
 class Served(Cached, Protocol):
     """What an engine needs of a model."""
 
-    config: PreTrainedConfig
     generation_config: GenerationConfig
 
 
@@ -64,16 +62,14 @@ class Engine:
     Args:
         model: a model with a language-modelling head.
         rows: how many sequences there is room for at once.
-        capacity: how many tokens a sequence may have with its prompt; the model's context if not
-            given.
+        capacity: how many tokens a row holds: a sequence's prompt, and what it gets but the last.
 
     Raises:
         InputError: there is no row, or the capacity is beyond the model's context.
     """
 
-    def __init__(self, model: Served, rows: int, capacity: int | None = None) -> None:
+    def __init__(self, model: Served, rows: int, capacity: int) -> None:
         context = model.config.max_position_embeddings
-        capacity = context if capacity is None else capacity
         if rows < 1 or not 1 <= capacity <= context:
             raise InputError(
                 f"an engine with rows={rows} of capacity={capacity} cannot be: it has at least "
@@ -81,7 +77,7 @@ class Engine:
             )
         self.model = model
         self.capacity = capacity
-        self._rows = Rows(model, rows)
+        self._rows = Rows(model, rows, capacity)
         # Which row of the cache each sequence has.
         self._placed: dict[Sequence, int] = {}
         self._choosing = Choosing([])
@@ -94,7 +90,7 @@ class Engine:
     @property
     def nbytes(self) -> int:
         """The bytes that the rows hold."""
-        return self._rows.nbytes
+        return self._rows.cache.nbytes
 
     @torch.no_grad()
     def sequence(

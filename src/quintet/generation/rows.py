@@ -1,27 +1,27 @@
-"""The rows that sequences have in an engine, and the forward over some of them."""
+"""The rows that sequences have in an engine, and one forward over what some are given."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
-from quintet.cache import Cache
+from quintet.cache import Cache, PooledCache
+from quintet.configuration.base import PreTrainedConfig
 
 __all__ = ["Cached", "Piece", "Rows"]
 
 
 class Cached(Protocol):
-    """What rows need of a model: a forward that continues from a cache."""
+    """What rows need of a model: a forward that continues from the rows of a cache."""
+
+    config: PreTrainedConfig
 
     @property
     def device(self) -> torch.device:
         """Where it takes ids."""
-        ...
-
-    def new_cache(self) -> Cache:
-        """Return an empty cache of the kind the model grows."""
         ...
 
     def __call__(
@@ -30,10 +30,11 @@ class Cached(Protocol):
         *,
         past_key_values: Cache,
         use_cache: bool,
-        logits_to_keep: int,
+        logits_to_keep: int | Tensor,
         return_dict: bool,
+        cu_seq_lens_q: Tensor | None = None,
     ) -> Any:
-        """Return an output with `logits` (B, logits_to_keep, V)."""
+        """Return an output with the `logits` that are kept."""
         ...
 
 
@@ -53,60 +54,87 @@ class Piece:
 
 
 class Rows:
-    """Rows of memory for as many sequences as may be under way at once.
+    """Rows of a pool, for as many sequences as may be under way at once.
 
     Args:
         model: what runs.
         count: how many rows there are.
+        capacity: how many tokens each may hold.
     """
 
-    def __init__(self, model: Cached, count: int) -> None:
-        self.model = model
-        self._caches: dict[int, Cache] = {}
-        self._free = list(range(count))[::-1]
+    def __init__(self, model: Cached, count: int, capacity: int) -> None:
+        self.model, self.count = model, count
+        self.cache = PooledCache(model.config, count, capacity)
+        # Nobody else has this cache.
+        self.cache.keeps_layers = True
 
     def open(self) -> int | None:
         """Return an empty row; None where all are taken."""
-        if not self._free:
-            return None
-        row = self._free.pop()
-        self._caches[row] = cache = self.model.new_cache()
-        cache.keeps_layers = True
-        return row
+        return None if len(self.cache.rows) == self.count else self.cache.join()
 
     def close(self, row: int) -> None:
         """Give a row back."""
-        del self._caches[row]
-        self._free.append(row)
+        self.cache.free(row)
 
     def rewind(self, row: int, length: int) -> int:
         """Take a row back to a length, or to the nearest one before that it can go back to."""
-        cache = self._caches[row]
-        if length and not cache.states:
-            cache.crop(length)
-            return length
-        cache.reset()
-        return 0
-
-    @property
-    def nbytes(self) -> int:
-        """The bytes that are held."""
-        return sum(cache.nbytes for cache in self._caches.values())
+        return self.cache.rewind(row, length)
 
     def run(self, pieces: Sequence[Piece]) -> Tensor:
         """Run over the pieces in one forward, and return the logits (N, V) that are kept of each.
 
-        Where this raises, the rows of the pieces hold what they held, or have to be cleared.
+        Where this raises, the rows of the pieces have to be taken back to what they held.
         """
-        made = []
         for piece in pieces:
-            ids = torch.tensor([piece.ids], dtype=torch.long, device=self.model.device)
-            output = self.model(
-                ids,
-                past_key_values=self._caches[piece.row],
-                use_cache=True,
-                logits_to_keep=max(piece.keep, 1),
-                return_dict=True,
-            )
-            made.append(output.logits[0, output.logits.shape[1] - piece.keep :])
-        return torch.cat(made)
+            if piece.keep > 1:
+                # The way back from a draft that does not hold.
+                self.cache.drop_snapshots(piece.row)
+                self.cache.snapshot_row(piece.row)
+        places = [self.cache.index(piece.row) for piece in pieces]
+        given: list[Piece | None] = [None] * len(self.cache.rows)
+        for place, piece in zip(places, pieces, strict=True):
+            given[place] = piece
+        lengths = [0 if piece is None else len(piece.ids) for piece in given]
+        keeps = [0 if piece is None else piece.keep for piece in given]
+        ids = [token for piece in given if piece is not None for token in piece.ids]
+        T = lengths[0]
+        if lengths.count(T) == len(lengths) and keeps.count(keeps[0]) == len(keeps):
+            logits = self._rectangle(ids, T, keeps[0])
+        else:
+            logits = self._packed(ids, lengths, keeps)
+        if places == sorted(places):
+            return logits
+        parts = torch.split(logits, keeps)
+        return torch.cat([parts[place] for place in places])
+
+    def _rectangle(self, ids: list[int], T: int, keep: int) -> Tensor:
+        rows = torch.tensor(ids, dtype=torch.long, device=self.model.device).view(-1, T)
+        output = self.model(
+            rows,
+            past_key_values=self.cache,
+            use_cache=True,
+            logits_to_keep=max(keep, 1),
+            return_dict=True,
+        )
+        kept: Tensor = output.logits[:, output.logits.shape[1] - keep :]
+        return kept.flatten(0, 1)
+
+    def _packed(self, ids: list[int], lengths: list[int], keeps: list[int]) -> Tensor:
+        device = self.model.device
+        ends = list(accumulate(lengths, initial=0))
+        kept = [
+            token
+            for end, keep in zip(ends[1:], keeps, strict=True)
+            for token in range(end - keep, end)
+        ]
+        output = self.model(
+            torch.tensor([ids], dtype=torch.long, device=device),
+            cu_seq_lens_q=torch.tensor(ends, dtype=torch.long, device=device),
+            past_key_values=self.cache,
+            use_cache=True,
+            # Of no tokens at all, logits are not made.
+            logits_to_keep=torch.tensor(kept or [0], dtype=torch.long, device=device),
+            return_dict=True,
+        )
+        logits: Tensor = output.logits[0]
+        return logits[: len(kept)]
