@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from conformance.families import FAMILIES, Family, each
+from quintet.cache import RowContent
 from quintet.errors import ContextLengthError, InputError
 from quintet.generation.engine import Engine
 from quintet.generation.processors.base import LogitsProcessor
@@ -56,6 +57,7 @@ class Case:
     options: dict[str, Any]
     seed: int
     sequence: Sequence = field(init=False)
+    kept: tuple[RowContent, ...] = ()
 
     def generator(self) -> torch.Generator:
         return torch.Generator().manual_seed(self.seed)
@@ -81,7 +83,7 @@ def cases(engine: Engine, dice: random.Random, count: int) -> list[Case]:
 @pytest.mark.parametrize("seed", range(SCHEDULES))
 @pytest.mark.filterwarnings("ignore:.*has no effect without:UserWarning")
 def test_any_schedule(family: Family, seed: int) -> None:
-    """Some wait, some leave halfway and come again, and prompts are read in pieces of any size."""
+    """Some wait, some leave halfway and come again, with what their row held or without it."""
     model, dice = family.model_of(), random.Random(seed)
     rows = dice.randint(1, 4)
     engine = Engine(model, rows, 64)
@@ -91,7 +93,7 @@ def test_any_schedule(family: Family, seed: int) -> None:
     for _ in range(1000):
         while waiting and len(under_way) < rows:
             under_way.append(waiting.pop(0))
-            engine.add(under_way[-1].sequence)
+            engine.add(under_way[-1].sequence, *under_way[-1].kept)
         if not under_way:
             break
         some = dice.sample(under_way, dice.randint(1, len(under_way)))
@@ -103,6 +105,9 @@ def test_any_schedule(family: Family, seed: int) -> None:
         if dice.random() < 0.15:
             leaving = leaving or [dice.choice(under_way)]
         for case in leaving:
+            case.kept = ()
+            if dice.random() < 0.5:
+                case.kept = (engine.extract(case.sequence),)
             engine.remove(case.sequence)
             under_way.remove(case)
             if not case.sequence.finished:
@@ -125,6 +130,29 @@ def test_rows_are_used_again(family: Family) -> None:
         engine.remove(sequence)
         expected = model.generate(prompt, max_new_tokens=4, **ENDS)[0, prompt.shape[1] :]
         assert sequence.new == expected.tolist()
+
+
+@each
+def test_what_begins_alike_is_read_once(family: Family) -> None:
+    model = family.model_of()
+    engine = Engine(model, 3, 32)
+    options = {**ENDS, "max_new_tokens": 5, "min_new_tokens": 5}
+    prompt, behind = prompt_of(9, 0), [prompt_of(n, n) for n in (1, 4)]
+    first = engine.sequence(prompt, **options)
+    engine.add(first)
+    engine.step([first])
+    shared = engine.extract(first)
+    with pytest.raises(InputError, match="9 tokens and the sequence has 9"):
+        engine.add(engine.sequence(prompt, **options), shared)
+    texts = [torch.cat((prompt, more), dim=1) for more in behind]
+    others = [engine.sequence(text, **options) for text in texts]
+    for other in others:
+        engine.add(other, shared)
+    assert [other.waiting for other in others] == [1, 4]
+    while not all(one.finished for one in engine.sequences):
+        engine.step(engine.sequences)
+    for text, one in zip((prompt, *texts), (first, *others), strict=True):
+        assert one.new == model.generate(text, **options)[0, text.shape[1] :].tolist()
 
 
 class Broken(LogitsProcessor):

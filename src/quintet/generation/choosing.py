@@ -75,13 +75,14 @@ class Choosing:
         """
         made: list[int | Exception] = [-1] * len(self.samplers)
         scores = logits.to(torch.float32)
-        if self._reading and scores.data_ptr() == logits.data_ptr():
-            scores = scores.clone()
+        read = list(torch.split(scores, 1)) if self._reading else []
         for row in self._reading:
             try:
-                scores[row] = self.samplers[row].read(text_of(row), scores[row : row + 1])[0]
+                read[row] = self.samplers[row].read(text_of(row), read[row])
             except Exception as error:
                 made[row] = error
+        if read:
+            scores = read[0] if len(read) == 1 else torch.cat(read)
         for group in self._groups:
             self._take(group, scores, steps, made)
         return made

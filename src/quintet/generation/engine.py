@@ -6,6 +6,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from quintet.cache import RowContent
 from quintet.errors import ContextLengthError, InputError
 from quintet.generation import plan
 from quintet.generation.arguments import check_arguments
@@ -165,11 +166,17 @@ class Engine:
 
     # -- coming and going --------------------------------------------------------------------
 
-    def add(self, sequence: Sequence) -> None:
+    def add(self, sequence: Sequence, *contents: RowContent) -> None:
         """Give a sequence a row; one that was removed goes on where it was.
 
+        Args:
+            sequence: what is to take part in steps.
+            contents: what was extracted for its first ids, from its own row or from that of
+                another that begins alike; these need not be run over.
+
         Raises:
-            InputError: it has a row, has ended, or there is none.
+            InputError: it has a row, has ended, or there is none; or contents are not of its first
+                ids, with at least one left to run over.
             ContextLengthError: it may become longer than a row.
         """
         if sequence in self._placed:
@@ -185,14 +192,30 @@ class Engine:
                 f"a prompt of {sequence.prompt_length} and {sequence.room} new tokens do not fit "
                 f"a row of {self.capacity}; set max_new_tokens, or make an engine of more capacity"
             )
-        row = self._rows.open()
+        held = contents[-1].stop if contents else 0
+        if held >= len(sequence.ids):
+            raise InputError(
+                f"the contents are of {held} tokens and the sequence has {len(sequence.ids)}; "
+                "leave at least one for the next step, as in extract(sequence, 0, n)"
+            )
+        row = self._rows.open(*contents)
         if row is None:
             raise InputError(
                 f"all {len(self._placed)} rows are taken; remove a sequence, or make an engine "
                 "with more rows"
             )
-        sequence.computed = 0
+        sequence.computed = held
         self._placed[sequence] = row
+
+    def extract(self, sequence: Sequence, start: int = 0, stop: int | None = None) -> RowContent:
+        """Return a copy of what the row of a sequence holds of its ids, from one to another.
+
+        With recurrent layers, only up to where it is now can it be gone on from.
+
+        Raises:
+            InputError: it has no row, or the row does not hold these.
+        """
+        return self._rows.cache.extract(self._row(sequence), start, stop)
 
     def remove(self, sequence: Sequence) -> None:
         """Take back the row of a sequence; the others' memory stays where it is.

@@ -8,7 +8,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from quintet.cache import Cache, PooledCache
+from quintet.cache import Cache, PooledCache, RowContent
 from quintet.configuration.base import PreTrainedConfig
 
 __all__ = ["Cached", "Piece", "Rows"]
@@ -68,9 +68,9 @@ class Rows:
         # Nobody else has this cache.
         self.cache.keeps_layers = True
 
-    def open(self) -> int | None:
-        """Return an empty row; None where all are taken."""
-        return None if len(self.cache.rows) == self.count else self.cache.join()
+    def open(self, *contents: RowContent) -> int | None:
+        """Return a row that holds what was extracted, or nothing; None where all are taken."""
+        return None if len(self.cache.rows) == self.count else self.cache.join(*contents)
 
     def close(self, row: int) -> None:
         """Give a row back."""
