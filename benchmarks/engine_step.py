@@ -63,6 +63,7 @@ def measure(model: Any, rows: int, steps: int, options: dict[str, Any]) -> tuple
 
 
 def main() -> None:
+    """Print the table."""
     arguments = argparse.ArgumentParser(description=__doc__)
     arguments.add_argument("--steps", type=int, default=120)
     arguments.add_argument("--threads", type=int, default=1)
