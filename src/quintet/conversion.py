@@ -39,7 +39,7 @@ __all__ = ["Converted", "convert"]
 
 @dataclass(frozen=True, slots=True)
 class Converted:
-    """What a conversion did.
+    """The bytes and names of a conversion.
 
     Attributes:
         read: bytes of weights that were read.

@@ -87,7 +87,7 @@ class CheckpointError(QuintetError, ValueError):
 
 
 class SaveError(QuintetError, OSError):
-    """Writing failed; what was there before is untouched."""
+    """Writing failed; the old files are untouched."""
 
     exit_code = 7
 
@@ -103,7 +103,7 @@ class ChatTemplateError(TokenizerError):
 
 
 class UnsupportedBackendError(QuintetError, ValueError):
-    """A kernel or backend that cannot serve what was asked of it."""
+    """A kernel or backend cannot serve a request."""
 
     exit_code = 2
 
@@ -119,7 +119,7 @@ class MissingDependencyError(QuintetError, ImportError):
 
 
 def listed(names: list[str], most: int = 10) -> str:
-    """Write at most `most` names, one an indented line, and say how many were left out."""
+    """Write at most `most` names, one an indented line, and the number of the others."""
     shown = [f"  {name}" for name in names[:most]]
     if len(names) > most:
         shown.append(f"  … and {len(names) - most} more")

@@ -109,7 +109,7 @@ def locate(
 
 
 class Pushable:
-    """What is saved into a directory, and so into a repository on the hub."""
+    """An object that is saved into a directory, and so into a repository on the hub."""
 
     def save_pretrained(self, save_directory: str | os.PathLike[str]) -> Any:
         """Write everything into a directory."""

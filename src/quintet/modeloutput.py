@@ -88,7 +88,7 @@ class ModelOutput(OrderedDict[str, Any]):
             object.__delattr__(self, name)
 
     def pop(self, name: str, *default: Any) -> Any:
-        """Set a field to None and return what it was, or the default where it was None."""
+        """Set a field to None and return its value, or the default if that was None."""
         if name not in self and default:
             return default[0]
         value = self[name]
@@ -96,7 +96,7 @@ class ModelOutput(OrderedDict[str, Any]):
         return value
 
     def popitem(self, last: bool = True) -> tuple[str, Any]:
-        """Set the last field, or the first one, to None and return its name and what it was."""
+        """Set the last field, or the first one, to None and return its name and value."""
         name = next(reversed(self) if last else iter(self))
         return name, self.pop(name)
 

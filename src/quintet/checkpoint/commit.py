@@ -99,7 +99,7 @@ def put_in_place(staged: Staged) -> list[Path]:
 
 
 def clean_up(directory: Path) -> None:
-    """Remove what interrupted saves left, and take back what they had half done.
+    """Remove the files of interrupted saves, and undo their half-done moves.
 
     Raises:
         OSError: a text file could not be restored.

@@ -57,7 +57,7 @@ def read_consistently(directory: Path, read: Callable[[], T], *, variant: str | 
 
 
 def recover(directory: Path) -> bool:
-    """Take back what a save that died had half done; tell whether nothing is half done by others.
+    """Undo the half-done moves of a save that died; tell whether no other save is half done.
 
     Where that cannot be done, `Checkpoint.open` refuses the directory.
     """

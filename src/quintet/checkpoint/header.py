@@ -60,7 +60,7 @@ _FIELDS = {"dtype", "shape", "data_offsets"}
 
 @dataclass(frozen=True, slots=True)
 class TensorInfo:
-    """What a file says of a tensor, before its data is read."""
+    """The entry of a tensor in the header of its file."""
 
     name: str
     dtype: torch.dtype

@@ -35,7 +35,7 @@ SAVE_ID = "save_id"
 
 @dataclass(frozen=True, slots=True)
 class Names:
-    """What the files of weights are called, with a variant in each: `model.fp16.safetensors`.
+    """The names of weight files, with a variant in each: `model.fp16.safetensors`.
 
     Raises:
         InputError: the variant cannot be a part of a file's name.

@@ -13,7 +13,7 @@ __all__ = ["MappedFile"]
 
 
 class MappedFile:
-    """A file mapped privately: what is written to a view reaches neither file nor readers.
+    """A file mapped privately: writes to a view reach neither the file nor its readers.
 
     The views keep the mapping alive; a file that is replaced meanwhile stays what it was.
     """

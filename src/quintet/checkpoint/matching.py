@@ -1,4 +1,4 @@
-"""What a model expects beside what a checkpoint holds."""
+"""The tensors a model expects, compared with those of a checkpoint."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -57,7 +57,7 @@ class Difference:
 
 
 def compare(expected: Mapping[str, Shape], found: Mapping[str, TensorInfo]) -> Difference:
-    """Hold the names and shapes a model expects against those a checkpoint holds."""
+    """Compare the names and shapes that a model expects with those of a checkpoint."""
     missing = [name for name in expected if name not in found]
     unexpected = [name for name in found if name not in expected]
     mismatched = [

@@ -115,7 +115,7 @@ class Checkpoint:
         return self._stream(by_file)
 
     def forget(self, name: str) -> None:
-        """Let go of the memory that looking at a tensor took, once its values are elsewhere.
+        """Release the pages of a tensor, once its values are elsewhere.
 
         Its view can still be read. What was written to it is lost.
         """

@@ -20,7 +20,7 @@ __all__ = ["Headers", "read_headers"]
 
 @dataclass(frozen=True, slots=True)
 class Headers:
-    """What the heads of the files say.
+    """The sizes and dtypes in the headers of the files.
 
     Attributes:
         total_bytes: of the data of all tensors.
@@ -44,7 +44,7 @@ def read_headers(
     local_files_only: bool = False,
     subfolder: str = "",
 ) -> Headers:
-    """Read the heads of a model's weights, from the hub only what they are long.
+    """Read the headers of a model's weights; of files on the hub, nothing else.
 
     Raises:
         ModelNotFoundError: no such model.

@@ -19,13 +19,13 @@ class Weights(Protocol):
 
     @property
     def tensors(self) -> Mapping[str, TensorInfo]:
-        """What there is, by name."""
+        """The entries of the tensors, by name."""
 
     def read(self, names: Iterable[str]) -> Iterator[tuple[str, Tensor]]:
         """Yield tensors, each once, in the order in which they are best read."""
 
     def forget(self, name: str) -> None:
-        """Let go of the memory that looking at a tensor took."""
+        """Release the pages of a tensor."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,5 +103,5 @@ class Renamed:
             yield new_names[name], tensor
 
     def forget(self, name: str) -> None:
-        """Let go of the memory that looking at a tensor took."""
+        """Release the pages of a tensor."""
         self.weights.forget(self.tensors[name].name)

@@ -14,7 +14,7 @@ __all__ = ["taking_caches"]
 
 
 def taking_caches(forward: Callable[..., Any]) -> Callable[..., Any]:
-    """Let a forward take Transformers' caches: they are copied, and a cache of ours comes back."""
+    """Make a forward take Transformers' caches: it copies them, and returns a cache of ours."""
 
     @functools.wraps(forward)
     def run(model: PreTrainedModel, *args: Any, **inputs: Any) -> Any:

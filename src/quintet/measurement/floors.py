@@ -46,7 +46,7 @@ class StepBytes:
 
 
 def step_bytes(model: CausalLMHead, cache: Cache, batch: int, depth: int) -> StepBytes:
-    """Count what a step of `batch` tokens reads at `depth`, with a cache of one token a row."""
+    """Count the bytes a step of `batch` tokens reads at `depth`, given a cache of one token."""
     held = 0
     for slot, window in zip(cache.layers, _windows(model), strict=True):
         if slot is not None:

@@ -22,7 +22,7 @@ _READ_BYTES = 192 * 2**20
 
 @dataclass(frozen=True, slots=True)
 class Machine:
-    """What a result was measured on.
+    """The machine that a result was measured on.
 
     Attributes:
         cpu: as it names itself.

@@ -23,7 +23,7 @@ __all__ = ["Pipeline", "Rows", "replaced", "unpadded"]
 
 @dataclass(frozen=True, slots=True)
 class Rows:
-    """A padded batch: ids and mask (B, T), and how many tokens each row has."""
+    """A padded batch: ids and mask (B, T), and the number of tokens of each row."""
 
     input_ids: Tensor
     attention_mask: Tensor
@@ -39,7 +39,7 @@ class _Job:
 
 
 class Pipeline(ABC):
-    """A model, its tokenizer, and what a task makes of them.
+    """A model and its tokenizer, at work on a task.
 
     An input is cut into parts (`preprocess`; mostly one), parts of several inputs run together
     (`forward`), and the outputs of an input's parts become its result (`postprocess`).
@@ -101,7 +101,7 @@ class Pipeline(ABC):
 
     @property
     def device(self) -> torch.device:
-        """Where the model is."""
+        """The model's device."""
         return self.model.device
 
     @property
@@ -144,7 +144,7 @@ class Pipeline(ABC):
 
     @property
     def longest(self) -> int:
-        """How many tokens model and tokenizer both have room for."""
+        """The number of tokens that model and tokenizer both have room for."""
         return min(self.tokenizer.model_max_length, self.model.config.max_position_embeddings)
 
     def check_length(self, tokens: int, remedy: str) -> None:
@@ -175,7 +175,7 @@ class Pipeline(ABC):
         )
 
     def run(self, ids: Sequence[Sequence[int]], **inputs: Any) -> tuple[Any, list[int]]:
-        """Return the model's output for padded rows, and how many tokens each row has."""
+        """Run the model over padded rows; return its output and the length of each row."""
         rows = self.rows(ids)
         with torch.no_grad():
             output = self.model(

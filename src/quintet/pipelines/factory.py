@@ -91,7 +91,7 @@ def pipeline(
     model_kwargs: Mapping[str, Any] | None = None,
     **options: Any,
 ) -> Pipeline:
-    """Load what a task needs and return it as one callable.
+    """Load model and tokenizer of a task and return them as one callable.
 
     Args:
         task: one of `TASKS`, or "sentiment-analysis" or "ner"; if not given, what the model is for.

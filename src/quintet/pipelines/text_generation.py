@@ -92,7 +92,7 @@ class Options:
 
 @dataclass(frozen=True, slots=True)
 class Prompt:
-    """A prompt: what was given, and its ids."""
+    """A prompt: a text or a chat, and its ids."""
 
     item: str | Chat
     ids: list[int]
@@ -101,7 +101,7 @@ class Prompt:
 
 @dataclass(frozen=True, slots=True)
 class Output:
-    """What was generated for a prompt.
+    """The sequences generated for a prompt.
 
     Attributes:
         prompt: the length of the batch's prompts.

@@ -55,7 +55,7 @@ class Options:
 
 @dataclass(frozen=True, slots=True)
 class Token:
-    """A token of the text: how it is spelt, where it stands, and its scores (num_labels,)."""
+    """A token of the text: its spelling, its place, and its scores (num_labels,)."""
 
     word: str
     start: int
@@ -150,7 +150,7 @@ class TokenClassificationPipeline(Pipeline):
     def postprocess(
         self, parts: Sequence[TextWindow], outputs: list[Tensor], options: Options
     ) -> list[dict[str, Any]]:
-        """Put tokens together, and leave out what is not wanted."""
+        """Join tokens to entities, without the labels to ignore."""
         found = []
         for part, scores in zip(parts, outputs, strict=True):
             tokens = list(self._tokens(part, scores))

@@ -40,7 +40,7 @@ class Encoded:
 
 @dataclass(frozen=True, slots=True)
 class Slot:
-    """Where a matrix, or a stack of them, goes in a quantised model."""
+    """The place of a matrix, or a stack of them, in a quantised model."""
 
     module: Quantized
     name: str
@@ -176,7 +176,7 @@ def freeze(model: nn.Module) -> None:
 
 
 def tie(alias: nn.Module, source: nn.Module) -> bool:
-    """Let a quantised head read the rows of a quantised embedding; tell whether both are such."""
+    """Share the rows of a quantised embedding with a quantised head; tell whether both are such."""
     if not (isinstance(alias, QuantizedLinear) and isinstance(source, QuantizedEmbedding)):
         return False
     for suffix in source.format.parts(source.matrices["weight"][0]):
@@ -206,7 +206,7 @@ def cut(weight: Tensor | Encoded, shape: Shape, P: int) -> list[Tensor | Encoded
 def part_state(
     model: nn.Module, tensors: Mapping[str, Tensor], tied: Container[str]
 ) -> tuple[dict[str, Tensor], dict[str, tuple[Quantized, str, dict[str, Tensor]]]]:
-    """Part a state dict into what is plain, and the parts of each quantised matrix by its name.
+    """Split a state dict into plain tensors, and the parts of each quantised matrix by its name.
 
     Names in `tied` are second ones, and matrices under them are left out.
     """

@@ -127,7 +127,7 @@ class CodesFormat(WeightFormat):
     def pack(
         self, weight: str, parts: Parts, shape: Shape, dtype: torch.dtype
     ) -> dict[str, Tensor]:
-        """Name the parts as they are written; `dtype` is what the model computes in."""
+        """Name the parts as they are on disk; `dtype` is the model's."""
         names = {key: name for key, (name, _) in self.files(weight, shape).items()}
         state: dict[str, object] = {
             "quant_type": self.kind,

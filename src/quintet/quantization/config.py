@@ -231,7 +231,7 @@ class BitsAndBytesConfig(QuantizationConfig):
         return Scheme(weights, None if skip is None else weights, tuple(skip or ()), compute)
 
     def stored(self, weight: str, shape: Shape, tensors: Tensors) -> WeightFormat | None:
-        """Return the format a file holds a matrix in; which of bitsandbytes', its names tell."""
+        """Return the format of a matrix in its file; the names tell those of bitsandbytes apart."""
         if weight not in tensors or tensors[weight].dtype.is_floating_point:
             return None
         if tensors[weight].dtype == torch.int8:

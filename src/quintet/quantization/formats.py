@@ -81,7 +81,7 @@ class WeightFormat(ABC):
     def linears(
         self, x: Tensor, maps: Sequence[tuple[Parts, Shape, Tensor | None]]
     ) -> Sequence[Tensor]:
-        """Return x wᵀ + b for several matrices, in one pass where that is faster."""
+        """Return x wᵀ + b for several matrices, in one pass if that is faster."""
         return [self.linear(x, *one) for one in maps]
 
     # -- on disk -----------------------------------------------------------------------------
@@ -98,7 +98,7 @@ class WeightFormat(ABC):
     def pack(
         self, weight: str, parts: Parts, shape: Shape, dtype: torch.dtype
     ) -> dict[str, Tensor]:
-        """Name the parts as they are written; `dtype` is what the model computes in."""
+        """Name the parts as they are on disk; `dtype` is the model's."""
         return {weight + suffix: part for suffix, part in parts.items()}
 
     def unpack(self, weight: str, found: Parts, shape: Shape) -> dict[str, Tensor]:
@@ -124,7 +124,7 @@ class _Integers(WeightFormat):
     def linears(
         self, x: Tensor, maps: Sequence[tuple[Parts, Shape, Tensor | None]]
     ) -> Sequence[Tensor]:
-        """Return x wᵀ + b for several matrices, in one pass where that is faster."""
+        """Return x wᵀ + b for several matrices, in one pass if that is faster."""
         return quantized_linears(x, [(parts[""], parts["_scale"], bias) for parts, _, bias in maps])
 
 

@@ -78,7 +78,7 @@ class Quantized(nn.Module):
         place: tuple[int, int] | None,
         device: torch.device,
     ) -> None:
-        """Take in the parts of one matrix; what they are part of is made when its first come."""
+        """Take in the parts of one matrix; the first of a stack allocate it."""
         shape, stack = self.matrices[name]
         for suffix, part in self.format.parts(shape).items():
             if place is None:
@@ -108,7 +108,7 @@ class Quantized(nn.Module):
 
     @property
     def weight_count(self) -> int:
-        """How many numbers the matrices stand for."""
+        """The number of weights that the matrices stand for."""
         shapes = (shape + stack for shape, stack in self.matrices.values())
         return sum(torch.Size(shape).numel() for shape in shapes)
 

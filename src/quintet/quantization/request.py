@@ -36,7 +36,7 @@ SHORT: Mapping[str, QuantizationConfig | None] = MappingProxyType(
 
 @dataclass(frozen=True, slots=True)
 class QuantizationRequest:
-    """How the files hold a model, and how it is to be held.
+    """The quantisation of a model's files, and that of the model.
 
     Attributes:
         source: the configuration of the files; None for plain numbers.
@@ -55,7 +55,7 @@ class QuantizationRequest:
 def resolve_quantization(
     held: Any, quantize: str | None, config: Any, device: torch.device
 ) -> QuantizationRequest:
-    """Settle what `quantize`, `quantization_config` and the files' own configuration come to.
+    """Choose the format of a model by `quantize`, `quantization_config` and its files.
 
     Without a wish, a model stays what its files are; FP8 only where the device multiplies it, and
     elsewhere it becomes plain numbers.

@@ -85,7 +85,7 @@ def packed(
     tied: Container[str],
     dtype: torch.dtype,
 ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """Part a state dict into plain tensors, and those of quantised matrices as they are on disk.
+    """Split a state dict into plain tensors, and those of quantised matrices as they are on disk.
 
     Args:
         tied: names of tensors that are others under a second name; they are left out.

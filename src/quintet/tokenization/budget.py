@@ -64,7 +64,7 @@ class Budget:
             self.look_at_the_clock()
 
     def number(self, value: Any, most: int = 100_000) -> int:
-        """Return a width or a count as a number, 0 for what is none."""
+        """Return a width or a count as a number, 0 if it is none."""
         if not isinstance(value, int):
             return 0
         if abs(value) > most:

@@ -56,7 +56,7 @@ class MeteredEnvironment(jinja2.sandbox.ImmutableSandboxedEnvironment):
         *,
         escapes: bool = False,
     ) -> Any:
-        """Call a function if there is room for what it can make."""
+        """Call a function if the budget has room for its largest result."""
         most = cost(*values, **options)
         if escapes or any(map(_is_marked, [*values, *options.values()])):
             most *= costs.ESCAPED
@@ -66,7 +66,7 @@ class MeteredEnvironment(jinja2.sandbox.ImmutableSandboxedEnvironment):
         return self.budget.counted(result) if isinstance(result, Iterator) else result
 
     def comparable(self, value: Any) -> Any:
-        """Count what a comparison has to look through, or the making of a key."""
+        """Count the items that a comparison looks through, or a key is made of."""
         if isinstance(value, str):
             self.budget.take(len(value) >> 10)
         elif size(value):
@@ -145,7 +145,7 @@ class Format(_Fields, jinja2.sandbox.SandboxedFormatter):
 
 
 class EscapingFormat(_Fields, jinja2.sandbox.SandboxedEscapeFormatter):
-    """For a text that is: it escapes what comes into it."""
+    """Formats an escaped text: escapes every value that is put into it."""
 
 
 def check_numbers(operator: str, *numbers: Any) -> None:

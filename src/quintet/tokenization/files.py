@@ -43,7 +43,7 @@ _FLAGS = ("single_word", "lstrip", "rstrip", "normalized", "special")
 
 @dataclass(slots=True, kw_only=True)
 class TokenizerFiles:
-    """What a directory says about its tokenizer."""
+    """The files of a directory that describe its tokenizer."""
 
     root: Path
     settings: dict[str, Any]

@@ -74,7 +74,7 @@ class Cut:
             raise InputError(f"stride={self.stride} has to be at least 0")
 
     def apply(self, row: Row, *, overflow: bool) -> list[Row]:
-        """Return the row cut to length and, with `overflow`, the rows of what was cut off.
+        """Cut a row to length; with `overflow`, return the rows of its rest, too.
 
         Raises:
             InputError: the strategy cannot make the row short enough.

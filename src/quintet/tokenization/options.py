@@ -35,7 +35,7 @@ NAMED_TOKENS = (
 
 
 class TokenizerOptions(TypedDict, total=False):
-    """What a tokenizer can be told when it is made; `tokenizer_config.json` has the same keys."""
+    """The options of a new tokenizer; `tokenizer_config.json` has the same keys."""
 
     bos_token: str | AddedToken | None
     eos_token: str | AddedToken | None
@@ -63,7 +63,7 @@ class TokenizerOptions(TypedDict, total=False):
 
 
 class EncodeOptions(TypedDict, total=False):
-    """What `tokenizer(...)` can be told, beside the text."""
+    """The options of `tokenizer(...)`, beside the text."""
 
     add_special_tokens: bool
     padding: bool | str

@@ -78,7 +78,7 @@ class Row:
 
     @property
     def special_tokens_mask(self) -> list[int]:
-        """1 for what the pipeline added around the text, 0 for the text."""
+        """1 for the tokens the pipeline added around the text, 0 for the text's."""
         return self._column(self._encoding.special_tokens_mask, 1)
 
     @property

@@ -199,7 +199,7 @@ class _Sandbox(MeteredEnvironment):
         return given
 
     def mark_generation(self, caller: Callable[[], str]) -> str:
-        """Note where the text of a `{% generation %}` block comes to stand."""
+        """Note start and end of the text of a `{% generation %}` block."""
         text = caller()
         self.generated.append((self.length, self.length + len(text), text))
         return text
@@ -242,7 +242,7 @@ class _Sandbox(MeteredEnvironment):
         return __self.counted(super().call(__context, __obj, *args, **kwargs))
 
     def getitem(self, obj: Any, argument: Any) -> Any:
-        """Look something up; what is looked up is hashed, and repeated in errors."""
+        """Look an item up, within the budget: its key is hashed, and repeated in errors."""
         if not isinstance(argument, str | int):
             self.budget.room(self.budget.weigh(argument))
         return super().getitem(obj, argument)

@@ -107,7 +107,7 @@ class Vocabulary:
 
     @property
     def vocab_size(self) -> int:
-        """How many tokens the model of the pipeline has, without those added to it."""
+        """The number of tokens of the pipeline's model, without those added to it."""
         return self._tokenizer.get_vocab_size(with_added_tokens=False)
 
     def __len__(self) -> int:
@@ -187,7 +187,7 @@ class Vocabulary:
         new_tokens: str | AddedToken | Sequence[str | AddedToken],
         special_tokens: bool = False,
     ) -> int:
-        """Add tokens that are found in a text before anything else; return how many are new.
+        """Add tokens that are found in a text before anything else; return the number of new ones.
 
         A model needs `resize_token_embeddings(len(tokenizer))` before it knows their ids.
         """
@@ -206,7 +206,7 @@ class Vocabulary:
         *,
         replace_extra_special_tokens: bool = True,
     ) -> int:
-        """Give tokens a role, adding them where they are new; return how many are new.
+        """Give tokens a role, and add the new ones; return their number.
 
         Args:
             special_tokens_dict: `{"pad_token": "[PAD]", "additional_special_tokens": [...]}`.
