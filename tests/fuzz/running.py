@@ -25,8 +25,9 @@ SECONDS = 5.0
 MEGABYTES = 200
 # Mutants are written to memory where that is a folder: a disk would take most of the time.
 MEMORY = "/dev/shm" if os.access("/dev/shm", os.W_OK) else None
-# A process is ended that does not come back; its own clock is asked for all that does.
-PATIENCE = 60.0
+# A process is ended that does not come back, however busy the machine; its own clock is asked for
+# all that does.
+PATIENCE = 300.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
