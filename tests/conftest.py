@@ -1,5 +1,6 @@
 """What all tests share: one thread, no network, no chatter."""
 
+import gc
 import os
 from pathlib import Path
 
@@ -9,6 +10,12 @@ os.environ["TRANSFORMERS_VERBOSITY"] = "error"
 
 import pytest
 import torch
+
+
+def pytest_collection_finish() -> None:
+    # What was imported and collected stays, and is not looked through again for garbage.
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(autouse=True)

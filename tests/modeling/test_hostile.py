@@ -256,36 +256,35 @@ def test_without_a_home_and_without_a_directory_to_be_in(chat_model: Path, tmp_p
 # -- a full disk, for real -----------------------------------------------------------------------
 
 FULL = """
-import resource, signal, sys
+import json, resource, signal, sys
 from quintet import AutoModelForCausalLM
 from quintet.errors import SaveError
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
 model = AutoModelForCausalLM.from_pretrained(sys.argv[1])
 next(model.parameters()).data.add_(1)
-resource.setrlimit(resource.RLIMIT_FSIZE, (int(sys.argv[3]),) * 2)
-try:
-    model.save_pretrained(sys.argv[2], max_shard_size=sys.argv[4])
-    print("saved")
-except SaveError as error:
-    print("SaveError", error)
+for root, limit, shards in json.loads(sys.argv[2]):
+    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, resource.RLIM_INFINITY))
+    try:
+        model.save_pretrained(root, max_shard_size=shards)
+        print("saved")
+    except SaveError as error:
+        print("SaveError", error)
 """
+LIMITS = ((0, "5GB"), (500, "30KB"), (20_000, "30KB"), (60_000, "5GB"))
 
 
-@pytest.mark.parametrize(
-    ("limit", "shards"), [(0, "5GB"), (500, "30KB"), (20_000, "30KB"), (60_000, "5GB")]
-)
-def test_a_limit_of_the_system_leaves_the_old_checkpoint(
-    chat_model: Path, tmp_path: Path, limit: int, shards: str
-) -> None:
-    root = Path(shutil.copytree(chat_model, tmp_path / "model"))
-    before = {path.name: path.read_bytes() for path in root.iterdir()}
+def test_a_limit_of_the_system_leaves_the_old_checkpoint(chat_model: Path, tmp_path: Path) -> None:
+    before = {path.name: path.read_bytes() for path in chat_model.iterdir()}
+    roots = [str(shutil.copytree(chat_model, tmp_path / str(limit))) for limit, _ in LIMITS]
+    cases = [(root, *limits) for root, limits in zip(roots, LIMITS, strict=True)]
     done = subprocess.run(
-        [sys.executable, "-c", FULL, str(chat_model), str(root), str(limit), shards],
+        [sys.executable, "-c", FULL, str(chat_model), json.dumps(cases)],
         capture_output=True,
         text=True,
         check=False,
         env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONDONTWRITEBYTECODE": "1"},
     )
     assert done.returncode == 0, done.stderr
-    assert "what was there before is untouched" in done.stdout
-    assert {path.name: path.read_bytes() for path in root.iterdir()} == before
+    for root, said in zip(roots, done.stdout.splitlines(), strict=True):
+        assert "what was there before is untouched" in said
+        assert {path.name: path.read_bytes() for path in Path(root).iterdir()} == before

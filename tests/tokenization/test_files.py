@@ -11,9 +11,11 @@ from tokenizers import Tokenizer
 from quintet.errors import ModelNotFoundError, QuintetError, TokenizerError
 from quintet.tokenization import PreTrainedTokenizer, Qwen2Tokenizer, guard, load
 
+LONG = "x" * 30_000
 WRONG: tuple[Any, ...] = (
     *(True, 0, -1, 2**63, 10**400, float("inf"), float("nan"), "", "\ud800", "x", [], {}),
     *([None], [1], [[]], {"content": 3}, {"content": "\ud800"}, {"a": None}, [{}], [{"name": []}]),
+    *(LONG, [LONG], {"content": LONG}, {"5": {"content": LONG}}, {LONG: "a"}),
 )
 SETTINGS = (
     *("bos_token", "eos_token", "unk_token", "pad_token", "additional_special_tokens"),
@@ -43,7 +45,8 @@ def test_a_wrong_value_is_refused_or_read(directory: Path, key: str, name: str) 
         try:
             use(directory)
         except QuintetError as error:
-            str(error).encode()
+            said = str(error).encode()
+            assert len(said) < 20_000
 
 
 @pytest.mark.parametrize(

@@ -11,7 +11,7 @@ import torch
 from quintet.checkpoint.header import DTYPES
 from quintet.checkpoint.layout import INDEX, SINGLE, find
 from quintet.checkpoint.reading import Checkpoint
-from quintet.errors import CheckpointError, OfflineError
+from quintet.errors import CheckpointError, OfflineError, shown
 from quintet.files import read_json
 from quintet.hub import locate, locate_weights
 
@@ -110,7 +110,9 @@ def _remote(
     size = 0
     for name, tensor in found.tensors.items():
         if tensor.dtype not in DTYPES:
-            raise CheckpointError(f"{repository}: {name} has the unknown dtype {tensor.dtype!r}")
+            raise CheckpointError(
+                f"{repository}: {name} has the unknown dtype {shown(tensor.dtype)}"
+            )
         counts[DTYPES[tensor.dtype]] += 1
         size += tensor.data_offsets[1] - tensor.data_offsets[0]
     return size, counts

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field, fields
 from typing import Any, Self
 
 from quintet.configuration.base import PreTrainedConfig
-from quintet.errors import InputError, ModelNotFoundError, SaveError
+from quintet.errors import InputError, ModelNotFoundError, SaveError, shown
 from quintet.files import read_json, write_text
 from quintet.folder import checked_path, find_file
 from quintet.generation.option_names import asks_nothing, check_names
@@ -113,7 +113,7 @@ class GenerationConfig(Options):
         known = {k: v for k, v in values.items() if k in names and v is not None}
         other = {k: v for k, v in values.items() if k not in names}
         idle = [
-            f"{key}={value!r}"
+            f"{key}={shown(value)}"
             for key, value in other.items()
             if key not in _PROVENANCE and not asks_nothing(value)
         ]

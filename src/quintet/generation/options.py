@@ -13,7 +13,7 @@ from quintet.configuration.rules import (
     Positive,
     check,
 )
-from quintet.errors import InputError
+from quintet.errors import InputError, shown
 from quintet.generation.cache_choice import CACHE_BITS, CACHES, CacheChoice, choose_cache
 from quintet.generation.conflicts import idle
 from quintet.generation.modes import GenerationMode
@@ -195,8 +195,8 @@ class Options:
         """
         for name, value, needed in self.idle(vars(self)) if strict else ():
             raise InputError(
-                f"GenerationConfig: {name}={value!r} has no effect without {needed}; set that, or "
-                "leave it out"
+                f"GenerationConfig: {name}={shown(value)} has no effect without {needed}; set "
+                "that, or leave it out"
             )
         kind: Any = type(self)
         for key, annotation in _rules(kind).items():
@@ -225,8 +225,8 @@ class Options:
         decay = self.exponential_decay_length_penalty
         if decay is not None and len(decay) != 2:
             raise InputError(
-                f"GenerationConfig: exponential_decay_length_penalty={decay!r} has to be a start "
-                "and a factor"
+                f"GenerationConfig: exponential_decay_length_penalty={shown(decay)} has to be a "
+                "start and a factor"
             )
 
     @property
@@ -276,4 +276,4 @@ def _rules(kind: type) -> dict[str, Any]:
 def _one_of(name: str, value: object, choices: tuple[object, ...]) -> None:
     if value not in choices:
         named = " or ".join(repr(choice) for choice in choices if choice is not None)
-        raise InputError(f"GenerationConfig: {name}={value!r} has to be {named}")
+        raise InputError(f"GenerationConfig: {name}={shown(value)} has to be {named}")

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from quintet.errors import CheckpointError
+from quintet.errors import CheckpointError, shown
 from quintet.ops.codebook import (
     BLOCK_SIZES,
     NESTED_BLOCK,
@@ -164,8 +164,8 @@ class CodesFormat(WeightFormat):
         for key, value in wanted.items():
             if state.get(key) != value:
                 raise CheckpointError(
-                    f"{weight}: its quant_state has {key}={state.get(key)!r} and the model needs "
-                    f"{value!r}"
+                    f"{weight}: its quant_state has {key}={shown(state.get(key))} and the model "
+                    f"needs {shown(value)}"
                 )
         tables = {"quant_map": torch.tensor(TABLES[self.kind])}
         if self.nested:
@@ -177,7 +177,7 @@ class CodesFormat(WeightFormat):
         if self.nested:
             offset = state.get("nested_offset")
             if not isinstance(offset, float | int) or not math.isfinite(offset):
-                raise CheckpointError(f"{weight}: nested_offset={offset!r} has to be a number")
+                raise CheckpointError(f"{weight}: nested_offset={shown(offset)} has to be a number")
             parts["_nested_absmax"] = found["nested_absmax"]
             parts["_nested_offset"] = torch.tensor([offset], dtype=torch.float32)
         return parts

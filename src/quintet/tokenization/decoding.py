@@ -7,7 +7,7 @@ from typing import Any
 
 from tokenizers.models import BPE
 
-from quintet.errors import InputError, TokenizerError
+from quintet.errors import InputError, TokenizerError, shown
 from quintet.tokenization.arrays import as_ids
 from quintet.tokenization.bytelevel import token_bytes
 from quintet.tokenization.guard import guarded
@@ -115,12 +115,12 @@ class Decoder(Vocabulary):
             codecs.lookup_error(self.errors)
         except LookupError:
             raise InputError(
-                f"errors={self.errors!r} has to be 'replace', 'strict', 'ignore' or another "
+                f"errors={shown(self.errors)} has to be 'replace', 'strict', 'ignore' or another "
                 "handler bytes.decode knows"
             ) from None
         if [step["type"] for step in decoder_steps(self)] != ["ByteLevel"]:
             raise InputError(
-                f"errors={self.errors!r} can only be obeyed by a byte-level tokenizer; "
+                f"errors={shown(self.errors)} can only be obeyed by a byte-level tokenizer; "
                 "leave it at 'replace'"
             )
 

@@ -131,7 +131,7 @@ def add_with_ids(backend: Tokenizer, added: Mapping[int, AddedToken]) -> None:
         found = backend.token_to_id(token.content)
         if found != index:
             raise TokenizerError(
-                f"the token {token.content!r} has the id {index} in {SETTINGS} (or "
+                f"the token {shown(token.content)} has the id {index} in {SETTINGS} (or "
                 f"{ADDED_TOKENS}), but the vocabulary gives it {found}; the files are of "
                 "different tokenizers"
             )
@@ -149,7 +149,7 @@ def template_files(template: str | Mapping[str, str] | None) -> dict[str, str]:
         if source is None:
             continue
         if Path(f"{name}.jinja").name != f"{name}.jinja" or name in ("", ".", ".."):
-            raise SaveError(f"the chat template's name {name!r} is not a name for a file")
+            raise SaveError(f"the chat template's name {shown(name)} is not a name for a file")
         files[TEMPLATE if name == "default" else f"{TEMPLATES}/{name}.jinja"] = source
     return files
 

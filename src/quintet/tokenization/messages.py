@@ -4,7 +4,7 @@ import inspect
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from quintet.errors import ChatTemplateError
+from quintet.errors import ChatTemplateError, shown
 from quintet.tokenization.tools import function_schema
 
 __all__ = ["Message", "plain", "plain_messages", "plain_tools"]
@@ -40,7 +40,7 @@ def _plain_message(message: Any, where: str) -> dict[str, Any]:
     given = dict(message)
     role = given.get("role")
     if not isinstance(role, str):
-        raise ChatTemplateError(f"{where}['role'] has to be a string, not {role!r}")
+        raise ChatTemplateError(f"{where}['role'] has to be a string, not {shown(role)}")
     if "content" not in given:
         if not any(given.get(key) is not None for key in _INSTEAD_OF_CONTENT):
             raise ChatTemplateError(
@@ -102,8 +102,8 @@ def plain(value: Any, where: str, depth: int = 0) -> Any:
         copied = {}
         for key, item in value.items():
             if not isinstance(key, str):
-                raise ChatTemplateError(f"{where} has the key {key!r}, which is not a string")
-            copied[str(key)] = plain(item, f"{where}[{key!r}]", depth + 1)
+                raise ChatTemplateError(f"{where} has the key {shown(key)}, which is not a string")
+            copied[str(key)] = plain(item, f"{where}[{shown(key)}]", depth + 1)
         return copied
     if isinstance(value, list | tuple):
         return [plain(item, f"{where}[{i}]", depth + 1) for i, item in enumerate(value)]

@@ -197,4 +197,4 @@ def check_choice(name: str, value: Any, choices: Sequence[Any]) -> None:
         InputError: it is none of them.
     """
     if value not in choices:
-        raise InputError(f"{name}={value!r} has to be one of {', '.join(map(repr, choices))}")
+        raise InputError(f"{name}={shown(value)} has to be one of {', '.join(map(repr, choices))}")

@@ -12,7 +12,7 @@ from typing import Any
 
 from tokenizers import AddedToken
 
-from quintet.errors import ChatTemplateError, InputError
+from quintet.errors import ChatTemplateError, InputError, shown
 from quintet.tokenization.encoding import Encoder
 from quintet.tokenization.options import EncodeOptions
 from quintet.tokenization.rendered import Rendered
@@ -111,7 +111,7 @@ def _encode_between(
         if index not in renamed and index in added and index not in blanks:
             raise ChatTemplateError(
                 f"sanitize_control_tokens does not work with this tokenizer: its vocabulary "
-                f"spells {added[index].content!r} as ordinary text"
+                f"spells {shown(added[index].content)} as ordinary text"
             )
     return Row(encoding, renamed=renamed)
 

@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-from quintet.errors import ChatTemplateError
+from quintet.errors import ChatTemplateError, shown
 
 if TYPE_CHECKING:
     from quintet.tokenization.sandbox import CompiledTemplate
@@ -25,7 +25,7 @@ class ChatTemplates:
         for name, template in by_name.items():
             if not isinstance(name, str) or not isinstance(template, str):
                 raise ChatTemplateError(
-                    f"chat_template has to be a string, or a dict of them; {name!r} is "
+                    f"chat_template has to be a string, or a dict of them; {shown(name)} is "
                     f"{type(template).__name__}"
                 )
         self.source = dict(source) if isinstance(source, Mapping) else source

@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Any, overload
 
 from tokenizers import AddedToken, Tokenizer
 
-from quintet.errors import InputError, TokenizerError
+from quintet.errors import InputError, TokenizerError, shown
 from quintet.tokenization.options import NAMED_TOKENS, check_names
 
 __all__ = ["Vocabulary", "check_gaps", "share_pipeline"]
@@ -27,7 +27,7 @@ class _Role:
             owner._named.pop(self.role, None)
             return
         if not isinstance(token, str | AddedToken):
-            raise InputError(f"{self.role}={token!r} has to be a token or None")
+            raise InputError(f"{self.role}={shown(token)} has to be a token or None")
         owner._known(self.role, token_text(token))
         owner._named[self.role] = token_text(token)
 
@@ -92,7 +92,7 @@ class Vocabulary:
         named = self.__dict__.get("_named", {})
         if name in named and name not in NAMED_TOKENS:
             if not isinstance(value, str | AddedToken):
-                raise InputError(f"{name}={value!r} has to be a token")
+                raise InputError(f"{name}={shown(value)} has to be a token")
             self._known(name, token_text(value))
             named[name] = token_text(value)
         else:
@@ -232,14 +232,14 @@ class Vocabulary:
         for role, value in given.items():
             if role in lists:
                 if isinstance(value, str | AddedToken):
-                    raise InputError(f"{role}={value!r} has to be a list of tokens")
+                    raise InputError(f"{role}={shown(value)} has to be a list of tokens")
                 tokens = list(value)
                 names = [token_text(token) for token in tokens]
                 kept = [] if replace else self._additional
                 self._additional = [*kept, *(name for name in names if name not in kept)]
             else:
                 if not isinstance(value, str | AddedToken):
-                    raise InputError(f"{role}={value!r} has to be a token")
+                    raise InputError(f"{role}={shown(value)} has to be a token")
                 tokens = [value]
                 self._named[role] = token_text(value)
             added += self.add_tokens(tokens, special_tokens=True)
@@ -296,9 +296,10 @@ class Vocabulary:
     def _known(self, role: str, token: str) -> int:
         index: int | None = self._tokenizer.token_to_id(token)
         if index is None:
+            missing = shown(token)
             raise TokenizerError(
-                f"{role}={token!r} is not in the vocabulary; add it with "
-                f"add_special_tokens({{{role!r}: {token!r}}}) and resize the model's embeddings"
+                f"{role}={missing} is not in the vocabulary; add it with "
+                f"add_special_tokens({{{role!r}: {missing}}}) and resize the model's embeddings"
             )
         return index
 
@@ -315,7 +316,7 @@ def token_text(token: Any) -> str:
         return token.content
     if isinstance(token, Mapping) and isinstance(token.get("content"), str):
         return str(token["content"])
-    raise TokenizerError(f"{token!r} is not a token: a string, or an object with 'content'")
+    raise TokenizerError(f"{shown(token)} is not a token: a string, or an object with 'content'")
 
 
 def check_gaps(vocabulary: Mapping[str, int]) -> None:
