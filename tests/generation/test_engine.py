@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from conformance.families import FAMILIES, Family, each
+from conformance.families import FAMILIES, WIDE, Family, each
 from quintet.cache import RowContent
 from quintet.errors import ContextLengthError, InputError
 from quintet.generation.engine import Engine
@@ -328,3 +328,34 @@ def test_two_engines_and_generate_share_a_model() -> None:
     for prompt, sequence in zip(prompts, sequences, strict=True):
         expected = model.generate(prompt, max_new_tokens=5, **ENDS)[0, prompt.shape[1] :]
         assert sequence.new == expected.tolist()
+
+
+@each
+def test_in_bfloat16_a_token_does_not_depend_on_company(family: Family) -> None:
+    """On the kernels, where prompts pass in steps of their own and single tokens in any mix."""
+    model = family.model_of(**WIDE[family.name]).to(torch.bfloat16)
+    options = {**ENDS, "do_sample": True, "top_k": 0, "max_new_tokens": 9, "min_new_tokens": 9}
+    for seed in range(4):
+        dice = random.Random(seed)
+        prompts = [prompt_of(dice.choice((3, 9, 40, 70)), 10 * seed + n) for n in range(4)]
+
+        def sequence(engine: Engine, row: int, prompts: list[Tensor] = prompts) -> Sequence:
+            generator = torch.Generator().manual_seed(row)
+            return engine.sequence(prompts[row], generator=generator, **options)
+
+        expected = []
+        for row in range(4):
+            engine = Engine(model, 1, 80)
+            single = sequence(engine, row)
+            run(engine, [single])
+            expected.append(single.new)
+        engine = Engine(model, 4, 80)
+        waiting = [sequence(engine, row) for row in range(4)]
+        everyone = list(waiting)
+        while not all(one.finished for one in everyone):
+            if waiting and dice.random() < 0.5:
+                engine.add(waiting[-1])
+                engine.step([waiting.pop()])
+            going = [one for one in engine.sequences if not one.finished]
+            engine.step(dice.sample(going, dice.randint(0, len(going))))
+        assert [one.new for one in everyone] == expected

@@ -67,6 +67,7 @@ class Rows:
         self.cache = PooledCache(model.config, count, capacity)
         # Nobody else has this cache.
         self.cache.keeps_layers = True
+        self._take_memory()
 
     def open(self, *contents: RowContent) -> int | None:
         """Return a row that holds what was extracted, or nothing; None where all are taken."""
@@ -106,6 +107,16 @@ class Rows:
             return logits
         parts = torch.split(logits, keeps)
         return torch.cat([parts[place] for place in places])
+
+    @torch.no_grad()
+    def _take_memory(self) -> None:
+        """Run over one token, so that no step finds a pool without memory.
+
+        Few tokens go another way through layers there, and their last digits would tell.
+        """
+        row = self.cache.join()
+        self._rectangle([0], 1, 1)
+        self.cache.free(row)
 
     def _rectangle(self, ids: list[int], T: int, keep: int) -> Tensor:
         rows = torch.tensor(ids, dtype=torch.long, device=self.model.device).view(-1, T)
