@@ -1,6 +1,7 @@
 """Sequences that come and go between any two steps become what each becomes alone."""
 
 import random
+import threading
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -14,6 +15,7 @@ from quintet.errors import ContextLengthError, InputError
 from quintet.generation.engine import Engine
 from quintet.generation.processors.base import LogitsProcessor
 from quintet.generation.sequence import Sequence
+from quintet.kernels.native import available
 from quintet.ops.sampling import NothingLeftError
 
 ENDS = {"eos_token_id": 5, "pad_token_id": 0}
@@ -301,12 +303,34 @@ def test_rows_are_given_once_and_only_where_there_are_any() -> None:
     with pytest.raises(ContextLengthError, match="row of 10"):
         engine.add(engine.sequence([7] * 8, max_new_tokens=4, **ENDS))
     one.cancel()
+    assert one.finished
     assert engine.step([one]) == [[]]
+    assert one.finish_reason == "cancelled"
     engine.remove(one)
     with pytest.raises(InputError, match="has ended"):
         engine.add(one)
     engine.add(other)
     assert engine.sequences == [other]
+
+
+def test_a_reader_is_told_once_when_its_sequence_is_cancelled_elsewhere() -> None:
+    engine = Engine(FAMILIES[0].model_of(), 2, 32)
+    for steps in (0, 2):
+        for leaves in (True, False):
+            reader = Reader()
+            one = engine.sequence(prompt_of(5, 0), streamer=reader, max_new_tokens=9, **ENDS)
+            engine.add(one)
+            for _ in range(steps):
+                engine.step([one])
+            thread = threading.Thread(target=one.cancel)
+            thread.start()
+            thread.join()
+            assert one.finished
+            assert reader.ended == 0
+            if not leaves:
+                assert engine.step([one]) == [[]]
+            engine.remove(one)
+            assert (reader.ended, one.finish_reason, len(one.new)) == (1, "cancelled", steps)
 
 
 def test_two_engines_and_generate_share_a_model() -> None:
@@ -331,6 +355,7 @@ def test_two_engines_and_generate_share_a_model() -> None:
 
 
 @each
+@pytest.mark.skipif(not available(), reason="there are no kernels on this machine")
 def test_in_bfloat16_a_token_does_not_depend_on_company(family: Family) -> None:
     """On the kernels, where prompts pass in steps of their own and single tokens in any mix."""
     model = family.model_of(**WIDE[family.name]).to(torch.bfloat16)

@@ -224,6 +224,7 @@ class Engine:
             InputError: it has none.
         """
         self._rows.close(self._row(sequence))
+        sequence.settle()
         del self._placed[sequence]
 
     # -- a step ------------------------------------------------------------------------------
@@ -250,6 +251,8 @@ class Engine:
                 f"a step over {len(rows)} sequences in pieces of {piece} has to name each "
                 "sequence once, and a piece of at least one token"
             )
+        for sequence in sequences:
+            sequence.settle()
         going = [(one, row) for one, row in zip(sequences, rows, strict=True) if not one.finished]
         pieces = [_next_piece(one, row, piece) for one, row in going]
         if not pieces:

@@ -35,7 +35,7 @@ class Sequence:
         prompt_length: how many of them are the prompt.
         computed: how many of them an engine has run over.
         finish_reason: "stop" for an end token or a criterion, "length" where there is no room for
-            more, "error" where `error` tells what went wrong; None while it goes on.
+            more, "cancelled", "error" where `error` tells what went wrong; None while it goes on.
         error: why it ended with "error".
 
     Raises:
@@ -63,6 +63,7 @@ class Sequence:
         self.drafting = drafting
         self.finish_reason: str | None = None
         self.error: Exception | None = None
+        self._cancelled = False
         self._ends = frozenset(stopping.eos.tolist())
         self._criteria = stopping.criteria
         self._text = Text(stopping.eos.new_tensor([self.ids]), room=room)
@@ -82,7 +83,7 @@ class Sequence:
     @property
     def finished(self) -> bool:
         """Whether it gets no more tokens."""
-        return self.finish_reason is not None
+        return self._cancelled or self.finish_reason is not None
 
     @property
     def text(self) -> Text:
@@ -139,8 +140,12 @@ class Sequence:
         self._finish("error")
 
     def cancel(self) -> None:
-        """End it before its end; its reader is told that there are no more."""
-        if not self.finished:
+        """Ask it to end before its end, from any thread; the engine's tells its reader."""
+        self._cancelled = True
+
+    def settle(self) -> None:
+        """End it where that was asked for; an engine does so before a step, and when it leaves."""
+        if self._cancelled and self.finish_reason is None:
             self._finish("cancelled")
 
     def _finish(self, reason: str) -> None:
