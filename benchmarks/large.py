@@ -58,7 +58,7 @@ def write(name: str, directory: Path, shard: str) -> None:
 
     def tensors() -> Iterator[tuple[str, torch.Tensor]]:
         for name, shape in sizes.items():
-            for piece in pieces(name, shape, model.weight_rules):
+            for piece in pieces(name, shape, model.expert_stacks):
                 count = torch.Size(piece.shape).numel()
                 start = int(torch.randint(0, 2**24, ()))
                 there = pool[start : start + count]

@@ -127,7 +127,7 @@ class _Weights:
 
     def stream(self) -> Iterator[tuple[str, Tensor]]:
         """Yield the tensors of the new checkpoint by their names there."""
-        rules = self.model.weight_rules
+        stacks = self.model.expert_stacks
         shapes = {name: tuple(tensor.shape) for name, tensor in self.model.state_dict().items()}
         slots: dict[str, Slot] = {}
         if (scheme := self.request.scheme) is not None:
@@ -139,7 +139,7 @@ class _Weights:
         with progress_bar("converting", sum(sizes.values())) as bar:
             for in_file, weight in read(self.checkpoint, self.mapping.stored):
                 name, piece = self.mapping.wanted[in_file]
-                for to in pieces(name, shapes[name], rules):
+                for to in pieces(name, shapes[name], stacks):
                     if piece.place is None or piece.place == to.place:
                         part = _part(weight, piece, to)
                         for named in self._converted(part, to, slots.get(name), in_file):

@@ -1,9 +1,15 @@
 """Safetensors files and named tensors: checked before reading, written whole or not at all."""
 
 from quintet.checkpoint.consistency import read_consistently, recover
+from quintet.checkpoint.expert_stacks import (
+    Piece,
+    StackExperts,
+    count_pieces,
+    pieces,
+    split_tensors,
+)
 from quintet.checkpoint.matching import Difference, Mismatch, compare
 from quintet.checkpoint.reading import Checkpoint, TensorInfo
-from quintet.checkpoint.rules import Piece, StackExperts, count_pieces, pieces, split_tensors
 from quintet.checkpoint.sources import InMemory, Renamed, Weights
 from quintet.checkpoint.writing import parse_size, save, save_stream
 

@@ -12,11 +12,7 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, ClassVar, Self, get_origin, get_type_hints
 
-from quintet.configuration.contract import ConfigContract
-from quintet.configuration.labels import labels
-from quintet.configuration.numbers import decoded, encoded
-from quintet.configuration.rope import RopeParameters, merge_rope
-from quintet.configuration.rules import (
+from quintet.configuration.constraints import (
     EndIds,
     Fraction,
     Layers,
@@ -26,6 +22,10 @@ from quintet.configuration.rules import (
     TokenId,
     check,
 )
+from quintet.configuration.contract import ConfigContract
+from quintet.configuration.labels import labels
+from quintet.configuration.numbers import decoded, encoded
+from quintet.configuration.rope import RopeParameters, merge_rope
 from quintet.errors import CheckpointError, ConfigError, ModelNotFoundError, SaveError, shown
 from quintet.files import read_json, write_text
 from quintet.folder import checked_path, find_file, what_else

@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from quintet.configuration.rules import Labels, check
+from quintet.configuration.constraints import Labels, check
 from quintet.errors import ConfigError, shown
 
 __all__ = ["labels"]

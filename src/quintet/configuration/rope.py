@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from typing import Any
 
-from quintet.configuration.rules import Bounds, check
+from quintet.configuration.constraints import Bounds, check
 from quintet.errors import ConfigError, shown
 
 __all__ = ["RopeParameters", "merge_rope"]

@@ -5,7 +5,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Annotated, Any, Protocol, get_type_hints, runtime_checkable
 
-from quintet.configuration.rules import (
+from quintet.configuration.constraints import (
     Bounds,
     Count,
     NonNegative,
@@ -199,7 +199,7 @@ class Options:
                 "that, or leave it out"
             )
         kind: Any = type(self)
-        for key, annotation in _rules(kind).items():
+        for key, annotation in _constraints(kind).items():
             try:
                 check(type(self).__name__, key, getattr(self, key), annotation)
             except ValueError as error:
@@ -269,7 +269,7 @@ class Options:
 
 
 @functools.cache
-def _rules(kind: type) -> dict[str, Any]:
+def _constraints(kind: type) -> dict[str, Any]:
     return get_type_hints(kind, include_extras=True)
 
 

@@ -3,7 +3,7 @@
 from dataclasses import asdict, dataclass
 from typing import Annotated, Any, Self
 
-from quintet.configuration.rules import Bounds, Count, check
+from quintet.configuration.constraints import Bounds, Count, check
 from quintet.errors import InputError
 
 __all__ = ["WatermarkingConfig"]

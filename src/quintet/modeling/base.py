@@ -216,13 +216,13 @@ class PreTrainedModel(ModelContract, Checkpointing, Pushable):
             texts[GENERATION_CONFIG_NAME] = self.generation_config.to_json_string()
         given = self.state_dict() if state_dict is None else state_dict
         tied = self.tied_names()
-        tensors, files = packed(self, given, self.weight_rules, tied=tied, dtype=self.dtype)
+        tensors, files = packed(self, given, self.expert_stacks, tied=tied, dtype=self.dtype)
         check_tied(tensors, tied)
         loading.write(
             save_directory,
             {name: tensor for name, tensor in tensors.items() if name not in tied},
             files,
-            rules=self.weight_rules,
+            stacks=self.expert_stacks,
             max_shard_size=max_shard_size,
             variant=variant,
             texts=texts,

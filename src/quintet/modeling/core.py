@@ -29,7 +29,7 @@ class ModelCore(nn.Module):
         base_model_prefix: the attribute that holds the model without its head.
         new_head: prefixes of parameters a checkpoint may lack, because a head that is trained on
             top of a released model begins untrained.
-        weight_rules: how tensors of the model and of its checkpoints differ.
+        expert_stacks: how tensors of the model and of its checkpoints differ.
         keep_in_fp32: how the names of tensors end that are float32 whatever `dtype` is asked for.
         keep_unquantized: modules that every scheme leaves as they are, because a router's or
             head's rounding costs much and saves little, or something else than a product reads
@@ -41,7 +41,7 @@ class ModelCore(nn.Module):
     config_class: ClassVar[type[PreTrainedConfig]] = PreTrainedConfig
     base_model_prefix: ClassVar[str] = "model"
     new_head: ClassVar[tuple[str, ...]] = ()
-    weight_rules: ClassVar[tuple[StackExperts, ...]] = ()
+    expert_stacks: ClassVar[tuple[StackExperts, ...]] = ()
     keep_in_fp32: ClassVar[tuple[str, ...]] = ()
     keep_unquantized: ClassVar[tuple[str, ...]] = ("score", "qa_outputs")
 

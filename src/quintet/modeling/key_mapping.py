@@ -107,10 +107,10 @@ def map_keys(
     left = len(tensors)
     for name, shape in expected.items():
         named = on_disk(name)
-        count = count_pieces(named, shape, model.weight_rules)
+        count = count_pieces(named, shape, model.expert_stacks)
         whole = named in tensors or count > max(left, 1)
         left -= 0 if whole else count
-        plan[name] = [Piece(named, shape)] if whole else pieces(named, shape, model.weight_rules)
+        plan[name] = [Piece(named, shape)] if whole else pieces(named, shape, model.expert_stacks)
     aliases: dict[str, str] = {}
     for alias, name in tied.items():
         second, first = on_disk(alias), plan[name][0].name
@@ -184,9 +184,9 @@ def stack_experts(model: ModelCore, state: dict[str, Tensor], prefix: str) -> li
     errors = []
     for name, stack in model.named_parameters():
         named = prefix + name
-        if named in state or count_pieces(named, tuple(stack.shape), model.weight_rules) == 1:
+        if named in state or count_pieces(named, tuple(stack.shape), model.expert_stacks) == 1:
             continue
-        parts = pieces(named, tuple(stack.shape), model.weight_rules)
+        parts = pieces(named, tuple(stack.shape), model.expert_stacks)
         held = [part for part in parts if part.name in state]
         if not held:
             continue

@@ -183,7 +183,7 @@ def write(
     tensors: Mapping[str, Tensor],
     files: Mapping[str, Tensor],
     *,
-    rules: Sequence[StackExperts],
+    stacks: Sequence[StackExperts],
     max_shard_size: int | str,
     variant: str | None,
     texts: Mapping[str, str],
@@ -194,7 +194,7 @@ def write(
         tensors: named as in the model.
         files: named as on disk already.
     """
-    named = {**dict(split_tensors(tensors, rules)), **files}
+    named = {**dict(split_tensors(tensors, stacks)), **files}
     save(Path(directory), named, max_shard_size=max_shard_size, variant=variant, text_files=texts)
 
 

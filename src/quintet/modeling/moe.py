@@ -20,9 +20,9 @@ from quintet.modeling.outputs import MoeCausalLMOutputWithPast, MoeModelOutputWi
 from quintet.modeling.packing import Packing
 from quintet.ops.losses import Items
 
-__all__ = ["EXPERT_RULES", "MoeCausalLMHead", "MoeDecoderModel"]
+__all__ = ["EXPERT_STACKS", "MoeCausalLMHead", "MoeDecoderModel"]
 
-EXPERT_RULES = (
+EXPERT_STACKS = (
     StackExperts(
         "experts.gate_up_proj", ("experts.{}.gate_proj.weight", "experts.{}.up_proj.weight")
     ),
@@ -33,7 +33,7 @@ EXPERT_RULES = (
 class MoeDecoderModel(DecoderModel):
     """A decoder some of whose layers have experts."""
 
-    weight_rules = EXPERT_RULES
+    expert_stacks = EXPERT_STACKS
 
     def forward(
         self,
@@ -88,7 +88,7 @@ class MoeDecoderModel(DecoderModel):
 class MoeCausalLMHead(CausalLMHead):
     """Logits of the next token, and the balance of the experts as a second loss."""
 
-    weight_rules = EXPERT_RULES
+    expert_stacks = EXPERT_STACKS
 
     def aux_loss_weight(self, labels: Tensor | None, output_router_logits: bool) -> float | None:
         """Return the weight of the balance loss in this forward; None not to compute it."""

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from quintet.configuration import PreTrainedConfig
-from quintet.configuration.rules import (
+from quintet.configuration.constraints import (
     AnyExperts,
     Count,
     EndIds,
@@ -42,7 +42,7 @@ from quintet.modeling.classification import (
     SequenceClassificationHead,
     TokenClassificationHead,
 )
-from quintet.modeling.moe import EXPERT_RULES, MoeCausalLMHead, MoeDecoderModel
+from quintet.modeling.moe import EXPERT_STACKS, MoeCausalLMHead, MoeDecoderModel
 from quintet.ops.activations import activation
 from quintet.ops.rope import score_factor
 from quintet.ops.routing import RoutingRules, balance_loss, softmax_routing
@@ -242,7 +242,7 @@ class DeepseekV2PreTrainedModel(PreTrainedModel):
     """What all DeepSeek-V2 models share."""
 
     config_class = DeepseekV2Config
-    weight_rules = EXPERT_RULES
+    expert_stacks = EXPERT_STACKS
     # Absorbed attention multiplies with parts of its weight.
     keep_unquantized = (*PreTrainedModel.keep_unquantized, "kv_b_proj")
 

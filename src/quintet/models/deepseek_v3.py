@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from quintet.configuration import PreTrainedConfig
-from quintet.configuration.rules import (
+from quintet.configuration.constraints import (
     AnyExperts,
     Count,
     EndIds,
@@ -44,7 +44,7 @@ from quintet.modeling.classification import (
     SequenceClassificationHead,
     TokenClassificationHead,
 )
-from quintet.modeling.moe import EXPERT_RULES
+from quintet.modeling.moe import EXPERT_STACKS
 from quintet.modeling.mtp import MtpCausalLMHead, MtpDecoderModel, PredictionLayer
 from quintet.ops.activations import activation
 from quintet.ops.rope import score_factor
@@ -272,7 +272,7 @@ class DeepseekV3PreTrainedModel(PreTrainedModel):
     """What all DeepSeek-V3 models share."""
 
     config_class = DeepseekV3Config
-    weight_rules = EXPERT_RULES
+    expert_stacks = EXPERT_STACKS
     # Absorbed attention multiplies with parts of its weight.
     keep_unquantized = (*PreTrainedModel.keep_unquantized, "kv_b_proj")
     keep_in_fp32 = ("e_score_correction_bias",)

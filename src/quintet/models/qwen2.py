@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from quintet.configuration import PreTrainedConfig
-from quintet.configuration.rules import (
+from quintet.configuration.constraints import (
     Fraction,
     HeadSize,
     Layers,

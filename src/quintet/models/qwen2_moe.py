@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from quintet.configuration import PreTrainedConfig
-from quintet.configuration.rules import (
+from quintet.configuration.constraints import (
     AnyExperts,
     AnyLength,
     Count,
@@ -44,7 +44,7 @@ from quintet.modeling.classification import (
     SequenceClassificationHead,
     TokenClassificationHead,
 )
-from quintet.modeling.moe import EXPERT_RULES, MoeCausalLMHead, MoeDecoderModel
+from quintet.modeling.moe import EXPERT_STACKS, MoeCausalLMHead, MoeDecoderModel
 from quintet.ops.activations import activation
 from quintet.ops.linear import linear
 from quintet.ops.moe import switch_balance_loss, top_experts
@@ -278,7 +278,7 @@ class Qwen2MoePreTrainedModel(PreTrainedModel):
     """What all Qwen2-MoE models share."""
 
     config_class = Qwen2MoeConfig
-    weight_rules = EXPERT_RULES
+    expert_stacks = EXPERT_STACKS
     keep_unquantized = (*PreTrainedModel.keep_unquantized, "mlp.gate", "shared_expert_gate")
 
     def init_module(self, module: nn.Module) -> None:

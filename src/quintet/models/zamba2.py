@@ -16,8 +16,7 @@ from torch import Tensor, nn
 
 from quintet.cache import DynamicCache
 from quintet.configuration import PreTrainedConfig
-from quintet.configuration.rope import RopeParameters
-from quintet.configuration.rules import (
+from quintet.configuration.constraints import (
     AnyId,
     AnyIds,
     Bounds,
@@ -31,6 +30,7 @@ from quintet.configuration.rules import (
     Size,
     known,
 )
+from quintet.configuration.rope import RopeParameters
 from quintet.errors import ConfigError, shown
 from quintet.kernels import parts
 from quintet.layers.context import ForwardContext

@@ -80,7 +80,7 @@ def read(weights: Weights, wanted: Mapping[str, Stored]) -> Iterator[tuple[str, 
 def packed(
     model: nn.Module,
     tensors: Mapping[str, Tensor],
-    rules: Sequence[StackExperts],
+    stacks: Sequence[StackExperts],
     *,
     tied: Container[str],
     dtype: torch.dtype,
@@ -99,7 +99,7 @@ def packed(
             files |= module.format.pack(weight, parts, (rows, *rest), dtype)
             continue
         E, P = stack
-        for piece in pieces(weight, (E, P * rows, *rest), rules):
+        for piece in pieces(weight, (E, P * rows, *rest), stacks):
             assert piece.place is not None
             expert, height = piece.place
             place = (expert, height.start // rows)

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from quintet.configuration.rules import (
+from quintet.configuration.constraints import (
     Bounds,
     Count,
     Fraction,

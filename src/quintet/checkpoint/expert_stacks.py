@@ -1,6 +1,6 @@
 """Reversible tables between the tensors of a model and those on disk.
 
-Module names equal checkpoint names, so that most tensors need no rule. Experts do: a model holds
+Module names equal checkpoint names, so that most tensors need no table. Experts do: a model holds
 the matrices of all experts of a layer in one tensor, a checkpoint holds one of each.
 """
 
@@ -44,14 +44,14 @@ class Piece:
         return tensor if self.place is None else tensor[self.place]
 
 
-def pieces(name: str, shape: Shape, rules: Sequence[StackExperts]) -> list[Piece]:
+def pieces(name: str, shape: Shape, stacks: Sequence[StackExperts]) -> list[Piece]:
     """List the tensors on disk that fill a tensor of the model."""
-    rule = _rule(name, rules)
-    if rule is None:
+    stack = _stack_of(name, stacks)
+    if stack is None:
         return [Piece(name, shape)]
-    prefix = name.removesuffix(rule.stacked)
-    rows, rest = divmod(shape[1], len(rule.parts))
-    assert not rest, f"{name} {shape} is not {len(rule.parts)} parts of equal height"
+    prefix = name.removesuffix(stack.stacked)
+    rows, rest = divmod(shape[1], len(stack.parts))
+    assert not rest, f"{name} {shape} is not {len(stack.parts)} parts of equal height"
     return [
         Piece(
             prefix + part.format(expert),
@@ -59,27 +59,27 @@ def pieces(name: str, shape: Shape, rules: Sequence[StackExperts]) -> list[Piece
             (expert, slice(index * rows, (index + 1) * rows)),
         )
         for expert in range(shape[0])
-        for index, part in enumerate(rule.parts)
+        for index, part in enumerate(stack.parts)
     ]
 
 
-def count_pieces(name: str, shape: Shape, rules: Sequence[StackExperts]) -> int:
+def count_pieces(name: str, shape: Shape, stacks: Sequence[StackExperts]) -> int:
     """Count the tensors on disk that fill a tensor of the model, without listing them."""
-    rule = _rule(name, rules)
-    return 1 if rule is None else shape[0] * len(rule.parts)
+    stack = _stack_of(name, stacks)
+    return 1 if stack is None else shape[0] * len(stack.parts)
 
 
-def _rule(name: str, rules: Sequence[StackExperts]) -> StackExperts | None:
-    for rule in rules:
-        if name == rule.stacked or name.endswith("." + rule.stacked):
-            return rule
+def _stack_of(name: str, stacks: Sequence[StackExperts]) -> StackExperts | None:
+    for stack in stacks:
+        if name == stack.stacked or name.endswith("." + stack.stacked):
+            return stack
     return None
 
 
 def split_tensors(
-    tensors: Mapping[str, Tensor], rules: Sequence[StackExperts]
+    tensors: Mapping[str, Tensor], stacks: Sequence[StackExperts]
 ) -> Iterator[tuple[str, Tensor]]:
     """Name a model's tensors as they are on disk; experts are views, nothing is copied."""
     for name, tensor in tensors.items():
-        for piece in pieces(name, tuple(tensor.shape), rules):
+        for piece in pieces(name, tuple(tensor.shape), stacks):
             yield piece.name, piece.of(tensor)
