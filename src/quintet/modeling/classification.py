@@ -1,6 +1,6 @@
 """The heads that classify a text or its tokens, or find an answer, on top of any base model."""
 
-from typing import Any, cast
+from typing import Any, Unpack, cast
 
 import torch
 from torch import Tensor, nn
@@ -15,7 +15,7 @@ from quintet.modeling.outputs import (
     SequenceClassifierOutputWithPast,
     TokenClassifierOutput,
 )
-from quintet.modeling.packing import Packing
+from quintet.modeling.packing import Packing, takes_packing
 from quintet.ops.labels import of_tokens
 from quintet.ops.losses import Items, sequence_loss, span_loss, token_loss
 
@@ -37,6 +37,7 @@ class SequenceClassificationHead(Headed):
         self.score = Linear(config.hidden_size, config.num_labels, bias=False)
         self.init_module(self.score)
 
+    @takes_packing
     def forward(
         self,
         input_ids: Tensor | None = None,
@@ -50,12 +51,7 @@ class SequenceClassificationHead(Headed):
         output_hidden_states: bool | None = None,
         return_dict: bool | None = None,
         num_items_in_batch: Items = None,
-        *,
-        cu_seq_lens_q: Tensor | None = None,
-        cu_seq_lens_k: Tensor | None = None,
-        max_length_q: int | Tensor | None = None,
-        max_length_k: int | Tensor | None = None,
-        seq_idx: Tensor | None = None,
+        **packing: Unpack[Packing],
     ) -> SequenceClassifierOutputWithPast | tuple[Any, ...]:
         """Return logits (B, num_labels); arguments as in `DecoderModel.forward`.
 
@@ -68,7 +64,6 @@ class SequenceClassificationHead(Headed):
         Raises:
             InputError: several rows, and neither pad_token_id nor a mask tells where each ends.
         """
-        packing = Packing(cu_seq_lens_q, cu_seq_lens_k, max_length_q, max_length_k, seq_idx)
         outputs = self._base(
             input_ids=input_ids,
             attention_mask=attention_mask,
@@ -78,7 +73,7 @@ class SequenceClassificationHead(Headed):
             use_cache=use_cache,
             output_attentions=output_attentions,
             output_hidden_states=output_hidden_states,
-            **packing._asdict(),
+            **packing,
         )
         scores = self.score(outputs.last_hidden_state)
         B = scores.shape[0]
@@ -159,6 +154,7 @@ class TokenClassificationHead(Headed):
         self.score = Linear(config.hidden_size, config.num_labels)
         self.init_module(self.score)
 
+    @takes_packing
     def forward(
         self,
         input_ids: Tensor | None = None,
@@ -172,12 +168,7 @@ class TokenClassificationHead(Headed):
         output_hidden_states: bool | None = None,
         return_dict: bool | None = None,
         num_items_in_batch: Items = None,
-        *,
-        cu_seq_lens_q: Tensor | None = None,
-        cu_seq_lens_k: Tensor | None = None,
-        max_length_q: int | Tensor | None = None,
-        max_length_k: int | Tensor | None = None,
-        seq_idx: Tensor | None = None,
+        **packing: Unpack[Packing],
     ) -> TokenClassifierOutput | tuple[Any, ...]:
         """Return logits (B, T, num_labels); arguments as in `DecoderModel.forward`.
 
@@ -185,7 +176,6 @@ class TokenClassificationHead(Headed):
             labels: (B, T) classes, -100 where the loss ignores them; it ignores padding, too.
             num_items_in_batch: what the sum over labels is divided by in place of their number.
         """
-        packing = Packing(cu_seq_lens_q, cu_seq_lens_k, max_length_q, max_length_k, seq_idx)
         outputs = self._base(
             input_ids=input_ids,
             attention_mask=attention_mask,
@@ -195,7 +185,7 @@ class TokenClassificationHead(Headed):
             use_cache=use_cache,
             output_attentions=output_attentions,
             output_hidden_states=output_hidden_states,
-            **packing._asdict(),
+            **packing,
         )
         logits = self.score(self.dropout(outputs.last_hidden_state))
         loss = None
@@ -233,6 +223,7 @@ class QuestionAnsweringHead(Headed):
         self.qa_outputs = Linear(config.hidden_size, 2)
         self.init_module(self.qa_outputs)
 
+    @takes_packing
     def forward(
         self,
         input_ids: Tensor | None = None,
@@ -246,12 +237,7 @@ class QuestionAnsweringHead(Headed):
         output_hidden_states: bool | None = None,
         return_dict: bool | None = None,
         num_items_in_batch: Items = None,
-        *,
-        cu_seq_lens_q: Tensor | None = None,
-        cu_seq_lens_k: Tensor | None = None,
-        max_length_q: int | Tensor | None = None,
-        max_length_k: int | Tensor | None = None,
-        seq_idx: Tensor | None = None,
+        **packing: Unpack[Packing],
     ) -> QuestionAnsweringModelOutput | tuple[Any, ...]:
         """Return start and end logits (B, T) each; arguments as in `DecoderModel.forward`.
 
@@ -266,7 +252,6 @@ class QuestionAnsweringHead(Headed):
         """
         if (start_positions is None) != (end_positions is None):
             raise InputError("start_positions and end_positions go together; give both or neither")
-        packing = Packing(cu_seq_lens_q, cu_seq_lens_k, max_length_q, max_length_k, seq_idx)
         outputs = self._base(
             input_ids=input_ids,
             attention_mask=attention_mask,
@@ -275,7 +260,7 @@ class QuestionAnsweringHead(Headed):
             inputs_embeds=inputs_embeds,
             output_attentions=output_attentions,
             output_hidden_states=output_hidden_states,
-            **packing._asdict(),
+            **packing,
         )
         starts, ends = self.qa_outputs(outputs.last_hidden_state).unbind(dim=-1)
         loss = None

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import islice
-from typing import Any, TypeVar
+from typing import Any, TypeVar, Unpack
 
 import torch
 from torch import Tensor, nn
@@ -30,7 +30,7 @@ from quintet.modeling.inputs import (
     split_mask,
 )
 from quintet.modeling.outputs import BaseModelOutputWithPast
-from quintet.modeling.packing import Packing, packed
+from quintet.modeling.packing import Packing, packed, takes_packing
 from quintet.modeling.segmenting import angles, masks, segments
 from quintet.ops.attention import attention_backend
 from quintet.ops.documents import Documents
@@ -74,6 +74,7 @@ class DecoderModel(PreTrainedModel):
     rotary_emb: RotaryEmbedding
     windows: Iterable[int | None] = (None,)
 
+    @takes_packing
     def forward(
         self,
         input_ids: Tensor | None = None,
@@ -86,12 +87,7 @@ class DecoderModel(PreTrainedModel):
         output_hidden_states: bool | None = None,
         return_dict: bool | None = None,
         cache_position: Tensor | None = None,
-        *,
-        cu_seq_lens_q: Tensor | None = None,
-        cu_seq_lens_k: Tensor | None = None,
-        max_length_q: int | Tensor | None = None,
-        max_length_k: int | Tensor | None = None,
-        seq_idx: Tensor | None = None,
+        **packing: Unpack[Packing],
     ) -> BaseModelOutputWithPast | tuple[Any, ...]:
         """Run the layers over T new tokens of each row.
 
@@ -121,7 +117,6 @@ class DecoderModel(PreTrainedModel):
             InputError: an argument cannot be used, or two contradict each other.
             ContextLengthError: a preallocated cache has no room.
         """
-        packing = Packing(cu_seq_lens_q, cu_seq_lens_k, max_length_q, max_length_k, seq_idx)
         run = self._run(
             input_ids=input_ids,
             attention_mask=attention_mask,

@@ -1,9 +1,7 @@
 """A head on top of any base model, and the one that every family writes text with."""
 
-import inspect
-from collections.abc import Callable
 from contextlib import AbstractContextManager
-from typing import Any, ClassVar, TypedDict, TypeVar, Unpack, cast
+from typing import Any, ClassVar, Unpack, cast
 
 from torch import Tensor, nn
 
@@ -15,7 +13,7 @@ from quintet.layers.linear import Linear
 from quintet.modeling.base import PreTrainedModel
 from quintet.modeling.decoder import DecoderModel
 from quintet.modeling.outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
-from quintet.modeling.packing import Packing, own_labels
+from quintet.modeling.packing import Packing, own_labels, takes_packing
 from quintet.ops.documents import Documents
 from quintet.ops.labels import IGNORED, of_tokens, predicted
 from quintet.ops.losses import Items, next_token_loss, token_loss
@@ -23,35 +21,23 @@ from quintet.ops.losses import Items, next_token_loss, token_loss
 __all__ = [
     "CausalLMHead",
     "Headed",
-    "Shifted",
+    "LabelOptions",
     "check_shape",
     "given",
     "kept",
     "padding_mask",
-    "shift_labels_of",
-    "without_shifted",
+    "split_options",
 ]
 
 
-Forward = TypeVar("Forward", bound=Callable[..., Any])
+class LabelOptions(Packing, total=False):
+    """Options of a forward with labels of the next token.
 
-
-class Shifted(TypedDict, total=False):
-    """Labels that are shifted already.
-
-    Not a parameter by name: a trainer that finds "label" in a name takes it for one that has to be
-    given to get a loss.
+    Labels that are shifted already are no parameter by name: a trainer that finds "label" in a name
+    takes it for one that has to be given to get a loss.
     """
 
     shift_labels: Tensor | None
-
-
-def without_shifted(forward: Forward) -> Forward:
-    """Leave `shift_labels` out of the signature that tools read."""
-    signature = inspect.signature(forward)
-    named = [p for p in signature.parameters.values() if p.kind is not p.VAR_KEYWORD]
-    vars(forward)["__signature__"] = signature.replace(parameters=named)
-    return forward
 
 
 class Headed(PreTrainedModel):
@@ -109,7 +95,7 @@ class CausalLMHead(Headed, GenerationMixin):
         """Take down what layers hold once for all steps inside that go on with a cache."""
         return cast("DecoderModel", self.base_model).layers_kept(cache)
 
-    @without_shifted
+    @takes_packing
     def forward(
         self,
         input_ids: Tensor | None = None,
@@ -125,13 +111,7 @@ class CausalLMHead(Headed, GenerationMixin):
         cache_position: Tensor | None = None,
         logits_to_keep: int | Tensor = 0,
         num_items_in_batch: Items = None,
-        *,
-        cu_seq_lens_q: Tensor | None = None,
-        cu_seq_lens_k: Tensor | None = None,
-        max_length_q: int | Tensor | None = None,
-        max_length_k: int | Tensor | None = None,
-        seq_idx: Tensor | None = None,
-        **shifted: Unpack[Shifted],
+        **options: Unpack[LabelOptions],
     ) -> CausalLMOutputWithPast | tuple[Any, ...]:
         """Return logits (B, T, V) of the token after each; arguments as in `DecoderModel.forward`.
 
@@ -147,8 +127,7 @@ class CausalLMHead(Headed, GenerationMixin):
         Raises:
             InputError: an argument cannot be used, or two contradict each other.
         """
-        packing = Packing(cu_seq_lens_q, cu_seq_lens_k, max_length_q, max_length_k, seq_idx)
-        shift_labels = shift_labels_of(shifted)
+        shift_labels, packing = split_options(options)
         outputs = self._base(
             input_ids=input_ids,
             attention_mask=attention_mask,
@@ -159,7 +138,7 @@ class CausalLMHead(Headed, GenerationMixin):
             output_attentions=output_attentions,
             output_hidden_states=output_hidden_states,
             cache_position=cache_position,
-            **packing._asdict(),
+            **packing,
         )
         logits = self.lm_head(kept(outputs.last_hidden_state, logits_to_keep))
         loss = None
@@ -243,16 +222,10 @@ def check_shape(name: str, labels: Tensor, logits: Tensor) -> None:
         )
 
 
-def shift_labels_of(options: Shifted) -> Tensor | None:
-    """Return the labels that are shifted already, None without.
-
-    Raises:
-        TypeError: there are options of other names.
-    """
-    for name in options:
-        if name != "shift_labels":
-            raise TypeError(f"forward() got an unexpected keyword argument {name!r}")
-    return options.get("shift_labels")
+def split_options(options: LabelOptions) -> tuple[Tensor | None, Packing]:
+    """Return the labels that are shifted already, or None, and the other options."""
+    packing: Any = {name: value for name, value in options.items() if name != "shift_labels"}
+    return options.get("shift_labels"), packing
 
 
 def padding_mask(attention_mask: Tensor | None) -> Tensor | None:

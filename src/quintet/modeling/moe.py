@@ -10,14 +10,13 @@ from quintet.checkpoint import StackExperts
 from quintet.modeling.decoder import DecoderModel, first
 from quintet.modeling.heads import (
     CausalLMHead,
-    Shifted,
+    LabelOptions,
     kept,
     padding_mask,
-    shift_labels_of,
-    without_shifted,
+    split_options,
 )
 from quintet.modeling.outputs import MoeCausalLMOutputWithPast, MoeModelOutputWithPast
-from quintet.modeling.packing import Packing
+from quintet.modeling.packing import Packing, takes_packing
 from quintet.ops.losses import Items
 
 __all__ = ["EXPERT_STACKS", "MoeCausalLMHead", "MoeDecoderModel"]
@@ -35,6 +34,7 @@ class MoeDecoderModel(DecoderModel):
 
     expert_stacks = EXPERT_STACKS
 
+    @takes_packing
     def forward(
         self,
         input_ids: Tensor | None = None,
@@ -48,19 +48,13 @@ class MoeDecoderModel(DecoderModel):
         return_dict: bool | None = None,
         cache_position: Tensor | None = None,
         output_router_logits: bool | None = None,
-        *,
-        cu_seq_lens_q: Tensor | None = None,
-        cu_seq_lens_k: Tensor | None = None,
-        max_length_q: int | Tensor | None = None,
-        max_length_k: int | Tensor | None = None,
-        seq_idx: Tensor | None = None,
+        **packing: Unpack[Packing],
     ) -> MoeModelOutputWithPast | tuple[Any, ...]:
         """Run the layers over T new tokens of each row; arguments as in `DecoderModel.forward`.
 
         Args:
             output_router_logits: return what the router of each layer with experts computed.
         """
-        packing = Packing(cu_seq_lens_q, cu_seq_lens_k, max_length_q, max_length_k, seq_idx)
         wanted = first(output_router_logits, self.config.output_router_logits)
         run = self._run(
             input_ids=input_ids,
@@ -99,7 +93,7 @@ class MoeCausalLMHead(CausalLMHead):
         raise NotImplementedError
 
     # The order of the output's fields is Transformers', which no subclass of the plain one has.
-    @without_shifted
+    @takes_packing
     def forward(  # type: ignore[override]
         self,
         input_ids: Tensor | None = None,
@@ -116,13 +110,7 @@ class MoeCausalLMHead(CausalLMHead):
         logits_to_keep: int | Tensor = 0,
         output_router_logits: bool | None = None,
         num_items_in_batch: Items = None,
-        *,
-        cu_seq_lens_q: Tensor | None = None,
-        cu_seq_lens_k: Tensor | None = None,
-        max_length_q: int | Tensor | None = None,
-        max_length_k: int | Tensor | None = None,
-        seq_idx: Tensor | None = None,
-        **shifted: Unpack[Shifted],
+        **options: Unpack[LabelOptions],
     ) -> MoeCausalLMOutputWithPast | tuple[Any, ...]:
         """Return logits (B, T, V) of the token after each; arguments as in `CausalLMHead.forward`.
 
@@ -132,8 +120,7 @@ class MoeCausalLMHead(CausalLMHead):
             num_items_in_batch: divides the sum over labels alone; the balance is that of the
                 tokens of this call.
         """
-        packing = Packing(cu_seq_lens_q, cu_seq_lens_k, max_length_q, max_length_k, seq_idx)
-        shift_labels = shift_labels_of(shifted)
+        shift_labels, packing = split_options(options)
         routed = first(output_router_logits, self.config.output_router_logits)
         weight = self.aux_loss_weight(shift_labels if labels is None else labels, routed)
         outputs = cast(
@@ -150,7 +137,7 @@ class MoeCausalLMHead(CausalLMHead):
                 cache_position=cache_position,
                 output_router_logits=routed or weight is not None,
                 return_dict=True,
-                **packing._asdict(),
+                **packing,
             ),
         )
         logits = self.lm_head(kept(outputs.last_hidden_state, logits_to_keep))

@@ -18,10 +18,10 @@ from quintet.cache.dense import DynamicSlot
 from quintet.errors import InputError
 from quintet.layers.context import ForwardContext, Notes
 from quintet.modeling.decoder import first
-from quintet.modeling.heads import Shifted, kept, padding_mask, shift_labels_of, without_shifted
+from quintet.modeling.heads import LabelOptions, kept, padding_mask, split_options
 from quintet.modeling.moe import MoeCausalLMHead, MoeDecoderModel
 from quintet.modeling.outputs import MoeCausalLMOutputWithPast
-from quintet.modeling.packing import Packing, own_labels
+from quintet.modeling.packing import own_labels, takes_packing
 from quintet.ops.documents import Documents
 from quintet.ops.labels import following_tokens
 from quintet.ops.losses import Items, token_loss
@@ -138,7 +138,7 @@ class MtpCausalLMHead(MoeCausalLMHead):
 
     model: MtpDecoderModel
 
-    @without_shifted
+    @takes_packing
     def forward(  # type: ignore[override]
         self,
         input_ids: Tensor | None = None,
@@ -157,13 +157,7 @@ class MtpCausalLMHead(MoeCausalLMHead):
         output_mtp_logits: bool = False,
         mtp_loss_weight: float | None = None,
         num_items_in_batch: Items = None,
-        *,
-        cu_seq_lens_q: Tensor | None = None,
-        cu_seq_lens_k: Tensor | None = None,
-        max_length_q: int | Tensor | None = None,
-        max_length_k: int | Tensor | None = None,
-        seq_idx: Tensor | None = None,
-        **shifted: Unpack[Shifted],
+        **options: Unpack[LabelOptions],
     ) -> MoeCausalLMOutputWithPast | tuple[Any, ...]:
         """Return logits (B, T, V) of the token after each; arguments as in `CausalLMHead.forward`.
 
@@ -180,8 +174,7 @@ class MtpCausalLMHead(MoeCausalLMHead):
         Raises:
             InputError: an argument cannot be used, or two contradict each other.
         """
-        packing = Packing(cu_seq_lens_q, cu_seq_lens_k, max_length_q, max_length_k, seq_idx)
-        shift_labels = shift_labels_of(shifted)
+        shift_labels, packing = split_options(options)
         looks_ahead = output_mtp_logits or mtp_loss_weight is not None
         if looks_ahead:
             self._check_look_ahead(past_key_values)
@@ -207,8 +200,7 @@ class MtpCausalLMHead(MoeCausalLMHead):
             logits_to_keep=logits_to_keep,
             output_router_logits=output_router_logits,
             num_items_in_batch=num_items_in_batch,
-            **shifted,
-            **packing._asdict(),
+            **options,
         )
         assert isinstance(output, MoeCausalLMOutputWithPast)
         if looks_ahead and output.hidden_states is not None:

@@ -1,7 +1,9 @@
 """Several texts in a row: how trainers and collators say so."""
 
+import inspect
+from collections.abc import Callable
 from itertools import pairwise
-from typing import NamedTuple
+from typing import Any, TypedDict, TypeVar
 
 import torch
 import torch.nn.functional as F  # noqa: N812
@@ -12,11 +14,13 @@ from quintet.ops.documents import Documents, documents_of
 from quintet.ops.labels import IGNORED
 from quintet.ops.transforms import recorded
 
-__all__ = ["Packing", "own_labels", "packed"]
+__all__ = ["Packing", "own_labels", "packed", "takes_packing"]
+
+Forward = TypeVar("Forward", bound=Callable[..., Any])
 
 
-class Packing(NamedTuple):
-    """What collators of packed rows send beside positions that begin anew with every text.
+class Packing(TypedDict, total=False):
+    """Options of every forward: what collators of packed rows send beside positions.
 
     Attributes:
         cu_seq_lens_q: (n + 1,) where each of n texts begins, counted over all rows, and the end.
@@ -26,11 +30,23 @@ class Packing(NamedTuple):
         seq_idx: (B, T) numbers that change where a text ends.
     """
 
-    cu_seq_lens_q: Tensor | None = None
-    cu_seq_lens_k: Tensor | None = None
-    max_length_q: int | Tensor | None = None
-    max_length_k: int | Tensor | None = None
-    seq_idx: Tensor | None = None
+    cu_seq_lens_q: Tensor | None
+    cu_seq_lens_k: Tensor | None
+    max_length_q: int | Tensor | None
+    max_length_k: int | Tensor | None
+    seq_idx: Tensor | None
+
+
+def takes_packing(forward: Forward) -> Forward:
+    """Name the options of `Packing` in the signature that tools read, in place of **options."""
+    signature = inspect.signature(forward)
+    named = [p for p in signature.parameters.values() if p.kind is not p.VAR_KEYWORD]
+    named += [
+        inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=kind)
+        for name, kind in Packing.__annotations__.items()
+    ]
+    vars(forward)["__signature__"] = signature.replace(parameters=named)
+    return forward
 
 
 def packed(
@@ -49,8 +65,11 @@ def packed(
 
     Raises:
         InputError: what tells where texts end contradicts itself, the mask or the cache.
+        TypeError: an option is none of `Packing`.
     """
-    named = [name for name, value in packing._asdict().items() if value is not None]
+    for name in packing.keys() - Packing.__annotations__.keys():
+        raise TypeError(f"forward() got an unexpected keyword argument {name!r}")
+    named = [name for name, value in packing.items() if value is not None]
     if named:
         _check_alone(named[0], attention_mask)
         if past is not None:
@@ -95,7 +114,7 @@ def _check_alone(name: str, mask: Tensor | None) -> None:
 def _told(packing: Packing, shape: tuple[int, int]) -> Documents | None:
     B, T = shape
     told: list[tuple[str, Tensor]] = []
-    index = packing.seq_idx
+    index = packing.get("seq_idx")
     if index is not None:
         if not isinstance(index, Tensor) or index.shape not in ((T,), (1, T), (B, T)):
             raise InputError(
@@ -103,8 +122,8 @@ def _told(packing: Packing, shape: tuple[int, int]) -> Documents | None:
             )
         told.append(("seq_idx", index.reshape(-1, T).expand(B, T)))
     for side, lengths, most in (
-        ("q", packing.cu_seq_lens_q, packing.max_length_q),
-        ("k", packing.cu_seq_lens_k, packing.max_length_k),
+        ("q", packing.get("cu_seq_lens_q"), packing.get("max_length_q")),
+        ("k", packing.get("cu_seq_lens_k"), packing.get("max_length_k")),
     ):
         if lengths is not None:
             told.append((f"cu_seq_lens_{side}", _numbers(lengths, side, most, shape)))
@@ -120,8 +139,8 @@ def _told(packing: Packing, shape: tuple[int, int]) -> Documents | None:
 def _continuing(packing: Packing, shape: tuple[int, int]) -> Documents:
     """Return the texts of one row, each of which continues a row of a cache; some have no token."""
     B = shape[0]
-    lengths, keys = packing.cu_seq_lens_q, packing.cu_seq_lens_k
-    if lengths is None or packing.seq_idx is not None or B > 1:
+    lengths, keys = packing.get("cu_seq_lens_q"), packing.get("cu_seq_lens_k")
+    if lengths is None or packing.get("seq_idx") is not None or B > 1:
         raise InputError(
             "texts that continue a cache are told of by cu_seq_lens_q alone, which has to say how "
             f"many tokens each of its rows is given in one row of input; there are {B}"
@@ -131,7 +150,7 @@ def _continuing(packing: Packing, shape: tuple[int, int]) -> Documents:
             "cu_seq_lens_k has to be cu_seq_lens_q again: where texts continue a cache, it knows "
             "how many keys they have there"
         )
-    index = _numbers(lengths, "q", packing.max_length_q, shape)
+    index = _numbers(lengths, "q", packing.get("max_length_q"), shape)
     return Documents(index, tuple(lengths.diff().tolist()))
 
 
