@@ -1,5 +1,6 @@
 """The names by which tools know a model."""
 
+import inspect
 from typing import Any
 
 import pytest
@@ -156,3 +157,13 @@ def test_the_devices_of_a_spread_model_are_told(tmp_path: Any) -> None:
     spread = {"": "cpu", "lm_head": "cpu:0"}
     model = quintet.AutoModelForCausalLM.from_pretrained(tmp_path, device_map=spread)
     assert model.hf_device_map == {path: torch.device(name) for path, name in spread.items()}
+
+
+@each_head
+def test_forward_names_its_options_and_refuses_others(family: Family, head: str) -> None:
+    model = family.model_of(head)
+    names = inspect.signature(model.forward).parameters
+    assert {"cu_seq_lens_q", "max_length_k", "seq_idx"} <= set(names)
+    assert not {"packing", "options", "shift_labels"} & set(names)
+    with pytest.raises(TypeError, match=r"forward\(\) got .* argument 'seq_lens'"):
+        model(torch.tensor([[1, 2]]), seq_lens=[1, 1])
