@@ -8,6 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from conformance.families import WIDE
 from families.zamba2 import SHAPES, model_of
 from quintet.cache import Cache, DynamicCache, StaticCache
 from quintet.errors import ContextLengthError, InputError
@@ -30,12 +31,13 @@ def ids_of(B: int, T: int) -> Tensor:
 
 @torch.no_grad()
 @settings(max_examples=20, deadline=None)
-@given(data=st.data(), kind=st.sampled_from(KINDS))
+@given(data=st.data(), kind=st.sampled_from(KINDS), wide=st.booleans())
 def test_rows_go_back_to_lengths_of_their_own_since_the_snapshot(
-    data: st.DataObject, kind: str
+    data: st.DataObject, kind: str, wide: bool
 ) -> None:
     """As speculation does: take a snapshot, run ragged drafts, keep part of each, go on."""
-    model = model_of(**SHAPES["7b"])
+    # Wide enough for the kernel of all layers, or not.
+    model = model_of(**SHAPES["7b"], **(WIDE["zamba2"] if wide else {}))
     cache = cache_of(model, kind)
     generator = torch.Generator().manual_seed(data.draw(st.integers(0, 2**30)))
     texts: list[list[int]] = [[], []]

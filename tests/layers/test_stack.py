@@ -298,21 +298,51 @@ def test_router_logits_that_are_asked_for_come_from_the_layers(
     assert True not in passes
 
 
-def test_states_that_may_be_gone_back_to_are_left_to_the_layers(passes: list[bool]) -> None:
+@pytest.mark.parametrize(
+    ("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.bfloat16, 2e-2)], ids=["f32", "bf16"]
+)
+@pytest.mark.parametrize("way", ["one call", "called", "first", "last"])
+@pytest.mark.parametrize("ragged", [False, True])
+def test_states_that_may_be_gone_back_to_stay_in_one_call(
+    dtype: torch.dtype, tolerance: float, way: str, ragged: bool, passes: list[bool]
+) -> None:
+    """What a kernel has left of the tokens and what layers have lead back to the same states."""
     (family,) = (family for family in FAMILIES if family.name == "zamba2")
-    model = model_of(family)
-    cache = DynamicCache(model.config)
-    ids = torch.arange(8)[None]
+    model = model_of(family).to(dtype)
+    caches = [DynamicCache(model.config) for _ in range(2)]
+    ids = torch.randint(2, 90, (3, 14))
+    mask = torch.ones(3, 14, dtype=torch.long)
+    if ragged:
+        mask[1, 8:10], mask[2, 9], mask[0, 12] = 0, 0, 0
+    forwards = [slice(8, 11), slice(11, 12), slice(12, 14)]
+    called = {"one call": [], "called": forwards, "first": forwards[:1], "last": forwards[-1:]}[way]
     with torch.no_grad():
-        model(ids, past_key_values=cache)
-        expected = model(ids[:, :2], past_key_values=copy.deepcopy(cache)).logits
-        cache.snapshot()
-        passes.clear()
-        model(ids[:, :3], past_key_values=cache)
-        assert passes == [False]
-        cache.crop(8)
-        made = model(ids[:, :2], past_key_values=cache).logits
-    assert relative_error(made, expected) <= 1e-5
+        for cache in caches:
+            model(ids[:, :8], past_key_values=cache)
+        held, plain = caches
+        held.snapshot()
+        for part in forwards:
+            passes.clear()
+            # States that are asked for come from layers that are called.
+            asked = {"attention_mask": mask[:, : part.stop], "output_hidden_states": part in called}
+            model(ids[:, part], past_key_values=held, **asked)
+            assert passes == [part not in called]
+        for kept in ([11, 10, 11], [9, 8, 10], [8, 8, 8]):
+            held.crop(torch.tensor(kept))
+            for row, length in enumerate(kept):
+                alone = copy.deepcopy(plain)
+                alone.batch_select_indices(torch.tensor([row]))
+                tokens = ids[row, mask[row].bool()]
+                for at in range(8, length):
+                    model(tokens[None, at : at + 1], past_key_values=alone)
+                for made, told in zip(held.states, alone.states, strict=True):
+                    assert relative_error(made.window[row], told.window[0]) <= 2e-2 ** (
+                        dtype.itemsize / 2
+                    )
+                    assert relative_error(made.state[row], told.state[0]) <= 2e-2 ** (
+                        dtype.itemsize / 2
+                    )
+    assert held.lengths(3).tolist() == [8] * 3
 
 
 @pytest.mark.parametrize("name", ROUNDED)

@@ -17,6 +17,7 @@ from quintet.cache.recurrent import Inputs
 from quintet.cache.segment import Segment
 from quintet.configuration.base import PreTrainedConfig
 from quintet.errors import InputError
+from quintet.ops.mamba2 import MixerWeights
 
 __all__ = ["AttentionSlot", "Cache", "CacheSlot", "Companion", "StateSlot"]
 
@@ -87,6 +88,14 @@ class StateSlot(CacheSlot, Protocol):
 
     def remember(self, inputs: Inputs) -> None:
         """Keep what an update came from."""
+        ...
+
+    def record(self, weights: MixerWeights) -> Tensor:
+        """Return memory for a kernel to leave what it projects, instead of `remember`."""
+        ...
+
+    def advance(self, segment: Segment) -> None:
+        """Keep what a kernel has recorded of the tokens that were counted."""
         ...
 
     def content(self) -> tuple[Tensor, Tensor] | None:
@@ -235,13 +244,19 @@ class Cache:
 
     def advance(self, segment: Segment) -> None:
         """Count the tokens of all rows that every layer has stored."""
-        self._forward_unfinished = False
+        self._finish(segment)
         if segment.counts is None:
             self._lengths = self._lengths + segment.length
             self._longest += segment.length
         else:
             self._lengths = self._lengths + segment.counts
             self._longest = _longest(self._lengths)
+
+    def _finish(self, segment: Segment) -> None:
+        self._forward_unfinished = False
+        for slot in self.states:
+            if slot is not None and slot.remembers:
+                slot.advance(segment)
 
     # -- what it holds -----------------------------------------------------------------------
 

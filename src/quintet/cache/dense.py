@@ -239,7 +239,7 @@ class StaticCache(Cache):
     def advance(self, segment: Segment) -> None:
         """Count the tokens of all rows that every layer has stored."""
         assert isinstance(self._lengths, Tensor)
-        self._forward_unfinished = False
+        self._finish(segment)
         self._lengths.add_(segment.length if segment.counts is None else segment.counts)
 
     def seek(self, position: Tensor) -> None:

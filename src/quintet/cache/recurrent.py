@@ -15,9 +15,13 @@ from quintet.cache.memory import own, writable
 from quintet.cache.segment import Segment
 from quintet.errors import InputError
 from quintet.ops.conv import continued, last_window
+from quintet.ops.mamba2 import MixerWeights, mix
 from quintet.ops.ssd import only, ssd
 
-__all__ = ["Inputs", "RecurrentSlot"]
+__all__ = ["Inputs", "Recorded", "RecurrentSlot"]
+
+# The tokens of a forward that one call of a kernel takes, at the most.
+RECORDED = 64
 
 
 class Inputs(NamedTuple):
@@ -43,10 +47,75 @@ class Inputs(NamedTuple):
         """Take all but the first `counts` tokens of each row for padding."""
         return self._replace(dt=only(self.dt, counts), counts=counts)
 
+    @property
+    def device(self) -> torch.device:
+        """Where they are."""
+        return self.dt.device
+
+    @property
+    def nbytes(self) -> int:
+        """The bytes held."""
+        return sum(x.nbytes for x in (self.raw, self.x, self.dt, self.b))
+
     def select(self, rows: Tensor) -> "Inputs":
         """Return the given rows of the batch."""
         counts = self.counts if isinstance(self.counts, int) else self.counts[rows]
         return Inputs(self.raw[rows], self.x[rows], self.dt[rows], self.A, self.b[rows], counts)
+
+    def after(self, window: Tensor | None, state: Tensor | None, W: int) -> tuple[Tensor, Tensor]:
+        """Return window (B, W - 1, C) and state behind these tokens."""
+        window = last_window(continued(self.raw, window, W), W, self.counts)
+        return window, ssd(
+            self.x, self.dt, self.A, self.b, self.b, torch.zeros_like(self.A), state
+        )[1]
+
+
+class Recorded(NamedTuple):
+    """What a kernel left of one forward.
+
+    Attributes:
+        projected: (B, T, H·P + C + H), what the mixer's first map made.
+        weights: of the mixer, which do the rest.
+        counts: (B,) how many of the T are real, T where all are.
+    """
+
+    projected: Tensor
+    weights: MixerWeights
+    counts: Tensor | int
+
+    @property
+    def device(self) -> torch.device:
+        """Where it is."""
+        return self.projected.device
+
+    @property
+    def nbytes(self) -> int:
+        """The bytes held."""
+        return self.projected.nbytes
+
+    def first(self, counts: Tensor | int) -> "Recorded":
+        """Take all but the first `counts` tokens of each row for padding."""
+        return self._replace(counts=counts)
+
+    def select(self, rows: Tensor) -> "Recorded":
+        """Return the given rows of the batch."""
+        counts = self.counts if isinstance(self.counts, int) else self.counts[rows]
+        return Recorded(self.projected[rows], self.weights, counts)
+
+    @torch.no_grad()
+    def after(
+        self, window: Tensor | None, state: Tensor | None, W: int
+    ) -> tuple[Tensor | None, Tensor | None]:
+        """Return window and state behind these tokens; the given state may be overwritten."""
+        projected, counts = self.projected, None
+        if isinstance(self.counts, Tensor):
+            counts = self.counts
+        else:
+            projected = projected[:, : self.counts]
+        if not projected.shape[1]:
+            return window, state
+        made = mix(projected, self.weights, window, state, counts, chunk_size=RECORDED)
+        return made.window, made.state
 
 
 @dataclass(slots=True)
@@ -56,7 +125,7 @@ class _Snapshot:
     lengths: int | Tensor
     window: Tensor | None
     state: Tensor | None
-    since: list[Inputs] = field(default_factory=list)
+    since: list[Inputs | Recorded] = field(default_factory=list)
 
 
 class RecurrentSlot:
@@ -71,24 +140,56 @@ class RecurrentSlot:
         self.state: Tensor | None = None
         self.preallocated = preallocated
         self._snapshot: _Snapshot | None = None
+        # Where a kernel leaves what it projects, and the weights it did that with.
+        self._record: Tensor | None = None
+        self._recording: MixerWeights | None = None
 
     @property
     def remembers(self) -> bool:
-        """Whether there is a snapshot, which `remember` has to be told the inputs for."""
+        """Whether there is a snapshot, since which inputs have to be remembered or recorded."""
         return self._snapshot is not None
 
     def remember(self, inputs: Inputs) -> None:
         """Keep what an update came from, to go back to between the snapshot and here."""
         assert self._snapshot is not None
+        self._recording = None
         self._snapshot.since.append(inputs)
+
+    def record(self, weights: MixerWeights) -> Tensor:
+        """Return memory for a kernel to leave what it projects, instead of `remember`.
+
+        It is (M, H·P + C + H) for the tokens of all rows, one behind the other, and read when the
+        cache counts them.
+        """
+        assert self.window is not None
+        width = len(weights.norm) + len(weights.taps) + len(weights.D)
+        if self._record is None:
+            with torch.inference_mode(False), torch.no_grad():
+                self._record = torch.empty(
+                    RECORDED, width, dtype=self.window.dtype, device=self.window.device
+                )
+        self._recording = weights
+        return self._record
+
+    def advance(self, segment: Segment) -> None:
+        """Keep what a kernel has recorded of the tokens that were counted."""
+        weights, self._recording = self._recording, None
+        if weights is None or self._record is None or self.state is None or not self._snapshot:
+            return
+        B, T, counts = len(self.state), segment.length, segment.counts
+        if counts is None:
+            projected = torch.unflatten(self._record[: B * T].clone(), 0, (B, T))
+        else:
+            steps = torch.arange(T, dtype=torch.long, device=counts.device)
+            places = (counts.cumsum(0) - counts)[:, None] + steps
+            projected = self._record[places.clamp(max=int(counts.sum()) - 1)]
+        self._snapshot.since.append(Recorded(projected, weights, T if counts is None else counts))
 
     def room(self) -> tuple[Tensor, Tensor] | None:
         """Return window and state for a caller to change in place, instead of `update`.
 
-        None while there are none, and where inputs have to be remembered.
+        None while there are none. Where the slot remembers, `record` has to be written, too.
         """
-        if self.remembers:
-            return None
         return self.content()
 
     def content(self) -> tuple[Tensor, Tensor] | None:
@@ -120,7 +221,7 @@ class RecurrentSlot:
         """
         lengths = lengths.clone() if isinstance(lengths, Tensor) else lengths
         window, state = (None if x is None else x.clone() for x in (self.window, self.state))
-        self._snapshot = _Snapshot(lengths, window, state)
+        self._snapshot, self._recording = _Snapshot(lengths, window, state), None
 
     def crop(self, lengths: int | Tensor) -> None:
         """Go back to where rows had the given lengths, at the snapshot or after it.
@@ -138,20 +239,19 @@ class RecurrentSlot:
                 f"last snapshot on, and {has}; call cache.snapshot() before the tokens that may be "
                 "taken back"
             )
+        self._recording = None
         left = lengths - snapshot.lengths
-        window, state = (None if x is None else own(x) for x in (snapshot.window, snapshot.state))
-        kept = []
-        for inputs in snapshot.since:
-            left = left.to(inputs.dt.device) if isinstance(left, Tensor) else left
-            counts = _smaller(left, inputs.counts)
+        W = 1 if self.window is None else self.window.shape[1] + 1
+        window, state = (
+            None if x is None else x.clone() for x in (snapshot.window, snapshot.state)
+        )
+        since, snapshot.since = snapshot.since, []
+        for taken in since:
+            left = left.to(taken.device) if isinstance(left, Tensor) else left
+            counts = _smaller(left, taken.counts)
             left = left - counts
-            inputs = inputs.first(counts)
-            x, dt, A, b = inputs.x, inputs.dt, inputs.A, inputs.b
-            W = 1 if self.window is None else self.window.shape[1] + 1
-            window = last_window(continued(inputs.raw, window, W), W, counts)
-            state = ssd(x, dt, A, b, b, torch.zeros_like(A), state)[1]
-            kept.append(inputs)
-        snapshot.since = kept
+            snapshot.since.append(taken := taken.first(counts))
+            window, state = taken.after(window, state, W)
         if window is None or state is None:
             self._clear()
         else:
@@ -176,7 +276,7 @@ class RecurrentSlot:
 
     def reset(self) -> None:
         """Forget everything; preallocated memory stays."""
-        self._snapshot = None
+        self._snapshot = self._record = self._recording = None
         self._clear()
 
     @property
@@ -187,11 +287,11 @@ class RecurrentSlot:
     @property
     def nbytes(self) -> int:
         """The bytes held, with those of the snapshot."""
-        held = [self.window, self.state]
+        held = [self.window, self.state, self._record]
         if self._snapshot is not None:
             held += [self._snapshot.window, self._snapshot.state]
-            held += [x for i in self._snapshot.since for x in (i.raw, i.x, i.dt, i.b)]
-        return sum(x.nbytes for x in held if x is not None)
+        since = [] if self._snapshot is None else self._snapshot.since
+        return sum(x.nbytes for x in (*held, *since) if x is not None)
 
     def _clear(self) -> None:
         if self.preallocated and self.window is not None and self.state is not None:

@@ -14,6 +14,7 @@ from quintet.cache.row_memory import Buffers
 from quintet.cache.rows import Row, RowTable
 from quintet.cache.segment import Segment
 from quintet.errors import InputError
+from quintet.ops.mamba2 import MixerWeights
 
 __all__ = ["StateRows"]
 
@@ -60,6 +61,17 @@ class StateRows:
                 own.copy_(new)
 
     def remember(self, inputs: Inputs) -> None:
+        """Do nothing."""
+
+    def record(self, weights: MixerWeights) -> Tensor:
+        """Refuse: nothing is recorded.
+
+        Raises:
+            InputError: always.
+        """
+        raise InputError("a pool's rows record nothing of what they take in")
+
+    def advance(self, segment: Segment) -> None:
         """Do nothing."""
 
     # -- for the pool ----------------------------------------------------------------------------

@@ -267,12 +267,18 @@ class Mixer(Part):
             fields.real(limit)
 
     def held(self, kept: Sequence[Tensor], fields: Fields, rows: int) -> None:
-        """Write where the window and the state are."""
+        """Write where window and state are, and what of the tokens is to be recorded, if so.
+
+        That are the projected tokens (at least M, H·P + channels + H), in the kernel's dtype.
+        """
         H, P, N, channels, W = self._sizes()
-        fields.fit &= len(kept) == 2
-        if len(kept) == 2:
-            fields.packed(kept[0], fields.dtype, rows, W - 1, channels)
-            fields.packed(kept[1], torch.float32, rows, H, P, N)
+        fields.fit &= len(kept) in (2, 3)
+        if fields.fit:
+            window, state, record = (*kept, None)[:3]
+            fields.packed(window, fields.dtype, rows, W - 1, channels)
+            fields.packed(state, torch.float32, rows, H, P, N)
+            tokens = 0 if record is None else len(record)
+            fields.packed(record, fields.dtype, tokens, H * P + channels + H)
 
     def _sizes(self) -> tuple[int, int, int, int, int]:
         H, inner = len(self.scalars[0]), len(self.gated.weight)

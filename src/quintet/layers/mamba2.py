@@ -150,8 +150,12 @@ class Mamba2(StackPart):
         )
 
     def kept(self, context: ForwardContext) -> tuple[Tensor, ...] | None:
-        """Return window and state; None where it has none yet, or has to remember its inputs."""
-        return None if context.cache is None else context.cache.recurrent(self.layer_idx).room()
+        """Return window, state and where tokens are recorded if they are; None while empty."""
+        slot = None if context.cache is None else context.cache.recurrent(self.layer_idx)
+        room = None if slot is None else slot.room()
+        if slot is None or room is None or not slot.remembers:
+            return room
+        return (*room, slot.record(self._weights()))
 
     def _calls(self) -> Calls | None:
         """Return what has to be called, as it is more than its weights; None where nothing is."""

@@ -22,6 +22,7 @@ class MixerPart {
     struct Held {
         Span<T> window;
         Span<float> state;
+        Span<T> record;  // where projected tokens are left for whoever goes back; or none
     };
 
     static bool fits(const Fields& f, const Held* held, const Tokens& s) {
@@ -31,14 +32,15 @@ class MixerPart {
                f.out.template fits<Matrix, T>(shape.inner()) && f.taps.holds(shape.conv() * f.W) &&
                (!f.bias.given() || f.bias.holds(shape.conv())) && f.dt_bias.holds(f.H) && f.a_log.holds(f.H) &&
                f.d.holds(f.H) && f.gated.weight.template as<T>().holds(shape.inner()) &&
-               held->window.holds(s.rows * (f.W - 1) * shape.conv()) && held->state.holds(s.rows * f.H * f.P * f.N);
+               held->window.holds(s.rows * (f.W - 1) * shape.conv()) && held->state.holds(s.rows * f.H * f.P * f.N) &&
+               (!held->record.given() || held->record.holds(s.all() * shape.row()));
     }
 
     MixerPart(const Fields& f, const Held* held, const Tokens& s, i64, Room& room)
         : f_(f), s_(s),
           numbers_{float(f.least), float(f.most), float(f.gated.eps)},
           shape_(f.shape()),
-          projected_(room.take<T>(s.all() * shape_.row())),
+          projected_(held->record.given() ? held->record.p : room.take<T>(s.all() * shape_.row())),
           mixed_(room.take<T>(s.all() * shape_.inner())),
           added_(room.take<T>(s.all() * s.C)),
           mixer_{shape_, s.M, s.sequences, nullptr, projected_, f.taps, f.bias, held->window, held->window,
