@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from conformance.families import FAMILIES, WIDE, Family, each
-from quintet.cache import RowContent
+from quintet.cache import DynamicCache, RowContent
 from quintet.errors import ContextLengthError, InputError
 from quintet.generation.engine import Engine
 from quintet.generation.processors.base import LogitsProcessor
@@ -197,7 +197,7 @@ def run(engine: Engine, sequences: list[Sequence]) -> None:
 @each
 def test_what_goes_wrong_with_one_is_the_affair_of_that_one(family: Family) -> None:
     model = family.model_of()
-    engine = Engine(model, 5, 32)
+    engine = Engine(model, 6, 32)
     options = {**ENDS, "max_new_tokens": 6, "min_new_tokens": 6}
     readers = [Reader(), Reader(fails_at=4)]
 
@@ -214,21 +214,25 @@ def test_what_goes_wrong_with_one_is_the_affair_of_that_one(family: Family) -> N
         engine.sequence(prompt_of(5, 2), streamer=readers[1], **options),
         engine.sequence(prompt_of(7, 3), stopping_criteria=[fails], **options),
         engine.sequence(
+            prompt_of(5, 5), logits_processor=[lambda ids, scores: scores[:, :4]], **options
+        ),
+        engine.sequence(
             prompt_of(3, 4), suppress_tokens=list(range(model.config.vocab_size)), **options
         ),
     ]
     run(engine, sequences)
-    kinds = [RuntimeError, None, BrokenPipeError, KeyError, NothingLeftError]
+    kinds = [RuntimeError, None, BrokenPipeError, KeyError, InputError, NothingLeftError]
     assert [one.finish_reason for one in sequences] == [
         "error",
         "length",
         "error",
         "error",
         "error",
+        "error",
     ]
     for one, kind in zip(sequences, kinds, strict=True):
         assert isinstance(one.error, kind) if kind else one.error is None
-    assert [len(one.new) for one in sequences] == [2, 6, 4, 2, 0]
+    assert [len(one.new) for one in sequences] == [2, 6, 4, 2, 0, 0]
     assert sequences[1].new == model.generate(prompt_of(6, 1), **options)[0, 6:].tolist()
     assert [reader.ended for reader in readers] == [1, 1]
     assert readers[0].got == [prompt_of(5, 0)[0].tolist(), *([token] for token in sequences[0].new)]
@@ -384,3 +388,32 @@ def test_in_bfloat16_a_token_does_not_depend_on_company(family: Family) -> None:
             going = [one for one in engine.sequences if not one.finished]
             engine.step(dice.sample(going, dice.randint(0, len(going))))
         assert [one.new for one in everyone] == expected
+
+
+@each
+def test_what_is_done_to_a_model_is_seen_from_the_next_step_on(family: Family) -> None:
+    """An engine holds what it took down of the layers, and looks whether it still holds."""
+    model = family.model_of(**WIDE[family.name])
+    prompt = prompt_of(6, 0)
+    engine = Engine(model, 2, 32)
+    sequence = engine.sequence(prompt, max_new_tokens=8, eos_token_id=-1, do_sample=False)
+    engine.add(sequence)
+    seen: list[int] = []
+    layer = model.base_model.layers[0]
+    cache, ids, expected = DynamicCache(model.config), prompt, []
+    for step in range(8):
+        if step == 3:
+            with torch.no_grad():
+                for weight in layer.parameters():
+                    weight.mul_(-1.5)
+        handle = None
+        if step == 5:
+            handle = layer.register_forward_hook(lambda *given: seen.append(len(seen)))
+        engine.step([sequence])
+        if handle is not None:
+            handle.remove()
+            assert seen == [0]
+        with torch.no_grad():
+            expected.append(int(model(ids, past_key_values=cache).logits[0, -1].argmax()))
+        ids = torch.tensor([expected[-1:]])
+    assert sequence.new == expected

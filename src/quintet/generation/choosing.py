@@ -78,7 +78,7 @@ class Choosing:
         read = list(torch.split(scores, 1)) if self._reading else []
         for row in self._reading:
             try:
-                read[row] = self.samplers[row].read(text_of(row), read[row])
+                read[row] = self._read(row, text_of(row), read[row])
             except Exception as error:
                 made[row] = error
         if read:
@@ -86,6 +86,15 @@ class Choosing:
         for group in self._groups:
             self._take(group, scores, steps, made)
         return made
+
+    def _read(self, row: int, text: Text, scores: Tensor) -> Tensor:
+        made = self.samplers[row].read(text, scores)
+        if made.shape != scores.shape:
+            raise InputError(
+                f"a logits processor returned scores of shape {tuple(made.shape)} for one row of "
+                f"{scores.shape[1]}; it has to return {tuple(scores.shape)}"
+            )
+        return made.to(scores)
 
     def _take(
         self, group: _Group, scores: Tensor, steps: Sequence[int], made: list[int | Exception]
@@ -95,7 +104,7 @@ class Choosing:
             scores = scores[group.index.to(scores.device)]
         u = None
         if choice.do_sample:
-            u = torch.cat([self.samplers[row].uniform(1, 1, scores.device) for row in rows])
+            u = self._uniform(rows, scores.device)
         goes_on = None
         if any(isinstance(made[row], Exception) for row in rows):
             goes_on = torch.tensor([not isinstance(made[row], Exception) for row in rows])
@@ -112,3 +121,11 @@ class Choosing:
         for row, token in zip(rows, tokens, strict=True):
             if not isinstance(made[row], Exception):
                 made[row] = token
+
+    def _uniform(self, rows: list[int], device: torch.device) -> Tensor:
+        """Draw a number for each row, (n, 1), each from its own generator."""
+        given = [self.samplers[row].generators for row in rows]
+        own = [generators[0] for generators in given if generators is not None]
+        if len(own) == len(rows):
+            return sampling.uniform((len(rows), 1), device, own)
+        return torch.cat([self.samplers[row].uniform(1, 1, device) for row in rows])

@@ -88,9 +88,8 @@ class Sequence:
     @property
     def text(self) -> Text:
         """The same ids as rows are read, (1, T)."""
-        behind = len(self.ids) - len(self._text)
-        if behind:
-            self._text.append(self._text.ids.new_tensor([self.ids[-behind:]]))
+        for token in self.ids[len(self._text) :]:
+            self._text.append(token)
         return self._text
 
     def draft(self) -> list[int]:

@@ -52,10 +52,11 @@ class Text:
         columns = torch.arange(self._length, device=self._buffer.device)
         return columns >= self.padding[:, None]
 
-    def append(self, tokens: Tensor) -> None:
-        """Add tokens (B,) or (B, K) to every row."""
-        tokens = tokens[:, None] if tokens.ndim == 1 else tokens
-        end = self._length + tokens.shape[1]
+    def append(self, tokens: Tensor | int) -> None:
+        """Add tokens (B,) or (B, K), or one and the same, to every row."""
+        if isinstance(tokens, Tensor) and tokens.ndim == 1:
+            tokens = tokens[:, None]
+        end = self._length + (tokens.shape[1] if isinstance(tokens, Tensor) else 1)
         if end > self._buffer.shape[1]:
             spare = self._buffer.new_zeros(self._buffer.shape[0], end - self._buffer.shape[1] + 64)
             self._buffer = torch.cat((self._buffer, spare), dim=1)
