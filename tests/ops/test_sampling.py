@@ -171,7 +171,7 @@ def test_nothing_to_draw_is_an_error(value: float) -> None:
     probabilities[1] = value
     with pytest.raises(InputError, match="row 1 has no token to take"):
         draw(probabilities)
-    drawn = draw(probabilities, goes_on=torch.tensor([True, False]))
+    drawn = draw(probabilities, unfinished=torch.tensor([True, False]))
     assert 0 <= int(drawn[1]) < 3
 
 

@@ -14,7 +14,7 @@ from typing import Self
 import torch
 from torch import Tensor
 
-from quintet.generation.decode import Run
+from quintet.generation.decode import Generation
 from quintet.generation.outputs import Record
 from quintet.generation.sampler import Sampler
 from quintet.generation.stopping import Stopping
@@ -79,7 +79,7 @@ class _Beams:
         return _Beams(self.tokens.gather(1, wide), self.rows.gather(1, wide), values), places
 
 
-def beam_search(run: Run, options: BeamOptions) -> Found:
+def beam_search(run: Generation, options: BeamOptions) -> Found:
     """Return the best continuations of each prompt.
 
     Args:
@@ -88,7 +88,7 @@ def beam_search(run: Run, options: BeamOptions) -> Found:
         options: how the search goes.
     """
     forward, text, sampler, record = run.forward, run.text, run.sampler, run.record
-    made, room, pad = run.made, run.rooms.most, run.pad
+    output, room, pad = run.output, run.rooms.most, run.pad
     N, device = options.num_beams, text.ids.device
     B = len(text.ids) // N
     running = _Beams.empty(B, N, room, pad, device)
@@ -99,8 +99,8 @@ def beam_search(run: Run, options: BeamOptions) -> Found:
     improves = torch.ones(B, 1, dtype=torch.bool, device=device)
 
     for step in range(room):
-        record.forward(made)
-        scores = sampler.scores(text, made.logits[:, -1].to(torch.float32).log_softmax(dim=-1))
+        record.forward(output)
+        scores = sampler.scores(text, output.logits[:, -1].to(torch.float32).log_softmax(dim=-1))
         if record.scores is not None:
             record.scores.append(scores.clone())
         taken = _candidates(running, scores, step, sampler, options)
@@ -129,7 +129,7 @@ def beam_search(run: Run, options: BeamOptions) -> Found:
             sampler.reorder(rows)
             text.select(rows)
         text.append(running.tokens[:, :, step].flatten())
-        made = forward.step(text)
+        output = forward.step(text)
     return _found(ends, options.num_return_sequences)
 
 

@@ -29,25 +29,25 @@ def choose_cache(
     Raises:
         InputError: there is no such option, or two contradict each other.
     """
-    asked = {CACHE_BITS[dtype]} if dtype else set()
-    asked |= _configured_bits(config)
-    if len(asked) > 1:
+    bits = {CACHE_BITS[dtype]} if dtype else set()
+    bits |= _configured_bits(config)
+    if len(bits) > 1:
         raise InputError(
             f"GenerationConfig: cache_dtype={dtype!r} and cache_config={config!r} are of "
             "different bits; give one of the two"
         )
-    if asked and kind not in (None, "quantized"):
+    if bits and kind not in (None, "quantized"):
         raise InputError(
             f"GenerationConfig: cache_implementation={kind!r} is not in few bits; leave "
             "cache_dtype and cache_config out, or use 'quantized'"
         )
-    kind = kind or ("quantized" if asked else "static" if compiles else "dynamic")
+    kind = kind or ("quantized" if bits else "static" if compiles else "dynamic")
     if compiles and kind != "static":
         raise InputError(
             "GenerationConfig: a compiled step needs cache_implementation='static', not "
             f"{kind!r}, which changes its shape"
         )
-    return CacheChoice(kind, next(iter(asked), 8))
+    return CacheChoice(kind, next(iter(bits), 8))
 
 
 def _configured_bits(config: Mapping[str, Any] | None) -> set[int]:

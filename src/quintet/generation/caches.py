@@ -6,11 +6,11 @@ from dataclasses import dataclass
 from quintet.cache import Cache, OffloadedCache, QuantizedCache, StaticCache
 from quintet.configuration.base import PreTrainedConfig
 
-__all__ = ["MAKERS", "Request", "open_cache"]
+__all__ = ["MAKERS", "CacheRequest", "open_cache"]
 
 
 @dataclass(frozen=True, slots=True)
-class Request:
+class CacheRequest:
     """What a cache is made from.
 
     Attributes:
@@ -27,7 +27,7 @@ class Request:
 
 
 # One for each name in `cache_choice.CACHES`.
-MAKERS: dict[str, Callable[[Request], Cache]] = {
+MAKERS: dict[str, Callable[[CacheRequest], Cache]] = {
     "dynamic": lambda request: request.grown(),
     "static": lambda request: StaticCache(request.config, max_cache_len=request.length),
     "quantized": lambda request: QuantizedCache(request.config, request.nbits),
@@ -35,6 +35,6 @@ MAKERS: dict[str, Callable[[Request], Cache]] = {
 }
 
 
-def open_cache(name: str, request: Request) -> Cache:
+def open_cache(name: str, request: CacheRequest) -> Cache:
     """Return an empty cache of the kind that has the name."""
     return MAKERS[name](request)

@@ -51,7 +51,7 @@ class Choice:
         self,
         scores: Tensor,
         generators: Sequence[torch.Generator] | None = None,
-        goes_on: Tensor | None = None,
+        unfinished: Tensor | None = None,
         *,
         step: int | None = None,
         u: Tensor | None = None,
@@ -67,17 +67,17 @@ class Choice:
         few = None if self._k is None else sampling.top_k_candidates(scores, self._k)
         if few is None:
             warped = self.warped(scores)
-            return self.take(warped, generators, goes_on, step=step, u=u)
+            return self.take(warped, generators, unfinished, step=step, u=u)
         values, ids, crowded = few
         if u is None:
             u = sampling.uniform((len(ids), 1), ids.device, generators)
-        index = self.take(_warped(self._few, values), None, goes_on, step=step, u=u)
+        index = self.take(_warped(self._few, values), None, unfinished, step=step, u=u)
         tokens = ids.gather(1, index[:, None])[:, 0]
         if crowded is None:
             return tokens
         # Row by row: which way is taken must not depend on the other rows.
         rows = crowded.nonzero()[:, 0]
-        needed = None if goes_on is None else goes_on[rows]
+        needed = None if unfinished is None else unfinished[rows]
         rest = _warped([warping.of_rows(warper, rows) for warper in self.warpers], scores[rows])
         return tokens.index_copy(0, rows, self.take(rest, None, needed, step=step, u=u[rows]))
 
@@ -85,7 +85,7 @@ class Choice:
         self,
         scores: Tensor,
         generators: Sequence[torch.Generator] | None = None,
-        goes_on: Tensor | None = None,
+        unfinished: Tensor | None = None,
         *,
         step: int | None = None,
         u: Tensor | None = None,
@@ -95,7 +95,7 @@ class Choice:
         Args:
             scores: what is taken from.
             generators: where the randomness of each row comes from; torch's own if not given.
-            goes_on: (B,) True for rows that need a token, others get any; None for all.
+            unfinished: (B,) True for rows that need a token, others get any; None for all.
             step: which new token it is, from 1, for the message of an error.
             u: (B, 1) numbers of [0, 1) to draw by.
 
@@ -104,12 +104,12 @@ class Choice:
         """
         if not self.do_sample:
             best, tokens = scores.max(dim=-1)
-            sampling.check_left(best.tolist(), goes_on, step)
+            sampling.check_left(best.tolist(), unfinished, step)
             return tokens
         try:
-            return sampling.draw(scores.softmax(dim=-1), generators, u, goes_on)
+            return sampling.draw(scores.softmax(dim=-1), generators, u, unfinished)
         except sampling.NothingLeftError:
-            sampling.check_left(scores.amax(dim=-1).tolist(), goes_on, step)
+            sampling.check_left(scores.amax(dim=-1).tolist(), unfinished, step)
             raise
 
     def warped(self, scores: Tensor) -> Tensor:
@@ -125,12 +125,12 @@ class Choice:
             return _warped(self._at(self.warpers, B, P), scores).reshape(B, P, V)
         values, ids, crowded = few
         values = _warped(self._at(self._few, B, P), values)
-        made = torch.full_like(scores, -torch.inf).scatter_(1, ids, values)
+        warped = torch.full_like(scores, -torch.inf).scatter_(1, ids, values)
         if crowded is not None:
             rows = crowded.nonzero()[:, 0]
             whole = [warping.of_rows(warper, rows // P) for warper in self.warpers]
-            made[rows] = _warped(whole, scores[rows])
-        return made.reshape(B, P, V)
+            warped[rows] = _warped(whole, scores[rows])
+        return warped.reshape(B, P, V)
 
     def _at(self, warpers: list[LogitsWarper], B: int, P: int) -> list[LogitsWarper]:
         if P == 1:

@@ -73,31 +73,31 @@ class Choosing:
             logits: (B, V) of the tokens behind the texts.
             steps: which new token of its row it is, from 1, for the message of an error.
         """
-        made: list[int | Exception] = [-1] * len(self.samplers)
+        chosen: list[int | Exception] = [-1] * len(self.samplers)
         scores = logits.to(torch.float32)
         read = list(torch.split(scores, 1)) if self._reading else []
         for row in self._reading:
             try:
                 read[row] = self._read(row, text_of(row), read[row])
             except Exception as error:
-                made[row] = error
+                chosen[row] = error
         if read:
             scores = read[0] if len(read) == 1 else torch.cat(read)
         for group in self._groups:
-            self._take(group, scores, steps, made)
-        return made
+            self._take(group, scores, steps, chosen)
+        return chosen
 
     def _read(self, row: int, text: Text, scores: Tensor) -> Tensor:
-        made = self.samplers[row].read(text, scores)
-        if made.shape != scores.shape:
+        reshaped = self.samplers[row].read(text, scores)
+        if reshaped.shape != scores.shape:
             raise InputError(
-                f"a logits processor returned scores of shape {tuple(made.shape)} for one row of "
+                f"a logits processor returned scores of shape {tuple(reshaped.shape)} for one row of "
                 f"{scores.shape[1]}; it has to return {tuple(scores.shape)}"
             )
-        return made.to(scores)
+        return reshaped.to(scores)
 
     def _take(
-        self, group: _Group, scores: Tensor, steps: Sequence[int], made: list[int | Exception]
+        self, group: _Group, scores: Tensor, steps: Sequence[int], chosen: list[int | Exception]
     ) -> None:
         rows, choice = group.rows, group.choice
         if group.index is not None:
@@ -105,22 +105,24 @@ class Choosing:
         u = None
         if choice.do_sample:
             u = self._uniform(rows, scores.device)
-        goes_on = None
-        if any(isinstance(made[row], Exception) for row in rows):
-            goes_on = torch.tensor([not isinstance(made[row], Exception) for row in rows])
+        unfinished = None
+        if any(isinstance(chosen[row], Exception) for row in rows):
+            unfinished = torch.tensor([not isinstance(chosen[row], Exception) for row in rows])
         for _ in range(len(rows) + 1):
             try:
-                tokens = choice.choose(scores, None, goes_on, u=u).tolist()
+                tokens = choice.choose(scores, None, unfinished, u=u).tolist()
                 break
             except sampling.NothingLeftError as error:
                 # The others take theirs, by the same numbers.
                 row = rows[error.row]
-                made[row] = sampling.NothingLeftError(0, error.best, steps[row])
-                goes_on = torch.ones(len(rows), dtype=torch.bool) if goes_on is None else goes_on
-                goes_on[error.row] = False
+                chosen[row] = sampling.NothingLeftError(0, error.best, steps[row])
+                unfinished = (
+                    torch.ones(len(rows), dtype=torch.bool) if unfinished is None else unfinished
+                )
+                unfinished[error.row] = False
         for row, token in zip(rows, tokens, strict=True):
-            if not isinstance(made[row], Exception):
-                made[row] = token
+            if not isinstance(chosen[row], Exception):
+                chosen[row] = token
 
     def _uniform(self, rows: list[int], device: torch.device) -> Tensor:
         """Draw a number for each row, (n, 1), each from its own generator."""

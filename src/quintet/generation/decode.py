@@ -8,14 +8,14 @@ from torch import Tensor
 
 from quintet.cache import Cache
 from quintet.errors import InputError
-from quintet.generation.outputs import Made, Record
+from quintet.generation.outputs import ForwardOutput, Record
 from quintet.generation.prompt import Prompt
 from quintet.generation.sampler import Sampler
 from quintet.generation.stopping import Stopping
 from quintet.generation.streamers import Streamer
 from quintet.generation.text import Text
 
-__all__ = ["Forward", "LanguageModel", "Run", "decode"]
+__all__ = ["Forward", "Generation", "LanguageModel", "decode"]
 
 
 class LanguageModel(Protocol):
@@ -46,7 +46,7 @@ class Forward:
         model: what is run.
         cache: what it continues from, and fills; None to run over the whole text every time.
         record: tells whether attentions and hidden states are needed.
-        outlives: the cache is used afterwards, so that what follows the end of a row must not
+        keeps_cache: the cache is used afterwards, so that what follows the end of a row must not
             get into it.
         program: the model as a compiled program, for steps of one token.
     """
@@ -57,13 +57,13 @@ class Forward:
         cache: Cache | None,
         *,
         record: Record | None = None,
-        outlives: bool = False,
+        keeps_cache: bool = False,
         program: LanguageModel | None = None,
     ) -> None:
         self.model = model
         self.program = model if program is None else program
         self.cache = cache
-        self.outlives = outlives
+        self.keeps_cache = keeps_cache
         self._weighs = record is not None and record.attentions is not None
         self._keeps = record is not None and record.hidden_states is not None
         # Which columns so far were tokens, where weights are put into columns.
@@ -71,7 +71,9 @@ class Forward:
         # How far a row's positions are from its slots (B,), where the caller gave some.
         self._shift: Tensor | None = None
 
-    def prefill(self, prompt: Prompt, *, chunk: int | None = None, copies: int = 1) -> Made:
+    def prefill(
+        self, prompt: Prompt, *, chunk: int | None = None, copies: int = 1
+    ) -> ForwardOutput:
         """Run over a prompt, or that part of it which the cache does not hold yet.
 
         Args:
@@ -98,26 +100,28 @@ class Forward:
         elif padding is not None:
             mask = torch.arange(inputs.shape[1], device=inputs.device) >= padding[:, None]
             self._columns = mask if self._weighs and not prompt.before else None
-        made = None
+        output = None
         for start in range(0, inputs.shape[1], chunk or inputs.shape[1]):
             piece = slice(start, None if chunk is None else start + chunk)
-            made = self._run(
+            output = self._run(
                 inputs[:, piece],
                 None if mask is None else mask[:, piece],
                 positions=None if positions is None else positions[:, piece],
             )
-        assert made is not None
+        assert output is not None
         if copies == 1:
-            return made
+            return output
         if self.cache is not None:
             self.cache.batch_repeat_interleave(copies)
         if self._columns is not None:
             self._columns = self._columns.repeat_interleave(copies, dim=0)
         if self._shift is not None:
             self._shift = self._shift.repeat_interleave(copies)
-        return made.repeat(copies)
+        return output.repeat(copies)
 
-    def step(self, text: Text, rows: Tensor | None = None, *, new: int = 1, keep: int = 1) -> Made:
+    def step(
+        self, text: Text, rows: Tensor | None = None, *, new: int = 1, keep: int = 1
+    ) -> ForwardOutput:
         """Run over the last `new` tokens of a text, or all of it without a cache.
 
         Args:
@@ -130,7 +134,7 @@ class Forward:
             mask = None if text.padding is None else text.mask()
             return self._run(text.ids, mask, keep)
         mask = None
-        if self.outlives and rows is not None:
+        if self.keeps_cache and rows is not None:
             mask = rows[:, None].expand(-1, new)
         if self._columns is not None:
             # Weights are told by column, and those of a prompt's padding are kept empty.
@@ -163,7 +167,7 @@ class Forward:
         keep: int = 1,
         *,
         positions: Tensor | None = None,
-    ) -> Made:
+    ) -> ForwardOutput:
         is_ids = inputs.ndim == 2
         # A prompt may have any length, and each would be a program of its own.
         model = self.model
@@ -182,7 +186,7 @@ class Forward:
             logits_to_keep=keep,
             return_dict=True,
         )
-        return Made(output.logits, output.attentions, output.hidden_states)
+        return ForwardOutput(output.logits, output.attentions, output.hidden_states)
 
 
 @dataclass(frozen=True, slots=True)
@@ -219,23 +223,23 @@ class Rooms:
 
 
 @dataclass(slots=True, kw_only=True)
-class Run:
+class Generation:
     """A generation under way: what every way of decoding goes on with.
 
     Attributes:
         forward: runs the model.
-        made: what it made of the text so far.
+        output: that of the last forward.
         text: the rows, which grow.
         sampler: chooses the tokens.
         stopping: tells which rows end.
         rooms: how many tokens to add at the most.
         pad: what follows the end of a row.
-        record: takes what each step made.
+        record: takes the output of each step.
         streamer: gets every token.
     """
 
     forward: Forward
-    made: Made
+    output: ForwardOutput
     text: Text
     sampler: Sampler
     stopping: Stopping
@@ -245,37 +249,37 @@ class Run:
     streamer: Streamer | None = None
 
 
-def decode(run: Run) -> None:
+def decode(run: Generation) -> None:
     """Add tokens to every row, one at a time, until all have ended or there is no more room."""
-    text, record, made = run.text, run.record, run.made
-    goes_on: Tensor | None = None
+    text, record, output = run.text, run.record, run.output
+    unfinished: Tensor | None = None
     room = run.rooms.most
     for step in range(1, room + 1):
-        record.forward(made)
-        logits = made.logits[:, -1]
+        record.forward(output)
+        logits = output.logits[:, -1]
         if record.scores is None:
-            tokens = run.sampler.choose(text, logits, goes_on, step=step)
+            tokens = run.sampler.choose(text, logits, unfinished, step=step)
         else:
-            record.scores.append(run.sampler.scores(text, logits, goes_on))
-            tokens = run.sampler.take(record.scores[-1], goes_on, step=step)
-        if goes_on is not None:
-            tokens = torch.where(goes_on, tokens, run.pad)
+            record.scores.append(run.sampler.scores(text, logits, unfinished))
+            tokens = run.sampler.take(record.scores[-1], unfinished, step=step)
+        if unfinished is not None:
+            tokens = torch.where(unfinished, tokens, run.pad)
         text.append(tokens)
         if run.streamer is not None:
             run.streamer.put(tokens.cpu())
         full = run.rooms.last(step)
         if isinstance(full, Tensor):
-            goes_on = ~full if goes_on is None else goes_on & ~full
-            if not bool(goes_on.any()):
+            unfinished = ~full if unfinished is None else unfinished & ~full
+            if not bool(unfinished.any()):
                 return
         if run.stopping:
             ended = run.stopping(text.ids, record.seen_scores(), text.padding)
-            if goes_on is not None or bool(ended.any()):
-                goes_on = ~ended if goes_on is None else goes_on & ~ended
-                if not bool(goes_on.any()):
+            if unfinished is not None or bool(ended.any()):
+                unfinished = ~ended if unfinished is None else unfinished & ~ended
+                if not bool(unfinished.any()):
                     return
         if step < room:
-            made = run.forward.step(text, goes_on)
+            output = run.forward.step(text, unfinished)
 
 
 def _behind(cache: Cache, inputs: Tensor, padding: Tensor | None) -> tuple[Tensor, Tensor | None]:

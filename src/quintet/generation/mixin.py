@@ -16,10 +16,10 @@ from quintet.errors import InputError
 from quintet.generation import plan
 from quintet.generation.arguments import check_arguments
 from quintet.generation.beams import Found, beam_search
-from quintet.generation.caches import Request, open_cache
+from quintet.generation.caches import CacheRequest, open_cache
 from quintet.generation.compiling import ROOM_STEP, CompileConfig, compiled
 from quintet.generation.config import GenerationConfig
-from quintet.generation.decode import Forward, LanguageModel, Rooms, Run, decode
+from quintet.generation.decode import Forward, Generation, LanguageModel, Rooms, decode
 from quintet.generation.healing import heal
 from quintet.generation.outputs import (
     GenerateBeamDecoderOnlyOutput,
@@ -190,13 +190,13 @@ class GenerationMixin:
             )
 
             record = Record.of(config)
-            outlives = past is not None or record.asked
+            keeps_cache = past is not None or record.wanted
             cache = self._cache_for(config, past, prompt.length + room)
             forward = (PreparedForward if self._prepares_otherwise() else Forward)(
                 cast("LanguageModel", self),
                 cache,
                 record=record,
-                outlives=outlives,
+                keeps_cache=keeps_cache,
                 program=self._program(config),
             )
             if isinstance(forward, PreparedForward):
@@ -220,10 +220,10 @@ class GenerationMixin:
             generators = row_generators(
                 generator, len(prompt.given), 1 if search else copies, self._device()
             )
-            run = Run(
+            run = Generation(
                 forward=forward,
                 text=text,
-                made=forward.prefill(prompt, chunk=config.prefill_chunk_size, copies=copies),
+                output=forward.prefill(prompt, chunk=config.prefill_chunk_size, copies=copies),
                 sampler=Sampler(
                     assemble(config, setting, logits_processor or ()),
                     do_sample=bool(config.do_sample),
@@ -367,18 +367,18 @@ class GenerationMixin:
                 f"{context} (max_position_embeddings), so that it would never be filled"
             )
         length = config.max_cache_len or length
-        request = Request(
+        request = CacheRequest(
             config=self.config, grown=self.new_cache, length=length, nbits=config.cache.bits
         )
         return open_cache(config.cache.kind, request)
 
 
 def _output(
-    run: Run, prompt: Prompt, copies: int, speculation: Speculation | None = None
+    run: Generation, prompt: Prompt, copies: int, speculation: Speculation | None = None
 ) -> Tensor | GenerateDecoderOnlyOutput:
     given = prompt.given.repeat_interleave(copies, dim=0)
     sequences = torch.cat((given, run.text.ids[:, prompt.given.shape[1] :]), dim=1)
-    if not run.record.asked:
+    if not run.record.wanted:
         return sequences
     return GenerateDecoderOnlyOutput(
         sequences=sequences,
@@ -388,11 +388,13 @@ def _output(
     )
 
 
-def _beam_output(run: Run, prompt: Prompt, found: Found) -> Tensor | GenerateBeamDecoderOnlyOutput:
+def _beam_output(
+    run: Generation, prompt: Prompt, found: Found
+) -> Tensor | GenerateBeamDecoderOnlyOutput:
     copies = len(found.tokens) // len(prompt.given)
     given = prompt.given.repeat_interleave(copies, dim=0)
     sequences = torch.cat((given, found.tokens), dim=1)
-    if not run.record.asked:
+    if not run.record.wanted:
         return sequences
     return GenerateBeamDecoderOnlyOutput(
         sequences=sequences,

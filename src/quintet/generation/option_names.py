@@ -56,15 +56,15 @@ def check_names(options: Mapping[str, Any], known: Iterable[str]) -> dict[str, A
     """
     names = list(known)
     # What asks for nothing may be asked for.
-    asked = {k: v for k, v in options.items() if k not in _ABSENT or not asks_nothing(v)}
-    for name in asked:
+    given = {k: v for k, v in options.items() if k not in _ABSENT or not asks_nothing(v)}
+    for name in given:
         if name in _ABSENT:
-            raise InputError(f"{name}={asked[name]!r}: {_ABSENT[name]} is not in this version")
+            raise InputError(f"{name}={given[name]!r}: {_ABSENT[name]} is not in this version")
         if name not in names:
             near = difflib.get_close_matches(name, [*names, *ARGUMENTS], n=1)
             hint = f"did you mean {near[0]!r}?" if near else f"there are {', '.join(names)}"
             raise InputError(f"generate() has no option {name!r}; {hint}")
-    return asked
+    return given
 
 
 def asks_nothing(value: object) -> bool:

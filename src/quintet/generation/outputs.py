@@ -10,9 +10,9 @@ from quintet.generation.config import GenerationConfig
 from quintet.modeloutput import ModelOutput
 
 __all__ = [
+    "ForwardOutput",
     "GenerateBeamDecoderOnlyOutput",
     "GenerateDecoderOnlyOutput",
-    "Made",
     "Record",
     "Speculation",
 ]
@@ -35,7 +35,7 @@ class Speculation:
     @property
     def drafted_tokens(self) -> int:
         """How many tokens were drafted."""
-        return sum(asked for turn in self.accepted for asked, _ in turn)
+        return sum(drafted for turn in self.accepted for drafted, _ in turn)
 
     @property
     def accepted_tokens(self) -> int:
@@ -45,7 +45,7 @@ class Speculation:
     def of_row(self, row: int) -> tuple[int, int]:
         """Return how many tokens of a row were drafted, and how many of those were taken."""
         turns = [turn[row] for turn in self.accepted]
-        return sum(asked for asked, _ in turns), sum(kept for _, kept in turns)
+        return sum(drafted for drafted, _ in turns), sum(kept for _, kept in turns)
 
     @property
     def acceptance(self) -> float:
@@ -55,7 +55,7 @@ class Speculation:
     @property
     def tokens_per_forward(self) -> float:
         """How many tokens a row got by a forward that checked a draft, on average."""
-        turns = sum(1 for turn in self.accepted for asked, _ in turn if asked)
+        turns = sum(1 for turn in self.accepted for drafted, _ in turn if drafted)
         return 1 + self.accepted_tokens / turns if turns else 1.0
 
 
@@ -97,7 +97,7 @@ class GenerateBeamDecoderOnlyOutput(ModelOutput):
 
 
 @dataclass(frozen=True, slots=True)
-class Made:
+class ForwardOutput:
     """What one forward made.
 
     Shapes: logits (B, P, V) of the last P positions; attentions and hidden states of every layer,
@@ -108,7 +108,7 @@ class Made:
     attentions: Layers | None
     hidden_states: Layers | None
 
-    def at(self, place: int, new: int) -> "Made":
+    def at(self, place: int, new: int) -> "ForwardOutput":
         """Return what a forward over one token would have made of the one at `place` of `new`."""
 
         def seen(weights: Tensor) -> Tensor:
@@ -116,17 +116,17 @@ class Made:
             return weights[:, :, place : place + 1, :keys]
 
         weights, states = self.attentions, self.hidden_states
-        return Made(
+        return ForwardOutput(
             self.logits[:, place : place + 1],
             None if weights is None else tuple(seen(layer) for layer in weights),
             None if states is None else tuple(x[:, place : place + 1] for x in states),
         )
 
-    def repeat(self, copies: int) -> "Made":
+    def repeat(self, copies: int) -> "ForwardOutput":
         """Repeat every row, copies side by side."""
         if copies == 1:
             return self
-        return Made(
+        return ForwardOutput(
             self.logits.repeat_interleave(copies, dim=0),
             _repeated(self.attentions, copies),
             _repeated(self.hidden_states, copies),
@@ -141,7 +141,7 @@ class Record:
     logits: list[Tensor] | None = None
     attentions: list[Layers] | None = None
     hidden_states: list[Layers] | None = None
-    asked: bool = False
+    wanted: bool = False
 
     @classmethod
     def of(cls, config: GenerationConfig) -> "Record":
@@ -153,18 +153,18 @@ class Record:
             logits=[] if config.output_logits else None,
             attentions=[] if config.output_attentions else None,
             hidden_states=[] if config.output_hidden_states else None,
-            asked=True,
+            wanted=True,
         )
 
-    def forward(self, made: Made) -> None:
+    def forward(self, output: ForwardOutput) -> None:
         """Keep what a forward made."""
         if self.logits is not None:
             # A processor of the caller's may write into what it is given.
-            self.logits.append(made.logits[:, -1].float().clone())
-        if self.attentions is not None and made.attentions is not None:
-            self.attentions.append(made.attentions)
-        if self.hidden_states is not None and made.hidden_states is not None:
-            self.hidden_states.append(made.hidden_states)
+            self.logits.append(output.logits[:, -1].float().clone())
+        if self.attentions is not None and output.attentions is not None:
+            self.attentions.append(output.attentions)
+        if self.hidden_states is not None and output.hidden_states is not None:
+            self.hidden_states.append(output.hidden_states)
 
     def seen_scores(self) -> tuple[Tensor, ...] | None:
         """Return the scores of all steps so far, as stopping criteria get them."""

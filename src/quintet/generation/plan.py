@@ -99,18 +99,18 @@ def stopping(
     Raises:
         InputError: there are stop strings and no tokenizer.
     """
-    asked: list[Criterion] = []
+    configured: list[Criterion] = []
     if config.max_time is not None:
-        asked.append(MaxTimeCriteria(config.max_time))
+        configured.append(MaxTimeCriteria(config.max_time))
     if config.stop_strings is not None:
         if tokenizer is None:
             raise InputError(
                 f"stop_strings={config.stop_strings!r} needs the tokenizer: generate(tokenizer=…)"
             )
-        asked.append(StopStringCriteria(tokenizer, config.stop_strings))
+        configured.append(StopStringCriteria(tokenizer, config.stop_strings))
     kinds = {type(criterion) for criterion in own}
     ends = [] if EosTokenCriteria in kinds else config.eos_token_ids
-    criteria = [criterion for criterion in asked if type(criterion) not in kinds]
+    criteria = [criterion for criterion in configured if type(criterion) not in kinds]
     # Its length is that of the loop already.
     criteria += [criterion for criterion in own if type(criterion) is not MaxLengthCriteria]
     eos = torch.tensor(ends, dtype=torch.long, device=device)

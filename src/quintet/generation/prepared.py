@@ -9,7 +9,7 @@ from torch import Tensor
 from quintet.errors import InputError
 from quintet.generation.config import GenerationConfig
 from quintet.generation.decode import Forward
-from quintet.generation.outputs import Made
+from quintet.generation.outputs import ForwardOutput
 from quintet.generation.prompt import Prompt
 from quintet.generation.text import Text
 
@@ -26,20 +26,26 @@ class PreparedForward(Forward):
 
     prepare: Prepare
 
-    def prefill(self, prompt: Prompt, *, chunk: int | None = None, copies: int = 1) -> Made:
+    def prefill(
+        self, prompt: Prompt, *, chunk: int | None = None, copies: int = 1
+    ) -> ForwardOutput:
         """Run over a prompt as it was prepared."""
         text = Text(prompt.ids, prompt.padding)
         new = prompt.width if self.cache is not None and self.cache.get_seq_length() else None
-        made = self._prepared(text, new, 1, first=True)
+        output = self._prepared(text, new, 1, first=True)
         if copies > 1 and self.cache is not None:
             self.cache.batch_repeat_interleave(copies)
-        return made.repeat(copies)
+        return output.repeat(copies)
 
-    def step(self, text: Text, rows: Tensor | None = None, *, new: int = 1, keep: int = 1) -> Made:
+    def step(
+        self, text: Text, rows: Tensor | None = None, *, new: int = 1, keep: int = 1
+    ) -> ForwardOutput:
         """Run over the last `new` tokens of a text as they were prepared."""
         return self._prepared(text, None if self.cache is None else new, keep)
 
-    def _prepared(self, text: Text, new: int | None, keep: int, *, first: bool = False) -> Made:
+    def _prepared(
+        self, text: Text, new: int | None, keep: int, *, first: bool = False
+    ) -> ForwardOutput:
         cache = self.cache
         holds = cache is not None and cache.get_seq_length() > 0
         # What prepares may bring a cache of its own, and does where there is none.
@@ -58,7 +64,7 @@ class PreparedForward(Forward):
         output = cast("Any", self.model)(**inputs)
         if cache is not None:
             self.cache = output.past_key_values
-        return Made(output.logits, output.attentions, output.hidden_states)
+        return ForwardOutput(output.logits, output.attentions, output.hidden_states)
 
 
 def check_prepared(config: GenerationConfig, prompt: Prompt, *, speculates: bool) -> None:
@@ -67,14 +73,14 @@ def check_prepared(config: GenerationConfig, prompt: Prompt, *, speculates: bool
     Raises:
         InputError: such an option is set.
     """
-    asked = {
+    given = {
         "prefill_chunk_size": config.prefill_chunk_size is not None,
         "an assistant, or another way of drafting": speculates,
         "compile": config.compiles,
         "cache_implementation": config.cache_implementation not in (None, "dynamic"),
         "inputs_embeds": prompt.inputs.ndim != 2,
     }
-    named = [name for name, there in asked.items() if there]
+    named = [name for name, there in given.items() if there]
     if named:
         raise InputError(
             f"{named[0]} cannot be used while prepare_inputs_for_generation is another than the "

@@ -49,18 +49,18 @@ class Sampler:
 
     # -- one position ------------------------------------------------------------------------
 
-    def scores(self, text: Text, logits: Tensor, goes_on: Tensor | None = None) -> Tensor:
+    def scores(self, text: Text, logits: Tensor, unfinished: Tensor | None = None) -> Tensor:
         """Return the logits (B, V) of the token behind the text, reshaped, in float32."""
-        return self._reshaped(self.processors, text, logits.to(torch.float32), goes_on)
+        return self._reshaped(self.processors, text, logits.to(torch.float32), unfinished)
 
-    def read(self, text: Text, logits: Tensor, goes_on: Tensor | None = None) -> Tensor:
+    def read(self, text: Text, logits: Tensor, unfinished: Tensor | None = None) -> Tensor:
         """Return logits (B, V) after what reads the text, before what warps them, in float32."""
-        return self._reshaped(self.readers, text, logits.to(torch.float32), goes_on)
+        return self._reshaped(self.readers, text, logits.to(torch.float32), unfinished)
 
     def take(
         self,
         scores: Tensor,
-        goes_on: Tensor | None = None,
+        unfinished: Tensor | None = None,
         *,
         step: int | None = None,
         u: Tensor | None = None,
@@ -69,20 +69,20 @@ class Sampler:
 
         Args:
             scores: what is taken from.
-            goes_on: (B,) True for rows that need a token, others get any; None for all.
+            unfinished: (B,) True for rows that need a token, others get any; None for all.
             step: which new token it is, from 1, for the message of an error.
             u: (B, 1) numbers of [0, 1) to draw by.
 
         Raises:
             InputError: a row has no token left, or its scores hold NaN or infinity.
         """
-        return self.choice.take(scores, self.generators, goes_on, step=step, u=u)
+        return self.choice.take(scores, self.generators, unfinished, step=step, u=u)
 
     def choose(
         self,
         text: Text,
         logits: Tensor,
-        goes_on: Tensor | None = None,
+        unfinished: Tensor | None = None,
         *,
         step: int | None = None,
     ) -> Tensor:
@@ -91,22 +91,24 @@ class Sampler:
         Raises:
             InputError: a row has no token left, or its scores hold NaN or infinity.
         """
-        scores = self.read(text, logits, goes_on)
-        return self.choice.choose(scores, self.generators, goes_on, step=step)
+        scores = self.read(text, logits, unfinished)
+        return self.choice.choose(scores, self.generators, unfinished, step=step)
 
     # -- several positions, for those who check what was drafted -------------------------------
 
     @property
-    def asks_who_goes_on(self) -> bool:
+    def reads_unfinished(self) -> bool:
         """Whether it matters to a processor which scores are needed."""
-        return self.readers.asks_for("goes_on")
+        return self.readers.asks_for("unfinished")
 
-    def scores_of_last(self, text: Text, logits: Tensor, goes_on: Tensor | None = None) -> Tensor:
+    def scores_of_last(
+        self, text: Text, logits: Tensor, unfinished: Tensor | None = None
+    ) -> Tensor:
         """Return the reshaped logits (B, P, V) of the tokens behind the last P prefixes of a text.
 
         `logits[:, -1]` are those of the token behind the whole text, `logits[:, -2]` of the one
         behind all but its last token, and so on: what one forward over the last P tokens of a
-        text makes. `goes_on` (B, P) is False where they are not needed; behind a token that is
+        text makes. `unfinished` (B, P) is False where they are not needed; behind a token that is
         forbidden, they never are.
         """
         logits = logits.to(torch.float32)
@@ -114,14 +116,16 @@ class Sampler:
             return logits
         P = logits.shape[1]
         if self.readers and P == 1:
-            needed = None if goes_on is None else goes_on[:, 0]
+            needed = None if unfinished is None else unfinished[:, 0]
             logits = self.read(text, logits[:, 0], needed)[:, None]
         elif self.readers:
             read: list[Tensor] = []
             needed = None
             for place, end in enumerate(range(len(text) - P + 1, len(text) + 1)):
-                if goes_on is not None:
-                    needed = goes_on[:, place] if needed is None else goes_on[:, place] & needed
+                if unfinished is not None:
+                    needed = (
+                        unfinished[:, place] if needed is None else unfinished[:, place] & needed
+                    )
                 read.append(self.read(text.cut(end), logits[:, place], needed))
                 if needed is not None and place + 1 < P:
                     follows = read[-1].gather(1, text.ids[:, end : end + 1])[:, 0]
@@ -137,16 +141,16 @@ class Sampler:
         return self.scores_of_last(text, logits).log_softmax(dim=-1)
 
     def draw(
-        self, probabilities: Tensor, u: Tensor | None = None, goes_on: Tensor | None = None
+        self, probabilities: Tensor, u: Tensor | None = None, unfinished: Tensor | None = None
     ) -> Tensor:
         """Draw an index for each row, (B,), from probabilities (B, n) that need not sum to 1.
 
-        With `u` (B, 1) of [0, 1), by those numbers; where `goes_on` (B,) is False, any.
+        With `u` (B, 1) of [0, 1), by those numbers; where `unfinished` (B,) is False, any.
 
         Raises:
             InputError: there is nothing to draw from.
         """
-        return sampling.draw(probabilities, self.generators, u, goes_on)
+        return sampling.draw(probabilities, self.generators, u, unfinished)
 
     def uniform(self, B: int, count: int, device: torch.device) -> Tensor:
         """Draw numbers (B, count) in [0, 1), those of each row from its own generator."""
@@ -163,11 +167,11 @@ class Sampler:
         processors: LogitsProcessorList,
         text: Text,
         logits: Tensor,
-        goes_on: Tensor | None = None,
+        unfinished: Tensor | None = None,
     ) -> Tensor:
         if not processors:
             return logits
-        return processors(text.ids, logits, padding=text.padding, goes_on=goes_on)
+        return processors(text.ids, logits, padding=text.padding, unfinished=unfinished)
 
 
 def row_generators(

@@ -271,7 +271,7 @@ def draw(
     probabilities: Tensor,
     generators: Sequence[torch.Generator] | None = None,
     u: Tensor | None = None,
-    goes_on: Tensor | None = None,
+    unfinished: Tensor | None = None,
 ) -> Tensor:
     """Draw one index a row from probabilities (B, n) that need not sum to 1, (B,).
 
@@ -279,13 +279,13 @@ def draw(
 
     Raises:
         NothingLeftError: a row has nothing to draw, or something that is not a number, and is not
-            one of those that `goes_on` (B,) excepts.
+            one of those that `unfinished` (B,) excepts.
     """
     mass = probabilities.cumsum(dim=-1)
     total = mass[:, -1:]
     stuck = [row for row, (whole,) in enumerate(total.tolist()) if not 0 < whole < math.inf]
     for row in stuck:
-        if goes_on is None or bool(goes_on[row]):
+        if unfinished is None or bool(unfinished[row]):
             raise NothingLeftError(row)
         # Of a row at its end, any index will do.
         mass[row] = 1.0
@@ -296,14 +296,14 @@ def draw(
     return torch.searchsorted(mass, point, right=True)[:, 0]
 
 
-def check_left(best: Sequence[float], goes_on: Tensor | None, step: int | None = None) -> None:
+def check_left(best: Sequence[float], unfinished: Tensor | None, step: int | None = None) -> None:
     """Check by the largest score of each row that it has a token to take.
 
     Raises:
-        NothingLeftError: a row has none, and is not one that `goes_on` (B,) excepts.
+        NothingLeftError: a row has none, and is not one that `unfinished` (B,) excepts.
     """
     for row, score in enumerate(best):
-        if not -math.inf < score < math.inf and (goes_on is None or bool(goes_on[row])):
+        if not -math.inf < score < math.inf and (unfinished is None or bool(unfinished[row])):
             raise NothingLeftError(row, score, step)
 
 

@@ -191,14 +191,14 @@ def test_drafts_are_what_the_layers_predict_of_the_whole_text(
     seen: list[tuple[list[list[int]], Tensor]] = []
     propose = MTPDrafter.propose
 
-    def spy(self: Any, text: Text, wanted: list[int], goes_on: list[bool], sampler: Any) -> Any:
-        draft = propose(self, text, wanted, goes_on, sampler)
+    def spy(self: Any, text: Text, wanted: list[int], unfinished: list[bool], sampler: Any) -> Any:
+        draft = propose(self, text, wanted, unfinished, sampler)
         rows = [
             row[len(row) - int(length) :].tolist()
             for row, length in zip(text.ids, text.lengths(), strict=True)
         ]
         for row, goes, count, drafted in zip(
-            rows, goes_on, draft.counts, draft.tokens, strict=True
+            rows, unfinished, draft.counts, draft.tokens, strict=True
         ):
             if goes and count == depth:
                 seen.append((row, drafted))

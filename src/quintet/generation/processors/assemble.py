@@ -45,10 +45,10 @@ def assemble(
 
     One of the caller takes the place of one of the same class that the config asks for.
     """
-    asked = LogitsProcessorList(setting.first)
-    asked += _constraints(config, setting)
+    configured = LogitsProcessorList(setting.first)
+    configured += _constraints(config, setting)
     merged = LogitsProcessorList()
-    for processor in asked:
+    for processor in configured:
         merged.append(next((one for one in own if type(one) is type(processor)), processor))
     merged += [one for one in own if all(one is not other for other in merged)]
     if config.do_sample:
@@ -66,52 +66,56 @@ def assemble(
 
 def _constraints(config: GenerationConfig, setting: Setting) -> list[LogitsProcessor]:
     """Return what changes the most likely token, too."""
-    made: list[LogitsProcessor] = []
+    processors: list[LogitsProcessor] = []
     prompt, ends = setting.prompt, config.eos_token_ids
     length = len(prompt) if prompt.padding is None else prompt.lengths()
     padding, device = prompt.padding, prompt.ids.device
 
     if config.sequence_bias:
-        made.append(words.SequenceBiasLogitsProcessor(config.sequence_bias))
+        processors.append(words.SequenceBiasLogitsProcessor(config.sequence_bias))
     if config.encoder_repetition_penalty not in (None, 1):
         penalty = _known(config.encoder_repetition_penalty)
-        made.append(
+        processors.append(
             repetition.EncoderRepetitionPenaltyLogitsProcessor(penalty, prompt.ids, padding=padding)
         )
     if config.repetition_penalty not in (None, 1):
         penalty = _known(config.repetition_penalty)
-        made.append(repetition.RepetitionPenaltyLogitsProcessor(penalty))
+        processors.append(repetition.RepetitionPenaltyLogitsProcessor(penalty))
     if config.presence_penalty:
-        made.append(repetition.PresencePenaltyLogitsProcessor(config.presence_penalty, length))
+        processors.append(
+            repetition.PresencePenaltyLogitsProcessor(config.presence_penalty, length)
+        )
     if config.frequency_penalty:
-        made.append(repetition.FrequencyPenaltyLogitsProcessor(config.frequency_penalty, length))
+        processors.append(
+            repetition.FrequencyPenaltyLogitsProcessor(config.frequency_penalty, length)
+        )
     if config.no_repeat_ngram_size:
-        made.append(repetition.NoRepeatNGramLogitsProcessor(config.no_repeat_ngram_size))
+        processors.append(repetition.NoRepeatNGramLogitsProcessor(config.no_repeat_ngram_size))
     if size := config.encoder_no_repeat_ngram_size:
-        made.append(
+        processors.append(
             repetition.EncoderNoRepeatNGramLogitsProcessor(size, prompt.ids, padding=padding)
         )
     if config.bad_words_ids:
-        made.append(words.NoBadWordsLogitsProcessor(config.bad_words_ids, ends))
+        processors.append(words.NoBadWordsLogitsProcessor(config.bad_words_ids, ends))
     if config.min_new_tokens and ends:
         least = config.min_new_tokens
-        made.append(lengths.MinNewTokensLengthLogitsProcessor(length, least, ends, device))
+        processors.append(lengths.MinNewTokensLengthLogitsProcessor(length, least, ends, device))
     elif config.min_length and ends:
         # As `max_length` does, it counts the columns of the batch.
         short = config.min_length if padding is None else (config.min_length - padding).clamp(min=0)
-        made.append(lengths.MinLengthLogitsProcessor(short, ends, device))
+        processors.append(lengths.MinLengthLogitsProcessor(short, ends, device))
     if setting.prefix_allowed_tokens_fn is not None:
         allowed = setting.prefix_allowed_tokens_fn
-        made.append(
+        processors.append(
             words.PrefixConstrainedLogitsProcessor(allowed, setting.num_beams, padding=padding)
         )
     if config.forced_bos_token_id is not None:
-        made.append(lengths.ForcedBOSTokenLogitsProcessor(config.forced_bos_token_id))
+        processors.append(lengths.ForcedBOSTokenLogitsProcessor(config.forced_bos_token_id))
     if config.forced_eos_token_id is not None:
         forced, last = config.forced_eos_token_id, length + setting.room
-        made.append(lengths.ForcedEOSTokenLogitsProcessor(last, forced, device))
+        processors.append(lengths.ForcedEOSTokenLogitsProcessor(last, forced, device))
     if config.remove_invalid_values:
-        made.append(warpers.InfNanRemoveLogitsProcessor())
+        processors.append(warpers.InfNanRemoveLogitsProcessor())
     if config.exponential_decay_length_penalty is not None:
         decay = config.exponential_decay_length_penalty
         if not ends:
@@ -119,41 +123,45 @@ def _constraints(config: GenerationConfig, setting: Setting) -> list[LogitsProce
                 f"exponential_decay_length_penalty={decay} makes the end more likely, and there "
                 "is no eos_token_id"
             )
-        made.append(lengths.ExponentialDecayLengthPenalty(decay, ends, length))
+        processors.append(lengths.ExponentialDecayLengthPenalty(decay, ends, length))
     if config.suppress_tokens:
-        made.append(words.SuppressTokensLogitsProcessor(config.suppress_tokens, device))
+        processors.append(words.SuppressTokensLogitsProcessor(config.suppress_tokens, device))
     if config.begin_suppress_tokens:
         begin = length
         if config.forced_bos_token_id is not None:
             # What follows a prompt of one token is forced, and the text begins behind it.
             begin = length + (length == 1)
         suppressed = config.begin_suppress_tokens
-        made.append(lengths.SuppressTokensAtBeginLogitsProcessor(suppressed, begin, device))
-    return made
+        processors.append(lengths.SuppressTokensAtBeginLogitsProcessor(suppressed, begin, device))
+    return processors
 
 
 def _warpers(config: GenerationConfig, setting: Setting) -> list[LogitsProcessor]:
     """Return what reshapes the distribution that is drawn from."""
-    made: list[LogitsProcessor] = []
+    processors: list[LogitsProcessor] = []
     # A beam search needs a token to go on with beside all that end it.
     least = 1 if setting.num_beams == 1 else max(len(config.eos_token_ids), 1) + 1
     if config.temperature not in (None, 1):
-        made.append(warpers.TemperatureLogitsWarper(_known(config.temperature)))
+        processors.append(warpers.TemperatureLogitsWarper(_known(config.temperature)))
     if config.top_h is not None:
-        made.append(warpers.TopHLogitsWarper(config.top_h))
+        processors.append(warpers.TopHLogitsWarper(config.top_h))
     if config.top_k:
-        made.append(warpers.TopKLogitsWarper(config.top_k, min_tokens_to_keep=least))
+        processors.append(warpers.TopKLogitsWarper(config.top_k, min_tokens_to_keep=least))
     if config.top_p not in (None, 1):
-        made.append(warpers.TopPLogitsWarper(_known(config.top_p), min_tokens_to_keep=least))
+        processors.append(warpers.TopPLogitsWarper(_known(config.top_p), min_tokens_to_keep=least))
     if config.min_p:
-        made.append(warpers.MinPLogitsWarper(config.min_p, min_tokens_to_keep=least))
+        processors.append(warpers.MinPLogitsWarper(config.min_p, min_tokens_to_keep=least))
     if config.typical_p not in (None, 1):
-        made.append(warpers.TypicalLogitsWarper(_known(config.typical_p), min_tokens_to_keep=least))
+        processors.append(
+            warpers.TypicalLogitsWarper(_known(config.typical_p), min_tokens_to_keep=least)
+        )
     if config.epsilon_cutoff:
-        made.append(warpers.EpsilonLogitsWarper(config.epsilon_cutoff, min_tokens_to_keep=least))
+        processors.append(
+            warpers.EpsilonLogitsWarper(config.epsilon_cutoff, min_tokens_to_keep=least)
+        )
     if config.eta_cutoff:
-        made.append(warpers.EtaLogitsWarper(config.eta_cutoff, min_tokens_to_keep=least))
-    return made
+        processors.append(warpers.EtaLogitsWarper(config.eta_cutoff, min_tokens_to_keep=least))
+    return processors
 
 
 def _known(value: float | None) -> float:

@@ -30,8 +30,8 @@ class LogitsProcessor:
     """Maps the ids so far (B, T) and scores (B, V) to scores (B, V); -inf is a token forbidden.
 
     What is given is not changed. One that looks at the ids may take further arguments: `padding`,
-    (B,) how many leading columns of each row are no text, None for none; `goes_on`, (B,) False for
-    rows whose scores are not needed, None for all.
+    (B,) the number of leading columns of each row that are no text, or None; `unfinished`, (B,)
+    False for rows whose scores are not needed, or None.
     """
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
@@ -71,11 +71,12 @@ class LogitsProcessorList(list[Any]):
             for name, needed in _further(kind).items():
                 if name in kwargs:
                     further[name] = kwargs[name]
-                elif needed:
+                # Once the name of `unfinished`: one that has a default would never be given.
+                elif needed or name == "goes_on":
                     raise InputError(
                         f"{type(processor).__name__} needs the argument {name!r}; a logits "
-                        "processor is called with (input_ids, scores), and with padding=… if it "
-                        "names that"
+                        "processor is called with (input_ids, scores), and with padding=… and "
+                        "unfinished=… if it names those"
                     )
             scores = processor(input_ids, scores, **further)
         return scores

@@ -207,10 +207,10 @@ def beside(warpers: Sequence[LogitsWarper]) -> LogitsWarper:
     values = [vars(warper)[number] for warper in warpers]
     if all(value == values[0] for value in values):
         return first
-    made = copy.copy(first)
+    copied = copy.copy(first)
     dtype = torch.long if isinstance(values[0], int) else torch.float64
-    vars(made)[number] = torch.tensor(values, dtype=dtype)[:, None]
-    return made
+    vars(copied)[number] = torch.tensor(values, dtype=dtype)[:, None]
+    return copied
 
 
 def of_rows(warper: LogitsWarper, rows: Tensor) -> LogitsWarper:
@@ -218,9 +218,9 @@ def of_rows(warper: LogitsWarper, rows: Tensor) -> LogitsWarper:
     number = _NUMBERS.get(type(warper))
     if number is None or not isinstance(vars(warper)[number], Tensor):
         return warper
-    made = copy.copy(warper)
-    vars(made)[number] = vars(warper)[number][rows.cpu()]
-    return made
+    copied = copy.copy(warper)
+    vars(copied)[number] = vars(warper)[number][rows.cpu()]
+    return copied
 
 
 def _share(name: str, value: float) -> float:

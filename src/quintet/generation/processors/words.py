@@ -126,11 +126,11 @@ class PrefixConstrainedLogitsProcessor(LogitsProcessor):
         input_ids: Tensor,
         scores: Tensor,
         padding: Tensor | None = None,
-        goes_on: Tensor | None = None,
+        unfinished: Tensor | None = None,
     ) -> Tensor:
         mask = torch.full_like(scores, -torch.inf)
         begins = self._begins(len(scores), padding)
-        needed = [True] * len(scores) if goes_on is None else goes_on.tolist()
+        needed = [True] * len(scores) if unfinished is None else unfinished.tolist()
         for row, ids in enumerate(input_ids):
             if not needed[row]:
                 continue

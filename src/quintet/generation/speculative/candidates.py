@@ -36,7 +36,7 @@ class Drafter(Protocol):
     """Where drafts come from."""
 
     def propose(
-        self, text: Text, wanted: list[int], goes_on: list[bool], sampler: Sampler
+        self, text: Text, wanted: list[int], unfinished: list[bool], sampler: Sampler
     ) -> Draft:
         """Draft up to `wanted` tokens behind each row, none behind one that does not go on."""
         ...
@@ -74,9 +74,9 @@ class Schedule:
         """Learn how many tokens of each row were drafted, and how many of those stayed."""
         if self.name == "constant":
             return
-        for row, (asked, stayed) in enumerate(zip(drafted, kept, strict=True)):
-            if asked:
-                change = 2 if stayed == asked else -1
+        for row, (count, stayed) in enumerate(zip(drafted, kept, strict=True)):
+            if count:
+                change = 2 if stayed == count else -1
                 self.rows[row] = max(1, self.rows[row] + change)
 
 
@@ -92,7 +92,7 @@ class PromptLookup:
         self.ngram = ngram
 
     def propose(
-        self, text: Text, wanted: list[int], goes_on: list[bool], sampler: Sampler
+        self, text: Text, wanted: list[int], unfinished: list[bool], sampler: Sampler
     ) -> Draft:
         """Draft from each row's own past."""
         found = [
@@ -161,16 +161,16 @@ class DraftWriter:
         """Add a token, (B,), to every row, from logits (B, V)."""
         sampler = self.sampler
         needed = None
-        if sampler.asks_who_goes_on:
-            asked = [[count > len(self.tokens)] for count in self._counts]
-            needed = torch.tensor(asked, device=logits.device)
+        if sampler.reads_unfinished:
+            open_rows = [[count > len(self.tokens)] for count in self._counts]
+            needed = torch.tensor(open_rows, device=logits.device)
         scores = sampler.scores_of_last(self.text, logits[:, None], needed)[:, 0]
         p = scores.softmax(dim=-1) if sampler.do_sample or self.threshold > 0 else None
         best, token = scores.max(dim=-1)
         self._end_at(best.tolist())
         if p is not None and sampler.do_sample:
             writes = [count > len(self.tokens) for count in self._counts]
-            token = sampler.draw(p, goes_on=torch.tensor(writes))
+            token = sampler.draw(p, unfinished=torch.tensor(writes))
             self._probabilities.append(p)
         self.tokens.append(token)
         if p is not None and self.threshold > 0:

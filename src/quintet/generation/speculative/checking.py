@@ -50,7 +50,7 @@ class Checked:
 
 
 def check_draft(
-    sampler: Sampler, text: Text, logits: Tensor, draft: Draft, goes_on: Sequence[bool]
+    sampler: Sampler, text: Text, logits: Tensor, draft: Draft, unfinished: Sequence[bool]
 ) -> Checked:
     """Tell what holds of a draft.
 
@@ -59,10 +59,10 @@ def check_draft(
         text: the rows with their drafts.
         logits: (B, K + 1, V) of the tokens from the first drafted one on.
         draft: K tokens of each row.
-        goes_on: which rows need a token.
+        unfinished: which rows need a token.
     """
     K, B = draft.tokens.shape[1], len(logits)
-    scores = sampler.scores_of_last(text, logits, _needed(sampler, draft, goes_on))
+    scores = sampler.scores_of_last(text, logits, _needed(sampler, draft, unfinished))
     drafted = draft.tokens.tolist()
     if sampler.do_sample:
         p = scores.softmax(dim=-1)
@@ -82,28 +82,28 @@ def check_draft(
     return Checked(tokens, kept, scores, best.tolist())
 
 
-def for_a_turn(sampler: Sampler, goes_on: Sequence[bool]) -> Sampler:
+def for_a_turn(sampler: Sampler, unfinished: Sequence[bool]) -> Sampler:
     """Return the sampler with generators for one draft or check, seeded by those of the rows.
 
     However much a turn draws for a row, because of the others, the next one is the same.
     """
     if sampler.generators is None or not sampler.do_sample:
         return sampler
-    made = copy.copy(sampler)
-    made.generators = [
+    seeded = copy.copy(sampler)
+    seeded.generators = [
         torch.Generator(g.device).manual_seed(
             int(torch.randint(2**63 - 1, (1,), device=g.device, generator=g)) if goes else 0
         )
-        for g, goes in zip(sampler.generators, goes_on, strict=True)
+        for g, goes in zip(sampler.generators, unfinished, strict=True)
     ]
-    return made
+    return seeded
 
 
-def _needed(sampler: Sampler, draft: Draft, goes_on: Sequence[bool]) -> Tensor | None:
+def _needed(sampler: Sampler, draft: Draft, unfinished: Sequence[bool]) -> Tensor | None:
     """Tell which scores (B, K + 1) may be needed, where a processor asks."""
-    if not sampler.asks_who_goes_on:
+    if not sampler.reads_unfinished:
         return None
     device = draft.tokens.device
-    most = [count if goes else -1 for count, goes in zip(draft.counts, goes_on, strict=True)]
+    most = [count if goes else -1 for count, goes in zip(draft.counts, unfinished, strict=True)]
     places = torch.arange(draft.tokens.shape[1] + 1, device=device)
     return places <= torch.tensor(most, device=device)[:, None]

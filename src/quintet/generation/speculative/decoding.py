@@ -10,8 +10,8 @@ import dataclasses
 import torch
 from torch import Tensor
 
-from quintet.generation.decode import Run
-from quintet.generation.outputs import Made, Speculation
+from quintet.generation.decode import Generation
+from quintet.generation.outputs import ForwardOutput, Speculation
 from quintet.generation.speculative.candidates import Draft, Drafter, Schedule
 from quintet.generation.speculative.checking import check_draft, for_a_turn
 from quintet.generation.text import Text
@@ -19,7 +19,7 @@ from quintet.generation.text import Text
 __all__ = ["speculate"]
 
 
-def speculate(run: Run, drafter: Drafter, schedule: Schedule) -> Speculation:
+def speculate(run: Generation, drafter: Drafter, schedule: Schedule) -> Speculation:
     """Add tokens to every row, until all have ended or have all they may get.
 
     Args:
@@ -33,15 +33,15 @@ def speculate(run: Run, drafter: Drafter, schedule: Schedule) -> Speculation:
 class _Speculating:
     """The state of a speculation."""
 
-    def __init__(self, run: Run, drafter: Drafter, schedule: Schedule) -> None:
+    def __init__(self, run: Generation, drafter: Drafter, schedule: Schedule) -> None:
         self.run, self.drafter, self.schedule = run, drafter, schedule
         self.prompt = run.text.cut(len(run.text))
         B = len(self.prompt.ids)
         # What a row that has ended gets must stay out of the cache, as it has a length of its own.
-        run.forward.outlives = run.forward.outlives or B > 1
+        run.forward.keeps_cache = run.forward.keeps_cache or B > 1
         # Whatever is known of single rows is kept in Python: a tensor of one number costs as much.
         self.rows: list[list[int]] = [[] for _ in range(B)]
-        self.goes_on = [True] * B
+        self.unfinished = [True] * B
         self.room = [run.rooms.row(row) for row in range(B)]
         self.ends = frozenset(run.stopping.eos.tolist())
         self.scores: list[list[Tensor]] = [[] for _ in range(B)]
@@ -64,16 +64,16 @@ class _Speculating:
             raise
 
     def _all(self) -> Speculation:
-        made, draft = self.run.made, Draft.none(self.run.text)
-        self._take(made, self.run.text, draft)
-        while any(self.goes_on):
+        output, draft = self.run.output, Draft.none(self.run.text)
+        self._take(output, self.run.text, draft)
+        while any(self.unfinished):
             draft = self._propose()
             text = _with(self.run.text, draft)
-            made, held = self._check(text, draft)
-            counts = self._take(made, text, draft)
+            output, held = self._check(text, draft)
+            counts = self._take(output, text, draft)
             self._take_back(held, counts, draft.tokens.shape[1] + 1)
             self.drafter.accepted(counts)
-        if self.run.forward.outlives:
+        if self.run.forward.keeps_cache:
             self.drafter.finish(self.run.text)
         self._finish()
         return self.found
@@ -89,14 +89,14 @@ class _Speculating:
         wanted = [
             max(0, min(asked, most, room - len(row) - 1)) if goes else 0
             for asked, row, room, goes in zip(
-                self.schedule.rows, self.rows, self.room, self.goes_on, strict=True
+                self.schedule.rows, self.rows, self.room, self.unfinished, strict=True
             )
         ]
         # Also where nothing is drafted: whether that is so depends on the other rows.
-        sampler = for_a_turn(self.run.sampler, self.goes_on)
+        sampler = for_a_turn(self.run.sampler, self.unfinished)
         if not any(wanted):
             return Draft.none(self.run.text)
-        draft = self.drafter.propose(self.run.text, wanted, self.goes_on, sampler)
+        draft = self.drafter.propose(self.run.text, wanted, self.unfinished, sampler)
         if not self.ends:
             return draft
         # Behind an end, nothing is ever needed, and a processor must not be asked.
@@ -106,7 +106,7 @@ class _Speculating:
         ]
         return dataclasses.replace(draft, counts=counts)
 
-    def _check(self, text: Text, draft: Draft) -> tuple[Made, Tensor | None]:
+    def _check(self, text: Text, draft: Draft) -> tuple[ForwardOutput, Tensor | None]:
         """Run over the last token and the draft; return how long the rows of the cache were."""
         forward, new = self.run.forward, draft.tokens.shape[1] + 1
         held, device = None, draft.tokens.device
@@ -116,21 +116,21 @@ class _Speculating:
                 held = forward.cache.lengths(len(self.rows), device).clone()
             forward.cache.snapshot()
             self.before = forward.cache.get_seq_length() if held is None else held
-        rows = None if all(self.goes_on) else torch.tensor(self.goes_on, device=device)
+        rows = None if all(self.unfinished) else torch.tensor(self.unfinished, device=device)
         return forward.step(text, rows, new=new, keep=new), held
 
-    def _take(self, made: Made, text: Text, draft: Draft) -> list[int]:
+    def _take(self, output: ForwardOutput, text: Text, draft: Draft) -> list[int]:
         """Add to each row what holds of a draft and the token behind it; return how many."""
         run, K = self.run, draft.tokens.shape[1]
-        sampler = for_a_turn(run.sampler, self.goes_on)
+        sampler = for_a_turn(run.sampler, self.unfinished)
         # Without a cache, what was made may begin earlier.
-        checked = check_draft(sampler, text, made.logits[:, -(K + 1) :], draft, self.goes_on)
+        checked = check_draft(sampler, text, output.logits[:, -(K + 1) :], draft, self.unfinished)
         scores, kept = checked.scores, checked.kept
-        went_on = self.goes_on
+        went_on = self.unfinished
         tokens = self._until_the_end(checked.tokens, scores)
         counts = [len(row) for row in tokens]
         checked.check_left(counts, [len(row) for row in self.rows])
-        self._note(made, scores, tokens)
+        self._note(output, scores, tokens)
         run.text.accept(tokens)
         if K:
             asked = [n if goes else 0 for n, goes in zip(draft.counts, went_on, strict=True)]
@@ -144,9 +144,9 @@ class _Speculating:
     def _until_the_end(self, tokens: list[list[int]], scores: Tensor) -> list[list[int]]:
         """Cut what follows the end of a row, and take note of rows that have ended."""
         run = self.run
-        tokens = [row if goes else [] for row, goes in zip(tokens, self.goes_on, strict=True)]
+        tokens = [row if goes else [] for row, goes in zip(tokens, self.unfinished, strict=True)]
         met = self._criteria(tokens, scores) if run.stopping.criteria else None
-        goes_on = []
+        unfinished = []
         for index, row in enumerate(tokens):
             ends = [token in self.ends for token in row]
             if met is not None:
@@ -155,8 +155,8 @@ class _Speculating:
             if ended:
                 del row[ends.index(True) + 1 :]
             room = len(self.rows[index]) + len(row) < self.room[index]
-            goes_on.append(self.goes_on[index] and not ended and room)
-        self.goes_on = goes_on
+            unfinished.append(self.unfinished[index] and not ended and room)
+        self.unfinished = unfinished
         return tokens
 
     def _criteria(self, tokens: list[list[int]], scores: Tensor) -> list[list[bool]]:
@@ -182,7 +182,7 @@ class _Speculating:
 
     # -- what is told ------------------------------------------------------------------------
 
-    def _note(self, made: Made, scores: Tensor, tokens: list[list[int]]) -> None:
+    def _note(self, output: ForwardOutput, scores: Tensor, tokens: list[list[int]]) -> None:
         """Keep the tokens of each row, and what was asked for of the steps that made them."""
         record = self.run.record
         first = not self.rows[0]
@@ -192,10 +192,10 @@ class _Speculating:
             if record.scores is not None:
                 self.scores[index] += scores[index, : len(row)].unbind(0)
             if record.logits is not None:
-                self.logits[index] += made.logits[index, -K:].float()[: len(row)].unbind(0)
-        if made.attentions is None and made.hidden_states is None:
+                self.logits[index] += output.logits[index, -K:].float()[: len(row)].unbind(0)
+        if output.attentions is None and output.hidden_states is None:
             return
-        kept = [made] if first else [made.at(place, K) for place in range(len(tokens[0]))]
+        kept = [output] if first else [output.at(place, K) for place in range(len(tokens[0]))]
         for one in kept:
             if record.attentions is not None and one.attentions is not None:
                 record.attentions.append(one.attentions)
@@ -213,7 +213,7 @@ class _Speculating:
         """Give the streamer the columns that all rows have, as it would get them without drafts."""
         if self.run.streamer is None:
             return
-        going = [len(row) for row, goes in zip(self.rows, self.goes_on, strict=True) if goes]
+        going = [len(row) for row, goes in zip(self.rows, self.unfinished, strict=True) if goes]
         ready = min(going) if going else max(len(row) for row in self.rows)
         for column in range(self.streamed, ready):
             tokens = [row[column] if column < len(row) else self.run.pad for row in self.rows]
@@ -223,10 +223,10 @@ class _Speculating:
     def _finish(self) -> None:
         """Put the rows side by side again, and what was recorded."""
         run, longest = self.run, max(len(row) for row in self.rows)
-        made = [row + [run.pad] * (longest - len(row)) for row in self.rows]
+        output = [row + [run.pad] * (longest - len(row)) for row in self.rows]
         ids = self.prompt.ids
         run.text = Text(
-            torch.cat((ids, torch.tensor(made, device=ids.device)), dim=1), self.prompt.padding
+            torch.cat((ids, torch.tensor(output, device=ids.device)), dim=1), self.prompt.padding
         )
         if run.record.scores is not None:
             run.record.scores = _columns(self.scores)

@@ -42,14 +42,14 @@ class DraftModel:
         self._held: list[int] | None = None
 
     def propose(
-        self, text: Text, wanted: list[int], goes_on: list[bool], sampler: Sampler
+        self, text: Text, wanted: list[int], unfinished: list[bool], sampler: Sampler
     ) -> Draft:
         """Draft by the assistant, which reads first what it has not read yet."""
-        logits = self._read(text, goes_on)
+        logits = self._read(text, unfinished)
         self.cache.snapshot()
         writer = DraftWriter(text, wanted, sampler, self.threshold)
         device = text.ids.device
-        rows = None if all(goes_on) else torch.tensor(goes_on, device=device)[:, None]
+        rows = None if all(unfinished) else torch.tensor(unfinished, device=device)[:, None]
         while True:
             token = writer.write(logits)
             if writer.done:
@@ -65,7 +65,7 @@ class DraftModel:
     def close(self) -> None:
         """Do nothing."""
 
-    def _read(self, text: Text, goes_on: list[bool]) -> Tensor:
+    def _read(self, text: Text, unfinished: list[bool]) -> Tensor:
         """Run over what the text has and the cache has not; a row at its end is left as it is."""
         T, lengths, device = len(text), text.lengths().tolist(), text.ids.device
         new = lengths
@@ -75,13 +75,13 @@ class DraftModel:
             kept = [
                 min(now, length - 1) if goes else before
                 for now, length, goes, before in zip(
-                    held, lengths, goes_on, self._held, strict=True
+                    held, lengths, unfinished, self._held, strict=True
                 )
             ]
             self.cache.crop(kept[0] if len(kept) == 1 else torch.tensor(kept, device=device))
             new = [
                 length - start if goes else 0
-                for length, start, goes in zip(lengths, kept, goes_on, strict=True)
+                for length, start, goes in zip(lengths, kept, unfinished, strict=True)
             ]
         width, mask = max(new), None
         if min(new) < width:

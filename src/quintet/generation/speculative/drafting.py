@@ -53,9 +53,9 @@ class Drafting:
 
     def taken(self, count: int, kept: int) -> None:
         """Take note of how many tokens were taken, and of how many drafts held."""
-        asked = 0 if self._draft is None else self._draft.counts[0]
+        drafted = 0 if self._draft is None else self._draft.counts[0]
         self._draft = None
-        if asked:
-            self.schedule.learn([asked], [kept])
-            self.found.accepted.append([(asked, min(kept, count))])
+        if drafted:
+            self.schedule.learn([drafted], [kept])
+            self.found.accepted.append([(drafted, min(kept, count))])
         self.drafter.accepted([count])

@@ -67,12 +67,12 @@ def check_drafting(
         "prompt_lookup_num_tokens": config.prompt_lookup_num_tokens is not None,
         "use_mtp": bool(config.use_mtp),
     }
-    asked = [name for name, is_asked in ways.items() if is_asked]
-    if not asked:
+    requested = [name for name, is_asked in ways.items() if is_asked]
+    if not requested:
         return False
-    if len(asked) > 1:
-        raise InputError(f"{' and '.join(asked)} are ways of drafting; give one of them")
-    (way,) = asked
+    if len(requested) > 1:
+        raise InputError(f"{' and '.join(requested)} are ways of drafting; give one of them")
+    (way,) = requested
     if (config.num_beams or 1) > 1:
         raise InputError(
             f"{way} drafts for rows that go on one by one; leave it out, or num_beams="
@@ -123,8 +123,8 @@ def warn_of_idle_drafting(
         idle.append(("assistant_tokenizer", "assistant_model"))
     for name, needed in idle:
         if given.get(name) is not None:
-            told = name if name == "assistant_tokenizer" else f"{name}={given[name]!r}"
-            warnings.warn(f"{told} has no effect without {needed}", stacklevel=4)
+            option = name if name == "assistant_tokenizer" else f"{name}={given[name]!r}"
+            warnings.warn(f"{option} has no effect without {needed}", stacklevel=4)
 
 
 def make_drafter(
@@ -141,8 +141,8 @@ def make_drafter(
         return MTPDrafter(cast("MTPModel", model), cache, threshold=least)
     if assistant is None:
         return PromptLookup(config.max_matching_ngram_size or NGRAM)
-    own, asked = assistant.generation_config, config.assistant_confidence_threshold
-    threshold = own.assistant_confidence_threshold if asked is None else asked
+    own, requested = assistant.generation_config, config.assistant_confidence_threshold
+    threshold = own.assistant_confidence_threshold if requested is None else requested
     return DraftModel(
         cast("LanguageModel", assistant),
         assistant.new_cache(),

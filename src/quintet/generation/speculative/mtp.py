@@ -160,10 +160,10 @@ class MTPDrafter:
         main.seen = []
 
     def propose(
-        self, text: Text, wanted: list[int], goes_on: list[bool], sampler: Sampler
+        self, text: Text, wanted: list[int], unfinished: list[bool], sampler: Sampler
     ) -> Draft:
         """Draft by the prediction layers, which read first what the main run read."""
-        states, ahead, counts = self._read(text.ids[:, -1], goes_on)
+        states, ahead, counts = self._read(text.ids[:, -1], unfinished)
         B, W, _ = states.shape
         writer = DraftWriter(text, wanted, sampler, self.threshold)
         segment = self.cache.segment(B, W, states.device, counts)
@@ -224,15 +224,15 @@ class MTPDrafter:
             self._seen += (_Seen(*made) for made in self.main.seen)
             self.main.seen.clear()
 
-    def _read(self, last: Tensor, goes_on: list[bool]) -> tuple[Tensor, Tensor, Tensor | None]:
+    def _read(self, last: Tensor, unfinished: list[bool]) -> tuple[Tensor, Tensor, Tensor | None]:
         """Return states and the embeddings ahead of them, (B, W, C), and how many count, (B,)."""
         self._look()
         pieces, B = self._seen, len(last)
         if len(pieces[0].states) != B:
             pieces = [one.repeat(B // len(one.states)) for one in pieces]
         seen = _Seen.joined(pieces)
-        if not all(goes_on):
-            seen.mask = seen.full_mask() & torch.tensor(goes_on, device=last.device)[:, None]
+        if not all(unfinished):
+            seen.mask = seen.full_mask() & torch.tensor(unfinished, device=last.device)[:, None]
         rows = None if seen.mask is None else ragged(seen.mask)
         counts = None if rows is None else rows.counts
         if rows is not None:
