@@ -153,11 +153,13 @@ def test_an_argument_that_nobody_gives_is_named() -> None:
 
 def test_the_old_name_of_an_argument_is_refused_not_left_out() -> None:
     class Older(LogitsProcessor):
-        def __call__(self, ids: Tensor, scores: Tensor, goes_on: Tensor | None = None) -> Tensor:
+        def __call__(
+            self, input_ids: Tensor, scores: Tensor, goes_on: Tensor | None = None
+        ) -> Tensor:
             return scores
 
-    with pytest.raises(InputError, match="Older needs the argument 'goes_on'.*unfinished=…"):
-        LogitsProcessorList([Older()])(torch.ones(1, 1), torch.zeros(1, 4))
+    with pytest.raises(InputError, match=r"Older needs the argument 'goes_on'.*unfinished=…"):
+        made(text(), {}, own=[Older()]).scores(text(), torch.randn(3, V))
 
 
 # -- generators ------------------------------------------------------------------------------
