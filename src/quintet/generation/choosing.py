@@ -88,13 +88,13 @@ class Choosing:
         return chosen
 
     def _read(self, row: int, text: Text, scores: Tensor) -> Tensor:
-        reshaped = self.samplers[row].read(text, scores)
-        if reshaped.shape != scores.shape:
+        result = self.samplers[row].read(text, scores)
+        if result.shape != scores.shape:
             raise InputError(
-                f"a logits processor returned scores of shape {tuple(reshaped.shape)} for one row of "
+                f"a logits processor returned scores of shape {tuple(result.shape)} for one row of "
                 f"{scores.shape[1]}; it has to return {tuple(scores.shape)}"
             )
-        return reshaped.to(scores)
+        return result.to(scores)
 
     def _take(
         self, group: _Group, scores: Tensor, steps: Sequence[int], chosen: list[int | Exception]
