@@ -170,8 +170,14 @@ def test_a_row_goes_back_to_any_snapshot(family: Family, nbits: int | None) -> N
         again = model(ids[:, held : held + 5].repeat(2, 1), past_key_values=pool).logits
         for index in range(2):
             assert relative_error(again[index], logits[held // 5][0]) < TOLERANCE
-    # Between two, a recurrent row goes to the one before; any other is where it was asked to be.
-    assert pool.rewind(row, 8) == (5 if model.config.recurrent_layers() else 8)
+    # Into the last forward, as it began at a snapshot.
+    assert pool.rewind(row, 8) == 8
+    assert pool.rewind(row, 7) == 7
+    pool.free(fork)
+    told = model(ids[:, :10], use_cache=False).logits[:, 7:] if nbits is None else logits[1][:, 2:]
+    assert relative_error(model(ids[:, 7:10], past_key_values=pool).logits, told) < TOLERANCE
+    # That one began at none: a recurrent row goes to the snapshot before.
+    assert pool.rewind(row, 9) == (5 if model.config.recurrent_layers() else 9)
     if model.config.recurrent_layers():
         assert pool.snapshots(row) == [5]
         with pytest.raises(InputError, match=r"cannot go back to 3 tokens.*copies.*\[5\]"):

@@ -255,7 +255,7 @@ class Cache:
     def _finish(self, segment: Segment) -> None:
         self._forward_unfinished = False
         for slot in self.states:
-            if slot is not None and slot.remembers:
+            if slot is not None:
                 slot.advance(segment)
 
     # -- what it holds -----------------------------------------------------------------------

@@ -210,8 +210,9 @@ class PooledCache(Cache):
     def rewind(self, row: int, length: int) -> int:
         """Take a row back to a length, or to the nearest one before; return where it is.
 
-        Keys and values can go back to any length, recurrent states to a snapshot or the beginning.
-        The tokens from the returned length on have to be given again.
+        Keys and values can go back to any length. Recurrent states can to a snapshot, to any point
+        in the row's last forward if there was one where it began and it had at most 64 tokens, and
+        to the beginning. The tokens from the returned length on have to be given again.
 
         Raises:
             InputError: the row is not that long.

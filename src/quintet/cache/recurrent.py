@@ -18,7 +18,7 @@ from quintet.ops.conv import continued, last_window
 from quintet.ops.mamba2 import MixerWeights, mix
 from quintet.ops.ssd import only, ssd
 
-__all__ = ["Inputs", "Recorded", "RecurrentSlot"]
+__all__ = ["RECORDED", "Inputs", "Recorded", "Recorder", "RecurrentSlot"]
 
 # The tokens of a forward that one call of a kernel takes, at the most.
 RECORDED = 64
@@ -62,6 +62,12 @@ class Inputs(NamedTuple):
         counts = self.counts if isinstance(self.counts, int) else self.counts[rows]
         return Inputs(self.raw[rows], self.x[rows], self.dt[rows], self.A, self.b[rows], counts)
 
+    def row(self, index: int) -> "Inputs":
+        """Return what they are of one row, (1, T, ...), its real tokens alone."""
+        T = self.counts if isinstance(self.counts, int) else int(self.counts[index])
+        raw, x, dt, b = (y[index, None, :T] for y in (self.raw, self.x, self.dt, self.b))
+        return Inputs(raw, x, dt, self.A, b, T)
+
     def after(self, window: Tensor | None, state: Tensor | None, W: int) -> tuple[Tensor, Tensor]:
         """Return window (B, W - 1, C) and state behind these tokens."""
         window = last_window(continued(self.raw, window, W), W, self.counts)
@@ -102,6 +108,11 @@ class Recorded(NamedTuple):
         counts = self.counts if isinstance(self.counts, int) else self.counts[rows]
         return Recorded(self.projected[rows], self.weights, counts)
 
+    def row(self, index: int) -> "Recorded":
+        """Return what was left of one row, (1, T, ...), its real tokens alone."""
+        T = self.counts if isinstance(self.counts, int) else int(self.counts[index])
+        return Recorded(self.projected[index, None, :T], self.weights, T)
+
     @torch.no_grad()
     def after(
         self, window: Tensor | None, state: Tensor | None, W: int
@@ -116,6 +127,45 @@ class Recorded(NamedTuple):
             return window, state
         made = mix(projected, self.weights, window, state, counts, chunk_size=RECORDED)
         return made.window, made.state
+
+
+class Recorder:
+    """Memory in which a kernel leaves what it projects of a forward's tokens.
+
+    Attributes:
+        memory: (RECORDED, H·P + C + H), the same for every forward; None before the first.
+    """
+
+    def __init__(self) -> None:
+        self.memory: Tensor | None = None
+        self._weights: MixerWeights | None = None
+
+    def start(self, weights: MixerWeights, like: Tensor) -> Tensor:
+        """Return the memory for a forward that begins, of the dtype and on the device of `like`."""
+        if self.memory is None:
+            width = len(weights.norm) + len(weights.taps) + len(weights.D)
+            with torch.inference_mode(False), torch.no_grad():
+                self.memory = torch.empty(RECORDED, width, dtype=like.dtype, device=like.device)
+        self._weights = weights
+        return self.memory
+
+    def cancel(self) -> None:
+        """Take it that the forward has left nothing here."""
+        self._weights = None
+
+    def stop(self, segment: Segment, rows: int) -> Recorded | None:
+        """Return a copy of what the forward over all rows has left; None where it has not."""
+        weights, self._weights = self._weights, None
+        if weights is None or self.memory is None:
+            return None
+        T, counts = segment.length, segment.counts
+        if counts is None:
+            projected = torch.unflatten(self.memory[: rows * T].clone(), 0, (rows, T))
+            return Recorded(projected, weights, T)
+        steps = torch.arange(T, dtype=torch.long, device=counts.device)
+        places = (counts.cumsum(0) - counts)[:, None] + steps
+        projected = self.memory[places.clamp(max=int(counts.sum()) - 1)]
+        return Recorded(projected, weights, counts)
 
 
 @dataclass(slots=True)
@@ -140,9 +190,7 @@ class RecurrentSlot:
         self.state: Tensor | None = None
         self.preallocated = preallocated
         self._snapshot: _Snapshot | None = None
-        # Where a kernel leaves what it projects, and the weights it did that with.
-        self._record: Tensor | None = None
-        self._recording: MixerWeights | None = None
+        self._recorder = Recorder()
 
     @property
     def remembers(self) -> bool:
@@ -152,7 +200,7 @@ class RecurrentSlot:
     def remember(self, inputs: Inputs) -> None:
         """Keep what an update came from, to go back to between the snapshot and here."""
         assert self._snapshot is not None
-        self._recording = None
+        self._recorder.cancel()
         self._snapshot.since.append(inputs)
 
     def record(self, weights: MixerWeights) -> Tensor:
@@ -162,28 +210,13 @@ class RecurrentSlot:
         cache counts them.
         """
         assert self.window is not None
-        width = len(weights.norm) + len(weights.taps) + len(weights.D)
-        if self._record is None:
-            with torch.inference_mode(False), torch.no_grad():
-                self._record = torch.empty(
-                    RECORDED, width, dtype=self.window.dtype, device=self.window.device
-                )
-        self._recording = weights
-        return self._record
+        return self._recorder.start(weights, self.window)
 
     def advance(self, segment: Segment) -> None:
         """Keep what a kernel has recorded of the tokens that were counted."""
-        weights, self._recording = self._recording, None
-        if weights is None or self._record is None or self.state is None or not self._snapshot:
-            return
-        B, T, counts = len(self.state), segment.length, segment.counts
-        if counts is None:
-            projected = torch.unflatten(self._record[: B * T].clone(), 0, (B, T))
-        else:
-            steps = torch.arange(T, dtype=torch.long, device=counts.device)
-            places = (counts.cumsum(0) - counts)[:, None] + steps
-            projected = self._record[places.clamp(max=int(counts.sum()) - 1)]
-        self._snapshot.since.append(Recorded(projected, weights, T if counts is None else counts))
+        if self._snapshot is not None and self.state is not None:
+            recorded = self._recorder.stop(segment, len(self.state))
+            self._snapshot.since += [] if recorded is None else [recorded]
 
     def room(self) -> tuple[Tensor, Tensor] | None:
         """Return window and state for a caller to change in place, instead of `update`.
@@ -221,7 +254,8 @@ class RecurrentSlot:
         """
         lengths = lengths.clone() if isinstance(lengths, Tensor) else lengths
         window, state = (None if x is None else x.clone() for x in (self.window, self.state))
-        self._snapshot, self._recording = _Snapshot(lengths, window, state), None
+        self._snapshot = _Snapshot(lengths, window, state)
+        self._recorder.cancel()
 
     def crop(self, lengths: int | Tensor) -> None:
         """Go back to where rows had the given lengths, at the snapshot or after it.
@@ -239,7 +273,7 @@ class RecurrentSlot:
                 f"last snapshot on, and {has}; call cache.snapshot() before the tokens that may be "
                 "taken back"
             )
-        self._recording = None
+        self._recorder.cancel()
         left = lengths - snapshot.lengths
         W = 1 if self.window is None else self.window.shape[1] + 1
         window, state = (
@@ -276,7 +310,7 @@ class RecurrentSlot:
 
     def reset(self) -> None:
         """Forget everything; preallocated memory stays."""
-        self._snapshot = self._record = self._recording = None
+        self._snapshot, self._recorder = None, Recorder()
         self._clear()
 
     @property
@@ -287,7 +321,7 @@ class RecurrentSlot:
     @property
     def nbytes(self) -> int:
         """The bytes held, with those of the snapshot."""
-        held = [self.window, self.state, self._record]
+        held = [self.window, self.state, self._recorder.memory]
         if self._snapshot is not None:
             held += [self._snapshot.window, self._snapshot.state]
         since = [] if self._snapshot is None else self._snapshot.since

@@ -1,15 +1,15 @@
 """The recurrent states of a pool's rows.
 
 A state cannot be cut like a list of keys. What a row has to go back to are copies of its state,
-taken at some of its lengths; tokens behind the copy have to be read again. So nothing has to be
-told of what a forward takes in, and few tokens stay one call for all layers.
+taken at some of its lengths. Of a row's last forward, if it was over few tokens and the row had a
+copy where it began, what the tokens gave to the state is kept, too, to go back to any of them.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
 
 from torch import Tensor
 
-from quintet.cache.recurrent import Inputs
+from quintet.cache.recurrent import RECORDED, Inputs, Recorded, Recorder
 from quintet.cache.row_memory import Buffers
 from quintet.cache.rows import Row, RowTable
 from quintet.cache.segment import Segment
@@ -27,6 +27,10 @@ class StateRows:
         self._buffers = Buffers(table)
         # By row and its length then.
         self._copies: dict[Row, dict[int, tuple[Tensor, ...]]] = {}
+        self._recorder = Recorder()
+        self._given: Inputs | Recorded | None = None
+        # Where a row's last forward began, if it has a copy there, and what was given, (1, T, ...).
+        self._last: dict[Row, tuple[int, Inputs | Recorded]] = {}
 
     # -- for a forward -------------------------------------------------------------------------
 
@@ -37,8 +41,8 @@ class StateRows:
 
     @property
     def remembers(self) -> bool:
-        """Nothing is told of the inputs: what goes back goes to a copy."""
-        return False
+        """Whether a row has a copy where it is, behind which tokens may be taken back."""
+        return any(row.length in held for row, held in self._copies.items())
 
     def content(self) -> tuple[Tensor, Tensor] | None:
         """Return window and state of the rows in use, to be overwritten; None without memory."""
@@ -61,18 +65,26 @@ class StateRows:
                 own.copy_(new)
 
     def remember(self, inputs: Inputs) -> None:
-        """Do nothing."""
+        """Keep what an update of all rows came from, until the next; not of a prompt."""
+        self._recorder.cancel()
+        self._given = inputs if inputs.raw.shape[1] <= RECORDED else None
 
     def record(self, weights: MixerWeights) -> Tensor:
-        """Refuse: nothing is recorded.
-
-        Raises:
-            InputError: always.
-        """
-        raise InputError("a pool's rows record nothing of what they take in")
+        """Return memory for a kernel to leave what it projects, instead of `remember`."""
+        return self._recorder.start(weights, self._buffers.whole[0])
 
     def advance(self, segment: Segment) -> None:
-        """Do nothing."""
+        """Sort what the forward gave by rows, before the cache counts its tokens."""
+        given = self._recorder.stop(segment, len(self._table)) or self._given
+        self._given = None
+        if given is None and not self._last:
+            return
+        counts = None if segment.counts is None else segment.counts.tolist()
+        for index, row in enumerate(self._table):
+            if counts is None or counts[index]:
+                self._last.pop(row, None)
+                if given is not None and row.length in self._copies.get(row, ()):
+                    self._last[row] = row.length, given.row(index)
 
     # -- for the pool ----------------------------------------------------------------------------
 
@@ -111,10 +123,16 @@ class StateRows:
 
     def state_at(self, index: int, length: int) -> tuple[Tensor, ...]:
         """Return window and state of a row at a length that `reach` returned; none of zeros."""
-        row = self._table[index]
+        row, held = self._table[index], self.taken(index)
         if length == row.length and not row.torn:
             return self.read(index)
-        return self.taken(index).get(length, ())
+        if length in held or row not in self._last:
+            return held.get(length, ())
+        start, given = self._last[row]
+        window, state = (x[None].clone() for x in held[start]) if held[start] else (None, None)
+        W = self._buffers.whole[0].shape[1] + 1
+        made = given.first(length - start).after(window, state, W)
+        return tuple(x[0] for x in made if x is not None)
 
     def share(self, source: Row, target: Row) -> None:
         """Give a row the copies that another has."""
@@ -124,6 +142,8 @@ class StateRows:
     def drop(self, row: Row, lengths: Iterable[int] | None = None) -> None:
         """Forget a row's copies for some lengths, or all."""
         held = self._copies.get(row, {})
+        if lengths is None:
+            self._last.pop(row, None)
         for length in list(held if lengths is None else lengths):
             held.pop(length, None)
         if not held:
@@ -131,17 +151,23 @@ class StateRows:
 
     def reach(self, index: int, length: int) -> int:
         """Return the length that is nearest below the given one and can be gone back to."""
-        row = self._table[index]
+        row, held = self._table[index], self.taken(index)
         if length == row.length and not row.torn:
             return length
-        return max((n for n in self.taken(index) if n <= length), default=0)
+        start, given = self._last.get(row, (length, None))
+        if given is not None and start in held and start <= length <= start + int(given.counts):
+            return length
+        return max((n for n in held if n <= length), default=0)
 
     def back(self, index: int, length: int) -> None:
-        """Go back to a length that `reach` returned; copies for longer ones are forgotten."""
-        row, held = self._table[index], self.taken(index)
+        """Go back to a length that `reach` returned; what is for longer ones is forgotten."""
+        row = self._table[index]
         if length != row.length or row.torn:
-            self.write(index, held.get(length, ()))
-        self.drop(row, [n for n in held if n > length])
+            self.write(index, self.state_at(index, length))
+        self.drop(row, [n for n in self.taken(index) if n > length])
+        start, given = self._last.pop(row, (length, None))
+        if given is not None and start < length:
+            self._last[row] = start, given.first(min(length - start, int(given.counts)))
 
     # -- as every slot ---------------------------------------------------------------------------
 
@@ -180,6 +206,7 @@ class StateRows:
     def reset(self) -> None:
         """Forget the copies; rows that join begin with zeros."""
         self._copies.clear()
+        self._last.clear()
 
     @property
     def batch_size(self) -> int | None:
@@ -191,7 +218,9 @@ class StateRows:
         """The bytes taken, of rows that are free too, and of copies."""
         all_copies = (pair for held in self._copies.values() for pair in held.values())
         copied = {id(x): x for pair in all_copies for x in pair}
-        return self._buffers.nbytes + sum(x.nbytes for x in copied.values())
+        given = [one for _, one in self._last.values()]
+        held = (*copied.values(), *given, self._recorder.memory)
+        return self._buffers.nbytes + sum(x.nbytes for x in held if x is not None)
 
     def _allocate(self, like: Sequence[Tensor]) -> None:
         """Take memory for rows like a window and a state."""
