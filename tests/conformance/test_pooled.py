@@ -217,6 +217,31 @@ def test_rows_keep_their_bits_when_others_come_and_go(family: Family) -> None:
 @each
 @pytest.mark.skipif(native().library is None, reason=f"{native().reason}")
 @torch.no_grad()
+def test_steps_have_the_bits_that_they_have_alone(family: Family) -> None:
+    """In bfloat16, of any lengths in one forward, and taken back as drafts are."""
+    model = small(family, torch.bfloat16)
+    chance = random.Random(1)
+    pool, alone = pool_of(model), {}
+    for length in (12, 7, 20, 40):
+        own = begun(model, ids_of(length))
+        alone[pool.join(own.extract(own.rows[0]))] = own
+    for _ in range(8):
+        tokens = {row: ids_of(chance.randint(1, 4)) for row in pool.rows}
+        del tokens[chance.choice(pool.rows)]
+        for cache in (pool, *alone.values()):
+            cache.snapshot()
+        for row, logits in run(model, pool, tokens).items():
+            own = alone[row]
+            told = model(tokens[row][None], past_key_values=own).logits[0]
+            assert torch.equal(logits, told)
+            length = pool.length(row) - chance.randint(0, len(tokens[row]))
+            assert pool.rewind(row, length) == own.rewind(own.rows[0], length) == length
+        spoil(pool)
+
+
+@each
+@pytest.mark.skipif(native().library is None, reason=f"{native().reason}")
+@torch.no_grad()
 def test_steps_stay_one_call_with_snapshots_of_rows(
     family: Family, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -1,6 +1,6 @@
 """What the layers keep between steps."""
 
-from quintet.cache.base import AttentionSlot, Cache, CacheSlot
+from quintet.cache.base import Cache
 from quintet.cache.content import RowContent
 from quintet.cache.dense import DynamicCache, StaticCache
 from quintet.cache.legacy import LegacyCache, from_legacy, to_legacy
@@ -9,6 +9,7 @@ from quintet.cache.pool import PooledCache
 from quintet.cache.quantized import QuantizedCache
 from quintet.cache.recurrent import RecurrentSlot
 from quintet.cache.segment import Segment, segments_of
+from quintet.cache.slots import AttentionSlot, CacheSlot
 
 __all__ = [
     "AttentionSlot",

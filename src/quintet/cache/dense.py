@@ -6,10 +6,11 @@ import torch
 import torch.nn.functional as F  # noqa: N812
 from torch import Tensor
 
-from quintet.cache.base import AttentionSlot, Cache, StateSlot, _longest
+from quintet.cache.base import Cache, _longest
 from quintet.cache.memory import check_alike, locked, own, writable
 from quintet.cache.recurrent import RecurrentSlot
 from quintet.cache.segment import Segment
+from quintet.cache.slots import AttentionSlot, StateSlot
 from quintet.configuration.base import PreTrainedConfig
 from quintet.errors import ContextLengthError, InputError
 

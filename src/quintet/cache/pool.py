@@ -246,22 +246,18 @@ class PooledCache(Cache):
                 "DynamicCache or StaticCache"
             )
         self._look_for_torn()
-        torn = [row.id for row in self._table if row.torn]
-        if torn:
-            raise InputError(
-                f"a forward that failed halfway left recurrent layers ahead of rows {torn}; "
-                "rewind them, or free them"
-            )
+        for row in self._table:
+            self._check_whole(row)
         rows = list(self._table) or [Row(-1)] * batch
         whole = super().segment(batch, length, device, counts)
         taken = [length] * batch if counts is None else counts.tolist()
         ends = [row.length + tokens for row, tokens in zip(rows, taken, strict=True)]
         needed = max(ends)
         if needed > self.capacity:
-            row = ends.index(needed)
+            at = ends.index(needed)
             raise ContextLengthError(
-                f"the pool has room for capacity={self.capacity} tokens a row, row {row} holds "
-                f"{rows[row].length} and was given {taken[row]} more; make a larger one"
+                f"the pool has room for capacity={self.capacity} tokens a row, row {at} holds "
+                f"{rows[at].length} and was given {taken[at]} more; make a larger one"
             )
         if not len(self._table):
             self._join(batch)

@@ -10,11 +10,11 @@ from typing import ClassVar, Protocol
 import torch
 from torch import Tensor
 
-from quintet.cache.base import AttentionSlot
 from quintet.cache.dense import _write
 from quintet.cache.memory import check_alike
 from quintet.cache.rows import RowTable, whole_blocks
 from quintet.cache.segment import Segment
+from quintet.cache.slots import AttentionSlot
 from quintet.errors import InputError
 from quintet.ops.vector_codes import VectorCode
 
