@@ -20,9 +20,11 @@ from quintet.generation.sampler import Sampler, row_generators
 from quintet.generation.sequence import Sequence
 from quintet.generation.speculative.drafting import Drafting
 from quintet.generation.speculative.factory import (
+    AssistantModel,
     check_drafting,
     make_drafter,
     make_schedule,
+    warn_of_idle_drafting,
 )
 from quintet.generation.stopping import Criterion
 from quintet.generation.streamers import Streamer
@@ -103,6 +105,8 @@ class Engine:
         prefix_allowed_tokens_fn: PrefixAllowedTokens | None = None,
         *,
         tokenizer: PreTrainedTokenizer | None = None,
+        assistant_model: AssistantModel | None = None,
+        assistant_tokenizer: PreTrainedTokenizer | None = None,
         streamer: Streamer | None = None,
         generator: torch.Generator | None = None,
         **options: Any,
@@ -116,6 +120,9 @@ class Engine:
             stopping_criteria: what else ends it.
             prefix_allowed_tokens_fn: the ids that may come next, from 0 and the ids so far.
             tokenizer: what `stop_strings` needs.
+            assistant_model: a smaller model of the same tokens, which drafts; what it keeps of
+                this sequence goes with the sequence.
+            assistant_tokenizer: shows, beside `tokenizer`, that they are the same.
             streamer: gets the prompt, and then every token as it is made.
             generator: the source of its randomness; torch's own if not given.
             **options: fields of `GenerationConfig`.
@@ -130,12 +137,13 @@ class Engine:
             stopping_criteria=stopping_criteria,
             prefix_allowed_tokens_fn=prefix_allowed_tokens_fn,
             tokenizer=tokenizer,
-            assistant_model=None,
-            assistant_tokenizer=None,
+            assistant_model=assistant_model,
+            assistant_tokenizer=assistant_tokenizer,
             streamer=streamer,
             logits_to_keep=None,
         )
         config = plan.configured(self.model.generation_config, generation_config, options)
+        warn_of_idle_drafting(config, options, assistant_model, assistant_tokenizer)
         _check_of_a_sequence(config)
         size, device = self.model.config.vocab_size, self.model.device
         ids = _row(inputs)
@@ -158,10 +166,17 @@ class Engine:
         stopping = plan.stopping(config, criteria, tokenizer, device)
         drafting = None
         if check_drafting(
-            self.model, config, None, tokenizer, None, rows=1, padded=False, has_ids=True
+            self.model,
+            config,
+            assistant_model,
+            tokenizer,
+            assistant_tokenizer,
+            rows=1,
+            padded=False,
+            has_ids=True,
         ):
-            drafter = make_drafter(self.model, config, None, None, size)
-            drafting = Drafting(drafter, make_schedule(self.model, config, None))
+            drafter = make_drafter(self.model, config, assistant_model, None, size)
+            drafting = Drafting(drafter, make_schedule(self.model, config, assistant_model))
         return Sequence(prompt.ids[0].tolist(), sampler, stopping, room, streamer, drafting)
 
     # -- coming and going --------------------------------------------------------------------
@@ -215,7 +230,9 @@ class Engine:
         Raises:
             InputError: it has no row, or the row does not hold these.
         """
-        return self._rows.cache.extract(self._row(sequence), start, stop)
+        row = self._row(sequence)
+        self._take_back(sequence)
+        return self._rows.cache.extract(row, start, stop)
 
     def remove(self, sequence: Sequence) -> None:
         """Take back the row of a sequence; the others' memory stays where it is.
@@ -251,21 +268,26 @@ class Engine:
                 f"a step over {len(rows)} sequences in pieces of {piece} has to name each "
                 "sequence once, and a piece of at least one token"
             )
+        going, pieces = [], []
         for sequence in sequences:
             sequence.settle()
-        going = [(one, row) for one, row in zip(sequences, rows, strict=True) if not one.finished]
-        pieces = [_next_piece(one, row, piece) for one, row in going]
+            asked = None if sequence.finished else self._next_piece(sequence, piece)
+            # What drafts for it may have failed.
+            if asked is not None and not sequence.finished:
+                going.append(sequence)
+                pieces.append(asked)
         if not pieces:
             return [[] for _ in sequences]
         try:
             logits = self._rows.run(pieces)
         except BaseException:
-            self._take_back([one for one, _ in going])
+            for sequence in going:
+                sequence.computed = self._rows.rewind(self._placed[sequence], sequence.computed)
             raise
-        before = {one: len(one.ids) for one, _ in going}
-        for (sequence, _), ran in zip(going, pieces, strict=True):
+        before = {one: len(one.ids) for one in going}
+        for sequence, ran in zip(going, pieces, strict=True):
             sequence.computed += len(ran.ids)
-        self._choose([one for one, _ in going], pieces, logits)
+        self._choose(going, pieces, logits)
         return [one.ids[before.get(one, len(one.ids)) :] for one in sequences]
 
     def _choose(self, going: list[Sequence], pieces: list[Piece], logits: Tensor) -> None:
@@ -280,9 +302,7 @@ class Engine:
                 places.append(own)
             elif piece.keep:
                 sequence.take_checked(logits[own:place])
-                if sequence.computed >= len(sequence.ids):
-                    # Some of what was drafted does not hold.
-                    sequence.computed = self._rows.rewind(piece.row, len(sequence.ids) - 1)
+                self._take_back(sequence)
         if len(places) < len(logits):
             logits = logits[places]
         samplers = tuple(sequence.sampler for sequence in single)
@@ -296,26 +316,30 @@ class Engine:
             else:
                 sequence.take(token)
 
-    def _take_back(self, sequences: list[Sequence]) -> None:
-        """Bring rows back to what their sequences say, after a forward that failed."""
-        for sequence in sequences:
-            sequence.computed = self._rows.rewind(self._placed[sequence], sequence.computed)
+    def _next_piece(self, sequence: Sequence, most: int | None) -> Piece:
+        self._take_back(sequence)
+        row, begin = self._placed[sequence], sequence.computed
+        end = len(sequence.ids) if most is None else min(begin + most, len(sequence.ids))
+        ids = sequence.ids[begin:end]
+        if end < len(sequence.ids):
+            return Piece(row, ids, 0)
+        draft = sequence.draft()
+        return Piece(row, ids + draft, len(draft) + 1)
+
+    def _take_back(self, sequence: Sequence) -> None:
+        """Let a row hold no more than all ids but the last.
+
+        It does where some of a draft did not hold, or a step was interrupted before its choice.
+        """
+        if sequence.waiting < 1:
+            row = self._placed[sequence]
+            sequence.computed = self._rows.rewind(row, len(sequence.ids) - 1)
 
     def _row(self, sequence: Sequence) -> int:
         row = self._placed.get(sequence)
         if row is None:
             raise InputError("the sequence is not in this engine; add it first")
         return row
-
-
-def _next_piece(sequence: Sequence, row: int, most: int | None) -> Piece:
-    count = sequence.waiting if most is None else min(sequence.waiting, most)
-    end = sequence.computed + count
-    ids = sequence.ids[sequence.computed : end]
-    if end < len(sequence.ids):
-        return Piece(row, ids, 0)
-    draft = sequence.draft()
-    return Piece(row, ids + draft, len(draft) + 1)
 
 
 def _row(inputs: Tensor | abc.Sequence[int]) -> Tensor:

@@ -97,7 +97,11 @@ class Sequence:
         if self.drafting is None or len(self.ids) == self.prompt_length:
             return []
         left = self.room - (len(self.ids) - self.prompt_length)
-        return self.drafting.propose(self.text, self.sampler, left, self._ends)
+        try:
+            return self.drafting.propose(self.text, self.sampler, left, self._ends)
+        except Exception as error:
+            self.fail(error)
+            return []
 
     def take_checked(self, logits: Tensor) -> None:
         """Add what holds of the draft and the token behind it, by logits (K + 1, V)."""

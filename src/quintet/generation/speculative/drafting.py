@@ -34,13 +34,14 @@ class Drafting:
         if self._draft is None:
             most = max(0, min(self.schedule.rows[0], room - 1))
             turn = for_a_turn(sampler, [True])
-            tokens: list[int] = []
+            draft = Draft.none(text)
             if most:
                 draft = self.drafter.propose(text, [most], [True], turn)
-                tokens = draft.tokens[0, : draft.counts[0]].tolist()
+            tokens = draft.tokens[0, : draft.counts[0]].tolist()
             # Behind an end, nothing is ever needed.
             end = next((n for n, token in enumerate(tokens, 1) if token in ends), len(tokens))
-            self._draft = Draft(text.ids.new_tensor([tokens[:end]]), [end])
+            drawn = None if draft.probabilities is None else draft.probabilities[:, :end]
+            self._draft = Draft(draft.tokens[:, :end], [end], drawn if end else None)
         return self._draft.tokens[0].tolist()
 
     def check(self, text: Text, sampler: Sampler, logits: Tensor) -> Checked:
