@@ -65,7 +65,9 @@ def test_logits_are_the_same_under_other_defaults(
             # Its own caches are made there too.
             made = run(model, CACHES[kind](model))
         # Under a mode kernels step aside, and other sums are rounded.
-        rounds = TOLERANCE if dtype == torch.float32 else 2**-4
+        # A code of few bits may be the next one then.
+        exact = dtype == torch.float32
+        rounds = 2**-4 if not exact else 1e-3 if kind == "quantised" else TOLERANCE
         bound = rounds if name == "meta" else 0.0
         assert relative_error(made, expected) <= bound, name
 

@@ -95,7 +95,9 @@ def test_a_cache_in_another_dtype_is_named(family: Family, kind: str) -> None:
     cache.reset()
     with torch.no_grad():
         again = model(IDS, past_key_values=cache).logits
-        assert torch.equal(again, model(IDS, past_key_values=KINDS[kind](model.config)).logits)
+        fresh = model(IDS, past_key_values=KINDS[kind](model.config)).logits
+        # What has its memory already may take few tokens another way.
+        assert relative_error(again, fresh) <= TOLERANCE
 
 
 @each

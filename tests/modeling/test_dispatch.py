@@ -102,7 +102,7 @@ def test_layers_on_one_device_share_one_step(family: Family, model: Any) -> None
     steps: list[ForwardContext] = []
     for layer in model.model.layers:
         layer.register_forward_pre_hook(
-            lambda module, given, named: steps.append(named["step"]), with_kwargs=True
+            lambda module, given, named: steps.append(named["context"]), with_kwargs=True
         )
     logits(model)
     assert len(steps) >= 3
@@ -120,7 +120,7 @@ def test_what_prediction_layers_join_is_given_to_them() -> None:
         )
     with torch.no_grad():
         model(IDS, output_mtp_logits=True)
-    assert given == [{"step", "ahead"}] * 2
+    assert given == [{"context", "ahead"}] * 2
     model.generate(IDS, use_mtp=True, max_new_tokens=3, do_sample=False)
     assert len(given) > 2
-    assert all(names == {"step", "ahead"} for names in given)
+    assert all(names == {"context", "ahead"} for names in given)
