@@ -153,6 +153,21 @@ def test_an_assistant_drafts_for_sequences_of_its_own(family: Family, do_sample:
 
 
 @each
+@pytest.mark.parametrize("nbits", [8, 4])
+def test_rows_of_few_bits_hold_what_such_a_cache_does(family: Family, nbits: int) -> None:
+    model = family.model_of(**WIDE[family.name])
+    options: dict[str, Any] = {"eos_token_id": -1, "max_new_tokens": 6, "do_sample": False}
+    engine = Engine(model, 3, 40, nbits=nbits)
+    prompts = [prompt_of(n, n) for n in (4, 11, 6)]
+    sequences = [engine.sequence(prompt, **options) for prompt in prompts]
+    run(engine, sequences)
+    few = {"cache_implementation": "quantized", "cache_dtype": f"int{nbits}"}
+    for prompt, sequence in zip(prompts, sequences, strict=True):
+        expected = model.generate(prompt, **few, **options)
+        assert sequence.new == expected[0, prompt.shape[1] :].tolist()
+
+
+@each
 def test_what_begins_alike_is_read_once(family: Family) -> None:
     model = family.model_of()
     engine = Engine(model, 3, 32)

@@ -66,12 +66,17 @@ class Engine:
         model: a model with a language-modelling head.
         rows: how many sequences there is room for at once.
         capacity: how many tokens a row holds: a sequence's prompt, and what it gets but the last.
+        nbits: 8, 6 or 4 bits a number of keys, values and latents, as `cache_dtype` of
+            `generate()` has them; None to keep them as they are.
 
     Raises:
-        InputError: there is no row, or the capacity is beyond the model's context.
+        InputError: there is no row, the capacity is beyond the model's context, or another number
+            of bits.
     """
 
-    def __init__(self, model: Served, rows: int, capacity: int) -> None:
+    def __init__(
+        self, model: Served, rows: int, capacity: int, *, nbits: int | None = None
+    ) -> None:
         context = model.config.max_position_embeddings
         if rows < 1 or not 1 <= capacity <= context:
             raise InputError(
@@ -80,7 +85,7 @@ class Engine:
             )
         self.model = model
         self.capacity = capacity
-        self._rows = Rows(model, rows, capacity)
+        self._rows = Rows(model, rows, capacity, nbits)
         # Which row of the cache each sequence has.
         self._placed: dict[Sequence, int] = {}
         self._choosing = Choosing([])

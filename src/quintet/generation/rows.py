@@ -60,11 +60,12 @@ class Rows:
         model: what runs.
         count: how many rows there are.
         capacity: how many tokens each may hold.
+        nbits: bits a number in them; None to keep numbers as they are.
     """
 
-    def __init__(self, model: Cached, count: int, capacity: int) -> None:
+    def __init__(self, model: Cached, count: int, capacity: int, nbits: int | None = None) -> None:
         self.model, self.count = model, count
-        self.cache = PooledCache(model.config, count, capacity)
+        self.cache = PooledCache(model.config, count, capacity, nbits)
         # Nobody else has this cache.
         self.cache.keeps_layers = True
         self._take_memory()
