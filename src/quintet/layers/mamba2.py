@@ -113,7 +113,7 @@ class Mamba2(StackPart):
         slot = None if context.cache is None else context.cache.recurrent(self.layer_idx, raw)
         held = None if slot is None else slot.content()
         weights, calls = self._weights(), self._calls()
-        made = []
+        mixes = []
         for segment, own in zip(context.segments, context.split(projected), strict=True):
             window, state = (None, None) if held is None else (segment.of(x) for x in held)
             mixed = mix(
@@ -121,15 +121,15 @@ class Mamba2(StackPart):
             )
             if slot is not None:
                 slot.update(mixed.window, mixed.state, segment)
-            made.append(mixed)
+            mixes.append(mixed)
         if slot is not None and slot.remembers:
-            x, b, _ = heads_and_groups(context.padded([m.convolved for m in made]), weights)
-            dt, counts = context.padded([m.dt for m in made]), context.whole.counts
+            x, b, _ = heads_and_groups(context.padded([m.convolved for m in mixes]), weights)
+            dt, counts = context.padded([m.dt for m in mixes]), context.whole.counts
             A = -self.A_log.to(dt.dtype).exp()
             raw = context.padded(context.split(raw))
             inputs = Inputs(raw, x, dt, A, b, context.whole.length if counts is None else counts)
             slot.remember(inputs)
-        return self.out_proj(context.joined([m.out for m in made]))  # type: ignore[no-any-return]
+        return self.out_proj(context.joined([m.out for m in mixes]))  # type: ignore[no-any-return]
 
     def part(self, norm: parts.Norm) -> parts.Part | None:
         """Return maps, taps and scalars."""

@@ -57,9 +57,9 @@ class Experts(ExpertStack):
 def run_mlp(mlp: nn.Module, x: Tensor, notes: Notes, *, routed: bool) -> Tensor:
     """Return what an MLP, or experts that take note of their router's logits, make of x."""
     # What somebody put in their place need not know of notes that nobody asked for.
-    asked = routed and notes.router_logits is not None
-    made: Tensor = mlp(x, notes=notes) if asked else mlp(x)
-    return made
+    noted = routed and notes.router_logits is not None
+    output: Tensor = mlp(x, notes=notes) if noted else mlp(x)
+    return output
 
 
 def silu_stacks(experts: nn.Module) -> tuple[Matrix, Matrix, Matrix] | None:

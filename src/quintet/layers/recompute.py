@@ -77,18 +77,18 @@ class Recompute:
             # Notes of its own, so that no second run adds to those of the first.
             notes = context.notes.like()
             named = dict(zip(more, others, strict=True))
-            made = layer(hidden, context=replace(context, embeds=embeds, notes=notes), **named)
+            output = layer(hidden, context=replace(context, embeds=embeds, notes=notes), **named)
             weights = notes.weights or ()
             weighed.append(len(weights))
-            return made, *weights, *(notes.router_logits or ())
+            return output, *weights, *(notes.router_logits or ())
 
         # The reentrant way knows no tensors but those it gives and gets.
-        made, *noted = self._checkpointed(noting, hidden, context.embeds, *more.values())
+        output, *noted = self._checkpointed(noting, hidden, context.embeds, *more.values())
         for weights in noted[: weighed[0]]:
             context.notes.note_weights(weights)
         for logits in noted[weighed[0] :]:
             context.notes.note_routing(logits)
-        return made
+        return output
 
     def _checkpointed(
         self, noting: Callable[..., tuple[Any, ...]], hidden: Tensor, *others: Tensor
@@ -98,9 +98,9 @@ class Recompute:
             kept = save_on_cpu(pin_memory=torch.cuda.is_available())
         with kept:
             if self.reentrant:
-                made = checkpoint(noting, hidden, *others, **self.options)
+                output = checkpoint(noting, hidden, *others, **self.options)
             else:
                 # The embeddings are one tensor for all layers: not to be offloaded with each.
                 options = {"use_reentrant": False, **self.options}
-                made = checkpoint(lambda x: noting(x, *others), hidden, **options)
-        return made  # type: ignore[no-any-return]
+                output = checkpoint(lambda x: noting(x, *others), hidden, **options)
+        return output  # type: ignore[no-any-return]

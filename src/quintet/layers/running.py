@@ -26,12 +26,12 @@ def run_layer(
         InputError: a hook, or what somebody put in its place, returned something else.
     """
     if recompute is None:
-        made = layer(hidden, context=context, **more)
+        output = layer(hidden, context=context, **more)
     else:
-        made = recompute.run(layer, hidden, context, more)
-    if not isinstance(made, Tensor):
+        output = recompute.run(layer, hidden, context, more)
+    if not isinstance(output, Tensor):
         raise InputError(
-            f"a {type(layer).__name__} returned a {type(made).__name__}, by a hook on it or by "
+            f"a {type(layer).__name__} returned a {type(output).__name__}, by a hook on it or by "
             f"what replaced it; a layer returns one tensor, hidden states {tuple(hidden.shape)}"
         )
-    return made
+    return output

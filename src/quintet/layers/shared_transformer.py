@@ -47,9 +47,9 @@ def adapted(
         added = [adapter[str(use)](x) for adapter in adapters]
         return [y + more for y, more in zip(project(x, *maps), added, strict=True)]
     downs, ups = pairs
-    made = project(x, *maps, *downs)
+    output = project(x, *maps, *downs)
     n = len(maps)
-    return [y + up(low) for y, low, up in zip(made[:n], made[n:], ups, strict=True)]
+    return [y + up(low) for y, low, up in zip(output[:n], output[n:], ups, strict=True)]
 
 
 def adapted_matrices(
@@ -222,8 +222,8 @@ class SharedTransformer(PlainModule):
             hidden_states=beside, context=context, layer_idx=layer_idx, use=use
         )
         context.notes.note_weights(weights)
-        made: Tensor = self.feed_forward(self.pre_ff_layernorm(attended), use=use)
-        return made
+        output: Tensor = self.feed_forward(self.pre_ff_layernorm(attended), use=use)
+        return output
 
     def pieces(self, linear: nn.Module, *, layer_idx: int, use: int) -> list[Piece] | None:
         """Return a use of the block before a map; None where they have to be called."""

@@ -37,14 +37,14 @@ from quintet.ops.documents import Documents
 from quintet.ops.ragged import Padding, keys_in_columns, padding_of
 from quintet.ops.token_ids import check_placed, check_token_ids
 
-__all__ = ["DecoderModel", "Run", "check_token_ids", "first"]
+__all__ = ["DecoderModel", "LayersOutput", "check_token_ids", "first"]
 
 Value = TypeVar("Value")
 
 
 @dataclass(frozen=True, slots=True)
-class Run:
-    """What one run over the layers made, in the columns of the input.
+class LayersOutput:
+    """The output of all layers, in the columns of the input.
 
     Attributes:
         hidden: (B, T, C), the last layer's output, normalised.
@@ -202,7 +202,7 @@ class DecoderModel(PreTrainedModel):
         cache_position: Tensor | None,
         packing: Packing,
         output_router_logits: bool = False,
-    ) -> Run:
+    ) -> LayersOutput:
         embeds = self._embed(input_ids, inputs_embeds)
         B, T, _ = embeds.shape
         if position_ids is not None:
@@ -267,7 +267,7 @@ class DecoderModel(PreTrainedModel):
         past: Cache | LegacyCache | None = cache if use_cache else None
         if past is not None and cache is not None and isinstance(past_key_values, tuple):
             past = to_legacy(cache, mask)
-        return Run(
+        return LayersOutput(
             hidden=states[-1],
             states=tuple(states) if keeps else None,
             past=past,
@@ -352,9 +352,9 @@ class DecoderModel(PreTrainedModel):
             runs = self._gathered(context.cache)
         normalised, index = False, 0
         for run in runs:
-            made = run.in_one_call(hidden, context)
-            if made is not None:
-                hidden, normalised = made, run.normalises
+            fused = run.in_one_call(hidden, context)
+            if fused is not None:
+                hidden, normalised = fused, run.normalises
                 continue
             for layer in run.layers:
                 if keeps:

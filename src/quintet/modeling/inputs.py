@@ -89,12 +89,12 @@ def check_past(cache: Cache, mask: Tensor | None, B: int, T: int) -> None:
     """
     if mask is None or mask.shape[1] == T or torch.compiler.is_compiling():
         return
-    told = mask[:, :-T].to(torch.bool).sum(dim=1)
-    held = cache.lengths(B, told.device)
-    if not torch.equal(told, held):
+    counted = mask[:, :-T].to(torch.bool).sum(dim=1)
+    held = cache.lengths(B, counted.device)
+    if not torch.equal(counted, held):
         raise InputError(
-            f"attention_mask counts {told.tolist()} tokens before the new {T}, and the cache holds "
-            f"{held.tolist()}; pass the mask of all tokens so far, or of the new ones alone"
+            f"attention_mask counts {counted.tolist()} tokens before the new {T}, and the cache "
+            f"holds {held.tolist()}; pass the mask of all tokens so far, or of the new ones alone"
         )
 
 

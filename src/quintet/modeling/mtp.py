@@ -124,8 +124,8 @@ class MtpDecoderModel(MoeDecoderModel):
         # Rotary scores see differences alone, so that slots serve for positions.
         context = self._context(ahead, (segment, (segment,)), None, None, cache, Notes())
         index = self.config.num_hidden_layers + depth
-        made = self._run_layer(layer, index, states, context, ahead=ahead)
-        return layer.shared_head["norm"](made).to(ahead.device)  # type: ignore[no-any-return]
+        outputs = self._run_layer(layer, index, states, context, ahead=ahead)
+        return layer.shared_head["norm"](outputs).to(ahead.device)  # type: ignore[no-any-return]
 
     def prediction_cache(self) -> Cache:
         """Return an empty cache for the prediction layers."""
@@ -209,15 +209,15 @@ class MtpCausalLMHead(MoeCausalLMHead):
                 hidden, packing, attention_mask, position_ids, past_key_values, use_cache=use_cache
             )
             ahead = self.model.look_ahead(hidden, embeds, attention_mask, position_ids, texts)
-            made = tuple(self.lm_head(kept(x, logits_to_keep)) for x in ahead)
-            output.mtp_logits = made if output_mtp_logits else None
+            outputs = tuple(self.lm_head(kept(x, logits_to_keep)) for x in ahead)
+            output.mtp_logits = outputs if output_mtp_logits else None
             if mtp_loss_weight is not None and output.loss is not None:
                 mask = padding_mask(attention_mask)
                 losses = [
                     token_loss(
                         logits, _targets(k, labels, shift_labels, mask, texts), num_items_in_batch
                     )
-                    for k, logits in enumerate(made, start=1)
+                    for k, logits in enumerate(outputs, start=1)
                 ]
                 output.mtp_loss = torch.stack(losses).mean()
                 output.loss = output.loss + mtp_loss_weight * output.mtp_loss

@@ -79,7 +79,7 @@ def packed(
                 f"{named[0]} tells of several texts in a row, each of which has a row of a cache; "
                 "give one as past_key_values, or use_cache=False"
             )
-        return _told(packing, shape)
+        return _documents(packing, shape)
     cached = past is not None or keeps
     if position_ids is None or attention_mask is not None or cached or position_ids.ndim == 0:
         return None
@@ -111,25 +111,25 @@ def _check_alone(name: str, mask: Tensor | None) -> None:
         )
 
 
-def _told(packing: Packing, shape: tuple[int, int]) -> Documents | None:
+def _documents(packing: Packing, shape: tuple[int, int]) -> Documents | None:
     B, T = shape
-    told: list[tuple[str, Tensor]] = []
+    named: list[tuple[str, Tensor]] = []
     index = packing.get("seq_idx")
     if index is not None:
         if not isinstance(index, Tensor) or index.shape not in ((T,), (1, T), (B, T)):
             raise InputError(
                 f"seq_idx has to be a tensor of shape ({B}, {T}), a number for each token"
             )
-        told.append(("seq_idx", index.reshape(-1, T).expand(B, T)))
+        named.append(("seq_idx", index.reshape(-1, T).expand(B, T)))
     for side, lengths, most in (
         ("q", packing.get("cu_seq_lens_q"), packing.get("max_length_q")),
         ("k", packing.get("cu_seq_lens_k"), packing.get("max_length_k")),
     ):
         if lengths is not None:
-            told.append((f"cu_seq_lens_{side}", _numbers(lengths, side, most, shape)))
+            named.append((f"cu_seq_lens_{side}", _numbers(lengths, side, most, shape)))
         elif most is not None:
             raise InputError(f"max_length_{side} says nothing without cu_seq_lens_{side}")
-    found = [(name, documents_of(numbers)) for name, numbers in told]
+    found = [(name, documents_of(numbers)) for name, numbers in named]
     for name, other in found[1:]:
         if not _alike(found[0][1], other):
             raise InputError(f"{found[0][0]} and {name} tell of different texts")

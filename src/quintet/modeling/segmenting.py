@@ -65,15 +65,15 @@ def angles(
             return rotary.following(first.start, first.length, dtype)
         cos, sin = rotary(first.slots() if positions is None else positions)
         return cos.to(dtype), sin.to(dtype)
-    made = []
+    rotations = []
     for segment in segments:
         if positions is not None:
             own = torch.unflatten(positions.flatten()[segment.tokens], 0, (-1, segment.length))
         else:
             assert segment.rows is not None
             own = segment.slots().expand(segment.rows.stop - segment.rows.start, -1)
-        made.append([x.flatten(0, 1) for x in rotary(own)])
-    cos, sin = (torch.cat(kind).to(dtype) for kind in zip(*made, strict=True))
+        rotations.append([x.flatten(0, 1) for x in rotary(own)])
+    cos, sin = (torch.cat(kind).to(dtype) for kind in zip(*rotations, strict=True))
     B = 1 if positions is None else len(positions)
     return torch.unflatten(cos, 0, (B, -1)), torch.unflatten(sin, 0, (B, -1))
 

@@ -165,8 +165,8 @@ class Qwen2DecoderLayer(StackLayer):
         )
         context.notes.note_weights(weights)
         hidden_states = hidden_states + attended
-        made: Tensor = self.mlp(self.post_attention_layernorm(hidden_states))
-        return hidden_states + made
+        output: Tensor = self.mlp(self.post_attention_layernorm(hidden_states))
+        return hidden_states + output
 
     def pieces(self) -> list[Piece] | None:
         """Return attention and MLP."""

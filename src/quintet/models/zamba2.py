@@ -307,8 +307,8 @@ class Zamba2MambaDecoderLayer(StackLayer):
     ) -> Tensor:
         """Map (B, T, C) to (B, T, C); `beside` is added to the input but not to the residual."""
         x = hidden_states if beside is None else hidden_states + beside
-        made: Tensor = self.mamba(hidden_states=self.input_layernorm(x), context=context)
-        return hidden_states + made
+        output: Tensor = self.mamba(hidden_states=self.input_layernorm(x), context=context)
+        return hidden_states + output
 
     def pieces(self, *, beside: bool = False) -> list[Piece] | None:
         """Return the mixer, of the hidden states alone or of their sum with what is beside."""
@@ -330,10 +330,10 @@ class Zamba2HybridLayer(StackLayer):
 
     def forward(self, hidden_states: Tensor, context: ForwardContext) -> Tensor:
         """Map (B, T, C) to (B, T, C)."""
-        made = self.shared_transformer(
+        output = self.shared_transformer(
             hidden_states, context=context, layer_idx=self.layer_idx, use=self.use
         )
-        out: Tensor = self.mamba_decoder(hidden_states, context=context, beside=self.linear(made))
+        out: Tensor = self.mamba_decoder(hidden_states, context=context, beside=self.linear(output))
         return out
 
     def pieces(self) -> list[Piece] | None:

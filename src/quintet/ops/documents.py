@@ -54,11 +54,11 @@ class Documents:
         """Return weights (n, H, t, s) of n texts where their rows have them, (B, H, T, T)."""
         assert self.lengths is not None
         B, T = self.index.shape
-        made, column = [], 0
+        blocks, column = [], 0
         for own, length in zip(weights, self.lengths, strict=True):
-            made.append(F.pad(own[:, :length, :length], (column, T - column - length)))
+            blocks.append(F.pad(own[:, :length, :length], (column, T - column - length)))
             column = (column + length) % T
-        return torch.unflatten(torch.cat(made, dim=1), 1, (B, T)).transpose(0, 1)
+        return torch.unflatten(torch.cat(blocks, dim=1), 1, (B, T)).transpose(0, 1)
 
 
 def documents_of(index: Tensor) -> Documents | None:
