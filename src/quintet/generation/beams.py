@@ -156,7 +156,7 @@ def _candidates(
 
 
 def _stops(taken: _Beams, text: Text, stopping: Stopping, step: int, record: Record) -> Tensor:
-    """Tell which candidates end, (B, K)."""
+    """Mark the candidates that end, (B, K)."""
     tokens = taken.tokens[:, :, step]
     if not stopping.criteria:
         return stopping.ends(tokens)

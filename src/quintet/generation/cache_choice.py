@@ -24,7 +24,7 @@ class CacheChoice(NamedTuple):
 def choose_cache(
     kind: str | None, dtype: str | None, config: Mapping[str, Any] | None, *, compiles: bool
 ) -> CacheChoice:
-    """Return what is asked for, or what the options imply.
+    """Choose the kind of cache that the options ask for, or imply.
 
     Raises:
         InputError: there is no such option, or two contradict each other.
@@ -51,7 +51,7 @@ def choose_cache(
 
 
 def _configured_bits(config: Mapping[str, Any] | None) -> set[int]:
-    """Return what the options of a cache, as Transformers has them, say of its bits."""
+    """Return the bits in the options of a cache, as Transformers has them."""
     config = config or {}
     unknown = sorted(set(config) - {"nbits", "backend"})
     if unknown:

@@ -43,7 +43,7 @@ class Choice:
 
     @classmethod
     def beside(cls, choices: Sequence["Choice"]) -> "Choice":
-        """Return what takes for each row what its own of these choices of a kind takes."""
+        """Join choices of one kind, a row each, into one that takes as each row's own does."""
         columns = zip(*(choice.warpers for choice in choices), strict=True)
         return cls([warping.beside(column) for column in columns], do_sample=choices[0].do_sample)
 

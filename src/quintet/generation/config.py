@@ -211,7 +211,7 @@ class GenerationConfig(Options):
         write_text(checked_path(json_file_path, "json_file_path"), self.to_json_string())
 
     def to_json_string(self) -> str:
-        """Return what `generation_config.json` holds."""
+        """Return the content of `generation_config.json`."""
         return json.dumps(self.to_dict(), indent=2, sort_keys=True) + "\n"
 
     def save_pretrained(

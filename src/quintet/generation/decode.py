@@ -212,7 +212,7 @@ class Rooms:
         return self.most if self.fewer is None else self.most - self.fewer.long()
 
     def row(self, row: int) -> int:
-        """Return how many tokens a row may get."""
+        """Return the most tokens a row may get."""
         return self.most if self.fewer is None else self.most - int(self.fewer[row])
 
     def last(self, step: int) -> Tensor | bool:
@@ -283,7 +283,7 @@ def decode(run: Generation) -> None:
 
 
 def _behind(cache: Cache, inputs: Tensor, padding: Tensor | None) -> tuple[Tensor, Tensor | None]:
-    """Return what of a prompt's columns a cache does not hold, and a mask where rows differ."""
+    """Cut off the columns of a prompt that a cache holds; return a mask, too, if rows differ."""
     B, T = inputs.shape[:2]
     held = cache.lengths(B, inputs.device)
     lengths = torch.full_like(held, T) if padding is None else T - padding

@@ -43,7 +43,7 @@ class Speculation:
         return sum(kept for turn in self.accepted for _, kept in turn)
 
     def of_row(self, row: int) -> tuple[int, int]:
-        """Return how many tokens of a row were drafted, and how many of those were taken."""
+        """Count the drafted tokens of a row, and those of them that were taken."""
         turns = [turn[row] for turn in self.accepted]
         return sum(drafted for drafted, _ in turns), sum(kept for _, kept in turns)
 
@@ -109,7 +109,7 @@ class ForwardOutput:
     hidden_states: Layers | None
 
     def at(self, place: int, new: int) -> "ForwardOutput":
-        """Return what a forward over one token would have made of the one at `place` of `new`."""
+        """Return the output of a forward over the token at `place` of `new` alone."""
 
         def seen(weights: Tensor) -> Tensor:
             keys = weights.shape[-1] - new + place + 1
@@ -171,7 +171,7 @@ class Record:
         return None if self.scores is None else tuple(self.scores)
 
     def fields(self) -> dict[str, Any]:
-        """Return what was kept, by the names of the outputs' fields."""
+        """Return the lists that were kept, by the names of the outputs' fields."""
         kept = {
             "scores": self.scores,
             "logits": self.logits,

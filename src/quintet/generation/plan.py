@@ -41,7 +41,7 @@ __all__ = [
 
 
 def beam_options(config: GenerationConfig, streamer: Streamer | None) -> BeamOptions | None:
-    """Return how a beam search goes; None for none.
+    """Return the options of a beam search, or None without one.
 
     Raises:
         InputError: more sequences are asked for than there will be, or a streamer.
@@ -77,7 +77,7 @@ def beam_options(config: GenerationConfig, streamer: Streamer | None) -> BeamOpt
 def beginning(
     config: GenerationConfig, positions: Tensor | None, device: torch.device
 ) -> Tensor | None:
-    """Return what a text without a prompt begins with, one row of one token; None for nothing."""
+    """Return the first token of a text without a prompt, (1, 1), or None if there is none."""
     if config.bos_token_id is None or positions is not None:
         return None
     return torch.tensor([[config.bos_token_id]], device=device)
@@ -94,7 +94,7 @@ def stopping(
     tokenizer: PreTrainedTokenizer | None,
     device: torch.device,
 ) -> Stopping:
-    """Return what ends rows; one of the caller's takes the place of one of the same class.
+    """Collect the criteria that end rows; a caller's replaces one of the same class.
 
     Raises:
         InputError: there are stop strings and no tokenizer.
@@ -120,7 +120,7 @@ def stopping(
 def configured(
     own: GenerationConfig, given: object, options: Mapping[str, Any]
 ) -> GenerationConfig:
-    """Return what holds for a call: its options before the config it gives, that before `own`.
+    """Merge the options of a call, before the config it gives, before `own`.
 
     Raises:
         InputError: what is given is no config, or an option is unknown or breaks its rule.
@@ -132,7 +132,7 @@ def configured(
 
 
 def warn_of_idle(config: GenerationConfig, options: Mapping[str, Any]) -> None:
-    """Tell which options of a call have no effect beside the others."""
+    """Warn of options of a call that have no effect beside the others."""
     for name, value, needed in config.idle(options):
         warnings.warn(f"{name}={value} has no effect without {needed}", stacklevel=5)
 
@@ -195,7 +195,7 @@ def check_least(config: GenerationConfig, room: int, vocab_size: int) -> None:
 
 
 def room(prompt: Prompt, config: GenerationConfig, max_length: int | None, context: int) -> int:
-    """Return how many tokens to make at the most, in a context of so many.
+    """Return the most tokens to add, in a context of so many.
 
     Raises:
         ContextLengthError: the prompt fills it.
@@ -254,7 +254,7 @@ def read_config(given: object) -> GenerationConfig:
 
 
 def pad_token(config: GenerationConfig) -> int:
-    """Return what follows the end of a row."""
+    """Return the token that follows the end of a row."""
     if config.pad_token_id is not None:
         return config.pad_token_id
     return config.eos_token_ids[0] if config.eos_token_ids else 0

@@ -36,14 +36,14 @@ def next_inputs(
 
 
 def _behind(past: Cache | LegacyCache, input_ids: Tensor, mask: Tensor | None) -> int:
-    """Return how many of the last columns the cache does not hold, in the row with the most."""
+    """Count the last columns that the cache does not hold, in the row with the most."""
     tokens = input_ids.shape[1] if mask is None else mask.to(torch.bool).sum(dim=1)
     # It may hold more than the ids, where what came before them was none.
     return max(1, int((tokens - _held(past, input_ids)).max()))
 
 
 def _held(past: Cache | LegacyCache | None, input_ids: Tensor) -> Tensor:
-    """Return how many tokens of each row the cache holds."""
+    """Return the number of tokens of each row that the cache holds."""
     B = input_ids.shape[0]
     if isinstance(past, Cache):
         return past.lengths(B, input_ids.device)

@@ -45,7 +45,7 @@ class Prompt:
         return self.before + self.width
 
     def text_padding(self) -> Tensor | None:
-        """Return how many leading columns of `ids` are no text, (B,); None for none."""
+        """Count the leading columns of `ids` that are no text, (B,), or return None without any."""
         return self.padding if self.ids.shape[1] == self.width else None
 
 

@@ -134,7 +134,7 @@ class Sampler:
         return self.choice.warped_positions(logits)
 
     def log_probabilities(self, text: Text, logits: Tensor) -> Tensor:
-        """Return what is drawn from behind the last P prefixes of a text, as logarithms (B, P, V).
+        """Return log-probabilities (B, P, V) of the tokens behind the last P prefixes of a text.
 
         The arguments are those of `scores_of_last`.
         """

@@ -138,12 +138,12 @@ class Stopping:
         self.criteria = StoppingCriteriaList() if criteria is None else criteria
 
     def ends(self, tokens: Tensor) -> Tensor:
-        """Tell which of the tokens are end tokens."""
+        """Mark the tokens that are end tokens."""
         # A comparison is five times as fast as a search.
         return tokens == self.eos if self.eos.numel() == 1 else torch.isin(tokens, self.eos)
 
     def __call__(self, ids: Tensor, scores: Scores, padding: Tensor | None = None) -> Tensor:
-        """Tell which rows (B, T) end with their last token, (B,)."""
+        """Mark the rows (B, T) that end with their last token, (B,)."""
         ended = self.ends(ids[:, -1])
         return ended | self.criteria(ids, scores, padding) if self.criteria else ended
 

@@ -40,7 +40,7 @@ class Text:
         return self._buffer[:, : self._length]
 
     def lengths(self) -> Tensor:
-        """Return how many tokens each row has, (B,)."""
+        """Count the tokens of each row, (B,)."""
         if self.padding is None:
             return torch.full((self._buffer.shape[0],), self._length, device=self._buffer.device)
         return self._length - self.padding

@@ -56,7 +56,7 @@ class Attention(StackPart):
         return self.o_proj(out.transpose(1, 2).flatten(2)), weights
 
     def part(self, norm: parts.Norm) -> parts.Part | None:
-        """Return the maps and how they are used; None where weights may be dropped."""
+        """Return the maps and their use, or None if weights may be dropped."""
         held = matrices(self.q_proj, self.k_proj, self.v_proj, self.o_proj)
         if held is None or (self.training and self.attention_dropout):
             return None

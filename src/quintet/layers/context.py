@@ -143,21 +143,21 @@ class ForwardContext:
         return self.joined(outs).transpose(1, 2), self._stacked(weights) if weights else None
 
     def split(self, x: Tensor) -> list[Tensor]:
-        """Return what (B, T, ...) holds of each segment, (b, t, ...)."""
+        """Cut (B, T, ...) into one tensor (b, t, ...) a segment."""
         if self.rectangular:
             return [x]
         flat = x.flatten(0, 1)
         return [torch.unflatten(flat[one.tokens], 0, (-1, one.length)) for one in self.segments]
 
     def joined(self, pieces: Sequence[Tensor]) -> Tensor:
-        """Return (B, T, ...) of what segments have made, (b, t, ...)."""
+        """Join one tensor (b, t, ...) a segment to (B, T, ...)."""
         if self.rectangular:
             return pieces[0]
         flat = torch.cat([piece.flatten(0, 1) for piece in pieces])
         return torch.unflatten(flat, 0, self.embeds.shape[:2])
 
     def padded(self, pieces: Sequence[Tensor]) -> Tensor:
-        """Return what segments have made (b, t, ...) as rows of one length, (n, T, ...).
+        """Pad one tensor (b, t, ...) a segment to rows of one length, (n, T, ...).
 
         What is behind a row's end is meaningless but finite.
         """

@@ -23,10 +23,10 @@ class LinearMap(PlainModule, ABC):
     @classmethod
     @abstractmethod
     def together(cls, x: Tensor, maps: Sequence[Self]) -> tuple[Tensor, ...]:
-        """Return what each of `maps` makes of x (..., I)."""
+        """Apply each of `maps` to x (..., I)."""
 
     def matrix(self) -> Matrix | None:
-        """Return what the map holds, for kernels to read; None if they cannot."""
+        """Return the map's operands for a kernel, or None if none reads them."""
         return None
 
 
@@ -43,12 +43,12 @@ class Linear(nn.Linear, LinearMap):
 
     @classmethod
     def together(cls, x: Tensor, maps: Sequence[Self]) -> tuple[Tensor, ...]:
-        """Return what each of `maps` makes of x (..., I)."""
+        """Apply each of `maps` to x (..., I)."""
         return tuple(linears(x, [(m.weight, m.bias) for m in maps]))
 
 
 def project(x: Tensor, *maps: nn.Module) -> tuple[Tensor, ...]:
-    """Return what each map makes of the same x (..., I), in one pass where they are of one class.
+    """Apply several maps to the same x (..., I), in one pass if they are of one class.
 
     Maps that somebody wrapped or hooked, as adapters and profilers do, are called as usual.
     """
@@ -57,7 +57,7 @@ def project(x: Tensor, *maps: nn.Module) -> tuple[Tensor, ...]:
 
 
 def matrices(*maps: nn.Module) -> list[Matrix] | None:
-    """Return what maps of one class hold; None where one has to be called, or cannot say."""
+    """Return the operands of maps of one class, or None if one has to be called."""
     held = [m.matrix() for m in _alike(maps) or []]
     known = [matrix for matrix in held if matrix is not None]
     return known if len(known) == len(maps) else None

@@ -158,7 +158,7 @@ class Mamba2(StackPart):
         return (*room, slot.record(self._weights()))
 
     def _calls(self) -> Calls | None:
-        """Return what has to be called, as it is more than its weights; None where nothing is."""
+        """Return the modules that have to be called, or None if weights are all they are."""
         conv, norm = untouched(self.conv1d, CausalConv1d), untouched(self.norm, GatedRMSNorm)
         if conv is not None and norm is not None:
             return None

@@ -55,7 +55,7 @@ class Experts(ExpertStack):
 
 
 def run_mlp(mlp: nn.Module, x: Tensor, notes: Notes, *, routed: bool) -> Tensor:
-    """Return what an MLP, or experts that take note of their router's logits, make of x."""
+    """Apply an MLP to x, or experts that note their router's logits."""
     # What somebody put in their place need not know of notes that nobody asked for.
     noted = routed and notes.router_logits is not None
     output: Tensor = mlp(x, notes=notes) if noted else mlp(x)

@@ -49,7 +49,7 @@ def hooked(module: nn.Module) -> bool:
 
 
 def in_between(model: nn.Module) -> tuple[object, ...]:
-    """Return what is between a model's modules and is not looked at again once it was compiled.
+    """Return what stands between a model's modules, and is not looked at again once compiled.
 
     These are hooks, by their numbers, of which none is given twice, and replaced forwards of
     classes.

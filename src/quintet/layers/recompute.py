@@ -70,7 +70,7 @@ class Recompute:
     def run(
         self, layer: nn.Module, hidden: Tensor, context: ForwardContext, more: Mapping[str, Tensor]
     ) -> Any:
-        """Return what a layer makes of (B, T, C) and more, and note what else it tells."""
+        """Apply a layer to (B, T, C) and more, and keep its notes."""
         weighed: list[int] = []
 
         def noting(hidden: Tensor, embeds: Tensor, *others: Tensor) -> tuple[Any, ...]:

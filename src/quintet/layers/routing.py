@@ -44,7 +44,7 @@ class Router(PlainModule):
         raise NotImplementedError
 
     def kernel_rules(self) -> tuple[Rules, Tensor | None]:
-        """Return what `choose` does, as kernels know it, and the bias (E,) it adds."""
+        """Write the rules of `choose` for the kernel, and the bias (E,) that it adds."""
         raise NotImplementedError
 
 
@@ -56,7 +56,7 @@ class SoftmaxRouter(Router):
         return softmax_routing(logits, self.rules)
 
     def kernel_rules(self) -> tuple[Rules, None]:
-        """Return what `choose` does, as kernels know it."""
+        """Write the rules of `choose` for the kernel."""
         return softmax_rules(self.rules), None
 
 
@@ -75,7 +75,7 @@ class SigmoidRouter(Router):
         return sigmoid_routing(logits, self.e_score_correction_bias, self.rules)
 
     def kernel_rules(self) -> tuple[Rules, Tensor]:
-        """Return what `choose` does, as kernels know it, and the bias that balances load."""
+        """Write the rules of `choose` for the kernel, and the bias that balances load."""
         return sigmoid_rules(self.rules), self.e_score_correction_bias
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:

@@ -16,7 +16,7 @@ def run_layer(
     recompute: Recompute | None = None,
     **more: Tensor,
 ) -> Tensor:
-    """Return what a layer makes of (B, T, C), and note what else it tells.
+    """Apply a layer to (B, T, C), and keep its notes.
 
     Args:
         recompute: how to run it again in the backward pass, in place of keeping what that needs.

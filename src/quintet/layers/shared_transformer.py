@@ -55,7 +55,7 @@ def adapted(
 def adapted_matrices(
     maps: Sequence[nn.Module], adapters: Sequence[Adapters], use: int
 ) -> list[parts.Adapted] | None:
-    """Return what each map and its adapter hold; None where one has to be called."""
+    """Return the operands of each map and its adapter, or None if one has to be called."""
     pairs = _pairs(adapters, use)
     held = None if pairs is None else matrices(*maps, *pairs[0], *pairs[1])
     if held is None:
@@ -67,7 +67,7 @@ def adapted_matrices(
 def _pairs(
     adapters: Sequence[Adapters], use: int
 ) -> tuple[list[nn.Module], list[nn.Module]] | None:
-    """Return the maps of a use, to the ranks and from them; None where an adapter is called."""
+    """Return the maps of a use, to the ranks and back, or None if an adapter is called."""
     plain = [untouched(adapter[str(use)], Adapter) for adapter in adapters]
     known = [adapter for adapter in plain if adapter is not None and len(adapter) == 2]
     if len(known) < len(plain):
@@ -131,7 +131,7 @@ class SharedAttention(PlainModule):
         return self.o_proj(out.transpose(1, 2).flatten(2)), weights
 
     def piece(self, norm: parts.Norm, *, layer_idx: int, use: int) -> Piece | None:
-        """Return a use of the attention behind a norm; None where it has to be called."""
+        """Return a use of the attention behind a norm, or None if it has to be called."""
         maps = (self.q_proj, self.k_proj, self.v_proj)
         o = matrices(self.o_proj)
         held: list[parts.Adapted] | None
@@ -195,7 +195,7 @@ class SharedMLP(PlainModule):
         return self.down_proj(gate_by(self.act_fn, gate, up))  # type: ignore[no-any-return]
 
     def piece(self, norm: parts.Norm, linear: nn.Module, *, use: int) -> Piece | None:
-        """Return a use of the MLP, behind a norm and before a map; None where they are called."""
+        """Return a use of the MLP behind a norm and before a map, or None if they are called."""
         held = adapted_matrices((self.gate_up_proj,), (self.gate_up_proj_adapter_list,), use)
         maps = matrices(self.down_proj, linear)
         if held is None or maps is None or hooked(self) or self.act_fn is not F.gelu:
@@ -226,7 +226,7 @@ class SharedTransformer(PlainModule):
         return output
 
     def pieces(self, linear: nn.Module, *, layer_idx: int, use: int) -> list[Piece] | None:
-        """Return a use of the block before a map; None where they have to be called."""
+        """Return a use of the block before a map, or None if they have to be called."""
         if untouched(self, SharedTransformer) is None:
             return None
         norms = (

@@ -159,7 +159,7 @@ class DecoderModel(PreTrainedModel):
 
     @property
     def final_norm(self) -> nn.Module:
-        """What normalises what the last layer made (overridden where it has another name)."""
+        """The norm behind the last layer (a family whose norm has another name overrides this)."""
         return self.norm
 
     def texts(
@@ -172,7 +172,7 @@ class DecoderModel(PreTrainedModel):
         *,
         use_cache: bool | None,
     ) -> Documents | None:
-        """Return the texts that a forward takes rows (B, T) for; None where each row is one."""
+        """Return the texts that a forward finds in rows (B, T), or None if each row is one."""
         texts = packed(
             packing,
             shape,

@@ -228,7 +228,7 @@ class MtpCausalLMHead(MoeCausalLMHead):
     # -- what drafting by prediction layers needs -----------------------------------------------
 
     def prediction_depth(self) -> int:
-        """Return how many prediction layers there are."""
+        """Count the prediction layers."""
         return len(self.model.prediction_layers())
 
     def prediction_cache(self) -> Cache:

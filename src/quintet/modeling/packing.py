@@ -58,7 +58,7 @@ def packed(
     past: object = None,
     keeps: bool = False,
 ) -> Documents | None:
-    """Return the texts of rows (B, T); None where each row is one.
+    """Return the texts of rows (B, T), or None if each row is one.
 
     Positions tell only without a mask and a cache, as in Transformers: with these, a row is one
     text wherever its positions jump.

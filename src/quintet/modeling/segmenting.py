@@ -84,7 +84,7 @@ def masks(
     custom: Tensor | None,
     texts: Documents | None,
 ) -> tuple[dict[int | None, AttentionMask], ...]:
-    """Return what the queries of each segment see, by window.
+    """Return the masks of each segment's queries, by window.
 
     Args:
         custom: (B, H, T, S), the caller's own mask.

@@ -137,7 +137,7 @@ class DeepseekV3Config(PreTrainedConfig):
             self.num_key_value_heads = self.num_attention_heads
 
     def cache_numbers(self) -> tuple[int, int]:
-        """Return how many numbers a cache holds for each token of a row, and for a row besides."""
+        """Count the numbers a cache holds for each token of a row, and for a row besides."""
         return (self.kv_lora_rank + self.qk_rope_head_dim) * self.num_hidden_layers, 0
 
     def validate(self) -> None:
@@ -175,7 +175,7 @@ class DeepseekV3Config(PreTrainedConfig):
         return layer_idx >= self.first_k_dense_replace and layer_idx % self.moe_layer_freq == 0
 
     def routing(self) -> RoutingRules:
-        """Return how a router chooses."""
+        """Return the rules of a router."""
         groups = self.n_group or 1
         return RoutingRules(
             active=known(self.num_experts_per_tok),

@@ -107,7 +107,7 @@ class Qwen2Config(PreTrainedConfig):
             ]
 
     def cache_numbers(self) -> tuple[int, int]:
-        """Return how many numbers a cache holds for each token of a row, and for a row besides."""
+        """Count the numbers a cache holds for each token of a row, and for a row besides."""
         numbers = 2 * known(self.num_key_value_heads) * known(self.head_dim)
         return numbers * self.num_hidden_layers, 0
 

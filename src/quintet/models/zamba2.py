@@ -176,7 +176,7 @@ class Zamba2Config(PreTrainedConfig):
         ]
 
     def cache_numbers(self) -> tuple[int, int]:
-        """Return how many numbers a cache holds for each token of a row, and for a row besides."""
+        """Count the numbers a cache holds for each token of a row, and for a row besides."""
         inner, N = int(self.mamba_expand * self.hidden_size), self.mamba_d_state
         window = (inner + 2 * self.mamba_ngroups * N) * (self.mamba_d_conv - 1)
         keys = 2 * known(self.num_key_value_heads) * self.head_dim * len(self.hybrid_layer_ids)
@@ -397,7 +397,7 @@ class Zamba2Model(Zamba2PreTrainedModel, DecoderModel):
 
     @property
     def final_norm(self) -> nn.Module:
-        """What normalises what the last layer made."""
+        """The norm behind the last layer."""
         return self.final_layernorm
 
 

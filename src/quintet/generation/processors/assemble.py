@@ -65,7 +65,7 @@ def assemble(
 
 
 def _constraints(config: GenerationConfig, setting: Setting) -> list[LogitsProcessor]:
-    """Return what changes the most likely token, too."""
+    """Return the processors that can change the likeliest token."""
     processors: list[LogitsProcessor] = []
     prompt, ends = setting.prompt, config.eos_token_ids
     length = len(prompt) if prompt.padding is None else prompt.lengths()
@@ -137,7 +137,7 @@ def _constraints(config: GenerationConfig, setting: Setting) -> list[LogitsProce
 
 
 def _warpers(config: GenerationConfig, setting: Setting) -> list[LogitsProcessor]:
-    """Return what reshapes the distribution that is drawn from."""
+    """Return the warpers of the distribution that is drawn from."""
     processors: list[LogitsProcessor] = []
     # A beam search needs a token to go on with beside all that end it.
     least = 1 if setting.num_beams == 1 else max(len(config.eos_token_ids), 1) + 1

@@ -96,7 +96,7 @@ def _further(kind: Any) -> dict[str, bool]:
 
 
 def row_lengths(input_ids: Tensor, padding: Tensor | None) -> int | Tensor:
-    """Return how many tokens the rows have: one number, or (B,)."""
+    """Count the tokens of the rows: one number, or (B,)."""
     return input_ids.shape[1] if padding is None else input_ids.shape[1] - padding
 
 

@@ -191,7 +191,7 @@ _NUMBERS: dict[type[LogitsWarper], str | None] = {
 
 
 def kind(warper: LogitsWarper) -> Hashable:
-    """Return what is equal of warpers that `beside` can make one of."""
+    """Return a key that is equal for warpers which `beside` can join."""
     if type(warper) not in _NUMBERS:
         return id(warper)
     number = _NUMBERS[type(warper)]
@@ -199,7 +199,7 @@ def kind(warper: LogitsWarper) -> Hashable:
 
 
 def beside(warpers: Sequence[LogitsWarper]) -> LogitsWarper:
-    """Return what does to each row of a batch what its own of these warpers of a kind does."""
+    """Join warpers of one kind, a row each, into one that warps each row as its own does."""
     first = warpers[0]
     number = _NUMBERS.get(type(first))
     if number is None:
@@ -214,7 +214,7 @@ def beside(warpers: Sequence[LogitsWarper]) -> LogitsWarper:
 
 
 def of_rows(warper: LogitsWarper, rows: Tensor) -> LogitsWarper:
-    """Return what does to some rows of a batch, as an index names them, what a warper does."""
+    """Return a warper of the rows of a batch that an index names."""
     number = _NUMBERS.get(type(warper))
     if number is None or not isinstance(vars(warper)[number], Tensor):
         return warper

@@ -152,7 +152,7 @@ class PrefixConstrainedLogitsProcessor(LogitsProcessor):
         return torch.where(stuck[:, None], mask, constrained)
 
     def _begins(self, rows: int, padding: Tensor | None) -> list[int]:
-        """Return how many columns were added in front of each row since the prompt."""
+        """Count the columns that were added in front of each row since the prompt."""
         if padding is None:
             return [0] * rows
         return (padding if self.padding is None else padding - self.padding).tolist()

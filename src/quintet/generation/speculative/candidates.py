@@ -19,7 +19,7 @@ __all__ = ["Draft", "DraftWriter", "Drafter", "PromptLookup", "Schedule"]
 class Draft:
     """Tokens (B, K) that may come next; of each row the first `counts` are meant.
 
-    `probabilities` (B, K, V) are what they were drawn from; None where nothing was drawn.
+    `probabilities` (B, K, V) are what they were drawn from, or None if nothing was drawn.
     """
 
     tokens: Tensor
@@ -198,6 +198,6 @@ class DraftWriter:
                     )
 
     def draft(self) -> Draft:
-        """Return what was written."""
+        """Return the draft that was written."""
         drawn = torch.stack(self._probabilities, dim=1) if self._probabilities else None
         return Draft(torch.stack(self.tokens, dim=1), self._counts, drawn)

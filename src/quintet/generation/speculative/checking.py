@@ -52,7 +52,7 @@ class Checked:
 def check_draft(
     sampler: Sampler, text: Text, logits: Tensor, draft: Draft, unfinished: Sequence[bool]
 ) -> Checked:
-    """Tell what holds of a draft.
+    """Check a draft: how many of its tokens stay, and the token behind them.
 
     Args:
         sampler: takes the tokens, for this turn.
@@ -100,7 +100,7 @@ def for_a_turn(sampler: Sampler, unfinished: Sequence[bool]) -> Sampler:
 
 
 def _needed(sampler: Sampler, draft: Draft, unfinished: Sequence[bool]) -> Tensor | None:
-    """Tell which scores (B, K + 1) may be needed, where a processor asks."""
+    """Mark the scores (B, K + 1) that may be needed, or return None if no processor asks."""
     if not sampler.reads_unfinished:
         return None
     device = draft.tokens.device

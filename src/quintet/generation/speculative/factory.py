@@ -113,7 +113,7 @@ def warn_of_idle_drafting(
     assistant: AssistantModel | None,
     assistant_tokenizer: PreTrainedTokenizer | None,
 ) -> None:
-    """Tell which options of a call have no effect, as nothing is drafted in the way they mean."""
+    """Warn of options that have no effect, as nothing is drafted in the way they mean."""
     writes = assistant is not None or bool(config.use_mtp)
     idle = [] if writes else [(name, "assistant_model or use_mtp=True") for name in _OF_WRITERS]
     if config.prompt_lookup_num_tokens is None:
@@ -134,7 +134,7 @@ def make_drafter(
     cache: Cache | None,
     vocab_size: int,
 ) -> Drafter:
-    """Return what drafts, after `check_drafting`."""
+    """Make the drafter that the options name, after `check_drafting`."""
     if config.use_mtp:
         assert cache is not None
         least = config.assistant_confidence_threshold or 0.0
@@ -155,7 +155,7 @@ def make_drafter(
 def make_schedule(
     model: object, config: GenerationConfig, assistant: AssistantModel | None
 ) -> Schedule:
-    """Return how many tokens are drafted, by the call or else by the assistant's own config."""
+    """Return the schedule of drafts, by the call or else by the assistant's own config."""
     if config.prompt_lookup_num_tokens is not None:
         return Schedule(config.prompt_lookup_num_tokens)
     tokens, name = config.num_assistant_tokens, config.num_assistant_tokens_schedule

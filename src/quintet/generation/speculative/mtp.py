@@ -27,7 +27,7 @@ class MTPModel(Protocol):
     """What a model with prediction layers offers."""
 
     def prediction_depth(self) -> int:
-        """Return how many prediction layers there are."""
+        """Count the prediction layers."""
         ...
 
     def prediction_cache(self) -> Cache:
@@ -77,7 +77,7 @@ class _Seen:
 
     @classmethod
     def joined(cls, pieces: "list[_Seen]") -> "_Seen":
-        """Return what was seen one after another."""
+        """Join states that were seen one after another."""
         if len(pieces) == 1:
             return pieces[0]
         mask = None
@@ -110,7 +110,7 @@ class MTPCache:
 
     @classmethod
     def beside(cls, main: Cache, model: MTPModel) -> Self:
-        """Return what a main cache has beside it, to go on with, or an empty one put there.
+        """Return the companion of a main cache, to go on with, or put an empty one there.
 
         Where the main one was cropped in between, it is too; where the main one went on without
         the layers, they miss what they did not see, which costs them nothing but drafts.
@@ -264,7 +264,7 @@ def _at_end(x: Tensor, counts: Tensor | None) -> Tensor:
 
 
 def _followed(embeds: Tensor, last: Tensor, counts: Tensor | None) -> Tensor:
-    """Return what follows each of the first `counts` (B,) columns: the next one, then `last`."""
+    """Shift columns by one: the first `counts` (B,) get the next one, the last of them `last`."""
     if counts is None:
         return torch.cat((embeds[:, 1:], last[:, None]), dim=1)
     ahead = F.pad(embeds[:, 1:], (0, 0, 0, 1))
