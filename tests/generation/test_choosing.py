@@ -15,7 +15,7 @@ from quintet.generation.processors.assemble import Setting, assemble
 from quintet.generation.processors.base import LogitsProcessor, LogitsWarper
 from quintet.generation.processors.warpers import TemperatureLogitsWarper, beside, kind, of_rows
 from quintet.generation.sampler import Sampler
-from quintet.generation.text import Text
+from quintet.generation.token_buffer import TokenBuffer
 from quintet.ops.sampling import NothingLeftError
 
 # Each size is another way through top-k and top-p.
@@ -52,15 +52,17 @@ WARPS = {
 }
 
 
-def sampler_of(options: dict[str, Any], prompt: Text, V: int, seed: int, own: Any = ()) -> Sampler:
+def sampler_of(
+    options: dict[str, Any], prompt: TokenBuffer, V: int, seed: int, own: Any = ()
+) -> Sampler:
     config = GenerationConfig(eos_token_id=5, **options)
     made = assemble(config, Setting(prompt=prompt, room=9, vocab_size=V), own)
     generator = torch.Generator().manual_seed(seed)
     return Sampler(made, do_sample=bool(config.do_sample), generators=[generator])
 
 
-def texts_of(count: int, dice: random.Random) -> list[Text]:
-    return [Text(torch.randint(0, 12, (1, dice.randint(1, 8)))) for _ in range(count)]
+def texts_of(count: int, dice: random.Random) -> list[TokenBuffer]:
+    return [TokenBuffer(torch.randint(0, 12, (1, dice.randint(1, 8)))) for _ in range(count)]
 
 
 @pytest.mark.parametrize("seed", range(30))
@@ -103,7 +105,9 @@ def test_numbers_of_rows_warp_each_as_its_own(name: str, V: int) -> None:
     warpers = []
     for value in WARPS[name]:
         config = GenerationConfig(do_sample=True, **{"top_k": 0, name: value})
-        made = assemble(config, Setting(prompt=Text(torch.ones(1, 1).long()), room=1, vocab_size=V))
+        made = assemble(
+            config, Setting(prompt=TokenBuffer(torch.ones(1, 1).long()), room=1, vocab_size=V)
+        )
         # Some values ask for nothing.
         warpers.append(made[0] if made else type(warpers[0])(value))
     assert len({kind(one) for one in warpers}) == 1
@@ -120,7 +124,7 @@ def test_several_positions_keep_the_numbers_of_their_rows() -> None:
     from quintet.generation.choice import Choice
 
     torch.manual_seed(0)
-    text = Text(torch.ones(1, 1).long())
+    text = TokenBuffer(torch.ones(1, 1).long())
     options = [{"temperature": t, "top_k": 7, "top_p": p} for t, p in ((0.5, 0.9), (2.0, 0.4))]
     choices = [sampler_of({"do_sample": True, **one}, text, 90, 0).choice for one in options]
     scores = torch.randn(2, 3, 90)

@@ -12,7 +12,7 @@ from quintet import GenerationConfig
 from quintet.errors import InputError
 from quintet.generation.processors.assemble import Setting, assemble
 from quintet.generation.sampler import Sampler
-from quintet.generation.text import Text
+from quintet.generation.token_buffer import TokenBuffer
 from support import twins
 
 PROMPT = torch.tensor([[5, 17, 3, 5, 8]])
@@ -149,7 +149,7 @@ def test_the_distribution_is_computed_in_full_precision(dtype: torch.dtype) -> N
     logits = torch.zeros(1, 257, dtype=dtype)
     logits[0, 0] = 5.75
     rows = logits.expand(4000, -1)
-    text = Text(torch.zeros(4000, 1, dtype=torch.long))
+    text = TokenBuffer(torch.zeros(4000, 1, dtype=torch.long))
     config = GenerationConfig(do_sample=True, top_k=0, top_p=0.8)
 
     def sampler() -> Sampler:
@@ -174,7 +174,7 @@ def test_the_models_logits_are_not_changed(model: Any) -> None:
         min_new_tokens=4,
         eos_token_id=3,
     )
-    text = Text(torch.tensor([[1, 2], [3, 4]]))
+    text = TokenBuffer(torch.tensor([[1, 2], [3, 4]]))
     processors = assemble(config, Setting(prompt=text, room=5, vocab_size=23))
     Sampler(processors, do_sample=True).choose(text, logits)
     assert torch.equal(logits, before)

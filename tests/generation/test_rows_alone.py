@@ -11,7 +11,7 @@ from torch import Tensor
 from conformance.families import FAMILIES, Family, each
 from quintet.generation.processors import WatermarkLogitsProcessor
 from quintet.generation.sampler import Sampler
-from quintet.generation.text import Text
+from quintet.generation.token_buffer import TokenBuffer
 from quintet.ops.sampling import in_top_p
 
 V, NEW = 90, 6
@@ -154,9 +154,9 @@ def test_beside_a_row_in_which_many_tokens_tie() -> None:
         from quintet.generation.config import GenerationConfig
         from quintet.generation.processors.assemble import Setting, assemble
 
-        text = Text(torch.randint(0, 200, (3, 4)))
+        text = TokenBuffer(torch.randint(0, 200, (3, 4)))
 
-        def sampler(seed: list[int], text: Text = text, warps: Any = warps) -> Sampler:
+        def sampler(seed: list[int], text: TokenBuffer = text, warps: Any = warps) -> Sampler:
             config = GenerationConfig(do_sample=True, **warps)
             made = assemble(config, Setting(prompt=text, room=3, vocab_size=200))
             generators = [torch.Generator().manual_seed(one) for one in seed]
@@ -165,14 +165,18 @@ def test_beside_a_row_in_which_many_tokens_tie() -> None:
         for turn in range(0, 60, 3):
             together = sampler([turn, turn + 1, turn + 2])
             one = [
-                int(sampler([turn + row]).choose(Text(text.ids[row : row + 1]), logits[row][None]))
+                int(
+                    sampler([turn + row]).choose(
+                        TokenBuffer(text.ids[row : row + 1]), logits[row][None]
+                    )
+                )
                 for row in range(3)
             ]
             assert together.choose(text, logits).tolist() == one
             positions = sampler([0] * 3).scores_of_last(text, logits[:, None])[:, 0]
             for row in range(3):
                 single = sampler([0]).scores_of_last(
-                    Text(text.ids[row : row + 1]), logits[row][None, None]
+                    TokenBuffer(text.ids[row : row + 1]), logits[row][None, None]
                 )
                 assert torch.equal(positions[row], single[0, 0])
 

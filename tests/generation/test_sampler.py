@@ -11,7 +11,7 @@ from quintet.errors import InputError
 from quintet.generation.processors.assemble import Setting, assemble
 from quintet.generation.processors.base import LogitsProcessor
 from quintet.generation.sampler import Sampler, row_generators
-from quintet.generation.text import Text
+from quintet.generation.token_buffer import TokenBuffer
 
 V = 97
 CPU = torch.device("cpu")
@@ -26,15 +26,15 @@ OPTIONS: list[dict[str, Any]] = [
 each_option = pytest.mark.parametrize("options", OPTIONS, ids=str)
 
 
-def made(text: Text, options: dict[str, Any], own: Any = (), **further: Any) -> Sampler:
+def made(text: TokenBuffer, options: dict[str, Any], own: Any = (), **further: Any) -> Sampler:
     config = GenerationConfig(do_sample=True, **options)
-    prompt = Text(text.ids[:, :4].clone(), text.padding)
+    prompt = TokenBuffer(text.ids[:, :4].clone(), text.padding)
     processors = assemble(config, Setting(prompt=prompt, room=20, vocab_size=V), own)
     return Sampler(processors, do_sample=True, **further)
 
 
-def text(B: int = 3, T: int = 9) -> Text:
-    return Text(torch.randint(0, 12, (B, T)), torch.tensor([0, 3, 1])[:B])
+def text(B: int = 3, T: int = 9) -> TokenBuffer:
+    return TokenBuffer(torch.randint(0, 12, (B, T)), torch.tensor([0, 3, 1])[:B])
 
 
 def seeded(count: int) -> list[torch.Generator]:
@@ -44,7 +44,7 @@ def seeded(count: int) -> list[torch.Generator]:
 @each_option
 def test_the_short_way_draws_what_the_long_one_does(options: dict[str, Any]) -> None:
     rows = text(1).ids.expand(4000, -1)
-    many = Text(rows.contiguous())
+    many = TokenBuffer(rows.contiguous())
     logits = 2 * torch.randn(1, V)
     sampler = made(many, options)
     torch.manual_seed(3)
@@ -86,23 +86,23 @@ def test_rows_of_different_lengths_are_as_alone() -> None:
     prompts = torch.randint(0, 12, (3, 6))
     padding = torch.tensor([0, 4, 2])
     drafts, counts = torch.randint(0, 12, (3, 3)), torch.tensor([3, 1, 2])
-    rows = Text(prompts.clone(), padding)
+    rows = TokenBuffer(prompts.clone(), padding)
     config = GenerationConfig(do_sample=True, **options)
-    setting = Setting(prompt=Text(prompts, padding), room=2, vocab_size=V)
+    setting = Setting(prompt=TokenBuffer(prompts, padding), room=2, vocab_size=V)
     logits = torch.randn(3, V)
     rows.accept([draft[:n] for draft, n in zip(drafts.tolist(), counts.tolist(), strict=True)])
     assert rows.lengths().tolist() == [9, 3, 6]
     together = Sampler(assemble(config, setting), do_sample=True).scores(rows, logits)
     for row in range(3):
         prompt = prompts[row : row + 1, padding[row] :]
-        one = Text(torch.cat((prompt, drafts[row : row + 1, : counts[row]]), dim=1))
-        single = Setting(prompt=Text(prompt), room=2, vocab_size=V)
+        one = TokenBuffer(torch.cat((prompt, drafts[row : row + 1, : counts[row]]), dim=1))
+        single = Setting(prompt=TokenBuffer(prompt), room=2, vocab_size=V)
         alone = Sampler(assemble(config, single), do_sample=True).scores(one, logits[row : row + 1])
         assert torch.equal(together[row : row + 1], alone)
 
 
 def test_accepting_moves_rows_to_the_right() -> None:
-    rows = Text(torch.tensor([[1, 2], [0, 3]]), torch.tensor([0, 1]))
+    rows = TokenBuffer(torch.tensor([[1, 2], [0, 3]]), torch.tensor([0, 1]))
     rows.accept([[4, 5], [6]])
     assert rows.ids[0].tolist() == [1, 2, 4, 5]
     assert rows.ids[1, 2:].tolist() == [3, 6]

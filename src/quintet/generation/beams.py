@@ -18,7 +18,7 @@ from quintet.generation.decode import Generation
 from quintet.generation.outputs import Record
 from quintet.generation.sampler import Sampler
 from quintet.generation.stopping import Stopping
-from quintet.generation.text import Text
+from quintet.generation.token_buffer import TokenBuffer
 from quintet.ops.sampling import check_left, draw_several
 
 __all__ = ["BeamOptions", "Found", "beam_search"]
@@ -155,7 +155,9 @@ def _candidates(
     return _Beams(tokens, rows, values)
 
 
-def _stops(taken: _Beams, text: Text, stopping: Stopping, step: int, record: Record) -> Tensor:
+def _stops(
+    taken: _Beams, text: TokenBuffer, stopping: Stopping, step: int, record: Record
+) -> Tensor:
     """Mark the candidates that end, (B, K)."""
     tokens = taken.tokens[:, :, step]
     if not stopping.criteria:

@@ -9,7 +9,7 @@ from torch import Tensor
 from quintet.errors import InputError
 from quintet.generation.choice import Choice
 from quintet.generation.sampler import Sampler
-from quintet.generation.text import Text
+from quintet.generation.token_buffer import TokenBuffer
 from quintet.ops import sampling
 
 __all__ = ["Choosing"]
@@ -64,7 +64,7 @@ class Choosing:
         ]
 
     def choose(
-        self, text_of: Callable[[int], Text], logits: Tensor, steps: Sequence[int]
+        self, text_of: Callable[[int], TokenBuffer], logits: Tensor, steps: Sequence[int]
     ) -> list[int | Exception]:
         """Return for each row its token, or what kept it from having one.
 
@@ -87,7 +87,7 @@ class Choosing:
             self._take(group, scores, steps, chosen)
         return chosen
 
-    def _read(self, row: int, text: Text, scores: Tensor) -> Tensor:
+    def _read(self, row: int, text: TokenBuffer, scores: Tensor) -> Tensor:
         result = self.samplers[row].read(text, scores)
         if result.shape != scores.shape:
             raise InputError(

@@ -13,7 +13,7 @@ from quintet.generation.prompt import Prompt
 from quintet.generation.sampler import Sampler
 from quintet.generation.stopping import Stopping
 from quintet.generation.streamers import Streamer
-from quintet.generation.text import Text
+from quintet.generation.token_buffer import TokenBuffer
 
 __all__ = ["Forward", "Generation", "LanguageModel", "decode"]
 
@@ -120,7 +120,7 @@ class Forward:
         return output.repeat(copies)
 
     def step(
-        self, text: Text, rows: Tensor | None = None, *, new: int = 1, keep: int = 1
+        self, text: TokenBuffer, rows: Tensor | None = None, *, new: int = 1, keep: int = 1
     ) -> ForwardOutput:
         """Run over the last `new` tokens of a text, or all of it without a cache.
 
@@ -146,7 +146,7 @@ class Forward:
             text.ids[:, len(text) - new :], mask, keep, positions=self._positions(text, new)
         )
 
-    def _positions(self, text: Text, new: int) -> Tensor | None:
+    def _positions(self, text: TokenBuffer, new: int) -> Tensor | None:
         """Return the positions (B, new) of the last tokens, where they are not their slots."""
         if self._shift is None:
             return None
@@ -240,7 +240,7 @@ class Generation:
 
     forward: Forward
     output: ForwardOutput
-    text: Text
+    text: TokenBuffer
     sampler: Sampler
     stopping: Stopping
     rooms: Rooms

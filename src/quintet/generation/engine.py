@@ -28,7 +28,7 @@ from quintet.generation.speculative.factory import (
 )
 from quintet.generation.stopping import Criterion
 from quintet.generation.streamers import Streamer
-from quintet.generation.text import Text
+from quintet.generation.token_buffer import TokenBuffer
 from quintet.tokenization import PreTrainedTokenizer
 
 __all__ = ["Engine"]
@@ -158,7 +158,7 @@ class Engine:
         room = plan.room(prompt, config, plan.longest(criteria), context)
         plan.check_least(config, room, size)
         setting = Setting(
-            prompt=Text(prompt.ids),
+            prompt=TokenBuffer(prompt.ids),
             room=room,
             vocab_size=size,
             prefix_allowed_tokens_fn=prefix_allowed_tokens_fn,

@@ -13,7 +13,7 @@ from torch import Tensor
 from quintet.errors import InputError
 from quintet.generation.processors.base import LogitsProcessor, row_lengths
 from quintet.generation.prompt import Prompt
-from quintet.generation.text import Text
+from quintet.generation.token_buffer import TokenBuffer
 from quintet.tokenization import PreTrainedTokenizer
 
 __all__ = ["HealedTokenLogitsProcessor", "Healing", "heal"]
@@ -71,7 +71,7 @@ def heal(prompt: Prompt, tokenizer: PreTrainedTokenizer | None, vocab_size: int)
         raise InputError("token_healing=True needs the tokenizer: generate(tokenizer=…)")
     if prompt.inputs.ndim == 3:
         raise InputError("token_healing=True needs ids, and inputs_embeds is given")
-    single = Text(prompt.ids, prompt.padding).lengths() < 2
+    single = TokenBuffer(prompt.ids, prompt.padding).lengths() < 2
     if bool(single.all()):
         return Healing(prompt, [])
     some = bool(single.any())

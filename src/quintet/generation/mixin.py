@@ -46,7 +46,7 @@ from quintet.generation.speculative.factory import (
 )
 from quintet.generation.stopping import Criterion
 from quintet.generation.streamers import Streamer
-from quintet.generation.text import Text
+from quintet.generation.token_buffer import TokenBuffer
 from quintet.generation.transitions import transition_scores
 from quintet.layers.plain import in_between
 from quintet.ops.token_ids import check_token_ids
@@ -204,7 +204,7 @@ class GenerationMixin:
                 forward.prepare = self.prepare_inputs_for_generation
             if streamer is not None:
                 streamer.put(prompt.given.repeat_interleave(copies, dim=0).cpu())
-            text = Text(prompt.ids, prompt.text_padding(), room=room, copies=copies)
+            text = TokenBuffer(prompt.ids, prompt.text_padding(), room=room, copies=copies)
             rooms = Rooms.of(room, as_given, copies)
             setting = Setting(
                 prompt=text.cut(len(text)),

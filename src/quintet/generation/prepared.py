@@ -11,7 +11,7 @@ from quintet.generation.config import GenerationConfig
 from quintet.generation.decode import Forward
 from quintet.generation.outputs import ForwardOutput
 from quintet.generation.prompt import Prompt
-from quintet.generation.text import Text
+from quintet.generation.token_buffer import TokenBuffer
 
 __all__ = ["Prepare", "PreparedForward", "check_prepared"]
 
@@ -30,7 +30,7 @@ class PreparedForward(Forward):
         self, prompt: Prompt, *, chunk: int | None = None, copies: int = 1
     ) -> ForwardOutput:
         """Run over a prompt as it was prepared."""
-        text = Text(prompt.ids, prompt.padding)
+        text = TokenBuffer(prompt.ids, prompt.padding)
         new = prompt.width if self.cache is not None and self.cache.get_seq_length() else None
         output = self._prepared(text, new, 1, first=True)
         if copies > 1 and self.cache is not None:
@@ -38,13 +38,13 @@ class PreparedForward(Forward):
         return output.repeat(copies)
 
     def step(
-        self, text: Text, rows: Tensor | None = None, *, new: int = 1, keep: int = 1
+        self, text: TokenBuffer, rows: Tensor | None = None, *, new: int = 1, keep: int = 1
     ) -> ForwardOutput:
         """Run over the last `new` tokens of a text as they were prepared."""
         return self._prepared(text, None if self.cache is None else new, keep)
 
     def _prepared(
-        self, text: Text, new: int | None, keep: int, *, first: bool = False
+        self, text: TokenBuffer, new: int | None, keep: int, *, first: bool = False
     ) -> ForwardOutput:
         cache = self.cache
         holds = cache is not None and cache.get_seq_length() > 0

@@ -14,7 +14,7 @@ from quintet.generation.processors.base import (
     LogitsProcessorList,
     LogitsWarper,
 )
-from quintet.generation.text import Text
+from quintet.generation.token_buffer import TokenBuffer
 from quintet.ops import sampling
 
 __all__ = ["Generators", "Sampler", "row_generators"]
@@ -49,11 +49,11 @@ class Sampler:
 
     # -- one position ------------------------------------------------------------------------
 
-    def scores(self, text: Text, logits: Tensor, unfinished: Tensor | None = None) -> Tensor:
+    def scores(self, text: TokenBuffer, logits: Tensor, unfinished: Tensor | None = None) -> Tensor:
         """Return the logits (B, V) of the token behind the text, reshaped, in float32."""
         return self._reshaped(self.processors, text, logits.to(torch.float32), unfinished)
 
-    def read(self, text: Text, logits: Tensor, unfinished: Tensor | None = None) -> Tensor:
+    def read(self, text: TokenBuffer, logits: Tensor, unfinished: Tensor | None = None) -> Tensor:
         """Return logits (B, V) after what reads the text, before what warps them, in float32."""
         return self._reshaped(self.readers, text, logits.to(torch.float32), unfinished)
 
@@ -80,7 +80,7 @@ class Sampler:
 
     def choose(
         self,
-        text: Text,
+        text: TokenBuffer,
         logits: Tensor,
         unfinished: Tensor | None = None,
         *,
@@ -102,7 +102,7 @@ class Sampler:
         return self.readers.asks_for("unfinished")
 
     def scores_of_last(
-        self, text: Text, logits: Tensor, unfinished: Tensor | None = None
+        self, text: TokenBuffer, logits: Tensor, unfinished: Tensor | None = None
     ) -> Tensor:
         """Return the reshaped logits (B, P, V) of the tokens behind the last P prefixes of a text.
 
@@ -133,7 +133,7 @@ class Sampler:
             logits = torch.stack(read, dim=1)
         return self.choice.warped_positions(logits)
 
-    def log_probabilities(self, text: Text, logits: Tensor) -> Tensor:
+    def log_probabilities(self, text: TokenBuffer, logits: Tensor) -> Tensor:
         """Return log-probabilities (B, P, V) of the tokens behind the last P prefixes of a text.
 
         The arguments are those of `scores_of_last`.
@@ -165,7 +165,7 @@ class Sampler:
     def _reshaped(
         self,
         processors: LogitsProcessorList,
-        text: Text,
+        text: TokenBuffer,
         logits: Tensor,
         unfinished: Tensor | None = None,
     ) -> Tensor:

@@ -10,7 +10,7 @@ from quintet.generation.sampler import Sampler
 from quintet.generation.speculative.drafting import Drafting
 from quintet.generation.stopping import Stopping
 from quintet.generation.streamers import Streamer
-from quintet.generation.text import Text
+from quintet.generation.token_buffer import TokenBuffer
 from quintet.ops.sampling import NothingLeftError
 
 __all__ = ["Sequence"]
@@ -66,7 +66,7 @@ class Sequence:
         self._cancelled = False
         self._ends = frozenset(stopping.eos.tolist())
         self._criteria = stopping.criteria
-        self._text = Text(stopping.eos.new_tensor([self.ids]), room=room)
+        self._text = TokenBuffer(stopping.eos.new_tensor([self.ids]), room=room)
         if streamer is not None:
             streamer.put(self._text.ids.cpu())
 
@@ -86,7 +86,7 @@ class Sequence:
         return self._cancelled or self.finish_reason is not None
 
     @property
-    def text(self) -> Text:
+    def text(self) -> TokenBuffer:
         """The same ids as rows are read, (1, T)."""
         for token in self.ids[len(self._text) :]:
             self._text.append(token)

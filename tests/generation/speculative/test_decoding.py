@@ -16,7 +16,7 @@ from quintet import GenerationConfig
 from quintet.errors import InputError
 from quintet.generation.speculative.candidates import PromptLookup, Schedule
 from quintet.generation.speculative.mtp import MTPDrafter
-from quintet.generation.text import Text
+from quintet.generation.token_buffer import TokenBuffer
 
 V = 101
 each_family = pytest.mark.parametrize("family", FAMILIES, ids=repr)
@@ -191,7 +191,9 @@ def test_drafts_are_what_the_layers_predict_of_the_whole_text(
     seen: list[tuple[list[list[int]], Tensor]] = []
     propose = MTPDrafter.propose
 
-    def spy(self: Any, text: Text, wanted: list[int], unfinished: list[bool], sampler: Any) -> Any:
+    def spy(
+        self: Any, text: TokenBuffer, wanted: list[int], unfinished: list[bool], sampler: Any
+    ) -> Any:
         draft = propose(self, text, wanted, unfinished, sampler)
         rows = [
             row[len(row) - int(length) :].tolist()
@@ -402,7 +404,7 @@ def test_what_was_accepted_is_told() -> None:
     ],
 )
 def test_a_text_is_looked_up_in_itself(row: list[int], count: int, expected: list[int]) -> None:
-    padded = Text(torch.tensor([[6, *row]]), torch.tensor([1]))
+    padded = TokenBuffer(torch.tensor([[6, *row]]), torch.tensor([1]))
     draft = PromptLookup().propose(padded, [count], [True], None)  # type: ignore[arg-type]
     assert draft.tokens[0, : draft.counts[0]].tolist() == expected
 

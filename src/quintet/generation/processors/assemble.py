@@ -9,7 +9,7 @@ from quintet.errors import InputError
 from quintet.generation.config import GenerationConfig
 from quintet.generation.processors import lengths, repetition, warpers, words
 from quintet.generation.processors.base import LogitsProcessor, LogitsProcessorList
-from quintet.generation.text import Text
+from quintet.generation.token_buffer import TokenBuffer
 
 __all__ = ["Setting", "assemble"]
 
@@ -30,7 +30,7 @@ class Setting:
         first: what goes before all others.
     """
 
-    prompt: Text
+    prompt: TokenBuffer
     room: int | Tensor
     vocab_size: int
     num_beams: int = 1

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from quintet.generation.sampler import Sampler
-from quintet.generation.text import Text
+from quintet.generation.token_buffer import TokenBuffer
 
 __all__ = ["Draft", "DraftWriter", "Drafter", "PromptLookup", "Schedule"]
 
@@ -27,7 +27,7 @@ class Draft:
     probabilities: Tensor | None = None
 
     @classmethod
-    def none(cls, text: Text) -> "Draft":
+    def none(cls, text: TokenBuffer) -> "Draft":
         """Draft nothing."""
         return cls(text.ids[:, :0], [0] * len(text.ids))
 
@@ -36,7 +36,7 @@ class Drafter(Protocol):
     """Where drafts come from."""
 
     def propose(
-        self, text: Text, wanted: list[int], unfinished: list[bool], sampler: Sampler
+        self, text: TokenBuffer, wanted: list[int], unfinished: list[bool], sampler: Sampler
     ) -> Draft:
         """Draft up to `wanted` tokens behind each row, none behind one that does not go on."""
         ...
@@ -45,7 +45,7 @@ class Drafter(Protocol):
         """Take note of how many tokens each row took of the last forward, 0 of one at its end."""
         ...
 
-    def finish(self, text: Text) -> None:
+    def finish(self, text: TokenBuffer) -> None:
         """Take note of the whole text, where its cache will be gone on with."""
         ...
 
@@ -92,7 +92,7 @@ class PromptLookup:
         self.ngram = ngram
 
     def propose(
-        self, text: Text, wanted: list[int], unfinished: list[bool], sampler: Sampler
+        self, text: TokenBuffer, wanted: list[int], unfinished: list[bool], sampler: Sampler
     ) -> Draft:
         """Draft from each row's own past."""
         found = [
@@ -108,7 +108,7 @@ class PromptLookup:
     def accepted(self, counts: list[int]) -> None:
         """Do nothing: the text tells."""
 
-    def finish(self, text: Text) -> None:
+    def finish(self, text: TokenBuffer) -> None:
         """Do nothing."""
 
     def close(self) -> None:
@@ -143,7 +143,7 @@ class DraftWriter:
     """
 
     def __init__(
-        self, text: Text, wanted: Sequence[int], sampler: Sampler, threshold: float
+        self, text: TokenBuffer, wanted: Sequence[int], sampler: Sampler, threshold: float
     ) -> None:
         self.sampler = sampler
         self.threshold = threshold

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from quintet.generation.sampler import Sampler
 from quintet.generation.speculative.candidates import Draft
-from quintet.generation.text import Text
+from quintet.generation.token_buffer import TokenBuffer
 from quintet.ops.sampling import NothingLeftError
 from quintet.ops.speculative import keep_likeliest, keep_sampled
 
@@ -50,7 +50,7 @@ class Checked:
 
 
 def check_draft(
-    sampler: Sampler, text: Text, logits: Tensor, draft: Draft, unfinished: Sequence[bool]
+    sampler: Sampler, text: TokenBuffer, logits: Tensor, draft: Draft, unfinished: Sequence[bool]
 ) -> Checked:
     """Check a draft: how many of its tokens stay, and the token behind them.
 

@@ -14,7 +14,7 @@ from quintet.generation.decode import Generation
 from quintet.generation.outputs import ForwardOutput, Speculation
 from quintet.generation.speculative.candidates import Draft, Drafter, Schedule
 from quintet.generation.speculative.checking import check_draft, for_a_turn
-from quintet.generation.text import Text
+from quintet.generation.token_buffer import TokenBuffer
 
 __all__ = ["speculate"]
 
@@ -106,7 +106,7 @@ class _Speculating:
         ]
         return dataclasses.replace(draft, counts=counts)
 
-    def _check(self, text: Text, draft: Draft) -> tuple[ForwardOutput, Tensor | None]:
+    def _check(self, text: TokenBuffer, draft: Draft) -> tuple[ForwardOutput, Tensor | None]:
         """Run over the last token and the draft; return how long the rows of the cache were."""
         forward, new = self.run.forward, draft.tokens.shape[1] + 1
         held, device = None, draft.tokens.device
@@ -119,7 +119,7 @@ class _Speculating:
         rows = None if all(self.unfinished) else torch.tensor(self.unfinished, device=device)
         return forward.step(text, rows, new=new, keep=new), held
 
-    def _take(self, output: ForwardOutput, text: Text, draft: Draft) -> list[int]:
+    def _take(self, output: ForwardOutput, text: TokenBuffer, draft: Draft) -> list[int]:
         """Add to each row what holds of a draft and the token behind it; return how many."""
         run, K = self.run, draft.tokens.shape[1]
         sampler = for_a_turn(run.sampler, self.unfinished)
@@ -225,7 +225,7 @@ class _Speculating:
         run, longest = self.run, max(len(row) for row in self.rows)
         output = [row + [run.pad] * (longest - len(row)) for row in self.rows]
         ids = self.prompt.ids
-        run.text = Text(
+        run.text = TokenBuffer(
             torch.cat((ids, torch.tensor(output, device=ids.device)), dim=1), self.prompt.padding
         )
         if run.record.scores is not None:
@@ -234,10 +234,10 @@ class _Speculating:
             run.record.logits = _columns(self.logits)
 
 
-def _with(text: Text, draft: Draft) -> Text:
+def _with(text: TokenBuffer, draft: Draft) -> TokenBuffer:
     if not draft.tokens.shape[1]:
         return text
-    return Text(torch.cat((text.ids, draft.tokens), dim=1), text.padding)
+    return TokenBuffer(torch.cat((text.ids, draft.tokens), dim=1), text.padding)
 
 
 def _columns(rows: list[list[Tensor]]) -> list[Tensor]:

@@ -8,7 +8,7 @@ from quintet.cache import Cache
 from quintet.generation.decode import LanguageModel
 from quintet.generation.sampler import Sampler
 from quintet.generation.speculative.candidates import Draft, DraftWriter
-from quintet.generation.text import Text
+from quintet.generation.token_buffer import TokenBuffer
 
 __all__ = ["DraftModel"]
 
@@ -42,7 +42,7 @@ class DraftModel:
         self._held: list[int] | None = None
 
     def propose(
-        self, text: Text, wanted: list[int], unfinished: list[bool], sampler: Sampler
+        self, text: TokenBuffer, wanted: list[int], unfinished: list[bool], sampler: Sampler
     ) -> Draft:
         """Draft by the assistant, which reads first what it has not read yet."""
         logits = self._read(text, unfinished)
@@ -59,13 +59,13 @@ class DraftModel:
     def accepted(self, counts: list[int]) -> None:
         """Do nothing: the text tells."""
 
-    def finish(self, text: Text) -> None:
+    def finish(self, text: TokenBuffer) -> None:
         """Do nothing: the cache goes with this object."""
 
     def close(self) -> None:
         """Do nothing."""
 
-    def _read(self, text: Text, unfinished: list[bool]) -> Tensor:
+    def _read(self, text: TokenBuffer, unfinished: list[bool]) -> Tensor:
         """Run over what the text has and the cache has not; a row at its end is left as it is."""
         T, lengths, device = len(text), text.lengths().tolist(), text.ids.device
         new = lengths

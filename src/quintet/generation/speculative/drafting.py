@@ -7,7 +7,7 @@ from quintet.generation.outputs import Speculation
 from quintet.generation.sampler import Sampler
 from quintet.generation.speculative.candidates import Draft, Drafter, Schedule
 from quintet.generation.speculative.checking import Checked, check_draft, for_a_turn
-from quintet.generation.text import Text
+from quintet.generation.token_buffer import TokenBuffer
 
 __all__ = ["Drafting"]
 
@@ -29,7 +29,9 @@ class Drafting:
         self._draft: Draft | None = None
         schedule.start(1)
 
-    def propose(self, text: Text, sampler: Sampler, room: int, ends: frozenset[int]) -> list[int]:
+    def propose(
+        self, text: TokenBuffer, sampler: Sampler, room: int, ends: frozenset[int]
+    ) -> list[int]:
         """Return tokens that may follow a text with room for so many, as before if unchecked."""
         if self._draft is None:
             most = max(0, min(self.schedule.rows[0], room - 1))
@@ -44,12 +46,12 @@ class Drafting:
             self._draft = Draft(draft.tokens[:, :end], [end], drawn if end else None)
         return self._draft.tokens[0].tolist()
 
-    def check(self, text: Text, sampler: Sampler, logits: Tensor) -> Checked:
+    def check(self, text: TokenBuffer, sampler: Sampler, logits: Tensor) -> Checked:
         """Tell what holds of what was drafted behind a text, by logits (K + 1, V)."""
         draft = self._draft or Draft.none(text)
         drafted = text
         if draft.counts[0]:
-            drafted = Text(torch.cat((text.ids, draft.tokens), dim=1))
+            drafted = TokenBuffer(torch.cat((text.ids, draft.tokens), dim=1))
         return check_draft(for_a_turn(sampler, [True]), drafted, logits[None], draft, [True])
 
     def taken(self, count: int, kept: int) -> None:

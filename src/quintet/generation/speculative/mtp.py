@@ -16,7 +16,7 @@ from torch import Tensor
 from quintet.cache import Cache, Segment
 from quintet.generation.sampler import Sampler
 from quintet.generation.speculative.candidates import Draft, DraftWriter
-from quintet.generation.text import Text
+from quintet.generation.token_buffer import TokenBuffer
 from quintet.ops.ragged import ragged
 
 __all__ = ["MTPCache", "MTPDrafter", "MTPModel"]
@@ -160,7 +160,7 @@ class MTPDrafter:
         main.seen = []
 
     def propose(
-        self, text: Text, wanted: list[int], unfinished: list[bool], sampler: Sampler
+        self, text: TokenBuffer, wanted: list[int], unfinished: list[bool], sampler: Sampler
     ) -> Draft:
         """Draft by the prediction layers, which read first what the main run read."""
         states, ahead, counts = self._read(text.ids[:, -1], unfinished)
@@ -199,7 +199,7 @@ class MTPDrafter:
             mask = places < torch.tensor(counts, device=states.device)[:, None]
         self._seen[-1] = _Seen(states, embeds, mask)
 
-    def finish(self, text: Text) -> None:
+    def finish(self, text: TokenBuffer) -> None:
         """Read what the main run read last, so that the next generation can go on from here."""
         B = len(text.ids)
         states, ahead, counts = self._read(text.ids[:, -1], [True] * B)

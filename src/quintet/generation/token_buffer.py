@@ -5,10 +5,10 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-__all__ = ["Text"]
+__all__ = ["TokenBuffer"]
 
 
-class Text:
+class TokenBuffer:
     """Rows of ids, right-aligned: the last column holds every row's last token.
 
     Args:
@@ -63,10 +63,10 @@ class Text:
         self._buffer[:, self._length : end] = tokens
         self._length = end
 
-    def cut(self, length: int) -> "Text":
+    def cut(self, length: int) -> "TokenBuffer":
         """Return the first `length` columns, a view; padding is at most all of them."""
         padding = None if self.padding is None else self.padding.clamp(max=length)
-        return Text(self._buffer[:, :length], padding)
+        return TokenBuffer(self._buffer[:, :length], padding)
 
     def accept(self, rows: Sequence[Sequence[int]]) -> None:
         """Add to each row tokens of its own; where others get more, it moves to the right."""
