@@ -7,6 +7,7 @@ from quintet.cache.base import Cache
 from quintet.cache.dense import DynamicSlot, _slots
 from quintet.cache.recurrent import RecurrentSlot
 from quintet.cache.segment import Segment
+from quintet.cache.slots import StateSlot
 from quintet.configuration.base import PreTrainedConfig
 from quintet.errors import InputError
 from quintet.ops.vector_codes import VectorCode
@@ -33,11 +34,7 @@ class QuantizedSlot:
         Raises:
             InputError: vectors of this size do not fill whole bytes, or a gradient is asked for.
         """
-        if torch.is_grad_enabled() and (keys.requires_grad or values.requires_grad):
-            raise InputError(
-                "keys and values in few bits have no gradient; run the model under "
-                "torch.no_grad(), or train with a DynamicCache or none"
-            )
+        _check_no_gradient(keys, values)
         self._dtype = keys.dtype
         key_codes, key_scales = self.code.encode(keys)
         value_codes, value_scales = self.code.encode(values)
@@ -110,3 +107,22 @@ class QuantizedCache(Cache):
         code = VectorCode(nbits)
         super().__init__(*_slots(config, lambda: QuantizedSlot(code), RecurrentSlot))
         self.nbits = nbits
+
+    def recurrent(self, layer_idx: int, raw: Tensor | None = None) -> StateSlot:
+        """Return a layer's recurrent state, to be updated by the forward that asks for it.
+
+        Raises:
+            InputError: the cache keeps none for this layer, or one of another model, or keys and
+                values behind this layer would have a gradient.
+        """
+        # Before a state has changed, which could not be left behind a length.
+        _check_no_gradient(*(() if raw is None else (raw,)))
+        return super().recurrent(layer_idx, raw)
+
+
+def _check_no_gradient(*tensors: Tensor) -> None:
+    if torch.is_grad_enabled() and any(x.requires_grad for x in tensors):
+        raise InputError(
+            "keys and values in few bits have no gradient; run the model under torch.no_grad(), "
+            "or train with a DynamicCache or none"
+        )
