@@ -5,7 +5,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch.utils.flop_counter import FlopCounterMode
 
-from quintet.kernels.linear import MOST_VECTORS, Matrix, linears, widen
+from quintet.kernels.linear import MOST_VECTORS, STEP_TOKENS, Matrix, linears, widen
 from quintet.layers.linear import Linear
 from quintet.ops.quantized import quantize_int4, quantize_int8
 from support import relative_error
@@ -101,7 +101,7 @@ QUANTIZED_BOUND = {torch.float32: 2**-13, torch.bfloat16: 2**-8}
     max_examples=15, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
 )
 @given(
-    M=st.integers(1, 20),
+    M=st.integers(1, STEP_TOKENS),
     I=st.integers(1, 300),
     sizes=st.lists(st.integers(1, 50), min_size=1, max_size=3),
     biased=st.booleans(),

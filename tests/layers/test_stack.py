@@ -345,22 +345,6 @@ def test_states_that_may_be_gone_back_to_stay_in_one_call(
     assert held.lengths(3).tolist() == [8] * 3
 
 
-@pytest.mark.parametrize("name", ROUNDED)
-def test_latents_that_are_cheaper_expanded_are_left_to_the_layers(
-    name: str, passes: list[bool]
-) -> None:
-    (family,) = (family for family in FAMILIES if family.name == name)
-    model = model_of(family)
-    ids = torch.arange(20)[None]
-    for past, T, absorbed in ((1, 1, True), (1, 16, False), (2, 16, True), (2, 17, False)):
-        cache = DynamicCache(model.config)
-        with torch.no_grad():
-            model(ids[:, :past], past_key_values=cache)
-            passes.clear()
-            model(ids[:, :T], past_key_values=cache)
-        assert (True in passes) == absorbed, (past, T)
-
-
 def test_a_caller_s_own_keys_are_not_written_into(model: Qwen2ForCausalLM) -> None:
     cache = DynamicCache(model.config)
     with torch.no_grad():

@@ -160,11 +160,11 @@ def test_generate_runs_on_the_kernels(
     for name in ("kernel", "grouped_silu_experts"):  # of few tokens, and of many
         monkeypatch.setattr(moe, name, counted("experts", getattr(moe, name)))
     monkeypatch.setattr(LayerRun, "in_one_call", counted("all layers", LayerRun.in_one_call))
-    model = model_of(family, **WIDE).bfloat16()
+    model = model_of(family, **WIDE, max_position_embeddings=160).bfloat16()
     if hooked:
         for layer in model.model.layers:
             layer.register_forward_hook(lambda *_: None)
-    model.generate(torch.randint(101, (1, 9)), max_new_tokens=4, do_sample=False)
+    model.generate(torch.randint(101, (1, 129)), max_new_tokens=4, do_sample=False)
     # Three layers, of which two have experts; a prompt and three steps.
     in_one_call = {"attend_latents": 0, "attend_parts": 3, "experts": 2, "all layers": 3}
     by_layer = {"attend_latents": 9, "attend_parts": 3, "experts": 8, "all layers": 0}

@@ -1,9 +1,10 @@
-"""Attention of one new token a row, bound by reading its keys and values."""
+"""Attention of few new tokens a row, bound by reading its keys and values."""
 
 import torch
 from torch import Tensor
 
 from quintet.kernels.calls import begin, firsts
+from quintet.kernels.linear import STEP_TOKENS
 
 __all__ = ["decode"]
 
@@ -14,11 +15,11 @@ LANES = 16
 def decode(
     q: Tensor, k: Tensor, v: Tensor, *, start: int | Tensor, window: int | None, scale: float
 ) -> Tensor | None:
-    """Return softmax(q·kᵀ·scale)·v, (B, H, 1, D); None where the kernel does not apply.
+    """Return softmax(q·kᵀ·scale)·v, (B, H, T, D); None where the kernel does not apply.
 
-    A row's query is in slot `start` and sees the keys up to it, at most the last `window`.
+    Query i of a row is in slot `start` + i and sees the keys up to it, at most the last `window`.
 
-    Shapes: q (B, H, 1, D), k and v (B, K, S, D), start (B).
+    Shapes: q (B, H, T, D), k and v (B, K, S, D), start (B).
     """
     call = begin()
     suffix = SUFFIX.get(q.dtype)
@@ -26,17 +27,17 @@ def decode(
         return None
     B, H, T, D = q.shape
     K, S = k.shape[1:3]
-    if T != 1 or D % LANES or not B or not K or H % K:
+    if not 0 < T <= STEP_TOKENS or D % LANES or not B or not K or H % K:
         return None
     slots = firsts(start, B)
     # A query behind the last key has none of its own.
-    if slots is None or not 0 <= min(slots) <= max(slots) < S:
+    if slots is None or not 0 <= min(slots) <= max(slots) <= S - T:
         return None
-    call.integers(B, H, K, S, D, window or 0)
+    call.integers(B, T, H, K, S, D, window or 0)
     call.real(scale)
-    call.rows(q, q.dtype, B, H, 1, D)
+    call.rows(q, q.dtype, B, H, T, D)
     call.rows(k, q.dtype, B, K, S, D)
     call.rows(v, q.dtype, B, K, S, D)
-    out = call.output(q, B, 1, H, D)
-    call.integers(*(slot + 1 for slot in slots))
+    out = call.output(q, B, T, H, D)
+    call.integers(*slots)
     return out.transpose(1, 2) if call.run(f"decode_{suffix}") else None

@@ -7,13 +7,14 @@ import torch
 from torch import Tensor
 
 from quintet.kernels.calls import Call, begin
-from quintet.kernels.linear import GROUP, Matrix, kernel_name
+from quintet.kernels.linear import GROUP, STEP_TOKENS, Matrix, kernel_name
 
 __all__ = ["gated", "stacked"]
 
-# Beyond so many tokens, torch's products are the faster ones (docs/lab-notes.md).
+# Beyond so many tokens, other products are the faster ones (docs/lab-notes.md).
 MOST_TOKENS: Mapping[str, int] = MappingProxyType(
-    {"bf16": 24, "f32": 24, "int8_bf16": 12, "int8_f32": 12, "int4_bf16": 12, "int4_f32": 12}
+    {"bf16": 32, "f32": 24}
+    | dict.fromkeys(("int8_bf16", "int8_f32", "int4_bf16", "int4_f32"), STEP_TOKENS)
 )
 
 

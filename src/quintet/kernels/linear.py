@@ -5,6 +5,7 @@ vectors are rounded to 16 bits in groups of 64, far finer than the bfloat16 they
 the result is that of the numbers the weight stands for.
 """
 
+import os
 from collections.abc import Mapping, Sequence
 from types import MappingProxyType
 from typing import NamedTuple
@@ -14,7 +15,16 @@ from torch import Tensor
 
 from quintet.kernels.calls import Call, begin
 
-__all__ = ["GROUP", "Matrix", "kernel_name", "linears", "widen", "write"]
+__all__ = [
+    "GROUP",
+    "STEP_TOKENS",
+    "Matrix",
+    "batch_invariant",
+    "kernel_name",
+    "linears",
+    "widen",
+    "write",
+]
 
 GROUP = 64
 
@@ -33,12 +43,28 @@ class Matrix(NamedTuple):
     bias: Tensor | None = None
 
 
+def batch_invariant() -> bool:
+    """Tell whether results must not depend on who shares a batch where that costs speed.
+
+    That is so with `QUINTET_BATCH_INVARIANT=1`, for experts of prompts in int8 and int4.
+    """
+    return os.environ.get("QUINTET_BATCH_INVARIANT") == "1"
+
+
 SUFFIX = {torch.bfloat16: "bf16", torch.float32: "f32"}
 FORMAT = {torch.int8: "int8_", torch.uint8: "int4_"}
-# Beyond so many vectors, torch's own matrix product is the faster one (docs/lab-notes.md).
+# A sequence with more tokens is a prompt: kernels for prompts read its weights, whoever shares the
+# batch, which is why the border is the same for whatever rounds differently there (ADR 21).
+STEP_TOKENS = 16
+# Beyond so many vectors, other products are the faster ones (docs/lab-notes.md).
 MOST_VECTORS: Mapping[str, int] = MappingProxyType(
-    {"bf16": 32, "f32": 32, "int8_bf16": 20, "int8_f32": 20, "int4_bf16": 20, "int4_f32": 20}
+    {"bf16": 64, "f32": 32} | dict.fromkeys(("int8_bf16", "int8_f32", "int4_bf16", "int4_f32"), 16)
 )
+
+
+# A map to so many numbers is a head, which meets a vector of each sequence, prompt or not.
+HEAD = 16384
+MOST_OF_HEAD = 64
 
 
 def linears(x: Tensor, maps: Sequence[Matrix]) -> list[Tensor] | None:
@@ -54,7 +80,10 @@ def linears(x: Tensor, maps: Sequence[Matrix]) -> list[Tensor] | None:
     shape = x.shape
     I = shape[-1]
     M = x.numel() // I if I else 0
-    if not 0 < M <= MOST_VECTORS.get(name, 0) or any(matrix.weight.ndim != 2 for matrix in maps):
+    if name not in MOST_VECTORS or any(matrix.weight.ndim != 2 for matrix in maps):
+        return None
+    heads = all(len(matrix.weight) >= HEAD for matrix in maps)
+    if not 0 < M <= (MOST_OF_HEAD if heads else MOST_VECTORS[name]):
         return None
     call.integers(M, I, len(maps))
     call.copied(x, dtype, *shape)

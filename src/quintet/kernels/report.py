@@ -11,18 +11,18 @@ __all__ = ["Kernel", "Report", "outlook", "report"]
 # What there is, and when a model uses it.
 KERNELS = {
     "attention": "softmax attention in bfloat16",
-    "decode": "attention of one new token a row, in bfloat16 and float32",
-    "gated": "MLPs and experts with SiLU of up to 24 tokens, weights as of linear maps",
+    "decode": "attention of up to 16 new tokens a row, in bfloat16 and float32",
+    "gated": "MLPs and experts with SiLU of up to 32 tokens, weights as of linear maps",
     "grouped": "experts with SiLU of more tokens, in bfloat16",
     "latent": "DeepSeek's attention in the space of the latents, in bfloat16",
-    "stack": "all layers for up to 16 tokens (8 in int8 and int4) in one call",
-    "linear": "linear maps of up to 32 vectors at once, weights in bfloat16 or float32",
+    "stack": "all layers for up to 64 tokens of any sequences in one call",
+    "linear": "linear maps of up to 64 vectors at once, weights in bfloat16 or float32",
     "linear int8": "the same, weights in int8",
     "linear int4": "the same, weights in int4",
     "product": "linear maps of more vectors, and the gates of MLPs with SiLU, in bfloat16",
     "rows": "RMSNorm, rotary embedding and SiLU gates in bfloat16 and float32",
     "sampling": "the penalty for tokens that occurred",
-    "routing": "routers of up to 32 tokens, in bfloat16 and float32",
+    "routing": "routers, in bfloat16 and float32",
     "widen": "int8 and int4 weights to bfloat16 or float32, for more vectors than that",
     "mamba2": "Zamba2's mixer between its projections, in bfloat16 and float32",
 }

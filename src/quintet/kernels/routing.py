@@ -1,4 +1,4 @@
-"""Routers of few tokens: logits in float32 without a wide copy of the weight, and the choice."""
+"""Routers: logits in float32 without a wide copy of the weight, and the choice."""
 
 from dataclasses import dataclass
 
@@ -10,8 +10,6 @@ from quintet.kernels.calls import Call, begin
 __all__ = ["Rules", "choose", "router_logits"]
 
 SUFFIX = {torch.bfloat16: "bf16", torch.float32: "f32"}
-# Beyond so many tokens, a product of float32 matrices pays for the copy it needs.
-MOST_TOKENS = 32
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -50,7 +48,7 @@ def router_logits(x: Tensor, weight: Tensor) -> Tensor | None:
     """Return x·Wᵀ in float32, (N, E); x (N, C), weight (E, C). None where it does not apply."""
     call = begin()
     suffix = SUFFIX.get(x.dtype)
-    if call is None or suffix is None or x.ndim != 2 or not 0 < len(x) <= MOST_TOKENS:
+    if call is None or suffix is None or x.ndim != 2 or not len(x):
         return None
     (N, C), E = x.shape, weight.shape[0] if weight.ndim else 0
     call.integers(N, E, C)
@@ -69,7 +67,7 @@ def choose(
     """
     call = begin()
     suffix = SUFFIX.get(logits.dtype)
-    if call is None or suffix is None or logits.ndim != 2 or not 0 < len(logits) <= MOST_TOKENS:
+    if call is None or suffix is None or logits.ndim != 2 or not len(logits):
         return None
     N, E = logits.shape
     rules.write(call, E, bias)

@@ -5,7 +5,7 @@ from torch import Tensor
 
 from quintet.kernels.calls import begin
 
-__all__ = ["rms_norm", "rotate", "silu_mul"]
+__all__ = ["gelu_mul", "rms_norm", "rotate", "sigmoid", "silu_mul"]
 
 SUFFIX = {torch.bfloat16: "bf16", torch.float32: "f32"}
 
@@ -54,13 +54,32 @@ def rotate(
 
 def silu_mul(gate: Tensor, up: Tensor) -> Tensor | None:
     """Return silu(gate) · up; both (..., F)."""
+    return _gated("silu_mul", gate, up) if gate.dtype in SUFFIX else None
+
+
+def gelu_mul(gate: Tensor, up: Tensor) -> Tensor | None:
+    """Return gelu(gate) · up, rounded between the two, in bfloat16; both (..., F)."""
+    return _gated("gelu_mul", gate, up) if gate.dtype == torch.bfloat16 else None
+
+
+def _gated(name: str, gate: Tensor, up: Tensor) -> Tensor | None:
     call = begin()
-    suffix = SUFFIX.get(gate.dtype)
-    if call is None or suffix is None or not gate.ndim or not gate.numel():
+    if call is None or not gate.ndim or not gate.numel():
         return None
     F = gate.shape[-1]
     call.integers(gate.numel() // F, F)
-    call.packed(gate, gate.dtype, *gate.shape)
+    call.copied(gate, gate.dtype, *gate.shape)
     call.copied(up, gate.dtype, *gate.shape)
     made = call.output(gate, *gate.shape)
-    return made if call.run(f"silu_mul_{suffix}") else None
+    return made if call.run(f"{name}_{SUFFIX[gate.dtype]}") else None
+
+
+def sigmoid(x: Tensor) -> Tensor | None:
+    """Return σ(x) of few numbers in bfloat16, each computed as if it were alone."""
+    call = begin()
+    if call is None or x.dtype != torch.bfloat16:
+        return None
+    call.integers(x.numel())
+    call.copied(x, x.dtype, *x.shape)
+    made = call.output(x, *x.shape)
+    return made if call.run("sigmoid_bf16") else None

@@ -3,23 +3,28 @@
 import operator
 import sys
 from array import array
-from collections.abc import Mapping, Sequence
-from itertools import accumulate, chain, pairwise
+from collections.abc import Iterator, Mapping, Sequence
+from itertools import pairwise
 from types import MappingProxyType
 from typing import NamedTuple, Self
 
 import torch
 from torch import Tensor
 
-from quintet.kernels.calls import applies, begin, watched
+from quintet.kernels.calls import Call, applies, begin, watched
 from quintet.kernels.linear import kernel_name
 from quintet.kernels.parts import Fields, Part, Tokens
 
 __all__ = ["Stack"]
 
-# Beyond so many tokens, calls of their own cost little beside what the layers compute.
+# So many tokens pass the layers at once, and more one slice behind the other: few enough to lie
+# beside the weights in a cache.
+SLICE = 64
+# In float32, calls of torch's own are the faster ones beyond so many tokens.
 MOST_TOKENS: Mapping[str, int] = MappingProxyType(
-    dict.fromkeys(("bf16", "f32", "int8_bf16", "int8_f32", "int4_bf16", "int4_f32"), 64)
+    {"f32": 16}
+    | dict.fromkeys(("bf16", "int8_bf16", "int4_bf16"), sys.maxsize)
+    | dict.fromkeys(("int8_f32", "int4_f32"), 64)
 )
 
 
@@ -85,37 +90,52 @@ class Stack:
             kept: for each part what it keeps between steps, changed in place. A sequence's tokens
                 take the slots of keys and values in its row from its start on.
         """
-        call = begin()
-        if call is None or not x.ndim or not x.numel() or x.shape[-1] != self._C:
+        if begin() is None or not x.ndim or not x.numel() or x.shape[-1] != self._C:
             return None
         if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in self._tensors):
             return None
-        C, dtype, shape = self._C, self._dtype, x.shape
-        M, rows, starts, lengths = x.numel() // C, tokens.rows, tokens.starts, tokens.lengths
+        C, M = self._C, x.numel() // self._C
+        rows, starts, lengths = tokens.rows, tokens.starts, tokens.lengths
         if MOST_TOKENS[self._name] < M or not len(rows) == len(starts) == len(lengths):
             return None
         if min(lengths) < 1 or sum(lengths) != M or min(starts) < 0 or len(set(rows)) < len(rows):
             return None
-        D = tokens.cos.shape[-1] if tokens.cos.ndim else 0
-        angles = tokens.cos.numel() // D if D else 1
+        cos, sin, embeds = tokens.cos, tokens.sin, tokens.embeds
+        D = cos.shape[-1] if cos.ndim else 0
+        angles = cos.numel() // D if D else 1
         if not self._angles <= {D} or (angles != M and set(lengths) != {angles}):
+            return None
+        if embeds.shape != x.shape or sin.shape != cos.shape or not applies(x, embeds, cos, sin):
             return None
         placed = self._place(kept)
         if placed is None or min(rows) < 0 or max(rows) >= placed.rows:
             return None
         if max(map(operator.add, starts, lengths)) > placed.room:
             return None
-        call.integers(M, C, placed.rows, len(rows), angles, D, self._work, len(self._parts))
         y = x.clone(memory_format=torch.contiguous_format)
-        call.fit &= applies(x)
-        call.packed(y, dtype, *shape)
-        call.packed(tokens.embeds, dtype, *shape)
-        call.packed(tokens.cos, dtype, *tokens.cos.shape)
-        call.packed(tokens.sin, dtype, *tokens.cos.shape)
-        firsts = accumulate(lengths, initial=0)
-        of = array("q", chain.from_iterable(zip(rows, starts, lengths, firsts, strict=False)))
-        call.integers(*_where(of), *_where(self._table), *_where(placed.table))
-        return y if call.run(f"stack_{self._name}") else None
+        of_tokens = [y.view(M, C), embeds.reshape(M, C)]
+        of_angles = [turns.reshape(angles, D) for turns in (cos, sin)]
+        calls = []
+        for of, first, last in _slices(rows, starts, lengths):
+            call = Call()
+            own = slice(first, last) if angles == M else slice(None)
+            turns = last - first if angles == M else angles
+            call.integers(last - first, C, placed.rows, len(of) // 4, turns, D)
+            call.integers(self._work, len(self._parts))
+            for tensor in of_tokens:
+                call.packed(tensor[first:last], self._dtype, last - first, C)
+            for tensor in of_angles:
+                call.packed(tensor[own], self._dtype, turns, D)
+            call.integers(*_where(of), *_where(self._table), *_where(placed.table))
+            calls.append((call, of))
+        if not all(call.fit for call, _ in calls):
+            return None
+        for i, (call, _) in enumerate(calls):
+            if not call.run(f"stack_{self._name}"):
+                if i:
+                    raise RuntimeError("a kernel refused a slice of tokens like those it took")
+                return None
+        return y
 
     def _place(self, kept: Sequence[Sequence[Tensor]]) -> "Placed | None":
         """Return where what the parts keep is; worked out anew if it is not the same."""
@@ -146,3 +166,17 @@ class Stack:
 def _where(fields: "array[int]") -> tuple[int, int]:
     address, count = fields.buffer_info()
     return address, 8 * count
+
+
+def _slices(
+    rows: Sequence[int], starts: Sequence[int], lengths: Sequence[int]
+) -> "Iterator[tuple[array[int], int, int]]":
+    """Yield sequences of up to `SLICE` tokens as the kernel reads them, and where they stand."""
+    of, begin, end = array("q"), 0, 0
+    for row, start, length in zip(rows, starts, lengths, strict=True):
+        if of and end + length - begin > SLICE:
+            yield of, begin, end
+            of, begin = array("q"), end
+        of.extend((row, start, length, end - begin))
+        end += length
+    yield of, begin, end

@@ -10,7 +10,7 @@ from quintet.layers.norm import RMSNorm
 from quintet.layers.plain import untouched
 from quintet.layers.stack import StackPart, norm_of
 from quintet.ops.masks import AttentionMask
-from quintet.ops.mla import absorbs, latent_attention
+from quintet.ops.mla import latent_attention
 from quintet.ops.rope import rotate_both
 
 __all__ = ["LatentAttention"]
@@ -116,13 +116,8 @@ class LatentAttention(StackPart):
         )
 
     def kept(self, context: ForwardContext) -> tuple[Tensor, ...] | None:
-        """Return the latents and keys of this layer, with room for the forward's.
-
-        None also where the keys of every head would be cheaper to have.
-        """
+        """Return the latents and keys of this layer, with room for the forward's."""
         if context.cache is None:
-            return None
-        if not all(absorbs(segment.length, segment.keys) for segment in context.segments):
             return None
         return context.cache.room(self.layer_idx, context.whole)
 

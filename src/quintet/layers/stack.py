@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from quintet.kernels import parts
 from quintet.kernels.calls import applies
+from quintet.kernels.linear import STEP_TOKENS
 from quintet.kernels.native import available
 from quintet.kernels.stack import Stack
 from quintet.layers.context import ForwardContext
@@ -30,10 +31,6 @@ __all__ = [
     "norm_of",
     "residuals",
 ]
-
-# More tokens, or more of one sequence, are a prompt, for which it is the products that take time.
-MOST_TOKENS = 64
-MOST_OF_SEQUENCE = 16
 
 
 class Piece(NamedTuple):
@@ -174,8 +171,7 @@ def fits(hidden: Tensor, context: ForwardContext) -> bool:
     return (
         context.cache is not None
         and context.attend is sdpa
-        and max(one.length for one in context.segments) <= MOST_OF_SEQUENCE
-        and hidden.shape[:2].numel() <= MOST_TOKENS
+        and max(one.length for one in context.segments) <= STEP_TOKENS
         and not any(mask.custom for masks in context.masks for mask in masks.values())
         and applies(hidden)
         and available()

@@ -45,7 +45,7 @@ from quintet.modeling.classification import (
     TokenClassificationHead,
 )
 from quintet.modeling.moe import EXPERT_STACKS, MoeCausalLMHead, MoeDecoderModel
-from quintet.ops.activations import activation
+from quintet.ops.activations import activation, sigmoid
 from quintet.ops.linear import linear
 from quintet.ops.moe import switch_balance_loss, top_experts
 
@@ -215,7 +215,7 @@ class Qwen2MoeSparseMoeBlock(StackPart):
         x = hidden_states.flatten(0, 1)
         logits, shares, indices = self.gate(x)
         y: Tensor = self.experts(x, indices, shares)
-        y = y + torch.sigmoid(self.shared_expert_gate(x)) * self.shared_expert(x)
+        y = y + sigmoid(self.shared_expert_gate(x)) * self.shared_expert(x)
         if notes is not None:
             notes.note_routing(logits.unflatten(0, (B, T)))
         return y.view(B, T, -1)

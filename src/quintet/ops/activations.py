@@ -9,7 +9,7 @@ from torch import Tensor
 from quintet.errors import ConfigError
 from quintet.kernels import rows
 
-__all__ = ["ACTIVATIONS", "Activation", "activation", "gate_by"]
+__all__ = ["ACTIVATIONS", "Activation", "activation", "gate_by", "sigmoid"]
 
 Activation = Callable[[Tensor], Tensor]
 
@@ -52,5 +52,15 @@ def activation(name: str | Activation) -> Activation:
 
 def gate_by(act: Activation, gate: Tensor, up: Tensor) -> Tensor:
     """Return act(gate) · up."""
-    output = rows.silu_mul(gate, up) if act is F.silu else None
+    output = None
+    if act is F.silu:
+        output = rows.silu_mul(gate, up)
+    elif act is F.gelu:
+        output = rows.gelu_mul(gate, up)
     return act(gate) * up if output is None else output
+
+
+def sigmoid(x: Tensor) -> Tensor:
+    """Return σ(x), on kernels whatever number stands beside which."""
+    output = rows.sigmoid(x)
+    return F.sigmoid(x) if output is None else output

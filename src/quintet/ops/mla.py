@@ -7,8 +7,8 @@ is kept. With W_UK and W_UV the maps of a head, and ⊕ joining the part that ca
     out   = Σ p (W_UV c_kv)                      = W_UV (Σ p c_kv)
 
 `expanded` computes the middle, `absorbed` the right-hand side: the same function at other costs,
-of which `latent_attention` takes the lower one. Where the maps are more than their weights, with an
-adapter or a hook on them, there is the middle alone.
+of which `latent_attention` takes the one that suits so many queries. Where the maps are more than
+their weights, with an adapter or a hook on them, there is the middle alone.
 
 Shapes here: q_nope (B, H, T, Dn), q_pe (B, H, T, Dr), c_kv (B, S, R), k_pe (B, S, Dr), and w_kv
 (H, Dn + Dv, R), a head's rows of W_UK before those of W_UV; `expand` maps c_kv by all of them, to
@@ -25,6 +25,7 @@ from torch import Tensor
 
 from quintet.kernels.attention import attend as attend_parts
 from quintet.kernels.latent import attend_latents
+from quintet.kernels.native import available
 from quintet.ops.attention import AttentionBackend, eager, in_range, sdpa
 from quintet.ops.masks import AttentionMask, masked
 
@@ -33,6 +34,9 @@ __all__ = ["BREAK_EVEN_QUERIES", "absorbed", "absorbs", "expanded", "latent_atte
 # For R = 512, Dn = Dv = 128, Dr = 64, as in all released models, and each head and key: expanding
 # a key costs 2·R·(Dn + Dv) FLOPs once, and saves each query 2·(2R + Dr) - 2·(Dn + Dr + Dv).
 BREAK_EVEN_QUERIES = 171
+# On kernels, which promise that a row does not see its mates (ADR 21): absorbing a text of so many
+# tokens without a past costs 2 % of its forward.
+MOST_ABSORBED = 128
 
 
 def absorbs(T: int, S: int) -> bool:
@@ -43,6 +47,13 @@ def absorbs(T: int, S: int) -> bool:
     a step of decoding is absorbed, and with a long past the queries decide alone.
     """
     return T * (S + BREAK_EVEN_QUERIES) < S * BREAK_EVEN_QUERIES
+
+
+def _chooses_absorbed(T: int, S: int, attend: AttentionBackend, dtype: torch.dtype) -> bool:
+    # Of a batch, S is the longest row's.
+    if attend is sdpa and dtype == torch.bfloat16 and available():
+        return T <= MOST_ABSORBED
+    return absorbs(T, S)
 
 
 def latent_attention(
@@ -66,7 +77,7 @@ def latent_attention(
     T = q_nope.shape[2]
     if attend is not eager and not mask.custom and c_kv.is_cpu:
         c_kv, k_pe, mask = _reachable(c_kv, k_pe, mask, T)
-    if w_kv is None or not absorbs(T, c_kv.shape[1]):
+    if w_kv is None or not _chooses_absorbed(T, c_kv.shape[1], attend, c_kv.dtype):
         return expanded(
             q_nope, q_pe, c_kv, k_pe, expand, mask, attend=attend, scale=scale, dropout=dropout
         )

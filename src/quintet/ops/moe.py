@@ -16,7 +16,7 @@ from quintet.kernels.gated import gated as kernel
 from quintet.kernels.grouped import grouped_silu_experts
 from quintet.kernels.linear import Matrix
 from quintet.kernels.routing import Rules, choose
-from quintet.ops.activations import Activation
+from quintet.ops.activations import Activation, gate_by
 from quintet.ops.grouped import grouped_linear
 from quintet.ops.transforms import recorded
 
@@ -172,8 +172,7 @@ def _by_expert(indices: Tensor, E: int) -> tuple[Tensor, Tensor]:
 
 def gated(gate_up: Tensor, act: Activation) -> Tensor:
     """Return act(gate) · up; gate_up (..., 2F), the gate first."""
-    gate, up = gate_up.chunk(2, dim=-1)
-    return act(gate) * up
+    return gate_by(act, *gate_up.chunk(2, dim=-1))
 
 
 def _zeros(x: Tensor) -> Tensor:

@@ -71,7 +71,11 @@ def rotary_angles(
     angles = positions * frequencies
     angles = torch.cat((angles, angles), dim=-1)
     factor = attention_factor(rope)
-    return angles.cos() * factor, angles.sin() * factor
+    if angles.is_cpu:
+        # In float32, a number's last bit depends on where in memory it stands (ADR 21).
+        angles = angles.double()
+    cos, sin = (turn.to(torch.float32) for turn in (angles.cos(), angles.sin()))
+    return cos * factor, sin * factor
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:

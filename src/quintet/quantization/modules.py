@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from quintet.errors import InputError
 from quintet.kernels.gated import gated as kernel
-from quintet.kernels.linear import Matrix
+from quintet.kernels.linear import Matrix, batch_invariant
 from quintet.layers.linear import LinearMap
 from quintet.layers.moe import Experts, ExpertStack
 from quintet.ops.activations import Activation
@@ -283,7 +283,9 @@ class QuantizedExperts(Quantized, ExpertStack):
         if self.format.cuts(rows):
             # What lies on top of each other is one matrix.
             parts = {s: self.held(name + s)[expert] for s in self.suffixes(name)}
-            return self.format.linear(x, parts, (P * rows, columns), None)
+            # A kernel for few vectors rounds differently, and how many there are is up to others.
+            many = WeightFormat if batch_invariant() else type(self.format)
+            return many.linear(self.format, x, parts, (P * rows, columns), None)
         maps = [(self.parts(name, (expert, p)), (rows, columns), None) for p in range(P)]
         return torch.cat(list(self.format.linears(x, maps)), dim=-1)
 

@@ -1,4 +1,4 @@
-// Attention of one query a head.
+// Attention of few queries a head, each by itself.
 #include <omp.h>
 
 #include "decode.h"
@@ -11,43 +11,46 @@ struct Steps {
 
 template <class T>
 struct Call {
-    i64 B, H, K, S, D, window;
+    i64 B, tokens, H, K, S, D, window;
     double scale;
-    Span<const T> q;  // (B, H, 1, D)
+    Span<const T> q;  // (B, H, tokens, D)
     Steps q_at;
     Span<const T> k;  // (B, K, S, D)
     Steps k_at;
     Span<const T> v;  // the same
     Steps v_at;
-    Span<T> out;  // (B, H, D)
+    Span<T> out;  // (B, tokens, H, D)
 
-    const i64* lengths() const { return behind<i64>(this); }  // (B) keys each row sees the end of
+    const i64* starts() const { return behind<i64>(this); }  // (B) the slot of each row's first query
     i64 size() const { return i64(sizeof(Call)) + 8 * B; }
     bool fits() const {
-        return B > 0 && K > 0 && H > 0 && H % K == 0 && D > 0 && D % 16 == 0 && window >= 0 &&
-               q.holds({{B, q_at.row}, {H, q_at.head}, {D, 1}}) &&
+        return B > 0 && tokens > 0 && K > 0 && H > 0 && H % K == 0 && D > 0 && D % 16 == 0 && window >= 0 &&
+               q.holds({{B, q_at.row}, {H, q_at.head}, {tokens, q_at.token}, {D, 1}}) &&
                k.holds({{B, k_at.row}, {K, k_at.head}, {S, k_at.token}, {D, 1}}) &&
-               v.holds({{B, v_at.row}, {K, v_at.head}, {S, v_at.token}, {D, 1}}) && out.holds(B * H * D) &&
-               std::all_of(lengths(), lengths() + B, [this](i64 n) { return 0 < n && n <= S; });
+               v.holds({{B, v_at.row}, {K, v_at.head}, {S, v_at.token}, {D, 1}}) && out.holds(B * tokens * H * D) &&
+               std::all_of(starts(), starts() + B, [this](i64 slot) { return 0 <= slot && slot <= S - tokens; });
     }
 };
 
 template <class T>
 void decode(const Call<T>& c) {
     const float scale = float(c.scale);
-    const i64 G = c.H / c.K, units = c.B * c.K, room = Partial::room(G, c.D), threads = omp_get_max_threads();
+    const i64 G = c.H / c.K, units = c.B * c.K * c.tokens, room = Partial::room(G, c.D), threads = omp_get_max_threads();
     const auto queries = [&](i64 unit) {
-        const i64 b = unit / c.K, kv = unit % c.K;
-        return Queries<T>{c.q + b * c.q_at.row + kv * G * c.q_at.head,
+        const i64 b = unit / (c.K * c.tokens), kv = unit / c.tokens % c.K;
+        return Queries<T>{c.q + b * c.q_at.row + kv * G * c.q_at.head + unit % c.tokens * c.q_at.token,
                           c.k + b * c.k_at.row + kv * c.k_at.head,
                           c.v + b * c.v_at.row + kv * c.v_at.head,
                           c.q_at.head, c.k_at.token, c.v_at.token, G, c.D};
     };
     const auto parts = [&](i64 unit) {
-        const i64 end = c.lengths()[unit / c.K];
+        const i64 end = c.starts()[unit / (c.K * c.tokens)] + unit % c.tokens + 1;
         return Parts(c.window ? std::max(i64(0), end - c.window) : 0, end);
     };
-    const auto out = [&](i64 unit) { return c.out + (unit / c.K * c.H + unit % c.K * G) * c.D; };
+    const auto out = [&](i64 unit) {
+        const i64 b = unit / (c.K * c.tokens), kv = unit / c.tokens % c.K;
+        return c.out + ((b * c.tokens + unit % c.tokens) * c.H + kv * G) * c.D;
+    };
     i64 keys = 0;
     std::vector<i64> firsts(size_t(units) + 1);
     for (i64 unit = 0; unit < units; ++unit) {

@@ -47,7 +47,7 @@ void gated(const Call<Matrix, T>& c) {
         const Share mine(C, me, threads);
         const i64 width = mine.to - mine.from;
         std::vector<float> sums(size_t(c.N * width));
-        sum_experts(c.experts, plan, of_hidden, mine.from, mine.to, sums, made);
+        sum_experts(c.experts, plan, c.N, of_hidden, mine.from, mine.to, sums, made);
         for (i64 n = 0; n < c.N; ++n)
             for (i64 i = 0; i < width; ++i)
                 narrow(sums[size_t(n * width + i)], c.y + n * C + mine.from + i);

@@ -1,6 +1,7 @@
 // Gated MLPs, one or many experts: y = Σ_e share_e · down_e (silu(gate_e x) · up_e x).
 #pragma once
 #include "integers.h"
+#include "rows.h"
 
 namespace {
 
@@ -81,11 +82,12 @@ struct Chosen {
 struct Plan {
     std::vector<Chosen> experts;
     std::vector<i64> tokens;
-    std::vector<float> shares;
+    std::vector<i64> places;  // (N, A) where a choice went
+    const float* shares;      // (N, A), null where every token goes to the one expert there is
 
-    // Of indices and shares (N, A); without any, every token goes to the one expert there is.
-    Plan(const i64* indices, const float* given, i64 N, i64 A, i64 E)
-        : tokens(size_t(N * A)), shares(size_t(N * A)) {
+    // Of indices and shares (N, A).
+    Plan(const i64* indices, const float* shares, i64 N, i64 A, i64 E)
+        : tokens(size_t(N * A)), places(size_t(N * A)), shares(shares) {
         std::vector<i64> counts(size_t(E) + 1);
         auto expert = [&](i64 i) { return size_t(indices ? indices[i] : 0); };
         for (i64 i = 0; i < N * A; ++i) ++counts[expert(i) + 1];
@@ -95,9 +97,8 @@ struct Plan {
             counts[size_t(e) + 1] += from;
         }
         for (i64 i = 0; i < N * A; ++i) {
-            const size_t at = size_t(counts[expert(i)]++);
-            tokens[at] = i / A;
-            shares[at] = given ? given[i] : 1.0f;
+            places[size_t(i)] = counts[expert(i)]++;
+            tokens[size_t(places[size_t(i)])] = i / A;
         }
     }
     i64 choices() const { return i64(tokens.size()); }
@@ -119,21 +120,26 @@ void gate_experts(const Experts& of, const Plan& plan, const Inputs<Matrix>& of_
     }
 }
 
-// Σ share · down h of each token, of the columns [from, to): sums (N, to - from) start at zero.
+// Σ share · down h of N tokens, of the columns [from, to), in the order in which a token chose its
+// experts: sums (N, to - from).
 template <class Matrix>
-void sum_experts(const Experts& of, const Plan& plan, const Inputs<Matrix>& of_hidden, i64 from, i64 to,
+void sum_experts(const Experts& of, const Plan& plan, i64 N, const Inputs<Matrix>& of_hidden, i64 from, i64 to,
                  std::vector<float>& sums, std::vector<float>& made) {
-    const i64 width = to - from;
+    const i64 width = to - from, A = plan.choices() / N;
     made.resize(size_t(plan.choices() * width));
     for (const Chosen& run : plan.experts)
         expert<Matrix>(of.down, run.expert, of.F)
             .rows(of_hidden.of.data() + run.from, run.to - run.from, from, to,
                   {made.data() + run.from * width, width, from});
-    for (i64 p = 0; p < plan.choices(); ++p) {
-        float* at = sums.data() + plan.tokens[size_t(p)] * width;
-        const float share = plan.shares[size_t(p)];
-        for (i64 i = 0; i < width; ++i) at[i] += share * made[size_t(p * width + i)];
-    }
+    for (i64 n = 0; n < N; ++n)
+        each_vector<float>(width, [&](i64 i, auto last) {
+            F y = zero();
+            for (i64 a = n * A; a < (n + 1) * A; ++a) {
+                const F one = get(made.data() + plan.places[size_t(a)] * width, i, width, last);
+                y = fma(all(plan.shares ? plan.shares[a] : 1.0f), one, y);
+            }
+            set(sums.data() + n * width, i, width, y, last);
+        });
 }
 
 }  // namespace

@@ -9,7 +9,7 @@
 namespace {
 
 constexpr i64 BLOCK = 288;  // tokens at most that go through an expert together
-constexpr i64 MADE = i64(32) << 20;  // bytes of experts' outputs that wait to be summed
+constexpr i64 MADE = i64(64) << 20;  // bytes of experts' outputs that wait to be summed
 
 // x (N, C), indices and shares (N, A), gate_up (E, 2F, C), down (E, C, F), out (N, C).
 struct Grouped {
@@ -48,7 +48,7 @@ struct Panels {
     }
 };
 
-void run(const Grouped& g, const Job& job, i64 next_expert, const bf16* x, const i64* slots, bf16* made) {
+void run(const Grouped& g, const Job& job, i64 next_expert, const bf16* x, const i64* slots, float* made) {
     static thread_local Scratch scratch;
     const i64 n = job.count, C = g.C, F_ = g.F, wide = row_size(C), narrow = row_size(F_);
     const i64 packed = std::max(panel_size(C), panel_size(F_)), tiles = (n + TILE - 1) / TILE;
@@ -77,10 +77,12 @@ void run(const Grouped& g, const Job& job, i64 next_expert, const bf16* x, const
                          });
             } else {
                 const i64* slot = slots + job.from + m;
-                bf16* y = made + (p - panels.gates()) * 2 * LANES;
+                float* y = made + (p - panels.gates()) * 2 * LANES;
                 few_rows(size, w, hidden + m * narrow, I, ahead,
                          [&](int r, F low, F high) __attribute__((always_inline)) {
-                             store_both(y + slot[r] * C, low, high, columns);
+                             float* to = y + slot[r] * C;
+                             store(to, low, std::min<i64>(LANES, columns));
+                             if (columns > LANES) store(to + LANES, high, columns - LANES);
                          });
             }
         }
@@ -108,13 +110,13 @@ std::vector<Job> sort(const i64* indices, i64 count, i64 E, std::vector<i64>* sl
 }
 
 // Experts are added in the order in which a token chose them, whatever the threads do.
-void add_up(const Grouped& g, i64 token, const bf16* made) {
+void add_up(const Grouped& g, i64 token, const float* made) {
     const float* shares = g.shares + token * g.A;
     for (i64 c = 0; c < g.C; c += LANES) {
         const i64 m = std::min<i64>(LANES, g.C - c);
         F y = zero();
         for (i64 a = 0; a < g.A; ++a) {
-            const bf16* from = made + a * g.C + c;
+            const float* from = made + a * g.C + c;
             y = fma(all(shares[a]), m == LANES ? load(from) : load(from, m), y);
         }
         store(g.out + token * g.C + c, y, m);
@@ -123,10 +125,10 @@ void add_up(const Grouped& g, i64 token, const bf16* made) {
 
 void grouped(const Grouped& g) {
     static thread_local Scratch scratch;
-    const i64 most = std::max<i64>(256, MADE / (2 * g.C * g.A));
+    const i64 most = std::max<i64>(256, MADE / (4 * g.C * g.A));
     const i64 room = std::min(g.N, most) * g.A * g.C;
-    scratch.open(Scratch::room<bf16>(room));
-    bf16* made = scratch.take<bf16>(room);
+    scratch.open(Scratch::room<float>(room));
+    float* made = scratch.take<float>(room);
     std::vector<i64> slots;
     for (i64 first = 0; first < g.N; first += most) {
         const i64 n = std::min(most, g.N - first);

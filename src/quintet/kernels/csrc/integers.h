@@ -1,8 +1,9 @@
 // Matrices of 8-bit and 4-bit integers.
 //
-// A vector is rounded to 16-bit integers, each 64 neighbours with a scale of their own, which is
-// 2^-16 of the largest of them: far finer than the bfloat16 it comes in. Its products with 8-bit
-// weights are summed exactly in 32 bits over a group, then scaled and added in float32.
+// A vector is rounded to 16-bit integers, each 256 neighbours with a scale of their own, or each 64
+// where the numbers of one 64 are far larger than those of another: always far finer than the bfloat16
+// it comes in. Its products with 8-bit weights are summed exactly in 32 bits over what has one scale,
+// those with 4-bit weights over 64, then scaled and added in float32.
 #pragma once
 #include "matrix.h"
 
@@ -11,7 +12,7 @@ namespace {
 // How far ahead of its use a line of integers is asked for, in bytes, into the second cache: the
 // first has too few places for lines on their way, and they then come at half the speed.
 constexpr i64 AHEAD = 8192;
-constexpr i64 GROUP = 64;
+constexpr i64 GROUP = 64, SPAN = 256;
 
 #if defined(__AVX512F__) && defined(__AVX512BW__) && defined(__AVX512VL__) && defined(__AVX512DQ__)
 constexpr int HALVES = 1;  // vectors of 16-bit integers that hold 32 of them
@@ -35,6 +36,7 @@ inline Words pair_products(Words sum, Words a, Words b) {
 }
 inline F to_float(Words x) { return _mm512_cvtepi32_ps(x); }
 inline Words ones() { return _mm512_set1_epi16(1); }
+inline Words add_words(Words a, Words b) { return _mm512_add_epi32(a, b); }
 inline F load_bytes(const int8_t* p) {
     return _mm512_cvtepi32_ps(
         _mm512_cvtepi8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))));
@@ -71,6 +73,7 @@ inline Words pair_products(Words sum, Words a, Words b) {
 }
 inline F to_float(Words x) { return _mm256_cvtepi32_ps(x); }
 inline Words ones() { return _mm256_set1_epi16(1); }
+inline Words add_words(Words a, Words b) { return _mm256_add_epi32(a, b); }
 inline F load_bytes(const int8_t* p) {
     return _mm256_cvtepi32_ps(
         _mm256_cvtepi8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p))));
@@ -92,36 +95,54 @@ inline void store_words(int16_t* p, F x) {
 #endif
 constexpr int WORDS = 32 / HALVES;  // 16-bit integers a vector holds
 
-// A vector in groups of 64 neighbours, x ≈ values · scale, with zeros behind its end. `offset` is
-// what weights stored as w + 8 make of it too much, -8 · Σ values · scale. Scales and offsets come
+// A vector in groups of 64 neighbours, x ≈ values · scale, with zeros behind its end. Four groups are a
+// span, of which `splits` says whether they have scales of their own. `offset` is what weights stored as w + 8 make of it too much, -8 · Σ values · scale. Scales and offsets come
 // in whole vectors: zeros behind the last group's.
 struct Rounded {
     const int16_t* values;
     const float* scale;
     const float* offset;
+    const char* splits;
 
     const int16_t* group(i64 g) const { return values + g * GROUP; }
 };
 
+// A scale serves a group if the largest of what it serves is at most so many times the group's own.
+constexpr float ALIKE = 16.0f;
+
+// The n numbers of a span.
 template <class T>
-void quantize(const T* x, i64 n, int16_t* rounded, float* scale, float* offset) {
-    F values[GROUP / LANES], most = zero(), sick = zero();
-    for (i64 j = 0; j < GROUP / LANES; ++j) {
-        const i64 left = n - j * LANES;
-        const T* p = x + j * LANES;
-        const F v = left >= LANES ? load(p) : left > 0 ? load(p, left) : zero();
-        values[j] = v;
-        most = max(most, max(v, sub(zero(), v)));
-        sick = fma(v, zero(), sick);
+void quantize(const T* x, i64 n, int16_t* rounded, float* scale, float* offset, char* splits) {
+    constexpr i64 VECTORS = GROUP / LANES;
+    F values[SPAN / LANES], sick = zero();
+    const i64 groups = (n + GROUP - 1) / GROUP;
+    float tops[SPAN / GROUP], top = 0.0f;
+    for (i64 g = 0; g < groups; ++g) {
+        F most = zero();
+        for (i64 j = g * VECTORS; j < (g + 1) * VECTORS; ++j) {
+            const i64 left = n - j * LANES;
+            const T* p = x + j * LANES;
+            const F v = left >= LANES ? load(p) : left > 0 ? load(p, left) : zero();
+            values[j] = v;
+            most = max(most, max(v, sub(zero(), v)));
+            sick = fma(v, zero(), sick);
+        }
+        tops[g] = largest(most);
+        top = std::max(top, tops[g]);
     }
+    *splits = 0;
+    for (i64 g = 0; g < groups; ++g) *splits |= char(tops[g] > 0 && top > ALIKE * tops[g]);
     // A group of zeros stays one; an infinity or a NaN makes NaN of every product.
-    const float top = largest(most), by = top > 0 ? 32767.0f / top : 0.0f;
-    *scale = top / 32767.0f + sum(sick);
-    Words total = no_words();
-    for (i64 j = 0; j < GROUP / LANES; ++j) store_words(rounded + j * LANES, mul(values[j], all(by)));
-    for (int h = 0; h < 2 * HALVES; ++h)
-        total = pair_products(total, words(rounded + h * WORDS), ones());
-    *offset = -8.0f * sum(to_float(total)) * *scale;
+    const float broken = sum(sick);
+    for (i64 g = 0; g < groups; ++g) {
+        const float most = *splits ? tops[g] : top, by = most > 0 ? 32767.0f / most : 0.0f;
+        for (i64 j = g * VECTORS; j < (g + 1) * VECTORS; ++j) store_words(rounded + j * LANES, mul(values[j], all(by)));
+        Words total = no_words();
+        for (int h = 0; h < 2 * HALVES; ++h)
+            total = pair_products(total, words(rounded + g * GROUP + h * WORDS), ones());
+        scale[g] = most / 32767.0f + broken;
+        offset[g] = -8.0f * sum(to_float(total)) * scale[g];
+    }
 }
 
 // 64 weights, widened.
@@ -150,62 +171,82 @@ struct Int8 {
     static Bytes bytes(i64 O, i64 I, i64) { return {O * I, O * i64(sizeof(float))}; }
 
     void rows(const Input* x, i64 M, i64 from, i64 to, const Products& put) const {
-        constexpr int MOST = LANES == 16 ? 6 : 2;
-        if (M == 1) {
-            for (i64 o = from; o < to; ++o) block<1, 1, true>(x, 0, o, put);
-            return;
-        }
+        constexpr int MOST = LANES == 16 ? 4 : 2, ROWS = LANES == 16 ? 4 : 2;
         i64 o = from;
-        for (; o + 2 <= to; o += 2)
-            in_blocks<MOST>(M, [&](i64 m, auto n) { block<2, n(), false>(x, m, o, put); });
+        for (; M > 1 && o + ROWS <= to; o += ROWS)
+            in_blocks<MOST>(M, [&](i64 m, auto n) { block<ROWS, n()>(x, m, o, put); });
         for (; o < to; ++o)
-            in_blocks<MOST>(M, [&](i64 m, auto n) { block<1, n(), false>(x, m, o, put); });
+            in_blocks<MOST>(M, [&](i64 m, auto n) { block<1, n()>(x, m, o, put); });
     }
 
   private:
-    static Wide wide(const int8_t* p) {
-        Wide w;
-        for (int h = 0; h < 2 * HALVES; ++h) w.parts[h] = widen_signed(p + h * WORDS);
-        return w;
-    }
-
-    template <int R, int MB, bool LINE>
+    // R rows by MB vectors, whose products are integers over a span. What is fetched meanwhile lies ahead
+    // of a single row, or is the next R rows in the order in which memory has them.
+    template <int R, int MB>
     void block(const Input* x, i64 m0, i64 o, const Products& put) const {
         const int8_t* p = q + o * I;
         const int8_t* next = p + R * I;
-        F acc[R][MB];
-        for (int r = 0; r < R; ++r)
-            for (int m = 0; m < MB; ++m) acc[r][m] = zero();
-        const i64 whole = I / GROUP;
-        for (i64 g = 0; g < whole; ++g) {
-            Wide w[R];
-#pragma GCC unroll 2
-            for (int r = 0; r < R; ++r) {
-                if (LINE) prefetch<_MM_HINT_T1>(p + g * GROUP, AHEAD);
-                else if (m0 == 0) prefetch<_MM_HINT_T1>(next + (g * R + r) * GROUP, 0);
-                w[r] = wide(p + r * I + g * GROUP);
-            }
-#pragma GCC unroll 6
-            for (int m = 0; m < MB; ++m) {
-                const Rounded& xm = x[m0 + m];
-                const F by = all(xm.scale[g]);
-#pragma GCC unroll 2
+        // Integers have one sum whatever the order: of few, several at a time.
+        constexpr int WAYS = R * MB == 1 ? 4 : R * MB <= 8 ? 2 : 1;
+        alignas(64) float acc[R][MB][LANES] = {};
+        for (i64 start = 0; start < I; start += SPAN) {
+            Words all_sums[WAYS][R][MB];
+            for (auto& sums : all_sums)
                 for (int r = 0; r < R; ++r)
-                    acc[r][m] = fma(products(w[r], xm.group(g)), by, acc[r][m]);
-            }
-        }
-        if (whole * GROUP < I)
-            for (int r = 0; r < R; ++r) {
-                alignas(64) int8_t rest[GROUP] = {};
-                std::memcpy(rest, p + r * I + whole * GROUP, size_t(I - whole * GROUP));
-                const Wide w = wide(rest);
+                    for (int m = 0; m < MB; ++m) sums[r][m] = no_words();
+            const auto step = [&](const int8_t* from, i64 apart, i64 at, Words (&sums)[R][MB]) __attribute__((always_inline)) {
+                Words w[R];
+#pragma GCC unroll 4
+                for (int r = 0; r < R; ++r) w[r] = widen_signed(from + r * apart);
+#pragma GCC unroll 6
                 for (int m = 0; m < MB; ++m) {
-                    const Rounded& xm = x[m0 + m];
-                    acc[r][m] = fma(products(w, xm.group(whole)), all(xm.scale[whole]), acc[r][m]);
+                    const Words xm = words(x[m0 + m].values + at);
+#pragma GCC unroll 4
+                    for (int r = 0; r < R; ++r) sums[r][m] = pair_products(sums[r][m], w[r], xm);
                 }
+            };
+            // The registers are for the integers.
+            if (R * MB > 8) asm volatile("" : : "r"(&acc[0][0][0]) : "memory");
+            const auto add_up = [&](int m, float by) __attribute__((always_inline)) {
+#pragma GCC unroll 4
+                for (int r = 0; r < R; ++r) {
+                    Words total = all_sums[0][r][m];
+                    for (int way = 1; way < WAYS; ++way) total = add_words(total, all_sums[way][r][m]);
+                    store(acc[r][m], fma(to_float(total), all(by), load(acc[r][m])));
+                    for (auto& sums : all_sums) sums[r][m] = no_words();
+                }
+            };
+            const auto end_group = [&](i64 at) __attribute__((always_inline)) {
+#pragma GCC unroll 4
+                for (int m = 0; m < MB; ++m)
+                    if (__builtin_expect(x[m0 + m].splits[start / SPAN], 0)) add_up(m, x[m0 + m].scale[at / GROUP]);
+            };
+            const i64 end = std::min(start + SPAN, I);
+            i64 i = start;
+            for (; i + GROUP <= end; i += GROUP) {
+                if (R == 1) prefetch<_MM_HINT_T1>(p + i, AHEAD);
+                else if (m0 == 0)
+                    for (int r = 0; r < R; ++r) prefetch<_MM_HINT_T1>(next + i * R + r * GROUP, 0);
+#pragma GCC unroll 4
+                for (int h = 0; h < 2 * HALVES; ++h) step(p + i + h * WORDS, I, i + h * WORDS, all_sums[h % WAYS]);
+                end_group(i);
             }
-        for (int m = 0; m < MB; ++m)
-            for (int r = 0; r < R; ++r) put(m0 + m, o + r, sum(acc[r][m]) * scale[o + r]);
+            if (i < end) {
+                alignas(64) int8_t rest[R][GROUP] = {};
+                for (int r = 0; r < R; ++r) std::memcpy(rest[r], p + r * I + i, size_t(end - i));
+                for (int h = 0; h < 2 * HALVES; ++h) step(rest[0] + h * WORDS, GROUP, i + h * WORDS, all_sums[h % WAYS]);
+                end_group(i);
+            }
+#pragma GCC unroll 4
+            for (int m = 0; m < MB; ++m)
+                if (!x[m0 + m].splits[start / SPAN]) add_up(m, x[m0 + m].scale[start / GROUP]);
+        }
+        for (int m = 0; m < MB; ++m) {
+            float made[R];
+            const auto lanes = [&](int r) { return load(acc[r][m]); };
+            row_sums<R>(lanes, made);
+            for (int r = 0; r < R; ++r) put(m0 + m, o + r, made[r] * scale[o + r]);
+        }
     }
 };
 
@@ -296,16 +337,18 @@ struct Int4 {
 struct QuantizedInputs {
     std::vector<Words> values;  // of a type that is aligned as loads want it
     std::vector<float> scales, offsets;
+    std::vector<char> splits;
     std::vector<Rounded> of;
 
     QuantizedInputs(i64 M, i64 I)
         : values(size_t(M * groups(I) * 2 * HALVES)),
           scales(size_t(M * room(I))),
           offsets(size_t(M * room(I))),
+          splits(size_t(M * spans(I))),
           of(size_t(M)) {
         for (i64 m = 0; m < M; ++m)
             of[size_t(m)] = {group(m * groups(I)), scales.data() + m * room(I),
-                             offsets.data() + m * room(I)};
+                             offsets.data() + m * room(I), splits.data() + m * spans(I)};
     }
     template <class T>
     QuantizedInputs(const T* x, i64 M, i64 I, i64) : QuantizedInputs(M, I) {
@@ -315,16 +358,17 @@ struct QuantizedInputs {
     template <class T>
     void fill(const T* x, i64 M, i64 I, i64 thread, i64 threads) {
         const i64 G = groups(I);
-        const Share mine(M * G, thread, threads);
+        const Share mine(M * spans(I), thread, threads);
         for (i64 at = mine.from; at < mine.to; ++at) {
-            const i64 m = at / G, g = at % G, start = g * GROUP;
-            quantize(x + m * I + start, std::min(GROUP, I - start), group(at),
-                     &scales[size_t(m * room(I) + g)], &offsets[size_t(m * room(I) + g)]);
+            const i64 m = at / spans(I), start = at % spans(I) * SPAN, g = start / GROUP;
+            quantize(x + m * I + start, std::min(SPAN, I - start), group(m * G + g),
+                     &scales[size_t(m * room(I) + g)], &offsets[size_t(m * room(I) + g)], &splits[size_t(at)]);
         }
     }
 
   private:
     static i64 groups(i64 I) { return (I + GROUP - 1) / GROUP; }
+    static i64 spans(i64 I) { return (I + SPAN - 1) / SPAN; }
     static i64 room(i64 I) { return (groups(I) + LANES - 1) / LANES * LANES; }
     int16_t* group(i64 at) {
         return reinterpret_cast<int16_t*>(values.data() + at * 2 * HALVES);

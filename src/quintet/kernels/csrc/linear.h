@@ -1,6 +1,7 @@
 // y = W x + b of few vectors, by parts of all rows of several W.
 #pragma once
 #include "integers.h"
+#include "rows.h"
 
 namespace {
 
@@ -57,11 +58,14 @@ void map_rows(const Map<T>* maps, i64 count, const typename Matrix::Input* x, i6
             const T* bias = map.bias();
             made.resize(size_t(M * width));
             matrix(map, I, static_cast<Matrix*>(nullptr)).rows(x, M, from, to, {made.data(), width, from});
-            for (i64 m = 0; m < M; ++m)
-                for (i64 i = 0, o = from; o < to; ++i, ++o) {
-                    const float y = made[size_t(m * width + i)];
-                    narrow(bias ? y + widen(bias[o]) : y, map.y + m * map.O() + o);
-                }
+            for (i64 m = 0; m < M; ++m) {
+                const float* sums = made.data() + m * width;
+                T* y = map.y + m * map.O() + from;
+                each_vector<T>(width, [&](i64 i, auto last) {
+                    const F sum = get(sums, i, width, last);
+                    set(y, i, width, bias ? add(sum, get(bias + from, i, width, last)) : sum, last);
+                });
+            }
         }
         before += map.O();
     }

@@ -50,6 +50,15 @@ inline void in_blocks(i64 M, Fn&& fn) {
     }
 }
 
+// The sums of `lanes(r)` for R rows.
+template <int R, class Lanes>
+__attribute__((always_inline)) inline void row_sums(const Lanes& lanes, float* to) {
+    if constexpr (R == 4) sums(lanes(0), lanes(1), lanes(2), lanes(3), to);
+    else
+#pragma GCC unroll 4
+        for (int r = 0; r < R; ++r) to[r] = sum(lanes(r));
+}
+
 // W (O, I) as it is.
 template <class T>
 struct Plain {
@@ -109,8 +118,12 @@ struct Plain {
                 for (int r = 0; r < R; ++r)
                     acc[r][m] = C::dot_to(acc[r][m], C::at(p + r * stride + i, I - i),
                                           C::at(x[m0 + m] + i, I - i));
-        for (int m = 0; m < MB; ++m)
-            for (int r = 0; r < R; ++r) put(m0 + m, o + r, sum(acc[r][m]));
+        for (int m = 0; m < MB; ++m) {
+            float made[R];
+            const auto lanes = [&](int r) { return acc[r][m]; };
+            row_sums<R>(lanes, made);
+            for (int r = 0; r < R; ++r) put(m0 + m, o + r, made[r]);
+        }
     }
 
     // The same sums by panels of rows, each read once for all vectors.

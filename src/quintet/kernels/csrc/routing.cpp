@@ -51,8 +51,12 @@ struct ChoiceCall {
 template <class T>
 void choose(const ChoiceCall<T>& c) {
     const i64 E = c.rules.E, A = c.rules.A;
-    Router router(c.rules);
-    for (i64 n = 0; n < c.N; ++n) router.choose(c.logits + n * E, c.indices + n * A, c.weights + n * A);
+#pragma omp parallel if (c.N * E >= FEW)
+    {
+        Router router(c.rules);
+#pragma omp for schedule(static)
+        for (i64 n = 0; n < c.N; ++n) router.choose(c.logits + n * E, c.indices + n * A, c.weights + n * A);
+    }
 }
 
 }  // namespace

@@ -1,9 +1,7 @@
 // How well each expert suits a token, and which ones it goes to. One thread computes what it is
 // asked for; a running team shares the experts, or the tokens, out among its threads.
 #pragma once
-#include <vector>
-
-#include "span.h"
+#include "matrix.h"
 
 namespace {
 
@@ -16,17 +14,31 @@ struct Logits {
     i64 N, E, C, x_row, weight_row;
 
     void run(i64 from, i64 to) const {
-        for (i64 e = from; e < to; ++e) {
-            const T* w = weight + e * weight_row;
-            for (i64 n = 0; n < N; ++n) {
-                const T* of = x + n * x_row;
-                F total = zero();
-                i64 i = 0;
-                for (; i + LANES <= C; i += LANES) total = fma(load(of + i), load(w + i), total);
-                if (i < C) total = fma(load(of + i, C - i), load(w + i, C - i), total);
-                y[n * E + e] = sum(total);
+        constexpr int MOST = LANES == 16 ? 6 : 2;
+        i64 e = from;
+        for (; e + 4 <= to; e += 4) in_blocks<MOST>(N, [&](i64 n, auto some) { block<4, some()>(e, n); });
+        for (; e < to; ++e) in_blocks<MOST>(N, [&](i64 n, auto some) { block<1, some()>(e, n); });
+    }
+
+  private:
+    template <int R, int NB>
+    void block(i64 e, i64 n) const {
+        F acc[R][NB];
+        for (int r = 0; r < R; ++r)
+            for (int m = 0; m < NB; ++m) acc[r][m] = zero();
+        const auto step = [&](i64 i, auto... rest) __attribute__((always_inline)) {
+            F w[R];
+            for (int r = 0; r < R; ++r) w[r] = load(weight + (e + r) * weight_row + i, rest...);
+            for (int m = 0; m < NB; ++m) {
+                const F of = load(x + (n + m) * x_row + i, rest...);
+                for (int r = 0; r < R; ++r) acc[r][m] = fma(of, w[r], acc[r][m]);
             }
-        }
+        };
+        i64 i = 0;
+        for (; i + LANES <= C; i += LANES) step(i);
+        if (i < C) step(i, C - i);
+        for (int m = 0; m < NB; ++m)
+            for (int r = 0; r < R; ++r) y[(n + m) * E + e + r] = sum(acc[r][m]);
     }
 };
 

@@ -90,17 +90,45 @@ struct GateCall {
     }
 };
 
-template <class T>
-void silu_mul(const GateCall<T>& c) {
+// act(gate, up, where gate lies) of all numbers.
+template <class T, class Fn>
+void gate_by(const GateCall<T>& c, const Fn& act) {
     const i64 width = c.width;
 #pragma omp parallel for if (c.rows > 1 && c.rows * width >= FEW) schedule(static)
     for (i64 r = 0; r < c.rows; ++r) {
         const T *g = c.gate + r * width, *u = c.up + r * width;
         T* y = c.y + r * width;
         each_vector<T>(width, [&](i64 i, auto last) {
-            set(y, i, width, mul(silu(get(g, i, width, last)), get(u, i, width, last)), last);
+            set(y, i, width, act(get(g, i, width, last), get(u, i, width, last), g), last);
         });
     }
+}
+
+template <class T>
+void silu_mul(const GateCall<T>& c) {
+    gate_by(c, [](F gate, F up, const T*) { return mul(silu(gate), up); });
+}
+
+// Rounded between the two, as the block that layers share does.
+template <class T>
+void gelu_mul(const GateCall<T>& c) {
+    gate_by(c, [](F gate, F up, const T* as) { return mul(round_to(gelu(gate), as), up); });
+}
+
+template <class T>
+struct SigmoidCall {
+    i64 n;
+    Span<const T> x;
+    Span<T> y;
+
+    i64 size() const { return sizeof(SigmoidCall); }
+    bool fits() const { return n >= 0 && x.holds(n) && y.holds(n); }
+};
+
+// Number by number: a vector's tail would be computed another way.
+template <class T>
+void sigmoid(const SigmoidCall<T>& c) {
+    for (i64 i = 0; i < c.n; ++i) narrow(1.0f / (1.0f + std::exp(-widen(c.x[i]))), c.y + i);
 }
 
 }  // namespace
@@ -111,3 +139,5 @@ QUINTET_ENTRY(rotate_bf16, RotateCall<bf16>, rotate)
 QUINTET_ENTRY(rotate_f32, RotateCall<float>, rotate)
 QUINTET_ENTRY(silu_mul_bf16, GateCall<bf16>, silu_mul)
 QUINTET_ENTRY(silu_mul_f32, GateCall<float>, silu_mul)
+QUINTET_ENTRY(gelu_mul_bf16, GateCall<bf16>, gelu_mul)
+QUINTET_ENTRY(sigmoid_bf16, SigmoidCall<bf16>, sigmoid)

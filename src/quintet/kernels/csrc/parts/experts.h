@@ -49,7 +49,8 @@ class ExpertsPart {
         const std::vector<float> shares = shares_of_shared(normed.rows.data());
 #pragma omp barrier
         // Each thread for itself: to wait for one takes as long.
-        const Plan plan = chosen();
+        std::vector<float> weights(size_t(N * f_.rules.A));
+        const Plan plan = chosen(weights);
         gate_experts(f_.experts, plan, normed.inputs, me.thread, me.threads, hidden_, me.made);
 #pragma omp barrier
         add(me, plan, shares);
@@ -82,10 +83,9 @@ class ExpertsPart {
         return shares;
     }
 
-    Plan chosen() const {
+    Plan chosen(std::vector<float>& weights) const {
         const i64 N = s_.all(), E = f_.rules.E, A = f_.rules.A;
         std::vector<i64> indices(size_t(N * A));
-        std::vector<float> weights(size_t(N * A));
         Router router(f_.rules);
         for (i64 n = 0; n < N; ++n) {
             i64* to = indices.data() + n * A;
@@ -102,7 +102,7 @@ class ExpertsPart {
         const i64 width = mine.to - mine.from;
         if (!width) return;
         std::vector<float> routed(size_t(N * width)), shared(size_t(N * width));
-        sum_experts(f_.experts, plan, taken_in<Matrix>(hidden_, P, f_.experts.F), mine.from, mine.to,
+        sum_experts(f_.experts, plan, N, taken_in<Matrix>(hidden_, P, f_.experts.F), mine.from, mine.to,
                     routed, me.made);
         if (f_.F)
             matrix_of<Matrix, T>(f_.down, f_.F)

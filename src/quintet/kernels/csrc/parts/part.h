@@ -101,9 +101,12 @@ struct Member {
     // to += y, of the columns that are this thread's of C.
     void add(const T* y, T* to, i64 C) const {
         const Share mine = share(C);
-        for (i64 m = 0; m < s.all(); ++m)
-            for (i64 i = m * C + mine.from; i < m * C + mine.to; ++i)
-                narrow(widen(to[i]) + widen(y[i]), to + i);
+        const i64 n = mine.to - mine.from;
+        for (i64 m = 0; m < s.all(); ++m) {
+            T* sum = to + m * C + mine.from;
+            const T* more = y + m * C + mine.from;
+            each_vector<T>(n, [&](i64 i, auto last) { set(sum, i, n, ::add(get(sum, i, n, last), get(more, i, n, last)), last); });
+        }
     }
 
     // to += W of `inputs`, with `added` (M, O) as room; all see it behind this.
