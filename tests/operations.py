@@ -53,7 +53,7 @@ def seen_by(start: Tensor, T: int, S: int) -> AttentionMask:
 def attention(q: Tensor, k: Tensor, v: Tensor) -> Any:
     T, S = q.shape[-2], k.shape[-2]
     seen = seen_by(torch.tensor([S - T, max(S - T - 3, 0)]), T, S)
-    return first_of(sdpa, q=q, k=k, v=v, seen=seen, scale=0.3, dropout=0.0)
+    return first_of(sdpa, q=q, k=k, v=v, mask=seen, scale=0.3, dropout=0.0)
 
 
 def first_of(run: Run, **inputs: Any) -> Any:
@@ -82,7 +82,7 @@ def expanding(w_kv: Tensor, **inputs: Tensor) -> Any:
 def how(q_nope: Tensor, c_kv: Tensor, **_: Tensor) -> dict[str, Any]:
     T, S = q_nope.shape[-2], c_kv.shape[-2]
     seen = seen_by(torch.tensor([S - T, max(S - T - 3, 0)]), T, S)
-    return {"seen": seen, "attend": sdpa, "scale": 0.2, "dropout": 0.0}
+    return {"mask": seen, "attend": sdpa, "scale": 0.2, "dropout": 0.0}
 
 
 def by(w_kv: Tensor) -> Callable[[Tensor], Tensor]:
