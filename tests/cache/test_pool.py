@@ -146,15 +146,23 @@ class Pools(RuleBasedStateMachine):
         self.forward([[self.new() for _ in range(n)] for n in lengths[: len(self.texts)]])
 
     @precondition(lambda self: self.some_rows() and self.recurs)
-    @rule(data=st.data())
-    def fail(self, data: st.DataObject) -> None:
-        """A forward that fails halfway; every row has to go back."""
-        self.forward([[self.new()] for _ in self.texts], fails=True)
-        for row in sorted(self.texts):
+    @rule(data=st.data(), lengths=st.lists(st.integers(0, 2), min_size=R, max_size=R))
+    def fail(self, data: st.DataObject, lengths: list[int]) -> None:
+        """A forward that fails halfway; every row that had tokens in it has to go back."""
+        given = lengths[: len(self.texts)]
+        rows = dict(zip(self.pool.rows, given, strict=True))
+        if not self.forward([[self.new() for _ in range(n)] for n in given], fails=True):
+            return
+        for row, tokens in rows.items():
+            if not tokens:
+                self.marks[row].add(self.pool.snapshot_row(row))
+                continue
+            with pytest.raises(InputError, match="failed halfway"):
+                self.pool.snapshot_row(row)
             if data.draw(st.booleans()):
                 self.free_again(row)
             else:
-                self.back(row, len(self.texts[row]))
+                self.back(row, len(self.texts[row]), torn=True)
 
     @precondition(some_rows)
     @rule(data=st.data())
@@ -287,8 +295,7 @@ class Pools(RuleBasedStateMachine):
         self.pool.free(row)
         del self.texts[row], self.marks[row]
 
-    def back(self, row: int, length: int) -> None:
-        torn = self.pool._table[self.pool.index(row)].torn or self.pool._forward_unfinished
+    def back(self, row: int, length: int, *, torn: bool = False) -> None:
         reached = self.pool.rewind(row, length)
         expected = length
         if self.recurs and (torn or length != len(self.texts[row])):
@@ -296,13 +303,13 @@ class Pools(RuleBasedStateMachine):
         assert reached == expected
         self.cut(row, reached)
 
-    def forward(self, tokens: list[list[int]], joins: bool = False, fails: bool = False) -> None:
-        """Run what layers would keep of tokens, in the order of the pool's rows."""
+    def forward(self, tokens: list[list[int]], joins: bool = False, fails: bool = False) -> bool:
+        """Run what layers would keep of tokens, in the order of the pool's rows, if they fit."""
         taken = [len(new) for new in tokens]
         B, T = len(tokens), max(taken)
         held = [0] * B if joins else [len(self.texts[row]) for row in self.pool.rows]
         if max(n + new for n, new in zip(held, taken, strict=True)) > CAPACITY or not T:
-            return
+            return False
         counts = None if min(taken) == T else torch.tensor(taken)
         with torch.no_grad():
             whole = self.pool.segment(B, T, CPU, counts)
@@ -320,12 +327,13 @@ class Pools(RuleBasedStateMachine):
                         slot = self.pool.recurrent(layer, torch.zeros(B, T, C))
                         slot.update(window, state, segment)
                         if fails:
-                            return
+                            return True
                     if layer in self.attends:
                         self.attend(layer, tokens[rows], texts[rows], segment)
             self.pool.advance(whole)
         for row, text in zip(self.pool.rows, texts, strict=True):
             self.texts[row] = text
+        return True
 
     def attend(
         self, layer: int, tokens: list[list[int]], texts: list[list[int]], segment: Segment

@@ -65,8 +65,6 @@ class PooledCache(Cache):
         make = memory or DenseRows
         table = self._table = RowTable(rows)
         self.capacity = capacity
-        # The rows of a forward that has not ended.
-        self._running: list[Row] = []
         self._kept = kept = RowMemories()
 
         def attention() -> RowMemory:
@@ -261,7 +259,8 @@ class PooledCache(Cache):
             )
         if not len(self._table):
             self._join(batch)
-        self._running = [row for row, tokens in zip(self._table, taken, strict=True) if tokens]
+        for row, tokens in zip(self._table, taken, strict=True):
+            row.taking = tokens
         self._clear(ends, needed)
         return replace(whole, keys=needed)
 
@@ -269,8 +268,8 @@ class PooledCache(Cache):
         """Count the tokens of all rows that every layer has stored."""
         super().advance(segment)
         self._counted()
-        self._running = []
         for row in self._table:
+            row.taking = 0
             row.finite = max(row.finite, whole_blocks(segment.keys, self.capacity))
 
     @property
@@ -333,7 +332,6 @@ class PooledCache(Cache):
     def reset(self) -> None:
         """Give all rows back and keep the memory."""
         super().reset()
-        self._running = []
         self._table.clear()
 
     # -- within ------------------------------------------------------------------------------------
@@ -388,9 +386,9 @@ class PooledCache(Cache):
     def _look_for_torn(self) -> None:
         """Mark the rows of a forward that failed when recurrent layers had begun."""
         if self._forward_unfinished:
-            for row in self._running:
-                row.torn = True
-            self._running, self._forward_unfinished = [], False
+            for row in self._table:
+                row.torn |= row.taking > 0
+            self._forward_unfinished = False
 
     def _write(self, row: Row, contents: Sequence[RowContent]) -> None:
         if contents:

@@ -62,9 +62,8 @@ class Inputs(NamedTuple):
         counts = self.counts if isinstance(self.counts, int) else self.counts[rows]
         return Inputs(self.raw[rows], self.x[rows], self.dt[rows], self.A, self.b[rows], counts)
 
-    def row(self, index: int) -> "Inputs":
-        """Return what they are of one row, (1, T, ...), its real tokens alone."""
-        T = self.counts if isinstance(self.counts, int) else int(self.counts[index])
+    def row(self, index: int, T: int) -> "Inputs":
+        """Return what they are of the first T tokens of one row, (1, T, ...)."""
         raw, x, dt, b = (y[index, None, :T] for y in (self.raw, self.x, self.dt, self.b))
         return Inputs(raw, x, dt, self.A, b, T)
 
@@ -108,9 +107,8 @@ class Recorded(NamedTuple):
         counts = self.counts if isinstance(self.counts, int) else self.counts[rows]
         return Recorded(self.projected[rows], self.weights, counts)
 
-    def row(self, index: int) -> "Recorded":
-        """Return what was left of one row, (1, T, ...), its real tokens alone."""
-        T = self.counts if isinstance(self.counts, int) else int(self.counts[index])
+    def row(self, index: int, T: int) -> "Recorded":
+        """Return what was left of the first T tokens of one row, (1, T, ...)."""
         return Recorded(self.projected[index, None, :T], self.weights, T)
 
     @torch.no_grad()

@@ -23,12 +23,14 @@ class Row:
         id: what the row is called; no other row of the pool ever has the same.
         length: how many tokens it holds.
         finite: up to which slot its memory holds numbers; behind that it may hold anything.
+        taking: how many tokens the forward brings that runs now.
         torn: whether a forward that failed may have left its states ahead of its length.
     """
 
     id: int
     length: int = 0
     finite: int = 0
+    taking: int = 0
     torn: bool = False
 
 

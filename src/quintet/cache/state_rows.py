@@ -79,12 +79,11 @@ class StateRows:
         self._given = None
         if given is None and not self._last:
             return
-        counts = None if segment.counts is None else segment.counts.tolist()
         for index, row in enumerate(self._table):
-            if counts is None or counts[index]:
+            if row.taking:
                 self._last.pop(row, None)
                 if given is not None and row.length in self._copies.get(row, ()):
-                    self._last[row] = row.length, given.row(index)
+                    self._last[row] = row.length, given.row(index, row.taking)
 
     # -- for the pool ----------------------------------------------------------------------------
 
