@@ -6,7 +6,7 @@ BIN := .venv/bin
 WORKERS ?= 2
 INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 
-.PHONY: demo test sanitize fuzz lint types train bench bench-smoke clean
+.PHONY: demo test sanitize fuzz lint types train bench bench-smoke gpu-check clean
 
 demo: .venv/base
 	@$(BIN)/quintet generate "def fibonacci(n):" --seed 34
@@ -51,6 +51,11 @@ bench: .venv/bench
 # The first rows, in some minutes.
 bench-smoke: .venv/bench
 	$(BIN)/python -m benchmarks --only 'qwen2-0.5b (tg @ |pp)512 x1$$' $(BENCH)
+
+# Every family on a CUDA device against the CPU, and how fast it runs there, in 8 minutes; with the
+# Python, torch and pytest of the machine that has one. GPU="--device cpu --tiny" tries it without.
+gpu-check:
+	PYTHONPATH=src $(PYTHON) -m benchmarks.gpu $(GPU)
 
 clean:
 	rm -rf .venv runs .pytest_cache .mypy_cache .ruff_cache .hypothesis

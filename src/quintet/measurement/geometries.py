@@ -59,7 +59,9 @@ _V2_LITE_CUT = {
         "original_max_position_embeddings": 4096,
     },
 }
+_V2_LITE = {**_V2_LITE_CUT, "num_hidden_layers": 27}
 _HYBRIDS = (5, 11, 17, 23, 29, 35)
+_HYBRIDS_7B = (6, *range(11, 78, 6))
 
 GEOMETRIES: Mapping[str, Geometry] = MappingProxyType(
     {
@@ -77,6 +79,20 @@ GEOMETRIES: Mapping[str, Geometry] = MappingProxyType(
                 "tie_word_embeddings": True,
             },
         ),
+        "qwen2-7b": Geometry(
+            "qwen2",
+            {
+                "vocab_size": 152064,
+                "hidden_size": 3584,
+                "intermediate_size": 18944,
+                "num_hidden_layers": 28,
+                "num_attention_heads": 28,
+                "num_key_value_heads": 4,
+                "max_position_embeddings": 131072,
+                "rope_theta": 1000000.0,
+            },
+        ),
+        "deepseek-v2-lite": Geometry("deepseek_v2", _V2_LITE),
         "deepseek-v2-lite-6l": Geometry("deepseek_v2", _V2_LITE_CUT),
         # What llama.cpp can read: it knows the layout without a rank of 26 or 27 layers only.
         "deepseek-v2-lite-6l-q1536": Geometry("deepseek_v2", {**_V2_LITE_CUT, "q_lora_rank": 1536}),
@@ -87,6 +103,28 @@ GEOMETRIES: Mapping[str, Geometry] = MappingProxyType(
                 "max_position_embeddings": 32768,
                 "rope_theta": 1000000.0,
                 "max_window_layers": 21,
+            },
+        ),
+        "qwen1.5-moe-a2.7b": Geometry(
+            "qwen2_moe",
+            {
+                "max_position_embeddings": 8192,
+                "rope_theta": 1000000.0,
+                "max_window_layers": 21,
+            },
+        ),
+        "zamba2-7b": Geometry(
+            "zamba2",
+            {
+                "hidden_size": 3584,
+                "num_hidden_layers": 81,
+                "layers_block_type": ["hybrid" if i in _HYBRIDS_7B else "mamba" for i in range(81)],
+                "mamba_d_state": 64,
+                "n_mamba_heads": 112,
+                "mamba_ngroups": 2,
+                "num_attention_heads": 32,
+                "num_mem_blocks": 2,
+                "use_mem_rope": True,
             },
         ),
         "zamba2-1.2b": Geometry(

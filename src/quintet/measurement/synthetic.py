@@ -21,18 +21,23 @@ _DRAWN = 8_388_593
 
 
 @torch.no_grad()
-def random_model(config: PreTrainedConfig, dtype: torch.dtype, seed: int = 0) -> CausalLMHead:
-    """Return a language model with random weights, made without drawing each of them."""
+def random_model(
+    config: PreTrainedConfig,
+    dtype: torch.dtype,
+    seed: int = 0,
+    device: torch.device | str = "cpu",
+) -> CausalLMHead:
+    """Return a language model with random weights, made on a device without drawing each."""
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config)
     assert isinstance(model, CausalLMHead)
-    normals = _normals(model, dtype, seed)
+    normals = _normals(model, dtype, seed).to(device)
     tied = model.tied_names()
     for name, old in list(model.state_dict(keep_vars=True).items()):
         if name in tied:
             continue
         stored = torch.float32 if name.endswith(model.keep_in_fp32) else dtype
-        new = torch.empty(old.shape, dtype=stored)
+        new = torch.empty(old.shape, dtype=stored, device=device)
         if new.ndim > 1:
             _draw(new, normals)
         else:
@@ -40,7 +45,8 @@ def random_model(config: PreTrainedConfig, dtype: torch.dtype, seed: int = 0) ->
             new.fill_(0.0 if name.endswith("bias") else 1.0)
         _replace(model, name, new)
     model.tie_weights()
-    return model.eval()
+    # What is no part of a checkpoint, as frequencies.
+    return model.to(device).eval()
 
 
 def random_ids(vocab_size: int, batch: int, tokens: int, seed: int = 0) -> Tensor:
