@@ -87,12 +87,12 @@ class Cache:
             segment = self.segment(keys.shape[0], keys.shape[2], keys.device, None)
         return self._attention(layer_idx).update(keys, values, segment)
 
-    def room(self, layer_idx: int, segment: Segment) -> tuple[Tensor, Tensor] | None:
+    def buffers(self, layer_idx: int, segment: Segment) -> tuple[Tensor, Tensor] | None:
         """Return a layer's keys and values, (B, K, S, D) with room for the tokens of a segment.
 
         The caller writes them in place, instead of `update`; None where that cannot be done.
         """
-        return self._attention(layer_idx).room(segment)
+        return self._attention(layer_idx).buffers(segment)
 
     def fit(self, config: PreTrainedConfig, dtype: torch.dtype | None = None) -> None:
         """Check that there are as many layers as a model has, and hold what it computes in.

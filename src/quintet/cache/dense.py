@@ -95,7 +95,7 @@ class DynamicSlot(_DenseSlot):
         self._shared = segment.learns
         return self.content(segment.keys, segment.rows)
 
-    def room(self, segment: Segment) -> tuple[Tensor, Tensor] | None:
+    def buffers(self, segment: Segment) -> tuple[Tensor, Tensor] | None:
         """Return the buffers, with room for what the caller writes; None while empty."""
         if self.keys is None or self.values is None:
             return None
@@ -109,7 +109,7 @@ class DynamicSlot(_DenseSlot):
     def _unshare(self, segment: Segment) -> None:
         assert self.keys is not None
         assert self.values is not None
-        if self._shared and segment.room <= self.keys.shape[2]:
+        if self._shared and segment.capacity <= self.keys.shape[2]:
             self.keys, self.values = self.keys.clone(), self.values.clone()
         self._shared = False
 
@@ -142,7 +142,7 @@ class StaticSlot(_DenseSlot):
         # Whole, where all rows are meant: shapes that never change.
         return self.content(self.capacity if segment.rows is None else segment.keys, segment.rows)
 
-    def room(self, segment: Segment) -> tuple[Tensor, Tensor] | None:
+    def buffers(self, segment: Segment) -> tuple[Tensor, Tensor] | None:
         """Return the buffers, for the caller to write; None before they are allocated."""
         if self.keys is None or self.values is None:
             return None
@@ -286,13 +286,13 @@ def _slots(
 def _zeros(new: Tensor, segment: Segment, capacity: int | None = None) -> Tensor:
     """Return an empty buffer for such as `new` (B, K, T, D), in all rows of a cache."""
     rows = len(new) if segment.batch is None else segment.batch
-    return new.new_zeros(rows, new.shape[1], capacity or segment.room, new.shape[3])
+    return new.new_zeros(rows, new.shape[1], capacity or segment.capacity, new.shape[3])
 
 
 def _write(buffer: Tensor, new: Tensor, segment: Segment) -> Tensor:
     """Return a buffer that holds `new` (B, K, T, D) at the slots of a segment."""
     if not writable(buffer, new):
-        short = segment.room - buffer.shape[2]
+        short = segment.capacity - buffer.shape[2]
         wide = F.pad(buffer, (0, 0, 0, max(short, 0)))
         return _scattered(wide, new, segment, shared=True)
     buffer = _grown(buffer, segment)
@@ -315,5 +315,5 @@ def _scattered(buffer: Tensor, new: Tensor, segment: Segment, *, shared: bool) -
 
 
 def _grown(buffer: Tensor, segment: Segment) -> Tensor:
-    short = segment.room - buffer.shape[2]
-    return buffer if short <= 0 else F.pad(buffer, (0, 0, 0, short + segment.room // 4 + 64))
+    short = segment.capacity - buffer.shape[2]
+    return buffer if short <= 0 else F.pad(buffer, (0, 0, 0, short + segment.capacity // 4 + 64))

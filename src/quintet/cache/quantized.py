@@ -42,7 +42,7 @@ class QuantizedSlot:
         self._scales.update(key_scales, value_scales, segment)
         return self.content(segment.keys, segment.rows)
 
-    def room(self, segment: Segment) -> tuple[Tensor, Tensor] | None:
+    def buffers(self, segment: Segment) -> tuple[Tensor, Tensor] | None:
         """Return None: what is stored here are codes."""
         return None
 

@@ -216,7 +216,7 @@ class RecurrentSlot:
             recorded = self._recorder.stop(segment, len(self.state))
             self._snapshot.since += [] if recorded is None else [recorded]
 
-    def room(self) -> tuple[Tensor, Tensor] | None:
+    def buffers(self) -> tuple[Tensor, Tensor] | None:
         """Return window and state for a caller to change in place, instead of `update`.
 
         None while there are none. Where the slot remembers, `record` has to be written, too.

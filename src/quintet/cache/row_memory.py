@@ -154,7 +154,7 @@ class TokenRows:
 
     # -- as every slot ---------------------------------------------------------------------------
 
-    def room(self, segment: Segment) -> tuple[Tensor, Tensor] | None:
+    def buffers(self, segment: Segment) -> tuple[Tensor, Tensor] | None:
         """Return the buffers of all rows, for the caller to write; None where it cannot."""
         return None
 
@@ -196,7 +196,7 @@ class TokenRows:
         if not self._buffers.whole:
             self._allocate([x[0] for x in new])
             for index in range(len(self._table)):
-                self.clear(index, 0, whole_blocks(segment.room, self.capacity))
+                self.clear(index, 0, whole_blocks(segment.capacity, self.capacity))
         held = self._buffers.in_use()
         for buffer, x in zip(held, new, strict=True):
             check_alike("keys or values (heads x numbers)", buffer, x, 1, 3)
@@ -229,7 +229,7 @@ class DenseRows(TokenRows):
         self.store((keys, values), segment)
         return self.content(segment.keys, segment.rows)
 
-    def room(self, segment: Segment) -> tuple[Tensor, Tensor] | None:
+    def buffers(self, segment: Segment) -> tuple[Tensor, Tensor] | None:
         """Return the buffers of all rows, for the caller to write; None without memory."""
         return self._buffers.pair()
 

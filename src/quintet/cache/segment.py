@@ -50,7 +50,7 @@ class Segment:
         return x if self.rows is None else x[self.rows]
 
     @property
-    def room(self) -> int:
+    def capacity(self) -> int:
         """How many slots buffers need."""
         return self.keys if self.longest is None else self.longest
 

@@ -58,7 +58,7 @@ class AttentionSlot(CacheSlot, Protocol):
         """What numbers are kept in, None while nothing is stored or where it is no matter."""
         ...
 
-    def room(self, segment: Segment) -> tuple[Tensor, Tensor] | None:
+    def buffers(self, segment: Segment) -> tuple[Tensor, Tensor] | None:
         """Return the buffers of all rows, with room for what the caller writes; None without."""
         ...
 
@@ -92,7 +92,7 @@ class StateSlot(CacheSlot, Protocol):
         """Return window and state, which a caller may overwrite; None of none."""
         ...
 
-    def room(self) -> tuple[Tensor, Tensor] | None:
+    def buffers(self) -> tuple[Tensor, Tensor] | None:
         """Return both, of all rows, for a caller to change instead of `update`; None where not."""
         ...
 

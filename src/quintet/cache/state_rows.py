@@ -51,7 +51,7 @@ class StateRows:
         window, state = self._buffers.in_use()
         return window, state
 
-    def room(self) -> tuple[Tensor, Tensor] | None:
+    def buffers(self) -> tuple[Tensor, Tensor] | None:
         """Return window and state of all rows, for a caller to change in place."""
         return self._buffers.pair()
 

@@ -65,7 +65,9 @@ class Attention(StackPart):
 
     def kept(self, context: ForwardContext) -> tuple[Tensor, ...] | None:
         """Return the keys and values of this layer, with room for the forward's."""
-        return None if context.cache is None else context.cache.room(self.layer_idx, context.whole)
+        return (
+            None if context.cache is None else context.cache.buffers(self.layer_idx, context.whole)
+        )
 
     def _heads(self, x: Tensor) -> Tensor:
         B, T, _ = x.shape

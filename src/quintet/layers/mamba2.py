@@ -152,10 +152,10 @@ class Mamba2(StackPart):
     def kept(self, context: ForwardContext) -> tuple[Tensor, ...] | None:
         """Return window, state and where tokens are recorded if they are; None while empty."""
         slot = None if context.cache is None else context.cache.recurrent(self.layer_idx)
-        room = None if slot is None else slot.room()
-        if slot is None or room is None or not slot.remembers:
-            return room
-        return (*room, slot.record(self._weights()))
+        buffers = None if slot is None else slot.buffers()
+        if slot is None or buffers is None or not slot.remembers:
+            return buffers
+        return (*buffers, slot.record(self._weights()))
 
     def _calls(self) -> Calls | None:
         """Return the modules that have to be called, or None if weights are all they are."""

@@ -119,7 +119,7 @@ class LatentAttention(StackPart):
         """Return the latents and keys of this layer, with room for the forward's."""
         if context.cache is None:
             return None
-        return context.cache.room(self.layer_idx, context.whole)
+        return context.cache.buffers(self.layer_idx, context.whole)
 
     def _w_kv(self) -> Tensor | None:
         """Return (H, Dn + Dv, R), a head's rows for keys first; None where the map is more."""

@@ -155,7 +155,9 @@ class SharedAttention(PlainModule):
         )
 
         def kept(context: ForwardContext) -> tuple[Tensor, ...] | None:
-            return None if context.cache is None else context.cache.room(layer_idx, context.whole)
+            return (
+                None if context.cache is None else context.cache.buffers(layer_idx, context.whole)
+            )
 
         return Piece(part, kept)
 
