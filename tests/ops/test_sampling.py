@@ -14,6 +14,7 @@ from quintet.ops.sampling import (
     draw_several,
     in_top_k,
     in_top_p,
+    likeliest,
     penalise_frequency,
     penalise_presence,
     penalise_repetition,
@@ -191,3 +192,23 @@ def test_without_generators_torchs_own_seed_counts() -> None:
     assert not torch.equal(shared, draw(torch.ones(8, 1000)))
     torch.manual_seed(5)
     assert torch.equal(shared, draw(torch.ones(8, 1000)))
+
+
+@pytest.mark.parametrize("size", [53, 16_383, 16_384, 16_400, 40_001])
+@pytest.mark.parametrize("shape", [(1,), (5,), (2, 3)], ids=str)
+def test_the_likeliest_is_the_first_of_the_largest(shape: tuple[int, ...], size: int) -> None:
+    """Wherever it is, and among equals, infinities and what is no number."""
+    torch.manual_seed(size)
+    for scores in (
+        torch.randn(*shape, size),
+        torch.randint(0, 3, (*shape, size)).float(),
+        torch.full((*shape, size), -torch.inf),
+        torch.randn(*shape, size).bfloat16().float(),
+    ):
+        for place, value in ((None, 0.0), (size - 1, 9.0), (size // 2, torch.nan), (0, torch.inf)):
+            if place is not None:
+                scores[..., place] = value
+            best, tokens = likeliest(scores)
+            assert torch.equal(tokens, scores.argmax(dim=-1))
+            expected = scores.gather(-1, tokens[..., None])[..., 0]
+            torch.testing.assert_close(best, expected, rtol=0, atol=0, equal_nan=True)

@@ -103,7 +103,7 @@ class Choice:
             NothingLeftError: a row has no token left, or its scores hold NaN or infinity.
         """
         if not self.do_sample:
-            best, tokens = scores.max(dim=-1)
+            best, tokens = sampling.likeliest(scores)
             sampling.check_left(best.tolist(), unfinished, step)
             return tokens
         try:

@@ -29,6 +29,7 @@ __all__ = [
     "in_top_h",
     "in_top_k",
     "in_top_p",
+    "likeliest",
     "penalise_frequency",
     "penalise_presence",
     "penalise_repetition",
@@ -43,6 +44,8 @@ Value = float | Tensor
 _LARGE, _FEW = 8192, 1024
 # How many tokens beyond the k-th are looked at for ties with it.
 _TIES = 16
+# Of many numbers, torch finds the largest in a tenth of the time in which it finds its place.
+_MANY, _BLOCK = 16_384, 256
 
 
 class NothingLeftError(InputError):
@@ -294,6 +297,30 @@ def draw(
     # Strictly below the total, so that what is found has a probability above zero.
     point = torch.minimum(u * total, torch.nextafter(total, torch.zeros_like(total)))
     return torch.searchsorted(mass, point, right=True)[:, 0]
+
+
+def likeliest(scores: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the largest score of each (..., V) and its token, the first of several: (...) each.
+
+    NaN is larger than any number.
+    """
+    V = scores.shape[-1]
+    if V < _MANY or scores.device.type != "cpu":
+        best, tokens = scores.max(dim=-1)
+        return best, tokens
+    blocks = V // _BLOCK
+    rows = scores.reshape(-1, V)
+    whole = torch.unflatten(rows[:, : blocks * _BLOCK], 1, (blocks, _BLOCK))
+    block = whole.amax(dim=-1).argmax(dim=1)
+    index = torch.arange(len(rows), dtype=torch.long, device=scores.device)
+    best, place = whole[index, block].max(dim=1)
+    tokens = block * _BLOCK + place
+    if blocks * _BLOCK < V:
+        last, place = rows[:, blocks * _BLOCK :].max(dim=1)
+        later = (last > best) | (last.isnan() & ~best.isnan())
+        best = torch.where(later, last, best)
+        tokens = torch.where(later, blocks * _BLOCK + place, tokens)
+    return best.view(scores.shape[:-1]), tokens.view(scores.shape[:-1])
 
 
 def check_left(best: Sequence[float], unfinished: Tensor | None, step: int | None = None) -> None:

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from quintet.generation.sampler import Sampler
 from quintet.generation.token_buffer import TokenBuffer
+from quintet.ops.sampling import likeliest
 
 __all__ = ["Draft", "DraftWriter", "Drafter", "PromptLookup", "Schedule"]
 
@@ -166,7 +167,7 @@ class DraftWriter:
             needed = torch.tensor(open_rows, device=logits.device)
         scores = sampler.scores_of_last(self.text, logits[:, None], needed)[:, 0]
         p = scores.softmax(dim=-1) if sampler.do_sample or self.threshold > 0 else None
-        best, token = scores.max(dim=-1)
+        best, token = likeliest(scores)
         self._end_at(best.tolist())
         if p is not None and sampler.do_sample:
             writes = [count > len(self.tokens) for count in self._counts]

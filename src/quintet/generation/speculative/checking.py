@@ -11,7 +11,7 @@ from torch import Tensor
 from quintet.generation.sampler import Sampler
 from quintet.generation.speculative.candidates import Draft
 from quintet.generation.token_buffer import TokenBuffer
-from quintet.ops.sampling import NothingLeftError
+from quintet.ops.sampling import NothingLeftError, likeliest
 from quintet.ops.speculative import keep_likeliest, keep_sampled
 
 __all__ = ["Checked", "check_draft", "for_a_turn"]
@@ -74,10 +74,10 @@ def check_draft(
         behind = sampler.draw(rest, u[:, :1], none).tolist()
         best = scores.amax(dim=-1)
     else:
-        best, chosen = scores.max(dim=-1)
-        likeliest = chosen.tolist()
-        kept = keep_likeliest(likeliest, drafted, draft.counts)
-        behind = [row[count] for row, count in zip(likeliest, kept, strict=True)]
+        best, chosen = likeliest(scores)
+        own = chosen.tolist()
+        kept = keep_likeliest(own, drafted, draft.counts)
+        behind = [row[count] for row, count in zip(own, kept, strict=True)]
     tokens = [[*drafted[row][: kept[row]], behind[row]] for row in range(B)]
     return Checked(tokens, kept, scores, best.tolist())
 
