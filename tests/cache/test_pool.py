@@ -1,5 +1,8 @@
 """A pool holds what plain lists of tokens say, whatever is done to its rows in whatever order."""
 
+from collections.abc import Callable
+from functools import partial
+from itertools import chain
 from typing import Any
 
 import pytest
@@ -11,6 +14,7 @@ from torch import Tensor
 
 from families.zamba2 import small_config as hybrid_config
 from quintet.cache import PooledCache, RowContent, Segment, segments_of
+from quintet.cache.row_memory import CodeRows, DenseRows, RowMemory
 from quintet.errors import InputError
 from quintet.ops.vector_codes import VectorCode
 from support import small_config
@@ -42,12 +46,11 @@ class Pools(RuleBasedStateMachine):
     """Operations on a pool of rows, and on lists of tokens."""
 
     config: Any
-    nbits: int | None = None
+    memory: Callable[..., RowMemory] = DenseRows
 
     def __init__(self) -> None:
         super().__init__()
-        self.pool = PooledCache(self.config, rows=R, capacity=CAPACITY, nbits=self.nbits)
-        self.code = None if self.nbits is None else VectorCode(self.nbits)
+        self.pool = PooledCache(self.config, rows=R, capacity=CAPACITY, memory=type(self).memory)
         self.attends = self.config.attention_layers()
         self.recurs = self.config.recurrent_layers()
         # By the id of a row: its tokens, and the lengths it has snapshots for.
@@ -251,7 +254,8 @@ class Pools(RuleBasedStateMachine):
             assert (content.start, content.stop) == (0, len(text))
             if text:
                 for layer, held in zip(self.attends, content.layers, strict=True):
-                    for x, told in zip(held, self.coded(text, layer), strict=True):
+                    both = (self.coded(vectors(text, layer, part)) for part in (0, 1))
+                    for x, told in zip(held, chain.from_iterable(both), strict=True):
                         assert torch.equal(x, told)
             assert content.states is not None
             for layer, held in zip(self.recurs, content.states, strict=True):
@@ -277,11 +281,13 @@ class Pools(RuleBasedStateMachine):
             for buffer in state._buffers.whole:
                 buffer[index] = float("nan")
 
-    def coded(self, text: list[int], layer: int) -> list[Tensor]:
-        both = [vectors(text, layer, part) for part in (0, 1)]
-        if self.code is None:
-            return both
-        return [x for one in both for x in self.code.encode(one)]
+    def coded(self, x: Tensor) -> tuple[Tensor, ...]:
+        """What vectors are kept as."""
+        return (x,)
+
+    def decoded(self, *kept: Tensor) -> Tensor:
+        """What a forward sees of it."""
+        return kept[0]
 
     def add(self, row: int, text: list[int], marks: set[int] | None = None) -> None:
         self.texts[row], self.marks[row] = list(text), set(marks or ())
@@ -345,9 +351,7 @@ class Pools(RuleBasedStateMachine):
         for part, x in enumerate(held):
             assert x.isfinite().all()
             for index, text in enumerate(texts):
-                told = vectors(text, layer, part)
-                if self.code is not None:
-                    told = self.code.decode(*self.code.encode(told), torch.float32)
+                told = self.decoded(*self.coded(vectors(text, layer, part)))
                 assert torch.equal(x[index, :, : len(text)], told)
 
 
@@ -357,7 +361,14 @@ class DensePools(Pools):
 
 class CodePools(Pools):
     config = small_config(num_hidden_layers=1)
-    nbits = 6
+    code = VectorCode(6)
+    memory = partial(CodeRows, code=code)
+
+    def coded(self, x: Tensor) -> tuple[Tensor, ...]:
+        return self.code.encode(x)
+
+    def decoded(self, *kept: Tensor) -> Tensor:
+        return self.code.decode(*kept, torch.float32)
 
 
 class HybridPools(Pools):
