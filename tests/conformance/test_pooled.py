@@ -357,3 +357,18 @@ def test_what_does_not_fit_is_named_and_changes_nothing() -> None:
     assert pool.rows == (row,)
     assert pool.length(row) == 10
     assert torch.equal(pool.extract(row).layers[0][0], whole.layers[0][0])
+
+
+@each
+@pytest.mark.parametrize(
+    "way", [{"num_beams": 2}, {"prompt_lookup_num_tokens": 3}, {"prefill_chunk_size": 4}], ids=str
+)
+def test_generating_over_a_pool_makes_what_a_growing_cache_does(
+    family: Family, way: dict[str, Any]
+) -> None:
+    model = small(family)
+    ids, mask = ids_of(2, 9), torch.ones(2, 9, dtype=torch.long)
+    mask[0, :3] = 0
+    options = {"attention_mask": mask, "max_new_tokens": 10, "do_sample": False, **way}
+    told = model.generate(ids, **options)
+    assert torch.equal(model.generate(ids, past_key_values=pool_of(model), **options), told)
