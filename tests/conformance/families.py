@@ -55,6 +55,7 @@ class Family:
         randomise: gives a model weights at which an error shows.
         variants: changes to the configuration that together reach every branch.
         thorough: the variants that are compared under every padding and way.
+        shallow: changes that leave one layer of each kind, where time is by the layer.
         heads_there: the heads that Transformers has too.
         ways: how attention is computed: by a backend, or absorbed (by sdpa) where that exists.
         attends: the layers with attention.
@@ -72,6 +73,7 @@ class Family:
     randomise: Callable[[Any], Any]
     variants: Mapping[str, dict[str, Any]]
     thorough: tuple[str, ...]
+    shallow: Mapping[str, Any] = field(default_factory=lambda: {"num_hidden_layers": 2})
     heads_there: tuple[str, ...] = SHARED_HEADS
     ways: tuple[str, ...] = ("eager", "sdpa")
     attends: Callable[[Any], Sequence[int]] = every_layer
@@ -193,6 +195,7 @@ FAMILIES = (
         randomise=zamba2.randomised,
         variants=zamba2.SHAPES,
         thorough=("7b", "2.7b", "bias"),
+        shallow={"num_hidden_layers": 2, "layers_block_type": ["mamba", "hybrid"]},
         attends=lambda config: config.hybrid_layer_ids,
         # There, step sizes have a lower limit in prompts and none in steps.
         alone={"time_step_min": 0.2, "time_step_max": 1.0},

@@ -183,7 +183,7 @@ def test_a_preallocated_decode_step_compiles_once(
     family: Family, variant: str, routed: bool
 ) -> None:
     asked = {"output_router_logits": True} if routed else {}
-    model = family.model_of(**family.variants[variant])
+    model = family.model_of(**{**family.variants[variant], **family.shallow})
     past = StaticCache(model.config, max_cache_len=64)
     ids, mask = ids_of(0, 2, 40), torch.ones(2, 40, dtype=torch.long)
     mask[1, :3] = 0

@@ -45,7 +45,7 @@ def test_an_output_is_a_tree_of_tensors_and_a_cache(family: Family, head: str) -
 @torch.no_grad()
 @each
 def test_a_model_is_exported(family: Family) -> None:
-    model, ids = made(family, "ForCausalLM"), ids_of()
+    model, ids = family.model_of(**family.shallow), ids_of()
     out = torch.export.export(model, (ids,), {"use_cache": False}).module()(ids, use_cache=False)
     expected = model(ids)
     assert type(out) is type(expected)
