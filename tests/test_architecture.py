@@ -26,6 +26,7 @@ LADDER = [
     {"cache"},
     {"ops"},
     {"kernels"},
+    {"backends"},
     {"tokenization", "configuration"},
     {"hub"},
     {"download"},

@@ -4,13 +4,12 @@ import torch.nn.functional as F  # noqa: N812
 from torch import Tensor, nn
 
 from quintet.kernels import parts
-from quintet.kernels.gated import gated
 from quintet.kernels.linear import Matrix
-from quintet.kernels.product import gated_products
 from quintet.layers.linear import Linear, matrices, project
 from quintet.layers.plain import untouched
 from quintet.layers.stack import StackPart
 from quintet.ops.activations import Activation, activation, gate_by
+from quintet.ops.one_pass import gate_in_one_pass, gated_mlp
 
 __all__ = ["GatedMLP", "silu_matrices"]
 
@@ -32,10 +31,10 @@ class GatedMLP(StackPart):
         if self.act_fn is F.silu:
             held = matrices(self.gate_proj, self.up_proj, self.down_proj)
             if held is not None:
-                made = gated(hidden_states, held[0], held[1], held[2])
+                made = gated_mlp(hidden_states, held[0], held[1], held[2])
                 if made is not None:
                     return made
-                inside = gated_products(hidden_states, held[0], held[1])
+                inside = gate_in_one_pass(hidden_states, held[0], held[1])
                 if inside is not None:
                     return self.down_proj(inside)  # type: ignore[no-any-return]
         gate, up = project(hidden_states, self.gate_proj, self.up_proj)

@@ -6,8 +6,8 @@ from types import MappingProxyType
 import torch.nn.functional as F  # noqa: N812
 from torch import Tensor
 
+from quintet.backends import operation
 from quintet.errors import ConfigError
-from quintet.kernels import rows
 
 __all__ = ["ACTIVATIONS", "Activation", "activation", "gate_by", "sigmoid"]
 
@@ -52,15 +52,24 @@ def activation(name: str | Activation) -> Activation:
 
 def gate_by(act: Activation, gate: Tensor, up: Tensor) -> Tensor:
     """Return act(gate) · up."""
-    output = None
     if act is F.silu:
-        output = rows.silu_mul(gate, up)
-    elif act is F.gelu:
-        output = rows.gelu_mul(gate, up)
-    return act(gate) * up if output is None else output
+        return silu_gate(gate, up)
+    return gelu_gate(gate, up) if act is F.gelu else act(gate) * up
 
 
+@operation("silu gate")
+def silu_gate(gate: Tensor, up: Tensor) -> Tensor:
+    """Return silu(gate) · up; both (..., F)."""
+    return F.silu(gate) * up
+
+
+@operation("gelu gate")
+def gelu_gate(gate: Tensor, up: Tensor) -> Tensor:
+    """Return gelu(gate) · up; both (..., F)."""
+    return F.gelu(gate) * up
+
+
+@operation("sigmoid")
 def sigmoid(x: Tensor) -> Tensor:
     """Return σ(x), on kernels whatever number stands beside which."""
-    output = rows.sigmoid(x)
-    return F.sigmoid(x) if output is None else output
+    return F.sigmoid(x)

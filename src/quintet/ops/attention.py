@@ -15,10 +15,9 @@ import torch.nn.functional as F  # noqa: N812
 from torch import Tensor
 
 from quintet.errors import MissingDependencyError, UnsupportedBackendError
-from quintet.kernels.attention import attend
-from quintet.kernels.decode import decode
 from quintet.ops.causal_blocks import causal_blocks, in_blocks
 from quintet.ops.masks import MOST_ENTRIES, AttentionMask, causal_mask, masked
+from quintet.ops.one_pass import attend_in_one_pass
 from quintet.ops.transforms import transformed
 
 __all__ = [
@@ -63,15 +62,12 @@ def eager(
 def sdpa(
     q: Tensor, k: Tensor, v: Tensor, mask: AttentionMask, *, scale: float, dropout: float
 ) -> tuple[Tensor, Tensor | None]:
-    """Attend by `torch.nn.functional.scaled_dot_product_attention`, or by a kernel for CPUs."""
+    """Attend by `torch.nn.functional.scaled_dot_product_attention`, or by a backend."""
     if transformed():
         # The fused attention has no rules for that.
         return eager(q, k, v, mask, scale=scale, dropout=dropout)[0], None
     if not mask.custom and not dropout:
-        made = decode(q, k, v, start=mask.start, window=mask.window, scale=scale)
-        if made is not None:
-            return made, None
-        made = attend((q,), (k,), v, start=mask.start, window=mask.window, scale=scale)
+        made = attend_in_one_pass((q,), (k,), v, start=mask.start, window=mask.window, scale=scale)
         if made is not None:
             return made, None
     if mask.is_causal and not dropout and in_blocks(q):

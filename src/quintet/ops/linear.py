@@ -5,9 +5,8 @@ from collections.abc import Sequence
 import torch.nn.functional as F  # noqa: N812
 from torch import Tensor
 
+from quintet.backends import operation
 from quintet.kernels.linear import Matrix
-from quintet.kernels.linear import linears as few
-from quintet.kernels.product import products as many
 
 __all__ = ["linear", "linears"]
 
@@ -19,7 +18,10 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
 
 def linears(x: Tensor, maps: Sequence[tuple[Tensor, Tensor | None]]) -> Sequence[Tensor]:
     """Map the same x (..., I) by several weights (O, I) and biases (O), to (..., O) each."""
-    matrices = [Matrix(weight, None, bias) for weight, bias in maps]
-    output = few(x, matrices)
-    output = many(x, matrices) if output is None else output
-    return [F.linear(x, weight, bias) for weight, bias in maps] if output is None else output
+    return map_all(x, [Matrix(weight, None, bias) for weight, bias in maps])
+
+
+@operation("linear")
+def map_all(x: Tensor, maps: Sequence[Matrix]) -> list[Tensor]:
+    """Map the same x (..., I) by several plain matrices, to (..., O) each."""
+    return [F.linear(x, one.weight, one.bias) for one in maps]

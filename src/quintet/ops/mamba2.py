@@ -11,9 +11,9 @@ import torch
 import torch.nn.functional as F  # noqa: N812
 from torch import Tensor
 
-from quintet.kernels.ssm import mamba2
 from quintet.ops.conv import causal_conv, continued, last_window
 from quintet.ops.norm import rms_norm
+from quintet.ops.one_pass import mix_in_one_pass
 from quintet.ops.ssd import ssd, ssd_step, step_sizes
 
 __all__ = [
@@ -95,7 +95,7 @@ def mix(
 ) -> Mixed:
     """Mix tokens through the state, which is overwritten where no gradient needs it.
 
-    In one pass on a CPU (`quintet.kernels.ssm`), else by `mix_stepwise`, which defines it.
+    In one pass where a backend does that, else by `mix_stepwise`, which defines it.
 
     Shapes: projected (B, T, H·P + C + H), the gate before x, b, c before dt; counts (B,) how many
     of the T are real, None for all.
@@ -106,7 +106,7 @@ def mix(
     fused = (
         None
         if calls is not None
-        else mamba2(
+        else mix_in_one_pass(
             projected,
             weights.taps,
             weights.conv_bias,

@@ -23,11 +23,10 @@ import torch
 import torch.nn.functional as F  # noqa: N812
 from torch import Tensor
 
-from quintet.kernels.attention import attend as attend_parts
-from quintet.kernels.latent import attend_latents
 from quintet.kernels.native import available
 from quintet.ops.attention import AttentionBackend, eager, in_range, sdpa
 from quintet.ops.masks import AttentionMask, masked
+from quintet.ops.one_pass import attend_in_one_pass, attend_latents
 
 __all__ = ["BREAK_EVEN_QUERIES", "absorbed", "absorbs", "expanded", "latent_attention"]
 
@@ -124,7 +123,9 @@ def expanded(
     k_nope, v = kv[..., :Dn], kv[..., Dn:]  # (B, H, S, Dn), (B, H, S, Dv)
     if attend is sdpa and not mask.custom and not dropout:
         q_parts, k_parts = (q_nope, q_pe), (k_nope, k_pe[:, None])
-        made = attend_parts(q_parts, k_parts, v, start=mask.start, window=mask.window, scale=scale)
+        made = attend_in_one_pass(
+            q_parts, k_parts, v, start=mask.start, window=mask.window, scale=scale
+        )
         if made is not None:
             return made, None
     q = torch.cat((q_nope, q_pe), dim=-1)

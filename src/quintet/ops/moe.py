@@ -1,8 +1,8 @@
 """Mixtures of experts: each token goes through a few of many MLPs.
 
 `apply_experts` has three forms that compute the same sum, for a token's A experts e with shares w:
-Σ_a w_a · down_e(act(gate_e(x)) · up_e(x)). The terms are added in float32 or wider. A kernel for
-CPUs goes before them where it can.
+Σ_a w_a · down_e(act(gate_e(x)) · up_e(x)). The terms are added in float32 or wider. Backends go
+before them where they can.
 """
 
 from collections.abc import Callable, Sequence
@@ -11,13 +11,13 @@ import torch
 import torch.nn.functional as F  # noqa: N812
 from torch import Tensor
 
+from quintet.backends import operation
 from quintet.errors import UnsupportedBackendError
-from quintet.kernels.gated import gated as kernel
-from quintet.kernels.grouped import grouped_silu_experts
 from quintet.kernels.linear import Matrix
-from quintet.kernels.routing import Rules, choose
+from quintet.kernels.routing import Rules
 from quintet.ops.activations import Activation, gate_by
 from quintet.ops.grouped import grouped_linear
+from quintet.ops.one_pass import choose_experts, gated_mlp
 from quintet.ops.transforms import recorded
 
 __all__ = [
@@ -38,7 +38,7 @@ def top_experts(logits: Tensor, A: int, *, normalise: bool) -> tuple[Tensor, Ten
     Shares are probabilities of a softmax over all experts, in the dtype of `logits` (N, E);
     `normalise` makes those chosen sum to one.
     """
-    output = choose(logits, Rules(active=A, normalise=normalise))
+    output = choose_experts(logits, Rules(active=A, normalise=normalise))
     return _top_experts(logits, A, normalise=normalise) if output is None else output
 
 
@@ -89,11 +89,24 @@ def apply_experts(
         )
     if act is F.silu:
         gate, up = (Matrix(half) for half in gate_up.chunk(2, dim=1))
-        output = kernel(x, gate, up, Matrix(down), indices, weights)
-        if output is None:
-            output = grouped_silu_experts(x, indices, weights, gate_up, down)
+        output = gated_mlp(x, gate, up, Matrix(down), indices, weights)
         if output is not None:
             return output
+        return silu_experts(x, indices, weights, gate_up, down)
+    return _in_form(x, indices, weights, gate_up, down, act)
+
+
+@operation("experts")
+def silu_experts(
+    x: Tensor, indices: Tensor, weights: Tensor, gate_up: Tensor, down: Tensor
+) -> Tensor:
+    """Sum each token's experts with SiLU; shapes as in `apply_experts`."""
+    return _in_form(x, indices, weights, gate_up, down, F.silu)
+
+
+def _in_form(
+    x: Tensor, indices: Tensor, weights: Tensor, gate_up: Tensor, down: Tensor, act: Activation
+) -> Tensor:
     form = looped_experts
     if torch.compiler.is_compiling():
         # Few tokens on a device: copying their matrices costs less than asking it which they are.

@@ -19,8 +19,9 @@ import torch
 import torch.nn.functional as F  # noqa: N812
 from torch import Tensor
 
+from quintet.backends import operation
 from quintet.errors import InputError
-from quintet.kernels import linear as kernels
+from quintet.kernels.linear import Matrix
 from quintet.ops.linear import linear
 
 __all__ = [
@@ -72,9 +73,18 @@ def quantize_int8(weight: Tensor) -> tuple[Tensor, Tensor]:
 
 def dequantize_int8(q: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
     """Return q · scale, rounded once; q (..., O, I), scale (..., O)."""
-    wide = kernels.widen(q, scale, q.shape[-1], dtype)
-    if wide is not None:
-        return wide
+    return widen(q, scale, q.shape[-1], dtype)
+
+
+@operation("widen")
+def widen(weight: Tensor, scale: Tensor, columns: int, dtype: torch.dtype) -> Tensor:
+    """Return an int8 or int4 weight (..., O, columns) as numbers, rounded once."""
+    if weight.dtype == torch.int8:
+        return _widen_int8(weight, scale, dtype)
+    return _widen_int4(weight, scale, columns, dtype)
+
+
+def _widen_int8(q: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
     weight = torch.empty_like(q, dtype=dtype)
     scales = bands(scale.reshape(-1, 1), q.shape[-1])
     for rows, to, by in zip(bands(_rows(q)), bands(_rows(weight)), scales, strict=True):
@@ -126,9 +136,10 @@ def quantize_int4(weight: Tensor) -> tuple[Tensor, Tensor]:
 
 def dequantize_int4(packed: Tensor, scale: Tensor, columns: int, dtype: torch.dtype) -> Tensor:
     """Return the weight (..., O, columns), rounded once; `columns` are those before filling up."""
-    wide = kernels.widen(packed, scale, columns, dtype)
-    if wide is not None:
-        return wide
+    return widen(packed, scale, columns, dtype)
+
+
+def _widen_int4(packed: Tensor, scale: Tensor, columns: int, dtype: torch.dtype) -> Tensor:
     weight = packed.new_empty((*packed.shape[:-1], columns), dtype=dtype)
     for rows, to, by in zip(
         bands(_rows(packed), columns),
@@ -156,14 +167,18 @@ def quantized_linears(
     In one pass where a kernel does that. The format is int8 or int4, as the dtype of the weights
     tells.
     """
-    output = kernels.linears(x, [kernels.Matrix(*one) for one in maps])
-    if output is not None:
-        return output
-    return [_in_bands(x, *one) for one in maps]
+    return _map_all(x, [Matrix(*one) for one in maps])
 
 
-def _in_bands(x: Tensor, q: Tensor, scale: Tensor, bias: Tensor | None) -> Tensor:
+@operation("quantised linear")
+def _map_all(x: Tensor, maps: Sequence[Matrix]) -> list[Tensor]:
+    return [_in_bands(x, one) for one in maps]
+
+
+def _in_bands(x: Tensor, matrix: Matrix) -> Tensor:
     # In bands that the multiplication finds in the cache.
+    q, scale, bias = matrix
+    assert scale is not None
     columns = x.shape[-1]
     out = x.new_empty((*x.shape[:-1], q.shape[0]))
     height = max(_WIDE_BAND // max(columns, 1), 1)

@@ -5,8 +5,8 @@ import math
 import torch
 from torch import Tensor
 
+from quintet.backends import operation
 from quintet.configuration.rope import RopeParameters
-from quintet.kernels import rows
 
 __all__ = [
     "attention_factor",
@@ -80,19 +80,24 @@ def rotary_angles(
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Rotate the pairs (x_i, x_{i+D/2}) by their angles; x (B, H, T, D), cos and sin (B, T, D)."""
-    output = rows.rotate((x,), cos, sin)
-    return _rotated(x, cos, sin) if output is None else output[0]
+    return rotate_parts((x,), cos, sin)[0]
 
 
 def rotate_both(
     q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, *, interleaved: bool = False
 ) -> tuple[Tensor, Tensor]:
     """Rotate queries (B, H, T, D) and keys (B, K, T, D) as `rotate` or `rotate_interleaved` do."""
-    output = rows.rotate((q, k), cos, sin, neighbours=interleaved)
-    if output is None:
-        turn = rotate_interleaved if interleaved else _rotated
-        return turn(q, cos, sin), turn(k, cos, sin)
-    return output[0], output[1]
+    turned = rotate_parts((q, k), cos, sin, neighbours=interleaved)
+    return turned[0], turned[1]
+
+
+@operation("rotary embedding")
+def rotate_parts(
+    parts: tuple[Tensor, ...], cos: Tensor, sin: Tensor, *, neighbours: bool = False
+) -> list[Tensor]:
+    """Rotate each (B, H, T, D) as `rotate`, or with `neighbours` as `rotate_interleaved` does."""
+    turn = rotate_interleaved if neighbours else _rotated
+    return [turn(x, cos, sin) for x in parts]
 
 
 def _rotated(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:

@@ -9,8 +9,9 @@ import torch
 import torch.nn.functional as F  # noqa: N812
 from torch import Tensor
 
-from quintet.kernels import routing as kernels
+from quintet.backends import operation
 from quintet.kernels.routing import Rules
+from quintet.ops.one_pass import choose_experts
 
 __all__ = [
     "RoutingRules",
@@ -45,13 +46,13 @@ class RoutingRules:
     scaling: float = 1.0
 
 
+@operation("router logits")
 def router_logits(x: Tensor, weight: Tensor) -> Tensor:
     """Return x·Wᵀ, (N, E), in float32: nearby experts must not change places.
 
     Shapes: x (N, C), weight (E, C).
     """
-    output = kernels.router_logits(x, weight)
-    return F.linear(x.to(torch.float32), weight.to(torch.float32)) if output is None else output
+    return F.linear(x.to(torch.float32), weight.to(torch.float32))
 
 
 def softmax_routing(logits: Tensor, rules: RoutingRules) -> tuple[Tensor, Tensor]:
@@ -60,7 +61,7 @@ def softmax_routing(logits: Tensor, rules: RoutingRules) -> tuple[Tensor, Tensor
     With groups, only those count whose best expert is among the `kept_groups` best. Weights are
     the affinities, normalised to sum to one or else scaled, never both.
     """
-    output = kernels.choose(logits, softmax_rules(rules))
+    output = choose_experts(logits, softmax_rules(rules))
     return _softmax_routing(logits, rules) if output is None else output
 
 
@@ -92,7 +93,7 @@ def sigmoid_routing(logits: Tensor, bias: Tensor, rules: RoutingRules) -> tuple[
     The bias (E,) steers load alone. With groups, only those count whose two best experts sum to
     one of the `kept_groups` highest sums. Weights are normalised if asked, then scaled.
     """
-    output = kernels.choose(logits, sigmoid_rules(rules), bias)
+    output = choose_experts(logits, sigmoid_rules(rules), bias)
     return _sigmoid_routing(logits, bias, rules) if output is None else output
 
 

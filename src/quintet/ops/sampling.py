@@ -13,8 +13,8 @@ import torch
 import torch.nn.functional as F  # noqa: N812
 from torch import Tensor
 
+from quintet.backends import operation
 from quintet.errors import InputError
-from quintet.kernels import sampling as kernels
 
 __all__ = [
     "NothingLeftError",
@@ -82,6 +82,7 @@ def _why(best: float | None) -> str:
 # -- what occurred ---------------------------------------------------------------------------
 
 
+@operation("repetition penalty")
 def penalise_repetition(logits: Tensor, ids: Tensor, kept: Tensor | None, penalty: float) -> Tensor:
     """Divide logits of tokens that occurred by `penalty`, multiply those below zero.
 
@@ -89,13 +90,6 @@ def penalise_repetition(logits: Tensor, ids: Tensor, kept: Tensor | None, penalt
 
     Shapes: ids (B, T); kept (B, T) True where an id counts, None for all.
     """
-    output = kernels.penalise_repetition(logits, ids, kept, penalty)
-    return _penalise_repetition(logits, ids, kept, penalty) if output is None else output
-
-
-def _penalise_repetition(
-    logits: Tensor, ids: Tensor, kept: Tensor | None, penalty: float
-) -> Tensor:
     places, wide = _occurred(logits, ids, kept)
     found = wide.gather(1, places)
     lower = torch.minimum if penalty >= 1 else torch.maximum

@@ -8,12 +8,12 @@ import torch.nn.functional as F  # noqa: N812
 from torch import Tensor, nn
 
 from quintet.errors import InputError
-from quintet.kernels.gated import gated as kernel
 from quintet.kernels.linear import Matrix, batch_invariant
 from quintet.layers.linear import LinearMap
 from quintet.layers.moe import Experts, ExpertStack
 from quintet.ops.activations import Activation
 from quintet.ops.moe import each_hit_expert, gated
+from quintet.ops.one_pass import gated_mlp
 from quintet.quantization.formats import Parts, Shape, TensorSpec, WeightFormat
 
 __all__ = ["Quantized", "QuantizedEmbedding", "QuantizedExperts", "QuantizedLinear"]
@@ -260,7 +260,7 @@ class QuantizedExperts(Quantized, ExpertStack):
 
     def _in_one_pass(self, x: Tensor, indices: Tensor, weights: Tensor) -> Tensor | None:
         stacks = self.stacks() if self.act_fn is F.silu else None
-        return None if stacks is None else kernel(x, *stacks, indices, weights)
+        return None if stacks is None else gated_mlp(x, *stacks, indices, weights)
 
     def stacks(self) -> tuple[Matrix, Matrix, Matrix] | None:
         """Return gate, up and down where their format is one that kernels read."""

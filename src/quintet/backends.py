@@ -1,0 +1,164 @@
+"""Who computes an operation: plain PyTorch, or what a backend brings for a device and dtype.
+
+An operation has a name and a definition in PyTorch, which says what it computes and serves wherever
+nothing else does. A backend is a folder with implementations of some operations; `register` makes
+them known, and which come before the definition is settled there and then, not with each call.
+`QUINTET_BACKENDS_OFF=kernels` leaves out the backends of those names, divided by commas.
+"""
+
+import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import update_wrapper
+from typing import Any, Generic, ParamSpec, TypeVar
+
+import torch
+
+from quintet.errors import InputError
+
+__all__ = [
+    "OFF",
+    "PYTORCH",
+    "REGISTRY",
+    "Backend",
+    "Implementation",
+    "Operation",
+    "Registry",
+    "operation",
+]
+
+P = ParamSpec("P")
+R = TypeVar("R")
+PYTORCH = "PyTorch"
+OFF = "QUINTET_BACKENDS_OFF"
+
+
+@dataclass(frozen=True, slots=True)
+class Implementation:
+    """How a backend computes an operation.
+
+    Attributes:
+        function: takes what the operation takes, and returns what the definition would, or None
+            where it does not apply: to these shapes, this layout, while gradients are wanted.
+        dtypes: of the tensors that it takes.
+        needs: what else has to be so, in words.
+    """
+
+    function: Callable[..., Any]
+    dtypes: frozenset[torch.dtype]
+    needs: str = ""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Backend:
+    """Implementations for one type of device.
+
+    Attributes:
+        name: what it is switched off by.
+        device: the type of device, such as "cpu".
+        implementations: of each operation, by its name; the first that applies serves.
+        missing: says why there is none on this machine, without making one; None where there is.
+    """
+
+    name: str
+    device: str
+    implementations: Mapping[str, Sequence[Implementation]]
+    missing: Callable[[], str | None]
+
+
+class Operation(Generic[P, R]):
+    """A function that backends may compute in other ways.
+
+    Attributes:
+        name: what it is called in `Backend.implementations`.
+        definition: what it computes, in PyTorch; of what only backends do in one pass, a function
+            that returns None, and the caller takes the steps.
+        order: what is asked before the definition.
+    """
+
+    def __init__(self, name: str, definition: Callable[P, R]) -> None:
+        self.name = name
+        self.definition = definition
+        self.order: tuple[Callable[P, R | None], ...] = ()
+        update_wrapper(self, definition)
+
+    def __call__(self, *args: P.args, **kwargs: P.kwargs) -> R:
+        """Compute it: by the first that applies, else by the definition."""
+        for function in self.order:
+            made = function(*args, **kwargs)
+            if made is not None:
+                return made
+        return self.definition(*args, **kwargs)
+
+
+class Registry:
+    """The operations and the backends there are."""
+
+    def __init__(self, off: Sequence[str] = ()) -> None:
+        self.operations: dict[str, Operation[Any, Any]] = {}
+        self.backends: tuple[Backend, ...] = ()
+        self.off = frozenset(off)
+
+    def operation(self, name: str) -> Callable[[Callable[P, R]], Operation[P, R]]:
+        """Declare a function as the definition of an operation."""
+
+        def declared(definition: Callable[P, R]) -> Operation[P, R]:
+            made = Operation(name, definition)
+            self.operations[name] = made
+            self._settle()
+            return made
+
+        return declared
+
+    def register(self, backend: Backend) -> None:
+        """Have a backend serve what it can, before those that were registered earlier.
+
+        Raises:
+            InputError: there is one of that name.
+        """
+        if any(known.name == backend.name for known in self.backends):
+            raise InputError(f"there is a backend {backend.name!r}; give this one another name")
+        self.backends = (backend, *self.backends)
+        self._settle()
+
+    @contextmanager
+    def registered(self, backend: Backend) -> Iterator[None]:
+        """Have a backend serve for a while, in all threads."""
+        self.register(backend)
+        try:
+            yield
+        finally:
+            self.backends = tuple(known for known in self.backends if known is not backend)
+            self._settle()
+
+    def served(self, device: str, dtype: torch.dtype) -> dict[str, str]:
+        """Return the name of what serves each operation on a device, for tensors of a dtype.
+
+        Where the shapes are not what that one needs, PyTorch does.
+        """
+        there = [b for b in self._active() if b.device == device and b.missing() is None]
+        return {
+            name: next((b.name for b in there if _takes(b, name, dtype)), PYTORCH)
+            for name in self.operations
+        }
+
+    def _active(self) -> list[Backend]:
+        return [backend for backend in self.backends if backend.name not in self.off]
+
+    def _settle(self) -> None:
+        for name, declared in self.operations.items():
+            declared.order = tuple(
+                one.function
+                for backend in self._active()
+                for one in backend.implementations.get(name, ())
+            )
+
+
+def _takes(backend: Backend, name: str, dtype: torch.dtype) -> bool:
+    return any(dtype in one.dtypes for one in backend.implementations.get(name, ()))
+
+
+# Of the process, as the devices are that it is about.
+REGISTRY = Registry(os.environ.get(OFF, "").split(","))
+operation = REGISTRY.operation
