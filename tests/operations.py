@@ -30,7 +30,7 @@ from quintet.ops.rope import rotate_both
 from quintet.ops.routing import RoutingRules, router_logits, sigmoid_routing, softmax_routing
 from quintet.ops.sampling import penalise_repetition
 
-__all__ = ["CASES", "Case", "mutants"]
+__all__ = ["CASES", "Case", "assert_alike", "bound", "mutants", "outcome"]
 
 Run = Callable[..., Any]
 BOTH = (torch.float32, torch.bfloat16)
@@ -216,6 +216,41 @@ def cases() -> Iterator[Case]:
 
 
 CASES = list(cases())
+
+
+def outcome(case: Case, inputs: dict[str, Tensor]) -> Any:
+    """What an operation makes, or how it fails."""
+    try:
+        made = case.run(**inputs)
+    except Exception as error:
+        return type(error), str(error)
+    return [made] if isinstance(made, Tensor) else list(made)
+
+
+def assert_alike(made: Any, expected: Any, label: str, rough: float) -> None:
+    assert type(made) is type(expected), f"{label}: {made} and not {expected}"
+    if not isinstance(made, list):
+        assert made == expected, label
+        return
+    for ours, torchs in zip(made, expected, strict=True):
+        assert (ours.shape, ours.dtype, ours.device) == (torchs.shape, torchs.dtype, torchs.device)
+        if torchs.layout is not torch.strided:
+            ours, torchs = ours.to_dense(), torchs.to_dense()
+        # Of an input without numbers torch makes any.
+        if torchs.is_meta or "meta" in label:
+            continue
+        ours, torchs = ours.double(), torchs.double()
+        if made[0].dtype.itemsize == 2:
+            rough = 2**-5
+        scale = torchs.nan_to_num(0, 0, 0).abs().amax() if torchs.numel() else 1.0
+        torch.testing.assert_close(
+            ours, torchs, rtol=rough, atol=float(rough * scale), equal_nan=True, msg=label
+        )
+
+
+def bound(case: Case) -> float:
+    """A rounding more or less on the way; vectors are rounded to 16 bits for integers."""
+    return 2**-5 if "bfloat16" in case.name else 2**-10 if "int" in case.name else 1e-5
 
 
 class Wrapped(torch.Tensor):

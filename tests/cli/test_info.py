@@ -6,9 +6,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 import quintet.cli.info as module
 from quintet import AutoModelForCausalLM
+from quintet.backends import REGISTRY, Backend, Implementation
 from quintet.kernels import outlook
 
 
@@ -19,6 +21,7 @@ def test_the_facts(quintet: Any, chat_model: Path) -> None:
     model = AutoModelForCausalLM.from_pretrained(chat_model)
     weights = sum(tensor.nbytes for tensor in model.state_dict().values())
     assert facts.pop("kernels") == outlook()
+    assert "rms norm" in facts.pop("backends")
     assert facts == {
         "model": str(chat_model),
         "family": "qwen2",
@@ -44,6 +47,18 @@ def test_the_table_says_the_same(quintet: Any, chat_model: Path) -> None:
     for key, value in facts.items():
         (line,) = (line for line in lines if line.startswith(f"{key} "))
         assert line.removeprefix(key).strip() == (f"{value:,}" if isinstance(value, int) else value)
+
+
+def test_a_backend_is_named_beside_what_it_computes(quintet: Any, chat_model: Path) -> None:
+    def told() -> str:
+        return str(json.loads(quintet("info", chat_model, "--json").out)["backends"])
+
+    implementations = {"rms norm": (Implementation(lambda *_: None, frozenset({torch.float32})),)}
+    toy = Backend(name="toy", device="cpu", implementations=implementations, missing=lambda: None)
+    with REGISTRY.registered(toy):
+        assert told().startswith("on cpu, ")
+        assert "on cpu, toy: rms norm" in told()
+    assert "toy" not in told()
 
 
 def test_without_a_model_it_is_the_packaged_one(

@@ -68,6 +68,7 @@ def _facts(name: str, where: dict[str, Any]) -> dict[str, Any]:
         "cache": _cache(config, size.cache_per_token, size.state_per_row),
         "attention": _attention(config),
         "kernels": outlook(),
+        "backends": _backends(config),
     }
     try:
         tokenizer = AutoTokenizer.from_pretrained(name, **where)
@@ -97,6 +98,23 @@ def _cache(config: "PreTrainedConfig", per_token: int, per_row: int) -> str:
     if config.attention_layers() and vars(config).get("kv_lora_rank"):
         text += " (latent)"
     return f"{text} and {per_row * 4:,} bytes a row" if per_row else text
+
+
+def _backends(config: "PreTrainedConfig") -> str:
+    """Say which backend computes what, on each kind of device there is."""
+    import torch
+
+    from quintet.backends import REGISTRY
+
+    # The model's class was imported, and with it what it computes.
+    dtype = config.torch_dtype or torch.bfloat16
+    said = []
+    for device in ("cpu", "cuda") if torch.cuda.is_available() else ("cpu",):
+        served = REGISTRY.served(device, dtype)
+        for backend in dict.fromkeys(served.values()):
+            names = ", ".join(name for name, by in served.items() if by == backend)
+            said.append(f"on {device}, {backend}: {names}")
+    return "; ".join(said)
 
 
 def _attention(config: "PreTrainedConfig") -> str:

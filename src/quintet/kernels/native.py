@@ -8,6 +8,7 @@ from pathlib import Path
 
 import torch  # noqa: F401 - the OpenMP runtime that it brings is asked for below
 
+from quintet.backends import OFF, REGISTRY
 from quintet.kernels.allocator import keep_freed_memory
 from quintet.kernels.build import BuildError, Recipe, best_level, recipe
 from quintet.kernels.patience import log
@@ -65,6 +66,8 @@ def find_recipe() -> Recipe:
     asked = os.environ.get("QUINTET_KERNELS")
     if asked == "0":
         raise BuildError("turned off by QUINTET_KERNELS=0")
+    if "kernels" in REGISTRY.off:
+        raise BuildError(f"turned off by {OFF}")
     return recipe(best_level(None if asked in (None, "", "1") else asked), _openmp())
 
 
