@@ -10,6 +10,7 @@ import torch.nn.functional as F  # noqa: N812
 from torch import Tensor
 
 from quintet.layers.mlp import GatedMLP
+from quintet.ops import activations
 from quintet.ops.activations import gate_by
 from quintet.ops.attention import sdpa
 from quintet.ops.linear import linear, linears
@@ -193,9 +194,15 @@ def cases() -> Iterator[Case]:
                 kept=torch.tensor([[True, True, False], [True, True, True]]),
             )
             continue
+        yield case("gelu", partial(gate_by, F.gelu), gate=make(3, 40), up=make(3, 40))
+        yield case("share", activations.sigmoid, x=make(3, 40))
         many = make(40, 40)
         yield case(
-            "products", lambda x, w, b: linears(x, [(w, b)]), x=many, w=make(8, 40), b=make(8)
+            "products",
+            lambda x, w, b: linears(x, [(w, b)]),
+            x=make(70, 40),
+            w=make(8, 40),
+            b=make(8),
         )
         yield case("mlp-many", mlp, x=many, **matrices)
         chosen = {
