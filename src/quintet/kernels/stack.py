@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from quintet.kernels.calls import Call, applies, begin, watched
+from quintet.kernels.layout import agrees
 from quintet.kernels.linear import kernel_name
 from quintet.kernels.parts import Fields, Part, Tokens
 
@@ -69,7 +70,7 @@ class Stack:
     @classmethod
     def of(cls, parts: Sequence[Part], C: int, dtype: torch.dtype) -> Self | None:
         """Return parts for hidden states (M, C) of a dtype; None where the kernel cannot."""
-        if watched():
+        if watched() or not agrees():
             return None
         written = []
         kind: torch.dtype | None = None

@@ -25,6 +25,7 @@ void gate_rows(const Matrix& gate, const Matrix& up, const typename Matrix::Inpu
 
 // One matrix an expert; steps in elements, from one to the next and from row to row.
 struct Stacked {
+    QUINTET_FIELDS(w, w_step, stride, scale, scale_step)
     Span<const void> w;
     i64 w_step, stride;
     Span<const void> scale;
@@ -49,6 +50,7 @@ struct Stacked {
 };
 
 struct Experts {
+    QUINTET_FIELDS(gate, up, down, E, C, F)
     Stacked gate, up, down;
     i64 E, C, F;
 

@@ -7,6 +7,7 @@ namespace {
 
 // W (O, I) and b (O) or null.
 struct Weight {
+    QUINTET_FIELDS(w, stride, scale, bias, O)
     Span<const void> w;
     i64 stride;
     Span<const void> scale, bias;

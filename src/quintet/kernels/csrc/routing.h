@@ -53,6 +53,7 @@ enum Scoring : i64 { SOFTMAX, SIGMOID };
 // goes by it and the bias, a weight by it alone. Of the groups, `kept` are open: those whose
 // `ranked` best experts sum highest.
 struct Rules {
+    QUINTET_FIELDS(scoring, E, A, groups, kept, ranked, normalise, scaling, bias)
     Scoring scoring;
     i64 E, A, groups, kept, ranked, normalise;
     double scaling;

@@ -4,6 +4,7 @@
 // to touch is compared with what it was lent before it runs, and a call that does not fit is refused.
 #pragma once
 #include <initializer_list>
+#include <tuple>
 
 #include "simd.h"
 
@@ -79,3 +80,9 @@ const T* behind(const Call* call) {
     extern "C" i64 quintet_##name(const void* fields, i64 bytes) {                \
         return enter<Call>(fields, bytes, [](const Call& c) { __VA_ARGS__(c); }); \
     }
+
+// All fields of a struct in their order, inside of it: what Python writes is compared with them when the
+// library is loaded (layout.cpp), and that none is missing when it is compiled.
+#define QUINTET_FIELDS(...)                                \
+    auto fields() const { return std::tie(__VA_ARGS__); } \
+    static const char* names() { return #__VA_ARGS__; }

@@ -6,6 +6,7 @@ namespace {
 
 // D and U are null where there is no addition.
 struct Adapted {
+    QUINTET_FIELDS(map, down, up)
     Weight map, down, up;
 
     bool adapts() const { return down.w.given(); }

@@ -12,6 +12,7 @@ template <class Matrix, class T>
 class AttentionPart {
   public:
     struct Fields {
+        QUINTET_FIELDS(norm, qkv, o, H, K, D, window, rotates, beside, scale)
         Norm norm;
         Adapted qkv[3];
         Weight o;
@@ -19,6 +20,7 @@ class AttentionPart {
         double scale;
     };
     struct Held {
+        QUINTET_FIELDS(keys, values)
         Buffer keys, values;
     };
 

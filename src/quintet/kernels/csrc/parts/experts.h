@@ -10,6 +10,7 @@ template <class Matrix, class T>
 class ExpertsPart {
   public:
     struct Fields {
+        QUINTET_FIELDS(norm, router, wide, rules, experts, gate, up, down, F, share)
         Norm norm;
         Span<const T> router;  // (E, C)
         i64 wide;         // whether logits stay float32; otherwise they are rounded

@@ -8,6 +8,7 @@ template <class Matrix, class T>
 class FinalNormPart {
   public:
     struct Fields {
+        QUINTET_FIELDS(norm)
         Norm norm;
     };
     using Held = void;

@@ -9,6 +9,7 @@ template <class Matrix>
 class LatentPart {
   public:
     struct Fields {
+        QUINTET_FIELDS(norm, q_a, q_norm, q, kv, kv_norm, o, w, H, Dn, Dr, Dv, R, neighbours, scale)
         Norm norm;
         Weight q_a;  // of zeros where queries have no latent of their own
         Norm q_norm;
@@ -20,6 +21,7 @@ class LatentPart {
         double scale;
     };
     struct Held {
+        QUINTET_FIELDS(latents, keys)
         Buffer latents, keys;
     };
 

@@ -9,6 +9,7 @@ template <class Matrix, class T>
 class MixerPart {
   public:
     struct Fields {
+        QUINTET_FIELDS(norm, in, out, taps, bias, dt_bias, a_log, d, gated, H, P, G, N, W, least, most)
         Norm norm;
         Weight in, out;
         Span<const T> taps, bias;
@@ -20,6 +21,7 @@ class MixerPart {
         Shape shape() const { return {H, P, G, N, W}; }
     };
     struct Held {
+        QUINTET_FIELDS(window, state, record)
         Span<T> window;
         Span<float> state;
         Span<T> record;  // where projected tokens are left for whoever goes back; or none

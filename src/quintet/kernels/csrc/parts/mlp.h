@@ -9,6 +9,7 @@ template <class Matrix, class T>
 class MLPPart {
   public:
     struct Fields {
+        QUINTET_FIELDS(norm, gate, up, down, F)
         Norm norm;
         Weight gate, up, down;
         i64 F;

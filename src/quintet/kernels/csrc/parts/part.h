@@ -11,6 +11,7 @@ namespace {
 enum Source : i64 { HIDDEN, BESIDE, SUM, WITH_EMBEDS };
 
 struct Norm {
+    QUINTET_FIELDS(weight, eps, of)
     Span<const void> weight;
     double eps;
     Source of;
@@ -43,6 +44,7 @@ struct Tokens {
 
 // Keys or values (rows, K, S, D), what a cache keeps.
 struct Buffer {
+    QUINTET_FIELDS(memory, row, head, token)
     Span<char> memory;
     i64 row, head, token;
 

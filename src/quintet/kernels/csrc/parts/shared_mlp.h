@@ -9,6 +9,7 @@ template <class Matrix, class T>
 class SharedMLPPart {
   public:
     struct Fields {
+        QUINTET_FIELDS(norm, gate_up, down, linear)
         Norm norm;
         Adapted gate_up;
         Weight down, linear;
