@@ -158,6 +158,26 @@ inline F products(const Wide& w, const int16_t* x) {
     return to_float(sum);
 }
 
+// Sums of R rows and MB vectors: in registers, or in memory where those are taken.
+template <int R, int MB, bool MEMORY>
+struct Sums {
+    F of[R][MB];
+    Sums() {
+        for (auto& row : of)
+            for (F& sum : row) sum = zero();
+    }
+    F get(int r, int m) const { return of[r][m]; }
+    void set(int r, int m, F sum) { of[r][m] = sum; }
+    void settle() {}
+};
+template <int R, int MB>
+struct Sums<R, MB, true> {
+    alignas(64) float of[R][MB][LANES] = {};
+    F get(int r, int m) const { return load(of[r][m]); }
+    void set(int r, int m, F sum) { store(of[r][m], sum); }
+    void settle() { asm volatile("" : : "r"(&of[0][0][0]) : "memory"); }
+};
+
 // q (O, I) with a scale for each row.
 struct Int8 {
     using Input = Rounded;
@@ -188,7 +208,7 @@ struct Int8 {
         const int8_t* next = p + R * I;
         // Integers have one sum whatever the order: of few, several at a time.
         constexpr int WAYS = R * MB == 1 ? 4 : R * MB <= 8 ? 2 : 1;
-        alignas(64) float acc[R][MB][LANES] = {};
+        Sums<R, MB, (R * MB > 8)> acc;
         for (i64 start = 0; start < I; start += SPAN) {
             Words all_sums[WAYS][R][MB];
             for (auto& sums : all_sums)
@@ -206,13 +226,13 @@ struct Int8 {
                 }
             };
             // The registers are for the integers.
-            if (R * MB > 8) asm volatile("" : : "r"(&acc[0][0][0]) : "memory");
+            acc.settle();
             const auto add_up = [&](int m, float by) __attribute__((always_inline)) {
 #pragma GCC unroll 4
                 for (int r = 0; r < R; ++r) {
                     Words total = all_sums[0][r][m];
                     for (int way = 1; way < WAYS; ++way) total = add_words(total, all_sums[way][r][m]);
-                    store(acc[r][m], fma(to_float(total), all(by), load(acc[r][m])));
+                    acc.set(r, m, fma(to_float(total), all(by), acc.get(r, m)));
                     for (auto& sums : all_sums) sums[r][m] = no_words();
                 }
             };
@@ -243,7 +263,7 @@ struct Int8 {
         }
         for (int m = 0; m < MB; ++m) {
             float made[R];
-            const auto lanes = [&](int r) { return load(acc[r][m]); };
+            const auto lanes = [&](int r) { return acc.get(r, m); };
             row_sums<R>(lanes, made);
             for (int r = 0; r < R; ++r) put(m0 + m, o + r, made[r] * scale[o + r]);
         }

@@ -85,7 +85,7 @@ struct Plain {
 
   private:
     // From so many vectors on, packing rows for them pays.
-    static constexpr i64 PACKED = 6;
+        static constexpr i64 PACKED = 10;
 
     // R rows by MB vectors. While the first block of vectors computes, the next R rows are on their
     // way, in the order in which memory has them; of a single row the processor sees best what comes next.

@@ -126,16 +126,31 @@ Inputs<Matrix> taken_in(const T* x, i64 M, i64 I) {
     return Inputs<Matrix>(x, M, I, I);
 }
 
+// Memory that begins where a cache line does: what crosses lines is loaded at half the speed.
+template <class T>
+class Aligned {
+  public:
+    explicit Aligned(i64 n) : memory_(size_t(n) + 64 / sizeof(T)) {
+        first_ = memory_.data() + size_t(-reinterpret_cast<uintptr_t>(memory_.data()) % 64) / sizeof(T);
+    }
+    Aligned(const Aligned&) = delete;
+    T* data() const { return first_; }
+
+  private:
+    std::vector<T> memory_;
+    T* first_;
+};
+
 // norm(x) as matrices multiply it, which a thread makes for itself without waiting for the others.
 template <class Matrix, class T>
 struct Normed {
     const i64 width;
-    std::vector<T> rows;
+    Aligned<T> rows;
     Inputs<Matrix> inputs;
 
     Normed(const Member<Matrix, T>& me, const Norm& norm)
         : width(norm.width(me.s.C)),
-          rows(size_t(me.s.all() * width)),
+          rows(me.s.all() * width),
           inputs(me.s.all(), width) {
         const Tokens& s = me.s;
         std::vector<T> made(static_cast<size_t>(width));
