@@ -85,7 +85,8 @@ def _structure(content: bytes, random: Random) -> bytes:
     elif kind == 3 and isinstance(at[key], int) and not isinstance(at[key], bool):
         at[key] += random.choice((-1, 1, -at[key], at[key], 10**6, 10**9))
     elif kind == 4:
-        at[key] = [at[key]] * random.choice((1, 2, 1000))
+        # A thousand times a thousand would be more than the fuzzer itself has memory for.
+        at[key] = [at[key]] * random.choice((1, 2, 1000 if len(content) < 100_000 else 2))
     elif kind == 5:
         at[key] = {str(key): at[key]}
     elif kind == 6 and isinstance(at[key], str):
