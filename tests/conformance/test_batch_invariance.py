@@ -43,7 +43,7 @@ COUNTS = st.integers(1, ROWS).flatmap(
 
 @pytest.fixture(autouse=True)
 def invariant(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Experts in int8 and int4 are so where it is asked for."""
+    """Prompts are summed as steps are, where it is asked for."""
     monkeypatch.setenv("QUINTET_BATCH_INVARIANT", "1")
 
 
@@ -99,6 +99,22 @@ def test_a_row_does_not_see_who_shares_the_batch(
         # In fewer bits, a text of up to 16 tokens without a past passes layers one by one.
         first = [[17 + row for row in range(len(schedule[0]))]] if quantize else []
         check(model, first + schedule, threads)
+
+    holds()
+
+
+@each
+def test_nor_by_default_where_prompts_have_forwards_of_their_own(
+    family: Family, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("QUINTET_BATCH_INVARIANT")
+    model = model_of(family, tmp_path, None)
+
+    @some
+    @given(schedule=COUNTS, threads=st.integers(1, 3))
+    def holds(schedule: list[list[int]], threads: int) -> None:
+        first = [17 + 9 * row for row in range(len(schedule[0]))]
+        check(model, [first, *schedule], threads)
 
     holds()
 

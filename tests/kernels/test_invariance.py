@@ -25,6 +25,12 @@ once = settings(
 )
 
 
+@pytest.fixture(autouse=True)
+def invariant(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Kernels for many vectors are summed as those for few are, where it is asked for."""
+    monkeypatch.setenv("QUINTET_BATCH_INVARIANT", "1")
+
+
 def same(a: Tensor | None, b: Tensor | None) -> bool:
     return a is not None and b is not None and torch.equal(a.view(torch.uint8), b.view(torch.uint8))
 
@@ -250,3 +256,32 @@ def test_a_mixer_makes_the_same_of_a_text_cut_at_its_blocks(
         out, window, state, *_ = run(projected[1:, first:last], window, state)
         assert same(out, whole[1:, first:last].contiguous())
         first = last
+
+
+@once
+@given(
+    I=st.sampled_from([*WIDTHS, 100, 31]),
+    O=st.integers(1, 70),
+    M=st.integers(1, 90),
+    threads=st.integers(1, 3),
+    data=st.data(),
+)
+def test_vectors_of_prompts_are_mapped_alike_in_their_own_order_too(
+    level: str,
+    I: int,
+    O: int,
+    M: int,
+    threads: int,
+    data: st.DataObject,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.delenv("QUINTET_BATCH_INVARIANT", raising=False)
+    x, matrix = torch.randn(M, I).to(BF16), stored("bf16", torch.randn(O, I))
+    one = data.draw(st.integers(0, M - 1))
+    torch.set_num_threads(threads)
+    whole = products(x, [matrix])
+    torch.set_num_threads(1)
+    alone = products(x[one : one + 1], [matrix])
+    assert whole is not None
+    assert alone is not None
+    assert same(whole[0][one : one + 1], alone[0])

@@ -7,13 +7,13 @@ import torch
 from torch import Tensor
 
 from quintet.kernels.calls import Call, begin
-from quintet.kernels.linear import GROUP, STEP_TOKENS, Matrix, kernel_name
+from quintet.kernels.linear import GROUP, STEP_TOKENS, Matrix, batch_invariant, kernel_name
 
 __all__ = ["gated", "stacked"]
 
 # Beyond so many tokens, other products are the faster ones (docs/lab-notes.md).
 MOST_TOKENS: Mapping[str, int] = MappingProxyType(
-    {"bf16": 32, "f32": 24}
+    {"bf16": STEP_TOKENS, "f32": 24}
     | dict.fromkeys(("int8_bf16", "int8_f32", "int4_bf16", "int4_f32"), STEP_TOKENS)
 )
 
@@ -37,7 +37,10 @@ def gated(
     name = kernel_name(kind, dtype)
     C = x.shape[-1] if x.ndim else 0
     N = x.numel() // C if C else 0
-    if call is None or not 0 < N <= MOST_TOKENS.get(name, 0) or gate.weight.ndim < 2:
+    most = MOST_TOKENS.get(name, 0)
+    if name == "bf16" and batch_invariant():
+        most *= 2
+    if call is None or not 0 < N <= most or gate.weight.ndim < 2:
         return None
     E, A = None, 1
     F = gate.weight.shape[-2]

@@ -4,6 +4,7 @@ import torch
 from torch import Tensor
 
 from quintet.kernels.calls import begin
+from quintet.kernels.linear import batch_invariant
 
 __all__ = ["grouped_silu_experts"]
 
@@ -20,7 +21,7 @@ def grouped_silu_experts(
     if call is None or x.dtype != torch.bfloat16 or indices.ndim != 2 or down.ndim != 3:
         return None
     (N, A), (E, C, F) = indices.shape, down.shape
-    call.integers(N, A, E, C, F)
+    call.integers(N, A, E, C, F, batch_invariant())
     call.rows(x, x.dtype, N, C)
     call.chosen(indices, weights, N, A)
     call.packed(gate_up, x.dtype, E, 2 * F, C)

@@ -46,7 +46,8 @@ class Matrix(NamedTuple):
 def batch_invariant() -> bool:
     """Tell whether results must not depend on who shares a batch where that costs speed.
 
-    That is so with `QUINTET_BATCH_INVARIANT=1`, for experts of prompts in int8 and int4.
+    That is so with `QUINTET_BATCH_INVARIANT=1`: prompts are summed in the order of steps, so that
+    they may share a forward, and experts of prompts in int8 and int4 are widened.
     """
     return os.environ.get("QUINTET_BATCH_INVARIANT") == "1"
 
@@ -58,7 +59,8 @@ FORMAT = {torch.int8: "int8_", torch.uint8: "int4_"}
 STEP_TOKENS = 16
 # Beyond so many vectors, other products are the faster ones (docs/lab-notes.md).
 MOST_VECTORS: Mapping[str, int] = MappingProxyType(
-    {"bf16": 64, "f32": 32} | dict.fromkeys(("int8_bf16", "int8_f32", "int4_bf16", "int4_f32"), 16)
+    {"bf16": STEP_TOKENS, "f32": 32}
+    | dict.fromkeys(("int8_bf16", "int8_f32", "int4_bf16", "int4_f32"), 16)
 )
 
 
@@ -83,7 +85,8 @@ def linears(x: Tensor, maps: Sequence[Matrix]) -> list[Tensor] | None:
     if name not in MOST_VECTORS or any(matrix.weight.ndim != 2 for matrix in maps):
         return None
     heads = all(len(matrix.weight) >= HEAD for matrix in maps)
-    if not 0 < M <= (MOST_OF_HEAD if heads else MOST_VECTORS[name]):
+    ordered = name == "bf16" and batch_invariant()
+    if not 0 < M <= (MOST_OF_HEAD if heads or ordered else MOST_VECTORS[name]):
         return None
     call.integers(M, I, len(maps))
     call.copied(x, dtype, *shape)

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from quintet.kernels.calls import applies, begin
-from quintet.kernels.linear import Matrix
+from quintet.kernels.linear import Matrix, batch_invariant
 
 __all__ = ["gated_products", "products"]
 
@@ -39,7 +39,7 @@ def _run(x: Tensor, maps: Sequence[tuple[Matrix, Tensor | None]]) -> list[Tensor
     rows = x.reshape(-1, I)
     rows = rows if rows.stride(1) == 1 else rows.contiguous()
     M = len(rows)
-    call.integers(M, I, len(maps))
+    call.integers(M, I, len(maps), batch_invariant())
     call.rows(rows, dtype, M, I)
     made = []
     for (weight, scale, bias), up in maps:

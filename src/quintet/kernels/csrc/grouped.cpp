@@ -2,7 +2,7 @@
 // thread takes whole blocks.
 #include <omp.h>
 
-#include "product.h"
+#include "orders.h"
 #include "routing.h"
 #include "span.h"
 
@@ -13,7 +13,7 @@ constexpr i64 MADE = i64(64) << 20;  // bytes of experts' outputs that wait to b
 
 // x (N, C), indices and shares (N, A), gate_up (E, 2F, C), down (E, C, F), out (N, C).
 struct Grouped {
-    i64 N, A, E, C, F;
+    i64 N, A, E, C, F, by_lanes;
     Span<const bf16> x;
     i64 x_stride;
     Span<const i64> indices;
@@ -48,37 +48,39 @@ struct Panels {
     }
 };
 
+template <class Order>
 void run(const Grouped& g, const Job& job, i64 next_expert, const bf16* x, const i64* slots, float* made) {
     static thread_local Scratch scratch;
-    const i64 n = job.count, C = g.C, F_ = g.F, wide = row_size(C), narrow = row_size(F_);
-    const i64 packed = std::max(panel_size(C), panel_size(F_)), tiles = (n + TILE - 1) / TILE;
-    scratch.open(Scratch::room<uint32_t>(n * wide) + Scratch::room<uint32_t>(n * narrow) +
+    const i64 n = job.count, C = g.C, F_ = g.F, wide = Order::row(C), narrow = Order::row(F_);
+    const i64 packed = std::max(Order::panel(C), Order::panel(F_)), tiles = (n + TILE - 1) / TILE;
+    using Number = typename Order::Number;
+    scratch.open(Scratch::room<Number>(n * wide) + Scratch::room<Number>(n * narrow) +
                  Scratch::room<bf16>(n * F_) + Scratch::room<uint32_t>(packed));
-    uint32_t *input = scratch.take<uint32_t>(n * wide), *hidden = scratch.take<uint32_t>(n * narrow);
+    Number *input = scratch.take<Number>(n * wide), *hidden = scratch.take<Number>(n * narrow);
     bf16* gated = scratch.take<bf16>(n * F_);
     uint32_t* w = scratch.take<uint32_t>(packed);
-    for (i64 m = 0; m < n; ++m) arrange(x + slots[job.from + m] / g.A * g.x_stride, C, input + m * wide);
+    for (i64 m = 0; m < n; ++m) Order::take(x + slots[job.from + m] / g.A * g.x_stride, C, input + m * wide);
     const Panels panels{g};
     for (i64 p = 0; p < panels.count(); ++p) {
         const bool first = p < panels.gates();
         const Panel panel = panels.at(job.expert, p);
         const i64 columns = panel.lows + (first ? 0 : panel.highs), I = first ? C : F_;
         if (p == panels.gates())
-            for (i64 m = 0; m < n; ++m) arrange(gated + m * F_, F_, hidden + m * narrow);
-        pack(panel, I, w);
+            for (i64 m = 0; m < n; ++m) Order::take(gated + m * F_, F_, hidden + m * narrow);
+        Order::fill(panel, I, w);
         Ahead ahead(p + 1 < panels.count() ? panels.at(job.expert, p + 1) : panels.at(next_expert, 0), tiles);
         for (i64 t = 0; t < tiles; ++t) {
             const i64 m = n * t / tiles, size = n * (t + 1) / tiles - m;
             if (first) {
                 bf16* y = gated + m * F_ + p * LANES;
-                few_rows(size, w, input + m * wide, I, ahead,
+                Order::run(size, w, input + m * wide, wide, I, ahead,
                          [&](int r, F gate, F up) __attribute__((always_inline)) {
                              store(y + r * F_, mul(silu(gate), up), columns);
                          });
             } else {
                 const i64* slot = slots + job.from + m;
                 float* y = made + (p - panels.gates()) * 2 * LANES;
-                few_rows(size, w, hidden + m * narrow, I, ahead,
+                Order::run(size, w, hidden + m * narrow, narrow, I, ahead,
                          [&](int r, F low, F high) __attribute__((always_inline)) {
                              float* to = y + slot[r] * C;
                              store(to, low, std::min<i64>(LANES, columns));
@@ -123,6 +125,7 @@ void add_up(const Grouped& g, i64 token, const float* made) {
     }
 }
 
+template <class Order>
 void grouped(const Grouped& g) {
     static thread_local Scratch scratch;
     const i64 most = std::max<i64>(256, MADE / (4 * g.C * g.A));
@@ -139,7 +142,7 @@ void grouped(const Grouped& g) {
 #pragma omp for schedule(dynamic, 1)
             for (size_t j = 0; j < jobs.size(); ++j) {
                 const size_t next = std::min(jobs.size() - 1, j + size_t(omp_get_num_threads()));
-                run(g, jobs[j], jobs[next].expert, x, slots.data(), made);
+                run<Order>(g, jobs[j], jobs[next].expert, x, slots.data(), made);
             }
 #pragma omp for schedule(static)
             for (i64 t = 0; t < n; ++t) add_up(g, first + t, made + t * g.A * g.C);
@@ -147,6 +150,8 @@ void grouped(const Grouped& g) {
     }
 }
 
+void in_order(const Grouped& g) { g.by_lanes ? grouped<ByLanes>(g) : grouped<Along>(g); }
+
 }  // namespace
 
-QUINTET_ENTRY(grouped_bf16, Grouped, grouped)
+QUINTET_ENTRY(grouped_bf16, Grouped, in_order)

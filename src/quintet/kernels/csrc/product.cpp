@@ -2,7 +2,7 @@
 // matrix and leads all rows past them.
 #include <omp.h>
 
-#include "product.h"
+#include "orders.h"
 #include "span.h"
 
 namespace {
@@ -30,7 +30,7 @@ struct Map {
 };
 
 struct Call {
-    i64 M, I, count;
+    i64 M, I, count, by_lanes;
     Span<const bf16> x;  // (M, I)
     i64 x_stride;
 
@@ -70,7 +70,9 @@ i64 panels_together(i64 panels, i64 bytes, i64 threads) {
     return together;
 }
 
+template <class Order>
 void products(const Call& c) {
+    using Number = typename Order::Number;
     const bf16* x = c.x;
     const i64 M = c.M, I = c.I, x_stride = c.x_stride;
     static thread_local Scratch of_caller, of_thread;
@@ -78,14 +80,22 @@ void products(const Call& c) {
     for (const Map* map = c.maps(); map < c.maps() + c.count; ++map)
         for (i64 p = 0; p < map->panels(); ++p) works.push_back({map, p * map->width()});
     const i64 n = i64(works.size()), threads = omp_get_max_threads();
-    const i64 tiles = (M + TILE - 1) / TILE, packed = panel_size(I), row = row_size(I);
+    const i64 tiles = (M + TILE - 1) / TILE, packed = Order::panel(I);
     const i64 together = panels_together(n, 4 * packed, threads), groups = (n + together - 1) / together;
-    of_caller.open(Scratch::room<uint32_t>(M * row));
-    uint32_t* rows = of_caller.take<uint32_t>(M * row);
+    const bool lies = Order::as_it_lies(I, x_stride);
+    const i64 row = lies ? x_stride : Order::row(I);
+    Number* taken = nullptr;
+    if (!lies) {
+        of_caller.open(Scratch::room<Number>(M * row));
+        taken = of_caller.take<Number>(M * row);
+    }
+    const Number* rows = lies ? reinterpret_cast<const Number*>(x) : taken;
 #pragma omp parallel
     {
+        if (!lies) {
 #pragma omp for schedule(static)
-        for (i64 m = 0; m < M; ++m) arrange(x + m * x_stride, I, rows + m * row);
+            for (i64 m = 0; m < M; ++m) Order::take(x + m * x_stride, I, taken + m * row);
+        }
         of_thread.open(together * (Scratch::room<uint32_t>(packed) + Scratch::room<float>(2 * LANES)));
         uint32_t* w = of_thread.take<uint32_t>(together * packed);
         float* biases = of_thread.take<float>(together * 2 * LANES);
@@ -94,7 +104,7 @@ void products(const Call& c) {
             const i64 from = group * together, to = std::min(n, from + together);
             std::vector<Ahead> ahead;
             for (i64 j = from; j < to; ++j) {
-                pack(works[size_t(j)].panel(), I, w + (j - from) * packed);
+                Order::fill(works[size_t(j)].panel(), I, w + (j - from) * packed);
                 works[size_t(j)].biases(biases + (j - from) * 2 * LANES);
                 // Most likely what this thread takes next.
                 ahead.emplace_back(works[size_t(std::min(n - 1, j + threads * together))].panel(), tiles);
@@ -106,7 +116,7 @@ void products(const Call& c) {
                     const i64 first = works[size_t(j)].first, columns = std::min(map.width(), map.O - first);
                     bf16* y = map.y + m * map.O + first;
                     const auto run = [&](const auto& finish) {
-                        few_rows(size, w + (j - from) * packed, rows + m * row, I, ahead[size_t(j - from)], finish);
+                        Order::run(size, w + (j - from) * packed, rows + m * row, row, I, ahead[size_t(j - from)], finish);
                     };
                     if (map.up)
                         run([&](int r, F gate, F up) __attribute__((always_inline)) {
@@ -127,6 +137,8 @@ void products(const Call& c) {
     }
 }
 
+void in_order(const Call& c) { c.by_lanes ? products<ByLanes>(c) : products<Along>(c); }
+
 }  // namespace
 
-QUINTET_ENTRY(product_bf16, Call, products)
+QUINTET_ENTRY(product_bf16, Call, in_order)

@@ -3,7 +3,8 @@
 //
 // A dot product is summed as `sum` sums the lanes of a vector that went along both rows: pairs that
 // such a lane meets follow each other, lane after lane, and lanes are added as `sum` does. So a result
-// has the same bits whichever way it was computed, and beside however many others.
+// has the same bits whichever way it was computed, and beside however many others. Prompts have an
+// order of their own (prompt.h).
 #pragma once
 #include "tiles.h"
 
