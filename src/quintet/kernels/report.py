@@ -12,11 +12,11 @@ __all__ = ["Kernel", "Report", "outlook", "report"]
 KERNELS = {
     "attention": "softmax attention in bfloat16",
     "decode": "attention of up to 16 new tokens a row, in bfloat16 and float32",
-    "gated": "MLPs and experts with SiLU of up to 32 tokens, weights as of linear maps",
+    "gated": "MLPs and experts with SiLU of up to 16 tokens, weights as of linear maps",
     "grouped": "experts with SiLU of more tokens, in bfloat16",
     "latent": "DeepSeek's attention in the space of the latents, in bfloat16",
     "stack": "all layers for up to 64 tokens of any sequences in one call",
-    "linear": "linear maps of up to 64 vectors at once, weights in bfloat16 or float32",
+    "linear": "linear maps of up to 16 vectors at once (32 in float32)",
     "linear int8": "the same, weights in int8",
     "linear int4": "the same, weights in int4",
     "product": "linear maps of more vectors, and the gates of MLPs with SiLU, in bfloat16",
