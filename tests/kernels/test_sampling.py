@@ -2,7 +2,7 @@ import pytest
 import torch
 
 from quintet.kernels.sampling import penalise_repetition
-from quintet.ops.sampling import _penalise_repetition
+from quintet.ops import sampling
 
 
 @pytest.mark.parametrize("penalty", [1.3, 0.6])
@@ -16,10 +16,13 @@ def test_a_penalty_is_that_of_the_reference(
     logits[:, 3], logits[:, 4] = -torch.inf, torch.inf
     kept = torch.rand(B, T) < 0.5 if masked else None
     before = logits.clone()
-    made = penalise_repetition(logits, ids, kept, penalty)
+    made, reference = (
+        one(logits, ids, kept, penalty)
+        for one in (penalise_repetition, sampling.penalise_repetition.definition)
+    )
     assert made is not None
     assert torch.equal(logits, before)
-    assert torch.equal(made, _penalise_repetition(logits, ids, kept, penalty))
+    assert torch.equal(made, reference)
 
 
 def test_what_is_of_another_kind_is_left_to_torch(level: str) -> None:

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from families.deepseek import GROUPS, YARN, config_of, model_of
 from quintet import DynamicCache, StaticCache
+from quintet.backends import REGISTRY
 from quintet.kernels.native import native
 from quintet.ops.mla import absorbs
 from support import relative_error
@@ -122,10 +123,8 @@ def test_kernels_are_no_farther_from_float32_than_pytorch(
         return made
 
     truth, by_kernels = logits(exact), logits(model)
-    for name in ("attend_latents", "attend_parts"):
-        monkeypatch.setattr(f"quintet.ops.mla.{name}", lambda *_, **__: None)
-    for name in ("kernel", "grouped_silu_experts"):
-        monkeypatch.setattr(f"quintet.ops.moe.{name}", lambda *_: None)
+    for name in ("latent attention", "attention", "gated mlp", "experts"):
+        monkeypatch.setattr(REGISTRY.operations[name], "order", ())
     by_pytorch = logits(model)
 
     def error(made: Tensor) -> float:
@@ -143,9 +142,8 @@ def test_generate_runs_on_the_kernels(
     if native().library is None:
         pytest.skip(f"no kernels: {native().reason}")
     from quintet.layers.stack import LayerRun
-    from quintet.ops import mla, moe
 
-    ran = {"attend_latents": 0, "attend_parts": 0, "experts": 0, "all layers": 0}
+    ran = {"latent attention": 0, "attention": 0, "experts": 0, "all layers": 0}
 
     def counted(name: str, kernel: Any) -> Any:
         def run(*inputs: Any, **options: Any) -> Tensor | None:
@@ -155,19 +153,20 @@ def test_generate_runs_on_the_kernels(
 
         return run
 
-    for module, name in ((mla, "attend_latents"), (mla, "attend_parts")):
-        monkeypatch.setattr(module, name, counted(name, getattr(module, name)))
-    for name in ("kernel", "grouped_silu_experts"):  # of few tokens, and of many
-        monkeypatch.setattr(moe, name, counted("experts", getattr(moe, name)))
+    of_experts = {"gated mlp": "experts"}  # and MLPs, of few tokens; "experts" are those of many
+    for name in ("latent attention", "attention", "gated mlp", "experts"):
+        asked = REGISTRY.operations[name]
+        order = tuple(counted(of_experts.get(name, name), one) for one in asked.order)
+        monkeypatch.setattr(asked, "order", order)
     monkeypatch.setattr(LayerRun, "in_one_call", counted("all layers", LayerRun.in_one_call))
     model = model_of(family, **WIDE, max_position_embeddings=160).bfloat16()
     if hooked:
         for layer in model.model.layers:
             layer.register_forward_hook(lambda *_: None)
     model.generate(torch.randint(101, (1, 129)), max_new_tokens=4, do_sample=False)
-    # Three layers, of which two have experts; a prompt and three steps.
-    in_one_call = {"attend_latents": 0, "attend_parts": 3, "experts": 2, "all layers": 3}
-    by_layer = {"attend_latents": 9, "attend_parts": 3, "experts": 8, "all layers": 0}
+    # Three layers, of which two have experts and one shared by all; a prompt and three steps.
+    in_one_call = {"latent attention": 0, "attention": 3, "experts": 2, "all layers": 3}
+    by_layer = {"latent attention": 9, "attention": 3, "experts": 2 + 3 * 5, "all layers": 0}
     assert ran == (by_layer if hooked else in_one_call)
 
 
