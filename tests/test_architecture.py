@@ -30,6 +30,7 @@ LADDER = [
     {"tokenization", "configuration"},
     {"hub"},
     {"download"},
+    {"gguf"},
     {"files", "folder", "modeloutput"},
     {"errors"},
 ]

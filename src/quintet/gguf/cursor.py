@@ -1,0 +1,151 @@
+"""A place in the head of a GGUF file, which reads on from there and never past the end."""
+
+import struct
+from array import array
+from mmap import mmap
+from pathlib import Path
+from typing import NoReturn, TypeAlias
+
+from quintet.errors import CheckpointError, shown
+
+__all__ = ["Cursor", "Value"]
+
+Value: TypeAlias = "bool | int | float | str | list[str] | array[int] | array[float]"
+
+MAX_ELEMENTS = 16_000_000
+MAX_TEXT = 2**26
+# By the numbers of types in files; the same letters in `struct` and `array`.
+_NUMBERS = {
+    0: "B",
+    1: "b",
+    2: "H",
+    3: "h",
+    4: "I",
+    5: "i",
+    6: "f",
+    10: "Q",
+    11: "q",
+    12: "d",
+}
+_BOOL, _TEXT, _ARRAY = 7, 8, 9
+
+
+class Cursor:
+    """Reads numbers, texts and lists, each checked against the bytes that are left."""
+
+    __slots__ = ("data", "path", "position", "size")
+
+    def __init__(self, data: mmap, size: int, path: Path, position: int) -> None:
+        self.data, self.size, self.path, self.position = data, size, path, position
+
+    def damaged(self, what: str) -> NoReturn:
+        """Raise the error of a file that cannot be as it is."""
+        raise CheckpointError(
+            f"{self.path} {what}; the file is damaged or incomplete, fetch it again"
+        )
+
+    def u32(self, what: str) -> int:
+        """Read a number of four bytes."""
+        return int(self._number("I", what))
+
+    def u64(self, what: str) -> int:
+        """Read a number of eight bytes."""
+        return int(self._number("Q", what))
+
+    def count(self, what: str, most: int, least_bytes: int) -> int:
+        """Read how many of something follow, each of at least so many bytes."""
+        count = self.u64(f"the number of {what}")
+        if count > most or count * least_bytes > self.size - self.position:
+            self.damaged(
+                f"announces {count} {what}, for which {self.size - self.position} bytes are left "
+                f"(the most is {most})"
+            )
+        return count
+
+    def text(self, what: str, most: int = MAX_TEXT) -> str:
+        """Read a text."""
+        length = self.u64(f"the length of {what}")
+        begin = self.position
+        if length > most:
+            self.damaged(f"has {what} of {length} bytes; the most is {most}")
+        self._advance(length, what)
+        return self._decoded(self.data[begin : self.position], what)
+
+    def value(self, key: str) -> Value:
+        """Read the value of a key: its type, and what that says."""
+        what = shown(key)
+        kind = self.u32(f"the type of {what}")
+        if kind in _NUMBERS:
+            return self._number(_NUMBERS[kind], what)
+        if kind == _BOOL:
+            return bool(self._truths(1, what)[0])
+        if kind == _TEXT:
+            return self.text(what)
+        if kind != _ARRAY:
+            self.damaged(f"has {what} of the unknown type {kind}")
+        return self._list(what)
+
+    def _list(self, what: str) -> Value:
+        kind = self.u32(f"the type of {what}")
+        letter = _NUMBERS.get(kind)
+        least = 8 if kind == _TEXT else 1 if letter is None else struct.calcsize(f"<{letter}")
+        count = self.count(f"values of {what}", MAX_ELEMENTS, least)
+        if letter is not None:
+            begin = self.position
+            self._advance(count * least, what)
+            numbers = array(letter)
+            numbers.frombytes(self.data[begin : self.position])
+            return numbers
+        if kind == _BOOL:
+            return array("B", self._truths(count, what))
+        if kind != _TEXT:
+            self.damaged(f"has {what}, a list of the type {kind}, which is not read in lists")
+        return self._texts(count, what)
+
+    def _texts(self, count: int, what: str) -> list[str]:
+        # Hundreds of thousands of tokens: as few calls for each as can be.
+        data, size, position = self.data, self.size, self.position
+        unpack, most = struct.Struct("<Q").unpack_from, MAX_TEXT
+        texts = []
+        for _ in range(count):
+            begin = position + 8
+            if begin > size:
+                self._ended(what)
+            position = begin + unpack(data, position)[0]
+            if position > size or position - begin > most:
+                self.damaged(f"has a text of {position - begin} bytes in {what}")
+            raw = data[begin:position]
+            try:
+                texts.append(raw.decode())
+            except UnicodeDecodeError:
+                self._decoded(raw, f"a text in {what}")
+        self.position = position
+        return texts
+
+    def _truths(self, count: int, what: str) -> bytes:
+        begin = self.position
+        self._advance(count, what)
+        raw = self.data[begin : self.position]
+        if raw.translate(None, b"\0\1"):
+            self.damaged(f"has {what} that is neither true nor false")
+        return raw
+
+    def _number(self, letter: str, what: str) -> int | float:
+        begin = self.position
+        self._advance(struct.calcsize(f"<{letter}"), what)
+        value: int | float = struct.unpack_from(f"<{letter}", self.data, begin)[0]
+        return value
+
+    def _decoded(self, raw: bytes, what: str) -> str:
+        try:
+            return raw.decode()
+        except UnicodeDecodeError as error:
+            self.damaged(f"has {what} that is not UTF-8 ({error.reason}): {shown(raw)}")
+
+    def _advance(self, length: int, what: str) -> None:
+        if length > self.size - self.position:
+            self._ended(what)
+        self.position += length
+
+    def _ended(self, what: str) -> NoReturn:
+        self.damaged(f"ends after {self.size} bytes, within {what}")
