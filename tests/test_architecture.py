@@ -28,6 +28,7 @@ LADDER = [
     {"kernels"},
     {"backends"},
     {"tokenization", "configuration"},
+    {"sources"},
     {"hub"},
     {"download"},
     {"gguf"},

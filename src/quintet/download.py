@@ -4,13 +4,13 @@ import hashlib
 import os
 import re
 from collections.abc import Iterator, Sequence
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from errno import ENOSPC
 from pathlib import Path
 
 from quintet.errors import CheckpointError, ModelNotFoundError, OfflineError, SaveError
 
-__all__ = ["download"]
+__all__ = ["download", "list_files", "snapshot_of"]
 
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 # What a process that was killed leaves: nobody resumes a file of this name.
@@ -114,6 +114,57 @@ def _fetch(
     force: bool = False,
 ) -> Path:
     from huggingface_hub import constants, snapshot_download
+
+    offline = local_files_only or constants.is_offline_mode()
+    with _named_errors(name, revision, cache_dir, offline):
+        return Path(
+            snapshot_download(
+                name,
+                revision=revision,
+                cache_dir=Path(cache_dir) if cache_dir is not None else None,
+                token=token,
+                local_files_only=local_files_only,
+                allow_patterns=list(patterns),
+                force_download=force,
+            )
+        )
+
+
+def list_files(name: str, revision: str | None, token: str | bool | None) -> list[str]:
+    """Ask the hub for the names of a repository's files, folders in them parted by "/".
+
+    Raises:
+        ModelNotFoundError: no such repository, revision, or no access to it.
+        OfflineError: the network is off or the hub cannot be reached.
+    """
+    from huggingface_hub import HfApi, constants
+
+    with _named_errors(name, revision, None, constants.is_offline_mode()):
+        return list(HfApi(token=token).list_repo_files(name, revision=revision))
+
+
+def snapshot_of(
+    name: str, revision: str | None, cache_dir: str | os.PathLike[str] | None
+) -> Path | None:
+    """Return the folder of a repository's files in the hub cache, or None if it has none."""
+    from huggingface_hub import constants
+    from huggingface_hub.file_download import repo_folder_name
+
+    cache = Path(constants.HF_HUB_CACHE if cache_dir is None else cache_dir)
+    folder = cache / repo_folder_name(repo_id=name, repo_type="model")
+    commit = revision or "main"
+    with suppress(OSError, ValueError):
+        commit = (folder / "refs" / commit).read_text(encoding="utf-8").strip()
+    root = folder / "snapshots" / commit
+    return root if root.is_dir() and root.resolve().is_relative_to(folder.resolve()) else None
+
+
+@contextmanager
+def _named_errors(
+    name: str, revision: str | None, cache_dir: str | os.PathLike[str] | None, offline: bool
+) -> Iterator[None]:
+    """Turn what goes wrong between here and the hub into an error that says what to do."""
+    from huggingface_hub import constants
     from huggingface_hub.errors import (
         GatedRepoError,
         HfHubHTTPError,
@@ -123,17 +174,8 @@ def _fetch(
     )
 
     at = f" at revision {revision!r}" if revision else ""
-    offline = local_files_only or constants.is_offline_mode()
     try:
-        root = snapshot_download(
-            name,
-            revision=revision,
-            cache_dir=Path(cache_dir) if cache_dir is not None else None,
-            token=token,
-            local_files_only=local_files_only,
-            allow_patterns=list(patterns),
-            force_download=force,
-        )
+        yield
     except HFValidationError as error:
         raise ModelNotFoundError(
             f"no directory {name!r}, and it is not a valid hub id: {error}"
@@ -172,4 +214,3 @@ def _fetch(
             f"({cache_dir or constants.HF_HUB_CACHE}), and {reason}; "
             "connect and download it once, or name a local directory"
         ) from error
-    return Path(root)

@@ -1,0 +1,23 @@
+"""A model in one file, wherever it was found."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+__all__ = ["Found"]
+
+
+@dataclass(frozen=True, slots=True)
+class Found:
+    """A model in GGUF, and what the program that keeps it says beside the file.
+
+    Attributes:
+        path: of the file, or of the first of several.
+        system: the message that conversations are to begin with.
+        parameters: how answers are to be drawn, by the names that Ollama has for that.
+    """
+
+    path: Path
+    system: str | None = None
+    parameters: Mapping[str, Any] = field(default_factory=dict)
