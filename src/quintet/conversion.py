@@ -27,7 +27,7 @@ from quintet.modeling.progress import progress_bar
 from quintet.quantization import (
     Encoded,
     QuantizationConfig,
-    QuantizationRequest,
+    Scheme,
     Slot,
     cut,
     read,
@@ -92,12 +92,13 @@ def convert(
     mapping = map_keys(model, checkpoint.tensors, held_as=request.source)
     mapping.difference.raise_if_incomplete(str(root))
     kept = config.torch_dtype or torch.bfloat16 if dtype == "auto" else named_dtype(dtype)
-    weights = _Weights(model, mapping, checkpoint, request, kept)
+    scheme = request.scheme(mapping.held)
+    weights = _Weights(model, mapping, checkpoint, scheme, kept)
 
     config.architectures = [type(model).__name__]
     config.dtype = str(kept).removeprefix("torch.")
     vars(config).pop("quantization_config", None)
-    if request.target is not None:
+    if request.target is not None and scheme is not None:
         vars(config)["quantization_config"] = request.target.to_dict()
     texts = {CONFIG_NAME: config.to_json_string()}
     if (root / GENERATION_CONFIG_NAME).is_file():
@@ -120,7 +121,7 @@ class _Weights:
     model: PreTrainedModel
     mapping: KeyMapping
     checkpoint: Checkpoint
-    request: QuantizationRequest
+    scheme: Scheme | None
     dtype: torch.dtype
     read: int = 0
     written: int = 0
@@ -130,7 +131,7 @@ class _Weights:
         stacks = self.model.expert_stacks
         shapes = {name: tuple(tensor.shape) for name, tensor in self.model.state_dict().items()}
         slots: dict[str, Slot] = {}
-        if (scheme := self.request.scheme) is not None:
+        if (scheme := self.scheme) is not None:
             slots = self.model.quantize_modules(scheme, self.dtype)
         sizes = {
             name: sum(self.checkpoint.tensors[file].nbytes for file, _ in one.files.values())

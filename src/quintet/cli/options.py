@@ -6,6 +6,7 @@ import os
 import sys
 import time
 import warnings
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -19,7 +20,6 @@ from quintet.errors import InputError
 if TYPE_CHECKING:
     import torch
 
-    from quintet.configuration import PreTrainedConfig
     from quintet.generation.config import GenerationConfig
     from quintet.generation.mixin import GenerationMixin
     from quintet.modeling.base import PreTrainedModel
@@ -176,7 +176,7 @@ class Opened:
         millions = self.model.num_parameters() / 1e6
         size = f"{millions / 1000:.2f} B" if millions >= 1000 else f"{millions:.1f} M"
         dtype = str(self.model.dtype).removeprefix("torch.")
-        held = held_as(self.model.config)
+        held = held_as(self.model)
         kind = dtype if held is None else f"{held} and {dtype}"
         return (
             f"{self.model.config.model_type}, {size} parameters, {kind} on {self.model.device}, "
@@ -184,14 +184,15 @@ class Opened:
         )
 
 
-def held_as(config: "PreTrainedConfig") -> str | None:
-    """Return the name of the format a loaded model's weights are held in; None for numbers."""
-    from quintet.quantization.request import read
+def held_as(model: "PreTrainedModel") -> str | None:
+    """Return the name of the format of most weights of the layers; None for numbers."""
+    from quintet.quantization import Quantized
 
-    settings = vars(config).get("quantization_config")
-    wish = read(settings) if settings else None
-    scheme = None if wish is None else wish.scheme()
-    return None if scheme is None else scheme.weights.name
+    counts: Counter[str] = Counter()
+    for module in model.base_model.get_submodule("layers").modules():
+        if isinstance(module, Quantized):
+            counts[module.format.name] += module.weight_count
+    return max(counts, key=lambda name: counts[name], default=None)
 
 
 def open_model(
@@ -229,7 +230,7 @@ def open_model(
     if model.device.type == "cpu":
         # Compiled now where they never were, not in the middle of the first answer.
         native()
-        held = held_as(model.config)
+        held = held_as(model)
         if held not in (None, "int8", "int4"):
             warnings.warn(
                 f"{held} is turned into numbers at every step on a CPU, many times slower than "

@@ -18,7 +18,7 @@ from quintet.checkpoint import (
 )
 from quintet.errors import InputError, listed
 from quintet.modeling.core import ModelCore
-from quintet.quantization import QuantizationConfig, Stored, stored
+from quintet.quantization import QuantizationConfig, Stored, WeightFormat, stored
 
 __all__ = ["KeyMapping", "check_tied", "map_keys", "stack_experts"]
 
@@ -58,6 +58,18 @@ class KeyMapping:
     def fresh(self) -> tuple[str, ...]:
         """All that begins with random weights."""
         return (*self.absent, *self.reshaped)
+
+    @property
+    def held(self) -> dict[str, WeightFormat]:
+        """The format of each matrix of the model that its files would be held in.
+
+        Without those of plain numbers, and those of which parts are in different formats.
+        """
+        found: dict[str, set[WeightFormat | None]] = {}
+        for in_file, (name, _) in self.wanted.items():
+            one = self.stored[in_file].format
+            found.setdefault(name, set()).add(None if one is None else one.held)
+        return {name: one for name, (one, *more) in found.items() if one is not None and not more}
 
     @property
     def lost(self) -> list[str]:
@@ -108,7 +120,8 @@ def map_keys(
     for name, shape in expected.items():
         named = on_disk(name)
         count = count_pieces(named, shape, model.expert_stacks)
-        whole = named in tensors or count > max(left, 1)
+        stacked = count > 1 and held_as is not None and held_as.stored(named, shape, tensors)
+        whole = named in tensors or bool(stacked) or count > max(left, 1)
         left -= 0 if whole else count
         plan[name] = [Piece(named, shape)] if whole else pieces(named, shape, model.expert_stacks)
     aliases: dict[str, str] = {}

@@ -158,7 +158,8 @@ def _load(
         ignore_mismatched_sizes=options.ignore_mismatched_sizes,
     )
     mapping.difference.raise_if_incomplete(where)
-    slots = {} if request.scheme is None else model.quantize_modules(request.scheme, target)
+    scheme = request.scheme(mapping.held)
+    slots = {} if scheme is None else model.quantize_modules(scheme, target)
     model.drop(mapping.optional)
     model_parts = parts(model, target, model.keep_in_fp32)
     placement = place(options.device_map, model_parts, options.max_memory)
@@ -168,7 +169,7 @@ def _load(
     dispatch_model(model, placement, model_parts)
     if placement.several:
         model.hf_device_map = dict(placement.devices)
-    model.note_quantization(request.target)
+    model.note_quantization(None if scheme is None else request.target)
     _warn(model, where, mapping)
 
     model.config.dtype = str(target).removeprefix("torch.")

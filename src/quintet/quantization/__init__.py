@@ -9,6 +9,8 @@ from quintet.quantization.config import (
     QuantizationConfig,
     Scheme,
 )
+from quintet.quantization.formats import WeightFormat
+from quintet.quantization.mixed import MixedConfig
 from quintet.quantization.modules import (
     Quantized,
     QuantizedEmbedding,
@@ -25,6 +27,7 @@ __all__ = [
     "FineGrainedFP8Config",
     "Int4Config",
     "Int8Config",
+    "MixedConfig",
     "QuantizationConfig",
     "QuantizationRequest",
     "Quantized",
@@ -35,6 +38,7 @@ __all__ = [
     "Slot",
     "Stored",
     "TorchAoConfig",
+    "WeightFormat",
     "apply",
     "cut",
     "freeze",

@@ -17,6 +17,8 @@ from quintet.quantization.modules import (
     experts_like,
 )
 
+STACKS = ("gate_up_proj", "down_proj")
+
 __all__ = ["Encoded", "Slot", "apply", "cut", "freeze", "is_named", "tie"]
 
 
@@ -86,9 +88,10 @@ class Slot:
         Raises:
             CheckpointError: it has numbers that are not finite.
         """
-        ours = self.module.format.parts_of
-        if isinstance(weight, Encoded) and weight.format.parts_of == ours:
-            return weight.parts
+        if isinstance(weight, Encoded):
+            same = weight.format.recast(weight.parts, weight.shape, self.module.format)
+            if same is not None:
+                return same
         # As exact as the source: rounding to a dtype in between would be one loss more.
         plain = weight.decode(torch.float32) if isinstance(weight, Encoded) else weight
         try:
@@ -118,33 +121,21 @@ def apply(
 
     Returns where the weights of the former modules go, by their names.
     """
-    keep = (*keep, *scheme.skip)
-    shares = tied and scheme.head is not None
-    ends = (embedding, head)
-    if any(m in ends and is_named(path, keep) for path, m in model.named_modules()):
-        shares = False
+    formats = _formats(model, scheme, (*keep, *scheme.skip), embedding, head, tied)
     replaced: dict[nn.Module, Quantized] = {}
     slots: dict[str, Slot] = {}
-    for path, module in list(model.named_modules()):
-        replacement: Quantized | None = None
-        if is_named(path, keep):
-            continue
-        if module is embedding:
-            if shares and scheme.head is not None and isinstance(module, nn.Embedding):
-                replacement = QuantizedEmbedding(
-                    module.num_embeddings,
-                    module.embedding_dim,
-                    padding_idx=module.padding_idx,
-                    weight_format=scheme.head,
-                    dtype=dtype,
-                    device=module.weight.device,
-                )
+    for module, chosen in formats.items():
+        replacement: Quantized
+        if isinstance(module, nn.Embedding):
+            replacement = QuantizedEmbedding(
+                module.num_embeddings,
+                module.embedding_dim,
+                padding_idx=module.padding_idx,
+                weight_format=chosen,
+                dtype=dtype,
+                device=module.weight.device,
+            )
         elif isinstance(module, nn.Linear):
-            chosen = scheme.weights
-            if module is head:
-                if scheme.head is None or (tied and not shares):
-                    continue
-                chosen = scheme.head
             replacement = QuantizedLinear(
                 module.in_features,
                 module.out_features,
@@ -153,10 +144,10 @@ def apply(
                 compute_dtype=scheme.compute_dtype,
                 device=module.weight.device,
             )
-        elif isinstance(module, Experts):
-            replacement = experts_like(module, scheme.weights, scheme.compute_dtype)
-        if replacement is not None:
-            replaced[module] = replacement.train(module.training)
+        else:
+            assert isinstance(module, Experts)
+            replacement = experts_like(module, chosen, scheme.compute_dtype)
+        replaced[module] = replacement.train(module.training)
     # A module that several share has several names, and any may be the one it is saved under.
     for path, module in model.named_modules(remove_duplicate=False):
         if module in replaced:
@@ -167,6 +158,36 @@ def apply(
             if child in replaced:
                 parent._modules[name] = replaced[child]
     return slots
+
+
+def _formats(
+    model: nn.Module,
+    scheme: Scheme,
+    keep: Sequence[str],
+    embedding: nn.Module | None,
+    head: nn.Module | None,
+    tied: bool,
+) -> dict[nn.Module, WeightFormat]:
+    """Choose the format of each module that is to be replaced; see `apply`."""
+    found: dict[nn.Module, WeightFormat | None] = {}
+    rows = scheme.head if tied else None
+    for path, module in model.named_modules():
+        if is_named(path, keep):
+            continue
+        if isinstance(module, nn.Embedding) and module is embedding:
+            found[module] = scheme.of(f"{path}.weight", rows)
+        elif isinstance(module, nn.Linear):
+            usual = scheme.head if module is head else scheme.weights
+            found[module] = scheme.of(f"{path}.weight", usual)
+        elif isinstance(module, Experts):
+            both = [scheme.of(f"{path}.{name}", scheme.weights) for name in STACKS]
+            found[module] = both[0] if both[0] == both[1] else None
+    if tied and embedding is not None and head is not None:
+        # One weight: a head by itself has no name of its own.
+        kept = any(m is head and is_named(path, keep) for path, m in model.named_modules())
+        shared = None if kept else found.get(embedding)
+        found |= {embedding: shared, head: shared}
+    return {module: chosen for module, chosen in found.items() if chosen is not None}
 
 
 def freeze(model: nn.Module) -> None:

@@ -39,12 +39,19 @@ class Scheme:
         head: of the output head, and of the embedding where the two are one.
         skip: parts of paths whose modules stay as they are.
         compute_dtype: what inputs are converted to; None for no change.
+        each: the format of each matrix by its name, in place of all the others; what it does not
+            name stays as it is, and embeddings that it names are quantised too.
     """
 
-    weights: WeightFormat
+    weights: WeightFormat | None
     head: WeightFormat | None = None
     skip: tuple[str, ...] = ()
     compute_dtype: torch.dtype | None = None
+    each: Mapping[str, WeightFormat] | None = None
+
+    def of(self, weight: str, usual: WeightFormat | None) -> WeightFormat | None:
+        """Return the format of a matrix by its name; `usual` is that of its kind."""
+        return usual if self.each is None else self.each.get(weight)
 
 
 @dataclass(kw_only=True)
@@ -61,6 +68,14 @@ class QuantizationConfig(ABC):
     @abstractmethod
     def scheme(self) -> Scheme | None:
         """Return the formats of a model, or None for plain numbers."""
+
+    def scheme_of(self, held: Mapping[str, WeightFormat]) -> Scheme | None:
+        """Return the formats of a model, given those its files would be held in, by its names."""
+        return self.scheme()
+
+    def ours(self) -> "QuantizationConfig":
+        """Return the configuration that a model of such files is held and saved by."""
+        return self
 
     @abstractmethod
     def stored(self, weight: str, shape: Shape, tensors: Tensors) -> WeightFormat | None:

@@ -91,6 +91,15 @@ class WeightFormat(ABC):
         """The format whose parts these are; another one if only what is on disk differs."""
         return self
 
+    @property
+    def held(self) -> "WeightFormat | None":
+        """The format in which a model holds what a file holds in this one; None for numbers."""
+        return self.parts_of
+
+    def recast(self, parts: Parts, shape: Shape, to: "WeightFormat") -> dict[str, Tensor] | None:
+        """Return the parts in another format if that is no rounding; None if it would be one."""
+        return dict(parts) if to.parts_of == self.parts_of else None
+
     def files(self, weight: str, shape: Shape) -> dict[str, tuple[str, Shape]]:
         """Return, for each tensor on disk, its name and shape; that of the key "" comes first."""
         return {suffix: (weight + suffix, part.shape) for suffix, part in self.parts(shape).items()}

@@ -16,6 +16,8 @@ from quintet.quantization.config import (
     QuantizationConfig,
     Scheme,
 )
+from quintet.quantization.formats import FP8Format, WeightFormat
+from quintet.quantization.mixed import MixedConfig
 from quintet.quantization.torchao import TorchAoConfig
 
 __all__ = ["SHORT", "QuantizationRequest", "resolve_quantization"]
@@ -41,15 +43,27 @@ class QuantizationRequest:
     Attributes:
         source: the configuration of the files; None for plain numbers.
         target: that of the model; None for plain numbers.
+        keeps_fp8: whether what files have in FP8 may stay so.
     """
 
     source: QuantizationConfig | None
     target: QuantizationConfig | None
+    keeps_fp8: bool = True
 
-    @property
-    def scheme(self) -> Scheme | None:
-        """The formats of the model; None for plain numbers."""
-        return None if self.target is None else self.target.scheme()
+    def scheme(self, held: Mapping[str, WeightFormat]) -> Scheme | None:
+        """Return the formats of the model; None for plain numbers.
+
+        Args:
+            held: those that its files would be held in, by the model's names.
+        """
+        if self.target is None:
+            return None
+        allowed = {
+            name: one
+            for name, one in held.items()
+            if self.keeps_fp8 or not isinstance(one, FP8Format)
+        }
+        return self.target.scheme_of(allowed)
 
 
 def resolve_quantization(
@@ -76,14 +90,15 @@ def resolve_quantization(
                 f"quantize={shown(quantize)} has to be one of {', '.join(SHORT)}, or None"
             )
         return QuantizationRequest(source, SHORT[quantize])
+    keeps_fp8 = config is not None or multiplies_fp8(device)
     target = source if config is None else read(config)
-    if config is None and isinstance(source, FineGrainedFP8Config) and not multiplies_fp8(device):
+    if isinstance(source, FineGrainedFP8Config) and not keeps_fp8:
         target = None
-    if isinstance(target, TorchAoConfig):
+    if target is not None:
         target = target.ours()
-    if target is not None and target.scheme() is None:
+    if isinstance(target, FineGrainedFP8Config) and target.dequantize:
         target = None
-    return QuantizationRequest(source, target)
+    return QuantizationRequest(source, target, keeps_fp8)
 
 
 def multiplies_fp8(device: torch.device) -> bool:
@@ -129,10 +144,12 @@ def read(values: Any) -> QuantizationConfig:
 
 def _own(given: dict[str, Any]) -> QuantizationConfig:
     bits, group = given.pop("bits", None), given.pop("group_size", None)
+    if bits is None and group is None:
+        return MixedConfig.from_dict(given)
     for kind in (Int8Config, Int4Config):
         if (kind.bits, kind.group_size) == (bits, group):
             return kind.from_dict(given)
     raise ConfigError(
         f"quantization_config: bits={shown(bits)} with group_size={shown(group)} has to be 8 with "
-        f"null or 4 with {Int4Config.group_size}"
+        f"null, 4 with {Int4Config.group_size}, or null with null"
     )

@@ -86,7 +86,7 @@ class TorchAoConfig(QuantizationConfig):
         self._is_int8 = kind in INT8
 
     def ours(self) -> Int8Config | Int4Config:
-        """Return the configuration a model is held and saved by."""
+        """Return the configuration that a model of such files is held and saved by."""
         kept = list(self.modules_to_not_convert or ())
         if not self.include_input_output_embeddings:
             kept.append("lm_head")

@@ -1,0 +1,57 @@
+"""Quintet's own formats side by side: what a model read from somebody else's files is held as."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+from quintet.checkpoint import TensorInfo
+from quintet.ops.quantized import FP8_BLOCK
+from quintet.quantization.config import QuantizationConfig, Scheme
+from quintet.quantization.formats import FP8Format, Int4Format, Int8Format, Shape, WeightFormat
+
+__all__ = ["FP8_ROWS", "MixedConfig"]
+
+# A scale for each row, however long: no matrix is as wide.
+FP8_ROWS = (1, 2**16)
+FORMATS: tuple[WeightFormat, ...] = (
+    Int8Format(),
+    Int4Format(),
+    FP8Format(FP8_ROWS),
+    FP8Format(FP8_BLOCK),
+)
+
+
+@dataclass(kw_only=True)
+class MixedConfig(QuantizationConfig):
+    """Each matrix in one of Quintet's formats, or in plain numbers, as its file has it.
+
+    What somebody else's files become where one of our formats says the same: a model is held in
+    it, and saved in it.
+    """
+
+    quant_method: ClassVar[str] = "quintet"
+
+    def scheme(self) -> None:
+        """Return None: which formats there are is said by files alone."""
+
+    def scheme_of(self, held: Mapping[str, WeightFormat]) -> Scheme | None:
+        """Return the formats of a model, given those its files would be held in, by its names."""
+        return Scheme(None, each=held) if held else None
+
+    def stored(
+        self, weight: str, shape: Shape, tensors: Mapping[str, TensorInfo]
+    ) -> WeightFormat | None:
+        """Return the format a file holds a matrix in; None for plain numbers."""
+        found = tensors.get(weight)
+        if found is None or (found.dtype.is_floating_point and found.dtype.itemsize > 1):
+            return None
+        alike = [one for one in FORMATS if one.parts(shape)[""].dtype == found.dtype]
+        for one in alike:
+            files = one.files(weight, shape).values()
+            if all(name in tensors and tensors[name].shape == wanted for name, wanted in files):
+                return one
+        return alike[0] if alike else None
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the content of `config.json`."""
+        return {**super().to_dict(), "bits": None, "group_size": None}
