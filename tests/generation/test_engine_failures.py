@@ -174,7 +174,6 @@ def test_what_is_no_affair_of_one_sequence_is_refused_by_its_name() -> None:
     for name, value in {
         "num_beams": 2,
         "use_cache": False,
-        "use_mtp": True,
         "cache_implementation": "static",
         "return_dict_in_generate": True,
         "prefill_chunk_size": 4,

@@ -1,7 +1,7 @@
 """One step for any mix of sequences: a forward over what each needs next, and a token for each."""
 
 from collections import abc
-from typing import Any, Protocol
+from typing import Any, Protocol, cast
 
 import torch
 from torch import Tensor
@@ -18,14 +18,15 @@ from quintet.generation.prompt import read_prompt
 from quintet.generation.rows import Cached, Piece, Rows
 from quintet.generation.sampler import Sampler, row_generators
 from quintet.generation.sequence import Sequence
-from quintet.generation.speculative.drafting import Drafting
+from quintet.generation.speculative.drafting import PredictedDrafting
 from quintet.generation.speculative.factory import (
     AssistantModel,
     check_drafting,
-    make_drafter,
-    make_schedule,
+    make_drafting,
     warn_of_idle_drafting,
 )
+from quintet.generation.speculative.pooled import PooledPrediction
+from quintet.generation.speculative.prediction import MTPModel
 from quintet.generation.stopping import Criterion
 from quintet.generation.streamers import Streamer
 from quintet.generation.token_buffer import TokenBuffer
@@ -37,7 +38,6 @@ __all__ = ["Engine"]
 _OF_A_CALL: abc.Mapping[str, tuple[object, ...]] = {
     "num_beams": (None, 1),
     "num_return_sequences": (None, 1),
-    "use_mtp": (None, False),
     "guidance_scale": (None, 1),
     "token_healing": (None, False),
     "use_cache": (None, True),
@@ -89,6 +89,8 @@ class Engine:
         # Which row of the cache each sequence has.
         self._placed: dict[Sequence, int] = {}
         self._choosing = Choosing([])
+        # What prediction layers keep, once a sequence wants drafts of theirs.
+        self._prediction: PooledPrediction | None = None
 
     @property
     def sequences(self) -> list[Sequence]:
@@ -98,7 +100,8 @@ class Engine:
     @property
     def nbytes(self) -> int:
         """The bytes that the rows hold."""
-        return self._rows.cache.nbytes
+        beside = 0 if self._prediction is None else self._prediction.nbytes
+        return self._rows.cache.nbytes + beside
 
     @torch.no_grad()
     def sequence(
@@ -180,8 +183,7 @@ class Engine:
             padded=False,
             has_ids=True,
         ):
-            drafter = make_drafter(self.model, config, assistant_model, None, size)
-            drafting = Drafting(drafter, make_schedule(self.model, config, assistant_model))
+            drafting = make_drafting(self.model, config, assistant_model, size)
         return Sequence(prompt.ids[0].tolist(), sampler, stopping, room, streamer, drafting)
 
     # -- coming and going --------------------------------------------------------------------
@@ -226,6 +228,11 @@ class Engine:
             )
         sequence.computed = held
         self._placed[sequence] = row
+        if isinstance(sequence.drafting, PredictedDrafting):
+            if self._prediction is None:
+                model = cast("MTPModel", self.model)
+                self._prediction = PooledPrediction(model, self._rows.count, self.capacity)
+            self._prediction.join(sequence)
 
     def extract(self, sequence: Sequence, start: int = 0, stop: int | None = None) -> RowContent:
         """Return a copy of what the row of a sequence holds of its ids, from one to another.
@@ -246,6 +253,8 @@ class Engine:
             InputError: it has none.
         """
         self._rows.close(self._row(sequence))
+        if self._prediction is not None:
+            self._prediction.leave(sequence)
         sequence.settle()
         del self._placed[sequence]
 
@@ -273,9 +282,12 @@ class Engine:
                 f"a step over {len(rows)} sequences in pieces of {piece} has to name each "
                 "sequence once, and a piece of at least one token"
             )
-        going, pieces = [], []
         for sequence in sequences:
             sequence.settle()
+        if self._prediction is not None:
+            self._prediction.draft([one for one in sequences if one.waiting == 1])
+        going, pieces = [], []
+        for sequence in sequences:
             asked = None if sequence.finished else self._next_piece(sequence, piece)
             # What drafts for it may have failed.
             if asked is not None and not sequence.finished:
@@ -284,7 +296,7 @@ class Engine:
         if not pieces:
             return [[] for _ in sequences]
         try:
-            logits = self._rows.run(pieces)
+            logits = self._run(going, pieces)
         except BaseException:
             for sequence in going:
                 sequence.computed = self._rows.rewind(self._placed[sequence], sequence.computed)
@@ -294,6 +306,20 @@ class Engine:
             sequence.computed += len(ran.ids)
         self._choose(going, pieces, logits)
         return [one.ids[before.get(one, len(one.ids)) :] for one in sequences]
+
+    def _run(self, going: list[Sequence], pieces: list[Piece]) -> Tensor:
+        """Run over the pieces; prediction layers get what was made of those they draft for."""
+        watched = [
+            (number, one.drafting)
+            for number, one in enumerate(going)
+            if isinstance(one.drafting, PredictedDrafting)
+        ]
+        if not watched:
+            return self._rows.run(pieces)
+        logits, seen = self._rows.watch(pieces)
+        for number, drafting in watched:
+            drafting.saw(seen[number], pieces[number].keep)
+        return logits
 
     def _choose(self, going: list[Sequence], pieces: list[Piece], logits: Tensor) -> None:
         """Give each sequence its tokens, of logits (N, V) as pieces kept them."""

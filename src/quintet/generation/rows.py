@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import accumulate
+from itertools import accumulate, starmap
 from typing import Any, Protocol
 
 import torch
@@ -10,6 +10,7 @@ from torch import Tensor
 
 from quintet.cache import Cache, PooledCache, RowContent
 from quintet.configuration.base import PreTrainedConfig
+from quintet.generation.speculative.prediction import Seen
 
 __all__ = ["Cached", "Piece", "Rows"]
 
@@ -81,6 +82,21 @@ class Rows:
     def rewind(self, row: int, length: int) -> int:
         """Take a row back to a length, or to the nearest one before that it can go back to."""
         return self.cache.rewind(row, length)
+
+    def watch(self, pieces: Sequence[Piece]) -> tuple[Tensor, list[Seen]]:
+        """Run over the pieces in one forward, and return what was made of each, too."""
+        self.cache.seen = []
+        try:
+            logits = self.run(pieces)
+            (states, embeds, _), *_ = self.cache.seen
+        finally:
+            self.cache.seen = None
+        places = [self.cache.index(piece.row) for piece in pieces]
+        order = sorted(range(len(pieces)), key=places.__getitem__)
+        lengths = [len(pieces[number].ids) for number in order]
+        parts = (torch.split(x.flatten(0, 1), lengths) for x in (states, embeds))
+        seen = dict(zip(order, starmap(Seen, zip(*parts, strict=True)), strict=True))
+        return logits, [seen[number] for number in range(len(pieces))]
 
     def run(self, pieces: Sequence[Piece]) -> Tensor:
         """Run over the pieces in one forward, and return the logits (N, V) that are kept of each.

@@ -7,7 +7,8 @@ from torch import Tensor
 
 from quintet.errors import InputError
 from quintet.generation.sampler import Sampler
-from quintet.generation.speculative.drafting import Drafting
+from quintet.generation.speculative.candidates import DraftWriter
+from quintet.generation.speculative.drafting import Drafting, PredictedDrafting
 from quintet.generation.stopping import Stopping
 from quintet.generation.streamers import Streamer
 from quintet.generation.token_buffer import TokenBuffer
@@ -96,12 +97,25 @@ class Sequence:
         """Return what may come next and is to be checked; nothing behind a prompt."""
         if self.drafting is None or len(self.ids) == self.prompt_length:
             return []
-        left = self.room - (len(self.ids) - self.prompt_length)
         try:
-            return self.drafting.propose(self.text, self.sampler, left, self._ends)
+            return self.drafting.propose(self.text, self.sampler, self._left, self._ends)
         except Exception as error:
             self.fail(error)
             return []
+
+    def begin_draft(self) -> DraftWriter | None:
+        """Return what writes its next draft, where prediction layers are to do so."""
+        if (
+            not isinstance(self.drafting, PredictedDrafting)
+            or len(self.ids) == self.prompt_length
+            or self.finished
+        ):
+            return None
+        try:
+            return self.drafting.begin(self.text, self.sampler, self._left)
+        except Exception as error:
+            self.fail(error)
+            return None
 
     def take_checked(self, logits: Tensor) -> None:
         """Add what holds of the draft and the token behind it, by logits (K + 1, V)."""
@@ -150,6 +164,11 @@ class Sequence:
         """End it where that was asked for; an engine does so before a step, and when it leaves."""
         if self._cancelled and self.finish_reason is None:
             self._finish("cancelled")
+
+    @property
+    def _left(self) -> int:
+        """How many tokens it may still get."""
+        return self.room - (len(self.ids) - self.prompt_length)
 
     def _finish(self, reason: str) -> None:
         self.finish_reason = reason

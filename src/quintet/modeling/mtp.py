@@ -4,6 +4,7 @@ They are kept where checkpoints have them, after the `num_hidden_layers` of the 
 its embedding and output head (DeepSeek-V3, arXiv:2412.19437, §2.2).
 """
 
+import copy
 import warnings
 from collections.abc import Iterable
 from itertools import islice
@@ -13,7 +14,7 @@ import torch
 import torch.nn.functional as F  # noqa: N812
 from torch import Tensor, nn
 
-from quintet.cache import AttentionSlot, Cache, LegacyCache, Segment
+from quintet.cache import AttentionSlot, Cache, LegacyCache, PooledCache, Segment
 from quintet.cache.dense import DynamicSlot
 from quintet.errors import InputError
 from quintet.layers.context import ForwardContext, Notes
@@ -33,6 +34,10 @@ __all__ = [
     "MtpDecoderModel",
     "PredictionLayer",
 ]
+
+
+# The slots of all rows, and the rectangles that the tokens make.
+Segments = tuple[Segment, tuple[Segment, ...]]
 
 
 class MissingPredictionLayersWarning(UserWarning):
@@ -109,20 +114,21 @@ class MtpDecoderModel(MoeDecoderModel):
         return states if rows is None else [rows.unpack(state) for state in states]
 
     def predict(
-        self, depth: int, states: Tensor, ahead: Tensor, segment: Segment, cache: Cache
+        self, depth: int, states: Tensor, ahead: Tensor, taken: Segments, cache: Cache
     ) -> Tensor:
         """Return the states (B, T, C), normalised, of one prediction layer that has a cache.
 
         Args:
             depth: which layer, 0 being the first.
-            states: (B, T, C) of the layer before it, those of the main run for the first.
+            states: (B, T, C) of the layer before it, those of the main run for the first; or
+                (1, N, C) of rows with unequally many tokens, as `ahead`.
             ahead: (B, T, C) the embeddings of the tokens that lie `depth` + 1 ahead.
-            segment: the slots these take in the cache.
+            taken: the slots these take in all rows of the cache, and the rectangles they make.
             cache: what the layers keep; see `prediction_cache`.
         """
         layer = self.prediction_layers()[depth]
         # Rotary scores see differences alone, so that slots serve for positions.
-        context = self._context(ahead, (segment, (segment,)), None, None, cache, Notes())
+        context = self._context(ahead, taken, None, None, cache, Notes())
         index = self.config.num_hidden_layers + depth
         outputs = self._run_layer(layer, index, states, context, ahead=ahead)
         return layer.shared_head["norm"](outputs).to(ahead.device)  # type: ignore[no-any-return]
@@ -131,6 +137,12 @@ class MtpDecoderModel(MoeDecoderModel):
         """Return an empty cache for the prediction layers."""
         before: list[AttentionSlot | None] = [None] * self.config.num_hidden_layers
         return Cache([*before, *(DynamicSlot() for _ in self.prediction_layers())])
+
+    def prediction_pool(self, rows: int, capacity: int) -> PooledCache:
+        """Return an empty pool for the prediction layers; the others take no memory of it."""
+        config = copy.copy(self.config)
+        config.num_hidden_layers += len(self.prediction_layers())
+        return PooledCache(config, rows, capacity)
 
 
 class MtpCausalLMHead(MoeCausalLMHead):
@@ -235,11 +247,15 @@ class MtpCausalLMHead(MoeCausalLMHead):
         """Return an empty cache for the prediction layers."""
         return self.model.prediction_cache()
 
+    def prediction_pool(self, rows: int, capacity: int) -> PooledCache:
+        """Return an empty pool for the prediction layers."""
+        return self.model.prediction_pool(rows, capacity)
+
     def predict(
-        self, depth: int, states: Tensor, ahead: Tensor, segment: Segment, cache: Cache
+        self, depth: int, states: Tensor, ahead: Tensor, taken: Segments, cache: Cache
     ) -> Tensor:
         """Return the states (B, T, C) of one prediction layer; see `MtpDecoderModel.predict`."""
-        return self.model.predict(depth, states, ahead, segment, cache)
+        return self.model.predict(depth, states, ahead, taken, cache)
 
     def embed(self, ids: Tensor) -> Tensor:
         """Return the embeddings (..., C) of ids."""

@@ -1,30 +1,33 @@
 """The drafts of one sequence, from being asked for to being checked."""
 
+import copy
+from abc import ABC, abstractmethod
+
 import torch
 from torch import Tensor
 
 from quintet.generation.outputs import Speculation
 from quintet.generation.sampler import Sampler
-from quintet.generation.speculative.candidates import Draft, Drafter, Schedule
+from quintet.generation.speculative.candidates import Draft, Drafter, DraftWriter, Schedule
 from quintet.generation.speculative.checking import Checked, check_draft, for_a_turn
+from quintet.generation.speculative.prediction import Seen
 from quintet.generation.token_buffer import TokenBuffer
 
-__all__ = ["Drafting"]
+__all__ = ["Drafting", "PredictedDrafting", "TextDrafting"]
 
 
-class Drafting:
+class Drafting(ABC):
     """Drafts for a single row; what is drafted waits until a forward has run over it.
 
     Args:
-        drafter: where drafts come from; it has to need nothing but the text.
         schedule: how many tokens to draft.
 
     Attributes:
         found: how it went so far.
     """
 
-    def __init__(self, drafter: Drafter, schedule: Schedule) -> None:
-        self.drafter, self.schedule = drafter, schedule
+    def __init__(self, schedule: Schedule) -> None:
+        self.schedule = schedule
         self.found = Speculation()
         self._draft: Draft | None = None
         schedule.start(1)
@@ -34,17 +37,17 @@ class Drafting:
     ) -> list[int]:
         """Return tokens that may follow a text with room for so many, as before if unchecked."""
         if self._draft is None:
-            most = max(0, min(self.schedule.rows[0], room - 1))
-            turn = for_a_turn(sampler, [True])
-            draft = Draft.none(text)
-            if most:
-                draft = self.drafter.propose(text, [most], [True], turn)
+            draft = self._write(text, sampler, room)
             tokens = draft.tokens[0, : draft.counts[0]].tolist()
             # Behind an end, nothing is ever needed.
             end = next((n for n, token in enumerate(tokens, 1) if token in ends), len(tokens))
             drawn = None if draft.probabilities is None else draft.probabilities[:, :end]
             self._draft = Draft(draft.tokens[:, :end], [end], drawn if end else None)
         return self._draft.tokens[0].tolist()
+
+    @abstractmethod
+    def _write(self, text: TokenBuffer, sampler: Sampler, room: int) -> Draft:
+        """Draft behind a text with room for so many."""
 
     def check(self, text: TokenBuffer, sampler: Sampler, logits: Tensor) -> Checked:
         """Tell what holds of what was drafted behind a text, by logits (K + 1, V)."""
@@ -61,4 +64,93 @@ class Drafting:
         if drafted:
             self.schedule.learn([drafted], [kept])
             self.found.accepted.append([(drafted, min(kept, count))])
+
+    def _most(self, room: int) -> int:
+        return max(0, min(self.schedule.rows[0], room - 1))
+
+
+class TextDrafting(Drafting):
+    """Drafts by what needs nothing but the text.
+
+    Args:
+        drafter: where drafts come from.
+        schedule: how many tokens to draft.
+    """
+
+    def __init__(self, drafter: Drafter, schedule: Schedule) -> None:
+        super().__init__(schedule)
+        self.drafter = drafter
+
+    def _write(self, text: TokenBuffer, sampler: Sampler, room: int) -> Draft:
+        most = self._most(room)
+        turn = for_a_turn(sampler, [True])
+        return self.drafter.propose(text, [most], [True], turn) if most else Draft.none(text)
+
+    def taken(self, count: int, kept: int) -> None:
+        """Take note of how many tokens were taken, and of how many drafts held."""
+        super().taken(count, kept)
         self.drafter.accepted([count])
+
+
+class PredictedDrafting(Drafting):
+    """Drafts that prediction layers write, for many sequences at once.
+
+    Args:
+        schedule: how many tokens to draft.
+        threshold: a draft ends with a token that is less probable than that.
+    """
+
+    def __init__(self, schedule: Schedule, threshold: float) -> None:
+        super().__init__(schedule)
+        self._threshold = threshold
+        self._unread: list[Seen] = []
+        # Of the last forward, of which a check tells how much stays.
+        self._unchecked: tuple[Seen, int] | None = None
+        self._turn: Sampler | None = None
+        self._writer: DraftWriter | None = None
+
+    def saw(self, seen: Seen, keep: int) -> None:
+        """Take note of what a forward made, of which the last `keep` tokens are to be checked."""
+        if keep:
+            self._unchecked = seen, keep
+        else:
+            self._unread.append(seen)
+
+    def unread(self) -> Seen | None:
+        """Return what the layers have not read yet."""
+        return Seen.joined(self._unread) if self._unread else None
+
+    def has_read(self, again: Seen) -> None:
+        """Take note that the layers have read all, and what they have to read again."""
+        self._unread = [again] if len(again) else []
+
+    def forget(self) -> None:
+        """Take note that the layers have nothing of the text any more."""
+        self._unread, self._unchecked = [], None
+
+    def begin(self, text: TokenBuffer, sampler: Sampler, room: int) -> DraftWriter | None:
+        """Return what writes the next draft, or None where there is one, or none to be written."""
+        most = self._most(room)
+        if self._draft is not None or not most or not self._unread:
+            return None
+        self._turn = self._turn or for_a_turn(sampler, [True])
+        # A run that fails is done again, by the same numbers.
+        turn = copy.copy(self._turn)
+        if turn.do_sample and turn.generators is not None:
+            turn.generators = [generator.clone_state() for generator in turn.generators]
+        self._writer = DraftWriter(text, [most], turn, self._threshold)
+        return self._writer
+
+    def _write(self, text: TokenBuffer, sampler: Sampler, room: int) -> Draft:
+        # Also where nothing is drafted, so that what follows does not depend on that.
+        self._turn = self._turn or for_a_turn(sampler, [True])
+        return Draft.none(text) if self._writer is None else self._writer.draft()
+
+    def taken(self, count: int, kept: int) -> None:
+        """Take note of how many tokens were taken, and of how many drafts held."""
+        super().taken(count, kept)
+        self._turn = self._writer = None
+        if self._unchecked is not None:
+            seen, keep = self._unchecked
+            self._unread.append(seen.first(len(seen) - keep + count))
+            self._unchecked = None

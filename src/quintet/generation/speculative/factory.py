@@ -11,13 +11,16 @@ from quintet.generation.config import GenerationConfig
 from quintet.generation.decode import LanguageModel
 from quintet.generation.speculative.candidates import Drafter, PromptLookup, Schedule
 from quintet.generation.speculative.draft_model import DraftModel
-from quintet.generation.speculative.mtp import MTPDrafter, MTPModel
+from quintet.generation.speculative.drafting import Drafting, PredictedDrafting, TextDrafting
+from quintet.generation.speculative.mtp import MTPDrafter
+from quintet.generation.speculative.prediction import MTPModel
 from quintet.tokenization import PreTrainedTokenizer
 
 __all__ = [
     "AssistantModel",
     "check_drafting",
     "make_drafter",
+    "make_drafting",
     "make_schedule",
     "warn_of_idle_drafting",
 ]
@@ -150,6 +153,16 @@ def make_drafter(
         vocab_size=vocab_size,
         threshold=threshold or 0.0,
     )
+
+
+def make_drafting(
+    model: object, config: GenerationConfig, assistant: AssistantModel | None, vocab_size: int
+) -> Drafting:
+    """Make what drafts for a sequence of an engine, after `check_drafting`."""
+    schedule = make_schedule(model, config, assistant)
+    if config.use_mtp:
+        return PredictedDrafting(schedule, config.assistant_confidence_threshold or 0.0)
+    return TextDrafting(make_drafter(model, config, assistant, None, vocab_size), schedule)
 
 
 def make_schedule(

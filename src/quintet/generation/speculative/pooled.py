@@ -1,0 +1,108 @@
+"""Drafts of prediction layers for the sequences of an engine, several in one run of the layers."""
+
+from collections.abc import Sequence as Sequences
+
+import torch
+from torch import Tensor
+
+from quintet.generation.sequence import Sequence
+from quintet.generation.speculative.candidates import DraftWriter
+from quintet.generation.speculative.drafting import PredictedDrafting
+from quintet.generation.speculative.prediction import MTPModel, Prediction
+
+__all__ = ["PooledPrediction"]
+
+
+class PooledPrediction:
+    """What prediction layers keep of sequences, and the drafts they write for them.
+
+    A sequence that comes with what was kept of it finds nothing here: the layers then know its text
+    from there on, which costs drafts and no more.
+
+    Args:
+        model: runs the layers.
+        rows: how many sequences there is room for.
+        capacity: how many tokens each.
+    """
+
+    def __init__(self, model: MTPModel, rows: int, capacity: int) -> None:
+        self._pool = model.prediction_pool(rows, capacity)
+        self._layers = Prediction(model, self._pool)
+        self._placed: dict[Sequence, int] = {}
+
+    @property
+    def nbytes(self) -> int:
+        """The bytes that the rows hold."""
+        return self._pool.nbytes
+
+    def join(self, sequence: Sequence) -> None:
+        """Give a sequence a row, empty."""
+        self._placed[sequence] = self._pool.join()
+
+    def leave(self, sequence: Sequence) -> None:
+        """Take back the row of a sequence, where it has one."""
+        row = self._placed.pop(sequence, None)
+        if row is not None:
+            self._pool.free(row)
+            _drafting(sequence).forget()
+
+    def draft(self, sequences: Sequences[Sequence]) -> None:
+        """Let the layers read what was made of some sequences since, and draft for them."""
+        drafting = []
+        for sequence in sequences:
+            writer = sequence.begin_draft() if sequence in self._placed else None
+            if writer is not None:
+                place = self._pool.index(self._placed[sequence])
+                drafting.append((place, sequence, writer))
+        if not drafting:
+            return
+        drafting.sort(key=lambda one: one[0])
+        owners = {place: _drafting(sequence) for place, sequence, _ in drafting}
+        seen = {place: one for place, own in owners.items() if (one := own.unread()) is not None}
+        last = torch.tensor([sequence.ids[-1] for _, sequence, _ in drafting])
+        before = self._pool.lengths(len(self._placed)).clone()
+        try:
+            left = self._layers.read(
+                seen,
+                last.to(seen[drafting[0][0]].states.device),
+                len(self._placed),
+                _Rows([(sequence, writer) for _, sequence, writer in drafting]),
+            )
+        except BaseException:
+            self._pool.crop(before)
+            raise
+        for place, again in left.items():
+            owners[place].has_read(again)
+
+
+class _Rows:
+    """Writes the draft of each row by a writer of its own; one that fails ends its sequence."""
+
+    def __init__(self, rows: list[tuple[Sequence, DraftWriter]]) -> None:
+        self._rows = rows
+
+    @property
+    def done(self) -> bool:
+        """Whether no row is to have a further token."""
+        return all(sequence.finished or writer.done for sequence, writer in self._rows)
+
+    def write(self, logits: Tensor) -> None:
+        """Add a token to every row that is to have one, from logits (n, V)."""
+        for (sequence, writer), own in zip(self._rows, torch.split(logits, 1), strict=True):
+            if sequence.finished or writer.done:
+                continue
+            try:
+                writer.write(own)
+            except Exception as error:
+                sequence.fail(error)
+
+    @property
+    def last(self) -> Tensor:
+        """The tokens that were written last, (n,)."""
+        none = torch.zeros(1, dtype=torch.long)
+        return torch.cat([writer.tokens[-1] if writer.tokens else none for _, writer in self._rows])
+
+
+def _drafting(sequence: Sequence) -> PredictedDrafting:
+    assert isinstance(sequence.drafting, PredictedDrafting)
+    return sequence.drafting

@@ -1,0 +1,204 @@
+"""What a model's own layers of multi-token prediction draft (DeepSeek-V3, arXiv:2412.19437, §2.2).
+
+Layer k joins, at position t, what the layer before it made there (the main run, for k = 1) with the
+embedding of token t + k, and predicts token t + k + 1. Its keys and values have a cache of their
+own, which holds positions for which all these tokens are known; what drafted tokens left in it is
+taken back.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Protocol, Self, runtime_checkable
+
+import torch
+from torch import Tensor
+
+from quintet.cache import Cache, PooledCache, Segment, segments_of
+
+__all__ = ["MTPModel", "Prediction", "Seen", "Writer"]
+
+# The slots of all rows, and the rectangles that the tokens make.
+Segments = tuple[Segment, tuple[Segment, ...]]
+
+
+@runtime_checkable
+class MTPModel(Protocol):
+    """What a model with prediction layers offers."""
+
+    def prediction_depth(self) -> int:
+        """Count the prediction layers."""
+        ...
+
+    def prediction_cache(self) -> Cache:
+        """Return an empty cache for them."""
+        ...
+
+    def prediction_pool(self, rows: int, capacity: int) -> PooledCache:
+        """Return an empty pool for them."""
+        ...
+
+    def predict(
+        self, depth: int, states: Tensor, ahead: Tensor, taken: Segments, cache: Cache
+    ) -> Tensor:
+        """Return the states (B, W, C) of one prediction layer, 0 being the first."""
+        ...
+
+    def embed(self, ids: Tensor) -> Tensor:
+        """Return the embeddings (..., C) of ids."""
+        ...
+
+    def logits(self, states: Tensor) -> Tensor:
+        """Return the logits (..., V) of states (..., C)."""
+        ...
+
+
+class Writer(Protocol):
+    """Writes drafts for n rows, token by token."""
+
+    @property
+    def done(self) -> bool:
+        """Whether no row is to have a further token."""
+        ...
+
+    def write(self, logits: Tensor) -> None:
+        """Add a token to every row, from logits (n, V)."""
+        ...
+
+    @property
+    def last(self) -> Tensor:
+        """The tokens that were written last, (n,)."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class Seen:
+    """What the main run made of tokens of one row, and their embeddings: (W, C) both."""
+
+    states: Tensor
+    embeds: Tensor
+
+    def __len__(self) -> int:
+        return len(self.states)
+
+    def first(self, count: int) -> "Seen":
+        """Return what belongs to the first tokens."""
+        return self if count >= len(self) else Seen(self.states[:count], self.embeds[:count])
+
+    def last(self, count: int) -> "Seen":
+        """Return what belongs to the last tokens."""
+        start = max(len(self) - count, 0)
+        return Seen(self.states[start:], self.embeds[start:])
+
+    @classmethod
+    def joined(cls, pieces: "Sequence[Seen]") -> Self:
+        """Join what was seen one after another."""
+        if len(pieces) == 1:
+            return cls(pieces[0].states, pieces[0].embeds)
+        return cls(
+            torch.cat([piece.states for piece in pieces]),
+            torch.cat([piece.embeds for piece in pieces]),
+        )
+
+    @classmethod
+    def rows(cls, states: Tensor, embeds: Tensor, mask: Tensor | None) -> list[Self]:
+        """Take rows apart: (B, T, C) both, of which a mask (B, T) tells what is text."""
+        if mask is None:
+            return [cls(*row) for row in zip(states, embeds, strict=True)]
+        return [cls(x[text], e[text]) for x, e, text in zip(states, embeds, mask, strict=True)]
+
+
+class Prediction:
+    """Runs the prediction layers of a model over what its main run made of some rows.
+
+    Beyond their number, the last layer goes on with its own states, position by position, as
+    serving engines do (EAGLE, arXiv:2401.15077).
+
+    Args:
+        model: runs them.
+        cache: what they keep.
+    """
+
+    def __init__(self, model: MTPModel, cache: Cache) -> None:
+        self.model, self.cache = model, cache
+        self._depth = model.prediction_depth()
+
+    def read(
+        self, seen: Mapping[int, Seen], last: Tensor, batch: int, writer: Writer | None
+    ) -> dict[int, Seen]:
+        """Let the layers read, and draft what follows.
+
+        Args:
+            seen: what the main run has made of rows since they read last, by the rows' places in
+                the cache, in order; at least one token each.
+            last: (n,) the token behind those.
+            batch: how many rows the cache has.
+            writer: writes the drafts; None to read only.
+
+        Returns:
+            What has to be read again together with what comes next: deeper layers did not know all
+            tokens ahead of the last ones.
+        """
+        model, widths = self.model, [len(one) for one in seen.values()]
+        ends = torch.tensor(widths, device=last.device).cumsum(0) - 1
+        states = torch.cat([one.states for one in seen.values()])
+        ahead = torch.cat([one.embeds for one in seen.values()])
+        ahead = _followed(ahead, model.embed(last), ends)
+        taken = self._taken(dict(zip(seen, widths, strict=True)), batch, last.device)
+        for k in range(self._depth):
+            if k:
+                # The token that layer k - 1 has drafted is the one that layer k has not seen.
+                behind = torch.zeros_like(ahead[ends])
+                if writer is not None:
+                    behind = model.embed(writer.last)
+                ahead = _followed(ahead, behind, ends)
+            states = self._predict(k, states, ahead, taken)
+            # Layers that are not asked for a token read the text all the same.
+            if writer is not None and not writer.done:
+                writer.write(model.logits(states[ends]))
+        self.cache.advance(taken[0])
+        steps, here = 0, states[ends]
+        while writer is not None and not writer.done:
+            taken = self._taken(dict.fromkeys(seen, 1), batch, last.device)
+            here = self._predict(self._depth - 1, here, model.embed(writer.last), taken)
+            self.cache.advance(taken[0])
+            writer.write(model.logits(here))
+            steps += 1
+        again = self._depth - 1
+        self._take_back([steps + min(again, width) for width in widths], list(seen), batch)
+        return {row: one.last(again) for row, one in seen.items()}
+
+    def _predict(self, depth: int, states: Tensor, ahead: Tensor, taken: Segments) -> Tensor:
+        """Return the states (N, C) of one layer, of tokens one row behind the other."""
+        rectangular = taken[1][0].tokens is None
+        shape = (-1, taken[0].length) if rectangular else (1, -1)
+        states, ahead = (torch.unflatten(x, 0, shape) for x in (states, ahead))
+        return self.model.predict(depth, states, ahead, taken, self.cache).flatten(0, 1)
+
+    def _taken(self, widths: Mapping[int, int], batch: int, device: torch.device) -> Segments:
+        """Return the slots that so many tokens take of each of some rows."""
+        longest = max(widths.values())
+        lengths = [widths.get(row, 0) for row in range(batch)]
+        if lengths.count(longest) == batch:
+            whole = self.cache.segment(batch, longest, device, None)
+            return whole, (whole,)
+        counts = torch.tensor(lengths, dtype=torch.long, device=device)
+        whole = self.cache.segment(batch, longest, device, counts)
+        return whole, segments_of(whole, lengths)
+
+    def _take_back(self, tokens: list[int], rows: list[int], batch: int) -> None:
+        """Take what drafted tokens left in the cache out of it again."""
+        if not any(tokens):
+            return
+        if len(rows) == batch and len(set(tokens)) == 1:
+            self.cache.crop(-tokens[0])
+            return
+        lengths = self.cache.lengths(batch).clone()
+        lengths[rows] -= torch.tensor(tokens)
+        self.cache.crop(lengths)
+
+
+def _followed(embeds: Tensor, last: Tensor, ends: Tensor) -> Tensor:
+    """Shift rows that lie one behind the other, (N, C), by one: each ends with its `last`."""
+    ahead = embeds.roll(-1, dims=0)
+    ahead[ends] = last
+    return ahead
