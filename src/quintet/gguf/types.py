@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
 
-__all__ = ["REMOVED", "TYPES", "BlockType"]
+__all__ = ["BY_NAME", "REMOVED", "TYPES", "BlockType"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,6 +66,8 @@ TYPES: Mapping[int, BlockType] = MappingProxyType(
     }
 )
 """By the numbers that files use."""
+
+BY_NAME: Mapping[str, BlockType] = MappingProxyType({kind.name: kind for kind in TYPES.values()})
 
 REMOVED: Mapping[int, str] = MappingProxyType(
     {

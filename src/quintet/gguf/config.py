@@ -1,0 +1,322 @@
+"""The keys of a `config.json`, made of the metadata and the tensors' shapes of a GGUF file."""
+
+import math
+import re
+import struct
+from collections import Counter
+from collections.abc import Callable, Mapping
+from types import MappingProxyType
+from typing import Any
+
+from quintet.errors import CheckpointError, UnsupportedModelError, listed, shown
+from quintet.gguf.container import GGUFFile, GGUFTensor
+from quintet.gguf.values import Values
+
+__all__ = ["config_values"]
+
+# What an architecture may say and our families cannot; where such a key says nothing, it is none.
+_OTHERS = (
+    *(
+        "attention.sliding_window",
+        "attention.scale",
+        "attention.clamp_kqv",
+        "attention.max_alibi_bias",
+    ),
+    *("attention.temperature_scale", "attn_logit_softcapping", "final_logit_softcapping"),
+    *("logit_scale", "embedding_scale", "residual_scale", "interleave_moe_layer_step"),
+    *("use_parallel_residual", "attention.layer_norm_epsilon", "pooling_type"),
+)
+# Llama 3 changes its frequencies, and files have the result alone: the factors of 1 and 4, of the
+# 8192 tokens it was trained on first (arXiv:2407.21783).
+_LLAMA3 = {
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 8192,
+}
+ROPE_FREQS = "rope_freqs.weight"
+
+
+def config_values(file: GGUFFile) -> dict[str, Any]:
+    """Return what a `config.json` beside the release of a model would say.
+
+    Raises:
+        UnsupportedModelError: no family here is of that architecture, or has what it asks for.
+        CheckpointError: keys are missing, of another kind, or contradict the tensors.
+    """
+    general = Values(file.path, file.metadata)
+    name = general.text("general.architecture")
+    kind = general.text("general.type", "model")
+    if kind != "model":
+        raise UnsupportedModelError(
+            f"{file.path} is no model (general.type={shown(kind)}); name the file of the model"
+        )
+    if name not in _ARCHITECTURES:
+        raise UnsupportedModelError(
+            f"{file.path} is of the architecture {shown(name)}, which is not supported; there are "
+            f"{', '.join(_ARCHITECTURES)}"
+        )
+    of = Values(file.path, file.metadata, f"{name}.")
+    _refuse_others(of)
+    model_type, values = _ARCHITECTURES[name](file, of)
+    ends = {
+        f"{end}_token_id": general.integer(f"tokenizer.ggml.{end}_token_id")
+        for end in ("bos", "eos")
+    }
+    matrices = [tensor for tensor in file.tensors.values() if len(tensor.shape) > 1]
+    return {
+        "model_type": model_type,
+        **_common(file, of),
+        **values,
+        **{key: value for key, value in ends.items() if value is not None},
+        "dtype": _dtype(matrices),
+        "quantization_config": {
+            "quant_method": "gguf",
+            "types": dict(Counter(tensor.type.name for tensor in file.tensors.values())),
+        },
+    }
+
+
+def _refuse_others(of: Values) -> None:
+    for key in _OTHERS:
+        if of.metadata.get(of.prefix + key) not in (None, False, 0, 0.0):
+            raise UnsupportedModelError(
+                f"{of.path} has {of.prefix + key}={shown(of.metadata[of.prefix + key])}, which no "
+                "family here can do"
+            )
+    if not of.truth("attention.causal", True):
+        raise UnsupportedModelError(
+            f"{of.path} sees what comes after a token, too ({of.prefix}attention.causal=False); "
+            "the models here do not"
+        )
+
+
+def _common(file: GGUFFile, of: Values) -> dict[str, Any]:
+    predicted = of.integer("nextn_predict_layers", 0) or 0
+    layers = of.needed("block_count") - predicted
+    # Each has tensors; before a model of so many is thought of.
+    if not 0 < layers <= len(file.tensors):
+        of.refuse("block_count", f"the number of layers, of which {len(file.tensors)} tensors are")
+    return {
+        "vocab_size": _vocabulary(file, of),
+        "hidden_size": of.needed("embedding_length"),
+        "intermediate_size": of.needed("feed_forward_length"),
+        "num_hidden_layers": layers,
+        "num_attention_heads": of.needed("attention.head_count"),
+        "max_position_embeddings": of.needed("context_length"),
+        "rms_norm_eps": of.number("attention.layer_norm_rms_epsilon", 1e-6),
+        "tie_word_embeddings": "output.weight" not in file.tensors,
+        "rope_parameters": _rope(of),
+    }
+
+
+def _vocabulary(file: GGUFFile, of: Values) -> int:
+    embedding = file.tensors.get("token_embd.weight")
+    if embedding is None or len(embedding.shape) != 2:
+        raise CheckpointError(
+            f"{file.path} has no token_embd.weight, the vectors of the tokens; is it a part of a "
+            "model, or its vocabulary alone?"
+        )
+    rows = embedding.shape[0]
+    if of.integer("vocab_size", rows) != rows:
+        of.refuse("vocab_size", f"{rows}, the rows of token_embd.weight")
+    tokens = Values(file.path, file.metadata).texts("tokenizer.ggml.tokens") or ()
+    if len(tokens) > rows:
+        raise CheckpointError(
+            f"{file.path} has {len(tokens)} tokens, and token_embd.weight rows for {rows}"
+        )
+    return rows
+
+
+def _rope(of: Values) -> dict[str, Any]:
+    rope: dict[str, Any] = {
+        "rope_type": "default",
+        "rope_theta": of.number("rope.freq_base", 10_000.0),
+    }
+    kind = of.text("rope.scaling.type", "none")
+    factor = of.number("rope.scaling.factor", of.number("rope.scale_linear", 1.0)) or 1.0
+    # The name of a kind without a factor is the default of a converter, and scales nothing.
+    if kind == "none" or factor == 1.0:
+        return rope
+    if kind not in ("linear", "yarn"):
+        raise UnsupportedModelError(
+            f"{of.path} scales its positions by {shown(kind)} ({of.prefix}rope.scaling.type); "
+            "there are linear and yarn"
+        )
+    rope |= {"rope_type": kind, "factor": factor}
+    return rope if kind == "linear" else {**rope, **_yarn(of, factor)}
+
+
+def _yarn(of: Values, factor: float) -> dict[str, Any]:
+    length = of.integer("rope.scaling.original_context_length")
+    named = {
+        "beta_fast": of.number("rope.scaling.yarn_beta_fast"),
+        "beta_slow": of.number("rope.scaling.yarn_beta_slow"),
+        "original_max_position_embeddings": length,
+    }
+    extrapolated = of.number("rope.scaling.yarn_ext_factor", 1.0)
+    if extrapolated not in (1.0, -1.0):
+        of.refuse("rope.scaling.yarn_ext_factor", "1")
+    temperature = of.number("rope.scaling.yarn_attn_factor")
+    if temperature is None:
+        temperature = of.number("rope.scaling.attn_factor", 1.0)
+    log = of.number("rope.scaling.yarn_log_multiplier", 0.0) or 0.0
+    if log:
+        named |= {"mscale": _digits(log * 10), "mscale_all_dim": _digits(log * 10)}
+        if temperature != 1.0:
+            of.refuse("rope.scaling.yarn_log_multiplier", "without a yarn_attn_factor")
+    elif temperature not in (None, 1.0):
+        named["attention_factor"] = _digits(temperature * (0.1 * math.log(factor) + 1))
+    return {key: value for key, value in named.items() if value is not None}
+
+
+def _digits(value: float) -> float:
+    return float(f"{value:.7g}")
+
+
+def _heads(of: Values, width: int) -> dict[str, Any]:
+    """Return the heads of grouped-query attention, whose keys are as long as values and turned."""
+    heads = of.needed("attention.head_count")
+    size = of.integer("attention.key_length", of.integer("rope.dimension_count"))
+    if size is None:
+        size = width // heads if heads > 0 else 0
+    for key in ("attention.value_length", "rope.dimension_count"):
+        if of.integer(key, size) != size:
+            raise UnsupportedModelError(
+                f"{of.path} has {of.prefix + key}={of.integer(key)} and heads of {size}; where "
+                "they differ, it is another model than those here"
+            )
+    return {
+        "num_key_value_heads": of.integer("attention.head_count_kv", heads),
+        "head_dim": size,
+    }
+
+
+def _qwen2(file: GGUFFile, of: Values) -> tuple[str, dict[str, Any]]:
+    if of.integer("expert_count", 0):
+        of.refuse("expert_count", "0: this architecture has none here")
+    return "qwen2", {
+        "architectures": ["Qwen2ForCausalLM"],
+        **_heads(of, of.needed("embedding_length")),
+    }
+
+
+def _llama(file: GGUFFile, of: Values) -> tuple[str, dict[str, Any]]:
+    """A Qwen2 without biases, but for the frequencies of Llama 3."""
+    model_type, values = _qwen2(file, of)
+    if ROPE_FREQS in file.tensors:
+        values["rope_parameters"] = _llama3(file, of, file.tensors[ROPE_FREQS], values["head_dim"])
+    return model_type, values
+
+
+def _llama3(file: GGUFFile, of: Values, tensor: GGUFTensor, size: int) -> dict[str, Any]:
+    rope = _rope(of)
+    if rope["rope_type"] != "default" or tensor.type.name != "F32" or tensor.shape != (size // 2,):
+        raise UnsupportedModelError(
+            f"{file.path} has {ROPE_FREQS} of {tensor.type.name} {list(tensor.shape)} with "
+            f"{shown(rope)}, which are no frequencies known here"
+        )
+    with tensor.file.open("rb") as opened:
+        opened.seek(tensor.start)
+        found = struct.unpack(f"<{size // 2}f", opened.read(tensor.nbytes))
+    factor = _digits(max(found))
+    theta, length = rope["rope_theta"], _LLAMA3["original_max_position_embeddings"]
+    low, high = _LLAMA3["low_freq_factor"], _LLAMA3["high_freq_factor"]
+    for pair, value in enumerate(found):
+        turns = length / (2 * math.pi * theta ** (2 * pair / size))
+        share = min(max((turns - low) / (high - low), 0.0), 1.0)
+        if not math.isclose(value, 1 / ((1 - share) / factor + share), rel_tol=1e-3):
+            raise UnsupportedModelError(
+                f"{file.path} has {ROPE_FREQS} that are not those of Llama 3 with a factor of "
+                f"{factor}: {value:.6g} where it has {1 / ((1 - share) / factor + share):.6g}"
+            )
+    return {**rope, "rope_type": "llama3", "factor": factor, **_LLAMA3}
+
+
+def _qwen2_moe(file: GGUFFile, of: Values) -> tuple[str, dict[str, Any]]:
+    wide, active = of.needed("feed_forward_length"), of.needed("expert_used_count")
+    layers = of.needed("block_count")
+    found = {re.sub(r"\.ffn_(gate|gate_up)_exps\.weight$", "", name) for name in file.tensors}
+    return "qwen2_moe", {
+        "architectures": ["Qwen2MoeForCausalLM"],
+        **_heads(of, of.needed("embedding_length")),
+        "tie_word_embeddings": False,
+        "num_experts": of.needed("expert_count"),
+        "num_experts_per_tok": active,
+        "moe_intermediate_size": of.integer(
+            "expert_feed_forward_length", wide // active if active > 0 else 0
+        ),
+        "shared_expert_intermediate_size": of.integer("expert_shared_feed_forward_length", wide),
+        "norm_topk_prob": of.truth("expert_weights_norm", False),
+        "mlp_only_layers": [
+            layer for layer in range(min(layers, len(found))) if f"blk.{layer}" not in found
+        ],
+    }
+
+
+def _deepseek(file: GGUFFile, of: Values) -> tuple[str, dict[str, Any]]:
+    sigmoid = any(name.endswith(".exp_probs_b.bias") for name in file.tensors)
+    gating = of.integer("expert_gating_func", 1)
+    if gating not in (1, 2):
+        of.refuse("expert_gating_func", "1 for softmax or 2 for sigmoid")
+    sigmoid = sigmoid or gating == 2
+    heads, turned = of.needed("attention.head_count"), of.needed("rope.dimension_count")
+    # Older files have the sizes of a head, newer ones those of the latent beside them.
+    long = of.integer("attention.key_length_mla", of.integer("attention.key_length"))
+    if long is None or long <= turned:
+        raise CheckpointError(
+            f"{of.path} has {of.prefix}attention.key_length={long}, which has to be more than the "
+            f"{turned} of rope.dimension_count"
+        )
+    experts = of.integer("expert_count", 0) or None
+    values = {
+        "architectures": [f"DeepseekV{3 if sigmoid else 2}ForCausalLM"],
+        "num_key_value_heads": heads,
+        "q_lora_rank": of.integer("attention.q_lora_rank") or None,
+        "kv_lora_rank": of.needed("attention.kv_lora_rank"),
+        "qk_rope_head_dim": turned,
+        "qk_nope_head_dim": long - turned,
+        "v_head_dim": of.integer(
+            "attention.value_length_mla", of.integer("attention.value_length")
+        ),
+        "first_k_dense_replace": of.integer("leading_dense_block_count", 0),
+        "n_routed_experts": experts,
+        "num_experts_per_tok": of.needed("expert_used_count") if experts else None,
+        "moe_intermediate_size": of.needed("expert_feed_forward_length") if experts else 1,
+        "n_shared_experts": of.integer("expert_shared_count") or None,
+        "routed_scaling_factor": of.number("expert_weights_scale", 1.0) or 1.0,
+        "norm_topk_prob": of.truth("expert_weights_norm", False),
+        **_groups(of, experts or 0, sigmoid),
+    }
+    if not sigmoid:
+        return "deepseek_v2", values
+    named = any(".nextn." in name for name in file.tensors)
+    values["num_nextn_predict_layers"] = of.integer("nextn_predict_layers", 0) if named else 0
+    return "deepseek_v3", values
+
+
+def _groups(of: Values, experts: int, sigmoid: bool) -> dict[str, Any]:
+    """Return the groups a token's experts are chosen in; older files do not say that."""
+    released = {(160, False): (8, 3), (256, True): (8, 4)}
+    groups, kept = released.get((experts, sigmoid), (1, 1))
+    groups = of.integer("expert_group_count", groups) or 1
+    kept = of.integer("expert_group_used_count", kept) or 1
+    if sigmoid:
+        return {"n_group": groups, "topk_group": kept}
+    method = "group_limited_greedy" if groups > 1 else "greedy"
+    return {"n_group": groups, "topk_group": kept, "topk_method": method}
+
+
+def _dtype(matrices: list[GGUFTensor]) -> str:
+    """Return the dtype of what is no block: float32 where most bytes are, and else bfloat16."""
+    nbytes = Counter[str]()
+    for tensor in matrices:
+        nbytes[tensor.type.name] += tensor.nbytes
+    most = max(nbytes, key=lambda name: nbytes[name], default="F32")
+    return "float32" if most == "F32" else "bfloat16"
+
+
+_ARCHITECTURES: Mapping[str, Callable[[GGUFFile, Values], tuple[str, dict[str, Any]]]] = (
+    MappingProxyType(
+        {"qwen2": _qwen2, "qwen2moe": _qwen2_moe, "deepseek2": _deepseek, "llama": _llama}
+    )
+)
