@@ -7,7 +7,8 @@ from dataclasses import dataclass
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, ClassVar, cast
 
-from quintet.configuration.base import PreTrainedConfig, read_config
+from quintet.configuration.base import PreTrainedConfig
+from quintet.configuration.reading import read_config
 from quintet.errors import InputError, UnsupportedModelError, shown
 from quintet.hub import CONFIG_PATTERNS, locate
 
@@ -94,6 +95,7 @@ class AutoConfig:
         token: str | bool | None = None,
         local_files_only: bool = False,
         subfolder: str = "",
+        gguf_file: str | None = None,
         trust_remote_code: bool = False,
         **overrides: Any,
     ) -> PreTrainedConfig:
@@ -114,6 +116,7 @@ class AutoConfig:
             token=token,
             local_files_only=local_files_only,
             subfolder=subfolder,
+            gguf_file=gguf_file,
         )
         values = read_config(root)
         if "model_type" not in values:
@@ -157,7 +160,9 @@ class _AutoModel:
         """
         config = options.get("config")
         if config is None or isinstance(config, str | os.PathLike):
-            places = ("revision", "cache_dir", "token", "local_files_only", "subfolder")
+            places = ["revision", "cache_dir", "token", "local_files_only", "subfolder"]
+            if config is None:
+                places.append("gguf_file")
             where = {key: options[key] for key in places if key in options}
             read_from = pretrained_model_name_or_path if config is None else config
             config = AutoConfig.from_pretrained(read_from, **where)

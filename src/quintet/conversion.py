@@ -13,7 +13,15 @@ import torch
 from torch import Tensor
 
 from quintet.auto import AutoConfig, family
-from quintet.checkpoint import Checkpoint, Piece, pieces, read_consistently, save_stream
+from quintet.checkpoint import (
+    Checkpoint,
+    GGUFCheckpoint,
+    Piece,
+    open_weights,
+    pieces,
+    read_consistently,
+    save_stream,
+)
 from quintet.configuration.base import CONFIG_NAME
 from quintet.errors import InputError
 from quintet.files import copy_file
@@ -80,7 +88,7 @@ def convert(
     if target.exists() and root.samefile(target):
         raise InputError(f"{target} is the source itself; write into another directory")
     config, checkpoint = read_consistently(
-        root, lambda: (AutoConfig.from_pretrained(root), Checkpoint.open(root))
+        root, lambda: (AutoConfig.from_pretrained(root), open_weights(root))
     )
     found = family(config.model_type)
     suffix = _suffix(config.architectures, found.prefix)
@@ -120,7 +128,7 @@ class _Weights:
 
     model: PreTrainedModel
     mapping: KeyMapping
-    checkpoint: Checkpoint
+    checkpoint: Checkpoint | GGUFCheckpoint
     scheme: Scheme | None
     dtype: torch.dtype
     read: int = 0

@@ -19,7 +19,6 @@ __all__ = ["ADAPTER_CONFIG_NAME", "CONFIG_NAME", "checked_path", "find_file", "w
 
 CONFIG_NAME = "config.json"
 ADAPTER_CONFIG_NAME = "adapter_config.json"
-GGUF = ".gguf"
 
 
 def checked_path(path: object, argument: str) -> Path:
@@ -90,10 +89,8 @@ def _is_cached(real: Path, directory: Path) -> bool:
 
 
 def what_else(path: Path) -> QuintetError | None:
-    """Return the error of a path that is something else (an adapter, GGUF, empty), or None."""
+    """Return the error of a path that is something else (an adapter, a file, empty), or None."""
     if path.is_file():
-        if path.suffix.lower() == GGUF:
-            return _gguf(str(path), path.name)
         inside = path.parent if (path.parent / CONFIG_NAME).is_file() else None
         hint = f" (did you mean {str(inside)!r}?)" if inside else ""
         return ModelNotFoundError(
@@ -108,21 +105,11 @@ def what_else(path: Path) -> QuintetError | None:
         names = sorted(os.listdir(path))
     except OSError as error:
         return ModelNotFoundError(f"{path} cannot be looked into: {error.strerror}")
-    ggufs = [name for name in names if name.lower().endswith(GGUF)]
-    if ggufs:
-        return _gguf(str(path), ", ".join(map(shown, ggufs[:3])))
     if not names:
         return ModelNotFoundError(
             f"{path} is empty; a model is a directory with {CONFIG_NAME}, weights and a tokenizer"
         )
     return None
-
-
-def _gguf(where: str, names: str) -> UnsupportedModelError:
-    return UnsupportedModelError(
-        f"{where} is a model in GGUF ({names}), the format of llama.cpp, which is not read here; "
-        "use the release it was made from, with safetensors, and quantize='int8' or 'int4'"
-    )
 
 
 def _adapter(path: Path, adapter: Path) -> UnsupportedModelError:

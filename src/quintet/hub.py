@@ -21,6 +21,7 @@ from quintet.errors import (
 )
 from quintet.files import read_json
 from quintet.folder import ADAPTER_CONFIG_NAME, CONFIG_NAME, checked_path, what_else
+from quintet.gguf import find_gguf, is_gguf, shard_names
 
 __all__ = [
     "CONFIG_NAME",
@@ -36,7 +37,8 @@ __all__ = [
 ]
 
 # Of an adapter, to say what it is.
-CONFIG_PATTERNS = (CONFIG_NAME, "generation_config.json", ADAPTER_CONFIG_NAME)
+_BESIDE = ("generation_config.json", ADAPTER_CONFIG_NAME)
+CONFIG_PATTERNS = (CONFIG_NAME, *_BESIDE)
 TOKENIZER_PATTERNS = (
     "tokenizer.json",
     "tokenizer_config.json",
@@ -70,8 +72,12 @@ def locate(
     local_files_only: bool = False,
     subfolder: str = "",
     force_download: bool = False,
+    gguf_file: str | None = None,
 ) -> Path:
     """Return the directory that holds the files of a model, downloading `patterns` if needed.
+
+    Of a model in GGUF it is the file itself: where that, or a directory with no other model than
+    it, is named, and where `gguf_file` says which of a directory or hub id.
 
     `force_download` fetches them again where the cache has them, and means nothing to a directory.
     An existing directory always wins over a hub id of the same spelling. `HF_HUB_OFFLINE`,
@@ -83,7 +89,8 @@ def locate(
         CheckpointError: a file came twice with another content than the hub says it has.
         SaveError: the cache cannot be written.
         UnsupportedModelError: it is an adapter, or in another format.
-        InputError: something that cannot be a path, or `force_download` without the network.
+        InputError: something that cannot be a path, `gguf_file` beside a file, or `force_download`
+            without the network.
     """
     if force_download and local_files_only:
         raise InputError("force_download=True and local_files_only=True contradict each other")
@@ -91,21 +98,27 @@ def locate(
     name = str(os.fspath(name_or_path))
     if cache_dir is not None:
         checked_path(cache_dir, "cache_dir")
+    if is_gguf(path):
+        if gguf_file is not None or subfolder:
+            raise InputError(f"{name!r} is a file already; give it without gguf_file and subfolder")
+        return path
     if path.is_file() and (reason := what_else(path)):
         raise reason
     if path.is_dir():
-        return _inside(path, subfolder, name, patterns)
+        return _inside(path, subfolder, name, patterns, gguf_file)
     if not _REPO_ID.fullmatch(name) or name.startswith(("./", "../", "~", "/")):
         raise ModelNotFoundError(
             f"no directory {shown(name)}, and it is not a hub id of the form 'owner/name'"
         )
     if subfolder:
         checked_path(subfolder, "subfolder")
+    if gguf_file is not None:
+        patterns = _files_of(gguf_file)
     fetched = [
         f"{subfolder.strip('/')}/{pattern}" if subfolder else pattern for pattern in patterns
     ]
     root = download(name, fetched, revision, cache_dir, token, local_files_only, force_download)
-    return _inside(root, subfolder, name, patterns)
+    return _inside(root, subfolder, name, patterns, gguf_file)
 
 
 class Pushable:
@@ -212,11 +225,13 @@ def locate_weights(
     token: str | bool | None = None,
     local_files_only: bool = False,
     subfolder: str = "",
+    gguf_file: str | None = None,
 ) -> Path:
     """Return the directory that holds the weights of a model, downloading those of one variant.
 
     Of a repository that has them in several dtypes and formats, the one file or the shards that
-    the index names are fetched, and nothing else.
+    the index names are fetched, and nothing else. A model in GGUF is the file itself, as `locate`
+    says.
 
     Raises:
         ModelNotFoundError: no such directory, repository, revision, or no access to it.
@@ -228,10 +243,13 @@ def locate_weights(
         "token": token,
         "local_files_only": local_files_only,
         "subfolder": subfolder,
+        "gguf_file": gguf_file,
     }
     single, index = (with_variant(name, variant) for name in (SINGLE_WEIGHTS, WEIGHTS_INDEX))
     root = locate(name_or_path, (single, index), **where)
-    if Path(os.fspath(name_or_path)).expanduser().is_dir() or (root / single).is_file():
+    if root.is_file() or Path(os.fspath(name_or_path)).expanduser().is_dir():
+        return root
+    if (root / single).is_file():
         return root
     shards = _shards(root / index)
     return locate(name_or_path, (index, *shards), **where) if shards else root
@@ -259,14 +277,27 @@ def _shards(index: Path) -> list[str]:
     return sorted(n for n in names if isinstance(n, str) and re.fullmatch(r"[\w.-]+", n))
 
 
-def _inside(root: Path, subfolder: str, name: str, patterns: Sequence[str]) -> Path:
+def _files_of(gguf_file: str) -> list[str]:
+    """Return the names of all files of a model in GGUF, in the folder that the name says."""
+    folder, slash, name = gguf_file.rpartition("/")
+    return [folder + slash + one for one in shard_names(name) or (name,)]
+
+
+def _inside(
+    root: Path, subfolder: str, name: str, patterns: Sequence[str], gguf_file: str | None
+) -> Path:
     path = (root / checked_path(subfolder, "subfolder")).resolve() if subfolder else root
     if subfolder and not path.is_relative_to(root.resolve()):
         raise ModelNotFoundError(f"subfolder={subfolder!r} leads out of {name!r}")
     if not path.is_dir():
         raise ModelNotFoundError(f"{name!r} has no folder {subfolder!r}")
+    if gguf_file is not None and (found := find_gguf(path, gguf_file)):
+        return found
     # An adapter may have a tokenizer, and that can be read.
-    wanted = (p for p in patterns if p != ADAPTER_CONFIG_NAME)
-    if not any(any(path.glob(pattern)) for pattern in wanted) and (reason := what_else(path)):
+    if any(any(path.glob(pattern)) for pattern in patterns if pattern not in _BESIDE):
+        return path
+    if found := find_gguf(path):
+        return found
+    if reason := what_else(path):
         raise reason
     return path

@@ -116,6 +116,7 @@ FILES = {
     "an offset between": (framed([], [tensor(offset=8)], 40), "no multiple of 32"),
     "a gap": (framed([], [tensor(offset=32)], 64), "a gap before"),
     "an overlap": (framed([], [tensor(), tensor("b")], 64), "an overlap at"),
+    "data of nobody": (framed([], [tensor()], 64), "32 bytes after its last tensor"),
     "cut data": (framed([], [tensor(), tensor("b", offset=32)], 40), "truncated: tensor 'b'"),
     "an offset beyond": (framed([], [tensor(offset=2**64 - 32)], 16), "a gap before"),
 }
@@ -186,7 +187,7 @@ def test_what_the_reference_writes_is_read(tmp_path: Path, alignment: int) -> No
     found = read_gguf(path)
 
     assert found.path == path
-    assert found.files == (path,)
+    assert [*found.files] == [path]
     for name, (_, value) in VALUES.items():
         assert found.metadata[f"test.{name}"] == value
         assert type(found.metadata[f"test.{name}"]) is type(value)
@@ -225,7 +226,7 @@ def test_shards_are_one_whichever_is_given(tmp_path: Path) -> None:
     for path in paths:
         found = read_gguf(path)
         assert found.path == paths[0]
-        assert found.files == tuple(paths)
+        assert [*found.files] == paths
         assert found.metadata["first"] == 1
         assert {name: info.file for name, info in found.tensors.items()} == dict(
             zip("abc", paths, strict=True)

@@ -8,7 +8,9 @@ from quintet.checkpoint.expert_stacks import (
     pieces,
     split_tensors,
 )
+from quintet.checkpoint.gguf import GGUFCheckpoint
 from quintet.checkpoint.matching import Difference, Mismatch, compare
+from quintet.checkpoint.opening import open_weights
 from quintet.checkpoint.reading import Checkpoint, TensorInfo
 from quintet.checkpoint.sources import InMemory, Renamed, Weights
 from quintet.checkpoint.writing import parse_size, save, save_stream
@@ -16,6 +18,7 @@ from quintet.checkpoint.writing import parse_size, save, save_stream
 __all__ = [
     "Checkpoint",
     "Difference",
+    "GGUFCheckpoint",
     "InMemory",
     "Mismatch",
     "Piece",
@@ -25,6 +28,7 @@ __all__ = [
     "Weights",
     "compare",
     "count_pieces",
+    "open_weights",
     "parse_size",
     "pieces",
     "read_consistently",

@@ -35,6 +35,9 @@ def read_consistently(directory: Path, read: Callable[[], T], *, variant: str | 
         CheckpointError: saves followed each other without a pause for a minute.
         QuintetError: what `read` raises where no save is to blame.
     """
+    if directory.is_file():
+        # One file is of one model, and written whole.
+        return read()
     until = time.monotonic() + PATIENCE
     while True:
         settled = recover(directory)

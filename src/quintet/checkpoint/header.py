@@ -17,6 +17,7 @@ from typing import Any, NoReturn
 import torch
 
 from quintet.errors import CheckpointError, shown
+from quintet.gguf.types import BlockType
 
 __all__ = [
     "DTYPES",
@@ -68,10 +69,14 @@ class TensorInfo:
     file: Path
     start: int = 0
     """Where in the file its data begins."""
+    blocks: BlockType | None = None
+    """What neighbouring weights of a row share their bytes by; None where each has its own."""
 
     @property
     def nbytes(self) -> int:
         """The bytes of its data."""
+        if self.blocks is not None:
+            return math.prod(self.shape) // self.blocks.weights * self.blocks.nbytes
         return math.prod(self.shape) * self.dtype.itemsize
 
 

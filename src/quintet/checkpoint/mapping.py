@@ -23,10 +23,15 @@ class MappedFile:
             self._bytes = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
 
     def tensor(self, info: TensorInfo) -> Tensor:
-        """Return a tensor of the file, a view where its data lies as its dtype needs it."""
+        """Return a tensor of the file, a view where its data lies as its dtype needs it.
+
+        Of blocks, the bytes (..., O, bytes a row).
+        """
         if info.nbytes == 0:
             return torch.empty(info.shape, dtype=info.dtype)
         raw = torch.frombuffer(self._bytes, dtype=torch.uint8, count=info.nbytes, offset=info.start)
+        if info.blocks is not None:
+            return raw.view(*info.shape[:-1], -1)
         # Older writers did not pad their headers.
         aligned = raw if info.start % info.dtype.itemsize == 0 else raw.clone()
         return aligned.view(info.dtype).view(info.shape)

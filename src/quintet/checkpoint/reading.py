@@ -91,6 +91,21 @@ class Checkpoint:
         metadata = MappingProxyType(dict(sorted(common)))
         return cls(directory, MappingProxyType(tensors), metadata, stamps, held)
 
+    @classmethod
+    def of_files(
+        cls,
+        directory: Path,
+        tensors: Mapping[str, TensorInfo],
+        stamps: Mapping[Path, tuple[int, int, int]],
+    ) -> Self:
+        """Return tensors of files whose heads were read already, when these were as `stamps` say.
+
+        Raises:
+            CheckpointError: a file is another one by now.
+        """
+        held = {path: _map(path, stamp) for path, stamp in stamps.items()}
+        return cls(directory, MappingProxyType(dict(tensors)), {}, stamps, held)
+
     @property
     def total_bytes(self) -> int:
         """The bytes of the data of all tensors."""

@@ -10,7 +10,7 @@ import torch
 
 from quintet.checkpoint.header import DTYPES
 from quintet.checkpoint.layout import INDEX, SINGLE, find
-from quintet.checkpoint.reading import Checkpoint
+from quintet.checkpoint.opening import open_weights
 from quintet.errors import CheckpointError, OfflineError, shown
 from quintet.files import read_json
 from quintet.hub import locate, locate_weights
@@ -59,7 +59,7 @@ def read_headers(
             local_files_only=True,
             subfolder=subfolder,
         )
-        checkpoint = Checkpoint.open(root)
+        checkpoint = open_weights(root)
     except (OfflineError, CheckpointError):
         if local_files_only or Path(name_or_path).expanduser().is_dir():
             raise

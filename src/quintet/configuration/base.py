@@ -8,7 +8,6 @@ import os
 import warnings
 from collections.abc import Mapping, Sequence
 from itertools import islice
-from pathlib import Path
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, ClassVar, Self, get_origin, get_type_hints
 
@@ -25,10 +24,11 @@ from quintet.configuration.constraints import (
 from quintet.configuration.contract import ConfigContract
 from quintet.configuration.labels import labels
 from quintet.configuration.numbers import decoded, encoded
+from quintet.configuration.reading import read_config
 from quintet.configuration.rope import RopeParameters, merge_rope
-from quintet.errors import CheckpointError, ConfigError, ModelNotFoundError, SaveError, shown
-from quintet.files import read_json, write_text
-from quintet.folder import checked_path, find_file, what_else
+from quintet.errors import ConfigError, SaveError, shown
+from quintet.files import write_text
+from quintet.folder import checked_path
 from quintet.hub import CONFIG_NAME, CONFIG_PATTERNS, Pushable, locate
 
 if TYPE_CHECKING:
@@ -40,8 +40,6 @@ ATTENTION_BACKENDS = ("eager", "sdpa", "flash_attention_2")
 FLOAT_DTYPES = ("bfloat16", "float16", "float32", "float64")
 _RENAMED = {"torch_dtype": "dtype", "_name_or_path": "name_or_path"}
 MOST_COMPARED = 200
-# As much as two hundred thousand labels are; in memory it may be twenty times as much.
-MAX_CONFIG_BYTES = 8_000_000
 _ROPE_KEYS = ("rope_theta", "rope_scaling", "rope_parameters")
 
 
@@ -281,9 +279,13 @@ class PreTrainedConfig(ConfigContract, Pushable):
         token: str | bool | None = None,
         local_files_only: bool = False,
         subfolder: str = "",
+        gguf_file: str | None = None,
         **overrides: Any,
     ) -> Self:
         """Read the `config.json` of a directory or hub id; `overrides` are keys to replace.
+
+        Of a model in GGUF, its file says the same; `gguf_file` is its name in a directory or hub
+        id that has other models, too.
 
         Raises:
             ModelNotFoundError: no such model, or no config.json in it.
@@ -298,13 +300,14 @@ class PreTrainedConfig(ConfigContract, Pushable):
             token=token,
             local_files_only=local_files_only,
             subfolder=subfolder,
+            gguf_file=gguf_file,
         )
         values = read_config(root)
         found = values.get("model_type", cls.model_type)
         if found != cls.model_type:
             raise ConfigError(
-                f"{root / CONFIG_NAME} has model_type={shown(found)}, not {cls.model_type!r}; "
-                "use AutoConfig, or the class of that family"
+                f"{root if root.is_file() else root / CONFIG_NAME} has model_type={shown(found)}, "
+                f"not {cls.model_type!r}; use AutoConfig, or the class of that family"
             )
         return cls.from_dict(
             {**values, "name_or_path": os.fspath(pretrained_model_name_or_path)}, **overrides
@@ -412,28 +415,6 @@ class PreTrainedConfig(ConfigContract, Pushable):
                     UnknownKeyWarning,
                     stacklevel=3,
                 )
-
-
-def read_config(root: Path) -> dict[str, Any]:
-    """Read the `config.json` of a model's directory.
-
-    Raises:
-        ModelNotFoundError: the directory has none.
-        UnsupportedModelError: it holds an adapter, or a model in another format.
-        CheckpointError: it is not a JSON object.
-    """
-    path = find_file(root, CONFIG_NAME)
-    if path is None:
-        raise what_else(root) or ModelNotFoundError(
-            f"{root} has no {CONFIG_NAME}; it is not a model's directory"
-        )
-    try:
-        # The whole is a mapping of keys, whatever its only key is called.
-        content = read_json(path, most=MAX_CONFIG_BYTES)
-        values = {key: decoded(value) for key, value in content.items()}
-    except RecursionError:
-        raise CheckpointError(f"{path} is nested too deeply; fetch the file again") from None
-    return values
 
 
 def _view(key: str) -> property:

@@ -1,6 +1,20 @@
 """GGUF, the format of llama.cpp: what a file says, checked first. No torch."""
 
+from quintet.gguf.config import config_values
 from quintet.gguf.container import GGUFFile, GGUFTensor, read_gguf, shard_names
+from quintet.gguf.finding import find_gguf, is_gguf
+from quintet.gguf.names import Part, release_parts
 from quintet.gguf.types import BlockType
 
-__all__ = ["BlockType", "GGUFFile", "GGUFTensor", "read_gguf", "shard_names"]
+__all__ = [
+    "BlockType",
+    "GGUFFile",
+    "GGUFTensor",
+    "Part",
+    "config_values",
+    "find_gguf",
+    "is_gguf",
+    "read_gguf",
+    "release_parts",
+    "shard_names",
+]

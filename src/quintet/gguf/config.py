@@ -1,14 +1,13 @@
 """The keys of a `config.json`, made of the metadata and the tensors' shapes of a GGUF file."""
 
 import math
-import re
 import struct
 from collections import Counter
 from collections.abc import Callable, Mapping
 from types import MappingProxyType
 from typing import Any
 
-from quintet.errors import CheckpointError, UnsupportedModelError, listed, shown
+from quintet.errors import CheckpointError, UnsupportedModelError, shown
 from quintet.gguf.container import GGUFFile, GGUFTensor
 from quintet.gguf.values import Values
 
@@ -44,7 +43,7 @@ def config_values(file: GGUFFile) -> dict[str, Any]:
         CheckpointError: keys are missing, of another kind, or contradict the tensors.
     """
     general = Values(file.path, file.metadata)
-    name = general.text("general.architecture")
+    name = general.text("general.architecture", "") or ""
     kind = general.text("general.type", "model")
     if kind != "model":
         raise UnsupportedModelError(
@@ -67,7 +66,7 @@ def config_values(file: GGUFFile) -> dict[str, Any]:
         "model_type": model_type,
         **_common(file, of),
         **values,
-        **{key: value for key, value in ends.items() if value is not None},
+        **ends,
         "dtype": _dtype(matrices),
         "quantization_config": {
             "quant_method": "gguf",
@@ -234,8 +233,6 @@ def _llama3(file: GGUFFile, of: Values, tensor: GGUFTensor, size: int) -> dict[s
 
 def _qwen2_moe(file: GGUFFile, of: Values) -> tuple[str, dict[str, Any]]:
     wide, active = of.needed("feed_forward_length"), of.needed("expert_used_count")
-    layers = of.needed("block_count")
-    found = {re.sub(r"\.ffn_(gate|gate_up)_exps\.weight$", "", name) for name in file.tensors}
     return "qwen2_moe", {
         "architectures": ["Qwen2MoeForCausalLM"],
         **_heads(of, of.needed("embedding_length")),
@@ -247,9 +244,6 @@ def _qwen2_moe(file: GGUFFile, of: Values) -> tuple[str, dict[str, Any]]:
         ),
         "shared_expert_intermediate_size": of.integer("expert_shared_feed_forward_length", wide),
         "norm_topk_prob": of.truth("expert_weights_norm", False),
-        "mlp_only_layers": [
-            layer for layer in range(min(layers, len(found))) if f"blk.{layer}" not in found
-        ],
     }
 
 

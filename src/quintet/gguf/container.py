@@ -64,19 +64,20 @@ class GGUFFile:
         metadata: numbers, texts, lists of texts, and arrays of numbers as `array.array`;
             a list of truth values is an array of 0 and 1.
         tensors: in the order of the files.
-        files: all of them.
+        files: all of them, with inode, size and time as they were when they were read.
     """
 
     path: Path
     metadata: Mapping[str, Value]
     tensors: Mapping[str, GGUFTensor]
-    files: tuple[Path, ...]
+    files: Mapping[Path, tuple[int, int, int]]
 
 
 @dataclass(frozen=True, slots=True)
 class _Part:
     metadata: dict[str, Value]
     tensors: dict[str, GGUFTensor]
+    stamp: tuple[int, int, int]
 
 
 def read_gguf(path: str | os.PathLike[str]) -> GGUFFile:
@@ -108,7 +109,8 @@ def read_gguf(path: str | os.PathLike[str]) -> GGUFFile:
         if twice := tensors.keys() & part.tensors:
             raise CheckpointError(f"{file} has {shown(min(twice))}, which another file has too")
         tensors |= part.tensors
-    return GGUFFile(first, parts[first].metadata, tensors, tuple(parts))
+    stamps = {file: part.stamp for file, part in parts.items()}
+    return GGUFFile(first, parts[first].metadata, tensors, stamps)
 
 
 def shard_names(name: str) -> tuple[str, ...]:
@@ -155,14 +157,15 @@ def _read(path: Path) -> _Part:
                 raise CheckpointError(f"{path} has to be a regular file, and is not")
             refuse_other(path, file.read(64), found.st_size)
             with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
-                return _parse(Cursor(data, found.st_size, path, len(MAGIC)))
+                metadata, tensors = _parse(Cursor(data, found.st_size, path, len(MAGIC)))
     except FileNotFoundError as error:
         raise ModelNotFoundError(f"there is no file {path}") from error
     except OSError as error:
         raise CheckpointError(f"{path} cannot be read: {error.strerror or error}") from error
+    return _Part(metadata, tensors, (found.st_ino, found.st_size, found.st_mtime_ns))
 
 
-def _parse(cursor: Cursor) -> _Part:
+def _parse(cursor: Cursor) -> tuple[dict[str, Value], dict[str, GGUFTensor]]:
     version = cursor.u32("its version")
     if version not in (2, 3):
         raise CheckpointError(f"{cursor.path} is GGUF of version {version}; 2 and 3 can be read")
@@ -196,7 +199,7 @@ def _parse(cursor: Cursor) -> _Part:
         for name, (shape, kind, offset) in entries.items()
     }
     _check_places(cursor, found, start, alignment)
-    return _Part(metadata, found)
+    return metadata, found
 
 
 def _entry(cursor: Cursor) -> tuple[str, tuple[int, ...], BlockType, int]:
@@ -243,7 +246,7 @@ def _size(shape: tuple[int, ...], kind: BlockType) -> int:
 def _check_places(
     cursor: Cursor, tensors: Mapping[str, GGUFTensor], start: int, alignment: int
 ) -> None:
-    """Check that tensors lie one after the other, with nothing between, and that all are there."""
+    """Check that tensors lie one after the other, all of them, with nothing between or behind."""
     reached = start
     for tensor in sorted(tensors.values(), key=lambda tensor: tensor.start):
         if tensor.start != reached:
@@ -256,6 +259,10 @@ def _check_places(
         if end > cursor.size:
             _truncated(cursor, tensors, tensor)
         reached = -(-end // alignment) * alignment
+    if tensors and cursor.size > reached:
+        cursor.damaged(
+            f"has {cursor.size - reached} bytes after its last tensor, of which nothing is said"
+        )
 
 
 def _truncated(cursor: Cursor, tensors: Mapping[str, GGUFTensor], cut: GGUFTensor) -> NoReturn:

@@ -4,13 +4,14 @@ import struct
 from array import array
 from mmap import mmap
 from pathlib import Path
-from typing import NoReturn, TypeAlias
+from typing import NoReturn, TypeAlias, Union
 
 from quintet.errors import CheckpointError, shown
 
 __all__ = ["Cursor", "Value"]
 
-Value: TypeAlias = "bool | int | float | str | list[str] | array[int] | array[float]"
+# Python 3.11 cannot say of what an array is, but in quotes.
+Value: TypeAlias = Union[bool, int, float, str, list[str], "array[int]", "array[float]"]
 
 MAX_ELEMENTS = 16_000_000
 MAX_TEXT = 2**26

@@ -128,6 +128,11 @@ def _parts(
         if architecture == "llama":
             key = {"attn_q": "num_attention_heads", "attn_k": "num_key_value_heads"}.get(what)
             heads = values[key] if key else 0
+        if heads and tensor.shape[0] % (2 * heads):
+            raise CheckpointError(
+                f"{tensor.file}: {name} has the shape {list(tensor.shape)}, which is not {heads} "
+                "heads of pairs"
+            )
         yield Part(named, tensor, whole, tensor.start, heads)
 
 
@@ -172,8 +177,8 @@ def _experts(
     kinds = which.split("_")
     if len(tensor.shape) != 3 or tensor.shape[0] != count or tensor.shape[1] % len(kinds):
         raise CheckpointError(
-            f"{tensor.file}: {tensor.name} has the shape {list(tensor.shape)}, which is no stack of "
-            f"{count} experts"
+            f"{tensor.file}: {tensor.name} has the shape {list(tensor.shape)}, which is no stack "
+            f"of {count} experts"
         )
     _, rows, columns = tensor.shape
     height = rows // len(kinds)

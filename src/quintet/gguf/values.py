@@ -82,7 +82,7 @@ class Values:
             return None
         if not isinstance(value, array) or value.typecode in "fd":
             self.refuse(key, "a list of whole numbers")
-        return value
+        return [int(number) for number in value]
 
     def refuse(self, key: str, rule: str) -> NoReturn:
         """Raise the error of a value that breaks a rule."""
@@ -98,8 +98,8 @@ class Values:
         if len(set(value)) != 1:
             raise UnsupportedModelError(
                 f"{self.path}: {self.prefix + key} has {len(set(value))} values for "
-                f"{len(value)} layers, {shown(list(value[:8]))} …; models whose layers differ in it "
-                "are not here"
+                f"{len(value)} layers, {shown(list(value[:8]))} …; models whose layers differ "
+                "in it are not here"
             )
         found: Value = value[0]
         return found

@@ -74,6 +74,7 @@ class PreTrainedModel(ModelContract, Checkpointing, Pushable):
         local_files_only: bool = False,
         subfolder: str = "",
         variant: str | None = None,
+        gguf_file: str | None = None,
         key_mapping: Mapping[str, str] | None = None,
         ignore_mismatched_sizes: bool = False,
         output_loading_info: bool = False,
@@ -90,8 +91,8 @@ class PreTrainedModel(ModelContract, Checkpointing, Pushable):
         executed: `trust_remote_code` is accepted and does nothing, as does `low_cpu_mem_usage`.
 
         Args:
-            pretrained_model_name_or_path: a directory, or a hub id; None for a config and a state
-                dict alone.
+            pretrained_model_name_or_path: a directory, a GGUF file, or a hub id; None for a config
+                and a state dict alone.
             config: in place of the checkpoint's own, or where to read it; one that is given stays
                 the caller's, and as it is.
             generation_config: in place of the checkpoint's own.
@@ -111,6 +112,8 @@ class PreTrainedModel(ModelContract, Checkpointing, Pushable):
             subfolder: where in the repository the model is.
             variant: which weights where a repository has several: "fp16" is
                 model.fp16.safetensors.
+            gguf_file: which file of a directory or hub id, where the model is one in GGUF; one that
+                is named in place of a directory, or alone in it, needs no name here.
             key_mapping: regular expressions that are replaced in the checkpoint's names, in order.
             ignore_mismatched_sizes: let tensors of another shape start from random weights, with a
                 warning, in place of failing.
@@ -149,6 +152,7 @@ class PreTrainedModel(ModelContract, Checkpointing, Pushable):
                 local_files_only,
                 subfolder,
                 variant,
+                gguf_file,
             )
         if generation_config is not None and not cls.can_generate():
             raise InputError(f"generation_config: a {cls.__name__} generates nothing")

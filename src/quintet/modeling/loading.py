@@ -18,17 +18,18 @@ import torch
 from torch import Tensor
 
 from quintet.checkpoint import (
-    Checkpoint,
     InMemory,
     Renamed,
     StackExperts,
     TensorInfo,
     Weights,
+    open_weights,
     read_consistently,
     save,
     split_tensors,
 )
-from quintet.configuration.base import PreTrainedConfig, read_config
+from quintet.configuration.base import PreTrainedConfig
+from quintet.configuration.reading import read_config
 from quintet.errors import InputError, UnsupportedBackendError, listed
 from quintet.folder import find_file
 from quintet.generation.config import GENERATION_CONFIG_NAME, GenerationConfig
@@ -73,6 +74,7 @@ class ModelSource:
     local_files_only: bool = False
     subfolder: str = ""
     variant: str | None = None
+    gguf_file: str | None = None
 
     @property
     def where(self) -> dict[str, Any]:
@@ -86,10 +88,11 @@ class ModelSource:
         }
 
     def locate(self, *, weights: bool = True) -> Path:
-        """Return the local directory, downloading config and weights if needed."""
-        root = locate(self.name_or_path, CONFIG_PATTERNS, **self.where)
+        """Return the local directory or GGUF file, downloading config and weights if needed."""
+        where = {**self.where, "gguf_file": self.gguf_file}
+        root = locate(self.name_or_path, CONFIG_PATTERNS, **where)
         if weights:
-            root = locate_weights(self.name_or_path, self.variant, **self.where)
+            root = locate_weights(self.name_or_path, self.variant, **where)
         return root
 
 
@@ -246,7 +249,7 @@ def _weights(source: ModelSource | None, root: Path | None, options: Options) ->
     elif source is None or root is None:
         raise InputError("without a name or path, from_pretrained needs config and state_dict")
     else:
-        weights = Checkpoint.open(root, variant=source.variant)
+        weights = open_weights(root, variant=source.variant)
     return Renamed(weights, options.key_mapping) if options.key_mapping else weights
 
 
@@ -327,7 +330,8 @@ ABSENT = {
     "tp_plan": "tensor parallelism",
 }
 OPTIONS = (
-    *("cache_dir", "config", "device_map", "dtype", "ignore_mismatched_sizes", "key_mapping"),
+    *("cache_dir", "config", "device_map", "dtype", "gguf_file", "ignore_mismatched_sizes"),
+    *("key_mapping",),
     *("local_files_only", "output_loading_info", "revision", "state_dict", "subfolder", "token"),
     "variant",
 )

@@ -79,20 +79,20 @@ def _iq4_xs(b: Tensor) -> Tensor:
     high = _shifts(b[:, 2:4, None], 4, 2).flatten(1)
     low = _shifts(b[:, 4:8, None], 2, 4).flatten(1)
     scale = (low | (high << 4)).to(torch.int8) - 32
-    n = _of_table(_nibbles(b[:, 8:].unflatten(1, (8, 16))))
+    n = _of_table(_nibbles(torch.unflatten(b[:, 8:], 1, (8, 16))))
     return ((_half(b, 0) * scale).unsqueeze(-1) * n).flatten(1)
 
 
 def _q2_k(b: Tensor) -> Tensor:
     d, dmin, sc = _half(b, 80), _half(b, 82), b[:, :16]
-    n = _shifts(b[:, 16:80].unflatten(1, (2, 32)), 4, 2).reshape(-1, 16, 16)
+    n = _shifts(torch.unflatten(b[:, 16:80], 1, (2, 32)), 4, 2).reshape(-1, 16, 16)
     scale, offset = d * (sc & 15), dmin * (sc >> 4)
     return (scale.unsqueeze(-1) * n - offset.unsqueeze(-1)).flatten(1)
 
 
 def _q3_k(b: Tensor) -> Tensor:
     d, s = _half(b, 108), b[:, 96:108]
-    low = _shifts(b[:, 32:96].unflatten(1, (2, 32)), 4, 2).reshape(-1, 8, 32)
+    low = _shifts(torch.unflatten(b[:, 32:96], 1, (2, 32)), 4, 2).reshape(-1, 8, 32)
     high = _shifts(b[:, :32], 8, 1)
     n = (low | (high << 2)).to(torch.int8) - 4
     sixes = _nibbles(s[:, :8]) | (_shifts(s[:, 8:], 4, 2).flatten(1) << 4)
@@ -115,17 +115,17 @@ def _levels_of_k(b: Tensor, n: Tensor) -> Tensor:
 
 
 def _q4_k(b: Tensor) -> Tensor:
-    return _levels_of_k(b, _shifts(b[:, 16:].unflatten(1, (4, 32)), 2, 4).reshape(-1, 8, 32))
+    return _levels_of_k(b, _shifts(torch.unflatten(b[:, 16:], 1, (4, 32)), 2, 4).reshape(-1, 8, 32))
 
 
 def _q5_k(b: Tensor) -> Tensor:
-    low = _shifts(b[:, 48:].unflatten(1, (4, 32)), 2, 4).reshape(-1, 8, 32)
+    low = _shifts(torch.unflatten(b[:, 48:], 1, (4, 32)), 2, 4).reshape(-1, 8, 32)
     return _levels_of_k(b, low | (_shifts(b[:, 16:48], 8, 1) << 4))
 
 
 def _q6_k(b: Tensor) -> Tensor:
-    low = _shifts(b[:, :128].unflatten(1, (2, 64)), 2, 4).reshape(-1, 8, 32)
-    high = _shifts(b[:, 128:192].unflatten(1, (2, 32)), 4, 2).reshape(-1, 8, 32)
+    low = _shifts(torch.unflatten(b[:, :128], 1, (2, 64)), 2, 4).reshape(-1, 8, 32)
+    high = _shifts(torch.unflatten(b[:, 128:192], 1, (2, 32)), 4, 2).reshape(-1, 8, 32)
     n = (low | (high << 4)).to(torch.int8) - 32
     scale = _half(b, 208) * b[:, 192:208].view(torch.int8)
     return (scale.unsqueeze(-1) * n.reshape(-1, 16, 16)).flatten(1)

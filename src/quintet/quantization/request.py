@@ -17,6 +17,7 @@ from quintet.quantization.config import (
     Scheme,
 )
 from quintet.quantization.formats import FP8Format, WeightFormat
+from quintet.quantization.gguf import GGUFConfig
 from quintet.quantization.mixed import MixedConfig
 from quintet.quantization.torchao import TorchAoConfig
 
@@ -109,6 +110,7 @@ def multiplies_fp8(device: torch.device) -> bool:
 METHODS: Mapping[str, type[QuantizationConfig]] = {
     "bitsandbytes": BitsAndBytesConfig,
     "fp8": FineGrainedFP8Config,
+    "gguf": GGUFConfig,
     "torchao": TorchAoConfig,
 }
 

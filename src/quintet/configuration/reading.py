@@ -1,0 +1,39 @@
+"""The keys of a model's configuration, as its files have them."""
+
+from pathlib import Path
+from typing import Any
+
+from quintet.configuration.numbers import decoded
+from quintet.errors import CheckpointError, ModelNotFoundError
+from quintet.files import read_json
+from quintet.folder import CONFIG_NAME, find_file, what_else
+from quintet.gguf import config_values, read_gguf
+
+__all__ = ["read_config"]
+
+# As much as two hundred thousand labels are; in memory it may be twenty times as much.
+MAX_CONFIG_BYTES = 8_000_000
+
+
+def read_config(root: Path) -> dict[str, Any]:
+    """Read the `config.json` of a model's directory, or what a GGUF file says in its place.
+
+    Raises:
+        ModelNotFoundError: the directory has none.
+        UnsupportedModelError: it holds an adapter, or a model in another format.
+        CheckpointError: it is not a JSON object.
+    """
+    if root.is_file():
+        return config_values(read_gguf(root))
+    path = find_file(root, CONFIG_NAME)
+    if path is None:
+        raise what_else(root) or ModelNotFoundError(
+            f"{root} has no {CONFIG_NAME}; it is not a model's directory"
+        )
+    try:
+        # The whole is a mapping of keys, whatever its only key is called.
+        content = read_json(path, most=MAX_CONFIG_BYTES)
+        values = {key: decoded(value) for key, value in content.items()}
+    except RecursionError:
+        raise CheckpointError(f"{path} is nested too deeply; fetch the file again") from None
+    return values

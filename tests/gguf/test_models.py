@@ -1,0 +1,167 @@
+"""Models that were written as GGUF are the models that were written."""
+
+from pathlib import Path
+from typing import Any
+
+import gguf
+import pytest
+import torch
+
+import ggufwriting
+import quintet
+from conformance.families import FAMILIES
+from quintet import AutoConfig, AutoModel, AutoModelForCausalLM
+from quintet.errors import InputError, ModelNotFoundError
+
+THERE = [family for family in FAMILIES if family.name != "zamba2"]
+IDS = torch.arange(24).view(2, 12)
+
+
+def logits(model: Any) -> torch.Tensor:
+    with torch.no_grad():
+        found: torch.Tensor = model(IDS).logits
+    return found
+
+
+def same(one: Any, other: Any) -> bool:
+    return torch.equal(logits(one), logits(other))
+
+
+@pytest.fixture(scope="module")
+def model() -> Any:
+    return THERE[0].model_of()
+
+
+@pytest.fixture(scope="module")
+def written(model: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("written") / "model.gguf"
+    ggufwriting.write(model, path)
+    return path
+
+
+VARIANTS: list[tuple[str, dict[str, Any], dict[str, Any]]] = [
+    ("qwen2", {}, {}),
+    ("qwen2", {"tie_word_embeddings": True}, {}),
+    ("qwen2", {"head_dim": 8}, {"alignment": 64}),
+    ("qwen2", {"rope_scaling": {"rope_type": "linear", "factor": 4.0}}, {}),
+    (
+        "qwen2",
+        {
+            "rope_scaling": {
+                "rope_type": "yarn",
+                "factor": 4.0,
+                "original_max_position_embeddings": 32,
+            }
+        },
+        {},
+    ),
+    ("qwen2", {}, {"shard_tensors": 9}),
+    ("qwen2-moe", {}, {}),
+    ("qwen2-moe", {}, {"shard_tensors": 16}),
+    ("deepseek-v2", {}, {}),
+    ("deepseek-v2", {}, {"old_kv": True}),
+    ("deepseek-v2", {"q_lora_rank": None}, {"alignment": 64}),
+    (
+        "deepseek-v2",
+        {"topk_method": "group_limited_greedy", "n_group": 4, "topk_group": 2},
+        {},
+    ),
+    (
+        "deepseek-v2",
+        {
+            "rope_scaling": {
+                "rope_type": "yarn",
+                "factor": 8.0,
+                "original_max_position_embeddings": 16,
+                "mscale": 0.707,
+                "mscale_all_dim": 0.707,
+            }
+        },
+        {},
+    ),
+    ("deepseek-v3", {}, {}),
+    ("deepseek-v3", {}, {"old_kv": True, "shard_tensors": 12}),
+    ("deepseek-v3", {"q_lora_rank": None, "norm_topk_prob": True}, {}),
+]
+
+
+@pytest.mark.parametrize(
+    ("name", "changes", "how"), VARIANTS, ids=lambda value: str(value).replace(" ", "")
+)
+def test_the_logits_are_those_of_the_source(
+    name: str, changes: dict[str, Any], how: dict[str, Any], tmp_path: Path
+) -> None:
+    (family,) = (one for one in THERE if one.name == name)
+    source = family.model_of(**changes)
+    ggufwriting.write(source, tmp_path / "model.gguf", **how)
+    files = sorted(tmp_path.iterdir())
+    assert len(files) > 1 or "shard_tensors" not in how
+
+    # Of several files, any stands for all.
+    found = AutoModelForCausalLM.from_pretrained(files[-1])
+
+    assert type(found) is type(source)
+    assert found.dtype == torch.float32
+    assert same(found, source)
+    assert "quantization_config" not in vars(found.config)
+    text = found.generate(IDS, max_new_tokens=8, do_sample=False)  # type: ignore[operator]
+    assert torch.equal(text, source.generate(IDS, max_new_tokens=8, do_sample=False))
+
+
+def test_a_llama_is_a_qwen2_without_biases(model: Any, tmp_path: Path) -> None:
+    source = THERE[0].model_of()
+    with torch.no_grad():
+        for name, weight in source.named_parameters():
+            if name.endswith("_proj.bias"):
+                weight.zero_()
+    ggufwriting.write(source, tmp_path / "m.gguf", architecture=gguf.MODEL_ARCH.LLAMA)
+    assert same(AutoModelForCausalLM.from_pretrained(tmp_path / "m.gguf"), source)
+
+
+def test_every_way_in_leads_to_the_model(model: Any, written: Path) -> None:
+    folder = written.parent
+    for found in (
+        AutoModelForCausalLM.from_pretrained(written),
+        AutoModelForCausalLM.from_pretrained(str(written)),
+        AutoModelForCausalLM.from_pretrained(folder),
+        AutoModelForCausalLM.from_pretrained(folder, gguf_file=written.name),
+        quintet.Qwen2ForCausalLM.from_pretrained(written),
+        quintet.Qwen2ForCausalLM.from_pretrained(folder, gguf_file=written.name),
+    ):
+        assert same(found, model)
+    base = AutoModel.from_pretrained(written)
+    assert torch.equal(base(IDS)[0], model.model(IDS)[0])
+    config = AutoConfig.from_pretrained(folder, gguf_file=written.name)
+    assert AutoConfig.from_pretrained(written) == config
+    assert quintet.Qwen2Config.from_pretrained(written) == config
+    assert config.num_hidden_layers == model.config.num_hidden_layers
+
+
+def test_a_file_without_its_name_is_known_by_its_first_bytes(written: Path, tmp_path: Path) -> None:
+    blob = tmp_path / "sha256-0123"
+    blob.write_bytes(written.read_bytes())
+    assert AutoConfig.from_pretrained(blob).model_type == "qwen2"
+
+
+def test_of_several_files_one_has_to_be_named(model: Any, written: Path, tmp_path: Path) -> None:
+    for name in ("one.gguf", "two.gguf", "mmproj-one.gguf"):
+        (tmp_path / name).write_bytes(written.read_bytes())
+    with pytest.raises(ModelNotFoundError, match=r"2 models in GGUF:\n  one.gguf\n  two.gguf"):
+        AutoModelForCausalLM.from_pretrained(tmp_path)
+    assert same(AutoModelForCausalLM.from_pretrained(tmp_path, gguf_file="two.gguf"), model)
+    with pytest.raises(ModelNotFoundError, match=r"no file 'three\.gguf'"):
+        AutoModelForCausalLM.from_pretrained(tmp_path, gguf_file="three.gguf")
+    with pytest.raises(InputError, match="by its name"):
+        AutoModelForCausalLM.from_pretrained(tmp_path, gguf_file="../one.gguf")
+    with pytest.raises(InputError, match="a file already"):
+        AutoModelForCausalLM.from_pretrained(tmp_path / "one.gguf", gguf_file="two.gguf")
+
+
+def test_safetensors_come_before_what_lies_beside_them(
+    model: Any, written: Path, tmp_path: Path
+) -> None:
+    other = THERE[0].model_of(num_hidden_layers=1)
+    other.save_pretrained(tmp_path)
+    (tmp_path / "model.gguf").write_bytes(written.read_bytes())
+    assert same(AutoModelForCausalLM.from_pretrained(tmp_path), other)
+    assert same(AutoModelForCausalLM.from_pretrained(tmp_path, gguf_file="model.gguf"), model)
