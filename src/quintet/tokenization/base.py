@@ -10,7 +10,7 @@ from tokenizers import AddedToken, Tokenizer, processors
 
 from quintet.errors import InputError, SaveError, TokenizerError, shown
 from quintet.files import write_texts
-from quintet.hub import TOKENIZER_PATTERNS, Pushable, locate
+from quintet.hub import TOKENIZER_PATTERNS, Pushable
 from quintet.tokenization import files as names
 from quintet.tokenization.chat import Chat
 from quintet.tokenization.decoding import Decoder
@@ -19,13 +19,13 @@ from quintet.tokenization.files import (
     existing,
     json_text,
     read_pipeline,
-    read_tokenizer_files,
     template_files,
     template_settings,
     token_flags,
 )
 from quintet.tokenization.guard import guarded
 from quintet.tokenization.lengths import LongTexts
+from quintet.tokenization.opening import open_files
 from quintet.tokenization.options import (
     FIXED,
     NAMED_TOKENS,
@@ -35,7 +35,7 @@ from quintet.tokenization.options import (
     check_values,
 )
 from quintet.tokenization.prefix import set_prefix_space
-from quintet.tokenization.sentencepiece import read_sentencepiece
+from quintet.tokenization.sentencepiece import read_with_settings
 from quintet.tokenization.templates import ChatTemplates
 from quintet.tokenization.vocabulary import Vocabulary, check_gaps, token_text
 
@@ -151,9 +151,13 @@ class PreTrainedTokenizer(Chat, Decoder, Pushable):
         trust_remote_code: bool | None = None,
         use_fast: bool | None = None,
         legacy: bool | None = None,
+        gguf_file: str | os.PathLike[str] | None = None,
         **options: Unpack[TokenizerOptions],
     ) -> Self:
         """Load the tokenizer of a directory or a hub id; options win over its files.
+
+        Or of a model in GGUF: a path of one, `gguf_file` in a directory or a repository, or
+        another name that such a file has (`quintet.sources`).
 
         `tokenizer.json` is obeyed to the letter, whichever class the directory names; so are
         the tokens it adds around a text, unless `add_bos_token` or `add_eos_token` is passed.
@@ -167,9 +171,10 @@ class PreTrainedTokenizer(Chat, Decoder, Pushable):
             InputError: an option is unknown or not usable.
         """
         check_names(f"{cls.__name__}.from_pretrained", options, TokenizerOptions.__annotations__)
-        root = locate(
+        files = open_files(
             pretrained_model_name_or_path,
             TOKENIZER_PATTERNS,
+            gguf_file=gguf_file,
             revision=revision,
             cache_dir=cache_dir,
             token=token,
@@ -178,8 +183,7 @@ class PreTrainedTokenizer(Chat, Decoder, Pushable):
             force_download=force_download,
         )
         return cls._from_files(
-            read_tokenizer_files(root),
-            {"name_or_path": os.fspath(pretrained_model_name_or_path), **options},
+            files, {"name_or_path": os.fspath(pretrained_model_name_or_path), **options}
         )
 
     @classmethod
@@ -190,19 +194,21 @@ class PreTrainedTokenizer(Chat, Decoder, Pushable):
 
     @classmethod
     def _made_of(cls, files: TokenizerFiles, options: TokenizerOptions) -> Self:
-        if files.pipeline is not None:
+        if files.made is not None:
+            backend = files.made
+        elif files.pipeline is not None:
             backend = read_pipeline(files.pipeline)
         elif files.vocabulary is not None:
             backend = cls._from_vocabulary(*files.vocabulary)
         else:
             assert files.sentencepiece is not None
-            backend, options = _from_sentencepiece(files, options)
+            backend, options = read_with_settings(files, options)
         names.add_with_ids(backend, files.added)
         known = set(TokenizerOptions.__annotations__) - FIXED.keys()
         if files.pipeline is not None:
             # What is added around a text is a step of the pipeline, and its file has the say.
             known -= {"add_bos_token", "add_eos_token", "add_prefix_space"}
-        elif files.vocabulary is None:
+        elif files.made is None and files.vocabulary is None:
             known -= {"add_prefix_space"}
         # A role that is null has no token, whichever the class would give it.
         given = {
@@ -370,30 +376,6 @@ class PreTrainedTokenizer(Chat, Decoder, Pushable):
             ],
         )
         self._tokenizer.post_processor = template
-
-
-def _from_sentencepiece(
-    files: TokenizerFiles, options: TokenizerOptions
-) -> tuple[Tokenizer, TokenizerOptions]:
-    """Read `tokenizer.model`, which says nothing of roles but by the names of its pieces.
-
-    Files of this kind are of Llama's descent, whose texts begin with <s> unless the settings have
-    it otherwise.
-    """
-    assert files.sentencepiece is not None
-    given = options.get("add_prefix_space")
-    prefix = files.settings.get("add_prefix_space") if given is None else given
-    backend = read_sentencepiece(files.sentencepiece, add_prefix_space=prefix)
-    if given is not None:
-        files.settings["add_prefix_space"] = given
-    options = {**options, "add_prefix_space": None}
-    usual = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
-    for role, text in usual.items():
-        if role not in files.settings and backend.token_to_id(text) is not None:
-            files.settings[role] = text
-    begins = files.settings.get("add_bos_token", files.settings.get("bos_token") is not None)
-    ends = files.settings.get("add_eos_token", False)
-    return backend, {"add_bos_token": bool(begins), "add_eos_token": bool(ends), **options}
 
 
 PreTrainedTokenizerFast = PreTrainedTokenizer

@@ -43,12 +43,17 @@ _FLAGS = ("single_word", "lstrip", "rstrip", "normalized", "special")
 
 @dataclass(slots=True, kw_only=True)
 class TokenizerFiles:
-    """The files of a directory that describe its tokenizer."""
+    """The files of a directory that describe its tokenizer, or what one file of a model says.
+
+    Attributes:
+        made: the pipeline, where it was made already.
+    """
 
     root: Path
     settings: dict[str, Any]
     added: dict[int, AddedToken] = field(default_factory=dict)
     chat_template: str | dict[str, str] | None = None
+    made: Tokenizer | None = None
 
     @property
     def pipeline(self) -> Path | None:

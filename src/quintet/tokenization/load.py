@@ -6,9 +6,10 @@ from typing import Unpack
 
 from quintet.errors import CheckpointError, TokenizerError
 from quintet.files import read_json
-from quintet.hub import CONFIG_NAME, TOKENIZER_PATTERNS, locate
+from quintet.hub import CONFIG_NAME, TOKENIZER_PATTERNS
 from quintet.tokenization.base import PreTrainedTokenizer
-from quintet.tokenization.files import TokenizerFiles, read_tokenizer_files
+from quintet.tokenization.files import TokenizerFiles
+from quintet.tokenization.opening import open_files
 from quintet.tokenization.options import TokenizerOptions, check_names
 from quintet.tokenization.qwen2 import Qwen2Tokenizer
 
@@ -27,6 +28,7 @@ def load(
     trust_remote_code: bool | None = None,
     use_fast: bool | None = None,
     legacy: bool | None = None,
+    gguf_file: str | os.PathLike[str] | None = None,
     **options: Unpack[TokenizerOptions],
 ) -> PreTrainedTokenizer:
     """Load a tokenizer; see `PreTrainedTokenizer.from_pretrained`.
@@ -40,9 +42,10 @@ def load(
         InputError: an option is unknown or not usable.
     """
     check_names("AutoTokenizer.from_pretrained", options, TokenizerOptions.__annotations__)
-    root = locate(
+    files = open_files(
         pretrained_model_name_or_path,
         (*TOKENIZER_PATTERNS, CONFIG_NAME),
+        gguf_file=gguf_file,
         revision=revision,
         cache_dir=cache_dir,
         token=token,
@@ -50,7 +53,6 @@ def load(
         subfolder=subfolder,
         force_download=force_download,
     )
-    files = read_tokenizer_files(root)
     kind = Qwen2Tokenizer if _is_qwen2(files) else PreTrainedTokenizer
     named: TokenizerOptions = {"name_or_path": os.fspath(pretrained_model_name_or_path)}
     return kind._from_files(files, {**named, **options})

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
-from tokenizers import AddedToken, Regex, Tokenizer, decoders, normalizers, pre_tokenizers
+from tokenizers import AddedToken, Tokenizer
 from tokenizers.models import BPE
 
 from quintet.errors import InputError, TokenizerError, shown
@@ -14,21 +14,12 @@ from quintet.tokenization.base import PreTrainedTokenizer
 from quintet.tokenization.files import existing, read_pipeline
 from quintet.tokenization.guard import guarded
 from quintet.tokenization.options import TokenizerOptions, check_names
+from quintet.tokenization.partings import PARTINGS
 from quintet.tokenization.vocabulary import check_gaps
 
 __all__ = ["Qwen2Tokenizer", "Qwen2TokenizerFast"]
 
 _END = "<|endoftext|>"
-_SPLIT = (
-    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)"
-    r"|[^\r\n\p{L}\p{N}]?\p{L}+"
-    r"|\p{N}"
-    r"| ?[^\s\p{L}\p{N}]+[\r\n]*"
-    r"|\s*[\r\n]+"
-    r"|\s+(?!\S)"
-    r"|\s+"
-)
-
 PathLike = str | os.PathLike[str]
 
 
@@ -157,14 +148,7 @@ def _pipeline(vocab: dict[str, int], merges: list[tuple[str, str]]) -> Tokenizer
     with guarded("the vocabulary and the merges do not go together"):
         check_gaps(vocab)
         backend = Tokenizer(BPE(vocab=vocab, merges=merges))
-    backend.normalizer = normalizers.NFC()
-    backend.pre_tokenizer = pre_tokenizers.Sequence(
-        [
-            pre_tokenizers.Split(Regex(_SPLIT), behavior="isolated"),
-            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
-        ]
-    )
-    backend.decoder = decoders.ByteLevel()
+    PARTINGS["qwen2"].apply(backend)
     return backend
 
 

@@ -12,9 +12,19 @@ from pathlib import Path
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
 
 from quintet.errors import TokenizerError
+from quintet.tokenization.files import TokenizerFiles
 from quintet.tokenization.guard import guarded
+from quintet.tokenization.options import TokenizerOptions
 
-__all__ = ["read_sentencepiece"]
+__all__ = [
+    "BPE",
+    "MAX_PIECE",
+    "Model",
+    "Piece",
+    "pipeline_of",
+    "read_sentencepiece",
+    "read_with_settings",
+]
 
 # A vocabulary of a million pieces is about 30 MB.
 MAX_BYTES = 256 * 1024 * 1024
@@ -29,15 +39,19 @@ Value = int | bytes
 
 
 @dataclass(frozen=True, slots=True)
-class _Piece:
+class Piece:
+    """An entry of the vocabulary; its kind is a number of the format."""
+
     text: str
     score: float
     kind: int
 
 
 @dataclass(frozen=True, slots=True)
-class _Model:
-    pieces: list[_Piece]
+class Model:
+    """What a file says: its pieces by their ids, and how a text is made ready for them."""
+
+    pieces: list[Piece]
     kind: int
     unknown: int
     charsmap: bytes
@@ -66,10 +80,35 @@ def read_sentencepiece(path: Path, *, add_prefix_space: bool | None = None) -> T
         raise TokenizerError(f"{path} is a SentencePiece model of words or characters, not of BPE")
     prefix = model.prefix if add_prefix_space is None else add_prefix_space
     with guarded(f"{path} is not a usable SentencePiece model"):
-        return _pipeline(model, prefix)
+        return pipeline_of(model, prefix)
 
 
-def _pipeline(model: _Model, prefix: bool) -> Tokenizer:
+def read_with_settings(
+    files: TokenizerFiles, options: TokenizerOptions
+) -> tuple[Tokenizer, TokenizerOptions]:
+    """Read `tokenizer.model`, which says nothing of roles but by the names of its pieces.
+
+    Files of this kind are of Llama's descent, whose texts begin with <s> unless the settings have
+    it otherwise.
+    """
+    assert files.sentencepiece is not None
+    given = options.get("add_prefix_space")
+    prefix = files.settings.get("add_prefix_space") if given is None else given
+    backend = read_sentencepiece(files.sentencepiece, add_prefix_space=prefix)
+    if given is not None:
+        files.settings["add_prefix_space"] = given
+    options = {**options, "add_prefix_space": None}
+    usual = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
+    for role, text in usual.items():
+        if role not in files.settings and backend.token_to_id(text) is not None:
+            files.settings[role] = text
+    begins = files.settings.get("add_bos_token", files.settings.get("bos_token") is not None)
+    ends = files.settings.get("add_eos_token", False)
+    return backend, {"add_bos_token": bool(begins), "add_eos_token": bool(ends), **options}
+
+
+def pipeline_of(model: Model, prefix: bool) -> Tokenizer:
+    """Return the pipeline of a model; with `prefix`, a text begins as if behind a space."""
     pipeline = Tokenizer(_vocabulary(model))
     steps: list[normalizers.Normalizer] = []
     if model.charsmap:
@@ -101,7 +140,7 @@ def _pipeline(model: _Model, prefix: bool) -> Tokenizer:
     return pipeline
 
 
-def _vocabulary(model: _Model) -> models.Model:
+def _vocabulary(model: Model) -> models.Model:
     bytewise = any(piece.kind == BYTE for piece in model.pieces)
     if model.kind == UNIGRAM:
         scores = [(piece.text, piece.score) for piece in model.pieces]
@@ -115,7 +154,7 @@ def _vocabulary(model: _Model) -> models.Model:
     )
 
 
-def _merges(pieces: list[_Piece]) -> list[tuple[str, str]]:
+def _merges(pieces: list[Piece]) -> list[tuple[str, str]]:
     """Return the pairs that make a piece, the best piece first; every way to part it counts."""
     texts = {piece.text for piece in pieces}
     usual = [piece for piece in pieces if piece.kind not in (CONTROL, USER_DEFINED, BYTE)]
@@ -128,8 +167,8 @@ def _merges(pieces: list[_Piece]) -> list[tuple[str, str]]:
     ]
 
 
-def _parse(raw: bytes) -> _Model:
-    pieces: list[_Piece] = []
+def _parse(raw: bytes) -> Model:
+    pieces: list[Piece] = []
     trainer: dict[int, Value] = {}
     normalizer: dict[int, Value] = {}
     for field, value in _fields(raw):
@@ -145,7 +184,7 @@ def _parse(raw: bytes) -> _Model:
     if len({piece.text for piece in pieces}) < len(pieces):
         raise ValueError("a piece is there twice")
     charsmap = normalizer.get(2, b"")
-    return _Model(
+    return Model(
         pieces,
         kind=int(trainer.get(3, UNIGRAM)),
         unknown=unknown,
@@ -155,13 +194,13 @@ def _parse(raw: bytes) -> _Model:
     )
 
 
-def _piece(fields: dict[int, Value]) -> _Piece:
+def _piece(fields: dict[int, Value]) -> Piece:
     text, score, kind = fields.get(1, b""), fields.get(2, bytes(4)), fields.get(3, 1)
     if not isinstance(text, bytes) or not isinstance(score, bytes) or len(score) != 4:
         raise ValueError("a piece has no text and score")
     if not isinstance(kind, int) or not text or len(text) > MAX_PIECE:
         raise ValueError(f"a piece has no text, or more than {MAX_PIECE} bytes of it")
-    return _Piece(text.decode(), struct.unpack("<f", score)[0], kind)
+    return Piece(text.decode(), struct.unpack("<f", score)[0], kind)
 
 
 def _fields(raw: bytes) -> Iterator[tuple[int, Value]]:

@@ -1,0 +1,49 @@
+"""From a name to what describes a tokenizer: the files of a directory, or a model in GGUF."""
+
+import os
+from collections.abc import Sequence
+
+from quintet.errors import CheckpointError, InputError, TokenizerError, shown
+from quintet.gguf import read_gguf
+from quintet.hub import locate
+from quintet.sources import find_gguf
+from quintet.tokenization.files import TokenizerFiles, read_tokenizer_files
+from quintet.tokenization.gguf import read_gguf_tokenizer
+
+__all__ = ["open_files"]
+
+
+def open_files(
+    name_or_path: str | os.PathLike[str],
+    patterns: Sequence[str],
+    *,
+    gguf_file: str | os.PathLike[str] | None,
+    revision: str | None,
+    cache_dir: str | os.PathLike[str] | None,
+    token: str | bool | None,
+    local_files_only: bool,
+    subfolder: str,
+    force_download: bool,
+) -> TokenizerFiles:
+    """Return the tokenizer's files of a directory or hub id, or of a GGUF file by any name it has.
+
+    Raises:
+        ModelNotFoundError: no such directory, repository or file, or no tokenizer in it.
+        TokenizerError: its files are damaged or contradict each other.
+        UnsupportedModelError: a GGUF file has a tokenizer that is not known.
+        InputError: `force_download` of a GGUF file.
+    """
+    where = {"revision": revision, "cache_dir": cache_dir, "token": token, "subfolder": subfolder}
+    found = find_gguf(name_or_path, gguf_file, local_files_only=local_files_only, **where)  # type: ignore[arg-type]
+    if found is None:
+        options = {"local_files_only": local_files_only, "force_download": force_download}
+        return read_tokenizer_files(locate(name_or_path, patterns, **where, **options))  # type: ignore[arg-type]
+    if force_download:
+        raise InputError(
+            f"force_download=True fetches a tokenizer's small files again; {shown(str(found.path))}"
+            " holds the whole model, and `quintet rm` removes it from the hub cache"
+        )
+    try:
+        return read_gguf_tokenizer(read_gguf(found.path).metadata, found.path)
+    except CheckpointError as error:
+        raise TokenizerError(str(error)) from error
