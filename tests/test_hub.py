@@ -16,6 +16,8 @@ import pytest
 from safetensors.torch import load_file
 
 from hubserver import Hub, serve
+from quintet.errors import OfflineError
+from quintet.hub import locate
 from quintet.kernels.store import cache_folder
 from tiny import build
 
@@ -249,6 +251,22 @@ fails("push", lambda: AutoConfig.from_pretrained("o/m").push_to_hub("o/x"))
     assert len(hub.asked) == asked, "offline means no request at all"
 
 
+def test_why_the_hub_could_not_be_reached_is_told(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    def unreachable(*_: object, **__: object) -> None:
+        try:
+            raise ConnectionRefusedError(111, "Connection refused")
+        except OSError as error:
+            raise RuntimeError("LibraryError: it broke\nin many lines") from error
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", unreachable)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
+    with pytest.raises(OfflineError, match=r"reached at http.*: Connection refused; ") as found:
+        locate("o/m", ("config.json",), cache_dir=tmp_path)
+    assert "Error" not in str(found.value)
+
+
 def test_a_network_that_answers_for_the_hub(
     hub: Hub, fetching: Callable[[], Any], tmp_path: Path
 ) -> None:
@@ -478,7 +496,7 @@ def test_a_download_is_verified_listed_and_removed(hub: Hub, run: Run, tmp_path:
     assert [(row["model"], row["family"]) for row in rows] == [("o/m", "qwen2")] * 2
     assert sorted(row["revision"] for row in rows) == ["main", "old"]
     listed = cli(hub, tmp_path, "ls").stdout.splitlines()
-    assert listed[0].split() == ["MODEL", "REVISION", "FAMILY", "SIZE", "USED"]
+    assert listed[0].split() == ["MODEL", "REVISION", "FAMILY", "WEIGHTS", "SIZE", "USED"]
     assert len(listed) == 3
 
     refused = cli(hub, tmp_path, "rm", "o/m")

@@ -94,6 +94,16 @@ def _remove(blobs: Sequence[Path], folder: Path) -> list[str]:
     return sorted({path.name for path in dangling})
 
 
+def _cause(error: BaseException) -> str:
+    """Return what lies below an error of a library, in a line without the names of its classes."""
+    while (below := error.__cause__ or error.__context__) is not None:
+        error = below
+    if isinstance(error, OSError) and error.strerror:
+        return error.strerror
+    lines = str(error).strip().splitlines()
+    return lines[0][:200] if lines else "it did not answer"
+
+
 def _remove_partial(folder: Path, locks: Path) -> None:
     """Remove what downloads that were killed left; a process at work holds the lock of its file."""
     from huggingface_hub.utils import WeakFileLock  # type: ignore[attr-defined]
@@ -207,7 +217,7 @@ def _named_errors(
         reason = (
             "offline mode is set (HF_HUB_OFFLINE or local_files_only)"
             if offline
-            else f"the hub could not be reached ({type(error).__name__})"
+            else f"the hub could not be reached at {constants.ENDPOINT}: {_cause(error)}"
         )
         raise OfflineError(
             f"{name!r}{at} is neither a directory here nor in the hub cache "

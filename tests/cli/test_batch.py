@@ -180,3 +180,21 @@ def test_a_file_that_is_no_text(quintet: Any, tmp_path: Path) -> None:
     result = quintet("generate", "--file", path)
     assert result.code == 2
     assert "is not UTF-8 text" in result.err
+
+
+def test_a_lines_seed_and_short_names(quintet: Any, chat_model: Path) -> None:
+    lines = [
+        {"prompt": "Hello", "seed": 5},
+        {"prompt": "Hello", "seed": 5},
+        {"prompt": "Hello"},
+        {"prompt": "Hello", "max_tokens": 3, "stop": ["zzz"]},
+        {"prompt": "Hello", "seed": "x"},
+        {"prompt": "Hello", "max_new_token": 3},
+    ]
+    asked = ["generate", "--batch", "-", "-m", chat_model, "-t", 3, "-n", 9, "--seed", 1]
+    result = quintet(*asked, stdin="\n".join(map(json.dumps, lines)))
+    first, again, other, short, no_seed, mistyped = map(json.loads, result.out.splitlines())
+    assert first["text"] == again["text"] != other["text"]
+    assert short["new_tokens"] == 3
+    assert "seed='x' has to be a whole number" in no_seed["error"]["message"]
+    assert "did you mean 'max_new_tokens'?" in mistyped["error"]["message"]

@@ -2,12 +2,15 @@
 
 import json
 import re
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from quintet import AutoModelForCausalLM, AutoTokenizer
+from quintet.cli import offers
+from quintet.cli.here import Here
 
 
 @pytest.fixture(scope="module")
@@ -134,7 +137,61 @@ def test_a_question_is_answered_and_that_is_all(
 
 def test_an_answer_that_is_cut_says_so(quintet: Any, chat_model: Path) -> None:
     result = quintet("chat", chat_model, "-n", 3, stdin="Hello\n")
-    assert "cut at max_new_tokens=3; -n or /set changes that" in result.err
+    assert "cut at 3 tokens; -n sets more" in result.err
+    full = quintet("chat", chat_model, stdin="Hello\n")
+    assert "at most 1,024 tokens an answer" in full.err
+    assert "cut: the context is full" in full.err
+
+
+def test_a_seed_by_name_is_that_of_the_option(quintet: Any, chat_model: Path) -> None:
+    asked = ["chat", chat_model, "Hello", "-n", 10, "-t", 1]
+    assert quintet(*asked, "seed=3").out == quintet(*asked, "--seed", 3).out
+    assert "seed='x' has to be a whole number" in quintet(*asked, "seed=x").err
+
+
+@pytest.mark.parametrize(
+    ("word", "said"),
+    [
+        ("temperature=-1", "temperature=-1 has to be 0, which takes the likeliest token, or more"),
+        ("top_p=2", "error: top_p=2 has to be"),
+        ("tempreature=0", "there is no option 'tempreature'; did you mean 'temperature'?"),
+        ("quantize=int8", "it is set where the command starts: --quantize int8"),
+        ("xyz=1", "there is no option 'xyz'; there are do_sample, temperature, "),
+    ],
+)
+def test_what_cannot_be_set_is_said_before_the_model_is_loaded(
+    quintet: Any, word: str, said: str
+) -> None:
+    for command in (["chat", "no/such"], ["generate", "Hello", "-m", "no/such"]):
+        result = quintet(*command, word)
+        assert (result.code, result.out) == (2, "")
+        assert said in result.err
+        assert "GenerationConfig" not in result.err
+        assert "null" not in result.err
+        assert result.is_one_screen
+
+
+def test_a_question_without_a_model(quintet: Any) -> None:
+    for words in (["What is x?"], ["temperature=0"]):
+        result = quintet("chat", *words)
+        assert (result.code, result.out) == (2, "")
+        assert "is no model; name one before it" in result.err
+
+
+def test_without_a_model_it_says_what_there_is(
+    quintet: Any, chat_model: Path, answer: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    here = Here(str(chat_model), "main", "qwen2", None, 2_000_000_000, 0.0, talks=True)
+    mute = replace(here, model="o/base", talks=False)
+    monkeypatch.setattr(offers, "in_cache", lambda _: iter([mute, here]))
+    piped = quintet("chat", stdin="Hello\n")
+    assert (piped.code, piped.out) == (2, "")
+    assert f"1  {chat_model}  2.00 GB" in piped.err
+    assert "o/base" not in piped.err
+    monkeypatch.setattr(offers, "in_cache", lambda _: iter([]))
+    none = quintet("chat", stdin="Hello\n")
+    assert none.code == 2
+    assert "which model? quintet chat MODEL, where MODEL is a folder or a hub id" in none.err
 
 
 def test_the_first_line_names_the_format_of_the_weights(quintet: Any, chat_model: Path) -> None:

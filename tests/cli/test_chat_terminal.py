@@ -1,19 +1,25 @@
 """`quintet chat` at a terminal: a process of its own at a real pseudo-terminal."""
 
+import contextlib
 import json
 import os
 import re
 import select
+import signal
+import struct
 import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
 
+from cli.forking import Forks
+
 pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="needs pseudo-terminals")
 pty = pytest.importorskip("pty")
+fcntl = pytest.importorskip("fcntl")
+termios = pytest.importorskip("termios")
 
 CTRL_C, CTRL_D, UP, TAB = "\x03", "\x04", "\x1b[A", "\t"
 CODES = re.compile(r"\x1b\[[0-9;?]*[A-Za-z]")
@@ -24,9 +30,10 @@ Talk = Callable[..., "Terminal"]
 class Terminal:
     """The other end of a pseudo-terminal at which a chat runs."""
 
-    def __init__(self, descriptor: int, child: Any) -> None:
+    def __init__(self, descriptor: int, forks: Forks, child: int) -> None:
         self.descriptor = descriptor
-        self.child = child
+        self.forks = forks
+        self.child: int | None = child
         self.seen = ""
         self.raw = ""
 
@@ -44,7 +51,15 @@ class Terminal:
 
     def leave(self) -> int:
         self.type(CTRL_D)
-        return int(self.child.wait(timeout=120))
+        return self.ended()
+
+    def ended(self) -> int:
+        """Wait for the end, and return the exit code."""
+        with contextlib.suppress(OSError):  # as nobody holds the other end
+            self.until(r"$^")
+        assert self.child is not None
+        code, self.child = self.forks.wait(self.child), None
+        return code
 
     def until(self, pattern: str, seconds: float = 120) -> str:
         """Read until a pattern is seen, and return and forget all up to its end."""
@@ -60,33 +75,37 @@ class Terminal:
         return text
 
 
-@pytest.fixture
-def talk(process: Any, tmp_path: Path) -> Iterator[Talk]:
-    """Start a chat at a terminal of its own, with a home of its own."""
-    ends: list[int] = []
+@pytest.fixture(scope="module")
+def forks() -> Iterator[Forks]:
+    running = Forks()
+    yield running
+    running.close()
 
-    def start(*arguments: object, **environment: str) -> Terminal:
+
+@pytest.fixture
+def talk(forks: Forks, tmp_path: Path) -> Iterator[Talk]:
+    """Start a chat at a terminal of its own, with a home of its own."""
+    started: list[Terminal] = []
+
+    def start(*arguments: object, columns: int = 80, **environment: str) -> Terminal:
         ours, theirs = pty.openpty()
-        ends.append(ours)
-        child = process(
-            "chat",
-            *arguments,
-            before="import fcntl, termios; fcntl.ioctl(0, termios.TIOCSCTTY, 0)",
-            environment={"XDG_STATE_HOME": str(tmp_path / "state"), **environment},
-            stdin=theirs,
-            stdout=theirs,
-            stderr=theirs,
-            start_new_session=True,
-            cwd=tmp_path,
+        fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", 24, columns, 0, 0))
+        usual = {"NO_COLOR": "1", "TERM": "dumb", "XDG_STATE_HOME": str(tmp_path / "state")}
+        child = forks.start(
+            ["chat", *map(str, arguments)], os.ttyname(theirs), tmp_path, {**usual, **environment}
         )
-        os.close(theirs)
-        terminal = Terminal(ours, child)
+        terminal = Terminal(ours, forks, child)
+        started.append(terminal)
         assert "/help lists the commands" in terminal.until(PROMPT)
+        os.close(theirs)
         return terminal
 
     yield start
-    for end in ends:
-        os.close(end)
+    for terminal in started:
+        if terminal.child is not None:
+            os.kill(terminal.child, signal.SIGKILL)
+            forks.wait(terminal.child)
+        os.close(terminal.descriptor)
 
 
 def test_ctrl_c_stops_an_answer_and_the_talk_goes_on(talk: Talk, tireless_model: Path) -> None:
@@ -127,7 +146,7 @@ def test_ctrl_c_twice_leaves_and_once_does_not(talk: Talk, chat_model: Path) -> 
     terminal.type(CTRL_C)
     terminal.until(PROMPT)
     terminal.type(CTRL_C)
-    assert terminal.child.wait(timeout=120) == 0
+    assert terminal.ended() == 0
 
 
 def test_a_mistyped_command_names_the_nearest(talk: Talk, chat_model: Path) -> None:
@@ -226,7 +245,7 @@ def test_what_is_pasted_is_one_message(talk: Talk, chat_model: Path, tmp_path: P
 def test_words_of_other_programs_leave(talk: Talk, chat_model: Path, word: str) -> None:
     terminal = talk(chat_model, "-n", 5)
     terminal.type(f"{word}\n")
-    assert terminal.child.wait(timeout=120) == 0
+    assert terminal.ended() == 0
 
 
 def test_reasoning_is_folded(talk: Talk, thinking_model: Path) -> None:
@@ -263,4 +282,25 @@ def test_what_was_taken_of_drafts_is_told(talk: Talk, predicting_model: Path) ->
     assert "drafted" not in again
     # The echo of what was typed, the answer, the line of figures, that it was cut, the prompt.
     assert again.splitlines()[:-3] == shown.splitlines()[:-3]
+    assert terminal.leave() == 0
+
+
+def test_words_are_whole_on_a_narrow_terminal(talk: Talk, chat_model: Path) -> None:
+    terminal = talk(chat_model, "-n", 60, columns=40, TERM="xterm")
+    figures = re.search(r"\n60 tokens, (.|\n)*of\s256\n", terminal.say("Hello"))
+    assert figures
+    assert len(figures[0].split("\n")) == 4
+    assert all(len(line) <= 40 for line in figures[0].split("\n"))
+    assert terminal.leave() == 0
+
+
+def test_what_is_typed_meanwhile_is_not_in_the_answer(talk: Talk, tireless_model: Path) -> None:
+    terminal = talk(tireless_model, "-n", 600)
+    terminal.type("Hello\n")
+    terminal.until(r"Hello\n(.|\n){20}")
+    terminal.type("/undo\n")
+    shown = terminal.until(r"taken back: Hello\n(.|\n)*> $")
+    answered, _, after = shown.partition("600 tokens, ")
+    assert "/undo" not in answered
+    assert "/undo" in after
     assert terminal.leave() == 0

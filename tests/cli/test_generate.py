@@ -47,10 +47,11 @@ def test_the_text_is_on_stdout_and_notes_on_stderr(
     result = quintet("generate", "Hello there", "-m", chat_model, "-n", 12)
     assert result.code == 0
     assert result.out == continued(loaded, "Hello there", 12) + "\n"
-    described, made, _ = result.err.splitlines()
+    described, made, ended, _ = result.err.splitlines()
     assert described.startswith("qwen2, 0.0 M parameters, float32 on cpu, loaded in ")
     assert described.endswith("; greedy, max_new_tokens=12")
     assert made.startswith("12 tokens in ")
+    assert ended == "cut at 12 tokens; -n sets more"
 
 
 def test_quiet_leaves_only_the_text(quintet: Any, chat_model: Path) -> None:
@@ -206,6 +207,15 @@ def test_a_number_of_drafts_without_drafts_is_refused(quintet: Any, chat_model: 
 
 
 # -- what is refused -------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "options", [["--batch-size", 4], ["--json", "--batch", "-"], ["--json", "--echo"]], ids=str
+)
+def test_options_that_mean_nothing_beside_others(quintet: Any, options: list[Any]) -> None:
+    result = quintet("generate", *options, stdin="Hello\n")
+    assert (result.code, result.out) == (2, "")
+    assert re.search(r"error: --(batch-size|json|echo) has no effect here: ", result.err)
 
 
 @pytest.mark.parametrize("stdin", ["", None], ids=["empty-pipe", "terminal"])

@@ -95,14 +95,15 @@ def test_no_command_is_a_misuse_that_shows_help(quintet: Any) -> None:
         (["--verson"], "Did you mean '--version'?"),
         (["generate", "--temprature", "1"], "Did you mean '--temperature'?"),
         (["generate", "x", "y"], "put a prompt of several words in quotes"),
-        (["run"], "No such command 'run'. Did you mean 'chat'?"),
-        (["gen"], "Did you mean 'generate'?"),
+        (["generat"], "Did you mean 'generate'?"),
+        (["pull", "o/m"], "a model is fetched when it is first used, as by `quintet chat OWNER"),
+        (["serve"], "There is no server yet"),
+        (["owner/model"], "To talk with a model: quintet chat owner/model"),
         (["generate", "x", "--max-new-tokens", "0"], "0 is not in the range"),
         (["generate", "x", "--max-new-tokens", "many"], "'many' is not a valid integer"),
         (["generate", "x", "--seed", "-1"], "-1 is not in the range"),
         (["generate", "x", "--seed", "9" * 30], "is not in the range"),
         (["generate", "x", "--attn-implementation", "fast"], "'eager', 'sdpa'"),
-        (["chat"], "Missing argument 'MODEL'"),
         (["info", "--jsn"], "Did you mean '--json'?"),
     ],
     ids=lambda value: "-".join(value)[:40] if isinstance(value, list) else "",
@@ -215,3 +216,10 @@ def test_help_for_a_reader_that_leaves(process: Any) -> None:
     child.stdout.close()
     assert head.stdout == "Usage"
     assert child.wait(timeout=60) in (0, 141)
+
+
+@pytest.mark.parametrize(
+    ("word", "command"), [("run", "chat"), ("gen", "generate"), ("list", "ls"), ("show", "info")]
+)
+def test_words_of_other_programs(quintet: Any, word: str, command: str) -> None:
+    assert quintet(word, "--help").out == quintet(command, "--help").out

@@ -1,50 +1,84 @@
 """One answer of a model: shown while it is made, its reasoning folded, and kept."""
 
-import os
 import sys
 import time
 from typing import Literal
 
 from torch import Tensor
 
-from quintet.cli.options import can_dim, dimmed
 from quintet.cli.reasoning import Kind, ReasoningSplitter
+from quintet.cli.terminal import CLEAR, Waiting, can_dim, can_move, dimmed, width
+from quintet.cli.wrapping import Wrapped
 from quintet.generation.streamers import TextStreamer
 from quintet.tokenization import PreTrainedTokenizer
 
-__all__ = ["Answer", "Reasoning"]
+__all__ = ["Answer", "Continuation", "Reasoning"]
 
 Reasoning = Literal["fold", "show", "hide"]
-BACK = "\r\x1b[K"
+
+
+class Continuation(TextStreamer):
+    """Writes a text and what follows to standard output.
+
+    Args:
+        tokenizer: turns ids into text.
+        echo: write the text, too.
+        waiting: is over once something is written.
+    """
+
+    def __init__(self, tokenizer: PreTrainedTokenizer, echo: bool, waiting: Waiting) -> None:
+        super().__init__(tokenizer, skip_prompt=not echo, skip_special_tokens=True)
+        self._waiting = waiting
+
+    def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
+        """Write a piece of it."""
+        if text or stream_end:
+            self._waiting.stop()
+        super().on_finalized_text(text, stream_end)
 
 
 class Answer(TextStreamer):
     """Writes an answer to standard output, and keeps it, also where it is interrupted.
+
+    `reading` are the seconds to the first token, `seconds` those to the last.
 
     Args:
         tokenizer: turns ids into text.
         prompt: what the model continues.
         reasoning: "fold" says that it thinks and then for how long, "show" writes it, dimmed
             at a terminal, and "hide" leaves it out.
+        waiting: is over with the first token.
     """
 
-    def __init__(self, tokenizer: PreTrainedTokenizer, prompt: str, reasoning: Reasoning) -> None:
+    def __init__(
+        self,
+        tokenizer: PreTrainedTokenizer,
+        prompt: str,
+        reasoning: Reasoning,
+        waiting: Waiting,
+    ) -> None:
         super().__init__(tokenizer, skip_prompt=True, skip_special_tokens=True)
         self.tokens = 0
         self.seconds = 0.0
+        self.reading = 0.0
         self.texts: dict[Kind, str] = {"reasoning": "", "answer": ""}
         self._splitter = ReasoningSplitter(prompt)
         self._reasoning = reasoning
         self._prompt_seen = False
         self._started = time.perf_counter()
+        self._waiting = waiting
         at_terminal = sys.stdout.isatty()
         self._dims = at_terminal and can_dim()
-        self._folds = at_terminal and os.environ.get("TERM") != "dumb"
+        self._folds = at_terminal and can_move()
+        self._page = Wrapped(sys.stdout, lambda: width(sys.stdout) if self._folds else None)
         self._status = ""
 
     def put(self, value: Tensor) -> None:
         """Take the prompt, then each token."""
         if self._prompt_seen:
+            if not self.tokens:
+                self._waiting.stop()
+                self.reading = time.perf_counter() - self._started
             self.tokens += value.numel()
         else:
             # From here on it is the model that takes its time.
@@ -54,6 +88,7 @@ class Answer(TextStreamer):
 
     def end(self) -> None:
         """Write the rest and a line end."""
+        self._waiting.stop()
         super().end()
         self.seconds = time.perf_counter() - self._started
 
@@ -70,7 +105,7 @@ class Answer(TextStreamer):
             else:
                 if begins and self.texts["reasoning"]:
                     self._thought()
-                sys.stdout.write(piece)
+                self._page.write(piece)
         if stream_end:
             if self.texts["reasoning"] and not self.texts["answer"]:
                 self._thought()
@@ -79,19 +114,19 @@ class Answer(TextStreamer):
 
     def _think(self, piece: str) -> None:
         if self._reasoning == "show":
-            sys.stdout.write(self._dimmed(piece))
+            self._page.write(piece, self._dimmed)
         elif self._reasoning == "fold" and self._folds:
-            self._status = f"{BACK}{self._dimmed(f'thinking, {self.tokens} tokens')}"
+            self._status = f"{CLEAR}{self._dimmed(f'thinking, {self.tokens} tokens')}"
             sys.stdout.write(self._status)
 
     def _thought(self) -> None:
         """End the reasoning: the answer begins on a line of its own."""
         if self._reasoning == "show":
-            sys.stdout.write("\n\n")
+            self._page.write("\n\n")
         elif self._reasoning == "fold" and sys.stdout.isatty():
             seconds = time.perf_counter() - self._started
             line = self._dimmed(f"thought for {seconds:.1f} s, {self.tokens} tokens")
-            sys.stdout.write(f"{BACK if self._status else ''}{line}\n")
+            sys.stdout.write(f"{CLEAR if self._status else ''}{line}\n")
 
     def _dimmed(self, text: str) -> str:
         return dimmed(text) if self._dims else text

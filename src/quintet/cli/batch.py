@@ -1,6 +1,7 @@
 """Many prompts from JSON Lines to JSON Lines: one line each, in order, errors in their place."""
 
 import contextlib
+import difflib
 import json
 import time
 from collections.abc import Iterator, Sequence
@@ -11,9 +12,10 @@ from typing import TYPE_CHECKING, Any, cast
 import click
 import torch
 
-from quintet.cli.options import LARGEST_SEED, Opened, note, with_default_length
+from quintet.cli.options import Opened, with_default_length
 from quintet.cli.results import draft_counts, finish_reason, speculation_of
-from quintet.cli.settings import drawn
+from quintet.cli.settings import LARGEST_SEED, applied, drawn, seed_of
+from quintet.cli.terminal import Waiting, note
 from quintet.errors import InputError, QuintetError
 from quintet.generation.config import GenerationConfig
 
@@ -23,6 +25,10 @@ if TYPE_CHECKING:
 __all__ = ["run"]
 
 PROMPTS = ("prompt", "messages")
+# As the command line and other programs call them.
+SHORT = {"stop": "stop_strings", "max_tokens": "max_new_tokens"}
+# What a line holds beside options comes back with its result, unless it is this near to one.
+MISTYPED = 0.85
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,6 +39,7 @@ class Line:
         index: its number, from 0.
         other: what else it holds, which comes back with the result.
         options: of generate(), for this line alone.
+        seed: of its draws; None for that of the command and the line's number.
         ids: the prompt.
         error: what is wrong with it.
     """
@@ -40,6 +47,7 @@ class Line:
     index: int
     other: dict[str, Any]
     options: dict[str, Any] = field(default_factory=dict)
+    seed: int | None = None
     ids: list[int] | None = None
     error: QuintetError | None = None
 
@@ -59,11 +67,15 @@ def run(
     """
     started, tokens, failed = time.perf_counter(), 0, 0
     parsed = (_read(opened, index, line) for index, line in enumerate(lines) if line.strip())
-    while group := list(islice(parsed, batch_size)):
-        for result in _results(opened, config, group, seed):
-            failed += "error" in result
-            tokens += result.get("new_tokens", 0)
-            click.echo(json.dumps(result, ensure_ascii=False))
+    total, done = sum(bool(line.strip()) for line in lines), 0
+    with Waiting(f"0 of {total:,} lines", quiet) as waiting:
+        while group := list(islice(parsed, batch_size)):
+            for result in _results(opened, config, group, seed):
+                failed += "error" in result
+                tokens += result.get("new_tokens", 0)
+                click.echo(json.dumps(result, ensure_ascii=False))
+            done += len(group)
+            waiting.what = f"{done:,} of {total:,} lines"
     seconds = time.perf_counter() - started
     note(f"{tokens} tokens in {seconds:.2f} s, {tokens / seconds:.1f} tokens/s", quiet)
     if failed:
@@ -101,7 +113,7 @@ def _generate(
     opened: Opened, config: GenerationConfig, lines: Sequence[Line], seed: int
 ) -> list[dict[str, Any]]:
     tokenizer = opened.tokenizer
-    config = config.replace(**drawn(lines[0].options))
+    config = applied(config, drawn(lines[0].options))
     rows = tokenizer.pad(
         {"input_ids": [line.ids for line in lines]}, padding_side="left", return_tensors="pt"
     )
@@ -113,7 +125,9 @@ def _generate(
         config,
         tokenizer=tokenizer,
         generator=[
-            torch.Generator(device).manual_seed((seed + line.index) & LARGEST_SEED)
+            torch.Generator(device).manual_seed(
+                (seed + line.index) & LARGEST_SEED if line.seed is None else line.seed
+            )
             for line in lines
         ]
         if config.do_sample
@@ -151,9 +165,13 @@ def _read(opened: Opened, index: int, text: str) -> Line:
         if not isinstance(value, dict) or sum(name in value for name in PROMPTS) != 1:
             raise InputError("a line has to be a text, or an object with prompt or messages")
         known = {option.name for option in fields(GenerationConfig)}
+        value = {SHORT.get(name, name): v for name, v in value.items()}
         options = {name: v for name, v in value.items() if name in known}
         other = {name: v for name, v in value.items() if name not in {*PROMPTS, *known}}
-        return Line(index, other, options, _ids(opened, value))
+        for name in other:
+            if near := difflib.get_close_matches(name, known, n=1, cutoff=MISTYPED):
+                raise InputError(f"there is no option {name!r}; did you mean {near[0]!r}?")
+        return Line(index, other, options, seed_of(other.get("seed")), _ids(opened, value))
     except json.JSONDecodeError as error:
         return Line(index, other, error=InputError(f"the line is not JSON: {error}"))
     except QuintetError as error:

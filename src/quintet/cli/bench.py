@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from quintet.cli.options import note, source_options, warnings_as_notes
+from quintet.cli.options import source_options, warnings_as_notes
+from quintet.cli.terminal import note
 from quintet.errors import InputError
 
 if TYPE_CHECKING:

@@ -13,18 +13,20 @@ import click
 
 from quintet.cli.console import Console
 from quintet.cli.conversation import Conversation
+from quintet.cli.offers import choose_model
 from quintet.cli.options import (
     Opened,
+    check_options,
     choose,
     model_options,
-    note,
     open_model,
     sampling_options,
     warnings_as_notes,
     with_default_length,
 )
-from quintet.cli.results import counted, draft_summary, finish_reason, speculation_of
-from quintet.cli.settings import SETTING, describe, drawn, parse
+from quintet.cli.results import counted, cut, draft_summary, speculation_of
+from quintet.cli.settings import SETTING, applied, describe, drawn, parse, seed_of
+from quintet.cli.terminal import Waiting, complain, note, unechoed
 from quintet.errors import ChatTemplateError, InputError, QuintetError
 
 if TYPE_CHECKING:
@@ -39,12 +41,12 @@ __all__ = ["command"]
 REASONING = ("fold", "show", "hide")
 # Tokens of an answer where nothing says how many.
 LONGEST_ANSWER = 1024
-# A prompt of so many tokens takes seconds to read on a CPU.
-LONG_PROMPT = 1024
+# Seconds to the first token that are worth a word.
+LONG = 1.0
 
 
 @click.command("chat")
-@click.argument("model")
+@click.argument("model", required=False)
 @click.argument("words", nargs=-1, metavar="[QUESTION] [NAME=VALUE]...")
 @click.option("--system", help="A system message to begin with.")
 @click.option("--load", "begun", type=click.Path(), help="Go on with a conversation /save wrote.")
@@ -58,7 +60,7 @@ LONG_PROMPT = 1024
 @sampling_options
 @model_options
 def command(
-    model: str,
+    model: str | None,
     words: tuple[str, ...],
     system: str | None,
     begun: str | None,
@@ -70,20 +72,26 @@ def command(
 ) -> None:
     """Talk with MODEL, a directory or hub id of a model with a chat template.
 
-    With a QUESTION, answer it and leave. NAME=VALUE sets any option of generate(), such as
-    temperature=0.7. Piped in, each line is a message, and only the answers are printed.
+    Without MODEL, ask which of those on this machine. With a QUESTION, answer it and leave.
+    NAME=VALUE sets any option of generate(), such as temperature=0.7. Piped in, each line is a
+    message, and only the answers are printed.
     """
+    if model is not None and not Path(model).exists() and (SETTING.match(model) or " " in model):
+        raise InputError(f"{model!r} is no model; name one before it: quintet chat MODEL …")
     settings = [word for word in words if SETTING.match(word)]
     questions = [word for word in words if not SETTING.match(word)]
     if len(questions) > 1:
         raise InputError(
             f"{questions[0]!r} and {questions[1]!r} are two questions; put one into quotes"
         )
+    check_options(sampling, settings)
+    if model is None:
+        model = choose_model(where["cache_dir"])
     with warnings_as_notes(quiet):
         conversation = Conversation() if begun is None else Conversation.load(Path(begun))
         if system is not None:
             conversation.begin_with(system)
-        opened = open_model(model, **where)
+        opened = open_model(model, quiet=quiet, **where)
         if not opened.tokenizer.chat_template:
             raise ChatTemplateError(
                 f"{model!r} has no chat template: it continues texts and was not trained to "
@@ -95,14 +103,20 @@ def command(
             sampling,
             settings,
         )
-        config = opened.model.generation_config.replace(**options)
+        config = applied(opened.model.generation_config, options)
         talk = _Talk(opened, config, generator, conversation, reasoning, quiet)
-        note(f"{opened.describe()}; {describe(config, seed)}", quiet)
+        most = "" if _limits(config) else f", at most {LONGEST_ANSWER:,} tokens an answer"
+        note(f"{opened.describe()}; {describe(config, seed)}{most}", quiet)
         if questions:
             talk.answer(questions[0])
             return
         note("/help lists the commands", quiet or not sys.stdin.isatty())
         talk.run()
+
+
+def _limits(config: "GenerationConfig") -> bool:
+    """Tell whether options say how long an answer may be."""
+    return config.max_new_tokens is not None or config.max_length is not None
 
 
 class _Talk:
@@ -170,7 +184,7 @@ class _Talk:
                 except QuintetError as error:
                     if not console.at_terminal:
                         raise
-                    click.echo(f"error: {error}", err=True)
+                    complain(f"error: {error}")
 
     def _hear(self, text: str) -> None:
         if text.startswith("//"):
@@ -198,11 +212,10 @@ class _Talk:
         ids = tokenizer(prompt, add_special_tokens=False, return_tensors="pt")["input_ids"]
         context = model.config.max_position_embeddings
         config = with_default_length(self.opened, self.config, ids.shape[1], LONGEST_ANSWER)
-        if ids.shape[1] >= LONG_PROMPT and sys.stderr.isatty():
-            note(f"reading {ids.shape[1]:,} tokens", self.quiet)
-        answer, output = Answer(tokenizer, prompt, self.reasoning), None
+        waiting = Waiting(f"reading {counted(ids.shape[1])}", self.quiet)
+        answer, output = Answer(tokenizer, prompt, self.reasoning, waiting), None
         # What there is when Ctrl-C is pressed is the answer, and has been shown.
-        with contextlib.suppress(KeyboardInterrupt):
+        with contextlib.suppress(KeyboardInterrupt), unechoed(), waiting:
             output = self.opened.generator_model.generate(
                 ids,
                 config,
@@ -216,16 +229,21 @@ class _Talk:
             return
         self.conversation.add(text, answer.texts["answer"], answer.texts["reasoning"])
         self._report(answer, speculation_of(output), ids.shape[1] + answer.tokens, context)
-        if output is not None and answer.tokens == config.max_new_tokens:
-            reason = finish_reason(config, output.sequences[0, ids.shape[1] :])
-            if reason == "length":
-                note(f"cut at max_new_tokens={answer.tokens}; -n or /set changes that", self.quiet)
+        if output is not None:
+            ended = cut(config, output.sequences[0, ids.shape[1] :], context - ids.shape[1])
+            if ended is not None:
+                note(ended, self.quiet)
 
     def _report(
         self, answer: "Answer", speculation: "Speculation | None", used: int, context: int
     ) -> None:
-        speed = answer.tokens / max(answer.seconds, 1e-9)
-        figures = f"{counted(answer.tokens)}, {speed:.1f} tokens/s{draft_summary(speculation)}"
+        later = answer.tokens - 1
+        figures = counted(answer.tokens)
+        if later > 0:
+            figures += f", {later / max(answer.seconds - answer.reading, 1e-9):.1f} tokens/s"
+        figures += draft_summary(speculation)
+        if answer.reading >= LONG:
+            figures += f", {answer.reading:.1f} s to the first"
         note(f"{figures}, context {used} of {context}", self.quiet)
 
     # -- commands -------------------------------------------------------------------------------
@@ -252,16 +270,16 @@ class _Talk:
         reasoning = given.pop("reasoning", self.reasoning)
         if reasoning not in REASONING:
             raise InputError(f"reasoning={reasoning!r} has to be one of {', '.join(REASONING)}")
-        seed = given.pop("seed", None)
+        seed = seed_of(given.pop("seed", None))
         given = drawn(given)
         usual = self.opened.model.generation_config
-        self.config = self.config.replace(**given)
+        self.config = applied(self.config, given)
         # None is the checkpoint's own choice again.
         own = {name: getattr(usual, name) for name, value in given.items() if value is None}
         self.config = dataclasses.replace(self.config, **own)
         self.reasoning = reasoning
         if seed is not None:
-            self.generator.manual_seed(int(seed))
+            self.generator.manual_seed(seed)
         click.echo(f"{describe(self.config)}, reasoning={self.reasoning}", err=True)
 
     def _regen(self, _: str) -> None:

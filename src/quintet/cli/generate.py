@@ -10,17 +10,25 @@ import click
 
 from quintet.cli.options import (
     Opened,
+    check_options,
     choose,
     model_options,
-    note,
     open_model,
     read_stdin,
     sampling_options,
     warnings_as_notes,
     with_default_length,
 )
-from quintet.cli.results import counted, draft_counts, draft_summary, finish_reason, speculation_of
-from quintet.cli.settings import SETTING, describe
+from quintet.cli.results import (
+    counted,
+    cut,
+    draft_counts,
+    draft_summary,
+    finish_reason,
+    speculation_of,
+)
+from quintet.cli.settings import SETTING, applied, describe
+from quintet.cli.terminal import Waiting, note, unechoed
 from quintet.errors import InputError, ModelNotFoundError
 from quintet.hub import demo_model
 
@@ -73,6 +81,7 @@ def command(
             raise InputError(
                 f"{word!r} is a second prompt; put a prompt of several words in quotes"
             )
+    _check_alone(click.get_current_context(), batch is not None, as_json)
     given = {"PROMPT": prompt, "--file": file, "--batch": batch}
     named = [name for name, value in given.items() if value is not None]
     if len(named) > 1:
@@ -80,15 +89,16 @@ def command(
     lines = None if batch is None else (_piped() if batch == "-" else _read(batch)).splitlines()
     text = "" if batch is not None else _prompt(prompt, file)
 
+    check_options(sampling, words)
     with warnings_as_notes(quiet):
-        opened = open_model(str(demo_model()) if model is None else model, **where)
+        opened = open_model(str(demo_model()) if model is None else model, quiet=quiet, **where)
         options, generator, seed = choose(
             opened.model.device,
             seed,
             sampling,
             words,
         )
-        config = opened.model.generation_config.replace(**options)
+        config = applied(opened.model.generation_config, options)
         note(f"{opened.describe()}; {describe(config, seed)}", quiet)
         if lines is not None:
             from quintet.cli.batch import run
@@ -96,6 +106,18 @@ def command(
             run(opened, config, lines, seed=seed, batch_size=batch_size, quiet=quiet)
         else:
             _continue(opened, config, text, generator, seed, echo, as_json, quiet)
+
+
+def _check_alone(context: click.Context, batch: bool, as_json: bool) -> None:
+    """Refuse options that mean nothing beside others; whoever gave them expects something."""
+    for name, flag, holds, why in (
+        ("batch_size", "--batch-size", batch, "it is how many lines of --batch run at once"),
+        ("as_json", "--json", not batch, "--batch prints a line of JSON for each prompt anyway"),
+        ("echo", "--echo", not batch and not as_json, "JSON has the prompt and the text apart"),
+    ):
+        given = context.get_parameter_source(name) is click.core.ParameterSource.COMMANDLINE
+        if given and not holds:
+            raise InputError(f"{flag} has no effect here: {why}")
 
 
 def _continue(
@@ -108,26 +130,26 @@ def _continue(
     as_json: bool,
     quiet: bool,
 ) -> None:
-    from quintet.generation.streamers import TextStreamer
+    from quintet.cli.answer import Continuation
 
     tokenizer = opened.tokenizer
     inputs = tokenizer(text, return_tensors="pt")
     length = inputs["input_ids"].shape[1]
     config = with_default_length(opened, config, length)
-    streamer = None
-    if not as_json:
-        streamer = TextStreamer(tokenizer, skip_prompt=not echo, skip_special_tokens=True)
+    waiting = Waiting("generating" if as_json else f"reading {counted(length)}", quiet)
+    streamer = None if as_json else Continuation(tokenizer, echo, waiting)
     started = time.perf_counter()
-    output = opened.generator_model.generate(
-        inputs,
-        config,
-        streamer=streamer,
-        tokenizer=tokenizer,
-        # Healing changes the end of the prompt, which then has to be shown.
-        token_healing=echo and not as_json,
-        generator=generator,
-        return_dict_in_generate=True,
-    )
+    with unechoed(), waiting:
+        output = opened.generator_model.generate(
+            inputs,
+            config,
+            streamer=streamer,
+            tokenizer=tokenizer,
+            # Healing changes the end of the prompt, which then has to be shown.
+            token_healing=echo and not as_json,
+            generator=generator,
+            return_dict_in_generate=True,
+        )
     seconds = time.perf_counter() - started
     ids = output.sequences[0, length:]
     speculation = speculation_of(output)
@@ -147,6 +169,9 @@ def _continue(
         click.echo(json.dumps(result, ensure_ascii=False))
     speed = f"{counted(ids.numel())} in {seconds:.2f} s, {ids.numel() / seconds:.1f} tokens/s"
     note(f"{speed}{draft_summary(speculation)}", quiet)
+    ended = cut(config, ids, opened.model.config.max_position_embeddings - length)
+    if ended is not None:
+        note(ended, quiet)
     if tokenizer.chat_template:
         name = shlex.quote(opened.name)
         note(f'a text was continued; to ask this model: quintet chat {name} "QUESTION"', quiet)

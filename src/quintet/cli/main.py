@@ -4,6 +4,7 @@ import difflib
 import importlib
 import io
 import os
+import shlex
 import sys
 from types import MappingProxyType
 from typing import Any
@@ -11,6 +12,7 @@ from typing import Any
 import click
 
 from quintet import __version__
+from quintet.cli.terminal import complain
 from quintet.errors import InputError, QuintetError, SaveError
 
 __all__ = ["main"]
@@ -31,9 +33,22 @@ COMMANDS = MappingProxyType(
 )
 
 
-# What other programs call them; a model is fetched when it is first used.
-OTHER_WORDS = MappingProxyType(
-    {"run": "chat", "pull": "chat", "download": "chat", "list": "ls", "show": "info"}
+# What other programs call them.
+ALIASES = MappingProxyType(
+    {"run": "chat", "gen": "generate", "list": "ls", "show": "info", "remove": "rm"}
+)
+FETCHED = "a model is fetched when it is first used, as by `quintet chat OWNER/NAME`"
+NO_SERVER = "There is no server yet; many prompts at once: `quintet generate --batch FILE`"
+ADVICE = MappingProxyType(
+    {
+        "pull": f"There is none: {FETCHED}",
+        "download": f"There is none: {FETCHED}",
+        "fetch": f"There is none: {FETCHED}",
+        "serve": NO_SERVER,
+        "server": NO_SERVER,
+        "api": NO_SERVER,
+        "login": "The hub has a command of its own for that: `hf auth login`",
+    }
 )
 
 
@@ -54,12 +69,10 @@ class _Commands(click.Group):
         self, ctx: click.Context, args: list[str]
     ) -> tuple[str | None, click.Command | None, list[str]]:
         name = args[0]
+        if name in ALIASES:
+            return super().resolve_command(ctx, [ALIASES[name], *args[1:]])
         if name not in COMMANDS and not name.startswith("-"):
-            near = [OTHER_WORDS[name]] if name in OTHER_WORDS else []
-            near += [known for known in COMMANDS if known.startswith(name)]
-            near += difflib.get_close_matches(name, COMMANDS, n=1)
-            hint = f" Did you mean {near[0]!r}?" if near else f" There are {', '.join(COMMANDS)}."
-            raise click.UsageError(f"No such command {name!r}.{hint}", ctx)
+            raise click.UsageError(f"No such command {name!r}. {_instead(name)}", ctx)
         return super().resolve_command(ctx, args)
 
     def invoke(self, ctx: click.Context) -> Any:
@@ -82,6 +95,16 @@ class _Commands(click.Group):
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         with formatter.section("Commands"):
             formatter.write_dl(list(COMMANDS.items()))
+
+
+def _instead(name: str) -> str:
+    if name in ADVICE:
+        return f"{ADVICE[name]}."
+    if "/" in name or os.path.exists(name):
+        return f"To talk with a model: quintet chat {shlex.quote(name)}"
+    near = [known for known in COMMANDS if known.startswith(name)]
+    near += difflib.get_close_matches(name, [*COMMANDS, *ALIASES], n=1)
+    return f"Did you mean {near[0]!r}?" if near else f"There are {', '.join(COMMANDS)}."
 
 
 def _spelt_with_dashes(name: str) -> str:
@@ -119,7 +142,7 @@ def main(arguments: list[str] | None = None) -> None:
     except QuintetError as error:
         if os.environ.get("QUINTET_DEBUG"):
             raise
-        click.echo(f"error: {error}", err=True)
+        complain(f"error: {error}")
         code = error.exit_code
     sys.exit(code if isinstance(code, int) else 0)
 

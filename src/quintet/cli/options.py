@@ -2,7 +2,6 @@
 
 import functools
 import logging
-import os
 import sys
 import time
 import warnings
@@ -14,7 +13,8 @@ from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 import click
 
-from quintet.cli.settings import drawn, parse
+from quintet.cli.settings import LARGEST_SEED, applied, drawn, parse, seed_of
+from quintet.cli.terminal import note
 from quintet.errors import InputError
 
 if TYPE_CHECKING:
@@ -27,9 +27,9 @@ if TYPE_CHECKING:
 
 __all__ = [
     "Opened",
+    "check_options",
     "choose",
     "model_options",
-    "note",
     "open_model",
     "read_stdin",
     "sampling_options",
@@ -38,7 +38,6 @@ __all__ = [
     "with_default_length",
 ]
 
-LARGEST_SEED = 2**32 - 1
 # Below so many parameters, threads cost more than they give (docs/lab-notes.md), and on a machine
 # that is busy they wait for each other many times longer than they compute.
 SMALL = 20_000_000
@@ -107,22 +106,6 @@ def sampling_options(command: Callable[..., None]) -> Callable[..., None]:
     ):
         collecting = option(collecting)
     return collecting
-
-
-def can_dim() -> bool:
-    """Tell whether the terminal's user wants text in other shades, and the terminal can."""
-    return not os.environ.get("NO_COLOR") and os.environ.get("TERM") != "dumb"
-
-
-def dimmed(text: str) -> str:
-    """Return a text that a terminal shows in a darker shade."""
-    return click.style(text, dim=True)
-
-
-def note(text: str, quiet: bool = False) -> None:
-    """Say something beside the result: on standard error, unless asked for silence."""
-    if not quiet:
-        click.echo(dimmed(text) if can_dim() else text, err=True)
 
 
 @contextmanager
@@ -203,9 +186,12 @@ def open_model(
     attn_implementation: str | None,
     threads: int | None,
     quantize: str | None = None,
+    quiet: bool = False,
     **where: Any,
 ) -> Opened:
     """Load a language model and its tokenizer, from where `source_options` say.
+
+    Kernels that were never compiled are compiled now, not in the middle of the first answer.
 
     Raises:
         QuintetError: whatever keeps either from loading.
@@ -213,7 +199,7 @@ def open_model(
     import torch
 
     from quintet.auto import AutoModelForCausalLM, AutoTokenizer
-    from quintet.kernels.native import native
+    from quintet.cli.compiling import have_kernels
 
     started = time.perf_counter()
     given = {"attn_implementation": attn_implementation, "quantize": quantize}
@@ -228,8 +214,7 @@ def open_model(
         torch.set_num_threads(threads)
     seconds = time.perf_counter() - started
     if model.device.type == "cpu":
-        # Compiled now where they never were, not in the middle of the first answer.
-        native()
+        have_kernels(quiet)
         held = held_as(model)
         if held not in (None, "int8", "int4"):
             warnings.warn(
@@ -238,6 +223,19 @@ def open_model(
                 stacklevel=2,
             )
     return Opened(name, model, tokenizer, seconds)
+
+
+def check_options(options: Mapping[str, Any], words: Iterable[str]) -> None:
+    """Refuse what `choose` would, before a model is loaded for nothing.
+
+    Raises:
+        InputError: a word that sets nothing, or an option that breaks a rule.
+    """
+    from quintet.generation.config import GenerationConfig
+
+    given = drawn({**options, **parse(words)})
+    seed_of(given.pop("seed", None))
+    applied(GenerationConfig(), given)
 
 
 def choose(
@@ -249,15 +247,16 @@ def choose(
         device: the model's.
         seed: of the generator; drawn where it is None.
         options: as the command line's own options say; None for what nobody asked for.
-        words: NAME=VALUE, which go before them.
+        words: NAME=VALUE, which go before them, `seed` too.
 
     Raises:
-        InputError: a word that sets nothing.
+        InputError: a word that sets nothing, or a seed that is none.
     """
     import torch
 
     given = {name: value for name, value in options.items() if value is not None}
     given = drawn({**given, **parse(words)})
+    seed = seed_of(given.pop("seed", seed))
     seed = torch.seed() & LARGEST_SEED if seed is None else seed
     return given, torch.Generator(device).manual_seed(seed), seed
 

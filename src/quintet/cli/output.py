@@ -6,7 +6,7 @@ from typing import Any
 
 import click
 
-__all__ = ["show", "table"]
+__all__ = ["show", "size_of", "table"]
 
 
 def show(facts: Mapping[str, Any], as_json: bool) -> None:
@@ -36,6 +36,11 @@ def table(rows: Sequence[Mapping[str, Any]], as_json: bool, empty: str) -> None:
     for line in lines:
         padded = (cell.ljust(width) for cell, width in zip(line, widths, strict=True))
         click.echo("  ".join(padded).rstrip())
+
+
+def size_of(count: int) -> str:
+    """Return a number of bytes as people say it."""
+    return f"{count / 1e9:.2f} GB" if count >= 10_000_000 else f"{count / 1e6:.2f} MB"
 
 
 def _text(value: Any) -> str:

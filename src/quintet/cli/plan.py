@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from quintet.cli.options import source_options
-from quintet.cli.output import show
+from quintet.cli.output import show, size_of
 from quintet.errors import DoesNotFitError, InputError, OfflineError
 
 if TYPE_CHECKING:
@@ -100,11 +100,11 @@ def _plan(
         "family": config.model_type,
         "parameters": size.parameters,
         "active": size.active,
-        "weights": f"{_gb(size.weight_bytes)} in {kept or str(held).removeprefix('torch.')}",
-        "cache": f"{_gb(cache)} for {batch} x {context:,} tokens",
-        "working": f"{_gb(working)}, about",
-        "needed": _gb(size.weight_bytes + cache + working),
-        "memory": {named(device): _gb(room) for device, room in capacity.items()},
+        "weights": f"{size_of(size.weight_bytes)} in {kept or str(held).removeprefix('torch.')}",
+        "cache": f"{size_of(cache)} for {batch} x {context:,} tokens",
+        "working": f"{size_of(working)}, about",
+        "needed": size_of(size.weight_bytes + cache + working),
+        "memory": {named(device): size_of(room) for device, room in capacity.items()},
         "bytes": {
             "weights": size.weight_bytes,
             "cache": cache,
@@ -123,10 +123,10 @@ def _plan(
         facts["bytes"]["least"] = least
         facts["instead"] = (
             _instead(config, held, quantize, total, cache)
-            or f"the least that is needed is {_gb(least)}, with --quantize int4"
+            or f"the least that is needed is {size_of(least)}, with --quantize int4"
         )
         return facts, (
-            f"{facts['needed']} needed, and there are {_gb(sum(capacity.values()))}; "
+            f"{facts['needed']} needed, and there are {size_of(sum(capacity.values()))}; "
             f"{facts['instead']}"
         )
     facts["fits"] = True
@@ -191,7 +191,7 @@ def _devices_share(loaded: "list[ModelPart]", paths: list[str]) -> str:
     layers = [int(path.rpartition(".")[2]) for path in paths if re.search(r"\.\d+$", path)]
     names = [path.rpartition(".")[2] for path in paths if not re.search(r"\.\d+$", path)]
     spread = f"layers {min(layers)} to {max(layers)}" if layers else ""
-    return f"{_gb(held)}: {', '.join(filter(None, [spread, *names]))}"
+    return f"{size_of(held)}: {', '.join(filter(None, [spread, *names]))}"
 
 
 def _instead(
@@ -237,8 +237,4 @@ def _files(model: str, where: dict[str, Any]) -> dict[str, Any]:
     except (CheckpointError, OfflineError) as error:
         return {"files": f"no weights seen ({str(error).splitlines()[0]})"}
     state = "here" if headers.local else "to fetch"
-    return {"files": f"{_gb(headers.total_bytes)} in {headers.files} file(s), {state}"}
-
-
-def _gb(size: int) -> str:
-    return f"{size / 1e9:.2f} GB" if size >= 10_000_000 else f"{size / 1e6:.2f} MB"
+    return {"files": f"{size_of(headers.total_bytes)} in {headers.files} file(s), {state}"}

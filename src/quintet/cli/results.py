@@ -8,13 +8,43 @@ if TYPE_CHECKING:
     from quintet.generation.config import GenerationConfig
     from quintet.generation.outputs import Speculation
 
-__all__ = ["counted", "draft_counts", "draft_summary", "finish_reason", "speculation_of"]
+__all__ = ["counted", "cut", "draft_counts", "draft_summary", "finish_reason", "speculation_of"]
+
+
+# A loop shows itself in so many tokens.
+REPEATED = 24
 
 
 def finish_reason(config: "GenerationConfig", ids: "Tensor") -> str:
     """Return "stop" if a row of new ids ends by itself, "length" if it was cut off."""
     ended = ids.numel() > 0 and int(ids[-1]) in config.eos_token_ids
     return "stop" if ended or ids.numel() < (config.max_new_tokens or 0) else "length"
+
+
+def cut(config: "GenerationConfig", ids: "Tensor", room: int) -> str | None:
+    """Say that a text was cut off, and what to do about it, or return None if it ended.
+
+    Args:
+        config: how the text was made.
+        ids: the new ids.
+        room: how many tokens the model's context had left for them.
+    """
+    if finish_reason(config, ids) != "length":
+        return None
+    if ids.numel() >= room:
+        return "cut: the context is full"
+    said = f"cut at {counted(ids.numel())}; -n sets more"
+    return f"{said}, repetition_penalty=1.1 less of the same" if _repeats(ids.tolist()) else said
+
+
+def _repeats(ids: list[int]) -> bool:
+    """Tell whether a text ends in at least three times the same, over a line or more."""
+    for period in range(1, len(ids) // 3 + 1):
+        length = max(3 * period, REPEATED)
+        end = ids[-length:]
+        if len(end) == length and end[period:] == end[:-period]:
+            return True
+    return False
 
 
 def speculation_of(output: Any) -> "Speculation | None":

@@ -5,7 +5,8 @@ import sys
 
 import click
 
-from quintet.cli.ls import scanned
+from quintet.cli.here import scanned
+from quintet.cli.output import size_of
 from quintet.errors import InputError, ModelNotFoundError
 
 __all__ = ["command"]
@@ -25,7 +26,7 @@ def command(models: tuple[str, ...], yes: bool, dry_run: bool, cache_dir: str | 
     hashes = [commit for model in models for commit in _commits(model, found)]
     assert found is not None
     strategy = found.delete_revisions(*hashes)
-    freed = f"{strategy.expected_freed_size / 1e9:.2f} GB"
+    freed = size_of(strategy.expected_freed_size)
     click.echo(f"{', '.join(models)}: {len(hashes)} revision(s), {freed}", err=True)
     if dry_run:
         return

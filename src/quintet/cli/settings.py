@@ -1,16 +1,22 @@
 """Options of `generate()` as words: `temperature=0.2`, and back."""
 
+import difflib
 import json
 import re
 from collections.abc import Iterable, Mapping
+from dataclasses import fields
 from typing import TYPE_CHECKING, Any
 
-from quintet.errors import InputError
+import click
+
+from quintet.errors import InputError, QuintetError
 
 if TYPE_CHECKING:
     from quintet.generation.config import GenerationConfig
 
-__all__ = ["SETTING", "describe", "drawn", "parse"]
+__all__ = ["LARGEST_SEED", "SETTING", "applied", "describe", "drawn", "parse", "seed_of"]
+
+LARGEST_SEED = 2**32 - 1
 
 # What a word that sets an option looks like; a question may have a "=" further on.
 SETTING = re.compile(r"[A-Za-z_][\w-]*=")
@@ -60,13 +66,62 @@ def drawn(options: Mapping[str, Any]) -> dict[str, Any]:
     """Return options of generate() in which a temperature says whether an answer is drawn.
 
     0 takes the likeliest token. Any other one, or another option of sampling, asks for a draw.
+
+    Raises:
+        InputError: a temperature below 0, or one of 0 beside a draw.
     """
     given = dict(options)
-    if given.get("temperature") == 0:
+    heat = given.get("temperature")
+    if isinstance(heat, int | float) and heat < 0:
+        raise InputError(
+            f"temperature={heat} has to be 0, which takes the likeliest token, or more"
+        )
+    if heat == 0:
+        if given.get("do_sample"):
+            raise InputError("temperature=0 takes the likeliest token, do_sample=True draws one")
         return {**given, "temperature": None, "do_sample": False}
     if any(given.get(name) is not None for name in SAMPLING):
         given.setdefault("do_sample", True)
     return given
+
+
+def seed_of(value: Any) -> int | None:
+    """Return a seed that was typed, or None for none.
+
+    Raises:
+        InputError: it is no seed.
+    """
+    if value is None or (type(value) is int and 0 <= value <= LARGEST_SEED):
+        return value
+    raise InputError(f"seed={value!r} has to be a whole number from 0 to {LARGEST_SEED}")
+
+
+def applied(config: "GenerationConfig", options: Mapping[str, Any]) -> "GenerationConfig":
+    """Return a config with options that were typed; None leaves one as it is.
+
+    Raises:
+        InputError: there is no such option, or its value breaks a rule.
+    """
+    names = [option.name for option in fields(config) if option.name not in ("other", "read_as")]
+    for name, value in options.items():
+        if name not in names:
+            raise InputError(f"there is no option {name!r}; {_instead(name, value, names)}")
+    try:
+        return config.replace(**options)
+    except QuintetError as error:
+        # Whoever types knows neither our classes nor JSON.
+        text = str(error).removeprefix(f"{type(config).__name__}: ").removesuffix(" or null")
+        raise InputError(text) from error
+
+
+def _instead(name: str, value: Any, names: list[str]) -> str:
+    if near := difflib.get_close_matches(name, names, n=1, cutoff=0.75):
+        return f"did you mean {near[0]!r}?"
+    context = click.get_current_context(silent=True)
+    flag = f"--{name.replace('_', '-')}"
+    if context and any(flag in option.opts for option in context.command.params):
+        return f"it is set where the command starts: {flag} {value}"
+    return f"there are {', '.join(SHOWN)}, and those of docs/guides/generation.md"
 
 
 def describe(config: "GenerationConfig", seed: int | None = None) -> str:

@@ -1,0 +1,129 @@
+"""Which models lie on this machine: in the hub's cache, and in folders."""
+
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from quintet.errors import ModelNotFoundError, QuintetError, shown
+
+if TYPE_CHECKING:
+    from huggingface_hub import HFCacheInfo
+
+__all__ = ["Here", "in_cache", "in_folder", "scanned"]
+
+
+@dataclass(frozen=True, slots=True)
+class Here:
+    """A model on this machine.
+
+    Attributes:
+        model: what commands call it.
+        revision: of a hub id.
+        family: its model_type; None where that cannot be told.
+        weights: the format or dtype they are in.
+        size: of all its files, in bytes.
+        used: when, in seconds since 1970.
+        talks: whether it has weights and a chat template.
+    """
+
+    model: str
+    revision: str | None
+    family: str | None
+    weights: str | None
+    size: int
+    used: float
+    talks: bool
+
+
+def scanned(cache_dir: str | None) -> "HFCacheInfo | None":
+    """Scan the hub cache, or return None if there is no cache."""
+    from huggingface_hub import CacheNotFound, scan_cache_dir
+
+    try:
+        return scan_cache_dir(cache_dir)
+    except CacheNotFound:
+        return None
+
+
+def in_cache(cache_dir: str | None) -> Iterator[Here]:
+    """Yield the models in the hub cache, each revision of each."""
+    found = scanned(cache_dir)
+    repos = [] if found is None else [repo for repo in found.repos if repo.repo_type == "model"]
+    for repo in sorted(repos, key=lambda repo: repo.repo_id):
+        for revision in sorted(repo.revisions, key=lambda revision: revision.commit_hash):
+            config = _config(revision.snapshot_path)
+            yield Here(
+                repo.repo_id,
+                ", ".join(sorted(revision.refs)) or revision.commit_hash[:8],
+                _family(config),
+                _weights(config),
+                revision.size_on_disk,
+                repo.last_accessed,
+                _talks(revision.snapshot_path),
+            )
+
+
+def in_folder(name: str) -> Iterator[Here]:
+    """Yield the model that a folder is, or those in the folders in it.
+
+    Raises:
+        ModelNotFoundError: there is no such folder.
+    """
+    folder = Path(name).expanduser()
+    if not folder.is_dir():
+        raise ModelNotFoundError(f"there is no folder {shown(name)}")
+    inside = [folder] if (folder / "config.json").is_file() else sorted(folder.iterdir())
+    for path in inside:
+        if not (path / "config.json").is_file():
+            continue
+        config = _config(path)
+        stats = [file.stat() for file in path.iterdir() if file.is_file()]
+        yield Here(
+            str(path),
+            None,
+            _family(config),
+            _weights(config),
+            sum(stat.st_size for stat in stats),
+            max(stat.st_mtime for stat in stats),
+            _talks(path),
+        )
+
+
+def _config(folder: Path) -> dict[str, Any]:
+    try:
+        found = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
+def _family(config: dict[str, Any]) -> str | None:
+    kind = config.get("model_type")
+    return kind if isinstance(kind, str) else None
+
+
+def _weights(config: dict[str, Any]) -> str | None:
+    if settings := config.get("quantization_config"):
+        from quintet.quantization.request import read
+
+        try:
+            scheme = read(settings).scheme()
+        except QuintetError:
+            scheme = None
+        method = settings.get("quant_method") if isinstance(settings, dict) else None
+        return str(method) if scheme is None else scheme.weights.name
+    dtype = config.get("dtype", config.get("torch_dtype"))
+    return dtype if isinstance(dtype, str) else None
+
+
+def _talks(folder: Path) -> bool:
+    if not any(folder.glob("*.safetensors")):
+        return False
+    if (folder / "chat_template.jinja").is_file():
+        return True
+    try:
+        return '"chat_template"' in (folder / "tokenizer_config.json").read_text(encoding="utf-8")
+    except (OSError, ValueError):
+        return False

@@ -1,0 +1,167 @@
+"""The terminal: what is said beside the result, and what shows that something goes on."""
+
+import importlib
+import os
+import sys
+import textwrap
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import ModuleType
+from typing import Any, Self, TextIO
+
+import click
+
+__all__ = [
+    "CLEAR",
+    "Waiting",
+    "can_dim",
+    "can_move",
+    "complain",
+    "dimmed",
+    "note",
+    "unechoed",
+    "width",
+]
+
+CLEAR = "\r\x1b[K"
+
+
+def can_dim() -> bool:
+    """Tell whether the terminal's user wants text in other shades, and the terminal can."""
+    return not os.environ.get("NO_COLOR") and can_move()
+
+
+def can_move() -> bool:
+    """Tell whether the terminal takes back what was written."""
+    return os.environ.get("TERM") != "dumb"
+
+
+def width(stream: TextIO | None) -> int | None:
+    """Return how many characters are in a line of the terminal a stream leads to, or None."""
+    try:
+        if stream is None or not stream.isatty():
+            return None
+        return os.get_terminal_size(stream.fileno()).columns or None
+    except (OSError, ValueError):
+        return None
+
+
+def dimmed(text: str) -> str:
+    """Return a text that a terminal shows in a darker shade."""
+    return click.style(text, dim=True)
+
+
+def note(text: str, quiet: bool = False) -> None:
+    """Say something beside the result: on standard error, unless asked for silence."""
+    if not quiet:
+        text = _folded(text)
+        click.echo(dimmed(text) if can_dim() else text, err=True)
+
+
+def complain(text: str) -> None:
+    """Say what is wrong, on standard error."""
+    click.echo(_folded(text), err=True)
+
+
+def _folded(text: str) -> str:
+    """Return a text whose lines are no longer than the terminal's, and whose words are whole."""
+    columns = width(sys.stderr)
+    if columns is None:
+        return text
+    lines = []
+    for line in text.splitlines():
+        indent = line[: len(line) - len(line.lstrip())]
+        fits = len(line) <= columns
+        lines += (
+            [line]
+            if fits
+            else textwrap.wrap(
+                line,
+                columns,
+                subsequent_indent=indent,
+                break_long_words=False,
+                break_on_hyphens=False,
+            )
+        )
+    return "\n".join(lines)
+
+
+class Waiting:
+    """Says at a terminal, after a second, what goes on inside of it and for how long.
+
+    The line is gone where the block ends, or by `stop()`.
+
+    Args:
+        what: goes on; may be set anew.
+        quiet: say nothing.
+        after: so many seconds.
+    """
+
+    def __init__(self, what: str, quiet: bool = False, after: float = 1.0) -> None:
+        self.what = what
+        self._shows = not quiet and width(sys.stderr) is not None and can_move()
+        self._after = after
+        self._over = threading.Event()
+        self._thread: threading.Thread | None = None
+
+    def __enter__(self) -> Self:
+        if self._shows:
+            self._thread = threading.Thread(target=self._show, daemon=True)
+            self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.stop()
+
+    def stop(self) -> None:
+        """Take the line away."""
+        self._over.set()
+        if self._thread is not None:
+            self._thread.join()
+            self._thread = None
+
+    def _show(self) -> None:
+        started, shown = time.monotonic(), False
+        seconds = self._after
+        while not self._over.wait(seconds):
+            line = f"{self.what}, {time.monotonic() - started:.0f} s"[
+                : (width(sys.stderr) or 80) - 1
+            ]
+            # The next thing that is written begins at the edge, over what is shown here.
+            sys.stderr.write(f"{CLEAR}{dimmed(line) if can_dim() else line}\r")
+            sys.stderr.flush()
+            seconds, shown = 1.0, True
+        if shown:
+            sys.stderr.write(CLEAR)
+            sys.stderr.flush()
+
+
+@contextmanager
+def unechoed() -> Iterator[None]:
+    """Keep what is typed meanwhile out of what is shown; it is read when the next line is."""
+    modes = _modes()
+    if modes is None:
+        yield
+        return
+    termios, kept = modes
+    changed = [*kept]
+    changed[3] &= ~termios.ECHO
+    termios.tcsetattr(sys.stdin.fileno(), termios.TCSANOW, changed)
+    try:
+        yield
+    finally:
+        termios.tcsetattr(sys.stdin.fileno(), termios.TCSANOW, kept)
+
+
+def _modes() -> tuple[ModuleType, list[Any]] | None:
+    """Return the module of terminals and how this one is set, or None if there is either not."""
+    try:
+        termios = importlib.import_module("termios")
+    except ImportError:
+        return None
+    try:
+        return termios, termios.tcgetattr(sys.stdin.fileno())
+    except (termios.error, AttributeError, OSError, ValueError):
+        return None

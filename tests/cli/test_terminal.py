@@ -1,0 +1,75 @@
+"""What is said beside the result, at terminals of any width."""
+
+import os
+import sys
+import time
+
+import pytest
+
+from quintet.cli import compiling, terminal
+from quintet.kernels import native as module
+
+Captured = pytest.CaptureFixture[str]
+
+
+def at(columns: int | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(terminal, "width", lambda _: columns)
+    monkeypatch.setenv("NO_COLOR", "1")
+    monkeypatch.setenv("TERM", "xterm")
+
+
+def test_lines_are_folded_between_words(monkeypatch: pytest.MonkeyPatch, capsys: Captured) -> None:
+    at(20, monkeypatch)
+    terminal.complain(
+        "error: nothing is in /a/folder/with-a-long-name\n  one\n    a list of some words"
+    )
+    said = capsys.readouterr().err.splitlines()
+    assert said == [
+        "error: nothing is in",
+        "/a/folder/with-a-long-name",
+        "  one",
+        "    a list of some",
+        "    words",
+    ]
+    at(None, monkeypatch)
+    terminal.note("words " * 30)
+    assert capsys.readouterr().err == "words " * 30 + "\n"
+
+
+def test_who_waits_is_told_for_how_long_and_then_it_is_gone(
+    monkeypatch: pytest.MonkeyPatch, capsys: Captured
+) -> None:
+    at(40, monkeypatch)
+    with terminal.Waiting("reading", after=0.01):
+        time.sleep(0.2)
+    assert capsys.readouterr().err == "\r\x1b[Kreading, 0 s\r\r\x1b[K"
+
+
+@pytest.mark.parametrize("case", ["soon", "quiet", "dumb", "pipe"])
+def test_nobody_else_is_told(case: str, monkeypatch: pytest.MonkeyPatch, capsys: Captured) -> None:
+    at(None if case == "pipe" else 40, monkeypatch)
+    if case == "dumb":
+        monkeypatch.setenv("TERM", "dumb")
+    after = 60.0 if case == "soon" else 0.0
+    with terminal.Waiting("reading", quiet=case == "quiet", after=after):
+        time.sleep(0.02)
+    assert capsys.readouterr().err == ""
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="kernels are compiled on Linux")
+def test_ctrl_c_leaves_the_compiling_to_another_process(
+    monkeypatch: pytest.MonkeyPatch, capsys: Captured
+) -> None:
+    started = []
+
+    def interrupted() -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(module, "native", interrupted)
+    monkeypatch.setattr(os, "posix_spawn", lambda *given, **how: started.append((given, how)))
+    with pytest.raises(KeyboardInterrupt):
+        compiling.have_kernels(quiet=False)
+    (((_, command, _), how),) = started
+    assert command[1:] == ["-P", "-m", "quintet.kernels"]
+    assert how["setsid"]
+    assert "compiled in the background" in capsys.readouterr().err
