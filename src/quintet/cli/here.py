@@ -113,7 +113,8 @@ def _weights(config: dict[str, Any]) -> str | None:
         except QuintetError:
             scheme = None
         method = settings.get("quant_method") if isinstance(settings, dict) else None
-        return str(method) if scheme is None else scheme.weights.name
+        weights = None if scheme is None else scheme.weights
+        return str(method) if weights is None else weights.name
     dtype = config.get("dtype", config.get("torch_dtype"))
     return dtype if isinstance(dtype, str) else None
 
