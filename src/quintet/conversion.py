@@ -161,7 +161,7 @@ class _Weights:
         self, weight: Tensor | Encoded, to: Piece, slot: Slot | None, source: str
     ) -> Iterator[tuple[str, Tensor]]:
         if slot is not None:
-            weight_format = slot.module.format
+            weight_format = slot.module.formats[slot.name]
             parts = slot.encoded(weight, source)
             yield from weight_format.pack(to.name, parts, to.shape, self.dtype).items()
             return

@@ -38,7 +38,7 @@ def test_it_is_the_sum_of_products(
     maps = [Matrix(w[:, :I], None, torch.randn(len(w)).to(dtype) if biased else None) for w in wide]
     made = linears(x, maps)
     assert made is not None
-    for y, (w, _, b) in zip(made, maps, strict=True):
+    for y, (w, _, b, *_) in zip(made, maps, strict=True):
         exact = F.linear(x.double(), w.double(), None if b is None else b.double())
         assert y.dtype == dtype
         assert relative_error(y.double(), exact) <= BOUND[dtype]
@@ -166,7 +166,7 @@ def test_widening_is_dequantising(
 ) -> None:
     m = Matrix(*quantized(kind, torch.randn(shape)))
     assert m.scale is not None
-    made = widen(m.weight, m.scale, shape[-1], dtype)
+    made = widen(m, shape[-1], dtype)
     assert made is not None
     torch.testing.assert_close(made, numbers(kind, m, shape[-1], dtype), rtol=0, atol=0)
 

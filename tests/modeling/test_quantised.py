@@ -2,7 +2,7 @@
 
 import json
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -19,17 +19,38 @@ from quintet.modeling.base import PreTrainedModel
 from quintet.quantization import (
     BitsAndBytesConfig,
     FineGrainedFP8Config,
+    GroupFormat,
     Int4Config,
     Int8Config,
+    Int8Format,
+    MixedConfig,
     QuantizationConfig,
     Quantized,
     QuantizedEmbedding,
     QuantizedExperts,
     QuantizedLinear,
+    Scheme,
+    WeightFormat,
 )
 from support import relative_error, small_config
 
 IDS = torch.arange(1, 23).view(2, 11)
+
+
+class Recipe(MixedConfig):
+    """Groups of all kinds beside each other, which files tell apart."""
+
+    def scheme_of(self, held: Mapping[str, WeightFormat]) -> Scheme | None:
+        """Return formats by kinds of matrices; those of files where there are any."""
+        special: dict[str, WeightFormat] = {
+            "down_proj": GroupFormat(8, 16, dtype=torch.float32),
+            "o_proj": GroupFormat(4, 32, iq4=True),
+            "v_proj": GroupFormat(8, 32, offset=True),
+            "k_proj": Int8Format(),
+        }
+        return Scheme(GroupFormat(4, 32, offset=True), GroupFormat(8, 32), special=special)
+
+
 CONFIGS: dict[str, QuantizationConfig] = {
     "int8": Int8Config(),
     "int4": Int4Config(),
@@ -39,6 +60,7 @@ CONFIGS: dict[str, QuantizationConfig] = {
         load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True
     ),
     "fp8": FineGrainedFP8Config(),
+    "mixed": Recipe(),
 }
 each_config = pytest.mark.parametrize("method", CONFIGS)
 

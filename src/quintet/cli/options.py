@@ -174,7 +174,8 @@ def held_as(model: "PreTrainedModel") -> str | None:
     counts: Counter[str] = Counter()
     for module in model.base_model.get_submodule("layers").modules():
         if isinstance(module, Quantized):
-            counts[module.format.name] += module.weight_count
+            for weight_format, count in module.weight_counts():
+                counts[weight_format.name] += count
     return max(counts, key=lambda name: counts[name], default=None)
 
 

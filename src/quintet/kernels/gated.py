@@ -74,8 +74,9 @@ def stacked(
     Args:
         kind: the dtype in which weights are stored.
     """
-    weight, scale, bias = matrix
+    weight, scale, bias, offset, iq4 = matrix
     call.fit &= bias is None and (scale is None) == (kind == dtype)
+    call.fit &= offset is None and not iq4
     if scale is None:
         call.rows(weight, kind, *(() if E is None else (E,)), O, I, axes=2)
         call.integers(0, 0, 0)

@@ -33,14 +33,25 @@ class Matrix(NamedTuple):
     """A weight (O, I) and a bias (O).
 
     Attributes:
-        weight: plain (O, I); int8 (O, I); or uint8 (O, ceil(I / 64) · 32), int4 two a byte.
-        scale: of int8, float32 (O,); of int4, bfloat16 (O, ceil(I / 64)); None of plain ones.
+        weight: plain (O, I); int8 (O, I); or uint8 (O, ceil(I / 64) · 32), 4 bits each.
+        scale: of int8, float32 (O,); of int4, bfloat16 (O, ceil(I / 64)); of other groups
+            (O, G), see `quintet.ops.groups`; None of plain ones.
         bias: (O,) in the dtype of the vectors.
+        offset: what is added to the numbers of a group, as the scale.
+        iq4: whether numbers of 4 bits are places in a table.
     """
 
     weight: Tensor
     scale: Tensor | None = None
     bias: Tensor | None = None
+    offset: Tensor | None = None
+    iq4: bool = False
+
+    def rows(self, rows: slice | tuple[slice, slice]) -> "Matrix":
+        """Return some of its rows, of a stack (E, O, I) some experts and some rows of each."""
+        weight, scale, bias, offset = (x if x is None else x[rows] for x in self[:4])
+        assert weight is not None
+        return Matrix(weight, scale, bias, offset, self.iq4)
 
 
 def batch_invariant() -> bool:
@@ -98,11 +109,14 @@ def linears(x: Tensor, maps: Sequence[Matrix]) -> list[Tensor] | None:
     return made if call.run(f"linear_{name}") else None
 
 
-def widen(weight: Tensor, scale: Tensor, columns: int, dtype: torch.dtype) -> Tensor | None:
+def widen(matrix: Matrix, columns: int, dtype: torch.dtype) -> Tensor | None:
     """Return an int8 or int4 weight (..., O, columns) as numbers, rounded once; or None."""
     call = begin()
+    weight, scale, _, offset, iq4 = matrix
     kind, suffix = FORMAT.get(weight.dtype), SUFFIX.get(dtype)
     if call is None or kind is None or suffix is None or weight.ndim < 2 or not weight.numel():
+        return None
+    if offset is not None or iq4:
         return None
     rows = weight.shape[:-1]
     call.integers(rows.numel(), columns)
@@ -134,7 +148,8 @@ def write(
     if matrix is None:
         call.integers(*[0] * 8)
         return
-    weight, scale, bias = matrix
+    weight, scale, bias, offset, iq4 = matrix
+    call.fit &= offset is None and not iq4
     if kind == dtype:
         call.rows(weight, kind, O, I)
         call.fit &= scale is None

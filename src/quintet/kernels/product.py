@@ -42,7 +42,8 @@ def _run(x: Tensor, maps: Sequence[tuple[Matrix, Tensor | None]]) -> list[Tensor
     call.integers(M, I, len(maps), batch_invariant())
     call.rows(rows, dtype, M, I)
     made = []
-    for (weight, scale, bias), up in maps:
+    for matrix, up in maps:
+        weight, scale, bias = matrix[:3]
         if weight.ndim != 2 or scale is not None:
             return None
         O = len(weight)

@@ -2,14 +2,14 @@
 
     int8   w ≈ q · scale            one scale a row
     int4   w ≈ (q - 8) · scale      one scale for 64 neighbours of a row
+    groups                          with offsets, of any size: see `quintet.ops.groups`
     fp8    w ≈ q · scale_inv        one scale for a block, of 128 x 128 in released checkpoints
 
 A weight is (..., O, I), the leading axes those of a stack of experts. Everything works through
 bands of rows, so that no more than a few megabytes are ever there in float32.
 
-An int4 weight is packed two numbers a byte: of each group of 64, byte j holds number j in its low
-half and number j + 32 in its high half, so that a wide load and a mask yield 32 neighbours. Rows
-are filled up to whole groups with zeros.
+An int4 weight is packed two numbers a byte, as those of `quintet.ops.groups` are. Rows are filled
+up to whole groups with zeros.
 """
 
 import math
@@ -22,12 +22,14 @@ from torch import Tensor
 from quintet.backends import operation
 from quintet.errors import InputError
 from quintet.kernels.linear import Matrix
+from quintet.ops.groups import pack_numbers, widen_groups
 from quintet.ops.linear import linear
 
 __all__ = [
     "FP8_BLOCK",
     "INT4_GROUP",
     "bands",
+    "decode",
     "dequantize_fp8",
     "dequantize_int4",
     "dequantize_int8",
@@ -73,28 +75,29 @@ def quantize_int8(weight: Tensor) -> tuple[Tensor, Tensor]:
 
 def dequantize_int8(q: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
     """Return q · scale, rounded once; q (..., O, I), scale (..., O)."""
-    return widen(q, scale, q.shape[-1], dtype)
+    return decode(Matrix(q, scale), q.shape[-1], dtype)
 
 
 @operation("widen")
-def widen(weight: Tensor, scale: Tensor, columns: int, dtype: torch.dtype) -> Tensor:
-    """Return an int8 or int4 weight (..., O, columns) as numbers, rounded once."""
-    if weight.dtype == torch.int8:
-        return _widen_int8(weight, scale, dtype)
-    return _widen_int4(weight, scale, columns, dtype)
-
-
-def _widen_int8(q: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
-    weight = torch.empty_like(q, dtype=dtype)
-    scales = bands(scale.reshape(-1, 1), q.shape[-1])
-    for rows, to, by in zip(bands(_rows(q)), bands(_rows(weight)), scales, strict=True):
-        to.copy_(rows * by)
-    return weight
+def decode(matrix: Matrix, columns: int, dtype: torch.dtype) -> Tensor:
+    """Return a weight of integers (..., O, columns) as numbers, rounded once."""
+    weight, scale, _, offset, iq4 = matrix
+    assert scale is not None
+    if scale.ndim < weight.ndim:
+        scale = scale.unsqueeze(-1)
+    made = weight.new_empty((*weight.shape[:-1], columns), dtype=dtype)
+    offsets = None if offset is None else bands(_rows(offset), columns)
+    for rows, to, by in zip(
+        bands(_rows(weight), columns), bands(_rows(made)), bands(_rows(scale), columns), strict=True
+    ):
+        more = None if offsets is None else next(offsets)
+        to.copy_(widen_groups(rows, by, more, columns, iq4=iq4))
+    return made
 
 
 def int8_linear(x: Tensor, q: Tensor, scale: Tensor, bias: Tensor | None = None) -> Tensor:
     """Return x wᵀ + b with w = q · scale; x (..., I), q (O, I), scale (O,)."""
-    return quantized_linears(x, [(q, scale, bias)])[0]
+    return quantized_linears(x, [Matrix(q, scale, bias)])[0]
 
 
 def int4_shapes(shape: tuple[int, ...]) -> tuple[tuple[int, ...], tuple[int, ...]]:
@@ -129,66 +132,38 @@ def quantize_int4(weight: Tensor) -> tuple[Tensor, Tensor]:
         # Rounded with the scale as it is stored.
         by = _divisor(scales.to(torch.float32).unsqueeze(-1))
         levels = (band / by).round_().clamp_(-8, 7).add_(8).to(torch.uint8)
-        low, high = levels.chunk(2, dim=-1)
-        to.copy_((low | (high << 4)).flatten(-2))
+        to.copy_(pack_numbers(levels.flatten(-2)))
     return packed, scale
 
 
 def dequantize_int4(packed: Tensor, scale: Tensor, columns: int, dtype: torch.dtype) -> Tensor:
     """Return the weight (..., O, columns), rounded once; `columns` are those before filling up."""
-    return widen(packed, scale, columns, dtype)
-
-
-def _widen_int4(packed: Tensor, scale: Tensor, columns: int, dtype: torch.dtype) -> Tensor:
-    weight = packed.new_empty((*packed.shape[:-1], columns), dtype=dtype)
-    for rows, to, by in zip(
-        bands(_rows(packed), columns),
-        bands(_rows(weight)),
-        bands(_rows(scale), columns),
-        strict=True,
-    ):
-        halves = torch.unflatten(rows, -1, (-1, INT4_GROUP // 2))
-        levels = torch.cat((halves & 15, halves >> 4), dim=-1).to(torch.float32).sub_(8)
-        levels *= by.to(torch.float32).unsqueeze(-1)
-        to.copy_(levels.flatten(-2)[..., :columns])
-    return weight
+    return decode(Matrix(packed, scale), columns, dtype)
 
 
 def int4_linear(x: Tensor, packed: Tensor, scale: Tensor, bias: Tensor | None = None) -> Tensor:
     """Return x wᵀ + b for an int4 weight; x (..., I), packed and scale of two axes."""
-    return quantized_linears(x, [(packed, scale, bias)])[0]
-
-
-def quantized_linears(
-    x: Tensor, maps: Sequence[tuple[Tensor, Tensor, Tensor | None]]
-) -> Sequence[Tensor]:
-    """Map the same x (..., I) by several weights of one format, each with its scale and bias.
-
-    In one pass where a kernel does that. The format is int8 or int4, as the dtype of the weights
-    tells.
-    """
-    return _map_all(x, [Matrix(*one) for one in maps])
+    return quantized_linears(x, [Matrix(packed, scale, bias)])[0]
 
 
 @operation("quantised linear")
-def _map_all(x: Tensor, maps: Sequence[Matrix]) -> list[Tensor]:
+def quantized_linears(x: Tensor, maps: Sequence[Matrix]) -> list[Tensor]:
+    """Map the same x (..., I) by several weights of integers, in one pass where a kernel does that.
+
+    Weights are of one dtype, int8 or uint8.
+    """
     return [_in_bands(x, one) for one in maps]
 
 
 def _in_bands(x: Tensor, matrix: Matrix) -> Tensor:
     # In bands that the multiplication finds in the cache.
-    q, scale, bias = matrix
-    assert scale is not None
-    columns = x.shape[-1]
-    out = x.new_empty((*x.shape[:-1], q.shape[0]))
-    height = max(_WIDE_BAND // max(columns, 1), 1)
-    for start in range(0, q.shape[0], height):
-        rows = slice(start, start + height)
-        if q.dtype == torch.int8:
-            w = dequantize_int8(q[rows], scale[rows], x.dtype)
-        else:
-            w = dequantize_int4(q[rows], scale[rows], columns, x.dtype)
-        out[..., rows] = linear(x, w, None if bias is None else bias[rows])
+    columns, height = x.shape[-1], len(matrix.weight)
+    out = x.new_empty((*x.shape[:-1], height))
+    step = max(_WIDE_BAND // max(columns, 1), 1)
+    for start in range(0, height, step):
+        rows = slice(start, start + step)
+        band = matrix.rows(rows)
+        out[..., rows] = linear(x, decode(band, columns, x.dtype), band.bias)
     return out
 
 

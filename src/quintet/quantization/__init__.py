@@ -7,9 +7,8 @@ from quintet.quantization.config import (
     Int4Config,
     Int8Config,
     QuantizationConfig,
-    Scheme,
 )
-from quintet.quantization.formats import WeightFormat
+from quintet.quantization.formats import GroupFormat, Int4Format, Int8Format, WeightFormat
 from quintet.quantization.mixed import MixedConfig
 from quintet.quantization.modules import (
     Quantized,
@@ -18,6 +17,7 @@ from quintet.quantization.modules import (
     QuantizedLinear,
 )
 from quintet.quantization.request import QuantizationRequest, resolve_quantization
+from quintet.quantization.scheme import Scheme
 from quintet.quantization.stored import Stored, packed, read, stored
 from quintet.quantization.torchao import TorchAoConfig
 
@@ -25,8 +25,11 @@ __all__ = [
     "BitsAndBytesConfig",
     "Encoded",
     "FineGrainedFP8Config",
+    "GroupFormat",
     "Int4Config",
+    "Int4Format",
     "Int8Config",
+    "Int8Format",
     "MixedConfig",
     "QuantizationConfig",
     "QuantizationRequest",

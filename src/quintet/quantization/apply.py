@@ -8,7 +8,6 @@ from torch import Tensor, nn
 
 from quintet.errors import CheckpointError, InputError
 from quintet.layers.moe import Experts
-from quintet.quantization.config import Scheme
 from quintet.quantization.formats import Parts, Shape, WeightFormat
 from quintet.quantization.modules import (
     Quantized,
@@ -16,10 +15,11 @@ from quintet.quantization.modules import (
     QuantizedLinear,
     experts_like,
 )
+from quintet.quantization.scheme import Scheme, is_named
 
 STACKS = ("gate_up_proj", "down_proj")
 
-__all__ = ["Encoded", "Slot", "apply", "cut", "freeze", "is_named", "tie"]
+__all__ = ["Encoded", "Slot", "apply", "cut", "freeze", "tie"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,14 +88,15 @@ class Slot:
         Raises:
             CheckpointError: it has numbers that are not finite.
         """
+        ours = self.module.formats[self.name]
         if isinstance(weight, Encoded):
-            same = weight.format.recast(weight.parts, weight.shape, self.module.format)
+            same = weight.format.recast(weight.parts, weight.shape, ours)
             if same is not None:
                 return same
         # As exact as the source: rounding to a dtype in between would be one loss more.
         plain = weight.decode(torch.float32) if isinstance(weight, Encoded) else weight
         try:
-            return self.module.format.encode(plain.to(device or plain.device))
+            return ours.encode(plain.to(device or plain.device))
         except InputError as error:
             raise CheckpointError(f"{source}: {error}") from error
 
@@ -131,7 +132,7 @@ def apply(
                 module.num_embeddings,
                 module.embedding_dim,
                 padding_idx=module.padding_idx,
-                weight_format=chosen,
+                weight_format=chosen[0],
                 dtype=dtype,
                 device=module.weight.device,
             )
@@ -140,13 +141,13 @@ def apply(
                 module.in_features,
                 module.out_features,
                 bias=module.bias,
-                weight_format=chosen,
+                weight_format=chosen[0],
                 compute_dtype=scheme.compute_dtype,
                 device=module.weight.device,
             )
         else:
             assert isinstance(module, Experts)
-            replacement = experts_like(module, chosen, scheme.compute_dtype)
+            replacement = experts_like(module, (chosen[0], chosen[1]), scheme.compute_dtype)
         replaced[module] = replacement.train(module.training)
     # A module that several share has several names, and any may be the one it is saved under.
     for path, module in model.named_modules(remove_duplicate=False):
@@ -167,27 +168,27 @@ def _formats(
     embedding: nn.Module | None,
     head: nn.Module | None,
     tied: bool,
-) -> dict[nn.Module, WeightFormat]:
-    """Choose the format of each module that is to be replaced; see `apply`."""
-    found: dict[nn.Module, WeightFormat | None] = {}
+) -> dict[nn.Module, tuple[WeightFormat, ...]]:
+    """Choose the format of each matrix of the modules that are to be replaced; see `apply`."""
+    found: dict[nn.Module, tuple[WeightFormat | None, ...]] = {}
     rows = scheme.head if tied else None
     for path, module in model.named_modules():
         if is_named(path, keep):
             continue
         if isinstance(module, nn.Embedding) and module is embedding:
-            found[module] = scheme.of(f"{path}.weight", rows)
+            found[module] = (scheme.of(f"{path}.weight", rows),)
         elif isinstance(module, nn.Linear):
             usual = scheme.head if module is head else scheme.weights
-            found[module] = scheme.of(f"{path}.weight", usual)
+            found[module] = (scheme.of(f"{path}.weight", usual),)
         elif isinstance(module, Experts):
-            both = [scheme.of(f"{path}.{name}", scheme.weights) for name in STACKS]
-            found[module] = both[0] if both[0] == both[1] else None
+            found[module] = tuple(scheme.of(f"{path}.{name}", scheme.weights) for name in STACKS)
     if tied and embedding is not None and head is not None:
         # One weight: a head by itself has no name of its own.
         kept = any(m is head and is_named(path, keep) for path, m in model.named_modules())
-        shared = None if kept else found.get(embedding)
+        shared = (None,) if kept else found.get(embedding, (None,))
         found |= {embedding: shared, head: shared}
-    return {module: chosen for module, chosen in found.items() if chosen is not None}
+    chosen = {module: tuple(f for f in one if f is not None) for module, one in found.items()}
+    return {module: one for module, one in chosen.items() if len(one) == len(found[module])}
 
 
 def freeze(model: nn.Module) -> None:
@@ -200,14 +201,9 @@ def tie(alias: nn.Module, source: nn.Module) -> bool:
     """Share the rows of a quantised embedding with a quantised head; tell whether both are such."""
     if not (isinstance(alias, QuantizedLinear) and isinstance(source, QuantizedEmbedding)):
         return False
-    for suffix in source.format.parts(source.matrices["weight"][0]):
+    for suffix in source.suffixes("weight"):
         alias._buffers["weight" + suffix] = source._buffers["weight" + suffix]
     return True
-
-
-def is_named(path: str, names: Sequence[str]) -> bool:
-    """Tell whether a path has one of the names as a part, or its parts in a row."""
-    return any(f".{name}." in f".{path}." for name in names)
 
 
 def cut(weight: Tensor | Encoded, shape: Shape, P: int) -> list[Tensor | Encoded]:
@@ -236,8 +232,8 @@ def part_state(
     for path, module in model.named_modules(remove_duplicate=False):
         if not isinstance(module, Quantized):
             continue
-        for name, (shape, _) in module.matrices.items():
-            suffixes = module.format.parts(shape)
+        for name in module.matrices:
+            suffixes = module.suffixes(name)
             weight = f"{path}.{name}"
             parts = {s: plain.pop(weight + s) for s in suffixes if weight + s in plain}
             if weight not in tied and module not in seen and len(parts) == len(suffixes):

@@ -15,6 +15,8 @@ from quintet.errors import ConfigError, shown
 from quintet.ops.quantized import FP8_BLOCK
 from quintet.quantization.bitsandbytes import CodesFormat, RowwiseFormat, block_size
 from quintet.quantization.formats import FP8Format, Int4Format, Int8Format, Shape, WeightFormat
+from quintet.quantization.own import integers_of
+from quintet.quantization.scheme import Scheme
 
 __all__ = [
     "BitsAndBytesConfig",
@@ -22,36 +24,11 @@ __all__ = [
     "Int4Config",
     "Int8Config",
     "QuantizationConfig",
-    "Scheme",
 ]
 
 Tensors = Mapping[str, TensorInfo]
 # A scale is repeated for all of its block, also where a matrix ends before that.
 MOST_OF_A_BLOCK = 2**16
-
-
-@dataclass(frozen=True, slots=True)
-class Scheme:
-    """Which format each kind of matrix gets; None leaves it as it is.
-
-    Attributes:
-        weights: of the layers' linear maps and experts.
-        head: of the output head, and of the embedding where the two are one.
-        skip: parts of paths whose modules stay as they are.
-        compute_dtype: what inputs are converted to; None for no change.
-        each: the format of each matrix by its name, in place of all the others; what it does not
-            name stays as it is, and embeddings that it names are quantised too.
-    """
-
-    weights: WeightFormat | None
-    head: WeightFormat | None = None
-    skip: tuple[str, ...] = ()
-    compute_dtype: torch.dtype | None = None
-    each: Mapping[str, WeightFormat] | None = None
-
-    def of(self, weight: str, usual: WeightFormat | None) -> WeightFormat | None:
-        """Return the format of a matrix by its name; `usual` is that of its kind."""
-        return usual if self.each is None else self.each.get(weight)
 
 
 @dataclass(kw_only=True)
@@ -125,8 +102,7 @@ class _OwnConfig(QuantizationConfig):
 
     def stored(self, weight: str, shape: Shape, tensors: Tensors) -> WeightFormat | None:
         """Return the format a file holds a matrix in: a model in int4 has a head in int8."""
-        formats = {torch.int8: Int8Format(), torch.uint8: Int4Format()}
-        return formats.get(tensors[weight].dtype) if weight in tensors else None
+        return integers_of(weight, shape, tensors)
 
     def to_dict(self) -> dict[str, Any]:
         """Return the content of `config.json`."""

@@ -8,29 +8,36 @@ disk too, unless a format has to follow somebody else's names.
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import ClassVar
 
 import torch
 from torch import Tensor
 
+from quintet.errors import InputError, shown
 from quintet.kernels.linear import Matrix
+from quintet.ops.group_fit import quantize_groups
+from quintet.ops.groups import group_count, number_shape
 from quintet.ops.linear import linear
 from quintet.ops.quantized import (
     FP8_BLOCK,
+    decode,
     dequantize_fp8,
-    dequantize_int4,
-    dequantize_int8,
     fp8_scale_shape,
-    int4_linear,
     int4_shapes,
-    int8_linear,
     quantize_fp8,
     quantize_int4,
     quantize_int8,
     quantized_linears,
 )
 
-__all__ = ["FP8Format", "Int4Format", "Int8Format", "Parts", "TensorSpec", "WeightFormat"]
+__all__ = [
+    "FP8Format",
+    "GroupFormat",
+    "Int4Format",
+    "Int8Format",
+    "Parts",
+    "TensorSpec",
+    "WeightFormat",
+]
 
 Shape = tuple[int, ...]
 Parts = Mapping[str, Tensor]
@@ -48,7 +55,10 @@ class TensorSpec:
 class WeightFormat(ABC):
     """A way to hold a matrix (O, I)."""
 
-    name: ClassVar[str]
+    @property
+    @abstractmethod
+    def name(self) -> str:
+        """What it is called where people read it."""
 
     @abstractmethod
     def parts(self, shape: Shape) -> dict[str, TensorSpec]:
@@ -74,7 +84,7 @@ class WeightFormat(ABC):
         """Return x wᵀ + b; x (..., I)."""
         return linear(x, self.decode(parts, shape, x.dtype), bias)
 
-    def matrix(self, parts: Parts) -> Matrix | None:
+    def matrix(self, parts: Parts, bias: Tensor | None = None) -> Matrix | None:
         """Return parts, or stacks of them, as kernels read them; None if they cannot."""
         return None
 
@@ -126,15 +136,29 @@ class _Integers(WeightFormat):
         """Tell whether the parts, cut there too, are those of the matrix cut before a row."""
         return True
 
-    def matrix(self, parts: Parts) -> Matrix:
+    def recast(self, parts: Parts, shape: Shape, to: WeightFormat) -> dict[str, Tensor] | None:
+        """Return the parts in another format if that is no rounding; None if it would be one."""
+        # How numbers of ours lie says all of what they mean.
+        alike = isinstance(to, _Integers) and self.parts(shape) == to.parts(shape)
+        return dict(parts) if alike else None
+
+    def matrix(self, parts: Parts, bias: Tensor | None = None) -> Matrix:
         """Return the parts as kernels read them."""
-        return Matrix(parts[""], parts["_scale"])
+        return Matrix(parts[""], parts["_scale"], bias)
+
+    def decode(self, parts: Parts, shape: Shape, dtype: torch.dtype) -> Tensor:
+        """Return the numbers that the parts stand for."""
+        return decode(self.matrix(parts), shape[-1], dtype)
+
+    def linear(self, x: Tensor, parts: Parts, shape: Shape, bias: Tensor | None) -> Tensor:
+        """Return x wᵀ + b; x (..., I)."""
+        return self.linears(x, [(parts, shape, bias)])[0]
 
     def linears(
         self, x: Tensor, maps: Sequence[tuple[Parts, Shape, Tensor | None]]
     ) -> Sequence[Tensor]:
         """Return x wᵀ + b for several matrices, in one pass if that is faster."""
-        return quantized_linears(x, [(parts[""], parts["_scale"], bias) for parts, _, bias in maps])
+        return quantized_linears(x, [self.matrix(parts, bias) for parts, _, bias in maps])
 
 
 @dataclass(frozen=True)
@@ -151,14 +175,6 @@ class Int8Format(_Integers):
         """Split a matrix of numbers into parts."""
         q, scale = quantize_int8(weight)
         return {"": q, "_scale": scale}
-
-    def decode(self, parts: Parts, shape: Shape, dtype: torch.dtype) -> Tensor:
-        """Return the numbers that the parts stand for."""
-        return dequantize_int8(parts[""], parts["_scale"], dtype)
-
-    def linear(self, x: Tensor, parts: Parts, shape: Shape, bias: Tensor | None) -> Tensor:
-        """Return x wᵀ + b; x (..., I)."""
-        return int8_linear(x, parts[""], parts["_scale"], bias)
 
 
 @dataclass(frozen=True)
@@ -177,13 +193,72 @@ class Int4Format(_Integers):
         packed, scale = quantize_int4(weight)
         return {"": packed, "_scale": scale}
 
-    def decode(self, parts: Parts, shape: Shape, dtype: torch.dtype) -> Tensor:
-        """Return the numbers that the parts stand for."""
-        return dequantize_int4(parts[""], parts["_scale"], shape[-1], dtype)
 
-    def linear(self, x: Tensor, parts: Parts, shape: Shape, bias: Tensor | None) -> Tensor:
-        """Return x wᵀ + b; x (..., I)."""
-        return int4_linear(x, parts[""], parts["_scale"], bias)
+@dataclass(frozen=True)
+class GroupFormat(_Integers):
+    """Integers with a scale a group, and perhaps an offset: see `quintet.ops.groups`.
+
+    Attributes:
+        bits: 8 or 4.
+        group: how many neighbours share a scale: 16 (with 8 bits), 32, 64 or another such power of
+            two; None for a whole row.
+        offset: whether groups have offsets.
+        dtype: of scales and offsets.
+        iq4: whether numbers of 4 bits are places in the table of GGUF's IQ4.
+    """
+
+    bits: int
+    group: int | None
+    offset: bool = False
+    dtype: torch.dtype = torch.float16
+    iq4: bool = False
+
+    def __post_init__(self) -> None:
+        least = {4: 32, 8: 16}.get(self.bits)
+        size = self.group
+        if least is None or not (size is None or (size >= least and size & (size - 1) == 0)):
+            raise InputError(
+                f"GroupFormat: bits={shown(self.bits)} and group={shown(size)}; bits have to be 4 "
+                "or 8, and a group a power of two from 32 on, or 16, of 8 bits"
+            )
+        if self.iq4 and (self.bits != 4 or self.offset):
+            raise InputError("GroupFormat: iq4=True is for 4 bits without offsets")
+
+    @property
+    def name(self) -> str:
+        """What it is called where people read it."""
+        size = "a row" if self.group is None else str(self.group)
+        kind = "iq4" if self.iq4 else f"int{self.bits}"
+        return f"{kind} by {size}{' with offsets' if self.offset else ''}"
+
+    def parts(self, shape: Shape) -> dict[str, TensorSpec]:
+        """Return shape and dtype of each part of a matrix of `shape`."""
+        numbers = torch.int8 if self.bits == 8 else torch.uint8
+        scales = TensorSpec((*shape[:-1], group_count(shape[-1], self.group)), self.dtype)
+        specs = {"": TensorSpec(number_shape(shape, self.bits), numbers), self._scale: scales}
+        return {**specs, "_offset": scales} if self.offset else specs
+
+    def encode(self, weight: Tensor) -> dict[str, Tensor]:
+        """Split a matrix of numbers into parts."""
+        numbers, scale, offset = quantize_groups(
+            weight,
+            self.bits,
+            self.group,
+            offset=self.offset,
+            dtype=self.dtype,
+            iq4=self.iq4,
+        )
+        parts = {"": numbers, self._scale: scale}
+        return parts if offset is None else {**parts, "_offset": offset}
+
+    def matrix(self, parts: Parts, bias: Tensor | None = None) -> Matrix:
+        """Return the parts as kernels read them."""
+        return Matrix(parts[""], parts[self._scale], bias, parts.get("_offset"), self.iq4)
+
+    @property
+    def _scale(self) -> str:
+        # What the numbers mean is seen by the names of what is beside them.
+        return "_scale_iq4" if self.iq4 else "_scale"
 
 
 @dataclass(frozen=True)

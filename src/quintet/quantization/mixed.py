@@ -6,19 +6,16 @@ from typing import Any, ClassVar
 
 from quintet.checkpoint import TensorInfo
 from quintet.ops.quantized import FP8_BLOCK
-from quintet.quantization.config import QuantizationConfig, Scheme
-from quintet.quantization.formats import FP8Format, Int4Format, Int8Format, Shape, WeightFormat
+from quintet.quantization.config import QuantizationConfig
+from quintet.quantization.formats import FP8Format, Shape, WeightFormat
+from quintet.quantization.own import integers_of
+from quintet.quantization.scheme import Scheme
 
 __all__ = ["FP8_ROWS", "MixedConfig"]
 
 # A scale for each row, however long: no matrix is as wide.
 FP8_ROWS = (1, 2**16)
-FORMATS: tuple[WeightFormat, ...] = (
-    Int8Format(),
-    Int4Format(),
-    FP8Format(FP8_ROWS),
-    FP8Format(FP8_BLOCK),
-)
+FORMATS: tuple[WeightFormat, ...] = (FP8Format(FP8_ROWS), FP8Format(FP8_BLOCK))
 
 
 @dataclass(kw_only=True)
@@ -42,6 +39,9 @@ class MixedConfig(QuantizationConfig):
         self, weight: str, shape: Shape, tensors: Mapping[str, TensorInfo]
     ) -> WeightFormat | None:
         """Return the format a file holds a matrix in; None for plain numbers."""
+        integers = integers_of(weight, shape, tensors)
+        if integers is not None:
+            return integers
         found = tensors.get(weight)
         if found is None or (found.dtype.is_floating_point and found.dtype.itemsize > 1):
             return None

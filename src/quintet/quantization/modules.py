@@ -1,6 +1,6 @@
 """Modules whose matrices are held in a format of fewer bits; for inference."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Self
 
 import torch
@@ -23,24 +23,31 @@ class Quantized(nn.Module):
     """A module that holds matrices as the parts of a format, buffers of the matrix's name.
 
     Attributes:
-        format: the format of all its matrices.
+        formats: the format of each matrix.
         matrices: the shape of each, and of the stack it stands in: () for a matrix alone, (E, P)
             for E experts whose matrix is P on disk, which are on top of each other here.
     """
 
-    def __init__(self, weight_format: WeightFormat) -> None:
+    def __init__(self) -> None:
         super().__init__()
-        self.format = weight_format
+        self.formats: dict[str, WeightFormat] = {}
         self.matrices: dict[str, tuple[Shape, Shape]] = {}
         self._suffixes: dict[str, tuple[str, ...]] = {}
 
     def hold(
-        self, name: str, shape: Shape, stack: Shape = (), *, device: torch.device | None = None
+        self,
+        name: str,
+        weight_format: WeightFormat,
+        shape: Shape,
+        stack: Shape = (),
+        *,
+        device: torch.device | None = None,
     ) -> None:
         """Make room for a matrix, or a stack of such."""
+        self.formats[name] = weight_format
         self.matrices[name] = (shape, stack)
-        self._suffixes[name] = tuple(self.format.parts(shape))
-        for suffix, part in self.format.parts(shape).items():
+        self._suffixes[name] = tuple(weight_format.parts(shape))
+        for suffix, part in weight_format.parts(shape).items():
             empty = torch.empty(_stacked(part, stack), dtype=part.dtype, device=device)
             self.register_buffer(name + suffix, empty)
 
@@ -65,7 +72,8 @@ class Quantized(nn.Module):
         if place is None:
             return dict(buffers)
         (expert, number), shape = place, self.matrices[name][0]
-        heights = {suffix: part.shape[0] for suffix, part in self.format.parts(shape).items()}
+        parts = self.formats[name].parts(shape)
+        heights = {suffix: part.shape[0] for suffix, part in parts.items()}
         return {
             suffix: buffer[expert, number * heights[suffix] : (number + 1) * heights[suffix]]
             for suffix, buffer in buffers.items()
@@ -80,7 +88,7 @@ class Quantized(nn.Module):
     ) -> None:
         """Take in the parts of one matrix; the first of a stack allocate it."""
         shape, stack = self.matrices[name]
-        for suffix, part in self.format.parts(shape).items():
+        for suffix, part in self.formats[name].parts(shape).items():
             if place is None:
                 new = parts[suffix].to(device, part.dtype)
                 self._buffers[name + suffix] = new.view(part.shape)
@@ -95,12 +103,15 @@ class Quantized(nn.Module):
         """Return the numbers of a matrix, or of a whole stack (E, P · O, I)."""
         shape, stack = self.matrices[name]
         if not stack:
-            return self.format.decode(self.parts(name), shape, dtype)
+            return self.formats[name].decode(self.parts(name), shape, dtype)
         E, P = stack
         return torch.stack(
             [
                 torch.cat(
-                    [self.format.decode(self.parts(name, (e, p)), shape, dtype) for p in range(P)]
+                    [
+                        self.formats[name].decode(self.parts(name, (e, p)), shape, dtype)
+                        for p in range(P)
+                    ]
                 )
                 for e in range(E)
             ]
@@ -109,15 +120,19 @@ class Quantized(nn.Module):
     @property
     def weight_count(self) -> int:
         """The number of weights that the matrices stand for."""
-        shapes = (shape + stack for shape, stack in self.matrices.values())
-        return sum(torch.Size(shape).numel() for shape in shapes)
+        return sum(count for _, count in self.weight_counts())
+
+    def weight_counts(self) -> Iterator[tuple[WeightFormat, int]]:
+        """Yield the format of each matrix and the number of weights that it stands for."""
+        for name, (shape, stack) in self.matrices.items():
+            yield self.formats[name], torch.Size(shape + stack).numel()
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         # model.to(bfloat16) must change neither scales nor FP8 numbers, only where they are.
         before = dict(self._buffers)
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         for name in self.matrices:
-            for suffix in self.format.parts(self.matrices[name][0]):
+            for suffix in self.suffixes(name):
                 old, new = before[name + suffix], self._buffers[name + suffix]
                 if old is not None and new is not None and old.dtype != new.dtype:
                     self._buffers[name + suffix] = old.to(new.device)
@@ -150,11 +165,12 @@ class QuantizedLinear(Quantized, LinearMap):
         compute_dtype: torch.dtype | None = None,
         device: torch.device | None = None,
     ) -> None:
-        super().__init__(weight_format)
+        super().__init__()
+        self.format = weight_format
         self.in_features = in_features
         self.out_features = out_features
         self.compute_dtype = compute_dtype
-        self.hold("weight", (out_features, in_features), device=device)
+        self.hold("weight", weight_format, (out_features, in_features), device=device)
         self.register_parameter("bias", bias)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -181,8 +197,7 @@ class QuantizedLinear(Quantized, LinearMap):
 
     def matrix(self) -> Matrix | None:
         """Return the map's operands for a kernel, or None if its format has none."""
-        parts = self.format.matrix(self.parts("weight"))
-        return None if parts is None or self.compute_dtype else parts._replace(bias=self.bias)
+        return None if self.compute_dtype else self.format.matrix(self.parts("weight"), self.bias)
 
     def extra_repr(self) -> str:
         """Show the sizes in `print(model)`."""
@@ -203,11 +218,12 @@ class QuantizedEmbedding(Quantized):
         dtype: torch.dtype,
         device: torch.device | None = None,
     ) -> None:
-        super().__init__(weight_format)
+        super().__init__()
+        self.format = weight_format
         self.num_embeddings = num_embeddings
         self.embedding_dim = embedding_dim
         self.padding_idx = padding_idx
-        self.hold("weight", (num_embeddings, embedding_dim), device=device)
+        self.hold("weight", weight_format, (num_embeddings, embedding_dim), device=device)
         self.dtype = dtype
 
     def forward(self, ids: Tensor) -> Tensor:
@@ -228,7 +244,11 @@ class QuantizedEmbedding(Quantized):
 
 
 class QuantizedExperts(Quantized, ExpertStack):
-    """E gated MLPs in fewer bits; see `quintet.layers.moe.Experts`."""
+    """E gated MLPs in fewer bits; see `quintet.layers.moe.Experts`.
+
+    Args:
+        weight_formats: of gates and ups, and of downs.
+    """
 
     def __init__(
         self,
@@ -237,17 +257,18 @@ class QuantizedExperts(Quantized, ExpertStack):
         intermediate_size: int,
         *,
         act: Activation,
-        weight_format: WeightFormat,
+        weight_formats: tuple[WeightFormat, WeightFormat],
         compute_dtype: torch.dtype | None = None,
         device: torch.device | None = None,
     ) -> None:
-        super().__init__(weight_format)
+        super().__init__()
         E, C, F = num_experts, hidden_size, intermediate_size
         self.num_experts = num_experts
         self.compute_dtype = compute_dtype
         self.act_fn = act
-        self.hold("gate_up_proj", (F, C), (E, 2), device=device)
-        self.hold("down_proj", (C, F), (E, 1), device=device)
+        of_gates, of_downs = weight_formats
+        self.hold("gate_up_proj", of_gates, (F, C), (E, 2), device=device)
+        self.hold("down_proj", of_downs, (C, F), (E, 1), device=device)
 
     def forward(self, x: Tensor, indices: Tensor, weights: Tensor) -> Tensor:
         """Map tokens (N, C) through the experts `indices` (N, A), summed by `weights` (N, A)."""
@@ -265,13 +286,13 @@ class QuantizedExperts(Quantized, ExpertStack):
     def stacks(self) -> tuple[Matrix, Matrix, Matrix] | None:
         """Return gate, up and down where their format is one that kernels read."""
         both, down = (
-            self.format.matrix({s: self.held(name + s) for s in self.suffixes(name)})
+            self.formats[name].matrix({s: self.held(name + s) for s in self.suffixes(name)})
             for name in ("gate_up_proj", "down_proj")
         )
-        if both is None or down is None or both.scale is None:
+        if both is None or down is None:
             return None
-        halves = zip(both.weight.chunk(2, dim=1), both.scale.chunk(2, dim=1), strict=True)
-        gate, up = (Matrix(weight, scale) for weight, scale in halves)
+        F = self.matrices["gate_up_proj"][0][0]
+        gate, up = (both.rows((slice(None), half)) for half in (slice(0, F), slice(F, 2 * F)))
         return gate, up, down
 
     def _run(self, expert: int, rows: Tensor) -> Tensor:
@@ -280,19 +301,21 @@ class QuantizedExperts(Quantized, ExpertStack):
 
     def _map(self, name: str, expert: int, x: Tensor) -> Tensor:
         (rows, columns), (_, P) = self.matrices[name]
-        if self.format.cuts(rows):
+        weight_format = self.formats[name]
+        if weight_format.cuts(rows):
             # What lies on top of each other is one matrix.
             parts = {s: self.held(name + s)[expert] for s in self.suffixes(name)}
             # A kernel for few vectors rounds differently, and how many there are is up to others.
-            many = WeightFormat if batch_invariant() else type(self.format)
-            return many.linear(self.format, x, parts, (P * rows, columns), None)
+            many = WeightFormat if batch_invariant() else type(weight_format)
+            return many.linear(weight_format, x, parts, (P * rows, columns), None)
         maps = [(self.parts(name, (expert, p)), (rows, columns), None) for p in range(P)]
-        return torch.cat(list(self.format.linears(x, maps)), dim=-1)
+        return torch.cat(list(weight_format.linears(x, maps)), dim=-1)
 
     def extra_repr(self) -> str:
         """Show the sizes in `print(model)`."""
         C, F = self.matrices["down_proj"][0]
-        return f"{self.num_experts} of {C} -> {F} -> {C}, {self.format.name}"
+        names = dict.fromkeys(weight_format.name for weight_format in self.formats.values())
+        return f"{self.num_experts} of {C} -> {F} -> {C}, {' and '.join(names)}"
 
 
 def refuse_training(module: nn.Module, x: Tensor) -> None:
@@ -310,7 +333,9 @@ def refuse_training(module: nn.Module, x: Tensor) -> None:
 
 
 def experts_like(
-    experts: Experts, weight_format: WeightFormat, compute_dtype: torch.dtype | None
+    experts: Experts,
+    weight_formats: tuple[WeightFormat, WeightFormat],
+    compute_dtype: torch.dtype | None,
 ) -> QuantizedExperts:
     """Return quantised experts of the same sizes, without their weights."""
     E, C, F = experts.down_proj.shape
@@ -319,7 +344,7 @@ def experts_like(
         C,
         F,
         act=experts.act_fn,
-        weight_format=weight_format,
+        weight_formats=weight_formats,
         compute_dtype=compute_dtype,
         device=experts.down_proj.device,
     )

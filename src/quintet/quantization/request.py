@@ -14,11 +14,11 @@ from quintet.quantization.config import (
     Int4Config,
     Int8Config,
     QuantizationConfig,
-    Scheme,
 )
 from quintet.quantization.formats import FP8Format, WeightFormat
 from quintet.quantization.gguf import GGUFConfig
 from quintet.quantization.mixed import MixedConfig
+from quintet.quantization.scheme import Scheme
 from quintet.quantization.torchao import TorchAoConfig
 
 __all__ = ["SHORT", "QuantizationRequest", "resolve_quantization"]

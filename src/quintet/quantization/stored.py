@@ -96,7 +96,7 @@ def packed(
     for weight, (module, name, parts) in parted.items():
         (rows, *rest), stack = module.matrices[name]
         if not stack:
-            files |= module.format.pack(weight, parts, (rows, *rest), dtype)
+            files |= module.formats[name].pack(weight, parts, (rows, *rest), dtype)
             continue
         E, P = stack
         for piece in pieces(weight, (E, P * rows, *rest), stacks):
@@ -104,7 +104,7 @@ def packed(
             expert, height = piece.place
             place = (expert, height.start // rows)
             own = module.view(name, parts, place)
-            files |= module.format.pack(piece.name, own, (rows, *rest), dtype)
+            files |= module.formats[name].pack(piece.name, own, (rows, *rest), dtype)
     return plain, files
 
 

@@ -9,8 +9,9 @@ from torch import Tensor
 from quintet.checkpoint import TensorInfo
 from quintet.errors import CheckpointError, ConfigError, UnsupportedModelError, shown
 from quintet.ops.quantized import INT4_GROUP
-from quintet.quantization.config import Int4Config, Int8Config, QuantizationConfig, Scheme
+from quintet.quantization.config import Int4Config, Int8Config, QuantizationConfig
 from quintet.quantization.formats import Int8Format, Parts, Shape, WeightFormat
+from quintet.quantization.scheme import Scheme
 
 __all__ = ["TorchAoConfig"]
 

@@ -1,0 +1,45 @@
+"""Which format a file of our own holds a matrix in: what lies beside its numbers tells."""
+
+from collections.abc import Mapping
+
+import torch
+
+from quintet.checkpoint import TensorInfo
+from quintet.errors import InputError
+from quintet.ops.groups import group_size
+from quintet.quantization.formats import (
+    GroupFormat,
+    Int4Format,
+    Int8Format,
+    Shape,
+    WeightFormat,
+)
+
+__all__ = ["integers_of"]
+
+BITS = {torch.int8: 8, torch.uint8: 4}
+
+
+def integers_of(
+    weight: str, shape: Shape, tensors: Mapping[str, TensorInfo]
+) -> WeightFormat | None:
+    """Return the format of integers that a file holds a matrix in; None for numbers.
+
+    Where its tensors fit no format, it is one that says which ones there should be.
+    """
+    found = tensors.get(weight)
+    bits = None if found is None else BITS.get(found.dtype)
+    if bits is None:
+        return None
+    iq4 = bits == 4 and f"{weight}_scale_iq4" in tensors
+    scale = tensors.get(f"{weight}_scale_iq4" if iq4 else f"{weight}_scale")
+    if scale is None or len(scale.shape) != len(shape) or not scale.dtype.is_floating_point:
+        return Int8Format() if bits == 8 else Int4Format()
+    offset = not iq4 and f"{weight}_offset" in tensors
+    count = scale.shape[-1]
+    try:
+        group = None if count == 1 else group_size(shape[-1], count)
+        made = GroupFormat(bits, group, offset, scale.dtype, iq4)
+        return Int4Format() if made.parts(shape) == Int4Format().parts(shape) else made
+    except InputError:
+        return GroupFormat(bits, None, offset, scale.dtype, iq4)

@@ -1,0 +1,56 @@
+"""Which format each matrix of a model gets."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from types import MappingProxyType
+
+import torch
+
+from quintet.quantization.formats import WeightFormat
+
+__all__ = ["Scheme", "is_named"]
+
+
+@dataclass(frozen=True, slots=True)
+class Scheme:
+    """Which format each kind of matrix gets; None leaves it as it is.
+
+    Attributes:
+        weights: of the layers' linear maps and experts.
+        head: of the output head, and of the embedding where the two are one.
+        skip: parts of paths whose modules stay as they are.
+        compute_dtype: what inputs are converted to; None for no change.
+        special: the formats of matrices that have one of their own, by a part of their names or
+            parts in a row: "down_proj", "layers.3.self_attn.v_proj", "experts.gate_up_proj". The
+            longest that fits counts.
+        each: the format of each matrix by its name, in place of all the others; what it does not
+            name stays as it is, and embeddings that it names are quantised too.
+    """
+
+    weights: WeightFormat | None
+    head: WeightFormat | None = None
+    skip: tuple[str, ...] = ()
+    compute_dtype: torch.dtype | None = None
+    special: Mapping[str, WeightFormat] = field(default_factory=lambda: MappingProxyType({}))
+    each: Mapping[str, WeightFormat] | None = None
+
+    def of(self, weight: str, usual: WeightFormat | None) -> WeightFormat | None:
+        """Return the format of a matrix by its name; `usual` is that of its kind."""
+        if self.each is not None:
+            return self.each.get(weight)
+        if not self.special or usual is None:
+            return usual
+        return next((self.special[n] for n in _names(weight) if n in self.special), usual)
+
+
+def _names(path: str) -> Iterator[str]:
+    """Yield all parts of a path in a row, the longest first."""
+    parts = path.split(".")
+    for length in range(len(parts), 0, -1):
+        for start in range(len(parts) - length + 1):
+            yield ".".join(parts[start : start + length])
+
+
+def is_named(path: str, names: Sequence[str]) -> bool:
+    """Tell whether a path has one of the names as a part, or its parts in a row."""
+    return any(f".{name}." in f".{path}." for name in names)
