@@ -172,8 +172,11 @@ def _formats(
     """Choose the format of each matrix of the modules that are to be replaced; see `apply`."""
     found: dict[nn.Module, tuple[WeightFormat | None, ...]] = {}
     rows = scheme.head if tied else None
-    for path, module in model.named_modules():
-        if is_named(path, keep):
+    # What several share has several names, and any may be the one that is meant.
+    named = list(model.named_modules(remove_duplicate=False))
+    kept = {module for path, module in named if is_named(path, keep)}
+    for path, module in named:
+        if module in kept or None not in found.get(module, (None,)):
             continue
         if isinstance(module, nn.Embedding) and module is embedding:
             found[module] = (scheme.of(f"{path}.weight", rows),)
@@ -184,8 +187,7 @@ def _formats(
             found[module] = tuple(scheme.of(f"{path}.{name}", scheme.weights) for name in STACKS)
     if tied and embedding is not None and head is not None:
         # One weight: a head by itself has no name of its own.
-        kept = any(m is head and is_named(path, keep) for path, m in model.named_modules())
-        shared = (None,) if kept else found.get(embedding, (None,))
+        shared = (None,) if head in kept else found.get(embedding, (None,))
         found |= {embedding: shared, head: shared}
     chosen = {module: tuple(f for f in one if f is not None) for module, one in found.items()}
     return {module: one for module, one in chosen.items() if len(one) == len(found[module])}
