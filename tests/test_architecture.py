@@ -20,6 +20,7 @@ LADDER = [
     {"models"},
     {"modeling"},
     {"generation"},
+    {"adapters"},
     {"quantization"},
     {"checkpoint"},
     {"layers"},

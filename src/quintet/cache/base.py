@@ -6,7 +6,7 @@ a forward that fails halfway leaves the cache as it was. Recurrent states cannot
 length like that: after such a failure the cache asks to be cropped or reset.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Hashable, Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -28,6 +28,8 @@ class Cache:
         keeps_layers: whether what the model took down of its layers is kept for the next forward,
             as nobody but this generation has the cache.
         kept_layers: that; a model's own affair.
+        adapters: what is known of the adapters its tokens were made with, of each row or once for
+            all; None for nothing.
         seen: where each forward that fills the cache puts the states and embeddings (B, T, C) of
             its tokens, and which of them are no padding, (B, T) or None for all; None to put
             nothing there.
@@ -51,6 +53,7 @@ class Cache:
         self.companion: Companion | None = None
         self.keeps_layers = False
         self.kept_layers: object = None
+        self.adapters: tuple[Hashable, ...] | None = None
         self.seen: list[tuple[Tensor, Tensor, Tensor | None]] | None = None
 
     # -- one forward -------------------------------------------------------------------------
@@ -78,6 +81,27 @@ class Cache:
                 "use a new cache, or select its rows with batch_select_indices"
             )
         return Segment(self._lengths, length, self._longest + length, counts, device)
+
+    def made_with(self, adapters: tuple[Hashable, ...]) -> None:
+        """Note the adapters that tokens are made with, of each row or one for all.
+
+        Raises:
+            InputError: a row holds tokens that were made with others.
+        """
+        before = self.adapters
+        if before is not None and before != adapters and self._longest:
+            lengths = self.lengths(max(len(before), len(adapters), self.batch_size or 1)).tolist()
+            rows = len(lengths)
+            was, now = (one * rows if len(one) == 1 else one for one in (before, adapters))
+            if len(was) != len(now) or any(
+                held and one != other for held, one, other in zip(lengths, was, now, strict=True)
+            ):
+                raise InputError(
+                    "past_key_values was filled with other adapters than those in use: what it "
+                    "holds is not what they would have made. Run the text again without it, or "
+                    "use the adapters that it was made with"
+                )
+        self.adapters = adapters
 
     def update(
         self, keys: Tensor, values: Tensor, layer_idx: int, segment: Segment | None = None
@@ -259,6 +283,8 @@ class Cache:
             self._longest = _longest(self._lengths)
         for slot in self._slots():
             slot.select(indices)
+        if self.adapters is not None and len(self.adapters) > 1:
+            self.adapters = tuple(self.adapters[row] for row in indices.tolist())
         if self.companion is not None:
             self.companion.select(indices)
 
@@ -275,7 +301,7 @@ class Cache:
     def reset(self) -> None:
         """Forget everything; preallocated memory stays."""
         self._lengths, self._longest, self._forward_unfinished = 0, 0, False
-        self.companion = None
+        self.companion = self.adapters = None
         for slot in self._slots():
             slot.reset()
 

@@ -24,7 +24,9 @@ T = TypeVar("T")
 PATIENCE = 60.0
 
 
-def read_consistently(directory: Path, read: Callable[[], T], *, variant: str | None = None) -> T:
+def read_consistently(
+    directory: Path, read: Callable[[], T], *, variant: str | None = None, stem: str = "model"
+) -> T:
     """Call `read` until no save has come between, and return its result.
 
     Between two looks at the directory in which nothing that a save replaces has changed, `read`
@@ -41,7 +43,8 @@ def read_consistently(directory: Path, read: Callable[[], T], *, variant: str | 
     until = time.monotonic() + PATIENCE
     while True:
         settled = recover(directory)
-        before = _state(directory, variant)
+        named = Names(variant, stem)
+        before = _state(directory, named)
         problem: QuintetError | OSError | None = None
         try:
             found = read()
@@ -49,7 +52,7 @@ def read_consistently(directory: Path, read: Callable[[], T], *, variant: str | 
             problem = error
         # A save may have begun since, and nothing of it show yet but its note.
         settled = recover(directory) and settled
-        same = _state(directory, variant) == before
+        same = _state(directory, named) == before
         if problem is None and same:
             return found
         if problem is not None and ((same and settled) or time.monotonic() > until):
@@ -75,8 +78,7 @@ def recover(directory: Path) -> bool:
     return True
 
 
-def _state(directory: Path, variant: str | None) -> dict[str, tuple[int, int, int]]:
-    named = Names(variant)
+def _state(directory: Path, named: Names) -> dict[str, tuple[int, int, int]]:
     wanted = {*CONFIG_PATTERNS, named.single, named.index}
     state = {}
     for path in directory.iterdir():

@@ -37,11 +37,16 @@ SAVE_ID = "save_id"
 class Names:
     """The names of weight files, with a variant in each: `model.fp16.safetensors`.
 
+    Attributes:
+        variant: the word in the middle; None for none.
+        stem: what they begin with: "adapter_model" for those of an adapter.
+
     Raises:
         InputError: the variant cannot be a part of a file's name.
     """
 
     variant: str | None = None
+    stem: str = "model"
 
     def __post_init__(self) -> None:
         if self.variant is not None and not re.fullmatch(r"\w[\w-]*", self.variant):
@@ -50,12 +55,12 @@ class Names:
     @property
     def single(self) -> str:
         """The one file."""
-        return with_variant(SINGLE, self.variant)
+        return with_variant(f"{self.stem}.safetensors", self.variant)
 
     @property
     def index(self) -> str:
         """The index of shards."""
-        return with_variant(INDEX, self.variant)
+        return with_variant(f"{self.stem}.safetensors.index.json", self.variant)
 
     def shard(self, number: int, count: int) -> str:
         """Return the name of shard `number`, counted from 1, of `count`."""
@@ -68,12 +73,13 @@ class Names:
 
     @property
     def _stem(self) -> str:
-        return "model" if self.variant is None else f"model.{self.variant}"
+        return self.stem if self.variant is None else f"{self.stem}.{self.variant}"
 
 
 def is_last_step(name: object) -> bool:
     """Tell whether a name is one that the last step of a save moves."""
-    pattern = r"model(\.\w[\w-]*)?\.safetensors|model\.safetensors\.index(\.\w[\w-]*)?\.json"
+    word = r"(\.\w[\w-]*)?"
+    pattern = rf"(adapter_)?model({word}\.safetensors|\.safetensors\.index{word}\.json)"
     return isinstance(name, str) and (name == REPLACED or re.fullmatch(pattern, name) is not None)
 
 

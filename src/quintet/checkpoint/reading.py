@@ -56,15 +56,26 @@ class Checkpoint:
     )
 
     @classmethod
-    def open(cls, directory: str | os.PathLike[str], *, variant: str | None = None) -> Self:
+    def open(
+        cls,
+        directory: str | os.PathLike[str],
+        *,
+        variant: str | None = None,
+        stem: str = "model",
+    ) -> Self:
         """Find the weights in a directory and check names, shapes and sizes of all of them.
+
+        Args:
+            directory: where they are.
+            variant: which, where there are several: "fp16" is model.fp16.safetensors.
+            stem: what the files' names begin with.
 
         Raises:
             CheckpointError: no weights, or they are incomplete, damaged, unsafe or mixed.
             InputError: `variant` cannot be a part of a file's name.
         """
         directory = Path(directory)
-        named = Names(variant)
+        named = Names(variant, stem)
         if not directory.is_dir():
             raise CheckpointError(f"{directory} is not a directory; a checkpoint is one")
         for staging in sorted(directory.glob(f"{STAGING}*")):

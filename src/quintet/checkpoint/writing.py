@@ -44,6 +44,7 @@ def save(
     metadata: Mapping[str, str] | None = None,
     text_files: Mapping[str, str] = _NO_TEXTS,
     variant: str | None = None,
+    stem: str = "model",
 ) -> list[Path]:
     """Write a checkpoint in the layout of the hub; return the paths of its files.
 
@@ -58,7 +59,7 @@ def save(
     """
     most = parse_size(max_shard_size)
     header = {"format": "pt", **(metadata or {})}
-    named = Names(variant)
+    named = Names(variant, stem)
     _check_tensors(tensors)
     _check_texts(header, text_files, named)
     parts = split({name: tensor.nbytes for name, tensor in tensors.items()}, most)

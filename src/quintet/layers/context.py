@@ -8,6 +8,7 @@ import torch.nn.functional as F  # noqa: N812
 from torch import Tensor
 
 from quintet.cache import Cache, Segment
+from quintet.layers.adapted import Placing, placed
 from quintet.ops.attention import AttentionBackend
 from quintet.ops.masks import AttentionMask
 
@@ -69,6 +70,7 @@ class ForwardContext:
         cache: where layers keep what the next step needs; None to keep nothing.
         embeds: (B, T, C) the embeddings, for layers that look back at them.
         notes: where layers put what was asked for beside their output.
+        placing: what adapters are told of rows and layers; None where they need not know.
         elsewhere: the same on other devices, which layers there share.
     """
 
@@ -81,6 +83,7 @@ class ForwardContext:
     cache: Cache | None
     embeds: Tensor
     notes: Notes = field(default_factory=Notes)
+    placing: Placing | None = None
     elsewhere: "dict[torch.device, ForwardContext]" = field(
         init=False, default_factory=dict, repr=False
     )
@@ -131,12 +134,14 @@ class ForwardContext:
         if self.rectangular:
             if self.cache is not None:
                 keys, values = self.cache.update(keys, values, layer_idx, self.whole)
-            return attend(self.masks[0][window], *queries, keys, values)
+            with placed(self.placing and self.placing.of_rows(None)):
+                return attend(self.masks[0][window], *queries, keys, values)
         outs, weights = [], []
         own = zip(*(self._split(x) for x in queries), strict=True)
         stored = self._stored(keys, values, layer_idx)
-        for masks, parts, pair in zip(self.masks, own, stored, strict=True):
-            out, weighed = attend(masks[window], *parts, *pair)
+        for masks, parts, pair, one in zip(self.masks, own, stored, self.segments, strict=True):
+            with placed(self.placing and self.placing.of_rows(one.rows)):
+                out, weighed = attend(masks[window], *parts, *pair)
             outs.append(out.transpose(1, 2))
             if weighed is not None:
                 weights.append(weighed)

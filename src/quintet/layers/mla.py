@@ -4,6 +4,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from quintet.kernels import latent, parts
+from quintet.layers.adapted import matrix_in_use
 from quintet.layers.context import ForwardContext
 from quintet.layers.linear import Linear, matrices, project
 from quintet.layers.norm import RMSNorm
@@ -130,7 +131,10 @@ class LatentAttention(StackPart):
         weight: object = plain.weight
         if is_traceable_wrapper_subclass(weight):
             return None
-        return plain.weight.view(self.num_heads, -1, self.kv_lora_rank)
+        return self._by_head(plain.weight)
+
+    def _by_head(self, weight: Tensor) -> Tensor:
+        return weight.view(self.num_heads, -1, self.kv_lora_rank)
 
     def _queries_and_latents(self, hidden_states: Tensor) -> tuple[Tensor, Tensor]:
         latents = self.kv_a_proj_with_mqa
@@ -144,6 +148,9 @@ class LatentAttention(StackPart):
         self, q_nope: Tensor, q_pe: Tensor, c_kv: Tensor, k_pe: Tensor, context: ForwardContext
     ) -> tuple[Tensor, Tensor | None]:
         w_kv, dropout = self._w_kv(), self.attention_dropout if self.training else 0.0
+        if w_kv is None:
+            adapted = matrix_in_use(self.kv_b_proj)
+            w_kv = None if adapted is None else self._by_head(adapted)
 
         def attend(
             mask: AttentionMask, q_nope: Tensor, q_pe: Tensor, c_kv: Tensor, k_pe: Tensor

@@ -18,7 +18,12 @@ __all__ = ["ExpertStack", "Experts", "run_mlp", "silu_stacks"]
 class ExpertStack(PlainModule, ABC):
     """E gated MLPs on top of each other, each way to hold matrices a class of its own."""
 
+    num_experts: int
     act_fn: Activation
+
+    @abstractmethod
+    def map(self, name: str, expert: int, x: Tensor) -> Tensor:
+        """Apply an expert's matrix of the stack `name`, gate_up_proj or down_proj, to (n, I)."""
 
     @abstractmethod
     def stacks(self) -> tuple[Matrix, Matrix, Matrix] | None:
@@ -42,6 +47,12 @@ class Experts(ExpertStack):
     def forward(self, x: Tensor, indices: Tensor, weights: Tensor) -> Tensor:
         """Map tokens (N, C) through the experts `indices` (N, A), summed by `weights` (N, A)."""
         return apply_experts(x, indices, weights, self.gate_up_proj, self.down_proj, self.act_fn)
+
+    def map(self, name: str, expert: int, x: Tensor) -> Tensor:
+        """Apply an expert's matrix of the stack `name`, gate_up_proj or down_proj, to (n, I)."""
+        stack = self._parameters[name]
+        assert stack is not None
+        return F.linear(x, stack[expert])
 
     def stacks(self) -> tuple[Matrix, Matrix, Matrix]:
         """Return views of the parameters."""

@@ -6,7 +6,7 @@ from typing import Any, ClassVar, TypeVar
 from torch import nn
 from torch.nn.modules import module as hooks
 
-__all__ = ["PlainModule", "hooked", "in_between", "untouched"]
+__all__ = ["PlainModule", "called_only", "hooked", "in_between", "untouched"]
 
 Module = TypeVar("Module", bound=nn.Module)
 WRITTEN_CALL = nn.Module._call_impl
@@ -32,13 +32,17 @@ def hooked(module: nn.Module) -> bool:
     That is so with a hook on it or on all modules, and where its forward or its call was replaced:
     its own, its class's, or that of all modules.
     """
+    return "forward" in vars(module) or called_only(module)
+
+
+def called_only(module: nn.Module) -> bool:
+    """Tell the same but for a forward of the module's own, which says itself what it does."""
     kind = type(module)
     return bool(
         module._forward_hooks
         or module._forward_pre_hooks
         or module._backward_hooks
         or module._backward_pre_hooks
-        or "forward" in vars(module)
         or module._compiled_call_impl is not None
         or not issubclass(kind, PlainModule)
         or kind.forward is not kind.written_forward

@@ -11,6 +11,7 @@ from torch.autograd.graph import save_on_cpu
 from torch.utils.checkpoint import checkpoint
 
 from quintet.errors import InputError
+from quintet.layers.adapted import placed
 from quintet.layers.context import ForwardContext
 
 __all__ = ["Recompute"]
@@ -77,7 +78,9 @@ class Recompute:
             # Notes of its own, so that no second run adds to those of the first.
             notes = context.notes.like()
             named = dict(zip(more, others, strict=True))
-            output = layer(hidden, context=replace(context, embeds=embeds, notes=notes), **named)
+            own = replace(context, embeds=embeds, notes=notes)
+            with placed(context.placing):
+                output = layer(hidden, context=own, **named)
             weights = notes.weights or ()
             weighed.append(len(weights))
             return output, *weights, *(notes.router_logits or ())

@@ -3,6 +3,7 @@
 from torch import Tensor, nn
 
 from quintet.errors import InputError
+from quintet.layers.adapted import placed
 from quintet.layers.context import ForwardContext
 from quintet.layers.recompute import Recompute
 
@@ -26,7 +27,8 @@ def run_layer(
         InputError: a hook, or what somebody put in its place, returned something else.
     """
     if recompute is None:
-        output = layer(hidden, context=context, **more)
+        with placed(context.placing):
+            output = layer(hidden, context=context, **more)
     else:
         output = recompute.run(layer, hidden, context, more)
     if not isinstance(output, Tensor):

@@ -14,6 +14,7 @@ from quintet.folder import checked_path
 from quintet.generation.config import GENERATION_CONFIG_NAME, GenerationConfig
 from quintet.hub import Pushable
 from quintet.modeling import loading
+from quintet.modeling.adapting import Adapting
 from quintet.modeling.checkpointing import Checkpointing
 from quintet.modeling.contract import ModelContract
 from quintet.modeling.key_mapping import check_tied, stack_experts
@@ -26,7 +27,7 @@ from quintet.quantization import (
 __all__ = ["PreTrainedModel"]
 
 
-class PreTrainedModel(ModelContract, Checkpointing, Pushable):
+class PreTrainedModel(ModelContract, Checkpointing, Adapting, Pushable):
     """The base of all models: built from a config, read from and written to checkpoints."""
 
     def __init__(self, config: PreTrainedConfig) -> None:

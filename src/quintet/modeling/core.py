@@ -171,7 +171,10 @@ class ModelCore(nn.Module):
         dtypes = (
             parameter.dtype
             for name, parameter in self.named_parameters()
-            if parameter.is_floating_point() and not name.endswith(self.keep_in_fp32)
+            if parameter.is_floating_point()
+            and not name.endswith(self.keep_in_fp32)
+            # An adapter's are float32 on any model.
+            and ".adapters." not in name
         )
         return next(dtypes, torch.float32)
 

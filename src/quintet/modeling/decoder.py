@@ -6,7 +6,7 @@ What a family adds is its layers: each maps hidden states and a `ForwardContext`
 import warnings
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import islice
 from typing import Any, TypeVar, Unpack
 
@@ -112,6 +112,8 @@ class DecoderModel(PreTrainedModel):
             max_length_q: the length of the longest of these texts, or more.
             max_length_k: the same again.
             seq_idx: (B, T) numbers that change where a text ends, in place of `cu_seq_lens_q`.
+            adapter_names: an adapter for each row, or each text of `cu_seq_lens_q` that has a row
+                of a cache; None, or "__base__", for none. Those in use do not matter then.
 
         Raises:
             InputError: an argument cannot be used, or two contradict each other.
@@ -246,6 +248,8 @@ class DecoderModel(PreTrainedModel):
 
         notes = Notes(weights=weighs, router_logits=output_router_logits)
         context = self._context(embeds, taken, position_ids, custom, cache, notes, texts)
+        if self.adapters is not None:
+            context = replace(context, placing=self.placing(given, rows, texts, cache))
         keeps = first(output_hidden_states, self.config.output_hidden_states)
         states = self._run_layers(embeds, context, rows, keeps)
         if cache is not None:
@@ -385,6 +389,8 @@ class DecoderModel(PreTrainedModel):
         self, layer: nn.Module, index: int, hidden: Tensor, context: ForwardContext, **more: Tensor
     ) -> Tensor:
         # A cache would be written twice, so with one nothing is recomputed.
+        if context.placing is not None:
+            context = replace(context, placing=context.placing.at_layer(index))
         recompute = None
         if context.cache is None and self._recomputes():
             recompute = self.recompute.of(index)

@@ -140,7 +140,7 @@ class CausalLMHead(Headed, GenerationMixin):
             cache_position=cache_position,
             **packing,
         )
-        logits = self.lm_head(kept(outputs.last_hidden_state, logits_to_keep))
+        logits = self.logits_of(outputs.last_hidden_state, logits_to_keep)
         loss = None
         if labels is not None or shift_labels is not None:
             texts = self.texts(
@@ -158,6 +158,13 @@ class CausalLMHead(Headed, GenerationMixin):
             loss, logits, outputs.past_key_values, outputs.hidden_states, outputs.attentions
         )
         return cast("CausalLMOutputWithPast", self._returned(output, return_dict))
+
+    def logits_of(self, hidden: Tensor, logits_to_keep: int | Tensor) -> Tensor:
+        """Return the logits of those positions of hidden states (B, T, C) that are wanted."""
+        if self.adapters is None:
+            return self.lm_head(kept(hidden, logits_to_keep))  # type: ignore[no-any-return]
+        with self.kept_tokens(lambda tokens: kept(tokens, logits_to_keep)):
+            return self.lm_head(kept(hidden, logits_to_keep))  # type: ignore[no-any-return]
 
     def label_loss(
         self,

@@ -11,7 +11,6 @@ from quintet.modeling.decoder import DecoderModel, first
 from quintet.modeling.heads import (
     CausalLMHead,
     LabelOptions,
-    kept,
     padding_mask,
     split_options,
 )
@@ -140,7 +139,7 @@ class MoeCausalLMHead(CausalLMHead):
                 **packing,
             ),
         )
-        logits = self.lm_head(kept(outputs.last_hidden_state, logits_to_keep))
+        logits = self.logits_of(outputs.last_hidden_state, logits_to_keep)
         padding = padding_mask(attention_mask)
         loss = aux = None
         if labels is not None or shift_labels is not None:

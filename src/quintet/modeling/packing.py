@@ -1,7 +1,7 @@
 """Several texts in a row: how trainers and collators say so."""
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from itertools import pairwise
 from typing import Any, TypedDict, TypeVar
 
@@ -10,6 +10,7 @@ import torch.nn.functional as F  # noqa: N812
 from torch import Tensor
 
 from quintet.errors import InputError
+from quintet.modeling.adapting import takes_adapters
 from quintet.ops.documents import Documents, documents_of
 from quintet.ops.labels import IGNORED
 from quintet.ops.transforms import recorded
@@ -17,6 +18,7 @@ from quintet.ops.transforms import recorded
 __all__ = ["Packing", "own_labels", "packed", "takes_packing"]
 
 Forward = TypeVar("Forward", bound=Callable[..., Any])
+AdapterNames = Sequence[str | None] | None
 
 
 class Packing(TypedDict, total=False):
@@ -38,15 +40,19 @@ class Packing(TypedDict, total=False):
 
 
 def takes_packing(forward: Forward) -> Forward:
-    """Name the options of `Packing` in the signature that tools read, in place of **options."""
+    """Let a forward take the options of `Packing`, and an adapter for each row.
+
+    They are named in the signature that tools read, in place of **options.
+    """
     signature = inspect.signature(forward)
     named = [p for p in signature.parameters.values() if p.kind is not p.VAR_KEYWORD]
     named += [
         inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=kind)
-        for name, kind in Packing.__annotations__.items()
+        for name, kind in (*Packing.__annotations__.items(), ("adapter_names", AdapterNames))
     ]
-    vars(forward)["__signature__"] = signature.replace(parameters=named)
-    return forward
+    run = takes_adapters(forward)
+    vars(run)["__signature__"] = signature.replace(parameters=named)
+    return run
 
 
 def packed(

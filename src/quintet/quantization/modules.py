@@ -283,6 +283,12 @@ class QuantizedExperts(Quantized, ExpertStack):
         stacks = self.stacks() if self.act_fn is F.silu else None
         return None if stacks is None else gated_mlp(x, *stacks, indices, weights)
 
+    def map(self, name: str, expert: int, x: Tensor) -> Tensor:
+        """Apply an expert's matrix of the stack `name`, gate_up_proj or down_proj, to (n, I)."""
+        refuse_training(self, x)
+        wide = x if self.compute_dtype is None else x.to(self.compute_dtype)
+        return self._map(name, expert, wide).to(x.dtype)
+
     def stacks(self) -> tuple[Matrix, Matrix, Matrix] | None:
         """Return gate, up and down where their format is one that kernels read."""
         both, down = (

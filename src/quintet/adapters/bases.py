@@ -1,0 +1,110 @@
+"""The modules that adapters are put on: what they hold, whichever way they hold it."""
+
+import copy
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor, nn
+
+from quintet.errors import UnsupportedBackendError
+from quintet.layers.linear import Linear, LinearMap
+from quintet.layers.moe import Experts, ExpertStack
+from quintet.quantization import Quantized, QuantizedEmbedding
+
+__all__ = [
+    "dense",
+    "device_of",
+    "is_embedding",
+    "is_experts",
+    "is_linear",
+    "shape_of",
+    "with_tensors",
+]
+
+
+def is_linear(module: nn.Module) -> bool:
+    """Tell whether a module is a linear map."""
+    return isinstance(module, nn.Linear | LinearMap)
+
+
+def is_embedding(module: nn.Module) -> bool:
+    """Tell whether a module maps ids to vectors."""
+    return isinstance(module, nn.Embedding | QuantizedEmbedding)
+
+
+def is_experts(module: nn.Module) -> bool:
+    """Tell whether a module is the experts of a layer."""
+    return isinstance(module, ExpertStack)
+
+
+def shape_of(module: nn.Module, name: str) -> tuple[int, ...] | None:
+    """Return the shape of a tensor of a module, quantised or not; None if it has none."""
+    if isinstance(module, Quantized) and name in module.matrices:
+        (rows, columns), stack = module.matrices[name]
+        return (stack[0], stack[1] * rows, columns) if stack else (rows, columns)
+    held: dict[str, Tensor | None] = {**module._buffers, **module._parameters}
+    tensor = held.get(name)
+    # Some formats of other packages keep bytes in a parameter; the map knows its sizes.
+    if name == "weight" and isinstance(module, nn.Linear):
+        return (module.out_features, module.in_features)
+    return None if tensor is None else tuple(tensor.shape)
+
+
+def device_of(module: nn.Module) -> torch.device:
+    """Return where a module's tensors are."""
+    tensors = (*module.parameters(), *module.buffers())
+    return next((tensor.device for tensor in tensors), torch.device("cpu"))
+
+
+def dense(module: nn.Module, name: str) -> Tensor:
+    """Return a tensor of a module in float32, decoded if need be; no gradient passes it.
+
+    Raises:
+        UnsupportedBackendError: it is held in a format that only its package can read.
+    """
+    if isinstance(module, Quantized) and name in module.matrices:
+        return module.decoded(name, torch.float32)
+    tensor = module.get_parameter(name)
+    if not tensor.is_floating_point() or type(tensor) is not nn.Parameter:
+        raise UnsupportedBackendError(
+            f"the {name} of a {type(module).__name__} is a {type(tensor).__name__} of "
+            f"{tensor.dtype}, whose numbers are not known here: load the model with quantize= of "
+            "this library, or without quantisation, for adapters that need them"
+        )
+    return tensor.detach().to(torch.float32)
+
+
+def with_tensors(module: nn.Module, tensors: Mapping[str, Tensor]) -> nn.Module:
+    """Return a module that is another but for some tensors; the others and its parts it shares."""
+    if not tensors:
+        return module
+    if isinstance(module, Quantized) and not tensors.keys().isdisjoint(module.matrices):
+        return _plain(module, tensors)
+    other = copy.copy(module)
+    other._parameters, other._buffers = dict(module._parameters), dict(module._buffers)
+    for name, tensor in tensors.items():
+        held = other._buffers if name in other._buffers else other._parameters
+        # What a matrix has become of one that gradients pass is no parameter of anything.
+        held[name] = tensor  # type: ignore[assignment]
+    return other
+
+
+def _plain(module: Quantized, tensors: Mapping[str, Tensor]) -> nn.Module:
+    """Return a module of numbers in place of a quantised one, of which a matrix is replaced."""
+    plain: nn.Module
+    if isinstance(module, QuantizedEmbedding):
+        plain = nn.Embedding(1, 1, device="meta")
+        plain.num_embeddings, plain.embedding_dim = tensors["weight"].shape
+    elif isinstance(module, LinearMap):
+        plain = Linear(1, 1, bias=False, device="meta")
+        plain.out_features, plain.in_features = tensors["weight"].shape
+        plain.bias = module._parameters.get("bias")  # type: ignore[assignment]
+    elif isinstance(module, ExpertStack):
+        plain = Experts(0, 0, 0, act="silu")
+        plain.act_fn = module.act_fn
+        plain.num_experts = tensors["down_proj"].shape[0]
+    else:
+        raise AssertionError(type(module))
+    for name, tensor in tensors.items():
+        plain._parameters[name] = tensor  # type: ignore[assignment]
+    return plain.train(module.training)

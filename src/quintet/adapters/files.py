@@ -1,0 +1,52 @@
+"""An adapter's directory: found, downloaded, and opened."""
+
+import os
+from pathlib import Path
+from typing import Any
+
+from quintet.adapters.config import LoraConfig
+from quintet.checkpoint import Checkpoint, Weights, read_consistently
+from quintet.errors import CheckpointError, UnsupportedModelError, shown
+from quintet.folder import ADAPTER_CONFIG_NAME
+from quintet.hub import locate
+
+__all__ = ["STEM", "open_adapter"]
+
+# What the names of its files of weights begin with.
+STEM = "adapter_model"
+PATTERNS = (ADAPTER_CONFIG_NAME, f"{STEM}*.safetensors", f"{STEM}.safetensors.index.json")
+
+
+def open_adapter(
+    name_or_path: str | os.PathLike[str], **where: Any
+) -> tuple[Path, LoraConfig, Weights]:
+    """Open an adapter: its directory, what it is, and its tensors, of which none is read yet.
+
+    Args:
+        name_or_path: a directory or a hub id.
+        where: as of `quintet.hub.locate`.
+
+    Raises:
+        ModelNotFoundError: no such directory or repository.
+        CheckpointError: it is none, or its files are damaged.
+        UnsupportedModelError: it is of another kind, or its weights are pickled.
+    """
+    root = locate(name_or_path, PATTERNS, **where)
+    if not (root / ADAPTER_CONFIG_NAME).is_file():
+        raise CheckpointError(
+            f"{shown(os.fspath(name_or_path))} has no {ADAPTER_CONFIG_NAME}; an adapter is a "
+            f"directory with it and {STEM}.safetensors"
+        )
+
+    def files() -> tuple[LoraConfig, Weights]:
+        config = LoraConfig.read(root)
+        pickled = root / f"{STEM}.bin"
+        if pickled.is_file() and not any(root.glob(f"{STEM}*.safetensors")):
+            raise UnsupportedModelError(
+                f"{pickled} is pickled, which can run code and is never read; load it in PEFT, "
+                "and save it with safe_serialization=True"
+            )
+        return config, Checkpoint.open(root, stem=STEM)
+
+    config, weights = read_consistently(root, files, stem=STEM)
+    return root, config, weights

@@ -1,0 +1,313 @@
+"""The forwards that adapted modules run: the module's own, and what adapters in use add to it."""
+
+from abc import abstractmethod
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple, cast
+
+import torch
+from torch import Tensor, nn
+
+from quintet.adapters.adaptation import EXPERT_STACKS, Adaptation
+from quintet.adapters.bases import (
+    dense,
+    is_embedding,
+    is_experts,
+    is_linear,
+    with_tensors,
+)
+from quintet.adapters.lowrank import (
+    Addition,
+    EmbeddingLowRank,
+    ExpertStackLowRank,
+    LowRank,
+    Remembered,
+)
+from quintet.layers.adapted import AdaptedForward, Place, Places
+from quintet.layers.moe import ExpertStack
+from quintet.ops.moe import each_hit_expert, gated
+
+__all__ = ["ALL", "Active", "Forward", "InUse", "forward_for", "uses_of"]
+
+# The use of a module that is one module's alone; a shared one's are the numbers of its layers.
+ALL = "all"
+
+
+class Active(NamedTuple):
+    """An adapter in use, and by what its changes are multiplied."""
+
+    name: str
+    weight: float = 1.0
+
+
+class InUse(NamedTuple):
+    """What one adapter in use does to a module, and by what that is multiplied."""
+
+    adaptation: Adaptation
+    weight: float
+
+
+def uses_of(module: nn.Module, name: str) -> Mapping[str, Adaptation]:
+    """Return what an adapter does to a module, by use; nothing if it leaves it alone."""
+    held = module._modules.get("adapters")
+    if not isinstance(held, nn.ModuleDict) or name not in held:
+        return {}
+    return cast("Mapping[str, Adaptation]", dict(cast("nn.ModuleDict", held[name]).items()))
+
+
+class Forward(AdaptedForward):
+    """The forward of a module with adapters.
+
+    Args:
+        module: whose forward it takes the place of; `module.adapters` holds what they consist of.
+        places: where forwards of the model are.
+    """
+
+    def __init__(self, module: nn.Module, places: Places) -> None:
+        self.module, self.places = module, places
+        self.original: Callable[..., Any] | None = vars(module).get("forward")
+        self.active: tuple[Active, ...] = ()
+        self._remembered = Remembered()
+
+    def __call__(self, *args: Any, **named: Any) -> Any:
+        """Run the module with the adapters in use, or with those of each row."""
+        place = self.places.here()
+        if place is None or place.rows is None:
+            return self.run(self.in_use(self.active, place), *args, **named)
+        return self.by_rows(place, *args, **named)
+
+    @abstractmethod
+    def run(self, used: Sequence[InUse], *args: Any, **named: Any) -> Any:
+        """Run the module as what is in use has it."""
+
+    def by_rows(self, place: Place, x: Tensor, *others: Tensor) -> Tensor:
+        """Run the module with an adapter for each row; x is (..., C), or ids (...)."""
+        shape = x.shape if is_embedding(self.module) else x.shape[:-1]
+        which = place.of(shape, x.device)
+        y: Tensor | None = None
+        for number, name in enumerate(place.names):
+            ours = which == number
+            if not bool(ours.any()):
+                continue
+            used = () if name is None else self.in_use((Active(name),), place)
+            own: Tensor = self.run(used, x[ours], *(other[ours] for other in others))
+            if y is None:
+                y = own.new_zeros(*shape, *own.shape[1:])
+            y = y.index_put((ours,), own)
+        assert y is not None
+        return y
+
+    def in_use(self, active: Sequence[Active], place: Place | None = None) -> tuple[InUse, ...]:
+        """Return what adapters do to the module, where a forward is."""
+        found = []
+        for one in active:
+            uses = uses_of(self.module, one.name)
+            own = uses.get(ALL)
+            if own is None and uses and place is not None:
+                own = uses.get(str(place.layer))
+            if own is not None:
+                found.append(InUse(own, one.weight))
+        return tuple(found)
+
+    def matrix(self) -> Tensor | None:
+        """Return the matrix in use, or None if the module is more than one."""
+        return None
+
+    def changed(self, used: Sequence[InUse]) -> dict[str, Tensor]:
+        """Return the module's tensors that are others with what is in use, in float32."""
+        changed = {}
+        for name in self._names(used):
+            given = _instead(used, name)
+            weight = dense(self.module, name) if given is None else given.detach().float()
+            total = weight
+            for one in used:
+                if (addition := one.adaptation.addition(name)) is not None:
+                    total = total + one.weight * addition.change(weight)
+            changed[name] = total
+        return changed
+
+    def based(self, used: Sequence[InUse]) -> nn.Module:
+        """Return the module with the tensors that adapters have in the place of its own."""
+        instead: dict[str, Tensor] = {}
+        for one in used:
+            instead |= dict(one.adaptation.instead.items())
+        return with_tensors(self.module, instead)
+
+    def call(self, base: nn.Module, *args: Any, **named: Any) -> Any:
+        """Run the forward that the module had."""
+        if base is self.module and self.original is not None:
+            return self.original(*args, **named)
+        return type(base).forward(base, *args, **named)
+
+    def _names(self, used: Sequence[InUse]) -> list[str]:
+        names = ((*one.adaptation.instead, *one.adaptation.added) for one in used)
+        return list(dict.fromkeys(name for found in names for name in found))
+
+
+class _LinearForward(Forward):
+    def run(self, used: Sequence[InUse], x: Tensor) -> Tensor:
+        base = self.based(used)
+        y: Tensor = self.call(base, x)
+        made = y
+        for one in used:
+            addition = one.adaptation.addition("weight")
+            if isinstance(addition, LowRank):
+                bias = base._parameters.get("bias")
+                made = made + one.weight * addition.added(x, y, lambda: dense(base, "weight"), bias)
+            elif addition is not None:
+                made = made + one.weight * nn.functional.linear(
+                    x, addition.change(dense(base, "weight"))
+                )
+        made = made.to(y.dtype)
+        for one in used:
+            if one.adaptation.rows is not None:
+                made = one.adaptation.rows.in_logits(x, made)
+        return made
+
+    def changed(self, used: Sequence[InUse]) -> dict[str, Tensor]:
+        changed = super().changed(used)
+        weight, bias = dense(self.based(used), "weight"), _instead(used, "bias")
+        for one in used:
+            addition = one.adaptation.addition("weight")
+            more = addition.bias_change(weight) if isinstance(addition, LowRank) else None
+            if more is not None:
+                held = self.module._parameters.get("bias") if bias is None else bias
+                before = torch.zeros_like(more) if held is None else held.detach().float()
+                changed["bias"] = changed.get("bias", before) + one.weight * more
+            if one.adaptation.rows is not None:
+                changed["weight"] = one.adaptation.rows.in_matrix(changed.get("weight", weight))
+        return changed
+
+    def matrix(self) -> Tensor | None:
+        place = self.places.here()
+        if place is not None and place.rows is not None:
+            return None
+        used = self.in_use(self.active, place)
+        own = self.module._parameters.get("weight")
+        if own is None or any("bias" in one.adaptation.instead for one in used):
+            return None
+        changes = [one.adaptation.addition("weight") for one in used]
+        if any(isinstance(a, LowRank) and a.bias is not None for a in changes):
+            return None
+        if self.module._parameters.get("bias") is not None:
+            return None
+        tensors = [own, *(p for one in used for p in one.adaptation.parameters())]
+        learns = self.module.training or any(t.requires_grad for t in tensors)
+        if torch.is_grad_enabled() and learns:
+            return None
+
+        def make() -> Tensor:
+            with torch.no_grad():
+                whole = self.changed(used)
+                return whole["weight"].to(own.dtype) if "weight" in whole else own
+
+        return self._remembered.get(tensors, make, [one.weight for one in used])
+
+
+class _EmbeddingForward(Forward):
+    def run(self, used: Sequence[InUse], ids: Tensor) -> Tensor:
+        base = self.based(used)
+        y: Tensor = self.call(base, ids)
+        made = y
+        for one in used:
+            addition = one.adaptation.addition("weight")
+            if isinstance(addition, EmbeddingLowRank):
+                made = made + one.weight * addition.added(ids, y, lambda: dense(base, "weight"))
+        made = made.to(y.dtype)
+        for one in used:
+            if one.adaptation.rows is not None:
+                made = one.adaptation.rows.in_vectors(ids, made)
+        return made
+
+    def changed(self, used: Sequence[InUse]) -> dict[str, Tensor]:
+        changed = super().changed(used)
+        for one in used:
+            if one.adaptation.rows is not None:
+                weight = changed.get("weight")
+                weight = dense(self.module, "weight") if weight is None else weight
+                changed["weight"] = one.adaptation.rows.in_matrix(weight)
+        return changed
+
+
+class _ExpertsForward(Forward):
+    def run(self, used: Sequence[InUse], x: Tensor, indices: Tensor, weights: Tensor) -> Tensor:
+        base = cast("ExpertStack", self.based(used))
+        if not any(one.adaptation.added or one.adaptation.experts for one in used):
+            return cast("Tensor", self.call(base, x, indices, weights))
+
+        def mapped(name: str, expert: int, x: Tensor) -> Tensor:
+            y = made = base.map(name, expert, x)
+            for one in used:
+                made = _with_expert(one, name, expert, x, made)
+            return made.to(y.dtype)
+
+        def run(expert: int, rows: Tensor) -> Tensor:
+            inside = gated(mapped("gate_up_proj", expert, rows), base.act_fn)
+            return mapped("down_proj", expert, inside)
+
+        return each_hit_expert(x, indices, weights, base.num_experts, run)
+
+    def changed(self, used: Sequence[InUse]) -> dict[str, Tensor]:
+        changed = super().changed(used)
+        for name, parts in EXPERT_STACKS.items():
+            held = [one for one in used if any(n.endswith(parts) for n in one.adaptation.experts)]
+            if not held:
+                continue
+            whole = changed[name] if name in changed else dense(self.module, name)
+            whole = whole.clone()
+            for one in held:
+                for expert, matrix in enumerate(whole.unbind(0)):
+                    for part, rows in zip(parts, matrix.chunk(len(parts)), strict=True):
+                        if (lora := one.adaptation.of_expert(expert, part)) is not None:
+                            rows += one.weight * lora.change(rows)
+            changed[name] = whole
+        return changed
+
+
+class _OtherForward(Forward):
+    """A module of which matrices are changed, and that is run with the changed ones."""
+
+    def run(self, used: Sequence[InUse], *args: Any, **named: Any) -> Any:
+        base = self.based(used)
+        whole: dict[str, Tensor] = {}
+        for one in used:
+            for name, addition in one.adaptation.added.items():
+                own = base.get_parameter(name)
+                before = whole.get(name, own)
+                change = cast("Addition", addition).change(own.float())
+                whole[name] = (before.float() + one.weight * change).to(own.dtype)
+        return self.call(with_tensors(base, whole), *args, **named)
+
+
+def forward_for(module: nn.Module, places: Places) -> Forward:
+    """Return the forward that takes the place of a module's."""
+    if is_linear(module):
+        return _LinearForward(module, places)
+    if is_embedding(module):
+        return _EmbeddingForward(module, places)
+    if is_experts(module):
+        return _ExpertsForward(module, places)
+    return _OtherForward(module, places)
+
+
+def _instead(used: Sequence[InUse], name: str) -> Tensor | None:
+    found = [one.adaptation.replacement(name) for one in used]
+    return next((tensor for tensor in reversed(found) if tensor is not None), None)
+
+
+def _with_expert(used: InUse, name: str, expert: int, x: Tensor, y: Tensor) -> Tensor:
+    """Return an expert's map of x (n, I), y (n, O), and what an adapter adds to it."""
+    adaptation, weight = used
+    stack = adaptation.addition(name)
+    if isinstance(stack, ExpertStackLowRank):
+        y = y + weight * stack.of(expert, x)
+    parts = [adaptation.of_expert(expert, part) for part in EXPERT_STACKS[name]]
+    if not any(parts):
+        return y
+    pieces = y.chunk(len(parts), dim=-1)
+    return torch.cat(
+        [
+            piece if lora is None else piece + weight * lora.of(x)
+            for piece, lora in zip(pieces, parts, strict=True)
+        ],
+        dim=-1,
+    )

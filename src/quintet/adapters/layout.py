@@ -1,0 +1,75 @@
+"""Where in a model an adapter can be: the paths of its modules, and what each is used as."""
+
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+
+from torch import nn
+
+from quintet.adapters.forwards import ALL
+
+__all__ = ["Layout", "Spot", "layout_of"]
+
+_LAYER = re.compile(r"(?:.*\.)?layers\.(\d+)\.")
+
+
+@dataclass(frozen=True, slots=True)
+class Spot:
+    """A module under one of its paths.
+
+    Attributes:
+        path: as files have it.
+        module: the module.
+        use: what it is used as there: by one layer of several that share it, or by all.
+    """
+
+    path: str
+    module: nn.Module
+    use: str
+
+
+@dataclass(frozen=True, slots=True)
+class Layout:
+    """The modules of a model.
+
+    Attributes:
+        spots: each path, and what is there.
+        prefix: what the paths of a model with a head begin with, where this one has none.
+        tied: the head's path and the embedding's, where they share their weight.
+    """
+
+    spots: Mapping[str, Spot]
+    prefix: str
+    tied: tuple[str, str] | None
+
+    def find(self, path: str) -> Spot | None:
+        """Return what is at a path of a file."""
+        found = self.spots.get(path)
+        if found is None and self.prefix and path.startswith(self.prefix):
+            found = self.spots.get(path.removeprefix(self.prefix))
+        return found
+
+    def named(self, path: str) -> str:
+        """Return how a path of this model is called in files."""
+        return self.prefix + path
+
+    def __iter__(self) -> Iterator[Spot]:
+        return iter(self.spots.values())
+
+
+def layout_of(model: nn.Module, *, prefix: str = "", tied: tuple[str, str] | None = None) -> Layout:
+    """Take down the paths of a model's modules, but for those of adapters that are on it."""
+    paths: dict[str, nn.Module] = {}
+    uses: dict[nn.Module, set[str]] = {}
+    for path, module in model.named_modules(remove_duplicate=False):
+        if not path or ".adapters." in f".{path}.":
+            continue
+        paths[path] = module
+        layer = _LAYER.match(path)
+        uses.setdefault(module, set()).add(layer[1] if layer else ALL)
+    spots = {}
+    for path, module in paths.items():
+        layer = _LAYER.match(path)
+        shared = len(uses[module]) > 1 and layer is not None
+        spots[path] = Spot(path, module, layer[1] if shared and layer else ALL)
+    return Layout(spots, prefix, tied)

@@ -1,0 +1,317 @@
+"""What an adapter adds to a module's matrix: W + s · B A, through r numbers a vector.
+
+Legend: docs/notation.md; r is the rank of a matrix of an adapter. All is float32, however narrow
+the model is: what is added is small beside what it is added to, and is rounded once, with the sum.
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable, Sequence
+
+import torch
+import torch.nn.functional as F  # noqa: N812
+from torch import Tensor, nn
+
+__all__ = ["Addition", "EmbeddingLowRank", "ExpertStackLowRank", "LowRank", "NewRows", "Remembered"]
+
+
+class Remembered:
+    """One tensor that was made of others, to be made again when one of them has changed."""
+
+    def __init__(self) -> None:
+        self._of: object = None
+        self._made: Tensor | None = None
+
+    def get(
+        self,
+        tensors: Iterable[Tensor],
+        make: Callable[[], Tensor],
+        numbers: Sequence[float] = (),
+    ) -> Tensor:
+        """Return what `make` returns, of these tensors and numbers."""
+        of = (*map(_version, tensors), *numbers)
+        if self._made is None or of != self._of:
+            self._made, self._of = make(), of
+        return self._made
+
+    def __deepcopy__(self, memo: object) -> "Remembered":
+        return Remembered()
+
+    def __reduce__(self) -> tuple[type["Remembered"], tuple[()]]:
+        return Remembered, ()
+
+
+def _version(tensor: Tensor) -> tuple[int, int]:
+    return tensor.data_ptr(), -1 if tensor.is_inference() else tensor._version
+
+
+class Addition(nn.Module, ABC):
+    """What is added to a matrix (O, I), or to a stack (E, O, I).
+
+    Attributes:
+        scale: s.
+    """
+
+    scale: float
+
+    @abstractmethod
+    def change(self, weight: Tensor) -> Tensor:
+        """Return what is added to a matrix in float32."""
+
+    @abstractmethod
+    def tensors(self) -> dict[str, Tensor]:
+        """Return the tensors by how their names end in a file."""
+
+
+class LowRank(Addition):
+    """y + s · B(A x), for a map from I to O; with a magnitude, m · V / ‖V‖ by row of V = W + s B A.
+
+    Args:
+        A: (r, I).
+        B: (O, r).
+        scale: s.
+        bias: (O,) which is added to B(A x); None for none.
+        magnitude: (O,) m of DoRA (arXiv:2402.09353); None without.
+        dropout: the share of x that is left out in training.
+        infix: how the names of the tensors begin in a file.
+    """
+
+    def __init__(
+        self,
+        A: Tensor,
+        B: Tensor,
+        scale: float,
+        *,
+        bias: Tensor | None = None,
+        magnitude: Tensor | None = None,
+        dropout: float = 0.0,
+    ) -> None:
+        super().__init__()
+        self.lora_A = nn.Parameter(A)
+        self.lora_B = nn.Parameter(B)
+        self.bias = None if bias is None else nn.Parameter(bias)
+        self.magnitude = None if magnitude is None else nn.Parameter(magnitude)
+        self.scale = scale
+        self.dropout = dropout
+        self._norm = Remembered()
+
+    @property
+    def rank(self) -> int:
+        """The numbers between the two maps."""
+        return self.lora_A.shape[0]
+
+    def of(self, x: Tensor) -> Tensor:
+        """Map (..., I) to what is added to (..., O), with no regard to a magnitude."""
+        low = F.linear(x.to(self.lora_A.dtype), self.lora_A)
+        return F.linear(low, self.lora_B, self.bias) * self.scale
+
+    def added(
+        self, x: Tensor, y: Tensor, weight: Callable[[], Tensor], bias: Tensor | None
+    ) -> Tensor:
+        """Return what is added to y = x·Wᵀ + b, (..., O).
+
+        Args:
+            weight: makes W in float32.
+            bias: b.
+        """
+        drops = self.training and self.dropout > 0
+        if self.magnitude is None:
+            return self.of(F.dropout(x, self.dropout) if drops else x)
+        share = self.magnitude / self._norms(weight)
+        if drops:
+            x = F.dropout(x, self.dropout)
+            y = F.linear(x.to(self.lora_A.dtype), weight())
+        elif bias is not None:
+            y = y - bias
+        return (share - 1) * y + share * self.of(x)
+
+    def change(self, weight: Tensor) -> Tensor:
+        """Return what is added to a matrix (O, I) in float32."""
+        change = self._product()
+        if self.magnitude is None:
+            return change
+        whole = weight + change
+        return whole * (self.magnitude / _row_norms(whole))[:, None] - weight
+
+    def bias_change(self, weight: Tensor) -> Tensor | None:
+        """Return what is added to the bias of a map with the matrix `weight`, (O,)."""
+        if self.bias is None:
+            return None
+        change = self.bias * self.scale
+        if self.magnitude is None:
+            return change
+        return change * (self.magnitude / _row_norms(weight + self._product()))
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Return the tensors by how their names end in a file."""
+        named: dict[str, Tensor] = {"lora_A.weight": self.lora_A, "lora_B.weight": self.lora_B}
+        if self.bias is not None:
+            named["lora_B.bias"] = self.bias
+        if self.magnitude is not None:
+            named["lora_magnitude_vector"] = self.magnitude
+        return named
+
+    def _product(self) -> Tensor:
+        return self.lora_B @ self.lora_A * self.scale
+
+    def _norms(self, weight: Callable[[], Tensor]) -> Tensor:
+        """Return ‖V‖ (O,), a constant to gradients as its paper has it."""
+
+        def make() -> Tensor:
+            with torch.no_grad():
+                return _row_norms(weight() + self._product())
+
+        if self.training or torch.compiler.is_compiling():
+            return make()
+        return self._norm.get((self.lora_A, self.lora_B), make)
+
+    def extra_repr(self) -> str:
+        """Show the sizes in `print(model)`."""
+        O, I = self.lora_B.shape[0], self.lora_A.shape[1]
+        dora = "" if self.magnitude is None else ", with magnitudes"
+        return f"{I} -> {self.rank} -> {O}, scale={self.scale:g}{dora}"
+
+
+class EmbeddingLowRank(Addition):
+    """The vectors of ids, plus s · (B A)ᵀ[id].
+
+    Args:
+        A: (r, V).
+        B: (C, r).
+        scale: s.
+        magnitude: (C,) m, by which each of the C numbers of all vectors is scaled; None without.
+    """
+
+    def __init__(
+        self, A: Tensor, B: Tensor, scale: float, *, magnitude: Tensor | None = None
+    ) -> None:
+        super().__init__()
+        self.lora_A = nn.Parameter(A)
+        self.lora_B = nn.Parameter(B)
+        self.magnitude = None if magnitude is None else nn.Parameter(magnitude)
+        self.scale = scale
+        self._norm = Remembered()
+
+    def added(self, ids: Tensor, y: Tensor, weight: Callable[[], Tensor]) -> Tensor:
+        """Return what is added to the vectors y (..., C) of ids (...)."""
+        change = F.linear(F.embedding(ids, self.lora_A.T), self.lora_B) * self.scale
+        if self.magnitude is None:
+            return change
+
+        def make() -> Tensor:
+            with torch.no_grad():
+                return _row_norms((weight() + self._product()).T)
+
+        norms = make() if self.training else self._norm.get((self.lora_A, self.lora_B), make)
+        share = self.magnitude / norms
+        return (share - 1) * y + share * change
+
+    def change(self, weight: Tensor) -> Tensor:
+        """Return what is added to the vectors (V, C) in float32."""
+        change = self._product()
+        if self.magnitude is None:
+            return change
+        whole = weight + change
+        return whole * (self.magnitude / _row_norms(whole.T)) - weight
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Return the tensors by how their names end in a file."""
+        named: dict[str, Tensor] = {
+            "lora_embedding_A": self.lora_A,
+            "lora_embedding_B": self.lora_B,
+        }
+        return (
+            named if self.magnitude is None else {**named, "lora_magnitude_vector": self.magnitude}
+        )
+
+    def _product(self) -> Tensor:
+        return (self.lora_B @ self.lora_A).T * self.scale
+
+    def extra_repr(self) -> str:
+        """Show the sizes in `print(model)`."""
+        C, V = self.lora_B.shape[0], self.lora_A.shape[1]
+        return f"{V} -> {self.lora_A.shape[0]} -> {C}, scale={self.scale:g}"
+
+
+class ExpertStackLowRank(Addition):
+    """What is added to the matrices of all experts: s · B_e A_e for the e-th of E.
+
+    Args:
+        A: (E·r, I), an expert's r rows behind each other.
+        B: (O, r·E), the columns of all experts beside each other for each of the r.
+        E: how many experts there are.
+        scale: s.
+    """
+
+    def __init__(self, A: Tensor, B: Tensor, E: int, scale: float) -> None:
+        super().__init__()
+        self.lora_A = nn.Parameter(A)
+        self.lora_B = nn.Parameter(B)
+        self.num_experts = E
+        self.scale = scale
+
+    @property
+    def rank(self) -> int:
+        """The numbers between the two maps of an expert."""
+        return self.lora_A.shape[0] // self.num_experts
+
+    def of(self, expert: int, x: Tensor) -> Tensor:
+        """Return what is added to an expert's map of (n, I), (n, O)."""
+        A = torch.unflatten(self.lora_A, 0, (self.num_experts, -1))[expert]
+        B = torch.unflatten(self.lora_B, 1, (-1, self.num_experts))[:, :, expert]
+        return F.linear(F.linear(x.to(A.dtype), A), B) * self.scale
+
+    def change(self, weight: Tensor) -> Tensor:
+        """Return what is added to a stack (E, O, I) in float32."""
+        A = torch.unflatten(self.lora_A, 0, (self.num_experts, -1))
+        B = torch.unflatten(self.lora_B, 1, (-1, self.num_experts))
+        return torch.einsum("ore,eri->eoi", B, A) * self.scale
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Return the tensors by how their names end in a file."""
+        return {"lora_A.weight": self.lora_A, "lora_B.weight": self.lora_B}
+
+    def extra_repr(self) -> str:
+        """Show the sizes in `print(model)`."""
+        E, O, I = self.num_experts, self.lora_B.shape[0], self.lora_A.shape[1]
+        return f"{E} of {I} -> {self.rank} -> {O}, scale={self.scale:g}"
+
+
+class NewRows(nn.Module):
+    """Vectors in the place of those of some ids.
+
+    Args:
+        ids: (n,).
+        rows: (n, C).
+    """
+
+    ids: Tensor
+
+    def __init__(self, ids: Tensor, rows: Tensor) -> None:
+        super().__init__()
+        self.register_buffer("ids", ids)
+        self.rows = nn.Parameter(rows)
+
+    def in_vectors(self, ids: Tensor, y: Tensor) -> Tensor:
+        """Replace the vectors y (..., C) of those of the ids (...) that are ours."""
+        same = ids[..., None] == self.ids
+        ours = same.any(dim=-1)
+        rows = F.embedding(same.to(torch.int8).argmax(dim=-1), self.rows)
+        return torch.where(ours[..., None], rows.to(y.dtype), y)
+
+    def in_logits(self, x: Tensor, y: Tensor) -> Tensor:
+        """Replace the logits y (..., V) of our ids, where the head has the vectors of ids."""
+        own = F.linear(x.to(self.rows.dtype), self.rows)
+        return y.index_copy(-1, self.ids, own.to(y.dtype))
+
+    def in_matrix(self, weight: Tensor) -> Tensor:
+        """Replace our rows of a matrix (V, C)."""
+        return weight.index_copy(0, self.ids, self.rows.to(weight.dtype))
+
+    def extra_repr(self) -> str:
+        """Show the sizes in `print(model)`."""
+        n, C = self.rows.shape
+        return f"{n} vectors of {C}"
+
+
+def _row_norms(matrix: Tensor) -> Tensor:
+    return matrix.square().sum(dim=1).sqrt()

@@ -1,0 +1,364 @@
+"""The tensors of an adapter become what it does to each module; all is checked before any is read.
+
+Ranks are those of the tensors. Nothing is left over: a tensor that no module takes is an error, as
+an adapter of which a part is lost is another one.
+"""
+
+import warnings
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from functools import partial
+
+import torch
+from torch import Tensor, nn
+
+from quintet.adapters.adaptation import EXPERT_STACKS, Adaptation, expert_name
+from quintet.adapters.bases import device_of, is_embedding, is_experts, is_linear, shape_of
+from quintet.adapters.config import LoraConfig
+from quintet.adapters.layout import Layout, Spot
+from quintet.adapters.lowrank import EmbeddingLowRank, ExpertStackLowRank, LowRank, NewRows
+from quintet.adapters.names import DELTA, Name, parse, path_of_expert
+from quintet.checkpoint import TensorInfo, Weights
+from quintet.errors import CheckpointError, UnsupportedModelError, listed, shown
+
+__all__ = ["Adaptations", "read_adapter"]
+
+# What an adapter does, by module and use.
+Adaptations = dict[tuple[nn.Module, str], Adaptation]
+Put = Callable[[Adaptation, Mapping[str, Tensor]], None]
+
+
+class IncompleteAdapterWarning(UserWarning):
+    """An adapter has no tensors for modules that its configuration targets."""
+
+
+@dataclass
+class _Group:
+    """The tensors of one wrapper around one module, by what they are."""
+
+    spot: Spot
+    path: str
+    depth: int
+    infos: dict[str, TensorInfo] = field(default_factory=dict)
+    expert: tuple[int, str] | None = None
+
+    def shape(self, leaf: str) -> tuple[int, ...]:
+        return self.infos[leaf].shape
+
+
+def read_adapter(layout: Layout, config: LoraConfig, weights: Weights, where: str) -> Adaptations:
+    """Read an adapter for a model.
+
+    Raises:
+        CheckpointError: a tensor is of another shape or dtype, belongs to nothing, or is missing.
+        UnsupportedModelError: it does something to a module that is not possible here.
+    """
+    groups, replaced = _grouped(layout, config, weights.tensors, where)
+    puts: list[tuple[Spot, dict[str, str], Put]] = []
+    for group in groups:
+        names = {leaf: info.name for leaf, info in group.infos.items()}
+        puts.append((group.spot, names, _Builder(config, group, where).put()))
+    for spot, leaf, info in replaced:
+        puts.append((spot, {leaf: info.name}, _replace(spot, leaf, info, where)))
+    made: Adaptations = {}
+    for spot, names, put in puts:
+        own = {leaf: _read(weights, name, device_of(spot.module)) for leaf, name in names.items()}
+        made.setdefault((spot.module, spot.use), Adaptation())
+        put(made[spot.module, spot.use], own)
+    _tie(layout, made)
+    if not made:
+        raise CheckpointError(f"{where} holds no tensor; it is no adapter")
+    return made
+
+
+def _tie(layout: Layout, made: Adaptations) -> None:
+    """Let a head that has the vectors of the ids have those that an adapter replaces, too."""
+    if layout.tied is None:
+        return
+    head, embedding = (layout.spots[path] for path in layout.tied)
+    adaptation = made.get((embedding.module, embedding.use))
+    if adaptation is not None and adaptation.rows is not None:
+        made.setdefault((head.module, head.use), Adaptation()).rows = adaptation.rows
+
+
+def _read(weights: Weights, name: str, device: torch.device) -> Tensor:
+    ((_, tensor),) = weights.read([name])
+    # What is narrower is exact in float32; PEFT computes in it, too.
+    wide = torch.promote_types(tensor.dtype, torch.float32)
+    made = tensor.to(device, wide)
+    if made is not tensor:
+        weights.forget(name)
+    return made
+
+
+def _grouped(
+    layout: Layout, config: LoraConfig, tensors: Mapping[str, TensorInfo], where: str
+) -> tuple[list[_Group], list[tuple[Spot, str, TensorInfo]]]:
+    groups: dict[tuple[str, int], _Group] = {}
+    replaced: list[tuple[Spot, str, TensorInfo]] = []
+    lost = []
+    for name, info in tensors.items():
+        _check_dtype(info, where)
+        parsed = parse(name)
+        spot = None if parsed is None else layout.find(parsed.path)
+        expert = None
+        if parsed is not None and spot is None and (found := path_of_expert(parsed.path)):
+            spot, expert = layout.find(found[0]), found[1:]
+            if spot is not None and not is_experts(spot.module):
+                spot = None
+        if parsed is None or spot is None:
+            lost.append(name)
+        elif parsed.own:
+            key = parsed.path, parsed.depth
+            group = groups.setdefault(key, _Group(spot, parsed.path, parsed.depth, {}, expert))
+            group.infos[parsed.leaf] = info
+        elif expert is None and _takes(layout, config, parsed, spot):
+            replaced.append((spot, parsed.leaf, info))
+        else:
+            lost.append(name)
+    if lost:
+        raise CheckpointError(
+            f"{where} holds {len(lost)} tensors that this model, or the adapter's configuration, "
+            f"has no place for:\n{listed([shown(name) for name in lost])}\n"
+            "An adapter fits the model that it was trained on alone"
+        )
+    return list(groups.values()), replaced
+
+
+def _takes(layout: Layout, config: LoraConfig, name: Name, spot: Spot) -> bool:
+    """Tell whether an adapter may have a tensor in the place of a module's own."""
+    if shape_of(spot.module, name.leaf) is None:
+        return False
+    if config.bias != "none" and name.leaf.endswith("bias"):
+        return True
+    ends = is_embedding(spot.module) or spot.path in (layout.tied or ())
+    return ends or name.path.endswith("lm_head") or config.saves(name.path)
+
+
+def _check_dtype(info: TensorInfo, where: str) -> None:
+    if not info.dtype.is_floating_point or info.dtype.itemsize == 1:
+        raise CheckpointError(
+            f"{where}: tensor {shown(info.name)} is {info.dtype}; an adapter's are floating point "
+            "of 16 bits or more"
+        )
+
+
+def _replace(spot: Spot, leaf: str, info: TensorInfo, where: str) -> Put:
+    expected = shape_of(spot.module, leaf)
+    if expected != info.shape:
+        hint = ""
+        if expected and len(expected) == 2 and info.shape[1:] == expected[1:]:
+            hint = f"; call model.resize_token_embeddings({info.shape[0]}) first"
+        raise CheckpointError(
+            f"{where}: {shown(info.name)} has the shape {list(info.shape)} and the model's "
+            f"{list(expected or ())}{hint}"
+        )
+
+    def put(adaptation: Adaptation, tensors: Mapping[str, Tensor]) -> None:
+        own = spot.module._parameters.get(leaf)
+        tensor = tensors[leaf]
+        if own is not None and own.is_floating_point():
+            tensor = tensor.to(own.dtype)
+        adaptation.instead[leaf] = nn.Parameter(tensor)
+
+    return put
+
+
+@dataclass(frozen=True, slots=True)
+class _Builder:
+    """Makes what is added to a module out of the tensors of a group."""
+
+    config: LoraConfig
+    group: _Group
+    where: str
+
+    def put(self) -> Put:
+        """Check the group's shapes, and return what puts its tensors into place."""
+        module, leaves = self.group.spot.module, self.group.infos.keys()
+        if DELTA in leaves:
+            self._need({DELTA})
+            return self._rows()
+        if self.group.expert is not None:
+            return self._one_expert(*self.group.expert)
+        if is_embedding(module):
+            return self._embedding()
+        if is_experts(module):
+            return self._experts()
+        if is_linear(module):
+            return self._linear()
+        return self._parameter()
+
+    def _linear(self) -> Put:
+        self._need({"lora_A.weight", "lora_B.weight"}, {"lora_B.bias", "lora_magnitude_vector"})
+        shape = shape_of(self.group.spot.module, "weight")
+        assert shape is not None
+        return partial(self._put_matrix, name="weight", scale=self._low_rank(shape[0], shape[1]))
+
+    def _put_matrix(
+        self, adaptation: Adaptation, tensors: Mapping[str, Tensor], *, name: str, scale: float
+    ) -> None:
+        adaptation.added[name] = self._made(tensors, scale)
+
+    def _put_stack(
+        self,
+        adaptation: Adaptation,
+        tensors: Mapping[str, Tensor],
+        *,
+        name: str,
+        E: int,
+        rank: int,
+    ) -> None:
+        scale = self.config.scale(f"{self.group.path}.{name}", rank)
+        adaptation.added[name] = ExpertStackLowRank(
+            tensors["lora_A.weight"], tensors["lora_B.weight"], E, scale
+        )
+
+    def _one_expert(self, expert: int, part: str) -> Put:
+        self._need({"lora_A.weight", "lora_B.weight"})
+        stack = next((name for name, parts in EXPERT_STACKS.items() if part in parts), None)
+        shape = None if stack is None else shape_of(self.group.spot.module, stack)
+        if stack is None or shape is None or expert >= shape[0]:
+            raise self._error("there is no such matrix of an expert")
+        scale = self._low_rank(shape[1] // len(EXPERT_STACKS[stack]), shape[2])
+
+        def put(adaptation: Adaptation, tensors: Mapping[str, Tensor]) -> None:
+            adaptation.experts[expert_name(expert, part)] = self._made(tensors, scale)
+
+        return put
+
+    def _made(self, tensors: Mapping[str, Tensor], scale: float) -> LowRank:
+        magnitude = tensors.get("lora_magnitude_vector")
+        return LowRank(
+            tensors["lora_A.weight"],
+            tensors["lora_B.weight"],
+            scale,
+            bias=tensors.get("lora_B.bias"),
+            magnitude=None if magnitude is None else magnitude.reshape(-1),
+            dropout=self.config.lora_dropout,
+        )
+
+    def _embedding(self) -> Put:
+        self._need({"lora_embedding_A", "lora_embedding_B"}, {"lora_magnitude_vector"})
+        shape = shape_of(self.group.spot.module, "weight")
+        assert shape is not None
+        V, C = shape
+        rank = (
+            self.group.shape("lora_embedding_A")[0] if self.group.shape("lora_embedding_A") else 0
+        )
+        self._shapes({"lora_embedding_A": (rank, V), "lora_embedding_B": (C, rank)}, magnitude=C)
+        scale = self.config.scale(self.group.path, rank)
+
+        def put(adaptation: Adaptation, tensors: Mapping[str, Tensor]) -> None:
+            magnitude = tensors.get("lora_magnitude_vector")
+            adaptation.added["weight"] = EmbeddingLowRank(
+                tensors["lora_embedding_A"],
+                tensors["lora_embedding_B"],
+                scale,
+                magnitude=None if magnitude is None else magnitude.reshape(-1),
+            )
+
+        return put
+
+    def _experts(self) -> Put:
+        self._need({"lora_A.weight", "lora_B.weight"})
+        A, B = self.group.shape("lora_A.weight"), self.group.shape("lora_B.weight")
+        shapes = {name: shape_of(self.group.spot.module, name) for name in EXPERT_STACKS}
+        for name, shape in shapes.items():
+            assert shape is not None
+            E, O, I = shape
+            if len(A) == 2 == len(B) and (B[0], A[1]) == (O, I):
+                if A[0] % E or not A[0] or A[0] != B[1]:
+                    raise self._error(
+                        f"their {A[0]} and {B[1]} numbers are no rank for {E} experts"
+                    )
+                return partial(self._put_stack, name=name, E=E, rank=A[0] // E)
+        raise self._error(f"the stacks of experts have the shapes {shapes}")
+
+    def _parameter(self) -> Put:
+        """Read what is added to a matrix of a module that is no linear map, as a router."""
+        self._need({"lora_A.weight", "lora_B.weight"})
+        module = self.group.spot.module
+        A, B = self.group.shape("lora_A.weight"), self.group.shape("lora_B.weight")
+        for name, tensor in module.named_parameters(recurse=False):
+            if tensor.ndim == 2 and len(A) == 2 == len(B) and tensor.shape == (B[0], A[1]):
+                return partial(self._put_matrix, name=name, scale=self._low_rank(B[0], A[1]))
+        raise UnsupportedModelError(
+            f"{self.where} changes {shown(self.group.path)}, a {type(module).__name__}, which has "
+            "no matrix that an adapter of low rank can change here"
+        )
+
+    def _rows(self) -> Put:
+        module, ids = self.group.spot.module, self._ids()
+        shape = shape_of(module, "weight")
+        if not is_embedding(module) or shape is None:
+            raise self._error("only an embedding has vectors of ids")
+        if any(one >= shape[0] for one in ids):
+            raise self._error(f"trainable_token_indices={shown(ids)} and there are {shape[0]} ids")
+        self._shapes({DELTA: (len(ids), shape[1])})
+
+        def put(adaptation: Adaptation, tensors: Mapping[str, Tensor]) -> None:
+            rows = tensors[DELTA]
+            index = torch.tensor(ids, dtype=torch.long, device=rows.device)
+            adaptation.rows = NewRows(index, rows)
+
+        return put
+
+    def _ids(self) -> list[int]:
+        given = self.config.trainable_token_indices
+        if isinstance(given, dict):
+            path = self.group.path
+            fits = (v for k, v in given.items() if path == k or path.endswith(f".{k}"))
+            given = next(fits, None)
+        if not given:
+            raise self._error("trainable_token_indices does not say whose vectors they are")
+        if len(set(given)) < len(given):
+            raise self._error(f"trainable_token_indices={shown(given)} names an id twice")
+        return given
+
+    def _low_rank(self, O: int, I: int) -> float:
+        A = self.group.shape("lora_A.weight")
+        rank = A[0] if A else 0
+        shapes = {"lora_A.weight": (rank, I), "lora_B.weight": (O, rank), "lora_B.bias": (O,)}
+        self._shapes(shapes, magnitude=O)
+        return self.config.scale(self.group.path, rank)
+
+    def _shapes(
+        self, expected: Mapping[str, tuple[int, ...]], magnitude: int | None = None
+    ) -> None:
+        for leaf, info in self.group.infos.items():
+            if leaf == "lora_magnitude_vector":
+                fits = magnitude is not None and sorted(info.shape)[-1:] == [magnitude]
+                fits = fits and torch.Size(info.shape).numel() == magnitude
+                wanted: tuple[int, ...] = (magnitude or 0,)
+            else:
+                wanted = expected[leaf]
+                fits = info.shape == wanted and 0 not in wanted
+            if not fits:
+                raise CheckpointError(
+                    f"{self.where}: {shown(info.name)} has the shape {list(info.shape)}; for this "
+                    f"model it has to be {list(wanted)}, with a rank of at least 1"
+                )
+
+    def _need(self, leaves: set[str], may: Iterable[str] = ()) -> None:
+        have = self.group.infos.keys()
+        if missing := sorted(leaves - have):
+            raise self._error(f"{', '.join(missing)} is missing")
+        if extra := sorted(have - leaves - set(may)):
+            raise self._error(f"{', '.join(extra)} has no meaning there")
+
+    def _error(self, why: str) -> CheckpointError:
+        have = [f"{info.name} {list(info.shape)}" for info in self.group.infos.values()]
+        return CheckpointError(
+            f"{self.where}: {why}; of {shown(self.group.path)} it has\n{listed(have)}"
+        )
+
+
+def warn_of_missing(targeted: Iterable[str], made: Iterable[str], where: str) -> None:
+    """Warn of modules that an adapter's configuration targets and its files say nothing of."""
+    if lacking := sorted(set(targeted) - set(made)):
+        warnings.warn(
+            f"{where} has no tensors for {len(lacking)} modules that its configuration targets, "
+            f"which stay as they are:\n{listed(lacking)}",
+            IncompleteAdapterWarning,
+            stacklevel=4,
+        )

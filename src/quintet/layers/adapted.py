@@ -1,0 +1,125 @@
+"""Modules that adapters change, as what stands around them sees them.
+
+An adapter puts a forward of its own in the place of a module's, so that all that runs modules
+uncalled leaves the module alone (`quintet.layers.plain`). What it cannot see from there, the rows
+and the layer that a forward is at, it is told here.
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass, field, replace
+from threading import get_ident
+
+import torch
+from torch import Tensor, nn
+
+from quintet.layers.plain import called_only
+
+__all__ = ["AdaptedForward", "Place", "Places", "Placing", "matrix_in_use", "placed"]
+
+
+class AdaptedForward(ABC):
+    """A forward put in the place of a module's own."""
+
+    @abstractmethod
+    def matrix(self) -> Tensor | None:
+        """Return the matrix (O, I) that inputs are multiplied with in all; None if that is not all.
+
+        It is in the dtype of the module's own, and no gradient passes it.
+        """
+
+
+@dataclass(frozen=True, slots=True)
+class Place:
+    """Where a forward is.
+
+    Attributes:
+        layer: the number of the layer; None outside of them.
+        names: the adapters that rows may have; None for none.
+        rows: (B,) the number of each row's among `names`; None where all have those in use.
+        tokens: (B, T) the same for each token, as hidden states lie; None where only rows are
+            known.
+    """
+
+    layer: int | None = None
+    names: tuple[str | None, ...] = ()
+    rows: Tensor | None = None
+    tokens: Tensor | None = None
+
+    def of(self, shape: Sequence[int], device: torch.device) -> Tensor:
+        """Return the number of the adapter of each vector of a tensor (*shape, C)."""
+        assert self.rows is not None
+        tokens = self.tokens
+        if tokens is not None and tokens.numel() == torch.Size(shape).numel():
+            return tokens.to(device).reshape(shape)
+        rows = self.rows.to(device)
+        return rows.view(-1, *[1] * (len(shape) - 1)).expand(shape)
+
+
+@dataclass(slots=True, eq=False)
+class Places:
+    """Where each thread's forward of a model is, while it matters."""
+
+    now: dict[int, Place] = field(default_factory=dict)
+
+    def here(self) -> Place | None:
+        """Return the place of this thread's forward, None where nobody said."""
+        return self.now.get(get_ident()) if self.now else None
+
+    def refine(self, place: Place) -> None:
+        """Say more of where the forward of this thread is, until it leaves there."""
+        self.now[get_ident()] = place
+
+    @contextmanager
+    def at(self, place: Place) -> Iterator[None]:
+        """Say where the forward of this thread is."""
+        thread = get_ident()
+        before = self.now.get(thread)
+        self.now[thread] = place
+        try:
+            yield
+        finally:
+            if before is None:
+                del self.now[thread]
+            else:
+                self.now[thread] = before
+
+    def __deepcopy__(self, memo: object) -> "Places":
+        return Places()
+
+    def __reduce__(self) -> tuple[type["Places"], tuple[()]]:
+        return Places, ()
+
+
+@dataclass(frozen=True, slots=True)
+class Placing:
+    """A place, and where to say it."""
+
+    places: Places
+    place: Place
+
+    def at_layer(self, layer: int) -> "Placing":
+        """Return the same within a layer."""
+        return Placing(self.places, replace(self.place, layer=layer))
+
+    def of_rows(self, rows: slice | None) -> "Placing":
+        """Return the same for a part of the rows, whose tokens lie otherwise."""
+        own = self.place.rows
+        if own is None:
+            return self
+        part = own if rows is None else own[rows]
+        return Placing(self.places, replace(self.place, rows=part, tokens=None))
+
+
+def placed(placing: Placing | None) -> AbstractContextManager[None]:
+    """Say where the forward of this thread is, if that matters."""
+    return nullcontext() if placing is None else placing.places.at(placing.place)
+
+
+def matrix_in_use(module: nn.Module) -> Tensor | None:
+    """Return the matrix of a map that adapters change; None of one that has to be called."""
+    forward = vars(module).get("forward")
+    if not isinstance(forward, AdaptedForward) or called_only(module):
+        return None
+    return forward.matrix()
