@@ -2,6 +2,7 @@
 
 import os
 import tempfile
+import warnings
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
@@ -9,10 +10,13 @@ from typing import Any, cast
 
 import torch
 
+from quintet.errors import InputError
+from quintet.generation.config import GenerationConfig
 from quintet.generation.decode import LanguageModel
 from quintet.kernels.store import BuildError, open_folder
+from quintet.layers.plain import in_between
 
-__all__ = ["ROOM_STEP", "CompileConfig", "compiled"]
+__all__ = ["ROOM_STEP", "CompileConfig", "Programs", "compiled"]
 
 # Each length of a preallocated cache is a program of its own, so there are few lengths.
 ROOM_STEP = 256
@@ -36,6 +40,42 @@ class CompileConfig:
     backend: str | Callable[..., Any] = "inductor"
     mode: str | None = None
     options: dict[str, Any] | None = None
+
+
+class Programs:
+    """The compiled steps of one model, the same one for every call that asks alike."""
+
+    def __init__(self) -> None:
+        self._made: list[tuple[CompileConfig, LanguageModel, tuple[object, ...]]] = []
+
+    def of(self, model: object, config: GenerationConfig) -> LanguageModel | None:
+        """Return the compiled model, or None where none is asked for or none can be had.
+
+        Raises:
+            InputError: `compile_config` is none.
+        """
+        if not config.compiles:
+            return None
+        how = CompileConfig() if config.compile_config is None else config.compile_config
+        if not isinstance(how, CompileConfig):
+            raise InputError(
+                f"compile_config is a {type(how).__module__}.{type(how).__name__}; it has to be "
+                "a quintet CompileConfig"
+            )
+        between = in_between(cast("torch.nn.Module", model))
+        for known, program, traced in self._made:
+            if known == how and traced == between:
+                return program
+            if known == how:
+                # The compiler takes hooks for what never changes, and would not look again.
+                warnings.warn(
+                    "this model's hooks, or the forward of a class, changed since its step was "
+                    "compiled: without effect, compile=True; the step runs as it is",
+                    stacklevel=4,
+                )
+                return None
+        self._made.append((how, compiled(cast("LanguageModel", model), how), between))
+        return self._made[-1][1]
 
 
 def compiled(model: LanguageModel, config: CompileConfig) -> LanguageModel:

@@ -1,7 +1,7 @@
 """One step for any mix of sequences: a forward over what each needs next, and a token for each."""
 
 from collections import abc
-from typing import Any, Protocol, cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -9,51 +9,21 @@ from torch import Tensor
 from quintet.cache import RowContent
 from quintet.errors import ContextLengthError, InputError
 from quintet.generation import plan
-from quintet.generation.arguments import check_arguments
 from quintet.generation.choosing import Choosing
-from quintet.generation.config import GenerationConfig
-from quintet.generation.processors.assemble import Processor, Setting, assemble
+from quintet.generation.processors.assemble import Processor
 from quintet.generation.processors.words import PrefixAllowedTokens
-from quintet.generation.prompt import read_prompt
-from quintet.generation.rows import Cached, Piece, Rows
-from quintet.generation.sampler import Sampler, row_generators
+from quintet.generation.requests import Served, sequence_of
+from quintet.generation.rows import Piece, Rows
 from quintet.generation.sequence import Sequence
 from quintet.generation.speculative.drafting import PredictedDrafting
-from quintet.generation.speculative.factory import (
-    AssistantModel,
-    check_drafting,
-    make_drafting,
-    warn_of_idle_drafting,
-)
+from quintet.generation.speculative.factory import AssistantModel
 from quintet.generation.speculative.pooled import PooledPrediction
 from quintet.generation.speculative.prediction import MTPModel
 from quintet.generation.stopping import Criterion
 from quintet.generation.streamers import Streamer
-from quintet.generation.token_buffer import TokenBuffer
 from quintet.tokenization import PreTrainedTokenizer
 
 __all__ = ["Engine"]
-
-# What these ask for is no affair of one sequence, and the values that ask for nothing.
-_OF_A_CALL: abc.Mapping[str, tuple[object, ...]] = {
-    "num_beams": (None, 1),
-    "num_return_sequences": (None, 1),
-    "guidance_scale": (None, 1),
-    "token_healing": (None, False),
-    "use_cache": (None, True),
-    "cache_implementation": (None, "dynamic"),
-    "max_cache_len": (None,),
-    "prefill_chunk_size": (None,),
-    "compile": (None, False),
-    "compile_config": (None,),
-    "return_dict_in_generate": (None, False),
-}
-
-
-class Served(Cached, Protocol):
-    """What an engine needs of a model."""
-
-    generation_config: GenerationConfig
 
 
 class Engine:
@@ -103,7 +73,6 @@ class Engine:
         beside = 0 if self._prediction is None else self._prediction.nbytes
         return self._rows.cache.nbytes + beside
 
-    @torch.no_grad()
     def sequence(
         self,
         inputs: Tensor | abc.Sequence[int],
@@ -140,51 +109,20 @@ class Engine:
                 that is no affair of one sequence.
             ContextLengthError: the prompt fills the model's context.
         """
-        check_arguments(
-            logits_processor=logits_processor,
-            stopping_criteria=stopping_criteria,
-            prefix_allowed_tokens_fn=prefix_allowed_tokens_fn,
+        return sequence_of(
+            self.model,
+            inputs,
+            generation_config,
+            logits_processor,
+            stopping_criteria,
+            prefix_allowed_tokens_fn,
             tokenizer=tokenizer,
             assistant_model=assistant_model,
             assistant_tokenizer=assistant_tokenizer,
             streamer=streamer,
-            logits_to_keep=None,
+            generator=generator,
+            options=options,
         )
-        config = plan.configured(self.model.generation_config, generation_config, options)
-        warn_of_idle_drafting(config, options, assistant_model, assistant_tokenizer)
-        _check_of_a_sequence(config)
-        size, device = self.model.config.vocab_size, self.model.device
-        ids = _row(inputs)
-        prompt = read_prompt(ids, None, None, None, None, vocab_size=size, device=device)
-        criteria = list(stopping_criteria or ())
-        context = self.model.config.max_position_embeddings
-        room = plan.room(prompt, config, plan.longest(criteria), context)
-        plan.check_least(config, room, size)
-        setting = Setting(
-            prompt=TokenBuffer(prompt.ids),
-            room=room,
-            vocab_size=size,
-            prefix_allowed_tokens_fn=prefix_allowed_tokens_fn,
-        )
-        sampler = Sampler(
-            assemble(config, setting, logits_processor or ()),
-            do_sample=bool(config.do_sample),
-            generators=row_generators(generator, 1, 1, device),
-        )
-        stopping = plan.stopping(config, criteria, tokenizer, device)
-        drafting = None
-        if check_drafting(
-            self.model,
-            config,
-            assistant_model,
-            tokenizer,
-            assistant_tokenizer,
-            rows=1,
-            padded=False,
-            has_ids=True,
-        ):
-            drafting = make_drafting(self.model, config, assistant_model, size)
-        return Sequence(prompt.ids[0].tolist(), sampler, stopping, room, streamer, drafting)
 
     # -- coming and going --------------------------------------------------------------------
 
@@ -371,24 +309,3 @@ class Engine:
         if row is None:
             raise InputError("the sequence is not in this engine; add it first")
         return row
-
-
-def _row(inputs: Tensor | abc.Sequence[int]) -> Tensor:
-    """Return the ids of a prompt as (1, T)."""
-    if not isinstance(inputs, Tensor):
-        inputs = torch.tensor(list(inputs), dtype=torch.long)
-    if inputs.ndim == 2 and len(inputs) != 1:
-        raise InputError(
-            f"the prompt has {len(inputs)} rows; a sequence is one text, so make one for each"
-        )
-    return inputs[None] if inputs.ndim == 1 else inputs
-
-
-def _check_of_a_sequence(config: GenerationConfig) -> None:
-    for name, nothing in _OF_A_CALL.items():
-        value = vars(config)[name]
-        if not any(value is one or value == one for one in nothing):
-            raise InputError(
-                f"{name}={value!r} is no option of one sequence in an engine; set it to "
-                f"{nothing[0]!r}, or use generate()"
-            )

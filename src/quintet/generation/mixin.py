@@ -17,7 +17,7 @@ from quintet.generation import plan
 from quintet.generation.arguments import check_arguments
 from quintet.generation.beams import Found, beam_search
 from quintet.generation.caches import CacheRequest, open_cache
-from quintet.generation.compiling import ROOM_STEP, CompileConfig, compiled
+from quintet.generation.compiling import ROOM_STEP, Programs
 from quintet.generation.config import GenerationConfig
 from quintet.generation.decode import Forward, Generation, LanguageModel, Rooms, decode
 from quintet.generation.healing import heal
@@ -27,6 +27,7 @@ from quintet.generation.outputs import (
     Record,
     Speculation,
 )
+from quintet.generation.own_options import check_own_options, generate_each
 from quintet.generation.prepared import PreparedForward, check_prepared
 from quintet.generation.preparing import next_inputs
 from quintet.generation.processors.assemble import Processor, Setting, assemble
@@ -34,6 +35,7 @@ from quintet.generation.processors.base import LogitsProcessor
 from quintet.generation.processors.guidance import UnbatchedClassifierFreeGuidanceLogitsProcessor
 from quintet.generation.processors.words import PrefixAllowedTokens
 from quintet.generation.prompt import Prompt, read_prompt
+from quintet.generation.requests import Served
 from quintet.generation.sampler import Generators, Sampler, row_generators
 from quintet.generation.speculative.candidates import Drafter
 from quintet.generation.speculative.decoding import speculate
@@ -48,7 +50,6 @@ from quintet.generation.stopping import Criterion
 from quintet.generation.streamers import Streamer
 from quintet.generation.token_buffer import TokenBuffer
 from quintet.generation.transitions import transition_scores
-from quintet.layers.plain import in_between
 from quintet.ops.token_ids import check_token_ids
 from quintet.tokenization import PreTrainedTokenizer
 
@@ -73,7 +74,7 @@ class GenerationMixin:
     def generate(
         self,
         inputs: Tensor | Mapping[str, Tensor] | None = None,
-        generation_config: plan.Configuring | None = None,
+        generation_config: plan.Configuring | Sequence[plan.Configuring] | None = None,
         logits_processor: Sequence[Processor] | None = None,
         stopping_criteria: Sequence[Criterion] | None = None,
         prefix_allowed_tokens_fn: PrefixAllowedTokens | None = None,
@@ -102,7 +103,7 @@ class GenerationMixin:
             inputs: (B, T) ids, or what the tokenizer returns; without any prompt, the text begins
                 with `bos_token_id`.
             generation_config: how to generate; what it does not set is as in the model's own. One
-                of Transformers is read, too.
+                of Transformers is read, too. A list has one for each row.
             logits_processor: further processors, behind those that the options ask for.
             stopping_criteria: what else ends a row.
             prefix_allowed_tokens_fn: the ids that may come next, from a row's index and its ids.
@@ -147,21 +148,36 @@ class GenerationMixin:
                 streamer=streamer,
                 logits_to_keep=logits_to_keep,
             )
+            if isinstance(generation_config, list | tuple):
+                check_own_options(
+                    inputs_embeds=inputs_embeds,
+                    position_ids=position_ids,
+                    past_key_values=past_key_values,
+                    negative_prompt_ids=negative_prompt_ids,
+                    negative_prompt_attention_mask=negative_prompt_attention_mask,
+                    streamer=streamer,
+                )
+                return generate_each(
+                    cast("Served", self),
+                    self._prompt(inputs, input_ids, None, attention_mask, None, None),
+                    generation_config,
+                    logits_processor,
+                    stopping_criteria,
+                    prefix_allowed_tokens_fn,
+                    tokenizer=tokenizer,
+                    assistant_model=assistant_model,
+                    assistant_tokenizer=assistant_tokenizer,
+                    generator=generator,
+                    options=options,
+                )
             config = plan.configured(self.generation_config, generation_config, options)
             if inputs is None and input_ids is None and inputs_embeds is None:
                 inputs = plan.beginning(config, position_ids, self._device())
             warn_of_idle_drafting(config, options, assistant_model, assistant_tokenizer)
             layers = self.config.num_hidden_layers
             past = plan.check_cache(config, options, past_key_values, attention_mask, layers)
-            prompt = read_prompt(
-                inputs,
-                input_ids,
-                inputs_embeds,
-                attention_mask,
-                past,
-                position_ids,
-                vocab_size=self.config.vocab_size,
-                device=self._device(),
+            prompt = self._prompt(
+                inputs, input_ids, inputs_embeds, attention_mask, past, position_ids
             )
             criteria = list(stopping_criteria or ())
             context = self.config.max_position_embeddings
@@ -197,7 +213,7 @@ class GenerationMixin:
                 cache,
                 record=record,
                 keeps_cache=keeps_cache,
-                program=self._program(config),
+                program=self._programs.of(self, config),
             )
             if isinstance(forward, PreparedForward):
                 check_prepared(config, prompt, speculates=speculates)
@@ -300,34 +316,29 @@ class GenerationMixin:
         """
         return transition_scores(sequences, scores, beam_indices, normalize=normalize_logits)
 
-    def _program(self, config: GenerationConfig) -> LanguageModel | None:
-        """Return the compiled model, the same one at every call that asks alike."""
-        if not config.compiles:
-            return None
-        how = CompileConfig() if config.compile_config is None else config.compile_config
-        if not isinstance(how, CompileConfig):
-            raise InputError(
-                f"compile_config is a {type(how).__module__}.{type(how).__name__}; it has to be "
-                "a quintet CompileConfig"
-            )
-        between = in_between(cast("torch.nn.Module", self))
-        for known, program, traced in self._programs:
-            if known == how and traced == between:
-                return program
-            if known == how:
-                # The compiler takes hooks for what never changes, and would not look again.
-                warnings.warn(
-                    "this model's hooks, or the forward of a class, changed since its step was "
-                    "compiled: without effect, compile=True; the step runs as it is",
-                    stacklevel=4,
-                )
-                return None
-        self._programs.append((how, compiled(cast("LanguageModel", self), how), between))
-        return self._programs[-1][1]
-
     @functools.cached_property
-    def _programs(self) -> list[tuple[CompileConfig, LanguageModel, tuple[object, ...]]]:
-        return []
+    def _programs(self) -> Programs:
+        return Programs()
+
+    def _prompt(
+        self,
+        inputs: Tensor | Mapping[str, Tensor] | None,
+        input_ids: Tensor | None,
+        inputs_embeds: Tensor | None,
+        attention_mask: Tensor | None,
+        past: Cache | None,
+        position_ids: Tensor | None,
+    ) -> Prompt:
+        return read_prompt(
+            inputs,
+            input_ids,
+            inputs_embeds,
+            attention_mask,
+            past,
+            position_ids,
+            vocab_size=self.config.vocab_size,
+            device=self._device(),
+        )
 
     def _device(self) -> torch.device:
         device: torch.device = cast("Any", self).device

@@ -1,0 +1,136 @@
+"""From the arguments of `generate()`, for one text, to its sequence."""
+
+from collections import abc
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from quintet.errors import InputError
+from quintet.generation import plan
+from quintet.generation.arguments import check_arguments
+from quintet.generation.config import GenerationConfig
+from quintet.generation.processors.assemble import Processor, Setting, assemble
+from quintet.generation.processors.words import PrefixAllowedTokens
+from quintet.generation.prompt import read_prompt
+from quintet.generation.rows import Cached
+from quintet.generation.sampler import Sampler, row_generators
+from quintet.generation.sequence import Sequence
+from quintet.generation.speculative.factory import (
+    AssistantModel,
+    check_drafting,
+    make_drafting,
+    warn_of_idle_drafting,
+)
+from quintet.generation.stopping import Criterion
+from quintet.generation.streamers import Streamer
+from quintet.generation.token_buffer import TokenBuffer
+from quintet.tokenization import PreTrainedTokenizer
+
+__all__ = ["Served", "sequence_of"]
+
+# What these ask for is no affair of one sequence, and the values that ask for nothing.
+_OF_A_CALL: abc.Mapping[str, tuple[object, ...]] = {
+    "num_beams": (None, 1),
+    "num_return_sequences": (None, 1),
+    "guidance_scale": (None, 1),
+    "token_healing": (None, False),
+    "use_cache": (None, True),
+    "cache_implementation": (None, "dynamic"),
+    "max_cache_len": (None,),
+    "prefill_chunk_size": (None,),
+    "compile": (None, False),
+    "compile_config": (None,),
+    "return_dict_in_generate": (None, False),
+}
+
+
+class Served(Cached, Protocol):
+    """What an engine needs of a model."""
+
+    generation_config: GenerationConfig
+
+
+@torch.no_grad()
+def sequence_of(
+    model: Served,
+    inputs: Tensor | abc.Sequence[int],
+    generation_config: plan.Configuring | None,
+    logits_processor: abc.Sequence[Processor] | None,
+    stopping_criteria: abc.Sequence[Criterion] | None,
+    prefix_allowed_tokens_fn: PrefixAllowedTokens | None,
+    *,
+    tokenizer: PreTrainedTokenizer | None,
+    assistant_model: AssistantModel | None,
+    assistant_tokenizer: PreTrainedTokenizer | None,
+    streamer: Streamer | None,
+    generator: torch.Generator | None,
+    options: abc.Mapping[str, Any],
+) -> Sequence:
+    """Return the sequence that `Engine.sequence` describes."""
+    check_arguments(
+        logits_processor=logits_processor,
+        stopping_criteria=stopping_criteria,
+        prefix_allowed_tokens_fn=prefix_allowed_tokens_fn,
+        tokenizer=tokenizer,
+        assistant_model=assistant_model,
+        assistant_tokenizer=assistant_tokenizer,
+        streamer=streamer,
+        logits_to_keep=None,
+    )
+    config = plan.configured(model.generation_config, generation_config, options)
+    warn_of_idle_drafting(config, options, assistant_model, assistant_tokenizer)
+    _check_of_a_sequence(config)
+    size, device = model.config.vocab_size, model.device
+    ids = _row(inputs)
+    prompt = read_prompt(ids, None, None, None, None, vocab_size=size, device=device)
+    criteria = list(stopping_criteria or ())
+    context = model.config.max_position_embeddings
+    room = plan.room(prompt, config, plan.longest(criteria), context)
+    plan.check_least(config, room, size)
+    setting = Setting(
+        prompt=TokenBuffer(prompt.ids),
+        room=room,
+        vocab_size=size,
+        prefix_allowed_tokens_fn=prefix_allowed_tokens_fn,
+    )
+    sampler = Sampler(
+        assemble(config, setting, logits_processor or ()),
+        do_sample=bool(config.do_sample),
+        generators=row_generators(generator, 1, 1, device),
+    )
+    stopping = plan.stopping(config, criteria, tokenizer, device)
+    drafting = None
+    if check_drafting(
+        model,
+        config,
+        assistant_model,
+        tokenizer,
+        assistant_tokenizer,
+        rows=1,
+        padded=False,
+        has_ids=True,
+    ):
+        drafting = make_drafting(model, config, assistant_model, size)
+    return Sequence(prompt.ids[0].tolist(), sampler, stopping, room, streamer, drafting)
+
+
+def _row(inputs: Tensor | abc.Sequence[int]) -> Tensor:
+    """Return the ids of a prompt as (1, T)."""
+    if not isinstance(inputs, Tensor):
+        inputs = torch.tensor(list(inputs), dtype=torch.long)
+    if inputs.ndim == 2 and len(inputs) != 1:
+        raise InputError(
+            f"the prompt has {len(inputs)} rows; a sequence is one text, so make one for each"
+        )
+    return inputs[None] if inputs.ndim == 1 else inputs
+
+
+def _check_of_a_sequence(config: GenerationConfig) -> None:
+    for name, nothing in _OF_A_CALL.items():
+        value = vars(config)[name]
+        if not any(value is one or value == one for one in nothing):
+            raise InputError(
+                f"{name}={value!r} is no option of one sequence in an engine; set it to "
+                f"{nothing[0]!r}, or use generate()"
+            )
