@@ -49,13 +49,11 @@ class Programs:
         self._made: list[tuple[CompileConfig, LanguageModel, tuple[object, ...]]] = []
 
     def of(self, model: object, config: GenerationConfig) -> LanguageModel | None:
-        """Return the compiled model, or None where none is asked for or none can be had.
+        """Return the compiled model, or None where hooks came after it was.
 
         Raises:
             InputError: `compile_config` is none.
         """
-        if not config.compiles:
-            return None
         how = CompileConfig() if config.compile_config is None else config.compile_config
         if not isinstance(how, CompileConfig):
             raise InputError(

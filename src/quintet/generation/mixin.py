@@ -213,7 +213,7 @@ class GenerationMixin:
                 cache,
                 record=record,
                 keeps_cache=keeps_cache,
-                program=self._programs.of(self, config),
+                program=self._programs.of(self, config) if config.compiles else None,
             )
             if isinstance(forward, PreparedForward):
                 check_prepared(config, prompt, speculates=speculates)
