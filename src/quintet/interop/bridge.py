@@ -8,20 +8,28 @@ before what Transformers does.
 import functools
 from typing import Any, TypeVar
 
+from torch import nn
+
 from quintet.errors import MissingDependencyError
+from quintet.interop.adaptable import as_linear
 from quintet.interop.caches import taking_caches
 from quintet.modeling.base import PreTrainedModel
+from quintet.quantization import Quantized
 
 __all__ = ["as_transformers"]
 
 Model = TypeVar("Model", bound=PreTrainedModel)
+# Bits of a weight: what is less is called 4, the rest 8.
+FEW = 7
 
 
 def as_transformers(model: Model) -> Model:
     """Make a model an instance of `transformers.PreTrainedModel`, too, and return it.
 
     It is the same object with the same weights and methods; its class is one derived from the
-    one it had. A second call changes nothing.
+    one it had. A second call changes nothing. Linear maps in fewer bits become `nn.Linear`s, too,
+    so that adapters find them, and the model says as those of Transformers do that it has such
+    (`is_loaded_in_4bit`, `is_loaded_in_8bit`).
 
     Raises:
         MissingDependencyError: Transformers is not installed.
@@ -30,7 +38,20 @@ def as_transformers(model: Model) -> Model:
         if isinstance(module, PreTrainedModel):
             kind: Any = type(module)
             module.__class__ = _bridged(kind)
+        as_linear(module)
+    bits = _bits(model)
+    if bits is not None:
+        told: Any = model
+        told.is_loaded_in_4bit, told.is_loaded_in_8bit = bits < FEW, bits >= FEW
     return model
+
+
+def _bits(model: nn.Module) -> float | None:
+    """Return how many bits a weight of the maps in fewer bits takes; None if there are none."""
+    held = [module for module in model.modules() if isinstance(module, Quantized)]
+    count = sum(module.weight_count for module in held)
+    size = sum(buffer.nbytes for module in held for buffer in module.buffers())
+    return 8 * size / count if count else None
 
 
 @functools.cache

@@ -17,6 +17,7 @@ from quintet.modeling.packing import Packing, own_labels, takes_packing
 from quintet.ops.documents import Documents
 from quintet.ops.labels import IGNORED, of_tokens, predicted
 from quintet.ops.losses import Items, next_token_loss, token_loss
+from quintet.quantization import refuse_idle_training
 
 __all__ = [
     "CausalLMHead",
@@ -68,6 +69,8 @@ class Headed(PreTrainedModel):
         return cast("DecoderModel", self.base_model).texts((B, T), *given, use_cache=use_cache)
 
     def _returned(self, output: Any, return_dict: bool | None) -> Any:
+        if output.loss is not None:
+            refuse_idle_training(self, output.loss)
         wanted = self.config.return_dict if return_dict is None else return_dict
         return output if wanted else output.to_tuple()
 

@@ -164,4 +164,4 @@ class MoeCausalLMHead(CausalLMHead):
             attentions=outputs.attentions,
             router_logits=outputs.router_logits if routed else None,
         )
-        return output if first(return_dict, self.config.return_dict) else output.to_tuple()
+        return cast("MoeCausalLMOutputWithPast", self._returned(output, return_dict))

@@ -15,6 +15,7 @@ from quintet.quantization.modules import (
     QuantizedEmbedding,
     QuantizedExperts,
     QuantizedLinear,
+    refuse_idle_training,
 )
 from quintet.quantization.request import QuantizationRequest, resolve_quantization
 from quintet.quantization.scheme import Scheme
@@ -47,6 +48,7 @@ __all__ = [
     "freeze",
     "packed",
     "read",
+    "refuse_idle_training",
     "resolve_quantization",
     "stored",
     "tie",

@@ -1,4 +1,4 @@
-"""Modules whose matrices are held in a format of fewer bits; for inference."""
+"""Modules whose matrices are held in a format of fewer bits, and do not learn."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Self
@@ -15,8 +15,15 @@ from quintet.ops.activations import Activation
 from quintet.ops.moe import each_hit_expert, gated
 from quintet.ops.one_pass import gated_mlp
 from quintet.quantization.formats import Parts, Shape, TensorSpec, WeightFormat
+from quintet.quantization.gradients import learns, product
 
-__all__ = ["Quantized", "QuantizedEmbedding", "QuantizedExperts", "QuantizedLinear"]
+__all__ = [
+    "Quantized",
+    "QuantizedEmbedding",
+    "QuantizedExperts",
+    "QuantizedLinear",
+    "refuse_idle_training",
+]
 
 
 class Quantized(nn.Module):
@@ -184,11 +191,11 @@ class QuantizedLinear(Quantized, LinearMap):
         if len(kinds) > 1:
             return tuple(m.forward(x) for m in maps)
         ((weight_format, compute_dtype),) = kinds
-        for m in maps:
-            refuse_training(m, x)
         wide = x if compute_dtype is None else x.to(compute_dtype)
-        output = weight_format.linears(wide, [m.operands(wide.dtype) for m in maps])
-        return tuple(y.to(x.dtype) for y in output)
+        operands = [m.operands(wide.dtype) for m in maps]
+        if learns(x, *(bias for _, _, bias in operands)):
+            return tuple(product(weight_format, wide, *one).to(x.dtype) for one in operands)
+        return tuple(y.to(x.dtype) for y in weight_format.linears(wide, operands))
 
     def operands(self, dtype: torch.dtype) -> tuple[Parts, Shape, Tensor | None]:
         """Return the matrix, its shape and the bias in a dtype."""
@@ -272,9 +279,8 @@ class QuantizedExperts(Quantized, ExpertStack):
 
     def forward(self, x: Tensor, indices: Tensor, weights: Tensor) -> Tensor:
         """Map tokens (N, C) through the experts `indices` (N, A), summed by `weights` (N, A)."""
-        refuse_training(self, x)
         wide = x if self.compute_dtype is None else x.to(self.compute_dtype)
-        output = self._in_one_pass(wide, indices, weights)
+        output = None if learns(x, weights) else self._in_one_pass(wide, indices, weights)
         if output is not None:
             return output.to(x.dtype)
         return each_hit_expert(wide, indices, weights, self.num_experts, self._run).to(x.dtype)
@@ -311,10 +317,14 @@ class QuantizedExperts(Quantized, ExpertStack):
         if weight_format.cuts(rows):
             # What lies on top of each other is one matrix.
             parts = {s: self.held(name + s)[expert] for s in self.suffixes(name)}
+            if learns(x):
+                return product(weight_format, x, parts, (P * rows, columns), None)
             # A kernel for few vectors rounds differently, and how many there are is up to others.
             many = WeightFormat if batch_invariant() else type(weight_format)
             return many.linear(weight_format, x, parts, (P * rows, columns), None)
         maps = [(self.parts(name, (expert, p)), (rows, columns), None) for p in range(P)]
+        if learns(x):
+            return torch.cat([product(weight_format, x, *one) for one in maps], dim=-1)
         return torch.cat(list(weight_format.linears(x, maps)), dim=-1)
 
     def extra_repr(self) -> str:
@@ -324,17 +334,18 @@ class QuantizedExperts(Quantized, ExpertStack):
         return f"{self.num_experts} of {C} -> {F} -> {C}, {' and '.join(names)}"
 
 
-def refuse_training(module: nn.Module, x: Tensor) -> None:
-    """Refuse to build a graph for gradients through weights that have none.
+def refuse_idle_training(model: nn.Module, loss: Tensor) -> None:
+    """Refuse a loss in training that depends on nothing that learns, where weights are in few bits.
 
     Raises:
-        InputError: gradients are wanted here.
+        InputError: it is one.
     """
-    if torch.is_grad_enabled() and (module.training or x.requires_grad):
+    idle = model.training and torch.is_grad_enabled() and not loss.requires_grad
+    if idle and any(isinstance(module, Quantized) for module in model.modules()):
         raise InputError(
-            "a quantised model cannot be trained: its weights are steps on a ladder, without "
-            "gradients. Load it without quantization_config to train it, or call model.eval() "
-            "and leave its parameters frozen to use it"
+            "a quantised model cannot be trained by itself: its weights are steps on a ladder, "
+            "without gradients. Put an adapter on it, load it without quantization_config, or "
+            "call model.eval() to measure a loss"
         )
 
 

@@ -1,0 +1,44 @@
+"""Gradients that pass through matrices in fewer bits: to what they multiply, never to themselves.
+
+So adapters can be trained on top of them. A matrix is decoded once more on the way back and is not
+kept in between: what is held for a step is what the model held before.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from quintet.quantization.formats import Parts, Shape, WeightFormat
+
+__all__ = ["learns", "product"]
+
+
+def learns(*tensors: Tensor | None) -> bool:
+    """Tell whether gradients of one of these will be asked for."""
+    return torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors)
+
+
+def product(
+    weight_format: WeightFormat, x: Tensor, parts: Parts, shape: Shape, bias: Tensor | None
+) -> Tensor:
+    """Return x wᵀ + b, x (..., I), through which gradients reach x and b."""
+    output: Tensor = _Product.apply(  # type: ignore[no-untyped-call]
+        x, weight_format, parts, shape
+    )
+    return output if bias is None else output + bias
+
+
+class _Product(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, weight_format: WeightFormat, parts: Parts, shape: Shape
+    ) -> Tensor:
+        ctx.matrix = weight_format, parts, shape
+        return weight_format.linear(x, parts, shape, None)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None, None]:
+        weight_format, parts, shape = ctx.matrix
+        (gradient,) = gradients
+        return gradient @ weight_format.decode(parts, shape, gradient.dtype), None, None, None
