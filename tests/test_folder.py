@@ -143,11 +143,19 @@ def test_a_link_into_a_cache_of_the_hub_is_followed(
 def test_a_link_to_anything_else_is_refused(chat_model: Path, tmp_path: Path, name: str) -> None:
     shutil.copy(chat_model / name, tmp_path / name)
     shutil.copy(chat_model / name, tmp_path / "secret")
-    for to in (tmp_path / name, tmp_path / "secret"):
+    beside = [] if name == "model.safetensors" else [tmp_path / name]
+    for to in (*beside, tmp_path / "secret"):
         root = linked(chat_model, tmp_path, name, to)
         with pytest.raises(CheckpointError, match="link that leads out of its directory"):
             AutoModelForCausalLM.from_pretrained(root)
         shutil.rmtree(root)
+
+
+def test_a_link_from_weights_to_weights_is_followed(chat_model: Path, tmp_path: Path) -> None:
+    weights = tmp_path / "elsewhere" / "qwen2.safetensors"
+    weights.parent.mkdir()
+    shutil.copy(chat_model / "model.safetensors", weights)
+    AutoModelForCausalLM.from_pretrained(linked(chat_model, tmp_path, "model.safetensors", weights))
 
 
 def test_a_folder_of_links_is_a_model(chat_model: Path, tmp_path: Path) -> None:

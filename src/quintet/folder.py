@@ -19,6 +19,7 @@ __all__ = ["ADAPTER_CONFIG_NAME", "CONFIG_NAME", "checked_path", "find_file", "w
 
 CONFIG_NAME = "config.json"
 ADAPTER_CONFIG_NAME = "adapter_config.json"
+WEIGHTS = ".safetensors"
 
 
 def checked_path(path: object, argument: str) -> Path:
@@ -47,9 +48,9 @@ def checked_path(path: object, argument: str) -> Path:
 def find_file(directory: Path, name: str) -> Path | None:
     """Return the path of a regular file in a model's folder, or None if it is missing.
 
-    A link may lead to where the hub's cache keeps files, and to the file of the same name in
-    another model's folder. Anywhere else, somebody who made the folder could have us read, and
-    publish again with the model, what is not the model's.
+    A link may lead to where the hub's cache keeps files, to the file of the same name in another
+    model's folder, and from weights to weights. Anywhere else, somebody who made the folder could
+    have us read, and publish again with the model, what is not the model's.
 
     Raises:
         CheckpointError: it is a directory or a device, or a link that leads elsewhere.
@@ -65,11 +66,16 @@ def find_file(directory: Path, name: str) -> Path | None:
         raise CheckpointError(f"{path} cannot be read: {error}") from error
     if not stat.S_ISREG(mode):
         raise CheckpointError(f"{path} has to be a regular file, and is not")
-    if not (real.is_relative_to(home) or _is_of_a_model(real, path.name) or _is_cached(real, home)):
+    if not (
+        real.is_relative_to(home)
+        or path.suffix == real.suffix == WEIGHTS
+        or _is_of_a_model(real, path.name)
+        or _is_cached(real, home)
+    ):
         raise CheckpointError(
             f"{path} is a link that leads out of its directory, to {real}; put the file itself "
             "there, or open the directory that holds it (a link may lead to the file of the same "
-            "name in another model's directory)"
+            f"name in another model's directory, and to weights in *{WEIGHTS})"
         )
     return path
 
@@ -77,7 +83,7 @@ def find_file(directory: Path, name: str) -> Path | None:
 def _is_of_a_model(real: Path, name: str) -> bool:
     if real.name != name or not (real.parent / CONFIG_NAME).is_file():
         return False
-    return any(real.parent.glob("*.safetensors"))
+    return any(real.parent.glob(f"*{WEIGHTS}"))
 
 
 def _is_cached(real: Path, directory: Path) -> bool:

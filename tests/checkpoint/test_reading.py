@@ -241,14 +241,14 @@ def test_a_shard_that_is_no_plain_name_is_refused_unopened(tmp_path: Path, shard
 def test_a_link_out_of_the_directory_is_refused(tmp_path: Path) -> None:
     inner = tmp_path / "inner"
     inner.mkdir()
-    save_file({"c": torch.ones(4)}, tmp_path / "secret.safetensors")
+    save_file({"c": torch.ones(4)}, tmp_path / "secret")
     shard = sharded(inner) / "model-00002-of-00002.safetensors"
     shard.unlink()
-    shard.symlink_to(tmp_path / "secret.safetensors")
+    shard.symlink_to(tmp_path / "secret")
     message = refusal(inner)
     assert str(shard) in message
     assert "link that leads out" in message
-    (inner / "model.safetensors").symlink_to("../secret.safetensors")
+    (inner / "model.safetensors").symlink_to("../secret")
     assert "link that leads out" in refusal(inner)
 
 

@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 
+from quintet.cli import bench
 from quintet.generation.cache_choice import CACHE_BITS
 
 QUICK = ("-r", "2", "-n", "2")
@@ -32,11 +33,11 @@ def test_every_combination_is_a_row(quintet: Any, chat_model: Path) -> None:
     assert found["bandwidth"]["bytes_per_second"] > 1e8
 
 
-def test_the_table(process: Any, chat_model: Path) -> None:
-    child = process("bench", chat_model, "-p", "4", "-d", "3", "-t", "1", "-q", *QUICK)
-    out, err = child.communicate(timeout=300)
-    assert (child.returncode, err) == (0, "")
-    header, rule, prompt, steps, gap, model, memory, *_ = out.splitlines()
+def test_the_table(quintet: Any, chat_model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(bench, "demo_model", lambda: chat_model)
+    result = quintet("bench", "-p", "4", "-d", "3", "-t", "1", "-q", *QUICK)
+    assert (result.code, result.err) == (0, "")
+    header, rule, prompt, steps, gap, model, memory, *_ = result.out.splitlines()
     assert header.split("|")[1:3] == [" test     ", " batch "]
     assert set(rule) == {"|", "-", " "}
     assert len({len(header), len(rule), len(prompt), len(steps)}) == 1
@@ -63,16 +64,17 @@ def test_quantised_weights_are_fewer_bytes(quintet: Any, chat_model: Path) -> No
     plain, quantised = (one["rows"][0]["needs"]["weights"] for one in found)
     assert quantised < 0.4 * plain
     assert [one["quantize"] for one in found] == [None, "int8"]
+    assert [one["weights"] for one in found] == ["float32", "int8 and float32"]
 
 
 def test_a_cache_of_few_bits_is_fewer_bytes(quintet: Any, chat_model: Path) -> None:
     read = []
     for options in ([], *(["--cache-dtype", name] for name in CACHE_BITS)):
-        result = quintet("bench", chat_model, "--json", "-p", "4", "-d", "5", *QUICK, *options)
+        result = quintet("bench", chat_model, "--json", "-p", "0", "-d", "5", *QUICK, *options)
         found = json.loads(result.out)
         assert found["cache_dtype"] == (options[1] if options else None)
-        assert [row["test"] for row in found["rows"]] == ["pp4", "tg2 @ d5"]
-        read.append(found["rows"][1]["needs"]["cache"])
+        assert [row["test"] for row in found["rows"]] == ["tg2 @ d5"]
+        read.append(found["rows"][0]["needs"]["cache"])
     # Of float32; each vector of a head has a scale of 16 bits.
     assert read == sorted(read, reverse=True)
     assert all(cache < 0.6 * read[0] for cache in read[1:])
@@ -84,7 +86,7 @@ def test_a_cache_of_few_bits_is_fewer_bytes(quintet: Any, chat_model: Path) -> N
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        ([], "Give either MODEL"),
+        (["--geometry", "qwen2-0.5b", "--revision", "v1"], "revision has no effect"),
         (["model", "--geometry", "qwen2-0.5b"], "Give either MODEL"),
         (["--geometry", "qwen3"], "there are qwen2-0.5b"),
         (["model", "-p", "4,x"], "is not whole numbers"),

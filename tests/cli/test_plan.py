@@ -94,41 +94,43 @@ def test_a_released_v3_is_laid_out_from_its_config_alone(v3: Path, quintet: Any)
     facts = planned(quintet, v3, "--memory", "8x141GB", "--context", 32768, "--batch", 4)
     assert time.process_time() - started < 5
     assert facts["fits"] is True
-    assert "in fp8" in facts["weights"]
-    assert facts["bytes"]["cache"] == 4 * 32768 * 61 * 576 * 2
-    assert 680e9 < facts["bytes"]["weights"] < 690e9
-    layers = [text.split("layers ")[1].split(",")[0] for text in facts["layout"].values()]
-    spans = [tuple(map(int, text.split(" to "))) for text in layers]
+    assert facts["held_as"] == "fp8"
+    assert facts["cache"] == 4 * 32768 * 61 * 576 * 2
+    assert 680e9 < facts["weights"] < 690e9
+    spans = [share["layers"] for share in facts["layout"].values()]
     assert spans[0][0] == 0
     assert spans[-1][1] == 61, "the prediction layer, too"
     assert all(first[1] + 1 == second[0] for first, second in itertools.pairwise(spans))
-    assert "no weights seen" in facts["files"]
+    assert facts["files"] is None
+    assert "no weights seen" in quintet("plan", v3, "--memory", "8x141GB").out
 
 
 def test_what_does_not_fit_ends_with_five_and_says_what_would(v3: Path, quintet: Any) -> None:
     result = quintet("plan", v3, "--memory", "4x141GB", "--dtype", "bfloat16", "--json")
     facts = json.loads(result.out)
     assert (result.code, facts["fits"]) == (5, False)
-    assert facts["instead"] == "it would with --quantize int4"
-    assert facts["needed"] in result.err
+    assert facts["instead"] == "int4"
+    assert f"error: {facts['needed'] / 1e9:.2f} GB needed, and there are 564.00 GB; " in result.err
+    assert "it would with --quantize int4" in result.err
     assert result.is_one_screen
     assert planned(quintet, v3, "--memory", "4x141GB", "--quantize", "int4")["fits"] is True
 
 
 def test_a_longer_context_and_more_rows_need_more(chat_model: Path, quintet: Any) -> None:
-    short = planned(quintet, chat_model, "--context", 10)["bytes"]
-    long = planned(quintet, chat_model, "--context", 20, "--batch", 3)["bytes"]
+    short = planned(quintet, chat_model, "--context", 10)
+    long = planned(quintet, chat_model, "--context", 20, "--batch", 3)
     assert long["cache"] == 6 * short["cache"]
     assert long["weights"] == short["weights"]
-    half = planned(quintet, chat_model, "--dtype", "bfloat16", "--context", 10)["bytes"]
+    half = planned(quintet, chat_model, "--dtype", "bfloat16", "--context", 10)
     assert 2 * half["cache"] == short["cache"]
 
 
 def test_the_longest_context_is_what_is_left(chat_model: Path, quintet: Any) -> None:
     facts = planned(quintet, chat_model, "--memory", "20MB", "--context", 8)
-    assert facts["longest context"] == 256
-    assert list(facts["memory"]) == ["device 0"]
-    assert facts["files"].endswith("here")
+    assert facts["longest_context"] == 256
+    assert list(facts["memory"]) == ["device_0"]
+    assert facts["memory"]["device_0"] == 20_000_000
+    assert facts["files"]["here"] is True
 
 
 def test_a_context_the_model_has_no_positions_for_is_refused(
@@ -144,9 +146,9 @@ def test_where_nothing_fits_the_least_that_is_needed_is_named(v3: Path, quintet:
     result = quintet("plan", v3, "--memory", "24GB", "--json")
     facts = json.loads(result.out)
     assert result.code == 5
-    least = facts["bytes"]["least"]
-    assert 300e9 < least < 450e9
-    assert f"the least that is needed is {least / 1e9:.2f} GB" in facts["instead"]
+    assert facts["instead"] is None
+    assert 300e9 < facts["least"] < 450e9
+    assert f"the least that is needed is {facts['least'] / 1e9:.2f} GB" in result.err
 
 
 @pytest.mark.parametrize("memory", ["much", "yx80GB", "0x80GB", "-3GB"])
@@ -160,6 +162,8 @@ def test_the_table(chat_model: Path, quintet: Any) -> None:
     result = quintet("plan", chat_model)
     assert result.code == 0
     assert "\x1b" not in result.out
+    facts = planned(quintet, chat_model)
+    assert f"needed           {facts['needed'] / 1e6:.2f} MB\n" in result.out
     lines = result.out.splitlines()
     assert lines[0].split() == ["model", str(chat_model)]
     assert any(line.startswith("layout") and "layers 0 to 1" in line for line in lines)

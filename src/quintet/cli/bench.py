@@ -8,9 +8,11 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from quintet.cli.options import source_options, warnings_as_notes
+from quintet.cli.compiling import have_kernels
+from quintet.cli.options import kind_of, source_options, warnings_as_notes
 from quintet.cli.terminal import note
 from quintet.errors import InputError
+from quintet.hub import demo_model
 
 if TYPE_CHECKING:
     from quintet.measurement.machine import Bandwidth
@@ -92,19 +94,28 @@ def command(
     """Measure how fast MODEL runs on this machine.
 
     Prompts (pp) are timed to the first token, steps (tg) at a context depth that is filled with
-    random keys and values, which cost what real ones do. Medians of the repetitions.
+    random keys and values, which cost what real ones do. Medians of the repetitions. Without MODEL,
+    the packaged demo model.
     """
-    if (model is None) == (geometry is None):
+    if model is not None and geometry is not None:
         raise click.UsageError("Give either MODEL, a directory or hub id, or --geometry NAME.")
+    idle = [name for name in ("revision", "cache_dir", "local_files_only") if source[name]]
+    if geometry is not None and idle:
+        raise InputError(f"--geometry fetches nothing, so {', '.join(idle)} has no effect")
+    if model is None and geometry is None:
+        model = str(demo_model())
     import torch
 
     if threads is not None:
         torch.set_num_threads(threads)
     from quintet.measurement.machine import read_bandwidth
+    from quintet.modeling.placement import first_device
 
     # Before the model is there, so that its peak of memory is its own.
     bandwidth = read_bandwidth()
     with warnings_as_notes(quiet):
+        if first_device(source["device"]).type == "cpu":
+            have_kernels(quiet)
         opened, seconds = _open(model, geometry, **source)
         note(_described(opened, geometry or model), quiet)
         result = _measured(
@@ -173,10 +184,9 @@ def _open(
 def _described(model: "CausalLMHead", name: str | None) -> str:
     import torch
 
-    dtype = str(model.dtype).removeprefix("torch.")
     millions = model.num_parameters() / 1e6
     return (
-        f"{name}: {model.config.model_type}, {millions:,.0f} M parameters, {dtype} on "
+        f"{name}: {model.config.model_type}, {millions:,.0f} M parameters, {kind_of(model)} on "
         f"{model.device}, {torch.get_num_threads()} threads, {model.config.attn_implementation}"
     )
 
@@ -220,6 +230,7 @@ def _measured(
         "family": model.config.model_type,
         "parameters": model.num_parameters(),
         "dtype": str(model.dtype).removeprefix("torch."),
+        "weights": kind_of(model),
         "device": str(model.device),
         "threads": torch.get_num_threads(),
         "attention": model.config.attn_implementation,
@@ -324,9 +335,8 @@ def _table(result: dict[str, Any]) -> Iterator[str]:
     size, memory = result["parameters"] / 1e6, result["peak_memory_bytes"] / 2**30
     loaded = result["load_seconds"]
     yield (
-        f"{result['family']}, {size:,.0f} M parameters, {result['dtype']} on {result['device']}, "
+        f"{result['family']}, {size:,.0f} M parameters, {result['weights']} on {result['device']}, "
         f"{result['threads']} threads, {result['attention']}"
-        + (f", weights in {result['quantize']}" if result["quantize"] else "")
         + (f", cache in {result['cache_dtype']}" if result["cache_dtype"] else "")
     )
     yield f"peak memory {memory:.2f} GiB" + (

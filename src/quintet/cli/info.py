@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from quintet.cli.options import source_options
-from quintet.cli.output import show
+from quintet.cli.output import Fact, show
 from quintet.errors import QuintetError, UnsupportedModelError
 from quintet.hub import demo_model
 
@@ -37,7 +37,7 @@ def command(
 def _facts(name: str, where: dict[str, Any]) -> dict[str, Any]:
     import torch
 
-    from quintet.auto import AutoConfig, AutoTokenizer, family
+    from quintet.auto import AutoConfig, family
     from quintet.checkpoint.remote import read_headers
     from quintet.kernels import outlook
     from quintet.modeling.init_on_meta import init_on_meta
@@ -54,53 +54,67 @@ def _facts(name: str, where: dict[str, Any]) -> dict[str, Any]:
     facts: dict[str, Any] = {
         "model": name,
         "family": config.model_type,
-        "saved as": ", ".join(config.architectures or ["not said"]),
+        "saved as": Fact(", ".join(config.architectures or ["not said"]), config.architectures),
         "parameters": size.parameters,
         "active": size.active,
         "layers": config.num_hidden_layers,
         "width": config.hidden_size,
         "vocabulary": config.vocab_size,
         "context": config.max_position_embeddings,
-        "weights": f"{headers.total_bytes:,} bytes"
-        + (f" of {', '.join(sorted(dtypes))}" if dtypes else "")
-        + f" in {headers.files} file(s)",
+        "weights": Fact(
+            f"{headers.total_bytes:,} bytes"
+            + (f" of {', '.join(sorted(dtypes))}" if dtypes else "")
+            + f" in {headers.files} file(s)",
+            {"bytes": headers.total_bytes, "dtypes": dict(dtypes), "files": headers.files},
+        ),
         "quantised": _quantised(config),
         "cache": _cache(config, size.cache_per_token, size.state_per_row),
         "attention": _attention(config),
         "kernels": outlook(),
         "backends": _backends(config),
     }
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(name, **where)
-    except QuintetError as error:
-        facts["tokenizer"] = f"unusable: {error}"
-    else:
-        chat = "with a chat template" if tokenizer.chat_template else "no chat template"
-        facts["tokenizer"] = f"{type(tokenizer).__name__}, {len(tokenizer):,} tokens, {chat}"
+    facts["tokenizer"] = _tokenizer(name, where)
     return facts
 
 
-def _quantised(config: "PreTrainedConfig") -> str:
+def _tokenizer(name: str, where: dict[str, Any]) -> Fact:
+    from quintet.auto import AutoTokenizer
+
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(name, **where)
+    except QuintetError as error:
+        return Fact(f"unusable: {error}", {"error": str(error)})
+    kind, talks = type(tokenizer).__name__, bool(tokenizer.chat_template)
+    chat = "with a chat template" if talks else "no chat template"
+    return Fact(
+        f"{kind}, {len(tokenizer):,} tokens, {chat}",
+        {"class": kind, "tokens": len(tokenizer), "chat_template": talks},
+    )
+
+
+def _quantised(config: "PreTrainedConfig") -> Fact:
     settings = vars(config).get("quantization_config")
     if not settings:
-        return "no"
+        return Fact("no", None)
     from quintet.quantization.request import read
 
     try:
-        return type(read(settings)).__name__.removesuffix("Config")
+        method = type(read(settings)).__name__.removesuffix("Config")
     except UnsupportedModelError as error:
-        return f"unusable: {error}"
+        return Fact(f"unusable: {error}", {"error": str(error)})
+    return Fact(method, method)
 
 
-def _cache(config: "PreTrainedConfig", per_token: int, per_row: int) -> str:
+def _cache(config: "PreTrainedConfig", per_token: int, per_row: int) -> Fact:
     itemsize = 4 if config.dtype == "float32" else 8 if config.dtype == "float64" else 2
-    text = f"{per_token * itemsize:,} bytes a token"
+    sizes = {"bytes_per_token": per_token * itemsize, "bytes_per_row": per_row * 4}
+    text = f"{sizes['bytes_per_token']:,} bytes a token"
     if config.attention_layers() and vars(config).get("kv_lora_rank"):
         text += " (latent)"
-    return f"{text} and {per_row * 4:,} bytes a row" if per_row else text
+    return Fact(f"{text} and {per_row * 4:,} bytes a row" if per_row else text, sizes)
 
 
-def _backends(config: "PreTrainedConfig") -> str:
+def _backends(config: "PreTrainedConfig") -> Fact:
     """Say which backend computes what, on each kind of device there is."""
     import torch
 
@@ -108,16 +122,20 @@ def _backends(config: "PreTrainedConfig") -> str:
 
     # The model's class was imported, and with it what it computes.
     dtype = config.torch_dtype or torch.bfloat16
-    said = []
+    found: dict[str, dict[str, list[str]]] = {}
     for device in ("cpu", "cuda") if torch.cuda.is_available() else ("cpu",):
-        served = REGISTRY.served(device, dtype)
-        for backend in dict.fromkeys(served.values()):
-            names = ", ".join(name for name, by in served.items() if by == backend)
-            said.append(f"on {device}, {backend}: {names}")
-    return "; ".join(said)
+        found[device] = {}
+        for name, backend in REGISTRY.served(device, dtype).items():
+            found[device].setdefault(backend, []).append(name)
+    said = [
+        f"on {device}, {backend}: {', '.join(names)}"
+        for device, served in found.items()
+        for backend, names in served.items()
+    ]
+    return Fact("; ".join(said), found)
 
 
-def _attention(config: "PreTrainedConfig") -> str:
+def _attention(config: "PreTrainedConfig") -> Fact:
     from quintet.configuration.base import ATTENTION_BACKENDS
     from quintet.ops.attention import attention_backend
 
@@ -129,4 +147,7 @@ def _attention(config: "PreTrainedConfig") -> str:
             continue
         usable.append(name)
     others = [name for name in usable if name != config.attn_implementation]
-    return f"{config.attn_implementation}; also {', '.join(others)}"
+    return Fact(
+        f"{config.attn_implementation}; also {', '.join(others)}",
+        {"chosen": config.attn_implementation, "also": others},
+    )

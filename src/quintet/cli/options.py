@@ -29,6 +29,7 @@ __all__ = [
     "Opened",
     "check_options",
     "choose",
+    "kind_of",
     "model_options",
     "open_model",
     "read_stdin",
@@ -158,12 +159,9 @@ class Opened:
         """Say in a line what runs."""
         millions = self.model.num_parameters() / 1e6
         size = f"{millions / 1000:.2f} B" if millions >= 1000 else f"{millions:.1f} M"
-        dtype = str(self.model.dtype).removeprefix("torch.")
-        held = held_as(self.model)
-        kind = dtype if held is None else f"{held} and {dtype}"
         return (
-            f"{self.model.config.model_type}, {size} parameters, {kind} on {self.model.device}, "
-            f"loaded in {self.seconds:.2f} s"
+            f"{self.model.config.model_type}, {size} parameters, {kind_of(self.model)} on "
+            f"{self.model.device}, loaded in {self.seconds:.2f} s"
         )
 
 
@@ -177,6 +175,12 @@ def held_as(model: "PreTrainedModel") -> str | None:
             for weight_format, count in module.weight_counts():
                 counts[weight_format.name] += count
     return max(counts, key=lambda name: counts[name], default=None)
+
+
+def kind_of(model: "PreTrainedModel") -> str:
+    """Say in which format and dtype a model is held."""
+    dtype, held = str(model.dtype).removeprefix("torch."), held_as(model)
+    return dtype if held is None else f"{held} and {dtype}"
 
 
 def open_model(

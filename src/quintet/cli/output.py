@@ -2,18 +2,34 @@
 
 import json
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import click
 
-__all__ = ["show", "size_of", "table"]
+__all__ = ["Fact", "show", "size_of", "table"]
+
+
+@dataclass(frozen=True, slots=True)
+class Fact:
+    """A fact that is said in words, and is a value of JSON for programs.
+
+    Attributes:
+        text: the words; None where only programs are told.
+        value: of JSON.
+    """
+
+    text: str | None
+    value: Any
 
 
 def show(facts: Mapping[str, Any], as_json: bool) -> None:
-    """Print facts, one a line, or as one JSON object."""
+    """Print facts, one a line, or as one JSON object with names that programs can use."""
     if as_json:
-        click.echo(json.dumps(facts, indent=2))
+        click.echo(json.dumps(_for_programs(facts), indent=2))
         return
+    facts = {key: _for_people(value) for key, value in facts.items()}
+    facts = {key: value for key, value in facts.items() if value != Fact(None, None)}
     width = max(map(len, facts), default=0)
     for key, value in facts.items():
         lines = list(value.items()) if isinstance(value, Mapping) else [(None, value)]
@@ -21,6 +37,22 @@ def show(facts: Mapping[str, Any], as_json: bool) -> None:
             label = key if number == 0 else ""
             text = _text(item) if name is None else f"{name}: {_text(item)}"
             click.echo(f"{label:{width}}  {text}".rstrip())
+
+
+def _for_programs(value: Any) -> Any:
+    if isinstance(value, Fact):
+        return value.value
+    if isinstance(value, Mapping):
+        return {str(k).replace(" ", "_"): _for_programs(v) for k, v in value.items()}
+    return value
+
+
+def _for_people(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {key: _for_people(item) for key, item in value.items()}
+    if isinstance(value, Fact):
+        return Fact(None, None) if value.text is None else value.text
+    return value
 
 
 def table(rows: Sequence[Mapping[str, Any]], as_json: bool, empty: str) -> None:

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from quintet.cli.options import source_options
-from quintet.cli.output import show, size_of
+from quintet.cli.output import Fact, show, size_of
 from quintet.errors import DoesNotFitError, InputError, OfflineError
 
 if TYPE_CHECKING:
@@ -30,7 +30,15 @@ HELD = "the files' own quantisation"
 @click.option("--dtype", type=click.Choice(DTYPES), default="auto", show_default=True)
 @click.option("--quantize", type=click.Choice(QUANTISED), help="Hold the weights in fewer bits.")
 @click.option("--context", type=click.IntRange(1), help="Tokens a row.  [default: at most 4096]")
-@click.option("--batch", type=click.IntRange(1), default=1, show_default=True, help="Rows.")
+@click.option(
+    "--batch-size",
+    "--batch",
+    "batch",
+    type=click.IntRange(1),
+    default=1,
+    show_default=True,
+    help="Rows at once.",
+)
 @click.option(
     "--memory",
     multiple=True,
@@ -96,21 +104,20 @@ def _plan(
         # Memory that was only named may be any device's.
         return f"device {device.index}" if memory else str(device)
 
+    needed = size.weight_bytes + cache + working
+    kind = kept or str(held).removeprefix("torch.")
     facts: dict[str, Any] = {
         "family": config.model_type,
         "parameters": size.parameters,
         "active": size.active,
-        "weights": f"{size_of(size.weight_bytes)} in {kept or str(held).removeprefix('torch.')}",
-        "cache": f"{size_of(cache)} for {batch} x {context:,} tokens",
-        "working": f"{size_of(working)}, about",
-        "needed": size_of(size.weight_bytes + cache + working),
-        "memory": {named(device): size_of(room) for device, room in capacity.items()},
-        "bytes": {
-            "weights": size.weight_bytes,
-            "cache": cache,
-            "working": working,
-            "needed": size.weight_bytes + cache + working,
-        },
+        "weights": Fact(f"{size_of(size.weight_bytes)} in {kind}", size.weight_bytes),
+        "held as": Fact(None, kind),
+        "cache": Fact(f"{size_of(cache)} for {batch} x {context:,} tokens", cache),
+        "context": Fact(None, context),
+        "rows": Fact(None, batch),
+        "working": Fact(f"{size_of(working)}, about", working),
+        "needed": Fact(size_of(needed), needed),
+        "memory": {named(device): Fact(size_of(room), room) for device, room in capacity.items()},
     }
     loaded = _with_cache(size, config, cache)
     room = {device: max(limit - working, 0) for device, limit in capacity.items()}
@@ -120,15 +127,15 @@ def _plan(
         facts["fits"] = False
         total = sum(room.values())
         least = _size(config, held, "int4").weight_bytes + cache + working
-        facts["bytes"]["least"] = least
-        facts["instead"] = (
-            _instead(config, held, quantize, total, cache)
-            or f"the least that is needed is {size_of(least)}, with --quantize int4"
+        instead = _instead(config, held, quantize, total, cache)
+        said = (
+            f"it would with --quantize {instead}"
+            if instead
+            else f"the least that is needed is {size_of(least)}, with --quantize int4"
         )
-        return facts, (
-            f"{facts['needed']} needed, and there are {size_of(sum(capacity.values()))}; "
-            f"{facts['instead']}"
-        )
+        facts |= {"instead": Fact(said, instead), "least": Fact(None, least)}
+        there = size_of(sum(capacity.values()))
+        return facts, f"{size_of(needed)} needed, and there are {there}; {said}"
     facts["fits"] = True
     facts["layout"] = {
         named(device): _devices_share(loaded, [p for p in placed if placed[p] == device])
@@ -186,12 +193,15 @@ def _with_cache(size: "Size", config: "PreTrainedConfig", cache: int) -> "list[M
     return [ModelPart(p.path, p.nbytes + (each if p.path in layers else 0)) for p in size.parts]
 
 
-def _devices_share(loaded: "list[ModelPart]", paths: list[str]) -> str:
+def _devices_share(loaded: "list[ModelPart]", paths: list[str]) -> Fact:
     held = sum(part.nbytes for part in loaded if part.path in paths)
     layers = [int(path.rpartition(".")[2]) for path in paths if re.search(r"\.\d+$", path)]
     names = [path.rpartition(".")[2] for path in paths if not re.search(r"\.\d+$", path)]
     spread = f"layers {min(layers)} to {max(layers)}" if layers else ""
-    return f"{size_of(held)}: {', '.join(filter(None, [spread, *names]))}"
+    return Fact(
+        f"{size_of(held)}: {', '.join(filter(None, [spread, *names]))}",
+        {"bytes": held, "layers": [min(layers), max(layers)] if layers else [], "others": names},
+    )
 
 
 def _instead(
@@ -201,7 +211,7 @@ def _instead(
     tried = (None, *QUANTISED).index(quantize) if quantize in QUANTISED else 0
     for wish in ("int8", "int4")[min(tried, 2) :]:
         if _size(config, dtype, wish).weight_bytes + cache <= room:
-            return f"it would with --quantize {wish}"
+            return wish
     return None
 
 
@@ -235,6 +245,12 @@ def _files(model: str, where: dict[str, Any]) -> dict[str, Any]:
     try:
         headers = read_headers(model, **where)
     except (CheckpointError, OfflineError) as error:
-        return {"files": f"no weights seen ({str(error).splitlines()[0]})"}
+        said = str(error).splitlines()[0].rpartition("; ")[0] or str(error)
+        return {"files": Fact(f"no weights seen ({said})", None)}
     state = "here" if headers.local else "to fetch"
-    return {"files": f"{size_of(headers.total_bytes)} in {headers.files} file(s), {state}"}
+    return {
+        "files": Fact(
+            f"{size_of(headers.total_bytes)} in {headers.files} file(s), {state}",
+            {"bytes": headers.total_bytes, "count": headers.files, "here": headers.local},
+        )
+    }
