@@ -21,7 +21,7 @@ from quintet.errors import (
 )
 from quintet.files import read_json
 from quintet.folder import ADAPTER_CONFIG_NAME, CONFIG_NAME, checked_path, what_else
-from quintet.gguf import find_gguf, is_gguf, shard_names
+from quintet.sources import find_gguf
 
 __all__ = [
     "CONFIG_NAME",
@@ -72,12 +72,12 @@ def locate(
     local_files_only: bool = False,
     subfolder: str = "",
     force_download: bool = False,
-    gguf_file: str | None = None,
+    gguf_file: str | os.PathLike[str] | None = None,
 ) -> Path:
     """Return the directory that holds the files of a model, downloading `patterns` if needed.
 
-    Of a model in GGUF it is the file itself: where that, or a directory with no other model than
-    it, is named, and where `gguf_file` says which of a directory or hub id.
+    Of a model in GGUF it is the file itself, by whatever name it has (`quintet.sources`); a
+    directory goes before its file where it has what is asked for.
 
     `force_download` fetches them again where the cache has them, and means nothing to a directory.
     An existing directory always wins over a hub id of the same spelling. `HF_HUB_OFFLINE`,
@@ -98,27 +98,31 @@ def locate(
     name = str(os.fspath(name_or_path))
     if cache_dir is not None:
         checked_path(cache_dir, "cache_dir")
-    if is_gguf(path):
-        if gguf_file is not None or subfolder:
-            raise InputError(f"{name!r} is a file already; give it without gguf_file and subfolder")
-        return path
+    if gguf_file is None and path.is_dir():
+        return _inside(path, subfolder, name, patterns)
+    where = {"revision": revision, "cache_dir": cache_dir, "token": token}
+    found = find_gguf(
+        name_or_path,
+        gguf_file,
+        subfolder=subfolder,
+        local_files_only=local_files_only,
+        **where,  # type: ignore[arg-type]
+    )
+    if found is not None:
+        return found.path
     if path.is_file() and (reason := what_else(path)):
         raise reason
-    if path.is_dir():
-        return _inside(path, subfolder, name, patterns, gguf_file)
     if not _REPO_ID.fullmatch(name) or name.startswith(("./", "../", "~", "/")):
         raise ModelNotFoundError(
             f"no directory {shown(name)}, and it is not a hub id of the form 'owner/name'"
         )
     if subfolder:
         checked_path(subfolder, "subfolder")
-    if gguf_file is not None:
-        patterns = _files_of(gguf_file)
     fetched = [
         f"{subfolder.strip('/')}/{pattern}" if subfolder else pattern for pattern in patterns
     ]
     root = download(name, fetched, revision, cache_dir, token, local_files_only, force_download)
-    return _inside(root, subfolder, name, patterns, gguf_file)
+    return _inside(root, subfolder, name, patterns)
 
 
 class Pushable:
@@ -225,7 +229,7 @@ def locate_weights(
     token: str | bool | None = None,
     local_files_only: bool = False,
     subfolder: str = "",
-    gguf_file: str | None = None,
+    gguf_file: str | os.PathLike[str] | None = None,
 ) -> Path:
     """Return the directory that holds the weights of a model, downloading those of one variant.
 
@@ -277,27 +281,17 @@ def _shards(index: Path) -> list[str]:
     return sorted(n for n in names if isinstance(n, str) and re.fullmatch(r"[\w.-]+", n))
 
 
-def _files_of(gguf_file: str) -> list[str]:
-    """Return the names of all files of a model in GGUF, in the folder that the name says."""
-    folder, slash, name = gguf_file.rpartition("/")
-    return [folder + slash + one for one in shard_names(name) or (name,)]
-
-
-def _inside(
-    root: Path, subfolder: str, name: str, patterns: Sequence[str], gguf_file: str | None
-) -> Path:
+def _inside(root: Path, subfolder: str, name: str, patterns: Sequence[str]) -> Path:
     path = (root / checked_path(subfolder, "subfolder")).resolve() if subfolder else root
     if subfolder and not path.is_relative_to(root.resolve()):
         raise ModelNotFoundError(f"subfolder={subfolder!r} leads out of {name!r}")
     if not path.is_dir():
         raise ModelNotFoundError(f"{name!r} has no folder {subfolder!r}")
-    if gguf_file is not None and (found := find_gguf(path, gguf_file)):
-        return found
     # An adapter may have a tokenizer, and that can be read.
     if any(any(path.glob(pattern)) for pattern in patterns if pattern not in _BESIDE):
         return path
-    if found := find_gguf(path):
-        return found
+    if (found := find_gguf(path)) is not None:
+        return found.path
     if reason := what_else(path):
         raise reason
     return path

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from quintet.generation.config import GenerationConfig
-from quintet.generation.gguf import read_gguf_generation
+from quintet.generation.gguf import gguf_options
 from quintet.sources import Found
 
 METADATA: dict[str, Any] = {
@@ -22,7 +22,7 @@ METADATA: dict[str, Any] = {
 def read(parameters: dict[str, Any] | None = None, **more: Any) -> GenerationConfig:
     found = Found(Path("m.gguf"), parameters=parameters or {})
     metadata = {**METADATA, **{f"general.sampling.{name}": value for name, value in more.items()}}
-    return read_gguf_generation(metadata, found)
+    return GenerationConfig(**gguf_options(metadata, found))
 
 
 def test_all_tokens_that_end_an_answer_end_it() -> None:
@@ -52,5 +52,5 @@ def test_what_has_no_effect_is_told() -> None:
 
 
 def test_a_file_without_a_tokenizer_says_nothing_of_ends() -> None:
-    config = read_gguf_generation({"tokenizer.ggml.model": "no_vocab"}, Found(Path("m.gguf")))
-    assert config.eos_token_id is None
+    options = gguf_options({"tokenizer.ggml.model": "no_vocab"}, Found(Path("m.gguf")))
+    assert options == {"eos_token_id": None, "bos_token_id": None, "pad_token_id": None}

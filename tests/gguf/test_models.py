@@ -146,12 +146,12 @@ def test_a_file_without_its_name_is_known_by_its_first_bytes(written: Path, tmp_
 def test_of_several_files_one_has_to_be_named(model: Any, written: Path, tmp_path: Path) -> None:
     for name in ("one.gguf", "two.gguf", "mmproj-one.gguf"):
         (tmp_path / name).write_bytes(written.read_bytes())
-    with pytest.raises(ModelNotFoundError, match=r"2 models in GGUF:\n  one.gguf\n  two.gguf"):
+    with pytest.raises(InputError, match=r"(?s)2 models in GGUF.*\n  one.gguf\n  two.gguf"):
         AutoModelForCausalLM.from_pretrained(tmp_path)
     assert same(AutoModelForCausalLM.from_pretrained(tmp_path, gguf_file="two.gguf"), model)
-    with pytest.raises(ModelNotFoundError, match=r"no file 'three\.gguf'"):
+    with pytest.raises(ModelNotFoundError, match=r"no 'three\.gguf'"):
         AutoModelForCausalLM.from_pretrained(tmp_path, gguf_file="three.gguf")
-    with pytest.raises(InputError, match="by its name"):
+    with pytest.raises(ModelNotFoundError, match=r"has no '\.\./one"):
         AutoModelForCausalLM.from_pretrained(tmp_path, gguf_file="../one.gguf")
     with pytest.raises(InputError, match="a file already"):
         AutoModelForCausalLM.from_pretrained(tmp_path / "one.gguf", gguf_file="two.gguf")

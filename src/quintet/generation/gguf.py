@@ -6,12 +6,12 @@ from pathlib import Path
 from typing import Any
 
 from quintet.errors import InputError, shown
-from quintet.generation.config import GenerationConfig
+from quintet.generation.options import Options
 from quintet.gguf.container import Value
 from quintet.sources import Found
 from quintet.tokenization.gguf import end_ids, has_tokenizer, token_id
 
-__all__ = ["read_gguf_generation"]
+__all__ = ["gguf_options"]
 
 _SAMPLING = "general.sampling."
 # Whose names are others'. A penalty there looks at the last tokens alone, 64 by default.
@@ -35,8 +35,8 @@ _OF_OLLAMA = {
 }
 
 
-def read_gguf_generation(metadata: Mapping[str, Value], found: Found) -> GenerationConfig:
-    """Return how a model in GGUF is meant to be used, as `generation_config.json` says elsewhere.
+def gguf_options(metadata: Mapping[str, Value], found: Found) -> dict[str, Any]:
+    """Return options for a model in GGUF, as `generation_config.json` says them elsewhere.
 
     What ends an answer are the file's own end tokens, and control tokens known to be one. How
     tokens are drawn is what the file says (`general.sampling.*`), and before it what Ollama does;
@@ -63,7 +63,7 @@ def read_gguf_generation(metadata: Mapping[str, Value], found: Found) -> Generat
             f"Ollama's parameters for this model have no effect here: {', '.join(idle)}",
             stacklevel=2,
         )
-    return _config(found.path, ends, metadata, {**of_file, **of_ollama})
+    return _options(found.path, ends, metadata, {**of_file, **of_ollama})
 
 
 def _ends(metadata: Mapping[str, Value], path: Path, stop: object) -> tuple[list[int], list[str]]:
@@ -76,9 +76,9 @@ def _ends(metadata: Mapping[str, Value], path: Path, stop: object) -> tuple[list
     return list(dict.fromkeys(ids)), [text for text, index in by_text.items() if index is None]
 
 
-def _config(
+def _options(
     path: Path, ends: list[int], metadata: Mapping[str, Value], sampling: dict[str, Any]
-) -> GenerationConfig:
+) -> dict[str, Any]:
     ids: dict[str, Any] = {"eos_token_id": ends[0] if len(ends) == 1 else ends or None}
     for role, key in (("bos_token_id", "bos"), ("pad_token_id", "padding")):
         index = metadata.get(f"tokenizer.ggml.{key}_token_id")
@@ -92,9 +92,9 @@ def _config(
     kept: dict[str, Any] = {}
     for name, value in sampling.items():
         try:
-            GenerationConfig(**{name: value})
+            Options(**{name: value})
         except InputError as error:
             warnings.warn(f"{path}: {error}; left out", stacklevel=3)
         else:
             kept[name] = value
-    return GenerationConfig(**ids, **kept)
+    return {**ids, **kept}

@@ -2,7 +2,6 @@
 
 from quintet.gguf.config import config_values
 from quintet.gguf.container import GGUFFile, GGUFTensor, read_gguf, shard_names
-from quintet.gguf.finding import find_gguf, is_gguf
 from quintet.gguf.names import Part, release_parts
 from quintet.gguf.types import BlockType
 
@@ -12,8 +11,6 @@ __all__ = [
     "GGUFTensor",
     "Part",
     "config_values",
-    "find_gguf",
-    "is_gguf",
     "read_gguf",
     "release_parts",
     "shard_names",

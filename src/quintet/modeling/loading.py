@@ -137,7 +137,7 @@ def _load(
 
     def files() -> tuple[PreTrainedConfig, Weights, GenerationConfig | None]:
         config = _config(cls, source, root, given, overrides)
-        return config, _weights(source, root, options), _generation_config(root)
+        return config, _weights(source, root, options), _generation_config(source, root)
 
     config, weights, generation_config = (
         files()
@@ -253,8 +253,14 @@ def _weights(source: ModelSource | None, root: Path | None, options: Options) ->
     return Renamed(weights, options.key_mapping) if options.key_mapping else weights
 
 
-def _generation_config(root: Path | None) -> GenerationConfig | None:
-    if root is None or find_file(root, GENERATION_CONFIG_NAME) is None:
+def _generation_config(source: ModelSource | None, root: Path | None) -> GenerationConfig | None:
+    if source is None or root is None:
+        return None
+    if root.is_file():
+        # By its own name: Ollama says more of a model than the model's file.
+        where = {**source.where, "gguf_file": source.gguf_file}
+        return GenerationConfig.from_pretrained(source.name_or_path, **where)
+    if find_file(root, GENERATION_CONFIG_NAME) is None:
         return None
     return GenerationConfig.from_pretrained(root)
 

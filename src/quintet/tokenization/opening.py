@@ -6,7 +6,6 @@ from collections.abc import Sequence
 from quintet.errors import CheckpointError, InputError, TokenizerError, shown
 from quintet.gguf import read_gguf
 from quintet.hub import locate
-from quintet.sources import find_gguf
 from quintet.tokenization.files import TokenizerFiles, read_tokenizer_files
 from quintet.tokenization.gguf import read_gguf_tokenizer
 
@@ -33,17 +32,25 @@ def open_files(
         UnsupportedModelError: a GGUF file has a tokenizer that is not known.
         InputError: `force_download` of a GGUF file.
     """
-    where = {"revision": revision, "cache_dir": cache_dir, "token": token, "subfolder": subfolder}
-    found = find_gguf(name_or_path, gguf_file, local_files_only=local_files_only, **where)  # type: ignore[arg-type]
-    if found is None:
-        options = {"local_files_only": local_files_only, "force_download": force_download}
-        return read_tokenizer_files(locate(name_or_path, patterns, **where, **options))  # type: ignore[arg-type]
+    root = locate(
+        name_or_path,
+        patterns,
+        gguf_file=gguf_file,
+        revision=revision,
+        cache_dir=cache_dir,
+        token=token,
+        local_files_only=local_files_only,
+        subfolder=subfolder,
+        force_download=force_download,
+    )
+    if not root.is_file():
+        return read_tokenizer_files(root)
     if force_download:
         raise InputError(
-            f"force_download=True fetches a tokenizer's small files again; {shown(str(found.path))}"
-            " holds the whole model, and `quintet rm` removes it from the hub cache"
+            f"force_download=True fetches a tokenizer's small files again; {shown(str(root))} "
+            "holds the whole model, and `quintet rm` removes it from the hub cache"
         )
     try:
-        return read_gguf_tokenizer(read_gguf(found.path).metadata, found.path)
+        return read_gguf_tokenizer(read_gguf(root).metadata, root)
     except CheckpointError as error:
         raise TokenizerError(str(error)) from error
