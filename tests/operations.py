@@ -9,10 +9,12 @@ import torch
 import torch.nn.functional as F  # noqa: N812
 from torch import Tensor
 
+from quintet.gguf.types import BY_NAME
 from quintet.layers.mlp import GatedMLP
 from quintet.ops import activations
 from quintet.ops.activations import gate_by
 from quintet.ops.attention import sdpa
+from quintet.ops.blocks import decode_blocks, split_blocks
 from quintet.ops.linear import linear, linears
 from quintet.ops.mamba2 import MixerWeights, mix
 from quintet.ops.masks import AttentionMask, attention_mask_of
@@ -151,6 +153,10 @@ def cases() -> Iterator[Case]:
         yield case("int4", int4_linear, x=make(3, 70), packed=q, scale=scale, bias=make(8))
         wide = partial(dequantize_int4, columns=70, dtype=dtype)
         yield case("widen-int4", wide, packed=q, scale=scale)
+        # Of small bytes, as none is a scale that is not finite.
+        raw = torch.randint(60, (8, 2 * 144), generator=g, dtype=torch.uint8)
+        yield case("blocks", partial(decode_blocks, kind=BY_NAME["Q4_K"], dtype=dtype), raw=raw)
+        yield case("parts-of-blocks", partial(split_blocks, kind=BY_NAME["Q4_K"]), raw=raw)
         matrices = {"gate": make(24, 40), "up": make(24, 40), "down": make(40, 24)}
         yield case("mlp", mlp, x=x, **matrices)
         experts = {"gate_up": make(4, 48, 40), "down": make(4, 40, 24)}

@@ -13,6 +13,7 @@ from quintet.checkpoint.header import TensorInfo
 from quintet.checkpoint.reading import Checkpoint
 from quintet.errors import CheckpointError, UnsupportedModelError, listed
 from quintet.gguf import GGUFFile, Part, config_values, read_gguf, release_parts
+from quintet.gguf.layouts import LAYOUTS
 
 __all__ = ["GGUFCheckpoint"]
 
@@ -23,10 +24,6 @@ _PLAIN: Mapping[str, torch.dtype] = MappingProxyType(
         "BF16": torch.bfloat16,
         "F64": torch.float64,
     }
-)
-READABLE = (
-    *("Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0"),
-    *("Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K", "IQ4_NL", "IQ4_XS"),
 )
 
 
@@ -117,12 +114,12 @@ def _check_types(file: GGUFFile) -> None:
     odd = [
         f"{tensor.name}: {tensor.type.name}"
         for tensor in file.tensors.values()
-        if tensor.type.name not in (*READABLE, *_PLAIN)
+        if tensor.type.name not in (*LAYOUTS, *_PLAIN)
     ]
     if odd:
         raise UnsupportedModelError(
             f"{file.path} has {len(odd)} tensors of types that are not read here:\n{listed(odd, 3)}"
-            f"\nThere are {', '.join((*_PLAIN, *READABLE))}; take a file in one of these, such as "
+            f"\nThere are {', '.join((*_PLAIN, *LAYOUTS))}; take a file in one of these, such as "
             "Q4_K_M or Q8_0"
         )
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-from quintet.checkpoint.header import DTYPES
+from quintet.checkpoint.header import DTYPES, TensorInfo
 from quintet.checkpoint.layout import INDEX, SINGLE, find
 from quintet.checkpoint.opening import open_weights
 from quintet.errors import CheckpointError, OfflineError, shown
@@ -25,13 +25,14 @@ class Headers:
     Attributes:
         total_bytes: of the data of all tensors.
         files: how many files there are.
-        dtypes: how many tensors of each dtype; of the first file alone where there are many.
+        dtypes: how many tensors of each dtype, or type of blocks; of the first file alone where
+            there are many.
         local: whether the files are on this machine.
     """
 
     total_bytes: int
     files: int
-    dtypes: Mapping[torch.dtype, int]
+    dtypes: Mapping[str, int]
     local: bool
 
 
@@ -43,6 +44,7 @@ def read_headers(
     token: str | bool | None = None,
     local_files_only: bool = False,
     subfolder: str = "",
+    gguf_file: str | None = None,
 ) -> Headers:
     """Read the headers of a model's weights; of files on the hub, nothing else.
 
@@ -58,14 +60,15 @@ def read_headers(
             cache_dir=cache_dir,
             local_files_only=True,
             subfolder=subfolder,
+            gguf_file=gguf_file,
         )
         checkpoint = open_weights(root)
     except (OfflineError, CheckpointError):
-        if local_files_only or Path(name_or_path).expanduser().is_dir():
+        if local_files_only or Path(name_or_path).expanduser().exists():
             raise
     else:
         infos = checkpoint.tensors.values()
-        counts = Counter(info.dtype for info in infos)
+        counts = Counter(_kind(info) for info in infos)
         return Headers(checkpoint.total_bytes, len({i.file for i in infos}), counts, local=True)
     root = locate(
         name_or_path,
@@ -89,9 +92,17 @@ def read_headers(
     return Headers(total, len(shards), counts, local=False)
 
 
+def _kind(info: TensorInfo) -> str:
+    return _name(info.dtype) if info.blocks is None else info.blocks.name
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
 def _remote(
     repository: str, file: str, revision: str | None, token: str | bool | None
-) -> tuple[int, Counter[torch.dtype]]:
+) -> tuple[int, Counter[str]]:
     """Ask the hub for the head of one file; return the bytes of its data and what is in it."""
     from huggingface_hub import HfApi
     from huggingface_hub.errors import EntryNotFoundError, SafetensorsParsingError
@@ -106,13 +117,13 @@ def _remote(
         ) from error
     except SafetensorsParsingError as error:
         raise CheckpointError(f"{repository}: {file} is damaged ({error})") from error
-    counts: Counter[torch.dtype] = Counter()
+    counts: Counter[str] = Counter()
     size = 0
     for name, tensor in found.tensors.items():
         if tensor.dtype not in DTYPES:
             raise CheckpointError(
                 f"{repository}: {name} has the unknown dtype {shown(tensor.dtype)}"
             )
-        counts[DTYPES[tensor.dtype]] += 1
+        counts[_name(DTYPES[tensor.dtype])] += 1
         size += tensor.data_offsets[1] - tensor.data_offsets[0]
     return size, counts

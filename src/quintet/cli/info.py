@@ -1,6 +1,5 @@
 """`quintet info`: what a model is, read from its files without its weights."""
 
-from collections import Counter
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -48,9 +47,6 @@ def _facts(name: str, where: dict[str, Any]) -> dict[str, Any]:
     size = measure(
         init_on_meta(family(config.model_type).find("ForCausalLM"), config), torch.bfloat16
     )
-    dtypes = Counter[str]()
-    for dtype, count in headers.dtypes.items():
-        dtypes[str(dtype).removeprefix("torch.")] += count
     facts: dict[str, Any] = {
         "model": name,
         "family": config.model_type,
@@ -63,11 +59,16 @@ def _facts(name: str, where: dict[str, Any]) -> dict[str, Any]:
         "context": config.max_position_embeddings,
         "weights": Fact(
             f"{headers.total_bytes:,} bytes"
-            + (f" of {', '.join(sorted(dtypes))}" if dtypes else "")
+            + (f" of {', '.join(sorted(headers.dtypes))}" if headers.dtypes else "")
             + f" in {headers.files} file(s)",
-            {"bytes": headers.total_bytes, "dtypes": dict(dtypes), "files": headers.files},
+            {
+                "bytes": headers.total_bytes,
+                "dtypes": dict(headers.dtypes),
+                "files": headers.files,
+            },
         ),
         "quantised": _quantised(config),
+        **_held(name, config, where),
         "cache": _cache(config, size.cache_per_token, size.state_per_row),
         "attention": _attention(config),
         "kernels": outlook(),
@@ -103,6 +104,42 @@ def _quantised(config: "PreTrainedConfig") -> Fact:
     except UnsupportedModelError as error:
         return Fact(f"unusable: {error}", {"error": str(error)})
     return Fact(method, method)
+
+
+def _held(name: str, config: "PreTrainedConfig", where: dict[str, Any]) -> dict[str, Fact]:
+    """Say what becomes of the tensors of a GGUF file, which hardly is what it has."""
+    import torch
+
+    from quintet.auto import family
+    from quintet.checkpoint import open_weights
+    from quintet.hub import locate_weights
+    from quintet.modeling.holding import how_held, in_words
+    from quintet.modeling.init_on_meta import init_on_meta
+    from quintet.modeling.key_mapping import map_keys
+    from quintet.quantization import resolve_quantization
+
+    root = locate_weights(name, **where)
+    if not root.is_file():
+        return {}
+    weights = open_weights(root)
+    model = init_on_meta(family(config.model_type).find("ForCausalLM"), config)
+    settings = vars(config).get("quantization_config")
+    request = resolve_quantization(settings, None, None, torch.device("cpu"))
+    mapping = map_keys(model, weights.tensors, held_as=request.source)
+    mapping.difference.raise_if_incomplete(str(root))
+    scheme = request.scheme(mapping.held)
+    dtype = config.torch_dtype or torch.bfloat16
+    slots = {} if scheme is None else model.quantize_modules(scheme, dtype)
+
+    def dtype_of(name: str) -> torch.dtype:
+        return torch.float32 if name.endswith(model.keep_in_fp32) else dtype
+
+    counts = how_held(mapping, weights.tensors, slots, dtype_of)
+    listed = [
+        {"stored": kind, "held": held, "tensors": count}
+        for (kind, held), count in counts.most_common()
+    ]
+    return {"held as": Fact(in_words(counts), listed)}
 
 
 def _cache(config: "PreTrainedConfig", per_token: int, per_row: int) -> Fact:

@@ -161,7 +161,7 @@ def _kept(config: "PreTrainedConfig", device: "torch.device", assumed: bool) -> 
     from quintet.quantization.request import read, resolve_quantization
 
     settings = vars(config).get("quantization_config")
-    if not settings:
+    if not settings or read(settings).scheme() is None:
         return None
     if assumed and isinstance(read(settings), FineGrainedFP8Config):
         return "fp8"

@@ -15,7 +15,7 @@ from quintet.hub import CONFIG_PATTERNS, locate, locate_weights
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from quintet.checkpoint import Checkpoint
+    from quintet.checkpoint import Checkpoint, GGUFCheckpoint
 
 __all__ = ["command"]
 
@@ -74,14 +74,14 @@ def command(
 
 def _weights(root: Path, variant: str | None, quick: bool, problems: list[str]) -> dict[str, Any]:
     from quintet.auto import AutoConfig, family
-    from quintet.checkpoint import Checkpoint, read_consistently
+    from quintet.checkpoint import open_weights, read_consistently
     from quintet.modeling.init_on_meta import init_on_meta
     from quintet.modeling.key_mapping import map_keys
     from quintet.quantization.request import read
 
     config, checkpoint = read_consistently(
         root,
-        lambda: (AutoConfig.from_pretrained(root), Checkpoint.open(root, variant=variant)),
+        lambda: (AutoConfig.from_pretrained(root), open_weights(root, variant=variant)),
         variant=variant,
     )
     settings = vars(config).get("quantization_config")
@@ -118,9 +118,15 @@ def _class(found: Any, architectures: list[str] | None) -> Any:
     return found.find("ForCausalLM")
 
 
-def _not_finite(checkpoint: "Checkpoint") -> Iterator[str]:
+def _not_finite(checkpoint: "Checkpoint | GGUFCheckpoint") -> Iterator[str]:
+    from quintet.ops.blocks import has_odd_scales
+
     for name, tensor in checkpoint.read(checkpoint.tensors):
-        if tensor.is_floating_point() and (count := _count_not_finite(tensor)):
+        kind = checkpoint.tensors[name].blocks
+        if kind is not None and has_odd_scales(tensor, kind):
+            file = checkpoint.tensors[name].file.name
+            yield f"{file}: {name} has blocks of {kind.name} with a scale that is not finite"
+        elif tensor.is_floating_point() and (count := _count_not_finite(tensor)):
             file = checkpoint.tensors[name].file.name
             yield f"{file}: {name} has {count:,} numbers that are not finite"
         checkpoint.forget(name)
@@ -137,7 +143,9 @@ def _count_not_finite(tensor: "Tensor") -> int:
     return count
 
 
-def _aliases(checkpoint: "Checkpoint", aliases: Mapping[str, str]) -> Iterator[str]:
+def _aliases(
+    checkpoint: "Checkpoint | GGUFCheckpoint", aliases: Mapping[str, str]
+) -> Iterator[str]:
     from quintet.modeling.weight_loader import identical
 
     for second, first in aliases.items():
@@ -170,10 +178,10 @@ def _expected_hashes(root: Path, hashes: str | None) -> dict[str, str]:
     if hashes is not None:
         return _listed_hashes(Path(hashes))
     found = {}
-    for path in sorted(root.glob("*.safetensors")):
+    for path in _weight_files(root):
         # In the hub cache, a file is a link to a blob that is named by its hash.
-        blob = path.resolve().name
-        note = root / ".cache" / "huggingface" / "download" / f"{path.name}.metadata"
+        blob = path.resolve().name.removeprefix("sha256-")
+        note = path.parent / ".cache" / "huggingface" / "download" / f"{path.name}.metadata"
         if _SHA256.fullmatch(blob):
             found[path.name] = blob
         elif note.is_file():
@@ -181,6 +189,18 @@ def _expected_hashes(root: Path, hashes: str | None) -> dict[str, str]:
             if _SHA256.fullmatch(etag):
                 found[path.name] = etag
     return found
+
+
+def _weight_files(root: Path) -> list[Path]:
+    """Return the files of weights in a directory, or those of a model in GGUF."""
+    from quintet.gguf import read_gguf
+
+    if not root.is_file():
+        return sorted(root.glob("*.safetensors"))
+    try:
+        return [*read_gguf(root).files]
+    except QuintetError:
+        return [root]
 
 
 def _listed_hashes(path: Path) -> dict[str, str]:
@@ -203,7 +223,7 @@ def _listed_hashes(path: Path) -> dict[str, str]:
 def _hashes(root: Path, expected: Mapping[str, str], problems: list[str]) -> str:
     right = 0
     for name, wanted in sorted(expected.items()):
-        path = root / name
+        path = (root.parent if root.is_file() else root) / name
         if not path.is_file():
             problems.append(f"{name} is not there, and has a hash")
             continue

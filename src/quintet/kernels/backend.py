@@ -10,6 +10,7 @@ from torch import Tensor
 from quintet.backends import Backend, Implementation
 from quintet.kernels import (
     attention,
+    blocks,
     gated,
     grouped,
     latent,
@@ -55,6 +56,8 @@ IMPLEMENTATIONS: Mapping[str, Sequence[Implementation]] = MappingProxyType(
         ),
         "quantised linear": (Implementation(linear.linears, FLOATS, "few vectors"),),
         "widen": (Implementation(linear.widen, FLOATS),),
+        "blocks": (Implementation(blocks.decode_blocks, FLOATS),),
+        "parts of blocks": (Implementation(blocks.split_blocks, FLOATS),),
         "gated mlp": (Implementation(gated.gated, FLOATS, "few tokens"),),
         "gate": (Implementation(product.gated_products, BF16),),
         "experts": (Implementation(grouped.grouped_silu_experts, BF16),),

@@ -24,6 +24,7 @@ KERNELS = {
     "sampling": "the penalty for tokens that occurred",
     "routing": "routers, in bfloat16 and float32",
     "widen": "int8 and int4 weights to bfloat16 or float32, for more vectors than that",
+    "blocks": "the blocks of GGUF files to numbers, and to groups with scales, as they are loaded",
     "mamba2": "Zamba2's mixer between its projections, in bfloat16 and float32",
 }
 

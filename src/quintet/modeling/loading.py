@@ -7,6 +7,7 @@ and only then is data read, one tensor after the other.
 import copy
 import difflib
 import itertools
+import logging
 import os
 import warnings
 from collections.abc import Mapping, Sequence
@@ -37,6 +38,7 @@ from quintet.generation.option_names import asks_nothing
 from quintet.hub import CONFIG_PATTERNS, locate, locate_weights
 from quintet.modeling.core import ModelCore
 from quintet.modeling.dispatch import dispatch_model
+from quintet.modeling.holding import how_held, in_words
 from quintet.modeling.init_on_meta import init_on_meta
 from quintet.modeling.key_mapping import KeyMapping, map_keys
 from quintet.modeling.placement import (
@@ -52,6 +54,7 @@ from quintet.quantization import QuantizationConfig, resolve_quantization
 
 __all__ = ["ModelSource", "NewHeadWarning", "Options", "load", "write"]
 
+log = logging.getLogger("quintet.loading")
 Model = TypeVar("Model", bound=ModelCore)
 
 
@@ -166,7 +169,11 @@ def _load(
     model.drop(mapping.optional)
     model_parts = parts(model, target, model.keep_in_fp32)
     placement = place(options.device_map, model_parts, options.max_memory)
-    load_weights(WeightLoader(model, target, placement.device_of, slots), mapping, weights, where)
+    loader = WeightLoader(model, target, placement.device_of, slots)
+    if log.isEnabledFor(logging.INFO):
+        counts = how_held(mapping, weights.tensors, slots, loader.dtype_of)
+        log.info("%s: %s", where, in_words(counts))
+    load_weights(loader, mapping, weights, where)
     model.tie_weights()
     _check_filled(model)
     dispatch_model(model, placement, model_parts)

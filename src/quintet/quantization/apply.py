@@ -17,6 +17,8 @@ from quintet.quantization.modules import (
 )
 from quintet.quantization.scheme import Scheme, is_named
 
+# Of a matrix that goes from one format into another, so many are there as numbers at once.
+NUMBERS = 2**23
 STACKS = ("gate_up_proj", "down_proj")
 
 __all__ = ["Encoded", "Slot", "apply", "cut", "freeze", "tie"]
@@ -94,11 +96,35 @@ class Slot:
             if same is not None:
                 return same
         # As exact as the source: rounding to a dtype in between would be one loss more.
-        plain = weight.decode(torch.float32) if isinstance(weight, Encoded) else weight
         try:
-            return ours.encode(plain.to(device or plain.device))
+            if isinstance(weight, Encoded):
+                return _encoded_again(weight, ours, device)
+            return ours.encode(weight.to(device or weight.device))
         except InputError as error:
             raise CheckpointError(f"{source}: {error}") from error
+
+
+def _encoded_again(weight: Encoded, to: WeightFormat, device: torch.device | None) -> Parts:
+    """Return the parts of a matrix in another format, by way of float32 numbers."""
+    (rows, columns), source = weight.shape, weight.parts[""]
+    specs = to.parts(weight.shape)
+    # Where each row is by itself in both, not all of them have to be there as numbers at once.
+    alone = all(spec.shape[0] == rows for spec in specs.values()) and weight.format.cuts(1)
+    height = max(NUMBERS // columns, 1) if alone else rows
+    if height >= rows:
+        plain = weight.decode(torch.float32)
+        return to.encode(plain.to(device or plain.device))
+    made = {
+        suffix: torch.empty(spec.shape, dtype=spec.dtype, device=device or source.device)
+        for suffix, spec in specs.items()
+    }
+    for start in range(0, rows, height):
+        end = min(start + height, rows)
+        parts = {suffix: part[start:end] for suffix, part in weight.parts.items()}
+        plain = weight.format.decode(parts, (end - start, columns), torch.float32)
+        for suffix, part in to.encode(plain.to(device or plain.device)).items():
+            made[suffix][start:end] = part
+    return made
 
 
 def apply(

@@ -10,10 +10,20 @@ from torch import Tensor
 from quintet.checkpoint import TensorInfo
 from quintet.errors import CheckpointError, InputError
 from quintet.gguf import BlockType
-from quintet.ops.blocks import decode_blocks, has_odd_scales
+from quintet.gguf.layouts import LAYOUTS
+from quintet.gguf.types import BY_NAME
+from quintet.ops.blocks import decode_blocks, has_odd_scales, split_blocks
 from quintet.quantization.config import QuantizationConfig
-from quintet.quantization.formats import Int8Format, Parts, Shape, TensorSpec, WeightFormat
+from quintet.quantization.formats import (
+    GroupFormat,
+    Int8Format,
+    Parts,
+    Shape,
+    TensorSpec,
+    WeightFormat,
+)
 from quintet.quantization.mixed import MixedConfig
+from quintet.quantization.scheme import Scheme
 
 __all__ = ["GGUFConfig"]
 
@@ -49,6 +59,21 @@ class BlockFormat(WeightFormat):
     def cuts(self, row: int) -> bool:
         """Tell whether the parts, cut there too, are those of the matrix cut before a row."""
         return True
+
+    @property
+    def groups(self) -> GroupFormat:
+        """The format of ours that says exactly the same."""
+        layout = LAYOUTS[self.kind.name]
+        dtype = torch.float32 if layout.two_levels else torch.float16
+        return GroupFormat(layout.bits, layout.group, layout.offset, dtype, layout.table)
+
+    def recast(self, parts: Parts, shape: Shape, to: WeightFormat) -> dict[str, Tensor] | None:
+        """Return the parts in another format if that is no rounding; None if it would be one."""
+        ours = self.groups
+        if ours.parts(shape) != to.parts(shape) or to.parts_of != ours:
+            return None
+        found = zip(ours.parts(shape), split_blocks(parts[""], self.kind), strict=False)
+        return {suffix: part for suffix, part in found if part is not None}
 
     @property
     def held(self) -> WeightFormat:
@@ -160,8 +185,10 @@ class GGUFConfig(QuantizationConfig):
     def __post_init__(self) -> None:
         self._require(isinstance(self.types, dict), "types", "a mapping from types to counts")
 
-    def scheme(self) -> None:
-        """Return None: which formats there are is said by files alone."""
+    def scheme(self) -> Scheme | None:
+        """Return about what the formats of a model are; which they are is said by files alone."""
+        blocks = any(BY_NAME[name].weights > 1 for name in self.types if name in BY_NAME)
+        return Scheme(Int8Format(), Int8Format()) if blocks else None
 
     def ours(self) -> MixedConfig:
         """Return the configuration that a model of such files is held and saved by."""

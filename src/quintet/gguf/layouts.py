@@ -1,0 +1,47 @@
+"""How the blocks of each type are made up, and which of our groups says the same."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from types import MappingProxyType
+
+__all__ = ["LAYOUTS", "Layout"]
+
+
+@dataclass(frozen=True, slots=True)
+class Layout:
+    """What neighbouring weights share; see `quintet.ops.blocks`.
+
+    Attributes:
+        halves: the bytes of a block at which numbers in half precision begin.
+        bits: of a weight's number as we hold it, 4 or 8.
+        group: how many neighbours share a scale.
+        offset: whether they share an offset.
+        table: whether numbers are places in the table of IQ4.
+        two_levels: whether scales are numbers of a few bits, in multiples of those in halves.
+    """
+
+    halves: tuple[int, ...]
+    bits: int
+    group: int = 32
+    offset: bool = False
+    table: bool = False
+    two_levels: bool = False
+
+
+LAYOUTS: Mapping[str, Layout] = MappingProxyType(
+    {
+        "Q4_0": Layout((0,), 4),
+        "Q4_1": Layout((0, 2), 4, offset=True),
+        "Q5_0": Layout((0,), 8),
+        "Q5_1": Layout((0, 2), 8, offset=True),
+        "Q8_0": Layout((0,), 8),
+        "Q2_K": Layout((80, 82), 8, 16, offset=True, two_levels=True),
+        "Q3_K": Layout((108,), 8, 16, two_levels=True),
+        "Q4_K": Layout((0, 2), 4, offset=True, two_levels=True),
+        "Q5_K": Layout((0, 2), 8, offset=True, two_levels=True),
+        "Q6_K": Layout((208,), 8, 16, two_levels=True),
+        "IQ4_NL": Layout((0,), 4, table=True),
+        "IQ4_XS": Layout((0,), 4, table=True, two_levels=True),
+    }
+)
+"""The types that are read, by their names."""

@@ -1,0 +1,46 @@
+"""The blocks of GGUF files as numbers, or as numbers with scales and offsets of their groups."""
+
+import torch
+from torch import Tensor
+
+from quintet.gguf.layouts import LAYOUTS
+from quintet.gguf.types import BlockType
+from quintet.kernels.calls import begin
+
+__all__ = ["decode_blocks", "split_blocks"]
+
+SUFFIX = {torch.bfloat16: "bf16", torch.float32: "f32"}
+
+
+def decode_blocks(raw: Tensor, kind: BlockType, dtype: torch.dtype) -> Tensor | None:
+    """Return the weights (..., O, I) of rows of blocks, bytes (..., O, bytes a row); or None."""
+    call = begin()
+    suffix = SUFFIX.get(dtype)
+    if call is None or suffix is None or raw.ndim < 2 or not raw.numel():
+        return None
+    rows, columns = raw.shape[:-1], raw.shape[-1] // kind.nbytes * kind.weights
+    call.integers(rows.numel(), columns)
+    call.packed(raw, torch.uint8, *raw.shape)
+    made = call.output(raw, *rows, columns, dtype=dtype)
+    return made if call.run(f"blocks_{kind.name.lower()}_{suffix}") else None
+
+
+def split_blocks(raw: Tensor, kind: BlockType) -> tuple[Tensor, Tensor, Tensor | None] | None:
+    """Return what blocks are in our groups: numbers, scales and offsets; or None."""
+    call = begin()
+    if call is None or raw.ndim < 2 or not raw.numel():
+        return None
+    layout = LAYOUTS[kind.name]
+    rows, columns = raw.shape[:-1], raw.shape[-1] // kind.nbytes * kind.weights
+    four = layout.bits == 4
+    call.integers(rows.numel(), columns)
+    call.packed(raw, torch.uint8, *raw.shape)
+    wide = -(-columns // 64) * 32 if four else columns
+    numbers = call.output(raw, *rows, wide, dtype=torch.uint8 if four else torch.int8)
+    dtype = torch.float32 if layout.two_levels else torch.float16
+    groups = columns // layout.group
+    scale = call.output(raw, *rows, groups, dtype=dtype)
+    offset = call.output(raw, *rows, groups, dtype=dtype) if layout.offset else None
+    if offset is None:
+        call.packed(None, dtype)
+    return (numbers, scale, offset) if call.run(f"parts_of_{kind.name.lower()}") else None
