@@ -5,6 +5,7 @@ import os
 import stat
 from contextlib import suppress
 from pathlib import Path
+from types import MappingProxyType
 
 from quintet.errors import (
     CheckpointError,
@@ -15,11 +16,20 @@ from quintet.errors import (
     shown,
 )
 
-__all__ = ["ADAPTER_CONFIG_NAME", "CONFIG_NAME", "checked_path", "find_file", "what_else"]
+__all__ = [
+    "ADAPTER_CONFIG_NAME",
+    "CONFIG_NAME",
+    "QUANTIZATION_FILES",
+    "checked_path",
+    "find_file",
+    "what_else",
+]
 
 CONFIG_NAME = "config.json"
 ADAPTER_CONFIG_NAME = "adapter_config.json"
 WEIGHTS = ".safetensors"
+# Where older programs keep how they quantised a model, and what it is called today.
+QUANTIZATION_FILES = MappingProxyType({"quantize_config.json": "gptq", "quant_config.json": "awq"})
 
 
 def checked_path(path: object, argument: str) -> Path:

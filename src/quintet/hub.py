@@ -20,7 +20,13 @@ from quintet.errors import (
     shown,
 )
 from quintet.files import read_json
-from quintet.folder import ADAPTER_CONFIG_NAME, CONFIG_NAME, checked_path, what_else
+from quintet.folder import (
+    ADAPTER_CONFIG_NAME,
+    CONFIG_NAME,
+    QUANTIZATION_FILES,
+    checked_path,
+    what_else,
+)
 from quintet.sources import find_gguf
 
 __all__ = [
@@ -37,7 +43,7 @@ __all__ = [
 ]
 
 # Of an adapter, to say what it is.
-_BESIDE = ("generation_config.json", ADAPTER_CONFIG_NAME)
+_BESIDE = ("generation_config.json", ADAPTER_CONFIG_NAME, *QUANTIZATION_FILES)
 CONFIG_PATTERNS = (CONFIG_NAME, *_BESIDE)
 TOKENIZER_PATTERNS = (
     "tokenizer.json",

@@ -298,7 +298,7 @@ def with_config(root: Path, values: Any) -> None:
 @pytest.mark.parametrize(
     ("values", "error", "said"),
     [
-        ({"quant_method": "awq", "bits": 4}, UnsupportedModelError, "quant_method='awq'"),
+        ({"quant_method": "hqq", "bits": 4}, UnsupportedModelError, "quant_method='hqq'"),
         ({"bits": 4}, UnsupportedModelError, "quant_method=None"),
         ("int8", ConfigError, "quantization_config is a builtins.str: 'int8'"),
         ({"quant_method": "quintet", "bits": 3, "group_size": None}, ConfigError, "bits=3"),

@@ -6,7 +6,7 @@ from typing import Any
 from quintet.configuration.numbers import decoded
 from quintet.errors import CheckpointError, ModelNotFoundError
 from quintet.files import read_json
-from quintet.folder import CONFIG_NAME, find_file, what_else
+from quintet.folder import CONFIG_NAME, QUANTIZATION_FILES, find_file, what_else
 from quintet.gguf import config_values, read_gguf
 
 __all__ = ["read_config"]
@@ -34,6 +34,22 @@ def read_config(root: Path) -> dict[str, Any]:
         # The whole is a mapping of keys, whatever its only key is called.
         content = read_json(path, most=MAX_CONFIG_BYTES)
         values = {key: decoded(value) for key, value in content.items()}
+        _add_quantization(root, values)
     except RecursionError:
         raise CheckpointError(f"{path} is nested too deeply; fetch the file again") from None
     return values
+
+
+def _add_quantization(root: Path, values: dict[str, Any]) -> None:
+    """Find what older and other writers say of quantised weights, and put it where it belongs."""
+    elsewhere = values.pop("quantization", None)
+    if values.get("quantization_config") is not None:
+        return
+    if isinstance(elsewhere, dict):
+        values["quantization_config"] = {"quant_method": "mlx", **elsewhere}
+        return
+    for name, method in QUANTIZATION_FILES.items():
+        if (path := find_file(root, name)) is not None:
+            content = read_json(path, most=MAX_CONFIG_BYTES)
+            values["quantization_config"] = {"quant_method": method, **content}
+            return

@@ -168,7 +168,11 @@ def map_keys(
         mismatched=mismatched,
         aliases={second: first for second, first in aliases.items() if first in there},
         optional=optional,
-        unused=tuple(sorted(set(tensors) - set(used) - set(aliases))),
+        unused=tuple(
+            name
+            for name in sorted(set(tensors) - set(used) - set(aliases))
+            if held_as is None or not held_as.idle(name)
+        ),
     )
 
 

@@ -58,6 +58,10 @@ class QuantizationConfig(ABC):
     def stored(self, weight: str, shape: Shape, tensors: Tensors) -> WeightFormat | None:
         """Return the format a file holds a matrix in; None for plain numbers."""
 
+    def idle(self, name: str) -> bool:
+        """Tell whether a tensor of such files changes nothing, so that no model misses it."""
+        return False
+
     def to_dict(self) -> dict[str, Any]:
         """Return the content of `config.json`."""
         values = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}

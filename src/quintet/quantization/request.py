@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from quintet.errors import ConfigError, InputError, UnsupportedModelError, shown
+from quintet.quantization.awq import AWQConfig
 from quintet.quantization.config import (
     BitsAndBytesConfig,
     FineGrainedFP8Config,
@@ -15,8 +16,10 @@ from quintet.quantization.config import (
     Int8Config,
     QuantizationConfig,
 )
+from quintet.quantization.foreign import FileConfig
 from quintet.quantization.formats import FP8Format, WeightFormat
 from quintet.quantization.gguf import GGUFConfig
+from quintet.quantization.gptq import AutoRoundConfig, GPTQConfig
 from quintet.quantization.mixed import MixedConfig
 from quintet.quantization.scheme import Scheme
 from quintet.quantization.torchao import TorchAoConfig
@@ -93,6 +96,12 @@ def resolve_quantization(
         return QuantizationRequest(source, SHORT[quantize])
     keeps_fp8 = config is not None or multiplies_fp8(device)
     target = source if config is None else read(config)
+    if isinstance(target, FileConfig | MixedConfig) and target != source:
+        raise InputError(
+            f"quantization_config={shown(target.to_dict())} says how files are, and these are "
+            f"{shown(None if source is None else source.to_dict())}; leave it out to load them as "
+            "they are, or use quantize='int4' or 'int8'"
+        )
     if isinstance(source, FineGrainedFP8Config) and not keeps_fp8:
         target = None
     if target is not None:
@@ -112,6 +121,9 @@ METHODS: Mapping[str, type[QuantizationConfig]] = {
     "fp8": FineGrainedFP8Config,
     "gguf": GGUFConfig,
     "torchao": TorchAoConfig,
+    "gptq": GPTQConfig,
+    "auto-round": AutoRoundConfig,
+    "awq": AWQConfig,
 }
 
 

@@ -37,10 +37,12 @@ def stored(
 ) -> dict[str, Stored]:
     """Find the tensors of a checkpoint that hold each of the tensors `wanted`."""
     result = {}
+    # What has a place of its own, such as a bias, is no part of a matrix.
+    beside = {name: info for name, info in tensors.items() if len(wanted.get(name, ())) != 1}
     for name, shape in wanted.items():
         weight_format = None
         if config is not None and len(shape) in (2, 3):
-            weight_format = config.stored(name, shape, tensors)
+            weight_format = config.stored(name, shape, beside)
         files = {"": (name, shape)}
         if weight_format is not None:
             files = {

@@ -1,0 +1,113 @@
+"""AWQ (arXiv:2306.00978), as AutoAWQ packs it for matrix products ("gemm")."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar, Self
+
+import torch
+from torch import Tensor
+
+from quintet.checkpoint import TensorInfo
+from quintet.ops.words import WORD
+from quintet.quantization.foreign import ELSEWHERE, FileConfig, group_or_all
+from quintet.quantization.formats import Parts, Shape, WeightFormat
+from quintet.quantization.grouped import GroupedFormat, group_count, numbers_in
+
+__all__ = ["AWQConfig", "AWQFormat"]
+
+# Where in a word each of eight columns is.
+PLACES = (0, 4, 1, 5, 2, 6, 3, 7)
+
+
+@dataclass(frozen=True)
+class AWQFormat(GroupedFormat):
+    """Words of 32 bits along the outputs, eight of them in an order of their own."""
+
+    name = "AWQ"
+
+    def files(self, weight: str, shape: Shape) -> dict[str, tuple[str, Shape]]:
+        """Return, for each tensor on disk, its name and shape."""
+        (rows, columns), path = shape, weight.removesuffix("weight")
+        words, groups = rows * self.bits // WORD, group_count(columns, self.group)
+        zeros = {} if self.symmetric else {"qzeros": (path + "qzeros", (groups, words))}
+        return {
+            "": (path + "qweight", (columns, words)),
+            **zeros,
+            "scales": (path + "scales", (groups, rows)),
+        }
+
+    def unpack(self, weight: str, found: Parts, shape: Shape) -> dict[str, Tensor]:
+        """Return the parts, given the tensors on disk.
+
+        Raises:
+            CheckpointError: scales that are not finite.
+        """
+        zero = None if self.symmetric else _columns(found["qzeros"], self.bits, weight)
+        levels = _columns(found[""], self.bits, weight)
+        return self.meant(levels, found["scales"].mT, zero, None, weight)
+
+
+@dataclass(kw_only=True)
+class AWQConfig(FileConfig):
+    """Files of AWQ; what does not change how they are read is accepted.
+
+    Attributes:
+        bits: 4.
+        group_size: inputs that share a scale; -1 for all.
+        zero_point: whether there are zero points; without, zero is in the middle.
+        version: "gemm", of which there are files for every device.
+    """
+
+    quant_method: ClassVar[str] = "awq"
+
+    bits: int = 4
+    group_size: int = 128
+    zero_point: bool = True
+    version: str = "gemm"
+
+    def __post_init__(self) -> None:
+        self._require(type(self.bits) is int and self.bits == 4, "bits", f"4; {ELSEWHERE}")
+        self._require_group("group_size")
+        self._require_true_or_false("zero_point")
+        self._require(
+            isinstance(self.version, str) and self.version.lower() == "gemm",
+            "version",
+            f"gemm: others are packed for a particular kernel; {ELSEWHERE}",
+        )
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> Self:
+        """Build a configuration from a mapping, in either vintage of its names.
+
+        Raises:
+            ConfigError: a value is not usable.
+        """
+        names = {"w_bit": "bits", "q_group_size": "group_size"}
+        given = {names.get(key, key): value for key, value in values.items()}
+        known = ("bits", "group_size", "zero_point", "version")
+        return cls(**{k: v for k, v in given.items() if k in known and v is not None})
+
+    def usual(self) -> WeightFormat | None:
+        """Return the format that most matrices are held in."""
+        return self._format().held
+
+    def stored(
+        self, weight: str, shape: Shape, tensors: Mapping[str, TensorInfo]
+    ) -> WeightFormat | None:
+        """Return the format a file holds a matrix in; None for plain numbers."""
+        path = weight.removesuffix("weight")
+        there = any(path + name in tensors for name in ("qweight", "scales"))
+        return self._format() if there and len(shape) == 2 else None
+
+    def idle(self, name: str) -> bool:
+        """Tell whether a tensor of the files means nothing to a model."""
+        return not self.zero_point and name.endswith(".qzeros")
+
+    def _format(self) -> AWQFormat:
+        return AWQFormat(self.bits, group_or_all(self.group_size), not self.zero_point)
+
+
+def _columns(words: Tensor, bits: int, weight: str) -> Tensor:
+    """Return the numbers of words (N, O · bits / 32), as (O, N)."""
+    numbers = torch.unflatten(numbers_in(words, bits, weight), -1, (-1, len(PLACES)))
+    return numbers[..., PLACES].flatten(-2).mT.contiguous()

@@ -1,0 +1,204 @@
+"""Integers with a scale and an offset for each group of columns: what files of others say.
+
+A file that GPTQ, AWQ, compressed-tensors or MLX wrote is unpacked into `GroupedFormat`, which says
+exactly the same. From there it becomes what a model holds: one of our formats where that is no
+further rounding, or plain numbers.
+"""
+
+import math
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F  # noqa: N812
+from torch import Tensor
+
+from quintet.errors import CheckpointError, UnsupportedModelError
+from quintet.ops.quantized import INT4_GROUP, bands, int4_shapes
+from quintet.ops.words import unpack_words
+from quintet.quantization.formats import (
+    Int4Format,
+    Int8Format,
+    Parts,
+    Shape,
+    TensorSpec,
+    WeightFormat,
+)
+
+__all__ = ["FileFormat", "GroupedFormat", "finite", "group_count", "numbers_in"]
+
+
+def group_count(columns: int, group: int | None) -> int:
+    """Return how many groups a row has; the last may be short, and None is one of all."""
+    return 1 if group is None else math.ceil(columns / group)
+
+
+def finite(scale: Tensor, weight: str) -> Tensor:
+    """Return scales in float32.
+
+    Raises:
+        CheckpointError: one is not finite.
+    """
+    wide = scale.to(torch.float32)
+    if not scale.is_floating_point():
+        raise CheckpointError(
+            f"{weight} has scales of {scale.dtype}, which have to be floating-point numbers; "
+            "fetch the file again"
+        )
+    if not bool(wide.isfinite().all()):
+        raise CheckpointError(
+            f"{weight} has scales that are not finite; the file is damaged, fetch it again"
+        )
+    return wide
+
+
+def numbers_in(words: Tensor, bits: int, weight: str) -> Tensor:
+    """Return the unsigned numbers that words of 32 bits hold, see `unpack_words`.
+
+    Raises:
+        CheckpointError: they are no such words.
+    """
+    if words.dtype not in (torch.int32, torch.uint32):
+        raise CheckpointError(
+            f"{weight} is packed in {words.dtype}, and has to be in int32; fetch the file again"
+        )
+    return unpack_words(words, bits)
+
+
+class FileFormat(WeightFormat):
+    """A format that files are in and models never are."""
+
+    def encode(self, weight: Tensor) -> dict[str, Tensor]:
+        """Refuse: such files are written by the programs they are of."""
+        raise UnsupportedModelError(
+            f"{self.name} is read and not written; use quantize='int8' or 'int4'"
+        )
+
+    @property
+    def held(self) -> WeightFormat | None:
+        """The format in which a model holds what a file holds in this one; None for numbers."""
+        return None
+
+    def recast(self, parts: Parts, shape: Shape, to: WeightFormat) -> dict[str, Tensor] | None:
+        """Return the parts in another format if that is no rounding; None if it would be one."""
+        return None
+
+
+@dataclass(frozen=True)
+class GroupedFormat(FileFormat):
+    """w = q · scale + offset, with unsigned q of 4 or 8 bits, a scale and an offset a group.
+
+    Attributes:
+        bits: of the integers.
+        group: columns of a group; None for one of all.
+        symmetric: whether an offset is always the scale times -2 ** (bits - 1).
+        ordered: whether an index says which group a column is of.
+    """
+
+    name = "groups of integers"
+    bits: int
+    group: int | None
+    symmetric: bool
+    ordered: bool = False
+
+    @property
+    def middle(self) -> int:
+        """The integer that is zero where a format is symmetric."""
+        return int(2 ** (self.bits - 1))
+
+    def parts(self, shape: Shape) -> dict[str, TensorSpec]:
+        """Return shape and dtype of each part of a matrix of `shape`."""
+        groups = TensorSpec((*shape[:-1], group_count(shape[-1], self.group)), torch.float32)
+        index = {"_index": TensorSpec(shape[-1:], torch.int64)} if self.ordered else {}
+        return {"": TensorSpec(shape, torch.uint8), "_scale": groups, "_offset": groups, **index}
+
+    def cuts(self, row: int) -> bool:
+        """Tell whether the parts, cut there too, are those of the matrix cut before a row."""
+        return not self.ordered
+
+    def meant(
+        self, levels: Tensor, scale: Tensor, zero: Tensor | None, index: Tensor | None, weight: str
+    ) -> dict[str, Tensor]:
+        """Return the parts of (levels - zero) · scale; without a zero, it is in the middle.
+
+        Args:
+            levels: uint8 (..., O, I).
+            scale: (..., O, G).
+            zero: integers (..., O, G).
+            index: the group of each column (I,).
+            weight: its name, for errors.
+        """
+        scale = finite(scale, weight)
+        by = -self.middle if zero is None else -zero.to(torch.float32)
+        parts = {"": levels, "_scale": scale, "_offset": scale * by}
+        if self.ordered:
+            assert index is not None
+            parts["_index"] = _checked(index, scale.shape[-1], weight)
+        elif index is not None:
+            self._check_ascending(index, scale.shape[-1], weight)
+        return parts
+
+    def decode(self, parts: Parts, shape: Shape, dtype: torch.dtype) -> Tensor:
+        """Return the numbers that the parts stand for, rounded once."""
+        levels, columns = parts[""], shape[-1]
+        groups, index = parts["_scale"].shape[-1], parts.get("_index")
+        if index is None:
+            each = self.group or columns
+            index = torch.arange(columns, device=levels.device) // max(each, 1)
+        scales, offsets = (parts[s].reshape(-1, groups) for s in ("_scale", "_offset"))
+        made = torch.empty(levels.shape, dtype=dtype, device=levels.device)
+        for rows, to, by, more in zip(
+            bands(levels.reshape(-1, columns)),
+            bands(made.view(-1, columns)),
+            bands(scales, columns),
+            bands(offsets, columns),
+            strict=True,
+        ):
+            numbers = rows.to(torch.float32).mul_(by[:, index]).add_(more[:, index])
+            to.copy_(numbers)
+        return made
+
+    @property
+    def held(self) -> WeightFormat | None:
+        """The format in which a model holds what a file holds in this one; None for numbers."""
+        if not self.symmetric or self.ordered:
+            return None
+        if self.bits == 4 and (self.group is None or self.group % INT4_GROUP == 0):
+            return Int4Format()
+        return Int8Format() if self.bits == 8 and self.group is None else None
+
+    def recast(self, parts: Parts, shape: Shape, to: WeightFormat) -> dict[str, Tensor] | None:
+        """Return the parts in another format if that is no rounding; None if it would be one.
+
+        Scales become what that format has: bfloat16 in int4.
+        """
+        if self.held is None or to.parts_of != self.held:
+            return None
+        levels, scale = parts[""], parts["_scale"]
+        if self.bits == 8:
+            return {"": (levels ^ self.middle).view(torch.int8), "_scale": scale.squeeze(-1)}
+        groups = int4_shapes(shape)[1][-1]
+        filled = F.pad(levels, (0, groups * INT4_GROUP - shape[-1]), value=self.middle)
+        low, high = torch.unflatten(filled, -1, (-1, INT4_GROUP)).chunk(2, dim=-1)
+        repeats = groups if self.group is None else self.group // INT4_GROUP
+        scales = scale.repeat_interleave(repeats, dim=-1)[..., :groups]
+        return {"": (low | (high << 4)).flatten(-2), "_scale": scales.to(torch.bfloat16)}
+
+    def _check_ascending(self, index: Tensor, groups: int, weight: str) -> None:
+        index = _checked(index, groups, weight)
+        each = self.group or max(index.numel(), 1)
+        if not torch.equal(index, torch.arange(index.numel(), device=index.device) // each):
+            raise CheckpointError(
+                f"{weight}: g_idx gives columns to groups in an order of their own, and "
+                "quantization_config says desc_act=false; the files are of another vintage: set "
+                "desc_act to true in config.json, or fetch the model again"
+            )
+
+
+def _checked(index: Tensor, groups: int, weight: str) -> Tensor:
+    wide = index.to(torch.int64)
+    if wide.numel() and not (int(wide.min()) >= 0 and int(wide.max()) < groups):
+        raise CheckpointError(
+            f"{weight}: g_idx goes from {int(wide.min())} to {int(wide.max())}, and there are "
+            f"{groups} groups; the file is damaged or its group_size another"
+        )
+    return wide
