@@ -118,9 +118,10 @@ def logits_of(model: Any) -> Tensor:
         {"scale_dtype": torch.bfloat16},
         {"symmetric": False, "group": 32},
         {"bits": 8, "group": -1},
-        {"shuffled": True},
+        {"shuffled": True, "scale_dtype": torch.bfloat16},
+        {"shuffled": True, "bits": 8, "symmetric": False, "group": 16},
     ],
-    ids=["int4", "asymmetric", "int8", "act-order"],
+    ids=["int4", "asymmetric", "int8", "act-order", "int8-act-order"],
 )
 @each
 def test_a_model_computes_with_what_its_files_mean(

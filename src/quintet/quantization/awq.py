@@ -8,10 +8,11 @@ import torch
 from torch import Tensor
 
 from quintet.checkpoint import TensorInfo
+from quintet.ops.groups import group_count
 from quintet.ops.words import WORD
-from quintet.quantization.foreign import ELSEWHERE, FileConfig, group_or_all
+from quintet.quantization.foreign import ELSEWHERE, FileConfig, dtype_of, group_or_all
 from quintet.quantization.formats import Parts, Shape, WeightFormat
-from quintet.quantization.grouped import GroupedFormat, group_count, numbers_in
+from quintet.quantization.grouped import GroupedFormat, numbers_in
 
 __all__ = ["AWQConfig", "AWQFormat"]
 
@@ -89,7 +90,7 @@ class AWQConfig(FileConfig):
 
     def usual(self) -> WeightFormat | None:
         """Return the format that most matrices are held in."""
-        return self._format().held
+        return self._format(torch.float16).held
 
     def stored(
         self, weight: str, shape: Shape, tensors: Mapping[str, TensorInfo]
@@ -97,14 +98,16 @@ class AWQConfig(FileConfig):
         """Return the format a file holds a matrix in; None for plain numbers."""
         path = weight.removesuffix("weight")
         there = any(path + name in tensors for name in ("qweight", "scales"))
-        return self._format() if there and len(shape) == 2 else None
+        if not there or len(shape) != 2:
+            return None
+        return self._format(dtype_of(tensors, path + "scales"))
 
     def idle(self, name: str) -> bool:
         """Tell whether a tensor of the files means nothing to a model."""
         return not self.zero_point and name.endswith(".qzeros")
 
-    def _format(self) -> AWQFormat:
-        return AWQFormat(self.bits, group_or_all(self.group_size), not self.zero_point)
+    def _format(self, dtype: torch.dtype) -> AWQFormat:
+        return AWQFormat(self.bits, group_or_all(self.group_size), not self.zero_point, dtype=dtype)
 
 
 def _columns(words: Tensor, bits: int, weight: str) -> Tensor:

@@ -1,12 +1,17 @@
 """What is common to the files of other programs: they are read, and a model is held in our own."""
 
 from abc import abstractmethod
+from collections.abc import Mapping
 
-from quintet.quantization.config import QuantizationConfig, Scheme
+import torch
+
+from quintet.checkpoint import TensorInfo
+from quintet.quantization.config import QuantizationConfig
 from quintet.quantization.formats import WeightFormat
 from quintet.quantization.mixed import MixedConfig
+from quintet.quantization.scheme import Scheme
 
-__all__ = ["ELSEWHERE", "FileConfig", "filled_up", "group_or_all"]
+__all__ = ["ELSEWHERE", "FileConfig", "dtype_of", "filled_up", "group_or_all"]
 
 ELSEWHERE = "use another release of the model, or one in bfloat16 with quantize='int4'"
 
@@ -34,6 +39,12 @@ class FileConfig(QuantizationConfig):
     def _require_true_or_false(self, *keys: str) -> None:
         for key in keys:
             self._require(isinstance(getattr(self, key), bool), key, "true or false")
+
+
+def dtype_of(tensors: Mapping[str, TensorInfo], name: str) -> torch.dtype:
+    """Return the dtype of scales; what is wrong with them is said when they are read."""
+    found = tensors.get(name)
+    return found.dtype if found is not None and found.dtype.is_floating_point else torch.float16
 
 
 def filled_up(count: int, unit: int) -> int:

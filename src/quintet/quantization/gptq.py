@@ -11,10 +11,11 @@ from torch import Tensor
 
 from quintet.checkpoint import TensorInfo
 from quintet.errors import CheckpointError, ConfigError, UnsupportedModelError, shown
+from quintet.ops.groups import group_count
 from quintet.ops.words import WORD
-from quintet.quantization.foreign import ELSEWHERE, FileConfig, filled_up, group_or_all
+from quintet.quantization.foreign import ELSEWHERE, FileConfig, dtype_of, filled_up, group_or_all
 from quintet.quantization.formats import Parts, Shape, WeightFormat
-from quintet.quantization.grouped import GroupedFormat, group_count, numbers_in
+from quintet.quantization.grouped import GroupedFormat, numbers_in
 
 __all__ = ["GPTQConfig", "GPTQFormat", "ZeroPointWarning"]
 
@@ -202,6 +203,7 @@ class GPTQConfig(FileConfig):
             one.group,
             one.symmetric,
             one.group is not None and (one.ordered or (self.desc_act is None and indexed)),
+            dtype_of(tensors, path + "scales"),
             padded=_padded(shape, one, None if words is None else words.shape),
             second=self.checkpoint_format == "gptq_v2",
             there=tuple(there),

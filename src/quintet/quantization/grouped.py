@@ -5,17 +5,18 @@ exactly the same. From there it becomes what a model holds: one of our formats w
 further rounding, or plain numbers.
 """
 
-import math
 from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F  # noqa: N812
 from torch import Tensor
 
-from quintet.errors import CheckpointError, UnsupportedModelError
+from quintet.errors import CheckpointError, InputError, UnsupportedModelError
+from quintet.ops.groups import group_count, pack_numbers
 from quintet.ops.quantized import INT4_GROUP, bands, int4_shapes
 from quintet.ops.words import unpack_words
 from quintet.quantization.formats import (
+    GroupFormat,
     Int4Format,
     Int8Format,
     Parts,
@@ -23,13 +24,9 @@ from quintet.quantization.formats import (
     TensorSpec,
     WeightFormat,
 )
+from quintet.quantization.ordered import ORDER, OrderedFormat
 
-__all__ = ["FileFormat", "GroupedFormat", "finite", "group_count", "numbers_in"]
-
-
-def group_count(columns: int, group: int | None) -> int:
-    """Return how many groups a row has; the last may be short, and None is one of all."""
-    return 1 if group is None else math.ceil(columns / group)
+__all__ = ["FileFormat", "GroupedFormat", "finite", "numbers_in"]
 
 
 def finite(scale: Tensor, weight: str) -> Tensor:
@@ -92,6 +89,7 @@ class GroupedFormat(FileFormat):
         group: columns of a group; None for one of all.
         symmetric: whether an offset is always the scale times -2 ** (bits - 1).
         ordered: whether an index says which group a column is of.
+        dtype: of the scales.
     """
 
     name = "groups of integers"
@@ -99,6 +97,7 @@ class GroupedFormat(FileFormat):
     group: int | None
     symmetric: bool
     ordered: bool = False
+    dtype: torch.dtype = torch.float32
 
     @property
     def middle(self) -> int:
@@ -130,11 +129,10 @@ class GroupedFormat(FileFormat):
         scale = finite(scale, weight)
         by = -self.middle if zero is None else -zero.to(torch.float32)
         parts = {"": levels, "_scale": scale, "_offset": scale * by}
-        if self.ordered:
-            assert index is not None
-            parts["_index"] = _checked(index, scale.shape[-1], weight)
-        elif index is not None:
-            self._check_ascending(index, scale.shape[-1], weight)
+        if index is not None:
+            index = _checked(index, scale.shape[-1], weight)
+            self._check_groups(index, weight)
+            parts |= {"_index": index} if self.ordered else {}
         return parts
 
     def decode(self, parts: Parts, shape: Shape, dtype: torch.dtype) -> Tensor:
@@ -160,11 +158,21 @@ class GroupedFormat(FileFormat):
     @property
     def held(self) -> WeightFormat | None:
         """The format in which a model holds what a file holds in this one; None for numbers."""
-        if not self.symmetric or self.ordered:
-            return None
-        if self.bits == 4 and (self.group is None or self.group % INT4_GROUP == 0):
+        inner = self._held_in_order
+        return OrderedFormat(inner) if self.ordered and inner is not None else inner
+
+    @property
+    def _held_in_order(self) -> WeightFormat | None:
+        if self.symmetric and self.bits == 4 and (self.group or INT4_GROUP) % INT4_GROUP == 0:
             return Int4Format()
-        return Int8Format() if self.bits == 8 and self.group is None else None
+        if self.symmetric and self.bits == 8 and self.group is None:
+            return Int8Format()
+        try:
+            # The product of a scale and a zero point has more digits than either.
+            dtype = self.dtype if self.symmetric else torch.float32
+            return GroupFormat(self.bits, self.group, not self.symmetric, dtype)
+        except InputError:
+            return None
 
     def recast(self, parts: Parts, shape: Shape, to: WeightFormat) -> dict[str, Tensor] | None:
         """Return the parts in another format if that is no rounding; None if it would be one.
@@ -173,25 +181,51 @@ class GroupedFormat(FileFormat):
         """
         if self.held is None or to.parts_of != self.held:
             return None
-        levels, scale = parts[""], parts["_scale"]
-        if self.bits == 8:
-            return {"": (levels ^ self.middle).view(torch.int8), "_scale": scale.squeeze(-1)}
-        groups = int4_shapes(shape)[1][-1]
-        filled = F.pad(levels, (0, groups * INT4_GROUP - shape[-1]), value=self.middle)
-        low, high = torch.unflatten(filled, -1, (-1, INT4_GROUP)).chunk(2, dim=-1)
-        repeats = groups if self.group is None else self.group // INT4_GROUP
-        scales = scale.repeat_interleave(repeats, dim=-1)[..., :groups]
-        return {"": (low | (high << 4)).flatten(-2), "_scale": scales.to(torch.bfloat16)}
+        levels, scale, offset = parts[""], parts["_scale"], parts["_offset"]
+        if not isinstance(to, OrderedFormat):
+            return self._recast(levels, scale, offset, to)
+        order = parts["_index"].argsort(stable=True)
+        sorted_parts = self._recast(levels[..., order], scale, offset, to.inner)
+        return {**sorted_parts, ORDER: order.to(torch.int32)}
 
-    def _check_ascending(self, index: Tensor, groups: int, weight: str) -> None:
-        index = _checked(index, groups, weight)
+    def _recast(
+        self, levels: Tensor, scale: Tensor, offset: Tensor, to: WeightFormat
+    ) -> dict[str, Tensor]:
+        if isinstance(to, Int4Format):
+            groups = int4_shapes(tuple(levels.shape))[1][-1]
+            filled = F.pad(levels, (0, -levels.shape[-1] % INT4_GROUP), value=self.middle)
+            repeats = groups if self.group is None else self.group // INT4_GROUP
+            scales = scale.repeat_interleave(repeats, dim=-1)[..., :groups]
+            return {"": pack_numbers(filled), "_scale": scales.to(torch.bfloat16)}
+        if isinstance(to, Int8Format):
+            return {"": _signed(levels), "_scale": scale.squeeze(-1)}
+        assert isinstance(to, GroupFormat)
+        numbers = _signed(levels) if self.bits == 8 else pack_numbers(levels)
+        made = {"": numbers, "_scale": scale.to(to.dtype)}
+        if to.offset:
+            # Integers of 8 bits have their zero in the middle.
+            more = offset + scale * self.middle if self.bits == 8 else offset
+            made["_offset"] = more.to(to.dtype)
+        return made
+
+    def _check_groups(self, index: Tensor, weight: str) -> None:
         each = self.group or max(index.numel(), 1)
-        if not torch.equal(index, torch.arange(index.numel(), device=index.device) // each):
+        ascending = torch.arange(index.numel(), device=index.device) // each
+        if self.ordered and not torch.equal(index.sort().values, ascending):
+            raise CheckpointError(
+                f"{weight}: g_idx makes groups that are not of {each} inputs each; the file is "
+                "damaged or its group_size another"
+            )
+        if not self.ordered and not torch.equal(index, ascending):
             raise CheckpointError(
                 f"{weight}: g_idx gives columns to groups in an order of their own, and "
                 "quantization_config says desc_act=false; the files are of another vintage: set "
                 "desc_act to true in config.json, or fetch the model again"
             )
+
+
+def _signed(levels: Tensor) -> Tensor:
+    return (levels ^ 128).view(torch.int8)
 
 
 def _checked(index: Tensor, groups: int, weight: str) -> Tensor:

@@ -14,6 +14,7 @@ from quintet.quantization.formats import (
     Shape,
     WeightFormat,
 )
+from quintet.quantization.ordered import ORDER, OrderedFormat
 
 __all__ = ["integers_of"]
 
@@ -31,6 +32,13 @@ def integers_of(
     bits = None if found is None else BITS.get(found.dtype)
     if bits is None:
         return None
+    made = _in_order(weight, shape, tensors, bits)
+    return OrderedFormat(made) if weight + ORDER in tensors else made
+
+
+def _in_order(
+    weight: str, shape: Shape, tensors: Mapping[str, TensorInfo], bits: int
+) -> WeightFormat:
     iq4 = bits == 4 and f"{weight}_scale_iq4" in tensors
     scale = tensors.get(f"{weight}_scale_iq4" if iq4 else f"{weight}_scale")
     if scale is None or len(scale.shape) != len(shape) or not scale.dtype.is_floating_point:

@@ -1,0 +1,51 @@
+"""Inputs in an order of their own, so that those of a group are neighbours."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from quintet.quantization.formats import Parts, Shape, TensorSpec, WeightFormat
+
+__all__ = ["ORDER", "OrderedFormat"]
+
+ORDER = "_order"
+
+
+@dataclass(frozen=True)
+class OrderedFormat(WeightFormat):
+    """Another format, of a matrix whose columns are sorted; inputs are sorted before the product.
+
+    What GPTQ calls act-order: it quantises the columns that matter first.
+
+    Attributes:
+        inner: the format of the sorted matrix.
+    """
+
+    inner: WeightFormat
+
+    @property
+    def name(self) -> str:
+        """What it is called where people read it."""
+        return f"{self.inner.name}, ordered"
+
+    def parts(self, shape: Shape) -> dict[str, TensorSpec]:
+        """Return shape and dtype of each part; the last says which column each place is of."""
+        return {**self.inner.parts(shape), ORDER: TensorSpec(shape[-1:], torch.int32)}
+
+    def encode(self, weight: Tensor) -> dict[str, Tensor]:
+        """Split a matrix of numbers into parts, in the order it has."""
+        order = torch.arange(weight.shape[-1], dtype=torch.int32, device=weight.device)
+        return {**self.inner.encode(weight), ORDER: order}
+
+    def decode(self, parts: Parts, shape: Shape, dtype: torch.dtype) -> Tensor:
+        """Return the numbers that the parts stand for."""
+        places = torch.empty_like(parts[ORDER])
+        places[parts[ORDER]] = torch.arange(
+            shape[-1], dtype=places.dtype, device=parts[ORDER].device
+        )
+        return self.inner.decode(parts, shape, dtype)[..., places]
+
+    def linear(self, x: Tensor, parts: Parts, shape: Shape, bias: Tensor | None) -> Tensor:
+        """Return x wᵀ + b; x (..., I)."""
+        return self.inner.linear(x[..., parts[ORDER]], parts, shape, bias)
