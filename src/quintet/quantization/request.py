@@ -96,7 +96,8 @@ def resolve_quantization(
         return QuantizationRequest(source, SHORT[quantize])
     keeps_fp8 = config is not None or multiplies_fp8(device)
     target = source if config is None else read(config)
-    if isinstance(target, FileConfig | MixedConfig) and target != source:
+    of_files = isinstance(target, FileConfig) or type(target) is MixedConfig
+    if target is not None and of_files and target != source:
         raise InputError(
             f"quantization_config={shown(target.to_dict())} says how files are, and these are "
             f"{shown(None if source is None else source.to_dict())}; leave it out to load them as "
