@@ -127,3 +127,36 @@ def test_a_classifier_is_trained(family: Family, tmp_path: Path) -> None:
     mask = torch.ones_like(IDS)
     with torch.no_grad():
         assert torch.equal(again(IDS, mask).logits, model.eval()(IDS, mask).logits)
+
+
+@each
+def test_evaluation_generates(family: Family, tmp_path: Path) -> None:
+    data = [{"input_ids": [5, 6, 7 + n], "labels": [5, 6, 7 + n]} for n in range(4)]
+    model = family.model_of(eos_token_id=None, pad_token_id=0)
+    seen: list[Any] = []
+
+    def metrics(told: Any) -> dict[str, float]:
+        seen.append(told.predictions)
+        return {"width": told.predictions.shape[1]}
+
+    arguments = transformers.Seq2SeqTrainingArguments(
+        str(tmp_path),
+        predict_with_generate=True,
+        generation_max_length=9,
+        max_steps=1,
+        save_strategy="no",
+        per_device_eval_batch_size=2,
+        use_cpu=True,
+        report_to=[],
+        disable_tqdm=True,
+        log_level="error",
+    )
+    trainer = transformers.Seq2SeqTrainer(
+        model, arguments, train_dataset=data, eval_dataset=data, compute_metrics=metrics
+    )
+    trainer.train()
+    assert trainer.evaluate()["eval_width"] >= 9
+    ids = torch.tensor([row["input_ids"] for row in data[:2]])
+    wanted = model.eval().generate(ids, max_length=9)
+    assert torch.equal(torch.from_numpy(seen[0][:2, :9]), wanted)
+    assert trainer.predict(data).predictions.shape[0] == 4

@@ -22,11 +22,12 @@ from quintet.configuration.constraints import (
     check,
 )
 from quintet.configuration.contract import ConfigContract
+from quintet.configuration.foreign import described
 from quintet.configuration.labels import labels
 from quintet.configuration.numbers import decoded, encoded
 from quintet.configuration.reading import read_config
 from quintet.configuration.rope import RopeParameters, merge_rope
-from quintet.errors import ConfigError, SaveError, shown
+from quintet.errors import ConfigError, InputError, SaveError, shown
 from quintet.files import write_text
 from quintet.folder import checked_path
 from quintet.hub import CONFIG_NAME, CONFIG_PATTERNS, Pushable, locate
@@ -238,6 +239,24 @@ class PreTrainedConfig(ConfigContract, Pushable):
         )
 
     # -- mappings and files ------------------------------------------------------------------
+
+    @classmethod
+    def of(cls, config: object) -> Self:
+        """Return a configuration of this class: what is given, or what Transformers' one says.
+
+        Raises:
+            InputError: it is of another family, or no configuration.
+        """
+        if isinstance(config, cls):
+            return config
+        values = None if isinstance(config, PreTrainedConfig) else described(config)
+        kind = f"{type(config).__module__}.{type(config).__qualname__}"
+        if values is None or values.get("model_type") != cls.model_type:
+            raise InputError(
+                f"a configuration has to be a quintet.{cls.__name__}, or Transformers' of the same "
+                f"name; this is a {kind}. AutoConfig and the Auto classes choose by model_type"
+            )
+        return cls.from_dict(values)
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any], **overrides: Any) -> Self:

@@ -19,13 +19,15 @@ from quintet.gguf import read_gguf
 from quintet.hub import CONFIG_PATTERNS, locate
 from quintet.sources import Found, find_gguf
 
-__all__ = ["GENERATION_CONFIG_NAME", "GenerationConfig"]
+__all__ = ["GENERATION_CONFIG_NAME", "NEW_TOKENS", "GenerationConfig"]
 
 GENERATION_CONFIG_NAME = "generation_config.json"
 # Keys of the file that say where it comes from, not how to generate.
 _PROVENANCE = ("_from_model_config", "transformers_version")
 # How many of the likeliest tokens are drawn from, where nobody says.
 TOP_K = 50
+# How many tokens are made, where nobody says.
+NEW_TOKENS = 20
 _NAMES = tuple(f.name for f in fields(Options))
 
 
@@ -43,6 +45,20 @@ class GenerationConfig(Options):
 
     other: dict[str, Any] = field(default_factory=dict)
     read_as: dict[str, Any] | None = field(default=None, init=False, repr=False, compare=False)
+
+    @staticmethod
+    def _get_default_generation_params() -> dict[str, Any]:
+        """Return what a trainer takes for the length where nothing is said."""
+        return {"max_length": NEW_TOKENS}
+
+    @property
+    def _from_model_config(self) -> bool:
+        """Whether it was derived from a model's config, as Transformers notes in its files."""
+        return bool(self.other.get("_from_model_config"))
+
+    @_from_model_config.setter
+    def _from_model_config(self, value: bool) -> None:
+        self.other = {**self.other, "_from_model_config": value}
 
     def replace(self, **options: Any) -> Self:
         """Return a copy with some options changed; None leaves an option as it is.

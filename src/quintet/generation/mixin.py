@@ -92,6 +92,7 @@ class GenerationMixin:
         streamer: Streamer | None = None,
         generator: Generators | None = None,
         labels: object = None,
+        token_type_ids: object = None,
         logits_to_keep: int | None = None,
         **options: Any,
     ) -> Any:
@@ -123,7 +124,8 @@ class GenerationMixin:
             streamer: gets the prompt and then every token as it is made.
             generator: the source of randomness, one or one for each row; seeded, it makes
                 sampling repeatable, each row whatever the others are.
-            labels: taken, as trainers give what a batch has, and not used.
+            labels: taken, as trainers give what a batch has, and not used; `token_type_ids`
+                likewise, which tokenizers of pairs make.
             logits_to_keep: taken, as it changes no text: what follows needs the last alone.
             **options: fields of `GenerationConfig` that go before both configs; None lifts what
                 they set.

@@ -10,7 +10,7 @@ from torch import Tensor
 from quintet.cache import Cache, from_legacy
 from quintet.errors import ContextLengthError, InputError, named
 from quintet.generation.beams import BeamOptions
-from quintet.generation.config import GenerationConfig
+from quintet.generation.config import NEW_TOKENS, GenerationConfig
 from quintet.generation.prompt import Prompt
 from quintet.generation.stopping import (
     Criterion,
@@ -217,7 +217,7 @@ def room(prompt: Prompt, config: GenerationConfig, max_length: int | None, conte
                 "them; set max_new_tokens, or a larger max_length"
             )
     else:
-        wanted = config.max_new_tokens or 20
+        wanted = config.max_new_tokens or NEW_TOKENS
     if length + wanted > context:
         warnings.warn(
             f"a prompt of {length} and {wanted} new tokens do not fit the model's context of "

@@ -66,7 +66,7 @@ def read_prompt(
         InputError: there is none, two contradict each other, or one is of another shape.
     """
     if isinstance(inputs, Mapping):
-        unknown = set(inputs) - {"input_ids", "attention_mask"}
+        unknown = set(inputs) - {"input_ids", "attention_mask", "token_type_ids"}
         if "input_ids" not in inputs or unknown:
             raise InputError(
                 f"a mapping as inputs has {sorted(inputs)}; it has to have input_ids, "

@@ -47,9 +47,13 @@ class PreTrainedModel(ModelContract, Checkpointing, Adapting, Pushable):
     ) -> Self:
         """Build a model with random weights; `config` stays the caller's, and as it is.
 
+        One of Transformers for the same family is taken, too.
+
         Raises:
-            InputError: `dtype` (or `torch_dtype`, its older name) is none that weights can have.
+            InputError: the config is of another family, or `dtype` (or `torch_dtype`, its older
+                name) is none that weights can have.
         """
+        config = cls.config_class.of(config)
         if attn_implementation is not None:
             config = copy.deepcopy(config)
             config.attn_implementation = attn_implementation

@@ -12,6 +12,7 @@ from quintet.checkpoint import StackExperts
 from quintet.configuration.base import PreTrainedConfig
 from quintet.errors import InputError
 from quintet.generation.config import GenerationConfig
+from quintet.generation.plan import Configuring, read_config
 from quintet.layers.moe import Experts
 from quintet.ops.attention import attention_backend
 from quintet.quantization import QuantizationConfig, Quantized, Scheme, Slot, apply, freeze, tie
@@ -49,8 +50,8 @@ class ModelCore(nn.Module):
         if not isinstance(config, self.config_class):
             raise InputError(
                 f"{type(self).__name__} takes a quintet.{self.config_class.__name__}, not a "
-                f"{type(config).__module__}.{type(config).__qualname__}; where that has a "
-                f"to_dict(), {self.config_class.__name__}.from_dict(config.to_dict()) is one"
+                f"{type(config).__module__}.{type(config).__qualname__}; "
+                f"{type(self).__name__}.from_config(config) takes that of Transformers, too"
             )
         # What a caller has set since the config was made is as little believed as a file.
         config.check()
@@ -59,6 +60,16 @@ class ModelCore(nn.Module):
         # Of its own: what becomes of the model (its size, its dtype) is not said of others.
         self.config = copy.deepcopy(config)
         self.generation_config = GenerationConfig.from_model_config(config)
+
+    @property
+    def generation_config(self) -> GenerationConfig:
+        """How `generate()` goes where a call says nothing; one of Transformers may be assigned."""
+        held: GenerationConfig = vars(self)["_generation_config"]
+        return held
+
+    @generation_config.setter
+    def generation_config(self, value: Configuring) -> None:
+        vars(self)["_generation_config"] = read_config(value)
 
     # -- the parts of a model ----------------------------------------------------------------
 

@@ -232,7 +232,7 @@ def _config(
         _check_overrides(cls, overrides, known=[])
         return cls.config_class.from_pretrained(config, **where, **overrides)
     if config is not None:
-        replaced = copy.deepcopy(config)
+        replaced = copy.deepcopy(cls.config_class.of(config))
         more = dict(overrides)
         if (attention := more.pop("attn_implementation", None)) is not None:
             replaced.attn_implementation = attention

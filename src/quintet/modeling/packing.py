@@ -30,6 +30,8 @@ class Packing(TypedDict, total=False):
         max_length_q: the length of the longest text, or more.
         max_length_k: the same again.
         seq_idx: (B, T) numbers that change where a text ends.
+        token_type_ids: which text of a pair a token is of, as tokenizers say it to models that
+            were trained with it; taken, as none of these was, and not used.
     """
 
     cu_seq_lens_q: Tensor | None
@@ -37,6 +39,7 @@ class Packing(TypedDict, total=False):
     max_length_q: int | Tensor | None
     max_length_k: int | Tensor | None
     seq_idx: Tensor | None
+    token_type_ids: Tensor | None
 
 
 def takes_packing(forward: Forward) -> Forward:
@@ -75,7 +78,7 @@ def packed(
     """
     for name in packing.keys() - Packing.__annotations__.keys():
         raise TypeError(f"forward() got an unexpected keyword argument {name!r}")
-    named = [name for name, value in packing.items() if value is not None]
+    named = [k for k, value in packing.items() if value is not None and k != "token_type_ids"]
     if named:
         _check_alone(named[0], attention_mask)
         if past is not None:

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from quintet.configuration.foreign import described
 from quintet.errors import ConfigError, InputError, UnsupportedModelError, shown
 from quintet.quantization.awq import AWQConfig
 from quintet.quantization.config import (
@@ -137,13 +138,17 @@ def read(values: Any) -> QuantizationConfig:
     """
     if isinstance(values, QuantizationConfig):
         return values
-    if not isinstance(values, Mapping):
+    told = described(values)
+    if told is None:
         raise ConfigError(
             f"quantization_config is a {type(values).__module__}.{type(values).__qualname__}: "
-            f"{shown(values)}; it has to be a configuration of quintet or a mapping, as the "
-            "to_dict() of those of Transformers"
+            f"{shown(values)}; it has to be a configuration of quintet or of "
+            "Transformers, or a mapping"
         )
-    given = dict(values)
+    given = dict(told)
+    if told is not values:
+        # An object has a value for every key, a mapping those that somebody gave.
+        given = {name: value for name, value in given.items() if value is not None}
     method = given.pop("quant_method", None)
     if method is None and (given.get("load_in_8bit") or given.get("load_in_4bit")):
         method = "bitsandbytes"
