@@ -21,6 +21,7 @@ from quintet.configuration import (
     PreTrainedConfig as PreTrainedConfig,
     PretrainedConfig as PretrainedConfig,
 )
+from quintet.adapters.config import LoraConfig as LoraConfig
 from quintet.errors import QuintetError as QuintetError
 from quintet.generation.compiling import CompileConfig as CompileConfig
 from quintet.generation.config import GenerationConfig as GenerationConfig

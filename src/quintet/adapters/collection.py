@@ -9,7 +9,8 @@ from torch import nn
 
 from quintet.adapters.adaptation import Adaptation
 from quintet.adapters.config import LoraConfig
-from quintet.adapters.forwards import ALL, Active, Forward, forward_for
+from quintet.adapters.forwards import ALL, Active, Forward, adapted_modules, forward_for
+from quintet.adapters.merging import Merge
 from quintet.adapters.reading import Adaptations
 from quintet.errors import InputError, shown
 from quintet.layers.adapted import Place, Places
@@ -38,6 +39,9 @@ class Adapters:
         self.enabled = True
         self.places = Places()
         self.by_layer = False
+        # Those in the model's weights, and what these were before.
+        self.merged: Merge | None = None
+        self.unties = False
         # What a cache is known by: another adapter of the same name is another one.
         self._marks: dict[str, str] = {}
 
@@ -146,7 +150,7 @@ class Adapters:
         """Let modules run with adapters, or as they were where none is enabled."""
         for module in adapted_modules(model):
             forward = vars(module).get("forward")
-            if not self.enabled:
+            if not self.enabled or self.merged is not None:
                 _uninstall(module)
             elif not isinstance(forward, Forward):
                 forward = forward_for(module, self.places)
@@ -162,8 +166,8 @@ class Adapters:
         used = self.active if name is None else (Active(name),)
         return tuple((self._marks[one.name], one.weight) for one in used)
 
-    def place(self, names: Sequence[object], device: torch.device) -> Place:
-        """Return a place of rows that have an adapter each.
+    def place(self, names: Sequence[object], device: torch.device, *, copied: bool) -> Place:
+        """Return a place of rows that have an adapter each, or of copies of such side by side.
 
         Raises:
             InputError: one is not there, or none is enabled.
@@ -176,7 +180,8 @@ class Adapters:
         named = [BASE_ROW if name is None else str(name) for name in names]
         distinct = list(dict.fromkeys(named))
         rows = torch.tensor([distinct.index(name) for name in named], device=device)
-        return Place(names=tuple(None if n == BASE_ROW else n for n in distinct), rows=rows)
+        own = tuple(None if n == BASE_ROW else n for n in distinct)
+        return Place(names=own, rows=rows, copied=copied)
 
     def keys_of(self, place: Place | None) -> tuple[Key, ...]:
         """Return what a cache is known by: for each row, or once for all."""
@@ -184,11 +189,6 @@ class Adapters:
             return (self.key(),)
         keys = [self.key(BASE_ROW if name is None else name) for name in place.names]
         return tuple(keys[number] for number in place.rows.tolist())
-
-
-def adapted_modules(model: nn.Module) -> list[nn.Module]:
-    """Return the modules of a model that an adapter is on."""
-    return [m for m in model.modules() if isinstance(m._modules.get("adapters"), nn.ModuleDict)]
 
 
 def _uninstall(module: nn.Module) -> None:

@@ -26,7 +26,7 @@ from quintet.layers.adapted import AdaptedForward, Place, Places
 from quintet.layers.moe import ExpertStack
 from quintet.ops.moe import each_hit_expert, gated
 
-__all__ = ["ALL", "Active", "Forward", "InUse", "forward_for", "uses_of"]
+__all__ = ["ALL", "Active", "Forward", "InUse", "adapted_modules", "forward_for", "uses_of"]
 
 # The use of a module that is one module's alone; a shared one's are the numbers of its layers.
 ALL = "all"
@@ -52,6 +52,11 @@ def uses_of(module: nn.Module, name: str) -> Mapping[str, Adaptation]:
     if not isinstance(held, nn.ModuleDict) or name not in held:
         return {}
     return cast("Mapping[str, Adaptation]", dict(cast("nn.ModuleDict", held[name]).items()))
+
+
+def adapted_modules(model: nn.Module) -> list[nn.Module]:
+    """Return the modules of a model that an adapter is on."""
+    return [m for m in model.modules() if isinstance(m._modules.get("adapters"), nn.ModuleDict)]
 
 
 class Forward(AdaptedForward):

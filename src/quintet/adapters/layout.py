@@ -1,7 +1,7 @@
 """Where in a model an adapter can be: the paths of its modules, and what each is used as."""
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
 from torch import nn
@@ -36,11 +36,13 @@ class Layout:
         spots: each path, and what is there.
         prefix: what the paths of a model with a head begin with, where this one has none.
         tied: the head's path and the embedding's, where they share their weight.
+        heads: the paths of heads.
     """
 
     spots: Mapping[str, Spot]
     prefix: str
     tied: tuple[str, str] | None
+    heads: frozenset[str]
 
     def find(self, path: str) -> Spot | None:
         """Return what is at a path of a file."""
@@ -57,19 +59,37 @@ class Layout:
         return iter(self.spots.values())
 
 
-def layout_of(model: nn.Module, *, prefix: str = "", tied: tuple[str, str] | None = None) -> Layout:
-    """Take down the paths of a model's modules, but for those of adapters that are on it."""
+def layout_of(
+    model: nn.Module,
+    *,
+    layers: int,
+    prefix: str = "",
+    tied: tuple[str, str] | None = None,
+    heads: Iterable[str] = (),
+) -> Layout:
+    """Take down the paths of a model's modules, but for those of adapters that are on it.
+
+    Args:
+        model: the model.
+        layers: how many layers it has; those behind them are prediction layers, which nothing
+            but this library has.
+        prefix: what paths of its files begin with and its own do not.
+        tied: the head and the embedding, where they share their weight.
+        heads: the paths of heads.
+    """
     paths: dict[str, nn.Module] = {}
     uses: dict[nn.Module, set[str]] = {}
     for path, module in model.named_modules(remove_duplicate=False):
         if not path or ".adapters." in f".{path}.":
             continue
+        layer = _LAYER.match(f"{path}.")
+        if layer and int(layer[1]) >= layers:
+            continue
         paths[path] = module
-        layer = _LAYER.match(path)
         uses.setdefault(module, set()).add(layer[1] if layer else ALL)
     spots = {}
     for path, module in paths.items():
-        layer = _LAYER.match(path)
+        layer = _LAYER.match(f"{path}.")
         shared = len(uses[module]) > 1 and layer is not None
         spots[path] = Spot(path, module, layer[1] if shared and layer else ALL)
-    return Layout(spots, prefix, tied)
+    return Layout(spots, prefix, tied, frozenset(heads))

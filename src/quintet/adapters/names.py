@@ -1,10 +1,9 @@
 """The names of an adapter's tensors in its files: `base_model.model.PATH.lora_A.weight`."""
 
 import re
-from collections.abc import Iterable
 from typing import NamedTuple
 
-__all__ = ["PREFIX", "Name", "parse", "path_of_expert"]
+__all__ = ["DELTA", "PREFIX", "Name", "name_of", "parse", "path_of_expert"]
 
 # What PEFT wraps a model in.
 PREFIX = "base_model.model."
@@ -54,6 +53,6 @@ def path_of_expert(path: str) -> tuple[str, int, str] | None:
     return None if match is None else (match["experts"], int(match["expert"]), match["part"])
 
 
-def names(path: str, leaves: Iterable[str], depth: int = 0) -> list[str]:
-    """Return the names of tensors in a file."""
-    return [f"{PREFIX}{path}{BASE * depth}.{leaf}" for leaf in leaves]
+def name_of(path: str, leaf: str, depth: int = 0) -> str:
+    """Return the name of a tensor in a file."""
+    return f"{PREFIX}{path}{BASE * depth}.{leaf}"

@@ -21,7 +21,7 @@ from quintet.adapters.names import DELTA, Name, parse, path_of_expert
 from quintet.checkpoint import TensorInfo, Weights
 from quintet.errors import CheckpointError, UnsupportedModelError, listed, shown
 
-__all__ = ["Adaptations", "read_adapter"]
+__all__ = ["Adaptations", "read_adapter", "tie", "warn_of_missing"]
 
 # What an adapter does, by module and use.
 Adaptations = dict[tuple[nn.Module, str], Adaptation]
@@ -65,13 +65,13 @@ def read_adapter(layout: Layout, config: LoraConfig, weights: Weights, where: st
         own = {leaf: _read(weights, name, device_of(spot.module)) for leaf, name in names.items()}
         made.setdefault((spot.module, spot.use), Adaptation())
         put(made[spot.module, spot.use], own)
-    _tie(layout, made)
+    tie(layout, made)
     if not made:
         raise CheckpointError(f"{where} holds no tensor; it is no adapter")
     return made
 
 
-def _tie(layout: Layout, made: Adaptations) -> None:
+def tie(layout: Layout, made: Adaptations) -> None:
     """Let a head that has the vectors of the ids have those that an adapter replaces, too."""
     if layout.tied is None:
         return

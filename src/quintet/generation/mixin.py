@@ -10,6 +10,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
+from quintet.adapters.rows import takes_adapters
 from quintet.cache import Cache, LegacyCache
 from quintet.configuration.base import PreTrainedConfig
 from quintet.errors import InputError
@@ -70,7 +71,17 @@ class GenerationMixin:
         """Take down what layers hold once for all steps inside that go on with a cache."""
         return nullcontext()
 
+    def each_row(
+        self, adapter_names: Sequence[str | None], *, copied: bool = False
+    ) -> AbstractContextManager[None]:
+        """Use an adapter for each row inside, in this thread."""
+        raise NotImplementedError
+
+    def check_adapted_rows(self, rows: int) -> None:
+        """Check that there is an adapter for each row, where rows have their own."""
+
     @torch.no_grad()
+    @takes_adapters(copied=True)
     def generate(
         self,
         inputs: Tensor | Mapping[str, Tensor] | None = None,
@@ -127,6 +138,7 @@ class GenerationMixin:
             labels: taken, as trainers give what a batch has, and not used; `token_type_ids`
                 likewise, which tokenizers of pairs make.
             logits_to_keep: taken, as it changes no text: what follows needs the last alone.
+            adapter_names: an adapter for each row; None, or "__base__", for none.
             **options: fields of `GenerationConfig` that go before both configs; None lifts what
                 they set.
 
@@ -181,6 +193,7 @@ class GenerationMixin:
             prompt = self._prompt(
                 inputs, input_ids, inputs_embeds, attention_mask, past, position_ids
             )
+            self.check_adapted_rows(len(prompt.given))
             criteria = list(stopping_criteria or ())
             context = self.config.max_position_embeddings
             room = plan.room(prompt, config, plan.longest(criteria), context)

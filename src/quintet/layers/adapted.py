@@ -40,12 +40,22 @@ class Place:
         rows: (B,) the number of each row's among `names`; None where all have those in use.
         tokens: (B, T) the same for each token, as hidden states lie; None where only rows are
             known.
+        copied: whether each of the rows may be several, side by side.
     """
 
     layer: int | None = None
     names: tuple[str | None, ...] = ()
     rows: Tensor | None = None
     tokens: Tensor | None = None
+    copied: bool = False
+
+    def for_rows(self, B: int) -> "Place | None":
+        """Return the same for B rows, or None if there are not as many."""
+        assert self.rows is not None
+        copies, rest = divmod(B, len(self.rows))
+        if rest or (copies != 1 and not self.copied):
+            return None
+        return replace(self, rows=self.rows.repeat_interleave(copies)) if copies > 1 else self
 
     def of(self, shape: Sequence[int], device: torch.device) -> Tensor:
         """Return the number of the adapter of each vector of a tensor (*shape, C)."""

@@ -1,11 +1,10 @@
 """Adapters on a model, by the methods that Transformers' models have for them."""
 
-import functools
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
-from typing import Any, TypeVar
+from typing import Any, Self
 
 import torch
 from torch import Tensor
@@ -15,18 +14,20 @@ from quintet.adapters.config import LoraConfig
 from quintet.adapters.files import open_adapter
 from quintet.adapters.forwards import Active
 from quintet.adapters.layout import Layout, layout_of
-from quintet.adapters.reading import read_adapter
+from quintet.adapters.merging import Merge, merge
+from quintet.adapters.reading import Adaptations, read_adapter, warn_of_missing
+from quintet.adapters.targets import new_adapter, targeted
+from quintet.adapters.writing import adapter_state, save_adapter
 from quintet.cache import Cache
 from quintet.checkpoint import InMemory, Weights
 from quintet.errors import InputError
+from quintet.folder import checked_path
 from quintet.layers.adapted import Place, Placing
 from quintet.modeling.core import ModelCore
-from quintet.ops.documents import Documents
 from quintet.ops.ragged import Padding
+from quintet.quantization import Quantized
 
-__all__ = ["Adapting", "takes_adapters"]
-
-Run = TypeVar("Run", bound=Callable[..., Any])
+__all__ = ["Adapting"]
 
 
 class Adapting(ModelCore):
@@ -37,6 +38,7 @@ class Adapting(ModelCore):
     """
 
     adapters: Adapters | None = None
+    name_or_path: str
 
     def load_adapter(
         self,
@@ -98,10 +100,11 @@ class Adapting(ModelCore):
             )
         # Weights that are made in inference mode could not be trained, ever.
         with torch.inference_mode(False):
-            made = read_adapter(self._layout(), config, weights, where)
-            self._shared(adapters)
-            adapters.put(self, adapter_name, config, made, trains=is_trainable)
-        adapters.use(self, [Active(adapter_name)])
+            layout = self._layout()
+            made = read_adapter(layout, config, weights, where)
+        known = [layout.named(s.path) for s in layout if (s.module, s.use) in made]
+        warn_of_missing((layout.named(s.path) for s in targeted(layout, config)), known, where)
+        self._put(adapters, adapter_name, config, made, trains=is_trainable)
 
     def set_adapter(
         self, adapter_name: str | Sequence[str], weights: Sequence[float] | None = None
@@ -124,6 +127,7 @@ class Adapting(ModelCore):
                 f"set_adapter({names}, weights={factors}) has to name each adapter once, with a "
                 "weight each"
             )
+        self._check_unmerged(adapters)
         adapters.use(self, [Active(n, float(w)) for n, w in zip(names, factors, strict=True)])
 
     def active_adapters(self) -> list[str]:
@@ -133,6 +137,7 @@ class Adapting(ModelCore):
     def disable_adapters(self) -> None:
         """Use no adapter until `enable_adapters`; the model is what it was without any."""
         adapters = self._adapters()
+        self._check_unmerged(adapters)
         adapters.enabled = False
         adapters.install(self)
 
@@ -142,6 +147,129 @@ class Adapting(ModelCore):
         adapters.enabled = True
         adapters.install(self)
 
+    def add_adapter(
+        self,
+        adapter_config: LoraConfig | Mapping[str, Any] | object,
+        adapter_name: str = "default",
+    ) -> None:
+        """Put a new adapter on the model, to be trained, and use it alone from then on.
+
+        Nothing else of the model gets gradients from then on.
+
+        Args:
+            adapter_config: what it is; PEFT's `LoraConfig` is one, too.
+            adapter_name: what it is to be called by.
+
+        Raises:
+            InputError: there is one of that name, or the config targets nothing that can have one.
+            ConfigError: a value of the config breaks its rule.
+            UnsupportedModelError: it asks for something that is not here.
+        """
+        adapters = Adapters() if self.adapters is None else self.adapters
+        adapters.check_new(adapter_name)
+        config = LoraConfig.of(adapter_config)
+        config.base_model_name_or_path = self.name_or_path or None
+        with torch.inference_mode(False), torch.no_grad():
+            made = new_adapter(self._layout(), config)
+        self._put(adapters, adapter_name, config, made, trains=True)
+
+    def get_adapter_state_dict(self, adapter_name: str | None = None) -> dict[str, Tensor]:
+        """Return the tensors of an adapter as its files name them; of the one in use if not named.
+
+        Raises:
+            InputError: there is no such adapter, or several are in use.
+        """
+        adapters = self._adapters()
+        name = self._one(adapter_name)
+        return adapter_state(self._layout(), adapters.parts(self, name))
+
+    def save_adapter(
+        self, save_directory: str | os.PathLike[str], adapter_name: str | None = None
+    ) -> None:
+        """Write an adapter as PEFT does; the one in use if not named.
+
+        Raises:
+            SaveError: writing failed; what was there before is untouched.
+            InputError: there is no such adapter, or several are in use.
+        """
+        adapters = self._adapters()
+        name = self._one(adapter_name)
+        config = LoraConfig.of(adapters.configs[name])
+        config.base_model_name_or_path = config.base_model_name_or_path or self.name_or_path or None
+        directory = checked_path(save_directory, "save_directory")
+        save_adapter(directory, config, self.get_adapter_state_dict(name))
+
+    # -- in the weights ----------------------------------------------------------------------
+
+    def merge_adapter(self, adapter_names: Sequence[str] | None = None) -> None:
+        """Add adapters to the weights: in float32, rounded once. `unmerge_adapter` takes them out.
+
+        The model is as fast as without adapters then. Quantised matrices become plain numbers.
+
+        Args:
+            adapter_names: which; those in use if not given.
+
+        Raises:
+            InputError: there is no such adapter, or some are in the weights already.
+            UnsupportedModelError: several layers share a weight, with an adapter for each.
+        """
+        adapters = self._adapters()
+        if adapters.merged is not None:
+            raise InputError("there are adapters in the weights; call unmerge_adapter() first")
+        active = adapters.active
+        if adapter_names is not None:
+            active = tuple(map(Active, adapters.check_known(adapter_names)))
+        adapters.use(self, active)
+        adapters.merged = merge(self, adapters.places, active, self.dtype)
+        adapters.install(self)
+        self._note_ties()
+
+    def unmerge_adapter(self) -> None:
+        """Take adapters out of the weights, which are what they were to the last bit.
+
+        Raises:
+            InputError: there are none in them.
+        """
+        adapters = self._adapters()
+        if not isinstance(adapters.merged, Merge):
+            raise InputError("there is no adapter in the weights; merge_adapter() puts them there")
+        adapters.merged.undo()
+        adapters.merged = None
+        adapters.install(self)
+        self._note_ties()
+
+    def merge_and_unload(self, adapter_names: Sequence[str] | None = None) -> Self:
+        """Add adapters to the weights for good, take all of them off, and return the model.
+
+        Args:
+            adapter_names: which; those in use if not given.
+
+        Raises:
+            InputError: there is no such adapter, or others are in the weights already.
+            UnsupportedModelError: several layers share a weight, with an adapter for each.
+        """
+        adapters = self._adapters()
+        if adapters.merged is None or adapter_names is not None:
+            self.merge_adapter(adapter_names)
+        adapters.merged = None
+        adapters.remove(self, list(adapters.configs))
+        if not any(isinstance(module, Quantized) for module in self.modules()):
+            self.note_quantization(None)
+        return self
+
+    def _note_ties(self) -> None:
+        """Say in the config whether the head has the embedding's weight, as adapters change one."""
+        head = self.get_output_embeddings()
+        if head is None or self.adapters is None:
+            return
+        if (
+            self.config.tie_word_embeddings
+            and head.weight is not self.get_input_embeddings().weight
+        ):
+            self.adapters.unties, self.config.tie_word_embeddings = True, False
+        elif self.adapters.unties and head.weight is self.get_input_embeddings().weight:
+            self.adapters.unties, self.config.tie_word_embeddings = False, True
+
     def delete_adapter(self, adapter_names: str | Sequence[str]) -> None:
         """Take adapters off the model.
 
@@ -150,54 +278,84 @@ class Adapting(ModelCore):
         """
         adapters = self._adapters()
         names = [adapter_names] if isinstance(adapter_names, str) else list(adapter_names)
+        self._check_unmerged(adapters)
         adapters.remove(self, list(dict.fromkeys(adapters.check_known(names))))
 
     # -- what forwards ask -------------------------------------------------------------------
 
     @contextmanager
-    def each_row(self, adapter_names: Sequence[str | None]) -> Iterator[None]:
+    def each_row(
+        self, adapter_names: Sequence[str | None], *, copied: bool = False
+    ) -> Iterator[None]:
         """Use an adapter for each row inside, in this thread; None, or "__base__", for none.
+
+        Args:
+            adapter_names: a name for each row.
+            copied: whether a row may become several, side by side.
 
         Raises:
             InputError: there is no such adapter.
         """
         adapters = self._adapters()
-        with adapters.places.at(adapters.place(adapter_names, self.device)):
+        with adapters.places.at(adapters.place(adapter_names, self.device, copied=copied)):
             yield
+
+    def check_adapted_rows(self, rows: int) -> None:
+        """Check that there is an adapter for each row, where rows have their own.
+
+        Raises:
+            InputError: there are more, or fewer.
+        """
+        place = self.place_of_rows()
+        if place is not None and place.rows is not None and len(place.rows) != rows:
+            raise _other_rows(len(place.rows), rows)
 
     def place_of_rows(self) -> Place | None:
         """Return the adapters of the rows of this thread's forward; None if they have no own."""
         place = None if self.adapters is None else self.adapters.places.here()
         return None if place is None or place.rows is None else place
 
-    def placing(
-        self,
-        embeds: Tensor,
-        rows: Padding | None,
-        texts: Documents | None,
-        cache: Cache | None,
-    ) -> Placing | None:
-        """Return what adapters need to know of tokens (B, T, C), and note it in the cache.
+    def place_tokens(self, tokens: Tensor | None, ends: Tensor | None) -> None:
+        """Find which of the adapters each token (B, T, ...) has, where rows have their own.
 
         Args:
-            embeds: the tokens in the columns of the input.
+            tokens: ids or embeddings; None where the forward will say that there are none.
+            ends: where each text begins, and the end, in one row of several; else None.
+
+        Raises:
+            InputError: there are more rows, or fewer.
+        """
+        place = self.place_of_rows()
+        if place is None or self.adapters is None or tokens is None:
+            return
+        B, T = tokens.shape[:2]
+        texts = None if ends is None else ends.diff()
+        rows = B if texts is None else len(texts)
+        own = place.for_rows(rows)
+        if own is None or own.rows is None:
+            raise _other_rows(0 if place.rows is None else len(place.rows), rows)
+        numbers = own.rows.to(tokens.device)
+        each = numbers.repeat_interleave(T if texts is None else texts.to(tokens.device))
+        if each.numel() == B * T:
+            self.adapters.places.refine(replace(own, tokens=each.view(B, T)))
+
+    def placing(self, rows: Padding | None, cache: Cache | None) -> Placing | None:
+        """Return what adapters need to know of a forward's tokens, and note it in the cache.
+
+        Args:
             rows: how they are packed; None where they are not.
-            texts: the texts in a row; None if it is one.
             cache: what they continue.
 
         Raises:
-            InputError: there are more rows, or fewer; or the cache is of other adapters.
+            InputError: the cache is of other adapters.
         """
         adapters, place = self.adapters, self.place_of_rows()
         assert adapters is not None
         if cache is not None:
             cache.made_with(adapters.keys_of(place))
-        if place is None:
+        if place is None or place.tokens is None:
             return Placing(adapters.places, Place()) if adapters.by_layer else None
-        tokens = _of_tokens(place, embeds, texts)
-        # For the head, which comes after the layers.
-        adapters.places.refine(replace(place, tokens=tokens))
-        tokens = tokens if rows is None else rows.pack(tokens)
+        tokens = place.tokens if rows is None else rows.pack(place.tokens)
         return Placing(adapters.places, replace(place, tokens=tokens))
 
     @contextmanager
@@ -211,6 +369,42 @@ class Adapting(ModelCore):
             with self.adapters.places.at(replace(place, tokens=tokens)):
                 yield
 
+    def _put(
+        self,
+        adapters: Adapters,
+        name: str,
+        config: LoraConfig,
+        made: Adaptations,
+        *,
+        trains: bool,
+    ) -> None:
+        self._check_unmerged(adapters)
+        for module in self.modules():
+            if isinstance(module, Adapting):
+                object.__setattr__(module, "adapters", adapters)
+        if trains:
+            for parameter in self.parameters():
+                parameter.requires_grad_(False)
+        adapters.put(self, name, config, made, trains=trains)
+        adapters.use(self, [Active(name)])
+
+    def _one(self, name: str | None) -> str:
+        """Return the name of an adapter, that of the one in use for None."""
+        adapters = self._adapters()
+        if name is not None:
+            return adapters.check_known([name])[0]
+        if len(adapters.active) != 1:
+            used = ", ".join(repr(one.name) for one in adapters.active) or "none"
+            raise InputError(
+                f"there are {len(adapters.active)} adapters in use ({used}); say which is meant "
+                "with adapter_name, or use one with set_adapter"
+            )
+        return adapters.active[0].name
+
+    def _check_unmerged(self, adapters: Adapters) -> None:
+        if adapters.merged is not None:
+            raise InputError("there are adapters in the weights; call unmerge_adapter() first")
+
     def _adapters(self) -> Adapters:
         if self.adapters is None or not self.adapters.configs:
             raise InputError(
@@ -218,51 +412,20 @@ class Adapting(ModelCore):
             )
         return self.adapters
 
-    def _shared(self, adapters: Adapters) -> None:
-        """Let the parts of a model that are models know of its adapters."""
-        for module in self.modules():
-            if isinstance(module, Adapting):
-                object.__setattr__(module, "adapters", adapters)
-
     def _layout(self) -> Layout:
         headless = self.base_model is self
-        ends = self.tied_names()
-        tied = next(
-            (
-                (a.rpartition(".")[0], b.rpartition(".")[0])
-                for a, b in ends.items()
-                if "lm_head" in a
-            ),
-            None,
+        pairs = ((a.rpartition(".")[0], b.rpartition(".")[0]) for a, b in self.tied_names().items())
+        heads = ["score", "qa_outputs", "lm_head"]
+        return layout_of(
+            self,
+            layers=self.config.num_hidden_layers,
+            prefix=f"{self.base_model_prefix}." if headless else "",
+            tied=next((pair for pair in pairs if pair[0] == "lm_head"), None),
+            heads=heads,
         )
-        prefix = f"{self.base_model_prefix}." if headless else ""
-        return layout_of(self, prefix=prefix, tied=tied)
 
 
-def _of_tokens(place: Place, embeds: Tensor, texts: Documents | None) -> Tensor:
-    """Return the number of the adapter of each token, (B, T), where rows have their own."""
-    numbers, (B, T) = place.rows, embeds.shape[:2]
-    assert numbers is not None
-    own = numbers.to(embeds.device)
-    if texts is not None and texts.lengths is not None and len(own) == len(texts.lengths):
-        counts = torch.tensor(texts.lengths, dtype=torch.long, device=embeds.device)
-        return own.repeat_interleave(counts).view(B, T)
-    if len(own) != B:
-        raise InputError(
-            f"adapter_names names {len(own)} rows and the input has {B}; give a name for each"
-        )
-    return own[:, None].expand(B, T)
-
-
-def takes_adapters(forward: Run) -> Run:
-    """Let a forward take `adapter_names`, the name of an adapter for each row."""
-
-    @functools.wraps(forward)
-    def run(self: Any, *args: Any, **inputs: Any) -> Any:
-        names = inputs.pop("adapter_names", None)
-        if names is None:
-            return forward(self, *args, **inputs)
-        with self.each_row(names):
-            return forward(self, *args, **inputs)
-
-    return run  # type: ignore[return-value]
+def _other_rows(named: int, rows: int) -> InputError:
+    return InputError(
+        f"adapter_names names {named} rows and the input has {rows}; give a name for each"
+    )

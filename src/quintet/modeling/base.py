@@ -192,6 +192,9 @@ class PreTrainedModel(ModelContract, Checkpointing, Adapting, Pushable):
     ) -> None:
         """Write config, generation config and weights, in the layout Transformers reads.
 
+        Of a model with adapters, the one in use is written, alone and as PEFT does; for a whole
+        model, call `merge_and_unload` or `delete_adapter` first.
+
         Whatever happens meanwhile, the directory holds the old checkpoint or the new one.
 
         Args:
@@ -216,6 +219,10 @@ class PreTrainedModel(ModelContract, Checkpointing, Adapting, Pushable):
         if not safe_serialization:
             raise InputError("safe_serialization=False: pickled weights are never written")
         if not is_main_process:
+            return
+        if self.adapters is not None and self.adapters.configs:
+            # As in Transformers: the base model is where it was.
+            self.save_adapter(save_directory)
             return
         save_directory = checked_path(save_directory, "save_directory")
         self.config.architectures = [type(self).__name__]

@@ -205,6 +205,9 @@ class DecoderModel(PreTrainedModel):
         packing: Packing,
         output_router_logits: bool = False,
     ) -> LayersOutput:
+        if self.adapters is not None:
+            tokens = input_ids if inputs_embeds is None else inputs_embeds
+            self.place_tokens(tokens, packing.get("cu_seq_lens_q"))
         embeds = self._embed(input_ids, inputs_embeds)
         B, T, _ = embeds.shape
         if position_ids is not None:
@@ -249,7 +252,7 @@ class DecoderModel(PreTrainedModel):
         notes = Notes(weights=weighs, router_logits=output_router_logits)
         context = self._context(embeds, taken, position_ids, custom, cache, notes, texts)
         if self.adapters is not None:
-            context = replace(context, placing=self.placing(given, rows, texts, cache))
+            context = replace(context, placing=self.placing(rows, cache))
         keeps = first(output_hidden_states, self.config.output_hidden_states)
         states = self._run_layers(embeds, context, rows, keeps)
         if cache is not None:

@@ -1,7 +1,7 @@
 """Several texts in a row: how trainers and collators say so."""
 
 import inspect
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from itertools import pairwise
 from typing import Any, TypedDict, TypeVar
 
@@ -9,8 +9,8 @@ import torch
 import torch.nn.functional as F  # noqa: N812
 from torch import Tensor
 
+from quintet.adapters.rows import takes_adapters
 from quintet.errors import InputError
-from quintet.modeling.adapting import takes_adapters
 from quintet.ops.documents import Documents, documents_of
 from quintet.ops.labels import IGNORED
 from quintet.ops.transforms import recorded
@@ -18,7 +18,6 @@ from quintet.ops.transforms import recorded
 __all__ = ["Packing", "own_labels", "packed", "takes_packing"]
 
 Forward = TypeVar("Forward", bound=Callable[..., Any])
-AdapterNames = Sequence[str | None] | None
 
 
 class Packing(TypedDict, total=False):
@@ -51,11 +50,10 @@ def takes_packing(forward: Forward) -> Forward:
     named = [p for p in signature.parameters.values() if p.kind is not p.VAR_KEYWORD]
     named += [
         inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=kind)
-        for name, kind in (*Packing.__annotations__.items(), ("adapter_names", AdapterNames))
+        for name, kind in Packing.__annotations__.items()
     ]
-    run = takes_adapters(forward)
-    vars(run)["__signature__"] = signature.replace(parameters=named)
-    return run
+    vars(forward)["__signature__"] = signature.replace(parameters=named)
+    return takes_adapters()(forward)
 
 
 def packed(

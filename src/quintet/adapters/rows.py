@@ -1,0 +1,54 @@
+"""Calls that take `adapter_names`: an adapter for each row of a batch."""
+
+import functools
+import inspect
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
+from typing import Any, Protocol, TypeVar
+
+__all__ = ["takes_adapters"]
+
+Call = TypeVar("Call", bound=Callable[..., Any])
+AdapterNames = Sequence[str | None] | None
+
+
+class ByRow(Protocol):
+    """What can use an adapter for each row."""
+
+    def each_row(
+        self, adapter_names: Sequence[str | None], *, copied: bool = False
+    ) -> AbstractContextManager[None]:
+        """Use an adapter for each row inside, in this thread."""
+        ...
+
+
+def takes_adapters(*, copied: bool = False) -> Callable[[Call], Call]:
+    """Let a method take `adapter_names`, and name it in the signature that tools read.
+
+    Args:
+        copied: whether it goes on with copies of rows, side by side.
+    """
+
+    def taking(call: Call) -> Call:
+        @functools.wraps(call)
+        def run(self: ByRow, *args: Any, **inputs: Any) -> Any:
+            names = inputs.pop("adapter_names", None)
+            if names is None:
+                return call(self, *args, **inputs)
+            with self.each_row(names, copied=copied):
+                return call(self, *args, **inputs)
+
+        signature = inspect.signature(call)
+        named = list(signature.parameters.values())
+        own = inspect.Parameter(
+            "adapter_names",
+            inspect.Parameter.KEYWORD_ONLY,
+            default=None,
+            annotation=AdapterNames,
+        )
+        rest = [p for p in named if p.kind is p.VAR_KEYWORD]
+        kept = [p for p in named if p.kind is not p.VAR_KEYWORD]
+        vars(run)["__signature__"] = signature.replace(parameters=[*kept, own, *rest])
+        return run  # type: ignore[return-value]
+
+    return taking

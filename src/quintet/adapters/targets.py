@@ -1,0 +1,200 @@
+"""A new adapter for a model: the modules that its configuration targets, and how each begins."""
+
+import math
+import re
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor, nn
+
+from quintet.adapters.adaptation import EXPERT_STACKS, Adaptation
+from quintet.adapters.bases import dense, device_of, is_embedding, is_experts, is_linear, shape_of
+from quintet.adapters.config import LoraConfig
+from quintet.adapters.layout import Layout, Spot
+from quintet.adapters.lowrank import EmbeddingLowRank, ExpertStackLowRank, LowRank, NewRows
+from quintet.adapters.reading import Adaptations, tie
+from quintet.errors import InputError, UnsupportedModelError, listed
+
+__all__ = ["new_adapter", "targeted"]
+
+ALL_LINEAR = "all-linear"
+
+
+def targeted(layout: Layout, config: LoraConfig) -> list[Spot]:
+    """Return the modules that a configuration targets."""
+    found = []
+    for spot in layout:
+        path = layout.named(spot.path)
+        if config.saves(path) or _is_named(config.exclude_modules, path):
+            continue
+        if config.target_modules == ALL_LINEAR:
+            wanted = is_linear(spot.module) and spot.path not in layout.heads
+        else:
+            wanted = _is_named(config.target_modules, path) and _is_in_layers(config, path)
+        if wanted:
+            found.append(spot)
+    return found
+
+
+def new_adapter(layout: Layout, config: LoraConfig) -> Adaptations:
+    """Make an adapter as it is before training: of no effect, but for `init_lora_weights=False`.
+
+    Raises:
+        InputError: the configuration targets nothing, or a module that cannot have an adapter.
+        UnsupportedModelError: it targets one that cannot have one of its kind.
+    """
+    made: Adaptations = {}
+
+    def of(spot: Spot) -> Adaptation:
+        return made.setdefault((spot.module, spot.use), Adaptation())
+
+    for spot in targeted(layout, config):
+        path = layout.named(spot.path)
+        if not is_linear(spot.module) and not is_embedding(spot.module):
+            raise InputError(
+                f"target_modules names {path}, a {type(spot.module).__name__}; an adapter of low "
+                "rank is of a linear map or an embedding (for experts, see target_parameters)"
+            )
+        of(spot).added["weight"] = _matrix(config, spot, path, "weight")
+    for spot, name in _parameters(layout, config):
+        path = layout.named(spot.path)
+        if is_experts(spot.module):
+            of(spot).added[name] = _stack(config, spot, path, name)
+        else:
+            of(spot).added[name] = _matrix(config, spot, path, name)
+    if not made and not config.modules_to_save and not config.trainable_token_indices:
+        names = sorted({spot.path.rpartition(".")[2] for spot in layout if is_linear(spot.module)})
+        raise InputError(
+            f"target_modules={config.target_modules} and target_parameters="
+            f"{config.target_parameters} name nothing in this model; its linear maps are\n"
+            f"{listed(names, most=20)}"
+        )
+    for spot, name, tensor in _own(layout, config, made):
+        of(spot).instead[name] = nn.Parameter(tensor.detach().clone())
+    for spot, ids in _tokens(layout, config):
+        rows = dense(spot.module, "weight")[ids]
+        of(spot).rows = NewRows(torch.tensor(ids, dtype=torch.long, device=rows.device), rows)
+    tie(layout, made)
+    return made
+
+
+def _is_named(names: list[str] | str | None, path: str) -> bool:
+    if isinstance(names, str):
+        return re.fullmatch(names, path) is not None
+    return any(path == name or path.endswith(f".{name}") for name in names or ())
+
+
+def _is_in_layers(config: LoraConfig, path: str) -> bool:
+    layers = config.layers_to_transform
+    if layers is None or layers == [] or isinstance(config.target_modules, str):
+        return True
+    patterns = config.layers_pattern or r"[^.]*"
+    patterns = [patterns] if isinstance(patterns, str) else patterns
+    found = (re.match(rf"(?:^|.*?\.){pattern}\.(\d+)\.", path) for pattern in patterns)
+    number = next((int(match[1]) for match in found if match), None)
+    return number in ([layers] if isinstance(layers, int) else layers)
+
+
+def _parameters(layout: Layout, config: LoraConfig) -> Iterator[tuple[Spot, str]]:
+    for spot in layout:
+        names = [*spot.module._parameters, *(EXPERT_STACKS if is_experts(spot.module) else ())]
+        for name in dict.fromkeys(names):
+            if not _is_named(config.target_parameters, f"{layout.named(spot.path)}.{name}"):
+                continue
+            shape = shape_of(spot.module, name) or ()
+            if not (is_experts(spot.module) or (len(shape) == 2 and not is_embedding(spot.module))):
+                raise InputError(
+                    f"target_parameters names {spot.path}.{name} of shape {list(shape)}; an "
+                    "adapter of low rank is of a matrix, or of the stacked matrices of experts"
+                )
+            if config.use_dora or config.lora_bias or config.lora_dropout:
+                raise UnsupportedModelError(
+                    f"{spot.path}.{name} is a parameter and not a map: use_dora, lora_bias and "
+                    "lora_dropout cannot be with it"
+                )
+            yield spot, name
+
+
+def _own(
+    layout: Layout, config: LoraConfig, made: Adaptations
+) -> Iterator[tuple[Spot, str, Tensor]]:
+    """Yield the tensors that the adapter has as its own from the beginning."""
+    for spot in layout:
+        path = layout.named(spot.path)
+        lora = bool((found := made.get((spot.module, spot.use))) and found.added)
+        for name, parameter in spot.module._parameters.items():
+            biases = name.endswith("bias") and (
+                config.bias == "all" or (config.bias == "lora_only" and lora)
+            )
+            if parameter is not None and (config.saves(path) or biases):
+                yield spot, name, parameter
+        if config.saves(path) and shape_of(spot.module, "weight") and not spot.module._parameters:
+            yield spot, "weight", dense(spot.module, "weight")
+
+
+def _tokens(layout: Layout, config: LoraConfig) -> Iterator[tuple[Spot, list[int]]]:
+    given = config.trainable_token_indices
+    if not given:
+        return
+    by_name = given if isinstance(given, dict) else {"embed_tokens": given}
+    for name, ids in by_name.items():
+        spots = [s for s in layout if is_embedding(s.module) and _is_named([name], s.path)]
+        if not spots or len(set(ids)) < len(ids):
+            raise InputError(
+                f"trainable_token_indices names {name!r} with {ids}; it has to be an embedding, "
+                "and each id once"
+            )
+        V = (shape_of(spots[0].module, "weight") or (0,))[0]
+        if not ids or max(ids) >= V:
+            raise InputError(f"trainable_token_indices={ids} and there are {V} ids")
+        yield spots[0], ids
+
+
+def _matrix(config: LoraConfig, spot: Spot, path: str, name: str) -> LowRank | EmbeddingLowRank:
+    shape = shape_of(spot.module, name)
+    assert shape is not None
+    device, rank = device_of(spot.module), config.rank(path)
+    scale = config.scale(path, rank)
+    if is_embedding(spot.module):
+        V, C = shape
+        A, B = torch.zeros(rank, V, device=device), torch.randn(C, rank, device=device)
+        embedding = EmbeddingLowRank(A, B, scale)
+        if config.init_lora_weights is False:
+            nn.init.normal_(embedding.lora_A)
+        if config.use_dora:
+            whole = dense(spot.module, name)
+            whole = (whole + embedding.change(whole).detach()).T
+            embedding.magnitude = nn.Parameter(whole.norm(dim=1))
+        return embedding
+    O, I = shape
+    A, B = _first(config, rank, I, O, device)
+    bias = torch.zeros(O, device=device) if config.lora_bias else None
+    made = LowRank(A, B, scale, bias=bias, dropout=config.lora_dropout)
+    if config.use_dora:
+        whole = dense(spot.module, name)
+        whole = whole + made.change(whole).detach()
+        made.magnitude = nn.Parameter(whole.norm(dim=1))
+    return made
+
+
+def _stack(config: LoraConfig, spot: Spot, path: str, name: str) -> ExpertStackLowRank:
+    shape = shape_of(spot.module, name)
+    assert shape is not None
+    E, O, I = shape
+    rank = config.rank(path)
+    A, B = _first(config, E * rank, I, O, device_of(spot.module))
+    return ExpertStackLowRank(A, B, E, config.scale(path, rank))
+
+
+def _first(
+    config: LoraConfig, rank: int, I: int, O: int, device: torch.device
+) -> tuple[Tensor, Tensor]:
+    """Return A and B as PEFT has them before training."""
+    A, B = torch.empty(rank, I, device=device), torch.zeros(O, rank, device=device)
+    if config.init_lora_weights == "gaussian":
+        nn.init.normal_(A, std=1 / rank)
+    else:
+        nn.init.kaiming_uniform_(A, a=math.sqrt(5))
+    if config.init_lora_weights is False:
+        nn.init.kaiming_uniform_(B, a=math.sqrt(5))
+    return A, B

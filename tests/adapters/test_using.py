@@ -1,0 +1,182 @@
+"""What a model with adapters is: in what order they came, merged, for each row, and without."""
+
+import copy
+import pickle
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import quintet
+from conformance.families import FAMILIES, Family, each
+from pefts import ATTENTION, IDS, logits
+from support import relative_error as relative
+
+MASK = torch.tensor([[0, 1, 1, 1, 1], [1, 1, 1, 1, 1]])
+MoE = ("qwen2-moe", "deepseek-v2", "deepseek-v3")
+
+
+def config(family: Family, shared: bool = True, **options: Any) -> quintet.LoraConfig:
+    targets = [*ATTENTION[family.name], "embed_tokens"]
+    # Those of a shared block are others at each of its uses, and cannot be merged.
+    targets += ["down_proj"] if shared or family.name != "zamba2" else []
+    if family.name in MoE:
+        options = {"target_parameters": ["experts.gate_up_proj", "experts.down_proj"], **options}
+    return quintet.LoraConfig(
+        r=3, lora_alpha=12, target_modules=targets, init_lora_weights=False, **options
+    )
+
+
+def with_two(family: Family, *, shared: bool = True) -> Any:
+    """A model with the adapters a and b, of which the latter is in use."""
+    model = family.model_of(tie_word_embeddings=False)
+    for seed, name in enumerate("ab"):
+        torch.manual_seed(seed)
+        model.add_adapter(config(family, shared, use_rslora=name == "b"), name)
+    return model.eval()
+
+
+def under(model: Any, *names: str) -> Tensor:
+    model.set_adapter(list(names))
+    return logits(model)
+
+
+@each
+def test_swapped_there_and_back_nothing_has_changed(family: Family) -> None:
+    plain = logits(family.model_of(tie_word_embeddings=False))
+    model = with_two(family)
+    a = under(model, "a")
+    b = under(model, "b")
+    assert relative(a, b) > 1e-3
+    assert torch.equal(under(model, "a"), a)
+    assert torch.equal(under(model), plain)
+    text = {"max_new_tokens": 5, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
+    texts = {}
+    for name in "aba":
+        model.set_adapter(name)
+        text_of = model.generate(IDS, **text)
+        assert torch.equal(texts.setdefault(name, text_of), text_of)
+
+
+@each
+def test_several_are_added_up(family: Family) -> None:
+    model = with_two(family, shared=False)
+    a, both = under(model, "a"), under(model, "a", "b")
+    model.set_adapter(["a", "b"], [1.0, 0.0])
+    weighed = logits(model)
+    assert relative(weighed, a) < 1e-6
+    assert relative(both, a) > 1e-3
+    assert model.active_adapters() == ["a", "b"]
+    merged = copy.deepcopy(model)
+    merged.set_adapter(["a", "b"])
+    merged.merge_adapter()
+    assert relative(logits(merged), both) < 1e-5
+
+
+@each
+def test_merged_it_is_the_same_and_unmerged_to_the_last_bit(family: Family, tmp_path: Path) -> None:
+    model = with_two(family, shared=False)
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    made = logits(model)
+    model.merge_adapter()
+    assert not any("forward" in vars(module) for module in model.modules())
+    assert relative(logits(model), made) < 1e-5
+    model.unmerge_adapter()
+    after = model.state_dict()
+    assert before.keys() == after.keys()
+    assert all(torch.equal(before[name], after[name]) for name in before)
+    assert torch.equal(logits(model), made)
+    model.merge_and_unload()
+    assert relative(logits(model), made) < 1e-5
+    model.save_pretrained(tmp_path)
+    again = family.cls("ForCausalLM").from_pretrained(tmp_path)
+    assert relative(logits(again), made) < 1e-5
+
+
+@each
+def test_merging_in_bfloat16_rounds_once(family: Family) -> None:
+    model = with_two(family, shared=False).to(torch.bfloat16)
+    name = "mamba_decoder.mamba.in_proj" if family.name == "zamba2" else "self_attn.o_proj"
+    module = model.model.layers[1].get_submodule(name)
+    lora = module.adapters["b"]["all"].added["weight"].float()
+    exact = module.weight.detach().float() + lora.lora_B @ lora.lora_A * lora.scale
+    model.merge_adapter()
+    assert torch.equal(module.weight, exact.to(torch.bfloat16))
+
+
+def test_what_several_layers_share_is_not_merged() -> None:
+    model = with_two(FAMILIES[4])
+    made = logits(model)
+    with pytest.raises(quintet.errors.UnsupportedModelError, match="layers 1, 3"):
+        model.merge_adapter()
+    assert torch.equal(logits(model), made)
+
+
+@each
+def test_each_row_has_its_own(family: Family) -> None:
+    model = with_two(family)
+    names = ["a", None, "b"]
+    ids = torch.cat((IDS, IDS[:1]))
+    mask = torch.cat((MASK, MASK[:1]))
+    with torch.no_grad():
+        rows = model(input_ids=ids, attention_mask=mask, adapter_names=names).logits
+        for row, name in enumerate(names):
+            model.set_adapter([] if name is None else name)
+            alone = model(input_ids=ids[row][None], attention_mask=mask[row][None]).logits
+            real = mask[row].bool()
+            assert relative(rows[row][real], alone[0][real]) < 1e-5
+    text = {"max_new_tokens": 5, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
+    written = model.generate(ids, attention_mask=mask, adapter_names=names, **text)
+    beams = model.generate(ids[1:], adapter_names=names[1:], num_beams=3, **text)
+    for row, name in enumerate(names):
+        model.set_adapter([] if name is None else name)
+        alone = model.generate(ids[row][None], attention_mask=mask[row][None], **text)
+        assert torch.equal(alone[0], written[row])
+        if row == 1:
+            found = model.generate(ids[row][None], num_beams=3, **text)
+            assert torch.equal(beams[0], found[0])
+
+
+@each
+def test_a_cache_is_of_the_adapters_it_was_made_with(family: Family) -> None:
+    model = with_two(family)
+    with torch.no_grad():
+        past = model(input_ids=IDS, use_cache=True).past_key_values
+        model(input_ids=IDS[:, :1], past_key_values=past)
+        for change in (
+            lambda: model.set_adapter("a"),
+            lambda: model.set_adapter(["a", "b"]),
+            model.disable_adapters,
+        ):
+            change()
+            with pytest.raises(quintet.errors.InputError, match="other adapters"):
+                model(input_ids=IDS[:, :1], past_key_values=past)
+        model.enable_adapters()
+        model.set_adapter("b")
+        model(input_ids=IDS[:, :1], past_key_values=past)
+        with pytest.raises(quintet.errors.InputError, match="other adapters"):
+            model(input_ids=IDS[:, :1], past_key_values=past, adapter_names=["a", "b"])
+        own = model(input_ids=IDS, use_cache=True, adapter_names=["a", "b"]).past_key_values
+        own.reorder_cache(torch.tensor([1, 0]))
+        model(input_ids=IDS[:, :1], past_key_values=own, adapter_names=["b", "a"])
+        with pytest.raises(quintet.errors.InputError, match="other adapters"):
+            model(input_ids=IDS[:, :1], past_key_values=own, adapter_names=["a", "b"])
+
+
+@each
+@pytest.mark.parametrize("copying", [copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m))])
+def test_a_copy_has_adapters_of_its_own(family: Family, copying: Callable[[Any], Any]) -> None:
+    model = with_two(family)
+    made = logits(model)
+    other = copying(model)
+    assert torch.equal(logits(other), made)
+    with torch.no_grad():
+        for name, parameter in other.named_parameters():
+            if ".adapters.b." in name:
+                parameter.zero_()
+    other.set_adapter("b")
+    assert relative(logits(other), made) > 1e-3
+    assert torch.equal(logits(model), made)
