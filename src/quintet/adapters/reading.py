@@ -129,7 +129,7 @@ def _takes(layout: Layout, config: LoraConfig, name: Name, spot: Spot) -> bool:
     """Tell whether an adapter may have a tensor in the place of a module's own."""
     if shape_of(spot.module, name.leaf) is None:
         return False
-    if config.bias != "none" and name.leaf.endswith("bias"):
+    if config.bias != "none" and name.leaf == "bias":
         return True
     ends = is_embedding(spot.module) or spot.path in (layout.tied or ())
     return ends or name.path.endswith("lm_head") or config.saves(name.path)

@@ -123,7 +123,7 @@ def _own(
         path = layout.named(spot.path)
         lora = bool((found := made.get((spot.module, spot.use))) and found.added)
         for name, parameter in spot.module._parameters.items():
-            biases = name.endswith("bias") and (
+            biases = name == "bias" and (
                 config.bias == "all" or (config.bias == "lora_only" and lora)
             )
             if parameter is not None and (config.saves(path) or biases):

@@ -170,7 +170,11 @@ class Adapting(ModelCore):
         config = LoraConfig.of(adapter_config)
         config.base_model_name_or_path = self.name_or_path or None
         with torch.inference_mode(False), torch.no_grad():
-            made = new_adapter(self._layout(), config)
+            layout = self._layout()
+            made = new_adapter(layout, config)
+        if isinstance(config.target_modules, str):
+            # Other readers understand fewer expressions than paths.
+            config.target_modules = [layout.named(spot.path) for spot in targeted(layout, config)]
         self._put(adapters, adapter_name, config, made, trains=True)
 
     def get_adapter_state_dict(self, adapter_name: str | None = None) -> dict[str, Tensor]:
