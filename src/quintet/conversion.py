@@ -4,6 +4,7 @@ Tensors go through one by one, so that no more than those of one file are in mem
 """
 
 import os
+import warnings
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from quintet.auto import AutoConfig, family
+from quintet.auto import AutoConfig, AutoTokenizer, family
 from quintet.checkpoint import (
     Checkpoint,
     GGUFCheckpoint,
@@ -23,9 +24,9 @@ from quintet.checkpoint import (
     save_stream,
 )
 from quintet.configuration.base import CONFIG_NAME
-from quintet.errors import InputError
+from quintet.errors import InputError, TokenizerError, UnsupportedModelError
 from quintet.files import copy_file
-from quintet.generation.config import GENERATION_CONFIG_NAME
+from quintet.generation.config import GENERATION_CONFIG_NAME, GenerationConfig
 from quintet.hub import TOKENIZER_PATTERNS
 from quintet.modeling.base import PreTrainedModel
 from quintet.modeling.init_on_meta import init_on_meta
@@ -108,7 +109,7 @@ def convert(
     vars(config).pop("quantization_config", None)
     if request.target is not None and scheme is not None:
         vars(config)["quantization_config"] = request.target.to_dict()
-    texts = {CONFIG_NAME: config.to_json_string()}
+    texts = {CONFIG_NAME: config.to_json_string(), **_texts_of_file(root)}
     if (root / GENERATION_CONFIG_NAME).is_file():
         texts[GENERATION_CONFIG_NAME] = (root / GENERATION_CONFIG_NAME).read_text("utf-8")
     others = [path for pattern in TOKENIZER_PATTERNS for path in root.glob(pattern)]
@@ -120,6 +121,19 @@ def convert(
         if path.name not in texts:
             copy_file(path, target / path.relative_to(root))
     return Converted(weights.read, weights.written, tuple(mapping.lost))
+
+
+def _texts_of_file(root: Path) -> dict[str, str]:
+    """Return the files of a directory that a GGUF file has in one; none for a directory."""
+    if not root.is_file():
+        return {}
+    generation = GenerationConfig.from_pretrained(root)
+    texts = {GENERATION_CONFIG_NAME: generation.to_json_string()}
+    try:
+        return {**texts, **AutoTokenizer.from_pretrained(root).to_files()}
+    except (TokenizerError, UnsupportedModelError) as error:
+        warnings.warn(f"no tokenizer is written: {error}", stacklevel=3)
+        return texts
 
 
 @dataclass(slots=True)

@@ -43,6 +43,7 @@ __all__ = ["PreTrainedTokenizer", "PreTrainedTokenizerFast"]
 
 _NO_LIMIT = int(1e30)
 _LISTS = ("additional_special_tokens", "extra_special_tokens")
+_PREFIXED = (names.TOKENIZER, names.SETTINGS, names.SPECIAL_TOKENS)
 
 
 class PreTrainedTokenizer(Chat, Decoder, Pushable):
@@ -254,7 +255,20 @@ class PreTrainedTokenizer(Chat, Decoder, Pushable):
             SaveError: one could not be written, or another process is saving there.
         """
         root = names.save_directory(save_directory)
+        texts = self._texts(
+            template_settings(self.chat_template, root) if not save_jinja_files else None
+        )
         prefix = f"{filename_prefix}-" if filename_prefix else ""
+        named = {f"{prefix}{n}" if n in _PREFIXED else n: text for n, text in texts.items()}
+        write_texts(root, named)
+        return tuple(str(root / name) for name in named)
+
+    def to_files(self) -> dict[str, str]:
+        """Return the files that `save_pretrained` writes, their contents by their names."""
+        return self._texts(None)
+
+    def _texts(self, templates: Mapping[str, Any] | None) -> dict[str, str]:
+        """Return the files; with `templates` in the settings, and no files of their own."""
         roles: dict[str, Any] = {
             **dict.fromkeys(role for role in self._defaults() if role in NAMED_TOKENS),
             **{role: self._named[role] for role in NAMED_TOKENS if role in self._named},
@@ -279,19 +293,16 @@ class PreTrainedTokenizer(Chat, Decoder, Pushable):
             "tokenizer_class": self._saved_as,
             "truncation_side": self.truncation_side,
         }
-        files = template_files(self.chat_template) if save_jinja_files else {}
-        if not save_jinja_files:
-            settings |= template_settings(self.chat_template, root)
-        texts = {
-            f"{prefix}{names.TOKENIZER}": self._pipeline_json(),
-            f"{prefix}{names.SETTINGS}": json_text(settings),
-            f"{prefix}{names.SPECIAL_TOKENS}": json_text(
+        if templates is not None:
+            settings |= templates
+        return {
+            names.TOKENIZER: self._pipeline_json(),
+            names.SETTINGS: json_text(settings),
+            names.SPECIAL_TOKENS: json_text(
                 {role: token for role, token in roles.items() if token is not None}
             ),
-            **files,
+            **({} if templates is not None else template_files(self.chat_template)),
         }
-        write_texts(root, texts)
-        return tuple(str(root / name) for name in texts)
 
     def save_vocabulary(
         self, save_directory: str | os.PathLike[str], filename_prefix: str | None = None
