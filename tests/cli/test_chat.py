@@ -8,9 +8,10 @@ from typing import Any
 
 import pytest
 
-from quintet import AutoModelForCausalLM, AutoTokenizer
-from quintet.cli import offers
+from quintet import AutoModelForCausalLM, AutoTokenizer, sources
+from quintet.cli import offers, options
 from quintet.cli.here import Here
+from quintet.sources import Found
 
 
 @pytest.fixture(scope="module")
@@ -191,7 +192,7 @@ def test_without_a_model_it_says_what_there_is(
     monkeypatch.setattr(offers, "in_cache", lambda _: iter([]))
     none = quintet("chat", stdin="Hello\n")
     assert none.code == 2
-    assert "which model? quintet chat MODEL, where MODEL is a folder or a hub id" in none.err
+    assert "which model? quintet chat smollm2 (93 MB, fetched once), or quintet chat" in none.err
 
 
 def test_the_first_line_names_the_format_of_the_weights(quintet: Any, chat_model: Path) -> None:
@@ -342,3 +343,14 @@ def test_piped_reasoning_is_left_out_unless_it_is_asked_for(
     shown = quintet(*asked, "--reasoning", "show", stdin="Hello\n")
     assert shown.out.strip() == message["reasoning_content"].strip()
     assert shown.out.strip()
+
+
+def test_the_system_message_that_ollama_keeps_begins_the_talk(
+    quintet: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found = Found(Path("m.gguf"), system="Sprich deutsch.")
+    monkeypatch.setattr(sources, "find_gguf", lambda *_, **__: found)
+    where = {"revision": None, "cache_dir": None, "local_files_only": True}
+    assert options.kept_system("ollama:m", True, where) == "Sprich deutsch."
+    monkeypatch.setattr(sources, "find_gguf", lambda *_, **__: None)
+    assert options.kept_system("owner/name", True, where) is None

@@ -18,6 +18,7 @@ from quintet.cli.options import (
     Opened,
     check_options,
     choose,
+    kept_system,
     model_options,
     open_model,
     sampling_options,
@@ -91,6 +92,8 @@ def command(
         conversation = Conversation() if begun is None else Conversation.load(Path(begun))
         if system is not None:
             conversation.begin_with(system)
+        elif begun is None and (kept := kept_system(model, quiet, where)):
+            conversation.begin_with(kept)
         opened = open_model(model, quiet=quiet, **where)
         if not opened.tokenizer.chat_template:
             raise ChatTemplateError(

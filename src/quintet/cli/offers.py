@@ -11,7 +11,10 @@ from quintet.errors import InputError
 
 __all__ = ["choose_model"]
 
-NAME = "quintet chat MODEL, where MODEL is a folder or a hub id such as Qwen/Qwen2.5-0.5B-Instruct"
+NAME = (
+    "quintet chat smollm2 (93 MB, fetched once), or quintet chat MODEL, where MODEL is a folder, a "
+    "GGUF file, ollama:NAME, or a hub id such as Qwen/Qwen2.5-0.5B-Instruct"
+)
 
 
 def choose_model(cache_dir: str | None) -> str:

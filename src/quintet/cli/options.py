@@ -29,6 +29,7 @@ __all__ = [
     "Opened",
     "check_options",
     "choose",
+    "kept_system",
     "kind_of",
     "model_options",
     "open_model",
@@ -241,6 +242,18 @@ def check_options(options: Mapping[str, Any], words: Iterable[str]) -> None:
     given = drawn({**options, **parse(words)})
     seed_of(given.pop("seed", None))
     applied(GenerationConfig(), given)
+
+
+def kept_system(name: str, quiet: bool, where: Mapping[str, Any]) -> str | None:
+    """Return the message that a program which keeps the model begins conversations with."""
+    from quintet.sources import find_gguf
+
+    places = ("revision", "cache_dir", "local_files_only")
+    found = find_gguf(name, **{place: where[place] for place in places})
+    if found is None or found.system is None:
+        return None
+    note(f"system message, as Ollama has it: {found.system}", quiet)
+    return found.system
 
 
 def choose(
