@@ -10,6 +10,7 @@ import torch
 
 import quintet
 from conformance.families import FAMILIES, Family
+from fuzz.ggufs import GGUFS
 from fuzz.mutants import mutant
 from fuzz.running import Target
 from fuzz.tokenizers import TOKENIZERS
@@ -82,6 +83,7 @@ def _only(key: str) -> Callable[[bytes, Random], bytes]:
 
 TARGETS = (
     *TOKENIZERS,
+    *GGUFS,
     *(
         Target(
             name=f"config-{family.name}",
