@@ -91,13 +91,18 @@ def random_blocks(kind: str, count: int, seed: int = 0, scales: Any = None) -> A
     return blocks
 
 
-def named_tensors(model: Any, arch: gguf.MODEL_ARCH, *, old_kv: bool = False) -> dict[str, Tensor]:
-    """The tensors of a model as the converter of llama.cpp names and shapes them."""
+def named_tensors(
+    model: Any, arch: gguf.MODEL_ARCH, *, old_kv: bool = False, within: str = ""
+) -> dict[str, Tensor]:
+    """The tensors of a model as the converter of llama.cpp names and shapes them.
+
+    `within` is a part of the names of those that are wanted.
+    """
     names = gguf.get_tensor_name_map(arch, model.config.num_hidden_layers)
     config = model.config
-    state = {k: v.detach().clone() for k, v in model.state_dict().items()}
+    state = {k: v.detach() for k, v in model.state_dict().items() if within in k}
     if config.tie_word_embeddings:
-        del state["lm_head.weight"]
+        state.pop("lm_head.weight", None)
     found: dict[str, Tensor] = {}
     for name, tensor in state.items():
         if match := re.fullmatch(r"(.*experts)\.(gate_up|down)_proj", name):
