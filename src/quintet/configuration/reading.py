@@ -45,6 +45,9 @@ def _add_quantization(root: Path, values: dict[str, Any]) -> None:
     elsewhere = values.pop("quantization", None)
     if values.get("quantization_config") is not None:
         return
+    if isinstance(older := values.pop("compression_config", None), dict):
+        values["quantization_config"] = {"quant_method": "compressed-tensors", **older}
+        return
     if isinstance(elsewhere, dict):
         values["quantization_config"] = {"quant_method": "mlx", **elsewhere}
         return

@@ -10,6 +10,7 @@ import torch
 from quintet.configuration.foreign import described
 from quintet.errors import ConfigError, InputError, UnsupportedModelError, shown
 from quintet.quantization.awq import AWQConfig
+from quintet.quantization.compressed import CompressedTensorsConfig
 from quintet.quantization.config import (
     BitsAndBytesConfig,
     FineGrainedFP8Config,
@@ -126,6 +127,7 @@ METHODS: Mapping[str, type[QuantizationConfig]] = {
     "gptq": GPTQConfig,
     "auto-round": AutoRoundConfig,
     "awq": AWQConfig,
+    "compressed-tensors": CompressedTensorsConfig,
 }
 
 
