@@ -15,6 +15,7 @@ LADDER = [
     {"__main__"},
     {"cli"},
     {"interop"},
+    {"exporting"},
     {"pipelines", "measurement", "conversion"},
     {"auto"},
     {"models"},

@@ -23,7 +23,7 @@ from quintet.checkpoint import (
     read_consistently,
     save_stream,
 )
-from quintet.configuration.base import CONFIG_NAME
+from quintet.configuration.base import CONFIG_NAME, PreTrainedConfig
 from quintet.errors import InputError, TokenizerError, UnsupportedModelError
 from quintet.files import copy_file
 from quintet.generation.config import GENERATION_CONFIG_NAME, GenerationConfig
@@ -43,7 +43,7 @@ from quintet.quantization import (
     resolve_quantization,
 )
 
-__all__ = ["Converted", "convert"]
+__all__ = ["Converted", "SourceModel", "WeightStream", "convert", "open_source"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,27 +88,10 @@ def convert(
     root, target = Path(source), Path(target)
     if target.exists() and root.samefile(target):
         raise InputError(f"{target} is the source itself; write into another directory")
-    config, checkpoint = read_consistently(
-        root, lambda: (AutoConfig.from_pretrained(root), open_weights(root))
+    source_model = open_source(
+        root, quantize=quantize, quantization_config=quantization_config, dtype=dtype
     )
-    found = family(config.model_type)
-    suffix = _suffix(config.architectures, found.prefix)
-    model = init_on_meta(found.find(suffix), config)
-    # Not a device that multiplies FP8 but a file is written to: it may stay as it is.
-    held = vars(config).get("quantization_config")
-    given = held if quantize is None and quantization_config is None else quantization_config
-    request = resolve_quantization(held, quantize, given, torch.device("cpu"))
-    mapping = map_keys(model, checkpoint.tensors, held_as=request.source)
-    mapping.difference.raise_if_incomplete(str(root))
-    kept = config.torch_dtype or torch.bfloat16 if dtype == "auto" else named_dtype(dtype)
-    scheme = request.scheme(mapping.held)
-    weights = _Weights(model, mapping, checkpoint, scheme, kept)
-
-    config.architectures = [type(model).__name__]
-    config.dtype = str(kept).removeprefix("torch.")
-    vars(config).pop("quantization_config", None)
-    if request.target is not None and scheme is not None:
-        vars(config)["quantization_config"] = request.target.to_dict()
+    config, weights = source_model.config, source_model.weights
     texts = {CONFIG_NAME: config.to_json_string(), **_texts_of_file(root)}
     if (root / GENERATION_CONFIG_NAME).is_file():
         texts[GENERATION_CONFIG_NAME] = (root / GENERATION_CONFIG_NAME).read_text("utf-8")
@@ -120,7 +103,57 @@ def convert(
     for path in others:
         if path.name not in texts:
             copy_file(path, target / path.relative_to(root))
-    return Converted(weights.read, weights.written, tuple(mapping.lost))
+    return Converted(weights.read, weights.written, source_model.lost)
+
+
+@dataclass(frozen=True, slots=True)
+class SourceModel:
+    """A model that is to be written in another form, none of its weights read yet.
+
+    Attributes:
+        config: as it will be; it says nothing of how the source holds its weights.
+        weights: a stream of them, by the names of a release.
+        lost: tensors of the source that the model has no place for.
+    """
+
+    config: PreTrainedConfig
+    weights: "WeightStream"
+    lost: tuple[str, ...]
+
+
+def open_source(
+    root: Path,
+    *,
+    quantize: str | None = None,
+    quantization_config: QuantizationConfig | Mapping[str, Any] | None = None,
+    dtype: str | torch.dtype = "auto",
+) -> SourceModel:
+    """Open the model in a directory or a GGUF file, to write it in another form; see `convert`.
+
+    Raises:
+        CheckpointError: it is damaged or incomplete.
+    """
+    config, checkpoint = read_consistently(
+        root, lambda: (AutoConfig.from_pretrained(root), open_weights(root))
+    )
+    found = family(config.model_type)
+    model = init_on_meta(found.find(_suffix(config.architectures, found.prefix)), config)
+    # Not a device that multiplies FP8 but a file is written to: it may stay as it is.
+    held = vars(config).get("quantization_config")
+    given = held if quantize is None and quantization_config is None else quantization_config
+    request = resolve_quantization(held, quantize, given, torch.device("cpu"))
+    mapping = map_keys(model, checkpoint.tensors, held_as=request.source)
+    mapping.difference.raise_if_incomplete(str(root))
+    kept = config.torch_dtype or torch.bfloat16 if dtype == "auto" else named_dtype(dtype)
+    scheme = request.scheme(mapping.held)
+
+    config.architectures = [type(model).__name__]
+    config.dtype = str(kept).removeprefix("torch.")
+    vars(config).pop("quantization_config", None)
+    if request.target is not None and scheme is not None:
+        vars(config)["quantization_config"] = request.target.to_dict()
+    weights = WeightStream(model, mapping, checkpoint, scheme, kept)
+    return SourceModel(config, weights, tuple(mapping.lost))
 
 
 def _texts_of_file(root: Path) -> dict[str, str]:
@@ -137,7 +170,7 @@ def _texts_of_file(root: Path) -> dict[str, str]:
 
 
 @dataclass(slots=True)
-class _Weights:
+class WeightStream:
     """The tensors of a model on their way from one checkpoint into another."""
 
     model: PreTrainedModel
@@ -148,10 +181,19 @@ class _Weights:
     read: int = 0
     written: int = 0
 
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """Return the shapes of all tensors that will come, where none is held in fewer bits."""
+        shapes, stacks = self._shapes(), self.model.expert_stacks
+        wanted = dict.fromkeys(name for name, _ in self.mapping.wanted.values())
+        named = (to for name in wanted for to in pieces(name, shapes[name], stacks))
+        return {to.name: to.shape for to in named}
+
+    def _shapes(self) -> dict[str, tuple[int, ...]]:
+        return {name: tuple(tensor.shape) for name, tensor in self.model.state_dict().items()}
+
     def stream(self) -> Iterator[tuple[str, Tensor]]:
         """Yield the tensors of the new checkpoint by their names there."""
-        stacks = self.model.expert_stacks
-        shapes = {name: tuple(tensor.shape) for name, tensor in self.model.state_dict().items()}
+        stacks, shapes = self.model.expert_stacks, self._shapes()
         slots: dict[str, Slot] = {}
         if (scheme := self.scheme) is not None:
             slots = self.model.quantize_modules(scheme, self.dtype)

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from quintet import AutoModelForCausalLM, AutoTokenizer
+from quintet import AutoModelForCausalLM, AutoTokenizer, demo_model
 
 
 def test_a_quantised_copy_talks(quintet: Any, chat_model: Path, tmp_path: Path) -> None:
@@ -53,3 +53,15 @@ def test_what_cannot_be_is_said_in_one_line(quintet: Any, chat_model: Path, tmp_
     assert result.is_one_screen
     assert quintet("convert", tmp_path / "nothing", tmp_path / "out").code == 3
     assert quintet("convert", chat_model, tmp_path / "out", "--max-shard-size", "many").code == 2
+
+
+def test_convert_writes_a_file_for_llama_cpp(quintet: Any, tmp_path: Path) -> None:
+    root, file = demo_model(), tmp_path / "demo.gguf"
+    result = quintet("convert", root, file, "--to", "gguf", "--dtype", "q8_0")
+    assert result.code == 0, result.err
+    assert "bytes of weights" in result.err
+    assert "left out" in result.err  # the layers that predict further tokens
+    assert quintet("generate", "def f", "-m", file, "-n", 4, "-t", 0, "-q").code == 0
+    refused = quintet("convert", root, file, "--to", "gguf", "--dequantize")
+    assert refused.code == 2
+    assert "no effect on one file" in refused.err

@@ -11,7 +11,7 @@ from quintet.errors import CheckpointError, listed
 from quintet.gguf.config import ROPE_FREQS
 from quintet.gguf.container import GGUFFile, GGUFTensor
 
-__all__ = ["Part", "release_parts"]
+__all__ = ["LAYER", "OUTSIDE", "Part", "release_parts"]
 
 Shape = tuple[int, ...]
 
@@ -32,13 +32,13 @@ class Part:
     heads: int = 0
 
 
-_OUTSIDE = {
+OUTSIDE = {
     "token_embd.weight": "model.embed_tokens.weight",
     "output_norm.weight": "model.norm.weight",
     "output.weight": "lm_head.weight",
 }
 # What each layer may have, without `.weight`.
-_LAYER: Mapping[str, str] = MappingProxyType(
+LAYER: Mapping[str, str] = MappingProxyType(
     {
         "attn_norm": "input_layernorm",
         "ffn_norm": "post_attention_layernorm",
@@ -105,8 +105,8 @@ def _is_made_of_others(name: str, file: GGUFFile) -> bool:
 def _parts(
     name: str, tensor: GGUFTensor, architecture: str, values: Mapping[str, Any]
 ) -> Iterator[Part]:
-    if name in _OUTSIDE:
-        yield Part(_OUTSIDE[name], tensor, tensor.shape, tensor.start)
+    if name in OUTSIDE:
+        yield Part(OUTSIDE[name], tensor, tensor.shape, tensor.start)
         return
     if (found := _BLOCK.fullmatch(name)) is None:
         return
@@ -117,8 +117,8 @@ def _parts(
         yield from _queries_keys_values(layer, leaf, tensor, values)
     elif experts := _EXPERTS.fullmatch(what):
         yield from _experts(layer, experts["which"], experts["of"], tensor, values)
-    elif what in _LAYER:
-        named = f"{layer}{_LAYER[what]}.{leaf}"
+    elif what in LAYER:
+        named = f"{layer}{LAYER[what]}.{leaf}"
         # Vectors stand for matrices of one row there.
         shape = (1, *tensor.shape) if what == "ffn_gate_inp_shexp" and leaf == "weight" else ()
         whole = shape if len(shape) == 2 else tensor.shape
