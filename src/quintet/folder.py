@@ -27,7 +27,7 @@ __all__ = [
 
 CONFIG_NAME = "config.json"
 ADAPTER_CONFIG_NAME = "adapter_config.json"
-WEIGHTS = ".safetensors"
+WEIGHTS = (".safetensors", ".gguf")
 # Where older programs keep how they quantised a model, and what it is called today.
 QUANTIZATION_FILES = MappingProxyType({"quantize_config.json": "gptq", "quant_config.json": "awq"})
 
@@ -78,14 +78,14 @@ def find_file(directory: Path, name: str) -> Path | None:
         raise CheckpointError(f"{path} has to be a regular file, and is not")
     if not (
         real.is_relative_to(home)
-        or path.suffix == real.suffix == WEIGHTS
+        or (path.suffix == real.suffix and path.suffix in WEIGHTS)
         or _is_of_a_model(real, path.name)
         or _is_cached(real, home)
     ):
         raise CheckpointError(
             f"{path} is a link that leads out of its directory, to {real}; put the file itself "
             "there, or open the directory that holds it (a link may lead to the file of the same "
-            f"name in another model's directory, and to weights in *{WEIGHTS})"
+            f"name in another model's directory, and weights to weights, as *{WEIGHTS[0]})"
         )
     return path
 
@@ -93,7 +93,7 @@ def find_file(directory: Path, name: str) -> Path | None:
 def _is_of_a_model(real: Path, name: str) -> bool:
     if real.name != name or not (real.parent / CONFIG_NAME).is_file():
         return False
-    return any(real.parent.glob(f"*{WEIGHTS}"))
+    return any(real.parent.glob(f"*{WEIGHTS[0]}"))
 
 
 def _is_cached(real: Path, directory: Path) -> bool:
