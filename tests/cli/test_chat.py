@@ -180,19 +180,33 @@ def test_a_question_without_a_model(quintet: Any) -> None:
 
 
 def test_without_a_model_it_says_what_there_is(
-    quintet: Any, chat_model: Path, answer: Any, monkeypatch: pytest.MonkeyPatch
+    quintet: Any, chat_model: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     here = Here(str(chat_model), "main", "qwen2", None, 2_000_000_000, 0.0, talks=True)
     mute = replace(here, model="o/base", talks=False)
     monkeypatch.setattr(offers, "in_cache", lambda _: iter([mute, here]))
+    monkeypatch.setattr(offers, "in_other_programs", lambda: iter([]))
     piped = quintet("chat", stdin="Hello\n")
     assert (piped.code, piped.out) == (2, "")
-    assert f"1  {chat_model}  2.00 GB" in piped.err
+    assert f"  1  {chat_model}  2.00 GB\n  2  smollm2 (93 MB, fetched once)\n" in piped.err
     assert "o/base" not in piped.err
-    monkeypatch.setattr(offers, "in_cache", lambda _: iter([]))
-    none = quintet("chat", stdin="Hello\n")
-    assert none.code == 2
-    assert "which model? quintet chat smollm2 (93 MB, fetched once), or quintet chat" in none.err
+
+
+@pytest.mark.parametrize(("typed", "chosen"), [("\n", "1"), ("2\n", "2")])
+def test_somebody_is_asked_which_model(
+    quintet: Any, monkeypatch: pytest.MonkeyPatch, typed: str, chosen: str
+) -> None:
+    here = Here("no/such", "main", "qwen2", None, 2_000_000_000, 0.0, talks=True)
+    small = replace(here, model="smollm2")
+    monkeypatch.setattr(offers, "in_cache", lambda _: iter([here]))
+    monkeypatch.setattr(offers, "in_other_programs", lambda: iter([small]))
+    monkeypatch.setattr("quintet.cli.offers.click.prompt", lambda *_, **__: int(typed.strip() or 1))
+    monkeypatch.setattr("quintet.cli.chat.open_model", lambda name, **_: opened.append(name))
+    monkeypatch.setattr("quintet.cli.chat.kept_system", lambda *_: None)
+    opened: list[str] = []
+    with pytest.raises(AttributeError):
+        quintet("chat", stdin=None)
+    assert opened == [{"1": "no/such", "2": "smollm2"}[chosen]]
 
 
 def test_the_first_line_names_the_format_of_the_weights(quintet: Any, chat_model: Path) -> None:

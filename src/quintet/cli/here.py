@@ -1,7 +1,8 @@
-"""Which models lie on this machine: in the hub's cache, and in folders."""
+"""Which models lie on this machine: in the hub's cache, in folders, and with other programs."""
 
 import json
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -11,7 +12,10 @@ from quintet.errors import ModelNotFoundError, QuintetError, shown
 if TYPE_CHECKING:
     from huggingface_hub import HFCacheInfo
 
-__all__ = ["Here", "in_cache", "in_folder", "scanned"]
+__all__ = ["Here", "in_cache", "in_folder", "in_other_programs", "scanned"]
+
+
+GGUF = ".gguf"
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,9 +58,14 @@ def in_cache(cache_dir: str | None) -> Iterator[Here]:
     for repo in sorted(repos, key=lambda repo: repo.repo_id):
         for revision in sorted(repo.revisions, key=lambda revision: revision.commit_hash):
             config = _config(revision.snapshot_path)
+            named = ", ".join(sorted(revision.refs)) or revision.commit_hash[:8]
+            if not config:
+                yield from _files(revision.snapshot_path, f"{repo.repo_id}:", named)
+            if not config and any(revision.snapshot_path.glob(f"*{GGUF}")):
+                continue
             yield Here(
                 repo.repo_id,
-                ", ".join(sorted(revision.refs)) or revision.commit_hash[:8],
+                named,
                 _family(config),
                 _weights(config),
                 revision.size_on_disk,
@@ -75,6 +84,7 @@ def in_folder(name: str) -> Iterator[Here]:
     if not folder.is_dir():
         raise ModelNotFoundError(f"there is no folder {shown(name)}")
     inside = [folder] if (folder / "config.json").is_file() else sorted(folder.iterdir())
+    yield from _files(folder, f"{folder}/")
     for path in inside:
         if not (path / "config.json").is_file():
             continue
@@ -89,6 +99,41 @@ def in_folder(name: str) -> Iterator[Here]:
             max(stat.st_mtime for stat in stats),
             _talks(path),
         )
+
+
+def in_other_programs() -> Iterator[Here]:
+    """Yield the models that Ollama keeps, and the small one that a package index has."""
+    from quintet.sources import fetch_smollm2, find_gguf, ollama_names
+
+    for name in ollama_names():
+        with suppress(QuintetError):
+            if (found := find_gguf(name)) is not None:
+                yield _file(name, [found.path])
+    with suppress(QuintetError):
+        yield _file("smollm2", [fetch_smollm2(local_files_only=True)])
+
+
+def _files(folder: Path, prefix: str, revision: str | None = None) -> Iterator[Here]:
+    """Yield the models in GGUF in a folder, each named by its file."""
+    from quintet.sources import models_among
+
+    for first, files in models_among(path.name for path in folder.iterdir()).items():
+        paths = [folder / file for file in files]
+        if all(path.is_file() for path in paths):
+            yield _file(f"{prefix}{first}", paths, revision)
+
+
+def _file(name: str, paths: list[Path], revision: str | None = None) -> Here:
+    from quintet.gguf import config_values, read_gguf
+
+    family, talks = None, False
+    with suppress(QuintetError):
+        file = read_gguf(paths[0])
+        talks = "tokenizer.chat_template" in file.metadata
+        family = config_values(file)["model_type"]
+    stats = [path.stat() for path in paths]
+    size, used = sum(stat.st_size for stat in stats), max(stat.st_mtime for stat in stats)
+    return Here(name, revision, family, "GGUF", size, used, talks)
 
 
 def _config(folder: Path) -> dict[str, Any]:

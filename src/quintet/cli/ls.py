@@ -5,7 +5,7 @@ from datetime import UTC, datetime
 
 import click
 
-from quintet.cli.here import in_cache, in_folder
+from quintet.cli.here import in_cache, in_folder, in_other_programs
 from quintet.cli.output import size_of, table
 
 __all__ = ["command"]
@@ -19,19 +19,22 @@ __all__ = ["command"]
 def command(
     folders: tuple[str, ...], everything: bool, cache_dir: str | None, as_json: bool
 ) -> None:
-    """List the models in the hub cache that quintet can run, or those in FOLDERs."""
+    """List the models on this machine that quintet can run, or those in FOLDERs.
+
+    Those in the hub's cache, and those that Ollama keeps.
+    """
     from quintet.auto import FAMILIES
 
     found = [here for folder in folders for here in in_folder(folder)]
     if not folders:
-        found = list(in_cache(cache_dir))
+        found = [*in_cache(cache_dir), *in_other_programs()]
     rows = [asdict(here) for here in found if everything or here.family in FAMILIES]
     for row in rows:
         del row["talks"]
         if not as_json:
             row |= {"size": size_of(row["size"]), "used": _day(row["used"])}
-    where = "these folders" if folders else "the cache (a model comes there when it is first used)"
-    table(rows, as_json, f"no models in {where}")
+    none = "no models here; one is fetched when it is first used, as by `quintet chat smollm2`"
+    table(rows, as_json, "no models in these folders" if folders else none)
 
 
 def _day(seconds: float) -> str:

@@ -1,5 +1,8 @@
 """Which file in GGUF a name means: a path, a hub id, or what another program keeps."""
 
+from quintet.sources.choice import models_among
 from quintet.sources.find import Found, find_gguf
+from quintet.sources.ollama import names as ollama_names
+from quintet.sources.smollm2 import fetch_smollm2
 
-__all__ = ["Found", "find_gguf"]
+__all__ = ["Found", "fetch_smollm2", "find_gguf", "models_among", "ollama_names"]

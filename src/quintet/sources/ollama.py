@@ -18,7 +18,7 @@ from quintet.errors import (
 from quintet.files import read_json
 from quintet.sources.found import Found
 
-__all__ = ["PREFIX", "find"]
+__all__ = ["PREFIX", "find", "names"]
 
 PREFIX = "ollama:"
 HOST, NAMESPACE, TAG = "registry.ollama.ai", "library", "latest"
@@ -58,6 +58,12 @@ def find(name: str) -> Found:
     raise ModelNotFoundError(
         f"Ollama has no {shown(name.removeprefix(PREFIX))}, which `ollama pull` fetches; {known}"
     )
+
+
+def names() -> Iterator[str]:
+    """Yield the names of the models that Ollama keeps here, as `find` takes them."""
+    for root in _roots():
+        yield from _names(root)
 
 
 def _parts(name: str) -> tuple[str, str, str, str]:
