@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+import packers
 import quintet
 from conformance.families import FAMILIES, Family
 from fuzz.ggufs import GGUFS
@@ -37,6 +38,44 @@ def _quantised(quantize: str) -> Callable[[Path], None]:
         AutoModelForCausalLM.from_pretrained(plain, quantize=quantize).save_pretrained(root)
 
     return make
+
+
+def _by_gptq(root: Path) -> None:
+    def pack(path: str, weight: torch.Tensor) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
+        return packers.gptq(weight, group=32, symmetric=False, shuffled=True)
+
+    settings = {"quant_method": "gptq", "bits": 4, "group_size": 32, "sym": False}
+    settings |= {"desc_act": True, "dynamic": {"-:.*lm_head": {}, r"a\.b": {"bits": 8}}}
+    packers.packed_checkpoint(FAMILIES[0], root, pack, settings, num_hidden_layers=1)
+
+
+def _by_awq(root: Path) -> None:
+    def pack(path: str, weight: torch.Tensor) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
+        return packers.awq(weight, group=32)
+
+    settings = {"quant_method": "awq", "bits": 4, "group_size": 32, "version": "gemm"}
+    packers.packed_checkpoint(FAMILIES[0], root, pack, settings, num_hidden_layers=1)
+
+
+def _compressed(root: Path) -> None:
+    """Integers in words, with all that may lie beside them; no package is needed to make them."""
+
+    def pack(path: str, weight: torch.Tensor) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
+        index = torch.arange(weight.shape[1]) // 32
+        levels, scales, zeros = packers.rounded(weight, 4, index, False, torch.bfloat16)
+        tensors = {"weight_packed": packers.words(levels, 4), "weight_scale": scales}
+        tensors |= {"weight_zero_point": packers.words(zeros.T, 4).T.contiguous()}
+        tensors |= {"weight_shape": torch.tensor(weight.shape), "weight_g_idx": index.int()}
+        return tensors, packers.meant(levels, scales, zeros, index)
+
+    weights = {"num_bits": 4, "type": "int", "symmetric": False, "strategy": "group"}
+    weights |= {"group_size": 32, "actorder": "group"}
+    settings = {
+        "quant_method": "compressed-tensors",
+        "format": "pack-quantized",
+        "config_groups": {"group_0": {"targets": ["Linear", "re:.*x$"], "weights": weights}},
+    }
+    packers.packed_checkpoint(FAMILIES[0], root, pack, settings, num_hidden_layers=1)
 
 
 def _generation(root: Path) -> None:
@@ -111,6 +150,20 @@ TARGETS = (
             change=_only("quantization_config"),
         )
         for kind in ("int8", "int4", "nf4", "fp8")
+    ),
+    *(
+        Target(
+            name=f"{kind}-{what}",
+            make=make,
+            files=(file,),
+            read=AutoModelForCausalLM.from_pretrained,
+            change=change,
+        )
+        for kind, make in (("gptq", _by_gptq), ("awq", _by_awq), ("compressed", _compressed))
+        for what, file, change in (
+            ("config", "config.json", _only("quantization_config")),
+            ("tensors", WEIGHTS, _header),
+        )
     ),
     Target(
         name="generation-config",

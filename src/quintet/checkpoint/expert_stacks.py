@@ -5,13 +5,16 @@ the matrices of all experts of a layer in one tensor, a checkpoint holds one of 
 """
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from torch import Tensor
 
-__all__ = ["Piece", "StackExperts", "count_pieces", "pieces", "split_tensors"]
+from quintet.checkpoint.header import MAX_TENSORS, TensorInfo
+
+__all__ = ["Piece", "StackExperts", "count_pieces", "pieces", "split_tensors", "taken_apart"]
 
 Shape = tuple[int, ...]
+STACK = ".switch_mlp."
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,6 +70,26 @@ def count_pieces(name: str, shape: Shape, stacks: Sequence[StackExperts]) -> int
     """Count the tensors on disk that fill a tensor of the model, without listing them."""
     stack = _stack_of(name, stacks)
     return 1 if stack is None else shape[0] * len(stack.parts)
+
+
+def taken_apart(tensors: Mapping[str, TensorInfo]) -> dict[str, TensorInfo]:
+    """Give each expert of the stacks in MLX's files an entry of its own, as in other files.
+
+    There, `mlp.switch_mlp.up_proj.weight` (E, ...) is `mlp.experts.0.up_proj.weight` and so on.
+    """
+    result: dict[str, TensorInfo] = {}
+    for name, info in tensors.items():
+        before, stack, after = name.partition(STACK)
+        count = info.shape[0] if info.shape else 0
+        # Not more of them than there are bytes, nor than a checkpoint may have tensors.
+        if not stack or info.nbytes < max(count, 1) or len(result) + count > MAX_TENSORS:
+            result[name] = info
+            continue
+        for expert in range(count):
+            own = f"{before}.experts.{expert}.{after}"
+            start = info.start + expert * (info.nbytes // count)
+            result[own] = replace(info, name=own, shape=info.shape[1:], start=start)
+    return result
 
 
 def _stack_of(name: str, stacks: Sequence[StackExperts]) -> StackExperts | None:

@@ -14,6 +14,7 @@ from weakref import WeakValueDictionary
 
 import torch
 
+from quintet.checkpoint.expert_stacks import taken_apart
 from quintet.checkpoint.header import MAX_TENSORS, Header, TensorInfo, parse_object, read_header
 from quintet.checkpoint.layout import (
     INDEX,
@@ -97,7 +98,9 @@ class Checkpoint:
         else:
             raise CheckpointError(_why_nothing(directory, named))
         held = {path: _map(path, stamp) for path, stamp in stamps.items()}
-        tensors = {name: info for header in headers for name, info in header.tensors.items()}
+        tensors = taken_apart(
+            {name: info for header in headers for name, info in header.tensors.items()}
+        )
         common = set.intersection(*(set(header.metadata.items()) for header in headers))
         metadata = MappingProxyType(dict(sorted(common)))
         return cls(directory, MappingProxyType(tensors), metadata, stamps, held)

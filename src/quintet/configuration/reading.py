@@ -43,7 +43,7 @@ def read_config(root: Path) -> dict[str, Any]:
 def _add_quantization(root: Path, values: dict[str, Any]) -> None:
     """Find what older and other writers say of quantised weights, and put it where it belongs."""
     elsewhere = values.pop("quantization", None)
-    if values.get("quantization_config") is not None:
+    if values.get("quantization_config") is not None and not isinstance(elsewhere, dict):
         return
     if isinstance(older := values.pop("compression_config", None), dict):
         values["quantization_config"] = {"quant_method": "compressed-tensors", **older}

@@ -23,6 +23,7 @@ from quintet.quantization.formats import FP8Format, WeightFormat
 from quintet.quantization.gguf import GGUFConfig
 from quintet.quantization.gptq import AutoRoundConfig, GPTQConfig
 from quintet.quantization.mixed import MixedConfig
+from quintet.quantization.mlx import MLXConfig
 from quintet.quantization.scheme import Scheme
 from quintet.quantization.torchao import TorchAoConfig
 
@@ -128,6 +129,7 @@ METHODS: Mapping[str, type[QuantizationConfig]] = {
     "auto-round": AutoRoundConfig,
     "awq": AWQConfig,
     "compressed-tensors": CompressedTensorsConfig,
+    "mlx": MLXConfig,
 }
 
 
