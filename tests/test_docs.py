@@ -4,17 +4,18 @@ A page is the README, the quickstart or a guide, also one that is added later. I
 one after the other in one process, as a reader would run them.
 """
 
-import os
 import re
+import shlex
 import shutil
 import subprocess
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 
+from forks import in_a_fork
 from mission.conftest import checkpoint
+from quintet.cli.main import main
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", ROOT / "docs" / "quickstart.md"]
@@ -39,13 +40,6 @@ HUB = {
     "owner/qwen2-ner": ("qwen2", "ForTokenClassification", ("O", "B-PER", "I-PER")),
     "owner/qwen2-qa": ("qwen2", "ForQuestionAnswering", None),
 }
-# Runs the blocks of a page in one namespace; an error names the page's own line.
-RUNNER = """
-import sys
-names = {"__name__": "__main__"}
-for page, line, body in map(eval, sys.stdin.read().splitlines()):
-    exec(compile("\\n" * line + body, page, "exec"), names)
-"""
 
 
 @dataclass(frozen=True)
@@ -112,19 +106,12 @@ def where(hub: Path, tmp_path: Path) -> Path:
     return tmp_path
 
 
-def run(
-    arguments: list[str] | str, where: Path, given: str = ""
-) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        arguments,
-        cwd=where,
-        env={**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "PYTHONUTF8": "1"},
-        input=given,
-        capture_output=True,
-        text=True,
-        timeout=300,
-        shell=isinstance(arguments, str),
-    )
+def execute(page: Path, chosen: list[Block]) -> None:
+    """Run blocks in one namespace; an error names the page's own line."""
+    names = {"__name__": "__main__"}
+    for block in chosen:
+        body = "\n" * (block.line - 1) + block.body
+        exec(compile(body, page.name, "exec"), names)
 
 
 @pytest.mark.parametrize("page", WITH_PYTHON, ids=name_of)
@@ -132,17 +119,23 @@ def test_python_runs(page: Path, where: Path) -> None:
     chosen = [block for block in blocks_of(page) if block.kind == "python"]
     for block in chosen:
         compile(block.body, f"{page.name}:{block.line}", "exec")
-    given = [(page.name, b.line, b.body) for b in chosen if not b.needs_download]
-    done = run([sys.executable, "-c", RUNNER], where, "\n".join(map(repr, given)))
+    chosen = [block for block in chosen if not block.needs_download]
+    done = in_a_fork(lambda: execute(page, chosen), where)
     assert done.returncode == 0, done.stderr
 
 
 @pytest.mark.parametrize("command", COMMANDS)
 def test_a_command_runs(command: str, where: Path) -> None:
-    call = f'{sys.executable} -c "from quintet.cli.main import main; main()"'
-    done = run(re.sub(r"\bquintet (?=\w)", lambda _: f"{call} ", command), where, "Hello\n")
-    assert done.returncode == 0, done.stderr
-    assert done.stdout
+    given = "Hello\n"
+    for part in command.split(" | "):
+        words = shlex.split(part)
+        if words[0] == "quintet":
+            done = in_a_fork(lambda: main(words[1:]), where, given)  # noqa: B023
+        else:
+            done = subprocess.run(part, input=given, capture_output=True, text=True, shell=True)
+        assert done.returncode == 0, done.stderr
+        given = done.stdout
+    assert given
 
 
 def test_links_lead_somewhere() -> None:
