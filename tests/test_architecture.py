@@ -16,7 +16,7 @@ LADDER = [
     {"cli"},
     {"interop"},
     {"exporting"},
-    {"pipelines", "measurement", "conversion"},
+    {"serving", "pipelines", "measurement", "conversion"},
     {"auto"},
     {"models"},
     {"modeling"},

@@ -13,6 +13,10 @@
     │   └── ChatTemplateError    a chat template is missing, invalid or refuses its input
     ├── UnsupportedBackendError  a kernel that cannot serve this request
     ├── DoesNotFitError          a model that is larger than the memory there is
+    ├── ServingError             a request that was not answered to its end
+    │   ├── QueueFullError       as many wait already as may
+    │   ├── DeadlineError        its time was over
+    │   └── EngineStoppedError   what generates was closed, or has failed
     └── MissingDependencyError   an optional package that is not installed
 
 Each also inherits the built-in error a caller would expect, and carries the exit code with
@@ -24,13 +28,17 @@ __all__ = [
     "CheckpointError",
     "ConfigError",
     "ContextLengthError",
+    "DeadlineError",
     "DoesNotFitError",
+    "EngineStoppedError",
     "InputError",
     "MissingDependencyError",
     "ModelNotFoundError",
     "OfflineError",
+    "QueueFullError",
     "QuintetError",
     "SaveError",
+    "ServingError",
     "TokenizerError",
     "UnsupportedBackendError",
     "UnsupportedModelError",
@@ -112,6 +120,22 @@ class DoesNotFitError(QuintetError, MemoryError):
     """A model that is larger than the memory there is for it."""
 
     exit_code = 5
+
+
+class ServingError(QuintetError):
+    """A request that was not answered to its end."""
+
+
+class QueueFullError(ServingError):
+    """As many requests wait already as may."""
+
+
+class DeadlineError(ServingError, TimeoutError):
+    """The time of a request was over before its answer was complete."""
+
+
+class EngineStoppedError(ServingError):
+    """What generates was closed, or has failed too often to go on."""
 
 
 class MissingDependencyError(QuintetError, ImportError):

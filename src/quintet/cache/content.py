@@ -31,6 +31,11 @@ class RowContent:
     def __len__(self) -> int:
         return self.stop - self.start
 
+    @property
+    def resumable(self) -> bool:
+        """Whether a row can go on behind the last of these tokens."""
+        return self.states is not None
+
     def split(self, at: int) -> "tuple[RowContent, RowContent]":
         """Return the content up to a slot and from there on; the first part has no states.
 

@@ -145,13 +145,7 @@ class Engine:
             raise InputError(
                 f"the sequence has ended ({sequence.finish_reason}); make another one to go on"
             )
-        most = sequence.prompt_length + sequence.room
-        # The last token is run over by nobody.
-        if most - 1 > self.capacity:
-            raise ContextLengthError(
-                f"a prompt of {sequence.prompt_length} and {sequence.room} new tokens do not fit "
-                f"a row of {self.capacity}; set max_new_tokens, or make an engine of more capacity"
-            )
+        self.check_room(sequence)
         held = contents[-1].stop if contents else 0
         if held >= len(sequence.ids):
             raise InputError(
@@ -171,6 +165,20 @@ class Engine:
                 model = cast("MTPModel", self.model)
                 self._prediction = PooledPrediction(model, self._rows.count, self.capacity)
             self._prediction.join(sequence)
+
+    def check_room(self, sequence: Sequence) -> None:
+        """Check that a row has room for all that a sequence may become.
+
+        Raises:
+            ContextLengthError: it has not.
+        """
+        most = sequence.prompt_length + sequence.room
+        # The last token is run over by nobody.
+        if most - 1 > self.capacity:
+            raise ContextLengthError(
+                f"a prompt of {sequence.prompt_length} and {sequence.room} new tokens do not fit "
+                f"a row of {self.capacity}; set max_new_tokens, or make an engine of more capacity"
+            )
 
     def extract(self, sequence: Sequence, start: int = 0, stop: int | None = None) -> RowContent:
         """Return a copy of what the row of a sequence holds of its ids, from one to another.

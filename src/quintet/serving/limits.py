@@ -1,0 +1,51 @@
+"""How much a server does at once, and what it keeps."""
+
+from dataclasses import dataclass
+
+from quintet.errors import InputError
+
+__all__ = ["GRID", "Limits"]
+
+# Prompts are cut at multiples of it, whatever comes between, so that a prompt is cut alike.
+GRID = 64
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Limits:
+    """What bounds a serving engine.
+
+    Attributes:
+        rows: how many texts are generated at once.
+        capacity: how many tokens of prompt and answer each may have.
+        queue: how many requests may wait.
+        piece: how many tokens of a prompt are read between two steps of the others.
+        memory: how many bytes the rows under way may hold; None for all that they can.
+        ahead: how many tokens of an answer there has to be memory for when it begins.
+        patience: how many seconds someone without a row waits until another, who has several,
+            gives one back.
+        kept: how many bytes of what was read before are kept, to be gone on from.
+
+    Raises:
+        InputError: a number below its least.
+    """
+
+    rows: int = 8
+    capacity: int = 4096
+    queue: int = 64
+    piece: int = 4 * GRID
+    memory: int | None = None
+    ahead: int = 256
+    patience: float = 2.0
+    kept: int = 1 << 30
+
+    def __post_init__(self) -> None:
+        least = {"rows": 1, "capacity": 2, "queue": 0, "piece": GRID, "ahead": 1, "kept": 0}
+        for name, bound in least.items():
+            value = {field: getattr(self, field) for field in self.__slots__}[name]
+            if value < bound:
+                raise InputError(f"{name}={value} has to be at least {bound}")
+        if self.patience < 0 or (self.memory is not None and self.memory < 1):
+            raise InputError(
+                f"patience={self.patience} and memory={self.memory} cannot be negative; leave "
+                "memory out for no bound"
+            )

@@ -1,0 +1,266 @@
+"""Who is generated next: plain Python over numbers, with the clock of whoever asks.
+
+A job is what was asked for once. It has no phase: `computed` catches up with `known`, the tokens of
+its prompt and answer so far, of which the last is run over to make the next.
+"""
+
+from collections import deque
+from dataclasses import dataclass, field
+
+from quintet.errors import QueueFullError
+from quintet.serving.limits import GRID, Limits
+
+__all__ = ["Cost", "Job", "Plan", "Scheduler"]
+
+# What is left of a prompt behind a piece is not so little that few-token kernels would run over it.
+LEAST_TAIL = 32
+KEEPS_AFTER = 3
+
+
+@dataclass(frozen=True, slots=True)
+class Cost:
+    """What rows hold: bytes of each, and of each of its tokens."""
+
+    row: int
+    token: int
+
+    def of(self, tokens: int) -> int:
+        """Return the bytes of a row of so many tokens."""
+        return self.row + self.token * tokens
+
+
+class Job:
+    """What the scheduler knows of a request.
+
+    Attributes:
+        scope: whose it is; those of one scope share what is everybody's.
+        known: how many tokens of prompt and answer there are.
+        computed: how many of them were run over.
+        most: how many tokens there can be.
+        priority: the higher are the last to give their row back.
+        deadline: when it is too late to go on; None for never.
+        arrival: when it came.
+        stops: at which tokens a piece of the prompt has to end.
+        cancelled: nobody waits for it any more.
+        preemptions: how often it had to give its row back.
+    """
+
+    __slots__ = (
+        "arrival", "cancelled", "computed", "deadline", "known", "most", "preemptions", "priority",
+        "scope", "stops",
+    )  # fmt: skip
+
+    def __init__(
+        self,
+        known: int,
+        most: int,
+        *,
+        scope: str = "",
+        priority: int = 0,
+        deadline: float | None = None,
+        arrival: float = 0.0,
+        stops: tuple[int, ...] = (),
+    ) -> None:
+        self.known, self.most, self.computed = known, most, 0
+        self.scope, self.priority, self.deadline = scope, priority, deadline
+        self.arrival, self.stops = arrival, stops
+        self.cancelled = False
+        self.preemptions = 0
+
+    @property
+    def steps(self) -> bool:
+        """Whether all but its last token was run over, so that a step makes the next."""
+        return self.known - self.computed == 1
+
+
+@dataclass(slots=True)
+class Plan:
+    """What is to be done next, in this order.
+
+    Attributes:
+        drop: jobs that are over before their end, by cancelling or by the clock.
+        preempt: jobs that give their row back and wait again, in front.
+        admit: jobs that get one.
+        step: jobs that each get a token, or several.
+        read: a job that reads on in its prompt, by a piece.
+    """
+
+    drop: list[Job] = field(default_factory=list)
+    preempt: list[Job] = field(default_factory=list)
+    admit: list[Job] = field(default_factory=list)
+    step: list[Job] = field(default_factory=list)
+    read: Job | None = None
+
+    @property
+    def idle(self) -> bool:
+        """Whether there is nothing to do."""
+        return not (self.drop or self.preempt or self.admit or self.step or self.read)
+
+
+class Scheduler:
+    """First come, first served, within a scope; between scopes, whoever had least.
+
+    Args:
+        limits: how much at once.
+        cost: what rows hold.
+    """
+
+    def __init__(self, limits: Limits, cost: Cost) -> None:
+        self.limits, self.cost = limits, cost
+        self.running: list[Job] = []
+        self._waiting: dict[str, deque[Job]] = {}
+        # Seconds of the engine that each scope has had, of those that are here.
+        self._had: dict[str, float] = {}
+
+    def __len__(self) -> int:
+        return len(self.running) + self.queued
+
+    @property
+    def queued(self) -> int:
+        """How many jobs wait for a row."""
+        return sum(map(len, self._waiting.values()))
+
+    def all(self) -> list[Job]:
+        """Return those that have a row, and those that wait."""
+        return [*self.running, *(job for queue in self._waiting.values() for job in queue)]
+
+    def submit(self, job: Job) -> None:
+        """Let a job wait for its turn.
+
+        Raises:
+            QueueFullError: as many wait as may.
+        """
+        leaving = sum(one.cancelled for one in self.all())
+        if self.queued >= self.limits.queue + self._free + leaving:
+            raise QueueFullError(
+                f"{self.queued} requests wait already and no more may (queue="
+                f"{self.limits.queue}); come again when some are done"
+            )
+        if job.scope not in self._had:
+            # Whoever was away has no claim on the time since.
+            self._had[job.scope] = min(self._had.values(), default=0.0)
+        self._waiting.setdefault(job.scope, deque()).append(job)
+
+    def finish(self, job: Job) -> None:
+        """Forget a job that has ended."""
+        if job in self.running:
+            self.running.remove(job)
+        queue = self._waiting.get(job.scope)
+        if queue is not None and job in queue:
+            queue.remove(job)
+        self._forget(job.scope)
+
+    def account(self, jobs: list[Job], seconds: float) -> None:
+        """Take note that a step for some jobs took so long."""
+        for job in jobs:
+            if job.scope in self._had:
+                self._had[job.scope] += seconds / len(jobs)
+
+    def plan(self, now: float) -> Plan:
+        """Say what is to be done next; whom it names is where it says from then on."""
+        plan = Plan(drop=self._over(now))
+        for job in plan.drop:
+            self.finish(job)
+        for job in self._preempted(now):
+            self.running.remove(job)
+            job.computed, job.preemptions = 0, job.preemptions + 1
+            self._waiting.setdefault(job.scope, deque()).appendleft(job)
+            plan.preempt.append(job)
+        if not plan.preempt:
+            while (following := self._next()) is not None:
+                self._waiting[following.scope].popleft()
+                self.running.append(following)
+                plan.admit.append(following)
+        plan.step = [job for job in self.running if job.steps]
+        reading = next((job for job in self.running if not job.steps), None)
+        plan.read = reading
+        return plan
+
+    def piece(self, job: Job) -> int:
+        """Return how many tokens of its prompt a job reads at once: to the grid, or to a stop."""
+        left = job.known - job.computed
+        piece = left
+        if left > self.limits.piece + LEAST_TAIL:
+            end = (job.computed + self.limits.piece) // GRID * GRID
+            piece = end - job.computed
+        for stop in job.stops:
+            if job.computed < stop < job.computed + piece:
+                piece = stop - job.computed
+        return piece
+
+    # -- within ------------------------------------------------------------------------------------
+
+    @property
+    def _free(self) -> int:
+        return self.limits.rows - len(self.running)
+
+    @property
+    def _held(self) -> int:
+        return sum(self.cost.of(job.known) for job in self.running)
+
+    def _over(self, now: float) -> list[Job]:
+        return [
+            job
+            for job in self.all()
+            if job.cancelled or (job.deadline is not None and now >= job.deadline)
+        ]
+
+    def _next(self) -> Job | None:
+        """Return who gets a row next, if anybody can."""
+        scopes = [scope for scope, queue in self._waiting.items() if queue]
+        if not scopes or not self._free:
+            return None
+        # Nobody takes the last row from under others who have none.
+        if len(scopes) > 1 or any(job.scope not in scopes for job in self.running):
+            most = max(self.limits.rows - 1, 1)
+            few = [scope for scope in scopes if self._rows_of(scope) < most]
+            scopes = few or scopes
+        scope = min(
+            scopes,
+            key=lambda one: (self._had[one], self._rows_of(one), self._waiting[one][0].arrival),
+        )
+        job = self._waiting[scope][0]
+        return job if self._fits(job) else None
+
+    def _fits(self, job: Job) -> bool:
+        memory = self.limits.memory
+        if memory is None or not self.running:
+            return True
+        ahead = self.limits.ahead
+        wanted = (min(one.known + ahead, one.most) for one in (*self.running, job))
+        return sum(map(self.cost.of, wanted)) <= memory
+
+    def _rows_of(self, scope: str) -> int:
+        return sum(job.scope == scope for job in self.running)
+
+    def _preempted(self, now: float) -> list[Job]:
+        """Return who gives a row back: for memory, or for a scope that has waited without one."""
+        memory = self.limits.memory
+        if memory is not None and len(self.running) > 1 and self._held > memory:
+            return [self._last(self.running)]
+        if self._free:
+            return []
+        for scope, queue in self._waiting.items():
+            if not queue or self._rows_of(scope):
+                continue
+            if now - queue[0].arrival < self.limits.patience:
+                continue
+            rich = [job for job in self.running if self._rows_of(job.scope) > 1]
+            if rich:
+                return [self._last(rich)]
+        return []
+
+    @staticmethod
+    def _last(jobs: list[Job]) -> Job:
+        """Return who gives its row back first: the least, and of those who came last."""
+        worst, _ = min(
+            enumerate(jobs),
+            # One that has given it back three times keeps it, while there are others.
+            key=lambda at: (at[1].priority, at[1].preemptions >= KEEPS_AFTER, -at[0]),
+        )
+        return jobs[worst]
+
+    def _forget(self, scope: str) -> None:
+        if not self._waiting.get(scope) and not self._rows_of(scope):
+            self._waiting.pop(scope, None)
+            self._had.pop(scope, None)

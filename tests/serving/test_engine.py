@@ -1,0 +1,312 @@
+"""A model that many ask at once: each gets what it gets alone."""
+
+import asyncio
+import random
+import threading
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+
+from conformance.families import FAMILIES, Family, each
+from generation.sequences import ENDS, prompt_of
+from quintet import AutoModelForCausalLM, AutoTokenizer, demo_model
+from quintet.errors import (
+    ContextLengthError,
+    DeadlineError,
+    EngineStoppedError,
+    InputError,
+    QueueFullError,
+)
+from quintet.generation.rows import Rows
+from quintet.serving import Answer, Engine, Limits
+
+PLAIN: dict[str, Any] = {"eos_token_id": -1, "do_sample": False}
+
+
+def limits(**changes: Any) -> Limits:
+    return Limits(**{"rows": 3, "capacity": 100, "piece": 64, **changes})
+
+
+def ids_of(answers: Iterator[Answer]) -> list[int]:
+    return [token for answer in answers for token in answer.ids]
+
+
+async def collected(engine: Engine, prompt: Any, **options: Any) -> list[Answer]:
+    return [answer async for answer in engine.generate(prompt, **options)]
+
+
+def options_of(row: int) -> dict[str, Any]:
+    return {
+        **ENDS,
+        "max_new_tokens": 3 + row % 7,
+        "do_sample": row % 2 == 1,
+        **({"repetition_penalty": 1.3} if row % 3 == 1 else {}),
+        **({"prompt_lookup_num_tokens": 3} if row % 4 == 2 else {}),
+        **({"top_k": 5} if row % 5 == 3 else {}),
+    }
+
+
+@each
+@pytest.mark.filterwarnings("ignore:.*has no effect without:UserWarning")
+def test_each_gets_what_it_gets_alone(family: Family) -> None:
+    model, count = family.model_of(), 14
+    dice = random.Random(3)
+    # Some begin as others did.
+    prompts = [prompt_of(dice.choice((2, 9, 40, 85)), row) for row in range(count)]
+    for row in range(0, count, 3):
+        prompts[row] = torch.cat((prompt_of(66, 99), prompt_of(5 + row, row)), dim=1)
+
+    def seeded(row: int) -> torch.Generator:
+        return torch.Generator().manual_seed(row)
+
+    async def everybody(engine: Engine) -> list[list[Answer]]:
+        return await asyncio.gather(
+            *(
+                collected(engine, prompt, generator=seeded(row), **options_of(row))
+                for row, prompt in enumerate(prompts)
+            )
+        )
+
+    with Engine(model, limits=limits()) as engine:
+        answers = asyncio.run(everybody(engine))
+        state = engine.state
+    for row, prompt in enumerate(prompts):
+        alone = model.generate(prompt, generator=seeded(row), **options_of(row))
+        assert ids_of(iter(answers[row])) == alone[0, prompt.shape[1] :].tolist()
+        last = answers[row][-1]
+        assert last.usage is not None
+        assert last.usage.prompt == prompt.shape[1]
+        assert last.usage.completion == alone.shape[1] - prompt.shape[1]
+        assert last.finish_reason in ("stop", "length")
+        assert all(answer.finish_reason is None for answer in answers[row][:-1])
+    assert state.generated == sum(a[-1].usage.completion for a in answers if a[-1].usage)
+    if model.config.recurrent_layers():
+        assert state.cached == 0  # nobody said where states are worth keeping
+    else:
+        assert state.cached >= 64
+    assert state.running == state.waiting == 0
+
+
+@each
+def test_a_conversation_is_gone_on_from_where_it_is_stable(family: Family) -> None:
+    """A turn reads what is new in it, also where layers keep a state."""
+    model = family.model_of()
+    talk, expected = prompt_of(70, 1), []
+    with Engine(model, limits=limits(capacity=128)) as engine:
+        for turn in range(3):
+            # What follows the stable part is there to ask for an answer, and not in the next turn.
+            asked = torch.cat((talk, prompt_of(2, 50)), dim=1)
+            stable = talk.shape[1]
+            *_, last = engine.answer(asked, stable=stable, max_new_tokens=3, **PLAIN)
+            assert last.usage is not None
+            expected.append(last.usage.cached)
+            answer = model.generate(asked, max_new_tokens=3, **PLAIN)[:, asked.shape[1] :]
+            assert list(last.ids) == answer[0, -len(last.ids) :].tolist()
+            talk = torch.cat((talk, answer, prompt_of(5, turn)), dim=1)
+    if model.config.recurrent_layers():
+        assert expected == [0, 70, 78]
+    else:
+        assert expected == [0, 64, 64]  # on the grid
+
+
+@each
+def test_one_that_gives_its_row_back_goes_on_as_it_was(family: Family) -> None:
+    model, prompt = family.model_of(), prompt_of(20, 7)
+    # The second scope takes the row of one of the first, in the midst of its answer.
+    with Engine(model, limits=limits(rows=2, patience=0.0)) as engine:
+
+        async def talk() -> list[list[Answer]]:
+            rich = [
+                asyncio.create_task(
+                    collected(engine, prompt_of(20, n), scope="rich", max_new_tokens=60, **PLAIN)
+                )
+                for n in range(2)
+            ]
+            while engine.state.generated < 6:
+                await asyncio.sleep(0.001)
+            poor = await collected(engine, prompt, scope="poor", max_new_tokens=4, **PLAIN)
+            return [*await asyncio.gather(*rich), poor]
+
+        answers = asyncio.run(talk())
+        assert engine.state.preempted >= 1
+    for n, (own, new) in enumerate([(prompt_of(20, 0), 60), (prompt_of(20, 1), 60), (prompt, 4)]):
+        alone = model.generate(own, max_new_tokens=new, **PLAIN)[0, 20:]
+        assert ids_of(iter(answers[n])) == alone.tolist()
+
+
+def test_who_leaves_is_forgotten_within_a_step() -> None:
+    model = FAMILIES[0].model_of()
+    with Engine(model, limits=limits()) as engine:
+
+        async def leave() -> None:
+            answers = engine.generate(prompt_of(5, 1), max_new_tokens=90, **PLAIN)
+            async for _ in answers:
+                break
+            await answers.aclose()
+            task = asyncio.create_task(
+                collected(engine, prompt_of(5, 1), max_new_tokens=90, **PLAIN)
+            )
+            await asyncio.sleep(0.01)
+            task.cancel()
+            with pytest.raises(asyncio.CancelledError):
+                await task
+            while engine.state.running:
+                await asyncio.sleep(0.001)
+
+        asyncio.run(leave())
+        assert engine.state.generated < 120
+        assert ids_of(engine.answer(prompt_of(5, 1), max_new_tokens=4, **PLAIN))
+    assert not engine.healthy
+
+
+def test_a_loop_that_is_gone_leaves_the_others_alone() -> None:
+    model = FAMILIES[0].model_of()
+    with Engine(model, limits=limits()) as engine:
+        loop = asyncio.new_event_loop()
+        gone = engine.generate(prompt_of(5, 1), max_new_tokens=90, **PLAIN)
+        loop.run_until_complete(anext(gone))
+        loop.close()
+        expected = model.generate(prompt_of(6, 2), max_new_tokens=8, **PLAIN)[0, 6:].tolist()
+        assert ids_of(engine.answer(prompt_of(6, 2), max_new_tokens=8, **PLAIN)) == expected
+        while engine.state.running:
+            pass
+    del gone
+
+
+def test_many_come_and_leave_from_many_threads() -> None:
+    model = FAMILIES[0].model_of()
+    wrong: list[object] = []
+    with Engine(model, limits=limits(rows=4, queue=200)) as engine:
+
+        def client(seed: int) -> None:
+            dice = random.Random(seed)
+            for turn in range(6):
+                prompt = prompt_of(dice.randint(1, 30), 10 * seed + turn)
+                new, stays = dice.randint(1, 20), dice.randint(1, 25)
+                made = []
+                for answer in engine.answer(prompt, max_new_tokens=new, **PLAIN):
+                    made += answer.ids
+                    if len(made) >= stays:
+                        break
+                alone = model.generate(prompt, max_new_tokens=new, **PLAIN)[0, prompt.shape[1] :]
+                if made != alone[: len(made)].tolist() or len(made) < min(stays, new):
+                    wrong.append((seed, turn, made))
+
+        threads = [threading.Thread(target=client, args=(seed,)) for seed in range(8)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        while engine.state.running:
+            pass
+    assert wrong == []
+
+
+def test_a_request_that_fails_fails_alone() -> None:
+    model = FAMILIES[0].model_of()
+
+    def broken(ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        raise LookupError("of the caller")
+
+    with Engine(model, limits=limits()) as engine:
+
+        async def both() -> list[Any]:
+            return await asyncio.gather(
+                collected(engine, prompt_of(5, 1), logits_processor=[broken], **PLAIN),
+                collected(engine, prompt_of(5, 2), max_new_tokens=6, **PLAIN),
+                return_exceptions=True,
+            )
+
+        failed, answer = asyncio.run(both())
+        assert isinstance(failed, LookupError)
+        alone = model.generate(prompt_of(5, 2), max_new_tokens=6, **PLAIN)[0, 5:]
+        assert ids_of(iter(answer)) == alone.tolist()
+
+
+def test_a_forward_that_fails_once_is_done_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, run, calls, failing = FAMILIES[0].model_of(), Rows.run, [0], [2]
+
+    def sometimes(self: Rows, pieces: Any) -> Any:
+        calls[0] += 1
+        if calls[0] in failing:
+            raise MemoryError("once")
+        return run(self, pieces)
+
+    monkeypatch.setattr(Rows, "run", sometimes)
+    with Engine(model, limits=limits()) as engine:
+        answers = ids_of(engine.answer(prompt_of(5, 1), max_new_tokens=3, **PLAIN))
+        # Two in which it has a part are one too many.
+        calls[0], failing[:] = 0, [2, 3]
+        with pytest.raises(MemoryError):
+            ids_of(engine.answer(prompt_of(5, 1), max_new_tokens=6, **PLAIN))
+        monkeypatch.setattr(Rows, "run", run)
+        assert engine.healthy
+        assert ids_of(engine.answer(prompt_of(5, 1), max_new_tokens=3, **PLAIN)) == answers
+        alone = model.generate(prompt_of(5, 1), max_new_tokens=3, **PLAIN)[0, 5:]
+        assert answers == alone.tolist()
+
+
+def test_three_forwards_that_fail_end_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = FAMILIES[0].model_of()
+    with Engine(model, limits=limits()) as engine:
+
+        def never(*_: object) -> None:
+            raise RuntimeError("the device is gone")
+
+        monkeypatch.setattr(Rows, "run", never)
+
+        async def some() -> list[Any]:
+            return await asyncio.gather(
+                *(collected(engine, prompt_of(5, n), max_new_tokens=9) for n in range(5)),
+                return_exceptions=True,
+            )
+
+        errors = asyncio.run(some())
+        assert all(isinstance(error, RuntimeError | EngineStoppedError) for error in errors)
+        assert any("the device is gone" in str(error) for error in errors)
+        assert not engine.healthy
+        with pytest.raises(EngineStoppedError, match="make another engine"):
+            ids_of(engine.answer(prompt_of(5, 1)))
+
+
+def test_what_cannot_be_is_refused_before_it_waits() -> None:
+    model = FAMILIES[0].model_of()
+    with Engine(model, limits=limits(queue=0, rows=1)) as engine:
+        for wrong, told in (
+            ({"prompt": "text"}, "no tokenizer"),
+            ({"prompt": [5], "timeout": 0}, "timeout=0"),
+            ({"prompt": [5], "stable": 1}, "stable=1"),
+            ({"prompt": [5], "num_beams": 3}, "num_beams=3"),
+            ({"prompt": [5], "temprature": 3}, "temprature"),
+            ({"prompt": [5], "streamer": None}, "streamer"),
+        ):
+            with pytest.raises(InputError, match=told):
+                next(engine.answer(**wrong))  # type: ignore[arg-type]
+        with pytest.raises(ContextLengthError, match="do not fit a row of 100"):
+            next(engine.answer([5], max_new_tokens=101))
+        slow = engine.answer(prompt_of(5, 1), max_new_tokens=90, timeout=60, **PLAIN)
+        next(slow)
+        with pytest.raises(QueueFullError, match="come again"):
+            ids_of(engine.answer([5], max_new_tokens=2))
+        slow.close()  # type: ignore[attr-defined]
+        with pytest.raises(DeadlineError, match="longer timeout"):
+            ids_of(engine.answer([7], timeout=1e-6, max_new_tokens=90, **PLAIN))
+        late = engine.answer(prompt_of(5, 1), max_new_tokens=90, **PLAIN)
+        next(late)
+    with pytest.raises(EngineStoppedError, match="was closed"):
+        ids_of(late)
+
+
+def test_text_is_read_and_written() -> None:
+    model = AutoModelForCausalLM.from_pretrained(demo_model())
+    tokenizer = AutoTokenizer.from_pretrained(demo_model())
+    text = "def read_lines(path):"
+    with Engine(model, tokenizer, limits(capacity=200)) as engine:
+        options: dict[str, Any] = {"do_sample": False, "max_new_tokens": 24}
+        answers = list(engine.answer(text, use_mtp=True, **options))
+        inputs = tokenizer(text, return_tensors="pt")
+        made = model.generate(**inputs, **options)[0, inputs["input_ids"].shape[1] :]
+        assert "".join(one.text for one in answers) == tokenizer.decode(made)
+        assert len(answers) < 24  # drafts hold

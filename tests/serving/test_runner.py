@@ -1,0 +1,177 @@
+"""Ten thousand ways in which requests come, leave, end and fail: nothing is lost or owned twice."""
+
+import random
+from dataclasses import dataclass, field
+from typing import Any
+
+from quintet.cache import RowContent
+from quintet.serving.limits import Limits
+from quintet.serving.request import Answer, Request, hand_out
+from quintet.serving.runner import Runner
+
+INTERLEAVINGS = 10_000
+
+
+class Config:
+    torch_dtype = None
+
+    @staticmethod
+    def cache_numbers() -> tuple[int, int]:
+        return 1, 0
+
+
+class Model:
+    config = Config()
+
+
+@dataclass(eq=False)
+class Text:
+    """A sequence whose tokens are numbers that follow each other."""
+
+    ids: list[int]
+    room: int
+    prompt_length: int = 0
+    computed: int = 0
+    error: Exception | None = None
+    finish_reason: str | None = None
+
+    def __post_init__(self) -> None:
+        self.prompt_length = len(self.ids)
+
+    @property
+    def new(self) -> list[int]:
+        return self.ids[self.prompt_length :]
+
+    @property
+    def finished(self) -> bool:
+        return self.finish_reason is not None
+
+
+@dataclass
+class Steps:
+    """An engine without a model, whose rows hold the numbers themselves."""
+
+    rows: int
+    dice: random.Random
+    model: Any = field(default_factory=Model)
+    held: dict[Text, list[int]] = field(default_factory=dict)
+
+    @property
+    def sequences(self) -> list[Text]:
+        return list(self.held)
+
+    def add(self, text: Text, *contents: RowContent) -> None:
+        assert text not in self.held
+        assert len(self.held) < self.rows
+        self.held[text] = [int(x) for one in contents for x in one.states[0]]  # type: ignore[index]
+        text.computed = len(self.held[text])
+        assert self.held[text] == text.ids[: text.computed]
+
+    def remove(self, text: Text) -> None:
+        del self.held[text]
+
+    def extract(self, text: Text, start: int, stop: int) -> Any:
+        return Content(start, self.held[text][start:stop])
+
+    def step(self, texts: list[Text], piece: int | None) -> list[list[int]]:
+        if self.dice.random() < 0.02:
+            raise MemoryError("for once")
+        made = []
+        for text in texts:
+            before = len(text.ids)
+            stop = before if piece is None else min(text.computed + piece, before)
+            self.held[text] += text.ids[text.computed : stop]
+            text.computed = stop
+            if stop == before:
+                if self.dice.random() < 0.01:
+                    text.error, text.finish_reason = ValueError("its own"), "error"
+                else:
+                    text.ids.append(text.ids[-1] + 1)
+                    if len(text.ids) - text.prompt_length == text.room:
+                        text.finish_reason = "length"
+            made.append(text.ids[before:])
+        return made
+
+
+@dataclass
+class Content:
+    start: int
+    numbers: list[int]
+    resumable: bool = True
+
+    @property
+    def states(self) -> tuple[list[int]]:
+        return (self.numbers,)
+
+    @property
+    def nbytes(self) -> int:
+        return len(self.numbers)
+
+    def split(self, at: int) -> "tuple[Content, Content]":
+        n = at - self.start
+        return Content(self.start, self.numbers[:n]), Content(at, self.numbers[n:])
+
+
+def test_any_interleaving() -> None:
+    dice, clock, done = random.Random(11), [0.0], 0
+    while done < INTERLEAVINGS:
+        rows = dice.randint(1, 4)
+        steps = Steps(rows, dice)
+        limits = Limits(
+            rows=rows,
+            capacity=1000,
+            queue=dice.choice((2, 50)),
+            memory=dice.choice((None, 400, 1500)),
+            patience=dice.choice((0.0, 3.0)),
+            kept=dice.choice((0, 200, 2000)),
+        )
+        runner = Runner(steps, limits, lambda: clock[0])  # type: ignore[arg-type]
+        told: dict[Request, list[Answer | Exception]] = {}
+        going: list[Request] = []
+        for _ in range(dice.randint(5, 60)):
+            done += 1
+            what = dice.random()
+            if what < 0.35:
+                # Few beginnings, so that they are met again.
+                first = dice.randrange(3) * 1000
+                text: Any = Text([first + n for n in range(dice.choice((1, 3, 70, 200)))], 0)
+                text.room = dice.randint(1, 12)
+                request = Request(
+                    text,
+                    lambda one: None,
+                    hand_out,
+                    None,
+                    scope=dice.choice("ab"),
+                    priority=dice.randint(0, 1),
+                    deadline=clock[0] + dice.choice((2, 40)) if dice.random() < 0.2 else None,
+                    arrival=clock[0],
+                    stable=0,
+                )
+                told[request] = []
+                request.reader = told[request].append
+                going.append(request)
+                runner.submit(request)
+            elif what < 0.5 and going:
+                runner.cancel(dice.choice(going))
+            else:
+                runner.turn()
+                clock[0] += dice.random()
+                assert len(steps.held) == len(runner.scheduler.running) <= rows
+        for _ in range(3000):
+            if not runner.turn() or runner.stopped is not None:
+                break
+            clock[0] += 1
+        # All rows are free, and everybody was told all there was, once.
+        runner.turn()
+        assert not steps.held
+        assert not runner.scheduler.all()
+        assert runner.prefix.nbytes <= limits.kept
+        for request, news in told.items():
+            ends = [one for one in news if not isinstance(one, Answer) or one.finish_reason]
+            assert len(ends) == 1 or (request.cancelled and not ends)
+            assert not ends or news[-1] is ends[0]
+            made = [token for one in news if isinstance(one, Answer) for token in one.ids]
+            after = request.text.ids[request.text.prompt_length - 1]
+            assert made == list(range(after + 1, after + 1 + len(made)))
+            if ends and isinstance(ends[0], Answer):
+                assert len(made) == request.text.room
