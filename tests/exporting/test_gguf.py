@@ -104,6 +104,15 @@ def test_what_is_written_is_read_again(family: Family, tmp_path: Path) -> None:
     assert found.generation_config.eos_token_id == model.generation_config.eos_token_id
 
 
+def test_a_third_reader_finds_the_same_model(tmp_path: Path) -> None:
+    from transformers import Qwen2ForCausalLM
+
+    model = saved(BY["qwen2"], tmp_path / "model")
+    export_gguf(tmp_path / "model", tmp_path / "m.gguf", dtype="F32")
+    found = Qwen2ForCausalLM.from_pretrained(tmp_path, gguf_file="m.gguf")
+    assert torch.allclose(logits(found), logits(model), rtol=0, atol=1e-5)
+
+
 @pytest.mark.parametrize("kind", GGUF_TYPES)
 def test_each_type_is_encoded_as_the_formats_package_does(kind: str) -> None:
     weight = torch.randn(40, 96)
