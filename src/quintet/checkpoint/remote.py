@@ -28,12 +28,14 @@ class Headers:
         dtypes: how many tensors of each dtype, or type of blocks; of the first file alone where
             there are many.
         local: whether the files are on this machine.
+        tensors: the entries of all tensors, where they are.
     """
 
     total_bytes: int
     files: int
     dtypes: Mapping[str, int]
     local: bool
+    tensors: Mapping[str, TensorInfo] | None = None
 
 
 def read_headers(
@@ -69,7 +71,8 @@ def read_headers(
     else:
         infos = checkpoint.tensors.values()
         counts = Counter(_kind(info) for info in infos)
-        return Headers(checkpoint.total_bytes, len({i.file for i in infos}), counts, local=True)
+        files = len({info.file for info in infos})
+        return Headers(checkpoint.total_bytes, files, counts, True, checkpoint.tensors)
     root = locate(
         name_or_path,
         (INDEX,),

@@ -1,6 +1,7 @@
 """`quintet plan`: whether a model fits, before anything of its weights is fetched."""
 
 import re
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -12,9 +13,12 @@ from quintet.errors import DoesNotFitError, InputError, OfflineError
 if TYPE_CHECKING:
     import torch
 
+    from quintet.checkpoint import TensorInfo
     from quintet.configuration import PreTrainedConfig
     from quintet.modeling.placement import ModelPart
     from quintet.modeling.sizes import Size
+
+    Tensors = Mapping[str, TensorInfo]
 
 __all__ = ["command"]
 
@@ -70,10 +74,10 @@ def command(
             f"--context {context:,} is more than the {most:,} tokens this model has positions for "
             "(max_position_embeddings)"
         )
-    facts, reason = _plan(
-        config, dtype, quantize, context or min(4096, config.max_position_embeddings), batch, memory
-    )
-    facts = {"model": model, **_files(model, where), **facts}
+    files, tensors = _files(model, where)
+    tokens = context or min(4096, config.max_position_embeddings)
+    facts, reason = _plan(config, dtype, quantize, tokens, batch, memory, tensors)
+    facts = {"model": model, **files, **facts}
     show(facts, as_json)
     if reason is not None:
         raise DoesNotFitError(reason)
@@ -86,6 +90,7 @@ def _plan(
     context: int,
     batch: int,
     memory: tuple[str, ...],
+    tensors: "Tensors | None",
 ) -> tuple[dict[str, Any], str | None]:
     """Return the facts, and the reason if the model does not fit."""
     import torch
@@ -94,8 +99,9 @@ def _plan(
 
     held = config.torch_dtype or torch.bfloat16 if dtype == "auto" else getattr(torch, dtype)
     capacity = _capacity(memory)
-    kept = quantize or _kept(config, next(iter(capacity)), assumed=bool(memory))
-    size = _size(config, held, kept)
+    device = next(iter(capacity))
+    kept = quantize or _kept(config, device, assumed=bool(memory), tensors=tensors)
+    size = _size(config, held, kept, tensors, device)
     cache = size.cache_bytes(batch, context, held.itemsize)
     working = size.working_bytes(batch, min(PROMPT, context), held.itemsize)
     working += batch * config.vocab_size * 4
@@ -152,34 +158,50 @@ def _plan(
     return facts, None
 
 
-def _kept(config: "PreTrainedConfig", device: "torch.device", assumed: bool) -> str | None:
+def _kept(
+    config: "PreTrainedConfig", device: "torch.device", assumed: bool, tensors: "Tensors | None"
+) -> str | None:
     """Return the format in which a device keeps a quantised model, or None for plain numbers.
 
     Of a device that is only `assumed`, the best is.
     """
     from quintet.quantization.config import FineGrainedFP8Config
+    from quintet.quantization.formats import FP8Format
     from quintet.quantization.request import read, resolve_quantization
 
     settings = vars(config).get("quantization_config")
-    if not settings or read(settings).scheme() is None:
+    if not settings or (tensors is None and read(settings).scheme() is None):
         return None
     if assumed and isinstance(read(settings), FineGrainedFP8Config):
         return "fp8"
-    target = resolve_quantization(settings, None, None, device).target
-    return None if target is None else HELD
+    request, scheme = resolve_quantization(settings, None, None, device), read(settings).scheme()
+    plain = scheme is not None and isinstance(scheme.weights, FP8Format) and not request.keeps_fp8
+    return None if request.target is None or plain else HELD
 
 
-def _size(config: "PreTrainedConfig", dtype: "torch.dtype", held: str | None) -> "Size":
-    """Measure a model held in one of QUANTISED, as its config says (HELD), or as plain numbers."""
+def _size(
+    config: "PreTrainedConfig",
+    dtype: "torch.dtype",
+    held: str | None,
+    tensors: "Tensors | None" = None,
+    device: "torch.device | None" = None,
+) -> "Size":
+    """Measure a model held in one of QUANTISED, as its files are (HELD), or as plain numbers."""
     from quintet.auto import family
     from quintet.modeling.init_on_meta import init_on_meta
+    from quintet.modeling.key_mapping import map_keys
     from quintet.modeling.sizes import measure
-    from quintet.quantization.request import SHORT, read
+    from quintet.quantization.request import SHORT, read, resolve_quantization
 
     model = init_on_meta(family(config.model_type).find("ForCausalLM"), config)
     if held is None:
         return measure(model, dtype)
-    wish = read(vars(config)["quantization_config"]) if held == HELD else SHORT[held]
+    settings = vars(config).get("quantization_config")
+    if held == HELD and tensors is not None and device is not None:
+        mapping = map_keys(model, tensors, held_as=read(settings))
+        request = resolve_quantization(settings, None, None, device)
+        return measure(model, dtype, request.scheme(mapping.held))
+    wish = read(settings) if held == HELD else SHORT[held]
     return measure(model, dtype, None if wish is None else wish.scheme())
 
 
@@ -237,8 +259,8 @@ def _capacity(memory: tuple[str, ...]) -> "dict[torch.device, int]":
     return {torch.device("cuda", index): size for index, size in enumerate(sizes)}
 
 
-def _files(model: str, where: dict[str, Any]) -> dict[str, Any]:
-    """Describe the files, and whether they are here already."""
+def _files(model: str, where: dict[str, Any]) -> "tuple[dict[str, Any], Tensors | None]":
+    """Describe the files, and whether they are here already; then also return their tensors."""
     from quintet.checkpoint.remote import read_headers
     from quintet.errors import CheckpointError
 
@@ -246,11 +268,10 @@ def _files(model: str, where: dict[str, Any]) -> dict[str, Any]:
         headers = read_headers(model, **where)
     except (CheckpointError, OfflineError) as error:
         said = str(error).splitlines()[0].rpartition("; ")[0] or str(error)
-        return {"files": Fact(f"no weights seen ({said})", None)}
+        return {"files": Fact(f"no weights seen ({said})", None)}, None
     state = "here" if headers.local else "to fetch"
-    return {
-        "files": Fact(
-            f"{size_of(headers.total_bytes)} in {headers.files} file(s), {state}",
-            {"bytes": headers.total_bytes, "count": headers.files, "here": headers.local},
-        )
-    }
+    files = Fact(
+        f"{size_of(headers.total_bytes)} in {headers.files} file(s), {state}",
+        {"bytes": headers.total_bytes, "count": headers.files, "here": headers.local},
+    )
+    return {"files": files}, headers.tensors

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from quintet.checkpoint import Checkpoint, GGUFCheckpoint
+    from quintet.quantization.stored import Stored
 
 __all__ = ["command"]
 
@@ -92,6 +93,8 @@ def _weights(root: Path, variant: str | None, quick: bool, problems: list[str]) 
     )
     try:
         mapping.difference.raise_if_incomplete(str(root))
+        if not quick:
+            _unpack(checkpoint, mapping.stored)
     except CheckpointError as error:
         problems.append(str(error))
     problems += [f"{name} is no tensor of this model" for name in mapping.lost]
@@ -116,6 +119,20 @@ def _class(found: Any, architectures: list[str] | None) -> Any:
         ):
             return found.find(suffix)
     return found.find("ForCausalLM")
+
+
+def _unpack(checkpoint: "Checkpoint | GGUFCheckpoint", found: "Mapping[str, Stored]") -> None:
+    """Look into what is quantised: whether the tensors of a matrix belong together.
+
+    Raises:
+        CheckpointError: those of one do not.
+    """
+    from quintet.quantization.stored import read
+
+    quantised = {name: one for name, one in found.items() if one.format is not None}
+    for name, _ in read(checkpoint, quantised):
+        for file, _ in quantised[name].files.values():
+            checkpoint.forget(file)
 
 
 def _not_finite(checkpoint: "Checkpoint | GGUFCheckpoint") -> Iterator[str]:

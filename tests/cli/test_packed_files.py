@@ -1,0 +1,53 @@
+"""Checkpoints that another program quantised, on the command line: what they are is said."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+import packers
+from conformance.families import FAMILIES
+from quintet import AutoModelForCausalLM
+
+
+@pytest.fixture
+def packed(tmp_path: Path) -> Path:
+    """A model in 4 bits with zero points."""
+
+    def pack(path: str, weight: Tensor) -> tuple[dict[str, Tensor], Tensor]:
+        return packers.gptq(weight, group=32, symmetric=False)
+
+    root = tmp_path / "packed"
+    settings = {"quant_method": "gptq", "bits": 4, "group_size": 32, "sym": False}
+    packers.packed_checkpoint(FAMILIES[0], root, pack, {**settings, "desc_act": False})
+    return root
+
+
+def test_a_plan_counts_what_will_be_held(packed: Path, quintet: Any) -> None:
+    planned = json.loads(quintet("plan", packed, "--json").out)
+    model = AutoModelForCausalLM.from_pretrained(packed)
+    tensors = [*model.parameters(), *model.buffers()]
+    assert planned["weights"] == sum(t.nbytes for t in tensors if t.dtype != torch.int64)
+
+
+def test_it_is_named_verified_and_converted(packed: Path, tmp_path: Path, quintet: Any) -> None:
+    assert json.loads(quintet("info", packed, "--json").out)["quantised"] == "GPTQ"
+    assert quintet("verify", packed).code == 0
+    assert quintet("convert", packed, tmp_path / "ours").code == 0
+    assert json.loads(quintet("info", tmp_path / "ours", "--json").out)["quantised"] == "Mixed"
+    assert quintet("verify", tmp_path / "ours").code == 0
+    plans = [json.loads(quintet("plan", p, "--json").out) for p in (packed, tmp_path / "ours")]
+    assert plans[0]["weights"] == plans[1]["weights"]
+
+
+def test_what_is_damaged_inside_is_found(packed: Path, quintet: Any) -> None:
+    tensors = load_file(packed / "model.safetensors")
+    tensors["model.layers.1.mlp.up_proj.g_idx"] += 7
+    save_file(tensors, packed / "model.safetensors", metadata={"format": "pt"})
+    result = quintet("verify", packed)
+    assert result.code == 4
+    assert "layers.1.mlp.up_proj.weight: g_idx goes from 7" in result.err
