@@ -10,11 +10,13 @@ import torch.nn.functional as F  # noqa: N812
 from torch import Tensor
 
 from quintet.gguf.types import BY_NAME
+from quintet.kernels.matrix import Matrix
 from quintet.layers.mlp import GatedMLP
 from quintet.ops import activations
 from quintet.ops.activations import gate_by
 from quintet.ops.attention import sdpa
 from quintet.ops.blocks import decode_blocks, split_blocks
+from quintet.ops.group_fit import quantize_groups
 from quintet.ops.linear import linear, linears
 from quintet.ops.mamba2 import MixerWeights, mix
 from quintet.ops.masks import AttentionMask, attention_mask_of
@@ -22,12 +24,14 @@ from quintet.ops.mla import expanded, latent_attention
 from quintet.ops.moe import apply_experts, top_experts
 from quintet.ops.norm import rms_norm
 from quintet.ops.quantized import (
+    decode,
     dequantize_int4,
     dequantize_int8,
     int4_linear,
     int8_linear,
     quantize_int4,
     quantize_int8,
+    quantized_linears,
 )
 from quintet.ops.rope import rotate_both
 from quintet.ops.routing import RoutingRules, router_logits, sigmoid_routing, softmax_routing
@@ -72,6 +76,16 @@ def mlp(x: Tensor, gate: Tensor, up: Tensor, down: Tensor) -> Any:
         # As it is given, which a parameter would not be.
         holder.__dict__["weight"] = weights[name]
     return module(x)
+
+
+def group_linear(x: Tensor, weight: Tensor, scale: Tensor, offset: Tensor, bias: Tensor) -> Any:
+    return quantized_linears(x, [Matrix(weight, scale, bias, offset)])[0]
+
+
+def widened(
+    weight: Tensor, scale: Tensor, offset: Tensor, columns: int, dtype: torch.dtype
+) -> Tensor:
+    return decode(Matrix(weight, scale, None, offset), columns, dtype)
 
 
 def absorbing(w_kv: Tensor, **inputs: Tensor) -> Any:
@@ -157,6 +171,10 @@ def cases() -> Iterator[Case]:
         raw = torch.randint(60, (8, 2 * 144), generator=g, dtype=torch.uint8)
         yield case("blocks", partial(decode_blocks, kind=BY_NAME["Q4_K"], dtype=dtype), raw=raw)
         yield case("parts-of-blocks", partial(split_blocks, kind=BY_NAME["Q4_K"]), raw=raw)
+        q, scale, offset = quantize_groups(randn(8, 70), 4, 32, offset=True)
+        groups = {"weight": q, "scale": scale, "offset": offset}
+        yield case("groups", group_linear, x=make(3, 70), **groups, bias=make(8))
+        yield case("widen-groups", partial(widened, columns=70, dtype=dtype), **groups)
         matrices = {"gate": make(24, 40), "up": make(24, 40), "down": make(40, 24)}
         yield case("mlp", mlp, x=x, **matrices)
         experts = {"gate_up": make(4, 48, 40), "down": make(4, 40, 24)}

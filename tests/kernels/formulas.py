@@ -14,6 +14,8 @@ from quintet.kernels.linear import Matrix
 from quintet.kernels.parts import Adapted, Norm, Source
 from quintet.kernels.routing import Rules
 from quintet.kernels.stack import Stack
+from quintet.ops.group_fit import quantize_groups
+from quintet.ops.groups import widen_groups
 from quintet.ops.mamba2 import MixerWeights, mix_stepwise
 from quintet.ops.quantized import dequantize_int4, dequantize_int8, quantize_int4, quantize_int8
 from support import relative_error
@@ -21,7 +23,7 @@ from support import relative_error
 BOUND = {torch.float32: 1e-5, torch.bfloat16: 2**-5}
 # Vectors are rounded to 16 bits for integers.
 QUANTIZED_BOUND = {torch.float32: 2**-12, torch.bfloat16: 2**-5}
-KINDS = ("plain", "int8", "int4")
+KINDS = ("plain", "int8", "int4", "groups")
 EPS = 1e-6
 
 
@@ -68,6 +70,12 @@ class Maker:
         if self.kind == "int8":
             q, scale = quantize_int8(weight)
             return Matrix(q, scale), dequantize_int8(q, scale, torch.float64)
+        if self.kind == "groups":
+            # Of several layouts, by their shapes.
+            bits = 8 if weight.shape[-2] % 3 else 4
+            q, scale, offset = quantize_groups(weight, bits, 32, offset=weight.shape[-2] % 2 == 0)
+            wide = widen_groups(q, scale, offset, weight.shape[-1])
+            return Matrix(q, scale, None, offset), wide.double()
         q, scale = quantize_int4(weight)
         return Matrix(q, scale), dequantize_int4(q, scale, weight.shape[-1], torch.float64)
 

@@ -140,14 +140,18 @@ class Call:
         self.fields += steps
         self.tensors.append(x)
 
-    def stack(self, x: Tensor, dtype: torch.dtype, *shape: int) -> None:
-        """Write a tensor that has gaps along its first axis alone, and the step of that one."""
+    def stack(self, x: Tensor, dtype: torch.dtype, *shape: int, unit: int = 1) -> None:
+        """Write a tensor that has gaps along its first axis alone, and the step of that one.
+
+        Args:
+            unit: by what the step is multiplied.
+        """
         if not self._takes(x, dtype, shape) or not x.numel() or not x[:1].is_contiguous():
             self.fit = False
             return
         step = x.stride(0)
         reach = (shape[0] - 1) * step + x.numel() // shape[0]
-        self.fields += (x.data_ptr(), reach * x.itemsize, step)
+        self.fields += (x.data_ptr(), reach * x.itemsize, step * unit)
         self.tensors.append(x)
 
     def chosen(self, indices: Tensor, shares: Tensor, N: int, A: int) -> None:

@@ -11,8 +11,7 @@ import torch
 from torch import Tensor
 
 from quintet.kernels.calls import Call
-from quintet.kernels.gated import stacked
-from quintet.kernels.linear import Matrix, write
+from quintet.kernels.matrix import Kind, Matrix, kind_of, write, write_stack
 from quintet.kernels.routing import Rules
 
 __all__ = [
@@ -82,14 +81,14 @@ class Fields(Call):
     """The fields of a part, for vectors of a dtype.
 
     Attributes:
-        kind: the dtype in which all matrices are stored, known with the first of them.
+        kind: how all matrices are held, known with the first of them.
         angles: the sizes of the heads that are rotated.
         room: how many slots there are for keys and values.
     """
 
     __slots__ = ("angles", "dtype", "kind", "room")
 
-    def __init__(self, dtype: torch.dtype, kind: torch.dtype | None = None) -> None:
+    def __init__(self, dtype: torch.dtype, kind: Kind | None = None) -> None:
         super().__init__()
         self.dtype = dtype
         self.kind = kind
@@ -124,12 +123,12 @@ class Fields(Call):
 
     def experts(self, matrix: Matrix, E: int, O: int, I: int) -> None:
         """Write a stack of E maps from I to O."""
-        stacked(self, matrix, self._kind_of(matrix), self.dtype, O, I, E)
+        write_stack(self, matrix, self._kind_of(matrix), self.dtype, O, I, E)
 
-    def _kind_of(self, matrix: Matrix | None) -> torch.dtype:
-        if matrix is not None:
-            self.kind = self.kind or matrix.weight.dtype
-        return self.kind or self.dtype
+    def _kind_of(self, matrix: Matrix | None) -> Kind:
+        if matrix is not None and self.kind is None:
+            self.kind = kind_of(matrix)
+        return Kind.PLAIN if self.kind is None else self.kind
 
 
 class Part(ABC):

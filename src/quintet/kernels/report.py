@@ -19,12 +19,13 @@ KERNELS = {
     "linear": "linear maps of up to 16 vectors at once (32 in float32)",
     "linear int8": "the same, weights in int8",
     "linear int4": "the same, weights in int4",
+    "linear groups": "the same, weights in 4 and 8 bits with scales and offsets of groups",
     "product": "linear maps of more vectors, and the gates of MLPs with SiLU, in bfloat16",
     "rows": "RMSNorm, rotary embedding and SiLU gates in bfloat16 and float32",
     "sampling": "the penalty for tokens that occurred",
     "routing": "routers, in bfloat16 and float32",
-    "widen": "int8 and int4 weights to bfloat16 or float32, for more vectors than that",
     "blocks": "the blocks of GGUF files to numbers, and to groups with scales, as they are loaded",
+    "widen": "weights of integers to bfloat16 or float32, for more vectors than that",
     "mamba2": "Zamba2's mixer between its projections, in bfloat16 and float32",
 }
 

@@ -14,6 +14,7 @@ from torch import Tensor
 from quintet.kernels.calls import Call, applies, begin, watched
 from quintet.kernels.layout import agrees
 from quintet.kernels.linear import kernel_name
+from quintet.kernels.matrix import Kind
 from quintet.kernels.parts import Fields, Part, Tokens
 
 __all__ = ["Stack"]
@@ -24,8 +25,8 @@ SLICE = 64
 # In float32, calls of torch's own are the faster ones beyond so many tokens.
 MOST_TOKENS: Mapping[str, int] = MappingProxyType(
     {"f32": 16}
-    | dict.fromkeys(("bf16", "int8_bf16", "int4_bf16"), sys.maxsize)
-    | dict.fromkeys(("int8_f32", "int4_f32"), 64)
+    | dict.fromkeys(("bf16", "int8_bf16", "int4_bf16", "groups_bf16"), sys.maxsize)
+    | dict.fromkeys(("int8_f32", "int4_f32", "groups_f32"), 64)
 )
 
 
@@ -72,17 +73,23 @@ class Stack:
         """Return parts for hidden states (M, C) of a dtype; None where the kernel cannot."""
         if watched() or not agrees():
             return None
-        written = []
-        kind: torch.dtype | None = None
-        for part in parts:
-            fields = Fields(dtype, kind)
-            part.write(fields, C)
-            if not fields.fit:
-                return None
-            kind = fields.kind
-            written.append(fields)
-        name = "" if kind is None else kernel_name(kind, dtype)
-        return cls(parts, written, name, C) if name in MOST_TOKENS else None
+        # Kernels of groups read integers of all kinds, and those of one kind are the faster ones.
+        for first in (None, Kind.GROUPS):
+            written: list[Fields] = []
+            kind: Kind | None = first
+            for part in parts:
+                fields = Fields(dtype, kind)
+                part.write(fields, C)
+                if not fields.fit:
+                    break
+                kind = fields.kind
+                written.append(fields)
+            if len(written) == len(parts):
+                name = "" if kind is None else kernel_name(kind, dtype)
+                return cls(parts, written, name, C) if name in MOST_TOKENS else None
+            if kind in (None, Kind.PLAIN, Kind.GROUPS):
+                break
+        return None
 
     def run(self, x: Tensor, tokens: Tokens, kept: Sequence[Sequence[Tensor]]) -> Tensor | None:
         """Return what the parts make of x (..., C), the last one's sum; None if they cannot.

@@ -20,6 +20,7 @@ import torch.nn.functional as F  # noqa: N812
 from torch import Tensor
 
 from quintet.errors import InputError, shown
+from quintet.kernels.matrix import power_of_groups
 
 __all__ = [
     "IQ4",
@@ -37,7 +38,6 @@ __all__ = [
 IQ4 = (-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113)
 # So many numbers of 4 bits are packed together.
 PACK = 64
-SMALLEST_GROUP = 16
 
 
 def group_count(columns: int, group: int | None) -> int:
@@ -53,10 +53,8 @@ def group_size(columns: int, count: int) -> int:
     """
     if count == 1:
         return max(columns, 1)
-    size = SMALLEST_GROUP
-    while size < columns and math.ceil(columns / size) > count:
-        size *= 2
-    if math.ceil(columns / size) != count:
+    size = power_of_groups(columns, count)
+    if size is None:
         raise InputError(
             f"rows of {columns} numbers have {shown(count)} groups; a group has to be of 16, 32, "
             "64 or another such power of two, or a whole row"

@@ -1,6 +1,6 @@
 // Gated MLPs, one or many experts: y = Σ_e share_e · down_e (silu(gate_e x) · up_e x).
 #pragma once
-#include "integers.h"
+#include "groups.h"
 #include "rows.h"
 
 namespace {
@@ -23,13 +23,15 @@ void gate_rows(const Matrix& gate, const Matrix& up, const typename Matrix::Inpu
     }
 }
 
-// One matrix an expert; steps in elements, from one to the next and from row to row.
+// One matrix an expert; steps in what a matrix is made of, from one to the next and from row to row.
 struct Stacked {
-    QUINTET_FIELDS(w, w_step, stride, scale, scale_step)
+    QUINTET_FIELDS(w, w_step, stride, scale, scale_step, offset, offset_step)
     Span<const void> w;
     i64 w_step, stride;
     Span<const void> scale;
     i64 scale_step;
+    Span<const void> offset;
+    i64 offset_step;
 
     template <class Matrix>
     const typename Matrix::Stored* weight_of(i64 e) const {
@@ -42,10 +44,11 @@ struct Stacked {
     template <class Matrix>
     bool fits(i64 E, i64 O, i64 I) const {
         const Bytes one = Matrix::bytes(O, I, stride);
-        if (w_step < 0 || scale_step < 0 || one.weight <= 0) return false;
+        if (w_step < 0 || scale_step < 0 || offset_step < 0 || one.weight <= 0) return false;
         const i64 weights = (E - 1) * w_step * i64(sizeof(typename Matrix::Stored));
         const i64 scales = (E - 1) * scale_step * i64(sizeof(typename Matrix::Scale));
-        return Bytes{weights + one.weight, one.scale ? scales + one.scale : 0}.within(w, scale);
+        return Bytes{weights + one.weight, one.scale ? scales + one.scale : 0}.within(w, scale) &&
+               (!offset.given() || offset.as<char>().holds((E - 1) * offset_step + one.scale));
     }
 };
 
@@ -69,9 +72,13 @@ template <class Integers>
 void open(const Stacked& s, i64 e, i64 I, Integers* to) {
     *to = {s.weight_of<Integers>(e), s.scale_of<Integers>(e), I};
 }
+inline void open(const Stacked& s, i64 e, i64 I, Groups* to) {
+    const char* offset = s.offset.as<char>();
+    *to = {s.weight_of<Groups>(e), s.scale_of<Groups>(e), offset ? offset + e * s.offset_step : nullptr, I, Layout(s.stride)};
+}
 template <class Matrix>
 Matrix expert(const Stacked& s, i64 e, i64 I) {
-    Matrix m;
+    Matrix m{};
     open(s, e, I, &m);
     return m;
 }

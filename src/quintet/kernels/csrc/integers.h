@@ -378,12 +378,18 @@ struct QuantizedInputs {
     template <class T>
     void fill(const T* x, i64 M, i64 I, i64 thread, i64 threads) {
         const i64 G = groups(I);
-        const Share mine(M * spans(I), thread, threads);
-        for (i64 at = mine.from; at < mine.to; ++at) {
-            const i64 m = at / spans(I), start = at % spans(I) * SPAN, g = start / GROUP;
+        each_span(M, I, thread, threads, [&](i64 m, i64 start, i64 at) {
+            const i64 g = start / GROUP;
             quantize(x + m * I + start, std::min(SPAN, I - start), group(m * G + g),
                      &scales[size_t(m * room(I) + g)], &offsets[size_t(m * room(I) + g)], &splits[size_t(at)]);
-        }
+        });
+    }
+
+    // The spans that are a thread's: of which vector, where each begins, and the how many-th of all it is.
+    template <class Fn>
+    static void each_span(i64 M, i64 I, i64 thread, i64 threads, Fn&& fn) {
+        const Share mine(M * spans(I), thread, threads);
+        for (i64 at = mine.from; at < mine.to; ++at) fn(at / spans(I), at % spans(I) * SPAN, at);
     }
 
   private:

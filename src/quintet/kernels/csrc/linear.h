@@ -1,21 +1,23 @@
 // y = W x + b of few vectors, by parts of all rows of several W.
 #pragma once
-#include "integers.h"
+#include "groups.h"
 #include "rows.h"
 
 namespace {
 
-// W (O, I) and b (O) or null.
+// W (O, I) and b (O) or null. The stride is how far rows of numbers are apart, or the layout of groups.
 struct Weight {
-    QUINTET_FIELDS(w, stride, scale, bias, O)
+    QUINTET_FIELDS(w, stride, scale, offset, bias, O)
     Span<const void> w;
     i64 stride;
-    Span<const void> scale, bias;
+    Span<const void> scale, offset, bias;
     i64 O;
 
     template <class Matrix, class T>
     bool fits(i64 I) const {
-        return O > 0 && I > 0 && Matrix::bytes(O, I, stride).within(w, scale) &&
+        if (O <= 0 || I <= 0) return false;
+        const Bytes bytes = Matrix::bytes(O, I, stride);
+        return bytes.within(w, scale) && (!offset.given() || offset.as<char>().holds(bytes.scale)) &&
                (!bias.given() || bias.as<T>().holds(O));
     }
 };
@@ -41,6 +43,12 @@ Int8 matrix(const Map<T>& map, i64 I, Int8*) {
 template <class T>
 Int4 matrix(const Map<T>& map, i64 I, Int4*) {
     return {map.weight.w.template as<uint8_t>(), map.weight.scale.template as<bf16>(), I};
+}
+
+template <class T>
+Groups matrix(const Map<T>& map, i64 I, Groups*) {
+    const Weight& w = map.weight;
+    return {w.w.template as<char>(), w.scale.template as<char>(), w.offset.template as<char>(), I, Layout(w.stride)};
 }
 
 // The rows of several maps of M vectors that are this thread's; `made` is room to work in.
