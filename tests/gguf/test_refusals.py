@@ -103,8 +103,15 @@ def test_a_tensor_without_a_place_is_named(name: str, tmp_path: Path) -> None:
 
 def test_a_bias_that_no_qwen2_has_is_named(tmp_path: Path) -> None:
     path = write(tmp_path / "m.gguf", odd_tensor("blk.0.ffn_up.bias", 48), architecture=LLAMA)
-    with pytest.warns(UserWarning, match=r"mlp\.up_proj\.bias"):
-        AutoModelForCausalLM.from_pretrained(path)
+    assert "blk.0.ffn_up.bias: F32 [48]" in refusal(path, CheckpointError)
+
+
+@pytest.mark.parametrize(
+    "name", ["blk.3.attn_norm.weight", "blk.0.attn_q_a.weight", "blk.0.ffn_gate_inp.weight"]
+)
+def test_a_tensor_of_another_architecture_or_layer_is_named(name: str, tmp_path: Path) -> None:
+    path = write(tmp_path / "m.gguf", odd_tensor(name, 4, 16))
+    assert f"{name}: F32 [4, 16]" in refusal(path, CheckpointError)
 
 
 def test_missing_and_misshaped_tensors_are_listed(tmp_path: Path) -> None:

@@ -11,7 +11,9 @@ import re
 import stat
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
+from types import MappingProxyType
 from typing import NoReturn
 
 from quintet.errors import CheckpointError, ModelNotFoundError, shown
@@ -22,6 +24,7 @@ from quintet.gguf.types import REMOVED, TYPES, BlockType
 
 __all__ = ["GGUFFile", "GGUFTensor", "Value", "read_gguf", "shard_names"]
 
+Stamp = tuple[int, int, int]
 MAX_TENSORS = 1_000_000
 MAX_KEYS = 100_000
 MAX_NAME = 255
@@ -62,7 +65,8 @@ class GGUFFile:
     Attributes:
         path: of the file, or of the first of several.
         metadata: numbers, texts, lists of texts, and arrays of numbers as `array.array`;
-            a list of truth values is an array of 0 and 1.
+            a list of truth values is an array of 0 and 1. Nobody's to change: others may have the
+            same.
         tensors: in the order of the files.
         files: all of them, with inode, size and time as they were when they were read.
     """
@@ -70,14 +74,14 @@ class GGUFFile:
     path: Path
     metadata: Mapping[str, Value]
     tensors: Mapping[str, GGUFTensor]
-    files: Mapping[Path, tuple[int, int, int]]
+    files: Mapping[Path, Stamp]
 
 
 @dataclass(frozen=True, slots=True)
 class _Part:
-    metadata: dict[str, Value]
-    tensors: dict[str, GGUFTensor]
-    stamp: tuple[int, int, int]
+    metadata: Mapping[str, Value]
+    tensors: Mapping[str, GGUFTensor]
+    stamp: Stamp
 
 
 def read_gguf(path: str | os.PathLike[str]) -> GGUFFile:
@@ -106,7 +110,7 @@ def read_gguf(path: str | os.PathLike[str]) -> GGUFFile:
         _check_split(first, [*parts.values()])
     tensors: dict[str, GGUFTensor] = {}
     for file, part in parts.items():
-        if twice := tensors.keys() & part.tensors:
+        if twice := tensors.keys() & part.tensors.keys():
             raise CheckpointError(f"{file} has {shown(min(twice))}, which another file has too")
         tensors |= part.tensors
     stamps = {file: part.stamp for file, part in parts.items()}
@@ -151,18 +155,27 @@ def _check_split(first: Path, parts: Sequence[_Part]) -> None:
 
 def _read(path: Path) -> _Part:
     try:
-        with path.open("rb") as file:
-            found = os.fstat(file.fileno())
-            if not stat.S_ISREG(found.st_mode):
-                raise CheckpointError(f"{path} has to be a regular file, and is not")
-            refuse_other(path, file.read(64), found.st_size)
-            with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
-                metadata, tensors = _parse(Cursor(data, found.st_size, path, len(MAGIC)))
+        found = path.stat()
+        return _read_once(path, (found.st_ino, found.st_size, found.st_mtime_ns))
     except FileNotFoundError as error:
         raise ModelNotFoundError(f"there is no file {path}") from error
     except OSError as error:
         raise CheckpointError(f"{path} cannot be read: {error.strerror or error}") from error
-    return _Part(metadata, tensors, (found.st_ino, found.st_size, found.st_mtime_ns))
+
+
+# Loading a model asks for its configuration, tokenizer, options and weights, one after the other.
+@lru_cache(maxsize=4)
+def _read_once(path: Path, stamp: Stamp) -> _Part:
+    with path.open("rb") as file:
+        found = os.fstat(file.fileno())
+        if (found.st_ino, found.st_size, found.st_mtime_ns) != stamp:
+            raise CheckpointError(f"{path} was changed while it was opened; open it again")
+        if not stat.S_ISREG(found.st_mode):
+            raise CheckpointError(f"{path} has to be a regular file, and is not")
+        refuse_other(path, file.read(64), found.st_size)
+        with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
+            metadata, tensors = _parse(Cursor(data, found.st_size, path, len(MAGIC)))
+    return _Part(MappingProxyType(metadata), MappingProxyType(tensors), stamp)
 
 
 def _parse(cursor: Cursor) -> tuple[dict[str, Value], dict[str, GGUFTensor]]:

@@ -67,6 +67,28 @@ LAYER: Mapping[str, str] = MappingProxyType(
         "nextn.shared_head_norm": "shared_head.norm",
     }
 )
+_DENSE = ("ffn_gate", "ffn_up", "ffn_down")
+_HEADS = ("attn_norm", "ffn_norm", "attn_q", "attn_k", "attn_v", "attn_qkv", "attn_output")
+_EXPERTS_OF = ("ffn_gate_inp", "ffn_gate_exps", "ffn_up_exps", "ffn_down_exps", "ffn_gate_up_exps")
+_SHARED = ("ffn_gate_shexp", "ffn_up_shexp", "ffn_down_shexp")
+# What the layers of an architecture have; the others would be missed in the answers.
+_OF: Mapping[str, frozenset[str]] = MappingProxyType(
+    {
+        "qwen2": frozenset((*_HEADS, *_DENSE)),
+        "llama": frozenset((*_HEADS, *_DENSE)),
+        "qwen2moe": frozenset((*_HEADS, *_EXPERTS_OF, *_SHARED, "ffn_gate_inp_shexp")),
+        "deepseek2": frozenset(
+            (
+                *("attn_norm", "ffn_norm", "attn_output", "attn_q", "attn_q_a", "attn_q_a_norm"),
+                *("attn_q_b", "attn_kv_a_mqa", "attn_kv_a_norm", "attn_kv_b"),
+                *("attn_k_b", "attn_v_b", "exp_probs_b"),
+                *(*_DENSE, *_EXPERTS_OF, *_SHARED),
+                *(name for name in LAYER if name.startswith("nextn.")),
+            )
+        ),
+    }
+)
+_BIASED = ("attn_q", "attn_k", "attn_v", "attn_qkv")
 _BLOCK = re.compile(r"blk\.(?P<layer>\d{1,6})\.(?P<what>.+)\.(?P<leaf>weight|bias)")
 _EXPERTS = re.compile(r"ffn_(?P<which>gate|up|down|gate_up)_(?P<of>exps|shexp)")
 
@@ -111,7 +133,13 @@ def _parts(
     if (found := _BLOCK.fullmatch(name)) is None:
         return
     layer, what, leaf = f"model.layers.{int(found['layer'])}.", found["what"], found["leaf"]
-    if what == "exp_probs_b" and leaf == "bias":
+    last = values["num_hidden_layers"] + values.get("num_nextn_predict_layers", 0)
+    if what not in _OF[architecture] or int(found["layer"]) >= last:
+        return
+    biased = what in _BIASED and architecture != "deepseek2"
+    if (leaf == "bias") != (what == "exp_probs_b") and not biased:
+        return
+    if what == "exp_probs_b":
         yield _whole(f"{layer}mlp.gate.e_score_correction_bias", tensor)
     elif what == "attn_qkv":
         yield from _queries_keys_values(layer, leaf, tensor, values)

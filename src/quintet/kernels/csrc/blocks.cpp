@@ -37,15 +37,16 @@ struct Type {
     static constexpr int ZERO = FOUR && !OFFSET && !IN_TABLE ? 8 : 0;
 };
 
-inline void nibbles(const uint8_t* q, int count, int8_t* n) {
-    for (int j = 0; j < count; ++j) n[j] = int8_t(q[j] & 15);
-    for (int j = 0; j < count; ++j) n[count + j] = int8_t(q[j] >> 4);
+template <int COUNT>
+inline void nibbles(const uint8_t* __restrict q, int8_t* __restrict n) {
+    for (int j = 0; j < COUNT; ++j) n[j] = int8_t(q[j] & 15);
+    for (int j = 0; j < COUNT; ++j) n[COUNT + j] = int8_t(q[j] >> 4);
 }
 
 struct Q4_0 : Type<32, 18, 32, true, false, false, true> {
     static void take(const uint8_t* b, Taken& to) {
         to.scale[0] = half(b);
-        nibbles(b + 2, 16, to.n);
+        nibbles<16>(b + 2, to.n);
     }
 };
 
@@ -53,18 +54,19 @@ struct Q4_1 : Type<32, 20, 32, true, true, false, true> {
     static void take(const uint8_t* b, Taken& to) {
         to.scale[0] = half(b);
         to.offset[0] = half(b + 2);
-        nibbles(b + 4, 16, to.n);
+        nibbles<16>(b + 4, to.n);
     }
 };
 
-inline void fifth_bits(const uint8_t* high, int8_t* n) {
-    for (int j = 0; j < 32; ++j) n[j] = int8_t(n[j] | (high[j / 8] >> j % 8 & 1) << 4);
+inline void fifth_bits(const uint8_t* __restrict high, int8_t* __restrict n) {
+    for (int i = 0; i < 4; ++i)
+        for (int j = 0; j < 8; ++j) n[8 * i + j] = int8_t(n[8 * i + j] | (high[i] >> j & 1) << 4);
 }
 
 struct Q5_0 : Type<32, 22, 32, false, false, false, true> {
     static void take(const uint8_t* b, Taken& to) {
         to.scale[0] = half(b);
-        nibbles(b + 6, 16, to.n);
+        nibbles<16>(b + 6, to.n);
         fifth_bits(b + 2, to.n);
         for (int j = 0; j < 32; ++j) to.n[j] = int8_t(to.n[j] - 16);
     }
@@ -74,7 +76,7 @@ struct Q5_1 : Type<32, 24, 32, false, true, false, true> {
     static void take(const uint8_t* b, Taken& to) {
         to.scale[0] = half(b);
         to.offset[0] = half(b + 2);
-        nibbles(b + 8, 16, to.n);
+        nibbles<16>(b + 8, to.n);
         fifth_bits(b + 4, to.n);
     }
 };
@@ -136,14 +138,14 @@ inline void sixes(const uint8_t* b, Taken& to) {
 struct Q4_K : Type<256, 144, 32, true, true, false, false> {
     static void take(const uint8_t* b, Taken& to) {
         sixes(b, to);
-        for (int k = 0; k < 4; ++k) nibbles(b + 16 + 32 * k, 32, to.n + 64 * k);
+        for (int k = 0; k < 4; ++k) nibbles<32>(b + 16 + 32 * k, to.n + 64 * k);
     }
 };
 
 struct Q5_K : Type<256, 176, 32, false, true, false, false> {
     static void take(const uint8_t* b, Taken& to) {
         sixes(b, to);
-        for (int k = 0; k < 4; ++k) nibbles(b + 48 + 32 * k, 32, to.n + 64 * k);
+        for (int k = 0; k < 4; ++k) nibbles<32>(b + 48 + 32 * k, to.n + 64 * k);
         for (int k = 0; k < 8; ++k)
             for (int j = 0; j < 32; ++j) {
                 int8_t& n = to.n[32 * k + j];
@@ -177,7 +179,7 @@ struct IQ4_XS : Type<256, 136, 32, true, false, true, false> {
         for (int k = 0; k < 8; ++k) {
             const int low = b[4 + k / 2] >> 4 * (k % 2) & 15;
             to.scale[k] = d * float((low | (high >> 2 * k & 3) << 4) - 32);
-            nibbles(b + 8 + 16 * k, 16, to.n + 32 * k);
+            nibbles<16>(b + 8 + 16 * k, to.n + 32 * k);
         }
     }
 };
@@ -250,7 +252,6 @@ void part(const Part<Kind>& c) {
 #pragma omp parallel for schedule(static)
     for (i64 at = 0; at < rows; ++at) {
         uint8_t* row = numbers + at * width;
-        if (Kind::PACKED && c.I % 64) std::memset(row + width - 32, 0, 32);
         for (i64 i = 0; i < blocks; ++i) {
             const uint8_t* b = raw + (at * blocks + i) * Kind::BYTES;
             Taken taken;
@@ -270,9 +271,10 @@ void part(const Part<Kind>& c) {
             } else if constexpr (Kind::WEIGHTS == 32) {
                 // One half of 64 neighbours; the other one comes next, or not at all.
                 uint8_t* to = row + start / 64 * 32;
-                const bool second = start % 64;
-                for (int j = 0; j < 32; ++j)
-                    to[j] = uint8_t(second ? to[j] | taken.n[j] << 4 : taken.n[j]);
+                if (start % 64)
+                    for (int j = 0; j < 32; ++j) to[j] = uint8_t(to[j] | taken.n[j] << 4);
+                else
+                    std::memcpy(to, taken.n, 32);
             } else {
                 for (int k = 0; k < Kind::WEIGHTS / 64; ++k)
                     for (int j = 0; j < 32; ++j)
