@@ -9,13 +9,13 @@ from torch import nn
 
 from quintet.adapters.adaptation import Adaptation
 from quintet.adapters.config import LoraConfig
-from quintet.adapters.forwards import ALL, Active, Forward, adapted_modules, forward_for
+from quintet.adapters.forwards import ALL, IN_USE, Active, Forward, adapted_modules, forward_for
 from quintet.adapters.merging import Merge
 from quintet.adapters.reading import Adaptations
 from quintet.errors import InputError, shown
 from quintet.layers.adapted import Place, Places
 
-__all__ = ["BASE_ROW", "Adapters"]
+__all__ = ["BASE_ROW", "IN_USE", "Adapters"]
 
 # What PEFT calls the adapter of a row that has none.
 BASE_ROW = "__base__"
@@ -163,7 +163,7 @@ class Adapters:
         """Return what a cache is known by that is filled with those in use, or with one."""
         if not self.enabled or name == BASE_ROW:
             return ()
-        used = self.active if name is None else (Active(name),)
+        used = self.active if name is None or name == IN_USE else (Active(name),)
         return tuple((self._marks[one.name], one.weight) for one in used)
 
     def place(self, names: Sequence[object], device: torch.device, *, copied: bool) -> Place:
@@ -176,7 +176,7 @@ class Adapters:
             raise InputError(f"adapter_names={shown(names)} has to be a list, a name for each row")
         if not self.enabled:
             raise InputError("adapter_names: adapters are disabled; call enable_adapters() first")
-        self.check_known([name for name in names if name not in (None, BASE_ROW)])
+        self.check_known([name for name in names if name not in (None, BASE_ROW, IN_USE)])
         named = [BASE_ROW if name is None else str(name) for name in names]
         distinct = list(dict.fromkeys(named))
         rows = torch.tensor([distinct.index(name) for name in named], device=device)

@@ -26,10 +26,21 @@ from quintet.layers.adapted import AdaptedForward, Place, Places
 from quintet.layers.moe import ExpertStack
 from quintet.ops.moe import each_hit_expert, gated
 
-__all__ = ["ALL", "Active", "Forward", "InUse", "adapted_modules", "forward_for", "uses_of"]
+__all__ = [
+    "ALL",
+    "IN_USE",
+    "Active",
+    "Forward",
+    "InUse",
+    "adapted_modules",
+    "forward_for",
+    "uses_of",
+]
 
 # The use of a module that is one module's alone; a shared one's are the numbers of its layers.
 ALL = "all"
+# The adapter of a row that has those in use, beside rows that have their own.
+IN_USE = "__in_use__"
 
 
 class Active(NamedTuple):
@@ -93,7 +104,8 @@ class Forward(AdaptedForward):
             ours = which == number
             if not bool(ours.any()):
                 continue
-            used = () if name is None else self.in_use((Active(name),), place)
+            active = self.active if name == IN_USE else () if name is None else (Active(name),)
+            used = self.in_use(active, place)
             own: Tensor = self.run(used, x[ours], *(other[ours] for other in others))
             if y is None:
                 y = own.new_zeros(*shape, *own.shape[1:])

@@ -17,7 +17,7 @@ from quintet.cache.slots import AttentionSlot, Companion, StateSlot
 from quintet.configuration.base import PreTrainedConfig
 from quintet.errors import InputError
 
-__all__ = ["Cache"]
+__all__ = ["Cache", "check_adapters"]
 
 
 class Cache:
@@ -96,11 +96,7 @@ class Cache:
             if len(was) != len(now) or any(
                 held and one != other for held, one, other in zip(lengths, was, now, strict=True)
             ):
-                raise InputError(
-                    "past_key_values was filled with other adapters than those in use: what it "
-                    "holds is not what they would have made. Run the text again without it, or "
-                    "use the adapters that it was made with"
-                )
+                raise _other_adapters()
         self.adapters = adapters
 
     def update(
@@ -316,6 +312,24 @@ class Cache:
         if slot is None:
             raise InputError(f"layer {layer_idx} keeps a recurrent state, not keys and values")
         return slot
+
+
+def check_adapters(*made_with: Hashable) -> None:
+    """Check that what is known of adapters is the same everywhere; None is of nothing.
+
+    Raises:
+        InputError: it is not.
+    """
+    if len({one for one in made_with if one is not None}) > 1:
+        raise _other_adapters()
+
+
+def _other_adapters() -> InputError:
+    return InputError(
+        "the cache was filled with other adapters than those in use: what it holds is not what "
+        "they would have made. Run the text again without it, or use the adapters that it was "
+        "made with"
+    )
 
 
 def _are_all(found: bool | Tensor) -> bool:

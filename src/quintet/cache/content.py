@@ -1,5 +1,6 @@
 """What a row of a pool holds, taken out of it."""
 
+from collections.abc import Hashable
 from dataclasses import dataclass
 
 from torch import Tensor
@@ -20,6 +21,7 @@ class RowContent:
         states: each recurrent layer's window and state behind the last token, none without such
             layers; None where the row did not have them for this place.
         kind: how the layers hold it.
+        adapters: what is known of the adapters that the tokens were made with; None for nothing.
     """
 
     start: int
@@ -27,6 +29,7 @@ class RowContent:
     layers: tuple[tuple[Tensor, ...], ...]
     states: tuple[tuple[Tensor, ...], ...] | None
     kind: str
+    adapters: Hashable = None
 
     def __len__(self) -> int:
         return self.stop - self.start
@@ -53,8 +56,8 @@ class RowContent:
         # Without recurrent layers nothing is missing.
         between = None if self.states else self.states
         return (
-            RowContent(self.start, at, head, between, self.kind),
-            RowContent(at, self.stop, tail, self.states, self.kind),
+            RowContent(self.start, at, head, between, self.kind, self.adapters),
+            RowContent(at, self.stop, tail, self.states, self.kind, self.adapters),
         )
 
     @property

@@ -5,14 +5,14 @@ reads plain tensors. A sequence names its row by an id; where the row lies is th
 and changes when another leaves.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import replace
 from functools import partial
 
 import torch
 from torch import Tensor
 
-from quintet.cache.base import Cache
+from quintet.cache.base import Cache, check_adapters
 from quintet.cache.content import RowContent
 from quintet.cache.dense import _slots
 from quintet.cache.memories import RowMemories
@@ -109,6 +109,7 @@ class PooledCache(Cache):
         """
         self._table.check_free(1)
         self._kept.check(0, contents, self.capacity)
+        check_adapters(*(one.adapters for one in contents))
         row = self._join(1)[0]
         self._write(row, contents)
         return row.id
@@ -124,6 +125,7 @@ class PooledCache(Cache):
         own = self._row(row)
         self._check_whole(own)
         self._kept.check(own.length, contents, self.capacity)
+        check_adapters(own.adapters if own.length else None, *(one.adapters for one in contents))
         self._write(own, contents)
 
     @torch.no_grad()
@@ -142,7 +144,7 @@ class PooledCache(Cache):
             raise InputError(
                 f"row {row} holds {own.length} tokens and not those from {start} to {stop}"
             )
-        return self._kept.read(index, start, stop)
+        return replace(self._kept.read(index, start, stop), adapters=own.adapters)
 
     @torch.no_grad()
     def fork(self, row: int, copies: int = 1) -> list[int]:
@@ -158,6 +160,7 @@ class PooledCache(Cache):
             self._kept.copy(index, self._table.index(copy.id))
             self._kept.share(own, copy)
             copy.length = copy.finite = own.length
+            copy.adapters = own.adapters
         self._count()
         return [copy.id for copy in joined]
 
@@ -263,6 +266,20 @@ class PooledCache(Cache):
             row.taking = tokens
         self._clear(ends, needed)
         return replace(whole, keys=needed)
+
+    def made_with(self, adapters: tuple[Hashable, ...]) -> None:
+        """Note the adapters that tokens are made with, of each row or one for all.
+
+        Raises:
+            InputError: a row that takes tokens holds some that were made with others.
+        """
+        rows = len(self._table)
+        for row, own in zip(
+            self._table, adapters * (rows if len(adapters) == 1 else 1), strict=False
+        ):
+            if row.taking:
+                check_adapters(row.adapters if row.length else None, own)
+                row.adapters = own
 
     def advance(self, segment: Segment) -> None:
         """Count the tokens of all rows that every layer has stored."""
@@ -394,5 +411,6 @@ class PooledCache(Cache):
         if contents:
             self._kept.write(self._table.index(row.id), contents)
             row.length = contents[-1].stop
+            row.adapters = contents[-1].adapters
             row.finite = max(row.finite, row.length)
         self._count()

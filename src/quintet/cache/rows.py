@@ -1,6 +1,6 @@
 """Which row of a pool's memory each sequence has."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Hashable, Iterator, Sequence
 from dataclasses import dataclass
 
 from quintet.errors import InputError
@@ -24,6 +24,7 @@ class Row:
         length: how many tokens it holds.
         finite: up to which slot its memory holds numbers; behind that it may hold anything.
         taking: how many tokens the forward brings that runs now.
+        adapters: what is known of the adapters its tokens were made with; None for nothing.
         torn: whether a forward that failed may have left its states ahead of its length.
     """
 
@@ -31,6 +32,7 @@ class Row:
     length: int = 0
     finite: int = 0
     taking: int = 0
+    adapters: Hashable = None
     torn: bool = False
 
 
@@ -107,7 +109,7 @@ class RowTable:
             own = row
             if any(row is other for other in kept):
                 own = self._new()
-                own.length, own.torn = row.length, row.torn
+                own.length, own.torn, own.adapters = row.length, row.torn, row.adapters
                 copies.append((own, row))
             kept.append(own)
         self._set(kept)

@@ -6,6 +6,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
+from quintet.adapters.rows import ByRow
 from quintet.cache import RowContent
 from quintet.errors import ContextLengthError, InputError
 from quintet.generation import plan
@@ -86,6 +87,7 @@ class Engine:
         assistant_tokenizer: PreTrainedTokenizer | None = None,
         streamer: Streamer | None = None,
         generator: torch.Generator | None = None,
+        adapter_name: str | None = None,
         **options: Any,
     ) -> Sequence:
         """Return a sequence that becomes what `generate()` makes of the same arguments.
@@ -102,6 +104,8 @@ class Engine:
             assistant_tokenizer: shows, beside `tokenizer`, that they are the same.
             streamer: gets the prompt, and then every token as it is made.
             generator: the source of its randomness; torch's own if not given.
+            adapter_name: the adapter that it is made with, "__base__" for none; what the model
+                uses if not given.
             **options: fields of `GenerationConfig`.
 
         Raises:
@@ -109,7 +113,11 @@ class Engine:
                 that is no affair of one sequence.
             ContextLengthError: the prompt fills the model's context.
         """
-        return sequence_of(
+        if adapter_name is not None:
+            # That there is one is found out before a step has others to think of.
+            with cast("ByRow", self.model).each_row([adapter_name]):
+                pass
+        made = sequence_of(
             self.model,
             inputs,
             generation_config,
@@ -123,6 +131,8 @@ class Engine:
             generator=generator,
             options=options,
         )
+        made.adapter_name = adapter_name
+        return made
 
     # -- coming and going --------------------------------------------------------------------
 
@@ -299,9 +309,9 @@ class Engine:
         end = len(sequence.ids) if most is None else min(begin + most, len(sequence.ids))
         ids = sequence.ids[begin:end]
         if end < len(sequence.ids):
-            return Piece(row, ids, 0)
+            return Piece(row, ids, 0, sequence.adapter_name)
         draft = sequence.draft()
-        return Piece(row, ids + draft, len(draft) + 1)
+        return Piece(row, ids + draft, len(draft) + 1, sequence.adapter_name)
 
     def _take_back(self, sequence: Sequence) -> None:
         """Let a row hold no more than all ids but the last.

@@ -77,6 +77,10 @@ class GenerationMixin:
         """Use an adapter for each row inside, in this thread."""
         raise NotImplementedError
 
+    def adapted_rows(self) -> Sequence[str | None] | None:
+        """Return the adapters that rows have in this thread; None if they have no own."""
+        return None
+
     def check_adapted_rows(self, rows: int) -> None:
         """Check that there is an adapter for each row, where rows have their own."""
 
@@ -170,6 +174,7 @@ class GenerationMixin:
                     negative_prompt_ids=negative_prompt_ids,
                     negative_prompt_attention_mask=negative_prompt_attention_mask,
                     streamer=streamer,
+                    adapter_names=self.adapted_rows(),
                 )
                 return generate_each(
                     cast("Served", self),

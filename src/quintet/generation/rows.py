@@ -1,13 +1,16 @@
 """The rows that sequences have in an engine, and one forward over what some are given."""
 
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from itertools import accumulate, starmap
-from typing import Any, Protocol
+from typing import Any, Protocol, cast
 
 import torch
 from torch import Tensor
 
+from quintet.adapters.forwards import IN_USE
+from quintet.adapters.rows import ByRow
 from quintet.cache import Cache, PooledCache, RowContent
 from quintet.configuration.base import PreTrainedConfig
 from quintet.generation.speculative.prediction import Seen
@@ -47,11 +50,13 @@ class Piece:
         row: which one.
         ids: the tokens that follow what the row holds.
         keep: of how many of the last of them logits are needed.
+        adapter: the adapter of the row; None for what the model uses.
     """
 
     row: int
     ids: list[int]
     keep: int
+    adapter: str | None = None
 
 
 class Rows:
@@ -116,10 +121,11 @@ class Rows:
         keeps = [0 if piece is None else piece.keep for piece in given]
         ids = [token for piece in given if piece is not None for token in piece.ids]
         T = lengths[0]
-        if lengths.count(T) == len(lengths) and keeps.count(keeps[0]) == len(keeps):
-            logits = self._rectangle(ids, T, keeps[0])
-        else:
-            logits = self._packed(ids, lengths, keeps)
+        with self._adapted([None if piece is None else piece.adapter for piece in given]):
+            if lengths.count(T) == len(lengths) and keeps.count(keeps[0]) == len(keeps):
+                logits = self._rectangle(ids, T, keeps[0])
+            else:
+                logits = self._packed(ids, lengths, keeps)
         if places == sorted(places):
             return logits
         parts = torch.split(logits, keeps)
@@ -134,6 +140,13 @@ class Rows:
         row = self.cache.join()
         self._rectangle([0], 1, 1)
         self.cache.free(row)
+
+    def _adapted(self, adapters: Sequence[str | None]) -> AbstractContextManager[None]:
+        """Use an adapter for each row of the cache inside, where one has its own."""
+        if not any(adapters):
+            return nullcontext()
+        model = cast("ByRow", self.model)
+        return model.each_row([IN_USE if name is None else name for name in adapters])
 
     def _rectangle(self, ids: list[int], T: int, keep: int) -> Tensor:
         rows = torch.tensor(ids, dtype=torch.long, device=self.model.device).view(-1, T)

@@ -35,6 +35,7 @@ class Sequence:
         ids: all its ids so far.
         prompt_length: how many of them are the prompt.
         computed: how many of them an engine has run over.
+        adapter_name: the adapter that it is made with; None for what the model uses.
         finish_reason: "stop" for an end token or a criterion, "length" where there is no room for
             more, "cancelled", "error" where `error` tells what went wrong; None while it goes on.
         error: why it ended with "error".
@@ -62,6 +63,7 @@ class Sequence:
         self.computed = 0
         self.sampler, self.room, self.streamer = sampler, room, streamer
         self.drafting = drafting
+        self.adapter_name: str | None = None
         self.finish_reason: str | None = None
         self.error: Exception | None = None
         self._cancelled = False
