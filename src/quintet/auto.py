@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, cast
 from quintet.configuration.base import PreTrainedConfig
 from quintet.configuration.reading import read_config
 from quintet.errors import InputError, UnsupportedModelError, shown
+from quintet.folder import AdapterFolderError
 from quintet.hub import CONFIG_PATTERNS, locate
 
 if TYPE_CHECKING:
@@ -165,7 +166,14 @@ class _AutoModel:
                 places.append("gguf_file")
             where = {key: options[key] for key in places if key in options}
             read_from = pretrained_model_name_or_path if config is None else config
-            config = AutoConfig.from_pretrained(read_from, **where)
+            try:
+                config = AutoConfig.from_pretrained(read_from, **where)
+            except AdapterFolderError as found:
+                # Where an adapter's model is, is not said by what says where the adapter is.
+                kept = ("cache_dir", "token", "local_files_only")
+                where = {key: options[key] for key in kept if key in options}
+                with found.of_base() as base:
+                    config = AutoConfig.from_pretrained(base, **where)
         model_class = family(config.model_type).find(cls.suffix)
         return cast(
             "PreTrainedModel", model_class.from_pretrained(pretrained_model_name_or_path, **options)
@@ -212,7 +220,15 @@ class AutoTokenizer:
     def from_pretrained(
         pretrained_model_name_or_path: str | os.PathLike[str], **options: Any
     ) -> "PreTrainedTokenizer":
-        """Load the tokenizer of a directory or hub id; see `quintet.tokenization.load`."""
+        """Load the tokenizer of a directory or hub id; see `quintet.tokenization.load`.
+
+        An adapter without one has its model's.
+        """
         from quintet.tokenization import load
 
-        return load(pretrained_model_name_or_path, **options)
+        try:
+            return load(pretrained_model_name_or_path, **options)
+        except AdapterFolderError as found:
+            others = {k: v for k, v in options.items() if k not in ("revision", "subfolder")}
+            with found.of_base() as base:
+                return load(base, **others)

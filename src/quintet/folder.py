@@ -3,7 +3,8 @@
 import json
 import os
 import stat
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import MappingProxyType
 
@@ -20,6 +21,7 @@ __all__ = [
     "ADAPTER_CONFIG_NAME",
     "CONFIG_NAME",
     "QUANTIZATION_FILES",
+    "AdapterFolderError",
     "checked_path",
     "find_file",
     "what_else",
@@ -30,6 +32,41 @@ ADAPTER_CONFIG_NAME = "adapter_config.json"
 WEIGHTS = (".safetensors", ".gguf")
 # Where older programs keep how they quantised a model, and what it is called today.
 QUANTIZATION_FILES = MappingProxyType({"quantize_config.json": "gptq", "quant_config.json": "awq"})
+
+
+class AdapterFolderError(UnsupportedModelError):
+    """A folder holds an adapter where a model is asked for.
+
+    Args:
+        path: the folder.
+        base: the model that the adapter is of, as its file names it; None if it does not.
+    """
+
+    def __init__(self, path: Path, base: str | None) -> None:
+        self.path, self.base = path, base
+        model = "its base model" if base is None else shown(base)
+        super().__init__(
+            f"{path} is an adapter of PEFT{'' if base is None else f' of {model}'}, not a model: "
+            f"load {model}, and put it on that by model.load_adapter({str(path)!r}); on the "
+            f"command line, name the model and --adapter {path}"
+        )
+
+    @contextmanager
+    def of_base(self) -> Iterator[str]:
+        """Open the model that the adapter is of inside, by its name.
+
+        Raises:
+            AdapterFolderError: it is not named, not there, or an adapter itself.
+        """
+        if self.base is None:
+            raise self
+        try:
+            yield self.base
+        except (ModelNotFoundError, AdapterFolderError) as error:
+            raise self from error
+
+    def __reduce__(self) -> tuple[object, ...]:
+        return UnsupportedModelError, (str(self),)
 
 
 def checked_path(path: object, argument: str) -> Path:
@@ -133,10 +170,4 @@ def _adapter(path: Path, adapter: Path) -> UnsupportedModelError:
     with suppress(OSError, ValueError, RecursionError):
         content = json.loads(adapter.read_bytes()[:1_000_000])
         base = content.get("base_model_name_or_path") if isinstance(content, dict) else None
-    of = f" of {shown(base)}" if isinstance(base, str) and base else ""
-    model = shown(base) if of else "its base model"
-    return UnsupportedModelError(
-        f"{path} is an adapter of PEFT{of}, not a model: load {model}, put the adapter on it by "
-        f"PeftModel.from_pretrained(model, {str(path)!r}), and save what merge_and_unload() "
-        "returns for the command line"
-    )
+    return AdapterFolderError(path, base if isinstance(base, str) and base else None)

@@ -7,7 +7,7 @@ from typing import Any
 from quintet.adapters.config import LoraConfig
 from quintet.checkpoint import Checkpoint, Weights, read_consistently
 from quintet.errors import CheckpointError, UnsupportedModelError, shown
-from quintet.folder import ADAPTER_CONFIG_NAME
+from quintet.folder import ADAPTER_CONFIG_NAME, AdapterFolderError
 from quintet.hub import locate
 
 __all__ = ["STEM", "open_adapter"]
@@ -31,7 +31,11 @@ def open_adapter(
         CheckpointError: it is none, or its files are damaged.
         UnsupportedModelError: it is of another kind, or its weights are pickled.
     """
-    root = locate(name_or_path, PATTERNS, **where)
+    try:
+        root = locate(name_or_path, PATTERNS, **where)
+    except AdapterFolderError as found:
+        # Without weights that are read here.
+        root = found.path
     if not (root / ADAPTER_CONFIG_NAME).is_file():
         raise CheckpointError(
             f"{shown(os.fspath(name_or_path))} has no {ADAPTER_CONFIG_NAME}; an adapter is a "

@@ -4,9 +4,11 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from quintet.cli.adapters import facts_of_adapter
 from quintet.cli.options import source_options
 from quintet.cli.output import Fact, show
 from quintet.errors import QuintetError, UnsupportedModelError
+from quintet.folder import AdapterFolderError
 from quintet.hub import demo_model
 
 if TYPE_CHECKING:
@@ -30,7 +32,11 @@ def command(
     packaged demo model.
     """
     name = str(demo_model()) if model is None else model
-    show(_facts(name, where), as_json)
+    try:
+        facts = _facts(name, where)
+    except AdapterFolderError:
+        facts = facts_of_adapter(name, where)
+    show(facts, as_json)
 
 
 def _facts(name: str, where: dict[str, Any]) -> dict[str, Any]:

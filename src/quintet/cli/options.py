@@ -6,13 +6,14 @@ import sys
 import time
 import warnings
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 import click
 
+from quintet.cli.adapters import put_adapters
 from quintet.cli.settings import LARGEST_SEED, applied, drawn, parse, seed_of
 from quintet.cli.terminal import note
 from quintet.errors import InputError
@@ -72,6 +73,13 @@ def model_options(command: Command) -> Command:
         click.option("--device", default="auto", show_default=True, help="cpu, cuda, cuda:1, …"),
         click.option("--quantize", help="Hold the weights in fewer bits: int8, int4, …"),
         click.option("--dtype", default="auto", show_default=True, help="Of the weights."),
+        click.option(
+            "--adapter",
+            "adapters",
+            multiple=True,
+            metavar="[NAME=]PATH",
+            help="Put an adapter of PEFT on it; may be repeated, and they add up.",
+        ),
     ):
         command = option(command)
     return command
@@ -192,6 +200,7 @@ def open_model(
     attn_implementation: str | None,
     threads: int | None,
     quantize: str | None = None,
+    adapters: Sequence[str] = (),
     quiet: bool = False,
     **where: Any,
 ) -> Opened:
@@ -214,6 +223,7 @@ def open_model(
     model = AutoModelForCausalLM.from_pretrained(
         name, dtype=dtype, device_map=device, **where, **overrides
     )
+    put_adapters(model, adapters, **where)
     if threads is None and model.num_parameters() < SMALL:
         threads = 1
     if threads is not None:

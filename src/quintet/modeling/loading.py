@@ -11,7 +11,7 @@ import logging
 import os
 import warnings
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -32,10 +32,11 @@ from quintet.checkpoint import (
 from quintet.configuration.base import PreTrainedConfig
 from quintet.configuration.reading import read_config
 from quintet.errors import InputError, UnsupportedBackendError, listed
-from quintet.folder import find_file
+from quintet.folder import AdapterFolderError, find_file
 from quintet.generation.config import GENERATION_CONFIG_NAME, GenerationConfig
 from quintet.generation.option_names import asks_nothing
 from quintet.hub import CONFIG_PATTERNS, locate, locate_weights
+from quintet.modeling.adapting import Adapting
 from quintet.modeling.core import ModelCore
 from quintet.modeling.dispatch import dispatch_model
 from quintet.modeling.holding import how_held, in_words
@@ -124,7 +125,16 @@ def load(
     """Load a model of class `cls`, and say what did not fit; see `from_pretrained`."""
     # Weights that are made in inference mode could not be trained, ever.
     with torch.inference_mode(False):
-        return _load(cls, source, given, overrides, options)
+        try:
+            return _load(cls, source, given, overrides, options)
+        except AdapterFolderError as found:
+            if source is None or not issubclass(cls, Adapting):
+                raise
+            with found.of_base() as name:
+                base = replace(source, name_or_path=name, revision=None, subfolder="")
+                model, report = _load(cls, base, given, overrides, options)
+            model.load_adapter(source.name_or_path, **source.where)
+            return model, report
 
 
 def _load(
