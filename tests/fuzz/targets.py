@@ -1,6 +1,7 @@
 """The readers that are tried: each a right directory, the files that are changed, a function."""
 
 import json
+import warnings
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from random import Random
@@ -101,6 +102,22 @@ def _read_weights(root: Path) -> None:
         tensor.view(-1)[:1].clone()
 
 
+def _adapter(root: Path) -> None:
+    plain = FAMILIES[1].model_of()
+    config = {"target_modules": ["q_proj", "embed_tokens"], "bias": "all"}
+    config |= {"target_parameters": ["experts.down_proj", "mlp.gate.weight"]}
+    config |= {"modules_to_save": ["norm"], "trainable_token_indices": [5, 6]}
+    config |= {"rank_pattern": {"q_proj": 2}, "alpha_pattern": {r".*\.q_proj": 3}}
+    plain.add_adapter({"peft_type": "LORA", "layers_to_transform": [0], **config})
+    plain.save_pretrained(root)
+
+
+def _put_on(root: Path) -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        FAMILIES[1].model_of().load_adapter(root)
+
+
 def _config_on_meta(root: Path) -> None:
     config = quintet.AutoConfig.from_pretrained(root)
     config.to_json_string()
@@ -183,6 +200,19 @@ TARGETS = (
         make=_small(FAMILIES[3]),
         files=(WEIGHTS,),
         read=AutoModelForCausalLM.from_pretrained,
+        change=_header,
+    ),
+    Target(
+        name="adapter-config",
+        make=_adapter,
+        files=("adapter_config.json",),
+        read=_put_on,
+    ),
+    Target(
+        name="adapter-weights",
+        make=_adapter,
+        files=("adapter_model.safetensors",),
+        read=_put_on,
         change=_header,
     ),
     Target(
