@@ -7,7 +7,7 @@ import torch
 
 import quintet
 from conformance.families import Family, each
-from pefts import ATTENTION, logits
+from pefts import ATTENTION, IDS, logits
 from quintet.quantization import Quantized
 from support import relative_error as relative
 
@@ -70,3 +70,22 @@ def test_dora_over_int8_is_of_the_decoded_weights(family: Family, tmp_path: Path
         model.add_adapter(dora)
     numbers.merge_and_unload()
     assert relative(logits(held), logits(numbers)) < 2e-3
+
+
+@each
+def test_an_adapter_over_int8_learns(family: Family, tmp_path: Path) -> None:
+    family.model_of(tie_word_embeddings=False).save_pretrained(tmp_path)
+    model = family.cls("ForCausalLM").from_pretrained(tmp_path, quantize="int8")
+    model.add_adapter(config(family))
+    model.train()
+    trained = [p for p in model.parameters() if p.requires_grad]
+    steps = torch.optim.SGD(trained, lr=0.1)
+    losses = []
+    for _ in range(3):
+        loss = model(input_ids=IDS, labels=IDS).loss
+        loss.backward()
+        assert all(p.grad is not None for p in trained)
+        steps.step()
+        steps.zero_grad()
+        losses.append(float(loss.detach()))
+    assert losses[-1] < losses[0]

@@ -282,6 +282,10 @@ def _key_for(patterns: Mapping[str, Any], path: str) -> str | None:
     return None
 
 
+def _regexes(value: list[str] | str) -> bool:
+    return all(map(_is_regex, [value] if isinstance(value, str) else value))
+
+
 def _targets(value: object) -> bool:
     return value is None or _are_texts(value) or (_is_text(value) and _is_regex(value))  # type: ignore[arg-type]
 
@@ -301,8 +305,8 @@ _RULES: tuple[tuple[str, str, Any], ...] = (
     ),
     (
         "layers_pattern",
-        "a name, or a list of names",
-        lambda v: v is None or _is_text(v) or _are_texts(v),
+        "a plain regular expression, or a list of such",
+        lambda v: v is None or (_are_texts([v] if isinstance(v, str) else v) and _regexes(v)),
     ),
     (
         "rank_pattern",
