@@ -141,6 +141,16 @@ def test_the_report_says_what_transformers_says(tmp_path: Path) -> None:
     assert ours["unexpected_keys"] == {"model.layers.7.odd"}
 
 
+def test_layers_that_predict_further_tokens_are_no_loss_to_another_head() -> None:
+    head: Any = {"num_labels": 2, "output_loading_info": True}
+    with pytest.warns(NewHeadWarning) as told:
+        _, report = quintet.DeepseekV3ForSequenceClassification.from_pretrained(
+            quintet.demo_model(), **head
+        )
+    assert [warning.category for warning in told] == [NewHeadWarning]
+    assert any(name.startswith("model.layers.5.") for name in report["unexpected_keys"])
+
+
 def test_tensors_of_another_shape_start_fresh_if_told_so(tmp_path: Path) -> None:
     model = made(initializer_range=0.5)
     model.save_pretrained(tmp_path)

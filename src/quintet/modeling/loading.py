@@ -9,6 +9,7 @@ import difflib
 import itertools
 import logging
 import os
+import re
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -302,13 +303,20 @@ def _warn(model: ModelCore, where: str, mapping: KeyMapping) -> None:
             NewHeadWarning,
             stacklevel=4,
         )
-    if lost := mapping.lost:
+    if lost := [name for name in mapping.lost if not _predicts(name, model.config)]:
         warnings.warn(
             f"{where} holds {len(lost)} tensors that {type(model).__name__} has no place for:\n"
             f"{listed(lost)}",
             UnusedTensorWarning,
             stacklevel=4,
         )
+
+
+def _predicts(name: str, config: PreTrainedConfig) -> bool:
+    """Tell whether a tensor is of a layer that predicts further tokens, which heads do not."""
+    found = re.match(r"model\.layers\.(\d+)\.", name)
+    first, more = config.num_hidden_layers, vars(config).get("num_nextn_predict_layers") or 0
+    return found is not None and first <= int(found[1]) < first + more
 
 
 def _check_overrides(cls: type[ModelCore], given: Mapping[str, Any], known: list[str]) -> None:
