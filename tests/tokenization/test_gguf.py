@@ -15,7 +15,7 @@ from tokenizers import AddedToken, Tokenizer, pre_tokenizers, trainers
 from tokenizers.models import BPE
 
 from quintet import AutoTokenizer
-from quintet.errors import InputError, TokenizerError, UnsupportedModelError
+from quintet.errors import InputError, QuintetError, TokenizerError, UnsupportedModelError
 from quintet.sources.smollm2 import fetch_smollm2
 from quintet.tokenization import PreTrainedTokenizer, Qwen2Tokenizer
 from quintet.tokenization.gguf import KEY, end_ids, read_gguf_tokenizer
@@ -324,3 +324,34 @@ def test_what_a_file_cannot_say_is_refused_before_it_is_written(chat_model: Path
     metadata = gguf_metadata(tokenizer, len(tokenizer), [tokenizer.eos_token_id or 0, 5, 6])
     assert metadata[f"{KEY}eot_token_id"] == 5
     assert json.dumps(metadata[f"{KEY}add_bos_token"]) == "true"
+
+
+ODD: Any = st.one_of(
+    st.none(),
+    st.booleans(),
+    st.integers(-(2**63), 2**64 - 1),
+    st.floats(),
+    st.text(max_size=8),
+    st.lists(st.text(max_size=4), max_size=8),
+    st.lists(st.integers(-3, 9), max_size=8).map(lambda numbers: array("i", numbers)),
+    st.lists(st.floats(width=32), max_size=8).map(lambda numbers: array("f", numbers)),
+)
+KEYS = (
+    *("model", "pre", "tokens", "token_type", "merges", "scores", "bos_token_id", "eos_token_id"),
+    *("unknown_token_id", "padding_token_id", "eot_token_id", "add_bos_token", "add_eos_token"),
+    *("add_space_prefix", "tokenizer.chat_template", "general.architecture"),
+)
+
+
+@pytest.mark.filterwarnings("ignore:some.gguf is an old file")
+@pytest.mark.parametrize("kind", ["gpt2", "llama"])
+@given(st.dictionaries(st.sampled_from(KEYS), ODD, max_size=4))
+def test_metadata_of_any_kind_are_read_or_refused(kind: str, changes: dict[str, Any]) -> None:
+    usual = {"model": kind, "scores": array("f", [0.0] * 6)}
+    metadata = metadata_of(**{**usual, **changes})
+    try:
+        tokenizer = read(metadata)
+        assert isinstance(tokenizer("ab <|stop|> ü")["input_ids"], list)
+        end_ids(metadata, PATH)
+    except QuintetError:
+        pass
