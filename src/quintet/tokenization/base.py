@@ -1,6 +1,7 @@
 """The one class of tokenizers: a pipeline of the `tokenizers` library, and its settings."""
 
 import copy
+import importlib
 import os
 from collections.abc import Mapping
 from pathlib import Path
@@ -303,6 +304,17 @@ class PreTrainedTokenizer(Chat, Decoder, Pushable):
             ),
             **({} if templates is not None else template_files(self.chat_template)),
         }
+
+    def to_transformers(self) -> Any:
+        """Return a `transformers.PreTrainedTokenizerFast` that reads and writes as this one does.
+
+        It is for tools that ask for that class; see `quintet.interop.to_transformers`.
+
+        Raises:
+            MissingDependencyError: Transformers is not installed.
+        """
+        # The bridge stands above everything, and is looked for by its name when it is asked for.
+        return importlib.import_module("quintet.interop.tokenizers").to_transformers(self)
 
     def save_vocabulary(
         self, save_directory: str | os.PathLike[str], filename_prefix: str | None = None
