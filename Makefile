@@ -6,7 +6,7 @@ BIN := .venv/bin
 WORKERS ?= 2
 INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 
-.PHONY: demo chat test sanitize fuzz lint types train bench bench-smoke gpu-check clean
+.PHONY: demo chat test test-tools sanitize fuzz lint types train bench bench-smoke gpu-check clean
 
 demo: .venv/base
 	@printf 'class Stack:\n    def __init__' | $(BIN)/quintet generate --dtype float32 --seed 28 -n 91
@@ -17,6 +17,10 @@ chat: .venv/base
 
 test: lint types
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder
+
+# Tools of others on models of all families: some minutes, and a gigabyte to install first.
+test-tools: .venv/tools
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile tests/tools
 
 # Mutants of every kind of file, MUTANTS of each; FUZZ="--only … --seed …" chooses.
 MUTANTS ?= 2000
@@ -77,6 +81,11 @@ clean:
 	@echo "installing the test tools into .venv (once)" >&2
 	@$(INSTALL) -e ".[dev]"
 	@$(BIN)/quintet info smollm2 >/dev/null || echo "tests that need SmolLM2 will be skipped" >&2
+	@touch $@
+
+.venv/tools: .venv/dev
+	@echo "installing the tools of others into .venv (once)" >&2
+	@$(INSTALL) -e ".[tools]"
 	@touch $@
 
 .venv/bench: .venv/base

@@ -21,8 +21,9 @@ ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", ROOT / "docs" / "quickstart.md"]
 PAGES += sorted((ROOT / "docs" / "guides").glob("*.md"))
 NEEDS_DOWNLOAD = "<!-- needs a download -->"
+NEEDS_TOOLS = "<!-- make test-tools runs this -->"
 FENCE = re.compile(
-    rf"(?P<mark>{re.escape(NEEDS_DOWNLOAD)}\s*)?^```(?P<kind>\w+)\n(?P<body>.*?)^```$",
+    rf"(?P<mark>(?:{re.escape(NEEDS_DOWNLOAD)}|{re.escape(NEEDS_TOOLS)})\s*)?^```(?P<kind>\w+)\n(?P<body>.*?)^```$",
     re.MULTILINE | re.DOTALL,
 )
 SHELLS = ("console", "bash", "sh", "shell")
@@ -48,6 +49,7 @@ class Block:
     body: str
     line: int
     needs_download: bool
+    needs_tools: bool = False
 
 
 def blocks(text: str) -> list[Block]:
@@ -56,7 +58,8 @@ def blocks(text: str) -> list[Block]:
             found["kind"],
             found["body"],
             text.count("\n", 0, found.start("kind")) + 1,
-            found["mark"] is not None,
+            NEEDS_DOWNLOAD in (found["mark"] or ""),
+            NEEDS_TOOLS in (found["mark"] or ""),
         )
         for found in FENCE.finditer(text)
     ]
@@ -116,10 +119,15 @@ def execute(page: Path, chosen: list[Block]) -> None:
 
 @pytest.mark.parametrize("page", WITH_PYTHON, ids=name_of)
 def test_python_runs(page: Path, where: Path) -> None:
+    run_python(page, where)
+
+
+def run_python(page: Path, where: Path, tools: bool = False) -> None:
+    """Run a page's Python, and with `tools` also that which needs them."""
     chosen = [block for block in blocks_of(page) if block.kind == "python"]
     for block in chosen:
         compile(block.body, f"{page.name}:{block.line}", "exec")
-    chosen = [block for block in chosen if not block.needs_download]
+    chosen = [b for b in chosen if not b.needs_download and (tools or not b.needs_tools)]
     done = in_a_fork(lambda: execute(page, chosen), where)
     assert done.returncode == 0, done.stderr
 
