@@ -36,8 +36,8 @@ from quintet.modeling.progress import progress_bar
 from quintet.quantization import (
     Encoded,
     QuantizationConfig,
-    Scheme,
     Slot,
+    WeightFormat,
     cut,
     read,
     resolve_quantization,
@@ -150,9 +150,18 @@ def open_source(
     config.architectures = [type(model).__name__]
     config.dtype = str(kept).removeprefix("torch.")
     vars(config).pop("quantization_config", None)
+    shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+    slots = {} if scheme is None else model.quantize_modules(scheme, kept)
+    weights = WeightStream(model, mapping, checkpoint, shapes, slots, kept)
     if request.target is not None and scheme is not None:
-        vars(config)["quantization_config"] = request.target.to_dict()
-    weights = WeightStream(model, mapping, checkpoint, scheme, kept)
+        quantised = weights.quantised()
+        plain = [
+            name
+            for name, shape in weights.shapes().items()
+            if len(shape) == 2 and name not in quantised and "embed" not in name
+        ]
+        settings = request.target.described(quantised, plain)
+        vars(config)["quantization_config"] = settings
     return SourceModel(config, weights, tuple(mapping.lost))
 
 
@@ -176,27 +185,30 @@ class WeightStream:
     model: PreTrainedModel
     mapping: KeyMapping
     checkpoint: Checkpoint | GGUFCheckpoint
-    scheme: Scheme | None
+    whole: Mapping[str, tuple[int, ...]]
+    slots: Mapping[str, Slot]
     dtype: torch.dtype
     read: int = 0
     written: int = 0
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """Return the shapes of all tensors that will come, where none is held in fewer bits."""
-        shapes, stacks = self._shapes(), self.model.expert_stacks
-        wanted = dict.fromkeys(name for name, _ in self.mapping.wanted.values())
-        named = (to for name in wanted for to in pieces(name, shapes[name], stacks))
-        return {to.name: to.shape for to in named}
+        return {to.name: to.shape for _, to in self._pieces()}
 
-    def _shapes(self) -> dict[str, tuple[int, ...]]:
-        return {name: tuple(tensor.shape) for name, tensor in self.model.state_dict().items()}
+    def quantised(self) -> dict[str, tuple[WeightFormat, tuple[int, ...]]]:
+        """Return format and shape of each matrix that will come in fewer bits."""
+        held = ((self.slots[name], to) for name, to in self._pieces() if name in self.slots)
+        return {to.name: (slot.module.formats[slot.name], to.shape) for slot, to in held}
+
+    def _pieces(self) -> Iterator[tuple[str, Piece]]:
+        wanted = dict.fromkeys(name for name, _ in self.mapping.wanted.values())
+        for name in wanted:
+            for to in pieces(name, self.whole[name], self.model.expert_stacks):
+                yield name, to
 
     def stream(self) -> Iterator[tuple[str, Tensor]]:
         """Yield the tensors of the new checkpoint by their names there."""
-        stacks, shapes = self.model.expert_stacks, self._shapes()
-        slots: dict[str, Slot] = {}
-        if (scheme := self.scheme) is not None:
-            slots = self.model.quantize_modules(scheme, self.dtype)
+        stacks, shapes, slots = self.model.expert_stacks, self.whole, self.slots
         sizes = {
             name: sum(self.checkpoint.tensors[file].nbytes for file, _ in one.files.values())
             for name, one in self.mapping.stored.items()

@@ -51,3 +51,17 @@ def test_what_is_damaged_inside_is_found(packed: Path, quintet: Any) -> None:
     result = quintet("verify", packed)
     assert result.code == 4
     assert "layers.1.mlp.up_proj.weight: g_idx goes from 7" in result.err
+
+
+def test_integers_are_written_for_vllm(tmp_path: Path, quintet: Any) -> None:
+    plain, one, other = (tmp_path / name for name in ("plain", "one", "other"))
+    FAMILIES[0].model_of(intermediate_size=128).save_pretrained(plain)
+    assert quintet("quantize", plain, one, "--to", "w4a16", "--keep", "up_proj").code == 0
+    settings = json.loads((one / "config.json").read_text())["quantization_config"]
+    assert settings["format"] == "pack-quantized"
+    assert {"lm_head", "model.layers.0.mlp.up_proj"} < set(settings["ignore"])
+    assert quintet("convert", one, other, "--to", "compressed-tensors").code == 0
+    first, second = (load_file(root / "model.safetensors") for root in (one, other))
+    assert first.keys() == second.keys()
+    assert all(torch.equal(first[name], second[name]) for name in first)
+    assert quintet("convert", plain, tmp_path / "no", "--to", "compressed-tensors").code == 2

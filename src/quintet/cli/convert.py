@@ -11,6 +11,7 @@ from quintet.hub import CONFIG_PATTERNS, TOKENIZER_PATTERNS, locate, locate_weig
 
 if TYPE_CHECKING:
     from quintet.conversion import Converted
+    from quintet.quantization import QuantizationConfig
 
 __all__ = ["command", "run", "writing_options"]
 
@@ -46,8 +47,9 @@ def writing_options(command: Command) -> Command:
 @click.option(
     "--to",
     "form",
-    type=click.Choice(["gguf"]),
-    help="Write one file FILE.gguf for llama.cpp; then --dtype may be F32, F16, BF16, Q8_0, Q4_0.",
+    type=click.Choice(["gguf", "compressed-tensors"]),
+    help="gguf: write one file FILE.gguf for llama.cpp; then --dtype may be F32, F16, BF16, Q8_0, "
+    "Q4_0. compressed-tensors: a model in integers as vLLM and Transformers read it.",
 )
 @click.option("--dequantize", is_flag=True, help="Turn quantised weights into plain numbers.")
 @writing_options
@@ -57,6 +59,13 @@ def command(model: str, directory: str, form: str | None, dequantize: bool, **op
     Names become those of a release, with an entry for each expert. The weights go through one by
     one, so that a model may be larger than the memory. With --to gguf, DIRECTORY is a file.
     """
+    if form == "compressed-tensors":
+        from quintet.quantization import PackedConfig
+
+        if dequantize:
+            raise InputError("--dequantize leaves no integers for --to compressed-tensors")
+        run(model, directory, quantize=None, config=PackedConfig(), **options)
+        return
     if form is not None:
         _to_gguf(model, directory, dequantize=dequantize, **options)
         return
@@ -68,7 +77,7 @@ def run(
     directory: str,
     *,
     quantize: str | None,
-    config: dict[str, Any] | None,
+    config: "dict[str, Any] | QuantizationConfig | None",
     dtype: str,
     max_shard_size: str,
     quiet: bool,

@@ -8,7 +8,9 @@ from quintet.cli.convert import run, writing_options
 
 __all__ = ["command"]
 
-METHODS = ("int8", "int4", "nf4", "fp8")
+# Of compressed-tensors, by the names its writers give them.
+WORDS = {"w8a16": 8, "w4a16": 4}
+METHODS = ("int8", "int4", "nf4", "fp8", *WORDS)
 
 
 @click.command("quantize")
@@ -23,9 +25,16 @@ def command(model: str, directory: str, method: str, keep: tuple[str, ...], **op
     """Write MODEL in fewer bits into DIRECTORY, whole or not at all.
 
     Experts and prediction layers are quantised too. int8 and int4 are Quintet's own; nf4 is what
-    bitsandbytes has, and fp8 what DeepSeek-V3 is released in. The weights go through one by one,
-    so that a model may be larger than the memory.
+    bitsandbytes has, fp8 what DeepSeek-V3 is released in, and w8a16 and w4a16 are the same numbers
+    as int8 and int4, packed as compressed-tensors has them, for vLLM and Transformers. The weights
+    go through one by one, so that a model may be larger than the memory.
     """
+    if method in WORDS:
+        from quintet.quantization import PackedConfig
+
+        words = PackedConfig(bits=WORDS[method], modules_to_not_convert=list(keep) or None)
+        run(model, directory, quantize=None, config=words, **options)
+        return
     if not keep:
         run(model, directory, quantize=method, config=None, **options)
         return

@@ -21,6 +21,7 @@ from quintet.quantization.request import QuantizationRequest, resolve_quantizati
 from quintet.quantization.scheme import Scheme
 from quintet.quantization.stored import Stored, packed, read, stored
 from quintet.quantization.torchao import TorchAoConfig
+from quintet.quantization.words import PackedConfig
 
 __all__ = [
     "BitsAndBytesConfig",
@@ -32,6 +33,7 @@ __all__ = [
     "Int8Config",
     "Int8Format",
     "MixedConfig",
+    "PackedConfig",
     "QuantizationConfig",
     "QuantizationRequest",
     "Quantized",

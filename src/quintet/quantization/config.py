@@ -3,7 +3,7 @@
 import dataclasses
 import difflib
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar, Self
 
@@ -66,6 +66,17 @@ class QuantizationConfig(ABC):
         """Return the content of `config.json`."""
         values = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
         return {"quant_method": self.quant_method, **{k: _plain(v) for k, v in values.items()}}
+
+    def described(
+        self, quantised: Mapping[str, tuple[WeightFormat, Shape]], plain: Iterable[str]
+    ) -> dict[str, Any]:
+        """Return the content of the `config.json` of a checkpoint that is written.
+
+        Args:
+            quantised: format and shape of each matrix there, by its name.
+            plain: names of matrices that stay numbers.
+        """
+        return self.to_dict()
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Self:

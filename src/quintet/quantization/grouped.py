@@ -179,7 +179,8 @@ class GroupedFormat(FileFormat):
 
         Scales become what that format has: bfloat16 in int4.
         """
-        if self.held is None or to.parts_of != self.held:
+        to = to.parts_of
+        if self.held is None or to != self.held:
             return None
         levels, scale, offset = parts[""], parts["_scale"], parts["_offset"]
         if not isinstance(to, OrderedFormat):
