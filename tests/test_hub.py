@@ -16,7 +16,9 @@ import pytest
 from safetensors.torch import load_file
 
 from hubserver import Hub, serve
+from quintet import demo_model
 from quintet.errors import OfflineError
+from quintet.exporting import export_gguf
 from quintet.hub import locate
 from quintet.kernels.store import cache_folder
 from tiny import build
@@ -509,3 +511,27 @@ def test_a_download_is_verified_listed_and_removed(hub: Hub, run: Run, tmp_path:
     assert [row["revision"] for row in rows] == ["main"]
     assert cli(hub, tmp_path, "rm", "o/m", "-y").returncode == 0
     assert "no models" in cli(hub, tmp_path, "ls").stdout
+
+
+def test_of_a_repository_in_gguf_one_file_is_fetched(hub: Hub, run: Run, tmp_path: Path) -> None:
+    for kind in ("Q8_0", "Q4_0"):
+        export_gguf(demo_model(), tmp_path / "files" / f"demo-{kind}.gguf", dtype=kind)
+    hub.add("o/m-GGUF", tmp_path / "files")
+    script = """
+load = AutoTokenizer.from_pretrained
+fails("several", lambda: load("o/m-GGUF"))
+said["model"] = AutoModelForCausalLM.from_pretrained("o/m-GGUF:q8_0").config.model_type
+said["tokens"] = len(load("o/m-GGUF"))  # the one that is here
+fails("none", lambda: load("o/m-GGUF:Q6_K"))
+fails("no repository", lambda: load("o/absent:Q6_K"))
+"""
+    said = run(script)
+    assert (said["model"], said["tokens"]) == ("deepseek_v3", 2048)
+    assert "demo-Q4_0.gguf\n  demo-Q8_0.gguf" in said["several"][1]
+    assert said["none"][0] == said["no repository"][0] == "ModelNotFoundError"
+    assert len(hub.fetched("demo-Q8_0.gguf")) == 1
+    assert not hub.fetched("demo-Q4_0.gguf")
+    asked = len(hub.asked)
+    said = run('said["tokens"] = len(AutoTokenizer.from_pretrained("o/m-GGUF:Q8_0"))')
+    assert said["tokens"] == 2048
+    assert len(hub.asked) == asked, "what is here is used as it is"

@@ -64,6 +64,8 @@ def test_a_directory_with_files_in_gguf_and_no_config(tmp_path: Path) -> None:
     fill(tmp_path / "deep", "inner/x.gguf")
     assert found("deep", subfolder="inner") == Path("deep/inner/x.gguf")
     assert found("deep", "inner/x.gguf") == Path("deep/inner/x.gguf")
+    with pytest.raises(ModelNotFoundError, match="leads out of 'deep'"):
+        find_gguf("deep", "x.gguf", subfolder="../one")
 
 
 def test_one_of_several_by_its_quantisation(tmp_path: Path) -> None:

@@ -60,7 +60,7 @@ def find_gguf(
         _refuse_file(name, wanted or subfolder or None)
         return Found(_first(path))
     if path.is_dir():
-        return _in_directory(path / subfolder, wanted)
+        return _in_directory(path, subfolder, wanted)
     if name == "smollm2":
         _refuse_file(name, wanted)
         # Imported here: looking for a wheel, and into it, takes half of the standard library.
@@ -70,7 +70,7 @@ def find_gguf(
     before, colon, after = name.rpartition(":")
     if colon and Path(before).expanduser().is_dir():
         _refuse_file(name, wanted)
-        return _in_directory(Path(before).expanduser() / subfolder, after)
+        return _in_directory(Path(before).expanduser(), subfolder, after)
     match = _HUB.fullmatch(name)
     if match is None:
         return None
@@ -106,7 +106,10 @@ def _first(path: Path) -> Path:
     return path.with_name(names[0]) if names else path
 
 
-def _in_directory(folder: Path, wanted: str | None) -> Found | None:
+def _in_directory(root: Path, subfolder: str, wanted: str | None) -> Found | None:
+    folder = root / subfolder
+    if not folder.resolve().is_relative_to(root.resolve()):
+        raise ModelNotFoundError(f"subfolder={subfolder!r} leads out of {str(root)!r}")
     if wanted is None and (folder / CONFIG_NAME).exists():
         return None
     here = {path.name: path for path in folder.glob("*") if path.is_file()}
