@@ -128,6 +128,21 @@ def test_a_cache_of_transformers_is_gone_on_from(family: Family) -> None:
     assert torch.equal(fresh.logits, whole.logits)
 
 
+@pytest.mark.parametrize("family", FAMILIES[:2], ids=str)
+@torch.no_grad()
+def test_generating_goes_on_from_a_cache_of_transformers(family: Family) -> None:
+    ours, theirs = twins(family)
+    wanted = ours.generate(IDS, attention_mask=MASK, max_new_tokens=3)
+    at = (MASK.cumsum(1) - 1).clamp(min=0)
+    for held in (0, 3):
+        past = transformers.DynamicCache()
+        if held:
+            masked = {"attention_mask": MASK[:, :held], "position_ids": at[:, :held]}
+            theirs(IDS[:, :held], past_key_values=past, use_cache=True, **masked)
+        made = ours.generate(IDS, attention_mask=MASK, past_key_values=past, max_new_tokens=3)
+        assert torch.equal(made, wanted)
+
+
 @each
 def test_a_loop_prepared_as_usual_is_the_usual_one(family: Family) -> None:
     model = family.model_of()

@@ -1,11 +1,14 @@
 """A tokenizer handed to Transformers is the same tokenizer."""
 
+import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
+import transformers
 
 from quintet import AutoTokenizer, PreTrainedTokenizer
+from quintet.errors import MissingDependencyError
 from quintet.interop import to_transformers
 from quintet.tokenization import IncrementalDecoder
 
@@ -59,3 +62,13 @@ def test_its_text_streams_as_ours_does(chat_model: Path) -> None:
         texts.append([*map(stream.push, ids), stream.flush()])
     assert texts[0] == texts[1]
     assert "".join(texts[0]) == ours.decode(ids, skip_special_tokens=True)
+
+
+def test_a_tokenizer_hands_itself_over(chat_model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    ours = AutoTokenizer.from_pretrained(chat_model)
+    theirs = ours.to_transformers()
+    assert isinstance(theirs, transformers.PreTrainedTokenizerFast)
+    assert theirs(TEXTS[0])["input_ids"] == ours(TEXTS[0])["input_ids"]
+    monkeypatch.setitem(sys.modules, "transformers", None)
+    with pytest.raises(MissingDependencyError, match="pip install transformers"):
+        ours.to_transformers()

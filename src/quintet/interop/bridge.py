@@ -12,7 +12,7 @@ from torch import nn
 
 from quintet.errors import MissingDependencyError
 from quintet.interop.adaptable import as_linear
-from quintet.interop.caches import taking_caches
+from quintet.interop.caches import continuing_caches, taking_caches
 from quintet.modeling.base import PreTrainedModel
 from quintet.quantization import Quantized
 
@@ -71,6 +71,8 @@ def _bridged(cls: Any) -> Any:
         "__reduce_ex__": _reduced,
         "forward": taking_caches(cls.forward),
     }
+    if cls.can_generate():
+        body["generate"] = continuing_caches(cls.generate)
     # Checkpoints and messages name the class as if there was no other.
     return type(cls.__name__, (cls, TransformersModel), body)
 

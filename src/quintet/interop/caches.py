@@ -28,8 +28,38 @@ def taking_caches(forward: Callable[..., Any]) -> Callable[..., Any]:
     return run
 
 
+def continuing_caches(generate: Callable[..., Any]) -> Callable[..., Any]:
+    """Make `generate()` take Transformers' caches: it copies them, and fills a cache of ours."""
+
+    @functools.wraps(generate)
+    def run(model: PreTrainedModel, *args: Any, **inputs: Any) -> Any:
+        from transformers import Cache as TransformersCache
+
+        past = inputs.get("past_key_values")
+        if isinstance(past, TransformersCache):
+            mask: Tensor | None = inputs.get("attention_mask")
+            seen = None if mask is None else mask[:, : past.get_seq_length()]
+            inputs["past_key_values"] = _copied(model, past, seen)
+        return generate(model, *args, **inputs)
+
+    return run
+
+
 def _taken(model: PreTrainedModel, past: Any, args: tuple[Any, ...], inputs: dict[str, Any]) -> Any:
+    """Copy what is before the new tokens of a forward."""
+    ids = args[0] if args else inputs.get("input_ids")
+    new: Tensor = inputs["inputs_embeds"] if ids is None else ids
+    mask: Tensor | None = args[1] if len(args) > 1 else inputs.get("attention_mask")
+    length = new.shape[1]
+    padded = mask is not None and mask.ndim == 2 and mask.shape[1] > length
+    return _copied(model, past, mask[:, :-length] if mask is not None and padded else None)
+
+
+def _copied(model: PreTrainedModel, past: Any, seen: Tensor | None) -> Any:
     """Copy the content of their cache into one of ours, or return None if it is empty.
+
+    Args:
+        seen: which of its columns are tokens; all if None.
 
     Raises:
         InputError: the family keeps something else between steps than keys and values.
@@ -45,10 +75,4 @@ def _taken(model: PreTrainedModel, past: Any, args: tuple[Any, ...], inputs: dic
             f"numbers a token; {type(model).__name__} keeps {per_token}, and {per_row} a row: "
             "such caches cannot be exchanged. Run the text again without one"
         )
-    ids = args[0] if args else inputs.get("input_ids")
-    new: Tensor = inputs["inputs_embeds"] if ids is None else ids
-    mask: Tensor | None = args[1] if len(args) > 1 else inputs.get("attention_mask")
-    length = new.shape[1]
-    padded = mask is not None and mask.ndim == 2 and mask.shape[1] > length
-    seen = mask[:, :-length] if mask is not None and padded else None
     return from_legacy(pairs, seen, model.config.num_hidden_layers)
