@@ -11,7 +11,7 @@ import pytest
 import sentencepiece
 from hypothesis import example, given
 from hypothesis import strategies as st
-from tokenizers import AddedToken, Tokenizer, pre_tokenizers, trainers
+from tokenizers import AddedToken, Tokenizer, normalizers, pre_tokenizers, trainers
 from tokenizers.models import BPE
 
 from quintet import AutoTokenizer
@@ -296,8 +296,16 @@ def test_sentencepiece_in_a_file_gives_the_ids_of_sentencepiece(tmp_path: Path) 
             f"{KEY}unknown_token_id": 0,
         }
     )
-    for text in (*TEXT, "", " ", "  two", "unseen ☃ \U0001f9ff", "a<x>b"):
+    for text in (*TEXT, "", " ", "  two", "unseen ☃ \U0001f9ff"):
         assert found(text)["input_ids"] == [1, *theirs.encode(text)], text
+    # What the tokenizer.json of such a release says: each text between tokens gets a space.
+    release = Tokenizer(found.backend_tokenizer.model)
+    release.normalizer = normalizers.Sequence(
+        [normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")]
+    )
+    release.add_tokens([*found.added_tokens_decoder.values()])
+    for text in ("a<x>b", "<s>the cat</s>\n<s> the", "<x><x>", " <x> a ", "</s>\n"):
+        assert found(text)["input_ids"] == [1, *release.encode(text).ids], text
 
 
 @pytest.mark.parametrize(

@@ -247,7 +247,8 @@ def _sentencepiece(
         "add_bos_token": _switch(metadata, "add_bos_token", True, path),
         "add_eos_token": _switch(metadata, "add_eos_token", False, path),
     }
-    return pipeline_of(model, model.prefix), settings
+    # Releases of this kind, and llama.cpp, read on behind a token as behind a space.
+    return pipeline_of(model, model.prefix, every=True), settings
 
 
 def _add(pipeline: Tokenizer, tokens: _Tokens, added: Mapping[str, int]) -> None:

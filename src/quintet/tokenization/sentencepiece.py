@@ -107,8 +107,11 @@ def read_with_settings(
     return backend, {"add_bos_token": bool(begins), "add_eos_token": bool(ends), **options}
 
 
-def pipeline_of(model: Model, prefix: bool) -> Tokenizer:
-    """Return the pipeline of a model; with `prefix`, a text begins as if behind a space."""
+def pipeline_of(model: Model, prefix: bool, *, every: bool = False) -> Tokenizer:
+    """Return the pipeline of a model; with `prefix`, a text begins as if behind a space.
+
+    With `every`, so does what follows an added token.
+    """
     pipeline = Tokenizer(_vocabulary(model))
     steps: list[normalizers.Normalizer] = []
     if model.charsmap:
@@ -121,7 +124,7 @@ def pipeline_of(model: Model, prefix: bool) -> Tokenizer:
     if steps:
         pipeline.normalizer = normalizers.Sequence(steps)
     # What is first, Metaspace tells by its place, which stripping moves.
-    scheme = "never" if not prefix else "always" if model.squeezes else "first"
+    scheme = "never" if not prefix else "always" if every or model.squeezes else "first"
     pipeline.pre_tokenizer = pre_tokenizers.Metaspace(
         replacement=SPACE, prepend_scheme=scheme, split=False
     )
