@@ -4,7 +4,7 @@ import warnings
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
-from quintet.errors import InputError
+from quintet.errors import InputError, shown
 
 __all__ = ["CACHES", "CACHE_BITS", "CacheChoice", "choose_cache"]
 
@@ -33,19 +33,19 @@ def choose_cache(
     bits |= _configured_bits(config)
     if len(bits) > 1:
         raise InputError(
-            f"GenerationConfig: cache_dtype={dtype!r} and cache_config={config!r} are of "
+            f"GenerationConfig: cache_dtype={shown(dtype)} and cache_config={shown(config)} are of "
             "different bits; give one of the two"
         )
     if bits and kind not in (None, "quantized"):
         raise InputError(
-            f"GenerationConfig: cache_implementation={kind!r} is not in few bits; leave "
+            f"GenerationConfig: cache_implementation={shown(kind)} is not in few bits; leave "
             "cache_dtype and cache_config out, or use 'quantized'"
         )
     kind = kind or ("quantized" if bits else "static" if compiles else "dynamic")
     if compiles and kind != "static":
         raise InputError(
             "GenerationConfig: a compiled step needs cache_implementation='static', not "
-            f"{kind!r}, which changes its shape"
+            f"{shown(kind)}, which changes its shape"
         )
     return CacheChoice(kind, next(iter(bits), 8))
 
@@ -61,14 +61,14 @@ def _configured_bits(config: Mapping[str, Any] | None) -> set[int]:
         )
     if "backend" in config:
         warnings.warn(
-            f"cache_config backend={config['backend']!r} is without effect: the cache is coded "
-            "by quintet itself",
+            f"cache_config backend={shown(config['backend'])} is without effect: the cache is "
+            "coded by quintet itself",
             stacklevel=6,
         )
     if "nbits" not in config:
         return set()
     if config["nbits"] not in CACHE_BITS.values():
         raise InputError(
-            f"GenerationConfig: cache_config nbits={config['nbits']!r} has to be 8, 6 or 4"
+            f"GenerationConfig: cache_config nbits={shown(config['nbits'])} has to be 8, 6 or 4"
         )
     return {config["nbits"]}

@@ -4,7 +4,7 @@ import difflib
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from quintet.errors import InputError
+from quintet.errors import InputError, shown
 
 __all__ = ["ARGUMENTS", "asks_nothing", "check_names"]
 
@@ -59,11 +59,11 @@ def check_names(options: Mapping[str, Any], known: Iterable[str]) -> dict[str, A
     given = {k: v for k, v in options.items() if k not in _ABSENT or not asks_nothing(v)}
     for name in given:
         if name in _ABSENT:
-            raise InputError(f"{name}={given[name]!r}: {_ABSENT[name]} is not in this version")
+            raise InputError(f"{name}={shown(given[name])}: {_ABSENT[name]} is not in this version")
         if name not in names:
             near = difflib.get_close_matches(name, [*names, *ARGUMENTS], n=1)
             hint = f"did you mean {near[0]!r}?" if near else f"there are {', '.join(names)}"
-            raise InputError(f"generate() has no option {name!r}; {hint}")
+            raise InputError(f"generate() has no option {shown(name)}; {hint}")
     return given
 
 

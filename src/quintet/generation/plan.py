@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from quintet.cache import Cache, from_legacy
-from quintet.errors import ContextLengthError, InputError, named
+from quintet.errors import ContextLengthError, InputError, named, shown
 from quintet.generation.beams import BeamOptions
 from quintet.generation.config import NEW_TOKENS, GenerationConfig
 from quintet.generation.prompt import Prompt
@@ -105,7 +105,8 @@ def stopping(
     if config.stop_strings is not None:
         if tokenizer is None:
             raise InputError(
-                f"stop_strings={config.stop_strings!r} needs the tokenizer: generate(tokenizer=…)"
+                f"stop_strings={shown(config.stop_strings)} needs the tokenizer: "
+                "generate(tokenizer=…)"
             )
         configured.append(StopStringCriteria(tokenizer, config.stop_strings))
     kinds = {type(criterion) for criterion in own}
@@ -160,8 +161,8 @@ def check_cache(
     for name in ("use_cache", "cache_implementation"):
         if (value := options.get(name)) is not None and value is not True:
             raise InputError(
-                f"{name}={value!r} and past_key_values contradict each other: what is given is "
-                "gone on with; leave one of the two out"
+                f"{name}={shown(value)} and past_key_values contradict each other: what is given "
+                "is gone on with; leave one of the two out"
             )
     if isinstance(past, tuple):
         seen = None if mask is None else mask[:, : past[0][0].shape[2]]

@@ -6,7 +6,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from quintet.errors import InputError
+from quintet.errors import InputError, shown
 from quintet.generation import plan
 from quintet.generation.arguments import check_arguments
 from quintet.generation.config import GenerationConfig
@@ -131,6 +131,6 @@ def _check_of_a_sequence(config: GenerationConfig) -> None:
         value = vars(config)[name]
         if not any(value is one or value == one for one in nothing):
             raise InputError(
-                f"{name}={value!r} is no option of one sequence in an engine; set it to "
+                f"{name}={shown(value)} is no option of one sequence in an engine; set it to "
                 f"{nothing[0]!r}, or use generate()"
             )

@@ -4,7 +4,7 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from quintet.errors import InputError
+from quintet.errors import InputError, shown
 
 __all__ = ["Biases", "read_biases"]
 
@@ -22,11 +22,11 @@ def read_biases(given: Any, name: str = "sequence_bias") -> dict[tuple[int, ...]
         pairs = list(given.items()) if isinstance(given, Mapping) else [(a, b) for a, b in given]
         read = [(tuple(ids), float(bias)) for ids, bias in pairs]
     except (TypeError, ValueError, OverflowError):
-        raise InputError(f"{name}={given!r} {_RULE}") from None
+        raise InputError(f"{name}={shown(given)} {_RULE}") from None
     found: dict[tuple[int, ...], float] = {}
     for ids, bias in read:
         if not ids or not all(type(i) is int and 0 <= i < 2**31 for i in ids):
-            raise InputError(f"{name}={given!r} {_RULE}; {ids!r} is no such sequence")
+            raise InputError(f"{name}={shown(given)} {_RULE}; {shown(ids)} is no such sequence")
         if not bias < math.inf:
             raise InputError(
                 f"{name} gives {list(ids)} the bias {bias}; it has to be a number, or -inf"

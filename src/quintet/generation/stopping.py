@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from quintet.errors import InputError
+from quintet.errors import InputError, shown
 from quintet.generation.processors.base import TokenIds, token_ids
 from quintet.tokenization import PreTrainedTokenizer
 
@@ -77,7 +77,9 @@ class StopStringCriteria(StoppingCriteria):
     def __init__(self, tokenizer: PreTrainedTokenizer, stop_strings: str | Sequence[str]) -> None:
         strings = [stop_strings] if isinstance(stop_strings, str) else list(stop_strings)
         if not strings or not all(isinstance(one, str) and one for one in strings):
-            raise InputError(f"stop_strings={stop_strings!r} has to be texts, none of them empty")
+            raise InputError(
+                f"stop_strings={shown(stop_strings)} has to be texts, none of them empty"
+            )
         self.tokenizer = tokenizer
         self.stop_strings = tuple(strings)
         # A token has a byte at least; and one more, as a text's first may lose a space.

@@ -4,7 +4,7 @@ from dataclasses import asdict, dataclass
 from typing import Annotated, Any, Self
 
 from quintet.configuration.constraints import Bounds, Count, check
-from quintet.errors import InputError
+from quintet.errors import InputError, shown
 
 __all__ = ["WatermarkingConfig"]
 
@@ -46,12 +46,12 @@ class WatermarkingConfig:
                 raise InputError(str(error)) from None
         if not 0 < self.greenlist_ratio < 1:
             raise InputError(
-                f"WatermarkingConfig: greenlist_ratio={self.greenlist_ratio!r} has to be between "
-                "0 and 1, both excluded"
+                f"WatermarkingConfig: greenlist_ratio={shown(self.greenlist_ratio)} has to be "
+                "between 0 and 1, both excluded"
             )
         if self.seeding_scheme not in SCHEMES:
             raise InputError(
-                f"WatermarkingConfig: seeding_scheme={self.seeding_scheme!r} has to be one of "
+                f"WatermarkingConfig: seeding_scheme={shown(self.seeding_scheme)} has to be one of "
                 f"{', '.join(SCHEMES)}"
             )
 
@@ -66,7 +66,7 @@ class WatermarkingConfig:
             return cls(**values)
         except TypeError:
             raise InputError(
-                f"watermarking_config={values!r} has other keys than greenlist_ratio, bias, "
+                f"watermarking_config={shown(values)} has other keys than greenlist_ratio, bias, "
                 "hashing_key, seeding_scheme and context_width"
             ) from None
 

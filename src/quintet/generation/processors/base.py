@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from quintet.errors import InputError
+from quintet.errors import InputError, shown
 
 __all__ = [
     "LogitsProcessor",
@@ -74,7 +74,7 @@ class LogitsProcessorList(list[Any]):
                 # Once the name of `unfinished`: one that has a default would never be given.
                 elif needed or name == "goes_on":
                     raise InputError(
-                        f"{type(processor).__name__} needs the argument {name!r}; a logits "
+                        f"{type(processor).__name__} needs the argument {shown(name)}; a logits "
                         "processor is called with (input_ids, scores), and with padding=… and "
                         "unfinished=… if it names those"
                     )
@@ -106,7 +106,7 @@ def token_ids(name: str, value: TokenIds) -> Tensor:
     Raises:
         InputError: they are not integers of at least 0.
     """
-    rule = f"{name}={value!r} has to be token ids, integers of at least 0"
+    rule = f"{name}={shown(value)} has to be token ids, integers of at least 0"
     try:
         given = [value] if isinstance(value, int) else value
         found = given if isinstance(given, Tensor) else torch.tensor(list(given))
@@ -153,5 +153,5 @@ def positive_float(name: str, value: float) -> float:
         InputError: it is not above 0.
     """
     if isinstance(value, bool) or not isinstance(value, int | float) or not value > 0:
-        raise InputError(f"{name}={value!r} has to be a number greater than 0")
+        raise InputError(f"{name}={shown(value)} has to be a number greater than 0")
     return float(value)

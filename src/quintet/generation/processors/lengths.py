@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from quintet.errors import InputError
+from quintet.errors import InputError, shown
 from quintet.generation.processors.base import (
     LogitsProcessor,
     TokenIds,
@@ -149,7 +149,7 @@ class SuppressTokensAtBeginLogitsProcessor(LogitsProcessor):
 
 def _length(name: str, value: Length) -> Length:
     if isinstance(value, bool) or (isinstance(value, int) and value < 0):
-        raise InputError(f"{name}={value!r} has to be an integer of at least 0")
+        raise InputError(f"{name}={shown(value)} has to be an integer of at least 0")
     return value
 
 

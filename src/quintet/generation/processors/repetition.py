@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from quintet.errors import InputError
+from quintet.errors import InputError, shown
 from quintet.generation.processors.base import LogitsProcessor, positive_float
 from quintet.ops.sampling import penalise_frequency, penalise_presence, penalise_repetition
 
@@ -28,8 +28,8 @@ class _Counting(LogitsProcessor):
         )
         if not fits:
             raise InputError(
-                f"prompt_ignore_length={prompt_ignore_length!r} has to be an integer of at least "
-                "0, or a tensor of one for each row"
+                f"prompt_ignore_length={shown(prompt_ignore_length)} has to be an integer of at "
+                "least 0, or a tensor of one for each row"
             )
         self.prompt_ignore_length = prompt_ignore_length
 
@@ -171,5 +171,5 @@ def _forbid_ends(
 
 def _size(name: str, value: int) -> int:
     if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-        raise InputError(f"{name}={value!r} has to be an integer of at least 1")
+        raise InputError(f"{name}={shown(value)} has to be an integer of at least 1")
     return value

@@ -10,7 +10,7 @@ from collections.abc import Callable, Hashable, Sequence
 import torch
 from torch import Tensor
 
-from quintet.errors import InputError
+from quintet.errors import InputError, shown
 from quintet.generation.processors.base import LogitsProcessor, LogitsWarper, positive_float
 from quintet.ops import sampling
 
@@ -46,7 +46,7 @@ class _Cut(LogitsWarper):
 
     def __init__(self, filter_value: float = -math.inf, min_tokens_to_keep: int = 1) -> None:
         if not isinstance(min_tokens_to_keep, int) or min_tokens_to_keep < 1:
-            raise InputError(f"min_tokens_to_keep={min_tokens_to_keep!r} has to be at least 1")
+            raise InputError(f"min_tokens_to_keep={shown(min_tokens_to_keep)} has to be at least 1")
         self.filter_value = filter_value
         self.min_tokens_to_keep = min_tokens_to_keep
 
@@ -62,7 +62,7 @@ class TopKLogitsWarper(_Cut):
     ) -> None:
         super().__init__(filter_value, min_tokens_to_keep)
         if isinstance(top_k, bool) or not isinstance(top_k, int) or top_k < 1:
-            raise InputError(f"top_k={top_k!r} has to be an integer of at least 1")
+            raise InputError(f"top_k={shown(top_k)} has to be an integer of at least 1")
         self.top_k: int | Tensor = max(top_k, min_tokens_to_keep)
 
     def warp(self, scores: Tensor) -> Tensor:
@@ -225,11 +225,11 @@ def of_rows(warper: LogitsWarper, rows: Tensor) -> LogitsWarper:
 
 def _share(name: str, value: float) -> float:
     if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value <= 1:
-        raise InputError(f"{name}={value!r} has to be a number from 0 to 1")
+        raise InputError(f"{name}={shown(value)} has to be a number from 0 to 1")
     return float(value)
 
 
 def _inside(name: str, value: float) -> float:
     if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < 1:
-        raise InputError(f"{name}={value!r} has to be a number between 0 and 1, both excluded")
+        raise InputError(f"{name}={shown(value)} has to be a number between 0 and 1, both excluded")
     return float(value)

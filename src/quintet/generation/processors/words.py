@@ -5,7 +5,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from quintet.errors import InputError
+from quintet.errors import InputError, shown
 from quintet.generation.processors.base import (
     LogitsProcessor,
     TokenIds,
@@ -92,7 +92,7 @@ class NoBadWordsLogitsProcessor(SequenceBiasLogitsProcessor):
         lists = isinstance(bad_words_ids, list) and all(isinstance(x, list) for x in bad_words_ids)
         if not lists or not bad_words_ids:
             raise InputError(
-                f"bad_words_ids={bad_words_ids!r} has to be a list of lists of token ids"
+                f"bad_words_ids={shown(bad_words_ids)} has to be a list of lists of token ids"
             )
         ends = [] if eos_token_id is None else token_ids("eos_token_id", eos_token_id).tolist()
         super().__init__(
