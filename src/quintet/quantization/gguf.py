@@ -76,9 +76,9 @@ class BlockFormat(WeightFormat):
         return {suffix: part for suffix, part in found if part is not None}
 
     @property
-    def held(self) -> WeightFormat:
+    def held(self) -> GroupFormat:
         """The format in which a model holds what a file holds in blocks."""
-        return Int8Format()
+        return self.groups
 
     def files(self, weight: str, shape: Shape) -> dict[str, tuple[str, Shape]]:
         """Return name and shape of the tensor on disk: those of the weights."""
