@@ -12,9 +12,10 @@ from torch import Tensor
 
 import quintet
 from conformance.families import FAMILIES, Family, each
-from pefts import ATTENTION, IDS, logits
+from pefts import ATTENTION, IDS, QUIET, logits, lora, peft, twins
 from support import relative_error as relative
 
+pytestmark = QUIET
 MASK = torch.tensor([[0, 1, 1, 1, 1], [1, 1, 1, 1, 1]])
 MoE = ("qwen2-moe", "deepseek-v2", "deepseek-v3")
 
@@ -138,6 +139,46 @@ def test_each_row_has_its_own(family: Family) -> None:
         if row == 1:
             found = model.generate(ids[row][None], num_beams=3, **text)
             assert torch.equal(beams[0], found[0])
+
+
+@each
+def test_several_and_each_row_are_as_in_peft(family: Family) -> None:
+    ours, theirs = twins(family)
+    there = None
+    for seed, name in enumerate(("one", "two")):
+        config_there = lora(ATTENTION[family.name], r=2 + seed, lora_alpha=12)
+        torch.manual_seed(seed)
+        if there is None:
+            there = peft.get_peft_model(theirs, config_there, name).eval()
+        else:
+            there.add_adapter(name, config_there)
+        state = peft.get_peft_model_state_dict(there, adapter_name=name)
+        ours.load_adapter(peft_config=config_there, adapter_state_dict=state, adapter_name=name)
+    assert there is not None
+    names = ["one", "__base__", "two", "two"]
+    ids = torch.cat((IDS, IDS))
+    with torch.no_grad():
+        rows = there(input_ids=ids, adapter_names=names).logits
+        assert relative(ours(input_ids=ids, adapter_names=names).logits, rows) < 1e-5
+        there.base_model.set_adapter(["one", "two"])
+        assert relative(under(ours, "one", "two"), there(input_ids=IDS).logits) < 1e-5
+
+
+def test_another_takes_the_place_of_one(tmp_path: Path) -> None:
+    model = with_two(FAMILIES[0])
+    a, b = under(model, "a"), under(model, "b")
+    model.save_pretrained(tmp_path)
+    with torch.no_grad():
+        past = model(input_ids=IDS, use_cache=True).past_key_values
+    model.load_adapter(tmp_path, "a", hotswap=True)
+    assert torch.equal(under(model, "a"), b)
+    assert relative(a, b) > 1e-3
+    with pytest.raises(quintet.errors.InputError, match="other adapters"):
+        model(input_ids=IDS[:, :1], past_key_values=past)
+    with pytest.raises(quintet.errors.InputError, match="no adapter 'c'"):
+        model.load_adapter(tmp_path, "c", hotswap=True)
+    with pytest.raises(quintet.errors.InputError, match="vocabulary"):
+        model.resize_token_embeddings(128)
 
 
 @each

@@ -51,9 +51,19 @@ def shape_of(module: nn.Module, name: str) -> tuple[int, ...] | None:
 
 
 def device_of(module: nn.Module) -> torch.device:
-    """Return where a module's tensors are."""
+    """Return where a module's tensors are.
+
+    Raises:
+        UnsupportedBackendError: nowhere, as they are offloaded.
+    """
     tensors = (*module.parameters(), *module.buffers())
-    return next((tensor.device for tensor in tensors), torch.device("cpu"))
+    device = next((tensor.device for tensor in tensors), torch.device("cpu"))
+    if device.type == "meta":
+        raise UnsupportedBackendError(
+            f"the weights of a {type(module).__name__} are on the meta device, as offloading "
+            "leaves them between forwards: put adapters on a model before it is offloaded"
+        )
+    return device
 
 
 def dense(module: nn.Module, name: str) -> Tensor:

@@ -1,9 +1,7 @@
 """Adapters on a model, by the methods that Transformers' models have for them."""
 
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import replace
+from collections.abc import Mapping, Sequence
 from typing import Any, Self
 
 import torch
@@ -18,26 +16,18 @@ from quintet.adapters.merging import Merge, merge
 from quintet.adapters.reading import Adaptations, read_adapter, warn_of_missing
 from quintet.adapters.targets import new_adapter, targeted
 from quintet.adapters.writing import adapter_state, save_adapter
-from quintet.cache import Cache
 from quintet.checkpoint import InMemory, Weights
 from quintet.errors import InputError
 from quintet.folder import checked_path
-from quintet.layers.adapted import Place, Placing
-from quintet.modeling.core import ModelCore
-from quintet.ops.ragged import Padding
+from quintet.modeling.adapted_rows import AdaptedRows
 from quintet.quantization import Quantized
 
 __all__ = ["Adapting"]
 
 
-class Adapting(ModelCore):
-    """What a model has so that adapters can be put on it.
+class Adapting(AdaptedRows):
+    """What a model has so that adapters can be put on it."""
 
-    Attributes:
-        adapters: those that are on it; None where none ever was.
-    """
-
-    adapters: Adapters | None = None
     name_or_path: str
 
     def load_adapter(
@@ -48,6 +38,7 @@ class Adapting(ModelCore):
         peft_config: LoraConfig | Mapping[str, Any] | None = None,
         adapter_state_dict: Mapping[str, Tensor] | None = None,
         is_trainable: bool = False,
+        hotswap: bool = False,
         revision: str | None = None,
         cache_dir: str | os.PathLike[str] | None = None,
         token: str | bool | None = None,
@@ -63,6 +54,7 @@ class Adapting(ModelCore):
                 memory.
             adapter_state_dict: its tensors in place of the files', named as there.
             is_trainable: whether it gets gradients.
+            hotswap: whether it takes the place of the adapter of that name.
             revision: branch, tag or commit of a hub id.
             cache_dir: where downloads are kept.
             token: for private repositories.
@@ -76,7 +68,11 @@ class Adapting(ModelCore):
             InputError: there is one of that name.
         """
         adapters = Adapters() if self.adapters is None else self.adapters
-        adapters.check_new(adapter_name)
+        if hotswap:
+            adapters.check_known([adapter_name])
+        else:
+            adapters.check_new(adapter_name)
+        self._check_unmerged(adapters)
         config = None if peft_config is None else LoraConfig.of(peft_config)
         weights: Weights | None = None
         where = "adapter_state_dict"
@@ -103,6 +99,8 @@ class Adapting(ModelCore):
             layout = self._layout()
             made = read_adapter(layout, config, weights, where)
         known = [layout.named(s.path) for s in layout if (s.module, s.use) in made]
+        if hotswap:
+            adapters.remove(self, [adapter_name])
         warn_of_missing((layout.named(s.path) for s in targeted(layout, config)), known, where)
         self._put(adapters, adapter_name, config, made, trains=is_trainable)
 
@@ -118,7 +116,7 @@ class Adapting(ModelCore):
         Raises:
             InputError: there is no such adapter, or two of them exclude each other.
         """
-        adapters = self._adapters()
+        adapters = self.adapters_there()
         names = [adapter_name] if isinstance(adapter_name, str) else list(adapter_name)
         adapters.check_known(names)
         factors = [1.0] * len(names) if weights is None else list(weights)
@@ -132,18 +130,18 @@ class Adapting(ModelCore):
 
     def active_adapters(self) -> list[str]:
         """Return the names of the adapters in use."""
-        return [one.name for one in self._adapters().active]
+        return [one.name for one in self.adapters_there().active]
 
     def disable_adapters(self) -> None:
         """Use no adapter until `enable_adapters`; the model is what it was without any."""
-        adapters = self._adapters()
+        adapters = self.adapters_there()
         self._check_unmerged(adapters)
         adapters.enabled = False
         adapters.install(self)
 
     def enable_adapters(self) -> None:
         """Use the adapters again that were in use."""
-        adapters = self._adapters()
+        adapters = self.adapters_there()
         adapters.enabled = True
         adapters.install(self)
 
@@ -183,7 +181,7 @@ class Adapting(ModelCore):
         Raises:
             InputError: there is no such adapter, or several are in use.
         """
-        adapters = self._adapters()
+        adapters = self.adapters_there()
         name = self._one(adapter_name)
         return adapter_state(self._layout(), adapters.parts(self, name))
 
@@ -196,7 +194,7 @@ class Adapting(ModelCore):
             SaveError: writing failed; what was there before is untouched.
             InputError: there is no such adapter, or several are in use.
         """
-        adapters = self._adapters()
+        adapters = self.adapters_there()
         name = self._one(adapter_name)
         config = LoraConfig.of(adapters.configs[name])
         config.base_model_name_or_path = config.base_model_name_or_path or self.name_or_path or None
@@ -217,7 +215,7 @@ class Adapting(ModelCore):
             InputError: there is no such adapter, or some are in the weights already.
             UnsupportedModelError: several layers share a weight, with an adapter for each.
         """
-        adapters = self._adapters()
+        adapters = self.adapters_there()
         if adapters.merged is not None:
             raise InputError("there are adapters in the weights; call unmerge_adapter() first")
         active = adapters.active
@@ -234,7 +232,7 @@ class Adapting(ModelCore):
         Raises:
             InputError: there are none in them.
         """
-        adapters = self._adapters()
+        adapters = self.adapters_there()
         if not isinstance(adapters.merged, Merge):
             raise InputError("there is no adapter in the weights; merge_adapter() puts them there")
         adapters.merged.undo()
@@ -252,7 +250,7 @@ class Adapting(ModelCore):
             InputError: there is no such adapter, or others are in the weights already.
             UnsupportedModelError: several layers share a weight, with an adapter for each.
         """
-        adapters = self._adapters()
+        adapters = self.adapters_there()
         if adapters.merged is None or adapter_names is not None:
             self.merge_adapter(adapter_names)
         adapters.merged = None
@@ -280,103 +278,10 @@ class Adapting(ModelCore):
         Raises:
             InputError: there is no such adapter.
         """
-        adapters = self._adapters()
+        adapters = self.adapters_there()
         names = [adapter_names] if isinstance(adapter_names, str) else list(adapter_names)
         self._check_unmerged(adapters)
         adapters.remove(self, list(dict.fromkeys(adapters.check_known(names))))
-
-    # -- what forwards ask -------------------------------------------------------------------
-
-    @contextmanager
-    def each_row(
-        self, adapter_names: Sequence[str | None], *, copied: bool = False
-    ) -> Iterator[None]:
-        """Use an adapter for each row inside, in this thread; None, or "__base__", for none.
-
-        Args:
-            adapter_names: a name for each row.
-            copied: whether a row may become several, side by side.
-
-        Raises:
-            InputError: there is no such adapter.
-        """
-        adapters = self._adapters()
-        with adapters.places.at(adapters.place(adapter_names, self.device, copied=copied)):
-            yield
-
-    def adapted_rows(self) -> Sequence[str | None] | None:
-        """Return the adapters that rows have in this thread; None if they have no own."""
-        place = self.place_of_rows()
-        return None if place is None else place.names
-
-    def check_adapted_rows(self, rows: int) -> None:
-        """Check that there is an adapter for each row, where rows have their own.
-
-        Raises:
-            InputError: there are more, or fewer.
-        """
-        place = self.place_of_rows()
-        if place is not None and place.rows is not None and len(place.rows) != rows:
-            raise _other_rows(len(place.rows), rows)
-
-    def place_of_rows(self) -> Place | None:
-        """Return the adapters of the rows of this thread's forward; None if they have no own."""
-        place = None if self.adapters is None else self.adapters.places.here()
-        return None if place is None or place.rows is None else place
-
-    def place_tokens(self, tokens: Tensor | None, ends: Tensor | None) -> None:
-        """Find which of the adapters each token (B, T, ...) has, where rows have their own.
-
-        Args:
-            tokens: ids or embeddings; None where the forward will say that there are none.
-            ends: where each text begins, and the end, in one row of several; else None.
-
-        Raises:
-            InputError: there are more rows, or fewer.
-        """
-        place = self.place_of_rows()
-        if place is None or self.adapters is None or tokens is None:
-            return
-        B, T = tokens.shape[:2]
-        texts = None if ends is None else ends.diff()
-        rows = B if texts is None else len(texts)
-        own = place.for_rows(rows)
-        if own is None or own.rows is None:
-            raise _other_rows(0 if place.rows is None else len(place.rows), rows)
-        numbers = own.rows.to(tokens.device)
-        each = numbers.repeat_interleave(T if texts is None else texts.to(tokens.device))
-        if each.numel() == B * T:
-            self.adapters.places.refine(replace(own, tokens=each.view(B, T)))
-
-    def placing(self, rows: Padding | None, cache: Cache | None) -> Placing | None:
-        """Return what adapters need to know of a forward's tokens, and note it in the cache.
-
-        Args:
-            rows: how they are packed; None where they are not.
-            cache: what they continue.
-
-        Raises:
-            InputError: the cache is of other adapters.
-        """
-        adapters, place = self.adapters, self.place_of_rows()
-        assert adapters is not None
-        if cache is not None:
-            cache.made_with(adapters.keys_of(place))
-        if place is None or place.tokens is None:
-            return Placing(adapters.places, Place()) if adapters.by_layer else None
-        tokens = place.tokens if rows is None else rows.pack(place.tokens)
-        return Placing(adapters.places, replace(place, tokens=tokens))
-
-    @contextmanager
-    def kept_tokens(self, keep: Callable[[Tensor], Tensor]) -> Iterator[None]:
-        """Say inside that of tokens (B, T, ...) those are left that `keep` returns."""
-        place = self.place_of_rows()
-        if place is None or place.tokens is None or self.adapters is None:
-            yield
-        else:
-            tokens = keep(place.tokens[..., None])[..., 0]
-            with self.adapters.places.at(replace(place, tokens=tokens)):
-                yield
 
     def _put(
         self,
@@ -389,7 +294,7 @@ class Adapting(ModelCore):
     ) -> None:
         self._check_unmerged(adapters)
         for module in self.modules():
-            if isinstance(module, Adapting):
+            if isinstance(module, AdaptedRows):
                 object.__setattr__(module, "adapters", adapters)
         if trains:
             for parameter in self.parameters():
@@ -399,7 +304,7 @@ class Adapting(ModelCore):
 
     def _one(self, name: str | None) -> str:
         """Return the name of an adapter, that of the one in use for None."""
-        adapters = self._adapters()
+        adapters = self.adapters_there()
         if name is not None:
             return adapters.check_known([name])[0]
         if len(adapters.active) != 1:
@@ -414,13 +319,6 @@ class Adapting(ModelCore):
         if adapters.merged is not None:
             raise InputError("there are adapters in the weights; call unmerge_adapter() first")
 
-    def _adapters(self) -> Adapters:
-        if self.adapters is None or not self.adapters.configs:
-            raise InputError(
-                "there is no adapter on this model; put one on it with load_adapter or add_adapter"
-            )
-        return self.adapters
-
     def _layout(self) -> Layout:
         headless = self.base_model is self
         pairs = ((a.rpartition(".")[0], b.rpartition(".")[0]) for a, b in self.tied_names().items())
@@ -432,9 +330,3 @@ class Adapting(ModelCore):
             tied=next((pair for pair in pairs if pair[0] == "lm_head"), None),
             heads=heads,
         )
-
-
-def _other_rows(named: int, rows: int) -> InputError:
-    return InputError(
-        f"adapter_names names {named} rows and the input has {rows}; give a name for each"
-    )

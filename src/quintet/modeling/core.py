@@ -128,6 +128,11 @@ class ModelCore(nn.Module):
                 "the vocabulary of a model whose embeddings or head are quantised cannot change "
                 "its size; load it without quantization_config, resize it, and quantise it then"
             )
+        if any("adapters" in m._modules for m in (old, self.get_output_embeddings()) if m):
+            raise InputError(
+                "there is an adapter on the embeddings or the head, whose vocabulary is of the "
+                "size it has; resize it before the adapter is put there, or merge_and_unload()"
+            )
         size = old.num_embeddings if new_num_tokens is None else new_num_tokens
         multiple = 1 if pad_to_multiple_of is None else pad_to_multiple_of
         if any(not isinstance(n, int) or isinstance(n, bool) or n < 1 for n in (size, multiple)):
