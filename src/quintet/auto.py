@@ -62,6 +62,16 @@ FAMILIES: Mapping[str, Family] = MappingProxyType(
 )
 
 
+_QWEN = "The nearest that is: Qwen/Qwen2.5-0.5B-Instruct, -1.5B, -3B, -7B, -14B or -32B"
+# What to take in the place of what many ask for.
+NEAREST: Mapping[object, str] = MappingProxyType(
+    {
+        "llama": f"Its GGUF file is read, though. {_QWEN}",
+        **dict.fromkeys(("mistral", "gemma", "gemma2", "gemma3", "phi3", "qwen3"), _QWEN),
+    }
+)
+
+
 def family(model_type: object) -> Family:
     """Return the family of a `model_type`.
 
@@ -71,6 +81,7 @@ def family(model_type: object) -> Family:
     if not isinstance(model_type, str) or model_type not in FAMILIES:
         raise UnsupportedModelError(
             f"model_type={shown(model_type)} is not supported; there are {', '.join(FAMILIES)}"
+            + (f". {NEAREST[model_type]}" if model_type in NEAREST else "")
         )
     return FAMILIES[model_type]
 

@@ -131,6 +131,11 @@ def test_a_question_is_answered_and_that_is_all(
     question = "What is x, if 2 x = 4?"
     result = quintet("chat", chat_model, question, "max_new_tokens=10", stdin="Not this\n")
     assert (result.code, result.out) == (0, answer(question) + "\n")
+    piped = quintet("chat", chat_model, "-", "-n", 10, stdin="Hello\nthere, all of you\n")
+    assert piped.out == answer("Hello\nthere, all of you") + "\n"
+    for empty in (quintet("chat", chat_model, "-", stdin="\n"), quintet("chat", chat_model, "")):
+        assert (empty.code, empty.out) == (2, "")
+        assert "the question is empty" in empty.err
     refused = quintet("chat", chat_model, "What", "is", "x?")
     assert refused.code == 2
     assert "put one into quotes" in refused.err

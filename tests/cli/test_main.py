@@ -47,6 +47,10 @@ def become_another_family(root: Path) -> None:
     (root / "config.json").write_text('{"model_type": "gpt2"}')
 
 
+def become_a_llama(root: Path) -> None:
+    (root / "config.json").write_text('{"model_type": "llama"}')
+
+
 def become_wider(root: Path) -> None:
     config = json.loads((root / "config.json").read_text())
     (root / "config.json").write_text(json.dumps({**config, "hidden_size": 64}))
@@ -146,6 +150,7 @@ def test_no_such_model(
         (lose_the_config, 3, "has no config.json"),
         (lose_the_weights, 4, "safetensors"),
         (lose_the_tokenizer, 3, "tokenizer"),
+        (become_a_llama, 3, "Its GGUF file is read, though. The nearest that is: Qwen/Qwen2.5-"),
         (become_another_family, 3, "model_type='gpt2' is not supported; there are deepseek_v2, "),
         (become_wider, 4, "shape"),
         (garble_the_config, 4, "config.json is not readable as JSON"),

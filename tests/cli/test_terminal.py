@@ -6,7 +6,7 @@ import time
 
 import pytest
 
-from quintet.cli import compiling, terminal
+from quintet.cli import compiling, output, terminal
 from quintet.kernels import native as module
 
 Captured = pytest.CaptureFixture[str]
@@ -34,6 +34,20 @@ def test_lines_are_folded_between_words(monkeypatch: pytest.MonkeyPatch, capsys:
     at(None, monkeypatch)
     terminal.note("words " * 30)
     assert capsys.readouterr().err == "words " * 30 + "\n"
+
+
+def test_facts_are_folded_below_their_names(
+    monkeypatch: pytest.MonkeyPatch, capsys: Captured
+) -> None:
+    facts = {"name": "one", "long name": "several words that do not fit"}
+    monkeypatch.setattr(output, "width", lambda _: 25)
+    output.show(facts, as_json=False)
+    assert capsys.readouterr().out == (
+        "name       one\nlong name  several words\n           that do not\n           fit\n"
+    )
+    monkeypatch.setattr(output, "width", lambda _: None)
+    output.show(facts, as_json=False)
+    assert capsys.readouterr().out.splitlines()[1] == "long name  several words that do not fit"
 
 
 def test_who_waits_is_told_for_how_long_and_then_it_is_gone(

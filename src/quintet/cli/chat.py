@@ -21,6 +21,7 @@ from quintet.cli.options import (
     kept_system,
     model_options,
     open_model,
+    read_stdin,
     sampling_options,
     warnings_as_notes,
     with_default_length,
@@ -73,9 +74,9 @@ def command(
 ) -> None:
     """Talk with MODEL, a directory or hub id of a model with a chat template.
 
-    Without MODEL, ask which of those on this machine. With a QUESTION, answer it and leave.
-    NAME=VALUE sets any option of generate(), such as temperature=0.7. Piped in, each line is a
-    message, and only the answers are printed.
+    Without MODEL, ask which of those on this machine. With a QUESTION, answer it and leave; - is
+    all that is piped in. NAME=VALUE sets any option of generate(), such as temperature=0.7. Without
+    a QUESTION, each line that is piped in is a message, and only the answers are printed.
     """
     if model is not None and not Path(model).exists() and (SETTING.match(model) or " " in model):
         raise InputError(f"{model!r} is no model; name one before it: quintet chat MODEL …")
@@ -86,6 +87,9 @@ def command(
             f"{questions[0]!r} and {questions[1]!r} are two questions; put one into quotes"
         )
     check_options(sampling, settings)
+    question = (read_stdin() or "").strip() if questions == ["-"] else "".join(questions)
+    if questions and not question:
+        raise InputError("the question is empty; pipe one in for -, or put one in quotes")
     if model is None:
         model = choose_model(where["cache_dir"])
     with warnings_as_notes(quiet):
@@ -111,7 +115,7 @@ def command(
         most = "" if _limits(config) else f", at most {LONGEST_ANSWER:,} tokens an answer"
         note(f"{opened.describe()}; {describe(config, seed)}{most}", quiet)
         if questions:
-            talk.answer(questions[0])
+            talk.answer(question)
             return
         note("/help lists the commands", quiet or not sys.stdin.isatty())
         talk.run()

@@ -7,7 +7,7 @@ import time
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeVar, cast
 
@@ -17,6 +17,7 @@ from quintet.cli.adapters import put_adapters
 from quintet.cli.settings import LARGEST_SEED, applied, drawn, parse, seed_of
 from quintet.cli.terminal import note
 from quintet.errors import InputError
+from quintet.folder import AdapterFolderError
 
 if TYPE_CHECKING:
     import torch
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
     from quintet.generation.config import GenerationConfig
     from quintet.generation.mixin import GenerationMixin
     from quintet.modeling.base import PreTrainedModel
+    from quintet.quantization import WeightFormat
     from quintet.tokenization import PreTrainedTokenizer
 
 __all__ = [
@@ -174,22 +176,29 @@ class Opened:
         )
 
 
-def held_as(model: "PreTrainedModel") -> str | None:
-    """Return the name of the format of most weights of the layers; None for numbers."""
+def held_as(model: "PreTrainedModel") -> "WeightFormat | None":
+    """Return the format of most weights of the layers; None for numbers."""
     from quintet.quantization import Quantized
 
-    counts: Counter[str] = Counter()
+    counts: Counter[WeightFormat] = Counter()
     for module in model.base_model.get_submodule("layers").modules():
         if isinstance(module, Quantized):
             for weight_format, count in module.weight_counts():
-                counts[weight_format.name] += count
-    return max(counts, key=lambda name: counts[name], default=None)
+                counts[weight_format] += count
+    return max(counts, key=lambda weight_format: counts[weight_format], default=None)
+
+
+def has_kernels(weight_format: "WeightFormat") -> bool:
+    """Tell whether kernels read the parts of a format as they are."""
+    from quintet.quantization import WeightFormat
+
+    return type(weight_format).matrix is not WeightFormat.matrix
 
 
 def kind_of(model: "PreTrainedModel") -> str:
     """Say in which format and dtype a model is held."""
     dtype, held = str(model.dtype).removeprefix("torch."), held_as(model)
-    return dtype if held is None else f"{held} and {dtype}"
+    return dtype if held is None else f"{held.name} and {dtype}"
 
 
 def open_model(
@@ -206,20 +215,26 @@ def open_model(
 ) -> Opened:
     """Load a language model and its tokenizer, from where `source_options` say.
 
-    Kernels that were never compiled are compiled now, not in the middle of the first answer.
+    Kernels that were never compiled are compiled first, not in the middle of the first answer.
 
     Raises:
         QuintetError: whatever keeps either from loading.
     """
     import torch
 
-    from quintet.auto import AutoModelForCausalLM, AutoTokenizer
+    from quintet.auto import AutoConfig, AutoModelForCausalLM, AutoTokenizer
     from quintet.cli.compiling import have_kernels
+    from quintet.modeling.placement import first_device
 
-    started = time.perf_counter()
     given = {"attn_implementation": attn_implementation, "quantize": quantize}
     overrides = {key: value for key, value in given.items() if value is not None}
     tokenizer = AutoTokenizer.from_pretrained(name, **where)
+    with suppress(AdapterFolderError):  # which is loaded as its model with it
+        AutoConfig.from_pretrained(name, **where)
+    if first_device(device).type == "cpu":
+        # Not before it is known that the model is one for us; files may be read by them, too.
+        have_kernels(quiet)
+    started = time.perf_counter()
     model = AutoModelForCausalLM.from_pretrained(
         name, dtype=dtype, device_map=device, **where, **overrides
     )
@@ -230,12 +245,11 @@ def open_model(
         torch.set_num_threads(threads)
     seconds = time.perf_counter() - started
     if model.device.type == "cpu":
-        have_kernels(quiet)
         held = held_as(model)
-        if held not in (None, "int8", "int4"):
+        if held is not None and not has_kernels(held):
             warnings.warn(
-                f"{held} is turned into numbers at every step on a CPU, many times slower than "
-                "int8 and int4, which have kernels: --quantize int8",
+                f"{held.name} is turned into numbers at every step on a CPU, many times slower "
+                "than int8 and int4, which have kernels: --quantize int8",
                 stacklevel=2,
             )
     return Opened(name, model, tokenizer, seconds)

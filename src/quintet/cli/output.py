@@ -1,11 +1,15 @@
 """How commands show facts: a table for people, JSON for programs."""
 
 import json
+import sys
+import textwrap
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import click
+
+from quintet.cli.terminal import width
 
 __all__ = ["Fact", "show", "size_of", "table"]
 
@@ -30,13 +34,24 @@ def show(facts: Mapping[str, Any], as_json: bool) -> None:
         return
     facts = {key: _for_people(value) for key, value in facts.items()}
     facts = {key: value for key, value in facts.items() if value != Fact(None, None)}
-    width = max(map(len, facts), default=0)
+    label_width = max(map(len, facts), default=0)
+    columns = width(sys.stdout)
     for key, value in facts.items():
         lines = list(value.items()) if isinstance(value, Mapping) else [(None, value)]
         for number, (name, item) in enumerate(lines):
             label = key if number == 0 else ""
             text = _text(item) if name is None else f"{name}: {_text(item)}"
-            click.echo(f"{label:{width}}  {text}".rstrip())
+            line = f"{label:{label_width}}  {text}".rstrip()
+            click.echo(line if columns is None else _folded(line, columns, label_width + 2))
+
+
+def _folded(line: str, columns: int, indent: int) -> str:
+    """Return a line in lines of a terminal, further ones below the first one's value."""
+    if len(line) <= columns or columns < 2 * indent:
+        return line
+    room, head, value = columns - indent, line[:indent], line[indent:]
+    lines = textwrap.wrap(value, room, break_long_words=False, break_on_hyphens=False)
+    return head + f"\n{'':{indent}}".join(lines)
 
 
 def _for_programs(value: Any) -> Any:
@@ -66,7 +81,7 @@ def table(rows: Sequence[Mapping[str, Any]], as_json: bool, empty: str) -> None:
     lines = [[key.upper() for key in rows[0]], *([_text(v) for v in row.values()] for row in rows)]
     widths = [max(len(line[i]) for line in lines) for i in range(len(lines[0]))]
     for line in lines:
-        padded = (cell.ljust(width) for cell, width in zip(line, widths, strict=True))
+        padded = (cell.ljust(most) for cell, most in zip(line, widths, strict=True))
         click.echo("  ".join(padded).rstrip())
 
 
