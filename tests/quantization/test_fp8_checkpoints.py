@@ -11,9 +11,12 @@ from torch import Tensor
 from transformers.integrations.finegrained_fp8 import Fp8Dequantize, Fp8Quantize
 from transformers.utils.quantization_config import FineGrainedFP8Config as TheirConfig
 
+import packers
 import quintet
+from conformance.families import FAMILIES
 from families import deepseek
 from quintet import DeepseekV3ForCausalLM
+from quintet.conversion import convert
 from quintet.errors import CheckpointError
 from quintet.quantization import FineGrainedFP8Config, QuantizedExperts, QuantizedLinear
 
@@ -205,3 +208,30 @@ def test_blocks_that_divide_are_those_of_transformers() -> None:
     assert torch.equal(read, ours.weights.decode(parts, shape, torch.bfloat16))
     # They multiply by the inverse of a scale, we divide: its last bit differs.
     torch.testing.assert_close(encoded["_scale_inv"], theirs[scale], rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize("rows", [False, True], ids=["matrix", "row"])
+def test_a_scale_may_be_of_a_whole_matrix_or_row(
+    rows: bool, tmp_path: Path, recwarn: pytest.WarningsRecorder
+) -> None:
+    def pack(path: str, weight: Tensor) -> tuple[dict[str, Tensor], Tensor]:
+        largest = weight.abs().amax(1, keepdim=True) if rows else weight.abs().max()
+        scale = largest.float() / 448
+        q = (weight.float() / scale).to(torch.float8_e4m3fn)
+        tensors = {"weight": q, "weight_scale": scale, "input_scale": torch.ones(())}
+        return tensors, q.float() * scale
+
+    settings = {"quant_method": "fp8", "activation_scheme": "static", "ignored_layers": ["lm_head"]}
+    plain = packers.packed_checkpoint(FAMILIES[0], tmp_path, pack, settings)
+    model = quintet.AutoModelForCausalLM.from_pretrained(tmp_path, dtype="float32")
+    with torch.no_grad():
+        torch.testing.assert_close(model(IDS).logits, plain(IDS).logits, rtol=1e-5, atol=1e-5)
+    assert "quantization_config" not in vars(model.config)
+    # Written again, it is what it was: here nothing is multiplied.
+    convert(tmp_path, tmp_path / "again")
+    again = quintet.AutoModelForCausalLM.from_pretrained(tmp_path / "again", dtype="float32")
+    with torch.no_grad():
+        assert torch.equal(model(IDS).logits, again(IDS).logits)
+    held = load_file(tmp_path / "again" / "model.safetensors")
+    assert held["model.layers.0.mlp.up_proj.weight"].dtype == torch.float8_e4m3fn
+    assert not recwarn.list

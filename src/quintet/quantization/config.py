@@ -257,7 +257,7 @@ class FineGrainedFP8Config(QuantizationConfig):
     """FP8 numbers with a scale for each block, as DeepSeek-V3 and R1 are released.
 
     Attributes:
-        activation_scheme: "dynamic": activations get their scales as they come.
+        activation_scheme: "dynamic" or "static", which changes nothing: no activation is rounded.
         weight_block_size: rows and columns of a block.
         dequantize: hold the model in 16 bits.
         scale_fmt: "ue8m0" where scales are powers of two, as from DeepSeek-V3.1 on.
@@ -275,7 +275,11 @@ class FineGrainedFP8Config(QuantizationConfig):
 
     def __post_init__(self) -> None:
         self._require_names("modules_to_not_convert")
-        self._require(self.activation_scheme == "dynamic", "activation_scheme", "'dynamic'")
+        self._require(
+            self.activation_scheme in ("dynamic", "static"),
+            "activation_scheme",
+            "'dynamic' or 'static'",
+        )
         self._require(self.scale_fmt in ("float", "ue8m0"), "scale_fmt", "'float' or 'ue8m0'")
         self._require(self.fmt == "e4m3", "fmt", "'e4m3'")
         self._require(isinstance(self.dequantize, bool), "dequantize", "true or false")
@@ -298,6 +302,10 @@ class FineGrainedFP8Config(QuantizationConfig):
         """Return the format a file holds a matrix in."""
         found = tensors.get(weight)
         return self._format() if found and found.dtype == torch.float8_e4m3fn else None
+
+    def idle(self, name: str) -> bool:
+        """Tell whether a tensor of such files changes nothing, so that no model misses it."""
+        return name.endswith((".input_scale", ".activation_scale"))
 
     def _format(self) -> FP8Format:
         rows, columns = self.weight_block_size

@@ -26,6 +26,7 @@ from quintet.quantization.mixed import MixedConfig
 from quintet.quantization.mlx import MLXConfig
 from quintet.quantization.scheme import Scheme
 from quintet.quantization.torchao import TorchAoConfig
+from quintet.quantization.whole_fp8 import WholeFP8Config, is_whole
 
 __all__ = ["SHORT", "QuantizationRequest", "resolve_quantization"]
 
@@ -158,6 +159,8 @@ def read(values: Any) -> QuantizationConfig:
         method = "bitsandbytes"
     if method == "quintet":
         return _own(given)
+    if method == "fp8" and is_whole(given):
+        return WholeFP8Config.from_dict(given)
     if not isinstance(method, str) or method not in METHODS:
         raise UnsupportedModelError(
             f"quant_method={shown(method)} is not supported; there are quintet, "
