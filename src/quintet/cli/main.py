@@ -24,7 +24,7 @@ COMMANDS = MappingProxyType(
         "convert": "Write a model's weights in another dtype or other shards.",
         "generate": "Continue a text.",
         "info": "Say what a model is.",
-        "ls": "List the models in the hub cache.",
+        "ls": "List the models on this machine.",
         "plan": "Say whether a model fits, before it is fetched.",
         "quantize": "Write a model's weights in fewer bits.",
         "rm": "Remove models from the hub cache.",
