@@ -197,6 +197,23 @@ def test_without_a_model_it_says_what_there_is(
     assert "o/base" not in piped.err
 
 
+@pytest.mark.parametrize(
+    ("name", "near"),
+    [("smolm2", "smollm2"), ("qwen2.5", "ollama:qwen2.5:0.5b"), ("o/other", None)],
+)
+def test_a_name_that_is_near_to_one_here(
+    quintet: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, near: str | None
+) -> None:
+    manifest = tmp_path / "manifests/registry.ollama.ai/library/qwen2.5/0.5b"
+    manifest.parent.mkdir(parents=True)
+    manifest.touch()
+    monkeypatch.setenv("OLLAMA_MODELS", str(tmp_path))
+    result = quintet("chat", name, "Hello", "--cache-dir", tmp_path / "hub")
+    assert (result.code, result.out) == (6, "")
+    assert ("did you mean" in result.err) == (near is not None)
+    assert near is None or f"; did you mean {near!r}?" in result.err
+
+
 @pytest.mark.parametrize(("typed", "chosen"), [("\n", "1"), ("2\n", "2")])
 def test_somebody_is_asked_which_model(
     quintet: Any, monkeypatch: pytest.MonkeyPatch, typed: str, chosen: str

@@ -1,5 +1,6 @@
 """What there is to talk with, for who names no model."""
 
+import difflib
 import sys
 from collections.abc import Sequence
 
@@ -9,7 +10,7 @@ from quintet.cli.here import Here, in_cache, in_other_programs
 from quintet.cli.output import size_of
 from quintet.errors import InputError
 
-__all__ = ["choose_model"]
+__all__ = ["choose_model", "meant"]
 
 SMALL = "smollm2"
 FETCHED = f"{SMALL} (93 MB, fetched once)"
@@ -37,6 +38,18 @@ def choose_model(cache_dir: str | None) -> str:
     click.echo(f"Another: quintet chat MODEL, {OTHERS}", err=True)
     number = click.prompt("Number", type=click.IntRange(1, len(names)), default=1, err=True)
     return names[number - 1]
+
+
+def meant(name: str) -> str | None:
+    """Return the name of a model here, or of the small one, that a name is near to."""
+    from quintet.sources import ollama_names
+
+    full = {SMALL: SMALL}
+    for known in ollama_names():
+        short = known.removeprefix("ollama:")
+        full |= {known: known, short: known, short.partition(":")[0]: known}
+    near = difflib.get_close_matches(name, full, n=1, cutoff=0.75)
+    return full[near[0]] if near else None
 
 
 def _lines(found: Sequence[Here]) -> list[str]:

@@ -16,7 +16,7 @@ import click
 from quintet.cli.adapters import put_adapters
 from quintet.cli.settings import LARGEST_SEED, applied, drawn, parse, seed_of
 from quintet.cli.terminal import note
-from quintet.errors import InputError
+from quintet.errors import InputError, ModelNotFoundError
 from quintet.folder import AdapterFolderError
 
 if TYPE_CHECKING:
@@ -224,11 +224,17 @@ def open_model(
 
     from quintet.auto import AutoConfig, AutoModelForCausalLM, AutoTokenizer
     from quintet.cli.compiling import have_kernels
+    from quintet.cli.offers import meant
     from quintet.modeling.placement import first_device
 
     given = {"attn_implementation": attn_implementation, "quantize": quantize}
     overrides = {key: value for key, value in given.items() if value is not None}
-    tokenizer = AutoTokenizer.from_pretrained(name, **where)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(name, **where)
+    except ModelNotFoundError as error:
+        if (near := meant(name)) is None or near == name:
+            raise
+        raise type(error)(f"{error}; did you mean {near!r}?") from error
     with suppress(AdapterFolderError):  # which is loaded as its model with it
         AutoConfig.from_pretrained(name, **where)
     if first_device(device).type == "cpu":
