@@ -11,7 +11,15 @@ import torch
 from gguf import GGMLQuantizationType as Kind
 from torch import Tensor
 
-__all__ = ["ARCHITECTURES", "describe", "named_tensors", "quantised", "random_blocks", "write"]
+__all__ = [
+    "ARCHITECTURES",
+    "add_tokens",
+    "describe",
+    "named_tensors",
+    "quantised",
+    "random_blocks",
+    "write",
+]
 
 ARCHITECTURES = {
     "qwen2": gguf.MODEL_ARCH.QWEN2,
@@ -66,6 +74,19 @@ def write(
     writer.write_tensors_to_file()
     writer.close()
     return written
+
+
+def add_tokens(writer: gguf.GGUFWriter) -> None:
+    """Write a tokenizer of 101 tokens."""
+    letters = [chr(33 + number) for number in range(94)]
+    tokens = [*letters, '!"', *(f"<{number}>" for number in range(6))]
+    writer.add_tokenizer_model("gpt2")
+    writer.add_tokenizer_pre("qwen2")
+    writer.add_token_list(tokens)
+    writer.add_token_types([1] * 100 + [3])
+    writer.add_token_merges(['! "'])
+    writer.add_eos_token_id(100)
+    writer.add_chat_template("{{ messages }}")
 
 
 def quantised(tensor: Tensor, kind: Kind) -> Any:

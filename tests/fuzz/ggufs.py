@@ -69,19 +69,10 @@ def _made(family: Family, *kinds: Kind) -> Target:
 
 
 def _with_tokens(root: Path) -> None:
-    def more(writer: ggufwriting.gguf.GGUFWriter) -> None:
-        writer.add_tokenizer_model("gpt2")
-        writer.add_tokenizer_pre("qwen2")
-        letters = [chr(33 + number) for number in range(94)]
-        tokens = [*letters, '!"', *(f"<{number}>" for number in range(6))]
-        writer.add_token_list(tokens)
-        writer.add_token_types([1] * 100 + [3])
-        writer.add_token_merges([f"{tokens[0]} {tokens[1]}"])
-        writer.add_eos_token_id(100)
-        writer.add_chat_template("{{ messages }}")
-
     root.mkdir(parents=True, exist_ok=True)
-    ggufwriting.write(FAMILIES[0].model_of(num_hidden_layers=1), root / FILE, more=more)
+    ggufwriting.write(
+        FAMILIES[0].model_of(num_hidden_layers=1), root / FILE, more=ggufwriting.add_tokens
+    )
 
 
 def _read_head(root: Path) -> None:

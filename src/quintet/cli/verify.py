@@ -93,7 +93,8 @@ def _weights(root: Path, variant: str | None, quick: bool, problems: list[str]) 
     )
     try:
         mapping.difference.raise_if_incomplete(str(root))
-        if not quick:
+        # Blocks of a GGUF file are looked into below, all of them.
+        if not quick and not root.is_file():
             _unpack(checkpoint, mapping.stored)
     except CheckpointError as error:
         problems.append(str(error))
