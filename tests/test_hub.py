@@ -487,6 +487,12 @@ def test_plan_and_info_of_a_hub_id_fetch_no_weights(hub: Hub, tmp_path: Path) ->
     assert cached == []
 
 
+def listed(hub: Hub, home: Path) -> list[dict[str, Any]]:
+    """Return what `quintet ls` says of the hub's models; other programs may keep some, too."""
+    rows = json.loads(cli(hub, home, "ls", "--json").stdout)
+    return [row for row in rows if row["model"].startswith("o/")]
+
+
 def test_a_download_is_verified_listed_and_removed(hub: Hub, run: Run, tmp_path: Path) -> None:
     hub.add("o/m", build(tmp_path / "model"))
     hub.add("o/m", tmp_path / "model", "old")
@@ -494,12 +500,12 @@ def test_a_download_is_verified_listed_and_removed(hub: Hub, run: Run, tmp_path:
     done = cli(hub, tmp_path, "verify", "o/m", "--json")
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout)["hashes"] == "1 of 1 right"
-    rows = json.loads(cli(hub, tmp_path, "ls", "--json").stdout)
+    rows = listed(hub, tmp_path)
     assert [(row["model"], row["family"]) for row in rows] == [("o/m", "qwen2")] * 2
     assert sorted(row["revision"] for row in rows) == ["main", "old"]
-    listed = cli(hub, tmp_path, "ls").stdout.splitlines()
-    assert listed[0].split() == ["MODEL", "REVISION", "FAMILY", "WEIGHTS", "SIZE", "USED"]
-    assert len(listed) == 3
+    head, *lines = cli(hub, tmp_path, "ls").stdout.splitlines()
+    assert head.split() == ["MODEL", "REVISION", "FAMILY", "WEIGHTS", "SIZE", "USED"]
+    assert len([line for line in lines if line.startswith("o/m ")]) == 2
 
     refused = cli(hub, tmp_path, "rm", "o/m")
     assert (refused.returncode, "pass --yes" in refused.stderr) == (2, True)
@@ -507,10 +513,10 @@ def test_a_download_is_verified_listed_and_removed(hub: Hub, run: Run, tmp_path:
     assert (wrong.returncode, "did you mean 'o/m'" in wrong.stderr) == (3, True)
     assert cli(hub, tmp_path, "rm", "o/m@main", "--dry-run").returncode == 0
     assert cli(hub, tmp_path, "rm", "o/m@old", "--yes").returncode == 0
-    rows = json.loads(cli(hub, tmp_path, "ls", "--json").stdout)
+    rows = listed(hub, tmp_path)
     assert [row["revision"] for row in rows] == ["main"]
     assert cli(hub, tmp_path, "rm", "o/m", "-y").returncode == 0
-    assert "no models" in cli(hub, tmp_path, "ls").stdout
+    assert listed(hub, tmp_path) == []
 
 
 def test_of_a_repository_in_gguf_one_file_is_fetched(hub: Hub, run: Run, tmp_path: Path) -> None:
