@@ -115,6 +115,18 @@ def test_merging_says_that_it_rounds(tmp_path: Path) -> None:
         trained(held, adapter_of(plain)).merge_and_unload()
 
 
+@each
+def test_what_is_made_float32_around_weights_in_few_bits(family: Family, tmp_path: Path) -> None:
+    changes = {**family.shallow, "tie_word_embeddings": True}
+    family.model_of(**changes).bfloat16().save_pretrained(tmp_path)
+    model = as_transformers(family.cls("ForCausalLM").from_pretrained(tmp_path, quantize="int8"))
+    # It casts all parameters; vectors of tied ids are none.
+    model = peft.prepare_model_for_kbit_training(model)
+    made = peft.get_peft_model(model, config()).eval()
+    assert made.generate(input_ids=IDS, max_new_tokens=3).shape == (2, 8)
+    assert logits(made).dtype == torch.float32
+
+
 def test_dora_reads_the_numbers(tmp_path: Path) -> None:
     held, plain = loaded(FAMILIES[0], tmp_path, "int8")
     made = []

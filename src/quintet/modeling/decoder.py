@@ -36,6 +36,7 @@ from quintet.ops.attention import attention_backend
 from quintet.ops.documents import Documents
 from quintet.ops.ragged import Padding, keys_in_columns, padding_of
 from quintet.ops.token_ids import check_placed, check_token_ids
+from quintet.quantization import QuantizedEmbedding
 
 __all__ = ["DecoderModel", "LayersOutput", "check_token_ids", "first"]
 
@@ -282,6 +283,14 @@ class DecoderModel(PreTrainedModel):
             router_logits=tuple(routed),
         )
 
+    def vectors(self, ids: Tensor) -> Tensor:
+        """Return the vectors of ids (B, T), in the dtype that the layers compute in."""
+        vectors: Tensor = self.embed_tokens(ids)
+        if isinstance(self.embed_tokens, QuantizedEmbedding):
+            # Who gives all parameters another dtype, as PEFT does, has none of these to change.
+            return vectors.to(next(self.final_norm.parameters()).dtype)
+        return vectors
+
     def _embed(self, input_ids: Tensor | None, inputs_embeds: Tensor | None) -> Tensor:
         if (input_ids is None) == (inputs_embeds is None):
             raise InputError("give exactly one of input_ids and inputs_embeds")
@@ -290,7 +299,7 @@ class DecoderModel(PreTrainedModel):
             check_token_ids(input_ids, vocabulary_of(self.embed_tokens, self.config))
             if input_ids.is_meta:
                 check_placed("input_ids", input_ids, self.device)
-            inputs_embeds = self.embed_tokens(input_ids)
+            inputs_embeds = self.vectors(input_ids)
         C = self.config.hidden_size
         if inputs_embeds.ndim != 3 or inputs_embeds.shape[-1] != C or inputs_embeds.numel() == 0:
             raise InputError(

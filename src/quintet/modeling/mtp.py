@@ -259,7 +259,7 @@ class MtpCausalLMHead(MoeCausalLMHead):
 
     def embed(self, ids: Tensor) -> Tensor:
         """Return the embeddings (..., C) of ids."""
-        return self.model.embed_tokens(ids)  # type: ignore[no-any-return]
+        return self.model.vectors(ids)
 
     def logits(self, states: Tensor) -> Tensor:
         """Return the logits (..., V) of states (..., C)."""
