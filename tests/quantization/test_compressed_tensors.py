@@ -141,6 +141,7 @@ def check(settings: dict[str, Any], tensors: dict[str, Tensor], meant: Tensor) -
     if held is not None:
         recast = one.recast(parts, shape, held)
         assert recast is not None
+        assert all(part.is_contiguous() for part in recast.values())
         again = held.decode(recast, shape, torch.float32)
         assert relative_error(again, meant) < (4e-3 if held.name.startswith("int4") else 1e-6)
     return held

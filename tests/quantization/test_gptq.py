@@ -42,6 +42,8 @@ def unpacked(config: Any, tensors: dict[str, Tensor], shape: tuple[int, int]) ->
     if one.held is not None:
         recast = one.recast(parts, shape, one.held)
         assert recast is not None
+        # Kernels read rows.
+        assert all(part.is_contiguous() for part in recast.values())
         again = one.held.decode(recast, shape, torch.float32)
         # int4 has bfloat16 scales.
         assert relative_error(again, whole) < 4e-3

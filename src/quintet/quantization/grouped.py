@@ -30,12 +30,12 @@ __all__ = ["FileFormat", "GroupedFormat", "finite", "numbers_in"]
 
 
 def finite(scale: Tensor, weight: str) -> Tensor:
-    """Return scales in float32.
+    """Return scales in float32, row by row as kernels read them.
 
     Raises:
         CheckpointError: one is not finite.
     """
-    wide = scale.to(torch.float32)
+    wide = scale.to(torch.float32).contiguous()
     if not scale.is_floating_point():
         raise CheckpointError(
             f"{weight} has scales of {scale.dtype}, which have to be floating-point numbers; "
@@ -127,7 +127,7 @@ class GroupedFormat(FileFormat):
             weight: its name, for errors.
         """
         scale = finite(scale, weight)
-        by = -self.middle if zero is None else -zero.to(torch.float32)
+        by = -self.middle if zero is None else -zero.to(torch.float32).contiguous()
         parts = {"": levels, "_scale": scale, "_offset": scale * by}
         if index is not None:
             index = _checked(index, scale.shape[-1], weight)
@@ -186,7 +186,7 @@ class GroupedFormat(FileFormat):
         if not isinstance(to, OrderedFormat):
             return self._recast(levels, scale, offset, to)
         order = parts["_index"].argsort(stable=True)
-        sorted_parts = self._recast(levels[..., order], scale, offset, to.inner)
+        sorted_parts = self._recast(levels.index_select(-1, order), scale, offset, to.inner)
         return {**sorted_parts, ORDER: order.to(torch.int32)}
 
     def _recast(
