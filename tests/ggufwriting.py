@@ -35,6 +35,12 @@ HALVES = {
 }
 
 
+# The package names them for architectures that have them in each release.
+_PREDICTION = re.compile(
+    r"model\.layers\.(\d+)\.(eh_proj|enorm|hnorm|embed_tokens|shared_head\.(?:head|norm))\.weight"
+)
+
+
 def write(
     model: Any,
     path: Path,
@@ -119,8 +125,9 @@ def named_tensors(
 
     `within` is a part of the names of those that are wanted.
     """
-    names = gguf.get_tensor_name_map(arch, model.config.num_hidden_layers)
     config = model.config
+    predicted = vars(config).get("num_nextn_predict_layers", 0)
+    names = gguf.get_tensor_name_map(arch, config.num_hidden_layers + predicted)
     state = {k: v.detach() for k, v in model.state_dict().items() if within in k}
     if config.tie_word_embeddings:
         state.pop("lm_head.weight", None)
@@ -156,6 +163,10 @@ def named_tensors(
     renamed = {}
     for name, value in found.items():
         there = names.get_name(name, try_suffixes=(".weight", ".bias"))
+        if there is None and (match := _PREDICTION.fullmatch(name)):
+            there = (
+                f"blk.{match[1]}.nextn.{match[2].replace('shared_head.', 'shared_head_')}.weight"
+            )
         assert there is not None, name
         renamed[there] = value
     return renamed
@@ -163,7 +174,10 @@ def named_tensors(
 
 def describe(writer: Any, config: Any, *, old_kv: bool = False) -> None:
     """Write the keys that the converter of llama.cpp writes for a config."""
-    writer.add_block_count(config.num_hidden_layers)
+    predicted = vars(config).get("num_nextn_predict_layers", 0)
+    writer.add_block_count(config.num_hidden_layers + predicted)
+    if predicted:
+        writer.add_nextn_predict_layers(predicted)
     writer.add_context_length(config.max_position_embeddings)
     writer.add_embedding_length(config.hidden_size)
     writer.add_feed_forward_length(config.intermediate_size)

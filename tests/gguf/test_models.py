@@ -81,6 +81,7 @@ VARIANTS: list[tuple[str, dict[str, Any], dict[str, Any]]] = [
     ),
     ("deepseek-v3", {}, {}),
     ("deepseek-v3", {}, {"old_kv": True, "shard_tensors": 12}),
+    ("deepseek-v3", {"num_nextn_predict_layers": 1}, {}),
     ("deepseek-v3", {"q_lora_rank": None, "norm_topk_prob": True}, {}),
 ]
 
@@ -103,6 +104,10 @@ def test_the_logits_are_those_of_the_source(
     assert type(found) is type(source)
     assert found.dtype == torch.float32
     assert same(found, source)
+    expected = source.state_dict()
+    assert found.state_dict().keys() == expected.keys()
+    for name_of, tensor in found.state_dict().items():
+        assert torch.equal(tensor, expected[name_of]), name_of
     assert "quantization_config" not in vars(found.config)
     text = found.generate(IDS, max_new_tokens=8, do_sample=False)  # type: ignore[operator]
     assert torch.equal(text, source.generate(IDS, max_new_tokens=8, do_sample=False))
