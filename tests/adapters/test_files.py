@@ -228,6 +228,8 @@ def test_names_are_each_once(model: Any, tmp_path: Path) -> None:
         model(torch.tensor([[5]]), adapter_names=["default", None])
     with pytest.raises(InputError, match="2 rows"):
         model.generate(torch.tensor([[5]]), adapter_names=["default", None], max_new_tokens=1)
+    with pytest.raises(InputError, match="adapter_names goes with one generation_config"):
+        model.generate(torch.tensor([[5]]), [{}], adapter_names=["default"], max_new_tokens=1)
     model.delete_adapter("default")
     with pytest.raises(InputError, match="no adapter on this model"):
         model.active_adapters()

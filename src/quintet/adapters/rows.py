@@ -22,33 +22,19 @@ class ByRow(Protocol):
         ...
 
 
-def takes_adapters(*, copied: bool = False) -> Callable[[Call], Call]:
-    """Let a method take `adapter_names`, and name it in the signature that tools read.
+def takes_adapters(call: Call) -> Call:
+    """Let a method take `adapter_names`, and name it in the signature that tools read."""
 
-    Args:
-        copied: whether it goes on with copies of rows, side by side.
-    """
+    @functools.wraps(call)
+    def run(self: ByRow, *args: Any, **inputs: Any) -> Any:
+        names = inputs.pop("adapter_names", None)
+        if names is None:
+            return call(self, *args, **inputs)
+        with self.each_row(names):
+            return call(self, *args, **inputs)
 
-    def taking(call: Call) -> Call:
-        @functools.wraps(call)
-        def run(self: ByRow, *args: Any, **inputs: Any) -> Any:
-            names = inputs.pop("adapter_names", None)
-            if names is None:
-                return call(self, *args, **inputs)
-            with self.each_row(names, copied=copied):
-                return call(self, *args, **inputs)
-
-        signature = inspect.signature(call)
-        named = list(signature.parameters.values())
-        own = inspect.Parameter(
-            "adapter_names",
-            inspect.Parameter.KEYWORD_ONLY,
-            default=None,
-            annotation=AdapterNames,
-        )
-        rest = [p for p in named if p.kind is p.VAR_KEYWORD]
-        kept = [p for p in named if p.kind is not p.VAR_KEYWORD]
-        vars(run)["__signature__"] = signature.replace(parameters=[*kept, own, *rest])
-        return run  # type: ignore[return-value]
-
-    return taking
+    signature = inspect.signature(call)
+    kind = inspect.Parameter.KEYWORD_ONLY
+    own = inspect.Parameter("adapter_names", kind, default=None, annotation=AdapterNames)
+    vars(run)["__signature__"] = signature.replace(parameters=[*signature.parameters.values(), own])
+    return run  # type: ignore[return-value]

@@ -3,14 +3,13 @@
 import functools
 import warnings
 from collections.abc import Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from types import MethodType
 from typing import Any, cast
 
 import torch
 from torch import Tensor
 
-from quintet.adapters.rows import takes_adapters
 from quintet.cache import Cache, LegacyCache
 from quintet.configuration.base import PreTrainedConfig
 from quintet.errors import InputError
@@ -77,15 +76,10 @@ class GenerationMixin:
         """Use an adapter for each row inside, in this thread."""
         raise NotImplementedError
 
-    def adapted_rows(self) -> Sequence[str | None] | None:
-        """Return the adapters that rows have in this thread; None if they have no own."""
-        return None
-
     def check_adapted_rows(self, rows: int) -> None:
         """Check that there is an adapter for each row, where rows have their own."""
 
     @torch.no_grad()
-    @takes_adapters(copied=True)
     def generate(
         self,
         inputs: Tensor | Mapping[str, Tensor] | None = None,
@@ -109,6 +103,7 @@ class GenerationMixin:
         labels: object = None,
         token_type_ids: object = None,
         logits_to_keep: int | None = None,
+        adapter_names: Sequence[str | None] | None = None,
         **options: Any,
     ) -> Any:
         """Continue each row of a prompt and return prompt and continuation, (B, T + new).
@@ -155,7 +150,10 @@ class GenerationMixin:
             ContextLengthError: the prompt fills the model's context.
         """
         drafter: Drafter | None = None
+        rows = ExitStack()
         try:
+            if adapter_names is not None:
+                rows.enter_context(self.each_row(adapter_names, copied=True))
             check_arguments(
                 logits_processor=logits_processor,
                 stopping_criteria=stopping_criteria,
@@ -174,7 +172,7 @@ class GenerationMixin:
                     negative_prompt_ids=negative_prompt_ids,
                     negative_prompt_attention_mask=negative_prompt_attention_mask,
                     streamer=streamer,
-                    adapter_names=self.adapted_rows(),
+                    adapter_names=adapter_names,
                 )
                 return generate_each(
                     cast("Served", self),
@@ -280,6 +278,7 @@ class GenerationMixin:
                 schedule = make_schedule(self, config, assistant_model)
                 return _output(run, prompt, copies, speculate(run, drafter, schedule))
         finally:
+            rows.close()
             if drafter is not None:
                 drafter.close()
             # Whoever reads what is streamed must not wait for what will never come.

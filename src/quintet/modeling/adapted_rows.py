@@ -54,11 +54,6 @@ class AdaptedRows(ModelCore):
         with adapters.places.at(adapters.place(adapter_names, self.device, copied=copied)):
             yield
 
-    def adapted_rows(self) -> Sequence[str | None] | None:
-        """Return the adapters that rows have in this thread; None if they have no own."""
-        place = self.place_of_rows()
-        return None if place is None else place.names
-
     def check_adapted_rows(self, rows: int) -> None:
         """Check that there is an adapter for each row, where rows have their own.
 

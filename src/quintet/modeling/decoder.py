@@ -313,7 +313,7 @@ class DecoderModel(PreTrainedModel):
             if use_cache:
                 warnings.warn(
                     "use_cache=True has no effect while gradient checkpointing recomputes layers",
-                    stacklevel=4,
+                    stacklevel=5,
                 )
             return False
         return first(use_cache, self.config.use_cache)

@@ -53,7 +53,7 @@ def takes_packing(forward: Forward) -> Forward:
         for name, kind in Packing.__annotations__.items()
     ]
     vars(forward)["__signature__"] = signature.replace(parameters=named)
-    return takes_adapters()(forward)
+    return takes_adapters(forward)
 
 
 def packed(
