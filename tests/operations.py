@@ -173,8 +173,8 @@ def cases() -> Iterator[Case]:
         yield case("parts-of-blocks", partial(split_blocks, kind=BY_NAME["Q4_K"]), raw=raw)
         q, scale, offset = quantize_groups(randn(8, 70), 4, 32, offset=True)
         groups = {"weight": q, "scale": scale, "offset": offset}
-        yield case("groups", group_linear, x=make(3, 70), **groups, bias=make(8))
-        yield case("widen-groups", partial(widened, columns=70, dtype=dtype), **groups)
+        yield case("int4-groups", group_linear, x=make(3, 70), **groups, bias=make(8))
+        yield case("widen-int4-groups", partial(widened, columns=70, dtype=dtype), **groups)
         matrices = {"gate": make(24, 40), "up": make(24, 40), "down": make(40, 24)}
         yield case("mlp", mlp, x=x, **matrices)
         experts = {"gate_up": make(4, 48, 40), "down": make(4, 40, 24)}

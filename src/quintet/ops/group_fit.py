@@ -1,4 +1,12 @@
-"""Which scales and offsets the groups of a weight get: rounding to `quintet.ops.groups`."""
+"""Which scales and offsets the groups of a weight get: rounding to `quintet.ops.groups`.
+
+Of several scales that of a group is the one with the least error. Each begins as a share of the one
+that just reaches the largest number, and is then fitted to what that rounds to: the two steps of
+k-means, with levels on a ladder.
+"""
+
+from collections.abc import Iterator
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F  # noqa: N812
@@ -11,6 +19,10 @@ __all__ = ["quantize_groups"]
 
 # Small enough that a band in float32 stays in the cache between its operations.
 BAND = 2**18
+# Shares of the scale that reaches the largest number, of 4 bits; the first wins among equals.
+SHARES = (1.0, 0.75, 0.8125, 0.875, 0.9375, 1.0625, 1.125)
+# What is cut off at both ends, where there are offsets.
+CUTS = (0.0, 0.05, 0.1, 0.15)
 
 
 def quantize_groups(
@@ -44,59 +56,123 @@ def quantize_groups(
     )
     scale = weight.new_empty((*weight.shape[:-1], count), dtype=dtype)
     offsets = torch.empty_like(scale) if offset else None
+    # What fills up the last group counts nothing.
+    counts = torch.ones(columns, dtype=torch.float32, device=weight.device)
+    counts = F.pad(counts, (0, count * size - columns)).view(count, size)
     flat = weight.reshape(-1, columns)
     height = max(BAND // max(columns, 1), 1)
+    ladder = _Ladder(bits, offset, iq4, dtype)
     for start in range(0, len(flat), height):
         rows = slice(start, start + height)
         band = flat[rows].to(torch.float32)
         # The last group is filled up by what changes neither its largest nor its smallest number.
         band = F.pad(band[None], (0, count * size - columns), mode="replicate")[0]
-        band = torch.unflatten(band, -1, (count, size))
-        to, by = _fit(band, bits, offset=offset, dtype=dtype, iq4=iq4)
-        to = to.flatten(-2)[..., :columns]
+        fit = ladder.fit(torch.unflatten(band, -1, (count, size)), counts)
+        to = ladder.numbers(fit.levels).flatten(-2)[..., :columns]
         numbers.view(-1, numbers.shape[-1])[rows] = to if bits == 8 else pack_numbers(to)
-        scale.view(-1, count)[rows] = by[0]
+        scale.view(-1, count)[rows] = fit.scale.squeeze(-1).to(dtype)
         if offsets is not None:
-            offsets.view(-1, count)[rows] = by[1]
+            offsets.view(-1, count)[rows] = fit.offset.squeeze(-1).to(dtype)
     return numbers, scale, offsets
 
 
-def _fit(
-    band: Tensor, bits: int, *, offset: bool, dtype: torch.dtype, iq4: bool
-) -> tuple[Tensor, tuple[Tensor, Tensor]]:
-    """Return numbers (R, G, n) in float32, and scales and offsets (R, G), of groups (R, G, n)."""
-    low, high = band.aminmax(dim=-1)
-    if not bool((low.isfinite() & high.isfinite()).all()):
-        raise InputError(
-            "a weight that is NaN or infinite cannot be quantised; the checkpoint is damaged or "
-            "its training diverged"
-        )
-    extreme = torch.where(-low > high, low, high)
-    least, most = (-127, 127) if bits == 8 else (-8, 7)
-    if offset:
-        least, most = (-128, 127) if bits == 8 else (0, 15)
-        # Rounded with scales as they are stored.
-        by = _stored((high - low) / (most - least), dtype)
-        start = _stored(low - least * by, dtype)
-    else:
-        by = _stored(extreme / (IQ4[0] if iq4 else least), dtype)
-        start = torch.zeros_like(by)
-    steps = (band - start.unsqueeze(-1)) / torch.where(by == 0, 1.0, by).unsqueeze(-1)
-    if iq4:
-        levels = torch.tensor(IQ4, dtype=torch.float32, device=band.device)
-        numbers = torch.bucketize(steps, (levels[1:] + levels[:-1]) / 2).to(torch.float32)
-    else:
-        numbers = steps.round_().clamp_(least, most)
-        if bits == 4 and not offset:
-            numbers += 8
-    return numbers, (by, start)
+class _Fit(NamedTuple):
+    """Groups (R, G, n) as levels, with scales and offsets (R, G, 1)."""
+
+    levels: Tensor
+    scale: Tensor
+    offset: Tensor
+
+    def error(self, band: Tensor, counts: Tensor) -> Tensor:
+        """Return Σ counts · error² of each group."""
+        made = self.levels * self.scale + self.offset
+        return (counts * (made - band).square_()).sum(-1, keepdim=True)
 
 
-def _stored(values: Tensor, dtype: torch.dtype) -> Tensor:
-    stored = values.to(dtype).to(torch.float32)
-    if not bool(stored.isfinite().all()):
-        raise InputError(
-            f"a weight is too large for scales in {str(dtype).removeprefix('torch.')}; use scales "
-            "in float32"
-        )
-    return stored
+class _Ladder:
+    """The levels that numbers of one layout have, before they are scaled."""
+
+    def __init__(self, bits: int, offset: bool, iq4: bool, dtype: torch.dtype) -> None:
+        self.bits, self.offset, self.iq4, self.dtype = bits, offset, iq4, dtype
+        ends = {(8, False): (-127, 127), (8, True): (-128, 127), (4, False): (-8, 7)}
+        self.least, self.most = (IQ4[0], IQ4[-1]) if iq4 else ends.get((bits, offset), (0, 15))
+
+    def fit(self, band: Tensor, counts: Tensor) -> _Fit:
+        """Round groups (R, G, n) with the scales and offsets that suit them best.
+
+        Raises:
+            InputError: a number is not finite, or too large for a scale.
+        """
+        low, high = band.aminmax(dim=-1, keepdim=True)
+        if not bool((low.isfinite() & high.isfinite()).all()):
+            raise InputError(
+                "a weight that is NaN or infinite cannot be quantised; the checkpoint is damaged "
+                "or its training diverged"
+            )
+        starts = list(self._starts(low, high))
+        best = self._rounded(band, *starts[0])
+        if self.bits == 8:
+            return best
+        error = best.error(band, counts)
+        for start in starts:
+            fitted = self._fitted(band, counts, self._rounded(band, *start))
+            tried = self._rounded(band, *fitted)
+            less = tried.error(band, counts)
+            better = less < error
+            error = torch.where(better, less, error)
+            pairs = zip(tried, best, strict=True)
+            best = _Fit(*(torch.where(better, new, old) for new, old in pairs))
+        return best
+
+    def numbers(self, levels: Tensor) -> Tensor:
+        """Return levels as they are held."""
+        if self.iq4:
+            return torch.bucketize(levels, levels.new_tensor(IQ4))
+        return levels + 8 if self.bits == 4 and not self.offset else levels
+
+    def _starts(self, low: Tensor, high: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+        """Yield scales and offsets to begin with; those of the first reach all numbers."""
+        if self.offset:
+            for cut in CUTS:
+                scale = self._stored((high - low) * ((1 - cut) / (self.most - self.least)))
+                yield scale, self._stored(low * (1 - cut) - self.least * scale)
+            return
+        extreme = torch.where(-low > high, low, high)
+        for share in SHARES:
+            yield self._stored(extreme * (share / self.least)), torch.zeros_like(extreme)
+
+    def _rounded(self, band: Tensor, scale: Tensor, offset: Tensor) -> _Fit:
+        steps = (band - offset) / torch.where(scale == 0, 1.0, scale)
+        if self.iq4:
+            table = steps.new_tensor(IQ4)
+            levels = table[torch.bucketize(steps, (table[1:] + table[:-1]) / 2)]
+        else:
+            levels = steps.round_().clamp_(self.least, self.most)
+        return _Fit(levels, scale, offset)
+
+    def _fitted(self, band: Tensor, counts: Tensor, fit: _Fit) -> tuple[Tensor, Tensor]:
+        """Return the scales and offsets of least squares for given levels."""
+        q = fit.levels
+        wq = counts * q
+        xq, qq = (wq * band).sum(-1, keepdim=True), (wq * q).sum(-1, keepdim=True)
+        if not self.offset:
+            scale = torch.where(qq > 0, xq / qq, fit.scale)
+            return self._stored(scale), fit.offset
+        one = counts.sum(-1, keepdim=True).expand_as(qq)
+        x, sum_q = (counts * band).sum(-1, keepdim=True), wq.sum(-1, keepdim=True)
+        # Of numbers that are nearly alike nothing can be told.
+        det = one * qq - sum_q.square()
+        told = det > 1e-6 * one * qq
+        scale = torch.where(told, (one * xq - sum_q * x) / det, fit.scale)
+        offset = torch.where(told, (qq * x - sum_q * xq) / det, fit.offset)
+        return self._stored(scale), self._stored(offset)
+
+    def _stored(self, values: Tensor) -> Tensor:
+        # Numbers are rounded with scales as they are stored.
+        stored = values.to(self.dtype).to(torch.float32)
+        if not bool(stored.isfinite().all()):
+            raise InputError(
+                "a weight is too large for scales in "
+                f"{str(self.dtype).removeprefix('torch.')}; use scales in float32"
+            )
+        return stored
