@@ -1,8 +1,9 @@
-"""What a format costs: the perplexity of a fixed text, and how often the likeliest token stays.
+"""What a format costs: the perplexity of two fixed texts, and how often the likeliest token stays.
 
     python -m benchmarks.perplexity smollm2 [FORMAT ...]
 
-A format is float32, bfloat16, as-is (what the file has) or one of `quantize=`.
+A format is float32, bfloat16, as-is (what the file has), int4-64 (int4 of groups of 64, without
+offsets) or one of `quantize=`.
 """
 
 import math
@@ -12,16 +13,19 @@ from typing import Any
 
 import torch
 
-from quintet import AutoModelForCausalLM, AutoTokenizer
+from quintet import AutoModelForCausalLM, AutoTokenizer, Int4Config
 
-FORMATS = ("float32", "bfloat16", "as-is", "int8", "int4", "nf4")
-TEXT = Path(__file__).with_name("prose.txt")
+FORMATS = ("float32", "bfloat16", "as-is", "int8", "int4", "int4-64", "nf4")
+TEXTS = ("prose.txt", "harbour.txt")
 
 
 def load(name: str, form: str) -> Any:
     """Load a model in a format."""
     if form == "as-is":
         return AutoModelForCausalLM.from_pretrained(name)
+    if form == "int4-64":
+        wish = Int4Config(group_size=64)
+        return AutoModelForCausalLM.from_pretrained(name, quantization_config=wish)
     if form in ("float32", "bfloat16"):
         return AutoModelForCausalLM.from_pretrained(name, quantize="none", dtype=form)
     return AutoModelForCausalLM.from_pretrained(name, quantize=form)
@@ -29,21 +33,28 @@ def load(name: str, form: str) -> Any:
 
 def main(name: str, *forms: str) -> None:
     """Print a row for each format."""
-    text = TEXT.read_text(encoding="utf-8")
-    ids = AutoTokenizer.from_pretrained(name)(text, return_tensors="pt")["input_ids"]
+    tokenizer = AutoTokenizer.from_pretrained(name)
+    texts = [Path(__file__).with_name(text).read_text(encoding="utf-8") for text in TEXTS]
+    rows = [tokenizer(text, return_tensors="pt")["input_ids"] for text in texts]
+    count = sum(ids.shape[1] for ids in rows)
     reference = None
-    print(f"{ids.shape[1]} tokens; argmax: how many have the likeliest token of the first row")
-    print("format         MB  perplexity  argmax")
+    print(f"{count} tokens; argmax: how many have the likeliest token of the first row")
+    print("format         MB    bits " + "".join(f"{text:>12}" for text in TEXTS) + "   argmax")
     for form in forms or FORMATS:
         model = load(name, form)
-        with torch.no_grad():
-            logits = model(ids).logits[0, :-1].float()
-        loss = torch.nn.functional.cross_entropy(logits, ids[0, 1:]).item()
-        likeliest = logits.argmax(-1)
-        reference = likeliest if reference is None else reference
-        same = (likeliest == reference).float().mean().item()
-        size = model.get_memory_footprint() / 1e6
-        print(f"{form:10} {size:6.1f} {math.exp(loss):11.3f}   {same:.3f}", flush=True)
+        losses, likeliest = [], []
+        for ids in rows:
+            with torch.no_grad():
+                logits = model(ids).logits[0, :-1].float()
+            losses.append(torch.nn.functional.cross_entropy(logits, ids[0, 1:]).item())
+            likeliest.append(logits.argmax(-1))
+        found = torch.cat(likeliest)
+        reference = found if reference is None else reference
+        same = (found == reference).float().mean().item()
+        held = model.get_memory_footprint()
+        bits = 8 * held / model.num_parameters()
+        costs = "".join(f"{math.exp(loss):12.3f}" for loss in losses)
+        print(f"{form:10} {held / 1e6:6.1f}  {bits:6.3f} {costs}   {same:.3f}", flush=True)
 
 
 if __name__ == "__main__":

@@ -54,11 +54,13 @@ class Converted:
         read: bytes of weights that were read.
         written: bytes of weights that were written.
         left_out: tensors of the source that the model has no place for.
+        numbers: how many weights those bytes are; 0 where that was not counted.
     """
 
     read: int
     written: int
     left_out: tuple[str, ...]
+    numbers: int = 0
 
 
 def convert(
@@ -92,6 +94,8 @@ def convert(
         root, quantize=quantize, quantization_config=quantization_config, dtype=dtype
     )
     config, weights = source_model.config, source_model.weights
+    # Before modules are replaced by those that hold other tensors.
+    numbers = weights.model.num_parameters()
     texts = {CONFIG_NAME: config.to_json_string(), **_texts_of_file(root)}
     if (root / GENERATION_CONFIG_NAME).is_file():
         texts[GENERATION_CONFIG_NAME] = (root / GENERATION_CONFIG_NAME).read_text("utf-8")
@@ -103,7 +107,7 @@ def convert(
     for path in others:
         if path.name not in texts:
             copy_file(path, target / path.relative_to(root))
-    return Converted(weights.read, weights.written, source_model.lost)
+    return Converted(weights.read, weights.written, source_model.lost, numbers)
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,6 +1,7 @@
 """`quintet quantize` and `quintet convert`: checkpoints that load, and say what they are."""
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,17 @@ def test_a_quantised_copy_talks(quintet: Any, chat_model: Path, tmp_path: Path) 
     AutoModelForCausalLM.from_pretrained(out)
     assert AutoTokenizer.from_pretrained(out).chat_template
     assert quintet("generate", "The", "--model", out, "--max-new-tokens", "3").code == 0
+
+
+def test_it_says_how_many_bits_a_weight_takes_and_that_four_cost(
+    quintet: Any, chat_model: Path, tmp_path: Path
+) -> None:
+    eight = quintet("quantize", chat_model, tmp_path / "eight").err
+    four = quintet("quantize", chat_model, tmp_path / "four", "--to", "int4").err
+    bits = [float(re.search(r"([\d.]+) bits a weight", err)[1]) for err in (eight, four)]  # type: ignore[index]
+    assert 4 < bits[1] < bits[0] < 16
+    assert "four bits cost" in four
+    assert "four bits cost" not in eight
 
 
 @pytest.mark.parametrize(

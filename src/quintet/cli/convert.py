@@ -131,8 +131,9 @@ def _report(done: "Converted", model: str, target: str, quiet: bool) -> None:
             more = ", …" if len(done.left_out) > 5 else ""
             click.echo(f"note: left out, as the model has no place for it: {names}{more}", err=True)
         share = done.written / max(done.read, 1)
+        bits = f", {8 * done.written / done.numbers:.2f} bits a weight" if done.numbers else ""
         click.echo(
-            f"{target}: {done.written:,} bytes of weights, {share:.2f} of the {done.read:,} "
+            f"{target}: {done.written:,} bytes of weights{bits}, {share:.2f} of the {done.read:,} "
             f"in {model}",
             err=True,
         )

@@ -11,6 +11,11 @@ __all__ = ["command"]
 # Of compressed-tensors, by the names its writers give them.
 WORDS = {"w8a16": 8, "w4a16": 4}
 METHODS = ("int8", "int4", "nf4", "fp8", *WORDS)
+FOUR_BITS = ("int4", "nf4", "w4a16")
+CAUTION = (
+    "note: four bits cost a model some of what it knows, a small one more than a large one; --to "
+    "int8 costs next to nothing (what was measured: docs/guides/quantization.md)"
+)
 
 
 @click.command("quantize")
@@ -25,8 +30,8 @@ def command(model: str, directory: str, method: str, keep: tuple[str, ...], **op
     """Write MODEL in fewer bits into DIRECTORY, whole or not at all.
 
     Experts and prediction layers are quantised too. int8 and int4 are Quintet's own; nf4 is what
-    bitsandbytes has, fp8 what DeepSeek-V3 is released in, and w8a16 and w4a16 are the same numbers
-    as int8 and int4, packed as compressed-tensors has them, for vLLM and Transformers. The weights
+    bitsandbytes has, fp8 what DeepSeek-V3 is released in, and w8a16 and w4a16 are int8 and int4
+    with a scale for 64, packed as compressed-tensors has them, for vLLM and Transformers. The weights
     go through one by one, so that a model may be larger than the memory.
     """
     if method in WORDS:
@@ -34,13 +39,15 @@ def command(model: str, directory: str, method: str, keep: tuple[str, ...], **op
 
         words = PackedConfig(bits=WORDS[method], modules_to_not_convert=list(keep) or None)
         run(model, directory, quantize=None, config=words, **options)
-        return
-    if not keep:
-        run(model, directory, quantize=method, config=None, **options)
-        return
-    from quintet.quantization.request import SHORT
+    elif keep:
+        from quintet.quantization.request import SHORT
 
-    chosen = SHORT[method]
-    assert chosen is not None
-    key = "llm_int8_skip_modules" if method == "nf4" else "modules_to_not_convert"
-    run(model, directory, quantize=None, config={**chosen.to_dict(), key: list(keep)}, **options)
+        chosen = SHORT[method]
+        assert chosen is not None
+        key = "llm_int8_skip_modules" if method == "nf4" else "modules_to_not_convert"
+        config = {**chosen.to_dict(), key: list(keep)}
+        run(model, directory, quantize=None, config=config, **options)
+    else:
+        run(model, directory, quantize=method, config=None, **options)
+    if method in FOUR_BITS and not options["quiet"]:
+        click.echo(CAUTION, err=True)
