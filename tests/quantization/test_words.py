@@ -13,7 +13,7 @@ from conformance.families import FAMILIES, Family
 from quintet import AutoModelForCausalLM
 from quintet.conversion import convert
 from quintet.errors import InputError, UnsupportedModelError
-from quintet.quantization import PackedConfig, Quantized
+from quintet.quantization import Int4Config, Int8Config, PackedConfig, Quantized
 
 IDS = torch.arange(1, 23).view(2, 11)
 # Rows of whole groups of 64.
@@ -73,7 +73,8 @@ def test_the_package_and_we_read_the_same_numbers(
     family.model_of(**SIZES[family.name]).to(torch.bfloat16).save_pretrained(tmp_path / "plain")
     convert(tmp_path / "plain", tmp_path / "words", quantization_config=PackedConfig(bits=bits))
     # The same by way of our own format, whose head is in 8 bits.
-    convert(tmp_path / "plain", tmp_path / "ours", quantize=f"int{bits}")
+    own = Int4Config(group_size=64) if bits == 4 else Int8Config()
+    convert(tmp_path / "plain", tmp_path / "ours", quantization_config=own)
     convert(tmp_path / "ours", tmp_path / "again", quantization_config=PackedConfig())
     one, other = (load_file(tmp_path / n / "model.safetensors") for n in ("words", "again"))
     assert one.keys() == other.keys()

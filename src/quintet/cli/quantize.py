@@ -30,8 +30,8 @@ def command(model: str, directory: str, method: str, keep: tuple[str, ...], **op
     """Write MODEL in fewer bits into DIRECTORY, whole or not at all.
 
     Experts and prediction layers are quantised too. int8 and int4 are Quintet's own; nf4 is what
-    bitsandbytes has, fp8 what DeepSeek-V3 is released in, and w8a16 and w4a16 are int8 and int4
-    with a scale for 64, packed as compressed-tensors has them, for vLLM and Transformers. The weights
+    bitsandbytes has, fp8 what DeepSeek-V3 is released in, and w8a16 and w4a16 are integers
+    with scales, packed as compressed-tensors has them, for vLLM and Transformers. The weights
     go through one by one, so that a model may be larger than the memory.
     """
     if method in WORDS:

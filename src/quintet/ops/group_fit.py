@@ -20,7 +20,7 @@ __all__ = ["quantize_groups"]
 # Small enough that a band in float32 stays in the cache between its operations.
 BAND = 2**18
 # Shares of the scale that reaches the largest number, of 4 bits; the first wins among equals.
-SHARES = (1.0, 0.8, 0.9, 1.1)
+SHARES = (1.0, 0.75, 0.8125, 0.875, 0.9375, 1.0625, 1.125)
 # What is cut off at both ends, where there are offsets.
 CUTS = (0.0, 0.1)
 
