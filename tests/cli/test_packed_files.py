@@ -12,6 +12,9 @@ from torch import Tensor
 import packers
 from conformance.families import FAMILIES
 from quintet import AutoModelForCausalLM
+from quintet.cli.options import has_kernels
+from quintet.quantization.formats import FP8Format, Int4Format
+from quintet.quantization.ordered import OrderedFormat
 
 
 @pytest.fixture
@@ -65,3 +68,8 @@ def test_integers_are_written_for_vllm(tmp_path: Path, quintet: Any) -> None:
     assert first.keys() == second.keys()
     assert all(torch.equal(first[name], second[name]) for name in first)
     assert quintet("convert", plain, tmp_path / "no", "--to", "compressed-tensors").code == 2
+
+
+def test_an_order_of_inputs_is_no_reason_to_be_slow() -> None:
+    assert has_kernels(OrderedFormat(Int4Format()))
+    assert not has_kernels(OrderedFormat(FP8Format()))

@@ -191,8 +191,12 @@ def held_as(model: "PreTrainedModel") -> "WeightFormat | None":
 def has_kernels(weight_format: "WeightFormat") -> bool:
     """Tell whether kernels read the parts of a format as they are."""
     from quintet.quantization import WeightFormat
+    from quintet.quantization.ordered import OrderedFormat
 
-    return type(weight_format).matrix is not WeightFormat.matrix
+    held = weight_format
+    if isinstance(weight_format, OrderedFormat):
+        held = weight_format.inner
+    return type(held).matrix is not WeightFormat.matrix
 
 
 def kind_of(model: "PreTrainedModel") -> str:
