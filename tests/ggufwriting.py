@@ -52,11 +52,12 @@ def write(
     shard_tensors: int = 0,
     more: Callable[[gguf.GGUFWriter], None] | None = None,
     without: tuple[str, ...] = (),
+    change: Callable[[dict[str, Tensor]], dict[str, Tensor]] = dict,
 ) -> dict[str, Any]:
     """Write a model, and return the arrays that went into the file by their names there.
 
     `kind` says the type of each matrix; vectors are always F32. `more` adds or replaces keys,
-    and `without` names keys that are left out.
+    and `without` names keys that are left out. `change` is done to the tensors before.
     """
     arch = architecture or ARCHITECTURES[model.config.model_type]
     writer = gguf.GGUFWriter(
@@ -70,7 +71,7 @@ def write(
     for name in without:
         del writer.kv_data[0][f"{gguf.MODEL_ARCH_NAMES[arch]}.{name}"]
     written = {}
-    for name, tensor in named_tensors(model, arch, old_kv=old_kv).items():
+    for name, tensor in change(named_tensors(model, arch, old_kv=old_kv)).items():
         chosen = Kind.F32 if tensor.ndim == 1 else kind(name, tuple(tensor.shape))
         values = quantised(tensor, chosen)
         written[name] = (values, chosen)

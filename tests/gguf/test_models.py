@@ -170,3 +170,31 @@ def test_safetensors_come_before_what_lies_beside_them(
     (tmp_path / "model.gguf").write_bytes(written.read_bytes())
     assert same(AutoModelForCausalLM.from_pretrained(tmp_path), other)
     assert same(AutoModelForCausalLM.from_pretrained(tmp_path, gguf_file="model.gguf"), model)
+
+
+def test_maps_that_lie_on_top_of_each_other_are_taken_apart(model: Any, tmp_path: Path) -> None:
+    fused = THERE[0].model_of()
+
+    def stacked(found: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        for layer in range(fused.config.num_hidden_layers):
+            for leaf in ("weight", "bias"):
+                parts = [found.pop(f"blk.{layer}.attn_{which}.{leaf}") for which in "qkv"]
+                found[f"blk.{layer}.attn_qkv.{leaf}"] = torch.cat(parts)
+        return found
+
+    ggufwriting.write(fused, tmp_path / "m.gguf", change=stacked)
+    assert same(AutoModelForCausalLM.from_pretrained(tmp_path / "m.gguf"), model)
+
+
+def test_gates_that_lie_on_top_of_each_other_are_taken_apart(tmp_path: Path) -> None:
+    (family,) = (one for one in THERE if one.name == "qwen2-moe")
+    source = family.model_of()
+
+    def stacked(found: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        for name in [name for name in found if "ffn_gate_exps" in name]:
+            parts = [found.pop(name), found.pop(name.replace("gate", "up"))]
+            found[name.replace("ffn_gate_exps", "ffn_gate_up_exps")] = torch.cat(parts, dim=1)
+        return found
+
+    ggufwriting.write(source, tmp_path / "m.gguf", change=stacked)
+    assert same(AutoModelForCausalLM.from_pretrained(tmp_path / "m.gguf"), source)

@@ -114,6 +114,14 @@ def test_a_tensor_of_another_architecture_or_layer_is_named(name: str, tmp_path:
     assert f"{name}: F32 [4, 16]" in refusal(path, CheckpointError)
 
 
+def test_a_tensor_that_is_there_whole_and_as_a_part_is_named(tmp_path: Path) -> None:
+    config = QWEN2.model_of().config
+    rows = (config.num_attention_heads + 2 * config.num_key_value_heads) * config.head_dim
+    more = odd_tensor("blk.0.attn_qkv.weight", rows, config.hidden_size)
+    said = refusal(write(tmp_path / "m.gguf", more), CheckpointError)
+    assert "model.layers.0.self_attn.q_proj.weight" in said
+
+
 def test_missing_and_misshaped_tensors_are_listed(tmp_path: Path) -> None:
     def shrink(writer: Any) -> None:
         writer.add_feed_forward_length(128)

@@ -1,5 +1,6 @@
 """The weights of a GGUF file as named tensors of a release; see `quintet.gguf`."""
 
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -56,8 +57,8 @@ class GGUFCheckpoint:
         parts = release_parts(file, architecture, values)
         tensors = {part.name: _info(part) for part in parts}
         if len(tensors) < len(parts):
-            names = [part.name for part in parts]
-            twice = sorted({name for name in names if names.count(name) > 1})
+            counts = Counter(part.name for part in parts)
+            twice = [name for name, count in counts.items() if count > 1]
             raise CheckpointError(f"{path} has these in two forms:\n{listed(twice)}")
         files = Checkpoint.of_files(path.parent, tensors, file.files)
         paired = {part.name: part.heads for part in parts if part.heads}
