@@ -1,5 +1,6 @@
 """`quintet generate`: the text on standard output, as it is made, and nothing else there."""
 
+import io
 import json
 import re
 import shutil
@@ -14,6 +15,7 @@ import torch
 
 import quintet.cli.generate as module
 from quintet import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
+from quintet.cli.main import main
 from quintet.cli.options import choose
 
 
@@ -261,13 +263,15 @@ def test_bytes_that_are_no_text(process: Any, chat_model: Path, tmp_path: Path) 
 
 
 def test_a_terminal_that_knows_fewer_characters_gets_the_others(
-    process: Any, chat_model: Path
+    chat_model: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    before = "sys.stdout.reconfigure(encoding='ascii', errors='strict')"
-    child = process("generate", "café", "-m", chat_model, "-n", 3, "-q", before=before)
-    out, err = child.communicate(timeout=60)
-    assert (child.returncode, err) == (0, "")
-    assert out.startswith("caf?")
+    out = io.TextIOWrapper(io.BytesIO(), encoding="ascii", errors="strict")
+    monkeypatch.setattr(sys, "stdout", out)
+    with pytest.raises(SystemExit) as ended:
+        main(["generate", "café", "-m", str(chat_model), "-n", "3", "-q"])
+    assert (ended.value.code, capsys.readouterr().err) == (0, "")
+    out.flush()
+    assert out.buffer.getvalue().startswith(b"caf?")  # type: ignore[attr-defined]
 
 
 # -- as a process ----------------------------------------------------------------------------
