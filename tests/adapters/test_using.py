@@ -13,6 +13,7 @@ from torch import Tensor
 import quintet
 from conformance.families import FAMILIES, Family, each
 from pefts import ATTENTION, IDS, QUIET, logits, lora, peft, twins
+from quintet.layers.snapshot import Snapshot
 from support import relative_error as relative
 
 pytestmark = QUIET
@@ -106,6 +107,21 @@ def test_merging_in_bfloat16_rounds_once(family: Family) -> None:
     exact = module.weight.detach().float() + lora.lora_B @ lora.lora_A * lora.scale
     model.merge_adapter()
     assert torch.equal(module.weight, exact.to(torch.bfloat16))
+
+
+@each
+def test_layers_are_taken_down_once_while_no_adapter_is_in_use(family: Family) -> None:
+    model = with_two(family, shared=False)
+    model.disable_adapters()
+    snapshot = Snapshot(model.model.layers)
+    assert snapshot.holds()
+    model.enable_adapters()
+    assert not snapshot.holds()
+    model.merge_adapter()
+    snapshot = Snapshot(model.model.layers)
+    assert snapshot.holds()
+    model.unmerge_adapter()
+    assert not snapshot.holds()
 
 
 def test_what_several_layers_share_is_not_merged() -> None:

@@ -1,7 +1,7 @@
 """Whether modules are what they were, told faster than what they hold could be asked for."""
 
 import operator
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from itertools import chain
 from typing import Any
 
@@ -24,10 +24,12 @@ class Snapshot:
 
     def __init__(self, roots: Iterable[nn.Module]) -> None:
         # All loops over them are Python's own: there are hundreds, and they are asked every step.
-        modules = list(dict.fromkeys(chain.from_iterable(root.modules() for root in roots)))
+        modules = list(dict.fromkeys(chain.from_iterable(map(_below, roots))))
         self._modules = modules
         self._kinds = list(map(type, modules))
-        self._one_of_each = list(dict(zip(self._kinds, modules, strict=True)).values())
+        # What only holds others, or numbers, is never called.
+        called = {kind: m for kind, m in zip(self._kinds, modules, strict=True) if _runs(kind)}
+        self._one_of_each = list(called.values())
         self._attributes = list(map(vars, modules))
         self._values = list(chain.from_iterable(map(dict.values, self._attributes)))
         self._hooks = [
@@ -64,3 +66,15 @@ class Snapshot:
             and list(map(type, self._modules)) == self._kinds
             and not any(map(hooked, self._one_of_each))
         )
+
+
+def _runs(kind: type[nn.Module]) -> bool:
+    return kind.forward is not nn.Module.forward
+
+
+def _below(root: nn.Module) -> Iterator[nn.Module]:
+    """Yield a module and all in it, but for adapters: in use, they show in the module's forward."""
+    yield root
+    for name, child in root._modules.items():
+        if child is not None and name != "adapters":
+            yield from _below(child)
