@@ -113,7 +113,7 @@ def test_merged_weights_are_rounded_again(quantize: str, tmp_path: Path) -> None
 
 def test_merging_says_that_it_rounds(tmp_path: Path) -> None:
     held, plain = loaded(FAMILIES[0], tmp_path, "int4")
-    with pytest.warns(UserWarning, match="rounded to int4 again"):
+    with pytest.warns(UserWarning, match="rounded to int4 by 32 with offsets again"):
         trained(held, adapter_of(plain)).merge_and_unload()
 
 
