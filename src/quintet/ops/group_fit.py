@@ -127,7 +127,10 @@ class _Ladder:
     def numbers(self, levels: Tensor) -> Tensor:
         """Return levels as they are held."""
         if self.iq4:
-            return torch.bucketize(levels, levels.new_tensor(IQ4))
+            places = levels.new_zeros(IQ4[-1] - IQ4[0] + 1, dtype=torch.uint8)
+            for place, level in enumerate(IQ4):
+                places[level - IQ4[0]] = place
+            return _taken(places, levels - IQ4[0])
         return levels + 8 if self.bits == 4 and not self.offset else levels
 
     def _starts(self, low: Tensor, high: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
@@ -144,8 +147,7 @@ class _Ladder:
     def _rounded(self, band: Tensor, scale: Tensor, offset: Tensor) -> _Fit:
         steps = (band - offset) / torch.where(scale == 0, 1.0, scale)
         if self.iq4:
-            table = steps.new_tensor(IQ4)
-            levels = table[torch.bucketize(steps, (table[1:] + table[:-1]) / 2)]
+            levels = _nearest(steps)
         else:
             levels = steps.round_().clamp_(self.least, self.most)
         return _Fit(levels, scale, offset)
@@ -176,3 +178,19 @@ class _Ladder:
                 f"{str(self.dtype).removeprefix('torch.')}; use scales in float32"
             )
         return stored
+
+
+def _nearest(steps: Tensor) -> Tensor:
+    """Return the level of `IQ4` that is nearest to each number, the lower one of two."""
+    # They meet at halves, so that all numbers up to one half from the one before have one level.
+    table = steps.new_tensor(IQ4)
+    halves = torch.arange(2 * IQ4[0], 2 * IQ4[-1] + 1, dtype=steps.dtype, device=steps.device) / 2
+    levels = table[torch.bucketize(halves, (table[1:] + table[:-1]) / 2)]
+    up = steps.mul_(2).ceil_().clamp_(2 * IQ4[0], 2 * IQ4[-1])
+    return _taken(levels, up.sub_(2 * IQ4[0]))
+
+
+def _taken(table: Tensor, places: Tensor) -> Tensor:
+    """Return what a table has at places, which are whole numbers."""
+    index = places.to(torch.int32).flatten()
+    return table.index_select(0, index).view(places.shape)
