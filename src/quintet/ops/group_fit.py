@@ -146,10 +146,7 @@ class _Ladder:
 
     def _rounded(self, band: Tensor, scale: Tensor, offset: Tensor) -> _Fit:
         steps = (band - offset) / torch.where(scale == 0, 1.0, scale)
-        if self.iq4:
-            levels = _nearest(steps)
-        else:
-            levels = steps.round_().clamp_(self.least, self.most)
+        levels = _nearest(steps) if self.iq4 else steps.round_().clamp_(self.least, self.most)
         return _Fit(levels, scale, offset)
 
     def _fitted(self, band: Tensor, counts: Tensor, fit: _Fit) -> tuple[Tensor, Tensor]:
