@@ -16,7 +16,7 @@ def decode_blocks(raw: Tensor, kind: BlockType, dtype: torch.dtype) -> Tensor | 
     """Return the weights (..., O, I) of rows of blocks, bytes (..., O, bytes a row); or None."""
     call = begin()
     suffix = SUFFIX.get(dtype)
-    if call is None or suffix is None or raw.ndim < 2 or not raw.numel():
+    if call is None or suffix is None or not _whole(raw, kind):
         return None
     rows, columns = raw.shape[:-1], raw.shape[-1] // kind.nbytes * kind.weights
     call.integers(rows.numel(), columns)
@@ -28,7 +28,7 @@ def decode_blocks(raw: Tensor, kind: BlockType, dtype: torch.dtype) -> Tensor | 
 def split_blocks(raw: Tensor, kind: BlockType) -> tuple[Tensor, Tensor, Tensor | None] | None:
     """Return what blocks are in our groups: numbers, scales and offsets; or None."""
     call = begin()
-    if call is None or raw.ndim < 2 or not raw.numel():
+    if call is None or not _whole(raw, kind):
         return None
     layout = LAYOUTS[kind.name]
     rows, columns = raw.shape[:-1], raw.shape[-1] // kind.nbytes * kind.weights
@@ -44,3 +44,8 @@ def split_blocks(raw: Tensor, kind: BlockType) -> tuple[Tensor, Tensor, Tensor |
     if offset is None:
         call.packed(None, dtype)
     return (numbers, scale, offset) if call.run(f"parts_of_{kind.name.lower()}") else None
+
+
+def _whole(raw: Tensor, kind: BlockType) -> bool:
+    """Tell whether these are rows of blocks, none of which is cut."""
+    return raw.ndim > 1 and raw.numel() > 0 and raw.shape[-1] % kind.nbytes == 0
