@@ -64,7 +64,7 @@ FAMILIES: Mapping[str, Family] = MappingProxyType(
 
 _QWEN = "The nearest that is: Qwen/Qwen2.5-0.5B-Instruct, -1.5B, -3B, -7B, -14B or -32B"
 # What to take in the place of what many ask for.
-NEAREST: Mapping[object, str] = MappingProxyType(
+NEAREST: Mapping[str, str] = MappingProxyType(
     {
         "llama": f"Its GGUF file is read, though. {_QWEN}",
         **dict.fromkeys(("mistral", "gemma", "gemma2", "gemma3", "phi3", "qwen3"), _QWEN),
@@ -78,12 +78,14 @@ def family(model_type: object) -> Family:
     Raises:
         UnsupportedModelError: there is none.
     """
-    if not isinstance(model_type, str) or model_type not in FAMILIES:
+    found = FAMILIES.get(model_type) if isinstance(model_type, str) else None
+    if found is None:
+        nearest = NEAREST.get(model_type) if isinstance(model_type, str) else None
         raise UnsupportedModelError(
             f"model_type={shown(model_type)} is not supported; there are {', '.join(FAMILIES)}"
-            + (f". {NEAREST[model_type]}" if model_type in NEAREST else "")
+            + (f". {nearest}" if nearest else "")
         )
-    return FAMILIES[model_type]
+    return found
 
 
 class AutoConfig:

@@ -35,7 +35,7 @@ def test_models_in_folders(
 def test_weights_in_fewer_bits_are_named(quintet: Any, chat_model: Path, tmp_path: Path) -> None:
     assert quintet("quantize", chat_model, tmp_path / "q4", "--to", "int4", "-q").code == 0
     (row,) = json.loads(quintet("ls", tmp_path / "q4", "--json").out)
-    assert row["weights"] == "int4"
+    assert row["weights"].startswith("int4 by 32")
 
 
 def test_where_there_is_none(quintet: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
