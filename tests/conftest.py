@@ -41,3 +41,15 @@ def published() -> Path:
     if not (root / "vocab.json").is_file():
         pytest.skip(f"no Qwen2 vocabulary at {root}; set QUINTET_QWEN2_TOKENIZER")
     return root
+
+
+@pytest.fixture(scope="session")
+def smollm2() -> Path:
+    """The file of SmolLM2-135M-Instruct, which talks; not part of the repository."""
+    from quintet.errors import OfflineError
+    from quintet.sources.smollm2 import fetch_smollm2
+
+    try:
+        return fetch_smollm2(local_files_only=True)
+    except OfflineError as error:
+        pytest.skip(f"{error}; `quintet info smollm2` fetches it")

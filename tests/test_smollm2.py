@@ -8,8 +8,6 @@ import torch
 
 from quintet import AutoModelForCausalLM, AutoTokenizer
 from quintet.conversion import convert
-from quintet.errors import OfflineError
-from quintet.sources.smollm2 import fetch_smollm2
 
 # Without the system message its first word is drawn by less than bfloat16 keeps of a logit (25.33
 # against 25.24).
@@ -20,18 +18,10 @@ QUESTION = [
 
 
 @pytest.fixture(scope="module")
-def file() -> Path:
-    try:
-        return fetch_smollm2(local_files_only=True)
-    except OfflineError as error:
-        pytest.skip(f"{error}; `quintet info smollm2` fetches it")
-
-
-@pytest.fixture(scope="module")
-def checkpoint(file: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def checkpoint(smollm2: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The same model as safetensors in bfloat16, with its tokenizer."""
     root = tmp_path_factory.mktemp("smollm2") / "model"
-    convert(file, root, quantize="none", dtype="bfloat16")
+    convert(smollm2, root, quantize="none", dtype="bfloat16")
     return root
 
 
@@ -52,10 +42,10 @@ def answer(model: Any, tokenizer: Any) -> str:
     return text
 
 
-def test_the_file_answers(file: Path, tokenizer: Any) -> None:
-    model = AutoModelForCausalLM.from_pretrained(file)
+def test_the_file_answers(smollm2: Path, tokenizer: Any) -> None:
+    model = AutoModelForCausalLM.from_pretrained(smollm2)
     assert "Paris" in answer(model, tokenizer)
-    of_file = AutoTokenizer.from_pretrained(file)
+    of_file = AutoTokenizer.from_pretrained(smollm2)
     wanted = tokenizer.apply_chat_template(QUESTION, tokenize=False)
     assert of_file.apply_chat_template(QUESTION, tokenize=False) == wanted
 

