@@ -109,7 +109,8 @@ class MTPDrafter:
             unread = [one for one in unread for _ in range(B // len(unread))]
         seen = {row: unread[row] for row in rows if len(unread[row])}
         if seen:
-            last = text.ids[list(seen), -1]
+            last = text.ids[:, -1]
+            last = last if len(seen) == B else last[list(seen)]
             for row, left in self._layers.read(seen, last, B, writer).items():
                 unread[row] = left
         self._seen = [unread]

@@ -8,6 +8,7 @@ taken back.
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import Protocol, Self, runtime_checkable
 
 import torch
@@ -139,24 +140,22 @@ class Prediction:
             tokens ahead of the last ones.
         """
         model, widths = self.model, [len(one) for one in seen.values()]
-        ends = torch.tensor(widths, device=last.device).cumsum(0) - 1
-        states = torch.cat([one.states for one in seen.values()])
-        ahead = torch.cat([one.embeds for one in seen.values()])
-        ahead = _followed(ahead, model.embed(last), ends)
+        ends = [end - 1 for end in accumulate(widths)]
+        read = Seen.joined(list(seen.values()))
+        states, ahead = read.states, _followed(read.embeds, model.embed(last), ends)
         taken = self._taken(dict(zip(seen, widths, strict=True)), batch, last.device)
         for k in range(self._depth):
             if k:
                 # The token that layer k - 1 has drafted is the one that layer k has not seen.
-                behind = torch.zeros_like(ahead[ends])
-                if writer is not None:
-                    behind = model.embed(writer.last)
+                known = None if writer is None else model.embed(writer.last)
+                behind = torch.zeros_like(_at(ahead, ends)) if known is None else known
                 ahead = _followed(ahead, behind, ends)
             states = self._predict(k, states, ahead, taken)
             # Layers that are not asked for a token read the text all the same.
             if writer is not None and not writer.done:
-                writer.write(model.logits(states[ends]))
+                writer.write(model.logits(_at(states, ends)))
         self.cache.advance(taken[0])
-        steps, here = 0, states[ends]
+        steps, here = 0, _at(states, ends)
         while writer is not None and not writer.done:
             taken = self._taken(dict.fromkeys(seen, 1), batch, last.device)
             here = self._predict(self._depth - 1, here, model.embed(writer.last), taken)
@@ -197,8 +196,15 @@ class Prediction:
         self.cache.crop(lengths)
 
 
-def _followed(embeds: Tensor, last: Tensor, ends: Tensor) -> Tensor:
+def _at(x: Tensor, ends: list[int]) -> Tensor:
+    """Return the ends of rows that lie one behind the other, (n, C) of (N, C)."""
+    return x[-1:] if len(ends) == 1 else x[ends]
+
+
+def _followed(embeds: Tensor, last: Tensor, ends: list[int]) -> Tensor:
     """Shift rows that lie one behind the other, (N, C), by one: each ends with its `last`."""
+    if len(ends) == 1:
+        return torch.cat((embeds[1:], last))
     ahead = embeds.roll(-1, dims=0)
     ahead[ends] = last
     return ahead
