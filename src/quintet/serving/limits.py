@@ -39,11 +39,16 @@ class Limits:
     kept: int = 1 << 30
 
     def __post_init__(self) -> None:
-        least = {"rows": 1, "capacity": 2, "queue": 0, "piece": GRID, "ahead": 1, "kept": 0}
-        for name, bound in least.items():
-            value = {field: getattr(self, field) for field in self.__slots__}[name]
-            if value < bound:
-                raise InputError(f"{name}={value} has to be at least {bound}")
+        for name, value, least in (
+            ("rows", self.rows, 1),
+            ("capacity", self.capacity, 2),
+            ("queue", self.queue, 0),
+            ("piece", self.piece, GRID),
+            ("ahead", self.ahead, 1),
+            ("kept", self.kept, 0),
+        ):
+            if value < least:
+                raise InputError(f"{name}={value} has to be at least {least}")
         if self.patience < 0 or (self.memory is not None and self.memory < 1):
             raise InputError(
                 f"patience={self.patience} and memory={self.memory} cannot be negative; leave "
