@@ -81,7 +81,7 @@ clean:
 
 .venv/dev: .venv/base
 	@echo "installing the test tools into .venv (once)" >&2
-	@$(INSTALL) -e ".[dev]"
+	@$(INSTALL) -e ".[dev,serve]"
 	@$(BIN)/quintet info smollm2 >/dev/null || echo "tests that need SmolLM2 will be skipped" >&2
 	@touch $@
 

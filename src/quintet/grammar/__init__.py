@@ -1,0 +1,1 @@
+"""What may be written next: JSON by a schema, expressions, calls of tools."""

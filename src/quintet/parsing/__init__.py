@@ -1,0 +1,1 @@
+"""What a model wrote, told apart while it arrives: reasoning, content, calls of tools."""
