@@ -17,7 +17,7 @@ from quintet import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from quintet.conversion import convert
 from quintet.errors import CheckpointError, InputError, SaveError, UnsupportedModelError
 from quintet.exporting import GGUF_TYPES, export_gguf
-from quintet.exporting.keys import config_metadata
+from quintet.exporting.keys import config_metadata, read_otherwise
 from quintet.gguf import read_gguf
 from quintet.gguf.types import BY_NAME
 from quintet.ops.block_encoding import encode_blocks
@@ -59,6 +59,8 @@ def saved(family: Family, root: Path, **changes: Any) -> Any:
     return model
 
 
+# Some cases are of models that llama.cpp reads otherwise, which a test of its own is about.
+pytestmark = pytest.mark.filterwarnings("ignore:llama.cpp r:UserWarning")
 CASES: list[tuple[str, dict[str, Any]]] = [
     ("qwen2", {}),
     ("qwen2", {"tie_word_embeddings": True, "head_dim": 8}),
@@ -222,3 +224,22 @@ def test_a_file_is_there_whole_or_not_at_all(tmp_path: Path) -> None:
     assert sorted(os.listdir(tmp_path)) == ["large", "m.gguf", "model"]
     with pytest.raises(SaveError, match="could not write"):
         export_gguf(tmp_path / "model", tmp_path / "m.gguf" / "x.gguf")
+
+
+@pytest.mark.parametrize(
+    ("changes", "told"),
+    [
+        ({"q_lora_rank": None}, "refuses one of 3"),
+        ({"q_lora_rank": None, "num_hidden_layers": 27}, ""),
+        (
+            {"topk_method": "group_limited_greedy", "n_group": 4, "topk_group": 2},
+            "rates a group of experts by its best two",
+        ),
+        ({"topk_method": "group_limited_greedy", "n_group": 4, "topk_group": 4}, ""),
+        ({}, ""),
+    ],
+)
+def test_what_llama_cpp_reads_otherwise_is_told(changes: dict[str, Any], told: str) -> None:
+    found = read_otherwise(BY["deepseek-v2"].model_of(**changes).config)
+    assert told in " ".join(found)
+    assert bool(found) == bool(told)

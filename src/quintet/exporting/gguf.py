@@ -13,7 +13,7 @@ from quintet.auto import AutoConfig, AutoTokenizer
 from quintet.configuration.base import PreTrainedConfig
 from quintet.conversion import Converted, open_source
 from quintet.errors import CheckpointError, InputError, ModelNotFoundError, TokenizerError
-from quintet.exporting.keys import ARCHITECTURES, config_metadata
+from quintet.exporting.keys import ARCHITECTURES, config_metadata, read_otherwise
 from quintet.exporting.places import Place, kind_of, places_of
 from quintet.generation.config import GENERATION_CONFIG_NAME, GenerationConfig
 from quintet.gguf.container import Value
@@ -37,7 +37,7 @@ def export_gguf(
     """Write the model in directory `source`, or in a GGUF file, into a GGUF file.
 
     With it go its tokenizer, chat templates and what ends an answer. A directory without a
-    tokenizer makes a file without one.
+    tokenizer makes a file without one. What llama.cpp reads otherwise is warned of.
 
     Args:
         dtype: "F32", "F16", "BF16", "Q8_0" or "Q4_0"; "auto" is the one the weights have, or
@@ -59,6 +59,8 @@ def export_gguf(
     fewer = vars(own).get("quantization_config") is not None
     opened = open_source(root, quantize="none", dtype="float32" if fewer else "auto")
     config, weights = opened.config, opened.weights
+    for difference in read_otherwise(config):
+        warnings.warn(difference, stacklevel=2)
     values = vars(config)
     wanted = _type(dtype, own.torch_dtype)
     metadata = {

@@ -9,7 +9,7 @@ from quintet.configuration.base import PreTrainedConfig
 from quintet.errors import UnsupportedModelError, shown
 from quintet.gguf.container import Value
 
-__all__ = ["ARCHITECTURES", "config_metadata"]
+__all__ = ["ARCHITECTURES", "config_metadata", "read_otherwise"]
 
 ARCHITECTURES: Mapping[str, str] = MappingProxyType(
     {
@@ -20,6 +20,8 @@ ARCHITECTURES: Mapping[str, str] = MappingProxyType(
     }
 )
 SOFTMAX, SIGMOID = 1, 2
+# It tells V2-Lite from V2 by how many layers there are.
+_LITE_LAYERS = (26, 27)
 # What llama.cpp does otherwise, whatever the file says: the key, and what has to be.
 _FIXED: Mapping[str, Mapping[str, Any]] = MappingProxyType(
     {
@@ -67,6 +69,27 @@ def config_metadata(config: PreTrainedConfig) -> dict[str, Value]:
         named |= _experts(config.model_type, values)
     architecture = ARCHITECTURES[config.model_type]
     return {f"{architecture}.{k}": value for k, value in named.items() if value is not None}
+
+
+def read_otherwise(config: PreTrainedConfig) -> list[str]:
+    """Return what llama.cpp reads otherwise although the file says it, a sentence each."""
+    values = vars(config)
+    found = []
+    if config.model_type == "deepseek_v2":
+        if (
+            values["topk_method"] == "group_limited_greedy"
+            and values["topk_group"] < values["n_group"]
+        ):
+            found.append(
+                "llama.cpp rates a group of experts by its best two, as V3 does, not by its best "
+                "one, and chooses other experts for some tokens"
+            )
+        if values["q_lora_rank"] is None and values["num_hidden_layers"] not in _LITE_LAYERS:
+            found.append(
+                f"llama.cpp reads a model without q_lora_rank that has {_LITE_LAYERS[-1]} layers, "
+                f"as V2-Lite does, and refuses one of {values['num_hidden_layers']}"
+            )
+    return found
 
 
 def _grouped(values: Mapping[str, Any]) -> dict[str, Any]:
