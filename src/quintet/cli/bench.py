@@ -1,5 +1,6 @@
 """`quintet bench`: prompts and steps, timed, beside what this machine would allow."""
 
+import importlib
 import json
 import time
 from collections.abc import Iterator
@@ -44,7 +45,24 @@ class _Numbers(click.ParamType[tuple[int, ...]]):
         return numbers
 
 
-@click.command("bench")
+class _Bench(click.Command):
+    """One command, and beside it what measures a server, which takes other options."""
+
+    def make_context(
+        self,
+        info_name: str | None,
+        args: list[str],
+        parent: click.Context | None = None,
+        **extra: Any,
+    ) -> click.Context:
+        if args[:1] == ["serve"]:
+            serve = importlib.import_module("quintet.cli.bench_serve").command
+            context: click.Context = serve.make_context("bench serve", args[1:], parent, **extra)
+            return context
+        return super().make_context(info_name, args, parent, **extra)
+
+
+@click.command("bench", cls=_Bench)
 @click.argument("model", required=False)
 @click.option("--geometry", help="Random weights in the shape of a released model; no checkpoint.")
 @click.option(
@@ -96,6 +114,8 @@ def command(
     Prompts (pp) are timed to the first token, steps (tg) at a context depth that is filled with
     random keys and values, which cost what real ones do. Medians of the repetitions. Without MODEL,
     the packaged demo model.
+
+    `quintet bench serve URL` measures how a server bears load.
     """
     if model is not None and geometry is not None:
         raise click.UsageError("Give either MODEL, a directory or hub id, or --geometry NAME.")

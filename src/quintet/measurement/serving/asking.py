@@ -1,0 +1,252 @@
+"""One request to a server, and when what came of it came."""
+
+import asyncio
+import json
+import random
+import time
+from dataclasses import dataclass, field
+from typing import Any
+
+from quintet.errors import ServingError
+from quintet.measurement.serving.connection import Address, Reply
+from quintet.measurement.serving.workload import Ids, Material, Prompt, Words
+
+__all__ = ["Asked", "Target", "find"]
+
+PATHS = {"completions": "/v1/completions", "chat": "/v1/chat/completions"}
+# What the ids of prompts are drawn from, and what a word is in tokens, is found by this many.
+SAMPLE = 400
+
+
+@dataclass(slots=True)
+class Asked:
+    """What became of one request. Times are of one clock, in seconds.
+
+    Attributes:
+        due: when it was to be sent; in an open loop, also if its client was late.
+        came: when each piece of text came.
+        ended: when it was over.
+        status: of HTTP; None where there was no answer.
+        error: what went wrong, without anything of the prompt.
+        dropped: whether its client hung up.
+        prompt: tokens of the prompt, as the server counts them.
+        cached: of these, those it had read before.
+        completion: tokens of the answer; the number of pieces where the server does not say.
+        counted: whether the server said.
+        text: the answer.
+    """
+
+    due: float
+    came: list[float] = field(default_factory=list)
+    ended: float = 0.0
+    status: int | None = None
+    error: str | None = None
+    dropped: bool = False
+    prompt: int = 0
+    cached: int = 0
+    completion: int = 0
+    counted: bool = False
+    text: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Target:
+    """Who is asked, and how.
+
+    Attributes:
+        address: where the server is.
+        model: the name it knows its model by.
+        endpoint: "completions" or "chat".
+        material: what prompts are made of.
+        extra: fields of every request; those that are None are left out.
+        timeout: how many seconds an answer may take.
+    """
+
+    address: Address
+    model: str
+    endpoint: str = "completions"
+    material: Material = field(default_factory=Words)
+    extra: dict[str, Any] = field(default_factory=dict)
+    timeout: float = 600.0
+
+    def body(self, prompt: Prompt, out: int) -> dict[str, Any]:
+        """Return what is posted: exactly `out` tokens are asked for, greedily, as a stream."""
+        asked: Any = {"prompt": prompt}
+        if self.endpoint == "chat":
+            asked = {"messages": [{"role": "user", "content": prompt}]}
+        fields = {
+            "model": self.model,
+            **asked,
+            "max_tokens": out,
+            "min_tokens": out,
+            "ignore_eos": True,
+            "temperature": 0,
+            "stream": True,
+            "stream_options": {"include_usage": True},
+            **self.extra,
+        }
+        return {name: value for name, value in fields.items() if value is not None}
+
+    async def ask(
+        self, prompt: Prompt, out: int, *, due: float | None = None, drop: int | None = None
+    ) -> Asked:
+        """Ask for an answer and listen to its end, or hang up behind `drop` pieces of it."""
+        asked = Asked(time.perf_counter() if due is None else due)
+        try:
+            async with asyncio.timeout(self.timeout):
+                async with self.address.ask(PATHS[self.endpoint], self.body(prompt, out)) as reply:
+                    await _listen(reply, asked, drop)
+        except TimeoutError:
+            asked.error = f"no whole answer in {self.timeout:g} s"
+        except (OSError, ServingError, ValueError) as error:
+            asked.error = f"{type(error).__name__}: {error}"
+        asked.ended = time.perf_counter()
+        if not asked.counted:
+            asked.completion = len(asked.came)
+        return asked
+
+    async def continued(self, answer: Asked) -> Prompt:
+        """Return an answer as a part of the next prompt."""
+        if isinstance(self.material, Words):
+            return answer.text
+        return await _ids_of(self.address, self.model, answer.text) or []
+
+
+async def _listen(reply: Reply, asked: Asked, drop: int | None) -> None:
+    asked.status = reply.status
+    if reply.status != 200:
+        asked.error = _error(reply.status, await reply.read())
+        return
+    if drop == 0:
+        asked.dropped = True
+        return
+    finished = False
+    async for data in reply.events():
+        now = time.perf_counter()
+        if data == "[DONE]":
+            return
+        event = json.loads(data)
+        if "error" in event:
+            asked.error = f"in the stream: {event['error'].get('code')}"
+            return
+        if usage := event.get("usage"):
+            asked.prompt, asked.counted = usage.get("prompt_tokens", 0), True
+            asked.completion = usage.get("completion_tokens", 0)
+            details = usage.get("prompt_tokens_details") or {}
+            asked.cached = details.get("cached_tokens") or 0
+        for choice in event.get("choices", ()):
+            finished = finished or choice.get("finish_reason") is not None
+            text = _text(choice)
+            if text or (finished and not asked.came):
+                asked.came.append(now)
+                asked.text += text
+        if drop is not None and len(asked.came) >= drop:
+            asked.dropped = True
+            return
+    if not finished:
+        asked.error = "the stream ended before its end"
+
+
+def _text(choice: dict[str, Any]) -> str:
+    """Return what a choice adds, of thoughts, too."""
+    delta = choice.get("delta")
+    if delta is None:
+        return choice.get("text") or ""
+    return (delta.get("reasoning_content") or delta.get("reasoning") or "") + (
+        delta.get("content") or ""
+    )
+
+
+def _error(status: int, content: bytes) -> str:
+    """Say what a status means by the code that stands with it, if one does: no texts of users."""
+    try:
+        error = json.loads(content)["error"]
+        code = error.get("code") or error.get("type")
+    except (ValueError, KeyError, TypeError, AttributeError):
+        code = None
+    return f"HTTP {status}" if code is None else f"HTTP {status}, {code}"
+
+
+async def find(
+    address: Address,
+    *,
+    model: str | None = None,
+    endpoint: str = "completions",
+    prompts: str = "auto",
+    extra: dict[str, Any] | None = None,
+    timeout: float = 600.0,
+) -> Target:
+    """Find out how a server wants to be asked.
+
+    Args:
+        address: where it is.
+        model: the name of its model; by default the first it lists.
+        endpoint: "completions" or "chat".
+        prompts: "ids", which are exact, "text", or "auto" for ids where the server takes them.
+        extra: fields of every request.
+        timeout: how many seconds an answer may take.
+
+    Raises:
+        ServingError: nobody is there, or nothing is answered.
+    """
+    dice = random.Random(0)
+    sample = Words().draw(SAMPLE, dice)
+    try:
+        if model is None:
+            status, listed = await address.fetch("/v1/models")
+            try:
+                model = str(listed["data"][0]["id"])
+            except (TypeError, KeyError, IndexError):
+                raise ServingError(
+                    f"/v1/models of {address.host}:{address.port} names no model (HTTP {status}); "
+                    "give its name, or a key if it wants one"
+                ) from None
+        words = Target(address, model, endpoint, Words(), extra or {}, timeout)
+        if prompts != "text" and endpoint == "completions":
+            ids = await _ids_of(address, model, str(sample))
+            if ids:
+                target = Target(address, model, endpoint, Ids(tuple(ids)), extra or {}, timeout)
+                trial = await target.ask(target.material.draw(8, dice), 1)
+                if trial.error is None or prompts == "ids":
+                    return _checked(target, trial)
+    except OSError as error:
+        raise ServingError(
+            f"nobody answers at {address.host}:{address.port}: {error.strerror or error}"
+        ) from None
+    if prompts == "ids":
+        raise ServingError(
+            "prompts of ids need /v1/completions and a route that tokenizes, /tokenize or "
+            "/extras/tokenize; take prompts of text"
+        )
+    trial = await words.ask(sample, 1)
+    _checked(words, trial)
+    each = trial.prompt / SAMPLE if trial.counted and trial.prompt else 1.0
+    return Target(address, model, endpoint, Words(each), extra or {}, timeout)
+
+
+def _checked(target: Target, trial: Asked) -> Target:
+    if trial.error is not None:
+        raise ServingError(
+            f"{target.address.host}:{target.address.port} does not answer a first request of one "
+            f"token: {trial.error}"
+        )
+    return target
+
+
+async def _ids_of(address: Address, model: str, text: str) -> list[int] | None:
+    """Return what a server's own route makes of a text; None where it has none."""
+    for path, name in (
+        ("/tokenize", "prompt"),
+        ("/tokenize", "content"),
+        ("/extras/tokenize", "input"),
+    ):
+        body = {name: text}
+        if name == "prompt":
+            body |= {"model": model}
+        status, answer = await address.fetch(path, body)
+        if status == 200 and isinstance(answer, dict):
+            tokens = answer.get("tokens")
+            if isinstance(tokens, list) and tokens and all(type(one) is int for one in tokens):
+                # The first may be one that only a text begins with.
+                return tokens[1:]
+    return None
