@@ -5,9 +5,11 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from quintet.cache import RowContent
+from quintet.serving.answers import Answer
 from quintet.serving.limits import Limits
-from quintet.serving.request import Answer, Request, hand_out
+from quintet.serving.request import Request, hand_out
 from quintet.serving.runner import Runner
+from quintet.serving.transcript import Transcript
 
 INTERLEAVINGS = 10_000
 
@@ -34,6 +36,11 @@ class Text:
     computed: int = 0
     error: Exception | None = None
     finish_reason: str | None = None
+    observed: None = None
+    watched: None = None
+    drafting: None = None
+    adapter_name: None = None
+    only_reads: bool = False
 
     def __post_init__(self) -> None:
         self.prompt_length = len(self.ids)
@@ -140,12 +147,11 @@ def test_any_interleaving() -> None:
                     text,
                     lambda one: None,
                     hand_out,
-                    None,
+                    Transcript(None),
                     scope=dice.choice("ab"),
                     priority=dice.randint(0, 1),
                     deadline=clock[0] + dice.choice((2, 40)) if dice.random() < 0.2 else None,
                     arrival=clock[0],
-                    stable=0,
                 )
                 told[request] = []
                 request.reader = told[request].append

@@ -11,6 +11,7 @@ from quintet.cache import RowContent
 from quintet.errors import ContextLengthError, InputError
 from quintet.generation import plan
 from quintet.generation.choosing import Choosing
+from quintet.generation.observing import ROWS
 from quintet.generation.processors.assemble import Processor
 from quintet.generation.processors.words import PrefixAllowedTokens
 from quintet.generation.requests import Served, sequence_of
@@ -142,7 +143,8 @@ class Engine:
         Args:
             sequence: what is to take part in steps.
             contents: what was extracted for its first ids, from its own row or from that of
-                another that begins alike; these need not be run over.
+                another that begins alike; these need not be run over, and are not used where
+                something of them is to be known.
 
         Raises:
             InputError: it has a row, has ended, or there is none; or contents are not of its first
@@ -156,6 +158,10 @@ class Engine:
                 f"the sequence has ended ({sequence.finish_reason}); make another one to go on"
             )
         self.check_room(sequence)
+        if sequence.watched is not None:
+            # What is to be known of the prompt is found by running over it.
+            contents = ()
+            sequence.watched.restart()
         held = contents[-1].stop if contents else 0
         if held >= len(sequence.ids):
             raise InputError(
@@ -255,7 +261,7 @@ class Engine:
             logits = self._run(going, pieces)
         except BaseException:
             for sequence in going:
-                sequence.computed = self._rows.rewind(self._placed[sequence], sequence.computed)
+                self._rewind(sequence)
             raise
         before = {one: len(one.ids) for one in going}
         for sequence, ran in zip(going, pieces, strict=True):
@@ -264,17 +270,17 @@ class Engine:
         return [one.ids[before.get(one, len(one.ids)) :] for one in sequences]
 
     def _run(self, going: list[Sequence], pieces: list[Piece]) -> Tensor:
-        """Run over the pieces; prediction layers get what was made of those they draft for."""
-        watched = [
-            (number, one.drafting)
-            for number, one in enumerate(going)
-            if isinstance(one.drafting, PredictedDrafting)
-        ]
-        if not watched:
+        """Run over the pieces; what is made of them goes to whom it matters."""
+        drafting = [isinstance(one.drafting, PredictedDrafting) for one in going]
+        pooling = [one.watched is not None and one.watched.pooling is not None for one in going]
+        if not any(drafting) and not any(pooling):
             return self._rows.run(pieces)
         logits, seen = self._rows.watch(pieces)
-        for number, drafting in watched:
-            drafting.saw(seen[number], pieces[number].keep)
+        for one, piece, made in zip(going, pieces, seen, strict=True):
+            if isinstance(one.drafting, PredictedDrafting):
+                one.drafting.saw(made, piece.checked)
+            if one.watched is not None and one.watched.pooling is not None:
+                one.watched.saw_states(made.states)
         return logits
 
     def _choose(self, going: list[Sequence], pieces: list[Piece], logits: Tensor) -> None:
@@ -282,14 +288,25 @@ class Engine:
         single: list[Sequence] = []
         places: list[int] = []
         place = 0
+        made = logits
         for sequence, piece in zip(going, pieces, strict=True):
             own, place = place, place + piece.keep
-            if piece.keep and sequence.drafting is None:
+            if sequence.watched is not None:
+                self._take_down(sequence, piece, logits[own:place])
+            own = place - piece.checked
+            if piece.checked and sequence.only_reads:
+                sequence.has_read()
+            if not piece.checked or sequence.finished:
+                continue
+            if sequence.drafting is None:
                 single.append(sequence)
                 places.append(own)
-            elif piece.keep:
-                sequence.take_checked(logits[own:place])
-                self._take_back(sequence)
+                continue
+            before = len(sequence.ids)
+            sequence.take_checked(logits[own:place])
+            if sequence.observed is not None:
+                sequence.observed.took(logits[own:place], sequence.ids[before:])
+            self._take_back(sequence)
         if len(places) < len(logits):
             logits = logits[places]
         samplers = tuple(sequence.sampler for sequence in single)
@@ -297,28 +314,58 @@ class Engine:
             self._choosing = Choosing(samplers)
         steps = [len(one.ids) - one.prompt_length + 1 for one in single]
         chosen = self._choosing.choose(lambda row: single[row].text, logits, steps)
-        for sequence, token in zip(single, chosen, strict=True):
+        for sequence, own, token in zip(single, places, chosen, strict=True):
             if isinstance(token, Exception):
                 sequence.fail(token)
-            else:
-                sequence.take(token)
+                continue
+            if sequence.observed is not None:
+                sequence.observed.took(made[own : own + 1], [token])
+            sequence.take(token)
+
+    @staticmethod
+    def _take_down(sequence: Sequence, piece: Piece, logits: Tensor) -> None:
+        """Let be known what a piece of a prompt tells of it."""
+        observed = sequence.watched
+        assert observed is not None
+        try:
+            if observed.prompt_logprobs is not None:
+                begin = sequence.computed - len(piece.ids)
+                following = sequence.ids[begin + 1 : sequence.computed + 1]
+                observed.saw_logits(logits, following)
+        except Exception as error:
+            sequence.fail(error)
+        observed.reads = sequence.waiting > 0
 
     def _next_piece(self, sequence: Sequence, most: int | None) -> Piece:
         self._take_back(sequence)
         row, begin = self._placed[sequence], sequence.computed
         end = len(sequence.ids) if most is None else min(begin + most, len(sequence.ids))
+        scored = sequence.watched is not None and sequence.watched.prompt_logprobs is not None
+        if scored and end - begin > 2 * ROWS:
+            # Logits of the whole prompt could be more than there is memory for.
+            end = begin + 2 * ROWS
         ids = sequence.ids[begin:end]
         if end < len(sequence.ids):
-            return Piece(row, ids, 0, sequence.adapter_name)
+            return Piece(row, ids, len(ids) if scored else 0, 0, sequence.adapter_name)
         draft = sequence.draft()
-        return Piece(row, ids + draft, len(draft) + 1, sequence.adapter_name)
+        checked = len(draft) + 1
+        keep = len(ids) if scored else checked
+        return Piece(row, ids + draft, keep, checked, sequence.adapter_name)
+
+    def _rewind(self, sequence: Sequence) -> None:
+        """Take a row back to what it held before a forward that failed."""
+        row, before = self._placed[sequence], sequence.computed
+        sequence.computed = self._rows.rewind(row, before)
+        if sequence.watched is not None and sequence.computed < before:
+            sequence.computed = self._rows.rewind(row, 0)
+            sequence.watched.restart()
 
     def _take_back(self, sequence: Sequence) -> None:
         """Let a row hold no more than all ids but the last.
 
         It does where some of a draft did not hold, or a step was interrupted before its choice.
         """
-        if sequence.waiting < 1:
+        if sequence.waiting < 1 and not sequence.only_reads:
             row = self._placed[sequence]
             sequence.computed = self._rows.rewind(row, len(sequence.ids) - 1)
 

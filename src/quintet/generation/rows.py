@@ -50,12 +50,14 @@ class Piece:
         row: which one.
         ids: the tokens that follow what the row holds.
         keep: of how many of the last of them logits are needed.
+        checked: of how many of these tokens are chosen: one behind each of a draft, and one more.
         adapter: the adapter of the row; None for what the model uses.
     """
 
     row: int
     ids: list[int]
     keep: int
+    checked: int
     adapter: str | None = None
 
 
@@ -109,7 +111,7 @@ class Rows:
         Where this raises, the rows of the pieces have to be taken back to what they held.
         """
         for piece in pieces:
-            if piece.keep > 1:
+            if piece.checked > 1:
                 # The way back from a draft that does not hold.
                 self.cache.drop_snapshots(piece.row)
                 self.cache.snapshot_row(piece.row)

@@ -1,11 +1,13 @@
 """A text under way: what it is so far, how its tokens are chosen, what ends it and who reads it."""
 
 import math
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
 from quintet.errors import InputError
+from quintet.generation.observing import Observed
 from quintet.generation.sampler import Sampler
 from quintet.generation.speculative.candidates import DraftWriter
 from quintet.generation.speculative.drafting import Drafting, PredictedDrafting
@@ -36,6 +38,10 @@ class Sequence:
         prompt_length: how many of them are the prompt.
         computed: how many of them an engine has run over.
         adapter_name: the adapter that it is made with; None for what the model uses.
+        observed: what is taken down of its forwards; None for nothing.
+        listener: told each token as it is made and whether that is an end token; tells whether the
+            text ends here. None for nobody.
+        only_reads: whether it ends with its prompt, of which nothing follows.
         finish_reason: "stop" for an end token or a criterion, "length" where there is no room for
             more, "cancelled", "error" where `error` tells what went wrong; None while it goes on.
         error: why it ended with "error".
@@ -64,6 +70,9 @@ class Sequence:
         self.sampler, self.room, self.streamer = sampler, room, streamer
         self.drafting = drafting
         self.adapter_name: str | None = None
+        self.observed: Observed | None = None
+        self.listener: Callable[[int, bool], bool] | None = None
+        self.only_reads = False
         self.finish_reason: str | None = None
         self.error: Exception | None = None
         self._cancelled = False
@@ -145,12 +154,19 @@ class Sequence:
             ends = token in self._ends
             if self._criteria:
                 ends |= bool(self._criteria(self.text.ids, None))
+            if self.listener is not None:
+                ends |= self.listener(token, token in self._ends)
         except Exception as error:
             self.fail(error)
             return
         if ends:
             self._finish("stop")
         elif len(self.ids) - self.prompt_length == self.room:
+            self._finish("length")
+
+    def has_read(self) -> None:
+        """End it where its prompt was run over and nothing is to follow."""
+        if not self.finished:
             self._finish("length")
 
     def fail(self, error: Exception) -> None:
@@ -166,6 +182,11 @@ class Sequence:
         """End it where that was asked for; an engine does so before a step, and when it leaves."""
         if self._cancelled and self.finish_reason is None:
             self._finish("cancelled")
+
+    @property
+    def watched(self) -> Observed | None:
+        """What is taken down of the prompt, while it is being read; None for nothing."""
+        return self.observed if self.observed is not None and self.observed.reads else None
 
     @property
     def _left(self) -> int:

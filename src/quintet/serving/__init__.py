@@ -1,6 +1,8 @@
 """Many readers, one model: who takes part in which step, without a protocol around it."""
 
-from quintet.serving.engine import Answer, Engine, Usage
+from quintet.serving.answers import Answer, TokenLogprobs, Usage
+from quintet.serving.engine import Engine
 from quintet.serving.limits import Limits
+from quintet.serving.options import RequestOptions
 
-__all__ = ["Answer", "Engine", "Limits", "Usage"]
+__all__ = ["Answer", "Engine", "Limits", "RequestOptions", "TokenLogprobs", "Usage"]

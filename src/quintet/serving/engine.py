@@ -5,6 +5,7 @@ import queue
 import threading
 import time
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from contextlib import contextmanager
 from types import TracebackType
 from typing import Any, Self
 
@@ -12,14 +13,17 @@ import torch
 
 from quintet.errors import EngineStoppedError, InputError
 from quintet.generation.engine import Engine as StepEngine
+from quintet.generation.observing import Observed, Pooling
 from quintet.generation.requests import Served
+from quintet.serving.answers import Answer
 from quintet.serving.limits import Limits
-from quintet.serving.request import Answer, LoopOutlet, Outlet, Request, Usage, hand_out
+from quintet.serving.options import RequestOptions
+from quintet.serving.request import LoopOutlet, Outlet, Request, hand_out
 from quintet.serving.runner import Runner, State
+from quintet.serving.transcript import Transcript
 from quintet.tokenization import PreTrainedTokenizer
-from quintet.tokenization.stream import IncrementalDecoder
 
-__all__ = ["Answer", "Engine", "Usage"]
+__all__ = ["Engine"]
 
 
 class Engine:
@@ -61,27 +65,18 @@ class Engine:
     # -- asking ------------------------------------------------------------------------------------
 
     async def generate(
-        self,
-        prompt: str | Sequence[int] | torch.Tensor,
-        *,
-        scope: str = "",
-        priority: int = 0,
-        timeout: float | None = None,
-        stable: int = 0,
-        **options: Any,
+        self, prompt: str | Sequence[int] | torch.Tensor, **options: Any
     ) -> AsyncIterator[Answer]:
         """Yield the answer to a prompt as it is made; to leave the loop is to cancel it.
+
+        With `max_new_tokens=0` the prompt is read, and one empty answer says what there is to know
+        of it.
 
         Args:
             prompt: text, which is read without special tokens being added to a rendered
                 conversation, or ids.
-            scope: whose request it is. Scopes take turns, and only within one is gone on from
-                what was read before.
-            priority: the higher are the last to give their row back.
-            timeout: how many seconds the whole answer may take.
-            stable: how many tokens of the prompt the next prompt will begin with, too: where a
-                conversation goes on. Recurrent states are kept there.
-            **options: as for `generate()` of one row; `generation_config` and others, too.
+            **options: the fields of `RequestOptions`, and what `generate()` takes of one row:
+                `generation_config`, `logits_processor`, `generator`, `adapter_name` and others.
 
         Raises:
             InputError: no prompt, or an option that cannot be used.
@@ -90,52 +85,73 @@ class Engine:
             DeadlineError: the time was over.
             EngineStoppedError: the engine was closed, or has failed.
         """
-        loop = asyncio.get_running_loop()
         came: asyncio.Queue[Answer | Exception] = asyncio.Queue()
-        request = self._request(
-            prompt, came.put_nowait, LoopOutlet(loop), scope, priority, timeout, stable, options
-        )
-        self._runner.submit(request)
-        try:
-            while True:
-                one = await came.get()
-                if isinstance(one, Exception):
-                    raise one
+        outlet = LoopOutlet(asyncio.get_running_loop())
+        with self._asked(prompt, options, came.put_nowait, outlet):
+            one = None
+            while one is None or one.finish_reason is None:
+                one = _answer(await came.get())
                 yield one
-                if one.finish_reason is not None:
-                    return
-        finally:
-            self._runner.cancel(request)
 
     def answer(
-        self,
-        prompt: str | Sequence[int] | torch.Tensor,
-        *,
-        scope: str = "",
-        priority: int = 0,
-        timeout: float | None = None,
-        stable: int = 0,
-        **options: Any,
+        self, prompt: str | Sequence[int] | torch.Tensor, **options: Any
     ) -> Iterator[Answer]:
         """Yield the answer to a prompt as it is made, to a thread that may wait.
 
         Arguments and errors are those of `generate`.
         """
         came: queue.SimpleQueue[Answer | Exception] = queue.SimpleQueue()
-        request = self._request(
-            prompt, came.put, hand_out, scope, priority, timeout, stable, options
-        )
-        self._runner.submit(request)
-        try:
-            while True:
-                one = came.get()
-                if isinstance(one, Exception):
-                    raise one
+        with self._asked(prompt, options, came.put, hand_out):
+            one = None
+            while one is None or one.finish_reason is None:
+                one = _answer(came.get())
                 yield one
-                if one.finish_reason is not None:
-                    return
-        finally:
-            self._runner.cancel(request)
+
+    async def embed(
+        self,
+        inputs: str | Sequence[int] | torch.Tensor,
+        *,
+        pooling: Pooling = "last",
+        normalize: bool = False,
+        scope: str = "",
+        priority: int = 0,
+        timeout: float | None = None,
+        adapter_name: str | None = None,
+    ) -> torch.Tensor:
+        """Return a vector (C,) of a text, in float32; to cancel the waiting is to stop it.
+
+        It is made of what the last layer makes of the text, behind the last norm, and is read in
+        pieces between the steps of others.
+
+        Args:
+            inputs: text or ids.
+            pooling: "last" for the state of the last token, "mean" for the mean of all.
+            normalize: give the vector the length 1.
+            scope: as for `generate`, like all that follows.
+            priority: who is the last to give its row back.
+            timeout: how many seconds it may take.
+            adapter_name: the adapter that it is made with.
+
+        Raises:
+            InputError: no text, or an option that cannot be used.
+            ContextLengthError: the text is longer than a row.
+            QueueFullError: too many wait.
+            DeadlineError: the time was over.
+            EngineStoppedError: the engine was closed, or has failed.
+        """
+        came: asyncio.Queue[Answer | Exception] = asyncio.Queue()
+        outlet = LoopOutlet(asyncio.get_running_loop())
+        options = {
+            "scope": scope,
+            "priority": priority,
+            "timeout": timeout,
+            "adapter_name": adapter_name,
+            "max_new_tokens": 0,
+        }
+        observed = Observed(pooling=pooling)
+        with self._asked(inputs, options, came.put_nowait, outlet, observed):
+            _answer(await came.get())
+        return observed.vector(normalize=normalize)
 
     # -- what it is like ---------------------------------------------------------------------------
 
@@ -170,25 +186,32 @@ class Engine:
     ) -> None:
         self.close()
 
+    @contextmanager
+    def _asked(
+        self,
+        prompt: str | Sequence[int] | torch.Tensor,
+        options: dict[str, Any],
+        reader: Callable[[Answer | Exception], None],
+        outlet: Outlet,
+        observed: Observed | None = None,
+    ) -> Iterator[None]:
+        """Let a request take part while inside."""
+        request = self._request(prompt, options, reader, outlet, observed)
+        self._runner.submit(request)
+        try:
+            yield
+        finally:
+            self._runner.cancel(request)
+
     def _request(
         self,
         prompt: str | Sequence[int] | torch.Tensor,
+        options: dict[str, Any],
         reader: Callable[[Answer | Exception], None],
         outlet: Outlet,
-        scope: str,
-        priority: int,
-        timeout: float | None,
-        stable: int,
-        options: dict[str, Any],
+        observed: Observed | None,
     ) -> Request:
-        if timeout is not None and timeout <= 0:
-            raise InputError(f"timeout={timeout} has to be a number of seconds above 0, or None")
-        for name in ("streamer", "tokenizer"):
-            if name in options:
-                raise InputError(
-                    f"{name} is the engine's own affair: it reads and writes with its tokenizer, "
-                    "and what it makes comes from this iterator"
-                )
+        own, others = RequestOptions.split(options)
         ids: Sequence[int] | torch.Tensor
         if isinstance(prompt, str):
             if self.tokenizer is None:
@@ -196,24 +219,33 @@ class Engine:
             ids = self.tokenizer(prompt)["input_ids"]
         else:
             ids = prompt
-        text = self._engine.sequence(ids, tokenizer=self.tokenizer, **options)
-        if not 0 <= stable < text.prompt_length:
-            raise InputError(
-                f"stable={stable} has to be less than the {text.prompt_length} tokens of the prompt"
-            )
+        only_reads = others.get("max_new_tokens") == 0
+        if only_reads:
+            others["max_new_tokens"] = 1
+        text = self._engine.sequence(ids, tokenizer=self.tokenizer, **others)
+        text.only_reads = only_reads
+        if observed is None and (own.logprobs is not None or own.prompt_logprobs is not None):
+            observed = Observed(logprobs=own.logprobs, prompt_logprobs=own.prompt_logprobs)
+        text.observed = observed
+        transcript = Transcript(self.tokenizer, own.stop, keep_special=own.keep_special)
+        text.listener = transcript.take
         self._engine.check_room(text)
-        decoder = None
-        if self.tokenizer is not None:
-            decoder = IncrementalDecoder(self.tokenizer, skip_special_tokens=True)
         now = self._clock()
         return Request(
             text,
             reader,
             outlet,
-            decoder,
-            scope=scope,
-            priority=priority,
-            deadline=None if timeout is None else now + timeout,
+            transcript,
+            scope=own.scope,
+            priority=own.priority,
+            deadline=None if own.timeout is None else now + own.timeout,
             arrival=now,
-            stable=stable,
+            stops=own.stops(text.prompt_length),
         )
+
+
+def _answer(one: Answer | Exception) -> Answer:
+    """Return what came, or raise it."""
+    if isinstance(one, Exception):
+        raise one
+    return one

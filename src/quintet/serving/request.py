@@ -5,43 +5,11 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from quintet.generation.sequence import Sequence as Text
+from quintet.serving.answers import Answer, Usage
 from quintet.serving.scheduler import Job
-from quintet.tokenization.stream import IncrementalDecoder
+from quintet.serving.transcript import Transcript
 
-__all__ = ["Answer", "LoopOutlet", "Outlet", "Request", "Usage", "hand_out"]
-
-
-@dataclass(frozen=True, slots=True)
-class Usage:
-    """How many tokens a request took.
-
-    Attributes:
-        prompt: of the prompt.
-        cached: of these, those that were read before, for another request.
-        completion: that were generated.
-    """
-
-    prompt: int
-    cached: int
-    completion: int
-
-
-@dataclass(frozen=True, slots=True)
-class Answer:
-    """What was added to an answer.
-
-    Attributes:
-        ids: the tokens.
-        text: theirs, as far as later ones cannot change it; "" without a tokenizer.
-        finish_reason: "stop" or "length" with the last of them; None while it goes on.
-        usage: with the last of them.
-    """
-
-    ids: tuple[int, ...]
-    text: str
-    finish_reason: str | None = None
-    usage: Usage | None = None
-
+__all__ = ["LoopOutlet", "Outlet", "Request", "hand_out"]
 
 # What came of requests in one step, each with the one it is for.
 News = Sequence[tuple["Request", Answer | Exception]]
@@ -76,12 +44,12 @@ class Request(Job):
         text: what is generated.
         reader: takes what comes of it.
         outlet: hands it to the reader, and others theirs; called in the engine's thread.
-        decoder: turns tokens into text; None for ids alone.
+        transcript: turns its tokens into text.
         scope: who may go on from what it read, and whose turn it is.
         priority: the higher are the last to give their row back.
         deadline: when it is too late to go on.
         arrival: when it came.
-        stable: how many tokens of the prompt the next one will begin with, too; 0 if unknown.
+        stops: at which tokens of the prompt later ones may go on.
     """
 
     def __init__(
@@ -89,13 +57,13 @@ class Request(Job):
         text: Text,
         reader: Callable[[Answer | Exception], None],
         outlet: Outlet,
-        decoder: IncrementalDecoder | None,
+        transcript: Transcript,
         *,
-        scope: str,
-        priority: int,
-        deadline: float | None,
-        arrival: float,
-        stable: int,
+        scope: str = "",
+        priority: int = 0,
+        deadline: float | None = None,
+        arrival: float = 0.0,
+        stops: tuple[int, ...] = (),
     ) -> None:
         super().__init__(
             len(text.ids),
@@ -104,12 +72,13 @@ class Request(Job):
             priority=priority,
             deadline=deadline,
             arrival=arrival,
-            stops=(stable,) if stable else (),
+            stops=stops,
         )
-        self.text, self.reader, self.outlet, self.decoder = text, reader, outlet, decoder
+        self.text, self.reader, self.outlet, self.transcript = text, reader, outlet, transcript
         self.cached: int | None = None
         self.failures = 0
         self._told = len(text.ids)
+        self._told_prompt = False
 
     def follow(self) -> None:
         """Take over how far its text is."""
@@ -121,13 +90,29 @@ class Request(Job):
         if text.error is not None:
             return text.error
         ids = tuple(text.ids[self._told :])
+        if not ids and not text.finished:
+            return None
         self._told = len(text.ids)
-        shown = ""
-        if self.decoder is not None:
-            shown = self.decoder.push(list(ids))
-        if not text.finished:
-            return Answer(ids, shown) if ids else None
-        if self.decoder is not None:
-            shown += self.decoder.flush()
-        usage = Usage(text.prompt_length, self.cached or 0, len(text.new))
-        return Answer(ids, shown, text.finish_reason, usage)
+        if text.finished:
+            self.transcript.finish()
+        texts = self.transcript.told()
+        stop, usage, reason = self.transcript.stop, None, text.finish_reason
+        if text.finished:
+            reason = reason if stop is None else "stop"
+            usage = self._usage()
+        logprobs = prompt_logprobs = None
+        observed = text.observed
+        if observed is not None:
+            if observed.logprobs is not None:
+                logprobs, observed.new = tuple(observed.new), []
+            if observed.prompt_logprobs is not None and not self._told_prompt:
+                prompt_logprobs, observed.prompt = tuple(observed.prompt), []
+                self._told_prompt = True
+        return Answer(ids, "".join(texts), reason, usage, texts, logprobs, prompt_logprobs, stop)
+
+    def _usage(self) -> Usage:
+        text, drafted, accepted = self.text, 0, 0
+        if text.drafting is not None:
+            found = text.drafting.found
+            drafted, accepted = found.drafted_tokens, found.accepted_tokens
+        return Usage(text.prompt_length, self.cached or 0, len(text.new), drafted, accepted)

@@ -8,9 +8,10 @@ from dataclasses import dataclass
 from quintet.cache import RowContent
 from quintet.errors import DeadlineError, EngineStoppedError, QueueFullError
 from quintet.generation.engine import Engine as StepEngine
+from quintet.serving.answers import Answer
 from quintet.serving.limits import Limits
 from quintet.serving.prefix import PrefixCache
-from quintet.serving.request import Answer, Outlet, Request
+from quintet.serving.request import Outlet, Request
 from quintet.serving.scheduler import Cost, Plan, Scheduler
 
 __all__ = ["Runner", "State"]
@@ -173,7 +174,10 @@ class Runner:
 
     def _enter(self, request: Request) -> None:
         text = request.text
-        contents, length = self.prefix.match(request.scope, text.ids)
+        contents: list[RowContent] = []
+        length = 0
+        if text.watched is None:
+            contents, length = self.prefix.match(self._shared_by(request), text.ids)
         self.engine.add(text, *contents)
         request.follow()
         if request.cached is None:
@@ -190,12 +194,18 @@ class Runner:
         text = request.text
         if text.error is not None:
             return
-        held = min(text.computed, len(text.ids) - 1)
+        held = min(text.computed, len(text.ids) - (not text.only_reads))
         self.prefix.keep(
-            request.scope,
+            self._shared_by(request),
             text.ids[:held],
             lambda start, stop: self.engine.extract(text, start, stop),
         )
+
+    @staticmethod
+    def _shared_by(request: Request) -> str:
+        """Return who can go on from what a request reads: its scope, with the same adapter."""
+        name = request.text.adapter_name
+        return request.scope if name is None else f"{request.scope}\x00{name}"
 
     def _step(self, requests: list[Request], piece: int | None) -> None:
         began, before = self._clock(), [request.text.computed for request in requests]

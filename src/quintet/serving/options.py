@@ -1,0 +1,73 @@
+"""What can be said of a request beside the options of `generate()`."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from typing import Any, Self
+
+from quintet.errors import InputError, shown
+
+__all__ = ["RequestOptions"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RequestOptions:
+    """How a request is served; `Engine.generate` and `Engine.answer` take these by name.
+
+    Attributes:
+        scope: whose request it is. Scopes take turns, and only within one is gone on from what was
+            read before; what else has to be apart, as a salt of the caller's, is part of it.
+        priority: the higher are the last to give their row back.
+        timeout: how many seconds the whole answer may take.
+        stable: how many tokens of the prompt later prompts will begin with, too, or several such
+            numbers: where a system prompt ends, where a conversation goes on. Recurrent states
+            are kept there.
+        logprobs: say how probable each token was, and as many likely ones in its place; None to
+            say nothing.
+        prompt_logprobs: the same of the tokens of the prompt, all of which are then run over.
+        stop: strings that end the answer, which they are no part of.
+        keep_special: have special tokens in the text; one that ends it never is.
+
+    Raises:
+        InputError: a value that cannot be used.
+    """
+
+    scope: str = ""
+    priority: int = 0
+    timeout: float | None = None
+    stable: int | tuple[int, ...] = ()
+    logprobs: int | None = None
+    prompt_logprobs: int | None = None
+    stop: tuple[str, ...] = ()
+    keep_special: bool = False
+
+    def __post_init__(self) -> None:
+        if self.timeout is not None and self.timeout <= 0:
+            raise InputError(
+                f"timeout={self.timeout} has to be a number of seconds above 0, or None"
+            )
+
+    @classmethod
+    def split(cls, options: Mapping[str, Any]) -> tuple[Self, dict[str, Any]]:
+        """Return those of some options that are meant here, and those of `generate()`."""
+        own = {field.name for field in fields(cls)}
+        for name in ("streamer", "tokenizer"):
+            if name in options:
+                raise InputError(
+                    f"{name} is the engine's own affair: it reads and writes with its tokenizer, "
+                    "and what it makes comes from this iterator"
+                )
+        ours = {name: value for name, value in options.items() if name in own}
+        return cls(**ours), {name: value for name, value in options.items() if name not in own}
+
+    def stops(self, prompt: int) -> tuple[int, ...]:
+        """Return where a prompt of so many tokens is stable, in order.
+
+        Raises:
+            InputError: not within it.
+        """
+        given = (self.stable,) if isinstance(self.stable, int) else tuple(self.stable)
+        if not all(isinstance(at, int) and 0 <= at < prompt for at in given):
+            raise InputError(
+                f"stable={shown(self.stable)} has to be less than the {prompt} tokens of the prompt"
+            )
+        return tuple(sorted({at for at in given if at}))

@@ -1,0 +1,114 @@
+"""Tokens to text as they are made, up to a string that ends it."""
+
+from collections.abc import Sequence
+
+from quintet.errors import InputError, shown
+from quintet.tokenization import PreTrainedTokenizer
+from quintet.tokenization.stream import IncrementalDecoder
+
+__all__ = ["StopStrings", "Transcript"]
+
+# Bounds of what is looked for in every token's text.
+MOST, LONGEST = 64, 1024
+
+
+class StopStrings:
+    """Finds the first of some strings in a text that comes in parts.
+
+    Args:
+        strings: what is looked for.
+
+    Attributes:
+        found: the one that was there; None as long as none was.
+
+    Raises:
+        InputError: an empty string, one that is too long, or too many.
+    """
+
+    def __init__(self, strings: Sequence[str]) -> None:
+        if isinstance(strings, str) or not all(isinstance(one, str) for one in strings):
+            raise InputError(f"stop={shown(strings)} has to be a list of strings")
+        if len(strings) > MOST or not all(0 < len(one) <= LONGEST for one in strings):
+            raise InputError(
+                f"stop={shown(strings)} has to be at most {MOST} strings of 1 to {LONGEST} "
+                "characters"
+            )
+        self.found: str | None = None
+        self._strings = tuple(strings)
+        self._longest = max(map(len, strings), default=0)
+        self._held = ""
+
+    def feed(self, text: str) -> str:
+        """Take further text, and return what is before any of the strings for certain."""
+        if self.found is not None:
+            return ""
+        text = self._held + text
+        places = [(at, -len(one)) for one in self._strings if (at := text.find(one)) >= 0]
+        if places:
+            at, length = min(places)
+            self.found = text[at : at - length]
+            self._held = ""
+            return text[:at]
+        keep = min(self._longest - 1, len(text))
+        while keep > 0 and not any(one.startswith(text[-keep:]) for one in self._strings):
+            keep -= 1
+        certain = len(text) - max(keep, 0)
+        self._held = text[certain:]
+        return text[:certain]
+
+    def flush(self) -> str:
+        """Return what was held back as one of the strings might have begun."""
+        held, self._held = self._held, ""
+        return held
+
+
+class Transcript:
+    """Writes the text of tokens, one by one, and says where a string ends it.
+
+    Args:
+        tokenizer: decodes; None for no text.
+        stop: strings that end the text before them.
+        keep_special: whether special tokens are part of the text; one that ends it never is.
+
+    Raises:
+        InputError: strings that cannot be looked for.
+    """
+
+    def __init__(
+        self,
+        tokenizer: PreTrainedTokenizer | None,
+        stop: Sequence[str] = (),
+        *,
+        keep_special: bool = False,
+    ) -> None:
+        self._stop = StopStrings(stop)
+        if tokenizer is None and stop:
+            raise InputError("stop strings are looked for in text, and the engine has no tokenizer")
+        self._decoder = None
+        if tokenizer is not None:
+            self._decoder = IncrementalDecoder(tokenizer, skip_special_tokens=not keep_special)
+        self._texts: list[str] = []
+
+    @property
+    def stop(self) -> str | None:
+        """The string that ended the text; None as long as none did."""
+        return self._stop.found
+
+    def take(self, token: int, ends: bool) -> bool:
+        """Add a token, and tell whether the text ends with it by one of the strings."""
+        if self._decoder is None:
+            self._texts.append("")
+            return False
+        self._texts.append("" if ends else self._stop.feed(self._decoder.push(token)))
+        return self.stop is not None
+
+    def finish(self) -> None:
+        """Add what was held back to the text of the last token."""
+        if self._decoder is not None and self.stop is None and self._texts:
+            rest = self._stop.feed(self._decoder.flush())
+            self._texts[-1] += rest + self._stop.flush()
+
+    def told(self) -> tuple[str, ...]:
+        """Return the text of each token since this was asked last."""
+        texts, self._texts = tuple(self._texts), []
+        return texts
