@@ -1,0 +1,94 @@
+"""The application: routes behind a gate, behind what sees to the end of every request."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from fastapi import APIRouter, FastAPI
+from fastapi.exceptions import RequestValidationError
+from fastapi.openapi.utils import get_openapi
+from starlette.exceptions import HTTPException
+from starlette.requests import Request
+from starlette.responses import Response
+
+import quintet
+from quintet.server.failures import ApiError, ErrorBody, error_response, invalid, path_of
+from quintet.server.intake import Intake
+from quintet.server.routes import health, models, version
+from quintet.server.security import Gate
+from quintet.server.service import Service
+
+__all__ = ["create_app"]
+
+
+def routers(service: Service) -> tuple[APIRouter, ...]:
+    """Return what is served, as the settings say."""
+    return (health.router, version.router, models.router)
+
+
+def writers() -> Mapping[str, ErrorBody]:
+    """Return how errors are written at paths whose protocol is not OpenAI's."""
+    return {}
+
+
+def create_app(service: Service) -> FastAPI:
+    """Return the application that answers for a service."""
+    app = FastAPI(
+        title="Quintet",
+        version=quintet.__version__,
+        openapi_url="/openapi.json" if service.settings.docs else None,
+        # Their pages load scripts from elsewhere.
+        docs_url=None,
+        redoc_url=None,
+        redirect_slashes=False,
+    )
+    app.state.server = service
+    for router in routers(service):
+        app.include_router(router)
+    by_path = writers()
+
+    async def tell(request: Request, error: Exception) -> Response:
+        write = by_path.get(request.url.path, ApiError.body)
+        return error_response(_error_of_framework(error), write)
+
+    app.add_exception_handler(HTTPException, tell)
+    app.add_exception_handler(RequestValidationError, tell)
+    # The last is the outermost.
+    app.add_middleware(Gate, service=service)
+    app.add_middleware(Intake, service=service, writers=by_path)
+    _describe(app)
+    return app
+
+
+def _error_of_framework(error: Exception) -> ApiError:
+    """Return the error for what the framework refuses by itself."""
+    if isinstance(error, RequestValidationError):
+        first = error.errors()[0]
+        return invalid(f"{path_of(first['loc'][1:])}: {first['msg']}", path_of(first["loc"][1:]))
+    assert isinstance(error, HTTPException)
+    if error.status_code == 404:
+        return ApiError(404, "there is no such route", code="route_not_found")
+    if error.status_code == 405:
+        allowed = (error.headers or {}).get("Allow", "another method")
+        return ApiError(
+            405,
+            f"the route takes {allowed}",
+            code="method_not_allowed",
+            headers={"Allow": allowed},
+        )
+    return ApiError(error.status_code, str(error.detail), headers=error.headers or {})
+
+
+def _describe(app: FastAPI) -> None:
+    """Have bodies that routes read by themselves described with all that they refer to."""
+
+    def openapi() -> dict[str, Any]:
+        if app.openapi_schema is None:
+            schema = get_openapi(title=app.title, version=app.version, routes=app.routes)
+            parts = schema.setdefault("components", {}).setdefault("schemas", {})
+            for path in schema["paths"].values():
+                for operation in path.values():
+                    parts.update(operation.pop("x-parts", {}))
+            app.openapi_schema = schema
+        return app.openapi_schema
+
+    app.openapi = openapi  # type: ignore[method-assign]

@@ -1,0 +1,192 @@
+"""What went wrong, as OpenAI's clients read it: one shape, bounded, without anybody's text."""
+
+import json
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from pydantic import ValidationError
+from starlette.responses import Response
+
+from quintet.errors import (
+    ContextLengthError,
+    DeadlineError,
+    DoesNotFitError,
+    EngineStoppedError,
+    InputError,
+    ModelNotFoundError,
+    QueueFullError,
+    QuintetError,
+    TokenizerError,
+)
+
+__all__ = [
+    "ApiError",
+    "ErrorBody",
+    "bounded",
+    "error_of",
+    "error_response",
+    "invalid",
+    "of_validation",
+    "path_of",
+]
+
+# No error tells more than that, whatever was sent.
+LONGEST = 2000
+# Of so many values that are wrong, at most.
+NAMED = 3
+RETRY_AFTER = 1
+
+
+@dataclass(eq=False)
+class ApiError(Exception):
+    """An answer that is an error.
+
+    Attributes:
+        status: of HTTP.
+        message: what is wrong, and what to do.
+        type: the class of errors, as OpenAI names them.
+        code: what a program may tell it by.
+        param: the field of the request, as `messages[3].content`.
+        headers: to be sent with it.
+    """
+
+    status: int
+    message: str
+    type: str = "invalid_request_error"
+    code: str | None = None
+    param: str | None = None
+    headers: Mapping[str, str] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        super().__init__(self.status, self.code)
+
+    def body(self) -> dict[str, Any]:
+        """Return what is sent, in OpenAI's shape."""
+        return {
+            "error": {
+                "message": bounded(self.message),
+                "type": self.type,
+                "param": None if self.param is None else bounded(self.param, 200),
+                "code": self.code,
+            }
+        }
+
+
+# Writes an error as the protocol of a route has it.
+ErrorBody = Callable[[ApiError], dict[str, Any]]
+
+
+def invalid(message: str, param: str | None = None, code: str | None = "invalid_value") -> ApiError:
+    """Return the error of a request that breaks a rule."""
+    return ApiError(400, message, code=code, param=param)
+
+
+def bounded(text: str, most: int = LONGEST) -> str:
+    """Return a text that is not longer, and that is UTF-8 whatever is in it."""
+    text = text.encode("utf-8", "replace").decode("utf-8")
+    return text if len(text) <= most else f"{text[: most - 1]}…"
+
+
+def error_response(error: ApiError, write: ErrorBody = ApiError.body) -> Response:
+    """Return the answer that tells of an error."""
+    return Response(
+        json.dumps(write(error), ensure_ascii=False).encode(),
+        error.status,
+        dict(error.headers),
+        media_type="application/json",
+    )
+
+
+def error_of(error: BaseException) -> ApiError | None:
+    """Return what a caller is told of an error that was raised on purpose; None for any other.
+
+    What is wrong with a request is told in its words; what is wrong with this server is not.
+    """
+    match error:
+        case ApiError():
+            return error
+        case ValidationError():
+            return of_validation(error)
+        case ContextLengthError():
+            return invalid(str(error), code="context_length_exceeded")
+        case QueueFullError():
+            return unavailable("too many requests wait already; try again", "queue_full")
+        case DeadlineError():
+            return ApiError(
+                504,
+                "the time for an answer was over before it was complete; ask for fewer tokens",
+                "timeout_error",
+                "deadline_exceeded",
+                headers={"x-should-retry": "false"},
+            )
+        case EngineStoppedError():
+            return unavailable("the model does not answer any more; try again", "engine_stopped")
+        case DoesNotFitError() | MemoryError():
+            return unavailable("there is not enough memory now; try again", "out_of_memory")
+        case ModelNotFoundError():
+            return ApiError(404, str(error), code="model_not_found", param="model")
+        case InputError() | TokenizerError():
+            return invalid(str(error))
+        case QuintetError():
+            return None
+    return None
+
+
+def unavailable(message: str, code: str, seconds: float = RETRY_AFTER) -> ApiError:
+    """Return the error of a request that may succeed a little later."""
+    return ApiError(
+        503,
+        message,
+        "server_error",
+        code,
+        headers={"Retry-After": str(max(1, math.ceil(seconds)))},
+    )
+
+
+def internal(request_id: str) -> ApiError:
+    """Return the error of what should not have happened, which tells how to find it in the log."""
+    return ApiError(
+        500,
+        f"something went wrong here; the log has it as request {request_id}",
+        "server_error",
+        "internal_error",
+    )
+
+
+def of_validation(error: ValidationError) -> ApiError:
+    """Return one error for all that pydantic found, with the place of the first."""
+    found = error.errors(include_url=False, include_context=False, include_input=False)
+    # Of a union every member complains, the nearest one at the deepest place.
+    places = [path_of(one["loc"]) for one in found]
+    said = [
+        f"{place or 'the body'}: {one['msg'].removeprefix('Value error, ')}"
+        for place, one in zip(places, found, strict=True)
+    ]
+    unlike = list(dict.fromkeys(said))
+    more = len(unlike) - NAMED
+    text = "; ".join(bounded(one, 400) for one in unlike[:NAMED])
+    missing = found[0]["type"] == "missing"
+    return invalid(
+        text + (f"; and {more} more" if more > 0 else ""),
+        places[0] or None,
+        "missing_required_parameter" if missing else "invalid_value",
+    )
+
+
+def path_of(place: Sequence[str | int]) -> str:
+    """Return a place in JSON as people write it: `messages[3].content`.
+
+    What pydantic adds to tell members of a union apart is left out.
+    """
+    path = ""
+    for part in place:
+        if isinstance(part, int):
+            path += f"[{part}]"
+        elif part.isidentifier() and part not in _KINDS:
+            path += f".{part}" if path else part
+    return path
+
+
+_KINDS = frozenset({"str", "int", "float", "bool", "dict", "list", "none"})

@@ -1,0 +1,94 @@
+"""The outermost layer: every request has an id, an end that is logged, and errors of one shape."""
+
+import asyncio
+import re
+import time
+import uuid
+from collections.abc import Mapping
+
+from starlette.datastructures import Headers, MutableHeaders
+from starlette.routing import Route
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from quintet.server.connection import ClientGoneError, SlowReaderError
+from quintet.server.failures import ApiError, ErrorBody, error_of, error_response, internal
+from quintet.server.logs import logged, report
+from quintet.server.service import Service
+
+__all__ = ["Intake"]
+
+REQUEST_ID = re.compile(r"[A-Za-z0-9._:/=+-]{1,128}")
+
+
+class Intake:
+    """Takes a request in and sees to its end, whatever happens between.
+
+    Args:
+        app: what answers.
+        service: counts what is under way.
+        writers: how errors are written, by the path, where not as OpenAI's.
+    """
+
+    def __init__(self, app: ASGIApp, service: Service, writers: Mapping[str, ErrorBody]) -> None:
+        self._app, self._service, self._writers = app, service, writers
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Answer one request."""
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        given = Headers(scope=scope).get("x-request-id", "")
+        request_id = given if REQUEST_ID.fullmatch(given) else f"req_{uuid.uuid4().hex}"
+        state = scope.setdefault("state", {})
+        state.update(request_id=request_id, caller="")
+        status, began = 0, time.monotonic()
+
+        async def sending(message: Message) -> None:
+            nonlocal status
+            if message["type"] == "http.response.start":
+                status = message["status"]
+                MutableHeaders(scope=message)["X-Request-Id"] = request_id
+            await send(message)
+
+        self._service.under_way += 1
+        try:
+            await self._app(scope, receive, sending)
+        except ClientGoneError as error:
+            status = 499
+            if isinstance(error, SlowReaderError):
+                await _abort(scope)
+        except Exception as error:
+            told = error_of(error)
+            if told is None:
+                report(error, request_id)
+                told = internal(request_id)
+            if status:
+                # Half an answer is all there is; that it ends so must not look like its end.
+                await _abort(scope)
+            else:
+                write = self._writers.get(scope["path"], ApiError.body)
+                await error_response(told, write)(scope, receive, sending)
+            status = told.status
+        finally:
+            self._service.under_way -= 1
+            self._tell(scope, status, time.monotonic() - began, request_id)
+
+    def _tell(self, scope: Scope, status: int, seconds: float, request_id: str) -> None:
+        # Never the path as it came: it may be anybody's text.
+        found = scope.get("route")
+        route = found.path if isinstance(found, Route) else "none"
+        logged(
+            f"{scope['method'][:16]} {route}",
+            {"status": status, "seconds": round(seconds, 4), "request_id": request_id},
+        )
+        for observer in self._service.observers:
+            observer.answered(route, scope["method"], status, seconds)
+
+
+async def _abort(scope: Scope) -> None:
+    """Cut the connection, without waiting for who does not read."""
+    abort = scope["state"].get("abort")
+    if abort is not None:
+        abort()
+        # The loop tells the server of it before the answer ends.
+        await asyncio.sleep(0)

@@ -1,0 +1,143 @@
+"""A connection of HTTP/1.1 that does not wait for ever: for heads, for readers, for its end."""
+
+import asyncio
+import json
+import sys
+from collections.abc import Callable
+from functools import partial
+from typing import Any, cast
+
+import h11
+from uvicorn.config import Config
+from uvicorn.protocols.http.h11_impl import H11Protocol
+from uvicorn.server import ServerState
+
+from quintet.server.failures import ApiError
+from quintet.server.settings import Settings
+
+__all__ = ["connections"]
+
+
+def connections(settings: Settings) -> type[asyncio.Protocol]:
+    """Return what makes connections that keep to the settings, for uvicorn's `http`."""
+    return cast("type[asyncio.Protocol]", partial(_Connection, settings))
+
+
+class _Connection(H11Protocol):
+    """A connection of uvicorn with bounds in time.
+
+    The head of a request has to be there in time, or the connection is closed. A reader that takes
+    nothing for long is cut off, as is one that does not take the last of an answer. Routes can cut
+    it at once by `abort` in the state of a request.
+    """
+
+    def __init__(
+        self,
+        settings: Settings,
+        config: Config,
+        server_state: ServerState,
+        app_state: dict[str, Any],
+        _loop: asyncio.AbstractEventLoop | None = None,
+    ) -> None:
+        super().__init__(config, server_state, {**app_state, "abort": self._abort}, _loop)
+        self._settings = settings
+        self._head = _Alarm(self.loop, settings.head_time, self._close)
+        self._stalled = _Alarm(self.loop, settings.stall, self._abort)
+        self._left = _Alarm(self.loop, settings.stall, self._abort)
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        super().connection_made(cast("asyncio.Transport", transport))
+        self._head.start()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        for alarm in (self._head, self._stalled, self._left):
+            alarm.stop()
+        super().connection_lost(exc)
+
+    def data_received(self, data: bytes) -> None:
+        super().data_received(data)
+        if self._awaits_head:
+            self._head.start()
+        else:
+            self._head.stop()
+            self._left.stop()
+
+    def on_response_complete(self) -> None:
+        super().on_response_complete()
+        if self.transport.get_write_buffer_size():
+            self._left.start()
+
+    def pause_writing(self) -> None:
+        super().pause_writing()
+        self._stalled.start()
+
+    def resume_writing(self) -> None:
+        super().resume_writing()
+        self._stalled.stop()
+
+    def send_400_response(self, msg: str) -> None:
+        """Answer what is no HTTP, in the shape of all errors, and close."""
+        if self.cycle is not None and not self.cycle.response_complete:
+            # Whoever answers the request before finds that its client has gone.
+            self.cycle.disconnected = True
+            self.cycle.message_event.set()
+        if self.conn.our_state not in (h11.IDLE, h11.SEND_RESPONSE):
+            self.transport.close()
+            return
+        error = sys.exception()
+        large = isinstance(error, h11.RemoteProtocolError) and error.error_status_hint == 431
+        told = (
+            ApiError(431, "the head of the request is too large", code="request_header_too_large")
+            if large
+            else ApiError(400, "this is no HTTP/1.1 request", code="invalid_http")
+        )
+        body = json.dumps(told.body()).encode()
+        headers = [
+            ("content-type", "application/json"),
+            ("content-length", str(len(body))),
+            ("connection", "close"),
+        ]
+        for event in (
+            h11.Response(status_code=told.status, headers=headers),
+            h11.Data(data=body),
+            h11.EndOfMessage(),
+        ):
+            self.transport.write(self.conn.send(event) or b"")
+        self._left.start()
+        self.transport.close()
+
+    @property
+    def _awaits_head(self) -> bool:
+        return self.cycle is None or self.cycle.response_complete
+
+    def _close(self) -> None:
+        self._left.start()
+        self.transport.close()
+
+    def _abort(self) -> None:
+        self.transport.abort()
+
+
+class _Alarm:
+    """Calls something a while after it was started, unless it was stopped."""
+
+    def __init__(
+        self, loop: asyncio.AbstractEventLoop, seconds: float, then: Callable[[], None]
+    ) -> None:
+        self._loop, self._seconds, self._then = loop, seconds, then
+        self._handle: asyncio.TimerHandle | None = None
+
+    def start(self) -> None:
+        """Begin to wait, unless it does."""
+        if self._handle is None:
+            self._handle = self._loop.call_later(self._seconds, self._ring)
+
+    def stop(self) -> None:
+        """Do not call it."""
+        if self._handle is not None:
+            self._handle.cancel()
+            self._handle = None
+
+    def _ring(self) -> None:
+        self._handle = None
+        self._then()

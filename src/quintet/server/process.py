@@ -1,0 +1,117 @@
+"""A server as a process: listens, drains when told to end, ends with a code."""
+
+import os
+import signal
+import socket
+import threading
+import time
+from types import FrameType
+
+import uvicorn
+
+from quintet.errors import InputError, shown
+from quintet.server.app import create_app
+from quintet.server.logs import logged
+from quintet.server.network import connections
+from quintet.server.service import Service
+from quintet.server.settings import Settings
+
+__all__ = ["HttpServer", "listen"]
+
+# So long a process that was told twice to end may take.
+AT_ONCE = 0.8
+# So long a server whose model has failed says so before it ends.
+LAST_WORDS = 2.0
+
+
+def listen(settings: Settings) -> socket.socket:
+    """Return a socket at the address of the settings; others cannot have it from then on.
+
+    Raises:
+        InputError: it is in use, or none of this machine's.
+    """
+    host, port = settings.host.strip("[]"), settings.port
+    try:
+        found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
+        family, kind, protocol, _, address = found[0]
+        sock = socket.socket(family, kind, protocol)
+    except OSError as error:
+        raise InputError(f"there is no address {shown(host)} here: {error.strerror}") from None
+    try:
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        sock.bind(address)
+        return sock
+    except OSError as error:
+        sock.close()
+        raise InputError(
+            f"cannot listen at {shown(host)}, port {port}: {error.strerror}; end who does, or take "
+            "another --port (0 for any that is free)"
+        ) from None
+
+
+class HttpServer(uvicorn.Server):
+    """Answers until it is told to end.
+
+    The first signal: it takes no new requests and ends when those under way have finished, or
+    their time is over. The second: it ends.
+
+    Args:
+        service: what it answers for.
+    """
+
+    def __init__(self, service: Service) -> None:
+        settings = service.settings
+        super().__init__(
+            uvicorn.Config(
+                create_app(service),
+                http=connections(settings),
+                ws="none",
+                lifespan="off",
+                loop="asyncio",
+                log_config=None,
+                access_log=False,
+                server_header=False,
+                timeout_keep_alive=max(1, round(settings.keep_alive)),
+                h11_max_incomplete_event_size=settings.header,
+                timeout_graceful_shutdown=1,
+            )
+        )
+        self.service = service
+        self.code = 0
+        self._until: float | None = None
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        """Drain; end at once when told again."""
+        if self.service.draining:
+            self.code = 128 + sig
+            self.force_exit = self.should_exit = True
+            # Neither a forward nor a library may hold it.
+            timer = threading.Timer(AT_ONCE, os._exit, (self.code,))
+            timer.daemon = True
+            timer.start()
+            return
+        self.code = 130 if sig == signal.SIGINT else 0
+        self.drain(self.service.settings.drain)
+
+    def drain(self, seconds: float) -> None:
+        """Take no new requests, and end when there are none, or after so many seconds."""
+        if not self.service.draining:
+            logged(
+                "ending",
+                {"under_way": self.service.under_way, "seconds": seconds},
+            )
+        self.service.draining = True
+        self._until = time.monotonic() + seconds
+
+    async def on_tick(self, counter: int) -> bool:
+        """Tell, ten times a second, if it is time to end."""
+        over = await super().on_tick(counter)
+        if not self.service.healthy and not self.service.draining:
+            self.code = 1
+            self.drain(LAST_WORDS)
+        if self._until is not None:
+            late = time.monotonic() >= self._until
+            # Who was told that it failed may ask how it is until then.
+            idle = self.service.under_way == 0 and self.code != 1
+            over = over or late or idle
+        return over

@@ -1,0 +1,208 @@
+"""Which models are served under which names, each by an engine of its own."""
+
+import asyncio
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from quintet.errors import InputError, shown
+from quintet.server.failures import ApiError, unavailable
+from quintet.serving import Engine
+from quintet.tokenization import PreTrainedTokenizer
+
+__all__ = ["Listed", "Loaded", "Offer", "Registry", "Served"]
+
+
+@dataclass(frozen=True, slots=True)
+class Loaded:
+    """A model that answers.
+
+    Attributes:
+        engine: generates.
+        tokenizer: reads prompts and writes answers.
+        context: how many tokens prompt and answer may have.
+        fingerprint: tells weights and formats apart that answer differently.
+    """
+
+    engine: Engine
+    tokenizer: PreTrainedTokenizer
+    context: int
+    fingerprint: str
+
+
+@dataclass(frozen=True, slots=True)
+class Served:
+    """What a request that names a model gets.
+
+    Attributes:
+        name: as the request has it.
+        engine: generates.
+        tokenizer: reads prompts and writes answers.
+        adapter: is put on the model for it; None for the model as it is.
+        created: when the server began, in seconds.
+        context: how many tokens prompt and answer may have.
+        fingerprint: tells weights and formats apart that answer differently.
+    """
+
+    name: str
+    engine: Engine
+    tokenizer: PreTrainedTokenizer
+    adapter: str | None
+    created: int
+    context: int
+    fingerprint: str
+
+    def admit(self) -> None:
+        """Refuse early, before work is done for a request that would not be let in.
+
+        Raises:
+            ApiError: as many wait as may.
+        """
+        if self.engine.state.waiting > self.engine.limits.queue:
+            raise unavailable("too many requests wait already; try again", "queue_full")
+
+
+@dataclass(frozen=True, slots=True)
+class Listed:
+    """What the list of models says of one.
+
+    Attributes:
+        name: of the model, or of an adapter.
+        created: when the server began, in seconds.
+        context: how many tokens prompt and answer may have; None while it is not loaded.
+        parent: the model that an adapter is put on.
+        loaded: whether it is in memory.
+    """
+
+    name: str
+    created: int
+    context: int | None
+    parent: str | None
+    loaded: bool
+
+
+class Offer:
+    """A model under a name, in memory or to be brought there.
+
+    Args:
+        name: what requests call it.
+        load: brings it into memory; may take long.
+        adapters: names under which it answers with an adapter.
+        loaded: what `load` returned, where it was called already.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        load: Callable[[], Loaded],
+        adapters: Sequence[str] = (),
+        loaded: Loaded | None = None,
+    ) -> None:
+        self.name, self.load, self.adapters, self.loaded = name, load, tuple(adapters), loaded
+        self.context = None if loaded is None else loaded.context
+        self.turn = asyncio.Lock()
+
+
+class Registry:
+    """Finds models by name.
+
+    Args:
+        offers: the models; the first is the one that counts where no name is given.
+        clock: tells the time in seconds.
+
+    Raises:
+        InputError: no model, or a name twice.
+    """
+
+    def __init__(self, offers: Sequence[Offer], clock: Callable[[], float] = time.time) -> None:
+        self.created = int(clock())
+        self.offers = tuple(offers)
+        self._names: dict[str, tuple[Offer, str | None]] = {}
+        for offer in offers:
+            for name, adapter in ((offer.name, None), *((one, one) for one in offer.adapters)):
+                if name in self._names:
+                    raise InputError(f"two models or adapters are named {shown(name)}; rename one")
+                self._names[name] = (offer, adapter)
+        if not offers:
+            raise InputError("there is no model to serve; name one")
+
+    async def get(self, name: str) -> Served:
+        """Return the model or adapter of a name, brought into memory if it was not.
+
+        Raises:
+            ApiError: no such model (404).
+            QuintetError: whatever keeps it from loading.
+        """
+        offer, adapter = self._find(name)
+        async with offer.turn:
+            if offer.loaded is None:
+                offer.loaded = await asyncio.to_thread(offer.load)
+                offer.context = offer.loaded.context
+            it = offer.loaded
+        return Served(
+            name, it.engine, it.tokenizer, adapter, self.created, it.context, it.fingerprint
+        )
+
+    def listed(self) -> list[Listed]:
+        """Return all names, models first, in the order they were given."""
+        return [self.describe(name) for name in self._names]
+
+    def describe(self, name: str) -> Listed:
+        """Return what the list says of a name.
+
+        Raises:
+            ApiError: no such model (404).
+        """
+        offer, adapter = self._find(name)
+        parent = None if adapter is None else offer.name
+        return Listed(name, self.created, offer.context, parent, offer.loaded is not None)
+
+    async def unload(self, name: str) -> None:
+        """Free the memory of a model that nobody uses; the next request brings it back.
+
+        Raises:
+            ApiError: no such model (404), or it is at work (409).
+        """
+        offer, _ = self._find(name)
+        async with offer.turn:
+            it = offer.loaded
+            if it is None:
+                return
+            if it.engine.state.running or it.engine.state.waiting:
+                raise ApiError(
+                    409,
+                    f"the model {shown(name)} is at work; unload it when it is idle",
+                    code="model_busy",
+                    param="model",
+                )
+            offer.loaded = None
+            await asyncio.to_thread(it.engine.close)
+
+    @property
+    def engines(self) -> dict[str, Engine]:
+        """The engines there are now, by the names of their models."""
+        return {
+            offer.name: offer.loaded.engine for offer in self.offers if offer.loaded is not None
+        }
+
+    @property
+    def healthy(self) -> bool:
+        """Whether every engine answers."""
+        return all(engine.healthy for engine in self.engines.values())
+
+    def close(self) -> None:
+        """Stop all engines."""
+        for engine in self.engines.values():
+            engine.close()
+
+    def _find(self, name: str) -> tuple[Offer, str | None]:
+        found = self._names.get(name)
+        if found is None:
+            known = ", ".join(list(self._names)[:10])
+            raise ApiError(
+                404,
+                f"there is no model {shown(name)} here; there are {known}",
+                code="model_not_found",
+                param="model",
+            )
+        return found

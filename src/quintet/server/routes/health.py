@@ -1,0 +1,29 @@
+"""Whether the server lives, and whether it takes requests; for probes, which have no key."""
+
+from fastapi import APIRouter, Request
+from starlette.responses import JSONResponse
+
+from quintet.server.service import service_of
+
+__all__ = ["router"]
+
+router = APIRouter(tags=["operation"])
+
+
+@router.get("/health")
+async def health(request: Request) -> JSONResponse:
+    """Say whether the models answer: 200, or 503 when one has failed for good."""
+    if service_of(request).healthy:
+        return JSONResponse({"status": "ok"})
+    return JSONResponse({"status": "failed"}, 503)
+
+
+@router.get("/ready")
+async def ready(request: Request) -> JSONResponse:
+    """Say whether new requests are taken: 200, or 503 while the server ends or has failed."""
+    service = service_of(request)
+    if service.draining:
+        return JSONResponse({"status": "draining"}, 503, {"Retry-After": "1"})
+    if not service.healthy:
+        return JSONResponse({"status": "failed"}, 503)
+    return JSONResponse({"status": "ready"})

@@ -1,0 +1,60 @@
+"""What all routes share: the settings, the models, and whether new requests are taken."""
+
+from dataclasses import dataclass, field
+from typing import Protocol
+
+from starlette.requests import Request
+
+from quintet.server.registry import Registry
+from quintet.server.settings import Settings
+
+__all__ = ["Observer", "Service", "caller_of", "request_id_of", "service_of"]
+
+
+class Observer(Protocol):
+    """Is told what became of requests."""
+
+    def answered(self, route: str, method: str, status: int, seconds: float) -> None:
+        """Take note that a request ended; 499 is a client that went before."""
+        ...
+
+
+@dataclass(slots=True)
+class Service:
+    """A server as its routes see it; `request.app.state.server`.
+
+    Attributes:
+        settings: what it was told.
+        registry: the models.
+        observers: are told of every request.
+        draining: new requests are refused, as it will end.
+        under_way: how many requests are answered now.
+    """
+
+    settings: Settings
+    registry: Registry
+    observers: list[Observer] = field(default_factory=list)
+    draining: bool = False
+    under_way: int = 0
+
+    @property
+    def healthy(self) -> bool:
+        """Whether its models answer."""
+        return self.registry.healthy
+
+
+def service_of(request: Request) -> Service:
+    """Return the service that a request is to."""
+    service = request.app.state.server
+    assert isinstance(service, Service)
+    return service
+
+
+def request_id_of(request: Request) -> str:
+    """Return the id of a request."""
+    return str(request.state.request_id)
+
+
+def caller_of(request: Request) -> str:
+    """Return whose request it is, told by the key: the scope of turns and of what is kept."""
+    return str(request.state.caller)

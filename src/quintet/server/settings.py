@@ -1,0 +1,169 @@
+"""Everything a server is told: where it listens, whom it answers, and how much it takes on."""
+
+import ipaddress
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from quintet.errors import InputError, shown
+
+__all__ = ["KIB", "MIB", "Settings", "as_keys", "is_loopback"]
+
+KIB = 1 << 10
+MIB = 1 << 20
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Settings:
+    """What bounds a server, beside the limits of its engines.
+
+    Attributes:
+        host: the address it listens at.
+        port: the port; 0 for any that is free.
+        keys: who may ask: any of these; empty for everybody.
+        insecure_no_auth: an address that others reach is fine without keys.
+        allowed_hosts: names by which it may be asked, besides addresses, `localhost` and `host`;
+            "*" for any.
+        allowed_origins: pages of other origins whose scripts may ask; "*" for any.
+        page: whether it has a page to chat on.
+        docs: whether it describes itself at /openapi.json.
+        strict: refuse fields that are not known, instead of naming them in `warnings`.
+        body: how many bytes a request may have.
+        header: how many bytes the head of a request may have.
+        depth: how deep JSON may nest.
+        head_time: within how many seconds the head of a request has to be there.
+        body_time: within how many seconds its body has to be there.
+        deadline: how many seconds an answer may take.
+        keep_alive: how many seconds a connection is kept for a next request.
+        drain: how many seconds requests have to finish when the server is told to end.
+        ping: after how many silent seconds a stream shows that it is alive.
+        buffer: how many bytes of a stream may wait for a reader that is slow.
+        stall: for how many seconds a reader may take nothing.
+        messages: how many messages a conversation may have.
+        answer: how many tokens an answer has at most where the request does not say.
+        choices: how many answers a request may ask for.
+        prompts: how many prompts a request may have.
+        stops: how many texts may end an answer.
+        stop_length: how many characters each of these may have.
+        top_logprobs: how many other tokens may be told of for each.
+        biases: how many tokens a request may favour.
+        tools: how many tools a request may offer.
+        schema: how many bytes a schema may have.
+
+    Raises:
+        InputError: a number below its least.
+    """
+
+    host: str = "127.0.0.1"
+    port: int = 8000
+    keys: tuple[str, ...] = ()
+    insecure_no_auth: bool = False
+    allowed_hosts: tuple[str, ...] = ()
+    allowed_origins: tuple[str, ...] = ()
+    page: bool = True
+    docs: bool = True
+    strict: bool = False
+    body: int = 8 * MIB
+    header: int = 64 * KIB
+    depth: int = 64
+    head_time: float = 10.0
+    body_time: float = 60.0
+    deadline: float = 600.0
+    keep_alive: float = 5.0
+    drain: float = 30.0
+    ping: float = 15.0
+    buffer: int = 256 * KIB
+    stall: float = 30.0
+    messages: int = 2048
+    answer: int = 4096
+    choices: int = 16
+    prompts: int = 128
+    stops: int = 16
+    stop_length: int = 256
+    top_logprobs: int = 20
+    biases: int = 300
+    tools: int = 128
+    schema: int = 64 * KIB
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.port <= 65535:
+            raise InputError(f"port={self.port} has to be from 0 to 65535")
+        for least, numbers in (
+            (
+                1,
+                {
+                    "body": self.body,
+                    "header": self.header,
+                    "depth": self.depth,
+                    "buffer": self.buffer,
+                    "messages": self.messages,
+                    "answer": self.answer,
+                    "choices": self.choices,
+                    "prompts": self.prompts,
+                    "stop_length": self.stop_length,
+                    "schema": self.schema,
+                },
+            ),
+            (
+                0,
+                {
+                    "stops": self.stops,
+                    "top_logprobs": self.top_logprobs,
+                    "biases": self.biases,
+                    "tools": self.tools,
+                },
+            ),
+        ):
+            for name, number in numbers.items():
+                if number < least:
+                    raise InputError(f"{name}={number} has to be at least {least}")
+        for name, seconds in (
+            ("head_time", self.head_time),
+            ("body_time", self.body_time),
+            ("deadline", self.deadline),
+            ("keep_alive", self.keep_alive),
+            ("ping", self.ping),
+            ("stall", self.stall),
+        ):
+            if not seconds > 0:
+                raise InputError(f"{name}={seconds} has to be above 0 seconds")
+        if not self.drain >= 0:
+            raise InputError(f"drain={self.drain} cannot be negative")
+        for key in self.keys:
+            if not key.strip() or not key.isascii() or not key.isprintable():
+                raise InputError(
+                    "a key has to be printable ASCII and not empty, as it travels in a header; "
+                    "make one by `openssl rand -hex 32`"
+                )
+
+    @property
+    def is_open(self) -> bool:
+        """Whether anybody may ask from another machine."""
+        return not self.keys and not is_loopback(self.host)
+
+    def check_address(self) -> None:
+        """Refuse to answer everybody on the network by mistake.
+
+        Raises:
+            InputError: an address that others reach, and no key.
+        """
+        if self.is_open and not self.insecure_no_auth:
+            raise InputError(
+                f"{shown(self.host)} can be reached from other machines, and there is no key; set "
+                "QUINTET_API_KEY or --api-key-file, or say --insecure-no-auth to answer everybody"
+            )
+
+
+def is_loopback(host: str) -> bool:
+    """Tell whether an address is this machine's own, which no other reaches."""
+    if host == "localhost":
+        return True
+    try:
+        return ipaddress.ip_address(host.strip("[]")).is_loopback
+    except ValueError:
+        return False
+
+
+def as_keys(lines: Iterable[str]) -> tuple[str, ...]:
+    """Return the keys in a text of one a line; empty lines and those that begin with # are none."""
+    stripped = (line.strip() for line in lines)
+    return tuple(line for line in stripped if line and not line.startswith("#"))

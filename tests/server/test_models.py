@@ -1,0 +1,32 @@
+"""Probes and the list of models."""
+
+from collections.abc import Iterator
+
+import pytest
+
+import quintet
+from served import Running, serving
+
+
+@pytest.fixture(scope="module")
+def server() -> Iterator[Running]:
+    with serving() as it:
+        yield it
+
+
+def test_it_lives_and_is_ready(server: Running) -> None:
+    assert server.ask("GET", "/health").json() == {"status": "ok"}
+    assert server.ask("GET", "/ready").json() == {"status": "ready"}
+    assert server.ask("GET", "/version").json() == {"version": quintet.__version__}
+
+
+def test_models_are_listed_as_clients_read_them(server: Running) -> None:
+    listed = server.ask("GET", "/v1/models").json()
+    assert listed["object"] == "list"
+    [one] = listed["data"]
+    assert (one["id"], one["object"], one["max_model_len"]) == ("demo", "model", 256)
+    assert server.ask("GET", "/v1/models/demo").json() == one
+    missing = server.ask("GET", "/v1/models/other")
+    assert missing.status == 404
+    assert missing.error["code"] == "model_not_found"
+    assert missing.error["param"] == "model"
