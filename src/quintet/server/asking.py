@@ -1,154 +1,248 @@
-"""One question to a model, in no protocol's words, and what is heard of its answers."""
+"""A question to an engine, and what is heard of its answers while they are written.
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+The protocols are translations to `Ask` and from `Heard`, and nothing else.
+"""
+
+import asyncio
+import time
+from collections.abc import AsyncGenerator, Iterator
+from contextlib import aclosing
+from dataclasses import dataclass
 from typing import Any
 
-from quintet.parsing.events import Event
-from quintet.server.sampling import Sampling
+from quintet.errors import ContextLengthError, DeadlineError, InputError
+from quintet.parsing.events import CallEnd, CallStart, Content, Event, OutputParser, Reasoning
+from quintet.server.conversation import Prompt, render
+from quintet.server.gathering import Gathering
+from quintet.server.questions import (
+    Ask,
+    Conversation,
+    Finish,
+    Heard,
+    Prompted,
+    Start,
+    Tokens,
+    TokenScore,
+)
+from quintet.server.registry import Served
+from quintet.server.sampling import Sampling, options_of
+from quintet.server.scores import Pending, Spelling
+from quintet.serving import Answer
 
-__all__ = ["Ask", "Conversation", "Finish", "Heard", "Prompted", "Start", "TokenScore", "Tokens"]
+__all__ = [
+    "Ask",
+    "Conversation",
+    "Finish",
+    "Heard",
+    "Prompted",
+    "Sampling",
+    "Start",
+    "TokenScore",
+    "Tokens",
+    "ask",
+]
+
+# Tokens of an answer, where nobody says.
+ANSWER = 4096
+# So long the engine may refuse a question before its asker is told that it was taken.
+REFUSAL = 0.1
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Conversation:
-    """What was said so far.
+async def ask(served: Served, question: Ask) -> AsyncGenerator[Heard, None]:
+    """Ask a model, and yield what is heard; to close the generator is to end all answers.
 
-    Attributes:
-        messages: as chat templates know them: role, content (a string or None), tool_calls,
-            tool_call_id, name, reasoning_content. Arguments of calls may be a string or a mapping.
-        tools: {"type": "function", "function": {"name", "description", "parameters"}}.
-        template_kwargs: what else the template is to see.
-        thinking: think before the answer, or not; None for what the template does.
-        continued: go on with the last message rather than begin one.
+    The first is a `Start`; errors before it are those of the question. Then comes a `Prompted`, if
+    scores of the prompt were asked for, and of each answer its events and a `Finish`.
+
+    Raises:
+        ApiError: as many wait as may.
+        ChatTemplateError: the conversation cannot be written down.
+        ContextLengthError: the prompt leaves no room for an answer.
+        InputError: an option that cannot be used.
+        ServingError: the answers were not completed.
     """
-
-    messages: tuple[Mapping[str, Any], ...]
-    tools: tuple[Mapping[str, Any], ...] = ()
-    template_kwargs: Mapping[str, Any] = field(default_factory=dict)
-    thinking: bool | None = None
-    continued: bool = False
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Ask:
-    """A question.
-
-    Attributes:
-        prompt: a conversation, or ids, whose continuation is all content.
-        sampling: how tokens are chosen.
-        max_tokens: how many an answer has at the most; None for what there is room for, up to
-            4,096.
-        stop: texts that end an answer and are not part of it.
-        logprobs: how many of the likeliest tokens to tell beside each; 0 for the token alone, None
-            for none.
-        prompt_logprobs: the same for the tokens of the prompt.
-        n: how many answers.
-        tool_choice: "auto", "none", "required" or the name of a tool.
-        parallel_tool_calls: whether there may be more than one call.
-        response_format: {"type": "json_object"}, {"type": "json_schema", "schema": …}, {"type":
-            "regex", "pattern": …} or {"type": "grammar", "grammar": …}; None for any text.
-        scope: whose question it is.
-        salt: only questions of the same one share what was read before.
-        priority: the higher are the last to give their row back.
-        timeout: how many seconds it may take.
-    """
-
-    prompt: Conversation | tuple[int, ...]
-    sampling: Sampling = field(default_factory=Sampling)
-    max_tokens: int | None = None
-    stop: tuple[str, ...] = ()
-    logprobs: int | None = None
-    prompt_logprobs: int | None = None
-    n: int = 1
-    tool_choice: str = "auto"
-    parallel_tool_calls: bool = True
-    response_format: Mapping[str, Any] | None = None
-    scope: str = ""
-    salt: str = ""
-    priority: int = 0
-    timeout: float | None = None
+    served.admit()
+    asked = await asyncio.to_thread(_understood, served, question)
+    first = asyncio.Event()
+    answers = [_answer(asked, index, first) for index in range(question.n)]
+    gathering = Gathering(answers, len(answers))
+    try:
+        await gathering.settled(REFUSAL)
+        yield Heard(0, Start(len(asked.prompt.ids), asked.warnings))
+        while (heard := await gathering.next()) is not None:
+            yield heard
+    finally:
+        await gathering.close()
 
 
 @dataclass(frozen=True, slots=True)
-class TokenScore:
-    """How likely a token was: float32 of the raw logits.
+class _Asked:
+    """A question that was understood: what its answers have in common."""
 
-    Attributes:
-        id: of the token.
-        text: as it is spelt; half of a character is U+FFFD.
-        raw: its bytes.
-        logprob: its logarithm; None for the first of a prompt, before which nothing is.
-        top: the likeliest tokens in its place, without a `top` of their own.
-    """
-
-    id: int
-    text: str
-    raw: bytes
-    logprob: float | None
-    top: tuple["TokenScore", ...] = ()
+    served: Served
+    question: Ask
+    prompt: Prompt
+    room: int
+    deadline: float | None
+    warnings: tuple[str, ...]
 
 
-@dataclass(frozen=True, slots=True)
-class Tokens:
-    """How many tokens it took.
-
-    Attributes:
-        prompt: of the prompt, which all answers share.
-        cached: of these, those that were read before.
-        completion: that were generated, for this answer.
-        reasoning: of these, those of what was thought.
-    """
-
-    prompt: int
-    cached: int
-    completion: int
-    reasoning: int
-
-
-@dataclass(frozen=True, slots=True)
-class Start:
-    """The question was understood and waits for its answers; heard first, once, with index 0.
-
-    Attributes:
-        prompt: how many tokens it has.
-        warnings: what of it has no effect here.
-    """
-
-    prompt: int
-    warnings: tuple[str, ...] = ()
-
-
-@dataclass(frozen=True, slots=True)
-class Prompted:
-    """The prompt was read; heard where its scores were asked for, which come with it."""
+def _understood(served: Served, question: Ask) -> _Asked:
+    """Read a question, in a thread of its own."""
+    prompt = question.prompt
+    if isinstance(prompt, Conversation):
+        read = render(served.tokenizer, prompt, served.context)
+    else:
+        read = Prompt(prompt, "")
+    rest = served.context - len(read.ids)
+    if rest < 1:
+        raise ContextLengthError(
+            f"the model's context is {served.context} tokens and the prompt has {len(read.ids)}, "
+            "which leaves none for an answer; shorten it"
+        )
+    warnings = list(read.warnings)
+    wanted = question.max_tokens
+    if wanted is not None and wanted > rest:
+        warnings.append(f"only {rest} tokens of an answer fit behind the prompt")
+    room = min(rest, ANSWER if wanted is None else wanted)
+    if question.sampling.min_tokens > room:
+        raise InputError(
+            f"min_tokens={question.sampling.min_tokens} and an answer has at most {room} tokens; "
+            "lower it, or raise the number of tokens"
+        )
+    if question.n > 1:
+        # Where the others go on from what was read for the first.
+        stable = (*read.stable, len(read.ids) - 1)
+        read = Prompt(read.ids, read.text, tuple(dict.fromkeys(stable)), read.warnings)
+    deadline = None if question.timeout is None else time.monotonic() + question.timeout
+    return _Asked(served, question, read, room, deadline, tuple(warnings))
 
 
-@dataclass(frozen=True, slots=True)
-class Finish:
-    """An answer is complete; the last that is heard of it.
+async def _answer(asked: _Asked, index: int, first: asyncio.Event) -> AsyncGenerator[Heard, None]:
+    """Yield what is heard of one answer; the prompt is read for the first, and by it alone."""
+    question, served = asked.question, asked.served
+    if index:
+        await first.wait()
+    timeout = None
+    if asked.deadline is not None:
+        timeout = asked.deadline - time.monotonic()
+        if timeout <= 0:
+            raise DeadlineError("the time of the request is over; give it a longer timeout")
+    listener = _Listener(asked, index)
+    options: dict[str, Any] = {
+        **options_of(question.sampling, served.engine.model, index),
+        "max_new_tokens": asked.room,
+        "scope": f"{question.scope}\n{question.salt}" if question.salt else question.scope,
+        "priority": question.priority,
+        "timeout": timeout,
+        "stable": asked.prompt.stable,
+        "stop": question.stop,
+        "logprobs": question.logprobs,
+        "prompt_logprobs": None if index else question.prompt_logprobs,
+        "keep_special": listener.keeps_special,
+        "adapter_name": served.adapter,
+    }
+    try:
+        async with aclosing(served.engine.generate(asked.prompt.ids, **options)) as answers:
+            async for answer in answers:
+                first.set()
+                for heard in listener.hear(answer):
+                    yield heard
+                if listener.over:
+                    return
+    finally:
+        # Whoever waits for the first answer need not wait for one that failed.
+        first.set()
 
-    Attributes:
-        reason: "stop", "length" or "tool_calls".
-        usage: how many tokens it took.
-        stop: the stop string that ended it, if one did.
-    """
 
-    reason: str
-    usage: Tokens
-    stop: str | None = None
+class _Listener:
+    """Hears one answer: parts of it by what they are, with the scores of their tokens."""
 
+    def __init__(self, asked: _Asked, index: int) -> None:
+        self._asked, self._index = asked, index
+        question, tokenizer = asked.question, asked.served.tokenizer
+        self._parser: OutputParser | None = None
+        self._scores = None if question.logprobs is None else Pending()
+        self._spelling = None
+        if question.logprobs is not None or question.prompt_logprobs is not None:
+            self._spelling = Spelling(tokenizer)
+        self.over = False
+        self._count = self._reasoned = self._unheard = 0
+        self._calls = 0
 
-@dataclass(frozen=True, slots=True)
-class Heard:
-    """Something of an answer.
+    @property
+    def keeps_special(self) -> bool:
+        """Whether markers are needed in the text, to be told by what they are."""
+        return self._parser is not None
 
-    Attributes:
-        index: of which, from 0.
-        event: what it is.
-        scores: of the tokens it was written in, where they were asked for.
-    """
+    def hear(self, answer: Answer) -> Iterator[Heard]:
+        """Yield what an answer of the engine adds."""
+        if answer.prompt_logprobs is not None:
+            yield Heard(self._index, Prompted(), self._of_prompt(answer))
+        for place, token in enumerate(answer.ids):
+            text = answer.texts[place]
+            self._count += 1
+            self._unheard += 1
+            if self._scores is not None and self._spelling is not None and answer.logprobs:
+                self._scores.add(len(text), self._spelling.score(answer.logprobs[place]))
+            yield from self._told(self._events(text, token))
+            if self.over:
+                yield self._finish("stop", answer)
+                return
+        if answer.finish_reason is not None:
+            if self._parser is not None:
+                yield from self._told(self._parser.flush())
+            self.over = True
+            yield self._finish(answer.finish_reason, answer)
 
-    index: int
-    event: Event | Start | Prompted | Finish
-    scores: tuple[TokenScore, ...] = ()
+    def _events(self, text: str, token: int) -> list[Event]:
+        if self._parser is None:
+            return [Content(text)] if text else []
+        events = self._parser.feed(text, token)
+        self.over = self._parser.done
+        return events
+
+    def _told(self, events: list[Event]) -> Iterator[Heard]:
+        single = not self._asked.question.parallel_tool_calls
+        for event in events:
+            scores: tuple[TokenScore, ...] = ()
+            match event:
+                case Reasoning(text):
+                    self._reasoned += self._unheard
+                    scores = self._taken(len(text))
+                case Content(text):
+                    scores = self._taken(len(text))
+                case CallStart():
+                    self._taken(0)
+                case CallEnd():
+                    self._calls += 1
+                    self.over |= single
+                case _:
+                    pass
+            self._unheard = 0
+            yield Heard(self._index, event, scores)
+            if self.over and single:
+                return
+
+    def _taken(self, length: int) -> tuple[TokenScore, ...]:
+        return () if self._scores is None else self._scores.take(length)
+
+    def _of_prompt(self, answer: Answer) -> tuple[TokenScore, ...]:
+        assert self._spelling is not None
+        ids = self._asked.prompt.ids
+        return tuple(
+            self._spelling.first(token) if one is None else self._spelling.score(one)
+            for token, one in zip(ids, answer.prompt_logprobs or (), strict=True)
+        )
+
+    def _finish(self, reason: str, answer: Answer) -> Heard:
+        if reason == "stop" and self._calls:
+            reason = "tool_calls"
+        usage = answer.usage
+        tokens = Tokens(
+            len(self._asked.prompt.ids),
+            0 if usage is None else usage.cached,
+            self._count,
+            self._reasoned,
+        )
+        return Heard(self._index, Finish(reason, tokens, answer.stop))

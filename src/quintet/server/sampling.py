@@ -2,8 +2,16 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
-__all__ = ["Sampling"]
+import torch
+
+from quintet.generation.requests import Served
+
+__all__ = ["Sampling", "options_of"]
+
+# How many tokens are drafted from the text itself.
+LOOKUP = 3
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -39,3 +47,53 @@ class Sampling:
     ignore_eos: bool = False
     stop_token_ids: tuple[int, ...] = ()
     speculate: str | None = None
+
+
+def options_of(sampling: Sampling, model: Served, index: int) -> dict[str, Any]:
+    """Return the options of `generate()` for one of several answers.
+
+    Args:
+        sampling: what the request says.
+        model: what it leaves to the model's own config.
+        index: which answer.
+    """
+    config = model.generation_config
+    options: dict[str, Any] = {}
+    drawn = {
+        "temperature": sampling.temperature,
+        "top_p": sampling.top_p,
+        "top_k": sampling.top_k,
+        "min_p": sampling.min_p,
+    }
+    draws = bool(config.do_sample)
+    if sampling.temperature == 0:
+        draws = False
+    elif any(value is not None for value in drawn.values()):
+        draws = True
+    options["do_sample"] = draws
+    if draws:
+        options |= {name: value for name, value in drawn.items() if value is not None}
+        if sampling.top_k is None and config.top_k is None:
+            # Where nobody says, all tokens are drawn from, as the protocol has it.
+            options["top_k"] = 0
+    for name, value in (
+        ("repetition_penalty", sampling.repetition_penalty),
+        ("presence_penalty", sampling.presence_penalty),
+        ("frequency_penalty", sampling.frequency_penalty),
+    ):
+        if value is not None:
+            options[name] = float(value)
+    if sampling.logit_bias:
+        options["sequence_bias"] = {(k,): float(v) for k, v in sampling.logit_bias.items()}
+    if sampling.min_tokens:
+        options["min_new_tokens"] = sampling.min_tokens
+    if sampling.ignore_eos or sampling.stop_token_ids:
+        ends = [] if sampling.ignore_eos else config.eos_token_ids
+        options["eos_token_id"] = [*ends, *sampling.stop_token_ids] or [-1]
+    if sampling.seed is not None and draws:
+        options["generator"] = torch.Generator(model.device).manual_seed(sampling.seed + index)
+    if sampling.speculate is not None:
+        options["use_mtp"] = sampling.speculate == "mtp"
+        if sampling.speculate == "lookup":
+            options["prompt_lookup_num_tokens"] = LOOKUP
+    return options

@@ -4,7 +4,7 @@ import asyncio
 import queue
 import threading
 import time
-from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from collections.abc import AsyncGenerator, Callable, Iterator, Sequence
 from contextlib import contextmanager
 from types import TracebackType
 from typing import Any, Self
@@ -67,7 +67,7 @@ class Engine:
 
     async def generate(
         self, prompt: str | Sequence[int] | torch.Tensor, **options: Any
-    ) -> AsyncIterator[Answer]:
+    ) -> AsyncGenerator[Answer, None]:
         """Yield the answer to a prompt as it is made; to leave the loop is to cancel it.
 
         With `max_new_tokens=0` the prompt is read, and one empty answer says what there is to know
@@ -155,6 +155,11 @@ class Engine:
         return observed.vector(normalize=normalize)
 
     # -- what it is like ---------------------------------------------------------------------------
+
+    @property
+    def model(self) -> Served:
+        """The model that answers; its forwards are the engine's thread's alone."""
+        return self._engine.model
 
     @property
     def state(self) -> State:

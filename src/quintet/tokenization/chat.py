@@ -51,6 +51,14 @@ class Chat(Encoder):
         """
         return self._templates.choose(chat_template, has_tools=tools is not None)
 
+    def chat_template_variables(self, chat_template: str) -> frozenset[str]:
+        """Return what a chat template asks for, by name.
+
+        Raises:
+            ChatTemplateError: it is not a template.
+        """
+        return self._templates.compiled(chat_template).variables
+
     def apply_chat_template(
         self,
         conversation: Sequence[Message] | Sequence[Sequence[Message]],

@@ -1,0 +1,251 @@
+"""A conversation to the ids a model goes on from, and to where the next turn will go on.
+
+Nothing that a client says becomes a control token: only the template's own do.
+"""
+
+import functools
+import json
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from quintet.errors import ChatTemplateError, ContextLengthError, InputError, shown
+from quintet.server.questions import Conversation
+from quintet.tokenization import PreTrainedTokenizer
+from quintet.tokenization.rendering import render_chat
+from quintet.tokenization.sandbox import CompiledTemplate
+
+__all__ = ["Prompt", "render", "too_long"]
+
+# How templates call the switch of what is thought before an answer.
+SWITCHES = ("thinking", "enable_thinking")
+# Arguments of `apply_chat_template`, which are no variables of templates.
+REFUSED = frozenset(
+    [
+        *("messages", "conversation", "tools", "documents", "chat_template", "tokenize"),
+        *("add_generation_prompt", "continue_final_message", "padding", "truncation"),
+        *("max_length", "return_tensors", "return_dict", "return_assistant_tokens_mask"),
+        *("sanitize_control_tokens", "tokenizer_kwargs"),
+        *("bos_token", "eos_token", "pad_token", "unk_token", "sep_token", "cls_token"),
+        *("mask_token", "additional_special_tokens"),
+    ]
+)
+MOST_KWARGS = 32
+# A word, a date, a number: nothing a control token could be made of.
+_PLAIN_WORD = re.compile(r"[A-Za-z0-9 _.,:+/-]{0,128}")
+# A system prompt of so many tokens is worth keeping for others that begin with it.
+LONG_SYSTEM = 128
+# So many characters for each token of the context are read at once, to see whether a text fits.
+SLICE = 4
+THOUGHT_END = "</think>"
+
+
+@dataclass(frozen=True, slots=True)
+class Prompt:
+    """What a model goes on from.
+
+    Attributes:
+        ids: the tokens.
+        text: the same, as the template wrote it.
+        stable: how many tokens later prompts will begin with, too: where the system prompt ends,
+            where the conversation goes on.
+        warnings: what was asked for and has no effect with this template.
+    """
+
+    ids: tuple[int, ...]
+    text: str
+    stable: tuple[int, ...] = ()
+    warnings: tuple[str, ...] = ()
+
+
+def render(tokenizer: PreTrainedTokenizer, conversation: Conversation, context: int) -> Prompt:
+    """Write a conversation down for a model with a context of so many tokens.
+
+    Raises:
+        ChatTemplateError: there is no template, or it refuses the conversation.
+        ContextLengthError: it has more tokens than the context; not all of them are counted.
+        InputError: a template argument that is not one.
+    """
+    template = tokenizer.get_chat_template(tools=[] if conversation.tools else None)
+    kwargs, warnings = _arguments(
+        template, tokenizer.chat_template_variables(template), conversation
+    )
+    tokens = tuple((k, v) for k, v in tokenizer.special_tokens_map.items() if isinstance(v, str))
+    messages = [_message(one, template, tokens) for one in conversation.messages]
+    tools = [dict(tool) for tool in conversation.tools] or None
+
+    def write(those: list[dict[str, Any]], *, asks: bool, ids: bool) -> Any:
+        return tokenizer.apply_chat_template(
+            those,
+            tools=tools,
+            add_generation_prompt=asks and not conversation.continued,
+            continue_final_message=asks and conversation.continued,
+            tokenize=ids,
+            sanitize_control_tokens=ids,
+            **kwargs,
+        )
+
+    text: str = write(messages, asks=True, ids=False)
+    too_long(tokenizer, text, context)
+    ids = tuple(write(messages, asks=True, ids=True))
+    stable = []
+    if beginning := _beginning(messages, tools):
+        length = _common(ids, tuple(write(beginning, asks=False, ids=True)))
+        stable += [length] if length >= LONG_SYSTEM else []
+    if not conversation.continued:
+        before: str = write(messages, asks=False, ids=False)
+        stable.append(_before(tokenizer, ids, text, before))
+    return Prompt(ids, text, tuple(n for n in stable if 0 < n < len(ids)), warnings)
+
+
+def too_long(tokenizer: PreTrainedTokenizer, text: str, context: int) -> None:
+    """Refuse a text that is longer than the context, without reading much more than fits.
+
+    Raises:
+        ContextLengthError: it is.
+    """
+    size = SLICE * context
+    if len(text) <= size:
+        return
+    count = 0
+    for start in range(0, len(text), size):
+        part = text[start : start + size]
+        # Where it is cut, one token may have become two.
+        count += max(len(tokenizer.encode(part, add_special_tokens=False)) - 1, 0)
+        if count > context:
+            raise ContextLengthError(
+                f"the model's context is {context} tokens and the prompt has more than {count} "
+                f"({len(text)} characters); shorten it"
+            )
+
+
+# -- within ----------------------------------------------------------------------------------------
+
+
+def _arguments(
+    template: str, used: frozenset[str], conversation: Conversation
+) -> tuple[dict[str, Any], tuple[str, ...]]:
+    """Return what else the template is to see, and what it does not look at."""
+    kwargs, warnings = {}, []
+    if len(conversation.template_kwargs) > MOST_KWARGS:
+        raise InputError(
+            f"chat_template_kwargs has {len(conversation.template_kwargs)} names; at most "
+            f"{MOST_KWARGS} are taken"
+        )
+    for name, value in conversation.template_kwargs.items():
+        if name in REFUSED:
+            raise InputError(
+                f"chat_template_kwargs cannot set {shown(name)}: it is no variable of the "
+                "template; there is a field of the request for it, or none"
+            )
+        if not isinstance(value, bool | int | float | None) and not (
+            isinstance(value, str) and _PLAIN_WORD.fullmatch(value)
+        ):
+            raise InputError(
+                f"chat_template_kwargs[{shown(name)}] is {shown(value)}; it has to be a number, "
+                "true, false or a word of plain letters, as templates switch by them"
+            )
+        if name in used:
+            kwargs[name] = value
+        else:
+            warnings.append(f"chat_template_kwargs.{_word(name)} is not asked for by the template")
+    if conversation.thinking is not None:
+        switch = next((name for name in SWITCHES if name in used), None)
+        if switch is not None:
+            kwargs.setdefault(switch, conversation.thinking)
+        elif not conversation.thinking and "<think>" in template:
+            warnings.append("reasoning cannot be switched off: the template has no switch for it")
+    return kwargs, tuple(warnings)
+
+
+def _word(name: str) -> str:
+    return re.sub(r"[^A-Za-z0-9_.-]", "?", name[:64])
+
+
+def _message(
+    message: Mapping[str, Any], template: str, tokens: tuple[tuple[str, str], ...]
+) -> dict[str, Any]:
+    """Return a message as the template reads it."""
+    one = {**message, "content": message.get("content")}
+    if one.get("tool_calls"):
+        mapping = _wants_mapping(template, tokens)
+        one["tool_calls"] = [_call(call, mapping=mapping) for call in one["tool_calls"]]
+    content = one["content"]
+    if one["role"] == "assistant" and isinstance(content, str) and THOUGHT_END in template:
+        # Templates cut thoughts off by looking into what was said; here they are cut off before.
+        thought, end, rest = content.rpartition(THOUGHT_END)
+        if end:
+            one["content"] = rest.lstrip("\n")
+            thought = thought.rpartition("<think>")[2].strip("\n")
+            if thought and "reasoning_content" in template:
+                one.setdefault("reasoning_content", thought)
+    if one.get("reasoning_content") is not None and "reasoning_content" not in template:
+        del one["reasoning_content"]
+    return one
+
+
+def _call(call: Mapping[str, Any], *, mapping: bool) -> dict[str, Any]:
+    """Return a call with its arguments as a mapping, or as the text of one."""
+    function = dict(call["function"])
+    arguments = function.get("arguments")
+    if mapping and isinstance(arguments, str):
+        try:
+            function["arguments"] = json.loads(arguments or "{}")
+        except (ValueError, RecursionError):
+            raise ChatTemplateError(
+                f"the arguments of the call of {shown(function.get('name'))} are no JSON "
+                f"({shown(arguments)}), and the chat template writes them as such"
+            ) from None
+    elif not mapping and not isinstance(arguments, str):
+        function["arguments"] = json.dumps(arguments or {}, ensure_ascii=False)
+    return {**call, "type": "function", "function": function}
+
+
+@functools.lru_cache(maxsize=16)
+def _wants_mapping(template: str, tokens: tuple[tuple[str, str], ...]) -> bool:
+    """Tell whether a template writes arguments that are a mapping as JSON.
+
+    Of the others some cannot write it at all, and some write what Python would.
+    """
+    function = {"name": "probed", "arguments": {"key": "value"}}
+    call = {"type": "function", "id": "call_1", "function": function}
+    messages = [
+        {"role": "user", "content": "?"},
+        {"role": "assistant", "content": None, "tool_calls": [call]},
+    ]
+    variables = {**dict(tokens), "tools": None, "add_generation_prompt": False}
+    try:
+        text = render_chat(CompiledTemplate(template), {**variables, "messages": messages}).text
+    except ChatTemplateError:
+        return False
+    return re.search(r'"key"\s*:\s*"value"', text) is not None
+
+
+def _beginning(messages: list[dict[str, Any]], tools: Any) -> list[dict[str, Any]]:
+    """Return a conversation that begins alike and in which nothing was asked; [] if not worth it.
+
+    It has the system prompt and the tools, which others begin with, too.
+    """
+    system = messages[:1] if messages[0]["role"] == "system" else []
+    length = sum(len(one["content"] or "") for one in system) + len(json.dumps(tools or []))
+    return [*system, {"role": "user", "content": ""}] if length >= LONG_SYSTEM else []
+
+
+def _common(ids: tuple[int, ...], others: tuple[int, ...]) -> int:
+    """Return how many tokens two texts begin with alike."""
+    length = 0
+    for one, other in zip(ids, others, strict=False):
+        if one != other:
+            break
+        length += 1
+    return length
+
+
+def _before(tokenizer: PreTrainedTokenizer, ids: tuple[int, ...], text: str, before: str) -> int:
+    """Return how many tokens stand before what asks for an answer; 0 if that is not to be told."""
+    if not text.startswith(before) or len(text) == len(before):
+        return 0
+    asking = tokenizer.encode(text[len(before) :], add_special_tokens=False)
+    length = len(ids) - len(asking)
+    return length if ids[length:] == tuple(asking) else 0

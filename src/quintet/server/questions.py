@@ -1,0 +1,154 @@
+"""One question to a model, in no protocol's words, and what is heard of its answers."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from quintet.parsing.events import Event
+from quintet.server.sampling import Sampling
+
+__all__ = ["Ask", "Conversation", "Finish", "Heard", "Prompted", "Start", "TokenScore", "Tokens"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Conversation:
+    """What was said so far.
+
+    Attributes:
+        messages: as chat templates know them: role, content (a string or None), tool_calls,
+            tool_call_id, name, reasoning_content. Arguments of calls may be a string or a mapping.
+        tools: {"type": "function", "function": {"name", "description", "parameters"}}.
+        template_kwargs: what else the template is to see.
+        thinking: think before the answer, or not; None for what the template does.
+        continued: go on with the last message rather than begin one.
+    """
+
+    messages: tuple[Mapping[str, Any], ...]
+    tools: tuple[Mapping[str, Any], ...] = ()
+    template_kwargs: Mapping[str, Any] = field(default_factory=dict)
+    thinking: bool | None = None
+    continued: bool = False
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Ask:
+    """A question.
+
+    Attributes:
+        prompt: a conversation, or ids, whose continuation is all content.
+        sampling: how tokens are chosen.
+        max_tokens: how many an answer has at the most; None for what there is room for, up to
+            4,096.
+        stop: texts that end an answer and are not part of it.
+        logprobs: how many of the likeliest tokens to tell beside each; 0 for the token alone, None
+            for none.
+        prompt_logprobs: the same for the tokens of the prompt.
+        n: how many answers.
+        tool_choice: "auto", "none", "required" or the name of a tool.
+        parallel_tool_calls: whether there may be more than one call.
+        response_format: {"type": "json_object"}, {"type": "json_schema", "schema": …}, {"type":
+            "regex", "pattern": …} or {"type": "grammar", "grammar": …}; None for any text.
+        scope: whose question it is.
+        salt: only questions of the same one share what was read before.
+        priority: the higher are the last to give their row back.
+        timeout: how many seconds it may take.
+    """
+
+    prompt: Conversation | tuple[int, ...]
+    sampling: Sampling = field(default_factory=Sampling)
+    max_tokens: int | None = None
+    stop: tuple[str, ...] = ()
+    logprobs: int | None = None
+    prompt_logprobs: int | None = None
+    n: int = 1
+    tool_choice: str = "auto"
+    parallel_tool_calls: bool = True
+    response_format: Mapping[str, Any] | None = None
+    scope: str = ""
+    salt: str = ""
+    priority: int = 0
+    timeout: float | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class TokenScore:
+    """How likely a token was: float32 of the raw logits.
+
+    Attributes:
+        id: of the token.
+        text: as it is spelt; half of a character is U+FFFD.
+        raw: its bytes.
+        logprob: its logarithm; None for the first of a prompt, before which nothing is.
+        top: the likeliest tokens in its place, without a `top` of their own.
+    """
+
+    id: int
+    text: str
+    raw: bytes
+    logprob: float | None
+    top: tuple["TokenScore", ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Tokens:
+    """How many tokens it took.
+
+    Attributes:
+        prompt: of the prompt, which all answers share.
+        cached: of these, those that were read before.
+        completion: that were generated, for this answer.
+        reasoning: of these, those of what was thought.
+    """
+
+    prompt: int
+    cached: int
+    completion: int
+    reasoning: int
+
+
+@dataclass(frozen=True, slots=True)
+class Start:
+    """The question was understood and waits for its answers; heard first, once, with index 0.
+
+    Attributes:
+        prompt: how many tokens it has.
+        warnings: what of it has no effect here.
+    """
+
+    prompt: int
+    warnings: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Prompted:
+    """The prompt was read; heard where its scores were asked for, which come with it."""
+
+
+@dataclass(frozen=True, slots=True)
+class Finish:
+    """An answer is complete; the last that is heard of it.
+
+    Attributes:
+        reason: "stop", "length" or "tool_calls".
+        usage: how many tokens it took.
+        stop: the stop string that ended it, if one did.
+    """
+
+    reason: str
+    usage: Tokens
+    stop: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Heard:
+    """Something of an answer.
+
+    Attributes:
+        index: of which, from 0.
+        event: what it is.
+        scores: of the tokens it was written in, where they were asked for.
+    """
+
+    index: int
+    event: Event | Start | Prompted | Finish
+    scores: tuple[TokenScore, ...] = ()

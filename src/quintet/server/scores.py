@@ -1,0 +1,83 @@
+"""How likely tokens were, with the text and the bytes that stand for each."""
+
+from collections import deque
+from collections.abc import Callable
+
+from quintet.errors import TokenizerError
+from quintet.server.questions import TokenScore
+from quintet.serving import TokenLogprobs
+from quintet.tokenization import PreTrainedTokenizer
+from quintet.tokenization.bytelevel import token_bytes
+from quintet.tokenization.decoding import decoder_steps
+
+__all__ = ["Pending", "Spelling"]
+
+
+class Spelling:
+    """Writes single tokens of a tokenizer.
+
+    Args:
+        tokenizer: whose tokens these are.
+    """
+
+    def __init__(self, tokenizer: PreTrainedTokenizer) -> None:
+        self._tokenizer = tokenizer
+        self._added = tokenizer.added_tokens_decoder
+        kinds = [step["type"] for step in decoder_steps(tokenizer)]
+        self._bytes: Callable[[str], bytes] = token_bytes if kinds == ["ByteLevel"] else _written
+
+    def raw(self, token: int) -> bytes:
+        """Return the bytes of a token; b"" for an id that has none."""
+        if token in self._added:
+            return self._added[token].content.encode("utf-8", "replace")
+        try:
+            spelt = self._tokenizer.convert_ids_to_tokens(token)
+        except TokenizerError:
+            return b""
+        return b"" if spelt is None else self._bytes(spelt)
+
+    def score(self, one: TokenLogprobs) -> TokenScore:
+        """Return how likely a token was, with what it and the likeliest are."""
+        top = tuple(self._one(token, logprob) for token, logprob in one.top)
+        return self._one(one.id, one.logprob, top)
+
+    def first(self, token: int) -> TokenScore:
+        """Return the first token of a prompt, which nothing predicts."""
+        return self._one(token, None)
+
+    def _one(
+        self, token: int, logprob: float | None, top: tuple[TokenScore, ...] = ()
+    ) -> TokenScore:
+        raw = self.raw(token)
+        return TokenScore(token, raw.decode("utf-8", "replace"), raw, logprob, top)
+
+
+class Pending:
+    """Scores of tokens whose text has not been heard yet."""
+
+    def __init__(self) -> None:
+        self._held: deque[tuple[int, TokenScore]] = deque()
+
+    def add(self, length: int, score: TokenScore) -> None:
+        """Take the score of a token by which so many characters became certain."""
+        self._held.append((length, score))
+
+    def take(self, length: int) -> tuple[TokenScore, ...]:
+        """Return the scores of what a text of this length was written in, the last of all.
+
+        What was before it was heard by nobody, as the marker between a thought and an answer.
+        """
+        taken: deque[TokenScore] = deque()
+        while self._held and (length > 0 or not self._held[-1][0]):
+            size, score = self._held.pop()
+            taken.appendleft(score)
+            length -= size
+        self._held.clear()
+        return tuple(taken)
+
+
+def _written(spelt: str) -> bytes:
+    """Return the bytes of a token that is written as text, or as one byte."""
+    if len(spelt) == 6 and spelt.startswith("<0x") and spelt.endswith(">"):
+        return bytes([int(spelt[3:5], 16)])
+    return spelt.replace("▁", " ").encode("utf-8", "replace")
