@@ -20,7 +20,6 @@ from quintet.serving.limits import Limits
 from quintet.serving.options import RequestOptions
 from quintet.serving.request import LoopOutlet, Outlet, Request, hand_out
 from quintet.serving.runner import Runner, State
-from quintet.serving.tally import Tally
 from quintet.serving.transcript import Transcript
 from quintet.tokenization import PreTrainedTokenizer
 
@@ -165,11 +164,6 @@ class Engine:
     def state(self) -> State:
         """How much is under way, waits and is kept, as of the last step."""
         return self._runner.state
-
-    @property
-    def tally(self) -> Tally:
-        """What is counted of requests; the engine's thread goes on counting."""
-        return self._runner.tally
 
     @property
     def healthy(self) -> bool:

@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from quintet.generation.sequence import Sequence as Text
 from quintet.serving.answers import Answer, Usage
 from quintet.serving.scheduler import Job
-from quintet.serving.tally import Marks
 from quintet.serving.transcript import Transcript
 
 __all__ = ["LoopOutlet", "Outlet", "Request", "hand_out"]
@@ -76,7 +75,6 @@ class Request(Job):
             stops=stops,
         )
         self.text, self.reader, self.outlet, self.transcript = text, reader, outlet, transcript
-        self.marks = Marks(arrival)
         self.cached: int | None = None
         self.failures = 0
         self._told = len(text.ids)

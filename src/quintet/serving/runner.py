@@ -13,7 +13,6 @@ from quintet.serving.limits import Limits
 from quintet.serving.prefix import PrefixCache
 from quintet.serving.request import Outlet, Request
 from quintet.serving.scheduler import Cost, Plan, Scheduler
-from quintet.serving.tally import Tally
 
 __all__ = ["Runner", "State"]
 
@@ -29,7 +28,6 @@ class State:
 
     Attributes:
         running: how many requests have a row.
-        rows: how many rows are taken; as many as are running, or something was left behind.
         waiting: how many wait for one.
         kept: the bytes of what was read before.
         steps: how many forwards there were.
@@ -40,7 +38,6 @@ class State:
     """
 
     running: int = 0
-    rows: int = 0
     waiting: int = 0
     kept: int = 0
     steps: int = 0
@@ -61,7 +58,7 @@ class Runner:
 
     def __init__(self, engine: StepEngine, limits: Limits, clock: Callable[[], float]) -> None:
         self.engine, self.limits, self._clock = engine, limits, clock
-        self.state, self.tally = State(), Tally()
+        self.state = State()
         self.stopped: Exception | None = None
         # Held while a request is let in, so that none comes after the last messages were read.
         self._open = threading.Lock()
@@ -72,8 +69,6 @@ class Runner:
         self._inbox: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
         self._news: list[tuple[Request, Answer | Exception]] = []
         self._failures = 0
-        # Seconds of this turn that forwards took.
-        self._forwards = 0.0
         self._counts = dict.fromkeys(("steps", "generated", "cached", "read", "preempted"), 0)
 
     # -- messages, from any thread -----------------------------------------------------------------
@@ -120,15 +115,12 @@ class Runner:
     def turn(self, *, wait: bool = False) -> bool:
         """Read messages, do what is next and hand out what came of it; tell if there was any."""
         self._read_messages(wait=wait and not len(self.scheduler))
-        began, self._forwards = self._clock(), 0.0
         if self.stopped is None:
             plan = self.scheduler.plan(self._clock())
             self._carry_out(plan)
         else:
             plan = Plan()
         self._publish()
-        if self._forwards:
-            self.tally.overhead.add(self._clock() - began - self._forwards)
         return not plan.idle
 
     def _read_messages(self, *, wait: bool) -> None:
@@ -142,12 +134,12 @@ class Runner:
 
     def _take(self, request: Request) -> None:
         if self.stopped is not None:
-            self._refuse(request, self.stopped)
+            self._news.append((request, self.stopped))
             return
         try:
             self.scheduler.submit(request)
         except QueueFullError as error:
-            self._refuse(request, error)
+            self._news.append((request, error))
 
     def _stop(self, why: Exception) -> None:
         with self._open:
@@ -160,11 +152,13 @@ class Runner:
         for job in plan.drop:
             assert isinstance(job, Request)
             self._leave(job)
-            if job.cancelled:
-                self.tally.cancel(job.marks)
-            else:
-                over = "the time of the request is over; give it a longer timeout"
-                self._refuse(job, DeadlineError(over))
+            if not job.cancelled:
+                self._news.append(
+                    (
+                        job,
+                        DeadlineError("the time of the request is over; give it a longer timeout"),
+                    )
+                )
         for job in plan.preempt:
             assert isinstance(job, Request)
             self._leave(job)
@@ -185,7 +179,6 @@ class Runner:
         if text.watched is None:
             contents, length = self.prefix.match(self._shared_by(request), text.ids)
         self.engine.add(text, *contents)
-        self.tally.admit(request.marks, self._clock())
         request.follow()
         if request.cached is None:
             request.cached = min(length, text.prompt_length)
@@ -224,15 +217,10 @@ class Runner:
             self._failed(requests, error)
             return
         self._failures = 0
-        now = self._clock()
-        self._forwards += now - began
-        (self.tally.steps if piece is None else self.tally.pieces).add(now - began)
-        self.scheduler.account(list(requests), now - began)
+        self.scheduler.account(list(requests), self._clock() - began)
         self._counts["generated"] += sum(map(len, made))
-        for request, computed, tokens in zip(requests, before, made, strict=True):
+        for request, computed in zip(requests, before, strict=True):
             request.follow()
-            if tokens:
-                self.tally.write(request.marks, now)
             if piece is not None:
                 self._counts["read"] += request.computed - computed
                 if request.computed in request.stops:
@@ -243,15 +231,6 @@ class Runner:
             if request.text.finished:
                 self._leave(request)
                 self.scheduler.finish(request)
-                self._count_end(request, now)
-
-    def _count_end(self, request: Request, now: float) -> None:
-        text = request.text
-        if text.error is not None:
-            self.tally.fail(text.error)
-            return
-        reason = text.finish_reason or "read"
-        self.tally.finish(request.marks, now, reason, text.prompt_length, len(text.new))
 
     def _failed(self, requests: Sequence[Request], error: Exception) -> None:
         """Take note that a forward failed: nobody has moved, so that it can be done again."""
@@ -272,17 +251,12 @@ class Runner:
         if request.text in self.engine.sequences:
             self.engine.remove(request.text)
         self.scheduler.finish(request)
-        self._refuse(request, error)
-
-    def _refuse(self, request: Request, error: Exception) -> None:
-        self.tally.fail(error)
         self._news.append((request, error))
 
     def _publish(self) -> None:
         """Hand out what came of requests, at once where readers are in the same place."""
         self.state = State(
             running=len(self.scheduler.running),
-            rows=len(self.engine.sequences),
             waiting=self.scheduler.queued,
             kept=self.prefix.nbytes,
             **self._counts,
