@@ -101,7 +101,7 @@ def test_no_command_is_a_misuse_that_shows_help(quintet: Any) -> None:
         (["generate", "x", "y"], "put a prompt of several words in quotes"),
         (["generat"], "Did you mean 'generate'?"),
         (["pull", "o/m"], "a model is fetched when it is first used, as by `quintet chat OWNER"),
-        (["serve"], "There is no server yet"),
+        (["serv"], "Did you mean 'serve'?"),
         (["owner/model"], "To talk with a model: quintet chat owner/model"),
         (["generate", "x", "--max-new-tokens", "0"], "0 is not in the range"),
         (["generate", "x", "--max-new-tokens", "many"], "'many' is not a valid integer"),

@@ -28,6 +28,7 @@ COMMANDS = MappingProxyType(
         "plan": "Say whether a model fits, before it is fetched.",
         "quantize": "Write a model's weights in fewer bits.",
         "rm": "Remove models from the hub cache.",
+        "serve": "Answer over HTTP, as OpenAI's clients ask.",
         "verify": "Check that a model's files are whole.",
     }
 )
@@ -35,18 +36,22 @@ COMMANDS = MappingProxyType(
 
 # What other programs call them.
 ALIASES = MappingProxyType(
-    {"run": "chat", "gen": "generate", "list": "ls", "show": "info", "remove": "rm"}
+    {
+        "run": "chat",
+        "gen": "generate",
+        "list": "ls",
+        "show": "info",
+        "remove": "rm",
+        "server": "serve",
+        "api": "serve",
+    }
 )
 FETCHED = "a model is fetched when it is first used, as by `quintet chat OWNER/NAME`"
-NO_SERVER = "There is no server yet; many prompts at once: `quintet generate --batch FILE`"
 ADVICE = MappingProxyType(
     {
         "pull": f"There is none: {FETCHED}",
         "download": f"There is none: {FETCHED}",
         "fetch": f"There is none: {FETCHED}",
-        "serve": NO_SERVER,
-        "server": NO_SERVER,
-        "api": NO_SERVER,
         "login": "The hub has a command of its own for that: `hf auth login`",
     }
 )

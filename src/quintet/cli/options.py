@@ -40,6 +40,7 @@ __all__ = [
     "sampling_options",
     "source_options",
     "warnings_as_notes",
+    "weight_options",
     "with_default_length",
 ]
 
@@ -62,7 +63,19 @@ def source_options(command: Command) -> Command:
 
 
 def model_options(command: Command) -> Command:
-    """Add the options that say which model runs where."""
+    """Add the options that say which model runs where, and what is put on it."""
+    adapter = click.option(
+        "--adapter",
+        "adapters",
+        multiple=True,
+        metavar="[NAME=]PATH",
+        help="Put an adapter of PEFT on it; may be repeated, and they add up.",
+    )
+    return adapter(weight_options(command))
+
+
+def weight_options(command: Command) -> Command:
+    """Add the options that say where a model comes from and how it is held."""
     for option in (
         click.option("--quiet", "-q", is_flag=True, help="Nothing but the result."),
         source_options,
@@ -75,13 +88,6 @@ def model_options(command: Command) -> Command:
         click.option("--device", default="auto", show_default=True, help="cpu, cuda, cuda:1, …"),
         click.option("--quantize", help="Hold the weights in fewer bits: int8, int4, …"),
         click.option("--dtype", default="auto", show_default=True, help="Of the weights."),
-        click.option(
-            "--adapter",
-            "adapters",
-            multiple=True,
-            metavar="[NAME=]PATH",
-            help="Put an adapter of PEFT on it; may be repeated, and they add up.",
-        ),
     ):
         command = option(command)
     return command

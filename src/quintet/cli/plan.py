@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
     Tensors = Mapping[str, TensorInfo]
 
-__all__ = ["command"]
+__all__ = ["command", "too_large"]
 
 DTYPES = ("auto", "bfloat16", "float16", "float32")
 QUANTISED = ("int8", "int4", "nf4", "fp8")
@@ -81,6 +81,22 @@ def command(
     show(facts, as_json)
     if reason is not None:
         raise DoesNotFitError(reason)
+
+
+def too_large(
+    model: str,
+    config: "PreTrainedConfig",
+    dtype: str,
+    quantize: str | None,
+    context: int,
+    batch: int,
+    where: dict[str, Any],
+) -> str | None:
+    """Return why a model and its cache do not fit here; None where they do, or nobody knows."""
+    if dtype not in DTYPES or quantize not in (None, *QUANTISED):
+        return None
+    tensors = _files(model, where)[1]
+    return _plan(config, dtype, quantize, context, batch, (), tensors)[1]
 
 
 def _plan(

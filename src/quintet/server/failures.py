@@ -122,7 +122,7 @@ def error_of(error: BaseException) -> ApiError | None:
                 headers={"x-should-retry": "false"},
             )
         case EngineStoppedError():
-            return unavailable("the model does not answer any more; try again", "engine_stopped")
+            return unavailable("the model does not answer any more; try again", "server_shutdown")
         case DoesNotFitError() | MemoryError():
             return unavailable("there is not enough memory now; try again", "out_of_memory")
         case ModelNotFoundError():

@@ -17,8 +17,12 @@ LOG = logging.getLogger("quintet.server")
 OTHERS = ("quintet", "uvicorn.error", "asyncio", "py.warnings")
 
 
-def set_up(form: LogFormat, stream: TextIO = sys.stderr) -> None:
-    """Have everything logged to a stream, as text at a terminal and as JSON otherwise."""
+def set_up(form: LogFormat, stream: TextIO | None = None) -> bool:
+    """Have everything logged to a stream, standard error, and tell if it is as JSON.
+
+    "auto" is text at a terminal and JSON otherwise.
+    """
+    stream = stream or sys.stderr
     as_json = form == "json" or (form == "auto" and not stream.isatty())
     handler = logging.StreamHandler(stream)
     handler.setFormatter(_Json() if as_json else _Text())
@@ -29,6 +33,7 @@ def set_up(form: LogFormat, stream: TextIO = sys.stderr) -> None:
         log.setLevel(logging.WARNING)
     LOG.setLevel(logging.INFO)
     logging.captureWarnings(True)
+    return as_json
 
 
 def logged(what: str, facts: Mapping[str, object] | None = None, level: int = logging.INFO) -> None:

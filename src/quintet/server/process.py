@@ -1,8 +1,10 @@
 """A server as a process: listens, drains when told to end, ends with a code."""
 
+import asyncio
 import os
 import signal
 import socket
+import sys
 import threading
 import time
 from types import FrameType
@@ -16,7 +18,7 @@ from quintet.server.network import connections
 from quintet.server.service import Service
 from quintet.server.settings import Settings
 
-__all__ = ["HttpServer", "listen"]
+__all__ = ["HttpServer", "listen", "serve"]
 
 # So long a process that was told twice to end may take.
 AT_ONCE = 0.8
@@ -33,20 +35,40 @@ def listen(settings: Settings) -> socket.socket:
     host, port = settings.host.strip("[]"), settings.port
     try:
         found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
-        family, kind, protocol, _, address = found[0]
-        sock = socket.socket(family, kind, protocol)
-    except OSError as error:
-        raise InputError(f"there is no address {shown(host)} here: {error.strerror}") from None
+    except (OSError, UnicodeError):
+        raise InputError(
+            f"--host {shown(host)} is no address of this machine; 127.0.0.1 is, for it alone"
+        ) from None
+    family, kind, protocol, _, address = found[0]
+    sock = socket.socket(family, kind, protocol)
     try:
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         sock.bind(address)
+        # Who takes the same port meanwhile is told of it now, and not when the model is there.
+        sock.listen(1)
         return sock
     except OSError as error:
         sock.close()
         raise InputError(
-            f"cannot listen at {shown(host)}, port {port}: {error.strerror}; end who does, or take "
-            "another --port (0 for any that is free)"
+            f"cannot listen at {host}, port {port}: {error.strerror}; end what listens there, or "
+            "take another --port (0 for any that is free)"
         ) from None
+
+
+def serve(service: Service, sock: socket.socket) -> int:
+    """Answer until told to end, and return the code to end with.
+
+    0 after SIGTERM, 130 after Ctrl-C, 128 and the signal's number where a second one came; 1 where
+    a model failed for good.
+    """
+    server = HttpServer(service)
+    server.run([sock])
+    if server.force_exit:
+        # Threads that still compute are not waited for.
+        sys.stderr.flush()
+        os._exit(server.code)
+    service.registry.close()
+    return server.code
 
 
 class HttpServer(uvicorn.Server):
@@ -71,6 +93,7 @@ class HttpServer(uvicorn.Server):
                 log_config=None,
                 access_log=False,
                 server_header=False,
+                proxy_headers=False,
                 timeout_keep_alive=max(1, round(settings.keep_alive)),
                 h11_max_incomplete_event_size=settings.header,
                 timeout_graceful_shutdown=1,
@@ -95,13 +118,9 @@ class HttpServer(uvicorn.Server):
 
     def drain(self, seconds: float) -> None:
         """Take no new requests, and end when there are none, or after so many seconds."""
-        if not self.service.draining:
-            logged(
-                "ending",
-                {"under_way": self.service.under_way, "seconds": seconds},
-            )
         self.service.draining = True
         self._until = time.monotonic() + seconds
+        logged("ending", {"under_way": self.service.under_way, "seconds": seconds})
 
     async def on_tick(self, counter: int) -> bool:
         """Tell, ten times a second, if it is time to end."""
@@ -113,5 +132,8 @@ class HttpServer(uvicorn.Server):
             late = time.monotonic() >= self._until
             # Who was told that it failed may ask how it is until then.
             idle = self.service.under_way == 0 and self.code != 1
+            if late and not idle:
+                # Whoever still waits is told why the answer ends here.
+                await asyncio.to_thread(self.service.registry.close)
             over = over or late or idle
         return over

@@ -10,6 +10,7 @@ __all__ = ["KIB", "MIB", "Settings", "as_keys", "is_loopback"]
 
 KIB = 1 << 10
 MIB = 1 << 20
+SPECULATION = ("off", "mtp", "lookup")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -26,6 +27,8 @@ class Settings:
         allowed_origins: pages of other origins whose scripts may ask; "*" for any.
         page: whether it has a page to chat on.
         docs: whether it describes itself at /openapi.json.
+        speculate: how tokens are guessed ahead where a request does not say: "off", "mtp" by the
+            model's prediction layers, or "lookup" from what was read.
         strict: refuse fields that are not known, instead of naming them in `warnings`.
         body: how many bytes a request may have.
         header: how many bytes the head of a request may have.
@@ -61,6 +64,7 @@ class Settings:
     allowed_origins: tuple[str, ...] = ()
     page: bool = True
     docs: bool = True
+    speculate: str = "off"
     strict: bool = False
     body: int = 8 * MIB
     header: int = 64 * KIB
@@ -87,6 +91,10 @@ class Settings:
     def __post_init__(self) -> None:
         if not 0 <= self.port <= 65535:
             raise InputError(f"port={self.port} has to be from 0 to 65535")
+        if self.speculate not in SPECULATION:
+            raise InputError(
+                f"speculate={shown(self.speculate)} has to be one of {', '.join(SPECULATION)}"
+            )
         for least, numbers in (
             (
                 1,

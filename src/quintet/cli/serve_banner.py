@@ -1,0 +1,83 @@
+"""What `quintet serve` says when it is there: where, what, how much memory for how many tokens."""
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import quintet
+from quintet.cli.output import size_of
+
+if TYPE_CHECKING:
+    from quintet.cli.options import Opened
+    from quintet.server.service import Service
+    from quintet.server.settings import Settings
+
+__all__ = ["announcement"]
+
+
+def announcement(
+    service: "Service", address: tuple[Any, ...], opened: "Sequence[Opened]", bits: int | None
+) -> tuple[list[str], dict[str, object]]:
+    """Return it as lines for people, and as facts for programs.
+
+    Args:
+        service: what is served.
+        address: of the socket.
+        opened: the models, in the order in which the service has them.
+        bits: of a number of keys and values; None where they are kept as they are.
+    """
+    from quintet.kernels.native import native
+
+    settings, kernels = service.settings, native()
+    host = f"[{address[0]}]" if ":" in address[0] else address[0]
+    url = f"http://{host}:{address[1]}"
+    said = kernels.level or f"PyTorch alone, as {kernels.reason}"
+    lines = [f"quintet {quintet.__version__} answers {_whom(settings)} at {url}/v1"]
+    models: list[dict[str, object]] = []
+    for offer, one in zip(service.registry.offers, opened, strict=True):
+        assert offer.loaded is not None
+        limits = offer.loaded.engine.limits
+        tokens = limits.rows * limits.capacity
+        room = limits.rows * _row(one, limits.capacity, bits)
+        lines += [
+            f"  {offer.name}: {one.describe()}",
+            f"    {limits.rows} rows of {limits.capacity:,} tokens: at most {size_of(room)} for "
+            f"{tokens:,} tokens, and {size_of(limits.kept)} for what was read before",
+        ]
+        if offer.adapters:
+            lines.append(f"    adapters: {', '.join(offer.adapters)}")
+        models.append(
+            {
+                "name": offer.name,
+                "what": one.describe(),
+                "rows": limits.rows,
+                "capacity": limits.capacity,
+                "bytes": room,
+                "kept": limits.kept,
+                "adapters": list(offer.adapters),
+            }
+        )
+    lines.append(f"  kernels: {said}")
+    if settings.page:
+        lines.append(f"  a page to chat on: {url}/")
+    lines.append("  Ctrl-C ends it")
+    facts: dict[str, object] = {
+        "version": quintet.__version__,
+        "url": url,
+        "answers": _whom(settings),
+        "kernels": said,
+        "models": models,
+    }
+    return lines, facts
+
+
+def _whom(settings: "Settings") -> str:
+    if settings.keys:
+        return "who has the key" if len(settings.keys) == 1 else "who has a key"
+    return "EVERYBODY on the network" if settings.is_open else "this machine"
+
+
+def _row(opened: "Opened", tokens: int, bits: int | None) -> int:
+    """Return the bytes of a row of so many tokens; recurrent states are float32."""
+    per_token, per_row = opened.model.config.cache_numbers()
+    width = opened.model.dtype.itemsize if bits is None else bits / 8
+    return round(tokens * per_token * width) + 4 * per_row
