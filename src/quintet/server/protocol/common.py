@@ -7,7 +7,7 @@ import re
 from collections.abc import Iterator, Mapping
 from typing import Annotated, Any, ClassVar, Literal, TypeVar
 
-from pydantic import BaseModel, ConfigDict, FailFast, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from quintet.errors import shown
 from quintet.server.failures import ApiError, invalid
@@ -63,8 +63,10 @@ class SamplingFields(Body):
     repetition_penalty: Annotated[float, Field(gt=0, le=10)] | None = None
     logit_bias: dict[str, float] | None = None
     seed: Annotated[int, Field(ge=-(2**63), le=2**63 - 1)] | None = None
-    stop: StopString | Annotated[list[StopString], FailFast()] | None = None
-    stop_token_ids: Annotated[list[int], Field(max_length=MAX_STOP_IDS), FailFast()] | None = None
+    stop: StopString | Annotated[list[StopString], Field(fail_fast=True)] | None = None
+    stop_token_ids: Annotated[list[int], Field(max_length=MAX_STOP_IDS, fail_fast=True)] | None = (
+        None
+    )
     min_tokens: Annotated[int, Field(ge=0, le=2**31 - 1)] | None = None
     ignore_eos: bool | None = None
     n: Count | None = None
@@ -194,7 +196,7 @@ def _first(error: ValidationError, data: Any) -> ApiError:
     found: dict[str, list[str]] = {}
     deepest: dict[str, int] = {}
     for one in error.errors(include_url=False, include_context=False, include_input=False):
-        path, depth = _path(one["loc"], data)
+        path, depth = _path(one["loc"], data, missing=one["type"] == "missing")
         said = found.setdefault(path, [])
         deepest[path] = depth
         if one["msg"] not in said and len(said) < MOST_SAID:
@@ -207,22 +209,23 @@ def _first(error: ValidationError, data: Any) -> ApiError:
     return invalid(f"{shown(path)[1:-1] or 'the body'}: {rules}{value}", path[:128] or None)
 
 
-def _path(loc: tuple[int | str, ...], data: Any) -> tuple[str, int]:
+def _path(loc: tuple[int | str, ...], data: Any, *, missing: bool) -> tuple[str, int]:
     """Return a place as it is written in requests, without what types call their alternatives."""
     path, depth, here = "", 0, data
     for place, part in enumerate(loc):
         if isinstance(part, int):
             if isinstance(here, list) and part < len(here):
                 path, here, depth = f"{path}[{part}]", here[part], depth + 1
-        elif isinstance(here, Mapping) and (part in here or place == len(loc) - 1):
+        elif isinstance(here, Mapping) and (part in here or (missing and place == len(loc) - 1)):
             path, here, depth = f"{path}.{part}" if path else part, here.get(part), depth + 1
     return path, depth
 
 
 def _value(error: ValidationError, path: str, data: Any) -> str:
     for one in error.errors(include_url=False, include_context=False):
-        if _path(one["loc"], data)[0] == path:
-            return "" if one["type"] == "missing" else f", not {shown(one['input'])}"
+        missing = one["type"] == "missing"
+        if _path(one["loc"], data, missing=missing)[0] == path:
+            return "" if missing else f", not {shown(one['input'])}"
     return ""
 
 
