@@ -1,0 +1,10 @@
+"""Names of what is answered: a kind, and what nobody guesses."""
+
+import uuid
+
+__all__ = ["new_id"]
+
+
+def new_id(kind: str) -> str:
+    """Return a name that was not given before, as `resp_0a1b…`."""
+    return f"{kind}_{uuid.uuid4().hex}"

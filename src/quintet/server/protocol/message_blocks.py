@@ -1,0 +1,162 @@
+"""What a Message of Anthropic's is asked for with: turns of blocks, as messages of a chat."""
+
+import json
+from collections.abc import Sequence
+from typing import Annotated, Any, Literal
+
+from pydantic import BeforeValidator, Tag, model_validator
+
+from quintet.server.protocol.common import Body
+from quintet.server.protocol.kinds import by_type, only
+
+__all__ = ["Texts", "Turn", "messages_of", "text_of"]
+
+Wire = dict[str, Any]
+
+
+class TextBlock(Body):
+    """A piece of text."""
+
+    IDLE = frozenset({"cache_control", "citations"})
+
+    type: Literal["text"]
+    text: str
+
+
+class ThinkingBlock(Body):
+    """What the assistant thought."""
+
+    IDLE = frozenset({"cache_control"})
+
+    type: Literal["thinking"]
+    thinking: str
+    signature: str = ""
+
+
+class RedactedThinkingBlock(Body):
+    """What an assistant elsewhere thought, sealed."""
+
+    IDLE = frozenset({"data"})
+
+    type: Literal["redacted_thinking"]
+
+
+class ToolUseBlock(Body):
+    """A call of a tool by the assistant."""
+
+    IDLE = frozenset({"cache_control", "caller"})
+
+    type: Literal["tool_use"]
+    id: str
+    name: str
+    input: dict[str, Any]
+
+
+def _as_blocks(content: Any) -> Any:
+    return [{"type": "text", "text": content}] if isinstance(content, str) else content
+
+
+Texts = Annotated[list[Annotated[TextBlock, only("a block", "text")]], BeforeValidator(_as_blocks)]
+
+
+class ToolResultBlock(Body):
+    """What a tool gave."""
+
+    IDLE = frozenset({"cache_control"})
+
+    type: Literal["tool_result"]
+    tool_use_id: str
+    content: Texts | None = None
+    is_error: bool = False
+
+
+Block = Annotated[
+    Annotated[TextBlock, Tag("/text")]
+    | Annotated[ThinkingBlock, Tag("/thinking")]
+    | Annotated[RedactedThinkingBlock, Tag("/redacted_thinking")]
+    | Annotated[ToolUseBlock, Tag("/tool_use")]
+    | Annotated[ToolResultBlock, Tag("/tool_result")],
+    by_type(),
+    only("a block", "text", "thinking", "redacted_thinking", "tool_use", "tool_result"),
+]
+
+
+class Turn(Body):
+    """What one side says in one go."""
+
+    role: Literal["user", "assistant", "system"]
+    content: Annotated[list[Block], BeforeValidator(_as_blocks)]
+
+    @model_validator(mode="after")
+    def _roles_keep_to_their_blocks(self) -> "Turn":
+        for block in self.content:
+            if block.type not in _BLOCKS_OF[self.role]:
+                raise ValueError(
+                    f"{self.role} cannot say a block of the type {block.type!r}; "
+                    f"only {', '.join(_BLOCKS_OF[self.role])}"
+                )
+        return self
+
+
+_BLOCKS_OF = {
+    "user": ("text", "tool_result"),
+    "assistant": ("text", "thinking", "redacted_thinking", "tool_use"),
+    "system": ("text",),
+}
+
+
+def text_of(blocks: Sequence[TextBlock]) -> str:
+    """Return the text of blocks, one a paragraph."""
+    return "\n".join(block.text for block in blocks)
+
+
+def messages_of(turns: Sequence[Turn]) -> list[Wire]:
+    """Return the messages of a chat that turns make; results of tools are messages of their own."""
+    messages: list[Wire] = []
+    for turn in turns:
+        if turn.role == "assistant":
+            messages.append(_assistant(turn.content))
+        else:
+            messages += _told(turn)
+    return messages
+
+
+def _told(turn: Turn) -> list[Wire]:
+    messages: list[Wire] = []
+    texts: list[TextBlock] = []
+
+    def said() -> None:
+        if texts:
+            messages.append({"role": turn.role, "content": text_of(texts)})
+            texts.clear()
+
+    for block in turn.content:
+        if isinstance(block, ToolResultBlock):
+            said()
+            content = text_of(block.content or [])
+            messages.append({"role": "tool", "tool_call_id": block.tool_use_id, "content": content})
+        elif isinstance(block, TextBlock):
+            texts.append(block)
+    said()
+    return messages
+
+
+def _assistant(blocks: Sequence[Any]) -> Wire:
+    message: Wire = {"role": "assistant", "content": None}
+    thoughts = [block.thinking for block in blocks if isinstance(block, ThinkingBlock)]
+    texts = [block.text for block in blocks if isinstance(block, TextBlock)]
+    calls = [block for block in blocks if isinstance(block, ToolUseBlock)]
+    if thoughts:
+        message["reasoning_content"] = "\n".join(thoughts)
+    if texts or not calls:
+        message["content"] = "".join(texts)
+    if calls:
+        message["tool_calls"] = [
+            {
+                "id": call.id,
+                "type": "function",
+                "function": {"name": call.name, "arguments": json.dumps(call.input)},
+            }
+            for call in calls
+        ]
+    return message

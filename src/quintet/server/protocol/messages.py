@@ -1,0 +1,212 @@
+"""The bodies of `/v1/messages`: Anthropic's words, and what they come to here."""
+
+from collections.abc import Mapping
+from typing import Annotated, Any, ClassVar, Literal
+
+from pydantic import Field, model_validator
+
+from quintet.server.failures import ApiError, bounded
+from quintet.server.protocol.common import Body, Count, SamplingFields, within
+from quintet.server.protocol.message_blocks import Texts, Turn, messages_of, text_of
+from quintet.server.questions import Ask, Conversation
+from quintet.server.settings import Settings
+
+__all__ = ["CountTokensRequest", "MessagesRequest", "error_body"]
+
+Wire = dict[str, Any]
+
+
+class Tool(Body):
+    """A tool the assistant may call."""
+
+    IDLE = frozenset(
+        {
+            "allowed_callers",
+            "cache_control",
+            "defer_loading",
+            "eager_input_streaming",
+            "input_examples",
+        }
+    )
+
+    type: Literal["custom"] | None = None
+    name: str
+    description: str | None = None
+    input_schema: dict[str, Any]
+    strict: bool | None = None
+
+    def function(self) -> Wire:
+        """Return it as chat templates know tools."""
+        function: Wire = {"name": self.name, "parameters": self.input_schema}
+        if self.description is not None:
+            function["description"] = self.description
+        if self.strict is not None:
+            function["strict"] = self.strict
+        return {"type": "function", "function": function}
+
+
+class ToolChoice(Body):
+    """Whether tools are called."""
+
+    type: Literal["auto", "any", "tool", "none"]
+    name: str | None = None
+    disable_parallel_tool_use: bool = False
+
+    @model_validator(mode="after")
+    def _a_tool_has_a_name(self) -> "ToolChoice":
+        if (self.type == "tool") != (self.name is not None):
+            raise ValueError("name goes with the type 'tool', and with no other")
+        return self
+
+    @property
+    def choice(self) -> str:
+        """The choice as chats name it."""
+        return self.name or {"any": "required"}.get(self.type, self.type)
+
+
+class Thinking(Body):
+    """Whether the assistant thinks before it answers."""
+
+    # How long it thinks is up to the model.
+    IDLE = frozenset({"budget_tokens"})
+
+    type: Literal["enabled", "disabled", "adaptive", "between_tools"]
+    display: Literal["summarized", "omitted"] | None = None
+
+    @property
+    def wanted(self) -> bool | None:
+        """Whether to think; None for what the model does by itself."""
+        return {"enabled": True, "disabled": False}.get(self.type)
+
+
+class JsonFormat(Body):
+    """A schema that the answer keeps to."""
+
+    type: Literal["json_schema"]
+    schema_: Annotated[dict[str, Any], Field(alias="schema")]
+
+
+class OutputConfig(Body):
+    """What the answer is to be like."""
+
+    IDLE = frozenset({"effort"})
+
+    format: JsonFormat | None = None
+
+
+class CountTokensRequest(Body):
+    """What a prompt is made of, to count the tokens of."""
+
+    IDLE = frozenset({"cache_control", "speed", "user_profile_id", "workspace_id"})
+    REFUSED: ClassVar[Mapping[str, str]] = {
+        "mcp_servers": "call the tools of such servers yourself",
+        "context_management": "send the conversation as it is to be read",
+    }
+
+    model: str
+    messages: Annotated[list[Turn], Field(min_length=1)]
+    system: Texts | None = None
+    tools: list[Tool] | None = None
+    tool_choice: ToolChoice | None = None
+    thinking: Thinking | None = None
+    output_config: OutputConfig | None = None
+
+    def conversation(self, settings: Settings) -> Conversation:
+        """Return what was said so far; an answer that was begun is to be gone on with.
+
+        Raises:
+            ApiError: more than the server takes.
+        """
+        within("messages", len(self.messages), settings.messages, "messages")
+        within("tools", len(self.tools or ()), settings.tools, "tools")
+        messages = messages_of(self.messages)
+        last = messages[-1]
+        if self.system:
+            messages.insert(0, {"role": "system", "content": text_of(self.system)})
+        return Conversation(
+            messages=tuple(messages),
+            tools=tuple(tool.function() for tool in self.tools or ()),
+            thinking=None if self.thinking is None else self.thinking.wanted,
+            continued=last["role"] == "assistant" and "tool_calls" not in last,
+        )
+
+    @property
+    def choice(self) -> str:
+        """Whether tools are called, as chats name it."""
+        return "auto" if self.tool_choice is None else self.tool_choice.choice
+
+
+class MessagesRequest(CountTokensRequest, SamplingFields):
+    """What to answer."""
+
+    IDLE = CountTokensRequest.IDLE | {"metadata", "service_tier"}
+    REFUSED: ClassVar[Mapping[str, str]] = {
+        **CountTokensRequest.REFUSED,
+        "container": "there are no containers here",
+        "diagnostics": "nothing is stored here to compare with",
+        "inference_geo": "this server is where it is",
+    }
+
+    max_tokens: Count
+    stream: bool = False
+    stop_sequences: list[str] | None = None
+    n: Literal[1] | None = None
+
+    def ask(self, settings: Settings, vocab_size: int, scope: str) -> Ask:
+        """Return the question, to a model of so many ids.
+
+        Raises:
+            ApiError: more than the server takes, or an id that is none of the model's.
+        """
+        format = None if self.output_config is None else self.output_config.format
+        choice = self.tool_choice
+        return Ask(
+            prompt=self.conversation(settings),
+            sampling=self.sampling(settings, vocab_size),
+            max_tokens=self.max_tokens,
+            stop=self.stops,
+            tool_choice=self.choice,
+            parallel_tool_calls=choice is None or not choice.disable_parallel_tool_use,
+            response_format=(
+                None if format is None else {"type": "json_schema", "schema": format.schema_}
+            ),
+            scope=scope,
+            salt=self.cache_salt or "",
+            priority=self.priority or 0,
+            timeout=settings.deadline,
+        )
+
+    @property
+    def stops(self) -> tuple[str, ...]:
+        """The stop strings, under either name."""
+        return (*super().stops, *(self.stop_sequences or ()))
+
+    @property
+    def silent(self) -> bool:
+        """Whether thoughts are not to be shown."""
+        return self.thinking is not None and self.thinking.display == "omitted"
+
+
+_TYPES = {
+    400: "invalid_request_error",
+    401: "authentication_error",
+    403: "permission_error",
+    404: "not_found_error",
+    408: "timeout_error",
+    413: "request_too_large",
+    429: "rate_limit_error",
+    503: "overloaded_error",
+    504: "timeout_error",
+}
+
+
+def error_body(error: ApiError) -> Wire:
+    """Return what tells of an error, in Anthropic's shape.
+
+    It has no place for the field that is to blame, which is therefore named in the message.
+    """
+    kind = _TYPES.get(error.status, "api_error" if error.status >= 500 else _TYPES[400])
+    message = bounded(error.message)
+    if error.param is not None and error.param not in message:
+        message = f"{bounded(error.param, 200)}: {message}"
+    return {"type": "error", "error": {"type": kind, "message": message}}

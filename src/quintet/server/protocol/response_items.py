@@ -1,0 +1,154 @@
+"""What a Response is asked for with: items of a conversation, as messages of a chat."""
+
+from collections.abc import Sequence
+from typing import Annotated, Any, Literal
+
+from pydantic import BeforeValidator, Tag
+
+from quintet.server.protocol.common import Body
+from quintet.server.protocol.kinds import by_type, only
+
+__all__ = ["InputItem", "messages_of"]
+
+Wire = dict[str, Any]
+Status = Literal["in_progress", "completed", "incomplete"] | None
+
+
+class Text(Body):
+    """A piece of text, by whoever wrote it."""
+
+    IDLE = frozenset({"annotations", "logprobs", "prompt_cache_breakpoint"})
+
+    type: Literal["input_text", "output_text", "text", "reasoning_text", "summary_text"]
+    text: str
+
+
+class Refusal(Body):
+    """What an assistant said instead of an answer."""
+
+    type: Literal["refusal"]
+    refusal: str
+
+
+def _as_parts(content: Any) -> Any:
+    return [{"type": "input_text", "text": content}] if isinstance(content, str) else content
+
+
+Part = Annotated[
+    Annotated[Text, Tag("/text")] | Annotated[Refusal, Tag("/refusal")],
+    by_type(input_text="text", output_text="text", reasoning_text="text", summary_text="text"),
+    only("a part", "input_text", "output_text", "text", "refusal"),
+]
+Content = Annotated[list[Part], BeforeValidator(_as_parts)]
+
+
+class Message(Body):
+    """Something one side says."""
+
+    IDLE = frozenset({"phase"})
+
+    type: Literal["message"] = "message"
+    role: Literal["user", "assistant", "system", "developer"]
+    content: Content
+    id: str | None = None
+    status: Status = None
+
+
+class FunctionCall(Body):
+    """A call of a tool by the assistant."""
+
+    IDLE = frozenset({"caller", "namespace", "async"})
+
+    type: Literal["function_call"]
+    call_id: str
+    name: str
+    arguments: str
+    id: str | None = None
+    status: Status = None
+
+
+class FunctionCallOutput(Body):
+    """What a tool gave."""
+
+    IDLE = frozenset({"caller", "namespace", "name"})
+
+    type: Literal["function_call_output"]
+    call_id: str
+    output: Content
+    id: str | None = None
+    status: Status = None
+
+
+class ReasoningItem(Body):
+    """What the assistant thought; as it comes back from clients, often without its text."""
+
+    IDLE = frozenset({"encrypted_content"})
+
+    type: Literal["reasoning"]
+    id: str | None = None
+    summary: list[Text] | None = None
+    content: list[Text] | None = None
+    status: Status = None
+
+
+Item = Message | FunctionCall | FunctionCallOutput | ReasoningItem
+InputItem = Annotated[
+    Annotated[Message, Tag("/message")]
+    | Annotated[FunctionCall, Tag("/function_call")]
+    | Annotated[FunctionCallOutput, Tag("/function_call_output")]
+    | Annotated[ReasoningItem, Tag("/reasoning")],
+    by_type(default="message"),
+    only(
+        "an item",
+        "message",
+        "function_call",
+        "function_call_output",
+        "reasoning",
+        default="message",
+        remedies={"item_reference": "nothing is stored here; send the item itself"},
+    ),
+]
+
+
+def messages_of(items: Sequence[Item]) -> list[Wire]:
+    """Return the messages of a chat that items make: what an assistant did in a row is one.
+
+    Thoughts come before what is said, and that before calls; an item that would break this order
+    begins another message.
+    """
+    messages: list[Wire] = []
+    turn: Wire | None = None
+
+    def assistant(*taken: str) -> Wire:
+        nonlocal turn
+        if turn is None or any(turn.get(key) for key in taken):
+            turn = {"role": "assistant", "content": None}
+            messages.append(turn)
+        return turn
+
+    for item in items:
+        match item:
+            case ReasoningItem():
+                parts = item.content or item.summary or []
+                if text := "\n".join(part.text for part in parts):
+                    assistant("reasoning_content", "content", "tool_calls")["reasoning_content"] = (
+                        text
+                    )
+            case FunctionCall():
+                call = {"name": item.name, "arguments": item.arguments}
+                calls = assistant().setdefault("tool_calls", [])
+                calls.append({"id": item.call_id, "type": "function", "function": call})
+            case Message(role="assistant"):
+                assistant("content", "tool_calls")["content"] = _text(item.content)
+            case Message():
+                turn = None
+                messages.append({"role": item.role, "content": _text(item.content)})
+            case FunctionCallOutput():
+                turn = None
+                content = _text(item.output)
+                messages.append({"role": "tool", "tool_call_id": item.call_id, "content": content})
+    return messages
+
+
+def _text(parts: Sequence[Text | Refusal]) -> str:
+    return "".join(part.refusal if isinstance(part, Refusal) else part.text for part in parts)
