@@ -3,7 +3,8 @@
     QuintetError
     ├── ConfigError              a configuration value breaks a rule
     ├── InputError               an argument of a call is not usable as given
-    │   └── ContextLengthError   more tokens than the model has positions for
+    │   ├── ContextLengthError   more tokens than the model has positions for
+    │   └── GrammarError         what a text is to follow cannot be followed
     ├── ModelNotFoundError       no such directory, repository, revision or file
     │   └── OfflineError         it may exist, but the network is off or unreachable
     ├── UnsupportedModelError    the model is of a family, or needs a feature, that is not here
@@ -31,6 +32,7 @@ __all__ = [
     "DeadlineError",
     "DoesNotFitError",
     "EngineStoppedError",
+    "GrammarError",
     "InputError",
     "MissingDependencyError",
     "ModelNotFoundError",
@@ -68,6 +70,10 @@ class InputError(QuintetError, ValueError):
 
 class ContextLengthError(InputError):
     """More tokens were asked for than the model, or the preallocated cache, has room for."""
+
+
+class GrammarError(InputError):
+    """What a text is to follow cannot be followed: it is wrong, contradictory or too complex."""
 
 
 class ModelNotFoundError(QuintetError, FileNotFoundError):

@@ -10,6 +10,7 @@ from torch import Tensor
 from quintet.errors import InputError
 from quintet.generation.choice import Choice
 from quintet.generation.processors.base import (
+    ConstrainingProcessor,
     LogitsProcessor,
     LogitsProcessorList,
     LogitsWarper,
@@ -95,6 +96,11 @@ class Sampler:
         return self.choice.choose(scores, self.generators, unfinished, step=step)
 
     # -- several positions, for those who check what was drafted -------------------------------
+
+    @property
+    def constraints(self) -> list[ConstrainingProcessor]:
+        """What knows before a forward which tokens may come."""
+        return [one for one in self.readers if isinstance(one, ConstrainingProcessor)]
 
     @property
     def reads_unfinished(self) -> bool:

@@ -11,6 +11,7 @@ from torch import Tensor
 from quintet.errors import InputError, shown
 
 __all__ = [
+    "ConstrainingProcessor",
     "LogitsProcessor",
     "LogitsProcessorList",
     "LogitsWarper",
@@ -39,6 +40,21 @@ class LogitsProcessor:
 
     def reorder(self, rows: Tensor) -> None:
         """Go on with the rows (B,) of a beam search, where something is kept of each."""
+
+
+class ConstrainingProcessor(LogitsProcessor):
+    """Forbids tokens, and knows which ones before there are scores.
+
+    So what is drafted can be cut to what may come, and what has to come be drafted.
+    """
+
+    def accepted(self, row: int, ids: Tensor, tokens: list[int]) -> int:
+        """Count how many of some tokens may follow a row, whose ids (T,) are without padding."""
+        raise NotImplementedError(f"{type(self).__name__} has to define accepted(row, ids, tokens)")
+
+    def forced(self, row: int, ids: Tensor) -> list[int]:
+        """Return tokens that have to follow a row, whose ids (T,) are without padding."""
+        raise NotImplementedError(f"{type(self).__name__} has to define forced(row, ids)")
 
 
 class LogitsWarper(LogitsProcessor):

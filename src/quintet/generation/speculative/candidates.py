@@ -9,6 +9,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from quintet.generation.processors.base import ConstrainingProcessor
 from quintet.generation.sampler import Sampler
 from quintet.generation.token_buffer import TokenBuffer
 from quintet.ops.sampling import likeliest
@@ -84,6 +85,8 @@ class Schedule:
 class PromptLookup:
     """Drafts what followed, earlier in the row, the tokens that it ends in now.
 
+    Where a constraint forces tokens, these are the draft; where it forbids one, the draft ends.
+
     Args:
         ngram: how many tokens at the end are looked for at the most; fewer are tried if these
             did not occur before.
@@ -96,9 +99,16 @@ class PromptLookup:
         self, text: TokenBuffer, wanted: list[int], unfinished: list[bool], sampler: Sampler
     ) -> Draft:
         """Draft from each row's own past."""
+        rows = [
+            row[len(row) - length :]
+            for row, length in zip(text.ids, text.lengths().tolist(), strict=True)
+        ]
+        constraints = sampler.constraints
         found = [
-            self._continuation(row[len(row) - length :], count)
-            for row, length, count in zip(text.ids, text.lengths().tolist(), wanted, strict=True)
+            self._constrained(constraints, index, row, count)
+            if constraints and count
+            else self._continuation(row, count)
+            for index, (row, count) in enumerate(zip(rows, wanted, strict=True))
         ]
         K = max(len(tokens) for tokens in found)
         tokens = text.ids.new_zeros(len(found), K)
@@ -114,6 +124,15 @@ class PromptLookup:
 
     def close(self) -> None:
         """Do nothing."""
+
+    def _constrained(
+        self, constraints: Sequence[ConstrainingProcessor], index: int, row: Tensor, count: int
+    ) -> Tensor:
+        forced = max((one.forced(index, row) for one in constraints), key=len)
+        found = row.new_tensor(forced[:count]) if forced else self._continuation(row, count)
+        for constraint in constraints:
+            found = found[: constraint.accepted(index, row, found.tolist())]
+        return found
 
     def _continuation(self, row: Tensor, count: int) -> Tensor:
         T = len(row)

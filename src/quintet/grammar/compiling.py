@@ -1,0 +1,147 @@
+"""From what a text may be to what says which token may come next."""
+
+import json
+import threading
+from collections import OrderedDict
+from collections.abc import Sequence
+from typing import Any
+
+from llguidance import LLMatcher, LLParserLimits
+
+from quintet.errors import GrammarError, InputError, shown
+from quintet.grammar.constraints import Constraint
+from quintet.grammar.processor import GrammarProcessor
+from quintet.grammar.vocabulary import Vocabulary
+from quintet.tokenization import PreTrainedTokenizer
+
+__all__ = ["Grammars", "compile"]
+
+# What a grammar may take to be read, and then at each token: about 250 ms and 15 ms at the worst.
+LIMITS = LLParserLimits(
+    initial_lexer_fuel=300_000,
+    step_lexer_fuel=200_000,
+    step_max_items=50_000,
+    max_grammar_size=500_000,
+    verbose_errors=False,
+)
+# So many tokens are tried before a grammar counts as usable: some are too complex only then.
+TRIED = 2
+
+
+class Grammars:
+    """Compiles constraints for one tokenizer, from any thread; the last ones are kept.
+
+    Args:
+        tokenizer: of the model.
+        vocab_size: how many tokens the model knows; all of the tokenizer's if not given.
+        eos_token_id: what ends a text; the tokenizer's own if not given.
+        kept: how many compiled grammars are kept.
+
+    Raises:
+        InputError: there is no token that ends a text.
+        TokenizerError: the tokenizer is of a kind whose tokens have no bytes of their own.
+    """
+
+    def __init__(
+        self,
+        tokenizer: PreTrainedTokenizer,
+        vocab_size: int | None = None,
+        *,
+        eos_token_id: int | Sequence[int] | None = None,
+        kept: int = 256,
+    ) -> None:
+        self.vocabulary = Vocabulary(tokenizer, vocab_size, eos_token_id)
+        self._kept = kept
+        self._compiled: OrderedDict[tuple[Constraint, bool], LLMatcher] = OrderedDict()
+        self._lock = threading.Lock()
+
+    def compile(
+        self, constraint: Constraint, *, after: int | str | None = None
+    ) -> GrammarProcessor:
+        """Return a logits processor for a text that follows a constraint.
+
+        Args:
+            constraint: what the text may be.
+            after: a token, or its text; what comes before it is free, as reasoning is before
+                "</think>". Without it a text does not end.
+
+        Raises:
+            GrammarError: the constraint is wrong, contradicts itself or is too complex.
+            InputError: `after` is no token.
+        """
+        begin = self._token(after)
+        matcher = self._matcher(constraint, begin is not None)
+        return GrammarProcessor(matcher, self.vocabulary, begin)
+
+    def _token(self, after: int | str | None) -> int | None:
+        if after is None:
+            return None
+        found = self.vocabulary.token(after) if isinstance(after, str) else after
+        if found is None or not 0 <= found < self.vocabulary.size:
+            raise InputError(
+                f"after={shown(after)} is no token of this vocabulary; name one that the model "
+                "writes before its answer"
+            )
+        return found
+
+    def _matcher(self, constraint: Constraint, apart: bool) -> LLMatcher:
+        key = (constraint, apart)
+        with self._lock:
+            found = self._compiled.get(key)
+            if found is not None:
+                self._compiled.move_to_end(key)
+                return found
+        made = self._made(constraint, apart)
+        with self._lock:
+            self._compiled[key] = made
+            while len(self._compiled) > self._kept:
+                self._compiled.popitem(last=False)
+        return made
+
+    def _made(self, constraint: Constraint, apart: bool) -> LLMatcher:
+        grammars: list[dict[str, Any]] = constraint.grammar(self.vocabulary)
+        if apart:
+            # Behind its thoughts a model breaks the line, once or twice.
+            grammars[0]["name"] = "answer"
+            grammars.insert(0, {"lark_grammar": "start: /\\n{0,2}/ @answer"})
+        matcher = LLMatcher(
+            self.vocabulary.table, json.dumps({"grammars": grammars}), limits=LIMITS, log_level=0
+        )
+        reason = matcher.get_error() or self._fault(matcher.deep_copy())
+        if reason:
+            raise GrammarError(f"the {constraint.kind} cannot be used: {told(reason)}")
+        return matcher
+
+    def _fault(self, matcher: LLMatcher) -> str:
+        """Return why a grammar fails at its first tokens; "" where it does not."""
+        for _ in range(TRIED):
+            mask = int.from_bytes(matcher.compute_bitmask(), "little")
+            for end in self.vocabulary.ends:
+                mask &= ~(1 << end)
+            if matcher.is_error() or not mask:
+                break
+            matcher.consume_token((mask & -mask).bit_length() - 1)
+        return matcher.get_error()
+
+
+def compile(
+    constraint: Constraint,
+    tokenizer: PreTrainedTokenizer,
+    vocab_size: int | None = None,
+    *,
+    eos_token_id: int | Sequence[int] | None = None,
+    after: int | str | None = None,
+) -> GrammarProcessor:
+    """Return a logits processor for a text that follows a constraint.
+
+    It reads the whole tokenizer; for several constraints, make `Grammars` once. Arguments and
+    errors are those of `Grammars` and its `compile`.
+    """
+    grammars = Grammars(tokenizer, vocab_size, eos_token_id=eos_token_id)
+    return grammars.compile(constraint, after=after)
+
+
+def told(reason: str) -> str:
+    """Return what llguidance says of a grammar, in one line."""
+    lines = (line.strip() for line in reason.splitlines())
+    return shown(" ".join(line for line in lines if line and line != "<non-verbose/>"))

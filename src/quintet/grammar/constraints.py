@@ -1,0 +1,188 @@
+"""What a text may be, said in a form that needs no tokenizer yet."""
+
+import json
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from quintet.errors import GrammarError, shown
+from quintet.grammar.schema import checked_schema
+from quintet.grammar.vocabulary import Vocabulary
+
+__all__ = [
+    "MAX_SOURCE",
+    "Constraint",
+    "choice",
+    "json_object",
+    "json_schema",
+    "lark",
+    "regex",
+]
+
+# How many bytes may say what a text may be.
+MAX_SOURCE = 65_536
+# JSON as most programs write it: a space behind a comma or a colon, or none; and no others, which
+# a model could write without an end.
+JSON_STYLE = {
+    "whitespace_flexible": False,
+    "item_separator": ",[ ]?",
+    "key_separator": ":[ ]?",
+}
+
+
+class Constraint(ABC):
+    """What a text may be; equal ones say the same."""
+
+    @abstractmethod
+    def grammar(self, vocabulary: Vocabulary) -> list[dict[str, Any]]:
+        """Return it as grammars of llguidance, of which the first is the whole text."""
+
+    @property
+    @abstractmethod
+    def kind(self) -> str:
+        """What it is called in messages."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Schema(Constraint):
+    """JSON that a schema describes."""
+
+    schema: str
+
+    @property
+    def kind(self) -> str:
+        return "JSON schema"
+
+    def grammar(self, vocabulary: Vocabulary) -> list[dict[str, Any]]:
+        return [{"json_schema": json.loads(self.schema) | {"x-guidance": JSON_STYLE}}]
+
+
+@dataclass(frozen=True, slots=True)
+class _Regex(Constraint):
+    """Text that an expression matches as a whole."""
+
+    pattern: str
+
+    @property
+    def kind(self) -> str:
+        return "regular expression"
+
+    def grammar(self, vocabulary: Vocabulary) -> list[dict[str, Any]]:
+        return [{"lark_grammar": f"start: {expression(self.pattern)}"}]
+
+
+@dataclass(frozen=True, slots=True)
+class _Lark(Constraint):
+    """Text that a grammar in Lark's notation makes."""
+
+    text: str
+
+    @property
+    def kind(self) -> str:
+        return "grammar"
+
+    def grammar(self, vocabulary: Vocabulary) -> list[dict[str, Any]]:
+        return [{"lark_grammar": self.text}]
+
+
+@dataclass(frozen=True, slots=True)
+class _Choice(Constraint):
+    """One of some texts."""
+
+    texts: tuple[str, ...]
+
+    @property
+    def kind(self) -> str:
+        return "choice"
+
+    def grammar(self, vocabulary: Vocabulary) -> list[dict[str, Any]]:
+        # A name of its own for each would be one of the grammar's rules.
+        return [{"lark_grammar": "start: " + " | ".join(map(literal, self.texts))}]
+
+
+def json_object() -> Constraint:
+    """Return the constraint that a text is a JSON object."""
+    return _Schema('{"type": "object"}')
+
+
+def json_schema(schema: Mapping[str, Any] | str) -> Constraint:
+    """Return the constraint that a text is JSON which a schema describes.
+
+    Properties come in the order in which the schema has them.
+
+    Args:
+        schema: a JSON schema, or its text, of at most 64 KiB.
+
+    Raises:
+        GrammarError: it is none, asks for what is not supported, or contradicts itself; the message
+            has the keyword and its place.
+    """
+    return _Schema(checked_schema(schema, MAX_SOURCE))
+
+
+def regex(pattern: str) -> Constraint:
+    """Return the constraint that an expression matches the whole text.
+
+    Its language is that of Rust's `regex`: no look-around and no references to groups.
+
+    Raises:
+        GrammarError: it is no text, or longer than 64 KiB.
+    """
+    return _Regex(_source("regex", pattern))
+
+
+def lark(text: str) -> Constraint:
+    """Return the constraint that a grammar makes the text, in llguidance's variant of Lark.
+
+    Raises:
+        GrammarError: it is no text, or longer than 64 KiB.
+    """
+    return _Lark(_source("grammar", text))
+
+
+def choice(texts: Sequence[str]) -> Constraint:
+    """Return the constraint that a text is one of some texts.
+
+    Raises:
+        GrammarError: there is none, one is no text, or they are longer than 64 KiB together.
+    """
+    if isinstance(texts, str) or not texts or not all(isinstance(one, str) for one in texts):
+        raise GrammarError(f"choice={shown(texts)} has to be a list of texts, at least one")
+    _source("choice", "\n".join(texts))
+    return _Choice(tuple(dict.fromkeys(texts)))
+
+
+def literal(text: str) -> str:
+    """Write a text as it stands in a grammar of Lark."""
+    return json.dumps(text, ensure_ascii=False)
+
+
+def expression(pattern: str) -> str:
+    """Write an expression as it stands in a grammar of Lark."""
+    escaped, text = False, []
+    for letter in pattern:
+        if letter == "/" and not escaped:
+            text.append("\\")
+        text.append({"\n": "n" if escaped else "\\n"}.get(letter, letter))
+        escaped = letter == "\\" and not escaped
+    return f"/{''.join(text)}/"
+
+
+def _source(name: str, text: object) -> str:
+    """Check the text of an expression or a grammar.
+
+    Raises:
+        GrammarError: it is none, or too long.
+    """
+    if not isinstance(text, str):
+        raise GrammarError(f"{name}={shown(text)} has to be a text")
+    try:
+        size = len(text.encode())
+    except UnicodeEncodeError:
+        raise GrammarError(f"{name}={shown(text)} holds half of a character") from None
+    if size > MAX_SOURCE:
+        raise GrammarError(
+            f"{name} has {size:,} bytes, and at most {MAX_SOURCE:,} are read; shorten it"
+        )
+    return text

@@ -1,0 +1,143 @@
+"""A grammar beside one text that grows, and is taken back where a draft did not hold."""
+
+import numpy as np
+import torch
+from llguidance import LLMatcher
+from numpy.typing import NDArray
+from torch import Tensor
+
+from quintet.errors import GrammarError, InputError, shown
+from quintet.grammar.vocabulary import Vocabulary
+
+__all__ = ["Following"]
+
+
+class Following:
+    """Where a grammar is in a text, found again from the ids whenever it is asked.
+
+    Args:
+        matcher: the grammar at its begin.
+        vocabulary: the tokens.
+        after: the token behind which the grammar begins; None for the begin of the text.
+    """
+
+    def __init__(self, matcher: LLMatcher, vocabulary: Vocabulary, after: int | None) -> None:
+        self._matcher, self._after = matcher, after
+        self._ends, self._size = frozenset(vocabulary.ends), vocabulary.size
+        self._seen = torch.empty(0, dtype=torch.long)
+        self._length = 0
+        # How long the prompt is, and where the grammar begins; None until that is known.
+        self._prompt: int | None = None
+        self._start: int | None = None
+        # Where the text ended, or left the grammar: its token there was not followed.
+        self._stop: int | None = None
+        self._ended = False
+
+    def fill(self, ids: Tensor, words: NDArray[np.int32]) -> None:
+        """Write which tokens may follow a text (T,), one a bit.
+
+        Raises:
+            GrammarError: the grammar has become too complex.
+            InputError: it is another text.
+        """
+        self._follow(ids)
+        octets = words.view(np.uint8)
+        if self._start is None:
+            words[:] = -1
+            for end in self._ends:
+                octets[end >> 3] &= ~(1 << (end & 7)) & 255
+        elif self._stop is not None:
+            words[:] = 0
+            for end in self._ends if self._ended else ():
+                octets[end >> 3] |= 1 << (end & 7)
+        else:
+            self._matcher.unsafe_compute_mask_ptr(words.ctypes.data, words.nbytes)
+            if self._matcher.is_error():
+                raise self._failure()
+
+    def accepted(self, ids: Tensor, tokens: list[int]) -> int:
+        """Count how many of some tokens may follow a text (T,).
+
+        Tokens behind the one that begins the grammar, or ends the text, do not count.
+        """
+        self._follow(ids)
+        if self._stop is not None:
+            return 0
+        known = next((n for n, token in enumerate(tokens) if token >= self._size), len(tokens))
+        end = next((n for n in range(known) if tokens[n] in self._ends), known)
+        if self._start is None:
+            return next((n + 1 for n in range(end) if tokens[n] == self._after), end)
+        count = self._matcher.validate_tokens(tokens[:end])
+        return count + (count == end < known)
+
+    def forced(self, ids: Tensor) -> list[int]:
+        """Return the tokens that follow a text (T,) for certain."""
+        self._follow(ids)
+        if self._start is None or self._stop is not None:
+            return []
+        return self._matcher.compute_ff_tokens()
+
+    def _follow(self, ids: Tensor) -> None:
+        ids = ids.cpu()
+        if self._prompt is None:
+            self._keep(ids, 0)
+            self._length = self._prompt = len(ids)
+            self._start = self._prompt if self._after is None else None
+        common = self._common(ids)
+        if common < self._prompt:
+            raise InputError(
+                "a grammar follows one text, and this is another one; use a copy() of it"
+            )
+        self._take_back(common)
+        self._keep(ids, common)
+        for token in ids[common:].tolist():
+            self._take(token)
+            self._length += 1
+
+    def _common(self, ids: Tensor) -> int:
+        """Count how many ids are as they were."""
+        both = min(self._length, len(ids))
+        if torch.equal(self._seen[:both], ids[:both]):
+            return both
+        return int((self._seen[:both] != ids[:both]).nonzero()[0])
+
+    def _take_back(self, length: int) -> None:
+        start, stop = self._start, self._stop
+        if start is not None:
+            followed = (self._length if stop is None else stop) - start
+            stays = max((length if stop is None else min(length, stop)) - start, 0)
+            if followed > stays and not self._matcher.rollback(followed - stays):
+                raise self._failure()
+            if self._after is not None and length < start:
+                self._start = None
+        if stop is not None and length <= stop:
+            self._stop, self._ended = None, False
+        self._length = length
+
+    def _keep(self, ids: Tensor, common: int) -> None:
+        if len(ids) > len(self._seen):
+            room = self._seen.new_zeros(len(ids) + 256)
+            room[:common] = self._seen[:common]
+            self._seen = room
+        self._seen[common : len(ids)] = ids[common:]
+
+    def _take(self, token: int) -> None:
+        if self._stop is not None:
+            return
+        if self._start is None:
+            if token == self._after:
+                self._start = self._length + 1
+        elif token in self._ends:
+            self._stop, self._ended = self._length, self._matcher.is_accepting()
+        elif token < self._size and self._matcher.validate_tokens([token]):
+            self._matcher.consume_token(token)
+        else:
+            self._stop = self._length
+        if self._matcher.is_error():
+            raise self._failure()
+
+    def _failure(self) -> GrammarError:
+        return GrammarError(
+            f"the grammar is too complex to be followed here: {shown(self._matcher.get_error())}; "
+            "make it simpler"
+        )

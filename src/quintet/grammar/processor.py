@@ -1,0 +1,90 @@
+"""The logits processor of texts that follow a grammar."""
+
+from typing import Self
+
+import numpy as np
+import torch
+from llguidance import LLMatcher
+from torch import Tensor
+
+from quintet.errors import InputError
+from quintet.generation.processors.base import ConstrainingProcessor
+from quintet.grammar.following import Following
+from quintet.grammar.vocabulary import Vocabulary
+
+__all__ = ["GrammarProcessor"]
+
+
+class GrammarProcessor(ConstrainingProcessor):
+    """Allows only the tokens that a grammar allows next, of each row by the ids it has.
+
+    The text begins where the row ended when it was seen first. It belongs to the rows of one
+    generation; `copy()` makes one for others.
+
+    Args:
+        matcher: the grammar, compiled; it is copied.
+        vocabulary: the tokens.
+        after: the token behind which the grammar begins; None for the begin of the text.
+    """
+
+    def __init__(
+        self, matcher: LLMatcher, vocabulary: Vocabulary, after: int | None = None
+    ) -> None:
+        self._matcher, self._vocabulary, self._after = matcher, vocabulary, after
+        self._rows: list[Following] = []
+        self._words = np.zeros((0, 0), dtype=np.int32)
+
+    def copy(self) -> Self:
+        """Return one for another text."""
+        return type(self)(self._matcher, self._vocabulary, self._after)
+
+    def __call__(
+        self,
+        input_ids: Tensor,
+        scores: Tensor,
+        padding: Tensor | None = None,
+        unfinished: Tensor | None = None,
+    ) -> Tensor:
+        begins = None if padding is None else padding.tolist()
+        needed = None if unfinished is None else unfinished.tolist()
+        for row, ids in enumerate(input_ids):
+            if needed is not None and not needed[row]:
+                continue
+            own = ids if begins is None else ids[begins[row] :]
+            self._row(row, len(scores)).fill(own, self._words[row])
+        size = min(self._vocabulary.size, scores.shape[1])
+        octets = self._words.view(np.uint8)
+        bits = np.unpackbits(octets, axis=1, count=size, bitorder="little")
+        allowed = torch.from_numpy(bits).view(torch.bool).to(scores.device)
+        if unfinished is not None:
+            allowed = allowed | ~unfinished[:, None]
+        never = scores.new_tensor(-torch.inf)
+        if size == scores.shape[1]:
+            return torch.where(allowed, scores, never)
+        # What pads the embeddings is no token.
+        result = torch.full_like(scores, -torch.inf)
+        result[:, :size] = torch.where(allowed, scores[:, :size], never)
+        return result
+
+    def accepted(self, row: int, ids: Tensor, tokens: list[int]) -> int:
+        """Count how many of some tokens may follow a row."""
+        return self._row(row, len(self._rows)).accepted(ids, tokens)
+
+    def forced(self, row: int, ids: Tensor) -> list[int]:
+        """Return the tokens that follow a row for certain."""
+        return self._row(row, len(self._rows)).forced(ids)
+
+    def _row(self, row: int, count: int) -> Following:
+        if len(self._rows) != count:
+            if self._rows:
+                raise InputError(
+                    f"a grammar follows the {len(self._rows)} rows that it was made for, and now "
+                    f"there are {count}; use a copy() of it for another generation"
+                )
+            words = -(-self._vocabulary.size // 32)
+            self._words = np.zeros((count, words), dtype=np.int32)
+            self._rows = [
+                Following(self._matcher.deep_copy(), self._vocabulary, self._after)
+                for _ in range(count)
+            ]
+        return self._rows[row]

@@ -1,0 +1,67 @@
+"""A tokenizer as grammars see it: the bytes of its tokens, and which of them are no text."""
+
+import json
+from collections.abc import Sequence
+
+from llguidance import LLTokenizer
+
+from quintet.errors import InputError, TokenizerError, shown
+from quintet.tokenization import PreTrainedTokenizer
+
+__all__ = ["Vocabulary"]
+
+
+class Vocabulary:
+    """The tokens that a text is made of; made once for many grammars, as it takes its time.
+
+    Tokens that were added to the vocabulary are none of any text, be they special or not: what
+    spells one is made of others. A grammar has them where it names them.
+
+    Args:
+        tokenizer: knows the tokens; what is added to it later is not seen.
+        vocab_size: how many tokens the model knows; all if not given.
+        eos_token_id: what ends a text; the tokenizer's own if not given.
+
+    Attributes:
+        size: how many tokens there are; those that only pad the embeddings are not among them.
+        ends: those that end a text.
+        table: what llguidance makes of them.
+
+    Raises:
+        InputError: there is no token that ends a text.
+        TokenizerError: the tokenizer is of a kind whose tokens have no bytes of their own.
+    """
+
+    def __init__(
+        self,
+        tokenizer: PreTrainedTokenizer,
+        vocab_size: int | None = None,
+        eos_token_id: int | Sequence[int] | None = None,
+    ) -> None:
+        known = tokenizer.get_vocab()
+        held = max(known.values(), default=-1) + 1
+        self.size = held if vocab_size is None else min(held, vocab_size)
+        given = tokenizer.eos_token_id if eos_token_id is None else eos_token_id
+        ends = [given] if isinstance(given, int) else list(given or ())
+        self.ends = tuple(dict.fromkeys(one for one in ends if 0 <= one < self.size))
+        if not self.ends:
+            raise InputError(
+                f"eos_token_id={shown(given)} names no token of the vocabulary, and a text that "
+                "follows a grammar has to end; pass eos_token_id"
+            )
+        self._ids = known
+        pipeline = json.loads(tokenizer.backend_tokenizer.to_str())
+        for token in pipeline.get("added_tokens") or ():
+            token["special"] = True
+        try:
+            self.table = LLTokenizer(json.dumps(pipeline), n_vocab=held, eos_token=[*self.ends])
+        except ValueError as error:
+            raise TokenizerError(
+                f"grammars cannot read this tokenizer: {shown(str(error))}; they need one whose "
+                "tokens are bytes or pieces of text"
+            ) from None
+
+    def token(self, text: str) -> int | None:
+        """Return the token that a text is; None where it is none, or not a single one."""
+        found = self._ids.get(text)
+        return found if found is not None and found < self.size else None
