@@ -14,6 +14,7 @@ from conformance.families import FAMILIES, Family
 from families.deepseek import model_of
 from quintet import GenerationConfig
 from quintet.errors import InputError
+from quintet.generation.sampler import Sampler
 from quintet.generation.speculative.candidates import PromptLookup, Schedule
 from quintet.generation.speculative.mtp import MTPDrafter
 from quintet.generation.token_buffer import TokenBuffer
@@ -405,7 +406,7 @@ def test_what_was_accepted_is_told() -> None:
 )
 def test_a_text_is_looked_up_in_itself(row: list[int], count: int, expected: list[int]) -> None:
     padded = TokenBuffer(torch.tensor([[6, *row]]), torch.tensor([1]))
-    draft = PromptLookup().propose(padded, [count], [True], None)  # type: ignore[arg-type]
+    draft = PromptLookup().propose(padded, [count], [True], Sampler())
     assert draft.tokens[0, : draft.counts[0]].tolist() == expected
 
 
