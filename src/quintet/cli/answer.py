@@ -6,15 +6,16 @@ from typing import Literal
 
 from torch import Tensor
 
-from quintet.cli.reasoning import Kind, ReasoningSplitter
 from quintet.cli.terminal import CLEAR, Waiting, can_dim, can_move, dimmed, width
 from quintet.cli.wrapping import Wrapped
 from quintet.generation.streamers import TextStreamer
+from quintet.parsing import Content, Reasoning, parser_for
 from quintet.tokenization import PreTrainedTokenizer
 
-__all__ = ["Answer", "Continuation", "Reasoning"]
+__all__ = ["Answer", "Continuation", "Shown"]
 
-Reasoning = Literal["fold", "show", "hide"]
+# What is shown of a thought: how long it took, all of it, or nothing.
+Shown = Literal["fold", "show", "hide"]
 
 
 class Continuation(TextStreamer):
@@ -40,7 +41,8 @@ class Continuation(TextStreamer):
 class Answer(TextStreamer):
     """Writes an answer to standard output, and keeps it, also where it is interrupted.
 
-    `reading` are the seconds to the first token, `seconds` those to the last.
+    `reading` are the seconds to the first token, `seconds` those to the last; `text` is the answer
+    and `thought` what the model thought before it.
 
     Args:
         tokenizer: turns ids into text.
@@ -54,17 +56,20 @@ class Answer(TextStreamer):
         self,
         tokenizer: PreTrainedTokenizer,
         prompt: str,
-        reasoning: Reasoning,
+        reasoning: Shown,
         waiting: Waiting,
     ) -> None:
         super().__init__(tokenizer, skip_prompt=True, skip_special_tokens=True)
         self.tokens = 0
         self.seconds = 0.0
         self.reading = 0.0
-        self.texts: dict[Kind, str] = {"reasoning": "", "answer": ""}
-        self._splitter = ReasoningSplitter(prompt)
+        self.thought = ""
+        self.text = ""
+        self._parser = parser_for(tokenizer, prompt, tools=False)
         self._reasoning = reasoning
         self._prompt_seen = False
+        # No id: the text that is left at the end comes with none.
+        self._token = -1
         self._started = time.perf_counter()
         self._waiting = waiting
         at_terminal = sys.stdout.isatty()
@@ -75,39 +80,44 @@ class Answer(TextStreamer):
 
     def put(self, value: Tensor) -> None:
         """Take the prompt, then each token."""
-        if self._prompt_seen:
-            if not self.tokens:
-                self._waiting.stop()
-                self.reading = time.perf_counter() - self._started
-            self.tokens += value.numel()
-        else:
+        if not self._prompt_seen:
             # From here on it is the model that takes its time.
             self._started = time.perf_counter()
-        self._prompt_seen = True
-        super().put(value)
+            self._prompt_seen = True
+            super().put(value)
+            return
+        if not self.tokens:
+            self._waiting.stop()
+            self.reading = time.perf_counter() - self._started
+        for token in value.reshape(-1):
+            self.tokens += 1
+            self._token = int(token)
+            super().put(token)
 
     def end(self) -> None:
         """Write the rest and a line end."""
         self._waiting.stop()
+        self._token = -1
         super().end()
         self.seconds = time.perf_counter() - self._started
 
     def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
         """Write a piece of the answer, or say that the model thinks."""
-        pieces = self._splitter.push(text)
+        events = self._parser.feed(text, self._token)
         if stream_end:
-            pieces += self._splitter.flush()
-        for kind, piece in pieces:
-            begins = not self.texts[kind]
-            self.texts[kind] += piece
-            if kind == "reasoning":
-                self._think(piece)
-            else:
-                if begins and self.texts["reasoning"]:
-                    self._thought()
-                self._page.write(piece)
+            events += self._parser.flush()
+        for event in events:
+            match event:
+                case Reasoning():
+                    self.thought += event.text
+                    self._think(event.text)
+                case Content():
+                    if self.thought and not self.text:
+                        self._thought()
+                    self.text += event.text
+                    self._page.write(event.text)
         if stream_end:
-            if self.texts["reasoning"] and not self.texts["answer"]:
+            if self.thought and not self.text:
                 self._thought()
             sys.stdout.write("\n")
         sys.stdout.flush()

@@ -34,7 +34,7 @@ from quintet.errors import ChatTemplateError, InputError, QuintetError
 if TYPE_CHECKING:
     import torch
 
-    from quintet.cli.answer import Answer, Reasoning
+    from quintet.cli.answer import Answer, Shown
     from quintet.generation.config import GenerationConfig
     from quintet.generation.outputs import Speculation
 
@@ -66,7 +66,7 @@ def command(
     words: tuple[str, ...],
     system: str | None,
     begun: str | None,
-    reasoning: "Reasoning",
+    reasoning: "Shown",
     seed: int | None,
     quiet: bool,
     sampling: dict[str, Any],
@@ -135,7 +135,7 @@ class _Talk:
         config: "GenerationConfig",
         generator: "torch.Generator",
         conversation: Conversation,
-        reasoning: "Reasoning",
+        reasoning: "Shown",
         quiet: bool,
     ) -> None:
         self.opened = opened
@@ -234,7 +234,7 @@ class _Talk:
         if output is None and not answer.tokens:
             note("stopped before the answer began; the message is taken back", self.quiet)
             return
-        self.conversation.add(text, answer.texts["answer"], answer.texts["reasoning"])
+        self.conversation.add(text, answer.text, answer.thought)
         self._report(answer, speculation_of(output), ids.shape[1] + answer.tokens, context)
         if output is not None:
             ended = cut(config, output.sequences[0, ids.shape[1] :], context - ids.shape[1])

@@ -1,5 +1,6 @@
 """What a model wrote, told apart while it arrives: reasoning, content, calls of tools."""
 
+from quintet.parsing.choice import parser_for
 from quintet.parsing.events import (
     CallArguments,
     CallEnd,
@@ -9,13 +10,21 @@ from quintet.parsing.events import (
     OutputParser,
     Reasoning,
 )
+from quintet.parsing.format import CODER, DEEPSEEK_V3, DEEPSEEK_V31, HERMES, Format, format_of
 
 __all__ = [
+    "CODER",
+    "DEEPSEEK_V3",
+    "DEEPSEEK_V31",
+    "HERMES",
     "CallArguments",
     "CallEnd",
     "CallStart",
     "Content",
     "Event",
+    "Format",
     "OutputParser",
     "Reasoning",
+    "format_of",
+    "parser_for",
 ]

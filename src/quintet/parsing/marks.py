@@ -1,0 +1,73 @@
+"""Markers in what a model writes, such as `<tool_call>`: by their tokens where they are tokens."""
+
+import re
+from collections.abc import Iterable, Mapping
+
+__all__ = ["Marks", "longest_overlap"]
+
+# Halves of surrogate pairs occur in no text that a tokenizer decodes, so each can stand for a
+# marker that was a token, and text that only spells the marker stays text.
+_SIGNS = range(0xD800, 0xDC00)
+_SIGN = re.compile("[\ud800-\udbff]")
+
+
+class Marks:
+    """Writes a sign into the text where a token was a marker, and takes it out again.
+
+    Args:
+        tokens: the markers that are tokens of the vocabulary, and their ids.
+    """
+
+    def __init__(self, tokens: Mapping[str, int]) -> None:
+        signs = {text: chr(code) for text, code in zip(tokens, _SIGNS, strict=False)}
+        self._sign_of = signs
+        self._text_of = {sign: text for text, sign in signs.items()}
+        self._by_token = {token: signs[text] for text, token in tokens.items()}
+        # The rest of a marker whose text is late, and what of it has come.
+        self._owed = ""
+        self._taken = ""
+
+    def sign(self, marker: str) -> str:
+        """Return what stands for a marker in the text: the marker itself where it is no token."""
+        return self._sign_of.get(marker, marker)
+
+    def read(self, text: str, token: int) -> str:
+        """Return the text that became certain by a token, with a sign if the token is a marker."""
+        text = self._without_owed(text)
+        sign = self._by_token.get(token)
+        if sign is None:
+            return text
+        marker = self._text_of[sign]
+        before, found, after = text.rpartition(marker)
+        if found:
+            return before + sign + after
+        # What looks for stop strings may hold a part back; what skips special tokens, all of it.
+        begun = _overlap(text, marker)
+        self._owed, self._taken = marker[begun:], ""
+        return text[: len(text) - begun] + sign
+
+    def plain(self, text: str) -> str:
+        """Return text with the markers themselves in place of their signs."""
+        return _SIGN.sub(lambda found: self._text_of[found[0]], text)
+
+    def _without_owed(self, text: str) -> str:
+        if not self._owed:
+            return text
+        if self._owed.startswith(text):
+            self._owed, self._taken = self._owed[len(text) :], self._taken + text
+            return ""
+        came = text.startswith(self._owed)
+        text = text[len(self._owed) :] if came else self._taken + text
+        self._owed = self._taken = ""
+        return text
+
+
+def longest_overlap(text: str, markers: Iterable[str]) -> int:
+    """Count the last characters of a text that may begin one of several markers."""
+    return max((_overlap(text, marker) for marker in markers), default=0)
+
+
+def _overlap(text: str, marker: str) -> int:
+    """Count the last characters of a text that may begin a marker."""
+    most = min(len(text), len(marker) - 1)
+    return next((n for n in range(most, 0, -1) if text.endswith(marker[:n])), 0)

@@ -1,0 +1,106 @@
+"""Text that is still arriving, read by a parser that waits where it needs more."""
+
+import re
+from collections.abc import Generator
+from typing import TypeVar
+
+from quintet.parsing.marks import Marks, longest_overlap
+
+__all__ = ["Source", "Steps"]
+
+_Result = TypeVar("_Result")
+# A parser is a generator: it yields where it waits for text.
+Steps = Generator[None, None, _Result]
+
+_SPACE = re.compile(r"[ \t\r\n]*")
+
+
+class Source:
+    """What has arrived and is not read yet; what is read is forgotten, unless it is recorded."""
+
+    def __init__(self, marks: Marks) -> None:
+        self.marks = marks
+        self.text = ""
+        self.at = 0
+        self.ended = False
+        self._record: list[str] | None = None
+
+    def add(self, text: str) -> None:
+        """Take further text."""
+        self.text = self.text[self.at :] + text
+        self.at = 0
+
+    def record(self, read: str = "") -> None:
+        """Keep what is read from now on, behind what was read already."""
+        self._record = [read]
+
+    def recorded(self) -> str:
+        """Return what was read since, and keep nothing any more."""
+        text = "".join(self._record or [])
+        self._record = None
+        return text
+
+    def take(self, end: int) -> str:
+        """Return the text up to a place, which is read with that."""
+        taken = self.text[self.at : end]
+        self.at = end
+        if self._record is not None:
+            self._record.append(taken)
+        return taken
+
+    def more(self) -> Steps[bool]:
+        """Wait for text beyond what there is; False if there is no more."""
+        there = len(self.text) - self.at
+        while len(self.text) - self.at == there:
+            if self.ended:
+                return False
+            yield
+        return True
+
+    def peek(self) -> Steps[str]:
+        """Return the next character, which stays unread; "" at the end."""
+        while self.at == len(self.text):
+            if not (yield from self.more()):
+                return ""
+        return self.text[self.at]
+
+    def skip_space(self) -> Steps[str]:
+        """Read space, and return the character behind it, which stays unread."""
+        while True:
+            found = _SPACE.match(self.text, self.at)
+            assert found is not None
+            self.take(found.end())
+            following = yield from self.peek()
+            if not following or following not in " \t\r\n":
+                return following
+
+    def ahead(self, literal: str) -> Steps[bool]:
+        """Say whether a text is what comes next; nothing is read."""
+        while True:
+            start = self.text[self.at : self.at + len(literal)]
+            if start == literal:
+                return True
+            if not literal.startswith(start) or not (yield from self.more()):
+                return False
+
+    def accept(self, literal: str) -> Steps[bool]:
+        """Read a text if it is what comes next; otherwise read nothing."""
+        comes = yield from self.ahead(literal)
+        if comes:
+            self.take(self.at + len(literal))
+        return comes
+
+    def until(self, pattern: re.Pattern[str], signs: tuple[str, ...]) -> Steps[tuple[str, str]]:
+        """Read on, and return text that is certain with "", or the last of it with a sign.
+
+        Both are "" at the end. `pattern` finds the signs.
+        """
+        while True:
+            if found := pattern.search(self.text, self.at):
+                before = self.take(found.start())
+                return before, self.take(found.end())
+            certain = len(self.text) - longest_overlap(self.text[self.at :], signs)
+            if certain > self.at:
+                return self.take(certain), ""
+            if not (yield from self.more()):
+                return self.take(len(self.text)), ""
