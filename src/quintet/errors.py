@@ -17,12 +17,16 @@
     ├── ServingError             a request that was not answered to its end
     │   ├── QueueFullError       as many wait already as may
     │   ├── DeadlineError        its time was over
+    │   ├── NonFiniteError       the model made numbers for it that are not finite
+    │   ├── StepFailedError      a step of the model failed, for all that had a part in it
     │   └── EngineStoppedError   what generates was closed, or has failed
     └── MissingDependencyError   an optional package that is not installed
 
 Each also inherits the built-in error a caller would expect, and carries the exit code with
 which the command line ends (`docs/errors.md`).
 """
+
+from typing import ClassVar
 
 __all__ = [
     "ChatTemplateError",
@@ -36,11 +40,13 @@ __all__ = [
     "InputError",
     "MissingDependencyError",
     "ModelNotFoundError",
+    "NonFiniteError",
     "OfflineError",
     "QueueFullError",
     "QuintetError",
     "SaveError",
     "ServingError",
+    "StepFailedError",
     "TokenizerError",
     "UnsupportedBackendError",
     "UnsupportedModelError",
@@ -129,19 +135,48 @@ class DoesNotFitError(QuintetError, MemoryError):
 
 
 class ServingError(QuintetError):
-    """A request that was not answered to its end."""
+    """A request that was not answered to its end.
+
+    Attributes:
+        code: a word for it that stays the same.
+        retryable: whether the same request may be answered when it comes again.
+    """
+
+    code: ClassVar[str] = "serving_error"
+    retryable: ClassVar[bool] = False
 
 
 class QueueFullError(ServingError):
     """As many requests wait already as may."""
 
+    code = "queue_full"
+    retryable = True
+
 
 class DeadlineError(ServingError, TimeoutError):
     """The time of a request was over before its answer was complete."""
 
+    code = "deadline_exceeded"
+
+
+class NonFiniteError(ServingError, ArithmeticError):
+    """What the model made of a request holds NaN or infinity, of which no token can be taken."""
+
+    code = "nonfinite"
+
+
+class StepFailedError(ServingError):
+    """A step of the model failed, as by want of memory, and all that had a part in it with it."""
+
+    code = "step_failed"
+    retryable = True
+
 
 class EngineStoppedError(ServingError):
     """What generates was closed, or has failed too often to go on."""
+
+    code = "engine_stopped"
+    retryable = True
 
 
 class MissingDependencyError(QuintetError, ImportError):

@@ -62,6 +62,7 @@ class Steps:
     dice: random.Random
     model: Any = field(default_factory=Model)
     held: dict[Text, list[int]] = field(default_factory=dict)
+    drafted: int = 0
 
     @property
     def sequences(self) -> list[Text]:
@@ -74,6 +75,9 @@ class Steps:
         text.computed = len(self.held[text])
         assert self.held[text] == text.ids[: text.computed]
 
+    def can_adapt(self, text: Text) -> bool:
+        return True
+
     def remove(self, text: Text) -> None:
         del self.held[text]
 
@@ -82,7 +86,7 @@ class Steps:
 
     def step(self, texts: list[Text], piece: int | None) -> list[list[int]]:
         if self.dice.random() < 0.02:
-            raise MemoryError("for once")
+            raise self.dice.choice((MemoryError, RuntimeError))("for once")
         made = []
         for text in texts:
             before = len(text.ids)

@@ -61,6 +61,8 @@ class Engine:
         # Which row of the cache each sequence has.
         self._placed: dict[Sequence, int] = {}
         self._choosing = Choosing([])
+        # How many drafted tokens the last step checked.
+        self.drafted = 0
         # What prediction layers keep, once a sequence wants drafts of theirs.
         self._prediction: PooledPrediction | None = None
 
@@ -134,6 +136,16 @@ class Engine:
         )
         made.adapter_name = adapter_name
         return made
+
+    def can_adapt(self, sequence: Sequence) -> bool:
+        """Tell whether the adapter that a sequence is made with is there."""
+        if sequence.adapter_name is None:
+            return True
+        try:
+            with cast("ByRow", self.model).each_row([sequence.adapter_name]):
+                return True
+        except InputError:
+            return False
 
     # -- coming and going --------------------------------------------------------------------
 
@@ -255,6 +267,7 @@ class Engine:
             if asked is not None and not sequence.finished:
                 going.append(sequence)
                 pieces.append(asked)
+        self.drafted = 0
         if not pieces:
             return [[] for _ in sequences]
         try:
@@ -263,6 +276,7 @@ class Engine:
             for sequence in going:
                 self._rewind(sequence)
             raise
+        self.drafted = sum(max(one.checked - 1, 0) for one in pieces)
         before = {one: len(one.ids) for one in going}
         for sequence, ran in zip(going, pieces, strict=True):
             sequence.computed += len(ran.ids)

@@ -1,5 +1,6 @@
 """What is taken down of a text's forwards beside its tokens: probabilities, and what it is like."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
@@ -7,7 +8,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from quintet.errors import InputError, shown
+from quintet.errors import InputError, NonFiniteError, shown
 
 __all__ = ["ROWS", "Observed", "Pooling", "TokenLogprobs", "token_logprobs"]
 
@@ -33,7 +34,11 @@ class TokenLogprobs:
 
 
 def token_logprobs(logits: Tensor, tokens: Sequence[int], top: int) -> list[TokenLogprobs]:
-    """Return what logits (n, V) say of n tokens, with the `top` likeliest in the place of each."""
+    """Return what logits (n, V) say of n tokens, with the `top` likeliest in the place of each.
+
+    Raises:
+        NonFiniteError: they hold NaN or infinity.
+    """
     made: list[TokenLogprobs] = []
     for start in range(0, len(tokens), ROWS):
         own = tokens[start : start + ROWS]
@@ -41,6 +46,10 @@ def token_logprobs(logits: Tensor, tokens: Sequence[int], top: int) -> list[Toke
         total = scores.logsumexp(dim=-1, keepdim=True)
         taken = scores.gather(1, torch.tensor(own, device=scores.device)[:, None])
         logprobs = (taken - total)[:, 0].tolist()
+        if not all(map(math.isfinite, logprobs)):
+            raise NonFiniteError(
+                "what the model made of the text holds NaN or infinity; check its weights and dtype"
+            )
         best: list[tuple[tuple[int, float], ...]] = [()] * len(own)
         if top:
             values, ids = scores.topk(min(top, scores.shape[1]), dim=-1)
@@ -121,9 +130,17 @@ class Observed:
             self.new += token_logprobs(logits, tokens, self.logprobs)
 
     def vector(self, *, normalize: bool) -> Tensor:
-        """Return the vector (C,) of the prompt in float32, of length 1 if so asked."""
+        """Return the vector (C,) of the prompt in float32, of length 1 if so asked.
+
+        Raises:
+            NonFiniteError: it holds NaN or infinity.
+        """
         assert self._sum is not None
         vector = self._sum if self.pooling == "last" else self._sum / self._read
+        if not vector.isfinite().all():
+            raise NonFiniteError(
+                "what the model made of the text holds NaN or infinity; check its weights and dtype"
+            )
         if normalize:
             vector = torch.nn.functional.normalize(vector, dim=0)
         return vector

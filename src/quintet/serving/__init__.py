@@ -2,7 +2,17 @@
 
 from quintet.serving.answers import Answer, TokenLogprobs, Usage
 from quintet.serving.engine import Engine
+from quintet.serving.figures import Distribution, Snapshot
 from quintet.serving.limits import Limits
 from quintet.serving.options import RequestOptions
 
-__all__ = ["Answer", "Engine", "Limits", "RequestOptions", "TokenLogprobs", "Usage"]
+__all__ = [
+    "Answer",
+    "Distribution",
+    "Engine",
+    "Limits",
+    "RequestOptions",
+    "Snapshot",
+    "TokenLogprobs",
+    "Usage",
+]

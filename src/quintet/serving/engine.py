@@ -16,10 +16,11 @@ from quintet.generation.engine import Engine as StepEngine
 from quintet.generation.observing import Observed, Pooling
 from quintet.generation.requests import Served
 from quintet.serving.answers import Answer
+from quintet.serving.figures import Snapshot
 from quintet.serving.limits import Limits
 from quintet.serving.options import RequestOptions
 from quintet.serving.request import LoopOutlet, Outlet, Request, hand_out
-from quintet.serving.runner import Runner, State
+from quintet.serving.runner import Runner
 from quintet.serving.transcript import Transcript
 from quintet.tokenization import PreTrainedTokenizer
 
@@ -161,7 +162,7 @@ class Engine:
         return self._engine.model
 
     @property
-    def state(self) -> State:
+    def state(self) -> Snapshot:
         """How much is under way, waits and is kept, as of the last step."""
         return self._runner.state
 
@@ -169,6 +170,11 @@ class Engine:
     def healthy(self) -> bool:
         """Whether it answers: it was not closed, and has not failed three times in a row."""
         return self._runner.stopped is None and self._thread.is_alive()
+
+    @property
+    def stopped(self) -> Exception | None:
+        """Why it answers no more; None while it does."""
+        return self._runner.stopped
 
     def forget(self, scope: str | None = None) -> None:
         """Forget what was read, of one scope or of all."""

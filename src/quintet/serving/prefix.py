@@ -81,6 +81,8 @@ class PrefixCache(Generic[C]):
         self._roots: dict[str, _Node[C]] = {}
         self._bytes: dict[str, int] = {}
         self._clock = 0
+        # How often something went for want of room.
+        self.evicted = 0
 
     @property
     def nbytes(self) -> int:
@@ -197,6 +199,7 @@ class PrefixCache(Generic[C]):
             assert leaf.parent is not None
             del leaf.parent.children[leaf.ids[0]]
             self._count(scope, -leaf.whole.nbytes)
+            self.evicted += 1
 
 
 def _leaves(root: _Node[C]) -> Iterator[_Node[C]]:

@@ -1,10 +1,13 @@
 """What was asked for once, and how its answer reaches whoever waits for it."""
 
 import asyncio
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+from quintet.errors import NonFiniteError
 from quintet.generation.sequence import Sequence as Text
+from quintet.ops.sampling import NothingLeftError
 from quintet.serving.answers import Answer, Usage
 from quintet.serving.scheduler import Job
 from quintet.serving.transcript import Transcript
@@ -77,6 +80,10 @@ class Request(Job):
         self.text, self.reader, self.outlet, self.transcript = text, reader, outlet, transcript
         self.cached: int | None = None
         self.failures = 0
+        # When it got its first row, and when tokens, the first and the last ones so far.
+        self.began = arrival
+        self.first: float | None = None
+        self.last = arrival
         self._told = len(text.ids)
         self._told_prompt = False
 
@@ -88,7 +95,7 @@ class Request(Job):
         """Return what its reader has not been told, or None where there is nothing."""
         text = self.text
         if text.error is not None:
-            return text.error
+            return _served(text.error)
         ids = tuple(text.ids[self._told :])
         if not ids and not text.finished:
             return None
@@ -116,3 +123,12 @@ class Request(Job):
             found = text.drafting.found
             drafted, accepted = found.drafted_tokens, found.accepted_tokens
         return Usage(text.prompt_length, self.cached or 0, len(text.new), drafted, accepted)
+
+
+def _served(error: Exception) -> Exception:
+    """Return an error as readers get it: what a model made is no fault of theirs."""
+    if not isinstance(error, NothingLeftError) or error.best in (None, -math.inf):
+        return error
+    made = NonFiniteError(str(error))
+    made.__cause__ = error
+    return made

@@ -3,48 +3,31 @@
 import queue
 import threading
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+
+import torch
 
 from quintet.cache import RowContent
-from quintet.errors import DeadlineError, EngineStoppedError, QueueFullError
+from quintet.errors import (
+    DeadlineError,
+    EngineStoppedError,
+    InputError,
+    QueueFullError,
+    StepFailedError,
+)
 from quintet.generation.engine import Engine as StepEngine
 from quintet.serving.answers import Answer
+from quintet.serving.figures import Figures, Snapshot
 from quintet.serving.limits import Limits
 from quintet.serving.prefix import PrefixCache
 from quintet.serving.request import Outlet, Request
 from quintet.serving.scheduler import Cost, Plan, Scheduler
 
-__all__ = ["Runner", "State"]
+__all__ = ["Runner"]
 
 # So many forwards that fail, one after the other, are no request's fault.
 FAILURES = 3
 # A request that was in as many of them is given up.
 PATIENCE = 2
-
-
-@dataclass(frozen=True, slots=True)
-class State:
-    """What a runner is at, as of its last step.
-
-    Attributes:
-        running: how many requests have a row.
-        waiting: how many wait for one.
-        kept: the bytes of what was read before.
-        steps: how many forwards there were.
-        generated: how many tokens were made.
-        cached: how many tokens of prompts were not read, as they had been before.
-        read: how many were.
-        preempted: how often a row was given back.
-    """
-
-    running: int = 0
-    waiting: int = 0
-    kept: int = 0
-    steps: int = 0
-    generated: int = 0
-    cached: int = 0
-    read: int = 0
-    preempted: int = 0
 
 
 class Runner:
@@ -58,18 +41,22 @@ class Runner:
 
     def __init__(self, engine: StepEngine, limits: Limits, clock: Callable[[], float]) -> None:
         self.engine, self.limits, self._clock = engine, limits, clock
-        self.state = State()
+        self.figures = Figures()
+        self.state = Snapshot(rows=limits.rows)
         self.stopped: Exception | None = None
         # Held while a request is let in, so that none comes after the last messages were read.
         self._open = threading.Lock()
         per_token, per_row = engine.model.config.cache_numbers()
         width = engine.model.config.torch_dtype.itemsize if engine.model.config.torch_dtype else 4
-        self.scheduler = Scheduler(limits, Cost(row=per_row * width, token=per_token * width))
+        self.scheduler: Scheduler[Request] = Scheduler(
+            limits, Cost(row=per_row * width, token=per_token * width)
+        )
         self.prefix: PrefixCache[RowContent] = PrefixCache(limits.kept, divisible=not per_row)
         self._inbox: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
         self._news: list[tuple[Request, Answer | Exception]] = []
         self._failures = 0
-        self._counts = dict.fromkeys(("steps", "generated", "cached", "read", "preempted"), 0)
+        # Seconds of the present turn that were steps.
+        self._stepping = 0.0
 
     # -- messages, from any thread -----------------------------------------------------------------
 
@@ -115,12 +102,13 @@ class Runner:
     def turn(self, *, wait: bool = False) -> bool:
         """Read messages, do what is next and hand out what came of it; tell if there was any."""
         self._read_messages(wait=wait and not len(self.scheduler))
+        began, self._stepping = self._clock(), 0.0
+        plan: Plan[Request] = Plan()
         if self.stopped is None:
-            plan = self.scheduler.plan(self._clock())
+            plan = self.scheduler.plan(began)
             self._carry_out(plan)
-        else:
-            plan = Plan()
         self._publish()
+        self.figures.overhead_seconds += self._clock() - began - self._stepping
         return not plan.idle
 
     def _read_messages(self, *, wait: bool) -> None:
@@ -134,55 +122,67 @@ class Runner:
 
     def _take(self, request: Request) -> None:
         if self.stopped is not None:
-            self._news.append((request, self.stopped))
+            self._fail(request, self.stopped)
             return
         try:
             self.scheduler.submit(request)
         except QueueFullError as error:
-            self._news.append((request, error))
+            self._fail(request, error)
 
     def _stop(self, why: Exception) -> None:
         with self._open:
             self.stopped = self.stopped or why
         for request in self.scheduler.all():
-            assert isinstance(request, Request)
             self._give_up(request, why)
 
-    def _carry_out(self, plan: Plan) -> None:
-        for job in plan.drop:
-            assert isinstance(job, Request)
-            self._leave(job)
-            if not job.cancelled:
-                self._news.append(
-                    (
-                        job,
-                        DeadlineError("the time of the request is over; give it a longer timeout"),
-                    )
-                )
-        for job in plan.preempt:
-            assert isinstance(job, Request)
-            self._leave(job)
-            self._counts["preempted"] += 1
-        for job in plan.admit:
-            assert isinstance(job, Request)
-            self._enter(job)
-        steps = [job for job in plan.step if isinstance(job, Request)]
+    def _carry_out(self, plan: Plan[Request]) -> None:
+        for request in plan.drop:
+            self._leave(request)
+            if request.cancelled:
+                self.figures.end("cancelled")
+            else:
+                late = "the time of the request is over; give it a longer timeout"
+                self._fail(request, DeadlineError(late))
+        for request in plan.preempt:
+            self._leave(request)
+            self.figures.preempted += 1
+        for request in plan.admit:
+            try:
+                self._enter(request)
+            except Exception as error:
+                self._give_up(request, error)
+        running = self.scheduler.running
+        steps = [request for request in plan.step if request in running]
         if steps:
             self._step(steps, None)
-        if isinstance(plan.read, Request) and plan.read in self.scheduler.running:
+        if plan.read is not None and plan.read in running:
             self._step([plan.read], self.scheduler.piece(plan.read))
 
     def _enter(self, request: Request) -> None:
-        text = request.text
+        text, figures = request.text, self.figures
         contents: list[RowContent] = []
         length = 0
         if text.watched is None:
             contents, length = self.prefix.match(self._shared_by(request), text.ids)
-        self.engine.add(text, *contents)
+        try:
+            self.engine.add(text, *contents)
+        except (InputError, MemoryError):
+            # What is kept is of a model that was changed since, or there is no room for a copy.
+            self.prefix.clear()
+            if text in self.engine.sequences:
+                self.engine.remove(text)
+            length = 0
+            self.engine.add(text)
         request.follow()
+        if length:
+            figures.restored += 1
+            self.figures.copied["hit"] += sum(one.nbytes for one in contents)
         if request.cached is None:
             request.cached = min(length, text.prompt_length)
-            self._counts["cached"] += request.cached
+            figures.cached += request.cached
+            figures.queried += text.prompt_length
+            request.began = self._clock()
+            self.figures.queue_seconds.add(request.began - request.arrival)
 
     def _leave(self, request: Request) -> None:
         """Give the row of a request back, and keep what it holds."""
@@ -194,12 +194,18 @@ class Runner:
         text = request.text
         if text.error is not None:
             return
+
+        def extract(start: int, stop: int) -> RowContent:
+            content = self.engine.extract(text, start, stop)
+            self.figures.copied["kept"] += content.nbytes
+            self.figures.snapshots += bool(content.states)
+            return content
+
         held = min(text.computed, len(text.ids) - (not text.only_reads))
-        self.prefix.keep(
-            self._shared_by(request),
-            text.ids[:held],
-            lambda start, stop: self.engine.extract(text, start, stop),
-        )
+        try:
+            self.prefix.keep(self._shared_by(request), text.ids[:held], extract)
+        except MemoryError:
+            self.prefix.clear()
 
     @staticmethod
     def _shared_by(request: Request) -> str:
@@ -209,33 +215,82 @@ class Runner:
 
     def _step(self, requests: list[Request], piece: int | None) -> None:
         began, before = self._clock(), [request.text.computed for request in requests]
-        texts = [request.text for request in requests]
-        self._counts["steps"] += 1
         try:
-            made = self.engine.step(texts, piece)
+            made = self.engine.step([request.text for request in requests], piece)
         except Exception as error:
+            self._stepping += self._clock() - began
             self._failed(requests, error)
             return
+        now = self._clock()
+        self._stepping += now - began
         self._failures = 0
-        self.scheduler.account(list(requests), self._clock() - began)
-        self._counts["generated"] += sum(map(len, made))
-        for request, computed in zip(requests, before, strict=True):
+        self.scheduler.account(requests, now - began)
+        read = [request.text.computed - one for request, one in zip(requests, before, strict=True)]
+        kind = "verify" if self.engine.drafted else "decode"
+        if piece is not None:
+            kind = "chunk"
+            self.figures.read += sum(read)
+        elif self.engine.drafted:
+            self.figures.drafted += self.engine.drafted
+            self.figures.accepted += sum(len(new) - 1 for new in made if new)
+        self.figures.step(kind, now - began)
+        self.figures.generated += sum(map(len, made))
+        for request, new in zip(requests, made, strict=True):
             request.follow()
-            if piece is not None:
-                self._counts["read"] += request.computed - computed
-                if request.computed in request.stops:
-                    self._keep(request)
+            if piece is not None and request.computed in request.stops:
+                self._keep(request)
+            if new:
+                self._timed(request, now)
+            self._tell(request)
+
+    def _timed(self, request: Request, now: float) -> None:
+        """Take note that a request got tokens."""
+        if request.first is None:
+            request.first = now
+            self.figures.first_token_seconds.add(now - request.arrival)
+            self.figures.prefill_seconds.add(now - request.began)
+        else:
+            self.figures.between_seconds.add(now - request.last)
+        request.last = now
+
+    def _tell(self, request: Request) -> None:
+        """Have a reader told what is new, and let go of a request that has ended."""
+        text = request.text
+        try:
             news = request.news()
-            if news is not None:
-                self._news.append((request, news))
-            if request.text.finished:
-                self._leave(request)
-                self.scheduler.finish(request)
+        except Exception as error:
+            text.fail(error)
+            news = error
+        if news is not None:
+            self._news.append((request, news))
+        if not text.finished:
+            return
+        self._leave(request)
+        self.scheduler.finish(request)
+        if isinstance(news, Answer):
+            self.figures.end(news.finish_reason or "stop")
+            if request.first is not None:
+                self.figures.decode_seconds.add(request.last - request.first)
+        elif news is not None:
+            self.figures.end(news)
 
     def _failed(self, requests: Sequence[Request], error: Exception) -> None:
         """Take note that a forward failed: nobody has moved, so that it can be done again."""
+        if _is_memory(error):
+            # Doing it again at once would take as much; what was kept makes room for others.
+            self.prefix.clear()
+            for request in requests:
+                self._give_up(request, _no_memory(error))
+            return
+        lost = [request for request in requests if not self.engine.can_adapt(request.text)]
+        for request in lost:
+            name = request.text.adapter_name
+            self._give_up(request, InputError(f"the adapter {name!r} is no longer there"))
+        if lost:
+            return
         self._failures += 1
         for request in requests:
+            request.follow()
             request.failures += 1
             if request.failures >= PATIENCE:
                 self._give_up(request, error)
@@ -251,15 +306,22 @@ class Runner:
         if request.text in self.engine.sequences:
             self.engine.remove(request.text)
         self.scheduler.finish(request)
+        self._fail(request, error)
+
+    def _fail(self, request: Request, error: Exception) -> None:
+        self.figures.end(error)
         self._news.append((request, error))
 
     def _publish(self) -> None:
         """Hand out what came of requests, at once where readers are in the same place."""
-        self.state = State(
-            running=len(self.scheduler.running),
-            waiting=self.scheduler.queued,
+        scheduler = self.scheduler
+        self.state = self.figures.snapshot(
+            rows=self.limits.rows,
+            running=len(scheduler.running),
+            waiting=scheduler.queued,
+            held=scheduler.held,
             kept=self.prefix.nbytes,
-            **self._counts,
+            evicted=self.prefix.evicted,
         )
         news, self._news = self._news, []
         by_outlet: dict[Outlet, list[tuple[Request, Answer | Exception]]] = {}
@@ -267,3 +329,18 @@ class Runner:
             by_outlet.setdefault(request.outlet, []).append((request, one))
         for outlet, its in by_outlet.items():
             outlet(its)
+
+
+def _is_memory(error: Exception) -> bool:
+    """Tell whether an error is want of memory; PyTorch has no class for that on CPUs."""
+    return isinstance(error, MemoryError | torch.OutOfMemoryError) or (
+        isinstance(error, RuntimeError) and "can't allocate memory" in str(error)
+    )
+
+
+def _no_memory(error: Exception) -> StepFailedError:
+    made = StepFailedError(
+        "there was not enough memory for a step; come again, or serve fewer rows or tokens at once"
+    )
+    made.__cause__ = error
+    return made

@@ -5,7 +5,9 @@ its prompt and answer so far, of which the last is run over to make the next.
 """
 
 from collections import deque
+from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Generic, TypeVar
 
 from quintet.errors import QueueFullError
 from quintet.serving.limits import GRID, Limits
@@ -73,8 +75,11 @@ class Job:
         return self.known - self.computed == 1
 
 
+J = TypeVar("J", bound=Job)
+
+
 @dataclass(slots=True)
-class Plan:
+class Plan(Generic[J]):
     """What is to be done next, in this order.
 
     Attributes:
@@ -85,11 +90,11 @@ class Plan:
         read: a job that reads on in its prompt, by a piece.
     """
 
-    drop: list[Job] = field(default_factory=list)
-    preempt: list[Job] = field(default_factory=list)
-    admit: list[Job] = field(default_factory=list)
-    step: list[Job] = field(default_factory=list)
-    read: Job | None = None
+    drop: list[J] = field(default_factory=list)
+    preempt: list[J] = field(default_factory=list)
+    admit: list[J] = field(default_factory=list)
+    step: list[J] = field(default_factory=list)
+    read: J | None = None
 
     @property
     def idle(self) -> bool:
@@ -97,7 +102,7 @@ class Plan:
         return not (self.drop or self.preempt or self.admit or self.step or self.read)
 
 
-class Scheduler:
+class Scheduler(Generic[J]):
     """First come, first served, within a scope; between scopes, whoever had least.
 
     Args:
@@ -107,8 +112,8 @@ class Scheduler:
 
     def __init__(self, limits: Limits, cost: Cost) -> None:
         self.limits, self.cost = limits, cost
-        self.running: list[Job] = []
-        self._waiting: dict[str, deque[Job]] = {}
+        self.running: list[J] = []
+        self._waiting: dict[str, deque[J]] = {}
         # Seconds of the engine that each scope has had, of those that are here.
         self._had: dict[str, float] = {}
 
@@ -120,11 +125,11 @@ class Scheduler:
         """How many jobs wait for a row."""
         return sum(map(len, self._waiting.values()))
 
-    def all(self) -> list[Job]:
+    def all(self) -> list[J]:
         """Return those that have a row, and those that wait."""
         return [*self.running, *(job for queue in self._waiting.values() for job in queue)]
 
-    def submit(self, job: Job) -> None:
+    def submit(self, job: J) -> None:
         """Let a job wait for its turn.
 
         Raises:
@@ -141,7 +146,7 @@ class Scheduler:
             self._had[job.scope] = min(self._had.values(), default=0.0)
         self._waiting.setdefault(job.scope, deque()).append(job)
 
-    def finish(self, job: Job) -> None:
+    def finish(self, job: J) -> None:
         """Forget a job that has ended."""
         if job in self.running:
             self.running.remove(job)
@@ -150,15 +155,15 @@ class Scheduler:
             queue.remove(job)
         self._forget(job.scope)
 
-    def account(self, jobs: list[Job], seconds: float) -> None:
+    def account(self, jobs: Sequence[J], seconds: float) -> None:
         """Take note that a step for some jobs took so long."""
         for job in jobs:
             if job.scope in self._had:
                 self._had[job.scope] += seconds / len(jobs)
 
-    def plan(self, now: float) -> Plan:
+    def plan(self, now: float) -> Plan[J]:
         """Say what is to be done next; whom it names is where it says from then on."""
-        plan = Plan(drop=self._over(now))
+        plan: Plan[J] = Plan(drop=self._over(now))
         for job in plan.drop:
             self.finish(job)
         for job in self._preempted(now):
@@ -176,7 +181,7 @@ class Scheduler:
         plan.read = reading
         return plan
 
-    def piece(self, job: Job) -> int:
+    def piece(self, job: J) -> int:
         """Return how many tokens of its prompt a job reads at once: to the grid, or to a stop."""
         left = job.known - job.computed
         piece = left
@@ -195,17 +200,18 @@ class Scheduler:
         return self.limits.rows - len(self.running)
 
     @property
-    def _held(self) -> int:
+    def held(self) -> int:
+        """An estimate of the bytes that rows hold."""
         return sum(self.cost.of(job.known) for job in self.running)
 
-    def _over(self, now: float) -> list[Job]:
+    def _over(self, now: float) -> list[J]:
         return [
             job
             for job in self.all()
             if job.cancelled or (job.deadline is not None and now >= job.deadline)
         ]
 
-    def _next(self) -> Job | None:
+    def _next(self) -> J | None:
         """Return who gets a row next, if anybody can."""
         scopes = [scope for scope, queue in self._waiting.items() if queue]
         if not scopes or not self._free:
@@ -222,7 +228,7 @@ class Scheduler:
         job = self._waiting[scope][0]
         return job if self._fits(job) else None
 
-    def _fits(self, job: Job) -> bool:
+    def _fits(self, job: J) -> bool:
         memory = self.limits.memory
         if memory is None or not self.running:
             return True
@@ -233,10 +239,10 @@ class Scheduler:
     def _rows_of(self, scope: str) -> int:
         return sum(job.scope == scope for job in self.running)
 
-    def _preempted(self, now: float) -> list[Job]:
+    def _preempted(self, now: float) -> list[J]:
         """Return who gives a row back: for memory, or for a scope that has waited without one."""
         memory = self.limits.memory
-        if memory is not None and len(self.running) > 1 and self._held > memory:
+        if memory is not None and len(self.running) > 1 and self.held > memory:
             return [self._last(self.running)]
         if self._free:
             return []
@@ -251,7 +257,7 @@ class Scheduler:
         return []
 
     @staticmethod
-    def _last(jobs: list[Job]) -> Job:
+    def _last(jobs: Sequence[J]) -> J:
         """Return who gives its row back first: the least, and of those who came last."""
         worst, _ = min(
             enumerate(jobs),
