@@ -11,9 +11,9 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 import quintet
-from quintet.server.failures import ApiError, ErrorBody, error_response, invalid, path_of
+from quintet.server.failures import ApiError, ErrorBody, error_response, invalid
 from quintet.server.intake import Intake
-from quintet.server.routes import health, models, version
+from quintet.server.routes import health, models, tokens, version
 from quintet.server.security import Gate
 from quintet.server.service import Service
 
@@ -22,7 +22,7 @@ __all__ = ["create_app"]
 
 def routers(service: Service) -> tuple[APIRouter, ...]:
     """Return what is served, as the settings say."""
-    return (health.router, version.router, models.router)
+    return (health.router, version.router, models.router, tokens.router)
 
 
 def writers() -> Mapping[str, ErrorBody]:
@@ -63,7 +63,9 @@ def _error_of_framework(error: Exception) -> ApiError:
     """Return the error for what the framework refuses by itself."""
     if isinstance(error, RequestValidationError):
         first = error.errors()[0]
-        return invalid(f"{path_of(first['loc'][1:])}: {first['msg']}", path_of(first["loc"][1:]))
+        # Of the path or the query: a name.
+        name = str(first["loc"][-1])
+        return invalid(f"{name}: {first['msg']}", name)
     assert isinstance(error, HTTPException)
     if error.status_code == 404:
         return ApiError(404, "there is no such route", code="route_not_found")

@@ -1,19 +1,20 @@
 """The body of a request: bounded before it is read, JSON without what JSON does not have."""
 
 import asyncio
-from typing import Any, TypeVar
+from typing import Any
 
-from pydantic import BaseModel, ValidationError
+from pydantic import BaseModel
 from pydantic_core import from_json
 from starlette.requests import ClientDisconnect, Request
 
 from quintet.server.connection import ClientGoneError
-from quintet.server.failures import ApiError, invalid, of_validation
+from quintet.server.failures import ApiError, invalid
 from quintet.server.settings import Settings
 
-__all__ = ["documented", "parsed", "read_json", "read_model"]
+__all__ = ["documented", "parsed", "read_json"]
 
-Model = TypeVar("Model", bound=BaseModel)
+# So many times what a body may have is read of one that has more.
+PATIENCE = 4
 
 
 async def read_json(request: Request, settings: Settings) -> dict[str, Any]:
@@ -31,20 +32,6 @@ async def read_json(request: Request, settings: Settings) -> dict[str, Any]:
             code="unsupported_media_type",
         )
     return parsed(await _read(request, settings), settings.depth)
-
-
-async def read_model(request: Request, settings: Settings, model: type[Model]) -> Model:
-    """Return the body of a request, checked.
-
-    Raises:
-        ApiError: no body that can be used, with the field that is to blame.
-        ClientGoneError: the client went away before all was there.
-    """
-    body = await read_json(request, settings)
-    try:
-        return model.model_validate(body)
-    except ValidationError as error:
-        raise of_validation(error) from None
 
 
 def parsed(data: bytes, depth: int) -> dict[str, Any]:
@@ -84,16 +71,16 @@ def _deeper(value: dict[str, Any], depth: int) -> bool:
 
 
 async def _read(request: Request, settings: Settings) -> bytes:
-    said = request.headers.get("content-length")
-    if said is not None and (not said.isdigit() or int(said[:20]) > settings.body):
-        raise _too_large(settings)
-    data = bytearray()
+    data, size = bytearray(), 0
     try:
         async with asyncio.timeout(settings.body_time):
             async for chunk in request.stream():
-                data += chunk
-                if len(data) > settings.body:
-                    raise _too_large(settings)
+                size += len(chunk)
+                # Too much is taken, and not kept: who sends it reads no answer before.
+                if size <= settings.body:
+                    data += chunk
+                elif size > PATIENCE * settings.body:
+                    break
     except TimeoutError:
         raise ApiError(
             408,
@@ -103,17 +90,15 @@ async def _read(request: Request, settings: Settings) -> bytes:
         ) from None
     except ClientDisconnect:
         raise ClientGoneError from None
+    if size > settings.body:
+        raise ApiError(
+            413,
+            f"the body is larger than {settings.body:,} bytes",
+            code="request_too_large",
+            # What was not read is no next request.
+            headers={"Connection": "close"},
+        )
     return bytes(data)
-
-
-def _too_large(settings: Settings) -> ApiError:
-    return ApiError(
-        413,
-        f"the body is larger than {settings.body:,} bytes",
-        code="request_too_large",
-        # What is not read yet is no next request.
-        headers={"Connection": "close"},
-    )
 
 
 def documented(model: type[BaseModel]) -> dict[str, Any]:

@@ -112,7 +112,7 @@ def too_long(tokenizer: PreTrainedTokenizer, text: str, context: int) -> None:
     for start in range(0, len(text), size):
         part = text[start : start + size]
         # Where it is cut, one token may have become two.
-        count += max(len(tokenizer.encode(part, add_special_tokens=False)) - 1, 0)
+        count += max(len(tokenizer.encode(part, add_special_tokens=False, verbose=False)) - 1, 0)
         if count > context:
             raise ContextLengthError(
                 f"the model's context is {context} tokens and the prompt has more than {count} "

@@ -2,11 +2,10 @@
 
 import json
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from pydantic import ValidationError
 from starlette.responses import Response
 
 from quintet.errors import (
@@ -27,15 +26,13 @@ __all__ = [
     "bounded",
     "error_of",
     "error_response",
+    "internal",
     "invalid",
-    "of_validation",
-    "path_of",
+    "unavailable",
 ]
 
 # No error tells more than that, whatever was sent.
 LONGEST = 2000
-# Of so many values that are wrong, at most.
-NAMED = 3
 RETRY_AFTER = 1
 
 
@@ -107,8 +104,6 @@ def error_of(error: BaseException) -> ApiError | None:
     match error:
         case ApiError():
             return error
-        case ValidationError():
-            return of_validation(error)
         case ContextLengthError():
             return invalid(str(error), code="context_length_exceeded")
         case QueueFullError():
@@ -153,40 +148,3 @@ def internal(request_id: str) -> ApiError:
         "server_error",
         "internal_error",
     )
-
-
-def of_validation(error: ValidationError) -> ApiError:
-    """Return one error for all that pydantic found, with the place of the first."""
-    found = error.errors(include_url=False, include_context=False, include_input=False)
-    # Of a union every member complains, the nearest one at the deepest place.
-    places = [path_of(one["loc"]) for one in found]
-    said = [
-        f"{place or 'the body'}: {one['msg'].removeprefix('Value error, ')}"
-        for place, one in zip(places, found, strict=True)
-    ]
-    unlike = list(dict.fromkeys(said))
-    more = len(unlike) - NAMED
-    text = "; ".join(bounded(one, 400) for one in unlike[:NAMED])
-    missing = found[0]["type"] == "missing"
-    return invalid(
-        text + (f"; and {more} more" if more > 0 else ""),
-        places[0] or None,
-        "missing_required_parameter" if missing else "invalid_value",
-    )
-
-
-def path_of(place: Sequence[str | int]) -> str:
-    """Return a place in JSON as people write it: `messages[3].content`.
-
-    What pydantic adds to tell members of a union apart is left out.
-    """
-    path = ""
-    for part in place:
-        if isinstance(part, int):
-            path += f"[{part}]"
-        elif part.isidentifier() and part not in _KINDS:
-            path += f".{part}" if path else part
-    return path
-
-
-_KINDS = frozenset({"str", "int", "float", "bool", "dict", "list", "none"})
