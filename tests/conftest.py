@@ -2,6 +2,7 @@
 
 import gc
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -10,6 +11,8 @@ os.environ["TRANSFORMERS_VERBOSITY"] = "error"
 
 import pytest
 import torch
+
+from programs import Programs
 
 
 def pytest_collection_finish() -> None:
@@ -53,3 +56,10 @@ def smollm2() -> Path:
         return fetch_smollm2(local_files_only=True)
     except OfflineError as error:
         pytest.skip(f"{error}; `quintet info smollm2` fetches it")
+
+
+@pytest.fixture(scope="session")
+def programs() -> Iterator[Programs]:
+    """What starts programs of Python without importing torch for each."""
+    with Programs() as running:
+        yield running
