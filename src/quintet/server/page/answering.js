@@ -4,7 +4,7 @@ const SHOWN_EVERY = 40; // milliseconds between two looks of an answer as it gro
 const KEPT_EVERY = 2000; // and between two times it is stored
 
 function currentModel() {
-  return state.models.find((model) => model.id === state.current.model) ?? state.models[0] ?? { id: "", context: 0, defaults: {}, thinking: null };
+  return models.find((model) => model.id === current.model) ?? models[0] ?? { id: "", defaults: {} };
 }
 
 /** Whether a key sends; it does not while it chooses among letters of a script. */
@@ -12,64 +12,61 @@ function sends(event) {
   return event.key === "Enter" && !event.shiftKey && !event.isComposing;
 }
 
+function put(text) {
+  if (current.leaf === null && !current.named) current.title = titleFor(text);
+  addMessage(current, { role: "user", content: text });
+  answer(current);
+}
+
 function send(text) {
-  const conversation = state.current;
-  if (!branch(conversation).length && !conversation.named) conversation.title = titleFor(text);
-  dropFailed(conversation);
-  addMessage(conversation, { role: "user", content: text });
-  if (!state.conversations.includes(conversation)) state.conversations.unshift(conversation);
-  answer(conversation);
+  const last = branch(current).at(-1);
+  if (last?.error && !last.content) dropMessage(current, last);
+  if (!talks.includes(current)) talks.unshift(current);
+  put(text);
 }
 
 /** Send a message in other words: a branch beside it. */
 function resend(message, text) {
-  const conversation = state.current;
-  const first = message.parent === null;
-  if (first && !conversation.named) conversation.title = titleFor(text);
-  conversation.leaf = message.parent;
-  addMessage(conversation, { role: "user", content: text });
-  answer(conversation);
+  current.leaf = message.parent;
+  put(text);
 }
 
 /** Another answer to the same message, beside the one there is unless that failed. */
 function answerAgain(reply) {
-  if (state.running.has(state.current.id)) return;
-  state.current.leaf = reply.parent;
-  if (reply.error && !reply.content) dropMessage(state.current, reply);
-  answer(state.current);
+  if (runs.has(current.id)) return;
+  current.leaf = reply.parent;
+  if (reply.error && !reply.content) dropMessage(current, reply);
+  answer(current);
 }
 
 function goOn(reply) {
-  if (!state.running.has(state.current.id)) answer(state.current, reply);
+  if (!runs.has(current.id)) answer(current, reply);
 }
 
-function stop(conversation = state.current) {
-  state.running.get(conversation.id)?.controller.abort();
-}
-
-function dropFailed(conversation) {
-  const last = branch(conversation).at(-1);
-  if (last?.error && !last.content) dropMessage(conversation, last);
+function stop(talk = current) {
+  runs.get(talk.id)?.controller.abort();
 }
 
 /** Ask for an answer to the branch that is shown, or for the rest of one that was cut. */
-async function answer(conversation, begun = null) {
-  const body = bodyFor(conversation, begun);
-  const reply = begun ?? addMessage(conversation, { role: "assistant", content: "", reasoning: "", model: body.model });
-  const run = { reply, controller: new AbortController(), phase: "waiting", since: performance.now(), asked: performance.now(), pieces: 0, first: 0, last: 0 };
+async function answer(talk, begun = null) {
+  const body = bodyFor(talk, begun);
+  const empty = { role: "assistant", content: "", reasoning: "", model: body.model };
+  const reply = begun ?? addMessage(talk, empty);
+  const asked = performance.now();
+  const run = { reply, controller: new AbortController(), phase: "waiting", asked, since: asked, pieces: 0 };
   const before = begun?.figures?.tokens ?? 0;
   delete reply.error;
   delete reply.ended;
-  state.running.set(conversation.id, run);
-  keep(conversation);
+  runs.set(talk.id, run);
+  keep(talk);
   showConversations();
-  if (conversation === state.current) {
+  if (talk === current) {
     showConversation();
     toEnd();
   }
   const show = () => following(() => showMessage(reply));
-  const ticking = setInterval(() => ["waiting", "reading"].includes(run.phase) && show(), 1000);
-  const storing = setInterval(() => keep(conversation), KEPT_EVERY);
+  const ticking = setInterval(() => run.pieces || show(), 1000);
+  const storing = setInterval(() => keep(talk), KEPT_EVERY);
   let refused = false;
   try {
     let shown = 0;
@@ -92,24 +89,18 @@ async function answer(conversation, begun = null) {
   }
   clearInterval(ticking);
   clearInterval(storing);
-  state.running.delete(conversation.id);
-  conversation.updated = Date.now();
-  keep(conversation);
+  runs.delete(talk.id);
+  talk.updated = Date.now();
+  keep(talk);
   showConversations();
-  if (conversation === state.current) {
+  if (talk === current) {
     following(() => {
       showMessage(reply);
       showState();
     });
-    // Buttons of other messages may go through branches again.
-    for (const [id, view] of views) if (id !== reply.id) refreshActions(conversation.messages[id], view);
     if (!reply.error) say(spoken(reply));
     if (refused && (await askForKey())) answerAgain(reply);
   }
-}
-
-function refreshActions(message, view) {
-  if (!view.actions.contains(document.activeElement)) view.actions.replaceChildren(...actionsOf(message));
 }
 
 function spoken(reply) {
@@ -147,20 +138,21 @@ function hear(run, piece, before) {
       total: prompt + tokens,
       cached: details?.cached_tokens ?? 0,
       first: (run.first - run.asked) / 1000,
-      // Of two parts of an answer, the speed of the later one.
-      seconds: ((run.last - run.first) / 1000) * ((before + tokens - 1) / Math.max(tokens - 1, 1)),
+      // Of an answer in two parts, the speed of the later one.
+      speed: run.last > run.first ? ((tokens - 1) * 1000) / (run.last - run.first) : 0,
     };
   }
 }
 
-function bodyFor(conversation, begun) {
+function bodyFor(talk, begun) {
   const model = currentModel();
-  const { system, thinking, ...sampling } = conversation.settings;
+  const { system, thinking, ...sampling } = talk.settings;
   // What a model thought is not part of what it reads.
-  const messages = branch(conversation).filter(({ content }) => content).map(({ role, content }) => ({ role, content }));
+  const messages = branch(talk).map(({ role, content }) => ({ role, content })).filter(({ content }) => content);
   if (system) messages.unshift({ role: "system", content: system });
-  const body = { model: model.id, messages, stream: true, stream_options: { include_usage: true }, ...sampling };
-  if (thinking && model.thinking) body.chat_template_kwargs = { [model.thinking]: thinking === "on" };
+  const stream = { stream: true, stream_options: { include_usage: true } };
+  const body = { model: model.id, messages, ...stream, ...sampling };
+  if (thinking && model.thinking) body.reasoning_effort = thinking === "on" ? "medium" : "none";
   if (begun) body.continue_final_message = true;
   return body;
 }
@@ -176,5 +168,5 @@ async function askForKey() {
   });
   if (!key) return false;
   setApiKey(key);
-  return state.models.length > 0 || (await loadModels());
+  return models.length > 0 || (await loadModels());
 }

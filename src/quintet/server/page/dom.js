@@ -15,11 +15,13 @@ function make(tag, properties = {}, ...children) {
   return element;
 }
 
+/** A drawing of the page by its name. */
 function icon(name) {
   const space = "http://www.w3.org/2000/svg";
   const svg = document.createElementNS(space, "svg");
   const use = document.createElementNS(space, "use");
   svg.setAttribute("class", "icon");
+  svg.setAttribute("viewBox", "0 0 20 20");
   svg.setAttribute("aria-hidden", "true");
   use.setAttribute("href", `#i-${name}`);
   svg.append(use);
@@ -30,9 +32,16 @@ function setIcon(button, name) {
   button.querySelector("use").setAttribute("href", `#i-${name}`);
 }
 
+function button(text, click, kind = "quiet") {
+  return make("button", { type: "button", class: kind, click }, text);
+}
+
 /** A button that shows an icon and is read as its label. */
 function iconButton(name, label, click) {
-  return make("button", { type: "button", class: "plain", "aria-label": label, title: label, click }, icon(name));
+  const made = button(icon(name), click, "plain");
+  made.title = label;
+  made.setAttribute("aria-label", label);
+  return made;
 }
 
 /** Copy a text; outside of https and localhost browsers have no clipboard but that of a selection. */
@@ -51,14 +60,14 @@ async function copy(text) {
 
 /** A button that copies what `text` returns, and shows for a moment that it did. */
 function copyButton(label, text) {
-  const button = iconButton("copy", label, async () => {
+  const made = iconButton("copy", label, async () => {
     await copy(text());
-    setIcon(button, "done");
+    setIcon(made, "done");
     say("Copied");
-    button.focus();
-    setTimeout(() => setIcon(button, "copy"), 1500);
+    made.focus();
+    setTimeout(() => setIcon(made, "copy"), 1500);
   });
-  return button;
+  return made;
 }
 
 /** Have a screen reader read a text when it has nothing else to read. */
@@ -68,8 +77,12 @@ function say(text) {
   setTimeout(() => ($("announcer").textContent = text), 30);
 }
 
+function number(count) {
+  return count.toLocaleString("en");
+}
+
 function counted(count, unit) {
-  return `${count.toLocaleString("en")} ${unit}${count === 1 ? "" : "s"}`;
+  return `${number(count)} ${unit}${count === 1 ? "" : "s"}`;
 }
 
 /** Offer a text as a file. */

@@ -4,31 +4,31 @@ const narrow = matchMedia("(max-width: 820px)");
 
 function showConversations() {
   $("conversations").replaceChildren(
-    ...state.conversations.map((conversation) => {
-      const current = conversation === state.current;
-      const running = state.running.has(conversation.id);
+    ...talks.map((talk) => {
       const choose = () => {
-        open(conversation);
+        open(talk);
         if (narrow.matches) showDrawer(false);
         $("box").focus();
       };
-      const button = make("button", { type: "button", title: conversation.title, "aria-current": current ? "true" : null, click: choose }, make("span", { dir: "auto" }, conversation.title));
-      if (running) button.append(make("span", { class: "dot", role: "img", "aria-label": "answering" }));
-      return make("li", {}, button);
+      const made = button(make("span", { dir: "auto" }, talk.title), choose, "");
+      made.title = talk.title;
+      if (talk === current) made.ariaCurrent = "true";
+      if (runs.has(talk.id)) made.append(make("span", { class: "dot", role: "img", "aria-label": "answering" }));
+      return make("li", {}, made);
     }),
   );
 }
 
 /** Show a conversation, at its end. */
-function open(conversation) {
-  if (state.current && state.current !== conversation) state.current.draft = $("box").value;
-  state.current = conversation;
-  $("box").value = conversation.draft ?? "";
+function open(talk) {
+  if (current && current !== talk) current.draft = $("box").value;
+  current = talk;
+  $("box").value = talk.draft ?? "";
   grow();
   showConversation();
   showConversations();
   toEnd();
-  prefer({ last: conversation.id });
+  prefer({ last: talk.id });
 }
 
 function begin() {
@@ -55,53 +55,49 @@ function toggleDrawer() {
 }
 
 async function rename() {
-  const conversation = state.current;
-  const title = await ask({ title: "Rename the conversation", yes: "Rename", value: conversation.title });
+  const talk = current;
+  const title = await ask({ title: "Rename the conversation", yes: "Rename", value: talk.title });
   if (!title) return;
-  Object.assign(conversation, { title: title.slice(0, 200), named: true });
-  keep(conversation);
+  Object.assign(talk, { title: title.slice(0, 200), named: true });
+  keep(talk);
   showConversation();
   showConversations();
 }
 
 async function remove() {
-  const conversation = state.current;
-  const sure = await ask({ title: "Delete the conversation?", text: `“${conversation.title}” is in this browser alone, and cannot be brought back.`, yes: "Delete" });
+  const talk = current;
+  const sure = await ask({ title: "Delete the conversation?", text: `“${talk.title}” is in this browser alone, and cannot be brought back.`, yes: "Delete" });
   if (!sure) return;
-  stop(conversation);
+  stop(talk);
   // An answer that still ends must not bring it back.
-  conversation.leaf = null;
-  forget(conversation);
-  state.conversations = state.conversations.filter((each) => each !== conversation);
-  open(state.conversations[0] ?? newConversation());
+  talk.leaf = null;
+  forget(talk);
+  talks = talks.filter((each) => each !== talk);
+  open(talks[0] ?? newConversation());
   $("box").focus();
 }
 
 function save(ending, type, text) {
-  const name = state.current.title.replace(/[^\p{L}\p{N}]+/gu, "-").replace(/^-+|-+$/g, "").slice(0, 60);
+  const name = current.title.replace(/[^\p{L}\p{N}]+/gu, "-").replace(/^-+|-+$/g, "").slice(0, 60);
   download(`${name || "conversation"}.${ending}`, type, text);
 }
 
 async function openFile(file) {
-  const conversation = file.size > 20e6 ? null : fromJson(await file.text());
-  if (conversation === null) {
+  const talk = file.size > 20e6 ? null : fromJson(await file.text());
+  if (talk === null) {
     notice(`${file.name} holds no conversation. What this page exports as JSON does, and what /save of quintet chat writes.`);
     return;
   }
-  state.conversations.unshift(conversation);
-  keep(conversation);
-  open(conversation);
+  talks.unshift(talk);
+  keep(talk);
+  open(talk);
 }
 
 /** Take over what another tab of this browser changed. */
 function hearOtherTabs(event) {
-  if (!event.key?.startsWith(CHAT)) return;
-  const id = event.key.slice(CHAT.length);
-  if (state.running.has(id)) return;
-  const changed = event.newValue === null ? null : read(event.key);
-  const others = state.conversations.filter((each) => each.id !== id);
-  state.conversations = isConversation(changed) ? [changed, ...others].sort((a, b) => b.updated - a.updated) : others;
-  if (state.current.id !== id) showConversations();
-  else if (isConversation(changed)) open(changed);
-  else showConversations();
+  if (runs.size || !event.key?.startsWith(CHAT)) return;
+  talks = storedConversations();
+  const same = talks.find((each) => each.id === current.id);
+  if (!same || same.updated === current.updated) showConversations();
+  else open(Object.assign(same, { draft: $("box").value }));
 }

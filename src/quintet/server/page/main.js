@@ -1,10 +1,12 @@
 // The page comes to life: buttons, keys, and what was kept from the last time.
 
+const SHORTCUTS = { "shift o": begin, b: toggleDrawer, ",": showSettings, "/": () => $("shortcuts").showModal() };
+
 /** Say something above the conversation until it is taken away. */
 function notice(text, again = null) {
   const close = () => $("notice").replaceChildren();
-  const retry = again && make("button", { type: "button", class: "quiet", click: () => (close(), again()) }, "Try again");
-  $("notice").replaceChildren(make("p", {}, text), ...[retry, iconButton("close", "Close", close)].filter(Boolean));
+  $("notice").replaceChildren(make("p", {}, text), iconButton("close", "Close", close));
+  if (again) $("notice").append(button("Try again", () => (close(), again())));
 }
 
 /** Make the box as high as its text, up to a limit of the style. */
@@ -16,32 +18,25 @@ function grow() {
 
 function submit() {
   const text = $("box").value.trim();
-  if (!text || state.running.has(state.current.id)) return;
+  if (!text || runs.has(current.id)) return;
   $("box").value = "";
   grow();
   send(text);
 }
 
 function hearKeys(event) {
-  const control = event.ctrlKey || event.metaKey;
-  const dialog = document.querySelector("dialog[open]");
-  if (event.key === "Escape" && !dialog) {
+  // Dialogs have keys of their own.
+  if (document.querySelector("dialog[open]")) return;
+  if (event.key === "Escape") {
     if ($("menu").open) closeMenu();
     else if (!$("shade").hidden) toggleDrawer();
     else stop();
-  } else if (control && !dialog && event.shiftKey && event.key.toLowerCase() === "o") {
-    event.preventDefault();
-    begin();
-  } else if (control && !dialog && !event.shiftKey && event.key.toLowerCase() === "b") {
-    event.preventDefault();
-    toggleDrawer();
-  } else if (control && !dialog && event.key === ",") {
-    event.preventDefault();
-    showSettings();
-  } else if (control && !dialog && event.key === "/") {
-    event.preventDefault();
-    $("shortcuts").showModal();
   }
+  if (!event.ctrlKey && !event.metaKey) return;
+  const act = SHORTCUTS[(event.shiftKey ? "shift " : "") + event.key.toLowerCase()];
+  if (!act) return;
+  event.preventDefault();
+  act();
 }
 
 function hearBox(event) {
@@ -49,7 +44,7 @@ function hearBox(event) {
     event.preventDefault();
     submit();
   } else if (event.key === "ArrowUp" && !$("box").value) {
-    const last = branch(state.current).findLast((message) => message.role === "user");
+    const last = branch(current).findLast((message) => message.role === "user");
     if (last) {
       event.preventDefault();
       editMessage(last);
@@ -63,51 +58,54 @@ function closeMenu() {
 }
 
 function listen() {
-  $("composer").addEventListener("submit", (event) => {
+  for (const element of document.querySelectorAll("[data-icon]")) element.prepend(icon(element.dataset.icon));
+  $("composer").onsubmit = (event) => {
     event.preventDefault();
-    if (state.running.has(state.current.id)) stop();
+    if (runs.has(current.id)) stop();
     else submit();
-  });
-  $("box").addEventListener("keydown", hearBox);
-  $("box").addEventListener("input", () => {
+  };
+  $("box").onkeydown = hearBox;
+  $("box").oninput = () => {
     grow();
     showState();
-  });
-  $("new").addEventListener("click", begin);
-  $("toggle").addEventListener("click", toggleDrawer);
-  $("shade").addEventListener("click", toggleDrawer);
-  $("theme").addEventListener("click", nextTheme);
-  $("help").addEventListener("click", () => $("shortcuts").showModal());
-  $("import").addEventListener("click", () => $("file").click());
-  $("file").addEventListener("change", async () => {
+  };
+  $("file").onchange = async () => {
     if ($("file").files[0]) await openFile($("file").files[0]);
     $("file").value = "";
-  });
-  $("tune").addEventListener("click", showSettings);
-  $("defaults").addEventListener("click", backToDefaults);
-  $("system").addEventListener("input", () => set("system", $("system").value));
-  $("thinking").addEventListener("change", () => set("thinking", $("thinking").value));
-  $("key").addEventListener("change", async () => {
+  };
+  $("system").oninput = () => set("system", $("system").value);
+  $("thinking").onchange = () => set("thinking", $("thinking").value);
+  $("key").onchange = () => {
     setApiKey($("key").value.trim());
-    if (!state.models.length) await loadModels();
-  });
-  $("model").addEventListener("change", () => chooseModel($("model").value));
-  $("latest").addEventListener("click", toEnd);
-  $("scroll").addEventListener("scroll", () => ($("latest").hidden = atEnd()), { passive: true });
+    if (!models.length) loadModels();
+  };
+  $("model").onchange = () => chooseModel($("model").value);
+  $("scroll").onscroll = () => ($("latest").hidden = atEnd());
+  for (const [id, act] of Object.entries({
+    new: begin,
+    toggle: toggleDrawer,
+    shade: toggleDrawer,
+    theme: nextTheme,
+    help: () => $("shortcuts").showModal(),
+    import: () => $("file").click(),
+    tune: showSettings,
+    defaults: backToDefaults,
+    latest: toEnd,
+  })) {
+    $(id).onclick = act;
+  }
   for (const [id, act] of Object.entries({
     rename,
     delete: remove,
-    "save-markdown": () => save("md", "text/markdown", asMarkdown(state.current)),
-    "save-json": () => save("json", "application/json", asJson(state.current)),
+    "save-markdown": () => save("md", "text/markdown", asMarkdown(current)),
+    "save-json": () => save("json", "application/json", asJson(current)),
   })) {
-    $(id).addEventListener("click", () => {
+    $(id).onclick = () => {
       closeMenu();
       act();
-    });
+    };
   }
-  for (const button of document.querySelectorAll("[data-close]")) {
-    button.addEventListener("click", () => button.closest("dialog").close());
-  }
+  for (const each of document.querySelectorAll("[data-close]")) each.onclick = () => each.closest("dialog").close();
   document.addEventListener("click", (event) => {
     if ($("menu").open && !$("menu").contains(event.target)) $("menu").open = false;
     // The shade of a dialog is the dialog itself, outside of what it holds.
@@ -116,7 +114,7 @@ function listen() {
   document.addEventListener("keydown", hearKeys);
   addEventListener("storage", hearOtherTabs);
   addEventListener("pagehide", () => {
-    for (const conversation of state.conversations) if (state.running.has(conversation.id)) keep(conversation);
+    for (const talk of talks) if (runs.has(talk.id)) keep(talk);
   });
   narrow.addEventListener("change", () => showDrawer(!narrow.matches && (preferences.drawer ?? true)));
 }
@@ -124,9 +122,9 @@ function listen() {
 showTheme(THEMES.includes(preferences.theme) ? preferences.theme : "system");
 makeFields();
 listen();
-state.conversations = storedConversations();
-state.current = state.conversations.find((each) => each.id === preferences.last) ?? newConversation();
+talks = storedConversations();
+current = talks.find((each) => each.id === preferences.last) ?? newConversation();
 showDrawer(!narrow.matches && (preferences.drawer ?? true));
-open(state.current);
+open(current);
 loadModels();
 $("box").focus();

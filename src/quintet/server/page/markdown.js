@@ -33,141 +33,118 @@ function showMarkdown(element, text) {
 /** Part lines into blocks: what they say, and a function that makes the element. */
 function blocksOf(lines, depth) {
   const blocks = [];
-  let at = 0;
-  while (at < lines.length) {
-    if (!lines[at].trim()) {
-      at += 1;
-      continue;
-    }
-    const [end, build] = blockAt(lines, at, depth);
-    blocks.push({ raw: lines.slice(at, end).join("\n"), make: build });
-    at = end;
+  for (let at = 0; at < lines.length; ) {
+    if (lines[at].trim()) {
+      const [end, build] = blockAt(lines, at, depth);
+      blocks.push({ raw: lines.slice(at, end).join("\n"), make: build });
+      at = end;
+    } else at += 1;
   }
   return blocks;
 }
 
 function fill(element, lines, depth) {
-  for (const block of blocksOf(lines, depth)) element.append(block.make());
+  element.append(...blocksOf(lines, depth).map((block) => block.make()));
   return element;
 }
 
-/** Return where the block that begins at a line ends, and how it is made. */
-function blockAt(lines, at, depth) {
-  const line = lines[at];
-  let found;
-  if ((found = FENCE.exec(line))) return fenceAt(lines, at, found[1], found[2].trim());
-  if ((found = HEADING.exec(line))) {
-    // The page's own heading is the first.
-    const level = Math.min(found[1].length + 1, 6);
-    let text = found[2].trimEnd();
-    while (text.endsWith("#")) text = text.slice(0, -1);
-    return [at + 1, () => spans(make(`h${level}`), text.trimEnd())];
-  }
-  if (RULE.test(line)) return [at + 1, () => make("hr")];
-  if (depth < DEEPEST && QUOTE.test(line)) {
-    let end = at;
-    while (end < lines.length && QUOTE.test(lines[end])) end += 1;
-    const inner = lines.slice(at, end).map((each) => each.replace(QUOTE, ""));
-    return [end, () => fill(make("blockquote"), inner, depth + 1)];
-  }
-  if (depth < DEEPEST && ITEM.test(line)) return listAt(lines, at, depth);
-  if (isTable(lines, at)) return tableAt(lines, at);
-  let end = at + 1;
-  while (end < lines.length && lines[end].trim() && !begins(lines, end, depth)) end += 1;
-  const text = lines.slice(at, end).join("\n");
-  return [end, () => spans(make("p", { dir: "auto" }), text)];
-}
+// What a block begins with, and who reads it: gives where it ends and how it is made.
+const KINDS = [
+  [(line) => FENCE.exec(line), fenceAt],
+  [(line) => HEADING.exec(line), headingAt],
+  [(line) => RULE.exec(line), (lines, at) => [at + 1, () => make("hr")]],
+  [(line, next, depth) => depth < DEEPEST && QUOTE.exec(line), quoteAt],
+  [(line, next, depth) => depth < DEEPEST && ITEM.exec(line), listAt],
+  [(line, next) => line.includes("|") && next.length < REACH && COLUMNS.test(next), tableAt],
+];
 
 function begins(lines, at, depth) {
-  const line = lines[at];
-  if (FENCE.test(line) || HEADING.test(line) || RULE.test(line) || isTable(lines, at)) return true;
-  return depth < DEEPEST && (QUOTE.test(line) || ITEM.test(line));
+  return KINDS.some(([starts]) => starts(lines[at], lines[at + 1] ?? "", depth));
 }
 
-function fenceAt(lines, at, fence, language) {
+function blockAt(lines, at, depth) {
+  for (const [starts, take] of KINDS) {
+    const found = starts(lines[at], lines[at + 1] ?? "", depth);
+    if (found) return take(lines, at, found, depth);
+  }
   let end = at + 1;
-  const closes = (line) => {
-    const bare = line.trim();
-    return bare.length >= fence.length && bare === fence[0].repeat(bare.length);
-  };
-  while (end < lines.length && !closes(lines[end])) end += 1;
+  while (end < lines.length && lines[end].trim() && !begins(lines, end, depth)) end += 1;
+  return [end, () => spans(make("p", { dir: "auto" }), lines.slice(at, end).join("\n"))];
+}
+
+function fenceAt(lines, at, [, fence, language]) {
+  const closes = (line) => line.length >= fence.length && line === fence[0].repeat(line.length);
+  let end = at + 1;
+  while (end < lines.length && !closes(lines[end].trim())) end += 1;
   const text = lines.slice(at + 1, end).join("\n");
-  return [Math.min(end + 1, lines.length), () => codeBlock(text, language.split(/\s/, 1)[0].slice(0, 32))];
+  const name = language.trim().split(/\s/, 1)[0].slice(0, 32);
+  return [Math.min(end + 1, lines.length), () => codeBlock(text, name)];
 }
 
 function codeBlock(text, language) {
-  const label = language ? `Code in ${language}` : "Code";
-  return make(
-    "div",
-    { class: "code" },
-    make("div", { class: "bar" }, make("span", {}, language || "text"), copyButton("Copy the code", () => text)),
-    // Who scrolls by keys has to get there.
-    make("pre", { tabindex: "0", role: "region", "aria-label": label }, make("code", {}, text)),
-  );
+  const bar = make("div", { class: "bar" }, make("span", {}, language || "text"), copyButton("Copy the code", () => text));
+  // Who scrolls by keys has to get there.
+  const place = { tabindex: "0", role: "region", "aria-label": language ? `Code in ${language}` : "Code" };
+  return make("div", { class: "code" }, bar, make("pre", place, make("code", {}, text)));
 }
 
-function listAt(lines, at, depth) {
-  const first = ITEM.exec(lines[at]);
-  const ordered = /\d/.test(first[2]);
+function headingAt(lines, at, [, signs, text]) {
+  let end = text.trimEnd().length;
+  while (text[end - 1] === "#") end -= 1;
+  // The page's own heading is the first.
+  return [at + 1, () => spans(make(`h${Math.min(signs.length + 1, 6)}`), text.slice(0, end).trim())];
+}
+
+function quoteAt(lines, at, found, depth) {
+  let end = at;
+  while (end < lines.length && QUOTE.test(lines[end])) end += 1;
+  const inner = lines.slice(at, end).map((line) => line.replace(QUOTE, ""));
+  return [end, () => fill(make("blockquote"), inner, depth + 1)];
+}
+
+function listAt(lines, at, [, outer, mark], depth) {
+  const ordered = mark.length > 1;
   const items = [];
+  const indentOf = (line) => line.length - line.trimStart().length;
   let end = at;
   while (end < lines.length) {
     const found = ITEM.exec(lines[end]);
-    if (!found || /\d/.test(found[2]) !== ordered || found[1].length > first[1].length + 1) break;
-    if (RULE.test(lines[end])) break;
-    const inside = found[1].length + found[2].length + 1;
+    if (!found || found[2].length > 1 !== ordered || found[1].length > outer.length + 1 || RULE.test(lines[end])) break;
     const item = [lines[end].slice(found[0].length)];
-    end += 1;
-    while (end < lines.length) {
+    const text = found[1].length + found[2].length + 1;
+    const belongs = (line) => line?.trim() && indentOf(line) >= Math.min(text, outer.length + 2);
+    for (end += 1; end < lines.length; end += 1) {
       const line = lines[end];
-      const indent = line.length - line.trimStart().length;
-      if (!line.trim()) {
-        // A blank line is part of an item that goes on behind it.
-        const next = lines[end + 1] ?? "";
-        if (next.trim() && next.length - next.trimStart().length >= Math.min(inside, first[1].length + 2)) item.push("");
-        else break;
-      } else if (indent >= Math.min(inside, first[1].length + 2)) item.push(line.slice(Math.min(indent, inside)));
-      else if (!begins(lines, end, depth) && item.at(-1).trim()) item.push(line);
+      if (belongs(line)) item.push(line.slice(Math.min(indentOf(line), text)));
+      else if (line.trim() ? item.at(-1).trim() && !begins(lines, end, depth) : belongs(lines[end + 1])) item.push(line.trim());
       else break;
-      end += 1;
     }
     items.push(item);
-    if (end + 1 < lines.length && !lines[end].trim() && ITEM.test(lines[end + 1])) end += 1;
+    if (!lines[end]?.trim() && ITEM.test(lines[end + 1] ?? "")) end += 1;
   }
-  const start = ordered ? Number.parseInt(first[2], 10) : null;
-  return [
-    Math.max(end, at + 1),
-    () => make(ordered ? "ol" : "ul", { start: start === 1 ? null : start }, ...items.map((item) => fill(make("li"), item, depth + 1))),
-  ];
-}
-
-function isTable(lines, at) {
-  const next = lines[at + 1];
-  return next !== undefined && lines[at].includes("|") && next.includes("-") && next.length < REACH && COLUMNS.test(next);
+  const start = ordered && mark !== "1." ? Number.parseInt(mark, 10) : null;
+  const build = () => make(ordered ? "ol" : "ul", { start }, ...items.map((item) => fill(make("li"), item, depth + 1)));
+  return [Math.max(end, at + 1), build];
 }
 
 function tableAt(lines, at) {
   let end = at + 2;
   while (end < lines.length && lines[end].includes("|")) end += 1;
-  const sides = cells(lines[at + 1]).map((cell) => (cell.endsWith(":") ? (cell.startsWith(":") ? "center" : "right") : null));
+  const sides = cells(lines[at + 1]).map((cell) => (cell.endsWith(":") ? (cell[0] === ":" ? "center" : "right") : null));
   const row = (line, tag) => {
     const made = cells(line).slice(0, sides.length);
     return make("tr", {}, ...made.map((cell, column) => spans(make(tag, { class: sides[column] }), cell)));
   };
-  const body = lines.slice(at + 2, end);
-  return [
-    end,
-    () =>
-      make(
-        "div",
-        { class: "table", tabindex: "0", role: "region", "aria-label": "Table" },
-        make("table", {}, make("thead", {}, row(lines[at], "th")), make("tbody", {}, ...body.map((line) => row(line, "td")))),
-      ),
-  ];
+  const build = () => {
+    const body = lines.slice(at + 2, end).map((line) => row(line, "td"));
+    const table = make("table", {}, make("thead", {}, row(lines[at], "th")), make("tbody", {}, ...body));
+    return make("div", { class: "table", tabindex: "0", role: "region", "aria-label": "Table" }, table);
+  };
+  return [end, build];
 }
 
 function cells(line) {
-  return line.trim().replace(/^\|/, "").replace(/\|$/, "").split("|").map((cell) => cell.trim());
+  return line.trim().replace(/^\||\|$/g, "").split("|").map((cell) => cell.trim());
 }
 
 /** Add a text to an element, with what is written inside of lines. */

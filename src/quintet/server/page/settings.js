@@ -27,17 +27,17 @@ function makeFields() {
 }
 
 function set(name, value) {
-  const { settings } = state.current;
+  const { settings } = current;
   if (value === undefined || value === "") delete settings[name];
   else settings[name] = value;
-  keep(state.current);
+  keep(current);
   // A system prompt belongs to its conversation; how answers are drawn is a habit.
   const { system, ...habits } = settings;
   prefer({ settings: habits });
 }
 
 function showSettings() {
-  const { settings } = state.current;
+  const { settings } = current;
   const model = currentModel();
   for (const { name, hint } of FIELDS) {
     const input = $(`set-${name}`);
@@ -55,7 +55,7 @@ function showSettings() {
 }
 
 function backToDefaults() {
-  for (const name of Object.keys(state.current.settings)) if (name !== "system") set(name, undefined);
+  for (const name of Object.keys(current.settings)) if (name !== "system") set(name, undefined);
   showSettings();
 }
 
@@ -63,14 +63,14 @@ function backToDefaults() {
 async function loadModels() {
   try {
     const said = await (await request("page/config")).json();
-    state.models = said.models;
+    models = said.models;
   } catch (error) {
     if (error.status === 401) return askForKey();
     notice(error.message, () => loadModels());
     return false;
   }
-  $("model").replaceChildren(...state.models.map(({ id }) => make("option", { value: id }, id)));
-  $("model").disabled = state.models.length < 2;
+  $("model").replaceChildren(...models.map(({ id }) => make("option", { value: id }, id)));
+  $("model").disabled = models.length < 2;
   showModel();
   showState();
   return true;
@@ -87,9 +87,9 @@ function showModel() {
 }
 
 function chooseModel(id) {
-  state.current.model = id;
+  current.model = id;
   prefer({ model: id });
-  keep(state.current);
+  keep(current);
   showModel();
   showState();
 }

@@ -4,13 +4,22 @@
 
 const CHAT = "quintet.chat.";
 const PREFERENCES = "quintet.preferences";
+const UNNAMED = "New conversation";
 const preferences = read(PREFERENCES) ?? {};
+
+function parsed(text) {
+  try {
+    return JSON.parse(text);
+  } catch {
+    return null;
+  }
+}
 
 function read(key) {
   try {
-    return JSON.parse(localStorage.getItem(key));
+    return parsed(localStorage.getItem(key));
   } catch {
-    return null; // no storage, or not ours
+    return null; // a browser without storage
   }
 }
 
@@ -29,11 +38,13 @@ function prefer(changes) {
 }
 
 function isConversation(value) {
-  return (
-    typeof value === "object" && value !== null && typeof value.id === "string" && typeof value.title === "string" &&
-    typeof value.messages === "object" && value.messages !== null && typeof value.settings === "object" && value.settings !== null &&
-    Object.values(value.messages).every((each) => each && (each.role === "user" || each.role === "assistant") && typeof each.content === "string")
-  );
+  const { id, title, messages, settings } = value ?? {};
+  if (typeof id !== "string" || typeof title !== "string" || !settings || !messages) return false;
+  return Object.values(messages).every(isMessage);
+}
+
+function isMessage(value) {
+  return ["system", "user", "assistant"].includes(value?.role) && typeof value.content === "string";
 }
 
 /** Every conversation in this browser, the latest first. */
@@ -50,7 +61,8 @@ function storedConversations() {
 
 function newConversation() {
   const settings = { ...preferences.settings };
-  return { id: newId(), title: "New conversation", model: preferences.model, settings, messages: {}, leaf: null, updated: Date.now() };
+  const { model } = preferences;
+  return { id: newId(), title: UNNAMED, model, settings, messages: {}, leaf: null, updated: Date.now() };
 }
 
 function newId() {
@@ -58,99 +70,92 @@ function newId() {
 }
 
 /** Keep a conversation; one without a message is not worth a place. */
-function keep(conversation) {
-  if (conversation.leaf === null) return;
-  if (!write(CHAT + conversation.id, conversation)) {
-    notice("This browser has no room left: export or delete conversations, or this one is lost with the page.");
+function keep(talk) {
+  if (talk.leaf === null) return;
+  if (!write(CHAT + talk.id, talk)) {
+    notice("This browser has no room left; export this conversation, or delete others.");
   }
 }
 
-function forget(conversation) {
+function forget(talk) {
   try {
-    localStorage.removeItem(CHAT + conversation.id);
+    localStorage.removeItem(CHAT + talk.id);
   } catch {
     // It was never kept.
   }
 }
 
 /** Put a message behind its parent, at the end of the branch that is shown. */
-function addMessage(conversation, message) {
+function addMessage(talk, message) {
   const id = newId();
-  conversation.messages[id] = { id, parent: conversation.leaf, at: Date.now(), ...message };
-  conversation.leaf = id;
-  conversation.updated = Date.now();
-  return conversation.messages[id];
+  talk.messages[id] = { id, parent: talk.leaf, at: Date.now(), ...message };
+  talk.leaf = id;
+  talk.updated = Date.now();
+  return talk.messages[id];
 }
 
 /** Take a message without answers away. */
-function dropMessage(conversation, message) {
-  delete conversation.messages[message.id];
-  if (conversation.leaf === message.id) conversation.leaf = message.parent;
+function dropMessage(talk, message) {
+  delete talk.messages[message.id];
+  if (talk.leaf === message.id) talk.leaf = message.parent;
 }
 
 /** The messages of the branch that is shown, in order. */
-function branch(conversation) {
+function branch(talk) {
   const messages = [];
   // A file may hold anything, a circle too.
   const seen = new Set();
-  for (let id = conversation.leaf; id && !seen.has(id) && conversation.messages[id]; id = conversation.messages[id].parent) {
-    seen.add(id);
-    messages.push(conversation.messages[id]);
+  for (let next = talk.messages[talk.leaf]; next && !seen.has(next); next = talk.messages[next.parent]) {
+    seen.add(next);
+    messages.unshift(next);
   }
-  return messages.reverse();
+  return messages;
 }
 
-function childrenOf(conversation, parent) {
-  return Object.values(conversation.messages).filter((message) => message.parent === parent);
+function childrenOf(talk, parent) {
+  return Object.values(talk.messages).filter((message) => message.parent === parent);
 }
 
 /** Show the branch through a message, to the end that was added last. */
-function showBranch(conversation, message) {
-  const seen = new Set();
-  let next = message;
-  while (next && !seen.has(next.id)) {
-    seen.add(next.id);
-    conversation.leaf = next.id;
-    next = childrenOf(conversation, next.id).at(-1);
-  }
+function showBranch(talk, message) {
+  for (let next = message; next; next = childrenOf(talk, next.id).at(-1)) talk.leaf = next.id;
 }
 
 /** The branch as `quintet chat` saves and loads it. */
-function asJson(conversation) {
-  const { system } = conversation.settings;
-  const messages = branch(conversation).map(({ role, content, reasoning }) => ({ role, content, ...(reasoning && { reasoning_content: reasoning }) }));
+function asJson(talk) {
+  const { system } = talk.settings;
+  const messages = branch(talk).map(({ role, content, reasoning }) => {
+    return { role, content, ...(reasoning && { reasoning_content: reasoning }) };
+  });
   if (system) messages.unshift({ role: "system", content: system });
-  return JSON.stringify({ title: conversation.title, model: conversation.model, messages }, null, 2) + "\n";
+  return JSON.stringify({ title: talk.title, model: talk.model, messages }, null, 2) + "\n";
 }
 
-function asMarkdown(conversation) {
-  const { system } = conversation.settings;
-  const parts = [`# ${conversation.title}`];
+function asMarkdown(talk) {
+  const { system } = talk.settings;
+  const parts = [`# ${talk.title}`];
   if (system) parts.push(`**System**\n\n${system}`);
-  for (const { role, content } of branch(conversation)) parts.push(`**${role === "user" ? "You" : "Answer"}**\n\n${content}`);
+  for (const { role, content } of branch(talk)) {
+    parts.push(`**${role === "user" ? "You" : "Answer"}**\n\n${content}`);
+  }
   return parts.join("\n\n") + "\n";
 }
 
 /** Read what `asJson` or `quintet chat` wrote; null if it is something else. */
 function fromJson(text) {
-  let saved = null;
-  try {
-    saved = JSON.parse(text);
-  } catch {
-    return null;
+  const saved = parsed(text);
+  if (!Array.isArray(saved?.messages) || !saved.messages.every(isMessage)) return null;
+  const talk = newConversation();
+  talk.settings.system = saved.messages.find((each) => each.role === "system")?.content ?? "";
+  for (const { role, content, reasoning_content: thought } of saved.messages) {
+    const reasoning = typeof thought === "string" ? thought : "";
+    if (role !== "system") addMessage(talk, { role, content, reasoning });
   }
-  const known = (each) => ["system", "user", "assistant"].includes(each?.role) && typeof each.content === "string";
-  if (!Array.isArray(saved?.messages) || !saved.messages.length || !saved.messages.every(known)) return null;
-  const conversation = newConversation();
-  conversation.settings.system = saved.messages.find((each) => each.role === "system")?.content ?? "";
-  for (const { role, content, reasoning_content: reasoning } of saved.messages) {
-    if (role !== "system") addMessage(conversation, { role, content, ...(typeof reasoning === "string" && { reasoning }) });
-  }
-  conversation.title = typeof saved.title === "string" ? saved.title : titleFor(saved.messages.find((each) => each.role === "user")?.content ?? "");
-  return conversation;
+  talk.title = typeof saved.title === "string" ? saved.title : titleFor(branch(talk)[0]?.content ?? "");
+  return talk.leaf && talk;
 }
 
 function titleFor(text) {
   const line = text.trim().split("\n", 1)[0];
-  return line.length > 60 ? `${line.slice(0, 58).trimEnd()}…` : line || "New conversation";
+  return line.length > 60 ? `${line.slice(0, 58)}…` : line || UNNAMED;
 }

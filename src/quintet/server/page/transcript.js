@@ -1,17 +1,19 @@
 // The messages of the conversation that is shown, and what can be done with each.
 
-const state = { models: [], conversations: [], current: null, running: new Map() };
+let models = []; // as the server describes them
+let talks = []; // all conversations, the latest first
+let current = null; // the one that is shown
+const runs = new Map(); // answers being made, by the ids of their conversations
 const views = new Map(); // of the messages shown, by their ids
 
 /** Show the current conversation from its first message to its last. */
 function showConversation() {
-  const conversation = state.current;
-  const messages = branch(conversation);
+  const messages = branch(current);
   views.clear();
   $("transcript").replaceChildren(...messages.map(viewOf));
   $("empty").hidden = messages.length > 0;
-  $("title").textContent = conversation.title;
-  document.title = messages.length ? `${conversation.title} – Quintet` : "Quintet";
+  $("title").textContent = current.title;
+  document.title = messages.length ? `${current.title} – Quintet` : "Quintet";
   $("menu").hidden = !messages.length;
   showModel();
   showState();
@@ -19,23 +21,23 @@ function showConversation() {
 
 /** What depends on whether an answer is being made: the button, and how full the context is. */
 function showState() {
-  const running = state.running.has(state.current.id);
+  const running = runs.has(current.id);
   setIcon($("go"), running ? "stop" : "send");
   $("go").setAttribute("aria-label", running ? "Stop" : "Send");
   $("go").disabled = !running && !$("box").value.trim();
-  const used = branch(state.current).findLast((message) => message.figures)?.figures.total;
+  const used = branch(current).findLast((message) => message.figures)?.figures.total;
   const { context } = currentModel();
   $("used").hidden = !used || !context;
   if (!used || !context) return;
   $("meter").value = Math.min(used / context, 1);
-  $("used-text").textContent = `${used.toLocaleString("en")} of ${context.toLocaleString("en")} tokens`;
+  $("used-text").textContent = `${number(used)} of ${number(context)} tokens`;
 }
 
 function viewOf(message) {
   const isUser = message.role === "user";
   const view = {
     status: make("p", { class: "status" }),
-    actions: make("div", { class: "actions", role: "group", "aria-label": isUser ? "Your message" : "This answer" }),
+    actions: make("div", { class: "actions" }),
     body: make("div", { class: isUser ? "bubble" : "text", dir: "auto" }),
   };
   const heading = make("h2", { class: "unseen" }, isUser ? "You" : "Answer");
@@ -44,7 +46,7 @@ function viewOf(message) {
   else {
     view.summary = make("summary", {}, "");
     view.thought = document.createTextNode("");
-    view.reasoning = make("details", { class: "reasoning", hidden: true }, view.summary, make("div", { dir: "auto" }, view.thought));
+    view.reasoning = make("details", { class: "reasoning" }, view.summary, make("div", { dir: "auto" }, view.thought));
     view.failure = make("div", { class: "failure", hidden: true });
     view.element.append(view.reasoning);
   }
@@ -58,7 +60,7 @@ function viewOf(message) {
 function showMessage(message) {
   const view = views.get(message.id);
   if (!view) return;
-  const run = state.running.get(state.current.id);
+  const run = runs.get(current.id);
   const running = run?.reply === message ? run : null;
   if (message.role === "assistant") {
     view.element.setAttribute("aria-busy", String(running !== null));
@@ -76,11 +78,11 @@ function showMessage(message) {
 function showReasoning(view, message, running) {
   const text = message.reasoning ?? "";
   view.reasoning.hidden = !text;
-  if (text.length > view.thought.length) view.thought.appendData(text.slice(view.thought.length));
-  else if (text.length < view.thought.length) view.thought.data = text;
-  const seconds = message.thought;
+  // Only ever more: what is there is not laid out again.
+  view.thought.appendData(text.slice(view.thought.length));
   const over = !running || message.content;
-  view.summary.textContent = over ? (seconds ? `Thought for ${seconds.toFixed(1)} s` : "Thoughts") : "Thinking";
+  const lasted = message.thought ? `Thought for ${message.thought.toFixed(1)} s` : "Thoughts";
+  view.summary.textContent = over ? lasted : "Thinking";
   view.reasoning.classList.toggle("busy", !over);
 }
 
@@ -91,7 +93,7 @@ function showFailure(view, message) {
   if (!message.error) return;
   view.failure.setAttribute("role", "alert");
   view.failure.append(make("p", {}, message.error));
-  if (message.again) view.failure.append(make("button", { type: "button", click: () => answerAgain(message) }, "Try again"));
+  if (message.again) view.failure.append(button("Try again", () => answerAgain(message)));
 }
 
 /** What goes on while nothing is there yet, and how fast it comes afterwards. */
@@ -111,23 +113,23 @@ function figures({ figures: made, ended, model }) {
   if (ended === "length") parts.push("Cut at its greatest length");
   if (made) {
     parts.push(counted(made.tokens, "token"));
-    if (made.tokens > 1 && made.seconds > 0) parts.push(`${((made.tokens - 1) / made.seconds).toFixed(1)} tokens/s`);
+    if (made.speed) parts.push(`${made.speed.toFixed(1)} tokens/s`);
     if (made.first >= 1) parts.push(`${made.first.toFixed(1)} s to the first`);
-    if (made.cached) parts.push(`${made.cached.toLocaleString("en")} of ${made.prompt.toLocaleString("en")} read before`);
+    if (made.cached) parts.push(`${number(made.cached)} of ${number(made.prompt)} read before`);
   }
-  if (model && state.models.length > 1) parts.push(model);
+  if (model && models.length > 1) parts.push(model);
   return parts.join(" · ");
 }
 
 function actionsOf(message) {
   const buttons = [];
-  const siblings = childrenOf(state.current, message.parent).filter((each) => each.role === message.role);
+  const siblings = childrenOf(current, message.parent).filter((each) => each.role === message.role);
   if (siblings.length > 1) buttons.push(branchControl(message, siblings));
   if (message.content) buttons.push(copyButton("Copy", () => message.content));
   if (message.role === "user") buttons.push(iconButton("edit", "Edit", () => editMessage(message)));
   else buttons.push(iconButton("again", "Answer again", () => answerAgain(message)));
-  if (message.ended === "length" && message.content && message.id === state.current.leaf) {
-    buttons.push(make("button", { type: "button", class: "quiet", click: () => goOn(message) }, "Go on"));
+  if (message.ended === "length" && message.content && message.id === current.leaf) {
+    buttons.push(button("Go on", () => goOn(message)));
   }
   return buttons;
 }
@@ -136,28 +138,31 @@ function actionsOf(message) {
 function branchControl(message, siblings) {
   const at = siblings.indexOf(message);
   const step = (by, name, label) => {
-    const button = iconButton(name, label, () => {
+    const made = iconButton(name, label, () => {
+      if (runs.has(current.id)) return;
       const next = siblings[at + by];
-      showBranch(state.current, next);
-      keep(state.current);
+      showBranch(current, next);
+      keep(current);
       showConversation();
       const control = views.get(next.id).element.querySelector(".branches");
-      (control.querySelector(`[aria-label="${label}"]:not(:disabled)`) ?? control.querySelector("button:not(:disabled)")).focus();
+      const same = control.querySelector(`[aria-label="${label}"]:enabled`);
+      (same ?? control.querySelector(":enabled")).focus();
     });
-    button.disabled = !siblings[at + by] || state.running.has(state.current.id);
-    return button;
+    made.disabled = !siblings[at + by];
+    return made;
   };
   const place = make("span", {}, `${at + 1} of ${siblings.length}`);
-  return make("span", { class: "branches" }, step(-1, "back", "The version before"), place, step(1, "on", "The next version"));
+  const [before, after] = [step(-1, "back", "The version before"), step(1, "on", "The next version")];
+  return make("span", { class: "branches" }, before, place, after);
 }
 
 /** Put a box in a message's place; what is sent from it begins a branch. */
 function editMessage(message) {
   const view = views.get(message.id);
-  if (!view || state.running.has(state.current.id)) return;
+  if (!view || runs.has(current.id)) return;
   const box = make("textarea", { rows: 2, "aria-label": "Edit the message", dir: "auto" });
   box.value = message.content;
-  const stop = () => {
+  const close = () => {
     view.element.classList.remove("editing");
     editor.replaceWith(view.body, view.actions);
     view.actions.querySelector('[aria-label="Edit"]')?.focus();
@@ -168,18 +173,14 @@ function editMessage(message) {
   box.addEventListener("keydown", (event) => {
     if (event.key === "Escape") {
       event.stopPropagation();
-      stop();
+      close();
     } else if (sends(event)) {
       event.preventDefault();
       send();
     }
   });
-  const editor = make(
-    "div",
-    { class: "editor" },
-    box,
-    make("div", { class: "actions" }, make("button", { type: "button", class: "quiet", click: stop }, "Cancel"), make("button", { type: "button", class: "strong", click: send }, "Send")),
-  );
+  const buttons = make("div", { class: "actions" }, button("Cancel", close), button("Send", send, "strong"));
+  const editor = make("div", { class: "editor" }, box, buttons);
   view.element.classList.add("editing");
   view.actions.remove();
   view.body.replaceWith(editor);
