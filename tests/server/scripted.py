@@ -29,6 +29,10 @@ class Scripted:
     """
 
     def __init__(self) -> None:
+        self.forget()
+
+    def forget(self) -> None:
+        """Be as at the beginning."""
         self.answers: list[Any] = [["Hello"]]
         self.asked: list[dict[str, Any]] = []
         self.keys: list[str | None] = []

@@ -140,5 +140,3 @@ class Browser:
         if isinstance(value, dict) and "error" in value:
             raise AssertionError(f"{value['error']}: {value['message'].splitlines()[0]}")
         return value
-
-

@@ -64,20 +64,22 @@ async function answer(talk, begun = null) {
     showConversation();
     toEnd();
   }
-  const show = () => following(() => showMessage(reply));
-  const ticking = setInterval(() => run.pieces || show(), 1000);
-  const storing = setInterval(() => keep(talk), KEPT_EVERY);
+  let changed = true;
+  const show = () => {
+    if (changed) following(() => showMessage(reply));
+    changed = false;
+  };
+  const clocks = [
+    setInterval(show, SHOWN_EVERY),
+    setInterval(() => keep(talk), KEPT_EVERY),
+    // The seconds that one waits go on while nothing comes.
+    setInterval(() => (changed = true), 1000),
+  ];
   let refused = false;
   try {
-    let shown = 0;
     for await (const piece of chat(body, run.controller.signal)) {
       hear(run, piece, before);
-      if (performance.now() - shown >= SHOWN_EVERY) {
-        show();
-        shown = performance.now();
-        // Let the browser draw and listen, however fast pieces come.
-        await new Promise((resolve) => setTimeout(resolve, 0));
-      }
+      changed = true;
     }
   } catch (error) {
     if (error.name === "AbortError") reply.ended = "stopped";
@@ -87,8 +89,7 @@ async function answer(talk, begun = null) {
       refused = error.status === 401;
     }
   }
-  clearInterval(ticking);
-  clearInterval(storing);
+  clocks.forEach(clearInterval);
   runs.delete(talk.id);
   talk.updated = Date.now();
   keep(talk);
