@@ -370,7 +370,7 @@ objects = st.dictionaries(
 )
 
 
-@settings(max_examples=400, deadline=None)
+@settings(max_examples=200, deadline=None)
 @given(soup, formats, openings, st.lists(st.integers(0, 200), max_size=8), st.booleans())
 def test_it_does_not_matter_where_a_text_is_cut(
     parts: list[str], written: Format | None, opening: Opening, cuts: list[int], parallel: bool
@@ -384,7 +384,7 @@ def test_it_does_not_matter_where_a_text_is_cut(
             assert isinstance(json.loads(call[1]), dict)
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=100, deadline=None)
 @given(soup, formats, openings, st.data())
 def test_it_does_not_matter_where_text_between_tokens_is_cut(
     parts: list[str], written: Format | None, opening: Opening, data: Any
@@ -438,7 +438,7 @@ def answers(draw: st.DrawFn) -> tuple[Format, list[str]]:
     return written, parts
 
 
-@settings(max_examples=400, deadline=None)
+@settings(max_examples=200, deadline=None)
 @given(answers(), openings, st.booleans(), st.booleans())
 def test_the_events_say_what_a_reading_of_the_whole_text_says(
     answer: tuple[Format, list[str]], opening: Opening, parallel: bool, tokens: bool

@@ -11,6 +11,7 @@ from quintet.parsing.events import (
     Reasoning,
 )
 from quintet.parsing.format import CODER, DEEPSEEK_V3, DEEPSEEK_V31, HERMES, Format, format_of
+from quintet.parsing.messages import prepare_messages
 
 __all__ = [
     "CODER",
@@ -27,4 +28,5 @@ __all__ = [
     "Reasoning",
     "format_of",
     "parser_for",
+    "prepare_messages",
 ]
