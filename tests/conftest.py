@@ -2,7 +2,6 @@
 
 import gc
 import os
-from collections.abc import Iterator
 from pathlib import Path
 
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -11,8 +10,6 @@ os.environ["TRANSFORMERS_VERBOSITY"] = "error"
 
 import pytest
 import torch
-
-from programs import Programs
 
 
 def pytest_collection_finish() -> None:
@@ -56,10 +53,3 @@ def smollm2() -> Path:
         return fetch_smollm2(local_files_only=True)
     except OfflineError as error:
         pytest.skip(f"{error}; `quintet info smollm2` fetches it")
-
-
-@pytest.fixture(scope="session")
-def programs() -> Iterator[Programs]:
-    """What starts programs of Python without importing torch for each."""
-    with Programs() as running:
-        yield running

@@ -7,7 +7,6 @@ import pytest
 
 from conformance.families import FAMILIES, Family, each
 from outside import pair, saved, tokenizer, tool
-from quintet import AutoModelForCausalLM, AutoTokenizer
 from quintet.errors import InputError
 from quintet.interop import register_lm_eval
 
@@ -66,13 +65,7 @@ def test_the_answers_are_those_of_transformers(family: Family, tmp_path: Path) -
 def test_a_model_in_fewer_bits_is_asked(tmp_path: Path) -> None:
     where = saved(FAMILIES[0], tmp_path)
     model = register_lm_eval()(str(where), quantize="int8", device="cpu", batch_size=2)
-    named = answers(model)
-    assert len(named) == 10
-    # One that is at hand is asked alike.
-    held = AutoModelForCausalLM.from_pretrained(where, quantize="int8", dtype="auto")
-    its = AutoTokenizer.from_pretrained(where).to_transformers()
-    found = answers(huggingface.HFLM(pretrained=held, tokenizer=its, device="cpu", batch_size=2))
-    assert [plain(one) for one in found] == named
+    assert len(answers(model)) == 10
 
 
 def test_what_is_no_option_is_refused(tmp_path: Path) -> None:

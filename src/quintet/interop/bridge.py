@@ -13,7 +13,6 @@ from torch import nn
 from quintet.errors import MissingDependencyError
 from quintet.interop.adaptable import as_linear
 from quintet.interop.caches import continuing_caches, taking_caches
-from quintet.interop.quantization import tell_of_our_formats
 from quintet.modeling.base import PreTrainedModel
 from quintet.quantization import Quantized
 
@@ -40,7 +39,6 @@ def as_transformers(model: Model) -> Model:
             kind: Any = type(module)
             module.__class__ = _bridged(kind)
         as_linear(module)
-    tell_of_our_formats()
     bits = _bits(model)
     if bits is not None:
         told: Any = model

@@ -4,7 +4,6 @@ import copy
 from typing import Any
 
 from quintet.errors import MissingDependencyError
-from quintet.interop.quantization import tell_of_our_formats
 from quintet.tokenization import PreTrainedTokenizer
 from quintet.tokenization.options import NAMED_TOKENS
 
@@ -26,8 +25,6 @@ def to_transformers(tokenizer: PreTrainedTokenizer) -> Any:
         raise MissingDependencyError(
             "quintet.interop needs Transformers; install it with pip install transformers"
         ) from error
-    # A tool that takes the tokenizer is given a model as well, and may ask what its weights are in.
-    tell_of_our_formats()
     usual = dict(tokenizer.special_tokens_map)
     own = {name: usual.pop(name) for name in [*usual] if name not in NAMED_TOKENS}
     return PreTrainedTokenizerFast(  # type: ignore[no-untyped-call]

@@ -13,7 +13,7 @@ from starlette.responses import Response
 import quintet
 from quintet.server.failures import ApiError, ErrorBody, error_response, invalid
 from quintet.server.intake import Intake
-from quintet.server.routes import health, models, page, tokens, version
+from quintet.server.routes import chat, completions, health, models, page, tokens, version
 from quintet.server.security import Gate
 from quintet.server.service import Service
 
@@ -22,7 +22,14 @@ __all__ = ["create_app"]
 
 def routers(service: Service) -> tuple[APIRouter, ...]:
     """Return what is served, as the settings say."""
-    routes = (health.router, version.router, models.router, tokens.router)
+    routes = (
+        health.router,
+        version.router,
+        models.router,
+        tokens.router,
+        chat.router,
+        completions.router,
+    )
     return (*routes, page.router()) if service.settings.page else routes
 
 

@@ -13,6 +13,7 @@ from typing import Any
 from quintet.errors import ContextLengthError, DeadlineError, InputError
 from quintet.parsing.events import CallEnd, CallStart, Content, Event, OutputParser, Reasoning
 from quintet.server.conversation import Prompt, render
+from quintet.server.failures import invalid
 from quintet.server.gathering import Gathering
 from quintet.server.questions import (
     Ask,
@@ -89,6 +90,8 @@ class _Asked:
 
 def _understood(served: Served, question: Ask) -> _Asked:
     """Read a question, in a thread of its own."""
+    if question.response_format is not None or question.tool_choice not in ("auto", "none"):
+        raise invalid("answers of a given form cannot be had in this version", "response_format")
     prompt = question.prompt
     if isinstance(prompt, Conversation):
         read = render(served.tokenizer, prompt, served.context)
@@ -225,7 +228,10 @@ class _Listener:
                 return
 
     def _taken(self, length: int) -> tuple[TokenScore, ...]:
-        return () if self._scores is None else self._scores.take(length)
+        if self._scores is None:
+            return ()
+        # Of what is not told apart, all was heard.
+        return self._scores.take(length) if self._parser is not None else self._scores.rest()
 
     def _of_prompt(self, answer: Answer) -> tuple[TokenScore, ...]:
         assert self._spelling is not None
@@ -245,4 +251,5 @@ class _Listener:
             self._count,
             self._reasoned,
         )
-        return Heard(self._index, Finish(reason, tokens, answer.stop))
+        rest = () if self._scores is None else self._scores.rest()
+        return Heard(self._index, Finish(reason, tokens, answer.stop), rest)

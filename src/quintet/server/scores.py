@@ -75,6 +75,12 @@ class Pending:
         self._held.clear()
         return tuple(taken)
 
+    def rest(self) -> tuple[TokenScore, ...]:
+        """Return all that is left: of tokens without text, as one that ends an answer."""
+        taken = tuple(score for _, score in self._held)
+        self._held.clear()
+        return taken
+
 
 def _written(spelt: str) -> bytes:
     """Return the bytes of a token that is written as text, or as one byte."""

@@ -1,0 +1,80 @@
+"""What OpenAI's chat and text completions have in common: names, scores and counts of tokens."""
+
+import json
+import secrets
+import time
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+from quintet.server.events import ServerEvent
+from quintet.server.questions import Tokens, TokenScore
+
+__all__ = ["LEAST", "Frame", "event", "finite", "scored", "usage_of"]
+
+# What stands for the logarithm of zero, which JSON does not have.
+LEAST = -9999.0
+
+
+class Frame:
+    """What all parts of a reply say alike.
+
+    Args:
+        prefix: of its id.
+        model: as the request named it.
+        fingerprint: of the model.
+    """
+
+    def __init__(self, prefix: str, model: str, fingerprint: str) -> None:
+        self._id, self._created = f"{prefix}-{secrets.token_hex(16)}", int(time.time())
+        self._model, self._fingerprint = model, fingerprint
+
+    def __call__(self, kind: str, choices: list[dict[str, Any]], **more: Any) -> dict[str, Any]:
+        """Return an object of this kind."""
+        return {
+            "id": self._id,
+            "object": kind,
+            "created": self._created,
+            "model": self._model,
+            "system_fingerprint": self._fingerprint,
+            "choices": choices,
+            **more,
+        }
+
+
+def event(data: dict[str, Any]) -> ServerEvent:
+    """Return data as an event of a stream."""
+    return ServerEvent(json.dumps(data, ensure_ascii=False, separators=(",", ":")))
+
+
+def finite(logprob: float) -> float:
+    """Return a logarithm as JSON can have it."""
+    return max(logprob, LEAST)
+
+
+def scored(scores: Iterable[TokenScore]) -> list[dict[str, Any]]:
+    """Return how likely tokens were, as chat writes it."""
+    return [{**_one(score), "top_logprobs": [_one(top) for top in score.top]} for score in scores]
+
+
+def usage_of(told: Iterable[Sequence[Tokens]]) -> dict[str, Any]:
+    """Return the counts of a reply from those of its answers; those to one prompt share it."""
+    prompts = list(told)
+    prompt = sum(answers[0].prompt for answers in prompts)
+    cached = sum(answers[0].cached for answers in prompts)
+    each = [one for answers in prompts for one in answers]
+    completion = sum(one.completion for one in each)
+    return {
+        "prompt_tokens": prompt,
+        "completion_tokens": completion,
+        "total_tokens": prompt + completion,
+        "prompt_tokens_details": {
+            "cached_tokens": cached,
+            "cache_write_tokens": prompt - cached,
+        },
+        "completion_tokens_details": {"reasoning_tokens": sum(one.reasoning for one in each)},
+    }
+
+
+def _one(score: TokenScore) -> dict[str, Any]:
+    logprob = LEAST if score.logprob is None else finite(score.logprob)
+    return {"token": score.text, "logprob": logprob, "bytes": list(score.raw)}

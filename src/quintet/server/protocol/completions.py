@@ -1,0 +1,208 @@
+"""OpenAI's completions of text: what a request may say, and its prompts."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Annotated, Any, ClassVar
+
+from pydantic import Field
+
+from quintet.errors import ContextLengthError, shown
+from quintet.server.conversation import too_long
+from quintet.server.failures import invalid
+from quintet.server.protocol.chat import BEAMS, FORMATS, StreamOptions, check_stream
+from quintet.server.protocol.common import SamplingFields, unsupported, within
+from quintet.server.protocol.formats import ResponseFormat, format_of
+from quintet.server.questions import Ask
+from quintet.server.settings import Settings
+from quintet.tokenization import PreTrainedTokenizer
+from quintet.tokenization.stream import IncrementalDecoder
+
+__all__ = ["CompletionRequest", "Piece", "pieces"]
+
+# Tokens of an answer, where nobody says.
+ANSWER = 16
+# What stands before, between and behind the two sides of a hole.
+HOLES = (
+    ("<|fim_prefix|>", "<|fim_suffix|>", "<|fim_middle|>"),
+    ("<｜fim▁begin｜>", "<｜fim▁hole｜>", "<｜fim▁end｜>"),
+)
+
+
+class CompletionRequest(SamplingFields):
+    """Texts to go on with."""
+
+    IDLE: ClassVar = frozenset({"user", "metadata", "prompt_cache_key", "safety_identifier"})
+    REFUSED: ClassVar = {
+        "messages": "use /v1/chat/completions",
+        "tools": "use /v1/chat/completions",
+        "use_beam_search": BEAMS,
+        "length_penalty": BEAMS,
+        "guided_json": FORMATS,
+        "guided_regex": FORMATS,
+        "guided_choice": FORMATS,
+        "guided_grammar": FORMATS,
+        "structured_outputs": FORMATS,
+        "prompt_logprobs": "use echo with logprobs",
+        "include_stop_str_in_output": "a stop string is never part of an answer",
+        "truncate_prompt_tokens": "send as much of the prompt as fits",
+    }
+
+    model: Annotated[str, Field(min_length=1, max_length=512)]
+    prompt: str | list[Any]
+    suffix: str | None = None
+    max_tokens: Annotated[int, Field(ge=0, le=2**31 - 1)] | None = None
+    echo: bool | None = None
+    logprobs: Annotated[int, Field(ge=0)] | None = None
+    best_of: Annotated[int, Field(ge=1)] | None = None
+    stream: bool | None = None
+    stream_options: StreamOptions | None = None
+    response_format: ResponseFormat | None = None
+    regex: Annotated[str, Field(min_length=1)] | None = None
+    grammar: Annotated[str, Field(min_length=1)] | None = None
+
+    def check(self, settings: Settings) -> None:
+        """Check what goes together.
+
+        Raises:
+            ApiError: a value breaks its rule, or fields contradict each other.
+        """
+        check_stream(self.stream, self.stream_options)
+        within("logprobs", self.logprobs or 0, settings.top_logprobs)
+        if self.best_of not in (None, self.n or 1):
+            raise unsupported("best_of", BEAMS)
+        if self.max_tokens == 0 and not self.echo:
+            raise invalid("max_tokens: it is at least 1, or 0 with echo", "max_tokens")
+        if self.suffix and (self.echo or not isinstance(self.prompt, str)):
+            raise invalid("suffix: it goes with one prompt of text, without echo", "suffix")
+
+    def question(
+        self, ids: tuple[int, ...], settings: Settings, vocab_size: int, scope: str
+    ) -> Ask:
+        """Return what is asked of one prompt, by whom.
+
+        Raises:
+            ApiError: a value breaks its rule.
+        """
+        return Ask(
+            prompt=ids,
+            sampling=self.sampling(settings, vocab_size),
+            max_tokens=ANSWER if self.max_tokens is None else self.max_tokens,
+            stop=self.stops,
+            logprobs=self.logprobs,
+            prompt_logprobs=self.logprobs if self.echo else None,
+            n=self.n or 1,
+            response_format=format_of(self.response_format, self.regex, self.grammar, settings),
+            scope=scope,
+            salt=self.cache_salt or "",
+            priority=self.priority or 0,
+            timeout=settings.deadline,
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class Piece:
+    """A prompt.
+
+    Attributes:
+        ids: its tokens.
+        text: what it says.
+        offsets: where in the text each of its tokens begins.
+    """
+
+    ids: tuple[int, ...]
+    text: str
+    offsets: tuple[int, ...]
+
+
+def pieces(
+    body: CompletionRequest,
+    tokenizer: PreTrainedTokenizer,
+    settings: Settings,
+    context: int,
+    vocab_size: int,
+) -> list[Piece]:
+    """Read the prompts of a request.
+
+    Raises:
+        ApiError: too many, none, or what is neither text nor ids.
+        ContextLengthError: one is longer than the context.
+    """
+    prompt = body.prompt
+    if isinstance(prompt, str):
+        if body.suffix:
+            return [_around(prompt, body.suffix, tokenizer, context)]
+        return [_text(prompt, "prompt", tokenizer, context)]
+    if not prompt:
+        raise invalid("prompt: the list is empty", "prompt")
+    if not isinstance(prompt[0], str | list):
+        return [_ids(prompt, "prompt", tokenizer, context, vocab_size)]
+    within("prompt", len(prompt), settings.prompts, "prompts")
+    read = []
+    for index, one in enumerate(prompt):
+        where = f"prompt[{index}]"
+        if type(one) is not type(prompt[0]):
+            raise invalid(f"{where}: prompts are all of text, or all of ids", where)
+        if isinstance(one, str):
+            read.append(_text(one, where, tokenizer, context))
+        else:
+            read.append(_ids(one, where, tokenizer, context, vocab_size))
+    return read
+
+
+def _text(text: str, where: str, tokenizer: PreTrainedTokenizer, context: int) -> Piece:
+    too_long(tokenizer, text, context)
+    read = tokenizer(text, return_offsets_mapping=True)
+    ids = tuple(read["input_ids"])
+    if not ids:
+        raise invalid(f"{where}: it has no tokens, and an answer needs one to begin with", where)
+    return Piece(_fitting(ids, context), text, tuple(start for start, _ in read["offset_mapping"]))
+
+
+def _ids(
+    given: Sequence[Any], where: str, tokenizer: PreTrainedTokenizer, context: int, vocab_size: int
+) -> Piece:
+    if not given:
+        raise invalid(f"{where}: it has no tokens, and an answer needs one to begin with", where)
+    _fitting(given, context)
+    for index, one in enumerate(given):
+        if type(one) is not int or not 0 <= one < vocab_size:
+            raise invalid(
+                f"{where}[{index}] is {shown(one)}; ids are whole numbers from 0 to "
+                f"{vocab_size - 1}",
+                f"{where}[{index}]",
+            )
+    decoder, offsets, text = IncrementalDecoder(tokenizer), [], []
+    length = 0
+    for one in given:
+        offsets.append(length)
+        text.append(decoder.push(one))
+        length += len(text[-1])
+    return Piece(tuple(given), "".join(text) + decoder.flush(), tuple(offsets))
+
+
+def _around(before: str, behind: str, tokenizer: PreTrainedTokenizer, context: int) -> Piece:
+    """Return the prompt that asks for what stands between two texts, which are encoded apart."""
+    for marks in HOLES:
+        ids = [tokenizer.convert_tokens_to_ids(mark) for mark in marks]
+        added = tokenizer.added_tokens_decoder
+        if all(one is not None and one in added for one in ids):
+            break
+    else:
+        raise unsupported("suffix", "the model has no tokens for a hole in a text; leave it out")
+    too_long(tokenizer, before + behind, context)
+    sides = [
+        tokenizer.encode(side, add_special_tokens=False, split_special_tokens=True)
+        for side in (before, behind)
+    ]
+    first, hole, last = (one for one in ids if one is not None)
+    whole = (first, *sides[0], hole, *sides[1], last)
+    start = tokenizer.encode("", add_special_tokens=True)[:1]
+    return Piece(_fitting((*start, *whole), context), before, ())
+
+
+def _fitting(ids: Sequence[int], context: int) -> tuple[int, ...]:
+    if len(ids) > context:
+        raise ContextLengthError(
+            f"the model's context is {context} tokens and the prompt has {len(ids)}; shorten it"
+        )
+    return tuple(ids)

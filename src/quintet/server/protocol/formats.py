@@ -1,0 +1,71 @@
+"""What form an answer is to have: `response_format`, and `regex` and `grammar` beside it."""
+
+import json
+from collections.abc import Mapping
+from typing import Annotated, Any, ClassVar, Literal
+
+from pydantic import Field
+
+from quintet.server.failures import invalid
+from quintet.server.protocol.common import Body, within
+from quintet.server.settings import Settings
+
+__all__ = ["ResponseFormat", "format_of"]
+
+
+class JsonSchema(Body):
+    """A schema with its name, which has no effect on the answer."""
+
+    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9_.-]{1,64}$")]
+    description: str | None = None
+    schema_: Annotated[dict[str, Any] | None, Field(alias="schema")] = None
+    strict: bool | None = None
+
+
+class ResponseFormat(Body):
+    """Text, any JSON object, or JSON by a schema."""
+
+    REFUSED: ClassVar = {"schema": "put it into json_schema.schema"}
+
+    type: Literal["text", "json_object", "json_schema"]
+    json_schema: JsonSchema | None = None
+
+
+def format_of(
+    response_format: ResponseFormat | None,
+    regex: str | None,
+    grammar: str | None,
+    settings: Settings,
+) -> Mapping[str, Any] | None:
+    """Return the form, as `Ask.response_format` has it; None for any text.
+
+    Raises:
+        ApiError: several, none of a schema, or one that is too large.
+    """
+    asked: list[Mapping[str, Any]] = []
+    if response_format is not None and response_format.type != "text":
+        if response_format.type == "json_object":
+            asked.append({"type": "json_object"})
+        else:
+            asked.append({"type": "json_schema", "schema": _schema(response_format, settings)})
+    if regex is not None:
+        within("regex", len(regex), settings.schema, "characters")
+        asked.append({"type": "regex", "pattern": regex})
+    if grammar is not None:
+        within("grammar", len(grammar), settings.schema, "characters")
+        asked.append({"type": "grammar", "grammar": grammar})
+    if len(asked) > 1:
+        raise invalid(
+            "response_format: there is one of response_format, regex and grammar; leave the others "
+            "out",
+            "response_format",
+        )
+    return asked[0] if asked else None
+
+
+def _schema(given: ResponseFormat, settings: Settings) -> Mapping[str, Any]:
+    where = "response_format.json_schema"
+    if given.json_schema is None or given.json_schema.schema_ is None:
+        raise invalid(f"{where}: it needs a name and a schema", where)
+    within(f"{where}.schema", len(json.dumps(given.json_schema.schema_)), settings.schema, "bytes")
+    return given.json_schema.schema_

@@ -1,0 +1,163 @@
+"""`POST /v1/chat/completions`."""
+
+import secrets
+from collections.abc import AsyncGenerator
+from contextlib import aclosing
+from typing import Any
+
+from fastapi import APIRouter, Request
+from starlette.responses import JSONResponse, Response
+
+from quintet.parsing.events import CallArguments, CallStart, Content, Reasoning
+from quintet.server.asking import Finish, Heard, Tokens, ask
+from quintet.server.bodies import documented, read_json
+from quintet.server.connection import until_gone
+from quintet.server.events import DONE, EventStream, ServerEvent
+from quintet.server.protocol.answers import Frame, event, scored, usage_of
+from quintet.server.protocol.chat import ChatRequest
+from quintet.server.protocol.common import parse, warnings_header
+from quintet.server.replies import begun
+from quintet.server.service import caller_of, service_of
+
+__all__ = ["router"]
+
+router = APIRouter(tags=["openai"])
+CHUNK, WHOLE = "chat.completion.chunk", "chat.completion"
+
+
+@router.post("/v1/chat/completions", openapi_extra=documented(ChatRequest))
+async def create(request: Request) -> Response:
+    """Answer in a conversation, at once or as it is written."""
+    service = service_of(request)
+    body, warnings = parse(
+        ChatRequest, await read_json(request, service.settings), strict=service.settings.strict
+    )
+    served = await service.registry.get(body.model)
+    size = served.engine.model.config.vocab_size
+    question = body.question(service.settings, size, caller_of(request))
+    heard = ask(served, question)
+    start = await begun(request, heard)
+    headers = warnings_header([*warnings, *start.warnings])
+    frame = Frame("chatcmpl", served.name, served.fingerprint)
+    if body.stream:
+        counted = body.stream_options is not None and bool(body.stream_options.include_usage)
+        stream = EventStream(_chunks(heard, frame, question.n, counted=counted), service.settings)
+        stream.headers.update(headers)
+        return stream
+    reply = await until_gone(request, _whole(heard, frame, question.n))
+    return JSONResponse(reply, headers=headers)
+
+
+async def _chunks(
+    heard: AsyncGenerator[Heard, None], frame: Frame, count: int, *, counted: bool
+) -> AsyncGenerator[ServerEvent, None]:
+    """Yield answers as they are written, each begun by its role, in order of their indices."""
+    usage = {"usage": None} if counted else {}
+
+    def chunk(index: int, delta: dict[str, Any], **more: Any) -> ServerEvent:
+        choice = {"index": index, "delta": delta, "logprobs": None, "finish_reason": None, **more}
+        return event(frame(CHUNK, [choice], **usage))
+
+    told: dict[int, Tokens] = {}
+    async with aclosing(heard):
+        for index in range(count):
+            yield chunk(index, {"role": "assistant", "content": ""})
+        async for one in heard:
+            if isinstance(one.event, Finish):
+                told[one.index] = one.event.usage
+                yield chunk(one.index, {}, finish_reason=one.event.reason)
+            elif delta := _delta(one):
+                logprobs = _logprobs(one)
+                yield chunk(one.index, delta, **({"logprobs": logprobs} if logprobs else {}))
+    if counted:
+        yield event(frame(CHUNK, [], usage=usage_of([[told[index] for index in sorted(told)]])))
+    yield DONE
+
+
+def _delta(heard: Heard) -> dict[str, Any]:
+    """Return what an event adds to a message, and nothing else."""
+    match heard.event:
+        case Reasoning(text):
+            # Both names are read by clients.
+            return {"reasoning_content": text, "reasoning": text}
+        case Content(text):
+            return {"content": text}
+        case CallStart(index, name):
+            function = {"name": name, "arguments": ""}
+            call = {"index": index, "id": _call_id(), "type": "function", "function": function}
+            return {"tool_calls": [call]}
+        case CallArguments(index, text):
+            return {"tool_calls": [{"index": index, "function": {"arguments": text}}]}
+    return {}
+
+
+async def _whole(heard: AsyncGenerator[Heard, None], frame: Frame, count: int) -> dict[str, Any]:
+    """Return all answers when they are complete."""
+    messages = [_Message() for _ in range(count)]
+    async with aclosing(heard):
+        async for one in heard:
+            messages[one.index].hear(one)
+    usage = usage_of([[one.usage for one in messages if one.usage is not None]])
+    choices = [message.choice(index) for index, message in enumerate(messages)]
+    return frame(WHOLE, choices, usage=usage)
+
+
+class _Message:
+    """A message that is put together."""
+
+    def __init__(self) -> None:
+        self.usage: Tokens | None = None
+        self._content: list[str] = []
+        self._reasoning: list[str] = []
+        self._calls: list[dict[str, Any]] = []
+        self._scores: list[dict[str, Any]] = []
+        self._reason = "stop"
+
+    def hear(self, heard: Heard) -> None:
+        """Add what is heard."""
+        match heard.event:
+            case Reasoning(text):
+                self._reasoning.append(text)
+            case Content(text):
+                self._content.append(text)
+                self._scores += scored(heard.scores)
+            case CallStart(_, name):
+                function = {"name": name, "arguments": ""}
+                self._calls.append({"id": _call_id(), "type": "function", "function": function})
+            case CallArguments(index, text):
+                self._calls[index]["function"]["arguments"] += text
+            case Finish(reason, usage):
+                self._reason, self.usage = reason, usage
+            case _:
+                pass
+
+    def choice(self, index: int) -> dict[str, Any]:
+        """Return it as one of the choices."""
+        content: str | None = "".join(self._content)
+        message: dict[str, Any] = {
+            "role": "assistant",
+            "content": None if self._calls and not content else content,
+            "refusal": None,
+        }
+        if self._reasoning:
+            thought = "".join(self._reasoning)
+            message |= {"reasoning_content": thought, "reasoning": thought}
+        if self._calls:
+            message["tool_calls"] = self._calls
+        logprobs = {"content": self._scores, "refusal": None} if self._scores else None
+        return {
+            "index": index,
+            "message": message,
+            "logprobs": logprobs,
+            "finish_reason": self._reason,
+        }
+
+
+def _logprobs(heard: Heard) -> dict[str, Any] | None:
+    if not heard.scores or not isinstance(heard.event, Content):
+        return None
+    return {"content": scored(heard.scores), "refusal": None}
+
+
+def _call_id() -> str:
+    return f"call_{secrets.token_hex(12)}"

@@ -1,0 +1,112 @@
+"""`POST /v1/completions`."""
+
+import asyncio
+from collections.abc import AsyncGenerator
+from contextlib import aclosing
+from typing import Any
+
+from fastapi import APIRouter, Request
+from starlette.responses import JSONResponse, Response
+
+from quintet.server.asking import Heard, Tokens, ask
+from quintet.server.bodies import documented, read_json
+from quintet.server.connection import until_gone
+from quintet.server.events import DONE, EventStream, ServerEvent
+from quintet.server.gathering import merged
+from quintet.server.protocol.answers import Frame, event, usage_of
+from quintet.server.protocol.common import parse, warnings_header
+from quintet.server.protocol.completions import CompletionRequest, pieces
+from quintet.server.protocol.text_choices import TextChoice, TextPrompt, joined
+from quintet.server.replies import begun
+from quintet.server.service import caller_of, service_of
+
+__all__ = ["router"]
+
+router = APIRouter(tags=["openai"])
+KIND = "text_completion"
+
+
+@router.post("/v1/completions", openapi_extra=documented(CompletionRequest))
+async def create(request: Request) -> Response:
+    """Go on with one text or several, at once or as it is written."""
+    service = service_of(request)
+    settings = service.settings
+    body, warnings = parse(
+        CompletionRequest, await read_json(request, settings), strict=settings.strict
+    )
+    body.check(settings)
+    served = await service.registry.get(body.model)
+    served.admit()
+    size = served.engine.model.config.vocab_size
+    # Before all prompts are read: what is wrong beside them is found at once.
+    body.question((0,), settings, size, "")
+    prompts = await asyncio.to_thread(
+        pieces, body, served.tokenizer, settings, served.context, size
+    )
+    questions = [body.question(one.ids, settings, size, caller_of(request)) for one in prompts]
+    asked = [ask(served, question) for question in questions]
+    start = await begun(request, asked[0])
+    headers = warnings_header([*warnings, *start.warnings])
+    frame = Frame("cmpl", served.name, served.fingerprint)
+    heard = merged([_of(place, one) for place, one in enumerate(asked)], served.engine.limits.rows)
+    count = body.n or 1
+    choices: list[TextChoice] = []
+    for piece in prompts:
+        prompt = TextPrompt(piece, echo=bool(body.echo), scored=body.logprobs is not None)
+        choices += [
+            TextChoice(len(choices) + index, prompt, served.tokenizer) for index in range(count)
+        ]
+    if body.stream:
+        counted = body.stream_options is not None and bool(body.stream_options.include_usage)
+        stream = EventStream(_chunks(heard, frame, choices, count, counted=counted), settings)
+        stream.headers.update(headers)
+        return stream
+    reply = await until_gone(request, _whole(heard, frame, choices, count))
+    return JSONResponse(reply, headers=headers)
+
+
+Placed = tuple[int, Heard]
+
+
+async def _of(place: int, heard: AsyncGenerator[Heard, None]) -> AsyncGenerator[Placed, None]:
+    """Yield what is heard of a prompt, with its place among the prompts."""
+    async with aclosing(heard):
+        async for one in heard:
+            yield place, one
+
+
+async def _chunks(
+    heard: AsyncGenerator[Placed, None],
+    frame: Frame,
+    choices: list[TextChoice],
+    count: int,
+    *,
+    counted: bool,
+) -> AsyncGenerator[ServerEvent, None]:
+    """Yield texts as they are written."""
+    usage = {"usage": None} if counted else {}
+    async with aclosing(heard):
+        async for place, one in heard:
+            for part in choices[place * count + one.index].hear(one):
+                yield event(frame(KIND, [part], **usage))
+    if counted:
+        yield event(frame(KIND, [], usage=usage_of(_told(choices, count))))
+    yield DONE
+
+
+async def _whole(
+    heard: AsyncGenerator[Placed, None], frame: Frame, choices: list[TextChoice], count: int
+) -> dict[str, Any]:
+    """Return all texts when they are complete."""
+    parts: list[list[dict[str, Any]]] = [[] for _ in choices]
+    async with aclosing(heard):
+        async for place, one in heard:
+            index = place * count + one.index
+            parts[index] += choices[index].hear(one)
+    return frame(KIND, [joined(own) for own in parts], usage=usage_of(_told(choices, count)))
+
+
+def _told(choices: list[TextChoice], count: int) -> list[list[Tokens]]:
+    """Return how many tokens the texts took, those of one prompt together."""
+    told = [one.usage for one in choices if one.usage is not None]
+    return [told[start : start + count] for start in range(0, len(told), count)]

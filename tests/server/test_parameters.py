@@ -1,0 +1,245 @@
+"""What requests may not say is refused by name, before anything is done for them."""
+
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+
+from served import Answered, Running
+from server.talking import CONTEXT, talking
+
+CHAT, TEXT = "/v1/chat/completions", "/v1/completions"
+NAN = b'{"model": "tiny", "messages": [{"role": "user", "content": "a"}], "%s": NaN}'
+USER = {"role": "user", "content": "a"}
+CALL = {"id": "1", "type": "function", "function": {"name": "f", "arguments": "{}"}}
+TOOL = {"type": "function", "function": {"name": "f", "parameters": {"type": "object"}}}
+
+
+@pytest.fixture(scope="module")
+def server() -> Iterator[Running]:
+    with talking() as (running, _, _):
+        yield running
+
+
+def refused(answer: Answered, param: str | None, status: int = 400) -> dict[str, Any]:
+    assert answer.status == status, answer.body
+    assert len(answer.body) < 10_000
+    error = answer.error
+    assert error["param"] == param, error
+    assert error["message"]
+    return error
+
+
+BOTH: list[tuple[dict[str, Any], str]] = [
+    *(({"n": n}, "n") for n in (0, -1, 17, 10**9, "3", True, 1.0)),
+    *(({"temperature": t}, "temperature") for t in (-1, 2.1, 3, "hot", True, [], 10**400)),
+    *(({"top_p": p}, "top_p") for p in (0, 2, -0.5, "x")),
+    *(({"presence_penalty": p}, "presence_penalty") for p in (9, -2.1, "x")),
+    *(({"frequency_penalty": p}, "frequency_penalty") for p in (9, -2.1, False)),
+    *(({"repetition_penalty": p}, "repetition_penalty") for p in (0, -1, "x")),
+    *(({"top_k": k}, "top_k") for k in (-2, 1.5, "x", True)),
+    *(({"min_p": p}, "min_p") for p in (-0.1, 1.1)),
+    *(({"seed": s}, "seed") for s in (10**30, "x", 1.5, -(2**63) - 1)),
+    ({"stop": ""}, "stop"),
+    ({"stop": ["a", ""]}, "stop[1]"),
+    ({"stop": ["a"] * 17}, "stop"),
+    ({"stop": "a" * 257}, "stop"),
+    ({"stop": ["b", "a" * 10_000]}, "stop[1]"),
+    ({"stop": 5}, "stop"),
+    ({"logit_bias": {"x": 1}}, "logit_bias"),
+    ({"logit_bias": {"1.5": 1}}, "logit_bias"),
+    ({"logit_bias": {"-1": 1}}, "logit_bias"),
+    ({"logit_bias": {"99999": 1}}, "logit_bias"),
+    ({"logit_bias": {"1": 101}}, "logit_bias"),
+    ({"logit_bias": {"1": "x"}}, "logit_bias.1"),
+    ({"logit_bias": {str(i): 1 for i in range(301)}}, "logit_bias"),
+    ({"logit_bias": [1]}, "logit_bias"),
+    ({"stop_token_ids": [5, 99_999], "min_tokens": 3}, "stop_token_ids[1]"),
+    ({"stop_token_ids": [-1]}, "stop_token_ids[0]"),
+    ({"stop_token_ids": ["a"]}, "stop_token_ids[0]"),
+    *(({"max_tokens": m}, "max_tokens") for m in (-5, "x", 10**12, 1.5, True)),
+    ({"min_tokens": -1}, "min_tokens"),
+    ({"priority": "high"}, "priority"),
+    ({"cache_salt": ""}, "cache_salt"),
+    ({"ignore_eos": "yes"}, "ignore_eos"),
+    ({"speculate": "always"}, "speculate"),
+    ({"stream": "yes"}, "stream"),
+    ({"stream_options": {"include_usage": True}}, "stream_options"),
+    ({"stream": True, "stream_options": {"include_usage": 1}}, "stream_options.include_usage"),
+    ({"use_beam_search": True}, "use_beam_search"),
+    ({"guided_json": {"type": "object"}}, "guided_json"),
+    ({"model": 5}, "model"),
+    ({"response_format": {"type": "xml"}}, "response_format.type"),
+    ({"response_format": {"type": "json_schema"}}, "response_format.json_schema"),
+    ({"regex": "a", "grammar": "b"}, "response_format"),
+]
+
+
+@pytest.mark.parametrize(("changes", "param"), BOTH, ids=lambda one: str(one)[:40])
+def test_both_refuse_what_breaks_a_rule(
+    server: Running, changes: dict[str, Any], param: str
+) -> None:
+    chat = {"model": "tiny", "messages": [USER], **changes}
+    refused(server.ask("POST", CHAT, chat), param)
+    refused(server.ask("POST", TEXT, {"model": "tiny", "prompt": "a", **changes}), param)
+
+
+@pytest.mark.parametrize(
+    ("changes", "param"),
+    [
+        ({"messages": None}, "messages"),
+        ({"messages": []}, "messages"),
+        ({"messages": "Hi"}, "messages"),
+        ({"messages": [5]}, "messages[0]"),
+        ({"messages": [USER] * 2049}, "messages"),
+        ({"messages": [{"role": "user"}]}, "messages[0].content"),
+        ({"messages": [USER, {"role": "god", "content": "a"}]}, "messages[1].role"),
+        ({"messages": [{"role": "user", "content": None}]}, "messages[0].content"),
+        ({"messages": [{"role": "user", "content": 5}]}, "messages[0].content"),
+        (
+            {"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {}}]}]},
+            "messages[0].content[0].type",
+        ),
+        (
+            {"messages": [{"role": "user", "content": [{"type": "text"}]}]},
+            "messages[0].content[0].text",
+        ),
+        (
+            {"messages": [{"role": "user", "content": "", "tool_calls": [CALL]}]},
+            "messages[0].tool_calls",
+        ),
+        (
+            {"messages": [{"role": "assistant", "tool_calls": [{"id": "1", "function": {}}]}]},
+            "messages[0].tool_calls[0].function.name",
+        ),
+        ({"messages": [{**USER, "audio": {"id": "x"}}]}, "messages[0].audio"),
+        ({"max_tokens": 3, "max_completion_tokens": 4}, "max_tokens"),
+        ({"max_tokens": 0}, "max_tokens"),
+        ({"logprobs": 3}, "logprobs"),
+        ({"top_logprobs": 3}, "top_logprobs"),
+        ({"logprobs": True, "top_logprobs": 21}, "top_logprobs"),
+        ({"store": True}, "store"),
+        ({"audio": {"voice": "x"}}, "audio"),
+        ({"modalities": ["text", "audio"]}, "modalities"),
+        ({"web_search_options": {"a": 1}}, "web_search_options"),
+        ({"prediction": {"type": "content"}}, "prediction"),
+        ({"moderation": {"model": "x"}}, "moderation"),
+        ({"functions": [{"name": "f"}]}, "functions"),
+        ({"tools": [{"type": "custom", "custom": {"name": "x"}}]}, "tools[0].custom"),
+        ({"tools": [{"type": "function"}]}, "tools[0].function"),
+        ({"tools": [TOOL] * 129}, "tools"),
+        ({"tools": [TOOL, TOOL]}, "tools[1].function"),
+        ({"tools": [TOOL], "tool_choice": "maybe"}, "tool_choice"),
+        ({"tool_choice": "required"}, "tool_choice"),
+        (
+            {"tools": [TOOL], "tool_choice": {"type": "function", "function": {"name": "g"}}},
+            "tool_choice",
+        ),
+        ({"tools": [TOOL], "tool_choice": {"type": "custom"}}, "tool_choice.type"),
+        ({"reasoning_effort": "some"}, "reasoning_effort"),
+        ({"continue_final_message": True}, "continue_final_message"),
+        ({"regex": "a" * 70_000}, "regex"),
+    ],
+    ids=lambda one: str(one)[:50],
+)
+def test_a_chat_refuses_what_breaks_a_rule(
+    server: Running, changes: dict[str, Any], param: str
+) -> None:
+    body = {"model": "tiny", "messages": [USER], **changes}
+    refused(server.ask("POST", CHAT, body), param)
+
+
+@pytest.mark.parametrize(
+    ("changes", "param"),
+    [
+        ({"prompt": None}, "prompt"),
+        ({"prompt": []}, "prompt"),
+        ({"prompt": ""}, "prompt"),
+        ({"prompt": [[]]}, "prompt[0]"),
+        ({"prompt": ["a", ""]}, "prompt[1]"),
+        ({"prompt": ["a", [5]]}, "prompt[1]"),
+        ({"prompt": ["a"] * 129}, "prompt"),
+        ({"prompt": {"a": 1}}, "prompt"),
+        ({"prompt": [5, 99_999]}, "prompt[1]"),
+        ({"prompt": [5, -1]}, "prompt[1]"),
+        ({"prompt": [5, 2**70]}, "prompt[1]"),
+        ({"prompt": [5.0, 6]}, "prompt[0]"),
+        ({"prompt": [True]}, "prompt[0]"),
+        ({"prompt": [[5, [6]]]}, "prompt[0][1]"),
+        ({"max_tokens": 0}, "max_tokens"),
+        ({"logprobs": 21}, "logprobs"),
+        ({"logprobs": True}, "logprobs"),
+        ({"best_of": 3}, "best_of"),
+        ({"echo": "yes"}, "echo"),
+        ({"messages": [USER]}, "messages"),
+        ({"suffix": "b", "echo": True}, "suffix"),
+        ({"suffix": "b"}, "suffix"),
+    ],
+    ids=lambda one: str(one)[:40],
+)
+def test_a_completion_refuses_what_breaks_a_rule(
+    server: Running, changes: dict[str, Any], param: str
+) -> None:
+    refused(server.ask("POST", TEXT, {"model": "tiny", "prompt": "a", **changes}), param)
+
+
+@pytest.mark.parametrize("name", ["temperature", "top_p", "logit_bias"])
+def test_numbers_that_are_none_are_no_json(server: Running, name: str) -> None:
+    refused(server.ask("POST", CHAT, NAN % name.encode()), None)
+
+
+def test_what_is_missing_is_named(server: Running) -> None:
+    refused(server.ask("POST", CHAT, {"model": "tiny"}), "messages")
+    refused(server.ask("POST", CHAT, {"messages": [USER]}), "model")
+    refused(server.ask("POST", TEXT, {"model": "tiny"}), "prompt")
+    error = refused(server.ask("POST", CHAT, {"model": "x", "messages": [USER]}), "model", 404)
+    assert error["code"] == "model_not_found"
+
+
+def test_thousands_of_mistakes_are_told_shortly(server: Running) -> None:
+    wrong = {"model": "tiny", "messages": [{"role": 5, "content": {"a": n}} for n in range(12_000)]}
+    refused(server.ask("POST", CHAT, wrong), "messages[0].role")
+    error = refused(
+        server.ask("POST", TEXT, {"model": "tiny", "prompt": ["x" * 9, 5] * 60}), "prompt[1]"
+    )
+    assert len(error["message"]) < 500
+
+
+def test_a_prompt_that_is_too_long_is_told_both_numbers(server: Running) -> None:
+    for many in (CONTEXT + 1, 10 * CONTEXT):
+        body = {"model": "tiny", "prompt": [50] * many}
+        error = refused(server.ask("POST", TEXT, body), None)
+        assert error["code"] == "context_length_exceeded"
+        assert str(CONTEXT) in error["message"]
+        assert str(many) in error["message"]
+    text = "Hello there, how are you today? " * CONTEXT
+    for path, body in (
+        (TEXT, {"prompt": text}),
+        (CHAT, {"messages": [{"role": "user", "content": text}]}),
+    ):
+        error = refused(server.ask("POST", path, {"model": "tiny", **body}), None)
+        assert error["code"] == "context_length_exceeded"
+        assert str(CONTEXT) in error["message"]
+        assert f"{len(text)}" in error["message"] or "characters" in error["message"]
+
+
+def test_what_asks_for_nothing_is_taken(server: Running) -> None:
+    nothing = {
+        **dict.fromkeys(("stop", "seed", "n", "logit_bias", "tools", "temperature")),
+        **{"store": False, "functions": [], "audio": None, "modalities": ["text"]},
+        **{"tool_choice": "none", "response_format": {"type": "text"}, "logit_bias": {"5": 1}},
+        **{"stream": False, "stream_options": None, "parallel_tool_calls": True},
+        **{"top_k": -1, "max_tokens": 1, "stop": []},
+    }
+    answer = server.ask("POST", CHAT, {"model": "tiny", "messages": [USER], **nothing})
+    assert answer.status == 200, answer.body
+    assert "warnings" not in answer.headers
+
+
+def test_a_strict_server_refuses_what_it_does_not_know() -> None:
+    with talking(strict=True) as (server, _, _):
+        body = {"model": "tiny", "messages": [USER], "max_tokens": 1}
+        error = refused(server.ask("POST", CHAT, {**body, "foo": 1}), "foo")
+        assert error["code"] == "unknown_parameter"
+        refused(server.ask("POST", CHAT, {**body, "messages": [{**USER, "x": 1}]}), "messages[0].x")
+        assert server.ask("POST", CHAT, {**body, "user": "me"}).status == 200
