@@ -11,6 +11,7 @@ from quintet.grammar.constraints import (
 )
 
 try:
+    from quintet.grammar.calls import tool_calls
     from quintet.grammar.compiling import Grammars, compile
 except ModuleNotFoundError as error:
     if error.name != "llguidance":
@@ -30,4 +31,5 @@ __all__ = [
     "json_schema",
     "lark",
     "regex",
+    "tool_calls",
 ]

@@ -6,24 +6,17 @@ from collections import OrderedDict
 from collections.abc import Sequence
 from typing import Any
 
-from llguidance import LLMatcher, LLParserLimits
+from llguidance import LLMatcher
 
 from quintet.errors import GrammarError, InputError, shown
 from quintet.grammar.constraints import Constraint
+from quintet.grammar.faults import LIMITS
 from quintet.grammar.processor import GrammarProcessor
 from quintet.grammar.vocabulary import Vocabulary
 from quintet.tokenization import PreTrainedTokenizer
 
 __all__ = ["Grammars", "compile"]
 
-# What a grammar may take to be read, and then at each token: about 250 ms and 15 ms at the worst.
-LIMITS = LLParserLimits(
-    initial_lexer_fuel=300_000,
-    step_lexer_fuel=200_000,
-    step_max_items=50_000,
-    max_grammar_size=500_000,
-    verbose_errors=False,
-)
 # So many tokens are tried before a grammar counts as usable: some are too complex only then.
 TRIED = 2
 
@@ -109,7 +102,7 @@ class Grammars:
         )
         reason = matcher.get_error() or self._fault(matcher.deep_copy())
         if reason:
-            raise GrammarError(f"the {constraint.kind} cannot be used: {told(reason)}")
+            raise GrammarError(f"the {constraint.kind} cannot be used: {constraint.fault(reason)}")
         return matcher
 
     def _fault(self, matcher: LLMatcher) -> str:
@@ -139,9 +132,3 @@ def compile(
     """
     grammars = Grammars(tokenizer, vocab_size, eos_token_id=eos_token_id)
     return grammars.compile(constraint, after=after)
-
-
-def told(reason: str) -> str:
-    """Return what llguidance says of a grammar, in one line."""
-    lines = (line.strip() for line in reason.splitlines())
-    return shown(" ".join(line for line in lines if line and line != "<non-verbose/>"))

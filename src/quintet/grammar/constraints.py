@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from quintet.errors import GrammarError, shown
+from quintet.grammar.faults import JSON_STYLE, schema_fault, told
 from quintet.grammar.schema import checked_schema
 from quintet.grammar.vocabulary import Vocabulary
 
@@ -22,13 +23,6 @@ __all__ = [
 
 # How many bytes may say what a text may be.
 MAX_SOURCE = 65_536
-# JSON as most programs write it: a space behind a comma or a colon, or none; and no others, which
-# a model could write without an end.
-JSON_STYLE = {
-    "whitespace_flexible": False,
-    "item_separator": ",[ ]?",
-    "key_separator": ":[ ]?",
-}
 
 
 class Constraint(ABC):
@@ -43,6 +37,10 @@ class Constraint(ABC):
     def kind(self) -> str:
         """What it is called in messages."""
 
+    def fault(self, reason: str) -> str:
+        """Say in a line why it cannot be used, by what llguidance says."""
+        return told(reason)
+
 
 @dataclass(frozen=True, slots=True)
 class _Schema(Constraint):
@@ -53,6 +51,9 @@ class _Schema(Constraint):
     @property
     def kind(self) -> str:
         return "JSON schema"
+
+    def fault(self, reason: str) -> str:
+        return schema_fault(self.schema) or told(reason)
 
     def grammar(self, vocabulary: Vocabulary) -> list[dict[str, Any]]:
         return [{"json_schema": json.loads(self.schema) | {"x-guidance": JSON_STYLE}}]
@@ -97,8 +98,8 @@ class _Choice(Constraint):
         return "choice"
 
     def grammar(self, vocabulary: Vocabulary) -> list[dict[str, Any]]:
-        # A name of its own for each would be one of the grammar's rules.
-        return [{"lark_grammar": "start: " + " | ".join(map(literal, self.texts))}]
+        # As one terminal they are read like an expression, however many they are.
+        return [{"lark_grammar": "start: ANY\nANY: " + " | ".join(map(literal, self.texts))}]
 
 
 def json_object() -> Constraint:

@@ -1,0 +1,138 @@
+"""Calls of tools as a grammar, written as the model's own chat template writes them."""
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from quintet.errors import GrammarError, shown
+from quintet.grammar.constraints import MAX_SOURCE, Constraint, literal
+from quintet.grammar.faults import JSON_STYLE, schema_fault
+from quintet.grammar.schema import checked_schema
+from quintet.grammar.vocabulary import Vocabulary
+from quintet.parsing.format import Format
+
+__all__ = ["tool_calls"]
+
+MAX_TOOLS = 128
+# What nothing is asked of, and what no arguments are.
+_ANY_OBJECT = '{"type":"object"}'
+_NOTHING = '{"type":"object","properties":{},"additionalProperties":false}'
+_TEXT = "/(?s:.)+/"
+_THOUGHTS = ("<think>", "</think>")
+
+
+@dataclass(frozen=True, slots=True)
+class _Calls(Constraint):
+    """Calls of tools, or text in which there may be some.
+
+    Attributes:
+        tools: the name of each and the schema of its arguments.
+        format: how calls are written.
+        free: whether a text may come before them, or instead.
+        parallel: whether there may be several.
+    """
+
+    tools: tuple[tuple[str, str], ...]
+    format: Format
+    free: bool
+    parallel: bool
+
+    @property
+    def kind(self) -> str:
+        return "schema of a tool"
+
+    def grammar(self, vocabulary: Vocabulary) -> list[dict[str, Any]]:
+        form = self.format
+        # Each call begins with the trigger, where nothing else does before the first.
+        each = "" if form.begin else form.trigger
+        again = f"({_parts(form, form.between + each)} call)*" if self.parallel else ""
+        rules, inner = [f"calls: call {again} {_parts(form, form.end)}"], []
+        for number, (name, schema) in enumerate(self.tools):
+            inside = literal(name)[1:-1] if form.style == "json" else name
+            head = form.before_name.removeprefix(each) + inside + form.before_arguments
+            behind = _parts(form, form.after_arguments)
+            rules.append(f"call_{number}: {_parts(form, head)} @tool_{number} {behind}")
+            arguments = json.loads(schema) | {"x-guidance": JSON_STYLE}
+            inner.append({"name": f"tool_{number}", "json_schema": arguments})
+        rules.append("call: " + " | ".join(f"call_{number}" for number in range(len(self.tools))))
+        rules += self._beginning(form.begin or each)
+        return [{"name": "text", "lark_grammar": "\n".join(rules)}, *inner]
+
+    def _beginning(self, opening: str) -> list[str]:
+        form, opens = self.format, _parts(self.format, opening)
+        if not self.free:
+            return [f"start: {opens} calls"]
+        if form.trigger in form.tokens:
+            # No text is made of what is a token, so the first such one tells where calls begin.
+            thoughts = [form.tokens[mark] for mark in _THOUGHTS if mark in form.tokens]
+            pieces = " | ".join(["TEXT", *(f"<[{token}]>" for token in thoughts)])
+            return [f"start: free ({opens} calls)?", f"free: ({pieces})*", f"TEXT: {_TEXT}"]
+        rest = _parts(form, opening.removeprefix(form.trigger))
+        return [
+            f"start: TEXT? | head {rest} calls",
+            f"head[lazy]: TEXT? {literal(form.trigger)}",
+            f"TEXT: {_TEXT}",
+        ]
+
+
+def tool_calls(
+    tools: Sequence[Mapping[str, Any]],
+    format: Format,
+    choice: str = "required",
+    parallel: bool = True,
+) -> Constraint:
+    """Return the constraint that a text calls tools, and that their arguments fit their schemas.
+
+    Args:
+        tools: {"type": "function", "function": {"name", "parameters", "strict"}}, as for
+            `apply_chat_template`. Where a schema is not supported and "strict" is not true, the
+            arguments are any object.
+        format: how the model writes calls: `parsing.format_of(tokenizer)`.
+        choice: "required" for any of them, the name of one, or "auto" for any text, in which calls
+            are bound where they begin.
+        parallel: whether there may be more than one call.
+
+    Raises:
+        GrammarError: there is no tool, no such tool, or the schema of a strict one is not
+            supported.
+    """
+    read = dict(_tool(tool) for tool in tools)
+    if not 1 <= len(tools) <= MAX_TOOLS or len(read) < len(tools):
+        raise GrammarError(
+            f"{len(tools)} tools, of which {len(read)} have a name of their own, were given; there "
+            f"have to be 1 to {MAX_TOOLS}, of different names"
+        )
+    if choice not in ("auto", "required"):
+        if choice not in read:
+            raise GrammarError(
+                f"tool_choice={shown(choice)} is none of the tools {shown(list(read))}"
+            )
+        read = {choice: read[choice]}
+    return _Calls(tuple(read.items()), format, choice == "auto", parallel)
+
+
+def _tool(tool: Mapping[str, Any]) -> tuple[str, str]:
+    """Return the name of a tool and the text of the schema of its arguments."""
+    function = tool.get("function", tool)
+    name = function.get("name") if isinstance(function, Mapping) else None
+    if not isinstance(name, str) or not name:
+        raise GrammarError(f"the tool {shown(tool)} has no function with a name")
+    parameters = function.get("parameters")
+    if parameters is None:
+        return name, _NOTHING
+    try:
+        schema = checked_schema(parameters, MAX_SOURCE)
+        if fault := schema_fault(schema):
+            raise GrammarError(f"the JSON schema cannot be used: {fault}")
+    except GrammarError as error:
+        if function.get("strict"):
+            raise GrammarError(f"the tool {shown(name)} is strict, and {error}") from None
+        return name, _ANY_OBJECT
+    return name, schema
+
+
+def _parts(form: Format, text: str) -> str:
+    """Write a part of a format as it stands in a grammar: texts, and tokens by their ids."""
+    pieces = form.pieces(text)
+    return " ".join(f"<[{one}]>" if isinstance(one, int) else literal(one) for one in pieces)
