@@ -9,7 +9,10 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
+from fastapi import APIRouter
+
 from quintet import AutoModelForCausalLM, AutoTokenizer, demo_model
+from quintet.server.app import create_app
 from quintet.server.process import HttpServer, listen
 from quintet.server.registry import Loaded, Offer, Registry
 from quintet.server.service import Service
@@ -81,12 +84,21 @@ def loaded(limits: Limits | None = None) -> Loaded:
 
 
 @contextmanager
-def serving(*offers: Offer, settings: Settings | None = None, **changes: Any) -> Iterator[Running]:
-    """Serve offers, by default the packaged model as `demo`, and stop in the end."""
-    given = offers or (Offer("demo", loaded, loaded=loaded()),)
-    registry = Registry(given)
+def serving(*offers: Offer, router: APIRouter | None = None, **settings: Any) -> Iterator[Running]:
+    """Serve offers, by default the packaged model as `demo`, and stop in the end.
+
+    With the routes of a router beside the server's own.
+    """
+    registry = Registry(offers or (Offer("demo", loaded, loaded=loaded()),))
+
+    def made(service: Service) -> HttpServer:
+        app = create_app(service)
+        if router is not None:
+            app.include_router(router)
+        return HttpServer(service, app)
+
     try:
-        with running(Service(settings or Settings(**{"port": 0, **changes}), registry)) as it:
+        with running(Service(Settings(**{"port": 0, **settings}), registry), made) as it:
             yield it
     finally:
         registry.close()

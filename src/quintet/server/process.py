@@ -10,6 +10,7 @@ import time
 from types import FrameType
 
 import uvicorn
+from fastapi import FastAPI
 
 from quintet.errors import InputError, shown
 from quintet.server.app import create_app
@@ -79,13 +80,14 @@ class HttpServer(uvicorn.Server):
 
     Args:
         service: what it answers for.
+        app: what answers; the application of the service if not given.
     """
 
-    def __init__(self, service: Service) -> None:
+    def __init__(self, service: Service, app: FastAPI | None = None) -> None:
         settings = service.settings
         super().__init__(
             uvicorn.Config(
-                create_app(service),
+                app or create_app(service),
                 http=connections(settings),
                 ws="none",
                 lifespan="off",

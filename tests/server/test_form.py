@@ -1,0 +1,172 @@
+"""Requests that are malformed: each gets an error of OpenAI's shape, small and soon."""
+
+import json
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+
+from served import Running, serving
+
+LIMIT = 500_000
+
+
+@pytest.fixture(scope="module")
+def server() -> Iterator[Running]:
+    with serving(body=LIMIT) as it:
+        yield it
+
+
+def checked(answer: Any, status: int) -> dict[str, Any]:
+    """Check that an answer is an error as clients read it, and return it."""
+    assert answer.status == status, answer.body
+    assert answer.headers["content-type"] == "application/json"
+    assert answer.headers["x-request-id"]
+    assert len(answer.body) < 10_000
+    error: dict[str, Any] = answer.error
+    assert error.keys() == {"message", "type", "param", "code"}
+    assert isinstance(error["message"], str)
+    assert error["message"]
+    return error
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        b"{bad",
+        b"",
+        b"   ",
+        b"[]",
+        b"3",
+        b"null",
+        b'"text"',
+        b'{"prompt": "\xff\xfe"}',
+        b'{"prompt": "\\ud800"}',
+        b"[" * 20_000 + b"]" * 20_000,
+        b'{"prompt":' * 20_000 + b"1" + b"}" * 20_000,
+        b'{"a":' * 100 + b"1" + b"}" * 100,
+        b'{"prompt": ' + b"9" * 5_000 + b"}",
+        b'{"prompt": NaN}',
+        b'{"prompt": Infinity}',
+        b'{"prompt": "a"} {"prompt": "b"}',
+        b'\xef\xbb\xbf{"prompt": "a"}',
+        b"{'prompt': 'a'}",
+        b'{"prompt": "a\x00"}',
+    ],
+    ids=range(19),
+)
+def test_a_body_that_is_no_json_object_is_refused_soon(server: Running, body: bytes) -> None:
+    sent = {"Content-Type": "application/json"}
+    server.ask("POST", "/tokenize", body, sent)
+    began = time.perf_counter()
+    error = checked(server.ask("POST", "/tokenize", body, sent), 400)
+    assert time.perf_counter() - began < 0.5
+    assert error["type"] == "invalid_request_error"
+
+
+def test_the_last_of_keys_that_are_alike_counts(server: Running) -> None:
+    answer = server.ask(
+        "POST", "/tokenize", b'{"prompt": "a", "prompt": "b"}', {"Content-Type": "application/json"}
+    )
+    assert answer.json() == server.ask("POST", "/tokenize", {"prompt": "b"}).json()
+
+
+def test_control_characters_are_text(server: Running) -> None:
+    text = "\0\x01\x1b[31m\x7f\u2028"
+    ids = server.ask("POST", "/tokenize", {"prompt": text}).json()["tokens"]
+    assert server.ask("POST", "/detokenize", {"tokens": ids}).json()["prompt"] == text
+
+
+def test_many_mistakes_make_a_small_error(server: Running) -> None:
+    checked(server.ask("POST", "/detokenize", {"tokens": ["x"] * 12_000}), 400)
+    checked(server.ask("POST", "/tokenize", {"messages": [{"role": 3}] * 12_000}), 400)
+    checked(server.ask("POST", "/tokenize", {f"field{n}": n for n in range(9_000)}), 400)
+
+
+@pytest.mark.parametrize(
+    "kind",
+    ["text/plain", "application/x-www-form-urlencoded", "multipart/form-data; boundary=x", ""],
+)
+def test_only_json_is_read(server: Running, kind: str) -> None:
+    error = checked(server.ask("POST", "/tokenize", b"{}", {"Content-Type": kind}), 415)
+    assert "application/json" in error["message"]
+
+
+def test_json_may_say_its_characters(server: Running) -> None:
+    sent = {"Content-Type": "Application/JSON; charset=utf-8"}
+    assert server.ask("POST", "/tokenize", b'{"prompt": "a"}', sent).status == 200
+
+
+def test_a_body_that_is_too_large_is_refused_and_the_connection_closed(server: Running) -> None:
+    answer = server.ask("POST", "/tokenize", {"prompt": "a" * LIMIT})
+    error = checked(answer, 413)
+    assert "500,000" in error["message"]
+    assert answer.headers["connection"] == "close"
+
+
+def test_chunks_are_counted_too(server: Running) -> None:
+    connection = server.connect()
+    chunks = (b"a" * 10_000 for _ in range(90))
+    connection.request(
+        "POST", "/tokenize", chunks, {"Content-Type": "application/json"}, encode_chunked=True
+    )
+    answer = connection.getresponse()
+    assert answer.status == 413
+    connection.close()
+
+
+@pytest.mark.parametrize(
+    ("method", "path", "status"),
+    [
+        ("GET", "/tokenize", 405),
+        ("DELETE", "/v1/models", 405),
+        ("POST", "/health", 405),
+        ("PATCH", "/tokenize", 405),
+        ("GET", "/v1/nothing", 404),
+        ("POST", "/v1/models/demo/other", 405),
+        ("GET", "/v1/models/a/b/c", 404),
+        ("GET", "/%00", 400),
+        ("GET", "/docs", 404),
+        ("OPTIONS", "/v1/models", 405),
+        ("GET", "/tokenizer_info?model=" + "x" * 5000, 404),
+    ],
+)
+def test_what_is_not_there_has_the_same_shape(
+    server: Running, method: str, path: str, status: int
+) -> None:
+    answer = server.ask(method, path)
+    checked(answer, status)
+    if status == 405:
+        assert answer.headers["allow"]
+
+
+@pytest.mark.parametrize(
+    ("given", "kept"),
+    [
+        ("abc-123", True),
+        ("a" * 128, True),
+        ("a" * 129, False),
+        ("a b", False),
+        ("é", False),
+        ("", False),
+    ],
+)
+def test_a_request_is_named_by_who_asks_if_the_name_is_one(
+    server: Running, given: str, kept: bool
+) -> None:
+    for path in ("/health", "/nothing"):
+        answer = server.ask("GET", path, headers={"X-Request-Id": given.encode().decode("latin-1")})
+        assert (answer.headers["x-request-id"] == given) == kept
+        assert answer.headers["x-request-id"]
+
+
+def test_the_server_describes_itself(server: Running) -> None:
+    told = server.ask("GET", "/openapi.json").json()
+    body = told["paths"]["/tokenize"]["post"]["requestBody"]["content"]["application/json"]
+    assert "prompt" in body["schema"]["properties"]
+    text = json.dumps(told)
+    for reference in {part.split('"')[0] for part in text.split('"$ref": "')[1:]}:
+        at: Any = told
+        for step in reference.removeprefix("#/").split("/"):
+            at = at[step]

@@ -1,0 +1,158 @@
+"""Connections that are slow, malformed or greedy: closed in time, and the server answers others."""
+
+import socket
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+
+import pytest
+
+from served import Running, serving
+
+
+@pytest.fixture(scope="module")
+def server() -> Iterator[Running]:
+    with serving(head_time=0.4, body_time=0.5, keep_alive=1, header=8192) as it:
+        yield it
+
+
+@contextmanager
+def talking(server: Running) -> Iterator[socket.socket]:
+    with socket.create_connection((server.host, server.port), timeout=10) as sock:
+        yield sock
+
+
+def answers(sock: socket.socket) -> bytes:
+    """Return all that comes until the connection is closed."""
+    parts = []
+    try:
+        while part := sock.recv(65536):
+            parts.append(part)
+    except ConnectionError:
+        pass
+    return b"".join(parts)
+
+
+def sent(server: Running, data: bytes) -> bytes:
+    with talking(server) as sock:
+        sock.sendall(data)
+        return answers(sock)
+
+
+def head(path: str = "/health", *lines: str, method: str = "GET") -> bytes:
+    return "\r\n".join((f"{method} {path} HTTP/1.1", "Host: localhost", *lines, "", "")).encode()
+
+
+CLOSING = "Connection: close"
+
+
+@pytest.fixture(autouse=True)
+def others_are_answered(server: Running) -> Iterator[None]:
+    yield
+    assert server.ask("GET", "/health").status == 200
+
+
+@pytest.mark.parametrize(
+    "first", [b"", b"GET /health HTTP/1.1\r\nHost: loc"], ids=["nothing", "half"]
+)
+def test_a_head_that_does_not_come_is_not_waited_for(server: Running, first: bytes) -> None:
+    with talking(server) as sock:
+        sock.sendall(first)
+        began = time.monotonic()
+        assert answers(sock) == b""
+        assert 0.3 < time.monotonic() - began < 2
+
+
+def test_a_byte_at_a_time_is_not_in_time(server: Running) -> None:
+    with talking(server) as sock:
+        began = time.monotonic()
+        with suppress(ConnectionError):
+            for byte in head(f"/{'a' * 60}"):
+                sock.sendall(bytes([byte]))
+                time.sleep(0.05)
+        assert time.monotonic() - began < 2
+
+
+def test_a_body_that_does_not_come_is_not_waited_for(server: Running) -> None:
+    lines = ("Content-Type: application/json", "Content-Length: 100")
+    began = time.monotonic()
+    answer = sent(server, head("/tokenize", *lines, method="POST") + b'{"prompt"')
+    assert answer.startswith(b"HTTP/1.1 408 ")
+    assert b'"request_timeout"' in answer
+    assert time.monotonic() - began < 2
+
+
+def test_an_idle_connection_is_closed(server: Running) -> None:
+    with talking(server) as sock:
+        sock.sendall(head())
+        began = time.monotonic()
+        assert answers(sock).startswith(b"HTTP/1.1 200 ")
+        assert 0.5 < time.monotonic() - began < 3
+
+
+def test_a_head_that_is_too_large_is_refused(server: Running) -> None:
+    answer = sent(server, head("/health", f"X-Big: {'a' * 1_000_000}", CLOSING))
+    assert answer == b"" or answer.startswith(b"HTTP/1.1 431 ")
+    answer = sent(server, b"GET /health HTTP/1.1\r\nHost: localhost\r\nX: " + b"a" * 8200)
+    assert answer.startswith(b"HTTP/1.1 431 ")
+    assert b'"request_header_too_large"' in answer
+
+
+CHUNKED = ("Content-Type: application/json", "Transfer-Encoding: chunked")
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        b"\x16\x03\x01\x02\x00\x01\x00",
+        b"GET\r\n\r\n",
+        b"GET /health HTTP/9.9\r\n\r\n",
+        b"GET /health HTTP/1.1\r\n\r\n",
+        b"GET /health HTTP/1.1\r\nHost: a\r\nHost: b\r\n\r\n",
+        b"GET /health HTTP/1.1\r\nHost: localhost\r\nbad header\r\n\r\n",
+        head("/tokenize", "Content-Length: abc", method="POST"),
+        head("/tokenize", "Content-Length: -5", method="POST"),
+        head("/tokenize", "Content-Length: 5", "Content-Length: 6", method="POST") + b"{}",
+        head("/tokenize", *CHUNKED, method="POST") + b"zz\r\n{}\r\n0\r\n\r\n",
+        head("/tokenize", *CHUNKED, method="POST") + b"fffffffffffffffffffff\r\n{}",
+        head("/tokenize", *CHUNKED, method="POST") + b"2\r\n{}x0\r\n\r\n",
+        head("/tokenize", "Transfer-Encoding: gzip", method="POST"),
+    ],
+    ids=range(13),
+)
+def test_what_is_no_http_is_refused(server: Running, data: bytes) -> None:
+    answer = sent(server, data)
+    assert answer.split(b" ")[1] in (b"400", b"501"), answer
+    if answer.startswith(b"HTTP/1.1 400"):
+        assert b'"error"' in answer or b"\r\n\r\n" in answer
+
+
+def test_requests_may_come_before_their_answers(server: Running) -> None:
+    answer = sent(server, head() + head("/version") + head("/ready", CLOSING))
+    assert answer.count(b"HTTP/1.1 200 OK") == 3
+    assert answer.index(b"ok") < answer.index(b"version") < answer.index(b"ready")
+
+
+def test_a_second_request_that_is_malformed_does_not_hurt_the_first(server: Running) -> None:
+    answer = sent(server, head() + b"\x00\x01\x02\r\n\r\n")
+    assert answer.startswith(b"HTTP/1.1 200 OK")
+    assert b"HTTP/1.1 400 " in answer
+
+
+def test_a_length_that_lies_is_noticed(server: Running) -> None:
+    lines = ("Content-Type: application/json", "Content-Length: 99999999999999999999")
+    assert sent(server, head("/tokenize", *lines, method="POST") + b"{}")[9:12] in (b"408", b"413")
+    lines = ("Content-Type: application/json", "Content-Length: 2", CLOSING)
+    answer = sent(server, head("/tokenize", *lines, method="POST") + b'{}{"more": 1}')
+    assert answer[9:12] == b"400"
+
+
+def test_many_connect_and_go(server: Running) -> None:
+    for number in range(300):
+        with talking(server) as sock:
+            if number % 3:
+                sock.sendall(head()[: number % 40])
+    deadline = time.monotonic() + 5
+    while server.service.under_way and time.monotonic() < deadline:
+        time.sleep(0.01)
+    assert server.service.under_way == 0
