@@ -75,7 +75,7 @@ class EventStream(Response):
         self._events, self._settings = events, settings
         self._write, self._failed, self._ping = write, failed, ping
         self._waiting: deque[bytes] = deque()
-        self._size = 0
+        self._size = self._largest = 0
         self._news = asyncio.Event()
         self._error: Exception | None = None
         self._over = False
@@ -107,7 +107,8 @@ class EventStream(Response):
         try:
             async with aclosing(self._events) as events:
                 async for event in events:
-                    if self._size > self._settings.buffer:
+                    # One that is large by itself is nobody's slowness.
+                    if self._size > self._settings.buffer + self._largest:
                         raise SlowReaderError
                     self._put(event)
         except SlowReaderError:
@@ -122,6 +123,7 @@ class EventStream(Response):
         data = event.encode()
         self._waiting.append(data)
         self._size += len(data)
+        self._largest = max(self._largest, len(data))
         self._news.set()
 
     async def _send(self, send: Send, request_id: str) -> None:

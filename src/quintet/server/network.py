@@ -2,6 +2,8 @@
 
 import asyncio
 import json
+import socket
+import struct
 import sys
 from collections.abc import Callable
 from functools import partial
@@ -42,16 +44,18 @@ class _Connection(H11Protocol):
         super().__init__(config, server_state, {**app_state, "abort": self._abort}, _loop)
         self._settings = settings
         self._head = _Alarm(self.loop, settings.head_time, self._close)
-        self._stalled = _Alarm(self.loop, settings.stall, self._abort)
-        self._left = _Alarm(self.loop, settings.stall, self._abort)
+        self._unsent = _Alarm(self.loop, settings.stall, self._check_reader)
+        self._left = 0
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         super().connection_made(cast("asyncio.Transport", transport))
+        # Otherwise the system takes megabytes before it is seen that nobody reads.
+        self._set(socket.SO_SNDBUF, self._settings.buffer // 4)
         self._head.start()
 
     def connection_lost(self, exc: Exception | None) -> None:
-        for alarm in (self._head, self._stalled, self._left):
-            alarm.stop()
+        self._head.stop()
+        self._unsent.stop()
         super().connection_lost(exc)
 
     def data_received(self, data: bytes) -> None:
@@ -60,20 +64,17 @@ class _Connection(H11Protocol):
             self._head.start()
         else:
             self._head.stop()
-            self._left.stop()
+            if not self.flow.write_paused:
+                # Whoever asks again has read the answer before.
+                self._unsent.stop()
 
     def on_response_complete(self) -> None:
         super().on_response_complete()
-        if self.transport.get_write_buffer_size():
-            self._left.start()
+        self._watch_reader()
 
     def pause_writing(self) -> None:
         super().pause_writing()
-        self._stalled.start()
-
-    def resume_writing(self) -> None:
-        super().resume_writing()
-        self._stalled.stop()
+        self._watch_reader()
 
     def send_400_response(self, msg: str) -> None:
         """Answer what is no HTTP, in the shape of all errors, and close."""
@@ -103,7 +104,7 @@ class _Connection(H11Protocol):
             h11.EndOfMessage(),
         ):
             self.transport.write(self.conn.send(event) or b"")
-        self._left.start()
+        self._watch_reader()
         self.transport.close()
 
     @property
@@ -111,11 +112,30 @@ class _Connection(H11Protocol):
         return self.cycle is None or self.cycle.response_complete
 
     def _close(self) -> None:
-        self._left.start()
+        self._watch_reader()
         self.transport.close()
 
+    def _watch_reader(self) -> None:
+        self._left = self.transport.get_write_buffer_size()
+        if self._left:
+            self._unsent.start()
+
+    def _check_reader(self) -> None:
+        """Cut a reader off who took nothing since; go on to watch one who took some."""
+        if self.transport.get_write_buffer_size() < self._left:
+            self._watch_reader()
+        else:
+            self._abort()
+
     def _abort(self) -> None:
+        # What was not sent is dropped by the system, too: on, for no second.
+        self._set(socket.SO_LINGER, struct.pack("ii", 1, 0))
         self.transport.abort()
+
+    def _set(self, option: int, value: int | bytes) -> None:
+        sock = self.transport.get_extra_info("socket")
+        if sock is not None:
+            sock.setsockopt(socket.SOL_SOCKET, option, value)
 
 
 class _Alarm:
