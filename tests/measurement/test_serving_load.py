@@ -102,6 +102,17 @@ def test_no_conversation_begins_when_time_is_over() -> None:
     assert 2 <= len(asked) <= 10
 
 
+def test_what_is_under_way_is_cut() -> None:
+    fake = FakeServer(pause=0.02)
+    shape = Shape(shared=0, own=3, out=200)
+    asked = measured(fake, shape, Load(conversations=9, clients=2, seconds=0.1, cut=True))
+    assert [one.dropped for one in asked] == [True, True]
+    assert all(1 <= one.completion < 10 for one in asked)
+    found = summary(asked)
+    assert found["seconds"] < 0.3
+    assert found["per_second"]["completion_tokens"] > 20
+
+
 @pytest.mark.parametrize("chunked", [True, False])
 def test_servers_that_count_nothing_and_take_no_ids(chunked: bool) -> None:
     fake = FakeServer(ids=False, usage=False, chunked=chunked)
@@ -255,7 +266,14 @@ def test_conversations_nobody_has(options: dict[str, Any]) -> None:
 
 @pytest.mark.parametrize(
     "options",
-    [{}, {"clients": 0}, {"rate": 0.0}, {"rate": math.nan}, {"clients": 1, "seconds": -1}],
+    [
+        {},
+        {"clients": 0},
+        {"rate": 0.0},
+        {"rate": math.nan},
+        {"clients": 1, "seconds": -1},
+        {"clients": 1, "cut": True},
+    ],
 )
 def test_loads_that_are_none(options: dict[str, Any]) -> None:
     with pytest.raises(InputError):

@@ -34,6 +34,7 @@ SHAPE = ("shared", "own", "out", "turns", "grows", "drops")
 @click.option("--rate", type=float, help="Conversations that begin a second, at random.")
 @click.option("--requests", "-n", type=click.IntRange(1), help="Conversations: 8 a client, or 64.")
 @click.option("--seconds", "-s", type=float, help="Begin none after so long.")
+@click.option("--cut", is_flag=True, help="Hang up then, whatever is under way.")
 @click.option("--shared", type=click.IntRange(0), help="Tokens that all prompts begin with.")
 @click.option("--own", type=click.IntRange(1), help="Tokens more of a first prompt.")
 @click.option("--out", type=click.IntRange(1), help="Tokens of an answer.")
@@ -70,6 +71,7 @@ def command(
     rate: float | None,
     requests: int | None,
     seconds: float | None,
+    cut: bool,
     endpoint: str,
     prompts: str,
     body: str | None,
@@ -99,7 +101,7 @@ def command(
     if clients is None and rate is None:
         clients = 8
     many = requests or (10**9 if seconds else 64 if clients is None else 8 * clients)
-    load = Load(conversations=many, clients=clients, rate=rate, seconds=seconds, seed=seed)
+    load = Load(conversations=many, clients=clients, rate=rate, seconds=seconds, cut=cut, seed=seed)
     extra = _fields(body)
     with Waiting(f"asking {url}", quiet):
         target, found = asyncio.run(

@@ -87,23 +87,31 @@ class Target:
         }
         return {name: value for name, value in fields.items() if value is not None}
 
-    async def ask(
-        self, prompt: Prompt, out: int, *, due: float | None = None, drop: int | None = None
-    ) -> Asked:
-        """Ask for an answer and listen to its end, or hang up behind `drop` pieces of it."""
-        asked = Asked(time.perf_counter() if due is None else due)
+    async def ask(self, prompt: Prompt, out: int) -> Asked:
+        """Ask for an answer of `out` tokens and listen to its end."""
+        asked = Asked(time.perf_counter())
+        await self.listen(asked, prompt, out)
+        return asked
+
+    async def listen(
+        self, asked: Asked, prompt: Prompt, out: int, *, drop: int | None = None
+    ) -> None:
+        """Ask, and note what becomes of it; hang up behind `drop` pieces, or when cancelled."""
         try:
             async with asyncio.timeout(self.timeout):
                 async with self.address.ask(PATHS[self.endpoint], self.body(prompt, out)) as reply:
                     await _listen(reply, asked, drop)
         except TimeoutError:
             asked.error = f"no whole answer in {self.timeout:g} s"
+        except asyncio.CancelledError:
+            asked.dropped = True
+            raise
         except (OSError, ServingError, ValueError) as error:
             asked.error = f"{type(error).__name__}: {error}"
-        asked.ended = time.perf_counter()
-        if not asked.counted:
-            asked.completion = len(asked.came)
-        return asked
+        finally:
+            asked.ended = time.perf_counter()
+            if not asked.counted:
+                asked.completion = len(asked.came)
 
     async def continued(self, answer: Asked) -> Prompt:
         """Return an answer as a part of the next prompt."""

@@ -4,6 +4,7 @@ import asyncio
 import random
 import time
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass, field
 
 from quintet.errors import InputError
@@ -22,6 +23,7 @@ class Load:
         clients: how many conversations go on at once at most; None for any number.
         rate: how many begin a second, at random; None for the next when one is over.
         seconds: begin none after so long; None for no end.
+        cut: hang up then, whatever is under way, so that it takes no longer.
         seed: of prompts, arrivals and of who goes.
 
     Raises:
@@ -32,11 +34,14 @@ class Load:
     clients: int | None = None
     rate: float | None = None
     seconds: float | None = None
+    cut: bool = False
     seed: int = 0
 
     def __post_init__(self) -> None:
         if self.clients is None and self.rate is None:
             raise InputError("say how many clients there are, or at which rate requests arrive")
+        if self.cut and self.seconds is None:
+            raise InputError("cut needs seconds, after which to hang up")
         for name, value in (
             ("conversations", self.conversations),
             ("clients", self.clients),
@@ -65,8 +70,9 @@ class _Running:
         parts = [self.shared, material.draw(shape.own, dice)]
         for turn in range(shape.turns):
             drop = dice.randrange(shape.out) if dice.random() < shape.drops else None
-            one = await self.target.ask(material.join(parts), shape.out, due=due, drop=drop)
+            one = Asked(time.perf_counter() if due is None else due)
             self.asked.append(one)
+            await self.target.listen(one, material.join(parts), shape.out, drop=drop)
             due = None
             if one.error is not None or one.dropped or turn + 1 == shape.turns:
                 return
@@ -90,7 +96,9 @@ async def run(target: Target, shape: Shape, load: Load, *, warm: int = 1) -> lis
     for number in range(warm):
         await warming.converse(-1 - number, None)
     running = _Running(target, shape, load, shared)
-    await (_open(running, dice) if load.rate is not None else _closed(running))
+    with suppress(TimeoutError):
+        async with asyncio.timeout(load.seconds if load.cut else None):
+            await (_open(running, dice) if load.rate is not None else _closed(running))
     return running.asked
 
 
