@@ -13,7 +13,8 @@ from starlette.responses import Response
 import quintet
 from quintet.server.failures import ApiError, ErrorBody, error_response, invalid
 from quintet.server.intake import Intake
-from quintet.server.routes import chat, completions, health, models, page, tokens, version
+from quintet.server.metrics import Metrics
+from quintet.server.routes import chat, completions, health, metrics, models, page, tokens, version
 from quintet.server.security import Gate
 from quintet.server.service import Service
 
@@ -25,6 +26,7 @@ def routers(service: Service) -> tuple[APIRouter, ...]:
     routes = (
         health.router,
         version.router,
+        metrics.router,
         models.router,
         tokens.router,
         chat.router,
@@ -49,14 +51,17 @@ def create_app(service: Service) -> FastAPI:
         redoc_url=None,
         redirect_slashes=False,
     )
-    app.state.server = service
+    app.state.server, app.state.metrics = service, Metrics(service)
+    service.observers.append(app.state.metrics)
     for router in routers(service):
         app.include_router(router)
     by_path = writers()
 
     async def tell(request: Request, error: Exception) -> Response:
         write = by_path.get(request.url.path, ApiError.body)
-        return error_response(_error_of_framework(error), write)
+        told = _error_of_framework(error)
+        request.state.error_code = told.code
+        return error_response(told, write)
 
     app.add_exception_handler(HTTPException, tell)
     app.add_exception_handler(RequestValidationError, tell)

@@ -40,7 +40,7 @@ class Intake:
         given = Headers(scope=scope).get("x-request-id", "")
         request_id = given if REQUEST_ID.fullmatch(given) else f"req_{uuid.uuid4().hex}"
         state = scope.setdefault("state", {})
-        state.update(request_id=request_id, caller="")
+        state.update(request_id=request_id, caller="", error_code=None)
         status, began = 0, time.monotonic()
 
         async def sending(message: Message) -> None:
@@ -54,8 +54,9 @@ class Intake:
         try:
             await self._app(scope, receive, sending)
         except ClientGoneError as error:
-            status = 499
+            status, state["error_code"] = 499, "client_gone"
             if isinstance(error, SlowReaderError):
+                state["error_code"] = "slow_reader"
                 await _abort(scope)
         except Exception as error:
             told = error_of(error)
@@ -68,21 +69,21 @@ class Intake:
             else:
                 write = self._writers.get(scope["path"], ApiError.body)
                 await error_response(told, write)(scope, receive, sending)
-            status = told.status
+            status, state["error_code"] = told.status, told.code
         finally:
             self._service.under_way -= 1
-            self._tell(scope, status, time.monotonic() - began, request_id)
+            self._tell(scope, status, time.monotonic() - began)
 
-    def _tell(self, scope: Scope, status: int, seconds: float, request_id: str) -> None:
+    def _tell(self, scope: Scope, status: int, seconds: float) -> None:
         # Never the path as it came: it may be anybody's text.
-        found = scope.get("route")
-        route = found.path if isinstance(found, Route) else "none"
+        found, state = scope.get("route"), scope["state"]
+        route = found.path_format if isinstance(found, Route) else "none"
         logged(
             f"{scope['method'][:16]} {route}",
-            {"status": status, "seconds": round(seconds, 4), "request_id": request_id},
+            {"status": status, "seconds": round(seconds, 4), "request_id": state["request_id"]},
         )
         for observer in self._service.observers:
-            observer.answered(route, scope["method"], status, seconds)
+            observer.answered(route, scope["method"], status, seconds, state["error_code"])
 
 
 async def _abort(scope: Scope) -> None:

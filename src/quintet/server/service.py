@@ -14,8 +14,13 @@ __all__ = ["Observer", "Service", "caller_of", "request_id_of", "service_of"]
 class Observer(Protocol):
     """Is told what became of requests."""
 
-    def answered(self, route: str, method: str, status: int, seconds: float) -> None:
-        """Take note that a request ended; 499 is a client that went before."""
+    def answered(
+        self, route: str, method: str, status: int, seconds: float, code: str | None
+    ) -> None:
+        """Take note that a request ended, with the code of an error where it did so by one.
+
+        499 is a client that went before, "client_gone", or did not read, "slow_reader".
+        """
         ...
 
 

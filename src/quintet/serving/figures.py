@@ -18,17 +18,18 @@ __all__ = ["Distribution", "Figures", "Snapshot", "kind_of"]
 # Seconds: of a step, and of what a reader waits for.
 STEPS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.15, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0)
 WAITS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 25.0, 60.0, 120.0, 300.0)
+TOKENS = tuple(float(1 << power) for power in range(18))
 
 
 @dataclass(frozen=True, slots=True)
 class Distribution:
-    """How often something took how many seconds.
+    """How often something took how many seconds, or had how many tokens.
 
     Attributes:
         bounds: where one class ends and the next begins.
-        counts: how often it took at most so long and more than the bound before; the last of these
+        counts: how often it was at most as much and more than the bound before; the last of these
             is beyond all bounds.
-        total: the seconds together.
+        total: all together.
     """
 
     bounds: tuple[float, ...]
@@ -50,10 +51,10 @@ class _Distributing:
         self._bounds, self._counts, self._total = bounds, [0] * (len(bounds) + 1), 0.0
         self._frozen: Distribution | None = None
 
-    def add(self, seconds: float) -> None:
-        """Count a number of seconds."""
-        self._counts[bisect_left(self._bounds, seconds)] += 1
-        self._total += seconds
+    def add(self, value: float) -> None:
+        """Count a number of seconds or tokens."""
+        self._counts[bisect_left(self._bounds, value)] += 1
+        self._total += value
         self._frozen = None
 
     def frozen(self) -> Distribution:
@@ -91,6 +92,8 @@ class Snapshot:
         restored: how often a request went on from something that was read before.
         copied: bytes that were copied into rows ("hit") and out of them ("kept").
         finished: how many requests have ended, by how.
+        left: how many of them ended as their client left, by how far they were: "waiting" for a
+            row, "reading" the prompt or "writing" the answer.
         failed: how many have failed, by `kind_of` the error.
         overhead_seconds: the time of the engine's thread that was no step of the model.
         step_seconds: how long steps took, by kind.
@@ -99,6 +102,9 @@ class Snapshot:
         first_token_seconds: how long from their coming to the first token.
         between_seconds: how long from one step that gave a request tokens to the next.
         decode_seconds: how long from a request's first token to its last.
+        whole_seconds: how long from its coming to its last.
+        prompt_tokens: how many tokens prompts had, of answers that are whole.
+        answer_tokens: how many these had.
     """
 
     rows: int = 0
@@ -120,6 +126,7 @@ class Snapshot:
     restored: int = 0
     copied: Mapping[str, int] = field(default_factory=dict)
     finished: Mapping[str, int] = field(default_factory=dict)
+    left: Mapping[str, int] = field(default_factory=dict)
     failed: Mapping[str, int] = field(default_factory=dict)
     overhead_seconds: float = 0.0
     step_seconds: Mapping[str, Distribution] = field(default_factory=dict)
@@ -128,6 +135,9 @@ class Snapshot:
     first_token_seconds: Distribution = _NEVER
     between_seconds: Distribution = _NEVER
     decode_seconds: Distribution = _NEVER
+    whole_seconds: Distribution = _NEVER
+    prompt_tokens: Distribution = _NEVER
+    answer_tokens: Distribution = _NEVER
 
 
 def kind_of(error: Exception) -> str:
@@ -157,6 +167,10 @@ class Figures:
         self.first_token_seconds = _Distributing(WAITS)
         self.between_seconds = _Distributing(STEPS)
         self.decode_seconds = _Distributing(WAITS)
+        self.whole_seconds = _Distributing(WAITS)
+        self.prompt_tokens = _Distributing(TOKENS)
+        self.answer_tokens = _Distributing(TOKENS)
+        self.left: Counter[str] = Counter()
         self.copied: Counter[str] = Counter()
         self._steps: Counter[str] = Counter()
         self._finished: Counter[str] = Counter()
@@ -199,6 +213,7 @@ class Figures:
             restored=self.restored,
             copied=dict(self.copied),
             finished=dict(self._finished),
+            left=dict(self.left),
             failed=dict(self._failed),
             overhead_seconds=self.overhead_seconds,
             step_seconds={kind: one.frozen() for kind, one in self._step_seconds.items()},
@@ -207,4 +222,7 @@ class Figures:
             first_token_seconds=self.first_token_seconds.frozen(),
             between_seconds=self.between_seconds.frozen(),
             decode_seconds=self.decode_seconds.frozen(),
+            whole_seconds=self.whole_seconds.frozen(),
+            prompt_tokens=self.prompt_tokens.frozen(),
+            answer_tokens=self.answer_tokens.frozen(),
         )

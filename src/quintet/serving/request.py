@@ -87,6 +87,13 @@ class Request(Job):
         self._told = len(text.ids)
         self._told_prompt = False
 
+    @property
+    def phase(self) -> str:
+        """How far it is: "waiting" for its first row, "reading" its prompt, or "writing"."""
+        if self.cached is None:
+            return "waiting"
+        return "reading" if self.first is None else "writing"
+
     def follow(self) -> None:
         """Take over how far its text is."""
         self.known, self.computed = len(self.text.ids), self.text.computed

@@ -140,6 +140,7 @@ class Runner:
             self._leave(request)
             if request.cancelled:
                 self.figures.end("cancelled")
+                self.figures.left[request.phase] += 1
             else:
                 late = "the time of the request is over; give it a longer timeout"
                 self._fail(request, DeadlineError(late))
@@ -269,8 +270,11 @@ class Runner:
         self.scheduler.finish(request)
         if isinstance(news, Answer):
             self.figures.end(news.finish_reason or "stop")
+            self.figures.prompt_tokens.add(text.prompt_length)
+            self.figures.answer_tokens.add(len(text.new))
             if request.first is not None:
                 self.figures.decode_seconds.add(request.last - request.first)
+                self.figures.whole_seconds.add(request.last - request.arrival)
         elif news is not None:
             self.figures.end(news)
 

@@ -1,0 +1,239 @@
+"""What Prometheus asks for: engines as of their last step, and requests as they ended."""
+
+from collections.abc import Callable, Iterable, Iterator, Mapping
+
+import prometheus_client
+from prometheus_client import CollectorRegistry, Counter, Histogram, ProcessCollector
+from prometheus_client.core import (
+    CounterMetricFamily,
+    GaugeMetricFamily,
+    HistogramMetricFamily,
+    InfoMetricFamily,
+    Metric,
+)
+from prometheus_client.registry import Collector
+
+import quintet
+from quintet.server.service import Service
+from quintet.serving.figures import Distribution, Snapshot
+
+__all__ = ["Metrics"]
+
+SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0, 600.0)
+# Whatever else somebody calls a method is not repeated.
+METHODS = frozenset({"GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"})
+
+
+Number = Callable[[Snapshot], float]
+GAUGES: tuple[tuple[str, str, Number], ...] = (
+    ("num_requests_running", "Requests that have a row.", lambda it: it.running),
+    ("num_requests_waiting", "Requests that wait for one.", lambda it: it.waiting),
+    ("rows", "Rows there are.", lambda it: it.rows),
+    ("rows_bytes", "Bytes that rows under way hold, estimated.", lambda it: it.held),
+    ("prefix_cache_bytes", "Bytes of what was read before.", lambda it: it.kept),
+)
+COUNTERS: tuple[tuple[str, str, Number], ...] = (
+    ("prompt_tokens", "Tokens of prompts, read or read before.", lambda it: it.queried),
+    ("generation_tokens", "Tokens that were made.", lambda it: it.generated),
+    ("computed_tokens", "Tokens that were read, again after a preemption.", lambda it: it.read),
+    ("prefix_cache_query_tokens", "Tokens looked for in what was read.", lambda it: it.queried),
+    ("prefix_cache_hit_tokens", "Those of them that were there.", lambda it: it.cached),
+    ("prefix_cache_evictions", "Parts forgotten for want of room.", lambda it: it.evicted),
+    ("state_snapshots", "Recurrent states that were kept.", lambda it: it.snapshots),
+    ("state_restores", "Requests that went on from what was kept.", lambda it: it.restored),
+    ("preemptions", "Rows that were given back before the end.", lambda it: it.preempted),
+    ("spec_drafted_tokens", "Tokens that were drafted.", lambda it: it.drafted),
+    ("spec_accepted_tokens", "Those of them that held.", lambda it: it.accepted),
+    ("engine_steps", "Forwards.", lambda it: it.steps),
+    ("engine_overhead_seconds", "The engine's time beside them.", lambda it: it.overhead_seconds),
+    (
+        "nonfinite_logits",
+        "Requests that ended as their numbers were none.",
+        lambda it: it.failed.get("nonfinite", 0),
+    ),
+    (
+        "admission_rejections",
+        "Requests that came when as many waited as may.",
+        lambda it: it.failed.get("queue_full", 0),
+    ),
+)
+# With the name of the label that tells them apart.
+BY_KIND: tuple[tuple[str, str, str, Callable[[Snapshot], Mapping[str, float]]], ...] = (
+    ("request_success", "Answers that are whole.", "finished_reason", lambda it: _whole(it)),
+    (
+        "disconnects",
+        "Requests whose client left, by how far they were.",
+        "phase",
+        lambda it: it.left,
+    ),
+    ("engine_failures", "Requests that an engine gave up.", "kind", lambda it: it.failed),
+    ("row_copy_bytes", "Bytes into rows and out of them.", "why", lambda it: it.copied),
+)
+HISTOGRAMS: tuple[tuple[str, str, Callable[[Snapshot], Distribution]], ...] = (
+    (
+        "time_to_first_token_seconds",
+        "From a request's coming to its first token.",
+        lambda it: it.first_token_seconds,
+    ),
+    (
+        "inter_token_latency_seconds",
+        "Between steps that gave a request tokens.",
+        lambda it: it.between_seconds,
+    ),
+    (
+        "request_queue_time_seconds",
+        "Until a request got its first row.",
+        lambda it: it.queue_seconds,
+    ),
+    (
+        "request_prefill_time_seconds",
+        "From there to its first token.",
+        lambda it: it.prefill_seconds,
+    ),
+    (
+        "request_decode_time_seconds",
+        "From there to its last.",
+        lambda it: it.decode_seconds,
+    ),
+    (
+        "e2e_request_latency_seconds",
+        "From a request's coming to its last token.",
+        lambda it: it.whole_seconds,
+    ),
+    ("request_prompt_tokens", "Tokens of prompts.", lambda it: it.prompt_tokens),
+    ("request_generation_tokens", "Tokens of answers.", lambda it: it.answer_tokens),
+)
+
+
+class Metrics:
+    """Counts what becomes of requests, and shows that and what engines count.
+
+    No label holds what a request says: routes are templates, codes and reasons a few words of ours,
+    models the names that they are served under.
+
+    Args:
+        service: whose.
+    """
+
+    def __init__(self, service: Service) -> None:
+        # Of its own: there may be another server in this process, or none that counts.
+        self._registry = CollectorRegistry()
+        self._requests = Counter(
+            "quintet_http_requests",
+            "Requests that ended; 499 is a client that went before.",
+            ("route", "method", "code"),
+            registry=self._registry,
+        )
+        self._seconds = Histogram(
+            "quintet_http_request_seconds",
+            "From the head of a request to the end of its answer.",
+            ("route",),
+            buckets=SECONDS,
+            registry=self._registry,
+        )
+        self._errors = Counter(
+            "quintet_request_errors",
+            "Requests that were refused or failed, by the code of the error.",
+            ("code",),
+            registry=self._registry,
+        )
+        self._registry.register(_Server(service))
+        self._registry.register(_Engines(service))
+        ProcessCollector(registry=self._registry)
+
+    def answered(
+        self, route: str, method: str, status: int, seconds: float, code: str | None
+    ) -> None:
+        """Count a request that has ended."""
+        method = method if method in METHODS else "other"
+        self._requests.labels(route, method, str(status)).inc()
+        self._seconds.labels(route).observe(seconds)
+        if code is not None:
+            self._errors.labels(code).inc()
+
+    def exposition(self, accept: str) -> tuple[bytes, str]:
+        """Return all of it in a format that a scraper accepts, and the type of its content."""
+        encoder, kind = prometheus_client.exposition.choose_encoder(accept)
+        return encoder(self._registry), kind
+
+
+class _Server(Collector):
+    """What a server is at."""
+
+    def __init__(self, service: Service) -> None:
+        self._service = service
+
+    def collect(self) -> Iterator[Metric]:
+        service = self._service
+        build = InfoMetricFamily("quintet_build", "What runs.")
+        build.add_metric((), {"version": quintet.__version__})
+        yield build
+        for name, what, value in (
+            ("healthy", "Whether all models answer.", service.healthy),
+            ("draining", "Whether it ends and takes no new requests.", service.draining),
+            ("http_requests_under_way", "Requests that are answered now.", service.under_way),
+        ):
+            yield GaugeMetricFamily(f"quintet_{name}", what, float(value))
+
+
+class _Engines(Collector):
+    """What engines count, each under the name of its model."""
+
+    def __init__(self, service: Service) -> None:
+        self._service = service
+
+    def describe(self) -> Iterable[Metric]:
+        return ()
+
+    def collect(self) -> Iterator[Metric]:
+        seen = {name: engine.state for name, engine in self._service.registry.engines.items()}
+        limits = {name: it.limits for name, it in self._service.registry.engines.items()}
+        for name, what, of in GAUGES:
+            gauge = GaugeMetricFamily(f"quintet_{name}", what, labels=["model"])
+            for model, snapshot in seen.items():
+                gauge.add_metric([model], of(snapshot))
+            yield gauge
+        kept = GaugeMetricFamily(
+            "quintet_prefix_cache_limit_bytes", "How many may be kept.", labels=["model"]
+        )
+        for model, limit in limits.items():
+            kept.add_metric([model], limit.kept)
+        yield kept
+        for name, what, of in COUNTERS:
+            counter = CounterMetricFamily(f"quintet_{name}", what, labels=["model"])
+            for model, snapshot in seen.items():
+                counter.add_metric([model], of(snapshot))
+            yield counter
+        for name, what, label, each in BY_KIND:
+            counter = CounterMetricFamily(f"quintet_{name}", what, labels=["model", label])
+            for model, snapshot in seen.items():
+                for kind, value in each(snapshot).items():
+                    counter.add_metric([model, kind], value)
+            yield counter
+        for name, what, distribution in HISTOGRAMS:
+            histogram = HistogramMetricFamily(f"quintet_{name}", what, labels=["model"])
+            for model, snapshot in seen.items():
+                _add(histogram, [model], distribution(snapshot))
+            yield histogram
+        steps = HistogramMetricFamily(
+            "quintet_engine_step_seconds",
+            "Forwards, by what they do: decode, verify drafts, or read a chunk of a prompt.",
+            labels=["model", "kind"],
+        )
+        for model, snapshot in seen.items():
+            for kind, one in snapshot.step_seconds.items():
+                _add(steps, [model, kind], one)
+        yield steps
+
+
+def _whole(snapshot: Snapshot) -> Mapping[str, float]:
+    return {how: count for how, count in snapshot.finished.items() if how != "cancelled"}
+
+
+def _add(family: HistogramMetricFamily, labels: list[str], one: Distribution) -> None:
+    """Add a distribution, whose classes here include all below them."""
+    buckets, so_far = [], 0
+    for bound, count in zip((*one.bounds, float("inf")), one.counts, strict=True):
+        so_far += count
+        buckets.append(("+Inf" if bound == float("inf") else str(bound), float(so_far)))
+    family.add_metric(labels, buckets, one.total)

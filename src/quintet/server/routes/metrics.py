@@ -1,0 +1,15 @@
+"""What Prometheus asks for."""
+
+from fastapi import APIRouter, Request
+from starlette.responses import Response
+
+__all__ = ["router"]
+
+router = APIRouter(tags=["operation"])
+
+
+@router.get("/metrics")
+async def metrics(request: Request) -> Response:
+    """Return what is counted, in the text formats of Prometheus and OpenMetrics."""
+    content, kind = request.app.state.metrics.exposition(request.headers.get("accept", ""))
+    return Response(content, media_type=kind)
