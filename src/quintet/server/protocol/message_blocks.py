@@ -4,7 +4,7 @@ import json
 from collections.abc import Sequence
 from typing import Annotated, Any, Literal
 
-from pydantic import BeforeValidator, Tag, model_validator
+from pydantic import BeforeValidator, Field, Tag, model_validator
 
 from quintet.server.protocol.common import Body
 from quintet.server.protocol.kinds import by_type, only
@@ -56,7 +56,11 @@ def _as_blocks(content: Any) -> Any:
     return [{"type": "text", "text": content}] if isinstance(content, str) else content
 
 
-Texts = Annotated[list[Annotated[TextBlock, only("a block", "text")]], BeforeValidator(_as_blocks)]
+Texts = Annotated[
+    list[Annotated[TextBlock, only("a block", "text")]],
+    BeforeValidator(_as_blocks),
+    Field(fail_fast=True),
+]
 
 
 class ToolResultBlock(Body):
@@ -85,7 +89,7 @@ class Turn(Body):
     """What one side says in one go."""
 
     role: Literal["user", "assistant", "system"]
-    content: Annotated[list[Block], BeforeValidator(_as_blocks)]
+    content: Annotated[list[Block], Field(fail_fast=True), BeforeValidator(_as_blocks)]
 
     @model_validator(mode="after")
     def _roles_keep_to_their_blocks(self) -> "Turn":
@@ -106,7 +110,7 @@ _BLOCKS_OF = {
 
 
 def text_of(blocks: Sequence[TextBlock]) -> str:
-    """Return the text of blocks, one a paragraph."""
+    """Return the text of blocks, each a line of its own."""
     return "\n".join(block.text for block in blocks)
 
 

@@ -1,5 +1,6 @@
 """The bodies of `/v1/messages`: Anthropic's words, and what they come to here."""
 
+import json
 from collections.abc import Mapping
 from typing import Annotated, Any, ClassVar, Literal
 
@@ -8,6 +9,7 @@ from pydantic import Field, model_validator
 from quintet.server.failures import ApiError, bounded
 from quintet.server.protocol.common import Body, Count, SamplingFields, within
 from quintet.server.protocol.message_blocks import Texts, Turn, messages_of, text_of
+from quintet.server.protocol.tools import chosen, offered
 from quintet.server.questions import Ask, Conversation
 from quintet.server.settings import Settings
 
@@ -35,15 +37,6 @@ class Tool(Body):
     input_schema: dict[str, Any]
     strict: bool | None = None
 
-    def function(self) -> Wire:
-        """Return it as chat templates know tools."""
-        function: Wire = {"name": self.name, "parameters": self.input_schema}
-        if self.description is not None:
-            function["description"] = self.description
-        if self.strict is not None:
-            function["strict"] = self.strict
-        return {"type": "function", "function": function}
-
 
 class ToolChoice(Body):
     """Whether tools are called."""
@@ -57,11 +50,6 @@ class ToolChoice(Body):
         if (self.type == "tool") != (self.name is not None):
             raise ValueError("name goes with the type 'tool', and with no other")
         return self
-
-    @property
-    def choice(self) -> str:
-        """The choice as chats name it."""
-        return self.name or {"any": "required"}.get(self.type, self.type)
 
 
 class Thinking(Body):
@@ -104,36 +92,51 @@ class CountTokensRequest(Body):
     }
 
     model: str
-    messages: Annotated[list[Turn], Field(min_length=1)]
+    messages: Annotated[list[Turn], Field(min_length=1, fail_fast=True)]
     system: Texts | None = None
-    tools: list[Tool] | None = None
+    tools: Annotated[list[Tool], Field(fail_fast=True)] | None = None
     tool_choice: ToolChoice | None = None
     thinking: Thinking | None = None
     output_config: OutputConfig | None = None
+    chat_template_kwargs: dict[str, Any] | None = None
 
-    def conversation(self, settings: Settings) -> Conversation:
-        """Return what was said so far; an answer that was begun is to be gone on with.
+    def conversation(self, settings: Settings) -> tuple[str, Conversation]:
+        """Return which tools are to be called, and what was said so far.
+
+        An answer that was begun is to be gone on with.
 
         Raises:
-            ApiError: more than the server takes.
+            ApiError: more than the server takes, or a tool is chosen that is not there.
         """
         within("messages", len(self.messages), settings.messages, "messages")
-        within("tools", len(self.tools or ()), settings.tools, "tools")
+        choice, tools = self._tools_and_choice(settings)
         messages = messages_of(self.messages)
         last = messages[-1]
         if self.system:
             messages.insert(0, {"role": "system", "content": text_of(self.system)})
-        return Conversation(
+        conversation = Conversation(
             messages=tuple(messages),
-            tools=tuple(tool.function() for tool in self.tools or ()),
+            tools=tools,
+            template_kwargs=self.chat_template_kwargs or {},
             thinking=None if self.thinking is None else self.thinking.wanted,
             continued=last["role"] == "assistant" and "tool_calls" not in last,
         )
+        return choice, conversation
 
-    @property
-    def choice(self) -> str:
-        """Whether tools are called, as chats name it."""
-        return "auto" if self.tool_choice is None else self.tool_choice.choice
+    def _tools_and_choice(self, settings: Settings) -> tuple[str, tuple[Mapping[str, Any], ...]]:
+        tools = offered(
+            (
+                (f"tools[{index}]", tool.name, tool.description, tool.input_schema, tool.strict)
+                for index, tool in enumerate(self.tools or ())
+            ),
+            settings,
+        )
+        choice = self.tool_choice
+        if choice is None:
+            return chosen("auto", None, tools)
+        if choice.name is not None:
+            return chosen("named", [choice.name], tools)
+        return chosen({"any": "required"}.get(choice.type, choice.type), None, tools)
 
 
 class MessagesRequest(CountTokensRequest, SamplingFields):
@@ -158,23 +161,29 @@ class MessagesRequest(CountTokensRequest, SamplingFields):
         Raises:
             ApiError: more than the server takes, or an id that is none of the model's.
         """
-        format = None if self.output_config is None else self.output_config.format
-        choice = self.tool_choice
+        choice, conversation = self.conversation(settings)
         return Ask(
-            prompt=self.conversation(settings),
+            prompt=conversation,
             sampling=self.sampling(settings, vocab_size),
             max_tokens=self.max_tokens,
             stop=self.stops,
-            tool_choice=self.choice,
-            parallel_tool_calls=choice is None or not choice.disable_parallel_tool_use,
-            response_format=(
-                None if format is None else {"type": "json_schema", "schema": format.schema_}
-            ),
+            tool_choice=choice,
+            parallel_tool_calls=self.tool_choice is None
+            or not self.tool_choice.disable_parallel_tool_use,
+            response_format=self._format(settings),
             scope=scope,
             salt=self.cache_salt or "",
             priority=self.priority or 0,
             timeout=settings.deadline,
         )
+
+    def _format(self, settings: Settings) -> Wire | None:
+        format = None if self.output_config is None else self.output_config.format
+        if format is None:
+            return None
+        size = len(json.dumps(format.schema_))
+        within("output_config.format.schema", size, settings.schema, "bytes")
+        return {"type": "json_schema", "schema": format.schema_}
 
     @property
     def stops(self) -> tuple[str, ...]:

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from typing import Annotated, Any, Literal
 
-from pydantic import BeforeValidator, Tag
+from pydantic import BeforeValidator, Field, Tag
 
 from quintet.server.protocol.common import Body
 from quintet.server.protocol.kinds import by_type, only
@@ -39,7 +39,7 @@ Part = Annotated[
     by_type(input_text="text", output_text="text", reasoning_text="text", summary_text="text"),
     only("a part", "input_text", "output_text", "text", "refusal"),
 ]
-Content = Annotated[list[Part], BeforeValidator(_as_parts)]
+Content = Annotated[list[Part], Field(fail_fast=True), BeforeValidator(_as_parts)]
 
 
 class Message(Body):
@@ -86,8 +86,8 @@ class ReasoningItem(Body):
 
     type: Literal["reasoning"]
     id: str | None = None
-    summary: list[Text] | None = None
-    content: list[Text] | None = None
+    summary: Annotated[list[Text], Field(fail_fast=True)] | None = None
+    content: Annotated[list[Text], Field(fail_fast=True)] | None = None
     status: Status = None
 
 
@@ -142,7 +142,8 @@ def messages_of(items: Sequence[Item]) -> list[Wire]:
                 assistant("content", "tool_calls")["content"] = _text(item.content)
             case Message():
                 turn = None
-                messages.append({"role": item.role, "content": _text(item.content)})
+                role = "system" if item.role == "developer" else item.role
+                messages.append({"role": role, "content": _text(item.content)})
             case FunctionCallOutput():
                 turn = None
                 content = _text(item.output)
@@ -151,4 +152,4 @@ def messages_of(items: Sequence[Item]) -> list[Wire]:
 
 
 def _text(parts: Sequence[Text | Refusal]) -> str:
-    return "".join(part.refusal if isinstance(part, Refusal) else part.text for part in parts)
+    return "\n".join(part.refusal if isinstance(part, Refusal) else part.text for part in parts)

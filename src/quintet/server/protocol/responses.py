@@ -1,5 +1,6 @@
 """The body of `/v1/responses`: what may be said in it, and what it comes to here."""
 
+import json
 import time
 from collections.abc import Mapping
 from typing import Annotated, Any, ClassVar, Literal
@@ -10,6 +11,7 @@ from quintet.server.failures import invalid
 from quintet.server.protocol.common import Body, Count, SamplingFields, unsupported, within
 from quintet.server.protocol.ids import new_id
 from quintet.server.protocol.response_items import InputItem, messages_of
+from quintet.server.protocol.tools import chosen, offered
 from quintet.server.questions import Ask, Conversation
 from quintet.server.settings import Settings
 
@@ -30,15 +32,6 @@ class FunctionTool(Body):
     parameters: dict[str, Any] | None = None
     strict: bool | None = None
 
-    def function(self) -> Wire:
-        """Return it as chat templates know tools."""
-        function: Wire = {"name": self.name, "parameters": self.parameters or {}}
-        if self.description is not None:
-            function["description"] = self.description
-        if self.strict is not None:
-            function["strict"] = self.strict
-        return {"type": "function", "function": function}
-
 
 class OtherTool(Body):
     """A tool of a kind that is not here; it is left out, and that is told."""
@@ -58,7 +51,7 @@ class AllowedChoice(Body):
 
     type: Literal["allowed_tools"]
     mode: Literal["auto", "required"]
-    tools: Annotated[list[NamedChoice], Field(min_length=1)]
+    tools: Annotated[list[NamedChoice], Field(min_length=1, fail_fast=True)]
 
 
 class TextFormat(Body):
@@ -77,11 +70,18 @@ class TextFormat(Body):
             raise ValueError("schema goes with the type 'json_schema', and with no other")
         return self
 
-    def constraint(self) -> Wire | None:
-        """Return what the answer has to keep to, or None."""
+    def constraint(self, settings: Settings) -> Wire | None:
+        """Return what the answer has to keep to, or None.
+
+        Raises:
+            ApiError: a schema that is too large.
+        """
         if self.type == "text":
             return None
-        return {"type": self.type} | ({} if self.schema_ is None else {"schema": self.schema_})
+        if self.schema_ is None:
+            return {"type": self.type}
+        within("text.format.schema", len(json.dumps(self.schema_)), settings.schema, "bytes")
+        return {"type": self.type, "schema": self.schema_}
 
     def wire(self) -> Wire:
         """Return it as a Response has it."""
@@ -158,12 +158,14 @@ class ResponsesRequest(SamplingFields):
     }
 
     model: str
-    input: Annotated[list[InputItem], BeforeValidator(_as_items), Field(min_length=1)]
+    input: Annotated[
+        list[InputItem], Field(min_length=1, fail_fast=True), BeforeValidator(_as_items)
+    ]
     instructions: str | None = None
     max_output_tokens: Count | None = None
     top_logprobs: Annotated[int, Field(ge=0)] | None = None
-    include: list[str] | None = None
-    tools: list[Tool] | None = None
+    include: Annotated[list[str], Field(fail_fast=True)] | None = None
+    tools: Annotated[list[Tool], Field(fail_fast=True)] | None = None
     tool_choice: Literal["none", "auto", "required"] | NamedChoice | AllowedChoice | None = None
     parallel_tool_calls: bool | None = None
     text: TextConfig | None = None
@@ -171,6 +173,7 @@ class ResponsesRequest(SamplingFields):
     stream: bool | None = None
     truncation: Literal["auto", "disabled"] | None = None
     metadata: dict[str, str] | None = None
+    chat_template_kwargs: dict[str, Any] | None = None
     n: Literal[1] | None = None
 
     def ask(self, settings: Settings, vocab_size: int, scope: str) -> Ask:
@@ -180,11 +183,10 @@ class ResponsesRequest(SamplingFields):
             ApiError: more than the server takes, or an id that is none of the model's.
         """
         within("input", len(self.input), settings.messages, "items")
-        within("tools", len(self.tools or ()), settings.tools, "tools")
         within("top_logprobs", self.top_logprobs or 0, settings.top_logprobs)
         if self.truncation == "auto":
             raise unsupported("truncation", "send a shorter input, and leave it out")
-        tools, choice = self._tools_and_choice()
+        choice, tools = self._tools_and_choice(settings)
         format = None if self.text is None else self.text.format
         return Ask(
             prompt=self._conversation(tools),
@@ -194,7 +196,7 @@ class ResponsesRequest(SamplingFields):
             logprobs=self._logprobs,
             tool_choice=choice,
             parallel_tool_calls=self.parallel_tool_calls is not False,
-            response_format=None if format is None else format.constraint(),
+            response_format=None if format is None else format.constraint(settings),
             scope=scope,
             salt=self.cache_salt or "",
             priority=self.priority or 0,
@@ -264,7 +266,7 @@ class ResponsesRequest(SamplingFields):
             return self.top_logprobs or 0
         return None
 
-    def _conversation(self, tools: list[FunctionTool]) -> Conversation:
+    def _conversation(self, tools: tuple[Mapping[str, Any], ...]) -> Conversation:
         messages = messages_of(self.input)
         if self.instructions:
             messages.insert(0, {"role": "system", "content": self.instructions})
@@ -273,16 +275,23 @@ class ResponsesRequest(SamplingFields):
         effort = None if self.reasoning is None else self.reasoning.effort
         return Conversation(
             messages=tuple(messages),
-            tools=tuple(tool.function() for tool in tools),
+            tools=tools,
+            template_kwargs=self.chat_template_kwargs or {},
             thinking=None if effort is None else effort not in ("none", "minimal"),
         )
 
-    def _tools_and_choice(self) -> tuple[list[FunctionTool], str]:
-        tools = [tool for tool in self.tools or () if isinstance(tool, FunctionTool)]
+    def _tools_and_choice(self, settings: Settings) -> tuple[str, tuple[Mapping[str, Any], ...]]:
+        tools = offered(
+            (
+                (f"tools[{index}]", tool.name, tool.description, tool.parameters, tool.strict)
+                for index, tool in enumerate(self.tools or ())
+                if isinstance(tool, FunctionTool)
+            ),
+            settings,
+        )
         choice = self.tool_choice
         if isinstance(choice, NamedChoice):
-            return tools, choice.name
+            return chosen("named", [choice.name], tools)
         if isinstance(choice, AllowedChoice):
-            allowed = {tool.name for tool in choice.tools}
-            return [tool for tool in tools if tool.name in allowed], choice.mode
-        return tools, choice or "auto"
+            return chosen(choice.mode, [tool.name for tool in choice.tools], tools)
+        return chosen(choice or "auto", None, tools)
