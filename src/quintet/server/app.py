@@ -14,7 +14,20 @@ import quintet
 from quintet.server.failures import ApiError, ErrorBody, error_response, invalid
 from quintet.server.intake import Intake
 from quintet.server.metrics import Metrics
-from quintet.server.routes import chat, completions, health, metrics, models, page, tokens, version
+from quintet.server.protocol.messages import error_body
+from quintet.server.routes import (
+    chat,
+    completions,
+    embeddings,
+    health,
+    messages,
+    metrics,
+    models,
+    page,
+    responses,
+    tokens,
+    version,
+)
 from quintet.server.security import Gate
 from quintet.server.service import Service
 
@@ -31,13 +44,16 @@ def routers(service: Service) -> tuple[APIRouter, ...]:
         tokens.router,
         chat.router,
         completions.router,
+        responses.router,
+        messages.router,
+        embeddings.router,
     )
     return (*routes, page.router()) if service.settings.page else routes
 
 
 def writers() -> Mapping[str, ErrorBody]:
     """Return how errors are written at paths whose protocol is not OpenAI's."""
-    return {}
+    return dict.fromkeys((messages.MESSAGES, messages.COUNTING), error_body)
 
 
 def create_app(service: Service) -> FastAPI:

@@ -103,8 +103,10 @@ async def _read(request: Request, settings: Settings) -> bytes:
 
 def documented(model: type[BaseModel]) -> dict[str, Any]:
     """Return what describes a body in OpenAPI, for a route's `openapi_extra`."""
-    schema = model.model_json_schema(ref_template="#/components/schemas/{model}")
-    parts = schema.pop("$defs", {})
+    # Several bodies have parts of one name that are not alike.
+    prefix = f"{model.__name__}."
+    schema = model.model_json_schema(ref_template=f"#/components/schemas/{prefix}{{model}}")
+    parts = {f"{prefix}{name}": part for name, part in schema.pop("$defs", {}).items()}
     return {
         "requestBody": {"required": True, "content": {"application/json": {"schema": schema}}},
         # Put where the references lead when the whole is described.

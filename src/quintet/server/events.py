@@ -11,8 +11,8 @@ from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
 from quintet.server.connection import ClientGoneError, SlowReaderError, cancelled, gone
-from quintet.server.failures import ApiError, ErrorBody, error_of, internal
-from quintet.server.logs import report
+from quintet.server.failures import ApiError, ErrorBody
+from quintet.server.logs import told_of
 from quintet.server.settings import Settings
 
 __all__ = ["DONE", "EventStream", "ServerEvent"]
@@ -146,11 +146,7 @@ class EventStream(Response):
                 await send({"type": "http.response.body", "body": self._ping, "more_body": True})
         last = b""
         if self._error is not None:
-            told = error_of(self._error)
-            if told is None:
-                report(self._error, request_id)
-                told = internal(request_id)
-            body = json.dumps(self._write(told), ensure_ascii=False)
+            body = json.dumps(self._write(told_of(self._error, request_id)), ensure_ascii=False)
             last = ServerEvent(body, self._failed).encode()
         await send({"type": "http.response.body", "body": last})
 

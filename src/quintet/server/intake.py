@@ -11,8 +11,8 @@ from starlette.routing import Route
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from quintet.server.connection import ClientGoneError, SlowReaderError
-from quintet.server.failures import ApiError, ErrorBody, error_of, error_response, internal
-from quintet.server.logs import logged, report
+from quintet.server.failures import ApiError, ErrorBody, error_response
+from quintet.server.logs import logged, told_of
 from quintet.server.service import Service
 
 __all__ = ["Intake"]
@@ -59,10 +59,7 @@ class Intake:
                 state["error_code"] = "slow_reader"
                 await _abort(scope)
         except Exception as error:
-            told = error_of(error)
-            if told is None:
-                report(error, request_id)
-                told = internal(request_id)
+            told = told_of(error, request_id)
             if status:
                 # Half an answer is all there is; that it ends so must not look like its end.
                 await _abort(scope)

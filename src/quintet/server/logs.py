@@ -9,7 +9,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Literal, TextIO
 
-__all__ = ["LogFormat", "logged", "report", "set_up"]
+from quintet.server.failures import ApiError, error_of, internal
+
+__all__ = ["LogFormat", "logged", "report", "set_up", "told_of"]
 
 LogFormat = Literal["auto", "text", "json"]
 LOG = logging.getLogger("quintet.server")
@@ -51,6 +53,15 @@ def report(error: BaseException, request_id: str) -> None:
         {"request_id": request_id, "error": type(error).__name__, "at": _places(error)},
         logging.ERROR,
     )
+
+
+def told_of(error: BaseException, request_id: str) -> ApiError:
+    """Return what a caller is told of an error; one that should not have happened is logged."""
+    told = error_of(error)
+    if told is None:
+        report(error, request_id)
+        told = internal(request_id)
+    return told
 
 
 def _places(error: BaseException) -> list[str]:

@@ -1,13 +1,16 @@
 """How a reply begins, whatever its protocol."""
 
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Mapping
+from typing import Any
 
+from pydantic_core import to_json
 from starlette.requests import Request
+from starlette.responses import Response
 
 from quintet.server.asking import Heard, Start
 from quintet.server.connection import until_gone
 
-__all__ = ["begun"]
+__all__ = ["begun", "json_reply"]
 
 
 async def begun(request: Request, heard: AsyncGenerator[Heard, None]) -> Start:
@@ -24,3 +27,9 @@ async def begun(request: Request, heard: AsyncGenerator[Heard, None]) -> Start:
 
 async def _first(heard: AsyncGenerator[Heard, None]) -> Heard:
     return await anext(heard)
+
+
+def json_reply(reply: Mapping[str, Any], headers: Mapping[str, str] | None = None) -> Response:
+    """Return a reply that is JSON, whatever numbers are in it: those it cannot have are null."""
+    data = to_json(reply, inf_nan_mode="null")
+    return Response(data, headers=headers, media_type="application/json")

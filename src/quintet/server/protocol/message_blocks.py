@@ -58,20 +58,20 @@ def _as_blocks(content: Any) -> Any:
 
 Texts = Annotated[
     list[Annotated[TextBlock, only("a block", "text")]],
-    BeforeValidator(_as_blocks),
     Field(fail_fast=True),
+    BeforeValidator(_as_blocks),
 ]
 
 
 class ToolResultBlock(Body):
     """What a tool gave."""
 
-    IDLE = frozenset({"cache_control"})
+    # Chats have no place for it; what went wrong is in the content.
+    IDLE = frozenset({"cache_control", "is_error"})
 
     type: Literal["tool_result"]
     tool_use_id: str
     content: Texts | None = None
-    is_error: bool = False
 
 
 Block = Annotated[
@@ -89,7 +89,9 @@ class Turn(Body):
     """What one side says in one go."""
 
     role: Literal["user", "assistant", "system"]
-    content: Annotated[list[Block], Field(fail_fast=True), BeforeValidator(_as_blocks)]
+    content: Annotated[
+        list[Block], Field(min_length=1, fail_fast=True), BeforeValidator(_as_blocks)
+    ]
 
     @model_validator(mode="after")
     def _roles_keep_to_their_blocks(self) -> "Turn":

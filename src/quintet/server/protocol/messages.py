@@ -8,7 +8,12 @@ from pydantic import Field, model_validator
 
 from quintet.server.failures import ApiError, bounded
 from quintet.server.protocol.common import Body, Count, SamplingFields, within
-from quintet.server.protocol.message_blocks import Texts, Turn, messages_of, text_of
+from quintet.server.protocol.message_blocks import (
+    Texts,
+    Turn,
+    messages_of,
+    text_of,
+)
 from quintet.server.protocol.tools import chosen, offered
 from quintet.server.questions import Ask, Conversation
 from quintet.server.settings import Settings
@@ -139,6 +144,9 @@ class CountTokensRequest(Body):
         return chosen({"any": "required"}.get(choice.type, choice.type), None, tools)
 
 
+StopSequence = Annotated[str, Field(min_length=1)]
+
+
 class MessagesRequest(CountTokensRequest, SamplingFields):
     """What to answer."""
 
@@ -152,7 +160,7 @@ class MessagesRequest(CountTokensRequest, SamplingFields):
 
     max_tokens: Count
     stream: bool = False
-    stop_sequences: list[str] | None = None
+    stop_sequences: Annotated[list[StopSequence], Field(fail_fast=True)] | None = None
     n: Literal[1] | None = None
 
     def ask(self, settings: Settings, vocab_size: int, scope: str) -> Ask:
@@ -161,6 +169,7 @@ class MessagesRequest(CountTokensRequest, SamplingFields):
         Raises:
             ApiError: more than the server takes, or an id that is none of the model's.
         """
+        self._check_stops(settings)
         choice, conversation = self.conversation(settings)
         return Ask(
             prompt=conversation,
@@ -184,6 +193,12 @@ class MessagesRequest(CountTokensRequest, SamplingFields):
         size = len(json.dumps(format.schema_))
         within("output_config.format.schema", size, settings.schema, "bytes")
         return {"type": "json_schema", "schema": format.schema_}
+
+    def _check_stops(self, settings: Settings) -> None:
+        stops = self.stop_sequences or []
+        within("stop_sequences", len(stops), settings.stops, "texts")
+        for index, stop in enumerate(stops):
+            within(f"stop_sequences[{index}]", len(stop), settings.stop_length, "characters")
 
     @property
     def stops(self) -> tuple[str, ...]:

@@ -1,0 +1,74 @@
+"""`POST /v1/embeddings`: what a model makes of texts, as vectors."""
+
+import asyncio
+from typing import Any
+
+from fastapi import APIRouter, Request
+from starlette.responses import Response
+
+from quintet.server.bodies import documented, read_json
+from quintet.server.connection import cancelled, until_gone
+from quintet.server.protocol.common import parse, warnings_header
+from quintet.server.protocol.embeddings import EmbeddingsRequest, embeddings
+from quintet.server.protocol.prompts import ids_of, listed
+from quintet.server.registry import Served
+from quintet.server.replies import json_reply
+from quintet.server.service import caller_of, service_of
+
+__all__ = ["router"]
+
+router = APIRouter(tags=["openai"])
+
+
+@router.post("/v1/embeddings", openapi_extra=documented(EmbeddingsRequest))
+async def create(request: Request) -> Response:
+    """Return a vector of each text: the last state of its last token, or the mean of all."""
+    service = service_of(request)
+    settings = service.settings
+    body, warnings = parse(
+        EmbeddingsRequest, await read_json(request, settings), strict=settings.strict
+    )
+    given = listed(body.input, "input", settings.prompts)
+    served = await service.registry.get(body.model)
+    served.admit()
+    texts = await asyncio.to_thread(_read, given, served)
+    scope = caller_of(request) + (f"\n{body.cache_salt}" if body.cache_salt else "")
+    vectors = await until_gone(request, _vectors(body, texts, served, scope, settings.deadline))
+    reply = embeddings(body, vectors, sum(map(len, texts)))
+    return json_reply(reply, warnings_header(warnings))
+
+
+def _read(given: list[tuple[str, str | list[Any]]], served: Served) -> list[tuple[int, ...]]:
+    size = served.engine.model.config.vocab_size
+    return [ids_of(one, where, served.tokenizer, served.context, size) for where, one in given]
+
+
+async def _vectors(
+    body: EmbeddingsRequest,
+    texts: list[tuple[int, ...]],
+    served: Served,
+    scope: str,
+    timeout: float,
+) -> list[list[float]]:
+    """Return the vectors, made for as many texts at once as there are rows; one error ends all."""
+    room = asyncio.Semaphore(served.engine.limits.rows)
+
+    async def one(ids: tuple[int, ...]) -> list[float]:
+        async with room:
+            vector = await served.engine.embed(
+                ids,
+                pooling=body.pooling or "last",
+                normalize=body.normalize is not False,
+                scope=scope,
+                priority=body.priority or 0,
+                timeout=timeout,
+                adapter_name=served.adapter,
+            )
+        made: list[float] = vector.tolist()
+        return made
+
+    tasks = [asyncio.ensure_future(one(ids)) for ids in texts]
+    try:
+        return await asyncio.gather(*tasks)
+    finally:
+        await cancelled(*tasks)
