@@ -13,7 +13,7 @@ from quintet.serving import Engine, Limits
 from served import Running, serving
 from tiny import SPECIAL, trained_tokenizer
 
-CONTEXT = 512
+CONTEXT = 1024
 # What a chat of Qwen's kind looks like, tools and all.
 TEMPLATE = """
 {%- if messages[0].role == 'system' %}

@@ -11,9 +11,10 @@ from dataclasses import dataclass
 from typing import Any
 
 from quintet.errors import ContextLengthError, DeadlineError, InputError
+from quintet.grammar import GrammarProcessor
+from quintet.parsing import parser_for
 from quintet.parsing.events import CallEnd, CallStart, Content, Event, OutputParser, Reasoning
 from quintet.server.conversation import Prompt, render
-from quintet.server.failures import invalid
 from quintet.server.gathering import Gathering
 from quintet.server.questions import (
     Ask,
@@ -84,14 +85,13 @@ class _Asked:
     question: Ask
     prompt: Prompt
     room: int
+    shape: GrammarProcessor | None
     deadline: float | None
     warnings: tuple[str, ...]
 
 
 def _understood(served: Served, question: Ask) -> _Asked:
     """Read a question, in a thread of its own."""
-    if question.response_format is not None or question.tool_choice not in ("auto", "none"):
-        raise invalid("answers of a given form cannot be had in this version", "response_format")
     prompt = question.prompt
     if isinstance(prompt, Conversation):
         read = render(served.tokenizer, prompt, served.context)
@@ -117,8 +117,15 @@ def _understood(served: Served, question: Ask) -> _Asked:
         # Where the others go on from what was read for the first.
         stable = (*read.stable, len(read.ids) - 1)
         read = Prompt(read.ids, read.text, tuple(dict.fromkeys(stable)), read.warnings)
+    shape = served.shapes.processor(
+        question.response_format,
+        prompt.tools if isinstance(prompt, Conversation) else (),
+        question.tool_choice,
+        read.text,
+        parallel=question.parallel_tool_calls,
+    )
     deadline = None if question.timeout is None else time.monotonic() + question.timeout
-    return _Asked(served, question, read, room, deadline, tuple(warnings))
+    return _Asked(served, question, read, room, shape, deadline, tuple(warnings))
 
 
 async def _answer(asked: _Asked, index: int, first: asyncio.Event) -> AsyncGenerator[Heard, None]:
@@ -142,9 +149,11 @@ async def _answer(asked: _Asked, index: int, first: asyncio.Event) -> AsyncGener
         "stop": question.stop,
         "logprobs": question.logprobs,
         "prompt_logprobs": None if index else question.prompt_logprobs,
-        "keep_special": listener.keeps_special,
         "adapter_name": served.adapter,
     }
+    if asked.shape is not None:
+        # Each text is followed by a processor of its own.
+        options["logits_processor"] = [asked.shape.copy()]
     try:
         async with aclosing(served.engine.generate(asked.prompt.ids, **options)) as answers:
             async for answer in answers:
@@ -165,21 +174,24 @@ class _Listener:
         self._asked, self._index = asked, index
         question, tokenizer = asked.question, asked.served.tokenizer
         self._parser: OutputParser | None = None
+        if isinstance(question.prompt, Conversation):
+            self._parser = parser_for(
+                tokenizer,
+                asked.prompt.text,
+                tools=bool(question.prompt.tools),
+                parallel=question.parallel_tool_calls,
+            )
         self._scores = None if question.logprobs is None else Pending()
         self._spelling = None
         if question.logprobs is not None or question.prompt_logprobs is not None:
             self._spelling = Spelling(tokenizer)
         self.over = False
-        self._count = self._reasoned = self._unheard = 0
-        self._calls = 0
-
-    @property
-    def keeps_special(self) -> bool:
-        """Whether markers are needed in the text, to be told by what they are."""
-        return self._parser is not None
+        self._count = self._cached = self._reasoned = self._unheard = self._calls = 0
 
     def hear(self, answer: Answer) -> Iterator[Heard]:
         """Yield what an answer of the engine adds."""
+        if answer.usage is not None:
+            self._cached = answer.usage.cached
         if answer.prompt_logprobs is not None:
             yield Heard(self._index, Prompted(), self._of_prompt(answer))
         for place, token in enumerate(answer.ids):
@@ -206,7 +218,6 @@ class _Listener:
         return events
 
     def _told(self, events: list[Event]) -> Iterator[Heard]:
-        single = not self._asked.question.parallel_tool_calls
         for event in events:
             scores: tuple[TokenScore, ...] = ()
             match event:
@@ -219,13 +230,10 @@ class _Listener:
                     self._taken(0)
                 case CallEnd():
                     self._calls += 1
-                    self.over |= single
                 case _:
                     pass
             self._unheard = 0
             yield Heard(self._index, event, scores)
-            if self.over and single:
-                return
 
     def _taken(self, length: int) -> tuple[TokenScore, ...]:
         if self._scores is None:
@@ -244,12 +252,7 @@ class _Listener:
     def _finish(self, reason: str, answer: Answer) -> Heard:
         if reason == "stop" and self._calls:
             reason = "tool_calls"
-        usage = answer.usage
-        tokens = Tokens(
-            len(self._asked.prompt.ids),
-            0 if usage is None else usage.cached,
-            self._count,
-            self._reasoned,
-        )
+        prompt = len(self._asked.prompt.ids)
+        tokens = Tokens(prompt, self._cached, self._count, self._reasoned)
         rest = () if self._scores is None else self._scores.rest()
         return Heard(self._index, Finish(reason, tokens, answer.stop), rest)

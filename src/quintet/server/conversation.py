@@ -3,18 +3,16 @@
 Nothing that a client says becomes a control token: only the template's own do.
 """
 
-import functools
 import json
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from quintet.errors import ChatTemplateError, ContextLengthError, InputError, shown
+from quintet.errors import ContextLengthError, InputError, shown
+from quintet.parsing import prepare_messages
 from quintet.server.questions import Conversation
 from quintet.tokenization import PreTrainedTokenizer
-from quintet.tokenization.rendering import render_chat
-from quintet.tokenization.sandbox import CompiledTemplate
 
 __all__ = ["Prompt", "render", "too_long"]
 
@@ -71,8 +69,8 @@ def render(tokenizer: PreTrainedTokenizer, conversation: Conversation, context: 
     kwargs, warnings = _arguments(
         template, tokenizer.chat_template_variables(template), conversation
     )
-    tokens = tuple((k, v) for k, v in tokenizer.special_tokens_map.items() if isinstance(v, str))
-    messages = [_message(one, template, tokens) for one in conversation.messages]
+    said = [_message(one, template) for one in conversation.messages]
+    messages = prepare_messages(tokenizer, said)
     tools = [dict(tool) for tool in conversation.tools] or None
 
     def write(those: list[dict[str, Any]], *, asks: bool, ids: bool) -> Any:
@@ -163,14 +161,9 @@ def _word(name: str) -> str:
     return re.sub(r"[^A-Za-z0-9_.-]", "?", name[:64])
 
 
-def _message(
-    message: Mapping[str, Any], template: str, tokens: tuple[tuple[str, str], ...]
-) -> dict[str, Any]:
+def _message(message: Mapping[str, Any], template: str) -> dict[str, Any]:
     """Return a message as the template reads it."""
     one = {**message, "content": message.get("content")}
-    if one.get("tool_calls"):
-        mapping = _wants_mapping(template, tokens)
-        one["tool_calls"] = [_call(call, mapping=mapping) for call in one["tool_calls"]]
     content = one["content"]
     if one["role"] == "assistant" and isinstance(content, str) and THOUGHT_END in template:
         # Templates cut thoughts off by looking into what was said; here they are cut off before.
@@ -183,43 +176,6 @@ def _message(
     if one.get("reasoning_content") is not None and "reasoning_content" not in template:
         del one["reasoning_content"]
     return one
-
-
-def _call(call: Mapping[str, Any], *, mapping: bool) -> dict[str, Any]:
-    """Return a call with its arguments as a mapping, or as the text of one."""
-    function = dict(call["function"])
-    arguments = function.get("arguments")
-    if mapping and isinstance(arguments, str):
-        try:
-            function["arguments"] = json.loads(arguments or "{}")
-        except (ValueError, RecursionError):
-            raise ChatTemplateError(
-                f"the arguments of the call of {shown(function.get('name'))} are no JSON "
-                f"({shown(arguments)}), and the chat template writes them as such"
-            ) from None
-    elif not mapping and not isinstance(arguments, str):
-        function["arguments"] = json.dumps(arguments or {}, ensure_ascii=False)
-    return {**call, "type": "function", "function": function}
-
-
-@functools.lru_cache(maxsize=16)
-def _wants_mapping(template: str, tokens: tuple[tuple[str, str], ...]) -> bool:
-    """Tell whether a template writes arguments that are a mapping as JSON.
-
-    Of the others some cannot write it at all, and some write what Python would.
-    """
-    function = {"name": "probed", "arguments": {"key": "value"}}
-    call = {"type": "function", "id": "call_1", "function": function}
-    messages = [
-        {"role": "user", "content": "?"},
-        {"role": "assistant", "content": None, "tool_calls": [call]},
-    ]
-    variables = {**dict(tokens), "tools": None, "add_generation_prompt": False}
-    try:
-        text = render_chat(CompiledTemplate(template), {**variables, "messages": messages}).text
-    except ChatTemplateError:
-        return False
-    return re.search(r'"key"\s*:\s*"value"', text) is not None
 
 
 def _beginning(messages: list[dict[str, Any]], tools: Any) -> list[dict[str, Any]]:

@@ -3,10 +3,11 @@
 import asyncio
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from quintet.errors import InputError, shown
 from quintet.server.failures import ApiError, unavailable
+from quintet.server.shapes import Shapes
 from quintet.serving import Engine
 from quintet.tokenization import PreTrainedTokenizer
 
@@ -22,12 +23,17 @@ class Loaded:
         tokenizer: reads prompts and writes answers.
         context: how many tokens prompt and answer may have.
         fingerprint: tells weights and formats apart that answer differently.
+        shapes: hold answers to a form.
     """
 
     engine: Engine
     tokenizer: PreTrainedTokenizer
     context: int
     fingerprint: str
+    shapes: Shapes = field(init=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "shapes", Shapes(self.engine.model, self.tokenizer))
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,6 +48,7 @@ class Served:
         created: when the server began, in seconds.
         context: how many tokens prompt and answer may have.
         fingerprint: tells weights and formats apart that answer differently.
+        shapes: hold answers to a form.
     """
 
     name: str
@@ -51,6 +58,7 @@ class Served:
     created: int
     context: int
     fingerprint: str
+    shapes: Shapes
 
     def admit(self) -> None:
         """Refuse early, before work is done for a request that would not be let in.
@@ -140,7 +148,14 @@ class Registry:
                 offer.context = offer.loaded.context
             it = offer.loaded
         return Served(
-            name, it.engine, it.tokenizer, adapter, self.created, it.context, it.fingerprint
+            name,
+            it.engine,
+            it.tokenizer,
+            adapter,
+            self.created,
+            it.context,
+            it.fingerprint,
+            it.shapes,
         )
 
     def listed(self) -> list[Listed]:

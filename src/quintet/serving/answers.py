@@ -34,7 +34,7 @@ class Answer:
         ids: the tokens.
         text: theirs, as far as later ones cannot change it; "" without a tokenizer.
         finish_reason: "stop" or "length" with the last of them; None while it goes on.
-        usage: with the last of them.
+        usage: with the first of them, and with the last.
         texts: the text that became certain with each token; "" where that is yet to come.
         logprobs: how probable each was, where that was asked for.
         prompt_logprobs: with the first of them, how probable the tokens of the prompt were, where

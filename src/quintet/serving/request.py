@@ -85,7 +85,7 @@ class Request(Job):
         self.first: float | None = None
         self.last = arrival
         self._told = len(text.ids)
-        self._told_prompt = False
+        self._told_prompt = self._begun = False
 
     @property
     def phase(self) -> str:
@@ -111,9 +111,10 @@ class Request(Job):
             self.transcript.finish()
         texts = self.transcript.told()
         stop, usage, reason = self.transcript.stop, None, text.finish_reason
+        if text.finished or not self._begun:
+            usage, self._begun = self._usage(), True
         if text.finished:
             reason = reason if stop is None else "stop"
-            usage = self._usage()
         logprobs = prompt_logprobs = None
         observed = text.observed
         if observed is not None:

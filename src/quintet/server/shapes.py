@@ -1,0 +1,113 @@
+"""What form an answer has to have, as a processor of its logits; compiled once for a model."""
+
+import threading
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from quintet.errors import InputError
+from quintet.generation.requests import Served
+from quintet.grammar import (
+    Constraint,
+    GrammarProcessor,
+    Grammars,
+    json_object,
+    json_schema,
+    lark,
+    regex,
+    tool_calls,
+)
+from quintet.parsing import format_of
+from quintet.parsing.format import END_THINK, THINK
+from quintet.tokenization import PreTrainedTokenizer
+
+__all__ = ["Shapes"]
+
+
+class Shapes:
+    """Makes processors for one model; from any thread.
+
+    Args:
+        model: whose logits these are.
+        tokenizer: of the model.
+    """
+
+    def __init__(self, model: Served, tokenizer: PreTrainedTokenizer) -> None:
+        self._model, self._tokenizer = model, tokenizer
+        self._lock = threading.Lock()
+        self._grammars: Grammars | None = None
+
+    def processor(
+        self,
+        form: Mapping[str, Any] | None,
+        tools: Sequence[Mapping[str, Any]],
+        choice: str,
+        prompt_text: str,
+        *,
+        parallel: bool,
+    ) -> GrammarProcessor | None:
+        """Return what holds an answer to its form; None where it may be anything.
+
+        Args:
+            form: `Ask.response_format`.
+            tools: those that may be called.
+            choice: "auto", "none", "required" or the name of a tool.
+            prompt_text: what the answer follows; a thought that it opens is free.
+            parallel: whether there may be several calls.
+
+        Raises:
+            GrammarError: the form is wrong, contradicts itself or is too complex.
+            InputError: a form for text beside tools that may be called.
+        """
+        constraint = self._constraint(form, tools, choice, parallel=parallel)
+        if constraint is None:
+            return None
+        thinks = prompt_text.rstrip().endswith(THINK)
+        return self._ready().compile(constraint, after=END_THINK if thinks else None)
+
+    def _constraint(
+        self,
+        form: Mapping[str, Any] | None,
+        tools: Sequence[Mapping[str, Any]],
+        choice: str,
+        *,
+        parallel: bool,
+    ) -> Constraint | None:
+        if tools and choice != "none":
+            if form is not None:
+                raise InputError(
+                    "response_format says what a text is to be, and tools may be called instead "
+                    "of one; leave one out, or set tool_choice to none"
+                )
+            strict = any(tool["function"].get("strict") for tool in tools)
+            written = format_of(self._tokenizer)
+            if choice == "auto" and not strict:
+                return None
+            if written is None:
+                raise InputError(
+                    "this model's chat template writes no calls of tools, so that none can be "
+                    "asked for; leave tools and tool_choice out"
+                )
+            return tool_calls(tools, written, choice, parallel)
+        match form:
+            case None:
+                return None
+            case {"type": "json_object"}:
+                return json_object()
+            case {"type": "json_schema", "schema": schema}:
+                return json_schema(schema)
+            case {"type": "regex", "pattern": pattern}:
+                return regex(pattern)
+            case {"type": "grammar", "grammar": grammar}:
+                return lark(grammar)
+        raise InputError("there is no such form of an answer")
+
+    def _ready(self) -> Grammars:
+        """Read the tokenizer when that is needed first, and once."""
+        with self._lock:
+            if self._grammars is None:
+                self._grammars = Grammars(
+                    self._tokenizer,
+                    self._model.config.vocab_size,
+                    eos_token_id=self._model.generation_config.eos_token_ids or None,
+                )
+            return self._grammars
