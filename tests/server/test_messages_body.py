@@ -212,7 +212,7 @@ def user(*blocks: Any) -> list[Any]:
         ({"top_k": 1.5}, "top_k"),
         ({"tools": [{"name": "f"}]}, "tools[0].input_schema"),
         ({"tools": [{"type": "web_search_20250305", "name": "web_search"}]}, "tools[0].type"),
-        ({"tools": [TOOL, TOOL]}, "tools[1]"),
+        ({"tools": [TOOL, TOOL]}, "tools[1].name"),
         ({"tool_choice": {"type": "tool"}}, "tool_choice"),
         ({"tool_choice": {"type": "any"}}, "tool_choice"),
         ({"tools": [TOOL], "tool_choice": {"type": "tool", "name": "h"}}, "tool_choice"),

@@ -128,7 +128,7 @@ def test_both_refuse_what_breaks_a_rule(
         ({"tools": [{"type": "custom", "custom": {"name": "x"}}]}, "tools[0].custom"),
         ({"tools": [{"type": "function"}]}, "tools[0].function"),
         ({"tools": [TOOL] * 129}, "tools"),
-        ({"tools": [TOOL, TOOL]}, "tools[1].function"),
+        ({"tools": [TOOL, TOOL]}, "tools[1].function.name"),
         ({"tools": [TOOL], "tool_choice": "maybe"}, "tool_choice"),
         ({"tool_choice": "required"}, "tool_choice"),
         (

@@ -6,12 +6,12 @@ from typing import Annotated, Any, ClassVar
 
 from pydantic import Field
 
-from quintet.errors import ContextLengthError, shown
 from quintet.server.conversation import too_long
 from quintet.server.failures import invalid
 from quintet.server.protocol.chat import BEAMS, FORMATS, StreamOptions, check_stream
 from quintet.server.protocol.common import SamplingFields, unsupported, within
 from quintet.server.protocol.formats import ResponseFormat, format_of
+from quintet.server.protocol.prompts import checked, fitting, listed
 from quintet.server.questions import Ask
 from quintet.server.settings import Settings
 from quintet.tokenization import PreTrainedTokenizer
@@ -128,25 +128,14 @@ def pieces(
         ContextLengthError: one is longer than the context.
     """
     prompt = body.prompt
-    if isinstance(prompt, str):
-        if body.suffix:
-            return [_around(prompt, body.suffix, tokenizer, context)]
-        return [_text(prompt, "prompt", tokenizer, context)]
-    if not prompt:
-        raise invalid("prompt: the list is empty", "prompt")
-    if not isinstance(prompt[0], str | list):
-        return [_ids(prompt, "prompt", tokenizer, context, vocab_size)]
-    within("prompt", len(prompt), settings.prompts, "prompts")
-    read = []
-    for index, one in enumerate(prompt):
-        where = f"prompt[{index}]"
-        if type(one) is not type(prompt[0]):
-            raise invalid(f"{where}: prompts are all of text, or all of ids", where)
-        if isinstance(one, str):
-            read.append(_text(one, where, tokenizer, context))
-        else:
-            read.append(_ids(one, where, tokenizer, context, vocab_size))
-    return read
+    if isinstance(prompt, str) and body.suffix:
+        return [_around(prompt, body.suffix, tokenizer, context)]
+    return [
+        _text(one, where, tokenizer, context)
+        if isinstance(one, str)
+        else _ids(one, where, tokenizer, context, vocab_size)
+        for where, one in listed(prompt, "prompt", settings.prompts)
+    ]
 
 
 def _text(text: str, where: str, tokenizer: PreTrainedTokenizer, context: int) -> Piece:
@@ -155,29 +144,20 @@ def _text(text: str, where: str, tokenizer: PreTrainedTokenizer, context: int) -
     ids = tuple(read["input_ids"])
     if not ids:
         raise invalid(f"{where}: it has no tokens, and an answer needs one to begin with", where)
-    return Piece(_fitting(ids, context), text, tuple(start for start, _ in read["offset_mapping"]))
+    return Piece(fitting(ids, context), text, tuple(start for start, _ in read["offset_mapping"]))
 
 
 def _ids(
     given: Sequence[Any], where: str, tokenizer: PreTrainedTokenizer, context: int, vocab_size: int
 ) -> Piece:
-    if not given:
-        raise invalid(f"{where}: it has no tokens, and an answer needs one to begin with", where)
-    _fitting(given, context)
-    for index, one in enumerate(given):
-        if type(one) is not int or not 0 <= one < vocab_size:
-            raise invalid(
-                f"{where}[{index}] is {shown(one)}; ids are whole numbers from 0 to "
-                f"{vocab_size - 1}",
-                f"{where}[{index}]",
-            )
+    ids = checked(given, where, context, vocab_size)
     decoder, offsets, text = IncrementalDecoder(tokenizer), [], []
     length = 0
-    for one in given:
+    for one in ids:
         offsets.append(length)
         text.append(decoder.push(one))
         length += len(text[-1])
-    return Piece(tuple(given), "".join(text) + decoder.flush(), tuple(offsets))
+    return Piece(ids, "".join(text) + decoder.flush(), tuple(offsets))
 
 
 def _around(before: str, behind: str, tokenizer: PreTrainedTokenizer, context: int) -> Piece:
@@ -197,12 +177,4 @@ def _around(before: str, behind: str, tokenizer: PreTrainedTokenizer, context: i
     first, hole, last = (one for one in ids if one is not None)
     whole = (first, *sides[0], hole, *sides[1], last)
     start = tokenizer.encode("", add_special_tokens=True)[:1]
-    return Piece(_fitting((*start, *whole), context), before, ())
-
-
-def _fitting(ids: Sequence[int], context: int) -> tuple[int, ...]:
-    if len(ids) > context:
-        raise ContextLengthError(
-            f"the model's context is {context} tokens and the prompt has {len(ids)}; shorten it"
-        )
-    return tuple(ids)
+    return Piece(fitting((*start, *whole), context), before, ())

@@ -14,7 +14,7 @@ from quintet.server.protocol.message_blocks import (
     messages_of,
     text_of,
 )
-from quintet.server.protocol.tools import chosen, offered
+from quintet.server.protocol.tools import Name, Offered, chosen, offered
 from quintet.server.questions import Ask, Conversation
 from quintet.server.settings import Settings
 
@@ -37,7 +37,7 @@ class Tool(Body):
     )
 
     type: Literal["custom"] | None = None
-    name: str
+    name: Name
     description: str | None = None
     input_schema: dict[str, Any]
     strict: bool | None = None
@@ -47,7 +47,7 @@ class ToolChoice(Body):
     """Whether tools are called."""
 
     type: Literal["auto", "any", "tool", "none"]
-    name: str | None = None
+    name: Name | None = None
     disable_parallel_tool_use: bool = False
 
     @model_validator(mode="after")
@@ -131,7 +131,9 @@ class CountTokensRequest(Body):
     def _tools_and_choice(self, settings: Settings) -> tuple[str, tuple[Mapping[str, Any], ...]]:
         tools = offered(
             (
-                (f"tools[{index}]", tool.name, tool.description, tool.input_schema, tool.strict)
+                Offered(
+                    f"tools[{index}]", tool.name, tool.description, tool.input_schema, tool.strict
+                )
                 for index, tool in enumerate(self.tools or ())
             ),
             settings,

@@ -9,7 +9,7 @@ from quintet.server.failures import invalid
 from quintet.server.protocol.common import within
 from quintet.tokenization import PreTrainedTokenizer
 
-__all__ = ["checked", "ids_of", "listed"]
+__all__ = ["checked", "fitting", "ids_of", "listed"]
 
 
 def listed(given: str | list[Any], name: str, most: int) -> list[tuple[str, str | list[Any]]]:
@@ -39,10 +39,7 @@ def checked(given: Sequence[Any], where: str, context: int, vocab_size: int) -> 
     """
     if not given:
         raise invalid(f"{where}: it has no tokens; there has to be one at least", where)
-    if len(given) > context:
-        raise ContextLengthError(
-            f"the model's context is {context} tokens and {where} has {len(given)}; shorten it"
-        )
+    fitting(given, context)
     for index, one in enumerate(given):
         if type(one) is not int or not 0 <= one < vocab_size:
             place = f"{where}[{index}]"
@@ -50,6 +47,19 @@ def checked(given: Sequence[Any], where: str, context: int, vocab_size: int) -> 
                 f"{place} is {shown(one)}; ids are whole numbers from 0 to {vocab_size - 1}", place
             )
     return tuple(given)
+
+
+def fitting(ids: Sequence[int], context: int) -> tuple[int, ...]:
+    """Return ids that the context has room for.
+
+    Raises:
+        ContextLengthError: there are more.
+    """
+    if len(ids) > context:
+        raise ContextLengthError(
+            f"the model's context is {context} tokens and the prompt has {len(ids)}; shorten it"
+        )
+    return tuple(ids)
 
 
 def ids_of(

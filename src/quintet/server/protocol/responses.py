@@ -11,7 +11,7 @@ from quintet.server.failures import invalid
 from quintet.server.protocol.common import Body, Count, SamplingFields, unsupported, within
 from quintet.server.protocol.ids import new_id
 from quintet.server.protocol.response_items import InputItem, messages_of
-from quintet.server.protocol.tools import chosen, offered
+from quintet.server.protocol.tools import Name, Offered, chosen, offered
 from quintet.server.questions import Ask, Conversation
 from quintet.server.settings import Settings
 
@@ -27,7 +27,7 @@ class FunctionTool(Body):
     IDLE = frozenset({"allowed_callers", "async", "defer_loading", "output_schema"})
 
     type: Literal["function"]
-    name: str
+    name: Name
     description: str | None = None
     parameters: dict[str, Any] | None = None
     strict: bool | None = None
@@ -43,7 +43,7 @@ class NamedChoice(Body):
     """A function that has to be called."""
 
     type: Literal["function"]
-    name: str
+    name: Name
 
 
 class AllowedChoice(Body):
@@ -283,7 +283,9 @@ class ResponsesRequest(SamplingFields):
     def _tools_and_choice(self, settings: Settings) -> tuple[str, tuple[Mapping[str, Any], ...]]:
         tools = offered(
             (
-                (f"tools[{index}]", tool.name, tool.description, tool.parameters, tool.strict)
+                Offered(
+                    f"tools[{index}]", tool.name, tool.description, tool.parameters, tool.strict
+                )
                 for index, tool in enumerate(self.tools or ())
                 if isinstance(tool, FunctionTool)
             ),

@@ -2,45 +2,66 @@
 
 import json
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
+from dataclasses import dataclass
+from typing import Annotated, Any
+
+from pydantic import Field
 
 from quintet.errors import shown
 from quintet.server.failures import invalid
 from quintet.server.protocol.common import within
 from quintet.server.settings import Settings
 
-__all__ = ["chosen", "offered"]
+__all__ = ["Name", "Offered", "chosen", "offered"]
 
 Tools = tuple[Mapping[str, Any], ...]
+Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9_.-]{1,128}$")]
 
 
-def offered(
-    functions: Iterable[tuple[str, str, str | None, Mapping[str, Any] | None, bool | None]],
-    settings: Settings,
-) -> Tools:
+@dataclass(frozen=True, slots=True)
+class Offered:
+    """A function that may be called.
+
+    Attributes:
+        where: it stands in the request.
+        name: what calls it.
+        description: what it does.
+        parameters: a JSON schema; None where it takes none.
+        strict: whether arguments have to keep to that; None if nothing is said.
+    """
+
+    where: str
+    name: str
+    description: str | None
+    parameters: Mapping[str, Any] | None
+    strict: bool | None
+
+
+def offered(functions: Iterable[Offered], settings: Settings) -> Tools:
     """Return tools as templates read them.
 
     Args:
-        functions: of each its place in the request, name, description, schema of its parameters,
-            and whether arguments have to keep to that.
+        functions: the tools.
         settings: how many, and how large.
 
     Raises:
         ApiError: too many, too large, or two of one name.
     """
     found: dict[str, Mapping[str, Any]] = {}
-    for count, (where, name, description, schema, strict) in enumerate(functions, 1):
-        within("tools", count, settings.tools, "tools")
-        parameters = schema or {"type": "object", "properties": {}}
-        size = len(json.dumps(parameters)) + len(description or "")
-        within(where, size, settings.schema, "bytes")
-        if name in found:
-            raise invalid(f"{where}: there are two of the name {shown(name)}", where)
-        told = {"description": description, "strict": strict}
-        given = {key: value for key, value in told.items() if value is not None}
-        found[name] = {
+    given = list(functions)
+    within("tools", len(given), settings.tools, "tools")
+    for one in given:
+        parameters = one.parameters or {"type": "object", "properties": {}}
+        size = len(json.dumps(parameters)) + len(one.description or "")
+        within(one.where, size, settings.schema, "bytes")
+        if one.name in found:
+            where = f"{one.where}.name"
+            raise invalid(f"{where}: there are two of the name {shown(one.name)}", where)
+        described = {} if one.description is None else {"description": one.description}
+        strict = {} if one.strict is None else {"strict": one.strict}
+        found[one.name] = {
             "type": "function",
-            "function": {"name": name, "parameters": parameters, **given},
+            "function": {"name": one.name, **described, "parameters": parameters, **strict},
         }
     return tuple(found.values())
 

@@ -1,6 +1,5 @@
 """What is said in a conversation, and what may be called, as OpenAI's chat has it."""
 
-import json
 from collections.abc import Mapping
 from typing import Annotated, Any, ClassVar, Literal
 
@@ -8,6 +7,7 @@ from pydantic import Field
 
 from quintet.server.failures import invalid
 from quintet.server.protocol.common import Body, unsupported, within
+from quintet.server.protocol.tools import Offered, chosen, offered
 from quintet.server.settings import Settings
 
 __all__ = ["Message", "Tool", "ToolChoice", "choice_of", "said", "tools_of"]
@@ -175,27 +175,22 @@ def tools_of(tools: list[Tool], settings: Settings) -> tuple[Mapping[str, Any], 
     Raises:
         ApiError: too many, too large, of another kind, or two of one name.
     """
-    within("tools", len(tools), settings.tools, "tools")
-    found: dict[str, Mapping[str, Any]] = {}
-    for index, tool in enumerate(tools):
-        where = f"tools[{index}]"
-        if tool.type != "function":
-            raise unsupported(f"{where}.type", "tools are functions: {'type': 'function', …}")
-        function = tool.function
-        if function is None:
-            raise invalid(f"{where}.function: it is missing", f"{where}.function")
-        parameters = function.parameters or {"type": "object", "properties": {}}
-        size = len(json.dumps(parameters)) + len(function.description or "")
-        within(f"{where}.function", size, settings.schema, "bytes")
-        if function.name in found:
-            raise invalid(f"{where}.function.name: there are two of that name", f"{where}.function")
-        described = {} if function.description is None else {"description": function.description}
-        strict = {} if function.strict is None else {"strict": function.strict}
-        found[function.name] = {
-            "type": "function",
-            "function": {"name": function.name, **described, "parameters": parameters, **strict},
-        }
-    return tuple(found.values())
+    return offered((_offer(tool, f"tools[{index}]") for index, tool in enumerate(tools)), settings)
+
+
+def _offer(tool: Tool, where: str) -> Offered:
+    if tool.type != "function":
+        raise unsupported(f"{where}.type", "tools are functions: {'type': 'function', …}")
+    function = tool.function
+    if function is None:
+        raise invalid(f"{where}.function: it is missing", f"{where}.function")
+    return Offered(
+        f"{where}.function",
+        function.name,
+        function.description,
+        function.parameters,
+        function.strict,
+    )
 
 
 def choice_of(
@@ -206,23 +201,13 @@ def choice_of(
     Raises:
         ApiError: another choice, or a tool that was not offered.
     """
-    names = [tool["function"]["name"] for tool in tools]
     if choice is None or isinstance(choice, str):
         if choice not in (None, "auto", "none", "required"):
             raise invalid("tool_choice: it is auto, none, required or an object", "tool_choice")
-        if choice == "required" and not tools:
-            raise invalid("tool_choice: there are no tools to call", "tool_choice")
-        return (choice or "auto", () if choice == "none" else tools)
+        return chosen(choice or "auto", None, tools)
     if choice.type == "function" and choice.function is not None:
-        wanted, mode = [choice.function.name], choice.function.name
-    elif choice.type == "allowed_tools" and choice.allowed_tools is not None:
-        wanted = [one.function.name for one in choice.allowed_tools.tools]
-        mode = choice.allowed_tools.mode
-    else:
-        raise unsupported("tool_choice.type", "it is function or allowed_tools, with what it names")
-    for name in wanted:
-        if name not in names:
-            raise invalid(f"tool_choice: there is no tool {name}", "tool_choice")
-    if choice.type == "allowed_tools":
-        tools = tuple(tool for tool in tools if tool["function"]["name"] in wanted)
-    return mode, tools
+        return chosen("named", [choice.function.name], tools)
+    if choice.type == "allowed_tools" and choice.allowed_tools is not None:
+        names = [one.function.name for one in choice.allowed_tools.tools]
+        return chosen(choice.allowed_tools.mode, names, tools)
+    raise unsupported("tool_choice.type", "it is function or allowed_tools, with what it names")
