@@ -44,6 +44,7 @@ class Running:
     """A server that runs."""
 
     service: Service
+    server: HttpServer
     host: str
     port: int
 
@@ -124,7 +125,7 @@ def running(
     thread.start()
     try:
         assert started.wait(10)
-        yield Running(service, "127.0.0.1", sock.getsockname()[1])
+        yield Running(service, server, "127.0.0.1", sock.getsockname()[1])
     finally:
         server.force_exit = server.should_exit = True
         thread.join(10)

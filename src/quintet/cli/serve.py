@@ -106,22 +106,24 @@ def command(
     from quintet.server.registry import Registry
     from quintet.server.service import Service
 
-    # Before a model is loaded for nothing.
-    sock = listen(settings)
     bits = None if cache_dtype is None else BITS[cache_dtype]
     opening = partial(_load, given=given, bits=bits, quiet=quiet)
-    with warnings_as_notes(quiet):
-        offers = [_offer(one, opening) for one in wanted]
-    as_json = set_up(cast("LogFormat", log_format))
-    service = Service(settings, Registry([offer for offer, _ in offers]))
-    lines, facts = announcement(service, sock.getsockname(), [what for _, what in offers], bits)
-    if as_json:
-        logged("serving", facts)
-    else:
-        note("\n".join(lines), quiet)
-    if settings.is_open:
-        logged("everybody on the network is answered, without a key", None, logging.WARNING)
-    sys.exit(serve(service, sock))
+    # Before a model is loaded for nothing.
+    with listen(settings) as sock:
+        with warnings_as_notes(quiet):
+            offers = [_offer(one, opening) for one in wanted]
+        as_json = set_up(cast("LogFormat", log_format))
+        service = Service(settings, Registry([offer for offer, _ in offers]))
+        opened = [what for _, what in offers]
+        lines, facts = announcement(service, sock.getsockname(), opened, bits)
+        if as_json:
+            logged("serving", facts)
+        else:
+            note("\n".join(lines), quiet)
+        if settings.is_open:
+            logged("everybody on the network is answered, without a key", None, logging.WARNING)
+        code = serve(service, sock)
+    sys.exit(code)
 
 
 for option in command.params:

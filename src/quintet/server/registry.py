@@ -1,12 +1,14 @@
 """Which models are served under which names, each by an engine of its own."""
 
 import asyncio
+import logging
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
-from quintet.errors import InputError, shown
+from quintet.errors import DoesNotFitError, InputError, QuintetError, shown
 from quintet.server.failures import ApiError, unavailable
+from quintet.server.logs import logged
 from quintet.server.shapes import Shapes
 from quintet.serving import Engine
 from quintet.tokenization import PreTrainedTokenizer
@@ -138,15 +140,11 @@ class Registry:
         """Return the model or adapter of a name, brought into memory if it was not.
 
         Raises:
-            ApiError: no such model (404).
-            QuintetError: whatever keeps it from loading.
+            ApiError: no such model (404), or it could not be brought back (500, 503).
         """
         offer, adapter = self._find(name)
         async with offer.turn:
-            if offer.loaded is None:
-                offer.loaded = await asyncio.to_thread(offer.load)
-                offer.context = offer.loaded.context
-            it = offer.loaded
+            it = offer.loaded or await self._load(offer)
         return Served(
             name,
             it.engine,
@@ -209,6 +207,23 @@ class Registry:
         """Stop all engines."""
         for engine in self.engines.values():
             engine.close()
+
+    async def _load(self, offer: Offer) -> Loaded:
+        try:
+            it = await asyncio.to_thread(offer.load)
+        except (DoesNotFitError, MemoryError):
+            raise
+        except QuintetError as error:
+            # It is of files of this machine, and of nothing that was asked.
+            logged("not loaded", {"model": offer.name, "error": str(error)}, logging.ERROR)
+            raise ApiError(
+                500,
+                f"the model {shown(offer.name)} could not be loaded; the log says why",
+                "server_error",
+                "model_not_loaded",
+            ) from None
+        offer.loaded, offer.context = it, it.context
+        return it
 
     def _find(self, name: str) -> tuple[Offer, str | None]:
         found = self._names.get(name)

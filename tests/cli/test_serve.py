@@ -1,0 +1,198 @@
+"""`quintet serve` as a process: what it says, what it refuses, and how it ends."""
+
+import http.client
+import json
+import signal
+import socket
+import subprocess
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from cli.conftest import Run, Start
+from quintet import demo_model
+from quintet.cli import serve
+from quintet.modeling import placement
+
+CANARY = "canary-in-a-prompt"
+KEY = "sk-canary-of-a-key"
+
+
+class Server:
+    """A process that serves, and what it has said so far."""
+
+    def __init__(self, process: "subprocess.Popen[str]") -> None:
+        self.process = process
+        assert process.stderr is not None
+        first = process.stderr.readline()
+        self.serving: dict[str, Any] = json.loads(first)
+        self.host, _, port = str(self.serving["url"]).removeprefix("http://").partition(":")
+        self.port = int(port)
+
+    def ask(self, method: str, path: str, body: Any = None, **headers: str) -> Any:
+        connection = http.client.HTTPConnection(self.host, self.port, timeout=20)
+        try:
+            sent = None if body is None else json.dumps(body).encode()
+            head = {"Content-Type": "application/json", "Authorization": f"Bearer {KEY}"}
+            connection.request(method, path, sent, {**head, **headers})
+            answer = connection.getresponse()
+            return answer.status, dict(answer.headers), answer.read()
+        finally:
+            connection.close()
+
+    @contextmanager
+    def stream(self, tokens: int) -> Iterator[http.client.HTTPResponse]:
+        """Begin a long answer, and return it when its first token is there."""
+        connection = http.client.HTTPConnection(self.host, self.port, timeout=20)
+        body = {
+            "model": "tiny",
+            "prompt": CANARY,
+            "max_tokens": tokens,
+            "temperature": 0,
+            "stream": True,
+        }
+        head = {"Content-Type": "application/json", "Authorization": f"Bearer {KEY}"}
+        connection.request("POST", "/v1/completions", json.dumps(body), head)
+        answer = connection.getresponse()
+        try:
+            assert answer.status == 200
+            assert answer.readline().startswith(b"data: ")
+            yield answer
+        finally:
+            answer.close()
+            connection.close()
+
+    def ended(self, seconds: float = 10) -> tuple[int, str]:
+        """Return the code it ends with, and all it said."""
+        out, err = self.process.communicate(timeout=seconds)
+        return self.process.returncode, out + err
+
+
+@pytest.fixture
+def started(process: Start, tireless_model: Path) -> Callable[..., Server]:
+    def start(*arguments: object) -> Server:
+        given = (f"tiny={tireless_model}", "--port", 0, "--rows", 3, "--capacity", 20_000)
+        return Server(process("serve", *given, *arguments, environment={"QUINTET_API_KEY": KEY}))
+
+    return start
+
+
+def test_it_drains_and_ends(started: Callable[..., Server]) -> None:
+    server = started("--drain", 20)
+    assert server.serving["models"][0]["rows"] == 3
+    assert server.ask("GET", "/ready")[0] == 200
+    with server.stream(300) as one, server.stream(300) as two, server.stream(300) as three:
+        server.process.send_signal(signal.SIGTERM)
+        deadline = time.monotonic() + 2
+        while server.ask("GET", "/ready")[0] != 503:
+            assert time.monotonic() < deadline
+        assert server.ask("GET", "/health")[0] == 200
+        asked = {"model": "tiny", "prompt": "a"}
+        status, headers, body = server.ask("POST", "/v1/completions", asked)
+        assert status == 503
+        assert int(headers["retry-after"]) > 0
+        assert json.loads(body)["error"]["code"] == "server_shutdown"
+        for answer in (one, two, three):
+            text = answer.read()
+            assert text.endswith(b"data: [DONE]\n\n")
+            assert b'"length"' in text
+    code, said = server.ended()
+    assert code == 0
+    for secret in (CANARY, KEY):
+        assert secret not in said
+    lines = [json.loads(line) for line in said.splitlines()]
+    assert {"status", "seconds", "request_id"} <= lines[0].keys()
+
+
+def test_what_takes_too_long_is_told_that_it_ends(started: Callable[..., Server]) -> None:
+    server = started("--drain", 0.3)
+    with server.stream(19_000) as answer:
+        server.process.send_signal(signal.SIGTERM)
+        text = answer.read()
+    assert b'"server_shutdown"' in text.rstrip().rsplit(b"\n\n", 1)[-1]
+    assert b"[DONE]" not in text
+    assert server.ended()[0] == 0
+
+
+def test_told_twice_it_ends_at_once(started: Callable[..., Server]) -> None:
+    server = started()
+    with server.stream(19_000):
+        server.process.send_signal(signal.SIGINT)
+        while server.ask("GET", "/ready")[0] != 503:
+            pass
+        began = time.monotonic()
+        server.process.send_signal(signal.SIGINT)
+        code, said = server.ended()
+    assert time.monotonic() - began < 2
+    assert code == 130
+    assert "Traceback" not in said
+
+
+# -- what is refused before a model is loaded ------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "said"),
+    [
+        ((), 2, "there is no model to serve"),
+        (("demo", "--host", "0.0.0.0"), 2, "--insecure-no-auth"),
+        (("demo", "--host", "192.0.2.7", "--insecure-no-auth"), 2, "cannot listen at 192.0.2.7"),
+        (("demo", "--api-key-file", "/nowhere"), 2, "cannot read keys"),
+        (("demo", "--max-body", "much"), 2, "is no size"),
+        (("demo", "--rows", "0"), 2, "not in the range"),
+        (("demo", "--model", "a b=c"), 2, "NAME=PATH"),
+        (("demo", "--adapter", "here"), 2, "has to be NAME=PATH"),
+        (("demo", "--adapter", "other:x=here"), 2, "is of no model here"),
+        (("--model", "a=x", "--model", "b=y", "--adapter", "c=z"), 2, "has to say of which model"),
+        (("no/such/model/here", "--offline", "--port", "0"), 3, "no/such/model"),
+        (("demo", "--speculate", "luck"), 2, "luck"),
+    ],
+    ids=range(12),
+)
+def test_what_cannot_be_is_said_on_one_screen(
+    quintet: Run, arguments: tuple[str, ...], code: int, said: str
+) -> None:
+    given = [str(demo_model()) if word == "demo" else word for word in arguments]
+    result = quintet("serve", *given)
+    assert result.code == code, result.err
+    assert said in " ".join(result.err.split())
+    assert result.is_one_screen
+
+
+def test_a_port_in_use_is_said_before_the_model_is_loaded(quintet: Run) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as other:
+        result = quintet("serve", demo_model(), "--port", other.getsockname()[1])
+    assert result.code == 2
+    assert "another --port" in result.err
+    assert result.is_one_screen
+
+
+def test_a_model_that_does_not_fit_is_not_loaded(
+    quintet: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(placement, "host_memory", lambda: 10_000_000)
+    result = quintet("serve", demo_model(), "--port", 0)
+    assert result.code == 5
+    assert "fewer --rows" in result.err
+    assert result.is_one_screen
+
+
+def test_what_is_not_installed_is_named(quintet: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(serve, "NEEDED", ("uvicorn", "no_such_package"))
+    result = quintet("serve", demo_model())
+    assert result.code == 1
+    assert "pip install 'quintet[serve]'" in result.err
+    assert "uvicorn" not in result.err
+
+
+def test_every_option_has_a_variable(quintet: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("QUINTET_HOST", "0.0.0.0")
+    result = quintet("serve", demo_model())
+    assert (result.code, "'0.0.0.0'" in result.err) == (2, True)
+    monkeypatch.setenv("QUINTET_HOST", "127.0.0.1")
+    monkeypatch.setenv("QUINTET_MAX_BODY", "much")
+    assert "much" in quintet("serve", demo_model()).err
