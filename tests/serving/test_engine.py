@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from conformance.families import FAMILIES, Family, each
+from conformance.families import FAMILIES, WIDE, Family, each
 from generation.sequences import ENDS, prompt_of
 from quintet import AutoModelForCausalLM, AutoTokenizer, demo_model
 from quintet.errors import (
@@ -51,12 +51,12 @@ def options_of(row: int) -> dict[str, Any]:
 @each
 @pytest.mark.filterwarnings("ignore:.*has no effect without:UserWarning")
 def test_each_gets_what_it_gets_alone(family: Family) -> None:
-    model, count = family.model_of(), 14
+    model, count = family.model_of(max_position_embeddings=256), 14
     dice = random.Random(3)
     # Some begin as others did.
     prompts = [prompt_of(dice.choice((2, 9, 40, 85)), row) for row in range(count)]
     for row in range(0, count, 3):
-        prompts[row] = torch.cat((prompt_of(66, 99), prompt_of(5 + row, row)), dim=1)
+        prompts[row] = torch.cat((prompt_of(66, 99), prompt_of(33 + row, row)), dim=1)
 
     def seeded(row: int) -> torch.Generator:
         return torch.Generator().manual_seed(row)
@@ -69,7 +69,7 @@ def test_each_gets_what_it_gets_alone(family: Family) -> None:
             )
         )
 
-    with Engine(model, limits=limits()) as engine:
+    with Engine(model, limits=limits(capacity=200)) as engine:
         answers = asyncio.run(everybody(engine))
         state = engine.state
     for row, prompt in enumerate(prompts):
@@ -82,33 +82,86 @@ def test_each_gets_what_it_gets_alone(family: Family) -> None:
         assert last.finish_reason in ("stop", "length")
         assert all(answer.finish_reason is None for answer in answers[row][:-1])
     assert state.generated == sum(a[-1].usage.completion for a in answers if a[-1].usage)
-    if model.config.recurrent_layers():
-        assert state.cached == 0  # nobody said where states are worth keeping
-    else:
-        assert state.cached >= 64
+    # Where layers keep a state, it was kept where two were seen to part.
+    assert state.cached >= 64
     assert state.running == state.waiting == 0
 
 
 @each
-def test_a_conversation_is_gone_on_from_where_it_is_stable(family: Family) -> None:
-    """A turn reads what is new in it, also where layers keep a state."""
-    model = family.model_of()
-    talk, expected = prompt_of(70, 1), []
-    with Engine(model, limits=limits(capacity=128)) as engine:
+@pytest.mark.parametrize("nbits", [None, 8])
+def test_a_conversation_is_gone_on_from_where_it_is_stable(
+    family: Family, nbits: int | None
+) -> None:
+    """A turn reads what is new in it, also where layers keep a state, and in few bits."""
+    model = family.model_of(max_position_embeddings=512, **WIDE[family.name])
+    own = {} if nbits is None else {"cache_implementation": "quantized", "cache_dtype": "int8"}
+    system, expected, read = 70, [], []
+    talk = prompt_of(130, 1)
+    with Engine(model, limits=limits(capacity=400), nbits=nbits) as engine:
         for turn in range(3):
             # What follows the stable part is there to ask for an answer, and not in the next turn.
             asked = torch.cat((talk, prompt_of(2, 50)), dim=1)
-            stable = talk.shape[1]
-            *_, last = engine.answer(asked, stable=stable, max_new_tokens=3, **PLAIN)
-            assert last.usage is not None
-            expected.append(last.usage.cached)
-            answer = model.generate(asked, max_new_tokens=3, **PLAIN)[:, asked.shape[1] :]
-            assert list(last.ids) == answer[0, -len(last.ids) :].tolist()
-            talk = torch.cat((talk, answer, prompt_of(5, turn)), dim=1)
+            stable = (system, talk.shape[1])
+            before = engine.state.read
+            answers = list(engine.answer(asked, stable=stable, max_new_tokens=3, **PLAIN))
+            usage = answers[-1].usage
+            assert usage is not None
+            expected.append(usage.cached)
+            read.append(engine.state.read - before)
+            answer = model.generate(asked, max_new_tokens=3, **own, **PLAIN)[:, asked.shape[1] :]
+            assert ids_of(iter(answers)) == answer[0].tolist()
+            talk = torch.cat((talk, answer, prompt_of(40, turn)), dim=1)
+        # Another conversation under the same system prompt.
+        other = torch.cat((prompt_of(130, 1)[:, :system], prompt_of(60, 77)), dim=1)
+        *_, last = engine.answer(other, stable=system, max_new_tokens=1, **PLAIN)
+        assert last.usage is not None
+        expected.append(last.usage.cached)
     if model.config.recurrent_layers():
-        assert expected == [0, 70, 78]
+        assert expected == [0, 130, 173, 70]
+        assert read == [132, 45, 45]
     else:
-        assert expected == [0, 64, 64]  # on the grid
+        assert expected == [0, 128, 128, 64]  # on the grid, with enough left to be read
+
+
+@each
+def test_what_many_ask_at_once_is_read_once(family: Family) -> None:
+    """Equal prompts, and ones that share their beginning, wait for the first to have read it."""
+    model = family.model_of(max_position_embeddings=512)
+    shared, ends = prompt_of(200, 1), [prompt_of(40, 10 + n) for n in range(3)]
+    prompts = [shared] * 4 + [torch.cat((shared[:, :150], end), dim=1) for end in ends]
+
+    async def everybody(engine: Engine) -> list[list[Answer]]:
+        asked = (collected(engine, one, max_new_tokens=4, **PLAIN) for one in prompts)
+        return await asyncio.gather(*asked)
+
+    with Engine(model, limits=limits(rows=8, capacity=300)) as engine:
+        answers = asyncio.run(everybody(engine))
+        state = engine.state
+    for prompt, its in zip(prompts, answers, strict=True):
+        alone = model.generate(prompt, max_new_tokens=4, **PLAIN)
+        assert ids_of(iter(its)) == alone[0, prompt.shape[1] :].tolist()
+    assert state.cached == 6 * 128
+    assert state.read == sum(one.shape[1] for one in prompts) - 6 * 128
+
+
+def test_a_long_prompt_of_one_leaves_time_for_anothers() -> None:
+    model = FAMILIES[0].model_of(max_position_embeddings=4096)
+
+    async def both(engine: Engine) -> tuple[int, int]:
+        long = asyncio.create_task(
+            collected(engine, prompt_of(3900, 1), scope="long", max_new_tokens=2, **PLAIN)
+        )
+        await asyncio.sleep(0)
+        await collected(engine, prompt_of(200, 2), scope="short", max_new_tokens=1, **PLAIN)
+        read = engine.state.read
+        await long
+        return read, engine.state.read
+
+    with Engine(model, limits=limits(capacity=4000)) as engine:
+        first, last = asyncio.run(both(engine))
+    assert last == 4100
+    # Its four pieces came in turn with those of the other, which is far from its end.
+    assert first <= 200 + 64 * 8
 
 
 @each

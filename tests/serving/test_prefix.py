@@ -22,6 +22,9 @@ class Copy:
 
     divisible: bool = True
 
+    def without_states(self) -> "Copy":
+        return Copy(self.start, self.ids, self.divisible, self.divisible)
+
     def split(self, at: int) -> "tuple[Copy, Copy]":
         n = at - self.start
         assert 0 < n < len(self.ids)
@@ -51,7 +54,7 @@ def test_the_longest_beginning_is_found(
     cache: PrefixCache[Copy] = PrefixCache(10**6, divisible=True, grid=grid)
     for text in texts:
         cache.keep("", text, row_of(text, True))
-    contents, length = cache.match("", asked)
+    contents, length, _ = cache.match("", asked)
     longest = max(
         next(
             (n for n, (a, b) in enumerate(zip(text, asked, strict=False)) if a != b),
@@ -78,7 +81,7 @@ def test_states_are_gone_on_from_where_they_were_kept(
     cache: PrefixCache[Copy] = PrefixCache(10**6, divisible=False)
     for text in texts:
         cache.keep("", text, row_of(text, False))
-    contents, length = cache.match("", asked)
+    contents, length, _ = cache.match("", asked)
     whole = [len(text) for text in texts if len(text) < len(asked) and asked[: len(text)] == text]
     assert length == max(whole, default=0)
     assert [token for one in contents for token in one.ids] == asked[:length]
@@ -95,7 +98,7 @@ def test_it_is_never_larger_than_it_may_be(texts: list[tuple[str, list[int]]], l
     for scope, text in texts:
         cache.keep(scope, text, row_of(text, True))
         assert cache.nbytes <= limit
-        contents, length = cache.match(scope, [*text, 9])
+        contents, length, _ = cache.match(scope, [*text, 9])
         assert length in (0, len(text)) or length < len(text)
         assert [token for one in contents for token in one.ids] == text[:length]
 
@@ -121,3 +124,54 @@ def test_scopes_do_not_see_each_other_and_the_larger_loses_first() -> None:
     assert cache.match("small", [1, 2, 3])[1] == 0
     cache.clear()
     assert cache.nbytes == 0
+
+
+@given(
+    st.lists(st.tuples(st.sampled_from("ab"), st.lists(st.integers(0, 1), min_size=1, max_size=9))),
+    st.integers(5, 60),
+)
+@settings(deadline=None)
+def test_states_go_before_the_tokens_that_others_need(
+    texts: list[tuple[str, list[int]]], limit: int
+) -> None:
+    cache: PrefixCache[Copy] = PrefixCache(limit, divisible=False)
+    for scope, text in texts:
+        cache.keep(scope, text, row_of(text, False))
+        assert cache.nbytes <= limit
+        contents, length, found = cache.match(scope, [*text, 9])
+        # What is there ends in something to go on from: all else would be of no use.
+        assert found in (0, length) or found < len(text)
+        assert [token for one in contents for token in one.ids] == text[:length]
+        assert not contents or contents[-1].resumable
+
+
+def test_a_state_within_a_text_is_given_up_for_one_that_was_used() -> None:
+    cache: PrefixCache[Copy] = PrefixCache(34, divisible=False)
+    cache.keep("", [1, 1], row_of([1, 1], False))
+    cache.keep("", [1, 1, 2, 2], row_of([1, 1, 2, 2], False))
+    assert cache.match("", [1, 1, 2, 2, 5])[1:] == (4, 4)
+    cache.keep("", [3, 3, 3], row_of([3, 3, 3], False))
+    # The tokens are there, which the longer text needs, and its state is not.
+    assert cache.match("", [1, 1, 9])[1:] == (0, 2)
+    assert cache.match("", [1, 1, 2, 2, 5])[1:] == (4, 4)
+    assert cache.evicted == 1
+
+
+def test_what_an_adapter_made_is_apart() -> None:
+    cache: PrefixCache[Copy] = PrefixCache(100, divisible=True, grid=1)
+    cache.keep("", [1, 2, 3], row_of([1, 2, 3], True), "one")
+    assert [cache.match("", [1, 2, 3, 4], name)[1] for name in ("one", "", "two")] == [3, 0, 0]
+    assert cache.length("", [1, 2, 3, 4], "one") == 3
+    cache.clear("")
+    assert cache.nbytes == cache.match("", [1, 2, 3, 4], "one")[1] == 0
+
+
+@given(st.integers(0, 300), st.integers(1, 300), st.integers(0, 40))
+def test_enough_is_left_to_be_read(length: int, tokens: int, tail: int) -> None:
+    cache: PrefixCache[Copy] = PrefixCache(100, divisible=True, tail=tail)
+    usable = cache.usable(length, tokens)
+    assert usable % 64 == 0
+    assert 0 <= usable <= max(length, 0)
+    assert usable == 0 or tokens - usable > tail
+    # And no more than that.
+    assert usable + 64 > length or tokens - usable - 64 <= tail or usable + 64 >= tokens

@@ -14,18 +14,6 @@ from quintet.serving.transcript import Transcript
 INTERLEAVINGS = 10_000
 
 
-class Config:
-    torch_dtype = None
-
-    @staticmethod
-    def cache_numbers() -> tuple[int, int]:
-        return 1, 0
-
-
-class Model:
-    config = Config()
-
-
 @dataclass(eq=False)
 class Text:
     """A sequence whose tokens are numbers that follow each other."""
@@ -60,7 +48,7 @@ class Steps:
 
     rows: int
     dice: random.Random
-    model: Any = field(default_factory=Model)
+    recurrent: bool = False
     held: dict[Text, list[int]] = field(default_factory=dict)
     drafted: int = 0
 
@@ -71,9 +59,13 @@ class Steps:
     def add(self, text: Text, *contents: RowContent) -> None:
         assert text not in self.held
         assert len(self.held) < self.rows
+        assert not contents or contents[-1].resumable
         self.held[text] = [int(x) for one in contents for x in one.states[0]]  # type: ignore[index]
         text.computed = len(self.held[text])
         assert self.held[text] == text.ids[: text.computed]
+
+    def bytes_of_rows(self) -> tuple[int, int]:
+        return 5 * self.recurrent, 1
 
     def can_adapt(self, text: Text) -> bool:
         return True
@@ -82,7 +74,8 @@ class Steps:
         del self.held[text]
 
     def extract(self, text: Text, start: int, stop: int) -> Any:
-        return Content(start, self.held[text][start:stop])
+        whole = not self.recurrent or stop == len(self.held[text])
+        return Content(start, self.held[text][start:stop], whole, self.recurrent)
 
     def step(self, texts: list[Text], piece: int | None) -> list[list[int]]:
         if self.dice.random() < 0.02:
@@ -108,7 +101,8 @@ class Steps:
 class Content:
     start: int
     numbers: list[int]
-    resumable: bool = True
+    resumable: bool
+    recurrent: bool
 
     @property
     def states(self) -> tuple[list[int]]:
@@ -116,18 +110,22 @@ class Content:
 
     @property
     def nbytes(self) -> int:
-        return len(self.numbers)
+        return len(self.numbers) + 5 * (self.recurrent and self.resumable)
 
     def split(self, at: int) -> "tuple[Content, Content]":
         n = at - self.start
-        return Content(self.start, self.numbers[:n]), Content(at, self.numbers[n:])
+        head = Content(self.start, self.numbers[:n], not self.recurrent, self.recurrent)
+        return head, Content(at, self.numbers[n:], self.resumable, self.recurrent)
+
+    def without_states(self) -> "Content":
+        return Content(self.start, self.numbers, not self.recurrent, self.recurrent)
 
 
 def test_any_interleaving() -> None:
     dice, clock, done = random.Random(11), [0.0], 0
     while done < INTERLEAVINGS:
         rows = dice.randint(1, 4)
-        steps = Steps(rows, dice)
+        steps = Steps(rows, dice, recurrent=dice.random() < 0.4)
         limits = Limits(
             rows=rows,
             capacity=1000,
@@ -156,6 +154,7 @@ def test_any_interleaving() -> None:
                     priority=dice.randint(0, 1),
                     deadline=clock[0] + dice.choice((2, 40)) if dice.random() < 0.2 else None,
                     arrival=clock[0],
+                    stable=tuple({n for n in (1, 64, 70) if n < len(text.ids)}),
                 )
                 told[request] = []
                 request.reader = told[request].append

@@ -120,7 +120,7 @@ def test_a_prompt_may_be_all_there_is() -> None:
         # It is read for those that come, too.
         *_, last = engine.answer(prompt, max_new_tokens=1, **PLAIN)
         assert last.usage is not None
-        assert last.usage.cached == 128
+        assert last.usage.cached == 64  # with enough left to be read
 
 
 @each

@@ -1,7 +1,7 @@
 """What a row of a pool holds, taken out of it."""
 
 from collections.abc import Hashable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from torch import Tensor
 
@@ -59,6 +59,10 @@ class RowContent:
             RowContent(self.start, at, head, between, self.kind, self.adapters),
             RowContent(at, self.stop, tail, self.states, self.kind, self.adapters),
         )
+
+    def without_states(self) -> "RowContent":
+        """Return the content without recurrent states, if there are any."""
+        return replace(self, states=None) if self.states else self
 
     @property
     def nbytes(self) -> int:

@@ -28,6 +28,11 @@ class RowMemories:
         """How tokens are kept."""
         return self.tokens[0].kind if self.tokens else "states"
 
+    def bytes_of_rows(self, rows: int, capacity: int) -> tuple[int, int]:
+        """Return the bytes that a row takes besides its tokens, and each of these."""
+        states = sum(slot.buffered for slot in self.states)
+        return states // rows, sum(slot.nbytes for slot in self.tokens) // (rows * capacity)
+
     def read(self, index: int, start: int, stop: int) -> RowContent:
         """Return a copy of some tokens of a row, with the states behind them if they are there."""
         states = None

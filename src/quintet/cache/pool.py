@@ -181,6 +181,13 @@ class PooledCache(Cache):
         self._count()
         self.companion = None
 
+    def bytes_of_rows(self) -> tuple[int, int]:
+        """Return the bytes that a row takes besides its tokens, and each token of it.
+
+        Nothing is taken before the first forward.
+        """
+        return self._kept.bytes_of_rows(self._table.size, self.capacity)
+
     # -- going back --------------------------------------------------------------------------------
 
     @torch.no_grad()

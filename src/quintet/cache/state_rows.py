@@ -213,6 +213,11 @@ class StateRows:
         return len(self._table)
 
     @property
+    def buffered(self) -> int:
+        """The bytes taken of windows and states of all rows, without copies."""
+        return self._buffers.nbytes
+
+    @property
     def nbytes(self) -> int:
         """The bytes taken, of rows that are free too, and of copies."""
         all_copies = (pair for held in self._copies.values() for pair in held.values())

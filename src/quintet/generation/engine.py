@@ -77,6 +77,10 @@ class Engine:
         beside = 0 if self._prediction is None else self._prediction.nbytes
         return self._rows.cache.nbytes + beside
 
+    def bytes_of_rows(self) -> tuple[int, int]:
+        """Return the bytes that a row takes besides its tokens, and each token of it."""
+        return self._rows.cache.bytes_of_rows()
+
     def sequence(
         self,
         inputs: Tensor | abc.Sequence[int],

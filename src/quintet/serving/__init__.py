@@ -4,6 +4,7 @@ from quintet.serving.answers import Answer, TokenLogprobs, Usage
 from quintet.serving.engine import Engine
 from quintet.serving.figures import Distribution, Snapshot
 from quintet.serving.limits import Limits
+from quintet.serving.memory import Room, limits_for
 from quintet.serving.options import RequestOptions
 
 __all__ = [
@@ -12,7 +13,9 @@ __all__ = [
     "Engine",
     "Limits",
     "RequestOptions",
+    "Room",
     "Snapshot",
     "TokenLogprobs",
     "Usage",
+    "limits_for",
 ]

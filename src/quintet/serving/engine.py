@@ -18,6 +18,7 @@ from quintet.generation.requests import Served
 from quintet.serving.answers import Answer
 from quintet.serving.figures import Snapshot
 from quintet.serving.limits import Limits
+from quintet.serving.memory import Room, room_of
 from quintet.serving.options import RequestOptions
 from quintet.serving.request import LoopOutlet, Outlet, Request, hand_out
 from quintet.serving.runner import Runner
@@ -162,6 +163,11 @@ class Engine:
         return self._engine.model
 
     @property
+    def room(self) -> Room:
+        """What the model and its rows take."""
+        return room_of(self.model, self.limits, self._runner.scheduler.cost)
+
+    @property
     def state(self) -> Snapshot:
         """How much is under way, waits and is kept, as of the last step."""
         return self._runner.state
@@ -251,7 +257,7 @@ class Engine:
             priority=own.priority,
             deadline=None if own.timeout is None else now + own.timeout,
             arrival=now,
-            stops=own.stops(text.prompt_length),
+            stable=own.stops(text.prompt_length),
         )
 
 

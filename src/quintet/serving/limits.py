@@ -18,7 +18,9 @@ class Limits:
         rows: how many texts are generated at once.
         capacity: how many tokens of prompt and answer each may have.
         queue: how many requests may wait.
-        piece: how many tokens of a prompt are read between two steps of the others.
+        piece: how many tokens of a prompt are read at once at the most.
+        itl_target_ms: how many milliseconds may pass between two tokens of the others while a
+            prompt is read, by pieces that are as much shorter; None for pieces as long as may be.
         memory: how many bytes the rows under way may hold; None for all that they can.
         ahead: how many tokens of an answer there has to be memory for when it begins.
         patience: how many seconds someone without a row waits until another, who has several,
@@ -33,6 +35,7 @@ class Limits:
     capacity: int = 4096
     queue: int = 64
     piece: int = 4 * GRID
+    itl_target_ms: float | None = 200.0
     memory: int | None = None
     ahead: int = 256
     patience: float = 2.0
@@ -49,6 +52,11 @@ class Limits:
         ):
             if value < least:
                 raise InputError(f"{name}={value} has to be at least {least}")
+        if self.itl_target_ms is not None and not self.itl_target_ms > 0:
+            raise InputError(
+                f"itl_target_ms={self.itl_target_ms} has to be a number of milliseconds above 0, "
+                "or None"
+            )
         if self.patience < 0 or (self.memory is not None and self.memory < 1):
             raise InputError(
                 f"patience={self.patience} and memory={self.memory} cannot be negative; leave "

@@ -2,6 +2,7 @@
 
 A node holds what a row held of some tokens; its children go on from there. Keys and values can be
 cut anywhere, recurrent states not: with those, a text is gone on from where somebody kept a state.
+A scope has a tree for each adapter, as what one made of tokens is nothing to another.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -10,7 +11,7 @@ from typing import Generic, Protocol, Self, TypeVar
 
 from quintet.serving.limits import GRID
 
-__all__ = ["Content", "PrefixCache"]
+__all__ = ["Content", "PrefixCache", "common"]
 
 
 class Content(Protocol):
@@ -30,6 +31,10 @@ class Content(Protocol):
         """Return the content up to a token and from there on."""
         ...
 
+    def without_states(self) -> Self:
+        """Return the content without what only going on behind its last token needs."""
+        ...
+
 
 C = TypeVar("C", bound=Content)
 
@@ -45,6 +50,7 @@ class _Node(Generic[C]):
         parent: what comes before; None for a root.
         children: what follows, by its first token.
         used: when it was used last.
+        resumed: when somebody went on from its end last, or it was kept for that.
     """
 
     start: int
@@ -53,6 +59,7 @@ class _Node(Generic[C]):
     parent: "_Node[C] | None"
     children: "dict[int, _Node[C]]" = field(default_factory=dict)
     used: int = 0
+    resumed: int = 0
 
     @property
     def stop(self) -> int:
@@ -69,19 +76,24 @@ class _Node(Generic[C]):
 class PrefixCache(Generic[C]):
     """Copies of what rows held, within a number of bytes; the ones used least lately go.
 
+    While several scopes have something here, one that has more than half is the first to lose.
+
     Args:
         nbytes: how much to keep.
         divisible: whether content can be gone on from anywhere, as keys and values can.
         grid: where it can, it is at a multiple of it, so that the rest of a prompt is cut as the
             whole was.
+        tail: there, more than so many tokens are left to be run over.
+
+    Attributes:
+        evicted: how often something went for want of room.
     """
 
-    def __init__(self, nbytes: int, *, divisible: bool, grid: int = GRID) -> None:
-        self.limit, self.divisible, self.grid = nbytes, divisible, grid
-        self._roots: dict[str, _Node[C]] = {}
+    def __init__(self, nbytes: int, *, divisible: bool, grid: int = GRID, tail: int = 0) -> None:
+        self.limit, self.divisible, self.grid, self.tail = nbytes, divisible, grid, tail
+        self._roots: dict[str, dict[str, _Node[C]]] = {}
         self._bytes: dict[str, int] = {}
         self._clock = 0
-        # How often something went for want of room.
         self.evicted = 0
 
     @property
@@ -89,39 +101,58 @@ class PrefixCache(Generic[C]):
         """The bytes held."""
         return sum(self._bytes.values())
 
-    def match(self, scope: str, ids: Sequence[int]) -> tuple[list[C], int]:
-        """Return what is kept of the beginning of a text, and of how many tokens that is.
+    def usable(self, length: int, tokens: int) -> int:
+        """Return how much of the first `length` of a text's tokens can be gone on from.
+
+        It is on the grid, with enough left to be run over.
+        """
+        length = min(length, tokens - 1)
+        length -= length % self.grid
+        return length - self.grid if 0 < tokens - length <= self.tail and length else length
+
+    def match(self, scope: str, ids: Sequence[int], adapter: str = "") -> tuple[list[C], int, int]:
+        """Return what is kept of the beginning of a text to be gone on from.
 
         At least one token is left to be run over.
+
+        Returns:
+            The contents, of how many tokens these are, and how many of the text's were found: more
+            where recurrent states are missing.
         """
-        path, reached = self._walk(scope, ids[:-1])
-        if self.divisible:
-            length = reached - reached % self.grid
-            path = [node for node in path if node.start < length]
-        else:
-            while path and not (path[-1].stop <= reached and path[-1].whole.resumable):
-                path.pop()
-            length = path[-1].stop if path else 0
+        path, length, reached = self._usable(scope, ids, adapter)
         contents = [node.whole for node in path]
         if path and length < path[-1].stop:
             contents[-1] = contents[-1].split(length)[0]
         for node in path:
             self._touch(node)
-        return contents, length
+        if path:
+            path[-1].resumed = self._clock
+        return contents, length, reached
 
-    def keep(self, scope: str, ids: Sequence[int], extract: Callable[[int, int], C]) -> None:
+    def length(self, scope: str, ids: Sequence[int], adapter: str = "") -> int:
+        """Return of how many tokens `match` would return something, which counts as no use."""
+        return self._usable(scope, ids, adapter)[1]
+
+    def keep(
+        self,
+        scope: str,
+        ids: Sequence[int],
+        extract: Callable[[int, int], C],
+        adapter: str = "",
+    ) -> None:
         """Keep what a row holds of a text.
 
         Args:
             scope: who may go on from it.
             ids: the tokens that the row holds.
             extract: copies what it holds of them, from one to another.
+            adapter: what they were made with.
         """
         if not ids or not self.limit:
             return
-        root = self._roots.setdefault(scope, _Node(0, (), None, None))
-        path, reached = self._walk(scope, ids)
-        last = path[-1] if path else root
+        path, reached = self._walk(scope, ids, adapter)
+        roots = self._roots.setdefault(scope, {})
+        last = path[-1] if path else roots.setdefault(adapter, _Node(0, (), None, None))
         if reached < last.stop:
             last = self._split(scope, last, reached)
         if reached < len(ids):
@@ -137,6 +168,7 @@ class PrefixCache(Generic[C]):
             last.content = content
         for node in (*path, last):
             self._touch(node)
+        last.resumed = self._clock
         self._evict()
 
     def clear(self, scope: str | None = None) -> None:
@@ -147,20 +179,28 @@ class PrefixCache(Generic[C]):
 
     # -- within ------------------------------------------------------------------------------------
 
-    def _walk(self, scope: str, ids: Sequence[int]) -> tuple[list[_Node[C]], int]:
+    def _usable(
+        self, scope: str, ids: Sequence[int], adapter: str
+    ) -> tuple[list[_Node[C]], int, int]:
+        """Return the nodes to go on from, of how many tokens, and how many were found."""
+        path, reached = self._walk(scope, ids[:-1], adapter)
+        if self.divisible:
+            length = self.usable(reached, len(ids))
+            return [node for node in path if node.start < length], length, reached
+        while path and not (path[-1].stop <= reached and path[-1].whole.resumable):
+            path.pop()
+        return path, path[-1].stop if path else 0, reached
+
+    def _walk(self, scope: str, ids: Sequence[int], adapter: str) -> tuple[list[_Node[C]], int]:
         """Return the nodes that a text runs through, and how many of its tokens they hold."""
-        node, path, reached = self._roots.get(scope), [], 0
+        node, path, reached = self._roots.get(scope, {}).get(adapter), [], 0
         while node is not None and reached < len(ids):
             node = node.children.get(ids[reached])
             if node is None:
                 break
             path.append(node)
             end = min(node.stop, len(ids))
-            own, given = node.ids[: end - reached], ids[reached:end]
-            same = next(
-                (n for n, (a, b) in enumerate(zip(own, given, strict=True)) if a != b), len(own)
-            )
-            reached += same
+            reached += common(node.ids, tuple(ids[reached:end]))
             if reached < node.stop:
                 break
         return path, reached
@@ -188,26 +228,48 @@ class PrefixCache(Generic[C]):
         while self.nbytes > self.limit:
             # A few hundred nodes at the most: what one holds takes milliseconds to compute.
             scopes = [scope for scope, held in self._bytes.items() if held]
-            # Whoever has more than half, of several, is the first to lose.
             rich = [one for one in scopes if len(scopes) > 1 and self._bytes[one] > self.limit / 2]
-            leaves = [
-                (leaf.used, scope, leaf)
+            nodes = [
+                (node.resumed if node.children else node.used, scope, node)
                 for scope in rich or scopes
-                for leaf in _leaves(self._roots[scope])
+                for root in self._roots[scope].values()
+                for node in _below(root)
+                # Between others, tokens are needed, and only the states behind them are not.
+                if not node.children or (not self.divisible and node.whole.resumable)
             ]
-            _, scope, leaf = min(leaves, key=lambda one: one[0])
-            assert leaf.parent is not None
-            del leaf.parent.children[leaf.ids[0]]
-            self._count(scope, -leaf.whole.nbytes)
+            _, scope, node = min(nodes, key=lambda one: one[0])
             self.evicted += 1
+            if node.children:
+                bare = node.whole.without_states()
+                self._count(scope, bare.nbytes - node.whole.nbytes)
+                node.content = bare
+                continue
+            while node.parent is not None and not node.children:
+                del node.parent.children[node.ids[0]]
+                self._count(scope, -node.whole.nbytes)
+                node = node.parent
+                if node.content is not None and (self.divisible or node.whole.resumable):
+                    break
 
 
-def _leaves(root: _Node[C]) -> Iterator[_Node[C]]:
-    """Return what nothing follows."""
+def common(one: Sequence[int], other: Sequence[int]) -> int:
+    """Return how many tokens two texts begin with alike."""
+    low, high = 0, min(len(one), len(other))
+    if one[:high] == other[:high]:
+        return high
+    while high - low > 1:
+        middle = (low + high) // 2
+        if one[low:middle] == other[low:middle]:
+            low = middle
+        else:
+            high = middle
+    return low
+
+
+def _below(root: _Node[C]) -> Iterator[_Node[C]]:
+    """Return all nodes but the root."""
     nodes = list(root.children.values())
     while nodes:
         node = nodes.pop()
-        if node.children:
-            nodes += node.children.values()
-        else:
-            yield node
+        nodes += node.children.values()
+        yield node

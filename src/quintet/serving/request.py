@@ -52,7 +52,17 @@ class Request(Job):
         priority: the higher are the last to give their row back.
         deadline: when it is too late to go on.
         arrival: when it came.
-        stops: at which tokens of the prompt later ones may go on.
+        stable: at which tokens of the prompt later ones may go on.
+
+    Attributes:
+        cached: how many tokens of the prompt were not read when it began; None before.
+        failures: how many forwards failed that it had a part in.
+        began: when it got its first row.
+        first: when it got its first tokens; None before.
+        last: when it got its last ones.
+        met: at which tokens of its prompt others part from it.
+        ahead: who reads what it begins with, and how much of it, while it waits for that.
+        patient: until when it does.
     """
 
     def __init__(
@@ -66,7 +76,7 @@ class Request(Job):
         priority: int = 0,
         deadline: float | None = None,
         arrival: float = 0.0,
-        stops: tuple[int, ...] = (),
+        stable: tuple[int, ...] = (),
     ) -> None:
         super().__init__(
             len(text.ids),
@@ -75,15 +85,17 @@ class Request(Job):
             priority=priority,
             deadline=deadline,
             arrival=arrival,
-            stops=stops,
         )
         self.text, self.reader, self.outlet, self.transcript = text, reader, outlet, transcript
         self.cached: int | None = None
         self.failures = 0
-        # When it got its first row, and when tokens, the first and the last ones so far.
         self.began = arrival
         self.first: float | None = None
         self.last = arrival
+        self.stable = stable
+        self.met: set[int] = set()
+        self.ahead: tuple[Request, int] | None = None
+        self.patient = arrival
         self._told = len(text.ids)
         self._told_prompt = self._begun = False
 
@@ -93,6 +105,11 @@ class Request(Job):
         if self.cached is None:
             return "waiting"
         return "reading" if self.first is None else "writing"
+
+    @property
+    def adapter(self) -> str:
+        """What its tokens are made with, for whoever goes on from them."""
+        return self.text.adapter_name or ""
 
     def follow(self) -> None:
         """Take over how far its text is."""

@@ -2,7 +2,7 @@
 
 import queue
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 
@@ -17,8 +17,9 @@ from quintet.errors import (
 from quintet.generation.engine import Engine as StepEngine
 from quintet.serving.answers import Answer
 from quintet.serving.figures import Figures, Snapshot
-from quintet.serving.limits import Limits
-from quintet.serving.prefix import PrefixCache
+from quintet.serving.limits import GRID, Limits
+from quintet.serving.pace import LEAST_TAIL
+from quintet.serving.prefix import PrefixCache, common
 from quintet.serving.request import Outlet, Request
 from quintet.serving.scheduler import Cost, Plan, Scheduler
 
@@ -28,6 +29,10 @@ __all__ = ["Runner"]
 FAILURES = 3
 # A request that was in as many of them is given up.
 PATIENCE = 2
+# Recurrent states are kept every so many tokens of a long prompt.
+OFTEN = 4096
+# So many seconds a request waits for what another reads of the same prompt.
+BURST = 1.0
 
 
 class Runner:
@@ -46,12 +51,11 @@ class Runner:
         self.stopped: Exception | None = None
         # Held while a request is let in, so that none comes after the last messages were read.
         self._open = threading.Lock()
-        per_token, per_row = engine.model.config.cache_numbers()
-        width = engine.model.config.torch_dtype.itemsize if engine.model.config.torch_dtype else 4
-        self.scheduler: Scheduler[Request] = Scheduler(
-            limits, Cost(row=per_row * width, token=per_token * width)
+        row, token = engine.bytes_of_rows()
+        self.scheduler: Scheduler[Request] = Scheduler(limits, Cost(row, token), self._waits)
+        self.prefix: PrefixCache[RowContent] = PrefixCache(
+            limits.kept, divisible=not row, tail=LEAST_TAIL
         )
-        self.prefix: PrefixCache[RowContent] = PrefixCache(limits.kept, divisible=not per_row)
         self._inbox: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
         self._news: list[tuple[Request, Answer | Exception]] = []
         self._failures = 0
@@ -162,9 +166,10 @@ class Runner:
     def _enter(self, request: Request) -> None:
         text, figures = request.text, self.figures
         contents: list[RowContent] = []
-        length = 0
+        length = found = 0
         if text.watched is None:
-            contents, length = self.prefix.match(self._shared_by(request), text.ids)
+            self._keep_shared(request)
+            contents, length, found = self.prefix.match(request.scope, text.ids, request.adapter)
         try:
             self.engine.add(text, *contents)
         except (InputError, MemoryError):
@@ -175,6 +180,7 @@ class Runner:
             length = 0
             self.engine.add(text)
         request.follow()
+        request.stops = self._stops(request, found)
         if length:
             figures.restored += 1
             self.figures.copied["hit"] += sum(one.nbytes for one in contents)
@@ -184,6 +190,70 @@ class Runner:
             figures.queried += text.prompt_length
             request.began = self._clock()
             self.figures.queue_seconds.add(request.began - request.arrival)
+
+    def _stops(self, request: Request, found: int) -> tuple[int, ...]:
+        """Return where pieces of a prompt end, so that what is there can be gone on from.
+
+        Keys and values can be from anywhere. Recurrent states can where they are kept: where the
+        caller says, where texts were seen to part, and here and there in a long one.
+        """
+        if self.prefix.divisible:
+            return ()
+        parts = self.prefix.usable(found, request.text.prompt_length)
+        often = range(OFTEN, request.text.prompt_length, OFTEN)
+        return tuple(sorted({*request.stable, *often, *request.met, parts} - {0}))
+
+    # -- what several read at once -----------------------------------------------------------------
+
+    def _waits(self, request: Request, now: float) -> bool:
+        """Tell whether a request had better wait for what another is about to have read."""
+        if request.ahead is None:
+            ahead = self._ahead_of(request)
+            if ahead is None:
+                return False
+            request.ahead, request.patient = ahead, now + BURST
+        other, shared = request.ahead
+        reads = other in self.scheduler.running and other.computed < shared
+        return reads and now < request.patient and not other.cancelled
+
+    def _ahead_of(self, request: Request) -> tuple[Request, int] | None:
+        """Return who reads much of the same prompt, and up to where."""
+        if request.text.watched is not None:
+            return None
+        for other, shared in self._alike(request):
+            if other.computed >= shared:
+                continue
+            if not self.prefix.divisible:
+                # Its state is kept where the two part.
+                other.met.add(shared)
+                other.stops = tuple(sorted({*other.stops, shared}))
+            return other, shared
+        return None
+
+    def _alike(self, request: Request) -> Iterator[tuple[Request, int]]:
+        """Yield who has a row with much of a prompt that is not kept, and how much."""
+        ids = request.text.ids
+        kept: int | None = None
+        for other in self.scheduler.running:
+            if (other.scope, other.adapter) != (request.scope, request.adapter):
+                continue
+            if other is request or other.text.ids[:GRID] != ids[:GRID]:
+                continue
+            shared = self.prefix.usable(common(other.text.ids, ids), len(ids))
+            if kept is None:
+                kept = self.prefix.length(request.scope, ids, request.adapter)
+            if shared - kept >= GRID:
+                yield other, shared
+
+    def _keep_shared(self, request: Request) -> None:
+        """Keep what rows under way hold of a prompt, for it to be gone on from."""
+        if self.prefix.divisible:
+            for other, _ in self._alike(request):
+                if other.text in self.engine.sequences and other.computed >= GRID:
+                    self._keep(other)
+                    return
+
+    # -- giving rows back --------------------------------------------------------------------------
 
     def _leave(self, request: Request) -> None:
         """Give the row of a request back, and keep what it holds."""
@@ -204,15 +274,9 @@ class Runner:
 
         held = min(text.computed, len(text.ids) - (not text.only_reads))
         try:
-            self.prefix.keep(self._shared_by(request), text.ids[:held], extract)
+            self.prefix.keep(request.scope, text.ids[:held], extract, request.adapter)
         except MemoryError:
             self.prefix.clear()
-
-    @staticmethod
-    def _shared_by(request: Request) -> str:
-        """Return who can go on from what a request reads: its scope, with the same adapter."""
-        name = request.text.adapter_name
-        return request.scope if name is None else f"{request.scope}\x00{name}"
 
     def _step(self, requests: list[Request], piece: int | None) -> None:
         began, before = self._clock(), [request.text.computed for request in requests]
@@ -225,8 +289,8 @@ class Runner:
         now = self._clock()
         self._stepping += now - began
         self._failures = 0
-        self.scheduler.account(requests, now - began)
         read = [request.text.computed - one for request, one in zip(requests, before, strict=True)]
+        self.scheduler.account(requests, now - began, None if piece is None else sum(read))
         kind = "verify" if self.engine.drafted else "decode"
         if piece is not None:
             kind = "chunk"
@@ -238,7 +302,7 @@ class Runner:
         self.figures.generated += sum(map(len, made))
         for request, new in zip(requests, made, strict=True):
             request.follow()
-            if piece is not None and request.computed in request.stops:
+            if request.computed in request.stops:
                 self._keep(request)
             if new:
                 self._timed(request, now)

@@ -5,17 +5,16 @@ its prompt and answer so far, of which the last is run over to make the next.
 """
 
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Generic, TypeVar
 
 from quintet.errors import QueueFullError
-from quintet.serving.limits import GRID, Limits
+from quintet.serving.limits import Limits
+from quintet.serving.pace import Pace
 
 __all__ = ["Cost", "Job", "Plan", "Scheduler"]
 
-# What is left of a prompt behind a piece is not so little that few-token kernels would run over it.
-LEAST_TAIL = 32
 KEEPS_AFTER = 3
 
 
@@ -108,10 +107,17 @@ class Scheduler(Generic[J]):
     Args:
         limits: how much at once.
         cost: what rows hold.
+        waits: tells whether a job had better wait for what another is about to have read.
     """
 
-    def __init__(self, limits: Limits, cost: Cost) -> None:
-        self.limits, self.cost = limits, cost
+    def __init__(
+        self,
+        limits: Limits,
+        cost: Cost,
+        waits: Callable[[J, float], bool] = lambda job, now: False,
+    ) -> None:
+        self.limits, self.cost, self._waits = limits, cost, waits
+        self.pace = Pace(limits)
         self.running: list[J] = []
         self._waiting: dict[str, deque[J]] = {}
         # Seconds of the engine that each scope has had, of those that are here.
@@ -155,8 +161,12 @@ class Scheduler(Generic[J]):
             queue.remove(job)
         self._forget(job.scope)
 
-    def account(self, jobs: Sequence[J], seconds: float) -> None:
-        """Take note that a step for some jobs took so long."""
+    def account(self, jobs: Sequence[J], seconds: float, read: int | None = None) -> None:
+        """Take note that a step for some jobs took so long, or a piece of so many tokens."""
+        if read is None:
+            self.pace.stepped(seconds)
+        else:
+            self.pace.read(read, seconds)
         for job in jobs:
             if job.scope in self._had:
                 self._had[job.scope] += seconds / len(jobs)
@@ -172,26 +182,20 @@ class Scheduler(Generic[J]):
             self._waiting.setdefault(job.scope, deque()).appendleft(job)
             plan.preempt.append(job)
         if not plan.preempt:
-            while (following := self._next()) is not None:
-                self._waiting[following.scope].popleft()
+            while (following := self._next(now)) is not None:
+                self._waiting[following.scope].remove(following)
                 self.running.append(following)
                 plan.admit.append(following)
         plan.step = [job for job in self.running if job.steps]
-        reading = next((job for job in self.running if not job.steps), None)
-        plan.read = reading
+        # Between scopes, as between those who wait: one long prompt is no reason for others to.
+        reading = [job for job in self.running if not job.steps]
+        plan.read = min(reading, key=lambda job: self._had[job.scope], default=None)
         return plan
 
     def piece(self, job: J) -> int:
         """Return how many tokens of its prompt a job reads at once: to the grid, or to a stop."""
-        left = job.known - job.computed
-        piece = left
-        if left > self.limits.piece + LEAST_TAIL:
-            end = (job.computed + self.limits.piece) // GRID * GRID
-            piece = end - job.computed
-        for stop in job.stops:
-            if job.computed < stop < job.computed + piece:
-                piece = stop - job.computed
-        return piece
+        alone = not any(other.steps for other in self.running)
+        return self.pace.piece(job.computed, job.known - job.computed, job.stops, alone=alone)
 
     # -- within ------------------------------------------------------------------------------------
 
@@ -211,21 +215,28 @@ class Scheduler(Generic[J]):
             if job.cancelled or (job.deadline is not None and now >= job.deadline)
         ]
 
-    def _next(self) -> J | None:
+    def _next(self, now: float) -> J | None:
         """Return who gets a row next, if anybody can."""
-        scopes = [scope for scope, queue in self._waiting.items() if queue]
-        if not scopes or not self._free:
+        if not self._free:
             return None
+        ready = {
+            scope: job
+            for scope, queue in self._waiting.items()
+            if (job := next((one for one in queue if not self._waits(one, now)), None))
+        }
+        scopes = list(ready)
         # Nobody takes the last row from under others who have none.
-        if len(scopes) > 1 or any(job.scope not in scopes for job in self.running):
+        if len(scopes) > 1 or any(job.scope not in ready for job in self.running):
             most = max(self.limits.rows - 1, 1)
             few = [scope for scope in scopes if self._rows_of(scope) < most]
             scopes = few or scopes
+        if not scopes:
+            return None
         scope = min(
             scopes,
-            key=lambda one: (self._had[one], self._rows_of(one), self._waiting[one][0].arrival),
+            key=lambda one: (self._had[one], self._rows_of(one), ready[one].arrival),
         )
-        job = self._waiting[scope][0]
+        job = ready[scope]
         return job if self._fits(job) else None
 
     def _fits(self, job: J) -> bool:

@@ -1,0 +1,143 @@
+"""How much memory rows take, and how many there is room for."""
+
+from dataclasses import dataclass, replace
+from typing import cast
+
+import torch
+
+from quintet.errors import DoesNotFitError, InputError
+from quintet.generation.requests import Served
+from quintet.generation.rows import Rows
+from quintet.modeling.placement import host_memory
+from quintet.serving.limits import Limits
+from quintet.serving.scheduler import Cost
+
+__all__ = ["Room", "cost_of", "limits_for", "room_of"]
+
+# Of the memory there is, what rows and what was read before may take together, and the most of the
+# latter.
+SHARE, KEPT, MOST_KEPT = 0.8, 0.15, 2 << 30
+
+
+@dataclass(frozen=True, slots=True)
+class Room:
+    """What a model and its rows take, to be told to whoever starts it.
+
+    Attributes:
+        weights: the bytes of the model's parameters and buffers, adapters included.
+        row: the bytes of a row before its first token: recurrent states.
+        token: the bytes of each of its tokens.
+        rows: how many rows there are.
+        capacity: how many tokens each may have.
+        memory: how many bytes the rows may hold together; None for all that they can.
+        kept: how many bytes of what was read before are kept.
+    """
+
+    weights: int
+    row: int
+    token: int
+    rows: int
+    capacity: int
+    memory: int | None
+    kept: int
+
+    @property
+    def whole(self) -> int:
+        """The bytes of all rows when each is full, or as many as they may hold."""
+        full = self.rows * Cost(self.row, self.token).of(self.capacity)
+        return full if self.memory is None else min(full, self.memory)
+
+    @property
+    def tokens(self) -> int:
+        """How many tokens fit into the rows together."""
+        most = self.rows * self.capacity
+        if self.memory is None or not self.token:
+            return most
+        return min(most, max(self.memory - self.rows * self.row, 0) // self.token)
+
+
+def room_of(model: Served, limits: Limits, cost: Cost | None = None) -> Room:
+    """Return what a model and the rows of some limits take, which cost what is given.
+
+    Without a cost, they hold numbers as they are.
+    """
+    cost = cost_of(model, None) if cost is None else cost
+    module = cast("torch.nn.Module", model)
+    held = (*module.parameters(), *module.buffers())
+    return Room(
+        sum(x.nbytes for x in held),
+        cost.row,
+        cost.token,
+        limits.rows,
+        limits.capacity,
+        limits.memory,
+        limits.kept,
+    )
+
+
+def cost_of(model: Served, nbits: int | None) -> Cost:
+    """Return what rows of a model hold, as one row of one token shows."""
+    row, token = Rows(model, 1, 1, nbits).cache.bytes_of_rows()
+    return Cost(row, token)
+
+
+def limits_for(
+    model: Served,
+    *,
+    memory: int | None = None,
+    nbits: int | None = None,
+    rows: int | None = None,
+    capacity: int | None = None,
+    kept: int | None = None,
+) -> Limits:
+    """Return limits that keep rows, and what was read before, within a number of bytes.
+
+    Fewer rows than `rows` can be full at once where memory is short; then those that came last
+    give their row back, and go on later.
+
+    Args:
+        model: what is to be served.
+        memory: bytes for rows and what is kept; most of what is free beside the model if not given.
+        nbits: bits a number in the rows.
+        rows: how many texts at once; as many as are of use if not given.
+        capacity: tokens of each; the model's context, up to 4,096, if not given.
+        kept: bytes of what was read before; a part of the memory if not given.
+
+    Raises:
+        DoesNotFitError: not one row of this capacity fits.
+        InputError: a number below its least, or a capacity beyond the model's context.
+    """
+    context = model.config.max_position_embeddings
+    if memory is not None and memory < 1:
+        raise InputError(f"memory={memory} has to be a number of bytes, or None")
+    if capacity is not None and capacity > context:
+        raise InputError(
+            f"capacity={capacity} is beyond the model's context of {context} tokens "
+            "(max_position_embeddings)"
+        )
+    given = Limits()
+    limits = replace(
+        given,
+        rows=given.rows if rows is None else rows,
+        capacity=min(given.capacity, context) if capacity is None else capacity,
+    )
+    there = int(SHARE * _available(model.device)) if memory is None else memory
+    kept = min(int(KEPT * there), MOST_KEPT) if kept is None else kept
+    cost = cost_of(model, nbits)
+    least, left = cost.of(limits.capacity), there - kept
+    if least > left:
+        fits = max(left - cost.row, 0) // cost.token if cost.token else 0
+        raise DoesNotFitError(
+            f"a row of {limits.capacity:,} tokens takes {_shown(least)} and there is room for "
+            f"{_shown(max(left, 0))} beside {_shown(kept)} that are kept of what was read; "
+            f"{fits:,} tokens fit: give less capacity, fewer bits (nbits), or more memory"
+        )
+    return replace(limits, memory=left, kept=kept)
+
+
+def _available(device: torch.device) -> int:
+    return torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else host_memory()
+
+
+def _shown(nbytes: int) -> str:
+    return f"{nbytes / 2**20:,.0f} MiB" if nbytes < 10 << 30 else f"{nbytes / 2**30:,.1f} GiB"

@@ -1,0 +1,66 @@
+"""How many tokens of a prompt are read at once, so that the others' answers go on meanwhile."""
+
+from quintet.serving.limits import GRID, Limits
+
+__all__ = ["LEAST_TAIL", "Pace"]
+
+# A piece is not so short, nor what is left behind it, that few-token kernels would run over it.
+LEAST_TAIL = 32
+# How much the last measurement counts.
+WEIGHT = 0.3
+
+
+class Pace:
+    """Sizes pieces by what steps and pieces took lately.
+
+    Args:
+        limits: the most tokens of a piece, and how long others may wait for a token.
+    """
+
+    def __init__(self, limits: Limits) -> None:
+        self.limits = limits
+        self._step: float | None = None
+        self._token: float | None = None
+
+    def stepped(self, seconds: float) -> None:
+        """Take note of how long a step took."""
+        self._step = _mean(self._step, seconds)
+
+    def read(self, tokens: int, seconds: float) -> None:
+        """Take note of how long a piece took; one that is no whole one tells too little."""
+        if tokens >= GRID:
+            self._token = _mean(self._token, seconds / tokens)
+
+    def most(self, *, alone: bool) -> int:
+        """Return how many tokens to read at once, where nobody else has a step, or somebody has."""
+        most, target = self.limits.piece, self.limits.itl_target_ms
+        if alone or target is None:
+            return most
+        if not self._token:
+            # The first tells.
+            return min(2 * GRID, most)
+        left = target / 1000 - (self._step or 0.0)
+        return min(max(int(left / self._token) // GRID * GRID, GRID), most)
+
+    def piece(self, start: int, left: int, stops: tuple[int, ...], *, alone: bool) -> int:
+        """Return how many tokens to read at once: to the grid, to a stop, or all that is left.
+
+        Args:
+            start: how many were read.
+            left: how many were not.
+            stops: where a piece has to end.
+            alone: whether nobody else has a step meanwhile.
+        """
+        most, piece = self.most(alone=alone), left
+        if left > most + LEAST_TAIL:
+            end = (start + most) // GRID * GRID
+            if end - start <= LEAST_TAIL:
+                end += GRID
+            piece = end - start
+            if left - piece <= LEAST_TAIL:
+                piece = left
+        return min([piece, *(stop - start for stop in stops if start < stop < start + piece)])
+
+
+def _mean(mean: float | None, new: float) -> float:
+    return new if mean is None else mean + WEIGHT * (new - mean)

@@ -1,0 +1,56 @@
+"""What rows take is what their memory takes, and what does not fit is refused."""
+
+import pytest
+
+from conformance.families import FAMILIES, WIDE, Family, each
+from generation.sequences import prompt_of
+from quintet.errors import DoesNotFitError, InputError
+from quintet.generation.engine import Engine as StepEngine
+from quintet.serving import Engine, Limits
+from quintet.serving.memory import cost_of, limits_for, room_of
+
+
+@each
+@pytest.mark.parametrize("nbits", [None, 8, 4])
+def test_rows_take_what_is_said(family: Family, nbits: int | None) -> None:
+    model = family.model_of(**WIDE[family.name])
+    cost = cost_of(model, nbits)
+    engine = StepEngine(model, 3, 50, nbits=nbits)
+    assert engine.nbytes == 3 * cost.of(50)
+    assert engine.bytes_of_rows() == (cost.row, cost.token)
+    assert bool(cost.row) == bool(model.config.recurrent_layers())
+    # What is copied of a row is as large.
+    sequence = engine.sequence(prompt_of(20, 1), max_new_tokens=2, do_sample=False)
+    engine.add(sequence)
+    engine.step([sequence])
+    assert engine.extract(sequence, 0, 20).nbytes == cost.of(20)
+
+
+def test_limits_fit_into_memory() -> None:
+    model = FAMILIES[0].model_of()
+    cost = cost_of(model, None)
+    limits = limits_for(model, memory=10 * cost.of(128), rows=20, kept=2 * cost.of(128))
+    assert (limits.rows, limits.capacity, limits.memory) == (20, 128, 8 * cost.of(128))
+    room = room_of(model, limits)
+    assert (room.row, room.token) == (cost.row, cost.token)
+    assert room.tokens == 8 * 128
+    assert room.whole == 8 * cost.of(128)
+    assert room.weights >= sum(x.nbytes for x in model.parameters())
+    with Engine(model, limits=limits) as engine:
+        assert engine.room == room
+        assert list(engine.answer(prompt_of(9, 1), max_new_tokens=3))
+    assert room_of(model, Limits(rows=2, capacity=100)).tokens == 200
+    assert limits_for(model).kept > 0
+    with pytest.raises(DoesNotFitError, match=r"128 tokens takes .* 64 tokens fit: give less"):
+        limits_for(model, memory=cost.of(64), kept=0)
+    with pytest.raises(InputError, match="capacity=129"):
+        limits_for(model, capacity=129)
+    with pytest.raises(InputError, match="memory=0"):
+        limits_for(model, memory=0)
+
+
+def test_fewer_bits_take_less() -> None:
+    model = FAMILIES[0].model_of(**WIDE["qwen2"])
+    taken = [cost_of(model, nbits).token for nbits in (None, 8, 6, 4)]
+    assert taken == sorted(taken, reverse=True)
+    assert len(set(taken)) == 4
