@@ -12,7 +12,7 @@ __all__ = ["Forks"]
 # Reads a line of JSON for each fork to start or to wait for, and writes its number or its code.
 SERVER = """
 import json, os, signal, sys
-import quintet.auto, quintet.cli.answer, quintet.cli.chat, quintet.models.deepseek_v3
+import quintet.auto, quintet.cli.streaming, quintet.cli.chat, quintet.models.deepseek_v3
 import quintet.models.qwen2, quintet.quantization.request
 from quintet.cli.main import main
 from quintet.kernels.native import native

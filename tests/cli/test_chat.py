@@ -223,7 +223,7 @@ def test_somebody_is_asked_which_model(
     monkeypatch.setattr(offers, "in_cache", lambda _: iter([here]))
     monkeypatch.setattr(offers, "in_other_programs", lambda: iter([small]))
     monkeypatch.setattr("quintet.cli.offers.click.prompt", lambda *_, **__: int(typed.strip() or 1))
-    monkeypatch.setattr("quintet.cli.chat.open_model", lambda name, **_: opened.append(name))
+    monkeypatch.setattr("quintet.cli.local.open_model", lambda name, **_: opened.append(name))
     monkeypatch.setattr("quintet.cli.chat.kept_system", lambda *_: None)
     opened: list[str] = []
     with pytest.raises(AttributeError):

@@ -1,7 +1,6 @@
 """`quintet chat`: talk with a model in the terminal."""
 
 import contextlib
-import dataclasses
 import difflib
 import sys
 import time
@@ -11,38 +10,31 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from quintet.cli.answer import Answer
 from quintet.cli.console import Console
 from quintet.cli.conversation import Conversation
+from quintet.cli.local import Local
 from quintet.cli.offers import choose_model
 from quintet.cli.options import (
-    Opened,
     check_options,
-    choose,
     kept_system,
     model_options,
-    open_model,
     read_stdin,
     sampling_options,
     warnings_as_notes,
-    with_default_length,
 )
-from quintet.cli.results import counted, cut, draft_summary, speculation_of
-from quintet.cli.settings import SETTING, applied, describe, drawn, parse, seed_of
-from quintet.cli.terminal import Waiting, complain, note, unechoed
-from quintet.errors import ChatTemplateError, InputError, QuintetError
+from quintet.cli.partner import Outcome, Partner
+from quintet.cli.results import counted
+from quintet.cli.settings import SETTING, parse
+from quintet.cli.terminal import complain, note, unechoed
+from quintet.errors import InputError, QuintetError
 
 if TYPE_CHECKING:
-    import torch
-
-    from quintet.cli.answer import Answer, Shown
-    from quintet.generation.config import GenerationConfig
-    from quintet.generation.outputs import Speculation
+    from quintet.cli.answer import Shown
 
 __all__ = ["command"]
 
 REASONING = ("fold", "show", "hide")
-# Tokens of an answer where nothing says how many.
-LONGEST_ANSWER = 1024
 # Seconds to the first token that are worth a word.
 LONG = 1.0
 
@@ -98,22 +90,9 @@ def command(
             conversation.begin_with(system)
         elif begun is None and (kept := kept_system(model, quiet, where)):
             conversation.begin_with(kept)
-        opened = open_model(model, quiet=quiet, **where)
-        if not opened.tokenizer.chat_template:
-            raise ChatTemplateError(
-                f"{model!r} has no chat template: it continues texts and was not trained to "
-                "answer; use `quintet generate`, or the chat version of the model"
-            )
-        options, generator, seed = choose(
-            opened.model.device,
-            seed,
-            sampling,
-            settings,
-        )
-        config = applied(opened.model.generation_config, options)
-        talk = _Talk(opened, config, generator, conversation, reasoning, quiet)
-        most = "" if _limits(config) else f", at most {LONGEST_ANSWER:,} tokens an answer"
-        note(f"{opened.describe()}; {describe(config, seed)}{most}", quiet)
+        partner = Local(model, seed, sampling, settings, quiet, where)
+        talk = _Talk(partner, conversation, reasoning, quiet)
+        note(partner.describe(), quiet)
         if questions:
             talk.answer(question)
             return
@@ -121,26 +100,13 @@ def command(
         talk.run()
 
 
-def _limits(config: "GenerationConfig") -> bool:
-    """Tell whether options say how long an answer may be."""
-    return config.max_new_tokens is not None or config.max_length is not None
-
-
 class _Talk:
     """A conversation with a model: what is typed is a message, or a command to us."""
 
     def __init__(
-        self,
-        opened: Opened,
-        config: "GenerationConfig",
-        generator: "torch.Generator",
-        conversation: Conversation,
-        reasoning: "Shown",
-        quiet: bool,
+        self, partner: Partner, conversation: Conversation, reasoning: "Shown", quiet: bool
     ) -> None:
-        self.opened = opened
-        self.config = config
-        self.generator = generator
+        self.partner = partner
         self.conversation = conversation
         self.reasoning = reasoning
         self.quiet = quiet
@@ -149,6 +115,7 @@ class _Talk:
             "/reset": (self._reset, "", "forget the conversation"),
             "/system": (self._system, "TEXT", "begin again with TEXT as the system message"),
             "/set": (self._set, "NAME=VALUE", "set options of generate(); alone: show them"),
+            "/model": (self._model, "[NAME]", "of a server's models, take one; alone: list them"),
             "/regen": (self._regen, "", "answer the last message again"),
             "/undo": (self._undo, "", "take the last message and its answer back"),
             "/save": (self._save, "[FILE]", "write the conversation to a file"),
@@ -211,47 +178,29 @@ class _Talk:
 
     def answer(self, text: str) -> None:
         """Answer one message, and keep both unless there is no answer."""
-        from quintet.cli.answer import Answer
-
-        tokenizer, model = self.opened.tokenizer, self.opened.model
-        messages = self.conversation.with_question(text)
-        prompt = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
-        ids = tokenizer(prompt, add_special_tokens=False, return_tensors="pt")["input_ids"]
-        context = model.config.max_position_embeddings
-        config = with_default_length(self.opened, self.config, ids.shape[1], LONGEST_ANSWER)
-        waiting = Waiting(f"reading {counted(ids.shape[1])}", self.quiet)
-        answer, output = Answer(tokenizer, prompt, self.reasoning, waiting), None
+        answer, outcome = Answer(self.reasoning, self.quiet), None
         # What there is when Ctrl-C is pressed is the answer, and has been shown.
-        with contextlib.suppress(KeyboardInterrupt), unechoed(), waiting:
-            output = self.opened.generator_model.generate(
-                ids,
-                config,
-                tokenizer=tokenizer,
-                streamer=answer,
-                generator=self.generator,
-                return_dict_in_generate=True,
-            )
-        if output is None and not answer.tokens:
+        with contextlib.suppress(KeyboardInterrupt), unechoed(), answer.waiting:
+            outcome = self.partner.answer(self.conversation.with_question(text), answer)
+        if outcome is None and not answer.tokens:
             note("stopped before the answer began; the message is taken back", self.quiet)
             return
         self.conversation.add(text, answer.text, answer.thought)
-        self._report(answer, speculation_of(output), ids.shape[1] + answer.tokens, context)
-        if output is not None:
-            ended = cut(config, output.sequences[0, ids.shape[1] :], context - ids.shape[1])
-            if ended is not None:
-                note(ended, self.quiet)
+        self._report(answer, outcome or Outcome())
 
-    def _report(
-        self, answer: "Answer", speculation: "Speculation | None", used: int, context: int
-    ) -> None:
+    def _report(self, answer: Answer, outcome: Outcome) -> None:
         later = answer.tokens - 1
         figures = counted(answer.tokens)
         if later > 0:
             figures += f", {later / max(answer.seconds - answer.reading, 1e-9):.1f} tokens/s"
-        figures += draft_summary(speculation)
+        figures += outcome.drafted
         if answer.reading >= LONG:
             figures += f", {answer.reading:.1f} s to the first"
-        note(f"{figures}, context {used} of {context}", self.quiet)
+        if answer.prompt is not None and self.partner.context is not None:
+            figures += f", context {answer.prompt + answer.tokens} of {self.partner.context}"
+        note(figures, self.quiet)
+        if outcome.ended is not None:
+            note(outcome.ended, self.quiet)
 
     # -- commands -------------------------------------------------------------------------------
 
@@ -277,17 +226,12 @@ class _Talk:
         reasoning = given.pop("reasoning", self.reasoning)
         if reasoning not in REASONING:
             raise InputError(f"reasoning={reasoning!r} has to be one of {', '.join(REASONING)}")
-        seed = seed_of(given.pop("seed", None))
-        given = drawn(given)
-        usual = self.opened.model.generation_config
-        self.config = applied(self.config, given)
-        # None is the checkpoint's own choice again.
-        own = {name: getattr(usual, name) for name, value in given.items() if value is None}
-        self.config = dataclasses.replace(self.config, **own)
+        said = self.partner.set(given)
         self.reasoning = reasoning
-        if seed is not None:
-            self.generator.manual_seed(seed)
-        click.echo(f"{describe(self.config)}, reasoning={self.reasoning}", err=True)
+        click.echo(f"{said}, reasoning={self.reasoning}", err=True)
+
+    def _model(self, name: str) -> None:
+        click.echo(self.partner.take(name), err=True)
 
     def _regen(self, _: str) -> None:
         if (text := self.conversation.undo()) is None:
@@ -302,7 +246,7 @@ class _Talk:
 
     def _save(self, name: str) -> None:
         path = Path(name or f"chat-{time.strftime('%Y%m%d-%H%M%S')}.json").expanduser()
-        self.conversation.save(path, model=self.opened.name)
+        self.conversation.save(path, model=self.partner.name)
         click.echo(f"saved to {path}", err=True)
 
     def _load(self, name: str) -> None:

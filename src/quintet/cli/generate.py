@@ -130,7 +130,7 @@ def _continue(
     as_json: bool,
     quiet: bool,
 ) -> None:
-    from quintet.cli.answer import Continuation
+    from quintet.cli.streaming import Continuation
 
     tokenizer = opened.tokenizer
     inputs = tokenizer(text, return_tensors="pt")

@@ -1,0 +1,65 @@
+"""Who answers in a conversation: a model in this process, or one behind a server."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from quintet.cli.answer import Answer
+from quintet.cli.conversation import Message
+
+__all__ = ["Outcome", "Partner"]
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """What became of an answer that was not interrupted.
+
+    Attributes:
+        ended: that it was cut, and what to do about it; None if it ended by itself.
+        drafted: what drafts gave, as words behind the figures.
+    """
+
+    ended: str | None = None
+    drafted: str = ""
+
+
+class Partner(Protocol):
+    """Answers messages."""
+
+    @property
+    def name(self) -> str:
+        """The model's."""
+        ...
+
+    @property
+    def context(self) -> int | None:
+        """How many tokens prompt and answer may have; None where nobody says."""
+        ...
+
+    def describe(self) -> str:
+        """Say in a line who answers, and how."""
+        ...
+
+    def answer(self, messages: Sequence[Message], answer: Answer) -> Outcome:
+        """Answer messages, telling the answer what is made.
+
+        Raises:
+            KeyboardInterrupt: it was interrupted; the answer has what there is.
+        """
+        ...
+
+    def set(self, given: dict[str, Any]) -> str:
+        """Set options, and say in a line which hold; None is what holds without them.
+
+        Raises:
+            InputError: there is no such option, or its value breaks a rule.
+        """
+        ...
+
+    def take(self, model: str) -> str:
+        """Have another model answer, and say in a line which; "" lists those there are.
+
+        Raises:
+            InputError: there is no such model.
+        """
+        ...
