@@ -64,9 +64,10 @@ class AnswerStreamer(TextStreamer):
         """Tell the rest."""
         self._token = -1
         super().end()
-        self._answer.end()
 
     def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
         """Tell a piece of the answer."""
         events = self._parser.feed(text, self._token)
         self._answer.hear(events + self._parser.flush() if stream_end else events)
+        if stream_end:
+            self._answer.end()
