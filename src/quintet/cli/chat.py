@@ -25,6 +25,7 @@ from quintet.cli.options import (
 )
 from quintet.cli.partner import Outcome, Partner
 from quintet.cli.results import counted
+from quintet.cli.servers import is_address, key_for, key_option
 from quintet.cli.settings import SETTING, parse
 from quintet.cli.terminal import complain, note, unechoed
 from quintet.errors import InputError, QuintetError
@@ -53,12 +54,17 @@ LONG = 1.0
 )
 @sampling_options
 @model_options
+@key_option
+@click.pass_context
 def command(
+    context: click.Context,
+    /,
     model: str | None,
     words: tuple[str, ...],
     system: str | None,
     begun: str | None,
     reasoning: "Shown",
+    api_key_file: str | None,
     seed: int | None,
     quiet: bool,
     sampling: dict[str, Any],
@@ -66,9 +72,10 @@ def command(
 ) -> None:
     """Talk with MODEL, a directory or hub id of a model with a chat template.
 
-    Without MODEL, ask which of those on this machine. With a QUESTION, answer it and leave; - is
-    all that is piped in. NAME=VALUE sets any option of generate(), such as temperature=0.7. Without
-    a QUESTION, each line that is piped in is a message, and only the answers are printed.
+    Or with one of a server, whose address is given instead: http://127.0.0.1:8000. Without MODEL,
+    ask which of those on this machine. With a QUESTION, answer it and leave; - is all that is piped
+    in. NAME=VALUE sets any option of generate(), such as temperature=0.7. Without a QUESTION, each
+    line that is piped in is a message, and only the answers are printed.
     """
     if model is not None and not Path(model).exists() and (SETTING.match(model) or " " in model):
         raise InputError(f"{model!r} is no model; name one before it: quintet chat MODEL …")
@@ -78,7 +85,11 @@ def command(
         raise InputError(
             f"{questions[0]!r} and {questions[1]!r} are two questions; put one into quotes"
         )
-    check_options(sampling, settings)
+    served = is_address(model)
+    if not served:
+        if api_key_file is not None:
+            raise InputError("--api-key-file is the key of a server; MODEL is no address of one")
+        check_options(sampling, settings)
     question = (read_stdin() or "").strip() if questions == ["-"] else "".join(questions)
     if questions and not question:
         raise InputError("the question is empty; pipe one in for -, or put one in quotes")
@@ -88,9 +99,16 @@ def command(
         conversation = Conversation() if begun is None else Conversation.load(Path(begun))
         if system is not None:
             conversation.begin_with(system)
-        elif begun is None and (kept := kept_system(model, quiet, where)):
+        elif not served and begun is None and (kept := kept_system(model, quiet, where)):
             conversation.begin_with(kept)
-        partner = Local(model, seed, sampling, settings, quiet, where)
+        partner: Partner
+        if served:
+            from quintet.cli.remote import Remote
+
+            key = key_for(model, api_key_file, context)
+            partner = Remote(model, key, {**sampling, "seed": seed, **parse(settings)})
+        else:
+            partner = Local(model, seed, sampling, settings, quiet, where)
         talk = _Talk(partner, conversation, reasoning, quiet)
         note(partner.describe(), quiet)
         if questions:
@@ -114,7 +132,11 @@ class _Talk:
             "/help": (self._help, "", "this list"),
             "/reset": (self._reset, "", "forget the conversation"),
             "/system": (self._system, "TEXT", "begin again with TEXT as the system message"),
-            "/set": (self._set, "NAME=VALUE", "set options of generate(); alone: show them"),
+            "/set": (
+                self._set,
+                "NAME=VALUE",
+                "set options of generate(), or a server's; alone: show them",
+            ),
             "/model": (self._model, "[NAME]", "of a server's models, take one; alone: list them"),
             "/regen": (self._regen, "", "answer the last message again"),
             "/undo": (self._undo, "", "take the last message and its answer back"),

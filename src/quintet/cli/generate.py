@@ -27,7 +27,8 @@ from quintet.cli.results import (
     finish_reason,
     speculation_of,
 )
-from quintet.cli.settings import SETTING, applied, describe
+from quintet.cli.servers import is_address, key_for, key_option
+from quintet.cli.settings import SETTING, applied, describe, parse
 from quintet.cli.terminal import Waiting, note, unechoed
 from quintet.errors import InputError, ModelNotFoundError
 from quintet.hub import demo_model
@@ -35,6 +36,7 @@ from quintet.hub import demo_model
 if TYPE_CHECKING:
     import torch
 
+    from quintet.cli.remote import Remote
     from quintet.generation.config import GenerationConfig
 
 __all__ = ["command"]
@@ -43,7 +45,11 @@ __all__ = ["command"]
 @click.command("generate")
 @click.argument("prompt", required=False)
 @click.argument("words", nargs=-1, metavar="[NAME=VALUE]...")
-@click.option("--model", "-m", help="Directory or hub id.  [default: the packaged demo model]")
+@click.option(
+    "--model",
+    "-m",
+    help="Directory, hub id, or address of a server.  [default: the packaged demo model]",
+)
 @click.option("--file", "-f", "file", type=click.Path(), help="Read the prompt from a file.")
 @click.option(
     "--batch",
@@ -57,7 +63,11 @@ __all__ = ["command"]
 @click.option("--echo/--no-echo", default=True, help="Print the prompt before its continuation.")
 @sampling_options
 @model_options
+@key_option
+@click.pass_context
 def command(
+    context: click.Context,
+    /,
     prompt: str | None,
     words: tuple[str, ...],
     model: str | None,
@@ -66,6 +76,7 @@ def command(
     batch_size: int,
     as_json: bool,
     echo: bool,
+    api_key_file: str | None,
     seed: int | None,
     quiet: bool,
     sampling: dict[str, Any],
@@ -81,7 +92,7 @@ def command(
             raise InputError(
                 f"{word!r} is a second prompt; put a prompt of several words in quotes"
             )
-    _check_alone(click.get_current_context(), batch is not None, as_json)
+    _check_alone(context, batch is not None, as_json)
     given = {"PROMPT": prompt, "--file": file, "--batch": batch}
     named = [name for name, value in given.items() if value is not None]
     if len(named) > 1:
@@ -89,6 +100,15 @@ def command(
     lines = None if batch is None else (_piped() if batch == "-" else _read(batch)).splitlines()
     text = "" if batch is not None else _prompt(prompt, file)
 
+    if model is not None and is_address(model):
+        from quintet.cli.remote import Remote
+
+        key = key_for(model, api_key_file, context)
+        remote = Remote(model, key, {**sampling, "seed": seed, **parse(words)})
+        _continue_there(remote, text, echo, as_json, quiet)
+        return
+    if api_key_file is not None:
+        raise InputError("--api-key-file is the key of a server; --model is no address of one")
     check_options(sampling, words)
     with warnings_as_notes(quiet):
         opened = open_model(str(demo_model()) if model is None else model, quiet=quiet, **where)
@@ -175,6 +195,43 @@ def _continue(
     if tokenizer.chat_template:
         name = shlex.quote(opened.name)
         note(f'a text was continued; to ask this model: quintet chat {name} "QUESTION"', quiet)
+
+
+def _continue_there(remote: "Remote", text: str, echo: bool, as_json: bool, quiet: bool) -> None:
+    """Have a server continue a text."""
+    pieces: list[str] = []
+    waiting = Waiting("waiting for the server", quiet)
+
+    def write(piece: str) -> None:
+        waiting.stop()
+        pieces.append(piece)
+        if not as_json:
+            click.echo(piece, nl=False)
+
+    note(remote.describe(), quiet)
+    if echo and not as_json:
+        click.echo(text, nl=False)
+    started = time.perf_counter()
+    with unechoed(), waiting:
+        ended, usage = remote.complete(text, write)
+    seconds = time.perf_counter() - started
+    tokens = usage.get("completion_tokens", len(pieces))
+    if as_json:
+        result = {
+            "prompt": text,
+            "text": "".join(pieces),
+            "finish_reason": ended,
+            "prompt_tokens": usage.get("prompt_tokens"),
+            "new_tokens": tokens,
+            "seconds": round(seconds, 4),
+            "model": remote.name,
+        }
+        click.echo(json.dumps(result, ensure_ascii=False))
+    else:
+        click.echo()
+    note(f"{counted(tokens)} in {seconds:.2f} s, {tokens / seconds:.1f} tokens/s", quiet)
+    if ended == "length":
+        note(f"cut at {counted(tokens)}; -n sets more", quiet)
 
 
 def _prompt(prompt: str | None, file: str | None) -> str:

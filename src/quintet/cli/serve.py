@@ -17,6 +17,7 @@ from click.core import ParameterSource
 
 from quintet.cli.options import open_model, warnings_as_notes, weight_options
 from quintet.cli.serve_options import engine_options, limits_of, server_options, settings_of
+from quintet.cli.servers import keys_in
 from quintet.cli.terminal import note
 from quintet.errors import (
     DoesNotFitError,
@@ -195,16 +196,7 @@ def _keys(path: str | None) -> tuple[str, ...]:
     from quintet.server.settings import as_keys
 
     keys = as_keys([os.environ.get("QUINTET_API_KEY", "")])
-    if path is None:
-        return keys
-    try:
-        found = as_keys(Path(path).read_text(encoding="ascii").splitlines())
-    except (OSError, ValueError) as error:
-        why = error.strerror if isinstance(error, OSError) else "it is not ASCII"
-        raise InputError(f"cannot read keys from {shown(path)}: {why}") from None
-    if not found:
-        raise InputError(f"there is no key in {shown(path)}; write one a line")
-    return (*keys, *found)
+    return keys if path is None else (*keys, *keys_in(path))
 
 
 def _offer(wanted: Wanted, opening: Any) -> "tuple[Offer, Opened]":

@@ -1,0 +1,267 @@
+"""A model behind a server that answers: any that speaks OpenAI's protocol."""
+
+import asyncio
+import difflib
+import json
+import os
+from collections.abc import (
+    AsyncIterator,
+    Callable,
+    Coroutine,
+    Iterator,
+    Mapping,
+    Sequence,
+)
+from contextlib import AsyncExitStack, asynccontextmanager, contextmanager
+from typing import Any, TypeVar
+
+from quintet.cli.answer import Answer
+from quintet.cli.conversation import Message
+from quintet.cli.partner import Outcome
+from quintet.cli.results import counted
+from quintet.errors import InputError, ServingError, shown
+from quintet.measurement.serving.connection import Address, Reply
+from quintet.parsing.events import Content, Event, Reasoning
+
+__all__ = ["Remote"]
+
+# What `generate()` calls otherwise.
+NAMES = {"max_new_tokens": "max_tokens", "stop_strings": "stop"}
+FIELDS = (
+    *("temperature", "top_p", "top_k", "min_p", "repetition_penalty", "presence_penalty"),
+    *("frequency_penalty", "max_tokens", "max_completion_tokens", "min_tokens", "stop", "seed"),
+    *("logit_bias", "ignore_eos", "stop_token_ids", "reasoning_effort", "chat_template_kwargs"),
+    *("response_format", "regex", "grammar", "cache_salt", "priority", "service_tier", "speculate"),
+)
+# As long as a reason may be that is shown.
+REASON = 1000
+Result = TypeVar("Result")
+
+
+class Remote:
+    """Answers with a model of a server.
+
+    Args:
+        url: of the server, with or without `/v1`.
+        key: opens it; None for none.
+        options: of generate(), or fields of requests; None for what nobody asked for.
+
+    Raises:
+        InputError: no address, no such model, or an option that no server has.
+        ServingError: there is no server, or it refuses.
+    """
+
+    def __init__(self, url: str, key: str | None, options: Mapping[str, Any]) -> None:
+        self._url = url
+        self._address = Address.of(url, key)
+        self._fields: dict[str, Any] = {}
+        given = {name: value for name, value in options.items() if value is not None}
+        wanted = given.pop("model", None)
+        self.set(given)
+        self._models = _run(self._list())
+        self._model = next(iter(self._models), "")
+        if wanted is not None:
+            self.take(str(wanted))
+        elif not self._models:
+            raise InputError(f"{shown(url)} names no models; name one: model=NAME")
+
+    @property
+    def name(self) -> str:
+        """The model's."""
+        return self._model
+
+    @property
+    def context(self) -> int | None:
+        """How many tokens prompt and answer may have; None where the server does not say."""
+        return self._models.get(self._model)
+
+    def describe(self) -> str:
+        """Say in a line who answers, and how."""
+        return f"{self._model} at {self._url}; {self._described()}"
+
+    def answer(self, messages: Sequence[Message], answer: Answer) -> Outcome:
+        """Answer messages; Ctrl-C hangs up, and the server stops."""
+        answer.waiting.what = "waiting for the server"
+        answer.begin()
+        ended = _run(self._converse([dict(message) for message in messages], answer))
+        if ended != "length":
+            return Outcome()
+        full = self.context is not None and (answer.prompt or 0) + answer.tokens >= self.context
+        return Outcome(
+            "cut: the context is full" if full else f"cut at {counted(answer.tokens)}; -n sets more"
+        )
+
+    def complete(
+        self, text: str, write: Callable[[str], None]
+    ) -> tuple[str | None, dict[str, Any]]:
+        """Continue a text, and return why it ended and how many tokens it took."""
+        return _run(self._continue(text, write))
+
+    def set(self, given: dict[str, Any]) -> str:
+        """Set fields of requests, by their names or generate()'s; None takes one away."""
+        given = {NAMES.get(name, name): value for name, value in given.items()}
+        wanted = given.pop("model", None)
+        if (draws := given.pop("do_sample", None)) is not None:
+            if draws:
+                raise InputError("do_sample=True: set a temperature above 0, which draws")
+            given["temperature"] = 0
+        for name in given:
+            if name not in FIELDS:
+                near = difflib.get_close_matches(name, [*FIELDS, *NAMES], n=1)
+                instead = f"did you mean {near[0]!r}?" if near else f"there are {', '.join(FIELDS)}"
+                raise InputError(f"a server has no option {name!r}; {instead}")
+        if wanted is not None:
+            self.take(str(wanted))
+        fields = {**self._fields, **given}
+        self._fields = {name: value for name, value in fields.items() if value is not None}
+        return self._described()
+
+    def take(self, model: str) -> str:
+        """Have another model of the server answer; "" lists those there are."""
+        if not model:
+            return "\n".join(
+                f"{'*' if name == self._model else ' '} {name}" for name in self._models
+            )
+        if self._models and model not in self._models:
+            near = difflib.get_close_matches(model, self._models, n=1)
+            names = ", ".join(list(self._models)[:10])
+            instead = f"did you mean {near[0]!r}?" if near else f"there are {names}"
+            raise InputError(f"the server has no model {shown(model)}; {instead}")
+        self._model = model
+        return f"{model} answers from here on"
+
+    # -- asking ---------------------------------------------------------------------------------
+
+    def _described(self) -> str:
+        fields = [f"{name}={value}" for name, value in self._fields.items()]
+        return ", ".join(fields) or "as the server chooses"
+
+    def _body(self, **asked: Any) -> dict[str, Any]:
+        streamed = {"stream": True, "stream_options": {"include_usage": True}}
+        return {"model": self._model, **asked, **streamed, **self._fields}
+
+    async def _list(self) -> dict[str, int | None]:
+        """Return the names of the models there are, and their contexts."""
+        async with self._ask("/v1/models") as reply:
+            said = _object((await reply.read()).decode("utf-8", "replace"))
+        listed = said.get("data")
+        models = listed if isinstance(listed, list) else []
+        return {
+            str(model["id"]): model.get("max_model_len")
+            for model in models
+            if isinstance(model, dict) and "id" in model
+        }
+
+    async def _converse(self, messages: list[Message], answer: Answer) -> str | None:
+        ended = None
+        async with self._ask("/v1/chat/completions", self._body(messages=messages)) as reply:
+            answer.waiting.what = "reading"
+            try:
+                async for choice, usage in _choices(reply):
+                    if usage:
+                        answer.prompt = usage.get("prompt_tokens")
+                        answer.tokens = usage.get("completion_tokens") or answer.tokens
+                    if events := _events(choice.get("delta") or {}):
+                        answer.count()
+                        answer.hear(events)
+                    ended = choice.get("finish_reason") or ended
+            finally:
+                answer.end()
+        return ended
+
+    async def _continue(
+        self, text: str, write: Callable[[str], None]
+    ) -> tuple[str | None, dict[str, Any]]:
+        ended, used = None, dict[str, Any]()
+        async with self._ask("/v1/completions", self._body(prompt=text)) as reply:
+            async for choice, usage in _choices(reply):
+                used = usage or used
+                if piece := choice.get("text"):
+                    write(piece)
+                ended = choice.get("finish_reason") or ended
+        return ended, used
+
+    @asynccontextmanager
+    async def _ask(self, path: str, body: Any = None) -> AsyncIterator[Reply]:
+        """Ask, and give what is answered unless it is a refusal."""
+        async with AsyncExitStack() as stack:
+            # Not around what the answer is used for: its output may fail in the same way.
+            with _network(self._url):
+                reply = await stack.enter_async_context(self._address.ask(path, body))
+                if reply.status >= 400:
+                    raise _refused(reply, await reply.read(), self._url)
+            yield reply
+
+
+@contextmanager
+def _network(url: str) -> Iterator[None]:
+    """Say in words what keeps bytes from coming.
+
+    Raises:
+        ServingError: something does.
+    """
+    try:
+        yield
+    except OSError as error:
+        why = os.strerror(error.errno) if error.errno else str(error) or type(error).__name__
+        raise ServingError(
+            f"no server answers at {shown(url)}: {why}; one begins by `quintet serve MODEL`"
+        ) from error
+
+
+def _run(work: Coroutine[Any, Any, Result]) -> Result:
+    return asyncio.run(work)
+
+
+async def _choices(reply: Reply) -> AsyncIterator[tuple[dict[str, Any], dict[str, Any]]]:
+    """Yield the first choice of each chunk, and the usage that it has.
+
+    Raises:
+        ServingError: the server failed in the middle, or hung up.
+    """
+    try:
+        async for data in reply.events():
+            if data == "[DONE]":
+                return
+            chunk = _object(data)
+            if "error" in chunk:
+                raise ServingError(f"the server failed: {_reason(chunk)}")
+            yield (chunk.get("choices") or [{}])[0], chunk.get("usage") or {}
+    except OSError as error:
+        raise ServingError(f"the server hung up: {error}") from error
+    raise ServingError("the server hung up before the answer ended")
+
+
+def _events(delta: Mapping[str, Any]) -> list[Event]:
+    """Return what a piece says; servers have two names for thoughts."""
+    thought = delta.get("reasoning_content") or delta.get("reasoning")
+    content = delta.get("content")
+    events: list[Event] = [Reasoning(str(thought))] if thought else []
+    return [*events, Content(str(content))] if content else events
+
+
+def _refused(reply: Reply, body: bytes, url: str) -> Exception:
+    reason = _reason(_object(body.decode("utf-8", "replace")))
+    if reply.status == 401:
+        return ServingError(
+            f"{shown(url)} wants another key: {reason}; set QUINTET_API_KEY or --api-key-file"
+        )
+    if reply.status in (400, 404, 413, 422):
+        return InputError(f"the server refuses: {reason}")
+    wait = reply.headers.get("retry-after", "")
+    later = f"; try again in {wait} s" if wait.isdigit() else ""
+    return ServingError(f"the server answers with status {reply.status}: {reason}{later}")
+
+
+def _reason(said: Mapping[str, Any]) -> str:
+    error = said.get("error")
+    message = error.get("message") if isinstance(error, dict) else error
+    return str(message or "it gives no reason")[:REASON]
+
+
+def _object(text: str) -> dict[str, Any]:
+    try:
+        value = json.loads(text)
+    except ValueError:
+        return {}
+    return value if isinstance(value, dict) else {}
