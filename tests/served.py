@@ -7,6 +7,7 @@ import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from fastapi import APIRouter
@@ -76,10 +77,10 @@ class Running:
             connection.close()
 
 
-def loaded(limits: Limits | None = None) -> Loaded:
-    """Return the packaged model with an engine; who asks closes it."""
-    model = AutoModelForCausalLM.from_pretrained(demo_model())
-    tokenizer = AutoTokenizer.from_pretrained(demo_model())
+def loaded(limits: Limits | None = None, source: Path | None = None) -> Loaded:
+    """Return a model, the packaged one if none is named, with an engine; who asks closes it."""
+    model = AutoModelForCausalLM.from_pretrained(source or demo_model())
+    tokenizer = AutoTokenizer.from_pretrained(source or demo_model())
     limits = limits or Limits(rows=4, capacity=256)
     return Loaded(Engine(model, tokenizer, limits), tokenizer, limits.capacity, "fp_test")
 
