@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from quintet.cli.answer import Answer
 from quintet.cli.console import Console
 from quintet.cli.conversation import Conversation
 from quintet.cli.local import Local
@@ -31,7 +30,7 @@ from quintet.cli.terminal import complain, note, unechoed
 from quintet.errors import InputError, QuintetError
 
 if TYPE_CHECKING:
-    from quintet.cli.answer import Shown
+    from quintet.cli.answer import Answer, Shown
 
 __all__ = ["command"]
 
@@ -200,6 +199,8 @@ class _Talk:
 
     def answer(self, text: str) -> None:
         """Answer one message, and keep both unless there is no answer."""
+        from quintet.cli.answer import Answer
+
         answer, outcome = Answer(self.reasoning, self.quiet), None
         # What there is when Ctrl-C is pressed is the answer, and has been shown.
         with contextlib.suppress(KeyboardInterrupt), unechoed(), answer.waiting:
@@ -210,7 +211,7 @@ class _Talk:
         self.conversation.add(text, answer.text, answer.thought)
         self._report(answer, outcome or Outcome())
 
-    def _report(self, answer: Answer, outcome: Outcome) -> None:
+    def _report(self, answer: "Answer", outcome: Outcome) -> None:
         later = answer.tokens - 1
         figures = counted(answer.tokens)
         if later > 0:

@@ -4,7 +4,6 @@ import dataclasses
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from quintet.cli.answer import Answer
 from quintet.cli.conversation import Message
 from quintet.cli.options import Opened, choose, open_model, with_default_length
 from quintet.cli.partner import Outcome
@@ -13,6 +12,7 @@ from quintet.cli.settings import applied, describe, drawn, seed_of
 from quintet.errors import ChatTemplateError, InputError
 
 if TYPE_CHECKING:
+    from quintet.cli.answer import Answer
     from quintet.generation.config import GenerationConfig
 
 __all__ = ["Local"]
@@ -73,7 +73,7 @@ class Local:
         most = "" if limited else f", at most {LONGEST_ANSWER:,} tokens an answer"
         return f"{self.opened.describe()}; {describe(config, self._seed)}{most}"
 
-    def answer(self, messages: Sequence[Message], answer: Answer) -> Outcome:
+    def answer(self, messages: Sequence[Message], answer: "Answer") -> Outcome:
         """Answer messages."""
         from quintet.cli.streaming import AnswerStreamer
 

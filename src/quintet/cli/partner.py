@@ -2,10 +2,12 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
-from quintet.cli.answer import Answer
 from quintet.cli.conversation import Message
+
+if TYPE_CHECKING:
+    from quintet.cli.answer import Answer
 
 __all__ = ["Outcome", "Partner"]
 
@@ -40,7 +42,7 @@ class Partner(Protocol):
         """Say in a line who answers, and how."""
         ...
 
-    def answer(self, messages: Sequence[Message], answer: Answer) -> Outcome:
+    def answer(self, messages: Sequence[Message], answer: "Answer") -> Outcome:
         """Answer messages, telling the answer what is made.
 
         Raises:
