@@ -17,8 +17,8 @@ from quintet.tokenization import PreTrainedTokenizer
 
 __all__ = ["Grammars", "compile"]
 
-# So many tokens are tried before a grammar counts as usable: some are too complex only then.
-TRIED = 2
+# So often a grammar is gone on with before it counts as usable: some are too complex only then.
+TRIED = 3
 
 
 class Grammars:
@@ -108,6 +108,9 @@ class Grammars:
     def _fault(self, matcher: LLMatcher) -> str:
         """Return why a grammar fails at its first tokens; "" where it does not."""
         for _ in range(TRIED):
+            if forced := matcher.compute_ff_tokens():
+                matcher.consume_tokens(forced)
+                continue
             mask = int.from_bytes(matcher.compute_bitmask(), "little")
             for end in self.vocabulary.ends:
                 mask &= ~(1 << end)

@@ -81,8 +81,7 @@ class GrammarProcessor(ConstrainingProcessor):
                     f"a grammar follows the {len(self._rows)} rows that it was made for, and now "
                     f"there are {count}; use a copy() of it for another generation"
                 )
-            words = -(-self._vocabulary.size // 32)
-            self._words = np.zeros((count, words), dtype=np.int32)
+            self._words = np.zeros((count, self._vocabulary.words), dtype=np.int32)
             self._rows = [
                 Following(self._matcher.deep_copy(), self._vocabulary, self._after)
                 for _ in range(count)

@@ -24,6 +24,7 @@ class Vocabulary:
 
     Attributes:
         size: how many tokens there are; those that only pad the embeddings are not among them.
+        words: how many int32 have a bit for each token of the tokenizer.
         ends: those that end a text.
         table: what llguidance makes of them.
 
@@ -41,6 +42,7 @@ class Vocabulary:
         known = tokenizer.get_vocab()
         held = max(known.values(), default=-1) + 1
         self.size = held if vocab_size is None else min(held, vocab_size)
+        self.words = -(-held // 32)
         given = tokenizer.eos_token_id if eos_token_id is None else eos_token_id
         ends = [given] if isinstance(given, int) else list(given or ())
         self.ends = tuple(dict.fromkeys(one for one in ends if 0 <= one < self.size))
@@ -50,11 +52,8 @@ class Vocabulary:
                 "follows a grammar has to end; pass eos_token_id"
             )
         self._ids = known
-        pipeline = json.loads(tokenizer.backend_tokenizer.to_str())
-        for token in pipeline.get("added_tokens") or ():
-            token["special"] = True
         try:
-            self.table = LLTokenizer(json.dumps(pipeline), n_vocab=held, eos_token=[*self.ends])
+            self.table = LLTokenizer(_pipeline(tokenizer), n_vocab=held, eos_token=[*self.ends])
         except ValueError as error:
             raise TokenizerError(
                 f"grammars cannot read this tokenizer: {shown(str(error))}; they need one whose "
@@ -65,3 +64,15 @@ class Vocabulary:
         """Return the token that a text is; None where it is none, or not a single one."""
         found = self._ids.get(text)
         return found if found is not None and found < self.size else None
+
+
+def _pipeline(tokenizer: PreTrainedTokenizer) -> str:
+    """Return the file of a tokenizer in which all that is no text is called special."""
+    pipeline = json.loads(tokenizer.backend_tokenizer.to_str())
+    added = {token["id"]: token for token in pipeline.get("added_tokens") or ()}
+    plain = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
+    for index in tokenizer.all_special_ids:
+        content = tokenizer.convert_ids_to_tokens(index)
+        added.setdefault(index, {"id": index, "content": content, **plain})
+    pipeline["added_tokens"] = [added[index] | {"special": True} for index in sorted(added)]
+    return json.dumps(pipeline)
