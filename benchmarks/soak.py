@@ -197,8 +197,8 @@ async def _soak(server: Server, options: argparse.Namespace) -> dict[str, Any]:
     until = time.monotonic() + 60 * options.minutes
     soak = Soak(address, listed["data"][0]["id"], until)
     # What is made once is made before anything is counted.
-    warming = Soak(address, soak.model, time.monotonic() + min(10.0, 6 * options.minutes))
-    await asyncio.gather(*(warming.client(1000 + n) for n in range(options.clients)))
+    warming = Soak(address, soak.model, time.monotonic() + min(30.0, 6 * options.minutes))
+    await asyncio.gather(*(warming.client(1000 + n) for n in range(4 * options.clients)))
     await _idle(server)
     before = {"threads": server.threads(), "descriptors": server.descriptors()}
     samples: list[tuple[float, int, int, int]] = []
@@ -287,7 +287,7 @@ def main() -> None:
         threads=options.threads,
         log=log,
         # Small, so that what is read is also forgotten.
-        options=("--kept", "16MiB"),
+        options=("--kept", "4MiB"),
     )
     try:
         result = asyncio.run(_soak(server, options))

@@ -15,8 +15,10 @@ from quintet.errors import (
     EngineStoppedError,
     InputError,
     ModelNotFoundError,
+    NonFiniteError,
     QueueFullError,
     QuintetError,
+    StepFailedError,
     TokenizerError,
 )
 
@@ -116,6 +118,16 @@ def error_of(error: BaseException) -> ApiError | None:
                 "deadline_exceeded",
                 headers={"x-should-retry": "false"},
             )
+        case NonFiniteError():
+            return ApiError(
+                500,
+                "what the model made of this request holds numbers that are none; ask otherwise",
+                "server_error",
+                error.code,
+                headers={"x-should-retry": "false"},
+            )
+        case StepFailedError():
+            return unavailable("a step of the model failed; try again", error.code)
         case EngineStoppedError():
             return unavailable("the model does not answer any more; try again", "server_shutdown")
         case DoesNotFitError() | MemoryError():

@@ -68,7 +68,7 @@ class Served:
         Raises:
             ApiError: as many wait as may.
         """
-        if self.engine.state.waiting > self.engine.limits.queue:
+        if self.engine.full:
             raise unavailable("too many requests wait already; try again", "queue_full")
 
 

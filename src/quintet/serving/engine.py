@@ -173,6 +173,11 @@ class Engine:
         return self._runner.state
 
     @property
+    def full(self) -> bool:
+        """Whether one more request would be refused, as far as is known without asking."""
+        return self._runner.full
+
+    @property
     def healthy(self) -> bool:
         """Whether it answers: it was not closed, and has not failed three times in a row."""
         return self._runner.stopped is None and self._thread.is_alive()

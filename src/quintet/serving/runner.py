@@ -56,6 +56,8 @@ class Runner:
         self.prefix: PrefixCache[RowContent] = PrefixCache(
             limits.kept, divisible=not row, tail=LEAST_TAIL
         )
+        # Requests that came, of which the last state knows some.
+        self._came = self._taken = self._known = 0
         self._inbox: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
         self._news: list[tuple[Request, Answer | Exception]] = []
         self._failures = 0
@@ -73,7 +75,15 @@ class Runner:
         with self._open:
             if self.stopped is not None:
                 raise self.stopped
+            self._came += 1
             self._inbox.put(lambda: self._take(request))
+
+    @property
+    def full(self) -> bool:
+        """Whether as many have a row or wait as may, with those that came during this step."""
+        state = self.state
+        present = state.running + state.waiting + self._came - self._known
+        return present >= self.limits.rows + self.limits.queue
 
     def cancel(self, request: Request) -> None:
         """Take note that nobody waits for a request, if anybody did."""
@@ -125,6 +135,7 @@ class Runner:
             pass
 
     def _take(self, request: Request) -> None:
+        self._taken += 1
         if self.stopped is not None:
             self._fail(request, self.stopped)
             return
@@ -391,6 +402,7 @@ class Runner:
             kept=self.prefix.nbytes,
             evicted=self.prefix.evicted,
         )
+        self._known = self._taken
         news, self._news = self._news, []
         by_outlet: dict[Outlet, list[tuple[Request, Answer | Exception]]] = {}
         for request, one in news:

@@ -131,6 +131,8 @@ class Address:
     async def ask(self, path: str, body: Any = None) -> AsyncIterator[Reply]:
         """Send a request, a GET or what a body is posted to, and give what is answered.
 
+        A body that is no bytes is sent as JSON.
+
         To leave the context is to hang up, whatever of the answer has been read.
         """
         context = ssl.create_default_context() if self.secure else None
@@ -167,6 +169,6 @@ class Address:
             lines.append(f"Authorization: Bearer {self.key}")
         content = b""
         if body is not None:
-            content = json.dumps(body).encode()
+            content = body if isinstance(body, bytes) else json.dumps(body).encode()
             lines += ["Content-Type: application/json", f"Content-Length: {len(content)}"]
         return "\r\n".join([*lines, "", ""]).encode("latin-1") + content
