@@ -10,8 +10,10 @@ from dataclasses import dataclass
 from typing import Any
 
 from quintet.errors import ContextLengthError, InputError, shown
-from quintet.parsing import prepare_messages
+from quintet.parsing import format_of, prepare_messages
+from quintet.parsing.format import END_THINK, THINK
 from quintet.server.questions import Conversation
+from quintet.server.tool_prompts import with_tools
 from quintet.tokenization import PreTrainedTokenizer
 
 __all__ = ["Prompt", "render", "too_long"]
@@ -36,7 +38,6 @@ _PLAIN_WORD = re.compile(r"[A-Za-z0-9 _.,:+/-]{0,128}")
 LONG_SYSTEM = 128
 # So many characters for each token of the context are read at once, to see whether a text fits.
 SLICE = 4
-THOUGHT_END = "</think>"
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,9 +67,12 @@ def render(tokenizer: PreTrainedTokenizer, conversation: Conversation, context: 
         InputError: a template argument that is not one.
     """
     template = tokenizer.get_chat_template(tools=[] if conversation.tools else None)
-    kwargs, warnings = _arguments(
-        template, tokenizer.chat_template_variables(template), conversation
-    )
+    used = tokenizer.chat_template_variables(template)
+    if conversation.tools and "tools" not in used:
+        written = format_of(tokenizer)
+        if written is not None:
+            template = with_tools(template, written)
+    kwargs, warnings = _arguments(template, used, conversation)
     said = [_message(one, template) for one in conversation.messages]
     messages = prepare_messages(tokenizer, said)
     tools = [dict(tool) for tool in conversation.tools] or None
@@ -77,6 +81,7 @@ def render(tokenizer: PreTrainedTokenizer, conversation: Conversation, context: 
         return tokenizer.apply_chat_template(
             those,
             tools=tools,
+            chat_template=template,
             add_generation_prompt=asks and not conversation.continued,
             continue_final_message=asks and conversation.continued,
             tokenize=ids,
@@ -152,7 +157,7 @@ def _arguments(
         switch = next((name for name in SWITCHES if name in used), None)
         if switch is not None:
             kwargs.setdefault(switch, conversation.thinking)
-        elif not conversation.thinking and "<think>" in template:
+        elif not conversation.thinking and THINK in template:
             warnings.append("reasoning cannot be switched off: the template has no switch for it")
     return kwargs, tuple(warnings)
 
@@ -165,12 +170,13 @@ def _message(message: Mapping[str, Any], template: str) -> dict[str, Any]:
     """Return a message as the template reads it."""
     one = {**message, "content": message.get("content")}
     content = one["content"]
-    if one["role"] == "assistant" and isinstance(content, str) and THOUGHT_END in template:
+    thinks = THINK in template or END_THINK in template
+    if one["role"] == "assistant" and isinstance(content, str) and thinks:
         # Templates cut thoughts off by looking into what was said; here they are cut off before.
-        thought, end, rest = content.rpartition(THOUGHT_END)
+        thought, end, rest = content.rpartition(END_THINK)
         if end:
             one["content"] = rest.lstrip("\n")
-            thought = thought.rpartition("<think>")[2].strip("\n")
+            thought = thought.rpartition(THINK)[2].strip("\n")
             if thought and "reasoning_content" in template:
                 one.setdefault("reasoning_content", thought)
     if one.get("reasoning_content") is not None and "reasoning_content" not in template:
@@ -200,7 +206,10 @@ def _common(ids: tuple[int, ...], others: tuple[int, ...]) -> int:
 
 def _before(tokenizer: PreTrainedTokenizer, ids: tuple[int, ...], text: str, before: str) -> int:
     """Return how many tokens stand before what asks for an answer; 0 if that is not to be told."""
-    if not text.startswith(before) or len(text) == len(before):
+    if text == before:
+        # Nothing asks: behind the result of a tool, some models go on at once.
+        return len(ids) - 1
+    if not text.startswith(before):
         return 0
     asking = tokenizer.encode(text[len(before) :], add_special_tokens=False)
     length = len(ids) - len(asking)
