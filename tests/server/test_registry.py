@@ -1,5 +1,6 @@
 """Several models and adapters by name, in memory while they are asked for; and one that fails."""
 
+import signal
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -22,6 +23,17 @@ def completed(server: Any, model: str) -> str:
     assert answer.status == 200, answer.body
     text: str = answer.json()["choices"][0]["text"]
     return text
+
+
+def slow(engine: Engine) -> None:
+    """Have the forwards of an engine take long."""
+    run = engine.model.forward
+
+    def forward(*arguments: Any, **named: Any) -> Any:
+        time.sleep(0.05)
+        return run(*arguments, **named)
+
+    engine.model.forward = forward  # type: ignore[method-assign]
 
 
 def test_an_idle_model_is_unloaded_and_comes_back() -> None:
@@ -128,3 +140,21 @@ def test_a_model_that_fails_for_good_ends_the_server() -> None:
         while server.server.code == 0 and time.monotonic() < deadline:
             time.sleep(0.01)
         assert server.server.code == 1
+
+
+def test_what_takes_too_long_is_told_that_the_server_ends() -> None:
+    with serving(drain=0.2) as server:
+        connection = server.connect()
+        body = b'{"model": "demo", "prompt": "a", "max_tokens": 250, "stream": true, "logprobs": 5}'
+        connection.request("POST", "/v1/completions", body, {"Content-Type": "application/json"})
+        answer = connection.getresponse()
+        assert answer.readline().startswith(b"data: ")
+        # The model is slower than the server may be.
+        engine = server.service.registry.engines["demo"]
+        slow(engine)
+        server.server.handle_exit(signal.SIGTERM, None)
+        text = answer.read()
+        connection.close()
+        assert b'"server_shutdown"' in text.rstrip().rsplit(b"\n\n", 1)[-1]
+        assert b"[DONE]" not in text
+        assert server.server.code == 0

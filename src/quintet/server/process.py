@@ -116,20 +116,15 @@ class HttpServer(uvicorn.Server):
             timer.start()
             return
         self.code = 130 if sig == signal.SIGINT else 0
-        self.drain(self.service.settings.drain)
-
-    def drain(self, seconds: float) -> None:
-        """Take no new requests, and end when there are none, or after so many seconds."""
         self.service.draining = True
-        self._until = time.monotonic() + seconds
-        logged("ending", {"under_way": self.service.under_way, "seconds": seconds})
 
     async def on_tick(self, counter: int) -> bool:
         """Tell, ten times a second, if it is time to end."""
         over = await super().on_tick(counter)
         if not self.service.healthy and not self.service.draining:
-            self.code = 1
-            self.drain(LAST_WORDS)
+            self.code, self.service.draining = 1, True
+        if self.service.draining and self._until is None:
+            self._begin_to_end()
         if self._until is not None:
             late = time.monotonic() >= self._until
             # Who was told that it failed may ask how it is until then.
@@ -139,3 +134,10 @@ class HttpServer(uvicorn.Server):
                 await asyncio.to_thread(self.service.registry.close)
             over = over or late or idle
         return over
+
+    def _begin_to_end(self) -> None:
+        seconds = LAST_WORDS if self.code == 1 else self.service.settings.drain
+        self._until = time.monotonic() + seconds
+        for engine in self.service.registry.engines.values():
+            engine.turn_away()
+        logged("ending", {"under_way": self.service.under_way, "seconds": seconds})

@@ -191,6 +191,15 @@ class Engine:
         """Forget what was read, of one scope or of all."""
         self._runner.forget(scope)
 
+    def turn_away(self) -> None:
+        """Let those that have begun finish; who waits gets an `EngineStoppedError` now.
+
+        Those that come later are taken as ever: whoever will close it takes none any more.
+        """
+        self._runner.turn_away(
+            EngineStoppedError("the engine will be closed before it is your turn; ask another one")
+        )
+
     def close(self) -> None:
         """Stop; who still waits gets an `EngineStoppedError`."""
         self._runner.stop(EngineStoppedError("the engine was closed; make another one"))

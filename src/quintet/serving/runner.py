@@ -94,6 +94,10 @@ class Runner:
         """Forget what was read, of one scope or of all."""
         self._inbox.put(lambda: self.prefix.clear(scope))
 
+    def turn_away(self, why: Exception) -> None:
+        """Tell those that wait and never had a row that they will get none."""
+        self._inbox.put(lambda: self._turn_away(why))
+
     def stop(self, why: Exception) -> None:
         """End the thread, and tell all that wait why."""
         self._inbox.put(lambda: self._stop(why))
@@ -143,6 +147,11 @@ class Runner:
             self.scheduler.submit(request)
         except QueueFullError as error:
             self._fail(request, error)
+
+    def _turn_away(self, why: Exception) -> None:
+        for request in self.scheduler.all():
+            if request not in self.scheduler.running and request.cached is None:
+                self._give_up(request, why)
 
     def _stop(self, why: Exception) -> None:
         with self._open:
