@@ -25,14 +25,18 @@ class GrammarProcessor(ConstrainingProcessor):
         matcher: the grammar, compiled; it is copied.
         vocabulary: the tokens.
         after: the token behind which the grammar begins; None for the begin of the text.
+
+    Attributes:
+        rows: what follows each row, since they were seen first.
+        words: a bit for each token of each row, as of the last call.
     """
 
     def __init__(
         self, matcher: LLMatcher, vocabulary: Vocabulary, after: int | None = None
     ) -> None:
         self._matcher, self._vocabulary, self._after = matcher, vocabulary, after
-        self._rows: list[Following] = []
-        self._words = np.zeros((0, 0), dtype=np.int32)
+        self.rows: list[Following] = []
+        self.words = np.zeros((0, 0), dtype=np.int32)
 
     def copy(self) -> Self:
         """Return one for another text."""
@@ -51,9 +55,9 @@ class GrammarProcessor(ConstrainingProcessor):
             if needed is not None and not needed[row]:
                 continue
             own = ids if begins is None else ids[begins[row] :]
-            self._row(row, len(scores)).fill(own, self._words[row])
+            self._row(row, len(scores)).fill(own, self.words[row])
         size = min(self._vocabulary.size, scores.shape[1])
-        octets = self._words.view(np.uint8)
+        octets = self.words.view(np.uint8)
         bits = np.unpackbits(octets, axis=1, count=size, bitorder="little")
         allowed = torch.from_numpy(bits).view(torch.bool).to(scores.device)
         if unfinished is not None:
@@ -68,22 +72,22 @@ class GrammarProcessor(ConstrainingProcessor):
 
     def accepted(self, row: int, ids: Tensor, tokens: list[int]) -> int:
         """Count how many of some tokens may follow a row."""
-        return self._row(row, len(self._rows)).accepted(ids, tokens)
+        return self._row(row, len(self.rows)).accepted(ids, tokens)
 
     def forced(self, row: int, ids: Tensor) -> list[int]:
         """Return the tokens that follow a row for certain."""
-        return self._row(row, len(self._rows)).forced(ids)
+        return self._row(row, len(self.rows)).forced(ids)
 
     def _row(self, row: int, count: int) -> Following:
-        if len(self._rows) != count:
-            if self._rows:
+        if len(self.rows) != count:
+            if self.rows:
                 raise InputError(
-                    f"a grammar follows the {len(self._rows)} rows that it was made for, and now "
+                    f"a grammar follows the {len(self.rows)} rows that it was made for, and now "
                     f"there are {count}; use a copy() of it for another generation"
                 )
-            self._words = np.zeros((count, self._vocabulary.words), dtype=np.int32)
-            self._rows = [
+            self.words = np.zeros((count, self._vocabulary.words), dtype=np.int32)
+            self.rows = [
                 Following(self._matcher.deep_copy(), self._vocabulary, self._after)
                 for _ in range(count)
             ]
-        return self._rows[row]
+        return self.rows[row]
