@@ -13,7 +13,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 from torch import Tensor
 
 from families.zamba2 import small_config as hybrid_config
-from quintet.cache import PooledCache, RowContent, Segment, segments_of
+from quintet.cache import DynamicCache, PooledCache, RowContent, Segment, segments_of
 from quintet.cache.row_memory import CodeRows, DenseRows, RowMemory
 from quintet.errors import InputError
 from quintet.ops.vector_codes import VectorCode
@@ -385,3 +385,11 @@ TestDensePools = DensePools.TestCase
 TestCodePools = CodePools.TestCase
 TestHybridPools = HybridPools.TestCase
 TestDensePools.settings = TestCodePools.settings = TestHybridPools.settings = quick
+
+
+def test_places_of_a_pool_are_those_of_its_rows() -> None:
+    pool = PooledCache(small_config(), rows=2, capacity=8)
+    with pytest.raises(InputError, match="snapshot_row"):
+        pool.keep()
+    with pytest.raises(InputError, match="rewind"):
+        pool.restore(DynamicCache(small_config()).keep())

@@ -70,6 +70,36 @@ def test_rows_go_back_to_lengths_of_their_own_since_the_snapshot(
 
 @torch.no_grad()
 @pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("snapshots", [False, True])
+def test_rows_come_back_to_what_was_kept_as_often_as_wanted(kind: str, snapshots: bool) -> None:
+    model = model_of()
+    cache = cache_of(model, kind)
+    empty = cache.keep()
+    assert empty.nbytes == 0
+    ids, mask = ids_of(2, 9), torch.tensor([[1] * 9, [0] * 2 + [1] * 7])
+    model(ids, attention_mask=mask, past_key_values=cache)
+    kept = cache.keep()
+    assert kept.nbytes > 0
+    further = ids_of(2, 5)
+    expected = model(further, past_key_values=cache).logits
+    for _ in range(2):
+        if snapshots:
+            cache.snapshot()
+            model(ids_of(2, 2), past_key_values=cache)
+        cache.restore(kept)
+        assert cache.lengths(2).tolist() == [9, 7]
+        assert not any(slot.remembers for slot in cache.states if slot is not None)
+        assert relative_error(model(further, past_key_values=cache).logits, expected) < TOLERANCE
+    cache.restore(cache.keep())
+    cache.restore(kept)
+    cache.reset()
+    with pytest.raises(InputError, match=r"\[9, 7\] tokens and the cache holds \[0"):
+        cache.restore(kept)
+    cache.restore(empty)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("kind", KINDS)
 def test_going_back_without_a_snapshot_is_refused_and_changes_nothing(kind: str) -> None:
     model = model_of()
     cache = cache_of(model, kind)

@@ -3,6 +3,7 @@
 from quintet.cache.base import Cache
 from quintet.cache.content import RowContent
 from quintet.cache.dense import DynamicCache, StaticCache
+from quintet.cache.kept import Kept
 from quintet.cache.legacy import LegacyCache, from_legacy, to_legacy
 from quintet.cache.offloaded import OffloadedCache
 from quintet.cache.pool import PooledCache
@@ -16,6 +17,7 @@ __all__ = [
     "Cache",
     "CacheSlot",
     "DynamicCache",
+    "Kept",
     "LegacyCache",
     "OffloadedCache",
     "PooledCache",

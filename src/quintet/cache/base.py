@@ -11,6 +11,7 @@ from collections.abc import Hashable, Iterator, Sequence
 import torch
 from torch import Tensor
 
+from quintet.cache.kept import Kept
 from quintet.cache.memory import check_alike
 from quintet.cache.segment import Segment
 from quintet.cache.slots import AttentionSlot, Companion, StateSlot
@@ -257,6 +258,43 @@ class Cache:
         """
         for slot in self._slots():
             slot.snapshot(self._lengths)
+
+    def keep(self) -> Kept:
+        """Copy what recurrent layers hold, to come back to it with `restore`, once or often.
+
+        Keys and values are not copied. Unlike a snapshot it costs nothing in what follows, and
+        only this very place can be come back to.
+        """
+        contents = [None if slot is None else slot.content() for slot in self.states]
+        copies = [one and (one[0].clone(), one[1].clone()) for one in contents]
+        return Kept(self.lengths(self.batch_size or 1).clone(), tuple(copies))
+
+    def restore(self, kept: Kept) -> None:
+        """Go back to what was kept; snapshots are forgotten.
+
+        Raises:
+            InputError: the cache has been cut shorter since, or has other rows.
+        """
+        if not kept.lengths.any():
+            self.reset()
+            return
+        before, held = kept.lengths, self.lengths(self.batch_size or 1)
+        if before.shape != held.shape or bool((before.to(held.device) > held).any()):
+            raise InputError(
+                f"what was kept is of {before.tolist()} tokens and the cache holds "
+                f"{held.tolist()}; it can go back only to what it has held since"
+            )
+        for slot, content in zip(self.states, kept.contents, strict=True):
+            if slot is not None:
+                slot.reset()
+                if content is not None:
+                    everything = Segment(0, 0, 0, None, content[0].device)
+                    slot.update(*content, everything)
+        lengths = int(before[0]) if isinstance(self._lengths, int) else before.clone()
+        for layer in self.layers:
+            if layer is not None:
+                layer.crop(lengths)
+        self._lengths, self._longest, self._forward_unfinished = lengths, _longest(lengths), False
 
     def seek(self, position: Tensor) -> None:
         """Continue every row from the slot `position` (a scalar), forgetting what is behind it.

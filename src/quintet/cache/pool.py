@@ -15,6 +15,7 @@ from torch import Tensor
 from quintet.cache.base import Cache, check_adapters
 from quintet.cache.content import RowContent
 from quintet.cache.dense import _slots
+from quintet.cache.kept import Kept
 from quintet.cache.memories import RowMemories
 from quintet.cache.row_memory import CodeRows, DenseRows, RowMemory
 from quintet.cache.rows import Row, RowTable, whole_blocks
@@ -331,6 +332,14 @@ class PooledCache(Cache):
         for row in self._table:
             self._check_whole(row)
         super().snapshot()
+
+    def keep(self) -> Kept:
+        """Raise InputError: rows come and go, and each has snapshots of its own."""
+        raise InputError("a pool keeps places of its rows: snapshot_row(row), rewind(row, length)")
+
+    def restore(self, kept: Kept) -> None:
+        """Raise InputError, as `keep` does."""
+        self.keep()
 
     @torch.no_grad()
     def batch_select_indices(self, indices: Tensor) -> None:

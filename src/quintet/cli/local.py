@@ -13,6 +13,7 @@ from quintet.errors import ChatTemplateError, InputError
 
 if TYPE_CHECKING:
     from quintet.cli.answer import Answer
+    from quintet.cli.reading import Reading
     from quintet.generation.config import GenerationConfig
 
 __all__ = ["Local"]
@@ -54,6 +55,7 @@ class Local:
         model = self.opened.model
         options, self._generator, self._seed = choose(model.device, seed, sampling, settings)
         self._config: GenerationConfig = applied(model.generation_config, options)
+        self._reading: Reading | None = None
 
     @property
     def name(self) -> str:
@@ -75,26 +77,39 @@ class Local:
 
     def answer(self, messages: Sequence[Message], answer: "Answer") -> Outcome:
         """Answer messages."""
+        import torch
+
+        from quintet.cli.reading import Reading, common
         from quintet.cli.streaming import AnswerStreamer
 
         tokenizer, context = self.opened.tokenizer, self.context
         assert context is not None
-        prompt = tokenizer.apply_chat_template(
-            list(messages), add_generation_prompt=True, tokenize=False
-        )
-        ids = tokenizer(prompt, add_special_tokens=False, return_tensors="pt")["input_ids"]
-        answer.prompt = length = ids.shape[1]
-        answer.waiting.what = f"reading {counted(length)}"
+        said = list(messages)
+        prompt = tokenizer.apply_chat_template(said, add_generation_prompt=True, tokenize=False)
+        ids = tokenizer.encode(prompt, add_special_tokens=False)
+        answer.prompt = length = len(ids)
         config = with_default_length(self.opened, self._config, length, LONGEST_ANSWER)
-        output = self.opened.generator_model.generate(
-            ids,
-            config,
-            tokenizer=tokenizer,
-            streamer=AnswerStreamer(tokenizer, prompt, answer),
-            generator=self._generator,
-            return_dict_in_generate=True,
-        )
-        ended = cut(config, output.sequences[0, length:], context - length)
+        self._reading = reading = self._reading or Reading(self.opened)
+        answer.waiting.what = f"reading {counted(length - reading.held(ids, config))}"
+
+        def stable() -> int:
+            # What asks for an answer is in no later prompt, where the answer itself stands.
+            return common(ids, tokenizer.apply_chat_template(said))
+
+        answer.begin()
+        with reading.turn(ids, config, stable) as turn:
+            output = self.opened.generator_model.generate(
+                torch.tensor([ids]),
+                config,
+                past_key_values=turn.cache,
+                tokenizer=tokenizer,
+                streamer=AnswerStreamer(tokenizer, prompt, answer),
+                generator=self._generator,
+                return_dict_in_generate=True,
+            )
+            text = output.sequences[0]
+            turn.ids = text.tolist()
+        ended = cut(config, text[length:], context - length)
         return Outcome(ended, draft_summary(speculation_of(output)))
 
     def set(self, given: dict[str, Any]) -> str:

@@ -51,7 +51,6 @@ class AnswerStreamer(TextStreamer):
     def put(self, value: Tensor) -> None:
         """Take the prompt, then each token."""
         if not self._prompt_seen:
-            self._answer.begin()
             self._prompt_seen = True
             super().put(value)
             return

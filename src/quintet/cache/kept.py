@@ -1,0 +1,25 @@
+"""A place in a text to which a cache can come back."""
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+__all__ = ["Kept"]
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Kept:
+    """Copies of what recurrent layers hold at a place.
+
+    Attributes:
+        lengths: (B,) how many tokens each row has there.
+        contents: each layer's window and state; None without one, or while it is empty.
+    """
+
+    lengths: Tensor
+    contents: tuple[tuple[Tensor, Tensor] | None, ...]
+
+    @property
+    def nbytes(self) -> int:
+        """The bytes of the copies."""
+        return sum(x.nbytes for content in self.contents if content for x in content)
