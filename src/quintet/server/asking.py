@@ -44,8 +44,6 @@ __all__ = [
     "ask",
 ]
 
-# Tokens of an answer, where nobody says.
-ANSWER = 4096
 # So long the engine may refuse a question before its asker is told that it was taken.
 REFUSAL = 0.1
 
@@ -107,7 +105,7 @@ def _understood(served: Served, question: Ask) -> _Asked:
     wanted = question.max_tokens
     if wanted is not None and wanted > rest:
         warnings.append(f"only {rest} tokens of an answer fit behind the prompt")
-    room = min(rest, ANSWER if wanted is None else wanted)
+    room = min(rest, question.usual_tokens if wanted is None else wanted)
     if question.sampling.min_tokens > room:
         raise InputError(
             f"min_tokens={question.sampling.min_tokens} and an answer has at most {room} tokens; "

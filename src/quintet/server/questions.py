@@ -38,7 +38,8 @@ class Ask:
         prompt: a conversation, or ids, whose continuation is all content.
         sampling: how tokens are chosen.
         max_tokens: how many an answer has at the most; None for what there is room for, up to
-            4,096.
+            `usual_tokens`.
+        usual_tokens: how many it has where nobody says.
         stop: texts that end an answer and are not part of it.
         logprobs: how many of the likeliest tokens to tell beside each; 0 for the token alone, None
             for none.
@@ -57,6 +58,7 @@ class Ask:
     prompt: Conversation | tuple[int, ...]
     sampling: Sampling = field(default_factory=Sampling)
     max_tokens: int | None = None
+    usual_tokens: int = 4096
     stop: tuple[str, ...] = ()
     logprobs: int | None = None
     prompt_logprobs: int | None = None

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 
 from quintet.generation.requests import Served
+from quintet.generation.speculative.prediction import MTPModel
 
 __all__ = ["Sampling", "options_of"]
 
@@ -32,6 +33,7 @@ class Sampling:
         ignore_eos: go on behind what the model ends with.
         stop_token_ids: further ids that end the answer.
         speculate: "off", "lookup" or "mtp"; None for what the server does.
+        usually: what the server does where nothing is said, and the model can.
     """
 
     temperature: float | None = None
@@ -47,6 +49,7 @@ class Sampling:
     ignore_eos: bool = False
     stop_token_ids: tuple[int, ...] = ()
     speculate: str | None = None
+    usually: str = "off"
 
 
 def options_of(sampling: Sampling, model: Served, index: int) -> dict[str, Any]:
@@ -92,8 +95,11 @@ def options_of(sampling: Sampling, model: Served, index: int) -> dict[str, Any]:
         options["eos_token_id"] = [*ends, *sampling.stop_token_ids] or [-1]
     if sampling.seed is not None and draws:
         options["generator"] = torch.Generator(model.device).manual_seed(sampling.seed + index)
-    if sampling.speculate is not None:
-        options["use_mtp"] = sampling.speculate == "mtp"
-        if sampling.speculate == "lookup":
-            options["prompt_lookup_num_tokens"] = LOOKUP
+    drafts = sampling.speculate
+    if drafts is None:
+        drafts = sampling.usually
+        if drafts == "mtp" and not (isinstance(model, MTPModel) and model.prediction_depth()):
+            drafts = "off"
+    options["use_mtp"] = drafts == "mtp"
+    options["prompt_lookup_num_tokens"] = LOOKUP if drafts == "lookup" else None
     return options

@@ -108,6 +108,7 @@ class ChatRequest(SamplingFields):
             ),
             sampling=self.sampling(settings, vocab_size),
             max_tokens=self._most(),
+            usual_tokens=settings.answer,
             stop=self.stops,
             logprobs=(self.top_logprobs or 0) if self.logprobs else None,
             n=self.n or 1,

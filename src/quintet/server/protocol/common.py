@@ -86,7 +86,6 @@ class SamplingFields(Body):
             name = "stop" if isinstance(self.stop, str) else f"stop[{index}]"
             within(name, len(stop), settings.stop_length, "characters")
         within("logit_bias", len(self.logit_bias or {}), settings.biases, "ids")
-        speculate = settings.speculate
         return Sampling(
             temperature=self.temperature,
             top_p=self.top_p,
@@ -101,7 +100,8 @@ class SamplingFields(Body):
             min_tokens=self.min_tokens or 0,
             ignore_eos=bool(self.ignore_eos),
             stop_token_ids=_ids(self.stop_token_ids or [], vocab_size),
-            speculate=self.speculate or (None if speculate == "off" else speculate),
+            speculate=self.speculate,
+            usually=settings.speculate,
         )
 
     @property

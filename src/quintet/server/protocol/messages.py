@@ -177,6 +177,7 @@ class MessagesRequest(CountTokensRequest, SamplingFields):
             prompt=conversation,
             sampling=self.sampling(settings, vocab_size),
             max_tokens=self.max_tokens,
+            usual_tokens=settings.answer,
             stop=self.stops,
             tool_choice=choice,
             parallel_tool_calls=self.tool_choice is None

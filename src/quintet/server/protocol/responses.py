@@ -192,6 +192,7 @@ class ResponsesRequest(SamplingFields):
             prompt=self._conversation(tools),
             sampling=self.sampling(settings, vocab_size),
             max_tokens=self.max_output_tokens,
+            usual_tokens=settings.answer,
             stop=self.stops,
             logprobs=self._logprobs,
             tool_choice=choice,

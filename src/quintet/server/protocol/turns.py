@@ -7,12 +7,11 @@ from pydantic import Field
 
 from quintet.server.failures import invalid
 from quintet.server.protocol.common import Body, unsupported, within
-from quintet.server.protocol.tools import Offered, chosen, offered
+from quintet.server.protocol.tools import Name, Offered, chosen, offered
 from quintet.server.settings import Settings
 
 __all__ = ["Message", "Tool", "ToolChoice", "choice_of", "said", "tools_of"]
 
-Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9_.-]{1,64}$")]
 TEXT_ONLY = "messages hold text; models here read nothing else, and nothing is fetched"
 
 
@@ -175,22 +174,18 @@ def tools_of(tools: list[Tool], settings: Settings) -> tuple[Mapping[str, Any], 
     Raises:
         ApiError: too many, too large, of another kind, or two of one name.
     """
-    return offered((_offer(tool, f"tools[{index}]") for index, tool in enumerate(tools)), settings)
-
-
-def _offer(tool: Tool, where: str) -> Offered:
-    if tool.type != "function":
-        raise unsupported(f"{where}.type", "tools are functions: {'type': 'function', …}")
-    function = tool.function
-    if function is None:
-        raise invalid(f"{where}.function: it is missing", f"{where}.function")
-    return Offered(
-        f"{where}.function",
-        function.name,
-        function.description,
-        function.parameters,
-        function.strict,
-    )
+    functions = []
+    for index, tool in enumerate(tools):
+        where = f"tools[{index}]"
+        if tool.type != "function":
+            raise unsupported(f"{where}.type", "tools are functions: {'type': 'function', …}")
+        one = tool.function
+        if one is None:
+            raise invalid(f"{where}.function: it is missing", f"{where}.function")
+        functions.append(
+            Offered(f"{where}.function", one.name, one.description, one.parameters, one.strict)
+        )
+    return offered(functions, settings)
 
 
 def choice_of(
