@@ -36,7 +36,7 @@ BOTH: list[tuple[dict[str, Any], str]] = [
     *(({"top_p": p}, "top_p") for p in (0, 2, -0.5, "x")),
     *(({"presence_penalty": p}, "presence_penalty") for p in (9, -2.1, "x")),
     *(({"frequency_penalty": p}, "frequency_penalty") for p in (9, -2.1, False)),
-    *(({"repetition_penalty": p}, "repetition_penalty") for p in (0, -1, "x")),
+    *(({"repetition_penalty": p}, "repetition_penalty") for p in (0, 5e-324, -1, "x")),
     *(({"top_k": k}, "top_k") for k in (-2, 1.5, "x", True)),
     *(({"min_p": p}, "min_p") for p in (-0.1, 1.1)),
     *(({"seed": s}, "seed") for s in (10**30, "x", 1.5, -(2**63) - 1)),
@@ -243,3 +243,17 @@ def test_a_strict_server_refuses_what_it_does_not_know() -> None:
         assert error["code"] == "unknown_parameter"
         refused(server.ask("POST", CHAT, {**body, "messages": [{**USER, "x": 1}]}), "messages[0].x")
         assert server.ask("POST", CHAT, {**body, "user": "me"}).status == 200
+
+
+def test_next_to_no_temperature_is_none(server: Running) -> None:
+    def said(temperature: float) -> Any:
+        body = {"model": "tiny", "prompt": "a", "max_tokens": 6, "temperature": temperature}
+        return server.ask("POST", TEXT, body).json()["choices"][0]["text"]
+
+    assert said(5e-324) == said(1e-9) == said(0)
+
+
+def test_a_field_without_a_name_is_told_of(server: Running) -> None:
+    answer = server.ask("POST", TEXT, {"model": "tiny", "prompt": "a", "max_tokens": 1, "": 1})
+    assert answer.status == 200
+    assert answer.headers["warnings"] == "'' is not known and has no effect"

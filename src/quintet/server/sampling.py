@@ -13,6 +13,8 @@ __all__ = ["Sampling", "options_of"]
 
 # How many tokens are drafted from the text itself.
 LOOKUP = 3
+# Divided by less than that, logits overflow; nothing but the likeliest token is drawn before.
+COLDEST = 1e-5
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -20,7 +22,7 @@ class Sampling:
     """What a request says of how tokens are chosen; None leaves it to the model's own config.
 
     Attributes:
-        temperature: 0 takes the likeliest token always.
+        temperature: 0, or next to it, takes the likeliest token always.
         top_p: draw among the likeliest tokens that together have this probability.
         top_k: draw among so many; 0 for all.
         min_p: draw among those at least this share as likely as the likeliest.
@@ -69,7 +71,7 @@ def options_of(sampling: Sampling, model: Served, index: int) -> dict[str, Any]:
         "min_p": sampling.min_p,
     }
     draws = bool(config.do_sample)
-    if sampling.temperature == 0:
+    if sampling.temperature is not None and sampling.temperature < COLDEST:
         draws = False
     elif any(value is not None for value in drawn.values()):
         draws = True

@@ -60,7 +60,7 @@ class SamplingFields(Body):
     min_p: Annotated[float, Field(ge=0, le=1)] | None = None
     presence_penalty: Penalty | None = None
     frequency_penalty: Penalty | None = None
-    repetition_penalty: Annotated[float, Field(gt=0, le=10)] | None = None
+    repetition_penalty: Annotated[float, Field(ge=0.01, le=10)] | None = None
     logit_bias: dict[str, float] | None = None
     seed: Annotated[int, Field(ge=-(2**63), le=2**63 - 1)] | None = None
     stop: StopString | Annotated[list[StopString], Field(fail_fast=True)] | None = None
@@ -232,7 +232,7 @@ def _value(error: ValidationError, path: str, data: Any) -> str:
 
 def _plain(name: str) -> str:
     """Write a name from a request as a header may hold it."""
-    return re.sub(r"[^\x21-\x7e]|[;,]", "?", name[:64])
+    return re.sub(r"[^\x21-\x7e]|[;,]", "?", name[:64]) or "''"
 
 
 def _biases(given: Mapping[str, float], vocab_size: int) -> dict[int, float]:
