@@ -6,11 +6,16 @@ import json
 import re
 import time
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 
+from quintet.errors import OfflineError
 from quintet.server.page import join
-from served import serving
+from quintet.server.registry import Offer
+from quintet.serving import Limits
+from quintet.sources.smollm2 import fetch_smollm2
+from served import Running, loaded, serving
 from server.scripted import Scripted, running
 from server.webdriver import Browser, missing
 
@@ -477,7 +482,7 @@ def test_the_key_is_asked_for_and_forgotten_with_the_tab(page: Browser, script: 
     [
         (
             (503, {"error": {"message": "too many wait"}}, {"Retry-After": "5"}),
-            "too many wait Try again in 5 seconds.",
+            "too many wait. Try again in 5 seconds.",
         ),
         (
             (400, {"error": {"message": "the prompt has 999 tokens"}}, {}),
@@ -500,3 +505,66 @@ def test_errors_of_the_server_are_told(
         page.until(f"{ANSWERS}.includes('Better')")
         answered(page)
         assert script.asked[-1]["messages"] == [{"role": "user", "content": "Hi"}]
+
+
+@pytest.fixture(scope="module")
+def talking(chat_model: Path) -> Iterator[Running]:
+    """A server with a model that talks: SmolLM2 where it is, else a tiny one."""
+    try:
+        source = fetch_smollm2(local_files_only=True)
+    except OfflineError:
+        source = chat_model
+    model = loaded(Limits(rows=2, capacity=256), source)
+    with serving(Offer("talks", lambda: model, loaded=model)) as server:
+        yield server
+
+
+def test_it_talks_with_a_real_model(chromium: Browser, talking: Running) -> None:
+    chromium.open(f"{talking.url}/")
+    chromium.run("localStorage.clear(); sessionStorage.clear()")
+    chromium.size(1280, 800)
+    chromium.reload()
+    chromium.until("document.getElementById('model').value === 'talks'")
+    assert "talks reads up to 256 tokens" in chromium.text()
+    chromium.type("", "Control+,")
+    for name, value in (("max_tokens", "5"), ("temperature", "0")):
+        chromium.click(f"#set-{name}")
+        chromium.type(value)
+    chromium.type("", "Escape")
+    say(chromium, "What is the capital of France?")
+    answered(chromium)
+    question = {"role": "user", "content": "What is the capital of France?"}
+    body = {"model": "talks", "messages": [question], "max_tokens": 5, "temperature": 0}
+    whole = talking.ask("POST", "/v1/chat/completions", body).json()
+    told, used = whole["choices"][0], whole["usage"]
+    shown = f"Object.values({KEPT}[0].messages).filter((each) => each.role === 'assistant')"
+    [kept] = chromium.run(f"return {shown}")
+    assert kept["content"] == told["message"]["content"]
+    assert kept["figures"]["tokens"] == used["completion_tokens"]
+    assert f"{used['total_tokens']} of 256 tokens" in chromium.text()
+    assert told["finish_reason"] == "length"
+    chromium.run(
+        "[...document.querySelectorAll('button')].find((b) => b.innerText === 'Go on').click()"
+    )
+    chromium.until(f"{shown}[0].content.length > arguments[0]", len(kept["content"]))
+    answered(chromium)
+    # An answer without an end is stopped, and its row is free.
+    chromium.type("", "Control+,")
+    chromium.click("#set-max_tokens")
+    chromium.type("", "Control+a")
+    chromium.type("200")
+    chromium.type("", "Escape")
+    chromium.type("", "Control+Shift+o")
+    say(chromium, "Write a long story about a fox.")
+    chromium.until("document.querySelector('.text').innerText.length > 20")
+    chromium.type("", "Escape")
+    answered(chromium)
+    chromium.until(
+        "document.querySelector('.message:last-child .status').innerText.includes('Stopped')"
+    )
+    model = talking.service.registry.engines["talks"]
+    deadline = time.monotonic() + 5
+    while model.state.running:
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    assert not [line for line in chromium.log() if "Policy" in line or "Trusted" in line]

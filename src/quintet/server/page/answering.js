@@ -55,8 +55,7 @@ async function answer(talk, begun = null) {
   const asked = performance.now();
   const run = { reply, controller: new AbortController(), phase: "waiting", asked, since: asked, pieces: 0 };
   const before = begun?.figures?.tokens ?? 0;
-  delete reply.error;
-  delete reply.ended;
+  Object.assign(reply, { error: "", ended: "", about: 0 });
   runs.set(talk.id, run);
   keep(talk);
   showConversations();
@@ -82,7 +81,7 @@ async function answer(talk, begun = null) {
       changed = true;
     }
   } catch (error) {
-    if (error.name === "AbortError") reply.ended = "stopped";
+    if (error.name === "AbortError") Object.assign(reply, { ended: "stopped", about: run.pieces });
     else {
       reply.error = error instanceof Failure ? error.message : "The server sent something that is no answer.";
       reply.again = error.again ?? true;
@@ -100,6 +99,8 @@ async function answer(talk, begun = null) {
       showState();
     });
     if (!reply.error) say(spoken(reply));
+    // Of a model that was loaded for this answer more is known now.
+    if (!currentModel().context) loadModels();
     if (refused && (await askForKey())) answerAgain(reply);
   }
 }
@@ -149,7 +150,8 @@ function bodyFor(talk, begun) {
   const model = currentModel();
   const { system, thinking, ...sampling } = talk.settings;
   // What a model thought is not part of what it reads.
-  const messages = branch(talk).map(({ role, content }) => ({ role, content })).filter(({ content }) => content);
+  const said = branch(talk).filter(({ content }) => content);
+  const messages = said.map(({ role, content }) => ({ role, content }));
   if (system) messages.unshift({ role: "system", content: system });
   const stream = { stream: true, stream_options: { include_usage: true } };
   const body = { model: model.id, messages, ...stream, ...sampling };

@@ -11,30 +11,20 @@ class Failure extends Error {
   }
 }
 
-function apiKey() {
-  try {
-    return sessionStorage.getItem(KEY) ?? "";
-  } catch {
-    return apiKey.kept ?? "";
-  }
-}
+let apiKey = attempt(() => sessionStorage.getItem(KEY)) ?? "";
 
 function setApiKey(key) {
-  apiKey.kept = key;
-  try {
-    if (key) sessionStorage.setItem(KEY, key);
-    else sessionStorage.removeItem(KEY);
-  } catch {
-    // It lasts as long as the page.
-  }
+  apiKey = key;
+  attempt(() => sessionStorage.setItem(KEY, key));
 }
 
 async function request(path, options = {}) {
   const headers = { "Content-Type": "application/json" };
-  if (apiKey()) headers.Authorization = `Bearer ${apiKey()}`;
+  if (apiKey) headers.Authorization = `Bearer ${apiKey}`;
   let response;
   try {
-    response = await fetch(path, { ...options, headers, credentials: "omit", cache: "no-store", redirect: "error" });
+    // No redirect: it would take the key along.
+    response = await fetch(path, { ...options, headers, cache: "no-store", redirect: "error" });
   } catch (error) {
     if (error.name === "AbortError") throw error;
     throw new Failure("The server does not answer. Is it still running?");
@@ -50,20 +40,21 @@ async function failureOf(response) {
   if (status === 401) return new Failure("The server wants a valid API key.", { status });
   if (status === 429 || status === 503) {
     const seconds = Number(response.headers.get("Retry-After"));
-    const wait = seconds > 0 ? ` Try again in ${counted(Math.ceil(seconds), "second")}.` : " Try again in a moment.";
-    return new Failure(detail + wait, { status });
+    const wait = seconds > 0 ? counted(Math.ceil(seconds), "second") : "a moment";
+    return new Failure(`${detail.replace(/[.]$/, "")}. Try again in ${wait}.`, { status });
   }
   return new Failure(detail, { status, again: status >= 500 || status === 408 });
 }
 
 /** Ask for an answer, and give its pieces; the last one has the usage. */
 async function* chat(body, signal) {
-  const response = await request("v1/chat/completions", { method: "POST", body: JSON.stringify(body), signal });
+  const asked = { method: "POST", body: JSON.stringify(body), signal };
+  const response = await request("v1/chat/completions", asked);
   yield { heard: true };
   for await (const data of eventsOf(response.body)) {
     if (data === "[DONE]") return;
     const chunk = JSON.parse(data);
-    if (chunk.error) throw new Failure(chunk.error.message ?? "The server failed in the middle of the answer.");
+    if (chunk.error) throw new Failure(chunk.error.message ?? "The server failed.");
     const choice = chunk.choices?.[0];
     yield {
       content: choice?.delta?.content ?? "",

@@ -70,6 +70,15 @@ function copyButton(label, text) {
   return made;
 }
 
+/** What an action gives, or null: a browser may have no storage, and a text be no JSON. */
+function attempt(action) {
+  try {
+    return action();
+  } catch {
+    return null;
+  }
+}
+
 /** Have a screen reader read a text when it has nothing else to read. */
 function say(text) {
   $("announcer").textContent = "";

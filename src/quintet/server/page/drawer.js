@@ -13,7 +13,8 @@ function showConversations() {
       const made = button(make("span", { dir: "auto" }, talk.title), choose, "");
       made.title = talk.title;
       if (talk === current) made.ariaCurrent = "true";
-      if (runs.has(talk.id)) made.append(make("span", { class: "dot", role: "img", "aria-label": "answering" }));
+      const dot = { class: "dot", role: "img", "aria-label": "answering" };
+      if (runs.has(talk.id)) made.append(make("span", dot));
       return make("li", {}, made);
     }),
   );
@@ -66,7 +67,8 @@ async function rename() {
 
 async function remove() {
   const talk = current;
-  const sure = await ask({ title: "Delete the conversation?", text: `“${talk.title}” is in this browser alone, and cannot be brought back.`, yes: "Delete" });
+  const text = `“${talk.title}” is in this browser alone, and cannot be brought back.`;
+  const sure = await ask({ title: "Delete the conversation?", text, yes: "Delete" });
   if (!sure) return;
   stop(talk);
   // An answer that still ends must not bring it back.
@@ -85,7 +87,7 @@ function save(ending, type, text) {
 async function openFile(file) {
   const talk = file.size > 20e6 ? null : fromJson(await file.text());
   if (talk === null) {
-    notice(`${file.name} holds no conversation. What this page exports as JSON does, and what /save of quintet chat writes.`);
+    notice(`${file.name} holds no conversation, as this page or /save of quintet chat writes it.`);
     return;
   }
   talks.unshift(talk);

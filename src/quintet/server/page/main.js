@@ -1,6 +1,7 @@
 // The page comes to life: buttons, keys, and what was kept from the last time.
 
-const SHORTCUTS = { "shift o": begin, b: toggleDrawer, ",": showSettings, "/": () => $("shortcuts").showModal() };
+const showHelp = () => $("shortcuts").showModal();
+const SHORTCUTS = { "shift o": begin, b: toggleDrawer, ",": showSettings, "/": showHelp };
 
 /** Say something above the conversation until it is taken away. */
 function notice(text, again = null) {
@@ -86,7 +87,7 @@ function listen() {
     toggle: toggleDrawer,
     shade: toggleDrawer,
     theme: nextTheme,
-    help: () => $("shortcuts").showModal(),
+    help: showHelp,
     import: () => $("file").click(),
     tune: showSettings,
     defaults: backToDefaults,
@@ -105,7 +106,9 @@ function listen() {
       act();
     };
   }
-  for (const each of document.querySelectorAll("[data-close]")) each.onclick = () => each.closest("dialog").close();
+  for (const each of document.querySelectorAll("[data-close]")) {
+    each.onclick = () => each.closest("dialog").close();
+  }
   document.addEventListener("click", (event) => {
     if ($("menu").open && !$("menu").contains(event.target)) $("menu").open = false;
     // The shade of a dialog is the dialog itself, outside of what it holds.

@@ -11,6 +11,7 @@ const RULE = /^ {0,3}(?:(?:\*[ \t]*){3,}|(?:-[ \t]*){3,}|(?:_[ \t]*){3,})$/;
 const ITEM = /^( *)([-*+]|\d{1,9}[.)])(?: +|$)/;
 const QUOTE = /^ {0,3}> ?/;
 const COLUMNS = /^[ \t]*\|?[ \t]*:?-+:?[ \t]*(?:\|[ \t]*:?-+:?[ \t]*)*\|?[ \t]*$/;
+const WEB = /^https?:\/\/[^\s<>"'`]/;
 const LETTER = /[\p{L}\p{N}_]/u;
 
 /**
@@ -82,7 +83,8 @@ function fenceAt(lines, at, [, fence, language]) {
 }
 
 function codeBlock(text, language) {
-  const bar = make("div", { class: "bar" }, make("span", {}, language || "text"), copyButton("Copy the code", () => text));
+  const name = make("span", {}, language || "text");
+  const bar = make("div", { class: "bar" }, name, copyButton("Copy the code", () => text));
   // Who scrolls by keys has to get there.
   const place = { tabindex: "0", role: "region", "aria-label": language ? `Code in ${language}` : "Code" };
   return make("div", { class: "code" }, bar, make("pre", place, make("code", {}, text)));
@@ -109,28 +111,37 @@ function listAt(lines, at, [, outer, mark], depth) {
   let end = at;
   while (end < lines.length) {
     const found = ITEM.exec(lines[end]);
-    if (!found || found[2].length > 1 !== ordered || found[1].length > outer.length + 1 || RULE.test(lines[end])) break;
+    if (!found || found[2].length > 1 !== ordered) break;
+    if (found[1].length > outer.length + 1 || RULE.test(lines[end])) break;
     const item = [lines[end].slice(found[0].length)];
     const text = found[1].length + found[2].length + 1;
     const belongs = (line) => line?.trim() && indentOf(line) >= Math.min(text, outer.length + 2);
     for (end += 1; end < lines.length; end += 1) {
       const line = lines[end];
       if (belongs(line)) item.push(line.slice(Math.min(indentOf(line), text)));
-      else if (line.trim() ? item.at(-1).trim() && !begins(lines, end, depth) : belongs(lines[end + 1])) item.push(line.trim());
-      else break;
+      else {
+        // A blank line is part of an item that goes on, and so is a paragraph's next line.
+        const begun = item.at(-1).trim() && !begins(lines, end, depth);
+        if (!(line.trim() ? begun : belongs(lines[end + 1]))) break;
+        item.push(line.trim());
+      }
     }
     items.push(item);
     if (!lines[end]?.trim() && ITEM.test(lines[end + 1] ?? "")) end += 1;
   }
   const start = ordered && mark !== "1." ? Number.parseInt(mark, 10) : null;
-  const build = () => make(ordered ? "ol" : "ul", { start }, ...items.map((item) => fill(make("li"), item, depth + 1)));
+  const build = () => {
+    const made = items.map((item) => fill(make("li"), item, depth + 1));
+    return make(ordered ? "ol" : "ul", { start }, ...made);
+  };
   return [Math.max(end, at + 1), build];
 }
 
 function tableAt(lines, at) {
   let end = at + 2;
   while (end < lines.length && lines[end].includes("|")) end += 1;
-  const sides = cells(lines[at + 1]).map((cell) => (cell.endsWith(":") ? (cell[0] === ":" ? "center" : "right") : null));
+  const side = (cell) => (cell.endsWith(":") ? (cell[0] === ":" ? "center" : "right") : null);
+  const sides = cells(lines[at + 1]).map(side);
   const row = (line, tag) => {
     const made = cells(line).slice(0, sides.length);
     return make("tr", {}, ...made.map((cell, column) => spans(make(tag, { class: sides[column] }), cell)));
@@ -190,9 +201,10 @@ function spans(element, text, depth = 0) {
         const label = sign === "!" ? `image: ${link.label || link.address}` : link.label;
         put(at, anchor(link.address, label, depth) ?? text.slice(at, link.end), link.end);
       }
-    } else if (sign === "h" && /^https?:\/\/[^\s<>"'`]/.test(text.slice(at, at + 10)) && !LETTER.test(text[at - 1] ?? "")) {
-      let address = /^[^\s<>"'`]*/.exec(text.slice(at, at + REACH))[0];
-      while (/[.,;:!?*_~)\]}]$/.test(address) && !(address.endsWith(")") && address.includes("("))) address = address.slice(0, -1);
+    } else if (sign === "h" && WEB.test(text.slice(at, at + 10)) && !LETTER.test(text[at - 1] ?? "")) {
+      let [address] = /^[^\s<>"'`]*/.exec(text.slice(at, at + REACH));
+      // What ends a sentence is no part of it, nor a bracket that it did not open.
+      address = address.replace(address.includes("(") ? /[.,;:!?*_~]+$/ : /[.,;:!?*_~)\]}]+$/, "");
       put(at, anchor(address, null, depth) ?? address, at + address.length);
     } else at += 1;
   }
@@ -251,14 +263,9 @@ function linkAt(text, at) {
 
 /** A link to the web that tells nobody where it was followed; null for any other address. */
 function anchor(address, label, depth) {
-  let url;
-  try {
-    url = new URL(address);
-  } catch {
-    return null;
-  }
-  if (url.protocol !== "https:" && url.protocol !== "http:") return null;
-  const link = make("a", { href: url.href, title: url.href, target: "_blank", rel: "noopener noreferrer nofollow" });
+  const { href, protocol } = attempt(() => new URL(address)) ?? {};
+  if (protocol !== "https:" && protocol !== "http:") return null;
+  const link = make("a", { href, title: href, target: "_blank", rel: "noopener noreferrer nofollow" });
   if (label && depth < DEEPEST) {
     spans(link, label, depth + 1);
     // A link in a link is not one.

@@ -15,14 +15,17 @@ const THEMES = ["system", "light", "dark"];
 
 function makeFields() {
   for (const { name, label, min, max, whole, hint } of FIELDS) {
-    const input = make("input", { id: `set-${name}`, type: "number", inputmode: "decimal", min, max, step: whole ? 1 : "any", "aria-describedby": `about-${name}` });
+    const [id, about, step] = [`set-${name}`, `about-${name}`, whole ? 1 : "any"];
+    const bounds = { type: "number", inputmode: "decimal", min, max, step };
+    const input = make("input", { id, ...bounds, "aria-describedby": about });
     input.addEventListener("input", () => {
       // What breaks a rule is not sent, and says why.
       input.setAttribute("aria-invalid", String(!input.validity.valid));
-      $(`about-${name}`).textContent = input.validity.valid ? (hint ?? "") : input.validationMessage;
+      $(about).textContent = input.validity.valid ? (hint ?? "") : input.validationMessage;
       set(name, input.validity.valid && input.value !== "" ? Number(input.value) : undefined);
     });
-    $("fields").append(make("label", { class: "field" }, label, input, make("small", { id: `about-${name}` }, hint ?? "")));
+    const small = make("small", { id: about }, hint ?? "");
+    $("fields").append(make("label", { class: "field" }, label, input, small));
   }
 }
 
@@ -50,7 +53,7 @@ function showSettings() {
   $("system").value = settings.system ?? "";
   $("thinking-field").hidden = !model.thinking;
   $("thinking").value = settings.thinking ?? "";
-  $("key").value = apiKey();
+  $("key").value = apiKey;
   if (!$("settings").open) $("settings").showModal();
 }
 
@@ -81,7 +84,7 @@ function showModel() {
   $("model").value = model.id;
   const facts = [];
   if (model.context) facts.push(`${model.id} reads up to ${model.context.toLocaleString("en")} tokens.`);
-  if (model.chat === false) facts.push("It has no chat template: it continues texts and was not trained to answer.");
+  if (model.chat === false) facts.push("It has no chat template: it was not trained to answer.");
   facts.push("Conversations are kept in this browser alone.");
   $("facts").textContent = facts.join(" ");
 }

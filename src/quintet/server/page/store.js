@@ -7,30 +7,13 @@ const PREFERENCES = "quintet.preferences";
 const UNNAMED = "New conversation";
 const preferences = read(PREFERENCES) ?? {};
 
-function parsed(text) {
-  try {
-    return JSON.parse(text);
-  } catch {
-    return null;
-  }
-}
-
 function read(key) {
-  try {
-    return parsed(localStorage.getItem(key));
-  } catch {
-    return null; // a browser without storage
-  }
+  return attempt(() => JSON.parse(localStorage.getItem(key)));
 }
 
 /** Keep a value, and tell whether the browser had room for it. */
 function write(key, value) {
-  try {
-    localStorage.setItem(key, JSON.stringify(value));
-    return true;
-  } catch {
-    return false;
-  }
+  return attempt(() => !localStorage.setItem(key, JSON.stringify(value)));
 }
 
 function prefer(changes) {
@@ -49,13 +32,8 @@ function isMessage(value) {
 
 /** Every conversation in this browser, the latest first. */
 function storedConversations() {
-  let keys = [];
-  try {
-    keys = Object.keys(localStorage).filter((key) => key.startsWith(CHAT));
-  } catch {
-    // There is no storage: conversations last as long as the page.
-  }
-  const found = keys.map(read).filter(isConversation);
+  const keys = attempt(() => Object.keys(localStorage)) ?? [];
+  const found = keys.filter((key) => key.startsWith(CHAT)).map(read).filter(isConversation);
   return found.sort((a, b) => b.updated - a.updated);
 }
 
@@ -78,11 +56,7 @@ function keep(talk) {
 }
 
 function forget(talk) {
-  try {
-    localStorage.removeItem(CHAT + talk.id);
-  } catch {
-    // It was never kept.
-  }
+  attempt(() => localStorage.removeItem(CHAT + talk.id));
 }
 
 /** Put a message behind its parent, at the end of the branch that is shown. */
@@ -143,7 +117,7 @@ function asMarkdown(talk) {
 
 /** Read what `asJson` or `quintet chat` wrote; null if it is something else. */
 function fromJson(text) {
-  const saved = parsed(text);
+  const saved = attempt(() => JSON.parse(text));
   if (!Array.isArray(saved?.messages) || !saved.messages.every(isMessage)) return null;
   const talk = newConversation();
   talk.settings.system = saved.messages.find((each) => each.role === "system")?.content ?? "";

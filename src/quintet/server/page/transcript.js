@@ -46,7 +46,8 @@ function viewOf(message) {
   else {
     view.summary = make("summary", {}, "");
     view.thought = document.createTextNode("");
-    view.reasoning = make("details", { class: "reasoning" }, view.summary, make("div", { dir: "auto" }, view.thought));
+    const thoughts = make("div", { dir: "auto" }, view.thought);
+    view.reasoning = make("details", { class: "reasoning" }, view.summary, thoughts);
     view.failure = make("div", { class: "failure", hidden: true });
     view.element.append(view.reasoning);
   }
@@ -107,9 +108,10 @@ function progress(run) {
 }
 
 /** What an answer came to. */
-function figures({ figures: made, ended, model }) {
+function figures({ figures: made, ended, about, model }) {
   const parts = [];
   if (ended === "stopped") parts.push("Stopped");
+  if (about) parts.push(`about ${counted(about, "token")}`);
   if (ended === "length") parts.push("Cut at its greatest length");
   if (made) {
     parts.push(counted(made.tokens, "token"));
