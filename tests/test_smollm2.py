@@ -1,12 +1,13 @@
 """A model that talks, from its file to its answer, in every format: what no random weights show."""
 
+import json
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from quintet import AutoModelForCausalLM, AutoTokenizer
+from quintet import AutoModelForCausalLM, AutoTokenizer, grammar
 from quintet.conversion import convert
 
 # Without the system message its first word is drawn by less than bfloat16 keeps of a logit (25.33
@@ -48,6 +49,31 @@ def test_the_file_answers(smollm2: Path, tokenizer: Any) -> None:
     of_file = AutoTokenizer.from_pretrained(smollm2)
     wanted = tokenizer.apply_chat_template(QUESTION, tokenize=False)
     assert of_file.apply_chat_template(QUESTION, tokenize=False) == wanted
+
+
+def test_the_file_fills_a_schema(smollm2: Path, tokenizer: Any) -> None:
+    schema = {
+        "type": "object",
+        "properties": {
+            "name": {"type": "string", "maxLength": 20},
+            "age": {"type": "integer", "minimum": 0, "maximum": 150},
+            "city": {"type": "string", "maxLength": 20},
+        },
+        "required": ["name", "age", "city"],
+        "additionalProperties": False,
+    }
+    model = AutoModelForCausalLM.from_pretrained(smollm2)
+    processor = grammar.compile(grammar.json_schema(schema), tokenizer, model.config.vocab_size)
+    asked = "Ada is 36 years old and lives in London. Write her name, age and city as JSON."
+    prompt = tokenizer.apply_chat_template(
+        [{"role": "user", "content": asked}],
+        add_generation_prompt=True,
+        return_tensors="pt",
+        return_dict=True,
+    )
+    out = model.generate(**prompt, logits_processor=[processor], max_new_tokens=60, do_sample=False)
+    text = tokenizer.decode(out[0, prompt["input_ids"].shape[1] :], skip_special_tokens=True)
+    assert json.loads(text) == {"name": "Ada", "age": 36, "city": "London"}
 
 
 @pytest.mark.parametrize(

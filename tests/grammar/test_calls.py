@@ -122,6 +122,20 @@ def test_text_is_free_until_a_call_begins(name: str, marked: bool) -> None:
     assert accepts(processor, marked, "<think>hm</think>" + one)
 
 
+@each
+@marked_or_not
+def test_an_answer_may_have_a_form_of_its_own(name: str, marked: bool) -> None:
+    form = FORMATS[name]
+    processor = compiled(form, marked, "auto", answer=grammar.json_object())
+    one = form.written([BERN])
+    for text in (one, '{"a": 1}', "{}"):
+        assert accepts(processor, marked, text)
+    for text in ("", "hello", f"{{}}{one}", one[:-3], form.written([("then", "{}")])):
+        assert not accepts(processor, marked, text)
+    calls = compiled(form, marked, "required", answer=grammar.json_object())
+    assert not accepts(calls, marked, "{}")
+
+
 def test_what_spells_a_mark_is_text() -> None:
     spelt = [token for letter in "<tool_call>" for token in MARKED.encode(letter)]
     assert accepts(compiled(HERMES, True, "auto"), True, spelt)

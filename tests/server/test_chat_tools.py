@@ -133,11 +133,22 @@ def test_a_form_that_cannot_be_is_refused(served: Served) -> None:
         },
         {"regex": "("},
         {"grammar": "start: nothing"},
-        {"response_format": {"type": "json_object"}, "tools": TOOLS},
     ):
         answer = served[0].ask("POST", PATH, asked(**body))
         assert answer.status == 400, answer.body
         assert answer.error["type"] == "invalid_request_error"
+
+
+def test_a_form_binds_what_is_said_instead_of_calls(served: Served) -> None:
+    form = {"type": "json_schema", "json_schema": {"name": "w", "schema": SCHEMA, "strict": True}}
+    mark = str(served[2].convert_tokens_to_ids("<tool_call>"))
+    both = {"response_format": form, "tools": TOOLS}
+    said = answered(served, **both, logit_bias={mark: -100})
+    assert set(json.loads(said["message"]["content"])) == {"place", "days"}
+    for body in ({**both, "logit_bias": {mark: 100}}, {**both, "tool_choice": "required"}):
+        called = answered(served, **body, parallel_tool_calls=False)
+        assert called["finish_reason"] == "tool_calls"
+        assert called["message"]["content"] is None
 
 
 def test_thoughts_are_told_apart(served: Served) -> None:

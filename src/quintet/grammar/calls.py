@@ -31,16 +31,18 @@ class _Calls(Constraint):
         format: how calls are written.
         free: whether a text may come before them, or instead.
         parallel: whether there may be several.
+        answer: what a text without calls is to be, where one may come instead; None for any.
     """
 
     tools: tuple[tuple[str, str], ...]
     format: Format
     free: bool
     parallel: bool
+    answer: Constraint | None
 
     @property
     def kind(self) -> str:
-        return "schema of a tool"
+        return "grammar of calls"
 
     def grammar(self, vocabulary: Vocabulary) -> list[dict[str, Any]]:
         form = self.format
@@ -57,12 +59,17 @@ class _Calls(Constraint):
             inner.append({"name": f"tool_{number}", "json_schema": arguments})
         rules.append("call: " + " | ".join(f"call_{number}" for number in range(len(self.tools))))
         rules += self._beginning(form.begin or each)
+        if self.free and self.answer is not None:
+            whole, *others = self.answer.grammar(vocabulary)
+            inner += [whole | {"name": "instead"}, *others]
         return [{"name": "text", "lark_grammar": "\n".join(rules)}, *inner]
 
     def _beginning(self, opening: str) -> list[str]:
         form, opens = self.format, _parts(self.format, opening)
         if not self.free:
             return [f"start: {opens} calls"]
+        if self.answer is not None:
+            return [f"start: @instead | {opens} calls"]
         if form.trigger in form.tokens:
             # No text is made of what is a token, so the first such one tells where calls begin.
             thoughts = [form.tokens[mark] for mark in _THOUGHTS if mark in form.tokens]
@@ -81,6 +88,7 @@ def tool_calls(
     format: Format,
     choice: str = "required",
     parallel: bool = True,
+    answer: Constraint | None = None,
 ) -> Constraint:
     """Return the constraint that a text calls tools, and that their arguments fit their schemas.
 
@@ -92,6 +100,7 @@ def tool_calls(
         choice: "required" for any of them, the name of one, or "auto" for any text, in which calls
             are bound where they begin.
         parallel: whether there may be more than one call.
+        answer: with "auto", what a text is to be if it is no calls.
 
     Raises:
         GrammarError: there is no tool, no such tool, or the schema of a strict one is not
@@ -109,7 +118,7 @@ def tool_calls(
                 f"tool_choice={shown(choice)} is none of the tools {shown(list(read))}"
             )
         read = {choice: read[choice]}
-    return _Calls(tuple(read.items()), format, choice == "auto", parallel)
+    return _Calls(tuple(read.items()), format, choice == "auto", parallel, answer)
 
 
 def _tool(tool: Mapping[str, Any]) -> tuple[str, str]:

@@ -48,7 +48,7 @@ class Shapes:
         """Return what holds an answer to its form; None where it may be anything.
 
         Args:
-            form: `Ask.response_format`.
+            form: `Ask.response_format`; of what is said instead of calls, where there are tools.
             tools: those that may be called.
             choice: "auto", "none", "required" or the name of a tool.
             prompt_text: what the answer follows; a thought that it opens is free.
@@ -56,7 +56,7 @@ class Shapes:
 
         Raises:
             GrammarError: the form is wrong, contradicts itself or is too complex.
-            InputError: a form for text beside tools that may be called.
+            InputError: calls are asked for, and the model's template writes none.
         """
         constraint = self._constraint(form, tools, choice, parallel=parallel)
         if constraint is None:
@@ -72,34 +72,19 @@ class Shapes:
         *,
         parallel: bool,
     ) -> Constraint | None:
-        if tools and choice != "none":
-            if form is not None:
-                raise InputError(
-                    "response_format says what a text is to be, and tools may be called instead "
-                    "of one; leave one out, or set tool_choice to none"
-                )
-            strict = any(tool["function"].get("strict") for tool in tools)
-            written = format_of(self._tokenizer)
-            if choice == "auto" and not strict:
-                return None
-            if written is None:
-                raise InputError(
-                    "this model's chat template writes no calls of tools, so that none can be "
-                    "asked for; leave tools and tool_choice out"
-                )
-            return tool_calls(tools, written, choice, parallel)
-        match form:
-            case None:
-                return None
-            case {"type": "json_object"}:
-                return json_object()
-            case {"type": "json_schema", "schema": schema}:
-                return json_schema(schema)
-            case {"type": "regex", "pattern": pattern}:
-                return regex(pattern)
-            case {"type": "grammar", "grammar": grammar}:
-                return lark(grammar)
-        raise InputError("there is no such form of an answer")
+        said = None if form is None else _said(form)
+        if not tools or choice == "none":
+            return said
+        strict = any(tool["function"].get("strict") for tool in tools)
+        if choice == "auto" and not strict and said is None:
+            return None
+        written = format_of(self._tokenizer)
+        if written is None:
+            raise InputError(
+                "this model's chat template writes no calls of tools, so that none can be asked "
+                "for; leave tools and tool_choice out"
+            )
+        return tool_calls(tools, written, choice, parallel, said)
 
     def _ready(self) -> Grammars:
         """Read the tokenizer when that is needed first, and once."""
@@ -111,3 +96,16 @@ class Shapes:
                     eos_token_id=self._model.generation_config.eos_token_ids or None,
                 )
             return self._grammars
+
+
+def _said(form: Mapping[str, Any]) -> Constraint:
+    match form:
+        case {"type": "json_object"}:
+            return json_object()
+        case {"type": "json_schema", "schema": schema}:
+            return json_schema(schema)
+        case {"type": "regex", "pattern": pattern}:
+            return regex(pattern)
+        case {"type": "grammar", "grammar": grammar}:
+            return lark(grammar)
+    raise InputError("there is no such form of an answer")
