@@ -72,6 +72,13 @@ def test_the_last_of_keys_that_are_alike_counts(server: Running) -> None:
     assert answer.json() == server.ask("POST", "/tokenize", {"prompt": "b"}).json()
 
 
+@pytest.mark.parametrize("name", ["", " ", "é\n", "a;b", "x" * 5000])
+def test_a_field_of_any_name_is_told_of(server: Running, name: str) -> None:
+    answer = server.ask("POST", "/tokenize", {"prompt": "a", name: 1})
+    assert answer.status == 200
+    assert "no effect" in answer.headers["warnings"]
+
+
 def test_control_characters_are_text(server: Running) -> None:
     text = "\0\x01\x1b[31m\x7f\u2028"
     ids = server.ask("POST", "/tokenize", {"prompt": text}).json()["tokens"]
