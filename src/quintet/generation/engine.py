@@ -19,10 +19,12 @@ from quintet.generation.rows import Piece, Rows
 from quintet.generation.sequence import Sequence
 from quintet.generation.speculative.drafting import PredictedDrafting
 from quintet.generation.speculative.factory import AssistantModel
+from quintet.generation.speculative.pacing import Pacing, room_for_drafts
 from quintet.generation.speculative.pooled import PooledPrediction
 from quintet.generation.speculative.prediction import MTPModel
 from quintet.generation.stopping import Criterion
 from quintet.generation.streamers import Streamer
+from quintet.quantization.modules import Quantized
 from quintet.tokenization import PreTrainedTokenizer
 
 __all__ = ["Engine"]
@@ -65,6 +67,8 @@ class Engine:
         self.drafted = 0
         # What prediction layers keep, once a sequence wants drafts of theirs.
         self._prediction: PooledPrediction | None = None
+        module = cast("torch.nn.Module", model)
+        self._few_bits = any(isinstance(one, Quantized) for one in module.modules())
 
     @property
     def sequences(self) -> list[Sequence]:
@@ -192,7 +196,13 @@ class Engine:
             )
         sequence.computed = held
         self._placed[sequence] = row
-        if isinstance(sequence.drafting, PredictedDrafting):
+        drafting, sampler = sequence.drafting, sequence.sampler
+        if drafting is not None and drafting.pacing is None:
+            # What is drafted changes which numbers of its generator a token is drawn by, so that
+            # one that has its own drafts whatever the others do.
+            seeded = sampler.do_sample and sampler.generators is not None
+            drafting.pacing = None if seeded else Pacing()
+        if isinstance(drafting, PredictedDrafting):
             if self._prediction is None:
                 model = cast("MTPModel", self.model)
                 self._prediction = PooledPrediction(model, self._rows.count, self.capacity)
@@ -262,8 +272,10 @@ class Engine:
             )
         for sequence in sequences:
             sequence.settle()
+        stepping = [one for one in sequences if one.waiting == 1 and not one.finished]
+        self._pace(stepping)
         if self._prediction is not None:
-            self._prediction.draft([one for one in sequences if one.waiting == 1])
+            self._prediction.draft(stepping)
         going, pieces = [], []
         for sequence in sequences:
             asked = None if sequence.finished else self._next_piece(sequence, piece)
@@ -287,15 +299,28 @@ class Engine:
         self._choose(going, pieces, logits)
         return [one.ids[before.get(one, len(one.ids)) :] for one in sequences]
 
+    def _pace(self, stepping: list[Sequence]) -> None:
+        """Let rows draft as far as a step has room for it."""
+        room = room_for_drafts(len(stepping), few_bits=self._few_bits)
+        for sequence in stepping:
+            drafting = sequence.drafting
+            if drafting is None or drafting.pacing is None:
+                continue
+            drafting.pacing.room = room
+            if self._prediction is not None and isinstance(drafting, PredictedDrafting):
+                self._prediction.pace(sequence)
+
     def _run(self, going: list[Sequence], pieces: list[Piece]) -> Tensor:
         """Run over the pieces; what is made of them goes to whom it matters."""
-        drafting = [isinstance(one.drafting, PredictedDrafting) for one in going]
+        drafting = [
+            isinstance(one.drafting, PredictedDrafting) and one.drafting.awake for one in going
+        ]
         pooling = [one.watched is not None and one.watched.pooling is not None for one in going]
         if not any(drafting) and not any(pooling):
             return self._rows.run(pieces)
         logits, seen = self._rows.watch(pieces)
         for one, piece, made in zip(going, pieces, seen, strict=True):
-            if isinstance(one.drafting, PredictedDrafting):
+            if isinstance(one.drafting, PredictedDrafting) and one.drafting.awake:
                 one.drafting.saw(made, piece.checked)
             if one.watched is not None and one.watched.pooling is not None:
                 one.watched.saw_states(made.states)
@@ -316,7 +341,7 @@ class Engine:
                 sequence.has_read()
             if not piece.checked or sequence.finished:
                 continue
-            if sequence.drafting is None:
+            if not sequence.checks:
                 single.append(sequence)
                 places.append(own)
                 continue
@@ -339,6 +364,8 @@ class Engine:
             if sequence.observed is not None:
                 sequence.observed.took(made[own : own + 1], [token])
             sequence.take(token)
+            if sequence.drafting is not None:
+                sequence.drafting.taken(1, 0)
 
     @staticmethod
     def _take_down(sequence: Sequence, piece: Piece, logits: Tensor) -> None:
@@ -392,3 +419,9 @@ class Engine:
         if row is None:
             raise InputError("the sequence is not in this engine; add it first")
         return row
+
+
+def _predicting(sequence: Sequence) -> PredictedDrafting | None:
+    """Return what drafts for a sequence by prediction layers, if anything does now."""
+    drafting = sequence.drafting
+    return drafting if isinstance(drafting, PredictedDrafting) and drafting.awake else None

@@ -106,7 +106,7 @@ class Sequence:
 
     def draft(self) -> list[int]:
         """Return what may come next and is to be checked; nothing behind a prompt."""
-        if self.drafting is None or len(self.ids) == self.prompt_length:
+        if self.drafting is None or len(self.ids) == self.prompt_length or not self.drafting.awake:
             return []
         try:
             return self.drafting.propose(self.text, self.sampler, self._left, self._ends)
@@ -127,6 +127,15 @@ class Sequence:
         except Exception as error:
             self.fail(error)
             return None
+
+    @property
+    def checks(self) -> bool:
+        """Whether its next tokens are found by checking a draft, be it an empty one.
+
+        A row that draws by a generator of its own does so by turns, as it would alone.
+        """
+        drafting = self.drafting
+        return drafting is not None and (drafting.pacing is None or drafting.drafted)
 
     def take_checked(self, logits: Tensor) -> None:
         """Add what holds of the draft and the token behind it, by logits (K + 1, V)."""

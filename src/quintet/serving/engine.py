@@ -15,11 +15,12 @@ from quintet.errors import EngineStoppedError, InputError
 from quintet.generation.engine import Engine as StepEngine
 from quintet.generation.observing import Observed, Pooling
 from quintet.generation.requests import Served
+from quintet.generation.speculative.prediction import MTPModel
 from quintet.serving.answers import Answer
 from quintet.serving.figures import Snapshot
 from quintet.serving.limits import Limits
 from quintet.serving.memory import Room, room_of
-from quintet.serving.options import RequestOptions
+from quintet.serving.options import RequestOptions, Speculation, check_speculation, drafting
 from quintet.serving.request import LoopOutlet, Outlet, Request, hand_out
 from quintet.serving.runner import Runner
 from quintet.serving.transcript import Transcript
@@ -39,10 +40,12 @@ class Engine:
         tokenizer: reads prompts that are text, and writes answers; None for ids alone.
         limits: how much at once.
         nbits: 8, 6 or 4 bits a number of keys, values and latents; None to keep them as they are.
+        speculate: draft tokens for requests that do not say: by the model's prediction layers
+            ("mtp"), from what is there of the text ("lookup"), or not ("off").
         clock: tells the time in seconds, for deadlines and turns.
 
     Raises:
-        InputError: a limit is beyond the model's context.
+        InputError: a limit is beyond the model's context, or there is no such way of drafting.
     """
 
     def __init__(
@@ -52,12 +55,20 @@ class Engine:
         limits: Limits | None = None,
         *,
         nbits: int | None = None,
+        speculate: Speculation = "off",
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.limits = limits or Limits(
             capacity=min(Limits().capacity, model.config.max_position_embeddings)
         )
         self.tokenizer = tokenizer
+        check_speculation(speculate)
+        if speculate == "mtp" and not (isinstance(model, MTPModel) and model.prediction_depth()):
+            raise InputError(
+                f"speculate='mtp' needs layers of multi-token prediction, and this "
+                f"{type(model).__name__} has none; take 'lookup', or 'off'"
+            )
+        self._speculate = speculate
         self._clock = clock
         self._engine = StepEngine(model, self.limits.rows, self.limits.capacity, nbits=nbits)
         self._runner = Runner(self._engine, self.limits, clock)
@@ -253,6 +264,8 @@ class Engine:
         only_reads = others.get("max_new_tokens") == 0
         if only_reads:
             others["max_new_tokens"] = 1
+        else:
+            others |= drafting(own.speculate, others, self._speculate)
         text = self._engine.sequence(ids, tokenizer=self.tokenizer, **others)
         text.only_reads = only_reads
         if observed is None and (own.logprobs is not None or own.prompt_logprobs is not None):

@@ -2,11 +2,50 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
-from typing import Any, Self
+from typing import Any, Literal, Self, get_args
 
 from quintet.errors import InputError, shown
 
-__all__ = ["RequestOptions"]
+__all__ = ["RequestOptions", "Speculation", "check_speculation", "drafting"]
+
+Speculation = Literal["off", "mtp", "lookup"]
+# How many tokens are looked up at once.
+LOOKUP = 3
+_ASKING = ("use_mtp", "prompt_lookup_num_tokens", "assistant_model")
+
+
+def check_speculation(speculate: str | None) -> None:
+    """Check a way of drafting.
+
+    Raises:
+        InputError: there is no such way.
+    """
+    if speculate is not None and speculate not in get_args(Speculation):
+        raise InputError(
+            f"speculate={shown(speculate)} has to be one of {', '.join(get_args(Speculation))}"
+        )
+
+
+def drafting(
+    own: Speculation | None, given: Mapping[str, Any], default: Speculation
+) -> dict[str, Any]:
+    """Return options of `generate()` that make a request draft as it says, or by default.
+
+    A request that says otherwise how it drafts, or draws by a generator of its own, which drafts
+    would use in another way, has no default.
+    """
+    asks = any(given.get(name) is not None for name in _ASKING)
+    if own is not None and asks:
+        raise InputError(
+            f"speculate={own!r} and {', '.join(name for name in _ASKING if name in given)} both "
+            "say how to draft; give one of them"
+        )
+    if own is None and (asks or given.get("generator") is not None):
+        return {}
+    way = default if own is None else own
+    if way == "mtp":
+        return {"use_mtp": True}
+    return {"prompt_lookup_num_tokens": LOOKUP} if way == "lookup" else {}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -26,6 +65,8 @@ class RequestOptions:
         prompt_logprobs: the same of the tokens of the prompt, all of which are then run over.
         stop: strings that end the answer, which they are no part of.
         keep_special: have special tokens in the text; one that ends it never is.
+        speculate: draft tokens by the model's prediction layers ("mtp"), from the text itself
+            ("lookup"), or not ("off"); None for what the engine does, and what other options say.
 
     Raises:
         InputError: a value that cannot be used.
@@ -39,12 +80,15 @@ class RequestOptions:
     prompt_logprobs: int | None = None
     stop: tuple[str, ...] = ()
     keep_special: bool = False
+    speculate: Speculation | None = None
 
     def __post_init__(self) -> None:
         if self.timeout is not None and self.timeout <= 0:
             raise InputError(
                 f"timeout={self.timeout} has to be a number of seconds above 0, or None"
             )
+
+        check_speculation(self.speculate)
 
     @classmethod
     def split(cls, options: Mapping[str, Any]) -> tuple[Self, dict[str, Any]]:

@@ -10,6 +10,7 @@ from quintet.generation.outputs import Speculation
 from quintet.generation.sampler import Sampler
 from quintet.generation.speculative.candidates import Draft, Drafter, DraftWriter, Schedule
 from quintet.generation.speculative.checking import Checked, check_draft, for_a_turn
+from quintet.generation.speculative.pacing import Pacing
 from quintet.generation.speculative.prediction import Seen
 from quintet.generation.token_buffer import TokenBuffer
 
@@ -24,13 +25,25 @@ class Drafting(ABC):
 
     Attributes:
         found: how it went so far.
+        pacing: decides when it drafts; None for always.
     """
 
     def __init__(self, schedule: Schedule) -> None:
         self.schedule = schedule
+        self.pacing: Pacing | None = None
         self.found = Speculation()
         self._draft: Draft | None = None
         schedule.start(1)
+
+    @property
+    def awake(self) -> bool:
+        """Whether anything is to be drafted now."""
+        return self._draft is not None or self.pacing is None or self.pacing.awake
+
+    @property
+    def drafted(self) -> bool:
+        """Whether a forward may have run over something that is to be checked."""
+        return self._draft is not None and self._draft.counts[0] > 0
 
     def propose(
         self, text: TokenBuffer, sampler: Sampler, room: int, ends: frozenset[int]
@@ -61,12 +74,17 @@ class Drafting(ABC):
         """Take note of how many tokens were taken, and of how many drafts held."""
         drafted = 0 if self._draft is None else self._draft.counts[0]
         self._draft = None
+        if self.pacing is not None:
+            self.pacing.learn(count, drafted, kept)
         if drafted:
             self.schedule.learn([drafted], [kept])
             self.found.accepted.append([(drafted, min(kept, count))])
 
     def _most(self, room: int) -> int:
-        return max(0, min(self.schedule.rows[0], room - 1))
+        most = min(self.schedule.rows[0], room - 1)
+        if self.pacing is not None:
+            most = min(most, self.pacing.room if self.pacing.awake else 0)
+        return max(0, most)
 
 
 class TextDrafting(Drafting):

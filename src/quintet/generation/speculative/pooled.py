@@ -46,6 +46,14 @@ class PooledPrediction:
             self._pool.free(row)
             _drafting(sequence).forget()
 
+    def pace(self, sequence: Sequence) -> None:
+        """Keep a row for a sequence while it is to have drafts, and no longer."""
+        awake = _drafting(sequence).awake
+        if awake and sequence not in self._placed:
+            self.join(sequence)
+        elif not awake:
+            self.leave(sequence)
+
     def draft(self, sequences: Sequences[Sequence]) -> None:
         """Let the layers read what was made of some sequences since, and draft for them."""
         drafting = []

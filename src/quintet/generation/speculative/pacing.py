@@ -1,0 +1,45 @@
+"""When drafts are worth what it costs to check them."""
+
+__all__ = ["DRAFTS", "Pacing", "room_for_drafts"]
+
+# So many tokens of all rows go through a step that takes hardly longer than for one; in few bits,
+# weights take longer to decode, and half as many do.
+ROOM, ROOM_FEW_BITS = 16, 8
+# After so many drafts of which less than this share of tokens held, none for so many tokens.
+DRAFTS, SHARE, REST = 32, 0.4, 256
+
+
+def room_for_drafts(rows: int, *, few_bits: bool) -> int:
+    """Return how many tokens may be drafted for each of so many rows of a step."""
+    return max((ROOM_FEW_BITS if few_bits else ROOM) // max(rows, 1) - 1, 0)
+
+
+class Pacing:
+    """Lets a row draft while there is room for it in a step and enough holds.
+
+    Attributes:
+        room: how many tokens there is room for in the present step.
+    """
+
+    def __init__(self) -> None:
+        self.room = ROOM
+        self._drafts = self._drafted = self._kept = 0
+        self._rest = 0
+
+    @property
+    def awake(self) -> bool:
+        """Whether anything is to be drafted."""
+        return self.room > 0 and self._rest <= 0
+
+    def learn(self, taken: int, drafted: int, kept: int) -> None:
+        """Take note of how many tokens were taken, and how many of a draft held."""
+        self._rest -= taken
+        if not drafted:
+            return
+        self._drafts += 1
+        self._drafted += drafted
+        self._kept += kept
+        if self._drafts == DRAFTS:
+            if self._kept < SHARE * self._drafted:
+                self._rest = REST
+            self._drafts = self._drafted = self._kept = 0
