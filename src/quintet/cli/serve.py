@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from quintet.server.logs import LogFormat
     from quintet.server.registry import Loaded, Offer
     from quintet.serving import Limits
+    from quintet.serving.options import Speculation
 
 __all__ = ["command"]
 
@@ -108,7 +109,13 @@ def command(
     from quintet.server.service import Service
 
     bits = None if cache_dtype is None else BITS[cache_dtype]
-    opening = partial(_load, given=given, bits=bits, quiet=quiet)
+    opening = partial(
+        _load,
+        given=given,
+        bits=bits,
+        speculate=cast("Speculation", settings.speculate),
+        quiet=quiet,
+    )
     # Before a model is loaded for nothing.
     with listen(settings) as sock:
         with warnings_as_notes(quiet):
@@ -213,7 +220,12 @@ def _again(wanted: Wanted, opening: Any) -> "Loaded":
 
 
 def _load(
-    wanted: Wanted, *, given: dict[str, Any], bits: int | None, quiet: bool
+    wanted: Wanted,
+    *,
+    given: dict[str, Any],
+    bits: int | None,
+    speculate: "Speculation",
+    quiet: bool,
 ) -> "tuple[Loaded, Opened]":
     """Open a model, and let an engine run it.
 
@@ -235,7 +247,9 @@ def _load(
     if wanted.adapters:
         # Of itself the model answers as it is.
         opened.model.set_adapter([])
-    engine = Engine(cast("Any", opened.model), opened.tokenizer, limits, nbits=bits)
+    engine = Engine(
+        cast("Any", opened.model), opened.tokenizer, limits, nbits=bits, speculate=speculate
+    )
     print_of = fingerprint(opened.model, bits)
     return Loaded(engine, opened.tokenizer, limits.capacity, print_of), opened
 

@@ -15,7 +15,10 @@ __all__ = ["SIZE", "engine_options", "limits_of", "server_options", "settings_of
 
 Command = TypeVar("Command", bound=Callable[..., Any])
 # Fields of Limits and of Settings, which are options of the same name, or of the one here.
-ENGINE = ("rows", "capacity", "queue", "piece", "memory", "ahead", "patience", "kept")
+ENGINE = (
+    *("rows", "capacity", "queue", "piece", "itl_target_ms", "memory", "ahead", "patience"),
+    "kept",
+)
 TOLD = (
     *("host", "port", "insecure_no_auth", "allowed_hosts", "allowed_origins", "page", "docs"),
     *("strict", "speculate"),
@@ -97,7 +100,14 @@ def engine_options(command: Command) -> Command:
             type=COUNT,
             default=256,
             show_default=True,
-            help="Tokens of a prompt read between two steps of the others.",
+            help="Tokens of a prompt read between two steps of the others, at the most.",
+        ),
+        click.option(
+            "--itl-target-ms",
+            type=click.FloatRange(min=0, min_open=True),
+            default=200.0,
+            show_default=True,
+            help="Milliseconds between two tokens of the others meanwhile.",
         ),
         click.option(
             "--queue",
