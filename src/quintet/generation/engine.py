@@ -42,6 +42,7 @@ class Engine:
         capacity: how many tokens a row holds: a sequence's prompt, and what it gets but the last.
         nbits: 8, 6 or 4 bits a number of keys, values and latents, as `cache_dtype` of
             `generate()` has them; None to keep them as they are.
+        paces_drafts: whether rows draft no more than a step has room for, and not where few hold.
 
     Raises:
         InputError: there is no row, the capacity is beyond the model's context, or another number
@@ -49,7 +50,13 @@ class Engine:
     """
 
     def __init__(
-        self, model: Served, rows: int, capacity: int, *, nbits: int | None = None
+        self,
+        model: Served,
+        rows: int,
+        capacity: int,
+        *,
+        nbits: int | None = None,
+        paces_drafts: bool = False,
     ) -> None:
         context = model.config.max_position_embeddings
         if rows < 1 or not 1 <= capacity <= context:
@@ -67,6 +74,7 @@ class Engine:
         self.drafted = 0
         # What prediction layers keep, once a sequence wants drafts of theirs.
         self._prediction: PooledPrediction | None = None
+        self._paces_drafts = paces_drafts
         module = cast("torch.nn.Module", model)
         self._few_bits = any(isinstance(one, Quantized) for one in module.modules())
 
@@ -197,7 +205,7 @@ class Engine:
         sequence.computed = held
         self._placed[sequence] = row
         drafting, sampler = sequence.drafting, sequence.sampler
-        if drafting is not None and drafting.pacing is None:
+        if self._paces_drafts and drafting is not None and drafting.pacing is None:
             # What is drafted changes which numbers of its generator a token is drawn by, so that
             # one that has its own drafts whatever the others do.
             seeded = sampler.do_sample and sampler.generators is not None

@@ -70,7 +70,9 @@ class Engine:
             )
         self._speculate = speculate
         self._clock = clock
-        self._engine = StepEngine(model, self.limits.rows, self.limits.capacity, nbits=nbits)
+        self._engine = StepEngine(
+            model, self.limits.rows, self.limits.capacity, nbits=nbits, paces_drafts=True
+        )
         self._runner = Runner(self._engine, self.limits, clock)
         self._thread = threading.Thread(target=self._runner.run, name="quintet-engine", daemon=True)
         self._thread.start()
