@@ -17,8 +17,8 @@ from quintet.tokenization import PreTrainedTokenizer
 
 __all__ = ["Grammars", "compile"]
 
-# So often a grammar is gone on with before it counts as usable: some are too complex only then.
-TRIED = 3
+# So many tokens are tried before a grammar counts as usable: some are too complex only then.
+TRIED = 8
 
 
 class Grammars:
@@ -108,9 +108,7 @@ class Grammars:
     def _fault(self, matcher: LLMatcher) -> str:
         """Return why a grammar fails at its first tokens; "" where it does not."""
         for _ in range(TRIED):
-            if forced := matcher.compute_ff_tokens():
-                matcher.consume_tokens(forced)
-                continue
+            # What takes long is done by this call, which lets other threads go on meanwhile.
             mask = int.from_bytes(matcher.compute_bitmask(), "little")
             for end in self.vocabulary.ends:
                 mask &= ~(1 << end)

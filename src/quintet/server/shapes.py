@@ -1,10 +1,9 @@
 """What form an answer has to have, as a processor of its logits; compiled once for a model."""
 
-import threading
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from quintet.errors import InputError
+from quintet.errors import InputError, TokenizerError
 from quintet.generation.requests import Served
 from quintet.grammar import (
     Constraint,
@@ -26,15 +25,25 @@ __all__ = ["Shapes"]
 class Shapes:
     """Makes processors for one model; from any thread.
 
+    The tokenizer is read when this is made, not when a form is asked for first: llguidance holds
+    all other threads for seconds meanwhile.
+
     Args:
         model: whose logits these are.
         tokenizer: of the model.
     """
 
     def __init__(self, model: Served, tokenizer: PreTrainedTokenizer) -> None:
-        self._model, self._tokenizer = model, tokenizer
-        self._lock = threading.Lock()
+        self._tokenizer, self._missing = tokenizer, ""
         self._grammars: Grammars | None = None
+        try:
+            self._grammars = Grammars(
+                tokenizer,
+                model.config.vocab_size,
+                eos_token_id=model.generation_config.eos_token_ids or None,
+            )
+        except (InputError, TokenizerError) as error:
+            self._missing = str(error)
 
     def processor(
         self,
@@ -61,8 +70,10 @@ class Shapes:
         constraint = self._constraint(form, tools, choice, parallel=parallel)
         if constraint is None:
             return None
+        if self._grammars is None:
+            raise InputError(f"no answer of this model can be held to a form: {self._missing}")
         thinks = prompt_text.rstrip().endswith(THINK)
-        return self._ready().compile(constraint, after=END_THINK if thinks else None)
+        return self._grammars.compile(constraint, after=END_THINK if thinks else None)
 
     def _constraint(
         self,
@@ -85,17 +96,6 @@ class Shapes:
                 "for; leave tools and tool_choice out"
             )
         return tool_calls(tools, written, choice, parallel, said)
-
-    def _ready(self) -> Grammars:
-        """Read the tokenizer when that is needed first, and once."""
-        with self._lock:
-            if self._grammars is None:
-                self._grammars = Grammars(
-                    self._tokenizer,
-                    self._model.config.vocab_size,
-                    eos_token_id=self._model.generation_config.eos_token_ids or None,
-                )
-            return self._grammars
 
 
 def _said(form: Mapping[str, Any]) -> Constraint:
