@@ -189,6 +189,12 @@ def test_a_model_that_does_not_fit_is_not_loaded(
     assert result.is_one_screen
 
 
+def test_a_model_that_cannot_guess_ahead_is_not_told_to(quintet: Run, plain_model: Path) -> None:
+    result = quintet("serve", plain_model, "--port", 0, "--speculate", "mtp")
+    assert result.code == 2
+    assert "no prediction layers" in result.err
+
+
 def test_what_is_not_installed_is_named(quintet: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(serve, "NEEDED", ("uvicorn", "no_such_package"))
     result = quintet("serve", demo_model())

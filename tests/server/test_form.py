@@ -168,6 +168,12 @@ def test_a_request_is_named_by_who_asks_if_the_name_is_one(
         assert answer.headers["x-request-id"]
 
 
+def test_probes_may_ask_for_the_head_alone(server: Running) -> None:
+    for path in ("/health", "/ready"):
+        answer = server.ask("HEAD", path)
+        assert (answer.status, answer.body) == (200, b"")
+
+
 def test_the_server_describes_itself(server: Running) -> None:
     told = server.ask("GET", "/openapi.json").json()
     body = told["paths"]["/tokenize"]["post"]["requestBody"]["content"]["application/json"]

@@ -258,3 +258,17 @@ def test_a_thousand_readers_that_go(server: Running) -> None:
         opened(server, "/test/works?seconds=60").close()
         opened(server, "/test/flood").close()
     until(lambda: server.service.under_way == 0, 10)
+
+
+def test_there_are_not_endlessly_many_at_once() -> None:
+    with serving(router=router, requests=3) as server:
+        socks = [opened(server, "/test/silent") for _ in range(3)]
+        until(lambda: server.service.under_way == 3)
+        answer = server.ask("GET", "/version")
+        assert (answer.status, answer.error["code"]) == (503, "too_many_requests")
+        assert answer.headers["retry-after"]
+        assert server.ask("GET", "/health").status == 200
+        for sock in socks:
+            sock.close()
+        until(lambda: server.service.under_way == 0)
+        assert server.ask("GET", "/version").status == 200

@@ -230,9 +230,11 @@ def _load(
     """Open a model, and let an engine run it.
 
     Raises:
+        InputError: it cannot guess ahead as it is to.
         DoesNotFitError: model and cache are larger than the memory there is.
         QuintetError: whatever keeps it from loading.
     """
+    from quintet.generation.speculative.prediction import MTPModel
     from quintet.server.fingerprint import fingerprint
     from quintet.server.registry import Loaded
     from quintet.serving import Engine
@@ -244,6 +246,11 @@ def _load(
     for name, path in wanted.adapters.items():
         places = {key: where[key] for key in ("local_files_only", "cache_dir")}
         opened.model.load_adapter(path, name, **places)
+    able = isinstance(opened.model, MTPModel) and opened.model.prediction_depth()
+    if speculate == "mtp" and not able:
+        raise InputError(
+            f"--speculate mtp: {wanted.name} has no prediction layers; take lookup, or off"
+        )
     if wanted.adapters:
         # Of itself the model answers as it is.
         opened.model.set_adapter([])

@@ -46,6 +46,7 @@ SIZE = _Size()
 COUNT, SECONDS = click.IntRange(1), click.FloatRange(0, min_open=True)
 # What bounds a request: the field of Settings, its kind, how it is shown, what it is.
 BOUNDS: tuple[tuple[str, str, click.ParamType[Any], str, str], ...] = (
+    ("--max-requests", "requests", COUNT, "512", "At once, whatever they are at."),
     ("--max-body", "body", SIZE, "8MiB", "Of a request."),
     ("--max-header", "header", SIZE, "64KiB", "Of the head of a request."),
     ("--max-depth", "depth", COUNT, "64", "To which JSON may nest."),

@@ -86,6 +86,8 @@ class Gate:
             send = _shared(send, origin)
         path = scope["path"]
         if path not in PROBES:
+            if self._service.under_way > settings.requests:
+                raise unavailable("too many requests are under way; try again", "too_many_requests")
             if self._keys and not (path == PAGE and settings.page):
                 scope["state"]["caller"] = self._caller(headers)
             if self._service.draining:

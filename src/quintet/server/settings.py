@@ -30,6 +30,7 @@ class Settings:
         speculate: how tokens are guessed ahead where a request does not say: "off", "mtp" by the
             model's prediction layers, or "lookup" from what was read.
         strict: refuse fields that are not known, instead of naming them in `warnings`.
+        requests: how many requests there may be at once, whatever they are at.
         body: how many bytes a request may have.
         header: how many bytes the head of a request may have.
         depth: how deep JSON may nest.
@@ -66,6 +67,7 @@ class Settings:
     docs: bool = True
     speculate: str = "off"
     strict: bool = False
+    requests: int = 512
     body: int = 8 * MIB
     header: int = 64 * KIB
     depth: int = 64
@@ -99,6 +101,7 @@ class Settings:
             (
                 1,
                 {
+                    "requests": self.requests,
                     "body": self.body,
                     "header": self.header,
                     "depth": self.depth,
