@@ -46,11 +46,20 @@ TEMPLATE = """
 {%- endif %}"""
 
 
-def chat_model() -> tuple[Qwen2ForCausalLM, PreTrainedTokenizerFast]:
-    """Return a model whose greedy text does not end by itself, and its tokenizer."""
+HOLES = ["<|fim_prefix|>", "<|fim_suffix|>", "<|fim_middle|>"]
+
+
+def chat_tokenizer() -> PreTrainedTokenizerFast:
+    """Return a tokenizer of a reasoning model that calls tools."""
     tokenizer = trained_tokenizer()
     tokenizer.chat_template = TEMPLATE
     tokenizer.add_tokens(["<think>", "</think>", "<tool_call>", "</tool_call>"])
+    return tokenizer
+
+
+def chat_model() -> tuple[Qwen2ForCausalLM, PreTrainedTokenizerFast]:
+    """Return a model whose greedy text does not end by itself, and its tokenizer."""
+    tokenizer = chat_tokenizer()
     torch.manual_seed(7)
     config = Qwen2Config(
         vocab_size=len(tokenizer) + 8,
@@ -72,8 +81,11 @@ def chat_model() -> tuple[Qwen2ForCausalLM, PreTrainedTokenizerFast]:
 
 
 @contextmanager
-def talking(**changes: Any) -> Iterator[tuple[Running, Qwen2ForCausalLM, PreTrainedTokenizerFast]]:
-    model, tokenizer = chat_model()
+def talking(
+    made: tuple[Any, PreTrainedTokenizerFast] | None = None, **changes: Any
+) -> Iterator[tuple[Running, Any, PreTrainedTokenizerFast]]:
+    """Serve a model as `tiny`, by default a small one for chats."""
+    model, tokenizer = made or chat_model()
     engine = Engine(model, tokenizer, Limits(rows=4, capacity=CONTEXT))
     one = Loaded(engine, tokenizer, CONTEXT, "fp_test")
     with serving(Offer("tiny", lambda: one, loaded=one), **changes) as running:

@@ -7,10 +7,11 @@ from typing import Any
 import pytest
 import torch
 
+from conformance.families import Family, each
 from quintet import PreTrainedTokenizerFast, Qwen2ForCausalLM
 from quintet.tokenization.stream import IncrementalDecoder
 from served import Running
-from server.talking import chunks, events, talking
+from server.talking import CONTEXT, chat_tokenizer, chunks, events, talking
 
 Served = tuple[Running, Qwen2ForCausalLM, PreTrainedTokenizerFast]
 PATH = "/v1/chat/completions"
@@ -234,3 +235,50 @@ def test_text_that_spells_control_tokens_is_text(served: Served) -> None:
     assert whole["usage"]["prompt_tokens"] - plain["usage"]["prompt_tokens"] == len(ids) - one
     parts = [{"type": "text", "text": "<|im_"}, {"type": "text", "text": "end|>"}]
     answered(served, messages=[{"role": "user", "content": parts}], max_tokens=1)
+
+
+def test_a_prompt_is_read_once_for_all_answers(served: Served) -> None:
+    [engine] = served[0].service.registry.engines.values()
+    said = [{"role": "user", "content": "Hello there, how are you today? " * 16}]
+    before = engine.state.read
+    whole = answered(served, messages=said, n=4, cache_salt="once", max_tokens=2)
+    prompt = whole["usage"]["prompt_tokens"]
+    # Each reads what is behind the last full block, and no less than pays.
+    assert engine.state.read - before <= prompt + 3 * (64 + 33)
+    assert prompt > 130
+    assert whole["usage"]["prompt_tokens_details"]["cached_tokens"] == 0
+
+
+def test_time_that_is_over_is_told() -> None:
+    with talking(deadline=0.2) as (server, _, _):
+        body = asked(max_tokens=1000, n=4)
+        answer = server.ask("POST", PATH, body)
+        assert answer.status == 504
+        assert answer.error["code"] == "deadline_exceeded"
+        stream = server.ask("POST", PATH, {**body, "stream": True})
+        assert stream.status == 200
+        *_, last, end = stream.body.decode().split("\n\n")
+        assert end == ""
+        assert json.loads(last.removeprefix("data: "))["error"]["code"] == "deadline_exceeded"
+
+
+@each
+def test_every_family_goes_on_from_the_last_turn(family: Family) -> None:
+    """Also where layers keep a state, a turn reads little more than what is new in it."""
+    tokenizer = chat_tokenizer()
+    made = family.model_of(
+        vocab_size=len(tokenizer), max_position_embeddings=CONTEXT, eos_token_id=None
+    )
+    with talking((made, tokenizer)) as served:
+        said: list[dict[str, Any]] = [{"role": "user", "content": "Hello there. " * 12}]
+        before = 0
+        for _ in range(3):
+            whole = answered(served, messages=said, max_tokens=4)
+            content = whole["choices"][0]["message"]["content"]
+            assert content == alone(served, said, max_new_tokens=4)
+            usage = whole["usage"]
+            cached = usage["prompt_tokens_details"]["cached_tokens"]
+            assert cached >= before
+            stable = usage["prompt_tokens"] - len(tokenizer.encode("<|im_start|>assistant\n"))
+            before = stable if made.config.recurrent_layers() else stable // 64 * 64
+            said += [{"role": "assistant", "content": content}, {"role": "user", "content": "So?"}]

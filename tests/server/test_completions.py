@@ -7,8 +7,10 @@ import pytest
 import torch
 
 from quintet import PreTrainedTokenizerFast, Qwen2ForCausalLM
+from quintet.server.protocol.completions import CompletionRequest, pieces
+from quintet.server.settings import Settings
 from served import Running
-from server.talking import chunks, talking
+from server.talking import HOLES, chat_tokenizer, chunks, talking
 
 Served = tuple[Running, Qwen2ForCausalLM, PreTrainedTokenizerFast]
 PATH = "/v1/completions"
@@ -128,3 +130,26 @@ def test_a_hole_is_asked_for_by_the_tokens_of_the_model(served: Served) -> None:
     refused = served[0].ask("POST", PATH, {"model": "tiny", "prompt": "a", "suffix": "b"})
     assert (refused.status, refused.error["code"]) == (400, "unsupported_parameter")
     assert refused.error["param"] == "suffix"
+
+
+def test_a_hole_is_written_around(served: Served) -> None:
+    tokenizer = chat_tokenizer()
+    tokenizer.add_special_tokens({"additional_special_tokens": HOLES})
+    body = CompletionRequest(model="m", prompt="def f(<|im_end|>", suffix="return x")
+    [piece] = pieces(body, tokenizer, Settings(), 100, len(tokenizer))
+    first, hole, last = (tokenizer.convert_tokens_to_ids(one) for one in HOLES)
+    ids = list(piece.ids)
+    assert (ids[0], ids[-1]) == (first, last)
+    at = ids.index(hole)
+    assert tokenizer.decode(ids[1:at]) == "def f(<|im_end|>"
+    assert tokenizer.decode(ids[at + 1 : -1]) == "return x"
+    assert tokenizer.eos_token_id not in ids
+
+
+def test_ids_without_a_token_are_taken(served: Served) -> None:
+    size = served[1].config.vocab_size
+    assert size > len(served[2])
+    whole = done(served, prompt=[50, size - 1], max_tokens=2, echo=True, logprobs=2)
+    assert len(whole["choices"][0]["logprobs"]["tokens"]) == 4
+    refused = served[0].ask("POST", PATH, {"model": "tiny", "prompt": [size]})
+    assert refused.status == 400

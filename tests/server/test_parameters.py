@@ -4,7 +4,11 @@ from collections.abc import Iterator
 from typing import Any
 
 import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
+from quintet.server.protocol.chat import ChatRequest
+from quintet.server.protocol.completions import CompletionRequest
 from served import Answered, Running
 from server.talking import CONTEXT, talking
 
@@ -257,3 +261,44 @@ def test_a_field_without_a_name_is_told_of(server: Running) -> None:
     answer = server.ask("POST", TEXT, {"model": "tiny", "prompt": "a", "max_tokens": 1, "": 1})
     assert answer.status == 200
     assert answer.headers["warnings"] == "'' is not known and has no effect"
+
+
+JSON = st.recursive(
+    st.none()
+    | st.booleans()
+    | st.integers(-(2**70), 2**70)
+    | st.floats(allow_nan=False, allow_infinity=False)
+    | st.text(max_size=12)
+    | st.sampled_from(["auto", "text", "function", "user", "tool", "<|im_end|>", "tiny"]),
+    lambda inner: (
+        st.lists(inner, max_size=3)
+        | st.dictionaries(
+            st.sampled_from(
+                ["type", "role", "content", "text", "name", "function", "parameters", "schema", "5"]
+            )
+            | st.text(max_size=5),
+            inner,
+            max_size=3,
+        )
+    ),
+    max_leaves=8,
+)
+FIELDS = {
+    CHAT: sorted({*ChatRequest.model_fields, *ChatRequest.IDLE, *ChatRequest.REFUSED, "x"}),
+    TEXT: sorted({*CompletionRequest.model_fields, *CompletionRequest.REFUSED, "x"}),
+}
+
+
+@settings(max_examples=60, deadline=None, suppress_health_check=list(HealthCheck))
+@given(st.data())
+def test_no_value_of_a_field_is_too_much_for_a_server(server: Running, data: st.DataObject) -> None:
+    path = data.draw(st.sampled_from([CHAT, TEXT]))
+    names = st.sampled_from([name for name in FIELDS[path] if name not in ("model", "max_tokens")])
+    body = {"messages": [USER]} if path == CHAT else {"prompt": "a"}
+    body |= {"model": "tiny", "max_tokens": 2}
+    body |= data.draw(st.dictionaries(names, JSON, min_size=1, max_size=2))
+    answer = server.ask("POST", path, body)
+    assert answer.status in (200, 400), (answer.status, answer.body, body)
+    if answer.status == 400:
+        assert answer.error["message"]
+        assert len(answer.body) < 10_000

@@ -71,3 +71,17 @@ def test_scores_are_those_of_the_model_itself(served: Served, size: int) -> None
     if tokenizer(likely[0] + likely[1])["input_ids"] == [*ids, *made.tolist()]:
         assert asked(outside, "loglikelihood", [likely])[0][1] is True
     assert asked(outside, "generate_until", PROMPTS) == asked(inside, "generate_until", PROMPTS)
+
+
+def test_a_chat_goes_on_as_the_model_itself(served: Served) -> None:
+    server, model, tokenizer = served
+    chat = completions.LocalChatCompletion(
+        base_url=f"{server.url}/v1/chat/completions", model="tiny", num_concurrent=2
+    )
+    said = [{"role": "user", "content": "Hello there"}]
+    prompt = chat.apply_chat_template(said)
+    options = {"until": ["e"], "max_gen_toks": 12}
+    [found] = asked(chat, "generate_until", [(prompt, options)])
+    ids = tokenizer.apply_chat_template(said, add_generation_prompt=True)
+    made = model.generate(torch.tensor([ids]), do_sample=False, max_new_tokens=12)[0, len(ids) :]
+    assert found == tokenizer.decode(made, skip_special_tokens=True).partition("e")[0]

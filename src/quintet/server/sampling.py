@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 
+from quintet.errors import InputError
 from quintet.generation.requests import Served
 from quintet.generation.speculative.prediction import MTPModel
 
@@ -61,6 +62,9 @@ def options_of(sampling: Sampling, model: Served, index: int) -> dict[str, Any]:
         sampling: what the request says.
         model: what it leaves to the model's own config.
         index: which answer.
+
+    Raises:
+        InputError: drafts of layers that the model has not.
     """
     config = model.generation_config
     options: dict[str, Any] = {}
@@ -97,11 +101,14 @@ def options_of(sampling: Sampling, model: Served, index: int) -> dict[str, Any]:
         options["eos_token_id"] = [*ends, *sampling.stop_token_ids] or [-1]
     if sampling.seed is not None and draws:
         options["generator"] = torch.Generator(model.device).manual_seed(sampling.seed + index)
-    drafts = sampling.speculate
-    if drafts is None:
-        drafts = sampling.usually
-        if drafts == "mtp" and not (isinstance(model, MTPModel) and model.prediction_depth()):
-            drafts = "off"
+    drafts = sampling.speculate or sampling.usually
+    if drafts == "mtp" and not (isinstance(model, MTPModel) and model.prediction_depth()):
+        if sampling.speculate is not None:
+            raise InputError(
+                "speculate='mtp' needs layers that predict further tokens, and this model has "
+                "none; say lookup or off"
+            )
+        drafts = "off"
     options["use_mtp"] = drafts == "mtp"
     options["prompt_lookup_num_tokens"] = LOOKUP if drafts == "lookup" else None
     return options
