@@ -6,7 +6,7 @@ BIN := .venv/bin
 WORKERS ?= 2
 INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 
-.PHONY: demo chat test test-tools sanitize fuzz lint types train bench bench-smoke gpu-check clean
+.PHONY: demo chat test test-tools sanitize fuzz lint types train bench bench-smoke bench-serving soak gpu-check clean
 
 demo: .venv/base
 	@printf 'class Stack:\n    def __init__' | $(BIN)/quintet generate --dtype float32 --seed 28 -n 91
@@ -61,6 +61,16 @@ bench: .venv/bench
 # The first rows, in some minutes.
 bench-smoke: .venv/bench
 	$(BIN)/python -m benchmarks --only 'qwen2-0.5b (tg @ |pp)512 x1$$' $(BENCH)
+
+# Our server beside Transformers' and llama.cpp's, half an hour; BENCH="--minutes … --clients …"
+# chooses, LLAMA_SERVER names llama.cpp's. Nothing else should run meanwhile.
+bench-serving: .venv/bench .venv/dev
+	$(BIN)/python -m benchmarks.serving_load $(BENCH)
+
+# Our server under eight clients of which some leave and some talk nonsense, for half an hour;
+# SOAK="--minutes …" chooses.
+soak: .venv/dev
+	$(BIN)/python -m benchmarks.soak $(SOAK)
 
 # Every family on a CUDA device against the CPU, and how fast it runs there, in 8 minutes; with the
 # Python, torch and pytest of the machine that has one. GPU="--device cpu --tiny" tries it without.

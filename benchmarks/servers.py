@@ -20,7 +20,7 @@ __all__ = ["KINDS", "Kind", "Server", "free_port", "processor_seconds"]
 
 ROOT = Path(__file__).parents[1]
 # Loading a model, and for some compiling what they are made of.
-STARTS_WITHIN = 300.0
+STARTS_WITHIN = 180.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,6 +33,8 @@ class Kind:
         command: that starts it, with {model}, {port}, {rows}, {context}, {threads} to be filled in.
         environment: beside this process's own.
         body: fields of its requests, with {out} to be filled in; None for those to be left out.
+        ready: what it answers once its model is there.
+        names: whether it lists its model; else it takes any name.
     """
 
     name: str
@@ -40,6 +42,8 @@ class Kind:
     command: tuple[str, ...]
     environment: Mapping[str, str] = field(default_factory=dict)
     body: Mapping[str, Any] = field(default_factory=dict)
+    ready: str = "/v1/models"
+    names: bool = True
 
     @property
     def missing(self) -> str | None:
@@ -82,13 +86,15 @@ THREADS = {"OMP_NUM_THREADS": "{threads}", "MKL_NUM_THREADS": "{threads}"}
 KINDS = (
     Kind("quintet bf16", "bf16", OURS),
     Kind("quintet int8", "bf16", (*OURS, "--quantize", "int8")),
-    Kind("transformers bf16", "bf16", TRANSFORMERS, THREADS, PLAIN_ONLY),
+    Kind("transformers bf16", "bf16", TRANSFORMERS, THREADS, PLAIN_ONLY, "/health", names=False),
     Kind(
         "transformers bf16 continuous",
         "bf16",
         (*TRANSFORMERS, "--continuous-batching"),
         THREADS,
         PLAIN_ONLY,
+        "/health",
+        names=False,
     ),
     Kind("llama-server BF16", "BF16", LLAMA),
     Kind("llama-server Q8_0", "Q8_0", LLAMA),
@@ -214,7 +220,7 @@ class Server:
                     f"{self.kind.name} ended with {self.process.returncode}: {_tail(self.log)}"
                 )
             try:
-                status, listed = self.get("/v1/models", timeout=5)
+                status, listed = self.get(self.kind.ready, timeout=5)
             except OSError:
                 status, listed = 0, None
             if status == 200 and listed is not None:

@@ -11,7 +11,7 @@ from benchmarks.files import checkpoint
 from quintet import AutoTokenizer
 from quintet.measurement.serving.workload import WORDS
 
-__all__ = ["servable"]
+__all__ = ["servable", "write_tokenizer"]
 
 CHATML = (
     "{% for message in messages %}"
@@ -30,11 +30,11 @@ def servable(folder: Path, geometry: str) -> Path:
     """
     path = checkpoint(folder, geometry)
     if not (path / "tokenizer.json").is_file():
-        _write_tokenizer(path, json.loads((path / "config.json").read_text())["vocab_size"])
+        write_tokenizer(path, json.loads((path / "config.json").read_text())["vocab_size"])
     return path
 
 
-def _write_tokenizer(path: Path, size: int) -> None:
+def write_tokenizer(path: Path, size: int) -> None:
     """Write a tokenizer of Qwen2's kind, which llama.cpp knows how to split texts for."""
     trained = Tokenizer(BPE())
     trained.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)

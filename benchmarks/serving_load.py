@@ -80,7 +80,7 @@ class Seat:
             sys.executable, "-m", "quintet", "bench", "serve", self.server.url, "--json", "--quiet",
             "--workload", workload, "--clients", str(clients), "--seconds", f"{seconds:.1f}",
             "--cut", "--seed", str(seed), "--timeout", str(SETTLES + 2 * seconds),
-            "--body", json.dumps(self.server.body(out)),
+            "--body", json.dumps(self.server.body(out)), *self._name,
         ]  # fmt: skip
         try:
             done = subprocess.run(
@@ -100,6 +100,10 @@ class Seat:
             row["restarted"] = True
         return dict(row)
 
+    @property
+    def _name(self) -> tuple[str, ...]:
+        return () if self.kind.names else ("--model", str(self.path))
+
     def _settled(self) -> bool:
         """Tell if it answers someone alone, so that nothing of the last cell goes on."""
         assert self.server is not None
@@ -107,6 +111,7 @@ class Seat:
             sys.executable, "-m", "quintet", "bench", "serve", self.server.url, "--json", "--quiet",
             "--clients", "1", "--requests", "1", "--warm", "0", "--shared", "0", "--own", "4",
             "--out", "1", "--timeout", str(SETTLES), "--body", json.dumps(self.server.body(1)),
+            *self._name,
         ]  # fmt: skip
         done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
         return done.returncode == 0 and json.loads(done.stdout)["requests"]["answered"] == 1

@@ -185,6 +185,9 @@ def verdict(result: dict[str, Any]) -> list[str]:
     for model, load in result["load_after"]["models"].items():
         if load["running"] or load["waiting"]:
             wrong.append(f"{model} is not idle: {load}")
+    for name, held in result["metrics_after"].items():
+        if name.startswith("quintet_rows_bytes") and held:
+            wrong.append(f"rows hold {held:.0f} bytes behind it")
     if result["exit_code"] != 0:
         wrong.append(f"the server ended with {result['exit_code']}")
     return wrong

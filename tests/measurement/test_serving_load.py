@@ -111,6 +111,8 @@ def test_what_is_under_way_is_cut() -> None:
     found = summary(asked)
     assert found["seconds"] < 0.3
     assert found["per_second"]["completion_tokens"] > 20
+    assert 0 < found["ttft"]["p50"] < 0.1
+    assert found["e2e"] is None
 
 
 @pytest.mark.parametrize("chunked", [True, False])

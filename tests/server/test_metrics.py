@@ -1,8 +1,10 @@
 """What Prometheus is told: in its format, as it happens, and nothing that anybody wrote."""
 
 import asyncio
+import re
 import time
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -143,6 +145,23 @@ def test_an_idle_server_holds_nothing(server: Running) -> None:
     # The scrape itself.
     assert numbers["quintet_http_requests_under_way"] == 1
     assert numbers["process_resident_memory_bytes"] > 1e7
+
+
+def test_the_guide_names_all_of_them(server: Running) -> None:
+    """And no other, in its tables and in what it asks them."""
+    generated(server, 2)
+    server.ask("GET", "/nothing")
+    said = server.ask("GET", "/metrics").body.decode()
+    shown = {
+        family.name.removesuffix("_info")
+        for family in text_string_to_metric_families(said)
+        if family.name.startswith("quintet_") and not family.name.endswith("_created")
+    }
+    guide = (Path(__file__).parents[2] / "docs" / "guides" / "metrics.md").read_text()
+    told = set(re.findall(r"^\| `(quintet_\w+)` \|", guide, re.MULTILINE))
+    asked = set(re.findall(r"quintet_\w+", guide)) - {"quintet_"}
+    assert told == shown
+    assert {re.sub(r"_(total|bucket)$", "", name) for name in asked} == told
 
 
 def test_servers_count_apart() -> None:

@@ -3,6 +3,7 @@
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -59,7 +60,9 @@ def summary(asked: Sequence[Asked], goals: Goals | None = None) -> dict[str, Any
     began = min((one.due for one in asked), default=0.0)
     seconds = max((one.ended for one in asked), default=0.0) - began
     times = [_times(one) for one in whole]
-    gaps = [b - a for one in whole for a, b in zip(one.came, one.came[1:], strict=False)]
+    # What came before a client went came as soon as it came.
+    heard = [one for one in asked if one.error is None and one.came]
+    gaps = [after - before for one in heard for before, after in pairwise(one.came)]
     tokens = {
         "prompt": sum(one.prompt for one in whole),
         "cached": sum(one.cached for one in whole),
@@ -83,7 +86,8 @@ def summary(asked: Sequence[Asked], goals: Goals | None = None) -> dict[str, Any
             "completion_tokens": _rate(tokens["completion"], seconds),
         },
     }
-    for name in ("ttft", "tpot", "e2e"):
+    found["ttft"] = _spread([one.came[0] - one.due for one in heard])
+    for name in ("tpot", "e2e"):
         found[name] = _spread([one[name] for one in times if name in one])
     found["itl"] = _spread(gaps)
     if goals is not None and goals != Goals():
