@@ -6,7 +6,7 @@ import pytest
 
 from parsing.templates import TEMPLATES, tokenizer
 from parsing.wholetext import Said, said
-from quintet.parsing import CODER, format_of, parser_for
+from quintet.parsing import CODER, format_of, opening_of, parser_for
 from quintet.tokenization import IncrementalDecoder
 
 ASKED = [{"role": "user", "content": "What is <think>?"}]
@@ -67,6 +67,21 @@ def test_behind_the_result_of_a_tool_no_thought_is_open() -> None:
     assert not asked.endswith("<think>\n")
     assert outcome("r1", asked, "It is 4.") == [("content", "It is 4.")]
     assert outcome("r1", asked, "<think>\nhm\n</think>\n\nYes </think>") == THOUGHT
+
+
+@pytest.mark.parametrize("name", ["qwq", "r1", "v3.1"])
+def test_a_thought_that_a_turn_has_begun_goes_on(name: str) -> None:
+    def opening(content: str, **options: Any) -> str:
+        said = [*ASKED, {"role": "assistant", "content": content}]
+        text = tokenizer(name).apply_chat_template(said, tokenize=False, **options)
+        return opening_of(tokenizer(name), text)
+
+    assert opening("<think>\nFirst, ", continue_final_message=True) == "reasoning"
+    assert opening("<think>\nFirst\n</think>\n\nSo ", continue_final_message=True) == "unknown"
+    assert opening("So ", continue_final_message=True) == "unknown"
+    assert opening("<think> is a tag.") == "unknown"
+    assert opening_of(tokenizer("plain"), "<think> and on") == "unknown"
+    assert opening_of(tokenizer(name), "\n</think>\n\n") == "content"
 
 
 @pytest.mark.parametrize("name", [name for name in TEMPLATES if format_of(tokenizer(name))])

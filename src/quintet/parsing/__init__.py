@@ -1,6 +1,6 @@
 """What a model wrote, told apart while it arrives: reasoning, content, calls of tools."""
 
-from quintet.parsing.choice import parser_for
+from quintet.parsing.choice import opening_of, parser_for
 from quintet.parsing.events import (
     CallArguments,
     CallEnd,
@@ -27,6 +27,7 @@ __all__ = [
     "OutputParser",
     "Reasoning",
     "format_of",
+    "opening_of",
     "parser_for",
     "prepare_messages",
 ]

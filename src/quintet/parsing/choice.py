@@ -5,7 +5,7 @@ from quintet.parsing.format import END_THINK, THINK, Format, format_of, marker_i
 from quintet.parsing.parser import Opening, StreamParser
 from quintet.tokenization import PreTrainedTokenizer
 
-__all__ = ["parser_for"]
+__all__ = ["opening_of", "parser_for"]
 
 
 def parser_for(
@@ -31,16 +31,29 @@ def parser_for(
         written: how calls are written, where the template is not to say it, such as `CODER`.
     """
     used = (written or format_of(tokenizer)) if tools else None
-    return StreamParser(
-        marker_ids(tokenizer, used),
-        used,
-        _opening(prompt_text) if reasoning else "content",
-        parallel,
-    )
+    opening = opening_of(tokenizer, prompt_text) if reasoning else "content"
+    return StreamParser(marker_ids(tokenizer, used), used, opening, parallel)
 
 
-def _opening(prompt: str) -> Opening:
-    end = prompt[-64:].rstrip()
+def opening_of(tokenizer: PreTrainedTokenizer, prompt_text: str) -> Opening:
+    """Say whether what follows a prompt begins inside of a thought, behind it, or as it likes.
+
+    A thought is open at the end of a prompt, or where a turn is gone on with that has begun one.
+    """
+    end = prompt_text[-64:].rstrip()
     if end.endswith(THINK):
         return "reasoning"
-    return "content" if end.endswith(END_THINK) else "unknown"
+    if end.endswith(END_THINK):
+        return "content"
+    _, begun, thought = prompt_text.rpartition(THINK)
+    if not begun or END_THINK in thought or THINK not in _templates(tokenizer):
+        return "unknown"
+    # Where a marker of the template follows, somebody else has said it.
+    markers = (token.content for token in tokenizer.added_tokens_decoder.values())
+    ended = any(marker in thought for marker in markers if marker.strip())
+    return "unknown" if ended else "reasoning"
+
+
+def _templates(tokenizer: PreTrainedTokenizer) -> str:
+    source = tokenizer.chat_template or ""
+    return source if isinstance(source, str) else "\n".join(source.values())

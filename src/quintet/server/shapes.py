@@ -15,8 +15,8 @@ from quintet.grammar import (
     regex,
     tool_calls,
 )
-from quintet.parsing import format_of
-from quintet.parsing.format import END_THINK, THINK
+from quintet.parsing import format_of, opening_of
+from quintet.parsing.format import END_THINK
 from quintet.tokenization import PreTrainedTokenizer
 
 __all__ = ["Shapes"]
@@ -72,7 +72,7 @@ class Shapes:
             return None
         if self._grammars is None:
             raise InputError(f"no answer of this model can be held to a form: {self._missing}")
-        thinks = prompt_text.rstrip().endswith(THINK)
+        thinks = opening_of(self._tokenizer, prompt_text) == "reasoning"
         return self._grammars.compile(constraint, after=END_THINK if thinks else None)
 
     def _constraint(
