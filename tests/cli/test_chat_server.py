@@ -165,6 +165,7 @@ def test_thoughts_are_told_apart_and_not_read_again(
         ((503, {"error": {"message": "busy"}}, {"Retry-After": "5"}), 1, "busy; try again in 5 s"),
         ((400, {"error": {"message": "too long"}}, {}), 2, "the server refuses: too long"),
         ((500, ["?"], {}), 1, "status 500: it gives no reason"),
+        ((307, {}, {"Location": "http://127.0.0.1:9/"}), 1, "answers with status 307"),
         (["Half", {"error": {"message": "it broke"}}], 1, "the server failed: it broke"),
     ],
 )

@@ -188,7 +188,7 @@ class Remote:
             # Not around what the answer is used for: its output may fail in the same way.
             with _network(self._url):
                 reply = await stack.enter_async_context(self._address.ask(path, body))
-                if reply.status >= 400:
+                if reply.status != 200:
                     raise _refused(reply, await reply.read(), self._url)
             yield reply
 
