@@ -282,3 +282,16 @@ def test_every_family_goes_on_from_the_last_turn(family: Family) -> None:
             stable = usage["prompt_tokens"] - len(tokenizer.encode("<|im_start|>assistant\n"))
             before = stable if made.config.recurrent_layers() else stable // 64 * 64
             said += [{"role": "assistant", "content": content}, {"role": "user", "content": "So?"}]
+
+
+def test_drafts_change_when_an_answer_comes_and_nothing_else(served: Served) -> None:
+    said = [{"role": "user", "content": "one two one two one two one two one two"}]
+    expected = alone(served, said, max_new_tokens=24)
+    for speculate in (None, "off", "lookup"):
+        own = answered(served, messages=said, max_tokens=24, speculate=speculate, logprobs=True)
+        assert own["choices"][0]["message"]["content"] == expected
+        assert len(own["choices"][0]["logprobs"]["content"]) == 24
+        assert own["usage"]["completion_tokens"] == 24
+    answer = served[0].ask("POST", PATH, asked(speculate="mtp"))
+    assert answer.status == 400
+    assert "speculate='mtp'" in answer.error["message"]

@@ -12,8 +12,6 @@ from quintet.generation.speculative.prediction import MTPModel
 
 __all__ = ["Sampling", "options_of"]
 
-# How many tokens are drafted from the text itself.
-LOOKUP = 3
 # Divided by less than that, logits overflow; nothing but the likeliest token is drawn before.
 COLDEST = 1e-5
 
@@ -36,7 +34,6 @@ class Sampling:
         ignore_eos: go on behind what the model ends with.
         stop_token_ids: further ids that end the answer.
         speculate: "off", "lookup" or "mtp"; None for what the server does.
-        usually: what the server does where nothing is said, and the model can.
     """
 
     temperature: float | None = None
@@ -52,11 +49,10 @@ class Sampling:
     ignore_eos: bool = False
     stop_token_ids: tuple[int, ...] = ()
     speculate: str | None = None
-    usually: str = "off"
 
 
 def options_of(sampling: Sampling, model: Served, index: int) -> dict[str, Any]:
-    """Return the options of `generate()` for one of several answers.
+    """Return the options of an engine for one of several answers.
 
     Args:
         sampling: what the request says.
@@ -101,14 +97,13 @@ def options_of(sampling: Sampling, model: Served, index: int) -> dict[str, Any]:
         options["eos_token_id"] = [*ends, *sampling.stop_token_ids] or [-1]
     if sampling.seed is not None and draws:
         options["generator"] = torch.Generator(model.device).manual_seed(sampling.seed + index)
-    drafts = sampling.speculate or sampling.usually
-    if drafts == "mtp" and not (isinstance(model, MTPModel) and model.prediction_depth()):
-        if sampling.speculate is not None:
+    if sampling.speculate is not None:
+        if sampling.speculate == "mtp" and not (
+            isinstance(model, MTPModel) and model.prediction_depth()
+        ):
             raise InputError(
                 "speculate='mtp' needs layers that predict further tokens, and this model has "
                 "none; say lookup or off"
             )
-        drafts = "off"
-    options["use_mtp"] = drafts == "mtp"
-    options["prompt_lookup_num_tokens"] = LOOKUP if drafts == "lookup" else None
+        options["speculate"] = sampling.speculate
     return options

@@ -101,7 +101,6 @@ class SamplingFields(Body):
             ignore_eos=bool(self.ignore_eos),
             stop_token_ids=_ids(self.stop_token_ids or [], vocab_size),
             speculate=self.speculate,
-            usually=settings.speculate,
         )
 
     @property
