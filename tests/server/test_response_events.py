@@ -13,7 +13,7 @@ from quintet.server.questions import Finish, Tokens, TokenScore
 
 USAGE = {
     "input_tokens": 9,
-    "input_tokens_details": {"cached_tokens": 4, "cache_write_tokens": 0},
+    "input_tokens_details": {"cached_tokens": 4, "cache_write_tokens": 5},
     "output_tokens": 3,
     "output_tokens_details": {"reasoning_tokens": 1},
     "total_tokens": 12,
