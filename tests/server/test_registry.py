@@ -1,7 +1,9 @@
 """Several models and adapters by name, in memory while they are asked for; and one that fails."""
 
+import gc
 import signal
 import time
+import weakref
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -51,9 +53,13 @@ def test_an_idle_model_is_unloaded_and_comes_back() -> None:
         assert said == completed(server, "one")
         assert server.ask("GET", "/load").json()["models"].keys() == {"one", "two"}
         engine = server.service.registry.engines["two"]
+        model = weakref.ref(engine.model)
         assert server.ask("POST", "/v1/models/two/unload").json()["loaded"] is False
         assert server.ask("POST", "/v1/models/two/unload").status == 200
         assert not engine.healthy
+        del engine
+        gc.collect()
+        assert model() is None
         assert server.ask("GET", "/health").status == 200
         assert completed(server, "two") == said
         assert len(times) == 2

@@ -113,18 +113,18 @@ def command(
         _load,
         given=given,
         bits=bits,
-        speculate=cast("Speculation", settings.speculate),
+        speculate=settings.speculate,
         quiet=quiet,
     )
     # Before a model is loaded for nothing.
     with listen(settings) as sock:
         with warnings_as_notes(quiet):
-            offers = [_offer(one, opening) for one in wanted]
-        as_json = set_up(cast("LogFormat", log_format))
-        service = Service(settings, Registry([offer for offer, _ in offers]))
-        opened = [what for _, what in offers]
+            offers, opened = zip(*(_offer(one, opening) for one in wanted), strict=True)
+        service = Service(settings, Registry(offers))
         lines, facts = announcement(service, sock.getsockname(), opened, bits)
-        if as_json:
+        # Nothing here may hold a model that is unloaded.
+        del offers, opened
+        if set_up(cast("LogFormat", log_format)):
             logged("serving", facts)
         else:
             note("\n".join(lines), quiet)
@@ -234,7 +234,6 @@ def _load(
         DoesNotFitError: model and cache are larger than the memory there is.
         QuintetError: whatever keeps it from loading.
     """
-    from quintet.generation.speculative.prediction import MTPModel
     from quintet.server.fingerprint import fingerprint
     from quintet.server.registry import Loaded
     from quintet.serving import Engine
@@ -246,11 +245,6 @@ def _load(
     for name, path in wanted.adapters.items():
         places = {key: where[key] for key in ("local_files_only", "cache_dir")}
         opened.model.load_adapter(path, name, **places)
-    able = isinstance(opened.model, MTPModel) and opened.model.prediction_depth()
-    if speculate == "mtp" and not able:
-        raise InputError(
-            f"--speculate mtp: {wanted.name} has no prediction layers; take lookup, or off"
-        )
     if wanted.adapters:
         # Of itself the model answers as it is.
         opened.model.set_adapter([])

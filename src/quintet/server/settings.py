@@ -5,12 +5,12 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 from quintet.errors import InputError, shown
+from quintet.serving.options import Speculation, check_speculation
 
 __all__ = ["KIB", "MIB", "Settings", "as_keys", "is_loopback"]
 
 KIB = 1 << 10
 MIB = 1 << 20
-SPECULATION = ("off", "mtp", "lookup")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -65,7 +65,7 @@ class Settings:
     allowed_origins: tuple[str, ...] = ()
     page: bool = True
     docs: bool = True
-    speculate: str = "off"
+    speculate: Speculation = "off"
     strict: bool = False
     requests: int = 512
     body: int = 8 * MIB
@@ -93,10 +93,7 @@ class Settings:
     def __post_init__(self) -> None:
         if not 0 <= self.port <= 65535:
             raise InputError(f"port={self.port} has to be from 0 to 65535")
-        if self.speculate not in SPECULATION:
-            raise InputError(
-                f"speculate={shown(self.speculate)} has to be one of {', '.join(SPECULATION)}"
-            )
+        check_speculation(self.speculate)
         for least, numbers in (
             (
                 1,
