@@ -137,11 +137,19 @@ def test_names_are_one_each() -> None:
 def test_a_model_that_fails_for_good_ends_the_server() -> None:
     with serving() as server:
         engine = server.service.registry.engines["demo"]
-        engine.close()
+
+        def step(*_: Any, **__: Any) -> Any:
+            raise RuntimeError("SECRET")
+
+        engine._engine.step = step  # type: ignore[method-assign]
+        for _ in range(4):
+            answer = server.ask("POST", "/v1/completions", {**PROMPT, "model": "demo"})
+            assert answer.status in (500, 503)
+            assert b"SECRET" not in answer.body
         answer = server.ask("GET", "/health")
         assert (answer.status, answer.json()) == (503, {"status": "failed"})
         assert server.ask("GET", "/ready").status == 503
-        assert server.ask("POST", "/v1/completions", {**PROMPT, "model": "demo"}).status == 503
+        assert answer.status == 503
         deadline = time.monotonic() + 5
         while server.server.code == 0 and time.monotonic() < deadline:
             time.sleep(0.01)
