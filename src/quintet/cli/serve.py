@@ -234,6 +234,7 @@ def _load(
         DoesNotFitError: model and cache are larger than the memory there is.
         QuintetError: whatever keeps it from loading.
     """
+    from quintet.parsing import CODER
     from quintet.server.fingerprint import fingerprint
     from quintet.server.registry import Loaded
     from quintet.serving import Engine
@@ -252,7 +253,8 @@ def _load(
         cast("Any", opened.model), opened.tokenizer, limits, nbits=bits, speculate=speculate
     )
     print_of = fingerprint(opened.model, bits)
-    return Loaded(engine, opened.tokenizer, limits.capacity, print_of), opened
+    calls = CODER if given["tool_calls"] == "coder" else None
+    return Loaded(engine, opened.tokenizer, limits.capacity, print_of, calls), opened
 
 
 def _fitting(

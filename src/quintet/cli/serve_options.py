@@ -132,6 +132,14 @@ def engine_options(command: Command) -> Command:
             help="Hold keys and values in fewer bits.",
         ),
         click.option(
+            "--tool-calls",
+            type=click.Choice(["template", "coder"]),
+            default="template",
+            show_default=True,
+            help="How calls of tools are told from text: as the chat template writes them, or "
+            "also as Qwen2.5-Coder does, which writes <tools> or bare JSON.",
+        ),
+        click.option(
             "--speculate",
             type=click.Choice(["off", "mtp", "lookup"]),
             default="off",

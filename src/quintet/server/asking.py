@@ -178,6 +178,7 @@ class _Listener:
                 asked.prompt.text,
                 tools=bool(question.prompt.tools),
                 parallel=question.parallel_tool_calls,
+                written=asked.served.calls,
             )
         self._scores = None if question.logprobs is None else Pending()
         self._spelling = None

@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 from quintet.errors import DoesNotFitError, InputError, QuintetError, shown
+from quintet.parsing import Format
 from quintet.server.failures import ApiError, unavailable
 from quintet.server.logs import logged
 from quintet.server.shapes import Shapes
@@ -25,6 +26,7 @@ class Loaded:
         tokenizer: reads prompts and writes answers.
         context: how many tokens prompt and answer may have.
         fingerprint: tells weights and formats apart that answer differently.
+        calls: how the model writes calls of tools, where its template is not to say it.
         shapes: hold answers to a form.
     """
 
@@ -32,6 +34,7 @@ class Loaded:
     tokenizer: PreTrainedTokenizer
     context: int
     fingerprint: str
+    calls: Format | None = None
     shapes: Shapes = field(init=False)
 
     def __post_init__(self) -> None:
@@ -51,6 +54,7 @@ class Served:
         context: how many tokens prompt and answer may have.
         fingerprint: tells weights and formats apart that answer differently.
         shapes: hold answers to a form.
+        calls: how the model writes calls of tools, where its template is not to say it.
     """
 
     name: str
@@ -61,6 +65,7 @@ class Served:
     context: int
     fingerprint: str
     shapes: Shapes
+    calls: Format | None = None
 
     def admit(self) -> None:
         """Refuse early, before work is done for a request that would not be let in.
@@ -154,6 +159,7 @@ class Registry:
             it.context,
             it.fingerprint,
             it.shapes,
+            it.calls,
         )
 
     def listed(self) -> list[Listed]:
