@@ -4,7 +4,7 @@ import json
 from collections.abc import Sequence
 from typing import Annotated, Any, Literal
 
-from pydantic import BeforeValidator, Field, Tag, model_validator
+from pydantic import Field, Tag, model_validator
 
 from quintet.server.protocol.common import Body
 from quintet.server.protocol.kinds import by_type, only
@@ -52,15 +52,7 @@ class ToolUseBlock(Body):
     input: dict[str, Any]
 
 
-def _as_blocks(content: Any) -> Any:
-    return [{"type": "text", "text": content}] if isinstance(content, str) else content
-
-
-Texts = Annotated[
-    list[Annotated[TextBlock, only("a block", "text")]],
-    Field(fail_fast=True),
-    BeforeValidator(_as_blocks),
-]
+Texts = str | Annotated[list[Annotated[TextBlock, only("a block", "text")]], Field(fail_fast=True)]
 
 
 class ToolResultBlock(Body):
@@ -89,19 +81,24 @@ class Turn(Body):
     """What one side says in one go."""
 
     role: Literal["user", "assistant", "system"]
-    content: Annotated[
-        list[Block], Field(min_length=1, fail_fast=True), BeforeValidator(_as_blocks)
-    ]
+    content: str | Annotated[list[Block], Field(min_length=1, fail_fast=True)]
 
     @model_validator(mode="after")
     def _roles_keep_to_their_blocks(self) -> "Turn":
-        for block in self.content:
+        for block in self.blocks:
             if block.type not in _BLOCKS_OF[self.role]:
                 raise ValueError(
                     f"{self.role} cannot say a block of the type {block.type!r}; "
                     f"only {', '.join(_BLOCKS_OF[self.role])}"
                 )
         return self
+
+    @property
+    def blocks(self) -> Sequence[Block]:
+        """The content; text alone is one block."""
+        if isinstance(self.content, str):
+            return [TextBlock(type="text", text=self.content)]
+        return self.content
 
 
 _BLOCKS_OF = {
@@ -111,9 +108,11 @@ _BLOCKS_OF = {
 }
 
 
-def text_of(blocks: Sequence[TextBlock]) -> str:
+def text_of(texts: str | Sequence[TextBlock]) -> str:
     """Return the text of blocks, each a line of its own."""
-    return "\n".join(block.text for block in blocks)
+    if isinstance(texts, str):
+        return texts
+    return "\n".join(block.text for block in texts)
 
 
 def messages_of(turns: Sequence[Turn]) -> list[Wire]:
@@ -121,7 +120,7 @@ def messages_of(turns: Sequence[Turn]) -> list[Wire]:
     messages: list[Wire] = []
     for turn in turns:
         if turn.role == "assistant":
-            messages.append(_assistant(turn.content))
+            messages.append(_assistant(turn.blocks))
         else:
             messages += _told(turn)
     return messages
@@ -136,7 +135,7 @@ def _told(turn: Turn) -> list[Wire]:
             messages.append({"role": turn.role, "content": text_of(texts)})
             texts.clear()
 
-    for block in turn.content:
+    for block in turn.blocks:
         if isinstance(block, ToolResultBlock):
             said()
             content = text_of(block.content or [])

@@ -90,10 +90,11 @@ class OutputConfig(Body):
 class CountTokensRequest(Body):
     """What a prompt is made of, to count the tokens of."""
 
-    IDLE = frozenset({"cache_control", "speed", "user_profile_id", "workspace_id"})
+    IDLE = frozenset(
+        {"cache_control", "context_management", "speed", "user_profile_id", "workspace_id"}
+    )
     REFUSED: ClassVar[Mapping[str, str]] = {
         "mcp_servers": "call the tools of such servers yourself",
-        "context_management": "send the conversation as it is to be read",
     }
 
     model: str

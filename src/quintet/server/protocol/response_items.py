@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from typing import Annotated, Any, Literal
 
-from pydantic import BeforeValidator, Field, Tag
+from pydantic import Field, Tag
 
 from quintet.server.protocol.common import Body
 from quintet.server.protocol.kinds import by_type, only
@@ -30,16 +30,12 @@ class Refusal(Body):
     refusal: str
 
 
-def _as_parts(content: Any) -> Any:
-    return [{"type": "input_text", "text": content}] if isinstance(content, str) else content
-
-
 Part = Annotated[
     Annotated[Text, Tag("/text")] | Annotated[Refusal, Tag("/refusal")],
     by_type(input_text="text", output_text="text", reasoning_text="text", summary_text="text"),
     only("a part", "input_text", "output_text", "text", "refusal"),
 ]
-Content = Annotated[list[Part], Field(fail_fast=True), BeforeValidator(_as_parts)]
+Content = str | Annotated[list[Part], Field(fail_fast=True)]
 
 
 class Message(Body):
@@ -129,11 +125,10 @@ def messages_of(items: Sequence[Item]) -> list[Wire]:
     for item in items:
         match item:
             case ReasoningItem():
-                parts = item.content or item.summary or []
-                if text := "\n".join(part.text for part in parts):
-                    assistant("reasoning_content", "content", "tool_calls")["reasoning_content"] = (
-                        text
-                    )
+                text = "\n".join(part.text for part in item.content or item.summary or ())
+                if text:
+                    thinking = assistant("reasoning_content", "content", "tool_calls")
+                    thinking["reasoning_content"] = text
             case FunctionCall():
                 call = {"name": item.name, "arguments": item.arguments}
                 calls = assistant().setdefault("tool_calls", [])
@@ -151,5 +146,7 @@ def messages_of(items: Sequence[Item]) -> list[Wire]:
     return messages
 
 
-def _text(parts: Sequence[Text | Refusal]) -> str:
-    return "\n".join(part.refusal if isinstance(part, Refusal) else part.text for part in parts)
+def _text(content: str | Sequence[Text | Refusal]) -> str:
+    if isinstance(content, str):
+        return content
+    return "\n".join(part.refusal if isinstance(part, Refusal) else part.text for part in content)

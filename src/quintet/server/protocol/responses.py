@@ -107,10 +107,6 @@ class Reasoning(Body):
     effort: Literal["none", "minimal", "low", "medium", "high", "xhigh", "max"] | None = None
 
 
-def _as_items(given: Any) -> Any:
-    return [{"role": "user", "content": given}] if isinstance(given, str) else given
-
-
 def _tool_kind(tool: Any) -> str:
     kind = tool.get("type") if isinstance(tool, dict) else vars(tool)["type"]
     return "/function" if kind == "function" else "/other"
@@ -158,9 +154,7 @@ class ResponsesRequest(SamplingFields):
     }
 
     model: str
-    input: Annotated[
-        list[InputItem], Field(min_length=1, fail_fast=True), BeforeValidator(_as_items)
-    ]
+    input: str | Annotated[list[InputItem], Field(min_length=1, fail_fast=True)]
     instructions: str | None = None
     max_output_tokens: Count | None = None
     top_logprobs: Annotated[int, Field(ge=0)] | None = None
@@ -182,7 +176,8 @@ class ResponsesRequest(SamplingFields):
         Raises:
             ApiError: more than the server takes, or an id that is none of the model's.
         """
-        within("input", len(self.input), settings.messages, "items")
+        if not isinstance(self.input, str):
+            within("input", len(self.input), settings.messages, "items")
         within("top_logprobs", self.top_logprobs or 0, settings.top_logprobs)
         if self.truncation == "auto":
             raise unsupported("truncation", "send a shorter input, and leave it out")
@@ -268,7 +263,11 @@ class ResponsesRequest(SamplingFields):
         return None
 
     def _conversation(self, tools: tuple[Mapping[str, Any], ...]) -> Conversation:
-        messages = messages_of(self.input)
+        said = self.input
+        if isinstance(said, str):
+            messages: list[Wire] = [{"role": "user", "content": said}]
+        else:
+            messages = messages_of(said)
         if self.instructions:
             messages.insert(0, {"role": "system", "content": self.instructions})
         if not messages:
