@@ -13,7 +13,9 @@ __all__ = ["Breaking", "chatting"]
 
 TEMPLATE = (
     "{% if tools %}{{ tools | tojson }}\n{% endif %}"
-    "{% for message in messages %}<{{ message.role }}>{{ message.content }}\n{% endfor %}"
+    "{% for message in messages %}<{{ message.role }}>{{ message.content or '' }}"
+    "{% for call in message.tool_calls or [] %}{{ call.function.name }}"
+    "{{ call.function.arguments | tojson }}{% endfor %}\n{% endfor %}"
     "{% if add_generation_prompt %}<assistant>{% endif %}"
 )
 

@@ -42,6 +42,10 @@ def idle(server: Running) -> bool:
         (CHAT, {"messages": USER, "stream": True, "n": 6}),
         (TEXT, {"prompt": ["Hello there"] * 20}),
         (TEXT, {"prompt": ["Hello there"] * 20, "stream": True}),
+        ("/v1/responses", {"input": "Hello", "max_output_tokens": 900}),
+        ("/v1/responses", {"input": "Hello", "max_output_tokens": 900, "stream": True}),
+        ("/v1/messages", {"messages": USER}),
+        ("/v1/messages", {"messages": USER, "stream": True}),
     ],
     ids=str,
 )

@@ -116,3 +116,48 @@ def test_a_base_model_says_that_it_cannot_chat(server: Running) -> None:
         )
     assert answer.status == 400
     assert "chat template" in answer.json()["error"]["message"]
+
+
+def test_a_turn_of_an_agent_is_taken_as_agents_send_it(server: Running) -> None:
+    kept = {"cache_control": {"type": "ephemeral"}}
+    schema = {"$schema": "http://json-schema.org/draft-07/schema#", "type": "object"}
+    body = {
+        "model": "chat",
+        "max_tokens": 32000,
+        "system": [{"type": "text", "text": "You are an agent.", **kept}],
+        "messages": [
+            {"role": "user", "content": [{"type": "text", "text": "ls", **kept}]},
+            {
+                "role": "assistant",
+                "content": [
+                    {"type": "thinking", "thinking": "So?", "signature": ""},
+                    {"type": "tool_use", "id": "toolu_1", "name": "Bash", "input": {"c": "ls"}},
+                ],
+            },
+            {
+                "role": "user",
+                "content": [
+                    {
+                        "type": "tool_result",
+                        "tool_use_id": "toolu_1",
+                        "content": [{"type": "text", "text": "a.txt"}],
+                        "is_error": False,
+                        **kept,
+                    }
+                ],
+            },
+        ],
+        "tools": [{"name": "Bash", "description": "Runs.", "input_schema": schema}],
+        "thinking": {"type": "enabled", "budget_tokens": 31999},
+        "context_management": {"edits": [{"type": "clear_thinking_20251015"}]},
+        "metadata": {"user_id": "user"},
+        "temperature": 1,
+        "stop_sequences": ["\n"],
+        "stream": True,
+    }
+    headers = {**HEADERS, "anthropic-beta": "context-management-2025-06-27"}
+    answer = server.ask("POST", "/v1/messages?beta=true", body, headers)
+    assert answer.status == 200, answer.body
+    assert events(answer)[-1] == {"type": "message_stop"}
+    for name in ("context_management", "metadata", "system[0].cache_control", "budget_tokens"):
+        assert name in answer.headers["warnings"]

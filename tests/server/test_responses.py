@@ -92,3 +92,45 @@ def test_numbers_that_json_does_not_have_are_no_fault(server: Running) -> None:
     answer = server.ask("POST", "/v1/responses", body, {"Content-Type": "application/json"})
     assert answer.status == 200
     assert answer.json()["tools"][0]["parameters"] == {"maximum": None}
+
+
+def test_a_turn_of_an_agent_is_taken_as_agents_send_it(server: Running) -> None:
+    shell = {
+        "type": "function",
+        "name": "shell",
+        "description": "Runs a command.",
+        "strict": False,
+        "parameters": {
+            "type": "object",
+            "properties": {"command": {"type": "array", "items": {"type": "string"}}},
+            "required": ["command"],
+            "additionalProperties": False,
+        },
+    }
+    said = [{"type": "input_text", "text": "ls"}]
+    history = [
+        {"type": "message", "role": "developer", "content": said},
+        {"type": "message", "role": "user", "content": said},
+        {"type": "reasoning", "id": "rs_1", "summary": [], "encrypted_content": None},
+        {"type": "function_call", "name": "shell", "arguments": "{}", "call_id": "call_1"},
+        {"type": "function_call_output", "call_id": "call_1", "output": "a.txt"},
+    ]
+    told = events(
+        ask(
+            server,
+            instructions="You are an agent.",
+            input=history,
+            tools=[shell, {"type": "custom", "name": "apply_patch", "format": {"type": "text"}}],
+            tool_choice="auto",
+            parallel_tool_calls=False,
+            reasoning={"effort": "medium", "summary": "auto"},
+            store=False,
+            stream=True,
+            include=["reasoning.encrypted_content"],
+            prompt_cache_key="0199",
+            text={"verbosity": "medium"},
+        )
+    )
+    assert told[0]["response"]["tools"] == [shell]
+    assert told[0]["response"]["parallel_tool_calls"] is False
+    assert told[-1]["type"] in ("response.completed", "response.incomplete")
