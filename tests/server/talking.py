@@ -82,11 +82,13 @@ def chat_model() -> tuple[Qwen2ForCausalLM, PreTrainedTokenizerFast]:
 
 @contextmanager
 def talking(
-    made: tuple[Any, PreTrainedTokenizerFast] | None = None, **changes: Any
+    made: tuple[Any, PreTrainedTokenizerFast] | None = None,
+    limits: Limits | None = None,
+    **changes: Any,
 ) -> Iterator[tuple[Running, Any, PreTrainedTokenizerFast]]:
     """Serve a model as `tiny`, by default a small one for chats."""
     model, tokenizer = made or chat_model()
-    engine = Engine(model, tokenizer, Limits(rows=4, capacity=CONTEXT))
+    engine = Engine(model, tokenizer, limits or Limits(rows=4, capacity=CONTEXT))
     one = Loaded(engine, tokenizer, CONTEXT, "fp_test")
     with serving(Offer("tiny", lambda: one, loaded=one), **changes) as running:
         yield running, model, tokenizer

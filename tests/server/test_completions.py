@@ -9,8 +9,9 @@ import torch
 from quintet import PreTrainedTokenizerFast, Qwen2ForCausalLM
 from quintet.server.protocol.completions import CompletionRequest, pieces
 from quintet.server.settings import Settings
+from quintet.serving import Limits
 from served import Running
-from server.talking import HOLES, chat_tokenizer, chunks, talking
+from server.talking import CONTEXT, HOLES, chat_tokenizer, chunks, talking
 
 Served = tuple[Running, Qwen2ForCausalLM, PreTrainedTokenizerFast]
 PATH = "/v1/completions"
@@ -153,3 +154,10 @@ def test_ids_without_a_token_are_taken(served: Served) -> None:
     assert len(whole["choices"][0]["logprobs"]["tokens"]) == 4
     refused = served[0].ask("POST", PATH, {"model": "tiny", "prompt": [size]})
     assert refused.status == 400
+
+
+def test_more_answers_than_may_wait_are_made_one_after_the_other() -> None:
+    with talking(limits=Limits(rows=2, queue=0, capacity=CONTEXT)) as served:
+        whole = done(served, prompt=["Hello", TEXT, "Be"] * 4, n=3, max_tokens=2)
+        assert [one["index"] for one in whole["choices"]] == list(range(36))
+        assert whole["usage"]["completion_tokens"] == 72

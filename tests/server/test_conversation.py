@@ -126,6 +126,7 @@ def test_thoughts_are_switched_where_there_is_a_switch() -> None:
     assert told.text.rstrip().endswith("<think>")
     assert "cannot be switched off" in told.warnings[0]
     assert written("plain", USER, thinking=False).warnings == ()
+    assert "cannot be switched on" in written("plain", USER, thinking=True).warnings[0]
 
 
 def test_thoughts_of_the_past_are_cut_before_a_template_looks_for_them() -> None:

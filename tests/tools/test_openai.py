@@ -2,14 +2,16 @@
 
 import asyncio
 import json
+import threading
 from collections.abc import Iterator
 from typing import Any, Literal
 
 import pytest
 
 from outside import tool
+from quintet.serving import Limits
 from served import Running
-from server.talking import talking
+from server.talking import CONTEXT, talking
 from server.test_chat_tools import PLACES, TOOLS
 
 openai = tool("openai")
@@ -142,7 +144,6 @@ def test_errors_are_those_it_knows(server: Running, client: Any) -> None:
     with pytest.raises(openai.BadRequestError) as long:
         client.completions.create(model="tiny", prompt="Hello there. " * 2000)
     assert long.value.code == "context_length_exceeded"
-    patient = client.with_options(max_retries=2)
     server.service.draining = True
     try:
         with pytest.raises(openai.InternalServerError) as ending:
@@ -151,7 +152,27 @@ def test_errors_are_those_it_knows(server: Running, client: Any) -> None:
         assert int(ending.value.response.headers["retry-after"]) >= 1
     finally:
         server.service.draining = False
-    assert patient.chat.completions.create(**PLAIN).choices
+
+
+def test_it_comes_again_when_it_is_told_to() -> None:
+    limits = Limits(rows=1, queue=0, capacity=CONTEXT)
+    with (
+        talking(limits=limits) as (busy, _, _),
+        openai.OpenAI(base_url=f"{busy.url}/v1", api_key="none") as client,
+    ):
+        stream = client.chat.completions.create(**{**PLAIN, "max_tokens": 900}, stream=True)
+        next(iter(stream))
+        with pytest.raises(openai.InternalServerError) as full:
+            client.with_options(max_retries=0).chat.completions.create(**PLAIN)
+        assert (full.value.status_code, full.value.code) == (503, "queue_full")
+        assert full.value.response.headers["retry-after"] == "1"
+        # The next time the row is free.
+        leaves = threading.Timer(0.3, stream.close)
+        leaves.start()
+        answer = client.chat.completions.with_raw_response.create(**PLAIN)
+        assert answer.retries_taken >= 1
+        assert answer.parse().choices[0].finish_reason == "length"
+        leaves.join()
 
 
 def test_further_fields_reach_the_model(client: Any) -> None:

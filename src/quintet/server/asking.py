@@ -65,7 +65,8 @@ async def ask(served: Served, question: Ask) -> AsyncGenerator[Heard, None]:
     asked = await asyncio.to_thread(_understood, served, question)
     first = asyncio.Event()
     answers = [_answer(asked, index, first) for index in range(question.n)]
-    gathering = Gathering(answers, len(answers))
+    # No more than there are rows: the others would only wait, and may be too many to.
+    gathering = Gathering(answers, served.engine.limits.rows)
     try:
         await gathering.settled(REFUSAL)
         yield Heard(0, Start(len(asked.prompt.ids), asked.warnings))

@@ -159,6 +159,8 @@ def _arguments(
             kwargs.setdefault(switch, conversation.thinking)
         elif not conversation.thinking and THINK in template:
             warnings.append("reasoning cannot be switched off: the template has no switch for it")
+        elif conversation.thinking and THINK not in template and END_THINK not in template:
+            warnings.append("reasoning cannot be switched on: the template knows none")
     return kwargs, tuple(warnings)
 
 

@@ -48,8 +48,9 @@ async def create(request: Request) -> Response:
     start = await begun(request, asked[0])
     headers = warnings_header([*warnings, *start.warnings])
     frame = Frame("cmpl", served.name, served.fingerprint)
-    heard = merged([_of(place, one) for place, one in enumerate(asked)], served.engine.limits.rows)
     count = body.n or 1
+    width = max(served.engine.limits.rows // count, 1)
+    heard = merged([_of(place, one) for place, one in enumerate(asked)], width)
     choices: list[TextChoice] = []
     for piece in prompts:
         prompt = TextPrompt(piece, echo=bool(body.echo), scored=body.logprobs is not None)
