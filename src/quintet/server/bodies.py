@@ -1,6 +1,9 @@
 """The body of a request: bounded before it is read, JSON without what JSON does not have."""
 
 import asyncio
+import gc
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from pydantic import BaseModel
@@ -44,16 +47,29 @@ def parsed(data: bytes, depth: int) -> dict[str, Any]:
     """
     if not data.strip():
         raise invalid("the body is empty; send a JSON object", code="invalid_json")
-    try:
-        value = from_json(data, allow_inf_nan=False)
-    except ValueError as error:
-        # It names the place and not what stands there.
-        raise invalid(f"the body is not JSON: {error}", code="invalid_json") from None
-    if not isinstance(value, dict):
-        raise invalid("the body has to be a JSON object", code="invalid_json")
-    if data.count(b"[") + data.count(b"{") > depth and _deeper(value, depth):
-        raise invalid(f"the body nests deeper than {depth}", code="invalid_json")
+    with _uncollected():
+        try:
+            value = from_json(data, allow_inf_nan=False)
+        except ValueError as error:
+            # It names the place and not what stands there.
+            raise invalid(f"the body is not JSON: {error}", code="invalid_json") from None
+        if not isinstance(value, dict):
+            raise invalid("the body has to be a JSON object", code="invalid_json")
+        if data.count(b"[") + data.count(b"{") > depth and _deeper(value, depth):
+            raise invalid(f"the body nests deeper than {depth}", code="invalid_json")
     return value
+
+
+@contextmanager
+def _uncollected() -> Iterator[None]:
+    """Make lists by the million, none of which is garbage, without looking through them for it."""
+    collects = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if collects:
+            gc.enable()
 
 
 def _deeper(value: dict[str, Any], depth: int) -> bool:
@@ -62,8 +78,8 @@ def _deeper(value: dict[str, Any], depth: int) -> bool:
         level = [
             child
             for parent in level
-            for child in (parent.values() if isinstance(parent, dict) else parent)
-            if isinstance(child, dict | list)
+            for child in (parent.values() if type(parent) is dict else parent)
+            if child and type(child) in (dict, list)
         ]
         if not level:
             return False

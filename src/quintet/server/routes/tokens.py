@@ -54,7 +54,7 @@ class Tokenize(Body):
 
     model: str | None = None
     prompt: str | None = None
-    messages: Annotated[list[Said], Field(min_length=1)] | None = None
+    messages: Annotated[list[Said], Field(min_length=1, fail_fast=True)] | None = None
     add_special_tokens: bool = True
     return_token_strs: bool = False
 
@@ -68,7 +68,7 @@ class Detokenize(Body):
     """
 
     model: str | None = None
-    tokens: list[Annotated[int, Field(ge=0, le=2**31 - 1)]]
+    tokens: Annotated[list[Annotated[int, Field(ge=0, le=2**31 - 1)]], Field(fail_fast=True)]
 
 
 @router.post("/tokenize", openapi_extra=documented(Tokenize))
