@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from quintet.cli.conversation import Conversation
 from quintet.errors import OfflineError
 from quintet.server.page import join
 from quintet.server.registry import Offer
@@ -102,13 +103,12 @@ def script(served: tuple[Scripted, str]) -> Scripted:
 @pytest.fixture
 def page(chromium: Browser, script: Scripted, served: tuple[Scripted, str]) -> Iterator[Browser]:
     """The page as somebody sees it first; in the end, that nothing was against its policy."""
-    chromium.open(served[1])
-    chromium.run("localStorage.clear(); sessionStorage.clear()")
     chromium.size(1280, 800)
-    chromium.reload()
+    chromium.open(f"{served[1]}/")
     chromium.log()
     yield chromium
     script.go.set()
+    chromium.run("localStorage.clear(); sessionStorage.clear()")
     complaints = [line for line in chromium.log() if "Failed to load resource" not in line]
     assert not [line for line in complaints if "Password field" not in line]
 
@@ -230,6 +230,99 @@ def test_conversations_are_kept_renamed_and_deleted(page: Browser, script: Scrip
     assert len(page.run(f"return {KEPT}")) == 1
 
 
+def test_a_conversation_is_exported_and_opened(
+    page: Browser, script: Scripted, tmp_path: Path
+) -> None:
+    script.answers = [[{"reasoning_content": "Hm."}, "*One*"], ["Two"]]
+    page.type("", "Control+,")
+    page.click("#system")
+    page.type("Be brief.", "Escape")
+    say(page, "A number")
+    answered(page)
+    page.run(
+        "window.saved = []; const made = URL.createObjectURL;"
+        "URL.createObjectURL = (blob) => { saved.push(blob); return made(blob); }"
+    )
+    for kind in ("markdown", "json"):
+        page.click("#menu summary")
+        page.click(f"#save-{kind}")
+    text, saved = page.run("return Promise.all(saved.map((blob) => blob.text()))")
+    assert text == (
+        "# A number\n\n**System**\n\nBe brief.\n\n**You**\n\nA number\n\n**Answer**\n\n*One*\n"
+    )
+    # The terminal's chats go on with it.
+    path = tmp_path / "talk.json"
+    path.write_text(saved, encoding="utf-8")
+    assert Conversation.load(path).messages == [
+        {"role": "system", "content": "Be brief."},
+        {"role": "user", "content": "A number"},
+        {"role": "assistant", "content": "*One*", "reasoning_content": "Hm."},
+    ]
+    open_file = (
+        "const files = new DataTransfer(); files.items.add(new File([arguments[0]], 'talk.json'));"
+        "const input = document.getElementById('file'); input.files = files.files;"
+        "input.dispatchEvent(new Event('change'))"
+    )
+    page.run(open_file, saved)
+    page.until(f"{KEPT}.length === 2")
+    assert answered(page) == ["One"]
+    say(page, "Another")
+    assert answered(page) == ["One", "Two"]
+    said = [(each["role"], each["content"]) for each in script.asked[-1]["messages"]]
+    assert said == [
+        *(("system", "Be brief."), ("user", "A number"), ("assistant", "*One*")),
+        ("user", "Another"),
+    ]
+    for wrong in (
+        "{",
+        "{}",
+        '{"messages": [{"role": "robot", "content": "x"}]}',
+        '{"messages": []}',
+    ):
+        page.run(open_file, wrong)
+        page.until("document.getElementById('notice').innerText.includes('holds no conversation')")
+        page.click("#notice button")
+    assert len(page.run(f"return {KEPT}")) == 2
+
+
+def test_texts_and_code_are_copied(page: Browser, script: Scripted) -> None:
+    script.answers = [["See\n\n```py\nx = 1\n```"]]
+    say(page, "Code")
+    answered(page)
+    granted = {"permissions": ["clipboardReadWrite", "clipboardSanitizedWrite"]}
+    page.command("Browser.grantPermissions", granted)
+    for button, text in (("Copy the code", "x = 1"), ("Copy", script.answers[0][0])):
+        page.click(f".assistant [aria-label='{button}']")
+        page.until("navigator.clipboard.readText().then((text) => text === arguments[0])", text)
+    # Browsers give no clipboard to pages that come over a network without TLS.
+    page.run("navigator.clipboard.writeText = () => Promise.reject(new Error('no'))")
+    page.click(".user [aria-label='Copy']")
+    page.until("navigator.clipboard.readText().then((text) => text === 'Code')")
+
+
+def test_one_of_several_models_answers(page: Browser, script: Scripted) -> None:
+    script.models = [{**script.models[0], "id": name} for name in ("small", "large")]
+    script.models[1] |= {"context": 100, "thinking": True}
+    page.reload()
+    page.until("document.querySelectorAll('#model option').length === 2")
+    page.run("document.getElementById('model').focus()")
+    page.type("large", "Enter")
+    page.until("document.getElementById('facts').innerText.startsWith('large reads up to 100')")
+    page.type("", "Control+,")
+    page.run(
+        "const e = document.getElementById('thinking'); e.value = 'off';"
+        "e.dispatchEvent(new Event('change'))"
+    )
+    page.type("", "Escape")
+    say(page, "Hi")
+    answered(page)
+    assert (script.asked[0]["model"], script.asked[0]["reasoning_effort"]) == ("large", "none")
+    assert "tokens/s · large" in page.text() or "token · large" in page.text()
+    assert "11 of 100 tokens" in page.text()
+    page.type("", "Control+Shift+o")
+    assert page.run("return document.getElementById('model').value") == "large"
+
+
 def test_settings_are_sent_and_defaults_are_shown(page: Browser, script: Scripted) -> None:
     page.type("", "Control+,")
     shown = page.run(
@@ -342,17 +435,17 @@ def test_what_a_model_writes_does_nothing(page: Browser, script: Scripted) -> No
 
 
 ENDLESS = [
-    "[" * 60_000,
-    "*a " * 20_000,
-    "**a" * 20_000 + "_" * 20_000,
-    "`" * 30_001 + "a" + "`" * 30_000,
-    "> " * 30_000 + "a",
-    "- " * 30_000 + "a",
-    "[a](" * 15_000,
+    "[" * 30_000,
+    "*a " * 10_000,
+    "**a" * 10_000 + "_" * 10_000,
+    "`" * 15_001 + "a" + "`" * 15_000,
+    "> " * 15_000 + "a",
+    "- " * 15_000 + "a",
+    "[a](" * 8_000,
     "![](" * 15_000 + "~~" * 10_000,
-    "|a" * 20_000 + "\n" + "|-" * 400,
-    "\n".join(["1. a", "", "   b"] * 4_000),
-    "http://a" * 8_000,
+    "|a" * 10_000 + "\n" + "|-" * 400,
+    "\n".join(["1. a", "", "   b"] * 2_000),
+    "http://a" * 5_000,
 ]
 
 

@@ -100,7 +100,7 @@ class Browser:
         found = self._ask("POST", "/element", {"using": "css selector", "value": css})
         self._ask("POST", f"/element/{found[ELEMENT]}/click", {})
 
-    def until(self, script: str, *arguments: Any, seconds: float = 10) -> Any:
+    def until(self, script: str, *arguments: Any, seconds: float = 30) -> Any:
         """Wait until an expression of the page is true, and return it."""
         deadline = time.monotonic() + seconds
         while not (value := self.run(f"return ({script})", *arguments)):

@@ -3,8 +3,8 @@
 const SHOWN_EVERY = 40; // milliseconds between two looks of an answer as it grows
 const KEPT_EVERY = 2000; // and between two times it is stored
 
-function currentModel() {
-  return models.find((model) => model.id === current.model) ?? models[0] ?? { id: "", defaults: {} };
+function modelOf(talk) {
+  return models.find((model) => model.id === talk.model) ?? models[0] ?? { id: "", defaults: {} };
 }
 
 /** Whether a key sends; it does not while it chooses among letters of a script. */
@@ -49,9 +49,7 @@ function stop(talk = current) {
 
 /** Ask for an answer to the branch that is shown, or for the rest of one that was cut. */
 async function answer(talk, begun = null) {
-  const body = bodyFor(talk, begun);
-  const empty = { role: "assistant", content: "", reasoning: "", model: body.model };
-  const reply = begun ?? addMessage(talk, empty);
+  const reply = begun ?? addMessage(talk, { role: "assistant", content: "", reasoning: "" });
   const asked = performance.now();
   const run = { reply, controller: new AbortController(), phase: "waiting", asked, since: asked, pieces: 0 };
   const before = begun?.figures?.tokens ?? 0;
@@ -76,6 +74,9 @@ async function answer(talk, begun = null) {
   ];
   let refused = false;
   try {
+    if (!models.length) await loadModels();
+    const body = bodyFor(talk, begun);
+    reply.model = body.model;
     for await (const piece of chat(body, run.controller.signal)) {
       hear(run, piece, before);
       changed = true;
@@ -100,7 +101,7 @@ async function answer(talk, begun = null) {
     });
     if (!reply.error) say(spoken(reply));
     // Of a model that was loaded for this answer more is known now.
-    if (!currentModel().context) loadModels();
+    if (!modelOf(talk).context) loadModels();
     if (refused && (await askForKey())) answerAgain(reply);
   }
 }
@@ -147,7 +148,7 @@ function hear(run, piece, before) {
 }
 
 function bodyFor(talk, begun) {
-  const model = currentModel();
+  const model = modelOf(talk);
   const { system, thinking, ...sampling } = talk.settings;
   // What a model thought is not part of what it reads.
   const said = branch(talk).filter(({ content }) => content);

@@ -7,8 +7,7 @@ function showConversations() {
     ...talks.map((talk) => {
       const choose = () => {
         open(talk);
-        if (narrow.matches) showDrawer(false);
-        $("box").focus();
+        settle();
       };
       const made = button(make("span", { dir: "auto" }, talk.title), choose, "");
       made.title = talk.title;
@@ -34,8 +33,13 @@ function open(talk) {
 
 function begin() {
   open(newConversation());
+  settle();
+}
+
+/** Go to where one writes; on a phone, its keyboard would cover what is to be read. */
+function settle() {
   if (narrow.matches) showDrawer(false);
-  $("box").focus();
+  $(narrow.matches ? "toggle" : "box").focus();
 }
 
 function showDrawer(shown) {
@@ -76,7 +80,7 @@ async function remove() {
   forget(talk);
   talks = talks.filter((each) => each !== talk);
   open(talks[0] ?? newConversation());
-  $("box").focus();
+  settle();
 }
 
 function save(ending, type, text) {

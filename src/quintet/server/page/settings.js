@@ -41,7 +41,7 @@ function set(name, value) {
 
 function showSettings() {
   const { settings } = current;
-  const model = currentModel();
+  const model = modelOf(current);
   for (const { name, hint } of FIELDS) {
     const input = $(`set-${name}`);
     input.value = settings[name] ?? "";
@@ -80,7 +80,7 @@ async function loadModels() {
 }
 
 function showModel() {
-  const model = currentModel();
+  const model = modelOf(current);
   $("model").value = model.id;
   const facts = [];
   if (model.context) facts.push(`${model.id} reads up to ${model.context.toLocaleString("en")} tokens.`);

@@ -26,7 +26,7 @@ function showState() {
   $("go").setAttribute("aria-label", running ? "Stop" : "Send");
   $("go").disabled = !running && !$("box").value.trim();
   const used = branch(current).findLast((message) => message.figures)?.figures.total;
-  const { context } = currentModel();
+  const { context } = modelOf(current);
   $("used").hidden = !used || !context;
   if (!used || !context) return;
   $("meter").value = Math.min(used / context, 1);
