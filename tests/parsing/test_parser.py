@@ -322,12 +322,23 @@ def test_the_text_of_a_marker_may_be_late(late: list[str]) -> None:
     assert said(read(pieces, HERMES, tokens=True)) == [("content", "a"), ("call", "f", "{}")]
 
 
-def test_text_that_only_began_like_a_late_marker_is_not_lost() -> None:
-    pieces = [("a", TOKENS["</think>"]), ("<", 0), ("/t", 0), ("b", 0)]
-    assert said(read(pieces, None, "reasoning", tokens=True)) == [
-        ("reasoning", "a"),
-        ("content", "</tb"),
+@pytest.mark.parametrize("after", [["<", "/t", "b"], ["</tb"], ["<", "/", "tb"]])
+def test_text_that_only_began_like_a_late_marker_is_not_lost(after: list[str]) -> None:
+    pieces = [("a", TOKENS["</think>"]), *((text, 0) for text in after)]
+    heard = [("reasoning", "a"), ("content", "</tb")]
+    assert said(read(pieces, None, "reasoning", tokens=True)) == heard
+    assert said(read(pieces[:2], None, "reasoning", tokens=True)) == [
+        heard[0],
+        ("content", after[0]),
     ]
+
+
+@pytest.mark.parametrize("late", [SECTION + EACH, "", SECTION], ids=["late", "never", "one"])
+def test_several_markers_may_be_late(late: str) -> None:
+    pieces = [("", TOKENS[SECTION]), ("", TOKENS[EACH]), (late + "f", 0), ("", TOKENS[SEP])]
+    late = SEP if late == SECTION + EACH else ""
+    pieces += [(late + '{"a": ', 0), ("1}", 0), ("", TOKENS[EACH_END])]
+    assert said(read(pieces, DEEPSEEK_V31, tokens=True)) == [CALL]
 
 
 # -- any text, cut anywhere ---------------------------------------------------------------------

@@ -23,8 +23,8 @@ class Marks:
         self._sign_of = signs
         self._text_of = {sign: text for text, sign in signs.items()}
         self._by_token = {token: signs[text] for text, token in tokens.items()}
-        # The rest of a marker whose text is late, and what of it has come.
-        self._owed = ""
+        # Markers whose text, or the rest of it, is late, and what of the first has come.
+        self._owed: list[str] = []
         self._taken = ""
 
     def sign(self, marker: str) -> str:
@@ -43,22 +43,30 @@ class Marks:
             return before + sign + after
         # What looks for stop strings may hold a part back; what skips special tokens, all of it.
         begun = _overlap(text, marker)
-        self._owed, self._taken = marker[begun:], ""
+        self._owed.append(marker[begun:])
         return text[: len(text) - begun] + sign
+
+    def rest(self) -> str:
+        """Return what was taken for the beginning of a late marker, at the end."""
+        taken, self._taken = self._taken, ""
+        return taken
 
     def plain(self, text: str) -> str:
         """Return text with the markers themselves in place of their signs."""
         return _SIGN.sub(lambda found: self._text_of[found[0]], text)
 
     def _without_owed(self, text: str) -> str:
-        if not self._owed:
-            return text
-        if self._owed.startswith(text):
-            self._owed, self._taken = self._owed[len(text) :], self._taken + text
-            return ""
-        came = text.startswith(self._owed)
-        text = text[len(self._owed) :] if came else self._taken + text
-        self._owed = self._taken = ""
+        while self._owed and text:
+            rest = self._owed[0][len(self._taken) :]
+            if rest.startswith(text) and rest != text:
+                self._taken += text
+                return ""
+            if not text.startswith(rest):
+                # It never comes: the text is another.
+                self._owed.clear()
+                return self.rest() + text
+            del self._owed[0]
+            self._taken, text = "", text[len(rest) :]
         return text
 
 

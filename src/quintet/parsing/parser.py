@@ -60,6 +60,7 @@ class StreamParser:
 
     def flush(self) -> list[Event]:
         """Return what was held back, after the last token."""
+        self._source.add(self._marks.rest())
         self._source.ended = True
         return [] if self._over else self._go()
 
