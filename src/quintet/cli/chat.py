@@ -26,6 +26,7 @@ from quintet.cli.partner import Outcome, Partner
 from quintet.cli.results import counted
 from quintet.cli.servers import is_address, key_for, key_option
 from quintet.cli.settings import SETTING, parse
+from quintet.cli.shaping import Shape, shape_options
 from quintet.cli.terminal import complain, note, unechoed
 from quintet.errors import InputError, QuintetError
 
@@ -52,6 +53,7 @@ LONG = 1.0
     help="What a model thinks before it answers: how long it took, all of it, or nothing.",
 )
 @sampling_options
+@shape_options
 @model_options
 @key_option
 @click.pass_context
@@ -67,6 +69,7 @@ def command(
     seed: int | None,
     quiet: bool,
     sampling: dict[str, Any],
+    shape: Shape,
     **where: Any,
 ) -> None:
     """Talk with MODEL, a directory or hub id of a model with a chat template.
@@ -105,9 +108,10 @@ def command(
             from quintet.cli.remote import Remote
 
             key = key_for(model, api_key_file, context)
-            partner = Remote(model, key, {**sampling, "seed": seed, **parse(settings)})
+            asked = {**sampling, **shape.fields, "seed": seed, **parse(settings)}
+            partner = Remote(model, key, asked)
         else:
-            partner = Local(model, seed, sampling, settings, quiet, where)
+            partner = Local(model, seed, sampling, settings, quiet, where, shape)
         talk = _Talk(partner, conversation, reasoning, quiet)
         note(partner.describe(), quiet)
         if questions:

@@ -29,6 +29,7 @@ from quintet.cli.results import (
 )
 from quintet.cli.servers import is_address, key_for, key_option
 from quintet.cli.settings import SETTING, applied, describe, parse
+from quintet.cli.shaping import Shape, shape_options
 from quintet.cli.terminal import Waiting, note, unechoed
 from quintet.errors import InputError, ModelNotFoundError
 from quintet.hub import demo_model
@@ -62,6 +63,7 @@ __all__ = ["command"]
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object, at the end.")
 @click.option("--echo/--no-echo", default=True, help="Print the prompt before its continuation.")
 @sampling_options
+@shape_options
 @model_options
 @key_option
 @click.pass_context
@@ -80,6 +82,7 @@ def command(
     seed: int | None,
     quiet: bool,
     sampling: dict[str, Any],
+    shape: Shape,
     **where: Any,
 ) -> None:
     """Continue PROMPT, or what is piped in, and print the text as it is made.
@@ -97,6 +100,8 @@ def command(
     named = [name for name, value in given.items() if value is not None]
     if len(named) > 1:
         raise InputError(f"{' and '.join(named)} are two prompts; give one of them")
+    if shape and batch is not None:
+        raise InputError("--batch has no --json-schema or --regex; continue the texts one by one")
     lines = None if batch is None else (_piped() if batch == "-" else _read(batch)).splitlines()
     text = "" if batch is not None else _prompt(prompt, file)
 
@@ -104,7 +109,7 @@ def command(
         from quintet.cli.remote import Remote
 
         key = key_for(model, api_key_file, context)
-        remote = Remote(model, key, {**sampling, "seed": seed, **parse(words)})
+        remote = Remote(model, key, {**sampling, **shape.fields, "seed": seed, **parse(words)})
         _continue_there(remote, text, echo, as_json, quiet)
         return
     if api_key_file is not None:
@@ -125,7 +130,7 @@ def command(
 
             run(opened, config, lines, seed=seed, batch_size=batch_size, quiet=quiet)
         else:
-            _continue(opened, config, text, generator, seed, echo, as_json, quiet)
+            _continue(opened, config, text, generator, seed, shape, echo, as_json, quiet)
 
 
 def _check_alone(context: click.Context, batch: bool, as_json: bool) -> None:
@@ -146,6 +151,7 @@ def _continue(
     text: str,
     generator: "torch.Generator",
     seed: int,
+    shape: Shape,
     echo: bool,
     as_json: bool,
     quiet: bool,
@@ -153,6 +159,7 @@ def _continue(
     from quintet.cli.streaming import Continuation
 
     tokenizer = opened.tokenizer
+    processors = shape.maker(opened)(text)
     inputs = tokenizer(text, return_tensors="pt")
     length = inputs["input_ids"].shape[1]
     config = with_default_length(opened, config, length)
@@ -165,8 +172,9 @@ def _continue(
             config,
             streamer=streamer,
             tokenizer=tokenizer,
-            # Healing changes the end of the prompt, which then has to be shown.
-            token_healing=echo and not as_json,
+            logits_processor=processors,
+            # Healing changes the end of the prompt, which then has to be shown, and is of no form.
+            token_healing=echo and not as_json and not shape,
             generator=generator,
             return_dict_in_generate=True,
         )

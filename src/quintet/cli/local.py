@@ -9,6 +9,7 @@ from quintet.cli.options import Opened, choose, open_model, with_default_length
 from quintet.cli.partner import Outcome
 from quintet.cli.results import counted, cut, draft_summary, speculation_of
 from quintet.cli.settings import applied, describe, drawn, seed_of
+from quintet.cli.shaping import Shape
 from quintet.errors import ChatTemplateError, InputError
 
 if TYPE_CHECKING:
@@ -32,6 +33,7 @@ class Local:
         settings: words NAME=VALUE, which go before them.
         quiet: nothing but the answers.
         where: how the model is to be opened.
+        shape: what form answers are to have.
 
     Raises:
         QuintetError: whatever keeps it from loading; ChatTemplateError without a template.
@@ -45,6 +47,7 @@ class Local:
         settings: Sequence[str],
         quiet: bool,
         where: Mapping[str, Any],
+        shape: Shape,
     ) -> None:
         self.opened: Opened = open_model(name, quiet=quiet, **where)
         if not self.opened.tokenizer.chat_template:
@@ -55,6 +58,7 @@ class Local:
         model = self.opened.model
         options, self._generator, self._seed = choose(model.device, seed, sampling, settings)
         self._config: GenerationConfig = applied(model.generation_config, options)
+        self._processors = shape.maker(self.opened)
         self._reading: Reading | None = None
 
     @property
@@ -102,6 +106,7 @@ class Local:
                 torch.tensor([ids]),
                 config,
                 past_key_values=turn.cache,
+                logits_processor=self._processors(prompt),
                 tokenizer=tokenizer,
                 streamer=AnswerStreamer(tokenizer, prompt, answer),
                 generator=self._generator,
