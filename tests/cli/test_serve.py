@@ -12,12 +12,20 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import click
 import pytest
 
 from cli.conftest import Run, Start
 from quintet import demo_model
 from quintet.cli import serve
+from quintet.cli.options import Opened
+from quintet.cli.serve_banner import announcement
 from quintet.modeling import placement
+from quintet.server.registry import Offer, Registry
+from quintet.server.service import Service
+from quintet.server.settings import Settings
+from quintet.serving import Limits
+from served import loaded
 
 CANARY = "canary-in-a-prompt"
 KEY = "sk-canary-of-a-key"
@@ -201,6 +209,39 @@ def test_what_is_not_installed_is_named(quintet: Run, monkeypatch: pytest.Monkey
     assert result.code == 1
     assert "pip install 'quintet[serve]'" in result.err
     assert "uvicorn" not in result.err
+
+
+def test_it_says_where_what_and_how_much() -> None:
+    loaded_ = loaded(Limits(rows=4, capacity=256))
+    offer = Offer("demo", loaded, ("poet",), loaded_)
+    opened = Opened("demo", loaded_.engine.model, loaded_.tokenizer, 0.5)
+    try:
+        for keys, whom in (((), "this machine"), (("sk",), "who has the key")):
+            service = Service(Settings(keys=keys), Registry([offer]))
+            lines, facts = announcement(service, ("127.0.0.1", 8000), [opened], None)
+            text = "\n".join(lines)
+            for part in ("http://127.0.0.1:8000/v1", whom, "4 rows of 256 tokens", "1,024 tokens"):
+                assert part in text
+            for part in ("deepseek_v3", "kernels: ", "poet", "a page to chat on"):
+                assert part in text
+            config = loaded_.engine.model.config
+            per_token, per_row = config.cache_numbers()
+            json.dumps(facts)
+            [model] = facts["models"]
+            assert model["bytes"] == 4 * (256 * per_token * 2 + 4 * per_row)
+        [model] = announcement(service, ("::1", 8000), [opened], 8)[1]["models"]
+        assert model["bytes"] == 4 * (256 * per_token + 4 * per_row)
+    finally:
+        loaded_.engine.close()
+
+
+def test_variables_are_named_as_options() -> None:
+    options = [one for one in serve.command.params if isinstance(one, click.Option)]
+    names = [one.envvar for one in options]
+    assert len(set(names)) == len(names) > 40
+    assert {"QUINTET_PORT", "QUINTET_MAX_BODY", "QUINTET_ROWS", "QUINTET_PAGE"} <= set(names)
+    # A key would be seen by others.
+    assert not any("api-key" in flag and "file" not in flag for o in options for flag in o.opts)
 
 
 def test_every_option_has_a_variable(quintet: Run, monkeypatch: pytest.MonkeyPatch) -> None:
