@@ -89,6 +89,7 @@ G = {"type": "function", "name": "g"}
         (None, "auto", ["f", "g"]),
         ("required", "required", ["f", "g"]),
         ({"type": "function", "name": "g"}, "g", ["f", "g"]),
+        ({"type": "function", "name": "none"}, "required", ["none"]),
         (
             {
                 "type": "allowed_tools",
@@ -101,7 +102,10 @@ G = {"type": "function", "name": "g"}
     ],
 )
 def test_the_choice_of_tools_is_carried_over(choice: Any, named: str, offered: list[str]) -> None:
-    ask = read(tools=[F, G, {"type": "web_search"}], tool_choice=choice)[0].ask(Settings(), 100, "")
+    others = [{**G, "name": one} for one in offered if one == "none"]
+    ask = read(tools=[F, G, *others, {"type": "web_search"}], tool_choice=choice)[0].ask(
+        Settings(), 100, ""
+    )
     assert isinstance(ask.prompt, Conversation)
     assert ask.tool_choice == named
     assert [tool["function"]["name"] for tool in ask.prompt.tools] == offered
@@ -206,6 +210,8 @@ def parts(*given: Any) -> list[Any]:
         ({"conversation": "c"}, "conversation"),
         ({"prompt": {"id": "p"}}, "prompt"),
         ({"metadata": {"a": 1}}, "metadata.a"),
+        ({"metadata": {"a": "x" * 513}}, "metadata.a"),
+        ({"metadata": {str(i): "" for i in range(17)}}, "metadata"),
     ],
 )
 def test_what_cannot_be_had_is_refused_with_its_place(fields: dict[str, Any], param: str) -> None:

@@ -19,6 +19,8 @@ __all__ = ["ResponsesRequest"]
 
 Wire = dict[str, Any]
 _LOGPROBS = "message.output_text.logprobs"
+Key = Annotated[str, Field(max_length=64)]
+Noted = Annotated[str, Field(max_length=512)]
 
 
 class FunctionTool(Body):
@@ -166,7 +168,7 @@ class ResponsesRequest(SamplingFields):
     reasoning: Reasoning | None = None
     stream: bool | None = None
     truncation: Literal["auto", "disabled"] | None = None
-    metadata: dict[str, str] | None = None
+    metadata: Annotated[dict[Key, Noted], Field(max_length=16)] | None = None
     chat_template_kwargs: dict[str, Any] | None = None
     n: Literal[1] | None = None
 

@@ -15,6 +15,7 @@ from quintet.server.settings import Settings
 __all__ = ["Name", "Offered", "chosen", "offered"]
 
 Tools = tuple[Mapping[str, Any], ...]
+MODES = ("auto", "none", "required")
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9_.-]{1,128}$")]
 
 
@@ -85,8 +86,9 @@ def chosen(mode: str, names: Sequence[str] | None, tools: Tools) -> tuple[str, T
         raise invalid("tool_choice: there are no tools to call", "tool_choice")
     if mode == "none":
         return mode, ()
-    if mode == "named" and names is not None:
+    if mode == "named" and names is not None and names[0] not in MODES:
         return names[0], tools
     if names is not None:
         tools = tuple(tool for tool in tools if tool["function"]["name"] in names)
-    return mode, tools
+    # One that is called like a mode is the only one that there is.
+    return ("required" if mode == "named" else mode), tools
