@@ -123,6 +123,23 @@ def test_text_has_the_form_that_was_asked_for(served: Served) -> None:
     assert text.json()["choices"][0]["text"] in ("yes!", "no!")
 
 
+def test_a_form_begins_behind_a_thought(served: Served) -> None:
+    end = str(served[2].convert_tokens_to_ids("</think>"))
+    form = {"type": "json_schema", "json_schema": {"name": "w", "schema": SCHEMA}}
+    body = {"response_format": form, "reasoning_effort": "high"}
+    for bias in (12, 100):
+        own = answered(served, **body, logit_bias={end: bias})
+        assert json.loads(own["message"]["content"])["place"] in PLACES["enum"]
+    # A thought that is not over leaves nothing to have a form.
+    own = answered(served, **body, logit_bias={end: -100}, max_tokens=9)
+    assert own["message"]["reasoning_content"]
+    assert (own["message"]["content"], own["finish_reason"]) == ("", "length")
+    called = answered(
+        served, tools=TOOLS, tool_choice="required", reasoning_effort="high", logit_bias={end: 100}
+    )
+    assert called["message"]["tool_calls"][0]["function"]["name"] in ("weather", "climate")
+
+
 def test_a_form_that_cannot_be_is_refused(served: Served) -> None:
     for body in (
         {

@@ -13,6 +13,7 @@ __all__ = ["LEAST", "Frame", "event", "finite", "scored", "usage_of"]
 
 # What stands for the logarithm of zero, which JSON does not have.
 LEAST = -9999.0
+_JSON = json.JSONEncoder(ensure_ascii=False, separators=(",", ":"))
 
 
 class Frame:
@@ -43,7 +44,7 @@ class Frame:
 
 def event(data: dict[str, Any]) -> ServerEvent:
     """Return data as an event of a stream."""
-    return ServerEvent(json.dumps(data, ensure_ascii=False, separators=(",", ":")))
+    return ServerEvent(_JSON.encode(data))
 
 
 def finite(logprob: float) -> float:
