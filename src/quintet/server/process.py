@@ -9,6 +9,7 @@ import threading
 import time
 from types import FrameType
 
+import torch
 import uvicorn
 from fastapi import FastAPI
 
@@ -62,6 +63,8 @@ def serve(service: Service, sock: socket.socket) -> int:
     0 after SIGTERM, 130 after Ctrl-C, 128 and the signal's number where a second one came; 1 where
     a model failed for good.
     """
+    # What is drawn without a seed is not what was drawn after the last start.
+    torch.seed()
     server = HttpServer(service)
     server.run([sock])
     if server.force_exit:
