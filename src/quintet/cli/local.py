@@ -2,6 +2,7 @@
 
 import dataclasses
 from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from quintet.cli.conversation import Message
@@ -16,6 +17,7 @@ if TYPE_CHECKING:
     from quintet.cli.answer import Answer
     from quintet.cli.reading import Reading
     from quintet.generation.config import GenerationConfig
+    from quintet.tokenization import PreTrainedTokenizer
 
 __all__ = ["Local"]
 
@@ -90,7 +92,7 @@ class Local:
         assert context is not None
         said = list(messages)
         prompt = tokenizer.apply_chat_template(said, add_generation_prompt=True, tokenize=False)
-        ids = tokenizer.encode(prompt, add_special_tokens=False)
+        ids = _ids(tokenizer, said, asks=True)
         answer.prompt = length = len(ids)
         config = with_default_length(self.opened, self._config, length, LONGEST_ANSWER)
         self._reading = reading = self._reading or Reading(self.opened)
@@ -98,7 +100,7 @@ class Local:
 
         def stable() -> int:
             # What asks for an answer is in no later prompt, where the answer itself stands.
-            return common(ids, tokenizer.apply_chat_template(said))
+            return common(ids, _ids(tokenizer, said, asks=False))
 
         answer.begin()
         with reading.turn(ids, config, stable) as turn:
@@ -141,3 +143,14 @@ class Local:
                 f"the model is in this process; leave, and begin with another: quintet chat {model}"
             )
         return self.name
+
+
+def _ids(tokenizer: "PreTrainedTokenizer", messages: list[Message], *, asks: bool) -> list[int]:
+    """Return a conversation in ids; what somebody said that spells a control token is text."""
+    write = partial(tokenizer.apply_chat_template, messages, add_generation_prompt=asks)
+    try:
+        ids: list[int] = write(sanitize_control_tokens=True)
+    except ChatTemplateError:
+        # Some templates look into what was said, and then it cannot be told apart from theirs.
+        ids = write()
+    return ids
