@@ -1,9 +1,10 @@
 """Connections that are slow, malformed or greedy: closed in time, and the server answers others."""
 
+import select
 import socket
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 
 import pytest
 
@@ -156,3 +157,22 @@ def test_many_connect_and_go(server: Running) -> None:
     while server.service.under_way and time.monotonic() < deadline:
         time.sleep(0.01)
     assert server.service.under_way == 0
+
+
+def test_bodies_are_bounded_together_too(server: Running) -> None:
+    with serving(body=10_000) as small, ExitStack() as stack:
+        lines = ("Content-Type: application/json", "Content-Length: 10000")
+        socks = [stack.enter_context(talking(small)) for _ in range(40)]
+        for sock in socks:
+            sock.sendall(head("/tokenize", *lines, method="POST") + b"x" * 9000)
+        refused = [sock for sock in socks if select.select([sock], [], [], 0.02)[0]]
+        assert 1 <= len(refused) <= 8
+        assert all(b'"too_much_sent"' in sock.recv(4096) for sock in refused)
+        assert small.ask("GET", "/health").status == 200
+        assert small.service.receiving <= 32 * 10_000
+        stack.close()
+        deadline = time.monotonic() + 5
+        while small.service.receiving and time.monotonic() < deadline:
+            time.sleep(0.01)
+        assert small.service.receiving == 0
+        assert small.ask("POST", "/tokenize", {"prompt": "a"}).status == 200

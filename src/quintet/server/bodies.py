@@ -11,13 +11,16 @@ from pydantic_core import from_json
 from starlette.requests import ClientDisconnect, Request
 
 from quintet.server.connection import ClientGoneError
-from quintet.server.failures import ApiError, invalid
+from quintet.server.failures import ApiError, invalid, unavailable
+from quintet.server.service import service_of
 from quintet.server.settings import Settings
 
 __all__ = ["documented", "parsed", "read_json"]
 
 # So many times what a body may have is read of one that has more.
 PATIENCE = 4
+# So many bodies of the largest size may be there in part, of all that ask.
+TOGETHER = 32
 
 
 async def read_json(request: Request, settings: Settings) -> dict[str, Any]:
@@ -88,6 +91,7 @@ def _deeper(value: dict[str, Any], depth: int) -> bool:
 
 async def _read(request: Request, settings: Settings) -> bytes:
     data, size = bytearray(), 0
+    service = service_of(request)
     try:
         async with asyncio.timeout(settings.body_time):
             async for chunk in request.stream():
@@ -95,8 +99,11 @@ async def _read(request: Request, settings: Settings) -> bytes:
                 # Too much is taken, and not kept: who sends it reads no answer before.
                 if size <= settings.body:
                     data += chunk
+                    service.receiving += len(chunk)
                 elif size > PATIENCE * settings.body:
                     break
+                if service.receiving > TOGETHER * settings.body:
+                    raise unavailable("too much is being sent by all; try again", "too_much_sent")
     except TimeoutError:
         raise ApiError(
             408,
@@ -106,6 +113,8 @@ async def _read(request: Request, settings: Settings) -> bytes:
         ) from None
     except ClientDisconnect:
         raise ClientGoneError from None
+    finally:
+        service.receiving -= len(data)
     if size > settings.body:
         raise ApiError(
             413,

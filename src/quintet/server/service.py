@@ -34,6 +34,7 @@ class Service:
         observers: are told of every request.
         draining: new requests are refused, as it will end.
         under_way: how many requests are answered now.
+        receiving: how many bytes are there of bodies that are not complete.
     """
 
     settings: Settings
@@ -41,6 +42,7 @@ class Service:
     observers: list[Observer] = field(default_factory=list)
     draining: bool = False
     under_way: int = 0
+    receiving: int = 0
 
     @property
     def healthy(self) -> bool:
