@@ -54,3 +54,12 @@ def test_fewer_bits_take_less() -> None:
     taken = [cost_of(model, nbits).token for nbits in (None, 8, 6, 4)]
     assert taken == sorted(taken, reverse=True)
     assert len(set(taken)) == 4
+
+
+def test_a_prompt_that_does_not_fit_is_refused_before_it_waits() -> None:
+    model = FAMILIES[0].model_of()
+    memory = cost_of(model, None).of(60)
+    with Engine(model, limits=Limits(rows=2, capacity=100, memory=memory, ahead=10)) as engine:
+        with pytest.raises(DoesNotFitError, match="enough for 60 tokens"):
+            next(engine.answer(prompt_of(51, 1), max_new_tokens=20))
+        assert len(list(engine.answer(prompt_of(50, 1), max_new_tokens=20, eos_token_id=-1))) == 20

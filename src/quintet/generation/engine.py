@@ -355,8 +355,7 @@ class Engine:
                 continue
             before = len(sequence.ids)
             sequence.take_checked(logits[own:place])
-            if sequence.observed is not None:
-                sequence.observed.took(logits[own:place], sequence.ids[before:])
+            sequence.note(logits[own:place], sequence.ids[before:])
             self._take_back(sequence)
         if len(places) < len(logits):
             logits = logits[places]
@@ -369,8 +368,9 @@ class Engine:
             if isinstance(token, Exception):
                 sequence.fail(token)
                 continue
-            if sequence.observed is not None:
-                sequence.observed.took(made[own : own + 1], [token])
+            sequence.note(made[own : own + 1], [token])
+            if sequence.finished:
+                continue
             sequence.take(token)
             if sequence.drafting is not None:
                 sequence.drafting.taken(1, 0)

@@ -173,6 +173,14 @@ class Sequence:
         elif len(self.ids) - self.prompt_length == self.room:
             self._finish("length")
 
+    def note(self, logits: Tensor, tokens: list[int]) -> None:
+        """Take down the logits (n, V) that new tokens are chosen of, where that is asked for."""
+        if self.observed is not None:
+            try:
+                self.observed.took(logits, tokens)
+            except Exception as error:
+                self.fail(error)
+
     def has_read(self) -> None:
         """End it where its prompt was run over and nothing is to follow."""
         if not self.finished:

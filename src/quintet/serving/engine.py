@@ -11,7 +11,7 @@ from typing import Any, Self
 
 import torch
 
-from quintet.errors import EngineStoppedError, InputError
+from quintet.errors import DoesNotFitError, EngineStoppedError, InputError
 from quintet.generation.engine import Engine as StepEngine
 from quintet.generation.observing import Observed, Pooling
 from quintet.generation.requests import Served
@@ -96,6 +96,7 @@ class Engine:
         Raises:
             InputError: no prompt, or an option that cannot be used.
             ContextLengthError: prompt and answer are longer than a row.
+            DoesNotFitError: the prompt takes more memory than rows may have.
             QueueFullError: too many wait.
             DeadlineError: the time was over.
             EngineStoppedError: the engine was closed, or has failed.
@@ -150,6 +151,7 @@ class Engine:
         Raises:
             InputError: no text, or an option that cannot be used.
             ContextLengthError: the text is longer than a row.
+            DoesNotFitError: it takes more memory than rows may have.
             QueueFullError: too many wait.
             DeadlineError: the time was over.
             EngineStoppedError: the engine was closed, or has failed.
@@ -276,6 +278,7 @@ class Engine:
         transcript = Transcript(self.tokenizer, own.stop, keep_special=own.keep_special)
         text.listener = transcript.take
         self._engine.check_room(text)
+        self._check_memory(text.prompt_length, text.room)
         now = self._clock()
         return Request(
             text,
@@ -288,6 +291,22 @@ class Engine:
             arrival=now,
             stable=own.stops(text.prompt_length),
         )
+
+    def _check_memory(self, prompt: int, room: int) -> None:
+        """Check that a request can be begun when nobody else has a row.
+
+        Raises:
+            DoesNotFitError: it cannot.
+        """
+        memory, cost = self.limits.memory, self._runner.scheduler.cost
+        needed = prompt + min(room, self.limits.ahead)
+        if memory is not None and cost.of(needed) > memory:
+            fits = max(memory - cost.row, 0) // cost.token if cost.token else 0
+            raise DoesNotFitError(
+                f"a prompt of {prompt} tokens and room for {needed - prompt} of its answer take "
+                f"{cost.of(needed):,} bytes, and rows have memory={memory:,}, which is enough for "
+                f"{fits:,} tokens; shorten it, or give the engine more memory"
+            )
 
 
 def _answer(one: Answer | Exception) -> Answer:

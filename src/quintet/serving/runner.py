@@ -268,9 +268,9 @@ class Runner:
     def _keep_shared(self, request: Request) -> None:
         """Keep what rows under way hold of a prompt, for it to be gone on from."""
         if self.prefix.divisible:
-            for other, _ in self._alike(request):
+            for other, shared in self._alike(request):
                 if other.text in self.engine.sequences and other.computed >= GRID:
-                    self._keep(other)
+                    self._keep(other, shared)
                     return
 
     # -- giving rows back --------------------------------------------------------------------------
@@ -281,9 +281,10 @@ class Runner:
             self._keep(request)
             self.engine.remove(request.text)
 
-    def _keep(self, request: Request) -> None:
+    def _keep(self, request: Request, most: int | None = None) -> None:
+        """Keep what a row holds, or the first of it; what became a vector is asked for once."""
         text = request.text
-        if text.error is not None:
+        if text.error is not None or (text.observed is not None and text.observed.pooling):
             return
 
         def extract(start: int, stop: int) -> RowContent:
@@ -293,6 +294,7 @@ class Runner:
             return content
 
         held = min(text.computed, len(text.ids) - (not text.only_reads))
+        held = held if most is None else min(held, most)
         try:
             self.prefix.keep(request.scope, text.ids[:held], extract, request.adapter)
         except MemoryError:
