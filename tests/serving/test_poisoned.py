@@ -31,7 +31,7 @@ def poisoned(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[int]]:
 
     monkeypatch.setattr(PooledCache, "free", poisoning)
     yield count
-    assert count[0] > 10
+    assert count[0] > 8
 
 
 @each
@@ -45,9 +45,9 @@ def test_nobody_has_anything_of_who_was_there_before(
     dice = random.Random(2)
     prompts = [
         torch.cat((prompt_of(80, row % 2), prompt_of(dice.randint(1, 60), row)), dim=1)
-        for row in range(12)
+        for row in range(9)
     ]
-    leaves = [row for row in range(12) if row % 3 == 2]
+    leaves = [row for row in range(9) if row % 3 == 2]
 
     async def ask(engine: Engine, row: int) -> list[int]:
         made: list[int] = []
@@ -63,7 +63,7 @@ def test_nobody_has_anything_of_who_was_there_before(
         return made
 
     async def everybody(engine: Engine) -> list[list[int]]:
-        return await asyncio.gather(*(ask(engine, row) for row in range(12)))
+        return await asyncio.gather(*(ask(engine, row) for row in range(9)))
 
     limits = Limits(rows=3, capacity=200, piece=64, patience=0.0, kept=60_000)
     with Engine(model, limits=limits, nbits=nbits) as engine:
