@@ -182,7 +182,7 @@ def test_one_that_gives_its_row_back_goes_on_as_it_was(family: Family) -> None:
             rich = [
                 asyncio.create_task(collected(engine, prompt_of(20, n), **own)) for n in range(2)
             ]
-            while engine.state.generated < 6:
+            while engine.state.generated < 3:
                 await asyncio.sleep(0.001)
             poor = asyncio.create_task(
                 collected(engine, prompt, scope="poor", max_new_tokens=4, **PLAIN)
