@@ -178,6 +178,23 @@ def test_errors_of_the_server_are_told(
     assert result.is_one_screen
 
 
+def test_a_server_that_lists_no_models_is_told_which(
+    quintet: Any, said: Scripted, url: str
+) -> None:
+    said.lists = False
+    assert quintet("chat", url, "Hi").code == 2
+    result = quintet("chat", url, "Hi", "model=mine")
+    assert (result.code, result.out) == (0, "Hello\n")
+    assert said.asked[-1]["model"] == "mine"
+    assert "1 token\n" in result.err
+
+
+def test_chunks_of_any_shape_end_nothing(quintet: Any, said: Scripted, url: str) -> None:
+    said.answers = [[{"content": None}, {"content": ["x"]}, {"tool_calls": []}, "Hello"]]
+    result = quintet("chat", url, "Hi")
+    assert (result.code, result.out) == (0, "['x']Hello\n")
+
+
 @pytest.mark.parametrize(
     ("words", "shown"),
     [

@@ -1,5 +1,6 @@
 """What is said beside the result, at terminals of any width."""
 
+import io
 import os
 import sys
 import time
@@ -7,7 +8,9 @@ import time
 import pytest
 
 from quintet.cli import compiling, output, terminal
+from quintet.cli.answer import Answer
 from quintet.kernels import native as module
+from quintet.parsing.events import Content, Reasoning
 
 Captured = pytest.CaptureFixture[str]
 
@@ -87,3 +90,27 @@ def test_ctrl_c_leaves_the_compiling_to_another_process(
     assert command[1:] == ["-P", "-m", "quintet.kernels"]
     assert how["setsid"]
     assert "compiled in the background" in capsys.readouterr().err
+
+
+class Screen(io.StringIO):
+    """Standard output that somebody looks at."""
+
+    def isatty(self) -> bool:
+        return True
+
+
+@pytest.mark.parametrize("screen", [True, False])
+def test_what_a_model_writes_gives_a_terminal_no_orders(
+    monkeypatch: pytest.MonkeyPatch, screen: bool
+) -> None:
+    out = Screen() if screen else io.StringIO()
+    monkeypatch.setattr(sys, "stdout", out)
+    monkeypatch.setenv("TERM", "dumb")
+    answer = Answer("show")
+    orders = "\x1b[2J\x1b]52;c;ZXZpbA==\x07\x9b31m\r\b"
+    answer.hear([Reasoning(f"a{orders}"), Content(f"b\t{orders}c\n")])
+    answer.end()
+    # What is piped on is as it was written, and so is what is kept.
+    plain = "[2J]52;c;ZXZpbA==31m" if screen else orders
+    assert out.getvalue() == f"a{plain}\n\nb\t{plain}c\n\n"
+    assert answer.text == f"b\t{orders}c\n"

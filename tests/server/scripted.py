@@ -41,6 +41,7 @@ class Scripted:
         self.go = threading.Event()
         self.models = [{**MODEL, "defaults": DEFAULTS}]
         self.key: str | None = None
+        self.lists = True
 
     def app(self) -> Starlette:
         page = join()
@@ -63,6 +64,8 @@ class Scripted:
         return self._refused(request) or JSONResponse({"models": self.models})
 
     async def listed(self, request: Request) -> Response:
+        if not self.lists:
+            return JSONResponse({"detail": "Not Found"}, 404)
         data = [
             {"id": model["id"], "object": "model", "max_model_len": model["context"]}
             for model in self.models

@@ -5,7 +5,7 @@ import time
 from collections.abc import Iterable
 from typing import Literal
 
-from quintet.cli.terminal import CLEAR, Waiting, can_dim, can_move, dimmed, width
+from quintet.cli.terminal import CLEAR, Waiting, can_dim, can_move, dimmed, harmless, width
 from quintet.cli.wrapping import Wrapped
 from quintet.parsing.events import Content, Event, Reasoning
 
@@ -44,6 +44,7 @@ class Answer:
         self._reasoning = reasoning
         self._started = time.perf_counter()
         at_terminal = sys.stdout.isatty()
+        self._shown = harmless if at_terminal else str
         self._dims = at_terminal and can_dim()
         self._folds = at_terminal and can_move()
         self._page = Wrapped(sys.stdout, lambda: width(sys.stdout) if self._folds else None)
@@ -71,7 +72,7 @@ class Answer:
                     if self.thought and not self.text:
                         self._end_thought()
                     self.text += event.text
-                    self._page.write(event.text)
+                    self._page.write(self._shown(event.text))
         sys.stdout.flush()
 
     def end(self) -> None:
@@ -85,7 +86,7 @@ class Answer:
 
     def _think(self, piece: str) -> None:
         if self._reasoning == "show":
-            self._page.write(piece, self._dimmed)
+            self._page.write(self._shown(piece), self._dimmed)
         elif self._reasoning == "fold" and self._folds:
             self._status = f"{CLEAR}{self._dimmed(f'thinking, {self.tokens} tokens')}"
             sys.stdout.write(self._status)

@@ -2,6 +2,7 @@
 
 import json
 import shlex
+import sys
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -30,7 +31,7 @@ from quintet.cli.results import (
 from quintet.cli.servers import is_address, key_for, key_option
 from quintet.cli.settings import SETTING, applied, describe, parse
 from quintet.cli.shaping import Shape, shape_options
-from quintet.cli.terminal import Waiting, note, unechoed
+from quintet.cli.terminal import Waiting, harmless, note, unechoed
 from quintet.errors import InputError, ModelNotFoundError
 from quintet.hub import demo_model
 
@@ -208,13 +209,14 @@ def _continue(
 def _continue_there(remote: "Remote", text: str, echo: bool, as_json: bool, quiet: bool) -> None:
     """Have a server continue a text."""
     pieces: list[str] = []
+    shown = harmless if sys.stdout.isatty() else str
     waiting = Waiting("waiting for the server", quiet)
 
     def write(piece: str) -> None:
         waiting.stop()
         pieces.append(piece)
         if not as_json:
-            click.echo(piece, nl=False)
+            click.echo(shown(piece), nl=False)
 
     note(remote.describe(), quiet)
     if echo and not as_json:
@@ -223,7 +225,7 @@ def _continue_there(remote: "Remote", text: str, echo: bool, as_json: bool, quie
     with unechoed(), waiting:
         ended, usage = remote.complete(text, write)
     seconds = time.perf_counter() - started
-    tokens = usage.get("completion_tokens", len(pieces))
+    tokens = usage.get("completion_tokens") or len(pieces)
     if as_json:
         result = {
             "prompt": text,

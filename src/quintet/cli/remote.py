@@ -19,6 +19,7 @@ from quintet.cli.answer import Answer
 from quintet.cli.conversation import Message
 from quintet.cli.partner import Outcome
 from quintet.cli.results import counted
+from quintet.cli.terminal import harmless
 from quintet.errors import InputError, ServingError, shown
 from quintet.measurement.serving.connection import Address, Reply
 from quintet.parsing.events import Content, Event, Reasoning
@@ -58,7 +59,13 @@ class Remote:
         given = {name: value for name, value in options.items() if value is not None}
         wanted = given.pop("model", None)
         self.set(given)
-        self._models = _run(self._list())
+        try:
+            self._models = _run(self._list())
+        except InputError:
+            # Not every server lists its models.
+            if wanted is None:
+                raise
+            self._models = {}
         self._model = next(iter(self._models), "")
         if wanted is not None:
             self.take(str(wanted))
@@ -147,7 +154,7 @@ class Remote:
         listed = said.get("data")
         models = listed if isinstance(listed, list) else []
         return {
-            str(model["id"]): model.get("max_model_len")
+            harmless(str(model["id"])): _number(model.get("max_model_len"))
             for model in models
             if isinstance(model, dict) and "id" in model
         }
@@ -159,9 +166,9 @@ class Remote:
             try:
                 async for choice, usage in _choices(reply):
                     if usage:
-                        answer.prompt = usage.get("prompt_tokens")
-                        answer.tokens = usage.get("completion_tokens") or answer.tokens
-                    if events := _events(choice.get("delta") or {}):
+                        answer.prompt = _number(usage.get("prompt_tokens"))
+                        answer.tokens = _number(usage.get("completion_tokens")) or answer.tokens
+                    if events := _events(_mapping(choice.get("delta"))):
                         answer.count()
                         answer.hear(events)
                     ended = choice.get("finish_reason") or ended
@@ -226,7 +233,9 @@ async def _choices(reply: Reply) -> AsyncIterator[tuple[dict[str, Any], dict[str
             chunk = _object(data)
             if "error" in chunk:
                 raise ServingError(f"the server failed: {_reason(chunk)}")
-            yield (chunk.get("choices") or [{}])[0], chunk.get("usage") or {}
+            choices = chunk.get("choices")
+            first = choices[0] if isinstance(choices, list) and choices else None
+            yield _mapping(first), _mapping(chunk.get("usage"))
     except OSError as error:
         raise ServingError(f"the server hung up: {error}") from error
     raise ServingError("the server hung up before the answer ended")
@@ -256,12 +265,19 @@ def _refused(reply: Reply, body: bytes, url: str) -> Exception:
 def _reason(said: Mapping[str, Any]) -> str:
     error = said.get("error")
     message = error.get("message") if isinstance(error, dict) else error
-    return str(message or "it gives no reason")[:REASON]
+    return harmless(str(message or "it gives no reason")[:REASON])
 
 
 def _object(text: str) -> dict[str, Any]:
     try:
-        value = json.loads(text)
+        return _mapping(json.loads(text))
     except ValueError:
         return {}
+
+
+def _mapping(value: Any) -> dict[str, Any]:
     return value if isinstance(value, dict) else {}
+
+
+def _number(value: Any) -> int | None:
+    return value if type(value) is int else None

@@ -1,9 +1,11 @@
 """Tokens of a model in this process, as texts at the terminal."""
 
+import sys
+
 from torch import Tensor
 
 from quintet.cli.answer import Answer
-from quintet.cli.terminal import Waiting
+from quintet.cli.terminal import Waiting, harmless
 from quintet.generation.streamers import TextStreamer
 from quintet.parsing import parser_for
 from quintet.tokenization import PreTrainedTokenizer
@@ -23,12 +25,13 @@ class Continuation(TextStreamer):
     def __init__(self, tokenizer: PreTrainedTokenizer, echo: bool, waiting: Waiting) -> None:
         super().__init__(tokenizer, skip_prompt=not echo, skip_special_tokens=True)
         self._waiting = waiting
+        self._shown = harmless if sys.stdout.isatty() else str
 
     def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
         """Write a piece of it."""
         if text or stream_end:
             self._waiting.stop()
-        super().on_finalized_text(text, stream_end)
+        super().on_finalized_text(self._shown(text), stream_end)
 
 
 class AnswerStreamer(TextStreamer):

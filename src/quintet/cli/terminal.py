@@ -20,12 +20,15 @@ __all__ = [
     "can_move",
     "complain",
     "dimmed",
+    "harmless",
     "note",
     "unechoed",
     "width",
 ]
 
 CLEAR = "\r\x1b[K"
+# What a terminal obeys rather than shows, but tabs and the ends of lines.
+ORDERS = dict.fromkeys(i for i in (*range(32), *range(127, 160)) if chr(i) not in "\t\n")
 
 
 def can_dim() -> bool:
@@ -46,6 +49,11 @@ def width(stream: TextIO | None) -> int | None:
         return os.get_terminal_size(stream.fileno()).columns or None
     except (OSError, ValueError):
         return None
+
+
+def harmless(text: str) -> str:
+    """Return a text of others without what would order a terminal about."""
+    return text.translate(ORDERS)
 
 
 def dimmed(text: str) -> str:
