@@ -140,7 +140,11 @@ class Remote:
     # -- asking ---------------------------------------------------------------------------------
 
     def _described(self) -> str:
-        fields = [f"{name}={value}" for name, value in self._fields.items()]
+        # A schema is no line.
+        fields = [
+            f"{name}={'{…}' if isinstance(value, dict) else value}"
+            for name, value in self._fields.items()
+        ]
         return ", ".join(fields) or "as the server chooses"
 
     def _body(self, **asked: Any) -> dict[str, Any]:
