@@ -35,6 +35,7 @@ class Kind:
         body: fields of its requests, with {out} to be filled in; None for those to be left out.
         ready: what it answers once its model is there.
         names: whether it lists its model; else it takes any name.
+        usual: whether it is measured where nobody names it.
     """
 
     name: str
@@ -44,6 +45,7 @@ class Kind:
     body: Mapping[str, Any] = field(default_factory=dict)
     ready: str = "/v1/models"
     names: bool = True
+    usual: bool = True
 
     @property
     def missing(self) -> str | None:
@@ -86,6 +88,7 @@ THREADS = {"OMP_NUM_THREADS": "{threads}", "MKL_NUM_THREADS": "{threads}"}
 KINDS = (
     Kind("quintet bf16", "bf16", OURS),
     Kind("quintet int8", "bf16", (*OURS, "--quantize", "int8")),
+    Kind("quintet bf16 reads all", "bf16", (*OURS, "--kept", "0B"), usual=False),
     Kind("transformers bf16", "bf16", TRANSFORMERS, THREADS, PLAIN_ONLY, "/health", names=False),
     Kind(
         "transformers bf16 continuous",

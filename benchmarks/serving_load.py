@@ -18,12 +18,12 @@ from typing import Any
 from benchmarks.files import model_path, warm
 from benchmarks.servers import KINDS, Kind, Server, processor_seconds
 from benchmarks.serving_files import servable
+from quintet.errors import QuintetError
 from quintet.measurement.machine import Load, Machine
 from quintet.measurement.serving.workload import SHAPES
 
 ROOT = Path(__file__).parents[1]
 RESULTS = Path(__file__).parent / "results"
-WORKLOADS = ("chat", "agent", "eval", "disconnects")
 # Shorter, and a cell is all beginning and end.
 LEAST = 12.0
 # Whoever is not idle so long after its clients went is started anew.
@@ -120,7 +120,11 @@ class Seat:
 def main() -> None:
     """Parse the options and run."""
     options = _options()
-    kinds = [kind for kind in KINDS if not options.only or re.search(options.only, kind.name)]
+    kinds = [
+        kind
+        for kind in KINDS
+        if (re.search(options.only, kind.name) if options.only else kind.usual)
+    ]
     if options.list:
         for kind in kinds:
             print(f"{kind.name:32} {kind.missing or 'here'}")
@@ -129,9 +133,7 @@ def main() -> None:
     options.logs.mkdir(parents=True, exist_ok=True)
     options.files.mkdir(parents=True, exist_ok=True)
     checkpoint = options.model or servable(options.files, options.geometry)
-    seats = [
-        Seat(kind, _path(kind, checkpoint, options), options, error=kind.missing) for kind in kinds
-    ]
+    seats = [_seat(kind, checkpoint, options) for kind in kinds]
     for seat in seats:
         if seat.error:
             print(f"{seat.kind.name}: {seat.error}", file=sys.stderr)
@@ -176,6 +178,14 @@ def _rows(
             **row,
             "load_on_machine": load.facts(),
         }
+
+
+def _seat(kind: Kind, checkpoint: Path, options: argparse.Namespace) -> Seat:
+    """Return the place of a server, with the reason where it cannot take part."""
+    try:
+        return Seat(kind, _path(kind, checkpoint, options), options, error=kind.missing)
+    except (QuintetError, RuntimeError) as error:
+        return Seat(kind, checkpoint, options, error=str(error))
 
 
 def _path(kind: Kind, checkpoint: Path, options: argparse.Namespace) -> Path:
@@ -311,11 +321,11 @@ def _options() -> argparse.Namespace:
         type=lambda text: text.split(","),
         default=["chat"],
         metavar="NAME,NAME,…",
-        help=f"of {', '.join(WORKLOADS)} (chat)",
+        help=f"of {', '.join(SHAPES)} (chat)",
     )
     parser.add_argument("--rounds", type=int, default=2)
     parser.add_argument("--rows", type=int, default=16, help="answers at once, of each server (16)")
-    parser.add_argument("--context", type=int, default=2048, help="tokens of each of them (2048)")
+    parser.add_argument("--context", type=int, help="tokens of each of them (what workloads need)")
     parser.add_argument("--threads", type=int, default=Machine.here().cores)
     parser.add_argument("--only", metavar="REGEX", help="servers whose name matches")
     parser.add_argument("--list", action="store_true", help="show the servers and stop")
@@ -330,9 +340,13 @@ def _options() -> argparse.Namespace:
     )
     parser.add_argument("--out", type=Path, help="of the results (results/serving-DATE.jsonl)")
     options = parser.parse_args()
-    unknown = set(options.workloads) - set(WORKLOADS)
+    unknown = set(options.workloads) - set(SHAPES)
     if unknown:
         parser.error(f"there is no workload {', '.join(sorted(unknown))}")
+    if options.context is None:
+        # Words are not counted as exactly as ids.
+        most = max(SHAPES[name].most for name in options.workloads)
+        options.context = -(-(most + 64) // 256) * 256
     return options
 
 

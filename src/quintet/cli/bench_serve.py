@@ -25,7 +25,7 @@ SHAPE = ("shared", "own", "out", "turns", "grows", "drops")
 @click.option(
     "--workload",
     "-w",
-    type=click.Choice(["chat", "agent", "eval", "disconnects"]),
+    type=click.Choice(["chat", "agent", "eval", "prefix", "disconnects"]),
     default="chat",
     show_default=True,
     help="What is asked for.",
@@ -89,7 +89,7 @@ def command(
     Clients ask one request behind the other, as many at once as --clients says; or conversations
     begin at random with --rate, whether others are over or not. chat: 256 tokens that all share and
     256 more, 64 out. agent: six turns from 1,500 tokens to 4,000. eval: 128 tokens, one out.
-    disconnects: chat, and 30 % of the clients go.
+    prefix: 1,024 that all share and 64 more, 32 out. disconnects: chat, and 30 % of the clients go.
     """
     from quintet.measurement.serving.load import Load
     from quintet.measurement.serving.summary import Goals, lines

@@ -48,11 +48,17 @@ class Shape:
         if not 0 <= self.drops <= 1:
             raise InputError(f"drops={self.drops} is a share of the requests, from 0 to 1")
 
+    @property
+    def most(self) -> int:
+        """How many tokens a prompt has with its answer, at the most."""
+        return self.shared + self.own + (self.turns - 1) * self.grows + self.out
+
 
 SHAPES = {
     "chat": Shape(shared=256, own=256, out=64),
     "agent": Shape(shared=0, own=1500, out=96, turns=6, grows=500),
     "eval": Shape(shared=0, own=128, out=1),
+    "prefix": Shape(shared=1024, own=64, out=32),
     "disconnects": Shape(shared=256, own=256, out=64, drops=0.3),
 }
 
