@@ -88,7 +88,7 @@ THREADS = {"OMP_NUM_THREADS": "{threads}", "MKL_NUM_THREADS": "{threads}"}
 KINDS = (
     Kind("quintet bf16", "bf16", OURS),
     Kind("quintet int8", "bf16", (*OURS, "--quantize", "int8")),
-    Kind("quintet bf16 reads all", "bf16", (*OURS, "--kept", "0B"), usual=False),
+    Kind("quintet bf16 reads all", "bf16", (*OURS, "--kept", "0"), usual=False),
     Kind("transformers bf16", "bf16", TRANSFORMERS, THREADS, PLAIN_ONLY, "/health", names=False),
     Kind(
         "transformers bf16 continuous",

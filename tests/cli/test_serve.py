@@ -20,6 +20,7 @@ from quintet import demo_model
 from quintet.cli import serve
 from quintet.cli.options import Opened
 from quintet.cli.serve_banner import announcement
+from quintet.cli.serve_options import SIZE
 from quintet.modeling import placement
 from quintet.server.registry import Offer, Registry
 from quintet.server.service import Service
@@ -233,6 +234,12 @@ def test_it_says_where_what_and_how_much() -> None:
         assert model["bytes"] == 4 * (256 * per_token + 4 * per_row)
     finally:
         loaded_.engine.close()
+
+
+def test_sizes_have_a_unit_and_nothing_needs_none() -> None:
+    assert [SIZE.convert(text, None, None) for text in ("0", "2KiB", "3MB")] == [0, 2048, 3_000_000]
+    with pytest.raises(click.UsageError, match="is no size"):
+        SIZE.convert("much", None, None)
 
 
 def test_variables_are_named_as_options() -> None:

@@ -36,6 +36,9 @@ class _Size(click.ParamType[int]):
 
         if isinstance(value, int):
             return value
+        if value == "0":
+            # Of what is kept; others say what their least is.
+            return 0
         try:
             return parse_size(value)
         except InputError:
