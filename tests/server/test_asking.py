@@ -13,7 +13,7 @@ from quintet.generation.config import GenerationConfig
 from quintet.parsing import CODER, Format, format_of
 from quintet.server.asking import Ask, Conversation, Finish, Start, ask
 from quintet.server.registry import Served
-from quintet.serving import Answer
+from quintet.serving import Answer, Limits
 from quintet.tokenization import IncrementalDecoder
 
 TOOLS = ({"type": "function", "function": {"name": "f", "description": "", "parameters": {}}},)
@@ -30,6 +30,7 @@ class Writes:
         self.tokenizer = tokenizer(name)
         self.text, self.reason = text, reason
         self.taken = 0
+        self.limits = Limits()
         self.model = SimpleNamespace(generation_config=GenerationConfig())
 
     async def generate(self, ids: tuple[int, ...], **_: Any) -> AsyncIterator[Answer]:
