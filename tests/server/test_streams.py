@@ -251,6 +251,37 @@ def test_an_error_is_an_answer_before_the_first_event_and_an_event_after(
     assert "SECRET" not in captured.out + captured.err
 
 
+class Ends:
+    """Takes note of how requests ended."""
+
+    def __init__(self) -> None:
+        self.seen: list[tuple[str, int, str | None]] = []
+
+    def answered(
+        self, route: str, method: str, status: int, seconds: float, code: str | None
+    ) -> None:
+        self.seen.append((route, status, code))
+
+
+def test_how_a_request_ended_is_told(server: Running) -> None:
+    ends = Ends()
+    server.service.observers.append(ends)
+    try:
+        server.ask("GET", "/test/fails?late=1&error=full")
+        server.ask("GET", "/test/fails?error=full")
+        server.ask("GET", "/test/three")
+        opened(server, "/test/silent").close()
+        until(lambda: len(ends.seen) == 4)
+    finally:
+        server.service.observers.remove(ends)
+    assert ends.seen == [
+        ("/test/fails", 200, "queue_full"),
+        ("/test/fails", 503, "queue_full"),
+        ("/test/three", 200, None),
+        ("/test/silent", 499, "client_gone"),
+    ]
+
+
 def test_a_thousand_readers_that_go(server: Running) -> None:
     for _ in range(250):
         opened(server, "/test/silent").close()

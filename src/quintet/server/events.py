@@ -6,6 +6,7 @@ from collections import deque
 from collections.abc import AsyncGenerator
 from contextlib import aclosing
 from dataclasses import dataclass
+from typing import Any
 
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
@@ -87,10 +88,10 @@ class EventStream(Response):
             ClientGoneError: the client went.
             SlowReaderError: it took too little.
         """
-        request_id = str(scope["state"].get("request_id"))
+        state = scope["state"]
         pump = asyncio.ensure_future(self._pump())
         watch = asyncio.ensure_future(gone(receive))
-        sender = asyncio.ensure_future(self._send(send, request_id))
+        sender = asyncio.ensure_future(self._send(send, state))
         try:
             first = asyncio.FIRST_COMPLETED
             await asyncio.wait((pump, watch, sender), return_when=first)
@@ -126,7 +127,7 @@ class EventStream(Response):
         self._largest = max(self._largest, len(data))
         self._news.set()
 
-    async def _send(self, send: Send, request_id: str) -> None:
+    async def _send(self, send: Send, state: dict[str, Any]) -> None:
         await self._something(FIRST)
         if not self._waiting and self._error is not None:
             raise self._error
@@ -146,7 +147,9 @@ class EventStream(Response):
                 await send({"type": "http.response.body", "body": self._ping, "more_body": True})
         last = b""
         if self._error is not None:
-            body = json.dumps(self._write(told_of(self._error, request_id)), ensure_ascii=False)
+            told = told_of(self._error, str(state.get("request_id")))
+            state["error_code"] = told.code
+            body = json.dumps(self._write(told), ensure_ascii=False)
             last = ServerEvent(body, self._failed).encode()
         await send({"type": "http.response.body", "body": last})
 

@@ -77,10 +77,10 @@ class Intake:
         # Never the path as it came: it may be anybody's text.
         found, state = scope.get("route"), scope["state"]
         route = found.path_format if isinstance(found, Route) else "none"
-        logged(
-            f"{scope['method'][:16]} {route}",
-            {"status": status, "seconds": round(seconds, 4), "request_id": state["request_id"]},
-        )
+        facts = {"status": status, "seconds": round(seconds, 4), "request_id": state["request_id"]}
+        if state["error_code"] is not None:
+            facts["code"] = state["error_code"]
+        logged(f"{scope['method'][:16]} {route}", facts)
         for observer in self._service.observers:
             observer.answered(route, scope["method"], status, seconds, state["error_code"])
 
