@@ -108,6 +108,25 @@ def test_a_long_prompt_never_has_all_its_logits_at_once() -> None:
     assert widest[0] == 128
 
 
+def test_a_salt_keeps_apart_what_was_read_and_gives_no_turns() -> None:
+    model, prompt = FAMILIES[0].model_of(), prompt_of(100, 4)
+    with Engine(model, limits=limits(capacity=128)) as engine:
+        cached = []
+        for scope, salt in (("a", "x"), ("a", "x"), ("a", "y"), ("a", ""), ("b", "x")):
+            *_, last = engine.answer(prompt, max_new_tokens=1, scope=scope, salt=salt, **PLAIN)
+            assert last.usage is not None
+            cached.append(last.usage.cached)
+        assert cached[0] == cached[2] == cached[3] == cached[4] == 0
+        assert cached[1] > 0
+        # Its turns are those of its scope, whatever salts it has.
+        held = [engine.answer(prompt, max_new_tokens=20, scope="a", salt=s, **PLAIN) for s in "xy"]
+        for one in held:
+            next(one)
+        assert set(engine._runner.scheduler._had) == {"a"}
+        for one in held:
+            one.close()  # type: ignore[attr-defined]
+
+
 def test_a_prompt_may_be_all_there_is() -> None:
     model, prompt = FAMILIES[0].model_of(max_position_embeddings=512), prompt_of(150, 4)
     with Engine(model, limits=limits()) as engine:

@@ -141,7 +141,8 @@ async def _answer(asked: _Asked, index: int, first: asyncio.Event) -> AsyncGener
     options: dict[str, Any] = {
         **options_of(question.sampling, served.engine.model, index),
         "max_new_tokens": asked.room,
-        "scope": f"{question.scope}\n{question.salt}" if question.salt else question.scope,
+        "scope": question.scope,
+        "salt": question.salt,
         "priority": question.priority,
         "timeout": timeout,
         "stable": asked.prompt.stable,

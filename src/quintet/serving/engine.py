@@ -286,6 +286,7 @@ class Engine:
             outlet,
             transcript,
             scope=own.scope,
+            salt=own.salt,
             priority=own.priority,
             deadline=None if own.timeout is None else now + own.timeout,
             arrival=now,

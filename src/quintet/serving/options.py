@@ -54,7 +54,8 @@ class RequestOptions:
 
     Attributes:
         scope: whose request it is. Scopes take turns, and only within one is gone on from what was
-            read before; what else has to be apart, as a salt of the caller's, is part of it.
+            read before.
+        salt: within a scope, only requests of the same salt share what was read before.
         priority: the higher are the last to give their row back.
         timeout: how many seconds the whole answer may take.
         stable: how many tokens of the prompt later prompts will begin with, too, or several such
@@ -73,6 +74,7 @@ class RequestOptions:
     """
 
     scope: str = ""
+    salt: str = ""
     priority: int = 0
     timeout: float | None = None
     stable: int | tuple[int, ...] = ()

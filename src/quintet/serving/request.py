@@ -49,6 +49,7 @@ class Request(Job):
         outlet: hands it to the reader, and others theirs; called in the engine's thread.
         transcript: turns its tokens into text.
         scope: who may go on from what it read, and whose turn it is.
+        salt: only those of the same one, in its scope, may go on from what it read.
         priority: the higher are the last to give their row back.
         deadline: when it is too late to go on.
         arrival: when it came.
@@ -73,6 +74,7 @@ class Request(Job):
         transcript: Transcript,
         *,
         scope: str = "",
+        salt: str = "",
         priority: int = 0,
         deadline: float | None = None,
         arrival: float = 0.0,
@@ -97,6 +99,7 @@ class Request(Job):
         self.ahead: tuple[Request, int] | None = None
         self.patient = arrival
         self._told = len(text.ids)
+        self.salt = salt
         self._told_prompt = self._begun = False
 
     @property
@@ -107,9 +110,9 @@ class Request(Job):
         return "reading" if self.first is None else "writing"
 
     @property
-    def adapter(self) -> str:
-        """What its tokens are made with, for whoever goes on from them."""
-        return self.text.adapter_name or ""
+    def apart(self) -> str:
+        """What keeps what it reads from others of its scope: its adapter, and its salt."""
+        return f"{self.text.adapter_name or ''}\n{self.salt}"
 
     def follow(self) -> None:
         """Take over how far its text is."""

@@ -189,7 +189,7 @@ class Runner:
         length = found = 0
         if text.watched is None:
             self._keep_shared(request)
-            contents, length, found = self.prefix.match(request.scope, text.ids, request.adapter)
+            contents, length, found = self.prefix.match(request.scope, text.ids, request.apart)
         try:
             self.engine.add(text, *contents)
         except (InputError, MemoryError):
@@ -255,13 +255,13 @@ class Runner:
         ids = request.text.ids
         kept: int | None = None
         for other in self.scheduler.running:
-            if (other.scope, other.adapter) != (request.scope, request.adapter):
+            if (other.scope, other.apart) != (request.scope, request.apart):
                 continue
             if other is request or other.text.ids[:GRID] != ids[:GRID]:
                 continue
             shared = self.prefix.usable(common(other.text.ids, ids), len(ids))
             if kept is None:
-                kept = self.prefix.length(request.scope, ids, request.adapter)
+                kept = self.prefix.length(request.scope, ids, request.apart)
             if shared - kept >= GRID:
                 yield other, shared
 
@@ -296,7 +296,7 @@ class Runner:
         held = min(text.computed, len(text.ids) - (not text.only_reads))
         held = held if most is None else min(held, most)
         try:
-            self.prefix.keep(request.scope, text.ids[:held], extract, request.adapter)
+            self.prefix.keep(request.scope, text.ids[:held], extract, request.apart)
         except MemoryError:
             self.prefix.clear()
 
