@@ -13,6 +13,7 @@ from grammar.checking import at_random
 from quintet import AutoTokenizer, demo_model, grammar
 from quintet.errors import GrammarError, InputError
 from quintet.grammar import Constraint, GrammarProcessor, Grammars, compiling
+from quintet.grammar.compiled import Compiled
 
 tokenizer: Any = AutoTokenizer.from_pretrained(demo_model())
 V, END = len(tokenizer), tokenizer.eos_token_id
@@ -291,19 +292,50 @@ def test_valid_and_invalid_ones_take_turns() -> None:
             GRAMMARS.compile(grammar.json_schema(of(**{name: {"type": "fish"}})))
 
 
-def test_the_last_ones_are_kept(monkeypatch: pytest.MonkeyPatch) -> None:
-    made: list[str] = []
-    matcher = compiling.LLMatcher
+@pytest.fixture
+def made(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The grammars that were compiled, one after another."""
+    found: list[str] = []
+    once = Compiled._made
 
-    def counted(table: Any, text: str, **options: Any) -> Any:
-        made.append(text)
-        return matcher(table, text, **options)
+    def counted(self: Any) -> Any:
+        found.append(self._grammar)
+        return once(self)
 
-    monkeypatch.setattr(compiling, "LLMatcher", counted)
+    monkeypatch.setattr(Compiled, "_made", counted)
+    return found
+
+
+def test_the_last_ones_are_kept(made: list[str]) -> None:
     few = Grammars(tokenizer, V, kept=2)
     for pattern in ("a", "b", "a", "c", "a", "b"):
         few.compile(grammar.regex(pattern))
     assert len(made) == 4
+
+
+GROWS = grammar.regex("(.*a.{200}b)+")
+
+
+def test_a_lexer_that_remembers_too_much_begins_anew(made: list[str]) -> None:
+    processor = Grammars(tokenizer, V).compile(GROWS)
+    written = at_random(processor, V, END, 1, most=500)
+    assert len(written) == 500
+    assert len(made) > 1
+    # What came before is followed still.
+    fresh = processor.copy()
+    fresh(torch.tensor([[1, 2, 3]]), torch.zeros(1, V))
+    assert fresh.accepted(0, torch.tensor([1, 2, 3]), written[:400]) == 400
+
+
+def test_what_has_grown_most_is_not_kept(made: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(compiling, "FOLLOWED", 20)
+    few, long, short = Grammars(tokenizer, V), grammar.regex("[^a]{60}"), grammar.choice(["one"])
+    at_random(few.compile(short), V, END, 1)
+    assert len(at_random(few.compile(long), V, END, 1)) > 20
+    few.compile(short)
+    assert len(made) == 2
+    few.compile(long)
+    assert len(made) == 3
 
 
 def test_many_threads_may_ask() -> None:

@@ -9,8 +9,8 @@ from typing import Any
 from llguidance import LLMatcher
 
 from quintet.errors import GrammarError, InputError, shown
+from quintet.grammar.compiled import Compiled
 from quintet.grammar.constraints import Constraint
-from quintet.grammar.faults import LIMITS
 from quintet.grammar.processor import GrammarProcessor
 from quintet.grammar.vocabulary import Vocabulary
 from quintet.tokenization import PreTrainedTokenizer
@@ -19,6 +19,9 @@ __all__ = ["Grammars", "compile"]
 
 # So many tokens are tried before a grammar counts as usable: some are too complex only then.
 TRIED = 8
+# So many tokens may those that are kept have followed together: what they remember of texts is up
+# to 130 kB a token.
+FOLLOWED = 8_192
 
 
 class Grammars:
@@ -45,7 +48,7 @@ class Grammars:
     ) -> None:
         self.vocabulary = Vocabulary(tokenizer, vocab_size, eos_token_id)
         self._kept = kept
-        self._compiled: OrderedDict[tuple[Constraint, bool], LLMatcher] = OrderedDict()
+        self._compiled: OrderedDict[tuple[Constraint, bool], Compiled] = OrderedDict()
         self._lock = threading.Lock()
 
     def compile(
@@ -63,8 +66,7 @@ class Grammars:
             InputError: `after` is no token.
         """
         begin = self._token(after)
-        matcher = self._matcher(constraint, begin is not None)
-        return GrammarProcessor(matcher, self.vocabulary, begin)
+        return GrammarProcessor(self._find(constraint, begin is not None), self.vocabulary, begin)
 
     def _token(self, after: int | str | None) -> int | None:
         if after is None:
@@ -77,9 +79,10 @@ class Grammars:
             )
         return found
 
-    def _matcher(self, constraint: Constraint, apart: bool) -> LLMatcher:
+    def _find(self, constraint: Constraint, apart: bool) -> Compiled:
         key = (constraint, apart)
         with self._lock:
+            self._forget_grown()
             found = self._compiled.get(key)
             if found is not None:
                 self._compiled.move_to_end(key)
@@ -91,19 +94,24 @@ class Grammars:
                 self._compiled.popitem(last=False)
         return made
 
-    def _made(self, constraint: Constraint, apart: bool) -> LLMatcher:
+    def _forget_grown(self) -> None:
+        """Drop those that have followed most, until all together remember little enough."""
+        total = sum(one.followed for one in self._compiled.values())
+        while total > FOLLOWED:
+            key = max(self._compiled, key=lambda key: self._compiled[key].followed)
+            total -= self._compiled.pop(key).followed
+
+    def _made(self, constraint: Constraint, apart: bool) -> Compiled:
         grammars: list[dict[str, Any]] = constraint.grammar(self.vocabulary)
         if apart:
             # Behind its thoughts a model breaks the line, once or twice.
             grammars[0]["name"] = "answer"
             grammars.insert(0, {"lark_grammar": "start: /\\n{0,2}/ @answer"})
-        matcher = LLMatcher(
-            self.vocabulary.table, json.dumps({"grammars": grammars}), limits=LIMITS, log_level=0
-        )
-        reason = matcher.get_error() or self._fault(matcher.deep_copy())
+        compiled = Compiled(json.dumps({"grammars": grammars}), self.vocabulary)
+        reason = compiled.fault or self._fault(compiled.begin())
         if reason:
             raise GrammarError(f"the {constraint.kind} cannot be used: {constraint.fault(reason)}")
-        return matcher
+        return compiled
 
     def _fault(self, matcher: LLMatcher) -> str:
         """Return why a grammar fails at its first tokens; "" where it does not."""

@@ -12,10 +12,12 @@ from quintet.grammar.schema import schemas_in
 
 __all__ = ["JSON_STYLE", "LIMITS", "schema_fault", "told"]
 
-# What a grammar may take to be read, and then at each token: about 250 ms and 15 ms at the worst.
+# What a grammar may take to be read, and then at each token: about 250 ms and 15 ms at the worst;
+# and how much its lexer may remember, of which 20,000 states are 30 MB.
 LIMITS = LLParserLimits(
     initial_lexer_fuel=300_000,
     step_lexer_fuel=200_000,
+    max_lexer_states=20_000,
     step_max_items=50_000,
     max_grammar_size=500_000,
     verbose_errors=False,

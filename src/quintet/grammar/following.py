@@ -2,27 +2,32 @@
 
 import numpy as np
 import torch
-from llguidance import LLMatcher
 from numpy.typing import NDArray
 from torch import Tensor
 
-from quintet.errors import GrammarError, InputError, shown
+from quintet.errors import GrammarError, InputError
+from quintet.grammar.compiled import Compiled
+from quintet.grammar.faults import told
 from quintet.grammar.vocabulary import Vocabulary
 
 __all__ = ["Following"]
+
+# A grammar that has to be compiled anew again before so many tokens is too complex.
+LEAST = 16
 
 
 class Following:
     """Where a grammar is in a text, found again from the ids whenever it is asked.
 
     Args:
-        matcher: the grammar at its begin.
+        compiled: the grammar.
         vocabulary: the tokens.
         after: the token behind which the grammar begins; None for the begin of the text.
     """
 
-    def __init__(self, matcher: LLMatcher, vocabulary: Vocabulary, after: int | None) -> None:
-        self._matcher, self._after = matcher, after
+    def __init__(self, compiled: Compiled, vocabulary: Vocabulary, after: int | None) -> None:
+        self._compiled, self._after = compiled, after
+        self._matcher = compiled.begin()
         self._ends, self._size = frozenset(vocabulary.ends), vocabulary.size
         self._seen = torch.empty(0, dtype=torch.long)
         self._length = 0
@@ -32,6 +37,8 @@ class Following:
         # Where the text ended, or left the grammar: its token there was not followed.
         self._stop: int | None = None
         self._ended = False
+        # Where the grammar was compiled anew last.
+        self._anew: int | None = None
 
     def fill(self, ids: Tensor, words: NDArray[np.int32]) -> None:
         """Write which tokens may follow a text (T,), one a bit.
@@ -53,7 +60,9 @@ class Following:
         else:
             self._matcher.unsafe_compute_mask_ptr(words.ctypes.data, words.nbytes)
             if self._matcher.is_error():
-                raise self._failure()
+                self._begin_anew()
+                self._matcher.unsafe_compute_mask_ptr(words.ctypes.data, words.nbytes)
+                self._check()
 
     def accepted(self, ids: Tensor, tokens: list[int]) -> int:
         """Count how many of some tokens may follow a text (T,).
@@ -68,6 +77,9 @@ class Following:
         if self._start is None:
             return next((n + 1 for n in range(end) if tokens[n] == self._after), end)
         count = self._matcher.validate_tokens(tokens[:end])
+        if self._matcher.is_error():
+            self._begin_anew()
+            return 0
         return count + (count == end < known)
 
     def forced(self, ids: Tensor) -> list[int]:
@@ -106,8 +118,9 @@ class Following:
         if start is not None:
             followed = (self._length if stop is None else stop) - start
             stays = max((length if stop is None else min(length, stop)) - start, 0)
-            if followed > stays and not self._matcher.rollback(followed - stays):
-                raise self._failure()
+            if followed > stays:
+                self._matcher.rollback(followed - stays)
+                self._check()
             if self._after is not None and length < start:
                 self._start = None
         if stop is not None and length <= stop:
@@ -129,15 +142,39 @@ class Following:
                 self._start = self._length + 1
         elif token in self._ends:
             self._stop, self._ended = self._length, self._matcher.is_accepting()
-        elif token < self._size and self._matcher.validate_tokens([token]):
-            self._matcher.consume_token(token)
+        elif token < self._size and self._consumed(token):
+            self._compiled.followed += 1
         else:
             self._stop = self._length
-        if self._matcher.is_error():
-            raise self._failure()
 
-    def _failure(self) -> GrammarError:
-        return GrammarError(
-            f"the grammar is too complex to be followed here: {shown(self._matcher.get_error())}; "
-            "make it simpler"
-        )
+    def _consumed(self, token: int) -> bool:
+        """Go on with a token, and return whether the grammar has it here."""
+        if self._matcher.validate_tokens([token]) and self._matcher.consume_token(token):
+            return True
+        if not self._matcher.is_error():
+            return False
+        self._begin_anew()
+        went = bool(self._matcher.validate_tokens([token])) and self._matcher.consume_token(token)
+        self._check()
+        return went
+
+    def _begin_anew(self) -> None:
+        """Compile the grammar again, as it remembers too much, and follow the text from its begin.
+
+        Raises:
+            GrammarError: that was done just before.
+        """
+        assert self._start is not None
+        if self._anew is not None and self._length < self._anew + LEAST:
+            self._check()
+        self._anew = self._length
+        self._matcher = self._compiled.begin_anew()
+        self._matcher.consume_tokens(self._seen[self._start : self._length].tolist())
+        self._check()
+
+    def _check(self) -> None:
+        if self._matcher.is_error():
+            raise GrammarError(
+                "the grammar is too complex to be followed here: "
+                f"{told(self._matcher.get_error())}; make it simpler"
+            )

@@ -4,11 +4,11 @@ from typing import Self
 
 import numpy as np
 import torch
-from llguidance import LLMatcher
 from torch import Tensor
 
 from quintet.errors import InputError
 from quintet.generation.processors.base import ConstrainingProcessor
+from quintet.grammar.compiled import Compiled
 from quintet.grammar.following import Following
 from quintet.grammar.vocabulary import Vocabulary
 
@@ -22,7 +22,7 @@ class GrammarProcessor(ConstrainingProcessor):
     generation; `copy()` makes one for others.
 
     Args:
-        matcher: the grammar, compiled; it is copied.
+        compiled: the grammar.
         vocabulary: the tokens.
         after: the token behind which the grammar begins; None for the begin of the text.
 
@@ -32,15 +32,15 @@ class GrammarProcessor(ConstrainingProcessor):
     """
 
     def __init__(
-        self, matcher: LLMatcher, vocabulary: Vocabulary, after: int | None = None
+        self, compiled: Compiled, vocabulary: Vocabulary, after: int | None = None
     ) -> None:
-        self._matcher, self._vocabulary, self._after = matcher, vocabulary, after
+        self._compiled, self._vocabulary, self._after = compiled, vocabulary, after
         self.rows: list[Following] = []
         self.words = np.zeros((0, 0), dtype=np.int32)
 
     def copy(self) -> Self:
         """Return one for another text."""
-        return type(self)(self._matcher, self._vocabulary, self._after)
+        return type(self)(self._compiled, self._vocabulary, self._after)
 
     def __call__(
         self,
@@ -87,7 +87,6 @@ class GrammarProcessor(ConstrainingProcessor):
                 )
             self.words = np.zeros((count, self._vocabulary.words), dtype=np.int32)
             self.rows = [
-                Following(self._matcher.deep_copy(), self._vocabulary, self._after)
-                for _ in range(count)
+                Following(self._compiled, self._vocabulary, self._after) for _ in range(count)
             ]
         return self.rows[row]

@@ -1,0 +1,46 @@
+"""A grammar that is compiled, for any number of texts."""
+
+from llguidance import LLMatcher
+
+from quintet.grammar.faults import LIMITS
+from quintet.grammar.vocabulary import Vocabulary
+
+__all__ = ["Compiled"]
+
+
+class Compiled:
+    """Matchers at the begin of a grammar.
+
+    They share a lexer, which remembers every state that any of their texts came to: the next text
+    is faster by that, and memory grows, up to a limit at which the lexer refuses. It is compiled
+    anew then.
+
+    Args:
+        grammar: as llguidance reads it.
+        vocabulary: the tokens.
+
+    Attributes:
+        followed: how many tokens it has followed in all texts, by which the lexer may have grown.
+    """
+
+    def __init__(self, grammar: str, vocabulary: Vocabulary) -> None:
+        self._grammar, self._table = grammar, vocabulary.table
+        self._matcher = self._made()
+        self.followed = 0
+
+    @property
+    def fault(self) -> str:
+        """Why it cannot be used; "" where nothing is found."""
+        return self._matcher.get_error()
+
+    def begin(self) -> LLMatcher:
+        """Return a matcher for another text."""
+        return self._matcher.deep_copy()
+
+    def begin_anew(self) -> LLMatcher:
+        """Return a matcher whose lexer remembers nothing, as will those that come after it."""
+        self._matcher, self.followed = self._made(), 0
+        return self.begin()
+
+    def _made(self) -> LLMatcher:
+        return LLMatcher(self._table, self._grammar, limits=LIMITS, log_level=0)
