@@ -230,6 +230,32 @@ def test_conversations_are_kept_renamed_and_deleted(page: Browser, script: Scrip
     assert len(page.run(f"return {KEPT}")) == 1
 
 
+def test_answers_of_two_conversations_are_made_at_once(page: Browser, script: Scripted) -> None:
+    script.answers = [["Slow", None, "ly"], ["Fast"]]
+    say(page, "First")
+    page.until(f"{ANSWERS}[0] === 'Slow'")
+    page.type("", "Control+Shift+o")
+    say(page, "Second")
+    assert answered(page) == ["Fast"]
+    assert page.run("return document.querySelectorAll('#conversations .dot').length") == 1
+    script.go.set()
+    page.until("!document.querySelector('#conversations .dot')")
+    page.click("#conversations li:last-child button")
+    assert answered(page) == ["Slowly"]
+
+
+def test_what_there_is_of_an_answer_outlives_the_page(page: Browser, script: Scripted) -> None:
+    script.answers = [["Half", None, " more"], ["Whole"]]
+    say(page, "Well?")
+    page.until(f"{ANSWERS}[0] === 'Half'")
+    page.reload()
+    page.until(f"{ANSWERS}[0] === 'Half'")
+    page.click(".assistant [aria-label='Answer again']")
+    page.until(f"{ANSWERS}[0] === 'Whole'")
+    answered(page)
+    assert script.asked[0] == script.asked[1]
+
+
 def test_a_conversation_is_exported_and_opened(
     page: Browser, script: Scripted, tmp_path: Path
 ) -> None:
