@@ -166,6 +166,7 @@ class StreamParser:
                 self._say(self._source.recorded())
                 break
             complete += 1
+            self._source.recorded()
             # Some models put several objects between two markers.
             if self._done or written.style != "json":
                 break
