@@ -7,6 +7,8 @@ from typing import Any
 
 import pytest
 
+from quintet.server.bodies import parsed
+from quintet.server.failures import ApiError
 from served import Running, serving
 
 LIMIT = 500_000
@@ -183,3 +185,24 @@ def test_the_server_describes_itself(server: Running) -> None:
         at: Any = told
         for step in reference.removeprefix("#/").split("/"):
             at = at[step]
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        {f"k{i}": 1 for i in range(60_000)},
+        {"messages": [{"role": "user", "content": "a"}] * 30_000},
+        {"messages": [{"role": "user", "content": [{"type": "text", "text": "a"}] * 30_000}]},
+    ],
+    ids=["fields", "objects", "parts"],
+)
+def test_more_values_than_are_looked_at_one_by_one_are_refused(body: dict[str, Any]) -> None:
+    with pytest.raises(ApiError) as refusal:
+        parsed(json.dumps(body).encode(), 64)
+    assert refusal.value.status == 400
+    assert "50,000" in refusal.value.message
+
+
+def test_ids_and_long_texts_are_no_such_values() -> None:
+    body = {"prompt": [1] * 200_000, "text": "{[:" * 200_000, "logit_bias": {"1": 2}}
+    assert parsed(json.dumps(body).encode(), 64) == body

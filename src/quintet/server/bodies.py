@@ -17,6 +17,9 @@ from quintet.server.settings import Settings
 
 __all__ = ["documented", "parsed", "read_json"]
 
+# While a body is checked nobody else is answered: so many values take some tenths of a second.
+MOST = 50_000
+
 # So many times what a body may have is read of one that has more.
 PATIENCE = 4
 # So many bodies of the largest size may be there in part, of all that ask.
@@ -52,14 +55,14 @@ def parsed(data: bytes, depth: int) -> dict[str, Any]:
         raise invalid("the body is empty; send a JSON object", code="invalid_json")
     with _uncollected():
         try:
-            value = from_json(data, allow_inf_nan=False)
+            value = from_json(data, allow_inf_nan=False, cache_strings="none")
         except ValueError as error:
             # It names the place and not what stands there.
             raise invalid(f"the body is not JSON: {error}", code="invalid_json") from None
         if not isinstance(value, dict):
             raise invalid("the body has to be a JSON object", code="invalid_json")
-        if data.count(b"[") + data.count(b"{") > depth and _deeper(value, depth):
-            raise invalid(f"the body nests deeper than {depth}", code="invalid_json")
+        if data.count(b"[") + data.count(b"{") > depth or data.count(b":") > MOST:
+            _check_shape(value, depth)
     return value
 
 
@@ -75,9 +78,22 @@ def _uncollected() -> Iterator[None]:
             gc.enable()
 
 
-def _deeper(value: dict[str, Any], depth: int) -> bool:
+def _check_shape(value: dict[str, Any], depth: int) -> None:
+    """Check how deep an object nests, and how much there is to be looked at one by one.
+
+    Raises:
+        ApiError: too deep, or too much.
+    """
     level: list[Any] = [value]
+    count = 0
     for _ in range(depth):
+        count += len(level) + sum(len(one) for one in level if type(one) is dict)
+        if count > MOST:
+            raise invalid(
+                f"the body has more than {MOST:,} objects, lists and fields of objects; send less "
+                "at once",
+                code="invalid_json",
+            )
         level = [
             child
             for parent in level
@@ -85,8 +101,8 @@ def _deeper(value: dict[str, Any], depth: int) -> bool:
             if child and type(child) in (dict, list)
         ]
         if not level:
-            return False
-    return True
+            return
+    raise invalid(f"the body nests deeper than {depth}", code="invalid_json")
 
 
 async def _read(request: Request, settings: Settings) -> bytes:
