@@ -8,6 +8,9 @@ from contextlib import ExitStack, contextmanager, suppress
 
 import pytest
 
+from quintet.errors import InputError
+from quintet.server.process import listen
+from quintet.server.settings import Settings
 from served import Running, serving
 
 
@@ -176,3 +179,12 @@ def test_bodies_are_bounded_together_too(server: Running) -> None:
             time.sleep(0.01)
         assert small.service.receiving == 0
         assert small.ask("POST", "/tokenize", {"prompt": "a"}).status == 200
+
+
+def test_this_machine_is_called_by_the_address_that_clients_try() -> None:
+    with listen(Settings(host="localhost", port=0)) as sock:
+        assert sock.getsockname()[0] == "127.0.0.1"
+        with pytest.raises(InputError, match="another --port"):
+            listen(Settings(host="localhost", port=sock.getsockname()[1]))
+    with pytest.raises(InputError, match="no address of this machine"):
+        listen(Settings(host="\ud800"))

@@ -41,7 +41,8 @@ def listen(settings: Settings) -> socket.socket:
         raise InputError(
             f"--host {shown(host)} is no address of this machine; 127.0.0.1 is, for it alone"
         ) from None
-    family, kind, protocol, _, address = found[0]
+    # Of a name both kinds may be told; most clients of this machine ask by the older one.
+    family, kind, protocol, _, address = min(found, key=lambda one: one[0] != socket.AF_INET)
     sock = socket.socket(family, kind, protocol)
     try:
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
