@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from quintet import AutoModelForCausalLM, AutoTokenizer, demo_model, grammar
+from quintet.generation.engine import Engine
 from quintet.grammar import Constraint, Grammars
 
 PERSON = {
@@ -102,3 +103,27 @@ def test_a_text_that_can_only_end_ends(
     model: Any, tokenizer: Any, grammars: Grammars, constraint: Constraint
 ) -> None:
     assert written(model, tokenizer, grammars.compile(constraint)) in {"yes", ""}
+
+
+def test_rows_of_an_engine_draft_by_their_own(
+    model: Any, tokenizer: Any, grammars: Grammars
+) -> None:
+    engine = Engine(model, rows=len(CONSTRAINTS) + 1, capacity=128)
+    asked = {"do_sample": False, "max_new_tokens": 60}
+    ids = tokenizer("def f(x):")["input_ids"]
+    rows = {
+        kind: engine.sequence(
+            ids, logits_processor=[grammars.compile(constraint)], **asked, **DRAFTS["layers"]
+        )
+        for kind, constraint in CONSTRAINTS.items()
+    }
+    rows["free"] = engine.sequence(ids, **asked, **DRAFTS["layers"])
+    for sequence in rows.values():
+        engine.add(sequence)
+    while not all(sequence.finished for sequence in rows.values()):
+        engine.step([*rows.values()])
+    for kind, constraint in CONSTRAINTS.items():
+        text = tokenizer.decode(rows[kind].new, skip_special_tokens=True)
+        assert text == written(model, tokenizer, grammars.compile(constraint))
+    alone = model.generate(torch.tensor([ids]), **asked)[0, len(ids) :]
+    assert rows["free"].new == alone.tolist()
