@@ -180,10 +180,10 @@ def test_penalties_and_biases_change_what_is_chosen(served: Served) -> None:
         ("frequency_penalty", {"frequency_penalty": 1.5}),
         ("repetition_penalty", {"repetition_penalty": 1.8}),
     ):
-        own = answered(served, max_tokens=40, **{name: options[name]})
+        own = answered(served, max_tokens=16, **{name: options[name]})
         text = own["choices"][0]["message"]["content"]
-        assert text == alone(served, SAID, max_new_tokens=40, **options)
-        assert text != alone(served, SAID, max_new_tokens=40)
+        assert text == alone(served, SAID, max_new_tokens=16, **options)
+        assert text != alone(served, SAID, max_new_tokens=16)
     assert plain == answered(served, seed=9)["choices"][0]["message"]["content"]
 
 
