@@ -219,7 +219,7 @@ def test_it_says_where_what_and_how_much() -> None:
     try:
         for keys, whom in (((), "this machine"), (("sk",), "who has the key")):
             service = Service(Settings(keys=keys), Registry([offer]))
-            lines, facts = announcement(service, ("127.0.0.1", 8000), [opened], None)
+            lines, facts = announcement(service, ("127.0.0.1", 8000), [opened])
             text = "\n".join(lines)
             for part in ("http://127.0.0.1:8000/v1", whom, "4 rows of 256 tokens", "1,024 tokens"):
                 assert part in text
@@ -230,8 +230,7 @@ def test_it_says_where_what_and_how_much() -> None:
             json.dumps(facts)
             [model] = facts["models"]
             assert model["bytes"] == 4 * (256 * per_token * 2 + 4 * per_row)
-        [model] = announcement(service, ("::1", 8000), [opened], 8)[1]["models"]
-        assert model["bytes"] == 4 * (256 * per_token + 4 * per_row)
+            assert model["tokens"] == 1024
     finally:
         loaded_.engine.close()
 

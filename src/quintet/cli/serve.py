@@ -121,7 +121,7 @@ def command(
         with warnings_as_notes(quiet):
             offers, opened = zip(*(_offer(one, opening) for one in wanted), strict=True)
         service = Service(settings, Registry(offers))
-        lines, facts = announcement(service, sock.getsockname(), opened, bits)
+        lines, facts = announcement(service, sock.getsockname(), opened)
         # Nothing here may hold a model that is unloaded.
         del offers, opened
         if set_up(cast("LogFormat", log_format)):

@@ -15,7 +15,7 @@ __all__ = ["announcement"]
 
 
 def announcement(
-    service: "Service", address: tuple[Any, ...], opened: "Sequence[Opened]", bits: int | None
+    service: "Service", address: tuple[Any, ...], opened: "Sequence[Opened]"
 ) -> tuple[list[str], dict[str, object]]:
     """Return it as lines for people, and as facts for programs.
 
@@ -23,7 +23,6 @@ def announcement(
         service: what is served.
         address: of the socket.
         opened: the models, in the order in which the service has them.
-        bits: of a number of keys and values; None where they are kept as they are.
     """
     from quintet.kernels.native import native
 
@@ -35,13 +34,11 @@ def announcement(
     models: list[dict[str, object]] = []
     for offer, one in zip(service.registry.offers, opened, strict=True):
         assert offer.loaded is not None
-        limits = offer.loaded.engine.limits
-        tokens = limits.rows * limits.capacity
-        room = limits.rows * _row(one, limits.capacity, bits)
+        room = offer.loaded.engine.room
         lines += [
             f"  {offer.name}: {one.describe()}",
-            f"    {limits.rows} rows of {limits.capacity:,} tokens: at most {size_of(room)} for "
-            f"{tokens:,} tokens, and {size_of(limits.kept)} for what was read before",
+            f"    {room.rows} rows of {room.capacity:,} tokens: at most {size_of(room.whole)} for "
+            f"{room.tokens:,} tokens, and {size_of(room.kept)} for what was read before",
         ]
         if offer.adapters:
             lines.append(f"    adapters: {', '.join(offer.adapters)}")
@@ -49,10 +46,11 @@ def announcement(
             {
                 "name": offer.name,
                 "what": one.describe(),
-                "rows": limits.rows,
-                "capacity": limits.capacity,
-                "bytes": room,
-                "kept": limits.kept,
+                "rows": room.rows,
+                "capacity": room.capacity,
+                "bytes": room.whole,
+                "tokens": room.tokens,
+                "kept": room.kept,
                 "adapters": list(offer.adapters),
             }
         )
@@ -74,10 +72,3 @@ def _whom(settings: "Settings") -> str:
     if settings.keys:
         return "who has the key" if len(settings.keys) == 1 else "who has a key"
     return "EVERYBODY on the network" if settings.is_open else "this machine"
-
-
-def _row(opened: "Opened", tokens: int, bits: int | None) -> int:
-    """Return the bytes of a row of so many tokens; recurrent states are float32."""
-    per_token, per_row = opened.model.config.cache_numbers()
-    width = opened.model.dtype.itemsize if bits is None else bits / 8
-    return round(tokens * per_token * width) + 4 * per_row
