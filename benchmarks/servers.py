@@ -30,7 +30,7 @@ class Kind:
     Attributes:
         name: how results call it.
         weights: bf16, BF16 or Q8_0: of the checkpoint, or of the file made of it.
-        command: that starts it, with {model}, {port}, {rows}, {context}, {threads} to be filled in.
+        command: that starts it; {model}, {port}, {rows} and others are filled in.
         environment: beside this process's own.
         body: fields of its requests, with {out} to be filled in; None for those to be left out.
         ready: what it answers once its model is there.
@@ -66,6 +66,12 @@ TRANSFORMERS = (
     PYTHON, "-c", "from transformers.cli.transformers import main; main()", "serve", "{model}",
     "--port", "{port}", "--host", "127.0.0.1", "--device", "cpu",
 )  # fmt: skip
+BLOCK = 32
+# Left alone, it takes most of the memory there is.
+CONTINUOUS = (
+    *TRANSFORMERS, "--continuous-batching", "--cb-block-size", str(BLOCK),
+    "--cb-num-blocks", "{blocks}", "--cb-max-batch-tokens", "512",
+)  # fmt: skip
 LLAMA = (
     "llama-server", "-m", "{model}", "--port", "{port}", "-np", "{rows}", "-c", "{context_of_all}",
     "-t", "{threads}", "-tb", "{threads}", "--no-webui",
@@ -93,7 +99,7 @@ KINDS = (
     Kind(
         "transformers bf16 continuous",
         "bf16",
-        (*TRANSFORMERS, "--continuous-batching"),
+        CONTINUOUS,
         THREADS,
         PLAIN_ONLY,
         "/health",
@@ -140,6 +146,7 @@ class Server:
             "rows": str(rows),
             "context": str(context),
             "context_of_all": str(rows * context),
+            "blocks": str(-(-rows * context // BLOCK)),
             "threads": str(threads),
         }
         words = [word.format(**given) for word in kind.command]

@@ -28,6 +28,8 @@ RESULTS = Path(__file__).parent / "results"
 LEAST = 12.0
 # Whoever is not idle so long after its clients went is started anew.
 SETTLES = 60.0
+# Whoever has so many cells without a result, one after the other, is left out.
+PATIENCE = 2
 # What is counted of a cell besides the median over its rounds.
 SHOWN = (
     ("tok/s", lambda row: row["per_second"]["completion_tokens"]),
@@ -46,6 +48,7 @@ class Seat:
     options: argparse.Namespace
     server: Server | None = None
     error: str | None = None
+    failures: int = 0
 
     def open(self) -> None:
         """Start the server, if there is none that runs."""
@@ -87,18 +90,24 @@ class Seat:
                 command, capture_output=True, text=True, cwd=ROOT, timeout=4 * SETTLES + seconds
             )
         except subprocess.TimeoutExpired:
-            self.close()
-            return {"error": "no result in time"}
+            return self._failed("no result in time")
         if done.returncode:
-            # Whoever does not even answer one request is of no use to the next.
-            self.close()
-            return {"error": done.stderr.strip()[-300:]}
+            return self._failed(done.stderr.strip()[-300:])
+        self.failures = 0
         row = json.loads(done.stdout)
         row["memory"] = self.server.memory()
         if not self._settled():
             self.close()
             row["restarted"] = True
         return dict(row)
+
+    def _failed(self, why: str) -> dict[str, Any]:
+        """Give up a server that does not answer, and after some times what it is of."""
+        self.close()
+        self.failures += 1
+        if self.failures >= PATIENCE:
+            self.error = why
+        return {"error": why}
 
     @property
     def _name(self) -> tuple[str, ...]:
