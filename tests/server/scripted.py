@@ -42,6 +42,7 @@ class Scripted:
         self.models = [{**MODEL, "defaults": DEFAULTS}]
         self.key: str | None = None
         self.lists = True
+        self.warnings = ""
 
     def app(self) -> Starlette:
         page = join()
@@ -81,7 +82,9 @@ class Scripted:
         if isinstance(answer, tuple):
             status, body, headers = answer
             return JSONResponse(body, status, headers)
-        return StreamingResponse(self.events(answer), media_type="text/event-stream")
+        headers = {"warnings": self.warnings} if self.warnings else {}
+        events = self.events(answer)
+        return StreamingResponse(events, headers=headers, media_type="text/event-stream")
 
     async def events(self, answer: list[Any]) -> AsyncIterator[str]:
         def event(**value: Any) -> str:

@@ -43,8 +43,7 @@ def join() -> Page:
     def read(name: str) -> str:
         return (folder / name).read_text(encoding="utf-8")
 
-    # Spaces behind signs mean nothing; one before a colon is part of a selector.
-    style = re.sub(r"(?<=[{};:,])\s|\s(?=[{}])|;\s(?=})", "", squeezed(read("style.css")))
+    style = dense(read("style.css"))
     parts = [squeezed(read(f"{name}.js")) for name in SCRIPTS]
     script = "\n".join(('"use strict";(() => {', *parts, "})();"))
     text = "\n".join(map(str.strip, read("index.html").splitlines()))
@@ -84,6 +83,12 @@ def squeezed(source: str) -> str:
             kept.append(line)
         inside = inside and not line.endswith("*/")
     return "\n".join(kept)
+
+
+def dense(source: str) -> str:
+    """Return CSS without spaces and zeros that mean nothing; one before a colon is a selector's."""
+    text = re.sub(r"(?<=[{};:,])\s|\s(?=[{}])|;\s(?=})", "", squeezed(source))
+    return re.sub(r"\b0(?=\.\d)", "", text)
 
 
 def _hash(text: str) -> str:

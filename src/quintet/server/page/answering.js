@@ -1,7 +1,9 @@
 // Asking for answers: the next one, another one, the rest of one, one to other words.
 
-const SHOWN_EVERY = 40; // milliseconds between two looks of an answer as it grows
-const KEPT_EVERY = 2000; // and between two times it is stored
+// Milliseconds between two looks of an answer as it grows.
+const SHOWN_EVERY = 40;
+// And between two times it is stored.
+const KEPT_EVERY = 2000;
 
 function modelOf(talk) {
   return models.find((model) => model.id === talk.model) ?? models[0] ?? { id: "", defaults: {} };
@@ -118,6 +120,7 @@ function hear(run, piece, before) {
   const now = performance.now();
   if (piece.heard) {
     run.phase = "reading";
+    reply.warnings = piece.warnings;
     run.since = now;
     return;
   }

@@ -50,7 +50,8 @@ async function failureOf(response) {
 async function* chat(body, signal) {
   const asked = { method: "POST", body: JSON.stringify(body), signal };
   const response = await request("v1/chat/completions", asked);
-  yield { heard: true };
+  // What of the request has no effect there.
+  yield { heard: true, warnings: response.headers.get("warnings") };
   for await (const data of eventsOf(response.body)) {
     if (data === "[DONE]") return;
     const chunk = JSON.parse(data);

@@ -33,7 +33,7 @@ function setIcon(button, name) {
 }
 
 function button(text, click, kind = "quiet") {
-  return make("button", { type: "button", class: kind, click }, text);
+  return make("button", { class: kind, click }, text);
 }
 
 /** A button that shows an icon and is read as its label. */

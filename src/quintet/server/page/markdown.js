@@ -1,9 +1,12 @@
 // Markdown as models write it, made into elements. Every step over the text is bounded: a text of
 // any shape takes time in proportion to its length.
 
-const DEEPEST = 8; // quotes and lists in each other, and emphasis in emphasis
-const TRIES = 32; // places looked at for the end of an emphasis
-const REACH = 1000; // characters of a link's text or address
+// Quotes and lists in each other, and emphasis in emphasis.
+const DEEPEST = 8;
+// Places looked at for the end of an emphasis.
+const TRIES = 32;
+// Characters of a link's text or address.
+const REACH = 1000;
 
 const FENCE = /^ {0,3}(`{3,}|~{3,})[ \t]*([^`]*)$/;
 const HEADING = /^ {0,3}(#{1,6})[ \t]+(\S.*)$/;

@@ -1,10 +1,15 @@
 // The messages of the conversation that is shown, and what can be done with each.
 
-let models = []; // as the server describes them
-let talks = []; // all conversations, the latest first
-let current = null; // the one that is shown
-const runs = new Map(); // answers being made, by the ids of their conversations
-const views = new Map(); // of the messages shown, by their ids
+// As the server describes them.
+let models = [];
+// All conversations, the latest first.
+let talks = [];
+// The one that is shown.
+let current = null;
+// Answers being made, by the ids of their conversations.
+const runs = new Map();
+// Of the messages shown, by their ids.
+const views = new Map();
 
 /** Show the current conversation from its first message to its last. */
 function showConversation() {
@@ -108,7 +113,7 @@ function progress(run) {
 }
 
 /** What an answer came to. */
-function figures({ figures: made, ended, about, model }) {
+function figures({ figures: made, ended, about, model, warnings }) {
   const parts = [];
   if (ended === "stopped") parts.push("Stopped");
   if (about) parts.push(`about ${counted(about, "token")}`);
@@ -120,6 +125,7 @@ function figures({ figures: made, ended, about, model }) {
     if (made.cached) parts.push(`${number(made.cached)} of ${number(made.prompt)} read before`);
   }
   if (model && models.length > 1) parts.push(model);
+  if (warnings) parts.push(warnings);
   return parts.join(" · ");
 }
 
@@ -129,7 +135,9 @@ function actionsOf(message) {
   if (siblings.length > 1) buttons.push(branchControl(message, siblings));
   if (message.content) buttons.push(copyButton("Copy", () => message.content));
   if (message.role === "user") buttons.push(iconButton("edit", "Edit", () => editMessage(message)));
-  else buttons.push(iconButton("again", "Answer again", () => answerAgain(message)));
+  else if (!message.error || !message.again) {
+    buttons.push(iconButton("again", "Answer again", () => answerAgain(message)));
+  }
   if (message.ended === "length" && message.content && message.id === current.leaf) {
     buttons.push(button("Go on", () => goOn(message)));
   }
