@@ -68,6 +68,7 @@ def test_an_idle_model_is_unloaded_and_comes_back() -> None:
 
 def test_a_model_at_work_stays() -> None:
     with serving() as server:
+        slow(server.service.registry.engines["demo"])
         connection = server.connect()
         body = b'{"model": "demo", "prompt": "a", "max_tokens": 200, "stream": true}'
         connection.request("POST", "/v1/completions", body, {"Content-Type": "application/json"})
