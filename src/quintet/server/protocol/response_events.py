@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from quintet.parsing.events import CallArguments, CallEnd, CallStart, Content, Event, Reasoning
+from quintet.server.protocol.answers import scored
 from quintet.server.protocol.ids import new_id
 from quintet.server.questions import Finish, Tokens, TokenScore
 
@@ -69,10 +70,7 @@ class ResponseWriter:
                 ]
             case Content(text):
                 events, item = self._within(Content)
-                known = [
-                    _logprob(score) | {"top_logprobs": [_logprob(other) for other in score.top]}
-                    for score in scores
-                ]
+                known = scored(scores)
                 item.pieces.append(text)
                 item.logprobs += known
                 delta = self._event(
@@ -188,10 +186,6 @@ class ResponseWriter:
 
 def _output_text(text: str, logprobs: list[Wire]) -> Wire:
     return {"type": "output_text", "text": text, "annotations": [], "logprobs": logprobs}
-
-
-def _logprob(score: TokenScore) -> Wire:
-    return {"token": score.text, "logprob": score.logprob, "bytes": list(score.raw)}
 
 
 def _usage(tokens: Tokens) -> Wire:
