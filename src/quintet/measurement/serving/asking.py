@@ -14,8 +14,9 @@ from quintet.measurement.serving.workload import Ids, Material, Prompt, Words
 __all__ = ["Asked", "Target", "find"]
 
 PATHS = {"completions": "/v1/completions", "chat": "/v1/chat/completions"}
-# What the ids of prompts are drawn from, and what a word is in tokens, is found by this many.
-SAMPLE = 400
+# What the ids of prompts are drawn from are so many words; what a word is in tokens is found by few
+# enough to fit into any context.
+SAMPLE, TRIAL = 400, 64
 
 
 @dataclass(slots=True)
@@ -226,9 +227,9 @@ async def find(
             "prompts of ids need /v1/completions and a route that tokenizes, /tokenize or "
             "/extras/tokenize; take prompts of text"
         )
-    trial = await words.ask(sample, 1)
+    trial = await words.ask(Words().draw(TRIAL, dice), 1)
     _checked(words, trial)
-    each = trial.prompt / SAMPLE if trial.counted and trial.prompt else 1.0
+    each = trial.prompt / TRIAL if trial.counted and trial.prompt else 1.0
     return Target(address, model, endpoint, Words(each), extra or {}, timeout)
 
 
