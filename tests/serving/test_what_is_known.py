@@ -105,7 +105,7 @@ def test_a_long_prompt_never_has_all_its_logits_at_once() -> None:
             assert len(answer.prompt_logprobs) == 390
     finally:
         head.remove()
-    assert widest[0] == 128
+    assert 128 <= widest[0] <= 160
 
 
 def test_a_salt_keeps_apart_what_was_read_and_gives_no_turns() -> None:

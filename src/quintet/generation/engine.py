@@ -320,16 +320,14 @@ class Engine:
 
     def _run(self, going: list[Sequence], pieces: list[Piece]) -> Tensor:
         """Run over the pieces; what is made of them goes to whom it matters."""
-        drafting = [
-            isinstance(one.drafting, PredictedDrafting) and one.drafting.awake for one in going
-        ]
+        predicting = [_predicting(one) for one in going]
         pooling = [one.watched is not None and one.watched.pooling is not None for one in going]
-        if not any(drafting) and not any(pooling):
+        if not any(predicting) and not any(pooling):
             return self._rows.run(pieces)
         logits, seen = self._rows.watch(pieces)
-        for one, piece, made in zip(going, pieces, seen, strict=True):
-            if isinstance(one.drafting, PredictedDrafting) and one.drafting.awake:
-                one.drafting.saw(made, piece.checked)
+        for one, drafting, piece, made in zip(going, predicting, pieces, seen, strict=True):
+            if drafting is not None:
+                drafting.saw(made, piece.checked)
             if one.watched is not None and one.watched.pooling is not None:
                 one.watched.saw_states(made.states)
         return logits
@@ -338,24 +336,22 @@ class Engine:
         """Give each sequence its tokens, of logits (N, V) as pieces kept them."""
         single: list[Sequence] = []
         places: list[int] = []
-        place = 0
-        made = logits
+        end = 0
         for sequence, piece in zip(going, pieces, strict=True):
-            own, place = place, place + piece.keep
+            end += piece.keep
             if sequence.watched is not None:
-                self._take_down(sequence, piece, logits[own:place])
-            own = place - piece.checked
+                self._take_down(sequence, piece, logits[end - piece.keep : end])
             if piece.checked and sequence.only_reads:
                 sequence.has_read()
             if not piece.checked or sequence.finished:
                 continue
             if not sequence.checks:
                 single.append(sequence)
-                places.append(own)
+                places.append(end - 1)
                 continue
-            before = len(sequence.ids)
-            sequence.take_checked(logits[own:place])
-            sequence.note(logits[own:place], sequence.ids[before:])
+            before, checked = len(sequence.ids), logits[end - piece.checked : end]
+            sequence.take_checked(checked)
+            sequence.note(checked, sequence.ids[before:])
             self._take_back(sequence)
         if len(places) < len(logits):
             logits = logits[places]
@@ -364,11 +360,11 @@ class Engine:
             self._choosing = Choosing(samplers)
         steps = [len(one.ids) - one.prompt_length + 1 for one in single]
         chosen = self._choosing.choose(lambda row: single[row].text, logits, steps)
-        for sequence, own, token in zip(single, places, chosen, strict=True):
+        for row, (sequence, token) in enumerate(zip(single, chosen, strict=True)):
             if isinstance(token, Exception):
                 sequence.fail(token)
                 continue
-            sequence.note(made[own : own + 1], [token])
+            sequence.note(logits[row : row + 1], [token])
             if sequence.finished:
                 continue
             sequence.take(token)
@@ -394,7 +390,7 @@ class Engine:
         row, begin = self._placed[sequence], sequence.computed
         end = len(sequence.ids) if most is None else min(begin + most, len(sequence.ids))
         scored = sequence.watched is not None and sequence.watched.prompt_logprobs is not None
-        if scored and end - begin > 2 * ROWS:
+        if scored and end - begin > 2.5 * ROWS:
             # Logits of the whole prompt could be more than there is memory for.
             end = begin + 2 * ROWS
         ids = sequence.ids[begin:end]
