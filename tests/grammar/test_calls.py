@@ -190,6 +190,7 @@ def test_a_tool_that_is_not_strict_has_what_arguments_can_be_bound() -> None:
         ([*TOOLS, TOOLS[0]], "required", "3 tools, of which 2"),
         ([{"type": "function", "function": {"name": f"t{n}"}} for n in range(129)], "auto", "129"),
         (TOOLS, "then", "'then'"),
+        ([{"name": f"t{n}", "description": "x" * 60_000} for n in range(5)], "auto", "262,144"),
         ([{"type": "function", "function": {}}], "required", "no function with a name"),
         ([{"type": "function"}], "required", "no function with a name"),
         (

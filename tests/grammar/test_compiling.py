@@ -95,6 +95,10 @@ REFUSED: dict[str, tuple[Any, str]] = {
         {"allOf": [{"anyOf": [of(**{f"a{i}{j}": {}}) for j in range(9)]} for i in range(9)]},
         "too large",
     ),
+    "many optional properties": (
+        {"type": "object", "properties": {f"p{n}": {"type": "null"} for n in range(1500)}},
+        "500 optional properties",
+    ),
     "a chain of references": (
         {"$ref": "#/$defs/0", "$defs": {f"{n}": {"$ref": f"#/$defs/{n + 1}"} for n in range(2000)}},
         "no such place|too deep",

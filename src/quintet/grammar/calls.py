@@ -15,6 +15,8 @@ from quintet.parsing.format import Format
 __all__ = ["tool_calls"]
 
 MAX_TOOLS = 128
+# How many bytes their schemas may have together; those take a second to be compiled.
+MAX_SCHEMAS = 4 * MAX_SOURCE
 # What nothing is asked of, and what no arguments are.
 _ANY_OBJECT = '{"type":"object"}'
 _NOTHING = '{"type":"object","properties":{},"additionalProperties":false}'
@@ -106,6 +108,12 @@ def tool_calls(
         GrammarError: there is no tool, no such tool, or the schema of a strict one is not
             supported.
     """
+    size = sum(len(json.dumps(tool, default=str)) for tool in tools)
+    if size > MAX_SCHEMAS:
+        raise GrammarError(
+            f"the tools have {size:,} bytes together, and a grammar is made of at most "
+            f"{MAX_SCHEMAS:,}; offer fewer"
+        )
     read = dict(_tool(tool) for tool in tools)
     if not 1 <= len(tools) <= MAX_TOOLS or len(read) < len(tools):
         raise GrammarError(

@@ -31,13 +31,18 @@ JSON_STYLE = {
 }
 # For so many seconds the one that cannot be used is looked for in a schema.
 PATIENCE = 0.5
+_COMPLEX = "it is too complex; make it simpler, and repetitions and lists shorter"
 # What llguidance's words mean to who has written the grammar.
 _WORDS = {
     "oneOf constraints": "oneOf is supported where no two of its members can hold at once; "
     "anyOf always is",
     "NoExtension": "it allows no text at all",
-    "lexer error": "it is too complex; make it simpler, and repetitions shorter",
-    "initial lexer configuration": "it is too complex; make it simpler, and lists shorter",
+    "Parser Error: Current row has": "at one place too much can come next, as where a schema has "
+    "about 500 optional properties in a row; require some, or nest them",
+    # Only tokens that it allows are tried: a lexer at its end says so in this way, too.
+    "Parser Error: token": _COMPLEX,
+    "lexer error": _COMPLEX,
+    "initial lexer configuration": _COMPLEX,
     "schema too large": "it is too large, with all that its parts make together; make it simpler",
     "fuel exhausted": "it is too complex; make it simpler, and numbers smaller",
 }

@@ -175,6 +175,5 @@ class Following:
     def _check(self) -> None:
         if self._matcher.is_error():
             raise GrammarError(
-                "the grammar is too complex to be followed here: "
-                f"{told(self._matcher.get_error())}; make it simpler"
+                f"the grammar cannot be followed further: {told(self._matcher.get_error())}"
             )
