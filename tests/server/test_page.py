@@ -40,7 +40,7 @@ def hashed(body: bytes, tag: str) -> str:
 
 def test_it_is_one_answer_that_holds_all_and_allows_nothing_else() -> None:
     page = join()
-    assert len(page.body) <= 60 * 1024
+    assert len(page.body) <= 60_000
     policy = POLICY.format(script=hashed(page.body, "script"), style=hashed(page.body, "style"))
     assert page.headers["Content-Security-Policy"] == policy
     assert page.headers["X-Content-Type-Options"] == "nosniff"

@@ -46,7 +46,7 @@ def join() -> Page:
     style = dense(read("style.css"))
     parts = [squeezed(read(f"{name}.js")) for name in SCRIPTS]
     script = "\n".join(('"use strict";(() => {', *parts, "})();"))
-    text = "\n".join(map(str.strip, read("index.html").splitlines()))
+    text = "".join(map(str.strip, read("index.html").splitlines()))
     text = text.replace("{{style}}", style).replace("{{script}}", script)
     policy = {
         "default-src": "'none'",
