@@ -7,8 +7,10 @@ from typing import Any
 import pytest
 
 from quintet import PreTrainedTokenizerFast, Qwen2ForCausalLM
+from quintet.parsing import CODER
+from quintet.server.shapes import Shapes
 from served import Running
-from server.talking import chunks, talking
+from server.talking import chat_model, chunks, talking
 
 Served = tuple[Running, Qwen2ForCausalLM, PreTrainedTokenizerFast]
 PATH = "/v1/chat/completions"
@@ -220,3 +222,16 @@ def test_the_last_message_is_gone_on_with(served: Served) -> None:
         .json()
     )
     assert whole["usage"]["prompt_tokens"] == len(prompt)
+
+
+def test_calls_that_are_asked_for_are_written_as_the_server_was_told() -> None:
+    model, tokenizer = chat_model()
+    for calls, begin in ((None, "<tool_call>"), (CODER, "<tools>")):
+        shapes = Shapes(model, tokenizer, calls)
+        processor = shapes.processor(None, TOOLS, "climate", "", parallel=False)
+        ids = tokenizer("Hello", return_tensors="pt")["input_ids"]
+        made = model.generate(
+            ids, max_new_tokens=200, do_sample=False, logits_processor=[processor]
+        )
+        text = tokenizer.decode(made[0, ids.shape[1] :])
+        assert text.lstrip().startswith(begin + '\n{"name": "climate"'), text

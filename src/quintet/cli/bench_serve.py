@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from quintet.cli.servers import key_for, key_option
 from quintet.cli.terminal import Waiting, note
 from quintet.errors import InputError, shown
 
@@ -56,7 +57,7 @@ SHAPE = ("shared", "own", "out", "turns", "grows", "drops")
     help="Ids have exact lengths; auto takes them where the server does.",
 )
 @click.option("--body", help="Fields of every request, as JSON; null leaves one out.")
-@click.option("--key", envvar="QUINTET_API_KEY", help="Of the server.  [env: QUINTET_API_KEY]")
+@key_option
 @click.option("--goodput", multiple=True, help="ttft:500, tpot:50, e2e:9000: good, in ms.")
 @click.option("--warm", type=click.IntRange(0), default=1, show_default=True, help="Before.")
 @click.option("--timeout", type=float, default=600.0, show_default=True, help="Of an answer, s.")
@@ -75,7 +76,7 @@ def command(
     endpoint: str,
     prompts: str,
     body: str | None,
-    key: str | None,
+    api_key_file: str | None,
     goodput: tuple[str, ...],
     warm: int,
     timeout: float,
@@ -103,6 +104,7 @@ def command(
     many = requests or (10**9 if seconds else 64 if clients is None else 8 * clients)
     load = Load(conversations=many, clients=clients, rate=rate, seconds=seconds, cut=cut, seed=seed)
     extra = _fields(body)
+    key = key_for(url, api_key_file, click.get_current_context())
     with Waiting(f"asking {url}", quiet):
         target, found = asyncio.run(
             _measured(url, model, endpoint, prompts, extra, key, timeout, shape, load, warm, goals)

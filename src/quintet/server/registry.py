@@ -38,7 +38,7 @@ class Loaded:
     shapes: Shapes = field(init=False)
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "shapes", Shapes(self.engine.model, self.tokenizer))
+        object.__setattr__(self, "shapes", Shapes(self.engine.model, self.tokenizer, self.calls))
 
 
 @dataclass(frozen=True, slots=True)

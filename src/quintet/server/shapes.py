@@ -15,7 +15,7 @@ from quintet.grammar import (
     regex,
     tool_calls,
 )
-from quintet.parsing import format_of, opening_of
+from quintet.parsing import Format, format_of, opening_of
 from quintet.parsing.format import END_THINK
 from quintet.tokenization import PreTrainedTokenizer
 
@@ -31,10 +31,13 @@ class Shapes:
     Args:
         model: whose logits these are.
         tokenizer: of the model.
+        calls: how the model writes calls of tools; None for what its template says.
     """
 
-    def __init__(self, model: Served, tokenizer: PreTrainedTokenizer) -> None:
-        self._tokenizer, self._missing = tokenizer, ""
+    def __init__(
+        self, model: Served, tokenizer: PreTrainedTokenizer, calls: Format | None = None
+    ) -> None:
+        self._tokenizer, self._calls, self._missing = tokenizer, calls, ""
         self._grammars: Grammars | None = None
         try:
             self._grammars = Grammars(
@@ -89,7 +92,7 @@ class Shapes:
         strict = any(tool["function"].get("strict") for tool in tools)
         if choice == "auto" and not strict and said is None:
             return None
-        written = format_of(self._tokenizer)
+        written = self._calls or format_of(self._tokenizer)
         if written is None:
             raise InputError(
                 "this model's chat template writes no calls of tools, so that none can be asked "
