@@ -8,7 +8,7 @@ from typing import Any
 from fastapi import APIRouter, Request
 from starlette.responses import JSONResponse, Response
 
-from quintet.parsing.events import CallArguments, CallStart, Content, Reasoning
+from quintet.parsing.events import CallArguments, CallEnd, CallStart, Content, Reasoning
 from quintet.server.asking import Finish, Heard, Tokens, ask
 from quintet.server.bodies import documented, read_json
 from quintet.server.connection import until_gone
@@ -93,7 +93,7 @@ def _delta(heard: Heard) -> dict[str, Any]:
 
 async def _whole(heard: AsyncGenerator[Heard, None], frame: Frame, count: int) -> dict[str, Any]:
     """Return all answers when they are complete."""
-    messages = [_Message() for _ in range(count)]
+    messages = [Message() for _ in range(count)]
     async with aclosing(heard):
         async for one in heard:
             messages[one.index].hear(one)
@@ -102,7 +102,7 @@ async def _whole(heard: AsyncGenerator[Heard, None], frame: Frame, count: int) -
     return frame(WHOLE, choices, usage=usage)
 
 
-class _Message:
+class Message:
     """A message that is put together."""
 
     def __init__(self) -> None:
@@ -110,6 +110,7 @@ class _Message:
         self._content: list[str] = []
         self._reasoning: list[str] = []
         self._calls: list[dict[str, Any]] = []
+        self._ended: set[int] = set()
         self._scores: list[dict[str, Any]] = []
         self._reason = "stop"
 
@@ -126,6 +127,8 @@ class _Message:
                 self._calls.append({"id": _call_id(), "type": "function", "function": function})
             case CallArguments(index, text):
                 self._calls[index]["function"]["arguments"] += text
+            case CallEnd(index):
+                self._ended.add(index)
             case Finish(reason, usage):
                 self._reason, self.usage = reason, usage
             case _:
@@ -134,16 +137,20 @@ class _Message:
     def choice(self, index: int) -> dict[str, Any]:
         """Return it as one of the choices."""
         content: str | None = "".join(self._content)
+        calls = self._calls
+        if self._reason != "length":
+            # One that turned out to be none is content.
+            calls = [call for place, call in enumerate(calls) if place in self._ended]
         message: dict[str, Any] = {
             "role": "assistant",
-            "content": None if self._calls and not content else content,
+            "content": None if calls and not content else content,
             "refusal": None,
         }
         if self._reasoning:
             thought = "".join(self._reasoning)
             message |= {"reasoning_content": thought, "reasoning": thought}
-        if self._calls:
-            message["tool_calls"] = self._calls
+        if calls:
+            message["tool_calls"] = calls
         logprobs = {"content": self._scores, "refusal": None} if self._scores else None
         return {
             "index": index,
