@@ -37,6 +37,7 @@ from quintet.folder import AdapterFolderError, find_file
 from quintet.generation.config import GENERATION_CONFIG_NAME, GenerationConfig
 from quintet.generation.option_names import asks_nothing
 from quintet.hub import CONFIG_PATTERNS, locate, locate_weights
+from quintet.kernels.large_pages import hold_in_large_pages
 from quintet.modeling.adapting import Adapting
 from quintet.modeling.core import ModelCore
 from quintet.modeling.dispatch import dispatch_model
@@ -187,6 +188,7 @@ def _load(
     load_weights(loader, mapping, weights, where)
     model.tie_weights()
     _check_filled(model)
+    hold_in_large_pages([*model.parameters(), *model.buffers()])
     dispatch_model(model, placement, model_parts)
     if placement.several:
         model.hf_device_map = dict(placement.devices)
