@@ -4,6 +4,7 @@ import ctypes
 import os
 import sys
 from collections.abc import Iterable, Iterator
+from contextlib import suppress
 from pathlib import Path
 from threading import Thread, get_native_id
 
@@ -43,7 +44,8 @@ def hold_in_large_pages(tensors: Iterable[Tensor]) -> Thread | None:
 
 def _move_behind(ranges: Iterable[Range]) -> None:
     """Move in a thread that stands back behind those that compute."""
-    os.setpriority(os.PRIO_PROCESS, get_native_id(), 10)
+    with suppress(OSError):
+        os.setpriority(os.PRIO_PROCESS, get_native_id(), 10)
     _move(ranges)
 
 
