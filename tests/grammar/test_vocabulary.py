@@ -93,3 +93,16 @@ def test_a_text_has_to_have_an_end() -> None:
     with pytest.raises(InputError, match="eos_token_id"):
         Grammars(endless)
     assert Grammars(endless, eos_token_id=3).vocabulary.ends == (3,)
+
+
+def test_what_a_tokenizer_would_read_otherwise_is_written_as_it_is() -> None:
+    tokenizer = AutoTokenizer.from_pretrained(demo_model())
+    for value in ("\U0002f800", "e\u0301", "\u212b"):
+        processor = grammar.compile(grammar.json_schema({"const": value}), tokenizer)
+        ids = [0]
+        for _ in range(40):
+            scores = processor(torch.tensor([ids]), torch.zeros(1, len(tokenizer)))[0]
+            ids.append(int(scores.argmax()))
+            if ids[-1] == tokenizer.eos_token_id:
+                break
+        assert json.loads(tokenizer.decode(ids[1:-1])) == value

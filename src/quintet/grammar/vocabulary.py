@@ -10,6 +10,8 @@ from quintet.tokenization import PreTrainedTokenizer
 
 __all__ = ["Vocabulary"]
 
+UNICODE_FORMS = frozenset(("NFC", "NFD", "NFKC", "NFKD"))
+
 
 class Vocabulary:
     """The tokens that a text is made of; made once for many grammars, as it takes its time.
@@ -75,4 +77,7 @@ def _pipeline(tokenizer: PreTrainedTokenizer) -> str:
         content = tokenizer.convert_ids_to_tokens(index)
         added.setdefault(index, {"id": index, "content": content, **plain})
     pipeline["added_tokens"] = [added[index] | {"special": True} for index in sorted(added)]
+    # What a grammar forces is written as it is, also where a tokenizer would read it otherwise.
+    if (pipeline.get("normalizer") or {}).get("type") in UNICODE_FORMS:
+        pipeline["normalizer"] = None
     return json.dumps(pipeline)
