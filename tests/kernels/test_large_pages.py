@@ -9,6 +9,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from quintet import AutoModelForCausalLM
 from quintet.kernels import large_pages
 from quintet.kernels.large_pages import PAGE, hold_in_large_pages
 
@@ -78,3 +79,12 @@ def test_nothing_is_moved_where_large_pages_are_off(
     setting.write_text("always madvise [never]\n")
     monkeypatch.setattr(large_pages, "SETTING", setting)
     assert hold_in_large_pages([torch.zeros(8 << 20)]) is None
+
+
+def test_all_weights_of_a_loaded_model_are_offered(
+    chat_model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    offered: list[torch.Tensor] = []
+    monkeypatch.setattr("quintet.modeling.loading.hold_in_large_pages", offered.extend)
+    model = AutoModelForCausalLM.from_pretrained(chat_model, quantize="int8")
+    assert {x.data_ptr() for x in model.state_dict().values()} <= {x.data_ptr() for x in offered}
