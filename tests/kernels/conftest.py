@@ -9,8 +9,8 @@ from collections.abc import Iterator
 
 import pytest
 
-from quintet.kernels import native
 from quintet.kernels.build import LEVELS, BuildError, best_level, find_compiler
+from unlooked import forget_kernels
 
 
 def levels() -> list[str]:
@@ -28,26 +28,13 @@ def levels() -> list[str]:
     return [level for level in list(LEVELS)[best:] if level != "avx512_vnni"]
 
 
-def forget() -> None:
-    native.native.cache_clear()
-    native.entry.cache_clear()
-
-
 @pytest.fixture(params=levels() or [pytest.param("", marks=pytest.mark.skip("no kernels here"))])
 def level(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
     """The instruction set that the kernels of this test are compiled for."""
     if request.param != levels()[0]:
         further = os.environ.get("QUINTET_KERNELS_FLAGS", "")
-        monkeypatch.setenv("QUINTET_KERNELS_FLAGS", f"{further} -O1")
+        monkeypatch.setenv("QUINTET_KERNELS_FLAGS", f"{further} -Og")
     monkeypatch.setenv("QUINTET_KERNELS", request.param)
-    forget()
+    forget_kernels()
     yield request.param
-    forget()
-
-
-@pytest.fixture
-def fresh(monkeypatch: pytest.MonkeyPatch) -> Iterator[pytest.MonkeyPatch]:
-    """Patches of an environment in which no library was looked for yet."""
-    forget()
-    yield monkeypatch
-    forget()
+    forget_kernels()

@@ -41,7 +41,9 @@ def test_it_is_the_sum_of_products(
     for y, (w, _, b, *_) in zip(made, maps, strict=True):
         exact = F.linear(x.double(), w.double(), None if b is None else b.double())
         assert y.dtype == dtype
-        assert relative_error(y.double(), exact) <= BOUND[dtype]
+        # A sum of so many may be next to nothing by chance, and is rounded as others are.
+        scale = max(float(exact.abs().max()), I**0.5)
+        assert (y.double() - exact).abs().max() <= BOUND[dtype] * scale
 
 
 @DTYPES

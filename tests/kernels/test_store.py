@@ -4,7 +4,6 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -125,14 +124,14 @@ def test_the_libraries_used_least_lately_are_removed(folder: Path) -> None:
 def test_waiting_for_a_process_that_is_stopped_is_told_and_ends(
     folder: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr(store, "PATIENCE", 0.6)
-    monkeypatch.setattr(patience, "SILENT", 0.2)
+    monkeypatch.setattr(store, "PATIENCE", 2.0)
+    monkeypatch.setattr(patience, "SILENT", 0.1)
     folder.mkdir()
-    with another_process(folder) as process:
-        started = time.monotonic()
-        with pytest.raises(BuildError, match=f"process {process} has been compiling"):
-            recipe(LEVEL).make()
-        assert 0.5 < time.monotonic() - started < 20
+    with (
+        another_process(folder) as process,
+        pytest.raises(BuildError, match=f"process {process} has been compiling"),
+    ):
+        recipe(LEVEL).make()
     assert f"waiting for process {process}" in caplog.text
     # Once it is gone, so is what it held.
     assert recipe(LEVEL).make().exists()

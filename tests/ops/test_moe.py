@@ -13,6 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from quintet.ops.activations import ACTIVATIONS
 from quintet.ops.moe import (
     apply_experts,
+    crossed_experts,
     gathered_experts,
     grouped_experts,
     looped_experts,
@@ -23,7 +24,7 @@ from support import relative_error
 
 TOLERANCE = 1e-5
 Form = Callable[..., Tensor]
-FORMS = [looped_experts, grouped_experts, gathered_experts]
+FORMS = [looped_experts, grouped_experts, gathered_experts, crossed_experts]
 N, C, F, E, A = 9, 12, 7, 5, 2
 silu = ACTIVATIONS["silu"]
 

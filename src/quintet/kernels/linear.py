@@ -91,7 +91,7 @@ def linears(x: Tensor, maps: Sequence[Matrix]) -> list[Tensor] | None:
 def widen(matrix: Matrix, columns: int, dtype: torch.dtype) -> Tensor | None:
     """Return a weight of integers (..., O, columns) as numbers, rounded once; or None."""
     call = begin()
-    weight, scale, _, offset, _ = matrix
+    weight, scale, _, offset = matrix[:4]
     kind, suffix = kind_of(matrix), SUFFIX.get(dtype)
     if call is None or suffix is None or weight.ndim < 2 or not weight.numel():
         return None

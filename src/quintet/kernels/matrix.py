@@ -34,6 +34,8 @@ class Matrix(NamedTuple):
         bias: (O,) in the dtype of the vectors.
         offset: what is added to the numbers of a group, as the scale.
         iq4: whether numbers of 4 bits are places in a table.
+        block: of e4m3 numbers, of how many rows and columns each number of `scale` is, in float32
+            (ceil(O / rows), ceil(I / columns)).
     """
 
     weight: Tensor
@@ -41,9 +43,11 @@ class Matrix(NamedTuple):
     bias: Tensor | None = None
     offset: Tensor | None = None
     iq4: bool = False
+    block: tuple[int, int] | None = None
 
     def rows(self, rows: slice | tuple[slice, slice]) -> "Matrix":
         """Return some of its rows, of a stack (E, O, I) some experts and some rows of each."""
+        assert self.block is None, "rows of blocks are cut where their scales are"
         weight, scale, bias, offset = (x if x is None else x[rows] for x in self[:4])
         assert weight is not None
         return Matrix(weight, scale, bias, offset, self.iq4)
@@ -56,13 +60,16 @@ class Kind(StrEnum):
     INT8 = "int8_"
     INT4 = "int4_"
     GROUPS = "groups_"
+    BLOCKS = "blocks_"
 
 
 def kind_of(matrix: Matrix) -> Kind:
     """Return how a weight, or a stack of them, is held."""
-    weight, scale, _, offset, iq4 = matrix
+    weight, scale, _, offset, iq4, block = matrix
     if scale is None:
         return Kind.PLAIN
+    if block is not None:
+        return Kind.BLOCKS
     if offset is None and not iq4:
         if weight.dtype == torch.int8 and scale.ndim < weight.ndim:
             return Kind.INT8
@@ -117,7 +124,9 @@ class Integers(NamedTuple):
 
 def integers(matrix: Matrix, kind: Kind, I: int) -> Integers | None:
     """Return how a weight for vectors (..., I) has to lie; None if kernels of a kind cannot."""
-    weight, scale, _, _, iq4 = matrix
+    weight, scale, _, _, iq4, block = matrix
+    if block is not None:
+        return None
     packed = -(-I // GROUP) * GROUP // 2
     if kind is not Kind.GROUPS:
         if kind_of(matrix) is not kind:
@@ -153,7 +162,7 @@ def write(
     if matrix is None:
         call.integers(*[0] * 10)
         return
-    weight, scale, bias, offset, _ = matrix
+    weight, scale, bias, offset = matrix[:4]
     if kind is Kind.PLAIN:
         call.rows(weight, dtype, O, I)
         call.fit &= scale is None
@@ -179,7 +188,7 @@ def write_stack(
     Args:
         kind: how the matrices of the call are held.
     """
-    weight, scale, bias, offset, _ = matrix
+    weight, scale, bias, offset = matrix[:4]
     call.fit &= bias is None
     if kind is Kind.PLAIN:
         call.fit &= scale is None

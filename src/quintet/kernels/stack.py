@@ -15,6 +15,7 @@ from quintet.kernels.calls import Call, applies, begin, watched
 from quintet.kernels.layout import agrees
 from quintet.kernels.linear import kernel_name
 from quintet.kernels.matrix import Kind
+from quintet.kernels.meeting import NOWHERE, Meeting
 from quintet.kernels.parts import Fields, Part, Tokens
 
 __all__ = ["Stack"]
@@ -54,7 +55,14 @@ class Stack:
     It holds on to the weights it was made of, which it reads whatever the modules hold by then.
     """
 
-    def __init__(self, parts: Sequence[Part], written: Sequence[Fields], name: str, C: int) -> None:
+    def __init__(
+        self,
+        parts: Sequence[Part],
+        written: Sequence[Fields],
+        name: str,
+        C: int,
+        meetings: Sequence[Meeting | None],
+    ) -> None:
         self._parts, self._name, self._C = tuple(parts), name, C
         self._dtype = written[0].dtype
         self._tensors = [tensor for fields in written for tensor in fields.tensors]
@@ -62,16 +70,28 @@ class Stack:
         self._storages = [tensor.untyped_storage() for tensor in self._tensors]
         self._fields = [array("q", fields.fields) for fields in written]
         self._table = array("q")
-        for part, fields in zip(parts, self._fields, strict=True):
-            self._table.extend((part.number, *_where(fields)))
+        for part, fields, meeting in zip(parts, self._fields, meetings, strict=True):
+            self._table.extend((part.number, *_where(fields), meeting is not None))
+        self._meeting = next((one for one in meetings if one is not None), None)
         self._angles = frozenset[int]().union(*(fields.angles for fields in written))
         self._placed: Placed | None = None
         self._work = max(sum(x.numel() for x in fields.tensors) for fields in written)
 
     @classmethod
-    def of(cls, parts: Sequence[Part], C: int, dtype: torch.dtype) -> Self | None:
-        """Return parts for hidden states (M, C) of a dtype; None where the kernel cannot."""
-        if watched() or not agrees():
+    def of(
+        cls,
+        parts: Sequence[Part],
+        C: int,
+        dtype: torch.dtype,
+        meetings: Sequence[Meeting | None] | None = None,
+    ) -> Self | None:
+        """Return parts for hidden states (M, C) of a dtype; None where the kernel cannot.
+
+        Args:
+            meetings: where what each part makes is added up over processes; None for nowhere.
+        """
+        meetings = [None] * len(parts) if meetings is None else meetings
+        if watched() or not agrees() or len({id(one) for one in meetings if one is not None}) > 1:
             return None
         # Kernels of groups read integers of all kinds, and those of one kind are the faster ones.
         for first in (None, Kind.GROUPS):
@@ -86,7 +106,7 @@ class Stack:
                 written.append(fields)
             if len(written) == len(parts):
                 name = "" if kind is None else kernel_name(kind, dtype)
-                return cls(parts, written, name, C) if name in MOST_TOKENS else None
+                return cls(parts, written, name, C, meetings) if name in MOST_TOKENS else None
             if kind in (None, Kind.PLAIN, Kind.GROUPS):
                 break
         return None
@@ -97,6 +117,9 @@ class Stack:
         Args:
             kept: for each part what it keeps between steps, changed in place. A sequence's tokens
                 take the slots of keys and values in its row from its start on.
+
+        Raises:
+            RankFailedError: a process did not come to where what parts make adds up.
         """
         if begin() is None or not x.ndim or not x.numel() or x.shape[-1] != self._C:
             return None
@@ -135,6 +158,7 @@ class Stack:
             for tensor in of_angles:
                 call.packed(tensor[own], self._dtype, turns, D)
             call.integers(*_where(of), *_where(self._table), *_where(placed.table))
+            call.integers(*(NOWHERE if self._meeting is None else self._meeting.fields))
             calls.append((call, of))
         if not all(call.fit for call, _ in calls):
             return None
@@ -143,6 +167,8 @@ class Stack:
                 if i:
                     raise RuntimeError("a kernel refused a slice of tokens like those it took")
                 return None
+        if self._meeting is not None:
+            self._meeting.check()
         return y
 
     def _place(self, kept: Sequence[Sequence[Tensor]]) -> "Placed | None":

@@ -2,7 +2,8 @@
 
 from quintet.backends import REGISTRY
 from quintet.kernels.backend import BACKEND as KERNELS
+from quintet.triton import backends as of_gpus
 
 # Another backend is another name here.
-for backend in (KERNELS,):
+for backend in (KERNELS, *of_gpus()):
     REGISTRY.register(backend)

@@ -8,6 +8,9 @@ from torch import Tensor
 
 from quintet.backends import operation
 from quintet.errors import ConfigError
+from quintet.kernels import rows
+from quintet.kernels.rows_gradient import silu_gate_gradient
+from quintet.ops.again import Rule, keeping_inputs, learn
 
 __all__ = ["ACTIVATIONS", "Activation", "activation", "gate_by", "sigmoid"]
 
@@ -60,7 +63,16 @@ def gate_by(act: Activation, gate: Tensor, up: Tensor) -> Tensor:
 @operation("silu gate")
 def silu_gate(gate: Tensor, up: Tensor) -> Tensor:
     """Return silu(gate) · up; both (..., F)."""
+    if gate.dtype == up.dtype and learn(gate, up):
+        return keeping_inputs(SILU_GATE, gate, up)
+    return _silu_by_formula(gate, up)
+
+
+def _silu_by_formula(gate: Tensor, up: Tensor) -> Tensor:
     return F.silu(gate) * up
+
+
+SILU_GATE = Rule(_silu_by_formula, rows.silu_mul, silu_gate_gradient)
 
 
 @operation("gelu gate")

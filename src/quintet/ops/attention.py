@@ -16,6 +16,7 @@ from torch import Tensor
 
 from quintet.errors import MissingDependencyError, UnsupportedBackendError
 from quintet.ops.causal_blocks import causal_blocks, in_blocks
+from quintet.ops.causal_learning import attend_learning, attends_learning
 from quintet.ops.masks import MOST_ENTRIES, AttentionMask, causal_mask, masked
 from quintet.ops.one_pass import attend_in_one_pass
 from quintet.ops.transforms import transformed
@@ -70,6 +71,8 @@ def sdpa(
         made = attend_in_one_pass((q,), (k,), v, start=mask.start, window=mask.window, scale=scale)
         if made is not None:
             return made, None
+    if mask.is_causal and not dropout and attends_learning(q, k, v):
+        return attend_learning(q, k, v, scale), None
     if mask.is_causal and not dropout and in_blocks(q):
         return causal_blocks(q, k, v, scale), None
     if mask.slots is not None:

@@ -20,7 +20,7 @@ from quintet.ops.labels import (
     readable,
 )
 
-__all__ = ["Items", "next_token_loss", "sequence_loss", "span_loss", "token_loss"]
+__all__ = ["Items", "averaged", "next_token_loss", "sequence_loss", "span_loss", "token_loss"]
 
 Items = int | float | Tensor | None
 
@@ -76,7 +76,7 @@ def sequence_loss(logits: Tensor, labels: Tensor, problem_type: str, items: Item
     check_targets(labels, None if regression else (0, 1))
     loss = F.mse_loss if regression else F.binary_cross_entropy_with_logits
     total = loss(logits.to(torch.float32), labels.to(torch.float32), reduction="sum")
-    return _averaged(total, total.new_full((), labels.numel()), items)
+    return averaged(total, total.new_full((), labels.numel()), items)
 
 
 def span_loss(
@@ -116,10 +116,10 @@ def _cross_entropy(logits: Tensor, labels: Tensor, items: Items) -> Tensor:
     labels = labels.to(logits.device, torch.long)
     logits = logits.to(torch.float32)
     total = F.cross_entropy(logits, labels, ignore_index=IGNORED, reduction="sum")
-    return _averaged(total, (labels != IGNORED).sum(), items)
+    return averaged(total, (labels != IGNORED).sum(), items)
 
 
-def _averaged(total: Tensor, counted: Tensor, items: Items) -> Tensor:
+def averaged(total: Tensor, counted: Tensor, items: Items) -> Tensor:
     """Divide a sum by what was counted, or by what the caller has; nothing counted makes 0."""
     divisor = counted
     if items is not None:

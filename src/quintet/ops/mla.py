@@ -16,7 +16,7 @@ Shapes here: q_nope (B, H, T, Dn), q_pe (B, H, T, Dr), c_kv (B, S, R), k_pe (B, 
 backend has them.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 import torch
@@ -24,11 +24,20 @@ import torch.nn.functional as F  # noqa: N812
 from torch import Tensor
 
 from quintet.kernels.native import available
+from quintet.ops.again import learn
 from quintet.ops.attention import AttentionBackend, eager, in_range, sdpa
+from quintet.ops.causal_learning import attend_learning, attends_learning
 from quintet.ops.masks import AttentionMask, masked
 from quintet.ops.one_pass import attend_in_one_pass, attend_latents
 
-__all__ = ["BREAK_EVEN_QUERIES", "absorbed", "absorbs", "expanded", "latent_attention"]
+__all__ = [
+    "BREAK_EVEN_QUERIES",
+    "absorbed",
+    "absorbs",
+    "expanded",
+    "latent_attention",
+    "separate_texts",
+]
 
 # For R = 512, Dn = Dv = 128, Dr = 64, as in all released models, and each head and key: expanding
 # a key costs 2·R·(Dn + Dv) FLOPs once, and saves each query 2·(2R + Dr) - 2·(Dn + Dr + Dv).
@@ -118,9 +127,7 @@ def expanded(
     dropout: float,
 ) -> tuple[Tensor, Tensor | None]:
     """Attend with the keys and values of every head computed from the latents."""
-    H, Dn = q_nope.shape[1], q_nope.shape[-1]
-    kv = expand(c_kv).view(*c_kv.shape[:2], H, -1).transpose(1, 2)
-    k_nope, v = kv[..., :Dn], kv[..., Dn:]  # (B, H, S, Dn), (B, H, S, Dv)
+    k_nope, v = _keys_and_values(q_nope, c_kv, expand)
     if attend is sdpa and not mask.custom and not dropout:
         q_parts, k_parts = (q_nope, q_pe), (k_nope, k_pe[:, None])
         made = attend_in_one_pass(
@@ -128,8 +135,9 @@ def expanded(
         )
         if made is not None:
             return made, None
-    q = torch.cat((q_nope, q_pe), dim=-1)
-    k = torch.cat((k_nope, k_pe[:, None].expand(-1, H, -1, -1)), dim=-1)
+    q, k = _joined(q_nope, q_pe, k_nope, k_pe)
+    if attend is sdpa and mask.is_causal and not dropout and attends_learning(q, k, v):
+        return attend_learning(q, k, v, scale), None
     Dv = v.shape[-1]
     if attend is not eager:
         # Fused kernels want one head size; without it they give way to slower ones, or refuse.
@@ -138,6 +146,41 @@ def expanded(
         q, k, v = (F.pad(x, (0, D - x.shape[-1])) for x in (q, k, v))
     out, weights = attend(q, k, v, mask, scale=scale, dropout=dropout)
     return out[..., :Dv], weights
+
+
+def separate_texts(
+    q_nope: Tensor,
+    q_pe: Tensor,
+    c_kv: Tensor,
+    k_pe: Tensor,
+    expand: Callable[[Tensor], Tensor],
+    lengths: Sequence[int],
+    *,
+    scale: float,
+) -> Tensor | None:
+    """Do what `expanded` does within each of several texts that learn; None where kernels do not.
+
+    The tokens of all rows are texts of `lengths`.
+    """
+    if not learn(q_nope, c_kv):
+        return None
+    k_nope, v = _keys_and_values(q_nope, c_kv, expand)
+    q, k = _joined(q_nope, q_pe, k_nope, k_pe)
+    return attend_learning(q, k, v, scale, lengths) if attends_learning(q, k, v) else None
+
+
+def _keys_and_values(
+    q_nope: Tensor, c_kv: Tensor, expand: Callable[[Tensor], Tensor]
+) -> tuple[Tensor, Tensor]:
+    """Return (B, H, S, Dn) and (B, H, S, Dv) of the latents."""
+    H, Dn = q_nope.shape[1], q_nope.shape[-1]
+    kv = expand(c_kv).view(*c_kv.shape[:2], H, -1).transpose(1, 2)
+    return kv[..., :Dn], kv[..., Dn:]
+
+
+def _joined(q_nope: Tensor, q_pe: Tensor, k_nope: Tensor, k_pe: Tensor) -> tuple[Tensor, Tensor]:
+    shared = k_pe[:, None].expand(-1, q_nope.shape[1], -1, -1)
+    return torch.cat((q_nope, q_pe), dim=-1), torch.cat((k_nope, shared), dim=-1)
 
 
 def absorbed(

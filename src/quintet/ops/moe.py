@@ -16,13 +16,17 @@ from quintet.errors import UnsupportedBackendError
 from quintet.kernels.linear import Matrix
 from quintet.kernels.routing import Rules
 from quintet.ops.activations import Activation, gate_by
+from quintet.ops.again import learn
+from quintet.ops.experts_learning import learning_experts
 from quintet.ops.grouped import grouped_linear
 from quintet.ops.one_pass import choose_experts, gated_mlp
 from quintet.ops.transforms import recorded
 
 __all__ = [
     "apply_experts",
+    "crossed_experts",
     "each_hit_expert",
+    "expert_shares",
     "gated",
     "gathered_experts",
     "grouped_experts",
@@ -30,6 +34,9 @@ __all__ = [
     "switch_balance_loss",
     "top_experts",
 ]
+
+# Up to so many tokens, a device reads matrices for longer than it multiplies.
+FEW_TOKENS = 256
 
 
 def top_experts(logits: Tensor, A: int, *, normalise: bool) -> tuple[Tensor, Tensor]:
@@ -45,10 +52,14 @@ def top_experts(logits: Tensor, A: int, *, normalise: bool) -> tuple[Tensor, Ten
 def _top_experts(logits: Tensor, A: int, *, normalise: bool) -> tuple[Tensor, Tensor]:
     # In float32: in bfloat16 many probabilities round to the same number, and others are chosen.
     probabilities = logits.softmax(dim=-1, dtype=torch.float32)
-    shares, indices = probabilities.topk(A, dim=-1)
-    if normalise:
-        shares = shares / shares.sum(dim=-1, keepdim=True)
-    return indices, shares.to(logits.dtype)
+    indices = probabilities.detach().topk(A, dim=-1).indices
+    return indices, expert_shares(probabilities, indices, normalise=normalise).to(logits.dtype)
+
+
+def expert_shares(probabilities: Tensor, indices: Tensor, *, normalise: bool) -> Tensor:
+    """Return the probabilities (N, A) of the experts chosen, made to sum to one if asked."""
+    shares = probabilities.gather(1, indices)
+    return shares / shares.sum(dim=-1, keepdim=True) if normalise else shares
 
 
 def switch_balance_loss(router_logits: Sequence[Tensor], A: int, mask: Tensor) -> Tensor:
@@ -108,12 +119,16 @@ def _in_form(
     x: Tensor, indices: Tensor, weights: Tensor, gate_up: Tensor, down: Tensor, act: Activation
 ) -> Tensor:
     form = looped_experts
-    if torch.compiler.is_compiling():
-        # Few tokens on a device: copying their matrices costs less than asking it which they are.
-        few = indices.numel() <= gate_up.shape[0] and x.device.type != "cpu"
-        form = gathered_experts if few else grouped_experts
-    elif torch.is_grad_enabled() and gate_up.requires_grad:
+    learns = torch.is_grad_enabled() and gate_up.requires_grad
+    if x.device.type != "cpu" and not learns and len(x) <= FEW_TOKENS:
+        # A device had to be waited for to know whose tokens are whose.
+        form = gathered_experts if indices.numel() <= gate_up.shape[0] else crossed_experts
+    elif torch.compiler.is_compiling():
+        form = grouped_experts
+    elif learns:
         # In the loop, the gradient of each expert's slice would be as large as the whole stack.
+        if act is F.silu and learn(x, weights, gate_up, down):
+            return learning_experts(x, indices, weights, gate_up, down)
         form = grouped_experts
     return form(x, indices, weights, gate_up, down, act)
 
@@ -172,6 +187,23 @@ def gathered_experts(
         output = gated(torch.bmm(gate_up[expert], x[:, :, None]).squeeze(-1), act)
         output = torch.bmm(down[expert], output[:, :, None]).squeeze(-1)
         out = out + output * share[:, None]
+    return out.to(x.dtype)
+
+
+def crossed_experts(
+    x: Tensor, indices: Tensor, weights: Tensor, gate_up: Tensor, down: Tensor, act: Activation
+) -> Tensor:
+    """Map all tokens by all experts, and take what was chosen.
+
+    Where most experts are chosen by some token, all are read anyway, and reading is what such a
+    product takes its time for. As in `gathered_experts`, nothing depends on the routing.
+    """
+    wide = x.expand(gate_up.shape[0], -1, -1)
+    mapped = torch.bmm(gated(torch.bmm(wide, gate_up.mT), act), down.mT)  # (E, N, C)
+    tokens = torch.arange(len(x), dtype=torch.long, device=x.device)
+    out = _zeros(x)
+    for expert, share in zip(indices.unbind(dim=1), weights.unbind(dim=1), strict=True):
+        out = out + mapped[expert, tokens] * share[:, None]
     return out.to(x.dtype)
 
 

@@ -81,7 +81,7 @@ def dequantize_int8(q: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
 @operation("widen")
 def decode(matrix: Matrix, columns: int, dtype: torch.dtype) -> Tensor:
     """Return a weight of integers (..., O, columns) as numbers, rounded once."""
-    weight, scale, _, offset, iq4 = matrix
+    weight, scale, _, offset, iq4 = matrix[:5]
     assert scale is not None
     if scale.ndim < weight.ndim:
         scale = scale.unsqueeze(-1)

@@ -3,6 +3,7 @@
 Shapes: router logits (N, E) in float32; the experts chosen and their weights (N, A).
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -15,15 +16,21 @@ from quintet.ops.one_pass import choose_experts
 
 __all__ = [
     "RoutingRules",
+    "balance_by_text",
     "balance_loss",
     "balanced_bias",
     "expert_load",
     "max_violation",
     "router_logits",
+    "sigmoid_choice",
     "sigmoid_routing",
     "sigmoid_rules",
+    "sigmoid_weights",
+    "softmax_choice",
     "softmax_routing",
     "softmax_rules",
+    "softmax_weights",
+    "sum_by_text",
 ]
 
 
@@ -79,12 +86,23 @@ def softmax_rules(rules: RoutingRules) -> Rules:
 
 def _softmax_routing(logits: Tensor, rules: RoutingRules) -> tuple[Tensor, Tensor]:
     scores = logits.softmax(dim=-1)
-    choice = _in_best_groups(scores, rules, best=1)
-    indices = choice.topk(rules.active, dim=-1, sorted=False).indices
+    indices = softmax_choice(scores, rules)
+    return indices, softmax_weights(scores, indices, rules)
+
+
+def softmax_choice(scores: Tensor, rules: RoutingRules) -> Tensor:
+    """Return the experts (N, A) with the highest affinities (N, E), of the best groups."""
+    # Nothing of a choice has a gradient, and a graph of it would be kept for none.
+    choice = _in_best_groups(scores.detach(), rules, best=1)
+    return choice.topk(rules.active, dim=-1, sorted=False).indices
+
+
+def softmax_weights(scores: Tensor, indices: Tensor, rules: RoutingRules) -> Tensor:
+    """Return the weights (N, A) of the experts chosen by affinities (N, E)."""
     weights = scores.gather(1, indices)
     if rules.normalise and rules.active > 1:
-        return indices, weights / (weights.sum(dim=-1, keepdim=True) + 1e-20)
-    return indices, weights * rules.scaling
+        return weights / (weights.sum(dim=-1, keepdim=True) + 1e-20)
+    return weights * rules.scaling
 
 
 def sigmoid_routing(logits: Tensor, bias: Tensor, rules: RoutingRules) -> tuple[Tensor, Tensor]:
@@ -112,12 +130,22 @@ def sigmoid_rules(rules: RoutingRules) -> Rules:
 
 def _sigmoid_routing(logits: Tensor, bias: Tensor, rules: RoutingRules) -> tuple[Tensor, Tensor]:
     scores = logits.sigmoid()
-    choice = _in_best_groups(scores + bias, rules, best=2)
-    indices = choice.topk(rules.active, dim=-1, sorted=False).indices
+    indices = sigmoid_choice(scores, bias, rules)
+    return indices, sigmoid_weights(scores, indices, rules)
+
+
+def sigmoid_choice(scores: Tensor, bias: Tensor, rules: RoutingRules) -> Tensor:
+    """Return the experts (N, A) with the highest biased affinities (N, E), of the best groups."""
+    choice = _in_best_groups(scores.detach() + bias, rules, best=2)
+    return choice.topk(rules.active, dim=-1, sorted=False).indices
+
+
+def sigmoid_weights(scores: Tensor, indices: Tensor, rules: RoutingRules) -> Tensor:
+    """Return the weights (N, A) of the experts chosen, by their affinities (N, E)."""
     weights = scores.gather(1, indices)
     if rules.normalise:
         weights = weights / (weights.sum(dim=-1, keepdim=True) + 1e-20)
-    return indices, weights * rules.scaling
+    return weights * rules.scaling
 
 
 def balance_loss(scores: Tensor, indices: Tensor, mask: Tensor, *, per_row: bool) -> Tensor:
@@ -129,18 +157,42 @@ def balance_loss(scores: Tensor, indices: Tensor, mask: Tensor, *, per_row: bool
 
     Shapes: scores (B, T, E), indices (B, T, A), mask (B, T) with 1 for tokens and 0 for padding.
     """
-    E, A = scores.shape[-1], indices.shape[-1]
-    weight = mask.to(scores.dtype)[..., None]  # (B, T, 1)
-    chosen = torch.zeros_like(scores).scatter_(-1, indices, 1.0) * weight
-    scores = scores * weight
-    if not per_row:
-        chosen, scores, weight = (x.flatten(0, 1)[None] for x in (chosen, scores, weight))
-    tokens = weight.sum(dim=1)  # (B, 1)
-    counted = tokens.clamp(min=1)
-    frequency = chosen.sum(dim=1) * (E / A) / counted
-    losses = (frequency * scores.sum(dim=1) / counted).sum(dim=-1)
+    n = len(mask) if per_row else 1
+    rows = torch.arange(n, dtype=torch.long, device=mask.device)[:, None].expand_as(mask)
+    # What is padding is a text of its own, behind all others, that nobody reads.
+    texts = torch.where(mask.to(torch.bool), rows, n).flatten()
+    chosen, affinity, tokens = balance_by_text(
+        scores.flatten(0, 1), indices.flatten(0, 1), texts, n + 1
+    )
+    losses = (chosen * affinity).sum(dim=-1)[:n]
     # A row of nothing but padding has no balance and does not count.
-    return losses.sum() / (tokens > 0).sum().clamp(min=1)
+    return losses.sum() / (tokens[:n] > 0).sum().clamp(min=1)
+
+
+def balance_by_text(
+    scores: Tensor,
+    indices: Tensor,
+    texts: Tensor,
+    n: int,
+    summed: Callable[[Tensor], Tensor] = lambda own: own,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return f (n, E) and P (n, E) of `balance_loss` in each of n texts, and its tokens (n,).
+
+    Shapes: affinities `scores` (N, E), choices `indices` (N, A), `texts` (N,) which text each
+    token is of. A text without tokens has zeros. Where other tokens of these texts are elsewhere,
+    `summed` adds up what nothing learns from; P is then this share of a sum.
+    """
+    E, A = scores.shape[-1], indices.shape[-1]
+    hits = torch.zeros_like(scores).scatter(1, indices, 1.0)
+    tokens = summed(sum_by_text(torch.ones_like(scores[:, 0]), texts, n))
+    counted = tokens.clamp(min=1)[:, None]
+    frequency = summed(sum_by_text(hits, texts, n)) * (E / A) / counted
+    return frequency, sum_by_text(scores, texts, n) / counted, tokens
+
+
+def sum_by_text(values: Tensor, texts: Tensor, n: int) -> Tensor:
+    """Sum values (N, ...) over the tokens of each of n texts, (n, ...); texts (N,)."""
+    return values.new_zeros(n, *values.shape[1:]).index_add(0, texts, values)
 
 
 def expert_load(indices: Tensor, E: int) -> Tensor:
@@ -151,14 +203,19 @@ def expert_load(indices: Tensor, E: int) -> Tensor:
     )
 
 
-def balanced_bias(bias: Tensor, load: Tensor, rate: float) -> Tensor:
+def balanced_bias(bias: Tensor, load: Tensor, rate: float, *, centred: bool = False) -> Tensor:
     """Return b_e + rate · sign(mean load - load_e) (arXiv:2412.19437, §2.1.2).
 
     Experts that had too many tokens are chosen less from here on, and no gradient is bent for it.
+    Centred, the mean of what is added is subtracted from it: the biases' mean stays. Only their
+    differences matter to a choice, but where loads are skewed all would drift one way.
     Shapes: bias and load (E,).
     """
-    load = load.to(bias.dtype)
-    return bias + rate * torch.sign(load.mean() - load)
+    # The same sign in whole numbers, as a mean of large counts would be rounded.
+    step = torch.sign(load.sum() - len(load) * load).to(bias.dtype)
+    if centred:
+        step = step - step.mean()
+    return bias + rate * step
 
 
 def max_violation(load: Tensor) -> float:
@@ -171,7 +228,7 @@ def _in_best_groups(scores: Tensor, rules: RoutingRules, *, best: int) -> Tensor
     """Set scores (N, E) to -inf outside the groups whose `best` highest scores sum highest."""
     if rules.kept_groups == rules.groups:
         return scores
-    grouped = scores.view(scores.shape[0], rules.groups, -1)  # (N, groups, E / groups)
+    grouped = torch.unflatten(scores, 1, (rules.groups, -1))  # (N, groups, E / groups)
     best = min(best, grouped.shape[-1])
     totals = grouped.topk(best, dim=-1).values.sum(dim=-1)
     winners = totals.topk(rules.kept_groups, dim=-1, sorted=False).indices

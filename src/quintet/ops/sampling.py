@@ -26,6 +26,7 @@ __all__ = [
     "check_left",
     "draw",
     "draw_several",
+    "drawn",
     "in_top_h",
     "in_top_k",
     "in_top_p",
@@ -122,12 +123,17 @@ def _occurred(logits: Tensor, ids: Tensor, kept: Tensor | None) -> tuple[Tensor,
 # -- which tokens stay -----------------------------------------------------------------------
 
 
-def in_top_k(logits: Tensor, k: int | Tensor) -> Tensor:
-    """The k most likely tokens, and those that tie with the last of them; k may be (B, 1)."""
+def in_top_k(logits: Tensor, k: int | Tensor, most: int | None = None) -> Tensor:
+    """The k most likely tokens, and those that tie with the last of them; k may be (B, 1).
+
+    Args:
+        most: the largest of several k; it is looked for if not given.
+    """
     V = logits.shape[-1]
     if isinstance(k, Tensor):
         places = k.to(logits.device).clamp(max=V) - 1
-        bar = logits.topk(int(places.max()) + 1, dim=-1).values.gather(1, places)
+        most = int(places.max()) + 1 if most is None else min(most, V)
+        bar = logits.topk(most, dim=-1).values.gather(1, places)
     else:
         bar = logits.topk(min(k, V), dim=-1).values[:, -1:]
     return ~(logits < bar)
@@ -135,7 +141,9 @@ def in_top_k(logits: Tensor, k: int | Tensor) -> Tensor:
 
 def in_top_p(logits: Tensor, p: Value, least: int = 1) -> Tensor:
     """The fewest likeliest tokens whose probabilities sum to p or more (arXiv:1904.09751)."""
-    if logits.shape[-1] <= _LARGE:
+    # Whether few tokens suffice is asked of a CPU alone, as another device would have to be waited
+    # for.
+    if logits.shape[-1] <= _LARGE or logits.device.type != "cpu":
         return _sorted_nucleus(logits, p, least)
     stays, reached = _nucleus(logits, p, least)
     if not bool(reached.all()):
@@ -288,6 +296,19 @@ def draw(
         mass[row] = 1.0
     if u is None:
         u = uniform((len(mass), 1), mass.device, generators)
+    return _found(mass, u)
+
+
+def drawn(probabilities: Tensor, u: Tensor) -> Tensor:
+    """Draw as `draw` does by numbers (B, 1), where nobody waits for the device to tell what is not.
+
+    Of a row that has nothing to draw, any index.
+    """
+    return _found(probabilities.cumsum(dim=-1), u).clamp(max=probabilities.shape[-1] - 1)
+
+
+def _found(mass: Tensor, u: Tensor) -> Tensor:
+    total = mass[:, -1:]
     # Strictly below the total, so that what is found has a probability above zero.
     point = torch.minimum(u * total, torch.nextafter(total, torch.zeros_like(total)))
     return torch.searchsorted(mass, point, right=True)[:, 0]

@@ -5,48 +5,12 @@
 #pragma once
 #include <vector>
 
+#include "accumulate.h"
 #include "sequences.h"
 
 namespace {
 
 constexpr int CHUNK = 64;
-
-// out[i] += Σ_k a[i·ai + k·ak] · m[k], for I rows of V vectors at once.
-template <int I, int V>
-inline void rows_times(float* out, i64 ldo, const float* a, i64 ai, i64 ak,
-                       const float* m, i64 ldm, i64 K) {
-    F acc[I][V];
-    for (int i = 0; i < I; ++i)
-        for (int v = 0; v < V; ++v) acc[i][v] = load(out + i * ldo + LANES * v);
-    for (i64 k = 0; k < K; ++k) {
-        F row[V];
-        for (int v = 0; v < V; ++v) row[v] = load(m + k * ldm + LANES * v);
-        for (int i = 0; i < I; ++i) {
-            const F x = all(a[i * ai + k * ak]);
-            for (int v = 0; v < V; ++v) acc[i][v] = fma(x, row[v], acc[i][v]);
-        }
-    }
-    for (int i = 0; i < I; ++i)
-        for (int v = 0; v < V; ++v) store(out + i * ldo + LANES * v, acc[i][v]);
-}
-
-// out (M, P) += a (M, K) · m (K, P); a is read with any strides, P is a multiple of LANES.
-inline void accumulate(float* out, i64 ldo, const float* a, i64 ai, i64 ak,
-                       const float* m, i64 ldm, i64 M, i64 K, i64 P) {
-    for (i64 p = 0; p < P;) {
-        const bool wide = P - p >= 4 * LANES;
-        i64 i = 0;
-        for (; i + 6 <= M; i += 6) {
-            if (wide) rows_times<6, 4>(out + i * ldo + p, ldo, a + i * ai, ai, ak, m + p, ldm, K);
-            else rows_times<6, 1>(out + i * ldo + p, ldo, a + i * ai, ai, ak, m + p, ldm, K);
-        }
-        for (; i < M; ++i) {
-            if (wide) rows_times<1, 4>(out + i * ldo + p, ldo, a + i * ai, ai, ak, m + p, ldm, K);
-            else rows_times<1, 1>(out + i * ldo + p, ldo, a + i * ai, ai, ak, m + p, ldm, K);
-        }
-        p += wide ? 4 * LANES : LANES;
-    }
-}
 
 struct Shape {
     i64 H, P, G, N, W;

@@ -59,13 +59,16 @@ struct Stack {
     Span<const T> embeds;     // the same
     Span<const T> cos, sin;   // (angles, D), of all tokens or of those of each sequence
     Span<const Sequence> of;  // whose tokens they are, one sequence behind the other
-    // Two tables, as the second changes with the cache: kind and fields of each part, what it keeps.
+    // Two tables, as the second changes with the cache: kind and fields of each part and whether what
+    // it makes adds up over processes, and what it keeps.
     struct Row {
         i64 kind;
         Span<const void> fields;
+        i64 summed;
     };
     Span<const Row> parts;
     Span<const Span<const void>> held;
+    Meeting meeting;  // of zeros where nothing adds up
 
     Part part(i64 i) const { return {parts[i].kind, parts[i].fields, held[i]}; }
     Tokens tokens() const {
@@ -85,6 +88,7 @@ struct Stack {
         for (i64 i = 0; i < count; ++i) {
             const auto of_kind = [&](auto* kind) { return ::fits(kind, part(i), tokens()); };
             if (!with_kind<Matrix, T>(parts[i].kind, of_kind)) return false;
+            if (parts[i].summed && !meeting.fits()) return false;
         }
         return true;
     }
@@ -121,6 +125,7 @@ void stack(const Stack<Matrix, T>& s) {
         Member<Matrix, T> me{tokens, omp_get_thread_num(), omp_get_num_threads(), {}};
         for (i64 i = 0; i < s.count; ++i) {
             Room room(aligned);
+            me.meeting = s.parts[i].summed ? &s.meeting : nullptr;
             with_part<Matrix, T>(s.part(i), tokens, most, room, [&](auto& part) { part.run(me); });
         }
     }

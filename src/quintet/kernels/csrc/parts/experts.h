@@ -37,6 +37,7 @@ class ExpertsPart {
           logits_(room.take<float>(s.all() * f.rules.E)),
           rounded_(room.take<T>(s.all() * f.rules.E)),
           shared_(room.take<T>(s.all() * f.F)),
+          added_(room.take<T>(s.all() * s.C)),
           hidden_(room.take<T>(s.all() * f.rules.A * f.experts.F)) {}
 
     void run(Member<Matrix, T>& me) {
@@ -101,29 +102,30 @@ class ExpertsPart {
         const i64 N = s_.all(), P = plan.choices();
         const Share mine = me.share(s_.C);
         const i64 width = mine.to - mine.from;
-        if (!width) return;
         std::vector<float> routed(size_t(N * width)), shared(size_t(N * width));
-        sum_experts(f_.experts, plan, N, taken_in<Matrix>(hidden_, P, f_.experts.F), mine.from, mine.to,
-                    routed, me.made);
-        if (f_.F)
+        if (width)
+            sum_experts(f_.experts, plan, N, taken_in<Matrix>(hidden_, P, f_.experts.F), mine.from, mine.to,
+                        routed, me.made);
+        if (f_.F && width)
             matrix_of<Matrix, T>(f_.down, f_.F)
                 .rows(taken_in<Matrix>(shared_, N, f_.F).of.data(), N, mine.from, mine.to,
                       {shared.data(), width, mine.from});
         for (i64 n = 0; n < N; ++n) {
-            T* x = me.x() + n * s_.C + mine.from;
+            T* y = added_ + n * s_.C + mine.from;
             for (i64 i = 0; i < width; ++i) {
-                float y = rounded<T>(routed[size_t(n * width + i)]);
                 const float beside = rounded<T>(shared[size_t(n * width + i)]);
-                if (f_.F) y = rounded<T>(y + rounded<T>(shares[size_t(n)] * beside));
-                narrow(widen(x[i]) + y, x + i);
+                narrow(routed[size_t(n * width + i)], y + i);
+                if (f_.F) narrow(widen(y[i]) + rounded<T>(shares[size_t(n)] * beside), y + i);
             }
         }
+        me.meet(added_, s_.C);
+        me.add(added_, me.x(), s_.C);
     }
 
     const Fields& f_;
     const Tokens& s_;
     float* const logits_;
-    T *const rounded_, *const shared_, *const hidden_;
+    T *const rounded_, *const shared_, *const added_, *const hidden_;
 };
 
 }  // namespace

@@ -2,6 +2,7 @@
 // says of the fields that Python filled in whether they fit each other and the tokens.
 #pragma once
 #include "../linear.h"
+#include "../meeting.h"
 #include "../rows.h"
 #include "../sequences.h"
 
@@ -91,6 +92,7 @@ struct Member {
     const Tokens& s;
     const i64 thread, threads;
     std::vector<float> made;  // room to work in
+    const Meeting* meeting = nullptr;  // of processes whose products add up; null for this one alone
 
     T* x() const { return static_cast<T*>(s.x); }
     Share share(i64 n) const { return Share(n, thread, threads); }
@@ -115,7 +117,16 @@ struct Member {
     void add(const Weight& w, const Inputs<Matrix>& inputs, i64 I, T* added, T* to) {
         const Map<T> map_ = map_of(w, added);
         map(&map_, 1, inputs, I);
+        meet(added, w.O);
         add(added, to, w.O);
+#pragma omp barrier
+    }
+
+    // y (M, C), of which each thread has made its columns, becomes the sum of all processes' y.
+    void meet(T* y, i64 C) const {
+        if (!meeting) return;
+#pragma omp barrier
+        if (thread == 0) meeting->sum(y, s.all() * C);
 #pragma omp barrier
     }
 };

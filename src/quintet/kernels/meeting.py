@@ -1,0 +1,117 @@
+"""Sums over processes of one machine, in memory that they share: microseconds, not a message each.
+
+The sum of all is made by each in the same order, so that all have the same bits.
+"""
+
+import ctypes
+import mmap
+from array import array
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from types import MappingProxyType
+
+import torch
+from torch import Tensor
+
+from quintet.errors import RankFailedError
+from quintet.kernels.calls import Call
+
+__all__ = ["LINE", "NOWHERE", "SLOT", "Meeting", "size_of"]
+
+LINE, SLOT = 64, 1 << 18
+# What stands in a call for no meeting.
+NOWHERE = (0,) * 9
+# As csrc/meeting.cpp numbers them.
+KINDS: Mapping[torch.dtype, int] = MappingProxyType(
+    {torch.bfloat16: 0, torch.float32: 1, torch.float64: 2, torch.int64: 3, torch.int32: 4}
+)
+
+
+def size_of(count: int, slot: int = SLOT) -> int:
+    """Return how many bytes so many processes share."""
+    return count * (LINE + 2 * slot)
+
+
+@dataclass(eq=False)
+class Meeting:
+    """Memory in which processes meet; all call the same of it, in the same order.
+
+    Attributes:
+        mapped: the memory.
+        index: which of the processes this is.
+        ranks: what each is called elsewhere.
+        file: of the memory; each process holds a lock on its byte of it.
+        patience: how many seconds to wait for another.
+        slot: how many bytes each writes at once.
+        left: 1 + the process that did not come, and whether it has ended; 0 while all do.
+    """
+
+    mapped: mmap.mmap
+    index: int
+    ranks: list[int]
+    file: int
+    patience: float
+    slot: int = SLOT
+    left: "array[int]" = field(default_factory=lambda: array("q", (0, 0)))
+    fields: tuple[int, ...] = field(init=False)
+
+    def __post_init__(self) -> None:
+        # As long as this is there, the memory stays mapped.
+        self._first = ctypes.c_char.from_buffer(self.mapped)
+        left, size = self.left.buffer_info()
+        self.fields = (
+            *(ctypes.addressof(self._first), len(self.mapped), left, 8 * size),
+            *(self.index, len(self.ranks), self.slot, int(self.patience * 1e9), self.file),
+        )
+
+    @property
+    def calls(self) -> int:
+        """How often this process met the others, a slot of numbers at a time."""
+        at = self.index * LINE
+        return int.from_bytes(self.mapped[at : at + 8], "little")
+
+    def write(self, call: Call) -> None:
+        """Write where it is into a call."""
+        call.integers(*self.fields)
+
+    def sum(self, x: Tensor) -> bool:
+        """Add up in place what all have; False where numbers of this kind are not added here.
+
+        Raises:
+            RankFailedError: one of them has ended, or did not come in time.
+        """
+        kind = KINDS.get(x.dtype)
+        if kind is None or not x.is_contiguous():
+            return False
+        call = Call()
+        self.write(call)
+        call.integers(kind, x.numel(), x.data_ptr(), x.nbytes)
+        ran = call.run("meeting_sum")
+        self.check()
+        return ran
+
+    def gather(self, x: Tensor) -> Tensor | None:
+        """Return what all have, one behind the other in a new first axis; None where it cannot.
+
+        Raises:
+            RankFailedError: one of them has ended, or did not come in time.
+        """
+        x = x.contiguous()
+        made = x.new_empty(len(self.ranks), *x.shape)
+        call = Call()
+        self.write(call)
+        call.integers(x.nbytes, x.data_ptr(), x.nbytes, made.data_ptr(), made.nbytes)
+        ran = call.run("meeting_gather")
+        self.check()
+        return made if ran else None
+
+    def check(self) -> None:
+        """Check that no process stayed away.
+
+        Raises:
+            RankFailedError: one did.
+        """
+        other, ended = self.left
+        if other:
+            slow = f"did not come to a sum within {self.patience:g} s: it stands still"
+            raise RankFailedError(self.ranks[other - 1], "has ended" if ended else slow)

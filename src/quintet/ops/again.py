@@ -1,0 +1,86 @@
+"""Gradients of what was not recorded, from what went in: by a kernel, or by computing it again."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from quintet.kernels.calls import PLAIN
+from quintet.kernels.native import available
+from quintet.ops.transforms import recorded, transformed
+
+__all__ = ["Rule", "derived", "keeping_inputs", "learn"]
+
+FLOATS = (torch.float32, torch.bfloat16)
+
+
+@dataclass(frozen=True, slots=True)
+class Rule:
+    """How something is computed and derived; see `keeping_inputs`.
+
+    Attributes:
+        formula: defines it, from the inputs.
+        compute: the same in one pass, or None where it does not apply.
+        derive: from a gradient of the result and the inputs to those of the inputs, or None.
+    """
+
+    formula: Callable[..., Tensor]
+    compute: Callable[..., Tensor | None]
+    derive: Callable[..., Sequence[Tensor | None] | None]
+
+
+def learn(*tensors: Tensor | None) -> bool:
+    """Tell whether one of these learns, and kernels may read them all to derive what is made."""
+    there = [x for x in tensors if x is not None]
+    if not torch.is_grad_enabled() or not any(x.requires_grad for x in there):
+        return False
+    if recorded() or transformed():
+        return False
+    plain = all(type(x) in PLAIN and x.is_cpu and x.dtype in FLOATS for x in there)
+    return plain and available()
+
+
+def keeping_inputs(rule: Rule, *inputs: Tensor | None) -> Tensor:
+    """Compute by a rule, and keep nothing but the inputs for the gradient."""
+    with torch.autocast("cpu", enabled=False):
+        out: Tensor = _KeepingInputs.apply(rule, *inputs)  # type: ignore[no-untyped-call]
+    return out
+
+
+class _KeepingInputs(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, rule: Rule, *inputs: Tensor | None) -> Tensor:
+        ctx.rule = rule
+        ctx.save_for_backward(*inputs)
+        made = rule.compute(*inputs)
+        return rule.formula(*inputs) if made is None else made
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        inputs, needed = ctx.saved_tensors, ctx.needs_input_grad[1:]
+        # Where a gradient of the gradient is asked for, the formula is recorded.
+        found = None if torch.is_grad_enabled() else ctx.rule.derive(grad, *inputs)
+        if found is None:
+            return None, *derived(ctx.rule.formula, inputs, grad, needed)
+        pairs = zip(found, inputs, needed, strict=True)
+        return None, *(x.to(of.dtype) if x is not None and need else None for x, of, need in pairs)
+
+
+def derived(
+    function: Callable[..., Tensor],
+    inputs: Sequence[Tensor | None],
+    grad: Tensor,
+    needed: Sequence[bool],
+) -> list[Tensor | None]:
+    """Return the gradients of `function(*inputs)` for the inputs that need one.
+
+    Where a gradient of the gradient is asked for, they are recorded themselves.
+    """
+    again = torch.is_grad_enabled()
+    with torch.enable_grad(), torch.autocast("cpu", enabled=False):
+        own = inputs if again else [x if x is None else x.detach().requires_grad_() for x in inputs]
+        wanted = [x for x, need in zip(own, needed, strict=True) if need and x is not None]
+        found = iter(torch.autograd.grad(function(*own), wanted, grad, create_graph=again))
+    return [next(found) if need else None for need in needed]
