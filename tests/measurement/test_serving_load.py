@@ -2,6 +2,7 @@
 
 import asyncio
 import math
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -13,6 +14,7 @@ from quintet.measurement.serving.connection import Address
 from quintet.measurement.serving.load import Load, run
 from quintet.measurement.serving.summary import Goals, lines, summary
 from quintet.measurement.serving.workload import Shape
+from waiting import PATIENCE
 
 SMALL = Shape(shared=20, own=12, out=5)
 
@@ -104,14 +106,15 @@ def test_no_conversation_begins_when_time_is_over() -> None:
 
 def test_what_is_under_way_is_cut() -> None:
     fake = FakeServer(pause=0.02)
-    shape = Shape(shared=0, own=3, out=200)
-    asked = measured(fake, shape, Load(conversations=9, clients=2, seconds=0.1, cut=True))
+    # Of an hour.
+    shape = Shape(shared=0, own=3, out=200_000)
+    asked = measured(fake, shape, Load(conversations=9, clients=2, seconds=1.0, cut=True))
     assert [one.dropped for one in asked] == [True, True]
-    assert all(1 <= one.completion < 10 for one in asked)
+    assert all(one.completion >= 1 for one in asked)
     found = summary(asked)
-    assert found["seconds"] < 0.3
-    assert found["per_second"]["completion_tokens"] > 20
-    assert 0 < found["ttft"]["p50"] < 0.1
+    assert found["seconds"] < PATIENCE
+    assert found["per_second"]["completion_tokens"] > 0
+    assert 0 < found["ttft"]["p50"] < found["seconds"]
     assert found["e2e"] is None
 
 
@@ -174,8 +177,8 @@ def test_an_answer_that_takes_too_long_is_a_failure() -> None:
     with fake.running():
 
         async def slow() -> Asked:
-            target = await find(Address.of(fake.url), timeout=0.05)
-            fake.pause = 1.0
+            target = replace(await find(Address.of(fake.url)), timeout=0.05)
+            fake.pause = 60.0
             return await target.ask([1], 2)
 
         assert asyncio.run(slow()).error == "no whole answer in 0.05 s"

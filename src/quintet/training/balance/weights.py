@@ -1,0 +1,20 @@
+"""Weights of losses, as numbers or as what changes along a training."""
+
+import math
+
+from quintet.errors import InputError, shown
+from quintet.training.schedule import Schedule
+from quintet.training.schedules import schedule_of
+
+__all__ = ["weight_schedule"]
+
+
+def weight_schedule(name: str, weight: Schedule | float) -> Schedule:
+    """Return a weight as a schedule.
+
+    Raises:
+        InputError: it is a number below 0, or none.
+    """
+    if isinstance(weight, int | float) and not (weight >= 0 and math.isfinite(weight)):
+        raise InputError(f"{name}={shown(weight)} weighs a loss; it is at least 0")
+    return schedule_of(weight)

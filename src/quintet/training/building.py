@@ -1,0 +1,322 @@
+"""From settings to what they name: model, tokenizer, adapter, and what it is trained for."""
+
+import copy
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from quintet.auto import AutoConfig, AutoModelForCausalLM, AutoTokenizer, family
+from quintet.errors import InputError, shown
+from quintet.folder import AdapterFolderError
+from quintet.layers.router import ExpertRouter
+from quintet.modeling.decoder import DecoderModel
+from quintet.modeling.fresh import new_model
+from quintet.modeling.heads import CausalLMHead
+from quintet.modeling.loading import ModelSource
+from quintet.modeling.mtp import MtpDecoderModel
+from quintet.tokenization import PreTrainedTokenizer
+from quintet.training.adapting import AdapterSettings, put_adapter
+from quintet.training.balance import (
+    BalanceLoss,
+    BiasBalancer,
+    DeviceLimitedBalance,
+    ExpertLoads,
+    SequenceBalance,
+    SwitchBalance,
+    TokenDropping,
+)
+from quintet.training.checkpoints import Kept
+from quintet.training.config import (
+    BalanceSettings,
+    LanguageSettings,
+    ModelSettings,
+    PreferenceSettings,
+    TrainingConfig,
+    TrainSettings,
+)
+from quintet.training.held import Held
+from quintet.training.objective import Objective
+from quintet.training.objectives import Distillation, LanguageModelling, Preference
+from quintet.training.schedule import Schedule
+from quintet.training.schedules import Number, schedule_of
+from quintet.training.settings import SettingError
+
+__all__ = [
+    "build_model",
+    "build_objective",
+    "build_tokenizer",
+    "computed",
+    "expert_loads",
+    "prediction_layers",
+    "prepared",
+    "token_dropping",
+]
+
+# What a new model takes from its tokenizer, where its config does not say it.
+SPECIAL = ("bos_token_id", "eos_token_id", "pad_token_id")
+
+
+def build_tokenizer(config: TrainingConfig) -> PreTrainedTokenizer:
+    """Return the tokenizer that the settings name.
+
+    Raises:
+        SettingError: they name none.
+        QuintetError: it cannot be read.
+    """
+    name = config.tokenizer.from_ or config.model.from_
+    if name is None:
+        raise SettingError(
+            "tokenizer.from",
+            ": is missing; a model that begins anew takes the tokenizer of a checkpoint",
+        )
+    tokenizer = AutoTokenizer.from_pretrained(name)
+    if config.tokenizer.chat_template is not None:
+        path = Path(config.tokenizer.chat_template)
+        try:
+            tokenizer.chat_template = path.read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            raise SettingError.value(
+                "tokenizer.chat_template", str(path), f"cannot be read: {error}"
+            ) from error
+    return tokenizer
+
+
+def prepared(
+    config: TrainingConfig,
+    tokenizer: PreTrainedTokenizer,
+    model: CausalLMHead | None,
+    start: Kept | None,
+    held: Held | None = None,
+) -> tuple[CausalLMHead, Objective]:
+    """Return the model as its training begins, or goes on, and what it is trained for.
+
+    Args:
+        config: the settings.
+        tokenizer: whose ids the model is for.
+        model: in place of what the settings name.
+        start: the checkpoint that its training goes on from.
+        held: what of the model is built where several processes have it; None for all.
+
+    Raises:
+        SettingError: no model is named, or two are.
+        QuintetError: it cannot be read, or is none for these settings.
+    """
+    named = [key for key in ("from_", "config", "quantize") if getattr(config.model, key)]
+    if model is None and held is not None:
+        model = build_model(config.model, tokenizer, held, None if start is None else start.path)
+        first = partial(build_model, config.model, tokenizer)
+        return model, build_objective(config, model, first)
+    if model is None:
+        model = build_model(config.model, tokenizer)
+    elif named:
+        raise SettingError(
+            f"model.{named[0].removesuffix('_')}",
+            ": names a model, and another one was given; leave one of them out",
+        )
+    # What it is compared with is the model as it was at first.
+    objective = build_objective(config, model)
+    if config.adapter is not None:
+        own = AdapterSettings(from_=str(start.path)) if start is not None else config.adapter
+        put_adapter(model, own)
+    elif start is not None:
+        _restore(model, start.path)
+    return model, objective
+
+
+def build_model(
+    settings: ModelSettings,
+    tokenizer: PreTrainedTokenizer,
+    held: Held | None = None,
+    saved: Path | None = None,
+) -> CausalLMHead:
+    """Return the model that the settings name.
+
+    Args:
+        settings: the settings.
+        tokenizer: whose ids a new model is for.
+        held: what of it is built where several processes have it; None for all.
+        saved: what was made of it meanwhile, whose weights it has.
+
+    Raises:
+        SettingError: they name none.
+        QuintetError: it cannot be read, or its config breaks a rule.
+    """
+    more: dict[str, Any] = {}
+    if settings.attention is not None:
+        more["attn_implementation"] = settings.attention
+    given: dict[str, Any] = {
+        k: None if v == "none" else v for k, v in (settings.config or {}).items()
+    }
+    if saved is not None and held is not None:
+        return _part(ModelSource(saved), settings, held, more)
+    if settings.from_ is not None and held is not None:
+        source = ModelSource(settings.from_, settings.revision)
+        return _part(source, settings, held, {**more, **given})
+    if settings.from_ is not None:
+        for name in ("revision", "quantize"):
+            if (value := getattr(settings, name)) is not None:
+                more[name] = value
+        return _loaded(settings.from_, dtype=settings.dtype, **more, **given)
+    if not given:
+        raise SettingError(
+            "model.from", ": is missing; name a checkpoint, or say what a new model is by config"
+        )
+    model_type = given.pop("model_type")
+    given.setdefault("vocab_size", len(tokenizer))
+    for name in SPECIAL:
+        given.setdefault(name, getattr(tokenizer, name))
+    made = AutoConfig.for_model(model_type, **given, **more)
+    cls: type[CausalLMHead] = family(model_type).find("ForCausalLM")
+    dtype = torch.bfloat16 if settings.dtype == "bfloat16" else torch.float32
+    # One process draws the same numbers as several.
+    return new_model(cls, made, dtype) if held is None else held.new(cls, made, dtype)
+
+
+def _part(
+    source: ModelSource, settings: ModelSettings, held: Held, overrides: dict[str, Any]
+) -> CausalLMHead:
+    name = source.name_or_path
+    try:
+        config = AutoConfig.from_pretrained(name, revision=source.revision)
+    except AdapterFolderError as found:
+        raise InputError(
+            f"{found}: several processes train a model, or an [adapter] on it; name the model as "
+            "[model] from and this as [adapter] from, or merge it first: merge_and_unload(), then "
+            "save_pretrained(…)"
+        ) from None
+    cls: type[CausalLMHead] = family(config.model_type).find("ForCausalLM")
+    return held.loaded(
+        cls, source, dtype=settings.dtype, quantize=settings.quantize, overrides=overrides
+    )
+
+
+def _loaded(name: str, **options: Any) -> CausalLMHead:
+    model = AutoModelForCausalLM.from_pretrained(name, **options)
+    if not isinstance(model, CausalLMHead):
+        raise InputError(f"{shown(name)} is a {type(model).__name__}, which predicts no tokens")
+    return model
+
+
+def _restore(model: CausalLMHead, saved: Path) -> None:
+    """Give a model, or the adapters on it, the weights of a checkpoint."""
+    if model.adapters is None:
+        model.load_state_dict(type(model).from_pretrained(saved, dtype="auto").state_dict())
+        return
+    for name in model.active_adapters():
+        model.delete_adapter(name)
+        model.load_adapter(saved, name, is_trainable=True)
+        model.set_adapter(name)
+
+
+@contextmanager
+def computed(model: CausalLMHead, settings: TrainSettings) -> Iterator[None]:
+    """Have layers compiled, or recomputed, as the settings say; these are not at the end."""
+    decoder = model.base_model
+    if settings.compile and isinstance(decoder, DecoderModel):
+        for layer in decoder.layers:
+            layer.compile()
+    if not settings.recompute:
+        yield
+        return
+    model.activation_checkpointing_enable(every_n_layers=int(settings.recompute))
+    try:
+        yield
+    finally:
+        model.activation_checkpointing_disable()
+
+
+def build_objective(
+    config: TrainingConfig,
+    model: CausalLMHead,
+    first: Callable[[], CausalLMHead] | None = None,
+) -> Objective:
+    """Return what a model is trained for; call it before the model is another than at its start.
+
+    Args:
+        config: the settings.
+        model: what is trained, or a part of it.
+        first: makes the whole as it is at its start, where `model` is not that.
+
+    Raises:
+        QuintetError: a model that is compared with cannot be read.
+        InputError: the objective is not one for this model.
+    """
+    settings = config.objective
+    if isinstance(settings, LanguageSettings):
+        return LanguageModelling(
+            settings.z_loss,
+            settings.label_smoothing,
+            _schedule(settings.prediction),
+            balance_losses(config.balance),
+            depth=max(1, prediction_layers(model)),
+        )
+    if balance_losses(config.balance):
+        raise InputError(
+            f'[balance] has losses, and [objective] kind = "{settings.kind}" none for texts; '
+            "take them out"
+        )
+    if isinstance(settings, PreferenceSettings):
+        reference = None
+        if settings.reference is not None:
+            reference = _frozen(_loaded(settings.reference))
+        elif config.adapter is None and model.adapters is None and not settings.reference_free:
+            reference = _frozen(copy.deepcopy(model) if first is None else first())
+        return Preference(
+            settings.beta,
+            loss=settings.loss,
+            label_smoothing=settings.label_smoothing,
+            reference=reference,
+            reference_free=settings.reference_free,
+        )
+    teacher = _frozen(_loaded(settings.teacher))
+    return Distillation(teacher, settings.temperature, settings.share)
+
+
+def prediction_layers(model: CausalLMHead) -> int:
+    """Return how many layers look further than the next token."""
+    decoder = model.base_model
+    return len(decoder.prediction_layers()) if isinstance(decoder, MtpDecoderModel) else 0
+
+
+def balance_losses(settings: BalanceSettings) -> tuple[BalanceLoss, ...]:
+    """Return the losses of unbalanced experts that the settings ask for."""
+    losses: list[BalanceLoss] = []
+    if settings.sequence is not None:
+        losses.append(SequenceBalance(schedule_of(settings.sequence)))
+    limited = [_schedule(of) for of in (settings.expert, settings.device, settings.communication)]
+    if any(limited):
+        devices, reached = settings.devices, settings.reached
+        losses.append(DeviceLimitedBalance(*limited, devices=devices, reached=reached))
+    switch = [_schedule(of) for of in (settings.auxiliary, settings.z)]
+    if any(switch):
+        losses.append(SwitchBalance(*switch, scope=settings.scope))
+    return tuple(losses)
+
+
+def _schedule(value: Number | None) -> Schedule | None:
+    return None if value is None else schedule_of(value)
+
+
+def _frozen(model: CausalLMHead) -> CausalLMHead:
+    return model.eval().requires_grad_(False)
+
+
+def token_dropping(model: CausalLMHead, settings: BalanceSettings) -> TokenDropping | None:
+    """Return what drops tokens beyond a device's share, if that is asked for."""
+    if settings.capacity is None:
+        return None
+    return TokenDropping(
+        model, devices=settings.devices, capacity=settings.capacity, exempt=settings.exempt
+    )
+
+
+def expert_loads(model: CausalLMHead, settings: BalanceSettings) -> ExpertLoads | None:
+    """Return what counts the tokens of experts, if there are any."""
+    if settings.bias is not None:
+        return BiasBalancer(model)
+    routers = any(isinstance(module, ExpertRouter) for module in model.modules())
+    return ExpertLoads(model, training=True) if routers else None

@@ -1,0 +1,233 @@
+"""The processes that train together: who reads which batches, what is counted, who decides."""
+
+import json
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Protocol, TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from quintet import errors
+from quintet.errors import QuintetError
+from quintet.parallel.spread import BATCHES, DATA, add_up
+from quintet.parallel.world import DENSE, Degrees, World
+
+__all__ = ["Alone", "Crew", "Several"]
+
+T = TypeVar("T")
+
+
+class Crew(Protocol):
+    """Who trains together; what one of them is asked, all are asked at the same time."""
+
+    @property
+    def rank(self) -> int:
+        """Which of all this process is."""
+        ...
+
+    @property
+    def size(self) -> int:
+        """How many there are."""
+        ...
+
+    @property
+    def degrees(self) -> Degrees:
+        """Among how many processes what is divided."""
+        ...
+
+    @property
+    def axes(self) -> str:
+        """Along what they divide the work."""
+        ...
+
+    @property
+    def first(self) -> bool:
+        """Whether this process is the one that reports and writes."""
+        ...
+
+    @property
+    def share(self) -> tuple[int, int]:
+        """Which share of the batches of a step this process reads, and of how many."""
+        ...
+
+    def counted(self, counts: Mapping[str, float]) -> dict[str, float]:
+        """Return the sums of what is counted in batches, each batch once."""
+        ...
+
+    def total(self, sums: Mapping[str, float]) -> dict[str, float]:
+        """Return the sums of what processes find in their parts of batches."""
+        ...
+
+    def summed(self, tensor: Tensor) -> Tensor:
+        """Return the sum of the tensors that processes find in their parts of batches."""
+        ...
+
+    def most(self, numbers: Sequence[float]) -> list[float]:
+        """Return the largest that any process says, of each number."""
+        ...
+
+    def lead(self, act: Callable[[], T]) -> T:
+        """Return what the first process makes of an act that has plain values, as JSON has them.
+
+        Raises:
+            QuintetError: what it raised there.
+        """
+        ...
+
+    def in_turn(self, act: Callable[[], T]) -> T:
+        """Run an act that leaves something behind in the first process, and then in the others.
+
+        Raises:
+            QuintetError: what it raised in the first, everywhere.
+        """
+        ...
+
+    def collected(self, value: Any) -> list[Any]:
+        """Return the values of all processes, as JSON has them."""
+        ...
+
+
+class Alone:
+    """One process."""
+
+    rank, size, axes, degrees = 0, 1, "1", Degrees()
+    first = True
+    share = (0, 1)
+
+    def counted(self, counts: Mapping[str, float]) -> dict[str, float]:
+        """Return the counts."""
+        return dict(counts)
+
+    def total(self, sums: Mapping[str, float]) -> dict[str, float]:
+        """Return the sums."""
+        return dict(sums)
+
+    def summed(self, tensor: Tensor) -> Tensor:
+        """Return the tensor."""
+        return tensor
+
+    def most(self, numbers: Sequence[float]) -> list[float]:
+        """Return the numbers."""
+        return list(numbers)
+
+    def lead(self, act: Callable[[], T]) -> T:
+        """Return what the act makes."""
+        return act()
+
+    def in_turn(self, act: Callable[[], T]) -> T:
+        """Return what the act makes."""
+        return act()
+
+    def collected(self, value: Any) -> list[Any]:
+        """Return the value alone."""
+        return [value]
+
+
+class Several:
+    """The processes of a world."""
+
+    def __init__(self, world: World) -> None:
+        self.world = world
+        self.rank, self.size = world.rank, world.degrees.size
+        self.first = world.rank == 0
+        at = world.coordinates
+        self.degrees = degrees = world.degrees
+        divided = {axis: degrees.of(axis) for axis in (*DENSE, "ep")}
+        self.axes = " · ".join(f"{axis}={n}" for axis, n in divided.items() if n > 1)
+        self.share = at["dp"] * degrees.fsdp + at["fsdp"], degrees.dp * degrees.fsdp
+
+    def counted(self, counts: Mapping[str, float]) -> dict[str, float]:
+        """Return the sums of what is counted in batches, each batch once."""
+        return self._sums(counts, BATCHES)
+
+    def total(self, sums: Mapping[str, float]) -> dict[str, float]:
+        """Return the sums of what processes find in their parts of batches."""
+        return self._sums(sums, DATA)
+
+    def summed(self, tensor: Tensor) -> Tensor:
+        """Return the sum of the tensors that processes find in their parts of batches."""
+        return self._sum(tensor, DATA)
+
+    def _sums(self, numbers: Mapping[str, float], axes: Sequence[str]) -> dict[str, float]:
+        # Counts of tokens are exact in these numbers up to 2^53.
+        values = torch.tensor(list(numbers.values()), dtype=torch.float64)
+        return dict(zip(numbers, self._sum(values, axes).tolist(), strict=True))
+
+    def _sum(self, tensor: Tensor, axes: Sequence[str]) -> Tensor:
+        there = tensor.to(self.world.device, copy=True)
+        return add_up(there, self.world, axes).to(tensor.device)
+
+    def most(self, numbers: Sequence[float]) -> list[float]:
+        """Return the largest that any process says, of each number."""
+        values = torch.tensor(numbers, dtype=torch.float64, device=self.world.device)
+        dist.all_reduce(values, dist.ReduceOp.MAX)
+        found: list[float] = values.tolist()
+        return found
+
+    def lead(self, act: Callable[[], T]) -> T:
+        """Return what the first process makes of an act that has plain values, as JSON has them."""
+        made: Any = None
+        failed: QuintetError | None = None
+        if self.first:
+            try:
+                made = act()
+            except QuintetError as error:
+                failed = error
+        told = self._told({"value": made} if failed is None else _written(failed))
+        if failed is not None:
+            raise failed
+        if "error" in told:
+            raise _read(told)
+        return told["value"]  # type: ignore[no-any-return]
+
+    def in_turn(self, act: Callable[[], T]) -> T:
+        """Run an act that leaves something behind in the first process, and then in the others."""
+        made: list[T] = []
+        # What is told of it is that it is done.
+        self.lead(lambda: made.append(act()))
+        return made[0] if made else act()
+
+    def collected(self, value: Any) -> list[Any]:
+        """Return the values of all processes, as JSON has them."""
+        own = _bytes(value).to(self.world.device)
+        sizes = [torch.zeros(1, dtype=torch.long, device=own.device) for _ in range(_size())]
+        dist.all_gather(sizes, torch.tensor([len(own)], device=own.device))
+        most = max(int(size) for size in sizes)
+        texts = [own.new_zeros(most) for _ in sizes]
+        dist.all_gather(texts, torch.cat([own, own.new_zeros(most - len(own))]))
+        return [_value(text[: int(n)]) for text, n in zip(texts, sizes, strict=True)]
+
+    def _told(self, value: Any) -> Any:
+        """Return what the first process says."""
+        own = _bytes(value).to(self.world.device)
+        size = torch.tensor([len(own)], device=own.device)
+        dist.broadcast(size, 0)
+        text = own if self.first else own.new_zeros(int(size))
+        dist.broadcast(text, 0)
+        return _value(text)
+
+
+def _size() -> int:
+    return dist.get_world_size()
+
+
+def _bytes(value: Any) -> Tensor:
+    return torch.frombuffer(bytearray(json.dumps(value).encode()), dtype=torch.uint8)
+
+
+def _value(text: Tensor) -> Any:
+    return json.loads(bytes(text.tolist()))
+
+
+def _written(error: QuintetError) -> dict[str, str]:
+    """Return an error as JSON has it: the nearest of its classes that all know."""
+    kinds = [kind.__name__ for kind in type(error).__mro__ if kind.__name__ in errors.__all__]
+    return {"error": kinds[0] if kinds else "QuintetError", "text": str(error)}
+
+
+def _read(told: Mapping[str, str]) -> QuintetError:
+    kind = vars(errors)[told["error"]]
+    made: QuintetError = kind.__new__(kind, told["text"])
+    Exception.__init__(made, told["text"])
+    return made

@@ -1,0 +1,76 @@
+"""What a training loop and an evaluation see of data."""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+from torch import Tensor
+
+from quintet.training.batch import Batch
+from quintet.training.progress import Progress
+
+__all__ = ["Data", "Document"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Document:
+    """A text that is not learned from, to measure a model by.
+
+    Attributes:
+        input_ids: (T,), what the text begins with in training included.
+        labels: (T,) the ids where they stand, -100 where nothing would be learned.
+        bytes: how many bytes of UTF-8 the text has; 0 where only a part of it is scored.
+        name: where it comes from.
+    """
+
+    input_ids: Tensor
+    labels: Tensor
+    bytes: int
+    name: str
+
+
+class Data(Protocol):
+    """Batches by the number of their step: nothing is kept between steps, so nothing is saved."""
+
+    @property
+    def context(self) -> int:
+        """The most tokens that a row ever has."""
+        ...
+
+    @property
+    def tokens(self) -> int | None:
+        """How many tokens one pass over everything has, where that is known."""
+        ...
+
+    @property
+    def documents(self) -> int | None:
+        """How many documents, conversations or pairs there are, where that is known."""
+        ...
+
+    @property
+    def paired(self) -> bool:
+        """Whether rows are pairs of answers, of which the first half of a batch is preferred."""
+        ...
+
+    @property
+    def held_out(self) -> Sequence[Document]:
+        """The documents that are not learned from; read from the disk when they are asked for."""
+        ...
+
+    def parts(
+        self, at: Progress, count: int = 1, share: tuple[int, int] = (0, 1)
+    ) -> Iterator[Batch]:
+        """Yield the rows of the step that begins here, cut into at most `count` parts.
+
+        Which rows these are is a function of the seed and `at.step`, and of `at.done` where
+        weights or contexts change along the way; not of `count`. Of n shares of them, as many
+        processes read, the i-th is `share=(i, n)`; all have equally many parts.
+
+        Raises:
+            ConfigError: there are fewer rows than shares.
+        """
+        ...
+
+    def fingerprint(self) -> str:
+        """Return what is the same exactly where the same steps read the same tokens."""
+        ...

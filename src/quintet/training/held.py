@@ -1,0 +1,57 @@
+"""What a process holds of a model while it is built: all of it, or its part from the beginning."""
+
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+import torch
+
+from quintet.configuration.base import PreTrainedConfig
+from quintet.modeling.core import ModelCore
+from quintet.modeling.fresh import new_model
+from quintet.modeling.loading import ModelSource, Options, load
+from quintet.parallel.slices import Slices
+from quintet.parallel.world import World
+
+__all__ = ["Held"]
+
+Model = TypeVar("Model", bound=ModelCore)
+
+
+@dataclass(frozen=True, slots=True)
+class Held:
+    """A part of a model.
+
+    Attributes:
+        world: the processes that have the others.
+        slices: which rows of its part of each parameter this process has; None for all.
+    """
+
+    world: World
+    slices: Slices | None
+
+    def new(self, cls: type[Model], config: PreTrainedConfig, dtype: torch.dtype) -> Model:
+        """Return its part of a model of random weights; all processes have to call this.
+
+        Raises:
+            InputError: it cannot be divided so.
+        """
+        return new_model(cls, config, dtype, world=self.world, slices=self.slices)
+
+    def loaded(
+        self,
+        cls: type[Model],
+        source: ModelSource,
+        *,
+        dtype: str,
+        quantize: str | None,
+        overrides: dict[str, Any],
+    ) -> Model:
+        """Return its part of a checkpoint, of which no more is read; all have to call this.
+
+        Raises:
+            QuintetError: it cannot be read, or divided so.
+        """
+        options = Options(
+            dtype=dtype, quantize=quantize, world=self.world, slices=self.slices, learns=True
+        )
+        return load(cls, source, None, overrides, options)[0]

@@ -1,0 +1,126 @@
+"""One process or several: who trains together, and what each has of the model."""
+
+from dataclasses import replace
+
+import torch
+import torch.distributed as dist
+
+from quintet.adapters.dividing import adapted_names, connect_adapters, with_adapters
+from quintet.modeling.decoder import DecoderModel
+from quintet.modeling.heads import CausalLMHead
+from quintet.modeling.init_on_meta import init_on_meta
+from quintet.parallel.context_parallel import Sequences
+from quintet.parallel.fsdp import divide
+from quintet.parallel.launch import join, launched, own_device
+from quintet.parallel.placement import table_of
+from quintet.parallel.slices import Slices
+from quintet.parallel.spread import Parts, Spread
+from quintet.parallel.world import World
+from quintet.training.config import TrainingConfig
+from quintet.training.crew import Alone, Crew, Several
+from quintet.training.held import Held
+from quintet.training.optimizers.layout import HERE, Layout
+from quintet.training.parallel import ParallelSettings
+
+__all__ = ["held", "joined", "spread"]
+
+
+def joined(settings: ParallelSettings) -> Crew:
+    """Join the processes that a launcher started, or those that are joined already.
+
+    Raises:
+        SettingError: they are more, or fewer, than the settings divide something among.
+        DistributedError: not all of them came in time.
+    """
+    # A group that the caller made is the caller's.
+    there = dist.is_available() and dist.is_initialized()
+    launch = launched()
+    size = dist.get_world_size() if there else 1 if launch is None else launch.size
+    degrees = settings.degrees(size)
+    if size == 1:
+        return Alone()
+    if there and launch is None:
+        return Several(World.of(degrees, own_device()))
+    return Several(join(degrees, timeout=settings.timeout))
+
+
+def held(config: TrainingConfig, crew: Crew) -> Held | None:
+    """Return what this process is to hold of a model that it makes or reads; None for all of it."""
+    if not isinstance(crew, Several) or config.adapter is not None:
+        return None
+    degrees = crew.world.degrees
+    sliced = degrees.fsdp > 1 or degrees.ep > degrees.tp
+    return Held(crew.world, Slices(crew.world, every=_low(config)) if sliced else None)
+
+
+def spread(
+    model: CausalLMHead, config: TrainingConfig, crew: Crew, *, part: bool = False
+) -> Layout:
+    """Make a model this process's part of it, and return where all of it lies.
+
+    Args:
+        model: the whole, or what `held` says of it.
+        config: the settings.
+        crew: the processes.
+        part: whether it is not the whole.
+
+    Raises:
+        InputError: it cannot be divided so.
+    """
+    if not isinstance(crew, Several):
+        return HERE
+    world, degrees = crew.world, crew.world.degrees
+    low = _low(config)
+    parts = root = None
+    if max(degrees.tp, degrees.ep) > 1:
+        if part:
+            parts = Parts.of(init_on_meta(type(model), model.config), world)
+        else:
+            table = with_adapters(model, table_of(model))
+            parts = Parts.cut(model, world, table)
+            connect_adapters(model, table, world.groups.get("tp"))
+            if model.adapters is not None:
+                model.adapters.install(model)
+    model.world = _generating(world)
+    if degrees.cp > 1:
+        model.sequences = Sequences(model, world)
+    if degrees.fsdp > 1 or degrees.ep > degrees.tp:
+        decoder = model.base_model
+        assert isinstance(decoder, DecoderModel)
+        if low:
+            # What is gathered in fewer bits are the masters.
+            model.to(torch.float32)
+        sliced = _sliced(model, parts) if part else {}
+        adapters = adapted_names(model)
+        root = divide(model, decoder.layers, world, low=low, sliced=sliced, whole=adapters)
+    # From here on processes draw for tokens of their own.
+    at = world.coordinates
+    index = crew.share[0] * degrees.cp + at["cp"]
+    if index:
+        torch.manual_seed(config.train.seed + index)
+    return Spread(model, world, parts, root, low=low)
+
+
+def _generating(world: World) -> World | None:
+    """Return who generates together; None where each does what all others do, to the bit."""
+    if world.degrees.ep > world.degrees.tp:
+        # Experts round what is sent to them by what comes with it.
+        everyone = dist.new_group(backend="gloo")
+        return replace(world, groups={**world.groups, "model": everyone})
+    return world if world.degrees.tp > 1 else None
+
+
+def _low(config: TrainingConfig) -> bool:
+    """Tell whether weights are computed with in bfloat16."""
+    return config.optimizer.precision == "bfloat16"
+
+
+def _sliced(model: CausalLMHead, parts: Parts | None) -> dict[str, tuple[int, ...]]:
+    """Return the shapes of what parameters are slices of, by their first names."""
+    if parts is None:
+        shell = init_on_meta(type(model), model.config)
+        shapes = {name: tuple(p.shape) for name, p in shell.named_parameters()}
+    else:
+        shapes = {name: shard.local_shape for name, shard in parts.own.items()}
+    named = model.named_parameters()
+    return {n: shapes[n] for n, p in named if n in shapes and shapes[n] != tuple(p.shape)}

@@ -1,0 +1,85 @@
+"""Where the parameters of a model are: all here, or parts of them in several processes."""
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Protocol, TypeVar
+
+from torch import Tensor
+
+from quintet.training.optimizers.clipping import norm
+
+__all__ = ["HERE", "Here", "Layout"]
+
+T = TypeVar("T")
+
+
+class Layout(Protocol):
+    """How parameters lie among processes; what it is asked, all of them ask at the same time."""
+
+    @property
+    def rounds(self) -> bool:
+        """Whether float32 parameters become bfloat16 by themselves where they are computed with."""
+        ...
+
+    def run(self, call: Callable[[], T]) -> T:
+        """Return what a call makes of the model."""
+        ...
+
+    def held(self, tensor: Tensor) -> Tensor:
+        """Return what this process has of a parameter or its gradient: the numbers, no copy."""
+        ...
+
+    def add_up(self, gradients: Mapping[str, Tensor]) -> None:
+        """Make of gradients that are parts of a sum the sum, in place, by their parameters."""
+        ...
+
+    def norms(self, groups: Sequence[Mapping[str, Tensor]]) -> list[Tensor]:
+        """Return the norm of each group of tensors, by their parameters, over all processes."""
+        ...
+
+    def apart(self, name: str, tensor: Tensor) -> bool:
+        """Tell whether any one matrix of a parameter lies in several processes."""
+        ...
+
+    def whole(self, name: str, tensor: Tensor) -> Tensor:
+        """Return the whole of a tensor that lies as a parameter does."""
+        ...
+
+    def part(self, name: str, tensor: Tensor) -> Tensor:
+        """Return what this process has of a whole tensor."""
+        ...
+
+
+class Here:
+    """All of it in this process."""
+
+    rounds = False
+
+    def run(self, call: Callable[[], T]) -> T:
+        """Return what a call makes of the model."""
+        return call()
+
+    def held(self, tensor: Tensor) -> Tensor:
+        """Return all of it."""
+        return tensor
+
+    def add_up(self, gradients: Mapping[str, Tensor]) -> None:
+        """Leave whole gradients as they are."""
+
+    def norms(self, groups: Sequence[Mapping[str, Tensor]]) -> list[Tensor]:
+        """Return the norm of each group of tensors."""
+        return [norm(group.values()) for group in groups]
+
+    def apart(self, name: str, tensor: Tensor) -> bool:
+        """Tell that none does."""
+        return False
+
+    def whole(self, name: str, tensor: Tensor) -> Tensor:
+        """Return the tensor."""
+        return tensor
+
+    def part(self, name: str, tensor: Tensor) -> Tensor:
+        """Return the tensor."""
+        return tensor
+
+
+HERE = Here()

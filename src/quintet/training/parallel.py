@@ -1,0 +1,84 @@
+"""Among how many processes a training is divided, and along what."""
+
+from dataclasses import dataclass, fields
+from typing import Literal
+
+from quintet.parallel.world import Degrees
+from quintet.training.settings import SettingError
+
+__all__ = ["ParallelSettings"]
+
+AXES = ("tp", "cp", "fsdp", "dp", "pp", "ep")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ParallelSettings:
+    """The `[parallel]` table: what is divided among how many processes; one axis may be "auto".
+
+    The same training goes on with other numbers: nothing of what it learns follows from them but
+    how sums are rounded.
+
+    Attributes:
+        fsdp: batches, and slices of all weights, which are gathered for a layer when it runs.
+        dp: batches; there are as many copies of what fsdp leaves.
+        tp: the matrices of layers.
+        ep: experts, among the processes of tp, then of fsdp; no further factor.
+        cp: the tokens of a sequence.
+        pp: the layers.
+        timeout: the seconds that processes wait for each other before they give up.
+    """
+
+    fsdp: int | Literal["auto"] = "auto"
+    dp: int | Literal["auto"] = 1
+    tp: int | Literal["auto"] = 1
+    ep: int = 1
+    cp: int | Literal["auto"] = 1
+    pp: int | Literal["auto"] = 1
+    timeout: float = 300.0
+
+    def __post_init__(self) -> None:
+        automatic = [f.name for f in fields(self) if getattr(self, f.name) == "auto"]
+        # What nobody asked for gives way to what somebody did.
+        if len(automatic) == 2 and "fsdp" in automatic:
+            object.__setattr__(self, "fsdp", 1)
+        elif len(automatic) > 1:
+            raise SettingError(
+                "", f" {' and '.join(automatic)} cannot all be auto; one can, which takes the rest"
+            )
+        for name in AXES:
+            value = getattr(self, name)
+            if value != "auto" and value < 1:
+                raise SettingError.value(name, value, "has to be a number of processes, 1 or more")
+        if self.pp != 1:
+            raise SettingError.value(
+                "pp", self.pp, "is not for a training yet; divide it along others"
+            )
+        if not self.timeout > 0:
+            raise SettingError.value("timeout", self.timeout, "has to be above 0")
+
+    def given(self) -> Degrees:
+        """Return what is divided among how many processes, as far as it is said."""
+        given = {name: getattr(self, name) for name in AXES}
+        return Degrees(**{name: 1 if n == "auto" else n for name, n in given.items()})
+
+    def degrees(self, size: int) -> Degrees:
+        """Return what `size` processes divide.
+
+        Raises:
+            SettingError: they are too many, or too few.
+        """
+        given = {name: getattr(self, name) for name in AXES}
+        automatic = [name for name, value in given.items() if value == "auto"]
+        taken = 1
+        for name, value in given.items():
+            if name != "ep" and value != "auto":
+                taken *= value
+        if size % taken or (not automatic and size != taken):
+            told = " · ".join(f"{n}={v}" for n, v in given.items() if n != "ep" and v != 1)
+            raise SettingError(
+                "",
+                f" {told} cannot be {size} processes; start {taken} of them, or a multiple where "
+                "one axis is auto: torchrun --nproc-per-node "
+                f"{taken} -m quintet train CONFIG",
+            )
+        return Degrees(**{**given, **dict.fromkeys(automatic, size // taken)})

@@ -1,0 +1,70 @@
+"""Ctrl-C and SIGTERM: the first ends a training after its step, the second at once."""
+
+import os
+import signal
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from types import FrameType
+
+__all__ = ["Stop", "heeded"]
+
+ASKED = b"\nending after this step, when it is saved; once more ends it at once\n"
+HEEDED = (signal.SIGINT, signal.SIGTERM)
+
+
+class Stop:
+    """Whether a training is asked to end.
+
+    Attributes:
+        by: the signal that asked, or None.
+    """
+
+    def __init__(self) -> None:
+        self.by: signal.Signals | None = None
+
+    def end(self) -> None:
+        """End as whoever asked expects it: with an exception that nothing handles by chance.
+
+        Raises:
+            KeyboardInterrupt: after Ctrl-C.
+            SystemExit: after SIGTERM, with 143.
+        """
+        if self.by is signal.SIGINT:
+            raise KeyboardInterrupt
+        if self.by is not None:
+            raise SystemExit(128 + self.by)
+
+
+@contextmanager
+def heeded() -> Iterator[Stop]:
+    """Heed signals: the first is noted, the next does what it did before.
+
+    Signals reach the main thread alone; in another nothing is changed.
+    """
+    stop = Stop()
+    if threading.current_thread() is not threading.main_thread():
+        yield stop
+        return
+    before = {number: signal.getsignal(number) for number in HEEDED}
+
+    def restore() -> None:
+        for number, handler in before.items():
+            # None is a handler that was not set from Python, and cannot be either.
+            signal.signal(number, signal.SIG_DFL if handler is None else handler)
+
+    def heed(number: int, frame: FrameType | None) -> None:
+        restore()
+        stop.by = signal.Signals(number)
+        # What prints may be interrupted right here, and cannot be entered twice.
+        with suppress(OSError):
+            os.write(2, ASKED)
+
+    for number, handler in before.items():
+        # What was told to be ignored, as by nohup, goes on to be.
+        if handler is not signal.SIG_IGN:
+            signal.signal(number, heed)
+    try:
+        yield stop
+    finally:
+        restore()
