@@ -14,9 +14,9 @@ from typing import Any
 import pytest
 import torch
 
-from quintet import AutoTokenizer, DeepseekV3Config, DeepseekV3ForCausalLM
+from quintet import AutoTokenizer, DeepseekV3ForCausalLM
 from quintet.cli.main import main
-from tiny import build, trained_tokenizer
+from tiny import build, predicting_config, trained_tokenizer
 
 # Ctrl-C is heard also where the tests themselves were started in the background.
 LAUNCH = """
@@ -128,30 +128,7 @@ def predicting_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A DeepSeek-V3 with a prediction layer, some of whose guesses are right."""
     root, tokenizer = tmp_path_factory.mktemp("models") / "predicting", trained_tokenizer()
     torch.manual_seed(7)
-    config = DeepseekV3Config(
-        vocab_size=len(tokenizer),
-        hidden_size=32,
-        intermediate_size=48,
-        moe_intermediate_size=16,
-        n_routed_experts=4,
-        num_experts_per_tok=2,
-        n_group=1,
-        topk_group=1,
-        first_k_dense_replace=1,
-        num_hidden_layers=2,
-        num_nextn_predict_layers=1,
-        num_attention_heads=2,
-        q_lora_rank=None,
-        kv_lora_rank=16,
-        qk_nope_head_dim=8,
-        qk_rope_head_dim=8,
-        v_head_dim=8,
-        max_position_embeddings=256,
-        bos_token_id=None,
-        eos_token_id=[],
-        tie_word_embeddings=True,
-        initializer_range=0.1,
-    )
+    config = predicting_config(vocab_size=len(tokenizer), context=256)
     model = DeepseekV3ForCausalLM(config)
     model.generation_config = model.generation_config.replace(pad_token_id=0)
     model.save_pretrained(root)

@@ -3,7 +3,6 @@
 import json
 import re
 import signal
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -14,6 +13,7 @@ from quintet.server.registry import Offer
 from quintet.serving import Limits
 from served import Running, loaded, serving
 from server.scripted import Scripted, running
+from waiting import PATIENCE, until
 
 
 @pytest.fixture(scope="module")
@@ -98,17 +98,14 @@ def test_ctrl_c_frees_the_row_of_the_server(process: Any, tireless_model: Path) 
     with serving(Offer("tireless", lambda: model, loaded=model)) as server:
         child = process("chat", server.url, "Hello", "max_tokens=29000")
         child.stdout.read(20)
-        assert model.engine.state.running == 1
+        until(lambda: model.engine.state.running == 1)
         child.send_signal(signal.SIGINT)
-        out, err = child.communicate(timeout=20)
+        out, err = child.communicate(timeout=PATIENCE)
         # What there was of it is the answer.
         assert child.returncode == 0
         assert out.endswith("\n")
         assert re.search(r"\d+ tokens, .* tokens/s\n", err)
-        deadline = time.monotonic() + 5
-        while model.engine.state.running:
-            assert time.monotonic() < deadline
-            time.sleep(0.01)
+        until(lambda: not model.engine.state.running)
 
 
 def test_the_key_is_read_where_servers_read_theirs(

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from cli.forking import Forks
+from forking import CHATS, Forks
 
 pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="needs pseudo-terminals")
 pty = pytest.importorskip("pty")
@@ -24,6 +24,13 @@ termios = pytest.importorskip("termios")
 CTRL_C, CTRL_D, UP, TAB = "\x03", "\x04", "\x1b[A", "\t"
 CODES = re.compile(r"\x1b\[[0-9;?]*[A-Za-z]")
 PROMPT = r"(^|\n)> $"
+# Ctrl-C is heard also where the tests themselves were started in the background.
+CHAT = """
+import signal, sys
+signal.signal(signal.SIGINT, signal.default_int_handler)
+from quintet.cli.main import main
+main(["chat", *sys.argv[1:]])
+"""
 Talk = Callable[..., "Terminal"]
 
 
@@ -77,7 +84,7 @@ class Terminal:
 
 @pytest.fixture(scope="module")
 def forks() -> Iterator[Forks]:
-    running = Forks()
+    running = Forks(CHATS)
     yield running
     running.close()
 
@@ -92,7 +99,11 @@ def talk(forks: Forks, tmp_path: Path) -> Iterator[Talk]:
         fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", 24, columns, 0, 0))
         usual = {"NO_COLOR": "1", "TERM": "dumb", "XDG_STATE_HOME": str(tmp_path / "state")}
         child = forks.start(
-            ["chat", *map(str, arguments)], os.ttyname(theirs), tmp_path, {**usual, **environment}
+            CHAT,
+            arguments,
+            [os.ttyname(theirs)] * 3,
+            {**os.environ, **usual, **environment},
+            cwd=tmp_path,
         )
         terminal = Terminal(ours, forks, child)
         started.append(terminal)

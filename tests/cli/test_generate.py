@@ -17,6 +17,7 @@ import quintet.cli.generate as module
 from quintet import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 from quintet.cli.main import main
 from quintet.cli.options import choose
+from waiting import PATIENCE
 
 
 @pytest.fixture(scope="module")
@@ -257,7 +258,7 @@ def test_bytes_that_are_no_text(process: Any, chat_model: Path, tmp_path: Path) 
     file.write_bytes(b"caf\xe9")
     with file.open() as stdin:
         child = process("generate", "-m", chat_model, stdin=stdin)
-        out, err = child.communicate(timeout=60)
+        out, err = child.communicate(timeout=PATIENCE)
     assert (child.returncode, out) == (2, "")
     assert err.startswith("error: what is piped in is not UTF-8 text")
 
@@ -284,7 +285,7 @@ def test_text_arrives_while_it_is_made_and_ctrl_c_ends_it(
     assert child.stdout.read(30).startswith("Hello")
     assert child.poll() is None
     child.send_signal(signal.SIGINT)
-    out, err = child.communicate(timeout=60)
+    out, err = child.communicate(timeout=PATIENCE)
     assert child.returncode == 130
     assert out.endswith("\n")
     assert "Traceback" not in err
@@ -297,5 +298,5 @@ def test_a_reader_that_has_enough_ends_it_silently(process: Any, tireless_model:
     head = subprocess.run(["head", "-c", "5"], stdin=child.stdout, capture_output=True, text=True)
     child.stdout.close()
     assert head.stdout == "Hello"
-    assert child.wait(timeout=60) in (0, 141)
+    assert child.wait(timeout=PATIENCE) in (0, 141)
     assert child.stderr.read() == ""

@@ -11,6 +11,7 @@ import pytest
 from quintet import AutoModelForCausalLM
 from quintet.cli.main import COMMANDS, main
 from quintet.errors import InputError
+from waiting import PATIENCE
 
 
 @pytest.fixture
@@ -202,7 +203,7 @@ def test_debugging_shows_where_an_error_is_from(monkeypatch: pytest.MonkeyPatch)
 
 def test_debugging_shows_the_traceback(process: Any) -> None:
     child = process("generate", "", before="os.environ['QUINTET_DEBUG'] = '1'")
-    out, err = child.communicate(timeout=60)
+    out, err = child.communicate(timeout=PATIENCE)
     assert (child.returncode, out) == (1, "")
     assert "Traceback" in err
     assert "InputError: the prompt is empty" in err
@@ -210,7 +211,7 @@ def test_debugging_shows_the_traceback(process: Any) -> None:
 
 def test_a_script_may_be_run_without_a_standard_input(process: Any) -> None:
     child = process("generate", before="sys.stdin = None")
-    out, err = child.communicate(timeout=60)
+    out, err = child.communicate(timeout=PATIENCE)
     assert (child.returncode, out) == (2, "")
     assert "the prompt is empty" in err
 
@@ -220,7 +221,7 @@ def test_help_for_a_reader_that_leaves(process: Any) -> None:
     head = subprocess.run(["head", "-c", "5"], stdin=child.stdout, capture_output=True, text=True)
     child.stdout.close()
     assert head.stdout == "Usage"
-    assert child.wait(timeout=60) in (0, 141)
+    assert child.wait(timeout=PATIENCE) in (0, 141)
 
 
 @pytest.mark.parametrize(

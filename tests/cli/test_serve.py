@@ -5,7 +5,6 @@ import json
 import signal
 import socket
 import subprocess
-import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -27,6 +26,7 @@ from quintet.server.service import Service
 from quintet.server.settings import Settings
 from quintet.serving import Limits
 from served import loaded
+from waiting import PATIENCE, until
 
 CANARY = "canary-in-a-prompt"
 KEY = "sk-canary-of-a-key"
@@ -44,7 +44,7 @@ class Server:
         self.port = int(port)
 
     def ask(self, method: str, path: str, body: Any = None, **headers: str) -> Any:
-        connection = http.client.HTTPConnection(self.host, self.port, timeout=60)
+        connection = http.client.HTTPConnection(self.host, self.port, timeout=PATIENCE)
         try:
             sent = None if body is None else json.dumps(body).encode()
             head = {"Content-Type": "application/json", "Authorization": f"Bearer {KEY}"}
@@ -62,7 +62,7 @@ class Server:
     @contextmanager
     def stream(self, tokens: int) -> Iterator[http.client.HTTPResponse]:
         """Begin a long answer, and return it when its first token is there."""
-        connection = http.client.HTTPConnection(self.host, self.port, timeout=60)
+        connection = http.client.HTTPConnection(self.host, self.port, timeout=PATIENCE)
         body = {
             "model": "tiny",
             "prompt": CANARY,
@@ -81,9 +81,9 @@ class Server:
             answer.close()
             connection.close()
 
-    def ended(self, seconds: float = 60) -> tuple[int, str]:
+    def ended(self) -> tuple[int, str]:
         """Return the code it ends with, and all it said."""
-        out, err = self.process.communicate(timeout=seconds)
+        out, err = self.process.communicate(timeout=PATIENCE)
         return self.process.returncode, out + err
 
 
@@ -108,13 +108,9 @@ def test_it_drains_and_ends(started: Callable[..., Server]) -> None:
     ):
         body = {"model": "tiny", "prompt": CANARY, "max_tokens": 200}
         waiting = [pool.submit(server.ask, "POST", "/v1/completions", body) for _ in range(2)]
-        deadline = time.monotonic() + 10
-        while server.loads()["waiting"] < 2:
-            assert time.monotonic() < deadline
+        until(lambda: server.loads()["waiting"] == 2)
         server.process.send_signal(signal.SIGTERM)
-        deadline = time.monotonic() + 2
-        while server.ask("GET", "/ready")[0] != 503:
-            assert time.monotonic() < deadline
+        until(lambda: server.ask("GET", "/ready")[0] == 503)
         assert server.ask("GET", "/health")[0] == 200
         asked = {"model": "tiny", "prompt": "a"}
         status, headers, body = server.ask("POST", "/v1/completions", asked)
@@ -136,19 +132,26 @@ def test_it_drains_and_ends(started: Callable[..., Server]) -> None:
     assert {"status", "seconds", "request_id"} <= lines[0].keys()
 
 
-def test_told_twice_it_ends_at_once(started: Callable[..., Server]) -> None:
-    server = started()
+@pytest.mark.parametrize("told", [signal.SIGINT, signal.SIGTERM], ids=["ctrl-c", "sigterm"])
+def test_told_twice_it_ends_at_once(started: Callable[..., Server], told: signal.Signals) -> None:
+    # Longer than is waited for here.
+    server = started("--drain", 2 * PATIENCE)
     with server.stream(19_000):
-        server.process.send_signal(signal.SIGINT)
-        deadline = time.monotonic() + 10
-        while server.ask("GET", "/ready")[0] != 503:
-            assert time.monotonic() < deadline
-        began = time.monotonic()
-        server.process.send_signal(signal.SIGINT)
+        server.process.send_signal(told)
+        until(lambda: server.ask("GET", "/ready")[0] == 503)
+        server.process.send_signal(told)
         code, said = server.ended()
-    assert time.monotonic() - began < 2
-    assert code == 130
+    assert code == 128 + told
     assert "Traceback" not in said
+
+
+def test_a_step_that_does_not_come_back_ends_it(started: Callable[..., Server]) -> None:
+    # Less than any step takes, so that one of thousands is seen to.
+    server = started("--max-step", 0.0002)
+    with server.stream(19_000):
+        code, said = server.ended()
+    assert code == 1
+    assert '"stuck"' in said
 
 
 # -- what is refused before a model is loaded ------------------------------------------------------

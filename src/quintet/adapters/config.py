@@ -12,7 +12,7 @@ from quintet.errors import CheckpointError, ConfigError, UnsupportedModelError, 
 from quintet.files import read_json
 from quintet.folder import ADAPTER_CONFIG_NAME, find_file
 
-__all__ = ["LoraConfig"]
+__all__ = ["LoraConfig", "broken_rule"]
 
 MAX_BYTES = 16_000_000
 MAX_PATTERNS = 100_000
@@ -108,11 +108,11 @@ class LoraConfig:
             ConfigError: a value breaks its rule.
             UnsupportedModelError: it asks for something that is not here.
         """
-        for key, rule, fits in _RULES:
-            if not fits(getattr(self, key)):
-                raise ConfigError(
-                    f"{ADAPTER_CONFIG_NAME}: {key}={shown(getattr(self, key))} has to be {rule}"
-                )
+        if broken := broken_rule(asdict(self)):
+            key, rule = broken
+            raise ConfigError(
+                f"{ADAPTER_CONFIG_NAME}: {key}={shown(getattr(self, key))} has to be {rule}"
+            )
         if self.fan_in_fan_out:
             raise UnsupportedModelError(
                 "fan_in_fan_out=true is for models whose matrices lie as (inputs, outputs), and "
@@ -210,6 +210,12 @@ class LoraConfig:
     def rank(self, path: str) -> int:
         """Return the rank of a module or a parameter of a new adapter."""
         return self.rank_pattern.get(_key_for(self.rank_pattern, path) or "", self.r)
+
+
+def broken_rule(values: Mapping[str, Any]) -> tuple[str, str] | None:
+    """Return the first key whose value cannot be one of an adapter, and what it has to be."""
+    broken = ((key, rule) for key, rule, fits in _RULES if key in values and not fits(values[key]))
+    return next(broken, None)
 
 
 _NOTHING: tuple[Any, ...] = (None, False, "", [], {})

@@ -13,6 +13,7 @@ from quintet.adapters.bases import (
     is_embedding,
     is_experts,
     is_linear,
+    shape_of,
     with_tensors,
 )
 from quintet.adapters.lowrank import (
@@ -25,6 +26,7 @@ from quintet.adapters.lowrank import (
 from quintet.layers.adapted import AdaptedForward, Place, Places
 from quintet.layers.moe import ExpertStack
 from quintet.ops.moe import each_hit_expert, gated
+from quintet.parallel.experts import Exchange, OwnExperts
 
 __all__ = [
     "ALL",
@@ -261,7 +263,20 @@ class _ExpertsForward(Forward):
             inside = gated(mapped("gate_up_proj", expert, rows), base.act_fn)
             return mapped("down_proj", expert, inside)
 
-        return each_hit_expert(x, indices, weights, base.num_experts, run)
+        # Of several processes, each has some.
+        count = (shape_of(base, "down_proj") or (base.num_experts,))[0]
+
+        def own(x: Tensor, indices: Tensor, weights: Tensor) -> Tensor:
+            made = each_hit_expert(x, indices, weights, count, run)
+            if len(x):
+                return made
+            # Backward, what learns is not to be missing where it had nothing to do.
+            learning = [p for one in used for p in one.adaptation.parameters() if p.requires_grad]
+            return made + sum(p.sum().to(made.dtype) * 0 for p in learning)
+
+        if isinstance(self.original, OwnExperts | Exchange):
+            return self.original.through(own)(x, indices, weights)
+        return each_hit_expert(x, indices, weights, count, run)
 
     def changed(self, used: Sequence[InUse]) -> dict[str, Tensor]:
         changed = super().changed(used)

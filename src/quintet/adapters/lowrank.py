@@ -92,6 +92,8 @@ class LowRank(Addition):
         self.magnitude = None if magnitude is None else nn.Parameter(magnitude)
         self.scale = scale
         self.dropout = dropout
+        # Adds up what other processes find of their columns; None where all are here.
+        self.sums: Callable[[Tensor], Tensor] | None = None
         self._norm = Remembered()
 
     @property
@@ -158,7 +160,10 @@ class LowRank(Addition):
 
         def make() -> Tensor:
             with torch.no_grad():
-                return _row_norms(weight() + self._product())
+                whole = weight() + self._product()
+                if self.sums is None:
+                    return _row_norms(whole)
+                return self.sums(whole.square().sum(dim=1)).sqrt()
 
         if self.training or torch.compiler.is_compiling():
             return make()

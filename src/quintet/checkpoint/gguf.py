@@ -72,6 +72,11 @@ class GGUFCheckpoint:
         return self._files.directory
 
     @property
+    def mapped(self) -> bool:
+        """False: of some tensors, the rows are put in order first."""
+        return False
+
+    @property
     def total_bytes(self) -> int:
         """The bytes of the data of all tensors."""
         return self._files.total_bytes

@@ -121,6 +121,11 @@ class Checkpoint:
         return cls(directory, MappingProxyType(dict(tensors)), {}, stamps, held)
 
     @property
+    def mapped(self) -> bool:
+        """True: tensors are views of the files."""
+        return True
+
+    @property
     def total_bytes(self) -> int:
         """The bytes of the data of all tensors."""
         return sum(info.nbytes for info in self.tensors.values())

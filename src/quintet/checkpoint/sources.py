@@ -18,6 +18,10 @@ class Weights(Protocol):
     """Named tensors, known before they are read."""
 
     @property
+    def mapped(self) -> bool:
+        """Whether all tensors are views of files, of which only what is looked at is read."""
+
+    @property
     def tensors(self) -> Mapping[str, TensorInfo]:
         """The entries of the tensors, by name."""
 
@@ -38,6 +42,7 @@ class InMemory:
 
     state_dict: Mapping[str, Tensor]
     tensors: Mapping[str, TensorInfo] = field(init=False)
+    mapped: bool = field(init=False, default=False)
 
     def __post_init__(self) -> None:
         for name, tensor in self.state_dict.items():
@@ -84,6 +89,11 @@ class Renamed:
                 )
             tensors[new] = info
         object.__setattr__(self, "tensors", tensors)
+
+    @property
+    def mapped(self) -> bool:
+        """Whether tensors are views of files."""
+        return self.weights.mapped
 
     def _renamed(self, name: str) -> str:
         for pattern, replacement in self.patterns.items():

@@ -5,7 +5,7 @@ import json
 import os
 import secrets
 import shutil
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import suppress
 from itertools import pairwise
 from pathlib import Path
@@ -45,12 +45,15 @@ def save(
     text_files: Mapping[str, str] = _NO_TEXTS,
     variant: str | None = None,
     stem: str = "model",
+    data: Callable[[str], torch.Tensor] | None = None,
 ) -> list[Path]:
     """Write a checkpoint in the layout of the hub; return the paths of its files.
 
     An older checkpoint there is replaced in one step: whatever happens meanwhile, the directory
     holds the old one, the new one, or something that `Checkpoint.open` refuses. Other files are
     left alone. While it runs, both are on the disk. Of two saves at once, one waits for the other.
+
+    With `data`, tensors are without memory, and it gives what is in one when that is written.
 
     Raises:
         InputError: an argument cannot be saved; nothing was touched.
@@ -60,7 +63,8 @@ def save(
     most = parse_size(max_shard_size)
     header = {"format": "pt", **(metadata or {})}
     named = Names(variant, stem)
-    _check_tensors(tensors)
+    if data is None:
+        _check_tensors(tensors)
     _check_texts(header, text_files, named)
     parts = split({name: tensor.nbytes for name, tensor in tensors.items()}, most)
 
@@ -69,7 +73,8 @@ def save(
             yield {name: tensors[name] for name in part}
 
     needed = sum(tensor.nbytes for tensor in tensors.values())
-    return _save(Path(directory), weights(), len(parts) > 1, header, text_files, named, needed)
+    sharded = len(parts) > 1
+    return _save(Path(directory), weights(), sharded, header, text_files, named, needed, data)
 
 
 def save_stream(
@@ -124,6 +129,7 @@ def _save(
     texts: Mapping[str, str],
     named: Names,
     needed: int | None,
+    data: Callable[[str], torch.Tensor] | None = None,
 ) -> list[Path]:
     checked_path(directory, "save_directory")
     if os.path.lexists(directory) and not directory.is_dir():
@@ -135,7 +141,7 @@ def _save(
             clean_up(directory)
             try:
                 disk.make(staging)
-                return put_in_place(_stage(staging, parts, sharded, header, texts, named))
+                return put_in_place(_stage(staging, parts, sharded, header, texts, named, data))
             finally:
                 # The note in it is needed if the text files could not be restored.
                 if half_moved(staging) is None:
@@ -153,6 +159,7 @@ def _stage(
     header: Mapping[str, str],
     texts: Mapping[str, str],
     named: Names,
+    data: Callable[[str], torch.Tensor] | None,
 ) -> Staged:
     """Write all files into the temporary directory, under the names they are moved with.
 
@@ -169,7 +176,8 @@ def _stage(
         total += sum(tensor.nbytes for tensor in part.values())
         # The widest numbers first, so that each lies where a machine reads it best.
         ordered = sorted(part, key=lambda name: (-part[name].dtype.itemsize, name))
-        disk.write(staging / written[-1], _encode({name: part[name] for name in ordered}, header))
+        encoded = _encode({name: part[name] for name in ordered}, header, data)
+        disk.write(staging / written[-1], encoded)
     finals = [named.single]
     if len(written) > 1:
         finals = [named.shard(number + 1, len(written)) for number in range(len(written))]
@@ -191,11 +199,14 @@ def _stage(
 
 
 def _encode(
-    tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str]
+    tensors: Mapping[str, torch.Tensor],
+    metadata: Mapping[str, str],
+    data: Callable[[str], torch.Tensor] | None,
 ) -> Iterator[bytes | memoryview]:
     yield encode_header(tensors.items(), metadata)
     # One at a time: only that one is copied if it is on a device or not contiguous.
-    for tensor in tensors.values():
+    for name, found in tensors.items():
+        tensor = found if data is None else data(name)
         plain = tensor.detach().cpu().resolve_conj().resolve_neg().contiguous()
         yield plain.reshape(-1).view(torch.uint8).numpy().data
 

@@ -1,14 +1,15 @@
 """`quintet bench`: prompts and steps, timed, beside what this machine would allow."""
 
-import importlib
 import json
 import time
 from collections.abc import Iterator
 from dataclasses import asdict
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 import click
 
+from quintet.cli.beside import Beside
 from quintet.cli.compiling import have_kernels
 from quintet.cli.options import kind_of, source_options, warnings_as_notes
 from quintet.cli.terminal import note
@@ -45,21 +46,10 @@ class _Numbers(click.ParamType[tuple[int, ...]]):
         return numbers
 
 
-class _Bench(click.Command):
+class _Bench(Beside):
     """One command, and beside it what measures a server, which takes other options."""
 
-    def make_context(
-        self,
-        info_name: str | None,
-        args: list[str],
-        parent: click.Context | None = None,
-        **extra: Any,
-    ) -> click.Context:
-        if args[:1] == ["serve"]:
-            serve = importlib.import_module("quintet.cli.bench_serve").command
-            context: click.Context = serve.make_context("bench serve", args[1:], parent, **extra)
-            return context
-        return super().make_context(info_name, args, parent, **extra)
+    others = MappingProxyType({"serve": "bench_serve"})
 
 
 @click.command("bench", cls=_Bench)

@@ -28,6 +28,7 @@ from quintet.cli.servers import is_address, key_for, key_option
 from quintet.cli.settings import SETTING, parse
 from quintet.cli.shaping import Shape, shape_options
 from quintet.cli.terminal import complain, note, unechoed
+from quintet.cli.together import Led, begin, follow, follows, several
 from quintet.errors import InputError, QuintetError
 
 if TYPE_CHECKING:
@@ -79,6 +80,7 @@ def command(
     in. NAME=VALUE sets any option of generate(), such as temperature=0.7. Without a QUESTION, each
     line that is piped in is a message, and only the answers are printed.
     """
+    begin()
     if model is not None and not Path(model).exists() and (SETTING.match(model) or " " in model):
         raise InputError(f"{model!r} is no model; name one before it: quintet chat MODEL …")
     settings = [word for word in words if SETTING.match(word)]
@@ -92,10 +94,15 @@ def command(
         if api_key_file is not None:
             raise InputError("--api-key-file is the key of a server; MODEL is no address of one")
         check_options(sampling, settings)
+    if follows() and model is not None and not served:
+        follow(Local(model, seed, sampling, settings, quiet, where, shape))
+        return
     question = (read_stdin() or "").strip() if questions == ["-"] else "".join(questions)
     if questions and not question:
         raise InputError("the question is empty; pipe one in for -, or put one in quotes")
     if model is None:
+        if several():
+            raise InputError("several processes are started; name the model they are to hold")
         model = choose_model(where["cache_dir"])
     with warnings_as_notes(quiet):
         conversation = Conversation() if begun is None else Conversation.load(Path(begun))
@@ -111,7 +118,8 @@ def command(
             asked = {**sampling, **shape.fields, "seed": seed, **parse(settings)}
             partner = Remote(model, key, asked)
         else:
-            partner = Local(model, seed, sampling, settings, quiet, where, shape)
+            partner = Led(Local(model, seed, sampling, settings, quiet, where, shape))
+            context.call_on_close(partner.leave)
         talk = _Talk(partner, conversation, reasoning, quiet)
         note(partner.describe(), quiet)
         if questions:

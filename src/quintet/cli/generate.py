@@ -4,6 +4,8 @@ import json
 import shlex
 import sys
 import time
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -91,6 +93,9 @@ def command(
     NAME=VALUE sets any option of generate(). Without --model, a tiny model that comes with the
     package writes something like Python.
     """
+    from quintet.cli.together import begin, from_first
+
+    begin()
     for word in words:
         if not SETTING.match(word):
             raise InputError(
@@ -103,8 +108,11 @@ def command(
         raise InputError(f"{' and '.join(named)} are two prompts; give one of them")
     if shape and batch is not None:
         raise InputError("--batch has no --json-schema or --regex; continue the texts one by one")
-    lines = None if batch is None else (_piped() if batch == "-" else _read(batch)).splitlines()
-    text = "" if batch is not None else _prompt(prompt, file)
+    read: Callable[[], str] = partial(_prompt, prompt, file)
+    if batch is not None:
+        read = partial(_read, batch) if batch != "-" else _piped
+    text = from_first(read)
+    lines = None if batch is None else text.splitlines()
 
     if model is not None and is_address(model):
         from quintet.cli.remote import Remote

@@ -29,6 +29,7 @@ COMMANDS = MappingProxyType(
         "quantize": "Write a model's weights in fewer bits.",
         "rm": "Remove models from the hub cache.",
         "serve": "Answer over HTTP, as OpenAI's clients ask.",
+        "train": "Train a model, or go on with one.",
         "verify": "Check that a model's files are whole.",
     }
 )
@@ -44,6 +45,8 @@ ALIASES = MappingProxyType(
         "remove": "rm",
         "server": "serve",
         "api": "serve",
+        "finetune": "train",
+        "pretrain": "train",
     }
 )
 FETCHED = "a model is fetched when it is first used, as by `quintet chat OWNER/NAME`"
@@ -147,9 +150,20 @@ def main(arguments: list[str] | None = None) -> None:
     except QuintetError as error:
         if os.environ.get("QUINTET_DEBUG"):
             raise
-        complain(f"error: {error}")
+        _complain_of(error)
         code = error.exit_code
     sys.exit(code if isinstance(code, int) else 0)
+
+
+def _complain_of(error: QuintetError) -> None:
+    """Say what is wrong; of several processes the first, once, and the others are told."""
+    said: str | None = str(error)
+    if "WORLD_SIZE" in os.environ:
+        from quintet.cli.together import last_words
+
+        said = last_words(error)
+    if said is not None:
+        complain(f"error: {said}")
 
 
 def _check_directory() -> None:

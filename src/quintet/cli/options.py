@@ -48,6 +48,7 @@ __all__ = [
 # that is busy they wait for each other many times longer than they compute.
 SMALL = 20_000_000
 _OF_GENERATE = ("max_new_tokens", "temperature", "top_k", "top_p", "min_p", "repetition_penalty")
+DIVIDED = "Under torchrun: among so many processes"
 Command = TypeVar("Command", bound=Callable[..., Any])
 
 
@@ -84,6 +85,9 @@ def weight_options(command: Command) -> Command:
             type=click.Choice(["eager", "sdpa", "flash_attention_2"]),
             help="How attention is computed.",
         ),
+        click.option("--pp", type=click.IntRange(1), help=f"{DIVIDED} the layers."),
+        click.option("--ep", type=click.IntRange(1), help=f"{DIVIDED} the experts."),
+        click.option("--tp", type=click.IntRange(1), help=f"{DIVIDED} heads and matrices."),
         click.option("--threads", type=click.IntRange(1), help="Of the CPU."),
         click.option("--device", default="auto", show_default=True, help="cpu, cuda, cuda:1, …"),
         click.option("--quantize", help="Hold the weights in fewer bits: int8, int4, …"),
@@ -177,9 +181,18 @@ class Opened:
         millions = self.model.num_parameters() / 1e6
         size = f"{millions / 1000:.2f} B" if millions >= 1000 else f"{millions:.1f} M"
         return (
-            f"{self.model.config.model_type}, {size} parameters, {kind_of(self.model)} on "
-            f"{self.model.device}, loaded in {self.seconds:.2f} s"
+            f"{self.model.config.model_type}, {size} parameters{divided(self.model)}, "
+            f"{kind_of(self.model)} on {self.model.device}, loaded in {self.seconds:.2f} s"
         )
+
+
+def divided(model: "PreTrainedModel") -> str:
+    """Say among how many processes a model is divided, and how, behind what this one has."""
+    if model.world is None:
+        return ""
+    degrees = model.world.degrees
+    parts = [f"{axis} {degrees.of(axis)}" for axis in ("pp", "tp", "ep") if degrees.of(axis) > 1]
+    return f" in each of {degrees.size} processes ({', '.join(parts)})"
 
 
 def held_as(model: "PreTrainedModel") -> "WeightFormat | None":
@@ -195,14 +208,23 @@ def held_as(model: "PreTrainedModel") -> "WeightFormat | None":
 
 
 def has_kernels(weight_format: "WeightFormat") -> bool:
-    """Tell whether kernels read the parts of a format as they are."""
-    from quintet.quantization import WeightFormat
+    """Tell whether a CPU's kernels read the parts of a format as they are."""
+    import torch
+
+    from quintet.kernels.matrix import integers, kind_of
     from quintet.quantization.ordered import OrderedFormat
 
     held = weight_format
     if isinstance(weight_format, OrderedFormat):
         held = weight_format.inner
-    return type(held).matrix is not WeightFormat.matrix
+    # Of any size that all formats have.
+    rows, columns = 256, 256
+    parts = {
+        suffix: torch.empty(part.shape, dtype=part.dtype, device="meta")
+        for suffix, part in held.parts((rows, columns)).items()
+    }
+    matrix = held.matrix(parts)
+    return matrix is not None and integers(matrix, kind_of(matrix), columns) is not None
 
 
 def kind_of(model: "PreTrainedModel") -> str:
@@ -220,6 +242,9 @@ def open_model(
     threads: int | None,
     quantize: str | None = None,
     adapters: Sequence[str] = (),
+    tp: int | None = None,
+    ep: int | None = None,
+    pp: int | None = None,
     quiet: bool = False,
     **where: Any,
 ) -> Opened:
@@ -235,10 +260,15 @@ def open_model(
     from quintet.auto import AutoConfig, AutoModelForCausalLM, AutoTokenizer
     from quintet.cli.compiling import have_kernels
     from quintet.cli.offers import meant
+    from quintet.cli.together import several
     from quintet.modeling.placement import first_device
 
     given = {"attn_implementation": attn_implementation, "quantize": quantize}
-    overrides = {key: value for key, value in given.items() if value is not None}
+    overrides: dict[str, Any] = {k: value for k, value in given.items() if value is not None}
+    sizes = {"tp_size": tp, "ep_size": ep, "pp_size": pp}
+    asked = {key: value for key, value in sizes.items() if value is not None}
+    if asked or several():
+        overrides["distributed_config"] = asked
     try:
         tokenizer = AutoTokenizer.from_pretrained(name, **where)
     except ModelNotFoundError as error:

@@ -2,12 +2,16 @@
 
 import re
 from collections.abc import Mapping
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
 from quintet.cli.options import source_options
 from quintet.cli.output import Fact, show, size_of
+from quintet.cli.plan_options import WorldOptions, world_options
+from quintet.cli.plan_train import plan_training_in_world
+from quintet.cli.plan_world import plan_in_world
 from quintet.errors import DoesNotFitError, InputError, OfflineError
 
 if TYPE_CHECKING:
@@ -27,6 +31,7 @@ QUANTISED = ("int8", "int4", "nf4", "fp8")
 # How many tokens of a prompt are counted as being worked on at once.
 PROMPT = 512
 HELD = "the files' own quantisation"
+MEMORY = "--device with its own, as in --device h100,memory=96GB"
 
 
 @click.command("plan")
@@ -48,6 +53,7 @@ HELD = "the files' own quantisation"
     multiple=True,
     help="Of a device, as 24GB or 8x80GB; may be given again.  [default: what this machine has]",
 )
+@world_options
 @source_options
 @click.option("--json", "as_json", is_flag=True, help="As JSON.")
 def command(
@@ -58,29 +64,56 @@ def command(
     batch: int,
     memory: tuple[str, ...],
     as_json: bool,
-    **where: Any,
+    **given: Any,
 ) -> None:
     """Say whether MODEL fits, at which dtype, context and batch, and lay it out over devices.
 
     From config.json and the heads of the files: no weights are fetched. Ends with 5 if it does not
-    fit.
+    fit. With --world and --device, say how to split it over many of them, what each then needs, and
+    how fast it can be.
     """
     from quintet.auto import AutoConfig
 
-    config = AutoConfig.from_pretrained(model, **where)
+    options = WorldOptions.taken(given)
+    where = given
+    options.check()
+    if options.asked and memory:
+        raise InputError(f"--memory is of one process's devices; of a world give {MEMORY}")
+    config = AutoConfig.from_pretrained(_folder(model), **where)
     most = config.max_position_embeddings
     if context is not None and context > most:
         raise InputError(
             f"--context {context:,} is more than the {most:,} tokens this model has positions for "
             "(max_position_embeddings)"
         )
-    files, tensors = _files(model, where)
+    files, tensors = _files(_folder(model), where)
     tokens = context or min(4096, config.max_position_embeddings)
-    facts, reason = _plan(config, dtype, quantize, tokens, batch, memory, tensors)
+    if options.train:
+        facts, reason = plan_training_in_world(
+            config, options, dtype=dtype, quantize=quantize, context=tokens, batch=batch
+        )
+    elif options.asked:
+        facts, reason = plan_in_world(
+            config,
+            options,
+            dtype=dtype,
+            quantize=quantize,
+            context=tokens,
+            batch=batch,
+            tensors=tensors,
+        )
+    else:
+        facts, reason = _plan(config, dtype, quantize, tokens, batch, memory, tensors)
     facts = {"model": model, **files, **facts}
     show(facts, as_json)
     if reason is not None:
         raise DoesNotFitError(reason)
+
+
+def _folder(model: str) -> str:
+    """Return the folder of a config.json that is named itself."""
+    path = Path(model)
+    return str(path.parent) if path.name == "config.json" and path.is_file() else model
 
 
 def too_large(
@@ -111,9 +144,9 @@ def _plan(
     """Return the facts, and the reason if the model does not fit."""
     import torch
 
-    from quintet.modeling.placement import layout
+    from quintet.modeling.placement import layout, named_dtype
 
-    held = config.torch_dtype or torch.bfloat16 if dtype == "auto" else getattr(torch, dtype)
+    held = config.torch_dtype or torch.bfloat16 if dtype == "auto" else named_dtype(dtype)
     capacity = _capacity(memory)
     device = next(iter(capacity))
     kept = quantize or _kept(config, device, assumed=bool(memory), tensors=tensors)

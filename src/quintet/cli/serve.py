@@ -4,6 +4,7 @@ import importlib.util
 import logging
 import os
 import re
+import signal
 import sys
 from collections.abc import Sequence
 from contextlib import suppress
@@ -19,6 +20,7 @@ from quintet.cli.options import open_model, warnings_as_notes, weight_options
 from quintet.cli.serve_options import engine_options, limits_of, server_options, settings_of
 from quintet.cli.servers import keys_in
 from quintet.cli.terminal import note
+from quintet.cli.together import begin, follows, several
 from quintet.errors import (
     DoesNotFitError,
     InputError,
@@ -40,7 +42,7 @@ NEEDED = ("fastapi", "uvicorn", "prometheus_client", "llguidance")
 BITS = {"int8": 8, "int6": 6, "int4": 4}
 # Of a model or adapter, as requests write it.
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._/:-]{0,127}")
-OF_MODEL = ("dtype", "device", "attn_implementation", "threads", "quantize")
+OF_MODEL = ("dtype", "device", "attn_implementation", "threads", "quantize", "tp", "ep", "pp")
 WHERE = ("revision", "cache_dir", "local_files_only")
 
 
@@ -97,10 +99,15 @@ def command(
     It answers this machine only, unless told an address and given a key. Every option can be set
     in the environment, as QUINTET_PORT. SIGTERM lets what is under way finish.
     """
+    begin()
     if model and context.get_parameter_source("models") is ParameterSource.ENVIRONMENT:
         models = ()
     wanted = _wanted([*([model] if model else []), *models], adapters)
     _check_installed()
+    if several() and len(wanted) > 1:
+        raise InputError(
+            "several processes hold one model; serve each model by processes of its own"
+        )
     settings = settings_of(given, _keys(api_key_file))
     from quintet.cli.serve_banner import announcement
     from quintet.server.logs import logged, set_up
@@ -116,6 +123,9 @@ def command(
         speculate=settings.speculate,
         quiet=quiet,
     )
+    if follows():
+        _follow(wanted[0], given, quiet)
+        return
     # Before a model is loaded for nothing.
     with listen(settings) as sock:
         with warnings_as_notes(quiet):
@@ -184,6 +194,17 @@ def _split(text: str) -> tuple[str | None, str]:
             f"{shown(text)} has to be NAME=PATH, with a name of letters, digits and . _ / : -"
         )
     return name, path
+
+
+def _follow(wanted: Wanted, given: dict[str, Any], quiet: bool) -> None:
+    """Run what the engine of the first process runs, until that one is closed."""
+    from quintet.generation.following import follow
+
+    # The first process is told, too, and finishes what is under way.
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, signal.SIG_IGN)
+    how = {name: given[name] for name in (*OF_MODEL, *WHERE)}
+    follow(cast("Any", open_model(wanted.path, quiet=quiet, **how).model))
 
 
 def _check_installed() -> None:
@@ -273,6 +294,9 @@ def _fitting(
     limits = limits_of(given, config.max_position_embeddings)
     # In fewer bits the cache of as many rows is that of fewer.
     rows = max(1, limits.rows * (bits or 16) // 16)
+    if several():
+        # What a process needs is a part of that; who has too little says so itself.
+        return limits
     reason = too_large(
         wanted.path, config, given["dtype"], given["quantize"], limits.capacity, rows, where
     )

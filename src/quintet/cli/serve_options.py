@@ -61,6 +61,7 @@ BOUNDS: tuple[tuple[str, str, click.ParamType[Any], str, str], ...] = (
     ("--ping", "ping", SECONDS, "15", "Silent seconds until a stream shows that it lives."),
     ("--max-buffer", "buffer", SIZE, "256KiB", "Of a stream that waits for a slow reader."),
     ("--stall", "stall", SECONDS, "30", "Seconds for which a reader may take nothing."),
+    ("--max-step", "step", SECONDS, "300", "Seconds a step may take; then the server ends by 1."),
     ("--max-messages", "messages", COUNT, "2048", "Of a conversation."),
     ("--max-answer", "answer", COUNT, "4096", "Tokens, where a request does not say."),
     ("--max-choices", "choices", COUNT, "16", "Answers to a request (n)."),

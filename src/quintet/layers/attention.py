@@ -1,12 +1,13 @@
 """Grouped-query attention."""
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from quintet.kernels import parts
 from quintet.layers.context import ForwardContext
 from quintet.layers.linear import Linear, matrices, project
 from quintet.layers.stack import StackPart
 from quintet.ops.rope import rotate_both
+from quintet.sharding import Section, Sharding, columns, rows
 
 __all__ = ["Attention"]
 
@@ -55,13 +56,32 @@ class Attention(StackPart):
         )
         return self.o_proj(out.transpose(1, 2).flatten(2)), weights
 
+    def sharding(self) -> Sharding:
+        """Give each process some heads."""
+        D = self.head_dim
+        H, K = self.q_proj.out_features // D, self.k_proj.out_features // D
+        heads, kv_heads = (
+            Section(H, D, "num_attention_heads"),
+            Section(K, D, "num_key_value_heads", shared=True),
+        )
+        own = {"q_proj": heads, "k_proj": kv_heads, "v_proj": kv_heads}
+        maps = {f"{name}.{leaf}": rows(s) for name, s in own.items() for leaf in ("weight", "bias")}
+        return Sharding(
+            {**maps, "o_proj.weight": columns(heads)}, copies=("",), reduces=("o_proj",)
+        )
+
     def part(self, norm: parts.Norm) -> parts.Part | None:
         """Return the maps and their use, or None if weights may be dropped."""
-        held = matrices(self.q_proj, self.k_proj, self.v_proj, self.o_proj)
+        maps = self.q_proj, self.k_proj, self.v_proj, self.o_proj
+        held = matrices(*maps, summed=self.o_proj)
         if held is None or (self.training and self.attention_dropout):
             return None
         q, k, v = (parts.Adapted(matrix) for matrix in held[:3])
         return parts.Attention(norm, (q, k, v), held[3], self.head_dim, self.window, self.scaling)
+
+    def makes(self) -> nn.Module:
+        """Return the map behind the heads."""
+        return self.o_proj
 
     def kept(self, context: ForwardContext) -> tuple[Tensor, ...] | None:
         """Return the keys and values of this layer, with room for the forward's."""

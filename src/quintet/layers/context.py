@@ -9,7 +9,9 @@ from torch import Tensor
 
 from quintet.cache import Cache, Segment
 from quintet.layers.adapted import Placing, placed
-from quintet.ops.attention import AttentionBackend
+from quintet.layers.router import Choices
+from quintet.ops.attention import AttentionBackend, sdpa
+from quintet.ops.causal_learning import attend_learning, attends_learning
 from quintet.ops.masks import AttentionMask
 
 __all__ = ["ForwardContext", "Notes"]
@@ -24,11 +26,13 @@ class Notes:
     Attributes:
         weights: (B, H, T, S) of attention, where the backend has them; None if nobody asked.
         router_logits: (B, T, E) of experts; None if nobody asked.
+        choices: what routers choose, where they may have to choose it again; else None.
     """
 
     def __init__(self, *, weights: bool = False, router_logits: bool = False) -> None:
         self.weights: list[Tensor] | None = [] if weights else None
         self.router_logits: list[Tensor] | None = [] if router_logits else None
+        self.choices: Choices | None = None
 
     def note_weights(self, weights: Tensor | None) -> None:
         """Take a layer's weights, if somebody asked."""
@@ -93,6 +97,31 @@ class ForwardContext:
         """Whether the tokens are one rectangle, with as many of each row."""
         return self.segments[0].tokens is None
 
+    def text_lengths(self) -> list[int] | None:
+        """Return how many tokens each text has, in their order; None where padding is behind."""
+        if any(one.counts is not None for one in self.segments):
+            return None
+        lengths = []
+        for one in self.segments:
+            rows = len(self.embeds) if one.rows is None else one.rows.stop - one.rows.start
+            lengths += [one.length] * rows
+        return lengths
+
+    def separate_texts(self, window: int | None, dropout: float) -> list[int] | None:
+        """Return the lengths of several texts in a row that fused attention can take at once.
+
+        None for anything else: a cache, a mask, a window less than a text, dropout, adapters that
+        go by rows.
+        """
+        if self.rectangular or self.cache is not None or self.attend is not sdpa:
+            return None
+        if dropout or self.placing is not None:
+            return None
+        for one, masks in zip(self.segments, self.masks, strict=True):
+            if not (masks[window].is_causal or one.length == 1):
+                return None
+        return self.text_lengths()
+
     def attention(
         self,
         q: Tensor,
@@ -105,6 +134,9 @@ class ForwardContext:
         dropout: float,
     ) -> tuple[Tensor, Tensor | None]:
         """Attend from q (B, H, T, D) to k and v (B, K, T, D), and to those in the cache before."""
+        texts = self.separate_texts(window, dropout)
+        if texts is not None and attends_learning(q, k, v):
+            return attend_learning(q, k, v, scale, texts), None
 
         def attend(
             mask: AttentionMask, q: Tensor, k: Tensor, v: Tensor

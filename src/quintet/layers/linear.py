@@ -56,17 +56,21 @@ def project(x: Tensor, *maps: nn.Module) -> tuple[Tensor, ...]:
     return tuple(m(x) for m in maps) if alike is None else type(alike[0]).together(x, alike)
 
 
-def matrices(*maps: nn.Module) -> list[Matrix] | None:
-    """Return the operands of maps of one class, or None if one has to be called."""
-    held = [m.matrix() for m in _alike(maps) or []]
+def matrices(*maps: nn.Module, summed: nn.Module | None = None) -> list[Matrix] | None:
+    """Return the operands of maps of one class, or None if one has to be called.
+
+    Args:
+        summed: one of them, whose caller looks for sums over processes behind it himself.
+    """
+    held = [m.matrix() for m in _alike(maps, summed) or []]
     known = [matrix for matrix in held if matrix is not None]
     return known if len(known) == len(maps) else None
 
 
-def _alike(maps: Sequence[nn.Module]) -> list[LinearMap] | None:
+def _alike(maps: Sequence[nn.Module], summed: nn.Module | None = None) -> list[LinearMap] | None:
     kind = type(maps[0])
     # A subclass with another forward has to bring another `together`.
     if not issubclass(kind, LinearMap) or "together" not in vars(kind):
         return None
-    alike = [m for m in maps if type(m) is kind and not hooked(m)]
+    alike = [m for m in maps if type(m) is kind and (m is summed or not hooked(m))]
     return alike if len(alike) == len(maps) else None

@@ -16,8 +16,10 @@ from quintet.layers.plain import PlainModule, untouched
 from quintet.layers.stack import StackPart
 from quintet.ops.conv import causal_conv
 from quintet.ops.mamba2 import Calls, MixerWeights, gated_rms_norm, heads_and_groups, mix
+from quintet.ops.mamba2_learning import mix_learning
+from quintet.sharding import WHOLE, Section, Sharding, columns, rows
 
-__all__ = ["GatedRMSNorm", "Mamba2"]
+__all__ = ["CausalConv1d", "GatedRMSNorm", "Mamba2"]
 
 
 class GatedRMSNorm(PlainModule):
@@ -26,12 +28,13 @@ class GatedRMSNorm(PlainModule):
     def __init__(self, hidden_size: int, num_groups: int, eps: float = 1e-5) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.ones(hidden_size))
-        self.num_groups = num_groups
+        self.group_size = hidden_size // num_groups
         self.variance_epsilon = eps
 
     def forward(self, x: Tensor, z: Tensor) -> Tensor:
         """Return the dtype of the gate `z`."""
-        return gated_rms_norm(x, z, self.weight, self.num_groups, self.variance_epsilon)
+        num_groups = self.weight.shape[0] // self.group_size
+        return gated_rms_norm(x, z, self.weight, num_groups, self.variance_epsilon)
 
 
 class CausalConv1d(nn.Conv1d, PlainModule):
@@ -73,30 +76,76 @@ class Mamba2(StackPart):
         super().__init__()
         inner = num_heads * head_dim
         conv = inner + 2 * num_groups * state_size
-        self.num_groups = num_groups
+        self.head_dim = head_dim
+        self.state_size = state_size
         self.chunk_size = chunk_size
         self.dt_limits = dt_limits
         self.layer_idx = layer_idx
         self.conv_kernel = conv_kernel
-        self.in_sizes = [inner, conv, num_heads]
-        self.in_proj = Linear(hidden_size, sum(self.in_sizes), bias=bias)
+        self.in_proj = Linear(hidden_size, inner + conv + num_heads, bias=bias)
         self.conv1d = CausalConv1d(conv, conv, conv_kernel, groups=conv, bias=conv_bias)
-        self.dt_bias = nn.Parameter(torch.ones(num_heads))
-        self.A_log = nn.Parameter(torch.arange(1, num_heads + 1).log())
-        self.D = nn.Parameter(torch.ones(num_heads))
+        self.dt_bias = nn.Parameter(torch.empty(num_heads))
+        self.A_log = nn.Parameter(torch.empty(num_heads))
+        self.D = nn.Parameter(torch.empty(num_heads))
+        self.fill_scalars()
         self.norm = GatedRMSNorm(inner, num_groups)
         self.out_proj = Linear(inner, hidden_size, bias=bias)
+
+    @property
+    def in_sizes(self) -> list[int]:
+        """How the input is projected: H·P for the gate, for x, b and c together, and H steps."""
+        H, conv = self.D.shape[0], self.conv1d.weight.shape[0]
+        return [H * self.head_dim, conv, H]
+
+    @property
+    def num_groups(self) -> int:
+        """G."""
+        inner, conv, _ = self.in_sizes
+        return (conv - inner) // (2 * self.state_size)
+
+    def sharding(self) -> Sharding:
+        """Give each process some heads, and the groups they belong to."""
+        H, P, N = self.D.shape[0], self.head_dim, self.state_size
+        inner = Section(H, P, "n_mamba_heads")
+        steps = Section(H, 1, "n_mamba_heads")
+        group = Section(self.num_groups, N, "mamba_ngroups", shared=True)
+        channels = rows(inner, group, group)
+        inputs = rows(inner, inner, group, group, steps)
+        return Sharding(
+            {
+                "in_proj.weight": inputs,
+                "in_proj.bias": inputs,
+                "conv1d.weight": channels,
+                "conv1d.bias": channels,
+                **dict.fromkeys(("A_log", "D", "dt_bias"), rows(steps)),
+                "norm.weight": rows(inner),
+                "out_proj.weight": columns(inner),
+                "out_proj.bias": WHOLE,
+            },
+            copies=("",),
+            reduces=("out_proj",),
+            first_only=("out_proj.bias",),
+            spread=("norm",),
+        )
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         # model.to(bfloat16) must not round the scalars of the recurrence: a decay near one would
         # become one.
-        exact = {name: self.get_parameter(name).data for name in ("A_log", "D", "dt_bias")}
+        scalars_of = ((name, self._parameters[name]) for name in ("A_log", "D", "dt_bias"))
+        exact = {name: held.data for name, held in scalars_of if held is not None}
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         for name, values in exact.items():
             scalars = self.get_parameter(name)
             if scalars.dtype.itemsize < values.dtype.itemsize:
                 scalars.data = values.to(scalars.device)
         return self
+
+    @torch.no_grad()
+    def fill_scalars(self) -> None:
+        """Let heads decay at as many paces as there are, and pass all of their input."""
+        self.A_log.copy_(torch.arange(1, len(self.A_log) + 1).log())
+        self.D.fill_(1)
+        self.dt_bias.fill_(1)
 
     @torch.no_grad()
     def draw_step_sizes(self, least: float, most: float, floor: float) -> None:
@@ -113,6 +162,11 @@ class Mamba2(StackPart):
         slot = None if context.cache is None else context.cache.recurrent(self.layer_idx, raw)
         held = None if slot is None else slot.content()
         weights, calls = self._weights(), self._calls()
+        lengths = context.text_lengths() if slot is None and calls is None else None
+        if lengths is not None:
+            learning = mix_learning(projected.flatten(0, 1), weights, lengths)
+            if learning is not None:
+                return self.out_proj(learning.view(*hidden_states.shape[:2], -1))  # type: ignore[no-any-return]
         mixes = []
         for segment, own in zip(context.segments, context.split(projected), strict=True):
             window, state = (None, None) if held is None else (segment.of(x) for x in held)

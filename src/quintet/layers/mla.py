@@ -1,6 +1,6 @@
 """Multi-head latent attention."""
 
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from quintet.kernels import latent, parts
@@ -8,13 +8,22 @@ from quintet.layers.adapted import matrix_in_use
 from quintet.layers.context import ForwardContext
 from quintet.layers.linear import Linear, matrices, project
 from quintet.layers.norm import RMSNorm
-from quintet.layers.plain import untouched
+from quintet.layers.plain import PlainModule, hooked, untouched
 from quintet.layers.stack import StackPart, norm_of
 from quintet.ops.masks import AttentionMask
-from quintet.ops.mla import latent_attention
+from quintet.ops.mla import latent_attention, separate_texts
 from quintet.ops.rope import rotate_both
+from quintet.sharding import WHOLE, Section, Sharding, columns, rows
 
 __all__ = ["LatentAttention"]
+
+
+class Latents(PlainModule):
+    """What all heads read of a token: the seam between what is one and what is by heads."""
+
+    def forward(self, c_kv: Tensor, k_pe: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the latent (B, 1, T, R) and the rotated key (B, 1, T, Dr) as they are."""
+        return c_kv, k_pe
 
 
 class LatentAttention(StackPart):
@@ -47,7 +56,6 @@ class LatentAttention(StackPart):
         interleaved: bool,
     ) -> None:
         super().__init__()
-        self.num_heads = num_heads
         self.q_lora_rank = q_lora_rank
         self.kv_lora_rank = kv_lora_rank
         self.qk_nope_head_dim = qk_nope_head_dim
@@ -71,6 +79,7 @@ class LatentAttention(StackPart):
             kv_lora_rank, num_heads * (qk_nope_head_dim + v_head_dim), bias=False
         )
         self.o_proj = Linear(num_heads * v_head_dim, hidden_size, bias=bias)
+        self.latents = Latents()
 
     def forward(
         self, hidden_states: Tensor, context: ForwardContext
@@ -79,26 +88,49 @@ class LatentAttention(StackPart):
         B, T, _ = hidden_states.shape
         Dn, R = self.qk_nope_head_dim, self.kv_lora_rank
         q, latent = self._queries_and_latents(hidden_states)
-        q = q.view(B, T, self.num_heads, -1).transpose(1, 2)
+        q = q.view(B, T, -1, Dn + self.qk_rope_head_dim).transpose(1, 2)
         latent = latent[:, None]  # (B, 1, T, R + Dr)
         c_kv = self.kv_a_layernorm(latent[..., :R])
         q_pe, k_pe = rotate_both(
             q[..., Dn:], latent[..., R:], context.cos, context.sin, interleaved=self.interleaved
         )
+        c_kv, k_pe = self.latents(c_kv, k_pe)
         out, weights = self._attend(q[..., :Dn], q_pe, c_kv, k_pe, context)
         return self.o_proj(out.transpose(1, 2).flatten(2)), weights
+
+    def sharding(self) -> Sharding:
+        """Give each process some heads, and all that is before them."""
+        Dn, Dr, Dv = self.qk_nope_head_dim, self.qk_rope_head_dim, self.v_head_dim
+        H, key = self.o_proj.in_features // Dv, "num_attention_heads"
+        queries = "q_proj" if self.q_lora_rank is None else "q_b_proj"
+        sizes = {queries: Dn + Dr, "kv_b_proj": Dn + Dv}
+        whole = ("q_a_proj", "kv_a_proj_with_mqa")
+        return Sharding(
+            {
+                **{f"{name}.weight": rows(Section(H, size, key)) for name, size in sizes.items()},
+                **{f"{name}.{leaf}": WHOLE for name in whole for leaf in ("weight", "bias")},
+                "o_proj.weight": columns(Section(H, Dv, key)),
+                "o_proj.bias": WHOLE,
+            },
+            # What is made of latents is by heads: f is passed here, R + Dr numbers a token wide,
+            # and all that makes the latents learns from all heads.
+            copies=(queries, "latents"),
+            reduces=("o_proj",),
+            first_only=("o_proj.bias",),
+        )
 
     def part(self, norm: parts.Norm) -> parts.Part | None:
         """Return the maps and how they are used; None where weights may be dropped."""
         kv_norm = norm_of(self.kv_a_layernorm)
         w_kv = self._w_kv()
-        if w_kv is None or kv_norm is None:
+        if w_kv is None or kv_norm is None or hooked(self.latents):
             return None
         if self.training and self.attention_dropout:
             return None
         direct = self.q_lora_rank is None
         queries = (self.q_proj,) if direct else (self.q_b_proj, self.q_a_proj)
-        held = matrices(self.kv_a_proj_with_mqa, self.o_proj, *queries)
+        maps = self.kv_a_proj_with_mqa, self.o_proj, *queries
+        held = matrices(*maps, summed=self.o_proj)
         q_norm = None if direct else norm_of(self.q_a_layernorm)
         if held is None or (q_norm is None) != direct:
             return None
@@ -115,6 +147,10 @@ class LatentAttention(StackPart):
             self.scaling,
             self.interleaved,
         )
+
+    def makes(self) -> nn.Module:
+        """Return the map behind the heads."""
+        return self.o_proj
 
     def kept(self, context: ForwardContext) -> tuple[Tensor, ...] | None:
         """Return the latents and keys of this layer, with room for the forward's."""
@@ -134,7 +170,7 @@ class LatentAttention(StackPart):
         return self._by_head(plain.weight)
 
     def _by_head(self, weight: Tensor) -> Tensor:
-        return weight.view(self.num_heads, -1, self.kv_lora_rank)
+        return weight.view(-1, self.qk_nope_head_dim + self.v_head_dim, self.kv_lora_rank)
 
     def _queries_and_latents(self, hidden_states: Tensor) -> tuple[Tensor, Tensor]:
         latents = self.kv_a_proj_with_mqa
@@ -147,7 +183,14 @@ class LatentAttention(StackPart):
     def _attend(
         self, q_nope: Tensor, q_pe: Tensor, c_kv: Tensor, k_pe: Tensor, context: ForwardContext
     ) -> tuple[Tensor, Tensor | None]:
-        w_kv, dropout = self._w_kv(), self.attention_dropout if self.training else 0.0
+        dropout = self.attention_dropout if self.training else 0.0
+        texts = context.separate_texts(None, dropout)
+        if texts is not None:
+            own = q_nope, q_pe, c_kv[:, 0], k_pe[:, 0]
+            made = separate_texts(*own, self.kv_b_proj, texts, scale=self.scaling)
+            if made is not None:
+                return made, None
+        w_kv = self._w_kv()
         if w_kv is None:
             adapted = matrix_in_use(self.kv_b_proj)
             w_kv = None if adapted is None else self._by_head(adapted)

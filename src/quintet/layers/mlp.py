@@ -10,6 +10,7 @@ from quintet.layers.plain import untouched
 from quintet.layers.stack import StackPart
 from quintet.ops.activations import Activation, activation, gate_by
 from quintet.ops.one_pass import gate_in_one_pass, gated_mlp
+from quintet.sharding import WHOLE, Section, Sharding, columns, rows
 
 __all__ = ["GatedMLP", "silu_matrices"]
 
@@ -40,16 +41,35 @@ class GatedMLP(StackPart):
         gate, up = project(hidden_states, self.gate_proj, self.up_proj)
         return self.down_proj(gate_by(self.act_fn, gate, up))  # type: ignore[no-any-return]
 
+    def sharding(self, key: str = "intermediate_size") -> Sharding:
+        """Give each process some of the inner channels: its output is a part of a sum."""
+        inner = Section(self.gate_proj.out_features, 1, key)
+        return Sharding(
+            {
+                "gate_proj.weight": rows(inner),
+                "gate_proj.bias": rows(inner),
+                "up_proj.weight": rows(inner),
+                "up_proj.bias": rows(inner),
+                "down_proj.weight": columns(inner),
+                "down_proj.bias": WHOLE,
+            },
+            first_only=("down_proj.bias",),
+        )
+
     def part(self, norm: parts.Norm) -> parts.Part | None:
         """Return the maps; None with another activation than SiLU."""
-        held = silu_matrices(self)
+        held = _silu_matrices(self)
         return None if held is None else parts.MLP(norm, *held)
 
 
 def silu_matrices(mlp: nn.Module) -> tuple[Matrix, Matrix, Matrix] | None:
     """Return gate, up and down of a gated MLP with SiLU; None of one that has to be called."""
     plain = untouched(mlp, GatedMLP)
-    if plain is None or plain.act_fn is not F.silu:
+    return None if plain is None else _silu_matrices(plain)
+
+
+def _silu_matrices(mlp: GatedMLP) -> tuple[Matrix, Matrix, Matrix] | None:
+    if type(mlp) is not GatedMLP or mlp.act_fn is not F.silu:
         return None
-    held = matrices(plain.gate_proj, plain.up_proj, plain.down_proj)
+    held = matrices(mlp.gate_proj, mlp.up_proj, mlp.down_proj)
     return None if held is None else (held[0], held[1], held[2])

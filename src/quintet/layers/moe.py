@@ -9,10 +9,13 @@ from torch import Tensor, nn
 from quintet.kernels.linear import Matrix
 from quintet.layers.context import Notes
 from quintet.layers.plain import PlainModule, hooked
+from quintet.layers.router import ExpertRouter
+from quintet.layers.stack import StackPart
 from quintet.ops.activations import Activation, activation
 from quintet.ops.moe import apply_experts
+from quintet.sharding import Cut, Section, Sharding, stacked
 
-__all__ = ["ExpertStack", "Experts", "run_mlp", "silu_stacks"]
+__all__ = ["ExpertBlock", "ExpertStack", "Experts", "run_mlp", "silu_stacks"]
 
 
 class ExpertStack(PlainModule, ABC):
@@ -48,6 +51,17 @@ class Experts(ExpertStack):
         """Map tokens (N, C) through the experts `indices` (N, A), summed by `weights` (N, A)."""
         return apply_experts(x, indices, weights, self.gate_up_proj, self.down_proj, self.act_fn)
 
+    def sharding(self) -> Sharding:
+        """Give each process some experts, or some inner channels of each, or of some."""
+        E, _, F = self.down_proj.shape
+        experts, inner = Section(E, 1, "num_experts"), Section(F, 1, "moe_intermediate_size")
+        return Sharding(
+            {
+                "gate_up_proj": stacked(experts, Cut(1, (inner, inner), "etp")),
+                "down_proj": stacked(experts, Cut(2, (inner,), "etp")),
+            }
+        )
+
     def map(self, name: str, expert: int, x: Tensor) -> Tensor:
         """Apply an expert's matrix of the stack `name`, gate_up_proj or down_proj, to (n, I)."""
         stack = self._parameters[name]
@@ -65,10 +79,25 @@ class Experts(ExpertStack):
         return f"{E} of {C} -> {F} -> {C}"
 
 
+class ExpertBlock(StackPart):
+    """Experts behind a router, whose logits they note."""
+
+    gate: nn.Module
+
+    def route(self, x: Tensor, notes: Notes | None) -> tuple[Tensor, Tensor, Tensor]:
+        """Return what the router makes of tokens (N, C); in a second run, what the first chose."""
+        choices = None if notes is None else notes.choices
+        # What somebody put in its place need not know of choices.
+        again = choices is not None and isinstance(self.gate, ExpertRouter)
+        output: tuple[Tensor, Tensor, Tensor] = self.gate(x, choices) if again else self.gate(x)
+        return output
+
+
 def run_mlp(mlp: nn.Module, x: Tensor, notes: Notes, *, routed: bool) -> Tensor:
     """Apply an MLP to x, or experts that note their router's logits."""
     # What somebody put in their place need not know of notes that nobody asked for.
-    noted = routed and notes.router_logits is not None
+    again = notes.choices is not None and isinstance(mlp, ExpertBlock)
+    noted = routed and (notes.router_logits is not None or again)
     output: Tensor = mlp(x, notes=notes) if noted else mlp(x)
     return output
 

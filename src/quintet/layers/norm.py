@@ -5,6 +5,7 @@ from torch import Tensor, nn
 
 from quintet.layers.plain import PlainModule
 from quintet.ops.norm import rms_norm
+from quintet.sharding import WHOLE, Sharding
 
 __all__ = ["RMSNorm"]
 
@@ -20,6 +21,10 @@ class RMSNorm(PlainModule):
     def forward(self, hidden_states: Tensor) -> Tensor:
         """Normalise the last axis."""
         return rms_norm(hidden_states, self.weight, self.variance_epsilon)
+
+    def sharding(self) -> Sharding:
+        """Cut nothing: what is normalised is all there."""
+        return Sharding({"weight": WHOLE})
 
     def extra_repr(self) -> str:
         """Show the size in `print(model)`."""

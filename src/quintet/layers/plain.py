@@ -1,12 +1,26 @@
 """Modules that kernels may run uncalled, as long as nobody put anything in between."""
 
-from collections.abc import Callable
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping
 from typing import Any, ClassVar, TypeVar
 
+import torch
 from torch import nn
 from torch.nn.modules import module as hooks
 
-__all__ = ["PlainModule", "called_only", "hooked", "in_between", "untouched"]
+from quintet.kernels.meeting import Meeting
+
+__all__ = [
+    "Idle",
+    "PlainModule",
+    "Summing",
+    "called_only",
+    "hooked",
+    "in_between",
+    "meets",
+    "replaced",
+    "untouched",
+]
 
 Module = TypeVar("Module", bound=nn.Module)
 WRITTEN_CALL = nn.Module._call_impl
@@ -26,6 +40,22 @@ class PlainModule(nn.Module):
         cls.written_forward = cls.forward
 
 
+class Idle:
+    """A hook that does nothing where no gradient is recorded."""
+
+    __slots__ = ()
+
+
+class Summing(ABC):
+    """A hook that adds up what a module makes over processes, and does nothing else."""
+
+    __slots__ = ()
+
+    @abstractmethod
+    def meeting(self) -> Meeting | None:
+        """Return where they meet, for kernels that do the same; None where it is by messages."""
+
+
 def hooked(module: nn.Module) -> bool:
     """Tell whether calling the module may do more than the forward its class was written with.
 
@@ -37,19 +67,50 @@ def hooked(module: nn.Module) -> bool:
 
 def called_only(module: nn.Module) -> bool:
     """Tell the same but for a forward of the module's own, which says itself what it does."""
+    return _acts(module) or module._compiled_call_impl is not None or replaced(module)
+
+
+def replaced(module: nn.Module) -> bool:
+    """Tell whether its class does not say what its call does, or no longer."""
     kind = type(module)
     return bool(
-        module._forward_hooks
-        or module._forward_pre_hooks
-        or module._backward_hooks
-        or module._backward_pre_hooks
-        or module._compiled_call_impl is not None
-        or not issubclass(kind, PlainModule)
+        not issubclass(kind, PlainModule)
         or kind.forward is not kind.written_forward
         or kind.__call__ is not nn.Module._wrapped_call_impl
         or kind._call_impl is not WRITTEN_CALL
         or hooks._has_any_global_hook()  # type: ignore[no-untyped-call]
     )
+
+
+def meets(module: nn.Module) -> Meeting | None:
+    """Return where processes add up what a module makes, of one that is hooked for that alone."""
+    acting = [hook for hook in _hooks(module) if not isinstance(hook, Idle)]
+    alone = len(acting) == 1 and acting[0] in module._forward_hooks.values()
+    if not alone or torch.is_grad_enabled() or "forward" in vars(module) or replaced(module):
+        return None
+    return acting[0].meeting() if isinstance(acting[0], Summing) else None
+
+
+def _hooks(module: nn.Module) -> list[object]:
+    held: tuple[Mapping[int, object], ...] = (
+        module._forward_hooks,
+        module._forward_pre_hooks,
+        module._backward_hooks,
+        module._backward_pre_hooks,
+    )
+    return [hook for hooks_of in held for hook in hooks_of.values()]
+
+
+def _acts(module: nn.Module) -> bool:
+    """Tell whether a hook of a module does anything now."""
+    if not (
+        module._forward_hooks
+        or module._forward_pre_hooks
+        or module._backward_hooks
+        or module._backward_pre_hooks
+    ):
+        return False
+    return torch.is_grad_enabled() or not all(isinstance(hook, Idle) for hook in _hooks(module))
 
 
 def in_between(model: nn.Module) -> tuple[object, ...]:

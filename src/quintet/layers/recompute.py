@@ -13,6 +13,7 @@ from torch.utils.checkpoint import checkpoint
 from quintet.errors import InputError
 from quintet.layers.adapted import placed
 from quintet.layers.context import ForwardContext
+from quintet.layers.router import Choices
 
 __all__ = ["Recompute"]
 
@@ -73,10 +74,13 @@ class Recompute:
     ) -> Any:
         """Apply a layer to (B, T, C) and more, and keep its notes."""
         weighed: list[int] = []
+        # A compiled program chooses once, and keeps or recomputes what its compiler decides.
+        choices = None if torch.compiler.is_compiling() else Choices()
 
         def noting(hidden: Tensor, embeds: Tensor, *others: Tensor) -> tuple[Any, ...]:
             # Notes of its own, so that no second run adds to those of the first.
             notes = context.notes.like()
+            notes.choices = None if choices is None else choices.again()
             named = dict(zip(more, others, strict=True))
             own = replace(context, embeds=embeds, notes=notes)
             with placed(context.placing):

@@ -1,5 +1,6 @@
 """Mixtures of routed and shared experts, with the routers of DeepSeek."""
 
+from abc import abstractmethod
 from collections.abc import Callable
 from typing import Self
 
@@ -10,46 +11,62 @@ from quintet.kernels import parts
 from quintet.kernels.routing import Rules
 from quintet.layers.context import Notes
 from quintet.layers.mlp import GatedMLP, silu_matrices
-from quintet.layers.moe import Experts, silu_stacks
-from quintet.layers.plain import PlainModule, untouched
-from quintet.layers.stack import StackPart
+from quintet.layers.moe import ExpertBlock, Experts, silu_stacks
+from quintet.layers.plain import untouched
+from quintet.layers.router import ExpertRouter
 from quintet.ops.routing import (
     RoutingRules,
     router_logits,
+    sigmoid_choice,
     sigmoid_routing,
     sigmoid_rules,
+    sigmoid_weights,
+    softmax_choice,
     softmax_routing,
     softmax_rules,
+    softmax_weights,
 )
+from quintet.sharding import Sharding
 
 __all__ = ["Router", "SharedExpertsMoE", "SigmoidRouter", "SoftmaxRouter"]
 
 
-class Router(PlainModule):
-    """Scores of E experts for each token."""
+class Router(ExpertRouter):
+    """The router of DeepSeek."""
 
     def __init__(self, hidden_size: int, num_experts: int, rules: RoutingRules) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.empty(num_experts, hidden_size))
         self.rules = rules
 
-    def forward(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Return the logits (N, E) of tokens (N, C), the weights (N, A), and whose these are."""
-        logits = router_logits(x, self.weight)
-        indices, weights = self.choose(logits)
-        return logits, weights, indices
+    @property
+    def active(self) -> int:
+        """A, how many experts a token is sent to."""
+        return self.rules.active
 
-    def choose(self, logits: Tensor) -> tuple[Tensor, Tensor]:
-        """Return the experts (N, A) and their weights, given the logits (N, E)."""
-        raise NotImplementedError
+    def score(self, x: Tensor) -> Tensor:
+        """Return the logits (N, E) of tokens (N, C)."""
+        return router_logits(x, self.weight)
 
+    @abstractmethod
     def kernel_rules(self) -> tuple[Rules, Tensor | None]:
         """Write the rules of `choose` for the kernel, and the bias (E,) that it adds."""
-        raise NotImplementedError
 
 
 class SoftmaxRouter(Router):
     """The router of DeepSeek-V2."""
+
+    def affinities(self, logits: Tensor) -> Tensor:
+        """Return the affinities (N, E), given the logits (N, E)."""
+        return logits.softmax(dim=-1)
+
+    def choice(self, scores: Tensor) -> Tensor:
+        """Return the experts (N, A), given the affinities (N, E)."""
+        return softmax_choice(scores, self.rules)
+
+    def weigh(self, scores: Tensor, indices: Tensor) -> Tensor:
+        """Return the weights (N, A) of experts (N, A), given the affinities (N, E)."""
+        return softmax_weights(scores, indices, self.rules)
 
     def choose(self, logits: Tensor) -> tuple[Tensor, Tensor]:
         """Return the experts (N, A) and their weights, given the logits (N, E)."""
@@ -70,6 +87,18 @@ class SigmoidRouter(Router):
         bias = torch.zeros(num_experts, dtype=torch.float32)
         self.register_buffer("e_score_correction_bias", bias)
 
+    def affinities(self, logits: Tensor) -> Tensor:
+        """Return the affinities (N, E), given the logits (N, E)."""
+        return logits.sigmoid()
+
+    def choice(self, scores: Tensor) -> Tensor:
+        """Return the experts (N, A), given the affinities (N, E)."""
+        return sigmoid_choice(scores, self.e_score_correction_bias, self.rules)
+
+    def weigh(self, scores: Tensor, indices: Tensor) -> Tensor:
+        """Return the weights (N, A) of experts (N, A), given the affinities (N, E)."""
+        return sigmoid_weights(scores, indices, self.rules)
+
     def choose(self, logits: Tensor) -> tuple[Tensor, Tensor]:
         """Return the experts (N, A) and their weights, given the logits (N, E)."""
         return sigmoid_routing(logits, self.e_score_correction_bias, self.rules)
@@ -80,15 +109,18 @@ class SigmoidRouter(Router):
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         # model.to(bfloat16) must not round the bias: its steps are smaller than bfloat16's.
-        bias = self.e_score_correction_bias
+        bias = self._buffers["e_score_correction_bias"]
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        if bias is None:
+            # Another process has it.
+            return self
         moved = self.e_score_correction_bias
         if moved.dtype != torch.float32:
             self.e_score_correction_bias = bias.to(moved.device)
         return self
 
 
-class SharedExpertsMoE(StackPart):
+class SharedExpertsMoE(ExpertBlock):
     """Routed experts, and shared ones that every token goes through (arXiv:2401.06066, §3)."""
 
     def __init__(self, gate: Router, experts: Experts, shared_experts: GatedMLP | None) -> None:
@@ -101,13 +133,21 @@ class SharedExpertsMoE(StackPart):
         """Map (B, T, C) to (B, T, C), and note the router's logits (B, T, E)."""
         B, T, _ = hidden_states.shape
         tokens = hidden_states.flatten(0, 1)
-        logits, weights, indices = self.gate(tokens)
+        logits, weights, indices = self.route(tokens, notes)
         out: Tensor = self.experts(tokens, indices, weights).view_as(hidden_states)
         if self.shared_experts is not None:
             out = out + self.shared_experts(hidden_states)
         if notes is not None:
             notes.note_routing(logits.view(B, T, -1))
         return out
+
+    def sharding(self) -> Sharding:
+        """Let what all experts make add up once, routed and shared."""
+        if self.shared_experts is None:
+            return Sharding(copies=("experts",), reduces=("",))
+        shared = self.shared_experts.sharding("n_shared_experts · moe_intermediate_size")
+        block = Sharding(copies=("experts", "shared_experts"), reduces=("",))
+        return block | shared.below("shared_experts.")
 
     def part(self, norm: parts.Norm) -> parts.Part | None:
         """Return router, experts and shared experts."""

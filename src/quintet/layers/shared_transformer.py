@@ -18,6 +18,7 @@ from quintet.layers.plain import PlainModule, hooked, untouched
 from quintet.layers.stack import Piece, norm_of
 from quintet.ops.activations import Activation, activation, gate_by
 from quintet.ops.rope import rotate_both
+from quintet.sharding import WHOLE, Section, Sharding, columns, rows
 
 __all__ = ["Adapters", "SharedAttention", "SharedMLP", "SharedTransformer"]
 
@@ -36,6 +37,14 @@ class Adapters(nn.ModuleDict):
         super().__init__()
         for use in uses:
             self[str(use)] = Adapter(in_size, rank, out_size)
+
+    def cut_like(self, *sections: Section) -> Sharding:
+        """Cut what is added as what it is added to; of the maps to ranks, all have all."""
+        first, second = ([f"{use}.{i}.weight" for use in self] for i in (0, 1))
+        cuts = {**dict.fromkeys(first, WHOLE), **dict.fromkeys(second, rows(*sections))}
+        # Their inputs passed f with those of the maps, so that each process finds what its own
+        # outputs ask of the ranks. Once a step, that costs less than passing f in each use.
+        return Sharding(cuts, partial=tuple(first))
 
 
 def adapted(
@@ -130,6 +139,22 @@ class SharedAttention(PlainModule):
         )
         return self.o_proj(out.transpose(1, 2).flatten(2)), weights
 
+    def sharding(self) -> Sharding:
+        """Give each process some heads."""
+        D = self.head_dim
+        heads = Section(self.q_proj.out_features // D, D, "num_attention_heads")
+        K = self.k_proj.out_features // D
+        kv_heads = Section(K, D, "num_key_value_heads", shared=True)
+        own = {"q": heads, "k": kv_heads, "v": kv_heads}
+        maps = {f"{name}_proj.weight": rows(section) for name, section in own.items()}
+        table = Sharding(
+            {**maps, "o_proj.weight": columns(heads)}, copies=("",), reduces=("o_proj",)
+        )
+        if self.adapts:
+            for (name, section), adapters in zip(own.items(), self._adapters(), strict=True):
+                table |= adapters.cut_like(section).below(f"linear_{name}_adapter_list.")
+        return table
+
     def piece(self, norm: parts.Norm, *, layer_idx: int, use: int) -> Piece | None:
         """Return a use of the attention behind a norm, or None if it has to be called."""
         maps = (self.q_proj, self.k_proj, self.v_proj)
@@ -195,6 +220,23 @@ class SharedMLP(PlainModule):
         maps, adapters = (self.gate_up_proj,), (self.gate_up_proj_adapter_list,)
         gate, up = adapted(x, maps, adapters, use)[0].chunk(2, dim=-1)
         return self.down_proj(gate_by(self.act_fn, gate, up))  # type: ignore[no-any-return]
+
+    def sharding(self) -> Sharding:
+        """Give each process some of the inner channels, of the gate and of what it gates."""
+        inner = Section(self.down_proj.in_features, 1, "intermediate_size")
+        table = Sharding(
+            {
+                "gate_up_proj.weight": rows(inner, inner),
+                "gate_up_proj.bias": rows(inner, inner),
+                "down_proj.weight": columns(inner),
+                "down_proj.bias": WHOLE,
+            },
+            copies=("",),
+            reduces=("down_proj",),
+            first_only=("down_proj.bias",),
+        )
+        adapters = self.gate_up_proj_adapter_list.cut_like(inner, inner)
+        return table | adapters.below("gate_up_proj_adapter_list.")
 
     def piece(self, norm: parts.Norm, linear: nn.Module, *, use: int) -> Piece | None:
         """Return a use of the MLP behind a norm and before a map, or None if they are called."""

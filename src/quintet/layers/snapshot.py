@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from quintet.layers.plain import hooked
+from quintet.layers.plain import replaced
 
 __all__ = ["Snapshot"]
 
@@ -42,6 +42,7 @@ class Snapshot:
                 m._backward_pre_hooks,
             )
         ]
+        self._hooked = list(chain.from_iterable(map(dict.values, self._hooks)))
         places: list[tuple[dict[str, Any], str]] = [
             (held, name)
             for m in modules
@@ -58,14 +59,19 @@ class Snapshot:
         """Tell whether all is as it was."""
         values = chain.from_iterable(map(dict.values, self._attributes))
         return (
-            not any(self._hooks)
+            sum(map(len, self._hooks)) == len(self._hooked)
+            and all(map(operator.is_, self._now_hooked(), self._hooked))
             and sum(map(len, self._attributes)) == len(self._values)
             and all(map(operator.is_, values, self._values))
             and all(map(operator.is_, map(look_up, self._held, self._names), self._parts))
             and list(map(Tensor.data_ptr, self._tensors)) == self._addresses
             and list(map(type, self._modules)) == self._kinds
-            and not any(map(hooked, self._one_of_each))
+            and not any(map(replaced, self._one_of_each))
         )
+
+    def _now_hooked(self) -> Iterator[object]:
+        # Where there were none and none came, nothing is looked through.
+        return chain.from_iterable(map(dict.values, self._hooks if self._hooked else ()))
 
 
 def _runs(kind: type[nn.Module]) -> bool:

@@ -12,11 +12,12 @@ from torch import Tensor, nn
 from quintet.kernels import parts
 from quintet.kernels.calls import applies
 from quintet.kernels.linear import STEP_TOKENS
+from quintet.kernels.meeting import Meeting
 from quintet.kernels.native import available
 from quintet.kernels.stack import Stack
 from quintet.layers.context import ForwardContext
 from quintet.layers.norm import RMSNorm
-from quintet.layers.plain import PlainModule, hooked, untouched
+from quintet.layers.plain import PlainModule, hooked, meets, untouched
 from quintet.layers.snapshot import Snapshot
 from quintet.ops.attention import sdpa
 
@@ -39,10 +40,12 @@ class Piece(NamedTuple):
     Attributes:
         part: what it holds.
         kept: what of a forward's cache the kernel is to change; None where it cannot.
+        meeting: where processes add up what the part makes; None where this one makes all.
     """
 
     part: parts.Part
     kept: Callable[[ForwardContext], tuple[Tensor, ...] | None]
+    meeting: Meeting | None = None
 
 
 class StackLayer(PlainModule, ABC):
@@ -64,6 +67,13 @@ class StackPart(PlainModule, ABC):
         """Return what of a forward's cache the kernel is to change; None where it cannot."""
         return ()
 
+    def makes(self) -> nn.Module:
+        """Return the module that makes what is added to x, itself or one in it.
+
+        Behind it, what several processes make may add up; `part` need not look at that.
+        """
+        return self
+
 
 def residuals(
     *pairs: tuple[nn.Module, nn.Module], of: parts.Source = parts.Source.HIDDEN
@@ -78,11 +88,14 @@ def residuals(
         # A subclass with another forward has to say again what it holds.
         if not isinstance(module, StackPart) or "part" not in vars(type(module)):
             return None
-        before = norm_of(norm, of)
-        part = None if before is None or hooked(module) else module.part(before)
+        before, makes = norm_of(norm, of), module.makes()
+        meeting = meets(makes) if hooked(makes) else None
+        called = hooked(makes) and meeting is None
+        called |= makes is not module and hooked(module)
+        part = None if before is None or called else module.part(before)
         if part is None:
             return None
-        pieces.append(Piece(part, module.kept))
+        pieces.append(Piece(part, module.kept, meeting))
     return pieces
 
 
@@ -193,7 +206,8 @@ def gather(
         behind = norm_of(final_norm) if pieces and group is grouped[-1] else None
         if behind is not None:
             pieces.append(Piece(parts.FinalNorm(behind), _nothing))
-        stack = Stack.of([piece.part for piece in pieces], C, dtype) if pieces else None
+        meetings = [piece.meeting for piece in pieces]
+        stack = Stack.of([piece.part for piece in pieces], C, dtype, meetings) if pieces else None
         own = tuple(layer for layer, _ in group)
         runs.append(LayerRun(own, stack, tuple(pieces), behind is not None))
     return tuple(runs)

@@ -65,8 +65,13 @@ class Adapting(AdaptedRows):
             ModelNotFoundError: no such directory or repository.
             CheckpointError: it is no adapter, is damaged, or does not fit this model.
             UnsupportedModelError: it is of a kind, or asks for something, that is not here.
-            InputError: there is one of that name.
+            InputError: there is one of that name, or the model is divided among processes.
         """
+        if self.world is not None and self.world.degrees.tp * self.world.degrees.pp > 1:
+            raise InputError(
+                "several processes hold this model, and an adapter is not divided among them; "
+                "merge it in one process: merge_and_unload(), then save_pretrained(…)"
+            )
         adapters = Adapters() if self.adapters is None else self.adapters
         if hotswap:
             adapters.check_known([adapter_name])
@@ -293,6 +298,7 @@ class Adapting(AdaptedRows):
         trains: bool,
     ) -> None:
         self._check_unmerged(adapters)
+        self._check_whole()
         for module in self.modules():
             if isinstance(module, AdaptedRows):
                 object.__setattr__(module, "adapters", adapters)
@@ -318,6 +324,16 @@ class Adapting(AdaptedRows):
     def _check_unmerged(self, adapters: Adapters) -> None:
         if adapters.merged is not None:
             raise InputError("there are adapters in the weights; call unmerge_adapter() first")
+
+    def _check_whole(self) -> None:
+        degrees = None if self.world is None else self.world.degrees
+        if degrees is not None and max(degrees.tp, degrees.ep, degrees.pp) > 1:
+            raise InputError(
+                f"tp={degrees.tp}, ep={degrees.ep}, pp={degrees.pp} gave this process a part of "
+                "the model, and an adapter is of whole matrices: put it on the model in one "
+                "process, merge_and_unload() it, save_pretrained() that, and load the result in "
+                "several"
+            )
 
     def _layout(self) -> Layout:
         headless = self.base_model is self

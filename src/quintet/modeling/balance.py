@@ -1,5 +1,6 @@
-"""Balancing experts in training by the bias of their routers, without a loss."""
+"""How many tokens each expert gets, and biases of routers that even it out without a loss."""
 
+import math
 from functools import partial
 from types import TracebackType
 from typing import Self
@@ -8,52 +9,73 @@ import torch
 from torch import Tensor, nn
 
 from quintet.errors import InputError
+from quintet.layers.router import ExpertRouter
 from quintet.layers.routing import SigmoidRouter
+from quintet.modeling.core import ModelCore
 from quintet.ops.routing import balanced_bias, expert_load, max_violation
 
-__all__ = ["LoadBalancer"]
+__all__ = ["BiasBalancer", "ExpertLoads", "LoadBalancer", "balance_metrics"]
 
 
-class LoadBalancer:
-    """Counts the tokens of each expert, and moves the routers' biases against their loads.
+class ExpertLoads:
+    """Counts the tokens that each router sends to each expert.
 
-    Call `step` after each step of the optimiser: b_e += rate · sign(mean load - load_e)
-    (DeepSeek-V3, arXiv:2412.19437, §2.1.2). Every token that a router sees counts, padding too.
-    `close`, or leaving it as a context, ends the counting.
+    Padding passes no router and is not counted. A layer that is recomputed in the backward pass,
+    in whatever way, is counted once. `close`, or leaving it as a context, ends the counting.
+
+    Args:
+        model: whose routers, those of prediction layers among them.
+        training: count what passes routers in training mode alone, and not under
+            `torch.inference_mode`, so that evaluations between steps do not matter.
 
     Attributes:
-        loads: how many tokens each router, by its name, has sent to each expert (E,) since the
-            last step.
+        routers: L of them, by their names.
 
     Raises:
-        InputError: the model has no router with a bias, or the rate is negative.
+        InputError: the model has no experts.
     """
 
-    def __init__(self, model: nn.Module, rate: float = 0.001) -> None:
-        if rate < 0:
-            raise InputError(f"rate={rate} is how far a bias moves in a step; it is at least 0")
-        self.rate = rate
-        self.routers = {n: m for n, m in model.named_modules() if isinstance(m, SigmoidRouter)}
+    def __init__(self, model: nn.Module, *, training: bool = False) -> None:
+        self.routers = {n: m for n, m in model.named_modules() if isinstance(m, ExpertRouter)}
         if not self.routers:
             raise InputError(
-                f"{type(model).__name__} has no router with a bias; only DeepSeek-V3's have one"
+                f"{type(model).__name__} has no experts to count the tokens of; DeepSeek-V2, "
+                "DeepSeek-V3 and Qwen2-MoE have them"
             )
-        self.loads: dict[str, Tensor] = {}
+        self.training = training
+        self._sequences = model.sequences if isinstance(model, ModelCore) else None
+        self._counts: dict[str, Tensor] = {}
         self._handles = [
             router.register_forward_hook(partial(self._count, name))
             for name, router in self.routers.items()
         ]
 
-    def violations(self) -> dict[str, float]:
-        """Return each router's MaxVio since the last step, max load / mean load - 1."""
-        return {name: max_violation(load) for name, load in self.loads.items()}
+    def loads(self) -> Tensor:
+        """Return how many tokens each router sent to each expert since it was cleared, (L, E).
 
-    def step(self) -> None:
-        """Move the biases and forget the loads."""
-        for name, load in self.loads.items():
-            bias = self.routers[name].e_score_correction_bias
-            bias.copy_(balanced_bias(bias, load.to(bias.device), self.rate))
-        self.loads.clear()
+        They are sums: those of several processes add up, and `BiasBalancer.step` takes them.
+        """
+        first = next(iter(self.routers.values())).weight
+        rows = []
+        for name, router in self.routers.items():
+            none = torch.zeros(router.num_experts, dtype=torch.long)
+            rows.append(self._counts.get(name, none).to(first.device))
+        return torch.stack(rows)
+
+    def violations(self, loads: Tensor | None = None) -> dict[str, float]:
+        """Return MaxVio, max load / mean load - 1, of each router that tokens passed.
+
+        Of loads (L, E) such as the sums of several processes, in place of those counted here.
+        """
+        return {name: max_violation(load) for name, load in self._seen(loads)}
+
+    def metrics(self) -> dict[str, float]:
+        """Return numbers for a log; see `balance_metrics`."""
+        return balance_metrics([load for _, load in self._seen()])
+
+    def clear(self) -> None:
+        """Forget what was counted."""
+        self._counts.clear()
 
     def close(self) -> None:
         """Stop counting."""
@@ -71,11 +93,125 @@ class LoadBalancer:
     ) -> None:
         self.close()
 
+    def _seen(self, loads: Tensor | None = None) -> list[tuple[str, Tensor]]:
+        counted = self.loads() if loads is None else loads
+        named = zip(self.routers, counted.cpu(), strict=True)
+        return [(name, load) for name, load in named if bool(load.any())]
+
     @torch.no_grad()
     def _count(
-        self, name: str, router: nn.Module, args: tuple[Tensor], out: tuple[Tensor, Tensor, Tensor]
+        self,
+        name: str,
+        router: ExpertRouter,
+        args: tuple[object, ...],
+        out: tuple[Tensor, Tensor, Tensor],
     ) -> None:
-        logits, _, indices = out
-        load = expert_load(indices, logits.shape[-1])
-        held = self.loads.get(name)
-        self.loads[name] = load if held is None else held + load
+        if self.training and (not router.training or torch.is_inference_mode_enabled()):
+            return
+        # Inside a backward pass runs nothing but what recomputes.
+        if torch._C._current_graph_task_id() != -1:
+            return
+        chosen = out[2]
+        if self._sequences is not None and (real := self._sequences.real) is not None:
+            chosen = chosen[real]
+        load = expert_load(chosen, router.num_experts)
+        held = self._counts.get(name)
+        self._counts[name] = load if held is None else held + load
+
+
+class BiasBalancer(ExpertLoads):
+    """Moves the biases of DeepSeek-V3's routers against their loads.
+
+    Call `step` after each step of the optimiser: b_e += γ · sign(mean load - load_e)
+    (arXiv:2412.19437, §2.1.2), the loads being those of all forwards in training mode since the
+    last. A router whose weight is frozen, as beneath adapters, is counted, and its bias stays: it
+    belongs to a model that is not trained.
+
+    Args:
+        model: whose routers.
+        rate: γ, how far a bias moves in a step, where `step` is not told another.
+        centred: subtract from what is added to the biases of a router its mean.
+
+    Raises:
+        InputError: the model has no router with a bias, all of them are frozen, or the rate is
+            no number of at least 0.
+    """
+
+    def __init__(self, model: nn.Module, rate: float = 0.001, *, centred: bool = False) -> None:
+        _check_rate(rate)
+        found = [m for m in model.modules() if isinstance(m, SigmoidRouter)]
+        if not found:
+            raise InputError(
+                f"{type(model).__name__} has no router with a bias; only DeepSeek-V3's have one"
+            )
+        if not any(router.weight.requires_grad for router in found):
+            raise InputError(
+                f"all routers of this {type(model).__name__} are frozen, as beneath adapters, and "
+                "their biases belong to them; train the routers, or leave balancing out"
+            )
+        super().__init__(model, training=True)
+        self.rate = rate
+        self.centred = centred
+
+    @torch.no_grad()
+    def step(self, rate: float | None = None, loads: Tensor | None = None) -> None:
+        """Move the biases and forget the loads.
+
+        Args:
+            rate: γ of this step.
+            loads: (L, E) to move them against, such as the sums of several processes; those
+                counted here if not given.
+
+        Raises:
+            InputError: the loads have another shape, or the rate is no number of at least 0.
+        """
+        rate = self.rate if rate is None else rate
+        _check_rate(rate)
+        counted = self.loads()
+        if loads is not None and loads.shape != counted.shape:
+            raise InputError(
+                f"loads have shape {tuple(loads.shape)}; there are {counted.shape[0]} routers of "
+                f"{counted.shape[1]} experts, as in loads()"
+            )
+        counted = counted if loads is None else loads
+        for router, load in zip(self.routers.values(), counted, strict=True):
+            if isinstance(router, SigmoidRouter) and router.weight.requires_grad:
+                bias = router.e_score_correction_bias
+                moved = balanced_bias(bias, load.to(bias.device), rate, centred=self.centred)
+                bias.copy_(moved)
+        self.clear()
+
+
+LoadBalancer = BiasBalancer
+
+
+def balance_metrics(loads: list[Tensor]) -> dict[str, float]:
+    """Return what the loads (E,) of several layers come to, as numbers for a log.
+
+    max_violation is the mean over layers of max load / mean load - 1, worst_violation the largest;
+    load_entropy the mean entropy of the shares of the load over that of equal ones, 1 in perfect
+    balance; dead_experts how many got nothing, of all layers. Without loads there are no numbers.
+    """
+    if not loads:
+        return {}
+    violations = [max_violation(load) for load in loads]
+    entropies = []
+    for load in loads:
+        share = load.to(torch.float64) / load.sum()
+        entropies.append(float(-torch.xlogy(share, share).sum()) / math.log(max(len(load), 2)))
+    return {
+        "max_violation": sum(violations) / len(violations),
+        "worst_violation": max(violations),
+        "load_entropy": sum(entropies) / len(entropies),
+        "dead_experts": float(sum(int((load == 0).sum()) for load in loads)),
+    }
+
+
+def _check_rate(rate: float) -> None:
+    """Check that a bias can move by a rate.
+
+    Raises:
+        InputError: it cannot.
+    """
+    if not (rate >= 0 and math.isfinite(rate)):
+        raise InputError(f"rate={rate} is how far a bias moves in a step; it is at least 0")

@@ -7,6 +7,7 @@ from typing import Any, Self
 
 import torch
 from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh
 
 from quintet.configuration.base import CONFIG_NAME, PreTrainedConfig
 from quintet.errors import InputError
@@ -17,12 +18,14 @@ from quintet.modeling import loading
 from quintet.modeling.adapting import Adapting
 from quintet.modeling.checkpointing import Checkpointing
 from quintet.modeling.contract import ModelContract
+from quintet.modeling.dividing import world_for
 from quintet.modeling.key_mapping import check_tied, stack_experts
 from quintet.modeling.placement import DeviceMap, MaxMemory, named_dtype
-from quintet.quantization import (
-    QuantizationConfig,
-    packed,
-)
+from quintet.modeling.saving import write_together
+from quintet.parallel.division import DistributedConfig
+from quintet.parallel.division import asked as asked_for
+from quintet.parallel.together import Together
+from quintet.quantization import QuantizationConfig, packed
 
 __all__ = ["PreTrainedModel"]
 
@@ -73,6 +76,10 @@ class PreTrainedModel(ModelContract, Checkpointing, Adapting, Pushable):
         torch_dtype: str | torch.dtype | None = None,
         device_map: DeviceMap = None,
         max_memory: MaxMemory | None = None,
+        tp_plan: str | Mapping[str, str] | None = None,
+        tp_size: int | None = None,
+        device_mesh: DeviceMesh | None = None,
+        distributed_config: DistributedConfig | Mapping[str, Any] | None = None,
         revision: str | None = None,
         cache_dir: str | os.PathLike[str] | None = None,
         token: str | bool | None = None,
@@ -110,6 +117,13 @@ class PreTrainedModel(ModelContract, Checkpointing, Adapting, Pushable):
                 {"model.layers.0": 0, "": "cpu"}. Activations follow the weights.
             max_memory: how much of each device the weights may take, for example
                 {0: "20GB", "cpu": "60GB"}; for device_map="auto", "balanced" or "sequential".
+            tp_plan: "auto" divides the model among the processes that torchrun started, as does
+                device_map="auto" there; each reads only what it holds. With one process it is
+                whole.
+            tp_size: among so many; all if not given.
+            device_mesh: among the processes of a mesh, with dimensions named "tp", "pp" or "dp".
+            distributed_config: how many processes divide what, as a `DistributedConfig` or a
+                mapping.
             revision: branch, tag or commit of a hub id.
             cache_dir: where downloads are kept.
             token: for private repositories.
@@ -137,6 +151,7 @@ class PreTrainedModel(ModelContract, Checkpointing, Adapting, Pushable):
         Raises:
             ModelNotFoundError: no such model.
             CheckpointError: tensors are missing, of other shapes, or unreadable.
+            DistributedError: other processes did not come, or failed.
             DoesNotFitError: the devices have too little memory for the weights.
             ConfigError: the config breaks a rule.
             InputError: an option that does not exist.
@@ -161,7 +176,14 @@ class PreTrainedModel(ModelContract, Checkpointing, Adapting, Pushable):
             )
         if generation_config is not None and not cls.can_generate():
             raise InputError(f"generation_config: a {cls.__name__} generates nothing")
+        asked = asked_for(
+            tp_plan, tp_size, device_mesh, distributed_config, auto=device_map == "auto"
+        )
+        world = None
+        if asked is not None:
+            world = world_for(cls, source, config, config_overrides, asked, device_map, max_memory)
         options = loading.Options(
+            world=world,
             generation_config=generation_config,
             dtype=dtype if torch_dtype is None else torch_dtype,
             device_map=device_map,
@@ -197,9 +219,13 @@ class PreTrainedModel(ModelContract, Checkpointing, Adapting, Pushable):
 
         Whatever happens meanwhile, the directory holds the old checkpoint or the new one.
 
+        A model that several processes hold is one ordinary checkpoint, too. All of them have to
+        call this; the first writes, and has one whole tensor at a time.
+
         Args:
             save_directory: made if needed.
-            is_main_process: False in the processes that are to write nothing.
+            is_main_process: False in the processes that are to write nothing; where several hold
+                the model, the first of them writes unless it is False there.
             max_shard_size: of a file of weights: "5GB", "500MiB", a number of bytes.
             state_dict: the weights in place of the model's own.
             safe_serialization: has to be true.
@@ -218,11 +244,21 @@ class PreTrainedModel(ModelContract, Checkpointing, Adapting, Pushable):
         """
         if not safe_serialization:
             raise InputError("safe_serialization=False: pickled weights are never written")
-        if not is_main_process:
+        several = self.world is not None and self.world.degrees.size > 1
+        if several and (state_dict is not None or push_to_hub):
+            raise InputError(
+                f"{'state_dict' if state_dict is not None else 'push_to_hub'}: several processes "
+                "hold this model, and write it together into a directory; load that in one process "
+                "for more"
+            )
+        if not is_main_process and not several:
             return
         if self.adapters is not None and self.adapters.configs:
             # As in Transformers: the base model is where it was.
-            self.save_adapter(save_directory)
+            with Together(self.world if several else None, "while it saved"):
+                # Every process has all of them.
+                if is_main_process and (self.world is None or self.world.rank == 0):
+                    self.save_adapter(save_directory)
             return
         save_directory = checked_path(save_directory, "save_directory")
         self.config.architectures = [type(self).__name__]
@@ -230,6 +266,17 @@ class PreTrainedModel(ModelContract, Checkpointing, Adapting, Pushable):
         texts = {CONFIG_NAME: self.config.to_json_string()}
         if self.can_generate():
             texts[GENERATION_CONFIG_NAME] = self.generation_config.to_json_string()
+        if self.world is not None and several:
+            write_together(
+                self,
+                self.world,
+                save_directory,
+                max_shard_size=max_shard_size,
+                variant=variant,
+                texts=texts,
+                writes=is_main_process,
+            )
+            return
         given = self.state_dict() if state_dict is None else state_dict
         tied = self.tied_names()
         tensors, files = packed(self, given, self.expert_stacks, tied=tied, dtype=self.dtype)

@@ -18,6 +18,7 @@ from quintet.modeling.outputs import (
 from quintet.modeling.packing import Packing, takes_packing
 from quintet.ops.labels import of_tokens
 from quintet.ops.losses import Items, sequence_loss, span_loss, token_loss
+from quintet.sharding import WHOLE, Sharding
 
 __all__ = ["QuestionAnsweringHead", "SequenceClassificationHead", "TokenClassificationHead"]
 
@@ -36,6 +37,10 @@ class SequenceClassificationHead(Headed):
         self.num_labels = config.num_labels
         self.score = Linear(config.hidden_size, config.num_labels, bias=False)
         self.init_module(self.score)
+
+    def sharding(self) -> Sharding:
+        """Cut nothing of the head: it is small, and its states are all there."""
+        return Sharding({"score.weight": WHOLE})
 
     @takes_packing
     def forward(
@@ -154,6 +159,10 @@ class TokenClassificationHead(Headed):
         self.score = Linear(config.hidden_size, config.num_labels)
         self.init_module(self.score)
 
+    def sharding(self) -> Sharding:
+        """Cut nothing of the head: it is small, and its states are all there."""
+        return Sharding({"score.weight": WHOLE, "score.bias": WHOLE})
+
     @takes_packing
     def forward(
         self,
@@ -222,6 +231,10 @@ class QuestionAnsweringHead(Headed):
         super().__init__(config)
         self.qa_outputs = Linear(config.hidden_size, 2)
         self.init_module(self.qa_outputs)
+
+    def sharding(self) -> Sharding:
+        """Cut nothing of the head: it is small, and its states are all there."""
+        return Sharding({"qa_outputs.weight": WHOLE, "qa_outputs.bias": WHOLE})
 
     @takes_packing
     def forward(

@@ -67,7 +67,9 @@ class ModelContract(ModelCore):
             return plain
         held = [module for module in self.modules() if isinstance(module, Quantized)]
         # A tied head has the tensors of the embedding.
-        by_tensor = {id(next(iter(module.buffers()))): module for module in held}
+        first_of = {module: next(module.buffers(), None) for module in held}
+        # What another stage runs holds nothing here.
+        by_tensor = {id(first): module for module, first in first_of.items() if first is not None}
         return plain + sum(
             module.weight_count for first, module in by_tensor.items() if first not in left_out
         )

@@ -13,8 +13,13 @@ from quintet.configuration.base import PreTrainedConfig
 from quintet.errors import InputError
 from quintet.generation.config import GenerationConfig
 from quintet.generation.plan import Configuring, read_config
+from quintet.layers.mamba2 import GatedRMSNorm
 from quintet.layers.moe import Experts
+from quintet.layers.norm import RMSNorm
 from quintet.ops.attention import attention_backend
+from quintet.parallel.context_parallel import Sequences
+from quintet.parallel.stage import Stage
+from quintet.parallel.world import World
 from quintet.quantization import QuantizationConfig, Quantized, Scheme, Slot, apply, freeze, tie
 
 __all__ = ["ModelCore"]
@@ -27,6 +32,10 @@ class ModelCore(nn.Module):
         config: a copy of the one that was given.
         config_class: the family's configuration.
         hf_device_map: the device of each part, only there where they are several.
+        world: the processes that hold the model together; None where this one has all of it.
+        stage: which of its layers are here; None where all are.
+        sequences: how it learns from rows that several processes share; None where this one reads
+            whole rows. A forward that is called reads whole rows all the same.
         base_model_prefix: the attribute that holds the model without its head.
         new_head: prefixes of parameters a checkpoint may lack, because a head that is trained on
             top of a released model begins untrained.
@@ -39,6 +48,9 @@ class ModelCore(nn.Module):
 
     config: PreTrainedConfig
     hf_device_map: dict[str, torch.device]
+    world: World | None = None
+    stage: Stage | None = None
+    sequences: Sequences | None = None
     config_class: ClassVar[type[PreTrainedConfig]] = PreTrainedConfig
     base_model_prefix: ClassVar[str] = "model"
     new_head: ClassVar[tuple[str, ...]] = ()
@@ -160,8 +172,15 @@ class ModelCore(nn.Module):
 
     # -- quantisation ------------------------------------------------------------------------
 
-    def quantize_modules(self, scheme: Scheme, dtype: torch.dtype) -> dict[str, Slot]:
-        """Replace modules by quantised ones without weights; return where these go, by name."""
+    def quantize_modules(
+        self, scheme: Scheme, dtype: torch.dtype, *, divided: bool = False
+    ) -> dict[str, Slot]:
+        """Replace modules by quantised ones without weights; return where these go, by name.
+
+        Args:
+            dtype: of the vectors of ids.
+            divided: whether the model was cut among processes before.
+        """
         return apply(
             self,
             scheme,
@@ -170,6 +189,7 @@ class ModelCore(nn.Module):
             head=self.get_output_embeddings(),
             tied="lm_head.weight" in self.tied_names(),
             dtype=dtype,
+            divided=divided,
         )
 
     def note_quantization(self, quantization: QuantizationConfig | None) -> None:
@@ -205,6 +225,10 @@ class ModelCore(nn.Module):
         devices = (tensor.device for tensor in tensors if not tensor.is_meta)
         return next(devices, torch.device("meta"))
 
+    def dtype_of(self, name: str, dtype: torch.dtype) -> torch.dtype:
+        """Return the dtype of a tensor of the model where `dtype` is asked for."""
+        return torch.float32 if name.endswith(self.keep_in_fp32) else dtype
+
     def set_attn_implementation(self, attn_implementation: str) -> None:
         """Choose the attention backend of the next forward: eager, sdpa or flash_attention_2.
 
@@ -224,13 +248,15 @@ class ModelCore(nn.Module):
         self.tie_weights()
 
     def init_module(self, module: nn.Module) -> None:
-        """Draw the weights of one module (a family extends this for modules of its own)."""
+        """Draw all weights of one module (a family extends this for modules of its own)."""
         std = self.config.initializer_range
         if isinstance(module, nn.Linear | nn.Embedding):
             nn.init.normal_(module.weight, std=std)
         if isinstance(module, Experts):
             nn.init.normal_(module.gate_up_proj, std=std)
             nn.init.normal_(module.down_proj, std=std)
+        if isinstance(module, RMSNorm | GatedRMSNorm):
+            nn.init.ones_(module.weight)
         if isinstance(module, nn.Linear) and module.bias is not None:
             nn.init.zeros_(module.bias)
         if isinstance(module, nn.Embedding) and module.padding_idx is not None:

@@ -37,6 +37,7 @@ from quintet.ops.documents import Documents
 from quintet.ops.ragged import Padding, keys_in_columns, padding_of
 from quintet.ops.token_ids import check_placed, check_token_ids
 from quintet.quantization import QuantizedEmbedding
+from quintet.sharding import Section, Sharding, rows
 
 __all__ = ["DecoderModel", "LayersOutput", "check_token_ids", "first"]
 
@@ -159,6 +160,11 @@ class DecoderModel(PreTrainedModel):
         finally:
             if cache is not None:
                 cache.keeps_layers, cache.kept_layers = False, None
+
+    def sharding(self) -> Sharding:
+        """Give each process the vectors of some ids."""
+        ids = Section(self.config.vocab_size, 1, "vocab_size", uneven=True)
+        return Sharding({"embed_tokens.weight": rows(ids)}, vocabulary=("embed_tokens",))
 
     @property
     def final_norm(self) -> nn.Module:
@@ -288,7 +294,7 @@ class DecoderModel(PreTrainedModel):
         vectors: Tensor = self.embed_tokens(ids)
         if isinstance(self.embed_tokens, QuantizedEmbedding):
             # Who gives all parameters another dtype, as PEFT does, has none of these to change.
-            return vectors.to(next(self.final_norm.parameters()).dtype)
+            return vectors.to(self.dtype)
         return vectors
 
     def _embed(self, input_ids: Tensor | None, inputs_embeds: Tensor | None) -> Tensor:
@@ -404,7 +410,7 @@ class DecoderModel(PreTrainedModel):
         if context.placing is not None:
             context = replace(context, placing=context.placing.at_layer(index))
         recompute = None
-        if context.cache is None and self._recomputes():
+        if (context.cache is None or context.cache.keeps_nothing) and self._recomputes():
             recompute = self.recompute.of(index)
         return run_layer(layer, hidden, context, recompute, **more)
 

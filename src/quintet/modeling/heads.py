@@ -12,12 +12,18 @@ from quintet.generation.mixin import GenerationMixin
 from quintet.layers.linear import Linear
 from quintet.modeling.base import PreTrainedModel
 from quintet.modeling.decoder import DecoderModel
-from quintet.modeling.outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
+from quintet.modeling.outputs import (
+    BaseModelOutputWithPast,
+    CausalLMOutputWithPast,
+    MoeCausalLMOutputWithPast,
+)
 from quintet.modeling.packing import Packing, own_labels, takes_packing
+from quintet.modeling.scoring import HeadInParts, ScoredHead, scored
 from quintet.ops.documents import Documents
-from quintet.ops.labels import IGNORED, of_tokens, predicted
-from quintet.ops.losses import Items, next_token_loss, token_loss
+from quintet.ops.labels import IGNORED, following, of_tokens, predicted
+from quintet.ops.losses import Items, averaged, next_token_loss, token_loss
 from quintet.quantization import refuse_idle_training
+from quintet.sharding import Section, Sharding, rows
 
 __all__ = [
     "CausalLMHead",
@@ -26,6 +32,7 @@ __all__ = [
     "check_shape",
     "given",
     "kept",
+    "mean_loss",
     "padding_mask",
     "split_options",
 ]
@@ -63,9 +70,9 @@ class Headed(PreTrainedModel):
     def _base(self, **inputs: Any) -> BaseModelOutputWithPast:
         return cast("BaseModelOutputWithPast", self.base_model(**inputs, return_dict=True))
 
-    def texts(self, logits: Tensor, *given: Any, use_cache: bool | None) -> Documents | None:
-        """Return the texts of the rows that logits (B, T, V) are of; see `DecoderModel.texts`."""
-        B, T = logits.shape[:2]
+    def texts(self, hidden: Tensor, *given: Any, use_cache: bool | None) -> Documents | None:
+        """Return the texts of the rows that states (B, T, C) are of; see `DecoderModel.texts`."""
+        B, T = hidden.shape[:2]
         return cast("DecoderModel", self.base_model).texts((B, T), *given, use_cache=use_cache)
 
     def _returned(self, output: Any, return_dict: bool | None) -> Any:
@@ -85,6 +92,11 @@ class CausalLMHead(Headed, GenerationMixin):
         self.lm_head = Linear(config.hidden_size, config.vocab_size, bias=False)
         self.init_module(self.lm_head)
         self.tie_weights()
+
+    def sharding(self) -> Sharding:
+        """Give each process the logits of some ids."""
+        ids = Section(self.config.vocab_size, 1, "vocab_size", uneven=True)
+        return Sharding({"lm_head.weight": rows(ids)}, vocabulary=("lm_head",))
 
     def get_output_embeddings(self) -> nn.Linear:
         """Return the module that turns vectors into logits of ids."""
@@ -143,23 +155,28 @@ class CausalLMHead(Headed, GenerationMixin):
             cache_position=cache_position,
             **packing,
         )
-        logits = self.logits_of(outputs.last_hidden_state, logits_to_keep)
-        loss = None
-        if labels is not None or shift_labels is not None:
+        output = CausalLMOutputWithPast(
+            past_key_values=outputs.past_key_values,
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
+        )
+        hidden = outputs.last_hidden_state
+        if labels is None and shift_labels is None:
+            output.logits = self.logits_of(hidden, logits_to_keep)
+        else:
+            hidden = kept(hidden, logits_to_keep)
             texts = self.texts(
-                logits, packing, attention_mask, position_ids, past_key_values, use_cache=use_cache
+                hidden, packing, attention_mask, position_ids, past_key_values, use_cache=use_cache
             )
-            loss = self.label_loss(
-                logits,
+            self.learn(
+                output,
+                hidden,
                 labels,
                 shift_labels,
                 padding_mask(attention_mask),
                 texts,
                 num_items_in_batch,
             )
-        output = CausalLMOutputWithPast(
-            loss, logits, outputs.past_key_values, outputs.hidden_states, outputs.attentions
-        )
         return cast("CausalLMOutputWithPast", self._returned(output, return_dict))
 
     def logits_of(self, hidden: Tensor, logits_to_keep: int | Tensor) -> Tensor:
@@ -169,29 +186,48 @@ class CausalLMHead(Headed, GenerationMixin):
         with self.kept_tokens(lambda tokens: kept(tokens, logits_to_keep)):
             return self.lm_head(kept(hidden, logits_to_keep))  # type: ignore[no-any-return]
 
-    def label_loss(
+    def learn(
         self,
-        logits: Tensor,
+        output: CausalLMOutputWithPast | MoeCausalLMOutputWithPast,
+        hidden: Tensor,
         labels: Tensor | None,
         shift_labels: Tensor | None,
         mask: Tensor | None,
         texts: Documents | None,
         items: Items,
-    ) -> Tensor:
-        """Return the loss of labels of either kind, of rows with padding or with several texts."""
+    ) -> None:
+        """Set the loss of labels of either kind, of rows with padding or with several texts.
+
+        The logits of states (B, T, C) are set, too: to be made when they are read, where the loss
+        does without them.
+        """
         if labels is not None:
-            check_shape("labels", labels, logits)
+            check_shape("labels", labels, hidden)
             labels = predicted(own_labels(labels, texts), mask)
         if shift_labels is not None:
-            check_shape("shift_labels", shift_labels, logits)
+            check_shape("shift_labels", shift_labels, hidden)
             shift_labels = of_tokens(own_labels(shift_labels, texts, shifted=1), mask)
-        loss: Tensor = self.loss_function(
+        head = self.scored_head()
+        if isinstance(head, HeadInParts) and not self._has_own_loss():
+            targets = following(cast("Tensor", labels)) if shift_labels is None else shift_labels
+            output.loss = mean_loss(head, hidden, targets, items)
+            output.defer("logits", head.later(hidden))
+            return
+        output.logits = logits = self.logits_of(hidden, 0)
+        output.loss = self.loss_function(
             logits=logits,
             labels=labels,
             vocab_size=logits.shape[-1],
             **given(num_items_in_batch=items, shift_labels=shift_labels),
         )
-        return loss
+
+    def scored_head(self) -> ScoredHead:
+        """Return the head as losses read it in this forward."""
+        return scored(self.lm_head, by_rows=self.place_of_rows() is not None)
+
+    def _has_own_loss(self) -> bool:
+        replaced = type(self).loss_function is not CausalLMHead.loss_function
+        return replaced or "loss_function" in vars(self)
 
     def loss_function(
         self,
@@ -218,16 +254,21 @@ class CausalLMHead(Headed, GenerationMixin):
         return next_token_loss(logits, labels, items=num_items_in_batch, ignored=ignore_index)
 
 
-def check_shape(name: str, labels: Tensor, logits: Tensor) -> None:
-    """Check that there is a label for each position that has logits.
+def mean_loss(head: ScoredHead, hidden: Tensor, targets: Tensor, items: Items) -> Tensor:
+    """Return the cross-entropy of ids (B, T) where states (B, T, C) predict them, as a mean."""
+    return averaged(-head.sums(hidden, targets).log_prob.sum(), (targets != IGNORED).sum(), items)
+
+
+def check_shape(name: str, labels: Tensor, hidden: Tensor) -> None:
+    """Check that there is a label for each position that has logits, (B, T, ...).
 
     Raises:
         InputError: there is not.
     """
-    if not isinstance(labels, Tensor) or labels.shape != logits.shape[:2]:
+    if not isinstance(labels, Tensor) or labels.shape != hidden.shape[:2]:
         shape = f"shape {tuple(labels.shape)}" if isinstance(labels, Tensor) else type(labels)
         raise InputError(
-            f"{name} have {shape} and there are logits of {tuple(logits.shape[:2])} positions; "
+            f"{name} have {shape} and there are logits of {tuple(hidden.shape[:2])} positions; "
             "give a tensor with a label for each token, and logits_to_keep=0"
         )
 

@@ -6,13 +6,13 @@ and only then is data read, one tensor after the other.
 
 import copy
 import difflib
-import itertools
 import logging
 import os
 import re
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -32,11 +32,10 @@ from quintet.checkpoint import (
 )
 from quintet.configuration.base import PreTrainedConfig
 from quintet.configuration.reading import read_config
-from quintet.errors import InputError, UnsupportedBackendError, listed
+from quintet.errors import InputError, listed
 from quintet.folder import AdapterFolderError, find_file
 from quintet.generation.config import GENERATION_CONFIG_NAME, GenerationConfig
 from quintet.generation.option_names import asks_nothing
-from quintet.hub import CONFIG_PATTERNS, locate, locate_weights
 from quintet.kernels.large_pages import hold_in_large_pages
 from quintet.modeling.adapting import Adapting
 from quintet.modeling.core import ModelCore
@@ -44,6 +43,7 @@ from quintet.modeling.dispatch import dispatch_model
 from quintet.modeling.holding import how_held, in_words
 from quintet.modeling.init_on_meta import init_on_meta
 from quintet.modeling.key_mapping import KeyMapping, map_keys
+from quintet.modeling.own_part import OwnPart
 from quintet.modeling.placement import (
     DeviceMap,
     MaxMemory,
@@ -52,10 +52,19 @@ from quintet.modeling.placement import (
     parts,
     place,
 )
-from quintet.modeling.weight_loader import WeightLoader, load_weights
-from quintet.quantization import QuantizationConfig, resolve_quantization
+from quintet.modeling.source import ModelSource
+from quintet.modeling.weight_loader import WeightLoader, check_filled, load_weights
+from quintet.parallel.slices import Slices
+from quintet.parallel.together import Together
+from quintet.parallel.turns import in_turn
+from quintet.parallel.world import World
+from quintet.quantization import (
+    QuantizationConfig,
+    Slot,
+    resolve_quantization,
+)
 
-__all__ = ["ModelSource", "NewHeadWarning", "Options", "load", "write"]
+__all__ = ["ModelSource", "NewHeadWarning", "Options", "config_of", "load", "write"]
 
 log = logging.getLogger("quintet.loading")
 Model = TypeVar("Model", bound=ModelCore)
@@ -67,39 +76,6 @@ class NewHeadWarning(UserWarning):
 
 class UnusedTensorWarning(UserWarning):
     """The checkpoint holds tensors that the model has no place for."""
-
-
-@dataclass(frozen=True, slots=True)
-class ModelSource:
-    """Where a model comes from."""
-
-    name_or_path: str | os.PathLike[str]
-    revision: str | None = None
-    cache_dir: str | os.PathLike[str] | None = None
-    token: str | bool | None = None
-    local_files_only: bool = False
-    subfolder: str = ""
-    variant: str | None = None
-    gguf_file: str | None = None
-
-    @property
-    def where(self) -> dict[str, Any]:
-        """What tells where files are, but for the name."""
-        return {
-            "revision": self.revision,
-            "cache_dir": self.cache_dir,
-            "token": self.token,
-            "local_files_only": self.local_files_only,
-            "subfolder": self.subfolder,
-        }
-
-    def locate(self, *, weights: bool = True) -> Path:
-        """Return the local directory or GGUF file, downloading config and weights if needed."""
-        where = {**self.where, "gguf_file": self.gguf_file}
-        root = locate(self.name_or_path, CONFIG_PATTERNS, **where)
-        if weights:
-            root = locate_weights(self.name_or_path, self.variant, **where)
-        return root
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -115,6 +91,9 @@ class Options:
     ignore_mismatched_sizes: bool = False
     quantize: str | None = None
     quantization_config: QuantizationConfig | Mapping[str, Any] | None = None
+    world: World | None = None
+    slices: Slices | None = None
+    learns: bool = False
 
 
 def load(
@@ -139,6 +118,17 @@ def load(
             return model, report
 
 
+def config_of(
+    cls: type[ModelCore],
+    source: ModelSource | None,
+    given: PreTrainedConfig | str | os.PathLike[str] | None,
+    overrides: Mapping[str, Any],
+) -> PreTrainedConfig:
+    """Return the config a model would be loaded with."""
+    root = None if source is None else source.locate(weights=False)
+    return _config(cls, source, root, given, _effective(overrides))
+
+
 def _load(
     cls: type[Model],
     source: ModelSource | None,
@@ -147,52 +137,73 @@ def _load(
     options: Options,
 ) -> tuple[Model, dict[str, Any]]:
     overrides = _effective(overrides)
-    first = first_device(options.device_map)
-    root = None if source is None else source.locate(weights=options.state_dict is None)
+    world = options.world
+    device_map = options.device_map if world is None else world.device
+    first = first_device(device_map)
+    with Together(world, "before it read weights") as checked:
+        root = None
+        if source is not None:
+            fetch = partial(source.locate, weights=options.state_dict is None)
+            root = in_turn(fetch, f"fetching {source.name_or_path}") if world else fetch()
 
-    def files() -> tuple[PreTrainedConfig, Weights, GenerationConfig | None]:
-        config = _config(cls, source, root, given, overrides)
-        return config, _weights(source, root, options), _generation_config(source, root)
+        def files() -> tuple[PreTrainedConfig, Weights, GenerationConfig | None]:
+            config = _config(cls, source, root, given, overrides)
+            return config, _weights(source, root, options), _generation_config(source, root)
 
-    config, weights, generation_config = (
-        files()
-        if source is None or root is None
-        else read_consistently(root, files, variant=source.variant)
-    )
-    request = resolve_quantization(
-        vars(config).get("quantization_config"),
-        options.quantize,
-        options.quantization_config,
-        first,
-    )
-    target = _target_dtype(options.dtype, config, weights.tensors)
-    where = "state_dict" if root is None or options.state_dict is not None else str(root)
+        config, weights, generation_config = (
+            files()
+            if source is None or root is None
+            else read_consistently(root, files, variant=source.variant)
+        )
+        request = resolve_quantization(
+            vars(config).get("quantization_config"),
+            options.quantize,
+            options.quantization_config,
+            first,
+        )
+        target = _target_dtype(options.dtype, config, weights.tensors)
+        where = "state_dict" if root is None or options.state_dict is not None else str(root)
 
-    model = init_on_meta(cls, config)
-    mapping = map_keys(
-        model,
-        weights.tensors,
-        held_as=request.source,
-        ignore_mismatched_sizes=options.ignore_mismatched_sizes,
-    )
-    mapping.difference.raise_if_incomplete(where)
-    scheme = request.scheme(mapping.held)
-    slots = {} if scheme is None else model.quantize_modules(scheme, target)
-    model.drop(mapping.optional)
-    model_parts = parts(model, target, model.keep_in_fp32)
-    placement = place(options.device_map, model_parts, options.max_memory)
-    loader = WeightLoader(model, target, placement.device_of, slots)
+        model = init_on_meta(cls, config)
+        mapping = map_keys(
+            model,
+            weights.tensors,
+            held_as=request.source,
+            ignore_mismatched_sizes=options.ignore_mismatched_sizes,
+        )
+        mapping.difference.raise_if_incomplete(where)
+        model.drop(mapping.optional)
+        scheme, kept = request.scheme(mapping.held), request.target
+        # Rows of what is held in fewer bits are no parameters.
+        slices = None if scheme is not None else options.slices
+        own = None if world is None else OwnPart(model, world, target, slices)
+        slots: dict[str, Slot] = {}
+        if scheme is not None:
+            slots = model.quantize_modules(scheme, target, divided=own is not None)
+        if own is not None:
+            own.check(slots)
+            kept = None if kept is None else kept.divided(request.source)
+        model_parts = parts(model, target, model.keep_in_fp32)
+        placement = place(device_map, model_parts, options.max_memory)
+        loader = WeightLoader(model, target, placement.device_of, slots)
+        if own is not None:
+            loader.shards, loader.held, loader.copies = own.shards, own.held, options.learns
+        if world is not None and mapping.fresh:
+            checked.note = torch.get_rng_state()
     if log.isEnabledFor(logging.INFO):
         counts = how_held(mapping, weights.tensors, slots, loader.dtype_of)
         log.info("%s: %s", where, in_words(counts))
-    load_weights(loader, mapping, weights, where)
-    model.tie_weights()
-    _check_filled(model)
+    with Together(world, "while it read weights"):
+        load_weights(loader, mapping, weights, where, checked.notes[0])
+        model.tie_weights()
+        if own is not None:
+            own.finish(model)
+        check_filled(model)
     hold_in_large_pages([*model.parameters(), *model.buffers()])
     dispatch_model(model, placement, model_parts)
     if placement.several:
         model.hf_device_map = dict(placement.devices)
-    model.note_quantization(None if scheme is None else request.target)
+    model.note_quantization(None if scheme is None else kept)
     _warn(model, where, mapping)
 
     model.config.dtype = str(target).removeprefix("torch.")
@@ -220,17 +231,6 @@ def write(
     """
     named = {**dict(split_tensors(tensors, stacks)), **files}
     save(Path(directory), named, max_shard_size=max_shard_size, variant=variant, text_files=texts)
-
-
-def _check_filled(model: ModelCore) -> None:
-    """Refuse a model whose weights somebody's context has taken away again."""
-    tensors = itertools.chain(model.named_parameters(), model.named_buffers())
-    if lost := [name for name, tensor in tensors if tensor.is_meta]:
-        raise UnsupportedBackendError(
-            f"{len(lost)} tensors ended without data, {lost[0]} among them: something around "
-            "from_pretrained, such as accelerate's init_empty_weights, moves new parameters to "
-            "meta; load without it, or build the model without weights by from_config"
-        )
 
 
 def _config(
@@ -360,13 +360,12 @@ ABSENT = {
     "load_in_4bit": "quantisation outside of quantization_config=BitsAndBytesConfig(...)",
     "offload_folder": "offloading to a disk (weights are mapped from their files already)",
     "offload_state_dict": "offloading to a disk (weights are mapped from their files already)",
-    "tp_plan": "tensor parallelism",
 }
 OPTIONS = (
-    *("cache_dir", "config", "device_map", "dtype", "gguf_file", "ignore_mismatched_sizes"),
-    *("key_mapping",),
-    *("local_files_only", "output_loading_info", "revision", "state_dict", "subfolder", "token"),
-    "variant",
+    *("cache_dir", "config", "device_map", "device_mesh", "distributed_config", "dtype"),
+    *("gguf_file", "ignore_mismatched_sizes", "key_mapping", "local_files_only"),
+    *("output_loading_info", "revision", "state_dict", "subfolder", "token", "tp_plan"),
+    *("tp_size", "variant"),
 )
 
 

@@ -11,6 +11,7 @@ from quintet.modeling.decoder import DecoderModel, first
 from quintet.modeling.heads import (
     CausalLMHead,
     LabelOptions,
+    kept,
     padding_mask,
     split_options,
 )
@@ -139,29 +140,26 @@ class MoeCausalLMHead(CausalLMHead):
                 **packing,
             ),
         )
-        logits = self.logits_of(outputs.last_hidden_state, logits_to_keep)
-        padding = padding_mask(attention_mask)
-        loss = aux = None
-        if labels is not None or shift_labels is not None:
-            texts = self.texts(
-                logits, packing, attention_mask, position_ids, past_key_values, use_cache=use_cache
-            )
-            loss = self.label_loss(logits, labels, shift_labels, padding, texts, num_items_in_batch)
-        if weight is not None and outputs.router_logits:
-            states = outputs.last_hidden_state
-            mask = states.new_ones(states.shape[:2], dtype=torch.long)
-            if padding is not None:
-                mask = padding[:, -mask.shape[1] :]
-            aux = self.aux_loss(outputs.router_logits, mask)
-            if loss is not None:
-                loss = loss + weight * aux
         output = MoeCausalLMOutputWithPast(
-            loss=loss,
-            aux_loss=aux,
-            logits=logits,
             past_key_values=outputs.past_key_values,
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
             router_logits=outputs.router_logits if routed else None,
         )
+        padding, states = padding_mask(attention_mask), outputs.last_hidden_state
+        if labels is None and shift_labels is None:
+            output.logits = self.logits_of(states, logits_to_keep)
+        else:
+            hidden = kept(states, logits_to_keep)
+            texts = self.texts(
+                hidden, packing, attention_mask, position_ids, past_key_values, use_cache=use_cache
+            )
+            self.learn(output, hidden, labels, shift_labels, padding, texts, num_items_in_batch)
+        if weight is not None and outputs.router_logits:
+            mask = states.new_ones(states.shape[:2], dtype=torch.long)
+            if padding is not None:
+                mask = padding[:, -mask.shape[1] :]
+            output.aux_loss = self.aux_loss(outputs.router_logits, mask)
+            if output.loss is not None:
+                output.loss = output.loss + weight * output.aux_loss
         return cast("MoeCausalLMOutputWithPast", self._returned(output, return_dict))

@@ -19,13 +19,13 @@ from quintet.cache.dense import DynamicSlot
 from quintet.errors import InputError
 from quintet.layers.context import ForwardContext, Notes
 from quintet.modeling.decoder import first
-from quintet.modeling.heads import LabelOptions, kept, padding_mask, split_options
+from quintet.modeling.heads import LabelOptions, kept, mean_loss, padding_mask, split_options
 from quintet.modeling.moe import MoeCausalLMHead, MoeDecoderModel
 from quintet.modeling.outputs import MoeCausalLMOutputWithPast
 from quintet.modeling.packing import own_labels, takes_packing
 from quintet.ops.documents import Documents
 from quintet.ops.labels import following_tokens
-from quintet.ops.losses import Items, token_loss
+from quintet.ops.losses import Items
 from quintet.ops.ragged import padding_of
 
 __all__ = [
@@ -73,13 +73,14 @@ class MtpDecoderModel(MoeDecoderModel):
         attention_mask: Tensor | None,
         position_ids: Tensor | None,
         texts: Documents | None = None,
+        notes: Notes | None = None,
     ) -> list[Tensor]:
         """Return the states of each prediction layer, (B, T, C), normalised.
 
         Layer k joins the states of layer k - 1 at position t, those of the main run for k = 1,
         with the embedding of token t + k. The last k tokens of a row, and of each of several texts
         in it, have none: their states mean nothing. Masks, positions and texts are those of the
-        main run.
+        main run; notes are where these layers put what is asked for, as (B, T, E) router logits.
         """
         B, T, _ = embeds.shape
         rows = custom = None
@@ -97,7 +98,8 @@ class MtpDecoderModel(MoeDecoderModel):
             position_ids = None if position_ids is None else rows.pack(position_ids)
         taken = self._segments(embeds, rows or texts, None)
         # Rotary scores see differences alone, so that the position of t serves for t + k too.
-        context = self._context(embeds, taken, position_ids, custom, None, Notes(), texts)
+        notes = Notes() if notes is None else notes
+        context = self._context(embeds, taken, position_ids, custom, None, notes, texts)
 
         states = []
         for k, layer in enumerate(self.prediction_layers(), start=1):
@@ -111,10 +113,20 @@ class MtpDecoderModel(MoeDecoderModel):
             states.append(hidden_states)
         # With layers on several devices: what is returned is where it began.
         states = [state.to(embeds.device) for state in states]
-        return states if rows is None else [rows.unpack(state) for state in states]
+        if rows is None:
+            return states
+        if notes.router_logits is not None:
+            notes.router_logits[:] = [rows.unpack(logits) for logits in notes.router_logits]
+        return [rows.unpack(state) for state in states]
 
     def predict(
-        self, depth: int, states: Tensor, ahead: Tensor, taken: Segments, cache: Cache
+        self,
+        depth: int,
+        states: Tensor,
+        ahead: Tensor,
+        taken: Segments,
+        cache: Cache,
+        notes: Notes | None = None,
     ) -> Tensor:
         """Return the states (B, T, C), normalised, of one prediction layer that has a cache.
 
@@ -125,10 +137,13 @@ class MtpDecoderModel(MoeDecoderModel):
             ahead: (B, T, C) the embeddings of the tokens that lie `depth` + 1 ahead.
             taken: the slots these take in all rows of the cache, and the rectangles they make.
             cache: what the layers keep; see `prediction_cache`.
+            notes: where the layer puts what is asked for.
         """
         layer = self.prediction_layers()[depth]
         # Rotary scores see differences alone, so that slots serve for positions.
-        context = self._context(ahead, taken, None, None, cache, Notes())
+        context = self._context(
+            ahead, taken, None, None, cache, Notes() if notes is None else notes
+        )
         index = self.config.num_hidden_layers + depth
         outputs = self._run_layer(layer, index, states, context, ahead=ahead)
         return layer.shared_head["norm"](outputs).to(ahead.device)  # type: ignore[no-any-return]
@@ -221,15 +236,15 @@ class MtpCausalLMHead(MoeCausalLMHead):
                 hidden, packing, attention_mask, position_ids, past_key_values, use_cache=use_cache
             )
             ahead = self.model.look_ahead(hidden, embeds, attention_mask, position_ids, texts)
-            outputs = tuple(self.lm_head(kept(x, logits_to_keep)) for x in ahead)
-            output.mtp_logits = outputs if output_mtp_logits else None
+            if output_mtp_logits:
+                output.mtp_logits = tuple(self.lm_head(kept(x, logits_to_keep)) for x in ahead)
             if mtp_loss_weight is not None and output.loss is not None:
-                mask = padding_mask(attention_mask)
+                mask, head = padding_mask(attention_mask), self.scored_head()
                 losses = [
-                    token_loss(
-                        logits, _targets(k, labels, shift_labels, mask, texts), num_items_in_batch
+                    mean_loss(
+                        head, x, _targets(k, labels, shift_labels, mask, texts), num_items_in_batch
                     )
-                    for k, logits in enumerate(outputs, start=1)
+                    for k, x in enumerate(ahead, start=1)
                 ]
                 output.mtp_loss = torch.stack(losses).mean()
                 output.loss = output.loss + mtp_loss_weight * output.mtp_loss

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from quintet.cache import Cache, LegacyCache
-from quintet.modeloutput import ModelOutput
+from quintet.modeloutput import ModelOutput, deferrable
 
 __all__ = [
     "BaseModelOutputWithPast",
@@ -35,10 +35,13 @@ class BaseModelOutputWithPast(ModelOutput):
 
 @dataclass(eq=False)
 class CausalLMOutputWithPast(ModelOutput):
-    """The output of a language model; logits (B, T, V), loss a scalar where labels were given."""
+    """The output of a language model; logits (B, T, V), loss a scalar where labels were given.
+
+    With labels, the logits are made when they are first read: the loss does without them.
+    """
 
     loss: Tensor | None = None
-    logits: Tensor | None = None
+    logits: Tensor | None = deferrable()  # noqa: RUF009
     past_key_values: Cache | LegacyCache | None = None
     hidden_states: tuple[Tensor, ...] | None = None
     attentions: tuple[Tensor, ...] | None = None
@@ -60,12 +63,13 @@ class MoeCausalLMOutputWithPast(ModelOutput):
     """The output of a mixture-of-experts language model; aux_loss is the balance of the experts.
 
     Shapes: logits (B, T, V), router_logits (B·T, E) for each layer with experts, mtp_logits
-    (B, T, V) for each depth of multi-token prediction that was asked for, mtp_loss a scalar.
+    (B, T, V) for each depth of multi-token prediction that was asked for, mtp_loss a scalar. With
+    labels, the logits are made when they are first read.
     """
 
     loss: Tensor | None = None
     aux_loss: Tensor | None = None
-    logits: Tensor | None = None
+    logits: Tensor | None = deferrable()  # noqa: RUF009
     past_key_values: Cache | LegacyCache | None = None
     hidden_states: tuple[Tensor, ...] | None = None
     attentions: tuple[Tensor, ...] | None = None

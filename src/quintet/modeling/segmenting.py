@@ -10,7 +10,7 @@ from quintet.cache import Cache, Segment, segments_of
 from quintet.errors import InputError
 from quintet.layers.rotary import RotaryEmbedding
 from quintet.ops.documents import Documents
-from quintet.ops.masks import AttentionMask, attention_mask_of
+from quintet.ops.masks import AttentionMask, attention_mask_of, causal_mask
 from quintet.ops.ragged import Padding, Ragged
 
 __all__ = ["angles", "masks", "segments"]
@@ -102,6 +102,13 @@ def masks(
     seen = []
     for one in segments:
         slots = one.slots()
+        if one.same is not None:
+            entries = {w: causal_mask(slots, one.keys, w) & one.same[:, None] for w in windows}
+            apart = {
+                w: AttentionMask(e, False, one.start, w, custom=True) for w, e in entries.items()
+            }
+            seen.append(apart)
+            continue
         own = {w: attention_mask_of(slots, one.start, one.keys, w, custom) for w in windows}
         if texts is not None and texts.lengths is None:
             own = {window: texts.masked(mask, slots) for window, mask in own.items()}

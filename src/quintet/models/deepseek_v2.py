@@ -46,6 +46,7 @@ from quintet.modeling.moe import EXPERT_STACKS, MoeCausalLMHead, MoeDecoderModel
 from quintet.ops.activations import activation
 from quintet.ops.rope import score_factor
 from quintet.ops.routing import RoutingRules, balance_loss, softmax_routing
+from quintet.sharding import Sharding
 
 __all__ = [
     "DeepseekV2Config",
@@ -211,6 +212,10 @@ class DeepseekV2DecoderLayer(StackLayer):
         hidden_states = hidden_states + attended
         x = self.post_attention_layernorm(hidden_states)
         return hidden_states + run_mlp(self.mlp, x, context.notes, routed=self.has_experts)
+
+    def sharding(self) -> Sharding:
+        """Let what an MLP makes on all processes add up; experts say so themselves."""
+        return Sharding() if self.has_experts else Sharding(copies=("mlp",), reduces=("mlp",))
 
     def pieces(self) -> list[Piece] | None:
         """Return attention, and the experts or the MLP."""

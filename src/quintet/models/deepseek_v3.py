@@ -49,6 +49,7 @@ from quintet.modeling.mtp import MtpCausalLMHead, MtpDecoderModel, PredictionLay
 from quintet.ops.activations import activation
 from quintet.ops.rope import score_factor
 from quintet.ops.routing import RoutingRules
+from quintet.sharding import WHOLE, Section, Sharding, rows
 
 __all__ = [
     "DeepseekV3Config",
@@ -220,6 +221,10 @@ class DeepseekV3DecoderLayer(StackLayer):
         x = self.post_attention_layernorm(hidden_states)
         return hidden_states + run_mlp(self.mlp, x, context.notes, routed=self.has_experts)
 
+    def sharding(self) -> Sharding:
+        """Let what an MLP makes on all processes add up; experts say so themselves."""
+        return Sharding() if self.has_experts else Sharding(copies=("mlp",), reduces=("mlp",))
+
     def pieces(self) -> list[Piece] | None:
         """Return attention, and the experts or the MLP."""
         return residuals(
@@ -253,6 +258,7 @@ class DeepseekV3PredictionLayer(DeepseekV3DecoderLayer, PredictionLayer):
     ) -> None:
         super().__init__(config, layer_idx)
         C, eps = config.hidden_size, config.rms_norm_eps
+        self.vocab_size = config.vocab_size
         self.embed_tokens = embed_tokens
         self.enorm = RMSNorm(C, eps)
         self.hnorm = RMSNorm(C, eps)
@@ -266,6 +272,13 @@ class DeepseekV3PredictionLayer(DeepseekV3DecoderLayer, PredictionLayer):
         # The paper writes the state first; the released weights have the embedding first.
         both = torch.cat((self.enorm(ahead), self.hnorm(hidden_states)), dim=-1)
         return super().forward(self.eh_proj(both), context)
+
+    def sharding(self) -> Sharding:
+        """Cut the layer as any other, and the main model's embedding and head as there."""
+        ids = rows(Section(self.vocab_size, 1, "vocab_size", uneven=True))
+        names = ("embed_tokens.weight", "shared_head.head.weight")
+        own = Sharding({"eh_proj.weight": WHOLE, **dict.fromkeys(names, ids)})
+        return own | super().sharding()
 
 
 class DeepseekV3PreTrainedModel(PreTrainedModel):

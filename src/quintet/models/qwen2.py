@@ -36,6 +36,7 @@ from quintet.modeling.classification import (
 from quintet.modeling.decoder import DecoderModel
 from quintet.modeling.heads import CausalLMHead
 from quintet.ops.activations import activation
+from quintet.sharding import Sharding
 
 __all__ = [
     "Qwen2Config",
@@ -167,6 +168,10 @@ class Qwen2DecoderLayer(StackLayer):
         hidden_states = hidden_states + attended
         output: Tensor = self.mlp(self.post_attention_layernorm(hidden_states))
         return hidden_states + output
+
+    def sharding(self) -> Sharding:
+        """Let what the MLPs of all processes make add up."""
+        return Sharding(copies=("mlp",), reduces=("mlp",))
 
     def pieces(self) -> list[Piece] | None:
         """Return attention and MLP."""

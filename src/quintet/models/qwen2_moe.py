@@ -33,11 +33,12 @@ from quintet.layers.attention import Attention
 from quintet.layers.context import ForwardContext, Notes
 from quintet.layers.linear import Linear
 from quintet.layers.mlp import GatedMLP, silu_matrices
-from quintet.layers.moe import Experts, run_mlp, silu_stacks
+from quintet.layers.moe import ExpertBlock, Experts, run_mlp, silu_stacks
 from quintet.layers.norm import RMSNorm
-from quintet.layers.plain import PlainModule, untouched
+from quintet.layers.plain import untouched
 from quintet.layers.rotary import RotaryEmbedding
-from quintet.layers.stack import Piece, StackLayer, StackPart, residuals
+from quintet.layers.router import ExpertRouter
+from quintet.layers.stack import Piece, StackLayer, residuals
 from quintet.modeling.base import PreTrainedModel
 from quintet.modeling.classification import (
     QuestionAnsweringHead,
@@ -47,7 +48,8 @@ from quintet.modeling.classification import (
 from quintet.modeling.moe import EXPERT_STACKS, MoeCausalLMHead, MoeDecoderModel
 from quintet.ops.activations import activation, sigmoid
 from quintet.ops.linear import linear
-from quintet.ops.moe import switch_balance_loss, top_experts
+from quintet.ops.moe import expert_shares, switch_balance_loss, top_experts
+from quintet.sharding import WHOLE, Sharding
 
 __all__ = [
     "Qwen2MoeConfig",
@@ -175,7 +177,7 @@ class Qwen2MoeConfig(PreTrainedConfig):
         return self.num_experts > 0 and on_step and layer_idx not in known(self.mlp_only_layers)
 
 
-class Qwen2MoeRouter(PlainModule):
+class Qwen2MoeRouter(ExpertRouter):
     """The A likeliest of E experts for each token.
 
     It is no `nn.Linear`: what adapts or quantises all linear maps leaves the choice of experts
@@ -188,14 +190,33 @@ class Qwen2MoeRouter(PlainModule):
         self.norm_topk_prob = config.norm_topk_prob
         self.weight = nn.Parameter(torch.empty(config.num_experts, config.hidden_size))
 
-    def forward(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Return the logits (N, E) of tokens (N, C), the weights (N, A), and whose these are."""
-        logits = linear(x, self.weight)
-        indices, shares = top_experts(logits, self.top_k, normalise=self.norm_topk_prob)
-        return logits, shares, indices
+    @property
+    def active(self) -> int:
+        """A, how many experts a token is sent to."""
+        return self.top_k
+
+    def score(self, x: Tensor) -> Tensor:
+        """Return the logits (N, E) of tokens (N, C)."""
+        return linear(x, self.weight)
+
+    def affinities(self, logits: Tensor) -> Tensor:
+        """Return the probabilities (N, E) in float32, given the logits (N, E)."""
+        return logits.softmax(dim=-1, dtype=torch.float32)
+
+    def choice(self, scores: Tensor) -> Tensor:
+        """Return the experts (N, A), given the probabilities (N, E)."""
+        return scores.detach().topk(self.top_k, dim=-1).indices
+
+    def weigh(self, scores: Tensor, indices: Tensor) -> Tensor:
+        """Return the shares (N, A) of experts (N, A), given the probabilities (N, E)."""
+        return expert_shares(scores, indices, normalise=self.norm_topk_prob)
+
+    def choose(self, logits: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the experts (N, A) and their shares, given the logits (N, E)."""
+        return top_experts(logits, self.top_k, normalise=self.norm_topk_prob)
 
 
-class Qwen2MoeSparseMoeBlock(StackPart):
+class Qwen2MoeSparseMoeBlock(ExpertBlock):
     """The experts the router chose, weighted, and a shared one that every token gates for itself.
 
     y = Σ_a p_a · expert_a(x) + σ(g·x) · shared(x), with p the A largest of softmax(W x).
@@ -213,12 +234,23 @@ class Qwen2MoeSparseMoeBlock(StackPart):
         """Map (B, T, C) to (B, T, C), and note the router's logits (B, T, E)."""
         B, T, _ = hidden_states.shape
         x = hidden_states.flatten(0, 1)
-        logits, shares, indices = self.gate(x)
+        logits, shares, indices = self.route(x, notes)
         y: Tensor = self.experts(x, indices, shares)
         y = y + sigmoid(self.shared_expert_gate(x)) * self.shared_expert(x)
         if notes is not None:
-            notes.note_routing(logits.unflatten(0, (B, T)))
+            notes.note_routing(torch.unflatten(logits, 0, (B, T)))
         return y.view(B, T, -1)
+
+    def sharding(self) -> Sharding:
+        """Let what all experts make add up once; the gate multiplies a part of the shared one's."""
+        shared = self.shared_expert.sharding("shared_expert_intermediate_size")
+        block = Sharding(
+            {"shared_expert_gate.weight": WHOLE},
+            copies=("experts", "shared_expert"),
+            copies_output=("shared_expert_gate",),
+            reduces=("",),
+        )
+        return block | shared.below("shared_expert.")
 
     def part(self, norm: parts.Norm) -> parts.Part | None:
         """Return router, experts, and the shared one with its gate."""
@@ -266,6 +298,10 @@ class Qwen2MoeDecoderLayer(StackLayer):
         hidden_states = hidden_states + attended
         x = self.post_attention_layernorm(hidden_states)
         return hidden_states + run_mlp(self.mlp, x, context.notes, routed=self.has_experts)
+
+    def sharding(self) -> Sharding:
+        """Let what an MLP makes on all processes add up; experts say so themselves."""
+        return Sharding() if self.has_experts else Sharding(copies=("mlp",), reduces=("mlp",))
 
     def pieces(self) -> list[Piece] | None:
         """Return attention, and the experts or the MLP."""

@@ -50,6 +50,7 @@ from quintet.modeling.classification import (
 from quintet.modeling.decoder import DecoderModel
 from quintet.modeling.heads import CausalLMHead
 from quintet.ops.activations import activation
+from quintet.sharding import WHOLE, Sharding
 
 __all__ = [
     "Zamba2Config",
@@ -336,6 +337,10 @@ class Zamba2HybridLayer(StackLayer):
         out: Tensor = self.mamba_decoder(hidden_states, context=context, beside=self.linear(output))
         return out
 
+    def sharding(self) -> Sharding:
+        """Cut nothing of the map between block and mixer: what it reads is a whole sum."""
+        return Sharding({"linear.weight": WHOLE})
+
     def pieces(self) -> list[Piece] | None:
         """Return the shared block and the mixer, which reads what that left beside."""
         decoder = untouched(self.mamba_decoder, Zamba2MambaDecoderLayer)
@@ -369,6 +374,7 @@ class Zamba2PreTrainedModel(PreTrainedModel):
         super().init_module(module)
         if isinstance(module, Mamba2):
             config = cast("Zamba2Config", self.config)
+            module.fill_scalars()
             module.draw_step_sizes(
                 config.time_step_min, config.time_step_max, config.time_step_floor
             )

@@ -1,6 +1,6 @@
 """Weights in fewer bits: which modules, in which format, and how they lie on disk."""
 
-from quintet.quantization.apply import Encoded, Slot, apply, cut, freeze, tie
+from quintet.quantization.apply import Encoded, Slot, apply, cut, freeze, part_state, tie
 from quintet.quantization.config import (
     BitsAndBytesConfig,
     FineGrainedFP8Config,
@@ -8,6 +8,7 @@ from quintet.quantization.config import (
     Int8Config,
     QuantizationConfig,
 )
+from quintet.quantization.dividing import check_divided
 from quintet.quantization.formats import GroupFormat, Int4Format, Int8Format, WeightFormat
 from quintet.quantization.mixed import MixedConfig
 from quintet.quantization.modules import (
@@ -46,9 +47,11 @@ __all__ = [
     "TorchAoConfig",
     "WeightFormat",
     "apply",
+    "check_divided",
     "cut",
     "freeze",
     "packed",
+    "part_state",
     "read",
     "refuse_idle_training",
     "resolve_quantization",

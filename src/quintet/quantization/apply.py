@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from quintet.errors import CheckpointError, InputError
 from quintet.layers.moe import Experts
+from quintet.parallel.placement import Shard
 from quintet.quantization.formats import Parts, Shape, WeightFormat
 from quintet.quantization.modules import (
     Quantized,
@@ -41,6 +42,31 @@ class Encoded:
         parts = {suffix: part[expert] for suffix, part in self.parts.items()}
         return Encoded(self.format, parts, self.shape[1:])
 
+    def part(self, shard: Shard) -> "Encoded | None":
+        """Return what a process has of the whole; None where that would cut a block."""
+        if shard.whole:
+            return self
+        shards = self.format.shards(shard)
+        if shards is None:
+            return None
+        parts = {suffix: shards[suffix].of(part) for suffix, part in self.parts.items()}
+        return Encoded(self.format, parts, shard.local_shape)
+
+    def numbers(self, shard: Shard, dtype: torch.dtype, source: str) -> Tensor:
+        """Return the numbers that a process has of the whole; `source` names that in errors."""
+        own = self.part(shard)
+        if own is not None:
+            return own.checked(source).decode(dtype)
+        return shard.of(self.checked(source).decode(dtype))
+
+    def checked(self, source: str) -> "Encoded":
+        """Return it if numbers can be made of it.
+
+        Raises:
+            CheckpointError: it is damaged.
+        """
+        return Encoded(self.format, self.format.checked(source, self.parts), self.shape)
+
 
 @dataclass(frozen=True, slots=True)
 class Slot:
@@ -55,8 +81,14 @@ class Slot:
         place: tuple[int, slice] | None,
         device: torch.device,
         source: str,
+        shard: Shard,
     ) -> None:
-        """Take in a matrix, or an expert's rows of a stack; `source` names it in errors.
+        """Take in a matrix, a stack, or an expert's rows of one.
+
+        Args:
+            place: this process's index of the expert, and of the rows.
+            source: what errors call it.
+            shard: what this process has of it.
 
         Raises:
             CheckpointError: it has numbers that are not finite.
@@ -64,14 +96,28 @@ class Slot:
         shape, stack = self.module.matrices[self.name]
         if place is not None:
             expert, rows = place
-            self._put(weight, (expert, rows.start // shape[0]), device, source)
+            self._put(weight, (expert, rows.start // shape[0]), device, source, shard)
         elif not stack:
-            self._put(weight, None, device, source)
+            self._put(weight, None, device, source, shard)
         else:
-            for expert in range(stack[0]):
-                whole = weight[expert] if isinstance(weight, Tensor) else weight.slice(expert)
-                for number, part in enumerate(cut(whole, shape, stack[1])):
-                    self._put(part, (expert, number), device, source)
+            for expert in range(shard.shape[0]):
+                self._take_expert(weight, expert, device, source, shard)
+
+    def _take_expert(
+        self, weight: Tensor | Encoded, expert: int, device: torch.device, source: str, shard: Shard
+    ) -> None:
+        _, rows, columns = shard.shape
+        count = self.module.matrices[self.name][1][1]
+        height = rows // count
+        places = [slice(number * height, (number + 1) * height) for number in range(count)]
+        own = [shard.piece(expert, place) for place in places]
+        if any(found is None for found in own):
+            return
+        whole = weight[expert] if isinstance(weight, Tensor) else weight.slice(expert)
+        parts = cut(whole, (height, columns), count)
+        for number, (part, found) in enumerate(zip(parts, own, strict=True)):
+            assert found is not None
+            self._put(part, (found[1][0], number), device, source, found[0])
 
     def _put(
         self,
@@ -79,8 +125,37 @@ class Slot:
         place: tuple[int, int] | None,
         device: torch.device,
         source: str,
+        shard: Shard,
     ) -> None:
-        self.module.put(self.name, self.encoded(weight, source, device), place, device)
+        parts = self._shard_of(weight, source, device, shard)
+        if not shard.whole and place is None:
+            # A view would hold on to what the other processes have.
+            parts = {s: part.to(device, copy=True).contiguous() for s, part in parts.items()}
+        self.module.put(self.name, parts, place, device)
+
+    def _shard_of(
+        self, weight: Tensor | Encoded, source: str, device: torch.device, shard: Shard
+    ) -> Parts:
+        """Return the parts of the shard of a matrix: those that the whole one has there."""
+        ours = self.module.formats[self.name]
+        if shard.whole:
+            return self.encoded(weight, source, device)
+        if isinstance(weight, Encoded):
+            own = weight.part(shard)
+            if own is not None and ours.alone(shard):
+                return self.encoded(own, source, device)
+            same = None if own is None else own.format.recast(own.parts, own.shape, ours)
+            if own is not None and same is not None:
+                own.checked(source)
+                return same
+            if ours.alone(shard):
+                return self.encoded(weight.numbers(shard, torch.float32, source), source, device)
+        elif ours.alone(shard):
+            return self.encoded(shard.of(weight), source, device)
+        whole = Encoded(ours, self.encoded(weight, source, device), shard.shape)
+        part = whole.part(shard)
+        assert part is not None, f"{source} cannot be cut"
+        return part.parts
 
     def encoded(
         self, weight: Tensor | Encoded, source: str, device: torch.device | None = None
@@ -92,6 +167,7 @@ class Slot:
         """
         ours = self.module.formats[self.name]
         if isinstance(weight, Encoded):
+            weight = weight.checked(source)
             same = weight.format.recast(weight.parts, weight.shape, ours)
             if same is not None:
                 return same
@@ -136,6 +212,7 @@ def apply(
     head: nn.Module | None,
     tied: bool,
     dtype: torch.dtype,
+    divided: bool = False,
 ) -> dict[str, Slot]:
     """Replace linear maps and experts by quantised ones without weights.
 
@@ -145,13 +222,15 @@ def apply(
         head: the module that turns vectors into logits of ids.
         tied: whether the two share their weight; then both are quantised, or none is.
         dtype: of the vectors that a quantised embedding returns.
+        divided: whether the matrices are those of one of several processes.
 
     Returns where the weights of the former modules go, by their names.
     """
     formats = _formats(model, scheme, (*keep, *scheme.skip), embedding, head, tied)
     replaced: dict[nn.Module, Quantized] = {}
     slots: dict[str, Slot] = {}
-    for module, chosen in formats.items():
+    for module, found in formats.items():
+        chosen = tuple(one.divided for one in found) if divided else found
         replacement: Quantized
         if isinstance(module, nn.Embedding):
             replacement = QuantizedEmbedding(
@@ -161,6 +240,7 @@ def apply(
                 weight_format=chosen[0],
                 dtype=dtype,
                 device=module.weight.device,
+                rows=module.weight.shape[0],
             )
         elif isinstance(module, nn.Linear):
             replacement = QuantizedLinear(
@@ -170,6 +250,7 @@ def apply(
                 weight_format=chosen[0],
                 compute_dtype=scheme.compute_dtype,
                 device=module.weight.device,
+                shape=tuple(module.weight.shape),
             )
         else:
             assert isinstance(module, Experts)

@@ -6,7 +6,7 @@ They are computed here: no package is needed, and experts are quantised like eve
 import json
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -22,6 +22,7 @@ from quintet.ops.codebook import (
     nest,
     quantize_codes,
 )
+from quintet.parallel.placement import Range, Shard
 from quintet.quantization.formats import Int8Format, Parts, Shape, TensorSpec, WeightFormat
 
 __all__ = ["CodesFormat", "RowwiseFormat"]
@@ -85,6 +86,48 @@ class CodesFormat(WeightFormat):
             "_nested_absmax": TensorSpec((math.ceil(blocks / NESTED_BLOCK),), torch.float32),
             "_nested_offset": TensorSpec((1,), torch.float32),
         }
+
+    @property
+    def divided(self) -> "CodesFormat":
+        """The format that says exactly the same, in which processes have shards."""
+        # Scales of scales are of 256 blocks, which lie across many rows.
+        return replace(self, nested=False)
+
+    def recast(self, parts: Parts, shape: Shape, to: WeightFormat) -> dict[str, Tensor] | None:
+        """Return the parts in another format if that is no rounding; None if it would be one."""
+        if self.nested and to.parts_of == self.divided:
+            nested = (parts[s] for s in ("_absmax", "_nested_absmax", "_nested_offset"))
+            return {"": parts[""], "_absmax": NestedScales(*nested).expand()}
+        return super().recast(parts, shape, to)
+
+    def shards(self, shard: Shard) -> dict[str, Shard] | None:
+        """Return what of each part belongs to the shard of a matrix; None where none could say.
+
+        Blocks are of neighbours, row after row: the rows of a process have to be whole blocks, or
+        its columns.
+        """
+        (rows, columns), n = shard.shape, math.prod(shard.shape)
+        flat = [(0, n)]
+        if 1 in shard.ranges:
+            heights = shard.ranges.get(0, ((0, rows),))
+            lines = (row for first, last in heights for row in range(first, last))
+            flat = [(i * columns + a, i * columns + b) for i in lines for a, b in shard.ranges[1]]
+        elif 0 in shard.ranges:
+            flat = [(a * columns, b * columns) for a, b in shard.ranges[0]]
+        flat = [(a, b) for a, b in flat if a < b]
+        if self.nested or any(a % self.block or (b % self.block and b < n) for a, b in flat):
+            return None
+        codes: tuple[Range, ...] = tuple((a // 2, -(-b // 2)) for a, b in flat)
+        scales: tuple[Range, ...] = tuple((a // self.block, -(-b // self.block)) for a, b in flat)
+        specs = self.parts(shard.shape)
+        return {
+            "": Shard(specs[""].shape, {0: codes}, shard.zero),
+            "_absmax": Shard(specs["_absmax"].shape, {0: scales}, shard.zero),
+        }
+
+    def alone(self, shard: Shard) -> bool:
+        """Tell whether the shard of a matrix, encoded, is the same shard of the encoded matrix."""
+        return self.shards(shard) is not None
 
     def encode(self, weight: Tensor) -> dict[str, Tensor]:
         """Split a matrix of numbers into parts."""

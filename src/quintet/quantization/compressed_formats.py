@@ -9,6 +9,7 @@ from quintet.errors import CheckpointError
 from quintet.ops.groups import group_count
 from quintet.ops.quantized import FP8_BLOCK, bands
 from quintet.ops.words import WORD
+from quintet.quantization.cutting import Grain
 from quintet.quantization.formats import (
     FP8Format,
     Int8Format,
@@ -237,6 +238,10 @@ class FP4Format(FileFormat):
     def cuts(self, row: int) -> bool:
         """Tell whether the parts, cut there too, are those of the matrix cut before a row."""
         return True
+
+    def grains(self, shape: Shape) -> dict[str, Grain]:
+        """Return how each part lies over a matrix of `shape`."""
+        return {"": Grain(columns=2, packed=True), "_scale": Grain(columns=self.group)}
 
     def decode(self, parts: Parts, shape: Shape, dtype: torch.dtype) -> Tensor:
         """Return the numbers that the parts stand for, rounded once."""

@@ -11,7 +11,7 @@ import torch
 
 from quintet.checkpoint import TensorInfo
 from quintet.configuration.base import FLOAT_DTYPES
-from quintet.errors import ConfigError, shown
+from quintet.errors import ConfigError, InputError, shown
 from quintet.ops.quantized import FP8_BLOCK
 from quintet.quantization.bitsandbytes import CodesFormat, RowwiseFormat, block_size
 from quintet.quantization.formats import (
@@ -59,6 +59,17 @@ class QuantizationConfig(ABC):
 
     def ours(self) -> "QuantizationConfig":
         """Return the configuration that a model of such files is held and saved by."""
+        return self
+
+    def divided(self, source: "QuantizationConfig | None") -> "QuantizationConfig":
+        """Return the configuration of the same model when several processes hold it.
+
+        Args:
+            source: that of its files.
+
+        Raises:
+            InputError: it cannot be held so.
+        """
         return self
 
     @abstractmethod
@@ -247,6 +258,20 @@ class BitsAndBytesConfig(QuantizationConfig):
         """
         spoken = ("_load_in_8bit", "_load_in_4bit")
         return super().from_dict({k: v for k, v in values.items() if k not in spoken})
+
+    def divided(self, source: QuantizationConfig | None) -> QuantizationConfig:
+        """Return the configuration of the same model when several processes hold it.
+
+        Raises:
+            InputError: scales were to be quantised, whose blocks are across processes.
+        """
+        if self.bnb_4bit_use_double_quant and source != self:
+            raise InputError(
+                "bnb_4bit_use_double_quant=True quantises the scales of 256 blocks at a time, of "
+                "which several processes have parts; set it to False, or load a checkpoint that "
+                "was saved so"
+            )
+        return dataclasses.replace(self, bnb_4bit_use_double_quant=False)
 
     def scheme(self) -> Scheme:
         """Return the formats of a model."""

@@ -15,7 +15,7 @@ from torch import Tensor
 from quintet.errors import InputError, shown
 from quintet.kernels.linear import Matrix
 from quintet.ops.group_fit import quantize_groups
-from quintet.ops.groups import group_count, number_shape
+from quintet.ops.groups import PACK, group_count, number_shape
 from quintet.ops.linear import linear
 from quintet.ops.quantized import (
     FP8_BLOCK,
@@ -28,6 +28,8 @@ from quintet.ops.quantized import (
     quantize_int8,
     quantized_linears,
 )
+from quintet.parallel.placement import Shard
+from quintet.quantization.cutting import Grain, is_alone, shards_by
 
 __all__ = [
     "FP8Format",
@@ -39,6 +41,8 @@ __all__ = [
     "WeightFormat",
 ]
 
+# So many numbers of 4 bits lie among each other in half as many bytes.
+PACKED = Grain(columns=PACK, width=PACK // 2, packed=True)
 Shape = tuple[int, ...]
 Parts = Mapping[str, Tensor]
 
@@ -79,6 +83,29 @@ class WeightFormat(ABC):
     def cuts(self, row: int) -> bool:
         """Tell whether the parts, cut there too, are those of the matrix cut before a row."""
         return False
+
+    # -- among processes ---------------------------------------------------------------------
+
+    def grains(self, shape: Shape) -> dict[str, Grain] | None:
+        """Return how each part lies over a matrix of `shape`; None where it is in one piece."""
+        return None
+
+    def shards(self, shard: Shard) -> dict[str, Shard] | None:
+        """Return what of each part belongs to the shard of a matrix; None where none could say."""
+        grains = self.grains(shard.shape)
+        return None if grains is None else shards_by(grains, shard)
+
+    def alone(self, shard: Shard) -> bool:
+        """Tell whether the shard of a matrix, encoded, is the same shard of the encoded matrix."""
+        grains = self.grains(shard.shape)
+        return grains is not None and is_alone(grains, shard)
+
+    @property
+    def divided(self) -> "WeightFormat":
+        """The format that says exactly the same, in which processes have shards."""
+        return self
+
+    # -- products ----------------------------------------------------------------------------
 
     def linear(self, x: Tensor, parts: Parts, shape: Shape, bias: Tensor | None) -> Tensor:
         """Return x wᵀ + b; x (..., I)."""
@@ -128,6 +155,14 @@ class WeightFormat(ABC):
         """
         return dict(found)
 
+    def checked(self, weight: str, parts: Parts) -> Parts:
+        """Return parts, or what a process has of them, if numbers can be made of them.
+
+        Raises:
+            CheckpointError: they are damaged.
+        """
+        return parts
+
 
 class _Integers(WeightFormat):
     """Integers of a row or a part of one, and their scales, which kernels multiply as they are."""
@@ -171,6 +206,10 @@ class Int8Format(_Integers):
         """Return shape and dtype of each part of a matrix of `shape`."""
         return {"": TensorSpec(shape, torch.int8), "_scale": TensorSpec(shape[:-1], torch.float32)}
 
+    def grains(self, shape: Shape) -> dict[str, Grain]:
+        """Return how each part lies over a matrix: a scale is of all columns of a row."""
+        return {"": Grain(), "_scale": Grain(columns=None)}
+
     def encode(self, weight: Tensor) -> dict[str, Tensor]:
         """Split a matrix of numbers into parts."""
         q, scale = quantize_int8(weight)
@@ -187,6 +226,10 @@ class Int4Format(_Integers):
         """Return shape and dtype of each part of a matrix of `shape`."""
         packed, scale = int4_shapes(shape)
         return {"": TensorSpec(packed, torch.uint8), "_scale": TensorSpec(scale, torch.bfloat16)}
+
+    def grains(self, shape: Shape) -> dict[str, Grain]:
+        """Return how each part lies over a matrix of `shape`."""
+        return {"": PACKED, "_scale": Grain(columns=PACK)}
 
     def encode(self, weight: Tensor) -> dict[str, Tensor]:
         """Split a matrix of numbers into parts."""
@@ -238,6 +281,12 @@ class GroupFormat(_Integers):
         specs = {"": TensorSpec(number_shape(shape, self.bits), numbers), self._scale: scales}
         return {**specs, "_offset": scales} if self.offset else specs
 
+    def grains(self, shape: Shape) -> dict[str, Grain]:
+        """Return how each part lies over a matrix of `shape`."""
+        scale = Grain(columns=self.group or max(shape[-1], 1))
+        found = {"": Grain() if self.bits == 8 else PACKED, self._scale: scale}
+        return {**found, "_offset": scale} if self.offset else found
+
     def encode(self, weight: Tensor) -> dict[str, Tensor]:
         """Split a matrix of numbers into parts."""
         numbers, scale, offset = quantize_groups(
@@ -282,6 +331,10 @@ class FP8Format(WeightFormat):
             "_scale_inv": TensorSpec(scales, torch.float32),
         }
 
+    def grains(self, shape: Shape) -> dict[str, Grain]:
+        """Return how each part lies over a matrix of `shape`."""
+        return {"": Grain(), "_scale_inv": Grain(*self.block)}
+
     def encode(self, weight: Tensor) -> dict[str, Tensor]:
         """Split a matrix of numbers into parts."""
         q, scale_inv = quantize_fp8(weight, self.block, powers=self.powers)
@@ -290,6 +343,10 @@ class FP8Format(WeightFormat):
     def decode(self, parts: Parts, shape: Shape, dtype: torch.dtype) -> Tensor:
         """Return the numbers that the parts stand for."""
         return dequantize_fp8(parts[""], parts["_scale_inv"], dtype, self.block)
+
+    def matrix(self, parts: Parts, bias: Tensor | None = None) -> Matrix:
+        """Return the parts as kernels read them."""
+        return Matrix(parts[""], parts["_scale_inv"], bias, block=self.block)
 
     def cuts(self, row: int) -> bool:
         """Tell whether the parts, cut there too, are those of the matrix cut before a row."""

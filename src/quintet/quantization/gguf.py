@@ -14,6 +14,7 @@ from quintet.gguf.layouts import LAYOUTS
 from quintet.gguf.types import BY_NAME
 from quintet.ops.blocks import decode_blocks, has_odd_scales, split_blocks
 from quintet.quantization.config import QuantizationConfig
+from quintet.quantization.cutting import Grain
 from quintet.quantization.formats import (
     GroupFormat,
     Int8Format,
@@ -60,6 +61,10 @@ class BlockFormat(WeightFormat):
         """Tell whether the parts, cut there too, are those of the matrix cut before a row."""
         return True
 
+    def grains(self, shape: Shape) -> dict[str, Grain]:
+        """Return how each part lies over a matrix of `shape`."""
+        return {"": Grain(columns=self.kind.weights, width=self.kind.nbytes, packed=True)}
+
     @property
     def groups(self) -> GroupFormat:
         """The format of ours that says exactly the same."""
@@ -84,18 +89,18 @@ class BlockFormat(WeightFormat):
         """Return name and shape of the tensor on disk: those of the weights."""
         return {"": (weight, shape)}
 
-    def unpack(self, weight: str, found: Parts, shape: Shape) -> dict[str, Tensor]:
-        """Return the parts.
+    def checked(self, weight: str, parts: Parts) -> Parts:
+        """Return blocks, or what a process has of them, if numbers can be made of them.
 
         Raises:
             CheckpointError: a scale is not finite.
         """
-        if has_odd_scales(found[""], self.kind):
+        if has_odd_scales(parts[""], self.kind):
             raise CheckpointError(
                 f"{weight} has blocks of {self.kind.name} with a scale that is not finite; the "
                 "file is damaged, fetch it again"
             )
-        return dict(found)
+        return parts
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,7 @@ exactly the same. From there it becomes what a model holds: one of our formats w
 further rounding, or plain numbers.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F  # noqa: N812
@@ -15,6 +15,8 @@ from quintet.errors import CheckpointError, InputError, UnsupportedModelError
 from quintet.ops.groups import group_count, pack_numbers
 from quintet.ops.quantized import INT4_GROUP, bands, int4_shapes
 from quintet.ops.words import unpack_words
+from quintet.parallel.placement import Shard
+from quintet.quantization.cutting import Grain, shards_by
 from quintet.quantization.formats import (
     GroupFormat,
     Int4Format,
@@ -113,6 +115,22 @@ class GroupedFormat(FileFormat):
     def cuts(self, row: int) -> bool:
         """Tell whether the parts, cut there too, are those of the matrix cut before a row."""
         return not self.ordered
+
+    def shards(self, shard: Shard) -> dict[str, Shard] | None:
+        """Return what of each part belongs to the shard of a matrix; None where none could say."""
+        # With an index, columns find their groups wherever they are.
+        group = None if self.ordered else Grain(columns=self.group or max(shard.shape[-1], 1))
+        if group is not None:
+            return shards_by({"": Grain(), "_scale": group, "_offset": group}, shard)
+        last = len(shard.shape) - 1
+        rows = Shard(shard.shape, {d: r for d, r in shard.ranges.items() if d < last}, shard.zero)
+        scales = shards_by({"_scale": Grain(columns=max(shard.shape[-1], 1))}, rows)
+        assert scales is not None
+        count = group_count(shard.shape[-1], self.group)
+        scale = replace(scales["_scale"], shape=(*shard.shape[:-1], count))
+        along = {0: shard.ranges[last]} if last in shard.ranges else {}
+        index = Shard(shard.shape[-1:], along)
+        return {"": shard, "_scale": scale, "_offset": scale, "_index": index}
 
     def meant(
         self, levels: Tensor, scale: Tensor, zero: Tensor | None, index: Tensor | None, weight: str

@@ -40,6 +40,7 @@ class Quantized(nn.Module):
         self.formats: dict[str, WeightFormat] = {}
         self.matrices: dict[str, tuple[Shape, Shape]] = {}
         self._suffixes: dict[str, tuple[str, ...]] = {}
+        self._heights: dict[str, dict[str, int]] = {}
 
     def hold(
         self,
@@ -53,8 +54,10 @@ class Quantized(nn.Module):
         """Make room for a matrix, or a stack of such."""
         self.formats[name] = weight_format
         self.matrices[name] = (shape, stack)
-        self._suffixes[name] = tuple(weight_format.parts(shape))
-        for suffix, part in weight_format.parts(shape).items():
+        parts = weight_format.parts(shape)
+        self._suffixes[name] = tuple(parts)
+        self._heights[name] = {suffix: part.shape[0] for suffix, part in parts.items()}
+        for suffix, part in parts.items():
             empty = torch.empty(_stacked(part, stack), dtype=part.dtype, device=device)
             self.register_buffer(name + suffix, empty)
 
@@ -78,9 +81,8 @@ class Quantized(nn.Module):
         """Cut the parts of the matrix at `place` out of `buffers`, the parts of a stack."""
         if place is None:
             return dict(buffers)
-        (expert, number), shape = place, self.matrices[name][0]
-        parts = self.formats[name].parts(shape)
-        heights = {suffix: part.shape[0] for suffix, part in parts.items()}
+        expert, number = place
+        heights = self._heights[name]
         return {
             suffix: buffer[expert, number * heights[suffix] : (number + 1) * heights[suffix]]
             for suffix, buffer in buffers.items()
@@ -158,6 +160,7 @@ class QuantizedLinear(Quantized, LinearMap):
 
     Args:
         compute_dtype: what inputs are converted to before they are multiplied; None for no change.
+        shape: of the matrix, where several processes have parts of it.
     """
 
     bias: nn.Parameter | None
@@ -171,13 +174,14 @@ class QuantizedLinear(Quantized, LinearMap):
         weight_format: WeightFormat,
         compute_dtype: torch.dtype | None = None,
         device: torch.device | None = None,
+        shape: Shape | None = None,
     ) -> None:
         super().__init__()
         self.format = weight_format
         self.in_features = in_features
         self.out_features = out_features
         self.compute_dtype = compute_dtype
-        self.hold("weight", weight_format, (out_features, in_features), device=device)
+        self.hold("weight", weight_format, shape or (out_features, in_features), device=device)
         self.register_parameter("bias", bias)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -200,7 +204,7 @@ class QuantizedLinear(Quantized, LinearMap):
     def operands(self, dtype: torch.dtype) -> tuple[Parts, Shape, Tensor | None]:
         """Return the matrix, its shape and the bias in a dtype."""
         bias = None if self.bias is None else self.bias.to(dtype)
-        return self.parts("weight"), (self.out_features, self.in_features), bias
+        return self.parts("weight"), self.matrices["weight"][0], bias
 
     def matrix(self) -> Matrix | None:
         """Return the map's operands for a kernel, or None if its format has none."""
@@ -213,7 +217,11 @@ class QuantizedLinear(Quantized, LinearMap):
 
 
 class QuantizedEmbedding(Quantized):
-    """The vectors of ids, read from rows in fewer bits; its format holds each row by itself."""
+    """The vectors of ids, read from rows in fewer bits; its format holds each row by itself.
+
+    Args:
+        rows: how many ids have theirs here, where several processes have the others.
+    """
 
     def __init__(
         self,
@@ -224,13 +232,15 @@ class QuantizedEmbedding(Quantized):
         weight_format: WeightFormat,
         dtype: torch.dtype,
         device: torch.device | None = None,
+        rows: int | None = None,
     ) -> None:
         super().__init__()
         self.format = weight_format
         self.num_embeddings = num_embeddings
         self.embedding_dim = embedding_dim
         self.padding_idx = padding_idx
-        self.hold("weight", weight_format, (num_embeddings, embedding_dim), device=device)
+        height = num_embeddings if rows is None else rows
+        self.hold("weight", weight_format, (height, embedding_dim), device=device)
         self.dtype = dtype
 
     def forward(self, ids: Tensor) -> Tensor:
@@ -296,15 +306,16 @@ class QuantizedExperts(Quantized, ExpertStack):
 
     def stacks(self) -> tuple[Matrix, Matrix, Matrix] | None:
         """Return gate, up and down where their format is one that kernels read."""
-        both, down = (
-            self.formats[name].matrix({s: self.held(name + s) for s in self.suffixes(name)})
-            for name in ("gate_up_proj", "down_proj")
-        )
-        if both is None or down is None:
-            return None
-        F = self.matrices["gate_up_proj"][0][0]
-        gate, up = (both.rows((slice(None), half)) for half in (slice(0, F), slice(F, 2 * F)))
-        return gate, up, down
+        gate, up = self._stack("gate_up_proj", 0), self._stack("gate_up_proj", 1)
+        down = self._stack("down_proj", 0)
+        return None if gate is None or up is None or down is None else (gate, up, down)
+
+    def _stack(self, name: str, number: int) -> Matrix | None:
+        """Return the matrix of that number of all experts."""
+        heights = self._heights[name]
+        places = {s: slice(number * n, (number + 1) * n) for s, n in heights.items()}
+        parts = {s: self.held(name + s)[:, place] for s, place in places.items()}
+        return self.formats[name].matrix(parts)
 
     def _run(self, expert: int, rows: Tensor) -> Tensor:
         output = gated(self._map("gate_up_proj", expert, rows), self.act_fn)
@@ -355,7 +366,7 @@ def experts_like(
 ) -> QuantizedExperts:
     """Return quantised experts of the same sizes, without their weights."""
     E, C, F = experts.down_proj.shape
-    return QuantizedExperts(
+    made = QuantizedExperts(
         E,
         C,
         F,
@@ -364,3 +375,6 @@ def experts_like(
         compute_dtype=compute_dtype,
         device=experts.down_proj.device,
     )
+    # Of all processes, as there.
+    made.num_experts = experts.num_experts
+    return made

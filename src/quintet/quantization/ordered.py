@@ -5,6 +5,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from quintet.parallel.placement import Shard
 from quintet.quantization.formats import Parts, Shape, TensorSpec, WeightFormat
 
 __all__ = ["ORDER", "OrderedFormat"]
@@ -32,6 +33,19 @@ class OrderedFormat(WeightFormat):
     def parts(self, shape: Shape) -> dict[str, TensorSpec]:
         """Return shape and dtype of each part; the last says which column each place is of."""
         return {**self.inner.parts(shape), ORDER: TensorSpec(shape[-1:], torch.int32)}
+
+    def shards(self, shard: Shard) -> dict[str, Shard] | None:
+        """Return what of each part belongs to the shard of a matrix; None for some columns.
+
+        Columns that are neighbours are of many groups, of which each would be there in part.
+        """
+        columns = len(shard.shape) - 1
+        inner = None if columns in shard.ranges else self.inner.shards(shard)
+        return None if inner is None else {**inner, ORDER: Shard(shard.shape[-1:], {})}
+
+    def alone(self, shard: Shard) -> bool:
+        """Tell whether the shard of a matrix, encoded, is the same shard of the encoded matrix."""
+        return self.shards(shard) is not None and self.inner.alone(shard)
 
     def encode(self, weight: Tensor) -> dict[str, Tensor]:
         """Split a matrix of numbers into parts, in the order it has."""

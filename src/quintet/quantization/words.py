@@ -14,6 +14,7 @@ from quintet.kernels.linear import Matrix
 from quintet.ops.groups import PACK, unpack_numbers
 from quintet.ops.words import pack_words
 from quintet.quantization.config import QuantizationConfig
+from quintet.quantization.cutting import Grain
 from quintet.quantization.formats import (
     GroupFormat,
     Int4Format,
@@ -76,6 +77,10 @@ class WordsFormat(WeightFormat):
     def decode(self, parts: Parts, shape: Shape, dtype: torch.dtype) -> Tensor:
         """Return the numbers that the parts stand for."""
         return self.inner.decode(parts, shape, dtype)
+
+    def grains(self, shape: Shape) -> dict[str, Grain] | None:
+        """Return how each part lies over a matrix of `shape`."""
+        return self.inner.grains(shape)
 
     def cuts(self, row: int) -> bool:
         """Tell whether the parts, cut there too, are those of the matrix cut before a row."""

@@ -1,0 +1,175 @@
+"""A command in several processes: the first reads and talks, the others do the same in silence."""
+
+import json
+import os
+import sys
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
+
+from quintet.errors import DisagreementError, QuintetError, RankFailedError
+
+if TYPE_CHECKING:
+    from quintet.cli.answer import Answer
+    from quintet.cli.conversation import Message
+    from quintet.cli.partner import Outcome, Partner
+    from quintet.parallel.faults import Watch
+
+__all__ = ["Led", "begin", "follow", "follows", "from_first", "last_words", "several"]
+
+
+def several() -> bool:
+    """Tell whether a launcher such as torchrun started other processes, too."""
+    return os.environ.get("WORLD_SIZE", "1") != "1"
+
+
+def follows() -> bool:
+    """Tell whether this process follows another one, which talks and reads."""
+    return several() and os.environ.get("RANK", "0") != "0"
+
+
+def begin() -> None:
+    """Join the processes that a launcher started; all but the first are silent from here on.
+
+    Raises:
+        DistributedError: they do not come together.
+    """
+    if not several():
+        return
+    from quintet.parallel.launch import connect
+
+    if follows():
+        nothing = os.open(os.devnull, os.O_RDWR)
+        os.dup2(nothing, 0)
+        os.dup2(nothing, 1)
+        # What has to be said all the same goes to sys.__stderr__.
+        sys.stderr = os.fdopen(nothing, "w", encoding="utf-8")
+    connect()
+
+
+def from_first(read: Callable[[], str]) -> str:
+    """Return what the first process reads, in all of them."""
+    watch = _watch()
+    if watch is None:
+        return read()
+    if watch.rank == 0:
+        text = read()
+        _tell(watch, text)
+        return text
+    return str(_hear(watch))
+
+
+def last_words(error: QuintetError) -> str | None:
+    """Tell the others why this process ends, and return what is to be said of it, if anything."""
+    watch = _watch()
+    if watch is None:
+        return str(error)
+    from quintet.parallel import faults
+
+    found = faults.last_words(error)
+    if found is error and not isinstance(error, RankFailedError):
+        return str(error)
+    if found is not None:
+        watch.say(found)
+    return None
+
+
+class Led:
+    """A partner that others have a part of: each is told what this one is asked.
+
+    Args:
+        partner: this process's.
+    """
+
+    def __init__(self, partner: "Partner") -> None:
+        self._partner = partner
+
+    @property
+    def name(self) -> str:
+        """The model's."""
+        return self._partner.name
+
+    @property
+    def context(self) -> int | None:
+        """How many tokens prompt and answer may have."""
+        return self._partner.context
+
+    def describe(self) -> str:
+        """Say in a line who answers, and how."""
+        return self._partner.describe()
+
+    def answer(self, messages: "Sequence[Message]", answer: "Answer") -> "Outcome":
+        """Answer messages."""
+        self._say("answer", list(messages))
+        return self._partner.answer(messages, answer)
+
+    def set(self, given: dict[str, Any]) -> str:
+        """Set options, and say in a line which hold."""
+        self._say("set", given)
+        return self._partner.set(given)
+
+    def take(self, model: str) -> str:
+        """Say which model this is; there is no other."""
+        return self._partner.take(model)
+
+    def leave(self) -> None:
+        """Let the others go, too."""
+        self._say("leave", None)
+
+    def _say(self, order: str, what: object) -> None:
+        if (watch := _watch()) is not None:
+            _tell(watch, [order, what])
+
+
+def follow(partner: "Partner") -> None:
+    """Do what the first process's partner is asked, until that one leaves."""
+    from quintet.cli.answer import Answer
+
+    watch = _watch()
+    assert watch is not None, "there is nobody to follow"
+    while True:
+        order, what = _hear(watch)
+        if order == "leave":
+            return
+        # The first process hears the same, and says it.
+        try:
+            if order == "set":
+                partner.set(what)
+            else:
+                partner.answer(what, Answer("hide", quiet=True))
+        except (RankFailedError, DisagreementError):
+            raise
+        except (QuintetError, KeyboardInterrupt):
+            continue
+
+
+def _watch() -> "Watch | None":
+    if not several():
+        return None
+    from quintet.parallel import faults
+
+    return faults.watch()
+
+
+def _tell(watch: "Watch", what: object) -> None:
+    watch.store.set(f"told/{watch.store.add('told', 1)}", json.dumps(what))
+
+
+def _hear(watch: "Watch") -> Any:
+    """Wait for what the first process says next, however long it takes."""
+    from datetime import timedelta
+
+    import torch.distributed as dist
+
+    try:
+        key = f"told/{watch.store.add(f'heard/{watch.rank}', 1)}"
+        while not watch.store.check([key]):
+            if watch.store.check(["alarm"]):
+                # Whoever failed has said it, or will.
+                raise SystemExit(1)
+            try:
+                watch.store.wait([key], timedelta(seconds=1))
+            except dist.DistStoreError:
+                continue
+        return json.loads(watch.store.get(key))
+    except RuntimeError as error:
+        raise RankFailedError(0, f"({watch.who[0]}) is gone") from error

@@ -1,0 +1,63 @@
+"""How `from_pretrained` divides a model among the processes of a launcher."""
+
+import os
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+
+from quintet.configuration.base import PreTrainedConfig
+from quintet.errors import InputError, shown
+from quintet.folder import AdapterFolderError
+from quintet.modeling import loading
+from quintet.modeling.core import ModelCore
+from quintet.modeling.init_on_meta import init_on_meta
+from quintet.modeling.placement import DeviceMap, MaxMemory
+from quintet.parallel.division import DistributedConfig, degrees_for, processes
+from quintet.parallel.launch import connect, join, own_device
+from quintet.parallel.world import World
+
+__all__ = ["world_for"]
+
+
+def world_for(
+    cls: type[ModelCore],
+    source: loading.ModelSource | None,
+    given: PreTrainedConfig | str | os.PathLike[str] | None,
+    overrides: Mapping[str, Any],
+    asked: DistributedConfig,
+    device_map: DeviceMap,
+    max_memory: MaxMemory | None,
+) -> World:
+    """Join the other processes, and return who has what of a model.
+
+    Raises:
+        InputError: the model cannot be divided so, or an option says where weights go in a way
+            that does not go with it.
+        DistributedError: the others did not come.
+    """
+    if max_memory is not None:
+        raise InputError("max_memory is for one process with several devices; leave it out")
+    device = _device(device_map)
+    connect(asked.timeout, device)
+    try:
+        config = loading.config_of(cls, source, given, overrides)
+    except AdapterFolderError as found:
+        raise InputError(
+            f"{found}: adapters are not put on a model that several processes hold; merge it "
+            "first, in one process: merge_and_unload(), then save_pretrained(…)"
+        ) from None
+    degrees = degrees_for(init_on_meta(cls, config), asked, processes())
+    return join(degrees, device=device, timeout=asked.timeout)
+
+
+def _device(device_map: DeviceMap) -> torch.device:
+    """Return where this process computes."""
+    if device_map is None or device_map == "auto":
+        return own_device()
+    if isinstance(device_map, str | torch.device) and str(device_map) in ("cpu", "cuda"):
+        return own_device(str(device_map))
+    raise InputError(
+        f"device_map={shown(device_map)} says where one process puts a whole model; among several "
+        'each has its own GPU, or the CPU: leave it out, or give "cpu" or "cuda"'
+    )

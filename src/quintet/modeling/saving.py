@@ -1,0 +1,226 @@
+"""A model that several processes hold becomes one ordinary checkpoint, written by the first.
+
+It asks for one tensor after the other, in the order in which it writes them; the others send their
+parts. What each tensor is follows from a model of the same configuration without memory.
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from quintet.checkpoint import Piece, pieces, save
+from quintet.errors import UnsupportedModelError
+from quintet.modeling.core import ModelCore
+from quintet.modeling.init_on_meta import init_on_meta
+from quintet.modeling.key_mapping import check_tied
+from quintet.parallel.gathering import Portion, gather, own_part
+from quintet.parallel.placement import Shard, place, table_of
+from quintet.parallel.together import Together
+from quintet.parallel.world import World
+from quintet.quantization import Quantized, part_state
+
+__all__ = ["write_together"]
+
+Shape = tuple[int, ...]
+
+END = -1
+
+
+@dataclass(frozen=True, slots=True)
+class _Plain:
+    """A tensor of numbers, or an expert's rows of one.
+
+    Attributes:
+        spec: the tensor of the checkpoint, without memory.
+        name: of the model's tensor.
+        tensor: what this process has of that.
+        piece: which part of it the checkpoint has.
+    """
+
+    spec: Tensor
+    name: str
+    tensor: Tensor
+    piece: Piece
+
+    def whole(self, shares: "Shares") -> Tensor | None:
+        """Return it in the first process; all have to call this."""
+        found = shares.of(self.name, self.piece)
+        at = found[shares.world.rank][1]
+        local: Tensor | None = own_part(self.tensor)
+        if self.piece.place is not None:
+            local = None if local is None or at is None else local[at]
+        portion = Portion(local, [shard for shard, _ in found], self.tensor.dtype)
+        return gather(portion, shares.world)
+
+
+@dataclass(frozen=True, slots=True)
+class _Packed:
+    """A tensor that a matrix in fewer bits consists of on disk.
+
+    Attributes:
+        spec: the tensor of the checkpoint, without memory; itself if it says nothing of weights.
+        file: its name there.
+        weight: the name of the matrix, or the stack it is in.
+        module: what holds it.
+        parts: what this process has of the parts of that.
+        piece: which matrix of a stack it is of.
+        needed: the parts that it is made of.
+        dtype: of the model.
+    """
+
+    spec: Tensor
+    file: str
+    weight: str
+    module: Quantized
+    parts: Mapping[str, Tensor]
+    piece: Piece
+    needed: tuple[str, ...]
+    dtype: torch.dtype
+
+    def whole(self, shares: "Shares") -> Tensor | None:
+        """Return it in the first process; all have to call this."""
+        leaf = self.weight.rpartition(".")[2]
+        held, specs = self.module.formats[leaf], _empty(self.module, leaf, self.piece)
+        found = shares.of(self.weight, self.piece)
+        local: Mapping[str, Tensor] = self.parts
+        if self.piece.place is not None:
+            at, rows = found[shares.world.rank][1], self.piece.place[1]
+            number = rows.start // self.piece.shape[0]
+            local = {} if at is None else self.module.view(leaf, local, (at[0], number))
+        cut = [None if shard is None else held.shards(shard) for shard, _ in found]
+        made = dict(specs)
+        for suffix in self.needed:
+            own = [None if one is None else one[suffix] for one in cut]
+            whole = gather(Portion(local.get(suffix), own, specs[suffix].dtype), shares.world)
+            made[suffix] = specs[suffix] if whole is None else whole
+        if shares.world.rank != 0:
+            return None
+        return held.pack(self.piece.name, made, self.piece.shape, self.dtype)[self.file]
+
+
+@dataclass(frozen=True, slots=True)
+class Shares:
+    """What each process has of each tensor of a model, by its rank."""
+
+    world: World
+    shards: Sequence[Mapping[str, Shard]]
+
+    def of(self, name: str, piece: Piece) -> list[tuple[Shard | None, tuple[int, slice] | None]]:
+        """Return of a piece what each process has, and where in its own tensor; None for none."""
+        if piece.place is None:
+            return [(shards[name], None) for shards in self.shards]
+        return [shards[name].piece(*piece.place) or (None, None) for shards in self.shards]
+
+
+def _entries(
+    model: ModelCore, shapes: Mapping[str, Shape]
+) -> Iterator[tuple[str, _Plain | _Packed]]:
+    """Yield the tensors of a checkpoint by their names, in the order of one process's save.
+
+    Raises:
+        InputError: tied weights are two.
+    """
+    tied = model.tied_names()
+    plain, parted = part_state(model, model.state_dict(), tied)
+    check_tied(plain, tied)
+    for name, tensor in plain.items():
+        if name not in tied:
+            for piece in pieces(name, shapes[name], model.expert_stacks):
+                spec = torch.empty(piece.shape, dtype=tensor.dtype, device="meta")
+                yield piece.name, _Plain(spec, name, tensor, piece)
+    for weight, (module, leaf, parts) in parted.items():
+        whole = [Piece(weight, shapes[weight])]
+        stacked = pieces(weight, shapes[weight], model.expert_stacks)
+        for piece in stacked if module.matrices[leaf][1] else whole:
+            empty = _empty(module, leaf, piece)
+            packed = module.formats[leaf].pack(piece.name, empty, piece.shape, model.dtype)
+            for file, spec in packed.items():
+                same = tuple(suffix for suffix, one in empty.items() if one is spec)
+                # What is made of others is made of scales, or says nothing of weights.
+                needed = same or tuple(suffix for suffix in empty if suffix and spec.is_meta)
+                yield file, _Packed(spec, file, weight, module, parts, piece, needed, model.dtype)
+
+
+def _empty(module: Quantized, leaf: str, piece: Piece) -> dict[str, Tensor]:
+    """Return the parts of a whole matrix, without memory."""
+    specs = module.formats[leaf].parts(piece.shape)
+    return {s: torch.empty(o.shape, dtype=o.dtype, device="meta") for s, o in specs.items()}
+
+
+def _shares(model: ModelCore, world: World) -> tuple[Shares, dict[str, Shape]]:
+    """Return what each process has of each tensor, and the shapes of whole ones."""
+    whole = init_on_meta(type(model), model.config)
+    table, state = table_of(whole), whole.state_dict()
+    # What several share is in the table by the first of its names, and saved by that.
+    shapes = {n: tuple(t.shape) for n, t in state.items() if n in table.parameters}
+    places = [world.degrees.place(rank) for rank in range(world.degrees.size)]
+    return Shares(world, [place(shapes, table, at) for at in places]), shapes
+
+
+def write_together(
+    model: ModelCore,
+    world: World,
+    directory: Path,
+    *,
+    max_shard_size: int | str,
+    variant: str | None,
+    texts: Mapping[str, str],
+    writes: bool,
+) -> None:
+    """Write a model that several processes hold; all of them have to call it.
+
+    Args:
+        writes: whether the first process is to write; the others follow it.
+
+    Raises:
+        RankFailedError: writing failed, or a process could not take part in it.
+    """
+    with Together(world, "before it saved"):
+        if world.degrees.pp > 1:
+            raise UnsupportedModelError(
+                f"pp={world.degrees.pp} gave each process some of the layers, and save_pretrained "
+                "writes models of which each has a part of all; load it with pp=1 to save it"
+            )
+        shares, shapes = _shares(model, world)
+        entries = dict(_entries(model, shapes))
+    with Together(world, "while it saved"):
+        if world.rank != 0:
+            _follow(list(entries.values()), shares)
+            return
+        numbers = {name: number for number, name in enumerate(entries)}
+
+        def data(name: str) -> Tensor:
+            _told(numbers[name], world)
+            made = entries[name].whole(shares)
+            assert made is not None, "the first process has it"
+            return made
+
+        try:
+            if writes:
+                save(
+                    directory,
+                    {name: entry.spec for name, entry in entries.items()},
+                    max_shard_size=max_shard_size,
+                    variant=variant,
+                    text_files=texts,
+                    data=data,
+                )
+        finally:
+            _told(END, world)
+
+
+def _follow(entries: list[_Plain | _Packed], shares: Shares) -> None:
+    """Send the parts of what the first process asks for, until it has all."""
+    while (asked := _told(END, shares.world)) != END:
+        entries[asked].whole(shares)
+
+
+def _told(number: int, world: World) -> int:
+    """Return the number that the first process tells."""
+    told = torch.tensor([number], device=world.device)
+    dist.broadcast(told, 0)
+    return int(told)

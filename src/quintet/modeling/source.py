@@ -1,0 +1,43 @@
+"""Where a model comes from, and where its files are on this machine."""
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from quintet.hub import CONFIG_PATTERNS, locate, locate_weights
+
+__all__ = ["ModelSource"]
+
+
+@dataclass(frozen=True, slots=True)
+class ModelSource:
+    """Where a model comes from."""
+
+    name_or_path: str | os.PathLike[str]
+    revision: str | None = None
+    cache_dir: str | os.PathLike[str] | None = None
+    token: str | bool | None = None
+    local_files_only: bool = False
+    subfolder: str = ""
+    variant: str | None = None
+    gguf_file: str | None = None
+
+    @property
+    def where(self) -> dict[str, Any]:
+        """What tells where files are, but for the name."""
+        return {
+            "revision": self.revision,
+            "cache_dir": self.cache_dir,
+            "token": self.token,
+            "local_files_only": self.local_files_only,
+            "subfolder": self.subfolder,
+        }
+
+    def locate(self, *, weights: bool = True) -> Path:
+        """Return the local directory or GGUF file, downloading config and weights if needed."""
+        where = {**self.where, "gguf_file": self.gguf_file}
+        root = locate(self.name_or_path, CONFIG_PATTERNS, **where)
+        if weights:
+            root = locate_weights(self.name_or_path, self.variant, **where)
+        return root

@@ -1,0 +1,319 @@
+"""Why a process of several ends: it tells the others, and finds out which of them failed.
+
+Connections break one after the other where one process fails, and say of none why. So each process
+leaves a word where all find it before it ends; who left none is dead, or stands still. A thread
+answers for a process that is well, and ends it where it waits for others in vain.
+"""
+
+import json
+import os
+import signal
+import sys
+import threading
+import time
+import traceback
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from types import FrameType, TracebackType
+from typing import Any
+
+import torch.distributed as dist
+from torch.distributed.distributed_c10d import Store
+
+from quintet.errors import RankFailedError
+from quintet.parallel.verdict import Kind, Process, Word, place_of, verdict
+
+__all__ = ["Watch", "begin", "collective", "last_words", "watch"]
+
+# So long others have to say a word: a thread of theirs does, within milliseconds.
+GRACE = 1.2
+# So often a process asks whether another failed.
+LISTEN = 0.2
+# So long a process has to find out by itself that another failed.
+BY_ITSELF = 1.0
+# So long who keeps the words waits until the others know them.
+READ = 3.0
+# What gloo, NCCL and the store write of connections and of time.
+BROKEN = ("closed by peer", "reset by peer", "roken pipe", "onnection refused", "remote process")
+LATE = ("imed out", "imeout")
+UNEVEN = "preamble"
+
+
+@dataclass(slots=True)
+class Watch:
+    """What a process says to the others when it fails, and hears of them.
+
+    Attributes:
+        store: where words are left.
+        rank: which process this is.
+        who: all of them.
+        seconds: that they wait for each other.
+        node: what tells machines apart.
+        keeps: whether this process keeps the store, which ends with it.
+    """
+
+    store: Store
+    rank: int
+    who: dict[int, Process]
+    seconds: float
+    node: str
+    keeps: bool
+    _told: bool = field(default=False, init=False)
+    _waited_for: int = field(default=0, init=False)
+    _over: threading.Event = field(default_factory=threading.Event, init=False, repr=False)
+    _thread: threading.Thread | None = field(default=None, init=False, repr=False)
+
+    # -- words ---------------------------------------------------------------------------------
+
+    def __post_init__(self) -> None:
+        self._waited_for = len(self.who) - 1
+
+    def tell(self, kind: Kind, text: str, at: tuple[str, bool], *, alarm: bool = True) -> None:
+        """Leave a word for the others; with an alarm they hear it at once."""
+        word = Word(self.rank, kind, text, *at)
+        # Where the store is gone, so is who kept it, and all others.
+        with suppress(RuntimeError):
+            number = self.store.add("words", 1)
+            self.store.set(f"word/{number}", json.dumps(asdict(word)))
+            if alarm:
+                self.store.set("alarm", "1")
+
+    def heard(self) -> dict[int, Word]:
+        """Return a word of each process that said one, in the order of their first ones.
+
+        Raises:
+            RuntimeError: who kept the words is gone.
+        """
+        found: dict[int, Word] = {}
+        for number in range(1, self.store.add("words", 0) + 1):
+            word = Word(**json.loads(self.store.get(f"word/{number}")))
+            # What a process says of itself counts more than that it is alive.
+            if word.kind != "waits" or word.rank not in found:
+                found[word.rank] = word
+        return found
+
+    def explain(self, error: BaseException) -> BaseException | None:
+        """Tell the others of an error, and return whose it is: itself, or a `RankFailedError`.
+
+        None where all were told to end.
+        """
+        self._told = True
+        at = place_of(traceback.walk_tb(error.__traceback__))
+        if isinstance(error, RankFailedError):
+            self.tell("lost", str(error), at)
+            return error
+        kind = _kind(error, inside=at[1])
+        self.tell(kind, _in_a_line(error), at)
+        return error if kind in ("failed", "interrupted") else self._found(late=kind == "late")
+
+    def _found(self, *, late: bool) -> RankFailedError | None:
+        try:
+            words = self._all_heard()
+        except RuntimeError:
+            # The words are kept by rank 0, or what started it.
+            return RankFailedError(0, f"({self.who[0]}) is gone, and what was said with it")
+        self._waited_for = len(words.keys() - {self.rank})
+        if late:
+            self._wake(words)
+        return verdict(words, self.who, self.seconds, late=late)
+
+    def _all_heard(self) -> dict[int, Word]:
+        """Return the words of all, or of those that said one within a moment."""
+        until = time.monotonic() + GRACE
+        while True:
+            words = self.heard()
+            known = any(word.kind == "failed" and word.rank != self.rank for word in words.values())
+            if known or len(words) == len(self.who) or time.monotonic() > until:
+                return words
+            time.sleep(0.02)
+
+    def _let_read(self) -> None:
+        """Say that this process needs the words no more; who keeps them waits for the others."""
+        with suppress(RuntimeError):
+            if not self.keeps:
+                self.store.add("read", 1)
+                return
+            until = time.monotonic() + READ
+            while self.store.add("read", 0) < self._waited_for and time.monotonic() < until:
+                time.sleep(0.02)
+
+    def _wake(self, words: dict[int, Word]) -> None:
+        """Let processes of this machine go on that were stopped: no launcher can end them so."""
+        host = self.who[self.rank].host
+        for rank, process in self.who.items():
+            if rank not in words and process.host == host:
+                with suppress(OSError):
+                    os.kill(process.pid, signal.SIGCONT)
+
+    def say(self, found: BaseException) -> None:
+        """Write on standard error who failed, once on a machine."""
+        _tell_launcher(str(found))
+        first = True
+        with suppress(RuntimeError):
+            first = self.store.add(f"said/{self.node}", 1) == 1
+        if first:
+            print(f"error: {found}", file=sys.__stderr__, flush=True)
+
+    # -- while it runs -------------------------------------------------------------------------
+
+    def answer(self) -> None:
+        """Wait until a process fails; say then where this one is, and end it where it is stuck."""
+        main = threading.main_thread().ident
+        with suppress(RuntimeError):
+            store: Store = self.store.clone()  # type: ignore[attr-defined]
+            # Not waited for within the store: Python cannot end a thread in there.
+            while not store.check(["alarm"]):
+                if self._over.wait(LISTEN):
+                    return
+            if not self._told:
+                self.tell("waits", "", _place_of_thread(main), alarm=False)
+            if self._over.wait(BY_ITSELF):
+                return
+            if self._told:
+                return
+            if _place_of_thread(main)[1]:
+                self._told = True
+                late = any(word.kind == "late" for word in self.heard().values())
+                if (found := self._found(late=late)) is not None:
+                    self.say(found)
+                sys.stdout.flush()
+                self._let_read()
+                os._exit(1)
+            if not self.keeps:
+                # It may be long until this one finds out: it is not waited for.
+                self._let_read()
+
+    def on_sigterm(self, number: int, frame: FrameType | None) -> None:
+        """End: so a launcher ends all others where one failed, and it may be the first to know."""
+        if self._told:
+            return
+        self._told = True
+        self.tell("ended", "", place_of(_outermost_first(frame)))
+        if (found := self._found(late=False)) is not None:
+            self.say(found)
+        raise SystemExit(128 + number)
+
+    def leave(self) -> None:
+        """Say that this process is at its end, and take it out of the group."""
+        well = not self._told
+        if well:
+            self._told = True
+            self.tell("left", "", ("", False), alarm=False)
+        if not (well and self.keeps):
+            self._let_read()
+        self._over.set()
+        if self._thread is not None:
+            self._thread.join(READ)
+        if well and dist.is_initialized():
+            dist.destroy_process_group()
+
+    def listen(self) -> None:
+        """Hear from now on, in a thread, when another process fails."""
+        self._thread = threading.Thread(target=self.answer, name="quintet-watch", daemon=True)
+        self._thread.start()
+
+
+@dataclass(frozen=True, slots=True)
+class _Hook:
+    """What Python calls with an error that nothing handled."""
+
+    watch: Watch
+    before: Callable[..., Any]
+
+    def __call__(
+        self, kind: type[BaseException], error: BaseException, frames: TracebackType | None
+    ) -> None:
+        found = last_words(error)
+        if isinstance(found, RankFailedError):
+            if os.environ.get("QUINTET_DEBUG"):
+                self.before(kind, error, frames)
+            self.watch.say(found)
+        elif found is not None:
+            self.before(kind, error, frames)
+
+
+def begin(watch: Watch) -> None:
+    """Watch over this process from now on."""
+    sys.excepthook = _Hook(watch, sys.excepthook)
+    main = threading.current_thread() is threading.main_thread()
+    if main and signal.getsignal(signal.SIGTERM) == signal.SIG_DFL:
+        signal.signal(signal.SIGTERM, watch.on_sigterm)
+    watch.listen()
+
+
+def watch() -> Watch | None:
+    """Return what watches over this process; None where it is the only one."""
+    hook = sys.excepthook
+    return hook.watch if isinstance(hook, _Hook) else None
+
+
+def last_words(error: BaseException) -> BaseException | None:
+    """Tell the other processes of an error that ends this one, and return whose error it is.
+
+    That is the same, or a `RankFailedError`; None where all were told to end.
+    """
+    here = watch()
+    if here is None or isinstance(error, SystemExit):
+        return error
+    found = here.explain(error)
+    if found is error:
+        _tell_launcher(_in_a_line(error))
+    return found
+
+
+@contextmanager
+def collective() -> Iterator[None]:
+    """Let what fails within for the sake of another process say which one that is.
+
+    Raises:
+        RankFailedError: another process failed, is gone, or did not come.
+    """
+    try:
+        yield
+    except RuntimeError as error:
+        here = watch()
+        if here is None or _kind(error, inside=True) == "failed":
+            raise
+        found = here.explain(error)
+        raise SystemExit(143) if found is None else found from error
+
+
+def _kind(error: BaseException, *, inside: bool) -> Kind:
+    """Say of an error, raised inside of a collective or elsewhere, what it is about."""
+    if isinstance(error, KeyboardInterrupt):
+        return "interrupted"
+    text = str(error)
+    if inside and isinstance(error, RuntimeError):
+        if any(word in text for word in LATE):
+            return "late"
+        if any(word in text for word in BROKEN):
+            return "lost"
+    return "failed"
+
+
+def _in_a_line(error: BaseException) -> str:
+    text = str(error)
+    if UNEVEN in text:
+        text = "it was sent a tensor of another size than it waits for"
+    return f"{type(error).__name__}: {' '.join(text.split())}"[:1000]
+
+
+def _outermost_first(frame: FrameType | None) -> list[tuple[FrameType, int]]:
+    return [*traceback.walk_stack(frame)][::-1] if frame is not None else []
+
+
+def _place_of_thread(ident: int | None) -> tuple[str, bool]:
+    frame = sys._current_frames().get(ident or 0)
+    return place_of(_outermost_first(frame))
+
+
+def _tell_launcher(text: str) -> None:
+    """Write what torchrun shows of the process that failed first."""
+    path = os.environ.get("TORCHELASTIC_ERROR_FILE")
+    if path and not os.path.exists(path):
+        with suppress(OSError):
+            more = {"py_callstack": text, "timestamp": str(int(time.time()))}
+            told = {"message": {"message": text, "extraInfo": more}}
+            Path(path).write_text(json.dumps(told), encoding="utf-8")

@@ -1,0 +1,79 @@
+"""Whole tensors out of the parts of several processes, one at a time, in the first process."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from quintet.parallel.placement import Shard
+from quintet.parallel.world import World
+
+__all__ = ["Portion", "gather", "own_part"]
+
+
+@dataclass(frozen=True, slots=True)
+class Portion:
+    """A tensor of which each process has a part.
+
+    Attributes:
+        part: what this process has; None for nothing.
+        shards: what each process has, by its rank; None for nothing.
+        dtype: of the tensor.
+    """
+
+    part: Tensor | None
+    shards: Sequence[Shard | None]
+    dtype: torch.dtype
+
+    @property
+    def owners(self) -> dict[int, Shard]:
+        """The processes whose parts make the whole: of those that have the same, the first."""
+        found: dict[tuple[object, ...], tuple[int, Shard]] = {}
+        for rank, shard in enumerate(self.shards):
+            if shard is not None and not shard.zero:
+                found.setdefault(tuple(sorted(shard.ranges.items())), (rank, shard))
+        return dict(found.values())
+
+
+def gather(portion: Portion, world: World) -> Tensor | None:
+    """Return a whole tensor in the first process, and None in the others.
+
+    Every process has to call it, for the same tensor. What is on its way are the parts of one.
+    """
+    owners = portion.owners
+    if world.rank != 0:
+        if world.rank in owners and owners[world.rank].numel:
+            assert portion.part is not None
+            dist.send(_bytes(portion.part.to(world.device)), dst=0)
+        return None
+    if list(owners) == [0] and owners[0].whole:
+        return portion.part
+    shape = next(shard.shape for shard in portion.shards if shard is not None)
+    whole = torch.empty(shape, dtype=portion.dtype, device=world.device)
+    for rank, shard in owners.items():
+        if rank == 0:
+            assert portion.part is not None
+            shard.put(whole, portion.part)
+        elif shard.numel:
+            part = torch.empty(shard.local_shape, dtype=portion.dtype, device=world.device)
+            dist.recv(_bytes(part), src=rank)
+            shard.put(whole, part)
+    return whole
+
+
+def own_part(tensor: Tensor) -> Tensor:
+    """Return what a process has of a tensor before batches were divided: FSDP's slices, joined.
+
+    Where FSDP divided it, all processes that share it have to call this.
+    """
+    from torch.distributed.tensor import DTensor
+
+    plain = tensor.detach()
+    return plain.full_tensor() if isinstance(plain, DTensor) else plain
+
+
+def _bytes(tensor: Tensor) -> Tensor:
+    """Return the bytes of a tensor: backends know few types of numbers."""
+    return tensor.contiguous().reshape(-1).view(torch.uint8)

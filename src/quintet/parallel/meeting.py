@@ -1,0 +1,118 @@
+"""Where processes of one machine meet faster than by messages: in memory that they share."""
+
+import fcntl
+import mmap
+import os
+import secrets
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from quintet.kernels.meeting import Meeting, size_of
+from quintet.kernels.native import available
+
+__all__ = ["join", "meeting_of", "sum_in_place"]
+
+FOLDER = Path("/dev/shm")
+NAME = 16
+# A group of torch has no room for what belongs to it.
+_OF_GROUPS: "WeakKeyDictionary[dist.ProcessGroup, Meeting | None]" = WeakKeyDictionary()
+
+
+def meeting_of(group: dist.ProcessGroup) -> Meeting | None:
+    """Return the memory of a group's processes, None where not all can have the same.
+
+    All have to ask at the same time when they do so first.
+    """
+    if group not in _OF_GROUPS:
+        _OF_GROUPS[group] = _open(group) if "gloo" in dist.get_backend(group) else None
+    return _OF_GROUPS[group]
+
+
+def sum_in_place(x: Tensor, group: dist.ProcessGroup) -> None:
+    """Add up what all processes of a group have.
+
+    Raises:
+        RankFailedError: one of them has ended, or did not come in time.
+    """
+    meeting = meeting_of(group) if x.is_cpu else None
+    if meeting is None or not meeting.sum(x):
+        dist.all_reduce(x, group=group)
+
+
+def join(x: Tensor, group: dist.ProcessGroup) -> Tensor:
+    """Return what all processes of a group have, one behind the other in a new first axis.
+
+    Raises:
+        RankFailedError: one of them has ended, or did not come in time.
+    """
+    meeting = meeting_of(group) if x.is_cpu else None
+    made = None if meeting is None else meeting.gather(x)
+    if made is None:
+        parts = [torch.empty_like(x) for _ in range(dist.get_world_size(group))]
+        dist.all_gather(parts, x.contiguous(), group=group)
+        return torch.stack(parts)
+    return made
+
+
+def _open(group: dist.ProcessGroup) -> Meeting | None:
+    """Map a file of the first process in all, and agree on whether that worked in all."""
+    ranks = dist.get_process_group_ranks(group)
+    index, count = dist.get_rank(group), len(ranks)
+    name = torch.zeros(NAME, dtype=torch.uint8)
+    path, file = None, None
+    able = available()
+    if index == 0 and able:
+        path, file = _made(size_of(count))
+        if path is not None:
+            name = torch.tensor(list(bytes.fromhex(path.name.rpartition("-")[2])), dtype=name.dtype)
+    dist.broadcast(name, ranks[0], group=group)
+    if index and able and name.any():
+        with suppress(OSError):
+            file = os.open(_path(bytes(name.tolist())), os.O_RDWR)
+    meeting = None
+    if file is not None:
+        with suppress(OSError):
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB, 1, index)
+            meeting = Meeting(mmap.mmap(file, size_of(count)), index, ranks, file, _patience(group))
+    there = torch.tensor([meeting is not None], dtype=torch.uint8)
+    of_all = [torch.empty_like(there) for _ in ranks]
+    dist.all_gather(of_all, there, group=group)
+    if path is not None:
+        # It lives as long as somebody has it mapped.
+        path.unlink()
+    if all(bool(one) for one in of_all):
+        return meeting
+    if file is not None:
+        os.close(file)
+    return None
+
+
+def _made(size: int) -> tuple[Path, int] | tuple[None, None]:
+    """Make a file of memory that is there, not only promised."""
+    path = _path(secrets.token_bytes(NAME))
+    try:
+        file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o600)
+    except OSError:
+        return None, None
+    try:
+        os.posix_fallocate(file, 0, size)
+    except OSError:
+        path.unlink()
+        return None, None
+    return path, file
+
+
+def _path(name: bytes) -> Path:
+    return FOLDER / f"quintet-meeting-{name.hex()}"
+
+
+def _patience(group: dist.ProcessGroup) -> float:
+    """Return for how many seconds messages of a group wait."""
+    backend: Any = group._get_backend(torch.device("cpu"))
+    return float(backend.options._timeout.total_seconds())

@@ -1,0 +1,224 @@
+"""Stages that train: parts of a step pass them one after the other, and gradients come back.
+
+The order in which a stage runs forwards and backwards is one of `torch.distributed.pipelining`.
+Only states pass from stage to stage, and their gradients; each stage works out positions, masks and
+texts anew from the ids, which all have. States go in the layout of the layers, (N, C), filled up to
+the largest part, so that sizes are known before anything is sent.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, get_args
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F  # noqa: N812
+from torch import Tensor, nn
+
+from quintet.errors import InputError, shown
+from quintet.parallel.stage import Stage
+from quintet.parallel.stages import Stages, decoder_of, owners
+from quintet.parallel.world import DENSE, World
+
+__all__ = ["Pipeline", "Schedule", "layout_of"]
+
+Schedule = Literal[
+    "GPipe", "1F1B", "Interleaved1F1B", "InterleavedZeroBubble", "ZBVZeroBubble", "DualPipeV"
+]
+
+
+class Pipeline:
+    """What trains a model whose layers several processes have.
+
+    Args:
+        model: this process's stages of it.
+        stages: what all have.
+        world: the processes.
+        schedule: the order of forwards and backwards.
+
+    Raises:
+        InputError: there is no such schedule, or it is not of that many stages.
+    """
+
+    def __init__(
+        self, model: nn.Module, stages: Stages, world: World, schedule: Schedule = "1F1B"
+    ) -> None:
+        if schedule not in get_args(Schedule):
+            known = ", ".join(get_args(Schedule))
+            raise InputError(f"schedule={shown(schedule)} is none of {known}")
+        stage = vars(model)["stage"]
+        assert isinstance(stage, Stage)
+        self.model, self.stage, self.stages, self.world = model, stage, stages, world
+        self.schedule, self.dtype = schedule, decoder_of(model).dtype
+        self._shared = _shared_groups(stages, world)
+        self._made: tuple[tuple[int, int], Any] | None = None
+        self._check()
+
+    def run(self, forward: Callable[[int], Tensor | None], sizes: Sequence[int]) -> None:
+        """Add to the gradients what parts of a step come to.
+
+        Args:
+            forward: runs the model over a part, by its number; where `stage.last`, it returns
+                what the part adds to what is minimised, which is summed and not averaged.
+            sizes: how many tokens, with padding, each part has at most; the same in all stages.
+        """
+        made = self._schedule(len(sizes), max(sizes))
+        for one in made.stages:
+            one.submod.run = forward
+        numbers = torch.arange(len(sizes))
+        arguments = (numbers.float(),) if any(one.is_first for one in made.stages) else ()
+        losses: list[Tensor] = []
+        made.schedule.step(
+            *arguments, number=numbers, target=numbers, losses=losses, return_outputs=False
+        )
+        self.add_up()
+
+    @torch.no_grad()
+    def add_up(self) -> None:
+        """Add up the gradients of weights that several stages have."""
+        own = dict(self.model.named_parameters())
+        for group, names in self._shared:
+            for parameter in (own[name] for name in names if name in own):
+                if not parameter.requires_grad:
+                    continue
+                if parameter.grad is None:
+                    parameter.grad = torch.zeros_like(parameter)
+                dist.all_reduce(parameter.grad, group=group)
+
+    def counted(self) -> frozenset[str]:
+        """Return the parameters here that no stage before has: to count each once in a norm."""
+        index = self.world.coordinates["pp"]
+        before = frozenset().union(*self.stages.names[:index])
+        return frozenset(name for name, _ in self.model.named_parameters() if name not in before)
+
+    def _check(self) -> None:
+        have = self.stages.processes
+        runs_each, folded = layout_of(self.schedule, len(have) // self.world.degrees.pp)
+        if have != owners(self.world.degrees.pp, runs_each, folded=folded):
+            raise InputError(
+                f"schedule={self.schedule!r} wants stages of processes in the order "
+                f"{owners(self.world.degrees.pp, runs_each, folded=folded)}, and the model was cut "
+                f"for {have}; cut it by stages_of(model, pp, *layout_of(schedule))"
+            )
+
+    def _schedule(self, parts: int, most: int) -> "_Made":
+        """Return the schedule of so many parts of at most so many tokens."""
+        if self._made is None or self._made[0] != (parts, most):
+            self._made = ((parts, most), self._make(parts, most))
+        found: _Made = self._made[1]
+        return found
+
+    def _make(self, parts: int, most: int) -> "_Made":
+        from torch.distributed.pipelining import PipelineStage
+        from torch.distributed.pipelining.schedules import get_schedule_class
+
+        owner = self.stage
+
+        class Own(PipelineStage):
+            """A stage whose layers are those that run, on the way back too, when recomputed."""
+
+            def backward_one_chunk(self, *args: Any, **named: Any) -> None:
+                owner.active = self.stage_index
+                super().backward_one_chunk(*args, **named)
+
+            def backward_weight_one_chunk(self, *args: Any, **named: Any) -> None:
+                owner.active = self.stage_index
+                super().backward_weight_one_chunk(*args, **named)
+
+        count = len(self.stages.layers)
+        width = decoder_of(self.model).config.hidden_size
+        states = torch.empty(most, width, dtype=self.dtype, device="meta", requires_grad=True)
+        made = [
+            Own(
+                _Part(self.model, owner, index, most),
+                index,
+                count,
+                self.world.device,
+                input_args=torch.empty(1, device="meta") if index == 0 else states,
+                output_args=torch.empty((), device="meta") if index == count - 1 else states,
+                group=self.world.groups["pp"],
+            )
+            for index in owner.here
+        ]
+        kind = get_schedule_class(self.schedule)
+        several = self.schedule not in ("GPipe", "1F1B")
+        try:
+            schedule = kind(made if several else made[0], parts, loss_fn=_itself, scale_grads=False)
+        except ValueError as error:
+            raise InputError(
+                f"schedule={self.schedule!r} of {parts} parts on {self.world.degrees.pp} "
+                f"processes: {error}; cut a step into another number of parts"
+            ) from None
+        return _Made(schedule, made)
+
+
+def layout_of(schedule: Schedule, runs_each: int = 2) -> tuple[int, bool]:
+    """Return how many stages each process has in a schedule, and whether back and forth.
+
+    Args:
+        schedule: the order of forwards and backwards.
+        runs_each: how many, where the schedule leaves it open.
+    """
+    if schedule in ("GPipe", "1F1B"):
+        return 1, False
+    if schedule in ("ZBVZeroBubble", "DualPipeV"):
+        return 2, True
+    return max(runs_each, 2), False
+
+
+@dataclass(frozen=True, slots=True)
+class _Made:
+    schedule: Any
+    stages: list[Any]
+
+
+class _Part(nn.Module):
+    """What a stage of `torch.distributed.pipelining` runs: a model, between states that pass."""
+
+    run: Callable[[int], Tensor | None]
+
+    def __init__(self, model: nn.Module, stage: Stage, index: int, most: int) -> None:
+        super().__init__()
+        self.model, self.stage, self.index, self.most = model, stage, index, most
+
+    def forward(self, states: Tensor, number: Tensor) -> Tensor:
+        """Map states (most, C) to those of the next stage, or of the last to what is minimised."""
+        stage = self.stage
+        stage.active = self.index
+        with stage.between(None if stage.first else states):
+            made = self.run(int(number))
+            if stage.last:
+                assert made is not None
+                # A part without labels has no graph, and sends back a gradient all the same.
+                return made if made.requires_grad else made + states.sum() * 0
+            assert stage.outgoing is not None
+            outgoing = stage.outgoing.flatten(0, 1)
+        return F.pad(outgoing, (0, 0, 0, self.most - len(outgoing)))
+
+
+def _itself(output: Tensor, target: Tensor) -> Tensor:
+    return output
+
+
+def _shared_groups(stages: Stages, world: World) -> list[tuple[dist.ProcessGroup, tuple[str, ...]]]:
+    """Return this process's groups of those that have the same weights, and their names."""
+    by_holders: dict[tuple[int, ...], list[str]] = {}
+    for name, holders in stages.shared().items():
+        by_holders.setdefault(holders, []).append(name)
+    degrees = world.degrees
+    found = []
+    for holders, names in sorted(by_holders.items()):
+        if len(holders) == degrees.pp:
+            found.append((world.groups["pp"], tuple(names)))
+            continue
+        lines: dict[tuple[int, ...], list[int]] = {}
+        for rank in range(degrees.size):
+            at = degrees.coordinates(rank)
+            if at["pp"] in holders:
+                lines.setdefault(tuple(at[a] for a in DENSE if a != "pp"), []).append(rank)
+        for members in lines.values():
+            # Every process takes part in making every group.
+            group = dist.new_group(members)
+            if world.rank in members:
+                found.append((group, tuple(names)))
+    return found

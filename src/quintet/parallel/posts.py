@@ -1,0 +1,43 @@
+"""Messages from one process to all others of a group, which it does not wait for them to read."""
+
+from collections import deque
+from dataclasses import dataclass, field
+
+import torch.distributed as dist
+from torch import Tensor
+
+__all__ = ["Posts"]
+
+# Of messages that were sent and may not be read yet.
+UNDERWAY = 256
+
+
+@dataclass(slots=True, eq=False)
+class Posts:
+    """What the first process of a group sends, and the others read in the same order.
+
+    Attributes:
+        group: the processes, which talk through the CPU.
+    """
+
+    group: dist.ProcessGroup
+    _underway: deque[tuple[dist.Work, Tensor]] = field(default_factory=deque, repr=False)
+
+    def pass_on(self, x: Tensor) -> None:
+        """Let x be in all what it is in the first process, which must not change it any more."""
+        if dist.get_rank(self.group):
+            dist.recv(x, group=self.group, group_src=0)
+            return
+        for other in range(1, dist.get_world_size(self.group)):
+            work = dist.isend(x, group=self.group, group_dst=other)
+            assert work is not None
+            self._underway.append((work, x))
+        while self._underway and (
+            len(self._underway) > UNDERWAY or self._underway[0][0].is_completed()
+        ):
+            self._underway.popleft()[0].wait()
+
+    def settle(self) -> None:
+        """Wait until the others have read all."""
+        while self._underway:
+            self._underway.popleft()[0].wait()

@@ -1,0 +1,168 @@
+"""Sequence parallelism: what goes token by token is computed for a slice of the tokens.
+
+Between the regions in which each process computes a part of a matrix, residuals and norms are the
+same on all of them. There each process takes its slice of the tokens (arXiv:2205.05198, §4.2.2):
+tokens are gathered where a region begins, and cut where its parts have been added up. Weights
+between regions learn from a slice on each process, and their gradients add up.
+"""
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from quintet.errors import InputError
+from quintet.layers.shared_transformer import SharedTransformer
+from quintet.parallel.regions import gathered, sliced
+from quintet.parallel.stages import decoder_of
+from quintet.parallel.vocabulary import widths
+from quintet.parallel.world import World
+from quintet.sharding import Sharding
+
+__all__ = ["Slices", "slice_tokens"]
+
+
+class Slices:
+    """How tokens are cut where a model learns, and whose gradients are parts of a sum.
+
+    Attributes:
+        partial: the parameters that learn from a slice.
+    """
+
+    def __init__(self, group: dist.ProcessGroup, index: int, count: int) -> None:
+        self.group, self.index, self.count = group, index, count
+        self.partial: tuple[str, ...] = ()
+        # Of the forward that runs, how many tokens there are, counted over packed rows.
+        self._tokens = 0
+
+    def begin(self, tokens: int) -> None:
+        """Note how many tokens the forward that begins is of."""
+        self._tokens = tokens
+
+    def cut(self, x: Tensor) -> Tensor:
+        """Return this process's slice of (B, T, ...)."""
+        return sliced(x, self.group, widths=widths(self._tokens, self.count), dim=1)
+
+    def whole(self, x: Tensor) -> Tensor:
+        """Return all tokens of slices (B, T/t, ...)."""
+        return gathered(x, self.group, widths=widths(self._tokens, self.count), dim=1)
+
+    @torch.no_grad()
+    def add_up(self, gradients: Mapping[str, Tensor]) -> None:
+        """Add up gradients, by the names of their parameters, that are parts of a sum: in place."""
+        for name in self.partial:
+            if name in gradients:
+                dist.all_reduce(gradients[name], group=self.group)
+
+
+def slice_tokens(model: nn.Module, sharding: Sharding, world: World) -> Slices:
+    """Let a model that `tp` divides compute norms and residuals for slices where it learns.
+
+    Without gradients it runs as before: a step of one token has no slices.
+
+    Raises:
+        InputError: there is no tp.
+    """
+    if "tp" not in world.groups:
+        raise InputError("sequence parallelism goes with tp, whose processes share the tokens")
+    slices = Slices(world.groups["tp"], *world.place.tp)
+    base = decoder_of(model)
+    main = base.config.num_hidden_layers
+    layers = list(base.layers)[:main]
+    layers[0].register_forward_pre_hook(_Begin(slices), with_kwargs=True)
+    base.final_norm.register_forward_hook(_Gather(slices))
+    regions: dict[int, nn.Module] = {}
+    for begins, ends in _regions(model, layers, sharding):
+        if id(begins) not in regions:
+            regions[id(begins)] = begins
+            begins.register_forward_pre_hook(_Enter(slices), with_kwargs=True, prepend=True)
+            ends.register_forward_hook(_Leave(slices))
+    inside = {id(p) for region in regions.values() for p in region.parameters()}
+    own = [*(p for layer in layers for p in layer.parameters()), *base.final_norm.parameters()]
+    sums = {id(p) for p in own} - inside
+    slices.partial = tuple(name for name, p in model.named_parameters() if id(p) in sums)
+    return slices
+
+
+def _regions(
+    model: nn.Module, layers: list[nn.Module], sharding: Sharding
+) -> Iterator[tuple[nn.Module, nn.Module]]:
+    """Yield where the regions of layers begin and end: a module that is called with all tokens.
+
+    A block that reads embeddings beside its input is one, as those are whole.
+    """
+    paths = {id(layer): path for path, layer in model.named_modules()}
+    own = {f"{paths[id(layer)]}." for layer in layers}
+    blocks = {
+        path: module
+        for path, module in model.named_modules(remove_duplicate=False)
+        if isinstance(module, SharedTransformer)
+    }
+    for block in blocks.values():
+        yield block, block
+    for name in sharding.reduces:
+        inside = any(name.startswith(f"{path}.") for path in blocks)
+        if inside or not any(name.startswith(path) for path in own):
+            continue
+        ends = model.get_submodule(name)
+        is_map = isinstance(ends, nn.Linear)
+        yield (model.get_submodule(name.rpartition(".")[0]) if is_map else ends), ends
+
+
+# Objects, not closures: what they hold can be seen.
+
+
+@dataclass(frozen=True, slots=True)
+class _Begin:
+    """A hook that cuts what the first layer is given."""
+
+    slices: Slices
+
+    def __call__(
+        self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+        if not torch.is_grad_enabled():
+            return None
+        self.slices.begin(args[0].shape[1])
+        return (self.slices.cut(args[0]), *args[1:]), kwargs
+
+
+@dataclass(frozen=True, slots=True)
+class _Enter:
+    """A hook that gives a region all tokens."""
+
+    slices: Slices
+
+    def __call__(
+        self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+        if not torch.is_grad_enabled():
+            return None
+        named = {
+            name: self.slices.whole(value) if isinstance(value, Tensor) else value
+            for name, value in kwargs.items()
+        }
+        return tuple(self.slices.whole(x) if isinstance(x, Tensor) else x for x in args), named
+
+
+@dataclass(frozen=True, slots=True)
+class _Leave:
+    """A hook that cuts what a region made."""
+
+    slices: Slices
+
+    def __call__(self, module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:
+        return self.slices.cut(output) if torch.is_grad_enabled() else output
+
+
+@dataclass(frozen=True, slots=True)
+class _Gather:
+    """A hook that puts slices together behind the last norm."""
+
+    slices: Slices
+
+    def __call__(self, module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:
+        return self.slices.whole(output) if torch.is_grad_enabled() else output

@@ -1,0 +1,67 @@
+"""What one process of a machine does for all of them, such as fetching files: the others wait."""
+
+import logging
+import time
+from collections.abc import Callable
+from typing import TypeVar
+
+from quintet.errors import DistributedError
+from quintet.parallel.faults import watch
+
+__all__ = ["in_turn"]
+
+log = logging.getLogger("quintet.parallel")
+T = TypeVar("T")
+
+# Seconds: between two looks, until it is said who is waited for, and until that is given up.
+LOOK = 0.05
+NOTICE = 5.0
+PATIENCE = 12 * 3600.0
+
+
+def in_turn(work: Callable[[], T], what: str) -> T:
+    """Do something in the first process of this machine, and then in the others.
+
+    They wait at the store, not in a collective: fetching a model takes longer than those may. Where
+    no launcher was joined, each does it at once.
+
+    Args:
+        work: finds done, in the others, what the first did.
+        what: it is, for those who look why nothing happens.
+
+    Raises:
+        DistributedError: the first failed, or is not done after twelve hours.
+    """
+    here = watch()
+    if here is None:
+        return work()
+    host = here.who[here.rank].host
+    first = min(rank for rank, process in here.who.items() if process.host == host)
+    # All processes make the same calls: those of one turn have the same number.
+    turn = f"turn/{first}/{here.store.add(f'turns/{here.rank}', 1)}"
+    if here.rank != first:
+        _wait(turn, first, what)
+        return work()
+    word = "failed"
+    try:
+        made = work()
+        word = "done"
+    finally:
+        here.store.set(turn, word)
+    return made
+
+
+def _wait(turn: str, first: int, what: str) -> None:
+    here = watch()
+    assert here is not None
+    began, told = time.monotonic(), False
+    while not here.store.check([turn]):
+        waited = time.monotonic() - began
+        if waited > NOTICE and not told:
+            log.warning("rank %d waits for rank %d, which is %s", here.rank, first, what)
+            told = True
+        if waited > PATIENCE:
+            raise DistributedError(f"rank {first} is {what} for {waited:.0f} s; start all anew")
+        time.sleep(LOOK)
+    if here.store.get(turn) == b"failed":
+        raise DistributedError(f"rank {first} of this machine failed {what}")

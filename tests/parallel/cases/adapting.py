@@ -1,0 +1,72 @@
+"""Cases of adapters that processes train together; each compares with one that trains alone."""
+
+from typing import Any
+
+import torch
+
+from parallel.cases.tensor import family
+from parallel.cases.training import BEGIN, config_of, gradients_of, objective_of, own, rows_of
+from quintet.adapters.config import LoraConfig
+from quintet.modeling.heads import CausalLMHead
+from quintet.training.crew import Alone
+from quintet.training.joining import joined, spread
+from quintet.training.optimizers import build_optimizers
+from quintet.training.optimizers.layout import HERE
+from quintet.training.progress import Progress
+from quintet.training.step import accumulate, take
+from quintet.training.writing import whole_adapters
+from support import relative_error
+
+
+def adapted(name: str, changes: dict[str, Any], adapter: dict[str, Any]) -> CausalLMHead:
+    model = family(name).model_of(**changes)
+    torch.manual_seed(2)
+    # As in the middle of a training: otherwise A has no gradient.
+    model.add_adapter(LoraConfig(r=3, init_lora_weights=False, **adapter))
+    return model.train()
+
+
+def adds_to_all_scores(path: str) -> bool:
+    """Tell whether a parameter has no gradient but rounding: a bias of keys changes nothing."""
+    return "k_proj" in path and path.endswith("bias")
+
+
+def learns(
+    name: str, changes: dict[str, Any], degrees: dict[str, Any], adapter: dict[str, Any]
+) -> None:
+    """Compare loss, gradients, norm and some steps of an adapter, and what is to be saved of it."""
+    config = config_of(degrees)
+    models = [adapted(name, changes, adapter) for _ in range(2)]
+    crew = joined(config.parallel)
+    layout = spread(models[1], config, crew)
+    found = []
+    for model, where, who in zip(models, (HERE, layout), (Alone(), crew), strict=True):
+        optimizers = build_optimizers(model, config.optimizer, where)
+        parts = own(rows_of(0, 4), who)
+        outcome = accumulate(
+            model, objective_of(model, {}), parts, BEGIN, torch.enable_grad, who, where
+        )
+        gradients = gradients_of(model, optimizers)
+        norm = sum(value**2 for value in optimizers.scalars().values()) ** 0.5
+        optimizers.zero_grad()
+        found.append((outcome.loss, norm, gradients))
+        for step in range(1, 4):
+            parts = own(rows_of(step, 4), who)
+            at = Progress(step, 0, step / 4)
+            take(model, objective_of(model, {}), optimizers, parts, at, torch.enable_grad, who)
+    (loss, norm, wanted), (made_loss, made_norm, made) = found
+    assert abs(made_loss - loss) < 1e-5 * abs(loss)
+    assert abs(made_norm - norm) < 1e-5 * norm
+    assert set(wanted) == set(made)
+    for path, gradient in wanted.items():
+        if adds_to_all_scores(path):
+            continue
+        error = relative_error(made[path], gradient)
+        assert error < 1e-5, f"{path}: {error}"
+    whole = dict(models[0].named_parameters())
+    names = {parameter: path for path, parameter in models[1].named_parameters()}
+    for parameter, tensor in whole_adapters(models[1], layout, keep=True).items():
+        if adds_to_all_scores(names[parameter]):
+            continue
+        error = relative_error(tensor, whole[names[parameter]].detach())
+        assert error < 1e-4, f"{names[parameter]}: {error}"

@@ -1,0 +1,102 @@
+"""Cases of sequences on several processes; each process compares with a model that is whole."""
+
+from collections import Counter
+from contextlib import nullcontext
+from dataclasses import replace
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from parallel.cases.pipeline import check_gradients
+from parallel.cases.tensor import family, world
+from quintet.parallel.apply import shard_model, shards_of
+from quintet.parallel.context_parallel import Sequences
+from quintet.parallel.gradients import sum_partial
+from quintet.parallel.placement import Shard, table_of
+from quintet.parallel.sequence_parallel import slice_tokens
+from quintet.training.batch import Batch
+from quintet.training.objectives.next_token import LanguageModelling
+from quintet.training.objectives.targets import targets
+from quintet.training.progress import Progress
+from quintet.training.step import accumulate
+from support import relative_error
+
+
+def batch_of(length: int, kind: str) -> Batch:
+    """Make two rows with uneven labels, of one text each, with padding, or of several texts."""
+    ids = torch.randint(1, 100, (2, length))
+    labels = torch.where(torch.rand(2, length) < 0.6, ids, -100)
+    labels[0, length // 2 :] = -100
+    batch = Batch(input_ids=ids, labels=labels)
+    if kind == "padded":
+        mask = torch.ones_like(ids)
+        mask[1, length - 4 :] = 0
+        return replace(batch, attention_mask=mask, labels=labels.masked_fill(mask == 0, -100))
+    if kind == "packed":
+        index = (torch.arange(length) > 4).long() + (torch.arange(length) > 9).long()
+        return replace(batch, seq_idx=torch.stack((index, torch.zeros_like(index))))
+    return batch
+
+
+def gradients(name: str, changes: dict[str, Any], kind: str, length: int, count: int) -> None:
+    """Compare the loss and the gradients of rows that processes share with those of one."""
+    whole, model = (family(name).model_of(**changes).train() for _ in range(2))
+    # Where layers run again, keys are gathered again.
+    model.gradient_checkpointing_enable()
+    here = world(cp=count)
+    torch.manual_seed(1)
+    batch = batch_of(length, kind)
+    depth = changes.get("num_nextn_predict_layers", 0)
+    objective = LanguageModelling(prediction=0.3 if depth else None, depth=max(depth, 1))
+    wanted = accumulate(whole, objective, [batch], Progress(0, 0, 0.0), nullcontext)
+    counts = Counter(objective.counts(batch))
+    sequences = Sequences(model, here)
+    chunks = sequences.chunks(length)
+    made = sequences.states(batch.input_ids, batch.seq_idx, batch.attention_mask, depth)
+    assert made.hidden.shape[1] == chunks.length // count
+    head, total = model.scored_head(), torch.zeros(())
+    for k, states in enumerate((made.hidden, *made.ahead)):
+        own = chunks.of(targets(batch, k + 1), -100)
+        term = -head.sums(states, own).log_prob.sum()
+        divisor = counts[f"prediction_{k}" if k else "next_token"]
+        total = total + term / divisor * (0.3 / depth if k else 1)
+    total.backward()
+    loss = total.detach().clone()
+    dist.all_reduce(loss)
+    assert abs(loss.item() - wanted.loss) < 1e-5 * abs(wanted.loss)
+    for parameter in model.parameters():
+        if parameter.grad is None:
+            parameter.grad = torch.zeros_like(parameter)
+        dist.all_reduce(parameter.grad)
+    shards = {n: Shard(tuple(p.shape), {}) for n, p in whole.named_parameters()}
+    check_gradients(whole, model, shards)
+
+
+def slices(name: str, changes: dict[str, Any], padded: bool) -> None:
+    """Compare logits and gradients of a model that is cut, and whose norms go by slices."""
+    whole, parts = (family(name).model_of(**changes).train() for _ in range(2))
+    more = {"output_mtp_logits": True} if changes.get("num_nextn_predict_layers") else {}
+    here = world(tp=2)
+    shards = shards_of(parts, table_of(parts), here)
+    own = slice_tokens(parts, shard_model(parts, here), here)
+    assert own.partial
+    torch.manual_seed(1)
+    ids = torch.randint(1, 101, (2, 7))
+    mask = torch.ones_like(ids)
+    if padded:
+        mask[0, :4] = 0
+    outputs = [model(input_ids=ids, attention_mask=mask, **more) for model in (whole, parts)]
+    made = [torch.stack((o.logits, *(o.mtp_logits or () if more else ()))) for o in outputs]
+    real = mask[None, ..., None]
+    assert relative_error(made[1] * real, made[0] * real) < 1e-5
+    weights = torch.randn_like(made[0]) * real
+    for logits in made:
+        (logits * weights).sum().backward()
+    sum_partial(parts, shards, here.groups["tp"])
+    own.add_up({n: p.grad for n, p in parts.named_parameters() if p.grad is not None})
+    check_gradients(whole, parts, shards)
+    with torch.no_grad():
+        # Where nothing is learned, a step of one token is no slice.
+        one = [model(input_ids=ids[:, :1]).logits for model in (whole, parts)]
+    assert relative_error(one[1], one[0]) < 1e-5

@@ -1,0 +1,52 @@
+"""Processes of one machine add up in memory that they share, as by messages."""
+
+from pathlib import Path
+
+import pytest
+
+from parallel.cases import meeting
+from parallel.pool import Pool, RankError
+from quintet.kernels.native import available
+
+pytestmark = pytest.mark.skipif(not available(), reason="kernels add up, and there are none here")
+
+
+def test_sums_are_those_of_messages(two: Pool) -> None:
+    two.run(meeting.sums)
+
+
+def test_sums_of_several_are_those_of_messages(four: Pool) -> None:
+    four.run(meeting.sums)
+
+
+def test_what_is_not_a_number_stays_so(two: Pool) -> None:
+    two.run(meeting.not_numbers)
+
+
+def test_what_all_have_is_joined(two: Pool) -> None:
+    two.run(meeting.joins)
+
+
+def test_thousands_of_sums_keep_apart(two: Pool) -> None:
+    two.run(meeting.many)
+
+
+def test_no_file_is_left(two: Pool) -> None:
+    two.run(meeting.not_numbers)
+    assert not list(Path("/dev/shm").glob("quintet-meeting-*"))
+
+
+def test_who_does_not_come_is_named(two: Pool) -> None:
+    two.run(meeting.none_comes)
+
+
+def test_who_ends_is_named() -> None:
+    pool = Pool(2)
+    try:
+        with pytest.raises(RankError) as told:
+            pool.run(meeting.dies)
+    finally:
+        pool.close()
+    # The process that was left raised nothing but what it had to.
+    assert "rank 1: ended" in str(told.value)
+    assert "rank 0" not in str(told.value)

@@ -1,0 +1,208 @@
+"""Processes that train together learn what one does that reads all their batches."""
+
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from parallel.cases import training
+from parallel.pool import Pool
+from quintet import AutoModelForCausalLM
+from quintet.training import TrainingConfig, train
+from quintet.training.parallel import ParallelSettings
+from trainings import Heard, material, settings
+
+FSDP2, DP2 = {"fsdp": 2}, {"dp": 2, "fsdp": 1}
+TP2, EP2 = {"tp": 2}, {"tp": 2, "ep": 2}
+CP2, CP2_TP2, CP2_FSDP2 = {"cp": 2}, {"cp": 2, "tp": 2}, {"cp": 2, "fsdp": 2}
+# Experts are among processes with batches of their own, which send each other tokens.
+SENT2, SENT4 = {"fsdp": 2, "ep": 2}, {"tp": 2, "fsdp": 2, "ep": 4}
+SENT2_COPIES, SENT2_HSDP = {"fsdp": 4, "ep": 2}, {"dp": 2, "fsdp": 2, "ep": 2}
+HSDP, TP2_FSDP2 = {"dp": 2, "fsdp": 2}, {"tp": 2, "fsdp": 2}
+FAMILIES = ["qwen2", "qwen2-moe", "deepseek-v2", "deepseek-v3", "zamba2"]
+PREDICTS = {"num_nextn_predict_layers": 2}
+MIXTURES = ["qwen2-moe", "deepseek-v2", "deepseek-v3"]
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("degrees", [FSDP2, TP2, CP2], ids=["fsdp", "tp", "cp"])
+def test_gradients_in_two_processes_are_those_of_one(
+    name: str, degrees: dict[str, int], two: Pool
+) -> None:
+    two.run(training.gradients, name, {}, degrees, {})
+
+
+@pytest.mark.parametrize("name", MIXTURES)
+@pytest.mark.parametrize("degrees", [EP2, SENT2], ids=["shared", "sent"])
+def test_gradients_of_experts_in_two_processes_are_those_of_one(
+    name: str, degrees: dict[str, int], two: Pool
+) -> None:
+    two.run(training.gradients, name, {}, degrees, training.LOSSES[name])
+
+
+# Some experts are asked for nothing at all.
+@pytest.mark.parametrize(
+    ("name", "changes", "degrees"),
+    [
+        ("deepseek-v3", {}, SENT4),
+        ("deepseek-v2", {"num_experts_per_tok": 1}, SENT2_COPIES),
+        ("qwen2-moe", {}, SENT2_COPIES),
+        ("deepseek-v3", {}, SENT2_HSDP),
+    ],
+)
+def test_gradients_of_experts_with_copies_are_summed_once(
+    name: str, changes: dict[str, Any], degrees: dict[str, int], four: Pool
+) -> None:
+    four.run(training.gradients, name, changes, degrees, training.LOSSES[name])
+
+
+@pytest.mark.parametrize(
+    ("name", "balance"),
+    [
+        ("qwen2-moe", {"auxiliary": 0.1, "z": 0.01}),
+        ("qwen2-moe", {"auxiliary": 0.1, "z": 0.01, "scope": "sequence"}),
+        ("qwen2-moe", {"auxiliary": 0.1, "scope": "global"}),
+        (
+            "deepseek-v2",
+            {"expert": 0.1, "device": 0.1, "communication": 0.1, "devices": 2, "reached": 1},
+        ),
+        ("deepseek-v3", {"sequence": 0.1}),
+    ],
+)
+def test_losses_of_balance_see_all_tokens_of_shared_rows(
+    name: str, balance: dict[str, Any], two: Pool
+) -> None:
+    changes = PREDICTS if name == "deepseek-v3" else {}
+    two.run(training.gradients, name, changes, CP2, balance, training.several_texts)
+
+
+def test_other_objectives_learn_from_shared_rows_as_from_whole_ones(two: Pool) -> None:
+    two.run(training.other_objectives, "qwen2", CP2)
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize(
+    "degrees",
+    [HSDP, TP2_FSDP2, CP2_TP2, CP2_FSDP2],
+    ids=["hsdp", "tp-fsdp", "cp-tp", "cp-fsdp"],
+)
+def test_gradients_in_four_processes_are_those_of_one(
+    name: str, degrees: dict[str, int], four: Pool
+) -> None:
+    four.run(training.gradients, name, {}, degrees, {})
+
+
+def test_gradients_of_copies_are_those_of_one_process(two: Pool) -> None:
+    two.run(training.gradients, "qwen2", {}, DP2, {})
+
+
+@pytest.mark.parametrize(
+    ("name", "degrees", "count"),
+    [("qwen2", FSDP2, 20), ("deepseek-v3", EP2, 20), ("zamba2", CP2, 4)],
+)
+def test_steps_in_two_processes_are_those_of_one(
+    name: str, degrees: dict[str, int], count: int, two: Pool
+) -> None:
+    two.run(training.steps, name, degrees, count, {})
+
+
+@pytest.mark.parametrize("degrees", [FSDP2, TP2, SENT2], ids=["fsdp", "tp", "sent"])
+def test_muon_moves_whole_matrices(degrees: dict[str, int], two: Pool) -> None:
+    two.run(training.steps, "qwen2-moe", degrees, 3, {"kind": "muon"})
+
+
+@pytest.mark.parametrize(("name", "degrees"), [("qwen2-moe", SENT2_COPIES), ("zamba2", TP2_FSDP2)])
+def test_steps_in_four_processes_are_those_of_one(
+    name: str, degrees: dict[str, int], four: Pool
+) -> None:
+    four.run(training.steps, name, degrees, 8, {})
+
+
+@pytest.mark.parametrize("vocabulary", [10, 7, 1])
+def test_a_head_of_some_ids_each_has_the_sums_of_all(vocabulary: int, two: Pool) -> None:
+    two.run(training.heads, TP2, vocabulary)
+
+
+@pytest.mark.parametrize("degrees", [FSDP2, CP2, SENT2], ids=["fsdp", "cp", "sent"])
+def test_biases_are_the_same_to_the_bit_with_and_without_recomputation(
+    degrees: dict[str, int], two: Pool
+) -> None:
+    once, again = (
+        two.run(partial(training.balances, recompute=recompute), degrees, 5)
+        for recompute in (False, True)
+    )
+    assert once[0] == once[1]
+    assert once == again
+
+
+def test_skewed_experts_are_balanced_by_the_loads_of_all(two: Pool) -> None:
+    balances = partial(training.balances, recompute=False)
+    assert two.run(balances, DP2, 1)[0][1] > 0.5
+    (biases, violation), other = two.run(balances, DP2, 300)
+    assert other == (biases, violation)
+    assert violation < 0.2
+
+
+# -- whole trainings -------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return material(tmp_path_factory.mktemp("material"))
+
+
+def shorter(config: TrainingConfig, steps: int) -> TrainingConfig:
+    return replace(config, train=replace(config.train, steps=steps))
+
+
+@pytest.mark.parametrize("degrees", [FSDP2, CP2], ids=["fsdp", "cp"])
+def test_a_run_goes_on_in_one_process_and_in_two_to_the_same(
+    degrees: dict[str, int], root: Path, tmp_path: Path, two: Pool
+) -> None:
+    heard = Heard()
+    alone = train(settings(root, tmp_path / "alone"), report=heard)
+    config = settings(root, tmp_path / "both")
+    divided = replace(config, parallel=ParallelSettings(**degrees))
+    losses = two.run(training.run, shorter(divided, 2))[0][0]
+    train(shorter(config, 4), resume=True, report=(then := Heard()))
+    last, warned = two.run(training.run, divided, True)[0]
+    for step, loss in {**losses, **then.losses, **last}.items():
+        assert loss == pytest.approx(heard.losses[step], rel=1e-4)
+    (axis,) = degrees
+    assert f"processes is {axis}=2, and was 1" in warned[0]
+    again = AutoModelForCausalLM.from_pretrained(tmp_path / "both" / alone.path.name)
+    for name, weight in alone.model.named_parameters():
+        if "k_proj.bias" not in name:
+            torch.testing.assert_close(again.get_parameter(name), weight, rtol=1e-4, atol=1e-5)
+
+
+def test_as_many_processes_go_on_to_the_bit(root: Path, tmp_path: Path, two: Pool) -> None:
+    config = settings(root, tmp_path / "whole")
+    whole, _ = two.run(training.run, config)[0]
+    config = settings(root, tmp_path / "parts")
+    two.run(training.run, shorter(config, 3))
+    parts, warned = two.run(training.run, config, True)[0]
+    assert not warned
+    assert parts == {step: loss for step, loss in whole.items() if step > 3}
+    names = ("model.safetensors", "training/optimizer.safetensors")
+    for name in names:
+        made = [tmp_path / run / "step-00000006" / name for run in ("whole", "parts")]
+        assert made[0].read_bytes() == made[1].read_bytes()
+
+
+def test_slices_are_the_masters_of_weights_in_bfloat16(
+    root: Path, tmp_path: Path, two: Pool
+) -> None:
+    low = {"precision": "bfloat16"}
+    train(settings(root, tmp_path / "alone", optimizer=low), report=(heard := Heard()))
+    config = settings(root, tmp_path / "both", optimizer=low)
+    losses, _ = two.run(training.run, shorter(config, 3))[0]
+    # Nothing of what one process goes on with is missing, or more than it has itself.
+    train(config, resume=True, report=(then := Heard()))
+    for step, loss in {**losses, **then.losses}.items():
+        assert loss == pytest.approx(heard.losses[step], rel=1e-2)
+    again = AutoModelForCausalLM.from_pretrained(tmp_path / "both" / "step-00000003", dtype="auto")
+    assert again.dtype == torch.bfloat16
