@@ -1,0 +1,24 @@
+"""Triton's kernels as a backend: which operations of `quintet.ops` they compute."""
+
+from collections.abc import Mapping, Sequence
+from types import MappingProxyType
+
+import torch
+
+from quintet.backends import Backend, Implementation
+from quintet.triton import attention, gated, norm
+from quintet.triton.launching import missing
+
+__all__ = ["BACKEND"]
+
+FLOATS = frozenset({torch.bfloat16, torch.float16, torch.float32})
+
+IMPLEMENTATIONS: Mapping[str, Sequence[Implementation]] = MappingProxyType(
+    {
+        "attention over pages": (Implementation(attention.attend_pages, FLOATS),),
+        "experts": (Implementation(gated.silu_experts, FLOATS),),
+        "gated mlp": (Implementation(gated.gated, FLOATS),),
+        "rms norm": (Implementation(norm.rms_norm, FLOATS),),
+    }
+)
+BACKEND = Backend(name="triton", device="cuda", implementations=IMPLEMENTATIONS, missing=missing)

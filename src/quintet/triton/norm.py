@@ -1,0 +1,50 @@
+"""Normalisation of rows, one program each."""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from quintet.triton.launching import launch, power_of_two, takes
+
+__all__ = ["rms_norm"]
+
+# A row is held in registers.
+LONGEST = 16384
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor | None:
+    """Return x / sqrt(mean(x²) + eps) · weight; x (..., C), weight (C) or (..., C) broadcast."""
+    C = x.shape[-1] if x.ndim else 0
+    fits = weight.shape == (C,) and weight.is_contiguous() and weight.dtype == x.dtype
+    if not fits or not 0 < C <= LONGEST or not x.is_floating_point() or not takes(x, weight):
+        return None
+    rows = x.reshape(-1, C)
+    made = torch.empty_like(rows, memory_format=torch.contiguous_format)
+    C_BLOCK = power_of_two(C)
+    launch(
+        _rms_norm,
+        (len(rows),),
+        rows,
+        weight,
+        made,
+        rows.stride(0),
+        C,
+        eps,
+        C_BLOCK=C_BLOCK,
+        num_warps=min(max(C_BLOCK // 256, 1), 16),
+    )
+    return made.view(x.shape)
+
+
+@triton.jit
+def _rms_norm(x, weight, made, step, C, eps, C_BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
+    row = tl.program_id(0).to(tl.int64)
+    c = tl.arange(0, C_BLOCK)
+    inside = c < C
+    y = tl.load(x + row * step + c, mask=inside, other=0.0)
+    wide = y.to(tl.float32)
+    scaled = wide * tl.rsqrt(tl.sum(wide * wide) / C + eps)
+    # Rounded before the weight, as the definition is.
+    w = tl.load(weight + c, mask=inside, other=0.0).to(tl.float32)
+    tl.store(made + row * C + c, (scaled.to(y.dtype).to(tl.float32) * w).to(y.dtype), mask=inside)

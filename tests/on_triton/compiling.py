@@ -1,0 +1,71 @@
+"""Compiles every kernel of the cases for GPUs that are not here.
+
+    python -m on_triton.compiling 80 90 100
+
+Writes a line of JSON for each kernel: its name, the target, and the registers and shared memory
+that it takes. To be run without `TRITON_INTERPRET`.
+"""
+
+import json
+import sys
+from typing import Any
+from unittest.mock import patch
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.runtime.jit import JITFunction
+
+from on_triton.cases import every_case
+
+CPU = torch.device("cpu")
+
+
+class Absent:
+    """What Triton asks of a driver when it compiles, of a device that is not there."""
+
+    def __init__(self, capability: int) -> None:
+        self.target = GPUTarget("cuda", capability, 32)
+
+    def get_current_target(self) -> GPUTarget:
+        return self.target
+
+    def get_current_device(self) -> int:
+        return self.target.arch
+
+    def get_current_stream(self, device: int) -> int:
+        return 0
+
+
+def compiled(capability: int) -> dict[tuple[str, str], dict[str, Any]]:
+    """Return what every kernel takes, by its name and what it was compiled for."""
+    found: dict[tuple[str, str], dict[str, Any]] = {}
+
+    def compile_only(self: JITFunction, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> None:
+        made = run(self, *args, grid=grid, warmup=True, **kwargs)
+        assert made.asm["ptx"]
+        shared = made.metadata.shared
+        found[self.__name__, made.hash] = {
+            "kernel": self.__name__,
+            "sm": capability,
+            "shared": shared,
+        }
+
+    run = JITFunction.run
+    with patch.object(JITFunction, "run", compile_only):
+        triton.runtime.driver.set_active(Absent(capability))
+        for case in (one for one in every_case() if one.compiles):
+            with patch(f"{case.kernel.__module__}.takes", return_value=True), torch.no_grad():
+                case.kernel(**case.inputs(CPU))
+    return found
+
+
+def main() -> None:
+    """Compile for each target that is named."""
+    for capability in map(int, sys.argv[1:]):
+        for one in compiled(capability).values():
+            print(json.dumps(one))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,27 @@
+"""Whatever a kernel is given, it makes what its definition makes, in Triton's interpreter."""
+
+import pytest
+import torch
+
+from on_triton.cases import Case, every_case, tensors_of
+
+pytest.importorskip("triton", reason="Triton is made for Linux")
+CPU = torch.device("cpu")
+
+
+@pytest.mark.parametrize("case", every_case(), ids=lambda case: case.name)
+def test_a_kernel_computes_what_its_definition_does(case: Case) -> None:
+    with torch.no_grad():
+        right = tensors_of(case.definition(**case.inputs(CPU)))
+        made = tensors_of(case.kernel(**case.inputs(CPU)))
+    assert made, "it does not apply"
+    for one, other in zip(made, right, strict=True):
+        assert (one.shape, one.dtype) == (other.shape, other.dtype)
+        if not other.is_floating_point():
+            assert torch.equal(one, other)
+        elif other.numel():
+            numbers = other.isfinite()
+            assert torch.equal(one.isfinite(), numbers)
+            one, other = (x.double()[numbers] for x in (one, other))
+            largest = other.abs().max() if len(other) else 0
+            assert bool(((one - other).abs() <= case.tolerance * largest).all())
