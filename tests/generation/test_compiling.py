@@ -75,10 +75,13 @@ def test_what_cannot_be_compiled_is_named() -> None:
     assert "compile_config" not in GenerationConfig(compile_config=CompileConfig()).to_dict()
 
 
+# What is compiled is for no vectors: which ones the compiler knows is tried out for some seconds.
 SCRIPT = """
 import torch
 import quintet
 from torch._dynamo.utils import counters
+from torch._inductor import config
+config.cpp.vec_isa_ok, config.compile_threads = False, 1
 torch.manual_seed(0)
 sizes = {"vocab_size": 50, "hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1}
 heads = {"num_attention_heads": 2, "num_key_value_heads": 1}

@@ -2,10 +2,11 @@
 
 import asyncio
 import json
+import threading
 import time
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import asynccontextmanager, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -13,8 +14,10 @@ import torch
 from quintet.measurement.serving.connection import Address, Reply
 from quintet.server.registry import Loaded, Offer
 from quintet.serving import Engine, Limits
+from quintet.serving.figures import Snapshot
 from served import Running, serving
 from server.talking import CONTEXT, chat_model
+from waiting import PATIENCE
 
 __all__ = ["BROKEN", "Slow", "completion", "first_event", "slow"]
 
@@ -24,12 +27,21 @@ BROKEN = -1
 
 @dataclass
 class Slow:
-    """A server whose steps take at least `seconds`, and its only engine."""
+    """A server whose steps take at least `seconds`, and its only engine.
+
+    Attributes:
+        halts_at: before the first step where this is so, the engine halts until told to go on.
+        halted: whether it does.
+        goes_on: whether it was told.
+    """
 
     server: Running
     engine: Engine
     broken: int
     seconds: float = 0.0
+    halts_at: Callable[[Snapshot], bool] = lambda _: False
+    halted: threading.Event = field(default_factory=threading.Event)
+    goes_on: threading.Event = field(default_factory=threading.Event)
 
     @asynccontextmanager
     async def asked(self, body: dict[str, Any], key: str | None = None) -> AsyncIterator[Reply]:
@@ -41,23 +53,46 @@ class Slow:
         """Ask for a completion that is no stream, and wait for it."""
         return await Address.of(self.server.url, key).fetch("/v1/completions", body)
 
-    async def until(self, *, running: int | None = None, waiting: int | None = None) -> None:
-        """Wait until so many are under way and so many wait."""
-        async with asyncio.timeout(10):
-            while True:
-                state = self.engine.state
-                if running in (None, state.running) and waiting in (None, state.waiting):
-                    return
+    async def so(self, what: Callable[[], object]) -> None:
+        """Wait until something is so."""
+        async with asyncio.timeout(PATIENCE):
+            while not what():
                 await asyncio.sleep(0.001)
 
-    async def idle(self, within: float = 10.0) -> None:
+    async def until(self, *, running: int | None = None, waiting: int | None = None) -> None:
+        """Wait until so many are under way and so many wait."""
+
+        def there() -> bool:
+            state = self.engine.state
+            return running in (None, state.running) and waiting in (None, state.waiting)
+
+        await self.so(there)
+
+    async def idle(self) -> None:
         """Wait until nothing is under way, nothing waits and no row is held."""
-        async with asyncio.timeout(within):
-            while True:
-                state = self.engine.state
-                if not (state.running or state.waiting or state.held):
-                    return
-                await asyncio.sleep(0.001)
+
+        def nothing() -> bool:
+            state = self.engine.state
+            return not (state.running or state.waiting or state.held)
+
+        await self.so(nothing)
+
+    def halt(self, when: Callable[[Snapshot], bool]) -> None:
+        """Let the engine halt before the first step that begins when something is so."""
+        self.halted.clear()
+        self.goes_on.clear()
+        self.halts_at = when
+
+    def go_on(self) -> None:
+        """Let it go on."""
+        self.halts_at = lambda _: False
+        self.goes_on.set()
+
+    def stand(self) -> None:
+        """Halt, where that is so: in the engine's thread."""
+        if self.halts_at(self.engine.state):
+            self.halted.set()
+            assert self.goes_on.wait(PATIENCE)
 
 
 def completion(tokens: int = 8, **changes: Any) -> dict[str, Any]:
@@ -97,6 +132,7 @@ def slow(
         it = Slow(running, engine, broken, seconds)
 
         def stepping(*arguments: Any) -> Any:
+            it.stand()
             time.sleep(it.seconds)
             return step(*arguments)
 

@@ -2,7 +2,6 @@
 
 import asyncio
 import re
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -14,6 +13,7 @@ from prometheus_client.parser import text_string_to_metric_families
 from quintet.errors import DeadlineError
 from quintet.serving import Engine
 from served import Running, serving
+from waiting import until
 
 CANARY = "xylophone-canary-4711"
 LABELS = {
@@ -46,7 +46,10 @@ def moved(server: Running, act: Callable[[], object]) -> Numbers:
     """Return by how much numbers moved, of those that did."""
     before = scraped(server)
     act()
-    time.sleep(0.05)
+    engine = server.service.registry.engines["demo"]
+    # What is told comes before it is counted.
+    until(lambda: not (engine.turning or engine.state.running or engine.state.waiting))
+    until(lambda: not server.service.under_way)
     after = scraped(server)
     return {
         name: value - before.get(name, 0.0)
@@ -136,14 +139,14 @@ def test_who_leaves_is_counted_by_how_far_it_was(server: Running) -> None:
 
 
 def test_an_idle_server_holds_nothing(server: Running) -> None:
+    # The scrape itself; others may just be leaving.
+    until(lambda: scraped(server)["quintet_http_requests_under_way"] == 1)
     numbers = scraped(server)
     for name in ("num_requests_running", "num_requests_waiting", "rows_bytes"):
         assert numbers[f"quintet_{name}"] == 0
     assert numbers["quintet_healthy"] == 1
     assert numbers["quintet_draining"] == 0
     assert numbers["quintet_rows"] == 4
-    # The scrape itself.
-    assert numbers["quintet_http_requests_under_way"] == 1
     assert numbers["process_resident_memory_bytes"] > 1e7
 
 

@@ -30,3 +30,17 @@ def test_models_are_listed_as_clients_read_them(server: Running) -> None:
     assert missing.status == 404
     assert missing.error["code"] == "model_not_found"
     assert missing.error["param"] == "model"
+
+
+def test_models_are_listed_as_the_clients_of_messages_read_them(server: Running) -> None:
+    asked = {"anthropic-version": "2023-06-01"}
+    listed = server.ask("GET", "/v1/models", headers=asked).json()
+    [one] = listed["data"]
+    assert (one["type"], one["id"], one["display_name"]) == ("model", "demo", "demo")
+    assert one["created_at"].endswith("Z")
+    assert (listed["has_more"], listed["first_id"], listed["last_id"]) == (False, "demo", "demo")
+    assert server.ask("GET", "/v1/models/demo", headers=asked).json() == one
+    behind = server.ask("GET", "/v1/models?after_id=demo", headers=asked).json()
+    assert (behind["data"], behind["has_more"], behind["first_id"]) == ([], False, None)
+    for query in ("after_id=other", "limit=0", "limit=x"):
+        assert server.ask("GET", f"/v1/models?{query}", headers=asked).status == 400

@@ -4,7 +4,7 @@ import select
 import socket
 import time
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import ExitStack, contextmanager
 
 import pytest
 
@@ -12,17 +12,25 @@ from quintet.errors import InputError
 from quintet.server.process import listen
 from quintet.server.settings import Settings
 from served import Running, serving
+from waiting import PATIENCE, until
 
 
 @pytest.fixture(scope="module")
 def server() -> Iterator[Running]:
-    with serving(head_time=0.4, body_time=0.5, keep_alive=1, header=8192) as it:
+    with serving(keep_alive=1, header=8192) as it:
+        yield it
+
+
+@pytest.fixture(scope="module")
+def hasty() -> Iterator[Running]:
+    """One that waits for nobody; the others have time on a busy machine too."""
+    with serving(head_time=0.4, body_time=0.5, keep_alive=1) as it:
         yield it
 
 
 @contextmanager
 def talking(server: Running) -> Iterator[socket.socket]:
-    with socket.create_connection((server.host, server.port), timeout=10) as sock:
+    with socket.create_connection((server.host, server.port), timeout=PATIENCE) as sock:
         yield sock
 
 
@@ -59,39 +67,37 @@ def others_are_answered(server: Running) -> Iterator[None]:
 @pytest.mark.parametrize(
     "first", [b"", b"GET /health HTTP/1.1\r\nHost: loc"], ids=["nothing", "half"]
 )
-def test_a_head_that_does_not_come_is_not_waited_for(server: Running, first: bytes) -> None:
-    with talking(server) as sock:
-        sock.sendall(first)
-        began = time.monotonic()
-        assert answers(sock) == b""
-        assert 0.3 < time.monotonic() - began < 2
-
-
-def test_a_byte_at_a_time_is_not_in_time(server: Running) -> None:
-    with talking(server) as sock:
-        began = time.monotonic()
-        with suppress(ConnectionError):
-            for byte in head(f"/{'a' * 60}"):
-                sock.sendall(bytes([byte]))
-                time.sleep(0.05)
-        assert time.monotonic() - began < 2
-
-
-def test_a_body_that_does_not_come_is_not_waited_for(server: Running) -> None:
-    lines = ("Content-Type: application/json", "Content-Length: 100")
+def test_a_head_that_does_not_come_is_not_waited_for(hasty: Running, first: bytes) -> None:
     began = time.monotonic()
-    answer = sent(server, head("/tokenize", *lines, method="POST") + b'{"prompt"')
+    with talking(hasty) as sock:
+        sock.sendall(first)
+        assert answers(sock) == b""
+    assert time.monotonic() - began > 0.3
+
+
+def test_a_byte_at_a_time_is_not_in_time(hasty: Running) -> None:
+    def a_byte_at_a_time(sock: socket.socket) -> None:
+        for byte in head(f"/{'a' * 400}"):
+            sock.sendall(bytes([byte]))
+            time.sleep(0.05)
+
+    with talking(hasty) as sock, pytest.raises(ConnectionError):
+        a_byte_at_a_time(sock)
+
+
+def test_a_body_that_does_not_come_is_not_waited_for(hasty: Running) -> None:
+    lines = ("Content-Type: application/json", "Content-Length: 100")
+    answer = sent(hasty, head("/tokenize", *lines, method="POST") + b'{"prompt"')
     assert answer.startswith(b"HTTP/1.1 408 ")
     assert b'"request_timeout"' in answer
-    assert time.monotonic() - began < 2
 
 
-def test_an_idle_connection_is_closed(server: Running) -> None:
-    with talking(server) as sock:
+def test_an_idle_connection_is_closed(hasty: Running) -> None:
+    began = time.monotonic()
+    with talking(hasty) as sock:
         sock.sendall(head())
-        began = time.monotonic()
         assert answers(sock).startswith(b"HTTP/1.1 200 ")
-        assert 0.5 < time.monotonic() - began < 3
+    assert time.monotonic() - began > 0.5
 
 
 def test_a_head_that_is_too_large_is_refused(server: Running) -> None:
@@ -143,9 +149,9 @@ def test_a_second_request_that_is_malformed_does_not_hurt_the_first(server: Runn
     assert b"HTTP/1.1 400 " in answer
 
 
-def test_a_length_that_lies_is_noticed(server: Running) -> None:
+def test_a_length_that_lies_is_noticed(server: Running, hasty: Running) -> None:
     lines = ("Content-Type: application/json", "Content-Length: 99999999999999999999")
-    assert sent(server, head("/tokenize", *lines, method="POST") + b"{}")[9:12] in (b"408", b"413")
+    assert sent(hasty, head("/tokenize", *lines, method="POST") + b"{}")[9:12] in (b"408", b"413")
     lines = ("Content-Type: application/json", "Content-Length: 2", CLOSING)
     answer = sent(server, head("/tokenize", *lines, method="POST") + b'{}{"more": 1}')
     assert answer[9:12] == b"400"
@@ -156,10 +162,7 @@ def test_many_connect_and_go(server: Running) -> None:
         with talking(server) as sock:
             if number % 3:
                 sock.sendall(head()[: number % 40])
-    deadline = time.monotonic() + 5
-    while server.service.under_way and time.monotonic() < deadline:
-        time.sleep(0.01)
-    assert server.service.under_way == 0
+    until(lambda: not server.service.under_way)
 
 
 def test_bodies_are_bounded_together_too(server: Running) -> None:
@@ -168,16 +171,17 @@ def test_bodies_are_bounded_together_too(server: Running) -> None:
         socks = [stack.enter_context(talking(small)) for _ in range(40)]
         for sock in socks:
             sock.sendall(head("/tokenize", *lines, method="POST") + b"x" * 9000)
-        refused = [sock for sock in socks if select.select([sock], [], [], 0.02)[0]]
-        assert 1 <= len(refused) <= 8
-        assert all(b'"too_much_sent"' in sock.recv(4096) for sock in refused)
+
+        def refused() -> list[socket.socket]:
+            return select.select(socks, [], [], 0)[0]
+
+        # Some, and not all.
+        until(lambda: refused() and small.service.receiving >= 32 * 9000)
+        assert all(b'"too_much_sent"' in sock.recv(4096) for sock in refused())
         assert small.ask("GET", "/health").status == 200
         assert small.service.receiving <= 32 * 10_000
         stack.close()
-        deadline = time.monotonic() + 5
-        while small.service.receiving and time.monotonic() < deadline:
-            time.sleep(0.01)
-        assert small.service.receiving == 0
+        until(lambda: small.service.receiving == 0)
         assert small.ask("POST", "/tokenize", {"prompt": "a"}).status == 200
 
 

@@ -4,7 +4,6 @@ import base64
 import hashlib
 import json
 import re
-import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -19,6 +18,7 @@ from quintet.sources.smollm2 import fetch_smollm2
 from served import Running, loaded, serving
 from server.scripted import Scripted, running
 from server.webdriver import Browser, missing
+from waiting import until
 
 POLICY = (
     "default-src 'none'; script-src 'sha256-{script}'; style-src 'sha256-{style}'; "
@@ -155,10 +155,7 @@ def test_esc_stops_an_answer_and_the_server(page: Browser, script: Scripted) -> 
     page.type("", "Escape")
     assert answered(page) == ["Once "]
     assert "Stopped" in page.text()
-    deadline = time.monotonic() + 5
-    while not script.gone:
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
+    until(lambda: script.gone)
     script.answers = [["Twice"]]
     say(page, "Go on")
     assert answered(page) == ["Once ", "Twice"]
@@ -487,8 +484,8 @@ def test_no_text_takes_long(page: Browser, script: Scripted) -> None:
         page.type("", "Control+Shift+o")
         before = worked(page)
         say(page, "Go")
-        page.until("document.querySelectorAll('.status').length", seconds=60)
-        page.until(IDLE, seconds=60)
+        page.until("document.querySelectorAll('.status').length")
+        page.until(IDLE)
         assert worked(page) - before < 2, text[:8]
 
 
@@ -695,8 +692,5 @@ def test_it_talks_with_a_real_model(chromium: Browser, talking: Running) -> None
         "document.querySelector('.message:last-child .status').innerText.includes('Stopped')"
     )
     model = talking.service.registry.engines["talks"]
-    deadline = time.monotonic() + 5
-    while model.state.running:
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
+    until(lambda: not model.state.running)
     assert not [line for line in chromium.log() if "Policy" in line or "Trusted" in line]

@@ -10,6 +10,8 @@ import time
 from pathlib import Path
 from typing import Any
 
+from waiting import PATIENCE
+
 __all__ = ["Browser", "missing"]
 
 ELEMENT = "element-6066-11e4-a52e-4f735466cecf"
@@ -100,7 +102,7 @@ class Browser:
         found = self._ask("POST", "/element", {"using": "css selector", "value": css})
         self._ask("POST", f"/element/{found[ELEMENT]}/click", {})
 
-    def until(self, script: str, *arguments: Any, seconds: float = 30) -> Any:
+    def until(self, script: str, *arguments: Any, seconds: float = PATIENCE) -> Any:
         """Wait until an expression of the page is true, and return it."""
         deadline = time.monotonic() + seconds
         while not (value := self.run(f"return ({script})", *arguments)):
@@ -130,7 +132,7 @@ class Browser:
         path.write_bytes(base64.b64decode(self._ask("GET", "/screenshot")))
 
     def _ask(self, method: str, path: str, body: Any = None) -> Any:
-        connection = http.client.HTTPConnection("127.0.0.1", self._port, timeout=60)
+        connection = http.client.HTTPConnection("127.0.0.1", self._port, timeout=PATIENCE)
         try:
             data = None if body is None else json.dumps(body)
             connection.request(method, self._session + path, data)

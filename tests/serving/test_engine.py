@@ -3,6 +3,7 @@
 import asyncio
 import random
 import threading
+import time
 from collections.abc import Iterator
 from typing import Any
 
@@ -21,8 +22,7 @@ from quintet.errors import (
 )
 from quintet.generation.rows import Rows
 from quintet.serving import Answer, Engine, Limits
-
-PLAIN: dict[str, Any] = {"eos_token_id": -1, "do_sample": False}
+from waiting import PATIENCE, until
 
 
 def limits(**changes: Any) -> Limits:
@@ -31,6 +31,16 @@ def limits(**changes: Any) -> Limits:
 
 def ids_of(answers: Iterator[Answer]) -> list[int]:
     return [token for answer in answers for token in answer.ids]
+
+
+def slowly(ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+    time.sleep(0.1)
+    return scores
+
+
+PLAIN: dict[str, Any] = {"eos_token_id": -1, "do_sample": False}
+# Of 90 tokens: still under way whatever else the machine does meanwhile.
+LONG: dict[str, Any] = {"max_new_tokens": 90, "logits_processor": [slowly], **PLAIN}
 
 
 async def collected(engine: Engine, prompt: Any, **options: Any) -> list[Answer]:
@@ -147,21 +157,27 @@ def test_what_many_ask_at_once_is_read_once(family: Family) -> None:
 def test_a_long_prompt_of_one_leaves_time_for_anothers() -> None:
     model = FAMILIES[0].model_of(max_position_embeddings=4096)
 
-    async def both(engine: Engine) -> tuple[int, int]:
+    read: list[int] = []
+
+    def seen(ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        """Take note of what had been read by then, in the engine's own thread."""
+        read.append(engine.state.read)
+        return scores
+
+    async def both(engine: Engine) -> int:
         long = asyncio.create_task(
             collected(engine, prompt_of(3900, 1), scope="long", max_new_tokens=2, **PLAIN)
         )
         await asyncio.sleep(0)
-        await collected(engine, prompt_of(200, 2), scope="short", max_new_tokens=1, **PLAIN)
-        read = engine.state.read
+        short = {"scope": "short", "max_new_tokens": 1, "logits_processor": [seen], **PLAIN}
+        await collected(engine, prompt_of(200, 2), **short)
         await long
-        return read, engine.state.read
+        return engine.state.read
 
     with Engine(model, limits=limits(capacity=4000)) as engine:
-        first, last = asyncio.run(both(engine))
-    assert last == 4100
+        assert asyncio.run(both(engine)) == 4100
     # Its four pieces came in turn with those of the other, which is far from its end.
-    assert first <= 200 + 64 * 8
+    assert read[0] <= 200 + 64 * 8
 
 
 @each
@@ -171,7 +187,7 @@ def test_one_that_gives_its_row_back_goes_on_as_it_was(family: Family) -> None:
 
     def waits(ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
         """Let nobody be done before the second scope has asked."""
-        assert ids.shape[1] < 24 or asked.wait(30)
+        assert ids.shape[1] < 24 or asked.wait(PATIENCE)
         return scores
 
     # The second scope takes the row of one of the first, in the midst of its answer.
@@ -203,13 +219,11 @@ def test_who_leaves_is_forgotten_within_a_step() -> None:
     with Engine(model, limits=limits()) as engine:
 
         async def leave() -> None:
-            answers = engine.generate(prompt_of(5, 1), max_new_tokens=90, **PLAIN)
+            answers = engine.generate(prompt_of(5, 1), **LONG)
             async for _ in answers:
                 break
             await answers.aclose()
-            task = asyncio.create_task(
-                collected(engine, prompt_of(5, 1), max_new_tokens=90, **PLAIN)
-            )
+            task = asyncio.create_task(collected(engine, prompt_of(5, 1), **LONG))
             await asyncio.sleep(0.01)
             task.cancel()
             with pytest.raises(asyncio.CancelledError):
@@ -227,13 +241,12 @@ def test_a_loop_that_is_gone_leaves_the_others_alone() -> None:
     model = FAMILIES[0].model_of()
     with Engine(model, limits=limits()) as engine:
         loop = asyncio.new_event_loop()
-        gone = engine.generate(prompt_of(5, 1), max_new_tokens=90, **PLAIN)
+        gone = engine.generate(prompt_of(5, 1), **LONG)
         loop.run_until_complete(anext(gone))
         loop.close()
         expected = model.generate(prompt_of(6, 2), max_new_tokens=8, **PLAIN)[0, 6:].tolist()
         assert ids_of(engine.answer(prompt_of(6, 2), max_new_tokens=8, **PLAIN)) == expected
-        while engine.state.running:
-            pass
+        until(lambda: not engine.state.running)
     del gone
 
 
@@ -261,8 +274,7 @@ def test_many_come_and_leave_from_many_threads() -> None:
             thread.start()
         for thread in threads:
             thread.join()
-        while engine.state.running:
-            pass
+        until(lambda: not engine.state.running)
     assert wrong == []
 
 
@@ -348,14 +360,14 @@ def test_what_cannot_be_is_refused_before_it_waits() -> None:
                 next(engine.answer(**wrong))  # type: ignore[arg-type]
         with pytest.raises(ContextLengthError, match="do not fit a row of 100"):
             next(engine.answer([5], max_new_tokens=101))
-        slow = engine.answer(prompt_of(5, 1), max_new_tokens=90, timeout=60, **PLAIN)
+        slow = engine.answer(prompt_of(5, 1), timeout=PATIENCE, **LONG)
         next(slow)
         with pytest.raises(QueueFullError, match="come again"):
             ids_of(engine.answer([5], max_new_tokens=2))
         slow.close()  # type: ignore[attr-defined]
         with pytest.raises(DeadlineError, match="longer timeout"):
             ids_of(engine.answer([7], timeout=1e-6, max_new_tokens=90, **PLAIN))
-        late = engine.answer(prompt_of(5, 1), max_new_tokens=90, **PLAIN)
+        late = engine.answer(prompt_of(5, 1), **LONG)
         next(late)
     with pytest.raises(EngineStoppedError, match="was closed"):
         ids_of(late)

@@ -1,6 +1,7 @@
 """What goes wrong ends what it is the affair of, and nothing else; and is counted."""
 
 import asyncio
+import time
 from typing import Any
 
 import pytest
@@ -20,6 +21,7 @@ from quintet.errors import (
 from quintet.generation.rows import Rows
 from quintet.serving import Answer, Engine, Limits
 from quintet.serving.figures import kind_of
+from waiting import until
 
 PLAIN: dict[str, Any] = {"eos_token_id": -1, "do_sample": False}
 # A token whose vector is no numbers; none of those that are asked or made.
@@ -28,6 +30,11 @@ BROKEN = 3
 
 def limits(**changes: Any) -> Limits:
     return Limits(**{"rows": 4, "capacity": 100, "piece": 64, **changes})
+
+
+def slowly(ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+    time.sleep(0.1)
+    return scores
 
 
 async def collected(engine: Engine, prompt: Any, **options: Any) -> list[Answer]:
@@ -138,15 +145,14 @@ def test_what_is_done_is_counted() -> None:
         # Enough of it is left for the kernels that read prompts.
         prompt = torch.cat((prompt, prompt_of(1, 1)), dim=1)
         list(engine.answer(prompt, max_new_tokens=4, prompt_lookup_num_tokens=2, **PLAIN))
-        slow = engine.answer(prompt_of(5, 2), max_new_tokens=90, **PLAIN)
+        slow = engine.answer(prompt_of(5, 2), max_new_tokens=90, logits_processor=[slowly], **PLAIN)
         next(slow)
         with pytest.raises(QueueFullError):
             list(engine.answer([7], max_new_tokens=1))
         slow.close()  # type: ignore[attr-defined]
         with pytest.raises(DeadlineError):
             list(engine.answer([7], max_new_tokens=90, timeout=1e-6))
-        while engine.state.running:
-            pass
+        until(lambda: not engine.state.running)
         # What is told comes before it is counted.
         list(engine.answer([7], max_new_tokens=1, **PLAIN))
     state = engine.state

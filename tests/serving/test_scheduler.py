@@ -6,7 +6,7 @@ from hypothesis import strategies as st
 
 from quintet.errors import InputError, QueueFullError
 from quintet.serving.limits import GRID, Limits
-from quintet.serving.scheduler import Cost, Job, Scheduler
+from quintet.serving.scheduler import PASSES, Cost, Job, Scheduler
 
 COST = Cost(row=0, token=1)
 
@@ -153,6 +153,29 @@ def test_memory_is_given_back_by_the_least_and_the_last() -> None:
     # One alone may have more than there is: there is nobody to give way to.
     important.known = 150
     assert scheduler.plan(0.0).preempt == []
+
+
+@pytest.mark.parametrize("scopes", ["aaaaaaaaaaaaa", "bcdefghijklmn"], ids=["one", "many"])
+def test_who_has_no_room_is_passed_by_some_and_not_by_all(scopes: str) -> None:
+    scheduler = Scheduler(Limits(rows=4, capacity=512, memory=100, ahead=1), COST)
+    runs = Job(50, 60, scope="z")
+    large = Job(80, 100, scope="a")
+    small = [Job(5, 8, scope=scope, arrival=1.0) for scope in scopes]
+    scheduler.submit(runs)
+    scheduler.plan(0.0)
+    runs.computed = 49
+    for job in (large, *small):
+        scheduler.submit(job)
+    admitted: list[Job] = []
+    for now in range(20):
+        for job in scheduler.plan(float(now)).admit:
+            admitted.append(job)
+            scheduler.finish(job)
+    assert len(admitted) == PASSES
+    assert large not in admitted
+    scheduler.finish(runs)
+    # Nobody comes between: it is its turn, and there is room.
+    assert scheduler.plan(30.0).admit[0] is large
 
 
 @given(st.integers(1, 2000), st.integers(GRID, 400), st.integers(0, 1999))

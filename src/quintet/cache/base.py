@@ -29,6 +29,7 @@ class Cache:
         keeps_layers: whether what the model took down of its layers is kept for the next forward,
             as nobody but this generation has the cache.
         kept_layers: that; a model's own affair.
+        keeps_nothing: whether a layer that runs again finds what it found, as nothing is kept.
         adapters: what is known of the adapters its tokens were made with, of each row or once for
             all; None for nothing.
         seen: where each forward that fills the cache puts the states and embeddings (B, T, C) of
@@ -54,6 +55,7 @@ class Cache:
         self.companion: Companion | None = None
         self.keeps_layers = False
         self.kept_layers: object = None
+        self.keeps_nothing = False
         self.adapters: tuple[Hashable, ...] | None = None
         self.seen: list[tuple[Tensor, Tensor, Tensor | None]] | None = None
 
@@ -180,7 +182,9 @@ class Cache:
     @property
     def batch_size(self) -> int | None:
         """The number of rows, None while nothing fixes it."""
-        return next((slot.batch_size for slot in self._slots()), None)
+        # A stage of a model fills the slots of its own layers alone.
+        sizes = (slot.batch_size for slot in self._slots())
+        return next((size for size in sizes if size is not None), None)
 
     def lengths(self, batch: int, device: torch.device | str = "cpu") -> Tensor:
         """Return how many tokens each of `batch` rows holds, (B,)."""

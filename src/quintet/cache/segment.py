@@ -25,6 +25,8 @@ class Segment:
         tokens: of the packed row of a forward, that are meant; None for all.
         batch: how many rows the cache has; None for as many as are meant.
         longest: how many slots its longest row needs; None for `keys`.
+        places: (B or 1, T) the slots of tokens that are not one after the other; None if they are.
+        same: (B or 1, T, S) of these, which keys are of the token's text.
     """
 
     start: int | Tensor
@@ -37,9 +39,13 @@ class Segment:
     tokens: slice | None = None
     batch: int | None = None
     longest: int | None = None
+    places: Tensor | None = None
+    same: Tensor | None = None
 
     def slots(self) -> Tensor:
         """Return the slot of every token, (B or 1, T)."""
+        if self.places is not None:
+            return self.places
         steps = torch.arange(self.length, dtype=torch.long, device=self.device)
         if isinstance(self.start, int):
             return (steps + self.start)[None]

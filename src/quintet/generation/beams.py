@@ -14,12 +14,13 @@ from typing import Self
 import torch
 from torch import Tensor
 
-from quintet.generation.decode import Generation
-from quintet.generation.outputs import Record
+from quintet.generation.decode import Generation, note
+from quintet.generation.outputs import ForwardOutput, Record
 from quintet.generation.sampler import Sampler
 from quintet.generation.stopping import Stopping
 from quintet.generation.token_buffer import TokenBuffer
 from quintet.ops.sampling import check_left, draw_several
+from quintet.parallel.agree import Agreement
 
 __all__ = ["BeamOptions", "Found", "beam_search"]
 
@@ -55,6 +56,18 @@ class Found:
     rows: Tensor
     scores: Tensor
 
+    def numbers(self) -> Tensor:
+        """Return the same in one tensor of integers, (B·returned, 2·new + 1)."""
+        scores = self.scores.view(torch.int32)[:, None]
+        return torch.cat((self.tokens, self.rows.long(), scores.long()), dim=1)
+
+    @classmethod
+    def of_numbers(cls, numbers: Tensor) -> "Found":
+        """Return what such a tensor says."""
+        new = numbers.shape[1] // 2
+        scores = numbers[:, -1].to(torch.int32).view(torch.float32)
+        return cls(numbers[:, :new], numbers[:, new : 2 * new].to(torch.int32), scores)
+
 
 @dataclass(slots=True)
 class _Beams:
@@ -87,50 +100,108 @@ def beam_search(run: Generation, options: BeamOptions) -> Found:
             samples, candidates are drawn, and there is a generator for each prompt.
         options: how the search goes.
     """
-    forward, text, sampler, record = run.forward, run.text, run.sampler, run.record
-    output, room, pad = run.output, run.rooms.most, run.pad
-    N, device = options.num_beams, text.ids.device
-    B = len(text.ids) // N
-    running = _Beams.empty(B, N, room, pad, device)
-    # The beams of a prompt begin alike: only the first may be gone on with.
-    running.scores[:, 0] = 0.0
-    ends = _Beams.empty(B, N, room, pad, device)
-    ended = torch.zeros(B, N, dtype=torch.bool, device=device)
-    improves = torch.ones(B, 1, dtype=torch.bool, device=device)
+    agreement = run.sampler.agreement
+    search, output = _Search(run, options), run.output
+    for step in range(run.rooms.most):
+        note(run, output)
+        if agreement is None:
+            follows = search.advance(output, step)
+        else:
+            follows = _advance_agreed(agreement, search, output, step)
+        if not follows.numel():
+            break
+        rows, tokens = follows
+        if not torch.equal(rows, torch.arange(len(rows), device=rows.device)):
+            run.forward.reorder(rows)
+            run.sampler.reorder(rows)
+            run.text.select(rows)
+        run.text.append(tokens)
+        output = run.forward.step(run.text)
+    if agreement is None:
+        return search.found()
+    return Found.of_numbers(
+        agreement.decided(lambda: search.found().numbers(), run.text.ids.device)
+    )
 
-    for step in range(room):
-        record.forward(output)
-        scores = sampler.scores(text, output.logits[:, -1].to(torch.float32).log_softmax(dim=-1))
+
+class _Search:
+    """What runs on and what has ended, of each prompt."""
+
+    def __init__(self, run: Generation, options: BeamOptions) -> None:
+        N, device = options.num_beams, run.text.ids.device
+        B, room = len(run.text.ids) // N, run.rooms.most
+        self.run, self.options = run, options
+        self.running = _Beams.empty(B, N, room, run.pad, device)
+        # The beams of a prompt begin alike: only the first may be gone on with.
+        self.running.scores[:, 0] = 0.0
+        self.ends = _Beams.empty(B, N, room, run.pad, device)
+        self.ended = torch.zeros(B, N, dtype=torch.bool, device=device)
+        self.improves = torch.ones(B, 1, dtype=torch.bool, device=device)
+
+    def advance(self, output: ForwardOutput, step: int) -> Tensor:
+        """Return which rows run on and their tokens, (2, B·N); nothing where the search is over."""
+        run, options, record = self.run, self.options, self.run.record
+        B, N = self.ended.shape
+        logits = output.logits[:, -1].to(torch.float32)
+        scores = run.sampler.scores(run.text, logits.log_softmax(dim=-1))
         if record.scores is not None:
             record.scores.append(scores.clone())
-        taken = _candidates(running, scores, step, sampler, options)
+        taken = _candidates(self.running, scores, step, run.sampler, options)
         # A prompt that has ended, in whatever way, needs no further token.
-        needs = improves[:, 0] & ~(ended.any(dim=1) & taken.scores[:, 0].isneginf())
+        needs = self.improves[:, 0] & ~(self.ended.any(dim=1) & taken.scores[:, 0].isneginf())
         if options.early_stopping is True:
-            needs &= ~ended.all(dim=1)
+            needs &= ~self.ended.all(dim=1)
         check_left(taken.scores[:, 0].tolist(), needs, step + 1)
-        stops = _stops(taken, text, run.stopping, step, record)
+        stops = _stops(taken, run.text, run.stopping, step, record)
         full = run.rooms.last(step + 1)
         stops = stops | (full if isinstance(full, bool) else full.reshape(B, N)[:, :1])
 
-        running, _ = taken.best(taken.scores + stops * _NEVER, N)
-        ends, ended = _hold(ends, ended, taken, stops, improves, step + 1, options)
-
+        self.running, _ = taken.best(taken.scores + stops * _NEVER, N)
+        self.ends, self.ended = _hold(
+            self.ends, self.ended, taken, stops, self.improves, step + 1, options
+        )
         length = step + 1
         if options.early_stopping == "never" and options.length_penalty > 0:
-            length = room
-        improves = improves & _may_improve(running, ends, ended, length, options.length_penalty)
-        enough = options.early_stopping is True and bool(ended.all())
-        if enough or bool(stops.all()) or not bool(improves.any()):
-            break
-        rows = running.rows[:, :, step].flatten().long()
-        if not torch.equal(rows, torch.arange(B * N, device=device)):
-            forward.reorder(rows)
-            sampler.reorder(rows)
-            text.select(rows)
-        text.append(running.tokens[:, :, step].flatten())
-        output = forward.step(text)
-    return _found(ends, options.num_return_sequences)
+            length = run.rooms.most
+        self.improves = self.improves & _may_improve(
+            self.running, self.ends, self.ended, length, options.length_penalty
+        )
+        enough = options.early_stopping is True and bool(self.ended.all())
+        if enough or bool(stops.all()) or not bool(self.improves.any()):
+            return run.text.ids.new_empty(0)
+        now = self.running
+        return torch.stack(
+            (now.rows[:, :, step].flatten().long(), now.tokens[:, :, step].flatten())
+        )
+
+    def found(self) -> Found:
+        """Return the best ends."""
+        ends, count = self.ends, self.options.num_return_sequences
+        rows = ends.rows[:, :count].flatten(0, 1)
+        new = int((rows >= 0).sum(dim=1).max())
+        return Found(
+            tokens=ends.tokens[:, :count].flatten(0, 1)[:, :new],
+            rows=rows[:, :new],
+            scores=ends.scores[:, :count].flatten(),
+        )
+
+
+def _advance_agreed(
+    agreement: Agreement, search: _Search, output: ForwardOutput, step: int
+) -> Tensor:
+    """Let one of several processes search, and the others know what runs on."""
+    run, logits = search.run, output.logits[:, -1]
+    if not agreement.decides:
+        run.sampler.accompany(run.text, logits)
+    device = run.text.ids.device
+    follows = agreement.decided(lambda: search.advance(output, step), device)
+    if run.record.scores is not None:
+        if not agreement.decides:
+            # Where the head is elsewhere, logits have no data.
+            there = torch.empty(logits.shape, dtype=torch.float32, device=device)
+            run.record.scores.append(there)
+        run.record.scores[-1] = agreement.spread(run.record.scores[-1])
+    return follows
 
 
 def _candidates(
@@ -205,13 +276,3 @@ def _may_improve(
     worst = torch.where(ended, ends.scores.amin(dim=1, keepdim=True), _NEVER)
     better: Tensor = best > worst
     return better.any(dim=1, keepdim=True)
-
-
-def _found(ends: _Beams, count: int) -> Found:
-    rows = ends.rows[:, :count].flatten(0, 1)
-    new = int((rows >= 0).sum(dim=1).max())
-    return Found(
-        tokens=ends.tokens[:, :count].flatten(0, 1)[:, :new],
-        rows=rows[:, :new],
-        scores=ends.scores[:, :count].flatten(),
-    )

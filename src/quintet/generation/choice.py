@@ -1,6 +1,7 @@
 """How a token is taken of scores: the likeliest, or one that is drawn; with a value a row."""
 
 from collections.abc import Hashable, Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -10,7 +11,20 @@ from quintet.generation.processors.base import LogitsWarper
 from quintet.generation.processors.warpers import TemperatureLogitsWarper, TopKLogitsWarper
 from quintet.ops import sampling
 
-__all__ = ["Choice"]
+__all__ = ["Choice", "Chosen"]
+
+
+class Chosen(NamedTuple):
+    """Tokens that were taken and are not looked at yet.
+
+    Attributes:
+        tokens: (B,).
+        best: (B,) the largest of the scores that each was taken of, in float32; where that is
+            infinite or no number, there was no token to take, and that of `tokens` is any.
+    """
+
+    tokens: Tensor
+    best: Tensor
 
 
 class Choice:
@@ -64,6 +78,12 @@ class Choice:
         Raises:
             NothingLeftError: a row has no token left, or its scores hold NaN or infinity.
         """
+        if scores.device.type != "cpu":
+            # The way that asks the device nothing, be somebody waiting or not: of two ways, sums
+            # may differ in their last digit.
+            chosen = self.launch(scores, generators, u=u)
+            sampling.check_left(chosen.best.tolist(), unfinished, step)
+            return chosen.tokens
         few = None if self._k is None else sampling.top_k_candidates(scores, self._k)
         if few is None:
             warped = self.warped(scores)
@@ -80,6 +100,39 @@ class Choice:
         needed = None if unfinished is None else unfinished[rows]
         rest = _warped([warping.of_rows(warper, rows) for warper in self.warpers], scores[rows])
         return tokens.index_copy(0, rows, self.take(rest, None, needed, step=step, u=u[rows]))
+
+    def launch(
+        self,
+        scores: Tensor,
+        generators: Sequence[torch.Generator] | None = None,
+        *,
+        u: Tensor | None = None,
+    ) -> Chosen:
+        """Take a token for each row as `choose` does, and leave it to the caller to look at it.
+
+        Nobody waits for the device of the scores (B, V).
+        """
+        return self.launch_taking(self.warped(scores), generators, u=u)
+
+    def launch_taking(
+        self,
+        scores: Tensor,
+        generators: Sequence[torch.Generator] | None = None,
+        *,
+        u: Tensor | None = None,
+    ) -> Chosen:
+        """Take a token for each row of scores (B, V) that are warped already, as `launch` does."""
+        if not self.do_sample:
+            best, tokens = sampling.likeliest(scores)
+            return Chosen(tokens, best)
+        if u is None:
+            u = sampling.uniform((len(scores), 1), scores.device, generators)
+        return Chosen(sampling.drawn(scores.softmax(dim=-1), u), scores.amax(dim=-1))
+
+    def on(self, device: torch.device) -> "Choice":
+        """Return the same with what rows have of their own on a device."""
+        warpers = [warping.on(warper, device) for warper in self.warpers]
+        return Choice(warpers, do_sample=self.do_sample)
 
     def take(
         self,

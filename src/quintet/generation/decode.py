@@ -14,8 +14,9 @@ from quintet.generation.sampler import Sampler
 from quintet.generation.stopping import Stopping
 from quintet.generation.streamers import Streamer
 from quintet.generation.token_buffer import TokenBuffer
+from quintet.parallel.agree import Agreement
 
-__all__ = ["Forward", "Generation", "LanguageModel", "decode"]
+__all__ = ["Forward", "Generation", "LanguageModel", "add", "added", "decode", "note"]
 
 
 class LanguageModel(Protocol):
@@ -251,35 +252,83 @@ class Generation:
 
 def decode(run: Generation) -> None:
     """Add tokens to every row, one at a time, until all have ended or there is no more room."""
-    text, record, output = run.text, run.record, run.output
     unfinished: Tensor | None = None
-    room = run.rooms.most
+    room, output = run.rooms.most, run.output
     for step in range(1, room + 1):
-        record.forward(output)
+        note(run, output)
         logits = output.logits[:, -1]
-        if record.scores is None:
-            tokens = run.sampler.choose(text, logits, unfinished, step=step)
+        if run.sampler.agreement is None:
+            unfinished = add(run, logits, unfinished, step)
         else:
-            record.scores.append(run.sampler.scores(text, logits, unfinished))
-            tokens = run.sampler.take(record.scores[-1], unfinished, step=step)
-        if unfinished is not None:
-            tokens = torch.where(unfinished, tokens, run.pad)
-        text.append(tokens)
-        if run.streamer is not None:
-            run.streamer.put(tokens.cpu())
-        full = run.rooms.last(step)
-        if isinstance(full, Tensor):
-            unfinished = ~full if unfinished is None else unfinished & ~full
-            if not bool(unfinished.any()):
-                return
-        if run.stopping:
-            ended = run.stopping(text.ids, record.seen_scores(), text.padding)
-            if unfinished is not None or bool(ended.any()):
-                unfinished = ~ended if unfinished is None else unfinished & ~ended
-                if not bool(unfinished.any()):
-                    return
-        if step < room:
-            output = run.forward.step(text, unfinished)
+            unfinished = _add_agreed(run.sampler.agreement, run, logits, unfinished, step)
+        if step == room or (unfinished is not None and not bool(unfinished.any())):
+            return
+        output = run.forward.step(run.text, unfinished)
+
+
+def note(run: Generation, output: ForwardOutput) -> None:
+    """Keep what a forward made; of several processes, the logits of the one that chooses."""
+    run.record.forward(output)
+    agreement, logits = run.sampler.agreement, run.record.logits
+    if agreement is not None and logits is not None:
+        own = logits[-1]
+        if own.is_meta:
+            # The head is elsewhere.
+            own = torch.empty(own.shape, dtype=own.dtype, device=run.text.ids.device)
+        logits[-1] = agreement.spread(own)
+
+
+def add(run: Generation, logits: Tensor, unfinished: Tensor | None, step: int) -> Tensor | None:
+    """Add a token to every row, and tell which rows (B,) go on; None for all."""
+    text, record = run.text, run.record
+    if record.scores is None:
+        tokens = run.sampler.choose(text, logits, unfinished, step=step)
+    else:
+        record.scores.append(run.sampler.scores(text, logits, unfinished))
+        tokens = run.sampler.take(record.scores[-1], unfinished, step=step)
+    if unfinished is not None:
+        tokens = torch.where(unfinished, tokens, run.pad)
+    text.append(tokens)
+    if run.streamer is not None:
+        run.streamer.put(tokens.cpu())
+    full = run.rooms.last(step)
+    if isinstance(full, Tensor):
+        unfinished = ~full if unfinished is None else unfinished & ~full
+        if not bool(unfinished.any()):
+            return unfinished
+    if run.stopping:
+        ended = run.stopping(text.ids, record.seen_scores(), text.padding)
+        if unfinished is not None or bool(ended.any()):
+            unfinished = ~ended if unfinished is None else unfinished & ~ended
+    return unfinished
+
+
+def added(run: Generation, going: Tensor | None) -> Tensor:
+    """Return what others are told of a step: the tokens, and which rows go on, (2, B)."""
+    tokens = run.text.ids[:, -1]
+    return torch.stack((tokens, torch.ones_like(tokens) if going is None else going.long()))
+
+
+def _add_agreed(
+    agreement: Agreement, run: Generation, logits: Tensor, unfinished: Tensor | None, step: int
+) -> Tensor | None:
+    """Do the same in several processes, of which one chooses and knows what ends a row."""
+
+    def choose() -> Tensor:
+        return added(run, add(run, logits, unfinished, step))
+
+    if not agreement.decides:
+        run.sampler.accompany(run.text, logits)
+    tokens, going = agreement.decided(choose, run.text.ids.device)
+    if not agreement.decides:
+        run.text.append(tokens)
+    if run.record.scores is not None:
+        if not agreement.decides:
+            # Where the head is elsewhere, logits have no data.
+            there = torch.empty(logits.shape, dtype=torch.float32, device=tokens.device)
+            run.record.scores.append(there)
+        run.record.scores[-1] = agreement.spread(run.record.scores[-1])
+    return None if bool(going.all()) else going.bool()
 
 
 def _behind(cache: Cache, inputs: Tensor, padding: Tensor | None) -> tuple[Tensor, Tensor | None]:

@@ -11,17 +11,17 @@ from quintet.cache import RowContent
 from quintet.errors import ContextLengthError, InputError
 from quintet.generation import plan
 from quintet.generation.choosing import Choosing
+from quintet.generation.following import check_led, leading, rows_of
 from quintet.generation.observing import ROWS
 from quintet.generation.processors.assemble import Processor
 from quintet.generation.processors.words import PrefixAllowedTokens
 from quintet.generation.requests import Served, sequence_of
-from quintet.generation.rows import Piece, Rows
+from quintet.generation.rows import Piece
 from quintet.generation.sequence import Sequence
 from quintet.generation.speculative.drafting import PredictedDrafting
 from quintet.generation.speculative.factory import AssistantModel
 from quintet.generation.speculative.pacing import Pacing, room_for_drafts
 from quintet.generation.speculative.pooled import PooledPrediction
-from quintet.generation.speculative.prediction import MTPModel
 from quintet.generation.stopping import Criterion
 from quintet.generation.streamers import Streamer
 from quintet.quantization.modules import Quantized
@@ -66,7 +66,7 @@ class Engine:
             )
         self.model = model
         self.capacity = capacity
-        self._rows = Rows(model, rows, capacity, nbits)
+        self._rows = rows_of(model, rows, capacity, nbits)
         # Which row of the cache each sequence has.
         self._placed: dict[Sequence, int] = {}
         self._choosing = Choosing([])
@@ -77,6 +77,11 @@ class Engine:
         self._paces_drafts = paces_drafts
         module = cast("torch.nn.Module", model)
         self._few_bits = any(isinstance(one, Quantized) for one in module.modules())
+
+    def close(self) -> None:
+        """Let the other processes that hold the model, if any, return from `follow`."""
+        with leading(self.model):
+            self._rows.end()
 
     @property
     def sequences(self) -> list[Sequence]:
@@ -151,6 +156,7 @@ class Engine:
             options=options,
         )
         made.adapter_name = adapter_name
+        check_led(self.model, assistant_model)
         return made
 
     def can_adapt(self, sequence: Sequence) -> bool:
@@ -212,8 +218,7 @@ class Engine:
             drafting.pacing = None if seeded else Pacing()
         if isinstance(drafting, PredictedDrafting):
             if self._prediction is None:
-                model = cast("MTPModel", self.model)
-                self._prediction = PooledPrediction(model, self._rows.count, self.capacity)
+                self._prediction = PooledPrediction(self._rows.prediction(self.capacity))
             self._prediction.join(sequence)
 
     def check_room(self, sequence: Sequence) -> None:
@@ -240,7 +245,7 @@ class Engine:
         """
         row = self._row(sequence)
         self._take_back(sequence)
-        return self._rows.cache.extract(row, start, stop)
+        return self._rows.extract(row, start, stop)
 
     def remove(self, sequence: Sequence) -> None:
         """Take back the row of a sequence; the others' memory stays where it is.

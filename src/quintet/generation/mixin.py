@@ -1,7 +1,6 @@
 """`generate()`: from arguments and config to a way of decoding, and its output."""
 
 import functools
-import warnings
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, nullcontext
 from types import MethodType
@@ -15,28 +14,26 @@ from quintet.configuration.base import PreTrainedConfig
 from quintet.errors import InputError
 from quintet.generation import plan
 from quintet.generation.arguments import check_arguments
-from quintet.generation.beams import Found, beam_search
+from quintet.generation.beams import beam_search
 from quintet.generation.caches import CacheRequest, open_cache
 from quintet.generation.compiling import ROOM_STEP, Programs
 from quintet.generation.config import GenerationConfig
 from quintet.generation.decode import Forward, Generation, LanguageModel, Rooms, decode
+from quintet.generation.guiding import guidance
 from quintet.generation.healing import heal
-from quintet.generation.outputs import (
-    GenerateBeamDecoderOnlyOutput,
-    GenerateDecoderOnlyOutput,
-    Record,
-    Speculation,
-)
+from quintet.generation.in_turns import decode_in_turns, groups_of, in_groups, pieces_of
+from quintet.generation.late import decode_late, decodes_late
+from quintet.generation.outputs import Record
 from quintet.generation.own_options import check_own_options, generate_each
 from quintet.generation.prepared import PreparedForward, check_prepared
 from quintet.generation.preparing import next_inputs
 from quintet.generation.processors.assemble import Processor, Setting, assemble
 from quintet.generation.processors.base import LogitsProcessor
-from quintet.generation.processors.guidance import UnbatchedClassifierFreeGuidanceLogitsProcessor
 from quintet.generation.processors.words import PrefixAllowedTokens
 from quintet.generation.prompt import Prompt, read_prompt
 from quintet.generation.requests import Served
-from quintet.generation.sampler import Generators, Sampler, row_generators
+from quintet.generation.returned import beam_output, behind_given, output
+from quintet.generation.sampler import Generators, RowGenerators, Sampler, row_generators
 from quintet.generation.speculative.candidates import Drafter
 from quintet.generation.speculative.decoding import speculate
 from quintet.generation.speculative.factory import (
@@ -48,9 +45,11 @@ from quintet.generation.speculative.factory import (
 )
 from quintet.generation.stopping import Criterion
 from quintet.generation.streamers import Streamer
+from quintet.generation.together import check_alike, check_together, running_the_model
 from quintet.generation.token_buffer import TokenBuffer
 from quintet.generation.transitions import transition_scores
-from quintet.ops.token_ids import check_token_ids
+from quintet.parallel.agree import Agreement
+from quintet.parallel.world import World
 from quintet.tokenization import PreTrainedTokenizer
 
 __all__ = ["GenerationMixin"]
@@ -61,6 +60,7 @@ class GenerationMixin:
 
     config: PreTrainedConfig
     generation_config: GenerationConfig
+    world: World | None = None
 
     def new_cache(self) -> Cache:
         """Return an empty cache of the kind the model grows."""
@@ -151,7 +151,28 @@ class GenerationMixin:
         """
         drafter: Drafter | None = None
         rows = ExitStack()
+        agreement = Agreement.of(self.world)
         try:
+            if agreement is not None:
+                rows.enter_context(agreement.undisturbed())
+                asked = {
+                    "inputs": inputs if input_ids is None else input_ids,
+                    "inputs_embeds": inputs_embeds,
+                    "attention_mask": attention_mask,
+                    "position_ids": position_ids,
+                    "negative_prompt_ids": negative_prompt_ids,
+                    "negative_prompt_attention_mask": negative_prompt_attention_mask,
+                    "logits_processor": logits_processor,
+                    "stopping_criteria": stopping_criteria,
+                    "prefix_allowed_tokens_fn": prefix_allowed_tokens_fn,
+                    "tokenizer": tokenizer,
+                    "assistant_model": assistant_model,
+                    "adapter_names": adapter_names,
+                    "model.generation_config": self.generation_config,
+                    "generation_config": generation_config,
+                    "options": options,
+                }
+                check_alike(agreement, asked, past_key_values)
             if adapter_names is not None:
                 rows.enter_context(self.each_row(adapter_names, copied=True))
             check_arguments(
@@ -190,6 +211,8 @@ class GenerationMixin:
             config = plan.configured(self.generation_config, generation_config, options)
             if inputs is None and input_ids is None and inputs_embeds is None:
                 inputs = plan.beginning(config, position_ids, self._device())
+            if agreement is not None:
+                check_together(config)
             warn_of_idle_drafting(config, options, assistant_model, assistant_tokenizer)
             layers = self.config.num_hidden_layers
             past = plan.check_cache(config, options, past_key_values, attention_mask, layers)
@@ -204,7 +227,7 @@ class GenerationMixin:
             first: list[LogitsProcessor] = []
             as_given: Tensor | None = None
             if config.guidance_scale not in (None, 1) or negative_prompt_ids is not None:
-                first += self._guidance(config, negative_prompt_ids, negative_prompt_attention_mask)
+                first += guidance(self, config, negative_prompt_ids, negative_prompt_attention_mask)
             if config.token_healing:
                 healing = heal(prompt, tokenizer, self.config.vocab_size)
                 prompt, as_given = healing.prompt, healing.as_given
@@ -224,59 +247,89 @@ class GenerationMixin:
             )
 
             record = Record.of(config)
-            keeps_cache = past is not None or record.wanted
-            cache = self._cache_for(config, past, prompt.length + room)
-            forward = (PreparedForward if self._prepares_otherwise() else Forward)(
-                cast("LanguageModel", self),
-                cache,
-                record=record,
-                keeps_cache=keeps_cache,
-                program=self._programs.of(self, config) if config.compiles else None,
-            )
-            if isinstance(forward, PreparedForward):
+            prepared = self._prepares_otherwise()
+            if prepared:
                 check_prepared(config, prompt, speculates=speculates)
-                forward.prepare = self.prepare_inputs_for_generation
-            if streamer is not None:
-                streamer.put(prompt.given.repeat_interleave(copies, dim=0).cpu())
-            text = TokenBuffer(prompt.ids, prompt.text_padding(), room=room, copies=copies)
-            rooms = Rooms.of(room, as_given, copies)
-            setting = Setting(
-                prompt=text.cut(len(text)),
-                room=rooms.each,
-                vocab_size=self.config.vocab_size,
-                num_beams=copies if search else 1,
-                prefix_allowed_tokens_fn=prefix_allowed_tokens_fn,
-                first=first,
-            )
-            if speculates:
-                V = self.config.vocab_size
-                drafter = make_drafter(self, config, assistant_model, cache, V)
+            chooses = agreement is None or agreement.decides
+            heard = streamer if chooses else None
+            if heard is not None:
+                heard.put(prompt.given.repeat_interleave(copies, dim=0).cpu())
             generators = row_generators(
                 generator, len(prompt.given), 1 if search else copies, self._device()
             )
-            run = Generation(
-                forward=forward,
-                text=text,
-                output=forward.prefill(prompt, chunk=config.prefill_chunk_size, copies=copies),
-                sampler=Sampler(
-                    assemble(config, setting, logits_processor or ()),
-                    do_sample=bool(config.do_sample),
-                    generators=generators,
-                ),
-                stopping=plan.stopping(config, criteria, tokenizer, self._device()),
-                rooms=rooms,
-                pad=plan.pad_token(config),
-                record=record,
-                streamer=streamer,
-            )
-            with self.layers_kept(cache):
-                if search:
-                    return _beam_output(run, prompt, beam_search(run, search))
-                if drafter is None:
-                    decode(run)
-                    return _output(run, prompt, copies)
-                schedule = make_schedule(self, config, assistant_model)
-                return _output(run, prompt, copies, speculate(run, drafter, schedule))
+            stops = plan.stopping(config, criteria, tokenizer, self._device())
+            program = self._programs.of(self, config) if config.compiles else None
+
+            def new_cache() -> Cache | None:
+                return self._cache_for(config, past, prompt.length + room)
+
+            def begin(part: Prompt, cache: Cache | None, own: RowGenerators) -> Generation:
+                """Run over prompts, and return what goes on with them."""
+                forward = (PreparedForward if prepared else Forward)(
+                    cast("LanguageModel", self),
+                    cache,
+                    record=record,
+                    keeps_cache=past is not None or record.wanted,
+                    program=program,
+                )
+                if isinstance(forward, PreparedForward):
+                    forward.prepare = self.prepare_inputs_for_generation
+                text = TokenBuffer(part.ids, part.text_padding(), room=room, copies=copies)
+                rooms = Rooms.of(room, as_given, copies)
+                setting = Setting(
+                    prompt=text.cut(len(text)),
+                    room=rooms.each,
+                    vocab_size=self.config.vocab_size,
+                    num_beams=copies if search else 1,
+                    prefix_allowed_tokens_fn=prefix_allowed_tokens_fn,
+                    first=first,
+                )
+                chunk = config.prefill_chunk_size
+                if not (chunk or prepared or record.wanted or cache is None):
+                    chunk = pieces_of(self.world, *part.inputs.shape[:2])
+                run = Generation(
+                    forward=forward,
+                    text=text,
+                    output=forward.prefill(part, chunk=chunk, copies=copies),
+                    sampler=Sampler(
+                        assemble(config, setting, logits_processor or ())
+                        if chooses
+                        else running_the_model((*first, *(logits_processor or ()))),
+                        do_sample=bool(config.do_sample),
+                        generators=own,
+                        agreement=agreement,
+                    ),
+                    stopping=stops,
+                    rooms=rooms,
+                    pad=plan.pad_token(config),
+                    record=record,
+                    streamer=heard,
+                )
+                rows.enter_context(self.layers_kept(cache))
+                return run
+
+            groups = groups_of(self.world, len(prompt.given))
+            # What sees all rows of a step at once has them go together.
+            whole = any((search, speculates, prepared, past, streamer, criteria, logits_processor))
+            whole |= any((first, prefix_allowed_tokens_fn, record.wanted, adapter_names))
+            if agreement is not None and len(groups) > 1 and not whole:
+                begins = [
+                    functools.partial(begin, part, new_cache(), own)
+                    for part, own in in_groups(prompt, generators, groups, copies)
+                ]
+                return behind_given(decode_in_turns(begins, agreement), prompt, copies)
+            cache = new_cache()
+            if speculates:
+                V = self.config.vocab_size
+                drafter = make_drafter(self, config, assistant_model, cache, V)
+            run = begin(prompt, cache, generators)
+            if search:
+                return beam_output(run, prompt, beam_search(run, search))
+            if drafter is None:
+                (decode_late if decodes_late(run) else decode)(run)
+                return output(run, prompt, copies)
+            schedule = make_schedule(self, config, assistant_model)
+            return output(run, prompt, copies, speculate(run, drafter, schedule))
         finally:
             rows.close()
             if drafter is not None:
@@ -363,26 +416,6 @@ class GenerationMixin:
         device: torch.device = cast("Any", self).device
         return device
 
-    def _guidance(
-        self, config: GenerationConfig, ids: Tensor | None, mask: Tensor | None
-    ) -> list[LogitsProcessor]:
-        scale, V = config.guidance_scale, self.config.vocab_size
-        if ids is not None:
-            check_token_ids(ids, V, "negative_prompt_ids")
-        if mask is not None and not isinstance(mask, Tensor):
-            raise InputError(
-                f"negative_prompt_attention_mask is a {type(mask).__name__}, not a tensor"
-            )
-        if scale is None or scale == 1:
-            warnings.warn("negative_prompt_ids has no effect without guidance_scale", stacklevel=4)
-            return []
-        model = cast("Any", self)
-        return [
-            UnbatchedClassifierFreeGuidanceLogitsProcessor(
-                scale, model, ids, mask, config.use_cache
-            )
-        ]
-
     def _cache_for(self, config: GenerationConfig, past: Cache | None, length: int) -> Cache | None:
         if past is not None:
             return past
@@ -401,35 +434,3 @@ class GenerationMixin:
             config=self.config, grown=self.new_cache, length=length, nbits=config.cache.bits
         )
         return open_cache(config.cache.kind, request)
-
-
-def _output(
-    run: Generation, prompt: Prompt, copies: int, speculation: Speculation | None = None
-) -> Tensor | GenerateDecoderOnlyOutput:
-    given = prompt.given.repeat_interleave(copies, dim=0)
-    sequences = torch.cat((given, run.text.ids[:, prompt.given.shape[1] :]), dim=1)
-    if not run.record.wanted:
-        return sequences
-    return GenerateDecoderOnlyOutput(
-        sequences=sequences,
-        past_key_values=run.forward.cache,
-        speculation=speculation,
-        **run.record.fields(),
-    )
-
-
-def _beam_output(
-    run: Generation, prompt: Prompt, found: Found
-) -> Tensor | GenerateBeamDecoderOnlyOutput:
-    copies = len(found.tokens) // len(prompt.given)
-    given = prompt.given.repeat_interleave(copies, dim=0)
-    sequences = torch.cat((given, found.tokens), dim=1)
-    if not run.record.wanted:
-        return sequences
-    return GenerateBeamDecoderOnlyOutput(
-        sequences=sequences,
-        sequences_scores=None if run.record.scores is None else found.scores,
-        beam_indices=found.rows,
-        past_key_values=run.forward.cache,
-        **run.record.fields(),
-    )

@@ -1,7 +1,7 @@
 """What `generate()` continues: ids or embeddings, checked, with padding moved in front."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -43,6 +43,17 @@ class Prompt:
     def length(self) -> int:
         """How many columns there are with those that come before."""
         return self.before + self.width
+
+    def rows(self, rows: slice) -> "Prompt":
+        """Return some of the rows, as wide as all."""
+        return replace(
+            self,
+            given=self.given[rows],
+            ids=self.ids[rows],
+            inputs=self.inputs[rows],
+            padding=None if self.padding is None else self.padding[rows],
+            positions=None if self.positions is None else self.positions[rows],
+        )
 
     def text_padding(self) -> Tensor | None:
         """Count the leading columns of `ids` that are no text, (B,), or return None without any."""

@@ -13,7 +13,9 @@ from quintet.adapters.forwards import IN_USE
 from quintet.adapters.rows import ByRow
 from quintet.cache import Cache, PooledCache, RowContent
 from quintet.configuration.base import PreTrainedConfig
-from quintet.generation.speculative.prediction import Seen
+from quintet.generation.speculative.pooled import PredictionRows
+from quintet.generation.speculative.prediction import MTPModel, Seen
+from quintet.parallel.world import World
 
 __all__ = ["Cached", "Piece", "Rows"]
 
@@ -22,6 +24,7 @@ class Cached(Protocol):
     """What rows need of a model: a forward that continues from the rows of a cache."""
 
     config: PreTrainedConfig
+    world: World | None
 
     @property
     def device(self) -> torch.device:
@@ -89,6 +92,17 @@ class Rows:
     def rewind(self, row: int, length: int) -> int:
         """Take a row back to a length, or to the nearest one before that it can go back to."""
         return self.cache.rewind(row, length)
+
+    def extract(self, row: int, start: int = 0, stop: int | None = None) -> RowContent:
+        """Return a copy of what a row holds of its tokens from one to another."""
+        return self.cache.extract(row, start, stop)
+
+    def prediction(self, capacity: int) -> PredictionRows:
+        """Return as many rows of the model's prediction layers."""
+        return PredictionRows(cast("MTPModel", self.model), self.count, capacity)
+
+    def end(self) -> None:
+        """Take note that the rows are used no more."""
 
     def watch(self, pieces: Sequence[Piece]) -> tuple[Tensor, list[Seen]]:
         """Run over the pieces in one forward, and return what was made of each, too."""

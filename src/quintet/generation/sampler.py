@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from quintet.errors import InputError
-from quintet.generation.choice import Choice
+from quintet.generation.choice import Choice, Chosen
 from quintet.generation.processors.base import (
     ConstrainingProcessor,
     LogitsProcessor,
@@ -17,10 +17,13 @@ from quintet.generation.processors.base import (
 )
 from quintet.generation.token_buffer import TokenBuffer
 from quintet.ops import sampling
+from quintet.parallel.agree import Agreement
 
-__all__ = ["Generators", "Sampler", "row_generators"]
+__all__ = ["Generators", "RowGenerators", "Sampler", "row_generators"]
 
 Generators = torch.Generator | Sequence[torch.Generator]
+# One for each row; None for torch's own.
+RowGenerators = list[torch.Generator] | None
 
 
 class Sampler:
@@ -30,6 +33,7 @@ class Sampler:
         processors: what reshapes them, in order; none for a plain choice.
         do_sample: draw from the distribution, rather than take the most likely token.
         generators: where the randomness of each row comes from; torch's own if not given.
+        agreement: of the processes that generate together, of which one chooses; None for one.
     """
 
     def __init__(
@@ -38,10 +42,12 @@ class Sampler:
         *,
         do_sample: bool = False,
         generators: Sequence[torch.Generator] | None = None,
+        agreement: Agreement | None = None,
     ) -> None:
         self.processors = LogitsProcessorList() if processors is None else processors
         self.do_sample = do_sample
         self.generators = generators
+        self.agreement = agreement
         first = len(self.processors)
         while first and _warps(self.processors[first - 1]):
             first -= 1
@@ -94,6 +100,13 @@ class Sampler:
         """
         scores = self.read(text, logits, unfinished)
         return self.choice.choose(scores, self.generators, unfinished, step=step)
+
+    def launch(self, text: TokenBuffer, logits: Tensor, unfinished: Tensor | None = None) -> Chosen:
+        """Take a token for each row as `choose` does, and leave it to the caller to look at it.
+
+        Nobody waits for the device of the logits (B, V), but what reads the text may.
+        """
+        return self.choice.launch(self.read(text, logits, unfinished), self.generators)
 
     # -- several positions, for those who check what was drafted -------------------------------
 
@@ -162,6 +175,11 @@ class Sampler:
         """Draw numbers (B, count) in [0, 1), those of each row from its own generator."""
         return sampling.uniform((B, count), device, self.generators)
 
+    def accompany(self, text: TokenBuffer, logits: Tensor) -> None:
+        """Run, beside the process that chooses, what of the processors runs the model."""
+        if self.processors:
+            self.scores(text, logits)
+
     def reorder(self, rows: Tensor) -> None:
         """Go on with the rows (B,) of a beam search."""
         for processor in self.processors:
@@ -182,7 +200,7 @@ class Sampler:
 
 def row_generators(
     generator: Generators | None, prompts: int, copies: int, device: torch.device
-) -> list[torch.Generator] | None:
+) -> RowGenerators:
     """Return a generator for each of `prompts` · `copies` rows, None for torch's own.
 
     One generator gives each row a seed of its own, the same whatever the number of rows: what is

@@ -12,6 +12,7 @@ from quintet.parsing.events import (
 )
 from quintet.parsing.format import CODER, DEEPSEEK_V3, DEEPSEEK_V31, HERMES, Format, format_of
 from quintet.parsing.messages import prepare_messages
+from quintet.parsing.tool_prompts import with_tools
 
 __all__ = [
     "CODER",
@@ -30,4 +31,5 @@ __all__ = [
     "opening_of",
     "parser_for",
     "prepare_messages",
+    "with_tools",
 ]

@@ -4,7 +4,7 @@ import asyncio
 import gc
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, TypeVar
 
 from pydantic import BaseModel
 from pydantic_core import from_json
@@ -12,10 +12,13 @@ from starlette.requests import ClientDisconnect, Request
 
 from quintet.server.connection import ClientGoneError
 from quintet.server.failures import ApiError, invalid, unavailable
+from quintet.server.protocol.common import Body, parse
 from quintet.server.service import service_of
 from quintet.server.settings import Settings
 
-__all__ = ["documented", "parsed", "read_json"]
+__all__ = ["documented", "parsed", "received"]
+
+B = TypeVar("B", bound=Body)
 
 # While a body is checked nobody else is answered: so many values take some tenths of a second.
 MOST = 50_000
@@ -26,13 +29,18 @@ PATIENCE = 4
 TOGETHER = 32
 
 
-async def read_json(request: Request, settings: Settings) -> dict[str, Any]:
-    """Return the JSON object that a request holds.
+async def received(request: Request, kind: type[B]) -> tuple[B, list[str]]:
+    """Return the body of a request, and what of it has no effect.
 
     Raises:
-        ApiError: another content type, too much, too slow, not JSON, or not an object.
+        ApiError: another content type, too much, too slow, not JSON, or what `parse` refuses.
         ClientGoneError: the client went away before all was there.
     """
+    settings = service_of(request).settings
+    return parse(kind, await _read_json(request, settings), strict=settings.strict)
+
+
+async def _read_json(request: Request, settings: Settings) -> dict[str, Any]:
     kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
     if kind != "application/json":
         raise ApiError(

@@ -10,10 +10,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from quintet.errors import ContextLengthError, InputError, shown
-from quintet.parsing import format_of, prepare_messages
+from quintet.parsing import format_of, prepare_messages, with_tools
 from quintet.parsing.format import END_THINK, THINK
 from quintet.server.questions import Conversation
-from quintet.server.tool_prompts import with_tools
 from quintet.tokenization import PreTrainedTokenizer
 
 __all__ = ["Prompt", "render", "too_long"]

@@ -1,6 +1,7 @@
 """A server as a process: listens, drains when told to end, ends with a code."""
 
 import asyncio
+import logging
 import os
 import signal
 import socket
@@ -62,7 +63,7 @@ def serve(service: Service, sock: socket.socket) -> int:
     """Answer until told to end, and return the code to end with.
 
     0 after SIGTERM, 130 after Ctrl-C, 128 and the signal's number where a second one came; 1 where
-    a model failed for good.
+    a model failed for good, or did not come back from a step.
     """
     # What is drawn without a seed is not what was drawn after the last start.
     torch.seed()
@@ -114,10 +115,7 @@ class HttpServer(uvicorn.Server):
         if self.service.draining:
             self.code = 128 + sig
             self.force_exit = self.should_exit = True
-            # Neither a forward nor a library may hold it.
-            timer = threading.Timer(AT_ONCE, os._exit, (self.code,))
-            timer.daemon = True
-            timer.start()
+            self._end_within(AT_ONCE)
             return
         self.code = 130 if sig == signal.SIGINT else 0
         self.service.draining = True
@@ -127,17 +125,26 @@ class HttpServer(uvicorn.Server):
         over = await super().on_tick(counter)
         if not self.service.healthy and not self.service.draining:
             self.code, self.service.draining = 1, True
+            if self.service.stuck:
+                logged("stuck", {"seconds": self.service.settings.step}, logging.ERROR)
+                self._end_within(LAST_WORDS + AT_ONCE)
         if self.service.draining and self._until is None:
             self._begin_to_end()
         if self._until is not None:
             late = time.monotonic() >= self._until
             # Who was told that it failed may ask how it is until then.
             idle = self.service.under_way == 0 and self.code != 1
-            if late and not idle:
+            if late and not idle and not self.service.stuck:
                 # Whoever still waits is told why the answer ends here.
                 await asyncio.to_thread(self.service.registry.close)
             over = over or late or idle
         return over
+
+    def _end_within(self, seconds: float) -> None:
+        """End the process after so long: neither a forward nor a library may hold it."""
+        timer = threading.Timer(seconds, lambda: os._exit(self.code))
+        timer.daemon = True
+        timer.start()
 
     def _begin_to_end(self) -> None:
         seconds = LAST_WORDS if self.code == 1 else self.service.settings.drain

@@ -47,7 +47,13 @@ class Service:
     @property
     def healthy(self) -> bool:
         """Whether its models answer."""
-        return self.registry.healthy
+        return self.registry.healthy and not self.stuck
+
+    @property
+    def stuck(self) -> bool:
+        """Whether a model has not come back from a step for longer than one may take."""
+        longest = self.settings.step
+        return any(engine.turning > longest for engine in self.registry.engines.values())
 
 
 def service_of(request: Request) -> Service:

@@ -42,6 +42,7 @@ class Settings:
         ping: after how many silent seconds a stream shows that it is alive.
         buffer: how many bytes of a stream may wait for a reader that is slow.
         stall: for how many seconds a reader may take nothing.
+        step: how many seconds a model may take for a step; for longer, it counts as failed.
         messages: how many messages a conversation may have.
         answer: how many tokens an answer has at most where the request does not say.
         choices: how many answers a request may ask for.
@@ -79,6 +80,7 @@ class Settings:
     ping: float = 15.0
     buffer: int = 256 * KIB
     stall: float = 30.0
+    step: float = 300.0
     messages: int = 2048
     answer: int = 4096
     choices: int = 16
@@ -131,6 +133,7 @@ class Settings:
             ("keep_alive", self.keep_alive),
             ("ping", self.ping),
             ("stall", self.stall),
+            ("step", self.step),
         ):
             if not seconds > 0:
                 raise InputError(f"{name}={seconds} has to be above 0 seconds")

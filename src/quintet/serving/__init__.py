@@ -1,5 +1,6 @@
 """Many readers, one model: who takes part in which step, without a protocol around it."""
 
+from quintet.generation.following import follow, leading
 from quintet.serving.answers import Answer, TokenLogprobs, Usage
 from quintet.serving.engine import Engine
 from quintet.serving.figures import Distribution, Snapshot
@@ -17,5 +18,7 @@ __all__ = [
     "Snapshot",
     "TokenLogprobs",
     "Usage",
+    "follow",
+    "leading",
     "limits_for",
 ]

@@ -198,6 +198,11 @@ class Engine:
         return self._runner.stopped is None and self._thread.is_alive()
 
     @property
+    def turning(self) -> float:
+        """For how many seconds the same steps have been under way; 0 while nothing is asked."""
+        return self._runner.turning
+
+    @property
     def stopped(self) -> Exception | None:
         """Why it answers no more; None while it does."""
         return self._runner.stopped
@@ -220,6 +225,7 @@ class Engine:
         self._runner.stop(EngineStoppedError("the engine was closed; make another one"))
         if threading.current_thread() is not self._thread:
             self._thread.join()
+            self._engine.close()
 
     def __enter__(self) -> Self:
         return self

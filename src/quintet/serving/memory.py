@@ -6,8 +6,8 @@ from typing import cast
 import torch
 
 from quintet.errors import DoesNotFitError, InputError
+from quintet.generation.following import rows_of
 from quintet.generation.requests import Served
-from quintet.generation.rows import Rows
 from quintet.modeling.placement import host_memory
 from quintet.serving.limits import Limits
 from quintet.serving.scheduler import Cost
@@ -77,7 +77,9 @@ def room_of(model: Served, limits: Limits, cost: Cost | None = None) -> Room:
 
 def cost_of(model: Served, nbits: int | None) -> Cost:
     """Return what rows of a model hold, as one row of one token shows."""
-    row, token = Rows(model, 1, 1, nbits).cache.bytes_of_rows()
+    rows = rows_of(model, 1, 1, nbits)
+    row, token = rows.cache.bytes_of_rows()
+    rows.end()
     return Cost(row, token)
 
 

@@ -61,8 +61,9 @@ class Runner:
         self._inbox: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
         self._news: list[tuple[Request, Answer | Exception]] = []
         self._failures = 0
-        # Seconds of the present turn that were steps.
+        # Seconds of the present turn that were steps, and when it began.
         self._stepping = 0.0
+        self._turning: float | None = None
 
     # -- messages, from any thread -----------------------------------------------------------------
 
@@ -84,6 +85,12 @@ class Runner:
         state = self.state
         present = state.running + state.waiting + self._came - self._known
         return present >= self.limits.rows + self.limits.queue
+
+    @property
+    def turning(self) -> float:
+        """For how many seconds the thread has been at the same turn; 0 while it waits."""
+        began = self._turning
+        return 0.0 if began is None else self._clock() - began
 
     def cancel(self, request: Request) -> None:
         """Take note that nobody waits for a request, if anybody did."""
@@ -121,11 +128,13 @@ class Runner:
         """Read messages, do what is next and hand out what came of it; tell if there was any."""
         self._read_messages(wait=wait and not len(self.scheduler))
         began, self._stepping = self._clock(), 0.0
+        self._turning = began
         plan: Plan[Request] = Plan()
         if self.stopped is None:
             plan = self.scheduler.plan(began)
             self._carry_out(plan)
         self._publish()
+        self._turning = None
         self.figures.overhead_seconds += self._clock() - began - self._stepping
         return not plan.idle
 

@@ -5,7 +5,7 @@ its prompt and answer so far, of which the last is run over to make the next.
 """
 
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Generic, TypeVar
 
@@ -16,6 +16,8 @@ from quintet.serving.pace import Pace
 __all__ = ["Cost", "Job", "Plan", "Scheduler"]
 
 KEEPS_AFTER = 3
+# So many that came later may get a row before one that has no room yet.
+PASSES = 8
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,11 +46,12 @@ class Job:
         stops: at which tokens a piece of the prompt has to end.
         cancelled: nobody waits for it any more.
         preemptions: how often it had to give its row back.
+        passed: how many got a row before it since it was its turn and there was no room for it.
     """
 
     __slots__ = (
-        "arrival", "cancelled", "computed", "deadline", "known", "most", "preemptions", "priority",
-        "scope", "stops",
+        "arrival", "cancelled", "computed", "deadline", "known", "most", "passed", "preemptions",
+        "priority", "scope", "stops",
     )  # fmt: skip
 
     def __init__(
@@ -66,7 +69,7 @@ class Job:
         self.scope, self.priority, self.deadline = scope, priority, deadline
         self.arrival, self.stops = arrival, stops
         self.cancelled = False
-        self.preemptions = 0
+        self.preemptions = self.passed = 0
 
     @property
     def steps(self) -> bool:
@@ -216,28 +219,41 @@ class Scheduler(Generic[J]):
         ]
 
     def _next(self, now: float) -> J | None:
-        """Return who gets a row next, if anybody can."""
+        """Return who gets a row next, if anybody can.
+
+        Who has no room is passed by others, so that much of the memory is not idle for one; but
+        by so many only that it is its turn in the end.
+        """
         if not self._free:
             return None
-        ready = {
-            scope: job
+        large: list[J] = []
+        for job in self._in_turn(now):
+            if self._fits(job):
+                for one in large:
+                    one.passed += 1
+                return job
+            if job.passed >= PASSES:
+                return None
+            large.append(job)
+        return None
+
+    def _in_turn(self, now: float) -> Iterator[J]:
+        """Yield those who wait for a row, whose turn it is first."""
+        # One by one: whether a job had better wait takes a look at all that run.
+        queues = {
+            scope: (job for job in tuple(queue) if not self._waits(job, now))
             for scope, queue in self._waiting.items()
-            if (job := next((one for one in queue if not self._waits(one, now)), None))
         }
+        ready = {scope: job for scope, jobs in queues.items() if (job := next(jobs, None))}
         scopes = list(ready)
         # Nobody takes the last row from under others who have none.
         if len(scopes) > 1 or any(job.scope not in ready for job in self.running):
             most = max(self.limits.rows - 1, 1)
-            few = [scope for scope in scopes if self._rows_of(scope) < most]
-            scopes = few or scopes
-        if not scopes:
-            return None
-        scope = min(
-            scopes,
-            key=lambda one: (self._had[one], self._rows_of(one), ready[one].arrival),
-        )
-        job = ready[scope]
-        return job if self._fits(job) else None
+            scopes = [scope for scope in scopes if self._rows_of(scope) < most] or scopes
+        scopes.sort(key=lambda one: (self._had[one], self._rows_of(one), ready[one].arrival))
+        for scope in scopes:
+            yield ready[scope]
+            yield from queues[scope]
 
     def _fits(self, job: J) -> bool:
         memory = self.limits.memory

@@ -126,7 +126,7 @@ def test_ids_are_those_without_drafts(family: Family, B: int) -> None:
     ids=str,
 )
 def test_options_mean_what_they_mean_without_drafts(options: dict[str, Any]) -> None:
-    model = model_of("DeepseekV3", num_nextn_predict_layers=1)
+    model = model_of("DeepseekV3", num_hidden_layers=2, num_nextn_predict_layers=1)
     inputs = prompts()
     plain = told(model, inputs, **options)
     for name, way in ways(model).items():
@@ -140,7 +140,7 @@ def test_options_mean_what_they_mean_without_drafts(options: dict[str, Any]) -> 
 def test_the_cache_is_gone_on_with_as_if_there_had_been_no_drafts(
     family: Family, kind: str
 ) -> None:
-    model, inputs = small(family), prompts()
+    model, inputs = small(family, **family.shallow), prompts()
     options: dict[str, Any] = {
         "return_dict_in_generate": True,
         "eos_token_id": 3,

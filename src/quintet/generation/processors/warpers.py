@@ -6,6 +6,7 @@
 import copy
 import math
 from collections.abc import Callable, Hashable, Sequence
+from typing import cast
 
 import torch
 from torch import Tensor
@@ -28,6 +29,7 @@ __all__ = [
     "beside",
     "kind",
     "of_rows",
+    "on",
 ]
 
 
@@ -64,9 +66,11 @@ class TopKLogitsWarper(_Cut):
         if isinstance(top_k, bool) or not isinstance(top_k, int) or top_k < 1:
             raise InputError(f"top_k={shown(top_k)} has to be an integer of at least 1")
         self.top_k: int | Tensor = max(top_k, min_tokens_to_keep)
+        # The largest, where rows have their own and are not on the CPU.
+        self._most: int | None = None
 
     def warp(self, scores: Tensor) -> Tensor:
-        return self._cut(scores, lambda x: sampling.in_top_k(x, self.top_k))
+        return self._cut(scores, lambda x: sampling.in_top_k(x, self.top_k, self._most))
 
 
 class TopPLogitsWarper(_Cut):
@@ -220,6 +224,19 @@ def of_rows(warper: LogitsWarper, rows: Tensor) -> LogitsWarper:
         return warper
     copied = copy.copy(warper)
     vars(copied)[number] = vars(warper)[number][rows.cpu()]
+    return copied
+
+
+def on(warper: LogitsWarper, device: torch.device) -> LogitsWarper:
+    """Return a warper whose numbers of rows are on a device, so that it never waits for that."""
+    number = _NUMBERS.get(type(warper))
+    values = None if number is None else vars(warper)[number]
+    if not isinstance(values, Tensor) or values.device == device:
+        return warper
+    copied = copy.copy(warper)
+    vars(copied)[cast("str", number)] = values.to(device, non_blocking=True)
+    if isinstance(copied, TopKLogitsWarper):
+        copied._most = int(values.max())
     return copied
 
 

@@ -33,6 +33,16 @@ class Draft:
         """Draft nothing."""
         return cls(text.ids[:, :0], [0] * len(text.ids))
 
+    def numbers(self) -> Tensor:
+        """Return tokens and counts in one tensor, (B, K + 1)."""
+        counts = self.tokens.new_tensor(self.counts)
+        return torch.cat((self.tokens, counts[:, None]), dim=1)
+
+    @classmethod
+    def of_numbers(cls, numbers: Tensor) -> "Draft":
+        """Return what such a tensor says."""
+        return cls(numbers[:, :-1], numbers[:, -1].tolist())
+
 
 class Drafter(Protocol):
     """Where drafts come from."""
@@ -99,6 +109,17 @@ class PromptLookup:
         self, text: TokenBuffer, wanted: list[int], unfinished: list[bool], sampler: Sampler
     ) -> Draft:
         """Draft from each row's own past."""
+        agreement = sampler.agreement
+        if agreement is None:
+            return self._look_up(text, wanted, sampler)
+        # A constraint is there only in the process that chooses.
+        return Draft.of_numbers(
+            agreement.decided(
+                lambda: self._look_up(text, wanted, sampler).numbers(), text.ids.device
+            )
+        )
+
+    def _look_up(self, text: TokenBuffer, wanted: list[int], sampler: Sampler) -> Draft:
         rows = [
             row[len(row) - length :]
             for row, length in zip(text.ids, text.lengths().tolist(), strict=True)
@@ -179,6 +200,23 @@ class DraftWriter:
 
     def write(self, logits: Tensor) -> Tensor:
         """Add a token, (B,), to every row, from logits (B, V)."""
+        agreement = self.sampler.agreement
+        if agreement is None:
+            token = self._choose(logits)
+        else:
+            token, counts = agreement.decided(lambda: self._chosen(logits), logits.device)
+            self._counts = counts.tolist()
+        self.tokens.append(token)
+        if self.sampler.processors:
+            self.text.append(token)
+        return token
+
+    def _chosen(self, logits: Tensor) -> Tensor:
+        """Choose a token for every row; return that, and how many each is to have, (2, B)."""
+        token = self._choose(logits)
+        return torch.stack((token, token.new_tensor(self._counts)))
+
+    def _choose(self, logits: Tensor) -> Tensor:
         sampler = self.sampler
         needed = None
         if sampler.reads_unfinished:
@@ -192,16 +230,13 @@ class DraftWriter:
             writes = [count > len(self.tokens) for count in self._counts]
             token = sampler.draw(p, unfinished=torch.tensor(writes))
             self._probabilities.append(p)
-        self.tokens.append(token)
         if p is not None and self.threshold > 0:
             sure = (p.gather(1, token[:, None])[:, 0] >= self.threshold).tolist()
-            most = len(self.tokens)
+            most = len(self.tokens) + 1
             self._counts = [
                 count if goes else min(count, most)
                 for count, goes in zip(self._counts, sure, strict=True)
             ]
-        if sampler.processors:
-            self.text.append(token)
         return token
 
     def _end_at(self, best: list[float]) -> None:

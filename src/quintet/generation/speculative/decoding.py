@@ -6,6 +6,7 @@ whatever the others do, so that rows differ in length from the first check on.
 """
 
 import dataclasses
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -47,6 +48,8 @@ class _Speculating:
         self.scores: list[list[Tensor]] = [[] for _ in range(B)]
         self.logits: list[list[Tensor]] = [[] for _ in range(B)]
         self.streamed = 0
+        # What the tokens of the last turn were taken by, (B, K + 1, V).
+        self.checked = run.output.logits[:, :0]
         # How long the rows of the cache were before a draft was run, until it is taken back.
         self.before: int | Tensor | None = None
         self.found = Speculation()
@@ -121,25 +124,48 @@ class _Speculating:
 
     def _take(self, output: ForwardOutput, text: TokenBuffer, draft: Draft) -> list[int]:
         """Add to each row what holds of a draft and the token behind it; return how many."""
+        agreement = self.run.sampler.agreement
+        if agreement is None:
+            return self._turn(output, text, draft).counts
+        scores, K = self.run.record.scores, draft.tokens.shape[1]
+        told = agreement.decided(
+            lambda: self._turn(output, text, draft).numbers(self.unfinished), text.ids.device
+        )
+        if scores is not None:
+            shape = *output.logits.shape[:1], K + 1, output.logits.shape[-1]
+            seen = self.checked if agreement.decides else output.logits.new_empty(shape).float()
+            self.checked = agreement.spread(seen)
+        if not agreement.decides:
+            turn, self.unfinished = _Turn.of_numbers(told)
+            self._keep(turn, output, draft)
+        return told[:, 0].tolist()
+
+    def _turn(self, output: ForwardOutput, text: TokenBuffer, draft: Draft) -> "_Turn":
+        """Check a draft, add what holds of it, and tell which rows go on."""
         run, K = self.run, draft.tokens.shape[1]
         sampler = for_a_turn(run.sampler, self.unfinished)
         # Without a cache, what was made may begin earlier.
         checked = check_draft(sampler, text, output.logits[:, -(K + 1) :], draft, self.unfinished)
-        scores, kept = checked.scores, checked.kept
+        self.checked = checked.scores
         went_on = self.unfinished
-        tokens = self._until_the_end(checked.tokens, scores)
-        counts = [len(row) for row in tokens]
-        checked.check_left(counts, [len(row) for row in self.rows])
-        self._note(output, scores, tokens)
-        run.text.accept(tokens)
-        if K:
-            asked = [n if goes else 0 for n, goes in zip(draft.counts, went_on, strict=True)]
-            kept = [n if goes else 0 for n, goes in zip(kept, went_on, strict=True)]
-            self.schedule.learn(asked, kept)
-            stayed = [min(k, t) for k, t in zip(kept, counts, strict=True)]
-            self.found.accepted.append(list(zip(asked, stayed, strict=True)))
+        tokens = self._until_the_end(checked.tokens, checked.scores)
+        checked.check_left([len(row) for row in tokens], [len(row) for row in self.rows])
+        asked = [n if goes else 0 for n, goes in zip(draft.counts, went_on, strict=True)]
+        kept = [n if goes else 0 for n, goes in zip(checked.kept, went_on, strict=True)]
+        turn = _Turn(tokens, asked, kept)
+        self._keep(turn, output, draft)
         self._stream()
-        return counts
+        return turn
+
+    def _keep(self, turn: "_Turn", output: ForwardOutput, draft: Draft) -> None:
+        """Take note of what a turn made."""
+        K = draft.tokens.shape[1]
+        self._note(output, K + 1, turn.tokens)
+        self.run.text.accept(turn.tokens)
+        if K:
+            self.schedule.learn(turn.asked, turn.kept)
+            stayed = [min(k, t) for k, t in zip(turn.kept, turn.counts, strict=True)]
+            self.found.accepted.append(list(zip(turn.asked, stayed, strict=True)))
 
     def _until_the_end(self, tokens: list[list[int]], scores: Tensor) -> list[list[int]]:
         """Cut what follows the end of a row, and take note of rows that have ended."""
@@ -182,15 +208,14 @@ class _Speculating:
 
     # -- what is told ------------------------------------------------------------------------
 
-    def _note(self, output: ForwardOutput, scores: Tensor, tokens: list[list[int]]) -> None:
-        """Keep the tokens of each row, and what was asked for of the steps that made them."""
+    def _note(self, output: ForwardOutput, K: int, tokens: list[list[int]]) -> None:
+        """Keep the tokens of each row, and what was asked for of the K steps that made them."""
         record = self.run.record
         first = not self.rows[0]
-        K = scores.shape[1]
         for index, row in enumerate(tokens):
             self.rows[index] += row
             if record.scores is not None:
-                self.scores[index] += scores[index, : len(row)].unbind(0)
+                self.scores[index] += self.checked[index, : len(row)].unbind(0)
             if record.logits is not None:
                 self.logits[index] += output.logits[index, -K:].float()[: len(row)].unbind(0)
         if output.attentions is None and output.hidden_states is None:
@@ -232,6 +257,39 @@ class _Speculating:
             run.record.scores = _columns(self.scores)
         if run.record.logits is not None:
             run.record.logits = _columns(self.logits)
+
+
+@dataclass(frozen=True, slots=True)
+class _Turn:
+    """What a turn made of each row: the tokens it got, and how many drafted ones were kept."""
+
+    tokens: list[list[int]]
+    asked: list[int]
+    kept: list[int]
+
+    @property
+    def counts(self) -> list[int]:
+        """How many tokens each row got."""
+        return [len(row) for row in self.tokens]
+
+    def numbers(self, unfinished: list[bool]) -> Tensor:
+        """Return all of that in one tensor, with which rows go on: a row for each."""
+        most = max(self.counts)
+        columns = zip(self.tokens, self.asked, self.kept, unfinished, strict=True)
+        return torch.tensor(
+            [
+                [len(row), asked, kept, int(goes), *row, *[0] * (most - len(row))]
+                for row, asked, kept, goes in columns
+            ]
+        )
+
+    @classmethod
+    def of_numbers(cls, numbers: Tensor) -> "tuple[_Turn, list[bool]]":
+        """Return what such a tensor says."""
+        rows = numbers.tolist()
+        tokens = [row[4 : 4 + row[0]] for row in rows]
+        turn = cls(tokens, [row[1] for row in rows], [row[2] for row in rows])
+        return turn, [bool(row[3]) for row in rows]
 
 
 def _with(text: TokenBuffer, draft: Draft) -> TokenBuffer:

@@ -1,5 +1,6 @@
 """Drafts of prediction layers for the sequences of an engine, several in one run of the layers."""
 
+from collections.abc import Mapping
 from collections.abc import Sequence as Sequences
 
 import torch
@@ -8,16 +9,13 @@ from torch import Tensor
 from quintet.generation.sequence import Sequence
 from quintet.generation.speculative.candidates import DraftWriter
 from quintet.generation.speculative.drafting import PredictedDrafting
-from quintet.generation.speculative.prediction import MTPModel, Prediction
+from quintet.generation.speculative.prediction import MTPModel, Prediction, Seen, Writer
 
-__all__ = ["PooledPrediction"]
+__all__ = ["PooledPrediction", "PredictionRows"]
 
 
-class PooledPrediction:
-    """What prediction layers keep of sequences, and the drafts they write for them.
-
-    A sequence that comes with what was kept of it finds nothing here: the layers then know its text
-    from there on, which costs drafts and no more.
+class PredictionRows:
+    """The rows of prediction layers in an engine.
 
     Args:
         model: runs the layers.
@@ -28,22 +26,64 @@ class PooledPrediction:
     def __init__(self, model: MTPModel, rows: int, capacity: int) -> None:
         self._pool = model.prediction_pool(rows, capacity)
         self._layers = Prediction(model, self._pool)
-        self._placed: dict[Sequence, int] = {}
 
     @property
     def nbytes(self) -> int:
         """The bytes that the rows hold."""
         return self._pool.nbytes
 
+    def join(self) -> int:
+        """Return an empty row."""
+        return self._pool.join()
+
+    def free(self, row: int) -> None:
+        """Give a row back."""
+        self._pool.free(row)
+
+    def place(self, row: int) -> int:
+        """Return where a row is among those in use."""
+        return self._pool.index(row)
+
+    def read(
+        self, seen: Mapping[int, Seen], last: Tensor, batch: int, writer: Writer
+    ) -> dict[int, Seen]:
+        """Let the layers read, and draft what follows, as `Prediction.read` does."""
+        before = self._pool.lengths(batch).clone()
+        try:
+            return self._layers.read(seen, last, batch, writer)
+        except BaseException:
+            self._pool.crop(before)
+            raise
+
+
+class PooledPrediction:
+    """What prediction layers keep of sequences, and the drafts they write for them.
+
+    A sequence that comes with what was kept of it finds nothing here: the layers then know its text
+    from there on, which costs drafts and no more.
+
+    Args:
+        rows: what the layers keep of sequences.
+    """
+
+    def __init__(self, rows: PredictionRows) -> None:
+        self._rows = rows
+        self._placed: dict[Sequence, int] = {}
+
+    @property
+    def nbytes(self) -> int:
+        """The bytes that the rows hold."""
+        return self._rows.nbytes
+
     def join(self, sequence: Sequence) -> None:
         """Give a sequence a row, empty."""
-        self._placed[sequence] = self._pool.join()
+        self._placed[sequence] = self._rows.join()
 
     def leave(self, sequence: Sequence) -> None:
         """Take back the row of a sequence, where it has one."""
         row = self._placed.pop(sequence, None)
         if row is not None:
-            self._pool.free(row)
+            self._rows.free(row)
             _drafting(sequence).forget()
 
     def pace(self, sequence: Sequence) -> None:
@@ -60,7 +100,7 @@ class PooledPrediction:
         for sequence in sequences:
             writer = sequence.begin_draft() if sequence in self._placed else None
             if writer is not None:
-                place = self._pool.index(self._placed[sequence])
+                place = self._rows.place(self._placed[sequence])
                 drafting.append((place, sequence, writer))
         if not drafting:
             return
@@ -68,17 +108,12 @@ class PooledPrediction:
         owners = {place: _drafting(sequence) for place, sequence, _ in drafting}
         seen = {place: one for place, own in owners.items() if (one := own.unread()) is not None}
         last = torch.tensor([sequence.ids[-1] for _, sequence, _ in drafting])
-        before = self._pool.lengths(len(self._placed)).clone()
-        try:
-            left = self._layers.read(
-                seen,
-                last.to(seen[drafting[0][0]].states.device),
-                len(self._placed),
-                _Rows([(sequence, writer) for _, sequence, writer in drafting]),
-            )
-        except BaseException:
-            self._pool.crop(before)
-            raise
+        left = self._rows.read(
+            seen,
+            last.to(seen[drafting[0][0]].states.device),
+            len(self._placed),
+            _Rows([(sequence, writer) for _, sequence, writer in drafting]),
+        )
         for place, again in left.items():
             owners[place].has_read(again)
 

@@ -1,11 +1,12 @@
 """A message as it is written: the events of `/v1/messages`."""
 
 import json
+from collections.abc import Iterable
 from typing import Any
 
 from quintet.parsing.events import CallArguments, CallEnd, CallStart, Content, Event, Reasoning
 from quintet.server.protocol.ids import new_id
-from quintet.server.questions import Finish, Tokens
+from quintet.server.questions import Finish, Tokens, TokenScore
 
 __all__ = ["PING", "MessageWriter"]
 
@@ -47,8 +48,8 @@ class MessageWriter:
         start = self.message | {"content": [], "usage": dict(self.message["usage"])}
         return [{"type": "message_start", "message": start}, PING]
 
-    def write(self, event: Event) -> list[Wire]:
-        """Take one thing the model does."""
+    def write(self, event: Event, scores: Iterable[TokenScore] = ()) -> list[Wire]:
+        """Take one thing the model does; there is no place for how likely its tokens were."""
         match event:
             case Reasoning(text):
                 events = self._within(Reasoning)

@@ -10,12 +10,12 @@ from starlette.responses import JSONResponse, Response
 
 from quintet.parsing.events import CallArguments, CallEnd, CallStart, Content, Reasoning
 from quintet.server.asking import Finish, Heard, Tokens, ask
-from quintet.server.bodies import documented, read_json
+from quintet.server.bodies import documented, received
 from quintet.server.connection import until_gone
 from quintet.server.events import DONE, EventStream, ServerEvent
 from quintet.server.protocol.answers import Frame, event, scored, usage_of
 from quintet.server.protocol.chat import ChatRequest
-from quintet.server.protocol.common import parse, warnings_header
+from quintet.server.protocol.common import warnings_header
 from quintet.server.replies import begun
 from quintet.server.service import caller_of, service_of
 
@@ -29,9 +29,7 @@ CHUNK, WHOLE = "chat.completion.chunk", "chat.completion"
 async def create(request: Request) -> Response:
     """Answer in a conversation, at once or as it is written."""
     service = service_of(request)
-    body, warnings = parse(
-        ChatRequest, await read_json(request, service.settings), strict=service.settings.strict
-    )
+    body, warnings = await received(request, ChatRequest)
     served = await service.registry.get(body.model)
     size = served.engine.model.config.vocab_size
     question = body.question(service.settings, size, caller_of(request))

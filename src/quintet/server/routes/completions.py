@@ -9,12 +9,12 @@ from fastapi import APIRouter, Request
 from starlette.responses import JSONResponse, Response
 
 from quintet.server.asking import Heard, Tokens, ask
-from quintet.server.bodies import documented, read_json
+from quintet.server.bodies import documented, received
 from quintet.server.connection import until_gone
 from quintet.server.events import DONE, EventStream, ServerEvent
 from quintet.server.gathering import merged
 from quintet.server.protocol.answers import Frame, event, usage_of
-from quintet.server.protocol.common import parse, warnings_header
+from quintet.server.protocol.common import warnings_header
 from quintet.server.protocol.completions import CompletionRequest, pieces
 from quintet.server.protocol.text_choices import TextChoice, TextPrompt, joined
 from quintet.server.replies import begun
@@ -31,9 +31,7 @@ async def create(request: Request) -> Response:
     """Go on with one text or several, at once or as it is written."""
     service = service_of(request)
     settings = service.settings
-    body, warnings = parse(
-        CompletionRequest, await read_json(request, settings), strict=settings.strict
-    )
+    body, warnings = await received(request, CompletionRequest)
     body.check(settings)
     served = await service.registry.get(body.model)
     served.admit()

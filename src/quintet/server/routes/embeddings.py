@@ -6,9 +6,9 @@ from typing import Any
 from fastapi import APIRouter, Request
 from starlette.responses import Response
 
-from quintet.server.bodies import documented, read_json
+from quintet.server.bodies import documented, received
 from quintet.server.connection import cancelled, until_gone
-from quintet.server.protocol.common import parse, warnings_header
+from quintet.server.protocol.common import warnings_header
 from quintet.server.protocol.embeddings import EmbeddingsRequest, embeddings
 from quintet.server.protocol.prompts import ids_of, listed
 from quintet.server.registry import Served
@@ -25,9 +25,7 @@ async def create(request: Request) -> Response:
     """Return a vector of each text: the last state of its last token, or the mean of all."""
     service = service_of(request)
     settings = service.settings
-    body, warnings = parse(
-        EmbeddingsRequest, await read_json(request, settings), strict=settings.strict
-    )
+    body, warnings = await received(request, EmbeddingsRequest)
     given = listed(body.input, "input", settings.prompts)
     served = await service.registry.get(body.model)
     served.admit()

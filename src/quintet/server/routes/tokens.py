@@ -8,10 +8,10 @@ from fastapi import APIRouter, Request
 from pydantic import Field
 from starlette.responses import JSONResponse
 
-from quintet.server.bodies import documented, read_json
+from quintet.server.bodies import documented, received
 from quintet.server.conversation import render, too_long
 from quintet.server.failures import invalid
-from quintet.server.protocol.common import Body, parse, warnings_header, within
+from quintet.server.protocol.common import Body, warnings_header, within
 from quintet.server.questions import Conversation
 from quintet.server.registry import Served
 from quintet.server.service import Service, service_of
@@ -75,8 +75,7 @@ class Detokenize(Body):
 async def tokenize(request: Request) -> JSONResponse:
     """Return the tokens of a text or of a conversation, and how many a prompt may have."""
     service = service_of(request)
-    data = await read_json(request, service.settings)
-    body, warnings = parse(Tokenize, data, strict=service.settings.strict)
+    body, warnings = await received(request, Tokenize)
     if (body.prompt is None) == (body.messages is None):
         raise invalid("there has to be either a prompt or messages", "prompt")
     within("messages", len(body.messages or []), service.settings.messages)
@@ -100,8 +99,7 @@ async def tokenize(request: Request) -> JSONResponse:
 async def detokenize(request: Request) -> JSONResponse:
     """Return the text of tokens."""
     service = service_of(request)
-    data = await read_json(request, service.settings)
-    body, warnings = parse(Detokenize, data, strict=service.settings.strict)
+    body, warnings = await received(request, Detokenize)
     served = await _named(service, body.model)
     within("tokens", len(body.tokens), ROWS * served.context, "ids")
     most = max(len(served.tokenizer), served.engine.model.config.vocab_size)

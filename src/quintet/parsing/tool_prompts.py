@@ -6,7 +6,7 @@ models were trained with.
 
 import json
 
-from quintet.parsing import Format
+from quintet.parsing.format import Format
 
 __all__ = ["with_tools"]
 

@@ -1,0 +1,34 @@
+"""Numbers on their way to the host, which goes on meanwhile."""
+
+import torch
+from torch import Tensor
+
+__all__ = ["Fetched", "sent"]
+
+
+class Fetched:
+    """Copies of tensors, on their way from a device since this was made.
+
+    Args:
+        tensors: all on one device, a CPU or another.
+    """
+
+    def __init__(self, *tensors: Tensor) -> None:
+        self._copies = tuple(x.to("cpu", non_blocking=True) for x in tensors)
+        device = tensors[0].device
+        self._arrival: torch.Event | None = None
+        if device.type != "cpu":
+            self._arrival = torch.Event(device)
+            self._arrival.record()
+
+    def read(self) -> tuple[Tensor, ...]:
+        """Wait until they are here, and no longer, and return them."""
+        if self._arrival is not None:
+            self._arrival.synchronize()
+        return self._copies
+
+
+def sent(values: object, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Return numbers on a device, without waiting for what it does."""
+    # Memory of the host is read before this returns, so that it may be anybody's afterwards.
+    return torch.tensor(values, dtype=dtype, device="cpu").to(device, non_blocking=True)

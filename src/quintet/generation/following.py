@@ -1,0 +1,308 @@
+"""The rows of an engine in several processes: the first one says what is to be run, all run it.
+
+Which sequences a step is over, what of a prompt is known and whose row is taken back is decided by
+one process alone. The others hold the same rows, with their heads of keys and values, and do to
+them what they are told.
+"""
+
+import json
+import weakref
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import astuple
+from datetime import timedelta
+from itertools import count
+from typing import Any, cast
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from quintet.cache import RowContent
+from quintet.errors import InputError
+from quintet.generation.rows import Cached, Piece, Rows
+from quintet.generation.speculative.led import LedPredictionRows, read_beside
+from quintet.generation.speculative.pooled import PredictionRows
+from quintet.generation.speculative.prediction import MTPModel
+from quintet.parallel.agree import Agreement
+from quintet.parallel.world import World
+
+__all__ = ["LedRows", "Orders", "check_led", "follow", "leading", "rows_of"]
+
+# Most orders fit into so many bytes, behind their length.
+SMALL, HEAD = 2048, 8
+# A server may have nothing to do for long; that a process is gone is noticed all the same.
+EVER = timedelta(days=365)
+
+
+class Orders:
+    """What the process that leads tells the others."""
+
+    def __init__(self, group: dist.ProcessGroup) -> None:
+        self._group = group
+        self._first = dist.get_process_group_ranks(group)[0]
+        self.leads = dist.get_rank(group) == 0
+
+    @classmethod
+    def of(cls, world: World | None) -> "Orders | None":
+        """Return those of the processes of a model; None where one has all of it.
+
+        All have to ask for them at the same time once.
+        """
+        together = None if world is None else world.groups.get("model")
+        if world is None or together is None:
+            return None
+        if "orders" not in world.groups:
+            ranks = dist.get_process_group_ranks(together)
+            world.groups["orders"] = dist.new_group(
+                ranks, timeout=EVER, backend="gloo", use_local_synchronization=True
+            )
+        return cls(world.groups["orders"])
+
+    def give(self, order: str, *what: Any) -> None:
+        """Tell the others what to do."""
+        text = json.dumps([order, *what]).encode()
+        length = len(text).to_bytes(HEAD)
+        self._send((length + text[: SMALL - HEAD]).ljust(SMALL))
+        if len(text) > SMALL - HEAD:
+            self._send(text)
+
+    def take(self) -> tuple[str, list[Any]]:
+        """Wait for what to do."""
+        message = self._receive(SMALL)
+        length = int.from_bytes(message[:HEAD])
+        fits = length <= SMALL - HEAD
+        order, *what = json.loads(message[HEAD : HEAD + length] if fits else self._receive(length))
+        return order, what
+
+    def _send(self, text: bytes) -> None:
+        sent = torch.frombuffer(bytearray(text), dtype=torch.uint8)
+        dist.broadcast(sent, self._first, group=self._group)
+
+    def _receive(self, length: int) -> bytes:
+        held = bytearray(length)
+        dist.broadcast(torch.frombuffer(held, dtype=torch.uint8), self._first, group=self._group)
+        return bytes(held)
+
+
+def rows_of(model: Cached, count: int, capacity: int, nbits: int | None = None) -> Rows:
+    """Return rows for so many sequences, in all processes that hold the model.
+
+    Raises:
+        InputError: this process does not lead.
+    """
+    orders = Orders.of(model.world)
+    if orders is None:
+        return Rows(model, count, capacity, nbits)
+    if not orders.leads:
+        raise InputError(
+            "the model is held by several processes, of which the first has the engine; call "
+            "quintet.serving.follow(model) in the others"
+        )
+    return LedRows(orders, model, count, capacity, nbits)
+
+
+def check_led(model: Cached, assistant: object) -> None:
+    """Refuse an assistant that the process that leads cannot run by itself.
+
+    Raises:
+        InputError: several processes hold it.
+    """
+    alone = assistant is None or Agreement.of(cast("Cached", assistant).world) is None
+    if Agreement.of(model.world) is not None and not alone:
+        raise InputError(
+            "the assistant_model is held by several processes, and an engine's drafts are its own "
+            "process's; load it whole, draft by prompt_lookup_num_tokens, or call generate()"
+        )
+
+
+@contextmanager
+def leading(model: Cached) -> Iterator[None]:
+    """Let the other processes that hold the model, if any, return from `follow` afterwards."""
+    try:
+        yield
+    finally:
+        orders = Orders.of(model.world)
+        if orders is not None:
+            orders.give("leave")
+
+
+class LedRows(Rows):
+    """Rows of the process that leads, which the others have, too."""
+
+    def __init__(
+        self, orders: Orders, model: Cached, count: int, capacity: int, nbits: int | None
+    ) -> None:
+        self._orders = orders
+        # No others that are there have it.
+        self._name = id(self)
+        self._dropped: deque[int] = deque()
+        self._tell("begin", count, capacity, nbits)
+        super().__init__(model, count, capacity, nbits)
+
+    def open(self, *contents: RowContent) -> int | None:
+        """Return a row that holds what was extracted, or nothing; None where all are taken."""
+        if len(self.cache.rows) == self.count:
+            return None
+        self._tell("open", [cast("_LedContent", one).number for one in contents])
+        return self.cache.join(*contents)
+
+    def close(self, row: int) -> None:
+        """Give a row back."""
+        self._tell("close", row)
+        super().close(row)
+
+    def rewind(self, row: int, length: int) -> int:
+        """Take a row back to a length, or to the nearest one before that it can go back to."""
+        self._tell("rewind", row, length)
+        return super().rewind(row, length)
+
+    def extract(self, row: int, start: int = 0, stop: int | None = None) -> RowContent:
+        """Return a copy of what a row holds of its tokens, which all have of their heads."""
+        content = super().extract(row, start, stop)
+        led = _LedContent(content, self._tell, self._dropped)
+        self._tell("extract", row, content.start, content.stop, led.number)
+        return led
+
+    def run(self, pieces: Sequence[Piece]) -> Tensor:
+        """Run over the pieces in one forward, and return the logits (N, V) that are kept."""
+        self._tell("run", [astuple(piece) for piece in pieces])
+        return super().run(pieces)
+
+    def prediction(self, capacity: int) -> PredictionRows:
+        """Return as many rows of the model's prediction layers, in all."""
+        agreement = Agreement.of(self.model.world)
+        assert agreement is not None
+        model = cast("MTPModel", self.model)
+        return LedPredictionRows(self._tell, agreement, model, self.count, capacity)
+
+    def end(self) -> None:
+        """Let all forget these rows."""
+        self._tell("end")
+
+    def _tell(self, order: str, *what: Any) -> None:
+        dropped = [self._dropped.popleft() for _ in range(len(self._dropped))]
+        self._orders.give(order, self._name, dropped, *what)
+
+
+class _LedContent(RowContent):
+    """What a row held, of which the others have their part by a number."""
+
+    number: int
+    _tell: Callable[..., None]
+    _dropped: deque[int]
+    numbers = count()
+
+    def __init__(self, content: RowContent, tell: Callable[..., None], dropped: deque[int]) -> None:
+        super().__init__(
+            content.start,
+            content.stop,
+            content.layers,
+            content.states,
+            content.kind,
+            content.adapters,
+        )
+        # What is derived of a frozen class is not frozen, but has its way of setting.
+        vars(self).update(number=next(self.numbers), _tell=tell, _dropped=dropped)
+        weakref.finalize(self, dropped.append, self.number).atexit = False
+
+    def split(self, at: int) -> tuple[RowContent, RowContent]:
+        """Return the content up to a slot and from there on; the first part has no states."""
+        head, tail = (_LedContent(one, self._tell, self._dropped) for one in super().split(at))
+        self._tell("split", self.number, at, head.number, tail.number)
+        return head, tail
+
+    def without_states(self) -> RowContent:
+        """Return the content without recurrent states, if there are any."""
+        if not self.states:
+            return self
+        plain = RowContent(self.start, self.stop, self.layers, None, self.kind, self.adapters)
+        led = _LedContent(plain, self._tell, self._dropped)
+        self._tell("bare", self.number, led.number)
+        return led
+
+
+@torch.no_grad()
+def follow(model: Cached) -> None:
+    """Run what the process that has the engine runs, until that one is closed.
+
+    Args:
+        model: this process's part of the model.
+
+    Raises:
+        InputError: one process has all of the model, or this is the one that leads.
+        RuntimeError: the process that leads is gone.
+    """
+    orders = Orders.of(model.world)
+    if orders is None or orders.leads:
+        raise InputError(
+            "only a process beside the first of several that hold a model follows; make an Engine "
+            "in this one"
+        )
+    follower = _Follower(model)
+    while True:
+        order, what = orders.take()
+        if order == "leave":
+            return
+        follower.obey(order, *what)
+
+
+class _Follower:
+    """Rows and what was extracted of them, beside those of the process that leads."""
+
+    def __init__(self, model: Cached) -> None:
+        self.model = model
+        agreement = Agreement.of(model.world)
+        assert agreement is not None
+        self.agreement = agreement
+        self.rows: dict[int, Rows] = {}
+        self.predictions: dict[int, PredictionRows] = {}
+        self.contents: dict[int, RowContent] = {}
+
+    def obey(self, order: str, name: int, dropped: list[int], *what: Any) -> None:
+        """Do what the process that leads does."""
+        for number in dropped:
+            self.contents.pop(number, None)
+        if order == "begin":
+            self.rows[name] = Rows(self.model, *what)
+        elif order == "end":
+            del self.rows[name]
+            self.predictions.pop(name, None)
+        elif order.startswith("predict"):
+            self._predict(order, name, *what)
+        elif order == "run":
+            self.rows[name].run([Piece(*piece) for piece in what[0]])
+        else:
+            # The process that leads is told the same of its own, and says so.
+            with suppress(InputError):
+                self._change(order, self.rows[name], *what)
+
+    def _predict(self, order: str, name: int, *what: Any) -> None:
+        if order == "predict":
+            self.predictions[name] = PredictionRows(cast("MTPModel", self.model), *what)
+        elif order == "predict.join":
+            self.predictions[name].join()
+        elif order == "predict.free":
+            self.predictions[name].free(*what)
+        else:
+            read_beside(self.model, self.agreement, self.predictions[name], *what)
+
+    def _change(self, order: str, rows: Rows, *what: Any) -> None:
+        held = self.contents
+        if order == "open":
+            rows.open(*(held[number] for number in what[0]))
+        elif order == "close":
+            rows.close(*what)
+        elif order == "rewind":
+            rows.rewind(*what)
+        elif order == "extract":
+            row, start, stop, number = what
+            held[number] = rows.extract(row, start, stop)
+        elif order == "split":
+            number, at, head, tail = what
+            held[head], held[tail] = held[number].split(at)
+        else:
+            assert order == "bare", f"there is no order {order}"
+            number, plain = what
+            held[plain] = held[number].without_states()

@@ -1,0 +1,165 @@
+"""Rows in groups that pass the stages of a model one behind the other, so that all stages work.
+
+With all rows in one group a stage waits, token by token, until the others have run. With as many
+groups as stages each runs one while the next has another. What a group's tokens are is told to the
+stages without waiting for them: they read it when the group's turn comes again.
+
+A row gets what it gets in one process: what is drawn for it comes from a generator of its own, or
+in the order of rows from torch's.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from itertools import pairwise
+
+import torch
+from torch import Tensor
+
+from quintet.generation.decode import Generation, add, added
+from quintet.generation.outputs import ForwardOutput
+from quintet.generation.prompt import Prompt
+from quintet.generation.sampler import RowGenerators
+from quintet.parallel.agree import Agreement
+from quintet.parallel.world import World
+
+__all__ = ["decode_in_turns", "groups_of", "in_groups", "pieces_of"]
+
+# Fewer tokens at once take about as long, and more pieces than these a stage wait little less.
+FEW, PIECES = 256, 4
+
+
+def groups_of(world: World | None, rows: int) -> list[slice]:
+    """Return as many groups of rows as there are stages, or rows; one where there are no stages."""
+    count = 1 if world is None else min(world.degrees.pp, rows)
+    ends = [rows * number // count for number in range(count + 1)]
+    return [slice(start, end) for start, end in pairwise(ends)]
+
+
+def pieces_of(world: World | None, rows: int, width: int) -> int | None:
+    """Return in how long pieces stages run over prompts, one with each; None where all at once.
+
+    Args:
+        world: the processes.
+        rows: how many prompts there are.
+        width: how long they are.
+    """
+    count = 1 if world is None else world.degrees.pp
+    piece = max(-(-FEW // rows), -(-width // (PIECES * count)))
+    return piece if count > 1 and piece < width else None
+
+
+def in_groups(
+    prompt: Prompt, generators: RowGenerators, groups: Sequence[slice], copies: int
+) -> Iterator[tuple[Prompt, RowGenerators]]:
+    """Yield the prompts of each group, and the generators of their copies."""
+    for group in groups:
+        own = slice(group.start * copies, group.stop * copies)
+        yield prompt.rows(group), generators and generators[own]
+
+
+def decode_in_turns(begins: Sequence[Callable[[], Generation]], agreement: Agreement) -> Tensor:
+    """Add tokens to every row, until all have ended or there is no more room; return all ids.
+
+    Args:
+        begins: runs over the prompts of a group, and returns what goes on with them.
+        agreement: of the processes, of which the first has the last stage and chooses.
+    """
+    groups = [_Group(begin) for begin in begins]
+    with agreement.ahead():
+        (_choose if agreement.decides else _follow)(groups, agreement)
+    runs = [group.run for group in groups]
+    width = max(len(run.text) for run in runs)
+    for run in runs:
+        # A group that has ended waits for no other.
+        for _ in range(width - len(run.text)):
+            run.text.append(run.pad)
+    return torch.cat([run.text.ids for run in runs])
+
+
+@dataclass(slots=True, eq=False)
+class _Group:
+    """Rows that pass the stages together.
+
+    Attributes:
+        unfinished: (B,) which of them go on; None for all.
+        over: whether none does.
+    """
+
+    begin: Callable[[], Generation]
+    unfinished: Tensor | None = None
+    over: bool = False
+    _run: Generation | None = field(default=None, init=False)
+
+    @property
+    def run(self) -> Generation:
+        """What goes on with the prompts, once these were run over."""
+        assert self._run is not None, "the prompts come first"
+        return self._run
+
+    def forward(self) -> ForwardOutput:
+        """Run over the prompts, or over the last tokens."""
+        if self._run is None:
+            self._run = self.begin()
+            return self._run.output
+        return self._run.forward.step(self._run.text, self.unfinished)
+
+    def choose(self, logits: Tensor, step: int) -> Tensor:
+        """Add a token to every row, and return what others are told."""
+        return added(self.run, self._take(add(self.run, logits, self.unfinished, step)))
+
+    def hear(self, told: Tensor) -> None:
+        """Add the tokens that another process chose."""
+        tokens, going = told
+        self.run.text.append(tokens)
+        self._take(None if bool(going.all()) else going.bool())
+
+    def _take(self, unfinished: Tensor | None) -> Tensor | None:
+        self.unfinished = unfinished
+        self.over = unfinished is not None and not bool(unfinished.any())
+        return unfinished
+
+    def skip(self) -> None:
+        """Draw what one process draws for rows that have ended beside others that go on."""
+        sampler, ids = self.run.sampler, self.run.text.ids
+        if sampler.do_sample and sampler.generators is None:
+            sampler.uniform(len(ids), 1, ids.device)
+
+
+def _choose(groups: list[_Group], agreement: Agreement) -> None:
+    step, room = 1, 1
+    while step <= room and not all(group.over for group in groups):
+        for place, group in enumerate(groups):
+            if group.over:
+                group.skip()
+                continue
+            logits, number = group.forward().logits[:, -1], step
+            room = group.run.rooms.most
+
+            def choose(group: _Group = group, logits: Tensor = logits, step: int = step) -> Tensor:
+                return group.choose(logits, step)
+
+            try:
+                agreement.decided(choose)
+            except BaseException:
+                # The others have begun with these, and end when they ask for this group's tokens.
+                again = groups[:place] if number < room else []
+                for other in groups[place + 1 :] + again:
+                    if not other.over:
+                        other.forward()
+                raise
+        step += 1
+
+
+def _follow(groups: list[_Group], agreement: Agreement) -> None:
+    def nothing() -> Tensor:
+        raise AssertionError("another process chooses")
+
+    step, room = 0, 1
+    while step <= room and not all(group.over for group in groups):
+        for group in groups:
+            if step and not group.over:
+                group.hear(agreement.decided(nothing, group.run.text.ids.device))
+            if not group.over and step < room:
+                group.forward()
+                room = group.run.rooms.most
+        step += 1

@@ -1,0 +1,92 @@
+"""The decode loop on a device that nobody waits for: tokens are looked at while it makes the next.
+
+A step is launched from tokens that the host has not seen. What it looks at meanwhile are those of
+the step before: they go to the streamer, and tell whether all rows have ended. If they have, what
+was launched is not used.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from quintet.generation.choice import Chosen
+from quintet.generation.decode import Generation
+from quintet.generation.fetching import Fetched
+from quintet.ops.sampling import check_left
+
+__all__ = ["decode_late", "decodes_late"]
+
+
+def decodes_late(run: Generation) -> bool:
+    """Tell whether a generation is on a device, and may run over a token that nobody will use."""
+    on_device = run.text.ids.device.type != "cpu"
+    return on_device and run.sampler.agreement is None and not run.forward.keeps_cache
+
+
+@torch.no_grad()
+def decode_late(run: Generation) -> None:
+    """Add tokens to every row as `decode` does, until all have ended or there is no more room."""
+    unfinished: Tensor | None = None
+    room, output = run.rooms.most, run.output
+    for step in range(1, room + 1):
+        made = _Made.of(run, output.logits[:, -1], unfinished, step)
+        if step < room:
+            unfinished = made.going
+            output = run.forward.step(run.text, unfinished)
+        if made.ends_all(run):
+            return
+
+
+@dataclass(frozen=True, slots=True)
+class _Made:
+    """The tokens of a step, on their way to the host.
+
+    Attributes:
+        step: which one, from 1.
+        going: (B,) True for rows that go on, on the device; None for all.
+        tokens: what was added to each row, and the largest of the scores it was taken of.
+        flags: which rows needed a token, and `going`; nothing where that is all.
+    """
+
+    step: int
+    going: Tensor | None
+    tokens: Fetched
+    flags: Fetched | None
+
+    @classmethod
+    def of(cls, run: Generation, logits: Tensor, unfinished: Tensor | None, step: int) -> "_Made":
+        """Add a token to every row."""
+        text = run.text
+        chosen: Chosen = run.sampler.launch(text, logits, unfinished)
+        tokens = chosen.tokens
+        if unfinished is not None:
+            tokens = torch.where(unfinished, tokens, run.pad)
+        text.append(tokens)
+        going = unfinished
+        full = run.rooms.last(step)
+        if isinstance(full, Tensor):
+            going = ~full if going is None else going & ~full
+        if run.stopping:
+            ended = run.stopping(text.ids, None, text.padding)
+            going = ~ended if going is None else going & ~ended
+        flags = None
+        if going is not None:
+            needed = torch.ones_like(going) if unfinished is None else unfinished
+            flags = Fetched(torch.stack((needed, going)))
+        return cls(step, going, Fetched(tokens, chosen.best), flags)
+
+    def ends_all(self, run: Generation) -> bool:
+        """Look at what was made: hand it out, and tell whether no row goes on.
+
+        Raises:
+            NothingLeftError: a row had no token to take.
+        """
+        tokens, best = self.tokens.read()
+        needed = going = None
+        if self.flags is not None:
+            needed, going = self.flags.read()[0]
+        check_left(best.tolist(), needed, self.step)
+        if run.streamer is not None:
+            run.streamer.put(tokens)
+        return going is not None and not bool(going.any())

@@ -1,0 +1,121 @@
+"""Prediction layers of an engine in several processes: one drafts, all run the layers."""
+
+from collections.abc import Callable, Mapping
+from itertools import accumulate, pairwise
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from quintet.generation.speculative.pooled import PredictionRows
+from quintet.generation.speculative.prediction import MTPModel, Seen, Writer
+from quintet.parallel.agree import Agreement
+
+__all__ = ["LedPredictionRows", "read_beside"]
+
+
+class LedPredictionRows(PredictionRows):
+    """Rows of the process that leads, which the others have, too."""
+
+    def __init__(
+        self,
+        tell: Callable[..., None],
+        agreement: Agreement,
+        model: MTPModel,
+        rows: int,
+        capacity: int,
+    ) -> None:
+        self._tell, self._agreement = tell, agreement
+        tell("predict", rows, capacity)
+        super().__init__(model, rows, capacity)
+
+    def join(self) -> int:
+        """Return an empty row."""
+        self._tell("predict.join")
+        return super().join()
+
+    def free(self, row: int) -> None:
+        """Give a row back."""
+        self._tell("predict.free", row)
+        super().free(row)
+
+    def read(
+        self, seen: Mapping[int, Seen], last: Tensor, batch: int, writer: Writer
+    ) -> dict[int, Seen]:
+        """Let the layers of all read, and draft what follows."""
+        widths = {place: len(one) for place, one in seen.items()}
+        self._tell("predict.read", list(widths.items()), last.tolist(), batch, writer.done)
+        read = Seen.joined(list(seen.values()))
+        for x in (read.states, read.embeds):
+            self._agreement.spread(x)
+        return super().read(seen, last, batch, _Telling(self._agreement, writer))
+
+
+def read_beside(
+    model: Any,
+    agreement: Agreement,
+    rows: PredictionRows,
+    widths: list[list[int]],
+    last: list[int],
+    batch: int,
+    done: bool,
+) -> None:
+    """Let the layers of this process read what the one that leads says."""
+    total = sum(width for _, width in widths)
+    shape = total, model.config.hidden_size
+    states, embeds = (
+        agreement.spread(torch.empty(shape, dtype=model.dtype, device=model.device))
+        for _ in range(2)
+    )
+    places = [place for place, _ in widths]
+    spans = pairwise(accumulate((width for _, width in widths), initial=0))
+    seen = {
+        place: Seen(states[start:end], embeds[start:end])
+        for place, (start, end) in zip(places, spans, strict=True)
+    }
+    tokens = torch.tensor(last, device=model.device)
+    rows.read(seen, tokens, batch, _Told(agreement, tokens, done))
+
+
+class _Telling:
+    """Writes drafts, and tells what was written."""
+
+    def __init__(self, agreement: Agreement, writer: Writer) -> None:
+        self._agreement, self._writer = agreement, writer
+
+    @property
+    def done(self) -> bool:
+        """Whether no row is to have a further token."""
+        return self._writer.done
+
+    @property
+    def last(self) -> Tensor:
+        """The tokens that were written last, (n,)."""
+        return self._writer.last
+
+    def write(self, logits: Tensor) -> None:
+        """Add a token to every row, from logits (n, V)."""
+
+        def written() -> Tensor:
+            self._writer.write(logits)
+            last = self._writer.last
+            return torch.cat((last.new_tensor([self._writer.done]), last))
+
+        self._agreement.decided(written)
+
+
+class _Told:
+    """Is told what was written."""
+
+    def __init__(self, agreement: Agreement, last: Tensor, done: bool) -> None:
+        self._agreement = agreement
+        self.last, self.done = last, done
+
+    def write(self, logits: Tensor) -> None:
+        """Take down the token of every row."""
+
+        def nothing() -> Tensor:
+            raise AssertionError("another process writes")
+
+        done, *last = self._agreement.decided(nothing).tolist()
+        self.done, self.last = bool(done), self.last.new_tensor(last)

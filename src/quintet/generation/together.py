@@ -1,0 +1,59 @@
+"""What `generate()` does besides where several processes hold the model."""
+
+from collections.abc import Mapping, Sequence
+
+from torch import Tensor
+
+from quintet.cache import Cache, LegacyCache
+from quintet.errors import InputError
+from quintet.generation.config import GenerationConfig
+from quintet.generation.processors.base import LogitsProcessorList
+from quintet.generation.processors.guidance import UnbatchedClassifierFreeGuidanceLogitsProcessor
+from quintet.parallel.agree import Agreement
+
+__all__ = ["check_alike", "check_together", "running_the_model"]
+
+
+def check_alike(
+    agreement: Agreement, given: Mapping[str, object], past: Cache | LegacyCache | None
+) -> None:
+    """Check that the processes were asked for the same.
+
+    What only the process that chooses uses, such as a streamer or a generator, is not among it.
+
+    Raises:
+        DisagreementError: they were not.
+    """
+    held: object = None
+    if isinstance(past, Cache):
+        held = type(past).__name__, past.get_seq_length()
+    elif past:
+        held = [tuple(x.shape) for layer in past for x in layer if isinstance(x, Tensor)]
+    agreement.check_same({**given, "past_key_values": held})
+
+
+def check_together(config: GenerationConfig) -> None:
+    """Refuse what several processes cannot do.
+
+    Raises:
+        InputError: such an option is set.
+    """
+    reasons = {
+        "compile": (config.compiles, "a compiled program cannot pass sums between processes"),
+        "output_attentions": (
+            bool(config.output_attentions),
+            "each process weighs by its own heads, and nobody has all of them",
+        ),
+    }
+    for name, (asked, why) in reasons.items():
+        if asked:
+            raise InputError(
+                f"{name} cannot be used where several processes hold the model: {why}; leave it "
+                "out, or load the model in one process"
+            )
+
+
+def running_the_model(processors: Sequence[object]) -> LogitsProcessorList:
+    """Return those of some processors that run the model, which all processes have to."""
+    kind = UnbatchedClassifierFreeGuidanceLogitsProcessor
+    return LogitsProcessorList(one for one in processors if isinstance(one, kind))

@@ -1,0 +1,99 @@
+"""On a device, decoding makes the text that it makes on a CPU, and nobody waits for a step."""
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from conformance.families import FAMILIES, Family, each
+from quintet.errors import InputError
+from simulated_gpu import Simulated, SimulatedGPU, moved
+
+IDS = torch.randint(1, 101, (3, 9), generator=torch.Generator().manual_seed(0))
+MASK = (torch.arange(9) >= torch.tensor([[0], [4], [2]])).long()
+# Whatever a step may end by, and every kind of reading and warping that has numbers of its own; but
+# for top-k, whose candidates are drawn in another order on a CPU.
+GREEDY: dict[str, Any] = {"attention_mask": MASK, "eos_token_id": [5, 9, 60]}
+SAMPLED: dict[str, Any] = {
+    "do_sample": True,
+    "temperature": 0.8,
+    "top_k": None,
+    "top_p": 0.9,
+    "min_p": 0.02,
+    "repetition_penalty": 1.1,
+    "eos_token_id": 7,
+}
+
+
+class Heard:
+    """A streamer that keeps what it is told."""
+
+    def __init__(self) -> None:
+        self.told: list[list[int]] = []
+
+    def put(self, value: Tensor) -> None:
+        self.told.append(value.flatten().tolist())
+
+    def end(self) -> None:
+        self.told.append([])
+
+
+def generated(
+    model: Any, new: int, options: dict[str, Any], gpu: SimulatedGPU | None = None
+) -> tuple[Tensor, list[list[int]]]:
+    torch.manual_seed(3)
+    heard = Heard()
+
+    def there(x: Any) -> Any:
+        return Simulated(x) if gpu is not None and isinstance(x, Tensor) else x
+
+    made = model.generate(
+        there(IDS),
+        max_new_tokens=new,
+        pad_token_id=0,
+        streamer=heard,
+        **{name: there(value) for name, value in options.items()},
+    )
+    return made.inner if gpu is not None else made, heard.told
+
+
+@pytest.mark.parametrize(("options", "new"), [(GREEDY, 64), (SAMPLED, 12)], ids=["greedy", "drawn"])
+@each
+def test_a_step_is_not_waited_for(family: Family, options: dict[str, Any], new: int) -> None:
+    expected, told = generated(family.model_of(**family.shallow), new, options)
+    with SimulatedGPU() as gpu:
+        made, heard = generated(moved(family.model_of(**family.shallow)), new, options, gpu)
+    # Those for the prompt are not of a step.
+    assert not [wait for wait in gpu.waits if "decode_late" in wait]
+    assert gpu.fetched >= new
+    assert torch.equal(made, expected)
+    assert heard == told
+
+
+def test_a_wait_is_noticed() -> None:
+    waiting = {**GREEDY, "stopping_criteria": [lambda ids, scores: ids[:, -1] == int(ids[0, -1])]}
+    with SimulatedGPU() as gpu:
+        generated(moved(FAMILIES[0].model_of()), 3, waiting, gpu)
+    assert [wait for wait in gpu.waits if "decode_late" in wait]
+
+
+def test_no_token_comes_behind_the_end_of_all_rows() -> None:
+    options = {**SAMPLED, "eos_token_id": [5, 9, 11, 22, 30, 33, 40, 41, 60, 72, 80, 90]}
+    expected, _ = generated(FAMILIES[0].model_of(), 30, options)
+    assert expected.shape[1] < 39
+    with SimulatedGPU() as gpu:
+        made, _ = generated(moved(FAMILIES[0].model_of()), 30, options, gpu)
+    assert torch.equal(made, expected)
+
+
+def test_a_row_without_a_token_is_told_of_one_step_late() -> None:
+    def forbid(ids: Tensor, scores: Tensor) -> Tensor:
+        return torch.where(torch.tensor(ids.shape[1] == 12), -torch.inf, scores)
+
+    options = {**GREEDY, "logits_processor": [forbid]}
+    with pytest.raises(InputError, match="new token 4") as expected:
+        generated(FAMILIES[0].model_of(), 8, options)
+    with SimulatedGPU() as gpu, pytest.raises(InputError) as made:
+        generated(moved(FAMILIES[0].model_of()), 8, options, gpu)
+    assert str(made.value) == str(expected.value)
