@@ -2,6 +2,7 @@
 
 import gc
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -11,11 +12,48 @@ os.environ["TRANSFORMERS_VERBOSITY"] = "error"
 import pytest
 import torch
 
+if not torch.cuda.device_count():
+    # Asked for where Triton is imported first: its kernels run in Python then.
+    os.environ["TRITON_INTERPRET"] = "1"
+
+from unlooked import forget_kernels
+
+# Nothing that is imported from here on is garbage; on again once all is collected.
+gc.disable()
+TESTS = Path(__file__).parent
+# What takes longest goes first, so that no process is left with one of them at the end.
+LONG = (
+    *("kernels/test_attention.py", "conformance/test_parity.py", "conformance/test_invariants.py"),
+    *("generation/speculative/test_decoding.py", "conformance/test_batch_invariance.py"),
+    *("generation/test_compiling.py", "kernels/test_stack.py", "test_hub.py", "test_docs.py"),
+)
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    if config.pluginmanager.hasplugin("hypothesispytest"):
+        from hypothesis import HealthCheck, settings
+
+        # How long an example takes says what else the machine does. The same are drawn each time,
+        # so that who sees a failure made it; --hypothesis-profile=anew draws others.
+        settings.register_profile(
+            "anew", deadline=None, suppress_health_check=[HealthCheck.too_slow]
+        )
+        settings.register_profile("steady", settings.get_profile("anew"), derandomize=True)
+        settings.load_profile("steady")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    places = {TESTS / name: place for place, name in enumerate(LONG)}
+    items.sort(key=lambda item: places.get(item.path, len(places)))
+
 
 def pytest_collection_finish() -> None:
     # What was imported and collected stays, and is not looked through again for garbage.
     gc.collect()
     gc.freeze()
+    # Models are small and made by the thousand: a fifteenth of all time went into looking.
+    gc.set_threshold(10_000)
+    gc.enable()
 
 
 @pytest.fixture(autouse=True)
@@ -53,3 +91,11 @@ def smollm2() -> Path:
         return fetch_smollm2(local_files_only=True)
     except OfflineError as error:
         pytest.skip(f"{error}; `quintet info smollm2` fetches it")
+
+
+@pytest.fixture
+def fresh(monkeypatch: pytest.MonkeyPatch) -> Iterator[pytest.MonkeyPatch]:
+    """Patches of an environment in which no library was looked for yet."""
+    forget_kernels()
+    yield monkeypatch
+    forget_kernels()

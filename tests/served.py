@@ -19,6 +19,7 @@ from quintet.server.registry import Loaded, Offer, Registry
 from quintet.server.service import Service
 from quintet.server.settings import Settings
 from quintet.serving import Engine, Limits
+from waiting import PATIENCE
 
 __all__ = ["Answered", "Running", "loaded", "running", "serving"]
 
@@ -53,7 +54,7 @@ class Running:
     def url(self) -> str:
         return f"http://{self.host}:{self.port}"
 
-    def connect(self, timeout: float = 30) -> http.client.HTTPConnection:
+    def connect(self, timeout: float = PATIENCE) -> http.client.HTTPConnection:
         return http.client.HTTPConnection(self.host, self.port, timeout=timeout)
 
     def ask(
@@ -62,7 +63,7 @@ class Running:
         path: str,
         body: Any = None,
         headers: dict[str, str] | None = None,
-        timeout: float = 30,
+        timeout: float = PATIENCE,
     ) -> Answered:
         """Send a request, a body that is no bytes as JSON, and return what comes back."""
         sent = {} if body is None else {"Content-Type": "application/json"}
@@ -125,9 +126,9 @@ def running(
     thread = threading.Thread(target=asyncio.run, args=(run(),))
     thread.start()
     try:
-        assert started.wait(10)
+        assert started.wait(PATIENCE)
         yield Running(service, server, "127.0.0.1", sock.getsockname()[1])
     finally:
         server.force_exit = server.should_exit = True
-        thread.join(10)
+        thread.join(PATIENCE)
         assert not thread.is_alive()

@@ -4,7 +4,8 @@ import ast
 import re
 import sys
 import tomllib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -17,6 +18,8 @@ LADDER = [
     {"interop"},
     {"exporting"},
     {"server"},
+    {"training"},
+    {"planning"},
     {"serving", "pipelines", "measurement", "conversion"},
     {"auto"},
     {"models"},
@@ -26,11 +29,14 @@ LADDER = [
     {"adapters"},
     {"quantization"},
     {"checkpoint"},
+    {"parallel"},
     {"layers"},
     {"cache"},
     {"ops"},
+    {"triton"},
     {"kernels"},
     {"backends"},
+    {"sharding"},
     {"parsing"},
     {"tokenization", "configuration"},
     {"hub"},
@@ -44,10 +50,10 @@ HEIGHT = {name: -rung for rung, names in enumerate(LADDER) for name in names}
 FILES = sorted(SOURCE.rglob("*.py"))
 
 
-def each_of(files: list[Path]) -> pytest.MarkDecorator:
-    return pytest.mark.parametrize(
-        "path", files, ids=lambda path: path.relative_to(SOURCE).as_posix()
-    )
+def those(breaks: Callable[[Path], object], files: Iterable[Path] = FILES) -> dict[str, object]:
+    """Return what breaks a rule, by file. One test for all: a case for each takes a minute."""
+    found = {path.relative_to(SOURCE).as_posix(): breaks(path) for path in files}
+    return {name: broken for name, broken in found.items() if broken}
 
 
 def imported(tree: ast.AST) -> Iterator[str]:
@@ -60,10 +66,26 @@ def imported(tree: ast.AST) -> Iterator[str]:
             yield from (f"{node.module}.{alias.name}" for alias in node.names)
 
 
+@cache
+def names_in(path: Path) -> frozenset[str]:
+    """Return the dotted names that a file imports."""
+    return frozenset(imported(parsed(path)))
+
+
+def roots_in(path: Path) -> set[str]:
+    """Return the packages outside, and the library itself, that a file imports."""
+    return {name.split(".")[0] for name in names_in(path)}
+
+
 def packages(tree: ast.AST) -> set[str]:
     """Return the packages and modules right under quintet that a file imports."""
-    names = (name.split(".") for name in imported(tree))
-    return {name[1] for name in names if name[0] == "quintet" and len(name) > 1}
+    return within(imported(tree))
+
+
+def within(names: Iterable[str]) -> set[str]:
+    """Return the packages and modules right under quintet among dotted names."""
+    split = (name.split(".") for name in names)
+    return {name[1] for name in split if name[0] == "quintet" and len(name) > 1}
 
 
 def own(path: Path) -> str:
@@ -79,12 +101,21 @@ def test_every_package_has_a_rung() -> None:
     assert {own(path) for path in FILES} - {"__init__"} == set(HEIGHT)
 
 
+def test_models_know_nothing_of_processes() -> None:
+    """They say how they are cut, as data (`quintet.sharding`), and are hooked into."""
+    known = ("quintet.parallel", "torch.distributed")
+    models = [path for path in FILES if own(path) in ("models", "layers")]
+    assert not those(lambda path: {n for n in names_in(path) if n.startswith(known)}, models)
+
+
 # The root names what is public, and imports it lazily.
-@each_of([path for path in FILES if path != SOURCE / "__init__.py"])
-def test_imports_point_down_the_ladder(path: Path) -> None:
-    here = own(path)
-    below = {name for name in HEIGHT if HEIGHT[name] < HEIGHT[here]}
-    assert packages(parsed(path)) - {here, "__version__"} <= below
+def test_imports_point_down_the_ladder() -> None:
+    def upwards(path: Path) -> set[str]:
+        here = own(path)
+        below = {name for name in HEIGHT if HEIGHT[name] < HEIGHT[here]}
+        return within(names_in(path)) - {here, "__version__"} - below
+
+    assert not those(upwards, [path for path in FILES if path != SOURCE / "__init__.py"])
 
 
 def module_of(path: Path) -> str:
@@ -95,16 +126,16 @@ def module_of(path: Path) -> str:
 
 def graph(files: list[Path]) -> dict[str, set[str]]:
     """Return the modules that each module imports anywhere, by their dotted names."""
-    known = {module_of(path): parsed(path) for path in files}
+    known = {module_of(path): names_in(path) for path in files}
 
-    def targets(tree: ast.AST) -> Iterator[str]:
-        for name in imported(tree):
+    def targets(names: Iterable[str]) -> Iterator[str]:
+        for name in names:
             while name and name not in known:
                 name = name.rpartition(".")[0]
             yield name
 
     # The root is everyone's parent, and imports the public names when they are first used.
-    return {name: {*targets(tree)} - {"", "quintet", name} for name, tree in known.items()}
+    return {name: {*targets(names)} - {"", "quintet", name} for name, names in known.items()}
 
 
 def circles(imports: dict[str, set[str]]) -> set[str]:
@@ -133,29 +164,39 @@ def test_every_circle_is_seen(imports: dict[str, set[str]], found: set[str]) -> 
     assert circles(imports) == found
 
 
-@each_of([path for path in FILES if own(path) == "models"])
-def test_families_do_not_import_each_other(path: Path) -> None:
-    families = {name for name in imported(parsed(path)) if name.startswith("quintet.models.")}
-    assert not families
+def test_families_do_not_import_each_other() -> None:
+    families = [path for path in FILES if own(path) == "models"]
+    assert not those(
+        lambda path: {n for n in names_in(path) if n.startswith("quintet.models.")}, families
+    )
 
 
 # What the extra `serve` brings, itself or by what it needs.
 SERVE = {"fastapi", "h11", "llguidance", "prometheus_client", "pydantic", "pydantic_core"}
 SERVE |= {"starlette", "uvicorn"}
+# What training takes of the extra `train`.
+TRAIN = {"matplotlib", "plotext", "pyarrow"}
+# What torch brings where it has CUDA.
+CUDA = {"triton"}
 
 
 def test_what_is_imported_is_what_is_declared() -> None:
     """Each dependency is used, and nothing else is; markupsafe is jinja2's own type of text."""
     project = tomllib.loads((SOURCE.parents[1] / "pyproject.toml").read_text(encoding="utf-8"))
     declared = {re.split(r"[<>=,]", one)[0] for one in project["project"]["dependencies"]}
-    used = {name.split(".")[0] for path in FILES for name in imported(parsed(path))}
+    used = {name for path in FILES for name in roots_in(path)}
     outside = used - sys.stdlib_module_names - {"quintet", "markupsafe", "transformers", "lm_eval"}
-    assert outside - SERVE == declared
+    assert outside - SERVE - TRAIN - CUDA == declared
 
 
-@each_of([path for path in FILES if own(path) not in {"server", "grammar"}])
-def test_only_the_server_and_grammars_import_what_is_optional(path: Path) -> None:
-    assert not SERVE & {name.split(".")[0] for name in imported(parsed(path))}
+def test_only_the_server_and_grammars_import_what_is_optional() -> None:
+    others = [path for path in FILES if own(path) not in {"server", "grammar"}]
+    assert not those(lambda path: SERVE & roots_in(path), others)
+
+
+def test_only_kernels_for_gpus_import_triton() -> None:
+    others = [path for path in FILES if own(path) != "triton"]
+    assert not those(lambda path: CUDA & roots_in(path), others)
 
 
 OTHERS = {"transformers", "peft", "accelerate", "trl", "lm_eval"}
@@ -167,36 +208,51 @@ def at_import(tree: ast.Module) -> ast.Module:
     return ast.Module([node for node in tree.body if not isinstance(node, kinds)], [])
 
 
-@each_of(FILES)
-def test_only_the_bridge_imports_tools_and_only_when_called(path: Path) -> None:
-    tree = at_import(parsed(path)) if own(path) == "interop" else parsed(path)
-    assert not OTHERS & {name.split(".")[0] for name in imported(tree)}
+def test_only_the_bridge_imports_tools_and_only_when_called() -> None:
+    def tools(path: Path) -> set[str]:
+        if own(path) != "interop":
+            return OTHERS & roots_in(path)
+        return OTHERS & {name.split(".")[0] for name in imported(at_import(parsed(path)))}
+
+    assert not those(tools)
 
 
-@each_of([path for path in FILES if own(path) != "interop"])
-def test_nothing_needs_the_bridge(path: Path) -> None:
-    assert "interop" not in packages(parsed(path))
+def test_nothing_needs_the_bridge() -> None:
+    others = [path for path in FILES if own(path) != "interop"]
+    assert not those(lambda path: {"interop"} & within(names_in(path)), others)
 
 
-@each_of(FILES)
-def test_nothing_read_is_executed(path: Path) -> None:
-    tree = parsed(path)
-    modules = {name.split(".")[0] for name in imported(tree)}
-    assert not modules & {"pickle", "cloudpickle", "dill", "joblib", "marshal", "shelve"}
-    calls = {ast.unparse(node.func) for node in ast.walk(tree) if isinstance(node, ast.Call)}
-    assert not calls & {"eval", "exec", "compile", "__import__", "torch.load", "yaml.load"}
+UNSAFE = {"pickle", "cloudpickle", "dill", "joblib", "marshal", "shelve"}
+EXECUTES = {"eval", "exec", "compile", "__import__", "torch.load", "yaml.load"}
 
 
-@each_of(FILES)
-def test_a_file_is_short(path: Path) -> None:
-    assert len(path.read_text(encoding="utf-8").splitlines()) <= 450
+def executed(tree: ast.AST) -> set[str]:
+    """Return the calls in a file that run what they are given."""
+    calls = (node.func for node in ast.walk(tree) if isinstance(node, ast.Call))
+    plain = (f for f in calls if isinstance(f, ast.Name | ast.Attribute))
+    return EXECUTES & {ast.unparse(f) for f in plain}
 
 
-@each_of([path for path in FILES if own(path) == "layers"])
-def test_layers_take_scalars(path: Path) -> None:
-    names = set(imported(parsed(path)))
-    configs = {name for name in names if name.startswith("quintet.configuration")}
-    assert all(name.startswith("quintet.configuration.rope.") for name in configs)
+def test_nothing_read_is_executed() -> None:
+    assert not those(lambda path: UNSAFE & roots_in(path) or executed(parsed(path)))
+
+
+@pytest.mark.parametrize("text", ["eval(x)", "torch.load(path)", "f(yaml.load(x))", "[exec(x)]"])
+def test_every_way_of_executing_is_seen(text: str) -> None:
+    assert executed(ast.parse(text))
+
+
+def test_a_file_is_short() -> None:
+    lines = {path: len(path.read_text(encoding="utf-8").splitlines()) for path in FILES}
+    assert not those(lambda path: lines[path] if lines[path] > 450 else 0)
+
+
+def test_layers_take_scalars() -> None:
+    def configs(path: Path) -> list[str]:
+        names = (name for name in names_in(path) if name.startswith("quintet.configuration"))
+        return [name for name in names if not name.startswith("quintet.configuration.rope.")]
+
+    assert not those(configs, [path for path in FILES if own(path) == "layers"])
 
 
 @pytest.mark.parametrize(
@@ -229,13 +285,11 @@ def undecided(tree: ast.AST) -> Iterator[str]:
                 yield ast.unparse(node)
 
 
-@each_of([path for path in FILES if own(path) in {"kernels", "ops", "cache"}])
-def test_every_tensor_made_names_dtype_and_device(path: Path) -> None:
-    assert list(undecided(parsed(path))) == []
+def test_every_tensor_made_names_dtype_and_device() -> None:
+    by_name = {f"torch.{name}" for name in MAKERS if name != "Tensor"}
+    files = [path for path in FILES if own(path) in {"kernels", "triton", "ops", "cache"}]
     # Imported by name they would not be seen.
-    assert not {f"torch.{name}" for name in MAKERS if name != "Tensor"} & set(
-        imported(parsed(path))
-    )
+    assert not those(lambda path: [*undecided(parsed(path)), *by_name & names_in(path)], files)
 
 
 @pytest.mark.parametrize(

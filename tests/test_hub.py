@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 from safetensors.torch import load_file
 
+from forking import MODELS, Forks
 from hubserver import Hub, serve
 from quintet import demo_model
 from quintet.errors import OfflineError
@@ -23,7 +24,8 @@ from quintet.hub import locate
 from quintet.kernels.store import cache_folder
 from tiny import build
 
-# Runs a body with everything imported, and prints what it puts into `said`.
+# Runs a body with everything imported but what reads the variables of the hub, and prints what it
+# puts into `said`.
 SCRIPT = """
 import json, sys, warnings
 from quintet import *
@@ -51,7 +53,10 @@ print(json.dumps(said))
 """
 # The waits of huggingface_hub between its own attempts.
 AT_ONCE = "import time; time.sleep = lambda seconds: None\n"
+# `python -m quintet`
+COMMAND = "import runpy; runpy.run_module('quintet', run_name='__main__', alter_sys=True)"
 Run = Callable[..., dict[str, Any]]
+Cli = Callable[..., "subprocess.CompletedProcess[str]"]
 
 
 @pytest.fixture
@@ -74,18 +79,20 @@ def environment(hub: Hub, tmp_path: Path) -> dict[str, str]:
     }
 
 
+@pytest.fixture(scope="module")
+def forks() -> Iterator[Forks]:
+    running = Forks(MODELS + "assert 'huggingface_hub' not in sys.modules\n")
+    yield running
+    running.close()
+
+
 @pytest.fixture
-def run(environment: dict[str, str]) -> Run:
+def run(environment: dict[str, str], forks: Forks) -> Run:
     """Run Python against the hub, in a process of its own, as the environment is read once."""
 
     def start(body: str, **changes: str) -> dict[str, Any]:
-        done = subprocess.run(
-            [sys.executable, "-c", f"{SCRIPT}{body}\nprint(json.dumps(said))"],
-            env={**environment, **changes},
-            capture_output=True,
-            text=True,
-            check=False,
-        )
+        program = f"{SCRIPT}{body}\nprint(json.dumps(said))"
+        done = forks.run(program, environment={**environment, **changes})
         assert done.returncode == 0, done.stderr
         found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
         return found
@@ -131,25 +138,16 @@ def assert_nothing_else(home: Path, files: int) -> None:
     assert len(list(blobs.iterdir())) == files
 
 
-def cli(hub: Hub, tmp_path: Path, *arguments: str, **environment: str) -> Any:
-    child = {
-        **os.environ,
-        "HF_ENDPOINT": hub.url,
-        "HF_HOME": str(tmp_path / "home"),
-        "HF_HUB_OFFLINE": "0",
-        "HF_HUB_DISABLE_XET": "1",
-        "HF_HUB_DISABLE_PROGRESS_BARS": "1",
-        "NO_COLOR": "1",
-        **environment,
-    }
-    return subprocess.run(
-        [sys.executable, "-m", "quintet", *arguments],
-        env=child,
-        capture_output=True,
-        text=True,
-        check=False,
-        stdin=subprocess.DEVNULL,
-    )
+@pytest.fixture
+def cli(environment: dict[str, str], forks: Forks) -> Cli:
+    """Run a command line against the hub."""
+
+    def start(*arguments: str, **changes: str) -> "subprocess.CompletedProcess[str]":
+        return forks.run(
+            COMMAND, *arguments, environment={**environment, "NO_COLOR": "1", **changes}
+        )
+
+    return start
 
 
 def test_revision_subfolder_variant_and_what_is_not_fetched(
@@ -377,17 +375,17 @@ def test_two_processes_fetch_a_file_once(
     assert_nothing_else(tmp_path / "home", 1)
 
 
-def test_a_cache_that_cannot_be_written_is_named(hub: Hub, tmp_path: Path) -> None:
+def test_a_cache_that_cannot_be_written_is_named(hub: Hub, cli: Cli, tmp_path: Path) -> None:
     hub.add("o/m", build(tmp_path / "model"))
     blocked = tmp_path / "a file"
     blocked.write_text("")
-    done = cli(hub, tmp_path, "info", "o/m", HF_HOME=str(blocked / "home"))
+    done = cli("info", "o/m", HF_HOME=str(blocked / "home"))
     assert done.returncode == 7
     assert f"error: the hub cache {blocked}" in done.stderr
     assert "HF_HOME" in done.stderr
 
 
-def test_a_folder_may_have_any_name(hub: Hub, tmp_path: Path, chat_model: Path) -> None:
+def test_a_folder_may_have_any_name(forks: Forks, tmp_path: Path, chat_model: Path) -> None:
     names = ["with spaces", "模型 🎻", "é" * 120, "-n", "a'b\"c;$d"]
     folders = [str(shutil.copytree(chat_model, tmp_path / name)) for name in names]
     script = (
@@ -395,20 +393,9 @@ def test_a_folder_may_have_any_name(hub: Hub, tmp_path: Path, chat_model: Path) 
         "for folder in sys.argv[1:]:\n"
         "    cli.main(['generate', 'a', '--model', folder, '-n', '2'], standalone_mode=False)\n"
     )
-    done = subprocess.run(
-        [sys.executable, "-c", script, *folders],
-        # The kernels that are there already need not be compiled again.
-        env={
-            **os.environ,
-            "HOME": "",
-            "XDG_CACHE_HOME": str(cache_folder().parent),
-            "OMP_NUM_THREADS": "1",
-        },
-        capture_output=True,
-        text=True,
-        check=False,
-        stdin=subprocess.DEVNULL,
-    )
+    # The kernels that are there already need not be compiled again.
+    kept = {"XDG_CACHE_HOME": str(cache_folder().parent), "OMP_NUM_THREADS": "1"}
+    done = forks.run(script, *folders, environment={**os.environ, "HOME": "", **kept})
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("\n") >= len(names)
 
@@ -465,7 +452,7 @@ fails("spelling", lambda: model.push_to_hub("a/b/c", token="hf_x"))
     assert (tmp_path / "both" / "model.safetensors").is_file()
 
 
-def test_plan_and_info_of_a_hub_id_fetch_no_weights(hub: Hub, tmp_path: Path) -> None:
+def test_plan_and_info_of_a_hub_id_fetch_no_weights(hub: Hub, cli: Cli, tmp_path: Path) -> None:
     from quintet import AutoModelForCausalLM
 
     root = build(tmp_path / "model")
@@ -476,7 +463,7 @@ def test_plan_and_info_of_a_hub_id_fetch_no_weights(hub: Hub, tmp_path: Path) ->
     hub.add("o/many", tmp_path / "many")
     sizes = sum(tensor.nbytes for tensor in load_file(root / "model.safetensors").values())
     for name in ("o/one", "o/many"):
-        plan = cli(hub, tmp_path, "plan", name, "--json")
+        plan = cli("plan", name, "--json")
         assert plan.returncode == 0, plan.stderr
         facts = json.loads(plan.stdout)
         assert facts["files"]["here"] is False
@@ -487,36 +474,38 @@ def test_plan_and_info_of_a_hub_id_fetch_no_weights(hub: Hub, tmp_path: Path) ->
     assert cached == []
 
 
-def listed(hub: Hub, home: Path) -> list[dict[str, Any]]:
+def listed(cli: Cli) -> list[dict[str, Any]]:
     """Return what `quintet ls` says of the hub's models; other programs may keep some, too."""
-    rows = json.loads(cli(hub, home, "ls", "--json").stdout)
+    rows = json.loads(cli("ls", "--json").stdout)
     return [row for row in rows if row["model"].startswith("o/")]
 
 
-def test_a_download_is_verified_listed_and_removed(hub: Hub, run: Run, tmp_path: Path) -> None:
+def test_a_download_is_verified_listed_and_removed(
+    hub: Hub, run: Run, cli: Cli, tmp_path: Path
+) -> None:
     hub.add("o/m", build(tmp_path / "model"))
     hub.add("o/m", tmp_path / "model", "old")
     run('[AutoModelForCausalLM.from_pretrained("o/m", revision=r) for r in ("main", "old")]')
-    done = cli(hub, tmp_path, "verify", "o/m", "--json")
+    done = cli("verify", "o/m", "--json")
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout)["hashes"] == "1 of 1 right"
-    rows = listed(hub, tmp_path)
+    rows = listed(cli)
     assert [(row["model"], row["family"]) for row in rows] == [("o/m", "qwen2")] * 2
     assert sorted(row["revision"] for row in rows) == ["main", "old"]
-    head, *lines = cli(hub, tmp_path, "ls").stdout.splitlines()
+    head, *lines = cli("ls").stdout.splitlines()
     assert head.split() == ["MODEL", "REVISION", "FAMILY", "WEIGHTS", "SIZE", "USED"]
     assert len([line for line in lines if line.startswith("o/m ")]) == 2
 
-    refused = cli(hub, tmp_path, "rm", "o/m")
+    refused = cli("rm", "o/m")
     assert (refused.returncode, "pass --yes" in refused.stderr) == (2, True)
-    wrong = cli(hub, tmp_path, "rm", "o/n", "--yes")
+    wrong = cli("rm", "o/n", "--yes")
     assert (wrong.returncode, "did you mean 'o/m'" in wrong.stderr) == (3, True)
-    assert cli(hub, tmp_path, "rm", "o/m@main", "--dry-run").returncode == 0
-    assert cli(hub, tmp_path, "rm", "o/m@old", "--yes").returncode == 0
-    rows = listed(hub, tmp_path)
+    assert cli("rm", "o/m@main", "--dry-run").returncode == 0
+    assert cli("rm", "o/m@old", "--yes").returncode == 0
+    rows = listed(cli)
     assert [row["revision"] for row in rows] == ["main"]
-    assert cli(hub, tmp_path, "rm", "o/m", "-y").returncode == 0
-    assert listed(hub, tmp_path) == []
+    assert cli("rm", "o/m", "-y").returncode == 0
+    assert listed(cli) == []
 
 
 def test_of_a_repository_in_gguf_one_file_is_fetched(hub: Hub, run: Run, tmp_path: Path) -> None:

@@ -6,9 +6,9 @@ import torch
 from tokenizers import Regex, Tokenizer, decoders, pre_tokenizers, trainers
 from tokenizers.models import BPE
 
-from quintet import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
+from quintet import DeepseekV3Config, PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
 
-__all__ = ["END", "build", "trained_tokenizer"]
+__all__ = ["END", "build", "predicting_config", "trained_tokenizer"]
 
 END = "<|im_end|>"
 SPECIAL = ["<|endoftext|>", "<|im_start|>", END]
@@ -52,6 +52,34 @@ def build(root: Path, *, chat: bool = True, context: int = 256, vocab_size: int 
     model.save_pretrained(root)
     tokenizer.save_pretrained(root)
     return root
+
+
+def predicting_config(*, vocab_size: int, context: int) -> DeepseekV3Config:
+    """A DeepSeek-V3 with a prediction layer, whose greedy text never ends by itself."""
+    return DeepseekV3Config(
+        vocab_size=vocab_size,
+        hidden_size=32,
+        intermediate_size=48,
+        moe_intermediate_size=16,
+        n_routed_experts=4,
+        num_experts_per_tok=2,
+        n_group=1,
+        topk_group=1,
+        first_k_dense_replace=1,
+        num_hidden_layers=2,
+        num_nextn_predict_layers=1,
+        num_attention_heads=2,
+        q_lora_rank=None,
+        kv_lora_rank=16,
+        qk_nope_head_dim=8,
+        qk_rope_head_dim=8,
+        v_head_dim=8,
+        max_position_embeddings=context,
+        bos_token_id=None,
+        eos_token_id=[],
+        tie_word_embeddings=True,
+        initializer_range=0.1,
+    )
 
 
 def trained_tokenizer(*also: str, chat: bool = True) -> PreTrainedTokenizerFast:

@@ -15,6 +15,7 @@ import torch
 from quintet.checkpoint import Checkpoint, read_consistently, save, save_stream
 from quintet.errors import CheckpointError, SaveError
 from quintet.files import locked
+from waiting import until
 
 pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="needs processes and their locks")
 
@@ -144,9 +145,15 @@ def test_who_waits_is_told_for_whom_and_is_let_in_when_that_one_is_killed(tmp_pa
     save(tmp_path, {"w": torch.ones(4)})
     holder = Holder(tmp_path)
     assert Checkpoint.open(tmp_path).tensors, "a save that runs keeps nobody from the old one"
-    killer = threading.Timer(1.5, holder.kill)
+    caught = pytest.warns(UserWarning, match=f"process {holder.process} .* is saving into")
+
+    def kill_when_told() -> None:
+        until(lambda: len(caught))
+        holder.kill()
+
+    killer = threading.Thread(target=kill_when_told)
     killer.start()
-    with pytest.warns(UserWarning, match=f"process {holder.process} .* is saving into") as caught:
+    with caught:
         save(tmp_path, {"w": torch.zeros(4)})
     killer.join()
     assert str(tmp_path) in str(caught[0].message)

@@ -50,7 +50,7 @@ def in_pieces(model: Any, cache: Cache, modes: tuple[str, ...], text: Tensor = T
 @pytest.mark.parametrize("kind", ["dynamic", "static", "offloaded"])
 @each
 def test_a_cache_goes_on_in_any_mode(family: Family, kind: str) -> None:
-    model = family.model_of()
+    model = family.model_of(**family.shallow)
     expected = in_pieces(model, CACHES[kind](model.config), ("no-grad",) * 4)
     for order in ORDERS if kind == "static" else ORDERS[::2]:
         made = in_pieces(model, CACHES[kind](model.config), (*order, order[0]))
@@ -59,7 +59,7 @@ def test_a_cache_goes_on_in_any_mode(family: Family, kind: str) -> None:
 
 @each
 def test_codes_refuse_gradients_before_they_change(family: Family) -> None:
-    model = family.model_of()
+    model = family.model_of(**family.shallow)
     expected = in_pieces(model, QuantizedCache(model.config), ("no-grad",) * 4)
     for order in itertools.product(("no-grad", "inference"), repeat=2):
         cache = QuantizedCache(model.config)
@@ -75,7 +75,7 @@ def test_codes_refuse_gradients_before_they_change(family: Family) -> None:
 @pytest.mark.parametrize("kind", ["dynamic", "static"])
 @each
 def test_rows_change_and_states_return_in_any_mode(family: Family, kind: str) -> None:
-    model = family.model_of()
+    model = family.model_of(**family.shallow)
     mask = torch.ones_like(TEXT[:, :7])
     mask[0, :3] = 0
     results = []
@@ -104,7 +104,7 @@ def test_what_is_written_later_leaves_a_graph_alone(
     family: Family, kind: str, frozen: bool
 ) -> None:
     """A loss of an earlier piece has the gradients it would have had at once."""
-    model = family.model_of()
+    model = family.model_of(**family.shallow)
     if frozen:
         # Keys have no gradient, and queries need them for theirs.
         for name, parameter in model.named_parameters():
@@ -253,7 +253,7 @@ def all_it_makes(model: Any) -> list[Tensor]:
 
 @each
 def test_nothing_around_a_call_changes_what_it_makes(family: Family) -> None:
-    model = family.model_of()
+    model = family.model_of(**family.shallow)
     expected = all_it_makes(model)
     largest = [float(right.abs().max()) for right in expected]
     for name, around in AROUND.items():
@@ -261,13 +261,13 @@ def test_nothing_around_a_call_changes_what_it_makes(family: Family) -> None:
             found = all_it_makes(model)
         for made, right, most in zip(found, expected, largest, strict=True):
             assert (made.dtype, made.device) == (right.dtype, right.device), name
-            # A gradient may be nothing but rounding.
-            assert float((made - right).abs().max()) <= max(1e-5 * most, 1e-6), name
+            # A gradient may be nothing but rounding, and under a mode kernels give way to formulas.
+            assert float((made - right).abs().max()) <= max(2e-5 * most, 1e-6), name
 
 
 @each
 def test_the_number_of_threads_changes_nothing(family: Family) -> None:
-    model = family.model_of()
+    model = family.model_of(**family.shallow)
     expected = in_pieces(model, DynamicCache(model.config), ("no-grad",) * 4)
     for count in (1, 2):
         with put(torch.set_num_threads, count, torch.get_num_threads()):
@@ -277,7 +277,7 @@ def test_the_number_of_threads_changes_nothing(family: Family) -> None:
 
 @each
 def test_another_thread_makes_the_same(family: Family) -> None:
-    model = family.model_of()
+    model = family.model_of(**family.shallow)
     expected = all_it_makes(model)
     with ThreadPoolExecutor(1) as pool, torch.inference_mode(), torch.device("meta"):
         # A thread has modes of its own.

@@ -1,6 +1,7 @@
 """On kernels, a row's logits are the same bits whoever shares the batch, and however it was cut."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import cache
 from itertools import accumulate
 from pathlib import Path
 from typing import Any
@@ -23,11 +24,19 @@ HEADS: dict[str, dict[str, Any]] = {
     "deepseek-v2": {"v_head_dim": 32},
     "deepseek-v3": {"v_head_dim": 32},
 }
+WIDER = {
+    "qwen2": {"hidden_size": 896, "intermediate_size": 4864, "head_dim": 64},
+    "qwen2-moe": {"hidden_size": 1536, "moe_intermediate_size": 704, "head_dim": 64},
+    "deepseek-v2": {"hidden_size": 2048, "moe_intermediate_size": 352, "kv_lora_rank": 512},
+    "deepseek-v3": {"hidden_size": 1536, "moe_intermediate_size": 352, "kv_lora_rank": 512},
+    "zamba2": {"hidden_size": 896, "mamba_d_state": 64},
+}
 IDS = torch.randint(101, (ROWS, LONGEST), generator=torch.Generator().manual_seed(9))
 formats = pytest.mark.parametrize("quantize", [None, "int8", "int4"])
 some = settings(
     max_examples=6, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
 )
+Models = Callable[..., Any]
 # How many tokens of each row pass in each of some forwards: few of any, or a prompt's.
 COUNTS = st.integers(1, ROWS).flatmap(
     lambda n: st.lists(
@@ -47,10 +56,23 @@ def invariant(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("QUINTET_BATCH_INVARIANT", "1")
 
 
-def model_of(family: Family, folder: Path, quantize: str | None, **changes: Any) -> Any:
-    whole = family.model_of(**{**WIDE[family.name], **HEADS.get(family.name, {}), **changes})
-    whole.save_pretrained(folder)
-    return type(whole).from_pretrained(folder, quantize=quantize, dtype=torch.bfloat16).eval()
+@pytest.fixture(scope="module")
+def model_of(tmp_path_factory: pytest.TempPathFactory) -> Models:
+    """Load a small model of a family, in a format; it is made once for all formats."""
+
+    @cache
+    def saved(family: Family, wider: bool) -> Path:
+        folder = tmp_path_factory.mktemp(family.name)
+        widths = WIDER[family.name] if wider else {}
+        sizes = {**family.shallow, **WIDE[family.name], **HEADS.get(family.name, {}), **widths}
+        family.model_of(**sizes).save_pretrained(folder)
+        return folder
+
+    def load(family: Family, quantize: str | None, *, wider: bool = False) -> Any:
+        folder, cls = saved(family, wider), family.cls("ForCausalLM")
+        return cls.from_pretrained(folder, quantize=quantize, dtype=torch.bfloat16).eval()
+
+    return load
 
 
 @torch.no_grad()
@@ -89,9 +111,9 @@ def check(model: Any, schedule: Sequence[Sequence[int]], threads: int) -> None:
 @formats
 @each
 def test_a_row_does_not_see_who_shares_the_batch(
-    family: Family, quantize: str | None, tmp_path: Path
+    family: Family, quantize: str | None, model_of: Models
 ) -> None:
-    model = model_of(family, tmp_path, quantize)
+    model = model_of(family, quantize)
 
     @some
     @given(schedule=COUNTS, threads=st.integers(1, 3))
@@ -105,10 +127,10 @@ def test_a_row_does_not_see_who_shares_the_batch(
 
 @each
 def test_nor_by_default_where_prompts_have_forwards_of_their_own(
-    family: Family, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    family: Family, model_of: Models, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.delenv("QUINTET_BATCH_INVARIANT")
-    model = model_of(family, tmp_path, None)
+    model = model_of(family, None)
 
     @some
     @given(schedule=COUNTS, threads=st.integers(1, 3))
@@ -119,21 +141,12 @@ def test_nor_by_default_where_prompts_have_forwards_of_their_own(
     holds()
 
 
-WIDER = {
-    "qwen2": {"hidden_size": 896, "intermediate_size": 4864, "head_dim": 64},
-    "qwen2-moe": {"hidden_size": 1536, "moe_intermediate_size": 704, "head_dim": 64},
-    "deepseek-v2": {"hidden_size": 2048, "moe_intermediate_size": 352, "kv_lora_rank": 512},
-    "deepseek-v3": {"hidden_size": 1536, "moe_intermediate_size": 352, "kv_lora_rank": 512},
-    "zamba2": {"hidden_size": 896, "mamba_d_state": 64},
-}
-
-
 @formats
 @each
 def test_nor_does_it_at_widths_of_released_models(
-    family: Family, quantize: str | None, tmp_path: Path
+    family: Family, quantize: str | None, model_of: Models
 ) -> None:
-    model = model_of(family, tmp_path, quantize, **WIDER[family.name])
+    model = model_of(family, quantize, wider=True)
     steps = [[1] * ROWS, [1, 4, 0, 2, 1, 1], [1] * ROWS]
     check(model, [[20, 33, 64, 17, 40, 18], *steps], 2)
     if quantize is None:
@@ -142,8 +155,8 @@ def test_nor_does_it_at_widths_of_released_models(
 
 @pytest.mark.parametrize("quantize", [None, "int8"])
 @each
-def test_nor_how_its_prompt_was_cut(family: Family, quantize: str | None, tmp_path: Path) -> None:
-    model = model_of(family, tmp_path, quantize)
+def test_nor_how_its_prompt_was_cut(family: Family, quantize: str | None, model_of: Models) -> None:
+    model = model_of(family, quantize)
     # States go on from whole blocks of 64; more than 128 tokens are a prompt to latent attention.
     whole = run(model, [0], [[LONGEST]])[0]
     for first in (192, 64 if family.name == "zamba2" else 150):

@@ -30,7 +30,7 @@ PADDING_IDS: dict[str, dict[str, Any]] = {
 
 
 def classifier(family: Family, **changes: Any) -> Any:
-    variant = family.variants[family.thorough[0]]
+    variant = {**family.variants[family.thorough[0]], **family.shallow}
     return family.model_of("ForSequenceClassification", **{**variant, "num_labels": 3, **changes})
 
 

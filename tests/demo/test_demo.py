@@ -11,7 +11,9 @@ import pytest
 import torch
 
 from quintet import AutoModelForCausalLM, AutoTokenizer, demo_model
-from quintet.modeling.balance import LoadBalancer
+from quintet.modeling.sizes import measure
+from quintet.training.evaluation import evaluate
+from quintet.training.scoring import text_document
 
 MOST_BYTES = 12_000_000
 
@@ -46,14 +48,13 @@ def test_all_its_files_together_are_small() -> None:
     assert sum(path.stat().st_size for path in files) <= MOST_BYTES
 
 
-def test_it_is_stored_in_bfloat16_and_loads_as_stored(recipe: ModuleType) -> None:
+def test_it_is_stored_in_bfloat16_and_loads_as_stored() -> None:
     model = AutoModelForCausalLM.from_pretrained(demo_model())
     assert model.dtype == torch.bfloat16
     assert model.config.model_type == "deepseek_v3"
     assert 5.5e6 < model.num_parameters() < 6e6
     # As many active for a token as would make a dense model of a third of the size.
-    active, _ = recipe.active_parameters(model)
-    assert 1.5e6 < active < 1.8e6
+    assert 1.5e6 < measure(model, torch.bfloat16).active < 1.8e6
     # Its steps are finer than bfloat16's.
     biases = [x for n, x in model.named_buffers() if n.endswith("e_score_correction_bias")]
     assert len(biases) == 5
@@ -62,20 +63,21 @@ def test_it_is_stored_in_bfloat16_and_loads_as_stored(recipe: ModuleType) -> Non
 
 @torch.no_grad()
 def test_it_needs_fewer_bits_than_the_best_compressors_on_files_it_never_saw(
-    recipe: ModuleType, texts: list[str]
+    texts: list[str],
 ) -> None:
     stream = "".join(texts).encode()
     model = AutoModelForCausalLM.from_pretrained(demo_model(), dtype="float32")
     tokenizer = AutoTokenizer.from_pretrained(demo_model())
-    with LoadBalancer(model, rate=0.0) as balancer:
-        bits = recipe.held_out_bits(model, tokenizer.backend_tokenizer, texts)
-        violations = balancer.violations()
+    found = evaluate(model, [text_document(tokenizer, text) for text in texts])
+    assert found.bits_per_byte is not None
+    bits, violations = found.bits_per_byte * len(stream), found.balance
     assert bits < 0.75 * 8 * len(lzma.compress(stream, preset=9))
     assert bits < 0.75 * 8 * len(gzip.compress(stream, 9))
-    # No loss kept the experts busy alike, only their bias: four routers in the main run.
-    assert len(violations) == 4
+    # No loss kept the experts busy alike, only their bias: four routers in the main run, and one
+    # in the prediction layer.
+    assert len(violations) == 5
     assert max(violations.values()) < 1
-    assert sum(violations.values()) / 4 < 0.6
+    assert sum(violations.values()) / 5 < 0.6
 
 
 def test_its_prediction_layer_is_there_and_most_of_its_drafts_are_taken(texts: list[str]) -> None:

@@ -4,6 +4,9 @@ from typing import Any
 
 import torch
 import transformers
+from torch import Tensor
+from transformers.cache_utils import MtpCache
+from transformers.modeling_layers import MtpModel
 
 from quintet.models import deepseek_v2, deepseek_v3
 
@@ -17,7 +20,9 @@ __all__ = [
     "absorb",
     "config_of",
     "model_of",
+    "mtp_twins",
     "randomise",
+    "theirs_ahead",
     "twins",
 ]
 
@@ -138,3 +143,42 @@ def absorb(monkeypatch: Any, always: bool) -> None:
         return always
 
     monkeypatch.setattr("quintet.ops.mla.absorbs", chosen)
+
+
+def mtp_twins(depth: int, **changes: Any) -> tuple[Any, Any, Any]:
+    """Our model with prediction layers, Transformers' model, and its prediction layers."""
+    values = {**FAMILIES["DeepseekV3"], **changes}
+    copied = {k: dict(v) if isinstance(v, dict) else v for k, v in values.items()}
+    config = transformers.DeepseekV3Config(**copied, num_nextn_predict_layers=depth)
+    config._attn_implementation = "eager"
+    main = transformers.DeepseekV3ForCausalLM(config).eval()
+    ahead = MtpModel(main, depth).eval()
+    randomise(main)
+    for parameter in ahead.layers.parameters():
+        # Transformers leaves the experts of these layers as the memory they were given.
+        torch.nn.init.normal_(parameter, std=0.1)
+    randomise(ahead.layers)
+    ours = model_of("DeepseekV3", **changes, num_nextn_predict_layers=depth)
+    tensors = dict(main.state_dict())
+    for k, layer in enumerate(ahead.layers):
+        for name, tensor in layer.state_dict().items():
+            name = name.removeprefix("mtp_block.").replace("post_norm", "shared_head.norm")
+            tensors[f"model.layers.{3 + k}.{name}"] = tensor
+    missing, unexpected = ours.load_state_dict(tensors, strict=False)
+    assert not unexpected
+    assert set(missing) == set(ours.tied_names())
+    return ours, main, ahead
+
+
+def theirs_ahead(main: Any, ahead: Any, ids: Tensor, depth: int) -> list[Tensor]:
+    """The logits of each of Transformers' prediction layers, at positions that have a token."""
+    T = ids.shape[1]
+    hidden = main.model(ids).last_hidden_state
+    cache, made = MtpCache(config=ahead.config), []
+    for k in range(1, depth + 1):
+        positions = torch.arange(k, T)[None]
+        hidden = ahead.forward_layer(
+            k - 1, hidden[:, : T - k], positions, cache, input_ids=ids[:, k:]
+        )
+        made.append(main.lm_head(hidden))
+    return made

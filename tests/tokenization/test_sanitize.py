@@ -1,3 +1,4 @@
+from itertools import pairwise
 from typing import Any
 
 import pytest
@@ -115,3 +116,34 @@ def test_options_that_contradict_it_are_refused(tokenizer: Qwen2Tokenizer) -> No
             sanitize_control_tokens=True,
             tokenizer_kwargs={"add_special_tokens": True},
         )
+
+
+@same_fixture
+@given(texts=st.lists(attacks, min_size=1, max_size=3))
+def test_tokens_lie_where_they_are_in_the_text_and_answers_are_marked(
+    tokenizer: Qwen2Tokenizer, texts: list[str]
+) -> None:
+    template = (
+        "{% for m in messages %}<|im_start|>{% if m.role == 'assistant' %}{% generation %}"
+        "{{ m.content }}<|im_end|>{% endgeneration %}{% else %}{{ m.content }}<|im_end|>"
+        "{% endif %}\n{% endfor %}"
+    )
+    roles = ("user", "assistant")
+    messages = [{"role": role, "content": f"x{text}x"} for text in texts for role in roles]
+    batch = tokenizer.apply_chat_template(
+        messages,
+        chat_template=template,
+        return_dict=True,
+        return_assistant_tokens_mask=True,
+        sanitize_control_tokens=True,
+        tokenizer_kwargs={"return_offsets_mapping": True},
+    )
+    text = tokenizer.apply_chat_template(messages, chat_template=template, tokenize=False)
+    offsets = batch["offset_mapping"]
+    for index, (start, end) in zip(batch["input_ids"], offsets, strict=True):
+        if index in tokenizer.added_tokens_decoder:
+            assert tokenizer.added_tokens_decoder[index].content == text[start:end]
+    # Each token begins where another ended, but for bytes of one character.
+    assert all(after[0] <= before[1] for before, after in pairwise(offsets))
+    marked = [i for i, own in zip(batch["input_ids"], batch["assistant_masks"], strict=True) if own]
+    assert tokenizer.decode(marked) == "".join(f"x{text}x<|im_end|>" for text in texts)

@@ -9,6 +9,10 @@ import torch
 from conformance.families import FAMILIES, Family, each
 from outside import pair, saved, tokenizer, tool
 from quintet.interop import as_transformers
+from quintet.training.batch import Batch
+from quintet.training.objectives import Preference
+from quintet.training.objectives.preference import PreferenceLoss
+from quintet.training.progress import Progress
 from support import relative_error
 
 trl = tool("trl")
@@ -140,6 +144,31 @@ def test_preferences(family: Family, tmp_path: Path) -> None:
         told.append(losses(trainer))
     assert told[0] == pytest.approx(told[2], rel=1e-3)
     assert told[1] == pytest.approx(told[2], rel=1e-3)
+
+
+@pytest.mark.parametrize("loss", ["sigmoid", "ipo"])
+def test_our_objective_of_preferences_is_theirs(loss: PreferenceLoss, tmp_path: Path) -> None:
+    (ours, theirs), (our_reference, reference) = pair(FAMILIES[0]), pair(FAMILIES[0])
+    ours.lm_head.weight.data *= 1.5
+    theirs.lm_head.weight.data *= 1.5
+    settings = {"loss_type": [loss], "beta": 0.3}
+    trainer = trl.DPOTrainer(
+        theirs,
+        reference,
+        args=trl.DPOConfig(**settings, **options(tmp_path)),
+        train_dataset=datasets.Dataset.from_list(PREFERENCES),
+        processing_class=tokenizer().to_transformers(),
+    )
+    rows = next(iter(trainer.get_train_dataloader()))
+    expected = trainer.compute_loss(trainer.model, rows)
+    batch = Batch(
+        input_ids=rows["input_ids"],
+        labels=rows["input_ids"].masked_fill(rows["completion_mask"] == 0, -100),
+        attention_mask=rows["attention_mask"],
+    )
+    objective = Preference(0.3, loss=loss, reference=our_reference)
+    term = objective.terms(ours, batch, Progress(step=0, tokens=0, done=0.0))["preference"]
+    assert relative_error(term.sum / term.count, expected) < 1e-5
 
 
 @each
