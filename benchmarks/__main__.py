@@ -51,14 +51,14 @@ def main() -> None:
         rounds=options.rounds,
         in_time=lambda: options.limit is None or time.monotonic() - began < options.limit,
     )
-    about = _about(options.threads)
+    facts = about(options.threads)
     left = [case.name for case in chosen]
     for session in _sessions(chosen):
         if not settings.in_time():
             break
         for record in run(session, settings):
             with out.open("a") as file:
-                file.write(json.dumps({**record, **about, "time": _now()}) + "\n")
+                file.write(json.dumps({**record, **facts, "time": _now()}) + "\n")
             print("\n".join(report.lines(record)), flush=True)
             left.remove(record["case"])
     out.with_suffix(".md").write_text(report.render(report.read([out])))
@@ -66,7 +66,7 @@ def main() -> None:
         print(f"out of time, not measured: {', '.join(left)}")
 
 
-def _about(threads: int) -> dict[str, Any]:
+def about(threads: int) -> dict[str, Any]:
     """Say what produced a result."""
     return {
         "machine": asdict(Machine.here()),

@@ -20,6 +20,7 @@ import torch
 
 import quintet
 from quintet import Cache, DynamicCache, PreTrainedConfig, QuantizedCache
+from quintet.training.scoring import predictions
 
 TOKENS = 128
 BF16 = torch.bfloat16
@@ -94,11 +95,13 @@ def show_accuracy(files: int) -> None:
         other = total = 0
         for i, window in enumerate(rows):
             cache = DynamicCache(model.config) if kind == "bfloat16" else make(model.config)
-            logits = model(window, past_key_values=cache).logits[0, :-1]
+            pieces = list(
+                predictions(model, window[0], context, past_key_values=cache, use_cache=True)
+            )
+            logits = torch.cat([piece.logits for piece in pieces])
             if kind == "bfloat16":
                 exact.append(logits)
-            log_p = logits.log_softmax(-1).gather(-1, window[0, 1:, None])
-            bits -= log_p.sum().item() / math.log(2)
+            bits += sum(piece.bits().sum().item() for piece in pieces)
             error += (logits - exact[i]).square().sum().item()
             size += exact[i].square().sum().item()
             other += int((logits.argmax(-1) != exact[i].argmax(-1)).sum())

@@ -173,6 +173,10 @@ def make(peer: str, weights: str, threads: int) -> Any:
         from benchmarks.llama import LlamaCpp
 
         return LlamaCpp(weights, threads)
+    if peer.startswith("training "):
+        from benchmarks.training_peers import Trainer
+
+        return Trainer(peer.removeprefix("training "), threads)
     if peer == "machine":
         return Machine(threads)
     return {"quintet": Quintet, "transformers": Transformers}[peer](weights, threads)

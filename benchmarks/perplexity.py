@@ -6,7 +6,6 @@ A format is float32, bfloat16, as-is (what the file has), int4-64 (int4 of group
 offsets) or one of `quantize=`.
 """
 
-import math
 import sys
 from pathlib import Path
 from typing import Any
@@ -14,6 +13,7 @@ from typing import Any
 import torch
 
 from quintet import AutoModelForCausalLM, AutoTokenizer, Int4Config
+from quintet.training.scoring import predictions
 
 FORMATS = ("float32", "bfloat16", "as-is", "int8", "int4", "int4-64", "nf4")
 TEXTS = ("prose.txt", "harbour.txt")
@@ -44,16 +44,15 @@ def main(name: str, *forms: str) -> None:
         model = load(name, form)
         losses, likeliest = [], []
         for ids in rows:
-            with torch.no_grad():
-                logits = model(ids).logits[0, :-1].float()
-            losses.append(torch.nn.functional.cross_entropy(logits, ids[0, 1:]).item())
-            likeliest.append(logits.argmax(-1))
+            pieces = list(predictions(model, ids[0], model.config.max_position_embeddings))
+            losses.append(torch.cat([piece.bits() for piece in pieces]).mean().item())
+            likeliest += [piece.logits.argmax(-1) for piece in pieces]
         found = torch.cat(likeliest)
         reference = found if reference is None else reference
         same = (found == reference).float().mean().item()
         held = model.get_memory_footprint()
         bits = 8 * held / model.num_parameters()
-        costs = "".join(f"{math.exp(loss):12.3f}" for loss in losses)
+        costs = "".join(f"{2**loss:12.3f}" for loss in losses)
         print(f"{form:10} {held / 1e6:6.1f}  {bits:6.3f} {costs}   {same:.3f}", flush=True)
 
 

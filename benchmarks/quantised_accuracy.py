@@ -11,13 +11,12 @@ from typing import Any
 
 import torch
 
-from quintet import AutoModelForCausalLM, BitsAndBytesConfig, demo_model
+from quintet import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, demo_model
 from quintet.hub import locate
+from quintet.training.scoring import score, text_document
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
-from tokenizers import Tokenizer
-
-from train_stdlib import collect, held_out_bits
+from train_stdlib import collect
 
 WAYS: dict[str, dict[str, Any]] = {
     "bfloat16": {},
@@ -41,17 +40,18 @@ def main() -> None:
     parser.add_argument("--files", type=int, default=12)
     given = parser.parse_args()
     root = locate(given.model, ("config.json", "model.safetensors", "tokenizer.json"))
-    tokenizer = Tokenizer.from_file(str(root / "tokenizer.json"))
+    tokenizer = AutoTokenizer.from_pretrained(root)
     texts = collect(Path(sysconfig.get_paths()["stdlib"])).held_out[: given.files]
     size = sum(len(text.encode()) for text in texts)
-    ids = torch.tensor(tokenizer.encode(texts[0]).ids[:400])[None]
+    documents = [text_document(tokenizer, text) for text in texts]
+    ids = documents[0].input_ids[None, 1:401]
     truth = None
     print(f"{len(texts)} files, {size:,} bytes")
     print(f"{'':24}{'MB':>7}{'bits/byte':>11}{'logit error':>13}{'same choice':>13}")
     for name, options in WAYS.items():
         model = AutoModelForCausalLM.from_pretrained(root, **options)
         held = sum({t.data_ptr(): t.nbytes for t in model.state_dict().values()}.values())
-        bits = held_out_bits(model, tokenizer, texts) / size
+        bits = score(model, documents).bits_per_byte
         with torch.no_grad():
             logits = model(ids).logits.float()
         truth = logits if truth is None else truth

@@ -6,7 +6,7 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import product
 from pathlib import Path
@@ -48,12 +48,14 @@ class Settings:
 class Worker:
     """A process that holds one contender; see `benchmarks.worker`."""
 
-    def __init__(self, peer: str, weights: str, threads: int) -> None:
+    def __init__(
+        self, peer: str, weights: str, threads: int, environment: Mapping[str, str] | None = None
+    ) -> None:
         self._process = subprocess.Popen(
             [sys.executable, "-m", "benchmarks.worker", peer, weights, str(threads)],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
-            env=_environment(threads),
+            env={**_environment(threads), **(environment or {})},
             text=True,
         )
         self.error: str | None = None
