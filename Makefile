@@ -6,7 +6,7 @@ BIN := .venv/bin
 WORKERS ?= 2
 INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 
-.PHONY: demo chat serve test test-tools sanitize fuzz lint types train bench bench-smoke bench-serving soak gpu-check clean
+.PHONY: demo chat serve test test-tools sanitize fuzz lint types train bench bench-smoke bench-training bench-parallel bench-serving soak kills gpu-check clean
 
 demo: .venv/base
 	@printf 'class Stack:\n    def __init__' | $(BIN)/quintet generate --dtype float32 --seed 28 -n 91
@@ -19,6 +19,8 @@ chat: .venv/base
 serve: .venv/serve
 	@$(BIN)/quintet serve smollm2 $(SERVE)
 
+# The processes that tests start find what was compiled, whatever the environment says of that.
+test: export PYTHONDONTWRITEBYTECODE =
 test: lint types
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder
 
@@ -51,7 +53,7 @@ lint: .venv/dev
 	$(BIN)/ruff format --check .
 
 types: .venv/dev
-	$(BIN)/mypy
+	$(BIN)/mypy -n $(WORKERS)
 
 # Trains the demo model anew, a tiny DeepSeek-V3: about an hour on one core that nothing else uses.
 train: .venv/base
@@ -66,6 +68,16 @@ bench: .venv/bench
 bench-smoke: .venv/bench
 	$(BIN)/python -m benchmarks --only 'qwen2-0.5b (tg @ |pp)512 x1$$' $(BENCH)
 
+# Steps of training beside Transformers', an hour for all; BENCH="--only … --rounds …" chooses.
+# Nothing else should run meanwhile.
+bench-training: .venv/bench
+	$(BIN)/python -m benchmarks.training $(BENCH)
+
+# Two processes of one thread beside one of two; BENCH="--geometry … --rounds …" chooses. Nothing
+# else should run meanwhile.
+bench-parallel: .venv/bench
+	$(BIN)/python -m benchmarks.parallel $(BENCH)
+
 # Our server beside Transformers' and llama.cpp's, half an hour; BENCH="--minutes … --clients …"
 # chooses, LLAMA_SERVER names llama.cpp's. Nothing else should run meanwhile.
 bench-serving: .venv/bench .venv/dev
@@ -75,6 +87,11 @@ bench-serving: .venv/bench .venv/dev
 # SOAK="--minutes …" chooses.
 soak: .venv/dev
 	$(BIN)/python -m benchmarks.soak $(SOAK)
+
+# A training that is killed (-9) at KILLS random moments ends as one that was not, to the bit.
+KILLS ?= 50
+kills: .venv/dev
+	QUINTET_KILLS=$(KILLS) OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/training/test_resuming.py -k killed
 
 # Every family on a CUDA device against the CPU, and how fast it runs there, in 8 minutes; with the
 # Python, torch and pytest of the machine that has one. GPU="--device cpu --tiny" tries it without.
@@ -99,7 +116,7 @@ clean:
 
 .venv/dev: .venv/base
 	@echo "installing the test tools into .venv (once)" >&2
-	@$(INSTALL) -e ".[dev,serve]"
+	@$(INSTALL) -e ".[dev,serve,train]"
 	@$(BIN)/quintet info smollm2 >/dev/null || echo "tests that need SmolLM2 will be skipped" >&2
 	@touch $@
 

@@ -126,6 +126,7 @@ from quintet.models.zamba2 import (
     Zamba2Model as Zamba2Model,
     Zamba2PreTrainedModel as Zamba2PreTrainedModel,
 )
+from quintet.parallel.division import DistributedConfig as DistributedConfig
 from quintet.pipelines import (
     FeatureExtractionPipeline as FeatureExtractionPipeline,
     Pipeline as Pipeline,

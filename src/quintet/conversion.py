@@ -239,8 +239,9 @@ class WeightStream:
             return
         exact = to.name.endswith(self.model.keep_in_fp32)
         dtype = torch.float32 if exact else self.dtype
-        plain = weight.decode(dtype) if isinstance(weight, Encoded) else weight
-        yield to.name, plain.to(dtype) if plain.is_floating_point() else plain
+        if isinstance(weight, Encoded):
+            weight = weight.checked(source).decode(dtype)
+        yield to.name, weight.to(dtype) if weight.is_floating_point() else weight
 
 
 def _part(weight: Tensor | Encoded, piece: Piece, to: Piece) -> Tensor | Encoded:

@@ -9,17 +9,22 @@
     │   └── OfflineError         it may exist, but the network is off or unreachable
     ├── UnsupportedModelError    the model is of a family, or needs a feature, that is not here
     ├── CheckpointError          files that are incomplete, damaged, unsafe or of other shapes
+    ├── DataError                a text to learn from that cannot be read or learned from
     ├── SaveError                writing failed; what was there before is untouched
     ├── TokenizerError           tokenizer files or a call of the tokenizer
     │   └── ChatTemplateError    a chat template is missing, invalid or refuses its input
     ├── UnsupportedBackendError  a kernel that cannot serve this request
     ├── DoesNotFitError          a model that is larger than the memory there is
+    ├── DivergedError            a training whose numbers are not finite, step after step
     ├── ServingError             a request that was not answered to its end
     │   ├── QueueFullError       as many wait already as may
     │   ├── DeadlineError        its time was over
     │   ├── NonFiniteError       the model made numbers for it that are not finite
     │   ├── StepFailedError      a step of the model failed, for all that had a part in it
     │   └── EngineStoppedError   what generates was closed, or has failed
+    ├── DistributedError         several processes that cannot begin, or go on, together
+    │   ├── RankFailedError      one of them failed, was ended, or stands still
+    │   └── DisagreementError    they were given different prompts, options or checkpoints
     └── MissingDependencyError   an optional package that is not installed
 
 Each also inherits the built-in error a caller would expect, and carries the exit code with
@@ -33,7 +38,11 @@ __all__ = [
     "CheckpointError",
     "ConfigError",
     "ContextLengthError",
+    "DataError",
     "DeadlineError",
+    "DisagreementError",
+    "DistributedError",
+    "DivergedError",
     "DoesNotFitError",
     "EngineStoppedError",
     "GrammarError",
@@ -44,6 +53,7 @@ __all__ = [
     "OfflineError",
     "QueueFullError",
     "QuintetError",
+    "RankFailedError",
     "SaveError",
     "ServingError",
     "StepFailedError",
@@ -106,6 +116,12 @@ class CheckpointError(QuintetError, ValueError):
     exit_code = 4
 
 
+class DataError(QuintetError, ValueError):
+    """Texts to learn from that cannot be read, or that nothing can be learned from."""
+
+    exit_code = 4
+
+
 class SaveError(QuintetError, OSError):
     """Writing failed; the old files are untouched."""
 
@@ -132,6 +148,10 @@ class DoesNotFitError(QuintetError, MemoryError):
     """A model that is larger than the memory there is for it."""
 
     exit_code = 5
+
+
+class DivergedError(QuintetError, ArithmeticError):
+    """A training whose loss or gradient is not finite, step after step."""
 
 
 class ServingError(QuintetError):
@@ -177,6 +197,34 @@ class EngineStoppedError(ServingError):
 
     code = "engine_stopped"
     retryable = True
+
+
+class DistributedError(QuintetError, RuntimeError):
+    """Several processes that are to hold one model cannot begin, or go on, together."""
+
+
+class RankFailedError(DistributedError):
+    """One of several processes failed, was ended or stands still, and the others cannot go on.
+
+    Attributes:
+        rank: which one, or None where the others cannot tell.
+        cause: what happened to it.
+    """
+
+    def __init__(self, rank: int | None, cause: str) -> None:
+        super().__init__(f"{'a process' if rank is None else f'rank {rank}'} {cause}")
+        self.rank = rank
+        self.cause = cause
+
+    def __reduce__(self) -> tuple[type, tuple[int | None, str]]:
+        """Let it pass between processes with all it says."""
+        return type(self), (self.rank, self.cause)
+
+
+class DisagreementError(DistributedError, ValueError):
+    """The processes were given different prompts, options or checkpoints for one model."""
+
+    exit_code = 2
 
 
 class MissingDependencyError(QuintetError, ImportError):

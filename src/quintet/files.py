@@ -16,7 +16,7 @@ from typing import Any, BinaryIO
 
 from quintet.errors import CheckpointError, SaveError, shown
 
-__all__ = ["copy_file", "locked", "read_json", "write_text", "write_texts"]
+__all__ = ["copy_file", "locked", "read_json", "write_bytes", "write_text", "write_texts"]
 
 # A tokenizer.json of a 256k vocabulary is about 35 MB; nothing honest is larger.
 MAX_JSON_BYTES = 256 * 1024 * 1024
@@ -58,6 +58,15 @@ def write_text(path: Path, text: str) -> None:
         SaveError: the disk is full, the folder is not writable, or `path` is a directory.
     """
     _write({path: io.BytesIO(text.encode())})
+
+
+def write_bytes(path: Path, content: bytes) -> None:
+    """Write a file so that a reader sees the old content or the new, never a part.
+
+    Raises:
+        SaveError: the disk is full, the folder is not writable, or `path` is a directory.
+    """
+    _write({path: io.BytesIO(content)})
 
 
 def write_texts(directory: Path, texts: Mapping[str, str]) -> None:

@@ -1,13 +1,14 @@
 """What a call returns: fields by name, by key, or by place among those that are set."""
 
 from collections import OrderedDict
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, Self
 
 import torch
 from torch.utils import _pytree as pytree
 
-__all__ = ["ModelOutput"]
+__all__ = ["ModelOutput", "deferrable"]
 
 
 class ModelOutput(OrderedDict[str, Any]):
@@ -17,6 +18,9 @@ class ModelOutput(OrderedDict[str, Any]):
     is set takes its place again, whenever that happens. Whatever rebuilds containers can rebuild
     it: from a mapping or from pairs given alone (`type(out)(mapping)`), and by
     `torch.utils._pytree`, where every subclass is known.
+
+    A field that costs much may be made when somebody first reads it, in whichever way (`defer`). To
+    name it or to count the fields is not to read it.
     """
 
     # What is set is held twice: as attributes, which are what a dataclass has, and as the items of
@@ -50,9 +54,23 @@ class ModelOutput(OrderedDict[str, Any]):
             setattr(self, first, None)
             self.update(pairs)
 
+    def defer(self, name: str, make: Callable[[], Any]) -> None:
+        """Set a `deferrable` field to what `make` returns when somebody reads it."""
+        late = self._is_late(name)
+        super().__setitem__(name, _Deferred(make))
+        vars(self).pop(name, None)
+        # What tells that all fields were set goes by how many attributes there are.
+        vars(self)[f"_{name}_was_deferred"] = True
+        if late:
+            self._take_place(name)
+
     def __getitem__(self, key: Any) -> Any:
         """Return a field by name, or by place (an int or a slice)."""
-        return super().__getitem__(key) if isinstance(key, str) else self.to_tuple()[key]
+        if isinstance(key, str):
+            value = super().__getitem__(key)
+            return self._made(key, value) if type(value) is _Deferred else value
+        names = list(self)[key]
+        return self[names] if isinstance(names, str) else tuple(self[name] for name in names)
 
     def __setattr__(self, name: str, value: Any) -> None:
         object.__setattr__(self, name, value)
@@ -63,14 +81,10 @@ class ModelOutput(OrderedDict[str, Any]):
             if name in self:
                 super().__delitem__(name)
             return
-        # While it is made, fields are set in order.
-        late = name not in self and len(vars(self)) >= len(fields)
+        late = self._is_late(name)
         super().__setitem__(name, value)
         if late:
-            names = list(fields)
-            for after in names[names.index(name) + 1 :]:
-                if after in self:
-                    self.move_to_end(after)
+            self._take_place(name)
 
     def __setitem__(self, name: str, value: Any) -> None:
         setattr(self, name, value)
@@ -105,16 +119,60 @@ class ModelOutput(OrderedDict[str, Any]):
         for name in list(self):
             del self[name]
 
+    def get(self, name: str, default: Any = None) -> Any:
+        """Return a field by name, or the default where it is not set."""
+        if name not in self:
+            return default
+        return self[name]
+
+    def values(self) -> Any:
+        """Return the fields that are set, in order."""
+        self._make_all()
+        return super().values()
+
+    def items(self) -> Any:
+        """Return the names and values of the fields that are set, in order."""
+        self._make_all()
+        return super().items()
+
+    def __eq__(self, other: object) -> bool:
+        self._make_all()
+        if isinstance(other, ModelOutput):
+            other._make_all()
+        return super().__eq__(other)
+
     def copy(self) -> Self:
         """Return another output of the same fields."""
         return self._of(self.items())
 
     def __reduce__(self) -> Any:
+        self._make_all()
         return _revived, (type(self), dict(vars(self)), dict(self))
 
     def to_tuple(self) -> tuple[Any, ...]:
         """Return the fields that are set, in order."""
         return tuple(self.values())
+
+    def _is_late(self, name: str) -> bool:
+        # While an output is made, fields are set in order.
+        fields = type(self).__dataclass_fields__  # type: ignore[attr-defined]
+        return name not in self and len(vars(self)) >= len(fields)
+
+    def _take_place(self, name: str) -> None:
+        names = list(type(self).__dataclass_fields__)  # type: ignore[attr-defined]
+        for after in names[names.index(name) + 1 :]:
+            if after in self:
+                self.move_to_end(after)
+
+    def _made(self, name: str, deferred: "_Deferred") -> Any:
+        value = deferred.make()
+        setattr(self, name, value)
+        return value
+
+    def _make_all(self) -> None:
+        for name, value in list(super().items()):
+            if type(value) is _Deferred:
+                self._made(name, value)
 
     @classmethod
     def _of(cls, pairs: Iterable[tuple[str, Any]]) -> Self:
@@ -124,6 +182,29 @@ class ModelOutput(OrderedDict[str, Any]):
             setattr(output, name, None)
         output.update(pairs)
         return output
+
+
+@dataclass(frozen=True, slots=True)
+class _Deferred:
+    make: Callable[[], Any]
+
+
+class _DeferrableField:
+    """A field whose default is None, and that is made when it is read where that was deferred.
+
+    One that is set is an attribute of the output itself, which Python finds without asking here.
+    """
+
+    def __set_name__(self, owner: type, name: str) -> None:
+        self.name = name
+
+    def __get__(self, output: ModelOutput | None, owner: type | None = None) -> Any:
+        return None if output is None else output.get(self.name)
+
+
+def deferrable() -> Any:
+    """Return the default of a field that `defer` may be used for; it is None."""
+    return _DeferrableField()
 
 
 def _revived(cls: type[ModelOutput], attributes: dict[str, Any], items: dict[str, Any]) -> Any:

@@ -22,7 +22,7 @@ from quintet.modeling.decoder import DecoderModel
 from quintet.modeling.heads import CausalLMHead
 from quintet.quantization.modules import QuantizedEmbedding, QuantizedExperts
 
-__all__ = ["StepBytes", "prompt_flops", "step_bytes"]
+__all__ = ["StepBytes", "learned_products", "prompt_flops", "step_bytes", "token_products"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,6 +71,28 @@ def prompt_flops(config: PreTrainedConfig, batch: int, tokens: int) -> float:
     return 2 * batch * (tokens * each + _products(model.get_output_embeddings()))
 
 
+def token_products(model: CausalLMHead, ahead: bool = False) -> float:
+    """Count the multiplications by weights for one token and its logits.
+
+    With `ahead` those of prediction layers, each with logits of its own, are counted, too.
+    """
+    return _all(model, _products, ahead)
+
+
+def learned_products(model: CausalLMHead, ahead: bool = False) -> float:
+    """Count the same, by those weights alone that have a gradient."""
+    return _all(model, _learned, ahead)
+
+
+def _all(model: CausalLMHead, own: Callable[[nn.Module], float], ahead: bool) -> float:
+    active = vars(model.config).get("num_experts_per_tok") or 0
+    layers = model.base_model.get_submodule("layers")
+    behind = list(islice(layers.children(), model.config.num_hidden_layers, None)) if ahead else []
+    # A prediction layer has the head among its own modules.
+    further = sum(_inside(layer, own, 1, active) for layer in behind)
+    return _decoder(model, own, 1) + own(model.get_output_embeddings()) + further
+
+
 def _bytes(module: nn.Module) -> float:
     """Return the bytes of a module's own tensors."""
     return sum(x.nbytes for x in _tensors(module))
@@ -81,6 +103,17 @@ def _products(module: nn.Module) -> float:
     if isinstance(module, nn.Embedding):
         return 0
     return sum(x.numel() for x in _tensors(module) if x.ndim > 1)
+
+
+def _learned(module: nn.Module) -> float:
+    """Count the multiplications by those of a module's own weights that have a gradient."""
+    if isinstance(module, nn.Embedding):
+        return 0
+    return sum(x.numel() for x in module.parameters(recurse=False) if _has_gradient(x))
+
+
+def _has_gradient(x: Tensor) -> bool:
+    return x.ndim > 1 and x.requires_grad
 
 
 def _decoder(model: CausalLMHead, own: Callable[[nn.Module], float], tokens: int) -> float:

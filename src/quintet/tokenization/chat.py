@@ -145,11 +145,8 @@ class Chat(Encoder):
                 tokenizer_kwargs=tokenizer_kwargs,
             )
             return [one.text for one in texts] if batched else texts[0].text
-        if return_assistant_tokens_mask and (not return_dict or sanitize_control_tokens):
-            raise InputError(
-                "return_assistant_tokens_mask=True needs return_dict=True, and does not go with "
-                "sanitize_control_tokens=True"
-            )
+        if return_assistant_tokens_mask and not return_dict:
+            raise InputError("return_assistant_tokens_mask=True needs return_dict=True")
         if sanitize_control_tokens:
             rows = [
                 sanitised_row(self, render, variables, text.text, options)

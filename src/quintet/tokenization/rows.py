@@ -1,6 +1,8 @@
 """One encoded text: a window of what the pipeline produced, and the padding around it."""
 
+from bisect import bisect_right
 from collections.abc import Mapping, Sequence
+from operator import itemgetter
 from typing import Any
 
 from tokenizers import Encoding
@@ -24,6 +26,7 @@ class Row:
         pad_id: int = 0,
         pad_token: str = "",
         renamed: Mapping[int, tuple[int, str]] | None = None,
+        places: Sequence[tuple[int, int]] = (),
     ) -> None:
         self._encoding = encoding
         self._kept = kept
@@ -31,6 +34,8 @@ class Row:
         self._pad_id = pad_id
         self._pad_token = pad_token
         self._renamed = renamed
+        # Where what was encoded, and the text it stands for, go apart: a place in both.
+        self._places = places
 
     def __len__(self) -> int:
         kept = len(self._encoding) if self._kept is None else len(self._kept)
@@ -64,7 +69,15 @@ class Row:
     @property
     def offsets(self) -> list[tuple[int, int]]:
         """Where each token starts and ends in its text, in characters."""
-        return self._column(self._encoding.offsets, (0, 0))
+        offsets = self._encoding.offsets
+        if self._places:
+            offsets = [(self._place(start), self._place(end)) for start, end in offsets]
+        return self._column(offsets, (0, 0))
+
+    def _place(self, at: int) -> int:
+        index = bisect_right(self._places, at, key=itemgetter(0)) - 1
+        encoded, own = self._places[index] if index >= 0 else (0, 0)
+        return own + at - encoded
 
     @property
     def type_ids(self) -> list[int]:
@@ -115,6 +128,7 @@ class Row:
                     if place is None or place[1] in (first, second)[place[0]]
                 ],
                 renamed=self._renamed,
+                places=self._places,
             )
             for first in text
             for second in pair
@@ -138,4 +152,5 @@ class Row:
             pad_id=pad_id,
             pad_token=pad_token,
             renamed=self._renamed,
+            places=self._places,
         )

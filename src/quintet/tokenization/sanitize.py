@@ -96,11 +96,14 @@ def _encode_between(
     names = {index: next(unused) for index in sorted({index for _, _, index in spans})}
     aliases = [AddedToken(name, normalized=False, special=True) for name in names.values()]
     twin.add_tokens([*blanks.values(), *aliases])
-    pieces = []
-    reached = 0
+    pieces: list[str] = []
+    places: list[tuple[int, int]] = []
+    reached = written = 0
     for start, end, index in spans:
         pieces += [text[reached:start], names[index]]
-        reached = end
+        written += start - reached
+        places += [(written, start), (written + 1, end)]
+        written, reached = written + 1, end
     [encoding] = twin.encode_batch(["".join([*pieces, text[reached:]])], add_special_tokens=False)
     renamed = {
         place: (index, added[index].content)
@@ -113,7 +116,7 @@ def _encode_between(
                 f"sanitize_control_tokens does not work with this tokenizer: its vocabulary "
                 f"spells {shown(added[index].content)} as ordinary text"
             )
-    return Row(encoding, renamed=renamed)
+    return Row(encoding, renamed=renamed, places=places)
 
 
 def _shadows(
