@@ -21,8 +21,11 @@ serve: .venv/serve
 
 # The processes that tests start find what was compiled, whatever the environment says of that.
 test: export PYTHONDONTWRITEBYTECODE =
+test: export OMP_NUM_THREADS = 1
 test: lint types
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder
+	@# Tests beside each other share a machine: what fails is told, and once more tried alone.
+	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder || { [ $$? = 1 ] && \
+	  $(BIN)/python -m pytest --last-failed --last-failed-no-failures none; }
 
 # Tools of others on models of all families: some minutes, and a gigabyte to install first.
 test-tools: .venv/tools
