@@ -297,6 +297,44 @@ class PooledCache(Cache):
             row.taking = 0
             row.finite = max(row.finite, whole_blocks(segment.keys, self.capacity))
 
+    # -- a step of fixed shapes (`quintet.cache.fixed`) --------------------------------------------
+
+    @property
+    def lengths_of_rows(self) -> list[int]:
+        """How many tokens each row in use holds, in the order of `rows`."""
+        return [row.length for row in self._table]
+
+    @torch.no_grad()
+    def begin_step(self, indices: Sequence[int], slots: int) -> None:
+        """Take in that the rows at some indices are given a token each, by who writes the memory.
+
+        All rows in use are made to hold numbers in so many slots. `end_step` follows; where it
+        does not, the rows are as after a forward that failed.
+
+        Raises:
+            InputError: an earlier forward that failed left a row ahead.
+        """
+        self._look_for_torn()
+        for row in self._table:
+            self._check_whole(row)
+            row.taking = 0
+        for index in indices:
+            self._table[index].taking = 1
+        self._forward_unfinished = bool(self._kept.states)
+        self._clear([0] * len(self._table), slots)
+        for row in self._table:
+            row.finite = max(row.finite, slots)
+
+    def end_step(self) -> None:
+        """Count the tokens that `begin_step` took in."""
+        self._forward_unfinished = False
+        for slot in self._kept.states:
+            slot.stepped()
+        for row in self._table:
+            row.length += row.taking
+            row.taking = 0
+        self._count()
+
     @property
     def batch_size(self) -> int | None:
         """The number of rows in use, None of none."""

@@ -4,6 +4,7 @@ On a CPU a row is a contiguous part of buffers that are allocated once and touch
 used. Another layout, in pages say, is another `RowMemory`.
 """
 
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from typing import ClassVar, Protocol
 
@@ -106,8 +107,20 @@ class Buffers:
         return sum(x.nbytes for x in self.whole)
 
 
-class TokenRows:
-    """Buffers (R, K, capacity, D); what they are made of tokens is said by `update` and `content`.
+class TokenKind(ABC):
+    """How tokens are kept."""
+
+    @abstractmethod
+    def encoded(self, keys: Tensor, values: Tensor) -> tuple[Tensor, ...]:
+        """Return keys and values (B, K, T, D) as they are kept, (B, K, T, ...) each."""
+
+    @abstractmethod
+    def decoded(self, held: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+        """Return the keys and values of what is kept."""
+
+
+class TokenRows(TokenKind):
+    """Buffers (R, K, capacity, D); what they hold of tokens is said by `encoded` and `decoded`.
 
     Args:
         table: the rows in use.
@@ -191,6 +204,24 @@ class TokenRows:
 
     # -- for kinds -------------------------------------------------------------------------------
 
+    @property
+    def held(self) -> tuple[Tensor, ...]:
+        """The buffers of all rows; none before memory was taken."""
+        return self._buffers.whole
+
+    def update(self, keys: Tensor, values: Tensor, segment: Segment) -> tuple[Tensor, Tensor]:
+        """Store (B, K, T, D) of a segment and return all (B, K, S, D) its rows attend to."""
+        self.store(self.encoded(keys, values), segment)
+        return self.content(segment.keys, segment.rows)
+
+    def content(self, length: int, rows: slice | None = None) -> tuple[Tensor, Tensor]:
+        """Return the first `length` keys and values of some rows in use, or all: (B, K, length, D).
+
+        Raises:
+            InputError: nothing is stored yet.
+        """
+        return self.decoded(self.first(length, rows))
+
     def store(self, new: Sequence[Tensor], segment: Segment) -> None:
         """Put tensors (B, K, T, D), always as many, at the slots of a segment."""
         if not self._buffers.whole:
@@ -224,23 +255,18 @@ class DenseRows(TokenRows):
 
     kind: ClassVar[str] = "dense"
 
-    def update(self, keys: Tensor, values: Tensor, segment: Segment) -> tuple[Tensor, Tensor]:
-        """Store (B, K, T, D) of a segment and return all (B, K, S, D) its rows attend to."""
-        self.store((keys, values), segment)
-        return self.content(segment.keys, segment.rows)
+    def encoded(self, keys: Tensor, values: Tensor) -> tuple[Tensor, ...]:
+        """Return keys and values as they are."""
+        return keys, values
+
+    def decoded(self, held: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+        """Return the keys and values as they are."""
+        keys, values = held
+        return keys, values
 
     def buffers(self, segment: Segment) -> tuple[Tensor, Tensor] | None:
         """Return the buffers of all rows, for the caller to write; None without memory."""
         return self._buffers.pair()
-
-    def content(self, length: int, rows: slice | None = None) -> tuple[Tensor, Tensor]:
-        """Return the first `length` keys and values of some rows in use, or all: (B, K, length, D).
-
-        Raises:
-            InputError: nothing is stored yet.
-        """
-        keys, values = self.first(length, rows)
-        return keys, values
 
     @property
     def dtype(self) -> torch.dtype | None:
@@ -261,23 +287,18 @@ class CodeRows(TokenRows):
         """How tokens are kept."""
         return f"int{self.code.bits}"
 
-    def update(self, keys: Tensor, values: Tensor, segment: Segment) -> tuple[Tensor, Tensor]:
-        """Store (B, K, T, D) of a segment and return all (B, K, S, D) its rows attend to.
+    def encoded(self, keys: Tensor, values: Tensor) -> tuple[Tensor, ...]:
+        """Return codes and scales of keys, and those of values.
 
         Raises:
             InputError: vectors of this size do not fill whole bytes.
         """
         self._dtype = keys.dtype
-        self.store((*self.code.encode(keys), *self.code.encode(values)), segment)
-        return self.content(segment.keys, segment.rows)
+        return (*self.code.encode(keys), *self.code.encode(values))
 
-    def content(self, length: int, rows: slice | None = None) -> tuple[Tensor, Tensor]:
-        """Return the first `length` keys and values of some rows in use, or all: (B, K, length, D).
-
-        Raises:
-            InputError: nothing is stored yet.
-        """
-        keys, key_scales, values, value_scales = self.first(length, rows)
+    def decoded(self, held: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+        """Return the keys and values of codes and scales."""
+        keys, key_scales, values, value_scales = held
         return (
             self.code.decode(keys, key_scales, self._dtype),
             self.code.decode(values, value_scales, self._dtype),

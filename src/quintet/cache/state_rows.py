@@ -87,6 +87,17 @@ class StateRows:
 
     # -- for the pool ----------------------------------------------------------------------------
 
+    @property
+    def held(self) -> tuple[Tensor, ...]:
+        """Windows and states of all rows; none before memory was taken."""
+        return self._buffers.whole
+
+    def stepped(self) -> None:
+        """Take note that rows took a token each, of which nothing was kept to go back by."""
+        for row in self._table:
+            if row.taking:
+                self._last.pop(row, None)
+
     def read(self, index: int) -> tuple[Tensor, ...]:
         """Return copies of a row's window and state; none before memory was taken."""
         return tuple(x[index].clone() for x in self._buffers.whole)

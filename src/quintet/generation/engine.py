@@ -11,7 +11,9 @@ from quintet.cache import RowContent
 from quintet.errors import ContextLengthError, InputError
 from quintet.generation import plan
 from quintet.generation.choosing import Choosing
+from quintet.generation.fixed_step import Recording
 from quintet.generation.following import check_led, leading, rows_of
+from quintet.generation.graphs import graphs_of
 from quintet.generation.observing import ROWS
 from quintet.generation.processors.assemble import Processor
 from quintet.generation.processors.words import PrefixAllowedTokens
@@ -43,6 +45,8 @@ class Engine:
         nbits: 8, 6 or 4 bits a number of keys, values and latents, as `cache_dtype` of
             `generate()` has them; None to keep them as they are.
         paces_drafts: whether rows draft no more than a step has room for, and not where few hold.
+        recording: how steps of one token a row are recorded; if not given, as CUDA graphs where the
+            model is on such a device, and not at all elsewhere.
 
     Raises:
         InputError: there is no row, the capacity is beyond the model's context, or another number
@@ -57,6 +61,7 @@ class Engine:
         *,
         nbits: int | None = None,
         paces_drafts: bool = False,
+        recording: Recording | None = None,
     ) -> None:
         context = model.config.max_position_embeddings
         if rows < 1 or not 1 <= capacity <= context:
@@ -66,7 +71,9 @@ class Engine:
             )
         self.model = model
         self.capacity = capacity
-        self._rows = rows_of(model, rows, capacity, nbits)
+        if recording is None and (graphs := graphs_of(model.device)) is not None:
+            recording = Recording(graphs)
+        self._rows = rows_of(model, rows, capacity, nbits, recording)
         # Which row of the cache each sequence has.
         self._placed: dict[Sequence, int] = {}
         self._choosing = Choosing([])

@@ -21,6 +21,7 @@ from torch import Tensor
 
 from quintet.cache import RowContent
 from quintet.errors import InputError
+from quintet.generation.fixed_step import Recording
 from quintet.generation.rows import Cached, Piece, Rows
 from quintet.generation.speculative.led import LedPredictionRows, read_beside
 from quintet.generation.speculative.pooled import PredictionRows
@@ -86,15 +87,23 @@ class Orders:
         return bytes(held)
 
 
-def rows_of(model: Cached, count: int, capacity: int, nbits: int | None = None) -> Rows:
+def rows_of(
+    model: Cached,
+    count: int,
+    capacity: int,
+    nbits: int | None = None,
+    recording: Recording | None = None,
+) -> Rows:
     """Return rows for so many sequences, in all processes that hold the model.
+
+    Steps are recorded where one process holds it.
 
     Raises:
         InputError: this process does not lead.
     """
     orders = Orders.of(model.world)
     if orders is None:
-        return Rows(model, count, capacity, nbits)
+        return Rows(model, count, capacity, nbits, recording)
     if not orders.leads:
         raise InputError(
             "the model is held by several processes, of which the first has the engine; call "

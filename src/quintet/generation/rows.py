@@ -13,6 +13,7 @@ from quintet.adapters.forwards import IN_USE
 from quintet.adapters.rows import ByRow
 from quintet.cache import Cache, PooledCache, RowContent
 from quintet.configuration.base import PreTrainedConfig
+from quintet.generation.fixed_step import FixedStep, Recording
 from quintet.generation.speculative.pooled import PredictionRows
 from quintet.generation.speculative.prediction import MTPModel, Seen
 from quintet.parallel.world import World
@@ -72,17 +73,28 @@ class Rows:
         count: how many rows there are.
         capacity: how many tokens each may hold.
         nbits: bits a number in them; None to keep numbers as they are.
+        recording: how steps of one token a row are recorded; None to run them as they are.
     """
 
-    def __init__(self, model: Cached, count: int, capacity: int, nbits: int | None = None) -> None:
+    def __init__(
+        self,
+        model: Cached,
+        count: int,
+        capacity: int,
+        nbits: int | None = None,
+        recording: Recording | None = None,
+    ) -> None:
         self.model, self.count = model, count
         self.cache = PooledCache(model.config, count, capacity, nbits)
         # Nobody else has this cache.
         self.cache.keeps_layers = True
         self._take_memory()
+        self._fixed = None if recording is None else FixedStep(model, self.cache, count, recording)
 
     def open(self, *contents: RowContent) -> int | None:
         """Return a row that holds what was extracted, or nothing; None where all are taken."""
+        if self._fixed is not None:
+            self._fixed.look()
         return None if len(self.cache.rows) == self.count else self.cache.join(*contents)
 
     def close(self, row: int) -> None:
@@ -129,6 +141,10 @@ class Rows:
                 # The way back from a draft that does not hold.
                 self.cache.drop_snapshots(piece.row)
                 self.cache.snapshot_row(piece.row)
+        if self._fixed is not None and self.cache.seen is None and all(map(_is_step, pieces)):
+            stepped = self._fixed.run({self.cache.index(one.row): one.ids[0] for one in pieces})
+            if stepped is not None:
+                return stepped
         places = [self.cache.index(piece.row) for piece in pieces]
         given: list[Piece | None] = [None] * len(self.cache.rows)
         for place, piece in zip(places, pieces, strict=True):
@@ -195,3 +211,8 @@ class Rows:
         )
         logits: Tensor = output.logits[0]
         return logits[: len(kept)]
+
+
+def _is_step(piece: Piece) -> bool:
+    """Tell whether a piece is one token of which another is chosen, made as the others are."""
+    return len(piece.ids) == piece.keep == piece.checked == 1 and piece.adapter is None

@@ -1,0 +1,174 @@
+"""The first rows of a pool, as a step sees them whose shapes never change.
+
+How long rows are, and which of them take a token, are numbers in tensors that are changed in place.
+So a step that was recorded once, as a program or as a graph of a device, serves all that follow.
+"""
+
+import torch
+from torch import Tensor
+
+from quintet.cache.base import Cache
+from quintet.cache.pool import PooledCache
+from quintet.cache.recurrent import Inputs
+from quintet.cache.row_memory import TokenRows
+from quintet.cache.segment import Segment
+from quintet.cache.state_rows import StateRows
+from quintet.errors import InputError
+from quintet.ops.mamba2 import MixerWeights
+
+__all__ = ["FixedRows"]
+
+
+class FixedRows(Cache):
+    """The first B rows of a pool's memory, of S slots each, in use or not.
+
+    A step gives every row one token. One that takes none loses nothing: what is written for it lies
+    behind its end, where its next token goes, and its recurrent states stay. The pool is told
+    beside (`PooledCache.begin_step`).
+
+    Attributes:
+        starts: (B,) how many tokens each row holds, less than S; changed in place before a step.
+        counts: (B,) 1 for a row that takes its token, 0 for one that does not; likewise.
+
+    Args:
+        pool: whose memory was taken.
+        starts: as above.
+        counts: as above.
+        width: S.
+    """
+
+    def __init__(self, pool: PooledCache, starts: Tensor, counts: Tensor, width: int) -> None:
+        B = len(starts)
+        super().__init__(
+            [_Tokens(one, B, width) if isinstance(one, TokenRows) else None for one in pool.layers],
+            [_States(one, B) if isinstance(one, StateRows) else None for one in pool.states],
+        )
+        self.starts, self.counts, self.width = starts, counts, width
+
+    @staticmethod
+    def can_be(pool: PooledCache) -> bool:
+        """Tell whether a pool's memory is there, on one device, and lies in rows."""
+        slots = [slot for slot in (*pool.layers, *pool.states) if slot is not None]
+        held = [slot.held for slot in slots if isinstance(slot, TokenRows | StateRows)]
+        there = len(held) == len(slots) and all(held)
+        return there and len({x.device for each in held for x in each}) == 1
+
+    def segment(
+        self, batch: int, length: int, device: torch.device, counts: Tensor | None
+    ) -> Segment:
+        """Return where the next token of each row goes.
+
+        Raises:
+            InputError: other rows than these are given, or more tokens than one.
+        """
+        if batch != len(self.starts) or length != 1 or counts is not None:
+            raise InputError(
+                f"a step of fixed shapes gives {len(self.starts)} rows one token each, not "
+                f"{length} to {batch}; go on with the pool itself"
+            )
+        taken = self.counts if self.states else None
+        return Segment(self.starts, 1, self.width, taken, device)
+
+    def advance(self, segment: Segment) -> None:
+        """Do nothing: whoever changes `starts` counts."""
+
+    @property
+    def batch_size(self) -> int | None:
+        """B."""
+        return len(self.starts)
+
+
+class _Slot:
+    """What the slots of fixed rows have in common: nothing of them but a step's tokens changes."""
+
+    held: tuple[Tensor, ...]
+
+    @property
+    def batch_size(self) -> int | None:
+        """B."""
+        return len(self.held[0])
+
+    @property
+    def nbytes(self) -> int:
+        """Nothing beside the pool's."""
+        return 0
+
+    def select(self, rows: Tensor) -> None:
+        """Raise InputError: the pool orders rows, goes back, copies and forgets."""
+        raise InputError("fixed rows are a view of a pool for one step; change the pool itself")
+
+    def crop(self, lengths: int | Tensor) -> None:
+        """Raise InputError, as `select` does."""
+        self.select(self.held[0])
+
+    def snapshot(self, lengths: int | Tensor) -> None:
+        """Raise InputError, as `select` does."""
+        self.select(self.held[0])
+
+    def reset(self) -> None:
+        """Raise InputError, as `select` does."""
+        self.select(self.held[0])
+
+
+class _Tokens(_Slot):
+    """An `AttentionSlot` over what a pool keeps of the tokens of its first rows."""
+
+    def __init__(self, memory: TokenRows, rows: int, width: int) -> None:
+        self.memory = memory
+        self.held = tuple(x[:rows, :, :width] for x in memory.held)
+
+    def update(self, keys: Tensor, values: Tensor, segment: Segment) -> tuple[Tensor, Tensor]:
+        """Store a token of each row and return all (B, K, S, D) they attend to."""
+        new = self.memory.encoded(keys, values)
+        for buffer, x in zip(self.held, new, strict=True):
+            buffer.scatter_(2, segment.slots()[:, None, :, None].expand_as(x), x)
+        return self.memory.decoded(self.held)
+
+    def content(self, length: int) -> tuple[Tensor, Tensor]:
+        """Return the first `length` keys and values."""
+        return self.memory.decoded([x[:, :, :length] for x in self.held])
+
+    def buffers(self, segment: Segment) -> tuple[Tensor, Tensor] | None:
+        """Return None: they are changed by `update` alone."""
+        return None
+
+    @property
+    def dtype(self) -> torch.dtype | None:
+        """What numbers are kept in, None where it is no matter."""
+        return self.memory.dtype
+
+
+class _States(_Slot):
+    """A `StateSlot` over the windows and states of a pool's first rows."""
+
+    remembers = False
+
+    def __init__(self, memory: StateRows, rows: int) -> None:
+        window, state = (x[:rows] for x in memory.held)
+        self.window: Tensor | None = window
+        self.held = self._pair = window, state
+
+    def content(self) -> tuple[Tensor, Tensor] | None:
+        """Return window and state, to be overwritten."""
+        return self._pair
+
+    def update(self, window: Tensor, state: Tensor, segment: Segment) -> None:
+        """Replace both by what they are after the step."""
+        for held, new in zip(self.held, (window, state), strict=True):
+            if new is not held:
+                held.copy_(new)
+
+    def buffers(self) -> tuple[Tensor, Tensor] | None:
+        """Return None: they are changed by `update` alone."""
+        return None
+
+    def remember(self, inputs: Inputs) -> None:
+        """Raise InputError: there is no way back but to the pool's copies."""
+        self.select(inputs.raw)
+
+    def record(self, weights: MixerWeights) -> Tensor:
+        """Raise InputError, as `remember` does."""
+        raise InputError("fixed rows keep nothing to go back by; step with the pool itself")
+
+    def advance(self, segment: Segment) -> None:
+        """Do nothing: nothing was recorded."""

@@ -1,0 +1,185 @@
+"""A step of one token a row whose shapes never change, so that it can be recorded.
+
+At a batch of few rows a GPU computes a step faster than Python can ask for it. What is recorded
+asks for nothing: it is done again, with other numbers in the same memory. Each number of rows and
+of slots is a recording of its own, so there are few of either, and what they have too much is
+filled up with rows that take no token.
+"""
+
+import warnings
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, Protocol, cast
+
+import torch
+from torch import Tensor, nn
+
+from quintet.cache import Cache, PooledCache
+from quintet.cache.fixed import FixedRows
+from quintet.generation.fetching import sent
+from quintet.generation.graphs import Graphs
+from quintet.layers.plain import in_between
+
+__all__ = ["FixedStep", "Recording", "Steps"]
+
+# The least slots, and how much more each further number of them is.
+SLOTS, TIMES = 256, 2
+# Up to so many rows a recording serves twice as many as the one before; then so many more.
+DOUBLED, MORE = 8, 8
+
+
+class Steps(Protocol):
+    """What a step needs of a model, or of a program made of it."""
+
+    def __call__(
+        self,
+        input_ids: Tensor,
+        *,
+        past_key_values: Cache,
+        use_cache: bool,
+        logits_to_keep: int,
+        return_dict: bool,
+    ) -> Any:
+        """Return an output with `logits` (B, 1, V)."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class Recording:
+    """How steps are recorded.
+
+    Attributes:
+        graphs: of the device; None to do what is recorded once for all as it is.
+        compile: makes a program of a model; None to run it as it is.
+    """
+
+    graphs: Graphs | None = None
+    compile: Callable[[Steps], Steps] | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class _Recorded:
+    """One step and its inputs: (3, B) of ids, lengths, and 1 for rows that take their token."""
+
+    inputs: Tensor
+    run: Callable[[], Tensor]
+
+
+class FixedStep:
+    """The steps of one model over one pool.
+
+    Args:
+        model: what is run.
+        cache: its rows, whose memory was taken.
+        size: R, how many rows the pool has.
+        recording: how steps are recorded.
+    """
+
+    def __init__(self, model: Steps, cache: PooledCache, size: int, recording: Recording) -> None:
+        self.cache, self.size = cache, size
+        self._module = cast("nn.Module", model)
+        self._program = model if recording.compile is None else recording.compile(model)
+        self._graphs = recording.graphs
+        self._device = next(self._module.parameters()).device
+        self._steps: dict[tuple[int, int], _Recorded] = {}
+        self._looks_like: tuple[object, ...] | None = None
+        self._usable = False
+        self.look()
+
+    def look(self) -> None:
+        """Forget what was recorded if modules, hooks or weights are others by now.
+
+        A recording reads the memory of the weights it was made with. It takes a while to look at
+        all of them, so that it is done when a sequence gets its row and not at every step.
+        """
+        looks_like = _look(self._module)
+        if looks_like != self._looks_like:
+            self._steps.clear()
+            self._looks_like = looks_like
+            # A module with a forward of its own, as adapters make it, may be another at any time.
+            own = any("forward" in vars(one) for one in self._module.modules())
+            self._usable = not own and FixedRows.can_be(self.cache)
+
+    @torch.no_grad()
+    def run(self, tokens: Mapping[int, int]) -> Tensor | None:
+        """Give each row, by its index in the pool, its token; return logits (N, V) in that order.
+
+        None where it cannot be done this way, and nothing was. Where this raises, rows have to be
+        taken back to what they held.
+        """
+        lengths = self.cache.lengths_of_rows
+        # A row that takes no token needs a slot behind its end all the same.
+        most = max(lengths) + 1
+        if not self._usable or most > self.cache.capacity:
+            return None
+        B, S = _rows(len(lengths), self.size), _slots(most, self.cache.capacity)
+        ids = [tokens.get(row, 0) for row in range(len(lengths))]
+        taking = [int(row in tokens) for row in range(len(lengths))]
+        step = self._steps.get((B, S)) or self._made(B, S, lengths)
+        if step is None:
+            return None
+        self.cache.begin_step(list(tokens), S)
+        self._fill(step.inputs, ids, lengths, taking)
+        logits = step.run()
+        self.cache.end_step()
+        # Copied, as the next step writes there.
+        return logits[sent(list(tokens), torch.long, logits.device)]
+
+    def _made(self, B: int, S: int, lengths: list[int]) -> _Recorded | None:
+        device = self._device
+        inputs = torch.zeros(3, B, dtype=torch.long, device=device)
+        rows = FixedRows(self.cache, inputs[1], inputs[2], S)
+        run: Callable[[], Tensor] = partial(self._forward, inputs[0][:, None], rows)
+        if self._graphs is not None:
+            # Runs for the sake of recording change nothing: no row takes its token.
+            self.cache.begin_step([], S)
+            self._fill(inputs, [0] * len(lengths), lengths, [0] * len(lengths))
+            try:
+                run = self._graphs.capture(run)
+            except RuntimeError as error:
+                self._usable = False
+                warnings.warn(
+                    f"steps cannot be recorded on {device}, and run as they are: {error}",
+                    stacklevel=2,
+                )
+                return None
+            finally:
+                self.cache.end_step()
+        self._steps[B, S] = made = _Recorded(inputs, run)
+        return made
+
+    def _forward(self, ids: Tensor, rows: FixedRows) -> Tensor:
+        output = self._program(
+            ids, past_key_values=rows, use_cache=True, logits_to_keep=1, return_dict=True
+        )
+        logits: Tensor = output.logits
+        return logits[:, -1]
+
+    @staticmethod
+    def _fill(inputs: Tensor, *rows: list[int]) -> None:
+        B = inputs.shape[1]
+        given = [[*row, *[0] * (B - len(row))] for row in rows]
+        inputs.copy_(sent(given, torch.long, inputs.device), non_blocking=True)
+
+
+def _look(module: nn.Module) -> tuple[object, ...]:
+    """Return what a recording depends on, to be compared."""
+    held = [*module.parameters(), *module.buffers()]
+    return (*in_between(module), *map(id, module.modules()), *(x.data_ptr() for x in held))
+
+
+def _rows(rows: int, size: int) -> int:
+    """Return for how many rows, of those there are, a recording is made."""
+    made = 1
+    while made < rows:
+        made = made * 2 if made < DOUBLED else made + MORE
+    return min(made, size)
+
+
+def _slots(slots: int, capacity: int) -> int:
+    """Return of how many slots a row, of those it has, a recording is made."""
+    made = SLOTS
+    while made < slots:
+        made *= TIMES
+    return min(made, capacity)

@@ -1,0 +1,65 @@
+"""Steps that a device recorded, to do them again without asking Python."""
+
+from collections.abc import Callable
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+__all__ = ["CudaGraphs", "Graphs", "graphs_of"]
+
+# Kernels are compiled, and libraries take their memory, in the first runs.
+WARM_UP = 2
+
+
+class Graphs(Protocol):
+    """How what a device does is recorded."""
+
+    def capture(self, function: Callable[[], Tensor]) -> Callable[[], Tensor]:
+        """Return what does again what a function did, with what its inputs hold by then.
+
+        The function is run some times first. What is returned returns the same tensor at every
+        call, which the next call overwrites.
+
+        Raises:
+            RuntimeError: the function does what cannot be recorded.
+        """
+        ...
+
+
+class CudaGraphs:
+    """CUDA graphs of one device, which share the memory they compute in.
+
+    Args:
+        device: a CUDA device.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self._memory = torch.cuda.graph_pool_handle()
+
+    def capture(self, function: Callable[[], Tensor]) -> Callable[[], Tensor]:
+        """Return what launches the graph of a function."""
+        with torch.cuda.device(self.device):
+            current = torch.cuda.current_stream()
+            stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
+            stream.wait_stream(current)
+            with torch.cuda.stream(stream):
+                for _ in range(WARM_UP):
+                    function()
+            current.wait_stream(stream)
+            graph = torch.cuda.CUDAGraph()
+            # What other threads do meanwhile is none of it.
+            with torch.cuda.graph(graph, pool=self._memory, capture_error_mode="thread_local"):
+                made = function()
+
+        def replay() -> Tensor:
+            graph.replay()
+            return made
+
+        return replay
+
+
+def graphs_of(device: torch.device) -> Graphs | None:
+    """Return how a device records; None where it does not."""
+    return CudaGraphs(device) if device.type == "cuda" else None

@@ -1,0 +1,210 @@
+"""A step whose shapes are fixed is compiled once, can be recorded, and makes the same tokens."""
+
+import random
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch._dynamo.testing import CompileCounter
+
+from conformance.families import FAMILIES, Family, each
+from generation.sequences import prompt_of
+from quintet import CompileConfig
+from quintet.generation import fixed_step
+from quintet.generation.compiling import compiled
+from quintet.generation.engine import Engine
+from quintet.generation.fixed_step import Recording
+from simulated_gpu import SimulatedGPU, moved, recorded
+
+PLAIN: dict[str, Any] = {"eos_token_id": -1, "pad_token_id": 0, "do_sample": False}
+
+
+def alone(model: Any, prompt: Tensor, new: int) -> list[int]:
+    made: Tensor = model.generate(prompt, max_new_tokens=new, **PLAIN)
+    return made[0, prompt.shape[1] :].tolist()
+
+
+class Again:
+    """Recordings that do again what they are of, and count how often."""
+
+    def __init__(self) -> None:
+        self.captured = self.replayed = 0
+
+    def capture(self, function: Callable[[], Tensor]) -> Callable[[], Tensor]:
+        self.captured += 1
+        function()
+
+        def replay() -> Tensor:
+            self.replayed += 1
+            return function()
+
+        return replay
+
+
+@each
+def test_the_step_is_one_graph_that_is_compiled_once(family: Family) -> None:
+    torch._dynamo.reset()
+    model, counter = family.model_of(**family.shallow), CompileCounter()
+    config = CompileConfig(backend=counter, fullgraph=True)
+    engine = Engine(model, 3, 100, recording=Recording(compile=lambda one: compiled(one, config)))
+    prompts = [prompt_of(length, length) for length in (5, 9, 14)]
+    sequences = [engine.sequence(one, max_new_tokens=64, **PLAIN) for one in prompts]
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        for sequence in sequences:
+            engine.add(sequence)
+            engine.step([sequence])
+        while not all(one.finished for one in sequences):
+            engine.step(sequences)
+    assert counter.frame_count == 1
+    assert [one.new for one in sequences] == [alone(model, one, 64) for one in prompts]
+
+
+@each
+def test_sequences_that_come_and_go_become_what_each_becomes_alone(
+    family: Family, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Rows wait, leave and come while others step; numbers of rows and slots are exceeded."""
+    monkeypatch.setattr(fixed_step, "SLOTS", 8)
+    model, graphs, dice = family.model_of(**family.shallow), Again(), random.Random(2)
+    engine = Engine(model, 5, 60, recording=Recording(graphs))
+    made = [(prompt_of(length, length), 30 - length) for length in (1, 20, 3, 9, 14, 2, 7, 5)]
+    waiting = [engine.sequence(one, max_new_tokens=new, **PLAIN) for one, new in made]
+    sequences, left = list(waiting), False
+    while waiting or engine.sequences:
+        while waiting and len(engine.sequences) < 5 and dice.random() < 0.7:
+            engine.add(waiting.pop(0))
+        there = engine.sequences
+        if there:
+            engine.step(dice.sample(there, dice.randint(1, len(there))), 4)
+        for one in there:
+            if one.finished:
+                engine.remove(one)
+            elif not left and len(one.new) == 4:
+                engine.remove(one)
+                waiting.append(one)
+                left = True
+    assert [one.new for one in sequences] == [alone(model, *one) for one in made]
+    assert graphs.replayed > 5 * graphs.captured > 0
+
+
+class Replayed:
+    """Recordings of the simulated device."""
+
+    def __init__(self) -> None:
+        self.replays = 0
+
+    def capture(self, function: Callable[[], Tensor]) -> Callable[[], Tensor]:
+        function()
+        with recorded() as steps:
+            made = function()
+
+        def replay() -> Tensor:
+            self.replays += 1
+            steps.replay()
+            return made
+
+        return replay
+
+
+@each
+def test_what_a_device_recorded_makes_the_same_tokens(family: Family) -> None:
+    expected = [
+        alone(family.model_of(**family.shallow), prompt_of(length, length), 12)
+        for length in (5, 9, 14)
+    ]
+    graphs = Replayed()
+    with SimulatedGPU():
+        model = moved(family.model_of(**family.shallow))
+        engine = Engine(model, 3, 64, recording=Recording(graphs))
+        prompts = [prompt_of(length, length)[0].tolist() for length in (5, 9, 14)]
+        sequences = [engine.sequence(one, max_new_tokens=12, **PLAIN) for one in prompts]
+        for sequence in sequences:
+            engine.add(sequence)
+            engine.step(engine.sequences)
+        while not all(one.finished for one in sequences):
+            engine.step(sequences)
+    assert [one.new for one in sequences] == expected
+    assert graphs.replays >= 10
+
+
+def run_all(engine: Engine, new: int = 8) -> list[list[int]]:
+    sequences = [engine.sequence(prompt_of(n, n), max_new_tokens=new, **PLAIN) for n in (4, 7)]
+    for one in sequences:
+        engine.add(one)
+    while not all(one.finished for one in sequences):
+        engine.step(sequences)
+    for one in sequences:
+        engine.remove(one)
+    return [one.new for one in sequences]
+
+
+def test_rows_in_few_bits_are_stepped_alike() -> None:
+    model, graphs = FAMILIES[0].model_of(head_dim=16), Again()
+    expected = run_all(Engine(model, 2, 40, nbits=8))
+    assert run_all(Engine(model, 2, 40, nbits=8, recording=Recording(graphs))) == expected
+    assert graphs.replayed
+
+
+def test_what_cannot_be_recorded_runs_as_it_is() -> None:
+    class Refuses:
+        def capture(self, function: Callable[[], Tensor]) -> Callable[[], Tensor]:
+            function()
+            raise RuntimeError("operation not permitted when stream is capturing")
+
+    for family in FAMILIES:
+        model = family.model_of(**family.shallow)
+        with pytest.warns(UserWarning, match="cannot be recorded on cpu.*not permitted"):
+            made = run_all(Engine(model, 2, 40, recording=Recording(Refuses())))
+        assert made == run_all(Engine(model, 2, 40))
+
+
+def test_a_model_that_was_changed_is_recorded_anew() -> None:
+    model, graphs = FAMILIES[0].model_of(), Again()
+    engine = Engine(model, 2, 40, recording=Recording(graphs))
+    run_all(engine)
+    run_all(engine)
+    assert graphs.captured == 1
+    for part in model.parameters():
+        part.data = 1.5 * part.data
+    assert run_all(engine) == run_all(Engine(model, 2, 40))
+    assert graphs.captured == 2
+    handle = model.model.layers[0].register_forward_hook(lambda *_: None)
+    run_all(engine)
+    assert graphs.captured == 3
+    handle.remove()
+    # What has a forward of its own, as adapters have, may have another at any time.
+    model.model.norm.forward = model.model.norm.forward
+    before = graphs.replayed
+    run_all(engine)
+    assert graphs.replayed == before
+
+
+@each
+def test_a_step_that_fails_can_be_done_again(
+    family: Family, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = family.model_of(**family.shallow)
+    engine = Engine(model, 2, 40, recording=Recording(Again()))
+    expected, head, calls = run_all(engine), type(model.lm_head).forward, [0]
+
+    def fails(self: Any, x: Tensor) -> Tensor:
+        calls[0] += self is model.lm_head
+        if self is model.lm_head and calls[0] == 6:
+            raise MemoryError
+        return head(self, x)
+
+    sequences = [engine.sequence(prompt_of(n, n), max_new_tokens=8, **PLAIN) for n in (4, 7)]
+    for one in sequences:
+        engine.add(one)
+    monkeypatch.setattr(type(model.lm_head), "forward", fails)
+    engine.step(sequences)
+    failed = 0
+    while not all(one.finished for one in sequences):
+        try:
+            engine.step(sequences)
+        except MemoryError:
+            failed += 1
+    assert failed == 1
+    assert [one.new for one in sequences] == expected
