@@ -4,7 +4,7 @@ from collections.abc import Iterable, Sequence
 
 from quintet.cache.content import RowContent
 from quintet.cache.row_memory import RowMemory
-from quintet.cache.rows import Row
+from quintet.cache.rows import Row, RowTable
 from quintet.cache.state_rows import StateRows
 from quintet.errors import ContextLengthError, InputError
 
@@ -90,6 +90,17 @@ class RowMemories:
             slot.copy(source, target)
         for state in self.states:
             state.copy(source, target)
+
+    def clear(self, table: RowTable, ends: Sequence[int], stop: int) -> None:
+        """Let all rows hold numbers up to a slot, which others' queries may pass over.
+
+        Those up to where a row's tokens of this forward end are written anyway.
+        """
+        for index, (row, own) in enumerate(zip(table, ends, strict=True)):
+            start = max(row.finite, own)
+            if start < stop:
+                for slot in self.tokens:
+                    slot.clear(index, start, stop)
 
     def reach(self, index: int, length: int) -> int:
         """Return the length that is nearest below the given one and can be gone back to."""

@@ -272,7 +272,7 @@ class PooledCache(Cache):
             self._join(batch)
         for row, tokens in zip(self._table, taken, strict=True):
             row.taking = tokens
-        self._clear(ends, needed)
+        self._kept.clear(self._table, ends, whole_blocks(needed, self.capacity))
         return replace(whole, keys=needed)
 
     def made_with(self, adapters: tuple[Hashable, ...]) -> None:
@@ -299,11 +299,6 @@ class PooledCache(Cache):
 
     # -- a step of fixed shapes (`quintet.cache.fixed`) --------------------------------------------
 
-    @property
-    def lengths_of_rows(self) -> list[int]:
-        """How many tokens each row in use holds, in the order of `rows`."""
-        return [row.length for row in self._table]
-
     @torch.no_grad()
     def begin_step(self, indices: Sequence[int], slots: int) -> None:
         """Take in that the rows at some indices are given a token each, by who writes the memory.
@@ -321,7 +316,7 @@ class PooledCache(Cache):
         for index in indices:
             self._table[index].taking = 1
         self._forward_unfinished = bool(self._kept.states)
-        self._clear([0] * len(self._table), slots)
+        self._kept.clear(self._table, [0] * len(self._table), slots)
         for row in self._table:
             row.finite = max(row.finite, slots)
 
@@ -441,18 +436,6 @@ class PooledCache(Cache):
         """Give the lengths to the table, when a forward or a crop has changed them."""
         for row, length in zip(self._table, self.lengths(len(self._table)).tolist(), strict=True):
             row.length, row.torn = length, False
-
-    def _clear(self, ends: Sequence[int], slots: int) -> None:
-        """Let all rows hold numbers in so many slots, which others' queries may pass over.
-
-        Those up to where a row's tokens of this forward end are written anyway.
-        """
-        end = whole_blocks(slots, self.capacity)
-        for index, (row, own) in enumerate(zip(self._table, ends, strict=True)):
-            start = max(row.finite, own)
-            if start < end:
-                for slot in self._kept.tokens:
-                    slot.clear(index, start, end)
 
     def _look_for_torn(self) -> None:
         """Mark the rows of a forward that failed when recurrent layers had begun."""

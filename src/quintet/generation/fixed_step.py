@@ -108,7 +108,7 @@ class FixedStep:
         None where it cannot be done this way, and nothing was. Where this raises, rows have to be
         taken back to what they held.
         """
-        lengths = self.cache.lengths_of_rows
+        lengths = [self.cache.length(row) for row in self.cache.rows]
         # A row that takes no token needs a slot behind its end all the same.
         most = max(lengths) + 1
         if not self._usable or most > self.cache.capacity:
