@@ -301,10 +301,9 @@ class PooledCache(Cache):
 
     @torch.no_grad()
     def begin_step(self, indices: Sequence[int], slots: int) -> None:
-        """Take in that the rows at some indices are given a token each, by who writes the memory.
+        """Take in that the rows at some indices get a token each, by who writes the memory.
 
-        All rows in use are made to hold numbers in so many slots. `end_step` follows; where it
-        does not, the rows are as after a forward that failed.
+        All hold numbers in so many slots then. Until `end_step`, rows are as of a failed forward.
 
         Raises:
             InputError: an earlier forward that failed left a row ahead.
@@ -312,13 +311,13 @@ class PooledCache(Cache):
         self._look_for_torn()
         for row in self._table:
             self._check_whole(row)
+        self._kept.clear(self._table, [0] * len(self._table), slots)
+        for row in self._table:
             row.taking = 0
+            row.finite = max(row.finite, slots)
         for index in indices:
             self._table[index].taking = 1
         self._forward_unfinished = bool(self._kept.states)
-        self._kept.clear(self._table, [0] * len(self._table), slots)
-        for row in self._table:
-            row.finite = max(row.finite, slots)
 
     def end_step(self) -> None:
         """Count the tokens that `begin_step` took in."""
