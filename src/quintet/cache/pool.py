@@ -312,11 +312,9 @@ class PooledCache(Cache):
         for row in self._table:
             self._check_whole(row)
         self._kept.clear(self._table, [0] * len(self._table), slots)
-        for row in self._table:
-            row.taking = 0
+        for index, row in enumerate(self._table):
+            row.taking = int(index in indices)
             row.finite = max(row.finite, slots)
-        for index in indices:
-            self._table[index].taking = 1
         self._forward_unfinished = bool(self._kept.states)
 
     def end_step(self) -> None:
