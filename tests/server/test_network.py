@@ -177,7 +177,12 @@ def test_bodies_are_bounded_together_too(server: Running) -> None:
 
         # Some, and not all.
         until(lambda: refused() and small.service.receiving >= 32 * 9000)
-        assert all(b'"too_much_sent"' in sock.recv(4096) for sock in refused())
+        for sock in refused():
+            answer = b""
+            while b'"too_much_sent"' not in answer:
+                # Head and body may come apart; nothing comes once it is closed.
+                answer += (part := sock.recv(4096))
+                assert part, answer
         assert small.ask("GET", "/health").status == 200
         assert small.service.receiving <= 32 * 10_000
         stack.close()
