@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from quintet import AutoModelForCausalLM, AutoTokenizer
-from quintet.errors import InputError
+from quintet.errors import ConfigError, InputError
 from quintet.modeling.balance import BiasBalancer
 from quintet.training.data import Document
 from quintet.training.evaluation import EvaluationSettings, evaluate, samples
@@ -106,10 +106,13 @@ def test_when_one_looks() -> None:
 
 @pytest.mark.parametrize(
     ("name", "value"),
-    [("every", -1), ("documents", 0), ("context", 1), ("max_new_tokens", 0), ("temperature", -0.1)],
+    [
+        *(("every", -1), ("documents", 0), ("context", 1), ("max_new_tokens", 0)),
+        *(("temperature", -0.1), ("temperature", math.nan), ("seed", -1), ("seed", 2**63)),
+    ],
 )
 def test_settings_that_mean_nothing(name: str, value: float) -> None:
-    with pytest.raises(InputError, match=rf"\[evaluation\] {name} = {value}"):
+    with pytest.raises(ConfigError, match=f"{name} = {value}: "):
         EvaluationSettings(**{name: value})
 
 

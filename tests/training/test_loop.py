@@ -318,6 +318,8 @@ def test_a_budget_may_be_tokens_or_minutes(
         ("qwen2", {"train": {"steps": None}}, ConfigError, "has none of them: name one budget"),
         ("qwen2", {"model": {"config": None}}, ConfigError, "model.*from: is missing"),
         ("qwen2", {"tokenizer": {"from": None}}, ConfigError, "tokenizer.*from: is missing"),
+        ("qwen2", {"train": {"threads": 1e30}}, ConfigError, "threads = 1.*: may be at most 4096"),
+        ("qwen2", {"data": {"batch_rows": 1e9}}, ConfigError, "may have 2,147,483,647 tokens"),
         ("qwen2", {"train": {"step": 5}}, ConfigError, "no such key; the nearest is steps"),
     ],
 )

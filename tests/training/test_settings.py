@@ -65,6 +65,8 @@ class Whole:
         ("optimizer.betas = [1]", r"betas = \[1\]: has to be a list of 2: a number, a number"),
         ("optimizer.rate = { kind = 'cos' }", r"kind = \"cos\": has to be one of"),
         ("optimizer.rate = { kind = 'steps', at = [1, true] }", r"\[optimizer.rate.at\] 1 = true"),
+        ("optimizer.rate = { kind = {} }", r"kind = {}: has to be one of"),
+        (f"fused = '{'a' * 999}'", r'fused = "a{150,160}…: has to be true or false$'),
         ("optimizer = 3", r"optimizer = 3: has to be a table with the keys rate, steps, betas"),
         ("optimizer.steps = 1.5", "steps = 1.5: has to be a whole number"),
         ("optimizer.steps = true", "steps = true: has to be a whole number"),

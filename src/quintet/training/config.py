@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from quintet.training.adapting import AdapterSettings
+from quintet.training.bounds import above, at_least, at_most
 from quintet.training.data import DataSettings
 from quintet.training.evaluation import EvaluationSettings
 from quintet.training.metrics import ReportSettings
@@ -24,21 +25,6 @@ __all__ = [
     "TrainSettings",
     "TrainingConfig",
 ]
-
-
-def _least(table: object, **least: float) -> None:
-    """Refuse the values of a table that are below what they have to be at least."""
-    for key, bound in least.items():
-        value = getattr(table, key)
-        if value is not None and not value >= bound:
-            raise SettingError.value(key, value, f"has to be at least {bound:g}")
-
-
-def _above(table: object, *keys: str) -> None:
-    for key in keys:
-        value = getattr(table, key)
-        if value is not None and not value > 0:
-            raise SettingError.value(key, value, "has to be above 0")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -110,7 +96,7 @@ class LanguageSettings:
     prediction: Number | None = None
 
     def __post_init__(self) -> None:
-        _least(self, z_loss=0, label_smoothing=0)
+        at_least(self, z_loss=0, label_smoothing=0)
         if self.label_smoothing >= 1:
             raise SettingError.value("label_smoothing", self.label_smoothing, "has to be below 1")
 
@@ -136,8 +122,8 @@ class PreferenceSettings:
     reference_free: bool = False
 
     def __post_init__(self) -> None:
-        _above(self, "beta")
-        _least(self, label_smoothing=0)
+        above(self, "beta")
+        at_least(self, label_smoothing=0)
         if self.label_smoothing >= 0.5:
             raise SettingError.value("label_smoothing", self.label_smoothing, "has to be below 0.5")
         if self.reference is not None and self.reference_free:
@@ -162,7 +148,7 @@ class DistillationSettings:
     share: float = 1.0
 
     def __post_init__(self) -> None:
-        _above(self, "temperature")
+        above(self, "temperature")
         if not 0 <= self.share <= 1:
             raise SettingError.value("share", self.share, "has to be from 0 to 1")
 
@@ -203,8 +189,8 @@ class BalanceSettings:
     exempt: float = 0.1
 
     def __post_init__(self) -> None:
-        _least(self, devices=1, reached=1, exempt=0)
-        _above(self, "capacity")
+        at_least(self, devices=1, reached=1, exempt=0)
+        above(self, "capacity")
         if self.exempt > 1:
             raise SettingError.value("exempt", self.exempt, "has to be from 0 to 1")
         if self.reached > self.devices:
@@ -252,14 +238,16 @@ class TrainSettings:
             raise SettingError(
                 "", f" {told}: name one budget, steps, tokens or minutes, such as steps = 1000"
             )
-        _least(self, steps=1, tokens=1, parts=1, seed=0, threads=1, skips=0)
-        _above(self, "minutes")
+        at_least(self, steps=1, tokens=1, parts=1, seed=0, threads=1, skips=0)
+        # A number of threads beyond this is a slip, and PyTorch would start them.
+        at_most(self, threads=4096, seed=2**63 - 1)
+        above(self, "minutes")
         if isinstance(self.batches, float) and self.batches < 1:
             raise SettingError.value("batches", self.batches, "has to be at least 1")
         if not self.folder:
             raise SettingError.value("folder", self.folder, "has to be the path of a folder")
         if not isinstance(self.recompute, bool):
-            _least(self, recompute=1)
+            at_least(self, recompute=1)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -277,8 +265,8 @@ class CheckpointSettings:
     keep: int = 2
 
     def __post_init__(self) -> None:
-        _least(self, every=1, keep=1)
-        _above(self, "minutes")
+        at_least(self, every=1, keep=1)
+        above(self, "minutes")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -15,6 +15,7 @@ from quintet.layers.router import ExpertRouter
 from quintet.modeling.balance import ExpertLoads
 from quintet.modeling.heads import CausalLMHead
 from quintet.tokenization import BatchEncoding, PreTrainedTokenizer
+from quintet.training.bounds import at_least, at_most
 from quintet.training.data.interface import Document
 from quintet.training.records import Evaluation, Sample
 from quintet.training.scoring import score
@@ -49,12 +50,8 @@ class EvaluationSettings:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        for name, least in (("every", 0), ("documents", 1), ("context", 2), ("max_new_tokens", 1)):
-            value = getattr(self, name)
-            if value is not None and value < least:
-                raise InputError(f"[evaluation] {name} = {value}: it has to be at least {least}")
-        if self.temperature < 0:
-            raise InputError(f"[evaluation] temperature = {self.temperature}: it is at least 0")
+        at_least(self, every=0, documents=1, context=2, max_new_tokens=1, temperature=0, seed=0)
+        at_most(self, seed=2**63 - 1)
 
     @property
     def measures(self) -> bool:

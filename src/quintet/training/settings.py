@@ -45,7 +45,8 @@ class SettingError(ConfigError):
     @classmethod
     def value(cls, key: str, value: object, rule: str) -> "SettingError":
         """Return the refusal of a value of a key, by a rule that says what it has to be."""
-        return cls(key, f" = {_written(value)}: {rule}")
+        text = _written(value)
+        return cls(key, f" = {text if len(text) <= 160 else f'{text[:159]}…'}: {rule}")
 
     def within(self, table: str) -> "SettingError":
         """Return the same, of a table that lies in another."""
@@ -208,7 +209,7 @@ def _chosen(kind: Any, kinds: Sequence[Any], value: Any) -> Any:
         name = value.get("kind")
         if name is None:
             return tables[0]
-        if name in by_name:
+        if isinstance(name, str) and name in by_name:
             return by_name[name]
         raise SettingError.value("kind", name, f"has to be one of {_quoted(by_name)}")
     exact = [each for each in kinds if _fits(each, value, exactly=True)]

@@ -19,6 +19,9 @@ __all__ = [
     "SourceSettings",
 ]
 
+# Tokens of a batch at most: more of them than memory has bytes for is a slip.
+MOST = 2**31 - 1
+
 Format = Literal["text", "lines", "jsonl", "parquet", "arrow"]
 Kind = Literal["text", "chat", "completion", "pairs"]
 Packing = Literal["stream", "whole", "padded"]
@@ -190,3 +193,9 @@ class DataSettings:
             )
         if rows is not None and rows < 1:
             raise SettingError.value("batch_rows", rows, "has to be 1 or more")
+        if (tokens or (rows or 0) * context) > MOST:
+            raise SettingError.value(
+                "batch_rows" if tokens is None else "batch_tokens",
+                rows if tokens is None else tokens,
+                f"a batch may have {MOST:,} tokens; train.batches makes a step of several",
+            )
