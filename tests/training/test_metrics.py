@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import re
 from pathlib import Path
 from typing import Any
 
@@ -126,12 +127,23 @@ def test_a_full_disk_is_told_once_and_leaves_whole_lines(
     assert "metrics.jsonl cannot be written (No space left on device)" in heard.warnings[0]
 
 
+def test_what_others_wrote_is_cut_off(tmp_path: Path, predicting: Any) -> None:
+    for line in ("[]", '{"step": {}}', '{"step": "2"}', '{"step": true}'):
+        (tmp_path / "samples.jsonl").write_text('{"step": 1}\n' + line + '\n{"step": 1}\n')
+        begin(tmp_path, predicting, step=2)
+        assert (tmp_path / "samples.jsonl").read_text() == '{"step": 1}\n'
+
+
 def test_what_is_no_run_is_said(tmp_path: Path) -> None:
     with pytest.raises(ModelNotFoundError, match=r"no metrics.jsonl in"):
         read_metrics(tmp_path)
-    (tmp_path / "metrics.jsonl").write_text('{"event": "start"}\nhello\n')
-    with pytest.raises(CheckpointError, match="line 2: b'hello"):
-        read_metrics(tmp_path)
+    for line in (
+        *("hello", '{"event": "step"}', '{"event": "step", "step": 1, "tokens": "many"}'),
+        *('{"event": "start", "balance": [1]}', '{"event": "start", "terms": {"z": "1"}}'),
+    ):
+        (tmp_path / "metrics.jsonl").write_text(f'{{"event": "start"}}\n{line}\n')
+        with pytest.raises(CheckpointError, match=f"line 2: b'{re.escape(line)}"):
+            read_metrics(tmp_path)
 
 
 @pytest.mark.parametrize(("name", "value"), [("every", 0), ("peak_flops", 0.0)])

@@ -107,9 +107,9 @@ def _add_balance(
             add(title, _smooth(_curve(number, _layer(router), steps, axis, ("balance", router))))
         return
     means = [
-        {**step, "mean": sum(loads.values()) / len(loads)}
+        {**step, "mean": sum(loads) / len(loads)}
         for step in steps
-        if (loads := step.get("balance"))
+        if (loads := [load for load in (step.get("balance") or {}).values() if load is not None])
     ]
     add(title, _smooth(_curve(number, name, means, axis, "mean")))
 

@@ -113,12 +113,33 @@ class _Lines:
 
 
 def _parsed(line: bytes) -> dict[str, Any] | None:
-    """Return what a line says, or None for what is no whole line of JSON."""
+    """Return what a line says, or None for what is no whole line of a run."""
     try:
         value = json.loads(line) if line.endswith(b"\n") else None
     except (ValueError, RecursionError):
         return None
-    return value if isinstance(value, dict) else None
+    is_line = isinstance(value, dict) and type(value.get("step", 0)) is int
+    return value if is_line else None
+
+
+def _is_told(value: Mapping[str, Any]) -> bool:
+    """Tell whether a line has an event, with numbers where a run writes numbers."""
+    event = value.get("event")
+    if event in ("step", "evaluation") and not ("step" in value and "tokens" in value):
+        return False
+    tables = [value.get(name) or {} for name in ("terms", "balance", "learning_rates")]
+    numbers = [value.get(name) for name in ("tokens", "elapsed")]
+    return (
+        isinstance(event, str)
+        and all(isinstance(table, dict) for table in tables)
+        and all(_is_number(number) for table in tables for number in table.values())
+        and all(_is_number(number) for number in numbers)
+    )
+
+
+def _is_number(value: object) -> bool:
+    # None is what JSON has for a number that is none.
+    return value is None or type(value) in (int, float)
 
 
 def _finite(value: Any) -> Any:
@@ -240,7 +261,7 @@ def read_metrics(run: Path) -> list[dict[str, Any]]:
         with path.open("rb") as file:
             for number, line in enumerate(file, start=1):
                 value = _parsed(line) if len(line) <= LONGEST else None
-                if value is not None and isinstance(value.get("event"), str):
+                if value is not None and _is_told(value):
                     told.append(value)
                 elif line.endswith(b"\n"):
                     raise CheckpointError(
