@@ -110,23 +110,25 @@ def command(
             conversation.begin_with(system)
         elif not served and begun is None and (kept := kept_system(model, quiet, where)):
             conversation.begin_with(kept)
-        partner: Partner
         if served:
             from quintet.cli.remote import Remote
 
             key = key_for(model, api_key_file, context)
             asked = {**sampling, **shape.fields, "seed": seed, **parse(settings)}
-            partner = Remote(model, key, asked)
-        else:
-            partner = Led(Local(model, seed, sampling, settings, quiet, where, shape))
-            context.call_on_close(partner.leave)
-        talk = _Talk(partner, conversation, reasoning, quiet)
-        note(partner.describe(), quiet)
-        if questions:
-            talk.answer(question)
+            _talk(_Talk(Remote(model, key, asked), conversation, reasoning, quiet), question)
             return
-        note("/help lists the commands", quiet or not sys.stdin.isatty())
-        talk.run()
+        with Led(Local(model, seed, sampling, settings, quiet, where, shape)) as partner:
+            _talk(_Talk(partner, conversation, reasoning, quiet), question)
+
+
+def _talk(talk: "_Talk", question: str) -> None:
+    """Have one question answered, or all that come."""
+    note(talk.partner.describe(), talk.quiet)
+    if question:
+        talk.answer(question)
+        return
+    note("/help lists the commands", talk.quiet or not sys.stdin.isatty())
+    talk.run()
 
 
 class _Talk:
@@ -175,6 +177,8 @@ class _Talk:
                         click.echo(err=True)
                     return
                 except KeyboardInterrupt:
+                    if several():
+                        raise
                     click.echo(err=True)
                     if interrupted or not console.at_terminal:
                         return
@@ -214,8 +218,10 @@ class _Talk:
         from quintet.cli.answer import Answer
 
         answer, outcome = Answer(self.reasoning, self.quiet), None
-        # What there is when Ctrl-C is pressed is the answer, and has been shown.
-        with contextlib.suppress(KeyboardInterrupt), unechoed(), answer.waiting:
+        # What there is when Ctrl-C is pressed is the answer, and has been shown. What started
+        # several processes ends with it, and so do they.
+        stops = () if several() else (KeyboardInterrupt,)
+        with contextlib.suppress(*stops), unechoed(), answer.waiting:
             outcome = self.partner.answer(self.conversation.with_question(text), answer)
         if outcome is None and not answer.tokens:
             note("stopped before the answer began; the message is taken back", self.quiet)

@@ -140,10 +140,9 @@ def main(arguments: list[str] | None = None) -> None:
     try:
         _check_directory()
         code: Any = cli.main(arguments, prog_name="quintet", standalone_mode=False)
-    except click.exceptions.Abort:
+    except (click.exceptions.Abort, KeyboardInterrupt):
         code = 130
-    except KeyboardInterrupt:
-        code = 130
+        _leave_together()
     except click.ClickException as error:
         error.show()
         code = error.exit_code
@@ -164,6 +163,14 @@ def _complain_of(error: QuintetError) -> None:
         said = last_words(error)
     if said is not None:
         complain(f"error: {said}")
+
+
+def _leave_together() -> None:
+    """Tell the other processes, if any, that Ctrl-C ends this one."""
+    if "WORLD_SIZE" in os.environ:
+        from quintet.cli.together import interrupted
+
+        interrupted()
 
 
 def _check_directory() -> None:

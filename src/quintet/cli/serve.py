@@ -20,7 +20,7 @@ from quintet.cli.options import open_model, warnings_as_notes, weight_options
 from quintet.cli.serve_options import engine_options, limits_of, server_options, settings_of
 from quintet.cli.servers import keys_in
 from quintet.cli.terminal import note
-from quintet.cli.together import begin, follows, several
+from quintet.cli.together import begin, follows, several, wait_for_first
 from quintet.errors import (
     DoesNotFitError,
     InputError,
@@ -197,14 +197,20 @@ def _split(text: str) -> tuple[str | None, str]:
 
 
 def _follow(wanted: Wanted, given: dict[str, Any], quiet: bool) -> None:
-    """Run what the engine of the first process runs, until that one is closed."""
+    """Run what the engine of the first process runs, until that one is closed; end as it does."""
     from quintet.generation.following import follow
 
-    # The first process is told, too, and finishes what is under way.
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, signal.SIG_IGN)
     how = {name: given[name] for name in (*OF_MODEL, *WHERE)}
-    follow(cast("Any", open_model(wanted.path, quiet=quiet, **how).model))
+    model = cast("Any", open_model(wanted.path, quiet=quiet, **how).model)
+    end = wait_for_first()
+    try:
+        follow(model)
+    except RuntimeError:
+        if end.by is None:
+            raise
+        sys.exit(128 + end.by)
+    if end.by == signal.SIGINT:
+        sys.exit(130)
 
 
 def _check_installed() -> None:

@@ -2,9 +2,11 @@
 
 import json
 import os
+import signal
 import sys
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any
+from types import TracebackType
+from typing import TYPE_CHECKING, Any, Self
 
 from quintet.errors import DisagreementError, QuintetError, RankFailedError
 
@@ -14,7 +16,17 @@ if TYPE_CHECKING:
     from quintet.cli.partner import Outcome, Partner
     from quintet.parallel.faults import Watch
 
-__all__ = ["Led", "begin", "follow", "follows", "from_first", "last_words", "several"]
+__all__ = [
+    "Led",
+    "begin",
+    "follow",
+    "follows",
+    "from_first",
+    "interrupted",
+    "last_words",
+    "several",
+    "wait_for_first",
+]
 
 
 def several() -> bool:
@@ -73,8 +85,23 @@ def last_words(error: QuintetError) -> str | None:
     return None
 
 
+def wait_for_first() -> "Watch":
+    """Leave it to the first process to end at a signal, which it gets, too; return who notes it."""
+    watch = _watch()
+    assert watch is not None, "there is nobody to wait for"
+    watch.leave_it_to_others()
+    return watch
+
+
+def interrupted() -> None:
+    """Tell the others that Ctrl-C ends this process; one says so."""
+    watch = _watch()
+    if watch is not None:
+        watch.end_by(signal.SIGINT)
+
+
 class Led:
-    """A partner that others have a part of: each is told what this one is asked.
+    """A partner that others have a part of: each is told what this one is asked, and its end.
 
     Args:
         partner: this process's.
@@ -82,6 +109,17 @@ class Led:
 
     def __init__(self, partner: "Partner") -> None:
         self._partner = partner
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self._say("interrupt" if kind is KeyboardInterrupt else "leave", None)
 
     @property
     def name(self) -> str:
@@ -111,17 +149,16 @@ class Led:
         """Say which model this is; there is no other."""
         return self._partner.take(model)
 
-    def leave(self) -> None:
-        """Let the others go, too."""
-        self._say("leave", None)
-
     def _say(self, order: str, what: object) -> None:
         if (watch := _watch()) is not None:
             _tell(watch, [order, what])
 
 
 def follow(partner: "Partner") -> None:
-    """Do what the first process's partner is asked, until that one leaves."""
+    """Do what the first process's partner is asked, until that one leaves.
+
+    Ctrl-C ends both: a launcher passes it on to all, and takes it for the end.
+    """
     from quintet.cli.answer import Answer
 
     watch = _watch()
@@ -130,6 +167,8 @@ def follow(partner: "Partner") -> None:
         order, what = _hear(watch)
         if order == "leave":
             return
+        if order == "interrupt":
+            raise KeyboardInterrupt
         # The first process hears the same, and says it.
         try:
             if order == "set":
@@ -138,7 +177,7 @@ def follow(partner: "Partner") -> None:
                 partner.answer(what, Answer("hide", quiet=True))
         except (RankFailedError, DisagreementError):
             raise
-        except (QuintetError, KeyboardInterrupt):
+        except QuintetError:
             continue
 
 

@@ -62,6 +62,8 @@ class Watch:
     keeps: bool
     _told: bool = field(default=False, init=False)
     _waited_for: int = field(default=0, init=False)
+    _noted: int | None = field(default=None, init=False)
+    _by: int | None = field(default=None, init=False)
     _over: threading.Event = field(default_factory=threading.Event, init=False, repr=False)
     _thread: threading.Thread | None = field(default=None, init=False, repr=False)
 
@@ -150,11 +152,14 @@ class Watch:
     def say(self, found: BaseException) -> None:
         """Write on standard error who failed, once on a machine."""
         _tell_launcher(str(found))
+        self._say_once(f"error: {found}")
+
+    def _say_once(self, text: str) -> None:
         first = True
         with suppress(RuntimeError):
             first = self.store.add(f"said/{self.node}", 1) == 1
         if first:
-            print(f"error: {found}", file=sys.__stderr__, flush=True)
+            print(text, file=sys.__stderr__, flush=True)
 
     # -- while it runs -------------------------------------------------------------------------
 
@@ -176,11 +181,12 @@ class Watch:
             if _place_of_thread(main)[1]:
                 self._told = True
                 late = any(word.kind == "late" for word in self.heard().values())
-                if (found := self._found(late=late)) is not None:
+                found = self._found(late=late)
+                if found is not None and self.by is None:
                     self.say(found)
                 sys.stdout.flush()
                 self._let_read()
-                os._exit(1)
+                os._exit(1 if self.by is None else 128 + self.by)
             if not self.keeps:
                 # It may be long until this one finds out: it is not waited for.
                 self._let_read()
@@ -193,10 +199,41 @@ class Watch:
         self.tell("ended", "", place_of(_outermost_first(frame)))
         if (found := self._found(late=False)) is not None:
             self.say(found)
+        else:
+            self._say_once(_by(number))
         raise SystemExit(128 + number)
+
+    def leave_it_to_others(self) -> None:
+        """Note from now on that a signal told this process to end, and go on until others end."""
+        self._noted, into = os.pipe()
+        for end in (self._noted, into):
+            os.set_blocking(end, False)
+        # Python calls no function while it waits in a collective, but this is written at once.
+        signal.set_wakeup_fd(into, warn_on_full_buffer=False)
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, lambda number, frame: None)
+
+    @property
+    def by(self) -> int | None:
+        """The last signal that was noted."""
+        if self._noted is not None:
+            with suppress(BlockingIOError):
+                self._by = os.read(self._noted, 64)[-1]
+        return self._by
+
+    def end_by(self, number: int) -> None:
+        """Tell the others that a signal ends this process, and say so once on a machine."""
+        if self._told:
+            return
+        self._told = True
+        self.tell("interrupted", "", ("", False))
+        self._say_once(_by(number))
 
     def leave(self) -> None:
         """Say that this process is at its end, and take it out of the group."""
+        if threading.current_thread() is threading.main_thread():
+            # It is about to end.
+            signal.signal(signal.SIGINT, signal.SIG_IGN)
         well = not self._told
         if well:
             self._told = True
@@ -291,6 +328,10 @@ def _kind(error: BaseException, *, inside: bool) -> Kind:
         if any(word in text for word in BROKEN):
             return "lost"
     return "failed"
+
+
+def _by(number: int) -> str:
+    return f"ended by {signal.Signals(number).name}, as are the other processes"
 
 
 def _in_a_line(error: BaseException) -> str:

@@ -102,7 +102,7 @@ class Run:
             )
         reason: Literal["done", "interrupted", "failed"] = "failed"
         try:
-            with heeded() as stop:
+            with heeded(says=self.crew.first) as stop:
                 self._steps(stop)
                 reason = "done" if stop.by is None else "interrupted"
         except KeyboardInterrupt:

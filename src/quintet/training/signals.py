@@ -37,10 +37,13 @@ class Stop:
 
 
 @contextmanager
-def heeded() -> Iterator[Stop]:
+def heeded(*, says: bool = True) -> Iterator[Stop]:
     """Heed signals: the first is noted, the next does what it did before.
 
     Signals reach the main thread alone; in another nothing is changed.
+
+    Args:
+        says: whether this process says so; of several one does.
     """
     stop = Stop()
     if threading.current_thread() is not threading.main_thread():
@@ -58,7 +61,7 @@ def heeded() -> Iterator[Stop]:
         stop.by = signal.Signals(number)
         # What prints may be interrupted right here, and cannot be entered twice.
         with suppress(OSError):
-            os.write(2, ASKED)
+            os.write(2, ASKED if says else b"")
 
     for number, handler in before.items():
         # What was told to be ignored, as by nohup, goes on to be.
