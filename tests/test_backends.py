@@ -17,6 +17,7 @@ from quintet.backends import OFF, PYTORCH, REGISTRY, Backend, Implementation, Re
 from quintet.errors import InputError
 from quintet.ops.norm import rms_norm
 from support import small_config
+from waiting import PATIENCE
 
 EACH = pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 X, WEIGHT = torch.randn(3, 8), torch.randn(8)
@@ -100,7 +101,7 @@ def test_the_environment_switches_kernels_off_all_of_them() -> None:
         capture_output=True,
         text=True,
         check=True,
-        timeout=100,
+        timeout=PATIENCE,
     )
     assert run.stdout == f"{{'{PYTORCH}'}} False PyTorch alone, as turned off by {OFF}\n"
 

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 import quintet
+from waiting import PATIENCE
 
 ROOT = Path(__file__).parents[1]
 HEAVY = ("torch", "transformers", "tokenizers", "huggingface_hub", "numpy", "jinja2")
@@ -17,7 +18,7 @@ HEAVY = ("torch", "transformers", "tokenizers", "huggingface_hub", "numpy", "jin
 
 def run(code: str) -> str:
     done = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=60
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=PATIENCE
     )
     return done.stdout
 

@@ -23,6 +23,7 @@ from quintet.exporting import export_gguf
 from quintet.hub import locate
 from quintet.kernels.store import cache_folder
 from tiny import build
+from waiting import PATIENCE, until
 
 # Runs a body with everything imported but what reads the variables of the hub, and prints what it
 # puts into `said`.
@@ -75,6 +76,9 @@ def environment(hub: Hub, tmp_path: Path) -> dict[str, str]:
         "HF_HUB_DISABLE_XET": "1",
         "HF_HUB_DISABLE_TELEMETRY": "1",
         "HF_HUB_DISABLE_PROGRESS_BARS": "1",
+        # A hub that stands still does so until the test goes on.
+        "HF_HUB_DOWNLOAD_TIMEOUT": str(int(PATIENCE)),
+        "HF_HUB_ETAG_TIMEOUT": str(int(PATIENCE)),
         "OMP_NUM_THREADS": "1",
     }
 
@@ -347,9 +351,8 @@ def test_a_download_that_is_killed_is_fetched_again_and_leaves_nothing(
     content = weights(hub, tmp_path)
     hub.stall = ".safetensors"
     first = fetching()
-    assert hub.stalled.wait(120)
-    while not list((tmp_path / "home").rglob("*.incomplete")):
-        time.sleep(0.01)
+    assert hub.stalled.wait(PATIENCE)
+    until(lambda: list((tmp_path / "home").rglob("*.incomplete")))
     first.kill()
     first.communicate()
     assert list((tmp_path / "home").rglob("*.incomplete"))
@@ -364,10 +367,8 @@ def test_two_processes_fetch_a_file_once(
     content = weights(hub, tmp_path)
     hub.stall = ".safetensors"
     processes = [fetching(), fetching()]
-    assert hub.stalled.wait(120)
-    until = time.monotonic() + 120
-    while sum("api/models" in line for line in hub.asked) < 2 and time.monotonic() < until:
-        time.sleep(0.01)
+    assert hub.stalled.wait(PATIENCE)
+    until(lambda: sum("api/models" in line for line in hub.asked) >= 2)
     time.sleep(0.2)
     hub.go_on.set()
     assert [contents(outcome(process)) for process in processes] == [content] * 2

@@ -24,9 +24,10 @@ def until(what: Callable[[], object], seconds: float = PATIENCE) -> None:
         time.sleep(0.005)
 
 
-def in_some_try(measure: Callable[[], T], holds: Callable[[T], bool], tries: int = 8) -> None:
-    """Measure until something holds, which it does in one of few tries or never."""
-    found = []
+def in_some_try(measure: Callable[[], T], holds: Callable[[T], bool], tries: int = 8) -> T:
+    """Measure until something holds, as it does in one of few tries or never; return what did."""
+    found: list[T] = []
     while not found or not holds(found[-1]):
         assert len(found) < tries, f"in none of {tries} tries: {found}"
         found.append(measure())
+    return found[-1]

@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 
 from forking import CHATS, Forks
+from waiting import PATIENCE
 
 pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="needs pseudo-terminals")
 pty = pytest.importorskip("pty")
@@ -68,7 +69,7 @@ class Terminal:
         code, self.child = self.forks.wait(self.child), None
         return code
 
-    def until(self, pattern: str, seconds: float = 120) -> str:
+    def until(self, pattern: str, seconds: float = PATIENCE) -> str:
         """Read until a pattern is seen, and return and forget all up to its end."""
         deadline = time.monotonic() + seconds
         while not (found := re.search(pattern, self.seen)):

@@ -19,6 +19,7 @@ from quintet import LoraConfig
 from quintet.checkpoint.header import TensorInfo, read_header
 from quintet.conversion import convert
 from quintet.quantization import FineGrainedFP8Config, PackedConfig
+from waiting import PATIENCE
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 SCRIPTS = sorted((EXAMPLES / "slurm").glob("*.sbatch"))
@@ -138,7 +139,7 @@ def run(script: Path, *arguments: str, path: Path, **environment: str) -> Any:
         ["bash", script, *arguments],
         capture_output=True,
         text=True,
-        timeout=30,
+        timeout=PATIENCE,
         env={"PATH": f"{path}:{os.environ['PATH']}", **SLURM, **environment},
         check=False,
     )
@@ -161,7 +162,7 @@ def cluster(tmp_path: Path) -> Path:
 
 @pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: path.name)
 def test_a_script_parses_and_says_how_it_is_used(script: Path, cluster: Path) -> None:
-    subprocess.run(["bash", "-n", script], check=True, timeout=30)
+    subprocess.run(["bash", "-n", script], check=True, timeout=PATIENCE)
     directives = [line for line in script.read_text().splitlines() if line.startswith("#SBATCH")]
     assert all(line.startswith("#SBATCH --") for line in directives)
     assert "#SBATCH --ntasks-per-node=1" in directives

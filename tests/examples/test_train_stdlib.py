@@ -7,6 +7,7 @@ from pathlib import Path
 
 from forks import in_a_fork
 from quintet import AutoModelForCausalLM, AutoTokenizer
+from waiting import PATIENCE
 
 SCRIPT = Path(__file__).parents[2] / "examples" / "train_stdlib.py"
 
@@ -25,7 +26,7 @@ def test_two_runs_make_the_same_checkpoint_with_its_card(tmp_path: Path) -> None
         check=True,
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=PATIENCE,
     ).stdout
     ended = in_a_fork(again, tmp_path)
     assert ended.returncode == 0, ended.stderr

@@ -9,6 +9,7 @@ import torch
 
 from quintet.kernels import outlook, report
 from quintet.kernels.build import SOURCES, BuildError, best_level, find_compiler, recipe
+from waiting import PATIENCE
 
 # A package brings an OpenMP runtime of its own, under another name, before torch does.
 FOREIGN_OPENMP = """
@@ -166,7 +167,7 @@ def test_the_runtime_is_found_whatever_was_imported_before() -> None:
         [sys.executable, "-c", code + "print(f().target)"],
         capture_output=True,
         text=True,
-        timeout=60,
+        timeout=PATIENCE,
         check=True,
     )
     assert len(set(run.stdout.split())) == 1

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from quintet import AutoModelForCausalLM
 from quintet.kernels import large_pages
 from quintet.kernels.large_pages import PAGE, hold_in_large_pages
+from waiting import PATIENCE
 
 ranges = st.lists(st.tuples(st.integers(1, 300), st.integers(1, 40))).map(
     lambda pairs: [
@@ -70,7 +71,7 @@ def test_numbers_stay_and_files_are_left_alone(tmp_path: Path) -> None:
     assert large_pages._move(anonymous) % PAGE == 0
     moving = hold_in_large_pages([*own, view])
     if moving is not None:
-        moving.join(60)
+        moving.join(PATIENCE)
     assert all(map(torch.equal, own, wanted))
 
 

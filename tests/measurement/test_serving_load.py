@@ -14,7 +14,7 @@ from quintet.measurement.serving.connection import Address
 from quintet.measurement.serving.load import Load, run
 from quintet.measurement.serving.summary import Goals, lines, summary
 from quintet.measurement.serving.workload import Shape
-from waiting import PATIENCE
+from waiting import PATIENCE, in_some_try
 
 SMALL = Shape(shared=20, own=12, out=5)
 
@@ -101,16 +101,21 @@ def test_some_hang_up() -> None:
 def test_no_conversation_begins_when_time_is_over() -> None:
     fake = FakeServer(pause=0.01)
     asked = measured(fake, SMALL, Load(conversations=1000, clients=2, seconds=0.15))
-    assert 2 <= len(asked) <= 10
+    assert 1 <= len(asked) <= 10
 
 
 def test_what_is_under_way_is_cut() -> None:
-    fake = FakeServer(pause=0.02)
     # Of an hour.
     shape = Shape(shared=0, own=3, out=200_000)
-    asked = measured(fake, shape, Load(conversations=9, clients=2, seconds=1.0, cut=True))
-    assert [one.dropped for one in asked] == [True, True]
-    assert all(one.completion >= 1 for one in asked)
+    load = Load(conversations=9, clients=2, seconds=1.0, cut=True)
+
+    def cut() -> list[Asked]:
+        asked = measured(FakeServer(pause=0.02), shape, load)
+        assert [one.dropped for one in asked] == [True, True]
+        return asked
+
+    # On a busy machine nothing may have come by then.
+    asked = in_some_try(cut, lambda asked: all(one.completion >= 1 for one in asked))
     found = summary(asked)
     assert found["seconds"] < PATIENCE
     assert found["per_second"]["completion_tokens"] > 0

@@ -16,6 +16,7 @@ from mission.conftest import checkpoint
 from mission.pages import blocks
 from mission.test_examples import code_of, having
 from quintet import AutoModelForCausalLM
+from waiting import PATIENCE
 
 # Whole blocks of 128 × 128 numbers for each of four processes, as there are in the released model.
 SIZES = {
@@ -54,7 +55,7 @@ class Host:
 
 
 def ip(*words: str) -> None:
-    subprocess.run(["ip", *words], check=True, capture_output=True, timeout=20)
+    subprocess.run(["ip", *words], check=True, capture_output=True, timeout=PATIENCE)
 
 
 @pytest.fixture
@@ -79,7 +80,7 @@ def hosts() -> Iterator[list[Host]]:
         yield [Host(*pair) for pair in zip(names, ADDRESSES, strict=True)]
     finally:
         for name in names:
-            subprocess.run(["ip", "netns", "del", name], capture_output=True, timeout=20)
+            subprocess.run(["ip", "netns", "del", name], capture_output=True, timeout=PATIENCE)
 
 
 @pytest.fixture(scope="module")
@@ -144,7 +145,7 @@ def test_the_pages_script_runs_on_two_hosts_of_two_processes(
     }.items():
         assert printed in words
         words = words.replace(printed, meant)
-    whole = ended([start([sys.executable, "run_deepseek_r1.py"], folder)], 120)[0]
+    whole = ended([start([sys.executable, "run_deepseek_r1.py"], folder)], PATIENCE)[0]
     began = time.monotonic()
     torchrun = [sys.executable, "-m", "torch.distributed.run"]
     processes = []
@@ -153,7 +154,7 @@ def test_the_pages_script_runs_on_two_hosts_of_two_processes(
         same_name = ["--rdzv-conf", f"is_host={int(number == 0)}", "--local-addr", host.address]
         printed = words.replace("--node_rank=0|1", f"--node_rank={number}").split()[1:]
         processes.append(start(host.command(*torchrun, *same_name, *printed), folder))
-    parts = "".join(ended(processes, 240))
+    parts = "".join(ended(processes, PATIENCE))
     seconds = time.monotonic() - began
     assert answers(parts) == answers(whole) * 4
     (all_of_it,) = held(whole)

@@ -22,6 +22,7 @@ from quintet.modeling import scoring
 from quintet.modeling.outputs import CausalLMOutputWithPast
 from quintet.ops.losses import next_token_loss
 from support import relative_error
+from waiting import PATIENCE
 
 
 @pytest.fixture
@@ -276,7 +277,7 @@ def test_a_step_takes_no_memory_for_logits() -> None:
         capture_output=True,
         text=True,
         check=True,
-        timeout=120,
+        timeout=PATIENCE,
     )
     unread, read = (int(kilobytes) * 1024 for kilobytes in done.stdout.split())
     logits = 512 * 151_936 * 4

@@ -12,7 +12,7 @@ from quintet.errors import InputError
 from quintet.server.process import listen
 from quintet.server.settings import Settings
 from served import Running, serving
-from waiting import PATIENCE, until
+from waiting import PATIENCE, in_some_try, until
 
 
 @pytest.fixture(scope="module")
@@ -87,17 +87,21 @@ def test_a_byte_at_a_time_is_not_in_time(hasty: Running) -> None:
 
 def test_a_body_that_does_not_come_is_not_waited_for(hasty: Running) -> None:
     lines = ("Content-Type: application/json", "Content-Length: 100")
-    answer = sent(hasty, head("/tokenize", *lines, method="POST") + b'{"prompt"')
+    data = head("/tokenize", *lines, method="POST") + b'{"prompt"'
+    # On a busy machine the head may not come in time either.
+    answer = in_some_try(lambda: sent(hasty, data), bool)
     assert answer.startswith(b"HTTP/1.1 408 ")
     assert b'"request_timeout"' in answer
 
 
 def test_an_idle_connection_is_closed(hasty: Running) -> None:
-    began = time.monotonic()
-    with talking(hasty) as sock:
-        sock.sendall(head())
-        assert answers(sock).startswith(b"HTTP/1.1 200 ")
-    assert time.monotonic() - began > 0.5
+    def idle() -> tuple[bytes, float]:
+        began = time.monotonic()
+        return sent(hasty, head()), time.monotonic() - began
+
+    answer, seconds = in_some_try(idle, lambda found: bool(found[0]))
+    assert answer.startswith(b"HTTP/1.1 200 ")
+    assert seconds > 0.5
 
 
 def test_a_head_that_is_too_large_is_refused(server: Running) -> None:

@@ -11,7 +11,7 @@ from quintet.errors import InputError
 from quintet.server.security import Keys
 from quintet.server.settings import Settings, as_keys
 from served import Running, serving
-from waiting import in_some_try
+from waiting import PATIENCE, in_some_try
 
 KEY, OTHER = "sk-one-of-two", "sk-the-other"
 
@@ -113,7 +113,7 @@ def test_no_odd_address_goes_around_the_gate(
     server: Running, line: str, host: str | None, status: int
 ) -> None:
     lines = [line, *([] if host is None else [f"Host: {host}"]), "Connection: close", "", ""]
-    with socket.create_connection((server.host, server.port), timeout=10) as sock:
+    with socket.create_connection((server.host, server.port), timeout=PATIENCE) as sock:
         sock.sendall("\r\n".join(lines).encode())
         assert int(sock.makefile("rb").readline().split()[1]) == status
 
