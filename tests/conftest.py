@@ -4,6 +4,7 @@ import gc
 import os
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
@@ -21,12 +22,21 @@ from unlooked import forget_kernels
 # Nothing that is imported from here on is garbage; on again once all is collected.
 gc.disable()
 TESTS = Path(__file__).parent
+# Tests of several processes, each of which takes a core while it waits for the others: never two of
+# them at once, and first, since they are the longest together.
+CROWDED = ("parallel", "mission", "cli/test_together.py")
 # What takes longest goes first, so that no process is left with one of them at the end.
 LONG = (
     *("kernels/test_attention.py", "conformance/test_parity.py", "conformance/test_invariants.py"),
     *("generation/speculative/test_decoding.py", "conformance/test_batch_invariance.py"),
-    *("generation/test_compiling.py", "kernels/test_stack.py", "test_hub.py", "test_docs.py"),
+    *("generation/test_compiling.py", "kernels/test_stack.py", "triton/test_compiling.py"),
+    *("test_hub.py", "test_docs.py"),
 )
+
+
+def crowded(path: Path) -> bool:
+    """Tell whether a file's tests are of several processes."""
+    return any(path.is_relative_to(TESTS / name) for name in CROWDED)
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -44,7 +54,21 @@ def pytest_configure(config: pytest.Config) -> None:
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     places = {TESTS / name: place for place, name in enumerate(LONG)}
-    items.sort(key=lambda item: places.get(item.path, len(places)))
+    items.sort(key=lambda item: (not crowded(item.path), places.get(item.path, len(places))))
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    from xdist.scheduler import LoadFileScheduling
+
+    class Scheduling(LoadFileScheduling):  # type: ignore[misc]
+        """Files go to processes whole, and those that are crowded to one and the same."""
+
+        def _split_scope(self, nodeid: str) -> str:
+            file: str = super()._split_scope(nodeid)
+            return "crowded" if crowded(config.rootpath / file) else file
+
+    return Scheduling(config, log) if config.option.dist == "loadfile" else None
 
 
 def pytest_collection_finish() -> None:
