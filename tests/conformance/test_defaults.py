@@ -11,8 +11,8 @@ from torch.autograd import forward_ad
 from torch.overrides import BaseTorchFunctionMode
 
 from comparisons import TOLERANCE
-from conformance.families import WIDE, Family, each
-from quintet import DynamicCache, QuantizedCache, StaticCache
+from conformance.families import FAMILIES, WIDE, Family, each
+from quintet import DynamicCache, GenerationConfig, QuantizedCache, StaticCache
 from support import relative_error
 
 IDS = torch.randint(101, (2, 12), generator=torch.Generator().manual_seed(3))
@@ -81,6 +81,35 @@ def test_texts_are_the_same_under_other_defaults(family: Family) -> None:
         with setting():
             torch.manual_seed(4)
             texts.append(model.generate(IDS, max_new_tokens=8, pad_token_id=0, **chosen).tolist())
+    assert all(text == texts[0] for text in texts)
+
+
+OPTIONS: dict[str, dict[str, Any]] = {
+    "words": {"bad_words_ids": [[5], [6, 7]], "sequence_bias": {(3,): 2.3}},
+    "lists": {"suppress_tokens": [1], "begin_suppress_tokens": [2], "forced_bos_token_id": 4},
+    "ends": {"eos_token_id": [5], "min_new_tokens": 2, "forced_eos_token_id": 5},
+    "beams": {"num_beams": 3, "do_sample": False},
+    "lookup": {"prompt_lookup_num_tokens": 3, "do_sample": False},
+    "each its own": {
+        "generation_config": [
+            GenerationConfig(do_sample=True, top_k=3, max_new_tokens=8, pad_token_id=0),
+            GenerationConfig(repetition_penalty=1.2, max_new_tokens=8, pad_token_id=0),
+        ]
+    },
+}
+
+
+@pytest.mark.parametrize("options", OPTIONS)
+def test_options_mean_the_same_under_other_defaults(options: str) -> None:
+    [family] = [family for family in FAMILIES if family.name == "qwen2"]
+    model = family.model_of(**WIDE[family.name])
+    plain = {"max_new_tokens": 8, "pad_token_id": 0, "do_sample": True}
+    given = OPTIONS[options] if "own" in options else plain | OPTIONS[options]
+    texts = []
+    for setting in (nullcontext, *SETTINGS.values()):
+        with setting():
+            torch.manual_seed(4)
+            texts.append(model.generate(IDS, **given).tolist())
     assert all(text == texts[0] for text in texts)
 
 

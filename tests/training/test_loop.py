@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -139,6 +140,47 @@ def test_parts_add_up_to_the_whole(kind: str, root: Path, tmp_path: Path) -> Non
     largest = max(gradient.abs().max().item() for gradient in found[0][1].values())
     for name, gradient in found[0][1].items():
         torch.testing.assert_close(gradient, found[1][1][name], rtol=1e-6, atol=1e-6 * largest)
+
+
+@contextmanager
+def default_dtype(dtype: torch.dtype) -> Iterator[None]:
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(before)
+
+
+@pytest.mark.parametrize(
+    ("kind", "tables"),
+    [
+        ("deepseek_v3", {"balance": {"bias": 0.1}, "objective": {"prediction": 0.3}}),
+        ("zamba2", {"adapter": {"r": 2}}),
+    ],
+    ids=["biases", "adapter"],
+)
+def test_what_a_program_sets_for_all_of_torch_changes_nothing(
+    kind: str, tables: dict[str, Any], root: Path, tmp_path: Path
+) -> None:
+    around: dict[str, AbstractContextManager[Any]] = {
+        "nothing": nullcontext(),
+        "bfloat16": default_dtype(torch.bfloat16),
+        "float64": default_dtype(torch.float64),
+        "no-grad": torch.no_grad(),
+        "inference": torch.inference_mode(),
+        "meta": torch.device("meta"),
+    }
+    losses = {}
+    for name, setting in around.items():
+        heard, folder = Heard(), tmp_path / name
+        with setting:
+            train(settings(root, folder, kind, train={"steps": 3}, **tables), report=heard)
+        losses[name] = heard.losses
+    # Kernels step aside for a mode, and other sums are rounded.
+    assert losses.pop("meta") == pytest.approx(losses["nothing"], rel=1e-5)
+    assert all(loss == losses["nothing"] for loss in losses.values())
+    assert torch.get_default_dtype() == torch.float32
 
 
 def test_a_step_may_read_several_batches(root: Path, tmp_path: Path) -> None:

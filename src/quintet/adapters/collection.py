@@ -179,7 +179,9 @@ class Adapters:
         self.check_known([name for name in names if name not in (None, BASE_ROW, IN_USE)])
         named = [BASE_ROW if name is None else str(name) for name in names]
         distinct = list(dict.fromkeys(named))
-        rows = torch.tensor([distinct.index(name) for name in named], device=device)
+        rows = torch.tensor(
+            [distinct.index(name) for name in named], device=device, dtype=torch.long
+        )
         own = tuple(None if n == BASE_ROW else n for n in distinct)
         return Place(names=own, rows=rows, copied=copied)
 

@@ -157,7 +157,8 @@ def _matrix(config: LoraConfig, spot: Spot, path: str, name: str) -> LowRank | E
     scale = config.scale(path, rank)
     if is_embedding(spot.module):
         V, C = shape
-        A, B = torch.zeros(rank, V, device=device), torch.randn(C, rank, device=device)
+        A = torch.zeros(rank, V, device=device, dtype=torch.float32)
+        B = torch.randn(C, rank, device=device, dtype=torch.float32)
         embedding = EmbeddingLowRank(A, B, scale)
         if config.init_lora_weights is False:
             nn.init.normal_(embedding.lora_A)
@@ -168,7 +169,7 @@ def _matrix(config: LoraConfig, spot: Spot, path: str, name: str) -> LowRank | E
         return embedding
     O, I = shape
     A, B = _first(config, rank, I, O, device)
-    bias = torch.zeros(O, device=device) if config.lora_bias else None
+    bias = torch.zeros(O, device=device, dtype=torch.float32) if config.lora_bias else None
     made = LowRank(A, B, scale, bias=bias, dropout=config.lora_dropout)
     if config.use_dora:
         whole = dense(spot.module, name)
@@ -190,7 +191,8 @@ def _first(
     config: LoraConfig, rank: int, I: int, O: int, device: torch.device
 ) -> tuple[Tensor, Tensor]:
     """Return A and B as PEFT has them before training."""
-    A, B = torch.empty(rank, I, device=device), torch.zeros(O, rank, device=device)
+    A = torch.empty(rank, I, device=device, dtype=torch.float32)
+    B = torch.zeros(O, rank, device=device, dtype=torch.float32)
     if config.init_lora_weights == "gaussian":
         nn.init.normal_(A, std=1 / rank)
     else:

@@ -28,7 +28,7 @@ class MappedFile:
         Of blocks, the bytes (..., O, bytes a row).
         """
         if info.nbytes == 0:
-            return torch.empty(info.shape, dtype=info.dtype)
+            return torch.empty(info.shape, dtype=info.dtype, device="cpu")
         raw = torch.frombuffer(self._bytes, dtype=torch.uint8, count=info.nbytes, offset=info.start)
         if info.blocks is not None:
             return raw.view(*info.shape[:-1], -1)

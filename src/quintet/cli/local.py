@@ -105,7 +105,7 @@ class Local:
         answer.begin()
         with reading.turn(ids, config, stable) as turn:
             output = self.opened.generator_model.generate(
-                torch.tensor([ids]),
+                torch.tensor([ids], dtype=torch.long, device="cpu"),
                 config,
                 past_key_values=turn.cache,
                 logits_processor=self._processors(prompt),

@@ -80,9 +80,9 @@ class _Beams:
     @classmethod
     def empty(cls, B: int, N: int, room: int, pad: int, device: torch.device) -> Self:
         return cls(
-            torch.full((B, N, room), pad, device=device),
+            torch.full((B, N, room), pad, device=device, dtype=torch.long),
             torch.full((B, N, room), -1, dtype=torch.int32, device=device),
-            torch.full((B, N), _NEVER, device=device),
+            torch.full((B, N), _NEVER, device=device, dtype=torch.float32),
         )
 
     def best(self, scores: Tensor, count: int) -> tuple["_Beams", Tensor]:
@@ -111,7 +111,7 @@ def beam_search(run: Generation, options: BeamOptions) -> Found:
         if not follows.numel():
             break
         rows, tokens = follows
-        if not torch.equal(rows, torch.arange(len(rows), device=rows.device)):
+        if not torch.equal(rows, torch.arange(len(rows), device=rows.device, dtype=torch.long)):
             run.forward.reorder(rows)
             run.sampler.reorder(rows)
             run.text.select(rows)
@@ -221,7 +221,7 @@ def _candidates(
     wide = beams[..., None].expand(-1, -1, running.tokens.shape[2])
     tokens, rows = running.tokens.gather(1, wide), running.rows.gather(1, wide)
     tokens[:, :, step] = places % V
-    first = torch.arange(B, device=beams.device)[:, None] * N
+    first = torch.arange(B, device=beams.device, dtype=torch.long)[:, None] * N
     rows[:, :, step] = (beams + first).to(rows.dtype)
     return _Beams(tokens, rows, values)
 

@@ -188,7 +188,7 @@ class Choice:
     def _at(self, warpers: list[LogitsWarper], B: int, P: int) -> list[LogitsWarper]:
         if P == 1:
             return warpers
-        rows = torch.arange(B).repeat_interleave(P)
+        rows = torch.arange(B, device="cpu", dtype=torch.long).repeat_interleave(P)
         return [warping.of_rows(warper, rows) for warper in warpers]
 
 

@@ -57,7 +57,7 @@ class Choosing:
         self._groups = [
             _Group(
                 rows,
-                None if len(kinds) == 1 else torch.tensor(rows),
+                None if len(kinds) == 1 else torch.tensor(rows, dtype=torch.long, device="cpu"),
                 Choice.beside([samplers[row].choice for row in rows]),
             )
             for rows in kinds.values()
@@ -107,7 +107,11 @@ class Choosing:
             u = self._uniform(rows, scores.device)
         unfinished = None
         if any(isinstance(chosen[row], Exception) for row in rows):
-            unfinished = torch.tensor([not isinstance(chosen[row], Exception) for row in rows])
+            unfinished = torch.tensor(
+                [not isinstance(chosen[row], Exception) for row in rows],
+                dtype=torch.bool,
+                device="cpu",
+            )
         for _ in range(len(rows) + 1):
             try:
                 tokens = choice.choose(scores, None, unfinished, u=u).tolist()
@@ -116,9 +120,8 @@ class Choosing:
                 # The others take theirs, by the same numbers.
                 row = rows[error.row]
                 chosen[row] = sampling.NothingLeftError(0, error.best, steps[row])
-                unfinished = (
-                    torch.ones(len(rows), dtype=torch.bool) if unfinished is None else unfinished
-                )
+                if unfinished is None:
+                    unfinished = torch.ones(len(rows), dtype=torch.bool, device="cpu")
                 unfinished[error.row] = False
         for row, token in zip(rows, tokens, strict=True):
             if not isinstance(chosen[row], Exception):

@@ -99,7 +99,10 @@ class Forward:
             inputs, mask = _behind(self.cache, inputs, padding)
             positions = None if positions is None else positions[:, -inputs.shape[1] :]
         elif padding is not None:
-            mask = torch.arange(inputs.shape[1], device=inputs.device) >= padding[:, None]
+            mask = (
+                torch.arange(inputs.shape[1], device=inputs.device, dtype=torch.long)
+                >= padding[:, None]
+            )
             self._columns = mask if self._weighs and not prompt.before else None
         output = None
         for start in range(0, inputs.shape[1], chunk or inputs.shape[1]):
@@ -151,7 +154,7 @@ class Forward:
         """Return the positions (B, new) of the last tokens, where they are not their slots."""
         if self._shift is None:
             return None
-        from_end = torch.arange(-new, 0, device=self._shift.device)
+        from_end = torch.arange(-new, 0, device=self._shift.device, dtype=torch.long)
         return (text.lengths() + self._shift)[:, None] + from_end
 
     def reorder(self, rows: Tensor) -> None:
@@ -347,4 +350,4 @@ def _behind(cache: Cache, inputs: Tensor, padding: Tensor | None) -> tuple[Tenso
     inputs = inputs[:, T - width :]
     if bool((new == width).all()):
         return inputs, None
-    return inputs, torch.arange(width, device=new.device) >= width - new[:, None]
+    return inputs, torch.arange(width, device=new.device, dtype=torch.long) >= width - new[:, None]

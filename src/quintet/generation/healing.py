@@ -76,7 +76,7 @@ def heal(prompt: Prompt, tokenizer: PreTrainedTokenizer | None, vocab_size: int)
         return Healing(prompt, [])
     some = bool(single.any())
     B, T = prompt.ids.shape
-    columns = torch.arange(T - 1, device=single.device).repeat(B, 1)
+    columns = torch.arange(T - 1, device=single.device, dtype=torch.long).repeat(B, 1)
     columns[single, -1] = T - 1
     padding = prompt.padding
     if padding is not None:
@@ -98,7 +98,7 @@ def _beginning_alike(last: Tensor, tokenizer: PreTrainedTokenizer, vocab_size: i
     vocabulary = tokenizer.get_vocab()
     special = set(tokenizer.all_special_ids)
     texts = {token: text for text, token in vocabulary.items()}
-    allowed = torch.zeros(len(last), vocab_size, dtype=torch.bool)
+    allowed = torch.zeros(len(last), vocab_size, dtype=torch.bool, device="cpu")
     for row, token in enumerate(last.tolist()):
         allowed[row, token] = True
         if token in special or token not in texts:

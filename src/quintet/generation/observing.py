@@ -44,7 +44,7 @@ def token_logprobs(logits: Tensor, tokens: Sequence[int], top: int) -> list[Toke
         own = tokens[start : start + ROWS]
         scores = logits[start : start + len(own)].to(torch.float32)
         total = scores.logsumexp(dim=-1, keepdim=True)
-        taken = scores.gather(1, torch.tensor(own, device=scores.device)[:, None])
+        taken = scores.gather(1, torch.tensor(own, device=scores.device, dtype=torch.long)[:, None])
         logprobs = (taken - total)[:, 0].tolist()
         if not all(map(math.isfinite, logprobs)):
             raise NonFiniteError(

@@ -96,7 +96,8 @@ def generate_each(
             sequence.new + [pad] * (longest - len(sequence.new))
             for sequence, pad in zip(sequences, pads, strict=True)
         ]
-        return torch.cat((prompt.given, torch.tensor(new, device=ids.device)), dim=1)
+        made = torch.tensor(new, device=ids.device, dtype=torch.long)
+        return torch.cat((prompt.given, made), dim=1)
 
     agreement = Agreement.of(model.world)
     if agreement is None:

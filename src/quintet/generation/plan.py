@@ -80,7 +80,7 @@ def beginning(
     """Return the first token of a text without a prompt, (1, 1), or None if there is none."""
     if config.bos_token_id is None or positions is not None:
         return None
-    return torch.tensor([[config.bos_token_id]], device=device)
+    return torch.tensor([[config.bos_token_id]], device=device, dtype=torch.long)
 
 
 def longest(criteria: Sequence[Criterion]) -> int | None:

@@ -118,7 +118,7 @@ def sequence_of(
 def _row(inputs: Tensor | abc.Sequence[int]) -> Tensor:
     """Return the ids of a prompt as (1, T)."""
     if not isinstance(inputs, Tensor):
-        inputs = torch.tensor(list(inputs), dtype=torch.long)
+        inputs = torch.tensor(list(inputs), dtype=torch.long, device="cpu")
     if inputs.ndim == 2 and len(inputs) != 1:
         raise InputError(
             f"the prompt has {len(inputs)} rows; a sequence is one text, so make one for each"

@@ -236,7 +236,7 @@ def row_generators(
 
 
 def _seeded(parent: torch.Generator, count: int) -> list[torch.Generator]:
-    seed = torch.randint(2**63 - 1, (1,), device=parent.device, generator=parent)
+    seed = torch.randint(2**63 - 1, (1,), device=parent.device, generator=parent, dtype=torch.long)
     seeds = random.Random(int(seed))
     return [torch.Generator(parent.device).manual_seed(seeds.getrandbits(63)) for _ in range(count)]
 

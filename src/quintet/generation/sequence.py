@@ -159,7 +159,7 @@ class Sequence:
         self.ids.append(token)
         try:
             if self.streamer is not None:
-                self.streamer.put(torch.tensor([token]))
+                self.streamer.put(torch.tensor([token], dtype=torch.long, device="cpu"))
             ends = token in self._ends
             if self._criteria:
                 ends |= bool(self._criteria(self.text.ids, None))

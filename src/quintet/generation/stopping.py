@@ -92,7 +92,9 @@ class StopStringCriteria(StoppingCriteria):
         if padding is not None:
             lengths = (input_ids.shape[1] - padding).tolist()
             tails = [tail[-n:] for tail, n in zip(tails, lengths, strict=True)]
-        return torch.tensor([self._completes(tail) for tail in tails], device=input_ids.device)
+        return torch.tensor(
+            [self._completes(tail) for tail in tails], device=input_ids.device, dtype=torch.bool
+        )
 
     def _completes(self, ids: list[int]) -> bool:
         text = self._text(ids)
@@ -155,4 +157,4 @@ class Stopping:
 
 
 def _all(input_ids: Tensor, ended: bool) -> Tensor:
-    return torch.full((input_ids.shape[0],), ended, device=input_ids.device)
+    return torch.full((input_ids.shape[0],), ended, device=input_ids.device, dtype=torch.bool)

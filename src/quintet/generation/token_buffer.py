@@ -42,14 +42,16 @@ class TokenBuffer:
     def lengths(self) -> Tensor:
         """Count the tokens of each row, (B,)."""
         if self.padding is None:
-            return torch.full((self._buffer.shape[0],), self._length, device=self._buffer.device)
+            return torch.full(
+                (self._buffer.shape[0],), self._length, device=self._buffer.device, dtype=torch.long
+            )
         return self._length - self.padding
 
     def mask(self) -> Tensor:
         """Return (B, T), True for text and False for padding."""
         if self.padding is None:
             return torch.ones_like(self.ids, dtype=torch.bool)
-        columns = torch.arange(self._length, device=self._buffer.device)
+        columns = torch.arange(self._length, device=self._buffer.device, dtype=torch.long)
         return columns >= self.padding[:, None]
 
     def append(self, tokens: Tensor | int) -> None:
@@ -81,8 +83,8 @@ class TokenBuffer:
         self.append(tokens)
         if any(missing):
             # Column c of the result is column c - shift of its row.
-            shift = torch.tensor(missing, device=device)
-            columns = torch.arange(self._length, device=device) - shift[:, None]
+            shift = torch.tensor(missing, device=device, dtype=torch.long)
+            columns = torch.arange(self._length, device=device, dtype=torch.long) - shift[:, None]
             self._buffer = self.ids.gather(1, columns.clamp(min=0))
             self.padding = shift if self.padding is None else self.padding + shift
 

@@ -32,7 +32,7 @@ def transition_scores(
             "there are no scores; call generate(return_dict_in_generate=True, output_scores=True)"
         )
     if rows is None:
-        rows = torch.arange(len(scores[0]), device=sequences.device)[:, None]
+        rows = torch.arange(len(scores[0]), device=sequences.device, dtype=torch.long)[:, None]
         rows = rows.expand(-1, len(scores))
     new = int((rows >= 0).sum(dim=1).max())
     rows = rows[:, :new].long()
@@ -40,6 +40,6 @@ def transition_scores(
     if normalize:
         steps = steps.log_softmax(dim=-1)
     tokens = sequences[:, sequences.shape[1] - new :]
-    places = torch.arange(new, device=sequences.device)
+    places = torch.arange(new, device=sequences.device, dtype=torch.long)
     found = steps[places, rows.clamp(min=0), tokens]
     return torch.where(rows < 0, 0.0, found)

@@ -29,7 +29,7 @@ class Following:
         self._compiled, self._after = compiled, after
         self._matcher = compiled.begin()
         self._ends, self._size = frozenset(vocabulary.ends), vocabulary.size
-        self._seen = torch.empty(0, dtype=torch.long)
+        self._seen = torch.empty(0, dtype=torch.long, device="cpu")
         self._length = 0
         # How long the prompt is, and where the grammar begins; None until that is known.
         self._prompt: int | None = None

@@ -143,7 +143,7 @@ class Mamba2(StackPart):
     @torch.no_grad()
     def fill_scalars(self) -> None:
         """Let heads decay at as many paces as there are, and pass all of their input."""
-        self.A_log.copy_(torch.arange(1, len(self.A_log) + 1).log())
+        self.A_log.copy_(torch.arange(1, len(self.A_log) + 1, device="cpu", dtype=torch.long).log())
         self.D.fill_(1)
         self.dt_bias.fill_(1)
 

@@ -84,8 +84,8 @@ class SigmoidRouter(Router):
 
     def __init__(self, hidden_size: int, num_experts: int, rules: RoutingRules) -> None:
         super().__init__(hidden_size, num_experts, rules)
-        bias = torch.zeros(num_experts, dtype=torch.float32)
-        self.register_buffer("e_score_correction_bias", bias)
+        name = "e_score_correction_bias"
+        self.register_buffer(name, torch.zeros(num_experts, dtype=torch.float32))
 
     def affinities(self, logits: Tensor) -> Tensor:
         """Return the affinities (N, E), given the logits (N, E)."""

@@ -69,7 +69,7 @@ class Bandwidth:
 
 def read_bandwidth(budget: float = 0.5) -> Bandwidth:
     """Measure for `budget` seconds how fast all threads together read memory."""
-    buffer = torch.ones(_READ_BYTES // 4, dtype=torch.float32)
+    buffer = torch.ones(_READ_BYTES // 4, dtype=torch.float32, device="cpu")
     if read(buffer) is None:
         seconds = _fastest(lambda: buffer.sum(), budget)
         return Bandwidth(buffer.nbytes / seconds, "torch.sum, which understates it")
@@ -81,7 +81,8 @@ def read_bandwidth(budget: float = 0.5) -> Bandwidth:
 def gemm_peak(dtype: torch.dtype, budget: float = 0.5) -> float:
     """Measure for `budget` seconds the most operations a second of a matrix product."""
     tokens, width = 512, 4096
-    x, w = torch.randn(tokens, width).to(dtype), torch.randn(width, width).to(dtype)
+    x = torch.randn(tokens, width, dtype=torch.float32, device="cpu").to(dtype)
+    w = torch.randn(width, width, dtype=torch.float32, device="cpu").to(dtype)
     seconds = _fastest(lambda: torch.nn.functional.linear(x, w), budget)
     return 2 * tokens * width * width / seconds
 

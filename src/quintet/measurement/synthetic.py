@@ -52,7 +52,9 @@ def random_model(
 def random_ids(vocab_size: int, batch: int, tokens: int, seed: int = 0) -> Tensor:
     """Return the same (batch, tokens) ids whenever asked for."""
     generator = torch.Generator().manual_seed(seed)
-    return torch.randint(0, vocab_size, (batch, tokens), generator=generator)
+    return torch.randint(
+        0, vocab_size, (batch, tokens), generator=generator, device="cpu", dtype=torch.long
+    )
 
 
 @torch.no_grad()
@@ -81,11 +83,14 @@ def filled_cache(model: CausalLMHead, batch: int, depth: int, cache: Cache | Non
 def _longer(x: Tensor, length: int) -> Tensor:
     """Return random numbers like x (B, K, 1, D), (B, K, length, D)."""
     new = x.new_empty(*x.shape[:2], length, x.shape[3])
-    return _draw(new, torch.randn(min(new.numel(), _DRAWN)).to(x))
+    drawn = torch.randn(min(new.numel(), _DRAWN), dtype=torch.float32, device="cpu")
+    return _draw(new, drawn.to(x))
 
 
 def _normals(model: PreTrainedModel, dtype: torch.dtype, seed: int) -> Tensor:
-    drawn = torch.randn(_DRAWN, generator=torch.Generator().manual_seed(seed))
+    drawn = torch.randn(
+        _DRAWN, generator=torch.Generator().manual_seed(seed), dtype=torch.float32, device="cpu"
+    )
     return (drawn * model.config.initializer_range).to(dtype)
 
 

@@ -58,7 +58,7 @@ class ExpertLoads:
         first = next(iter(self.routers.values())).weight
         rows = []
         for name, router in self.routers.items():
-            none = torch.zeros(router.num_experts, dtype=torch.long)
+            none = torch.zeros(router.num_experts, dtype=torch.long, device="cpu")
             rows.append(self._counts.get(name, none).to(first.device))
         return torch.stack(rows)
 

@@ -83,7 +83,7 @@ class SequenceClassificationHead(Headed):
         scores = self.score(outputs.last_hidden_state)
         B = scores.shape[0]
         last = self._last_tokens(input_ids, padding_mask(attention_mask), *scores.shape[:2])
-        logits = scores[torch.arange(B, device=scores.device), last]
+        logits = scores[torch.arange(B, device=scores.device, dtype=torch.long), last]
         loss = None
         if labels is not None:
             loss = self.loss_function(
@@ -132,7 +132,7 @@ class SequenceClassificationHead(Headed):
                 f"a batch of {B} rows needs config.pad_token_id or an attention_mask, to tell "
                 "where each row ends; set model.config.pad_token_id = tokenizer.pad_token_id"
             )
-        return (torch.arange(T, device=tokens.device) * tokens).argmax(dim=-1)
+        return (torch.arange(T, device=tokens.device, dtype=torch.long) * tokens).argmax(dim=-1)
 
 
 def _problem_type(labels: Tensor, num_labels: int) -> str:

@@ -44,7 +44,8 @@ class ModelContract(ModelCore):
     @property
     def dummy_inputs(self) -> dict[str, Tensor]:
         """A small input that any forward takes."""
-        return {"input_ids": torch.tensor([[7, 6, 0, 0, 1]]) % self.config.vocab_size}
+        ids = torch.tensor([[7, 6, 0, 0, 1]], dtype=torch.long, device="cpu")
+        return {"input_ids": ids % self.config.vocab_size}
 
     def num_parameters(self, only_trainable: bool = False, exclude_embeddings: bool = False) -> int:
         """Count the parameters, tied ones once.

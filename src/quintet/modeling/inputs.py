@@ -111,7 +111,7 @@ def first_position(cache_position: Tensor, T: int) -> Tensor:
         )
     if not torch.compiler.is_compiling():
         steps = cache_position - cache_position[0]
-        if not torch.equal(steps, torch.arange(T, device=steps.device)):
+        if not torch.equal(steps, torch.arange(T, device=steps.device, dtype=torch.long)):
             raise InputError(
                 f"cache_position={cache_position.tolist()} has to be consecutive slots"
             )

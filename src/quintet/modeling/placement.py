@@ -310,7 +310,7 @@ def _device(device: Device, of: str = "") -> torch.device:
         found = torch.device(device)
         if found.type == "meta":
             raise RuntimeError("it holds no data")
-        torch.empty(0, device=found)
+        torch.empty(0, device=found, dtype=torch.float32)
     except (RuntimeError, AssertionError, TypeError) as error:
         reason = str(error).splitlines()[0]
         raise UnsupportedBackendError(

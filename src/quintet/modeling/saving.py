@@ -221,6 +221,6 @@ def _follow(entries: list[_Plain | _Packed], shares: Shares) -> None:
 
 def _told(number: int, world: World) -> int:
     """Return the number that the first process tells."""
-    told = torch.tensor([number], device=world.device)
+    told = torch.tensor([number], device=world.device, dtype=torch.long)
     dist.broadcast(told, 0)
     return int(told)

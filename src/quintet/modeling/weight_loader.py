@@ -137,7 +137,7 @@ class WeightLoader:
                 shape = tensor.shape if shard is None else shard.shape
                 # Generators of other devices are not shared.
                 device = self.device_of(name) if shard is None else torch.device("cpu")
-                assign(self.model, name, torch.empty(shape, device=device))
+                assign(self.model, name, torch.empty(shape, device=device, dtype=torch.float32))
                 drawn[name] = tensor
             if isinstance(module, CausalConv1d):
                 # Its class draws it, and no model again.

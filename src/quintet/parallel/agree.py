@@ -110,10 +110,10 @@ class Agreement:
 
     def _say(self, status: int, made: Tensor) -> None:
         flat = made.detach().to("cpu", torch.int64).flatten()
-        message = torch.zeros(SMALL, dtype=torch.int64)
+        message = torch.zeros(SMALL, dtype=torch.int64, device="cpu")
         head = [status, made.ndim, *made.shape]
         assert len(head) <= HEAD, "what is decided has too many dimensions"
-        message[: len(head)] = torch.tensor(head)
+        message[: len(head)] = torch.tensor(head, dtype=torch.int64, device="cpu")
         fits = len(flat) <= SMALL - HEAD
         if fits:
             message[HEAD : HEAD + len(flat)] = flat
@@ -122,7 +122,7 @@ class Agreement:
             self._pass_on(flat.contiguous())
 
     def _told(self, device: torch.device | None) -> Tensor:
-        message = torch.empty(SMALL, dtype=torch.int64)
+        message = torch.empty(SMALL, dtype=torch.int64, device="cpu")
         self._pass_on(message)
         status, ndim, *sizes = message[:HEAD].tolist()
         shape = torch.Size(sizes[:ndim])
@@ -130,7 +130,7 @@ class Agreement:
         if count <= SMALL - HEAD:
             flat = message[HEAD : HEAD + count]
         else:
-            flat = torch.empty(count, dtype=torch.int64)
+            flat = torch.empty(count, dtype=torch.int64, device="cpu")
             self._pass_on(flat)
         if status == INTERRUPTED:
             raise KeyboardInterrupt
@@ -141,12 +141,13 @@ class Agreement:
     def _fail(self, error: BaseException) -> None:
         """Tell the others why there is nothing to be told."""
         if isinstance(error, KeyboardInterrupt):
-            self._say(INTERRUPTED, torch.zeros(0))
+            self._say(INTERRUPTED, torch.zeros(0, dtype=torch.int64, device="cpu"))
             return
         # Of what is derived from one of ours, that is what the others can make.
         ours = [kind.__name__ for kind in type(error).__mro__ if kind.__name__ in errors.__all__]
         told = {"ours": ours[:1], "kind": type(error).__name__, "says": str(error)[:LETTERS]}
-        self._say(FAILED, torch.tensor(list(json.dumps(told).encode())))
+        text = list(json.dumps(told).encode())
+        self._say(FAILED, torch.tensor(text, dtype=torch.int64, device="cpu"))
 
     def _raised(self, told: bytes) -> Exception:
         error = json.loads(told)
@@ -178,7 +179,9 @@ class Agreement:
         Raises:
             DisagreementError: they were not.
         """
-        own = torch.tensor([_digest(value) for value in given.values()], dtype=torch.int64)
+        own = torch.tensor(
+            [_digest(value) for value in given.values()], dtype=torch.int64, device="cpu"
+        )
         of_all = [torch.empty_like(own) for _ in self.ranks]
         dist.all_gather(of_all, own, group=self.group)
         differs = (torch.stack(of_all) != of_all[0]).any(dim=0).tolist()
@@ -190,10 +193,11 @@ class Agreement:
     def _of_all(self, own: dict[str, str]) -> list[dict[str, str]]:
         """Return a small table of every process."""
         text = json.dumps(own).encode()[: 1 << 20]
-        sizes = [torch.empty(1, dtype=torch.int64) for _ in self.ranks]
-        dist.all_gather(sizes, torch.tensor([len(text)]), group=self.group)
+        sizes = [torch.empty(1, dtype=torch.int64, device="cpu") for _ in self.ranks]
+        size = torch.tensor([len(text)], dtype=torch.int64, device="cpu")
+        dist.all_gather(sizes, size, group=self.group)
         room = int(max(sizes))
-        padded = torch.tensor(list(text.ljust(room)), dtype=torch.uint8)
+        padded = torch.tensor(list(text.ljust(room)), dtype=torch.uint8, device="cpu")
         texts = [torch.empty_like(padded) for _ in self.ranks]
         dist.all_gather(texts, padded, group=self.group)
         return [json.loads(bytes(text.tolist())) for text in texts]

@@ -104,7 +104,7 @@ class GatheringCache(Cache):
     def __init__(self, chunks: Chunks, index: Tensor) -> None:
         super().__init__([])
         self.chunks = chunks
-        places = torch.arange(chunks.length, device=index.device)[None]
+        places = torch.arange(chunks.length, device=index.device, dtype=torch.long)[None]
         self._places = chunks.of(places)
         own = chunks.of(index, -1)
         self._same = own[:, :, None] == chunks.filled(index, -1)[:, None, :]
@@ -322,7 +322,7 @@ def texts_in(
 ) -> tuple[Tensor, Tensor]:
     """Return the number (B, T) of each token's text, -1 for padding, and its position."""
     index = torch.zeros_like(ids)
-    positions = torch.arange(ids.shape[1], device=ids.device).expand_as(ids)
+    positions = torch.arange(ids.shape[1], device=ids.device, dtype=torch.long).expand_as(ids)
     if attention_mask is not None:
         real = attention_mask.bool()
         index = index.masked_fill(~real, -1)

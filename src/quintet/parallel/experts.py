@@ -61,13 +61,13 @@ class Copies:
         most = max(map(len, found))
         filled = [own + own[:1] * (most - len(own)) for own in found]
         return cls(
-            torch.tensor(filled, device=device),
-            torch.tensor([len(own) for own in found], device=device),
+            torch.tensor(filled, device=device, dtype=torch.long),
+            torch.tensor([len(own) for own in found], device=device, dtype=torch.long),
         )
 
     def taken(self, indices: Tensor) -> Tensor:
         """Return the seats (N, A) for experts (N, A): the same in every process."""
-        turns = torch.arange(len(indices), device=indices.device)[:, None]
+        turns = torch.arange(len(indices), device=indices.device, dtype=torch.long)[:, None]
         chosen: Tensor = self.seats[indices, turns % self.numbers[indices]]
         return chosen
 
@@ -166,7 +166,7 @@ class Exchange:
         out_sizes, in_sizes = torch.stack((sent, received)).sum(dim=2).tolist()
         rows = exchanged(x[tokens], self.group, out_sizes, in_sizes)
         # Each process sends its rows expert by expert.
-        own = torch.arange(here.own, device=x.device).repeat(here.count)
+        own = torch.arange(here.own, device=x.device, dtype=torch.long).repeat(here.count)
         own = own.repeat_interleave(received.flatten(), output_size=sum(in_sizes))
         made = here.run(rows, own, weights.new_ones(len(rows)))
         back = exchanged(made, self.group, in_sizes, out_sizes)

@@ -64,13 +64,15 @@ def _open(group: dist.ProcessGroup) -> Meeting | None:
     """Map a file of the first process in all, and agree on whether that worked in all."""
     ranks = dist.get_process_group_ranks(group)
     index, count = dist.get_rank(group), len(ranks)
-    name = torch.zeros(NAME, dtype=torch.uint8)
+    name = torch.zeros(NAME, dtype=torch.uint8, device="cpu")
     path, file = None, None
     able = available()
     if index == 0 and able:
         path, file = _made(size_of(count))
         if path is not None:
-            name = torch.tensor(list(bytes.fromhex(path.name.rpartition("-")[2])), dtype=name.dtype)
+            name = torch.tensor(
+                list(bytes.fromhex(path.name.rpartition("-")[2])), dtype=name.dtype, device="cpu"
+            )
     dist.broadcast(name, ranks[0], group=group)
     if index and able and name.any():
         with suppress(OSError):
@@ -80,7 +82,7 @@ def _open(group: dist.ProcessGroup) -> Meeting | None:
         with suppress(OSError):
             fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB, 1, index)
             meeting = Meeting(mmap.mmap(file, size_of(count)), index, ranks, file, _patience(group))
-    there = torch.tensor([meeting is not None], dtype=torch.uint8)
+    there = torch.tensor([meeting is not None], dtype=torch.uint8, device="cpu")
     of_all = [torch.empty_like(there) for _ in ranks]
     dist.all_gather(of_all, there, group=group)
     if path is not None:

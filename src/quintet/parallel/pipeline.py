@@ -65,7 +65,7 @@ class Pipeline:
         made = self._schedule(len(sizes), max(sizes))
         for one in made.stages:
             one.submod.run = forward
-        numbers = torch.arange(len(sizes))
+        numbers = torch.arange(len(sizes), dtype=torch.long, device="cpu")
         arguments = (numbers.float(),) if any(one.is_first for one in made.stages) else ()
         losses: list[Tensor] = []
         made.schedule.step(
@@ -134,8 +134,12 @@ class Pipeline:
                 index,
                 count,
                 self.world.device,
-                input_args=torch.empty(1, device="meta") if index == 0 else states,
-                output_args=torch.empty((), device="meta") if index == count - 1 else states,
+                input_args=torch.empty(1, dtype=torch.float32, device="meta")
+                if index == 0
+                else states,
+                output_args=torch.empty((), dtype=torch.float32, device="meta")
+                if index == count - 1
+                else states,
                 group=self.world.groups["pp"],
             )
             for index in owner.here

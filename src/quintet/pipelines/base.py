@@ -169,8 +169,10 @@ class Pipeline(ABC):
             return [*room, *row] if side == "left" else [*row, *room]
 
         return Rows(
-            torch.tensor([padded(row, pad) for row in ids], device=self.device),
-            torch.tensor([padded([1] * n, 0) for n in lengths], device=self.device),
+            torch.tensor([padded(row, pad) for row in ids], device=self.device, dtype=torch.long),
+            torch.tensor(
+                [padded([1] * n, 0) for n in lengths], device=self.device, dtype=torch.long
+            ),
             lengths,
         )
 

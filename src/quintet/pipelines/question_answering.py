@@ -126,7 +126,9 @@ class QuestionAnsweringPipeline(Pipeline):
         scores: dict[tuple[int, int, str], float] = {}
         impossible = 1.0
         for part, (starts, ends) in zip(parts, outputs, strict=True):
-            inside = torch.tensor([span is not None for span in part.spans])
+            inside = torch.tensor(
+                [span is not None for span in part.spans], dtype=torch.bool, device="cpu"
+            )
             if options.handle_impossible_answer:
                 inside[0] = True
             start, end = (_probabilities(logits, inside) for logits in (starts, ends))

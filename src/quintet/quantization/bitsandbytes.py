@@ -181,7 +181,7 @@ class CodesFormat(WeightFormat):
         packed = {
             names[""]: parts[""],
             names["absmax"]: parts["_absmax"],
-            names["quant_map"]: torch.tensor(TABLES[self.kind]),
+            names["quant_map"]: torch.tensor(TABLES[self.kind], dtype=torch.float32, device="cpu"),
         }
         if self.nested:
             state |= {
@@ -191,7 +191,9 @@ class CodesFormat(WeightFormat):
             }
             packed[names["nested_absmax"]] = parts["_nested_absmax"]
             packed[names["nested_quant_map"]] = dynamic_table(torch.device("cpu"))
-        packed[names["state"]] = torch.tensor(list(json.dumps(state).encode()), dtype=torch.uint8)
+        packed[names["state"]] = torch.tensor(
+            list(json.dumps(state).encode()), dtype=torch.uint8, device="cpu"
+        )
         return packed
 
     def unpack(self, weight: str, found: Parts, shape: Shape) -> dict[str, Tensor]:
@@ -210,7 +212,7 @@ class CodesFormat(WeightFormat):
                     f"{weight}: its quant_state has {key}={shown(state.get(key))} and the model "
                     f"needs {shown(value)}"
                 )
-        tables = {"quant_map": torch.tensor(TABLES[self.kind])}
+        tables = {"quant_map": torch.tensor(TABLES[self.kind], dtype=torch.float32, device="cpu")}
         if self.nested:
             tables["nested_quant_map"] = dynamic_table(torch.device("cpu"))
         for key, table in tables.items():
@@ -222,7 +224,7 @@ class CodesFormat(WeightFormat):
             if not isinstance(offset, float | int) or not math.isfinite(offset):
                 raise CheckpointError(f"{weight}: nested_offset={shown(offset)} has to be a number")
             parts["_nested_absmax"] = found["nested_absmax"]
-            parts["_nested_offset"] = torch.tensor([offset], dtype=torch.float32)
+            parts["_nested_offset"] = torch.tensor([offset], dtype=torch.float32, device="cpu")
         return parts
 
 

@@ -75,7 +75,9 @@ class PackedFormat(GroupedFormat):
         index = found.get("g_idx")
         if index is not None and bool((index < 0).any()):
             # What was never set.
-            index = torch.arange(columns, device=index.device) // (self.group or max(columns, 1))
+            index = torch.arange(columns, device=index.device, dtype=torch.long) // (
+                self.group or max(columns, 1)
+            )
         return self.meant(levels, scale, zero, index, weight)
 
     def _zeros(self, weight: str, stored: Tensor, rows: int) -> Tensor:
@@ -246,7 +248,9 @@ class FP4Format(FileFormat):
     def decode(self, parts: Parts, shape: Shape, dtype: torch.dtype) -> Tensor:
         """Return the numbers that the parts stand for, rounded once."""
         packed, columns = parts[""], shape[-1]
-        table = torch.tensor((*E2M1, *(-x for x in E2M1)), device=packed.device)
+        table = torch.tensor(
+            (*E2M1, *(-x for x in E2M1)), device=packed.device, dtype=torch.float32
+        )
         made = torch.empty(*packed.shape[:-1], columns, dtype=dtype, device=packed.device)
         scales = parts["_scale"].reshape(-1, parts["_scale"].shape[-1])
         for rows, to, by in zip(

@@ -159,7 +159,7 @@ class GroupedFormat(FileFormat):
         groups, index = parts["_scale"].shape[-1], parts.get("_index")
         if index is None:
             each = self.group or columns
-            index = torch.arange(columns, device=levels.device) // max(each, 1)
+            index = torch.arange(columns, device=levels.device, dtype=torch.long) // max(each, 1)
         scales, offsets = (parts[s].reshape(-1, groups) for s in ("_scale", "_offset"))
         made = torch.empty(levels.shape, dtype=dtype, device=levels.device)
         for rows, to, by, more in zip(
@@ -229,7 +229,7 @@ class GroupedFormat(FileFormat):
 
     def _check_groups(self, index: Tensor, weight: str) -> None:
         each = self.group or max(index.numel(), 1)
-        ascending = torch.arange(index.numel(), device=index.device) // each
+        ascending = torch.arange(index.numel(), device=index.device, dtype=torch.long) // each
         if self.ordered and not torch.equal(index.sort().values, ascending):
             raise CheckpointError(
                 f"{weight}: g_idx makes groups that are not of {each} inputs each; the file is "

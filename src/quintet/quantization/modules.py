@@ -252,7 +252,7 @@ class QuantizedEmbedding(Quantized):
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         # model.to(bfloat16) changes what is returned, as it does for embeddings of numbers.
-        self.dtype = fn(torch.empty(0, dtype=self.dtype)).dtype
+        self.dtype = fn(torch.empty(0, dtype=self.dtype, device="cpu")).dtype
         return super()._apply(fn, recurse)
 
     def extra_repr(self) -> str:

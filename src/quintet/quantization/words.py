@@ -110,7 +110,7 @@ class WordsFormat(WeightFormat):
         return {
             f"{weight}_packed": pack_words(levels, self.bits),
             f"{weight}_scale": scale if scale.ndim == len(shape) else scale.unsqueeze(-1),
-            f"{weight}_shape": torch.tensor(shape),
+            f"{weight}_shape": torch.tensor(shape, dtype=torch.long, device="cpu"),
         }
 
 

@@ -151,7 +151,7 @@ class Several:
 
     def _sums(self, numbers: Mapping[str, float], axes: Sequence[str]) -> dict[str, float]:
         # Counts of tokens are exact in these numbers up to 2^53.
-        values = torch.tensor(list(numbers.values()), dtype=torch.float64)
+        values = torch.tensor(list(numbers.values()), dtype=torch.float64, device="cpu")
         return dict(zip(numbers, self._sum(values, axes).tolist(), strict=True))
 
     def _sum(self, tensor: Tensor, axes: Sequence[str]) -> Tensor:
@@ -192,7 +192,7 @@ class Several:
         """Return the values of all processes, as JSON has them."""
         own = _bytes(value).to(self.world.device)
         sizes = [torch.zeros(1, dtype=torch.long, device=own.device) for _ in range(_size())]
-        dist.all_gather(sizes, torch.tensor([len(own)], device=own.device))
+        dist.all_gather(sizes, torch.tensor([len(own)], device=own.device, dtype=torch.long))
         most = max(int(size) for size in sizes)
         texts = [own.new_zeros(most) for _ in sizes]
         dist.all_gather(texts, torch.cat([own, own.new_zeros(most - len(own))]))
@@ -201,7 +201,7 @@ class Several:
     def _told(self, value: Any) -> Any:
         """Return what the first process says."""
         own = _bytes(value).to(self.world.device)
-        size = torch.tensor([len(own)], device=own.device)
+        size = torch.tensor([len(own)], device=own.device, dtype=torch.long)
         dist.broadcast(size, 0)
         text = own if self.first else own.new_zeros(int(size))
         dist.broadcast(text, 0)

@@ -129,15 +129,18 @@ def _alone(folder: Path) -> Iterator[None]:
 
 @contextmanager
 def _apart(settings: TrainSettings) -> Iterator[None]:
-    """Give the training randomness and threads of its own."""
-    before, threads = Randomness.now(), torch.get_num_threads()
+    """Give the training randomness, threads, a default dtype and gradients of its own."""
+    before, threads, dtype = Randomness.now(), torch.get_num_threads(), torch.get_default_dtype()
+    torch.set_default_dtype(torch.float32)
     torch.manual_seed(settings.seed)
     random.seed(settings.seed)
     np.random.seed(settings.seed % 2**32)
     if settings.threads is not None:
         torch.set_num_threads(settings.threads)
     try:
-        yield
+        with torch.inference_mode(False), torch.enable_grad():
+            yield
     finally:
+        torch.set_default_dtype(dtype)
         before.restore()
         torch.set_num_threads(threads)

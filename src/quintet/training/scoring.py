@@ -114,7 +114,9 @@ def predictions(
             hidden, ahead = _states(model, window, options)
         for at in range(first, stop, LOGITS):
             until = min(at + LOGITS, stop)
-            places = torch.arange(at - 1 - start, until - 1 - start, device=window.device)
+            places = torch.arange(
+                at - 1 - start, until - 1 - start, device=window.device, dtype=torch.long
+            )
             with torch.no_grad():
                 logits = model.logits_of(hidden, places)[0].to(torch.float32)
                 named = None if ahead is None else _named(model, ahead, places - 1)
@@ -192,7 +194,11 @@ def text_document(tokenizer: PreTrainedTokenizer, text: str, name: str = "") -> 
     with warnings.catch_warnings():
         # Windows are cut later.
         warnings.simplefilter("ignore", LongTextWarning)
-        ids = torch.tensor([opening, *tokenizer(text, add_special_tokens=False)["input_ids"]])
+        ids = torch.tensor(
+            [opening, *tokenizer(text, add_special_tokens=False)["input_ids"]],
+            dtype=torch.long,
+            device="cpu",
+        )
     labels = ids.clone()
     labels[0] = IGNORED
     return Document(input_ids=ids, labels=labels, bytes=len(text.encode()), name=name)

@@ -125,7 +125,12 @@ def token_ids(name: str, value: TokenIds) -> Tensor:
     rule = f"{name}={shown(value)} has to be token ids, integers of at least 0"
     try:
         given = [value] if isinstance(value, int) else value
-        found = given if isinstance(given, Tensor) else torch.tensor(list(given))
+        # Their own dtype says whether they are ids.
+        found = (
+            given
+            if isinstance(given, Tensor)
+            else torch.tensor(list(given), dtype=None, device="cpu")
+        )
     except (TypeError, ValueError, OverflowError, RuntimeError):
         raise InputError(rule) from None
     if found.numel() == 0:

@@ -115,7 +115,11 @@ class ExponentialDecayLengthPenalty(LogitsProcessor):
         if isinstance(behind, int) and behind <= 0:
             return scores
         ends = self.eos_token_id.to(scores.device)
-        n = torch.as_tensor(behind, device=scores.device).clamp(min=0).reshape(-1, 1)
+        n = (
+            torch.as_tensor(behind, device=scores.device, dtype=torch.long)
+            .clamp(min=0)
+            .reshape(-1, 1)
+        )
         raised = torch.pow(self.regulation_factor, n.double()) - 1
         logits = scores[:, ends]
         more = logits.abs() * raised.to(scores)

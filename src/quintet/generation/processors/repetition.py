@@ -40,7 +40,7 @@ class _Counting(LogitsProcessor):
             begin = begin + self.prompt_ignore_length
         if isinstance(begin, int):
             return input_ids[:, begin:], None
-        columns = torch.arange(input_ids.shape[1], device=input_ids.device)
+        columns = torch.arange(input_ids.shape[1], device=input_ids.device, dtype=torch.long)
         return input_ids, columns >= begin.to(input_ids.device)[:, None]
 
 
@@ -91,7 +91,9 @@ class EncoderRepetitionPenaltyLogitsProcessor(LogitsProcessor):
     ) -> None:
         self.penalty = 1 / positive_float("encoder_repetition_penalty", penalty)
         self.encoder_input_ids = encoder_input_ids
-        columns = torch.arange(encoder_input_ids.shape[1], device=encoder_input_ids.device)
+        columns = torch.arange(
+            encoder_input_ids.shape[1], device=encoder_input_ids.device, dtype=torch.long
+        )
         self.kept = None if padding is None else columns >= padding[:, None]
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
@@ -157,7 +159,7 @@ def _forbid_ends(
     windows = source.unfold(1, n, 1)
     matches = (windows[..., :-1] == begin[:, None]).all(dim=-1)
     if source_padding is not None:
-        columns = torch.arange(windows.shape[1], device=source.device)
+        columns = torch.arange(windows.shape[1], device=source.device, dtype=torch.long)
         matches &= columns >= source_padding[:, None]
     if padding is not None:
         matches &= (T - padding >= n - 1)[:, None]

@@ -213,7 +213,7 @@ def beside(warpers: Sequence[LogitsWarper]) -> LogitsWarper:
         return first
     copied = copy.copy(first)
     dtype = torch.long if isinstance(values[0], int) else torch.float64
-    vars(copied)[number] = torch.tensor(values, dtype=dtype)[:, None]
+    vars(copied)[number] = torch.tensor(values, dtype=dtype, device="cpu")[:, None]
     return copied
 
 

@@ -48,7 +48,9 @@ class WatermarkLogitsProcessor(LogitsProcessor):
         self.seeding_scheme = seeding_scheme
         self.context_width = context_width
         self.rng = torch.Generator(device).manual_seed(hashing_key)
-        self.fixed_table = torch.randperm(_TABLE, generator=self.rng, device=device)
+        self.fixed_table = torch.randperm(
+            _TABLE, generator=self.rng, device=device, dtype=torch.long
+        )
 
     def __call__(self, input_ids: Tensor, scores: Tensor, padding: Tensor | None = None) -> Tensor:
         begins = [0] * len(scores) if padding is None else padding.tolist()
@@ -75,7 +77,9 @@ class WatermarkLogitsProcessor(LogitsProcessor):
         else:
             seed = self.hash_key * int(ids[-1])
         self.rng.manual_seed(seed % (2**64 - 1))
-        order = torch.randperm(self.vocab_size, device=ids.device, generator=self.rng)
+        order = torch.randperm(
+            self.vocab_size, device=ids.device, generator=self.rng, dtype=torch.long
+        )
         return order[: self.greenlist_size]
 
     def _favouring_themselves(self, ids: Tensor, scores: Tensor) -> Tensor:

@@ -57,7 +57,10 @@ class SequenceBiasLogitsProcessor(LogitsProcessor):
         for ids, bias in self.sequence_bias.items():
             groups.setdefault(len(ids), []).append((ids, bias))
         self._groups = [
-            (torch.tensor([ids for ids, _ in group]), torch.tensor([bias for _, bias in group]))
+            (
+                torch.tensor([ids for ids, _ in group], dtype=torch.long, device="cpu"),
+                torch.tensor([bias for _, bias in group], dtype=torch.float64, device="cpu"),
+            )
             for group in groups.values()
         ]
 

@@ -221,14 +221,14 @@ class DraftWriter:
         needed = None
         if sampler.reads_unfinished:
             open_rows = [[count > len(self.tokens)] for count in self._counts]
-            needed = torch.tensor(open_rows, device=logits.device)
+            needed = torch.tensor(open_rows, device=logits.device, dtype=torch.bool)
         scores = sampler.scores_of_last(self.text, logits[:, None], needed)[:, 0]
         p = scores.softmax(dim=-1) if sampler.do_sample or self.threshold > 0 else None
         best, token = likeliest(scores)
         self._end_at(best.tolist())
         if p is not None and sampler.do_sample:
             writes = [count > len(self.tokens) for count in self._counts]
-            token = sampler.draw(p, unfinished=torch.tensor(writes))
+            token = sampler.draw(p, unfinished=torch.tensor(writes, dtype=torch.bool, device="cpu"))
             self._probabilities.append(p)
         if p is not None and self.threshold > 0:
             sure = (p.gather(1, token[:, None])[:, 0] >= self.threshold).tolist()

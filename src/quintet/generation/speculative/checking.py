@@ -70,7 +70,7 @@ def check_draft(
         u = sampler.uniform(B, K + 1, p.device)
         kept, rest = keep_sampled(p, draft.probabilities, draft.tokens, draft.counts, u[:, 1:])
         # Whether there is something to draw is asked later, of the tokens that are needed.
-        none = torch.zeros(B, dtype=torch.bool)
+        none = torch.zeros(B, dtype=torch.bool, device="cpu")
         behind = sampler.draw(rest, u[:, :1], none).tolist()
         best = scores.amax(dim=-1)
     else:
@@ -92,7 +92,9 @@ def for_a_turn(sampler: Sampler, unfinished: Sequence[bool]) -> Sampler:
     seeded = copy.copy(sampler)
     seeded.generators = [
         torch.Generator(g.device).manual_seed(
-            int(torch.randint(2**63 - 1, (1,), device=g.device, generator=g)) if goes else 0
+            int(torch.randint(2**63 - 1, (1,), device=g.device, generator=g, dtype=torch.long))
+            if goes
+            else 0
         )
         for g, goes in zip(sampler.generators, unfinished, strict=True)
     ]
@@ -105,5 +107,5 @@ def _needed(sampler: Sampler, draft: Draft, unfinished: Sequence[bool]) -> Tenso
         return None
     device = draft.tokens.device
     most = [count if goes else -1 for count, goes in zip(draft.counts, unfinished, strict=True)]
-    places = torch.arange(draft.tokens.shape[1] + 1, device=device)
-    return places <= torch.tensor(most, device=device)[:, None]
+    places = torch.arange(draft.tokens.shape[1] + 1, device=device, dtype=torch.long)
+    return places <= torch.tensor(most, device=device, dtype=torch.long)[:, None]

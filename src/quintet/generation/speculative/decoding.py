@@ -119,7 +119,9 @@ class _Speculating:
                 held = forward.cache.lengths(len(self.rows), device).clone()
             forward.cache.snapshot()
             self.before = forward.cache.get_seq_length() if held is None else held
-        rows = None if all(self.unfinished) else torch.tensor(self.unfinished, device=device)
+        rows = None
+        if not all(self.unfinished):
+            rows = torch.tensor(self.unfinished, device=device, dtype=torch.bool)
         return forward.step(text, rows, new=new, keep=new), held
 
     def _take(self, output: ForwardOutput, text: TokenBuffer, draft: Draft) -> list[int]:
@@ -201,7 +203,7 @@ class _Speculating:
         if cache is None or ran == 1:
             return
         if held is not None:
-            cache.crop(held + torch.tensor(counts, device=held.device))
+            cache.crop(held + torch.tensor(counts, device=held.device, dtype=torch.long))
         elif ran > counts[0]:
             cache.crop(counts[0] - ran)
         self.before = None
@@ -242,7 +244,7 @@ class _Speculating:
         ready = min(going) if going else max(len(row) for row in self.rows)
         for column in range(self.streamed, ready):
             tokens = [row[column] if column < len(row) else self.run.pad for row in self.rows]
-            self.run.streamer.put(torch.tensor(tokens))
+            self.run.streamer.put(torch.tensor(tokens, dtype=torch.long, device="cpu"))
         self.streamed = max(self.streamed, ready)
 
     def _finish(self) -> None:
@@ -250,9 +252,8 @@ class _Speculating:
         run, longest = self.run, max(len(row) for row in self.rows)
         output = [row + [run.pad] * (longest - len(row)) for row in self.rows]
         ids = self.prompt.ids
-        run.text = TokenBuffer(
-            torch.cat((ids, torch.tensor(output, device=ids.device)), dim=1), self.prompt.padding
-        )
+        made = torch.tensor(output, device=ids.device, dtype=torch.long)
+        run.text = TokenBuffer(torch.cat((ids, made), dim=1), self.prompt.padding)
         if run.record.scores is not None:
             run.record.scores = _columns(self.scores)
         if run.record.logits is not None:
@@ -280,7 +281,9 @@ class _Turn:
             [
                 [len(row), asked, kept, int(goes), *row, *[0] * (most - len(row))]
                 for row, asked, kept, goes in columns
-            ]
+            ],
+            dtype=torch.long,
+            device="cpu",
         )
 
     @classmethod

@@ -49,7 +49,9 @@ class DraftModel:
         self.cache.snapshot()
         writer = DraftWriter(text, wanted, sampler, self.threshold)
         device = text.ids.device
-        rows = None if all(unfinished) else torch.tensor(unfinished, device=device)[:, None]
+        rows = None
+        if not all(unfinished):
+            rows = torch.tensor(unfinished, device=device, dtype=torch.bool)[:, None]
         while True:
             token = writer.write(logits)
             if writer.done:
@@ -78,15 +80,17 @@ class DraftModel:
                     held, lengths, unfinished, self._held, strict=True
                 )
             ]
-            self.cache.crop(kept[0] if len(kept) == 1 else torch.tensor(kept, device=device))
+            self.cache.crop(
+                kept[0] if len(kept) == 1 else torch.tensor(kept, device=device, dtype=torch.long)
+            )
             new = [
                 length - start if goes else 0
                 for length, start, goes in zip(lengths, kept, unfinished, strict=True)
             ]
         width, mask = max(new), None
         if min(new) < width:
-            columns = torch.arange(width, device=device)
-            mask = columns >= width - torch.tensor(new, device=device)[:, None]
+            columns = torch.arange(width, device=device, dtype=torch.long)
+            mask = columns >= width - torch.tensor(new, device=device, dtype=torch.long)[:, None]
         logits = self._run(text.ids[:, T - width :], mask)
         self._held = self.cache.lengths(len(lengths)).tolist()
         return logits

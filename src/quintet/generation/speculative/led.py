@@ -73,7 +73,7 @@ def read_beside(
         place: Seen(states[start:end], embeds[start:end])
         for place, (start, end) in zip(places, spans, strict=True)
     }
-    tokens = torch.tensor(last, device=model.device)
+    tokens = torch.tensor(last, device=model.device, dtype=torch.long)
     rows.read(seen, tokens, batch, _Told(agreement, tokens, done))
 
 

@@ -133,7 +133,9 @@ class _RowsOf:
 
     def __init__(self, writer: DraftWriter, rows: list[int], batch: int) -> None:
         self._writer = writer
-        self._rows = None if len(rows) == batch else torch.tensor(rows)
+        self._rows = None
+        if len(rows) != batch:
+            self._rows = torch.tensor(rows, dtype=torch.long, device="cpu")
         self._batch = batch
 
     @property

@@ -107,7 +107,9 @@ class PooledPrediction:
         drafting.sort(key=lambda one: one[0])
         owners = {place: _drafting(sequence) for place, sequence, _ in drafting}
         seen = {place: one for place, own in owners.items() if (one := own.unread()) is not None}
-        last = torch.tensor([sequence.ids[-1] for _, sequence, _ in drafting])
+        last = torch.tensor(
+            [sequence.ids[-1] for _, sequence, _ in drafting], dtype=torch.long, device="cpu"
+        )
         left = self._rows.read(
             seen,
             last.to(seen[drafting[0][0]].states.device),
@@ -142,7 +144,7 @@ class _Rows:
     @property
     def last(self) -> Tensor:
         """The tokens that were written last, (n,)."""
-        none = torch.zeros(1, dtype=torch.long)
+        none = torch.zeros(1, dtype=torch.long, device="cpu")
         return torch.cat([writer.tokens[-1] if writer.tokens else none for _, writer in self._rows])
 
 

@@ -192,7 +192,7 @@ class Prediction:
             self.cache.crop(-tokens[0])
             return
         lengths = self.cache.lengths(batch).clone()
-        lengths[rows] -= torch.tensor(tokens)
+        lengths[rows] -= torch.tensor(tokens, dtype=torch.long, device="cpu")
         self.cache.crop(lengths)
 
 

@@ -132,7 +132,7 @@ class Preference:
     def _reference(self, model: CausalLMHead, batch: Batch, labels: Tensor) -> Tensor:
         """Return the log-probabilities that the model's are compared with, (B,)."""
         if self.reference_free:
-            return torch.zeros(len(labels), device=labels.device)
+            return torch.zeros(len(labels), device=labels.device, dtype=torch.float32)
         if self.reference is not None:
             return log_probs_of_rows(language_model(self.reference), batch, labels)
         with _without_adapters(model):

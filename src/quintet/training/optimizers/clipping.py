@@ -15,7 +15,7 @@ def norm(tensors: Iterable[Tensor]) -> Tensor:
     """
     norms = [torch.linalg.vector_norm(tensor, dtype=torch.float32) for tensor in tensors]
     if not norms:
-        return torch.zeros(())
+        return torch.zeros((), dtype=torch.float32, device="cpu")
     whole: Tensor = torch.linalg.vector_norm(
         torch.stack([one.to(norms[0].device) for one in norms])
     )
