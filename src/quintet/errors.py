@@ -186,7 +186,7 @@ class NonFiniteError(ServingError, ArithmeticError):
 
 
 class StepFailedError(ServingError):
-    """A step of the model failed, as by want of memory, and all that had a part in it with it."""
+    """A step of the model failed, or had too little memory for one of those in it."""
 
     code = "step_failed"
     retryable = True

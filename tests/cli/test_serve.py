@@ -20,7 +20,7 @@ from quintet.cli import serve
 from quintet.cli.options import Opened
 from quintet.cli.serve_banner import announcement
 from quintet.cli.serve_options import SIZE
-from quintet.modeling import placement
+from quintet.ops import device_memory
 from quintet.server.registry import Offer, Registry
 from quintet.server.service import Service
 from quintet.server.settings import Settings
@@ -196,7 +196,7 @@ def test_a_port_in_use_is_said_before_the_model_is_loaded(quintet: Run) -> None:
 def test_a_model_that_does_not_fit_is_not_loaded(
     quintet: Run, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(placement, "host_memory", lambda: 10_000_000)
+    monkeypatch.setattr(device_memory, "host_memory", lambda: 10_000_000)
     result = quintet("serve", demo_model(), "--port", 0)
     assert result.code == 5
     assert "fewer --rows" in result.err

@@ -110,6 +110,54 @@ def test_want_of_memory_fails_those_who_had_a_part(monkeypatch: pytest.MonkeyPat
         assert made(list(engine.answer(prompt_of(5, 1), max_new_tokens=9, **PLAIN))) == expected
 
 
+@pytest.mark.parametrize(
+    "error", [torch.OutOfMemoryError("CUDA out of memory"), MemoryError()], ids=["cuda", "host"]
+)
+@each
+def test_who_came_last_gives_way_where_memory_is_short(family: Family, error: Exception) -> None:
+    """The step fails halfway, with recurrent layers ahead; the others have what they have alone."""
+    model, failed = family.model_of(**family.shallow), [False]
+
+    def allocates(layer: Any, args: tuple[torch.Tensor, ...]) -> None:
+        if args[0].shape[:2].numel() == 3 and not failed[0]:
+            failed[0] = True
+            raise error
+
+    prompts = [prompt_of(length, length) for length in (64, 65, 66)]
+    alone = [
+        model.generate(one, max_new_tokens=40, **PLAIN)[0, one.shape[1] :].tolist()
+        for one in prompts
+    ]
+    model.model.layers[-1].register_forward_pre_hook(allocates)
+
+    async def everybody(engine: Engine) -> list[Any]:
+        asked = (collected(engine, one, max_new_tokens=40, **PLAIN) for one in prompts)
+        return await asyncio.gather(*asked, return_exceptions=True)
+
+    with Engine(model, limits=limits(capacity=110)) as engine:
+        *others, last = asyncio.run(everybody(engine))
+        assert engine.healthy
+        assert engine.state.failed == {"step": 1}
+    assert isinstance(last, StepFailedError)
+    assert last.retryable
+    assert failed[0]
+    assert [made(one) for one in others] == alone[:2]
+
+
+def test_who_is_alone_and_short_of_memory_again_and_again_ends_the_engine() -> None:
+    model = FAMILIES[0].model_of()
+
+    def allocates(layer: Any, args: tuple[torch.Tensor, ...]) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    with Engine(model, limits=limits()) as engine:
+        model.model.layers[-1].register_forward_pre_hook(allocates)
+        for _ in range(3):
+            with pytest.raises(StepFailedError, match="first to give way"):
+                list(engine.answer(prompt_of(5, 1), **PLAIN))
+        until(lambda: not engine.healthy)
+
+
 def test_an_adapter_that_is_taken_away_ends_its_requests_alone() -> None:
     from quintet import LoraConfig
 

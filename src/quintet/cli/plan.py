@@ -290,15 +290,12 @@ def _capacity(memory: tuple[str, ...]) -> "dict[torch.device, int]":
     import torch
 
     from quintet.checkpoint import parse_size
-    from quintet.modeling.placement import host_memory
+    from quintet.ops.device_memory import free_memory
 
     if not memory:
-        if torch.cuda.is_available():
-            return {
-                torch.device("cuda", index): torch.cuda.mem_get_info(index)[0]
-                for index in range(torch.cuda.device_count())
-            }
-        return {torch.device("cpu"): host_memory()}
+        gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
+        devices = [torch.device("cuda", index) for index in range(gpus)] or [torch.device("cpu")]
+        return {device: free_memory(device) for device in devices}
     sizes = []
     for text in memory:
         count, _, size = text.rpartition("x")

@@ -199,7 +199,7 @@ def _here(processes: int) -> "Device":
     import torch
 
     from quintet.measurement.machine import gemm_peak, read_bandwidth
-    from quintet.modeling.placement import host_memory
+    from quintet.ops.device_memory import host_memory
     from quintet.planning.devices import DEVICES
 
     return replace(

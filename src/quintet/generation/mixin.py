@@ -11,7 +11,7 @@ from torch import Tensor
 
 from quintet.cache import Cache, LegacyCache
 from quintet.configuration.base import PreTrainedConfig
-from quintet.errors import InputError
+from quintet.errors import InputError, QuintetError
 from quintet.generation import plan
 from quintet.generation.arguments import check_arguments
 from quintet.generation.beams import beam_search
@@ -33,7 +33,9 @@ from quintet.generation.processors.words import PrefixAllowedTokens
 from quintet.generation.prompt import Prompt, read_prompt
 from quintet.generation.requests import Served
 from quintet.generation.returned import beam_output, behind_given, output
+from quintet.generation.rows import Cached
 from quintet.generation.sampler import Generators, RowGenerators, Sampler, row_generators
+from quintet.generation.shortage import does_not_fit
 from quintet.generation.speculative.candidates import Drafter
 from quintet.generation.speculative.decoding import speculate
 from quintet.generation.speculative.factory import (
@@ -48,6 +50,7 @@ from quintet.generation.streamers import Streamer
 from quintet.generation.together import check_alike, check_together, running_the_model
 from quintet.generation.token_buffer import TokenBuffer
 from quintet.generation.transitions import transition_scores
+from quintet.ops.device_memory import is_shortage
 from quintet.parallel.agree import Agreement
 from quintet.parallel.world import World
 from quintet.tokenization import PreTrainedTokenizer
@@ -148,10 +151,13 @@ class GenerationMixin:
         Raises:
             InputError: no prompt, an unknown option, or a value that breaks its rule.
             ContextLengthError: the prompt fills the model's context.
+            DoesNotFitError: there was not enough memory; it says how many rows there is room for.
         """
         drafter: Drafter | None = None
         rows = ExitStack()
         agreement = Agreement.of(self.world)
+        needed: tuple[int, int, int | None] | None = None
+        cache: Cache | None = None
         try:
             if agreement is not None:
                 rows.enter_context(agreement.undisturbed())
@@ -246,6 +252,8 @@ class GenerationMixin:
                 has_ids=prompt.inputs.ndim == 2,
             )
 
+            bits = config.cache.bits if config.cache.kind == "quantized" else None
+            needed = len(prompt.given) * copies, prompt.length + room, bits
             record = Record.of(config)
             prepared = self._prepares_otherwise()
             if prepared:
@@ -330,6 +338,12 @@ class GenerationMixin:
                 return output(run, prompt, copies)
             schedule = make_schedule(self, config, assistant_model)
             return output(run, prompt, copies, speculate(run, drafter, schedule))
+        except (MemoryError, RuntimeError) as error:
+            if needed is None or isinstance(error, QuintetError) or not is_shortage(error):
+                raise
+            # Without its frames, which hold what there was no room for.
+            own = None if cache is past else cache
+            raise does_not_fit(cast("Cached", self), *needed, own) from error.with_traceback(None)
         finally:
             rows.close()
             if drafter is not None:

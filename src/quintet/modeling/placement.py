@@ -2,7 +2,6 @@
 
 import difflib
 import itertools
-import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from types import MappingProxyType
@@ -13,6 +12,7 @@ from torch import nn
 from quintet.checkpoint import parse_size
 from quintet.configuration.base import FLOAT_DTYPES
 from quintet.errors import DoesNotFitError, InputError, UnsupportedBackendError
+from quintet.ops.device_memory import free_memory
 
 __all__ = [
     "DeviceMap",
@@ -21,7 +21,6 @@ __all__ = [
     "Placement",
     "first_device",
     "gigabytes",
-    "host_memory",
     "layout",
     "named_dtype",
     "parts",
@@ -268,10 +267,10 @@ def _capacity(max_memory: MaxMemory | None) -> dict[torch.device, int]:
     if max_memory is None:
         count = torch.cuda.device_count() if torch.cuda.is_available() else 0
         devices = [torch.device("cuda", index) for index in range(count)]
+        cpu = torch.device("cpu")
         if not devices:
-            return {torch.device("cpu"): host_memory()}
-        found = {device: int(SHARE * torch.cuda.mem_get_info(device)[0]) for device in devices}
-        return {**found, torch.device("cpu"): int(SHARE * host_memory())}
+            return {cpu: free_memory(cpu)}
+        return {device: int(SHARE * free_memory(device)) for device in (*devices, cpu)}
     if not isinstance(max_memory, Mapping) or not max_memory:
         raise InputError(f"max_memory={max_memory!r} has to map devices to bytes or '10GB'")
     given = {_device(device, of="max_memory"): size for device, size in max_memory.items()}
@@ -285,16 +284,6 @@ def _capacity(max_memory: MaxMemory | None) -> dict[torch.device, int]:
                 "as '10GB' or '10GiB'"
             ) from None
     return dict(sorted(sizes.items(), key=lambda item: item[0].type == "cpu"))
-
-
-def host_memory() -> int:
-    """Return the bytes of memory that a new process could have without swapping."""
-    try:
-        with open("/proc/meminfo", encoding="ascii") as file:
-            found = re.search(r"MemAvailable:\s+(\d+) kB", file.read())
-        return int(found[1]) * 1024 if found else 2**62
-    except OSError:
-        return 2**62
 
 
 def _device(device: Device, of: str = "") -> torch.device:

@@ -8,7 +8,7 @@ import torch
 from quintet.errors import DoesNotFitError, InputError
 from quintet.generation.following import rows_of
 from quintet.generation.requests import Served
-from quintet.modeling.placement import host_memory
+from quintet.ops.device_memory import free_memory
 from quintet.serving.limits import Limits
 from quintet.serving.scheduler import Cost
 
@@ -123,7 +123,7 @@ def limits_for(
         rows=given.rows if rows is None else rows,
         capacity=min(given.capacity, context) if capacity is None else capacity,
     )
-    there = int(SHARE * _available(model.device)) if memory is None else memory
+    there = int(SHARE * free_memory(model.device)) if memory is None else memory
     kept = min(int(KEPT * there), MOST_KEPT) if kept is None else kept
     cost = cost_of(model, nbits)
     least, left = cost.of(limits.capacity), there - kept
@@ -135,10 +135,6 @@ def limits_for(
             f"{fits:,} tokens fit: give less capacity, fewer bits (nbits), or more memory"
         )
     return replace(limits, memory=left, kept=kept)
-
-
-def _available(device: torch.device) -> int:
-    return torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else host_memory()
 
 
 def _shown(nbytes: int) -> str:

@@ -4,8 +4,6 @@ import queue
 import threading
 from collections.abc import Callable, Iterator, Sequence
 
-import torch
-
 from quintet.cache import RowContent
 from quintet.errors import (
     DeadlineError,
@@ -15,6 +13,7 @@ from quintet.errors import (
     StepFailedError,
 )
 from quintet.generation.engine import Engine as StepEngine
+from quintet.ops.device_memory import empty_caches, is_shortage
 from quintet.serving.answers import Answer
 from quintet.serving.figures import Figures, Snapshot
 from quintet.serving.limits import GRID, Limits
@@ -201,7 +200,9 @@ class Runner:
             contents, length, found = self.prefix.match(request.scope, text.ids, request.apart)
         try:
             self.engine.add(text, *contents)
-        except (InputError, MemoryError):
+        except Exception as error:
+            if not (isinstance(error, InputError) or is_shortage(error)):
+                raise
             # What is kept is of a model that was changed since, or there is no room for a copy.
             self.prefix.clear()
             if text in self.engine.sequences:
@@ -306,7 +307,9 @@ class Runner:
         held = held if most is None else min(held, most)
         try:
             self.prefix.keep(request.scope, text.ids[:held], extract, request.apart)
-        except MemoryError:
+        except Exception as error:
+            if not is_shortage(error):
+                raise
             self.prefix.clear()
 
     def _step(self, requests: list[Request], piece: int | None) -> None:
@@ -375,11 +378,8 @@ class Runner:
 
     def _failed(self, requests: Sequence[Request], error: Exception) -> None:
         """Take note that a forward failed: nobody has moved, so that it can be done again."""
-        if _is_memory(error):
-            # Doing it again at once would take as much; what was kept makes room for others.
-            self.prefix.clear()
-            for request in requests:
-                self._give_up(request, _no_memory(error))
+        if is_shortage(error):
+            self._shed(requests, error)
             return
         lost = [request for request in requests if not self.engine.can_adapt(request.text)]
         for request in lost:
@@ -393,6 +393,25 @@ class Runner:
             request.failures += 1
             if request.failures >= PATIENCE:
                 self._give_up(request, error)
+        self._stop_if_often(error)
+
+    def _shed(self, requests: Sequence[Request], error: Exception) -> None:
+        """Make room for a step that had too little, without the one who is the first to give way.
+
+        The others go on, as nobody has moved.
+        """
+        self.prefix.clear()
+        # What is left of one that gives way alone is no smaller the next time.
+        self._failures += len(requests) == 1
+        why = "there was not enough memory for a step, and this request was the first to give way"
+        told = StepFailedError(f"{why}; come again, or serve fewer rows or tokens at once")
+        # Without its frames, which hold what the step had made.
+        told.__cause__ = error.with_traceback(None)
+        self._give_up(self.scheduler.last(requests), told)
+        empty_caches()
+        self._stop_if_often(error)
+
+    def _stop_if_often(self, error: Exception) -> None:
         if self._failures >= FAILURES:
             self._stop(
                 EngineStoppedError(
@@ -429,18 +448,3 @@ class Runner:
             by_outlet.setdefault(request.outlet, []).append((request, one))
         for outlet, its in by_outlet.items():
             outlet(its)
-
-
-def _is_memory(error: Exception) -> bool:
-    """Tell whether an error is want of memory; PyTorch has no class for that on CPUs."""
-    return isinstance(error, MemoryError | torch.OutOfMemoryError) or (
-        isinstance(error, RuntimeError) and "can't allocate memory" in str(error)
-    )
-
-
-def _no_memory(error: Exception) -> StepFailedError:
-    made = StepFailedError(
-        "there was not enough memory for a step; come again, or serve fewer rows or tokens at once"
-    )
-    made.__cause__ = error
-    return made

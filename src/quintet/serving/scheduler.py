@@ -283,6 +283,10 @@ class Scheduler(Generic[J]):
                 return [self._last(rich)]
         return []
 
+    def last(self, jobs: Sequence[J]) -> J:
+        """Return who of those with a row gives way first: the least, and of those who came last."""
+        return self._last([job for job in self.running if job in jobs])
+
     @staticmethod
     def _last(jobs: Sequence[J]) -> J:
         """Return who gives its row back first: the least, and of those who came last."""

@@ -1,0 +1,60 @@
+"""What is said of a generation that there was not enough memory for."""
+
+from contextlib import suppress
+
+import torch
+
+from quintet.cache import Cache
+from quintet.errors import DoesNotFitError
+from quintet.generation.rows import Cached, Rows
+from quintet.ops.device_memory import empty_caches, free_memory
+
+__all__ = ["does_not_fit"]
+
+# Of the memory there is, what caches may take: a step needs some, too.
+SHARE = 0.8
+
+
+def does_not_fit(
+    model: Cached, rows: int, tokens: int, nbits: int | None, cache: Cache | None
+) -> DoesNotFitError:
+    """Return the error that says how many rows of so many tokens there is room for.
+
+    Args:
+        model: what was run.
+        rows: how many there were.
+        tokens: how many each would have had in the end.
+        nbits: bits a number in the cache; None for numbers as they are.
+        cache: what was kept for them and nobody needs any more; None for nothing.
+    """
+    if cache is not None:
+        cache.reset()
+    empty_caches()
+    there, each = free_memory(model.device), _bytes_of(model, tokens, nbits)
+    fits = "" if each is None else _fitting(rows, tokens, each, int(SHARE * there))
+    return DoesNotFitError(
+        f"there was not enough memory for {rows} rows of {tokens:,} tokens{fits}; give fewer rows "
+        "at once or fewer max_new_tokens, read prompts in pieces (prefill_chunk_size), or keep "
+        "less of them (cache_implementation='quantized' or 'offloaded')"
+    )
+
+
+def _fitting(rows: int, tokens: int, each: int, there: int) -> str:
+    most, may = there // each, f"{there / 1e9:.3g} GB that caches may take beside the model"
+    if most < rows:
+        own = f"the cache of each takes {each / 1e9:.3g} GB in the end"
+        return f": {own}, and of {may}, about {most:,} such rows fit"
+    taken = f"their caches take {rows * each / 1e9:.3g} of {may}"
+    return f": {taken}, so that it was the prompt that took the rest"
+
+
+@torch.no_grad()
+def _bytes_of(model: Cached, tokens: int, nbits: int | None) -> int | None:
+    """Return what a row of so many tokens takes; None where that cannot be tried now."""
+    if model.world is not None:
+        # All would have to try it together.
+        return None
+    with suppress(Exception):
+        row, token = Rows(model, 1, 1, nbits).cache.bytes_of_rows()
+        return row + token * tokens
+    return None

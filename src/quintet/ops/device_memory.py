@@ -1,0 +1,44 @@
+"""How much memory there is, and whether an error is want of it."""
+
+import re
+
+import torch
+
+__all__ = ["empty_caches", "free_memory", "host_memory", "is_shortage"]
+
+# What allocators of CPUs say, for which torch has no class.
+SAID = ("can't allocate memory", "not enough memory")
+
+
+def host_memory() -> int:
+    """Return the bytes of memory that a new process could have without swapping."""
+    try:
+        with open("/proc/meminfo", encoding="ascii") as file:
+            found = re.search(r"MemAvailable:\s+(\d+) kB", file.read())
+        return int(found[1]) * 1024 if found else 2**62
+    except OSError:
+        return 2**62
+
+
+def free_memory(device: torch.device) -> int:
+    """Return the bytes of a device that this process can have.
+
+    On a CUDA device these are the free ones, and those that torch keeps of what was freed.
+    """
+    if device.type != "cuda":
+        return host_memory()
+    free, _ = torch.cuda.mem_get_info(device)
+    return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+
+
+def empty_caches() -> None:
+    """Give back what torch keeps of the freed memory of GPUs, so that it is had in other pieces."""
+    if torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
+        torch.cuda.empty_cache()
+
+
+def is_shortage(error: BaseException) -> bool:
+    """Tell whether an error is want of memory, on whichever device."""
+    if isinstance(error, MemoryError | torch.OutOfMemoryError):
+        return True
+    return isinstance(error, RuntimeError) and any(said in str(error) for said in SAID)
