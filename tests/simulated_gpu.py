@@ -6,6 +6,7 @@ done again without the program, as a CUDA graph is replayed.
 """
 
 import traceback
+import unittest.mock
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -17,7 +18,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
-__all__ = ["NAME", "Recording", "Simulated", "SimulatedGPU", "moved"]
+__all__ = ["NAME", "Recording", "Simulated", "SimulatedGPU", "cuda_memory", "moved"]
 
 # To torch it is the device that has no numbers, the only other one that every build knows.
 NAME = "meta"
@@ -258,3 +259,17 @@ class _Event:
 
     def synchronize(self) -> None:
         pass
+
+
+@contextmanager
+def cuda_memory(*free: int, kept: int = 0) -> Iterator[None]:
+    """Have torch tell of CUDA devices with so much free memory each, and what torch keeps of it."""
+    told: dict[str, Any] = {
+        "is_available": lambda: True,
+        "device_count": lambda: len(free),
+        "mem_get_info": lambda device: (free[torch.device(device).index or 0], 1 << 40),
+        "memory_reserved": lambda device: 5 * kept,
+        "memory_allocated": lambda device: 4 * kept,
+    }
+    with unittest.mock.patch.multiple(torch.cuda, **told):
+        yield

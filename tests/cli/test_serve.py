@@ -9,23 +9,29 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import click
 import pytest
+import torch
 
 from cli.conftest import Run, Start
+from conformance.families import FAMILIES
 from quintet import demo_model
 from quintet.cli import serve
-from quintet.cli.options import Opened
+from quintet.cli.options import Opened, devices_of
+from quintet.cli.output import size_of
 from quintet.cli.serve_banner import announcement
 from quintet.cli.serve_options import SIZE
 from quintet.ops import device_memory
 from quintet.server.registry import Offer, Registry
 from quintet.server.service import Service
 from quintet.server.settings import Settings
-from quintet.serving import Limits
+from quintet.serving import Limits, memory
+from quintet.serving.scheduler import Cost
 from served import loaded
+from simulated_gpu import cuda_memory
 from waiting import PATIENCE, until
 
 CANARY = "canary-in-a-prompt"
@@ -201,6 +207,26 @@ def test_a_model_that_does_not_fit_is_not_loaded(
     assert result.code == 5
     assert "fewer --rows" in result.err
     assert result.is_one_screen
+
+
+def test_on_a_gpu_rows_are_found_when_the_model_is_there(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(memory, "cost_of", lambda model, nbits: Cost(0, 1000))
+    config = SimpleNamespace(max_position_embeddings=4096)
+    model: Any = SimpleNamespace(config=config, device=torch.device("cuda", 0))
+    limits, given = Limits(capacity=1000, kept=10**7, queue=3), {"rows": None, "memory": None}
+    with cuda_memory(10**8):
+        found = serve._on_device(model, limits, given, None)
+        assert (found.rows, found.memory, found.kept, found.queue) == (64, 7 * 10**7, 10**7, 3)
+        assert serve._on_device(model, limits, {**given, "rows": 5}, None).rows == 5
+        assert serve._on_device(model, limits, {**given, "memory": 9 * 10**6}, None).rows == 9
+
+
+def test_devices_are_said_with_what_is_on_them() -> None:
+    model = FAMILIES[0].model_of()
+    assert devices_of(model) == "cpu"
+    model.lm_head.to("meta")
+    held = sum(part.nbytes for part in model.parameters() if not part.is_meta)
+    assert devices_of(model).startswith(f"cpu ({size_of(held)}), meta (")
 
 
 def test_a_model_that_cannot_guess_ahead_is_not_told_to(quintet: Run, plain_model: Path) -> None:

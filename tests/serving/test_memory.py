@@ -1,13 +1,19 @@
 """What rows take is what their memory takes, and what does not fit is refused."""
 
+from types import SimpleNamespace
+from typing import Any
+
 import pytest
+import torch
 
 from conformance.families import FAMILIES, WIDE, Family, each
 from generation.sequences import prompt_of
 from quintet.errors import DoesNotFitError, InputError
 from quintet.generation.engine import Engine as StepEngine
-from quintet.serving import Engine, Limits
+from quintet.serving import Engine, Limits, memory
 from quintet.serving.memory import cost_of, limits_for, room_of
+from quintet.serving.scheduler import Cost
+from simulated_gpu import cuda_memory
 
 
 @each
@@ -47,6 +53,26 @@ def test_limits_fit_into_memory() -> None:
         limits_for(model, capacity=129)
     with pytest.raises(InputError, match="memory=0"):
         limits_for(model, memory=0)
+
+
+def test_a_gpu_has_as_many_rows_as_its_free_memory_holds(monkeypatch: pytest.MonkeyPatch) -> None:
+    # What limits are found of.
+    model: Any = SimpleNamespace(config=FAMILIES[0].config(), device=torch.device("cuda", 0))
+    monkeypatch.setattr(memory, "cost_of", lambda model, nbits: Cost(100, 1000))
+    row = Cost(100, 1000).of(128)
+    with cuda_memory(12 * row):
+        found = limits_for(model, kept=row)
+        assert (found.rows, found.memory) == (8, int(0.8 * 12 * row) - row)
+        assert limits_for(model, kept=row, rows=3).rows == 3
+        # Not more than there is room for, as all are taken at once.
+        assert limits_for(model, kept=row, rows=20).rows == 8
+        assert limits_for(model, kept=row, memory=5 * row).rows == 4
+        with pytest.raises(DoesNotFitError, match="there is room for"):
+            limits_for(model, kept=9 * row)
+    with cuda_memory(10**4 * row):
+        assert limits_for(model, kept=row).rows == 64
+    with cuda_memory(11 * row, kept=row):
+        assert limits_for(model, kept=row).rows == 8
 
 
 def test_fewer_bits_take_less() -> None:

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, TypeVar, cast
 import click
 
 from quintet.cli.adapters import put_adapters
+from quintet.cli.output import size_of
 from quintet.cli.settings import LARGEST_SEED, applied, drawn, parse, seed_of
 from quintet.cli.terminal import note
 from quintet.errors import InputError, ModelNotFoundError
@@ -32,6 +33,7 @@ __all__ = [
     "Opened",
     "check_options",
     "choose",
+    "devices_of",
     "kept_system",
     "kind_of",
     "model_options",
@@ -182,8 +184,18 @@ class Opened:
         size = f"{millions / 1000:.2f} B" if millions >= 1000 else f"{millions:.1f} M"
         return (
             f"{self.model.config.model_type}, {size} parameters{divided(self.model)}, "
-            f"{kind_of(self.model)} on {self.model.device}, loaded in {self.seconds:.2f} s"
+            f"{kind_of(self.model)} on {devices_of(self.model)}, loaded in {self.seconds:.2f} s"
         )
+
+
+def devices_of(model: "PreTrainedModel") -> str:
+    """Say which devices a model is on, in the order of a forward, and with how much on several."""
+    held: dict[torch.device, int] = {}
+    for part in model.parameters():
+        held[part.device] = held.get(part.device, 0) + part.nbytes
+    if len(held) < 2:
+        return str(model.device)
+    return ", ".join(f"{device} ({size_of(size)})" for device, size in held.items())
 
 
 def divided(model: "PreTrainedModel") -> str:

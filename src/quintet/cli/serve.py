@@ -8,7 +8,7 @@ import signal
 import sys
 from collections.abc import Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
@@ -31,6 +31,7 @@ from quintet.errors import (
 
 if TYPE_CHECKING:
     from quintet.cli.options import Opened
+    from quintet.generation.requests import Served
     from quintet.server.logs import LogFormat
     from quintet.server.registry import Loaded, Offer
     from quintet.serving import Limits
@@ -276,6 +277,8 @@ def _load(
     if wanted.adapters:
         # Of itself the model answers as it is.
         opened.model.set_adapter([])
+    if opened.model.device.type != "cpu" and opened.model.world is None:
+        limits = _on_device(cast("Any", opened.model), limits, given, bits)
     engine = Engine(
         cast("Any", opened.model), opened.tokenizer, limits, nbits=bits, speculate=speculate
     )
@@ -290,6 +293,7 @@ def _fitting(
     """Return the engine's limits, when model and rows fit into the memory there is."""
     from quintet.auto import AutoConfig
     from quintet.cli.plan import too_large
+    from quintet.modeling.placement import first_device
 
     config = None
     with suppress(QuintetError):
@@ -300,6 +304,9 @@ def _fitting(
     limits = limits_of(given, config.max_position_embeddings)
     # In fewer bits the cache of as many rows is that of fewer.
     rows = max(1, limits.rows * (bits or 16) // 16)
+    if given["rows"] is None and first_device(given["device"]).type != "cpu":
+        # How many there are is found when the model is there.
+        rows = 1
     if several():
         # What a process needs is a part of that; who has too little says so itself.
         return limits
@@ -312,3 +319,25 @@ def _fitting(
             "take fewer --rows, or less --capacity"
         )
     return limits
+
+
+def _on_device(
+    model: "Served", limits: "Limits", given: dict[str, Any], bits: int | None
+) -> "Limits":
+    """Return limits whose rows a GPU has memory for, which takes it at once, beside the model.
+
+    Raises:
+        DoesNotFitError: it has none for one row.
+    """
+    from quintet.serving.memory import limits_for
+
+    memory, kept = given["memory"], limits.kept
+    found = limits_for(
+        model,
+        memory=None if memory is None else memory + kept,
+        nbits=bits,
+        rows=given["rows"],
+        capacity=limits.capacity,
+        kept=kept,
+    )
+    return replace(limits, rows=found.rows, memory=found.memory)

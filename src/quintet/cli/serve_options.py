@@ -128,7 +128,9 @@ def engine_options(command: Command) -> Command:
             help="Tokens of a row, prompt and answer.  [default: at most 4096]",
         ),
         click.option(
-            "--rows", type=COUNT, default=8, show_default=True, help="Texts generated at once."
+            "--rows",
+            type=COUNT,
+            help="Texts generated at once.  [default: 8; on a GPU what fits, at most 64]",
         ),
         click.option(
             "--cache-dtype",
@@ -239,5 +241,6 @@ def limits_of(given: dict[str, Any], context: int) -> "Limits":
     from quintet.serving import Limits
 
     wanted = {name: given[name] for name in ENGINE}
+    wanted["rows"] = wanted["rows"] or Limits().rows
     wanted["capacity"] = wanted["capacity"] or min(Limits().capacity, context)
     return Limits(**wanted)

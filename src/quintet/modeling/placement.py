@@ -32,7 +32,8 @@ DeviceMap = Device | Mapping[str, Device] | None
 MaxMemory = Mapping[int | str, int | str]
 
 STRATEGIES = ("auto", "balanced", "sequential")
-# What is left of a device's free memory to activations and the cache.
+# How much of the memory that is free on a device weights may take where nobody says it: the rest is
+# for activations and the cache.
 SHARE = 0.9
 
 
@@ -82,6 +83,14 @@ class Placement:
             if not name:
                 raise InputError(f"device_map says nothing of {name!r}")
             name = name.rpartition(".")[0]
+
+    def in_words(self, model_parts: Sequence[ModelPart]) -> str:
+        """Say how many bytes of weights each device was given, in the order of a forward."""
+        given: dict[torch.device, int] = {}
+        for part in model_parts:
+            device = self.device_of(part.path)
+            given[device] = given.get(device, 0) + part.nbytes
+        return ", ".join(f"{gigabytes(size)} on {device}" for device, size in given.items())
 
     def covers(self, name: str) -> bool:
         """Tell whether a path is a beginning of the name."""
@@ -171,7 +180,7 @@ def layout(
     """Give the parts to devices in their order, so that a forward visits each device once.
 
     "sequential" fills each up; "balanced" gives each the same share of the bytes as far as it has
-    room; "auto" does so with as few devices as hold it all, the CPU last.
+    room; "auto" does so with as few devices as hold it all, those with most room, the CPU last.
 
     Raises:
         DoesNotFitError: there is too little room.
@@ -180,7 +189,8 @@ def layout(
     devices = list(capacity)
     counts = range(1, len(devices) + 1) if strategy == "auto" else [len(devices)]
     for count in counts:
-        first = {device: capacity[device] for device in devices[:count]}
+        roomy = sorted(devices, key=lambda one: (one.type == "cpu", -capacity[one]))[:count]
+        first = {device: size for device, size in capacity.items() if device in roomy}
         placed = None if strategy == "sequential" else _even(model_parts, first)
         placed = placed or _filled_up(model_parts, first)
         if placed is not None:

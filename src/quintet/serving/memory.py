@@ -17,6 +17,8 @@ __all__ = ["Room", "cost_of", "limits_for", "room_of"]
 # Of the memory there is, what rows and what was read before may take together, and the most of the
 # latter.
 SHARE, KEPT, MOST_KEPT = 0.8, 0.15, 2 << 30
+# Of a GPU, where nobody says how many: more wait longer for each token, and few send as many.
+MOST_ROWS = 64
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,14 +96,16 @@ def limits_for(
 ) -> Limits:
     """Return limits that keep rows, and what was read before, within a number of bytes.
 
-    Fewer rows than `rows` can be full at once where memory is short; then those that came last
-    give their row back, and go on later.
+    On a CPU, memory is taken as it is used: fewer rows than `rows` can be full at once where it is
+    short; then those that came last give their row back, and go on later. A GPU's is taken at once,
+    so that there are no more rows than can be full.
 
     Args:
         model: what is to be served.
         memory: bytes for rows and what is kept; most of what is free beside the model if not given.
         nbits: bits a number in the rows.
-        rows: how many texts at once; as many as are of use if not given.
+        rows: how many texts at once, at the most; if not given, as many as are of use, on a GPU as
+            many as there is room for, up to 64.
         capacity: tokens of each; the model's context, up to 4,096, if not given.
         kept: bytes of what was read before; a part of the memory if not given.
 
@@ -134,6 +138,9 @@ def limits_for(
             f"{_shown(max(left, 0))} beside {_shown(kept)} that are kept of what was read; "
             f"{fits:,} tokens fit: give less capacity, fewer bits (nbits), or more memory"
         )
+    if model.device.type != "cpu":
+        most = MOST_ROWS if rows is None else rows
+        limits = replace(limits, rows=min(most, left // least) if least else most)
     return replace(limits, memory=left, kept=kept)
 
 
