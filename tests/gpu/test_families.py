@@ -1,6 +1,7 @@
 """Every family on a device is what it is on the CPU."""
 
 import copy
+import warnings
 from collections.abc import Callable
 from itertools import accumulate
 from pathlib import Path
@@ -14,6 +15,7 @@ from conformance.families import Family, each
 from quintet import DynamicCache, OffloadedCache, QuantizedCache, StaticCache
 from quintet.cache import Cache
 from quintet.generation.engine import Engine
+from quintet.generation.fixed_step import Recording
 from support import relative_error
 
 # The torch of such a machine is whichever it has.
@@ -135,6 +137,26 @@ def test_sequences_of_an_engine(family: Family, device: torch.device) -> None:
     for ids, sequence in zip(rows, sequences, strict=True):
         alone = model.generate(ids[None].to(device), max_new_tokens=10, pad_token_id=0)
         assert sequence.ids == alone[0].tolist()
+
+
+@each
+def test_steps_are_recorded_and_make_the_same_tokens(family: Family, device: torch.device) -> None:
+    _, model = pair(family, device)
+    tokens = []
+    for recording in (None, Recording()):
+        engine = Engine(model, rows=4, capacity=60, recording=recording)
+        rows = [ids[mask.bool()] for ids, mask in zip(IDS, MASK, strict=True)]
+        sequences = [engine.sequence(ids, max_new_tokens=20) for ids in rows]
+        with warnings.catch_warnings():
+            # That they could not be recorded.
+            warnings.simplefilter("error")
+            for sequence in sequences:
+                engine.add(sequence)
+                engine.step(engine.sequences)
+            while not all(sequence.finished for sequence in sequences):
+                engine.step(sequences)
+        tokens.append([sequence.new for sequence in sequences])
+    assert tokens[0] == tokens[1]
 
 
 @each
