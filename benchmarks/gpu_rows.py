@@ -102,7 +102,7 @@ def measured(
     # What is compiled is compared where it matters most, as compiling takes long.
     ways = [*(("recorded", batch) for batch in BATCHES), ("compiled", 1), ("as it is", 1)]
     plan: list[tuple[str, Callable[[], Row]]] = [
-        (_case(batch, depth), partial(step, way, batch, depth)) for way, batch in ways
+        (f"{_case(batch, depth)}, {way}", partial(step, way, batch, depth)) for way, batch in ways
     ]
     # Behind the batches of what was recorded.
     plan.insert(len(BATCHES), (f"prompt of {prompt}", partial(_prompt, model, name, prompt)))
@@ -125,7 +125,9 @@ def transformers(
     with device:
         model = AutoModelForCausalLM.from_config(theirs, dtype=torch.bfloat16).eval()
     for way in ("Transformers", "Transformers, compiled"):
-        yield _within(name, _case(1, depth), until, partial(_theirs, model, name, way, depth))
+        yield _within(
+            name, f"{_case(1, depth)}, {way}", until, partial(_theirs, model, name, way, depth)
+        )
 
 
 def _case(batch: int, depth: int) -> str:

@@ -51,7 +51,9 @@ def test_what_there_is_no_time_for_is_named() -> None:
     rows = rows_of(0.0)
     assert len(rows) == len(BATCHES) + 3
     assert all(isinstance(row, Missing) for row in rows)
-    assert gpu.told(rows[0], 1.0).startswith("| qwen2-0.5b | batch 1 behind 8 | there was no time")
+    assert gpu.told(rows[0], 1.0).startswith(
+        "| qwen2-0.5b | batch 1 behind 8, recorded | there was no"
+    )
 
 
 def test_a_row_that_takes_too_long_or_fails_keeps_the_others_from_nothing(
