@@ -62,11 +62,11 @@ def test_a_run_goes_on_in_any_number_of_processes_to_the_same(
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="a process is copied by fork")
-@pytest.mark.parametrize("parallel", [{"fsdp": 2}, {"tp": 2}], ids=["fsdp", "tp"])
 def test_who_dies_at_any_write_of_a_save_leaves_a_checkpoint_or_none(
-    parallel: dict[str, int], root: Path, tmp_path: Path, two: Pool
+    root: Path, tmp_path: Path, two: Pool
 ) -> None:
-    config = settings(root, tmp_path / "run", "qwen2_moe", **TABLES, parallel=parallel)
+    # However they divide the model, the one that writes has all of it by then.
+    config = settings(root, tmp_path / "run", "qwen2_moe", **TABLES, parallel={"fsdp": 2})
     deaths = two.run(keeping.dies_at_each_write, config)
     assert deaths[0] > 8
     assert deaths[1] == 0

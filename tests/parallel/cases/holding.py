@@ -27,7 +27,7 @@ SIZES = {
     "intermediate_size": 2048,
     "num_attention_heads": 8,
     "num_key_value_heads": 8,
-    "num_hidden_layers": 12,
+    "num_hidden_layers": 8,
     "vocab_size": 512,
 }
 

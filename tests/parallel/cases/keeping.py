@@ -9,6 +9,7 @@ from unittest.mock import patch
 import torch.distributed as dist
 from torch import Tensor
 
+from quintet.cli.main import main
 from quintet.errors import RankFailedError
 from quintet.training import TrainingConfig, checkpoints, run, train
 from quintet.training.checkpoints import clean_up, kept
@@ -140,3 +141,8 @@ def fails_in_a_step(config: TrainingConfig) -> None:
         except RankFailedError as failed:
             print(f"of rank {failed.rank}")
             raise
+
+
+def trains(*arguments: str) -> None:
+    """Run `quintet train`."""
+    main(["train", *arguments])

@@ -1,8 +1,9 @@
 """Cases of training; each process compares with one that trains alone."""
 
+import json
 from collections.abc import Callable, Mapping
 from dataclasses import replace
-from functools import partial
+from functools import cache, partial
 from typing import Any
 
 import pytest
@@ -27,11 +28,11 @@ from quintet.training.joining import joined, spread
 from quintet.training.objective import Objective
 from quintet.training.objectives import Distillation, LanguageModelling, Preference
 from quintet.training.optimizers import Optimizers, OptimizerSettings, build_optimizers
-from quintet.training.optimizers.layout import HERE
+from quintet.training.optimizers.layout import HERE, Layout
 from quintet.training.parallel import ParallelSettings
 from quintet.training.progress import Progress
 from quintet.training.resuming import Resume
-from quintet.training.step import accumulate, take
+from quintet.training.step import Outcome, accumulate, take
 from support import relative_error
 from trainings import Heard
 
@@ -43,6 +44,7 @@ LOSSES: Mapping[str, dict[str, Any]] = {
 }
 BEGIN = Progress(0, 0, 0.0)
 IDS = 101
+Learned = tuple[Outcome, dict[str, Tensor]]
 
 
 def config_of(degrees: Mapping[str, Any], **optimizer: Any) -> TrainingConfig:
@@ -82,6 +84,21 @@ def own(rows: list[Batch], crew: Crew) -> list[Batch]:
     return rows[index::shares]
 
 
+def learned(
+    model: CausalLMHead,
+    objective: Objective,
+    rows: list[Batch],
+    crew: Crew | None = None,
+    layout: Layout = HERE,
+) -> Learned:
+    """Return the outcome and the gradients of a step."""
+    crew = crew or Alone()
+    optimizers = build_optimizers(model, config_of({}).optimizer, layout)
+    parts = own(rows, crew)
+    outcome = accumulate(model, objective, parts, BEGIN, torch.enable_grad, crew, layout)
+    return outcome, gradients_of(model, optimizers)
+
+
 def gradients_of(model: CausalLMHead, optimizers: Optimizers) -> dict[str, Tensor]:
     optimizers.clip(float("inf"))
     layout = optimizers.layout
@@ -112,7 +129,18 @@ def gradients(
     make: Callable[[list[Batch]], list[Batch]] = list,
 ) -> None:
     """Compare the loss and every gradient of a step whose rows count differently."""
-    compare(name, changes, degrees, make, lambda model: objective_of(model, balance))
+    told = json.dumps(changes), json.dumps(balance)
+    alone = _gradients_alone(name, *told, make)
+    compare(name, changes, degrees, make, lambda model: objective_of(model, balance), alone)
+
+
+@cache
+def _gradients_alone(
+    name: str, changes: str, balance: str, make: Callable[[list[Batch]], list[Batch]]
+) -> Learned:
+    # It is the same however the others divide it.
+    model = family(name).model_of(**json.loads(changes)).train()
+    return learned(model, objective_of(model, json.loads(balance)), make(rows_of(0, 4)))
 
 
 def other_objectives(name: str, degrees: dict[str, Any]) -> None:
@@ -120,7 +148,8 @@ def other_objectives(name: str, degrees: dict[str, Any]) -> None:
     teacher = family(name).model_of().eval().requires_grad_(False)
     for parameter in teacher.parameters():
         parameter.add_(torch.randn_like(parameter) * 0.05)
-    compare(name, {}, degrees, several_texts, lambda _: Distillation(teacher, 2.0, 0.5))
+    kept = partial(_same, Distillation(teacher, 2.0, 0.5))
+    compare(name, {}, degrees, several_texts, kept)
     for loss in ("sigmoid", "ipo"):
         objective = Preference(0.1, loss=loss, reference=teacher)
         compare(name, {}, degrees, pairs_of, partial(_same, objective))
@@ -147,21 +176,19 @@ def compare(
     degrees: dict[str, Any],
     make: Callable[[list[Batch]], list[Batch]],
     objective_of: Callable[[CausalLMHead], Objective],
+    by_one: Learned | None = None,
 ) -> None:
     """Compare the loss and every gradient of a step in processes with those of one."""
     config = config_of(degrees)
-    models = [family(name).model_of(**changes).train() for _ in range(2)]
     rows = make(rows_of(0, 4))
+    if by_one is None:
+        model = family(name).model_of(**changes).train()
+        by_one = learned(model, objective_of(model), rows)
+    model = family(name).model_of(**changes).train()
     crew = joined(config.parallel)
-    layout = spread(models[1], config, crew)
-    found = []
-    for model, where, who in zip(models, (HERE, layout), (Alone(), crew), strict=True):
-        optimizers = build_optimizers(model, config.optimizer, where)
-        objective = objective_of(model)
-        parts = own(rows, who)
-        outcome = accumulate(model, objective, parts, BEGIN, torch.enable_grad, who, where)
-        found.append((outcome, gradients_of(model, optimizers)))
-    (alone, wanted), (together, made) = found
+    layout = spread(model, config, crew)
+    together, made = learned(model, objective_of(model), rows, crew, layout)
+    alone, wanted = by_one
     assert abs(alone.loss - together.loss) < 1e-5 * abs(alone.loss)
     assert together.terms == pytest.approx(alone.terms, rel=1e-4, abs=1e-6)
     assert set(wanted) == set(made)
@@ -214,7 +241,9 @@ def heads(degrees: dict[str, Any], vocabulary: int) -> None:
     assert own.numel() == 0 or relative_error(model.lm_head.weight.grad, own) < 1e-5
 
 
-def balances(degrees: dict[str, Any], count: int, *, recompute: bool) -> tuple[Any, float]:
+def balances(
+    degrees: dict[str, Any], count: int, *, recompute: bool, rate: float = 0.01
+) -> tuple[Any, float]:
     """Return the biases of a skewed model's routers after some steps, and its last MaxVio."""
     config = config_of(degrees, learning_rate=1e-5)
     crew = joined(config.parallel)
@@ -231,10 +260,10 @@ def balances(degrees: dict[str, Any], count: int, *, recompute: bool) -> tuple[A
             parts = own(rows_of(step, 4), crew)
             take(model, objective, optimizers, parts, at, torch.enable_grad, crew)
             loads = crew.summed(balancer.loads())
-            if step >= count - 30:
+            if step >= count - 20:
                 last += loads
             # As in a training the rate ends at nothing.
-            balancer.step(0.01 * (1 - step / count), loads)
+            balancer.step(rate * (1 - step / count), loads)
         violation = max(balancer.violations(last).values())
         biases = [b.tolist() for n, b in model.named_buffers() if n.endswith("correction_bias")]
     return biases, violation
