@@ -11,6 +11,7 @@ from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass, field
 from datetime import timedelta
+from functools import cache
 from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
 from pathlib import Path
@@ -21,6 +22,7 @@ import torch
 import torch.distributed as dist
 
 from parallel.server import server
+from quintet.parallel.world import World
 from waiting import PATIENCE
 
 __all__ = ["Pool", "RankError"]
@@ -36,6 +38,9 @@ class RankError(AssertionError):
 def _serve(rank: int, size: int, meeting: str, orders: Connection) -> None:
     torch.set_num_threads(1)
     warnings.simplefilter("error")
+    # Groups are kept with the processes: to make one takes longer than most cases, and each has
+    # threads that look for messages many times a second as long as the process lives.
+    World.of = cache(World.of)  # type: ignore[method-assign]
     store = dist.FileStore(meeting, size)
     dist.init_process_group("gloo", store=store, rank=rank, world_size=size, timeout=TIMEOUT)
     while True:

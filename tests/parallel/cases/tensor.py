@@ -1,6 +1,5 @@
 """Cases of tensor and expert parallelism; each process compares with a model that is whole."""
 
-from functools import cache
 from typing import Any
 
 import torch
@@ -20,14 +19,8 @@ def family(name: str) -> Family:
     return next(one for one in FAMILIES if one.name == name)
 
 
-@cache
-def _world(degrees: Degrees) -> World:
-    # Groups are kept with the processes: to make one takes longer than most cases.
-    return World.of(degrees, torch.device("cpu"))
-
-
 def world(**degrees: int) -> World:
-    return _world(Degrees(**degrees))
+    return World.of(Degrees(**degrees), torch.device("cpu"))
 
 
 def tokens(*shape: int) -> Tensor:
