@@ -1,4 +1,4 @@
-"""Normalisation of rows, one program each."""
+"""Normalisation of rows, one program each, or one for each group of a row."""
 
 import torch
 import triton
@@ -7,7 +7,7 @@ from torch import Tensor
 
 from quintet.triton.launching import launch, power_of_two, takes
 
-__all__ = ["rms_norm"]
+__all__ = ["LONGEST", "gated_rms_norm", "rms_norm"]
 
 # A row is held in registers.
 LONGEST = 16384
@@ -37,6 +37,32 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor | None:
     return made.view(x.shape)
 
 
+def gated_rms_norm(y: Tensor, z: Tensor, weight: Tensor, num_groups: int, eps: float) -> Tensor:
+    """Return y · silu(z), each of the groups normalised by itself, times weight (I), (N, I).
+
+    Shapes: y (N, I) in float32 without gaps, z (N, I), whose dtype is that of the result.
+    """
+    N, I = z.shape
+    made = z.new_empty(N, I)
+    C = I // num_groups
+    C_BLOCK = power_of_two(C)
+    launch(
+        _gated_rms_norm,
+        (N, num_groups),
+        y,
+        z,
+        z.stride(0),
+        weight,
+        made,
+        I,
+        C,
+        eps,
+        C_BLOCK=C_BLOCK,
+        num_warps=min(max(C_BLOCK // 256, 1), 16),
+    )
+    return made
+
+
 @triton.jit
 def _rms_norm(x, weight, made, step, C, eps, C_BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
     row = tl.program_id(0).to(tl.int64)
@@ -48,3 +74,18 @@ def _rms_norm(x, weight, made, step, C, eps, C_BLOCK: tl.constexpr):  # type: ig
     # Rounded before the weight, as the definition is.
     w = tl.load(weight + c, mask=inside, other=0.0).to(tl.float32)
     tl.store(made + row * C + c, (scaled.to(y.dtype).to(tl.float32) * w).to(y.dtype), mask=inside)
+
+
+@triton.jit
+def _gated_rms_norm(  # type: ignore[no-untyped-def]
+    y, z, z_step, weight, made, I, C, eps, C_BLOCK: tl.constexpr
+):
+    row = tl.program_id(0).to(tl.int64)
+    within = tl.arange(0, C_BLOCK)
+    inside = within < C
+    c = tl.program_id(1) * C + within
+    gate = tl.load(z + row * z_step + c, mask=inside, other=0.0).to(tl.float32)
+    wide = tl.load(y + row * I + c, mask=inside, other=0.0) * (gate * tl.sigmoid(gate))
+    scaled = wide * tl.rsqrt(tl.sum(wide * wide) / C + eps)
+    w = tl.load(weight + c, mask=inside, other=0.0).to(tl.float32)
+    tl.store(made + row * I + c, (scaled * w).to(made.dtype.element_ty), mask=inside)

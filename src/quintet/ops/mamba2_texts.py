@@ -1,0 +1,77 @@
+"""Mamba-2's mixer where lengths are known to the device alone, as a GPU's step has them.
+
+The tokens of all texts stand in one packed row of M. Memory holds, of each text in a row of its
+own, the last inputs of the convolution and the state. Nothing here reads a length on the host.
+Axis letters as in `quintet.ops.mamba2`.
+"""
+
+import torch
+from torch import Tensor
+
+from quintet.backends import operation
+from quintet.ops.mamba2 import MixerWeights, mix_stepwise
+from quintet.triton.texts import Texts
+
+__all__ = ["Texts", "mix_texts"]
+
+
+@operation("mamba2 over texts")
+def mix_texts(
+    projected: Tensor,
+    taps: Tensor,
+    conv_bias: Tensor | None,
+    scalars: tuple[Tensor, Tensor, Tensor],
+    norm: Tensor,
+    *,
+    num_groups: int,
+    dt_limits: tuple[float, float],
+    eps: float,
+    texts: Texts,
+    window: Tensor | None,
+    state: Tensor | None,
+) -> Tensor:
+    """Mix the tokens of each text, (M, H·P), from its row of memory on, which is overwritten.
+
+    Shapes: projected (M, H·P + C + H), the gate before x, b, c before dt; window (R, W - 1, C) and
+    state (R, H, P, N), neither where every text begins with zeros and nothing is kept.
+
+    Args:
+        scalars: dt_bias, A_log and D, (H) each.
+        texts: which tokens are whose; as `texts.ends` says, so not a rectangle.
+    """
+    assert texts.ends is not None
+    weights = MixerWeights(taps, conv_bias, *scalars, norm, num_groups, dt_limits, eps)
+    n, counts = texts.n, texts.ends.diff()
+    token = torch.arange(len(projected), dtype=torch.int32, device=projected.device)
+    text = torch.searchsorted(texts.ends[1:], token, right=True)
+    place = (token - texts.ends[text]).long()
+    padded = projected.new_zeros(n, texts.most, projected.shape[1])
+    padded[text, place] = projected
+    held = [None if x is None else _read(x, texts) for x in (window, state)]
+    mixed = mix_stepwise(padded, weights, *held, counts.long(), chunk_size=64)
+    for memory, new in ((window, mixed.window), (state, mixed.state)):
+        if memory is not None:
+            _write(memory, new, texts)
+    return mixed.out[text, place]
+
+
+def _read(memory: Tensor, texts: Texts) -> Tensor:
+    """Return what memory holds of each text (n, ...), zeros where that is nowhere."""
+    if texts.rows is None:
+        return memory[: texts.n].clone()
+    held = memory[texts.rows.clamp(min=0)]
+    return torch.where((texts.rows >= 0).view(-1, *[1] * (held.ndim - 1)), held, 0)
+
+
+def _write(memory: Tensor, new: Tensor, texts: Texts) -> None:
+    """Put what is new of each text into its row, and nothing anywhere else."""
+    if texts.rows is None:
+        memory[: texts.n] = new
+        return
+    R = len(memory)
+    # Of each row, which text it holds; what is nowhere goes to a row more.
+    holds = torch.full((R + 1,), -1, dtype=torch.long, device=memory.device)
+    which = torch.arange(texts.n, dtype=torch.long, device=memory.device)
+    holds[torch.where(texts.rows < 0, R, texts.rows)] = which
+    there = (holds[:R] >= 0).view(-1, *[1] * (memory.ndim - 1))
+    memory.copy_(torch.where(there, new[holds[:R].clamp(min=0)], memory))

@@ -1,0 +1,152 @@
+"""Mamba-2's mixer between its projections: convolution, states, gate, in three or four launches."""
+
+import torch
+from torch import Tensor
+
+from quintet.triton.conv import WIDEST, convolve
+from quintet.triton.launching import takes
+from quintet.triton.norm import LONGEST, gated_rms_norm
+from quintet.triton.ssm import LARGEST, Sizes, through_states
+from quintet.triton.texts import Texts
+
+__all__ = ["mamba2", "mix_texts"]
+
+FLOATS = (torch.bfloat16, torch.float16, torch.float32)
+
+
+def mamba2(
+    projected: Tensor,
+    taps: Tensor,
+    conv_bias: Tensor | None,
+    scalars: tuple[Tensor, Tensor, Tensor],
+    norm: Tensor,
+    *,
+    num_groups: int,
+    dt_limits: tuple[float, float],
+    eps: float,
+    window: Tensor | None,
+    state: Tensor | None,
+    counts: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor] | None:
+    """Return what `ops.mamba2.mix_stepwise` does; the state is overwritten.
+
+    That is the output (B, T, H·P), the convolution's last inputs (B, W - 1, C), the state
+    (B, H, P, N), the convolved channels (B, T, C) and the step sizes (B, T, H).
+    """
+    if projected.ndim != 3:
+        return None
+    (B, T, _), W = projected.shape, taps.shape[-1]
+    texts = Texts(n=B, most=T, counts=counts)
+    learned = (taps, conv_bias, scalars, norm)
+    sizes = _fits(projected, *learned, num_groups, texts, window, state)
+    if sizes is None or (counts is not None and counts.shape != (B,)):
+        return None
+    if any(x is not None and len(x) != B for x in (window, state)):
+        return None
+    C = sizes.H * sizes.P + 2 * sizes.G * sizes.N
+    next_window = projected.new_empty(B, W - 1, C)
+    kept = state
+    if kept is None:
+        kept = projected.new_empty(B, sizes.H, sizes.P, sizes.N, dtype=torch.float32)
+    rows = projected.reshape(B * T, -1)
+    made = _mix(rows, *learned, sizes, texts, dt_limits, eps, (window, next_window), (state, kept))
+    out, convolved, steps = (x.view(B, T, -1) for x in made)
+    return out, next_window, kept, convolved, steps
+
+
+def mix_texts(
+    projected: Tensor,
+    taps: Tensor,
+    conv_bias: Tensor | None,
+    scalars: tuple[Tensor, Tensor, Tensor],
+    norm: Tensor,
+    *,
+    num_groups: int,
+    dt_limits: tuple[float, float],
+    eps: float,
+    texts: Texts,
+    window: Tensor | None,
+    state: Tensor | None,
+) -> Tensor | None:
+    """Return what `ops.mamba2_texts.mix_texts` does, (M, H·P); window and state are overwritten."""
+    if projected.ndim != 2 or (window is None) != (state is None) or texts.counts is not None:
+        return None
+    learned = (taps, conv_bias, scalars, norm)
+    sizes = _fits(projected, *learned, num_groups, texts, window, state)
+    if sizes is None:
+        return None
+    return _mix(
+        projected, *learned, sizes, texts, dt_limits, eps, (window, window), (state, state)
+    )[0]
+
+
+def _mix(
+    projected: Tensor,
+    taps: Tensor,
+    conv_bias: Tensor | None,
+    scalars: tuple[Tensor, Tensor, Tensor],
+    norm: Tensor,
+    sizes: Sizes,
+    texts: Texts,
+    dt_limits: tuple[float, float],
+    eps: float,
+    windows: tuple[Tensor | None, Tensor | None],
+    states: tuple[Tensor | None, Tensor | None],
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return what is projected back, the convolved channels and the step sizes of M tokens."""
+    z, raw, dt = torch.split(projected, [len(norm), len(taps), sizes.H], dim=-1)
+    convolved = convolve(raw, taps, conv_bias, texts, *windows)
+    y, steps = through_states(convolved, dt, scalars, dt_limits, sizes, texts, *states)
+    return gated_rms_norm(y, z, norm, sizes.G, eps), convolved, steps
+
+
+def _fits(
+    projected: Tensor,
+    taps: Tensor,
+    conv_bias: Tensor | None,
+    scalars: tuple[Tensor, Tensor, Tensor],
+    norm: Tensor,
+    num_groups: int,
+    texts: Texts,
+    window: Tensor | None,
+    state: Tensor | None,
+) -> Sizes | None:
+    """Return the sizes; None where shapes, steps or dtypes are not such as kernels know."""
+    given = [projected, taps, *scalars, norm, *texts.tensors]
+    given += [x for x in (conv_bias, window, state) if x is not None]
+    if taps.ndim != 2 or not projected.numel() or not takes(*given):
+        return None
+    (C, W), H, inner, dtype = taps.shape, scalars[0].numel(), norm.numel(), projected.dtype
+    if dtype not in FLOATS or not 0 < W <= WIDEST or not H or num_groups < 1:
+        return None
+    sizes = Sizes(H, inner // H, num_groups, (C - inner) // 2 // num_groups)
+    H, P, G, N = sizes
+    fits = (
+        H % G == 0
+        and 0 < N <= LARGEST
+        and 0 < inner // G <= LONGEST
+        and (inner, C) == (H * P, H * P + 2 * G * N)
+        and projected.shape[-1] == inner + C + H
+        and projected.stride(-1) == 1
+        and all(x.shape == (H,) and x.is_contiguous() for x in scalars)
+        and norm.ndim == 1
+        and norm.is_contiguous()
+        and (conv_bias is None or (conv_bias.shape == (C,) and conv_bias.is_contiguous()))
+        and (
+            window is None
+            or (window.dtype == dtype and window.shape[1:] == (W - 1, C) and window.stride(-1) == 1)
+        )
+        and (
+            state is None
+            or (
+                state.dtype == torch.float32
+                and state.shape[1:] == (H, P, N)
+                and state.stride()[1:] == (P * N, N, 1)
+            )
+        )
+        and all(x.is_contiguous() for x in texts.tensors)
+        and (texts.ends is None or texts.ends.shape == (texts.n + 1,))
+        and (texts.rows is None or texts.rows.shape == (texts.n,))
+        and all(x is None or x.dtype == torch.int32 for x in (texts.ends, texts.rows))
+    )
+    return sizes if fits else None

@@ -1,0 +1,53 @@
+"""Which tokens are of which text, and where what is kept of it lies, as kernels are told."""
+
+from dataclasses import dataclass
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+__all__ = ["Texts", "text_of"]
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Texts:
+    """The texts of one forward, one behind the other in a packed row of N tokens.
+
+    Attributes:
+        n: how many there are.
+        most: how many tokens one has at the most; all have so many where `ends` is None.
+        ends: (n + 1,) int32, before which token each text begins, and N; None for a rectangle.
+        rows: (n,) int32, in which row of memory what is kept of a text lies, no row twice; below 0
+            is nowhere: it begins with zeros, and nothing is kept. None where text i has row i.
+        counts: (n,) int64, how many tokens of a rectangle's row are real, the rest being padding
+            behind; None for all.
+    """
+
+    n: int
+    most: int
+    ends: Tensor | None = None
+    rows: Tensor | None = None
+    counts: Tensor | None = None
+
+    @property
+    def tensors(self) -> tuple[Tensor, ...]:
+        """What of this is on the device."""
+        return tuple(x for x in (self.ends, self.rows, self.counts) if x is not None)
+
+
+@triton.jit
+def text_of(ends, rows, counts, text, most):  # type: ignore[no-untyped-def]
+    """Return a text's first token, how many it has, how many are real, and its row."""
+    if ends is None:
+        begin = text * most
+        length = text * 0 + most
+    else:
+        begin = tl.load(ends + text)
+        length = tl.load(ends + text + 1) - begin
+    real = length
+    if counts is not None:
+        real = tl.load(counts + text).to(tl.int32)
+    row = text
+    if rows is not None:
+        row = tl.load(rows + text)
+    return begin.to(tl.int64), length, real, row.to(tl.int64)

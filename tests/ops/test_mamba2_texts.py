@@ -1,0 +1,51 @@
+"""Texts in a packed row go through the mixer as each does alone, from where it is kept."""
+
+from itertools import pairwise
+
+import pytest
+import torch
+
+from quintet.ops.mamba2 import MixerWeights, mix_stepwise
+from quintet.ops.mamba2_texts import Texts, mix_texts
+
+COUNTS = [3, 0, 1, 6]
+H, P, G, N, W = 4, 2, 2, 3, 4
+INNER, C = H * P, H * P + 2 * G * N
+
+
+@pytest.mark.parametrize("rows", [None, [5, 2, 0, 1], [3, -1, 4, -1]])
+@pytest.mark.parametrize("kept", [True, False])
+def test_each_text_as_alone(rows: list[int] | None, kept: bool) -> None:
+    g = torch.Generator().manual_seed(0)
+
+    def randn(*shape: int) -> torch.Tensor:
+        return torch.randn(shape, generator=g, dtype=torch.float64)
+
+    learned = (randn(C, W), randn(C), (randn(H), randn(H), randn(H)), randn(INNER))
+    how = {"num_groups": G, "dt_limits": (0.001, 9.0), "eps": 1e-5}
+    weights = MixerWeights(*learned[:2], *learned[2], learned[3], *how.values())
+    projected = randn(sum(COUNTS), INNER + C + H)
+    window, state = (randn(6, W - 1, C), randn(6, H, P, N)) if kept else (None, None)
+    before = (window.clone(), state.clone()) if window is not None and state is not None else None
+    ends = torch.tensor([0, *COUNTS]).cumsum(0).int()
+    where = None if rows is None else torch.tensor(rows).int()
+    texts = Texts(len(COUNTS), max(COUNTS), ends, where)
+    made = mix_texts(projected, *learned, **how, texts=texts, window=window, state=state)
+    untouched = set(range(6))
+    for i, (begin, end) in enumerate(pairwise(ends.tolist())):
+        row = i if rows is None else rows[i]
+        held = [None, None]
+        if before is not None and row >= 0:
+            held = [x[row, None].clone() for x in before]
+        if begin == end:
+            continue
+        right = mix_stepwise(projected[None, begin:end], weights, *held, None, chunk_size=64)
+        torch.testing.assert_close(made[begin:end], right.out[0])
+        if window is not None and state is not None and row >= 0:
+            untouched.remove(row)
+            torch.testing.assert_close(window[row], right.window[0])
+            torch.testing.assert_close(state[row], right.state[0])
+    if before is not None and window is not None and state is not None:
+        for row in untouched:
+            assert torch.equal(window[row], before[0][row])
+            assert torch.equal(state[row], before[1][row])
