@@ -47,8 +47,8 @@ def mix_texts(
     place = (token - texts.ends[text]).long()
     padded = projected.new_zeros(n, texts.most, projected.shape[1])
     padded[text, place] = projected
-    held = [None if x is None else _read(x, texts) for x in (window, state)]
-    mixed = mix_stepwise(padded, weights, *held, counts.long(), chunk_size=64)
+    before, held = (None if x is None else _read(x, texts) for x in (window, state))
+    mixed = mix_stepwise(padded, weights, before, held, counts.long(), chunk_size=64)
     for memory, new in ((window, mixed.window), (state, mixed.state)):
         if memory is not None:
             _write(memory, new, texts)

@@ -227,10 +227,7 @@ def _scan(  # type: ignore[no-untyped-def]
     A = -tl.exp(tl.load(A_log + head).to(tl.float32))
     skip = tl.load(D + head).to(tl.float32)
     of_group = H * P + head // (H // G) * N
-    if NARROW:
-        kinds: tl.constexpr = tl.bfloat16
-    else:
-        kinds: tl.constexpr = tl.float32
+    kinds: tl.constexpr = tl.bfloat16 if NARROW else tl.float32
     for first in range(0, length, L):
         t = first + i
         inside = t < length
