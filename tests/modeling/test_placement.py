@@ -10,6 +10,7 @@ from conformance.families import FAMILIES, Family
 from quintet.errors import DoesNotFitError, InputError, UnsupportedBackendError
 from quintet.modeling import dispatch
 from quintet.modeling.placement import ModelPart, layout, parts, place
+from simulated_gpu import cuda_memory
 
 FIRST, SECOND = torch.device("cpu"), torch.device("cpu", 0)
 GPU = torch.device("cuda", 0)
@@ -44,6 +45,32 @@ def test_balanced_gives_each_the_same_share() -> None:
 def test_auto_takes_as_few_as_it_needs() -> None:
     assert placed([4] * 4, devices(99, 99), "auto") == [0, 0, 0, 0]
     assert placed([4] * 4, devices(9, 9, 9), "auto") == [0, 0, 1, 1]
+
+
+def test_auto_takes_those_with_most_room() -> None:
+    assert placed([4] * 4, devices(9, 99), "auto") == [1, 1, 1, 1]
+    assert placed([4] * 4, devices(9, 5, 9), "auto") == [0, 0, 2, 2]
+
+
+def test_what_is_free_is_measured_and_a_tenth_is_left() -> None:
+    whole = [ModelPart(f"layers.{i}", 10) for i in range(8)]
+    with cuda_memory(100, 30):
+        assert set(place("auto", whole).devices.values()) == {GPU}
+    with cuda_memory(50, 50):
+        found = place("auto", whole)
+    assert [found.device_of(part.path).index for part in whole] == [0] * 4 + [1] * 4
+    assert found.in_words(whole) == "0.00 GB on cuda:0, 0.00 GB on cuda:1"
+    # 80 of 88 is more than nine tenths, unless torch keeps some of what was freed.
+    with cuda_memory(88):
+        assert place("auto", whole).several
+    with cuda_memory(88, kept=1):
+        assert not place("auto", whole).several
+    huge = [ModelPart(f"layers.{i}", 10**9) for i in range(5)]
+    with cuda_memory(2 * 10**9, 3 * 10**9):
+        spread = place("auto", huge)
+    where = [str(spread.device_of(part.path)) for part in huge]
+    assert where == ["cuda:0", "cuda:1", "cuda:1", "cpu", "cpu"]
+    assert spread.in_words(huge) == "1.00 GB on cuda:0, 2.00 GB on cuda:1, 2.00 GB on cpu"
 
 
 def test_the_order_of_a_forward_is_kept() -> None:

@@ -185,6 +185,8 @@ def _load(
             kept = None if kept is None else kept.divided(request.source)
         model_parts = parts(model, target, model.keep_in_fp32)
         placement = place(device_map, model_parts, options.max_memory)
+        if device_map is not None:
+            log.info("%s: %s", where, placement.in_words(model_parts))
         loader = WeightLoader(model, target, placement.device_of, slots)
         if own is not None:
             loader.shards, loader.held, loader.copies = own.shards, own.held, options.learns

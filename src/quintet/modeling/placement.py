@@ -2,7 +2,6 @@
 
 import difflib
 import itertools
-import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from types import MappingProxyType
@@ -13,6 +12,7 @@ from torch import nn
 from quintet.checkpoint import parse_size
 from quintet.configuration.base import FLOAT_DTYPES
 from quintet.errors import DoesNotFitError, InputError, UnsupportedBackendError
+from quintet.ops.device_memory import free_memory
 
 __all__ = [
     "DeviceMap",
@@ -21,7 +21,6 @@ __all__ = [
     "Placement",
     "first_device",
     "gigabytes",
-    "host_memory",
     "layout",
     "named_dtype",
     "parts",
@@ -33,7 +32,8 @@ DeviceMap = Device | Mapping[str, Device] | None
 MaxMemory = Mapping[int | str, int | str]
 
 STRATEGIES = ("auto", "balanced", "sequential")
-# What is left of a device's free memory to activations and the cache.
+# How much of the memory that is free on a device weights may take where nobody says it: the rest is
+# for activations and the cache.
 SHARE = 0.9
 
 
@@ -83,6 +83,14 @@ class Placement:
             if not name:
                 raise InputError(f"device_map says nothing of {name!r}")
             name = name.rpartition(".")[0]
+
+    def in_words(self, model_parts: Sequence[ModelPart]) -> str:
+        """Say how many bytes of weights each device was given, in the order of a forward."""
+        given: dict[torch.device, int] = {}
+        for part in model_parts:
+            device = self.device_of(part.path)
+            given[device] = given.get(device, 0) + part.nbytes
+        return ", ".join(f"{gigabytes(size)} on {device}" for device, size in given.items())
 
     def covers(self, name: str) -> bool:
         """Tell whether a path is a beginning of the name."""
@@ -172,7 +180,7 @@ def layout(
     """Give the parts to devices in their order, so that a forward visits each device once.
 
     "sequential" fills each up; "balanced" gives each the same share of the bytes as far as it has
-    room; "auto" does so with as few devices as hold it all, the CPU last.
+    room; "auto" does so with as few devices as hold it all, those with most room, the CPU last.
 
     Raises:
         DoesNotFitError: there is too little room.
@@ -181,7 +189,8 @@ def layout(
     devices = list(capacity)
     counts = range(1, len(devices) + 1) if strategy == "auto" else [len(devices)]
     for count in counts:
-        first = {device: capacity[device] for device in devices[:count]}
+        roomy = sorted(devices, key=lambda one: (one.type == "cpu", -capacity[one]))[:count]
+        first = {device: size for device, size in capacity.items() if device in roomy}
         placed = None if strategy == "sequential" else _even(model_parts, first)
         placed = placed or _filled_up(model_parts, first)
         if placed is not None:
@@ -268,10 +277,10 @@ def _capacity(max_memory: MaxMemory | None) -> dict[torch.device, int]:
     if max_memory is None:
         count = torch.cuda.device_count() if torch.cuda.is_available() else 0
         devices = [torch.device("cuda", index) for index in range(count)]
+        cpu = torch.device("cpu")
         if not devices:
-            return {torch.device("cpu"): host_memory()}
-        found = {device: int(SHARE * torch.cuda.mem_get_info(device)[0]) for device in devices}
-        return {**found, torch.device("cpu"): int(SHARE * host_memory())}
+            return {cpu: free_memory(cpu)}
+        return {device: int(SHARE * free_memory(device)) for device in (*devices, cpu)}
     if not isinstance(max_memory, Mapping) or not max_memory:
         raise InputError(f"max_memory={max_memory!r} has to map devices to bytes or '10GB'")
     given = {_device(device, of="max_memory"): size for device, size in max_memory.items()}
@@ -285,16 +294,6 @@ def _capacity(max_memory: MaxMemory | None) -> dict[torch.device, int]:
                 "as '10GB' or '10GiB'"
             ) from None
     return dict(sorted(sizes.items(), key=lambda item: item[0].type == "cpu"))
-
-
-def host_memory() -> int:
-    """Return the bytes of memory that a new process could have without swapping."""
-    try:
-        with open("/proc/meminfo", encoding="ascii") as file:
-            found = re.search(r"MemAvailable:\s+(\d+) kB", file.read())
-        return int(found[1]) * 1024 if found else 2**62
-    except OSError:
-        return 2**62
 
 
 def _device(device: Device, of: str = "") -> torch.device:
