@@ -12,7 +12,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from conformance.families import WIDE, Family, each
+from conformance.families import FAMILIES, WIDE, Family, each
 from quintet.kernels.native import available
 
 pytestmark = pytest.mark.skipif(not available(), reason="there are no kernels on this machine")
@@ -34,7 +34,7 @@ WIDER = {
 IDS = torch.randint(101, (ROWS, LONGEST), generator=torch.Generator().manual_seed(9))
 formats = pytest.mark.parametrize("quantize", [None, "int8", "int4"])
 some = settings(
-    max_examples=6, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+    max_examples=4, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
 )
 Models = Callable[..., Any]
 # How many tokens of each row pass in each of some forwards: few of any, or a prompt's.
@@ -141,8 +141,16 @@ def test_nor_by_default_where_prompts_have_forwards_of_their_own(
     holds()
 
 
-@formats
-@each
+# Each format in families of every kind of layer, and each family in fewer bits and without.
+@pytest.mark.parametrize(
+    ("family", "quantize"),
+    [
+        (family, quantize)
+        for family in FAMILIES
+        for quantize in (None, "int4" if family.name in ("qwen2", "deepseek-v2") else "int8")
+    ],
+    ids=str,
+)
 def test_nor_does_it_at_widths_of_released_models(
     family: Family, quantize: str | None, model_of: Models
 ) -> None:

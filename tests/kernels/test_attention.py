@@ -7,6 +7,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from quintet.kernels.attention import attend
+from quintet.kernels.build import best_level
 
 # Weights are rounded to bfloat16 once, and so is the result.
 BOUND = 2**-7
@@ -31,7 +32,7 @@ def error(made: Tensor, exact: Tensor) -> float:
 
 
 @settings(
-    max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+    max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
 )
 @given(
     B=st.integers(1, 3),
@@ -56,6 +57,9 @@ def test_it_is_softmax_attention(
     window: int | None,
     seed: int,
 ) -> None:
+    if level != best_level():
+        # What is compiled hastily takes its time, and as many blocks differ in nothing.
+        T, past = 1 + T // 2, past // 2
     g = torch.Generator().manual_seed(seed)
     torch.set_num_threads(1 + seed % 3)
     S = T + past

@@ -41,7 +41,7 @@ def test_a_padded_prompt_continues_as_one_without(changes: dict[str, Any], side:
 
 @torch.no_grad()
 def test_a_compiled_step_takes_the_next_slot_and_no_other() -> None:
-    model = model_of()
+    model = model_of(num_hidden_layers=2, layers_block_type=["mamba", "hybrid"])
     cache = StaticCache(model.config, max_cache_len=16)
     ids = ids_of(1, 12)
     model(ids[:, :8], past_key_values=cache)
