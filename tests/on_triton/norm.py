@@ -21,6 +21,11 @@ def rows(device: torch.device, *, shape: tuple[int, ...], dtype: torch.dtype) ->
     return {"x": x, "weight": weight, "eps": 1e-6}
 
 
+def turned(device: torch.device) -> Mapping[str, Any]:
+    given = rows(device, shape=(5, 5), dtype=F32)
+    return {**given, "x": given["x"].T.contiguous().T}
+
+
 def case(name: str, shape: tuple[int, ...], dtype: torch.dtype) -> Case:
     tolerance = 2e-6 if dtype == F32 else 2**-7
     return Case(
@@ -33,4 +38,5 @@ CASES = [
     case("rows of an odd length", (2, 3, 77), BF16),
     case("one number a row", (5, 1), F32),
     case("no rows", (0, 16), F32),
+    Case("numbers apart", rms_norm, ops.rms_norm.definition, turned, 2e-6, compiles=False),
 ]

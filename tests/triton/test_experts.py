@@ -59,5 +59,7 @@ def test_what_kernels_cannot_read_is_left_to_others() -> None:
         "down": given["down"]._replace(weight=given["down"].weight.mT.contiguous().mT),
     }
     biased = {**given, "up": given["up"]._replace(bias=torch.zeros(16))}
-    for refused in (other, across, biased, {**given, "x": given["x"].double()}):
+    few = experts(CPU, sizes=(2, 1, 4, 32, 16), held=FORMATS["int8"])
+    apart = {**given, "x": torch.stack((given["x"],) * 2, dim=-1)[..., 0]}
+    for refused in (other, across, biased, apart, {**few, "x": few["x"].double()}):
         assert gated(**refused) is None

@@ -33,6 +33,7 @@ __all__ = [
     "dequantize_fp8",
     "dequantize_int4",
     "dequantize_int8",
+    "fp8_linears",
     "fp8_scale_shape",
     "int4_linear",
     "int4_shapes",
@@ -221,6 +222,22 @@ def dequantize_fp8(
         along = scales.repeat_interleave(wide, dim=-1)[..., None, : q.shape[-1]]
         weight[..., rows, :] = (q[..., rows, :].to(torch.float32) * along).to(dtype)
     return weight
+
+
+@operation("fp8 linear")
+def fp8_linears(x: Tensor, maps: Sequence[Matrix]) -> list[Tensor]:
+    """Map the same x (..., I) by several weights of e4m3 in blocks, each widened and rounded once.
+
+    The vectors are not rounded to e4m3, as DeepSeek-V3's own program does in 1 x 128 blocks
+    (arXiv:2412.19437, §3.3.2): what a weight of few bits costs is its own rounding alone.
+    """
+    return [linear(x, _numbers(one, x.dtype), one.bias) for one in maps]
+
+
+def _numbers(matrix: Matrix, dtype: torch.dtype) -> Tensor:
+    assert matrix.scale is not None
+    assert matrix.block is not None
+    return dequantize_fp8(matrix.weight, matrix.scale, dtype, matrix.block)
 
 
 def bands(rows: Tensor, columns: int | None = None) -> Iterator[Tensor]:

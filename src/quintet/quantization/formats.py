@@ -21,6 +21,7 @@ from quintet.ops.quantized import (
     FP8_BLOCK,
     decode,
     dequantize_fp8,
+    fp8_linears,
     fp8_scale_shape,
     int4_shapes,
     quantize_fp8,
@@ -347,6 +348,12 @@ class FP8Format(WeightFormat):
     def matrix(self, parts: Parts, bias: Tensor | None = None) -> Matrix:
         """Return the parts as kernels read them."""
         return Matrix(parts[""], parts["_scale_inv"], bias, block=self.block)
+
+    def linears(
+        self, x: Tensor, maps: Sequence[tuple[Parts, Shape, Tensor | None]]
+    ) -> Sequence[Tensor]:
+        """Return x wᵀ + b for several matrices, in one pass if that is faster."""
+        return fp8_linears(x, [self.matrix(parts, bias) for parts, _, bias in maps])
 
     def cuts(self, row: int) -> bool:
         """Tell whether the parts, cut there too, are those of the matrix cut before a row."""

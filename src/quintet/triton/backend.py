@@ -6,7 +6,7 @@ from types import MappingProxyType
 import torch
 
 from quintet.backends import Backend, Implementation
-from quintet.triton import attention, gated, mamba2, norm
+from quintet.triton import attention, gated, linear, mamba2, norm
 from quintet.triton.launching import missing
 
 __all__ = ["BACKEND"]
@@ -17,9 +17,11 @@ IMPLEMENTATIONS: Mapping[str, Sequence[Implementation]] = MappingProxyType(
     {
         "attention over pages": (Implementation(attention.attend_pages, FLOATS),),
         "experts": (Implementation(gated.silu_experts, FLOATS),),
+        "fp8 linear": (Implementation(linear.linears, FLOATS, "few rows"),),
         "gated mlp": (Implementation(gated.gated, FLOATS),),
         "mamba2": (Implementation(mamba2.mamba2, FLOATS),),
         "mamba2 over texts": (Implementation(mamba2.mix_texts, FLOATS),),
+        "quantised linear": (Implementation(linear.linears, FLOATS, "few rows"),),
         "rms norm": (Implementation(norm.rms_norm, FLOATS),),
     }
 )

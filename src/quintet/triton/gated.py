@@ -63,7 +63,7 @@ def _found(
 ) -> tuple[Held, Held, Held] | None:
     """Return the weights as kernels read them; None where something does not fit."""
     given = [t for m in (gate, up, down) for t in (m.weight, m.scale, m.offset)] + [indices, shares]
-    if not x.ndim or not x.numel() or not x.is_floating_point():
+    if not x.ndim or not x.numel() or x.stride(-1) != 1:
         return None
     if not takes(x, *(t for t in given if t is not None)):
         return None

@@ -20,6 +20,8 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor | None:
     if not fits or not 0 < C <= LONGEST or not x.is_floating_point() or not takes(x, weight):
         return None
     rows = x.reshape(-1, C)
+    if rows.stride(1) != 1:
+        rows = rows.contiguous()
     made = torch.empty_like(rows, memory_format=torch.contiguous_format)
     C_BLOCK = power_of_two(C)
     launch(

@@ -18,6 +18,7 @@ from quintet.triton.launching import capability, cdiv
 
 __all__ = ["Held", "columns_of", "held", "stored", "widened"]
 
+FLOATS = (torch.bfloat16, torch.float16, torch.float32)
 # What is in memory: numbers of the vectors' dtype, or
 PLAIN = tl.constexpr(0)
 BYTES = tl.constexpr(1)
@@ -54,13 +55,15 @@ class Held(NamedTuple):
 
 
 def held(matrix: Matrix, O: int, I: int, dtype: torch.dtype, E: int | None = None) -> Held | None:
-    """Return a weight for vectors (..., I) of a dtype; None where kernels cannot read it.
+    """Return a weight for vectors (..., I) of a dtype; None where kernels cannot read either.
 
     Args:
         O: how many rows it has.
         E: how many there are on top of each other; None for one alone.
     """
     weight, scale, _, offset, iq4, block = matrix
+    if dtype not in FLOATS:
+        return None
     lead = (O,) if E is None else (E, O)
     if scale is None:
         fits = weight.dtype == dtype and weight.shape == (*lead, I) and _dense(weight)
