@@ -85,11 +85,16 @@ class Operation(Generic[P, R]):
 
     def __call__(self, *args: P.args, **kwargs: P.kwargs) -> R:
         """Compute it: by the first that applies, else by the definition."""
+        made = self.by_backend(*args, **kwargs)
+        return self.definition(*args, **kwargs) if made is None else made
+
+    def by_backend(self, *args: P.args, **kwargs: P.kwargs) -> R | None:
+        """Compute it by the first backend that applies; None where none does."""
         for function in self.order:
             made = function(*args, **kwargs)
             if made is not None:
                 return made
-        return self.definition(*args, **kwargs)
+        return None
 
 
 class Registry:

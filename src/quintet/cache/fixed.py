@@ -15,6 +15,7 @@ from quintet.cache.segment import Segment
 from quintet.cache.state_rows import StateRows
 from quintet.errors import InputError
 from quintet.ops.mamba2 import MixerWeights
+from quintet.triton.pages import Pages
 
 __all__ = ["FixedRows"]
 
@@ -44,6 +45,8 @@ class FixedRows(Cache):
             [_States(one, B) if isinstance(one, StateRows) else None for one in pool.states],
         )
         self.starts, self.counts, self.width = starts, counts, width
+        rows = torch.arange(B + 1, dtype=torch.int32, device=starts.device)
+        self._table, self._ends = rows[:B, None], rows
 
     @staticmethod
     def can_be(pool: PooledCache) -> bool:
@@ -67,7 +70,8 @@ class FixedRows(Cache):
                 f"{length} to {batch}; go on with the pool itself"
             )
         taken = self.counts if self.states else None
-        return Segment(self.starts, 1, self.width, taken, device)
+        pages = Pages(self._table, self.starts.int(), self._ends, 1, self.width)
+        return Segment(self.starts, 1, self.width, taken, device, pages=pages)
 
     def advance(self, segment: Segment) -> None:
         """Do nothing: whoever changes `starts` counts."""

@@ -7,6 +7,8 @@ from itertools import groupby
 import torch
 from torch import Tensor
 
+from quintet.triton.pages import Pages
+
 __all__ = ["Segment", "segments_of"]
 
 
@@ -27,6 +29,8 @@ class Segment:
         longest: how many slots its longest row needs; None for `keys`.
         places: (B or 1, T) the slots of tokens that are not one after the other; None if they are.
         same: (B or 1, T, S) of these, which keys are of the token's text.
+        pages: where the rows lie, as kernels that read lengths on the device are told; None where
+            they lie otherwise.
     """
 
     start: int | Tensor
@@ -41,6 +45,7 @@ class Segment:
     longest: int | None = None
     places: Tensor | None = None
     same: Tensor | None = None
+    pages: Pages | None = None
 
     def slots(self) -> Tensor:
         """Return the slot of every token, (B or 1, T)."""

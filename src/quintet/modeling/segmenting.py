@@ -112,5 +112,7 @@ def masks(
         own = {w: attention_mask_of(slots, one.start, one.keys, w, custom) for w in windows}
         if texts is not None and texts.lengths is None:
             own = {window: texts.masked(mask, slots) for window, mask in own.items()}
+        if one.pages is not None and custom is None:
+            own = {window: replace(mask, pages=one.pages) for window, mask in own.items()}
         seen.append(own)
     return tuple(seen)

@@ -19,6 +19,7 @@ from quintet.ops.causal_blocks import causal_blocks, in_blocks
 from quintet.ops.causal_learning import attend_learning, attends_learning
 from quintet.ops.masks import MOST_ENTRIES, AttentionMask, causal_mask, masked
 from quintet.ops.one_pass import attend_in_one_pass
+from quintet.ops.paged import attend_rows
 from quintet.ops.transforms import transformed
 
 __all__ = [
@@ -67,6 +68,10 @@ def sdpa(
     if transformed():
         # The fused attention has no rules for that.
         return eager(q, k, v, mask, scale=scale, dropout=dropout)[0], None
+    if mask.pages is not None and not dropout:
+        own = attend_rows((q,), (k,), v, mask, scale=scale)
+        if own is not None:
+            return own, None
     if not mask.custom and not dropout:
         made = attend_in_one_pass((q,), (k,), v, start=mask.start, window=mask.window, scale=scale)
         if made is not None:

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from quintet.ops.transforms import recorded
+from quintet.triton.pages import Pages
 
 __all__ = ["AttentionMask", "attention_mask_of", "causal_mask", "masked"]
 
@@ -25,6 +26,7 @@ class AttentionMask:
         window: how many keys, its own included, a query sees at the most; None for no limit.
         custom: the entries are the caller's own, not one that `start` and `window` describe.
         slots: (B or 1, T), the slots of queries whose entries would be too large to have at once.
+        pages: where the keys of each row lie, told on the device; None where that is not known.
     """
 
     entries: Tensor | None
@@ -33,6 +35,7 @@ class AttentionMask:
     window: int | None
     custom: bool = False
     slots: Tensor | None = None
+    pages: Pages | None = None
 
     def keys_of(self, first: int, last: int, S: int) -> tuple[int, int]:
         """Return from which key up to which the queries `first` up to `last` see any of S."""

@@ -29,6 +29,7 @@ from quintet.ops.attention import AttentionBackend, eager, in_range, sdpa
 from quintet.ops.causal_learning import attend_learning, attends_learning
 from quintet.ops.masks import AttentionMask, masked
 from quintet.ops.one_pass import attend_in_one_pass, attend_latents
+from quintet.ops.paged import attend_rows
 
 __all__ = [
     "BREAK_EVEN_QUERIES",
@@ -89,6 +90,10 @@ def latent_attention(
         return expanded(
             q_nope, q_pe, c_kv, k_pe, expand, mask, attend=attend, scale=scale, dropout=dropout
         )
+    if mask.pages is not None and attend is sdpa and not dropout:
+        made = _absorbed_rows(q_nope, q_pe, c_kv, k_pe, w_kv, mask, scale=scale)
+        if made is not None:
+            return made, None
     if attend is not eager and not mask.custom and not dropout:
         made = attend_latents(q_nope, q_pe, c_kv, k_pe, w_kv, start=mask.start, scale=scale)
         if made is not None:
@@ -209,6 +214,23 @@ def absorbed(
     by_head = mixed.view(B, H, T, -1).permute(1, 3, 0, 2).flatten(2)  # (H, R, B·T)
     out = w_kv[:, Dn:] @ by_head  # (H, Dv, B·T)
     return out.view(H, -1, B, T).permute(2, 0, 3, 1), weights
+
+
+def _absorbed_rows(
+    q_nope: Tensor,
+    q_pe: Tensor,
+    c_kv: Tensor,
+    k_pe: Tensor,
+    w_kv: Tensor,
+    mask: AttentionMask,
+    *,
+    scale: float,
+) -> Tensor | None:
+    """Do what `absorbed` does, of rows whose lengths the device alone knows; None where not."""
+    Dn = q_nope.shape[-1]
+    q_latent = torch.einsum("bhtd,hdr->bhtr", q_nope, w_kv[:, :Dn])
+    mixed = attend_rows((q_latent, q_pe), (c_kv[:, None], k_pe[:, None]), None, mask, scale=scale)
+    return None if mixed is None else torch.einsum("bhtr,hvr->bhtv", mixed, w_kv[:, Dn:])
 
 
 def _scores(

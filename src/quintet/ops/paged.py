@@ -11,10 +11,11 @@ import torch
 from torch import Tensor
 
 from quintet.backends import operation
+from quintet.ops.masks import AttentionMask
 from quintet.ops.vector_codes import VectorCode
 from quintet.triton.pages import Coded, Memory, Pages
 
-__all__ = ["Coded", "Memory", "Pages", "attend_pages"]
+__all__ = ["Coded", "Memory", "Pages", "attend_pages", "attend_rows"]
 
 
 @operation("attention over pages")
@@ -59,6 +60,28 @@ def attend_pages(
     made = weights @ values.repeat_interleave(H // values.shape[1], dim=1)  # (n, H, T, Dv)
     own = made.transpose(1, 2)[index.clamp(max=n - 1), within]
     return (own * (index < n)[:, None, None]).to(q[0].dtype)
+
+
+def attend_rows(
+    q: tuple[Tensor, ...],
+    k: tuple[Tensor, ...],
+    v: Tensor | None,
+    mask: AttentionMask,
+    *,
+    scale: float,
+) -> Tensor | None:
+    """Return softmax(q·kᵀ·scale)·v, (B, H, T, Dv), of rows whose pages a mask has.
+
+    None where no backend does that.
+
+    Shapes: q (B, H, T, D) and k (B, K or 1, S, D), in one part or two; v (B, K, S, Dv), or None
+    where the first part of the keys is it.
+    """
+    assert mask.pages is not None
+    B, _, T, _ = q[0].shape
+    flat = tuple(x.transpose(1, 2).flatten(0, 1) for x in q)
+    made = attend_pages.by_backend(flat, k, v, mask.pages, window=mask.window, scale=scale)
+    return None if made is None else torch.unflatten(made, 0, (B, T)).transpose(1, 2)
 
 
 def _page(memory: Memory) -> int:
