@@ -6,7 +6,7 @@ texts anew from the ids, which all have. States go in the layout of the layers, 
 the largest part, so that sizes are known before anything is sent.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
@@ -15,7 +15,7 @@ import torch.distributed as dist
 import torch.nn.functional as F  # noqa: N812
 from torch import Tensor, nn
 
-from quintet.errors import InputError, shown
+from quintet.errors import InputError, QuintetError, shown
 from quintet.parallel.stage import Stage
 from quintet.parallel.stages import Stages, decoder_of, owners
 from quintet.parallel.world import DENSE, World
@@ -35,13 +35,20 @@ class Pipeline:
         stages: what all have.
         world: the processes.
         schedule: the order of forwards and backwards.
+        dtype: of what passes; that of the model if not given.
 
     Raises:
         InputError: there is no such schedule, or it is not of that many stages.
     """
 
     def __init__(
-        self, model: nn.Module, stages: Stages, world: World, schedule: Schedule = "1F1B"
+        self,
+        model: nn.Module,
+        stages: Stages,
+        world: World,
+        schedule: Schedule = "1F1B",
+        *,
+        dtype: torch.dtype | None = None,
     ) -> None:
         if schedule not in get_args(Schedule):
             known = ", ".join(get_args(Schedule))
@@ -49,18 +56,22 @@ class Pipeline:
         stage = vars(model)["stage"]
         assert isinstance(stage, Stage)
         self.model, self.stage, self.stages, self.world = model, stage, stages, world
-        self.schedule, self.dtype = schedule, decoder_of(model).dtype
+        self.schedule, self.dtype = schedule, dtype
         self._shared = _shared_groups(stages, world)
         self._made: tuple[tuple[int, int], Any] | None = None
         self._check()
 
     def run(self, forward: Callable[[int], Tensor | None], sizes: Sequence[int]) -> None:
-        """Add to the gradients what parts of a step come to.
+        """Add to the gradients what parts of a step come to; `add_up` ends the step.
 
         Args:
-            forward: runs the model over a part, by its number; where `stage.last`, it returns
-                what the part adds to what is minimised, which is summed and not averaged.
+            forward: runs the model over a part, by its number, and returns what the stage that
+                runs adds to what is minimised, which is summed and not averaged: the last stage a
+                loss of what it predicts, others one of what happens in their layers, or None.
             sizes: how many tokens, with padding, each part has at most; the same in all stages.
+
+        Raises:
+            QuintetError: what a part raises here.
         """
         made = self._schedule(len(sizes), max(sizes))
         for one in made.stages:
@@ -68,22 +79,50 @@ class Pipeline:
         numbers = torch.arange(len(sizes), dtype=torch.long, device="cpu")
         arguments = (numbers.float(),) if any(one.is_first for one in made.stages) else ()
         losses: list[Tensor] = []
-        made.schedule.step(
-            *arguments, number=numbers, target=numbers, losses=losses, return_outputs=False
-        )
-        self.add_up()
+        try:
+            made.schedule.step(
+                *arguments, number=numbers, target=numbers, losses=losses, return_outputs=False
+            )
+        except RuntimeError as error:
+            # It says which stage failed, and that is said by whoever failed, too.
+            if isinstance(error.__cause__, QuintetError):
+                raise error.__cause__ from None
+            raise
+
+    @property
+    def shared(self) -> frozenset[str]:
+        """The parameters here that other stages have, too, by their first names."""
+        return frozenset(name for _, names in self._shared for name in names)
 
     @torch.no_grad()
-    def add_up(self) -> None:
-        """Add up the gradients of weights that several stages have."""
-        own = dict(self.model.named_parameters())
+    def add_up(self, gradients: Mapping[str, Tensor] | None = None) -> None:
+        """Add up, in place, the gradients of weights that several stages have; once a step.
+
+        Args:
+            gradients: by the names of parameters, where they are not with these; of what is in
+                `shared` and learns, none may be missing.
+        """
+        gradients = self._gradients() if gradients is None else gradients
         for group, names in self._shared:
-            for parameter in (own[name] for name in names if name in own):
-                if not parameter.requires_grad:
-                    continue
+            found = [gradients[name] for name in names if name in gradients]
+            for dtype in dict.fromkeys(x.dtype for x in found):
+                # One call for all of them.
+                parts = [x for x in found if x.dtype == dtype]
+                total = torch.cat([x.flatten() for x in parts])
+                dist.all_reduce(total, group=group)
+                for x, sum_of in zip(
+                    parts, torch.split(total, [x.numel() for x in parts]), strict=True
+                ):
+                    x.copy_(sum_of.view_as(x))
+
+    def _gradients(self) -> dict[str, Tensor]:
+        found = {}
+        for name, parameter in self.model.named_parameters():
+            if parameter.requires_grad and name in self.shared:
                 if parameter.grad is None:
                     parameter.grad = torch.zeros_like(parameter)
-                dist.all_reduce(parameter.grad, group=group)
+                found[name] = parameter.grad
+        return found
 
     def counted(self) -> frozenset[str]:
         """Return the parameters here that no stage before has: to count each once in a norm."""
@@ -92,13 +131,15 @@ class Pipeline:
         return frozenset(name for name, _ in self.model.named_parameters() if name not in before)
 
     def _check(self) -> None:
-        have = self.stages.processes
-        runs_each, folded = layout_of(self.schedule, len(have) // self.world.degrees.pp)
-        if have != owners(self.world.degrees.pp, runs_each, folded=folded):
+        have, pp = self.stages.processes, self.world.degrees.pp
+        runs_each, folded = layout_of(self.schedule, len(have) // pp)
+        wanted = owners(pp, runs_each, folded=folded)
+        # Where each process has one stage, the order does not matter to who passes what on.
+        if have != wanted and not (runs_each == 1 and sorted(have) == sorted(wanted)):
             raise InputError(
-                f"schedule={self.schedule!r} wants stages of processes in the order "
-                f"{owners(self.world.degrees.pp, runs_each, folded=folded)}, and the model was cut "
-                f"for {have}; cut it by stages_of(model, pp, *layout_of(schedule))"
+                f"schedule={self.schedule!r} wants stages of processes in the order {wanted}, and "
+                f"the model was cut for {have}; cut it by stages_of(model, pp, "
+                "*layout_of(schedule))"
             )
 
     def _schedule(self, parts: int, most: int) -> "_Made":
@@ -126,8 +167,9 @@ class Pipeline:
                 super().backward_weight_one_chunk(*args, **named)
 
         count = len(self.stages.layers)
-        width = decoder_of(self.model).config.hidden_size
-        states = torch.empty(most, width, dtype=self.dtype, device="meta", requires_grad=True)
+        decoder = decoder_of(self.model)
+        width, dtype = decoder.config.hidden_size, self.dtype or decoder.dtype
+        states = torch.empty(most, width, dtype=dtype, device="meta", requires_grad=True)
         made = [
             Own(
                 _Part(self.model, owner, index, most),
@@ -144,6 +186,8 @@ class Pipeline:
             )
             for index in owner.here
         ]
+        for one in made:
+            one.stage_index_to_group_rank = dict(enumerate(self.stages.processes))
         kind = get_schedule_class(self.schedule)
         several = self.schedule not in ("GPipe", "1F1B")
         try:
@@ -197,7 +241,22 @@ class _Part(nn.Module):
                 return made if made.requires_grad else made + states.sum() * 0
             assert stage.outgoing is not None
             outgoing = stage.outgoing.flatten(0, 1)
+        if made is not None:
+            outgoing = _Carrying.apply(outgoing, made)  # type: ignore[no-untyped-call]
         return F.pad(outgoing, (0, 0, 0, self.most - len(outgoing)))
+
+
+class _Carrying(torch.autograd.Function):
+    """States that pass on, and a loss that is learned from when their gradients come back."""
+
+    @staticmethod
+    def forward(ctx: Any, states: Tensor, loss: Tensor) -> Tensor:
+        ctx.like = loss.detach()
+        return states.view_as(states)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor]:  # type: ignore[override]
+        return gradient, torch.ones_like(ctx.like)
 
 
 def _itself(output: Tensor, target: Tensor) -> Tensor:

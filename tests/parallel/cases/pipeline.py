@@ -6,12 +6,14 @@ from collections import Counter
 from collections.abc import Mapping
 from contextlib import nullcontext
 from dataclasses import replace
+from functools import partial
+from itertools import islice
 from pathlib import Path
 from typing import Any
 from unittest import mock
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from parallel.cases.generate import chooses, ids_of, models, raised, same_in_all
 from parallel.cases.tensor import family, world
@@ -28,6 +30,9 @@ from quintet.training.objectives.states import states_of
 from quintet.training.progress import Progress
 from quintet.training.step import accumulate
 from support import relative_error
+
+# The weight of a loss of what happens in layers.
+SMALL = 1e-3
 
 
 def steps(name: str, changes: dict[str, Any], degrees: dict[str, int], padded: bool) -> None:
@@ -81,13 +86,18 @@ def parts_of(vocabulary: int) -> list[Batch]:
 
 
 def gradients(
-    name: str, changes: dict[str, Any], degrees: dict[str, int], schedule: str, runs_each: int
+    name: str,
+    changes: dict[str, Any],
+    degrees: dict[str, int],
+    schedule: str,
+    runs_each: int,
+    backwards: bool = False,
 ) -> None:
     """Compare the loss of a step in parts, and its gradients, with those of one process."""
     whole, model = (family(name).model_of(**changes).train() for _ in range(2))
     here = world(**degrees)
     layout = layout_of(schedule, runs_each)
-    stages = stages_of(model, degrees["pp"], layout[0], folded=layout[1])
+    stages = stages_of(model, degrees["pp"], layout[0], folded=layout[1], backwards=backwards)
     if layout[1]:
         # A layer that runs again does so for the stage it is of.
         model.gradient_checkpointing_enable()
@@ -99,20 +109,30 @@ def gradients(
     objective = LanguageModelling(z_loss=1e-3, prediction=0.3 if ahead else None)
     at = Progress(0, 0, 0.0)
     wanted = accumulate(whole, objective, parts, at, nullcontext)
+    # A loss of what each layer makes, which no stage has of the others.
+    seen: list[list[Tensor]] = [[], []]
+    for one, made in zip((whole, model), seen, strict=True):
+        for index, layer in enumerate(islice(one.model.layers, one.config.num_hidden_layers)):
+            layer.register_forward_hook(partial(_note, made, one, index))
+    for part in parts:
+        states_of(whole, part)
+        (SMALL * sum(seen[0])).backward()
+        seen[0].clear()
     counts: Counter[str] = Counter()
     for part in parts:
         counts.update(objective.counts(part))
     found: list[float] = []
 
     def forward(number: int) -> Any:
+        seen[1].clear()
         if not model.stage.last:
             states_of(model, parts[number])
-            return None
+            return SMALL * sum(seen[1])
         terms = objective.terms(model, parts[number], at)
         losses = [term.weight * term.sum / max(counts[n], 1) for n, term in terms.items()]
         loss = sum(losses[1:], losses[0])
         found.append(loss.item())
-        return loss
+        return loss + SMALL * sum(seen[1])
 
     pipeline = Pipeline(model, stages, here, schedule)
     sizes = [part.input_ids.numel() for part in parts]
@@ -120,11 +140,22 @@ def gradients(
         # What a second step is given is what the first was.
         model.zero_grad()
         found.clear()
-        pipeline.run(forward, sizes)
+        # What several runs come to is added up once.
+        runs = ((0, 2), (2, 4)) if schedule == "1F1B" else ((0, 4),)
+        for start, end in runs:
+            pipeline.run(lambda number, start=start: forward(start + number), sizes[start:end])
+        pipeline.add_up()
     if found:
         assert abs(sum(found) - wanted.loss) < 1e-5 * abs(wanted.loss)
     assert len(list(model.parameters())) < len(list(whole.parameters()))
     check_gradients(whole, model, shards)
+
+
+def _note(
+    made: list[Tensor], model: Any, index: int, layer: nn.Module, args: Any, output: Tensor
+) -> None:
+    if model.stage is None or index in model.stage.own:
+        made.append(output.square().sum())
 
 
 def check_gradients(whole: Any, model: Any, shards: Mapping[str, Shard]) -> None:
