@@ -13,14 +13,20 @@ from parallel.pool import Pool
 from quintet import AutoModelForCausalLM
 from quintet.training import TrainingConfig, train
 from quintet.training.parallel import ParallelSettings
-from trainings import Heard, material, settings
+from trainings import MODELS, Heard, material, settings
 
 FSDP2, DP2 = {"fsdp": 2}, {"dp": 2, "fsdp": 1}
 TP2, EP2 = {"tp": 2}, {"tp": 2, "ep": 2}
-CP2, CP2_TP2, CP2_FSDP2 = {"cp": 2}, {"cp": 2, "tp": 2}, {"cp": 2, "fsdp": 2}
+PP2, CP2, CP2_TP2, CP2_FSDP2 = (
+    {"pp": 2},
+    {"cp": 2},
+    {"cp": 2, "tp": 2},
+    {"cp": 2, "fsdp": 2},
+)
 # Experts are among processes with batches of their own, which send each other tokens.
 SENT2, SENT4 = {"fsdp": 2, "ep": 2}, {"tp": 2, "fsdp": 2, "ep": 4}
 SENT2_COPIES, SENT2_HSDP = {"fsdp": 4, "ep": 2}, {"dp": 2, "fsdp": 2, "ep": 2}
+PP2_TP2, PP2_FSDP2 = {"pp": 2, "tp": 2}, {"pp": 2, "fsdp": 2}
 HSDP, TP2_FSDP2 = {"dp": 2, "fsdp": 2}, {"tp": 2, "fsdp": 2}
 FAMILIES = ["qwen2", "qwen2-moe", "deepseek-v2", "deepseek-v3", "zamba2"]
 PREDICTS = {"num_nextn_predict_layers": 2}
@@ -28,7 +34,7 @@ MIXTURES = ["qwen2-moe", "deepseek-v2", "deepseek-v3"]
 
 
 @pytest.mark.parametrize("name", FAMILIES)
-@pytest.mark.parametrize("degrees", [FSDP2, TP2, CP2], ids=["fsdp", "tp", "cp"])
+@pytest.mark.parametrize("degrees", [FSDP2, TP2, CP2, PP2], ids=["fsdp", "tp", "cp", "pp"])
 def test_gradients_in_two_processes_are_those_of_one(
     name: str, degrees: dict[str, int], two: Pool
 ) -> None:
@@ -36,7 +42,7 @@ def test_gradients_in_two_processes_are_those_of_one(
 
 
 @pytest.mark.parametrize("name", MIXTURES)
-@pytest.mark.parametrize("degrees", [EP2, SENT2], ids=["shared", "sent"])
+@pytest.mark.parametrize("degrees", [EP2, SENT2, PP2], ids=["shared", "sent", "pp"])
 def test_gradients_of_experts_in_two_processes_are_those_of_one(
     name: str, degrees: dict[str, int], two: Pool
 ) -> None:
@@ -79,15 +85,16 @@ def test_losses_of_balance_see_all_tokens_of_shared_rows(
     two.run(training.gradients, name, changes, CP2, balance, training.several_texts)
 
 
-def test_other_objectives_learn_from_shared_rows_as_from_whole_ones(two: Pool) -> None:
-    two.run(training.other_objectives, "qwen2", CP2)
+@pytest.mark.parametrize("degrees", [CP2, PP2], ids=["cp", "pp"])
+def test_other_objectives_learn_as_in_one_process(degrees: dict[str, int], two: Pool) -> None:
+    two.run(training.other_objectives, "qwen2", degrees)
 
 
 @pytest.mark.parametrize("name", FAMILIES)
 @pytest.mark.parametrize(
     "degrees",
-    [HSDP, TP2_FSDP2, CP2_TP2, CP2_FSDP2],
-    ids=["hsdp", "tp-fsdp", "cp-tp", "cp-fsdp"],
+    [HSDP, TP2_FSDP2, CP2_TP2, CP2_FSDP2, PP2_TP2, PP2_FSDP2],
+    ids=["hsdp", "tp-fsdp", "cp-tp", "cp-fsdp", "pp-tp", "pp-fsdp"],
 )
 def test_gradients_in_four_processes_are_those_of_one(
     name: str, degrees: dict[str, int], four: Pool
@@ -97,6 +104,11 @@ def test_gradients_in_four_processes_are_those_of_one(
 
 def test_gradients_of_copies_are_those_of_one_process(two: Pool) -> None:
     two.run(training.gradients, "qwen2", {}, DP2, {})
+
+
+def test_gradients_of_what_both_ends_have_are_those_of_one_process(two: Pool) -> None:
+    two.run(training.gradients, "qwen2", {"tie_word_embeddings": True}, PP2, {})
+    two.run(training.gradients, "deepseek-v3", PREDICTS, PP2, {}, training.several_texts)
 
 
 @pytest.mark.parametrize(
@@ -158,7 +170,7 @@ def shorter(config: TrainingConfig, steps: int) -> TrainingConfig:
     return replace(config, train=replace(config.train, steps=steps))
 
 
-@pytest.mark.parametrize("degrees", [FSDP2, CP2], ids=["fsdp", "cp"])
+@pytest.mark.parametrize("degrees", [FSDP2, CP2, PP2], ids=["fsdp", "cp", "pp"])
 def test_a_run_goes_on_in_one_process_and_in_two_to_the_same(
     degrees: dict[str, int], root: Path, tmp_path: Path, two: Pool
 ) -> None:
@@ -172,11 +184,56 @@ def test_a_run_goes_on_in_one_process_and_in_two_to_the_same(
     for step, loss in {**losses, **then.losses, **last}.items():
         assert loss == pytest.approx(heard.losses[step], rel=1e-4)
     (axis,) = degrees
-    assert f"processes is {axis}=2, and was 1" in warned[0]
+    assert f"processes is {axis}=2, and was 1" in warned[-1]
     again = AutoModelForCausalLM.from_pretrained(tmp_path / "both" / alone.path.name)
     for name, weight in alone.model.named_parameters():
         if "k_proj.bias" not in name:
             torch.testing.assert_close(again.get_parameter(name), weight, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", MODELS)
+def test_stages_are_measured_and_write_as_one_process(
+    kind: str, root: Path, tmp_path: Path, two: Pool
+) -> None:
+    tables: dict[str, Any] = {
+        "data": {"held_out_sources": [{"paths": [str(root / "held.txt")]}]},
+        "evaluation": {"every": 1, "prompts": ["The quick"], "max_new_tokens": 8},
+        "train": {"steps": 2, "recompute": True},
+        # No stage has parameters of all groups.
+        "optimizer": {"groups": [{"match": ["*.layers.0.*"], "learning_rate": 0.5}]},
+    }
+    if kind == "qwen2_moe":
+        tables |= {"balance": {"auxiliary": 0.1, "scope": "global"}}
+    if kind == "deepseek_v3":
+        tables |= {"objective": {"prediction": 0.3}, "balance": {"bias": 0.01}}
+    heard = Heard()
+    alone = train(settings(root, tmp_path / "alone", kind, **tables), report=heard)
+    config = settings(root, tmp_path / "both", kind, **tables, parallel=PP2)
+    (losses, evaluations, written, balance, banner), (_, nothing, *_) = two.run(
+        training.told, config
+    )
+    assert losses == pytest.approx(heard.losses, rel=1e-4)
+    for found, wanted in zip(evaluations, heard.evaluations, strict=True):
+        assert found.scored == wanted.scored
+        assert found.bits_per_byte == pytest.approx(wanted.bits_per_byte, rel=1e-4)
+        assert found.agreement == wanted.agreement
+        assert found.balance == wanted.balance
+    assert written == [sample.text for sample in heard.samples]
+    assert balance == [record.balance for record in heard.records]
+    size = sum(parameter.numel() for parameter in alone.model.parameters())
+    assert f"{size:,} parameters" in banner
+    # The first process tells.
+    assert not nothing
+
+
+def test_what_stages_do_not_do_is_told_before_anything_is_made(
+    root: Path, tmp_path: Path, two: Pool
+) -> None:
+    config = settings(root, tmp_path / "run", parallel=PP2, adapter={"r": 2})
+    both = two.run(training.refused, config)
+    assert both[0] == both[1]
+    assert "is put on a whole model" in both[0]
+    assert not (tmp_path / "run").exists()
 
 
 def test_as_many_processes_go_on_to_the_bit(root: Path, tmp_path: Path, two: Pool) -> None:

@@ -33,6 +33,7 @@ def test_a_run_goes_on_in_any_number_of_processes_to_the_same(
         "balance": {"bias": 0.01, "sequence": 0.1},
         "data": {"batch_rows": 4},
         "report": {"peak_flops": 1e12},
+        "train": {"steps": 8},
     }
     alone = settings(root, tmp_path / "alone", "deepseek_v3", **tables)
     result = train(alone, report=(heard := Heard()))
@@ -52,6 +53,8 @@ def test_a_run_goes_on_in_any_number_of_processes_to_the_same(
     found |= then.losses
     found |= four.run(training.run, stretch(5, fsdp=2, dp=2, ep=2), True, seconds=150)[0][0]
     found |= two.run(training.run, stretch(6, tp=2), True)[0][0]
+    found |= four.run(training.run, stretch(7, pp=2, fsdp=2), True, seconds=150)[0][0]
+    found |= two.run(training.run, stretch(8, pp=2), True)[0][0]
     assert found == pytest.approx(heard.losses, rel=1e-4)
     again = AutoModelForCausalLM.from_pretrained(tmp_path / "parts" / result.path.name)
     biases = [
@@ -84,8 +87,11 @@ def test_a_save_that_fails_is_told_and_all_go_on(root: Path, tmp_path: Path, two
     assert [one.step for one in kept(tmp_path / "run")] == [1, 3]
 
 
-def test_who_fails_in_a_step_is_named_and_all_end(root: Path, tmp_path: Path) -> None:
-    config = settings(root, tmp_path / "run", **TABLES)
+@pytest.mark.parametrize("parallel", [{"fsdp": 2}, {"pp": 2}], ids=["fsdp", "pp"])
+def test_who_fails_in_a_step_is_named_and_all_end(
+    parallel: dict[str, int], root: Path, tmp_path: Path
+) -> None:
+    config = settings(root, tmp_path / "run", **TABLES, parallel=parallel)
     ended = launch(2, keeping.fails_in_a_step, config, where=tmp_path)
     assert [one.code for one in ended] == [1, 1]
     assert "ValueError: no such number" in ended[1].err

@@ -53,7 +53,9 @@ def _model(beginning: "Beginning") -> str:
     said = f"{model.config.model_type}, {_count(size.parameters)} parameters"
     if size.active < size.parameters:
         said += f", {_count(size.active)} of them active"
-    if learned < size.parameters:
+    if model.stage is not None:
+        said += f", {_count(model.num_parameters())} of them in this process"
+    elif learned < size.parameters:
         said += f", {_count(learned)} trained ({learned / size.parameters:.2%})"
     return f"{said}; {str(model.dtype).removeprefix('torch.')} on {model.device}"
 

@@ -36,8 +36,13 @@ class Choices:
 
 
 class ExpertRouter(PlainModule, ABC):
-    """Scores of E experts for each token, and the A that it is sent to."""
+    """Scores of E experts for each token, and the A that it is sent to.
 
+    Attributes:
+        num_experts: E; known also where the weight is in another process.
+    """
+
+    num_experts: int
     weight: nn.Parameter
 
     def forward(self, x: Tensor, choices: Choices | None = None) -> tuple[Tensor, Tensor, Tensor]:
@@ -53,11 +58,6 @@ class ExpertRouter(PlainModule, ABC):
     def sharding(self) -> Sharding:
         """Cut nothing: each process chooses for all tokens, and all choose the same."""
         return Sharding(dict.fromkeys(self.state_dict(keep_vars=True), WHOLE))
-
-    @property
-    def num_experts(self) -> int:
-        """E, how many experts there are."""
-        return self.weight.shape[0]
 
     @property
     @abstractmethod

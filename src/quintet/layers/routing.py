@@ -36,6 +36,7 @@ class Router(ExpertRouter):
 
     def __init__(self, hidden_size: int, num_experts: int, rules: RoutingRules) -> None:
         super().__init__()
+        self.num_experts = num_experts
         self.weight = nn.Parameter(torch.empty(num_experts, hidden_size))
         self.rules = rules
 

@@ -41,7 +41,8 @@ class TrainingFlops:
         with torch.device("meta"):
             plain = AutoModelForCausalLM.from_config(model.config)
         assert isinstance(plain, CausalLMHead)
-        learned = learned_products(model, ahead)
+        # Of a model whose layers are in several processes, those of all count.
+        learned = learned_products(model if model.stage is None else plain, ahead)
         added = learned if model.adapters is not None else 0.0
         self._weights = 4 * token_products(plain, ahead) + 2 * learned + 4 * added
         self._config, self._ahead = model.config, ahead

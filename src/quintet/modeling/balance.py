@@ -1,6 +1,7 @@
 """How many tokens each expert gets, and biases of routers that even it out without a loss."""
 
 import math
+from collections.abc import Sequence
 from functools import partial
 from types import TracebackType
 from typing import Self
@@ -55,11 +56,14 @@ class ExpertLoads:
 
         They are sums: those of several processes add up, and `BiasBalancer.step` takes them.
         """
-        first = next(iter(self.routers.values())).weight
+        # Of layers in another process there is no weight.
+        weights = (x for router in self.routers.values() for x in router.parameters(recurse=False))
+        held = next(weights, None)
+        device = torch.device("cpu") if held is None else held.device
         rows = []
         for name, router in self.routers.items():
             none = torch.zeros(router.num_experts, dtype=torch.long, device="cpu")
-            rows.append(self._counts.get(name, none).to(first.device))
+            rows.append(self._counts.get(name, none).to(device))
         return torch.stack(rows)
 
     def violations(self, loads: Tensor | None = None) -> dict[str, float]:
@@ -144,14 +148,19 @@ class BiasBalancer(ExpertLoads):
             raise InputError(
                 f"{type(model).__name__} has no router with a bias; only DeepSeek-V3's have one"
             )
-        if not any(router.weight.requires_grad for router in found):
+        if found := [router for router in found if _here(router)]:
+            self._check_learns(model, found)
+        super().__init__(model, training=True)
+        self.rate = rate
+        self.centred = centred
+
+    @staticmethod
+    def _check_learns(model: nn.Module, routers: Sequence[SigmoidRouter]) -> None:
+        if not any(router.weight.requires_grad for router in routers):
             raise InputError(
                 f"all routers of this {type(model).__name__} are frozen, as beneath adapters, and "
                 "their biases belong to them; train the routers, or leave balancing out"
             )
-        super().__init__(model, training=True)
-        self.rate = rate
-        self.centred = centred
 
     @torch.no_grad()
     def step(self, rate: float | None = None, loads: Tensor | None = None) -> None:
@@ -175,6 +184,8 @@ class BiasBalancer(ExpertLoads):
             )
         counted = counted if loads is None else loads
         for router, load in zip(self.routers.values(), counted, strict=True):
+            if not _here(router):
+                continue
             if isinstance(router, SigmoidRouter) and router.weight.requires_grad:
                 bias = router.e_score_correction_bias
                 moved = balanced_bias(bias, load.to(bias.device), rate, centred=self.centred)
@@ -183,6 +194,11 @@ class BiasBalancer(ExpertLoads):
 
 
 LoadBalancer = BiasBalancer
+
+
+def _here(router: nn.Module) -> bool:
+    """Tell whether a router is in this process, where others have other layers."""
+    return any(True for _ in router.parameters(recurse=False))
 
 
 def balance_metrics(loads: list[Tensor]) -> dict[str, float]:

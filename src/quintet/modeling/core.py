@@ -74,6 +74,11 @@ class ModelCore(nn.Module):
         self.generation_config = GenerationConfig.from_model_config(config)
 
     @property
+    def ends_here(self) -> bool:
+        """Whether the last layer is in this process, and with it the norm and the head."""
+        return self.stage is None or self.stage.last
+
+    @property
     def generation_config(self) -> GenerationConfig:
         """How `generate()` goes where a call says nothing; one of Transformers may be assigned."""
         held: GenerationConfig = vars(self)["_generation_config"]

@@ -8,6 +8,7 @@ from torch import nn
 
 from quintet.layers.moe import Experts
 from quintet.modeling.base import PreTrainedModel
+from quintet.modeling.init_on_meta import init_on_meta
 from quintet.modeling.placement import ModelPart, parts
 from quintet.quantization import Scheme
 
@@ -52,7 +53,12 @@ class Size:
 
 
 def measure(model: PreTrainedModel, dtype: torch.dtype, scheme: Scheme | None = None) -> Size:
-    """Measure a model, with or without memory; `scheme` is how its weights are to be held."""
+    """Measure a model, with or without memory; `scheme` is how its weights are to be held.
+
+    Where several processes have its layers, it is the whole that is measured.
+    """
+    if model.stage is not None:
+        model = init_on_meta(type(model), model.config)
     total = model.num_parameters()
     behind = _prediction_layers(model)
     main = {id(p) for p in _others(model, behind)}

@@ -85,10 +85,16 @@ def divide(
     if world.degrees.fsdp == 1:
         return _ready(root, own)
     given["mesh"] = _mesh(world, "fsdp")
-    for module in _shared(layers):
-        fully_shard(module, reshard_after_forward=False, **given)
+    shared = _shared(layers)
     outer = set(_outside(model, layers))
-    units: list[nn.Module] = [*stacks, *layers]
+    # Of layers in other processes there is nothing, or what several share.
+    common = {p for module in shared for p in module.parameters()}
+    units: list[nn.Module] = [
+        *stacks,
+        *(x for x in layers if not common.issuperset(x.parameters())),
+    ]
+    for module in shared:
+        fully_shard(module, reshard_after_forward=False, **given)
     for module in units:
         # A prediction layer has the embedding, too, and is gathered with that.
         if outer.isdisjoint(module.parameters()):

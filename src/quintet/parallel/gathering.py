@@ -1,16 +1,18 @@
 """Whole tensors out of the parts of several processes, one at a time, in the first process."""
 
-from collections.abc import Sequence
+import json
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from quintet.parallel.placement import Shard
-from quintet.parallel.world import World
+from quintet.parallel.world import DENSE, World
 
-__all__ = ["Portion", "gather", "own_part"]
+__all__ = ["Portion", "gather", "own_part", "to_first"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,6 +63,54 @@ def gather(portion: Portion, world: World) -> Tensor | None:
             dist.recv(_bytes(part), src=rank)
             shard.put(whole, part)
     return whole
+
+
+def to_first(own: Iterable[tuple[str, Tensor]], world: World) -> Iterator[tuple[str, Tensor]]:
+    """Yield named tensors, and in the first process behind them those that other stages have.
+
+    Every process reads it to its end. One tensor of another stage is on its way at a time.
+    """
+    at = world.coordinates
+    sends = at["pp"] > 0 and not any(at[axis] for axis in DENSE if axis != "pp")
+    for name, tensor in own:
+        if sends:
+            _tell({"name": name, "dtype": _name(tensor.dtype), "shape": list(tensor.shape)}, world)
+            if tensor.numel():
+                dist.send(_bytes(tensor.to(world.device)), dst=0)
+        yield name, tensor
+    if sends:
+        _tell({}, world)
+    if world.rank == 0:
+        for stage in dist.get_process_group_ranks(world.groups["pp"])[1:]:
+            while told := _hear(stage, world):
+                dtype: torch.dtype = getattr(torch, told["dtype"])
+                tensor = torch.empty(told["shape"], dtype=dtype, device=world.device)
+                if tensor.numel():
+                    flat = _bytes(tensor)
+                    dist.recv(flat, src=stage)
+                    tensor = flat.view(dtype).view(told["shape"])
+                yield told["name"], tensor
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def _tell(value: dict[str, Any], world: World) -> None:
+    """Tell the first process a few words."""
+    text = torch.frombuffer(bytearray(json.dumps(value).encode()), dtype=torch.uint8)
+    dist.send(torch.tensor([len(text)], dtype=torch.long, device=world.device), dst=0)
+    dist.send(text.to(world.device), dst=0)
+
+
+def _hear(rank: int, world: World) -> dict[str, Any]:
+    """Return what a process tells the first."""
+    size = torch.zeros(1, dtype=torch.long, device=world.device)
+    dist.recv(size, src=rank)
+    text = torch.empty(int(size), dtype=torch.uint8, device=world.device)
+    dist.recv(text, src=rank)
+    told: dict[str, Any] = json.loads(bytes(text.tolist()))
+    return told
 
 
 def own_part(tensor: Tensor) -> Tensor:

@@ -15,7 +15,7 @@ import torch.distributed as dist
 import torch.nn.functional as F  # noqa: N812
 from torch import Tensor, nn
 
-from quintet.errors import InputError, QuintetError, shown
+from quintet.errors import InputError, shown
 from quintet.parallel.stage import Stage
 from quintet.parallel.stages import Stages, decoder_of, owners
 from quintet.parallel.world import DENSE, World
@@ -34,8 +34,7 @@ class Pipeline:
         model: this process's stages of it.
         stages: what all have.
         world: the processes.
-        schedule: the order of forwards and backwards.
-        dtype: of what passes; that of the model if not given.
+        schedule: the order of forwards and backwards; 1F1B of fewer parts than stages is GPipe.
 
     Raises:
         InputError: there is no such schedule, or it is not of that many stages.
@@ -47,8 +46,6 @@ class Pipeline:
         stages: Stages,
         world: World,
         schedule: Schedule = "1F1B",
-        *,
-        dtype: torch.dtype | None = None,
     ) -> None:
         if schedule not in get_args(Schedule):
             known = ", ".join(get_args(Schedule))
@@ -56,7 +53,8 @@ class Pipeline:
         stage = vars(model)["stage"]
         assert isinstance(stage, Stage)
         self.model, self.stage, self.stages, self.world = model, stage, stages, world
-        self.schedule, self.dtype = schedule, dtype
+        self.schedule = schedule
+        self._index = world.coordinates["pp"]
         self._shared = _shared_groups(stages, world)
         self._made: tuple[tuple[int, int], Any] | None = None
         self._check()
@@ -70,8 +68,7 @@ class Pipeline:
                 loss of what it predicts, others one of what happens in their layers, or None.
             sizes: how many tokens, with padding, each part has at most; the same in all stages.
 
-        Raises:
-            QuintetError: what a part raises here.
+        What a part raises here is raised.
         """
         made = self._schedule(len(sizes), max(sizes))
         for one in made.stages:
@@ -84,8 +81,8 @@ class Pipeline:
                 *arguments, number=numbers, target=numbers, losses=losses, return_outputs=False
             )
         except RuntimeError as error:
-            # It says which stage failed, and that is said by whoever failed, too.
-            if isinstance(error.__cause__, QuintetError):
+            # What failed in a part is told as it is, and not as the failure of a stage.
+            if error.__cause__ is not None:
                 raise error.__cause__ from None
             raise
 
@@ -124,11 +121,14 @@ class Pipeline:
                 found[name] = parameter.grad
         return found
 
-    def counted(self) -> frozenset[str]:
-        """Return the parameters here that no stage before has: to count each once in a norm."""
-        index = self.world.coordinates["pp"]
-        before = frozenset().union(*self.stages.names[:index])
-        return frozenset(name for name, _ in self.model.named_parameters() if name not in before)
+    def counts(self, name: str) -> bool:
+        """Tell whether no process before has a tensor that is here: so that each counts once."""
+        return all(name not in names for names in self.stages.names[: self._index])
+
+    def elsewhere(self, name: str) -> bool:
+        """Tell whether other processes have a tensor, and this one has not."""
+        names = self.stages.names
+        return name not in names[self._index] and any(name in held for held in names)
 
     def _check(self) -> None:
         have, pp = self.stages.processes, self.world.degrees.pp
@@ -168,7 +168,7 @@ class Pipeline:
 
         count = len(self.stages.layers)
         decoder = decoder_of(self.model)
-        width, dtype = decoder.config.hidden_size, self.dtype or decoder.dtype
+        width, dtype = decoder.config.hidden_size, owner.dtype or decoder.dtype
         states = torch.empty(most, width, dtype=dtype, device="meta", requires_grad=True)
         made = [
             Own(
@@ -188,7 +188,8 @@ class Pipeline:
         ]
         for one in made:
             one.stage_index_to_group_rank = dict(enumerate(self.stages.processes))
-        kind = get_schedule_class(self.schedule)
+        few = self.schedule == "1F1B" and parts < count
+        kind = get_schedule_class("GPipe" if few else self.schedule)
         several = self.schedule not in ("GPipe", "1F1B")
         try:
             schedule = kind(made if several else made[0], parts, loss_fn=_itself, scale_grads=False)
@@ -255,7 +256,7 @@ class _Carrying(torch.autograd.Function):
         return states.view_as(states)
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor]:  # type: ignore[override]
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor]:
         return gradient, torch.ones_like(ctx.like)
 
 

@@ -1,6 +1,6 @@
 """A model that is trained by several processes: where its numbers are, and how they add up."""
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import TypeVar
 
@@ -10,7 +10,9 @@ from torch import Tensor, nn
 
 from quintet.parallel.apply import shard_model
 from quintet.parallel.fsdp import Root
+from quintet.parallel.gathering import to_first
 from quintet.parallel.gradients import sum_common
+from quintet.parallel.pipeline import Pipeline
 from quintet.parallel.placement import Common, Shard, place, table_of
 from quintet.parallel.regions import gathered
 from quintet.parallel.slices import experts_apart, own_rows
@@ -129,6 +131,7 @@ class Spread:
         parts: what of each tensor it is a part of, if it was cut along tp.
         root: what the model is run through, if it was divided by FSDP.
         low: whether it is gathered in bfloat16.
+        pipeline: what trains it, if it has some of the layers.
     """
 
     def __init__(
@@ -139,8 +142,9 @@ class Spread:
         root: Root | None = None,
         *,
         low: bool = False,
+        pipeline: Pipeline | None = None,
     ) -> None:
-        self.world, self.parts, self.root = world, parts, root
+        self.world, self.parts, self.root, self.pipeline = world, parts, root, pipeline
         self._apart = frozenset() if parts is None else parts.apart
         self.rounds = low and root is not None
         # The sizes of the first dimension of what FSDP divides.
@@ -154,11 +158,49 @@ class Spread:
         """Return what a call makes of the model."""
         if self.root is None:
             return call()
-        found: T = self.root(call)
+        found: T
+        if self.pipeline is None:
+            found = self.root(call)
+        else:
+            # Gradients come back through the states that leave it, too.
+            stage = self.pipeline.stage
+            found, _ = self.root(lambda: (call(), stage.outgoing))
         if not torch.is_grad_enabled() and self.world.degrees.fsdp > 1:
             # What is kept for a backward that does not come would be old after the next step.
             self.root.reshard()  # type: ignore[operator]
         return found
+
+    def learn(self, parts: Sequence[Callable[[], Tensor | None]], sizes: Sequence[int]) -> None:
+        """Add to the gradients what parts of a step come to, as far as it is found here.
+
+        Where processes have other layers, all their parts have to be of the same sizes.
+        """
+        if self.pipeline is not None:
+            self.pipeline.run(lambda number: parts[number](), sizes)
+            return
+        for part in parts:
+            if (loss := part()) is not None:
+                loss.backward()  # type: ignore[no-untyped-call]
+
+    @property
+    def awaited(self) -> frozenset[str]:
+        """The parameters of which `add_up` wants a gradient: other stages have them, too."""
+        return frozenset() if self.pipeline is None else self.pipeline.shared
+
+    def counts(self, name: str) -> bool:
+        """Tell whether a tensor that is here counts here, and not in a stage that has it, too."""
+        return self.pipeline is None or self.pipeline.counts(name)
+
+    def elsewhere(self, name: str) -> bool:
+        """Tell whether other stages have a tensor, and this one nothing of it."""
+        return self.pipeline is not None and self.pipeline.elsewhere(name)
+
+    def collected(self, own: Iterable[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
+        """Yield named tensors, and in the first process behind them those of other stages."""
+        if self.pipeline is None:
+            yield from own
+        else:
+            yield from to_first(own, self.world)
 
     def held(self, tensor: Tensor) -> Tensor:
         """Return what this process has of a parameter or its gradient: the numbers, no copy."""
@@ -176,6 +218,8 @@ class Spread:
         for axes, tensors in summed.items():
             if any(axis in self.world.groups for axis in axes):
                 self._add_all(tensors, axes)
+        if self.pipeline is not None:
+            self.pipeline.add_up(gradients)
         if self.parts is None:
             return
         for name, gradient in gradients.items():
@@ -213,6 +257,8 @@ class Spread:
         most, experts = zeros, zeros.clone()
         for i, group in enumerate(groups):
             for name, x in group.items():
+                if not self.counts(name):
+                    continue
                 known = self.parts is not None and self.parts
                 squared = known.squared(name, x, self._common(name)) if known else _squared(x)
                 sums = experts if name in self._apart else most
@@ -220,7 +266,7 @@ class Spread:
         total = self._over_all(most, "fsdp", "tp")
         if self._apart:
             total = total + self._over_all(experts, "copies", "ep")
-        return list(total.sqrt().float())
+        return list(add_up(total, self.world, ("pp",)).sqrt().float())
 
     def _over_all(self, sums: Tensor, rows: str, parts: str) -> Tensor:
         """Add up sums (2, n) of slices and others, over who has other rows, and other parts."""

@@ -69,6 +69,8 @@ class Stage:
         incoming: (most, C) the states of the tokens that the first layer is given, in the layout
             of the layers, and nothing of meaning behind them; of the first stage, None.
         outgoing: what the last layer made of them, (B, T, C).
+        dtype: of states, where parameters are gathered in another than they are held in; None for
+            that of the model.
     """
 
     here: tuple[int, ...]
@@ -78,6 +80,7 @@ class Stage:
     given: bool = False
     incoming: Tensor | None = None
     outgoing: Tensor | None = None
+    dtype: torch.dtype | None = None
 
     @property
     def own(self) -> range:
@@ -135,7 +138,7 @@ def leave_out(model: nn.Module, stages: Stages, world: World) -> Stage:
     base = decoder_of(model)
     take_away(model, stages.names[index])
     if not base.embed_tokens.state_dict():
-        _replace(base.embed_tokens, _Placeholder(base))
+        _replace(base.embed_tokens, _Placeholder(base, stage))
     for i, layer in enumerate(base.layers):
         if any(i in stages.layers[one] for one in here):
             # Where there is one stage alone, its layers are as they were.
@@ -159,10 +162,11 @@ class _Placeholder:
     """In place of an embedding: vectors of the right shape, which no layer here reads."""
 
     base: Decoder
+    stage: Stage
 
     def __call__(self, ids: Tensor) -> Tensor:
         shape = (*ids.shape, self.base.config.hidden_size)
-        return torch.zeros(shape, dtype=self.base.dtype, device=ids.device)
+        return torch.zeros(shape, dtype=self.stage.dtype or self.base.dtype, device=ids.device)
 
 
 @dataclass(frozen=True, slots=True)

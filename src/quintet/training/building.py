@@ -3,7 +3,6 @@
 import copy
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -108,7 +107,13 @@ def prepared(
     named = [key for key in ("from_", "config", "quantize") if getattr(config.model, key)]
     if model is None and held is not None:
         model = build_model(config.model, tokenizer, held, None if start is None else start.path)
-        first = partial(build_model, config.model, tokenizer)
+
+        def first() -> CausalLMHead:
+            # Where nothing was read, the numbers that its parts were drawn from.
+            with torch.random.fork_rng(devices=[]):
+                torch.manual_seed(config.train.seed)
+                return build_model(config.model, tokenizer)
+
         return model, build_objective(config, model, first)
     if model is None:
         model = build_model(config.model, tokenizer)

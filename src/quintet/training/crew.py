@@ -17,6 +17,9 @@ __all__ = ["Alone", "Crew", "Several"]
 
 T = TypeVar("T")
 
+# Along these axes processes find parts of what is added up: in other tokens, or in other layers.
+FOUND = ("pp", *DATA)
+
 
 class Crew(Protocol):
     """Who trains together; what one of them is asked, all are asked at the same time."""
@@ -63,6 +66,10 @@ class Crew(Protocol):
         """Return the sum of the tensors that processes find in their parts of batches."""
         ...
 
+    def of_layers(self, tensor: Tensor) -> Tensor:
+        """Return the sum of what processes find in their layers, of the same tokens."""
+        ...
+
     def most(self, numbers: Sequence[float]) -> list[float]:
         """Return the largest that any process says, of each number."""
         ...
@@ -107,6 +114,10 @@ class Alone:
         """Return the tensor."""
         return tensor
 
+    def of_layers(self, tensor: Tensor) -> Tensor:
+        """Return the tensor."""
+        return tensor
+
     def most(self, numbers: Sequence[float]) -> list[float]:
         """Return the numbers."""
         return list(numbers)
@@ -143,11 +154,15 @@ class Several:
 
     def total(self, sums: Mapping[str, float]) -> dict[str, float]:
         """Return the sums of what processes find in their parts of batches."""
-        return self._sums(sums, DATA)
+        return self._sums(sums, FOUND)
 
     def summed(self, tensor: Tensor) -> Tensor:
         """Return the sum of the tensors that processes find in their parts of batches."""
-        return self._sum(tensor, DATA)
+        return self._sum(tensor, FOUND)
+
+    def of_layers(self, tensor: Tensor) -> Tensor:
+        """Return the sum of what processes find in their layers, of the same tokens."""
+        return self._sum(tensor, ("pp",))
 
     def _sums(self, numbers: Mapping[str, float], axes: Sequence[str]) -> dict[str, float]:
         # Counts of tokens are exact in these numbers up to 2^53.

@@ -5,10 +5,11 @@ step is the same whether one looked or not.
 """
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor
 
 from quintet.errors import InputError
 from quintet.layers.router import ExpertRouter
@@ -77,6 +78,7 @@ def evaluate(
     *,
     step: int = 0,
     tokens: int = 0,
+    of_layers: Callable[[Tensor], Tensor] = lambda own: own,
 ) -> Evaluation:
     """Measure a model on texts, each alone and from its first token on.
 
@@ -86,6 +88,8 @@ def evaluate(
         context: how many tokens a window has; None for as many as the model has positions for.
         step: how many steps it has been trained.
         tokens: how many tokens it has learned from.
+        of_layers: adds up what processes find in their layers, where these are not all here; what
+            is measured of texts is then found where the last layer is.
 
     Raises:
         InputError: there is no token to predict.
@@ -97,7 +101,7 @@ def evaluate(
         if has_experts:
             with ExpertLoads(model) as loads:
                 found = score(model, documents, context)
-                balance = loads.violations()
+                balance = loads.violations(of_layers(loads.loads()))
         else:
             found = score(model, documents, context)
     if not found.scored:

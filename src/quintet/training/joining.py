@@ -12,9 +12,12 @@ from quintet.modeling.init_on_meta import init_on_meta
 from quintet.parallel.context_parallel import Sequences
 from quintet.parallel.fsdp import divide
 from quintet.parallel.launch import join, launched, own_device
+from quintet.parallel.pipeline import Pipeline
 from quintet.parallel.placement import table_of
 from quintet.parallel.slices import Slices
 from quintet.parallel.spread import Parts, Spread
+from quintet.parallel.stage import leave_out
+from quintet.parallel.stages import stages_to_run
 from quintet.parallel.world import World
 from quintet.training.config import TrainingConfig
 from quintet.training.crew import Alone, Crew, Several
@@ -71,7 +74,9 @@ def spread(
         return HERE
     world, degrees = crew.world, crew.world.degrees
     low = _low(config)
-    parts = root = None
+    parts = root = stages = None
+    if degrees.pp > 1:
+        stages = stages_to_run(init_on_meta(type(model), model.config) if part else model, world)
     if max(degrees.tp, degrees.ep) > 1:
         if part:
             parts = Parts.of(init_on_meta(type(model), model.config), world)
@@ -81,6 +86,8 @@ def spread(
             connect_adapters(model, table, world.groups.get("tp"))
             if model.adapters is not None:
                 model.adapters.install(model)
+    elif stages is not None and not part:
+        leave_out(model, stages, world)
     model.world = _generating(world)
     if degrees.cp > 1:
         model.sequences = Sequences(model, world)
@@ -93,12 +100,17 @@ def spread(
         sliced = _sliced(model, parts) if part else {}
         adapters = adapted_names(model)
         root = divide(model, decoder.layers, world, low=low, sliced=sliced, whole=adapters)
-    # From here on processes draw for tokens of their own.
+    # From here on processes draw for tokens, or layers, of their own.
     at = world.coordinates
-    index = crew.share[0] * degrees.cp + at["cp"]
+    index = (crew.share[0] * degrees.cp + at["cp"]) * degrees.pp + at["pp"]
     if index:
         torch.manual_seed(config.train.seed + index)
-    return Spread(model, world, parts, root, low=low)
+    pipeline = None
+    if stages is not None:
+        pipeline = Pipeline(model, stages, world)
+        if low and root is not None:
+            pipeline.stage.dtype = torch.bfloat16
+    return Spread(model, world, parts, root, low=low, pipeline=pipeline)
 
 
 def _generating(world: World) -> World | None:
@@ -107,7 +119,7 @@ def _generating(world: World) -> World | None:
         # Experts round what is sent to them by what comes with it.
         everyone = dist.new_group(backend="gloo")
         return replace(world, groups={**world.groups, "model": everyone})
-    return world if world.degrees.tp > 1 else None
+    return world if max(world.degrees.tp, world.degrees.pp) > 1 else None
 
 
 def _low(config: TrainingConfig) -> bool:

@@ -29,6 +29,7 @@ from quintet.training.result import TrainingResult
 from quintet.training.resuming import Resume, check_same, start_of
 from quintet.training.run import Run
 from quintet.training.settings import plain
+from quintet.training.staged import check_staged, idle_stages
 from quintet.training.state import Randomness
 
 __all__ = ["TrainingResult", "train"]
@@ -74,10 +75,13 @@ def train(
     keep_freed_memory()
     with ExitStack() as stack:
         crew = joined(config.parallel)
+        check_staged(config, crew.degrees)
         if crew.size > 1:
             # Who waits in vain for another says which one failed.
             stack.enter_context(collective())
         told = report if report is not None and crew.first else Silent()
+        if (waits := idle_stages(config, crew.degrees)) is not None:
+            told.warned(waits)
         crew.lead(lambda: stack.enter_context(_alone(folder)))
         stack.enter_context(_apart(config.train))
         if crew.first:

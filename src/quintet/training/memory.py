@@ -59,7 +59,9 @@ def memory(
     parameters = list(model.parameters())
     tensors = [*parameters, *model.buffers()]
     size = (dtype or model.dtype).itemsize
-    layers = list(model.base_model.get_submodule("layers").children())
+    # Of layers in other processes there is nothing.
+    every = model.base_model.get_submodule("layers").children()
+    layers = [layer for layer in every if any(True for _ in layer.parameters())]
     # A model without memory will have it in the host's.
     kernels = native.available() and model.device.type in ("cpu", "meta")
     each = [_numbers(layer, model, kernels) for layer in layers]
@@ -84,7 +86,7 @@ def _numbers(layer: nn.Module, model: PreTrainedModel, kernels: bool) -> float:
     for module in layer.modules():
         if isinstance(module, nn.Linear | QuantizedLinear):
             kept += linear * (module.in_features + module.out_features)
-        elif isinstance(module, Experts):
+        elif isinstance(module, Experts) and module.down_proj is not None:
             width, inner = module.down_proj.shape[1:]
             kept += linear * active * expert_numbers(width, inner)
         elif isinstance(module, QuantizedExperts):

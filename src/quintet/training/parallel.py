@@ -24,7 +24,7 @@ class ParallelSettings:
         tp: the matrices of layers.
         ep: experts, among the processes of tp, then of fsdp; no further factor.
         cp: the tokens of a sequence.
-        pp: the layers.
+        pp: the layers; parts of a step (`[train] parts`) pass from one process to the next.
         timeout: the seconds that processes wait for each other before they give up.
     """
 
@@ -49,10 +49,6 @@ class ParallelSettings:
             value = getattr(self, name)
             if value != "auto" and value < 1:
                 raise SettingError.value(name, value, "has to be a number of processes, 1 or more")
-        if self.pp != 1:
-            raise SettingError.value(
-                "pp", self.pp, "is not for a training yet; divide it along others"
-            )
         if not self.timeout > 0:
             raise SettingError.value("timeout", self.timeout, "has to be above 0")
 

@@ -20,6 +20,7 @@ from quintet.training.optimizers import build_optimizers
 from quintet.training.progress import Progress
 from quintet.training.records import Beginning
 from quintet.training.settings import plain
+from quintet.training.staged import check_staged
 
 __all__ = ["planned"]
 
@@ -32,6 +33,7 @@ def planned(
     Raises:
         QuintetError: what would keep it from beginning.
     """
+    check_staged(config, config.parallel.given())
     tokenizer = build_tokenizer(config)
     with torch.device("meta"):
         if config.model.from_ is None:

@@ -249,7 +249,15 @@ class Run:
         if documents:
             context = settings.context or self.data.context
             own = self._looking(
-                partial(evaluate, self.model, documents, context, step=at.step, tokens=at.tokens)
+                partial(
+                    evaluate,
+                    self.model,
+                    documents,
+                    context,
+                    step=at.step,
+                    tokens=at.tokens,
+                    of_layers=self.crew.of_layers,
+                )
             )
             # What follows from it is decided once, however processes round.
             found = Evaluation(**self.crew.lead(lambda: asdict(own)))

@@ -128,6 +128,7 @@ def _states(
 ) -> tuple[Tensor, Tensor | None]:
     """Return the states (1, T, C) of a window, and those of the first prediction layer."""
     looks_ahead = isinstance(model, MtpCausalLMHead) and model.prediction_depth() > 0
+    looks_ahead = looks_ahead and model.ends_here
     output = model.base_model(
         input_ids=window,
         return_dict=True,
@@ -151,6 +152,8 @@ def _named(model: CausalLMHead, ahead: Tensor, places: Tensor) -> Tensor:
 def score(model: CausalLMHead, documents: Iterable[Document], context: int | None = None) -> Score:
     """Return what texts cost a model, each alone and from its first token on.
 
+    Where another process has the last layer, only the tokens are counted here.
+
     Args:
         model: as it is: `eval()` and its adapters are the caller's.
         documents: the texts.
@@ -168,7 +171,12 @@ def score(model: CausalLMHead, documents: Iterable[Document], context: int | Non
         total.parts += document.bytes == 0
         counts = document.labels != IGNORED
         for piece in predictions(model, document.input_ids, context or most):
-            mask = counts[piece.first : piece.first + len(piece.targets)].to(piece.logits.device)
+            mask = counts[piece.first : piece.first + len(piece.targets)]
+            if piece.logits.is_meta:
+                # They are where the last layer is.
+                total.scored += int(mask.sum())
+                continue
+            mask = mask.to(piece.logits.device)
             total.bits += float(piece.bits()[mask].sum())
             total.scored += int(mask.sum())
             if piece.ahead is not None:

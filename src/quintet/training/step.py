@@ -1,7 +1,7 @@
 """One step: what its parts add up to, and what the optimisers make of it."""
 
 import math
-from collections import Counter, defaultdict
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
@@ -65,23 +65,34 @@ def accumulate(
         _check(batch, model.config.vocab_size)
         own.update(objective.counts(batch))
     counts = crew.counted(own)
-    if (len(parts) > 1 or crew.share[1] > 1) and isinstance(objective, StepObjective):
+    several = len(parts) > 1 or crew.share[1] > 1 or crew.degrees.pp > 1
+    if several and isinstance(objective, StepObjective):
         with computing():
             looking = partial(objective.of_step, model, parts, at, crew.summed)
             objective = layout.run(looking)
     if not any(counts.values()):
         return Outcome(math.nan, skipped="no label of it counts")
-    sums: defaultdict[str, float] = defaultdict(float)
-    for batch in parts:
+    made: list[tuple[str, Tensor]] = []
+
+    def learned(batch: Batch) -> Tensor | None:
         with computing():
             whole, means = layout.run(partial(_part, model, objective, batch, at, counts))
-        # Though it may not be finite: other processes wait for what passes backward.
-        whole.backward()  # type: ignore[no-untyped-call]
-        sums[LOSS] += whole.item()
-        for name, mean in means.items():
-            sums[name] += mean.item()
-    found = crew.total(sums)
-    loss = found.pop(LOSS)
+        told = means if whole is None else {LOSS: whole, **means}
+        made.extend((name, mean.detach()) for name, mean in told.items())
+        return whole
+
+    # Though it may not be finite: other processes wait for what passes backward.
+    sizes = [batch.input_ids.numel() for batch in parts]
+    layout.learn([partial(learned, batch) for batch in parts], sizes)
+    # Of several processes, not all find the same terms.
+    sums = dict.fromkeys((LOSS, *counts), 0.0)
+    there = dict.fromkeys(sums, 0.0)
+    for name, mean in made:
+        sums[name] += mean.item()
+        there[name] = 1.0
+    totals = crew.total({**sums, **{f"{name} there": one for name, one in there.items()}})
+    loss = totals[LOSS]
+    found = {name: totals[name] for name in counts if totals[f"{name} there"]}
     finite = math.isfinite(loss)
     return Outcome(loss, found, skipped=None if finite else "its loss is not finite")
 
@@ -92,12 +103,15 @@ def _part(
     batch: Batch,
     at: Progress,
     counts: Mapping[str, float],
-) -> tuple[Tensor, dict[str, Tensor]]:
-    """Return what a part of a step adds to what is minimised, and to the mean of each term."""
+) -> tuple[Tensor | None, dict[str, Tensor]]:
+    """Return what a part of a step adds to what is minimised, and to the mean of each term.
+
+    Where other processes have the terms, it adds nothing here.
+    """
     terms = objective.terms(model, batch, at)
     means = {name: term.sum / max(counts[name], 1) for name, term in terms.items()}
     weighed = [terms[name].weight * mean for name, mean in means.items() if terms[name].weight]
-    return sum(weighed[1:], weighed[0]), means
+    return (sum(weighed[1:], weighed[0]) if weighed else None), means
 
 
 def take(

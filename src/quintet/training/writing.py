@@ -48,18 +48,31 @@ def writing(
 
 def whole_state(model: CausalLMHead, layout: Layout, *, keep: bool) -> dict[str, Tensor]:
     """Return the whole weights of a model, in the host's memory; none where they are not kept."""
-    found: dict[str, Tensor] = {}
     # Weights under several names are made whole once, and stay one.
-    made: dict[int, Tensor] = {}
-    for name, tensor in model.state_dict(keep_vars=True).items():
-        if id(tensor) not in made:
-            whole = layout.whole(name, layout.held(tensor.detach()))
-            rounded = layout.rounds and isinstance(tensor, nn.Parameter)
-            own = torch.bfloat16 if rounded else whole.dtype
-            made[id(tensor)] = whole.detach().to("cpu", own) if keep else whole[:0]
+    state = model.state_dict(keep_vars=True)
+    first = _first_names(state)
+
+    def own() -> Iterator[tuple[str, Tensor]]:
+        for name, tensor in state.items():
+            if first[name] == name and layout.counts(name):
+                whole = layout.whole(name, layout.held(tensor.detach()))
+                rounded = layout.rounds and isinstance(tensor, nn.Parameter)
+                yield name, whole.detach().to(torch.bfloat16 if rounded else whole.dtype)
+
+    made = {}
+    for name, whole in layout.collected(own()):
         if keep:
-            found[name] = made[id(tensor)]
-    return found
+            made[name] = whole.to("cpu")
+    if model.stage is not None:
+        # Which names there are for what other layers have.
+        first = _first_names(init_on_meta(type(model), model.config).state_dict(keep_vars=True))
+    return {name: made[of] for name, of in first.items() if of in made}
+
+
+def _first_names(state: Mapping[str, Tensor]) -> dict[str, str]:
+    """Return of each name the first one of its tensor."""
+    names: dict[int, str] = {}
+    return {name: names.setdefault(id(tensor), name) for name, tensor in state.items()}
 
 
 def whole_adapters(

@@ -1,10 +1,12 @@
 """Cases of training; each process compares with one that trains alone."""
 
 import json
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from functools import cache, partial
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -12,13 +14,14 @@ from torch import Tensor
 
 from parallel.cases.tensor import family
 from quintet import Qwen2Config, Qwen2ForCausalLM
+from quintet.cli.train_banner import banner
 from quintet.modeling.balance import BiasBalancer
 from quintet.modeling.heads import CausalLMHead
 from quintet.modeling.scoring import HeadInParts
 from quintet.ops.linear_loss import logit_sums
 from quintet.parallel.spread import Parts
 from quintet.parallel.world import World
-from quintet.training import TrainingConfig, train
+from quintet.training import TrainingConfig, loop, train
 from quintet.training.batch import Batch
 from quintet.training.building import balance_losses, prediction_layers
 from quintet.training.config import BalanceSettings, TrainSettings
@@ -31,7 +34,9 @@ from quintet.training.optimizers import Optimizers, OptimizerSettings, build_opt
 from quintet.training.optimizers.layout import HERE, Layout
 from quintet.training.parallel import ParallelSettings
 from quintet.training.progress import Progress
+from quintet.training.records import Beginning
 from quintet.training.resuming import Resume
+from quintet.training.settings import SettingError
 from quintet.training.step import Outcome, accumulate, take
 from support import relative_error
 from trainings import Heard
@@ -96,7 +101,9 @@ def learned(
     optimizers = build_optimizers(model, config_of({}).optimizer, layout)
     parts = own(rows, crew)
     outcome = accumulate(model, objective, parts, BEGIN, torch.enable_grad, crew, layout)
-    return outcome, gradients_of(model, optimizers)
+    made = gradients_of(model, optimizers)
+    norm = math.hypot(*optimizers.scalars().values())
+    return replace(outcome, norm=norm), made
 
 
 def gradients_of(model: CausalLMHead, optimizers: Optimizers) -> dict[str, Tensor]:
@@ -190,8 +197,12 @@ def compare(
     together, made = learned(model, objective_of(model), rows, crew, layout)
     alone, wanted = by_one
     assert abs(alone.loss - together.loss) < 1e-5 * abs(alone.loss)
+    assert together.norm == pytest.approx(alone.norm, rel=1e-5)
     assert together.terms == pytest.approx(alone.terms, rel=1e-4, abs=1e-6)
-    assert set(wanted) == set(made)
+    # Of stages, each has the gradients of its own layers.
+    held = {path for path, _ in model.named_parameters()}
+    assert set(made) == set(wanted) & held
+    wanted = {path: gradient for path, gradient in wanted.items() if path in held}
     for path, gradient in wanted.items():
         error = relative_error(made[path], gradient)
         assert error < 1e-5, f"{path}: {error}"
@@ -202,6 +213,33 @@ def run(config: TrainingConfig, resume: Resume = False) -> tuple[dict[int, float
     heard = Heard()
     train(config, resume=resume, report=heard)
     return heard.losses, heard.warnings
+
+
+class Told(Heard):
+    """A reporter that remembers how it began, too."""
+
+    beginning: Beginning | None = None
+
+    def started(self, beginning: Beginning) -> None:
+        self.beginning = beginning
+
+
+def told(config: TrainingConfig) -> tuple[Any, ...]:
+    """Run a training, and return what was told of it."""
+    train(config, report=(heard := Told()))
+    balance = [record.balance for record in heard.records]
+    written = [sample.text for sample in heard.samples]
+    if heard.beginning is None:
+        return heard.losses, heard.evaluations, written, balance, ""
+    model = banner(heard.beginning, config)[0]
+    return heard.losses, heard.evaluations, written, balance, model
+
+
+def refused(config: TrainingConfig) -> str:
+    """Return what a training is refused with."""
+    with pytest.raises(SettingError) as told, patch.object(loop, "prepared", side_effect=[]):
+        train(config)
+    return str(told.value)
 
 
 def heads(degrees: dict[str, Any], vocabulary: int) -> None:

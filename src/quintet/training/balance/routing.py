@@ -45,6 +45,7 @@ class Routing:
         texts: (N,) the number of each token's text among all texts of the batch.
         count: how many texts the batch has.
         tokens: how many tokens the batch has, of which other processes may have run some.
+        depth: how many layers with experts were run, of which other processes may have run some.
         loads: (L, E) how often each expert is chosen in all parts of the step; None where this is
             the only part.
         chunks: which tokens these are, where processes share rows; None for all.
@@ -54,6 +55,7 @@ class Routing:
     texts: Tensor
     count: int
     tokens: int
+    depth: int
     loads: Tensor | None = None
     chunks: Chunks | None = None
 
@@ -74,6 +76,7 @@ def routing_of(
     batch: Batch,
     loads: Tensor | None = None,
     chunks: Chunks | None = None,
+    depth: int | None = None,
 ) -> Routing:
     """Return the routing of a batch.
 
@@ -84,11 +87,17 @@ def routing_of(
         batch: what it was run over.
         loads: see `Routing`.
         chunks: see `Routing`; router logits are of these tokens.
+        depth: see `Routing`; as many layers as there are logits of if not given.
 
     Raises:
         InputError: the model has no experts, or fewer routers than there are logits.
     """
-    routers = [module for module in model.modules() if isinstance(module, ExpertRouter)]
+    # Of layers in another process there are neither weights nor logits.
+    routers = [
+        module
+        for module in model.modules()
+        if isinstance(module, ExpertRouter) and any(True for _ in module.parameters(recurse=False))
+    ]
     if not router_logits or len(router_logits) > len(routers):
         raise InputError(
             f"a {type(model).__name__} has {len(routers)} layers with experts, and there are "
@@ -104,7 +113,8 @@ def routing_of(
         own = own if len(places) == len(own) else own[places.to(own.device)]
         layers.append(RoutedLayer(router, own.to(torch.float32)))
     texts = numbers[places].to(layers[0].logits.device)
-    return Routing(tuple(layers), texts, count, batch.tokens, loads, chunks)
+    depth = len(layers) if depth is None else depth
+    return Routing(tuple(layers), texts, count, batch.tokens, depth, loads, chunks)
 
 
 def texts_of(batch: Batch) -> tuple[Tensor, int]:

@@ -92,15 +92,15 @@ class SwitchBalance:
             chosen.append(sum_by_text(hits, texts, n))
             probable.append(sum_by_text(scores / scores.sum(dim=-1, keepdim=True), texts, n))
         if self.scope == "global" and routing.loads is not None:
-            loads = routing.loads[: len(chosen)]
+            loads = routing.loads[: routing.depth]
             times = loads.sum(dim=0, keepdim=True).to(chosen[0])
         else:
             times = routing.summed(torch.stack(chosen).sum(dim=0))  # (n, E)
         A, E = routing.layers[0].router.active, times.shape[-1]
         f = A * times / times.sum(dim=-1, keepdim=True).clamp(min=1)
-        return E * (f * torch.stack(probable).mean(dim=0)).sum(dim=-1)
+        return E * (f * torch.stack(probable).sum(dim=0) / routing.depth).sum(dim=-1)
 
     def _z(self, routing: Routing, texts: Tensor, n: int) -> Tensor:
         """Return the loss of each of n texts times its tokens, (n,)."""
         large = [layer.logits.logsumexp(dim=-1).square() for layer in routing.layers]
-        return sum_by_text(torch.stack(large).mean(dim=0), texts, n)
+        return sum_by_text(torch.stack(large).sum(dim=0) / routing.depth, texts, n)

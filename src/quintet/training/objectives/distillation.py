@@ -66,6 +66,10 @@ class Distillation:
                 "the tokenizer of the model"
             )
         labels = targets(batch)
+        if not student.ends_here:
+            # What another process predicts is among its terms.
+            states_of(student, batch)
+            return {}
         with torch.no_grad():
             theirs = states_of(teacher, batch).hidden
         states = states_of(student, batch)

@@ -12,7 +12,7 @@ from quintet.ops.labels import IGNORED
 from quintet.training.balance import BalanceLoss, loads_of_step, routing_of
 from quintet.training.batch import Batch
 from quintet.training.objective import Term
-from quintet.training.objectives.states import States, language_model, states_of
+from quintet.training.objectives.states import States, language_model, routers_run, states_of
 from quintet.training.objectives.targets import counted, targets
 from quintet.training.progress import Progress
 from quintet.training.schedule import Constant, Schedule
@@ -119,16 +119,23 @@ class LanguageModelling:
         depth = self._depth(at)
         states = states_of(text_model, batch, routed=bool(self.balance), depth=depth)
         head = text_model.scored_head()
-        terms = self._of_next_token(head, states, targets(batch))
+        # What another process predicts is among its terms.
+        terms = self._of_next_token(head, states, targets(batch)) if text_model.ends_here else {}
         for k, ahead in enumerate(states.ahead, start=1):
             assert self.prediction is not None
             labels = targets(batch, k + 1)
             total = -head.sums(ahead, states.own(labels, IGNORED)).log_prob.sum()
             weight = self.prediction.at(at) / self.depth
             terms[f"prediction_{k}"] = Term(total, counted(labels), weight)
-        if self.balance:
+        # A stage may have no layer with experts.
+        if self.balance and (states.router_logits or text_model.stage is None):
             routing = routing_of(
-                text_model, states.router_logits, batch, self._loads, states.chunks
+                text_model,
+                states.router_logits,
+                batch,
+                self._loads,
+                states.chunks,
+                None if text_model.stage is None else routers_run(text_model, depth),
             )
             for loss in self.balance:
                 terms |= loss.terms(routing, at)

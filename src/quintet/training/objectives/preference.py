@@ -14,7 +14,7 @@ from quintet.modeling.base import PreTrainedModel
 from quintet.modeling.heads import CausalLMHead
 from quintet.training.batch import Batch
 from quintet.training.objective import Term
-from quintet.training.objectives.states import language_model, log_probs_of_rows
+from quintet.training.objectives.states import language_model, log_probs_of_rows, states_of
 from quintet.training.objectives.targets import targets
 from quintet.training.progress import Progress
 
@@ -104,6 +104,10 @@ class Preference:
         if batch.seq_idx is not None and bool((batch.seq_idx.diff(dim=1) != 0).any()):
             raise InputError("an answer is a row of its own; pairs are not packed (seq_idx)")
         text_model, labels = language_model(model), targets(batch)
+        if not text_model.ends_here:
+            # What another process predicts is among its terms.
+            states_of(text_model, batch)
+            return {}
         before = self._reference(text_model, batch, labels)
         ratios = log_probs_of_rows(text_model, batch, labels) - before
         if self.loss == "ipo":

@@ -3,10 +3,11 @@
 from dataclasses import dataclass
 from typing import Any, cast
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from quintet.errors import InputError
 from quintet.layers.context import Notes
+from quintet.layers.router import ExpertRouter
 from quintet.modeling.base import PreTrainedModel
 from quintet.modeling.heads import CausalLMHead
 from quintet.modeling.moe import MoeCausalLMHead
@@ -17,17 +18,20 @@ from quintet.parallel.context_parallel import Chunks
 from quintet.parallel.regions import reduced
 from quintet.training.batch import Batch
 
-__all__ = ["States", "language_model", "log_probs_of_rows", "states_of"]
+__all__ = ["States", "language_model", "log_probs_of_rows", "routers_run", "states_of"]
 
 
 @dataclass(frozen=True, slots=True)
 class States:
     """What one run of a model over a batch made, without its head.
 
+    Where other processes have the last layers, the states mean nothing.
+
     Attributes:
         hidden: (B, T, C), normalised, from which the head predicts the next token.
         ahead: the same of each prediction layer, for the tokens after that.
-        router_logits: (B·T, E) of each layer with experts, those of prediction layers last.
+        router_logits: (B·T, E) of each layer with experts, those of prediction layers last. Of
+            layers in other processes there are none.
         chunks: which of the tokens of rows these are of, where processes share rows; None for all.
     """
 
@@ -102,7 +106,7 @@ def states_of(model: CausalLMHead, batch: Batch, *, routed: bool = False, depth:
     main = output.router_logits if isinstance(output, MoeModelOutputWithPast) else None
     logits: tuple[Tensor, ...] = main or ()
     ahead: tuple[Tensor, ...] = ()
-    if depth and isinstance(model, MtpCausalLMHead):
+    if depth and model.ends_here and isinstance(model, MtpCausalLMHead):
         assert output.hidden_states is not None
         texts = model.texts(
             hidden, {"seq_idx": batch.seq_idx}, batch.attention_mask, None, None, use_cache=False
@@ -116,8 +120,20 @@ def states_of(model: CausalLMHead, batch: Batch, *, routed: bool = False, depth:
     return States(hidden, ahead, logits)
 
 
+def routers_run(model: CausalLMHead, depth: int) -> int:
+    """Count the layers with experts that `states_of` runs, those in other processes too."""
+    behind = model.model.prediction_layers() if isinstance(model, MtpCausalLMHead) else []
+    idle = 0 if depth else sum(map(_routers, behind))
+    return _routers(model) - idle
+
+
+def _routers(module: nn.Module) -> int:
+    return sum(isinstance(one, ExpertRouter) for one in module.modules())
+
+
 def log_probs_of_rows(model: CausalLMHead, batch: Batch, targets: Tensor) -> Tensor:
     """Return log p of the targets (B, T) of each row, added up, (B,)."""
     states = states_of(model, batch)
+    assert model.ends_here
     own = model.scored_head().sums(states.hidden, states.own(targets, IGNORED)).log_prob.sum(dim=1)
     return own if states.chunks is None else reduced(own, states.chunks.group)

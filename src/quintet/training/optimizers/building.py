@@ -43,7 +43,7 @@ class Optimizers:
         self._optimizers: list[torch.optim.Optimizer] = []
         self._tables: list[tuple[Group, dict[str, Any]]] = []
         for kind in ("muon", "adamw"):
-            own = [group for group in groups if group.kind == kind]
+            own = [group for group in groups if group.kind == kind and group.members]
             if own:
                 self._add(own)
         self._norms: dict[str, Tensor] = {}
@@ -135,9 +135,16 @@ class Optimizers:
         return {name: tensor for name, _, tensor in self._state()}
 
     def whole_tensors(self) -> Iterator[tuple[str, Tensor]]:
-        """Yield the whole state, of what all processes have; all read it to its end."""
-        for name, of, tensor in self._state():
-            yield name, self.layout.whole(of, tensor) if tensor.ndim else tensor
+        """Yield the whole state, of what all processes have; all read it to its end.
+
+        Where these have other layers, the first alone gets all of it.
+        """
+        layout = self.layout
+        return layout.collected(
+            (name, layout.whole(of, tensor) if tensor.ndim else tensor)
+            for name, of, tensor in self._state()
+            if layout.counts(of)
+        )
 
     def load(self, tensors: Mapping[str, Tensor]) -> None:
         """Take over a whole state, to the bit; the weights become what it says.
@@ -146,6 +153,12 @@ class Optimizers:
             CheckpointError: something is missing, extra, or of another shape or dtype; nothing
                 was changed then.
         """
+        # What lies with other layers is theirs to take over.
+        tensors = {
+            name: tensor
+            for name, tensor in tensors.items()
+            if not self.layout.elsewhere(name.rpartition(".")[0])
+        }
         of = {name: member for name, member, tensor in self._state() if tensor.ndim}
         parts = {n: self.layout.part(of[n], x) if n in of else x for n, x in tensors.items()}
         copy_into(self.tensors(), parts)

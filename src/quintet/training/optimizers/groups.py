@@ -2,12 +2,13 @@
 
 import difflib
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
 from typing import get_args
 
 from quintet.errors import ConfigError, shown
 from quintet.modeling.base import PreTrainedModel
+from quintet.modeling.init_on_meta import init_on_meta
 from quintet.training.optimizers.roles import Member, members
 from quintet.training.optimizers.settings import GroupSettings, Kind, OptimizerSettings, Role
 
@@ -40,10 +41,15 @@ class Group:
 def grouped(model: PreTrainedModel, settings: OptimizerSettings) -> list[Group]:
     """Put every parameter that is to be trained into one group; freeze what is to be frozen.
 
+    Where other processes have other layers, the groups are those of the whole model in all of them,
+    some of them without a parameter here.
+
     Raises:
         ConfigError: a pattern matches no parameter, a group asks for what cannot be done with its
             parameters, or nothing is left to be trained.
     """
+    if model.stage is not None:
+        return _here(grouped(init_on_meta(type(model), model.config), settings), model)
     found: dict[tuple[object, ...], Group] = {}
     matched: set[str] = set()
     for member in list(members(model, by_head=settings.by_head)):
@@ -61,6 +67,21 @@ def grouped(model: PreTrainedModel, settings: OptimizerSettings) -> list[Group]:
             "take frozen = true from a group, or load the model without its adapters"
         )
     return _named(list(found.values()))
+
+
+def _here(groups: list[Group], model: PreTrainedModel) -> list[Group]:
+    """Return the groups of a whole model with those parameters that a part of it has."""
+    own = dict(model.named_parameters())
+    trained = {member.name for group in groups for member in group.members}
+    for name in own.keys() - trained:
+        own[name].requires_grad_(False)
+    for group in groups:
+        group.members = [
+            replace(member, parameter=own[member.name])
+            for member in group.members
+            if member.name in own and own[member.name].requires_grad
+        ]
+    return groups
 
 
 def _named(groups: list[Group]) -> list[Group]:

@@ -1,6 +1,6 @@
 """Where the parameters of a model are: all here, or parts of them in several processes."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Protocol, TypeVar
 
 from torch import Tensor
@@ -24,8 +24,23 @@ class Layout(Protocol):
         """Return what a call makes of the model."""
         ...
 
+    def learn(self, parts: Sequence[Callable[[], Tensor | None]], sizes: Sequence[int]) -> None:
+        """Add to the gradients what parts of a step come to.
+
+        Args:
+            parts: each runs the model over a part, and returns what it adds to what is minimised;
+                None where other processes alone find that.
+            sizes: how many tokens, with padding, each has.
+        """
+        ...
+
     def held(self, tensor: Tensor) -> Tensor:
         """Return what this process has of a parameter or its gradient: the numbers, no copy."""
+        ...
+
+    @property
+    def awaited(self) -> frozenset[str]:
+        """The parameters here of which `add_up` wants a gradient, and be it zero."""
         ...
 
     def add_up(self, gradients: Mapping[str, Tensor]) -> None:
@@ -48,6 +63,18 @@ class Layout(Protocol):
         """Return what this process has of a whole tensor."""
         ...
 
+    def counts(self, name: str) -> bool:
+        """Tell whether a tensor that is here counts here: of layers, others may have it too."""
+        ...
+
+    def elsewhere(self, name: str) -> bool:
+        """Tell whether other processes have a tensor, and this one nothing of it."""
+        ...
+
+    def collected(self, own: Iterable[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
+        """Yield named tensors, and in the first process behind them those of other layers."""
+        ...
+
 
 class Here:
     """All of it in this process."""
@@ -58,9 +85,20 @@ class Here:
         """Return what a call makes of the model."""
         return call()
 
+    def learn(self, parts: Sequence[Callable[[], Tensor | None]], sizes: Sequence[int]) -> None:
+        """Add to the gradients what parts of a step come to, one after the other."""
+        for part in parts:
+            if (loss := part()) is not None:
+                loss.backward()  # type: ignore[no-untyped-call]
+
     def held(self, tensor: Tensor) -> Tensor:
         """Return all of it."""
         return tensor
+
+    @property
+    def awaited(self) -> frozenset[str]:
+        """None: nobody waits."""
+        return frozenset()
 
     def add_up(self, gradients: Mapping[str, Tensor]) -> None:
         """Leave whole gradients as they are."""
@@ -80,6 +118,18 @@ class Here:
     def part(self, name: str, tensor: Tensor) -> Tensor:
         """Return the tensor."""
         return tensor
+
+    def counts(self, name: str) -> bool:
+        """Tell that each does."""
+        return True
+
+    def elsewhere(self, name: str) -> bool:
+        """Tell that none is."""
+        return False
+
+    def collected(self, own: Iterable[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
+        """Yield the tensors."""
+        yield from own
 
 
 HERE = Here()

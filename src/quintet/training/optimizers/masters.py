@@ -86,6 +86,10 @@ class Masters:
         """Give what is stepped the gradients of what this process has part of."""
         for parameter, part in self._parts:
             part.grad = None if parameter.grad is None else self._layout.held(parameter.grad)
+        for name in self._layout.awaited & self._weights.keys():
+            weight = self._weights[name]
+            if weight.grad is None:
+                weight.grad = torch.zeros_like(weight)
 
     @torch.no_grad()
     def round(self) -> None:

@@ -1,0 +1,65 @@
+"""What a training does not do where processes have layers of their own: told before it begins."""
+
+from quintet.parallel.world import Degrees
+from quintet.training.config import TrainingConfig
+from quintet.training.settings import SettingError
+
+__all__ = ["check_staged", "idle_stages"]
+
+
+def check_staged(config: TrainingConfig, degrees: Degrees) -> None:
+    """Refuse settings that do not go together with `[parallel] pp`.
+
+    Raises:
+        SettingError: there is one; it names what does.
+    """
+    pp = degrees.pp
+    if pp == 1:
+        return
+    if degrees.cp > 1:
+        raise SettingError(
+            "parallel.cp",
+            f" = {degrees.cp} divides rows, of which pp = {pp} passes whole ones from stage to "
+            "stage; divide along tp, fsdp or dp instead",
+        )
+    if degrees.ep > degrees.tp:
+        raise SettingError(
+            "parallel.ep",
+            f" = {degrees.ep} sends tokens between processes whose stages are at other parts of a "
+            f"step with pp = {pp}; take ep = tp = {degrees.tp}, or fewer",
+        )
+    if config.adapter is not None:
+        raise SettingError(
+            "adapter",
+            f": is put on a whole model, and with [parallel] pp = {pp} no process has one; divide "
+            "along tp or fsdp instead",
+        )
+    if config.train.compile:
+        raise SettingError.value(
+            "train.compile",
+            config.train.compile,
+            f"is for layers that all are here, and with [parallel] pp = {pp} they are not; take "
+            "one of the two out",
+        )
+    if config.balance.auxiliary is not None and config.balance.scope != "global":
+        raise SettingError.value(
+            "balance.scope",
+            config.balance.scope,
+            "counts the experts of all layers together while a part runs, and with [parallel] "
+            f'pp = {pp} no process has all layers; take scope = "global", which counts before',
+        )
+
+
+def idle_stages(config: TrainingConfig, degrees: Degrees) -> str | None:
+    """Say that stages wait for each other more than they need to, if they will."""
+    pp, batches = degrees.pp, config.train.batches
+    # A schedule may come to more later.
+    if pp == 1 or not isinstance(batches, int | float):
+        return None
+    parts = config.train.parts * max(1, round(batches))
+    if parts >= pp:
+        return None
+    return (
+        f"[parallel] pp = {pp} stages work at once on {pp} parts of a step or more, and there are "
+        f"{parts}: most of them wait; give [train] parts, best several times {pp}"
+    )
