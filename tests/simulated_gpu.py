@@ -18,7 +18,16 @@ from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
-__all__ = ["NAME", "Recording", "Simulated", "SimulatedGPU", "cuda_memory", "moved"]
+__all__ = [
+    "NAME",
+    "Again",
+    "Recording",
+    "Replayed",
+    "Simulated",
+    "SimulatedGPU",
+    "cuda_memory",
+    "moved",
+]
 
 # To torch it is the device that has no numbers, the only other one that every build knows.
 NAME = "meta"
@@ -212,6 +221,42 @@ def recorded() -> Iterator[Recording]:
         yield made
     finally:
         device.recording = None
+
+
+class Replayed:
+    """What records steps of the device, and counts how often they were done again."""
+
+    def __init__(self) -> None:
+        self.replays = 0
+
+    def capture(self, function: Callable[[], Tensor]) -> Callable[[], Tensor]:
+        function()
+        with recorded() as steps:
+            made = function()
+
+        def replay() -> Tensor:
+            self.replays += 1
+            steps.replay()
+            return made
+
+        return replay
+
+
+class Again:
+    """Recordings that do again what they are of, and count how often."""
+
+    def __init__(self) -> None:
+        self.captured = self.replayed = 0
+
+    def capture(self, function: Callable[[], Tensor]) -> Callable[[], Tensor]:
+        self.captured += 1
+        function()
+
+        def replay() -> Tensor:
+            self.replayed += 1
+            return function()
+
+        return replay
 
 
 def moved(model: nn.Module) -> Any:

@@ -16,7 +16,7 @@ from quintet.generation import fixed_step
 from quintet.generation.compiling import compiled
 from quintet.generation.engine import Engine
 from quintet.generation.fixed_step import Recording
-from simulated_gpu import SimulatedGPU, moved, recorded
+from simulated_gpu import Again, Replayed, SimulatedGPU, moved
 
 PLAIN: dict[str, Any] = {"eos_token_id": -1, "pad_token_id": 0, "do_sample": False}
 
@@ -24,23 +24,6 @@ PLAIN: dict[str, Any] = {"eos_token_id": -1, "pad_token_id": 0, "do_sample": Fal
 def alone(model: Any, prompt: Tensor, new: int) -> list[int]:
     made: Tensor = model.generate(prompt, max_new_tokens=new, **PLAIN)
     return made[0, prompt.shape[1] :].tolist()
-
-
-class Again:
-    """Recordings that do again what they are of, and count how often."""
-
-    def __init__(self) -> None:
-        self.captured = self.replayed = 0
-
-    def capture(self, function: Callable[[], Tensor]) -> Callable[[], Tensor]:
-        self.captured += 1
-        function()
-
-        def replay() -> Tensor:
-            self.replayed += 1
-            return function()
-
-        return replay
 
 
 @each
@@ -87,25 +70,6 @@ def test_sequences_that_come_and_go_become_what_each_becomes_alone(
                 left = True
     assert [one.new for one in sequences] == [alone(model, *one) for one in made]
     assert graphs.replayed > 5 * graphs.captured > 0
-
-
-class Replayed:
-    """Recordings of the simulated device."""
-
-    def __init__(self) -> None:
-        self.replays = 0
-
-    def capture(self, function: Callable[[], Tensor]) -> Callable[[], Tensor]:
-        function()
-        with recorded() as steps:
-            made = function()
-
-        def replay() -> Tensor:
-            self.replays += 1
-            steps.replay()
-            return made
-
-        return replay
 
 
 @each

@@ -8,7 +8,8 @@ from torch import Tensor
 
 from conformance.families import FAMILIES, Family, each
 from quintet.errors import InputError
-from simulated_gpu import Simulated, SimulatedGPU, moved
+from quintet.generation import recorded
+from simulated_gpu import Again, Replayed, Simulated, SimulatedGPU, moved
 
 IDS = torch.randint(1, 101, (3, 9), generator=torch.Generator().manual_seed(0))
 MASK = (torch.arange(9) >= torch.tensor([[0], [4], [2]])).long()
@@ -69,6 +70,66 @@ def test_a_step_is_not_waited_for(family: Family, options: dict[str, Any], new: 
     assert gpu.fetched >= new
     assert torch.equal(made, expected)
     assert heard == told
+
+
+@pytest.mark.parametrize(
+    ("options", "new"),
+    [(GREEDY, 40), (SAMPLED, 20), ({"do_sample": False, "eos_token_id": -1}, 24)],
+    ids=["greedy", "drawn", "even"],
+)
+@each
+def test_steps_are_done_again_as_they_were_recorded(
+    family: Family, options: dict[str, Any], new: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    expected, told = generated(family.model_of(**family.shallow), new, options)
+    graphs = Replayed()
+    monkeypatch.setattr(recorded, "graphs_of", lambda device: graphs)
+    with SimulatedGPU() as gpu:
+        made, heard = generated(moved(family.model_of(**family.shallow)), new, options, gpu)
+    assert not [wait for wait in gpu.waits if "decode_late" in wait]
+    assert torch.equal(made, expected)
+    assert heard == told
+    # All but the first are made by a step.
+    assert graphs.replays >= made.shape[1] - 10
+
+
+def test_what_cannot_be_recorded_is_generated_as_ever(monkeypatch: pytest.MonkeyPatch) -> None:
+    graphs, model = Replayed(), FAMILIES[0].model_of()
+    expected = {}
+    cases: dict[str, dict[str, Any]] = {
+        "few": {"max_new_tokens": 8},
+        "beams": {"num_beams": 2, "max_new_tokens": 20},
+        "kept": {"return_dict_in_generate": True, "max_new_tokens": 20},
+        "drafts": {"prompt_lookup_num_tokens": 2, "max_new_tokens": 20},
+        "static": {"cache_implementation": "static", "max_new_tokens": 20},
+        "uncached": {"use_cache": False, "max_new_tokens": 20},
+    }
+    for name, options in cases.items():
+        expected[name] = model.generate(IDS[:1], pad_token_id=0, **options)
+    monkeypatch.setattr(recorded, "graphs_of", lambda device: graphs)
+    for name, options in cases.items():
+        made = model.generate(IDS[:1], pad_token_id=0, **options)
+        made, right = (x if isinstance(x, Tensor) else x.sequences for x in (made, expected[name]))
+        assert torch.equal(made, right), name
+    assert not graphs.replays
+
+
+def test_copies_of_rows_and_adapters_are_what_they_are(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = FAMILIES[0].model_of()
+    options: dict[str, Any] = {"do_sample": True, "num_return_sequences": 2, "max_new_tokens": 20}
+
+    def drawn() -> Tensor:
+        return model.generate(IDS, pad_token_id=0, generator=dice(), **options)
+
+    def dice() -> torch.Generator:
+        return torch.Generator().manual_seed(5)
+
+    expected = drawn()
+    monkeypatch.setattr(recorded, "graphs_of", lambda device: Again())
+    assert torch.equal(drawn(), expected)
+    # What has a forward of its own, as adapters have, runs over the same rows as it is.
+    model.model.norm.forward = model.model.norm.forward
+    assert torch.equal(drawn(), expected)
 
 
 def test_a_wait_is_noticed() -> None:

@@ -10,6 +10,7 @@ from quintet.cache import Cache
 from quintet.errors import InputError
 from quintet.generation.outputs import ForwardOutput, Record
 from quintet.generation.prompt import Prompt
+from quintet.generation.recorded import RecordedRows
 from quintet.generation.sampler import Sampler
 from quintet.generation.stopping import Stopping
 from quintet.generation.streamers import Streamer
@@ -175,6 +176,10 @@ class Forward:
         is_ids = inputs.ndim == 2
         # A prompt may have any length, and each would be a program of its own.
         model = self.model
+        if inputs.shape[1] == 1 and isinstance(self.cache, RecordedRows):
+            stepped = self.cache.step(inputs) if is_ids and mask is positions is None else None
+            if stepped is not None:
+                return ForwardOutput(stepped, None, None)
         if inputs.shape[1] == 1 and self.cache is not None:
             # So would each stride: these are a slice of a text that has room to grow.
             model, inputs = self.program, inputs.contiguous()

@@ -108,23 +108,34 @@ class FixedStep:
         None where it cannot be done this way, and nothing was. Where this raises, rows have to be
         taken back to what they held.
         """
+        rows = list(tokens)
+        logits = self._run(rows, [tokens.get(row, 0) for row in range(len(self.cache.rows))])
+        return None if logits is None else logits[sent(rows, torch.long, logits.device)]
+
+    @torch.no_grad()
+    def run_all(self, ids: Tensor) -> Tensor | None:
+        """Give all rows their tokens, (B,) on the device; return logits (B, V), as `run` does."""
+        logits = self._run(list(range(len(ids))), [0] * len(ids), ids)
+        return None if logits is None else logits[: len(ids)].clone()
+
+    def _run(self, rows: list[int], ids: list[int], known: Tensor | None = None) -> Tensor | None:
+        """Return what a step leaves, which the next one overwrites."""
         lengths = [self.cache.length(row) for row in self.cache.rows]
         # A row that takes no token needs a slot behind its end all the same.
         most = max(lengths) + 1
         if not self._usable or most > self.cache.capacity:
             return None
         B, S = _rows(len(lengths), self.size), _slots(most, self.cache.capacity)
-        ids = [tokens.get(row, 0) for row in range(len(lengths))]
-        taking = [int(row in tokens) for row in range(len(lengths))]
         step = self._steps.get((B, S)) or self._made(B, S, lengths)
         if step is None:
             return None
-        self.cache.begin_step(list(tokens), S)
-        self._fill(step.inputs, ids, lengths, taking)
+        self.cache.begin_step(rows, S)
+        self._fill(step.inputs, ids, lengths, [int(row in rows) for row in range(len(lengths))])
+        if known is not None:
+            step.inputs[0, : len(known)] = known
         logits = step.run()
         self.cache.end_step()
-        # Copied, as the next step writes there.
-        return logits[sent(list(tokens), torch.long, logits.device)]
+        return logits
 
     def _made(self, B: int, S: int, lengths: list[int]) -> _Recorded | None:
         device = self._device

@@ -31,6 +31,7 @@ from quintet.generation.processors.assemble import Processor, Setting, assemble
 from quintet.generation.processors.base import LogitsProcessor
 from quintet.generation.processors.words import PrefixAllowedTokens
 from quintet.generation.prompt import Prompt, read_prompt
+from quintet.generation.recorded import recorded_rows
 from quintet.generation.requests import Served
 from quintet.generation.returned import beam_output, behind_given, output
 from quintet.generation.rows import Cached
@@ -156,7 +157,7 @@ class GenerationMixin:
         drafter: Drafter | None = None
         rows = ExitStack()
         agreement = Agreement.of(self.world)
-        needed: tuple[int, int, int | None] | None = None
+        needed: tuple[int, int, GenerationConfig] | None = None
         cache: Cache | None = None
         try:
             if agreement is not None:
@@ -252,24 +253,24 @@ class GenerationMixin:
                 has_ids=prompt.inputs.ndim == 2,
             )
 
-            bits = config.cache.bits if config.cache.kind == "quantized" else None
-            needed = len(prompt.given) * copies, prompt.length + room, bits
+            needed = len(prompt.given) * copies, prompt.length + room, config
             record = Record.of(config)
             prepared = self._prepares_otherwise()
+            plain = not any((past, search, speculates, prepared, record.wanted, adapter_names))
             if prepared:
                 check_prepared(config, prompt, speculates=speculates)
             chooses = agreement is None or agreement.decides
             heard = streamer if chooses else None
             if heard is not None:
                 heard.put(prompt.given.repeat_interleave(copies, dim=0).cpu())
-            generators = row_generators(
-                generator, len(prompt.given), 1 if search else copies, self._device()
-            )
+            each = 1 if search else copies
+            generators = row_generators(generator, len(prompt.given), each, self._device())
             stops = plan.stopping(config, criteria, tokenizer, self._device())
             program = self._programs.of(self, config) if config.compiles else None
 
             def new_cache() -> Cache | None:
-                return self._cache_for(config, past, prompt.length + room)
+                own = recorded_rows(cast("Cached", self), *needed, room) if plain else None
+                return own or self._cache_for(config, past, prompt.length + room)
 
             def begin(part: Prompt, cache: Cache | None, own: RowGenerators) -> Generation:
                 """Run over prompts, and return what goes on with them."""
@@ -341,9 +342,8 @@ class GenerationMixin:
         except (MemoryError, RuntimeError) as error:
             if needed is None or isinstance(error, QuintetError) or not is_shortage(error):
                 raise
-            # Without its frames, which hold what there was no room for.
-            own = None if cache is past else cache
-            raise does_not_fit(cast("Cached", self), *needed, own) from error.with_traceback(None)
+            held, short = None if cache is past else cache, error.with_traceback(None)
+            raise does_not_fit(cast("Cached", self), *needed, held) from short
         finally:
             rows.close()
             if drafter is not None:

@@ -6,6 +6,7 @@ import torch
 
 from quintet.cache import Cache
 from quintet.errors import DoesNotFitError
+from quintet.generation.config import GenerationConfig
 from quintet.generation.rows import Cached, Rows
 from quintet.ops.device_memory import empty_caches, free_memory
 
@@ -16,7 +17,7 @@ SHARE = 0.8
 
 
 def does_not_fit(
-    model: Cached, rows: int, tokens: int, nbits: int | None, cache: Cache | None
+    model: Cached, rows: int, tokens: int, config: GenerationConfig, cache: Cache | None
 ) -> DoesNotFitError:
     """Return the error that says how many rows of so many tokens there is room for.
 
@@ -24,12 +25,13 @@ def does_not_fit(
         model: what was run.
         rows: how many there were.
         tokens: how many each would have had in the end.
-        nbits: bits a number in the cache; None for numbers as they are.
+        config: the options.
         cache: what was kept for them and nobody needs any more; None for nothing.
     """
     if cache is not None:
         cache.reset()
     empty_caches()
+    nbits = config.cache.bits if config.cache.kind == "quantized" else None
     there, each = free_memory(model.device), _bytes_of(model, tokens, nbits)
     fits = "" if each is None else _fitting(rows, tokens, each, int(SHARE * there))
     return DoesNotFitError(
