@@ -26,7 +26,7 @@ from quintet.modeling.heads import CausalLMHead
 
 __all__ = ["BATCHES", "DEPTH", "PROMPT", "Missing", "Row", "bandwidth", "measured", "transformers"]
 
-PROMPT, DEPTH, BATCHES = 4096, 512, (1, 8, 32, 128)
+PROMPT, DEPTH, BATCHES, NEW = 4096, 512, (1, 8, 32, 128), 64
 STEPS = 24
 # Seconds that the steps of a row may take, and a row with all that goes before them.
 STEPPING, ROW = 1.5, 45.0
@@ -105,7 +105,10 @@ def measured(
         (f"{_case(batch, depth)}, {way}", partial(step, way, batch, depth)) for way, batch in ways
     ]
     # Behind the batches of what was recorded.
-    plan.insert(len(BATCHES), (f"prompt of {prompt}", partial(_prompt, model, name, prompt)))
+    plan[len(BATCHES) : len(BATCHES)] = [
+        (f"prompt of {prompt}", partial(_prompt, model, name, prompt)),
+        (f"{NEW} tokens behind {depth}", partial(_whole, model, name, depth)),
+    ]
     for case, row in plan:
         yield _within(name, case, until, row)
 
@@ -166,6 +169,18 @@ def _prompt(model: CausalLMHead, name: str, tokens: int) -> Row:
     time_prompt(model, 1, min(tokens, 64))
     seconds = statistics.median(time_prompt(model, 1, tokens) for _ in range(3))
     return Row(name, f"prompt of {tokens}", "as it is", seconds, tokens)
+
+
+def _whole(model: CausalLMHead, name: str, depth: int) -> Row:
+    """Time generate(), with its prompt and what it takes to record its steps."""
+    ids = random_ids(model.config.vocab_size, 1, depth).to(model.device)
+    times = []
+    for _ in range(3):
+        started = time.perf_counter()
+        model.generate(ids, max_new_tokens=NEW, do_sample=False, eos_token_id=-1, pad_token_id=0)
+        wait(model.device)
+        times.append(time.perf_counter() - started)
+    return Row(name, f"{NEW} tokens behind {depth}", "generate()", min(times), NEW)
 
 
 @torch.no_grad()

@@ -21,6 +21,7 @@ SOON = 1e9
 @pytest.fixture(autouse=True)
 def few_steps(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(gpu_rows, "STEPS", 2)
+    monkeypatch.setattr(gpu_rows, "NEW", 4)
     # What is compiled is the same to the timing.
     monkeypatch.setattr(gpu_rows, "compiled", lambda model, config: model)
 
@@ -34,6 +35,7 @@ def test_every_case_is_measured_and_those_that_matter_most_come_first() -> None:
     assert [(row.way, row.tokens) for row in rows] == [
         *(("recorded", batch) for batch in BATCHES),
         ("as it is", 64),
+        ("generate()", gpu_rows.NEW),
         ("compiled", 1),
         ("as it is", 1),
     ]
@@ -49,7 +51,7 @@ def test_every_case_is_measured_and_those_that_matter_most_come_first() -> None:
 
 def test_what_there_is_no_time_for_is_named() -> None:
     rows = rows_of(0.0)
-    assert len(rows) == len(BATCHES) + 3
+    assert len(rows) == len(BATCHES) + 4
     assert all(isinstance(row, Missing) for row in rows)
     assert gpu.told(rows[0], 1.0).startswith(
         "| qwen2-0.5b | batch 1 behind 8, recorded | there was no"
