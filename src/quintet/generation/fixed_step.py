@@ -27,6 +27,7 @@ __all__ = ["FixedStep", "Recording", "Steps"]
 SLOTS, TIMES = 256, 2
 # Up to so many rows a recording serves twice as many as the one before; then so many more.
 DOUBLED, MORE = 8, 8
+PLAIN = (Tensor, nn.Parameter)
 
 
 class Steps(Protocol):
@@ -177,7 +178,9 @@ class FixedStep:
 def _look(module: nn.Module) -> tuple[object, ...]:
     """Return what a recording depends on, to be compared."""
     held = [*module.parameters(), *module.buffers()]
-    return (*in_between(module), *map(id, module.modules()), *(x.data_ptr() for x in held))
+    # What stands for a tensor, as formats of other packages do, need not lie anywhere itself.
+    places = (x.data_ptr() if type(x) in PLAIN else id(x) for x in held)
+    return (*in_between(module), *map(id, module.modules()), *places)
 
 
 def _rows(rows: int, size: int) -> int:

@@ -54,7 +54,9 @@ class CudaGraphs:
                 made = function()
 
         def replay() -> Tensor:
-            graph.replay()
+            # A thread may have another current device.
+            with torch.cuda.device(self.device):
+                graph.replay()
             return made
 
         return replay
