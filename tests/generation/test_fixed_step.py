@@ -3,6 +3,7 @@
 import random
 from collections.abc import Callable
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -16,6 +17,7 @@ from quintet.generation import fixed_step
 from quintet.generation.compiling import compiled
 from quintet.generation.engine import Engine
 from quintet.generation.fixed_step import Recording
+from quintet.generation.graphs import WARM_UP, CudaGraphs
 from simulated_gpu import Again, Replayed, SimulatedGPU, moved
 
 PLAIN: dict[str, Any] = {"eos_token_id": -1, "pad_token_id": 0, "do_sample": False}
@@ -172,3 +174,35 @@ def test_a_step_that_fails_can_be_done_again(
             failed += 1
     assert failed == 1
     assert [one.new for one in sequences] == expected
+
+
+def test_a_cuda_graph_is_recorded_after_runs_that_do_not_count() -> None:
+    """What is asked of torch.cuda, in its order; whether a GPU does it is seen on one."""
+    asked, runs = mock.MagicMock(), [0]
+
+    def function() -> Tensor:
+        runs[0] += 1
+        asked.ran()
+        return torch.full((2,), float(runs[0]))
+
+    names = (
+        "graph_pool_handle",
+        "device",
+        "Stream",
+        "current_stream",
+        "stream",
+        "CUDAGraph",
+        "graph",
+    )
+    with mock.patch.multiple(torch.cuda, **{name: getattr(asked, name) for name in names}):
+        replay = CudaGraphs(torch.device("cuda", 1)).capture(function)
+        made = replay()
+        assert replay() is made
+    assert made.tolist() == [3.0, 3.0]
+    told = [name for name, _, _ in asked.mock_calls]
+    recording = told.index("graph().__enter__")
+    assert told[:recording].count("ran") == WARM_UP
+    assert told[recording : told.index("graph().__exit__")].count("ran") == 1
+    assert told.count("CUDAGraph().replay") == 2
+    assert asked.device.call_args_list == [mock.call(torch.device("cuda", 1))] * 3
+    assert asked.graph.call_args.kwargs["pool"] is asked.graph_pool_handle()
