@@ -112,6 +112,12 @@ class Choice:
 
         Nobody waits for the device of the scores (B, V).
         """
+        if self.do_sample:
+            if u is None:
+                u = sampling.uniform((len(scores), 1), scores.device, generators)
+            drawn = self._drawn(scores, u)
+            if drawn is not None:
+                return drawn
         return self.launch_taking(self.warped(scores), generators, u=u)
 
     def launch_taking(
@@ -128,6 +134,12 @@ class Choice:
         if u is None:
             u = sampling.uniform((len(scores), 1), scores.device, generators)
         return Chosen(sampling.drawn(scores.softmax(dim=-1), u), scores.amax(dim=-1))
+
+    def _drawn(self, scores: Tensor, u: Tensor) -> Chosen | None:
+        """Draw in one pass, where a backend does that with all that warps."""
+        cuts = warping.cuts(self.warpers)
+        made = None if cuts is None else sampling.draw_in_one_pass(scores, u, **cuts)
+        return None if made is None else Chosen(*made)
 
     def on(self, device: torch.device) -> "Choice":
         """Return the same with what rows have of their own on a device."""

@@ -25,6 +25,7 @@ __all__ = [
     "alongside",
     "check_left",
     "draw",
+    "draw_in_one_pass",
     "draw_several",
     "drawn",
     "in_top_h",
@@ -155,7 +156,8 @@ def in_top_p(logits: Tensor, p: Value, least: int = 1) -> Tensor:
 
 
 def _sorted_nucleus(logits: Tensor, p: Value, least: int) -> Tensor:
-    values, order = logits.sort(dim=-1)
+    # Of tokens that tie, the last stay: on every device the same.
+    values, order = logits.sort(dim=-1, stable=True)
     # Summed from the unlikely end, where the small ones do not drown.
     dropped = values.softmax(dim=-1).cumsum(dim=-1) <= alongside(1 - p, logits)
     dropped[:, -least:] = False
@@ -312,6 +314,24 @@ def _found(mass: Tensor, u: Tensor) -> Tensor:
     # Strictly below the total, so that what is found has a probability above zero.
     point = torch.minimum(u * total, torch.nextafter(total, torch.zeros_like(total)))
     return torch.searchsorted(mass, point, right=True)[:, 0]
+
+
+@operation("draw")
+def draw_in_one_pass(
+    scores: Tensor,
+    u: Tensor,
+    *,
+    temperature: Value | None,
+    top_k: int | Tensor | None,
+    top_p: Value | None,
+    min_p: Value | None,
+) -> tuple[Tensor, Tensor] | None:
+    """Return a token of each row (B,) as `drawn` does by u (B, 1), and the largest score (B,).
+
+    Scores (B, V) are divided by the temperature, then what is not `in_top_k`, `in_top_p` and
+    `above_min_p` is left out, one after the other. None where no backend does that in one pass.
+    """
+    return None
 
 
 def likeliest(scores: Tensor) -> tuple[Tensor, Tensor]:

@@ -6,7 +6,7 @@ from types import MappingProxyType
 import torch
 
 from quintet.backends import Backend, Implementation
-from quintet.triton import attention, gated, linear, mamba2, norm
+from quintet.triton import attention, gated, linear, mamba2, norm, sampling
 from quintet.triton.launching import missing
 
 __all__ = ["BACKEND"]
@@ -16,6 +16,7 @@ FLOATS = frozenset({torch.bfloat16, torch.float16, torch.float32})
 IMPLEMENTATIONS: Mapping[str, Sequence[Implementation]] = MappingProxyType(
     {
         "attention over pages": (Implementation(attention.attend_pages, FLOATS),),
+        "draw": (Implementation(sampling.draw, frozenset({torch.float32})),),
         "experts": (Implementation(gated.silu_experts, FLOATS),),
         "fp8 linear": (Implementation(linear.linears, FLOATS, "few rows"),),
         "gated mlp": (Implementation(gated.gated, FLOATS),),

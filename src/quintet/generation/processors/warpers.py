@@ -6,7 +6,7 @@
 import copy
 import math
 from collections.abc import Callable, Hashable, Sequence
-from typing import cast
+from typing import TypedDict, cast
 
 import torch
 from torch import Tensor
@@ -27,6 +27,7 @@ __all__ = [
     "TopPLogitsWarper",
     "TypicalLogitsWarper",
     "beside",
+    "cuts",
     "kind",
     "of_rows",
     "on",
@@ -194,6 +195,14 @@ _NUMBERS: dict[type[LogitsWarper], str | None] = {
 }
 
 
+_IN_ONE_PASS = [
+    TemperatureLogitsWarper,
+    TopKLogitsWarper,
+    TopPLogitsWarper,
+    MinPLogitsWarper,
+]
+
+
 def kind(warper: LogitsWarper) -> Hashable:
     """Return a key that is equal for warpers which `beside` can join."""
     if type(warper) not in _NUMBERS:
@@ -225,6 +234,41 @@ def of_rows(warper: LogitsWarper, rows: Tensor) -> LogitsWarper:
     copied = copy.copy(warper)
     vars(copied)[number] = vars(warper)[number][rows.cpu()]
     return copied
+
+
+class Cuts(TypedDict):
+    """What a draw in one pass does before, in this order; None for nothing."""
+
+    temperature: sampling.Value | None
+    top_k: int | Tensor | None
+    top_p: sampling.Value | None
+    min_p: sampling.Value | None
+
+
+def cuts(warpers: Sequence[LogitsWarper]) -> Cuts | None:
+    """Return what all of these do, if it is no more than these four, each once and in order."""
+    found = Cuts(temperature=None, top_k=None, top_p=None, min_p=None)
+    last = -1
+    for warper in warpers:
+        if type(warper) not in _IN_ONE_PASS:
+            return None
+        at = _IN_ONE_PASS.index(type(warper))
+        if at <= last:
+            return None
+        last = at
+        if isinstance(warper, _Cut) and warper.filter_value != -math.inf:
+            return None
+        if isinstance(warper, TemperatureLogitsWarper):
+            found["temperature"] = warper.temperature
+        elif isinstance(warper, TopKLogitsWarper):
+            found["top_k"] = warper.top_k
+        elif isinstance(warper, _Cut) and warper.min_tokens_to_keep > 1:
+            return None
+        elif isinstance(warper, TopPLogitsWarper):
+            found["top_p"] = warper.top_p
+        elif isinstance(warper, MinPLogitsWarper):
+            found["min_p"] = warper.min_p
+    return found
 
 
 def on(warper: LogitsWarper, device: torch.device) -> LogitsWarper:
