@@ -4,6 +4,7 @@ import json
 import os
 import re
 import signal
+import urllib.error
 import urllib.request
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -89,6 +90,24 @@ def test_a_model_is_served(tmp_path: Path) -> None:
     assert first.code == 0, first.err
     assert "in each of 2 processes" in first.err
     assert [(one.code, one.out) for one in others] == [(0, "")]
+
+
+def test_a_server_ends_with_who_follows_it(tmp_path: Path) -> None:
+    pytest.importorskip("uvicorn")
+    said = tmp_path / "0.err"
+    with ThreadPoolExecutor() as pool:
+        serving = pool.submit(run, tmp_path, "serve", str(demo_model()), "--port", "0")
+        until(lambda: serving.done() or (said.exists() and address(said)))
+        pid = int((tmp_path / "1.pid").read_text())
+        os.kill(pid, signal.SIGKILL)
+        with pytest.raises(urllib.error.HTTPError) as refused:
+            _asked(address(said))
+        first, _ = serving.result()
+    refused.value.close()
+    assert refused.value.code == 503
+    assert first.code == 1
+    assert f"rank 1 (process {pid} on " in first.err
+    assert "Traceback" not in first.err
 
 
 def address(said: Path) -> str:

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from quintet import AutoModelForCausalLM, AutoTokenizer, LoraConfig, demo_model
-from quintet.errors import CheckpointError, InputError
+from quintet.errors import CheckpointError, InputError, RankFailedError
 from quintet.server.registry import Loaded, Offer, Registry
 from quintet.serving import Engine, Limits
 from served import loaded, serving
@@ -153,6 +153,30 @@ def test_a_model_that_fails_for_good_ends_the_server() -> None:
         assert server.ask("GET", "/ready").status == 503
         assert answer.status == 503
         until(lambda: server.server.code == 1)
+
+
+def test_processes_that_are_gone_are_not_tried_again(caplog: pytest.LogCaptureFixture) -> None:
+    with serving() as server:
+        tried = []
+
+        def step(*_: Any, **__: Any) -> Any:
+            tried.append(1)
+            raise RankFailedError(3, "(process 4711 on node0) is gone")
+
+        engine = server.service.registry.engines["demo"]
+        engine._engine.step = step  # type: ignore[method-assign]
+        answer = server.ask("POST", "/v1/completions", {**PROMPT, "model": "demo"})
+        assert answer.status == 503
+        answer = server.ask("GET", "/health")
+        assert (answer.status, answer.json()) == (503, {"status": "failed"})
+        until(lambda: server.server.code == 1)
+        assert len(tried) == 1
+        assert "rank 3 (process 4711 on node0) is gone" in str(engine.stopped)
+        # Torchrun tells all to end where one failed; it has not ended well for that.
+        server.server.handle_exit(signal.SIGTERM, None)
+        assert server.server.code == 1
+    (said,) = [one for one in caplog.records if one.message == "failed"]
+    assert vars(said)["facts"]["error"].startswith("rank 3 (process 4711 on node0)")
 
 
 def test_what_takes_too_long_is_told_that_the_server_ends() -> None:

@@ -109,9 +109,13 @@ class HttpServer(uvicorn.Server):
         self.service = service
         self.code = 0
         self._until: float | None = None
+        self._parted = False
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         """Drain; end at once when told again."""
+        if self._parted:
+            # It ends, and what started all processes tells it to, too, as one of them failed.
+            return
         if self.service.draining:
             self.code = 128 + sig
             self.force_exit = self.should_exit = True
@@ -123,6 +127,11 @@ class HttpServer(uvicorn.Server):
     async def on_tick(self, counter: int) -> bool:
         """Tell, ten times a second, if it is time to end."""
         over = await super().on_tick(counter)
+        lost = self.service.registry.parted
+        if lost is not None and not self._parted:
+            self._parted, self.code, self.service.draining = True, 1, True
+            self._until = None
+            logged("failed", {"error": str(lost)}, logging.ERROR)
         if not self.service.healthy and not self.service.draining:
             self.code, self.service.draining = 1, True
             if self.service.stuck:

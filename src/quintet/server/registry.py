@@ -6,7 +6,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
-from quintet.errors import DoesNotFitError, InputError, QuintetError, shown
+from quintet.errors import DoesNotFitError, InputError, QuintetError, RankFailedError, shown
 from quintet.parsing import Format
 from quintet.server.failures import ApiError, unavailable
 from quintet.server.logs import logged
@@ -208,6 +208,13 @@ class Registry:
     def healthy(self) -> bool:
         """Whether every engine answers."""
         return all(engine.healthy for engine in self.engines.values())
+
+    @property
+    def parted(self) -> RankFailedError | None:
+        """Which process failed, of those that hold a model; None while all are there."""
+        stopped = (engine.stopped for engine in self.engines.values())
+        causes = (None if why is None else why.__cause__ for why in stopped)
+        return next((one for one in causes if isinstance(one, RankFailedError)), None)
 
     def close(self) -> None:
         """Stop all engines."""

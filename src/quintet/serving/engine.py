@@ -194,7 +194,7 @@ class Engine:
 
     @property
     def healthy(self) -> bool:
-        """Whether it answers: it was not closed, and has not failed three times in a row."""
+        """Whether it answers: it was not closed, and has not failed for good."""
         return self._runner.stopped is None and self._thread.is_alive()
 
     @property
@@ -225,7 +225,8 @@ class Engine:
         self._runner.stop(EngineStoppedError("the engine was closed; make another one"))
         if threading.current_thread() is not self._thread:
             self._thread.join()
-            self._engine.close()
+            if not self._runner.parted:
+                self._engine.close()
 
     def __enter__(self) -> Self:
         return self

@@ -12,7 +12,7 @@ from quintet.serving.answers import Answer, Usage
 from quintet.serving.scheduler import Job
 from quintet.serving.transcript import Transcript
 
-__all__ = ["LoopOutlet", "Outlet", "Request", "hand_out"]
+__all__ = ["LoopOutlet", "Outlet", "Request", "hand_out", "hand_over"]
 
 # What came of requests in one step, each with the one it is for.
 News = Sequence[tuple["Request", Answer | Exception]]
@@ -23,6 +23,15 @@ def hand_out(news: News) -> None:
     """Give each reader what is for it."""
     for request, one in news:
         request.reader(one)
+
+
+def hand_over(news: News) -> None:
+    """Give news to the outlets of their requests, each all of its own at once."""
+    by_outlet: dict[Outlet, list[tuple[Request, Answer | Exception]]] = {}
+    for request, one in news:
+        by_outlet.setdefault(request.outlet, []).append((request, one))
+    for outlet, its in by_outlet.items():
+        outlet(its)
 
 
 @dataclass(frozen=True, slots=True)

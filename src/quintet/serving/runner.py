@@ -10,16 +10,16 @@ from quintet.errors import (
     EngineStoppedError,
     InputError,
     QueueFullError,
-    StepFailedError,
 )
 from quintet.generation.engine import Engine as StepEngine
 from quintet.ops.device_memory import empty_caches, is_shortage
 from quintet.serving.answers import Answer
+from quintet.serving.failures import no_memory, often, parted
 from quintet.serving.figures import Figures, Snapshot
 from quintet.serving.limits import GRID, Limits
 from quintet.serving.pace import LEAST_TAIL
 from quintet.serving.prefix import PrefixCache, common
-from quintet.serving.request import Outlet, Request
+from quintet.serving.request import Request, hand_over
 from quintet.serving.scheduler import Cost, Plan, Scheduler
 
 __all__ = ["Runner"]
@@ -48,6 +48,7 @@ class Runner:
         self.figures = Figures()
         self.state = Snapshot(rows=limits.rows)
         self.stopped: Exception | None = None
+        self.parted = False  # whether other processes that hold the model are gone
         # Held while a request is let in, so that none comes after the last messages were read.
         self._open = threading.Lock()
         row, token = engine.bytes_of_rows()
@@ -116,6 +117,8 @@ class Runner:
             while self.stopped is None:
                 self.turn(wait=True)
         except BaseException as error:
+            if isinstance(error, Exception) and self._part(error):
+                return
             self._stop(EngineStoppedError(f"the engine's thread ended with {error!r}"))
             raise
         finally:
@@ -183,6 +186,8 @@ class Runner:
             try:
                 self._enter(request)
             except Exception as error:
+                if self._part(error):
+                    return
                 self._give_up(request, error)
         running = self.scheduler.running
         steps = [request for request in plan.step if request in running]
@@ -381,6 +386,8 @@ class Runner:
         if is_shortage(error):
             self._shed(requests, error)
             return
+        if self._part(error):
+            return
         lost = [request for request in requests if not self.engine.can_adapt(request.text)]
         for request in lost:
             name = request.text.adapter_name
@@ -396,32 +403,28 @@ class Runner:
         self._stop_if_often(error)
 
     def _shed(self, requests: Sequence[Request], error: Exception) -> None:
-        """Make room for a step that had too little, without the one who is the first to give way.
-
-        The others go on, as nobody has moved.
-        """
+        """Make room for a step that had too little; the first to give way does not go on."""
         self.prefix.clear()
         # What is left of one that gives way alone is no smaller the next time.
         self._failures += len(requests) == 1
-        why = "there was not enough memory for a step, and this request was the first to give way"
-        told = StepFailedError(f"{why}; come again, or serve fewer rows or tokens at once")
-        # Without its frames, which hold what the step had made.
-        told.__cause__ = error.with_traceback(None)
-        self._give_up(self.scheduler.last(requests), told)
+        self._give_up(self.scheduler.last(requests), no_memory(error))
         empty_caches()
         self._stop_if_often(error)
 
     def _stop_if_often(self, error: Exception) -> None:
         if self._failures >= FAILURES:
-            self._stop(
-                EngineStoppedError(
-                    f"{FAILURES} forwards in a row failed, the last with {error!r}; look at its "
-                    "cause, and make another engine"
-                )
-            )
+            self._stop(often(FAILURES, error))
+
+    def _part(self, error: Exception) -> bool:
+        """Stop where an error says that other processes are gone, and tell whether it does."""
+        why = parted(error)
+        if why is not None:
+            self.parted = True
+            self._stop(why)
+        return why is not None
 
     def _give_up(self, request: Request, error: Exception) -> None:
-        if request.text in self.engine.sequences:
+        if request.text in self.engine.sequences and not self.parted:
             self.engine.remove(request.text)
         self.scheduler.finish(request)
         self._fail(request, error)
@@ -443,8 +446,4 @@ class Runner:
         )
         self._known = self._taken
         news, self._news = self._news, []
-        by_outlet: dict[Outlet, list[tuple[Request, Answer | Exception]]] = {}
-        for request, one in news:
-            by_outlet.setdefault(request.outlet, []).append((request, one))
-        for outlet, its in by_outlet.items():
-            outlet(its)
+        hand_over(news)

@@ -1,0 +1,48 @@
+"""What those are told whose steps failed, and whether the processes of a model are still there."""
+
+from quintet.errors import (
+    DisagreementError,
+    EngineStoppedError,
+    RankFailedError,
+    StepFailedError,
+)
+from quintet.parallel.faults import collective
+
+__all__ = ["no_memory", "often", "parted"]
+
+
+def no_memory(error: Exception) -> StepFailedError:
+    """Return what the request is told that gives way where a step had too little memory."""
+    why = "there was not enough memory for a step, and this request was the first to give way"
+    told = StepFailedError(f"{why}; come again, or serve fewer rows or tokens at once")
+    # Without its frames, which hold what the step had made.
+    told.__cause__ = error.with_traceback(None)
+    return told
+
+
+def often(count: int, error: Exception) -> EngineStoppedError:
+    """Return what ends an engine of which so many forwards failed in a row."""
+    return EngineStoppedError(
+        f"{count} forwards in a row failed, the last with {error!r}; look at its cause, and make "
+        "another engine"
+    )
+
+
+def parted(error: Exception) -> EngineStoppedError | None:
+    """Return what ends an engine whose model is no longer in all processes that held it.
+
+    None where an error is about something else. Its cause is a `RankFailedError` that says which
+    process failed, or a `DisagreementError`.
+    """
+    try:
+        with collective():
+            raise error
+    except (RankFailedError, DisagreementError) as found:
+        made = EngineStoppedError(f"the processes that hold the model cannot go on: {found}")
+        made.__cause__ = found
+        return made
+    except Exception:
+        return None
+    finally:
+        # Its frames would hold it, and what a step had made.
+        del error
