@@ -15,6 +15,7 @@ import pytest
 from parallel.launching import Ended, launch
 from quintet import demo_model
 from quintet.cli.main import main
+from quintet.ops import device_memory
 from waiting import PATIENCE, until
 
 # In bfloat16 sums of two parts round to other numbers, and soon to another text.
@@ -90,6 +91,23 @@ def test_a_model_is_served(tmp_path: Path) -> None:
     assert first.code == 0, first.err
     assert "in each of 2 processes" in first.err
     assert [(one.code, one.out) for one in others] == [(0, "")]
+
+
+def short_of_memory(*arguments: str) -> None:
+    """Run a command line where the second process has little memory."""
+    if os.environ["RANK"] == "1":
+        device_memory.host_memory = lambda: 2 << 20
+    main([*arguments])
+
+
+def test_a_server_is_refused_where_one_process_has_no_room_for_its_part(tmp_path: Path) -> None:
+    pytest.importorskip("uvicorn")
+    words = ("serve", str(demo_model()), "--port", "0")
+    first, second = launch(2, short_of_memory, *words, where=tmp_path)
+    assert first.code == 5, first.err
+    assert "each process needs" in first.err
+    assert "and the one with the least has 1.05 MB; start more processes" in first.err
+    assert second.code
 
 
 def test_a_server_ends_with_who_follows_it(tmp_path: Path) -> None:

@@ -28,3 +28,17 @@ def test_a_shard_has_the_bytes_planned(
 @pytest.mark.parametrize("name", ["qwen2", "qwen2-moe", "zamba2"])
 def test_a_slice_has_the_bytes_planned(name: str, two: Pool) -> None:
     two.run(planned.bytes_of_slices, name)
+
+
+@pytest.mark.parametrize(
+    ("name", "sizes"),
+    [
+        ("qwen2", {"tp_size": 2}),
+        ("deepseek-v3", {"tp_size": 2, "ep_size": 2}),
+        ("zamba2", {"tp_size": 2}),
+    ],
+)
+def test_who_serves_has_the_bytes_that_are_said(
+    name: str, sizes: dict[str, int], two: Pool
+) -> None:
+    two.run(planned.bytes_of_served, name, {}, sizes)

@@ -199,8 +199,10 @@ def _split(text: str) -> tuple[str | None, str]:
 
 def _follow(wanted: Wanted, given: dict[str, Any], quiet: bool) -> None:
     """Run what the engine of the first process runs, until that one is closed; end as it does."""
+    from quintet.cli.share import room_together
     from quintet.generation.following import follow
 
+    room_together()
     how = {name: given[name] for name in (*OF_MODEL, *WHERE)}
     model = cast("Any", open_model(wanted.path, quiet=quiet, **how).model)
     end = wait_for_first()
@@ -292,7 +294,8 @@ def _fitting(
 ) -> "Limits":
     """Return the engine's limits, when model and rows fit into the memory there is."""
     from quintet.auto import AutoConfig
-    from quintet.cli.plan import too_large
+    from quintet.cli.plan import DTYPES, QUANTISED, too_large
+    from quintet.cli.share import too_large_together
     from quintet.modeling.placement import first_device
 
     config = None
@@ -307,12 +310,13 @@ def _fitting(
     if given["rows"] is None and first_device(given["device"]).type != "cpu":
         # How many there are is found when the model is there.
         rows = 1
+    known = given["dtype"] in DTYPES and given["quantize"] in (None, *QUANTISED)
     if several():
-        # What a process needs is a part of that; who has too little says so itself.
-        return limits
-    reason = too_large(
-        wanted.path, config, given["dtype"], given["quantize"], limits.capacity, rows, where
-    )
+        reason = too_large_together(config, given, limits, bits) if known else None
+    else:
+        reason = too_large(
+            wanted.path, config, given["dtype"], given["quantize"], limits.capacity, rows, where
+        )
     if reason is not None:
         raise DoesNotFitError(
             f"{wanted.name} with {limits.rows} rows of {limits.capacity:,} tokens: {reason}; or "

@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING, Any
 
 import quintet
 from quintet.cli.output import size_of
+from quintet.cli.together import several
 
 if TYPE_CHECKING:
     from quintet.cli.options import Opened
@@ -31,14 +32,17 @@ def announcement(
     url = f"http://{host}:{address[1]}"
     said = kernels.level or f"PyTorch alone, as {kernels.reason}"
     lines = [f"quintet {quintet.__version__} answers {_whom(settings)} at {url}/v1"]
+    # Others have their part of that.
+    where = " of the first process" if several() else ""
     models: list[dict[str, object]] = []
     for offer, one in zip(service.registry.offers, opened, strict=True):
         assert offer.loaded is not None
         room = offer.loaded.engine.room
         lines += [
             f"  {offer.name}: {one.describe()}",
-            f"    {room.rows} rows of {room.capacity:,} tokens: at most {size_of(room.whole)} for "
-            f"{room.tokens:,} tokens, and {size_of(room.kept)} for what was read before",
+            f"    {room.rows} rows of {room.capacity:,} tokens: at most {size_of(room.whole)}"
+            f"{where} for {room.tokens:,} tokens, and {size_of(room.kept)} for what was read "
+            "before",
         ]
         if offer.adapters:
             lines.append(f"    adapters: {', '.join(offer.adapters)}")

@@ -24,6 +24,7 @@ __all__ = [
     "from_first",
     "interrupted",
     "last_words",
+    "least",
     "several",
     "wait_for_first",
 ]
@@ -68,6 +69,16 @@ def from_first(read: Callable[[], str]) -> str:
         _tell(watch, text)
         return text
     return str(_hear(watch))
+
+
+def least(number: int) -> int:
+    """Tell the first process a number; return the smallest of all in that one."""
+    watch = _watch()
+    assert watch is not None, "there is nobody else"
+    watch.store.set(f"least/{watch.rank}", str(number))
+    if watch.rank:
+        return number
+    return min(int(watch.store.get(f"least/{rank}")) for rank in watch.who)
 
 
 def last_words(error: QuintetError) -> str | None:

@@ -5,7 +5,10 @@ from typing import Any
 import torch
 from torch.distributed.tensor import DTensor
 
+from parallel.cases.generate import chooses, models
 from parallel.cases.tensor import family, world
+from quintet.cli.share import share_of
+from quintet.generation.following import follow, leading
 from quintet.parallel.apply import shard_model
 from quintet.parallel.fsdp import divide
 from quintet.planning.devices import device
@@ -13,6 +16,8 @@ from quintet.planning.inference import Workload, footprint
 from quintet.planning.plans import described
 from quintet.planning.training import Training, training_footprint
 from quintet.planning.world import Split
+from quintet.serving import Limits
+from quintet.serving.memory import cost_of, room_of
 
 
 def bytes_of_a_shard(name: str, changes: dict[str, Any], degrees: dict[str, int]) -> None:
@@ -39,3 +44,19 @@ def bytes_of_slices(name: str) -> None:
     held = sum(t.nbytes for t in own.values())
     # Of an odd number of rows, one process has one more.
     assert 0.95 * most <= held <= 1.05 * most, f"planned {most}, held {held}"
+
+
+def bytes_of_served(name: str, changes: dict[str, Any], sizes: dict[str, int]) -> None:
+    """Compare what is said of a process that serves with what it has: weights, rows, tokens."""
+    degrees = {key.removesuffix("_size"): size for key, size in sizes.items()}
+    _, model = models(name, degrees, changes)
+    work = Workload(16, rows=3, itemsize=4, cache_dtype="float32")
+    said = share_of(model.config, sizes, 2, work, torch.float32)
+    if not chooses():
+        return follow(model)
+    with leading(model):
+        cost = cost_of(model, None)
+    room = room_of(model, Limits(rows=3, capacity=16), cost)
+    assert 0.95 * said.weights <= room.weights <= 1.001 * said.weights
+    assert (cost.row, cost.token) == (said.row, said.token)
+    assert room.whole == said.cache

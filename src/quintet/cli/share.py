@@ -1,0 +1,99 @@
+"""What a process of several needs of a model that is served, and what it has room for."""
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+from quintet.cli.output import size_of
+from quintet.cli.together import least
+
+if TYPE_CHECKING:
+    import torch
+
+    from quintet.configuration import PreTrainedConfig
+    from quintet.parallel.division import DistributedConfig
+    from quintet.planning.inference import Footprint, Workload
+    from quintet.serving import Limits
+
+__all__ = ["room_together", "share_of", "too_large_together"]
+
+# How many tokens of prompts are counted as being worked on at once.
+PIECE = 512
+
+
+def room_together() -> int:
+    """Return the bytes that the process with the least may have; all have to ask for it."""
+    from quintet.ops.device_memory import free_memory
+    from quintet.parallel.launch import launched, own_device
+
+    launch, device = launched(), own_device()
+    assert launch is not None, "there are several"
+    # A machine's is that of all its processes.
+    return least(free_memory(device) // (launch.local_size if device.type == "cpu" else 1))
+
+
+def share_of(
+    config: "PreTrainedConfig",
+    sizes: Mapping[str, int],
+    count: int,
+    work: "Workload",
+    dtype: "torch.dtype",
+    quantize: str | None = None,
+) -> "Footprint":
+    """Return what the process needs that has the largest part of a model and its rows.
+
+    Args:
+        sizes: tp_size, ep_size and pp_size, as far as they were said.
+        count: of processes.
+
+    Raises:
+        InputError: it cannot be divided so.
+    """
+    from quintet.parallel.division import degrees_for
+    from quintet.parallel.launch import own_device
+    from quintet.planning.devices import device
+    from quintet.planning.inference import footprint
+    from quintet.planning.plans import described
+    from quintet.planning.weights import on_meta
+    from quintet.planning.world import Split
+
+    degrees = degrees_for(on_meta(config, dtype), _asked(sizes), count)
+    kind = device("cpu" if own_device().type == "cpu" else "h100")
+    model, _ = described(config, kind, dtype=dtype, quantize=quantize)
+    split = Split(tp=degrees.tp, ep=degrees.ep, pp=degrees.pp, dp=degrees.dp)
+    return footprint(model, split, work)
+
+
+def _asked(sizes: Mapping[str, int]) -> "DistributedConfig":
+    from quintet.parallel.division import DistributedConfig
+
+    tp, ep, pp = (sizes.get(f"{name}_size") for name in ("tp", "ep", "pp"))
+    return DistributedConfig(tp_size=tp, ep_size=ep, pp_size=pp)
+
+
+def too_large_together(
+    config: "PreTrainedConfig", given: Mapping[str, Any], limits: "Limits", bits: int | None
+) -> str | None:
+    """Return why a part of a model and of its rows does not fit into each process; None if it does.
+
+    Raises:
+        InputError: the model cannot be divided so.
+    """
+    import torch
+
+    from quintet.modeling.placement import named_dtype
+    from quintet.parallel.division import processes
+    from quintet.planning.inference import Workload
+
+    room, dtype = room_together(), given["dtype"]
+    held = config.torch_dtype or torch.bfloat16 if dtype == "auto" else named_dtype(dtype)
+    kept = str(held).removeprefix("torch.") if bits is None else f"int{bits}"
+    work = Workload(limits.capacity, limits.rows, PIECE, held.itemsize, kept)
+    sizes = {f"{name}_size": given[name] for name in ("tp", "ep", "pp") if given[name] is not None}
+    need = share_of(config, sizes, processes(), work, held, given["quantize"])
+    if need.total <= room:
+        return None
+    return (
+        f"each process needs {size_of(need.total)} ({size_of(need.weights)} for its part of the "
+        f"weights, {size_of(need.cache)} for that of the rows), and the one with the least has "
+        f"{size_of(room)}; start more processes"
+    )
