@@ -46,6 +46,9 @@ def check(folder: Path) -> None:
         ("qwen2-moe", {}, {"tp": 2}),
         ("deepseek-v2", {"attention_bias": True, "mlp_bias": True}, {"tp": 2}),
         ("deepseek-v3", {}, {"tp": 2, "ep": 2}),
+        ("qwen2", {"tie_word_embeddings": True}, {"pp": 2}),
+        ("deepseek-v3", {}, {"pp": 2}),
+        ("zamba2", zamba2.TWO_BLOCKS, {"pp": 2}),
         ("zamba2", {**zamba2.TWO_BLOCKS, "use_shared_attention_adapter": True}, {"tp": 2}),
     ],
     ids=str,
@@ -67,6 +70,7 @@ def test_it_is_what_one_process_saves(
         *(("qwen2", kind, {"tp": 2}) for kind in KINDS),
         ("qwen2-moe", "int4", {"tp": 2, "ep": 2}),
         ("qwen2-moe", "fp8", {"tp": 2}),
+        ("qwen2-moe", "int4", {"pp": 2}),
     ],
 )
 def test_in_fewer_bits_it_is_what_one_process_saves(

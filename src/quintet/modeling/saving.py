@@ -4,21 +4,22 @@ It asks for one tensor after the other, in the order in which it writes them; th
 parts. What each tensor is follows from a model of the same configuration without memory.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from quintet.checkpoint import Piece, pieces, save
-from quintet.errors import UnsupportedModelError
 from quintet.modeling.core import ModelCore
 from quintet.modeling.init_on_meta import init_on_meta
 from quintet.modeling.key_mapping import check_tied
 from quintet.parallel.gathering import Portion, gather, own_part
 from quintet.parallel.placement import Shard, place, table_of
+from quintet.parallel.stages import stages_to_run
 from quintet.parallel.together import Together
 from quintet.parallel.world import World
 from quintet.quantization import Quantized, part_state
@@ -37,7 +38,7 @@ class _Plain:
     Attributes:
         spec: the tensor of the checkpoint, without memory.
         name: of the model's tensor.
-        tensor: what this process has of that.
+        tensor: what this process has of that; without data where it is on other stages.
         piece: which part of it the checkpoint has.
     """
 
@@ -49,10 +50,10 @@ class _Plain:
     def whole(self, shares: "Shares") -> Tensor | None:
         """Return it in the first process; all have to call this."""
         found = shares.of(self.name, self.piece)
-        at = found[shares.world.rank][1]
-        local: Tensor | None = own_part(self.tensor)
-        if self.piece.place is not None:
-            local = None if local is None or at is None else local[at]
+        shard, at = found[shares.world.rank]
+        local = None if shard is None else own_part(self.tensor)
+        if local is not None and at is not None:
+            local = local[at]
         portion = Portion(local, [shard for shard, _ in found], self.tensor.dtype)
         return gather(portion, shares.world)
 
@@ -66,7 +67,7 @@ class _Packed:
         file: its name there.
         weight: the name of the matrix, or the stack it is in.
         module: what holds it.
-        parts: what this process has of the parts of that.
+        parts: what this process has of the parts of that, as above.
         piece: which matrix of a stack it is of.
         needed: the parts that it is made of.
         dtype: of the model.
@@ -111,13 +112,15 @@ class Shares:
 
     def of(self, name: str, piece: Piece) -> list[tuple[Shard | None, tuple[int, slice] | None]]:
         """Return of a piece what each process has, and where in its own tensor; None for none."""
-        if piece.place is None:
-            return [(shards[name], None) for shards in self.shards]
-        return [shards[name].piece(*piece.place) or (None, None) for shards in self.shards]
+        place, found = piece.place, [shards.get(name) for shards in self.shards]
+        if place is None:
+            return [(shard, None) for shard in found]
+        pieces = [None if shard is None else shard.piece(*place) for shard in found]
+        return [one or (None, None) for one in pieces]
 
 
 def _entries(
-    model: ModelCore, shapes: Mapping[str, Shape]
+    model: ModelCore, shapes: Mapping[str, Shape], world: World
 ) -> Iterator[tuple[str, _Plain | _Packed]]:
     """Yield the tensors of a checkpoint by their names, in the order of one process's save.
 
@@ -125,7 +128,7 @@ def _entries(
         InputError: tied weights are two.
     """
     tied = model.tied_names()
-    plain, parted = part_state(model, model.state_dict(), tied)
+    plain, parted = part_state(model, _state(model, shapes, world), tied)
     check_tied(plain, tied)
     for name, tensor in plain.items():
         if name not in tied:
@@ -145,6 +148,22 @@ def _entries(
                 yield file, _Packed(spec, file, weight, module, parts, piece, needed, model.dtype)
 
 
+def _state(model: ModelCore, names: Iterable[str], world: World) -> dict[str, Tensor]:
+    """Return the tensors of a model, in the order of a whole one; other stages' without data."""
+    own = model.state_dict()
+    if world.degrees.pp == 1:
+        return own
+    told: list[Any] = [None] * world.degrees.size
+    dist.all_gather_object(told, {name: tensor.dtype for name, tensor in own.items()})
+    dtypes = {name: dtype for one in told for name, dtype in one.items()}
+    # Parts of matrices in fewer bits are found by the names of these, in whichever order.
+    order = [name for name in names if name in dtypes]
+    return {
+        name: own[name] if name in own else torch.empty(0, dtype=dtypes[name], device="meta")
+        for name in dict.fromkeys([*order, *dtypes])
+    }
+
+
 def _empty(module: Quantized, leaf: str, piece: Piece) -> dict[str, Tensor]:
     """Return the parts of a whole matrix, without memory."""
     specs = module.formats[leaf].parts(piece.shape)
@@ -157,8 +176,15 @@ def _shares(model: ModelCore, world: World) -> tuple[Shares, dict[str, Shape]]:
     table, state = table_of(whole), whole.state_dict()
     # What several share is in the table by the first of its names, and saved by that.
     shapes = {n: tuple(t.shape) for n, t in state.items() if n in table.parameters}
-    places = [world.degrees.place(rank) for rank in range(world.degrees.size)]
-    return Shares(world, [place(shapes, table, at) for at in places]), shapes
+    stages = stages_to_run(whole, world)
+    shards = []
+    for rank in range(world.degrees.size):
+        held = place(shapes, table, world.degrees.place(rank))
+        if stages is not None:
+            names = stages.names[world.degrees.coordinates(rank)["pp"]]
+            held = {name: shard for name, shard in held.items() if name in names}
+        shards.append(held)
+    return Shares(world, shards), shapes
 
 
 def write_together(
@@ -180,13 +206,8 @@ def write_together(
         RankFailedError: writing failed, or a process could not take part in it.
     """
     with Together(world, "before it saved"):
-        if world.degrees.pp > 1:
-            raise UnsupportedModelError(
-                f"pp={world.degrees.pp} gave each process some of the layers, and save_pretrained "
-                "writes models of which each has a part of all; load it with pp=1 to save it"
-            )
         shares, shapes = _shares(model, world)
-        entries = dict(_entries(model, shapes))
+        entries = dict(_entries(model, shapes, world))
     with Together(world, "while it saved"):
         if world.rank != 0:
             _follow(list(entries.values()), shares)

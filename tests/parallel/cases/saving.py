@@ -34,7 +34,9 @@ def save(
     # Whose main process a process is says the launcher; all take part.
     main = dist.get_rank() == 0
     model.save_pretrained(target / "several", main, max_shard_size=size)  # type: ignore[operator]
-    assert torch.equal(logits(model), before)
+    again = logits(model)
+    # Of stages the one with the head has them.
+    assert again.is_meta or torch.equal(again, before)
 
 
 def fill_disk(source: Path, target: Path) -> str:
