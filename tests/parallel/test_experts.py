@@ -4,9 +4,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from safetensors.torch import load_file
 
 from parallel.cases import experts
 from parallel.cases.tensor import family
+from parallel.launching import launch
 from parallel.pool import Pool
 
 SENT: list[tuple[str, dict[str, Any], dict[str, int]]] = [
@@ -40,6 +43,16 @@ def test_experts_that_stand_at_several_places_say_the_same(
 def test_experts_are_loaded_to_their_seats(quantize: str | None, tmp_path: Path, two: Pool) -> None:
     family("qwen2-moe").model_of().save_pretrained(tmp_path)
     two.run(experts.loaded, "qwen2-moe", {}, tmp_path, quantize)
+
+
+def test_seats_are_asked_for_by_the_configuration(tmp_path: Path) -> None:
+    source, target = tmp_path / "source", tmp_path / "target"
+    family("qwen2-moe").model_of().save_pretrained(source)
+    for ended in launch(2, experts.asked_for, source, target, where=tmp_path):
+        assert (ended.code, ended.out) == (0, "the same\n"), ended.err
+    found, expected = (load_file(folder / "model.safetensors") for folder in (target, source))
+    assert list(found) == list(expected)
+    assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
 
 
 HYBRID = {"num_hidden_layers": 4, "layers_block_type": ["mamba", "hybrid", "mamba", "hybrid"]}

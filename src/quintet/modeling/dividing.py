@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -48,7 +49,14 @@ def world_for(
             "first, in one process: merge_and_unload(), then save_pretrained(…)"
         ) from None
     degrees = degrees_for(init_on_meta(cls, config), asked, processes())
-    return join(degrees, device=device, timeout=asked.timeout)
+    if asked.expert_seats and degrees.ep == 1:
+        raise InputError(
+            "expert_seats say which process has which experts, and ep_size=1 gives all of them to "
+            "each; set ep_size"
+        )
+    world = join(degrees, device=device, timeout=asked.timeout)
+    seats = {path: tuple(order) for path, order in (asked.expert_seats or {}).items()}
+    return replace(world, seats=seats)
 
 
 def _device(device_map: DeviceMap) -> torch.device:

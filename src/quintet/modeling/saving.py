@@ -18,7 +18,7 @@ from quintet.modeling.core import ModelCore
 from quintet.modeling.init_on_meta import init_on_meta
 from quintet.modeling.key_mapping import check_tied
 from quintet.parallel.gathering import Portion, gather, own_part
-from quintet.parallel.placement import Shard, place, table_of
+from quintet.parallel.placement import Shard, place, seated, table_of
 from quintet.parallel.stages import stages_to_run
 from quintet.parallel.together import Together
 from quintet.parallel.world import World
@@ -173,7 +173,7 @@ def _empty(module: Quantized, leaf: str, piece: Piece) -> dict[str, Tensor]:
 def _shares(model: ModelCore, world: World) -> tuple[Shares, dict[str, Shape]]:
     """Return what each process has of each tensor, and the shapes of whole ones."""
     whole = init_on_meta(type(model), model.config)
-    table, state = table_of(whole), whole.state_dict()
+    table, state = seated(table_of(whole), world.seats, world.degrees.ep), whole.state_dict()
     # What several share is in the table by the first of its names, and saved by that.
     shapes = {n: tuple(t.shape) for n, t in state.items() if n in table.parameters}
     stages = stages_to_run(whole, world)

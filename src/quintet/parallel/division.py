@@ -1,7 +1,7 @@
 """Among how many processes what of a model is divided: as asked for, or as far as it goes."""
 
 import difflib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, is_dataclass
 from typing import Literal
 
@@ -45,6 +45,8 @@ class DistributedConfig:
         enable_expert_parallel: the older way to say that ep_size is tp_size.
         timeout: seconds that processes wait for each other; QUINTET_DISTRIBUTED_TIMEOUT, or five
             minutes, if not given.
+        expert_seats: where which experts are, if not one after the other: for each stack of
+            experts, which one is at each seat (`quintet.parallel.expert_seats.balanced`).
 
     Raises:
         InputError: a size is none, or one of Transformers' options that do not exist here is set.
@@ -64,6 +66,7 @@ class DistributedConfig:
     ep_plan: Mapping[str, str] | None = None
     ep_implementation: str = "auto"
     timeout: float | None = None
+    expert_seats: Mapping[str, Sequence[int]] | None = None
 
     def __post_init__(self) -> None:
         for name in ("tp_size", "ep_size", "pp_size", "fsdp_size", "dp_replicate_size"):

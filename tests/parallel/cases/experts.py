@@ -4,11 +4,14 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from parallel.cases.tensor import agree, agree_gradient, family, tokens, world
+from quintet import AutoModelForCausalLM
+from quintet.errors import InputError
 from quintet.layers.moe import ExpertStack
 from quintet.modeling.loading import ModelSource, Options, load
 from quintet.parallel import regions
@@ -88,6 +91,25 @@ def loaded(name: str, changes: Changes, path: Path, quantize: str | None) -> Non
         wanted, made = (model(input_ids=tokens(2, 7)).logits for model in (whole.eval(), parts))
     # In int8 the inputs of a part are rounded by themselves; a wrong expert is another number.
     assert relative_error(made, wanted) < (1e-5 if quantize is None else 1e-2)
+
+
+def asked_for(source: Path, target: Path) -> None:
+    """Load a model with redundant experts as anybody does, run it, and save it."""
+    torch.set_num_threads(1)
+    whole = AutoModelForCausalLM.from_pretrained(source, device_map=None).eval()
+    found = [n for n, m in whole.named_modules() if isinstance(m, ExpertStack)]
+    loads = {name: [9.0, 1, 1, 1, 1, 2] for name in found}
+    seats = balanced(loads, 2, redundant=2)
+    refused = {"tp_size": 2, "expert_seats": seats}
+    with pytest.raises(InputError, match="ep_size=1 gives all of them to each"):
+        AutoModelForCausalLM.from_pretrained(source, distributed_config=refused)
+    options = {"tp_size": 2, "ep_size": 2, "expert_seats": seats}
+    parts = AutoModelForCausalLM.from_pretrained(source, distributed_config=options).eval()
+    assert len(parts.get_submodule(found[0]).down_proj) == 4
+    with torch.no_grad():
+        agree(*(model(input_ids=tokens(2, 7)).logits for model in (parts, whole)), "logits")
+    parts.save_pretrained(target)
+    print("the same")
 
 
 def reductions(name: str, changes: Changes, degrees: dict[str, int]) -> int:
