@@ -6,9 +6,15 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 from safetensors.torch import load_file, save_file
 from torch import Tensor
-from transformers.integrations.finegrained_fp8 import Fp8Dequantize, Fp8Quantize
+from transformers.integrations.finegrained_fp8 import (
+    Fp8Dequantize,
+    FP8Linear,
+    Fp8Quantize,
+    replace_with_fp8_linear,
+)
 from transformers.utils.quantization_config import FineGrainedFP8Config as TheirConfig
 
 import packers
@@ -235,3 +241,22 @@ def test_a_scale_may_be_of_a_whole_matrix_or_row(
     held = load_file(tmp_path / "again" / "model.safetensors")
     assert held["model.layers.0.mlp.up_proj.weight"].dtype == torch.float8_e4m3fn
     assert not recwarn.list
+
+
+@pytest.mark.parametrize("name", ["deepseek-v3", "qwen2-moe"])
+def test_what_stays_numbers_is_what_transformers_leaves(name: str, tmp_path: Path) -> None:
+    family = next(family for family in FAMILIES if family.name == name)
+    family.model_of().save_pretrained(tmp_path / "plain")
+    held = quintet.AutoModelForCausalLM.from_pretrained(tmp_path / "plain", quantize="fp8")
+    held.save_pretrained(tmp_path / "saved")
+    convert(tmp_path / "plain", tmp_path / "converted", quantize="fp8")
+    for folder in (tmp_path / "saved", tmp_path / "converted"):
+        tensors = load_file(folder / "model.safetensors")
+        scaled = {key.removesuffix(".weight_scale_inv") for key in tensors if "scale_inv" in key}
+        config = transformers.AutoConfig.from_pretrained(folder)
+        settings = TheirConfig(**config.quantization_config)
+        with torch.device("meta"):
+            peer = transformers.AutoModelForCausalLM.from_config(config)
+        replace_with_fp8_linear(peer, settings.modules_to_not_convert, settings, pre_quantized=True)
+        theirs = {path for path, module in peer.named_modules() if isinstance(module, FP8Linear)}
+        assert theirs == {path for path in scaled if ".experts." not in path}

@@ -16,6 +16,7 @@ from quintet.generation.plan import Configuring, read_config
 from quintet.layers.mamba2 import GatedRMSNorm
 from quintet.layers.moe import Experts
 from quintet.layers.norm import RMSNorm
+from quintet.layers.router import ExpertRouter
 from quintet.ops.attention import attention_backend
 from quintet.parallel.context_parallel import Sequences
 from quintet.parallel.stage import Stage
@@ -202,7 +203,13 @@ class ModelCore(nn.Module):
         vars(self.config).pop("quantization_config", None)
         if quantization is not None:
             freeze(self)
-            vars(self.config)["quantization_config"] = quantization.to_dict()
+            maps = (nn.Linear, ExpertRouter)
+            stays = [
+                path
+                for path, module in self.named_modules()
+                if isinstance(module, maps) and not isinstance(module, Quantized)
+            ]
+            vars(self.config)["quantization_config"] = quantization.keeping(stays)
 
     # -- state -------------------------------------------------------------------------------
 

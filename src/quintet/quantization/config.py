@@ -96,6 +96,10 @@ class QuantizationConfig(ABC):
         """
         return self.to_dict()
 
+    def keeping(self, modules: Iterable[str]) -> dict[str, Any]:
+        """Return what `config.json` says of a model whose linear maps `modules` stay numbers."""
+        return self.to_dict()
+
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Self:
         """Build a configuration from a mapping; keys it does not know are an error.
@@ -338,6 +342,17 @@ class FineGrainedFP8Config(QuantizationConfig):
             "weight_block_size",
             f"two positive integers up to {MOST_OF_A_BLOCK}",
         )
+
+    def described(
+        self, quantised: Mapping[str, tuple[WeightFormat, Shape]], plain: Iterable[str]
+    ) -> dict[str, Any]:
+        """Return the content of the `config.json` of a checkpoint that is written."""
+        return self.keeping(name.removesuffix(".weight") for name in plain)
+
+    def keeping(self, modules: Iterable[str]) -> dict[str, Any]:
+        """Name what stays numbers: whoever reads it takes all else for FP8."""
+        names = dict.fromkeys([*(self.modules_to_not_convert or ()), *modules])
+        return {**self.to_dict(), "modules_to_not_convert": list(names)}
 
     def scheme(self) -> Scheme | None:
         """Return the formats of a model, or None for plain numbers."""
