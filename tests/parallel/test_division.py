@@ -5,7 +5,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from torch import nn
+import torch
+import transformers
 from transformers.distributed import DistributedConfig as Theirs
 
 from parallel.cases import dividing
@@ -23,7 +24,7 @@ def several(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("WORLD_SIZE", "4")
 
 
-def on_meta(name: str, **changes: Any) -> nn.Module:
+def on_meta(name: str, **changes: Any) -> Any:
     known = family(name)
     return init_on_meta(known.cls("ForCausalLM"), known.config(**changes))
 
@@ -167,3 +168,31 @@ def test_what_is_wrong_is_told_in_all(what: str, message: str, tmp_path: Path) -
     ended = launch(2, dividing.is_wrong, what, where=tmp_path)
     assert [one.code for one in ended] == [1, 1]
     assert all(message in one.err for one in ended)
+
+
+@pytest.mark.parametrize("name", ["qwen2", "qwen2-moe", "deepseek-v2", "deepseek-v3"])
+def test_the_plan_is_said_in_the_words_of_transformers(name: str) -> None:
+    model = on_meta(name)
+    with torch.device("meta"):
+        config = transformers.AutoConfig.for_model(model.config.model_type)
+        theirs = transformers.AutoModelForCausalLM.from_config(config).tp_plan
+    ours = model.tp_plan
+    both = ours.keys() & theirs.keys()
+    assert {path: ours[path] for path in both} == {path: theirs[path] for path in both}
+    # Layers of other kinds than the default's, V3's attention, which they leave whole, and two
+    # styles of things that are no matrices.
+    assert len(both) >= 7
+    others = {"mla_kv_a_proj", "moe_tp_experts"}
+    missing = {path for path in theirs.keys() - both if theirs[path] not in others}
+    assert all(
+        path.endswith(("mlp.gate_proj", "mlp.up_proj", "mlp.down_proj", "q_proj"))
+        for path in missing
+    )
+
+
+def test_a_plan_is_read_and_not_set() -> None:
+    model = on_meta("qwen2")
+    assert model.tp_size is None
+    assert model.supports_tp_plan
+    with pytest.raises(InputError, match="cannot be set: each layer says itself"):
+        model.tp_plan = {}

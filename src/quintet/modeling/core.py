@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from quintet.checkpoint import StackExperts
 from quintet.configuration.base import PreTrainedConfig
-from quintet.errors import InputError
+from quintet.errors import InputError, shown
 from quintet.generation.config import GenerationConfig
 from quintet.generation.plan import Configuring, read_config
 from quintet.layers.mamba2 import GatedRMSNorm
@@ -19,7 +19,9 @@ from quintet.layers.norm import RMSNorm
 from quintet.layers.router import ExpertRouter
 from quintet.ops.attention import attention_backend
 from quintet.parallel.context_parallel import Sequences
+from quintet.parallel.division import PLAN
 from quintet.parallel.stage import Stage
+from quintet.parallel.styles import plan_of
 from quintet.parallel.world import World
 from quintet.quantization import QuantizationConfig, Quantized, Scheme, Slot, apply, freeze, tie
 
@@ -210,6 +212,31 @@ class ModelCore(nn.Module):
                 if isinstance(module, maps) and not isinstance(module, Quantized)
             ]
             vars(self.config)["quantization_config"] = quantization.keeping(stays)
+
+    # -- processes ---------------------------------------------------------------------------
+
+    @property
+    def tp_size(self) -> int | None:
+        """Among how many processes its matrices are divided; None where one has all of it."""
+        return None if self.world is None else self.world.degrees.tp
+
+    @property
+    def supports_tp_plan(self) -> bool:
+        """Whether it can be divided so."""
+        return bool(self.tp_plan)
+
+    @property
+    def tp_plan(self) -> dict[str, str]:
+        """How each matrix is divided, in the words of Transformers; nothing reads it here.
+
+        Raises:
+            InputError: it is set.
+        """
+        return plan_of(self)
+
+    @tp_plan.setter
+    def tp_plan(self, plan: object) -> None:
+        raise InputError(f"tp_plan={shown(plan)} cannot be set: {PLAN}")
 
     # -- state -------------------------------------------------------------------------------
 

@@ -13,7 +13,7 @@ from quintet.errors import InputError, shown
 from quintet.parallel.placement import place, table_of
 from quintet.parallel.world import Degrees, environment_size
 
-__all__ = ["DistributedConfig", "asked", "degrees_for", "processes"]
+__all__ = ["PLAN", "DistributedConfig", "asked", "degrees_for", "processes"]
 
 # Of a mesh, from the outermost.
 AXES = ("pp", "dp", "fsdp", "tp")

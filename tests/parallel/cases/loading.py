@@ -61,7 +61,7 @@ def compare(whole: ModelCore, parts: ModelCore, here: World) -> None:
         wanted = shards[name].of(tensor)
         assert own[name].shape == wanted.shape, name
         assert torch.equal(own[name], wanted), name
-    assert parts.world is here
+    assert (parts.world, parts.tp_size) == (here, here.degrees.tp)
     compare_logits(whole, parts, 1e-5 if whole.dtype == torch.float32 else 0.05)
 
 
