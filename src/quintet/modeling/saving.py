@@ -19,7 +19,6 @@ from quintet.modeling.init_on_meta import init_on_meta
 from quintet.modeling.key_mapping import check_tied
 from quintet.parallel.gathering import Portion, gather, own_part
 from quintet.parallel.placement import Shard, place, seated, table_of
-from quintet.parallel.stages import stages_to_run
 from quintet.parallel.together import Together
 from quintet.parallel.world import World
 from quintet.quantization import Quantized, part_state
@@ -27,6 +26,8 @@ from quintet.quantization import Quantized, part_state
 __all__ = ["write_together"]
 
 Shape = tuple[int, ...]
+# What each process has of tensors that are given out by layers.
+Stages = list[dict[str, torch.dtype]] | None
 
 END = -1
 
@@ -120,7 +121,7 @@ class Shares:
 
 
 def _entries(
-    model: ModelCore, shapes: Mapping[str, Shape], world: World
+    model: ModelCore, shapes: Mapping[str, Shape], there: Stages
 ) -> Iterator[tuple[str, _Plain | _Packed]]:
     """Yield the tensors of a checkpoint by their names, in the order of one process's save.
 
@@ -128,7 +129,7 @@ def _entries(
         InputError: tied weights are two.
     """
     tied = model.tied_names()
-    plain, parted = part_state(model, _state(model, shapes, world), tied)
+    plain, parted = part_state(model, _state(model, shapes, there), tied)
     check_tied(plain, tied)
     for name, tensor in plain.items():
         if name not in tied:
@@ -148,14 +149,21 @@ def _entries(
                 yield file, _Packed(spec, file, weight, module, parts, piece, needed, model.dtype)
 
 
-def _state(model: ModelCore, names: Iterable[str], world: World) -> dict[str, Tensor]:
+def _of_stages(model: ModelCore, world: World) -> Stages:
+    """Return the names and dtypes of what each process has; None where each has a part of all."""
+    if world.degrees.pp == 1:
+        return None
+    told: list[Any] = [None] * world.degrees.size
+    dist.all_gather_object(told, {name: t.dtype for name, t in model.state_dict().items()})
+    return told
+
+
+def _state(model: ModelCore, names: Iterable[str], there: Stages) -> dict[str, Tensor]:
     """Return the tensors of a model, in the order of a whole one; other stages' without data."""
     own = model.state_dict()
-    if world.degrees.pp == 1:
+    if there is None:
         return own
-    told: list[Any] = [None] * world.degrees.size
-    dist.all_gather_object(told, {name: tensor.dtype for name, tensor in own.items()})
-    dtypes = {name: dtype for one in told for name, dtype in one.items()}
+    dtypes = {name: dtype for one in there for name, dtype in one.items()}
     # Parts of matrices in fewer bits are found by the names of these, in whichever order.
     order = [name for name in names if name in dtypes]
     return {
@@ -170,20 +178,21 @@ def _empty(module: Quantized, leaf: str, piece: Piece) -> dict[str, Tensor]:
     return {s: torch.empty(o.shape, dtype=o.dtype, device="meta") for s, o in specs.items()}
 
 
-def _shares(model: ModelCore, world: World) -> tuple[Shares, dict[str, Shape]]:
+def _shares(model: ModelCore, world: World, there: Stages) -> tuple[Shares, dict[str, Shape]]:
     """Return what each process has of each tensor, and the shapes of whole ones."""
     whole = init_on_meta(type(model), model.config)
     table, state = seated(table_of(whole), world.seats, world.degrees.ep), whole.state_dict()
     # What several share is in the table by the first of its names, and saved by that.
     shapes = {n: tuple(t.shape) for n, t in state.items() if n in table.parameters}
-    stages = stages_to_run(whole, world)
-    shards = []
-    for rank in range(world.degrees.size):
-        held = place(shapes, table, world.degrees.place(rank))
-        if stages is not None:
-            names = stages.names[world.degrees.coordinates(rank)["pp"]]
-            held = {name: shard for name, shard in held.items() if name in names}
-        shards.append(held)
+    places = [world.degrees.place(rank) for rank in range(world.degrees.size)]
+    shards = [place(shapes, table, at) for at in places]
+    if there is not None:
+        # By modules: what is quantised has other names than when it was given out.
+        held = [{name.rpartition(".")[0] for name in names} for names in there]
+        shards = [
+            {name: shard for name, shard in own.items() if name.rpartition(".")[0] in paths}
+            for own, paths in zip(shards, held, strict=True)
+        ]
     return Shares(world, shards), shapes
 
 
@@ -206,8 +215,9 @@ def write_together(
         RankFailedError: writing failed, or a process could not take part in it.
     """
     with Together(world, "before it saved"):
-        shares, shapes = _shares(model, world)
-        entries = dict(_entries(model, shapes, world))
+        there = _of_stages(model, world)
+        shares, shapes = _shares(model, world, there)
+        entries = dict(_entries(model, shapes, there))
     with Together(world, "while it saved"):
         if world.rank != 0:
             _follow(list(entries.values()), shares)
