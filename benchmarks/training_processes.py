@@ -27,7 +27,9 @@ __all__ = ["main"]
 RECIPE = Path(__file__).parents[1] / "examples" / "stdlib.toml"
 
 
-def settings(folder: Path, steps: int, tokens: int, parallel: dict[str, Any]) -> TrainingConfig:
+def settings(
+    folder: Path, steps: int, tokens: int, parallel: dict[str, Any], parts: int
+) -> TrainingConfig:
     """Return the settings of a training of the packaged model's geometry."""
     values = tomllib.loads(RECIPE.read_text(encoding="utf-8"))
     library = sysconfig.get_path("stdlib")
@@ -40,7 +42,7 @@ def settings(folder: Path, steps: int, tokens: int, parallel: dict[str, Any]) ->
     }
     values["optimizer"] = {"learning_rate": 1e-3, "schedule": {"kind": "linear", "warmup": 0.1}}
     values["objective"], values["balance"] = {"prediction": 0.3}, {"bias": 0.001}
-    values["train"] = {"folder": str(folder), "steps": steps, "seed": 1}
+    values["train"] = {"folder": str(folder), "steps": steps, "seed": 1, "parts": parts}
     values["evaluation"] = {}
     values["report"] = {"peak_flops": 1e12}
     values["parallel"] = parallel
@@ -77,7 +79,8 @@ def main() -> None:
     parser.add_argument("--turns", type=int, default=4)
     parser.add_argument("--batch-tokens", type=int, default=2048)
     parser.add_argument("--threads", type=int, default=2, help="of the one process")
-    parser.add_argument("--axis", default="fsdp", choices=["fsdp", "dp", "tp"])
+    parser.add_argument("--axis", default="fsdp", choices=["fsdp", "dp", "tp", "pp"])
+    parser.add_argument("--parts", type=int, default=1, help="of a step; for pp several times 2")
     given = parser.parse_args()
     root = Path(mkdtemp())
     parallel = {"fsdp": 1, given.axis: 2}
@@ -85,7 +88,7 @@ def main() -> None:
     ends = [given.steps * (turn + 1) // given.turns for turn in range(given.turns)]
     for end in ends:
         for name, (axes, processes, threads) in contenders.items():
-            config = settings(root / name, given.steps, given.batch_tokens, axes)
+            config = settings(root / name, given.steps, given.batch_tokens, axes, given.parts)
             run(config, processes, threads, end)
     told = {}
     for name in contenders:

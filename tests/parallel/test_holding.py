@@ -14,7 +14,7 @@ from quintet import Qwen2Config
 from quintet.modeling.fresh import new_model
 
 FSDP2, TP2, EP2 = {"fsdp": 2}, {"tp": 2}, {"tp": 2, "ep": 2}
-SENT = {"fsdp": 2, "ep": 2}
+SENT, PP2 = {"fsdp": 2, "ep": 2}, {"pp": 2}
 NEW: list[tuple[str, dict[str, Any]]] = [
     ("qwen2", FSDP2),
     ("deepseek-v3", EP2),
@@ -55,7 +55,7 @@ def test_parts_are_sliced_further(degrees: dict[str, Any], tmp_path: Path, four:
 
 @pytest.mark.skipif(sys.platform != "linux", reason="memory is read in /proc")
 @pytest.mark.parametrize("saved", [False, True], ids=["new", "read"])
-@pytest.mark.parametrize("degrees", [FSDP2, TP2], ids=["fsdp", "tp"])
+@pytest.mark.parametrize("degrees", [FSDP2, TP2, PP2], ids=["fsdp", "tp", "pp"])
 def test_no_process_ever_has_the_whole(
     degrees: dict[str, Any], saved: bool, tmp_path: Path, two: Pool
 ) -> None:
