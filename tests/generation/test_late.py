@@ -74,7 +74,7 @@ def test_a_step_is_not_waited_for(family: Family, options: dict[str, Any], new: 
 
 @pytest.mark.parametrize(
     ("options", "new"),
-    [(GREEDY, 40), (SAMPLED, 20), ({"do_sample": False, "eos_token_id": -1}, 24)],
+    [(GREEDY, 18), (SAMPLED, 18), ({"do_sample": False, "eos_token_id": -1}, 18)],
     ids=["greedy", "drawn", "even"],
 )
 @each
