@@ -2,8 +2,9 @@
 
     python -m on_triton.compiling 80 90 100
 
-Writes a line of JSON for each kernel: its name, the target, and the registers and shared memory
-that it takes. To be run without `TRITON_INTERPRET`.
+With `--once`, a kernel is compiled for one case alone of each type of its inputs. Writes a line of
+JSON for each kernel: its name, the target, and the registers and shared memory that it takes. To be
+run without `TRITON_INTERPRET`.
 """
 
 import json
@@ -38,11 +39,17 @@ class Absent:
         return 0
 
 
-def compiled(capability: int) -> dict[tuple[str, str], dict[str, Any]]:
+def compiled(capability: int, *, once: bool = False) -> dict[tuple[str, str], dict[str, Any]]:
     """Return what every kernel takes, by its name and what it was compiled for."""
     found: dict[tuple[str, str], dict[str, Any]] = {}
+    seen: set[tuple[Any, ...]] = set()
 
     def compile_only(self: JITFunction, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> None:
+        first = next((x for x in args if isinstance(x, torch.Tensor)), None)
+        kind = (self.__name__, None if first is None else first.dtype)
+        if once and kind in seen:
+            return
+        seen.add(kind)
         made = run(self, *args, grid=grid, warmup=True, **kwargs)
         assert made.asm["ptx"]
         shared = made.metadata.shared
@@ -67,8 +74,9 @@ def compiled(capability: int) -> dict[tuple[str, str], dict[str, Any]]:
 
 def main() -> None:
     """Compile for each target that is named."""
-    for capability in map(int, sys.argv[1:]):
-        for one in compiled(capability).values():
+    once, capabilities = "--once" in sys.argv, [one for one in sys.argv[1:] if one != "--once"]
+    for capability in map(int, capabilities):
+        for one in compiled(capability, once=once).values():
             print(json.dumps(one))
 
 
