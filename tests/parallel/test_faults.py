@@ -77,7 +77,8 @@ def test_who_waits_in_vain_for_one_that_is_well_is_ended(tmp_path: Path) -> None
 
 def test_who_stands_still_is_named_after_the_timeout(tmp_path: Path) -> None:
     ended, seconds = happens("is stopped", tmp_path, timeout=TIMEOUT)
-    assert TIMEOUT - 0.5 < seconds < TIMEOUT + SOON
+    # Others may have begun to wait before it happened.
+    assert TIMEOUT / 2 < seconds < TIMEOUT + SOON
     assert ended[0].code == 1
     (line,) = said(ended[:1])
     assert "rank 1 (process " in line
