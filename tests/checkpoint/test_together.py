@@ -96,7 +96,7 @@ print("last", value_of(AutoModelForCausalLM.from_pretrained(root)))
 )
 def test_two_that_save_and_two_that_load_see_no_mix(tmp_path: Path, sizes: tuple[str, ...]) -> None:
     root = tmp_path / "model"
-    command = [sys.executable, "-c", DRIVER, str(root), "10", *sizes]
+    command = [sys.executable, "-c", DRIVER, str(root), "4", *sizes]
     done = subprocess.run(
         command,
         capture_output=True,

@@ -16,7 +16,7 @@ from fuzz.targets import TARGETS
 from quintet.errors import CheckpointError
 
 pytestmark = pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="needs /proc")
-SECONDS = 0.4
+SECONDS = 0.25
 RIGHT = b'{"a": [1, 2, 3]}'
 
 
