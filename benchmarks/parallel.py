@@ -18,7 +18,7 @@ import torch
 from benchmarks.processes import Seat, config_of, ratio, running
 from quintet.configuration import PreTrainedConfig
 from quintet.measurement.synthetic import random_ids, random_model
-from quintet.parallel import meeting as meetings
+from quintet.parallel import shared_buffer as shared_buffers
 from quintet.parallel.apply import connect, divide
 from quintet.parallel.world import Degrees, World
 
@@ -47,7 +47,7 @@ def serve(seat: Seat, config: PreTrainedConfig) -> None:
         seat.join()
         world = World.of(degrees, torch.device("cpu"))
         if seat.setup == "messages":
-            meetings._OF_GROUPS[world.groups["tp"]] = None
+            shared_buffers._OF_GROUPS[world.groups["tp"]] = None
         connect(model, table, world)
         model.world = world
     for work in seat.work():
@@ -57,7 +57,7 @@ def serve(seat: Seat, config: PreTrainedConfig) -> None:
 @torch.no_grad()
 def measure(model: Any, work: Work, world: World | None) -> tuple[float, int]:
     """Return the seconds a step or a prompt takes, and how often processes met in it."""
-    meeting = None if world is None else meetings.meeting_of(world.groups["tp"])
+    shared_buffer = None if world is None else shared_buffers.shared_buffer_of(world.groups["tp"])
     torch.manual_seed(0)
     if work.kind == "decode":
         cache = model.new_cache()
@@ -66,20 +66,20 @@ def measure(model: Any, work: Work, world: World | None) -> tuple[float, int]:
         with model.layers_kept(cache):
             token = random_ids(model.config.vocab_size, 1, 1)
             model(token, past_key_values=cache, use_cache=True)
-            before = 0 if meeting is None else meeting.calls
+            before = 0 if shared_buffer is None else shared_buffer.calls
             start = time.perf_counter()
             for _ in range(steps):
                 output = model(token, past_key_values=cache, use_cache=True)
                 token = output.logits[:, -1].argmax(dim=-1)[:, None]
             taken = (time.perf_counter() - start) / steps
-        met = 0 if meeting is None else (meeting.calls - before) // steps
+        met = 0 if shared_buffer is None else (shared_buffer.calls - before) // steps
         return taken, met
     prompt = random_ids(model.config.vocab_size, 1, work.count)
-    before = 0 if meeting is None else meeting.calls
+    before = 0 if shared_buffer is None else shared_buffer.calls
     start = time.perf_counter()
     model(prompt, past_key_values=model.new_cache(), use_cache=True, logits_to_keep=1)
     taken = time.perf_counter() - start
-    return taken, 0 if meeting is None else meeting.calls - before
+    return taken, 0 if shared_buffer is None else shared_buffer.calls - before
 
 
 def main() -> None:

@@ -28,7 +28,7 @@ class Seat:
         rank: which process this is.
         size: of how many.
         threads: that each has.
-        meeting: a path that is all of theirs.
+        shared_buffer: a path that is all of theirs.
         orders: where work comes from, and results go.
     """
 
@@ -36,7 +36,7 @@ class Seat:
     rank: int
     size: int
     threads: int
-    meeting: str
+    shared_buffer: str
     orders: Connection
 
     def built(self) -> None:
@@ -46,7 +46,7 @@ class Seat:
 
     def join(self) -> None:
         """Make a group of the setup's processes."""
-        store = dist.FileStore(self.meeting, self.size)
+        store = dist.FileStore(self.shared_buffer, self.size)
         dist.init_process_group("gloo", store=store, rank=self.rank, world_size=self.size)
 
     def work(self) -> Iterator[Any]:
@@ -91,11 +91,11 @@ def running(
     connections: dict[str, list[Connection]] = {}
     try:
         for setup, (size, threads) in setups.items():
-            meeting = str(Path(tempfile.mkdtemp()) / "meeting")
+            shared_buffer = str(Path(tempfile.mkdtemp()) / "shared_buffer")
             connections[setup] = []
             for rank in range(size):
                 ours, theirs = context.Pipe()
-                seat = Seat(setup, rank, size, threads, meeting, theirs)
+                seat = Seat(setup, rank, size, threads, shared_buffer, theirs)
                 process = context.Process(target=_run, args=(serve, seat, config), daemon=True)
                 process.start()
                 theirs.close()

@@ -17,8 +17,8 @@ from quintet.adapters.bases import is_embedding, is_experts, shape_of
 from quintet.adapters.forwards import adapted_modules
 from quintet.adapters.lowrank import EmbeddingLowRank, ExpertStackLowRank, LowRank
 from quintet.errors import InputError
-from quintet.parallel.meeting import sum_in_place
 from quintet.parallel.placement import cuts_of
+from quintet.parallel.shared_buffer import sum_in_place
 from quintet.sharding import WHOLE, Cut, Section, Sharding
 
 __all__ = ["adapted_names", "connect_adapters", "with_adapters"]

@@ -200,7 +200,7 @@ def _advance_agreed(
             # Where the head is elsewhere, logits have no data.
             there = torch.empty(logits.shape, dtype=torch.float32, device=device)
             run.record.scores.append(there)
-        run.record.scores[-1] = agreement.spread(run.record.scores[-1])
+        run.record.scores[-1] = agreement.broadcast(run.record.scores[-1])
     return follows
 
 

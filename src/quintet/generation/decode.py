@@ -283,7 +283,7 @@ def note(run: Generation, output: ForwardOutput) -> None:
         if own.is_meta:
             # The head is elsewhere.
             own = torch.empty(own.shape, dtype=own.dtype, device=run.text.ids.device)
-        logits[-1] = agreement.spread(own)
+        logits[-1] = agreement.broadcast(own)
 
 
 def add(run: Generation, logits: Tensor, unfinished: Tensor | None, step: int) -> Tensor | None:
@@ -335,7 +335,7 @@ def _add_agreed(
             # Where the head is elsewhere, logits have no data.
             there = torch.empty(logits.shape, dtype=torch.float32, device=tokens.device)
             run.record.scores.append(there)
-        run.record.scores[-1] = agreement.spread(run.record.scores[-1])
+        run.record.scores[-1] = agreement.broadcast(run.record.scores[-1])
     return None if bool(going.all()) else going.bool()
 
 

@@ -15,8 +15,8 @@ from quintet.kernels.calls import Call, applies, begin, watched
 from quintet.kernels.layout import agrees
 from quintet.kernels.linear import kernel_name
 from quintet.kernels.matrix import Kind
-from quintet.kernels.meeting import NOWHERE, Meeting
 from quintet.kernels.parts import Fields, Part, Tokens
+from quintet.kernels.shared_buffer import NOWHERE, SharedBuffer
 
 __all__ = ["Stack"]
 
@@ -61,7 +61,7 @@ class Stack:
         written: Sequence[Fields],
         name: str,
         C: int,
-        meetings: Sequence[Meeting | None],
+        shared_buffers: Sequence[SharedBuffer | None],
     ) -> None:
         self._parts, self._name, self._C = tuple(parts), name, C
         self._dtype = written[0].dtype
@@ -70,9 +70,9 @@ class Stack:
         self._storages = [tensor.untyped_storage() for tensor in self._tensors]
         self._fields = [array("q", fields.fields) for fields in written]
         self._table = array("q")
-        for part, fields, meeting in zip(parts, self._fields, meetings, strict=True):
-            self._table.extend((part.number, *_where(fields), meeting is not None))
-        self._meeting = next((one for one in meetings if one is not None), None)
+        for part, fields, shared_buffer in zip(parts, self._fields, shared_buffers, strict=True):
+            self._table.extend((part.number, *_where(fields), shared_buffer is not None))
+        self._shared_buffer = next((one for one in shared_buffers if one is not None), None)
         self._angles = frozenset[int]().union(*(fields.angles for fields in written))
         self._placed: Placed | None = None
         self._work = max(sum(x.numel() for x in fields.tensors) for fields in written)
@@ -83,15 +83,19 @@ class Stack:
         parts: Sequence[Part],
         C: int,
         dtype: torch.dtype,
-        meetings: Sequence[Meeting | None] | None = None,
+        shared_buffers: Sequence[SharedBuffer | None] | None = None,
     ) -> Self | None:
         """Return parts for hidden states (M, C) of a dtype; None where the kernel cannot.
 
         Args:
-            meetings: where what each part makes is added up over processes; None for nowhere.
+            shared_buffers: where what each part makes is added up over processes; None for nowhere.
         """
-        meetings = [None] * len(parts) if meetings is None else meetings
-        if watched() or not agrees() or len({id(one) for one in meetings if one is not None}) > 1:
+        shared_buffers = [None] * len(parts) if shared_buffers is None else shared_buffers
+        if (
+            watched()
+            or not agrees()
+            or len({id(one) for one in shared_buffers if one is not None}) > 1
+        ):
             return None
         # Kernels of groups read integers of all kinds, and those of one kind are the faster ones.
         for first in (None, Kind.GROUPS):
@@ -106,7 +110,7 @@ class Stack:
                 written.append(fields)
             if len(written) == len(parts):
                 name = "" if kind is None else kernel_name(kind, dtype)
-                return cls(parts, written, name, C, meetings) if name in MOST_TOKENS else None
+                return cls(parts, written, name, C, shared_buffers) if name in MOST_TOKENS else None
             if kind in (None, Kind.PLAIN, Kind.GROUPS):
                 break
         return None
@@ -158,7 +162,7 @@ class Stack:
             for tensor in of_angles:
                 call.packed(tensor[own], self._dtype, turns, D)
             call.integers(*_where(of), *_where(self._table), *_where(placed.table))
-            call.integers(*(NOWHERE if self._meeting is None else self._meeting.fields))
+            call.integers(*(NOWHERE if self._shared_buffer is None else self._shared_buffer.fields))
             calls.append((call, of))
         if not all(call.fit for call, _ in calls):
             return None
@@ -167,8 +171,8 @@ class Stack:
                 if i:
                     raise RuntimeError("a kernel refused a slice of tokens like those it took")
                 return None
-        if self._meeting is not None:
-            self._meeting.check()
+        if self._shared_buffer is not None:
+            self._shared_buffer.check()
         return y
 
     def _place(self, kept: Sequence[Sequence[Tensor]]) -> "Placed | None":

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 from torch.nn.modules import module as hooks
 
-from quintet.kernels.meeting import Meeting
+from quintet.kernels.shared_buffer import SharedBuffer
 
 __all__ = [
     "Idle",
@@ -17,8 +17,8 @@ __all__ = [
     "called_only",
     "hooked",
     "in_between",
-    "meets",
     "replaced",
+    "sums_in",
     "untouched",
 ]
 
@@ -52,7 +52,7 @@ class Summing(ABC):
     __slots__ = ()
 
     @abstractmethod
-    def meeting(self) -> Meeting | None:
+    def shared_buffer(self) -> SharedBuffer | None:
         """Return where they meet, for kernels that do the same; None where it is by messages."""
 
 
@@ -82,13 +82,13 @@ def replaced(module: nn.Module) -> bool:
     )
 
 
-def meets(module: nn.Module) -> Meeting | None:
+def sums_in(module: nn.Module) -> SharedBuffer | None:
     """Return where processes add up what a module makes, of one that is hooked for that alone."""
     acting = [hook for hook in _hooks(module) if not isinstance(hook, Idle)]
     alone = len(acting) == 1 and acting[0] in module._forward_hooks.values()
     if not alone or torch.is_grad_enabled() or "forward" in vars(module) or replaced(module):
         return None
-    return acting[0].meeting() if isinstance(acting[0], Summing) else None
+    return acting[0].shared_buffer() if isinstance(acting[0], Summing) else None
 
 
 def _hooks(module: nn.Module) -> list[object]:

@@ -12,12 +12,12 @@ from torch import Tensor, nn
 from quintet.kernels import parts
 from quintet.kernels.calls import applies
 from quintet.kernels.linear import STEP_TOKENS
-from quintet.kernels.meeting import Meeting
 from quintet.kernels.native import available
+from quintet.kernels.shared_buffer import SharedBuffer
 from quintet.kernels.stack import Stack
 from quintet.layers.context import ForwardContext
 from quintet.layers.norm import RMSNorm
-from quintet.layers.plain import PlainModule, hooked, meets, untouched
+from quintet.layers.plain import PlainModule, hooked, sums_in, untouched
 from quintet.layers.snapshot import Snapshot
 from quintet.ops.attention import sdpa
 
@@ -40,12 +40,12 @@ class Piece(NamedTuple):
     Attributes:
         part: what it holds.
         kept: what of a forward's cache the kernel is to change; None where it cannot.
-        meeting: where processes add up what the part makes; None where this one makes all.
+        shared_buffer: where processes add up what the part makes; None where this one makes all.
     """
 
     part: parts.Part
     kept: Callable[[ForwardContext], tuple[Tensor, ...] | None]
-    meeting: Meeting | None = None
+    shared_buffer: SharedBuffer | None = None
 
 
 class StackLayer(PlainModule, ABC):
@@ -89,13 +89,13 @@ def residuals(
         if not isinstance(module, StackPart) or "part" not in vars(type(module)):
             return None
         before, makes = norm_of(norm, of), module.makes()
-        meeting = meets(makes) if hooked(makes) else None
-        called = hooked(makes) and meeting is None
+        shared_buffer = sums_in(makes) if hooked(makes) else None
+        called = hooked(makes) and shared_buffer is None
         called |= makes is not module and hooked(module)
         part = None if before is None or called else module.part(before)
         if part is None:
             return None
-        pieces.append(Piece(part, module.kept, meeting))
+        pieces.append(Piece(part, module.kept, shared_buffer))
     return pieces
 
 
@@ -206,8 +206,10 @@ def gather(
         behind = norm_of(final_norm) if pieces and group is grouped[-1] else None
         if behind is not None:
             pieces.append(Piece(parts.FinalNorm(behind), _nothing))
-        meetings = [piece.meeting for piece in pieces]
-        stack = Stack.of([piece.part for piece in pieces], C, dtype, meetings) if pieces else None
+        shared_buffers = [piece.shared_buffer for piece in pieces]
+        stack = (
+            Stack.of([piece.part for piece in pieces], C, dtype, shared_buffers) if pieces else None
+        )
         own = tuple(layer for layer, _ in group)
         runs.append(LayerRun(own, stack, tuple(pieces), behind is not None))
     return tuple(runs)

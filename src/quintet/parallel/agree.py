@@ -22,8 +22,8 @@ from torch import Tensor
 
 from quintet import errors
 from quintet.errors import DisagreementError, QuintetError, RankFailedError, listed, shown
-from quintet.parallel.meeting import meeting_of
 from quintet.parallel.posts import Posts
+from quintet.parallel.shared_buffer import shared_buffer_of
 from quintet.parallel.world import World
 
 __all__ = ["Agreement"]
@@ -91,7 +91,7 @@ class Agreement:
         self._say(DECIDED, made)
         return made
 
-    def spread(self, x: Tensor) -> Tensor:
+    def broadcast(self, x: Tensor) -> Tensor:
         """Return the deciding process's x in all, which have one of the same shape and dtype."""
         there = x.cpu().contiguous()
         self._pass_on(there)
@@ -102,10 +102,10 @@ class Agreement:
         if self._posts is not None:
             self._posts.pass_on(x)
             return
-        meeting = meeting_of(self.group)
-        if meeting is not None and not self.decides:
+        shared_buffer = shared_buffer_of(self.group)
+        if shared_buffer is not None and not self.decides:
             x.zero_()
-        if meeting is None or not meeting.sum(x):
+        if shared_buffer is None or not shared_buffer.sum(x):
             dist.broadcast(x, self.ranks[0], group=self.group)
 
     def _say(self, status: int, made: Tensor) -> None:

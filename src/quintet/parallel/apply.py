@@ -8,14 +8,14 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from quintet.kernels.meeting import Meeting
+from quintet.kernels.shared_buffer import SharedBuffer
 from quintet.layers.mamba2 import GatedRMSNorm
 from quintet.layers.plain import Idle, Summing
 from quintet.parallel.experts import connect_experts
-from quintet.parallel.meeting import meeting_of
 from quintet.parallel.norms import SpreadNorm
 from quintet.parallel.placement import Shard, check_cut, place, seated, table_of
 from quintet.parallel.regions import copied, reduced
+from quintet.parallel.shared_buffer import shared_buffer_of
 from quintet.parallel.stage import leave_out
 from quintet.parallel.stages import Stages, stages_of
 from quintet.parallel.vocabulary import connect_vocabulary
@@ -181,9 +181,9 @@ class _Reduce(Summing):
 
     group: dist.ProcessGroup
 
-    def meeting(self) -> Meeting | None:
+    def shared_buffer(self) -> SharedBuffer | None:
         """Return where the processes meet."""
-        return meeting_of(self.group)
+        return shared_buffer_of(self.group)
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
         return _each(output, lambda x: reduced(x, self.group))

@@ -11,7 +11,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from quintet.parallel.meeting import join, sum_in_place
+from quintet.parallel.shared_buffer import join, sum_in_place
 
 __all__ = ["copied", "exchanged", "gathered", "reduced", "sliced"]
 

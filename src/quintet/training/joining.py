@@ -12,23 +12,23 @@ from quintet.modeling.init_on_meta import init_on_meta
 from quintet.parallel.context_parallel import Sequences
 from quintet.parallel.fsdp import divide
 from quintet.parallel.launch import join, launched, own_device
+from quintet.parallel.layout import ParallelLayout, Parts
 from quintet.parallel.pipeline import Pipeline
 from quintet.parallel.placement import table_of
 from quintet.parallel.slices import Slices
-from quintet.parallel.spread import Parts, Spread
 from quintet.parallel.stage import leave_out
 from quintet.parallel.stages import stages_to_run
 from quintet.parallel.world import World
 from quintet.training.config import TrainingConfig
-from quintet.training.crew import Alone, Crew, Several
 from quintet.training.held import Held
 from quintet.training.optimizers.layout import HERE, Layout
 from quintet.training.parallel import ParallelSettings
+from quintet.training.ranks import Alone, Ranks, Several
 
-__all__ = ["held", "joined", "spread"]
+__all__ = ["held", "joined", "parallelize"]
 
 
-def joined(settings: ParallelSettings) -> Crew:
+def joined(settings: ParallelSettings) -> Ranks:
     """Join the processes that a launcher started, or those that are joined already.
 
     Raises:
@@ -47,32 +47,32 @@ def joined(settings: ParallelSettings) -> Crew:
     return Several(join(degrees, timeout=settings.timeout))
 
 
-def held(config: TrainingConfig, crew: Crew) -> Held | None:
+def held(config: TrainingConfig, ranks: Ranks) -> Held | None:
     """Return what this process is to hold of a model that it makes or reads; None for all of it."""
-    if not isinstance(crew, Several) or config.adapter is not None:
+    if not isinstance(ranks, Several) or config.adapter is not None:
         return None
-    degrees = crew.world.degrees
+    degrees = ranks.world.degrees
     sliced = degrees.fsdp > 1 or degrees.ep > degrees.tp
-    return Held(crew.world, Slices(crew.world, every=_low(config)) if sliced else None)
+    return Held(ranks.world, Slices(ranks.world, every=_low(config)) if sliced else None)
 
 
-def spread(
-    model: CausalLMHead, config: TrainingConfig, crew: Crew, *, part: bool = False
+def parallelize(
+    model: CausalLMHead, config: TrainingConfig, ranks: Ranks, *, part: bool = False
 ) -> Layout:
     """Make a model this process's part of it, and return where all of it lies.
 
     Args:
         model: the whole, or what `held` says of it.
         config: the settings.
-        crew: the processes.
+        ranks: the processes.
         part: whether it is not the whole.
 
     Raises:
         InputError: it cannot be divided so.
     """
-    if not isinstance(crew, Several):
+    if not isinstance(ranks, Several):
         return HERE
-    world, degrees = crew.world, crew.world.degrees
+    world, degrees = ranks.world, ranks.world.degrees
     low = _low(config)
     parts = root = stages = None
     if degrees.pp > 1:
@@ -102,7 +102,7 @@ def spread(
         root = divide(model, decoder.layers, world, low=low, sliced=sliced, whole=adapters)
     # From here on processes draw for tokens, or layers, of their own.
     at = world.coordinates
-    index = (crew.share[0] * degrees.cp + at["cp"]) * degrees.pp + at["pp"]
+    index = (ranks.share[0] * degrees.cp + at["cp"]) * degrees.pp + at["pp"]
     if index:
         torch.manual_seed(config.train.seed + index)
     pipeline = None
@@ -110,7 +110,7 @@ def spread(
         pipeline = Pipeline(model, stages, world)
         if low and root is not None:
             pipeline.stage.dtype = torch.bfloat16
-    return Spread(model, world, parts, root, low=low, pipeline=pipeline)
+    return ParallelLayout(model, world, parts, root, low=low, pipeline=pipeline)
 
 
 def _generating(world: World) -> World | None:

@@ -20,10 +20,10 @@ from quintet.training.building import build_tokenizer, computed, prepared
 from quintet.training.checkpoints import Kept, kept
 from quintet.training.checks import check
 from quintet.training.config import TrainingConfig, TrainSettings
-from quintet.training.crew import Crew
 from quintet.training.data import build_data
-from quintet.training.joining import held, joined, spread
+from quintet.training.joining import held, joined, parallelize
 from quintet.training.metrics import Metrics
+from quintet.training.ranks import Ranks
 from quintet.training.records import Reporter, Several, Silent
 from quintet.training.result import TrainingResult
 from quintet.training.resuming import Resume, check_same, start_of
@@ -74,19 +74,19 @@ def train(
     folder = Path(config.train.folder)
     keep_freed_memory()
     with ExitStack() as stack:
-        crew = joined(config.parallel)
-        check_staged(config, crew.degrees)
-        if crew.size > 1:
+        ranks = joined(config.parallel)
+        check_staged(config, ranks.degrees)
+        if ranks.size > 1:
             # Who waits in vain for another says which one failed.
             stack.enter_context(collective())
-        told = report if report is not None and crew.first else Silent()
-        if (waits := idle_stages(config, crew.degrees)) is not None:
+        told = report if report is not None and ranks.first else Silent()
+        if (waits := idle_stages(config, ranks.degrees)) is not None:
             told.warned(waits)
-        crew.lead(lambda: stack.enter_context(_alone(folder)))
+        ranks.lead(lambda: stack.enter_context(_alone(folder)))
         stack.enter_context(_apart(config.train))
-        if crew.first:
+        if ranks.first:
             checkpoints.clean_up(folder)
-        start = _start(crew, folder, resume)
+        start = _start(ranks, folder, resume)
         if start is not None:
             # Before anything is read: what is wrong is told in terms of settings.
             for line in check_same(start, {"settings": plain(config)}, resume):
@@ -94,27 +94,27 @@ def train(
         elif resume:
             told.warned(f"{folder} holds no checkpoint to go on from: the training begins anew")
         tokenizer = build_tokenizer(config) if tokenizer is None else tokenizer
-        part = None if model is not None else held(config, crew)
+        part = None if model is not None else held(config, ranks)
         model, objective = prepared(config, tokenizer, model, start, part)
         encode = partial(build_data, vocab_size=model.config.vocab_size, tell=told.warned)
         # Texts are encoded once; the others find them.
-        data = crew.in_turn(partial(encode, config.data, tokenizer))
-        check(config, model, tokenizer, data, crew.degrees)
+        data = ranks.in_turn(partial(encode, config.data, tokenizer))
+        check(config, model, tokenizer, data, ranks.degrees)
         stack.enter_context(computed(model, config.train))
-        layout = spread(model, config, crew, part=part is not None)
-        both = Several(Metrics(config.report, told), told) if crew.first else Silent()
-        run = Run(config, folder, model, tokenizer, objective, data, both, crew, layout)
+        layout = parallelize(model, config, ranks, part=part is not None)
+        both = Several(Metrics(config.report, told), told) if ranks.first else Silent()
+        run = Run(config, folder, model, tokenizer, objective, data, both, ranks, layout)
         return stack.enter_context(run).whole(start, resume)
 
 
-def _start(crew: Crew, folder: Path, resume: Resume) -> Kept | None:
+def _start(ranks: Ranks, folder: Path, resume: Resume) -> Kept | None:
     """Return the checkpoint that all go on from, or None if they begin."""
 
     def found() -> str | None:
         last = start_of(folder, resume)
         return None if last is None else last.path.name
 
-    name = crew.lead(found)
+    name = ranks.lead(found)
     # The first may have removed older ones meanwhile, but not this one.
     return None if name is None else next(k for k in kept(folder) if k.path.name == name)
 

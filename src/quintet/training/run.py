@@ -22,7 +22,6 @@ from quintet.training.batch import Batch
 from quintet.training.building import expert_loads, token_dropping
 from quintet.training.checkpoints import Kept
 from quintet.training.config import TrainingConfig
-from quintet.training.crew import Crew
 from quintet.training.data import Data
 from quintet.training.evaluation import evaluate, samples
 from quintet.training.objective import Objective
@@ -30,6 +29,7 @@ from quintet.training.optimizers import build_optimizers
 from quintet.training.optimizers.layout import Layout
 from quintet.training.precision import computing
 from quintet.training.progress import Progress
+from quintet.training.ranks import Ranks
 from quintet.training.records import Beginning, End, Evaluation, Reporter, Saved, StepRecord
 from quintet.training.result import TrainingResult
 from quintet.training.resuming import FORMAT, Resume, check_format, check_same, moved, surroundings
@@ -59,12 +59,12 @@ class Run:
         objective: Objective,
         data: Data,
         report: Reporter,
-        crew: Crew,
+        ranks: Ranks,
         layout: Layout,
     ) -> None:
         """Build what moves weights and biases of a model that is ready to be trained."""
         self.config, self.folder, self.report = config, folder, report
-        self.crew, self.layout = crew, layout
+        self.ranks, self.layout = ranks, layout
         self.model, self.tokenizer = model, tokenizer
         self.objective, self.data = objective, data
         self.counters = Counters()
@@ -92,7 +92,7 @@ class Run:
         """
         if start is not None:
             self._take_over(start, resume)
-        if self.crew.first:
+        if self.ranks.first:
             write_text(self.folder / SETTINGS, written(self.config))
         self.report.started(self._beginning())
         if self.config.evaluation.measures and not len(self.data.held_out):
@@ -102,7 +102,7 @@ class Run:
             )
         reason: Literal["done", "interrupted", "failed"] = "failed"
         try:
-            with heeded(says=self.crew.first) as stop:
+            with heeded(says=self.ranks.first) as stop:
                 self._steps(stop)
                 reason = "done" if stop.by is None else "interrupted"
         except KeyboardInterrupt:
@@ -142,7 +142,7 @@ class Run:
     def _agree(self, stop: Stop) -> tuple[bool, bool]:
         """Return whether any process was asked to end, and whether it is time to save."""
         waited = time.monotonic() - self._saved_at >= self.config.checkpoint.minutes * 60
-        number, late = self.crew.most([0 if stop.by is None else int(stop.by), float(waited)])
+        number, late = self.ranks.most([0 if stop.by is None else int(stop.by), float(waited)])
         if number and stop.by is None:
             stop.by = Signals(int(number))
         return bool(number), bool(late)
@@ -153,7 +153,7 @@ class Run:
         at, counters = self._progress(), self.counters
         batches, parts = self._read(at)
         found = take(
-            self.model, self.objective, self.optimizers, parts, at, self.computing, self.crew
+            self.model, self.objective, self.optimizers, parts, at, self.computing, self.ranks
         )
         balance = self._balance(found, at)
         tokens = self._tokens(parts)
@@ -163,7 +163,7 @@ class Run:
         counters.skipped = 0 if found.skipped is None else counters.skipped + 1
         seconds = time.perf_counter() - began
         # Of several processes, the longest counts.
-        seconds, worked = self.crew.most([seconds, time.process_time() - worked])
+        seconds, worked = self.ranks.most([seconds, time.process_time() - worked])
         counters.worked += worked
         counters.seconds += seconds
         record = StepRecord(
@@ -196,7 +196,7 @@ class Run:
             part
             for number in range(first, first + count)
             for part in self.data.parts(
-                replace(at, step=number), self.config.train.parts, self.crew.share
+                replace(at, step=number), self.config.train.parts, self.ranks.share
             )
         ]
         return count, parts
@@ -204,13 +204,13 @@ class Run:
     def _tokens(self, parts: list[Batch]) -> int:
         """Return how many tokens these are, with those of other processes."""
         own = sum(batch.tokens for batch in parts)
-        return int(self.crew.counted({"tokens": own})["tokens"])
+        return int(self.ranks.counted({"tokens": own})["tokens"])
 
     def _balance(self, found: Outcome, at: Progress) -> dict[str, float]:
         """Move the biases of routers against their loads; return how uneven these were."""
         if self.loads is None:
             return {}
-        loads = self.crew.summed(self.loads.loads())
+        loads = self.ranks.summed(self.loads.loads())
         violations = self.loads.violations(loads)
         if isinstance(self.loads, BiasBalancer) and self.rate and found.skipped is None:
             self.loads.step(self.rate.at(at), loads)
@@ -256,11 +256,11 @@ class Run:
                     context,
                     step=at.step,
                     tokens=at.tokens,
-                    of_layers=self.crew.of_layers,
+                    of_layers=self.ranks.of_layers,
                 )
             )
             # What follows from it is decided once, however processes round.
-            found = Evaluation(**self.crew.lead(lambda: asdict(own)))
+            found = Evaluation(**self.ranks.lead(lambda: asdict(own)))
             self.evaluation = found
             self.report.evaluated(found)
         written = partial(samples, self.model, self.tokenizer, settings)
@@ -298,25 +298,25 @@ class Run:
             "dtype": self._dtype(),
             "counters": self.counters.plain(),
             "random": Randomness.now().values,
-            "surroundings": surroundings(self.crew.axes),
+            "surroundings": surroundings(self.ranks.axes),
         }
-        others = self.crew.collected(state["random"])[1:]
+        others = self.ranks.collected(state["random"])[1:]
         if others:
             state["others"] = others
         if evaluation is not None and math.isfinite(evaluation.score):
             state["score"] = evaluation.score
         # All take part in making tensors whole; the first has and writes them.
-        write = writing(self.model, self.tokenizer, self.crew, self.layout)
-        tensors = {n: x for n, x in self.optimizers.whole_tensors() if self.crew.first}
+        write = writing(self.model, self.tokenizer, self.ranks, self.layout)
+        tensors = {n: x for n, x in self.optimizers.whole_tensors() if self.ranks.first}
         put = partial(checkpoints.put, self.folder, self.counters.step, write, tensors, state)
         try:
-            self.path = Path(self.crew.lead(lambda: str(put())))
+            self.path = Path(self.ranks.lead(lambda: str(put())))
         except SaveError as error:
             self.counters.best, self.unsaved = before, error
             self.report.warned(f"{error}. The training goes on")
             return
         self.unsaved = None
-        if self.crew.first:
+        if self.ranks.first:
             checkpoints.prune(self.folder, self.config.checkpoint.keep)
         self.report.saved(Saved(step=self.counters.step, path=self.path, best=is_best))
 
@@ -332,13 +332,13 @@ class Run:
         now = {"data": self.data.fingerprint(), "dtype": self._dtype()}
         for line in check_same(start, now, resume):
             self.report.warned(line)
-        for line in moved(state["surroundings"], surroundings(self.crew.axes)):
+        for line in moved(state["surroundings"], surroundings(self.ranks.axes)):
             self.report.warned(line)
         self.optimizers.load(checkpoints.read_tensors(start))
         self.counters = Counters.of(state["counters"])
         drawn = [state["random"], *state.get("others", ())]
-        if self.crew.rank < len(drawn):
-            Randomness(drawn[self.crew.rank]).restore()
+        if self.ranks.rank < len(drawn):
+            Randomness(drawn[self.ranks.rank]).restore()
         self.path = start.path
 
     # -- telling -----------------------------------------------------------------------------

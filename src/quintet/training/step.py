@@ -12,11 +12,11 @@ from torch import Tensor
 from quintet.errors import InputError
 from quintet.modeling.base import PreTrainedModel
 from quintet.training.batch import Batch
-from quintet.training.crew import Alone, Crew
 from quintet.training.objective import Objective, StepObjective
 from quintet.training.optimizers import Optimizers
 from quintet.training.optimizers.layout import HERE, Layout
 from quintet.training.progress import Progress
+from quintet.training.ranks import Alone, Ranks
 
 __all__ = ["Outcome", "accumulate", "take"]
 
@@ -48,7 +48,7 @@ def accumulate(
     parts: Sequence[Batch],
     at: Progress,
     computing: Callable[[], AbstractContextManager[object]],
-    crew: Crew = ALONE,
+    ranks: Ranks = ALONE,
     layout: Layout = HERE,
 ) -> Outcome:
     """Add the gradient of a whole step to those there are, part by part.
@@ -64,11 +64,11 @@ def accumulate(
     for batch in parts:
         _check(batch, model.config.vocab_size)
         own.update(objective.counts(batch))
-    counts = crew.counted(own)
-    several = len(parts) > 1 or crew.share[1] > 1 or crew.degrees.pp > 1
+    counts = ranks.counted(own)
+    several = len(parts) > 1 or ranks.share[1] > 1 or ranks.degrees.pp > 1
     if several and isinstance(objective, StepObjective):
         with computing():
-            looking = partial(objective.of_step, model, parts, at, crew.summed)
+            looking = partial(objective.of_step, model, parts, at, ranks.summed)
             objective = layout.run(looking)
     if not any(counts.values()):
         return Outcome(math.nan, skipped="no label of it counts")
@@ -90,7 +90,7 @@ def accumulate(
     for name, mean in made:
         sums[name] += mean.item()
         there[name] = 1.0
-    totals = crew.total({**sums, **{f"{name} there": one for name, one in there.items()}})
+    totals = ranks.total({**sums, **{f"{name} there": one for name, one in there.items()}})
     loss = totals[LOSS]
     found = {name: totals[name] for name in counts if totals[f"{name} there"]}
     finite = math.isfinite(loss)
@@ -121,7 +121,7 @@ def take(
     parts: Sequence[Batch],
     at: Progress,
     computing: Callable[[], AbstractContextManager[object]],
-    crew: Crew = ALONE,
+    ranks: Ranks = ALONE,
 ) -> Outcome:
     """Take a step, or leave it out where its numbers are not finite: then nothing has changed.
 
@@ -130,7 +130,7 @@ def take(
     """
     try:
         layout = optimizers.layout
-        found = accumulate(model, objective, parts, at, computing, crew, layout)
+        found = accumulate(model, objective, parts, at, computing, ranks, layout)
         if found.skipped is not None:
             return found
         norm = optimizers.clip().item()

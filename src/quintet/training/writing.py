@@ -11,23 +11,23 @@ from quintet.adapters.dividing import adapted_names
 from quintet.modeling.heads import CausalLMHead
 from quintet.modeling.init_on_meta import init_on_meta
 from quintet.tokenization import PreTrainedTokenizer
-from quintet.training.crew import Crew
 from quintet.training.optimizers.layout import Layout
+from quintet.training.ranks import Ranks
 
 __all__ = ["writing"]
 
 
 def writing(
-    model: CausalLMHead, tokenizer: PreTrainedTokenizer, crew: Crew, layout: Layout
+    model: CausalLMHead, tokenizer: PreTrainedTokenizer, ranks: Ranks, layout: Layout
 ) -> Callable[[Path], None]:
     """Return what writes a model and its tokenizer into a folder, in the first process.
 
     All take part in making the weights whole; the first keeps them, in its own memory.
     """
-    if crew.size == 1:
+    if ranks.size == 1:
         return lambda folder: _write(folder, model, tokenizer, None)
     if model.adapters is not None:
-        wholes = whole_adapters(model, layout, keep=crew.first)
+        wholes = whole_adapters(model, layout, keep=ranks.first)
 
         def write_adapter(folder: Path) -> None:
             with _holding(wholes):
@@ -35,7 +35,7 @@ def writing(
             tokenizer.save_pretrained(folder)
 
         return write_adapter
-    state = whole_state(model, layout, keep=crew.first)
+    state = whole_state(model, layout, keep=ranks.first)
 
     def write(folder: Path) -> None:
         shell = init_on_meta(type(model), model.config)

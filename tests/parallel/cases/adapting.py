@@ -8,11 +8,11 @@ from parallel.cases.tensor import family
 from parallel.cases.training import BEGIN, config_of, gradients_of, objective_of, own, rows_of
 from quintet.adapters.config import LoraConfig
 from quintet.modeling.heads import CausalLMHead
-from quintet.training.crew import Alone
-from quintet.training.joining import joined, spread
+from quintet.training.joining import joined, parallelize
 from quintet.training.optimizers import build_optimizers
 from quintet.training.optimizers.layout import HERE
 from quintet.training.progress import Progress
+from quintet.training.ranks import Alone
 from quintet.training.step import accumulate, take
 from quintet.training.writing import whole_adapters
 from support import relative_error
@@ -37,10 +37,10 @@ def learns(
     """Compare loss, gradients, norm and some steps of an adapter, and what is to be saved of it."""
     config = config_of(degrees)
     models = [adapted(name, changes, adapter) for _ in range(2)]
-    crew = joined(config.parallel)
-    layout = spread(models[1], config, crew)
+    ranks = joined(config.parallel)
+    layout = parallelize(models[1], config, ranks)
     found = []
-    for model, where, who in zip(models, (HERE, layout), (Alone(), crew), strict=True):
+    for model, where, who in zip(models, (HERE, layout), (Alone(), ranks), strict=True):
         optimizers = build_optimizers(model, config.optimizer, where)
         parts = own(rows_of(0, 4), who)
         outcome = accumulate(

@@ -17,7 +17,7 @@ from quintet.errors import DisagreementError, InputError, RankFailedError
 from quintet.generation.following import follow, leading
 from quintet.modeling import decoder
 from quintet.parallel.apply import shard_model
-from quintet.parallel.meeting import meeting_of
+from quintet.parallel.shared_buffer import shared_buffer_of
 from quintet.serving.memory import cost_of
 from support import relative_error
 from waiting import PATIENCE
@@ -72,8 +72,8 @@ def tokens(
 def one_call(name: str, degrees: dict[str, int], changes: dict[str, Any]) -> None:
     """A step of one token runs through all layers in one call, as if each was called."""
     _, parts = models(name, degrees, changes)
-    meeting = meeting_of(parts.world.groups["tp"])
-    assert meeting is not None
+    shared_buffer = shared_buffer_of(parts.world.groups["tp"])
+    assert shared_buffer is not None
     # Latent attention has a kernel in bfloat16 alone.
     dtypes = [torch.bfloat16] if name.startswith("deepseek") else [torch.float32, torch.bfloat16]
     for dtype in dtypes:
@@ -85,10 +85,10 @@ def one_call(name: str, degrees: dict[str, int], changes: dict[str, Any]) -> Non
                 parts(torch.tensor(PROMPT), past_key_values=cache, use_cache=True)
                 with parts.layers_kept(cache):
                     for token in ([[4], [9]], [[7], [7]]):
-                        before = meeting.calls
+                        before = shared_buffer.calls
                         output = parts(torch.tensor(token), past_key_values=cache, use_cache=True)
                     # Of each layer two, the embeddings, and the joined logits.
-                    assert meeting.calls - before == 2 * parts.config.num_hidden_layers + 2
+                    assert shared_buffer.calls - before == 2 * parts.config.num_hidden_layers + 2
                     if not made:
                         runs = cache.kept_layers.runs
                         assert [run.stack is not None for run in runs] == [True]

@@ -18,7 +18,7 @@ from quintet.kernels.allocator import MMAP_THRESHOLD, keep
 from quintet.modeling.fresh import new_model
 from quintet.modeling.heads import CausalLMHead
 from quintet.modeling.loading import ModelSource
-from quintet.training.joining import held, joined, spread
+from quintet.training.joining import held, joined, parallelize
 from quintet.training.optimizers.layout import HERE
 
 # Of a model that is large enough to be told from what else a process needs.
@@ -44,8 +44,8 @@ def parts(
     cls = family(name).cls("ForCausalLM")
     made = config_like(path, name)
     kind = torch.float32 if dtype == "float32" else torch.bfloat16
-    crew = joined(config.parallel)
-    own = held(config, crew)
+    ranks = joined(config.parallel)
+    own = held(config, ranks)
     assert own is not None
     torch.manual_seed(5)
     if path is None:
@@ -54,7 +54,7 @@ def parts(
         source = ModelSource(path)
         model = own.loaded(cls, source, dtype=dtype, quantize=None, overrides={})
     drawn = torch.rand(1)
-    layout = spread(model, config, crew, part=True)
+    layout = parallelize(model, config, ranks, part=True)
     torch.manual_seed(5)
     whole = new_model(cls, made, kind) if path is None else cls.from_pretrained(path, dtype=dtype)
     if path is None:
@@ -106,8 +106,8 @@ def handed_back() -> Iterator[None]:
 def peaks(path: Path | None, degrees: dict[str, Any]) -> tuple[float, float]:
     """Return the memory at its most while a model is made, over its size: a part's, the whole's."""
     config = config_of(degrees)
-    crew = joined(config.parallel)
-    own = held(config, crew)
+    ranks = joined(config.parallel)
+    own = held(config, ranks)
     assert own is not None
     # What divides models takes memory, too, when it is read.
     assert fully_shard
@@ -135,7 +135,7 @@ def peaks(path: Path | None, degrees: dict[str, Any]) -> tuple[float, float]:
                     if path is not None
                     else where.new(cls, made, torch.float32)
                 )
-                layout = spread(model, config, crew, part=True)
+                layout = parallelize(model, config, ranks, part=True)
             found.append(peak() - before)
             del model, layout
     return found[0] / size, found[1] / size

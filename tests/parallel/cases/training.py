@@ -19,21 +19,21 @@ from quintet.modeling.balance import BiasBalancer
 from quintet.modeling.heads import CausalLMHead
 from quintet.modeling.scoring import HeadInParts
 from quintet.ops.linear_loss import logit_sums
-from quintet.parallel.spread import Parts
+from quintet.parallel.layout import Parts
 from quintet.parallel.world import World
 from quintet.training import TrainingConfig, loop, train
 from quintet.training.batch import Batch
 from quintet.training.building import balance_losses, prediction_layers
 from quintet.training.config import BalanceSettings, TrainSettings
-from quintet.training.crew import Alone, Crew
 from quintet.training.data import DataSettings, SourceSettings
-from quintet.training.joining import joined, spread
+from quintet.training.joining import joined, parallelize
 from quintet.training.objective import Objective
 from quintet.training.objectives import Distillation, LanguageModelling, Preference
 from quintet.training.optimizers import Optimizers, OptimizerSettings, build_optimizers
 from quintet.training.optimizers.layout import HERE, Layout
 from quintet.training.parallel import ParallelSettings
 from quintet.training.progress import Progress
+from quintet.training.ranks import Alone, Ranks
 from quintet.training.records import Beginning
 from quintet.training.resuming import Resume
 from quintet.training.settings import SettingError
@@ -84,8 +84,8 @@ def objective_of(model: CausalLMHead, balance: Mapping[str, Any]) -> LanguageMod
     )
 
 
-def own(rows: list[Batch], crew: Crew) -> list[Batch]:
-    index, shares = crew.share
+def own(rows: list[Batch], ranks: Ranks) -> list[Batch]:
+    index, shares = ranks.share
     return rows[index::shares]
 
 
@@ -93,14 +93,14 @@ def learned(
     model: CausalLMHead,
     objective: Objective,
     rows: list[Batch],
-    crew: Crew | None = None,
+    ranks: Ranks | None = None,
     layout: Layout = HERE,
 ) -> Learned:
     """Return the outcome and the gradients of a step."""
-    crew = crew or Alone()
+    ranks = ranks or Alone()
     optimizers = build_optimizers(model, config_of({}).optimizer, layout)
-    parts = own(rows, crew)
-    outcome = accumulate(model, objective, parts, BEGIN, torch.enable_grad, crew, layout)
+    parts = own(rows, ranks)
+    outcome = accumulate(model, objective, parts, BEGIN, torch.enable_grad, ranks, layout)
     made = gradients_of(model, optimizers)
     norm = math.hypot(*optimizers.scalars().values())
     return replace(outcome, norm=norm), made
@@ -192,9 +192,9 @@ def compare(
         model = family(name).model_of(**changes).train()
         by_one = learned(model, objective_of(model), rows)
     model = family(name).model_of(**changes).train()
-    crew = joined(config.parallel)
-    layout = spread(model, config, crew)
-    together, made = learned(model, objective_of(model), rows, crew, layout)
+    ranks = joined(config.parallel)
+    layout = parallelize(model, config, ranks)
+    together, made = learned(model, objective_of(model), rows, ranks, layout)
     alone, wanted = by_one
     assert abs(alone.loss - together.loss) < 1e-5 * abs(alone.loss)
     assert together.norm == pytest.approx(alone.norm, rel=1e-5)
@@ -284,20 +284,20 @@ def balances(
 ) -> tuple[Any, float]:
     """Return the biases of a skewed model's routers after some steps, and its last MaxVio."""
     config = config_of(degrees, learning_rate=1e-5)
-    crew = joined(config.parallel)
+    ranks = joined(config.parallel)
     model = skewed()
     if recompute:
         model.activation_checkpointing_enable()
-    layout = spread(model, config, crew)
+    layout = parallelize(model, config, ranks)
     optimizers = build_optimizers(model, config.optimizer, layout)
     objective = LanguageModelling()
     with BiasBalancer(model) as balancer:
         last = torch.zeros_like(balancer.loads())
         for step in range(count):
             at = Progress(step, 0, step / count)
-            parts = own(rows_of(step, 4), crew)
-            take(model, objective, optimizers, parts, at, torch.enable_grad, crew)
-            loads = crew.summed(balancer.loads())
+            parts = own(rows_of(step, 4), ranks)
+            take(model, objective, optimizers, parts, at, torch.enable_grad, ranks)
+            loads = ranks.summed(balancer.loads())
             if step >= count - 20:
                 last += loads
             # As in a training the rate ends at nothing.
@@ -326,9 +326,9 @@ def steps(name: str, degrees: dict[str, Any], count: int, optimizer: dict[str, A
     """Compare the weights after some steps."""
     config = config_of(degrees, **optimizer)
     models = [family(name).model_of().train() for _ in range(2)]
-    crew = joined(config.parallel)
-    layout = spread(models[1], config, crew)
-    for model, where, who in zip(models, (HERE, layout), (Alone(), crew), strict=True):
+    ranks = joined(config.parallel)
+    layout = parallelize(models[1], config, ranks)
+    for model, where, who in zip(models, (HERE, layout), (Alone(), ranks), strict=True):
         optimizers = build_optimizers(model, config.optimizer, where)
         for step in range(count):
             at = Progress(step, 0, step / count)

@@ -136,7 +136,7 @@ class _Speculating:
         if scores is not None:
             shape = *output.logits.shape[:1], K + 1, output.logits.shape[-1]
             seen = self.checked if agreement.decides else output.logits.new_empty(shape).float()
-            self.checked = agreement.spread(seen)
+            self.checked = agreement.broadcast(seen)
         if not agreement.decides:
             turn, self.unfinished = _Turn.of_numbers(told)
             self._keep(turn, output, draft)

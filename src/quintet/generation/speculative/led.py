@@ -47,7 +47,7 @@ class LedPredictionRows(PredictionRows):
         self._tell("predict.read", list(widths.items()), last.tolist(), batch, writer.done)
         read = Seen.joined(list(seen.values()))
         for x in (read.states, read.embeds):
-            self._agreement.spread(x)
+            self._agreement.broadcast(x)
         return super().read(seen, last, batch, _Telling(self._agreement, writer))
 
 
@@ -64,7 +64,7 @@ def read_beside(
     total = sum(width for _, width in widths)
     shape = total, model.config.hidden_size
     states, embeds = (
-        agreement.spread(torch.empty(shape, dtype=model.dtype, device=model.device))
+        agreement.broadcast(torch.empty(shape, dtype=model.dtype, device=model.device))
         for _ in range(2)
     )
     places = [place for place, _ in widths]

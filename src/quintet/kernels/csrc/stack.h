@@ -68,7 +68,7 @@ struct Stack {
     };
     Span<const Row> parts;
     Span<const Span<const void>> held;
-    Meeting meeting;  // of zeros where nothing adds up
+    SharedBuffer shared_buffer;  // of zeros where nothing adds up
 
     Part part(i64 i) const { return {parts[i].kind, parts[i].fields, held[i]}; }
     Tokens tokens() const {
@@ -88,7 +88,7 @@ struct Stack {
         for (i64 i = 0; i < count; ++i) {
             const auto of_kind = [&](auto* kind) { return ::fits(kind, part(i), tokens()); };
             if (!with_kind<Matrix, T>(parts[i].kind, of_kind)) return false;
-            if (parts[i].summed && !meeting.fits()) return false;
+            if (parts[i].summed && !shared_buffer.fits()) return false;
         }
         return true;
     }
@@ -125,7 +125,7 @@ void stack(const Stack<Matrix, T>& s) {
         Member<Matrix, T> me{tokens, omp_get_thread_num(), omp_get_num_threads(), {}};
         for (i64 i = 0; i < s.count; ++i) {
             Room room(aligned);
-            me.meeting = s.parts[i].summed ? &s.meeting : nullptr;
+            me.shared_buffer = s.parts[i].summed ? &s.shared_buffer : nullptr;
             with_part<Matrix, T>(s.part(i), tokens, most, room, [&](auto& part) { part.run(me); });
         }
     }

@@ -2,7 +2,7 @@
 // says of the fields that Python filled in whether they fit each other and the tokens.
 #pragma once
 #include "../linear.h"
-#include "../meeting.h"
+#include "../shared_buffer.h"
 #include "../rows.h"
 #include "../sequences.h"
 
@@ -92,7 +92,7 @@ struct Member {
     const Tokens& s;
     const i64 thread, threads;
     std::vector<float> made;  // room to work in
-    const Meeting* meeting = nullptr;  // of processes whose products add up; null for this one alone
+    const SharedBuffer* shared_buffer = nullptr;  // of processes whose products add up; null for this one alone
 
     T* x() const { return static_cast<T*>(s.x); }
     Share share(i64 n) const { return Share(n, thread, threads); }
@@ -124,9 +124,9 @@ struct Member {
 
     // y (M, C), of which each thread has made its columns, becomes the sum of all processes' y.
     void meet(T* y, i64 C) const {
-        if (!meeting) return;
+        if (!shared_buffer) return;
 #pragma omp barrier
-        if (thread == 0) meeting->sum(y, s.all() * C);
+        if (thread == 0) shared_buffer->sum(y, s.all() * C);
 #pragma omp barrier
     }
 };

@@ -13,18 +13,18 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from quintet.kernels.meeting import Meeting, size_of
 from quintet.kernels.native import available
+from quintet.kernels.shared_buffer import SharedBuffer, size_of
 
-__all__ = ["join", "meeting_of", "sum_in_place"]
+__all__ = ["join", "shared_buffer_of", "sum_in_place"]
 
 FOLDER = Path("/dev/shm")
 NAME = 16
 # A group of torch has no room for what belongs to it.
-_OF_GROUPS: "WeakKeyDictionary[dist.ProcessGroup, Meeting | None]" = WeakKeyDictionary()
+_OF_GROUPS: "WeakKeyDictionary[dist.ProcessGroup, SharedBuffer | None]" = WeakKeyDictionary()
 
 
-def meeting_of(group: dist.ProcessGroup) -> Meeting | None:
+def shared_buffer_of(group: dist.ProcessGroup) -> SharedBuffer | None:
     """Return the memory of a group's processes, None where not all can have the same.
 
     All have to ask at the same time when they do so first.
@@ -40,8 +40,8 @@ def sum_in_place(x: Tensor, group: dist.ProcessGroup) -> None:
     Raises:
         RankFailedError: one of them has ended, or did not come in time.
     """
-    meeting = meeting_of(group) if x.is_cpu else None
-    if meeting is None or not meeting.sum(x):
+    shared_buffer = shared_buffer_of(group) if x.is_cpu else None
+    if shared_buffer is None or not shared_buffer.sum(x):
         dist.all_reduce(x, group=group)
 
 
@@ -51,8 +51,8 @@ def join(x: Tensor, group: dist.ProcessGroup) -> Tensor:
     Raises:
         RankFailedError: one of them has ended, or did not come in time.
     """
-    meeting = meeting_of(group) if x.is_cpu else None
-    made = None if meeting is None else meeting.gather(x)
+    shared_buffer = shared_buffer_of(group) if x.is_cpu else None
+    made = None if shared_buffer is None else shared_buffer.gather(x)
     if made is None:
         parts = [torch.empty_like(x) for _ in range(dist.get_world_size(group))]
         dist.all_gather(parts, x.contiguous(), group=group)
@@ -60,7 +60,7 @@ def join(x: Tensor, group: dist.ProcessGroup) -> Tensor:
     return made
 
 
-def _open(group: dist.ProcessGroup) -> Meeting | None:
+def _open(group: dist.ProcessGroup) -> SharedBuffer | None:
     """Map a file of the first process in all, and agree on whether that worked in all."""
     ranks = dist.get_process_group_ranks(group)
     index, count = dist.get_rank(group), len(ranks)
@@ -77,19 +77,20 @@ def _open(group: dist.ProcessGroup) -> Meeting | None:
     if index and able and name.any():
         with suppress(OSError):
             file = os.open(_path(bytes(name.tolist())), os.O_RDWR)
-    meeting = None
+    shared_buffer = None
     if file is not None:
         with suppress(OSError):
             fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB, 1, index)
-            meeting = Meeting(mmap.mmap(file, size_of(count)), index, ranks, file, _patience(group))
-    there = torch.tensor([meeting is not None], dtype=torch.uint8, device="cpu")
+            memory = mmap.mmap(file, size_of(count))
+            shared_buffer = SharedBuffer(memory, index, ranks, file, _patience(group))
+    there = torch.tensor([shared_buffer is not None], dtype=torch.uint8, device="cpu")
     of_all = [torch.empty_like(there) for _ in ranks]
     dist.all_gather(of_all, there, group=group)
     if path is not None:
         # It lives as long as somebody has it mapped.
         path.unlink()
     if all(bool(one) for one in of_all):
-        return meeting
+        return shared_buffer
     if file is not None:
         os.close(file)
     return None
@@ -111,7 +112,7 @@ def _made(size: int) -> tuple[Path, int] | tuple[None, None]:
 
 
 def _path(name: bytes) -> Path:
-    return FOLDER / f"quintet-meeting-{name.hex()}"
+    return FOLDER / f"quintet-shared-{name.hex()}"
 
 
 def _patience(group: dist.ProcessGroup) -> float:

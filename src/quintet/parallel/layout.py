@@ -20,7 +20,7 @@ from quintet.parallel.vocabulary import widths
 from quintet.parallel.world import World
 from quintet.sharding import Sharding
 
-__all__ = ["BATCHES", "DATA", "Parts", "Spread", "add_up"]
+__all__ = ["BATCHES", "DATA", "ParallelLayout", "Parts", "add_up"]
 
 T = TypeVar("T")
 
@@ -122,7 +122,7 @@ class Parts:
         return squared
 
 
-class Spread:
+class ParallelLayout:
     """A model of which each process has a part, or which each has to train with its own batches.
 
     Args:

@@ -10,10 +10,10 @@ from torch import Tensor
 
 from quintet import errors
 from quintet.errors import QuintetError
-from quintet.parallel.spread import BATCHES, DATA, add_up
+from quintet.parallel.layout import BATCHES, DATA, add_up
 from quintet.parallel.world import DENSE, Degrees, World
 
-__all__ = ["Alone", "Crew", "Several"]
+__all__ = ["Alone", "Ranks", "Several"]
 
 T = TypeVar("T")
 
@@ -21,7 +21,7 @@ T = TypeVar("T")
 FOUND = ("pp", *DATA)
 
 
-class Crew(Protocol):
+class Ranks(Protocol):
     """Who trains together; what one of them is asked, all are asked at the same time."""
 
     @property

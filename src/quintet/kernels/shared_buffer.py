@@ -16,12 +16,12 @@ from torch import Tensor
 from quintet.errors import RankFailedError
 from quintet.kernels.calls import Call
 
-__all__ = ["LINE", "NOWHERE", "SLOT", "Meeting", "size_of"]
+__all__ = ["LINE", "NOWHERE", "SLOT", "SharedBuffer", "size_of"]
 
 LINE, SLOT = 64, 1 << 18
-# What stands in a call for no meeting.
+# What stands in a call where there is no shared buffer.
 NOWHERE = (0,) * 9
-# As csrc/meeting.cpp numbers them.
+# As csrc/shared_buffer.cpp numbers them.
 KINDS: Mapping[torch.dtype, int] = MappingProxyType(
     {torch.bfloat16: 0, torch.float32: 1, torch.float64: 2, torch.int64: 3, torch.int32: 4}
 )
@@ -33,7 +33,7 @@ def size_of(count: int, slot: int = SLOT) -> int:
 
 
 @dataclass(eq=False)
-class Meeting:
+class SharedBuffer:
     """Memory in which processes meet; all call the same of it, in the same order.
 
     Attributes:
@@ -86,7 +86,7 @@ class Meeting:
         call = Call()
         self.write(call)
         call.integers(kind, x.numel(), x.data_ptr(), x.nbytes)
-        ran = call.run("meeting_sum")
+        ran = call.run("shared_buffer_sum")
         self.check()
         return ran
 
@@ -101,7 +101,7 @@ class Meeting:
         call = Call()
         self.write(call)
         call.integers(x.nbytes, x.data_ptr(), x.nbytes, made.data_ptr(), made.nbytes)
-        ran = call.run("meeting_gather")
+        ran = call.run("shared_buffer_gather")
         self.check()
         return made if ran else None
 

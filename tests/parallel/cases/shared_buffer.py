@@ -11,19 +11,19 @@ import torch.distributed as dist
 
 from parallel.cases.generate import chooses, raised
 from quintet.errors import RankFailedError
-from quintet.kernels.meeting import SLOT, Meeting
-from quintet.parallel.meeting import FOLDER, join, meeting_of, sum_in_place
+from quintet.kernels.shared_buffer import SLOT, SharedBuffer
+from quintet.parallel.shared_buffer import FOLDER, join, shared_buffer_of, sum_in_place
 
 KINDS = torch.bfloat16, torch.float32, torch.float64, torch.int64, torch.int32, torch.float16
 
 
-def there() -> Meeting:
+def there() -> SharedBuffer:
     group = dist.group.WORLD
     assert group is not None
-    meeting = meeting_of(group)
-    assert meeting is not None, "this machine has memory to share, and kernels"
-    assert meeting_of(group) is meeting
-    return meeting
+    shared_buffer = shared_buffer_of(group)
+    assert shared_buffer is not None, "this machine has memory to share, and kernels"
+    assert shared_buffer_of(group) is shared_buffer
+    return shared_buffer
 
 
 def numbers(dtype: torch.dtype, count: int) -> torch.Tensor:
@@ -84,13 +84,13 @@ def joins() -> None:
 
 def many() -> None:
     """However the processes hurry and wait, each sum is that of one call."""
-    meeting = there()
+    shared_buffer = there()
     rank, size = dist.get_rank(), dist.get_world_size()
     for call in range(1000):
         if call % 300 == 100 * rank:
             time.sleep(0.002)
         x = torch.full((call % 40 + 1,), float(call + rank))
-        assert meeting.sum(x)
+        assert shared_buffer.sum(x)
         assert x.tolist() == [size * call + size * (size - 1) / 2.0] * len(x)
 
 
@@ -98,7 +98,7 @@ def has_no_name() -> None:
     """The memory is that of a file which nobody finds, and which ends with the processes."""
     there()
     maps = Path("/proc/self/maps").read_text().splitlines()
-    mapped = [line for line in maps if f"{FOLDER}/quintet-meeting" in line]
+    mapped = [line for line in maps if f"{FOLDER}/quintet-shared" in line]
     assert mapped
     assert all(line.endswith("(deleted)") for line in mapped)
 
@@ -109,8 +109,8 @@ def none_comes() -> None:
     assert isinstance(group, dist.ProcessGroup)
     # Messages have all the time there is; only who adds up is not waited for.
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("quintet.parallel.meeting._patience", lambda group: 0.3)
-        meeting_of(group)
+        patch.setattr("quintet.parallel.shared_buffer._patience", lambda group: 0.3)
+        shared_buffer_of(group)
     last = dist.get_world_size() - 1
     x = torch.ones(4)
     if dist.get_rank() != last:

@@ -22,7 +22,7 @@ namespace {
 constexpr int SPINS = 2000, YIELDS = 2000;
 constexpr i64 LINE = 64, LOOKS = 20'000'000;  // nanoseconds between two looks for who is gone
 
-struct Meeting {
+struct SharedBuffer {
     QUINTET_FIELDS(memory, left, index, count, slot, patience, file)
     Span<char> memory;  // the lines of all, then two slots of each
     Span<i64> left;     // (2): 1 + who did not come, or 0; and whether that process has ended

@@ -2,7 +2,7 @@
 
 import pytest
 
-from parallel.cases import meeting
+from parallel.cases import shared_buffer
 from parallel.pool import Pool, RankError
 from quintet.kernels.native import available
 
@@ -10,38 +10,38 @@ pytestmark = pytest.mark.skipif(not available(), reason="kernels add up, and the
 
 
 def test_sums_are_those_of_messages(two: Pool) -> None:
-    two.run(meeting.sums)
+    two.run(shared_buffer.sums)
 
 
 def test_sums_of_several_are_those_of_messages(four: Pool) -> None:
-    four.run(meeting.sums)
+    four.run(shared_buffer.sums)
 
 
 def test_what_is_not_a_number_stays_so(two: Pool) -> None:
-    two.run(meeting.not_numbers)
+    two.run(shared_buffer.not_numbers)
 
 
 def test_what_all_have_is_joined(two: Pool) -> None:
-    two.run(meeting.joins)
+    two.run(shared_buffer.joins)
 
 
 def test_thousands_of_sums_keep_apart(two: Pool) -> None:
-    two.run(meeting.many)
+    two.run(shared_buffer.many)
 
 
 def test_no_file_is_left(two: Pool) -> None:
-    two.run(meeting.has_no_name)
+    two.run(shared_buffer.has_no_name)
 
 
 def test_who_does_not_come_is_named(two: Pool) -> None:
-    two.run(meeting.none_comes)
+    two.run(shared_buffer.none_comes)
 
 
 def test_who_ends_is_named() -> None:
     pool = Pool(2)
     try:
         with pytest.raises(RankError) as told:
-            pool.run(meeting.dies)
+            pool.run(shared_buffer.dies)
     finally:
         pool.close()
     # The process that was left raised nothing but what it had to.
