@@ -17,7 +17,7 @@ from comparisons import TOLERANCE
 from conformance.families import FAMILIES, Family
 from support import relative_error
 
-RANKS, STEPS = 2, 3
+RANKS, STEPS = 2, 2
 PREDICTING = {"num_nextn_predict_layers": 1}
 
 
