@@ -164,7 +164,9 @@ def open_source(
             for name, shape in weights.shapes().items()
             if len(shape) == 2 and name not in quantised and "embed" not in name
         ]
-        settings = request.target.described(quantised, plain)
+        # A head that is tied has no tensor of its own, and is read as a matrix all the same.
+        plain += [f"{path}.weight" for path in model.maps_in_numbers()]
+        settings = request.target.described(quantised, dict.fromkeys(plain))
         vars(config)["quantization_config"] = settings
     return SourceModel(config, weights, tuple(mapping.lost))
 

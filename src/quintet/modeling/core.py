@@ -205,13 +205,17 @@ class ModelCore(nn.Module):
         vars(self.config).pop("quantization_config", None)
         if quantization is not None:
             freeze(self)
-            maps = (nn.Linear, ExpertRouter)
-            stays = [
-                path
-                for path, module in self.named_modules()
-                if isinstance(module, maps) and not isinstance(module, Quantized)
-            ]
-            vars(self.config)["quantization_config"] = quantization.keeping(stays)
+            kept = quantization.keeping(self.maps_in_numbers())
+            vars(self.config)["quantization_config"] = kept
+
+    def maps_in_numbers(self) -> list[str]:
+        """Return the names of the linear maps that are held in no fewer bits, all that each has."""
+        maps = (nn.Linear, ExpertRouter)
+        return [
+            path
+            for path, module in self.named_modules(remove_duplicate=False)
+            if isinstance(module, maps) and not isinstance(module, Quantized)
+        ]
 
     # -- processes ---------------------------------------------------------------------------
 

@@ -351,8 +351,8 @@ class FineGrainedFP8Config(QuantizationConfig):
 
     def keeping(self, modules: Iterable[str]) -> dict[str, Any]:
         """Name what stays numbers: whoever reads it takes all else for FP8."""
-        names = dict.fromkeys([*(self.modules_to_not_convert or ()), *modules])
-        return {**self.to_dict(), "modules_to_not_convert": list(names)}
+        names = {*(self.modules_to_not_convert or ()), *modules}
+        return {**self.to_dict(), "modules_to_not_convert": sorted(names)}
 
     def scheme(self) -> Scheme | None:
         """Return the formats of a model, or None for plain numbers."""
