@@ -17,17 +17,6 @@ import torch
 
 from quintet.errors import InputError
 
-__all__ = [
-    "OFF",
-    "PYTORCH",
-    "REGISTRY",
-    "Backend",
-    "Implementation",
-    "Operation",
-    "Registry",
-    "operation",
-]
-
 P = ParamSpec("P")
 R = TypeVar("R")
 PYTORCH = "PyTorch"

@@ -23,9 +23,10 @@ from quintet.checkpoint import (
     read_consistently,
     save_stream,
 )
-from quintet.configuration.base import CONFIG_NAME, PreTrainedConfig
+from quintet.configuration.base import PreTrainedConfig
 from quintet.errors import InputError, TokenizerError, UnsupportedModelError
 from quintet.files import copy_file
+from quintet.folder import CONFIG_NAME
 from quintet.generation.config import GENERATION_CONFIG_NAME, GenerationConfig
 from quintet.hub import TOKENIZER_PATTERNS
 from quintet.modeling.base import PreTrainedModel
@@ -42,8 +43,6 @@ from quintet.quantization import (
     read,
     resolve_quantization,
 )
-
-__all__ = ["Converted", "SourceModel", "WeightStream", "convert", "open_source"]
 
 
 @dataclass(frozen=True, slots=True)

@@ -10,8 +10,6 @@ from pathlib import Path
 
 from quintet.errors import CheckpointError, ModelNotFoundError, OfflineError, SaveError
 
-__all__ = ["download", "list_files", "snapshot_of"]
-
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 # What a process that was killed leaves: nobody resumes a file of this name.
 _PARTIAL = re.compile(r"([0-9a-f]+)\.[0-9a-f]{8}\.incomplete")

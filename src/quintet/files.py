@@ -16,8 +16,6 @@ from typing import Any, BinaryIO
 
 from quintet.errors import CheckpointError, SaveError, shown
 
-__all__ = ["copy_file", "locked", "read_json", "write_bytes", "write_text", "write_texts"]
-
 # A tokenizer.json of a 256k vocabulary is about 35 MB; nothing honest is larger.
 MAX_JSON_BYTES = 256 * 1024 * 1024
 # Seconds that a save waits for another's: some of those have hundreds of gigabytes to write.

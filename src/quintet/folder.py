@@ -17,16 +17,6 @@ from quintet.errors import (
     shown,
 )
 
-__all__ = [
-    "ADAPTER_CONFIG_NAME",
-    "CONFIG_NAME",
-    "QUANTIZATION_FILES",
-    "AdapterFolderError",
-    "checked_path",
-    "find_file",
-    "what_else",
-]
-
 CONFIG_NAME = "config.json"
 ADAPTER_CONFIG_NAME = "adapter_config.json"
 WEIGHTS = (".safetensors", ".gguf")

@@ -8,8 +8,6 @@ from typing import Any, Self
 import torch
 from torch.utils import _pytree as pytree
 
-__all__ = ["ModelOutput", "deferrable"]
-
 
 class ModelOutput(OrderedDict[str, Any]):
     """The base of dataclasses that also index like a tuple (`out[0]`) and a dict (`out["logits"]`).

@@ -10,18 +10,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Literal, Protocol, runtime_checkable
 
-__all__ = [
-    "WHOLE",
-    "Axis",
-    "Cut",
-    "Section",
-    "Shardable",
-    "Sharding",
-    "columns",
-    "rows",
-    "stacked",
-]
-
 # tp: parts of matrices. ep: whole experts. etp: parts of the matrices of experts.
 Axis = Literal["tp", "ep", "etp"]
 

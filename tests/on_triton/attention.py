@@ -10,9 +10,9 @@ from torch import Tensor
 
 from on_triton.cases import Case
 from quintet.ops import paged
-from quintet.ops.paged import Coded, Pages
 from quintet.ops.vector_codes import VectorCode
 from quintet.triton.attention import attend_pages
+from quintet.triton.pages import Coded, Pages
 
 BF16, F16, F32 = torch.bfloat16, torch.float16, torch.float32
 

@@ -10,8 +10,9 @@ from torch import Tensor
 
 from on_triton.cases import Case
 from quintet.ops.mamba2 import MixerWeights, mix_stepwise
-from quintet.ops.mamba2_texts import Texts, mix_texts
+from quintet.ops.mamba2_texts import mix_texts
 from quintet.triton import mamba2 as kernels
+from quintet.triton.texts import Texts
 
 BF16, F16, F32 = torch.bfloat16, torch.float16, torch.float32
 

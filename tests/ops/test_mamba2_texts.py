@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from quintet.ops.mamba2 import MixerWeights, mix_stepwise
-from quintet.ops.mamba2_texts import Texts, mix_texts
+from quintet.ops.mamba2_texts import mix_texts
+from quintet.triton.texts import Texts
 
 COUNTS = [3, 0, 1, 6]
 H, P, G, N, W = 4, 2, 2, 3, 4

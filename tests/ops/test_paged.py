@@ -6,7 +6,8 @@ from torch import Tensor
 
 from quintet.ops.attention import eager
 from quintet.ops.masks import attention_mask_of
-from quintet.ops.paged import Pages, attend_pages
+from quintet.ops.paged import attend_pages
+from quintet.triton.pages import Pages
 
 COUNTS, STARTS, PAGE = [3, 1, 4], [5, 0, 2], 4
 G = torch.Generator().manual_seed(0)

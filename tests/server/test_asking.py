@@ -11,7 +11,8 @@ from parsing.templates import TEMPLATES, tokenizer
 from parsing.wholetext import Said, said
 from quintet.generation.config import GenerationConfig
 from quintet.parsing import CODER, Format, format_of
-from quintet.server.asking import Ask, Conversation, Finish, Start, ask
+from quintet.server.asking import ask
+from quintet.server.questions import Ask, Conversation, Finish, Start
 from quintet.server.registry import Served
 from quintet.serving import Answer, Limits
 from quintet.tokenization import IncrementalDecoder

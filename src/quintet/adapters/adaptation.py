@@ -6,8 +6,6 @@ from torch import Tensor, nn
 
 from quintet.adapters.lowrank import Addition, LowRank, NewRows
 
-__all__ = ["EXPERT_STACKS", "Adaptation", "expert_name"]
-
 # The stacks of a layer's experts, and the matrices of one expert that are on top of each other.
 EXPERT_STACKS: Mapping[str, tuple[str, ...]] = {
     "gate_up_proj": ("gate_proj", "up_proj"),

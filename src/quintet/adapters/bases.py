@@ -11,16 +11,6 @@ from quintet.layers.linear import Linear, LinearMap
 from quintet.layers.moe import Experts, ExpertStack
 from quintet.quantization import Quantized, QuantizedEmbedding
 
-__all__ = [
-    "dense",
-    "device_of",
-    "is_embedding",
-    "is_experts",
-    "is_linear",
-    "shape_of",
-    "with_tensors",
-]
-
 
 def is_linear(module: nn.Module) -> bool:
     """Tell whether a module is a linear map."""

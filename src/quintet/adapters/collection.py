@@ -15,8 +15,6 @@ from quintet.adapters.reading import Adaptations
 from quintet.errors import InputError, shown
 from quintet.layers.adapted import Place, Places
 
-__all__ = ["BASE_ROW", "IN_USE", "Adapters"]
-
 # What PEFT calls the adapter of a row that has none.
 BASE_ROW = "__base__"
 Key = tuple[tuple[str, float], ...]

@@ -21,8 +21,6 @@ from quintet.parallel.placement import cuts_of
 from quintet.parallel.shared_buffer import sum_in_place
 from quintet.sharding import WHOLE, Cut, Section, Sharding
 
-__all__ = ["adapted_names", "connect_adapters", "with_adapters"]
-
 
 @dataclass(frozen=True, slots=True)
 class _Place:

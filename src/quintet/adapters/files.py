@@ -10,8 +10,6 @@ from quintet.errors import CheckpointError, UnsupportedModelError, shown
 from quintet.folder import ADAPTER_CONFIG_NAME, AdapterFolderError
 from quintet.hub import locate
 
-__all__ = ["STEM", "open_adapter"]
-
 # What the names of its files of weights begin with.
 STEM = "adapter_model"
 PATTERNS = (ADAPTER_CONFIG_NAME, f"{STEM}*.safetensors", f"{STEM}.safetensors.index.json")

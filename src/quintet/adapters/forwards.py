@@ -28,17 +28,6 @@ from quintet.layers.moe import ExpertStack
 from quintet.ops.moe import each_hit_expert, gated
 from quintet.parallel.experts import Exchange, OwnExperts
 
-__all__ = [
-    "ALL",
-    "IN_USE",
-    "Active",
-    "Forward",
-    "InUse",
-    "adapted_modules",
-    "forward_for",
-    "uses_of",
-]
-
 # The use of a module that is one module's alone; a shared one's are the numbers of its layers.
 ALL = "all"
 # The adapter of a row that has those in use, beside rows that have their own.

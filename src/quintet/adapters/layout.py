@@ -8,8 +8,6 @@ from torch import nn
 
 from quintet.adapters.forwards import ALL
 
-__all__ = ["Layout", "Spot", "layout_of"]
-
 _LAYER = re.compile(r"(?:.*\.)?layers\.(\d+)\.")
 
 

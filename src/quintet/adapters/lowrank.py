@@ -11,8 +11,6 @@ import torch
 import torch.nn.functional as F  # noqa: N812
 from torch import Tensor, nn
 
-__all__ = ["Addition", "EmbeddingLowRank", "ExpertStackLowRank", "LowRank", "NewRows", "Remembered"]
-
 
 class Remembered:
     """One tensor that was made of others, to be made again when one of them has changed."""

@@ -16,8 +16,6 @@ from quintet.errors import UnsupportedBackendError, UnsupportedModelError
 from quintet.layers.adapted import Places
 from quintet.quantization import Quantized
 
-__all__ = ["Merge", "merge"]
-
 
 @dataclass
 class Merge:

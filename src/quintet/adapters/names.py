@@ -3,8 +3,6 @@
 import re
 from typing import NamedTuple
 
-__all__ = ["DELTA", "PREFIX", "Name", "name_of", "parse", "path_of_expert"]
-
 # What PEFT wraps a model in.
 PREFIX = "base_model.model."
 BASE = ".base_layer"

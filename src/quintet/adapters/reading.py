@@ -21,8 +21,6 @@ from quintet.adapters.names import DELTA, Name, parse, path_of_expert
 from quintet.checkpoint import TensorInfo, Weights
 from quintet.errors import CheckpointError, UnsupportedModelError, listed, shown
 
-__all__ = ["Adaptations", "read_adapter", "tie", "warn_of_missing"]
-
 # What an adapter does, by module and use.
 Adaptations = dict[tuple[nn.Module, str], Adaptation]
 Put = Callable[[Adaptation, Mapping[str, Tensor]], None]

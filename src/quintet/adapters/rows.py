@@ -6,8 +6,6 @@ from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from typing import Any, Protocol, TypeVar
 
-__all__ = ["takes_adapters"]
-
 Call = TypeVar("Call", bound=Callable[..., Any])
 AdapterNames = Sequence[str | None] | None
 

@@ -15,8 +15,6 @@ from quintet.adapters.lowrank import EmbeddingLowRank, ExpertStackLowRank, LowRa
 from quintet.adapters.reading import Adaptations, tie
 from quintet.errors import InputError, UnsupportedModelError, listed
 
-__all__ = ["new_adapter", "targeted"]
-
 ALL_LINEAR = "all-linear"
 
 

@@ -14,8 +14,6 @@ from quintet.adapters.names import DELTA, PREFIX, name_of
 from quintet.checkpoint import save
 from quintet.folder import ADAPTER_CONFIG_NAME
 
-__all__ = ["adapter_state", "save_adapter"]
-
 
 def adapter_state(
     layout: Layout, parts: Mapping[tuple[nn.Module, str], Adaptation]

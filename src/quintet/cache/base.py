@@ -18,8 +18,6 @@ from quintet.cache.slots import AttentionSlot, Companion, StateSlot
 from quintet.configuration.base import PreTrainedConfig
 from quintet.errors import InputError
 
-__all__ = ["Cache", "check_adapters"]
-
 
 class Cache:
     """The slots of all layers and how many tokens each row holds.

@@ -7,8 +7,6 @@ from torch import Tensor
 
 from quintet.errors import InputError
 
-__all__ = ["RowContent"]
-
 
 @dataclass(frozen=True, slots=True, eq=False)
 class RowContent:

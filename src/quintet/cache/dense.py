@@ -14,9 +14,6 @@ from quintet.cache.slots import AttentionSlot, StateSlot
 from quintet.configuration.base import PreTrainedConfig
 from quintet.errors import ContextLengthError, InputError
 
-__all__ = ["DynamicCache", "DynamicSlot", "StaticCache", "StaticSlot"]
-
-
 NO_WAY_BACK = "cache_position of a compiled step with recurrent layers has to be the next slot"
 
 

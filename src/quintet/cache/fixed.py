@@ -17,8 +17,6 @@ from quintet.errors import InputError
 from quintet.ops.mamba2 import MixerWeights
 from quintet.triton.pages import Pages
 
-__all__ = ["FixedRows"]
-
 
 class FixedRows(Cache):
     """The first B rows of a pool's memory, of S slots each, in use or not.

@@ -4,8 +4,6 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-__all__ = ["Kept"]
-
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Kept:

@@ -8,8 +8,6 @@ from quintet.cache.dense import DynamicCache
 from quintet.errors import InputError
 from quintet.ops.ragged import ragged
 
-__all__ = ["LegacyCache", "from_legacy", "to_legacy"]
-
 LegacyCache = tuple[tuple[Tensor, Tensor], ...]
 
 

@@ -8,8 +8,6 @@ from quintet.cache.rows import Row, RowTable
 from quintet.cache.state_rows import StateRows
 from quintet.errors import ContextLengthError, InputError
 
-__all__ = ["RowMemories"]
-
 
 class RowMemories:
     """The memories of all layers, for what concerns all of them.

@@ -6,8 +6,6 @@ from torch import Tensor
 from quintet.errors import InputError
 from quintet.ops.transforms import transformed
 
-__all__ = ["check_alike", "locked", "own", "writable"]
-
 
 def writable(held: Tensor, *new: Tensor) -> bool:
     """Tell whether tensors can be written into one that a cache holds.

@@ -11,8 +11,6 @@ from quintet.cache.recurrent import RecurrentSlot
 from quintet.cache.segment import Segment
 from quintet.configuration.base import PreTrainedConfig
 
-__all__ = ["OffloadedCache", "OffloadedSlot"]
-
 
 class OffloadedSlot(DynamicSlot):
     """Growing buffers on the CPU; what a step attends to is on the device of its tokens."""

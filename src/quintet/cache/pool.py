@@ -26,8 +26,6 @@ from quintet.errors import ContextLengthError, InputError
 from quintet.ops.transforms import recorded, transformed
 from quintet.ops.vector_codes import VectorCode
 
-__all__ = ["PooledCache"]
-
 
 class PooledCache(Cache):
     """A cache whose rows join, leave, are copied and go back one by one, between two forwards.

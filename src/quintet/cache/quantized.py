@@ -12,8 +12,6 @@ from quintet.configuration.base import PreTrainedConfig
 from quintet.errors import InputError
 from quintet.ops.vector_codes import VectorCode
 
-__all__ = ["QuantizedCache", "QuantizedSlot"]
-
 
 class QuantizedSlot:
     """Keys and values in buffers of coded vectors that grow; decoded one layer at a time.

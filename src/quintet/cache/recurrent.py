@@ -18,8 +18,6 @@ from quintet.ops.conv import continued, last_window
 from quintet.ops.mamba2 import MixerWeights, mix
 from quintet.ops.ssd import only, ssd
 
-__all__ = ["RECORDED", "Inputs", "Recorded", "Recorder", "RecurrentSlot"]
-
 # The tokens of a forward that one call of a kernel takes, at the most.
 RECORDED = 64
 

@@ -19,8 +19,6 @@ from quintet.cache.slots import AttentionSlot
 from quintet.errors import InputError
 from quintet.ops.vector_codes import VectorCode
 
-__all__ = ["Buffers", "CodeRows", "DenseRows", "RowMemory", "TokenRows"]
-
 
 class RowMemory(AttentionSlot, Protocol):
     """What one layer keeps of the tokens of a pool's rows.

@@ -5,8 +5,6 @@ from dataclasses import dataclass
 
 from quintet.errors import InputError
 
-__all__ = ["Row", "RowTable", "whole_blocks"]
-
 BLOCK = 64
 
 

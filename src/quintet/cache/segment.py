@@ -9,8 +9,6 @@ from torch import Tensor
 
 from quintet.triton.pages import Pages
 
-__all__ = ["Segment", "segments_of"]
-
 
 @dataclass(frozen=True, slots=True)
 class Segment:

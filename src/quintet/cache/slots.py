@@ -9,8 +9,6 @@ from quintet.cache.recurrent import Inputs
 from quintet.cache.segment import Segment
 from quintet.ops.mamba2 import MixerWeights
 
-__all__ = ["AttentionSlot", "CacheSlot", "Companion", "StateSlot"]
-
 
 class CacheSlot(Protocol):
     """What one layer keeps between steps, whatever that is."""

@@ -16,8 +16,6 @@ from quintet.cache.segment import Segment
 from quintet.errors import InputError
 from quintet.ops.mamba2 import MixerWeights
 
-__all__ = ["StateRows"]
-
 
 class StateRows:
     """Windows (R, W - 1, C) of convolutions and states (R, H, P, N), changed in place."""

@@ -9,11 +9,13 @@ from quintet.checkpoint.expert_stacks import (
     split_tensors,
 )
 from quintet.checkpoint.gguf import GGUFCheckpoint
+from quintet.checkpoint.header import TensorInfo
 from quintet.checkpoint.matching import Difference, Mismatch, compare
 from quintet.checkpoint.opening import open_weights
-from quintet.checkpoint.reading import Checkpoint, TensorInfo
+from quintet.checkpoint.reading import Checkpoint
+from quintet.checkpoint.sizes import parse_size
 from quintet.checkpoint.sources import InMemory, Renamed, Weights
-from quintet.checkpoint.writing import parse_size, save, save_stream
+from quintet.checkpoint.writing import save, save_stream
 
 __all__ = [
     "Checkpoint",

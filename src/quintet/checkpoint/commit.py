@@ -32,8 +32,6 @@ from quintet.checkpoint.layout import (
 )
 from quintet.checkpoint.reading import half_moved
 
-__all__ = ["Staged", "clean_up", "put_in_place"]
-
 T = TypeVar("T")
 
 

@@ -17,8 +17,6 @@ from quintet.errors import CheckpointError, QuintetError, SaveError
 from quintet.files import locked
 from quintet.hub import CONFIG_PATTERNS
 
-__all__ = ["read_consistently", "recover"]
-
 T = TypeVar("T")
 # Seconds in which a reader has to find a moment between two saves.
 PATIENCE = 60.0

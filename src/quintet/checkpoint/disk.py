@@ -9,8 +9,6 @@ from pathlib import Path
 
 from quintet.checkpoint.layout import UNDO
 
-__all__ = ["discard", "make", "move", "remove", "same_file_as", "sync", "write"]
-
 
 def make(directory: Path) -> None:
     """Make a directory that is not there yet."""

@@ -11,8 +11,6 @@ from torch import Tensor
 
 from quintet.checkpoint.header import MAX_TENSORS, TensorInfo
 
-__all__ = ["Piece", "StackExperts", "count_pieces", "pieces", "split_tensors", "taken_apart"]
-
 Shape = tuple[int, ...]
 STACK = ".switch_mlp."
 

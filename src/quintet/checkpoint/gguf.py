@@ -16,8 +16,6 @@ from quintet.errors import CheckpointError, UnsupportedModelError, listed
 from quintet.gguf import GGUFFile, Part, config_values, read_gguf, release_parts
 from quintet.gguf.layouts import LAYOUTS
 
-__all__ = ["GGUFCheckpoint"]
-
 _PLAIN: Mapping[str, torch.dtype] = MappingProxyType(
     {
         "F32": torch.float32,

@@ -19,16 +19,6 @@ import torch
 from quintet.errors import CheckpointError, shown
 from quintet.gguf.types import BlockType
 
-__all__ = [
-    "DTYPES",
-    "MAX_TENSORS",
-    "Header",
-    "TensorInfo",
-    "encode_header",
-    "parse_object",
-    "read_header",
-]
-
 # The limit of the hub itself; the header of 100 000 tensors is about 12 MB.
 MAX_HEADER_BYTES = 25_000_000
 MAX_TENSORS = 1_000_000

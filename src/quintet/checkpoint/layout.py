@@ -4,22 +4,7 @@ import re
 from dataclasses import dataclass
 
 from quintet.errors import InputError
-from quintet.folder import find_file as find
 from quintet.hub import SINGLE_WEIGHTS, WEIGHTS_INDEX, with_variant
-
-__all__ = [
-    "FINAL_INDEX",
-    "INDEX",
-    "REPLACED",
-    "SAVE_ID",
-    "SINGLE",
-    "STAGING",
-    "UNDO",
-    "Names",
-    "find",
-    "is_last_step",
-    "is_plain",
-]
 
 SINGLE = SINGLE_WEIGHTS
 INDEX = WEIGHTS_INDEX

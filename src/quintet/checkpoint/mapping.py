@@ -9,8 +9,6 @@ from torch import Tensor
 
 from quintet.checkpoint.header import TensorInfo
 
-__all__ = ["MappedFile"]
-
 
 class MappedFile:
     """A file mapped privately: writes to a view reach neither the file nor its readers.

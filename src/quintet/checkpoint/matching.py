@@ -6,8 +6,6 @@ from dataclasses import dataclass, field
 from quintet.checkpoint.header import TensorInfo
 from quintet.errors import CheckpointError, listed
 
-__all__ = ["Difference", "Mismatch", "compare"]
-
 Shape = tuple[int, ...]
 
 

@@ -6,8 +6,6 @@ from quintet.checkpoint.gguf import GGUFCheckpoint
 from quintet.checkpoint.reading import Checkpoint
 from quintet.errors import InputError
 
-__all__ = ["open_weights"]
-
 
 def open_weights(root: Path, *, variant: str | None = None) -> Checkpoint | GGUFCheckpoint:
     """Open the weights in a directory, or those of a GGUF file.

@@ -23,15 +23,13 @@ from quintet.checkpoint.layout import (
     STAGING,
     UNDO,
     Names,
-    find,
     is_last_step,
     is_plain,
 )
 from quintet.checkpoint.mapping import MappedFile
 from quintet.errors import CheckpointError, listed, shown
 from quintet.files import MAX_JSON_BYTES
-
-__all__ = ["Checkpoint", "TensorInfo", "half_moved"]
+from quintet.folder import find_file as find
 
 _PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 _AGAIN = "fetch the checkpoint again"

@@ -9,13 +9,12 @@ from pathlib import Path
 import torch
 
 from quintet.checkpoint.header import DTYPES, TensorInfo
-from quintet.checkpoint.layout import INDEX, SINGLE, find
+from quintet.checkpoint.layout import INDEX, SINGLE
 from quintet.checkpoint.opening import open_weights
 from quintet.errors import CheckpointError, OfflineError, shown
 from quintet.files import read_json
+from quintet.folder import find_file as find
 from quintet.hub import locate, locate_weights
-
-__all__ = ["Headers", "read_headers"]
 
 
 @dataclass(frozen=True, slots=True)

@@ -5,8 +5,6 @@ from collections.abc import Mapping
 
 from quintet.errors import InputError
 
-__all__ = ["parse_size", "split"]
-
 _UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}
 _UNITS |= {"KI": 2**10, "MI": 2**20, "GI": 2**30, "TI": 2**40}
 _SIZE = re.compile(r"(\d{1,15}(?:\.\d{1,15})?)\s*((?:[KMGT]I?)?)B", re.IGNORECASE | re.ASCII)

@@ -11,8 +11,6 @@ from torch import Tensor
 from quintet.checkpoint.header import TensorInfo
 from quintet.errors import CheckpointError, InputError
 
-__all__ = ["InMemory", "Renamed", "Weights"]
-
 
 class Weights(Protocol):
     """Named tensors, known before they are read."""

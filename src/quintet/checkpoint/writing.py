@@ -31,8 +31,6 @@ from quintet.errors import InputError, SaveError, listed, shown
 from quintet.files import locked
 from quintet.folder import checked_path
 
-__all__ = ["parse_size", "save", "save_stream"]
-
 _NO_TEXTS: Mapping[str, str] = MappingProxyType({})
 
 

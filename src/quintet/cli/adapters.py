@@ -11,8 +11,6 @@ from quintet.cli.output import Fact
 if TYPE_CHECKING:
     from quintet.modeling.base import PreTrainedModel
 
-__all__ = ["facts_of_adapter", "put_adapters"]
-
 
 def put_adapters(model: "PreTrainedModel", given: Sequence[str], **where: Any) -> None:
     """Put adapters on a model, and use all of them.

@@ -9,8 +9,6 @@ from quintet.cli.terminal import CLEAR, Waiting, can_dim, can_move, dimmed, harm
 from quintet.cli.wrapping import Wrapped
 from quintet.parsing.events import Content, Event, Reasoning
 
-__all__ = ["Answer", "Shown"]
-
 # What is shown of a thought: how long it took, all of it, or nothing.
 Shown = Literal["fold", "show", "hide"]
 

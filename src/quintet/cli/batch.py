@@ -22,8 +22,6 @@ from quintet.generation.config import GenerationConfig
 if TYPE_CHECKING:
     from torch import Tensor
 
-__all__ = ["run"]
-
 PROMPTS = ("prompt", "messages")
 # As the command line and other programs call them.
 SHORT = {"stop": "stop_strings", "max_tokens": "max_new_tokens"}

@@ -20,8 +20,6 @@ if TYPE_CHECKING:
     from quintet.measurement.machine import Bandwidth
     from quintet.modeling.heads import CausalLMHead
 
-__all__ = ["command"]
-
 # Above this share of the processor in other hands, a result says so.
 BUSY = 0.05
 

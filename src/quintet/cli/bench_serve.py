@@ -15,8 +15,6 @@ if TYPE_CHECKING:
     from quintet.measurement.serving.load import Load
     from quintet.measurement.serving.workload import Shape
 
-__all__ = ["command"]
-
 SHAPE = ("shared", "own", "out", "turns", "grows", "drops")
 
 

@@ -6,8 +6,6 @@ from typing import Any, ClassVar
 
 import click
 
-__all__ = ["Beside"]
-
 
 class Beside(click.Command):
     """One command, and beside it others.

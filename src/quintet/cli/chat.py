@@ -34,8 +34,6 @@ from quintet.errors import InputError, QuintetError
 if TYPE_CHECKING:
     from quintet.cli.answer import Answer, Shown
 
-__all__ = ["command"]
-
 REASONING = ("fold", "show", "hide")
 # Seconds to the first token that are worth a word.
 LONG = 1.0

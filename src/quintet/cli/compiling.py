@@ -5,8 +5,6 @@ import sys
 
 from quintet.cli.terminal import Waiting, note
 
-__all__ = ["have_kernels"]
-
 # The line that says what is done comes after two seconds.
 SAID = 3.0
 

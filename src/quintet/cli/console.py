@@ -7,8 +7,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from types import ModuleType
 
-__all__ = ["Console", "history_file"]
-
 QUOTES = '"""'
 LONGEST_HISTORY = 1000
 

@@ -9,8 +9,6 @@ from typing import Any
 from quintet.errors import InputError, ModelNotFoundError
 from quintet.files import read_json, write_text
 
-__all__ = ["Conversation", "Message"]
-
 ROLES = ("system", "user", "assistant")
 Message = dict[str, str]
 

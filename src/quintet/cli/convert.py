@@ -13,8 +13,6 @@ if TYPE_CHECKING:
     from quintet.conversion import Converted
     from quintet.quantization import QuantizationConfig
 
-__all__ = ["command", "run", "writing_options"]
-
 WHOLE = "5GB"
 Command = TypeVar("Command", bound=Callable[..., Any])
 

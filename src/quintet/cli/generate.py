@@ -43,8 +43,6 @@ if TYPE_CHECKING:
     from quintet.cli.remote import Remote
     from quintet.generation.config import GenerationConfig
 
-__all__ = ["command"]
-
 
 @click.command("generate")
 @click.argument("prompt", required=False)

@@ -12,9 +12,6 @@ from quintet.errors import ModelNotFoundError, QuintetError, shown
 if TYPE_CHECKING:
     from huggingface_hub import HFCacheInfo
 
-__all__ = ["Here", "in_cache", "in_folder", "in_other_programs", "scanned"]
-
-
 GGUF = ".gguf"
 
 

@@ -14,8 +14,6 @@ from quintet.hub import demo_model
 if TYPE_CHECKING:
     from quintet.configuration import PreTrainedConfig
 
-__all__ = ["command"]
-
 
 @click.command("info")
 @click.argument("model", required=False)

@@ -19,8 +19,6 @@ if TYPE_CHECKING:
     from quintet.generation.config import GenerationConfig
     from quintet.tokenization import PreTrainedTokenizer
 
-__all__ = ["Local"]
-
 # Tokens of an answer where nothing says how many.
 LONGEST_ANSWER = 1024
 

@@ -8,8 +8,6 @@ import click
 from quintet.cli.here import in_cache, in_folder, in_other_programs
 from quintet.cli.output import size_of, table
 
-__all__ = ["command"]
-
 
 @click.command("ls")
 @click.argument("folders", nargs=-1, metavar="[FOLDER]...")

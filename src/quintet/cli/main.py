@@ -15,8 +15,6 @@ from quintet import __version__
 from quintet.cli.terminal import complain
 from quintet.errors import InputError, QuintetError, SaveError
 
-__all__ = ["main"]
-
 COMMANDS = MappingProxyType(
     {
         "bench": "Measure how fast a model runs here.",

@@ -10,8 +10,6 @@ from quintet.cli.here import Here, in_cache, in_other_programs
 from quintet.cli.output import size_of
 from quintet.errors import InputError
 
-__all__ = ["choose_model", "meant"]
-
 SMALL = "smollm2"
 FETCHED = f"{SMALL} (93 MB, fetched once)"
 OTHERS = "a folder, a GGUF file, ollama:NAME, or a hub id such as Qwen/Qwen2.5-0.5B-Instruct"

@@ -29,23 +29,6 @@ if TYPE_CHECKING:
     from quintet.quantization import WeightFormat
     from quintet.tokenization import PreTrainedTokenizer
 
-__all__ = [
-    "Opened",
-    "check_options",
-    "choose",
-    "devices_of",
-    "kept_system",
-    "kind_of",
-    "model_options",
-    "open_model",
-    "read_stdin",
-    "sampling_options",
-    "source_options",
-    "warnings_as_notes",
-    "weight_options",
-    "with_default_length",
-]
-
 # Below so many parameters, threads cost more than they give (docs/lab-notes.md), and on a machine
 # that is busy they wait for each other many times longer than they compute.
 SMALL = 20_000_000

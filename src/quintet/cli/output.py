@@ -11,8 +11,6 @@ import click
 
 from quintet.cli.terminal import width
 
-__all__ = ["Fact", "show", "size_of", "table"]
-
 
 @dataclass(frozen=True, slots=True)
 class Fact:

@@ -9,8 +9,6 @@ from quintet.cli.conversation import Message
 if TYPE_CHECKING:
     from quintet.cli.answer import Answer
 
-__all__ = ["Outcome", "Partner"]
-
 
 @dataclass(frozen=True, slots=True)
 class Outcome:

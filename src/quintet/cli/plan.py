@@ -24,8 +24,6 @@ if TYPE_CHECKING:
 
     Tensors = Mapping[str, TensorInfo]
 
-__all__ = ["command", "too_large"]
-
 DTYPES = ("auto", "bfloat16", "float16", "float32")
 QUANTISED = ("int8", "int4", "nf4", "fp8")
 # How many tokens of a prompt are counted as being worked on at once.

@@ -11,8 +11,6 @@ if TYPE_CHECKING:
 
     AnyPlan = Plan[Choice] | Plan[TrainingChoice]
 
-__all__ = ["count", "other_facts", "pace_fact", "split_of", "world_facts"]
-
 
 def world_facts(plan: "AnyPlan") -> dict[str, Any]:
     """Return what there is, and the split to use."""

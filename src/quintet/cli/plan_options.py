@@ -12,8 +12,6 @@ if TYPE_CHECKING:
     from quintet.planning.devices import Device
     from quintet.planning.world import Limits, World
 
-__all__ = ["COUNTS", "WorldOptions", "world_and_device", "world_options"]
-
 Command = TypeVar("Command", bound=Callable[..., Any])
 COUNTS = ("tp", "ep", "pp", "dp", "fsdp")
 CACHES = ("float32", "bfloat16", "float16", "int8", "int6", "int4")

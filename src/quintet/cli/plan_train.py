@@ -12,8 +12,6 @@ if TYPE_CHECKING:
     from quintet.planning.plans import Plan, TrainingChoice
     from quintet.planning.training import Training
 
-__all__ = ["plan_training_in_world"]
-
 
 def plan_training_in_world(
     config: "PreTrainedConfig",

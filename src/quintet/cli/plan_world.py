@@ -13,8 +13,6 @@ if TYPE_CHECKING:
     from quintet.planning.inference import Workload
     from quintet.planning.plans import Choice, Plan
 
-__all__ = ["plan_in_world"]
-
 _BETWEEN = ("sums", "exchange", "stages")
 
 

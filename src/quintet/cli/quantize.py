@@ -6,8 +6,6 @@ import click
 
 from quintet.cli.convert import run, writing_options
 
-__all__ = ["command"]
-
 # Of compressed-tensors, by the names its writers give them.
 WORDS = {"w8a16": 8, "w4a16": 4}
 METHODS = ("int8", "int4", "nf4", "fp8", *WORDS)

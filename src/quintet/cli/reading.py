@@ -10,8 +10,6 @@ from quintet.cache import Cache, Kept, QuantizedCache
 from quintet.cli.options import Opened
 from quintet.generation.config import GenerationConfig
 
-__all__ = ["Reading", "Turn", "common"]
-
 # Places in the text to which recurrent layers can come back: where this turn and the one before
 # asked for an answer.
 PLACES = 2

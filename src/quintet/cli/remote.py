@@ -24,8 +24,6 @@ from quintet.errors import InputError, ServingError, shown
 from quintet.measurement.serving.connection import Address, Reply
 from quintet.parsing.events import Content, Event, Reasoning
 
-__all__ = ["Remote"]
-
 # What `generate()` calls otherwise.
 NAMES = {"max_new_tokens": "max_tokens", "stop_strings": "stop"}
 FIELDS = (

@@ -8,9 +8,6 @@ if TYPE_CHECKING:
     from quintet.generation.config import GenerationConfig
     from quintet.generation.outputs import Speculation
 
-__all__ = ["counted", "cut", "draft_counts", "draft_summary", "finish_reason", "speculation_of"]
-
-
 # A loop shows itself in so many tokens.
 REPEATED = 24
 

@@ -9,8 +9,6 @@ from quintet.cli.here import scanned
 from quintet.cli.output import size_of
 from quintet.errors import InputError, ModelNotFoundError
 
-__all__ = ["command"]
-
 
 @click.command("rm")
 @click.argument("models", nargs=-1, required=True)

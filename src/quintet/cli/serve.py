@@ -37,8 +37,6 @@ if TYPE_CHECKING:
     from quintet.serving import Limits
     from quintet.serving.options import Speculation
 
-__all__ = ["command"]
-
 NEEDED = ("fastapi", "uvicorn", "prometheus_client", "llguidance")
 BITS = {"int8": 8, "int6": 6, "int4": 4}
 # Of a model or adapter, as requests write it.

@@ -12,8 +12,6 @@ if TYPE_CHECKING:
     from quintet.server.service import Service
     from quintet.server.settings import Settings
 
-__all__ = ["announcement"]
-
 
 def announcement(
     service: "Service", address: tuple[Any, ...], opened: "Sequence[Opened]"

@@ -11,8 +11,6 @@ if TYPE_CHECKING:
     from quintet.server.settings import Settings
     from quintet.serving import Limits
 
-__all__ = ["SIZE", "engine_options", "limits_of", "server_options", "settings_of"]
-
 Command = TypeVar("Command", bound=Callable[..., Any])
 # Fields of Limits and of Settings, which are options of the same name, or of the one here.
 ENGINE = (

@@ -9,8 +9,6 @@ from click.core import ParameterSource
 
 from quintet.errors import InputError, shown
 
-__all__ = ["is_address", "key_for", "key_option", "keys_in"]
-
 # Options of commands that are about a model in this process.
 OWN = frozenset(
     [

@@ -14,8 +14,6 @@ from quintet.errors import InputError, QuintetError
 if TYPE_CHECKING:
     from quintet.generation.config import GenerationConfig
 
-__all__ = ["LARGEST_SEED", "SETTING", "applied", "describe", "drawn", "parse", "seed_of"]
-
 LARGEST_SEED = 2**32 - 1
 
 # What a word that sets an option looks like; a question may have a "=" further on.

@@ -15,8 +15,6 @@ if TYPE_CHECKING:
     from quintet.cli.options import Opened
     from quintet.grammar import GrammarProcessor
 
-__all__ = ["Shape", "shape_options"]
-
 MAX_BYTES = 1_000_000
 
 

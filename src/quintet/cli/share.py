@@ -14,8 +14,6 @@ if TYPE_CHECKING:
     from quintet.planning.inference import Footprint, Workload
     from quintet.serving import Limits
 
-__all__ = ["room_together", "share_of", "too_large_together"]
-
 # How many tokens of prompts are counted as being worked on at once.
 PIECE = 512
 

@@ -10,8 +10,6 @@ from quintet.generation.streamers import TextStreamer
 from quintet.parsing import parser_for
 from quintet.tokenization import PreTrainedTokenizer
 
-__all__ = ["AnswerStreamer", "Continuation"]
-
 
 class Continuation(TextStreamer):
     """Writes a text and what follows to standard output.

@@ -13,19 +13,6 @@ from typing import Any, Self, TextIO
 
 import click
 
-__all__ = [
-    "CLEAR",
-    "Waiting",
-    "can_dim",
-    "can_move",
-    "complain",
-    "dimmed",
-    "harmless",
-    "note",
-    "unechoed",
-    "width",
-]
-
 CLEAR = "\r\x1b[K"
 # What a terminal obeys rather than shows, but tabs and the ends of lines.
 ORDERS = dict.fromkeys(i for i in (*range(32), *range(127, 160)) if chr(i) not in "\t\n")

@@ -16,19 +16,6 @@ if TYPE_CHECKING:
     from quintet.cli.partner import Outcome, Partner
     from quintet.parallel.faults import Watch
 
-__all__ = [
-    "Led",
-    "begin",
-    "follow",
-    "follows",
-    "from_first",
-    "interrupted",
-    "last_words",
-    "least",
-    "several",
-    "wait_for_first",
-]
-
 
 def several() -> bool:
     """Tell whether a launcher such as torchrun started other processes, too."""

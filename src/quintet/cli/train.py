@@ -17,8 +17,6 @@ from quintet.errors import MissingDependencyError
 if TYPE_CHECKING:
     from quintet.training.config import TrainingConfig
 
-__all__ = ["command"]
-
 EXAMPLES = ("pretrain", "continue", "sft", "dpo")
 
 

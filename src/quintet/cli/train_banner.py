@@ -9,8 +9,6 @@ if TYPE_CHECKING:
     from quintet.training.memory import Memory
     from quintet.training.records import Beginning
 
-__all__ = ["banner", "needed"]
-
 
 def banner(beginning: "Beginning", config: "TrainingConfig") -> list[str]:
     """Return the lines."""

@@ -10,8 +10,6 @@ from quintet.errors import DoesNotFitError
 if TYPE_CHECKING:
     from quintet.training.config import TrainingConfig
 
-__all__ = ["show_plan"]
-
 
 def show_plan(settings: "TrainingConfig") -> None:
     """Say what a training would be; texts that it reads are kept, encoded, for the training.

@@ -11,8 +11,6 @@ from quintet.cli.terminal import can_dim, note, width
 if TYPE_CHECKING:
     from quintet.training.curves import Axis
 
-__all__ = ["command", "draw"]
-
 # Wider ones are no clearer.
 WIDEST = 110
 

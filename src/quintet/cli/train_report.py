@@ -20,8 +20,6 @@ if TYPE_CHECKING:
         StepRecord,
     )
 
-__all__ = ["Console", "clock"]
-
 # A terminal's line is written anew at most so often; lines of a file come more seldom.
 MOVES, LINES = 0.1, 30.0
 # The share of the training after which a file gets a line in any case.

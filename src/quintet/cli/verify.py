@@ -18,8 +18,6 @@ if TYPE_CHECKING:
     from quintet.checkpoint import Checkpoint, GGUFCheckpoint
     from quintet.quantization.stored import Stored
 
-__all__ = ["command"]
-
 # How many numbers are looked at together.
 SLICE = 1 << 24
 _SHA256 = re.compile(r"[0-9a-f]{64}")

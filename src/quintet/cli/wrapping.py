@@ -4,8 +4,6 @@ import unicodedata
 from collections.abc import Callable
 from typing import TextIO
 
-__all__ = ["Wrapped"]
-
 FENCE = "```"
 ERASE = "\x1b[K"
 TAB = 8

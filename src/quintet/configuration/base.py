@@ -29,13 +29,11 @@ from quintet.configuration.reading import read_config
 from quintet.configuration.rope import RopeParameters, merge_rope
 from quintet.errors import ConfigError, InputError, SaveError, shown
 from quintet.files import write_text
-from quintet.folder import checked_path
-from quintet.hub import CONFIG_NAME, CONFIG_PATTERNS, Pushable, locate
+from quintet.folder import CONFIG_NAME, checked_path
+from quintet.hub import CONFIG_PATTERNS, Pushable, locate
 
 if TYPE_CHECKING:
     import torch
-
-__all__ = ["ATTENTION_BACKENDS", "CONFIG_NAME", "PreTrainedConfig", "UnknownKeyWarning"]
 
 ATTENTION_BACKENDS = ("eager", "sdpa", "flash_attention_2")
 FLOAT_DTYPES = ("bfloat16", "float16", "float32", "float64")

@@ -9,33 +9,6 @@ from typing import Annotated, Any, TypeVar, Union, get_args, get_origin
 
 from quintet.errors import ConfigError, shown
 
-__all__ = [
-    "AnyExperts",
-    "AnyId",
-    "AnyIds",
-    "AnyLength",
-    "Bounds",
-    "Count",
-    "EndIds",
-    "ExpertCount",
-    "Fraction",
-    "HeadSize",
-    "Labels",
-    "LayerNumbers",
-    "LayerTypes",
-    "Layers",
-    "Length",
-    "MoreLayers",
-    "MostItems",
-    "NonNegative",
-    "NonNegativeFloat",
-    "Positive",
-    "Size",
-    "TokenId",
-    "check",
-    "known",
-]
-
 Value = TypeVar("Value")
 
 

@@ -8,8 +8,6 @@ from typing import Any, ClassVar, Self
 from quintet.files import write_text
 from quintet.folder import checked_path
 
-__all__ = ["ConfigContract"]
-
 
 class ConfigContract:
     """What tools ask of any config.

@@ -3,8 +3,6 @@
 from collections.abc import Mapping
 from typing import Any, Protocol, runtime_checkable
 
-__all__ = ["described"]
-
 
 @runtime_checkable
 class _Describing(Protocol):

@@ -5,8 +5,6 @@ from typing import Any
 from quintet.configuration.constraints import Labels, check
 from quintet.errors import ConfigError, shown
 
-__all__ = ["labels"]
-
 
 def labels(owner: str, values: dict[str, Any]) -> tuple[dict[int, str], dict[str, int]]:
     """Take the three keys out of `values` and return `id2label` and `label2id`.

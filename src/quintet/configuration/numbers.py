@@ -3,8 +3,6 @@
 import math
 from typing import Any
 
-__all__ = ["decoded", "encoded"]
-
 TAG = "__float__"
 NUMBERS = {"NaN": math.nan, "Infinity": math.inf, "-Infinity": -math.inf}
 

@@ -9,8 +9,6 @@ from quintet.files import read_json
 from quintet.folder import CONFIG_NAME, QUANTIZATION_FILES, find_file, what_else
 from quintet.gguf import config_values, read_gguf
 
-__all__ = ["read_config"]
-
 # As much as two hundred thousand labels are; in memory it may be twenty times as much.
 MAX_CONFIG_BYTES = 8_000_000
 

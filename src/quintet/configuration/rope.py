@@ -12,8 +12,6 @@ from typing import Any
 from quintet.configuration.constraints import Bounds, check
 from quintet.errors import ConfigError, shown
 
-__all__ = ["RopeParameters", "merge_rope"]
-
 # What each kind reads beside rope_type and rope_theta: (required, optional).
 _KEYS: dict[str, tuple[set[str], set[str]]] = {
     "default": (set(), set()),

@@ -16,13 +16,11 @@ from quintet.errors import CheckpointError, InputError, ModelNotFoundError, Toke
 from quintet.exporting.keys import ARCHITECTURES, config_metadata, read_otherwise
 from quintet.exporting.places import Place, kind_of, places_of
 from quintet.generation.config import GENERATION_CONFIG_NAME, GenerationConfig
-from quintet.gguf.container import Value
+from quintet.gguf.cursor import Value
 from quintet.gguf.types import BY_NAME, BlockType
 from quintet.gguf.writing import Entry, GGUFWriter
 from quintet.ops.block_encoding import encode_blocks
 from quintet.tokenization.gguf_metadata import gguf_metadata
-
-__all__ = ["GGUF_TYPES", "export_gguf"]
 
 # The types there are, and the number that files have for one that is mostly of it.
 GGUF_TYPES = {"F32": 0, "F16": 1, "Q4_0": 2, "Q8_0": 7, "BF16": 32}

@@ -7,9 +7,7 @@ from typing import Any
 
 from quintet.configuration.base import PreTrainedConfig
 from quintet.errors import UnsupportedModelError, shown
-from quintet.gguf.container import Value
-
-__all__ = ["ARCHITECTURES", "config_metadata", "read_otherwise"]
+from quintet.gguf.cursor import Value
 
 ARCHITECTURES: Mapping[str, str] = MappingProxyType(
     {

@@ -12,8 +12,6 @@ from quintet.errors import UnsupportedModelError
 from quintet.gguf.names import LAYER, OUTSIDE
 from quintet.gguf.types import BY_NAME, BlockType
 
-__all__ = ["Place", "kind_of", "places_of"]
-
 Shape = tuple[int, ...]
 
 

@@ -7,8 +7,6 @@ from quintet.errors import InputError, named
 from quintet.generation.speculative.factory import AssistantModel
 from quintet.generation.streamers import Streamer
 
-__all__ = ["check_arguments"]
-
 
 @runtime_checkable
 class _Decoding(Protocol):

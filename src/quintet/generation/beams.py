@@ -22,8 +22,6 @@ from quintet.generation.token_buffer import TokenBuffer
 from quintet.ops.sampling import check_left, draw_several
 from quintet.parallel.agree import Agreement
 
-__all__ = ["BeamOptions", "Found", "beam_search"]
-
 # What is added to the score of what must not be taken, far below any log-probability.
 _NEVER = -1e9
 

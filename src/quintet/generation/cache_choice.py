@@ -6,8 +6,6 @@ from typing import Any, NamedTuple
 
 from quintet.errors import InputError, shown
 
-__all__ = ["CACHES", "CACHE_BITS", "CacheChoice", "choose_cache"]
-
 # The names of `cache_implementation`; `generation/caches.py` makes them.
 CACHES = ("dynamic", "static", "quantized", "offloaded")
 # The names of `cache_dtype` and the bits of a number.

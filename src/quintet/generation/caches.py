@@ -6,8 +6,6 @@ from dataclasses import dataclass
 from quintet.cache import Cache, OffloadedCache, QuantizedCache, StaticCache
 from quintet.configuration.base import PreTrainedConfig
 
-__all__ = ["MAKERS", "CacheRequest", "open_cache"]
-
 
 @dataclass(frozen=True, slots=True)
 class CacheRequest:

@@ -11,8 +11,6 @@ from quintet.generation.processors.base import LogitsWarper
 from quintet.generation.processors.warpers import TemperatureLogitsWarper, TopKLogitsWarper
 from quintet.ops import sampling
 
-__all__ = ["Choice", "Chosen"]
-
 
 class Chosen(NamedTuple):
     """Tokens that were taken and are not looked at yet.

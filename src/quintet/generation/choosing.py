@@ -12,8 +12,6 @@ from quintet.generation.sampler import Sampler
 from quintet.generation.token_buffer import TokenBuffer
 from quintet.ops import sampling
 
-__all__ = ["Choosing"]
-
 
 @dataclass(frozen=True, slots=True)
 class _Group:

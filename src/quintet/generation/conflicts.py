@@ -3,8 +3,6 @@
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-__all__ = ["idle"]
-
 # What a checkpoint may set without a need, and the value that asks for nothing.
 _SAMPLING = {
     "temperature": 1.0,

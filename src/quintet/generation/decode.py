@@ -17,8 +17,6 @@ from quintet.generation.streamers import Streamer
 from quintet.generation.token_buffer import TokenBuffer
 from quintet.parallel.agree import Agreement
 
-__all__ = ["Forward", "Generation", "LanguageModel", "add", "added", "decode", "note"]
-
 
 class LanguageModel(Protocol):
     """What generation needs of a model: a forward that continues from a cache."""

@@ -29,8 +29,6 @@ from quintet.generation.streamers import Streamer
 from quintet.quantization.modules import Quantized
 from quintet.tokenization import PreTrainedTokenizer
 
-__all__ = ["Engine"]
-
 
 class Engine:
     """Generates for sequences that come and go between any two steps, each as it would alone.

@@ -3,8 +3,6 @@
 import torch
 from torch import Tensor
 
-__all__ = ["Fetched", "sent"]
-
 
 class Fetched:
     """Copies of tensors, on their way from a device since this was made.

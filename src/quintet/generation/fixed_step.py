@@ -21,8 +21,6 @@ from quintet.generation.fetching import sent
 from quintet.generation.graphs import Graphs
 from quintet.layers.plain import in_between
 
-__all__ = ["FixedStep", "Recording", "Steps"]
-
 # The least slots, and how much more each further number of them is.
 SLOTS, TIMES = 256, 2
 # Up to so many rows a recording serves twice as many as the one before; then so many more.

@@ -29,8 +29,6 @@ from quintet.generation.speculative.prediction import MTPModel
 from quintet.parallel.agree import Agreement
 from quintet.parallel.world import World
 
-__all__ = ["LedRows", "Orders", "check_led", "follow", "leading", "rows_of"]
-
 # Most orders fit into so many bytes, behind their length.
 SMALL, HEAD = 2048, 8
 # A server may have nothing to do for long; that a process is gone is noticed all the same.

@@ -7,11 +7,9 @@ from typing import Any
 
 from quintet.errors import InputError, shown
 from quintet.generation.options import Options
-from quintet.gguf.container import Value
+from quintet.gguf.cursor import Value
 from quintet.sources import Found
 from quintet.tokenization.gguf import end_ids, has_tokenizer, token_id
-
-__all__ = ["gguf_options"]
 
 _SAMPLING = "general.sampling."
 # Whose names are others'. A penalty there looks at the last tokens alone, 64 by default.

@@ -6,8 +6,6 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-__all__ = ["CudaGraphs", "Graphs", "graphs_of"]
-
 # Kernels are compiled, and libraries take their memory, in the first runs.
 WARM_UP = 2
 

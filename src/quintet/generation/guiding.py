@@ -11,8 +11,6 @@ from quintet.generation.processors.base import LogitsProcessor
 from quintet.generation.processors.guidance import UnbatchedClassifierFreeGuidanceLogitsProcessor
 from quintet.ops.token_ids import check_token_ids
 
-__all__ = ["guidance"]
-
 
 def guidance(
     model: object, config: GenerationConfig, ids: Tensor | None, mask: Tensor | None

@@ -16,8 +16,6 @@ from quintet.generation.prompt import Prompt
 from quintet.generation.token_buffer import TokenBuffer
 from quintet.tokenization import PreTrainedTokenizer
 
-__all__ = ["HealedTokenLogitsProcessor", "Healing", "heal"]
-
 
 class HealedTokenLogitsProcessor(LogitsProcessor):
     """Allows only given tokens to be the first behind a prompt.

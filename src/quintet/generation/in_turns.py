@@ -22,8 +22,6 @@ from quintet.generation.sampler import RowGenerators
 from quintet.parallel.agree import Agreement
 from quintet.parallel.world import World
 
-__all__ = ["decode_in_turns", "groups_of", "in_groups", "pieces_of"]
-
 # Fewer tokens at once take about as long, and more pieces than these a stage wait little less.
 FEW, PIECES = 256, 4
 

@@ -15,8 +15,6 @@ from quintet.generation.decode import Generation
 from quintet.generation.fetching import Fetched
 from quintet.ops.sampling import check_left
 
-__all__ = ["decode_late", "decodes_late"]
-
 
 def decodes_late(run: Generation) -> bool:
     """Tell whether a generation is on a device, and may run over a token that nobody will use."""

@@ -2,8 +2,6 @@
 
 from enum import StrEnum
 
-__all__ = ["GenerationMode"]
-
 
 class GenerationMode(StrEnum):
     """What `GenerationConfig.get_generation_mode` returns."""

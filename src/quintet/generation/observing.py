@@ -10,8 +10,6 @@ from torch import Tensor
 
 from quintet.errors import InputError, NonFiniteError, shown
 
-__all__ = ["ROWS", "Observed", "Pooling", "TokenLogprobs", "token_logprobs"]
-
 # So many logits a row are turned into probabilities at once, and twice as many are made.
 ROWS = 64
 

@@ -6,8 +6,6 @@ from typing import Any
 
 from quintet.errors import InputError, shown
 
-__all__ = ["ARGUMENTS", "asks_nothing", "check_names"]
-
 # What Transformers takes, and people will try.
 _ABSENT = {
     "assistant_early_exit": "speculative decoding",

@@ -20,8 +20,6 @@ from quintet.generation.modes import GenerationMode
 from quintet.generation.sequence_bias import read_biases
 from quintet.generation.watermarking import WatermarkingConfig
 
-__all__ = ["Options"]
-
 SCHEDULES = ("constant", "heuristic", "heuristic_transient")
 
 

@@ -21,8 +21,6 @@ from quintet.generation.stopping import Criterion
 from quintet.parallel.agree import Agreement
 from quintet.tokenization import PreTrainedTokenizer
 
-__all__ = ["check_own_options", "generate_each"]
-
 
 def check_own_options(**given: object) -> None:
     """Check that nothing is given that rows with options of their own cannot share.

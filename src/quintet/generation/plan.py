@@ -24,21 +24,6 @@ from quintet.generation.stopping import (
 from quintet.generation.streamers import Streamer
 from quintet.tokenization import PreTrainedTokenizer
 
-__all__ = [
-    "Configuring",
-    "beam_options",
-    "beginning",
-    "check_cache",
-    "check_least",
-    "configured",
-    "longest",
-    "pad_token",
-    "read_config",
-    "room",
-    "stopping",
-    "warn_of_idle",
-]
-
 
 def beam_options(config: GenerationConfig, streamer: Streamer | None) -> BeamOptions | None:
     """Return the options of a beam search, or None without one.

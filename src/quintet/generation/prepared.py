@@ -13,8 +13,6 @@ from quintet.generation.outputs import ForwardOutput
 from quintet.generation.prompt import Prompt
 from quintet.generation.token_buffer import TokenBuffer
 
-__all__ = ["Prepare", "PreparedForward", "check_prepared"]
-
 Prepare = Callable[..., dict[str, Any]]
 
 

@@ -7,8 +7,6 @@ from torch import Tensor
 
 from quintet.cache import Cache, LegacyCache
 
-__all__ = ["next_inputs"]
-
 
 def next_inputs(
     input_ids: Tensor,

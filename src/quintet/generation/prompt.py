@@ -10,8 +10,6 @@ from quintet.cache import Cache
 from quintet.errors import InputError
 from quintet.ops.token_ids import check_token_ids
 
-__all__ = ["Prompt", "read_prompt"]
-
 
 @dataclass(frozen=True, slots=True)
 class Prompt:

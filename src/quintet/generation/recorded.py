@@ -8,8 +8,6 @@ from quintet.generation.fixed_step import FixedStep, Recording
 from quintet.generation.graphs import Graphs, graphs_of
 from quintet.generation.rows import Cached
 
-__all__ = ["RecordedRows", "recorded_rows"]
-
 # Recording takes as long as some steps that are not recorded.
 LEAST_NEW = 16
 # Memory is taken for all tokens that there may be, whether they come or not.

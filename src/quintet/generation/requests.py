@@ -27,8 +27,6 @@ from quintet.generation.streamers import Streamer
 from quintet.generation.token_buffer import TokenBuffer
 from quintet.tokenization import PreTrainedTokenizer
 
-__all__ = ["Served", "sequence_of"]
-
 # What these ask for is no affair of one sequence, and the values that ask for nothing.
 _OF_A_CALL: abc.Mapping[str, tuple[object, ...]] = {
     "num_beams": (None, 1),

@@ -12,8 +12,6 @@ from quintet.generation.outputs import (
 )
 from quintet.generation.prompt import Prompt
 
-__all__ = ["beam_output", "behind_given", "output"]
-
 
 def output(
     run: Generation, prompt: Prompt, copies: int, speculation: Speculation | None = None

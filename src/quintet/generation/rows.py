@@ -18,8 +18,6 @@ from quintet.generation.speculative.pooled import PredictionRows
 from quintet.generation.speculative.prediction import MTPModel, Seen
 from quintet.parallel.world import World
 
-__all__ = ["Cached", "Piece", "Rows"]
-
 
 class Cached(Protocol):
     """What rows need of a model: a forward that continues from the rows of a cache."""

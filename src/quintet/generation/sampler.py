@@ -19,8 +19,6 @@ from quintet.generation.token_buffer import TokenBuffer
 from quintet.ops import sampling
 from quintet.parallel.agree import Agreement
 
-__all__ = ["Generators", "RowGenerators", "Sampler", "row_generators"]
-
 Generators = torch.Generator | Sequence[torch.Generator]
 # One for each row; None for torch's own.
 RowGenerators = list[torch.Generator] | None

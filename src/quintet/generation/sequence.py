@@ -16,8 +16,6 @@ from quintet.generation.streamers import Streamer
 from quintet.generation.token_buffer import TokenBuffer
 from quintet.ops.sampling import NothingLeftError
 
-__all__ = ["Sequence"]
-
 
 class Sequence:
     """One text that is generated; it owns all that is known of it but the rows of a cache.

@@ -6,8 +6,6 @@ from typing import Any
 
 from quintet.errors import InputError, shown
 
-__all__ = ["Biases", "read_biases"]
-
 Biases = Mapping[tuple[int, ...], float] | Sequence[Sequence[Sequence[int] | float]]
 _RULE = "has to map sequences of token ids to numbers, as {(10, 45): -2.0} or [[[10, 45], -2.0]]"
 

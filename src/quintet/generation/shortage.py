@@ -10,8 +10,6 @@ from quintet.generation.config import GenerationConfig
 from quintet.generation.rows import Cached, Rows
 from quintet.ops.device_memory import empty_caches, free_memory
 
-__all__ = ["does_not_fit"]
-
 # Of the memory there is, what caches may take: a step needs some, too.
 SHARE = 0.8
 

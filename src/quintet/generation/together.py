@@ -11,8 +11,6 @@ from quintet.generation.processors.base import LogitsProcessorList
 from quintet.generation.processors.guidance import UnbatchedClassifierFreeGuidanceLogitsProcessor
 from quintet.parallel.agree import Agreement
 
-__all__ = ["check_alike", "check_together", "running_the_model"]
-
 
 def check_alike(
     agreement: Agreement, given: Mapping[str, object], past: Cache | LegacyCache | None

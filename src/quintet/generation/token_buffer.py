@@ -5,8 +5,6 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-__all__ = ["TokenBuffer"]
-
 
 class TokenBuffer:
     """Rows of ids, right-aligned: the last column holds every row's last token.

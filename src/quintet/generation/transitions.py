@@ -5,8 +5,6 @@ from torch import Tensor
 
 from quintet.errors import InputError
 
-__all__ = ["transition_scores"]
-
 
 def transition_scores(
     sequences: Tensor,

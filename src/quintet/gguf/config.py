@@ -11,8 +11,6 @@ from quintet.errors import CheckpointError, UnsupportedModelError, shown
 from quintet.gguf.container import GGUFFile, GGUFTensor
 from quintet.gguf.values import Values
 
-__all__ = ["config_values"]
-
 # What an architecture may say and our families cannot; where such a key says nothing, it is none.
 _OTHERS = (
     *(

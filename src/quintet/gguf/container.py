@@ -22,8 +22,6 @@ from quintet.gguf.cursor import Cursor, Value
 from quintet.gguf.sniffing import MAGIC, refuse_other
 from quintet.gguf.types import REMOVED, TYPES, BlockType
 
-__all__ = ["GGUFFile", "GGUFTensor", "Value", "read_gguf", "shard_names"]
-
 Stamp = tuple[int, int, int]
 MAX_TENSORS = 1_000_000
 MAX_KEYS = 100_000

@@ -8,8 +8,6 @@ from typing import NoReturn, TypeAlias, Union
 
 from quintet.errors import CheckpointError, shown
 
-__all__ = ["Cursor", "Value"]
-
 # Python 3.11 cannot say of what an array is, but in quotes.
 Value: TypeAlias = Union[bool, int, float, str, list[str], "array[int]", "array[float]"]
 

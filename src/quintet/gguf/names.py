@@ -11,8 +11,6 @@ from quintet.errors import CheckpointError, listed
 from quintet.gguf.config import ROPE_FREQS
 from quintet.gguf.container import GGUFFile, GGUFTensor
 
-__all__ = ["LAYER", "OUTSIDE", "Part", "release_parts"]
-
 Shape = tuple[int, ...]
 
 

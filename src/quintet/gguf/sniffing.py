@@ -4,8 +4,6 @@ from pathlib import Path
 
 from quintet.errors import CheckpointError
 
-__all__ = ["MAGIC", "refuse_other"]
-
 MAGIC = b"GGUF"
 # Magic, version, two counts.
 LEAST_BYTES = 24

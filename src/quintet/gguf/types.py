@@ -4,8 +4,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
 
-__all__ = ["BY_NAME", "REMOVED", "TYPES", "BlockType"]
-
 
 @dataclass(frozen=True, slots=True)
 class BlockType:

@@ -8,8 +8,6 @@ from typing import NoReturn
 from quintet.errors import CheckpointError, UnsupportedModelError, shown
 from quintet.gguf.cursor import Value
 
-__all__ = ["Values"]
-
 
 class Values:
     """Metadata, read by what a key is to be; with a prefix for the keys of an architecture.

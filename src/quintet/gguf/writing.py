@@ -15,8 +15,6 @@ from quintet.gguf.cursor import Value
 from quintet.gguf.sniffing import MAGIC
 from quintet.gguf.types import TYPES, BlockType
 
-__all__ = ["Entry", "GGUFWriter"]
-
 ALIGNMENT = 32
 VERSION = 3
 _NUMBER_OF = {kind.name: number for number, kind in TYPES.items()}

@@ -12,8 +12,6 @@ from quintet.grammar.schema import checked_schema
 from quintet.grammar.vocabulary import Vocabulary
 from quintet.parsing.format import Format
 
-__all__ = ["tool_calls"]
-
 MAX_TOOLS = 128
 # How many bytes their schemas may have together; those take a second to be compiled.
 MAX_SCHEMAS = 4 * MAX_SOURCE

@@ -5,8 +5,6 @@ from llguidance import LLMatcher
 from quintet.grammar.faults import LIMITS
 from quintet.grammar.vocabulary import Vocabulary
 
-__all__ = ["Compiled"]
-
 
 class Compiled:
     """Matchers at the begin of a grammar.

@@ -15,8 +15,6 @@ from quintet.grammar.processor import GrammarProcessor
 from quintet.grammar.vocabulary import Vocabulary
 from quintet.tokenization import PreTrainedTokenizer
 
-__all__ = ["Grammars", "compile"]
-
 # So many tokens are tried before a grammar counts as usable: some are too complex only then.
 TRIED = 8
 # So many tokens may those that are kept have followed together: what they remember of texts is up

@@ -11,16 +11,6 @@ from quintet.grammar.faults import JSON_STYLE, schema_fault, told
 from quintet.grammar.schema import checked_schema
 from quintet.grammar.vocabulary import Vocabulary
 
-__all__ = [
-    "MAX_SOURCE",
-    "Constraint",
-    "choice",
-    "json_object",
-    "json_schema",
-    "lark",
-    "regex",
-]
-
 # How many bytes may say what a text may be.
 MAX_SOURCE = 65_536
 

@@ -10,8 +10,6 @@ from llguidance import LLMatcher, LLParserLimits
 from quintet.errors import shown
 from quintet.grammar.schema import schemas_in
 
-__all__ = ["JSON_STYLE", "LIMITS", "schema_fault", "told"]
-
 # What a grammar may take to be read, and then at each token: about 250 ms and 15 ms at the worst;
 # and how much its lexer may remember, of which 20,000 states are 30 MB.
 LIMITS = LLParserLimits(

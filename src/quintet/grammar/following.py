@@ -10,8 +10,6 @@ from quintet.grammar.compiled import Compiled
 from quintet.grammar.faults import told
 from quintet.grammar.vocabulary import Vocabulary
 
-__all__ = ["Following"]
-
 # A grammar that has to be compiled anew again before so many tokens is too complex.
 LEAST = 16
 

@@ -12,8 +12,6 @@ from quintet.grammar.compiled import Compiled
 from quintet.grammar.following import Following
 from quintet.grammar.vocabulary import Vocabulary
 
-__all__ = ["GrammarProcessor"]
-
 
 class GrammarProcessor(ConstrainingProcessor):
     """Allows only the tokens that a grammar allows next, of each row by the ids it has.

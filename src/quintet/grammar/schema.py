@@ -7,8 +7,6 @@ from urllib.parse import unquote
 
 from quintet.errors import GrammarError, shown
 
-__all__ = ["checked_schema", "schemas_in"]
-
 # How deep schemas may stand in each other, and how often one is looked at.
 MAX_DEPTH = 64
 MAX_LOOKS = 200_000

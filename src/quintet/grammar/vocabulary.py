@@ -8,8 +8,6 @@ from llguidance import LLTokenizer
 from quintet.errors import InputError, TokenizerError, shown
 from quintet.tokenization import PreTrainedTokenizer
 
-__all__ = ["Vocabulary"]
-
 UNICODE_FORMS = frozenset(("NFC", "NFD", "NFKC", "NFKD"))
 
 

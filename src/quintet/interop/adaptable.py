@@ -14,8 +14,6 @@ from torch.utils import _pytree as pytree
 
 from quintet.quantization import QuantizedLinear
 
-__all__ = ["HeldWeight", "adaptable", "as_linear"]
-
 
 class HeldWeight(torch.Tensor):
     """The numbers (O, I) that a map's parts stand for: decoded to be read, rounded to be written.

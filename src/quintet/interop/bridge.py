@@ -16,8 +16,6 @@ from quintet.interop.caches import continuing_caches, taking_caches
 from quintet.modeling.base import PreTrainedModel
 from quintet.quantization import Quantized
 
-__all__ = ["as_transformers"]
-
 Model = TypeVar("Model", bound=PreTrainedModel)
 # Bits of a weight: what is less is called 4, the rest 8.
 FEW = 7

@@ -10,8 +10,6 @@ from quintet.cache import from_legacy
 from quintet.errors import InputError
 from quintet.modeling.base import PreTrainedModel
 
-__all__ = ["taking_caches"]
-
 
 def taking_caches(forward: Callable[..., Any]) -> Callable[..., Any]:
     """Make a forward take Transformers' caches: it copies them, and returns a cache of ours."""

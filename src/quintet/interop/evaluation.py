@@ -17,8 +17,6 @@ from quintet.interop.tokenizers import to_transformers
 from quintet.modeling.base import PreTrainedModel
 from quintet.tokenization import PreTrainedTokenizer
 
-__all__ = ["main", "register_lm_eval"]
-
 # What lm-eval does with a model and a tokenizer that are there.
 HARNESS = (
     *("add_bos_token", "batch_size", "chat_template_args", "enable_thinking", "logits_cache"),

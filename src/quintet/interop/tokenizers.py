@@ -7,8 +7,6 @@ from quintet.errors import MissingDependencyError
 from quintet.tokenization import PreTrainedTokenizer
 from quintet.tokenization.options import NAMED_TOKENS
 
-__all__ = ["to_transformers"]
-
 
 def to_transformers(tokenizer: PreTrainedTokenizer) -> Any:
     """Return a `transformers.PreTrainedTokenizerFast` that reads and writes as a tokenizer does.

@@ -7,8 +7,6 @@ import sys
 from collections.abc import Callable
 from functools import cache
 
-__all__ = ["keep", "keep_freed_memory"]
-
 # The parameters of mallopt(3), and what they are set to: buffers below the first size are taken
 # from the heap, whose free end is handed back beyond the second.
 TRIM_THRESHOLD, MMAP_THRESHOLD = -1, -3

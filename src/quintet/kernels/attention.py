@@ -5,8 +5,6 @@ from torch import Tensor
 
 from quintet.kernels.calls import begin, firsts
 
-__all__ = ["COLUMNS", "attend"]
-
 # How many columns of values the kernel takes at once, where vectors are widest.
 COLUMNS = 32
 

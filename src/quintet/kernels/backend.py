@@ -25,8 +25,6 @@ from quintet.kernels.decode import decode
 from quintet.kernels.native import find_recipe
 from quintet.kernels.store import BuildError
 
-__all__ = ["BACKEND"]
-
 BF16 = frozenset({torch.bfloat16})
 FLOATS = frozenset({torch.bfloat16, torch.float32})
 

@@ -5,8 +5,6 @@ from torch import Tensor
 
 from quintet.kernels.calls import begin
 
-__all__ = ["read"]
-
 
 def read(x: Tensor) -> Tensor | None:
     """Return the sum of x (N,) in float32, read in wide loads by all threads; None without it."""

@@ -7,8 +7,6 @@ from quintet.gguf.layouts import LAYOUTS
 from quintet.gguf.types import BlockType
 from quintet.kernels.calls import begin
 
-__all__ = ["decode_blocks", "split_blocks"]
-
 SUFFIX = {torch.bfloat16: "bf16", torch.float32: "f32"}
 
 

@@ -15,8 +15,6 @@ from torch.autograd import forward_ad
 
 from quintet.kernels.native import available, entry
 
-__all__ = ["Call", "applies", "begin", "firsts", "watched"]
-
 PLAIN = (Tensor, torch.nn.Parameter)
 STRIDED = torch.strided
 NOTHING = (0, 0)

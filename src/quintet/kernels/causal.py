@@ -7,8 +7,6 @@ from torch import Tensor
 
 from quintet.kernels.calls import Call, begin
 
-__all__ = ["LANES", "attend_texts", "attend_texts_gradient"]
-
 # Numbers of a head are computed this many at a time.
 LANES = 16
 SUFFIX = {torch.bfloat16: "bf16", torch.float32: "f32"}

@@ -6,8 +6,6 @@ from torch import Tensor
 from quintet.kernels.calls import begin, firsts
 from quintet.kernels.linear import STEP_TOKENS
 
-__all__ = ["decode"]
-
 SUFFIX = {torch.bfloat16: "bf16", torch.float32: "f32"}
 LANES = 16
 

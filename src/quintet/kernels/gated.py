@@ -9,8 +9,6 @@ from quintet.kernels.calls import begin
 from quintet.kernels.linear import STEP_TOKENS, SUFFIX, batch_invariant, kernel_name
 from quintet.kernels.matrix import Kind, Matrix, common_kind, write_stack
 
-__all__ = ["gated"]
-
 # Beyond so many tokens, other products are the faster ones (docs/lab-notes.md).
 MOST_TOKENS: Mapping[str, int] = MappingProxyType(
     {"bf16": STEP_TOKENS, "f32": 24}

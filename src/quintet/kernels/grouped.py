@@ -6,8 +6,6 @@ from torch import Tensor
 from quintet.kernels.calls import begin
 from quintet.kernels.linear import batch_invariant
 
-__all__ = ["grouped_silu_experts"]
-
 
 def grouped_silu_experts(
     x: Tensor, indices: Tensor, weights: Tensor, gate_up: Tensor, down: Tensor

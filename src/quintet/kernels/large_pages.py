@@ -10,8 +10,6 @@ from threading import Thread, get_native_id
 
 from torch import Tensor
 
-__all__ = ["hold_in_large_pages"]
-
 PAGE = 2 << 20
 # madvise(2): move what is there into large pages, now. Since Linux 6.1.
 COLLAPSE = 25

@@ -12,8 +12,6 @@ from quintet.kernels.calls import begin, firsts
 from quintet.kernels.linear import Matrix
 from quintet.kernels.parts import Fields, Norm, Part
 
-__all__ = ["LatentAttention", "attend_latents"]
-
 
 def attend_latents(
     q_nope: Tensor,

@@ -23,8 +23,6 @@ from quintet.kernels.parts import Adapted, Fields, Norm, Part
 from quintet.kernels.patience import log
 from quintet.kernels.routing import Rules
 
-__all__ = ["agrees", "disagreement"]
-
 BF16 = torch.bfloat16
 C, EPS, SCALE = 32, 0.125, 0.75
 

@@ -9,18 +9,6 @@ from torch import Tensor
 
 from quintet.kernels.calls import Call
 
-__all__ = [
-    "GROUP",
-    "Kind",
-    "Matrix",
-    "common_kind",
-    "integers",
-    "kind_of",
-    "power_of_groups",
-    "write",
-    "write_stack",
-]
-
 GROUP = 64
 
 

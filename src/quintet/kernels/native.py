@@ -13,8 +13,6 @@ from quintet.kernels.allocator import keep_freed_memory
 from quintet.kernels.build import BuildError, Recipe, best_level, recipe
 from quintet.kernels.patience import log
 
-__all__ = ["Native", "available", "entry", "find_recipe", "native"]
-
 
 @dataclass(frozen=True, slots=True)
 class Native:

@@ -14,21 +14,6 @@ from quintet.kernels.calls import Call
 from quintet.kernels.matrix import Kind, Matrix, kind_of, write, write_stack
 from quintet.kernels.routing import Rules
 
-__all__ = [
-    "MLP",
-    "Adapted",
-    "Attention",
-    "Fields",
-    "FinalNorm",
-    "Mixer",
-    "Norm",
-    "Part",
-    "Routed",
-    "SharedMLP",
-    "Source",
-    "Tokens",
-]
-
 LANES = 16
 
 

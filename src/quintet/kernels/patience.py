@@ -5,8 +5,6 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-__all__ = ["SILENT", "log", "told"]
-
 # Python writes warnings of a logger nobody set up to standard error.
 log = logging.getLogger("quintet.kernels")
 # Seconds.

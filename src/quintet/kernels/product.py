@@ -8,8 +8,6 @@ from torch import Tensor
 from quintet.kernels.calls import applies, begin
 from quintet.kernels.linear import Matrix, batch_invariant
 
-__all__ = ["gated_products", "products"]
-
 
 def products(x: Tensor, maps: Sequence[Matrix]) -> list[Tensor] | None:
     """Return x·Wᵀ + b for each of `maps`; None where the kernel does not apply.

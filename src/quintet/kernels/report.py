@@ -6,8 +6,6 @@ from quintet.kernels.allocator import keep_freed_memory
 from quintet.kernels.native import find_recipe, native
 from quintet.kernels.store import BuildError
 
-__all__ = ["Kernel", "Report", "outlook", "report"]
-
 # What there is, and when a model uses it.
 KERNELS = {
     "attention": "softmax attention in bfloat16",

@@ -7,8 +7,6 @@ from torch import Tensor
 
 from quintet.kernels.calls import Call, begin
 
-__all__ = ["Rules", "choose", "router_logits"]
-
 SUFFIX = {torch.bfloat16: "bf16", torch.float32: "f32"}
 
 

@@ -5,8 +5,6 @@ from torch import Tensor
 
 from quintet.kernels.calls import begin
 
-__all__ = ["gelu_mul", "rms_norm", "rotate", "sigmoid", "silu_mul"]
-
 SUFFIX = {torch.bfloat16: "bf16", torch.float32: "f32"}
 
 

@@ -6,8 +6,6 @@ from torch import Tensor
 from quintet.kernels.calls import begin
 from quintet.kernels.rows import SUFFIX
 
-__all__ = ["rms_norm_gradient", "silu_gate_gradient"]
-
 
 def rms_norm_gradient(
     grad: Tensor, x: Tensor, weight: Tensor, *, eps: float

@@ -5,8 +5,6 @@ from torch import Tensor
 
 from quintet.kernels.calls import begin
 
-__all__ = ["penalise_repetition"]
-
 
 def penalise_repetition(
     logits: Tensor, ids: Tensor, kept: Tensor | None, penalty: float

@@ -16,8 +16,6 @@ from torch import Tensor
 from quintet.errors import RankFailedError
 from quintet.kernels.calls import Call
 
-__all__ = ["LINE", "NOWHERE", "SLOT", "SharedBuffer", "size_of"]
-
 LINE, SLOT = 64, 1 << 18
 # What stands in a call where there is no shared buffer.
 NOWHERE = (0,) * 9

@@ -5,8 +5,6 @@ from torch import Tensor
 
 from quintet.kernels.calls import begin
 
-__all__ = ["mamba2"]
-
 # Channels are computed this many at a time.
 LANES = 16
 NAMES = {torch.bfloat16: "mamba2_bf16", torch.float32: "mamba2_f32"}

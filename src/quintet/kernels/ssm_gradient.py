@@ -8,8 +8,6 @@ from torch import Tensor
 
 from quintet.kernels.calls import Call, begin
 
-__all__ = ["Learned", "mix_texts", "mix_texts_gradient"]
-
 # Channels are computed this many at a time.
 LANES = 16
 

@@ -18,8 +18,6 @@ from quintet.kernels.matrix import Kind
 from quintet.kernels.parts import Fields, Part, Tokens
 from quintet.kernels.shared_buffer import NOWHERE, SharedBuffer
 
-__all__ = ["Stack"]
-
 # So many tokens pass the layers at once, and more one slice behind the other: few enough to lie
 # beside the weights in a cache.
 SLICE = 64

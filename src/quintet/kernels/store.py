@@ -16,8 +16,6 @@ from pathlib import Path
 
 from quintet.kernels.patience import told
 
-__all__ = ["BuildError", "cache_folder", "held", "is_whole", "open_folder", "publish", "scratch"]
-
 MARK = b"quintet kernels, sha256 of the above:"
 SCRATCH = "build-"
 # How long another process may take to compile before this one goes on without kernels.

@@ -16,8 +16,6 @@ from torch import Tensor, nn
 
 from quintet.layers.plain import called_only
 
-__all__ = ["AdaptedForward", "Place", "Places", "Placing", "matrix_in_use", "placed"]
-
 
 class AdaptedForward(ABC):
     """A forward put in the place of a module's own."""

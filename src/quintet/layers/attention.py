@@ -9,8 +9,6 @@ from quintet.layers.stack import StackPart
 from quintet.ops.rope import rotate_both
 from quintet.sharding import Section, Sharding, columns, rows
 
-__all__ = ["Attention"]
-
 
 class Attention(StackPart):
     """Attention with H query heads over K shared key-value heads (arXiv:2305.13245).

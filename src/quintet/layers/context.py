@@ -14,8 +14,6 @@ from quintet.ops.attention import AttentionBackend, sdpa
 from quintet.ops.causal_learning import attend_learning, attends_learning
 from quintet.ops.masks import AttentionMask
 
-__all__ = ["ForwardContext", "Notes"]
-
 
 class Notes:
     """What layers tell, in their order, beside the hidden states they return.

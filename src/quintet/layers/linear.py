@@ -10,8 +10,6 @@ from quintet.kernels.linear import Matrix
 from quintet.layers.plain import PlainModule, hooked
 from quintet.ops.linear import linear, linears
 
-__all__ = ["Linear", "LinearMap", "matrices", "project"]
-
 
 class LinearMap(PlainModule, ABC):
     """A linear map that can share a pass over an input with others of its class.

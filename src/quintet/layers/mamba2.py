@@ -19,8 +19,6 @@ from quintet.ops.mamba2 import Calls, MixerWeights, gated_rms_norm, heads_and_gr
 from quintet.ops.mamba2_learning import mix_learning
 from quintet.sharding import WHOLE, Section, Sharding, columns, rows
 
-__all__ = ["CausalConv1d", "GatedRMSNorm", "Mamba2"]
-
 
 class GatedRMSNorm(PlainModule):
     """RMS normalisation of x · silu(z), each of the groups by itself, in float32."""

@@ -15,8 +15,6 @@ from quintet.ops.mla import latent_attention, separate_texts
 from quintet.ops.rope import rotate_both
 from quintet.sharding import WHOLE, Section, Sharding, columns, rows
 
-__all__ = ["LatentAttention"]
-
 
 class Latents(PlainModule):
     """What all heads read of a token: the seam between what is one and what is by heads."""

@@ -12,8 +12,6 @@ from quintet.ops.activations import Activation, activation, gate_by
 from quintet.ops.one_pass import gate_in_one_pass, gated_mlp
 from quintet.sharding import WHOLE, Section, Sharding, columns, rows
 
-__all__ = ["GatedMLP", "silu_matrices"]
-
 
 class GatedMLP(StackPart):
     """down(act(gate(x)) · up(x)), a gated linear unit (arXiv:2002.05202)."""

@@ -15,8 +15,6 @@ from quintet.ops.activations import Activation, activation
 from quintet.ops.moe import apply_experts
 from quintet.sharding import Cut, Section, Sharding, stacked
 
-__all__ = ["ExpertBlock", "ExpertStack", "Experts", "run_mlp", "silu_stacks"]
-
 
 class ExpertStack(PlainModule, ABC):
     """E gated MLPs on top of each other, each way to hold matrices a class of its own."""

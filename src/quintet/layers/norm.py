@@ -7,8 +7,6 @@ from quintet.layers.plain import PlainModule
 from quintet.ops.norm import rms_norm
 from quintet.sharding import WHOLE, Sharding
 
-__all__ = ["RMSNorm"]
-
 
 class RMSNorm(PlainModule):
     """Root-mean-square normalisation with a learned scale (arXiv:1910.07467)."""

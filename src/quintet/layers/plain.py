@@ -10,18 +10,6 @@ from torch.nn.modules import module as hooks
 
 from quintet.kernels.shared_buffer import SharedBuffer
 
-__all__ = [
-    "Idle",
-    "PlainModule",
-    "Summing",
-    "called_only",
-    "hooked",
-    "in_between",
-    "replaced",
-    "sums_in",
-    "untouched",
-]
-
 Module = TypeVar("Module", bound=nn.Module)
 WRITTEN_CALL = nn.Module._call_impl
 

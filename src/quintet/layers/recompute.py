@@ -15,8 +15,6 @@ from quintet.layers.adapted import placed
 from quintet.layers.context import ForwardContext
 from quintet.layers.router import Choices
 
-__all__ = ["Recompute"]
-
 # Those of `torch.utils.checkpoint.checkpoint`; the first alone serve both of its ways.
 OPTIONS = ("preserve_rng_state", "use_reentrant", "context_fn", "determinism_check", "debug")
 BOTH_WAYS = OPTIONS[:2]

@@ -11,8 +11,6 @@ from quintet.kernels.calls import applies
 from quintet.layers.plain import PlainModule, hooked
 from quintet.ops.rope import inverse_frequencies, rotary_angles
 
-__all__ = ["RotaryEmbedding"]
-
 # So many positions at once are a step; more are a prompt, for which nothing is kept.
 FEW = 32
 

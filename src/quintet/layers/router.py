@@ -8,8 +8,6 @@ from torch import Tensor, nn
 from quintet.layers.plain import PlainModule
 from quintet.sharding import WHOLE, Sharding
 
-__all__ = ["Choices", "ExpertRouter"]
-
 
 class Choices:
     """What was chosen in the first run of a layer, for those that recompute it.

@@ -28,8 +28,6 @@ from quintet.ops.routing import (
 )
 from quintet.sharding import Sharding
 
-__all__ = ["Router", "SharedExpertsMoE", "SigmoidRouter", "SoftmaxRouter"]
-
 
 class Router(ExpertRouter):
     """The router of DeepSeek."""

@@ -7,8 +7,6 @@ from quintet.layers.adapted import placed
 from quintet.layers.context import ForwardContext
 from quintet.layers.recompute import Recompute
 
-__all__ = ["run_layer"]
-
 
 def run_layer(
     layer: nn.Module,

@@ -20,8 +20,6 @@ from quintet.ops.activations import Activation, activation, gate_by
 from quintet.ops.rope import rotate_both
 from quintet.sharding import WHOLE, Section, Sharding, columns, rows
 
-__all__ = ["Adapters", "SharedAttention", "SharedMLP", "SharedTransformer"]
-
 
 class Adapter(nn.Sequential, PlainModule):
     """A low-rank addition to a projection."""

@@ -9,8 +9,6 @@ from torch import Tensor, nn
 
 from quintet.layers.plain import replaced
 
-__all__ = ["Snapshot"]
-
 look_up: Callable[[dict[str, Any], str], Any] = dict.get
 
 

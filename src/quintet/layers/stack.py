@@ -21,18 +21,6 @@ from quintet.layers.plain import PlainModule, hooked, sums_in, untouched
 from quintet.layers.snapshot import Snapshot
 from quintet.ops.attention import sdpa
 
-__all__ = [
-    "Kept",
-    "LayerRun",
-    "Piece",
-    "StackLayer",
-    "StackPart",
-    "fits",
-    "gather",
-    "norm_of",
-    "residuals",
-]
-
 
 class Piece(NamedTuple):
     """A part of a layer.

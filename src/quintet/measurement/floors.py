@@ -22,8 +22,6 @@ from quintet.modeling.decoder import DecoderModel
 from quintet.modeling.heads import CausalLMHead
 from quintet.quantization.modules import QuantizedEmbedding, QuantizedExperts
 
-__all__ = ["StepBytes", "learned_products", "prompt_flops", "step_bytes", "token_products"]
-
 
 @dataclass(frozen=True, slots=True)
 class StepBytes:

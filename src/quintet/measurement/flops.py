@@ -25,8 +25,6 @@ from quintet.models.qwen2 import Qwen2Config
 from quintet.models.qwen2_moe import Qwen2MoeConfig
 from quintet.models.zamba2 import Zamba2Config
 
-__all__ = ["TrainingFlops", "attention_flops"]
-
 
 class TrainingFlops:
     """The operations of one token of a training, whatever its rows are.

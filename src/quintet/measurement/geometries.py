@@ -12,8 +12,6 @@ from quintet.auto import AutoConfig
 from quintet.configuration import PreTrainedConfig
 from quintet.errors import InputError
 
-__all__ = ["GEOMETRIES", "Geometry", "geometry"]
-
 
 @dataclass(frozen=True, slots=True)
 class Geometry:

@@ -14,8 +14,6 @@ import torch
 
 from quintet.kernels.bandwidth import read
 
-__all__ = ["Bandwidth", "Load", "Machine", "gemm_peak", "peak_memory", "read_bandwidth"]
-
 # Far larger than the caches of a CPU.
 _READ_BYTES = 192 * 2**20
 

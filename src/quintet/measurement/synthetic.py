@@ -13,8 +13,6 @@ from quintet.configuration import PreTrainedConfig
 from quintet.modeling.base import PreTrainedModel
 from quintet.modeling.heads import CausalLMHead
 
-__all__ = ["filled_cache", "random_ids", "random_model"]
-
 # Drawn once and repeated: drawing billions of numbers takes longer than anything measured. A prime
 # number of them, so that no two rows of a matrix are the same.
 _DRAWN = 8_388_593

@@ -12,8 +12,6 @@ from quintet.cache import Cache
 from quintet.measurement.synthetic import filled_cache, random_ids
 from quintet.modeling.heads import CausalLMHead
 
-__all__ = ["Spread", "time_prompt", "time_steps"]
-
 
 @dataclass(frozen=True, slots=True)
 class Spread:

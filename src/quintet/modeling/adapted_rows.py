@@ -13,8 +13,6 @@ from quintet.layers.adapted import Place, Placing
 from quintet.modeling.core import ModelCore
 from quintet.ops.ragged import Padding
 
-__all__ = ["AdaptedRows"]
-
 
 class AdaptedRows(ModelCore):
     """What forwards ask of the adapters on a model.

@@ -22,8 +22,6 @@ from quintet.folder import checked_path
 from quintet.modeling.adapted_rows import AdaptedRows
 from quintet.quantization import Quantized
 
-__all__ = ["Adapting"]
-
 
 class Adapting(AdaptedRows):
     """What a model has so that adapters can be put on it."""

@@ -15,8 +15,6 @@ from quintet.layers.routing import SigmoidRouter
 from quintet.modeling.core import ModelCore
 from quintet.ops.routing import balanced_bias, expert_load, max_violation
 
-__all__ = ["BiasBalancer", "ExpertLoads", "LoadBalancer", "balance_metrics"]
-
 
 class ExpertLoads:
     """Counts the tokens that each router sends to each expert.

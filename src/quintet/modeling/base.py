@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
-from quintet.configuration.base import CONFIG_NAME, PreTrainedConfig
+from quintet.configuration.base import PreTrainedConfig
 from quintet.errors import InputError
-from quintet.folder import checked_path
+from quintet.folder import CONFIG_NAME, checked_path
 from quintet.generation.config import GENERATION_CONFIG_NAME, GenerationConfig
 from quintet.hub import Pushable
 from quintet.modeling import loading

@@ -12,8 +12,6 @@ from quintet.errors import ConfigError
 from quintet.layers.recompute import Recompute
 from quintet.modeling.core import ModelCore
 
-__all__ = ["Checkpointing"]
-
 
 class Checkpointing(ModelCore):
     """What a model has so that its layers can be recomputed in training.

@@ -20,8 +20,6 @@ from quintet.ops.labels import of_tokens
 from quintet.ops.losses import Items, sequence_loss, span_loss, token_loss
 from quintet.sharding import WHOLE, Sharding
 
-__all__ = ["QuestionAnsweringHead", "SequenceClassificationHead", "TokenClassificationHead"]
-
 
 class SequenceClassificationHead(Headed):
     """Logits of a whole sequence, read off its last token that is not padding.

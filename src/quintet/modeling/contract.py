@@ -12,8 +12,6 @@ from quintet.generation.mixin import GenerationMixin
 from quintet.modeling.core import ModelCore
 from quintet.quantization import Quantized, QuantizedEmbedding
 
-__all__ = ["ModelContract", "vocabulary_of"]
-
 
 class ModelContract(ModelCore):
     """What tools ask of any model: how large it is, what it is called, which parts it has.

@@ -25,8 +25,6 @@ from quintet.parallel.styles import plan_of
 from quintet.parallel.world import World
 from quintet.quantization import QuantizationConfig, Quantized, Scheme, Slot, apply, freeze, tie
 
-__all__ = ["ModelCore"]
-
 
 class ModelCore(nn.Module):
     """What loading, placing and saving need to know of a model.

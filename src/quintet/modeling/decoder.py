@@ -39,8 +39,6 @@ from quintet.ops.token_ids import check_placed, check_token_ids
 from quintet.quantization import QuantizedEmbedding
 from quintet.sharding import Section, Sharding, rows
 
-__all__ = ["DecoderModel", "LayersOutput", "check_token_ids", "first"]
-
 Value = TypeVar("Value")
 
 

@@ -19,8 +19,6 @@ from quintet.modeling.core import ModelCore
 from quintet.modeling.placement import ModelPart, Placement
 from quintet.ops.masks import AttentionMask
 
-__all__ = ["dispatch_model", "moved"]
-
 
 def dispatch_model(model: ModelCore, placement: Placement, parts: Sequence[ModelPart]) -> None:
     """Bring what was not in the checkpoint to where it belongs, and let the model run there."""

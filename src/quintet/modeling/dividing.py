@@ -18,8 +18,6 @@ from quintet.parallel.division import DistributedConfig, degrees_for, processes
 from quintet.parallel.launch import connect, join, own_device
 from quintet.parallel.world import World
 
-__all__ = ["world_for"]
-
 
 def world_for(
     cls: type[ModelCore],

@@ -12,8 +12,6 @@ from quintet.modeling.weight_loader import WeightLoader, check_filled
 from quintet.parallel.slices import Slices
 from quintet.parallel.world import World
 
-__all__ = ["new_model"]
-
 Model = TypeVar("Model", bound=ModelCore)
 
 

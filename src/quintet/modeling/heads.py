@@ -25,18 +25,6 @@ from quintet.ops.losses import Items, averaged, next_token_loss, token_loss
 from quintet.quantization import refuse_idle_training
 from quintet.sharding import Section, Sharding, rows
 
-__all__ = [
-    "CausalLMHead",
-    "Headed",
-    "LabelOptions",
-    "check_shape",
-    "given",
-    "kept",
-    "mean_loss",
-    "padding_mask",
-    "split_options",
-]
-
 
 class LabelOptions(Packing, total=False):
     """Options of a forward with labels of the next token.

@@ -9,8 +9,6 @@ from quintet.checkpoint import TensorInfo
 from quintet.modeling.key_mapping import KeyMapping
 from quintet.quantization import Slot
 
-__all__ = ["how_held", "in_words"]
-
 
 def how_held(
     mapping: KeyMapping,

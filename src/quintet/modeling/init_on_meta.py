@@ -12,8 +12,6 @@ from quintet.configuration.base import PreTrainedConfig
 from quintet.errors import ConfigError, QuintetError
 from quintet.modeling.core import ModelCore
 
-__all__ = ["init_on_meta"]
-
 Model = TypeVar("Model", bound=ModelCore)
 
 

@@ -9,9 +9,6 @@ from quintet.errors import InputError, named
 from quintet.ops.masks import causal_mask
 from quintet.ops.transforms import recorded
 
-__all__ = ["check_causal", "check_past", "first_position", "opened", "positions", "split_mask"]
-
-
 # What is added to a score to hide its key.
 LOW = -30_000.0
 NOT_CAUSAL = (

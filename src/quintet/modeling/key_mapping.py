@@ -20,8 +20,6 @@ from quintet.errors import InputError, listed
 from quintet.modeling.core import ModelCore
 from quintet.quantization import QuantizationConfig, Stored, WeightFormat, stored
 
-__all__ = ["KeyMapping", "check_tied", "map_keys", "stack_experts"]
-
 Shape = tuple[int, ...]
 # A head that a class does not have is no loss.
 HEADS = ("lm_head.", "score.", "qa_outputs.")

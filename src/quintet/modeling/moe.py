@@ -19,8 +19,6 @@ from quintet.modeling.outputs import MoeCausalLMOutputWithPast, MoeModelOutputWi
 from quintet.modeling.packing import Packing, takes_packing
 from quintet.ops.losses import Items
 
-__all__ = ["EXPERT_STACKS", "MoeCausalLMHead", "MoeDecoderModel"]
-
 EXPERT_STACKS = (
     StackExperts(
         "experts.gate_up_proj", ("experts.{}.gate_proj.weight", "experts.{}.up_proj.weight")

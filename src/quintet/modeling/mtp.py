@@ -28,14 +28,6 @@ from quintet.ops.labels import following_tokens
 from quintet.ops.losses import Items
 from quintet.ops.ragged import padding_of
 
-__all__ = [
-    "MissingPredictionLayersWarning",
-    "MtpCausalLMHead",
-    "MtpDecoderModel",
-    "PredictionLayer",
-]
-
-
 # The slots of all rows, and the rectangles that the tokens make.
 Segments = tuple[Segment, tuple[Segment, ...]]
 

@@ -13,8 +13,6 @@ from quintet.parallel.stages import names_held, stages_to_run
 from quintet.parallel.world import World
 from quintet.quantization import Slot, check_divided
 
-__all__ = ["OwnPart"]
-
 
 class OwnPart:
     """What is done to a model that several processes hold while it is loaded.

@@ -15,8 +15,6 @@ from quintet.ops.documents import Documents, documents_of
 from quintet.ops.labels import IGNORED
 from quintet.ops.transforms import recorded
 
-__all__ = ["Packing", "own_labels", "packed", "takes_packing"]
-
 Forward = TypeVar("Forward", bound=Callable[..., Any])
 
 

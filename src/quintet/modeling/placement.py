@@ -14,19 +14,6 @@ from quintet.configuration.base import FLOAT_DTYPES
 from quintet.errors import DoesNotFitError, InputError, UnsupportedBackendError
 from quintet.ops.device_memory import free_memory
 
-__all__ = [
-    "DeviceMap",
-    "MaxMemory",
-    "ModelPart",
-    "Placement",
-    "first_device",
-    "gigabytes",
-    "layout",
-    "named_dtype",
-    "parts",
-    "place",
-]
-
 Device = str | int | torch.device
 DeviceMap = Device | Mapping[str, Device] | None
 MaxMemory = Mapping[int | str, int | str]

@@ -5,8 +5,6 @@ import sys
 
 from tqdm import tqdm  # type: ignore[import-untyped]
 
-__all__ = ["progress_bar"]
-
 
 def progress_bar(what: str, total: int) -> tqdm:
     """Return a bar of bytes: shown at a terminal after the first second, taken away at its end.

@@ -23,8 +23,6 @@ from quintet.parallel.together import Together
 from quintet.parallel.world import World
 from quintet.quantization import Quantized, part_state
 
-__all__ = ["write_together"]
-
 Shape = tuple[int, ...]
 # What each process has of tensors that are given out by layers.
 Stages = list[dict[str, torch.dtype]] | None

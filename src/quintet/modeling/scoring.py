@@ -28,8 +28,6 @@ from quintet.parallel.regions import copied
 from quintet.parallel.vocabulary import OtherIds, spread_ids
 from quintet.quantization import QuantizedLinear
 
-__all__ = ["HeadInParts", "ScoredHead", "scored", "token_logprobs"]
-
 # How many logits a head makes at a time that is run as a module.
 AT_ONCE = 1 << 25
 

@@ -13,8 +13,6 @@ from quintet.ops.documents import Documents
 from quintet.ops.masks import AttentionMask, attention_mask_of, causal_mask
 from quintet.ops.ragged import Padding, Ragged
 
-__all__ = ["angles", "masks", "segments"]
-
 
 def segments(
     embeds: Tensor, rows: Padding | Documents | None, cache: Cache | None, *, learns: bool

@@ -12,8 +12,6 @@ from quintet.modeling.init_on_meta import init_on_meta
 from quintet.modeling.placement import ModelPart, parts
 from quintet.quantization import Scheme
 
-__all__ = ["Size", "measure"]
-
 
 @dataclass(frozen=True, slots=True)
 class Size:

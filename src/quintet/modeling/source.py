@@ -7,8 +7,6 @@ from typing import Any
 
 from quintet.hub import CONFIG_PATTERNS, locate, locate_weights
 
-__all__ = ["ModelSource"]
-
 
 @dataclass(frozen=True, slots=True)
 class ModelSource:

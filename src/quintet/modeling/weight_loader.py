@@ -17,8 +17,6 @@ from quintet.modeling.progress import progress_bar
 from quintet.parallel.placement import Shard
 from quintet.quantization import Encoded, Slot, read
 
-__all__ = ["WeightLoader", "check_filled", "identical", "load_weights"]
-
 WHOLE: Mapping[str, Shard] = MappingProxyType({})
 
 

@@ -12,8 +12,6 @@ from quintet.kernels import rows
 from quintet.kernels.rows_gradient import silu_gate_gradient
 from quintet.ops.again import Rule, keeping_inputs, learn
 
-__all__ = ["ACTIVATIONS", "Activation", "activation", "gate_by", "sigmoid"]
-
 Activation = Callable[[Tensor], Tensor]
 
 

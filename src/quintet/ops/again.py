@@ -11,8 +11,6 @@ from quintet.kernels.calls import PLAIN
 from quintet.kernels.native import available
 from quintet.ops.transforms import recorded, transformed
 
-__all__ = ["Rule", "derived", "keeping_inputs", "learn"]
-
 FLOATS = (torch.float32, torch.bfloat16)
 
 

@@ -22,16 +22,6 @@ from quintet.ops.one_pass import attend_in_one_pass
 from quintet.ops.paged import attend_rows
 from quintet.ops.transforms import transformed
 
-__all__ = [
-    "BACKENDS",
-    "AttentionBackend",
-    "attention_backend",
-    "eager",
-    "flash",
-    "in_range",
-    "sdpa",
-]
-
 
 class AttentionBackend(Protocol):
     """One way to compute attention.

@@ -5,8 +5,6 @@ from torch import Tensor
 
 from quintet.gguf.types import BlockType
 
-__all__ = ["ENCODED", "encode_blocks"]
-
 ENCODED = ("F32", "F16", "BF16", "Q8_0", "Q4_0")
 _PLAIN = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 

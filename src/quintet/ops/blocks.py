@@ -24,8 +24,6 @@ from quintet.gguf.types import BlockType
 from quintet.ops.groups import IQ4, pack_numbers
 from quintet.ops.quantized import bands
 
-__all__ = ["Split", "decode_blocks", "has_odd_scales", "split_blocks"]
-
 
 class Split(NamedTuple):
     """Blocks taken apart: numbers int8 (N, weights), or places in a table; scales (N, groups)."""

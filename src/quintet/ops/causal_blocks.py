@@ -5,8 +5,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-__all__ = ["causal_blocks", "in_blocks"]
-
 # How the queries are cut, and up to which length of a text.
 BLOCKS = 4
 LONGEST = 1024

@@ -14,8 +14,6 @@ from torch import Tensor
 from quintet.kernels.causal import LANES, attend_texts, attend_texts_gradient
 from quintet.ops.again import derived, learn
 
-__all__ = ["attend_learning", "attends_learning"]
-
 
 class How(NamedTuple):
     """How many tokens each text has, and by what scores are multiplied."""

@@ -16,17 +16,6 @@ from torch import Tensor
 
 from quintet.errors import InputError
 
-__all__ = [
-    "BLOCK_SIZES",
-    "NESTED_BLOCK",
-    "TABLES",
-    "NestedScales",
-    "dequantize_codes",
-    "dynamic_table",
-    "nest",
-    "quantize_codes",
-]
-
 BLOCK_SIZES = (32, 64, 128, 256, 512, 1024, 2048, 4096)
 NESTED_BLOCK = 256
 # NF4: quantiles of a normal distribution. FP4: a sign, two bits of exponent, one of mantissa.

@@ -7,8 +7,6 @@ import torch
 import torch.nn.functional as F  # noqa: N812
 from torch import Tensor
 
-__all__ = ["causal_conv", "continued", "last_window"]
-
 
 def continued(x: Tensor, window: Tensor | None, W: int) -> Tensor:
     """Put the W - 1 inputs before `x` (B, T, C) in front of it, zeros at the start of a text."""

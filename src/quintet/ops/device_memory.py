@@ -4,8 +4,6 @@ import re
 
 import torch
 
-__all__ = ["empty_caches", "free_memory", "host_memory", "is_shortage"]
-
 # What allocators of CPUs say, for which torch has no class.
 SAID = ("can't allocate memory", "not enough memory")
 

@@ -9,8 +9,6 @@ from torch import Tensor
 from quintet.ops.masks import AttentionMask, causal_mask
 from quintet.ops.transforms import recorded
 
-__all__ = ["Documents", "documents_of"]
-
 
 @dataclass(frozen=True, slots=True)
 class Documents:

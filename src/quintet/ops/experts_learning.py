@@ -14,9 +14,6 @@ from quintet.kernels.rows import silu_mul
 from quintet.kernels.rows_gradient import silu_gate_gradient
 from quintet.ops.again import derived
 
-__all__ = ["learning_experts"]
-
-
 # On a CPU, a product in bfloat16 is compiled for each number of rows: so there are few of these.
 ROWS = 32
 

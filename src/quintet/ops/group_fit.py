@@ -15,8 +15,6 @@ from torch import Tensor
 from quintet.errors import InputError
 from quintet.ops.groups import IQ4, group_count, number_shape, pack_numbers
 
-__all__ = ["quantize_groups"]
-
 # Small enough that a band in float32 stays in the cache between its operations.
 BAND = 2**18
 # Shares of the scale that reaches the largest number, of 4 bits; the first wins among equals.

@@ -8,8 +8,6 @@ import torch
 import torch.nn.functional as F  # noqa: N812
 from torch import Tensor
 
-__all__ = ["grouped_linear"]
-
 
 def grouped_linear(x: Tensor, matrices: Tensor, counts: Tensor) -> Tensor:
     """Map the first counts[0] rows by matrices[0], the next counts[1] by matrices[1], and so on.

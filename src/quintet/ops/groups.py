@@ -22,18 +22,6 @@ from torch import Tensor
 from quintet.errors import InputError, shown
 from quintet.kernels.matrix import power_of_groups
 
-__all__ = [
-    "IQ4",
-    "PACK",
-    "group_count",
-    "group_size",
-    "number_shape",
-    "pack_numbers",
-    "spread",
-    "unpack_numbers",
-    "widen_groups",
-]
-
 # The levels of GGUF's IQ4_NL and IQ4_XS: denser where weights are.
 IQ4 = (-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113)
 # So many numbers of 4 bits are packed together.

@@ -7,18 +7,6 @@ from torch import Tensor
 from quintet.errors import InputError
 from quintet.ops.ragged import ragged
 
-__all__ = [
-    "IGNORED",
-    "check_classes",
-    "check_positions",
-    "check_targets",
-    "following",
-    "following_tokens",
-    "of_tokens",
-    "predicted",
-    "readable",
-]
-
 IGNORED = -100
 
 

@@ -8,8 +8,6 @@ from torch import Tensor
 from quintet.backends import operation
 from quintet.kernels.linear import Matrix
 
-__all__ = ["linear", "linears"]
-
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """Map x (..., I) by a weight (O, I) and a bias (O) to (..., O)."""

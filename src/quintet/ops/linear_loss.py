@@ -25,8 +25,6 @@ from torch import Tensor
 from quintet.errors import InputError
 from quintet.ops.transforms import recorded, transformed
 
-__all__ = ["LogitSums", "Others", "linear_sums", "logit_sums"]
-
 # How many numbers a tile has, and how many tokens at most: what caches of CPUs hold, and elsewhere
 # what keeps a device busy.
 TILE = {"cpu": (1 << 22, 1 << 11)}

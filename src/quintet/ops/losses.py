@@ -20,8 +20,6 @@ from quintet.ops.labels import (
     readable,
 )
 
-__all__ = ["Items", "averaged", "next_token_loss", "sequence_loss", "span_loss", "token_loss"]
-
 Items = int | float | Tensor | None
 
 

@@ -16,16 +16,6 @@ from quintet.ops.norm import rms_norm
 from quintet.ops.one_pass import mix_in_one_pass
 from quintet.ops.ssd import ssd, ssd_step, step_sizes
 
-__all__ = [
-    "Calls",
-    "Mixed",
-    "MixerWeights",
-    "gated_rms_norm",
-    "heads_and_groups",
-    "mix",
-    "mix_stepwise",
-]
-
 
 class MixerWeights(NamedTuple):
     """What a mixer has learned, its projections aside.

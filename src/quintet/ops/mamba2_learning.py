@@ -15,8 +15,6 @@ from quintet.kernels.ssm_gradient import LANES, Learned, mix_texts, mix_texts_gr
 from quintet.ops.again import Rule, keeping_inputs, learn
 from quintet.ops.mamba2 import MixerWeights, mix_stepwise
 
-__all__ = ["mix_learning"]
-
 
 class How(NamedTuple):
     """How texts are mixed, the weights aside; see `MixerWeights`."""

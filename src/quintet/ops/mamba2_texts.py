@@ -12,8 +12,6 @@ from quintet.backends import operation
 from quintet.ops.mamba2 import MixerWeights, mix_stepwise
 from quintet.triton.texts import Texts
 
-__all__ = ["Texts", "mix_texts"]
-
 
 @operation("mamba2 over texts")
 def mix_texts(

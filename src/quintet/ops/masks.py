@@ -8,8 +8,6 @@ from torch import Tensor
 from quintet.ops.transforms import recorded
 from quintet.triton.pages import Pages
 
-__all__ = ["AttentionMask", "attention_mask_of", "causal_mask", "masked"]
-
 # A mask of more entries is made for some of the queries at a time.
 MOST_ENTRIES = 2**23
 

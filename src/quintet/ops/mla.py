@@ -31,15 +31,6 @@ from quintet.ops.masks import AttentionMask, masked
 from quintet.ops.one_pass import attend_in_one_pass, attend_latents
 from quintet.ops.paged import attend_rows
 
-__all__ = [
-    "BREAK_EVEN_QUERIES",
-    "absorbed",
-    "absorbs",
-    "expanded",
-    "latent_attention",
-    "separate_texts",
-]
-
 # For R = 512, Dn = Dv = 128, Dr = 64, as in all released models, and each head and key: expanding
 # a key costs 2·R·(Dn + Dv) FLOPs once, and saves each query 2·(2R + Dr) - 2·(Dn + Dr + Dv).
 BREAK_EVEN_QUERIES = 171

@@ -22,19 +22,6 @@ from quintet.ops.grouped import grouped_linear
 from quintet.ops.one_pass import choose_experts, gated_mlp
 from quintet.ops.transforms import recorded
 
-__all__ = [
-    "apply_experts",
-    "crossed_experts",
-    "each_hit_expert",
-    "expert_shares",
-    "gated",
-    "gathered_experts",
-    "grouped_experts",
-    "looped_experts",
-    "switch_balance_loss",
-    "top_experts",
-]
-
 # Up to so many tokens, a device reads matrices for longer than it multiplies.
 FEW_TOKENS = 256
 

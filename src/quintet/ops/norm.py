@@ -10,8 +10,6 @@ from quintet.kernels import rows
 from quintet.kernels.rows_gradient import rms_norm_gradient
 from quintet.ops.again import Rule, keeping_inputs, learn
 
-__all__ = ["rms_norm"]
-
 
 @operation("rms norm")
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:

@@ -9,15 +9,6 @@ from quintet.backends import operation
 from quintet.kernels.linear import Matrix
 from quintet.kernels.routing import Rules
 
-__all__ = [
-    "attend_in_one_pass",
-    "attend_latents",
-    "choose_experts",
-    "gate_in_one_pass",
-    "gated_mlp",
-    "mix_in_one_pass",
-]
-
 
 @operation("attention")
 def attend_in_one_pass(

@@ -15,8 +15,6 @@ from quintet.ops.masks import AttentionMask
 from quintet.ops.vector_codes import VectorCode
 from quintet.triton.pages import Coded, Memory, Pages
 
-__all__ = ["Coded", "Memory", "Pages", "attend_pages", "attend_rows"]
-
 
 @operation("attention over pages")
 def attend_pages(

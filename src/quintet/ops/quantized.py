@@ -25,25 +25,6 @@ from quintet.kernels.linear import Matrix
 from quintet.ops.groups import pack_numbers, widen_groups
 from quintet.ops.linear import linear
 
-__all__ = [
-    "FP8_BLOCK",
-    "INT4_GROUP",
-    "bands",
-    "decode",
-    "dequantize_fp8",
-    "dequantize_int4",
-    "dequantize_int8",
-    "fp8_linears",
-    "fp8_scale_shape",
-    "int4_linear",
-    "int4_shapes",
-    "int8_linear",
-    "quantize_fp8",
-    "quantize_int4",
-    "quantize_int8",
-    "quantized_linears",
-]
-
 INT4_GROUP = 64
 FP8_BLOCK = (128, 128)
 # Small enough that a band in float32 stays in the cache between its operations.

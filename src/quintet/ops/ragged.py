@@ -11,8 +11,6 @@ from torch import Tensor
 
 from quintet.ops.transforms import recorded
 
-__all__ = ["Padding", "Ragged", "Unpadded", "keys_in_columns", "padding_of", "ragged"]
-
 
 @dataclass(frozen=True, slots=True)
 class Ragged:

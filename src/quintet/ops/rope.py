@@ -8,16 +8,6 @@ from torch import Tensor
 from quintet.backends import operation
 from quintet.configuration.rope import RopeParameters
 
-__all__ = [
-    "attention_factor",
-    "inverse_frequencies",
-    "rotary_angles",
-    "rotate",
-    "rotate_both",
-    "rotate_interleaved",
-    "score_factor",
-]
-
 
 def inverse_frequencies(rope: RopeParameters, D: int) -> Tensor:
     """Return the D/2 angular frequencies in float32, 1 / theta^(2i/D) rescaled by `rope_type`.

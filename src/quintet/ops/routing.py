@@ -14,25 +14,6 @@ from quintet.backends import operation
 from quintet.kernels.routing import Rules
 from quintet.ops.one_pass import choose_experts
 
-__all__ = [
-    "RoutingRules",
-    "balance_by_text",
-    "balance_loss",
-    "balanced_bias",
-    "expert_load",
-    "max_violation",
-    "router_logits",
-    "sigmoid_choice",
-    "sigmoid_routing",
-    "sigmoid_rules",
-    "sigmoid_weights",
-    "softmax_choice",
-    "softmax_routing",
-    "softmax_rules",
-    "softmax_weights",
-    "sum_by_text",
-]
-
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RoutingRules:

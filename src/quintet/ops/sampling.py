@@ -16,30 +16,6 @@ from torch import Tensor
 from quintet.backends import operation
 from quintet.errors import InputError
 
-__all__ = [
-    "NothingLeftError",
-    "Value",
-    "above_epsilon",
-    "above_eta",
-    "above_min_p",
-    "alongside",
-    "check_left",
-    "draw",
-    "draw_in_one_pass",
-    "draw_several",
-    "drawn",
-    "in_top_h",
-    "in_top_k",
-    "in_top_p",
-    "likeliest",
-    "penalise_frequency",
-    "penalise_presence",
-    "penalise_repetition",
-    "top_k_candidates",
-    "typical",
-    "uniform",
-]
-
 Value = float | Tensor
 
 # Sorting a vocabulary larger than this costs more than looking among its likeliest few first.

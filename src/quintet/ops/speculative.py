@@ -8,8 +8,6 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-__all__ = ["keep_likeliest", "keep_sampled", "residual"]
-
 
 def keep_likeliest(
     likeliest: Sequence[Sequence[int]], drafted: Sequence[Sequence[int]], counts: Sequence[int]

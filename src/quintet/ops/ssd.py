@@ -20,8 +20,6 @@ from torch import Tensor
 
 from quintet.ops.transforms import recorded
 
-__all__ = ["only", "recurrence", "ssd", "ssd_step", "step_sizes"]
-
 # The decays within a chunk take L numbers a token and head; beyond this, reading and writing them
 # costs more than shorter matrix products do.
 LONGEST_CHUNK = 64

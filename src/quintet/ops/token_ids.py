@@ -5,8 +5,6 @@ from torch import Tensor
 
 from quintet.errors import InputError
 
-__all__ = ["check_placed", "check_token_ids"]
-
 
 def check_token_ids(input_ids: Tensor, vocab_size: int, name: str = "input_ids") -> None:
     """Check that ids are (B, T) integers the embedding has; `name` is what they are called.

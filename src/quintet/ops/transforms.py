@@ -3,8 +3,6 @@
 import torch
 from torch.autograd import forward_ad
 
-__all__ = ["recorded", "transformed"]
-
 
 def recorded() -> bool:
     """Tell whether a compiler, an exporter or a tracer records what is computed.

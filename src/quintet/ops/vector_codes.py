@@ -12,8 +12,6 @@ from torch import Tensor
 
 from quintet.errors import InputError
 
-__all__ = ["BITS", "VectorCode"]
-
 BITS = (8, 6, 4)
 
 

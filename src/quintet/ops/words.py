@@ -4,8 +4,6 @@ import torch
 import torch.nn.functional as F  # noqa: N812
 from torch import Tensor
 
-__all__ = ["WORD", "pack_words", "unpack_words"]
-
 WORD = 32
 
 

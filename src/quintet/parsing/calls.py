@@ -8,8 +8,6 @@ from quintet.parsing.format import SEPARATOR, Format
 from quintet.parsing.json_value import JsonValue, Unwrapped
 from quintet.parsing.source import Source, Steps
 
-__all__ = ["BrokenCallError", "read_call"]
-
 LONGEST_NAME = 256
 _NAME_ENDS = re.compile(r"[\s`{}\[\]\"<\ud800-\udbff]")
 _FENCE = "```"

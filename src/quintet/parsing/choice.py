@@ -5,8 +5,6 @@ from quintet.parsing.format import END_THINK, THINK, Format, format_of, marker_i
 from quintet.parsing.parser import Opening, StreamParser
 from quintet.tokenization import PreTrainedTokenizer
 
-__all__ = ["opening_of", "parser_for"]
-
 
 def parser_for(
     tokenizer: PreTrainedTokenizer,

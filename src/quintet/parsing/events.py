@@ -3,16 +3,6 @@
 from dataclasses import dataclass
 from typing import Protocol
 
-__all__ = [
-    "CallArguments",
-    "CallEnd",
-    "CallStart",
-    "Content",
-    "Event",
-    "OutputParser",
-    "Reasoning",
-]
-
 
 @dataclass(frozen=True, slots=True)
 class Reasoning:

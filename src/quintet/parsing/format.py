@@ -11,8 +11,6 @@ from quintet.errors import ChatTemplateError
 from quintet.tokenization import PreTrainedTokenizer
 from quintet.tokenization.rendering import render_chat
 
-__all__ = ["CODER", "DEEPSEEK_V3", "DEEPSEEK_V31", "HERMES", "Format", "format_of", "marker_ids"]
-
 THINK, END_THINK = "<think>", "</think>"
 
 

@@ -4,8 +4,6 @@ import json
 import re
 from typing import Literal
 
-__all__ = ["JsonValue", "Unwrapped"]
-
 _PLAIN = re.compile(r'[^"\\\x00-\x1f]*')
 _SPACE = re.compile(r"[ \t\n\r]*")
 _HEX = frozenset("0123456789abcdefABCDEF")

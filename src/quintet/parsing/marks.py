@@ -3,8 +3,6 @@
 import re
 from collections.abc import Iterable, Mapping
 
-__all__ = ["Marks", "longest_overlap"]
-
 # Halves of surrogate pairs occur in no text that a tokenizer decodes, so each can stand for a
 # marker that was a token, and text that only spells the marker stays text.
 _SIGNS = range(0xD800, 0xDC00)

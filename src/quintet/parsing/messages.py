@@ -8,8 +8,6 @@ from quintet.errors import ChatTemplateError, shown
 from quintet.parsing.format import DEEPSEEK_V3, Format, format_of
 from quintet.tokenization import PreTrainedTokenizer
 
-__all__ = ["prepare_messages"]
-
 
 def prepare_messages(
     tokenizer: PreTrainedTokenizer, messages: Sequence[Mapping[str, Any]]

@@ -10,8 +10,6 @@ from quintet.parsing.format import END_THINK, THINK, Format
 from quintet.parsing.marks import Marks
 from quintet.parsing.source import Source, Steps
 
-__all__ = ["Opening", "StreamParser"]
-
 # Where a text begins: inside of the reasoning, behind it, or its first words will tell.
 Opening = Literal["reasoning", "content", "unknown"]
 

@@ -6,8 +6,6 @@ from typing import TypeVar
 
 from quintet.parsing.marks import Marks, longest_overlap
 
-__all__ = ["Source", "Steps"]
-
 _Result = TypeVar("_Result")
 # A parser is a generator: it yields where it waits for text.
 Steps = Generator[None, None, _Result]

@@ -8,8 +8,6 @@ import json
 
 from quintet.parsing.format import Format
 
-__all__ = ["with_tools"]
-
 _SHOWN = """\
 {%- if tools -%}
 {%- set told = namespace(text='') -%}

@@ -18,8 +18,6 @@ if TYPE_CHECKING:
     from quintet.modeling.base import PreTrainedModel
     from quintet.tokenization import PreTrainedTokenizer
 
-__all__ = ["Pipeline", "Rows", "replaced", "unpadded"]
-
 
 @dataclass(frozen=True, slots=True)
 class Rows:

@@ -29,8 +29,6 @@ if TYPE_CHECKING:
     from quintet.modeling.placement import DeviceMap
     from quintet.tokenization import PreTrainedTokenizer
 
-__all__ = ["ALIASES", "TASKS", "pipeline"]
-
 # The module of each task, its class, and what loads its model.
 TASKS: Mapping[str, tuple[str, str, Any]] = MappingProxyType(
     {

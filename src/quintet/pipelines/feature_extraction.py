@@ -9,8 +9,6 @@ from torch import Tensor
 from quintet.errors import InputError
 from quintet.pipelines.base import Pipeline, unpadded
 
-__all__ = ["FeatureExtractionPipeline"]
-
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Options:

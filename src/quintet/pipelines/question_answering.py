@@ -15,8 +15,6 @@ from torch import Tensor
 from quintet.errors import InputError
 from quintet.pipelines.base import Pipeline, unpadded
 
-__all__ = ["QuestionAnsweringPipeline"]
-
 LONGEST_WINDOW = 384
 LONGEST_STRIDE = 128
 

@@ -10,8 +10,6 @@ from torch import Tensor
 from quintet.errors import InputError
 from quintet.pipelines.base import Pipeline
 
-__all__ = ["TextClassificationPipeline"]
-
 Function = Literal["sigmoid", "softmax", "none"]
 FUNCTIONS = ("sigmoid", "softmax", "none")
 

@@ -16,8 +16,6 @@ if TYPE_CHECKING:
     from quintet.generation.mixin import GenerationMixin
     from quintet.generation.streamers import Streamer
 
-__all__ = ["TextGenerationPipeline"]
-
 Message = Mapping[str, Any]
 Chat = Sequence[Message]
 # What holds where neither the checkpoint nor the caller says otherwise, as in Transformers.

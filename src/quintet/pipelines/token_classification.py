@@ -11,8 +11,6 @@ from torch import Tensor
 from quintet.errors import InputError
 from quintet.pipelines.base import Pipeline, unpadded
 
-__all__ = ["TokenClassificationPipeline"]
-
 STRATEGIES = ("none", "simple", "first", "average", "max")
 
 

@@ -19,8 +19,6 @@ if TYPE_CHECKING:
     from quintet.modeling.base import PreTrainedModel
     from quintet.tokenization import PreTrainedTokenizer
 
-__all__ = ["ZeroShotClassificationPipeline"]
-
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Options:

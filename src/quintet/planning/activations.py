@@ -5,8 +5,6 @@ makes it 1.1 to 1.3 times as many, with Mamba-2's scan 8 more a channel; on kern
 inputs alone, it is .7 to .8 times as many.
 """
 
-__all__ = ["expert_numbers", "kept_of_maps", "kept_of_scans"]
-
 
 def kept_of_maps(kernels: bool) -> float:
     """Return what is kept of each input and output of a map."""

@@ -10,8 +10,6 @@ from quintet.models.deepseek_v3 import DeepseekV3Config
 from quintet.models.zamba2 import Zamba2Config
 from quintet.ops.vector_codes import BITS
 
-__all__ = ["CACHE_DTYPES", "LayerCache", "cache_layers", "token_bytes"]
-
 _PLAIN = {"float32": 4, "bfloat16": 2, "float16": 2}
 CACHE_DTYPES = (*_PLAIN, *(f"int{bits}" for bits in BITS))
 

@@ -10,8 +10,6 @@ from dataclasses import dataclass
 from quintet.planning.devices import Device, Link
 from quintet.planning.world import World
 
-__all__ = ["Network"]
-
 
 @dataclass(frozen=True, slots=True)
 class Network:

@@ -23,8 +23,6 @@ from typing import Any
 from quintet.checkpoint import parse_size
 from quintet.errors import InputError, shown
 
-__all__ = ["DEVICES", "Device", "Link", "device"]
-
 
 @dataclass(frozen=True, slots=True)
 class Link:

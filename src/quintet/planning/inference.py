@@ -24,18 +24,6 @@ from quintet.planning.communication import Network
 from quintet.planning.shares import Model, Stage
 from quintet.planning.world import Split, World
 
-__all__ = [
-    "EXCHANGED",
-    "Footprint",
-    "Pace",
-    "Workload",
-    "decode",
-    "footprint",
-    "moved",
-    "prefill",
-    "sums_of",
-]
-
 # Bytes of an exchanged number, there and back.
 EXCHANGED = 3
 

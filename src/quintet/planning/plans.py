@@ -24,15 +24,6 @@ from quintet.planning.weights import Tensors, held_as, on_meta, weights_of
 from quintet.planning.world import Limits, Split, World, splits
 from quintet.quantization.config import QuantizationConfig
 
-__all__ = [
-    "Choice",
-    "Plan",
-    "TrainingChoice",
-    "described",
-    "plan_inference",
-    "plan_training",
-]
-
 # The most nodes that are tried where fewer are too few, as a multiple of those there are.
 MOST_NODES = 64
 

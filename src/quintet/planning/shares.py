@@ -15,8 +15,6 @@ from quintet.planning.weights import PREDICTION, ROUTED, Weight, on_meta
 from quintet.planning.world import Split
 from quintet.quantization.formats import FP8Format
 
-__all__ = ["Model", "Share", "Stage"]
-
 Found = TypeVar("Found")
 # The layers that have something; before the first, and behind the last.
 Place = tuple[int, ...]

@@ -22,8 +22,6 @@ from quintet.planning.shares import Model, Stage
 from quintet.planning.weights import EMBEDDING, ROUTED
 from quintet.planning.world import Split
 
-__all__ = ["Training", "TrainingFootprint", "step", "training_footprint"]
-
 MASTER = 4
 # Of the loss, so many logits are there at once, in float32 with their gradient.
 LOGITS = 2**22

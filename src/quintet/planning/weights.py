@@ -21,17 +21,6 @@ from quintet.quantization.formats import FP8Format
 from quintet.quantization.request import SHORT, QuantizationRequest, read
 from quintet.sharding import WHOLE, Axis, Cut
 
-__all__ = [
-    "EMBEDDING",
-    "KINDS",
-    "PREDICTION",
-    "ROUTED",
-    "Weight",
-    "held_as",
-    "on_meta",
-    "weights_of",
-]
-
 Tensors = Mapping[str, TensorInfo]
 # By the first pattern found in its name; what comes behind the last layer is a kind by itself.
 _KINDS = (

@@ -8,8 +8,6 @@ from functools import lru_cache
 from quintet.errors import InputError, shown
 from quintet.sharding import Axis
 
-__all__ = ["Limits", "Split", "World", "splits"]
-
 MOST = 2**16
 
 

@@ -22,8 +22,6 @@ from quintet.quantization.scheme import Scheme, is_named
 NUMBERS = 2**23
 STACKS = ("gate_up_proj", "down_proj")
 
-__all__ = ["Encoded", "Slot", "apply", "cut", "freeze", "tie"]
-
 
 @dataclass(frozen=True, slots=True)
 class Encoded:

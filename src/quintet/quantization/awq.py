@@ -14,8 +14,6 @@ from quintet.quantization.foreign import ELSEWHERE, FileConfig, dtype_of, group_
 from quintet.quantization.formats import Parts, Shape, WeightFormat
 from quintet.quantization.grouped import GroupedFormat, numbers_in
 
-__all__ = ["AWQConfig", "AWQFormat"]
-
 # Where in a word each of eight columns is.
 PLACES = (0, 4, 1, 5, 2, 6, 3, 7)
 

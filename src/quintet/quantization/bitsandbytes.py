@@ -25,8 +25,6 @@ from quintet.ops.codebook import (
 from quintet.parallel.placement import Range, Shard
 from quintet.quantization.formats import Int8Format, Parts, Shape, TensorSpec, WeightFormat
 
-__all__ = ["CodesFormat", "RowwiseFormat"]
-
 
 @dataclass(frozen=True)
 class RowwiseFormat(Int8Format):

@@ -20,8 +20,6 @@ from quintet.quantization.foreign import ELSEWHERE, FileConfig, dtype_of
 from quintet.quantization.formats import Shape, WeightFormat
 from quintet.quantization.mixed import FP8_ROWS
 
-__all__ = ["CompressedTensorsConfig"]
-
 FORMATS = (
     *("dense", "pack-quantized", "int-quantized", "float-quantized", "naive-quantized"),
     *("nvfp4-pack-quantized", "mxfp4-pack-quantized", "mxfp8-quantized", "mixed-precision"),

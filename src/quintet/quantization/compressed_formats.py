@@ -21,8 +21,6 @@ from quintet.quantization.formats import (
 from quintet.quantization.grouped import FileFormat, GroupedFormat, finite, numbers_in
 from quintet.quantization.mixed import FP8_ROWS
 
-__all__ = ["FP4Format", "FP8File", "IntegersFormat", "PackedFormat", "RowsFormat"]
-
 # Of four bits: a sign, two of an exponent, one of a fraction.
 E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
 

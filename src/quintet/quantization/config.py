@@ -25,14 +25,6 @@ from quintet.quantization.formats import (
 from quintet.quantization.own import integers_of
 from quintet.quantization.scheme import Scheme
 
-__all__ = [
-    "BitsAndBytesConfig",
-    "FineGrainedFP8Config",
-    "Int4Config",
-    "Int8Config",
-    "QuantizationConfig",
-]
-
 Tensors = Mapping[str, TensorInfo]
 # A scale is repeated for all of its block, also where a matrix ends before that.
 MOST_OF_A_BLOCK = 2**16

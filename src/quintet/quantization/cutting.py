@@ -10,8 +10,6 @@ from dataclasses import dataclass
 
 from quintet.parallel.placement import Range, Shard
 
-__all__ = ["Grain", "is_alone", "shards_by"]
-
 
 @dataclass(frozen=True, slots=True)
 class Grain:

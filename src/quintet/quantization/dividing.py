@@ -8,8 +8,6 @@ from quintet.parallel.world import Degrees
 from quintet.quantization.apply import Slot
 from quintet.sharding import Sharding
 
-__all__ = ["check_divided"]
-
 
 def check_divided(
     slots: Mapping[str, Slot], shards: Mapping[str, Shard], table: Sharding, degrees: Degrees

@@ -11,8 +11,6 @@ from quintet.quantization.formats import WeightFormat
 from quintet.quantization.mixed import MixedConfig
 from quintet.quantization.scheme import Scheme
 
-__all__ = ["ELSEWHERE", "FileConfig", "dtype_of", "filled_up", "group_or_all"]
-
 ELSEWHERE = "use another release of the model, or one in bfloat16 with quantize='int4'"
 
 

@@ -32,16 +32,6 @@ from quintet.ops.quantized import (
 from quintet.parallel.placement import Shard
 from quintet.quantization.cutting import Grain, is_alone, shards_by
 
-__all__ = [
-    "FP8Format",
-    "GroupFormat",
-    "Int4Format",
-    "Int8Format",
-    "Parts",
-    "TensorSpec",
-    "WeightFormat",
-]
-
 # So many numbers of 4 bits lie among each other in half as many bytes.
 PACKED = Grain(columns=PACK, width=PACK // 2, packed=True)
 Shape = tuple[int, ...]

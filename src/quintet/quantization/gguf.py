@@ -26,8 +26,6 @@ from quintet.quantization.formats import (
 from quintet.quantization.mixed import MixedConfig
 from quintet.quantization.scheme import Scheme
 
-__all__ = ["GGUFConfig"]
-
 
 @dataclass(frozen=True)
 class BlockFormat(WeightFormat):

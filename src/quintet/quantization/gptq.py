@@ -17,8 +17,6 @@ from quintet.quantization.foreign import ELSEWHERE, FileConfig, dtype_of, filled
 from quintet.quantization.formats import Parts, Shape, WeightFormat
 from quintet.quantization.grouped import GroupedFormat, numbers_in
 
-__all__ = ["GPTQConfig", "GPTQFormat", "ZeroPointWarning"]
-
 BITS = (4, 8)
 VERSIONS = ("gptq", "gptq_v2")
 KNOWN = (

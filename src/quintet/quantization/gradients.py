@@ -11,8 +11,6 @@ from torch import Tensor
 
 from quintet.quantization.formats import Parts, Shape, WeightFormat
 
-__all__ = ["learns", "product"]
-
 
 def learns(*tensors: Tensor | None) -> bool:
     """Tell whether gradients of one of these will be asked for."""

@@ -28,8 +28,6 @@ from quintet.quantization.formats import (
 )
 from quintet.quantization.ordered import ORDER, OrderedFormat
 
-__all__ = ["FileFormat", "GroupedFormat", "finite", "numbers_in"]
-
 
 def finite(scale: Tensor, weight: str) -> Tensor:
     """Return scales in float32, row by row as kernels read them.

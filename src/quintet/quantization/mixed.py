@@ -11,8 +11,6 @@ from quintet.quantization.formats import FP8Format, Shape, WeightFormat
 from quintet.quantization.own import integers_of
 from quintet.quantization.scheme import Scheme
 
-__all__ = ["FP8_ROWS", "MixedConfig"]
-
 # A scale for each row, however long: no matrix is as wide.
 FP8_ROWS = (1, 2**16)
 FORMATS: tuple[WeightFormat, ...] = (FP8Format(FP8_ROWS), FP8Format(FP8_BLOCK))

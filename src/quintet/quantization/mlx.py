@@ -15,8 +15,6 @@ from quintet.quantization.foreign import ELSEWHERE, FileConfig, dtype_of
 from quintet.quantization.formats import GroupFormat, Parts, Shape, WeightFormat
 from quintet.quantization.grouped import GroupedFormat, finite, numbers_in
 
-__all__ = ["MLXConfig"]
-
 # What may be a module's own in the mapping, beside what is of all of them.
 COMMON = ("group_size", "bits", "mode", "quant_method", "quantize_input")
 

@@ -17,14 +17,6 @@ from quintet.ops.one_pass import gated_mlp
 from quintet.quantization.formats import Parts, Shape, TensorSpec, WeightFormat
 from quintet.quantization.gradients import learns, product
 
-__all__ = [
-    "Quantized",
-    "QuantizedEmbedding",
-    "QuantizedExperts",
-    "QuantizedLinear",
-    "refuse_idle_training",
-]
-
 
 class Quantized(nn.Module):
     """A module that holds matrices as the parts of a format, buffers of the matrix's name.

@@ -8,8 +8,6 @@ from torch import Tensor
 from quintet.parallel.placement import Shard
 from quintet.quantization.formats import Parts, Shape, TensorSpec, WeightFormat
 
-__all__ = ["ORDER", "OrderedFormat"]
-
 ORDER = "_order"
 
 

@@ -16,8 +16,6 @@ from quintet.quantization.formats import (
 )
 from quintet.quantization.ordered import ORDER, OrderedFormat
 
-__all__ = ["integers_of"]
-
 BITS = {torch.int8: 8, torch.uint8: 4}
 
 

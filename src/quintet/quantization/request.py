@@ -28,8 +28,6 @@ from quintet.quantization.scheme import Scheme
 from quintet.quantization.torchao import TorchAoConfig
 from quintet.quantization.whole_fp8 import WholeFP8Config, is_whole
 
-__all__ = ["SHORT", "QuantizationRequest", "resolve_quantization"]
-
 # The least CUDA capability with a product of FP8 matrices.
 FP8_CAPABILITY = (8, 9)
 

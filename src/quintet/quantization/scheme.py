@@ -8,8 +8,6 @@ import torch
 
 from quintet.quantization.formats import WeightFormat
 
-__all__ = ["Scheme", "is_named"]
-
 
 @dataclass(frozen=True, slots=True)
 class Scheme:

@@ -11,8 +11,6 @@ from quintet.quantization.apply import Encoded, part_state
 from quintet.quantization.config import QuantizationConfig
 from quintet.quantization.formats import Shape, WeightFormat
 
-__all__ = ["Stored", "packed", "stored"]
-
 
 @dataclass(frozen=True, slots=True)
 class Stored:

@@ -13,8 +13,6 @@ from quintet.quantization.config import Int4Config, Int8Config, QuantizationConf
 from quintet.quantization.formats import Int8Format, Parts, Shape, WeightFormat
 from quintet.quantization.scheme import Scheme
 
-__all__ = ["TorchAoConfig"]
-
 INT8 = ("int8_weight_only", "Int8WeightOnlyConfig")
 INT4 = ("int4_weight_only", "Int4WeightOnlyConfig")
 

@@ -13,8 +13,6 @@ from quintet.quantization.foreign import FileConfig
 from quintet.quantization.formats import Shape, WeightFormat
 from quintet.quantization.mixed import FP8_ROWS
 
-__all__ = ["WholeFP8Config", "is_whole"]
-
 IDLE = (".input_scale", ".output_scale", ".k_scale", ".v_scale", ".q_scale")
 
 

@@ -26,8 +26,6 @@ from quintet.quantization.formats import (
 )
 from quintet.quantization.scheme import Scheme
 
-__all__ = ["PackedConfig", "WordsFormat"]
-
 # They are read from numbers where they are, whatever the rest of a model has.
 ENDS = ("lm_head.weight", "embed_tokens.weight")
 

@@ -31,8 +31,6 @@ from quintet.server.routes import (
 from quintet.server.security import Gate
 from quintet.server.service import Service
 
-__all__ = ["create_app"]
-
 
 def routers(service: Service) -> tuple[APIRouter, ...]:
     """Return what is served, as the settings say."""

@@ -27,22 +27,9 @@ from quintet.server.questions import (
     TokenScore,
 )
 from quintet.server.registry import Served
-from quintet.server.sampling import Sampling, options_of
+from quintet.server.sampling import options_of
 from quintet.server.scores import Pending, Spelling
 from quintet.serving import Answer
-
-__all__ = [
-    "Ask",
-    "Conversation",
-    "Finish",
-    "Heard",
-    "Prompted",
-    "Sampling",
-    "Start",
-    "TokenScore",
-    "Tokens",
-    "ask",
-]
 
 # So long the engine may refuse a question before its asker is told that it was taken.
 REFUSAL = 0.1

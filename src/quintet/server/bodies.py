@@ -16,8 +16,6 @@ from quintet.server.protocol.common import Body, parse
 from quintet.server.service import service_of
 from quintet.server.settings import Settings
 
-__all__ = ["documented", "parsed", "received"]
-
 B = TypeVar("B", bound=Body)
 
 # While a body is checked nobody else is answered: so many values take some tenths of a second.

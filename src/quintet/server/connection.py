@@ -7,8 +7,6 @@ from typing import Any, TypeVar
 from starlette.requests import Request
 from starlette.types import Receive
 
-__all__ = ["ClientGoneError", "SlowReaderError", "cancelled", "gone", "until_gone"]
-
 Result = TypeVar("Result")
 
 

@@ -15,8 +15,6 @@ from quintet.parsing.format import END_THINK, THINK
 from quintet.server.questions import Conversation
 from quintet.tokenization import PreTrainedTokenizer
 
-__all__ = ["Prompt", "render", "too_long"]
-
 # How templates call the switch of what is thought before an answer.
 SWITCHES = ("thinking", "enable_thinking")
 # Arguments of `apply_chat_template`, which are no variables of templates.

@@ -16,8 +16,6 @@ from quintet.server.failures import ApiError, ErrorBody
 from quintet.server.logs import told_of
 from quintet.server.settings import Settings
 
-__all__ = ["DONE", "EventStream", "ServerEvent"]
-
 # So long the first event may take until the head is sent: an error before is one of HTTP.
 FIRST = 0.1
 PING = b": ping\n\n"

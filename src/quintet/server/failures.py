@@ -22,17 +22,6 @@ from quintet.errors import (
     TokenizerError,
 )
 
-__all__ = [
-    "ApiError",
-    "ErrorBody",
-    "bounded",
-    "error_of",
-    "error_response",
-    "internal",
-    "invalid",
-    "unavailable",
-]
-
 # No error tells more than that, whatever was sent.
 LONGEST = 2000
 RETRY_AFTER = 1

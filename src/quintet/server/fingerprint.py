@@ -7,8 +7,6 @@ import torch
 import quintet
 from quintet.modeling.base import PreTrainedModel
 
-__all__ = ["fingerprint"]
-
 # Of each tensor, numbers from its whole length; weights that were trained differ everywhere.
 SAMPLES = 16
 

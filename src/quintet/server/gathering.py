@@ -7,8 +7,6 @@ from typing import Generic, TypeVar
 
 from quintet.server.connection import cancelled
 
-__all__ = ["Gathering", "merged"]
-
 T = TypeVar("T")
 
 

@@ -15,8 +15,6 @@ from quintet.server.failures import ApiError, ErrorBody, error_response
 from quintet.server.logs import logged, told_of
 from quintet.server.service import Service
 
-__all__ = ["Intake"]
-
 REQUEST_ID = re.compile(r"[A-Za-z0-9._:/=+-]{1,128}")
 
 

@@ -11,8 +11,6 @@ from typing import Literal, TextIO
 
 from quintet.server.failures import ApiError, error_of, internal
 
-__all__ = ["LogFormat", "logged", "report", "set_up", "told_of"]
-
 LogFormat = Literal["auto", "text", "json"]
 LOG = logging.getLogger("quintet.server")
 # Who else speaks while a server runs; uvicorn of requests that are none, asyncio of lost tasks.

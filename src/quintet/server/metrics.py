@@ -17,8 +17,6 @@ import quintet
 from quintet.server.service import Service
 from quintet.serving.figures import Distribution, Snapshot
 
-__all__ = ["Metrics"]
-
 SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0, 600.0)
 # Whatever else somebody calls a method is not repeated.
 METHODS = frozenset({"GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"})

@@ -17,8 +17,6 @@ from uvicorn.server import ServerState
 from quintet.server.failures import ApiError
 from quintet.server.settings import Settings
 
-__all__ = ["connections"]
-
 
 def connections(settings: Settings) -> type[asyncio.Protocol]:
     """Return what makes connections that keep to the settings, for uvicorn's `http`."""

@@ -21,8 +21,6 @@ from quintet.server.network import connections
 from quintet.server.service import Service
 from quintet.server.settings import Settings
 
-__all__ = ["HttpServer", "listen", "serve"]
-
 # So long a process that was told twice to end may take.
 AT_ONCE = 0.8
 # So long a server whose model has failed says so before it ends.

@@ -7,8 +7,6 @@ from typing import Any
 from quintet.parsing.events import Event
 from quintet.server.sampling import Sampling
 
-__all__ = ["Ask", "Conversation", "Finish", "Heard", "Prompted", "Start", "TokenScore", "Tokens"]
-
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Conversation:

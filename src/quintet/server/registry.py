@@ -14,8 +14,6 @@ from quintet.server.shapes import Shapes
 from quintet.serving import Engine
 from quintet.tokenization import PreTrainedTokenizer
 
-__all__ = ["Listed", "Loaded", "Offer", "Registry", "Served"]
-
 
 @dataclass(frozen=True, slots=True)
 class Loaded:

@@ -7,10 +7,8 @@ from pydantic_core import to_json
 from starlette.requests import Request
 from starlette.responses import Response
 
-from quintet.server.asking import Heard, Start
 from quintet.server.connection import until_gone
-
-__all__ = ["begun", "json_reply"]
+from quintet.server.questions import Heard, Start
 
 
 async def begun(request: Request, heard: AsyncGenerator[Heard, None]) -> Start:

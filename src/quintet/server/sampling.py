@@ -10,8 +10,6 @@ from quintet.errors import InputError
 from quintet.generation.requests import Served
 from quintet.generation.speculative.prediction import MTPModel
 
-__all__ = ["Sampling", "options_of"]
-
 # Divided by less than that, logits overflow; nothing but the likeliest token is drawn before.
 COLDEST = 1e-5
 

@@ -10,8 +10,6 @@ from quintet.tokenization import PreTrainedTokenizer
 from quintet.tokenization.bytelevel import token_bytes
 from quintet.tokenization.decoding import decoder_steps
 
-__all__ = ["Pending", "Spelling"]
-
 
 class Spelling:
     """Writes single tokens of a tokenizer.

@@ -15,8 +15,6 @@ from quintet.server.failures import ApiError, invalid, unavailable
 from quintet.server.service import Service
 from quintet.server.settings import Settings
 
-__all__ = ["Gate", "Keys"]
-
 HOST = re.compile(r"(?P<name>\[[0-9a-fA-F:.]{2,45}\]|[A-Za-z0-9._-]{1,253})(?::(?P<port>\d{1,5}))?")
 # Probes have no key, and learn nothing from them.
 PROBES = frozenset({"/health", "/ready"})

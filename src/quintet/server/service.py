@@ -8,8 +8,6 @@ from starlette.requests import Request
 from quintet.server.registry import Registry
 from quintet.server.settings import Settings
 
-__all__ = ["Observer", "Service", "caller_of", "request_id_of", "service_of"]
-
 
 class Observer(Protocol):
     """Is told what became of requests."""

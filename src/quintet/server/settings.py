@@ -7,8 +7,6 @@ from dataclasses import dataclass, field
 from quintet.errors import InputError, shown
 from quintet.serving.options import Speculation, check_speculation
 
-__all__ = ["KIB", "MIB", "Settings", "as_keys", "is_loopback"]
-
 KIB = 1 << 10
 MIB = 1 << 20
 

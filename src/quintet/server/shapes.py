@@ -19,8 +19,6 @@ from quintet.parsing import Format, format_of, opening_of
 from quintet.parsing.format import END_THINK
 from quintet.tokenization import PreTrainedTokenizer
 
-__all__ = ["Shapes"]
-
 
 class Shapes:
     """Makes processors for one model; from any thread.

@@ -6,10 +6,8 @@ from contextlib import aclosing
 from typing import Any, Protocol
 
 from quintet.parsing.events import Event
-from quintet.server.asking import Finish, Heard, Prompted, Start, TokenScore
 from quintet.server.events import ServerEvent
-
-__all__ = ["Writer", "finished", "named", "written"]
+from quintet.server.questions import Finish, Heard, Prompted, Start, TokenScore
 
 Wire = dict[str, Any]
 

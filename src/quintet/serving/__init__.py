@@ -1,7 +1,8 @@
 """Many readers, one model: who takes part in which step, without a protocol around it."""
 
 from quintet.generation.following import follow, leading
-from quintet.serving.answers import Answer, TokenLogprobs, Usage
+from quintet.generation.observing import TokenLogprobs
+from quintet.serving.answers import Answer, Usage
 from quintet.serving.engine import Engine
 from quintet.serving.figures import Distribution, Snapshot
 from quintet.serving.limits import Limits

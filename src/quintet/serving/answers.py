@@ -4,8 +4,6 @@ from dataclasses import dataclass
 
 from quintet.generation.observing import TokenLogprobs
 
-__all__ = ["Answer", "TokenLogprobs", "Usage"]
-
 
 @dataclass(frozen=True, slots=True)
 class Usage:

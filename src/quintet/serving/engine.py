@@ -26,8 +26,6 @@ from quintet.serving.runner import Runner
 from quintet.serving.transcript import Transcript
 from quintet.tokenization import PreTrainedTokenizer
 
-__all__ = ["Engine"]
-
 
 class Engine:
     """Generates for any number of readers, in a thread of its own that alone runs the model.

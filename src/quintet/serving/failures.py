@@ -8,8 +8,6 @@ from quintet.errors import (
 )
 from quintet.parallel.faults import collective
 
-__all__ = ["no_memory", "often", "parted"]
-
 
 def no_memory(error: Exception) -> StepFailedError:
     """Return what the request is told that gives way where a step had too little memory."""

@@ -13,8 +13,6 @@ from quintet.errors import (
     StepFailedError,
 )
 
-__all__ = ["Distribution", "Figures", "Snapshot", "kind_of"]
-
 # Seconds: of a step, and of what a reader waits for.
 STEPS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.15, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0)
 WAITS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 25.0, 60.0, 120.0, 300.0)

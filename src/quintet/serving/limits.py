@@ -4,8 +4,6 @@ from dataclasses import dataclass
 
 from quintet.errors import InputError
 
-__all__ = ["GRID", "Limits"]
-
 # Prompts are cut at multiples of it, whatever comes between, so that a prompt is cut alike.
 GRID = 64
 

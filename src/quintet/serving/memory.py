@@ -12,8 +12,6 @@ from quintet.ops.device_memory import free_memory
 from quintet.serving.limits import Limits
 from quintet.serving.scheduler import Cost
 
-__all__ = ["Room", "cost_of", "limits_for", "room_of"]
-
 # Of the memory there is, what rows and what was read before may take together, and the most of the
 # latter.
 SHARE, KEPT, MOST_KEPT = 0.8, 0.15, 2 << 30

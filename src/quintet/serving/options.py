@@ -6,8 +6,6 @@ from typing import Any, Literal, Self, get_args
 
 from quintet.errors import InputError, shown
 
-__all__ = ["RequestOptions", "Speculation", "check_speculation", "drafting"]
-
 Speculation = Literal["off", "mtp", "lookup"]
 # How many tokens are looked up at once.
 LOOKUP = 3

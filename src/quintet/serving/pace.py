@@ -2,8 +2,6 @@
 
 from quintet.serving.limits import GRID, Limits
 
-__all__ = ["LEAST_TAIL", "Pace"]
-
 # A piece is not so short, nor what is left behind it, that few-token kernels would run over it.
 LEAST_TAIL = 32
 # How much the last measurement counts.

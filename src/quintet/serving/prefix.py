@@ -11,8 +11,6 @@ from typing import Generic, Protocol, Self, TypeVar
 
 from quintet.serving.limits import GRID
 
-__all__ = ["Content", "PrefixCache", "common"]
-
 
 class Content(Protocol):
     """A copy of what a row holds of its tokens from one to another."""

@@ -12,8 +12,6 @@ from quintet.serving.answers import Answer, Usage
 from quintet.serving.scheduler import Job
 from quintet.serving.transcript import Transcript
 
-__all__ = ["LoopOutlet", "Outlet", "Request", "hand_out", "hand_over"]
-
 # What came of requests in one step, each with the one it is for.
 News = Sequence[tuple["Request", Answer | Exception]]
 Outlet = Callable[[News], None]

@@ -22,8 +22,6 @@ from quintet.serving.prefix import PrefixCache, common
 from quintet.serving.request import Request, hand_over
 from quintet.serving.scheduler import Cost, Plan, Scheduler
 
-__all__ = ["Runner"]
-
 # So many forwards that fail, one after the other, are no request's fault.
 FAILURES = 3
 # A request that was in as many of them is given up.

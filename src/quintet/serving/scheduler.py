@@ -13,8 +13,6 @@ from quintet.errors import QueueFullError
 from quintet.serving.limits import Limits
 from quintet.serving.pace import Pace
 
-__all__ = ["Cost", "Job", "Plan", "Scheduler"]
-
 KEEPS_AFTER = 3
 # So many that came later may get a row before one that has no room yet.
 PASSES = 8

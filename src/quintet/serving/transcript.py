@@ -6,8 +6,6 @@ from quintet.errors import InputError, shown
 from quintet.tokenization import PreTrainedTokenizer
 from quintet.tokenization.stream import IncrementalDecoder
 
-__all__ = ["StopStrings", "Transcript"]
-
 # Bounds of what is looked for in every token's text.
 MOST, LONGEST = 64, 1024
 

@@ -1,7 +1,8 @@
 """Which file in GGUF a name means: a path, a hub id, or what another program keeps."""
 
 from quintet.sources.choice import models_among
-from quintet.sources.find import Found, find_gguf
+from quintet.sources.find import find_gguf
+from quintet.sources.found import Found
 from quintet.sources.ollama import names as ollama_names
 from quintet.sources.smollm2 import fetch_smollm2
 

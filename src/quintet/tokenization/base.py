@@ -40,8 +40,6 @@ from quintet.tokenization.sentencepiece import read_with_settings
 from quintet.tokenization.templates import ChatTemplates
 from quintet.tokenization.vocabulary import Vocabulary, check_gaps, token_text
 
-__all__ = ["PreTrainedTokenizer", "PreTrainedTokenizerFast"]
-
 _NO_LIMIT = int(1e30)
 _LISTS = ("additional_special_tokens", "extra_special_tokens")
 _PREFIXED = (names.TOKENIZER, names.SETTINGS, names.SPECIAL_TOKENS)

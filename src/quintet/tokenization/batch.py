@@ -11,8 +11,6 @@ from quintet.tokenization.rows import Row
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["BatchEncoding", "as_tensor"]
-
 
 class BatchEncoding(UserDict[str, Any]):
     """Columns by name (`batch["input_ids"]`, `batch.input_ids`), rows by number (`batch[0]`)."""

@@ -8,8 +8,6 @@ import time
 from collections.abc import ItemsView, Iterator, KeysView, Set, Sized, ValuesView
 from typing import Any
 
-__all__ = ["ITEM", "POINTER", "QUOTED", "Budget", "BudgetError", "size"]
-
 MAX_STEPS = 1_000_000
 MAX_SECONDS = 0.8
 MAX_CHARACTERS = 16 * 1024 * 1024

@@ -1,7 +1,5 @@
 """The alphabet in which byte-level pipelines spell bytes as printable characters."""
 
-__all__ = ["BYTE_OF", "token_bytes"]
-
 
 def _alphabet() -> dict[str, int]:
     """Return the byte of each letter: printable Latin-1 is itself, the rest starts at U+0100."""

@@ -19,16 +19,6 @@ import markupsafe
 from quintet.tokenization import costs
 from quintet.tokenization.budget import POINTER, Budget, BudgetError, size
 
-__all__ = [
-    "FILTERS",
-    "GLOBALS",
-    "TESTS",
-    "EscapingFormat",
-    "Format",
-    "MeteredEnvironment",
-    "check_numbers",
-]
-
 Function = Callable[..., Any]
 
 # Filters that go through all of what they are given, and count it.

@@ -20,8 +20,6 @@ from quintet.tokenization.rows import Row
 from quintet.tokenization.sanitize import sanitised_row
 from quintet.tokenization.templates import ChatTemplates
 
-__all__ = ["Chat"]
-
 Tools = Sequence[Mapping[str, Any] | Callable[..., Any]]
 # The arguments of `apply_chat_template` a template sees; they cannot be given a second time.
 _OWN_NAMES = frozenset(["messages", "tools", "documents", "add_generation_prompt"])

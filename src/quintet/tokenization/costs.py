@@ -10,8 +10,6 @@ from typing import Any
 
 from quintet.tokenization.budget import ITEM, POINTER, Budget, BudgetError, size
 
-__all__ = ["ESCAPED", "FILTERS", "GLOBALS", "METHODS", "TESTS", "Cost", "format_width", "percent"]
-
 # (the budget, then what the filter or method takes) -> characters
 Cost = Callable[..., int]
 

@@ -13,8 +13,6 @@ from quintet.tokenization.bytelevel import token_bytes
 from quintet.tokenization.guard import guarded
 from quintet.tokenization.vocabulary import Vocabulary
 
-__all__ = ["Decoder", "clean_up", "decoder_steps"]
-
 _SPACED = (" .", " ?", " !", " ,", " ' ", " n't", " 'm", " 's", " 've", " 're")
 
 

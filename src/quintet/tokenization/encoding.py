@@ -22,8 +22,6 @@ from quintet.tokenization.options import EncodeOptions, Side, check_choice, chec
 from quintet.tokenization.rows import Row
 from quintet.tokenization.vocabulary import Vocabulary, share_pipeline
 
-__all__ = ["UNBOUNDED", "Encoder"]
-
 # What tokenizer_config.json says instead of "no limit" is 10^30; nothing real comes near this.
 UNBOUNDED = 10**20
 

@@ -15,19 +15,6 @@ from quintet.files import read_json
 from quintet.tokenization.guard import guarded
 from quintet.tokenization.options import NAMED_TOKENS, check_values, is_text
 
-__all__ = [
-    "TokenizerFiles",
-    "add_with_ids",
-    "existing",
-    "json_text",
-    "read_pipeline",
-    "read_tokenizer_files",
-    "save_directory",
-    "template_files",
-    "template_settings",
-    "token_flags",
-]
-
 TOKENIZER = "tokenizer.json"
 SETTINGS = "tokenizer_config.json"
 SPECIAL_TOKENS = "special_tokens_map.json"

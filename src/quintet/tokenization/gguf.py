@@ -16,15 +16,13 @@ from tokenizers import AddedToken, Tokenizer
 from tokenizers.models import BPE
 
 from quintet.errors import TokenizerError, UnsupportedModelError, shown
-from quintet.gguf.container import Value
+from quintet.gguf.cursor import Value
 from quintet.tokenization.files import TokenizerFiles
 from quintet.tokenization.guard import guarded
 from quintet.tokenization.options import NAMED_TOKENS, is_text
 from quintet.tokenization.partings import PARTINGS, Parting
 from quintet.tokenization.sentencepiece import BPE as OF_SENTENCEPIECE
 from quintet.tokenization.sentencepiece import MAX_PIECE, Model, Piece, pipeline_of
-
-__all__ = ["end_ids", "has_tokenizer", "read_gguf_tokenizer", "token_id"]
 
 KEY = "tokenizer.ggml."
 TEMPLATE = "tokenizer.chat_template"

@@ -6,12 +6,10 @@ from collections.abc import Sequence
 from typing import Any
 
 from quintet.errors import InputError, TokenizerError, UnsupportedModelError
-from quintet.gguf.container import Value
+from quintet.gguf.cursor import Value
 from quintet.tokenization.base import PreTrainedTokenizer
 from quintet.tokenization.gguf import CONTROL, KEY, NORMAL, ROLES, TEMPLATE, UNUSED, USER_DEFINED
 from quintet.tokenization.partings import PARTINGS, parting_of
-
-__all__ = ["gguf_metadata"]
 
 
 def gguf_metadata(

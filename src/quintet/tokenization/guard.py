@@ -5,8 +5,6 @@ from contextlib import contextmanager
 
 from quintet.errors import QuintetError, TokenizerError
 
-__all__ = ["guarded"]
-
 MAX_MESSAGE = 1000
 
 

@@ -5,8 +5,6 @@ from typing import Any
 
 from quintet.errors import InputError
 
-__all__ = ["Text", "batch_of"]
-
 Text = str | Sequence[str] | Sequence[Sequence[str]] | Sequence[Sequence[Sequence[str]]]
 
 

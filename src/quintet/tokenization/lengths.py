@@ -9,15 +9,6 @@ from quintet.errors import InputError
 from quintet.tokenization.options import Side, check_choice
 from quintet.tokenization.rows import Row
 
-__all__ = [
-    "Cut",
-    "LongTextWarning",
-    "LongTexts",
-    "pad_target",
-    "padding_strategy",
-    "truncation_strategy",
-]
-
 
 class LongTextWarning(UserWarning):
     """A text has more tokens than the model was made for."""

@@ -6,14 +6,13 @@ from typing import Unpack
 
 from quintet.errors import CheckpointError, TokenizerError
 from quintet.files import read_json
-from quintet.hub import CONFIG_NAME, TOKENIZER_PATTERNS
+from quintet.folder import CONFIG_NAME
+from quintet.hub import TOKENIZER_PATTERNS
 from quintet.tokenization.base import PreTrainedTokenizer
 from quintet.tokenization.files import TokenizerFiles
 from quintet.tokenization.opening import open_files
 from quintet.tokenization.options import TokenizerOptions, check_names
 from quintet.tokenization.qwen2 import Qwen2Tokenizer
-
-__all__ = ["load"]
 
 
 def load(

@@ -7,8 +7,6 @@ from typing import Any
 from quintet.errors import ChatTemplateError, shown
 from quintet.tokenization.tools import function_schema
 
-__all__ = ["Message", "plain", "plain_messages", "plain_tools"]
-
 Message = Mapping[str, Any]
 
 MAX_DEPTH = 64

@@ -7,8 +7,6 @@ loops, macros, `~`, slices, comparisons, lists and dicts, and arguments that are
 import jinja2.nodes as nodes
 import jinja2.visitor
 
-__all__ = ["metered"]
-
 
 def metered(tree: nodes.Template) -> nodes.Template:
     """Return the template with its counts in place."""

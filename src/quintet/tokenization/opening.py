@@ -9,8 +9,6 @@ from quintet.hub import locate
 from quintet.tokenization.files import TokenizerFiles, read_tokenizer_files
 from quintet.tokenization.gguf import read_gguf_tokenizer
 
-__all__ = ["open_files"]
-
 
 def open_files(
     name_or_path: str | os.PathLike[str],

@@ -8,19 +8,6 @@ from tokenizers import AddedToken
 
 from quintet.errors import InputError, shown
 
-__all__ = [
-    "FIXED",
-    "NAMED_TOKENS",
-    "EncodeOptions",
-    "Side",
-    "TokenizerOptions",
-    "check_choice",
-    "check_fixed",
-    "check_names",
-    "check_values",
-    "is_text",
-]
-
 Side = Literal["left", "right"]
 
 NAMED_TOKENS = (

@@ -12,8 +12,6 @@ from typing import Any
 
 from tokenizers import Regex, Tokenizer, decoders, normalizers, pre_tokenizers
 
-__all__ = ["PARTINGS", "Parting", "parting_of"]
-
 
 @dataclass(frozen=True, slots=True)
 class Parting:

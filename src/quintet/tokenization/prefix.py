@@ -7,8 +7,6 @@ from tokenizers import Tokenizer, pre_tokenizers
 
 from quintet.errors import InputError
 
-__all__ = ["set_prefix_space"]
-
 
 def set_prefix_space(backend: Tokenizer, wanted: bool | None) -> None:
     """Switch the space in front on or off, in a pipeline's own byte-level step.

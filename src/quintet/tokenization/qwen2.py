@@ -17,8 +17,6 @@ from quintet.tokenization.options import TokenizerOptions, check_names
 from quintet.tokenization.partings import PARTINGS
 from quintet.tokenization.vocabulary import check_gaps
 
-__all__ = ["Qwen2Tokenizer", "Qwen2TokenizerFast"]
-
 _END = "<|endoftext|>"
 PathLike = str | os.PathLike[str]
 

@@ -11,8 +11,6 @@ from quintet.tokenization.rendered import Rendered
 if TYPE_CHECKING:
     from quintet.tokenization.sandbox import CompiledTemplate
 
-__all__ = ["render_chat"]
-
 Messages = list[dict[str, Any]]
 
 

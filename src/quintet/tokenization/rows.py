@@ -7,8 +7,6 @@ from typing import Any
 
 from tokenizers import Encoding
 
-__all__ = ["Row"]
-
 
 class Row:
     """The columns of one row of a batch, each as long as its `ids`.

@@ -32,8 +32,6 @@ from quintet.tokenization.callables import (
 from quintet.tokenization.metering import metered
 from quintet.tokenization.rendered import Rendered
 
-__all__ = ["CompiledTemplate"]
-
 MAX_SOURCE = 256 * 1024
 # The longest published templates have about 5,000; compiling takes 50 µs and 5 kB for each.
 MAX_TOKENS = 20_000

@@ -19,8 +19,6 @@ from quintet.tokenization.rendered import Rendered
 from quintet.tokenization.rows import Row
 from quintet.tokenization.vocabulary import share_pipeline
 
-__all__ = ["sanitised_row"]
-
 _PRIVATE = (range(0xF0000, 0xFFFFE), range(0x100000, 0x10FFFE))
 # Words that templates compare with, and that a caller chooses from.
 _KNOWN = {

@@ -16,16 +16,6 @@ from quintet.tokenization.files import TokenizerFiles
 from quintet.tokenization.guard import guarded
 from quintet.tokenization.options import TokenizerOptions
 
-__all__ = [
-    "BPE",
-    "MAX_PIECE",
-    "Model",
-    "Piece",
-    "pipeline_of",
-    "read_sentencepiece",
-    "read_with_settings",
-]
-
 # A vocabulary of a million pieces is about 30 MB.
 MAX_BYTES = 256 * 1024 * 1024
 # A merge is looked for at every place of a piece.

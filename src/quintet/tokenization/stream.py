@@ -9,8 +9,6 @@ from quintet.tokenization.arrays import as_ids
 from quintet.tokenization.bytelevel import token_bytes
 from quintet.tokenization.decoding import Decoder, clean_up, decoder_steps
 
-__all__ = ["IncrementalDecoder"]
-
 # Steps whose text for a token depends on the tokens before it only by whether there are any.
 _LOCAL_STEPS = {"Replace", "Metaspace", "WordPiece"}
 # Letters that the clean-up of spaces looks at: text is certain up to any other letter.

@@ -8,8 +8,6 @@ from quintet.errors import ChatTemplateError, shown
 if TYPE_CHECKING:
     from quintet.tokenization.sandbox import CompiledTemplate
 
-__all__ = ["ChatTemplates"]
-
 
 class ChatTemplates:
     """No template, one, or several by name.

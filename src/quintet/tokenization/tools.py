@@ -8,8 +8,6 @@ from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from quintet.errors import InputError
 
-__all__ = ["function_schema"]
-
 _SIMPLE: dict[Any, str] = {
     str: "string",
     int: "integer",

@@ -8,8 +8,6 @@ from tokenizers import AddedToken, Tokenizer
 from quintet.errors import InputError, TokenizerError, shown
 from quintet.tokenization.options import NAMED_TOKENS, check_names
 
-__all__ = ["Vocabulary", "check_gaps", "share_pipeline"]
-
 MAX_GAP = 1_000_000
 
 

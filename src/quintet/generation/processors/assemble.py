@@ -11,8 +11,6 @@ from quintet.generation.processors import lengths, repetition, warpers, words
 from quintet.generation.processors.base import LogitsProcessor, LogitsProcessorList
 from quintet.generation.token_buffer import TokenBuffer
 
-__all__ = ["Setting", "assemble"]
-
 # What takes (ids, scores) and returns scores, a `LogitsProcessor` or any function.
 Processor = Callable[[Tensor, Tensor], Tensor]
 

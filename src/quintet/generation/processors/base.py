@@ -10,20 +10,6 @@ from torch import Tensor
 
 from quintet.errors import InputError, shown
 
-__all__ = [
-    "ConstrainingProcessor",
-    "LogitsProcessor",
-    "LogitsProcessorList",
-    "LogitsWarper",
-    "TokenIds",
-    "check_known",
-    "forbid",
-    "largest",
-    "positive_float",
-    "row_lengths",
-    "token_ids",
-]
-
 TokenIds = int | Iterable[int] | Tensor
 
 

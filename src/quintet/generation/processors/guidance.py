@@ -9,8 +9,6 @@ from quintet.cache import Cache
 from quintet.errors import InputError
 from quintet.generation.processors.base import LogitsProcessor, positive_float
 
-__all__ = ["UnbatchedClassifierFreeGuidanceLogitsProcessor"]
-
 
 class _Model(Protocol):
     def __call__(

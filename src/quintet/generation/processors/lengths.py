@@ -14,15 +14,6 @@ from quintet.generation.processors.base import (
     token_ids,
 )
 
-__all__ = [
-    "ExponentialDecayLengthPenalty",
-    "ForcedBOSTokenLogitsProcessor",
-    "ForcedEOSTokenLogitsProcessor",
-    "MinLengthLogitsProcessor",
-    "MinNewTokensLengthLogitsProcessor",
-    "SuppressTokensAtBeginLogitsProcessor",
-]
-
 # A length is one number, or one for each row (B,).
 Length = int | Tensor
 

@@ -7,15 +7,6 @@ from quintet.errors import InputError, shown
 from quintet.generation.processors.base import LogitsProcessor, positive_float
 from quintet.ops.sampling import penalise_frequency, penalise_presence, penalise_repetition
 
-__all__ = [
-    "EncoderNoRepeatNGramLogitsProcessor",
-    "EncoderRepetitionPenaltyLogitsProcessor",
-    "FrequencyPenaltyLogitsProcessor",
-    "NoRepeatNGramLogitsProcessor",
-    "PresencePenaltyLogitsProcessor",
-    "RepetitionPenaltyLogitsProcessor",
-]
-
 
 class _Counting(LogitsProcessor):
     """Counts tokens behind the first `prompt_ignore_length` of each row, an int or (B,)."""

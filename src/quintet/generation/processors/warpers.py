@@ -15,24 +15,6 @@ from quintet.errors import InputError, shown
 from quintet.generation.processors.base import LogitsProcessor, LogitsWarper, positive_float
 from quintet.ops import sampling
 
-__all__ = [
-    "EpsilonLogitsWarper",
-    "EtaLogitsWarper",
-    "InfNanRemoveLogitsProcessor",
-    "LogitNormalization",
-    "MinPLogitsWarper",
-    "TemperatureLogitsWarper",
-    "TopHLogitsWarper",
-    "TopKLogitsWarper",
-    "TopPLogitsWarper",
-    "TypicalLogitsWarper",
-    "beside",
-    "cuts",
-    "kind",
-    "of_rows",
-    "on",
-]
-
 
 class TemperatureLogitsWarper(LogitsWarper):
     """Divides scores by a temperature."""

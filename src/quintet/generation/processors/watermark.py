@@ -6,8 +6,6 @@ from torch import Tensor
 from quintet.generation.processors.base import LogitsProcessor
 from quintet.generation.watermarking import WatermarkingConfig
 
-__all__ = ["WatermarkLogitsProcessor"]
-
 _TABLE = 1_000_003
 # How many of the likeliest tokens "selfhash" asks whether they favour themselves.
 _TRIED = 40

@@ -16,14 +16,6 @@ from quintet.generation.processors.base import (
 )
 from quintet.generation.sequence_bias import Biases, read_biases
 
-__all__ = [
-    "NoBadWordsLogitsProcessor",
-    "PrefixAllowedTokens",
-    "PrefixConstrainedLogitsProcessor",
-    "SequenceBiasLogitsProcessor",
-    "SuppressTokensLogitsProcessor",
-]
-
 # The row of the batch and its ids so far -> the ids that may come next.
 PrefixAllowedTokens = Callable[[int, Tensor], Sequence[int]]
 

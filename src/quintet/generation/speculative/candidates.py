@@ -14,8 +14,6 @@ from quintet.generation.sampler import Sampler
 from quintet.generation.token_buffer import TokenBuffer
 from quintet.ops.sampling import likeliest
 
-__all__ = ["Draft", "DraftWriter", "Drafter", "PromptLookup", "Schedule"]
-
 
 @dataclass(frozen=True, slots=True)
 class Draft:

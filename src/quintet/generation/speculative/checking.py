@@ -14,8 +14,6 @@ from quintet.generation.token_buffer import TokenBuffer
 from quintet.ops.sampling import NothingLeftError, likeliest
 from quintet.ops.speculative import keep_likeliest, keep_sampled
 
-__all__ = ["Checked", "check_draft", "for_a_turn"]
-
 
 @dataclass(frozen=True, slots=True)
 class Checked:

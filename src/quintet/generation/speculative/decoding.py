@@ -17,8 +17,6 @@ from quintet.generation.speculative.candidates import Draft, Drafter, Schedule
 from quintet.generation.speculative.checking import check_draft, for_a_turn
 from quintet.generation.token_buffer import TokenBuffer
 
-__all__ = ["speculate"]
-
 
 def speculate(run: Generation, drafter: Drafter, schedule: Schedule) -> Speculation:
     """Add tokens to every row, until all have ended or have all they may get.

@@ -10,8 +10,6 @@ from quintet.generation.sampler import Sampler
 from quintet.generation.speculative.candidates import Draft, DraftWriter
 from quintet.generation.token_buffer import TokenBuffer
 
-__all__ = ["DraftModel"]
-
 
 class DraftModel:
     """Lets a smaller model write the draft.

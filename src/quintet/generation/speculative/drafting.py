@@ -14,8 +14,6 @@ from quintet.generation.speculative.pacing import Pacing
 from quintet.generation.speculative.prediction import Seen
 from quintet.generation.token_buffer import TokenBuffer
 
-__all__ = ["Drafting", "PredictedDrafting", "TextDrafting"]
-
 
 class Drafting(ABC):
     """Drafts for a single row; what is drafted waits until a forward has run over it.

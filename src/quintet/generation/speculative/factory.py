@@ -16,15 +16,6 @@ from quintet.generation.speculative.mtp import MTPDrafter
 from quintet.generation.speculative.prediction import MTPModel
 from quintet.tokenization import PreTrainedTokenizer
 
-__all__ = [
-    "AssistantModel",
-    "check_drafting",
-    "make_drafter",
-    "make_drafting",
-    "make_schedule",
-    "warn_of_idle_drafting",
-]
-
 # What is drafted for each row where no number is given.
 ASSISTANT_TOKENS = 5
 NGRAM = 2

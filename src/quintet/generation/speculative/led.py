@@ -11,8 +11,6 @@ from quintet.generation.speculative.pooled import PredictionRows
 from quintet.generation.speculative.prediction import MTPModel, Seen, Writer
 from quintet.parallel.agree import Agreement
 
-__all__ = ["LedPredictionRows", "read_beside"]
-
 
 class LedPredictionRows(PredictionRows):
     """Rows of the process that leads, which the others have, too."""

@@ -12,8 +12,6 @@ from quintet.generation.speculative.candidates import Draft, DraftWriter
 from quintet.generation.speculative.prediction import MTPModel, Prediction, Seen
 from quintet.generation.token_buffer import TokenBuffer
 
-__all__ = ["MTPCache", "MTPDrafter"]
-
 
 @dataclass(slots=True)
 class MTPCache:

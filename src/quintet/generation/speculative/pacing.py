@@ -1,7 +1,5 @@
 """When drafts are worth what it costs to check them."""
 
-__all__ = ["DRAFTS", "Pacing", "room_for_drafts"]
-
 # So many tokens of all rows go through a step that takes hardly longer than for one; in few bits,
 # weights take longer to decode, and half as many do.
 ROOM, ROOM_FEW_BITS = 16, 8

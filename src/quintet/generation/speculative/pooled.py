@@ -11,8 +11,6 @@ from quintet.generation.speculative.candidates import DraftWriter
 from quintet.generation.speculative.drafting import PredictedDrafting
 from quintet.generation.speculative.prediction import MTPModel, Prediction, Seen, Writer
 
-__all__ = ["PooledPrediction", "PredictionRows"]
-
 
 class PredictionRows:
     """The rows of prediction layers in an engine.

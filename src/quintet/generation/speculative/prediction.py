@@ -16,8 +16,6 @@ from torch import Tensor
 
 from quintet.cache import Cache, PooledCache, Segment, segments_of
 
-__all__ = ["MTPModel", "Prediction", "Seen", "Writer"]
-
 # The slots of all rows, and the rectangles that the tokens make.
 Segments = tuple[Segment, tuple[Segment, ...]]
 

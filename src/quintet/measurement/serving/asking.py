@@ -11,8 +11,6 @@ from quintet.errors import ServingError
 from quintet.measurement.serving.connection import Address, Reply
 from quintet.measurement.serving.workload import Ids, Material, Prompt, Words
 
-__all__ = ["Asked", "Target", "find"]
-
 PATHS = {"completions": "/v1/completions", "chat": "/v1/chat/completions"}
 # What the ids of prompts are drawn from are so many words; what a word is in tokens is found by few
 # enough to fit into any context.

@@ -11,8 +11,6 @@ from urllib.parse import urlsplit
 
 from quintet.errors import InputError, ServingError, shown
 
-__all__ = ["Address", "Reply"]
-
 # The longest line and the longest body that are read; a server's answers are far below.
 LINE = 1 << 22
 BODY = 1 << 26

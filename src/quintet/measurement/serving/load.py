@@ -11,8 +11,6 @@ from quintet.errors import InputError
 from quintet.measurement.serving.asking import Asked, Target
 from quintet.measurement.serving.workload import Prompt, Shape
 
-__all__ = ["Load", "run"]
-
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Load:

@@ -11,8 +11,6 @@ import numpy as np
 from quintet.errors import InputError, shown
 from quintet.measurement.serving.asking import Asked
 
-__all__ = ["Goals", "lines", "summary"]
-
 PERCENTILES = (50, 90, 95, 99)
 
 

@@ -7,8 +7,6 @@ from typing import Protocol
 
 from quintet.errors import InputError
 
-__all__ = ["SHAPES", "Ids", "Material", "Prompt", "Shape", "Words"]
-
 Prompt = list[int] | str
 
 

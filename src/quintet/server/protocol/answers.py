@@ -9,8 +9,6 @@ from typing import Any
 from quintet.server.events import ServerEvent
 from quintet.server.questions import Tokens, TokenScore
 
-__all__ = ["LEAST", "Frame", "event", "finite", "scored", "usage_of"]
-
 # What stands for the logarithm of zero, which JSON does not have.
 LEAST = -9999.0
 _JSON = json.JSONEncoder(ensure_ascii=False, separators=(",", ":"))

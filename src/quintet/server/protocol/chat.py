@@ -11,8 +11,6 @@ from quintet.server.protocol.turns import Message, Tool, ToolChoice, choice_of, 
 from quintet.server.questions import Ask, Conversation
 from quintet.server.settings import Settings
 
-__all__ = ["ChatRequest", "StreamOptions", "check_stream"]
-
 BEAMS = "answers are drawn one token at a time; use n, temperature and top_p"
 FORMATS = "use response_format, regex or grammar"
 

@@ -14,16 +14,6 @@ from quintet.server.failures import ApiError, invalid
 from quintet.server.sampling import Sampling
 from quintet.server.settings import Settings
 
-__all__ = [
-    "Body",
-    "Count",
-    "SamplingFields",
-    "parse",
-    "unsupported",
-    "warnings_header",
-    "within",
-]
-
 B = TypeVar("B", bound="Body")
 # A message says what is wrong first, not everything.
 MOST_SAID = 3

@@ -17,8 +17,6 @@ from quintet.server.settings import Settings
 from quintet.tokenization import PreTrainedTokenizer
 from quintet.tokenization.stream import IncrementalDecoder
 
-__all__ = ["CompletionRequest", "Piece", "pieces"]
-
 # Tokens of an answer, where nobody says.
 ANSWER = 16
 # What stands before, between and behind the two sides of a hole.

@@ -9,8 +9,6 @@ from pydantic import Field
 
 from quintet.server.protocol.common import Body
 
-__all__ = ["EmbeddingsRequest", "embeddings"]
-
 
 class EmbeddingsRequest(Body):
     """Texts to make vectors of."""

@@ -10,8 +10,6 @@ from quintet.server.failures import invalid
 from quintet.server.protocol.common import Body, within
 from quintet.server.settings import Settings
 
-__all__ = ["ResponseFormat", "format_of"]
-
 
 class JsonSchema(Body):
     """A schema with its name, which has no effect on the answer."""

@@ -2,8 +2,6 @@
 
 import uuid
 
-__all__ = ["new_id"]
-
 
 def new_id(kind: str) -> str:
     """Return a name that was not given before, as `resp_0a1b…`."""

@@ -7,8 +7,6 @@ from pydantic import BeforeValidator, Discriminator
 
 from quintet.errors import shown
 
-__all__ = ["by_type", "only"]
-
 
 def by_type(default: str = "", **others: str) -> Discriminator:
     """Return what tells the members of a union apart, by the type that an object says it has.

@@ -9,8 +9,6 @@ from pydantic import Field, Tag, model_validator
 from quintet.server.protocol.common import Body
 from quintet.server.protocol.kinds import by_type, only
 
-__all__ = ["Texts", "Turn", "messages_of", "text_of"]
-
 Wire = dict[str, Any]
 
 

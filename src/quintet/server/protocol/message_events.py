@@ -8,8 +8,6 @@ from quintet.parsing.events import CallArguments, CallEnd, CallStart, Content, E
 from quintet.server.protocol.ids import new_id
 from quintet.server.questions import Finish, Tokens, TokenScore
 
-__all__ = ["PING", "MessageWriter"]
-
 Wire = dict[str, Any]
 
 PING: Wire = {"type": "ping"}

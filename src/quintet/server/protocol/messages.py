@@ -18,8 +18,6 @@ from quintet.server.protocol.tools import Name, Offered, chosen, offered
 from quintet.server.questions import Ask, Conversation
 from quintet.server.settings import Settings
 
-__all__ = ["CountTokensRequest", "MessagesRequest", "error_body"]
-
 Wire = dict[str, Any]
 
 

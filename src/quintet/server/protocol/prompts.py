@@ -9,8 +9,6 @@ from quintet.server.failures import invalid
 from quintet.server.protocol.common import within
 from quintet.tokenization import PreTrainedTokenizer
 
-__all__ = ["checked", "fitting", "ids_of", "listed"]
-
 
 def listed(given: str | list[Any], name: str, most: int) -> list[tuple[str, str | list[Any]]]:
     """Return each prompt with its place in the request.

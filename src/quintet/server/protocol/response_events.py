@@ -11,8 +11,6 @@ from quintet.server.protocol.answers import scored
 from quintet.server.protocol.ids import new_id
 from quintet.server.questions import Finish, Tokens, TokenScore
 
-__all__ = ["ResponseWriter", "Wire"]
-
 Wire = dict[str, Any]
 
 

@@ -8,8 +8,6 @@ from pydantic import Field, Tag
 from quintet.server.protocol.common import Body
 from quintet.server.protocol.kinds import by_type, only
 
-__all__ = ["InputItem", "messages_of"]
-
 Wire = dict[str, Any]
 Status = Literal["in_progress", "completed", "incomplete"] | None
 

@@ -15,8 +15,6 @@ from quintet.server.protocol.tools import Name, Offered, chosen, offered
 from quintet.server.questions import Ask, Conversation
 from quintet.server.settings import Settings
 
-__all__ = ["ResponsesRequest"]
-
 Wire = dict[str, Any]
 _LOGPROBS = "message.output_text.logprobs"
 Key = Annotated[str, Field(max_length=64)]

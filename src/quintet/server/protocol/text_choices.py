@@ -10,8 +10,6 @@ from quintet.server.questions import Finish, Heard, Prompted, Tokens, TokenScore
 from quintet.tokenization import PreTrainedTokenizer
 from quintet.tokenization.stream import IncrementalDecoder
 
-__all__ = ["TextChoice", "TextPrompt", "joined"]
-
 
 class TextPrompt:
     """A prompt with the scores of its tokens, which its texts may begin with.

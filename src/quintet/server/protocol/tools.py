@@ -12,8 +12,6 @@ from quintet.server.failures import invalid
 from quintet.server.protocol.common import within
 from quintet.server.settings import Settings
 
-__all__ = ["Name", "Offered", "chosen", "offered"]
-
 Tools = tuple[Mapping[str, Any], ...]
 MODES = ("auto", "none", "required")
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9_.-]{1,128}$")]

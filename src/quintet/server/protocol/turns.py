@@ -10,8 +10,6 @@ from quintet.server.protocol.common import Body, unsupported, within
 from quintet.server.protocol.tools import Name, Offered, chosen, offered
 from quintet.server.settings import Settings
 
-__all__ = ["Message", "Tool", "ToolChoice", "choice_of", "said", "tools_of"]
-
 TEXT_ONLY = "messages hold text; models here read nothing else, and nothing is fetched"
 
 

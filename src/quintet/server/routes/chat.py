@@ -9,17 +9,16 @@ from fastapi import APIRouter, Request
 from starlette.responses import JSONResponse, Response
 
 from quintet.parsing.events import CallArguments, CallEnd, CallStart, Content, Reasoning
-from quintet.server.asking import Finish, Heard, Tokens, ask
+from quintet.server.asking import ask
 from quintet.server.bodies import documented, received
 from quintet.server.connection import until_gone
 from quintet.server.events import DONE, EventStream, ServerEvent
 from quintet.server.protocol.answers import Frame, event, scored, usage_of
 from quintet.server.protocol.chat import ChatRequest
 from quintet.server.protocol.common import warnings_header
+from quintet.server.questions import Finish, Heard, Tokens
 from quintet.server.replies import begun
 from quintet.server.service import caller_of, service_of
-
-__all__ = ["router"]
 
 router = APIRouter(tags=["openai"])
 CHUNK, WHOLE = "chat.completion.chunk", "chat.completion"

@@ -8,7 +8,7 @@ from typing import Any
 from fastapi import APIRouter, Request
 from starlette.responses import JSONResponse, Response
 
-from quintet.server.asking import Heard, Tokens, ask
+from quintet.server.asking import ask
 from quintet.server.bodies import documented, received
 from quintet.server.connection import until_gone
 from quintet.server.events import DONE, EventStream, ServerEvent
@@ -17,10 +17,9 @@ from quintet.server.protocol.answers import Frame, event, usage_of
 from quintet.server.protocol.common import warnings_header
 from quintet.server.protocol.completions import CompletionRequest, pieces
 from quintet.server.protocol.text_choices import TextChoice, TextPrompt, joined
+from quintet.server.questions import Heard, Tokens
 from quintet.server.replies import begun
 from quintet.server.service import caller_of, service_of
-
-__all__ = ["router"]
 
 router = APIRouter(tags=["openai"])
 KIND = "text_completion"

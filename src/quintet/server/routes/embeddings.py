@@ -15,8 +15,6 @@ from quintet.server.registry import Served
 from quintet.server.replies import json_reply
 from quintet.server.service import caller_of, service_of
 
-__all__ = ["router"]
-
 router = APIRouter(tags=["openai"])
 
 

@@ -5,8 +5,6 @@ from starlette.responses import JSONResponse
 
 from quintet.server.service import service_of
 
-__all__ = ["router"]
-
 router = APIRouter(tags=["operation"])
 
 

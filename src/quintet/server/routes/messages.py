@@ -17,8 +17,6 @@ from quintet.server.replies import begun, json_reply
 from quintet.server.service import caller_of, service_of
 from quintet.server.writing import finished, named, written
 
-__all__ = ["COUNTING", "MESSAGES", "router"]
-
 router = APIRouter(tags=["anthropic"])
 MESSAGES, COUNTING = "/v1/messages", "/v1/messages/count_tokens"
 

@@ -3,8 +3,6 @@
 from fastapi import APIRouter, Request
 from starlette.responses import Response
 
-__all__ = ["router"]
-
 router = APIRouter(tags=["operation"])
 
 

@@ -11,8 +11,6 @@ from quintet.server.failures import invalid
 from quintet.server.registry import Listed
 from quintet.server.service import service_of
 
-__all__ = ["router"]
-
 router = APIRouter(tags=["models"])
 
 

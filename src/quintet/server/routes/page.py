@@ -14,8 +14,6 @@ from quintet.server.registry import Listed, Loaded
 from quintet.server.service import service_of
 from quintet.server.settings import Settings
 
-__all__ = ["router"]
-
 
 def router() -> APIRouter:
     """Return the routes of the page, which is joined here and stays in memory."""

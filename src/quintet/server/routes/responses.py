@@ -6,7 +6,7 @@ from contextlib import aclosing
 from fastapi import APIRouter, Request
 from starlette.responses import Response
 
-from quintet.server.asking import Heard, ask
+from quintet.server.asking import ask
 from quintet.server.bodies import documented, received
 from quintet.server.connection import until_gone
 from quintet.server.events import EventStream, ServerEvent
@@ -14,11 +14,10 @@ from quintet.server.logs import told_of
 from quintet.server.protocol.common import warnings_header
 from quintet.server.protocol.response_events import ResponseWriter
 from quintet.server.protocol.responses import ResponsesRequest
+from quintet.server.questions import Heard
 from quintet.server.replies import begun, json_reply
 from quintet.server.service import caller_of, request_id_of, service_of
 from quintet.server.writing import finished, named, written
-
-__all__ = ["router"]
 
 router = APIRouter(tags=["openai"])
 

@@ -16,8 +16,6 @@ from quintet.server.questions import Conversation
 from quintet.server.registry import Served
 from quintet.server.service import Service, service_of
 
-__all__ = ["router"]
-
 router = APIRouter(tags=["tokens"])
 # Ids of tokens that may be written at once, for each that a row has.
 ROWS = 4

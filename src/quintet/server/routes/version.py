@@ -7,8 +7,6 @@ from fastapi import APIRouter, Request
 import quintet
 from quintet.server.service import service_of
 
-__all__ = ["router"]
-
 router = APIRouter(tags=["operation"])
 
 
