@@ -92,7 +92,7 @@ def outcome(mix: Any, **given: Any) -> tuple[Tensor, ...] | None:
     if made is None:
         return None
     kept = tuple(x for x in (given["window"], given["state"]) if x is not None)
-    return (*made,) if isinstance(made, tuple) else (made, *kept)
+    return (*made, *kept) if len(made) == 3 else (*made,)
 
 
 def stepwise(

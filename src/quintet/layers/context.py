@@ -13,6 +13,7 @@ from quintet.layers.router import Choices
 from quintet.ops.attention import AttentionBackend, sdpa
 from quintet.ops.causal_learning import attend_learning, attends_learning
 from quintet.ops.masks import AttentionMask
+from quintet.triton.texts import Texts
 
 
 class Notes:
@@ -73,6 +74,8 @@ class ForwardContext:
         embeds: (B, T, C) the embeddings, for layers that look back at them.
         notes: where layers put what was asked for beside their output.
         placing: what adapters are told of rows and layers; None where they need not know.
+        texts: which tokens of a packed row are whose, told to the device; None of a rectangle, and
+            where no layer is recurrent.
         elsewhere: the same on other devices, which layers there share.
     """
 
@@ -86,6 +89,7 @@ class ForwardContext:
     embeds: Tensor
     notes: Notes = field(default_factory=Notes)
     placing: Placing | None = None
+    texts: Texts | None = None
     elsewhere: "dict[torch.device, ForwardContext]" = field(
         init=False, default_factory=dict, repr=False
     )

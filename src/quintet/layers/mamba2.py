@@ -1,7 +1,7 @@
 """The mixer of Mamba-2: a short convolution, a selective state space, a gate (arXiv:2405.21060)."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Self
 
@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from quintet.cache.recurrent import Inputs
+from quintet.cache.slots import StateSlot
 from quintet.kernels import parts
 from quintet.layers.context import ForwardContext
 from quintet.layers.linear import Linear, matrices
@@ -17,7 +18,11 @@ from quintet.layers.stack import StackPart
 from quintet.ops.conv import causal_conv
 from quintet.ops.mamba2 import Calls, MixerWeights, gated_rms_norm, heads_and_groups, mix
 from quintet.ops.mamba2_learning import mix_learning
+from quintet.ops.mamba2_texts import mix_texts
 from quintet.sharding import WHOLE, Section, Sharding, columns, rows
+
+# What is projected back (B, T, H·P); of each segment, the convolved channels and step sizes.
+_Made = tuple[Tensor, Sequence[Tensor], Sequence[Tensor]]
 
 
 class GatedRMSNorm(PlainModule):
@@ -158,13 +163,75 @@ class Mamba2(StackPart):
         projected = self.in_proj(hidden_states)
         raw = torch.split(projected, self.in_sizes, dim=-1)[1]
         slot = None if context.cache is None else context.cache.recurrent(self.layer_idx, raw)
-        held = None if slot is None else slot.content()
         weights, calls = self._weights(), self._calls()
         lengths = context.text_lengths() if slot is None and calls is None else None
         if lengths is not None:
             learning = mix_learning(projected.flatten(0, 1), weights, lengths)
             if learning is not None:
                 return self.out_proj(learning.view(*hidden_states.shape[:2], -1))  # type: ignore[no-any-return]
+        held = None if slot is None else slot.content()
+        made = None
+        if calls is None:
+            made = self._mix_texts(projected, weights, context, slot, held)
+        if made is None:
+            made = self._mix_segments(projected, weights, calls, context, slot, held)
+        out, convolved, dt = made
+        if slot is not None and slot.remembers:
+            x, b, _ = heads_and_groups(context.padded(convolved), weights)
+            steps, counts = context.padded(dt), context.whole.counts
+            A = -self.A_log.to(steps.dtype).exp()
+            raw = context.padded(context.split(raw))
+            length = context.whole.length if counts is None else counts
+            slot.remember(Inputs(raw, x, steps, A, b, length))
+        return self.out_proj(out)  # type: ignore[no-any-return]
+
+    def _mix_texts(
+        self,
+        projected: Tensor,
+        weights: MixerWeights,
+        context: ForwardContext,
+        slot: StateSlot | None,
+        held: tuple[Tensor, Tensor] | None,
+    ) -> _Made | None:
+        """Mix all texts of a packed row at once; None where no backend does."""
+        texts = context.texts
+        if texts is None:
+            return None
+        if slot is not None and held is None:
+            n, (C, W), H = context.segments[0].batch or texts.n, weights.taps.shape, len(weights.D)
+            shape = n, H, self.head_dim, self.state_size
+            state = projected.new_zeros(shape, dtype=torch.float32)
+            held = projected.new_zeros(n, W - 1, C), state
+        made = mix_texts.by_backend(
+            projected.flatten(0, 1),
+            weights.taps,
+            weights.conv_bias,
+            (weights.dt_bias, weights.A_log, weights.D),
+            weights.norm,
+            num_groups=weights.num_groups,
+            dt_limits=weights.dt_limits,
+            eps=weights.eps,
+            texts=texts,
+            window=None if held is None else held[0],
+            state=None if held is None else held[1],
+        )
+        if made is None:
+            return None
+        if slot is not None and held is not None:
+            slot.update(*held, context.whole)
+        out, convolved, dt = (torch.unflatten(x, 0, projected.shape[:2]) for x in made)
+        return out, context.split(convolved), context.split(dt)
+
+    def _mix_segments(
+        self,
+        projected: Tensor,
+        weights: MixerWeights,
+        calls: Calls | None,
+        context: ForwardContext,
+        slot: StateSlot | None,
+        held: tuple[Tensor, Tensor] | None,
+    ) -> _Made:
+        """Mix the rows of each rectangle at once, one rectangle after the other."""
         mixes = []
         for segment, own in zip(context.segments, context.split(projected), strict=True):
             window, state = (None, None) if held is None else (segment.of(x) for x in held)
@@ -174,14 +241,8 @@ class Mamba2(StackPart):
             if slot is not None:
                 slot.update(mixed.window, mixed.state, segment)
             mixes.append(mixed)
-        if slot is not None and slot.remembers:
-            x, b, _ = heads_and_groups(context.padded([m.convolved for m in mixes]), weights)
-            dt, counts = context.padded([m.dt for m in mixes]), context.whole.counts
-            A = -self.A_log.to(dt.dtype).exp()
-            raw = context.padded(context.split(raw))
-            inputs = Inputs(raw, x, dt, A, b, context.whole.length if counts is None else counts)
-            slot.remember(inputs)
-        return self.out_proj(context.joined([m.out for m in mixes]))  # type: ignore[no-any-return]
+        out = context.joined([m.out for m in mixes])
+        return out, [m.convolved for m in mixes], [m.dt for m in mixes]
 
     def part(self, norm: parts.Norm) -> parts.Part | None:
         """Return maps, taps and scalars."""

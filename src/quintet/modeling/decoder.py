@@ -31,7 +31,7 @@ from quintet.modeling.inputs import (
 )
 from quintet.modeling.outputs import BaseModelOutputWithPast
 from quintet.modeling.packing import Packing, packed, takes_packing
-from quintet.modeling.segmenting import angles, masks, segments
+from quintet.modeling.segmenting import angles, masks, segments, texts_of
 from quintet.ops.attention import attention_backend
 from quintet.ops.documents import Documents
 from quintet.ops.ragged import Padding, keys_in_columns, padding_of
@@ -356,6 +356,7 @@ class DecoderModel(PreTrainedModel):
             cache=cache,
             embeds=embeds,
             notes=notes,
+            texts=texts_of(own) if self.config.recurrent_layers() else None,
         )
 
     def _run_layers(

@@ -18,6 +18,7 @@ from quintet.layers.context import ForwardContext
 from quintet.modeling.core import ModelCore
 from quintet.modeling.placement import ModelPart, Placement
 from quintet.ops.masks import AttentionMask
+from quintet.triton.texts import Texts
 
 
 def dispatch_model(model: ModelCore, placement: Placement, parts: Sequence[ModelPart]) -> None:
@@ -73,7 +74,7 @@ def moved(value: Any, device: torch.device) -> Any:
         return value.to(device)
     if isinstance(value, torch.device):
         return device
-    if isinstance(value, ForwardContext | Segment | AttentionMask):
+    if isinstance(value, ForwardContext | Segment | AttentionMask | Texts):
         given = (field.name for field in dataclasses.fields(value) if field.init)
         fields = {name: moved(getattr(value, name), device) for name in given}
         return dataclasses.replace(value, **fields)

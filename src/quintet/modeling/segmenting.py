@@ -2,6 +2,7 @@
 
 from collections.abc import Collection, Sequence
 from dataclasses import replace
+from itertools import accumulate
 
 import torch
 from torch import Tensor
@@ -12,6 +13,7 @@ from quintet.layers.rotary import RotaryEmbedding
 from quintet.ops.documents import Documents
 from quintet.ops.masks import AttentionMask, attention_mask_of, causal_mask
 from quintet.ops.ragged import Padding, Ragged
+from quintet.triton.texts import Texts
 
 
 def segments(
@@ -42,6 +44,27 @@ def segments(
     else:
         whole = replace(cache.segment(B, T, device, counts), learns=learns)
     return whole, (whole,) if lengths is None else segments_of(whole, lengths)
+
+
+def texts_of(segments: Sequence[Segment]) -> Texts | None:
+    """Return which tokens of a packed row are of which row of a cache; None of a rectangle.
+
+    All of it is known to the host, which sends it and does not wait.
+    """
+    lengths: list[int] = []
+    rows: list[int] = []
+    for one in segments:
+        if one.rows is None:
+            return None
+        rows += range(one.rows.start, one.rows.stop)
+        lengths += [one.length] * (one.rows.stop - one.rows.start)
+    device, everyone = segments[0].device, len(rows) == segments[0].batch
+
+    def told(numbers: Sequence[int]) -> Tensor:
+        return torch.tensor(numbers, dtype=torch.int32, device="cpu").to(device, non_blocking=True)
+
+    ends = told([*accumulate(lengths, initial=0)])
+    return Texts(len(rows), max(lengths), ends, None if everyone else told(rows))
 
 
 def angles(

@@ -27,8 +27,11 @@ def mix_texts(
     texts: Texts,
     window: Tensor | None,
     state: Tensor | None,
-) -> Tensor:
-    """Mix the tokens of each text, (M, H·P), from its row of memory on, which is overwritten.
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Mix the tokens of each text from its row of memory on, which is overwritten.
+
+    Returns what is projected back (M, H·P), the convolved channels (M, C), and the step sizes
+    (M, H).
 
     Shapes: projected (M, H·P + C + H), the gate before x, b, c before dt; window (R, W - 1, C) and
     state (R, H, P, N), neither where every text begins with zeros and nothing is kept.
@@ -50,7 +53,7 @@ def mix_texts(
     for memory, new in ((window, mixed.window), (state, mixed.state)):
         if memory is not None:
             _write(memory, new, texts)
-    return mixed.out[text, place]
+    return mixed.out[text, place], mixed.convolved[text, place], mixed.dt[text, place]
 
 
 def _read(memory: Tensor, texts: Texts) -> Tensor:

@@ -67,17 +67,15 @@ def mix_texts(
     texts: Texts,
     window: Tensor | None,
     state: Tensor | None,
-) -> Tensor | None:
-    """Return what `ops.mamba2_texts.mix_texts` does, (M, H·P); window and state are overwritten."""
+) -> tuple[Tensor, Tensor, Tensor] | None:
+    """Return what `ops.mamba2_texts.mix_texts` does; window and state are overwritten."""
     if projected.ndim != 2 or (window is None) != (state is None) or texts.counts is not None:
         return None
     learned = (taps, conv_bias, scalars, norm)
     sizes = _fits(projected, *learned, num_groups, texts, window, state)
     if sizes is None:
         return None
-    return _mix(
-        projected, *learned, sizes, texts, dt_limits, eps, (window, window), (state, state)
-    )[0]
+    return _mix(projected, *learned, sizes, texts, dt_limits, eps, (window, window), (state, state))
 
 
 def _mix(

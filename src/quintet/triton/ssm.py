@@ -13,8 +13,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from quintet.triton.finding import text_of
 from quintet.triton.launching import cdiv, launch, power_of_two
-from quintet.triton.texts import Texts, text_of
+from quintet.triton.texts import Texts
 
 __all__ = ["LARGEST", "Sizes", "through_states"]
 

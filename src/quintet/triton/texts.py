@@ -1,12 +1,10 @@
-"""Which tokens are of which text, and where what is kept of it lies, as kernels are told."""
+"""Which tokens are of which text, and where what is kept of it lies, as operations are told."""
 
 from dataclasses import dataclass
 
-import triton
-import triton.language as tl
 from torch import Tensor
 
-__all__ = ["Texts", "text_of"]
+__all__ = ["Texts"]
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -33,21 +31,3 @@ class Texts:
     def tensors(self) -> tuple[Tensor, ...]:
         """What of this is on the device."""
         return tuple(x for x in (self.ends, self.rows, self.counts) if x is not None)
-
-
-@triton.jit
-def text_of(ends, rows, counts, text, most):  # type: ignore[no-untyped-def]
-    """Return a text's first token, how many it has, how many are real, and its row."""
-    if ends is None:
-        begin = text * most
-        length = text * 0 + most
-    else:
-        begin = tl.load(ends + text)
-        length = tl.load(ends + text + 1) - begin
-    real = length
-    if counts is not None:
-        real = tl.load(counts + text).to(tl.int32)
-    row = text
-    if rows is not None:
-        row = tl.load(rows + text)
-    return begin.to(tl.int64), length, real, row.to(tl.int64)

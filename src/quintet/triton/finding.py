@@ -1,0 +1,22 @@
+"""How a program finds what it is about, where lengths are known to the device alone."""
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def text_of(ends, rows, counts, text, most):  # type: ignore[no-untyped-def]
+    """Return a text's first token, how many it has, how many are real, and its row."""
+    if ends is None:
+        begin = text * most
+        length = text * 0 + most
+    else:
+        begin = tl.load(ends + text)
+        length = tl.load(ends + text + 1) - begin
+    real = length
+    if counts is not None:
+        real = tl.load(counts + text).to(tl.int32)
+    row = text
+    if rows is not None:
+        row = tl.load(rows + text)
+    return begin.to(tl.int64), length, real, row.to(tl.int64)
