@@ -1,4 +1,4 @@
-"""From `model_type` to classes: nothing is imported before it is asked for."""
+"""Auto classes: from `model_type` to a family's classes, imported on first use."""
 
 import importlib
 import os
@@ -31,7 +31,7 @@ __all__ = [
 
 @dataclass(frozen=True, slots=True)
 class Family:
-    """The module of a family and what its class names begin with."""
+    """A family's module, and the prefix of its class names."""
 
     module: str
     prefix: str
@@ -89,7 +89,7 @@ def family(model_type: object) -> Family:
 
 
 class AutoConfig:
-    """Reads the configuration of whichever family a checkpoint is of."""
+    """Reads the configuration of a checkpoint of any family."""
 
     @staticmethod
     def for_model(model_type: str, **values: Any) -> PreTrainedConfig:
@@ -143,7 +143,7 @@ class AutoConfig:
 
 
 class _AutoModel:
-    """Finds the class of one kind of model in whichever family a checkpoint is of."""
+    """Finds a family's class for one kind of model."""
 
     suffix: ClassVar[str]
 

@@ -1,4 +1,4 @@
-"""Who computes an operation: plain PyTorch, or what a backend brings for a device and dtype.
+"""The registry of backends: who computes an operation on a device and dtype.
 
 An operation has a name and a definition in PyTorch, which says what it computes and serves wherever
 nothing else does. A backend is a folder with implementations of some operations; `register` makes
@@ -25,7 +25,7 @@ OFF = "QUINTET_BACKENDS_OFF"
 
 @dataclass(frozen=True, slots=True)
 class Implementation:
-    """How a backend computes an operation.
+    """A backend's implementation of an operation.
 
     Attributes:
         function: takes what the operation takes, and returns what the definition would, or None
@@ -57,7 +57,7 @@ class Backend:
 
 
 class Operation(Generic[P, R]):
-    """A function that backends may compute in other ways.
+    """A function with a definition in PyTorch that backends may implement.
 
     Attributes:
         name: what it is called in `Backend.implementations`.
@@ -73,12 +73,12 @@ class Operation(Generic[P, R]):
         update_wrapper(self, definition)
 
     def __call__(self, *args: P.args, **kwargs: P.kwargs) -> R:
-        """Compute it: by the first that applies, else by the definition."""
+        """Run the first backend that applies, else the definition."""
         made = self.by_backend(*args, **kwargs)
         return self.definition(*args, **kwargs) if made is None else made
 
     def by_backend(self, *args: P.args, **kwargs: P.kwargs) -> R | None:
-        """Compute it by the first backend that applies; None where none does."""
+        """Run the first backend that applies, or return None if none does."""
         for function in self.order:
             made = function(*args, **kwargs)
             if made is not None:
@@ -87,7 +87,7 @@ class Operation(Generic[P, R]):
 
 
 class Registry:
-    """The operations and the backends there are."""
+    """All operations and backends."""
 
     def __init__(self, off: Sequence[str] = ()) -> None:
         self.operations: dict[str, Operation[Any, Any]] = {}
@@ -106,7 +106,7 @@ class Registry:
         return declared
 
     def register(self, backend: Backend) -> None:
-        """Have a backend serve what it can, before those that were registered earlier.
+        """Add a backend, ahead of those registered earlier.
 
         Raises:
             InputError: there is one of that name.
@@ -118,7 +118,7 @@ class Registry:
 
     @contextmanager
     def registered(self, backend: Backend) -> Iterator[None]:
-        """Have a backend serve for a while, in all threads."""
+        """Register a backend inside the context, for all threads."""
         self.register(backend)
         try:
             yield
@@ -127,7 +127,7 @@ class Registry:
             self._settle()
 
     def served(self, device: str, dtype: torch.dtype) -> dict[str, str]:
-        """Return the name of what serves each operation on a device, for tensors of a dtype.
+        """Return the name of the backend that serves each operation on a device and dtype.
 
         Where the shapes are not what that one needs, PyTorch does.
         """

@@ -1,4 +1,4 @@
-"""A checkpoint becomes another: quantised, dequantised, of another dtype, in other shards.
+"""Converts a checkpoint: quantised, dequantised, another dtype, other shards.
 
 Tensors go through one by one, so that no more than those of one file are in memory.
 """
@@ -47,7 +47,7 @@ from quintet.quantization import (
 
 @dataclass(frozen=True, slots=True)
 class Converted:
-    """The bytes and names of a conversion.
+    """The bytes and names that a conversion wrote.
 
     Attributes:
         read: bytes of weights that were read.
@@ -111,7 +111,7 @@ def convert(
 
 @dataclass(frozen=True, slots=True)
 class SourceModel:
-    """A model that is to be written in another form, none of its weights read yet.
+    """A model to be written in another form; its weights are not read yet.
 
     Attributes:
         config: as it will be; it says nothing of how the source holds its weights.
@@ -131,7 +131,7 @@ def open_source(
     quantization_config: QuantizationConfig | Mapping[str, Any] | None = None,
     dtype: str | torch.dtype = "auto",
 ) -> SourceModel:
-    """Open the model in a directory or a GGUF file, to write it in another form; see `convert`.
+    """Open the model in a directory or GGUF file for conversion; see `convert`.
 
     Raises:
         CheckpointError: it is damaged or incomplete.
@@ -171,7 +171,7 @@ def open_source(
 
 
 def _texts_of_file(root: Path) -> dict[str, str]:
-    """Return the files of a directory that a GGUF file has in one; none for a directory."""
+    """Return the text files that a GGUF file stands for; none for a directory."""
     if not root.is_file():
         return {}
     generation = GenerationConfig.from_pretrained(root)
@@ -185,7 +185,7 @@ def _texts_of_file(root: Path) -> dict[str, str]:
 
 @dataclass(slots=True)
 class WeightStream:
-    """The tensors of a model on their way from one checkpoint into another."""
+    """Streams a model's tensors from one checkpoint into another."""
 
     model: PreTrainedModel
     mapping: KeyMapping
@@ -197,11 +197,11 @@ class WeightStream:
     written: int = 0
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
-        """Return the shapes of all tensors that will come, where none is held in fewer bits."""
+        """Return the shapes of all tensors to come, if none is quantised."""
         return {to.name: to.shape for _, to in self._pieces()}
 
     def quantised(self) -> dict[str, tuple[WeightFormat, tuple[int, ...]]]:
-        """Return format and shape of each matrix that will come in fewer bits."""
+        """Return format and shape of each quantised matrix to come."""
         held = ((self.slots[name], to) for name, to in self._pieces() if name in self.slots)
         return {to.name: (slot.module.formats[slot.name], to.shape) for slot, to in held}
 
@@ -212,7 +212,7 @@ class WeightStream:
                 yield name, to
 
     def stream(self) -> Iterator[tuple[str, Tensor]]:
-        """Yield the tensors of the new checkpoint by their names there."""
+        """Yield the tensors of the new checkpoint by name."""
         stacks, shapes, slots = self.model.expert_stacks, self.whole, self.slots
         sizes = {
             name: sum(self.checkpoint.tensors[file].nbytes for file, _ in one.files.values())
@@ -257,7 +257,6 @@ def _part(weight: Tensor | Encoded, piece: Piece, to: Piece) -> Tensor | Encoded
 
 
 def _suffix(architectures: list[str] | None, prefix: str) -> str:
-    """Return the suffix of the class a checkpoint was saved with."""
     for name in architectures or ():
         if name.startswith(prefix):
             return name.removeprefix(prefix)

@@ -1,4 +1,4 @@
-"""The files of a hub id come into the hub cache: whole, and as the hub says they are."""
+"""Downloads a hub repository into the hub cache, and checks that files are complete."""
 
 import hashlib
 import os
@@ -16,7 +16,7 @@ _PARTIAL = re.compile(r"([0-9a-f]+)\.[0-9a-f]{8}\.incomplete")
 
 
 class _ChangedError(Exception):
-    """What was fetched before does not go with what the hub has now."""
+    """A partial download belongs to an older version of the file."""
 
 
 def download(
@@ -28,7 +28,7 @@ def download(
     local_files_only: bool,
     force: bool = False,
 ) -> Path:
-    """Return the snapshot of a repository that has the files of `patterns`, fetching what lacks.
+    """Return the snapshot with the files of `patterns`, downloading those that are missing.
 
     With `force` all are fetched, whatever the cache has.
 
@@ -69,7 +69,7 @@ def download(
 
 
 def _blobs(folder: Path) -> Iterator[Path]:
-    """Yield the files of a repository that are named by their SHA-256."""
+    """Yield the files of a repository whose names are their SHA-256."""
     return (path for path in folder.glob("blobs/*") if _SHA256.fullmatch(path.name))
 
 
@@ -82,7 +82,7 @@ def _is_right(blob: Path) -> bool:
 
 
 def _remove(blobs: Sequence[Path], folder: Path) -> list[str]:
-    """Remove files and the links to them, and return the names of those."""
+    """Delete files and the links to them; return their names."""
     for blob in blobs:
         blob.unlink(missing_ok=True)
     links = [path for path in folder.glob("snapshots/**/*") if path.is_symlink()]
@@ -93,7 +93,7 @@ def _remove(blobs: Sequence[Path], folder: Path) -> list[str]:
 
 
 def _cause(error: BaseException) -> str:
-    """Return what lies below an error of a library, in a line without the names of its classes."""
+    """Return the cause of a library's error in one line, without class names."""
     while (below := error.__cause__ or error.__context__) is not None:
         error = below
     if isinstance(error, OSError) and error.strerror:
@@ -103,7 +103,7 @@ def _cause(error: BaseException) -> str:
 
 
 def _remove_partial(folder: Path, locks: Path) -> None:
-    """Remove what downloads that were killed left; a process at work holds the lock of its file."""
+    """Delete interrupted downloads; a running one holds its file's lock."""
     from huggingface_hub.utils import WeakFileLock  # type: ignore[attr-defined]
 
     for path in folder.glob("blobs/*.incomplete"):
@@ -139,7 +139,7 @@ def _fetch(
 
 
 def list_files(name: str, revision: str | None, token: str | bool | None) -> list[str]:
-    """Ask the hub for the names of a repository's files, folders in them parted by "/".
+    """Return the names of a repository's files on the hub, as POSIX paths.
 
     Raises:
         ModelNotFoundError: no such repository, revision, or no access to it.
@@ -154,7 +154,7 @@ def list_files(name: str, revision: str | None, token: str | bool | None) -> lis
 def snapshot_of(
     name: str, revision: str | None, cache_dir: str | os.PathLike[str] | None
 ) -> Path | None:
-    """Return the folder of a repository's files in the hub cache, or None if it has none."""
+    """Return a repository's folder in the hub cache, or None."""
     from huggingface_hub import constants
     from huggingface_hub.file_download import repo_folder_name
 
@@ -171,7 +171,7 @@ def snapshot_of(
 def _named_errors(
     name: str, revision: str | None, cache_dir: str | os.PathLike[str] | None, offline: bool
 ) -> Iterator[None]:
-    """Turn what goes wrong between here and the hub into an error that says what to do."""
+    """Turn errors of the hub client into errors that name a remedy."""
     from huggingface_hub import constants
     from huggingface_hub.errors import (
         GatedRepoError,

@@ -89,7 +89,7 @@ class ContextLengthError(InputError):
 
 
 class GrammarError(InputError):
-    """What a text is to follow cannot be followed: it is wrong, contradictory or too complex."""
+    """A grammar or schema is wrong, contradictory or too complex."""
 
 
 class ModelNotFoundError(QuintetError, FileNotFoundError):
@@ -111,13 +111,13 @@ class UnsupportedModelError(QuintetError, ValueError):
 
 
 class CheckpointError(QuintetError, ValueError):
-    """Checkpoint files that are incomplete, damaged, unsafe or of other shapes than the model."""
+    """Checkpoint files are incomplete, damaged, unsafe or do not fit the model."""
 
     exit_code = 4
 
 
 class DataError(QuintetError, ValueError):
-    """Texts to learn from that cannot be read, or that nothing can be learned from."""
+    """Training texts cannot be read or contain nothing to learn from."""
 
     exit_code = 4
 
@@ -129,13 +129,13 @@ class SaveError(QuintetError, OSError):
 
 
 class TokenizerError(QuintetError, ValueError):
-    """Tokenizer files that cannot be read, or a tokenizer call that cannot be answered."""
+    """Tokenizer files cannot be read, or a tokenizer call cannot be answered."""
 
     exit_code = 4
 
 
 class ChatTemplateError(TokenizerError):
-    """A chat template that is missing, invalid, over its budget, or refuses the conversation."""
+    """A chat template is missing, invalid, over budget, or refuses the conversation."""
 
 
 class UnsupportedBackendError(QuintetError, ValueError):
@@ -145,17 +145,17 @@ class UnsupportedBackendError(QuintetError, ValueError):
 
 
 class DoesNotFitError(QuintetError, MemoryError):
-    """A model that is larger than the memory there is for it."""
+    """A model is larger than the available memory."""
 
     exit_code = 5
 
 
 class DivergedError(QuintetError, ArithmeticError):
-    """A training whose loss or gradient is not finite, step after step."""
+    """Loss or gradient of a training is not finite for several steps."""
 
 
 class ServingError(QuintetError):
-    """A request that was not answered to its end.
+    """A request was not completed.
 
     Attributes:
         code: a word for it that stays the same.
@@ -167,44 +167,44 @@ class ServingError(QuintetError):
 
 
 class QueueFullError(ServingError):
-    """As many requests wait already as may."""
+    """The queue of waiting requests is full."""
 
     code = "queue_full"
     retryable = True
 
 
 class DeadlineError(ServingError, TimeoutError):
-    """The time of a request was over before its answer was complete."""
+    """A request ran out of time."""
 
     code = "deadline_exceeded"
 
 
 class NonFiniteError(ServingError, ArithmeticError):
-    """What the model made of a request holds NaN or infinity, of which no token can be taken."""
+    """The model's output for a request holds NaN or infinity."""
 
     code = "nonfinite"
 
 
 class StepFailedError(ServingError):
-    """A step of the model failed, or had too little memory for one of those in it."""
+    """A forward failed, or ran out of memory for one of its requests."""
 
     code = "step_failed"
     retryable = True
 
 
 class EngineStoppedError(ServingError):
-    """What generates was closed, or has failed too often to go on."""
+    """The engine was closed, or failed too often to continue."""
 
     code = "engine_stopped"
     retryable = True
 
 
 class DistributedError(QuintetError, RuntimeError):
-    """Several processes that are to hold one model cannot begin, or go on, together."""
+    """The processes of one model cannot start or continue together."""
 
 
 class RankFailedError(DistributedError):
-    """One of several processes failed, was ended or stands still, and the others cannot go on.
+    """A process failed, was killed or hangs, so the others cannot continue.
 
     Attributes:
         rank: which one, or None where the others cannot tell.
@@ -217,12 +217,12 @@ class RankFailedError(DistributedError):
         self.cause = cause
 
     def __reduce__(self) -> tuple[type, tuple[int | None, str]]:
-        """Let it pass between processes with all it says."""
+        """Support pickling with all attributes."""
         return type(self), (self.rank, self.cause)
 
 
 class DisagreementError(DistributedError, ValueError):
-    """The processes were given different prompts, options or checkpoints for one model."""
+    """The processes of one model were given different prompts, options or checkpoints."""
 
     exit_code = 2
 
@@ -232,7 +232,7 @@ class MissingDependencyError(QuintetError, ImportError):
 
 
 def listed(names: list[str], most: int = 10) -> str:
-    """Write at most `most` names, one an indented line, and the number of the others."""
+    """Format at most `most` names, one indented line each, and the number of the rest."""
     shown = [f"  {name}" for name in names[:most]]
     if len(names) > most:
         shown.append(f"  … and {len(names) - most} more")
@@ -240,13 +240,13 @@ def listed(names: list[str], most: int = 10) -> str:
 
 
 def named(value: object) -> str:
-    """Return the name of a value's class, with its module: other libraries' may have the same."""
+    """Return the qualified class name of a value."""
     kind = type(value)
     return kind.__name__ if kind.__module__ == "builtins" else f"{kind.__module__}.{kind.__name__}"
 
 
 def shown(value: object) -> str:
-    """Write a value from a file as it may stand in a message: quoted and not endless."""
+    """Format a value from a file for a message: quoted and shortened."""
     if isinstance(value, str | bytes | list | tuple) and len(value) > 160:
         return f"{repr(value[:160])[:159]}…"
     try:

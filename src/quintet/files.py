@@ -1,4 +1,4 @@
-"""Small text files, read with limits and written whole or not at all; folders, locked."""
+"""Small text files: read with limits, written atomically; directories, locked."""
 
 import io
 import json
@@ -50,7 +50,7 @@ def read_json(path: Path, most: int = MAX_JSON_BYTES) -> dict[str, Any]:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write a text file so that a reader sees the old content or the new, never a part.
+    """Write a text file atomically.
 
     Raises:
         SaveError: the disk is full, the folder is not writable, or `path` is a directory.
@@ -59,7 +59,7 @@ def write_text(path: Path, text: str) -> None:
 
 
 def write_bytes(path: Path, content: bytes) -> None:
-    """Write a file so that a reader sees the old content or the new, never a part.
+    """Write a file atomically.
 
     Raises:
         SaveError: the disk is full, the folder is not writable, or `path` is a directory.
@@ -68,7 +68,7 @@ def write_bytes(path: Path, content: bytes) -> None:
 
 
 def write_texts(directory: Path, texts: Mapping[str, str]) -> None:
-    """Write text files that belong together: all are on the disk before the first is in place.
+    """Write several text files; all are on disk before the first is renamed into place.
 
     Raises:
         SaveError: as for one, or another process is saving into the directory.
@@ -85,7 +85,7 @@ def write_texts(directory: Path, texts: Mapping[str, str]) -> None:
 
 
 def copy_file(source: Path, path: Path) -> None:
-    """Copy a file so that a reader sees the old content or the new, never a part.
+    """Copy a file atomically.
 
     Raises:
         SaveError: the disk is full, the folder is not writable, or `path` is a directory.
@@ -125,7 +125,7 @@ def _write(contents: Mapping[Path, BinaryIO]) -> None:
 
 @contextmanager
 def locked(directory: Path, patience: float | None = None) -> Iterator[None]:
-    """Keep other processes from saving into a directory that is there, and wait for their saves.
+    """Lock a directory against saves by other processes, waiting for theirs to end.
 
     The lock is on the directory itself: nothing is left in it, and it ends with its process.
 
@@ -188,7 +188,7 @@ def _wait_for(handle: int, directory: Path, patience: float) -> None:
 
 
 def _holder(handle: int) -> str:
-    """Name the process that has locked a file, as /proc/locks knows it."""
+    """Return the process that locks a file, from /proc/locks."""
     found = os.fstat(handle)
     device = f"{os.major(found.st_dev):02x}:{os.minor(found.st_dev):02x}"
     with suppress(OSError):

@@ -1,4 +1,4 @@
-"""What lies in a model's folder: which of its files may be read, and what a folder is instead."""
+"""The files in a model's folder that may be read, and what a folder holds instead of a model."""
 
 import json
 import os
@@ -43,7 +43,7 @@ class AdapterFolderError(UnsupportedModelError):
 
     @contextmanager
     def of_base(self) -> Iterator[str]:
-        """Open the model that the adapter is of inside, by its name.
+        """Open the adapter's base model by name inside the context.
 
         Raises:
             AdapterFolderError: it is not named, not there, or an adapter itself.
@@ -60,7 +60,7 @@ class AdapterFolderError(UnsupportedModelError):
 
 
 def checked_path(path: object, argument: str) -> Path:
-    """Return a path that a system can have, `~` expanded.
+    """Return a path the system can represent, with `~` expanded.
 
     Raises:
         InputError: it is no path, or has a character or a length that no file can have.
@@ -132,7 +132,7 @@ def _is_cached(real: Path, directory: Path) -> bool:
 
 
 def what_else(path: Path) -> QuintetError | None:
-    """Return the error of a path that is something else (an adapter, a file, empty), or None."""
+    """Return the error for a path that holds no model (an adapter, a file, empty), or None."""
     if path.is_file():
         inside = path.parent if (path.parent / CONFIG_NAME).is_file() else None
         hint = f" (did you mean {str(inside)!r}?)" if inside else ""

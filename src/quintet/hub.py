@@ -1,4 +1,4 @@
-"""A model's name becomes a local directory: a path as it is, a hub id by `huggingface_hub`.
+"""From a model's name to a local directory: a path, or a hub id via `huggingface_hub`.
 
 And the way back: what can be saved into a directory can be pushed.
 """
@@ -80,7 +80,7 @@ def locate(
     force_download: bool = False,
     gguf_file: str | os.PathLike[str] | None = None,
 ) -> Path:
-    """Return the directory that holds the files of a model, downloading `patterns` if needed.
+    """Return the directory with a model's files, downloading `patterns` if needed.
 
     Of a model in GGUF it is the file itself, by whatever name it has (`quintet.sources`); a
     directory goes before its file where it has what is asked for.
@@ -132,7 +132,7 @@ def locate(
 
 
 class Pushable:
-    """An object that is saved into a directory, and so into a repository on the hub."""
+    """An object that can be saved into a directory, and pushed to the hub."""
 
     def save_pretrained(self, save_directory: str | os.PathLike[str]) -> Any:
         """Write everything into a directory."""
@@ -149,7 +149,7 @@ class Pushable:
         create_pr: bool = False,
         **save_options: Any,
     ) -> str:
-        """Save into a repository on the hub, made if needed, in one commit; return its address.
+        """Save into a hub repository in one commit, creating it if needed; return its URL.
 
         Other files there are left alone. `save_options` are those of `save_pretrained`.
 
@@ -181,7 +181,7 @@ def push_folder(
     revision: str | None = None,
     create_pr: bool = False,
 ) -> str:
-    """Put the files of a folder into a repository in one commit; see `Pushable.push_to_hub`."""
+    """Upload a folder to a repository in one commit; see `Pushable.push_to_hub`."""
     from huggingface_hub import HfApi, constants
     from huggingface_hub.errors import (
         HfHubHTTPError,
@@ -237,7 +237,7 @@ def locate_weights(
     subfolder: str = "",
     gguf_file: str | os.PathLike[str] | None = None,
 ) -> Path:
-    """Return the directory that holds the weights of a model, downloading those of one variant.
+    """Return the directory with a model's weights, downloading those of one variant.
 
     Of a repository that has them in several dtypes and formats, the one file or the shards that
     the index names are fetched, and nothing else. A model in GGUF is the file itself, as `locate`
@@ -266,7 +266,7 @@ def locate_weights(
 
 
 def with_variant(name: str, variant: str | None) -> str:
-    """Return the name that a file of weights has for a variant.
+    """Return the file name of a variant of a weights file.
 
     `model.fp16.safetensors`, `model.safetensors.index.fp16.json`.
     """
@@ -277,7 +277,7 @@ def with_variant(name: str, variant: str | None) -> str:
 
 
 def _shards(index: Path) -> list[str]:
-    """Return the files that an index names; what is wrong with it is said when it is opened."""
+    """Return the files named by an index, which is validated when it is opened."""
     try:
         named = read_json(index).get("weight_map")
     except (CheckpointError, OSError):

@@ -1,4 +1,4 @@
-"""What a call returns: fields by name, by key, or by place among those that are set."""
+"""Outputs of calls: fields by name, by key, or by index among those that are set."""
 
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -40,7 +40,7 @@ class ModelOutput(OrderedDict[str, Any]):
         )
 
     def __post_init__(self) -> None:
-        """Take the fields from a mapping or from pairs, where the first one alone is given."""
+        """Take the fields from a mapping or pairs, if only the first one is given."""
         first, *others = type(self).__dataclass_fields__  # type: ignore[attr-defined]
         given = getattr(self, first)
         if isinstance(given, torch.Tensor) or given is None or any(name in self for name in others):
@@ -53,7 +53,7 @@ class ModelOutput(OrderedDict[str, Any]):
             self.update(pairs)
 
     def defer(self, name: str, make: Callable[[], Any]) -> None:
-        """Set a `deferrable` field to what `make` returns when somebody reads it."""
+        """Set a `deferrable` field to the result of `make`, computed when it is first read."""
         late = self._is_late(name)
         super().__setitem__(name, _Deferred(make))
         vars(self).pop(name, None)
@@ -174,7 +174,7 @@ class ModelOutput(OrderedDict[str, Any]):
 
     @classmethod
     def _of(cls, pairs: Iterable[tuple[str, Any]]) -> Self:
-        """Return an output of these fields, also where one that is required is not set."""
+        """Build an output from fields, without requiring any."""
         output = cls.__new__(cls)
         for name in cls.__dataclass_fields__:  # type: ignore[attr-defined]
             setattr(output, name, None)
@@ -188,7 +188,7 @@ class _Deferred:
 
 
 class _DeferrableField:
-    """A field whose default is None, and that is made when it is read where that was deferred.
+    """A field that defaults to None and may be computed on first read.
 
     One that is set is an attribute of the output itself, which Python finds without asking here.
     """
@@ -201,7 +201,7 @@ class _DeferrableField:
 
 
 def deferrable() -> Any:
-    """Return the default of a field that `defer` may be used for; it is None."""
+    """Return the default of a field for `defer`: None."""
     return _DeferrableField()
 
 

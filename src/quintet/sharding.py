@@ -1,4 +1,4 @@
-"""How a model is cut among processes, as data: each layer says it beside its forward, in a table.
+"""Tensor-parallel tables: how each layer's parameters are cut among processes, as data.
 
 A table says of each parameter which of its dimensions is cut, and into what: heads, groups and
 experts stay whole. It says of modules where tensors enter and leave the region in which each
@@ -16,7 +16,7 @@ Axis = Literal["tp", "ep", "etp"]
 
 @dataclass(frozen=True, slots=True)
 class Section:
-    """A stretch of a dimension: `count` units of `width` numbers, of which none is cut.
+    """A stretch of a dimension: `count` units of `width` numbers; no unit is cut.
 
     Attributes:
         key: what of the configuration says how many there are; errors name it.
@@ -35,7 +35,7 @@ class Section:
 
 @dataclass(frozen=True, slots=True)
 class Cut:
-    """A dimension that is cut along an axis of processes, each of its sections by itself.
+    """A dimension cut along an axis of processes, each of its sections separately.
 
     Where processes share a unit, each computes with it for itself, and its gradients add up.
     """
@@ -50,23 +50,23 @@ WHOLE: tuple[Cut, ...] = ()
 
 
 def rows(*sections: Section, axis: Axis = "tp") -> tuple[Cut, ...]:
-    """Cut a map's outputs, (O, I) or (O,)."""
+    """Cut a map by its outputs, (O, I) or (O,)."""
     return (Cut(0, sections, axis),)
 
 
 def columns(*sections: Section, axis: Axis = "tp") -> tuple[Cut, ...]:
-    """Cut a map's inputs, (O, I); the products of the processes add up to the map's."""
+    """Cut a map by its inputs, (O, I); the processes' products are summed."""
     return (Cut(1, sections, axis),)
 
 
 def stacked(experts: Section, cut: Cut) -> tuple[Cut, ...]:
-    """Give processes whole experts of a stack (E, ...), or a part of each."""
+    """Give processes whole experts of a stack (E, ...), or a share of each expert."""
     return (Cut(0, (experts,), "ep"), cut)
 
 
 @dataclass(frozen=True, slots=True)
 class Sharding:
-    """How the parameters and modules below a module are cut, by their names.
+    """The cut of each parameter and module below a module, by name.
 
     Identity forward and a sum over processes backward is what the papers call f, the reverse g.
 
@@ -95,7 +95,7 @@ class Sharding:
     seats: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
 
     def below(self, prefix: str) -> "Sharding":
-        """Return the same for names that begin with a prefix, such as "model."."""
+        """Return the table with a prefix, such as "model.", before each name."""
         return replace(
             self,
             parameters={prefix + name: cuts for name, cuts in self.parameters.items()},
@@ -110,7 +110,7 @@ class Sharding:
         )
 
     def __or__(self, other: "Sharding") -> "Sharding":
-        """Join two tables; what this one says of a parameter counts."""
+        """Merge two tables; the left one wins."""
         return Sharding(
             {**other.parameters, **self.parameters},
             self.copies + other.copies,
@@ -126,10 +126,10 @@ class Sharding:
 
 @runtime_checkable
 class Shardable(Protocol):
-    """A module that says how its parameters are cut, and what passes between processes."""
+    """A module that says how its parameters are cut and where tensors are exchanged."""
 
     def sharding(self) -> Sharding:
-        """Return a table of names below the module; "" is the module itself."""
+        """Return the table of names below the module; "" is the module itself."""
 
 
 def _below(prefix: str, names: tuple[str, ...]) -> tuple[str, ...]:

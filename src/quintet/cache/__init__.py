@@ -1,4 +1,4 @@
-"""What the layers keep between steps."""
+"""Caches: what layers keep between forwards."""
 
 from quintet.cache.base import Cache
 from quintet.cache.content import RowContent

@@ -1,4 +1,4 @@
-"""One cache for every family: a list of per-layer slots, and one length for each row.
+"""The cache of every family: one slot per layer, and a length for each row.
 
 Every row of a batch has its own length from the start. A forward asks the cache where its tokens
 go (`segment`), the layers write there, and the model moves the lengths once at the end (`advance`):
@@ -20,7 +20,7 @@ from quintet.errors import InputError
 
 
 class Cache:
-    """The slots of all layers and how many tokens each row holds.
+    """The slots of all layers, and the number of tokens in each row.
 
     Attributes:
         companion: what somebody else keeps of the same rows, as drafting does; None for nothing.
@@ -62,7 +62,7 @@ class Cache:
     def segment(
         self, batch: int, length: int, device: torch.device, counts: Tensor | None
     ) -> Segment:
-        """Return where the next `length` tokens of `batch` rows go.
+        """Return the slots of the next `length` tokens of `batch` rows.
 
         Raises:
             InputError: the cache holds another number of rows, or what a failed forward left.
@@ -84,7 +84,7 @@ class Cache:
         return Segment(self._lengths, length, self._longest + length, counts, device)
 
     def made_with(self, adapters: tuple[Hashable, ...]) -> None:
-        """Note the adapters that tokens are made with, of each row or one for all.
+        """Record the adapters that tokens are computed with, one per row or one for all.
 
         Raises:
             InputError: a row holds tokens that were made with others.
@@ -103,20 +103,20 @@ class Cache:
     def update(
         self, keys: Tensor, values: Tensor, layer_idx: int, segment: Segment | None = None
     ) -> tuple[Tensor, Tensor]:
-        """Store a layer's keys and values (B, K, T, D); `advance` follows after the last layer."""
+        """Store a layer's keys and values (B, K, T, D); call `advance` after the last layer."""
         if segment is None:
             segment = self.segment(keys.shape[0], keys.shape[2], keys.device, None)
         return self._attention(layer_idx).update(keys, values, segment)
 
     def buffers(self, layer_idx: int, segment: Segment) -> tuple[Tensor, Tensor] | None:
-        """Return a layer's keys and values, (B, K, S, D) with room for the tokens of a segment.
+        """Return a layer's key and value buffers (B, K, S, D), with space for a segment.
 
         The caller writes them in place, instead of `update`; None where that cannot be done.
         """
         return self._attention(layer_idx).buffers(segment)
 
     def fit(self, config: PreTrainedConfig, dtype: torch.dtype | None = None) -> None:
-        """Check that there are as many layers as a model has, and hold what it computes in.
+        """Check the number of layers and, if needed, the dtype of a model.
 
         Args:
             config: the model's.
@@ -139,7 +139,7 @@ class Cache:
             )
 
     def recurrent(self, layer_idx: int, raw: Tensor | None = None) -> StateSlot:
-        """Return a layer's recurrent state, to be updated by the forward that asks for it.
+        """Return a layer's recurrent state for updating.
 
         Args:
             layer_idx: of the layer.
@@ -160,7 +160,7 @@ class Cache:
         return slot
 
     def advance(self, segment: Segment) -> None:
-        """Count the tokens of all rows that every layer has stored."""
+        """Count the tokens that every layer has stored."""
         self._finish(segment)
         if segment.counts is None:
             self._lengths = self._lengths + segment.length
@@ -179,13 +179,13 @@ class Cache:
 
     @property
     def batch_size(self) -> int | None:
-        """The number of rows, None while nothing fixes it."""
+        """The number of rows, or None before the first forward."""
         # A stage of a model fills the slots of its own layers alone.
         sizes = (slot.batch_size for slot in self._slots())
         return next((size for size in sizes if size is not None), None)
 
     def lengths(self, batch: int, device: torch.device | str = "cpu") -> Tensor:
-        """Return how many tokens each of `batch` rows holds, (B,)."""
+        """Return the number of tokens in each of `batch` rows, (B,)."""
         if isinstance(self._lengths, int):
             return torch.full((batch,), self._lengths, dtype=torch.long, device=device)
         return self._lengths.to(device)
@@ -195,12 +195,12 @@ class Cache:
         return self._longest
 
     def get_max_cache_shape(self) -> int | None:
-        """Return how many tokens a row can hold, None for no limit."""
+        """Return the number of tokens a row can hold, or None without limit."""
         return None
 
     @property
     def nbytes(self) -> int:
-        """The bytes all layers hold."""
+        """The bytes of all layers."""
         beside = 0 if self.companion is None else self.companion.nbytes
         return beside + sum(slot.nbytes for slot in self._slots())
 
@@ -208,7 +208,7 @@ class Cache:
         return len(self.layers)
 
     def __getitem__(self, layer_idx: int) -> tuple[Tensor, Tensor]:
-        """Return one layer's keys and values, as the legacy tuple format does."""
+        """Return one layer's keys and values, as the legacy tuples do."""
         return self._attention(layer_idx).content(self.get_seq_length())
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
@@ -220,7 +220,7 @@ class Cache:
     # -- changing it -------------------------------------------------------------------------
 
     def crop(self, max_length: int | Tensor) -> None:
-        """Forget all but the first `max_length` tokens of every row, or of each with a (B,) tensor.
+        """Keep the first `max_length` tokens of every row, or of each row with a (B,) tensor.
 
         A negative number forgets that many from the end of its row.
 
@@ -253,7 +253,7 @@ class Cache:
         self._lengths, self._longest, self._forward_unfinished = kept, _longest(kept), False
 
     def snapshot(self) -> None:
-        """Prepare to be cropped to the present lengths, or to any point after them.
+        """Prepare for `crop` to the present lengths or any later point.
 
         Keys and values need no preparation and lose nothing by it. Recurrent states are copied,
         and keep what they take in until the next snapshot, so take one at every turn.
@@ -262,7 +262,7 @@ class Cache:
             slot.snapshot(self._lengths)
 
     def keep(self) -> Kept:
-        """Copy what recurrent layers hold, to come back to it with `restore`, once or often.
+        """Copy the recurrent states, for any number of later `restore`.
 
         Keys and values are not copied. Unlike a snapshot it costs nothing in what follows, and
         only this very place can be come back to.
@@ -272,7 +272,7 @@ class Cache:
         return Kept(self.lengths(self.batch_size or 1).clone(), tuple(copies))
 
     def restore(self, kept: Kept) -> None:
-        """Go back to what was kept; snapshots are forgotten.
+        """Return to a kept place; this drops snapshots.
 
         Raises:
             InputError: the cache has been cut shorter since, or has other rows.
@@ -299,7 +299,7 @@ class Cache:
         self._lengths, self._longest, self._forward_unfinished = lengths, _longest(lengths), False
 
     def seek(self, position: Tensor) -> None:
-        """Continue every row from the slot `position` (a scalar), forgetting what is behind it.
+        """Continue every row at slot `position` (a scalar), dropping later tokens.
 
         Raises:
             InputError: a row does not reach that far.
@@ -325,7 +325,7 @@ class Cache:
             self.companion.select(indices)
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
-        """Give row i what row `beam_idx[i]` held, as beam search does."""
+        """Give row i the content of row `beam_idx[i]`, for beam search."""
         self.batch_select_indices(beam_idx)
 
     def batch_repeat_interleave(self, repeats: int) -> None:
@@ -335,7 +335,7 @@ class Cache:
             self.batch_select_indices(rows.repeat_interleave(repeats))
 
     def reset(self) -> None:
-        """Forget everything; preallocated memory stays."""
+        """Empty the cache; preallocated memory stays."""
         self._lengths, self._longest, self._forward_unfinished = 0, 0, False
         self.companion = self.adapters = None
         for slot in self._slots():
@@ -355,7 +355,7 @@ class Cache:
 
 
 def check_adapters(*made_with: Hashable) -> None:
-    """Check that what is known of adapters is the same everywhere; None is of nothing.
+    """Check that all known adapters agree; None means unknown.
 
     Raises:
         InputError: it is not.

@@ -1,4 +1,4 @@
-"""What a row of a pool holds, taken out of it."""
+"""The content of a pool's row, copied out of it."""
 
 from collections.abc import Hashable
 from dataclasses import dataclass, replace
@@ -10,7 +10,7 @@ from quintet.errors import InputError
 
 @dataclass(frozen=True, slots=True, eq=False)
 class RowContent:
-    """A copy of what a row holds of its tokens from one to another.
+    """A copy of a row's content for a range of its tokens.
 
     Attributes:
         start: the slot of the first token.
@@ -34,11 +34,11 @@ class RowContent:
 
     @property
     def resumable(self) -> bool:
-        """Whether a row can go on behind the last of these tokens."""
+        """Whether a row can continue behind these tokens."""
         return self.states is not None
 
     def split(self, at: int) -> "tuple[RowContent, RowContent]":
-        """Return the content up to a slot and from there on; the first part has no states.
+        """Split at a slot; the first part has no recurrent states.
 
         Raises:
             InputError: the slot is not within the content.
@@ -59,7 +59,7 @@ class RowContent:
         )
 
     def without_states(self) -> "RowContent":
-        """Return the content without recurrent states, if there are any."""
+        """Return the content without recurrent states."""
         return replace(self, states=None) if self.states else self
 
     @property

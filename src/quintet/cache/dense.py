@@ -1,4 +1,4 @@
-"""Keys and values of attention, kept whole: growing as needed, or preallocated."""
+"""Unquantised keys and values: in growing or preallocated buffers."""
 
 from collections.abc import Callable
 
@@ -18,7 +18,7 @@ NO_WAY_BACK = "cache_position of a compiled step with recurrent layers has to be
 
 
 class _DenseSlot:
-    """Two buffers (B, K, capacity, D); what is behind a row's length is meaningless but finite."""
+    """Two buffers (B, K, capacity, D); values behind a row's length are arbitrary but finite."""
 
     def __init__(self) -> None:
         self.keys: Tensor | None = None
@@ -38,46 +38,46 @@ class _DenseSlot:
         return (keys, values) if rows is None else (keys[rows], values[rows])
 
     def _check(self, keys: Tensor, values: Tensor) -> None:
-        """Check that keys and values (B, K, T, D) are such as are held."""
+        """Check the shape of keys and values (B, K, T, D)."""
         assert self.keys is not None
         assert self.values is not None
         check_alike("keys (heads x numbers)", self.keys, keys, 1, 3)
         check_alike("values (heads x numbers)", self.values, values, 1, 3)
 
     def select(self, rows: Tensor) -> None:
-        """Keep the given rows (N,) of the batch, in that order, each as often as it is named."""
+        """Keep the rows (N,), in that order; rows may repeat."""
         if self.keys is not None and self.values is not None:
             rows = rows.to(self.keys.device)
             self.keys = self.keys.index_select(0, rows)
             self.values = self.values.index_select(0, rows)
 
     def crop(self, lengths: int | Tensor) -> None:
-        """Do nothing: what is behind a row's length is never seen and is overwritten."""
+        """Do nothing: tokens behind a row's length are never read."""
 
     def snapshot(self, lengths: int | Tensor) -> None:
-        """Do nothing: any length can be gone back to."""
+        """Do nothing: `crop` needs no preparation."""
 
     @property
     def batch_size(self) -> int | None:
-        """The number of rows, None while nothing is stored."""
+        """The number of rows, or None while empty."""
         return None if self.keys is None else self.keys.shape[0]
 
     @property
     def dtype(self) -> torch.dtype | None:
-        """What numbers are kept in, None while nothing is stored."""
+        """The dtype of the numbers, or None while empty."""
         return None if self.keys is None else self.keys.dtype
 
     @property
     def nbytes(self) -> int:
-        """The bytes held, spare capacity included."""
+        """The allocated bytes."""
         return sum(x.nbytes for x in (self.keys, self.values) if x is not None)
 
 
 class DynamicSlot(_DenseSlot):
-    """Keys and values in buffers that grow by a quarter whenever they are full."""
+    """Keys and values in buffers that grow by a quarter when full."""
 
     def update(self, keys: Tensor, values: Tensor, segment: Segment) -> tuple[Tensor, Tensor]:
-        """Store a segment's (B, K, T, D) and return all (B, K, S, D) its rows have to attend to."""
+        """Store a segment's (B, K, T, D); return all (B, K, S, D) its rows attend to."""
         if self.keys is None or self.values is None:
             if segment.rows is None:
                 self.keys, self.values = keys, values
@@ -93,7 +93,7 @@ class DynamicSlot(_DenseSlot):
         return self.content(segment.keys, segment.rows)
 
     def buffers(self, segment: Segment) -> tuple[Tensor, Tensor] | None:
-        """Return the buffers, with room for what the caller writes; None while empty."""
+        """Return the buffers, with space for the new tokens, or None while empty."""
         if self.keys is None or self.values is None:
             return None
         self._unshare(segment)
@@ -111,12 +111,12 @@ class DynamicSlot(_DenseSlot):
         self._shared = False
 
     def reset(self) -> None:
-        """Forget everything."""
+        """Empty the slot."""
         self.keys = self.values = None
 
 
 class StaticSlot(_DenseSlot):
-    """Keys and values in buffers of a fixed capacity, written in place and returned whole.
+    """Keys and values in buffers of fixed capacity, returned whole.
 
     The shapes never change, so a compiled decode step never compiles again.
     """
@@ -126,7 +126,7 @@ class StaticSlot(_DenseSlot):
         self.capacity = capacity
 
     def update(self, keys: Tensor, values: Tensor, segment: Segment) -> tuple[Tensor, Tensor]:
-        """Store (B, K, T, D) of a segment and return its rows' buffers, (B, K, capacity, D)."""
+        """Store a segment's (B, K, T, D); return its rows' buffers, (B, K, capacity, D)."""
         if self.keys is None or self.values is None:
             # Zeros, not empty memory: a weight of 0 times NaN would still be NaN.
             self.keys = _zeros(keys, segment, self.capacity)
@@ -140,7 +140,7 @@ class StaticSlot(_DenseSlot):
         return self.content(self.capacity if segment.rows is None else segment.keys, segment.rows)
 
     def buffers(self, segment: Segment) -> tuple[Tensor, Tensor] | None:
-        """Return the buffers, for the caller to write; None before they are allocated."""
+        """Return the buffers, or None before they are allocated."""
         if self.keys is None or self.values is None:
             return None
         give = torch.clone if self._shared else own
@@ -148,7 +148,7 @@ class StaticSlot(_DenseSlot):
         return self.keys, self.values
 
     def reset(self) -> None:
-        """Forget everything and keep the memory."""
+        """Empty the slot; memory stays."""
         if self.keys is not None and self.values is not None:
             self.keys, self.values = self._zeroed(self.keys), self._zeroed(self.values)
             self._shared = False
@@ -159,7 +159,7 @@ class StaticSlot(_DenseSlot):
 
 
 class DynamicCache(Cache):
-    """A cache that grows with its rows: keys and values, and the states of recurrent layers.
+    """A growing cache of keys and values and of recurrent states.
 
     Without a config, it gets the layers of the first model that uses it, or one for each index
     that `update` is given.
@@ -176,7 +176,7 @@ class DynamicCache(Cache):
             super().__init__(*_slots(config, DynamicSlot, RecurrentSlot))
 
     def fit(self, config: PreTrainedConfig, dtype: torch.dtype | None = None) -> None:
-        """Take the layers of a model, where there are none; check that these are they.
+        """Adopt the layers of a model if there are none yet, else check that they match.
 
         Raises:
             InputError: there are more, or fewer, or what they hold is in another dtype.
@@ -192,7 +192,7 @@ class DynamicCache(Cache):
 
 
 class StaticCache(Cache):
-    """A cache with room for `max_cache_len` tokens a row, allocated once.
+    """A cache of `max_cache_len` tokens per row, allocated once.
 
     The memory is taken at the first forward, when batch, dtype and device are known. Lengths are
     a tensor changed in place, so that one compiled step serves every position.
@@ -213,7 +213,7 @@ class StaticCache(Cache):
     def segment(
         self, batch: int, length: int, device: torch.device, counts: Tensor | None
     ) -> Segment:
-        """Return where the next `length` tokens of `batch` rows go.
+        """Return the slots of the next `length` tokens of `batch` rows.
 
         Raises:
             InputError: the cache holds another number of rows.
@@ -235,13 +235,13 @@ class StaticCache(Cache):
         return Segment(segment.start, length, self.max_cache_len, counts, device)
 
     def advance(self, segment: Segment) -> None:
-        """Count the tokens of all rows that every layer has stored."""
+        """Count the tokens that every layer has stored."""
         assert isinstance(self._lengths, Tensor)
         self._finish(segment)
         self._lengths.add_(segment.length if segment.counts is None else segment.counts)
 
     def seek(self, position: Tensor) -> None:
-        """Continue every row from the slot `position` (a scalar)."""
+        """Continue every row at slot `position` (a scalar)."""
         if torch.compiler.is_compiling() and isinstance(self._lengths, Tensor):
             if self.states:
                 # Going back would take a snapshot, which a compiled step does not look for.
@@ -255,11 +255,11 @@ class StaticCache(Cache):
         return _longest(self._lengths)
 
     def get_max_cache_shape(self) -> int | None:
-        """Return how many tokens a row can hold."""
+        """Return the number of tokens a row can hold."""
         return self.max_cache_len
 
     def reset(self) -> None:
-        """Forget everything and keep the memory."""
+        """Empty the cache; memory stays."""
         lengths = self._lengths
         super().reset()
         if isinstance(lengths, Tensor):
@@ -271,7 +271,7 @@ def _slots(
     attention: Callable[[], AttentionSlot],
     recurrent: Callable[[], StateSlot],
 ) -> tuple[list[AttentionSlot | None], list[StateSlot | None]]:
-    """Return the slots that each of the config's layers needs."""
+    """Build one slot per layer of the config."""
     attends, recurs = config.attention_layers(), config.recurrent_layers()
     layers = range(config.num_hidden_layers)
     return (
@@ -281,13 +281,13 @@ def _slots(
 
 
 def _zeros(new: Tensor, segment: Segment, capacity: int | None = None) -> Tensor:
-    """Return an empty buffer for such as `new` (B, K, T, D), in all rows of a cache."""
+    """Allocate a zero buffer for tensors like `new` (B, K, T, D), for all rows of a cache."""
     rows = len(new) if segment.batch is None else segment.batch
     return new.new_zeros(rows, new.shape[1], capacity or segment.capacity, new.shape[3])
 
 
 def _write(buffer: Tensor, new: Tensor, segment: Segment) -> Tensor:
-    """Return a buffer that holds `new` (B, K, T, D) at the slots of a segment."""
+    """Write `new` (B, K, T, D) at a segment's slots, and return the buffer."""
     if not writable(buffer, new):
         short = segment.capacity - buffer.shape[2]
         wide = F.pad(buffer, (0, 0, 0, max(short, 0)))
@@ -301,7 +301,7 @@ def _write(buffer: Tensor, new: Tensor, segment: Segment) -> Tensor:
 
 
 def _scattered(buffer: Tensor, new: Tensor, segment: Segment, *, shared: bool) -> Tensor:
-    """Return a buffer with `new` (B, K, T, D) at the slots of a segment, a copy if it is shared."""
+    """Scatter `new` (B, K, T, D) to a segment's slots, into a copy if the buffer is shared."""
     places = segment.slots()[:, None, :, None].expand_as(new)
     if segment.rows is None:
         return buffer.scatter(2, places, new) if shared else buffer.scatter_(2, places, new)

@@ -1,4 +1,4 @@
-"""The first rows of a pool, as a step sees them whose shapes never change.
+"""A pool's first rows as a step of fixed shapes sees them, for recording.
 
 How long rows are, and which of them take a token, are numbers in tensors that are changed in place.
 So a step that was recorded once, as a program or as a graph of a device, serves all that follow.
@@ -19,7 +19,7 @@ from quintet.triton.pages import Pages
 
 
 class FixedRows(Cache):
-    """The first B rows of a pool's memory, of S slots each, in use or not.
+    """The first B rows of a pool's memory with S slots each, in use or not.
 
     A step gives every row one token. One that takes none loses nothing: what is written for it lies
     behind its end, where its next token goes, and its recurrent states stay. The pool is told
@@ -48,7 +48,7 @@ class FixedRows(Cache):
 
     @staticmethod
     def can_be(pool: PooledCache) -> bool:
-        """Tell whether a pool's memory is there, on one device, and lies in rows."""
+        """Return whether the pool's memory is allocated, on one device, and contiguous by rows."""
         slots = [slot for slot in (*pool.layers, *pool.states) if slot is not None]
         held = [slot.held for slot in slots if isinstance(slot, TokenRows | StateRows)]
         there = len(held) == len(slots) and all(held)
@@ -57,7 +57,7 @@ class FixedRows(Cache):
     def segment(
         self, batch: int, length: int, device: torch.device, counts: Tensor | None
     ) -> Segment:
-        """Return where the next token of each row goes.
+        """Return the slot of each row's next token.
 
         Raises:
             InputError: other rows than these are given, or more tokens than one.
@@ -72,7 +72,7 @@ class FixedRows(Cache):
         return Segment(self.starts, 1, self.width, taken, device, pages=pages)
 
     def advance(self, segment: Segment) -> None:
-        """Do nothing: whoever changes `starts` counts."""
+        """Do nothing: the caller changes `starts`."""
 
     @property
     def batch_size(self) -> int | None:
@@ -81,7 +81,7 @@ class FixedRows(Cache):
 
 
 class _Slot:
-    """What the slots of fixed rows have in common: nothing of them but a step's tokens changes."""
+    """Base of the slots of fixed rows; only a step's tokens change."""
 
     held: tuple[Tensor, ...]
 
@@ -92,11 +92,11 @@ class _Slot:
 
     @property
     def nbytes(self) -> int:
-        """Nothing beside the pool's."""
+        """0: the memory belongs to the pool."""
         return 0
 
     def select(self, rows: Tensor) -> None:
-        """Raise InputError: the pool orders rows, goes back, copies and forgets."""
+        """Raise InputError: only the pool reorders, crops and resets rows."""
         raise InputError("fixed rows are a view of a pool for one step; change the pool itself")
 
     def crop(self, lengths: int | Tensor) -> None:
@@ -113,14 +113,14 @@ class _Slot:
 
 
 class _Tokens(_Slot):
-    """An `AttentionSlot` over what a pool keeps of the tokens of its first rows."""
+    """An `AttentionSlot` over a pool's first rows."""
 
     def __init__(self, memory: TokenRows, rows: int, width: int) -> None:
         self.memory = memory
         self.held = tuple(x[:rows, :, :width] for x in memory.held)
 
     def update(self, keys: Tensor, values: Tensor, segment: Segment) -> tuple[Tensor, Tensor]:
-        """Store a token of each row and return all (B, K, S, D) they attend to."""
+        """Store one token per row; return all (B, K, S, D) they attend to."""
         new = self.memory.encoded(keys, values)
         for buffer, x in zip(self.held, new, strict=True):
             buffer.scatter_(2, segment.slots()[:, None, :, None].expand_as(x), x)
@@ -131,17 +131,17 @@ class _Tokens(_Slot):
         return self.memory.decoded([x[:, :, :length] for x in self.held])
 
     def buffers(self, segment: Segment) -> tuple[Tensor, Tensor] | None:
-        """Return None: they are changed by `update` alone."""
+        """Return None: only `update` writes."""
         return None
 
     @property
     def dtype(self) -> torch.dtype | None:
-        """What numbers are kept in, None where it is no matter."""
+        """The dtype of the numbers, or None if any will do."""
         return self.memory.dtype
 
 
 class _States(_Slot):
-    """A `StateSlot` over the windows and states of a pool's first rows."""
+    """A `StateSlot` over a pool's first rows."""
 
     remembers = False
 
@@ -151,21 +151,21 @@ class _States(_Slot):
         self.held = self._pair = window, state
 
     def content(self) -> tuple[Tensor, Tensor] | None:
-        """Return window and state, to be overwritten."""
+        """Return window and state; the caller may overwrite them."""
         return self._pair
 
     def update(self, window: Tensor, state: Tensor, segment: Segment) -> None:
-        """Replace both by what they are after the step."""
+        """Store window and state after the step."""
         for held, new in zip(self.held, (window, state), strict=True):
             if new is not held:
                 held.copy_(new)
 
     def buffers(self) -> tuple[Tensor, Tensor] | None:
-        """Return None: they are changed by `update` alone."""
+        """Return None: only `update` writes."""
         return None
 
     def remember(self, inputs: Inputs) -> None:
-        """Raise InputError: there is no way back but to the pool's copies."""
+        """Raise InputError: only the pool can go back."""
         self.select(inputs.raw)
 
     def record(self, weights: MixerWeights) -> Tensor:

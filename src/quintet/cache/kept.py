@@ -1,4 +1,4 @@
-"""A place in a text to which a cache can come back."""
+"""A place that a cache can return to."""
 
 from dataclasses import dataclass
 
@@ -7,7 +7,7 @@ from torch import Tensor
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Kept:
-    """Copies of what recurrent layers hold at a place.
+    """Copies of recurrent states at one place.
 
     Attributes:
         lengths: (B,) how many tokens each row has there.

@@ -1,4 +1,4 @@
-"""The tuple format of older code: one (keys, values) a layer, padding kept in its columns."""
+"""The legacy tuple format: one (keys, values) per layer, with padding columns."""
 
 import torch
 from torch import Tensor
@@ -12,7 +12,7 @@ LegacyCache = tuple[tuple[Tensor, Tensor], ...]
 
 
 def from_legacy(past: LegacyCache, mask: Tensor | None, num_hidden_layers: int) -> Cache:
-    """Take over tuples of (B, K, P, D); `mask` (B, P) tells which of their columns are tokens.
+    """Build a cache from tuples of (B, K, P, D); `mask` (B, P) marks the tokens.
 
     Raises:
         InputError: the tuples are not of the model's layers, or not of one shape.
@@ -38,7 +38,7 @@ def from_legacy(past: LegacyCache, mask: Tensor | None, num_hidden_layers: int) 
 
 
 def to_legacy(cache: Cache, mask: Tensor | None) -> LegacyCache:
-    """Return tuples of (B, K, W, D) with each row's tokens in the columns of `mask` (B, W)."""
+    """Return tuples of (B, K, W, D), with tokens in the columns that `mask` (B, W) marks."""
     rows = None if mask is None else ragged(mask)
     if rows is None or mask is None:
         return tuple(cache)

@@ -1,4 +1,4 @@
-"""What all layers of a pool keep of its rows."""
+"""The memory of all layers of a pool."""
 
 from collections.abc import Iterable, Sequence
 
@@ -10,7 +10,7 @@ from quintet.errors import ContextLengthError, InputError
 
 
 class RowMemories:
-    """The memories of all layers, for what concerns all of them.
+    """The memories of all layers, for operations on a row of all of them.
 
     Attributes:
         tokens: of the layers with attention.
@@ -23,16 +23,16 @@ class RowMemories:
 
     @property
     def kind(self) -> str:
-        """How tokens are kept."""
+        """The storage format of tokens."""
         return self.tokens[0].kind if self.tokens else "states"
 
     def bytes_of_rows(self, rows: int, capacity: int) -> tuple[int, int]:
-        """Return the bytes that a row takes besides its tokens, and each of these."""
+        """Return the bytes of a row without tokens, and of each token."""
         states = sum(slot.buffered for slot in self.states)
         return states // rows, sum(slot.nbytes for slot in self.tokens) // (rows * capacity)
 
     def read(self, index: int, start: int, stop: int) -> RowContent:
-        """Return a copy of some tokens of a row, with the states behind them if they are there."""
+        """Copy some tokens of a row, with the states behind them if available."""
         states = None
         if self.reach(index, stop) == stop:
             states = tuple(slot.state_at(index, stop) for slot in self.states)
@@ -40,7 +40,7 @@ class RowMemories:
         return RowContent(start, stop, layers, states, self.kind)
 
     def check(self, length: int, contents: Sequence[RowContent], capacity: int) -> None:
-        """Check that contents can be put behind the first tokens of a row, before anything is.
+        """Check that contents fit behind a row's first tokens, before writing.
 
         Raises:
             InputError: they are not what follows, not of this kind of memory or model, or their
@@ -75,7 +75,7 @@ class RowMemories:
             )
 
     def write(self, index: int, contents: Sequence[RowContent]) -> None:
-        """Put contents that were checked, at least one, into a row."""
+        """Write contents that `check` has passed into a row."""
         for content in contents:
             for slot, tensors in zip(self.tokens, content.layers, strict=True):
                 slot.write(index, content.start, tensors)
@@ -83,14 +83,14 @@ class RowMemories:
             state.write(index, tensors)
 
     def copy(self, source: int, target: int) -> None:
-        """Put what a row holds into another."""
+        """Copy one row over another."""
         for slot in self.tokens:
             slot.copy(source, target)
         for state in self.states:
             state.copy(source, target)
 
     def clear(self, table: RowTable, ends: Sequence[int], stop: int) -> None:
-        """Let all rows hold numbers up to a slot, which others' queries may pass over.
+        """Fill rows with finite numbers up to a slot, as masked queries read them.
 
         Those up to where a row's tokens of this forward end are written anyway.
         """
@@ -101,15 +101,15 @@ class RowMemories:
                     slot.clear(index, start, stop)
 
     def reach(self, index: int, length: int) -> int:
-        """Return the length that is nearest below the given one and can be gone back to."""
+        """Return the greatest length, at most the given one, that a row can return to."""
         return min((slot.reach(index, length) for slot in self.states), default=length)
 
     def share(self, source: Row, target: Row) -> None:
-        """Give a row the snapshots that another has."""
+        """Give a row the snapshots of another."""
         for slot in self.states:
             slot.share(source, target)
 
     def drop(self, row: Row, lengths: Iterable[int] | None = None) -> None:
-        """Forget a row's snapshots for some lengths, or all."""
+        """Drop a row's snapshots at some lengths, or all."""
         for slot in self.states:
             slot.drop(row, lengths)

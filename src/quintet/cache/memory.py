@@ -1,4 +1,4 @@
-"""Whether what a cache holds may be written in place, or somebody else may need it as it is."""
+"""Decides whether cached tensors may be written in place."""
 
 import torch
 from torch import Tensor
@@ -8,7 +8,7 @@ from quintet.ops.transforms import transformed
 
 
 def writable(held: Tensor, *new: Tensor) -> bool:
-    """Tell whether tensors can be written into one that a cache holds.
+    """Return whether tensors can be written in place into one a cache holds.
 
     Not where a graph of autograd may hold on to it or to them, where it was made in inference mode,
     which forbids that outside of it, or where what is new has an axis or a tangent of `torch.func`.
@@ -18,7 +18,7 @@ def writable(held: Tensor, *new: Tensor) -> bool:
 
 
 def locked(held: Tensor) -> bool:
-    """Tell whether a tensor was made in inference mode and is used outside of it."""
+    """Return whether a tensor is an inference tensor used outside inference mode."""
     # Compiled code cannot ask.
     if torch.compiler.is_compiling():
         return False
@@ -26,12 +26,12 @@ def locked(held: Tensor) -> bool:
 
 
 def own(held: Tensor) -> Tensor:
-    """Return a tensor that may be written in place: what is held, or a copy of it."""
+    """Return a tensor that may be written in place: itself, or a copy."""
     return held if writable(held) else held.clone()
 
 
 def check_alike(what: str, held: Tensor, new: Tensor, *axes: int) -> None:
-    """Check that what a model adds to a cache is as large as what it holds, and beside it.
+    """Check that new tensors match the size and device of a cache's.
 
     Args:
         what: they are called.

@@ -1,4 +1,4 @@
-"""Keys and values in the memory of the host, for texts that the accelerator has no room for."""
+"""Keys and values in host memory, for contexts too large for the accelerator."""
 
 from dataclasses import replace
 
@@ -13,10 +13,10 @@ from quintet.configuration.base import PreTrainedConfig
 
 
 class OffloadedSlot(DynamicSlot):
-    """Growing buffers on the CPU; what a step attends to is on the device of its tokens."""
+    """Growing buffers on the CPU; a step's keys and values are copied to the device."""
 
     def update(self, keys: Tensor, values: Tensor, segment: Segment) -> tuple[Tensor, Tensor]:
-        """Store a segment's (B, K, T, D) and return all (B, K, S, D) its rows have to attend to."""
+        """Store a segment's (B, K, T, D); return all (B, K, S, D) its rows attend to."""
         start = segment.start.cpu() if isinstance(segment.start, Tensor) else segment.start
         counts = None if segment.counts is None else segment.counts.cpu()
         host = replace(segment, start=start, counts=counts, device=torch.device("cpu"))
@@ -25,7 +25,7 @@ class OffloadedSlot(DynamicSlot):
 
 
 class OffloadedCache(Cache):
-    """A growing cache that is on the device for one layer at a time.
+    """A growing cache with one layer at a time on the device.
 
     The states of recurrent layers do not grow with the text and stay on the device.
     """

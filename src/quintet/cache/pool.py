@@ -1,4 +1,4 @@
-"""A pool of rows that sequences join and leave, in memory that is allocated once.
+"""A pool of rows that sequences join and leave, in memory allocated once.
 
 The rows in use are the first ones of the memory, without holes, so that a forward over all of them
 reads plain tensors. A sequence names its row by an id; where the row lies is the table's affair,
@@ -28,7 +28,7 @@ from quintet.ops.vector_codes import VectorCode
 
 
 class PooledCache(Cache):
-    """A cache whose rows join, leave, are copied and go back one by one, between two forwards.
+    """A cache whose rows join, leave, fork and go back independently.
 
     A forward goes on with the rows in use, in the order of `rows`; an empty pool takes in as many
     as the first forward has. What a row holds moves in memory only where the last one takes the
@@ -80,11 +80,11 @@ class PooledCache(Cache):
 
     @property
     def rows(self) -> tuple[int, ...]:
-        """The ids of the rows in use, in the order in which a forward takes them."""
+        """The ids of the rows in use, in forward order."""
         return tuple(row.id for row in self._table)
 
     def index(self, row: int) -> int:
-        """Return which row of a forward's a row is.
+        """Return a row's index in a forward.
 
         Raises:
             InputError: no row in use has this id.
@@ -92,12 +92,12 @@ class PooledCache(Cache):
         return self._table.index(row)
 
     def length(self, row: int) -> int:
-        """Return how many tokens a row holds."""
+        """Return the number of tokens in a row."""
         return self._row(row).length
 
     @torch.no_grad()
     def join(self, *contents: RowContent) -> int:
-        """Take a row into use, empty or with content that was extracted, and return its id.
+        """Take a row into use, empty or with extracted content; return its id.
 
         Args:
             contents: one behind the other, the first from slot 0 on.
@@ -115,7 +115,7 @@ class PooledCache(Cache):
 
     @torch.no_grad()
     def extend(self, row: int, *contents: RowContent) -> None:
-        """Put content that was extracted behind what a row holds.
+        """Append extracted content to a row.
 
         Raises:
             InputError: it is not what follows, or not of this kind of memory and model.
@@ -129,7 +129,7 @@ class PooledCache(Cache):
 
     @torch.no_grad()
     def extract(self, row: int, start: int = 0, stop: int | None = None) -> RowContent:
-        """Return a copy of what a row holds of its tokens from one slot to another.
+        """Copy a row's content for a range of its tokens.
 
         The states of recurrent layers go with it where the row is at `stop`, or has a snapshot
         there.
@@ -147,7 +147,7 @@ class PooledCache(Cache):
 
     @torch.no_grad()
     def fork(self, row: int, copies: int = 1) -> list[int]:
-        """Take rows into use that hold what a row holds, snapshots included; return their ids.
+        """Copy a row, snapshots included, into new rows; return their ids.
 
         Raises:
             InputError: too few rows are free, or a failed forward left the row ahead.
@@ -165,7 +165,7 @@ class PooledCache(Cache):
 
     @torch.no_grad()
     def free(self, row: int) -> None:
-        """Give a row back. The last row in use takes its place.
+        """Free a row; the last row in use moves into its place.
 
         Raises:
             InputError: no row in use has this id.
@@ -181,7 +181,7 @@ class PooledCache(Cache):
         self.companion = None
 
     def bytes_of_rows(self) -> tuple[int, int]:
-        """Return the bytes that a row takes besides its tokens, and each token of it.
+        """Return the bytes of a row without tokens, and of each token.
 
         Nothing is taken before the first forward.
         """
@@ -191,7 +191,7 @@ class PooledCache(Cache):
 
     @torch.no_grad()
     def snapshot_row(self, row: int) -> int:
-        """Copy the states of a row, to rewind it to its present length, which is returned.
+        """Snapshot a row's recurrent states for `rewind`; return its length.
 
         Keys and values need no copy. A row can have any number of snapshots.
 
@@ -205,17 +205,17 @@ class PooledCache(Cache):
         return own.length
 
     def snapshots(self, row: int) -> list[int]:
-        """Return the lengths of a row that it has copies of its states for."""
+        """Return the lengths at which a row has snapshots."""
         index, states = self._table.index(row), self._kept.states
         return sorted(states[0].taken(index)) if states else []
 
     def drop_snapshots(self, row: int, *lengths: int) -> None:
-        """Forget the snapshots of a row at some lengths, or all."""
+        """Drop a row's snapshots at some lengths, or all."""
         self._kept.drop(self._row(row), lengths or None)
 
     @torch.no_grad()
     def rewind(self, row: int, length: int) -> int:
-        """Take a row back to a length, or to the nearest one before; return where it is.
+        """Take a row back to a length, or the nearest one before; return the length reached.
 
         Keys and values can go back to any length. Recurrent states can to a snapshot, to any point
         in the row's last forward if there was one where it began and it had at most 64 tokens, and
@@ -239,7 +239,7 @@ class PooledCache(Cache):
     def segment(
         self, batch: int, length: int, device: torch.device, counts: Tensor | None
     ) -> Segment:
-        """Return where the next `length` tokens of `batch` rows go, or the first `counts` of them.
+        """Return the slots of the next `length` tokens of `batch` rows, or of `counts` each.
 
         Raises:
             InputError: another number of rows is in use, a failed forward left one of them ahead,
@@ -274,7 +274,7 @@ class PooledCache(Cache):
         return replace(whole, keys=needed)
 
     def made_with(self, adapters: tuple[Hashable, ...]) -> None:
-        """Note the adapters that tokens are made with, of each row or one for all.
+        """Record the adapters that tokens are computed with, one per row or one for all.
 
         Raises:
             InputError: a row that takes tokens holds some that were made with others.
@@ -288,7 +288,7 @@ class PooledCache(Cache):
                 row.adapters = own
 
     def advance(self, segment: Segment) -> None:
-        """Count the tokens of all rows that every layer has stored."""
+        """Count the tokens that every layer has stored."""
         super().advance(segment)
         self._counted()
         for row in self._table:
@@ -299,7 +299,7 @@ class PooledCache(Cache):
 
     @torch.no_grad()
     def begin_step(self, indices: Sequence[int], slots: int) -> None:
-        """Take in that the rows at some indices get a token each, by who writes the memory.
+        """Announce that the rows at some indices get a token, written by the caller.
 
         All hold numbers in so many slots then. Until `end_step`, rows are as of a failed forward.
 
@@ -316,7 +316,7 @@ class PooledCache(Cache):
         self._forward_unfinished = bool(self._kept.states)
 
     def end_step(self) -> None:
-        """Count the tokens that `begin_step` took in."""
+        """Count the tokens announced by `begin_step`."""
         self._forward_unfinished = False
         for slot in self._kept.states:
             slot.stepped()
@@ -327,18 +327,18 @@ class PooledCache(Cache):
 
     @property
     def batch_size(self) -> int | None:
-        """The number of rows in use, None of none."""
+        """The number of rows in use, or None."""
         return len(self._table) or None
 
     def get_max_cache_shape(self) -> int | None:
-        """Return how many tokens a row can hold."""
+        """Return the number of tokens a row can hold."""
         return self.capacity
 
     # -- all rows at once --------------------------------------------------------------------------
 
     @torch.no_grad()
     def crop(self, max_length: int | Tensor) -> None:
-        """Forget all but the first `max_length` tokens of every row, or of each with a (B,) tensor.
+        """Keep the first `max_length` tokens of every row, or of each row with a (B,) tensor.
 
         Raises:
             InputError: a tensor of another shape than (B,), or recurrent layers have no snapshot
@@ -351,7 +351,7 @@ class PooledCache(Cache):
 
     @torch.no_grad()
     def snapshot(self) -> None:
-        """Copy the states of all rows, to go back to their present lengths, and no other copies.
+        """Snapshot all rows at their present lengths, replacing earlier snapshots.
 
         Raises:
             InputError: a failed forward left a row ahead.
@@ -362,7 +362,7 @@ class PooledCache(Cache):
         super().snapshot()
 
     def keep(self) -> Kept:
-        """Raise InputError: rows come and go, and each has snapshots of its own."""
+        """Raise InputError: a pool snapshots its rows one by one."""
         raise InputError("a pool keeps places of its rows: snapshot_row(row), rewind(row, length)")
 
     def restore(self, kept: Kept) -> None:
@@ -371,7 +371,7 @@ class PooledCache(Cache):
 
     @torch.no_grad()
     def batch_select_indices(self, indices: Tensor) -> None:
-        """Keep the rows at `indices` (N,), in that order; one named again gets a row of its own.
+        """Keep the rows at `indices` (N,), in that order; repeated ones are copied.
 
         Raises:
             InputError: these are more rows than the pool has.
@@ -391,7 +391,7 @@ class PooledCache(Cache):
         self._count()
 
     def reset(self) -> None:
-        """Give all rows back and keep the memory."""
+        """Free all rows; memory stays."""
         super().reset()
         self._table.clear()
 
@@ -419,7 +419,7 @@ class PooledCache(Cache):
         return joined
 
     def _count(self) -> None:
-        """Take the lengths over from the table, when rows were changed."""
+        """Copy the lengths from the table, after rows changed."""
         lengths = [row.length for row in self._table]
         self._longest = max(lengths, default=0)
         if not lengths or min(lengths) == self._longest:
@@ -428,12 +428,12 @@ class PooledCache(Cache):
             self._lengths = torch.tensor(lengths, dtype=torch.long, device="cpu")
 
     def _counted(self) -> None:
-        """Give the lengths to the table, when a forward or a crop has changed them."""
+        """Copy the lengths to the table, after a forward or a crop."""
         for row, length in zip(self._table, self.lengths(len(self._table)).tolist(), strict=True):
             row.length, row.torn = length, False
 
     def _look_for_torn(self) -> None:
-        """Mark the rows of a forward that failed when recurrent layers had begun."""
+        """Mark the rows of a forward that failed after recurrent layers had begun."""
         if self._forward_unfinished:
             for row in self._table:
                 row.torn |= row.taking > 0

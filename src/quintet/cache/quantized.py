@@ -1,4 +1,4 @@
-"""Keys, values and latents in few bits."""
+"""Quantised keys, values and latents."""
 
 import torch
 from torch import Tensor
@@ -14,7 +14,7 @@ from quintet.ops.vector_codes import VectorCode
 
 
 class QuantizedSlot:
-    """Keys and values in buffers of coded vectors that grow; decoded one layer at a time.
+    """Keys and values as quantised vectors in growing buffers, decoded one layer at a time.
 
     Tokens are coded as they come and seen only through their codes, by themselves too. So what a
     text leaves in the cache, and what follows from it, does not depend on how it was cut up.
@@ -27,7 +27,7 @@ class QuantizedSlot:
         self._dtype = torch.float32
 
     def update(self, keys: Tensor, values: Tensor, segment: Segment) -> tuple[Tensor, Tensor]:
-        """Store a segment's (B, K, T, D) and return all (B, K, S, D) its rows have to attend to.
+        """Store a segment's (B, K, T, D); return all (B, K, S, D) its rows attend to.
 
         Raises:
             InputError: vectors of this size do not fill whole bytes, or a gradient is asked for.
@@ -41,7 +41,7 @@ class QuantizedSlot:
         return self.content(segment.keys, segment.rows)
 
     def buffers(self, segment: Segment) -> tuple[Tensor, Tensor] | None:
-        """Return None: what is stored here are codes."""
+        """Return None: the buffers hold codes."""
         return None
 
     def content(self, length: int, rows: slice | None = None) -> tuple[Tensor, Tensor]:
@@ -57,39 +57,39 @@ class QuantizedSlot:
         )
 
     def select(self, rows: Tensor) -> None:
-        """Keep the given rows (N,) of the batch, in that order, each as often as it is named."""
+        """Keep the rows (N,), in that order; rows may repeat."""
         self._codes.select(rows)
         self._scales.select(rows)
 
     def crop(self, lengths: int | Tensor) -> None:
-        """Do nothing: what is behind a row's length is never seen and is overwritten."""
+        """Do nothing: tokens behind a row's length are never read."""
 
     def snapshot(self, lengths: int | Tensor) -> None:
-        """Do nothing: any length can be gone back to."""
+        """Do nothing: `crop` needs no preparation."""
 
     def reset(self) -> None:
-        """Forget everything."""
+        """Empty the slot."""
         self._codes.reset()
         self._scales.reset()
 
     @property
     def batch_size(self) -> int | None:
-        """The number of rows, None while nothing is stored."""
+        """The number of rows, or None while empty."""
         return self._codes.batch_size
 
     @property
     def dtype(self) -> torch.dtype | None:
-        """None: codes are decoded to any."""
+        """None: codes decode to any dtype."""
         return None
 
     @property
     def nbytes(self) -> int:
-        """The bytes of codes and scales, spare capacity included."""
+        """The allocated bytes of codes and scales."""
         return self._codes.nbytes + self._scales.nbytes
 
 
 class QuantizedCache(Cache):
-    """A growing cache of 8, 6 or 4 bits a number, and a scale for each head's vector of a token.
+    """A growing cache with 8, 6 or 4 bits per number, and a scale per vector of a head.
 
     The states of recurrent layers, whose errors would add up over a text, are kept as they are.
 
@@ -107,7 +107,7 @@ class QuantizedCache(Cache):
         self.nbits = nbits
 
     def recurrent(self, layer_idx: int, raw: Tensor | None = None) -> StateSlot:
-        """Return a layer's recurrent state, to be updated by the forward that asks for it.
+        """Return a layer's recurrent state for updating.
 
         Raises:
             InputError: the cache keeps none for this layer, or one of another model, or keys and

@@ -1,4 +1,4 @@
-"""What a state-space layer keeps: the last inputs of its convolution, and its state.
+"""The state of a state-space layer: the convolution's last inputs, and the recurrent state.
 
 Neither grows with the text, so there is nothing to crop. To go back all the same, as speculative
 decoding does, a slot remembers its content at a `snapshot` and the inputs it gets from there on:
@@ -23,7 +23,7 @@ RECORDED = 64
 
 
 class Inputs(NamedTuple):
-    """What one forward gave to the state; axis letters as in `quintet.ops.ssd`.
+    """The inputs of one update; axis letters as in `quintet.ops.ssd`.
 
     Attributes:
         raw: (B, T, C) what entered the convolution.
@@ -42,12 +42,12 @@ class Inputs(NamedTuple):
     counts: Tensor | int
 
     def first(self, counts: Tensor | int) -> "Inputs":
-        """Take all but the first `counts` tokens of each row for padding."""
+        """Treat all but the first `counts` tokens of each row as padding."""
         return self._replace(dt=only(self.dt, counts), counts=counts)
 
     @property
     def device(self) -> torch.device:
-        """Where they are."""
+        """Their device."""
         return self.dt.device
 
     @property
@@ -56,12 +56,12 @@ class Inputs(NamedTuple):
         return sum(x.nbytes for x in (self.raw, self.x, self.dt, self.b))
 
     def select(self, rows: Tensor) -> "Inputs":
-        """Return the given rows of the batch."""
+        """Return the given rows."""
         counts = self.counts if isinstance(self.counts, int) else self.counts[rows]
         return Inputs(self.raw[rows], self.x[rows], self.dt[rows], self.A, self.b[rows], counts)
 
     def row(self, index: int, T: int) -> "Inputs":
-        """Return what they are of the first T tokens of one row, (1, T, ...)."""
+        """Return the inputs of one row's first T tokens, (1, T, ...)."""
         raw, x, dt, b = (y[index, None, :T] for y in (self.raw, self.x, self.dt, self.b))
         return Inputs(raw, x, dt, self.A, b, T)
 
@@ -74,7 +74,7 @@ class Inputs(NamedTuple):
 
 
 class Recorded(NamedTuple):
-    """What a kernel left of one forward.
+    """The projections that a kernel recorded in one forward.
 
     Attributes:
         projected: (B, T, H·P + C + H), what the mixer's first map made.
@@ -88,7 +88,7 @@ class Recorded(NamedTuple):
 
     @property
     def device(self) -> torch.device:
-        """Where it is."""
+        """Their device."""
         return self.projected.device
 
     @property
@@ -97,23 +97,23 @@ class Recorded(NamedTuple):
         return self.projected.nbytes
 
     def first(self, counts: Tensor | int) -> "Recorded":
-        """Take all but the first `counts` tokens of each row for padding."""
+        """Treat all but the first `counts` tokens of each row as padding."""
         return self._replace(counts=counts)
 
     def select(self, rows: Tensor) -> "Recorded":
-        """Return the given rows of the batch."""
+        """Return the given rows."""
         counts = self.counts if isinstance(self.counts, int) else self.counts[rows]
         return Recorded(self.projected[rows], self.weights, counts)
 
     def row(self, index: int, T: int) -> "Recorded":
-        """Return what was left of the first T tokens of one row, (1, T, ...)."""
+        """Return the record of one row's first T tokens, (1, T, ...)."""
         return Recorded(self.projected[index, None, :T], self.weights, T)
 
     @torch.no_grad()
     def after(
         self, window: Tensor | None, state: Tensor | None, W: int
     ) -> tuple[Tensor | None, Tensor | None]:
-        """Return window and state behind these tokens; the given state may be overwritten."""
+        """Return window and state behind these tokens; may overwrite the given state."""
         projected, counts = self.projected, None
         if isinstance(self.counts, Tensor):
             counts = self.counts
@@ -126,7 +126,7 @@ class Recorded(NamedTuple):
 
 
 class Recorder:
-    """Memory in which a kernel leaves what it projects of a forward's tokens.
+    """Memory in which a kernel records a forward's projections.
 
     Attributes:
         memory: (RECORDED, H·P + C + H), the same for every forward; None before the first.
@@ -137,7 +137,7 @@ class Recorder:
         self._weights: MixerWeights | None = None
 
     def start(self, weights: MixerWeights, like: Tensor) -> Tensor:
-        """Return the memory for a forward that begins, of the dtype and on the device of `like`."""
+        """Return the memory for a new forward, with dtype and device of `like`."""
         if self.memory is None:
             width = len(weights.norm) + len(weights.taps) + len(weights.D)
             with torch.inference_mode(False), torch.no_grad():
@@ -146,11 +146,11 @@ class Recorder:
         return self.memory
 
     def cancel(self) -> None:
-        """Take it that the forward has left nothing here."""
+        """Discard the present recording."""
         self._weights = None
 
     def stop(self, segment: Segment, rows: int) -> Recorded | None:
-        """Return a copy of what the forward over all rows has left; None where it has not."""
+        """Return a copy of the recording, or None if there is none."""
         weights, self._weights = self._weights, None
         if weights is None or self.memory is None:
             return None
@@ -166,7 +166,7 @@ class Recorder:
 
 @dataclass(slots=True)
 class _Snapshot:
-    """The rows' lengths and the slot's content at a moment, and the inputs since."""
+    """Lengths and content at one moment, and the inputs since."""
 
     lengths: int | Tensor
     window: Tensor | None
@@ -175,7 +175,7 @@ class _Snapshot:
 
 
 class RecurrentSlot:
-    """The window (B, W - 1, C) of a convolution and a state (B, H, P, N), changed in place.
+    """A convolution window (B, W - 1, C) and a state (B, H, P, N), updated in place.
 
     Args:
         preallocated: keep the memory when all is forgotten.
@@ -190,17 +190,17 @@ class RecurrentSlot:
 
     @property
     def remembers(self) -> bool:
-        """Whether there is a snapshot, since which inputs have to be remembered or recorded."""
+        """Whether a snapshot needs the inputs of later updates."""
         return self._snapshot is not None
 
     def remember(self, inputs: Inputs) -> None:
-        """Keep what an update came from, to go back to between the snapshot and here."""
+        """Keep an update's inputs, to go back to points after the snapshot."""
         assert self._snapshot is not None
         self._recorder.cancel()
         self._snapshot.since.append(inputs)
 
     def record(self, weights: MixerWeights) -> Tensor:
-        """Return memory for a kernel to leave what it projects, instead of `remember`.
+        """Return memory in which a kernel records its projections, instead of `remember`.
 
         It is (M, H·P + C + H) for the tokens of all rows, one behind the other, and read when the
         cache counts them.
@@ -209,27 +209,27 @@ class RecurrentSlot:
         return self._recorder.start(weights, self.window)
 
     def advance(self, segment: Segment) -> None:
-        """Keep what a kernel has recorded of the tokens that were counted."""
+        """Keep what a kernel recorded of the counted tokens."""
         if self._snapshot is not None and self.state is not None:
             recorded = self._recorder.stop(segment, len(self.state))
             self._snapshot.since += [] if recorded is None else [recorded]
 
     def buffers(self) -> tuple[Tensor, Tensor] | None:
-        """Return window and state for a caller to change in place, instead of `update`.
+        """Return window and state to update in place, or None while empty.
 
         None while there are none. Where the slot remembers, `record` has to be written, too.
         """
         return self.content()
 
     def content(self) -> tuple[Tensor, Tensor] | None:
-        """Return window and state, which a caller may overwrite; None of none."""
+        """Return window and state, or None; the caller may overwrite them."""
         if self.window is None or self.state is None:
             return None
         window, state = self.window, self.state = own(self.window), own(self.state)
         return window, state
 
     def update(self, window: Tensor, state: Tensor, segment: Segment | None = None) -> None:
-        """Replace both by what they are after a forward, of a segment's rows or of all."""
+        """Store window and state after a forward, for a segment's rows or all."""
         if segment is None or segment.rows is None:
             self.window = _stored(self.window, window)
             self.state = _stored(self.state, state)
@@ -244,7 +244,7 @@ class RecurrentSlot:
         self.state = _placed(self.state, state, segment.rows)
 
     def snapshot(self, lengths: int | Tensor) -> None:
-        """Remember the present content, of rows that are `lengths` long, and what comes after it.
+        """Copy the content of rows of these lengths, and remember later inputs.
 
         The memory for what comes after grows with it, until the next snapshot.
         """
@@ -254,7 +254,7 @@ class RecurrentSlot:
         self._recorder.cancel()
 
     def crop(self, lengths: int | Tensor) -> None:
-        """Go back to where rows had the given lengths, at the snapshot or after it.
+        """Go back to where rows had these lengths, at or after the snapshot.
 
         Raises:
             InputError: that is before the snapshot, or there is none.
@@ -289,7 +289,7 @@ class RecurrentSlot:
             self.state = _stored(self.state, state)
 
     def select(self, rows: Tensor) -> None:
-        """Keep the given rows (N,) of the batch, in that order, each as often as it is named."""
+        """Keep the rows (N,), in that order; rows may repeat."""
         if self.window is None or self.state is None:
             return
         rows = rows.to(self.window.device)
@@ -305,18 +305,18 @@ class RecurrentSlot:
             )
 
     def reset(self) -> None:
-        """Forget everything; preallocated memory stays."""
+        """Empty the slot; preallocated memory stays."""
         self._snapshot, self._recorder = None, Recorder()
         self._clear()
 
     @property
     def batch_size(self) -> int | None:
-        """The number of rows, None while nothing is stored."""
+        """The number of rows, or None while empty."""
         return None if self.state is None else self.state.shape[0]
 
     @property
     def nbytes(self) -> int:
-        """The bytes held, with those of the snapshot."""
+        """The bytes held, snapshot included."""
         held = [self.window, self.state, self._recorder.memory]
         if self._snapshot is not None:
             held += [self._snapshot.window, self._snapshot.state]
@@ -333,7 +333,7 @@ class RecurrentSlot:
 
 
 def _stored(old: Tensor | None, new: Tensor) -> Tensor:
-    """Return `new` in memory of its own, that of `old` where nothing else may need its content."""
+    """Copy `new` into memory of its own, reusing `old` if nothing else needs that."""
     if old is new:
         return new
     if old is None or new.requires_grad or not writable(old):
@@ -342,7 +342,7 @@ def _stored(old: Tensor | None, new: Tensor) -> Tensor:
 
 
 def _placed(held: Tensor, new: Tensor, rows: slice) -> Tensor:
-    """Return what is held with other content in some rows."""
+    """Return `held` with new content in some rows."""
     if new.data_ptr() == held[rows].data_ptr():
         return held
     if new.requires_grad or held.requires_grad:

@@ -1,4 +1,4 @@
-"""The memory of a pool's rows: keys and values or latents, or codes of them.
+"""The memory of a pool's rows: keys and values, latents, or their codes.
 
 On a CPU a row is a contiguous part of buffers that are allocated once and touched as they are
 used. Another layout, in pages say, is another `RowMemory`.
@@ -21,18 +21,18 @@ from quintet.ops.vector_codes import VectorCode
 
 
 class RowMemory(AttentionSlot, Protocol):
-    """What one layer keeps of the tokens of a pool's rows.
+    """One layer's memory of the tokens of a pool's rows.
 
     A row is named by its place in the pool's table. The pool checks what it asks for.
     """
 
     @property
     def kind(self) -> str:
-        """How tokens are kept; content goes from one memory to another of the same kind."""
+        """The storage format; content moves only between memories of the same format."""
         ...
 
     def read(self, row: int, start: int, stop: int) -> tuple[Tensor, ...]:
-        """Return copies of what is kept of a row's tokens, (K, stop - start, D) each."""
+        """Copy a row's tokens, (K, stop - start, D) each."""
         ...
 
     def check(self, content: Sequence[Tensor]) -> None:
@@ -44,20 +44,20 @@ class RowMemory(AttentionSlot, Protocol):
         ...
 
     def write(self, row: int, start: int, content: Sequence[Tensor]) -> None:
-        """Put tensors that `read` returned into a row, from a slot on."""
+        """Write tensors that `read` returned into a row, from a slot on."""
         ...
 
     def copy(self, source: int, target: int) -> None:
-        """Put the tokens of a row into another."""
+        """Copy one row over another."""
         ...
 
     def clear(self, row: int, start: int, stop: int) -> None:
-        """Make some slots of a row hold numbers, whatever they held."""
+        """Fill slots of a row with finite numbers."""
         ...
 
 
 class Buffers:
-    """Tensors (R, ...) of which the first rows are in use.
+    """Tensors (R, ...) whose first rows are in use.
 
     Attributes:
         whole: the tensors; none before memory was taken.
@@ -68,7 +68,7 @@ class Buffers:
         self.whole: tuple[Tensor, ...] = ()
 
     def allocate(self, like: Sequence[Tensor]) -> None:
-        """Take memory for R rows of tensors (...) such as these, and do not touch it."""
+        """Allocate R rows of tensors (...) like these, without touching the memory."""
         # Tensors of inference mode could not be written outside of it.
         with torch.inference_mode(False), torch.no_grad():
             self.whole = tuple(
@@ -76,11 +76,11 @@ class Buffers:
             )
 
     def in_use(self) -> tuple[Tensor, ...]:
-        """Return the rows in use of each tensor."""
+        """Return each tensor's rows in use."""
         return tuple(x[: len(self.table)] for x in self.whole)
 
     def pair(self) -> tuple[Tensor, Tensor] | None:
-        """Return both tensors with all rows; None before memory was taken.
+        """Return both tensors with all rows, or None before allocation.
 
         They are the same objects in every forward, which a kernel need not look at again.
         """
@@ -90,7 +90,7 @@ class Buffers:
         return first, second
 
     def check(self, content: Sequence[Tensor], *axes: int) -> None:
-        """Check that a row's content is as large as rows here, on some axes or all, and alike."""
+        """Check that a row's content matches the rows here, on some axes or all."""
         for buffer, x in zip(self.whole, content, strict=False):
             check_alike("rows", buffer[0], x, *(axes or range(x.ndim)))
             if buffer.dtype != x.dtype:
@@ -106,19 +106,19 @@ class Buffers:
 
 
 class TokenKind(ABC):
-    """How tokens are kept."""
+    """A storage format of tokens."""
 
     @abstractmethod
     def encoded(self, keys: Tensor, values: Tensor) -> tuple[Tensor, ...]:
-        """Return keys and values (B, K, T, D) as they are kept, (B, K, T, ...) each."""
+        """Encode keys and values (B, K, T, D) as (B, K, T, ...) each."""
 
     @abstractmethod
     def decoded(self, held: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
-        """Return the keys and values of what is kept."""
+        """Decode keys and values."""
 
 
 class TokenRows(TokenKind):
-    """Buffers (R, K, capacity, D); what they hold of tokens is said by `encoded` and `decoded`.
+    """Buffers (R, K, capacity, D) of tokens in the format of `encoded` and `decoded`.
 
     Args:
         table: the rows in use.
@@ -133,7 +133,7 @@ class TokenRows(TokenKind):
     # -- for the pool ----------------------------------------------------------------------------
 
     def read(self, row: int, start: int, stop: int) -> tuple[Tensor, ...]:
-        """Return copies of what is kept of a row's tokens, (K, stop - start, D) each."""
+        """Copy a row's tokens, (K, stop - start, D) each."""
         return tuple(x[row, :, start:stop].clone() for x in self._buffers.whole)
 
     def check(self, content: Sequence[Tensor]) -> None:
@@ -145,20 +145,20 @@ class TokenRows(TokenKind):
         self._buffers.check(content, 0, 2)
 
     def write(self, row: int, start: int, content: Sequence[Tensor]) -> None:
-        """Put tensors that `read` returned into a row, from a slot on."""
+        """Write tensors that `read` returned into a row, from a slot on."""
         if content and not self._buffers.whole:
             self._allocate(content)
         for buffer, x in zip(self._buffers.whole, content, strict=False):
             buffer[row, :, start : start + x.shape[1]] = x
 
     def copy(self, source: int, target: int) -> None:
-        """Put the tokens of a row into another."""
+        """Copy one row over another."""
         stop = self._table[source].length
         for buffer in self._buffers.whole:
             buffer[target, :, :stop] = buffer[source, :, :stop]
 
     def clear(self, row: int, start: int, stop: int) -> None:
-        """Make some slots of a row hold numbers, whatever they held."""
+        """Fill slots of a row with finite numbers."""
         # A weight of 0 times NaN would still be NaN.
         for buffer in self._buffers.whole:
             buffer[row, :, start:stop] = 0
@@ -166,24 +166,24 @@ class TokenRows(TokenKind):
     # -- as every slot ---------------------------------------------------------------------------
 
     def buffers(self, segment: Segment) -> tuple[Tensor, Tensor] | None:
-        """Return the buffers of all rows, for the caller to write; None where it cannot."""
+        """Return the buffers of all rows for writing, or None."""
         return None
 
     def select(self, rows: Tensor) -> None:
-        """Keep the given rows (N,) of the batch, in that order, each as often as it is named."""
+        """Keep the rows (N,), in that order; rows may repeat."""
         moved = [(to, at) for to, at in enumerate(rows.tolist()) if to != at]
         held = {at: self.read(at, 0, self._table[at].length) for _, at in moved}
         for to, at in moved:
             self.write(to, 0, held[at])
 
     def crop(self, lengths: int | Tensor) -> None:
-        """Do nothing: what is behind a row's length is never seen and is overwritten."""
+        """Do nothing: tokens behind a row's length are never read."""
 
     def snapshot(self, lengths: int | Tensor) -> None:
-        """Do nothing: any length can be gone back to."""
+        """Do nothing: `crop` needs no preparation."""
 
     def reset(self) -> None:
-        """Do nothing: rows that join look at nothing that was here."""
+        """Do nothing: rows that join read nothing of former ones."""
 
     @property
     def batch_size(self) -> int | None:
@@ -192,28 +192,28 @@ class TokenRows(TokenKind):
 
     @property
     def dtype(self) -> torch.dtype | None:
-        """What numbers are kept in, None before memory was taken or where it is no matter."""
+        """The dtype of the numbers, or None if any will do or nothing is allocated."""
         return None
 
     @property
     def nbytes(self) -> int:
-        """The bytes taken, of rows that are free too."""
+        """The allocated bytes, free rows included."""
         return self._buffers.nbytes
 
     # -- for kinds -------------------------------------------------------------------------------
 
     @property
     def held(self) -> tuple[Tensor, ...]:
-        """The buffers of all rows; none before memory was taken."""
+        """The buffers of all rows; none before allocation."""
         return self._buffers.whole
 
     def update(self, keys: Tensor, values: Tensor, segment: Segment) -> tuple[Tensor, Tensor]:
-        """Store (B, K, T, D) of a segment and return all (B, K, S, D) its rows attend to."""
+        """Store a segment's (B, K, T, D); return all (B, K, S, D) its rows attend to."""
         self.store(self.encoded(keys, values), segment)
         return self.content(segment.keys, segment.rows)
 
     def content(self, length: int, rows: slice | None = None) -> tuple[Tensor, Tensor]:
-        """Return the first `length` keys and values of some rows in use, or all: (B, K, length, D).
+        """Return the first `length` keys and values of rows in use: (B, K, length, D).
 
         Raises:
             InputError: nothing is stored yet.
@@ -221,7 +221,7 @@ class TokenRows(TokenKind):
         return self.decoded(self.first(length, rows))
 
     def store(self, new: Sequence[Tensor], segment: Segment) -> None:
-        """Put tensors (B, K, T, D), always as many, at the slots of a segment."""
+        """Write encoded tensors (B, K, T, D) at a segment's slots."""
         if not self._buffers.whole:
             self._allocate([x[0] for x in new])
             for index in range(len(self._table)):
@@ -233,7 +233,7 @@ class TokenRows(TokenKind):
             _write(buffer, x, segment)
 
     def first(self, length: int, rows: slice | None) -> tuple[Tensor, ...]:
-        """Return what was stored of the first tokens of some rows, (B, K, length, D) each.
+        """Return the encoded first tokens of some rows, (B, K, length, D) each.
 
         Raises:
             InputError: nothing is stored yet.
@@ -244,36 +244,36 @@ class TokenRows(TokenKind):
         return tuple(x if rows is None else x[rows] for x in held)
 
     def _allocate(self, like: Sequence[Tensor]) -> None:
-        """Take memory for rows of (K, T, D)."""
+        """Allocate rows of (K, T, D)."""
         self._buffers.allocate([x[:, :1].expand(-1, self.capacity, -1) for x in like])
 
 
 class DenseRows(TokenRows):
-    """Keys and values, or latents and rotated keys, as they are."""
+    """Keys and values, or latents and rotated keys, unquantised."""
 
     kind: ClassVar[str] = "dense"
 
     def encoded(self, keys: Tensor, values: Tensor) -> tuple[Tensor, ...]:
-        """Return keys and values as they are."""
+        """Return keys and values unchanged."""
         return keys, values
 
     def decoded(self, held: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
-        """Return the keys and values as they are."""
+        """Return keys and values unchanged."""
         keys, values = held
         return keys, values
 
     def buffers(self, segment: Segment) -> tuple[Tensor, Tensor] | None:
-        """Return the buffers of all rows, for the caller to write; None without memory."""
+        """Return the buffers of all rows for writing, or None before allocation."""
         return self._buffers.pair()
 
     @property
     def dtype(self) -> torch.dtype | None:
-        """What numbers are kept in, None before memory was taken."""
+        """The dtype of the numbers, or None before allocation."""
         return self._buffers.whole[0].dtype if self._buffers.whole else None
 
 
 class CodeRows(TokenRows):
-    """Keys and values in few bits: codes and scales of vectors, decoded one layer at a time."""
+    """Keys and values as quantised vectors, decoded one layer at a time."""
 
     def __init__(self, table: RowTable, capacity: int, code: VectorCode) -> None:
         super().__init__(table, capacity)
@@ -282,11 +282,11 @@ class CodeRows(TokenRows):
 
     @property
     def kind(self) -> str:
-        """How tokens are kept."""
+        """The storage format."""
         return f"int{self.code.bits}"
 
     def encoded(self, keys: Tensor, values: Tensor) -> tuple[Tensor, ...]:
-        """Return codes and scales of keys, and those of values.
+        """Return codes and scales of keys, then of values.
 
         Raises:
             InputError: vectors of this size do not fill whole bytes.
@@ -295,7 +295,7 @@ class CodeRows(TokenRows):
         return (*self.code.encode(keys), *self.code.encode(values))
 
     def decoded(self, held: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
-        """Return the keys and values of codes and scales."""
+        """Decode keys and values."""
         keys, key_scales, values, value_scales = held
         return (
             self.code.decode(keys, key_scales, self._dtype),

@@ -1,4 +1,4 @@
-"""Which row of a pool's memory each sequence has."""
+"""The table of a pool's rows: which sequence has which row of the memory."""
 
 from collections.abc import Hashable, Iterator, Sequence
 from dataclasses import dataclass
@@ -9,7 +9,7 @@ BLOCK = 64
 
 
 def whole_blocks(slots: int, capacity: int) -> int:
-    """Return up to where a row is made to hold numbers, if it has to for so many slots."""
+    """Round a number of slots up to whole blocks, at most the capacity."""
     return min(-(-slots // BLOCK) * BLOCK, capacity)
 
 
@@ -35,7 +35,7 @@ class Row:
 
 
 class RowTable:
-    """The rows in use, which are the first ones of the memory, without holes.
+    """The rows in use, which are the first ones of the memory, without gaps.
 
     Args:
         size: R, how many rows the memory has.
@@ -57,7 +57,7 @@ class RowTable:
         return self._rows[index]
 
     def index(self, row: int) -> int:
-        """Return where a row is in the memory.
+        """Return a row's index in the memory.
 
         Raises:
             InputError: no row in use has this id.
@@ -71,7 +71,7 @@ class RowTable:
         return found
 
     def check_free(self, rows: int) -> None:
-        """Check that so many rows are free.
+        """Check that this many rows are free.
 
         Raises:
             InputError: there are fewer.
@@ -90,13 +90,13 @@ class RowTable:
         return joined
 
     def leave(self, index: int) -> None:
-        """Give a row back; the last one takes its place, where it is not itself the last."""
+        """Free a row; the last one moves into its place."""
         rows = self._rows
         rows[index] = rows[-1]
         self._set(rows[:-1])
 
     def select(self, indices: Sequence[int]) -> list[tuple[Row, Row]]:
-        """Keep the rows at some indices, in that order, and those named again under new ids.
+        """Keep the rows at some indices, in that order; repeated ones get new ids.
 
         Returns:
             Each row that is new and the one that it is a copy of.
@@ -114,7 +114,7 @@ class RowTable:
         return copies
 
     def clear(self) -> None:
-        """Give all rows back."""
+        """Free all rows."""
         self._set([])
 
     def _new(self) -> Row:

@@ -1,4 +1,4 @@
-"""Where the tokens of one forward go: the slots they take in the rows of a cache."""
+"""Segments: the slots that the tokens of one forward take."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -12,7 +12,7 @@ from quintet.triton.pages import Pages
 
 @dataclass(frozen=True, slots=True)
 class Segment:
-    """A rectangle: T tokens of each of some rows that lie beside each other.
+    """A rectangle: T tokens of each of several adjacent rows.
 
     Attributes:
         start: the slot of the first token; an int when all rows share it, otherwise (B,).
@@ -55,21 +55,21 @@ class Segment:
         return self.start[:, None] + steps
 
     def of(self, x: Tensor) -> Tensor:
-        """Return the rows that are meant of what a cache holds, (rows, ...)."""
+        """Return the segment's rows of a cached tensor, (rows, ...)."""
         return x if self.rows is None else x[self.rows]
 
     @property
     def capacity(self) -> int:
-        """How many slots buffers need."""
+        """The number of slots that buffers need."""
         return self.keys if self.longest is None else self.longest
 
     def starts(self, rows: int) -> list[int]:
-        """Return the slot of the first token of each row."""
+        """Return the first slot of each row."""
         return [self.start] * rows if isinstance(self.start, int) else self.start.tolist()
 
 
 def segments_of(whole: Segment, lengths: Sequence[int]) -> tuple[Segment, ...]:
-    """Return the rectangles that rows with as many tokens each are made of, in order.
+    """Group rows into segments, given the number of tokens of each.
 
     Rows beside each other make one where they have equally many tokens and begin at the same slot,
     or have one token each. Rows without tokens are in none.

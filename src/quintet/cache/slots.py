@@ -1,4 +1,4 @@
-"""What a cache asks of what a layer keeps, whatever that is."""
+"""The interface between a cache and the slots of its layers."""
 
 from typing import Protocol
 
@@ -11,32 +11,32 @@ from quintet.ops.mamba2 import MixerWeights
 
 
 class CacheSlot(Protocol):
-    """What one layer keeps between steps, whatever that is."""
+    """What one layer keeps between forwards."""
 
     def select(self, rows: Tensor) -> None:
-        """Keep the given rows (N,) of the batch, in that order, each as often as it is named."""
+        """Keep the rows (N,), in that order; rows may repeat."""
         ...
 
     def crop(self, lengths: int | Tensor) -> None:
-        """Forget what is behind the given length, of all rows or of each."""
+        """Drop the tokens behind a length, of all rows or of each."""
         ...
 
     def snapshot(self, lengths: int | Tensor) -> None:
-        """Prepare to be cropped to any point from here on, where that takes preparation."""
+        """Prepare for `crop` to any point from here on."""
         ...
 
     def reset(self) -> None:
-        """Forget everything; preallocated memory stays."""
+        """Empty the slot; preallocated memory stays."""
         ...
 
     @property
     def batch_size(self) -> int | None:
-        """The number of rows, None while nothing is stored."""
+        """The number of rows, or None while empty."""
         ...
 
     @property
     def nbytes(self) -> int:
-        """The bytes held, preallocated ones included."""
+        """The allocated bytes."""
         ...
 
 
@@ -44,7 +44,7 @@ class AttentionSlot(CacheSlot, Protocol):
     """A slot of keys and values."""
 
     def update(self, keys: Tensor, values: Tensor, segment: Segment) -> tuple[Tensor, Tensor]:
-        """Store a segment's (B, K, T, D) and return all (B, K, S, D) its rows have to attend to."""
+        """Store a segment's (B, K, T, D); return all (B, K, S, D) its rows attend to."""
         ...
 
     def content(self, length: int) -> tuple[Tensor, Tensor]:
@@ -53,57 +53,57 @@ class AttentionSlot(CacheSlot, Protocol):
 
     @property
     def dtype(self) -> torch.dtype | None:
-        """What numbers are kept in, None while nothing is stored or where it is no matter."""
+        """The dtype of the numbers, or None while empty or if any will do."""
         ...
 
     def buffers(self, segment: Segment) -> tuple[Tensor, Tensor] | None:
-        """Return the buffers of all rows, with room for what the caller writes; None without."""
+        """Return the buffers of all rows, with space for the new tokens, or None."""
         ...
 
 
 class StateSlot(CacheSlot, Protocol):
-    """A slot of a recurrent state and the last inputs of a convolution."""
+    """A slot of a recurrent state and a convolution's last inputs."""
 
     @property
     def window(self) -> Tensor | None:
-        """The last inputs (B, W - 1, C); None while nothing is stored."""
+        """The last inputs (B, W - 1, C), or None while empty."""
         ...
 
     @property
     def remembers(self) -> bool:
-        """Whether `remember` has to be told the inputs of an update."""
+        """Whether `remember` needs the inputs of an update."""
         ...
 
     def remember(self, inputs: Inputs) -> None:
-        """Keep what an update came from."""
+        """Keep the inputs of an update."""
         ...
 
     def record(self, weights: MixerWeights) -> Tensor:
-        """Return memory for a kernel to leave what it projects, instead of `remember`."""
+        """Return memory in which a kernel records its projections, instead of `remember`."""
         ...
 
     def advance(self, segment: Segment) -> None:
-        """Keep what a kernel has recorded of the tokens that were counted."""
+        """Keep what a kernel recorded of the counted tokens."""
         ...
 
     def content(self) -> tuple[Tensor, Tensor] | None:
-        """Return window and state, which a caller may overwrite; None of none."""
+        """Return window and state, or None; the caller may overwrite them."""
         ...
 
     def buffers(self) -> tuple[Tensor, Tensor] | None:
-        """Return both, of all rows, for a caller to change instead of `update`; None where not."""
+        """Return window and state of all rows to update in place, or None."""
         ...
 
     def update(self, window: Tensor, state: Tensor, segment: Segment) -> None:
-        """Replace both, of the segment's rows, by what they are after a forward."""
+        """Store window and state of the segment's rows after a forward."""
         ...
 
 
 class Companion(Protocol):
-    """What is kept beside a cache, of the same rows, and follows when they are selected."""
+    """An object kept beside a cache for the same rows, selected along with them."""
 
     def select(self, rows: Tensor) -> None:
-        """Keep the given rows (N,) of the batch, in that order, each as often as it is named."""
+        """Keep the rows (N,), in that order; rows may repeat."""
         ...
 
     @property

@@ -18,7 +18,7 @@ from quintet.ops.mamba2 import MixerWeights
 
 
 class StateRows:
-    """Windows (R, W - 1, C) of convolutions and states (R, H, P, N), changed in place."""
+    """Windows (R, W - 1, C) and states (R, H, P, N), updated in place."""
 
     def __init__(self, table: RowTable) -> None:
         self._table = table
@@ -34,27 +34,27 @@ class StateRows:
 
     @property
     def window(self) -> Tensor | None:
-        """The windows of the rows in use, None before memory was taken."""
+        """The windows of the rows in use, or None before allocation."""
         return self._buffers.in_use()[0] if self._buffers.whole else None
 
     @property
     def remembers(self) -> bool:
-        """Whether a row has a copy where it is, behind which tokens may be taken back."""
+        """Whether a row has a snapshot at its present length."""
         return any(row.length in held for row, held in self._copies.items())
 
     def content(self) -> tuple[Tensor, Tensor] | None:
-        """Return window and state of the rows in use, to be overwritten; None without memory."""
+        """Return window and state of the rows in use, or None; may be overwritten."""
         if not self._buffers.whole:
             return None
         window, state = self._buffers.in_use()
         return window, state
 
     def buffers(self) -> tuple[Tensor, Tensor] | None:
-        """Return window and state of all rows, for a caller to change in place."""
+        """Return window and state of all rows to update in place."""
         return self._buffers.pair()
 
     def update(self, window: Tensor, state: Tensor, segment: Segment) -> None:
-        """Replace both, of the segment's rows, by what they are after a forward."""
+        """Store window and state of the segment's rows after a forward."""
         if not self._buffers.whole:
             self._allocate((window[0], state[0]))
         for held, new in zip(self._buffers.in_use(), (window, state), strict=True):
@@ -63,16 +63,16 @@ class StateRows:
                 own.copy_(new)
 
     def remember(self, inputs: Inputs) -> None:
-        """Keep what an update of all rows came from, until the next; not of a prompt."""
+        """Keep the inputs of an update of all rows until the next; not of a prompt."""
         self._recorder.cancel()
         self._given = inputs if inputs.raw.shape[1] <= RECORDED else None
 
     def record(self, weights: MixerWeights) -> Tensor:
-        """Return memory for a kernel to leave what it projects, instead of `remember`."""
+        """Return memory in which a kernel records its projections, instead of `remember`."""
         return self._recorder.start(weights, self._buffers.whole[0])
 
     def advance(self, segment: Segment) -> None:
-        """Sort what the forward gave by rows, before the cache counts its tokens."""
+        """Sort the forward's inputs by rows, before the cache counts its tokens."""
         given = self._recorder.stop(segment, len(self._table)) or self._given
         self._given = None
         if given is None and not self._last:
@@ -87,17 +87,17 @@ class StateRows:
 
     @property
     def held(self) -> tuple[Tensor, ...]:
-        """Windows and states of all rows; none before memory was taken."""
+        """Windows and states of all rows; none before allocation."""
         return self._buffers.whole
 
     def stepped(self) -> None:
-        """Take note that rows took a token each, of which nothing was kept to go back by."""
+        """Note that rows took a token each without inputs to go back by."""
         for row in self._table:
             if row.taking:
                 self._last.pop(row, None)
 
     def read(self, index: int) -> tuple[Tensor, ...]:
-        """Return copies of a row's window and state; none before memory was taken."""
+        """Copy a row's window and state; none before allocation."""
         return tuple(x[index].clone() for x in self._buffers.whole)
 
     def check(self, content: Sequence[Tensor]) -> None:
@@ -109,28 +109,28 @@ class StateRows:
         self._buffers.check(content)
 
     def write(self, index: int, content: Sequence[Tensor]) -> None:
-        """Put what `read` returned into a row; zeros for none."""
+        """Write what `read` returned into a row; zeros for none."""
         if content and not self._buffers.whole:
             self._allocate(content)
         for at, buffer in enumerate(self._buffers.whole):
             buffer[index] = content[at] if content else 0
 
     def copy(self, source: int, target: int) -> None:
-        """Put the state of a row into another."""
+        """Copy the state of one row over another."""
         for buffer in self._buffers.whole:
             buffer[target] = buffer[source]
 
     def take(self, index: int) -> None:
-        """Copy the state of a row, to go back to when it is as long as now."""
+        """Snapshot a row's state at its present length."""
         row = self._table[index]
         self._copies.setdefault(row, {})[row.length] = self.read(index)
 
     def taken(self, index: int) -> Mapping[int, tuple[Tensor, ...]]:
-        """Return the copies of a row's state, by its lengths then."""
+        """Return the snapshots of a row, by length."""
         return self._copies.get(self._table[index], {})
 
     def state_at(self, index: int, length: int) -> tuple[Tensor, ...]:
-        """Return window and state of a row at a length that `reach` returned; none of zeros."""
+        """Return a row's window and state at a length from `reach`; none means zeros."""
         row, held = self._table[index], self.taken(index)
         if length == row.length and not row.torn:
             return self.read(index)
@@ -143,12 +143,12 @@ class StateRows:
         return tuple(x[0] for x in made if x is not None)
 
     def share(self, source: Row, target: Row) -> None:
-        """Give a row the copies that another has."""
+        """Give a row the snapshots of another."""
         if source in self._copies:
             self._copies[target] = dict(self._copies[source])
 
     def drop(self, row: Row, lengths: Iterable[int] | None = None) -> None:
-        """Forget a row's copies for some lengths, or all."""
+        """Drop a row's snapshots at some lengths, or all."""
         held = self._copies.get(row, {})
         if lengths is None:
             self._last.pop(row, None)
@@ -158,7 +158,7 @@ class StateRows:
             self._copies.pop(row, None)
 
     def reach(self, index: int, length: int) -> int:
-        """Return the length that is nearest below the given one and can be gone back to."""
+        """Return the greatest length, at most the given one, that a row can return to."""
         row, held = self._table[index], self.taken(index)
         if length == row.length and not row.torn:
             return length
@@ -168,7 +168,7 @@ class StateRows:
         return max((n for n in held if n <= length), default=0)
 
     def back(self, index: int, length: int) -> None:
-        """Go back to a length that `reach` returned; what is for longer ones is forgotten."""
+        """Return to a length from `reach`; later snapshots are dropped."""
         row = self._table[index]
         if length != row.length or row.torn:
             self.write(index, self.state_at(index, length))
@@ -180,14 +180,14 @@ class StateRows:
     # -- as every slot ---------------------------------------------------------------------------
 
     def select(self, rows: Tensor) -> None:
-        """Keep the given rows (N,) of the batch, in that order, each as often as it is named."""
+        """Keep the rows (N,), in that order; rows may repeat."""
         moved = [(to, at) for to, at in enumerate(rows.tolist()) if to != at]
         held = {at: self.read(at) for _, at in moved}
         for to, at in moved:
             self.write(to, held[at])
 
     def crop(self, lengths: int | Tensor) -> None:
-        """Go back to where rows had the given lengths and their states were copied.
+        """Return to lengths at which the rows have snapshots.
 
         Raises:
             InputError: there is no copy.
@@ -206,13 +206,13 @@ class StateRows:
             self.back(index, length)
 
     def snapshot(self, lengths: int | Tensor) -> None:
-        """Copy the states of all rows, in place of the copies there are."""
+        """Snapshot all rows, replacing earlier snapshots."""
         for index, row in enumerate(self._table):
             self.drop(row)
             self.take(index)
 
     def reset(self) -> None:
-        """Forget the copies; rows that join begin with zeros."""
+        """Drop all snapshots; rows that join start from zeros."""
         self._copies.clear()
         self._last.clear()
 
@@ -223,12 +223,12 @@ class StateRows:
 
     @property
     def buffered(self) -> int:
-        """The bytes taken of windows and states of all rows, without copies."""
+        """The bytes of windows and states of all rows, without snapshots."""
         return self._buffers.nbytes
 
     @property
     def nbytes(self) -> int:
-        """The bytes taken, of rows that are free too, and of copies."""
+        """The allocated bytes, free rows and snapshots included."""
         all_copies = (pair for held in self._copies.values() for pair in held.values())
         copied = {id(x): x for pair in all_copies for x in pair}
         given = [one for _, one in self._last.values()]
@@ -236,7 +236,7 @@ class StateRows:
         return self._buffers.nbytes + sum(x.nbytes for x in held if x is not None)
 
     def _allocate(self, like: Sequence[Tensor]) -> None:
-        """Take memory for rows like a window and a state."""
+        """Allocate rows like a window and a state."""
         self._buffers.allocate(like)
         for index in range(len(self._table)):
             self.write(index, ())

@@ -1,1 +1,1 @@
-"""From logits to text."""
+"""Text generation: from logits to text."""

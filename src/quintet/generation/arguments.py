@@ -1,4 +1,4 @@
-"""What `generate()` takes beside tensors and options, checked before anything is run."""
+"""Type checks of `generate()`'s arguments, before anything runs."""
 
 from collections.abc import Sequence
 from typing import Any, Protocol, runtime_checkable
@@ -10,14 +10,14 @@ from quintet.generation.streamers import Streamer
 
 @runtime_checkable
 class _Decoding(Protocol):
-    """What turns ids into text, of whichever library."""
+    """Any tokenizer that decodes ids."""
 
     def decode(self, token_ids: Any, **kwargs: Any) -> Any: ...
 
 
 @runtime_checkable
 class _Knowing(Protocol):
-    """What has a vocabulary."""
+    """Any tokenizer with a vocabulary."""
 
     def get_vocab(self) -> dict[str, int]: ...
 
@@ -33,7 +33,7 @@ def check_arguments(
     streamer: object,
     logits_to_keep: object,
 ) -> None:
-    """Check that each is None or what it has to be.
+    """Check that each argument is None or of its type.
 
     Raises:
         InputError: one is something else.

@@ -1,4 +1,4 @@
-"""Beam search and beam sampling: several continuations of each prompt, followed at once.
+"""Beam search and beam sampling.
 
 The rules are those of Transformers. Of each prompt, N beams run on and N ends are held. A step
 takes the best candidates (or draws them); those that end here, and are among the N best, contend
@@ -28,7 +28,7 @@ _NEVER = -1e9
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class BeamOptions:
-    """How a beam search goes, by the names of `GenerationConfig`."""
+    """The options of a beam search, under the names of `GenerationConfig`."""
 
     num_beams: int
     num_return_sequences: int = 1
@@ -38,13 +38,13 @@ class BeamOptions:
 
     @property
     def candidates(self) -> int:
-        """How many to take, so that enough are left to run on if those of each end token end."""
+        """The number of candidates per step: enough if all beams end with an end token."""
         return max(2, 1 + self.eos_count) * self.num_beams
 
 
 @dataclass(frozen=True, slots=True)
 class Found:
-    """The best continuations of each prompt, the best first.
+    """The best continuations of each prompt, best first.
 
     Shapes: tokens and rows (B·returned, new), scores (B·returned,); a row is that of B·N to which
     the token was added, -1 behind an end.
@@ -55,13 +55,13 @@ class Found:
     scores: Tensor
 
     def numbers(self) -> Tensor:
-        """Return the same in one tensor of integers, (B·returned, 2·new + 1)."""
+        """Pack into one integer tensor, (B·returned, 2·new + 1)."""
         scores = self.scores.view(torch.int32)[:, None]
         return torch.cat((self.tokens, self.rows.long(), scores.long()), dim=1)
 
     @classmethod
     def of_numbers(cls, numbers: Tensor) -> "Found":
-        """Return what such a tensor says."""
+        """Unpack such a tensor."""
         new = numbers.shape[1] // 2
         scores = numbers[:, -1].to(torch.int32).view(torch.float32)
         return cls(numbers[:, :new], numbers[:, new : 2 * new].to(torch.int32), scores)
@@ -69,7 +69,7 @@ class Found:
 
 @dataclass(slots=True)
 class _Beams:
-    """Continuations: tokens and rows (B, n, M), scores (B, n)."""
+    """Tokens and source rows (B, n, M), scores (B, n)."""
 
     tokens: Tensor
     rows: Tensor
@@ -84,7 +84,7 @@ class _Beams:
         )
 
     def best(self, scores: Tensor, count: int) -> tuple["_Beams", Tensor]:
-        """Return the best by other scores, with these, and their places (B, count)."""
+        """Return the `count` best by given scores, and their indices (B, count)."""
         values, places = scores.topk(count, dim=1)
         wide = places[..., None].expand(-1, -1, self.tokens.shape[2])
         return _Beams(self.tokens.gather(1, wide), self.rows.gather(1, wide), values), places
@@ -123,7 +123,7 @@ def beam_search(run: Generation, options: BeamOptions) -> Found:
 
 
 class _Search:
-    """What runs on and what has ended, of each prompt."""
+    """The running and finished beams of each prompt."""
 
     def __init__(self, run: Generation, options: BeamOptions) -> None:
         N, device = options.num_beams, run.text.ids.device
@@ -137,7 +137,7 @@ class _Search:
         self.improves = torch.ones(B, 1, dtype=torch.bool, device=device)
 
     def advance(self, output: ForwardOutput, step: int) -> Tensor:
-        """Return which rows run on and their tokens, (2, B·N); nothing where the search is over."""
+        """Return the source rows and tokens of the running beams, (2, B·N), or None at the end."""
         run, options, record = self.run, self.options, self.run.record
         B, N = self.ended.shape
         logits = output.logits[:, -1].to(torch.float32)
@@ -173,7 +173,7 @@ class _Search:
         )
 
     def found(self) -> Found:
-        """Return the best ends."""
+        """Return the best finished beams."""
         ends, count = self.ends, self.options.num_return_sequences
         rows = ends.rows[:, :count].flatten(0, 1)
         new = int((rows >= 0).sum(dim=1).max())
@@ -187,7 +187,7 @@ class _Search:
 def _advance_agreed(
     agreement: Agreement, search: _Search, output: ForwardOutput, step: int
 ) -> Tensor:
-    """Let one of several processes search, and the others know what runs on."""
+    """Search in one process, and broadcast which rows run on."""
     run, logits = search.run, output.logits[:, -1]
     if not agreement.decides:
         run.sampler.accompany(run.text, logits)
@@ -205,7 +205,7 @@ def _advance_agreed(
 def _candidates(
     running: _Beams, scores: Tensor, step: int, sampler: Sampler, options: BeamOptions
 ) -> _Beams:
-    """Return the K candidates of each prompt for the next token, by scores (B·N, V)."""
+    """Return each prompt's K candidates for the next token, from scores (B·N, V)."""
     B, N = running.scores.shape
     V = scores.shape[1]
     total = (scores.reshape(B, N, V) + running.scores[..., None]).reshape(B, N * V)
@@ -248,7 +248,7 @@ def _hold(
     length: int,
     options: BeamOptions,
 ) -> tuple[_Beams, Tensor]:
-    """Return the N best of the ends there were and the candidates that end, and which are ends."""
+    """Return the N best of finished beams and ending candidates, and which are finished."""
     N = options.num_beams
     new = stops.clone()
     # The candidates behind the first N are there to run on.
@@ -269,7 +269,7 @@ def _hold(
 def _may_improve(
     running: _Beams, ends: _Beams, ended: Tensor, length: int, length_penalty: float
 ) -> Tensor:
-    """Tell for which prompts the best that runs on may end better than the worst end, (B, 1)."""
+    """Return for which prompts a running beam may still beat the worst finished one, (B, 1)."""
     best = running.scores[:, :1] / length**length_penalty
     worst = torch.where(ended, ends.scores.amin(dim=1, keepdim=True), _NEVER)
     better: Tensor = best > worst

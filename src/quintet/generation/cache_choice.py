@@ -1,4 +1,4 @@
-"""Which cache the options of a generation ask for."""
+"""Chooses the cache that the options ask for."""
 
 import warnings
 from collections.abc import Mapping
@@ -13,7 +13,7 @@ CACHE_BITS = {"int8": 8, "int6": 6, "int4": 4}
 
 
 class CacheChoice(NamedTuple):
-    """A cache by its name, and the bits of a number in a quantized one."""
+    """The name of a cache, and the bits of a quantised one."""
 
     kind: str
     bits: int
@@ -22,7 +22,7 @@ class CacheChoice(NamedTuple):
 def choose_cache(
     kind: str | None, dtype: str | None, config: Mapping[str, Any] | None, *, compiles: bool
 ) -> CacheChoice:
-    """Choose the kind of cache that the options ask for, or imply.
+    """Choose the kind of cache that the options name or imply.
 
     Raises:
         InputError: there is no such option, or two contradict each other.
@@ -49,7 +49,7 @@ def choose_cache(
 
 
 def _configured_bits(config: Mapping[str, Any] | None) -> set[int]:
-    """Return the bits in the options of a cache, as Transformers has them."""
+    """Return the bits of Transformers' `cache_config`."""
     config = config or {}
     unknown = sorted(set(config) - {"nbits", "backend"})
     if unknown:

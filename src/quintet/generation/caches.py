@@ -1,4 +1,4 @@
-"""The caches that `cache_implementation` names."""
+"""Opens the caches named by `cache_implementation`."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -9,7 +9,7 @@ from quintet.configuration.base import PreTrainedConfig
 
 @dataclass(frozen=True, slots=True)
 class CacheRequest:
-    """What a cache is made from.
+    """The arguments to make a cache.
 
     Attributes:
         config: the model's.
@@ -34,5 +34,5 @@ MAKERS: dict[str, Callable[[CacheRequest], Cache]] = {
 
 
 def open_cache(name: str, request: CacheRequest) -> Cache:
-    """Return an empty cache of the kind that has the name."""
+    """Return an empty cache of a kind."""
     return MAKERS[name](request)

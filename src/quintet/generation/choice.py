@@ -1,4 +1,4 @@
-"""How a token is taken of scores: the likeliest, or one that is drawn; with a value a row."""
+"""Takes a token from scores, greedily or by sampling, with options per row."""
 
 from collections.abc import Hashable, Sequence
 from typing import NamedTuple
@@ -13,7 +13,7 @@ from quintet.ops import sampling
 
 
 class Chosen(NamedTuple):
-    """Tokens that were taken and are not looked at yet.
+    """Tokens that were taken but not read yet.
 
     Attributes:
         tokens: (B,).
@@ -46,7 +46,7 @@ class Choice:
 
     @property
     def kind(self) -> Hashable:
-        """What is equal of choices that `beside` can make one of.
+        """A key that is equal for choices that `beside` can join.
 
         A sum over another number of tokens may differ in its last digit: rows whose top-k is not
         the same do not share one.
@@ -55,7 +55,7 @@ class Choice:
 
     @classmethod
     def beside(cls, choices: Sequence["Choice"]) -> "Choice":
-        """Join choices of one kind, a row each, into one that takes as each row's own does."""
+        """Join choices of one kind, a row each, into one with values per row."""
         columns = zip(*(choice.warpers for choice in choices), strict=True)
         return cls([warping.beside(column) for column in columns], do_sample=choices[0].do_sample)
 
@@ -68,7 +68,7 @@ class Choice:
         step: int | None = None,
         u: Tensor | None = None,
     ) -> Tensor:
-        """Take a token for each row, (B,), as `take(warped(scores))` does, by the shortest way.
+        """Take a token per row, (B,), like `take(warped(scores))` but faster.
 
         Where top-k bounds the distribution, all behind it happens to those few tokens alone. The
         other arguments are those of `take`.
@@ -106,7 +106,7 @@ class Choice:
         *,
         u: Tensor | None = None,
     ) -> Chosen:
-        """Take a token for each row as `choose` does, and leave it to the caller to look at it.
+        """Take a token per row like `choose`, without waiting for the device.
 
         Nobody waits for the device of the scores (B, V).
         """
@@ -125,7 +125,7 @@ class Choice:
         *,
         u: Tensor | None = None,
     ) -> Chosen:
-        """Take a token for each row of scores (B, V) that are warped already, as `launch` does."""
+        """Take a token per row from warped scores (B, V), without waiting for the device."""
         if not self.do_sample:
             best, tokens = sampling.likeliest(scores)
             return Chosen(tokens, best)
@@ -134,13 +134,13 @@ class Choice:
         return Chosen(sampling.drawn(scores.softmax(dim=-1), u), scores.amax(dim=-1))
 
     def _drawn(self, scores: Tensor, u: Tensor) -> Chosen | None:
-        """Draw in one pass, where a backend does that with all that warps."""
+        """Draw in one fused pass, if a backend supports all warpers."""
         cuts = warping.cuts(self.warpers)
         made = None if cuts is None else sampling.draw_in_one_pass(scores, u, **cuts)
         return None if made is None else Chosen(*made)
 
     def on(self, device: torch.device) -> "Choice":
-        """Return the same with what rows have of their own on a device."""
+        """Move the values per row to a device."""
         warpers = [warping.on(warper, device) for warper in self.warpers]
         return Choice(warpers, do_sample=self.do_sample)
 
@@ -153,7 +153,7 @@ class Choice:
         step: int | None = None,
         u: Tensor | None = None,
     ) -> Tensor:
-        """Take a token for each row, (B,), of scores (B, n) that are warped already.
+        """Take a token per row, (B,), from warped scores (B, n).
 
         Args:
             scores: what is taken from.
@@ -176,11 +176,11 @@ class Choice:
             raise
 
     def warped(self, scores: Tensor) -> Tensor:
-        """Return scores (B, V) after the warpers."""
+        """Apply the warpers to scores (B, V)."""
         return _warped(self.warpers, scores)
 
     def warped_positions(self, scores: Tensor) -> Tensor:
-        """Return scores (B, P, V) after the warpers, which see no more than what top-k leaves."""
+        """Apply the warpers to scores (B, P, V) after top-k."""
         B, P, V = scores.shape
         scores = scores.reshape(B * P, V)
         few = None if self._k is None else sampling.top_k_candidates(scores, self._k)
@@ -209,7 +209,7 @@ def _warped(warpers: Sequence[LogitsWarper], scores: Tensor) -> Tensor:
 
 
 def _bound(warpers: Sequence[LogitsWarper]) -> TopKLogitsWarper | None:
-    """Return the top-k that nothing but a temperature, which keeps the order, precedes."""
+    """Return the top-k, if only a temperature precedes it."""
     for warper in warpers:
         if type(warper) is TopKLogitsWarper and warper.filter_value == -torch.inf:
             return warper

@@ -1,4 +1,4 @@
-"""The choice of tokens for rows of which each has options of its own."""
+"""Chooses tokens for rows with different options."""
 
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
@@ -15,7 +15,7 @@ from quintet.ops import sampling
 
 @dataclass(frozen=True, slots=True)
 class _Group:
-    """Rows whose tokens are taken at once.
+    """Rows whose tokens are chosen together.
 
     Attributes:
         rows: which they are.
@@ -29,7 +29,7 @@ class _Group:
 
 
 class Choosing:
-    """Chooses a token for each of several rows, for each as its sampler does for it alone.
+    """Chooses a token for each row, as its sampler would alone.
 
     Rows whose options are of the same kind are taken at once, with a value a row where values
     differ; what reads a text gets the text and the scores of its row, nothing else.
@@ -64,7 +64,7 @@ class Choosing:
     def choose(
         self, text_of: Callable[[int], TokenBuffer], logits: Tensor, steps: Sequence[int]
     ) -> list[int | Exception]:
-        """Return for each row its token, or what kept it from having one.
+        """Return each row's token, or the exception that prevented it.
 
         Args:
             text_of: returns a row's text, (1, T); asked where something reads it.
@@ -126,7 +126,7 @@ class Choosing:
                 chosen[row] = token
 
     def _uniform(self, rows: list[int], device: torch.device) -> Tensor:
-        """Draw a number for each row, (n, 1), each from its own generator."""
+        """Draw a uniform number per row, (n, 1), each from its own generator."""
         given = [self.samplers[row].generators for row in rows]
         own = [generators[0] for generators in given if generators is not None]
         if len(own) == len(rows):

@@ -1,4 +1,4 @@
-"""The step of decoding as one compiled program, kept between processes."""
+"""Compiles the decode step, and caches the result between processes."""
 
 import os
 import tempfile
@@ -25,7 +25,7 @@ FOLDER = "TORCHINDUCTOR_CACHE_DIR"
 
 @dataclass(frozen=True)
 class CompileConfig:
-    """How `torch.compile` treats the step; its arguments, with its defaults.
+    """The arguments of `torch.compile`, with its defaults.
 
     Attributes:
         fullgraph: fail where the step is not one graph.
@@ -43,13 +43,13 @@ class CompileConfig:
 
 
 class Programs:
-    """The compiled steps of one model, the same one for every call that asks alike."""
+    """The compiled decode steps of one model, shared by all calls."""
 
     def __init__(self) -> None:
         self._made: list[tuple[CompileConfig, LanguageModel, tuple[object, ...]]] = []
 
     def of(self, model: object, config: GenerationConfig) -> LanguageModel | None:
-        """Return the compiled model, or None where hooks came after it was.
+        """Return the compiled model, or None if hooks were added since.
 
         Raises:
             InputError: `compile_config` is none.

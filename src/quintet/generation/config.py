@@ -1,4 +1,4 @@
-"""How to generate: the options of `generate()`, from a checkpoint's file and from the call."""
+"""`GenerationConfig`: the options of `generate()`, as files and calls give them."""
 
 import dataclasses
 import json
@@ -33,7 +33,7 @@ _NAMES = tuple(f.name for f in fields(Options))
 
 @dataclass(kw_only=True)
 class GenerationConfig(Options):
-    """Options of `generate()`, from a checkpoint's file or made by hand.
+    """The options of `generate()`, from a checkpoint's file or made by hand.
 
     None is "not set". In a call, as `generate(top_k=None)`, it says that the option is not to hold
     at all: it lifts what the configs set.
@@ -48,12 +48,12 @@ class GenerationConfig(Options):
 
     @staticmethod
     def _get_default_generation_params() -> dict[str, Any]:
-        """Return what a trainer takes for the length where nothing is said."""
+        """Return the defaults that trainers assume."""
         return {"max_length": NEW_TOKENS}
 
     @property
     def _from_model_config(self) -> bool:
-        """Whether it was derived from a model's config, as Transformers notes in its files."""
+        """Whether it was derived from a model's config; part of Transformers' format."""
         return bool(self.other.get("_from_model_config"))
 
     @_from_model_config.setter
@@ -61,7 +61,7 @@ class GenerationConfig(Options):
         self.other = {**self.other, "_from_model_config": value}
 
     def replace(self, **options: Any) -> Self:
-        """Return a copy with some options changed; None leaves an option as it is.
+        """Return a copy with some options changed; None leaves an option unchanged.
 
         Raises:
             InputError: there is no such option, or its value breaks a rule.
@@ -69,7 +69,7 @@ class GenerationConfig(Options):
         return self.overridden(**{name: v for name, v in options.items() if v is not None})
 
     def overridden(self, **options: Any) -> Self:
-        """Return a copy with the options of a call; None lifts what is set.
+        """Return a copy with a call's options applied; None unsets an option.
 
         Raises:
             InputError: there is no such option, or its value breaks a rule.
@@ -81,13 +81,13 @@ class GenerationConfig(Options):
         return dataclasses.replace(self, **given)
 
     def usual(self) -> Self:
-        """Return a copy that says what holds where nothing is said and None means another thing."""
+        """Return a copy with explicit defaults for options whose None means something else."""
         return self if self.top_k is not None else dataclasses.replace(self, top_k=TOP_K)
 
     def update(
         self, defaults_only: bool = False, allow_custom_entries: bool = False, **options: Any
     ) -> dict[str, Any]:
-        """Set the options there are, in place, and return what is none.
+        """Set known options in place, and return the unknown ones.
 
         Args:
             defaults_only: set only what is not set.
@@ -111,14 +111,14 @@ class GenerationConfig(Options):
         return rest
 
     def over(self, base: Self) -> Self:
-        """Return a copy in which the options that are not set here are those of `base`."""
+        """Return a copy with unset options taken from `base`."""
         return base.replace(**{name: getattr(self, name) for name in _NAMES})
 
     @classmethod
     def from_dict(
         cls, values: dict[str, Any], *, source: str = GENERATION_CONFIG_NAME, **options: Any
     ) -> Self:
-        """Build from the content of a file; options that are not supported are kept and told.
+        """Build from the content of a file; warn of unsupported options, but keep them.
 
         Args:
             values: the content.
@@ -146,7 +146,7 @@ class GenerationConfig(Options):
 
     @classmethod
     def from_model_config(cls, config: PreTrainedConfig | Mapping[str, Any]) -> Self:
-        """Build from a model's config, for a checkpoint without a file of its own."""
+        """Build from a model's config, if there is no generation config."""
         if isinstance(config, Mapping):
             named = ("bos_token_id", "eos_token_id", "pad_token_id")
             given: dict[str, Any] = {name: config.get(name) for name in named}
@@ -171,7 +171,7 @@ class GenerationConfig(Options):
         gguf_file: str | os.PathLike[str] | None = None,
         **options: Any,
     ) -> Self:
-        """Read the `generation_config.json` of a directory or hub id, or what a GGUF file says.
+        """Read `generation_config.json` of a directory or hub id, or a GGUF file's metadata.
 
         Args:
             pretrained_model_name: the directory, or the id.
@@ -223,11 +223,11 @@ class GenerationConfig(Options):
         return {**self.other, **values}
 
     def to_diff_dict(self) -> dict[str, Any]:
-        """Return the options that are set, as `to_dict` does."""
+        """Return the options that are set, like `to_dict`."""
         return self.to_dict()
 
     def to_json_file(self, json_file_path: str | os.PathLike[str]) -> None:
-        """Write what `generation_config.json` holds into a file.
+        """Write the content of `generation_config.json` to a file.
 
         Raises:
             SaveError: it could not be written.
@@ -243,7 +243,7 @@ class GenerationConfig(Options):
         save_directory: str | os.PathLike[str],
         config_file_name: str | os.PathLike[str] | None = None,
     ) -> None:
-        """Write `generation_config.json` into a directory, made if needed.
+        """Write `generation_config.json` into a directory, creating it if needed.
 
         Raises:
             InputError: an option breaks a rule, or has no effect beside the others; what was read

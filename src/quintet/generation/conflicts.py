@@ -1,4 +1,4 @@
-"""Options that have no effect beside the others."""
+"""Options that have no effect in combination with others."""
 
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -30,7 +30,7 @@ def idle(
     beams: bool,
     returns_dict: bool,
 ) -> Iterator[tuple[str, Any, str]]:
-    """Yield the options without effect: name, value, and what they would need."""
+    """Yield options without effect: name, value, and what they require."""
     for applies, names, needed in (
         (samples, _SAMPLING, "do_sample=True"),
         (beams, _BEAMS, "num_beams above 1"),

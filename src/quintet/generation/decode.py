@@ -1,4 +1,4 @@
-"""The decode loop: one forward a step, one token for each row."""
+"""The decode loop: one forward and one token per row in each step."""
 
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -19,7 +19,7 @@ from quintet.parallel.agree import Agreement
 
 
 class LanguageModel(Protocol):
-    """What generation needs of a model: a forward that continues from a cache."""
+    """Interface of a model that `generate()` decodes: a forward with a cache."""
 
     def __call__(
         self,
@@ -40,7 +40,7 @@ class LanguageModel(Protocol):
 
 
 class Forward:
-    """The forwards of one generation: over its prompt, then over what was added to it.
+    """The forwards of one generation: prefill, then steps.
 
     Args:
         model: what is run.
@@ -74,7 +74,7 @@ class Forward:
     def prefill(
         self, prompt: Prompt, *, chunk: int | None = None, copies: int = 1
     ) -> ForwardOutput:
-        """Run over a prompt, or that part of it which the cache does not hold yet.
+        """Run the part of a prompt that the cache does not hold.
 
         Args:
             prompt: the rows to continue.
@@ -125,7 +125,7 @@ class Forward:
     def step(
         self, text: TokenBuffer, rows: Tensor | None = None, *, new: int = 1, keep: int = 1
     ) -> ForwardOutput:
-        """Run over the last `new` tokens of a text, or all of it without a cache.
+        """Run the last `new` tokens, or the whole text without a cache.
 
         Args:
             text: the rows.
@@ -150,14 +150,14 @@ class Forward:
         )
 
     def _positions(self, text: TokenBuffer, new: int) -> Tensor | None:
-        """Return the positions (B, new) of the last tokens, where they are not their slots."""
+        """Return the positions (B, new) of the last tokens, if they differ from their slots."""
         if self._shift is None:
             return None
         from_end = torch.arange(-new, 0, device=self._shift.device, dtype=torch.long)
         return (text.lengths() + self._shift)[:, None] + from_end
 
     def reorder(self, rows: Tensor) -> None:
-        """Give each row of the cache what the row named for it held, as beam search does."""
+        """Reorder the rows of the cache for beam search."""
         if self.cache is not None:
             self.cache.reorder_cache(rows)
         if self._columns is not None:
@@ -198,7 +198,7 @@ class Forward:
 
 @dataclass(frozen=True, slots=True)
 class Rooms:
-    """How many tokens rows may get.
+    """The maximum number of new tokens, per row or for all.
 
     Attributes:
         most: the row that may get most.
@@ -210,20 +210,20 @@ class Rooms:
 
     @classmethod
     def of(cls, most: int, fewer: Tensor | None, copies: int) -> "Rooms":
-        """Return the rooms of rows, copies of each prompt side by side."""
+        """Return the limits of all rows, the copies of a prompt side by side."""
         return cls(most, None if fewer is None else fewer.repeat_interleave(copies))
 
     @property
     def each(self) -> int | Tensor:
-        """How many tokens, one number or (B,)."""
+        """The maximum number of new tokens, as one number or (B,)."""
         return self.most if self.fewer is None else self.most - self.fewer.long()
 
     def row(self, row: int) -> int:
-        """Return the most tokens a row may get."""
+        """Return the largest limit of any row."""
         return self.most if self.fewer is None else self.most - int(self.fewer[row])
 
     def last(self, step: int) -> Tensor | bool:
-        """Tell for which rows (B,) a step, from 1, is the last; one truth for all."""
+        """Return for which rows (B,) step `step`, from 1, is the last; one bool if all agree."""
         if step + 1 == self.most and self.fewer is not None:
             return self.fewer
         return step == self.most
@@ -231,7 +231,7 @@ class Rooms:
 
 @dataclass(slots=True, kw_only=True)
 class Generation:
-    """A generation under way: what every way of decoding goes on with.
+    """The state of a generation, shared by all ways of decoding.
 
     Attributes:
         forward: runs the model.
@@ -257,7 +257,7 @@ class Generation:
 
 
 def decode(run: Generation) -> None:
-    """Add tokens to every row, one at a time, until all have ended or there is no more room."""
+    """Generate token by token until all rows have ended or reached their limit."""
     unfinished: Tensor | None = None
     room, output = run.rooms.most, run.output
     for step in range(1, room + 1):
@@ -273,7 +273,7 @@ def decode(run: Generation) -> None:
 
 
 def note(run: Generation, output: ForwardOutput) -> None:
-    """Keep what a forward made; of several processes, the logits of the one that chooses."""
+    """Record a forward's output; of several processes, on the one that samples."""
     run.record.forward(output)
     agreement, logits = run.sampler.agreement, run.record.logits
     if agreement is not None and logits is not None:
@@ -285,7 +285,7 @@ def note(run: Generation, output: ForwardOutput) -> None:
 
 
 def add(run: Generation, logits: Tensor, unfinished: Tensor | None, step: int) -> Tensor | None:
-    """Add a token to every row, and tell which rows (B,) go on; None for all."""
+    """Append a token to every row; return which rows (B,) continue, or None for all."""
     text, record = run.text, run.record
     if record.scores is None:
         tokens = run.sampler.choose(text, logits, unfinished, step=step)
@@ -310,7 +310,7 @@ def add(run: Generation, logits: Tensor, unfinished: Tensor | None, step: int) -
 
 
 def added(run: Generation, going: Tensor | None) -> Tensor:
-    """Return what others are told of a step: the tokens, and which rows go on, (2, B)."""
+    """Pack tokens and unfinished rows for broadcasting, (2, B)."""
     tokens = run.text.ids[:, -1]
     return torch.stack((tokens, torch.ones_like(tokens) if going is None else going.long()))
 
@@ -318,7 +318,7 @@ def added(run: Generation, going: Tensor | None) -> Tensor:
 def _add_agreed(
     agreement: Agreement, run: Generation, logits: Tensor, unfinished: Tensor | None, step: int
 ) -> Tensor | None:
-    """Do the same in several processes, of which one chooses and knows what ends a row."""
+    """Do the same in several processes, one of which samples."""
 
     def choose() -> Tensor:
         return added(run, add(run, logits, unfinished, step))
@@ -338,7 +338,7 @@ def _add_agreed(
 
 
 def _behind(cache: Cache, inputs: Tensor, padding: Tensor | None) -> tuple[Tensor, Tensor | None]:
-    """Cut off the columns of a prompt that a cache holds; return a mask, too, if rows differ."""
+    """Drop the columns of a prompt that a cache holds; return a mask if rows differ."""
     B, T = inputs.shape[:2]
     held = cache.lengths(B, inputs.device)
     lengths = torch.full_like(held, T) if padding is None else T - padding

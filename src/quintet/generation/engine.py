@@ -1,4 +1,4 @@
-"""One step for any mix of sequences: a forward over what each needs next, and a token for each."""
+"""The engine: one forward for any mix of sequences, and their next tokens."""
 
 from collections import abc
 from typing import Any, cast
@@ -31,7 +31,7 @@ from quintet.tokenization import PreTrainedTokenizer
 
 
 class Engine:
-    """Generates for sequences that come and go between any two steps, each as it would alone.
+    """Generates for sequences that join and leave between steps.
 
     It belongs to one thread. Nothing of it is kept with the model, which any number of engines and
     calls of `generate()` may share.
@@ -84,23 +84,23 @@ class Engine:
         self._few_bits = any(isinstance(one, Quantized) for one in module.modules())
 
     def close(self) -> None:
-        """Let the other processes that hold the model, if any, return from `follow`."""
+        """Release the other processes of a sharded model from `follow`."""
         with leading(self.model):
             self._rows.end()
 
     @property
     def sequences(self) -> list[Sequence]:
-        """The sequences that have a row, in the order in which they came."""
+        """The sequences that have a row, in order of arrival."""
         return list(self._placed)
 
     @property
     def nbytes(self) -> int:
-        """The bytes that the rows hold."""
+        """The bytes of the rows."""
         beside = 0 if self._prediction is None else self._prediction.nbytes
         return self._rows.cache.nbytes + beside
 
     def bytes_of_rows(self) -> tuple[int, int]:
-        """Return the bytes that a row takes besides its tokens, and each token of it."""
+        """Return the bytes of a row without tokens, and of each token."""
         return self._rows.cache.bytes_of_rows()
 
     def sequence(
@@ -119,7 +119,7 @@ class Engine:
         adapter_name: str | None = None,
         **options: Any,
     ) -> Sequence:
-        """Return a sequence that becomes what `generate()` makes of the same arguments.
+        """Return a sequence that will get the tokens `generate()` would, given its arguments.
 
         Args:
             inputs: the ids of the prompt, (T,) or (1, T) or a list.
@@ -165,7 +165,7 @@ class Engine:
         return made
 
     def can_adapt(self, sequence: Sequence) -> bool:
-        """Tell whether the adapter that a sequence is made with is there."""
+        """Return whether the sequence's adapter is loaded."""
         if sequence.adapter_name is None:
             return True
         try:
@@ -177,7 +177,7 @@ class Engine:
     # -- coming and going --------------------------------------------------------------------
 
     def add(self, sequence: Sequence, *contents: RowContent) -> None:
-        """Give a sequence a row; one that was removed goes on where it was.
+        """Give a sequence a row; a removed one continues where it was.
 
         Args:
             sequence: what is to take part in steps.
@@ -227,7 +227,7 @@ class Engine:
             self._prediction.join(sequence)
 
     def check_room(self, sequence: Sequence) -> None:
-        """Check that a row has room for all that a sequence may become.
+        """Check that a row can hold the sequence at its maximum length.
 
         Raises:
             ContextLengthError: it has not.
@@ -241,7 +241,7 @@ class Engine:
             )
 
     def extract(self, sequence: Sequence, start: int = 0, stop: int | None = None) -> RowContent:
-        """Return a copy of what the row of a sequence holds of its ids, from one to another.
+        """Copy a sequence's row for a range of its ids.
 
         With recurrent layers, only up to where it is now can it be gone on from.
 
@@ -253,7 +253,7 @@ class Engine:
         return self._rows.extract(row, start, stop)
 
     def remove(self, sequence: Sequence) -> None:
-        """Take back the row of a sequence; the others' memory stays where it is.
+        """Free the row of a sequence.
 
         Raises:
             InputError: it has none.
@@ -268,7 +268,7 @@ class Engine:
 
     @torch.no_grad()
     def step(self, sequences: abc.Sequence[Sequence], piece: int | None = None) -> list[list[int]]:
-        """Run one forward over what each sequence needs next, and return the tokens each got.
+        """Run one forward over the sequences, and return each one's new tokens.
 
         One whose prompt is not run over to its end gets none, and so does one that has ended. What
         goes wrong with one sequence ends that one, with its `error`.
@@ -318,7 +318,7 @@ class Engine:
         return [one.ids[before.get(one, len(one.ids)) :] for one in sequences]
 
     def _pace(self, stepping: list[Sequence]) -> None:
-        """Let rows draft as far as a step has room for it."""
+        """Limit drafts to what a step of this many rows can check."""
         room = room_for_drafts(len(stepping), few_bits=self._few_bits)
         for sequence in stepping:
             drafting = sequence.drafting
@@ -329,7 +329,7 @@ class Engine:
                 self._prediction.pace(sequence)
 
     def _run(self, going: list[Sequence], pieces: list[Piece]) -> Tensor:
-        """Run over the pieces; what is made of them goes to whom it matters."""
+        """Run the pieces, and pass their states to drafters and observers."""
         predicting = [_predicting(one) for one in going]
         pooling = [one.watched is not None and one.watched.pooling is not None for one in going]
         if not any(predicting) and not any(pooling):
@@ -343,7 +343,7 @@ class Engine:
         return logits
 
     def _choose(self, going: list[Sequence], pieces: list[Piece], logits: Tensor) -> None:
-        """Give each sequence its tokens, of logits (N, V) as pieces kept them."""
+        """Append each sequence's tokens, from the logits (N, V) that pieces kept."""
         single: list[Sequence] = []
         places: list[int] = []
         end = 0
@@ -383,7 +383,7 @@ class Engine:
 
     @staticmethod
     def _take_down(sequence: Sequence, piece: Piece, logits: Tensor) -> None:
-        """Let be known what a piece of a prompt tells of it."""
+        """Record the log-probabilities of a piece of a prompt."""
         observed = sequence.watched
         assert observed is not None
         try:
@@ -412,7 +412,7 @@ class Engine:
         return Piece(row, ids + draft, keep, checked, sequence.adapter_name)
 
     def _rewind(self, sequence: Sequence) -> None:
-        """Take a row back to what it held before a forward that failed."""
+        """Undo a failed forward in a sequence's row."""
         row, before = self._placed[sequence], sequence.computed
         sequence.computed = self._rows.rewind(row, before)
         if sequence.watched is not None and sequence.computed < before:
@@ -420,7 +420,7 @@ class Engine:
             sequence.watched.restart()
 
     def _take_back(self, sequence: Sequence) -> None:
-        """Let a row hold no more than all ids but the last.
+        """Crop the row to all ids but the last.
 
         It does where some of a draft did not hold, or a step was interrupted before its choice.
         """
@@ -436,6 +436,6 @@ class Engine:
 
 
 def _predicting(sequence: Sequence) -> PredictedDrafting | None:
-    """Return what drafts for a sequence by prediction layers, if anything does now."""
+    """Return the sequence's drafting by prediction layers, if active."""
     drafting = sequence.drafting
     return drafting if isinstance(drafting, PredictedDrafting) and drafting.awake else None

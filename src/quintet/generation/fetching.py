@@ -1,11 +1,11 @@
-"""Numbers on their way to the host, which goes on meanwhile."""
+"""Asynchronous copies from a device to the host."""
 
 import torch
 from torch import Tensor
 
 
 class Fetched:
-    """Copies of tensors, on their way from a device since this was made.
+    """Copies of tensors on their way from a device.
 
     Args:
         tensors: all on one device, a CPU or another.
@@ -20,13 +20,13 @@ class Fetched:
             self._arrival.record()
 
     def read(self) -> tuple[Tensor, ...]:
-        """Wait until they are here, and no longer, and return them."""
+        """Wait for these copies, and return them."""
         if self._arrival is not None:
             self._arrival.synchronize()
         return self._copies
 
 
 def sent(values: object, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """Return numbers on a device, without waiting for what it does."""
+    """Copy numbers to a device without waiting."""
     # Memory of the host is read before this returns, so that it may be anybody's afterwards.
     return torch.tensor(values, dtype=dtype, device="cpu").to(device, non_blocking=True)

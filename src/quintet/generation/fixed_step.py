@@ -1,4 +1,4 @@
-"""A step of one token a row whose shapes never change, so that it can be recorded.
+"""A decode step of fixed shapes, so that it can be recorded.
 
 At a batch of few rows a GPU computes a step faster than Python can ask for it. What is recorded
 asks for nothing: it is done again, with other numbers in the same memory. Each number of rows and
@@ -29,7 +29,7 @@ PLAIN = (Tensor, nn.Parameter)
 
 
 class Steps(Protocol):
-    """What a step needs of a model, or of a program made of it."""
+    """Interface of the model, or program, that a step runs."""
 
     def __call__(
         self,
@@ -46,7 +46,7 @@ class Steps(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Recording:
-    """How steps are recorded.
+    """The recorder of steps.
 
     Attributes:
         graphs: of the device; None to do what is recorded once for all as it is.
@@ -59,14 +59,14 @@ class Recording:
 
 @dataclass(frozen=True, slots=True)
 class _Recorded:
-    """One step and its inputs: (3, B) of ids, lengths, and 1 for rows that take their token."""
+    """A recorded step, and its inputs (3, B): ids, lengths, 1 for rows that step."""
 
     inputs: Tensor
     run: Callable[[], Tensor]
 
 
 class FixedStep:
-    """The steps of one model over one pool.
+    """The recorded steps of one model over one pool.
 
     Args:
         model: what is run.
@@ -87,7 +87,7 @@ class FixedStep:
         self.look()
 
     def look(self) -> None:
-        """Forget what was recorded if modules, hooks or weights are others by now.
+        """Drop recordings if modules, hooks or weights have changed.
 
         A recording reads the memory of the weights it was made with. It takes a while to look at
         all of them, so that it is done when a sequence gets its row and not at every step.
@@ -102,7 +102,7 @@ class FixedStep:
 
     @torch.no_grad()
     def run(self, tokens: Mapping[int, int]) -> Tensor | None:
-        """Give each row, by its index in the pool, its token; return logits (N, V) in that order.
+        """Step the rows with these pool indices; return logits (N, V) in that order, or None.
 
         None where it cannot be done this way, and nothing was. Where this raises, rows have to be
         taken back to what they held.
@@ -113,12 +113,12 @@ class FixedStep:
 
     @torch.no_grad()
     def run_all(self, ids: Tensor) -> Tensor | None:
-        """Give all rows their tokens, (B,) on the device; return logits (B, V), as `run` does."""
+        """Step all rows with tokens (B,) on the device; return logits (B, V), or None."""
         logits = self._run(list(range(len(ids))), [0] * len(ids), ids)
         return None if logits is None else logits[: len(ids)].clone()
 
     def _run(self, rows: list[int], ids: list[int], known: Tensor | None = None) -> Tensor | None:
-        """Return what a step leaves, which the next one overwrites."""
+        """Run a recorded step; the next one overwrites its output."""
         lengths = [self.cache.length(row) for row in self.cache.rows]
         # A row that takes no token needs a slot behind its end all the same.
         most = max(lengths) + 1
@@ -174,7 +174,7 @@ class FixedStep:
 
 
 def _look(module: nn.Module) -> tuple[object, ...]:
-    """Return what a recording depends on, to be compared."""
+    """Return everything a recording depends on, for comparison."""
     held = [*module.parameters(), *module.buffers()]
     # What stands for a tensor, as formats of other packages do, need not lie anywhere itself.
     places = (x.data_ptr() if type(x) in PLAIN else id(x) for x in held)
@@ -182,7 +182,7 @@ def _look(module: nn.Module) -> tuple[object, ...]:
 
 
 def _rows(rows: int, size: int) -> int:
-    """Return for how many rows, of those there are, a recording is made."""
+    """Return the number of rows to record, for this many in use."""
     made = 1
     while made < rows:
         made = made * 2 if made < DOUBLED else made + MORE
@@ -190,7 +190,7 @@ def _rows(rows: int, size: int) -> int:
 
 
 def _slots(slots: int, capacity: int) -> int:
-    """Return of how many slots a row, of those it has, a recording is made."""
+    """Return the number of slots per row to record, for this many in use."""
     made = SLOTS
     while made < slots:
         made *= TIMES

@@ -1,4 +1,4 @@
-"""The rows of an engine in several processes: the first one says what is to be run, all run it.
+"""An engine in several processes: the first one decides what to run, all run it.
 
 Which sequences a step is over, what of a prompt is known and whose row is taken back is decided by
 one process alone. The others hold the same rows, with their heads of keys and values, and do to
@@ -36,7 +36,7 @@ EVER = timedelta(days=365)
 
 
 class Orders:
-    """What the process that leads tells the others."""
+    """Messages from the leading process to the others."""
 
     def __init__(self, group: dist.ProcessGroup) -> None:
         self._group = group
@@ -45,7 +45,7 @@ class Orders:
 
     @classmethod
     def of(cls, world: World | None) -> "Orders | None":
-        """Return those of the processes of a model; None where one has all of it.
+        """Return the orders of a model's processes, or None for one process.
 
         All have to ask for them at the same time once.
         """
@@ -60,7 +60,7 @@ class Orders:
         return cls(world.groups["orders"])
 
     def give(self, order: str, *what: Any) -> None:
-        """Tell the others what to do."""
+        """Send an order to the others."""
         text = json.dumps([order, *what]).encode()
         length = len(text).to_bytes(HEAD)
         self._send((length + text[: SMALL - HEAD]).ljust(SMALL))
@@ -68,7 +68,7 @@ class Orders:
             self._send(text)
 
     def take(self) -> tuple[str, list[Any]]:
-        """Wait for what to do."""
+        """Wait for an order."""
         message = self._receive(SMALL)
         length = int.from_bytes(message[:HEAD])
         fits = length <= SMALL - HEAD
@@ -92,7 +92,7 @@ def rows_of(
     nbits: int | None = None,
     recording: Recording | None = None,
 ) -> Rows:
-    """Return rows for so many sequences, in all processes that hold the model.
+    """Return the rows for an engine, in all processes of the model.
 
     Steps are recorded where one process holds it.
 
@@ -111,7 +111,7 @@ def rows_of(
 
 
 def check_led(model: Cached, assistant: object) -> None:
-    """Refuse an assistant that the process that leads cannot run by itself.
+    """Refuse an assistant that the leading process cannot run alone.
 
     Raises:
         InputError: several processes hold it.
@@ -126,7 +126,7 @@ def check_led(model: Cached, assistant: object) -> None:
 
 @contextmanager
 def leading(model: Cached) -> Iterator[None]:
-    """Let the other processes that hold the model, if any, return from `follow` afterwards."""
+    """Release the other processes from `follow` at the end of the context."""
     try:
         yield
     finally:
@@ -136,7 +136,7 @@ def leading(model: Cached) -> Iterator[None]:
 
 
 class LedRows(Rows):
-    """Rows of the process that leads, which the others have, too."""
+    """Rows of the leading process, mirrored by the others."""
 
     def __init__(
         self, orders: Orders, model: Cached, count: int, capacity: int, nbits: int | None
@@ -149,43 +149,43 @@ class LedRows(Rows):
         super().__init__(model, count, capacity, nbits)
 
     def open(self, *contents: RowContent) -> int | None:
-        """Return a row that holds what was extracted, or nothing; None where all are taken."""
+        """Return a row with the given content, or None if all are taken."""
         if len(self.cache.rows) == self.count:
             return None
         self._tell("open", [cast("_LedContent", one).number for one in contents])
         return self.cache.join(*contents)
 
     def close(self, row: int) -> None:
-        """Give a row back."""
+        """Free a row."""
         self._tell("close", row)
         super().close(row)
 
     def rewind(self, row: int, length: int) -> int:
-        """Take a row back to a length, or to the nearest one before that it can go back to."""
+        """Take a row back to a length, or the nearest one before."""
         self._tell("rewind", row, length)
         return super().rewind(row, length)
 
     def extract(self, row: int, start: int = 0, stop: int | None = None) -> RowContent:
-        """Return a copy of what a row holds of its tokens, which all have of their heads."""
+        """Copy a row for a range of its tokens; each process keeps its own heads."""
         content = super().extract(row, start, stop)
         led = _LedContent(content, self._tell, self._dropped)
         self._tell("extract", row, content.start, content.stop, led.number)
         return led
 
     def run(self, pieces: Sequence[Piece]) -> Tensor:
-        """Run over the pieces in one forward, and return the logits (N, V) that are kept."""
+        """Run the pieces in one forward; return the kept logits (N, V)."""
         self._tell("run", [astuple(piece) for piece in pieces])
         return super().run(pieces)
 
     def prediction(self, capacity: int) -> PredictionRows:
-        """Return as many rows of the model's prediction layers, in all."""
+        """Return rows for the model's prediction layers, in all processes."""
         agreement = Agreement.of(self.model.world)
         assert agreement is not None
         model = cast("MTPModel", self.model)
         return LedPredictionRows(self._tell, agreement, model, self.count, capacity)
 
     def end(self) -> None:
-        """Let all forget these rows."""
+        """Drop these rows in all processes."""
         self._tell("end")
 
     def _tell(self, order: str, *what: Any) -> None:
@@ -194,7 +194,7 @@ class LedRows(Rows):
 
 
 class _LedContent(RowContent):
-    """What a row held, of which the others have their part by a number."""
+    """Extracted content; the other processes hold their parts under a number."""
 
     number: int
     _tell: Callable[..., None]
@@ -215,13 +215,13 @@ class _LedContent(RowContent):
         weakref.finalize(self, dropped.append, self.number).atexit = False
 
     def split(self, at: int) -> tuple[RowContent, RowContent]:
-        """Return the content up to a slot and from there on; the first part has no states."""
+        """Split at a slot; the first part has no recurrent states."""
         head, tail = (_LedContent(one, self._tell, self._dropped) for one in super().split(at))
         self._tell("split", self.number, at, head.number, tail.number)
         return head, tail
 
     def without_states(self) -> RowContent:
-        """Return the content without recurrent states, if there are any."""
+        """Return the content without recurrent states."""
         if not self.states:
             return self
         plain = RowContent(self.start, self.stop, self.layers, None, self.kind, self.adapters)
@@ -232,7 +232,7 @@ class _LedContent(RowContent):
 
 @torch.no_grad()
 def follow(model: Cached) -> None:
-    """Run what the process that has the engine runs, until that one is closed.
+    """Run what the engine's process runs, until it closes the engine.
 
     Args:
         model: this process's part of the model.
@@ -256,7 +256,7 @@ def follow(model: Cached) -> None:
 
 
 class _Follower:
-    """Rows and what was extracted of them, beside those of the process that leads."""
+    """A mirror of the leading process's rows and extracted contents."""
 
     def __init__(self, model: Cached) -> None:
         self.model = model
@@ -268,7 +268,7 @@ class _Follower:
         self.contents: dict[int, RowContent] = {}
 
     def obey(self, order: str, name: int, dropped: list[int], *what: Any) -> None:
-        """Do what the process that leads does."""
+        """Carry out one order."""
         for number in dropped:
             self.contents.pop(number, None)
         if order == "begin":

@@ -1,4 +1,4 @@
-"""How to generate with a model in GGUF: what ends its answers, and how they are to be drawn."""
+"""Generation options for models in GGUF."""
 
 import warnings
 from collections.abc import Mapping
@@ -34,7 +34,7 @@ _OF_OLLAMA = {
 
 
 def gguf_options(metadata: Mapping[str, Value], found: Found) -> dict[str, Any]:
-    """Return options for a model in GGUF, as `generation_config.json` says them elsewhere.
+    """Return a GGUF file's generation options.
 
     What ends an answer are the file's own end tokens, and control tokens known to be one. How
     tokens are drawn is what the file says (`general.sampling.*`), and before it what Ollama does;
@@ -65,7 +65,7 @@ def gguf_options(metadata: Mapping[str, Value], found: Found) -> dict[str, Any]:
 
 
 def _ends(metadata: Mapping[str, Value], path: Path, stop: object) -> tuple[list[int], list[str]]:
-    """Return the ids of tokens that end an answer, and the texts that end one and are no token."""
+    """Return the ids of end tokens, and end strings that are no token."""
     texts = [str(text) for text in stop] if isinstance(stop, list) else [str(stop)] if stop else []
     if not has_tokenizer(metadata):
         return [], texts

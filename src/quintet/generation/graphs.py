@@ -1,4 +1,4 @@
-"""Steps that a device recorded, to do them again without asking Python."""
+"""Recorded device graphs, which replay without Python."""
 
 from collections.abc import Callable
 from typing import Protocol
@@ -11,10 +11,10 @@ WARM_UP = 2
 
 
 class Graphs(Protocol):
-    """How what a device does is recorded."""
+    """A way to record what a device does."""
 
     def capture(self, function: Callable[[], Tensor]) -> Callable[[], Tensor]:
-        """Return what does again what a function did, with what its inputs hold by then.
+        """Record a function, and return a replay that reads the inputs' present values.
 
         The function is run some times first. What is returned returns the same tensor at every
         call, which the next call overwrites.
@@ -26,7 +26,7 @@ class Graphs(Protocol):
 
 
 class CudaGraphs:
-    """CUDA graphs of one device, which share the memory they compute in.
+    """CUDA graphs of one device, with a shared memory pool.
 
     Args:
         device: a CUDA device.
@@ -37,7 +37,7 @@ class CudaGraphs:
         self._memory = torch.cuda.graph_pool_handle()
 
     def capture(self, function: Callable[[], Tensor]) -> Callable[[], Tensor]:
-        """Return what launches the graph of a function."""
+        """Record a function, and return its replay."""
         with torch.cuda.device(self.device):
             current = torch.cuda.current_stream()
             stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
@@ -61,5 +61,5 @@ class CudaGraphs:
 
 
 def graphs_of(device: torch.device) -> Graphs | None:
-    """Return how a device records; None where it does not."""
+    """Return a device's way to record, or None."""
     return CudaGraphs(device) if device.type == "cuda" else None

@@ -1,4 +1,4 @@
-"""What leads a text away from another one, as the options of `generate()` ask for it."""
+"""Sets up classifier-free guidance."""
 
 import warnings
 from typing import Any, cast
@@ -15,7 +15,7 @@ from quintet.ops.token_ids import check_token_ids
 def guidance(
     model: object, config: GenerationConfig, ids: Tensor | None, mask: Tensor | None
 ) -> list[LogitsProcessor]:
-    """Return what runs the model beside the text, and leads away from what it makes there.
+    """Return the guidance processors that the options ask for.
 
     Args:
         model: what is run.

@@ -1,4 +1,4 @@
-"""Token healing: let the model choose again how the last token of a prompt ends.
+"""Token healing: the model may choose again how a prompt's last token ends.
 
 A prompt may end in the middle of what the tokenizer would make one token: behind a colon a line
 break is rare, because colon and line break together are a token of their own. So the last token is
@@ -18,7 +18,7 @@ from quintet.tokenization import PreTrainedTokenizer
 
 
 class HealedTokenLogitsProcessor(LogitsProcessor):
-    """Allows only given tokens to be the first behind a prompt.
+    """Allows only given tokens as the first new token.
 
     Args:
         allowed: (B, V) True for what may come behind each prompt.
@@ -45,7 +45,7 @@ class HealedTokenLogitsProcessor(LogitsProcessor):
 
 @dataclass(frozen=True, slots=True)
 class Healing:
-    """Prompts without their last tokens, and what follows from that.
+    """Prompts without their last token, and the processors that heal them.
 
     Attributes:
         prompt: the shorter prompts.
@@ -60,7 +60,7 @@ class Healing:
 
 
 def heal(prompt: Prompt, tokenizer: PreTrainedTokenizer | None, vocab_size: int) -> Healing:
-    """Take the last token of each prompt off, but for those that have no other.
+    """Remove the last token of each prompt that has more than one.
 
     Raises:
         InputError: there is no tokenizer, or the prompt is given as embeddings.
@@ -92,7 +92,7 @@ def heal(prompt: Prompt, tokenizer: PreTrainedTokenizer | None, vocab_size: int)
 
 
 def _beginning_alike(last: Tensor, tokenizer: PreTrainedTokenizer, vocab_size: int) -> Tensor:
-    """Return the tokens whose text begins with that of the last of each row, (B, V) of True."""
+    """Return the tokens that start with the text of each row's last token, (B, V) bool."""
     vocabulary = tokenizer.get_vocab()
     special = set(tokenizer.all_special_ids)
     texts = {token: text for text, token in vocabulary.items()}

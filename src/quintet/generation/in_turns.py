@@ -1,4 +1,4 @@
-"""Rows in groups that pass the stages of a model one behind the other, so that all stages work.
+"""Pipelined decoding: groups of rows pass a model's stages one behind the other.
 
 With all rows in one group a stage waits, token by token, until the others have run. With as many
 groups as stages each runs one while the next has another. What a group's tokens are is told to the
@@ -27,14 +27,14 @@ FEW, PIECES = 256, 4
 
 
 def groups_of(world: World | None, rows: int) -> list[slice]:
-    """Return as many groups of rows as there are stages, or rows; one where there are no stages."""
+    """Return the groups of rows: as many as stages, at most one per row."""
     count = 1 if world is None else min(world.degrees.pp, rows)
     ends = [rows * number // count for number in range(count + 1)]
     return [slice(start, end) for start, end in pairwise(ends)]
 
 
 def pieces_of(world: World | None, rows: int, width: int) -> int | None:
-    """Return in how long pieces stages run over prompts, one with each; None where all at once.
+    """Return the prefill chunk size under pipeline parallelism, or None.
 
     Args:
         world: the processes.
@@ -49,14 +49,14 @@ def pieces_of(world: World | None, rows: int, width: int) -> int | None:
 def in_groups(
     prompt: Prompt, generators: RowGenerators, groups: Sequence[slice], copies: int
 ) -> Iterator[tuple[Prompt, RowGenerators]]:
-    """Yield the prompts of each group, and the generators of their copies."""
+    """Yield each group's prompts, and the generators of their copies."""
     for group in groups:
         own = slice(group.start * copies, group.stop * copies)
         yield prompt.rows(group), generators and generators[own]
 
 
 def decode_in_turns(begins: Sequence[Callable[[], Generation]], agreement: Agreement) -> Tensor:
-    """Add tokens to every row, until all have ended or there is no more room; return all ids.
+    """Generate until all rows have ended or reached their limit; return all ids.
 
     Args:
         begins: runs over the prompts of a group, and returns what goes on with them.
@@ -90,23 +90,23 @@ class _Group:
 
     @property
     def run(self) -> Generation:
-        """What goes on with the prompts, once these were run over."""
+        """The generation of this group, after prefill."""
         assert self._run is not None, "the prompts come first"
         return self._run
 
     def forward(self) -> ForwardOutput:
-        """Run over the prompts, or over the last tokens."""
+        """Run the prompts, or the last tokens."""
         if self._run is None:
             self._run = self.begin()
             return self._run.output
         return self._run.forward.step(self._run.text, self.unfinished)
 
     def choose(self, logits: Tensor, step: int) -> Tensor:
-        """Add a token to every row, and return what others are told."""
+        """Append a token to every row, and return the message for the others."""
         return added(self.run, self._take(add(self.run, logits, self.unfinished, step)))
 
     def hear(self, told: Tensor) -> None:
-        """Add the tokens that another process chose."""
+        """Append the tokens that another process chose."""
         tokens, going = told
         self.run.text.append(tokens)
         self._take(None if bool(going.all()) else going.bool())
@@ -117,7 +117,7 @@ class _Group:
         return unfinished
 
     def skip(self) -> None:
-        """Draw what one process draws for rows that have ended beside others that go on."""
+        """Draw numbers for ended rows, to keep the generators in step."""
         sampler, ids = self.run.sampler, self.run.text.ids
         if sampler.do_sample and sampler.generators is None:
             sampler.uniform(len(ids), 1, ids.device)

@@ -1,4 +1,4 @@
-"""The decode loop on a device that nobody waits for: tokens are looked at while it makes the next.
+"""The decode loop for accelerators: the host reads a step's tokens while the next one runs.
 
 A step is launched from tokens that the host has not seen. What it looks at meanwhile are those of
 the step before: they go to the streamer, and tell whether all rows have ended. If they have, what
@@ -17,14 +17,14 @@ from quintet.ops.sampling import check_left
 
 
 def decodes_late(run: Generation) -> bool:
-    """Tell whether a generation is on a device, and may run over a token that nobody will use."""
+    """Return whether a generation can read its tokens one step late."""
     on_device = run.text.ids.device.type != "cpu"
     return on_device and run.sampler.agreement is None and not run.forward.keeps_cache
 
 
 @torch.no_grad()
 def decode_late(run: Generation) -> None:
-    """Add tokens to every row as `decode` does, until all have ended or there is no more room."""
+    """Generate as `decode` does, reading tokens one step late."""
     unfinished: Tensor | None = None
     room, output = run.rooms.most, run.output
     for step in range(1, room + 1):
@@ -54,7 +54,7 @@ class _Made:
 
     @classmethod
     def of(cls, run: Generation, logits: Tensor, unfinished: Tensor | None, step: int) -> "_Made":
-        """Add a token to every row."""
+        """Append a token to every row."""
         text = run.text
         chosen: Chosen = run.sampler.launch(text, logits, unfinished)
         tokens = chosen.tokens
@@ -75,7 +75,7 @@ class _Made:
         return cls(step, going, Fetched(tokens, chosen.best), flags)
 
     def ends_all(self, run: Generation) -> bool:
-        """Look at what was made: hand it out, and tell whether no row goes on.
+        """Read and stream the tokens; return whether all rows have ended.
 
         Raises:
             NothingLeftError: a row had no token to take.

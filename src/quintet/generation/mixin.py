@@ -1,4 +1,4 @@
-"""`generate()`: from arguments and config to a way of decoding, and its output."""
+"""`GenerationMixin`: `generate()` and its helpers."""
 
 import functools
 from collections.abc import Mapping, Sequence
@@ -71,17 +71,17 @@ class GenerationMixin:
         raise NotImplementedError
 
     def layers_kept(self, cache: Cache | None) -> AbstractContextManager[None]:
-        """Take down what layers hold once for all steps inside that go on with a cache."""
+        """Collect the layers' weights for the fused step once, for all steps inside."""
         return nullcontext()
 
     def each_row(
         self, adapter_names: Sequence[str | None], *, copied: bool = False
     ) -> AbstractContextManager[None]:
-        """Use an adapter for each row inside, in this thread."""
+        """Use an adapter per row inside, in this thread."""
         raise NotImplementedError
 
     def check_adapted_rows(self, rows: int) -> None:
-        """Check that there is an adapter for each row, where rows have their own."""
+        """Check that there is one adapter per row, if rows have their own."""
 
     @torch.no_grad()
     def generate(
@@ -273,7 +273,7 @@ class GenerationMixin:
                 return own or self._cache_for(config, past, prompt.length + room)
 
             def begin(part: Prompt, cache: Cache | None, own: RowGenerators) -> Generation:
-                """Run over prompts, and return what goes on with them."""
+                """Prefill prompts, and return the generation that continues them."""
                 forward = (PreparedForward if prepared else Forward)(
                     cast("LanguageModel", self),
                     cache,
@@ -362,7 +362,7 @@ class GenerationMixin:
         is_first_iteration: bool = False,
         **others: Any,
     ) -> dict[str, Any]:
-        """Return the arguments of the forward that makes the token after a text.
+        """Return the forward's arguments for the next token.
 
         Args:
             input_ids: (B, T) the text so far.
@@ -380,7 +380,7 @@ class GenerationMixin:
         return {**text, **others}
 
     def _prepares_otherwise(self) -> bool:
-        """Tell whether somebody put another `prepare_inputs_for_generation` in place."""
+        """Return whether `prepare_inputs_for_generation` was replaced."""
         mine: Any = GenerationMixin.prepare_inputs_for_generation
         put: Any = self.prepare_inputs_for_generation
         return not isinstance(put, MethodType) or put.__func__ is not mine
@@ -392,7 +392,7 @@ class GenerationMixin:
         beam_indices: Tensor | None = None,
         normalize_logits: bool = False,
     ) -> Tensor:
-        """Return the score of each token that was generated, (B, new).
+        """Return the score of each generated token, (B, new).
 
         Args:
             sequences: (B, T + new), as `generate` returns them.

@@ -1,10 +1,10 @@
-"""The ways to generate, by the names of Transformers."""
+"""The generation modes, by Transformers' names."""
 
 from enum import StrEnum
 
 
 class GenerationMode(StrEnum):
-    """What `GenerationConfig.get_generation_mode` returns."""
+    """The values of `GenerationConfig.get_generation_mode`."""
 
     GREEDY_SEARCH = "greedy_search"
     SAMPLE = "sample"

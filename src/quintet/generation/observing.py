@@ -1,4 +1,4 @@
-"""What is taken down of a text's forwards beside its tokens: probabilities, and what it is like."""
+"""Records log-probabilities and embeddings of a text during its forwards."""
 
 import math
 from collections.abc import Sequence
@@ -18,7 +18,7 @@ Pooling = Literal["last", "mean"]
 
 @dataclass(frozen=True, slots=True)
 class TokenLogprobs:
-    """How probable a token was, by the model alone: before temperature, masks and all else.
+    """The log-probability of a token under the model, before any processor.
 
     Attributes:
         id: the token.
@@ -32,7 +32,7 @@ class TokenLogprobs:
 
 
 def token_logprobs(logits: Tensor, tokens: Sequence[int], top: int) -> list[TokenLogprobs]:
-    """Return what logits (n, V) say of n tokens, with the `top` likeliest in the place of each.
+    """Return the log-probabilities of n tokens, and the `top` likeliest at each place.
 
     Raises:
         NonFiniteError: they hold NaN or infinity.
@@ -58,7 +58,7 @@ def token_logprobs(logits: Tensor, tokens: Sequence[int], top: int) -> list[Toke
 
 
 class Observed:
-    """What is asked to be known of a text beside its tokens, and what is known so far.
+    """What is recorded of a text besides its tokens.
 
     Args:
         logprobs: how many likely tokens to name in the place of each new one; None to say nothing.
@@ -98,11 +98,11 @@ class Observed:
         self._sum: Tensor | None = None
 
     def restart(self) -> None:
-        """Forget what is known of a prompt that is read from its beginning again."""
+        """Discard the record of a prompt that is read again."""
         self.prompt, self._read, self._sum = [], 0, None
 
     def saw_logits(self, logits: Tensor, following: Sequence[int]) -> None:
-        """Take down logits (n, V) of the next tokens of a prompt, and what follows each of them.
+        """Record logits (n, V) of prompt tokens, and the tokens that follow.
 
         Nothing follows the last one yet.
         """
@@ -113,7 +113,7 @@ class Observed:
         self.prompt += token_logprobs(logits, following, self.prompt_logprobs)
 
     def saw_states(self, states: Tensor) -> None:
-        """Take down the states (n, C) of the next tokens of a prompt."""
+        """Record the states (n, C) of prompt tokens."""
         states = states.to(torch.float32)
         self._read += len(states)
         if self.pooling == "last":
@@ -123,12 +123,12 @@ class Observed:
             self._sum = total if self._sum is None else self._sum + total
 
     def took(self, logits: Tensor, tokens: Sequence[int]) -> None:
-        """Take down the logits (n, V) that new tokens were chosen of."""
+        """Record the logits (n, V) from which new tokens were chosen."""
         if self.logprobs is not None and tokens:
             self.new += token_logprobs(logits, tokens, self.logprobs)
 
     def vector(self, *, normalize: bool) -> Tensor:
-        """Return the vector (C,) of the prompt in float32, of length 1 if so asked.
+        """Return the prompt's pooled vector (C,) in float32, optionally normalised.
 
         Raises:
             NonFiniteError: it holds NaN or infinity.

@@ -1,4 +1,4 @@
-"""The names of options: those there are, those of Transformers there are not, and typing errors."""
+"""Names of options: known ones, Transformers' unsupported ones, and misspellings."""
 
 import difflib
 from collections.abc import Iterable, Mapping
@@ -47,7 +47,7 @@ ARGUMENTS = (
 
 
 def check_names(options: Mapping[str, Any], known: Iterable[str]) -> dict[str, Any]:
-    """Return the options that ask for something, after checking that there are such.
+    """Check the names of options, and return those that ask for something.
 
     Raises:
         InputError: there is none of that name, or it is not in this version.
@@ -66,7 +66,7 @@ def check_names(options: Mapping[str, Any], known: Iterable[str]) -> dict[str, A
 
 
 def asks_nothing(value: object) -> bool:
-    """Tell whether an option has the value it has when nobody asks for what it does."""
+    """Return whether an option has its default value."""
     if isinstance(value, bool):
         return not value
     if isinstance(value, int | float):

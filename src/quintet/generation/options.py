@@ -1,4 +1,4 @@
-"""The options of `generate()` and the rules they obey."""
+"""The options of `generate()`, and their rules."""
 
 import functools
 from collections.abc import Iterator, Mapping
@@ -25,7 +25,7 @@ SCHEDULES = ("constant", "heuristic", "heuristic_transient")
 
 @runtime_checkable
 class _Dictable(Protocol):
-    """The object in which Transformers has what is a mapping in a file."""
+    """Transformers' object for a mapping."""
 
     def to_dict(self) -> dict[str, Any]: ...
 
@@ -45,7 +45,7 @@ Copies = Annotated[int, Bounds(1, 100_000)]
 
 @dataclass(kw_only=True)
 class Options:
-    """The options of `generate()`; None is "not set", and then what is named here holds.
+    """The options of `generate()`; None means not set.
 
     Attributes:
         max_new_tokens: how many tokens to add at the most; goes before `max_length`.
@@ -237,7 +237,7 @@ class Options:
         return [token for token in dict.fromkeys(ids) if token >= 0]
 
     def idle(self, options: Mapping[str, Any]) -> Iterator[tuple[str, Any, str]]:
-        """Yield those of some options that have no effect here: name, value, what they need."""
+        """Yield options without effect: name, value, what they require."""
         return idle(
             options,
             samples=bool(self.do_sample),
@@ -246,7 +246,7 @@ class Options:
         )
 
     def get_generation_mode(self, assistant_model: object = None) -> GenerationMode:
-        """Return in which way these options generate, with an assistant or without."""
+        """Return the generation mode of these options."""
         if (self.num_beams or 1) > 1:
             return GenerationMode.BEAM_SAMPLE if self.do_sample else GenerationMode.BEAM_SEARCH
         if assistant_model is not None or self.use_mtp or self.prompt_lookup_num_tokens is not None:
@@ -255,14 +255,14 @@ class Options:
 
     @property
     def cache(self) -> CacheChoice:
-        """The cache that the options ask for."""
+        """The kind of cache that the options ask for."""
         return choose_cache(
             self.cache_implementation, self.cache_dtype, self.cache_config, compiles=self.compiles
         )
 
     @property
     def compiles(self) -> bool:
-        """Whether the step is to be compiled."""
+        """Whether to compile the decode step."""
         return bool(self.compile) or self.compile_config is not None
 
 

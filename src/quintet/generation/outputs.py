@@ -1,4 +1,4 @@
-"""What `generate(return_dict_in_generate=True)` returns, and what is recorded for it."""
+"""The outputs of `generate(return_dict_in_generate=True)`, and their recording."""
 
 from dataclasses import dataclass, field
 from typing import Any
@@ -23,7 +23,7 @@ Layers = tuple[Tensor, ...]
 
 @dataclass(slots=True)
 class Speculation:
-    """How a speculation went.
+    """Statistics of speculative decoding.
 
     Attributes:
         accepted: for each forward that checked a draft, how many tokens of each row it drafted
@@ -34,34 +34,34 @@ class Speculation:
 
     @property
     def drafted_tokens(self) -> int:
-        """How many tokens were drafted."""
+        """The number of drafted tokens."""
         return sum(drafted for turn in self.accepted for drafted, _ in turn)
 
     @property
     def accepted_tokens(self) -> int:
-        """How many of them were taken."""
+        """The number of accepted tokens."""
         return sum(kept for turn in self.accepted for _, kept in turn)
 
     def of_row(self, row: int) -> tuple[int, int]:
-        """Count the drafted tokens of a row, and those of them that were taken."""
+        """Return the number of drafted and accepted tokens of a row."""
         turns = [turn[row] for turn in self.accepted]
         return sum(drafted for drafted, _ in turns), sum(kept for _, kept in turns)
 
     @property
     def acceptance(self) -> float:
-        """The share of drafted tokens that were taken; 0 where none was drafted."""
+        """The share of drafted tokens that were accepted; 0 without drafts."""
         return self.accepted_tokens / max(1, self.drafted_tokens)
 
     @property
     def tokens_per_forward(self) -> float:
-        """How many tokens a row got by a forward that checked a draft, on average."""
+        """The mean number of tokens per row and verifying forward."""
         turns = sum(1 for turn in self.accepted for drafted, _ in turn if drafted)
         return 1 + self.accepted_tokens / turns if turns else 1.0
 
 
 @dataclass(eq=False)
 class GenerateDecoderOnlyOutput(ModelOutput):
-    """Sequences (B, T + new) and, one entry for each step, what else was asked for.
+    """Sequences (B, T + new) and, per step, what was requested.
 
     Shapes: scores and logits (B, V), after and before the processors; attentions (B, H, T, S) and
     hidden_states (B, T, C) of every layer, T the prompt in the first step and 1 in the others.
@@ -79,7 +79,7 @@ class GenerateDecoderOnlyOutput(ModelOutput):
 
 @dataclass(eq=False)
 class GenerateBeamDecoderOnlyOutput(ModelOutput):
-    """Sequences of a beam search, the best of each prompt first, and what else was asked for.
+    """Sequences of a beam search, best first per prompt, and what was requested.
 
     Shapes: sequences (B·returned, T + new); sequences_scores (B·returned,) log-probabilities over
     length to the power of the length penalty; beam_indices (B·returned, new) the row of B·beams
@@ -98,7 +98,7 @@ class GenerateBeamDecoderOnlyOutput(ModelOutput):
 
 @dataclass(frozen=True, slots=True)
 class ForwardOutput:
-    """What one forward made.
+    """The output of one forward.
 
     Shapes: logits (B, P, V) of the last P positions; attentions and hidden states of every layer,
     where they were asked for.
@@ -109,7 +109,7 @@ class ForwardOutput:
     hidden_states: Layers | None
 
     def at(self, place: int, new: int) -> "ForwardOutput":
-        """Return the output of a forward over the token at `place` of `new` alone."""
+        """Return the output for the token at `place` of `new`."""
 
         def seen(weights: Tensor) -> Tensor:
             keys = weights.shape[-1] - new + place + 1
@@ -135,7 +135,7 @@ class ForwardOutput:
 
 @dataclass(slots=True)
 class Record:
-    """What a generation keeps of its steps: the lists that are there, not None."""
+    """What a generation records per step; lists that are not None."""
 
     scores: list[Tensor] | None = None
     logits: list[Tensor] | None = None
@@ -145,7 +145,7 @@ class Record:
 
     @classmethod
     def of(cls, config: GenerationConfig) -> "Record":
-        """Keep what a config asks for."""
+        """Return a record of what a config asks for."""
         if not config.return_dict_in_generate:
             return cls()
         return cls(
@@ -157,7 +157,7 @@ class Record:
         )
 
     def forward(self, output: ForwardOutput) -> None:
-        """Keep what a forward made."""
+        """Record a forward's output."""
         if self.logits is not None:
             # A processor of the caller's may write into what it is given.
             self.logits.append(output.logits[:, -1].float().clone())
@@ -167,11 +167,11 @@ class Record:
             self.hidden_states.append(output.hidden_states)
 
     def seen_scores(self) -> tuple[Tensor, ...] | None:
-        """Return the scores of all steps so far, as stopping criteria get them."""
+        """Return the scores of all steps so far, for stopping criteria."""
         return None if self.scores is None else tuple(self.scores)
 
     def fields(self) -> dict[str, Any]:
-        """Return the lists that were kept, by the names of the outputs' fields."""
+        """Return the recorded lists under the outputs' field names."""
         kept = {
             "scores": self.scores,
             "logits": self.logits,

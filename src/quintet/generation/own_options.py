@@ -1,4 +1,4 @@
-"""`generate()` where each row has options of its own: sequences of one engine, run to the end."""
+"""`generate()` with a config per row: an engine run to the end."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -23,7 +23,7 @@ from quintet.tokenization import PreTrainedTokenizer
 
 
 def check_own_options(**given: object) -> None:
-    """Check that nothing is given that rows with options of their own cannot share.
+    """Refuse arguments that rows with configs of their own cannot share.
 
     Raises:
         InputError: something is.
@@ -50,7 +50,7 @@ def generate_each(
     generator: Generators | None,
     options: Mapping[str, Any],
 ) -> Tensor:
-    """Continue each row by a config of its own, (B, T + new), in one batch.
+    """Continue each row with its own config, (B, T + new), in one batch.
 
     What reads texts, and the caller's own processors and criteria, get one row at a time.
 
@@ -111,7 +111,7 @@ def generate_each(
 
 
 def _finish(model: Served, sequences: Sequence[Row]) -> None:
-    """Run all sequences to their ends, in steps that they share."""
+    """Run all sequences to their ends, in shared steps."""
     engine = Engine(model, len(sequences), max(one.prompt_length + one.room for one in sequences))
     for sequence in sequences:
         engine.add(sequence)
@@ -123,5 +123,5 @@ def _finish(model: Served, sequences: Sequence[Row]) -> None:
 
 
 def _of_row(allowed: PrefixAllowedTokens | None, row: int) -> PrefixAllowedTokens | None:
-    """Let a function of a row's index and its ids have the index in the batch."""
+    """Bind the row index of a function of (row, ids)."""
     return None if allowed is None else lambda _, ids: allowed(row, ids)

@@ -1,4 +1,4 @@
-"""What a config means for a call: how it searches, what ends it, and what has no effect."""
+"""Turns config and arguments of `generate()` into search, limits and criteria."""
 
 import warnings
 from collections.abc import Mapping, Sequence
@@ -26,7 +26,7 @@ from quintet.tokenization import PreTrainedTokenizer
 
 
 def beam_options(config: GenerationConfig, streamer: Streamer | None) -> BeamOptions | None:
-    """Return the options of a beam search, or None without one.
+    """Return the options of a beam search, or None without beams.
 
     Raises:
         InputError: more sequences are asked for than there will be, or a streamer.
@@ -62,14 +62,14 @@ def beam_options(config: GenerationConfig, streamer: Streamer | None) -> BeamOpt
 def beginning(
     config: GenerationConfig, positions: Tensor | None, device: torch.device
 ) -> Tensor | None:
-    """Return the first token of a text without a prompt, (1, 1), or None if there is none."""
+    """Return the first token without a prompt, (1, 1), or None if undefined."""
     if config.bos_token_id is None or positions is not None:
         return None
     return torch.tensor([[config.bos_token_id]], device=device, dtype=torch.long)
 
 
 def longest(criteria: Sequence[Criterion]) -> int | None:
-    """Return the length at which a criterion of the caller's ends all rows."""
+    """Return the length at which a criterion of the caller ends all rows."""
     return StoppingCriteriaList(criteria).max_length
 
 
@@ -79,7 +79,7 @@ def stopping(
     tokenizer: PreTrainedTokenizer | None,
     device: torch.device,
 ) -> Stopping:
-    """Collect the criteria that end rows; a caller's replaces one of the same class.
+    """Collect the stopping criteria; a caller's replaces one of the same class.
 
     Raises:
         InputError: there are stop strings and no tokenizer.
@@ -106,7 +106,7 @@ def stopping(
 def configured(
     own: GenerationConfig, given: object, options: Mapping[str, Any]
 ) -> GenerationConfig:
-    """Merge the options of a call, before the config it gives, before `own`.
+    """Merge the call's options over its config over the model's.
 
     Raises:
         InputError: what is given is no config, or an option is unknown or breaks its rule.
@@ -118,7 +118,7 @@ def configured(
 
 
 def warn_of_idle(config: GenerationConfig, options: Mapping[str, Any]) -> None:
-    """Warn of options of a call that have no effect beside the others."""
+    """Warn of options of a call that have no effect."""
     for name, value, needed in config.idle(options):
         warnings.warn(f"{name}={value} has no effect without {needed}", stacklevel=5)
 
@@ -130,7 +130,7 @@ def check_cache(
     mask: Tensor | None,
     layers: int,
 ) -> Cache | None:
-    """Return the cache to go on from, that of a tuple of older code too; None for none.
+    """Return the cache to continue from, converted from legacy tuples; None for none.
 
     Raises:
         InputError: it is no cache, or an option asks for another one, or for none.
@@ -161,7 +161,7 @@ def check_cache(
 
 
 def check_least(config: GenerationConfig, room: int, vocab_size: int) -> None:
-    """Check what `min_new_tokens` needs: room for them, and ends that can be forbidden.
+    """Check that `min_new_tokens` fits and that ends can be suppressed.
 
     Raises:
         InputError: one is missing.
@@ -181,7 +181,7 @@ def check_least(config: GenerationConfig, room: int, vocab_size: int) -> None:
 
 
 def room(prompt: Prompt, config: GenerationConfig, max_length: int | None, context: int) -> int:
-    """Return the most tokens to add, in a context of so many.
+    """Return the maximum number of new tokens in a context.
 
     Raises:
         ContextLengthError: the prompt fills it.
@@ -215,7 +215,7 @@ def room(prompt: Prompt, config: GenerationConfig, max_length: int | None, conte
 
 @runtime_checkable
 class Configuring(Protocol):
-    """A config of generation, ours or that of another library with the same names."""
+    """A generation config, ours or another library's."""
 
     def to_diff_dict(self) -> dict[str, Any]:
         """Return the options that are set."""
@@ -223,7 +223,7 @@ class Configuring(Protocol):
 
 
 def read_config(given: object) -> GenerationConfig:
-    """Return a config of ours from one that has the same names.
+    """Convert a config with the same names to ours.
 
     Raises:
         InputError: it is none, or sets what cannot be read.
@@ -240,7 +240,7 @@ def read_config(given: object) -> GenerationConfig:
 
 
 def pad_token(config: GenerationConfig) -> int:
-    """Return the token that follows the end of a row."""
+    """Return the token that fills rows after their end."""
     if config.pad_token_id is not None:
         return config.pad_token_id
     return config.eos_token_ids[0] if config.eos_token_ids else 0

@@ -1,4 +1,4 @@
-"""Forwards whose arguments somebody else prepares, as prompt tuning does."""
+"""Forwards through a replaced `prepare_inputs_for_generation`, as prompt tuning does."""
 
 from collections.abc import Callable
 from typing import Any, cast
@@ -17,7 +17,7 @@ Prepare = Callable[..., dict[str, Any]]
 
 
 class PreparedForward(Forward):
-    """The forwards of one generation by a `prepare_inputs_for_generation` of the caller's own.
+    """The forwards of one generation with arguments prepared by the caller's method.
 
     It sees the whole text at every step, and may put something in front of a prompt.
     """
@@ -27,7 +27,7 @@ class PreparedForward(Forward):
     def prefill(
         self, prompt: Prompt, *, chunk: int | None = None, copies: int = 1
     ) -> ForwardOutput:
-        """Run over a prompt as it was prepared."""
+        """Run a prompt as prepared."""
         text = TokenBuffer(prompt.ids, prompt.padding)
         new = prompt.width if self.cache is not None and self.cache.get_seq_length() else None
         output = self._prepared(text, new, 1, first=True)
@@ -38,7 +38,7 @@ class PreparedForward(Forward):
     def step(
         self, text: TokenBuffer, rows: Tensor | None = None, *, new: int = 1, keep: int = 1
     ) -> ForwardOutput:
-        """Run over the last `new` tokens of a text as they were prepared."""
+        """Run the last `new` tokens as prepared."""
         return self._prepared(text, None if self.cache is None else new, keep)
 
     def _prepared(
@@ -66,7 +66,7 @@ class PreparedForward(Forward):
 
 
 def check_prepared(config: GenerationConfig, prompt: Prompt, *, speculates: bool) -> None:
-    """Refuse what does not go together with arguments that somebody else prepares.
+    """Refuse options that do not work with prepared arguments.
 
     Raises:
         InputError: such an option is set.

@@ -1,4 +1,4 @@
-"""What a forward is given to make the next token: for decode loops other than `generate()`."""
+"""Arguments of the next forward, for external decode loops."""
 
 from typing import Any
 
@@ -15,7 +15,7 @@ def next_inputs(
     inputs_embeds: Tensor | None,
     new: int | None,
 ) -> dict[str, Any]:
-    """Return those arguments of a forward that tell it about a text (B, T) and its past.
+    """Return the forward's arguments for a text (B, T) and its cache.
 
     Args:
         input_ids: (B, T) all ids so far.
@@ -34,14 +34,14 @@ def next_inputs(
 
 
 def _behind(past: Cache | LegacyCache, input_ids: Tensor, mask: Tensor | None) -> int:
-    """Count the last columns that the cache does not hold, in the row with the most."""
+    """Return the largest number of columns the cache lacks in any row."""
     tokens = input_ids.shape[1] if mask is None else mask.to(torch.bool).sum(dim=1)
     # It may hold more than the ids, where what came before them was none.
     return max(1, int((tokens - _held(past, input_ids)).max()))
 
 
 def _held(past: Cache | LegacyCache | None, input_ids: Tensor) -> Tensor:
-    """Return the number of tokens of each row that the cache holds."""
+    """Return the number of tokens of each row in the cache."""
     B = input_ids.shape[0]
     if isinstance(past, Cache):
         return past.lengths(B, input_ids.device)

@@ -1,4 +1,4 @@
-"""What `generate()` continues: ids or embeddings, checked, with padding moved in front."""
+"""The prompt of `generate()`: ids or embeddings, checked and left-padded."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -13,7 +13,7 @@ from quintet.ops.token_ids import check_token_ids
 
 @dataclass(frozen=True, slots=True)
 class Prompt:
-    """The rows to continue, as given and as they are run.
+    """The prompt as given and as run.
 
     Attributes:
         given: (B, T) ids as the caller gave them; (B, 0) where there are embeddings alone.
@@ -34,16 +34,16 @@ class Prompt:
 
     @property
     def width(self) -> int:
-        """How many columns the model runs over."""
+        """The number of columns to run."""
         return self.inputs.shape[1]
 
     @property
     def length(self) -> int:
-        """How many columns there are with those that come before."""
+        """The number of columns, including those in the cache."""
         return self.before + self.width
 
     def rows(self, rows: slice) -> "Prompt":
-        """Return some of the rows, as wide as all."""
+        """Return some of the rows, at full width."""
         return replace(
             self,
             given=self.given[rows],
@@ -54,7 +54,7 @@ class Prompt:
         )
 
     def text_padding(self) -> Tensor | None:
-        """Count the leading columns of `ids` that are no text, (B,), or return None without any."""
+        """Return the number of leading padding columns of `ids`, (B,), or None."""
         return self.padding if self.ids.shape[1] == self.width else None
 
 
@@ -69,7 +69,7 @@ def read_prompt(
     vocab_size: int,
     device: torch.device,
 ) -> Prompt:
-    """Read the arguments of `generate()` that make the prompt.
+    """Read the prompt from the arguments of `generate()`.
 
     Raises:
         InputError: there is none, two contradict each other, or one is of another shape.
@@ -177,7 +177,7 @@ def _read_positions(positions: Tensor | None, run: Tensor) -> Tensor | None:
 
 
 def _read_mask(mask: Tensor | None, run: Tensor, past: Cache | None) -> tuple[Tensor | None, int]:
-    """Return the mask of the columns that are run, and how long what comes before them is."""
+    """Return the mask of the columns to run, and the length of what precedes them."""
     if mask is None:
         return None, 0
     if not isinstance(mask, Tensor):

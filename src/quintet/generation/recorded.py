@@ -1,4 +1,4 @@
-"""The rows of one generation on a device that records steps, as an engine's are."""
+"""Recorded decode steps in `generate()`, over rows of a pool."""
 
 from torch import Tensor
 
@@ -15,7 +15,7 @@ MOST_TOKENS = 2**15
 
 
 class RecordedRows(PooledCache):
-    """The rows of a batch, which steps of one token each go on with as they were recorded.
+    """A cache of a batch whose one-token steps are recorded.
 
     Args:
         model: what is run.
@@ -30,7 +30,7 @@ class RecordedRows(PooledCache):
         self._fixed: FixedStep | None = None
 
     def step(self, ids: Tensor) -> Tensor | None:
-        """Return the logits (B, 1, V) behind one more token (B, 1) of each row.
+        """Return the logits (B, 1, V) after one more token (B, 1) per row, or None.
 
         None where nothing was done, as before the prompt: then the model has to be called.
         """
@@ -45,7 +45,7 @@ class RecordedRows(PooledCache):
 def recorded_rows(
     model: Cached, rows: int, tokens: int, config: GenerationConfig, new: int
 ) -> RecordedRows | None:
-    """Return such rows where they serve a generation without a cache of the caller's, else None.
+    """Return recorded rows if they can serve a generation, else None.
 
     Args:
         model: what is run.

@@ -1,4 +1,4 @@
-"""From the arguments of `generate()`, for one text, to its sequence."""
+"""Builds an engine's sequence from the arguments of `generate()`."""
 
 from collections import abc
 from typing import Any, Protocol
@@ -44,7 +44,7 @@ _OF_A_CALL: abc.Mapping[str, tuple[object, ...]] = {
 
 
 class Served(Cached, Protocol):
-    """What an engine needs of a model."""
+    """Interface of a model that an engine runs."""
 
     generation_config: GenerationConfig
 
@@ -65,7 +65,7 @@ def sequence_of(
     generator: torch.Generator | None,
     options: abc.Mapping[str, Any],
 ) -> Sequence:
-    """Return the sequence that `Engine.sequence` describes."""
+    """Build the sequence of `Engine.sequence`."""
     check_arguments(
         logits_processor=logits_processor,
         stopping_criteria=stopping_criteria,
@@ -114,7 +114,6 @@ def sequence_of(
 
 
 def _row(inputs: Tensor | abc.Sequence[int]) -> Tensor:
-    """Return the ids of a prompt as (1, T)."""
     if not isinstance(inputs, Tensor):
         inputs = torch.tensor(list(inputs), dtype=torch.long, device="cpu")
     if inputs.ndim == 2 and len(inputs) != 1:

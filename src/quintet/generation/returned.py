@@ -1,4 +1,4 @@
-"""What `generate()` returns of a generation that is over."""
+"""Builds the return value of `generate()`."""
 
 import torch
 from torch import Tensor
@@ -16,7 +16,7 @@ from quintet.generation.prompt import Prompt
 def output(
     run: Generation, prompt: Prompt, copies: int, speculation: Speculation | None = None
 ) -> Tensor | GenerateDecoderOnlyOutput:
-    """Return the rows of a generation that is over, with what was recorded if that is wanted."""
+    """Return the rows of a finished generation, with the record if requested."""
     sequences = behind_given(run.text.ids, prompt, copies)
     if not run.record.wanted:
         return sequences
@@ -29,7 +29,7 @@ def output(
 
 
 def behind_given(ids: Tensor, prompt: Prompt, copies: int) -> Tensor:
-    """Return ids (B, T + new) with the prompts as they were given."""
+    """Return ids (B, T + new) with the prompts as given."""
     given = prompt.given.repeat_interleave(copies, dim=0)
     return torch.cat((given, ids[:, given.shape[1] :]), dim=1)
 
@@ -37,7 +37,7 @@ def behind_given(ids: Tensor, prompt: Prompt, copies: int) -> Tensor:
 def beam_output(
     run: Generation, prompt: Prompt, found: Found
 ) -> Tensor | GenerateBeamDecoderOnlyOutput:
-    """Return the best rows of a beam search, with what was recorded if that is wanted."""
+    """Return the best rows of a beam search, with the record if requested."""
     copies = len(found.tokens) // len(prompt.given)
     given = prompt.given.repeat_interleave(copies, dim=0)
     sequences = torch.cat((given, found.tokens), dim=1)

@@ -1,4 +1,4 @@
-"""The rows that sequences have in an engine, and one forward over what some are given."""
+"""The rows of an engine's sequences, and one forward over pieces of them."""
 
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -20,14 +20,14 @@ from quintet.parallel.world import World
 
 
 class Cached(Protocol):
-    """What rows need of a model: a forward that continues from the rows of a cache."""
+    """Interface of a model whose forward continues rows of a cache."""
 
     config: PreTrainedConfig
     world: World | None
 
     @property
     def device(self) -> torch.device:
-        """Where it takes ids."""
+        """The device of input ids."""
         ...
 
     def __call__(
@@ -40,13 +40,13 @@ class Cached(Protocol):
         return_dict: bool,
         cu_seq_lens_q: Tensor | None = None,
     ) -> Any:
-        """Return an output with the `logits` that are kept."""
+        """Return an output with the kept `logits`."""
         ...
 
 
 @dataclass(frozen=True, slots=True)
 class Piece:
-    """What one row is given in a forward.
+    """The tokens of one row in a forward.
 
     Attributes:
         row: which one.
@@ -64,7 +64,7 @@ class Piece:
 
 
 class Rows:
-    """Rows of a pool, for as many sequences as may be under way at once.
+    """Rows of a pool, for a number of concurrent sequences.
 
     Args:
         model: what runs.
@@ -90,32 +90,32 @@ class Rows:
         self._fixed = None if recording is None else FixedStep(model, self.cache, count, recording)
 
     def open(self, *contents: RowContent) -> int | None:
-        """Return a row that holds what was extracted, or nothing; None where all are taken."""
+        """Return a row with the given content, or None if all are taken."""
         if self._fixed is not None:
             self._fixed.look()
         return None if len(self.cache.rows) == self.count else self.cache.join(*contents)
 
     def close(self, row: int) -> None:
-        """Give a row back."""
+        """Free a row."""
         self.cache.free(row)
 
     def rewind(self, row: int, length: int) -> int:
-        """Take a row back to a length, or to the nearest one before that it can go back to."""
+        """Take a row back to a length, or the nearest one before."""
         return self.cache.rewind(row, length)
 
     def extract(self, row: int, start: int = 0, stop: int | None = None) -> RowContent:
-        """Return a copy of what a row holds of its tokens from one to another."""
+        """Copy a row for a range of its tokens."""
         return self.cache.extract(row, start, stop)
 
     def prediction(self, capacity: int) -> PredictionRows:
-        """Return as many rows of the model's prediction layers."""
+        """Return as many rows for the model's prediction layers."""
         return PredictionRows(cast("MTPModel", self.model), self.count, capacity)
 
     def end(self) -> None:
-        """Take note that the rows are used no more."""
+        """Do nothing: the rows are used no more."""
 
     def watch(self, pieces: Sequence[Piece]) -> tuple[Tensor, list[Seen]]:
-        """Run over the pieces in one forward, and return what was made of each, too."""
+        """Run the pieces in one forward; return the kept logits, and the states of each piece."""
         self.cache.seen = []
         try:
             logits = self.run(pieces)
@@ -130,7 +130,7 @@ class Rows:
         return logits, [seen[number] for number in range(len(pieces))]
 
     def run(self, pieces: Sequence[Piece]) -> Tensor:
-        """Run over the pieces in one forward, and return the logits (N, V) that are kept of each.
+        """Run the pieces in one forward; return the kept logits (N, V).
 
         Where this raises, the rows of the pieces have to be taken back to what they held.
         """
@@ -163,7 +163,7 @@ class Rows:
 
     @torch.no_grad()
     def _take_memory(self) -> None:
-        """Run over one token, so that no step finds a pool without memory.
+        """Allocate the pool by running one token.
 
         Few tokens go another way through layers there, and their last digits would tell.
         """
@@ -172,7 +172,7 @@ class Rows:
         self.cache.free(row)
 
     def _adapted(self, adapters: Sequence[str | None]) -> AbstractContextManager[None]:
-        """Use an adapter for each row of the cache inside, where one has its own."""
+        """Use each row's adapter inside, if rows have their own."""
         if not any(adapters):
             return nullcontext()
         model = cast("ByRow", self.model)
@@ -212,5 +212,5 @@ class Rows:
 
 
 def _is_step(piece: Piece) -> bool:
-    """Tell whether a piece is one token of which another is chosen, made as the others are."""
+    """Return whether a piece is one token whose successor is chosen."""
     return len(piece.ids) == piece.keep == piece.checked == 1 and piece.adapter is None

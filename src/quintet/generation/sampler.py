@@ -1,4 +1,4 @@
-"""The one place where a logit becomes a token."""
+"""The sampler: processors, warpers, and the choice of a token per row."""
 
 import random
 from collections.abc import Sequence
@@ -25,7 +25,7 @@ RowGenerators = list[torch.Generator] | None
 
 
 class Sampler:
-    """Reshapes the logits of a step and takes a token for each row.
+    """Processes the logits of a step and chooses a token per row.
 
     Args:
         processors: what reshapes them, in order; none for a plain choice.
@@ -55,11 +55,11 @@ class Sampler:
     # -- one position ------------------------------------------------------------------------
 
     def scores(self, text: TokenBuffer, logits: Tensor, unfinished: Tensor | None = None) -> Tensor:
-        """Return the logits (B, V) of the token behind the text, reshaped, in float32."""
+        """Return the processed logits (B, V) of the next token, in float32."""
         return self._reshaped(self.processors, text, logits.to(torch.float32), unfinished)
 
     def read(self, text: TokenBuffer, logits: Tensor, unfinished: Tensor | None = None) -> Tensor:
-        """Return logits (B, V) after what reads the text, before what warps them, in float32."""
+        """Apply the processors that read the text to logits (B, V); not the warpers."""
         return self._reshaped(self.readers, text, logits.to(torch.float32), unfinished)
 
     def take(
@@ -70,7 +70,7 @@ class Sampler:
         step: int | None = None,
         u: Tensor | None = None,
     ) -> Tensor:
-        """Take a token for each row, (B,), of scores (B, V).
+        """Take a token per row, (B,), from scores (B, V).
 
         Args:
             scores: what is taken from.
@@ -91,7 +91,7 @@ class Sampler:
         *,
         step: int | None = None,
     ) -> Tensor:
-        """Take a token for each row, (B,), as `take(scores(…))` does, but by the shortest way.
+        """Take a token per row, (B,), like `take(scores(…))` but faster.
 
         Raises:
             InputError: a row has no token left, or its scores hold NaN or infinity.
@@ -100,7 +100,7 @@ class Sampler:
         return self.choice.choose(scores, self.generators, unfinished, step=step)
 
     def launch(self, text: TokenBuffer, logits: Tensor, unfinished: Tensor | None = None) -> Chosen:
-        """Take a token for each row as `choose` does, and leave it to the caller to look at it.
+        """Take a token per row like `choose`, without waiting for the device.
 
         Nobody waits for the device of the logits (B, V), but what reads the text may.
         """
@@ -110,18 +110,18 @@ class Sampler:
 
     @property
     def constraints(self) -> list[ConstrainingProcessor]:
-        """What knows before a forward which tokens may come."""
+        """The processors that know allowed tokens before a forward."""
         return [one for one in self.readers if isinstance(one, ConstrainingProcessor)]
 
     @property
     def reads_unfinished(self) -> bool:
-        """Whether it matters to a processor which scores are needed."""
+        """Whether a processor asks which rows are unfinished."""
         return self.readers.asks_for("unfinished")
 
     def scores_of_last(
         self, text: TokenBuffer, logits: Tensor, unfinished: Tensor | None = None
     ) -> Tensor:
-        """Return the reshaped logits (B, P, V) of the tokens behind the last P prefixes of a text.
+        """Return the processed logits (B, P, V) behind the last P prefixes of a text.
 
         `logits[:, -1]` are those of the token behind the whole text, `logits[:, -2]` of the one
         behind all but its last token, and so on: what one forward over the last P tokens of a
@@ -151,7 +151,7 @@ class Sampler:
         return self.choice.warped_positions(logits)
 
     def log_probabilities(self, text: TokenBuffer, logits: Tensor) -> Tensor:
-        """Return log-probabilities (B, P, V) of the tokens behind the last P prefixes of a text.
+        """Return log-probabilities (B, P, V) behind the last P prefixes of a text.
 
         The arguments are those of `scores_of_last`.
         """
@@ -160,7 +160,7 @@ class Sampler:
     def draw(
         self, probabilities: Tensor, u: Tensor | None = None, unfinished: Tensor | None = None
     ) -> Tensor:
-        """Draw an index for each row, (B,), from probabilities (B, n) that need not sum to 1.
+        """Draw an index per row, (B,), from unnormalised probabilities (B, n).
 
         With `u` (B, 1) of [0, 1), by those numbers; where `unfinished` (B,) is False, any.
 
@@ -170,16 +170,16 @@ class Sampler:
         return sampling.draw(probabilities, self.generators, u, unfinished)
 
     def uniform(self, B: int, count: int, device: torch.device) -> Tensor:
-        """Draw numbers (B, count) in [0, 1), those of each row from its own generator."""
+        """Draw uniform numbers (B, count), each row from its own generator."""
         return sampling.uniform((B, count), device, self.generators)
 
     def accompany(self, text: TokenBuffer, logits: Tensor) -> None:
-        """Run, beside the process that chooses, what of the processors runs the model."""
+        """Run the processors that call the model, while another process samples."""
         if self.processors:
             self.scores(text, logits)
 
     def reorder(self, rows: Tensor) -> None:
-        """Go on with the rows (B,) of a beam search."""
+        """Reorder rows (B,) for beam search."""
         for processor in self.processors:
             if isinstance(processor, LogitsProcessor):
                 processor.reorder(rows)
@@ -199,7 +199,7 @@ class Sampler:
 def row_generators(
     generator: Generators | None, prompts: int, copies: int, device: torch.device
 ) -> RowGenerators:
-    """Return a generator for each of `prompts` · `copies` rows, None for torch's own.
+    """Return a generator for each of `prompts` · `copies` rows, or None for torch's.
 
     One generator gives each row a seed of its own, the same whatever the number of rows: what is
     drawn for a row does not depend on the others. With a list, each prompt has its own.
@@ -240,7 +240,7 @@ def _seeded(parent: torch.Generator, count: int) -> list[torch.Generator]:
 
 
 def _warps(processor: object) -> bool:
-    """Tell whether a processor is a warper that says itself how it is called."""
+    """Return whether a processor is a warper without its own `__call__`."""
     return isinstance(processor, LogitsWarper) and (
         type(processor).__call__ is LogitsWarper.__call__
     )

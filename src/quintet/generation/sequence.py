@@ -1,4 +1,4 @@
-"""A text under way: what it is so far, how its tokens are chosen, what ends it and who reads it."""
+"""A sequence: a text under way, its sampler, its end and its reader."""
 
 import math
 from collections.abc import Callable
@@ -18,7 +18,7 @@ from quintet.ops.sampling import NothingLeftError
 
 
 class Sequence:
-    """One text that is generated; it owns all that is known of it but the rows of a cache.
+    """One text under way, with all its state except its row in the cache.
 
     So it can leave an engine between any two steps and go on later, in that engine or another, as
     if it had stayed.
@@ -82,28 +82,28 @@ class Sequence:
 
     @property
     def new(self) -> list[int]:
-        """The ids that were generated."""
+        """The generated ids."""
         return self.ids[self.prompt_length :]
 
     @property
     def waiting(self) -> int:
-        """How many of its ids have not been run over."""
+        """The number of ids not run yet."""
         return len(self.ids) - self.computed
 
     @property
     def finished(self) -> bool:
-        """Whether it gets no more tokens."""
+        """Whether generation has ended."""
         return self._cancelled or self.finish_reason is not None
 
     @property
     def text(self) -> TokenBuffer:
-        """The same ids as rows are read, (1, T)."""
+        """The ids as a tensor, (1, T)."""
         for token in self.ids[len(self._text) :]:
             self._text.append(token)
         return self._text
 
     def draft(self) -> list[int]:
-        """Return what may come next and is to be checked; nothing behind a prompt."""
+        """Return drafted tokens to check; none after a prompt."""
         if self.drafting is None or len(self.ids) == self.prompt_length or not self.drafting.awake:
             return []
         try:
@@ -113,7 +113,7 @@ class Sequence:
             return []
 
     def begin_draft(self) -> DraftWriter | None:
-        """Return what writes its next draft, where prediction layers are to do so."""
+        """Return the writer of the next draft, if prediction layers draft."""
         if (
             not isinstance(self.drafting, PredictedDrafting)
             or len(self.ids) == self.prompt_length
@@ -128,7 +128,7 @@ class Sequence:
 
     @property
     def checks(self) -> bool:
-        """Whether its next tokens are found by checking a draft, be it an empty one.
+        """Whether the next tokens come from checking a draft, even an empty one.
 
         A row that draws by a generator of its own does so by turns, as it would alone.
         """
@@ -136,7 +136,7 @@ class Sequence:
         return drafting is not None and (drafting.pacing is None or drafting.drafted)
 
     def take_checked(self, logits: Tensor) -> None:
-        """Add what holds of the draft and the token behind it, by logits (K + 1, V)."""
+        """Append the accepted draft and the next token, from logits (K + 1, V)."""
         assert self.drafting is not None
         try:
             checked = self.drafting.check(self.text, self.sampler, logits)
@@ -153,7 +153,7 @@ class Sequence:
         self.drafting.taken(len(self.ids) - before, checked.kept[0])
 
     def take(self, token: int) -> None:
-        """Add a token, hand it to the streamer, and take note if it is the last."""
+        """Append a token, stream it, and check whether the sequence ends."""
         self.ids.append(token)
         try:
             if self.streamer is not None:
@@ -172,7 +172,7 @@ class Sequence:
             self._finish("length")
 
     def note(self, logits: Tensor, tokens: list[int]) -> None:
-        """Take down the logits (n, V) that new tokens are chosen of, where that is asked for."""
+        """Record the logits (n, V) of new tokens, if requested."""
         if self.observed is not None:
             try:
                 self.observed.took(logits, tokens)
@@ -180,32 +180,32 @@ class Sequence:
                 self.fail(error)
 
     def has_read(self) -> None:
-        """End it where its prompt was run over and nothing is to follow."""
+        """End the sequence if only its prompt was to be read."""
         if not self.finished:
             self._finish("length")
 
     def fail(self, error: Exception) -> None:
-        """End it, as something went wrong that is nobody else's affair."""
+        """End the sequence with an error of its own."""
         self.error = error
         self._finish("error")
 
     def cancel(self) -> None:
-        """Ask it to end before its end, from any thread; the engine's tells its reader."""
+        """Request the end, from any thread; the engine's thread carries it out."""
         self._cancelled = True
 
     def settle(self) -> None:
-        """End it where that was asked for; an engine does so before a step, and when it leaves."""
+        """Carry out a requested end; engines call this before a step and on removal."""
         if self._cancelled and self.finish_reason is None:
             self._finish("cancelled")
 
     @property
     def watched(self) -> Observed | None:
-        """What is taken down of the prompt, while it is being read; None for nothing."""
+        """The observer of the prompt while it is read, else None."""
         return self.observed if self.observed is not None and self.observed.reads else None
 
     @property
     def _left(self) -> int:
-        """How many tokens it may still get."""
+        """The number of tokens it may still get."""
         return self.room - (len(self.ids) - self.prompt_length)
 
     def _finish(self, reason: str) -> None:

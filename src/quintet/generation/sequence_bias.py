@@ -1,4 +1,4 @@
-"""What `sequence_bias` may be. No torch, so that a config needs none."""
+"""Parses `sequence_bias`, without torch."""
 
 import math
 from collections.abc import Mapping, Sequence

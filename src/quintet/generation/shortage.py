@@ -1,4 +1,4 @@
-"""What is said of a generation that there was not enough memory for."""
+"""The error for a generation that runs out of memory."""
 
 from contextlib import suppress
 
@@ -17,7 +17,7 @@ SHARE = 0.8
 def does_not_fit(
     model: Cached, rows: int, tokens: int, config: GenerationConfig, cache: Cache | None
 ) -> DoesNotFitError:
-    """Return the error that says how many rows of so many tokens there is room for.
+    """Return the error, with the number of rows that fit.
 
     Args:
         model: what was run.
@@ -50,7 +50,7 @@ def _fitting(rows: int, tokens: int, each: int, there: int) -> str:
 
 @torch.no_grad()
 def _bytes_of(model: Cached, tokens: int, nbits: int | None) -> int | None:
-    """Return what a row of so many tokens takes; None where that cannot be tried now."""
+    """Return the bytes of a row of this many tokens, or None if unknown."""
     if model.world is not None:
         # All would have to try it together.
         return None

@@ -1,4 +1,4 @@
-"""What ends a row: lengths, end tokens, strings, time, or a criterion of the caller's."""
+"""Stopping criteria: lengths, end tokens, strings, time, or the caller's own."""
 
 import time
 from collections.abc import Callable, Sequence
@@ -28,7 +28,7 @@ Criterion = Callable[..., Tensor | bool]
 
 
 class StoppingCriteria:
-    """Tells which rows end, (B,), from the ids so far (B, T) and the scores of all steps."""
+    """Returns which rows end, (B,), given ids (B, T) and the scores of all steps."""
 
     def __call__(self, input_ids: Tensor, scores: Scores, **kwargs: Any) -> Tensor:
         raise NotImplementedError(f"{type(self).__name__} has to define __call__(ids, scores)")
@@ -46,7 +46,7 @@ class MaxLengthCriteria(StoppingCriteria):
 
 
 class MaxTimeCriteria(StoppingCriteria):
-    """Ends all rows `max_time` seconds after a time, that of its making if not given."""
+    """Ends all rows `max_time` seconds after a start, by default its creation."""
 
     def __init__(self, max_time: float, initial_timestamp: float | None = None) -> None:
         self.max_time = max_time
@@ -68,7 +68,7 @@ class EosTokenCriteria(StoppingCriteria):
 
 
 class StopStringCriteria(StoppingCriteria):
-    """Ends the rows in which the last token completes one of the strings.
+    """Ends the rows whose last token completes one of the strings.
 
     A string may begin in any token before it, also in the prompt, and need not end where the last
     token does.
@@ -109,12 +109,12 @@ class StopStringCriteria(StoppingCriteria):
 
 
 class StoppingCriteriaList(list[Any]):
-    """Criteria, of which any ends a row."""
+    """A list of criteria; any one ends a row."""
 
     def __call__(
         self, input_ids: Tensor, scores: Scores, padding: Tensor | None = None, **kwargs: Any
     ) -> Tensor:
-        """Return which rows end, (B,); `padding` (B,) tells how many columns are no text."""
+        """Return which rows end, (B,); `padding` (B,) counts leading padding columns."""
         ended = _all(input_ids, False)
         for criterion in self:
             further = kwargs
@@ -130,7 +130,7 @@ class StoppingCriteriaList(list[Any]):
 
 
 class Stopping:
-    """What ends rows before there is no room for more: end tokens, and criteria.
+    """End tokens and criteria: everything that ends a row before its limit.
 
     Args:
         eos: the ids (N,) that end a row.
@@ -142,17 +142,17 @@ class Stopping:
         self.criteria = StoppingCriteriaList() if criteria is None else criteria
 
     def ends(self, tokens: Tensor) -> Tensor:
-        """Mark the tokens that are end tokens."""
+        """Return which tokens are end tokens."""
         # A comparison is five times as fast as a search.
         return tokens == self.eos if self.eos.numel() == 1 else torch.isin(tokens, self.eos)
 
     def __call__(self, ids: Tensor, scores: Scores, padding: Tensor | None = None) -> Tensor:
-        """Mark the rows (B, T) that end with their last token, (B,)."""
+        """Return which rows (B, T) end with their last token, (B,)."""
         ended = self.ends(ids[:, -1])
         return ended | self.criteria(ids, scores, padding) if self.criteria else ended
 
     def __bool__(self) -> bool:
-        """Tell whether anything may end a row."""
+        """Return whether anything can end a row."""
         return bool(self.criteria) or self.eos.numel() > 0
 
 

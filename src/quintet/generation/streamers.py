@@ -1,4 +1,4 @@
-"""Where tokens go as they are made."""
+"""Streamers: consumers of tokens as they are generated."""
 
 import asyncio
 import sys
@@ -22,31 +22,31 @@ __all__ = [
 
 @runtime_checkable
 class Streamer(Protocol):
-    """What `generate(streamer=…)` takes."""
+    """Interface of `generate(streamer=…)`."""
 
     def put(self, value: Tensor) -> None:
         """Take the prompt (1, T) first, then the token of each step (1,)."""
         ...
 
     def end(self) -> None:
-        """Take note that there are no more; also when generation fails halfway."""
+        """Called after the last token, or after a failure."""
         ...
 
 
 class BaseStreamer:
-    """What a streamer may inherit from."""
+    """A base class for streamers."""
 
     def put(self, value: Tensor) -> None:
         """Take the prompt (1, T) first, then the token of each step (1,)."""
         raise NotImplementedError(f"{type(self).__name__} has to define put(value)")
 
     def end(self) -> None:
-        """Take note that there are no more; also when generation fails halfway."""
+        """Called after the last token, or after a failure."""
         raise NotImplementedError(f"{type(self).__name__} has to define end()")
 
 
 class TextStreamer(BaseStreamer):
-    """Writes text as it is made, never half a character.
+    """Prints text as it is generated, in whole characters.
 
     Args:
         tokenizer: turns ids into text.
@@ -74,7 +74,7 @@ class TextStreamer(BaseStreamer):
         self._decoder: IncrementalDecoder | None = None
 
     def put(self, value: Tensor) -> None:
-        """Write the text that is certain by now.
+        """Write the text that is final so far.
 
         Raises:
             InputError: there is more than one row.
@@ -92,21 +92,21 @@ class TextStreamer(BaseStreamer):
         self.on_finalized_text(self._decoder.push(value.reshape(-1).tolist()))
 
     def end(self) -> None:
-        """Write the rest and a line end, unless nothing was put."""
+        """Write the rest and a newline, unless nothing was put."""
         if self._decoder is None:
             return
         rest, self._decoder = self._decoder.flush(), None
         self.on_finalized_text(rest, stream_end=True)
 
     def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
-        """Write a piece of text; a subclass may send it elsewhere."""
+        """Write a piece of text; subclasses may redirect it."""
         out = sys.stdout if self.file is None else self.file
         out.write(text + ("\n" if stream_end else ""))
         out.flush()
 
 
 class _Handing(TextStreamer):
-    """Hands text to a reader elsewhere, and None at the end."""
+    """Passes text to a reader through a queue, and None at the end."""
 
     def __init__(
         self,
@@ -128,23 +128,22 @@ class _Handing(TextStreamer):
         self._begin()
 
     def put(self, value: Tensor) -> None:
-        """Take ids; the text that is certain by now can be read."""
+        """Take ids, and pass on the text that is final so far."""
         self._open = True
         super().put(value)
 
     def end(self) -> None:
-        """Let the reader come to the end, also when nothing was put."""
+        """Pass on the rest and the end mark."""
         super().end()
         if self._open:
             self._open = False
             self._send(None)
 
     def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
-        """Hand a piece of text to the reader."""
+        """Put a piece of text into the queue."""
         self._send(text)
 
     def _begin(self) -> None:
-        """Make the queue."""
         raise NotImplementedError
 
     def _send(self, piece: str | None) -> None:
@@ -152,7 +151,7 @@ class _Handing(TextStreamer):
 
 
 class TextIteratorStreamer(_Handing):
-    """Gives text as an iterator, to a thread other than that of `generate()`.
+    """Iterates over text from a thread other than that of `generate()`.
 
     Args:
         tokenizer: turns ids into text.
@@ -180,7 +179,7 @@ class TextIteratorStreamer(_Handing):
 
 
 class AsyncTextIteratorStreamer(_Handing):
-    """Gives text as an asynchronous iterator, to the event loop in which it was made.
+    """Iterates asynchronously over text, in the event loop that created it.
 
     Args:
         tokenizer: turns ids into text.

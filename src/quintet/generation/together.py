@@ -1,4 +1,4 @@
-"""What `generate()` does besides where several processes hold the model."""
+"""Checks of `generate()` on a model sharded over processes."""
 
 from collections.abc import Mapping, Sequence
 
@@ -15,7 +15,7 @@ from quintet.parallel.agree import Agreement
 def check_alike(
     agreement: Agreement, given: Mapping[str, object], past: Cache | LegacyCache | None
 ) -> None:
-    """Check that the processes were asked for the same.
+    """Check that all processes were given the same arguments.
 
     What only the process that chooses uses, such as a streamer or a generator, is not among it.
 
@@ -31,7 +31,7 @@ def check_alike(
 
 
 def check_together(config: GenerationConfig) -> None:
-    """Refuse what several processes cannot do.
+    """Refuse options that a sharded model does not support.
 
     Raises:
         InputError: such an option is set.
@@ -52,6 +52,6 @@ def check_together(config: GenerationConfig) -> None:
 
 
 def running_the_model(processors: Sequence[object]) -> LogitsProcessorList:
-    """Return those of some processors that run the model, which all processes have to."""
+    """Return the processors that call the model, which every process must run."""
     kind = UnbatchedClassifierFreeGuidanceLogitsProcessor
     return LogitsProcessorList(one for one in processors if isinstance(one, kind))

@@ -1,4 +1,4 @@
-"""The rows of a batch as they are read and written: ids that end in the same column."""
+"""A growing buffer of token ids, right-aligned."""
 
 from collections.abc import Sequence
 
@@ -7,7 +7,7 @@ from torch import Tensor
 
 
 class TokenBuffer:
-    """Rows of ids, right-aligned: the last column holds every row's last token.
+    """Rows of ids; the last column holds every row's last token.
 
     Args:
         ids: (B, T).
@@ -38,7 +38,7 @@ class TokenBuffer:
         return self._buffer[:, : self._length]
 
     def lengths(self) -> Tensor:
-        """Count the tokens of each row, (B,)."""
+        """Return the number of tokens per row, (B,)."""
         if self.padding is None:
             return torch.full(
                 (self._buffer.shape[0],), self._length, device=self._buffer.device, dtype=torch.long
@@ -46,14 +46,14 @@ class TokenBuffer:
         return self._length - self.padding
 
     def mask(self) -> Tensor:
-        """Return (B, T), True for text and False for padding."""
+        """Return (B, T), True for tokens and False for padding."""
         if self.padding is None:
             return torch.ones_like(self.ids, dtype=torch.bool)
         columns = torch.arange(self._length, device=self._buffer.device, dtype=torch.long)
         return columns >= self.padding[:, None]
 
     def append(self, tokens: Tensor | int) -> None:
-        """Add tokens (B,) or (B, K), or one and the same, to every row."""
+        """Append tokens (B,) or (B, K), or one token for all rows."""
         if isinstance(tokens, Tensor) and tokens.ndim == 1:
             tokens = tokens[:, None]
         end = self._length + (tokens.shape[1] if isinstance(tokens, Tensor) else 1)
@@ -64,12 +64,12 @@ class TokenBuffer:
         self._length = end
 
     def cut(self, length: int) -> "TokenBuffer":
-        """Return the first `length` columns, a view; padding is at most all of them."""
+        """Return the first `length` columns, a view."""
         padding = None if self.padding is None else self.padding.clamp(max=length)
         return TokenBuffer(self._buffer[:, :length], padding)
 
     def accept(self, rows: Sequence[Sequence[int]]) -> None:
-        """Add to each row tokens of its own; where others get more, it moves to the right."""
+        """Append different numbers of tokens per row, shifting rows to stay aligned."""
         most = max(len(row) for row in rows)
         missing = [most - len(row) for row in rows]
         device = self._buffer.device
@@ -87,6 +87,6 @@ class TokenBuffer:
             self.padding = shift if self.padding is None else self.padding + shift
 
     def select(self, rows: Tensor) -> None:
-        """Keep the given rows (N,), in that order, each as often as it is named."""
+        """Keep the rows (N,), in that order; rows may repeat."""
         self._buffer = self._buffer[rows]
         self.padding = None if self.padding is None else self.padding[rows]

@@ -1,4 +1,4 @@
-"""How likely each token was that a generation chose."""
+"""Scores of generated tokens."""
 
 import torch
 from torch import Tensor
@@ -13,7 +13,7 @@ def transition_scores(
     *,
     normalize: bool = False,
 ) -> Tensor:
-    """Return the score of each token that was generated, (B, new).
+    """Return the score of each generated token, (B, new).
 
     Args:
         sequences: (B, T + new) ids.

@@ -1,4 +1,4 @@
-"""How a text is marked: options alone, so that a config needs no torch."""
+"""The options of watermarking, without torch."""
 
 from dataclasses import asdict, dataclass
 from typing import Annotated, Any, Self
@@ -21,7 +21,7 @@ _RULES: dict[str, Any] = {
 
 @dataclass(kw_only=True)
 class WatermarkingConfig:
-    """Marks a text by favouring tokens that a hash of the text chooses (arXiv:2306.04634).
+    """Watermarks text by favouring tokens chosen by a hash (arXiv:2306.04634).
 
     Attributes:
         greenlist_ratio: the share of the vocabulary that is favoured at each step.

@@ -1,4 +1,4 @@
-"""Modules that adapters change, as what stands around them sees them.
+"""Modules whose forward an adapter has replaced.
 
 An adapter puts a forward of its own in the place of a module's, so that all that runs modules
 uncalled leaves the module alone (`quintet.layers.plain`). What it cannot see from there, the rows
@@ -18,11 +18,11 @@ from quintet.layers.plain import called_only
 
 
 class AdaptedForward(ABC):
-    """A forward put in the place of a module's own."""
+    """A forward that replaces a module's own."""
 
     @abstractmethod
     def matrix(self) -> Tensor | None:
-        """Return the matrix (O, I) that inputs are multiplied with in all; None if that is not all.
+        """Return the merged matrix (O, I), or None if the change is more than a matrix.
 
         It is in the dtype of the module's own, and no gradient passes it.
         """
@@ -30,7 +30,7 @@ class AdaptedForward(ABC):
 
 @dataclass(frozen=True, slots=True)
 class Place:
-    """Where a forward is.
+    """The adapter of each row, and the layer a forward is in.
 
     Attributes:
         layer: the number of the layer; None outside of them.
@@ -48,7 +48,7 @@ class Place:
     copied: bool = False
 
     def for_rows(self, B: int) -> "Place | None":
-        """Return the same for B rows, or None if there are not as many."""
+        """Return the place for B rows, or None if the number of rows differs."""
         assert self.rows is not None
         copies, rest = divmod(B, len(self.rows))
         if rest or (copies != 1 and not self.copied):
@@ -56,7 +56,7 @@ class Place:
         return replace(self, rows=self.rows.repeat_interleave(copies)) if copies > 1 else self
 
     def of(self, shape: Sequence[int], device: torch.device) -> Tensor:
-        """Return the number of the adapter of each vector of a tensor (*shape, C)."""
+        """Return the adapter's number for each vector of a tensor (*shape, C)."""
         assert self.rows is not None
         tokens = self.tokens
         if tokens is not None and tokens.numel() == torch.Size(shape).numel():
@@ -67,21 +67,21 @@ class Place:
 
 @dataclass(slots=True, eq=False)
 class Places:
-    """Where each thread's forward of a model is, while it matters."""
+    """The place of each thread's forward through a model."""
 
     now: dict[int, Place] = field(default_factory=dict)
 
     def here(self) -> Place | None:
-        """Return the place of this thread's forward, None where nobody said."""
+        """Return the place of this thread's forward, or None."""
         return self.now.get(get_ident()) if self.now else None
 
     def refine(self, place: Place) -> None:
-        """Say more of where the forward of this thread is, until it leaves there."""
+        """Narrow the place of this thread's forward until the surrounding `at` ends."""
         self.now[get_ident()] = place
 
     @contextmanager
     def at(self, place: Place) -> Iterator[None]:
-        """Say where the forward of this thread is."""
+        """Set the place of this thread's forward inside the context."""
         thread = get_ident()
         before = self.now.get(thread)
         self.now[thread] = place
@@ -102,17 +102,17 @@ class Places:
 
 @dataclass(frozen=True, slots=True)
 class Placing:
-    """A place, and where to say it."""
+    """A place, and where to set it."""
 
     places: Places
     place: Place
 
     def at_layer(self, layer: int) -> "Placing":
-        """Return the same within a layer."""
+        """Return it for one layer."""
         return Placing(self.places, replace(self.place, layer=layer))
 
     def of_rows(self, rows: slice | None) -> "Placing":
-        """Return the same for a part of the rows, whose tokens lie otherwise."""
+        """Return it for part of the rows."""
         own = self.place.rows
         if own is None:
             return self
@@ -121,12 +121,12 @@ class Placing:
 
 
 def placed(placing: Placing | None) -> AbstractContextManager[None]:
-    """Say where the forward of this thread is, if that matters."""
+    """Set the place of this thread's forward inside the context, if there is one."""
     return nullcontext() if placing is None else placing.places.at(placing.place)
 
 
 def matrix_in_use(module: nn.Module) -> Tensor | None:
-    """Return the matrix of a map that adapters change; None of one that has to be called."""
+    """Return the merged matrix of an adapted map, or None if it must be called."""
     forward = vars(module).get("forward")
     if not isinstance(forward, AdaptedForward) or called_only(module):
         return None

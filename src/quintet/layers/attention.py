@@ -43,7 +43,7 @@ class Attention(StackPart):
     def forward(
         self, hidden_states: Tensor, context: ForwardContext
     ) -> tuple[Tensor, Tensor | None]:
-        """Map (B, T, C) to (B, T, C), and the weights (B, H, T, S) where the backend has them."""
+        """Map (B, T, C) to (B, T, C), and return the weights (B, H, T, S) or None."""
         q, k, v = project(hidden_states, self.q_proj, self.k_proj, self.v_proj)
         q = self._heads(q)  # (B, H, T, D)
         k, v = self._heads(k), self._heads(v)  # (B, K, T, D)
@@ -55,7 +55,7 @@ class Attention(StackPart):
         return self.o_proj(out.transpose(1, 2).flatten(2)), weights
 
     def sharding(self) -> Sharding:
-        """Give each process some heads."""
+        """Split the heads over processes."""
         D = self.head_dim
         H, K = self.q_proj.out_features // D, self.k_proj.out_features // D
         heads, kv_heads = (
@@ -69,7 +69,7 @@ class Attention(StackPart):
         )
 
     def part(self, norm: parts.Norm) -> parts.Part | None:
-        """Return the maps and their use, or None if weights may be dropped."""
+        """Describe the projections to the fused CPU step, or return None under dropout."""
         maps = self.q_proj, self.k_proj, self.v_proj, self.o_proj
         held = matrices(*maps, summed=self.o_proj)
         if held is None or (self.training and self.attention_dropout):
@@ -78,11 +78,11 @@ class Attention(StackPart):
         return parts.Attention(norm, (q, k, v), held[3], self.head_dim, self.window, self.scaling)
 
     def makes(self) -> nn.Module:
-        """Return the map behind the heads."""
+        """Return the output projection."""
         return self.o_proj
 
     def kept(self, context: ForwardContext) -> tuple[Tensor, ...] | None:
-        """Return the keys and values of this layer, with room for the forward's."""
+        """Return this layer's key and value buffers, with space for the new tokens."""
         return (
             None if context.cache is None else context.cache.buffers(self.layer_idx, context.whole)
         )

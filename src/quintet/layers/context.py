@@ -1,4 +1,4 @@
-"""What all layers of one forward share."""
+"""The context that all layers of one forward share."""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -17,7 +17,7 @@ from quintet.triton.texts import Texts
 
 
 class Notes:
-    """What layers tell, in their order, beside the hidden states they return.
+    """Collects what layers return besides hidden states, in their order.
 
     Layers return hidden states alone, as those of Transformers do, so that whoever hooks them
     meets the same here.
@@ -34,31 +34,31 @@ class Notes:
         self.choices: Choices | None = None
 
     def note_weights(self, weights: Tensor | None) -> None:
-        """Take a layer's weights, if somebody asked."""
+        """Append a layer's attention weights, if requested."""
         if self.weights is not None and weights is not None:
             self.weights.append(weights)
 
     def note_routing(self, logits: Tensor) -> None:
-        """Take what a layer's router made, if somebody asked."""
+        """Append a layer's router logits, if requested."""
         if self.router_logits is not None:
             self.router_logits.append(logits)
 
     def extend(self, others: "Notes") -> None:
-        """Take what was noted elsewhere."""
+        """Append the notes of another."""
         for weights in others.weights or ():
             self.note_weights(weights)
         for logits in others.router_logits or ():
             self.note_routing(logits)
 
     def like(self) -> "Notes":
-        """Return empty notes of what is asked for here."""
+        """Return empty notes that collect the same."""
         weighs, routes = self.weights is not None, self.router_logits is not None
         return Notes(weights=weighs, router_logits=routes)
 
 
 @dataclass(frozen=True, slots=True)
 class ForwardContext:
-    """One forward's positions, masks and cache, worked out once for all layers.
+    """Positions, masks and cache of one forward, computed once for all layers.
 
     Its tokens are one rectangle (B, T) of rows, or N of rows with unequally many. Then hidden
     states are (1, N, C), and what mixes tokens does so segment by segment.
@@ -96,11 +96,11 @@ class ForwardContext:
 
     @property
     def rectangular(self) -> bool:
-        """Whether the tokens are one rectangle, with as many of each row."""
+        """Whether every row has the same number of tokens, so that they form one rectangle."""
         return self.segments[0].tokens is None
 
     def text_lengths(self) -> list[int] | None:
-        """Return how many tokens each text has, in their order; None where padding is behind."""
+        """Return the number of tokens of each text in order, or None if there is padding."""
         if any(one.counts is not None for one in self.segments):
             return None
         lengths = []
@@ -110,7 +110,7 @@ class ForwardContext:
         return lengths
 
     def separate_texts(self, window: int | None, dropout: float) -> list[int] | None:
-        """Return the lengths of several texts in a row that fused attention can take at once.
+        """Return the lengths of the packed texts if fused attention takes them in one call.
 
         None for anything else: a cache, a mask, a window less than a text, dropout, adapters that
         go by rows.
@@ -135,7 +135,7 @@ class ForwardContext:
         scale: float,
         dropout: float,
     ) -> tuple[Tensor, Tensor | None]:
-        """Attend from q (B, H, T, D) to k and v (B, K, T, D), and to those in the cache before."""
+        """Attend from q (B, H, T, D) to k and v (B, K, T, D) and to the cache."""
         texts = self.separate_texts(window, dropout)
         if texts is not None and attends_learning(q, k, v):
             return attend_learning(q, k, v, scale, texts), None
@@ -157,7 +157,7 @@ class ForwardContext:
         *,
         window: int | None,
     ) -> tuple[Tensor, Tensor | None]:
-        """Attend within each row, to what a layer's cache holds of it with these keys stored.
+        """Store the new keys and values, and attend segment by segment.
 
         Shapes: (B, H, T, ...), all given; returns (B, H, T, D) and weights (B, H, T, S), or
         of n rows with unequally many tokens (n, H, T, S), the longest one's.
@@ -182,21 +182,21 @@ class ForwardContext:
         return self.joined(outs).transpose(1, 2), self._stacked(weights) if weights else None
 
     def split(self, x: Tensor) -> list[Tensor]:
-        """Cut (B, T, ...) into one tensor (b, t, ...) a segment."""
+        """Split (B, T, ...) into one tensor (b, t, ...) per segment."""
         if self.rectangular:
             return [x]
         flat = x.flatten(0, 1)
         return [torch.unflatten(flat[one.tokens], 0, (-1, one.length)) for one in self.segments]
 
     def joined(self, pieces: Sequence[Tensor]) -> Tensor:
-        """Join one tensor (b, t, ...) a segment to (B, T, ...)."""
+        """Join one tensor (b, t, ...) per segment into (B, T, ...)."""
         if self.rectangular:
             return pieces[0]
         flat = torch.cat([piece.flatten(0, 1) for piece in pieces])
         return torch.unflatten(flat, 0, self.embeds.shape[:2])
 
     def padded(self, pieces: Sequence[Tensor]) -> Tensor:
-        """Pad one tensor (b, t, ...) a segment to rows of one length, (n, T, ...).
+        """Pad one tensor (b, t, ...) per segment to (n, T, ...).
 
         What is behind a row's end is meaningless but finite.
         """
@@ -213,7 +213,7 @@ class ForwardContext:
         return [piece.transpose(1, 2) for piece in self.split(x.transpose(1, 2))]
 
     def _stored(self, keys: Tensor, values: Tensor, layer_idx: int) -> list[tuple[Tensor, Tensor]]:
-        """Store (B, K, T, D) of all segments, and return what each has to attend to."""
+        """Store (B, K, T, D) of all segments, and return the keys and values each attends to."""
         own = list(zip(self._split(keys), self._split(values), strict=True))
         if self.cache is None:
             return own
@@ -227,7 +227,7 @@ class ForwardContext:
         return [pair if segment.start == 0 else _reached(held, segment) for pair, segment in pairs]
 
     def _stacked(self, weights: Sequence[Tensor]) -> Tensor:
-        """Return weights (b, H, t, s) of segments as (n, H, T, S), zeros where there are none."""
+        """Pad weights (b, H, t, s) per segment with zeros and stack them to (n, H, T, S)."""
         T, S = (max(x.shape[axis] for x in weights) for axis in (2, 3))
         empty = weights[0].new_zeros(1, weights[0].shape[1], T, S)
         stacked, row = [], 0

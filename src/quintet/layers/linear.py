@@ -1,4 +1,4 @@
-"""Linear maps: one at a time, or several of the same input in one pass."""
+"""Linear maps: one at a time, or several on the same input in one pass."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
@@ -12,7 +12,7 @@ from quintet.ops.linear import linear, linears
 
 
 class LinearMap(PlainModule, ABC):
-    """A linear map that can share a pass over an input with others of its class.
+    """A linear map that can be applied together with others of its class.
 
     Each way to hold a matrix (plain, int8, int4, ...) is a class of its own, and `project` goes by
     the class.
@@ -24,7 +24,7 @@ class LinearMap(PlainModule, ABC):
         """Apply each of `maps` to x (..., I)."""
 
     def matrix(self) -> Matrix | None:
-        """Return the map's operands for a kernel, or None if none reads them."""
+        """Return the operands for a kernel, or None if no kernel reads them."""
         return None
 
 
@@ -46,7 +46,7 @@ class Linear(nn.Linear, LinearMap):
 
 
 def project(x: Tensor, *maps: nn.Module) -> tuple[Tensor, ...]:
-    """Apply several maps to the same x (..., I), in one pass if they are of one class.
+    """Apply several maps to the same x (..., I), in one pass if they share a class.
 
     Maps that somebody wrapped or hooked, as adapters and profilers do, are called as usual.
     """
@@ -55,7 +55,7 @@ def project(x: Tensor, *maps: nn.Module) -> tuple[Tensor, ...]:
 
 
 def matrices(*maps: nn.Module, summed: nn.Module | None = None) -> list[Matrix] | None:
-    """Return the operands of maps of one class, or None if one has to be called.
+    """Return the operands of maps of one class, or None if one must be called.
 
     Args:
         summed: one of them, whose caller looks for sums over processes behind it himself.

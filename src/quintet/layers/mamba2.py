@@ -26,7 +26,7 @@ _Made = tuple[Tensor, Sequence[Tensor], Sequence[Tensor]]
 
 
 class GatedRMSNorm(PlainModule):
-    """RMS normalisation of x · silu(z), each of the groups by itself, in float32."""
+    """RMS normalisation of x · silu(z) per group, in float32."""
 
     def __init__(self, hidden_size: int, num_groups: int, eps: float = 1e-5) -> None:
         super().__init__()
@@ -35,7 +35,7 @@ class GatedRMSNorm(PlainModule):
         self.variance_epsilon = eps
 
     def forward(self, x: Tensor, z: Tensor) -> Tensor:
-        """Return the dtype of the gate `z`."""
+        """Normalise x · silu(z); the result has the dtype of `z`."""
         num_groups = self.weight.shape[0] // self.group_size
         return gated_rms_norm(x, z, self.weight, num_groups, self.variance_epsilon)
 
@@ -44,7 +44,7 @@ class CausalConv1d(nn.Conv1d, PlainModule):
     """A depthwise convolution over the tokens; (B, C, W - 1 + T) -> (B, C, T)."""
 
     def forward(self, input: Tensor) -> Tensor:
-        """Map each token and the W - 1 before it to one."""
+        """Convolve (B, C, W - 1 + T) to (B, C, T)."""
         return causal_conv(input.mT, self.weight.squeeze(1), self.bias).mT
 
 
@@ -96,7 +96,7 @@ class Mamba2(StackPart):
 
     @property
     def in_sizes(self) -> list[int]:
-        """How the input is projected: H·P for the gate, for x, b and c together, and H steps."""
+        """Widths of the input projection: H·P for the gate, x|b|c together, H step sizes."""
         H, conv = self.D.shape[0], self.conv1d.weight.shape[0]
         return [H * self.head_dim, conv, H]
 
@@ -107,7 +107,7 @@ class Mamba2(StackPart):
         return (conv - inner) // (2 * self.state_size)
 
     def sharding(self) -> Sharding:
-        """Give each process some heads, and the groups they belong to."""
+        """Split the heads and their groups over processes."""
         H, P, N = self.D.shape[0], self.head_dim, self.state_size
         inner = Section(H, P, "n_mamba_heads")
         steps = Section(H, 1, "n_mamba_heads")
@@ -145,21 +145,21 @@ class Mamba2(StackPart):
 
     @torch.no_grad()
     def fill_scalars(self) -> None:
-        """Let heads decay at as many paces as there are, and pass all of their input."""
+        """Set the decay of head h to h, and let all heads pass their whole input."""
         self.A_log.copy_(torch.arange(1, len(self.A_log) + 1, device="cpu", dtype=torch.long).log())
         self.D.fill_(1)
         self.dt_bias.fill_(1)
 
     @torch.no_grad()
     def draw_step_sizes(self, least: float, most: float, floor: float) -> None:
-        """Draw the heads' step sizes log-uniformly between two, and not below `floor`."""
+        """Draw step sizes log-uniformly between two values, at least `floor`."""
         dt = torch.empty_like(self.dt_bias).uniform_(math.log(least), math.log(most)).exp()
         dt = dt.clamp(min=floor)
         # The inverse of softplus.
         self.dt_bias.copy_(dt + (-torch.expm1(-dt)).log())
 
     def forward(self, hidden_states: Tensor, context: ForwardContext) -> Tensor:
-        """Map (B, T, C) to (B, T, C), continuing from the cache's state of this layer."""
+        """Map (B, T, C) to (B, T, C), continuing from the state in the cache."""
         projected = self.in_proj(hidden_states)
         raw = torch.split(projected, self.in_sizes, dim=-1)[1]
         slot = None if context.cache is None else context.cache.recurrent(self.layer_idx, raw)
@@ -245,7 +245,7 @@ class Mamba2(StackPart):
         return out, [m.convolved for m in mixes], [m.dt for m in mixes]
 
     def part(self, norm: parts.Norm) -> parts.Part | None:
-        """Return maps, taps and scalars."""
+        """Describe projections, convolution and scalars to the fused CPU step."""
         held = matrices(self.in_proj, self.out_proj)
         if held is None or self._calls() is not None:
             return None
@@ -263,7 +263,7 @@ class Mamba2(StackPart):
         )
 
     def kept(self, context: ForwardContext) -> tuple[Tensor, ...] | None:
-        """Return window, state and where tokens are recorded if they are; None while empty."""
+        """Return window, state and recording memory of this layer, or None while empty."""
         slot = None if context.cache is None else context.cache.recurrent(self.layer_idx)
         buffers = None if slot is None else slot.buffers()
         if slot is None or buffers is None or not slot.remembers:
@@ -271,7 +271,7 @@ class Mamba2(StackPart):
         return (*buffers, slot.record(self._weights()))
 
     def _calls(self) -> Calls | None:
-        """Return the modules that have to be called, or None if weights are all they are."""
+        """Return the modules that must be called, or None if reading their weights is enough."""
         conv, norm = untouched(self.conv1d, CausalConv1d), untouched(self.norm, GatedRMSNorm)
         if conv is not None and norm is not None:
             return None

@@ -17,15 +17,15 @@ from quintet.sharding import WHOLE, Section, Sharding, columns, rows
 
 
 class Latents(PlainModule):
-    """What all heads read of a token: the seam between what is one and what is by heads."""
+    """Passes on what all heads share: the point where tensors split into heads."""
 
     def forward(self, c_kv: Tensor, k_pe: Tensor) -> tuple[Tensor, Tensor]:
-        """Return the latent (B, 1, T, R) and the rotated key (B, 1, T, Dr) as they are."""
+        """Return the latent (B, 1, T, R) and the rotated key (B, 1, T, Dr) unchanged."""
         return c_kv, k_pe
 
 
 class LatentAttention(StackPart):
-    """Attention whose keys and values are made of one latent a token (arXiv:2405.04434, §2.1).
+    """Attention with keys and values from one latent per token (arXiv:2405.04434, §2.1).
 
     A cache holds the normalised latent c_kv and the rotated key k_pe that all heads share,
     R + Dr numbers a token.
@@ -82,7 +82,7 @@ class LatentAttention(StackPart):
     def forward(
         self, hidden_states: Tensor, context: ForwardContext
     ) -> tuple[Tensor, Tensor | None]:
-        """Map (B, T, C) to (B, T, C), and the weights (B, H, T, S) where the backend has them."""
+        """Map (B, T, C) to (B, T, C), and return the weights (B, H, T, S) or None."""
         B, T, _ = hidden_states.shape
         Dn, R = self.qk_nope_head_dim, self.kv_lora_rank
         q, latent = self._queries_and_latents(hidden_states)
@@ -97,7 +97,7 @@ class LatentAttention(StackPart):
         return self.o_proj(out.transpose(1, 2).flatten(2)), weights
 
     def sharding(self) -> Sharding:
-        """Give each process some heads, and all that is before them."""
+        """Split the heads over processes; the maps before them are whole everywhere."""
         Dn, Dr, Dv = self.qk_nope_head_dim, self.qk_rope_head_dim, self.v_head_dim
         H, key = self.o_proj.in_features // Dv, "num_attention_heads"
         queries = "q_proj" if self.q_lora_rank is None else "q_b_proj"
@@ -118,7 +118,7 @@ class LatentAttention(StackPart):
         )
 
     def part(self, norm: parts.Norm) -> parts.Part | None:
-        """Return the maps and how they are used; None where weights may be dropped."""
+        """Describe the projections to the fused CPU step, or return None under dropout."""
         kv_norm = norm_of(self.kv_a_layernorm)
         w_kv = self._w_kv()
         if w_kv is None or kv_norm is None or hooked(self.latents):
@@ -147,17 +147,17 @@ class LatentAttention(StackPart):
         )
 
     def makes(self) -> nn.Module:
-        """Return the map behind the heads."""
+        """Return the output projection."""
         return self.o_proj
 
     def kept(self, context: ForwardContext) -> tuple[Tensor, ...] | None:
-        """Return the latents and keys of this layer, with room for the forward's."""
+        """Return this layer's latent and key buffers, with space for the new tokens."""
         if context.cache is None:
             return None
         return context.cache.buffers(self.layer_idx, context.whole)
 
     def _w_kv(self) -> Tensor | None:
-        """Return (H, Dn + Dv, R), a head's rows for keys first; None where the map is more."""
+        """Return kv_b_proj as (H, Dn + Dv, R), keys first, or None if it is more than a matrix."""
         plain = untouched(self.kv_b_proj, Linear)
         if plain is None or plain.matrix().bias is not None:
             return None

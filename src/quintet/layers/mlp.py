@@ -40,7 +40,7 @@ class GatedMLP(StackPart):
         return self.down_proj(gate_by(self.act_fn, gate, up))  # type: ignore[no-any-return]
 
     def sharding(self, key: str = "intermediate_size") -> Sharding:
-        """Give each process some of the inner channels: its output is a part of a sum."""
+        """Split the inner channels over processes; the output is a partial sum."""
         inner = Section(self.gate_proj.out_features, 1, key)
         return Sharding(
             {
@@ -55,13 +55,13 @@ class GatedMLP(StackPart):
         )
 
     def part(self, norm: parts.Norm) -> parts.Part | None:
-        """Return the maps; None with another activation than SiLU."""
+        """Describe the maps to the fused CPU step; None unless the activation is SiLU."""
         held = _silu_matrices(self)
         return None if held is None else parts.MLP(norm, *held)
 
 
 def silu_matrices(mlp: nn.Module) -> tuple[Matrix, Matrix, Matrix] | None:
-    """Return gate, up and down of a gated MLP with SiLU; None of one that has to be called."""
+    """Return gate, up and down of a SiLU MLP, or None if it must be called."""
     plain = untouched(mlp, GatedMLP)
     return None if plain is None else _silu_matrices(plain)
 

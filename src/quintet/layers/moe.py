@@ -17,18 +17,18 @@ from quintet.sharding import Cut, Section, Sharding, stacked
 
 
 class ExpertStack(PlainModule, ABC):
-    """E gated MLPs on top of each other, each way to hold matrices a class of its own."""
+    """E gated MLPs in stacked parameters; each storage format is a subclass."""
 
     num_experts: int
     act_fn: Activation
 
     @abstractmethod
     def map(self, name: str, expert: int, x: Tensor) -> Tensor:
-        """Apply an expert's matrix of the stack `name`, gate_up_proj or down_proj, to (n, I)."""
+        """Apply one expert's matrix of the stack `name`, gate_up_proj or down_proj, to (n, I)."""
 
     @abstractmethod
     def stacks(self) -> tuple[Matrix, Matrix, Matrix] | None:
-        """Return gate and up (E, F, C), and down (E, C, F), for kernels; None if they cannot."""
+        """Return gate and up (E, F, C) and down (E, C, F) for kernels, or None."""
 
 
 class Experts(ExpertStack):
@@ -46,11 +46,11 @@ class Experts(ExpertStack):
         self.act_fn = activation(act)
 
     def forward(self, x: Tensor, indices: Tensor, weights: Tensor) -> Tensor:
-        """Map tokens (N, C) through the experts `indices` (N, A), summed by `weights` (N, A)."""
+        """Map tokens (N, C) through experts `indices` (N, A), summed with `weights` (N, A)."""
         return apply_experts(x, indices, weights, self.gate_up_proj, self.down_proj, self.act_fn)
 
     def sharding(self) -> Sharding:
-        """Give each process some experts, or some inner channels of each, or of some."""
+        """Split experts, or the inner channels of each, over processes."""
         E, _, F = self.down_proj.shape
         experts, inner = Section(E, 1, "num_experts"), Section(F, 1, "moe_intermediate_size")
         return Sharding(
@@ -61,7 +61,7 @@ class Experts(ExpertStack):
         )
 
     def map(self, name: str, expert: int, x: Tensor) -> Tensor:
-        """Apply an expert's matrix of the stack `name`, gate_up_proj or down_proj, to (n, I)."""
+        """Apply one expert's matrix of the stack `name`, gate_up_proj or down_proj, to (n, I)."""
         stack = self._parameters[name]
         assert stack is not None
         return F.linear(x, stack[expert])
@@ -78,12 +78,12 @@ class Experts(ExpertStack):
 
 
 class ExpertBlock(StackPart):
-    """Experts behind a router, whose logits they note."""
+    """Base of blocks with a router and experts."""
 
     gate: nn.Module
 
     def route(self, x: Tensor, notes: Notes | None) -> tuple[Tensor, Tensor, Tensor]:
-        """Return what the router makes of tokens (N, C); in a second run, what the first chose."""
+        """Route tokens (N, C); when a layer is recomputed, repeat the first run's choice."""
         choices = None if notes is None else notes.choices
         # What somebody put in its place need not know of choices.
         again = choices is not None and isinstance(self.gate, ExpertRouter)
@@ -92,7 +92,7 @@ class ExpertBlock(StackPart):
 
 
 def run_mlp(mlp: nn.Module, x: Tensor, notes: Notes, *, routed: bool) -> Tensor:
-    """Apply an MLP to x, or experts that note their router's logits."""
+    """Apply an MLP, or an expert block that notes its router logits, to x."""
     # What somebody put in their place need not know of notes that nobody asked for.
     again = notes.choices is not None and isinstance(mlp, ExpertBlock)
     noted = routed and (notes.router_logits is not None or again)
@@ -101,7 +101,7 @@ def run_mlp(mlp: nn.Module, x: Tensor, notes: Notes, *, routed: bool) -> Tensor:
 
 
 def silu_stacks(experts: nn.Module) -> tuple[Matrix, Matrix, Matrix] | None:
-    """Return gate, up and down of experts with SiLU; None of those that have to be called."""
+    """Return gate, up and down of SiLU experts, or None if they must be called."""
     # A subclass with another forward has to bring other stacks.
     if not isinstance(experts, ExpertStack) or "stacks" not in vars(type(experts)):
         return None

@@ -21,7 +21,7 @@ class RMSNorm(PlainModule):
         return rms_norm(hidden_states, self.weight, self.variance_epsilon)
 
     def sharding(self) -> Sharding:
-        """Cut nothing: what is normalised is all there."""
+        """Keep the weight whole: the normalised axis is never cut."""
         return Sharding({"weight": WHOLE})
 
     def extra_repr(self) -> str:

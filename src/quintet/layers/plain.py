@@ -1,4 +1,4 @@
-"""Modules that kernels may run uncalled, as long as nobody put anything in between."""
+"""Modules that kernels may bypass while nothing hooks or replaces their forward."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
@@ -15,7 +15,7 @@ WRITTEN_CALL = nn.Module._call_impl
 
 
 class PlainModule(nn.Module):
-    """A module of which somebody else knows what its forward does.
+    """A module whose forward a kernel may compute without calling it.
 
     Attributes:
         written_forward: the forward its class was written with, whatever it was replaced by since.
@@ -29,23 +29,23 @@ class PlainModule(nn.Module):
 
 
 class Idle:
-    """A hook that does nothing where no gradient is recorded."""
+    """A hook that does nothing unless gradients are recorded."""
 
     __slots__ = ()
 
 
 class Summing(ABC):
-    """A hook that adds up what a module makes over processes, and does nothing else."""
+    """A hook that only sums a module's output over processes."""
 
     __slots__ = ()
 
     @abstractmethod
     def shared_buffer(self) -> SharedBuffer | None:
-        """Return where they meet, for kernels that do the same; None where it is by messages."""
+        """Return the buffer kernels sum in, or None if processes exchange messages."""
 
 
 def hooked(module: nn.Module) -> bool:
-    """Tell whether calling the module may do more than the forward its class was written with.
+    """Return whether calling the module may do more than its class's own forward.
 
     That is so with a hook on it or on all modules, and where its forward or its call was replaced:
     its own, its class's, or that of all modules.
@@ -54,12 +54,12 @@ def hooked(module: nn.Module) -> bool:
 
 
 def called_only(module: nn.Module) -> bool:
-    """Tell the same but for a forward of the module's own, which says itself what it does."""
+    """Return the same, ignoring an `AdaptedForward` of the module."""
     return _acts(module) or module._compiled_call_impl is not None or replaced(module)
 
 
 def replaced(module: nn.Module) -> bool:
-    """Tell whether its class does not say what its call does, or no longer."""
+    """Return whether the class's call or forward was replaced."""
     kind = type(module)
     return bool(
         not issubclass(kind, PlainModule)
@@ -71,7 +71,7 @@ def replaced(module: nn.Module) -> bool:
 
 
 def sums_in(module: nn.Module) -> SharedBuffer | None:
-    """Return where processes add up what a module makes, of one that is hooked for that alone."""
+    """Return the buffer a module's output is summed in, if that is its only hook."""
     acting = [hook for hook in _hooks(module) if not isinstance(hook, Idle)]
     alone = len(acting) == 1 and acting[0] in module._forward_hooks.values()
     if not alone or torch.is_grad_enabled() or "forward" in vars(module) or replaced(module):
@@ -90,7 +90,7 @@ def _hooks(module: nn.Module) -> list[object]:
 
 
 def _acts(module: nn.Module) -> bool:
-    """Tell whether a hook of a module does anything now."""
+    """Return whether any of the module's hooks acts now."""
     if not (
         module._forward_hooks
         or module._forward_pre_hooks
@@ -102,11 +102,7 @@ def _acts(module: nn.Module) -> bool:
 
 
 def in_between(model: nn.Module) -> tuple[object, ...]:
-    """Return what stands between a model's modules, and is not looked at again once compiled.
-
-    These are hooks, by their numbers, of which none is given twice, and replaced forwards of
-    classes.
-    """
+    """Return all hooks (by id) and replaced forwards of a model, to see whether they changed."""
     modules = list(model.modules())
     on_each = [held for m in modules for held in (m._forward_hooks, m._forward_pre_hooks)]
     on_all = hooks._global_forward_hooks, hooks._global_forward_pre_hooks
@@ -116,5 +112,5 @@ def in_between(model: nn.Module) -> tuple[object, ...]:
 
 
 def untouched(module: nn.Module | None, kind: type[Module]) -> Module | None:
-    """Return a module that is of a class, not one derived from it, and nothing more; else None."""
+    """Return the module if its class is exactly this one and nothing hooks it, else None."""
     return module if type(module) is kind and not hooked(module) else None

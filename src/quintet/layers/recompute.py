@@ -1,4 +1,4 @@
-"""Running a layer again in the backward pass, in place of keeping what that needs."""
+"""Activation checkpointing: run a layer again in the backward pass."""
 
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
@@ -22,7 +22,7 @@ BOTH_WAYS = OPTIONS[:2]
 
 @dataclass(frozen=True)
 class Recompute:
-    """How layers are recomputed.
+    """The settings of activation checkpointing.
 
     Attributes:
         options: of `torch.utils.checkpoint.checkpoint`.
@@ -60,11 +60,11 @@ class Recompute:
 
     @property
     def reentrant(self) -> bool:
-        """Whether the backward pass runs a graph of its own for each layer."""
+        """Whether `torch.utils.checkpoint` runs in its reentrant form."""
         return self.options.get("use_reentrant", False)  # type: ignore[no-any-return]
 
     def of(self, index: int) -> "Recompute | None":
-        """Return this for a layer that is recomputed, None for one that is not."""
+        """Return the settings for a layer, or None if it is not recomputed."""
         return self if index % self.every_n_layers == 0 else None
 
     def run(

@@ -1,4 +1,4 @@
-"""The rotary embedding of a model: frequencies made once, angles for each forward."""
+"""Rotary embedding: frequencies computed once, angles per forward."""
 
 from collections.abc import Callable
 from typing import Self
@@ -16,7 +16,7 @@ FEW = 32
 
 
 class RotaryEmbedding(PlainModule):
-    """Cos and sin of the angles of positions, (B, T) -> two of (B, T, D)."""
+    """Cosine and sine of the rotary angles, from (B, T) to two of (B, T, D)."""
 
     inv_freq: Tensor
     # A step of decoding takes as many small operations for its angles as for its attention, so
@@ -34,7 +34,7 @@ class RotaryEmbedding(PlainModule):
         return rotary_angles(position_ids, self.inv_freq, self.rope)
 
     def following(self, start: int, T: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        """Return cos and sin of the T positions from `start` on, (1, T, D), in a dtype."""
+        """Return cos and sin of T positions from `start` on, (1, T, D), in a dtype."""
         end = start + T
         if not self._may_keep() or T > FEW or self.rope.rope_type == "dynamic":
             cos, sin = self(self._places(start, end))

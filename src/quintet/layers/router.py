@@ -1,4 +1,4 @@
-"""What every router is: affinities of experts, a choice, and the weights of those chosen."""
+"""Base of the routers: scores of experts, a choice, and the weights of the chosen."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable
@@ -10,7 +10,7 @@ from quintet.sharding import WHOLE, Sharding
 
 
 class Choices:
-    """What was chosen in the first run of a layer, for those that recompute it.
+    """The experts chosen in a layer's first run, for its recomputation.
 
     A second run may see other numbers than the first: a bias moved in between, or other kernels
     rounded otherwise. Chosen anew, tokens would go to other experts than those whose results the
@@ -22,19 +22,19 @@ class Choices:
         self._place = 0
 
     def settled(self, choose: Callable[[], Tensor]) -> Tensor:
-        """Return the next choice of the first run, or choose if this is the first."""
+        """Return the next recorded choice, or choose and record in the first run."""
         if self._place == len(self._made):
             self._made.append(choose())
         self._place += 1
         return self._made[self._place - 1]
 
     def again(self) -> "Choices":
-        """Return the same for one more run, from its beginning."""
+        """Return the recorded choices from the beginning, for one more run."""
         return Choices(self._made)
 
 
 class ExpertRouter(PlainModule, ABC):
-    """Scores of E experts for each token, and the A that it is sent to.
+    """Scores E experts for each token and chooses A of them.
 
     Attributes:
         num_experts: E; known also where the weight is in another process.
@@ -44,7 +44,7 @@ class ExpertRouter(PlainModule, ABC):
     weight: nn.Parameter
 
     def forward(self, x: Tensor, choices: Choices | None = None) -> tuple[Tensor, Tensor, Tensor]:
-        """Return the logits (N, E) of tokens (N, C), the weights (N, A), and whose these are."""
+        """Return logits (N, E), weights (N, A) and expert indices (N, A) of tokens (N, C)."""
         logits = self.score(x)
         if choices is None:
             indices, weights = self.choose(logits)
@@ -54,13 +54,13 @@ class ExpertRouter(PlainModule, ABC):
         return logits, self.weigh(scores, indices).to(logits.dtype), indices
 
     def sharding(self) -> Sharding:
-        """Cut nothing: each process chooses for all tokens, and all choose the same."""
+        """Keep the router whole: every process routes all tokens, and alike."""
         return Sharding(dict.fromkeys(self.state_dict(keep_vars=True), WHOLE))
 
     @property
     @abstractmethod
     def active(self) -> int:
-        """A, how many experts a token is sent to."""
+        """A, the number of experts per token."""
 
     @abstractmethod
     def score(self, x: Tensor) -> Tensor:

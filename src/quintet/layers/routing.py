@@ -1,4 +1,4 @@
-"""Mixtures of routed and shared experts, with the routers of DeepSeek."""
+"""Routed beside shared experts, with the routers of DeepSeek-V2 and V3."""
 
 from abc import abstractmethod
 from collections.abc import Callable
@@ -30,7 +30,7 @@ from quintet.sharding import Sharding
 
 
 class Router(ExpertRouter):
-    """The router of DeepSeek."""
+    """Base of DeepSeek's routers."""
 
     def __init__(self, hidden_size: int, num_experts: int, rules: RoutingRules) -> None:
         super().__init__()
@@ -40,7 +40,7 @@ class Router(ExpertRouter):
 
     @property
     def active(self) -> int:
-        """A, how many experts a token is sent to."""
+        """A, the number of experts per token."""
         return self.rules.active
 
     def score(self, x: Tensor) -> Tensor:
@@ -49,7 +49,7 @@ class Router(ExpertRouter):
 
     @abstractmethod
     def kernel_rules(self) -> tuple[Rules, Tensor | None]:
-        """Write the rules of `choose` for the kernel, and the bias (E,) that it adds."""
+        """Return the settings of `choose` for the kernel, and the bias (E,) it adds."""
 
 
 class SoftmaxRouter(Router):
@@ -72,7 +72,7 @@ class SoftmaxRouter(Router):
         return softmax_routing(logits, self.rules)
 
     def kernel_rules(self) -> tuple[Rules, None]:
-        """Write the rules of `choose` for the kernel."""
+        """Return the settings of `choose` for the kernel."""
         return softmax_rules(self.rules), None
 
 
@@ -103,7 +103,7 @@ class SigmoidRouter(Router):
         return sigmoid_routing(logits, self.e_score_correction_bias, self.rules)
 
     def kernel_rules(self) -> tuple[Rules, Tensor]:
-        """Write the rules of `choose` for the kernel, and the bias that balances load."""
+        """Return the settings of `choose` for the kernel, and the load-balancing bias (E,)."""
         return sigmoid_rules(self.rules), self.e_score_correction_bias
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
@@ -120,7 +120,7 @@ class SigmoidRouter(Router):
 
 
 class SharedExpertsMoE(ExpertBlock):
-    """Routed experts, and shared ones that every token goes through (arXiv:2401.06066, §3)."""
+    """Routed experts, plus shared experts for every token (arXiv:2401.06066, §3)."""
 
     def __init__(self, gate: Router, experts: Experts, shared_experts: GatedMLP | None) -> None:
         super().__init__()
@@ -141,7 +141,7 @@ class SharedExpertsMoE(ExpertBlock):
         return out
 
     def sharding(self) -> Sharding:
-        """Let what all experts make add up once, routed and shared."""
+        """Sum the output of routed and shared experts once."""
         if self.shared_experts is None:
             return Sharding(copies=("experts",), reduces=("",))
         shared = self.shared_experts.sharding("n_shared_experts · moe_intermediate_size")
@@ -149,7 +149,7 @@ class SharedExpertsMoE(ExpertBlock):
         return block | shared.below("shared_experts.")
 
     def part(self, norm: parts.Norm) -> parts.Part | None:
-        """Return router, experts and shared experts."""
+        """Describe router, routed and shared experts to the fused CPU step."""
         router = untouched(self.gate, SoftmaxRouter) or untouched(self.gate, SigmoidRouter)
         experts = silu_stacks(self.experts)
         shared = None if self.shared_experts is None else silu_matrices(self.shared_experts)

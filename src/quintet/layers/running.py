@@ -1,4 +1,4 @@
-"""One decoder layer, called: what it returns is checked, and recomputed where that is asked for."""
+"""Calls one decoder layer: recomputed if requested, its output checked."""
 
 from torch import Tensor, nn
 
@@ -15,7 +15,7 @@ def run_layer(
     recompute: Recompute | None = None,
     **more: Tensor,
 ) -> Tensor:
-    """Apply a layer to (B, T, C), and keep its notes.
+    """Apply a layer to (B, T, C), and collect its notes.
 
     Args:
         recompute: how to run it again in the backward pass, in place of keeping what that needs.

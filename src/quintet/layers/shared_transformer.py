@@ -1,4 +1,4 @@
-"""A transformer block that several layers share, each with small adapters of its own.
+"""A transformer block that several layers share, each with low-rank adapters of its own.
 
 It reads hidden states beside token embeddings, 2C wide, and has no residual connections
 (Zamba2, arXiv:2411.15242, §2). A `use` is a layer that uses the block.
@@ -22,14 +22,14 @@ from quintet.sharding import WHOLE, Section, Sharding, columns, rows
 
 
 class Adapter(nn.Sequential, PlainModule):
-    """A low-rank addition to a projection."""
+    """A low-rank addition to a linear map."""
 
     def __init__(self, in_size: int, rank: int, out_size: int) -> None:
         super().__init__(Linear(in_size, rank, bias=False), Linear(rank, out_size, bias=False))
 
 
 class Adapters(nn.ModuleDict):
-    """Low-rank additions to one shared projection, one for each use."""
+    """Low-rank additions to one shared map, one per use."""
 
     def __init__(self, uses: Sequence[int], in_size: int, rank: int, out_size: int) -> None:
         super().__init__()
@@ -37,7 +37,7 @@ class Adapters(nn.ModuleDict):
             self[str(use)] = Adapter(in_size, rank, out_size)
 
     def cut_like(self, *sections: Section) -> Sharding:
-        """Cut what is added as what it is added to; of the maps to ranks, all have all."""
+        """Cut the output maps like the map they add to; every process has the input maps."""
         first, second = ([f"{use}.{i}.weight" for use in self] for i in (0, 1))
         cuts = {**dict.fromkeys(first, WHOLE), **dict.fromkeys(second, rows(*sections))}
         # Their inputs passed f with those of the maps, so that each process finds what its own
@@ -48,7 +48,7 @@ class Adapters(nn.ModuleDict):
 def adapted(
     x: Tensor, maps: Sequence[nn.Module], adapters: Sequence[Adapters], use: int
 ) -> list[Tensor]:
-    """Return map(x) + adapter(x) of each map and its adapter, all that read x in one pass."""
+    """Return map(x) + adapter(x) of each map and adapter, in one pass over x."""
     pairs = _pairs(adapters, use)
     if pairs is None:
         added = [adapter[str(use)](x) for adapter in adapters]
@@ -62,7 +62,7 @@ def adapted(
 def adapted_matrices(
     maps: Sequence[nn.Module], adapters: Sequence[Adapters], use: int
 ) -> list[parts.Adapted] | None:
-    """Return the operands of each map and its adapter, or None if one has to be called."""
+    """Return the operands of each map and its adapter, or None if one must be called."""
     pairs = _pairs(adapters, use)
     held = None if pairs is None else matrices(*maps, *pairs[0], *pairs[1])
     if held is None:
@@ -74,7 +74,7 @@ def adapted_matrices(
 def _pairs(
     adapters: Sequence[Adapters], use: int
 ) -> tuple[list[nn.Module], list[nn.Module]] | None:
-    """Return the maps of a use, to the ranks and back, or None if an adapter is called."""
+    """Return the two low-rank maps of a use, or None if an adapter must be called."""
     plain = [untouched(adapter[str(use)], Adapter) for adapter in adapters]
     known = [adapter for adapter in plain if adapter is not None and len(adapter) == 2]
     if len(known) < len(plain):
@@ -83,7 +83,7 @@ def _pairs(
 
 
 class SharedAttention(PlainModule):
-    """Attention over hidden states beside embeddings, (B, T, 2C) -> (B, T, C).
+    """Attention over hidden states concatenated with embeddings, (B, T, 2C) -> (B, T, C).
 
     Args:
         adapter_rank: of the adapters of q, k and v; None for none.
@@ -122,7 +122,7 @@ class SharedAttention(PlainModule):
     def forward(
         self, hidden_states: Tensor, context: ForwardContext, *, layer_idx: int, use: int
     ) -> tuple[Tensor, Tensor | None]:
-        """Return also the weights (B, H, T, S), where the backend has them."""
+        """Return the output, and the weights (B, H, T, S) if the backend has them."""
         x, maps = hidden_states, (self.q_proj, self.k_proj, self.v_proj)
         if self.adapts:
             q, k, v = adapted(x, maps, self._adapters(), use)
@@ -138,7 +138,7 @@ class SharedAttention(PlainModule):
         return self.o_proj(out.transpose(1, 2).flatten(2)), weights
 
     def sharding(self) -> Sharding:
-        """Give each process some heads."""
+        """Split the heads over processes."""
         D = self.head_dim
         heads = Section(self.q_proj.out_features // D, D, "num_attention_heads")
         K = self.k_proj.out_features // D
@@ -154,7 +154,7 @@ class SharedAttention(PlainModule):
         return table
 
     def piece(self, norm: parts.Norm, *, layer_idx: int, use: int) -> Piece | None:
-        """Return a use of the attention behind a norm, or None if it has to be called."""
+        """Describe one use, behind a norm, to the fused CPU step; None if it must be called."""
         maps = (self.q_proj, self.k_proj, self.v_proj)
         o = matrices(self.o_proj)
         held: list[parts.Adapted] | None
@@ -193,7 +193,7 @@ class SharedAttention(PlainModule):
 
 
 class SharedMLP(PlainModule):
-    """down(act(gate(x)) · up(x)), with gate and up adapted to the use."""
+    """down(act(gate(x)) · up(x)), with adapters per use on gate and up."""
 
     def __init__(
         self,
@@ -220,7 +220,7 @@ class SharedMLP(PlainModule):
         return self.down_proj(gate_by(self.act_fn, gate, up))  # type: ignore[no-any-return]
 
     def sharding(self) -> Sharding:
-        """Give each process some of the inner channels, of the gate and of what it gates."""
+        """Split the inner channels over processes."""
         inner = Section(self.down_proj.in_features, 1, "intermediate_size")
         table = Sharding(
             {
@@ -237,7 +237,7 @@ class SharedMLP(PlainModule):
         return table | adapters.below("gate_up_proj_adapter_list.")
 
     def piece(self, norm: parts.Norm, linear: nn.Module, *, use: int) -> Piece | None:
-        """Return a use of the MLP behind a norm and before a map, or None if they are called."""
+        """Describe one use, between norm and projection; None if they must be called."""
         held = adapted_matrices((self.gate_up_proj,), (self.gate_up_proj_adapter_list,), use)
         maps = matrices(self.down_proj, linear)
         if held is None or maps is None or hooked(self) or self.act_fn is not F.gelu:
@@ -246,7 +246,7 @@ class SharedMLP(PlainModule):
 
 
 class SharedTransformer(PlainModule):
-    """Attention over hidden states beside embeddings, then the MLP, without residuals."""
+    """Attention over hidden states beside embeddings, then an MLP; no residuals."""
 
     def __init__(self, attention: SharedAttention, mlp: SharedMLP, C: int, eps: float) -> None:
         super().__init__()
@@ -258,7 +258,7 @@ class SharedTransformer(PlainModule):
     def forward(
         self, hidden_states: Tensor, context: ForwardContext, *, layer_idx: int, use: int
     ) -> Tensor:
-        """Map (B, T, C) to (B, T, C), and note the attention's weights."""
+        """Map (B, T, C) to (B, T, C), and note the attention weights."""
         beside = self.input_layernorm(torch.cat((hidden_states, context.embeds), dim=-1))
         attended, weights = self.self_attn(
             hidden_states=beside, context=context, layer_idx=layer_idx, use=use
@@ -268,7 +268,7 @@ class SharedTransformer(PlainModule):
         return output
 
     def pieces(self, linear: nn.Module, *, layer_idx: int, use: int) -> list[Piece] | None:
-        """Return a use of the block before a map, or None if they have to be called."""
+        """Describe one use before a projection, or return None if it must be called."""
         if untouched(self, SharedTransformer) is None:
             return None
         norms = (

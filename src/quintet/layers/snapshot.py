@@ -1,4 +1,4 @@
-"""Whether modules are what they were, told faster than what they hold could be asked for."""
+"""Detects cheaply whether modules, their weights or their hooks have changed."""
 
 import operator
 from collections.abc import Callable, Iterable, Iterator
@@ -13,7 +13,7 @@ look_up: Callable[[dict[str, Any], str], Any] = dict.get
 
 
 class Snapshot:
-    """What modules and all below them were when it was taken.
+    """The state of modules and everything below them at one moment.
 
     It tells of another module, parameter or buffer in a place, of other memory behind one, of
     hooks, of any attribute, and of another class or another forward in a class. What changes
@@ -54,7 +54,7 @@ class Snapshot:
         self._addresses = list(map(Tensor.data_ptr, self._tensors))
 
     def holds(self) -> bool:
-        """Tell whether all is as it was."""
+        """Return whether nothing has changed."""
         values = chain.from_iterable(map(dict.values, self._attributes))
         return (
             sum(map(len, self._hooks)) == len(self._hooked)
@@ -77,7 +77,7 @@ def _runs(kind: type[nn.Module]) -> bool:
 
 
 def _below(root: nn.Module) -> Iterator[nn.Module]:
-    """Yield a module and all in it, but for adapters: in use, they show in the module's forward."""
+    """Yield a module and all below it except adapters, which show in the module's forward."""
     yield root
     for name, child in root._modules.items():
         if child is not None and name != "adapters":

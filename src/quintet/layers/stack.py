@@ -1,4 +1,4 @@
-"""Decoder layers, as many as there are in a row, in one call where few tokens pass them."""
+"""The fused CPU step: consecutive decoder layers in one kernel call, for few tokens."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Sequence
@@ -23,7 +23,7 @@ from quintet.ops.attention import sdpa
 
 
 class Piece(NamedTuple):
-    """A part of a layer.
+    """One part of a layer, as the kernel is told of it.
 
     Attributes:
         part: what it holds.
@@ -37,26 +37,26 @@ class Piece(NamedTuple):
 
 
 class StackLayer(PlainModule, ABC):
-    """A layer that can say what it consists of to a kernel, which then runs it uncalled."""
+    """A decoder layer that can describe itself to the fused CPU step."""
 
     @abstractmethod
     def pieces(self) -> list[Piece] | None:
-        """Return the parts in the order of the forward; None where the layer has to be called."""
+        """Return the layer's parts in forward order, or None if it must be called."""
 
 
 class StackPart(PlainModule, ABC):
-    """A module of which x += module(norm(x)) can be a part."""
+    """A module that can stand in x += module(norm(x))."""
 
     @abstractmethod
     def part(self, norm: parts.Norm) -> parts.Part | None:
-        """Return what the module holds, behind a norm; None where it has to be called."""
+        """Describe the module behind a norm, or return None if it must be called."""
 
     def kept(self, context: ForwardContext) -> tuple[Tensor, ...] | None:
-        """Return what of a forward's cache the kernel is to change; None where it cannot."""
+        """Return the cache tensors the kernel updates, or None if it cannot."""
         return ()
 
     def makes(self) -> nn.Module:
-        """Return the module that makes what is added to x, itself or one in it.
+        """Return the module whose output is added to x: itself or a submodule.
 
         Behind it, what several processes make may add up; `part` need not look at that.
         """
@@ -66,7 +66,7 @@ class StackPart(PlainModule, ABC):
 def residuals(
     *pairs: tuple[nn.Module, nn.Module], of: parts.Source = parts.Source.HIDDEN
 ) -> list[Piece] | None:
-    """Return the parts of a layer that is some x += module(norm(x)), of (norm, module) each.
+    """Describe a layer that consists of x += module(norm(x)), given pairs (norm, module).
 
     Args:
         of: what is normalised in place of x.
@@ -88,14 +88,14 @@ def residuals(
 
 
 def norm_of(module: nn.Module, of: parts.Source = parts.Source.HIDDEN) -> parts.Norm | None:
-    """Return what a root-mean-square norm holds; None where it is something else, or hooked."""
+    """Describe an RMSNorm, or return None if it is another module or hooked."""
     plain = untouched(module, RMSNorm)
     return None if plain is None else parts.Norm(plain.weight, plain.variance_epsilon, of)
 
 
 @dataclass(frozen=True, slots=True)
 class LayerRun:
-    """Layers in a row, and what they hold, taken down to run them in one call.
+    """Consecutive layers, with their weights collected for one kernel call.
 
     Attributes:
         layers: what is called where they cannot be.
@@ -110,7 +110,7 @@ class LayerRun:
     normalises: bool = False
 
     def in_one_call(self, hidden: Tensor, context: ForwardContext) -> Tensor | None:
-        """Return what the layers make of (B, T, C); None where they have to be called."""
+        """Run the layers on (B, T, C) in one call, or return None if they must be called."""
         if self.stack is None:
             return None
         kept = []
@@ -143,7 +143,7 @@ class LayerRun:
 
 
 class Kept:
-    """Runs of all layers of a model, to be used again while nobody changes them."""
+    """The collected layers of a model, reused until something changes."""
 
     def __init__(self, runs: Sequence[LayerRun], final_norm: nn.Module) -> None:
         self.runs = tuple(runs)
@@ -158,7 +158,7 @@ class Kept:
         self._snapshot = Snapshot(chain.from_iterable(uncalled))
 
     def serves(self, layers: tuple[nn.Module, ...], final_norm: nn.Module) -> bool:
-        """Tell whether these are the layers, and nobody changed or hooked them since."""
+        """Return whether these are the same layers, unchanged and unhooked."""
         same = layers == self._layers and final_norm is self._final_norm
         return same and self._snapshot.holds()
 
@@ -168,7 +168,7 @@ class Kept:
 
 
 def fits(hidden: Tensor, context: ForwardContext) -> bool:
-    """Tell whether layers that can be are to be run in one call for tokens (B, T, C)."""
+    """Return whether a forward over (B, T, C) may use the fused step."""
     return (
         context.cache is not None
         and context.attend is sdpa
@@ -182,7 +182,7 @@ def fits(hidden: Tensor, context: ForwardContext) -> bool:
 def gather(
     layers: Iterable[nn.Module], final_norm: nn.Module, C: int, dtype: torch.dtype
 ) -> tuple[LayerRun, ...]:
-    """Take down what layers hold, as many in a row together as can be run in one call.
+    """Group consecutive layers that can run in one call, and collect their weights.
 
     They have to be called where a module is hooked or replaced by another.
     """
@@ -204,7 +204,7 @@ def gather(
 
 
 def _sequences(context: ForwardContext) -> tuple[list[int], list[int], list[int]]:
-    """Return the row, the first slot and the number of tokens of each sequence."""
+    """Return row, first slot and number of tokens of each sequence."""
     rows: list[int] = []
     starts: list[int] = []
     lengths: list[int] = []

@@ -1,1 +1,1 @@
-"""Models as modules with a config, their outputs, and the way to and from checkpoints."""
+"""Models as modules with a config: forward, outputs, loading and saving."""

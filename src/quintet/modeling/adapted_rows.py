@@ -1,4 +1,4 @@
-"""An adapter for each row of a batch, from the names that a forward is given to each token."""
+"""An adapter for each row of a batch: from the names given to a forward to one per token."""
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -15,7 +15,7 @@ from quintet.ops.ragged import Padding
 
 
 class AdaptedRows(ModelCore):
-    """What forwards ask of the adapters on a model.
+    """Lets forwards use a different adapter for each row.
 
     Attributes:
         adapters: those that are on it; None where none ever was.
@@ -39,7 +39,7 @@ class AdaptedRows(ModelCore):
     def each_row(
         self, adapter_names: Sequence[str | None], *, copied: bool = False
     ) -> Iterator[None]:
-        """Use an adapter for each row inside, in this thread; None, or "__base__", for none.
+        """Use an adapter per row inside, in this thread; None, or "__base__", for none.
 
         Args:
             adapter_names: a name for each row.
@@ -53,7 +53,7 @@ class AdaptedRows(ModelCore):
             yield
 
     def check_adapted_rows(self, rows: int) -> None:
-        """Check that there is an adapter for each row, where rows have their own.
+        """Check that there is one adapter per row, if rows have their own.
 
         Raises:
             InputError: there are more, or fewer.
@@ -63,12 +63,12 @@ class AdaptedRows(ModelCore):
             raise _other_rows(len(place.rows), rows)
 
     def place_of_rows(self) -> Place | None:
-        """Return the adapters of the rows of this thread's forward; None if they have no own."""
+        """Return the adapters of this thread's rows, or None if rows have none of their own."""
         place = None if self.adapters is None else self.adapters.places.here()
         return None if place is None or place.rows is None else place
 
     def place_tokens(self, tokens: Tensor | None, ends: Tensor | None) -> None:
-        """Find which of the adapters each token (B, T, ...) has, where rows have their own.
+        """Find the adapter of each token (B, T, ...), if rows have their own.
 
         Args:
             tokens: ids or embeddings; None where the forward will say that there are none.
@@ -92,7 +92,7 @@ class AdaptedRows(ModelCore):
             self.adapters.places.refine(replace(own, tokens=each.view(B, T)))
 
     def placing(self, rows: Padding | None, cache: Cache | None) -> Placing | None:
-        """Return what adapters need to know of a forward's tokens, and note it in the cache.
+        """Return the rows' adapters for the layers, and record them in the cache.
 
         Args:
             rows: how they are packed; None where they are not.
@@ -112,7 +112,7 @@ class AdaptedRows(ModelCore):
 
     @contextmanager
     def kept_tokens(self, keep: Callable[[Tensor], Tensor]) -> Iterator[None]:
-        """Say inside that of tokens (B, T, ...) those are left that `keep` returns."""
+        """Tell adapters inside that `keep` selects among the tokens (B, T, ...)."""
         place = self.place_of_rows()
         if place is None or place.tokens is None or self.adapters is None:
             yield

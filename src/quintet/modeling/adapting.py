@@ -1,4 +1,4 @@
-"""Adapters on a model, by the methods that Transformers' models have for them."""
+"""Adapters on a model, under the method names of Transformers."""
 
 import os
 from collections.abc import Mapping, Sequence
@@ -24,7 +24,7 @@ from quintet.quantization import Quantized
 
 
 class Adapting(AdaptedRows):
-    """What a model has so that adapters can be put on it."""
+    """Adds adapter methods to a model."""
 
     name_or_path: str
 
@@ -43,7 +43,7 @@ class Adapting(AdaptedRows):
         local_files_only: bool = False,
         subfolder: str = "",
     ) -> None:
-        """Put an adapter on the model, completely or not at all, and use it alone from then on.
+        """Load an adapter, completely or not at all, and make it the only active one.
 
         Args:
             peft_model_id: a directory, or a hub id, with an adapter in the layout of PEFT.
@@ -110,7 +110,7 @@ class Adapting(AdaptedRows):
     def set_adapter(
         self, adapter_name: str | Sequence[str], weights: Sequence[float] | None = None
     ) -> None:
-        """Use one adapter, or several whose changes are added up, in place of those in use.
+        """Activate one adapter, or several whose changes are summed.
 
         Args:
             adapter_name: its name, or a list of names; none for an empty list.
@@ -132,18 +132,18 @@ class Adapting(AdaptedRows):
         adapters.use(self, [Active(n, float(w)) for n, w in zip(names, factors, strict=True)])
 
     def active_adapters(self) -> list[str]:
-        """Return the names of the adapters in use."""
+        """Return the names of the active adapters."""
         return [one.name for one in self.adapters_there().active]
 
     def disable_adapters(self) -> None:
-        """Use no adapter until `enable_adapters`; the model is what it was without any."""
+        """Deactivate all adapters until `enable_adapters`."""
         adapters = self.adapters_there()
         self._check_unmerged(adapters)
         adapters.enabled = False
         adapters.install(self)
 
     def enable_adapters(self) -> None:
-        """Use the adapters again that were in use."""
+        """Activate the adapters again that `disable_adapters` deactivated."""
         adapters = self.adapters_there()
         adapters.enabled = True
         adapters.install(self)
@@ -153,7 +153,7 @@ class Adapting(AdaptedRows):
         adapter_config: LoraConfig | Mapping[str, Any] | object,
         adapter_name: str = "default",
     ) -> None:
-        """Put a new adapter on the model, to be trained, and use it alone from then on.
+        """Add a new adapter for training, and make it the only active one.
 
         Nothing else of the model gets gradients from then on.
 
@@ -179,7 +179,7 @@ class Adapting(AdaptedRows):
         self._put(adapters, adapter_name, config, made, trains=True)
 
     def get_adapter_state_dict(self, adapter_name: str | None = None) -> dict[str, Tensor]:
-        """Return the tensors of an adapter as its files name them; of the one in use if not named.
+        """Return an adapter's tensors by their names in files; the active one by default.
 
         Raises:
             InputError: there is no such adapter, or several are in use.
@@ -191,7 +191,7 @@ class Adapting(AdaptedRows):
     def save_adapter(
         self, save_directory: str | os.PathLike[str], adapter_name: str | None = None
     ) -> None:
-        """Write an adapter as PEFT does; the one in use if not named.
+        """Write an adapter in PEFT's layout; the active one by default.
 
         Raises:
             SaveError: writing failed; what was there before is untouched.
@@ -207,7 +207,7 @@ class Adapting(AdaptedRows):
     # -- in the weights ----------------------------------------------------------------------
 
     def merge_adapter(self, adapter_names: Sequence[str] | None = None) -> None:
-        """Add adapters to the weights: in float32, rounded once. `unmerge_adapter` takes them out.
+        """Merge adapters into the weights, in float32, rounded once; see `unmerge_adapter`.
 
         The model is as fast as without adapters then. Quantised matrices become plain numbers.
 
@@ -230,7 +230,7 @@ class Adapting(AdaptedRows):
         self._note_ties()
 
     def unmerge_adapter(self) -> None:
-        """Take adapters out of the weights, which are what they were to the last bit.
+        """Take merged adapters out again; the weights are restored bit by bit.
 
         Raises:
             InputError: there are none in them.
@@ -244,7 +244,7 @@ class Adapting(AdaptedRows):
         self._note_ties()
 
     def merge_and_unload(self, adapter_names: Sequence[str] | None = None) -> Self:
-        """Add adapters to the weights for good, take all of them off, and return the model.
+        """Merge adapters for good, remove all of them, and return the model.
 
         Args:
             adapter_names: which; those in use if not given.
@@ -263,7 +263,7 @@ class Adapting(AdaptedRows):
         return self
 
     def _note_ties(self) -> None:
-        """Say in the config whether the head has the embedding's weight, as adapters change one."""
+        """Record in the config whether head and embedding are tied; an adapter changes one."""
         head = self.get_output_embeddings()
         if head is None or self.adapters is None:
             return
@@ -276,7 +276,7 @@ class Adapting(AdaptedRows):
             self.adapters.unties, self.config.tie_word_embeddings = False, True
 
     def delete_adapter(self, adapter_names: str | Sequence[str]) -> None:
-        """Take adapters off the model.
+        """Remove adapters.
 
         Raises:
             InputError: there is no such adapter.
@@ -307,7 +307,7 @@ class Adapting(AdaptedRows):
         adapters.use(self, [Active(name)])
 
     def _one(self, name: str | None) -> str:
-        """Return the name of an adapter, that of the one in use for None."""
+        """Return an adapter's name; None means the active one."""
         adapters = self.adapters_there()
         if name is not None:
             return adapters.check_known([name])[0]

@@ -1,4 +1,4 @@
-"""How many tokens each expert gets, and biases of routers that even it out without a loss."""
+"""Expert loads, and the router biases that balance them without a loss."""
 
 import math
 from collections.abc import Sequence
@@ -50,7 +50,7 @@ class ExpertLoads:
         ]
 
     def loads(self) -> Tensor:
-        """Return how many tokens each router sent to each expert since it was cleared, (L, E).
+        """Return the tokens each router sent to each expert since `clear`, (L, E).
 
         They are sums: those of several processes add up, and `BiasBalancer.step` takes them.
         """
@@ -65,7 +65,7 @@ class ExpertLoads:
         return torch.stack(rows)
 
     def violations(self, loads: Tensor | None = None) -> dict[str, float]:
-        """Return MaxVio, max load / mean load - 1, of each router that tokens passed.
+        """Return MaxVio, max load / mean load - 1, of each router that was used.
 
         Of loads (L, E) such as the sums of several processes, in place of those counted here.
         """
@@ -122,7 +122,7 @@ class ExpertLoads:
 
 
 class BiasBalancer(ExpertLoads):
-    """Moves the biases of DeepSeek-V3's routers against their loads.
+    """Balances experts by moving the biases of DeepSeek-V3's routers.
 
     Call `step` after each step of the optimiser: b_e += γ · sign(mean load - load_e)
     (arXiv:2412.19437, §2.1.2), the loads being those of all forwards in training mode since the
@@ -195,12 +195,12 @@ LoadBalancer = BiasBalancer
 
 
 def _here(router: nn.Module) -> bool:
-    """Tell whether a router is in this process, where others have other layers."""
+    """Return whether a router is in this process, if others hold other layers."""
     return any(True for _ in router.parameters(recurse=False))
 
 
 def balance_metrics(loads: list[Tensor]) -> dict[str, float]:
-    """Return what the loads (E,) of several layers come to, as numbers for a log.
+    """Summarise the loads (E,) of several layers as numbers for a log.
 
     max_violation is the mean over layers of max load / mean load - 1, worst_violation the largest;
     load_entropy the mean entropy of the shares of the load over that of equal ones, 1 in perfect
@@ -222,10 +222,5 @@ def balance_metrics(loads: list[Tensor]) -> dict[str, float]:
 
 
 def _check_rate(rate: float) -> None:
-    """Check that a bias can move by a rate.
-
-    Raises:
-        InputError: it cannot.
-    """
     if not (rate >= 0 and math.isfinite(rate)):
         raise InputError(f"rate={rate} is how far a bias moves in a step; it is at least 0")

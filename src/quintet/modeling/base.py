@@ -1,4 +1,4 @@
-"""What every model is: a module with a config, read from and written to checkpoints."""
+"""The base class of all models: a module with a config, loaded from and saved to checkpoints."""
 
 import copy
 import os
@@ -31,7 +31,7 @@ __all__ = ["PreTrainedModel"]
 
 
 class PreTrainedModel(ModelContract, Checkpointing, Adapting, Pushable):
-    """The base of all models: built from a config, read from and written to checkpoints."""
+    """Base of all models: built from a config, loaded from and saved to checkpoints."""
 
     def __init__(self, config: PreTrainedConfig) -> None:
         super().__init__(config)
@@ -48,7 +48,7 @@ class PreTrainedModel(ModelContract, Checkpointing, Adapting, Pushable):
         torch_dtype: str | torch.dtype | None = None,
         attn_implementation: str | None = None,
     ) -> Self:
-        """Build a model with random weights; `config` stays the caller's, and as it is.
+        """Build a model with random weights, from a copy of `config`.
 
         One of Transformers for the same family is taken, too.
 
@@ -302,7 +302,7 @@ class PreTrainedModel(ModelContract, Checkpointing, Adapting, Pushable):
     def _load_from_state_dict(
         self, state_dict: dict[str, Any], prefix: str, *others: Any, **named: Any
     ) -> None:
-        """Take experts under the names that files have for them, one by one."""
+        """Accept experts one by one, under their names in files."""
         errors: list[str] = others[-1] if others else named["error_msgs"]
         errors += stack_experts(self, state_dict, prefix)
         super()._load_from_state_dict(state_dict, prefix, *others, **named)

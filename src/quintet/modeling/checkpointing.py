@@ -1,4 +1,4 @@
-"""Switching the recomputing of layers on and off, under the names trainers and adapters use."""
+"""Activation checkpointing of a model's layers, under the names that trainers call."""
 
 from collections.abc import Mapping
 from typing import Any, ClassVar
@@ -14,7 +14,7 @@ from quintet.modeling.core import ModelCore
 
 
 class Checkpointing(ModelCore):
-    """What a model has so that its layers can be recomputed in training.
+    """Adds activation checkpointing to a model.
 
     Attributes:
         supports_gradient_checkpointing: that it can be asked for.
@@ -28,7 +28,7 @@ class Checkpointing(ModelCore):
     _input_grads: RemovableHandle | None = None
 
     def checkpoint_as_configured(self, config: PreTrainedConfig) -> None:
-        """Obey `gradient_checkpointing` of an older config, which is a state and not kept in it.
+        """Apply `gradient_checkpointing` of an older config, and drop the key.
 
         Raises:
             ConfigError: it is neither true nor false.
@@ -44,7 +44,7 @@ class Checkpointing(ModelCore):
         every_n_layers: int = 1,
         offload: bool = False,
     ) -> None:
-        """Recompute layers in the backward pass of training, to hold fewer activations.
+        """Recompute layers in the backward pass, to store fewer activations.
 
         Args:
             activation_checkpointing_kwargs: options of `torch.utils.checkpoint.checkpoint`, such as
@@ -64,7 +64,7 @@ class Checkpointing(ModelCore):
             self.enable_input_require_grads()
 
     def activation_checkpointing_disable(self) -> None:
-        """Hold the activations again, and let inputs be without gradients."""
+        """Store activations again, and stop requiring gradients of the inputs."""
         base = self._layers_owner()
         base.recompute, base.gradient_checkpointing = Recompute(), False
         self.disable_input_require_grads()
@@ -93,7 +93,7 @@ class Checkpointing(ModelCore):
         return self.is_activation_checkpointing
 
     def enable_input_require_grads(self) -> None:
-        """Have the vectors of ids require gradients, also where their weights are frozen."""
+        """Make embeddings require gradients even if their weights are frozen."""
         base = self._layers_owner()
         if base._input_grads is None:
             base._input_grads = base.get_input_embeddings().register_forward_hook(_require_grads)

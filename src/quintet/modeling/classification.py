@@ -1,4 +1,4 @@
-"""The heads that classify a text or its tokens, or find an answer, on top of any base model."""
+"""Heads that classify texts or tokens, or extract answers, on any base model."""
 
 from typing import Any, Unpack, cast
 
@@ -22,7 +22,7 @@ from quintet.sharding import WHOLE, Sharding
 
 
 class SequenceClassificationHead(Headed):
-    """Logits of a whole sequence, read off its last token that is not padding.
+    """Classifies a sequence by its last token that is not padding.
 
     The first loss notes in the config what kind of problem this is.
     """
@@ -37,7 +37,7 @@ class SequenceClassificationHead(Headed):
         self.init_module(self.score)
 
     def sharding(self) -> Sharding:
-        """Cut nothing of the head: it is small, and its states are all there."""
+        """Keep the head whole on every process: it is small."""
         return Sharding({"score.weight": WHOLE})
 
     @takes_packing
@@ -104,7 +104,7 @@ class SequenceClassificationHead(Headed):
         num_items_in_batch: Items = None,
         logits: Tensor | None = None,
     ) -> Tensor:
-        """Return the loss of sequences, and note in the config what kind of problem it is.
+        """Return the loss of sequences, and record the problem type in the config.
 
         May be replaced by assigning another, which is also given the logits (B, T, num_labels) of
         all tokens. Shapes: pooled_logits (B, num_labels), labels as in `forward`.
@@ -144,7 +144,7 @@ def _problem_type(labels: Tensor, num_labels: int) -> str:
 
 
 class TokenClassificationHead(Headed):
-    """Logits of each token."""
+    """Classifies each token."""
 
     new_head = ("score.",)
     loss_type = "ForTokenClassification"
@@ -158,7 +158,7 @@ class TokenClassificationHead(Headed):
         self.init_module(self.score)
 
     def sharding(self) -> Sharding:
-        """Cut nothing of the head: it is small, and its states are all there."""
+        """Keep the head whole on every process: it is small."""
         return Sharding({"score.weight": WHOLE, "score.bias": WHOLE})
 
     @takes_packing
@@ -219,7 +219,7 @@ class TokenClassificationHead(Headed):
 
 
 class QuestionAnsweringHead(Headed):
-    """Logits of where an answer starts and ends."""
+    """Scores each token as the start and the end of an answer."""
 
     base_model_prefix = "transformer"
     new_head = ("qa_outputs.",)
@@ -231,7 +231,7 @@ class QuestionAnsweringHead(Headed):
         self.init_module(self.qa_outputs)
 
     def sharding(self) -> Sharding:
-        """Cut nothing of the head: it is small, and its states are all there."""
+        """Keep the head whole on every process: it is small."""
         return Sharding({"qa_outputs.weight": WHOLE, "qa_outputs.bias": WHOLE})
 
     @takes_packing

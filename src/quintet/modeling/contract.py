@@ -1,4 +1,4 @@
-"""The names by which trainers, adapters and launchers know a model; nothing here computes."""
+"""Names by which trainers, adapters and launchers inspect a model; nothing here computes."""
 
 from collections.abc import Iterable
 from typing import Any, ClassVar
@@ -14,7 +14,7 @@ from quintet.quantization import Quantized, QuantizedEmbedding
 
 
 class ModelContract(ModelCore):
-    """What tools ask of any model: how large it is, what it is called, which parts it has.
+    """Methods and attributes that tools expect of any model.
 
     Attributes:
         main_input_name: the argument of `forward` whose size is the size of a batch.
@@ -34,14 +34,14 @@ class ModelContract(ModelCore):
 
     @classmethod
     def can_generate(cls) -> bool:
-        """Tell whether models of this class have a language-modelling head."""
+        """Return whether this class has a language-modelling head."""
         return issubclass(cls, GenerationMixin)
 
     # -- what there is of it -----------------------------------------------------------------
 
     @property
     def dummy_inputs(self) -> dict[str, Tensor]:
-        """A small input that any forward takes."""
+        """A small input for any forward."""
         ids = torch.tensor([[7, 6, 0, 0, 1]], dtype=torch.long, device="cpu")
         return {"input_ids": ids % self.config.vocab_size}
 
@@ -74,7 +74,7 @@ class ModelContract(ModelCore):
         )
 
     def get_memory_footprint(self, return_buffers: bool = True) -> int:
-        """Return the bytes of the parameters, and of the buffers, tied ones once.
+        """Return the bytes of parameters and buffers, tied ones once.
 
         The weights of a quantised model are buffers.
         """
@@ -85,14 +85,14 @@ class ModelContract(ModelCore):
         return nbytes
 
     def add_model_tags(self, tags: list[str] | str) -> None:
-        """Note words that the model is tagged with on the hub; those it has stay."""
+        """Add tags for the hub."""
         given = [tags] if isinstance(tags, str) else list(tags)
         self.model_tags = list(dict.fromkeys([*(self.model_tags or ()), *given]))
 
     # -- its parts ---------------------------------------------------------------------------
 
     def get_decoder(self) -> ModelCore:
-        """Return the model without its head; itself where it has none."""
+        """Return the model without its head."""
         return self.base_model
 
     def set_decoder(self, decoder: ModelCore) -> None:
@@ -107,7 +107,7 @@ class ModelContract(ModelCore):
         self.tie_weights()
 
     def set_output_embeddings(self, new_embeddings: nn.Linear) -> None:
-        """Replace the module that turns vectors into logits of ids.
+        """Replace the output head.
 
         Where the config ties it to the vectors of the ids, it is no longer tied from then on
         unless it shares their weight.
@@ -125,28 +125,28 @@ class ModelContract(ModelCore):
 
     @property
     def _no_split_modules(self) -> set[str]:
-        """The classes of what may not be spread over devices: the layers."""
+        """The module classes that stay on one device: the layers."""
         layers = self.get_decoder().get_submodule("layers")
         return {type(layer).__name__ for layer in layers.children()}
 
     @property
     def _tied_weights_keys(self) -> dict[str, str]:
-        """The parameters that are others under a second name."""
+        """The names of parameters that are tied to others."""
         return self.tied_names()
 
     @property
     def all_tied_weights_keys(self) -> dict[str, str]:
-        """The same, under the name that Transformers 5 gives it."""
+        """The same, under Transformers 5's name."""
         return self._tied_weights_keys
 
     @property
     def _keys_to_ignore_on_save(self) -> set[str] | None:
-        """The names a checkpoint lacks, and a trainer that resumes from one does not miss."""
+        """Names that checkpoints leave out, so that trainers do not miss them."""
         return set(self._tied_weights_keys) or None
 
 
 def vocabulary_of(embedding: nn.Module, config: PreTrainedConfig) -> int:
-    """Count the vectors of an embedding.
+    """Return the number of vectors in an embedding.
 
     What an adapter puts around it tells no number; then it is the config's.
     """

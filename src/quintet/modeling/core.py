@@ -1,4 +1,4 @@
-"""A model and its parts: a config, embeddings, a head, and which tensors are one."""
+"""The parts of a model: config, embeddings, head, tied parameters."""
 
 import copy
 import itertools
@@ -27,7 +27,7 @@ from quintet.quantization import QuantizationConfig, Quantized, Scheme, Slot, ap
 
 
 class ModelCore(nn.Module):
-    """What loading, placing and saving need to know of a model.
+    """The interface of a model to loading, placement and saving.
 
     Attributes:
         config: a copy of the one that was given.
@@ -76,12 +76,12 @@ class ModelCore(nn.Module):
 
     @property
     def ends_here(self) -> bool:
-        """Whether the last layer is in this process, and with it the norm and the head."""
+        """Whether this process has the last layer, the norm and the head."""
         return self.stage is None or self.stage.last
 
     @property
     def generation_config(self) -> GenerationConfig:
-        """How `generate()` goes where a call says nothing; one of Transformers may be assigned."""
+        """Defaults of `generate()`; accepts a Transformers config."""
         held: GenerationConfig = vars(self)["_generation_config"]
         return held
 
@@ -93,39 +93,39 @@ class ModelCore(nn.Module):
 
     @property
     def base_model(self) -> "ModelCore":
-        """The model without its head; itself where it has none."""
+        """The model without its head."""
         base = self._modules.get(self.base_model_prefix)
         return base if isinstance(base, ModelCore) else self
 
     def get_input_embeddings(self) -> nn.Embedding:
-        """Return the module that turns ids into vectors."""
+        """Return the token embedding."""
         return self.base_model.get_submodule("embed_tokens")  # type: ignore[return-value]
 
     def set_input_embeddings(self, value: nn.Embedding) -> None:
-        """Replace the module that turns ids into vectors, and with it the vocabulary's size."""
+        """Replace the token embedding, and with it `vocab_size`."""
         self.base_model.add_module("embed_tokens", value)
         self.config.vocab_size = value.num_embeddings
         self.tie_weights()
 
     def get_output_embeddings(self) -> nn.Linear | None:
-        """Return the module that turns vectors into logits of ids; None without one."""
+        """Return the output head, or None."""
         return None
 
     def tied_names(self) -> dict[str, str]:
-        """Return the parameters that are other parameters under a second name."""
+        """Return the names of tied parameters, mapped to the parameter they are."""
         if not self.config.tie_word_embeddings or self.get_output_embeddings() is None:
             return {}
         return {"lm_head.weight": f"{self.base_model_prefix}.embed_tokens.weight"}
 
     def optional_names(self, held: Iterable[str]) -> tuple[str, ...]:
-        """Return prefixes of parts the model does without when a checkpoint `held` none of them."""
+        """Return prefixes of optional parts that a checkpoint with these names lacks."""
         return ()
 
     def drop(self, prefixes: tuple[str, ...]) -> None:
-        """Take away the optional parts that a checkpoint did not have (a family overrides this)."""
+        """Remove optional parts that a checkpoint lacks (a family overrides this)."""
 
     def tie_weights(self) -> None:
-        """Make tied parameters one again, after one of them was replaced."""
+        """Tie parameters again after one of them was replaced."""
         for alias, name in self.tied_names().items():
             (path, _, leaf), origin = alias.rpartition("."), name.rpartition(".")[0]
             module, source = self.get_submodule(path), self.get_submodule(origin)
@@ -135,7 +135,7 @@ class ModelCore(nn.Module):
     def resize_token_embeddings(
         self, new_num_tokens: int | None = None, pad_to_multiple_of: int | None = None
     ) -> nn.Embedding:
-        """Change the vocabulary's size; new rows begin as the mean of the old ones.
+        """Change the vocabulary size; new rows start as the mean of the old ones.
 
         Raises:
             InputError: a size below 1, or one that cuts off the padding token.
@@ -181,7 +181,7 @@ class ModelCore(nn.Module):
     def quantize_modules(
         self, scheme: Scheme, dtype: torch.dtype, *, divided: bool = False
     ) -> dict[str, Slot]:
-        """Replace modules by quantised ones without weights; return where these go, by name.
+        """Replace modules by empty quantised ones; return the slots to fill, by name.
 
         Args:
             dtype: of the vectors of ids.
@@ -199,7 +199,7 @@ class ModelCore(nn.Module):
         )
 
     def note_quantization(self, quantization: QuantizationConfig | None) -> None:
-        """Write down in the config what the weights are held as; None for plain numbers."""
+        """Record the quantisation in the config; None removes it."""
         vars(self.config).pop("quantization_config", None)
         if quantization is not None:
             freeze(self)
@@ -207,7 +207,7 @@ class ModelCore(nn.Module):
             vars(self.config)["quantization_config"] = kept
 
     def maps_in_numbers(self) -> list[str]:
-        """Return the names of the linear maps that are held in no fewer bits, all that each has."""
+        """Return the names of linear maps that are not quantised."""
         maps = (nn.Linear, ExpertRouter)
         return [
             path
@@ -219,17 +219,17 @@ class ModelCore(nn.Module):
 
     @property
     def tp_size(self) -> int | None:
-        """Among how many processes its matrices are divided; None where one has all of it."""
+        """The tensor-parallel size, or None if one process holds the whole model."""
         return None if self.world is None else self.world.degrees.tp
 
     @property
     def supports_tp_plan(self) -> bool:
-        """Whether it can be divided so."""
+        """Whether tensor parallelism is supported."""
         return bool(self.tp_plan)
 
     @property
     def tp_plan(self) -> dict[str, str]:
-        """How each matrix is divided, in the words of Transformers; nothing reads it here.
+        """The tensor-parallel plan in Transformers' format; informative only.
 
         Raises:
             InputError: it is set.
@@ -244,7 +244,7 @@ class ModelCore(nn.Module):
 
     @property
     def dtype(self) -> torch.dtype:
-        """The dtype of the first parameter that is not always float32."""
+        """The dtype of the first parameter that is not kept in float32."""
         dtypes = (
             parameter.dtype
             for name, parameter in self.named_parameters()
@@ -257,7 +257,7 @@ class ModelCore(nn.Module):
 
     @property
     def device(self) -> torch.device:
-        """The device of the first parameter; of the first that has one where weights are offloaded.
+        """The device of the first parameter, or of the first one that is not offloaded.
 
         What has no device (`meta`) between the calls of a forward is brought there for them, and
         buffers stay.
@@ -267,11 +267,11 @@ class ModelCore(nn.Module):
         return next(devices, torch.device("meta"))
 
     def dtype_of(self, name: str, dtype: torch.dtype) -> torch.dtype:
-        """Return the dtype of a tensor of the model where `dtype` is asked for."""
+        """Return the dtype a tensor gets in a model of dtype `dtype`."""
         return torch.float32 if name.endswith(self.keep_in_fp32) else dtype
 
     def set_attn_implementation(self, attn_implementation: str) -> None:
-        """Choose the attention backend of the next forward: eager, sdpa or flash_attention_2.
+        """Choose the attention backend: eager, sdpa or flash_attention_2.
 
         Raises:
             UnsupportedBackendError: there is no such backend.
@@ -281,7 +281,7 @@ class ModelCore(nn.Module):
         self.config.attn_implementation = attn_implementation
 
     def init_weights(self) -> None:
-        """Draw fresh weights: normal with `initializer_range`, biases zero, norms one."""
+        """Initialise all weights: normal with `initializer_range`, biases zero, norms one."""
         for module in self.modules():
             # Without memory there is nothing to draw, which torch takes its time for.
             if any(not weight.is_meta for weight in module.parameters(recurse=False)):
@@ -289,7 +289,7 @@ class ModelCore(nn.Module):
         self.tie_weights()
 
     def init_module(self, module: nn.Module) -> None:
-        """Draw all weights of one module (a family extends this for modules of its own)."""
+        """Initialise the weights of one module (a family extends this for its own)."""
         std = self.config.initializer_range
         if isinstance(module, nn.Linear | nn.Embedding):
             nn.init.normal_(module.weight, std=std)

@@ -1,4 +1,4 @@
-"""The forward of a decoder without a head, the same for every family.
+"""The forward of a decoder without a head, shared by all families.
 
 What a family adds is its layers: each maps hidden states and a `ForwardContext` to hidden states.
 """
@@ -44,7 +44,7 @@ Value = TypeVar("Value")
 
 @dataclass(frozen=True, slots=True)
 class LayersOutput:
-    """The output of all layers, in the columns of the input.
+    """The output of all layers, in the input's columns.
 
     Attributes:
         hidden: (B, T, C), the last layer's output, normalised.
@@ -145,7 +145,7 @@ class DecoderModel(PreTrainedModel):
 
     @contextmanager
     def layers_kept(self, cache: Cache | None) -> Iterator[None]:
-        """Take down what layers hold once for all steps inside that go on with a cache.
+        """Collect the layers' weights for the fused step once, for all steps inside.
 
         Where layers run in one call (`quintet.layers.stack`), gathering what they hold takes longer
         than all else that is not computing. It is kept with the cache, which belongs to one
@@ -160,13 +160,13 @@ class DecoderModel(PreTrainedModel):
                 cache.keeps_layers, cache.kept_layers = False, None
 
     def sharding(self) -> Sharding:
-        """Give each process the vectors of some ids."""
+        """Split the embedding by vocabulary over processes."""
         ids = Section(self.config.vocab_size, 1, "vocab_size", uneven=True)
         return Sharding({"embed_tokens.weight": rows(ids)}, vocabulary=("embed_tokens",))
 
     @property
     def final_norm(self) -> nn.Module:
-        """The norm behind the last layer (a family whose norm has another name overrides this)."""
+        """The norm behind the last layer (overridden by a family that names it differently)."""
         return self.norm
 
     def texts(
@@ -179,7 +179,7 @@ class DecoderModel(PreTrainedModel):
         *,
         use_cache: bool | None,
     ) -> Documents | None:
-        """Return the texts that a forward finds in rows (B, T), or None if each row is one."""
+        """Return the texts packed into rows (B, T), or None if each row is one text."""
         texts = packed(
             packing,
             shape,
@@ -288,7 +288,7 @@ class DecoderModel(PreTrainedModel):
         )
 
     def vectors(self, ids: Tensor) -> Tensor:
-        """Return the vectors of ids (B, T), in the dtype that the layers compute in."""
+        """Embed ids (B, T), in the dtype of the layers."""
         vectors: Tensor = self.embed_tokens(ids)
         if isinstance(self.embed_tokens, QuantizedEmbedding):
             # Who gives all parameters another dtype, as PEFT does, has none of these to change.
@@ -328,7 +328,7 @@ class DecoderModel(PreTrainedModel):
     def _segments(
         self, embeds: Tensor, rows: Padding | Documents | None, cache: Cache | None
     ) -> tuple[Segment, tuple[Segment, ...]]:
-        """Return the slots that tokens (B, T, C), packed, take in all rows, and by segment."""
+        """Return the slots of tokens (B, T, C), packed: of all rows, and by segment."""
         learns = cache is not None and torch.is_grad_enabled()
         learns = learns and any(p.requires_grad for p in self.parameters())
         return segments(embeds, rows, cache, learns=learns)
@@ -362,7 +362,7 @@ class DecoderModel(PreTrainedModel):
     def _run_layers(
         self, hidden: Tensor, context: ForwardContext, rows: Padding | None, keeps: bool
     ) -> list[Tensor]:
-        """Return the embeddings and each layer's output, the last one normalised, in columns.
+        """Return [embeddings, outputs of the layers, last one normalised], in columns.
 
         Or that one alone, as nothing should hold on to the others where nobody asked.
         """

@@ -1,4 +1,4 @@
-"""Parts of a model on several devices: activations follow the weights.
+"""Models on several devices: hooks move activations to the weights.
 
 Single-device code stays as it is. Hooks bring what a part is given to where it is, and bring back
 what the rest of the model meets elsewhere.
@@ -22,7 +22,7 @@ from quintet.triton.texts import Texts
 
 
 def dispatch_model(model: ModelCore, placement: Placement, parts: Sequence[ModelPart]) -> None:
-    """Bring what was not in the checkpoint to where it belongs, and let the model run there."""
+    """Move what the checkpoint did not fill, and hook the model to run on its devices."""
     if not placement.several:
         model.to(placement.device_of(""))
         return
@@ -36,7 +36,7 @@ def dispatch_model(model: ModelCore, placement: Placement, parts: Sequence[Model
 
 
 def _hook(model: ModelCore, placement: Placement, parts: Sequence[ModelPart]) -> None:
-    """Let a model whose weights are on several devices run: inputs and outputs on the first.
+    """Hook a model on several devices: inputs and outputs stay on the first.
 
     What several layers share is where the first of them is; the others send to it and get back.
     """
@@ -60,7 +60,7 @@ def _hook(model: ModelCore, placement: Placement, parts: Sequence[ModelPart]) ->
 def _guests(
     module: nn.Module, device: torch.device, where: Mapping[nn.Module, torch.device]
 ) -> Iterator[nn.Module]:
-    """Yield the modules, not hooked yet, that a part shares with an earlier one elsewhere."""
+    """Yield modules a part shares with an earlier part on another device."""
     for child in module.children():
         if where.get(child, device) == device:
             yield from _guests(child, device, where)
@@ -69,7 +69,7 @@ def _guests(
 
 
 def moved(value: Any, device: torch.device) -> Any:
-    """Return a value with all tensors in it on a device; caches stay where they are."""
+    """Move all tensors in a value to a device; caches stay."""
     if isinstance(value, Tensor):
         return value.to(device)
     if isinstance(value, torch.device):
@@ -92,7 +92,7 @@ def moved(value: Any, device: torch.device) -> Any:
 
 @dataclass(frozen=True, slots=True)
 class _Bring:
-    """A hook that brings a part's arguments to it."""
+    """A hook that moves arguments to a part's device."""
 
     device: torch.device
 
@@ -107,7 +107,7 @@ class _Bring:
 
 @dataclass(frozen=True, slots=True)
 class _Send:
-    """A hook that sends what a part made to a device."""
+    """A hook that moves a part's output to a device."""
 
     device: torch.device
 
@@ -117,7 +117,7 @@ class _Send:
 
 @dataclass(slots=True)
 class _Visits:
-    """Two hooks of a part that several share: arguments go to it, and the output back.
+    """Two hooks of a shared part: arguments move to it, the output moves back.
 
     Attributes:
         device: where the part is.
@@ -130,18 +130,18 @@ class _Visits:
     def arrive(
         self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        """Bring the arguments to the part, and note where they were."""
+        """Move the arguments to the part, and remember their device."""
         given = (arg for arg in (*args, *kwargs.values()) if isinstance(arg, Tensor))
         self.callers[get_ident()] = next(given).device
         return _Bring(self.device)(module, args, kwargs)
 
     def leave(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
-        """Send the output to where the arguments were; forget that, also after a failure."""
+        """Move the output back, and forget the device, also after a failure."""
         return moved(output, self.callers.pop(get_ident(), self.device))
 
 
 def _brought(value: Any, device: torch.device) -> Any:
-    """Return an argument on a device; a step that all layers share, once for each device."""
+    """Return an argument on a device; a shared context is moved once per device."""
     if not isinstance(value, ForwardContext):
         return moved(value, device)
     if value.embeds.device == device:

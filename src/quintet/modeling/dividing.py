@@ -1,4 +1,4 @@
-"""How `from_pretrained` divides a model among the processes of a launcher."""
+"""Tensor and pipeline parallelism in `from_pretrained`."""
 
 import os
 from collections.abc import Mapping
@@ -28,7 +28,7 @@ def world_for(
     device_map: DeviceMap,
     max_memory: MaxMemory | None,
 ) -> World:
-    """Join the other processes, and return who has what of a model.
+    """Join the other processes, and return which part of the model each holds.
 
     Raises:
         InputError: the model cannot be divided so, or an option says where weights go in a way
@@ -58,7 +58,6 @@ def world_for(
 
 
 def _device(device_map: DeviceMap) -> torch.device:
-    """Return where this process computes."""
     if device_map is None or device_map == "auto":
         return own_device()
     if isinstance(device_map, str | torch.device) and str(device_map) in ("cpu", "cuda"):

@@ -1,4 +1,4 @@
-"""A model of random weights, of which no process ever has more than its part and one module."""
+"""Random initialisation of a sharded model, one module at a time."""
 
 from typing import TypeVar
 
@@ -23,7 +23,7 @@ def new_model(
     world: World | None = None,
     slices: Slices | None = None,
 ) -> Model:
-    """Build a model with random weights, drawn in float32, one module after the other.
+    """Build a model with random weights, drawn in float32 module by module.
 
     The numbers follow from where the generator is alone: each process draws all of them, and keeps
     its part. They are others than those of a model that is made by its class, which draws some

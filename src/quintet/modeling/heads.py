@@ -1,4 +1,4 @@
-"""A head on top of any base model, and the one that every family writes text with."""
+"""The base of all heads, and the language-modelling head."""
 
 from contextlib import AbstractContextManager
 from typing import Any, ClassVar, Unpack, cast
@@ -27,7 +27,7 @@ from quintet.sharding import Section, Sharding, rows
 
 
 class LabelOptions(Packing, total=False):
-    """Options of a forward with labels of the next token.
+    """Further options of a forward with labels.
 
     Labels that are shifted already are no parameter by name: a trainer that finds "label" in a name
     takes it for one that has to be given to get a loss.
@@ -59,7 +59,7 @@ class Headed(PreTrainedModel):
         return cast("BaseModelOutputWithPast", self.base_model(**inputs, return_dict=True))
 
     def texts(self, hidden: Tensor, *given: Any, use_cache: bool | None) -> Documents | None:
-        """Return the texts of the rows that states (B, T, C) are of; see `DecoderModel.texts`."""
+        """Return the texts that states (B, T, C) belong to; see `DecoderModel.texts`."""
         B, T = hidden.shape[:2]
         return cast("DecoderModel", self.base_model).texts((B, T), *given, use_cache=use_cache)
 
@@ -71,7 +71,7 @@ class Headed(PreTrainedModel):
 
 
 class CausalLMHead(Headed, GenerationMixin):
-    """Logits of the next token."""
+    """A language-modelling head."""
 
     loss_type = "ForCausalLM"
 
@@ -82,12 +82,12 @@ class CausalLMHead(Headed, GenerationMixin):
         self.tie_weights()
 
     def sharding(self) -> Sharding:
-        """Give each process the logits of some ids."""
+        """Split the logits by vocabulary over processes."""
         ids = Section(self.config.vocab_size, 1, "vocab_size", uneven=True)
         return Sharding({"lm_head.weight": rows(ids)}, vocabulary=("lm_head",))
 
     def get_output_embeddings(self) -> nn.Linear:
-        """Return the module that turns vectors into logits of ids."""
+        """Return the output head."""
         return self.lm_head
 
     def new_cache(self) -> Cache:
@@ -95,7 +95,7 @@ class CausalLMHead(Headed, GenerationMixin):
         return cast("DecoderModel", self.base_model).new_cache()
 
     def layers_kept(self, cache: Cache | None) -> AbstractContextManager[None]:
-        """Take down what layers hold once for all steps inside that go on with a cache."""
+        """Collect the layers' weights for the fused step once, for all steps inside."""
         return cast("DecoderModel", self.base_model).layers_kept(cache)
 
     @takes_packing
@@ -116,7 +116,7 @@ class CausalLMHead(Headed, GenerationMixin):
         num_items_in_batch: Items = None,
         **options: Unpack[LabelOptions],
     ) -> CausalLMOutputWithPast | tuple[Any, ...]:
-        """Return logits (B, T, V) of the token after each; arguments as in `DecoderModel.forward`.
+        """Return the next token's logits (B, T, V); arguments as in `DecoderModel.forward`.
 
         Args:
             labels: (B, T) ids to predict, -100 where the loss ignores them; they are shifted here.
@@ -168,7 +168,7 @@ class CausalLMHead(Headed, GenerationMixin):
         return cast("CausalLMOutputWithPast", self._returned(output, return_dict))
 
     def logits_of(self, hidden: Tensor, logits_to_keep: int | Tensor) -> Tensor:
-        """Return the logits of those positions of hidden states (B, T, C) that are wanted."""
+        """Return the logits of the selected positions of states (B, T, C)."""
         if self.adapters is None:
             return self.lm_head(kept(hidden, logits_to_keep))  # type: ignore[no-any-return]
         with self.kept_tokens(lambda tokens: kept(tokens, logits_to_keep)):
@@ -184,7 +184,7 @@ class CausalLMHead(Headed, GenerationMixin):
         texts: Documents | None,
         items: Items,
     ) -> None:
-        """Set the loss of labels of either kind, of rows with padding or with several texts.
+        """Set loss and logits of the output, for labels of either kind.
 
         The logits of states (B, T, C) are set, too: to be made when they are read, where the loss
         does without them.
@@ -210,7 +210,7 @@ class CausalLMHead(Headed, GenerationMixin):
         )
 
     def scored_head(self) -> ScoredHead:
-        """Return the head as losses read it in this forward."""
+        """Return the head in the form that losses use."""
         return scored(self.lm_head, by_rows=self.place_of_rows() is not None)
 
     def _has_own_loss(self) -> bool:
@@ -243,12 +243,12 @@ class CausalLMHead(Headed, GenerationMixin):
 
 
 def mean_loss(head: ScoredHead, hidden: Tensor, targets: Tensor, items: Items) -> Tensor:
-    """Return the cross-entropy of ids (B, T) where states (B, T, C) predict them, as a mean."""
+    """Return the mean cross-entropy of ids (B, T), predicted from states (B, T, C)."""
     return averaged(-head.sums(hidden, targets).log_prob.sum(), (targets != IGNORED).sum(), items)
 
 
 def check_shape(name: str, labels: Tensor, hidden: Tensor) -> None:
-    """Check that there is a label for each position that has logits, (B, T, ...).
+    """Check that labels have the shape (B, T) of the positions with logits.
 
     Raises:
         InputError: there is not.
@@ -262,13 +262,13 @@ def check_shape(name: str, labels: Tensor, hidden: Tensor) -> None:
 
 
 def split_options(options: LabelOptions) -> tuple[Tensor | None, Packing]:
-    """Return the labels that are shifted already, or None, and the other options."""
+    """Split options into the shifted labels, or None, and the packing options."""
     packing: Any = {name: value for name, value in options.items() if name != "shift_labels"}
     return options.get("shift_labels"), packing
 
 
 def padding_mask(attention_mask: Tensor | None) -> Tensor | None:
-    """Return a mask that tells tokens from padding, (B, W); None for one of the caller's own."""
+    """Return the mask if it is a padding mask (B, W), else None."""
     return attention_mask if attention_mask is not None and attention_mask.ndim == 2 else None
 
 
@@ -278,7 +278,7 @@ def given(**options: Any) -> dict[str, Any]:
 
 
 def kept(hidden: Tensor, logits_to_keep: int | Tensor) -> Tensor:
-    """Return the positions of hidden states (B, T, C) whose logits are wanted.
+    """Select the positions of states (B, T, C) that `logits_to_keep` names.
 
     Raises:
         InputError: a negative number of positions.

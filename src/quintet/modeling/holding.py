@@ -1,4 +1,4 @@
-"""What becomes of the tensors of a checkpoint: as what files have them, and a model holds them."""
+"""A summary of how a checkpoint's tensors are stored in files and held by the model."""
 
 from collections import Counter
 from collections.abc import Callable, Mapping
@@ -16,7 +16,7 @@ def how_held(
     slots: Mapping[str, Slot],
     dtype_of: Callable[[str], torch.dtype],
 ) -> Counter[tuple[str, str]]:
-    """Count the tensors of each kind that files have, and what a model holds them as.
+    """Count tensors by storage format and the format the model holds them in.
 
     Args:
         slots: what takes in the tensors of a name that are held quantised.
@@ -33,7 +33,7 @@ def how_held(
 
 
 def in_words(counts: Counter[tuple[str, str]]) -> str:
-    """Say what `how_held` counts: "210 Q4_1 as int8, 1 Q8_0 as int8, 61 float32 as bfloat16"."""
+    """Format the counts: "210 Q4_1 as int8, 1 Q8_0 as int8, 61 float32 as bfloat16"."""
     return ", ".join(
         f"{count:,} {kind}" + (f" as {held}" if held != kind else "")
         for (kind, held), count in counts.most_common()

@@ -1,4 +1,4 @@
-"""Models without memory: names and shapes, and no weights drawn for them."""
+"""Models on the meta device: names and shapes without memory."""
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -16,7 +16,7 @@ Model = TypeVar("Model", bound=ModelCore)
 
 
 class _Undrawn(TorchFunctionMode):
-    """Leaves out the drawing of weights, which without memory still imports a compiler."""
+    """Skips weight initialisation, which on meta still imports a compiler."""
 
     DRAWS: tuple[Any, ...] = (
         *(torch.Tensor.normal_, torch.Tensor.uniform_, nn.init.normal_, nn.init.uniform_),
@@ -45,7 +45,7 @@ def _on_meta() -> Iterator[None]:
 
 
 def init_on_meta(cls: type[Model], config: PreTrainedConfig) -> Model:
-    """Build a model whose parameters have names, shapes and no data.
+    """Build a model on the meta device.
 
     Raises:
         ConfigError: a parameter would have more bytes than can be counted.

@@ -1,4 +1,4 @@
-"""What a forward of T tokens is given: read, and checked before anything is computed."""
+"""Parsing and checks of a forward's inputs."""
 
 import torch
 from torch import Tensor
@@ -21,7 +21,7 @@ NOT_CAUSAL = (
 def opened(
     past: Cache | LegacyCache, mask: Tensor | None, embeds: Tensor, config: PreTrainedConfig
 ) -> Cache:
-    """Return the cache that new tokens, embedded as (B, T, C), go to.
+    """Return the cache for new tokens, embedded as (B, T, C).
 
     Raises:
         InputError: it is none, or of another model.
@@ -43,7 +43,7 @@ def opened(
 
 
 def split_mask(mask: Tensor | None, B: int, T: int) -> tuple[Tensor | None, Tensor | None]:
-    """Return the mask as padding (B, W) or as a custom one (B, H, T, S), whichever it is."""
+    """Return (padding mask (B, W) or None, custom mask (B, H, T, S) or None)."""
     if mask is None:
         return None, None
     if not isinstance(mask, Tensor):
@@ -79,7 +79,7 @@ def _described(value: object) -> str:
 
 
 def check_past(cache: Cache, mask: Tensor | None, B: int, T: int) -> None:
-    """Check that a mask of past and new tokens counts as many past ones as the cache holds.
+    """Check that a mask of past and new tokens covers what the cache holds.
 
     Raises:
         InputError: it does not.
@@ -96,7 +96,7 @@ def check_past(cache: Cache, mask: Tensor | None, B: int, T: int) -> None:
 
 
 def first_position(cache_position: Tensor, T: int) -> Tensor:
-    """Return the first of the slots that T new tokens take, a scalar.
+    """Return the first slot of T new tokens, a scalar.
 
     Raises:
         InputError: they are not T slots in a row.
@@ -116,7 +116,7 @@ def first_position(cache_position: Tensor, T: int) -> Tensor:
 
 
 def check_causal(mask: Tensor, segment: Segment) -> None:
-    """Check that a mask (B, H, T, S) says what holds without one: states can obey no other.
+    """Check that a custom mask (B, H, T, S) is causal: recurrent states allow no other.
 
     Raises:
         InputError: it is another.

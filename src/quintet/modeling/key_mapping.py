@@ -1,4 +1,4 @@
-"""Which tensors of a checkpoint fill which of a model: decided by names, before data is read."""
+"""Maps tensors of a checkpoint to tensors of a model, by name and shape."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -27,7 +27,7 @@ HEADS = ("lm_head.", "score.", "qa_outputs.")
 
 @dataclass(frozen=True, slots=True)
 class KeyMapping:
-    """How a checkpoint and a model fit together.
+    """How a checkpoint's tensors fill a model.
 
     Attributes:
         wanted: the tensors to read, by their name in the checkpoint: whose they are in the
@@ -54,12 +54,12 @@ class KeyMapping:
 
     @property
     def fresh(self) -> tuple[str, ...]:
-        """All that begins with random weights."""
+        """All names that start from random weights."""
         return (*self.absent, *self.reshaped)
 
     @property
     def held(self) -> dict[str, WeightFormat]:
-        """The format of each matrix of the model that its files would be held in.
+        """The quantisation format that each matrix of the model has in the files.
 
         Without those of plain numbers, and those of which parts are in different formats.
         """
@@ -71,11 +71,11 @@ class KeyMapping:
 
     @property
     def lost(self) -> list[str]:
-        """What is unused and no head of another class."""
+        """Unused names, except those of another class's head."""
         return [name for name in self.unused if not name.startswith(HEADS)]
 
     def report(self) -> dict[str, Any]:
-        """Return the result of `output_loading_info`, with the keys of Transformers."""
+        """Return `output_loading_info` with Transformers' keys."""
         return {
             "missing_keys": set(self.absent),
             "unexpected_keys": set(self.lost),
@@ -175,7 +175,7 @@ def map_keys(
 
 
 def check_tied(tensors: Mapping[str, Tensor], tied: Mapping[str, str]) -> None:
-    """Refuse tied tensors that have become two: only one of them would be written.
+    """Refuse tied tensors that differ: only one of them would be saved.
 
     Raises:
         InputError: one is not the other.
@@ -192,7 +192,7 @@ def check_tied(tensors: Mapping[str, Tensor], tied: Mapping[str, str]) -> None:
 
 
 def stack_experts(model: ModelCore, state: dict[str, Tensor], prefix: str) -> list[str]:
-    """Replace the tensors of experts one by one in a state dict by those of the model.
+    """Stack the experts of a state dict in place, as the model holds them.
 
     Returns what is wrong, where only some of a stack are there or their shapes do not fit.
     """

@@ -1,4 +1,4 @@
-"""From a directory or hub id to a model, and back: the one place that composes the parts.
+"""Loading and saving a model: composes hub, checkpoint, placement and quantisation.
 
 The model is built without memory, names and shapes are compared with the checkpoint's headers,
 and only then is data read, one tensor after the other.
@@ -71,16 +71,16 @@ Model = TypeVar("Model", bound=ModelCore)
 
 
 class NewHeadWarning(UserWarning):
-    """A classification head starts from random weights, because the checkpoint has none."""
+    """A classification head starts from random weights; the checkpoint has none."""
 
 
 class UnusedTensorWarning(UserWarning):
-    """The checkpoint holds tensors that the model has no place for."""
+    """The checkpoint holds tensors that the model does not use."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Options:
-    """How a model is loaded; see `PreTrainedModel.from_pretrained`."""
+    """The options of `PreTrainedModel.from_pretrained`."""
 
     generation_config: GenerationConfig | None = None
     dtype: str | torch.dtype | None = "auto"
@@ -103,7 +103,7 @@ def load(
     overrides: Mapping[str, Any],
     options: Options,
 ) -> tuple[Model, dict[str, Any]]:
-    """Load a model of class `cls`, and say what did not fit; see `from_pretrained`."""
+    """Load a model of class `cls` and report what did not fit; see `from_pretrained`."""
     # Weights that are made in inference mode could not be trained, ever.
     with torch.inference_mode(False):
         try:
@@ -124,7 +124,7 @@ def config_of(
     given: PreTrainedConfig | str | os.PathLike[str] | None,
     overrides: Mapping[str, Any],
 ) -> PreTrainedConfig:
-    """Return the config a model would be loaded with."""
+    """Return the config that `from_pretrained` would load the model with."""
     root = None if source is None else source.locate(weights=False)
     return _config(cls, source, root, given, _effective(overrides))
 
@@ -225,7 +225,7 @@ def write(
     variant: str | None,
     texts: Mapping[str, str],
 ) -> None:
-    """Write weights and the files beside them; see `PreTrainedModel.save_pretrained`.
+    """Write the weights and their companion files; see `PreTrainedModel.save_pretrained`.
 
     Args:
         tensors: named as in the model.
@@ -317,7 +317,7 @@ def _warn(model: ModelCore, where: str, mapping: KeyMapping) -> None:
 
 
 def _predicts(name: str, config: PreTrainedConfig) -> bool:
-    """Tell whether a tensor is of a layer that predicts further tokens, which heads do not."""
+    """Return whether a tensor belongs to a prediction layer, which classifiers do not have."""
     found = re.match(r"model\.layers\.(\d+)\.", name)
     first, more = config.num_hidden_layers, vars(config).get("num_nextn_predict_layers") or 0
     return found is not None and first <= int(found[1]) < first + more
@@ -338,7 +338,7 @@ def _check_overrides(cls: type[ModelCore], given: Mapping[str, Any], known: list
 
 
 def _effective(given: Mapping[str, Any]) -> dict[str, Any]:
-    """Return arguments without those that ask for nothing, as their defaults there do."""
+    """Return the arguments that differ from their defaults."""
     return {
         key: value
         for key, value in given.items()

@@ -1,4 +1,4 @@
-"""What models with experts add: router logits, and a loss that balances the experts."""
+"""Decoders with experts: router logits, and a loss that balances the experts."""
 
 from typing import Any, Unpack, cast
 
@@ -28,7 +28,7 @@ EXPERT_STACKS = (
 
 
 class MoeDecoderModel(DecoderModel):
-    """A decoder some of whose layers have experts."""
+    """A decoder with experts in some layers."""
 
     expert_stacks = EXPERT_STACKS
 
@@ -78,16 +78,16 @@ class MoeDecoderModel(DecoderModel):
 
 
 class MoeCausalLMHead(CausalLMHead):
-    """Logits of the next token, and the balance of the experts as a second loss."""
+    """A language-modelling head with a load-balancing loss."""
 
     expert_stacks = EXPERT_STACKS
 
     def aux_loss_weight(self, labels: Tensor | None, output_router_logits: bool) -> float | None:
-        """Return the weight of the balance loss in this forward; None not to compute it."""
+        """Return the weight of the balance loss in this forward, or None to skip it."""
         raise NotImplementedError
 
     def aux_loss(self, router_logits: tuple[Tensor, ...], mask: Tensor) -> Tensor:
-        """Compute the loss of unbalanced experts; router_logits (B·T, E) a layer, mask (B, T)."""
+        """Return the balance loss; router_logits (B·T, E) per layer, mask (B, T)."""
         raise NotImplementedError
 
     # The order of the output's fields is Transformers', which no subclass of the plain one has.
@@ -110,7 +110,7 @@ class MoeCausalLMHead(CausalLMHead):
         num_items_in_batch: Items = None,
         **options: Unpack[LabelOptions],
     ) -> MoeCausalLMOutputWithPast | tuple[Any, ...]:
-        """Return logits (B, T, V) of the token after each; arguments as in `CausalLMHead.forward`.
+        """Return the next token's logits (B, T, V); arguments as in `CausalLMHead.forward`.
 
         Args:
             output_router_logits: return what the router of each layer with experts computed, and

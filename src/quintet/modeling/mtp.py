@@ -1,4 +1,4 @@
-"""Multi-token prediction: layers behind the last one that look further than the next token.
+"""Multi-token prediction: extra layers that predict tokens beyond the next one.
 
 They are kept where checkpoints have them, after the `num_hidden_layers` of the main run, and use
 its embedding and output head (DeepSeek-V3, arXiv:2412.19437, §2.2).
@@ -33,16 +33,16 @@ Segments = tuple[Segment, tuple[Segment, ...]]
 
 
 class MissingPredictionLayersWarning(UserWarning):
-    """A checkpoint's config counts prediction layers that its files do not hold."""
+    """The config counts prediction layers that the checkpoint lacks."""
 
 
 class PredictionLayer(nn.Module):
-    """What a family's prediction layer has to be."""
+    """Interface of a family's prediction layer."""
 
     shared_head: nn.ModuleDict
 
     def forward(self, hidden_states: Tensor, context: ForwardContext, ahead: Tensor) -> Tensor:
-        """Join states with the embeddings of tokens ahead, and map them as a decoder layer does.
+        """Combine states with embeddings of later tokens and apply the layer, all (B, T, C).
 
         Shapes: (B, T, C), all three.
         """
@@ -50,10 +50,10 @@ class PredictionLayer(nn.Module):
 
 
 class MtpDecoderModel(MoeDecoderModel):
-    """A decoder that may have prediction layers."""
+    """A decoder with prediction layers."""
 
     def prediction_layers(self) -> list[PredictionLayer]:
-        """Return the layers behind those of the main run."""
+        """Return the layers behind the main ones."""
         # A slice of a list of modules would be a module, and this is asked at every step.
         behind = islice(self.layers, self.config.num_hidden_layers, None)
         return [layer for layer in behind if isinstance(layer, PredictionLayer)]
@@ -67,7 +67,7 @@ class MtpDecoderModel(MoeDecoderModel):
         texts: Documents | None = None,
         notes: Notes | None = None,
     ) -> list[Tensor]:
-        """Return the states of each prediction layer, (B, T, C), normalised.
+        """Return the normalised states (B, T, C) of each prediction layer.
 
         Layer k joins the states of layer k - 1 at position t, those of the main run for k = 1,
         with the embedding of token t + k. The last k tokens of a row, and of each of several texts
@@ -120,7 +120,7 @@ class MtpDecoderModel(MoeDecoderModel):
         cache: Cache,
         notes: Notes | None = None,
     ) -> Tensor:
-        """Return the states (B, T, C), normalised, of one prediction layer that has a cache.
+        """Return the normalised states (B, T, C) of one prediction layer, with a cache.
 
         Args:
             depth: which layer, 0 being the first.
@@ -146,14 +146,14 @@ class MtpDecoderModel(MoeDecoderModel):
         return Cache([*before, *(DynamicSlot() for _ in self.prediction_layers())])
 
     def prediction_pool(self, rows: int, capacity: int) -> PooledCache:
-        """Return an empty pool for the prediction layers; the others take no memory of it."""
+        """Return an empty pool for the prediction layers alone."""
         config = copy.copy(self.config)
         config.num_hidden_layers += len(self.prediction_layers())
         return PooledCache(config, rows, capacity)
 
 
 class MtpCausalLMHead(MoeCausalLMHead):
-    """Logits of the next token and, from prediction layers, of those after it."""
+    """A language-modelling head with multi-token prediction."""
 
     model: MtpDecoderModel
 
@@ -178,7 +178,7 @@ class MtpCausalLMHead(MoeCausalLMHead):
         num_items_in_batch: Items = None,
         **options: Unpack[LabelOptions],
     ) -> MoeCausalLMOutputWithPast | tuple[Any, ...]:
-        """Return logits (B, T, V) of the token after each; arguments as in `CausalLMHead.forward`.
+        """Return the next token's logits (B, T, V); arguments as in `CausalLMHead.forward`.
 
         Args:
             output_router_logits: return what the router of each layer with experts computed.
@@ -275,7 +275,7 @@ class MtpCausalLMHead(MoeCausalLMHead):
     # -- checkpoints ---------------------------------------------------------------------------
 
     def tied_names(self) -> dict[str, str]:
-        """Return the parameters that are other parameters under a second name."""
+        """Return the names of tied parameters, mapped to the parameter they are."""
         tied = super().tied_names()
         embedding = f"{self.base_model_prefix}.embed_tokens.weight"
         head = tied.get("lm_head.weight", "lm_head.weight")
@@ -285,13 +285,13 @@ class MtpCausalLMHead(MoeCausalLMHead):
         return tied
 
     def optional_names(self, held: Iterable[str]) -> tuple[str, ...]:
-        """Return the prefixes of the prediction layers behind the last one a checkpoint holds."""
+        """Return the prefixes of trailing prediction layers that a checkpoint lacks."""
         names, prefixes = list(held), self._prediction_prefixes()
         found = [any(name.startswith(prefix) for name in names) for prefix in prefixes]
         return tuple(prefix for i, prefix in enumerate(prefixes) if not any(found[i:]))
 
     def drop(self, prefixes: tuple[str, ...]) -> None:
-        """Take away the prediction layers that a checkpoint did not have."""
+        """Remove the prediction layers that a checkpoint lacks."""
         if prefixes:
             del self.model.layers[-len(prefixes) :]
             warnings.warn(
@@ -321,7 +321,7 @@ class MtpCausalLMHead(MoeCausalLMHead):
 
 
 def _later(x: Tensor, k: int) -> Tensor:
-    """Return for each of (B, T, C) what comes k places later, zeros behind the last."""
+    """Shift (B, T, C) by k: position t gets position t + k, zeros at the end."""
     return F.pad(x[:, k:], (0, 0, 0, min(k, x.shape[1])))
 
 
@@ -332,7 +332,7 @@ def _targets(
     mask: Tensor | None,
     texts: Documents | None,
 ) -> Tensor:
-    """Return the labels (B, T) of what layer k predicts, where it does: k + 1 tokens further."""
+    """Return the labels (B, T) of prediction layer k, which lie k + 1 tokens ahead."""
     if shift_labels is not None:
         return following_tokens(own_labels(shift_labels, texts, k + 1, shifted=1), mask, k)
     assert labels is not None

@@ -1,4 +1,4 @@
-"""What forward returns: fields by name, by key, or by place among those that are set."""
+"""The outputs of forwards: fields by name, by key, or by index among those that are set."""
 
 from dataclasses import dataclass
 
@@ -35,7 +35,7 @@ class BaseModelOutputWithPast(ModelOutput):
 
 @dataclass(eq=False)
 class CausalLMOutputWithPast(ModelOutput):
-    """The output of a language model; logits (B, T, V), loss a scalar where labels were given.
+    """Output of a language model: logits (B, T, V), and a scalar loss if labels were given.
 
     With labels, the logits are made when they are first read: the loss does without them.
     """

@@ -1,4 +1,4 @@
-"""A model without memory becomes this process's part of it, before and after it is read."""
+"""Cuts a model down to this process's part, before and after loading."""
 
 from collections.abc import Mapping
 from functools import partial
@@ -15,7 +15,7 @@ from quintet.quantization import Slot, check_divided
 
 
 class OwnPart:
-    """What is done to a model that several processes hold while it is loaded.
+    """How to load this process's part of a sharded model.
 
     Attributes:
         shards: what this process has of each tensor, by its name.
@@ -49,7 +49,7 @@ class OwnPart:
         self.held = names_held(self._stages, world)
 
     def check(self, slots: Mapping[str, Slot]) -> None:
-        """Refuse formats whose blocks would be cut.
+        """Refuse quantisation formats whose blocks would be cut.
 
         Raises:
             InputError: there is one.
@@ -57,7 +57,7 @@ class OwnPart:
         check_divided(slots, self.shards, self._table, self.world.degrees)
 
     def finish(self, model: ModelCore) -> None:
-        """Let tensors pass between the processes, in a model whose weights are in place."""
+        """Install the communication hooks, once the weights are in place."""
         connect(model, self._table, self.world)
         model.world = self.world
         if self._stages is not None:

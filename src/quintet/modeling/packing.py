@@ -1,4 +1,4 @@
-"""Several texts in a row: how trainers and collators say so."""
+"""Packed rows: several texts in one row, as trainers and collators mark them."""
 
 import inspect
 from collections.abc import Callable
@@ -19,7 +19,7 @@ Forward = TypeVar("Forward", bound=Callable[..., Any])
 
 
 class Packing(TypedDict, total=False):
-    """Options of every forward: what collators of packed rows send beside positions.
+    """Options of every forward that mark packed texts.
 
     Attributes:
         cu_seq_lens_q: (n + 1,) where each of n texts begins, counted over all rows, and the end.
@@ -40,7 +40,7 @@ class Packing(TypedDict, total=False):
 
 
 def takes_packing(forward: Forward) -> Forward:
-    """Let a forward take the options of `Packing`, and an adapter for each row.
+    """Add the options of `Packing`, and `adapter_names`, to a forward's signature.
 
     They are named in the signature that tools read, in place of **options.
     """
@@ -63,7 +63,7 @@ def packed(
     past: object = None,
     keeps: bool = False,
 ) -> Documents | None:
-    """Return the texts of rows (B, T), or None if each row is one.
+    """Return the texts packed into rows (B, T), or None if each row is one text.
 
     Positions tell only without a mask and a cache, as in Transformers: with these, a row is one
     text wherever its positions jump.
@@ -98,7 +98,7 @@ def packed(
 def own_labels(
     labels: Tensor, documents: Documents | None, ahead: int = 1, *, shifted: int = 0
 ) -> Tensor:
-    """Return labels (B, T) without those that a token of another text would have to predict.
+    """Mask labels (B, T) that would be predicted from a token of another text.
 
     A label is of the token `shifted` places after its own, and predicted `ahead` places before it.
     """
@@ -142,7 +142,7 @@ def _documents(packing: Packing, shape: tuple[int, int]) -> Documents | None:
 
 
 def _continuing(packing: Packing, shape: tuple[int, int]) -> Documents:
-    """Return the texts of one row, each of which continues a row of a cache; some have no token."""
+    """Return the texts of one row that each continue a row of a cache."""
     B = shape[0]
     lengths, keys = packing.get("cu_seq_lens_q"), packing.get("cu_seq_lens_k")
     if lengths is None or packing.get("seq_idx") is not None or B > 1:
@@ -162,7 +162,7 @@ def _continuing(packing: Packing, shape: tuple[int, int]) -> Documents:
 def _numbers(
     lengths: Tensor, side: str, most: int | Tensor | None, shape: tuple[int, int]
 ) -> Tensor:
-    """Return the number of each token's text, (B, T)."""
+    """Return the index of each token's text, (B, T)."""
     B, T = shape
     if not recorded():
         _check_lengths(lengths, side, most, B * T)

@@ -1,4 +1,4 @@
-"""Which dtype, and which device for which part of a model."""
+"""The dtype of a model, and the device of each of its parts."""
 
 import difflib
 import itertools
@@ -25,7 +25,7 @@ SHARE = 0.9
 
 
 def named_dtype(dtype: str | torch.dtype) -> torch.dtype:
-    """Return a floating-point dtype by its name or itself.
+    """Return a floating-point dtype, given itself or its name.
 
     Raises:
         InputError: it is not one that weights can have.
@@ -41,7 +41,7 @@ def named_dtype(dtype: str | torch.dtype) -> torch.dtype:
 
 @dataclass(frozen=True, slots=True)
 class ModelPart:
-    """A part of a model that is on one device: the embedding, a layer, a norm, a head."""
+    """A part that is placed as a whole: the embedding, a layer, a norm, a head."""
 
     path: str
     nbytes: int
@@ -49,17 +49,17 @@ class ModelPart:
 
 @dataclass(frozen=True, slots=True)
 class Placement:
-    """Where each part of a model is; the longest path that a name begins with decides."""
+    """The device of each part; the longest matching prefix of a name decides."""
 
     devices: Mapping[str, torch.device]
 
     @property
     def several(self) -> bool:
-        """Whether there is more than one device."""
+        """Whether parts are on more than one device."""
         return len(set(self.devices.values())) > 1
 
     def device_of(self, name: str) -> torch.device:
-        """Return the device of a parameter or module by its name.
+        """Return the device of a parameter or module by name.
 
         Raises:
             InputError: no path covers it.
@@ -72,7 +72,7 @@ class Placement:
             name = name.rpartition(".")[0]
 
     def in_words(self, model_parts: Sequence[ModelPart]) -> str:
-        """Say how many bytes of weights each device was given, in the order of a forward."""
+        """Format the bytes of weights per device, in forward order."""
         given: dict[torch.device, int] = {}
         for part in model_parts:
             device = self.device_of(part.path)
@@ -80,12 +80,12 @@ class Placement:
         return ", ".join(f"{gigabytes(size)} on {device}" for device, size in given.items())
 
     def covers(self, name: str) -> bool:
-        """Tell whether a path is a beginning of the name."""
+        """Return whether a path is a prefix of the name."""
         return any(path in ("", name) or name.startswith(f"{path}.") for path in self.devices)
 
 
 def parts(model: nn.Module, dtype: torch.dtype, fp32: tuple[str, ...] = ()) -> list[ModelPart]:
-    """Return the parts of a model in the order of its forward, with their size in a dtype.
+    """Return the parts of a model in forward order, with their bytes in a dtype.
 
     What two parts share is counted with the first. `fp32` are ends of names kept in float32.
     """
@@ -111,7 +111,7 @@ def place(
     model_parts: Sequence[ModelPart],
     max_memory: MaxMemory | None = None,
 ) -> Placement:
-    """Decide where the parts of a model are.
+    """Choose the devices of a model's parts.
 
     `None` is torch's default device, -1 the CPU, "auto" as many GPUs as it takes (the CPU where
     there is none), "balanced" all of them evenly, "sequential" one after the other.
@@ -136,7 +136,7 @@ def place(
 
 
 def first_device(device_map: DeviceMap) -> torch.device:
-    """Return the device on which a forward begins, before the model is known.
+    """Return the device a forward begins on, before the model is known.
 
     Raises:
         UnsupportedBackendError: this machine does not have a device that is named, or it is "disk".
@@ -164,7 +164,7 @@ def first_device(device_map: DeviceMap) -> torch.device:
 def layout(
     model_parts: Sequence[ModelPart], capacity: Mapping[torch.device, int], strategy: str
 ) -> Mapping[str, torch.device]:
-    """Give the parts to devices in their order, so that a forward visits each device once.
+    """Assign parts to devices in order, so that a forward visits each device once.
 
     "sequential" fills each up; "balanced" gives each the same share of the bytes as far as it has
     room; "auto" does so with as few devices as hold it all, those with most room, the CPU last.
@@ -193,7 +193,7 @@ def layout(
 def _even(
     model_parts: Sequence[ModelPart], capacity: Mapping[torch.device, int]
 ) -> dict[str, torch.device] | None:
-    """Cut the parts into shares of about the same bytes, or return None if one does not fit."""
+    """Cut the parts into shares of similar size, or return None if one does not fit."""
     devices = list(capacity)
     share = sum(part.nbytes for part in model_parts) / len(devices)
     placed, used, before = {}, dict.fromkeys(devices, 0), 0
@@ -209,7 +209,7 @@ def _even(
 def _filled_up(
     model_parts: Sequence[ModelPart], capacity: Mapping[torch.device, int]
 ) -> dict[str, torch.device] | None:
-    """Fill device after device, or return None if the last one has too little room."""
+    """Fill one device after another, or return None if the last one is too small."""
     devices = iter(capacity.items())
     device, room = next(devices)
     placed = {}
@@ -248,7 +248,7 @@ def _mapped(device_map: Mapping[str, Device], model_parts: Sequence[ModelPart]) 
 
 
 def _paths(module: nn.Module, path: str) -> Iterator[str]:
-    """Yield the parts: the members of lists, and all that has no list of layers inside."""
+    """Yield the parts: members of module lists, and everything that contains no list."""
     for name, child in module.named_children():
         below = f"{path}.{name}" if path else name
         if isinstance(child, nn.ModuleList) and not path.endswith("]"):
@@ -260,7 +260,7 @@ def _paths(module: nn.Module, path: str) -> Iterator[str]:
 
 
 def _capacity(max_memory: MaxMemory | None) -> dict[torch.device, int]:
-    """Return the bytes of weights that each device may hold, the CPU last."""
+    """Return the bytes of weights each device may hold, the CPU last."""
     if max_memory is None:
         count = torch.cuda.device_count() if torch.cuda.is_available() else 0
         devices = [torch.device("cuda", index) for index in range(count)]
@@ -306,5 +306,5 @@ def _device(device: Device, of: str = "") -> torch.device:
 
 
 def gigabytes(size: int) -> str:
-    """Write a number of bytes for people."""
+    """Format a number of bytes."""
     return f"{size / 1e9:.2f} GB"

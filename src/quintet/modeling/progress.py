@@ -1,4 +1,4 @@
-"""A bar on standard error for what takes long, where somebody looks."""
+"""A progress bar for loading, on a terminal."""
 
 import os
 import sys
@@ -7,7 +7,7 @@ from tqdm import tqdm  # type: ignore[import-untyped]
 
 
 def progress_bar(what: str, total: int) -> tqdm:
-    """Return a bar of bytes: shown at a terminal after the first second, taken away at its end.
+    """Return a bar of bytes: shown after one second, removed at its end.
 
     `HF_HUB_DISABLE_PROGRESS_BARS=1`, which the downloads obey, keeps it away, too.
     """

@@ -1,4 +1,4 @@
-"""A model that several processes hold becomes one ordinary checkpoint, written by the first.
+"""Saves a sharded model as one ordinary checkpoint, written by the first process.
 
 It asks for one tensor after the other, in the order in which it writes them; the others send their
 parts. What each tensor is follows from a model of the same configuration without memory.
@@ -32,7 +32,7 @@ END = -1
 
 @dataclass(frozen=True, slots=True)
 class _Plain:
-    """A tensor of numbers, or an expert's rows of one.
+    """A plain tensor, or an expert's slice of one.
 
     Attributes:
         spec: the tensor of the checkpoint, without memory.
@@ -47,7 +47,7 @@ class _Plain:
     piece: Piece
 
     def whole(self, shares: "Shares") -> Tensor | None:
-        """Return it in the first process; all have to call this."""
+        """Gather it on the first process; every process must call this."""
         found = shares.of(self.name, self.piece)
         shard, at = found[shares.world.rank]
         local = None if shard is None else own_part(self.tensor)
@@ -59,7 +59,7 @@ class _Plain:
 
 @dataclass(frozen=True, slots=True)
 class _Packed:
-    """A tensor that a matrix in fewer bits consists of on disk.
+    """A tensor of a quantised matrix on disk.
 
     Attributes:
         spec: the tensor of the checkpoint, without memory; itself if it says nothing of weights.
@@ -82,7 +82,7 @@ class _Packed:
     dtype: torch.dtype
 
     def whole(self, shares: "Shares") -> Tensor | None:
-        """Return it in the first process; all have to call this."""
+        """Gather it on the first process; every process must call this."""
         leaf = self.weight.rpartition(".")[2]
         held, specs = self.module.formats[leaf], _empty(self.module, leaf, self.piece)
         found = shares.of(self.weight, self.piece)
@@ -104,13 +104,13 @@ class _Packed:
 
 @dataclass(frozen=True, slots=True)
 class Shares:
-    """What each process has of each tensor of a model, by its rank."""
+    """The share of each tensor that each process holds."""
 
     world: World
     shards: Sequence[Mapping[str, Shard]]
 
     def of(self, name: str, piece: Piece) -> list[tuple[Shard | None, tuple[int, slice] | None]]:
-        """Return of a piece what each process has, and where in its own tensor; None for none."""
+        """Return what each process holds of a piece and where; None for none."""
         place, found = piece.place, [shards.get(name) for shards in self.shards]
         if place is None:
             return [(shard, None) for shard in found]
@@ -121,7 +121,7 @@ class Shares:
 def _entries(
     model: ModelCore, shapes: Mapping[str, Shape], there: Stages
 ) -> Iterator[tuple[str, _Plain | _Packed]]:
-    """Yield the tensors of a checkpoint by their names, in the order of one process's save.
+    """Yield the checkpoint's tensors by name, in the order of a one-process save.
 
     Raises:
         InputError: tied weights are two.
@@ -148,7 +148,7 @@ def _entries(
 
 
 def _of_stages(model: ModelCore, world: World) -> Stages:
-    """Return the names and dtypes of what each process has; None where each has a part of all."""
+    """Return names and dtypes per process under pipeline parallelism, else None."""
     if world.degrees.pp == 1:
         return None
     told: list[Any] = [None] * world.degrees.size
@@ -157,7 +157,7 @@ def _of_stages(model: ModelCore, world: World) -> Stages:
 
 
 def _state(model: ModelCore, names: Iterable[str], there: Stages) -> dict[str, Tensor]:
-    """Return the tensors of a model, in the order of a whole one; other stages' without data."""
+    """Return the tensors of the whole model in order; other stages' have no data."""
     own = model.state_dict()
     if there is None:
         return own
@@ -171,13 +171,12 @@ def _state(model: ModelCore, names: Iterable[str], there: Stages) -> dict[str, T
 
 
 def _empty(module: Quantized, leaf: str, piece: Piece) -> dict[str, Tensor]:
-    """Return the parts of a whole matrix, without memory."""
     specs = module.formats[leaf].parts(piece.shape)
     return {s: torch.empty(o.shape, dtype=o.dtype, device="meta") for s, o in specs.items()}
 
 
 def _shares(model: ModelCore, world: World, there: Stages) -> tuple[Shares, dict[str, Shape]]:
-    """Return what each process has of each tensor, and the shapes of whole ones."""
+    """Return each process's share of each tensor, and the whole shapes."""
     whole = init_on_meta(type(model), model.config)
     table, state = seated(table_of(whole), world.seats, world.degrees.ep), whole.state_dict()
     # What several share is in the table by the first of its names, and saved by that.
@@ -204,7 +203,7 @@ def write_together(
     texts: Mapping[str, str],
     writes: bool,
 ) -> None:
-    """Write a model that several processes hold; all of them have to call it.
+    """Save a sharded model; every process must call this.
 
     Args:
         writes: whether the first process is to write; the others follow it.
@@ -243,13 +242,13 @@ def write_together(
 
 
 def _follow(entries: list[_Plain | _Packed], shares: Shares) -> None:
-    """Send the parts of what the first process asks for, until it has all."""
+    """Send the shares that the first process asks for, until it is done."""
     while (asked := _told(END, shares.world)) != END:
         entries[asked].whole(shares)
 
 
 def _told(number: int, world: World) -> int:
-    """Return the number that the first process tells."""
+    """Return the number broadcast by the first process."""
     told = torch.tensor([number], device=world.device, dtype=torch.long)
     dist.broadcast(told, 0)
     return int(told)

@@ -1,4 +1,4 @@
-"""What a head says of some ids, in parts that are each small; and logits for whoever reads them.
+"""Losses of a head in tiles that are never all in memory, and its logits on demand.
 
 Most heads are a matrix that nobody put anything around, and then no more than a tile of logits is
 ever there (`quintet.ops.linear_loss`), on each of several processes where these share it. A head in
@@ -33,7 +33,7 @@ AT_ONCE = 1 << 25
 
 
 class ScoredHead(ABC):
-    """A head, as it is in one forward."""
+    """A head in the form that losses use, for one forward."""
 
     @abstractmethod
     def logits(self, hidden: Tensor) -> Tensor:
@@ -41,7 +41,7 @@ class ScoredHead(ABC):
 
     @abstractmethod
     def sums(self, hidden: Tensor, labels: Tensor, *, mean: bool = False) -> LogitSums:
-        """Return what losses read of the logits, (...), 0 where the label is -100.
+        """Return what losses need of the logits, (...); 0 where the label is -100.
 
         Shapes: hidden (..., C), labels (...).
 
@@ -51,7 +51,7 @@ class ScoredHead(ABC):
 
 
 class WholeHead(ScoredHead):
-    """One that makes all logits at once, whatever is asked of it."""
+    """A head that computes all logits at once."""
 
     def __init__(self, head: nn.Module) -> None:
         self.head = head
@@ -61,7 +61,7 @@ class WholeHead(ScoredHead):
         return self.head(hidden)  # type: ignore[no-any-return]
 
     def sums(self, hidden: Tensor, labels: Tensor, *, mean: bool = False) -> LogitSums:
-        """Return what losses read of the logits; see `ScoredHead.sums`."""
+        """Compute what losses need; see `ScoredHead.sums`."""
         logits = self.logits(hidden)
         check_classes(labels, logits.shape[-1])
         labels = labels.to(logits.device, torch.long)
@@ -71,23 +71,23 @@ class WholeHead(ScoredHead):
 
 
 class HeadInParts(ScoredHead):
-    """One that need not."""
+    """A head whose logits are computed in tiles."""
 
     @property
     @abstractmethod
     def size(self) -> int:
-        """V, how many ids there are."""
+        """V, the number of ids."""
 
     @abstractmethod
     def tensors(self) -> tuple[Tensor, ...]:
-        """Return the tensors that logits are made of."""
+        """Return the tensors that the logits depend on."""
 
     @abstractmethod
     def sums_of(self, hidden: Tensor, ids: Tensor, mean: bool) -> LogitSums:
-        """Return what losses read of the logits of states (N, C), ids (N,)."""
+        """Compute what losses need, from states (N, C) and ids (N,)."""
 
     def sums(self, hidden: Tensor, labels: Tensor, *, mean: bool = False) -> LogitSums:
-        """Return what losses read of the logits; see `ScoredHead.sums`."""
+        """Compute what losses need; see `ScoredHead.sums`."""
         check_classes(labels, self.size)
         labels = labels.to(hidden.device, torch.long)
         rows, ids = hidden.reshape(-1, hidden.shape[-1]), labels.reshape(-1)
@@ -107,7 +107,7 @@ class HeadInParts(ScoredHead):
         return found.map(placed)
 
     def later(self, hidden: Tensor) -> Callable[[], Tensor]:
-        """Return what makes the logits (..., V) of states (..., C) as they would be made now.
+        """Return a function that computes the logits (..., V) as they would be now.
 
         It raises an InputError where a tensor they are made of was changed meanwhile.
         """
@@ -148,7 +148,7 @@ class _Matrix(HeadInParts):
 
 
 class _Spread(HeadInParts):
-    """A matrix of which other processes have the rows of other ids."""
+    """A head matrix whose rows are spread over processes."""
 
     def __init__(self, head: Linear, others: OtherIds) -> None:
         self.head, self.others = head, others
@@ -205,7 +205,7 @@ class _Module(HeadInParts):
 
 
 def scored(head: nn.Module, *, by_rows: bool = False) -> ScoredHead:
-    """Return a head as it is now.
+    """Return a head in the form that losses use.
 
     Args:
         head: the module that makes logits.
@@ -233,7 +233,7 @@ def scored(head: nn.Module, *, by_rows: bool = False) -> ScoredHead:
 
 
 def token_logprobs(hidden: Tensor, head: nn.Module, ids: Tensor) -> Tensor:
-    """Return log p of each id, (...) in float32, of a head's logits that are not there as a whole.
+    """Return log p of each id, (...) in float32, without materialising the logits.
 
     It is 0 where an id is -100. Gradients reach the states and the head.
 
@@ -258,7 +258,7 @@ def _version(x: Tensor) -> int:
 
 
 def _mode(device: str) -> Callable[[], AbstractContextManager[object]]:
-    """Return what makes the modes that gradients and autocast are in now."""
+    """Return a function that restores the current grad and autocast modes."""
     derives, casts = torch.is_grad_enabled(), torch.is_autocast_enabled(device)
     dtype = torch.get_autocast_dtype(device)
 

@@ -1,4 +1,4 @@
-"""What a forward is made of: the segments of its tokens, their angles and what they see."""
+"""Segments, rotary angles and masks of a forward."""
 
 from collections.abc import Collection, Sequence
 from dataclasses import replace
@@ -19,7 +19,7 @@ from quintet.triton.texts import Texts
 def segments(
     embeds: Tensor, rows: Padding | Documents | None, cache: Cache | None, *, learns: bool
 ) -> tuple[Segment, tuple[Segment, ...]]:
-    """Return the slots that tokens take in all rows of a cache, and the rectangles they make.
+    """Return the slots of the tokens in all rows of a cache, and their rectangles.
 
     Args:
         embeds: (B, T, C), or (1, N, C) of rows with unequally many.
@@ -73,7 +73,7 @@ def angles(
     positions: Tensor | None,
     dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor]:
-    """Return cos and sin of all tokens, (B or 1, T, D), those of a segment made by themselves.
+    """Return cos and sin of all tokens, (B or 1, T, D), computed per segment.
 
     Some depend on how long a row is.
 
@@ -105,7 +105,7 @@ def masks(
     custom: Tensor | None,
     texts: Documents | None,
 ) -> tuple[dict[int | None, AttentionMask], ...]:
-    """Return the masks of each segment's queries, by window.
+    """Return each segment's attention masks, by window.
 
     Args:
         custom: (B, H, T, S), the caller's own mask.

@@ -1,4 +1,4 @@
-"""How large a model is, known from its config alone."""
+"""The memory of a model, computed from its config alone."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -15,7 +15,7 @@ from quintet.quantization import Scheme
 
 @dataclass(frozen=True, slots=True)
 class Size:
-    """What a model takes.
+    """The memory that a model needs.
 
     Attributes:
         parameters: all of them, shared ones once.
@@ -39,19 +39,19 @@ class Size:
         return sum(part.nbytes for part in self.parts)
 
     def cache_bytes(self, batch: int, context: int, itemsize: int) -> int:
-        """Return the bytes of a cache of `batch` rows of `context` tokens.
+        """Return the cache's bytes for `batch` rows of `context` tokens.
 
         Recurrent states are kept in float32.
         """
         return batch * (context * self.cache_per_token * itemsize + 4 * self.state_per_row)
 
     def working_bytes(self, batch: int, tokens: int, itemsize: int) -> int:
-        """Estimate what a forward of `tokens` tokens a row takes besides."""
+        """Estimate the activations of a forward of `tokens` tokens per row."""
         return batch * tokens * self.width * itemsize
 
 
 def measure(model: PreTrainedModel, dtype: torch.dtype, scheme: Scheme | None = None) -> Size:
-    """Measure a model, with or without memory; `scheme` is how its weights are to be held.
+    """Measure a model, on any device; `scheme` is the quantisation of its weights.
 
     Where several processes have its layers, it is the whole that is measured.
     """
@@ -84,7 +84,7 @@ def _prediction_layers(model: PreTrainedModel) -> list[nn.Module]:
 
 
 def _others(model: PreTrainedModel, behind: list[nn.Module]) -> Iterator[nn.Parameter]:
-    """Yield the parameters that the main run uses."""
+    """Yield the parameters of the main run, without prediction layers."""
     layers = model.base_model.get_submodule("layers")
     for module in (model, *model.children(), *model.base_model.children(), *layers.children()):
         if module not in behind and not any(layer in module.modules() for layer in behind):
@@ -92,7 +92,7 @@ def _others(model: PreTrainedModel, behind: list[nn.Module]) -> Iterator[nn.Para
 
 
 def _width(model: PreTrainedModel) -> int:
-    """Return hidden states twice, and the widest input and output of a layer's linear maps."""
+    """Return twice the hidden size plus the largest input and output of a layer's map."""
     C = model.config.hidden_size
     layers = model.base_model.get_submodule("layers")
     widest = [m.in_features + m.out_features for m in layers.modules() if isinstance(m, nn.Linear)]

@@ -1,4 +1,4 @@
-"""Where a model comes from, and where its files are on this machine."""
+"""The source of a model: its name, and where its files are."""
 
 import os
 from dataclasses import dataclass
@@ -10,7 +10,7 @@ from quintet.hub import CONFIG_PATTERNS, locate, locate_weights
 
 @dataclass(frozen=True, slots=True)
 class ModelSource:
-    """Where a model comes from."""
+    """A model's name and the options to locate its files."""
 
     name_or_path: str | os.PathLike[str]
     revision: str | None = None
@@ -23,7 +23,7 @@ class ModelSource:
 
     @property
     def where(self) -> dict[str, Any]:
-        """What tells where files are, but for the name."""
+        """The options to locate files, without the name."""
         return {
             "revision": self.revision,
             "cache_dir": self.cache_dir,

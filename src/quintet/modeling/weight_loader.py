@@ -1,4 +1,4 @@
-"""Data goes from a checkpoint into a model that was built without memory."""
+"""Moves tensors from a checkpoint into a model on the meta device."""
 
 import itertools
 from collections.abc import Callable, Container, Mapping
@@ -21,7 +21,7 @@ WHOLE: Mapping[str, Shard] = MappingProxyType({})
 
 
 class WeightLoader:
-    """Puts tensors into their places, each as it comes.
+    """Puts tensors into a model, one at a time.
 
     A tensor that comes as it is to be kept stays a view of the mapped file; every other is
     converted on its way, so that none is ever there twice. Of a model that several processes hold,
@@ -53,7 +53,7 @@ class WeightLoader:
         self._tensors: dict[str, Tensor] = dict(model.state_dict(keep_vars=True))
 
     def share(self, name: str, piece: Piece) -> tuple[Shard, Piece] | None:
-        """Return what this process has of a piece, and the piece that it is to it; None for none.
+        """Return this process's share of a piece, and its place there; None for none.
 
         Without processes among which `name` is divided, that is all of it.
         """
@@ -71,7 +71,7 @@ class WeightLoader:
         return own, replace(piece, shape=own.local_shape, place=place)
 
     def put(self, name: str, piece: Piece, weight: Tensor | Encoded, *, mapped: bool) -> bool:
-        """Put a tensor of the checkpoint where it belongs, and tell whether its memory is kept.
+        """Put a tensor into the model, and return whether its memory is referenced.
 
         Args:
             mapped: whether `weight` is a view of a file, whose parts can be kept by themselves.
@@ -109,7 +109,7 @@ class WeightLoader:
         return False
 
     def draw(self, names: tuple[str, ...], state: Tensor | None = None) -> None:
-        """Draw fresh weights for the modules that these tensors are of.
+        """Initialise the modules that these tensors belong to.
 
         Args:
             state: of the generator, which several processes share; what they draw whole is the
@@ -165,7 +165,7 @@ def load_weights(
     where: str,
     state: Tensor | None = None,
 ) -> None:
-    """Read what a model needs and put it into place; see `WeightLoader.draw` for `state`.
+    """Read the tensors that a model needs; for `state` see `WeightLoader.draw`.
 
     Raises:
         CheckpointError: a tensor cannot be read, or is there twice with different values.
@@ -191,7 +191,7 @@ def load_weights(
 
 
 def check_filled(model: ModelCore) -> None:
-    """Refuse a model whose weights somebody's context has taken away again.
+    """Refuse a model whose weights a surrounding context removed.
 
     Raises:
         UnsupportedBackendError: it is one.
@@ -206,7 +206,7 @@ def check_filled(model: ModelCore) -> None:
 
 
 def assign(model: nn.Module, name: str, tensor: Tensor) -> None:
-    """Make a tensor the parameter or buffer of that name."""
+    """Set a parameter or buffer by name."""
     path, _, leaf = name.rpartition(".")
     module = model.get_submodule(path)
     if leaf in module._parameters:
@@ -216,7 +216,7 @@ def assign(model: nn.Module, name: str, tensor: Tensor) -> None:
 
 
 def _check_aliases(loader: WeightLoader, mapping: KeyMapping, weights: Weights, where: str) -> None:
-    """Refuse two names of one tensor of the model that hold different values."""
+    """Refuse two names of one tensor with different values."""
     for second, first in mapping.aliases.items():
         shared = loader.share(*mapping.wanted[first])
         if shared is None:
@@ -233,7 +233,7 @@ def _check_aliases(loader: WeightLoader, mapping: KeyMapping, weights: Weights, 
 
 
 def identical(one: Tensor, other: Tensor) -> bool:
-    """Tell whether two tensors are the same bytes."""
+    """Return whether two tensors have the same bytes."""
     if one.dtype != other.dtype or one.shape != other.shape:
         return False
     # By their bytes: numbers that are not finite are equal, too, and FP8 has no comparison.

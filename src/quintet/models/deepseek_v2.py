@@ -117,20 +117,20 @@ class DeepseekV2Config(PreTrainedConfig):
 
     @property
     def head_dim(self) -> int:
-        """The size that is rotated, Dr, under the name that rotary code reads."""
+        """The size of the rotated part of a head, Dr, under the name that rotary code reads."""
         return self.qk_rope_head_dim
 
     def derive(self) -> None:
-        """Fill in the key-value heads: latent attention has as many as heads."""
+        """Set num_key_value_heads: latent attention has keys and values for every head."""
         if self.num_key_value_heads is None:
             self.num_key_value_heads = self.num_attention_heads
 
     def cache_numbers(self) -> tuple[int, int]:
-        """Count the numbers a cache holds for each token of a row, and for a row besides."""
+        """Return the numbers a cache holds per token, and per row beyond its tokens."""
         return (self.kv_lora_rank + self.qk_rope_head_dim) * self.num_hidden_layers, 0
 
     def validate(self) -> None:
-        """Check what rotates in pairs, and that tokens find enough experts in their groups."""
+        """Check that Dr is even and that the groups kept hold enough experts for a token."""
         super().validate()
         activation(self.hidden_act)
         heads = self.num_attention_heads
@@ -162,13 +162,13 @@ class DeepseekV2Config(PreTrainedConfig):
         )
 
     def has_experts(self, layer_idx: int) -> bool:
-        """Tell whether a layer has experts in place of one MLP."""
+        """Return whether a layer has experts instead of one MLP."""
         if self.n_routed_experts is None or self.num_experts_per_tok is None:
             return False
         return layer_idx >= self.first_k_dense_replace and layer_idx % self.moe_layer_freq == 0
 
     def routing(self) -> RoutingRules:
-        """Return the rules of a router."""
+        """Return the settings of the routers."""
         grouped = self.topk_method == GROUPED
         return RoutingRules(
             active=known(self.num_experts_per_tok),
@@ -214,11 +214,11 @@ class DeepseekV2DecoderLayer(StackLayer):
         return hidden_states + run_mlp(self.mlp, x, context.notes, routed=self.has_experts)
 
     def sharding(self) -> Sharding:
-        """Let what an MLP makes on all processes add up; experts say so themselves."""
+        """Sum a dense MLP's output over processes; experts have a table of their own."""
         return Sharding() if self.has_experts else Sharding(copies=("mlp",), reduces=("mlp",))
 
     def pieces(self) -> list[Piece] | None:
-        """Return attention, and the experts or the MLP."""
+        """Describe attention and the experts or MLP to the fused CPU step."""
         return residuals(
             (self.input_layernorm, self.self_attn), (self.post_attention_layernorm, self.mlp)
         )
@@ -244,7 +244,7 @@ def _experts(config: DeepseekV2Config) -> SharedExpertsMoE:
 
 
 class DeepseekV2PreTrainedModel(PreTrainedModel):
-    """What all DeepSeek-V2 models share."""
+    """Base of the DeepSeek-V2 models."""
 
     config_class = DeepseekV2Config
     expert_stacks = EXPERT_STACKS
@@ -252,7 +252,7 @@ class DeepseekV2PreTrainedModel(PreTrainedModel):
     keep_unquantized = (*PreTrainedModel.keep_unquantized, "kv_b_proj")
 
     def init_module(self, module: nn.Module) -> None:
-        """Draw the weights of one module, a router's among them."""
+        """Initialise the weights of one module, routers included."""
         super().init_module(module)
         if isinstance(module, Router):
             nn.init.normal_(module.weight, std=self.config.initializer_range)
@@ -279,13 +279,13 @@ class DeepseekV2ForCausalLM(DeepseekV2PreTrainedModel, MoeCausalLMHead):
     config: DeepseekV2Config
 
     def aux_loss_weight(self, labels: Tensor | None, output_router_logits: bool) -> float | None:
-        """Return `aux_loss_alpha` in training; asked for otherwise, the balance is only shown."""
+        """Return `aux_loss_alpha` in training, 0 if the loss is only reported, else None."""
         if self.training and labels is not None and self.config.aux_loss_alpha > 0:
             return self.config.aux_loss_alpha
         return 0.0 if output_router_logits else None
 
     def aux_loss(self, router_logits: tuple[Tensor, ...], mask: Tensor) -> Tensor:
-        """Return the sum of the layers' balance losses, of each row (`seq_aux`) or of the batch."""
+        """Sum the layers' balance losses, computed per row (`seq_aux`) or per batch."""
         rules, losses = self.config.routing(), []
         for logits in router_logits:
             indices, _ = softmax_routing(logits, rules)

@@ -120,29 +120,29 @@ class DeepseekV3Config(PreTrainedConfig):
 
     @property
     def head_dim(self) -> int:
-        """The size that is rotated, Dr, under the name that rotary code reads."""
+        """The size of the rotated part of a head, Dr, under the name that rotary code reads."""
         return self.qk_rope_head_dim
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any], **overrides: Any) -> Self:
-        """Build a configuration from the content of a file; fewer layers have no prediction."""
+        """Build from the content of a file; with fewer layers, drop multi-token prediction."""
         if "num_hidden_layers" in overrides:
             # Prediction layers are named by the number of layers before them.
             overrides = {"num_nextn_predict_layers": 0, **cls._renamed(overrides)}
         return super().from_dict(values, **overrides)
 
     def derive(self) -> None:
-        """Fill in the key-value heads: latent attention has as many as heads."""
+        """Set num_key_value_heads: latent attention has keys and values for every head."""
         # The default is the released model's, and no reason to refuse a smaller one.
         if self.num_key_value_heads in (None, type(self).num_key_value_heads):
             self.num_key_value_heads = self.num_attention_heads
 
     def cache_numbers(self) -> tuple[int, int]:
-        """Count the numbers a cache holds for each token of a row, and for a row besides."""
+        """Return the numbers a cache holds per token, and per row beyond its tokens."""
         return (self.kv_lora_rank + self.qk_rope_head_dim) * self.num_hidden_layers, 0
 
     def validate(self) -> None:
-        """Check what rotates in pairs, and that tokens find enough experts in their groups."""
+        """Check that Dr is even and that the groups kept hold enough experts for a token."""
         super().validate()
         activation(self.hidden_act)
         heads = self.num_attention_heads
@@ -168,7 +168,7 @@ class DeepseekV3Config(PreTrainedConfig):
         )
 
     def has_experts(self, layer_idx: int) -> bool:
-        """Tell whether a layer has experts in place of one MLP; prediction layers always have."""
+        """Return whether a layer has experts instead of one MLP; prediction layers do."""
         if self.n_routed_experts is None or self.num_experts_per_tok is None:
             return False
         if layer_idx >= self.num_hidden_layers:
@@ -176,7 +176,7 @@ class DeepseekV3Config(PreTrainedConfig):
         return layer_idx >= self.first_k_dense_replace and layer_idx % self.moe_layer_freq == 0
 
     def routing(self) -> RoutingRules:
-        """Return the rules of a router."""
+        """Return the settings of the routers."""
         groups = self.n_group or 1
         return RoutingRules(
             active=known(self.num_experts_per_tok),
@@ -222,11 +222,11 @@ class DeepseekV3DecoderLayer(StackLayer):
         return hidden_states + run_mlp(self.mlp, x, context.notes, routed=self.has_experts)
 
     def sharding(self) -> Sharding:
-        """Let what an MLP makes on all processes add up; experts say so themselves."""
+        """Sum a dense MLP's output over processes; experts have a table of their own."""
         return Sharding() if self.has_experts else Sharding(copies=("mlp",), reduces=("mlp",))
 
     def pieces(self) -> list[Piece] | None:
-        """Return attention, and the experts or the MLP."""
+        """Describe attention and the experts or MLP to the fused CPU step."""
         return residuals(
             (self.input_layernorm, self.self_attn), (self.post_attention_layernorm, self.mlp)
         )
@@ -248,7 +248,7 @@ def _experts(config: DeepseekV3Config) -> SharedExpertsMoE:
 
 
 class DeepseekV3PredictionLayer(DeepseekV3DecoderLayer, PredictionLayer):
-    """A decoder layer that looks one token further than the one before it (§2.2).
+    """A decoder layer that predicts one token further than the layer before it (§2.2).
 
     Embedding and output head are the main model's own.
     """
@@ -268,13 +268,13 @@ class DeepseekV3PredictionLayer(DeepseekV3DecoderLayer, PredictionLayer):
     def forward(  # type: ignore[override]
         self, hidden_states: Tensor, context: ForwardContext, ahead: Tensor
     ) -> Tensor:
-        """Join states (B, T, C) with embeddings (B, T, C) of tokens ahead, and map (B, T, C)."""
+        """Combine states and embeddings of later tokens, (B, T, C) each; return (B, T, C)."""
         # The paper writes the state first; the released weights have the embedding first.
         both = torch.cat((self.enorm(ahead), self.hnorm(hidden_states)), dim=-1)
         return super().forward(self.eh_proj(both), context)
 
     def sharding(self) -> Sharding:
-        """Cut the layer as any other, and the main model's embedding and head as there."""
+        """Cut it like any decoder layer, and the shared embedding and head by vocabulary."""
         ids = rows(Section(self.vocab_size, 1, "vocab_size", uneven=True))
         names = ("embed_tokens.weight", "shared_head.head.weight")
         own = Sharding({"eh_proj.weight": WHOLE, **dict.fromkeys(names, ids)})
@@ -282,7 +282,7 @@ class DeepseekV3PredictionLayer(DeepseekV3DecoderLayer, PredictionLayer):
 
 
 class DeepseekV3PreTrainedModel(PreTrainedModel):
-    """What all DeepSeek-V3 models share."""
+    """Base of the DeepSeek-V3 models."""
 
     config_class = DeepseekV3Config
     expert_stacks = EXPERT_STACKS
@@ -291,7 +291,7 @@ class DeepseekV3PreTrainedModel(PreTrainedModel):
     keep_in_fp32 = ("e_score_correction_bias",)
 
     def init_module(self, module: nn.Module) -> None:
-        """Draw the weights of one module, a router's among them."""
+        """Initialise the weights of one module, routers included."""
         super().init_module(module)
         if isinstance(module, Router):
             nn.init.normal_(module.weight, std=self.config.initializer_range)
@@ -333,7 +333,7 @@ class DeepseekV3ForCausalLM(DeepseekV3PreTrainedModel, MtpCausalLMHead):
         return None
 
     def drop(self, prefixes: tuple[str, ...]) -> None:
-        """Take away the prediction layers that a checkpoint did not have."""
+        """Remove the prediction layers that a checkpoint lacks."""
         super().drop(prefixes)
         self.config.num_nextn_predict_layers = len(self.model.prediction_layers())
 

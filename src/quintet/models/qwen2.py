@@ -82,7 +82,7 @@ class Qwen2Config(PreTrainedConfig):
     attention_dropout: Fraction = 0.0
 
     def derive(self) -> None:
-        """Fill in the heads and which layers slide."""
+        """Set the head size, the key-value heads and the type of each layer."""
         if self.head_dim is None:
             self.require(
                 self.hidden_size % self.num_attention_heads == 0,
@@ -108,12 +108,12 @@ class Qwen2Config(PreTrainedConfig):
             ]
 
     def cache_numbers(self) -> tuple[int, int]:
-        """Count the numbers a cache holds for each token of a row, and for a row besides."""
+        """Return the numbers a cache holds per token, and per row beyond its tokens."""
         numbers = 2 * known(self.num_key_value_heads) * known(self.head_dim)
         return numbers * self.num_hidden_layers, 0
 
     def validate(self) -> None:
-        """Check that the heads divide the width and each other, and name one type a layer."""
+        """Check heads, the window and the type of each layer."""
         super().validate()
         heads, kv_heads = self.num_attention_heads, self.num_key_value_heads
         types = self.layer_types or []
@@ -170,18 +170,18 @@ class Qwen2DecoderLayer(StackLayer):
         return hidden_states + output
 
     def sharding(self) -> Sharding:
-        """Let what the MLPs of all processes make add up."""
+        """Sum the MLP's output over processes."""
         return Sharding(copies=("mlp",), reduces=("mlp",))
 
     def pieces(self) -> list[Piece] | None:
-        """Return attention and MLP."""
+        """Describe attention and MLP to the fused CPU step."""
         return residuals(
             (self.input_layernorm, self.self_attn), (self.post_attention_layernorm, self.mlp)
         )
 
 
 class Qwen2PreTrainedModel(PreTrainedModel):
-    """What all Qwen2 models share."""
+    """Base of the Qwen2 models."""
 
     config_class = Qwen2Config
 

@@ -1,4 +1,4 @@
-"""Qwen2-MoE (arXiv:2407.10671, §2.2.2): Qwen2 whose MLPs are many small experts and a shared one.
+"""Qwen2-MoE (arXiv:2407.10671, §2.2.2): Qwen2 with many small experts and a shared one as MLP.
 
 Qwen1.5-MoE-A2.7B and Qwen2-57B-A14B. Legend: docs/notation.md.
 """
@@ -107,7 +107,7 @@ class Qwen2MoeConfig(PreTrainedConfig):
     router_aux_loss_coef: NonNegativeFloat = 0.001
 
     def derive(self) -> None:
-        """Fill in the heads, which layers are dense and which slide."""
+        """Set the head size, the key-value heads, the dense layers and each layer's type."""
         if self.head_dim is None:
             self.require(
                 self.hidden_size % self.num_attention_heads == 0,
@@ -130,12 +130,12 @@ class Qwen2MoeConfig(PreTrainedConfig):
             ]
 
     def cache_numbers(self) -> tuple[int, int]:
-        """Return how many numbers a cache holds for each token of a row, and for a row besides."""
+        """Return the numbers a cache holds per token, and per row beyond its tokens."""
         numbers = 2 * known(self.num_key_value_heads) * known(self.head_dim)
         return numbers * self.num_hidden_layers, 0
 
     def validate(self) -> None:
-        """Check that heads divide each other, experts suffice, and layers named exist."""
+        """Check heads, experts, the window and the layers that are named."""
         super().validate()
         heads, kv_heads = self.num_attention_heads, self.num_key_value_heads
         layers, types = self.num_hidden_layers, self.layer_types or []
@@ -172,13 +172,13 @@ class Qwen2MoeConfig(PreTrainedConfig):
         return [self.sliding_window if t == SLIDING else None for t in self.layer_types or []]
 
     def has_experts(self, layer_idx: int) -> bool:
-        """Tell whether a layer has experts in place of one MLP."""
+        """Return whether a layer has experts instead of one MLP."""
         on_step = (layer_idx + 1) % self.decoder_sparse_step == 0
         return self.num_experts > 0 and on_step and layer_idx not in known(self.mlp_only_layers)
 
 
 class Qwen2MoeRouter(ExpertRouter):
-    """The A likeliest of E experts for each token.
+    """Sends each token to the A most probable of E experts.
 
     It is no `nn.Linear`: what adapts or quantises all linear maps leaves the choice of experts
     as it is, here as in Transformers.
@@ -193,7 +193,7 @@ class Qwen2MoeRouter(ExpertRouter):
 
     @property
     def active(self) -> int:
-        """A, how many experts a token is sent to."""
+        """A, the number of experts per token."""
         return self.top_k
 
     def score(self, x: Tensor) -> Tensor:
@@ -218,7 +218,7 @@ class Qwen2MoeRouter(ExpertRouter):
 
 
 class Qwen2MoeSparseMoeBlock(ExpertBlock):
-    """The experts the router chose, weighted, and a shared one that every token gates for itself.
+    """Routed experts, and a shared expert with a gate per token.
 
     y = Σ_a p_a · expert_a(x) + σ(g·x) · shared(x), with p the A largest of softmax(W x).
     """
@@ -243,7 +243,7 @@ class Qwen2MoeSparseMoeBlock(ExpertBlock):
         return y.view(B, T, -1)
 
     def sharding(self) -> Sharding:
-        """Let what all experts make add up once; the gate multiplies a part of the shared one's."""
+        """Sum the output of all experts once; the gate multiplies partial sums."""
         shared = self.shared_expert.sharding("shared_expert_intermediate_size")
         block = Sharding(
             {"shared_expert_gate.weight": WHOLE},
@@ -254,7 +254,7 @@ class Qwen2MoeSparseMoeBlock(ExpertBlock):
         return block | shared.below("shared_expert.")
 
     def part(self, norm: parts.Norm) -> parts.Part | None:
-        """Return router, experts, and the shared one with its gate."""
+        """Describe router, experts and gated shared expert to the fused CPU step."""
         router = untouched(self.gate, Qwen2MoeRouter)
         gate = untouched(self.shared_expert_gate, Linear)
         experts, shared = silu_stacks(self.experts), silu_matrices(self.shared_expert)
@@ -301,25 +301,25 @@ class Qwen2MoeDecoderLayer(StackLayer):
         return hidden_states + run_mlp(self.mlp, x, context.notes, routed=self.has_experts)
 
     def sharding(self) -> Sharding:
-        """Let what an MLP makes on all processes add up; experts say so themselves."""
+        """Sum a dense MLP's output over processes; experts have a table of their own."""
         return Sharding() if self.has_experts else Sharding(copies=("mlp",), reduces=("mlp",))
 
     def pieces(self) -> list[Piece] | None:
-        """Return attention, and the experts or the MLP."""
+        """Describe attention and the experts or MLP to the fused CPU step."""
         return residuals(
             (self.input_layernorm, self.self_attn), (self.post_attention_layernorm, self.mlp)
         )
 
 
 class Qwen2MoePreTrainedModel(PreTrainedModel):
-    """What all Qwen2-MoE models share."""
+    """Base of the Qwen2-MoE models."""
 
     config_class = Qwen2MoeConfig
     expert_stacks = EXPERT_STACKS
     keep_unquantized = (*PreTrainedModel.keep_unquantized, "mlp.gate", "shared_expert_gate")
 
     def init_module(self, module: nn.Module) -> None:
-        """Draw the weights of one module, a router's among them."""
+        """Initialise the weights of one module, routers included."""
         super().init_module(module)
         if isinstance(module, Qwen2MoeRouter):
             nn.init.normal_(module.weight, std=self.config.initializer_range)
@@ -347,11 +347,11 @@ class Qwen2MoeForCausalLM(Qwen2MoePreTrainedModel, MoeCausalLMHead):
     config: Qwen2MoeConfig
 
     def aux_loss_weight(self, labels: Tensor | None, output_router_logits: bool) -> float | None:
-        """Return the weight of the balance loss where router logits are asked for, else None."""
+        """Return the weight of the balance loss if router logits are returned, else None."""
         return self.config.router_aux_loss_coef if output_router_logits else None
 
     def aux_loss(self, router_logits: tuple[Tensor, ...], mask: Tensor) -> Tensor:
-        """Return how unbalanced the experts of all layers were; see `switch_balance_loss`."""
+        """Return the load-balancing loss of all layers; see `switch_balance_loss`."""
         return switch_balance_loss(router_logits, self.config.num_experts_per_tok, mask)
 
 

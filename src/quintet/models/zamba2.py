@@ -1,4 +1,4 @@
-"""Zamba2 (arXiv:2411.15242): layers of Mamba-2, some with a transformer block that they share.
+"""Zamba2 (arXiv:2411.15242): layers of Mamba-2, some with a transformer block they share.
 
 There are `num_mem_blocks` transformer blocks, and the k-th hybrid layer uses the k-th of them,
 round and round. A shared block sees the hidden states beside the token embeddings, 2C wide, and
@@ -149,14 +149,14 @@ class Zamba2Config(PreTrainedConfig):
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any], **overrides: Any) -> Self:
-        """Build a configuration from the content of a file; fewer layers are the first ones."""
+        """Build from the content of a file; with fewer layers, keep the first ones."""
         values = {k: v for k, v in cls._renamed(values).items() if k not in FOLLOWING}
         if isinstance(kinds := values.get("layers_block_type"), list):
             values["layers_block_type"] = kinds[: overrides.get("num_hidden_layers")]
         return super().from_dict(values, **overrides)
 
     def derive(self) -> None:
-        """Fill in the layers, the heads and the width of the MLP."""
+        """Set the type of each layer, the key-value heads and the width of the MLP."""
         self.intermediate_size = self.intermediate_size or 4 * self.hidden_size
         self.num_key_value_heads = self.num_key_value_heads or self.num_attention_heads
         if self.time_step_limit is not None:
@@ -177,14 +177,14 @@ class Zamba2Config(PreTrainedConfig):
         ]
 
     def cache_numbers(self) -> tuple[int, int]:
-        """Count the numbers a cache holds for each token of a row, and for a row besides."""
+        """Return the numbers a cache holds per token, and per row beyond its tokens."""
         inner, N = int(self.mamba_expand * self.hidden_size), self.mamba_d_state
         window = (inner + 2 * self.mamba_ngroups * N) * (self.mamba_d_conv - 1)
         keys = 2 * known(self.num_key_value_heads) * self.head_dim * len(self.hybrid_layer_ids)
         return keys, (window + inner * N) * self.num_hidden_layers
 
     def validate(self) -> None:
-        """Check that heads and groups divide what they share, and that each layer has a type."""
+        """Check divisibility of heads and groups, and the type of each layer."""
         super().validate()
         types = self.layers_block_type or []
         inner = int(self.mamba_expand * self.hidden_size)
@@ -243,7 +243,7 @@ class Zamba2Config(PreTrainedConfig):
         return [i for i, kind in enumerate(self.layers_block_type or []) if kind == HYBRID]
 
     def rope(self) -> RopeParameters:
-        """Return the rotary parameters; a long context has a larger base, but the same key."""
+        """Return the rotary parameters; `use_long_context` raises the base."""
         rope, D = super().rope(), self.head_dim
         if not (self.use_long_context and self.use_mem_rope) or D == 2:
             return rope
@@ -254,7 +254,7 @@ class Zamba2Config(PreTrainedConfig):
         return self.hybrid_layer_ids
 
     def recurrent_layers(self) -> Sequence[int]:
-        """Return the layers that keep a recurrent state between steps: all."""
+        """Return the layers with a recurrent state: all."""
         return range(self.num_hidden_layers)
 
 
@@ -306,19 +306,19 @@ class Zamba2MambaDecoderLayer(StackLayer):
     def forward(
         self, hidden_states: Tensor, context: ForwardContext, beside: Tensor | None = None
     ) -> Tensor:
-        """Map (B, T, C) to (B, T, C); `beside` is added to the input but not to the residual."""
+        """Map (B, T, C) to (B, T, C); `beside` is added to the input, not to the residual."""
         x = hidden_states if beside is None else hidden_states + beside
         output: Tensor = self.mamba(hidden_states=self.input_layernorm(x), context=context)
         return hidden_states + output
 
     def pieces(self, *, beside: bool = False) -> list[Piece] | None:
-        """Return the mixer, of the hidden states alone or of their sum with what is beside."""
+        """Describe the mixer to the fused CPU step."""
         of = parts.Source.SUM if beside else parts.Source.HIDDEN
         return residuals((self.input_layernorm, self.mamba), of=of)
 
 
 class Zamba2HybridLayer(StackLayer):
-    """A shared block, its output projected for this layer, then Mamba-2 on top of both."""
+    """A shared block and its output projection, then Mamba-2 on the sum with the input."""
 
     def __init__(
         self, config: Zamba2Config, layer_idx: int, shared: SharedTransformer, use: int
@@ -338,11 +338,11 @@ class Zamba2HybridLayer(StackLayer):
         return out
 
     def sharding(self) -> Sharding:
-        """Cut nothing of the map between block and mixer: what it reads is a whole sum."""
+        """Keep the projection whole: its input is a complete sum."""
         return Sharding({"linear.weight": WHOLE})
 
     def pieces(self) -> list[Piece] | None:
-        """Return the shared block and the mixer, which reads what that left beside."""
+        """Describe the shared block and the mixer to the fused CPU step."""
         decoder = untouched(self.mamba_decoder, Zamba2MambaDecoderLayer)
         shared = self.shared_transformer.pieces(self.linear, layer_idx=self.layer_idx, use=self.use)
         mixer = None if decoder is None else decoder.pieces(beside=True)
@@ -350,13 +350,13 @@ class Zamba2HybridLayer(StackLayer):
 
 
 class Zamba2PreTrainedModel(PreTrainedModel):
-    """What all Zamba2 models share."""
+    """Base of the Zamba2 models."""
 
     config_class = Zamba2Config
     keep_in_fp32 = (".A_log", ".D", ".dt_bias")
 
     def tied_names(self) -> dict[str, str]:
-        """Return also every further name of a shared block's parameters."""
+        """Also return the further names of a shared block's parameters."""
         names = super().tied_names()
         prefix = "" if self.base_model is self else f"{self.base_model_prefix}."
         config = cast("Zamba2Config", self.config)
@@ -370,7 +370,7 @@ class Zamba2PreTrainedModel(PreTrainedModel):
         return names
 
     def init_module(self, module: nn.Module) -> None:
-        """Draw the weights of one module, a Mamba-2 mixer's step sizes log-uniformly."""
+        """Initialise one module; step sizes of Mamba-2 are drawn log-uniformly."""
         super().init_module(module)
         if isinstance(module, Mamba2):
             config = cast("Zamba2Config", self.config)
@@ -432,7 +432,7 @@ class Zamba2ForQuestionAnswering(Zamba2PreTrainedModel, QuestionAnsweringHead):
 
 
 class Zamba2HybridDynamicCache(DynamicCache):
-    """`DynamicCache` under the name that older code makes it by.
+    """`DynamicCache` under the constructor that older code calls.
 
     `batch_size`, `dtype` and `device` are accepted without effect: the first forward decides them.
     """

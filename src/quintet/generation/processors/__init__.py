@@ -1,4 +1,4 @@
-"""What reshapes the logits of a step, under the names of Transformers."""
+"""Logits processors, under Transformers' names."""
 
 from quintet.generation.processors.base import (
     LogitsProcessor,

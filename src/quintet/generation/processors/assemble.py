@@ -1,4 +1,4 @@
-"""The processors that a config asks for, in the order of Transformers."""
+"""The processors that a config asks for, in Transformers' order."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -17,7 +17,7 @@ Processor = Callable[[Tensor, Tensor], Tensor]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Setting:
-    """What processors are made for.
+    """The generation that processors are made for.
 
     Attributes:
         prompt: the rows that are continued, each as often as it is.
@@ -39,7 +39,7 @@ class Setting:
 def assemble(
     config: GenerationConfig, setting: Setting, own: Sequence[Processor] = ()
 ) -> LogitsProcessorList:
-    """Return the processors of a config and those of the caller.
+    """Return a config's processors followed by the caller's.
 
     One of the caller takes the place of one of the same class that the config asks for.
     """
@@ -63,7 +63,7 @@ def assemble(
 
 
 def _constraints(config: GenerationConfig, setting: Setting) -> list[LogitsProcessor]:
-    """Return the processors that can change the likeliest token."""
+    """Return the processors that may change the most likely token."""
     processors: list[LogitsProcessor] = []
     prompt, ends = setting.prompt, config.eos_token_ids
     length = len(prompt) if prompt.padding is None else prompt.lengths()
@@ -135,7 +135,7 @@ def _constraints(config: GenerationConfig, setting: Setting) -> list[LogitsProce
 
 
 def _warpers(config: GenerationConfig, setting: Setting) -> list[LogitsProcessor]:
-    """Return the warpers of the distribution that is drawn from."""
+    """Return the warpers of the sampling distribution."""
     processors: list[LogitsProcessor] = []
     # A beam search needs a token to go on with beside all that end it.
     least = 1 if setting.num_beams == 1 else max(len(config.eos_token_ids), 1) + 1

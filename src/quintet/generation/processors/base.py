@@ -1,4 +1,4 @@
-"""What reshapes the logits of a step: objects that map (ids, scores) to scores."""
+"""Base classes of logits processors: maps from (ids, scores) to scores."""
 
 import functools
 import inspect
@@ -14,7 +14,7 @@ TokenIds = int | Iterable[int] | Tensor
 
 
 class LogitsProcessor:
-    """Maps the ids so far (B, T) and scores (B, V) to scores (B, V); -inf is a token forbidden.
+    """Maps ids (B, T) and scores (B, V) to scores (B, V); -inf forbids a token.
 
     What is given is not changed. One that looks at the ids may take further arguments: `padding`,
     (B,) the number of leading columns of each row that are no text, or None; `unfinished`, (B,)
@@ -25,26 +25,26 @@ class LogitsProcessor:
         raise NotImplementedError(f"{type(self).__name__} has to define __call__(ids, scores)")
 
     def reorder(self, rows: Tensor) -> None:
-        """Go on with the rows (B,) of a beam search, where something is kept of each."""
+        """Reorder the state per row (B,) for beam search."""
 
 
 class ConstrainingProcessor(LogitsProcessor):
-    """Forbids tokens, and knows which ones before there are scores.
+    """Forbids tokens, and knows which before there are scores.
 
     So what is drafted can be cut to what may come, and what has to come be drafted.
     """
 
     def accepted(self, row: int, ids: Tensor, tokens: list[int]) -> int:
-        """Count how many of some tokens may follow a row, whose ids (T,) are without padding."""
+        """Return how many of the given tokens may follow a row's ids (T,)."""
         raise NotImplementedError(f"{type(self).__name__} has to define accepted(row, ids, tokens)")
 
     def forced(self, row: int, ids: Tensor) -> list[int]:
-        """Return tokens that have to follow a row, whose ids (T,) are without padding."""
+        """Return the tokens that must follow a row's ids (T,)."""
         raise NotImplementedError(f"{type(self).__name__} has to define forced(row, ids)")
 
 
 class LogitsWarper(LogitsProcessor):
-    """Reshapes a distribution by itself, whatever the text is and whichever tokens these are.
+    """Reshapes a distribution without looking at text or token identity.
 
     A token at -inf is as good as not there. So a warper may be given part of a vocabulary, or
     many positions at once; a subclass that defines `__call__` is not, for it may look at the ids.
@@ -59,10 +59,10 @@ class LogitsWarper(LogitsProcessor):
 
 
 class LogitsProcessorList(list[Any]):
-    """Processors, one after another."""
+    """A list of processors, applied in order."""
 
     def __call__(self, input_ids: Tensor, scores: Tensor, **kwargs: Any) -> Tensor:
-        """Return the scores after all of them; each gets the further arguments that it names.
+        """Apply all; each gets the further arguments that it names.
 
         Raises:
             InputError: a processor needs an argument that is not given.
@@ -84,21 +84,21 @@ class LogitsProcessorList(list[Any]):
         return scores
 
     def asks_for(self, name: str) -> bool:
-        """Tell whether a processor names an argument behind ids and scores."""
+        """Return whether a processor names an argument after ids and scores."""
         kinds: list[Any] = [type(processor) for processor in self]
         return any(name in _further(kind) for kind in kinds)
 
 
 @functools.cache
 def _further(kind: Any) -> dict[str, bool]:
-    """Return the named arguments behind ids and scores, and whether each has to be given."""
+    """Return the arguments after ids and scores, and whether each is required."""
     call = inspect.signature(kind.__call__).parameters
     named = [p for p in call.values() if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)]
     return {p.name: p.default is p.empty for p in named[3:]}
 
 
 def row_lengths(input_ids: Tensor, padding: Tensor | None) -> int | Tensor:
-    """Count the tokens of the rows: one number, or (B,)."""
+    """Return the number of tokens per row: one number, or (B,)."""
     return input_ids.shape[1] if padding is None else input_ids.shape[1] - padding
 
 
@@ -128,12 +128,12 @@ def token_ids(name: str, value: TokenIds) -> Tensor:
 
 
 def largest(ids: Tensor) -> int:
-    """Return the largest of some ids, which says whether a vocabulary has them all."""
+    """Return the largest of some ids, to check against a vocabulary."""
     return int(ids.max()) if ids.numel() else 0
 
 
 def check_known(name: str, token: int, V: int) -> None:
-    """Check that a vocabulary has the largest of the tokens that an option names.
+    """Check that the vocabulary has an option's largest token.
 
     Raises:
         InputError: it has not.
@@ -145,7 +145,7 @@ def check_known(name: str, token: int, V: int) -> None:
 
 
 def forbid(scores: Tensor, ids: Tensor, rows: bool | Tensor = True) -> Tensor:
-    """Return scores with the tokens `ids` (N,) at -inf, in all rows, none, or those of (B,)."""
+    """Set the tokens `ids` (N,) to -inf, in all rows, none, or those of (B,)."""
     if rows is False:
         return scores
     ids = ids.to(scores.device)
@@ -154,11 +154,7 @@ def forbid(scores: Tensor, ids: Tensor, rows: bool | Tensor = True) -> Tensor:
 
 
 def positive_float(name: str, value: float) -> float:
-    """Return a number as a float.
-
-    Raises:
-        InputError: it is not above 0.
-    """
+    """Check that a number is positive, and return it as a float."""
     if isinstance(value, bool) or not isinstance(value, int | float) or not value > 0:
         raise InputError(f"{name}={shown(value)} has to be a number greater than 0")
     return float(value)

@@ -1,4 +1,4 @@
-"""Classifier-free guidance: away from what another prompt would make likely."""
+"""Classifier-free guidance."""
 
 from typing import Any, Protocol
 
@@ -23,7 +23,7 @@ class _Model(Protocol):
 
 
 class UnbatchedClassifierFreeGuidanceLogitsProcessor(LogitsProcessor):
-    """Returns u + g·(s - u): s the log-probabilities, u those behind a negative prompt.
+    """u + g·(s - u): log-probabilities s, and u given a negative prompt.
 
     (arXiv:2306.17806)
 
@@ -67,14 +67,14 @@ class UnbatchedClassifierFreeGuidanceLogitsProcessor(LogitsProcessor):
         return self.guidance_scale * (scores - without) + without
 
     def reorder(self, rows: Tensor) -> None:
-        """Go on with the rows (B,) of a beam search."""
+        """Reorder rows (B,) for beam search."""
         if self._cache is not None:
             self._cache.reorder_cache(rows)
         if self._ids is not None and self._mask is not None:
             self._ids, self._mask = self._ids[rows], self._mask[rows]
 
     def _unconditional(self, input_ids: Tensor) -> Tensor:
-        """Return the logits (B, V) behind the negative prompt and what was added since."""
+        """Return the logits (B, V) given negative prompt and new tokens."""
         new: Tensor | None
         if self._seen is None:
             self._begin(input_ids)

@@ -1,4 +1,4 @@
-"""What depends on how long a row is: ends that are forbidden, forced, or ever more likely."""
+"""Processors that depend on length: ends forbidden, forced, or made more likely."""
 
 import torch
 from torch import Tensor
@@ -19,7 +19,7 @@ Length = int | Tensor
 
 
 class MinLengthLogitsProcessor(LogitsProcessor):
-    """Forbids the end while a row has fewer than `min_length` tokens, the prompt's included."""
+    """Forbids the end below `min_length` tokens, prompt included."""
 
     def __init__(
         self, min_length: Length, eos_token_id: TokenIds, device: str | torch.device = "cpu"
@@ -33,7 +33,7 @@ class MinLengthLogitsProcessor(LogitsProcessor):
 
 
 class MinNewTokensLengthLogitsProcessor(LogitsProcessor):
-    """Forbids the end while fewer than `min_new_tokens` were added to a prompt of that length."""
+    """Forbids the end before `min_new_tokens` new tokens."""
 
     def __init__(
         self,
@@ -118,7 +118,7 @@ class ExponentialDecayLengthPenalty(LogitsProcessor):
 
 
 class SuppressTokensAtBeginLogitsProcessor(LogitsProcessor):
-    """Forbids tokens at the length `begin_index`, which is that of the prompt."""
+    """Forbids tokens at length `begin_index`, the prompt's."""
 
     def __init__(
         self,
@@ -133,7 +133,7 @@ class SuppressTokensAtBeginLogitsProcessor(LogitsProcessor):
         self.begin_index = begin_index
 
     def set_begin_index(self, begin_index: Length) -> None:
-        """Move the length at which the tokens are forbidden."""
+        """Set the length at which tokens are forbidden."""
         self.begin_index = begin_index
 
     def __call__(self, input_ids: Tensor, scores: Tensor, padding: Tensor | None = None) -> Tensor:
@@ -149,7 +149,7 @@ def _length(name: str, value: Length) -> Length:
 
 
 def _force(scores: Tensor, ids: Tensor, rows: bool | Tensor) -> Tensor:
-    """Leave only the tokens `ids` (N,) in all rows, none, or those of (B,)."""
+    """Allow only the tokens `ids` (N,), in all rows, none, or those of (B,)."""
     if rows is False:
         return scores
     only = torch.full_like(scores, -torch.inf).index_fill_(1, ids.to(scores.device), 0.0)

@@ -1,4 +1,4 @@
-"""What makes tokens that occurred less likely, or forbids them."""
+"""Processors that penalise or forbid tokens that occurred."""
 
 import torch
 from torch import Tensor
@@ -9,7 +9,7 @@ from quintet.ops.sampling import penalise_frequency, penalise_presence, penalise
 
 
 class _Counting(LogitsProcessor):
-    """Counts tokens behind the first `prompt_ignore_length` of each row, an int or (B,)."""
+    """Counts tokens after the first `prompt_ignore_length` of each row, an int or (B,)."""
 
     def __init__(self, prompt_ignore_length: int | Tensor | None) -> None:
         fits = prompt_ignore_length is None or (
@@ -25,7 +25,7 @@ class _Counting(LogitsProcessor):
         self.prompt_ignore_length = prompt_ignore_length
 
     def _counted(self, input_ids: Tensor, padding: Tensor | None) -> tuple[Tensor, Tensor | None]:
-        """Return ids and, where rows differ, which of them count."""
+        """Return ids and, if rows differ, a mask of those that count."""
         begin: int | Tensor = 0 if padding is None else padding
         if self.prompt_ignore_length is not None:
             begin = begin + self.prompt_ignore_length
@@ -97,7 +97,7 @@ class EncoderRepetitionPenaltyLogitsProcessor(LogitsProcessor):
 
 
 class NoRepeatNGramLogitsProcessor(LogitsProcessor):
-    """Forbids the token that would end an n-gram that is in the text already."""
+    """Forbids tokens that would repeat an n-gram of the text."""
 
     def __init__(self, ngram_size: int) -> None:
         self.ngram_size = _size("no_repeat_ngram_size", ngram_size)
@@ -107,7 +107,7 @@ class NoRepeatNGramLogitsProcessor(LogitsProcessor):
 
 
 class EncoderNoRepeatNGramLogitsProcessor(LogitsProcessor):
-    """Forbids the token that would end an n-gram of the prompt.
+    """Forbids tokens that would repeat an n-gram of the prompt.
 
     Args:
         encoder_ngram_size: n.
@@ -142,7 +142,7 @@ def _forbid_ends(
     n: int,
     scores: Tensor,
 ) -> Tensor:
-    """Forbid the last token of each n-gram of `source` that begins as the text ends."""
+    """Forbid the last token of each n-gram of `source` that continues the text."""
     T = input_ids.shape[1]
     if n - 1 > T or n > source.shape[1]:
         return scores

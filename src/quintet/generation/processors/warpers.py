@@ -1,4 +1,4 @@
-"""What reshapes a distribution whatever the text: temperature, cutting off, normalising.
+"""Warpers of a distribution: temperature, truncation, normalisation.
 
 `beside` makes one of several: it reshapes each row by a number of its own, just as alone.
 """
@@ -27,7 +27,7 @@ class TemperatureLogitsWarper(LogitsWarper):
 
 
 class _Cut(LogitsWarper):
-    """Puts tokens to `filter_value`, but never the `min_tokens_to_keep` most likely."""
+    """Sets tokens to `filter_value`, keeping the `min_tokens_to_keep` most likely."""
 
     def __init__(self, filter_value: float = -math.inf, min_tokens_to_keep: int = 1) -> None:
         if not isinstance(min_tokens_to_keep, int) or min_tokens_to_keep < 1:
@@ -40,7 +40,7 @@ class _Cut(LogitsWarper):
 
 
 class TopKLogitsWarper(_Cut):
-    """Keeps the `top_k` most likely tokens, and those that tie with the last of them."""
+    """Keeps the `top_k` most likely tokens, and ties with the last of them."""
 
     def __init__(
         self, top_k: int, filter_value: float = -math.inf, min_tokens_to_keep: int = 1
@@ -57,7 +57,7 @@ class TopKLogitsWarper(_Cut):
 
 
 class TopPLogitsWarper(_Cut):
-    """Keeps the fewest likeliest tokens whose probabilities sum to p (arXiv:1904.09751)."""
+    """Keeps the fewest most likely tokens with total probability p (arXiv:1904.09751)."""
 
     def __init__(
         self, top_p: float, filter_value: float = -math.inf, min_tokens_to_keep: int = 1
@@ -71,7 +71,7 @@ class TopPLogitsWarper(_Cut):
 
 
 class MinPLogitsWarper(_Cut):
-    """Keeps tokens at least `min_p` times as likely as the likeliest (arXiv:2407.01082)."""
+    """Keeps tokens at least `min_p` times as likely as the top one (arXiv:2407.01082)."""
 
     def __init__(
         self, min_p: float, filter_value: float = -math.inf, min_tokens_to_keep: int = 1
@@ -85,7 +85,7 @@ class MinPLogitsWarper(_Cut):
 
 
 class TypicalLogitsWarper(_Cut):
-    """Keeps the tokens whose information is nearest to the entropy (arXiv:2202.00666)."""
+    """Keeps tokens whose information is nearest to the entropy (arXiv:2202.00666)."""
 
     def __init__(
         self, mass: float = 0.9, filter_value: float = -math.inf, min_tokens_to_keep: int = 1
@@ -99,7 +99,7 @@ class TypicalLogitsWarper(_Cut):
 
 
 class EpsilonLogitsWarper(_Cut):
-    """Keeps tokens of at least a probability epsilon (arXiv:2210.15191)."""
+    """Keeps tokens of probability at least epsilon (arXiv:2210.15191)."""
 
     def __init__(
         self, epsilon: float, filter_value: float = -math.inf, min_tokens_to_keep: int = 1
@@ -131,7 +131,7 @@ class EtaLogitsWarper(_Cut):
 
 
 class TopHLogitsWarper(_Cut):
-    """Keeps the likeliest tokens that hold a share of the entropy (arXiv:2509.02510).
+    """Keeps the most likely tokens with a share of the entropy (arXiv:2509.02510).
 
     Attributes:
         top_n: how many of the likeliest tokens the entropy is taken over.
@@ -157,7 +157,7 @@ class LogitNormalization(LogitsWarper):
 
 
 class InfNanRemoveLogitsProcessor(LogitsProcessor):
-    """Replaces NaN by 0 and infinities by the largest numbers there are."""
+    """Replaces NaN by 0 and infinities by the largest finite numbers."""
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
         return torch.nan_to_num(scores, nan=0.0)
@@ -186,7 +186,7 @@ _IN_ONE_PASS = [
 
 
 def kind(warper: LogitsWarper) -> Hashable:
-    """Return a key that is equal for warpers which `beside` can join."""
+    """Return a key that is equal for warpers that `beside` can join."""
     if type(warper) not in _NUMBERS:
         return id(warper)
     number = _NUMBERS[type(warper)]
@@ -194,7 +194,7 @@ def kind(warper: LogitsWarper) -> Hashable:
 
 
 def beside(warpers: Sequence[LogitsWarper]) -> LogitsWarper:
-    """Join warpers of one kind, a row each, into one that warps each row as its own does."""
+    """Join warpers of one kind, a row each, into one with values per row."""
     first = warpers[0]
     number = _NUMBERS.get(type(first))
     if number is None:
@@ -209,7 +209,7 @@ def beside(warpers: Sequence[LogitsWarper]) -> LogitsWarper:
 
 
 def of_rows(warper: LogitsWarper, rows: Tensor) -> LogitsWarper:
-    """Return a warper of the rows of a batch that an index names."""
+    """Return a warper for the rows named by an index."""
     number = _NUMBERS.get(type(warper))
     if number is None or not isinstance(vars(warper)[number], Tensor):
         return warper
@@ -219,7 +219,7 @@ def of_rows(warper: LogitsWarper, rows: Tensor) -> LogitsWarper:
 
 
 class Cuts(TypedDict):
-    """What a draw in one pass does before, in this order; None for nothing."""
+    """The warping of a one-pass draw, in this order; None for nothing."""
 
     temperature: sampling.Value | None
     top_k: int | Tensor | None
@@ -228,7 +228,7 @@ class Cuts(TypedDict):
 
 
 def cuts(warpers: Sequence[LogitsWarper]) -> Cuts | None:
-    """Return what all of these do, if it is no more than these four, each once and in order."""
+    """Return the combined cuts of warpers, if only these four occur, once and in order."""
     found = Cuts(temperature=None, top_k=None, top_p=None, min_p=None)
     last = -1
     for warper in warpers:
@@ -254,7 +254,7 @@ def cuts(warpers: Sequence[LogitsWarper]) -> Cuts | None:
 
 
 def on(warper: LogitsWarper, device: torch.device) -> LogitsWarper:
-    """Return a warper whose numbers of rows are on a device, so that it never waits for that."""
+    """Move a warper's values per row to a device."""
     number = _NUMBERS.get(type(warper))
     values = None if number is None else vars(warper)[number]
     if not isinstance(values, Tensor) or values.device == device:

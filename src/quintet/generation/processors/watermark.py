@@ -1,4 +1,4 @@
-"""Marking a text: at each step, a hash of the text favours part of the vocabulary."""
+"""Watermarking: a hash of the text favours part of the vocabulary."""
 
 import torch
 from torch import Tensor
@@ -12,7 +12,7 @@ _TRIED = 40
 
 
 class WatermarkLogitsProcessor(LogitsProcessor):
-    """Adds a bias to the tokens that a hash of the text chooses (arXiv:2306.04634).
+    """Adds a bias to tokens chosen by a hash of the text (arXiv:2306.04634).
 
     Args:
         vocab_size: V.
@@ -66,7 +66,7 @@ class WatermarkLogitsProcessor(LogitsProcessor):
         return marked
 
     def greenlist(self, ids: Tensor) -> Tensor:
-        """Return the tokens that are favoured behind a text (T,)."""
+        """Return the favoured tokens after a text (T,)."""
         ids = ids[-self.context_width :]
         if self.seeding_scheme == "selfhash":
             hashed = self.fixed_table[ids % _TABLE] + 1

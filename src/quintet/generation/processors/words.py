@@ -1,4 +1,4 @@
-"""What favours or forbids given tokens and sequences of tokens."""
+"""Processors that favour or forbid given tokens and sequences."""
 
 from collections.abc import Callable, Sequence
 
@@ -73,7 +73,7 @@ class SequenceBiasLogitsProcessor(LogitsProcessor):
 
 
 class NoBadWordsLogitsProcessor(SequenceBiasLogitsProcessor):
-    """Forbids the token that would complete one of the sequences `bad_words_ids`.
+    """Forbids tokens that would complete one of the sequences `bad_words_ids`.
 
     An end token alone is no bad word.
     """
@@ -96,7 +96,7 @@ class NoBadWordsLogitsProcessor(SequenceBiasLogitsProcessor):
 
 
 class PrefixConstrainedLogitsProcessor(LogitsProcessor):
-    """Allows only the tokens that a function names, from the row's index and its ids so far.
+    """Allows only the tokens that a function of row index and ids returns.
 
     Args:
         prefix_allowed_tokens_fn: the function; it is not asked about rows that have ended.
@@ -147,7 +147,7 @@ class PrefixConstrainedLogitsProcessor(LogitsProcessor):
         return torch.where(stuck[:, None], mask, constrained)
 
     def _begins(self, rows: int, padding: Tensor | None) -> list[int]:
-        """Count the columns that were added in front of each row since the prompt."""
+        """Return the columns added in front of each row since the prompt."""
         if padding is None:
             return [0] * rows
         return (padding if self.padding is None else padding - self.padding).tolist()

@@ -1,1 +1,1 @@
-"""Speculative decoding: a draft of several tokens, checked by one forward."""
+"""Speculative decoding: drafts of several tokens, verified by one forward."""

@@ -1,4 +1,4 @@
-"""What speculation checks: drafted tokens, how many are asked for, and where they come from."""
+"""Drafts: their tokens, their number, and the drafters that propose them."""
 
 import math
 import warnings
@@ -17,7 +17,7 @@ from quintet.ops.sampling import likeliest
 
 @dataclass(frozen=True, slots=True)
 class Draft:
-    """Tokens (B, K) that may come next; of each row the first `counts` are meant.
+    """Drafted tokens (B, K); the first `counts` of each row are valid.
 
     `probabilities` (B, K, V) are what they were drawn from, or None if nothing was drawn.
     """
@@ -28,45 +28,45 @@ class Draft:
 
     @classmethod
     def none(cls, text: TokenBuffer) -> "Draft":
-        """Draft nothing."""
+        """Return an empty draft."""
         return cls(text.ids[:, :0], [0] * len(text.ids))
 
     def numbers(self) -> Tensor:
-        """Return tokens and counts in one tensor, (B, K + 1)."""
+        """Pack tokens and counts into one tensor, (B, K + 1)."""
         counts = self.tokens.new_tensor(self.counts)
         return torch.cat((self.tokens, counts[:, None]), dim=1)
 
     @classmethod
     def of_numbers(cls, numbers: Tensor) -> "Draft":
-        """Return what such a tensor says."""
+        """Unpack such a tensor."""
         return cls(numbers[:, :-1], numbers[:, -1].tolist())
 
 
 class Drafter(Protocol):
-    """Where drafts come from."""
+    """Interface of a drafter."""
 
     def propose(
         self, text: TokenBuffer, wanted: list[int], unfinished: list[bool], sampler: Sampler
     ) -> Draft:
-        """Draft up to `wanted` tokens behind each row, none behind one that does not go on."""
+        """Draft up to `wanted` tokens behind each unfinished row."""
         ...
 
     def accepted(self, counts: list[int]) -> None:
-        """Take note of how many tokens each row took of the last forward, 0 of one at its end."""
+        """Learn how many tokens each row took of the last forward; 0 at its end."""
         ...
 
     def finish(self, text: TokenBuffer) -> None:
-        """Take note of the whole text, where its cache will be gone on with."""
+        """Learn the whole text, if its cache will be continued."""
         ...
 
     def close(self) -> None:
-        """Take note that the generation is over, or has failed."""
+        """Release resources after the generation, or its failure."""
         ...
 
 
 @dataclass(slots=True)
 class Schedule:
-    """How many tokens to draft for each row.
+    """The number of tokens to draft for each row.
 
     "constant" is that many always. The heuristics draft two more after all were accepted, and one
     less after not; as each row has its own number, it does not depend on the others.
@@ -77,11 +77,11 @@ class Schedule:
     rows: list[int] = field(default_factory=list)
 
     def start(self, B: int) -> None:
-        """Begin with that many rows."""
+        """Begin with this many rows."""
         self.rows = [self.tokens] * B
 
     def learn(self, drafted: Sequence[int], kept: Sequence[int]) -> None:
-        """Learn how many tokens of each row were drafted, and how many of those stayed."""
+        """Learn the numbers of drafted and accepted tokens per row."""
         if self.name == "constant":
             return
         for row, (count, stayed) in enumerate(zip(drafted, kept, strict=True)):
@@ -91,7 +91,7 @@ class Schedule:
 
 
 class PromptLookup:
-    """Drafts what followed, earlier in the row, the tokens that it ends in now.
+    """Drafts what followed an earlier occurrence of a row's last tokens.
 
     Where a constraint forces tokens, these are the draft; where it forbids one, the draft ends.
 
@@ -136,7 +136,7 @@ class PromptLookup:
         return Draft(tokens, [len(continuation) for continuation in found])
 
     def accepted(self, counts: list[int]) -> None:
-        """Do nothing: the text tells."""
+        """Do nothing: a draft follows from the text."""
 
     def finish(self, text: TokenBuffer) -> None:
         """Do nothing."""
@@ -169,7 +169,7 @@ class PromptLookup:
 
 
 class DraftWriter:
-    """Writes a draft token by token, by the rules by which the text itself is written.
+    """Writes a draft token by token, with the sampler of the text.
 
     A row's draft ends where no token is left, or where the scores are not numbers: what is drafted
     may make a text slower, but neither another one nor an error.
@@ -193,11 +193,11 @@ class DraftWriter:
 
     @property
     def done(self) -> bool:
-        """Whether no row is to have a further token."""
+        """Whether every row's draft is complete."""
         return len(self.tokens) >= max(self._counts)
 
     def write(self, logits: Tensor) -> Tensor:
-        """Add a token, (B,), to every row, from logits (B, V)."""
+        """Append a token (B,) to every row's draft, from logits (B, V)."""
         agreement = self.sampler.agreement
         if agreement is None:
             token = self._choose(logits)
@@ -210,7 +210,7 @@ class DraftWriter:
         return token
 
     def _chosen(self, logits: Tensor) -> Tensor:
-        """Choose a token for every row; return that, and how many each is to have, (2, B)."""
+        """Choose a token per row; return tokens and wanted counts, (2, B)."""
         token = self._choose(logits)
         return torch.stack((token, token.new_tensor(self._counts)))
 
@@ -238,7 +238,7 @@ class DraftWriter:
         return token
 
     def _end_at(self, best: list[float]) -> None:
-        """End the draft of each row whose largest score is no number."""
+        """End the drafts of rows whose largest score is not finite."""
         written = len(self.tokens)
         for row, score in enumerate(best):
             if self._counts[row] > written and not -math.inf < score < math.inf:
@@ -251,6 +251,6 @@ class DraftWriter:
                     )
 
     def draft(self) -> Draft:
-        """Return the draft that was written."""
+        """Return the finished draft."""
         drawn = torch.stack(self._probabilities, dim=1) if self._probabilities else None
         return Draft(torch.stack(self.tokens, dim=1), self._counts, drawn)

@@ -1,4 +1,4 @@
-"""The check of a draft: which of its tokens hold, and which one follows."""
+"""Verification of a draft: which tokens are accepted, and the token after them."""
 
 import copy
 import math
@@ -17,7 +17,7 @@ from quintet.ops.speculative import keep_likeliest, keep_sampled
 
 @dataclass(frozen=True, slots=True)
 class Checked:
-    """What a check of drafts found.
+    """The result of verifying drafts.
 
     Attributes:
         tokens: of each row, what holds of its draft and the token behind it.
@@ -32,7 +32,7 @@ class Checked:
     best: list[list[float]]
 
     def check_left(self, counts: Sequence[int], before: Sequence[int]) -> None:
-        """Check that there was a token to take at the first `counts` places of each row.
+        """Check that each of a row's first `counts` places had an allowed token.
 
         Args:
             counts: how many tokens each row takes.
@@ -50,7 +50,7 @@ class Checked:
 def check_draft(
     sampler: Sampler, text: TokenBuffer, logits: Tensor, draft: Draft, unfinished: Sequence[bool]
 ) -> Checked:
-    """Check a draft: how many of its tokens stay, and the token behind them.
+    """Verify a draft: how many tokens are accepted, and the next token.
 
     Args:
         sampler: takes the tokens, for this turn.
@@ -81,7 +81,7 @@ def check_draft(
 
 
 def for_a_turn(sampler: Sampler, unfinished: Sequence[bool]) -> Sampler:
-    """Return the sampler with generators for one draft or check, seeded by those of the rows.
+    """Return the sampler with fresh generators for one draft or check, seeded by the rows'.
 
     However much a turn draws for a row, because of the others, the next one is the same.
     """
@@ -100,7 +100,7 @@ def for_a_turn(sampler: Sampler, unfinished: Sequence[bool]) -> Sampler:
 
 
 def _needed(sampler: Sampler, draft: Draft, unfinished: Sequence[bool]) -> Tensor | None:
-    """Mark the scores (B, K + 1) that may be needed, or return None if no processor asks."""
+    """Return which scores (B, K + 1) may be needed, or None if no processor asks."""
     if not sampler.reads_unfinished:
         return None
     device = draft.tokens.device

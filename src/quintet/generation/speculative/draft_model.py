@@ -1,4 +1,4 @@
-"""Drafts by a smaller model of the same tokens."""
+"""Drafts by an assistant: a smaller model with the same vocabulary."""
 
 import torch
 import torch.nn.functional as F  # noqa: N812
@@ -12,7 +12,7 @@ from quintet.generation.token_buffer import TokenBuffer
 
 
 class DraftModel:
-    """Lets a smaller model write the draft.
+    """Drafts with an assistant model.
 
     Args:
         model: the smaller model.
@@ -42,7 +42,7 @@ class DraftModel:
     def propose(
         self, text: TokenBuffer, wanted: list[int], unfinished: list[bool], sampler: Sampler
     ) -> Draft:
-        """Draft by the assistant, which reads first what it has not read yet."""
+        """Draft with the assistant, after it has read the new tokens."""
         logits = self._read(text, unfinished)
         self.cache.snapshot()
         writer = DraftWriter(text, wanted, sampler, self.threshold)
@@ -57,16 +57,16 @@ class DraftModel:
             logits = self._run(token[:, None], rows)
 
     def accepted(self, counts: list[int]) -> None:
-        """Do nothing: the text tells."""
+        """Do nothing: a draft follows from the text."""
 
     def finish(self, text: TokenBuffer) -> None:
-        """Do nothing: the cache goes with this object."""
+        """Do nothing: the cache is this object's."""
 
     def close(self) -> None:
         """Do nothing."""
 
     def _read(self, text: TokenBuffer, unfinished: list[bool]) -> Tensor:
-        """Run over what the text has and the cache has not; a row at its end is left as it is."""
+        """Run the tokens that the cache lacks; finished rows stay as they are."""
         T, lengths, device = len(text), text.lengths().tolist(), text.ids.device
         new = lengths
         if self._held is not None:

@@ -1,4 +1,4 @@
-"""The drafts of one sequence, from being asked for to being checked."""
+"""Drafts for one sequence of an engine."""
 
 import copy
 from abc import ABC, abstractmethod
@@ -16,7 +16,7 @@ from quintet.generation.token_buffer import TokenBuffer
 
 
 class Drafting(ABC):
-    """Drafts for a single row; what is drafted waits until a forward has run over it.
+    """Drafts for one row; a draft waits until a forward has verified it.
 
     Args:
         schedule: how many tokens to draft.
@@ -35,18 +35,18 @@ class Drafting(ABC):
 
     @property
     def awake(self) -> bool:
-        """Whether anything is to be drafted now."""
+        """Whether to draft now."""
         return self._draft is not None or self.pacing is None or self.pacing.awake
 
     @property
     def drafted(self) -> bool:
-        """Whether a forward may have run over something that is to be checked."""
+        """Whether a draft may be waiting for verification."""
         return self._draft is not None and self._draft.counts[0] > 0
 
     def propose(
         self, text: TokenBuffer, sampler: Sampler, room: int, ends: frozenset[int]
     ) -> list[int]:
-        """Return tokens that may follow a text with room for so many, as before if unchecked."""
+        """Return a draft of at most `room` tokens; an unverified one is returned again."""
         if self._draft is None:
             draft = self._write(text, sampler, room)
             tokens = draft.tokens[0, : draft.counts[0]].tolist()
@@ -58,10 +58,10 @@ class Drafting(ABC):
 
     @abstractmethod
     def _write(self, text: TokenBuffer, sampler: Sampler, room: int) -> Draft:
-        """Draft behind a text with room for so many."""
+        """Write a draft of at most `room` tokens."""
 
     def check(self, text: TokenBuffer, sampler: Sampler, logits: Tensor) -> Checked:
-        """Tell what holds of what was drafted behind a text, by logits (K + 1, V)."""
+        """Verify the draft with logits (K + 1, V)."""
         draft = self._draft or Draft.none(text)
         drafted = text
         if draft.counts[0]:
@@ -69,7 +69,7 @@ class Drafting(ABC):
         return check_draft(for_a_turn(sampler, [True]), drafted, logits[None], draft, [True])
 
     def taken(self, count: int, kept: int) -> None:
-        """Take note of how many tokens were taken, and of how many drafts held."""
+        """Learn the number of new tokens, and of accepted drafts."""
         drafted = 0 if self._draft is None else self._draft.counts[0]
         self._draft = None
         if self.pacing is not None:
@@ -86,7 +86,7 @@ class Drafting(ABC):
 
 
 class TextDrafting(Drafting):
-    """Drafts by what needs nothing but the text.
+    """Drafts that need only the text.
 
     Args:
         drafter: where drafts come from.
@@ -103,13 +103,13 @@ class TextDrafting(Drafting):
         return self.drafter.propose(text, [most], [True], turn) if most else Draft.none(text)
 
     def taken(self, count: int, kept: int) -> None:
-        """Take note of how many tokens were taken, and of how many drafts held."""
+        """Learn the number of new tokens, and of accepted drafts."""
         super().taken(count, kept)
         self.drafter.accepted([count])
 
 
 class PredictedDrafting(Drafting):
-    """Drafts that prediction layers write, for many sequences at once.
+    """Drafts by prediction layers, run for many sequences at once.
 
     Args:
         schedule: how many tokens to draft.
@@ -126,26 +126,26 @@ class PredictedDrafting(Drafting):
         self._writer: DraftWriter | None = None
 
     def saw(self, seen: Seen, keep: int) -> None:
-        """Take note of what a forward made, of which the last `keep` tokens are to be checked."""
+        """Store the states of a forward; its last `keep` tokens are to be verified."""
         if keep:
             self._unchecked = seen, keep
         else:
             self._unread.append(seen)
 
     def unread(self) -> Seen | None:
-        """Return what the layers have not read yet."""
+        """Return the states that the layers have not read."""
         return Seen.joined(self._unread) if self._unread else None
 
     def has_read(self, again: Seen) -> None:
-        """Take note that the layers have read all, and what they have to read again."""
+        """Mark all states as read, and set those to be read again."""
         self._unread = [again] if len(again) else []
 
     def forget(self) -> None:
-        """Take note that the layers have nothing of the text any more."""
+        """Mark that the layers hold nothing of the text."""
         self._unread, self._unchecked = [], None
 
     def begin(self, text: TokenBuffer, sampler: Sampler, room: int) -> DraftWriter | None:
-        """Return what writes the next draft, or None where there is one, or none to be written."""
+        """Return a writer of the next draft, or None if none is needed."""
         most = self._most(room)
         if self._draft is not None or not most or not self._unread:
             return None
@@ -163,7 +163,7 @@ class PredictedDrafting(Drafting):
         return Draft.none(text) if self._writer is None else self._writer.draft()
 
     def taken(self, count: int, kept: int) -> None:
-        """Take note of how many tokens were taken, and of how many drafts held."""
+        """Learn the number of new tokens, and of accepted drafts."""
         super().taken(count, kept)
         self._turn = self._writer = None
         if self._unchecked is not None:

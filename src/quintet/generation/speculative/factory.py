@@ -1,4 +1,4 @@
-"""Which drafter the options of a call ask for."""
+"""Chooses the drafter that the options ask for."""
 
 import warnings
 from collections.abc import Mapping
@@ -29,7 +29,7 @@ _OF_WRITERS = (
 
 @runtime_checkable
 class AssistantModel(Protocol):
-    """What a model that drafts for another has to be."""
+    """Interface of an assistant model."""
 
     config: PreTrainedConfig
     generation_config: GenerationConfig
@@ -50,7 +50,7 @@ def check_drafting(
     padded: bool,
     has_ids: bool,
 ) -> bool:
-    """Check what the options say of speculation, and return whether they ask for it.
+    """Check the options of speculation, and return whether they ask for it.
 
     Raises:
         InputError: two ways of drafting, one that this model has not, or one beside options that
@@ -107,7 +107,7 @@ def warn_of_idle_drafting(
     assistant: AssistantModel | None,
     assistant_tokenizer: PreTrainedTokenizer | None,
 ) -> None:
-    """Warn of options that have no effect, as nothing is drafted in the way they mean."""
+    """Warn of drafting options that have no effect."""
     writes = assistant is not None or bool(config.use_mtp)
     idle = [] if writes else [(name, "assistant_model or use_mtp=True") for name in _OF_WRITERS]
     if config.prompt_lookup_num_tokens is None:
@@ -128,7 +128,7 @@ def make_drafter(
     cache: Cache | None,
     vocab_size: int,
 ) -> Drafter:
-    """Make the drafter that the options name, after `check_drafting`."""
+    """Make the drafter of `generate()`; call `check_drafting` first."""
     if config.use_mtp:
         assert cache is not None
         least = config.assistant_confidence_threshold or 0.0
@@ -149,7 +149,7 @@ def make_drafter(
 def make_drafting(
     model: object, config: GenerationConfig, assistant: AssistantModel | None, vocab_size: int
 ) -> Drafting:
-    """Make what drafts for a sequence of an engine, after `check_drafting`."""
+    """Make the drafting of an engine's sequence; call `check_drafting` first."""
     schedule = make_schedule(model, config, assistant)
     if config.use_mtp:
         return PredictedDrafting(schedule, config.assistant_confidence_threshold or 0.0)
@@ -159,7 +159,7 @@ def make_drafting(
 def make_schedule(
     model: object, config: GenerationConfig, assistant: AssistantModel | None
 ) -> Schedule:
-    """Return the schedule of drafts, by the call or else by the assistant's own config."""
+    """Return the schedule of the call, else of the assistant's config."""
     if config.prompt_lookup_num_tokens is not None:
         return Schedule(config.prompt_lookup_num_tokens)
     tokens, name = config.num_assistant_tokens, config.num_assistant_tokens_schedule

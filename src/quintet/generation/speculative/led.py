@@ -1,4 +1,4 @@
-"""Prediction layers of an engine in several processes: one drafts, all run the layers."""
+"""Prediction layers of an engine in several processes: one drafts, all run them."""
 
 from collections.abc import Callable, Mapping
 from itertools import accumulate, pairwise
@@ -13,7 +13,7 @@ from quintet.parallel.agree import Agreement
 
 
 class LedPredictionRows(PredictionRows):
-    """Rows of the process that leads, which the others have, too."""
+    """Rows of the leading process, mirrored by the others."""
 
     def __init__(
         self,
@@ -33,14 +33,14 @@ class LedPredictionRows(PredictionRows):
         return super().join()
 
     def free(self, row: int) -> None:
-        """Give a row back."""
+        """Free a row."""
         self._tell("predict.free", row)
         super().free(row)
 
     def read(
         self, seen: Mapping[int, Seen], last: Tensor, batch: int, writer: Writer
     ) -> dict[int, Seen]:
-        """Let the layers of all read, and draft what follows."""
+        """Run the layers in all processes, and draft."""
         widths = {place: len(one) for place, one in seen.items()}
         self._tell("predict.read", list(widths.items()), last.tolist(), batch, writer.done)
         read = Seen.joined(list(seen.values()))
@@ -58,7 +58,7 @@ def read_beside(
     batch: int,
     done: bool,
 ) -> None:
-    """Let the layers of this process read what the one that leads says."""
+    """Run this process's layers as the leading one says."""
     total = sum(width for _, width in widths)
     shape = total, model.config.hidden_size
     states, embeds = (
@@ -76,23 +76,23 @@ def read_beside(
 
 
 class _Telling:
-    """Writes drafts, and tells what was written."""
+    """Writes drafts, and broadcasts them."""
 
     def __init__(self, agreement: Agreement, writer: Writer) -> None:
         self._agreement, self._writer = agreement, writer
 
     @property
     def done(self) -> bool:
-        """Whether no row is to have a further token."""
+        """Whether every row's draft is complete."""
         return self._writer.done
 
     @property
     def last(self) -> Tensor:
-        """The tokens that were written last, (n,)."""
+        """The last tokens written, (n,)."""
         return self._writer.last
 
     def write(self, logits: Tensor) -> None:
-        """Add a token to every row, from logits (n, V)."""
+        """Append a token to every row's draft, from logits (n, V)."""
 
         def written() -> Tensor:
             self._writer.write(logits)
@@ -103,14 +103,14 @@ class _Telling:
 
 
 class _Told:
-    """Is told what was written."""
+    """Receives drafts from the leading process."""
 
     def __init__(self, agreement: Agreement, last: Tensor, done: bool) -> None:
         self._agreement = agreement
         self.last, self.done = last, done
 
     def write(self, logits: Tensor) -> None:
-        """Take down the token of every row."""
+        """Receive a token of every row."""
 
         def nothing() -> Tensor:
             raise AssertionError("another process writes")

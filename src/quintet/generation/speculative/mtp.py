@@ -1,4 +1,4 @@
-"""Drafts of `generate()` by a model's own prediction layers, which go on beside its main cache."""
+"""Drafts of `generate()` by prediction layers, with a cache beside the main one."""
 
 from dataclasses import dataclass
 from typing import Self
@@ -15,7 +15,7 @@ from quintet.generation.token_buffer import TokenBuffer
 
 @dataclass(slots=True)
 class MTPCache:
-    """The cache of the prediction layers, which goes with the rows of a main one.
+    """The cache of the prediction layers, a companion of the main one.
 
     Attributes:
         cache: theirs.
@@ -27,7 +27,7 @@ class MTPCache:
 
     @classmethod
     def beside(cls, main: Cache, model: MTPModel) -> Self:
-        """Return the companion of a main cache, to go on with, or put an empty one there.
+        """Return the companion of a main cache, or attach an empty one.
 
         Where the main one was cropped in between, it is too; where the main one went on without
         the layers, they miss what they did not see, which costs them nothing but drafts.
@@ -42,7 +42,7 @@ class MTPCache:
         return held
 
     def select(self, rows: Tensor) -> None:
-        """Keep the given rows (N,) of the batch, in that order, each as often as it is named."""
+        """Keep the rows (N,), in that order; rows may repeat."""
         self.cache.batch_select_indices(rows)
         if self.until is not None:
             self.until = self.until[rows.to(self.until.device)]
@@ -54,7 +54,7 @@ class MTPCache:
 
 
 class MTPDrafter:
-    """Lets the prediction layers write the draft of every row of a generation.
+    """Drafts with the model's prediction layers.
 
     Args:
         model: runs them.
@@ -75,27 +75,27 @@ class MTPDrafter:
     def propose(
         self, text: TokenBuffer, wanted: list[int], unfinished: list[bool], sampler: Sampler
     ) -> Draft:
-        """Draft by the prediction layers, which read first what the main run read."""
+        """Draft with the prediction layers, after they have read the new states."""
         writer = DraftWriter(text, wanted, sampler, self.threshold)
         rows = [row for row, goes in enumerate(unfinished) if goes]
         self._read(text, rows, _RowsOf(writer, rows, len(unfinished)))
         return writer.draft()
 
     def accepted(self, counts: list[int]) -> None:
-        """Keep of the last forward what belongs to tokens that were taken."""
+        """Keep the last forward's states of accepted tokens."""
         self._look()
         self._seen[-1] = [
             one.first(count) for one, count in zip(self._seen[-1], counts, strict=True)
         ]
 
     def finish(self, text: TokenBuffer) -> None:
-        """Read what the main run read last, so that the next generation can go on from here."""
+        """Read the last states, so that another generation can continue."""
         B = len(text.ids)
         self._read(text, list(range(B)), None)
         self._held.until = self.main.lengths(B).clone()
 
     def close(self) -> None:
-        """Stop watching the main run."""
+        """Stop recording the main run."""
         self.main.seen = None
 
     def _read(self, text: TokenBuffer, rows: list[int], writer: "_RowsOf | None") -> None:
@@ -114,7 +114,7 @@ class MTPDrafter:
         self._seen = [unread]
 
     def _look(self) -> None:
-        """Take over what the main run has made since."""
+        """Take over the main run's new states."""
         if self.main.seen:
             self._seen += (Seen.rows(*made) for made in self.main.seen)
             self.main.seen.clear()
@@ -138,11 +138,11 @@ class _RowsOf:
 
     @property
     def done(self) -> bool:
-        """Whether no row is to have a further token."""
+        """Whether every row's draft is complete."""
         return self._writer.done
 
     def write(self, logits: Tensor) -> None:
-        """Add a token to every row, from logits (n, V)."""
+        """Append a token to every row's draft, from logits (n, V)."""
         if self._rows is not None:
             # The others' tokens are asked for by nobody.
             whole = logits.new_zeros(self._batch, logits.shape[1])
@@ -151,6 +151,6 @@ class _RowsOf:
 
     @property
     def last(self) -> Tensor:
-        """The tokens that were written last, (n,)."""
+        """The last tokens written, (n,)."""
         tokens = self._writer.tokens[-1]
         return tokens if self._rows is None else tokens[self._rows.to(tokens.device)]

@@ -1,4 +1,4 @@
-"""When drafts are worth what it costs to check them."""
+"""Decides when drafts are worth the cost of verification."""
 
 # So many tokens of all rows go through a step that takes hardly longer than for one; in few bits,
 # weights take longer to decode, and half as many do.
@@ -8,12 +8,12 @@ DRAFTS, SHARE, REST = 32, 0.4, 256
 
 
 def room_for_drafts(rows: int, *, few_bits: bool) -> int:
-    """Return how many tokens may be drafted for each of so many rows of a step."""
+    """Return how many tokens to draft per row in a step of this many rows."""
     return max((ROOM_FEW_BITS if few_bits else ROOM) // max(rows, 1) - 1, 0)
 
 
 class Pacing:
-    """Lets a row draft while there is room for it in a step and enough holds.
+    """Lets a row draft while steps have room and enough drafts are accepted.
 
     Attributes:
         room: how many tokens there is room for in the present step.
@@ -26,11 +26,11 @@ class Pacing:
 
     @property
     def awake(self) -> bool:
-        """Whether anything is to be drafted."""
+        """Whether to draft."""
         return self.room > 0 and self._rest <= 0
 
     def learn(self, taken: int, drafted: int, kept: int) -> None:
-        """Take note of how many tokens were taken, and how many of a draft held."""
+        """Learn the numbers of new tokens and accepted drafts."""
         self._rest -= taken
         if not drafted:
             return

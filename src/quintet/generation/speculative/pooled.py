@@ -1,4 +1,4 @@
-"""Drafts of prediction layers for the sequences of an engine, several in one run of the layers."""
+"""Drafts by prediction layers for an engine's sequences, in one run of the layers."""
 
 from collections.abc import Mapping
 from collections.abc import Sequence as Sequences
@@ -35,17 +35,17 @@ class PredictionRows:
         return self._pool.join()
 
     def free(self, row: int) -> None:
-        """Give a row back."""
+        """Free a row."""
         self._pool.free(row)
 
     def place(self, row: int) -> int:
-        """Return where a row is among those in use."""
+        """Return a row's index among those in use."""
         return self._pool.index(row)
 
     def read(
         self, seen: Mapping[int, Seen], last: Tensor, batch: int, writer: Writer
     ) -> dict[int, Seen]:
-        """Let the layers read, and draft what follows, as `Prediction.read` does."""
+        """Run the layers and draft, like `Prediction.read`."""
         before = self._pool.lengths(batch).clone()
         try:
             return self._layers.read(seen, last, batch, writer)
@@ -55,7 +55,7 @@ class PredictionRows:
 
 
 class PooledPrediction:
-    """What prediction layers keep of sequences, and the drafts they write for them.
+    """The rows of prediction layers for an engine's sequences, and their drafts.
 
     A sequence that comes with what was kept of it finds nothing here: the layers then know its text
     from there on, which costs drafts and no more.
@@ -74,18 +74,18 @@ class PooledPrediction:
         return self._rows.nbytes
 
     def join(self, sequence: Sequence) -> None:
-        """Give a sequence a row, empty."""
+        """Give a sequence an empty row."""
         self._placed[sequence] = self._rows.join()
 
     def leave(self, sequence: Sequence) -> None:
-        """Take back the row of a sequence, where it has one."""
+        """Free a sequence's row, if it has one."""
         row = self._placed.pop(sequence, None)
         if row is not None:
             self._rows.free(row)
             _drafting(sequence).forget()
 
     def pace(self, sequence: Sequence) -> None:
-        """Keep a row for a sequence while it is to have drafts, and no longer."""
+        """Keep a row for a sequence only while it drafts."""
         awake = _drafting(sequence).awake
         if awake and sequence not in self._placed:
             self.join(sequence)
@@ -93,7 +93,7 @@ class PooledPrediction:
             self.leave(sequence)
 
     def draft(self, sequences: Sequences[Sequence]) -> None:
-        """Let the layers read what was made of some sequences since, and draft for them."""
+        """Run the layers over new states of some sequences, and draft."""
         drafting = []
         for sequence in sequences:
             writer = sequence.begin_draft() if sequence in self._placed else None
@@ -119,18 +119,18 @@ class PooledPrediction:
 
 
 class _Rows:
-    """Writes the draft of each row by a writer of its own; one that fails ends its sequence."""
+    """Writes each row's draft by its own writer; an error ends its sequence."""
 
     def __init__(self, rows: list[tuple[Sequence, DraftWriter]]) -> None:
         self._rows = rows
 
     @property
     def done(self) -> bool:
-        """Whether no row is to have a further token."""
+        """Whether every row's draft is complete."""
         return all(sequence.finished or writer.done for sequence, writer in self._rows)
 
     def write(self, logits: Tensor) -> None:
-        """Add a token to every row that is to have one, from logits (n, V)."""
+        """Append a token to each unfinished draft, from logits (n, V)."""
         for (sequence, writer), own in zip(self._rows, torch.split(logits, 1), strict=True):
             if sequence.finished or writer.done:
                 continue
@@ -141,7 +141,7 @@ class _Rows:
 
     @property
     def last(self) -> Tensor:
-        """The tokens that were written last, (n,)."""
+        """The last tokens written, (n,)."""
         none = torch.zeros(1, dtype=torch.long, device="cpu")
         return torch.cat([writer.tokens[-1] if writer.tokens else none for _, writer in self._rows])
 

@@ -1,4 +1,4 @@
-"""What a model's own layers of multi-token prediction draft (DeepSeek-V3, arXiv:2412.19437, §2.2).
+"""Drafting with layers of multi-token prediction (DeepSeek-V3, arXiv:2412.19437, §2.2).
 
 Layer k joins, at position t, what the layer before it made there (the main run, for k = 1) with the
 embedding of token t + k, and predicts token t + k + 1. Its keys and values have a cache of their
@@ -22,10 +22,10 @@ Segments = tuple[Segment, tuple[Segment, ...]]
 
 @runtime_checkable
 class MTPModel(Protocol):
-    """What a model with prediction layers offers."""
+    """Interface of a model with prediction layers."""
 
     def prediction_depth(self) -> int:
-        """Count the prediction layers."""
+        """Return the number of prediction layers."""
         ...
 
     def prediction_cache(self) -> Cache:
@@ -39,7 +39,7 @@ class MTPModel(Protocol):
     def predict(
         self, depth: int, states: Tensor, ahead: Tensor, taken: Segments, cache: Cache
     ) -> Tensor:
-        """Return the states (B, W, C) of one prediction layer, 0 being the first."""
+        """Return the states (B, W, C) of prediction layer `depth`, from 0."""
         ...
 
     def embed(self, ids: Tensor) -> Tensor:
@@ -56,22 +56,22 @@ class Writer(Protocol):
 
     @property
     def done(self) -> bool:
-        """Whether no row is to have a further token."""
+        """Whether every row's draft is complete."""
         ...
 
     def write(self, logits: Tensor) -> None:
-        """Add a token to every row, from logits (n, V)."""
+        """Append a token to every row's draft, from logits (n, V)."""
         ...
 
     @property
     def last(self) -> Tensor:
-        """The tokens that were written last, (n,)."""
+        """The last tokens written, (n,)."""
         ...
 
 
 @dataclass(frozen=True, slots=True)
 class Seen:
-    """What the main run made of tokens of one row, and their embeddings: (W, C) both."""
+    """The main run's states of tokens of one row, and their embeddings: (W, C) both."""
 
     states: Tensor
     embeds: Tensor
@@ -80,17 +80,17 @@ class Seen:
         return len(self.states)
 
     def first(self, count: int) -> "Seen":
-        """Return what belongs to the first tokens."""
+        """Return the first tokens' entries."""
         return self if count >= len(self) else Seen(self.states[:count], self.embeds[:count])
 
     def last(self, count: int) -> "Seen":
-        """Return what belongs to the last tokens."""
+        """Return the last tokens' entries."""
         start = max(len(self) - count, 0)
         return Seen(self.states[start:], self.embeds[start:])
 
     @classmethod
     def joined(cls, pieces: "Sequence[Seen]") -> Self:
-        """Join what was seen one after another."""
+        """Concatenate several."""
         if len(pieces) == 1:
             return cls(pieces[0].states, pieces[0].embeds)
         return cls(
@@ -100,14 +100,14 @@ class Seen:
 
     @classmethod
     def rows(cls, states: Tensor, embeds: Tensor, mask: Tensor | None) -> list[Self]:
-        """Take rows apart: (B, T, C) both, of which a mask (B, T) tells what is text."""
+        """Split (B, T, C) into rows, dropping padding by a mask (B, T)."""
         if mask is None:
             return [cls(*row) for row in zip(states, embeds, strict=True)]
         return [cls(x[text], e[text]) for x, e, text in zip(states, embeds, mask, strict=True)]
 
 
 class Prediction:
-    """Runs the prediction layers of a model over what its main run made of some rows.
+    """Runs a model's prediction layers over the main run's states.
 
     Beyond their number, the last layer goes on with its own states, position by position, as
     serving engines do (EAGLE, arXiv:2401.15077).
@@ -124,7 +124,7 @@ class Prediction:
     def read(
         self, seen: Mapping[int, Seen], last: Tensor, batch: int, writer: Writer | None
     ) -> dict[int, Seen]:
-        """Let the layers read, and draft what follows.
+        """Run the layers over new states, and draft.
 
         Args:
             seen: what the main run has made of rows since they read last, by the rows' places in
@@ -165,14 +165,14 @@ class Prediction:
         return {row: one.last(again) for row, one in seen.items()}
 
     def _predict(self, depth: int, states: Tensor, ahead: Tensor, taken: Segments) -> Tensor:
-        """Return the states (N, C) of one layer, of tokens one row behind the other."""
+        """Return the states (N, C) of one layer, for packed tokens."""
         rectangular = taken[1][0].tokens is None
         shape = (-1, taken[0].length) if rectangular else (1, -1)
         states, ahead = (torch.unflatten(x, 0, shape) for x in (states, ahead))
         return self.model.predict(depth, states, ahead, taken, self.cache).flatten(0, 1)
 
     def _taken(self, widths: Mapping[int, int], batch: int, device: torch.device) -> Segments:
-        """Return the slots that so many tokens take of each of some rows."""
+        """Return the slots of this many tokens in each of some rows."""
         longest = max(widths.values())
         lengths = [widths.get(row, 0) for row in range(batch)]
         if lengths.count(longest) == batch:
@@ -183,7 +183,7 @@ class Prediction:
         return whole, segments_of(whole, lengths)
 
     def _take_back(self, tokens: list[int], rows: list[int], batch: int) -> None:
-        """Take what drafted tokens left in the cache out of it again."""
+        """Crop what drafted tokens left in the cache."""
         if not any(tokens):
             return
         if len(rows) == batch and len(set(tokens)) == 1:
@@ -195,12 +195,12 @@ class Prediction:
 
 
 def _at(x: Tensor, ends: list[int]) -> Tensor:
-    """Return the ends of rows that lie one behind the other, (n, C) of (N, C)."""
+    """Return the last entry of each packed row, (n, C) of (N, C)."""
     return x[-1:] if len(ends) == 1 else x[ends]
 
 
 def _followed(embeds: Tensor, last: Tensor, ends: list[int]) -> Tensor:
-    """Shift rows that lie one behind the other, (N, C), by one: each ends with its `last`."""
+    """Shift packed rows (N, C) by one; each ends with its `last`."""
     if len(ends) == 1:
         return torch.cat((embeds[1:], last))
     ahead = embeds.roll(-1, dims=0)
