@@ -1,4 +1,4 @@
-"""A step of fixed shapes attends by the kernel that reads lengths on the device."""
+"""A step of fixed shapes keeps and attends by the kernels that read lengths on the device."""
 
 from typing import Any
 
@@ -15,13 +15,22 @@ from quintet.generation.fixed_step import Recording
 pytest.importorskip("triton", reason="Triton is made for Linux")
 
 from quintet.triton.attention import attend_pages
+from quintet.triton.keeping import rotate_and_keep
 
+# Blocks of this family may leave positions out.
+ROTATING = {"zamba2": {"use_mem_rope": True}}
 PLAIN: dict[str, Any] = {"eos_token_id": -1, "pad_token_id": 0, "do_sample": False}
 
 
 @each
 def test_rows_are_attended_to_by_lengths_on_the_device(family: Family) -> None:
     calls: list[bool] = []
+    writes: list[bool] = []
+
+    def keep(*given: Any, **how: Any) -> Tensor | None:
+        made = rotate_and_keep(*given, **how)
+        writes.append(made is not None)
+        return made
 
     def attend(*given: Any, **how: Any) -> Tensor | None:
         made = attend_pages(*given, **how)
@@ -29,9 +38,12 @@ def test_rows_are_attended_to_by_lengths_on_the_device(family: Family) -> None:
         return made
 
     floats = frozenset({torch.float32})
-    kernel = {"attention over pages": (Implementation(attend, floats),)}
-    backend = Backend(name="pages", device="cpu", implementations=kernel, missing=lambda: None)
-    model = family.model_of(**family.shallow)
+    kernels = {
+        "attention over pages": (Implementation(attend, floats),),
+        "rotate and keep": (Implementation(keep, floats),),
+    }
+    backend = Backend(name="pages", device="cpu", implementations=kernels, missing=lambda: None)
+    model = family.model_of(**family.shallow, **ROTATING.get(family.name, {}))
     engine = Engine(model, 3, 40, recording=Recording())
     prompts = [prompt_of(length, length) for length in (3, 11, 6)]
     sequences = [engine.sequence(one, max_new_tokens=4, **PLAIN) for one in prompts]
@@ -41,7 +53,8 @@ def test_rows_are_attended_to_by_lengths_on_the_device(family: Family) -> None:
             engine.step(engine.sequences)
         while not all(one.finished for one in sequences):
             engine.step(sequences)
-    assert all(calls)
+    assert all((*calls, *writes))
+    assert len(writes) == len(calls)
     attending = len(family.attends(model.config))
     assert len(calls) >= 3 * attending
     for prompt, sequence in zip(prompts, sequences, strict=True):

@@ -115,6 +115,13 @@ class Cache:
         """
         return self._attention(layer_idx).buffers(segment)
 
+    def memory(self, layer_idx: int) -> tuple[Tensor, Tensor] | None:
+        """Return where a layer's keys and values lie, (P, K, page, D), as a segment's pages say.
+
+        The caller writes them in place, instead of `update`; None where they lie otherwise.
+        """
+        return None
+
     def fit(self, config: PreTrainedConfig, dtype: torch.dtype | None = None) -> None:
         """Check the number of layers and, if needed, the dtype of a model.
 

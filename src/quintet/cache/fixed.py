@@ -10,7 +10,7 @@ from torch import Tensor
 from quintet.cache.base import Cache
 from quintet.cache.pool import PooledCache
 from quintet.cache.recurrent import Inputs
-from quintet.cache.row_memory import TokenRows
+from quintet.cache.row_memory import DenseRows, TokenRows
 from quintet.cache.segment import Segment
 from quintet.cache.state_rows import StateRows
 from quintet.errors import InputError
@@ -71,6 +71,11 @@ class FixedRows(Cache):
         pages = Pages(self._table, self.starts.int(), self._ends, 1, self.width)
         return Segment(self.starts, 1, self.width, taken, device, pages=pages)
 
+    def memory(self, layer_idx: int) -> tuple[Tensor, Tensor] | None:
+        """Return a layer's rows of S slots, each a page; None of codes."""
+        slot = self.layers[layer_idx]
+        return slot.plain if isinstance(slot, _Tokens) else None
+
     def advance(self, segment: Segment) -> None:
         """Do nothing: the caller changes `starts`."""
 
@@ -125,6 +130,14 @@ class _Tokens(_Slot):
         for buffer, x in zip(self.held, new, strict=True):
             buffer.scatter_(2, segment.slots()[:, None, :, None].expand_as(x), x)
         return self.memory.decoded(self.held)
+
+    @property
+    def plain(self) -> tuple[Tensor, Tensor] | None:
+        """What is kept, where that is keys and values as they are."""
+        if not isinstance(self.memory, DenseRows):
+            return None
+        keys, values = self.held
+        return keys, values
 
     def content(self, length: int) -> tuple[Tensor, Tensor]:
         """Return the first `length` keys and values."""

@@ -47,10 +47,21 @@ class Attention(StackPart):
         q, k, v = project(hidden_states, self.q_proj, self.k_proj, self.v_proj)
         q = self._heads(q)  # (B, H, T, D)
         k, v = self._heads(k), self._heads(v)  # (B, K, T, D)
-        q, k = rotate_both(q, k, context.cos, context.sin)
         dropout = self.attention_dropout if self.training else 0.0
+        made = context.rotate_and_keep(q, k, v, self.layer_idx)
+        if made is None:
+            q, k = rotate_both(q, k, context.cos, context.sin)
+        else:
+            q, k, v = made
         out, weights = context.attention(
-            q, k, v, self.layer_idx, window=self.window, scale=self.scaling, dropout=dropout
+            q,
+            k,
+            v,
+            self.layer_idx,
+            window=self.window,
+            scale=self.scaling,
+            dropout=dropout,
+            kept=made is not None,
         )
         return self.o_proj(out.transpose(1, 2).flatten(2)), weights
 

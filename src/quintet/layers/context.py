@@ -12,6 +12,7 @@ from quintet.layers.adapted import Placing, placed
 from quintet.layers.router import Choices
 from quintet.ops.attention import AttentionBackend, sdpa
 from quintet.ops.causal_learning import attend_learning, attends_learning
+from quintet.ops.keeping import keep_rows
 from quintet.ops.masks import AttentionMask
 from quintet.triton.texts import Texts
 
@@ -134,8 +135,13 @@ class ForwardContext:
         window: int | None,
         scale: float,
         dropout: float,
+        kept: bool = False,
     ) -> tuple[Tensor, Tensor | None]:
-        """Attend from q (B, H, T, D) to k and v (B, K, T, D) and to the cache."""
+        """Attend from q (B, H, T, D) to k and v (B, K, T, D) and to the cache.
+
+        Args:
+            kept: whether k and v are all the keys and values of the cache, these tokens' included.
+        """
         texts = self.separate_texts(window, dropout)
         if texts is not None and attends_learning(q, k, v):
             return attend_learning(q, k, v, scale, texts), None
@@ -145,7 +151,45 @@ class ForwardContext:
         ) -> tuple[Tensor, Tensor | None]:
             return self.attend(q, k, v, mask, scale=scale, dropout=dropout)
 
-        return self.by_segment(attend, (q,), k, v, layer_idx, window=window)
+        return self.by_segment(attend, (q,), k, v, layer_idx, window=window, kept=kept)
+
+    def rotate_and_keep(
+        self,
+        q: Tensor,
+        k: Tensor,
+        other: Tensor,
+        layer_idx: int,
+        *,
+        norm: tuple[Tensor, float] | None = None,
+        interleaved: bool = False,
+    ) -> tuple[Tensor, Tensor, Tensor] | None:
+        """Rotate queries and keys and store in one pass: return q, and all the cache holds then.
+
+        None where no backend does, or the cache does not say where rows lie.
+
+        Shapes: q (B, H, T, D), k (B, K, T, D), other (B, K, T, E): values, or latents, which a
+        cache has before their keys.
+
+        Args:
+            norm: weight and epsilon of the normalisation of latents; None of values.
+            interleaved: whether neighbours are rotated together.
+        """
+        pages = self.whole.pages
+        memory = None if self.cache is None or pages is None else self.cache.memory(layer_idx)
+        if memory is None or pages is None:
+            return None
+        turned = keep_rows(
+            q,
+            k,
+            other,
+            self.cos,
+            self.sin,
+            memory if norm is None else memory[::-1],
+            pages,
+            norm=norm,
+            interleaved=interleaved,
+        )
+        return None if turned is None else (turned, *memory)
 
     def by_segment(
         self,
@@ -156,6 +200,7 @@ class ForwardContext:
         layer_idx: int,
         *,
         window: int | None,
+        kept: bool = False,
     ) -> tuple[Tensor, Tensor | None]:
         """Store the new keys and values, and attend segment by segment.
 
@@ -164,9 +209,10 @@ class ForwardContext:
 
         Args:
             attend: from a mask, queries, keys and values of a segment to the same.
+            kept: whether keys and values are all those of the cache, these tokens' included.
         """
         if self.rectangular:
-            if self.cache is not None:
+            if self.cache is not None and not kept:
                 keys, values = self.cache.update(keys, values, layer_idx, self.whole)
             with placed(self.placing and self.placing.of_rows(None)):
                 return attend(self.masks[0][window], *queries, keys, values)

@@ -88,13 +88,34 @@ class LatentAttention(StackPart):
         q, latent = self._queries_and_latents(hidden_states)
         q = q.view(B, T, -1, Dn + self.qk_rope_head_dim).transpose(1, 2)
         latent = latent[:, None]  # (B, 1, T, R + Dr)
-        c_kv = self.kv_a_layernorm(latent[..., :R])
-        q_pe, k_pe = rotate_both(
-            q[..., Dn:], latent[..., R:], context.cos, context.sin, interleaved=self.interleaved
-        )
-        c_kv, k_pe = self.latents(c_kv, k_pe)
-        out, weights = self._attend(q[..., :Dn], q_pe, c_kv, k_pe, context)
+        q_nope, q_pe, c_kv, k_pe = q[..., :Dn], q[..., Dn:], latent[..., :R], latent[..., R:]
+        made = self._rotate_and_keep(q_pe, k_pe, c_kv, context)
+        if made is None:
+            c_kv = self.kv_a_layernorm(c_kv)
+            q_pe, k_pe = rotate_both(
+                q_pe, k_pe, context.cos, context.sin, interleaved=self.interleaved
+            )
+            c_kv, k_pe = self.latents(c_kv, k_pe)
+        else:
+            q_pe, c_kv, k_pe = made
+        out, weights = self._attend(q_nope, q_pe, c_kv, k_pe, context, kept=made is not None)
         return self.o_proj(out.transpose(1, 2).flatten(2)), weights
+
+    def _rotate_and_keep(
+        self, q_pe: Tensor, k_pe: Tensor, c_kv: Tensor, context: ForwardContext
+    ) -> tuple[Tensor, Tensor, Tensor] | None:
+        """Return rotated queries, and the latents and keys of all rows with these; None if not."""
+        norm = norm_of(self.kv_a_layernorm)
+        if norm is None or hooked(self.latents):
+            return None
+        return context.rotate_and_keep(
+            q_pe,
+            k_pe,
+            c_kv,
+            self.layer_idx,
+            norm=(norm.weight, norm.eps),
+            interleaved=self.interleaved,
+        )
 
     def sharding(self) -> Sharding:
         """Split the heads over processes; the maps before them are whole everywhere."""
@@ -179,7 +200,14 @@ class LatentAttention(StackPart):
         return self.q_b_proj(self.q_a_layernorm(c_q)), latent
 
     def _attend(
-        self, q_nope: Tensor, q_pe: Tensor, c_kv: Tensor, k_pe: Tensor, context: ForwardContext
+        self,
+        q_nope: Tensor,
+        q_pe: Tensor,
+        c_kv: Tensor,
+        k_pe: Tensor,
+        context: ForwardContext,
+        *,
+        kept: bool,
     ) -> tuple[Tensor, Tensor | None]:
         dropout = self.attention_dropout if self.training else 0.0
         texts = context.separate_texts(None, dropout)
@@ -209,4 +237,6 @@ class LatentAttention(StackPart):
                 dropout=dropout,
             )
 
-        return context.by_segment(attend, (q_nope, q_pe), c_kv, k_pe, self.layer_idx, window=None)
+        return context.by_segment(
+            attend, (q_nope, q_pe), c_kv, k_pe, self.layer_idx, window=None, kept=kept
+        )

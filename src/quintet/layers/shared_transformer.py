@@ -129,11 +129,21 @@ class SharedAttention(PlainModule):
         else:
             q, k, v = project(x, *maps)
         q, k, v = (y.view(*y.shape[:2], -1, self.head_dim).transpose(1, 2) for y in (q, k, v))
-        if self.rotates:
+        made = context.rotate_and_keep(q, k, v, layer_idx) if self.rotates else None
+        if made is not None:
+            q, k, v = made
+        elif self.rotates:
             q, k = rotate_both(q, k, context.cos, context.sin)
         dropout = self.dropout if self.training else 0.0
         out, weights = context.attention(
-            q, k, v, layer_idx, window=None, scale=self.scaling, dropout=dropout
+            q,
+            k,
+            v,
+            layer_idx,
+            window=None,
+            scale=self.scaling,
+            dropout=dropout,
+            kept=made is not None,
         )
         return self.o_proj(out.transpose(1, 2).flatten(2)), weights
 

@@ -6,7 +6,7 @@ from types import MappingProxyType
 import torch
 
 from quintet.backends import Backend, Implementation
-from quintet.triton import attention, gated, linear, mamba2, norm, sampling
+from quintet.triton import attention, gated, keeping, linear, mamba2, norm, sampling
 from quintet.triton.launching import missing
 
 __all__ = ["BACKEND"]
@@ -23,6 +23,7 @@ IMPLEMENTATIONS: Mapping[str, Sequence[Implementation]] = MappingProxyType(
         "mamba2": (Implementation(mamba2.mamba2, FLOATS),),
         "mamba2 over texts": (Implementation(mamba2.mix_texts, FLOATS),),
         "quantised linear": (Implementation(linear.linears, FLOATS, "few rows"),),
+        "rotate and keep": (Implementation(keeping.rotate_and_keep, FLOATS),),
         "rms norm": (Implementation(norm.rms_norm, FLOATS),),
     }
 )

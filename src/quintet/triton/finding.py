@@ -20,3 +20,17 @@ def text_of(ends, rows, counts, text, most):  # type: ignore[no-untyped-def]
     if rows is not None:
         row = tl.load(rows + text)
     return begin.to(tl.int64), length, real, row.to(tl.int64)
+
+
+@triton.jit
+def sequence_of(ends, n, token):  # type: ignore[no-untyped-def]
+    """Return which sequence a token is of, n where it is of none."""
+    low = token * 0
+    high = low + n
+    while low < high:
+        middle = (low + high) // 2
+        if tl.load(ends + middle + 1) <= token:
+            low = middle + 1
+        else:
+            high = middle
+    return low
