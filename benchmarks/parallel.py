@@ -63,7 +63,7 @@ def measure(model: Any, work: Work, world: World | None) -> tuple[float, int]:
         cache = model.new_cache()
         model(random_ids(model.config.vocab_size, 1, 8), past_key_values=cache, use_cache=True)
         steps = work.count
-        with model.layers_kept(cache):
+        with model.fused_session(cache):
             token = random_ids(model.config.vocab_size, 1, 1)
             model(token, past_key_values=cache, use_cache=True)
             before = 0 if shared_buffer is None else shared_buffer.calls

@@ -80,7 +80,7 @@ def run(model: Any, rows: Sequence[int], schedule: Sequence[Sequence[int]]) -> l
     """The last logits of rows whose texts pass as many tokens at a time as the schedule says."""
     cache, at = model.new_cache(), [0] * len(rows)
     made: list[list[Tensor]] = [[] for _ in rows]
-    with model.layers_kept(cache):
+    with model.fused_session(cache):
         for counts in schedule:
             pieces = [IDS[row, a : a + n] for row, a, n in zip(rows, at, counts, strict=True)]
             ends = torch.tensor([0, *accumulate(counts)])

@@ -246,7 +246,7 @@ def test_steps_stay_one_call_with_snapshots_of_rows(
     family: Family, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model = small(family, torch.bfloat16)
-    real, passes = stack.LayerRun.in_one_call, []
+    real, passes = stack.LayerRun.run_fused, []
 
     def watched(*arguments: Any) -> Tensor | None:
         passes.append(made := real(*arguments))
@@ -254,7 +254,7 @@ def test_steps_stay_one_call_with_snapshots_of_rows(
 
     pool = pool_of(model)
     model(ids_of(2, 20), past_key_values=pool)
-    monkeypatch.setattr(stack.LayerRun, "in_one_call", watched)
+    monkeypatch.setattr(stack.LayerRun, "run_fused", watched)
     for row in pool.rows:
         pool.snapshot_row(row)
     for T in (1, 3):

@@ -190,8 +190,8 @@ def test_a_generation_that_fails_leaves_nothing_behind(family: Family) -> None:
         expected = generate(model, **options)
         with pytest.raises(RuntimeError, match="halfway"):
             generate(model, past_key_values=cache, logits_processor=[fail], **options)
-        assert not cache.keeps_layers, name
-        assert cache.kept_layers is None, name
+        assert not cache.in_fused_session, name
+        assert cache.fused_runs is None, name
         assert cache.seen is None, name
         assert torch.equal(generate(model, **options), expected), name
     assert_free(model)

@@ -18,7 +18,7 @@ from quintet.kernels.native import native
 from quintet.layers import stack
 from quintet.layers.context import ForwardContext
 from quintet.layers.norm import RMSNorm
-from quintet.modeling import decoder
+from quintet.modeling import layer_stack
 from support import relative_error, small_config
 
 pytestmark = pytest.mark.skipif(native().library is None, reason=f"{native().reason}")
@@ -53,14 +53,14 @@ def model() -> Qwen2ForCausalLM:
 def passes(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
     """For each run over the layers, whether it was one call."""
     seen: list[bool] = []
-    real = stack.LayerRun.in_one_call
+    real = stack.LayerRun.run_fused
 
     def watched(run: stack.LayerRun, hidden: Tensor, context: ForwardContext) -> Tensor | None:
         made = real(run, hidden, context)
         seen.append(made is not None)
         return made
 
-    monkeypatch.setattr(stack.LayerRun, "in_one_call", watched)
+    monkeypatch.setattr(stack.LayerRun, "run_fused", watched)
     return seen
 
 
@@ -68,13 +68,13 @@ def passes(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
 def gathered(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
     """What was gathered, in order."""
     seen: list[Any] = []
-    real = decoder.gather
+    real = layer_stack.gather
 
     def watched(*arguments: Any) -> Any:
         seen.append(real(*arguments))
         return seen[-1]
 
-    monkeypatch.setattr(decoder, "gather", watched)
+    monkeypatch.setattr(layer_stack, "gather", watched)
     return seen
 
 
@@ -126,7 +126,7 @@ def test_a_step_in_one_call_gives_and_keeps_what_the_layers_do(
     model = model_of(family)
     made, cache = steps(model, CACHES[kind], T)
     assert passes == [False, *[True] * 3]
-    monkeypatch.setattr(stack.LayerRun, "in_one_call", lambda *_: None)
+    monkeypatch.setattr(stack.LayerRun, "run_fused", lambda *_: None)
     expected, reference = steps(model, CACHES[kind], T)
     assert relative_error(made, expected) <= 1e-5
     assert_same_content(cache, reference)
@@ -149,7 +149,7 @@ def test_every_form_of_a_family_runs_in_one_call_but_for_other_mlps(
     other = {"zamba2": "silu"}.get(family.name, "gelu")
     known = values.get("hidden_act") != other and not values.get("mlp_bias")
     assert (passes == [False, *[True] * 3]) == known
-    monkeypatch.setattr(stack.LayerRun, "in_one_call", lambda *_: None)
+    monkeypatch.setattr(stack.LayerRun, "run_fused", lambda *_: None)
     expected, reference = steps(model, dynamic_cache, 1)
     assert relative_error(made, expected) <= 1e-5
     assert_same_content(cache, reference)
@@ -162,7 +162,7 @@ def test_tokens_one_by_one_are_the_same_to_the_last_bit(
     model = model_of(family).to(torch.bfloat16)
     made, _ = steps(model, dynamic_cache, 1)
     assert True in passes
-    monkeypatch.setattr(stack.LayerRun, "in_one_call", lambda *_: None)
+    monkeypatch.setattr(stack.LayerRun, "run_fused", lambda *_: None)
     expected, _ = steps(model, dynamic_cache, 1)
     assert torch.equal(made, expected)
 
@@ -182,7 +182,7 @@ def test_weights_of_fewer_bits_are_the_same_to_the_last_bit(
     )
     made, _ = steps(model, dynamic_cache, 1)
     assert passes == [False, *[True] * 3]
-    monkeypatch.setattr(stack.LayerRun, "in_one_call", lambda *_: None)
+    monkeypatch.setattr(stack.LayerRun, "run_fused", lambda *_: None)
     expected, _ = steps(model, dynamic_cache, 1)
     assert torch.equal(made, expected)
 
@@ -203,7 +203,7 @@ def test_a_hook_anywhere_is_called_as_often_as_by_the_layers(
 
     in_place = {name: count(name) for name in named if name}
     assert sum(in_place.values()) > len(in_place)
-    monkeypatch.setattr(stack.LayerRun, "in_one_call", lambda *_: None)
+    monkeypatch.setattr(stack.LayerRun, "run_fused", lambda *_: None)
     assert in_place == {name: count(name) for name in in_place}
 
 
@@ -262,7 +262,7 @@ def test_what_somebody_put_in_between_is_called(
     made = step(model, DynamicCache(model.config))
     # The prompt, and a step whose second of three layers is called.
     assert passes == [False, True, False, True]
-    monkeypatch.setattr(stack.LayerRun, "in_one_call", lambda *_: None)
+    monkeypatch.setattr(stack.LayerRun, "run_fused", lambda *_: None)
     assert relative_error(made, step(model, DynamicCache(model.config))) <= 1e-5
 
 
@@ -425,7 +425,7 @@ def test_what_is_changed_between_two_steps_is_seen_by_the_next(
 ) -> None:
     cache = DynamicCache(model.config)
     ids = torch.arange(20)[None]
-    with torch.no_grad(), model.layers_kept(cache):
+    with torch.no_grad(), model.fused_session(cache):
         model(ids, past_key_values=cache)
         for token in (3, 4, 5):
             model(torch.tensor([[token]]), past_key_values=cache)
@@ -444,7 +444,7 @@ def test_a_class_that_is_patched_between_two_steps_is_seen_by_the_next(
     model: Qwen2ForCausalLM, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     cache = DynamicCache(model.config)
-    with torch.no_grad(), model.layers_kept(cache):
+    with torch.no_grad(), model.fused_session(cache):
         model(torch.arange(20)[None], past_key_values=cache)
         model(torch.tensor([[3]]), past_key_values=cache)
         calls: list[nn.Module] = []
@@ -465,26 +465,26 @@ def test_nothing_is_kept_at_the_end_nor_after_a_failure(
     cache = DynamicCache(model.config)
 
     def fail_halfway() -> None:
-        with model.layers_kept(cache):
+        with model.fused_session(cache):
             step(model, cache)
             step(model, copy.deepcopy(cache))
-            assert cache.kept_layers is not None
+            assert cache.fused_runs is not None
             raise RuntimeError("halfway")
 
     with pytest.raises(RuntimeError, match="halfway"):
         fail_halfway()
-    assert cache.kept_layers is None
+    assert cache.fused_runs is None
     before = len(gathered)
     with torch.no_grad():
         for _ in range(2):
             model(torch.tensor([[1]] * 3), past_key_values=cache)
     assert len(gathered) == before + 2
-    assert cache.kept_layers is None
+    assert cache.fused_runs is None
 
 
 def test_copies_made_meanwhile_read_their_own_weights(model: Qwen2ForCausalLM) -> None:
     cache = DynamicCache(model.config)
-    with torch.no_grad(), model.layers_kept(cache):
+    with torch.no_grad(), model.fused_session(cache):
         model(torch.arange(20)[None], past_key_values=cache)
         model(torch.tensor([[3]]), past_key_values=cache)
         for copied in (
@@ -492,7 +492,7 @@ def test_copies_made_meanwhile_read_their_own_weights(model: Qwen2ForCausalLM) -
             lambda x: pickle.loads(pickle.dumps(x)),
         ):
             other, its_cache = copied(model), copied(cache)
-            assert its_cache.kept_layers is None
+            assert its_cache.fused_runs is None
             edit_weight(other)
             plain = model(torch.tensor([[4]]), past_key_values=copied(cache)).logits
             assert not torch.equal(other(torch.tensor([[4]]), past_key_values=its_cache)[0], plain)
@@ -509,5 +509,5 @@ def test_generate_gathers_once(
     assert len(gathered) == 1
     # The prompt, and five steps.
     assert passes == [False, *[True] * 5]
-    monkeypatch.setattr(stack.LayerRun, "in_one_call", lambda *_: None)
+    monkeypatch.setattr(stack.LayerRun, "run_fused", lambda *_: None)
     assert torch.equal(made, model.generate(ids, max_new_tokens=6, do_sample=False))

@@ -158,16 +158,16 @@ def test_generate_runs_on_the_kernels(
         asked = REGISTRY.operations[name]
         order = tuple(counted(of_experts.get(name, name), one) for one in asked.order)
         monkeypatch.setattr(asked, "order", order)
-    monkeypatch.setattr(LayerRun, "in_one_call", counted("all layers", LayerRun.in_one_call))
+    monkeypatch.setattr(LayerRun, "run_fused", counted("all layers", LayerRun.run_fused))
     model = model_of(family, **WIDE, max_position_embeddings=160).bfloat16()
     if hooked:
         for layer in model.model.layers:
             layer.register_forward_hook(lambda *_: None)
     model.generate(torch.randint(101, (1, 129)), max_new_tokens=4, do_sample=False)
     # Three layers, of which two have experts and one shared by all; a prompt and three steps.
-    in_one_call = {"latent attention": 0, "attention": 3, "experts": 2, "all layers": 3}
+    run_fused = {"latent attention": 0, "attention": 3, "experts": 2, "all layers": 3}
     by_layer = {"latent attention": 9, "attention": 3, "experts": 2 + 3 * 5, "all layers": 0}
-    assert ran == (by_layer if hooked else in_one_call)
+    assert ran == (by_layer if hooked else run_fused)
 
 
 @pytest.mark.parametrize(

@@ -24,9 +24,9 @@ class Cache:
 
     Attributes:
         companion: what somebody else keeps of the same rows, as drafting does; None for nothing.
-        keeps_layers: whether what the model took down of its layers is kept for the next forward,
-            as nobody but this generation has the cache.
-        kept_layers: that; a model's own affair.
+        in_fused_session: whether the layers' weights, collected for the fused step, are kept for
+            the next forward.
+        fused_runs: those weights.
         keeps_nothing: whether a layer that runs again finds what it found, as nothing is kept.
         adapters: what is known of the adapters its tokens were made with, of each row or once for
             all; None for nothing.
@@ -51,8 +51,8 @@ class Cache:
         # Recurrent states may already hold the tokens of a forward that has not ended.
         self._forward_unfinished = False
         self.companion: Companion | None = None
-        self.keeps_layers = False
-        self.kept_layers: object = None
+        self.in_fused_session = False
+        self.fused_runs: object = None
         self.keeps_nothing = False
         self.adapters: tuple[Hashable, ...] | None = None
         self.seen: list[tuple[Tensor, Tensor, Tensor | None]] | None = None

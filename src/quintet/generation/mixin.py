@@ -70,7 +70,7 @@ class GenerationMixin:
         """Return an empty cache of the kind the model grows."""
         raise NotImplementedError
 
-    def layers_kept(self, cache: Cache | None) -> AbstractContextManager[None]:
+    def fused_session(self, cache: Cache | None) -> AbstractContextManager[None]:
         """Collect the layers' weights for the fused step once, for all steps inside."""
         return nullcontext()
 
@@ -314,7 +314,7 @@ class GenerationMixin:
                     record=record,
                     streamer=heard,
                 )
-                rows.enter_context(self.layers_kept(cache))
+                rows.enter_context(self.fused_session(cache))
                 return run
 
             groups = groups_of(self.world, len(prompt.given))

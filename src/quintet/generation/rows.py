@@ -85,7 +85,7 @@ class Rows:
         self.model, self.count = model, count
         self.cache = PooledCache(model.config, count, capacity, nbits)
         # Nobody else has this cache.
-        self.cache.keeps_layers = True
+        self.cache.in_fused_session = True
         self._take_memory()
         self._fixed = None if recording is None else FixedStep(model, self.cache, count, recording)
 

@@ -5,12 +5,12 @@ from torch import Tensor, nn
 from quintet.kernels import parts
 from quintet.layers.context import ForwardContext
 from quintet.layers.linear import Linear, matrices, project
-from quintet.layers.stack import StackPart
+from quintet.layers.stack import FusedPart
 from quintet.ops.rope import rotate_both
 from quintet.sharding import Section, Sharding, columns, rows
 
 
-class Attention(StackPart):
+class Attention(FusedPart):
     """Attention with H query heads over K shared key-value heads (arXiv:2305.13245).
 
     Args:
@@ -88,11 +88,11 @@ class Attention(StackPart):
         q, k, v = (parts.Adapted(matrix) for matrix in held[:3])
         return parts.Attention(norm, (q, k, v), held[3], self.head_dim, self.window, self.scaling)
 
-    def makes(self) -> nn.Module:
+    def output_module(self) -> nn.Module:
         """Return the output projection."""
         return self.o_proj
 
-    def kept(self, context: ForwardContext) -> tuple[Tensor, ...] | None:
+    def cache_buffers(self, context: ForwardContext) -> tuple[Tensor, ...] | None:
         """Return this layer's key and value buffers, with space for the new tokens."""
         return (
             None if context.cache is None else context.cache.buffers(self.layer_idx, context.whole)

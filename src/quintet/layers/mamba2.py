@@ -14,7 +14,7 @@ from quintet.kernels import parts
 from quintet.layers.context import ForwardContext
 from quintet.layers.linear import Linear, matrices
 from quintet.layers.plain import PlainModule, untouched
-from quintet.layers.stack import StackPart
+from quintet.layers.stack import FusedPart
 from quintet.ops.conv import causal_conv
 from quintet.ops.mamba2 import Calls, MixerWeights, gated_rms_norm, heads_and_groups, mix
 from quintet.ops.mamba2_learning import mix_learning
@@ -48,7 +48,7 @@ class CausalConv1d(nn.Conv1d, PlainModule):
         return causal_conv(input.mT, self.weight.squeeze(1), self.bias).mT
 
 
-class Mamba2(StackPart):
+class Mamba2(FusedPart):
     """Mix tokens through a state of N numbers a channel; axis letters as in `quintet.ops.ssd`.
 
     Args:
@@ -262,7 +262,7 @@ class Mamba2(StackPart):
             weights.dt_limits,
         )
 
-    def kept(self, context: ForwardContext) -> tuple[Tensor, ...] | None:
+    def cache_buffers(self, context: ForwardContext) -> tuple[Tensor, ...] | None:
         """Return window, state and recording memory of this layer, or None while empty."""
         slot = None if context.cache is None else context.cache.recurrent(self.layer_idx)
         buffers = None if slot is None else slot.buffers()

@@ -9,7 +9,7 @@ from quintet.layers.context import ForwardContext
 from quintet.layers.linear import Linear, matrices, project
 from quintet.layers.norm import RMSNorm
 from quintet.layers.plain import PlainModule, hooked, untouched
-from quintet.layers.stack import StackPart, norm_of
+from quintet.layers.stack import FusedPart, norm_of
 from quintet.ops.masks import AttentionMask
 from quintet.ops.mla import latent_attention, separate_texts
 from quintet.ops.rope import rotate_both
@@ -24,7 +24,7 @@ class Latents(PlainModule):
         return c_kv, k_pe
 
 
-class LatentAttention(StackPart):
+class LatentAttention(FusedPart):
     """Attention with keys and values from one latent per token (arXiv:2405.04434, §2.1).
 
     A cache holds the normalised latent c_kv and the rotated key k_pe that all heads share,
@@ -167,11 +167,11 @@ class LatentAttention(StackPart):
             self.interleaved,
         )
 
-    def makes(self) -> nn.Module:
+    def output_module(self) -> nn.Module:
         """Return the output projection."""
         return self.o_proj
 
-    def kept(self, context: ForwardContext) -> tuple[Tensor, ...] | None:
+    def cache_buffers(self, context: ForwardContext) -> tuple[Tensor, ...] | None:
         """Return this layer's latent and key buffers, with space for the new tokens."""
         if context.cache is None:
             return None

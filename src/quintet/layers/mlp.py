@@ -7,13 +7,13 @@ from quintet.kernels import parts
 from quintet.kernels.linear import Matrix
 from quintet.layers.linear import Linear, matrices, project
 from quintet.layers.plain import untouched
-from quintet.layers.stack import StackPart
+from quintet.layers.stack import FusedPart
 from quintet.ops.activations import Activation, activation, gate_by
 from quintet.ops.one_pass import gate_in_one_pass, gated_mlp
 from quintet.sharding import WHOLE, Section, Sharding, columns, rows
 
 
-class GatedMLP(StackPart):
+class GatedMLP(FusedPart):
     """down(act(gate(x)) · up(x)), a gated linear unit (arXiv:2002.05202)."""
 
     def __init__(

@@ -10,7 +10,7 @@ from quintet.kernels.linear import Matrix
 from quintet.layers.context import Notes
 from quintet.layers.plain import PlainModule, hooked
 from quintet.layers.router import ExpertRouter
-from quintet.layers.stack import StackPart
+from quintet.layers.stack import FusedPart
 from quintet.ops.activations import Activation, activation
 from quintet.ops.moe import apply_experts
 from quintet.sharding import Cut, Section, Sharding, stacked
@@ -77,7 +77,7 @@ class Experts(ExpertStack):
         return f"{E} of {C} -> {F} -> {C}"
 
 
-class ExpertBlock(StackPart):
+class ExpertBlock(FusedPart):
     """Base of blocks with a router and experts."""
 
     gate: nn.Module

@@ -15,7 +15,7 @@ from quintet.layers.context import ForwardContext
 from quintet.layers.linear import Linear, matrices, project
 from quintet.layers.norm import RMSNorm
 from quintet.layers.plain import PlainModule, hooked, untouched
-from quintet.layers.stack import Piece, norm_of
+from quintet.layers.stack import PartSpec, norm_of
 from quintet.ops.activations import Activation, activation, gate_by
 from quintet.ops.rope import rotate_both
 from quintet.sharding import WHOLE, Section, Sharding, columns, rows
@@ -163,7 +163,7 @@ class SharedAttention(PlainModule):
                 table |= adapters.cut_like(section).below(f"linear_{name}_adapter_list.")
         return table
 
-    def piece(self, norm: parts.Norm, *, layer_idx: int, use: int) -> Piece | None:
+    def part_spec(self, norm: parts.Norm, *, layer_idx: int, use: int) -> PartSpec | None:
         """Describe one use, behind a norm, to the fused CPU step; None if it must be called."""
         maps = (self.q_proj, self.k_proj, self.v_proj)
         o = matrices(self.o_proj)
@@ -187,12 +187,12 @@ class SharedAttention(PlainModule):
             beside=True,
         )
 
-        def kept(context: ForwardContext) -> tuple[Tensor, ...] | None:
+        def cache_buffers(context: ForwardContext) -> tuple[Tensor, ...] | None:
             return (
                 None if context.cache is None else context.cache.buffers(layer_idx, context.whole)
             )
 
-        return Piece(part, kept)
+        return PartSpec(part, cache_buffers)
 
     def _adapters(self) -> tuple[Adapters, Adapters, Adapters]:
         return (
@@ -246,13 +246,13 @@ class SharedMLP(PlainModule):
         adapters = self.gate_up_proj_adapter_list.cut_like(inner, inner)
         return table | adapters.below("gate_up_proj_adapter_list.")
 
-    def piece(self, norm: parts.Norm, linear: nn.Module, *, use: int) -> Piece | None:
+    def part_spec(self, norm: parts.Norm, linear: nn.Module, *, use: int) -> PartSpec | None:
         """Describe one use, between norm and projection; None if they must be called."""
         held = adapted_matrices((self.gate_up_proj,), (self.gate_up_proj_adapter_list,), use)
         maps = matrices(self.down_proj, linear)
         if held is None or maps is None or hooked(self) or self.act_fn is not F.gelu:
             return None
-        return Piece(parts.SharedMLP(norm, held[0], *maps), lambda context: ())
+        return PartSpec(parts.SharedMLP(norm, held[0], *maps), lambda context: ())
 
 
 class SharedTransformer(PlainModule):
@@ -277,7 +277,7 @@ class SharedTransformer(PlainModule):
         output: Tensor = self.feed_forward(self.pre_ff_layernorm(attended), use=use)
         return output
 
-    def pieces(self, linear: nn.Module, *, layer_idx: int, use: int) -> list[Piece] | None:
+    def part_specs(self, linear: nn.Module, *, layer_idx: int, use: int) -> list[PartSpec] | None:
         """Describe one use before a projection, or return None if it must be called."""
         if untouched(self, SharedTransformer) is None:
             return None
@@ -289,6 +289,6 @@ class SharedTransformer(PlainModule):
         mlp = untouched(self.feed_forward, SharedMLP)
         if norms[0] is None or norms[1] is None or attention is None or mlp is None:
             return None
-        first = attention.piece(norms[0], layer_idx=layer_idx, use=use)
-        second = mlp.piece(norms[1], linear, use=use)
+        first = attention.part_spec(norms[0], layer_idx=layer_idx, use=use)
+        second = mlp.part_spec(norms[1], linear, use=use)
         return None if first is None or second is None else [first, second]

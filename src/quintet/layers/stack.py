@@ -22,40 +22,40 @@ from quintet.layers.snapshot import Snapshot
 from quintet.ops.attention import sdpa
 
 
-class Piece(NamedTuple):
+class PartSpec(NamedTuple):
     """One part of a layer, as the kernel is told of it.
 
     Attributes:
         part: what it holds.
-        kept: what of a forward's cache the kernel is to change; None where it cannot.
-        shared_buffer: where processes add up what the part makes; None where this one makes all.
+        cache_buffers: the cache tensors that the kernel updates; None if it cannot.
+        shared_buffer: where processes sum the part's output; None for one process.
     """
 
     part: parts.Part
-    kept: Callable[[ForwardContext], tuple[Tensor, ...] | None]
+    cache_buffers: Callable[[ForwardContext], tuple[Tensor, ...] | None]
     shared_buffer: SharedBuffer | None = None
 
 
-class StackLayer(PlainModule, ABC):
+class FusedLayer(PlainModule, ABC):
     """A decoder layer that can describe itself to the fused CPU step."""
 
     @abstractmethod
-    def pieces(self) -> list[Piece] | None:
+    def part_specs(self) -> list[PartSpec] | None:
         """Return the layer's parts in forward order, or None if it must be called."""
 
 
-class StackPart(PlainModule, ABC):
+class FusedPart(PlainModule, ABC):
     """A module that can stand in x += module(norm(x))."""
 
     @abstractmethod
     def part(self, norm: parts.Norm) -> parts.Part | None:
         """Describe the module behind a norm, or return None if it must be called."""
 
-    def kept(self, context: ForwardContext) -> tuple[Tensor, ...] | None:
+    def cache_buffers(self, context: ForwardContext) -> tuple[Tensor, ...] | None:
         """Return the cache tensors the kernel updates, or None if it cannot."""
         return ()
 
-    def makes(self) -> nn.Module:
+    def output_module(self) -> nn.Module:
         """Return the module whose output is added to x: itself or a submodule.
 
         Behind it, what several processes make may add up; `part` need not look at that.
@@ -65,26 +65,26 @@ class StackPart(PlainModule, ABC):
 
 def residuals(
     *pairs: tuple[nn.Module, nn.Module], of: parts.Source = parts.Source.HIDDEN
-) -> list[Piece] | None:
+) -> list[PartSpec] | None:
     """Describe a layer that consists of x += module(norm(x)), given pairs (norm, module).
 
     Args:
         of: what is normalised in place of x.
     """
-    pieces = []
+    specs = []
     for norm, module in pairs:
         # A subclass with another forward has to say again what it holds.
-        if not isinstance(module, StackPart) or "part" not in vars(type(module)):
+        if not isinstance(module, FusedPart) or "part" not in vars(type(module)):
             return None
-        before, makes = norm_of(norm, of), module.makes()
-        shared_buffer = sums_in(makes) if hooked(makes) else None
-        called = hooked(makes) and shared_buffer is None
-        called |= makes is not module and hooked(module)
+        before, output = norm_of(norm, of), module.output_module()
+        shared_buffer = sums_in(output) if hooked(output) else None
+        called = hooked(output) and shared_buffer is None
+        called |= output is not module and hooked(module)
         part = None if before is None or called else module.part(before)
         if part is None:
             return None
-        pieces.append(Piece(part, module.kept, shared_buffer))
-    return pieces
+        specs.append(PartSpec(part, module.cache_buffers, shared_buffer))
+    return specs
 
 
 def norm_of(module: nn.Module, of: parts.Source = parts.Source.HIDDEN) -> parts.Norm | None:
@@ -100,29 +100,29 @@ class LayerRun:
     Attributes:
         layers: what is called where they cannot be.
         stack: their weights; None where they never can.
-        pieces: what the stack was made of.
+        specs: the parts that the stack is made of.
         normalises: whether the norm behind the last layer is one of them.
     """
 
     layers: tuple[nn.Module, ...]
     stack: Stack | None = None
-    pieces: tuple[Piece, ...] = ()
+    specs: tuple[PartSpec, ...] = ()
     normalises: bool = False
 
-    def in_one_call(self, hidden: Tensor, context: ForwardContext) -> Tensor | None:
+    def run_fused(self, hidden: Tensor, context: ForwardContext) -> Tensor | None:
         """Run the layers on (B, T, C) in one call, or return None if they must be called."""
         if self.stack is None:
             return None
-        kept = []
-        for piece in self.pieces:
-            tensors = piece.kept(context)
+        buffers = []
+        for spec in self.specs:
+            tensors = spec.cache_buffers(context)
             if tensors is None:
                 return None
-            kept.append(tensors)
+            buffers.append(tensors)
         counts = context.whole.counts if context.rectangular else None
         if counts is None:
             tokens = parts.Tokens(context.cos, context.sin, context.embeds, *_sequences(context))
-            return self.stack.run(hidden, tokens, kept)
+            return self.stack.run(hidden, tokens, buffers)
         B, T, _ = hidden.shape
         real = torch.arange(T, dtype=torch.long, device=counts.device) < counts[:, None]
         cos, sin, embeds = (
@@ -133,7 +133,7 @@ class LayerRun:
         if not some:
             return None
         packed = self.stack.run(
-            hidden[real], parts.Tokens(cos, sin, embeds, *zip(*some, strict=True)), kept
+            hidden[real], parts.Tokens(cos, sin, embeds, *zip(*some, strict=True)), buffers
         )
         if packed is None:
             return None
@@ -142,7 +142,7 @@ class LayerRun:
         return made
 
 
-class Kept:
+class FusedRuns:
     """The collected layers of a model, reused until something changes."""
 
     def __init__(self, runs: Sequence[LayerRun], final_norm: nn.Module) -> None:
@@ -190,16 +190,14 @@ def gather(
     grouped = [list(group) for _, group in groupby(described, key=lambda pair: pair[1] is not None)]
     runs = []
     for group in grouped:
-        pieces = list(chain.from_iterable(found or () for _, found in group))
-        behind = norm_of(final_norm) if pieces and group is grouped[-1] else None
+        specs = list(chain.from_iterable(found or () for _, found in group))
+        behind = norm_of(final_norm) if specs and group is grouped[-1] else None
         if behind is not None:
-            pieces.append(Piece(parts.FinalNorm(behind), _nothing))
-        shared_buffers = [piece.shared_buffer for piece in pieces]
-        stack = (
-            Stack.of([piece.part for piece in pieces], C, dtype, shared_buffers) if pieces else None
-        )
+            specs.append(PartSpec(parts.FinalNorm(behind), _nothing))
+        shared_buffers = [spec.shared_buffer for spec in specs]
+        stack = Stack.of([spec.part for spec in specs], C, dtype, shared_buffers) if specs else None
         own = tuple(layer for layer, _ in group)
-        runs.append(LayerRun(own, stack, tuple(pieces), behind is not None))
+        runs.append(LayerRun(own, stack, tuple(specs), behind is not None))
     return tuple(runs)
 
 
@@ -222,8 +220,8 @@ def _nothing(context: ForwardContext) -> tuple[Tensor, ...]:
     return ()
 
 
-def _pieces(layer: nn.Module) -> list[Piece] | None:
+def _pieces(layer: nn.Module) -> list[PartSpec] | None:
     # A subclass with another forward has to say again what it consists of.
-    if not isinstance(layer, StackLayer) or "pieces" not in vars(type(layer)):
+    if not isinstance(layer, FusedLayer) or "part_specs" not in vars(type(layer)):
         return None
-    return None if hooked(layer) else layer.pieces()
+    return None if hooked(layer) else layer.part_specs()

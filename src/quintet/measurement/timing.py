@@ -77,7 +77,7 @@ def time_steps(
     cache = filled_cache(model, batch, depth, cache)
     ids = random_ids(model.config.vocab_size, batch, steps + 1, seed).to(model.device)
     started, steps_taken = 0.0, 0
-    with model.layers_kept(cache):
+    with model.fused_session(cache):
         for column in torch.split(ids, 1, dim=1):
             output = model(column, past_key_values=cache, use_cache=True, logits_to_keep=1)
             _next(output.logits)

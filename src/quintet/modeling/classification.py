@@ -21,7 +21,16 @@ from quintet.ops.losses import Items, sequence_loss, span_loss, token_loss
 from quintet.sharding import WHOLE, Sharding
 
 
-class SequenceClassificationHead(Headed):
+class ClassificationHead(Headed):
+    """A head with few outputs."""
+
+    def sharding(self) -> Sharding:
+        """Keep the head whole on every process: it is small."""
+        names = (name for name, _ in self.named_parameters())
+        return Sharding({name: WHOLE for name in names if name.startswith(self.new_head)})
+
+
+class SequenceClassificationHead(ClassificationHead):
     """Classifies a sequence by its last token that is not padding.
 
     The first loss notes in the config what kind of problem this is.
@@ -35,10 +44,6 @@ class SequenceClassificationHead(Headed):
         self.num_labels = config.num_labels
         self.score = Linear(config.hidden_size, config.num_labels, bias=False)
         self.init_module(self.score)
-
-    def sharding(self) -> Sharding:
-        """Keep the head whole on every process: it is small."""
-        return Sharding({"score.weight": WHOLE})
 
     @takes_packing
     def forward(
@@ -143,7 +148,7 @@ def _problem_type(labels: Tensor, num_labels: int) -> str:
     return "single_label_classification"
 
 
-class TokenClassificationHead(Headed):
+class TokenClassificationHead(ClassificationHead):
     """Classifies each token."""
 
     new_head = ("score.",)
@@ -156,10 +161,6 @@ class TokenClassificationHead(Headed):
         self.dropout = nn.Dropout(0.1 if rate is None else rate)
         self.score = Linear(config.hidden_size, config.num_labels)
         self.init_module(self.score)
-
-    def sharding(self) -> Sharding:
-        """Keep the head whole on every process: it is small."""
-        return Sharding({"score.weight": WHOLE, "score.bias": WHOLE})
 
     @takes_packing
     def forward(
@@ -218,7 +219,7 @@ class TokenClassificationHead(Headed):
         return token_loss(logits, labels, num_items_in_batch)
 
 
-class QuestionAnsweringHead(Headed):
+class QuestionAnsweringHead(ClassificationHead):
     """Scores each token as the start and the end of an answer."""
 
     base_model_prefix = "transformer"
@@ -229,10 +230,6 @@ class QuestionAnsweringHead(Headed):
         super().__init__(config)
         self.qa_outputs = Linear(config.hidden_size, 2)
         self.init_module(self.qa_outputs)
-
-    def sharding(self) -> Sharding:
-        """Keep the head whole on every process: it is small."""
-        return Sharding({"qa_outputs.weight": WHOLE, "qa_outputs.bias": WHOLE})
 
     @takes_packing
     def forward(

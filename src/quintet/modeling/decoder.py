@@ -4,10 +4,8 @@ What a family adds is its layers: each maps hidden states and a `ForwardContext`
 """
 
 import warnings
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
-from itertools import islice
 from typing import Any, TypeVar, Unpack
 
 import torch
@@ -17,9 +15,6 @@ from quintet.cache import Cache, DynamicCache, LegacyCache, Segment, to_legacy
 from quintet.errors import InputError
 from quintet.layers.context import ForwardContext, Notes
 from quintet.layers.rotary import RotaryEmbedding
-from quintet.layers.running import run_layer
-from quintet.layers.stack import Kept, LayerRun, fits, gather
-from quintet.modeling.base import PreTrainedModel
 from quintet.modeling.contract import vocabulary_of
 from quintet.modeling.inputs import (
     check_causal,
@@ -29,6 +24,7 @@ from quintet.modeling.inputs import (
     positions,
     split_mask,
 )
+from quintet.modeling.layer_stack import LayerStack
 from quintet.modeling.outputs import BaseModelOutputWithPast
 from quintet.modeling.packing import Packing, packed, takes_packing
 from quintet.modeling.segmenting import angles, masks, segments, texts_of
@@ -61,7 +57,7 @@ class LayersOutput:
     router_logits: tuple[Tensor, ...]
 
 
-class DecoderModel(PreTrainedModel):
+class DecoderModel(LayerStack):
     """Embedding, decoder layers and a final norm.
 
     Attributes:
@@ -69,8 +65,6 @@ class DecoderModel(PreTrainedModel):
     """
 
     embed_tokens: nn.Embedding
-    layers: nn.ModuleList
-    norm: nn.Module
     rotary_emb: RotaryEmbedding
     windows: Iterable[int | None] = (None,)
 
@@ -143,31 +137,10 @@ class DecoderModel(PreTrainedModel):
         """Return an empty cache of the kind this family grows."""
         return DynamicCache(self.config)
 
-    @contextmanager
-    def layers_kept(self, cache: Cache | None) -> Iterator[None]:
-        """Collect the layers' weights for the fused step once, for all steps inside.
-
-        Where layers run in one call (`quintet.layers.stack`), gathering what they hold takes longer
-        than all else that is not computing. It is kept with the cache, which belongs to one
-        generation as no model does; each step looks whether anything was changed since.
-        """
-        if cache is not None:
-            cache.keeps_layers = True
-        try:
-            yield
-        finally:
-            if cache is not None:
-                cache.keeps_layers, cache.kept_layers = False, None
-
     def sharding(self) -> Sharding:
         """Split the embedding by vocabulary over processes."""
         ids = Section(self.config.vocab_size, 1, "vocab_size", uneven=True)
         return Sharding({"embed_tokens.weight": rows(ids)}, vocabulary=("embed_tokens",))
-
-    @property
-    def final_norm(self) -> nn.Module:
-        """The norm behind the last layer (overridden by a family that names it differently)."""
-        return self.norm
 
     def texts(
         self,
@@ -322,9 +295,6 @@ class DecoderModel(PreTrainedModel):
             return False
         return first(use_cache, self.config.use_cache)
 
-    def _recomputes(self) -> bool:
-        return self.gradient_checkpointing and self.training and torch.is_grad_enabled()
-
     def _segments(
         self, embeds: Tensor, rows: Padding | Documents | None, cache: Cache | None
     ) -> tuple[Segment, tuple[Segment, ...]]:
@@ -358,60 +328,6 @@ class DecoderModel(PreTrainedModel):
             notes=notes,
             texts=texts_of(own) if self.config.recurrent_layers() else None,
         )
-
-    def _run_layers(
-        self, hidden: Tensor, context: ForwardContext, rows: Padding | None, keeps: bool
-    ) -> list[Tensor]:
-        """Return [embeddings, outputs of the layers, last one normalised], in columns.
-
-        Or that one alone, as nothing should hold on to the others where nobody asked.
-        """
-        states = []
-        runs: tuple[LayerRun, ...] = (LayerRun(self._own_layers()),)
-        routes = context.notes.router_logits is not None
-        if not keeps and not routes and not torch.compiler.is_compiling() and fits(hidden, context):
-            runs = self._gathered(context.cache)
-        normalised, index = False, 0
-        for run in runs:
-            fused = run.in_one_call(hidden, context)
-            if fused is not None:
-                hidden, normalised = fused, run.normalises
-                continue
-            for layer in run.layers:
-                if keeps:
-                    # What is returned is what the next layer reads, so that gradients pass it.
-                    states.append(hidden if rows is None else rows.unpack(hidden))
-                    hidden = states[-1] if rows is None else rows.pack(states[-1])
-                hidden = self._run_layer(layer, index, hidden, context)
-                index += 1
-        last = hidden if normalised else self.final_norm(hidden)
-        return [*states, last if rows is None else rows.unpack(last)]
-
-    def _gathered(self, cache: Cache | None) -> tuple[LayerRun, ...]:
-        layers, norm, C = self._own_layers(), self.final_norm, self.config.hidden_size
-        if cache is None or not cache.keeps_layers:
-            return gather(layers, norm, C, self.dtype)
-        kept = cache.kept_layers
-        if not isinstance(kept, Kept) or not kept.serves(layers, norm):
-            # Whether gradients are recorded is asked at every step.
-            with torch.no_grad():
-                cache.kept_layers = kept = Kept(gather(layers, norm, C, self.dtype), norm)
-        return kept.runs
-
-    def _own_layers(self) -> tuple[nn.Module, ...]:
-        # A family may keep further layers behind, which are no part of a run.
-        return tuple(islice(self.layers, self.config.num_hidden_layers))
-
-    def _run_layer(
-        self, layer: nn.Module, index: int, hidden: Tensor, context: ForwardContext, **more: Tensor
-    ) -> Tensor:
-        # A cache would be written twice, so with one nothing is recomputed.
-        if context.placing is not None:
-            context = replace(context, placing=context.placing.at_layer(index))
-        recompute = None
-        if (context.cache is None or context.cache.keeps_nothing) and self._recomputes():
-            recompute = self.recompute.of(index)
-        return run_layer(layer, hidden, context, recompute, **more)
 
 
 def _together(tensors: list[Tensor], like: Tensor) -> list[Tensor]:

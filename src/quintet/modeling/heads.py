@@ -94,9 +94,9 @@ class CausalLMHead(Headed, GenerationMixin):
         """Return an empty cache of the kind this family grows."""
         return cast("DecoderModel", self.base_model).new_cache()
 
-    def layers_kept(self, cache: Cache | None) -> AbstractContextManager[None]:
+    def fused_session(self, cache: Cache | None) -> AbstractContextManager[None]:
         """Collect the layers' weights for the fused step once, for all steps inside."""
-        return cast("DecoderModel", self.base_model).layers_kept(cache)
+        return cast("DecoderModel", self.base_model).fused_session(cache)
 
     @takes_packing
     def forward(

@@ -35,7 +35,7 @@ from quintet.layers.moe import Experts, run_mlp
 from quintet.layers.norm import RMSNorm
 from quintet.layers.rotary import RotaryEmbedding
 from quintet.layers.routing import Router, SharedExpertsMoE, SoftmaxRouter
-from quintet.layers.stack import Piece, StackLayer, residuals
+from quintet.layers.stack import FusedLayer, PartSpec, residuals
 from quintet.modeling.base import PreTrainedModel
 from quintet.modeling.classification import (
     QuestionAnsweringHead,
@@ -179,7 +179,7 @@ class DeepseekV2Config(PreTrainedConfig):
         )
 
 
-class DeepseekV2DecoderLayer(StackLayer):
+class DeepseekV2DecoderLayer(FusedLayer):
     """Attention, then experts or one MLP, each on normalised input and added to the residual."""
 
     def __init__(self, config: DeepseekV2Config, layer_idx: int) -> None:
@@ -217,7 +217,7 @@ class DeepseekV2DecoderLayer(StackLayer):
         """Sum a dense MLP's output over processes; experts have a table of their own."""
         return Sharding() if self.has_experts else Sharding(copies=("mlp",), reduces=("mlp",))
 
-    def pieces(self) -> list[Piece] | None:
+    def part_specs(self) -> list[PartSpec] | None:
         """Describe attention and the experts or MLP to the fused CPU step."""
         return residuals(
             (self.input_layernorm, self.self_attn), (self.post_attention_layernorm, self.mlp)

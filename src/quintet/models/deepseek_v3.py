@@ -37,7 +37,7 @@ from quintet.layers.moe import Experts, run_mlp
 from quintet.layers.norm import RMSNorm
 from quintet.layers.rotary import RotaryEmbedding
 from quintet.layers.routing import Router, SharedExpertsMoE, SigmoidRouter
-from quintet.layers.stack import Piece, StackLayer, residuals
+from quintet.layers.stack import FusedLayer, PartSpec, residuals
 from quintet.modeling.base import PreTrainedModel
 from quintet.modeling.classification import (
     QuestionAnsweringHead,
@@ -187,7 +187,7 @@ class DeepseekV3Config(PreTrainedConfig):
         )
 
 
-class DeepseekV3DecoderLayer(StackLayer):
+class DeepseekV3DecoderLayer(FusedLayer):
     """Attention, then experts or one MLP, each on normalised input and added to the residual."""
 
     def __init__(self, config: DeepseekV3Config, layer_idx: int) -> None:
@@ -225,7 +225,7 @@ class DeepseekV3DecoderLayer(StackLayer):
         """Sum a dense MLP's output over processes; experts have a table of their own."""
         return Sharding() if self.has_experts else Sharding(copies=("mlp",), reduces=("mlp",))
 
-    def pieces(self) -> list[Piece] | None:
+    def part_specs(self) -> list[PartSpec] | None:
         """Describe attention and the experts or MLP to the fused CPU step."""
         return residuals(
             (self.input_layernorm, self.self_attn), (self.post_attention_layernorm, self.mlp)

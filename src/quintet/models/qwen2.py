@@ -26,7 +26,7 @@ from quintet.layers.context import ForwardContext
 from quintet.layers.mlp import GatedMLP
 from quintet.layers.norm import RMSNorm
 from quintet.layers.rotary import RotaryEmbedding
-from quintet.layers.stack import Piece, StackLayer, residuals
+from quintet.layers.stack import FusedLayer, PartSpec, residuals
 from quintet.modeling.base import PreTrainedModel
 from quintet.modeling.classification import (
     QuestionAnsweringHead,
@@ -140,7 +140,7 @@ class Qwen2Config(PreTrainedConfig):
         return [self.sliding_window if t == SLIDING else None for t in self.layer_types or []]
 
 
-class Qwen2DecoderLayer(StackLayer):
+class Qwen2DecoderLayer(FusedLayer):
     """Attention, then the MLP, each on normalised input and added to the residual."""
 
     def __init__(self, config: Qwen2Config, layer_idx: int) -> None:
@@ -173,7 +173,7 @@ class Qwen2DecoderLayer(StackLayer):
         """Sum the MLP's output over processes."""
         return Sharding(copies=("mlp",), reduces=("mlp",))
 
-    def pieces(self) -> list[Piece] | None:
+    def part_specs(self) -> list[PartSpec] | None:
         """Describe attention and MLP to the fused CPU step."""
         return residuals(
             (self.input_layernorm, self.self_attn), (self.post_attention_layernorm, self.mlp)

@@ -38,7 +38,7 @@ from quintet.layers.norm import RMSNorm
 from quintet.layers.plain import untouched
 from quintet.layers.rotary import RotaryEmbedding
 from quintet.layers.router import ExpertRouter
-from quintet.layers.stack import Piece, StackLayer, residuals
+from quintet.layers.stack import FusedLayer, PartSpec, residuals
 from quintet.modeling.base import PreTrainedModel
 from quintet.modeling.classification import (
     QuestionAnsweringHead,
@@ -266,7 +266,7 @@ class Qwen2MoeSparseMoeBlock(ExpertBlock):
         )
 
 
-class Qwen2MoeDecoderLayer(StackLayer):
+class Qwen2MoeDecoderLayer(FusedLayer):
     """Attention, then experts or an MLP, each on normalised input and added to the residual."""
 
     def __init__(self, config: Qwen2MoeConfig, layer_idx: int) -> None:
@@ -304,7 +304,7 @@ class Qwen2MoeDecoderLayer(StackLayer):
         """Sum a dense MLP's output over processes; experts have a table of their own."""
         return Sharding() if self.has_experts else Sharding(copies=("mlp",), reduces=("mlp",))
 
-    def pieces(self) -> list[Piece] | None:
+    def part_specs(self) -> list[PartSpec] | None:
         """Describe attention and the experts or MLP to the fused CPU step."""
         return residuals(
             (self.input_layernorm, self.self_attn), (self.post_attention_layernorm, self.mlp)

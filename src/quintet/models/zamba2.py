@@ -40,7 +40,7 @@ from quintet.layers.norm import RMSNorm
 from quintet.layers.plain import untouched
 from quintet.layers.rotary import RotaryEmbedding
 from quintet.layers.shared_transformer import SharedAttention, SharedMLP, SharedTransformer
-from quintet.layers.stack import Piece, StackLayer, residuals
+from quintet.layers.stack import FusedLayer, PartSpec, residuals
 from quintet.modeling.base import PreTrainedModel
 from quintet.modeling.classification import (
     QuestionAnsweringHead,
@@ -282,7 +282,7 @@ def shared_transformer(config: Zamba2Config, uses: Sequence[int]) -> SharedTrans
     return SharedTransformer(attention, mlp, C, config.rms_norm_eps)
 
 
-class Zamba2MambaDecoderLayer(StackLayer):
+class Zamba2MambaDecoderLayer(FusedLayer):
     """Mamba-2 on normalised input, added to the residual."""
 
     def __init__(self, config: Zamba2Config, layer_idx: int) -> None:
@@ -311,13 +311,13 @@ class Zamba2MambaDecoderLayer(StackLayer):
         output: Tensor = self.mamba(hidden_states=self.input_layernorm(x), context=context)
         return hidden_states + output
 
-    def pieces(self, *, beside: bool = False) -> list[Piece] | None:
+    def part_specs(self, *, beside: bool = False) -> list[PartSpec] | None:
         """Describe the mixer to the fused CPU step."""
         of = parts.Source.SUM if beside else parts.Source.HIDDEN
         return residuals((self.input_layernorm, self.mamba), of=of)
 
 
-class Zamba2HybridLayer(StackLayer):
+class Zamba2HybridLayer(FusedLayer):
     """A shared block and its output projection, then Mamba-2 on the sum with the input."""
 
     def __init__(
@@ -341,11 +341,13 @@ class Zamba2HybridLayer(StackLayer):
         """Keep the projection whole: its input is a complete sum."""
         return Sharding({"linear.weight": WHOLE})
 
-    def pieces(self) -> list[Piece] | None:
+    def part_specs(self) -> list[PartSpec] | None:
         """Describe the shared block and the mixer to the fused CPU step."""
         decoder = untouched(self.mamba_decoder, Zamba2MambaDecoderLayer)
-        shared = self.shared_transformer.pieces(self.linear, layer_idx=self.layer_idx, use=self.use)
-        mixer = None if decoder is None else decoder.pieces(beside=True)
+        shared = self.shared_transformer.part_specs(
+            self.linear, layer_idx=self.layer_idx, use=self.use
+        )
+        mixer = None if decoder is None else decoder.part_specs(beside=True)
         return None if shared is None or mixer is None else [*shared, *mixer]
 
 

@@ -15,7 +15,7 @@ import quintet
 from parallel.cases.tensor import family, world
 from quintet.errors import DisagreementError, InputError, RankFailedError
 from quintet.generation.following import follow, leading
-from quintet.modeling import decoder
+from quintet.modeling import layer_stack
 from quintet.parallel.apply import shard_model
 from quintet.parallel.shared_buffer import shared_buffer_of
 from quintet.serving.memory import cost_of
@@ -79,18 +79,18 @@ def one_call(name: str, degrees: dict[str, int], changes: dict[str, Any]) -> Non
     for dtype in dtypes:
         parts.to(dtype)
         made = []
-        for fits in (decoder.fits, lambda hidden, context: False):
-            with mock.patch.object(decoder, "fits", fits), torch.no_grad():
+        for fits in (layer_stack.fits, lambda hidden, context: False):
+            with mock.patch.object(layer_stack, "fits", fits), torch.no_grad():
                 cache = parts.new_cache()
                 parts(torch.tensor(PROMPT), past_key_values=cache, use_cache=True)
-                with parts.layers_kept(cache):
+                with parts.fused_session(cache):
                     for token in ([[4], [9]], [[7], [7]]):
                         before = shared_buffer.calls
                         output = parts(torch.tensor(token), past_key_values=cache, use_cache=True)
                     # Of each layer two, the embeddings, and the joined logits.
                     assert shared_buffer.calls - before == 2 * parts.config.num_hidden_layers + 2
                     if not made:
-                        runs = cache.kept_layers.runs
+                        runs = cache.fused_runs.runs
                         assert [run.stack is not None for run in runs] == [True]
                 made.append(output.logits)
         assert relative_error(*made) < (1e-5 if dtype == torch.float32 else 2e-2)

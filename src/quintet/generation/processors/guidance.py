@@ -103,7 +103,7 @@ class UnbatchedClassifierFreeGuidanceLogitsProcessor(LogitsProcessor):
         )
         self._cache = output.past_key_values
         if self._cache is not None:
-            self._cache.keeps_layers = True
+            self._cache.in_fused_session = True
         logits: Tensor = output.logits[:, -1]
         return logits
 

@@ -36,7 +36,7 @@ class DraftModel:
         self.cache = cache
         self.vocab_size = vocab_size
         self.threshold = threshold
-        cache.keeps_layers = True
+        cache.in_fused_session = True
         self._held: list[int] | None = None
 
     def propose(
