@@ -253,14 +253,12 @@ class PooledCache(Cache):
                 "DynamicCache or StaticCache"
             )
         self._look_for_torn()
-        for row in self._table:
-            self._check_whole(row)
+        self._check_whole(*self._table)
         rows = list(self._table) or [Row(-1)] * batch
         whole = super().segment(batch, length, device, counts)
         taken = [length] * batch if counts is None else counts.tolist()
         ends = [row.length + tokens for row, tokens in zip(rows, taken, strict=True)]
-        needed = max(ends)
-        if needed > self.capacity:
+        if (needed := max(ends)) > self.capacity:
             at = ends.index(needed)
             raise ContextLengthError(
                 f"the pool has room for capacity={self.capacity} tokens a row, row {at} holds "
@@ -271,7 +269,12 @@ class PooledCache(Cache):
         for row, tokens in zip(self._table, taken, strict=True):
             row.taking = tokens
         self._kept.clear(self._table, ends, whole_blocks(needed, self.capacity))
-        return replace(whole, keys=needed)
+        pages = self._table.pages(device) if counts is not None else None
+        return replace(whole, keys=needed, pages=pages)
+
+    def memory(self, layer_idx: int) -> tuple[Tensor, Tensor] | None:
+        """Return a layer's rows, each a page; None of codes, and before the first forward."""
+        return slot.pair() if isinstance(slot := self.layers[layer_idx], DenseRows) else None
 
     def made_with(self, adapters: tuple[Hashable, ...]) -> None:
         """Record the adapters that tokens are computed with, one per row or one for all.
@@ -307,8 +310,7 @@ class PooledCache(Cache):
             InputError: an earlier forward that failed left a row ahead.
         """
         self._look_for_torn()
-        for row in self._table:
-            self._check_whole(row)
+        self._check_whole(*self._table)
         self._kept.clear(self._table, [0] * len(self._table), slots)
         for index, row in enumerate(self._table):
             row.taking = int(index in indices)
@@ -357,8 +359,7 @@ class PooledCache(Cache):
             InputError: a failed forward left a row ahead.
         """
         self._look_for_torn()
-        for row in self._table:
-            self._check_whole(row)
+        self._check_whole(*self._table)
         super().snapshot()
 
     def keep(self) -> Kept:
@@ -401,12 +402,13 @@ class PooledCache(Cache):
         self._look_for_torn()
         return self._table[self._table.index(row)]
 
-    def _check_whole(self, row: Row) -> None:
-        if row.torn:
-            raise InputError(
-                f"a forward that failed halfway left recurrent layers ahead of row {row.id}; "
-                "rewind it, or free it"
-            )
+    def _check_whole(self, *rows: Row) -> None:
+        for row in rows:
+            if row.torn:
+                raise InputError(
+                    f"a forward that failed halfway left recurrent layers ahead of row {row.id}; "
+                    "rewind it, or free it"
+                )
 
     def _join(self, rows: int) -> list[Row]:
         joined = self._table.join(rows)

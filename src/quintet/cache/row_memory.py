@@ -264,6 +264,10 @@ class DenseRows(TokenRows):
 
     def buffers(self, segment: Segment) -> tuple[Tensor, Tensor] | None:
         """Return the buffers of all rows for writing, or None before allocation."""
+        return self.pair()
+
+    def pair(self) -> tuple[Tensor, Tensor] | None:
+        """Return the keys and values of all rows, (R, K, capacity, D); None without memory."""
         return self._buffers.pair()
 
     @property

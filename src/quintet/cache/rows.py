@@ -2,8 +2,13 @@
 
 from collections.abc import Hashable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import accumulate
+
+import torch
 
 from quintet.errors import InputError
+from quintet.ops.paged import attend_pages
+from quintet.triton.pages import Pages
 
 BLOCK = 64
 
@@ -69,6 +74,21 @@ class RowTable:
                 "was freed is gone"
             )
         return found
+
+    def pages(self, device: torch.device) -> Pages | None:
+        """Return where the tokens that rows take go, a page each; None if no backend asks.
+
+        All of it is known to the host, which sends it and does not wait.
+        """
+        if not attend_pages.order:
+            return None
+        lengths, taken = ([row.length for row in self], [row.taking for row in self])
+        rows, starts, ends = (
+            torch.tensor(x, dtype=torch.int32, device="cpu").to(device, non_blocking=True)
+            for x in (range(len(self)), lengths, [*accumulate(taken, initial=0)])
+        )
+        longest = max(map(sum, zip(lengths, taken, strict=True)))
+        return Pages(rows[:, None], starts, ends, max(taken), longest)
 
     def check_free(self, rows: int) -> None:
         """Check that this many rows are free.

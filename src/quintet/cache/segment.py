@@ -107,6 +107,7 @@ def segments_of(whole: Segment, lengths: Sequence[int]) -> tuple[Segment, ...]:
                 tokens=slice(token, end),
                 batch=len(lengths),
                 longest=whole.keys,
+                pages=None,
             )
         )
         token = end

@@ -14,6 +14,7 @@ from quintet.ops.attention import AttentionBackend, sdpa
 from quintet.ops.causal_learning import attend_learning, attends_learning
 from quintet.ops.keeping import keep_rows
 from quintet.ops.masks import AttentionMask
+from quintet.ops.paged import attend_packed
 from quintet.triton.texts import Texts
 
 
@@ -146,6 +147,12 @@ class ForwardContext:
         if texts is not None and attends_learning(q, k, v):
             return attend_learning(q, k, v, scale, texts), None
 
+        if kept and not self.rectangular and self.attend is sdpa and not dropout:
+            assert self.whole.pages is not None
+            made = attend_packed(q, k, v, self.whole.pages, window=window, scale=scale)
+            if made is not None:
+                return made, None
+
         def attend(
             mask: AttentionMask, q: Tensor, k: Tensor, v: Tensor
         ) -> tuple[Tensor, Tensor | None]:
@@ -218,7 +225,10 @@ class ForwardContext:
                 return attend(self.masks[0][window], *queries, keys, values)
         outs, weights = [], []
         own = zip(*(self._split(x) for x in queries), strict=True)
-        stored = self._stored(keys, values, layer_idx)
+        if kept:
+            stored = [_reached((keys, values), one) for one in self.segments]
+        else:
+            stored = self._stored(keys, values, layer_idx)
         for masks, parts, pair, one in zip(self.masks, own, stored, self.segments, strict=True):
             with placed(self.placing and self.placing.of_rows(one.rows)):
                 out, weighed = attend(masks[window], *parts, *pair)

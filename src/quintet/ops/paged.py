@@ -82,6 +82,19 @@ def attend_rows(
     return None if made is None else torch.unflatten(made, 0, (B, T)).transpose(1, 2)
 
 
+def attend_packed(
+    q: Tensor, k: Tensor, v: Tensor, pages: Pages, *, window: int | None, scale: float
+) -> Tensor | None:
+    """Return softmax(q·kᵀ·scale)·v, (B, H, T, Dv), of rows that are packed; None as above.
+
+    Shapes: q (B, H, T, D), the tokens of all sequences; k and v as above.
+    """
+    B, _, T, _ = q.shape
+    flat = q.transpose(1, 2).flatten(0, 1)
+    made = attend_pages.by_backend((flat,), (k,), v, pages, window=window, scale=scale)
+    return None if made is None else torch.unflatten(made, 0, (B, T)).transpose(1, 2)
+
+
 def _page(memory: Memory) -> int:
     return (memory.codes if isinstance(memory, Coded) else memory).shape[2]
 
