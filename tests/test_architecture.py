@@ -33,6 +33,7 @@ LADDER = [
     {"layers"},
     {"cache"},
     {"ops"},
+    {"published"},
     {"triton"},
     {"kernels"},
     {"backends"},

@@ -14,7 +14,7 @@ from torch import Tensor
 from operations import CASES, Case, assert_alike, bound, outcome
 from quintet import Qwen2ForCausalLM
 from quintet.backends import OFF, PYTORCH, REGISTRY, Backend, Implementation, Registry
-from quintet.errors import InputError
+from quintet.errors import InputError, MissingDependencyError
 from quintet.ops.norm import rms_norm
 from support import small_config
 from waiting import PATIENCE
@@ -89,6 +89,27 @@ def test_a_backend_is_switched_off_by_its_name() -> None:
     assert registry.served("cpu", torch.float32) == {"rms norm": PYTORCH}
 
 
+def test_what_serves_on_request_has_to_be_asked_for() -> None:
+    for on, served in (((), PYTORCH), (("toy",), "toy")):
+        registry = Registry(on=on)
+
+        @registry.operation("rms norm")
+        def norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+            return x
+
+        registry.register(toy(on_request=True))
+        assert registry.served("cpu", torch.float32) == {"rms norm": served}
+        assert (norm(X, WEIGHT, 1e-5) is X) == (served == PYTORCH)
+
+
+def test_what_is_asked_for_and_not_there_is_told_of() -> None:
+    absent = toy(on_request=True, missing=lambda: "the package toy is not installed")
+    Registry().register(absent)
+    asked = "QUINTET_BACKENDS_ON asks for 'toy', and the package toy is not installed; install it"
+    with pytest.raises(MissingDependencyError, match=asked):
+        Registry(on=["toy"]).register(absent)
+
+
 def test_the_environment_switches_kernels_off_all_of_them() -> None:
     code = (
         "import torch, quintet.ops.norm; from quintet.backends import REGISTRY; "
@@ -148,7 +169,11 @@ def run_by(case: Case, backend: Backend) -> tuple[Any, set[tuple[str, int]]]:
         return outcome(case, fresh(case)), used
 
 
-@pytest.mark.parametrize("backend", REGISTRY.backends, ids=lambda backend: backend.name)
+@pytest.mark.parametrize(
+    "backend",
+    [backend for backend in REGISTRY.backends if not backend.on_request],
+    ids=lambda backend: backend.name,
+)
 @torch.no_grad()
 def test_every_implementation_computes_what_its_definition_does(backend: Backend) -> None:
     if reason := backend.missing():

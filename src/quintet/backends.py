@@ -3,7 +3,8 @@
 An operation has a name and a definition in PyTorch, which says what it computes and serves wherever
 nothing else does. A backend is a folder with implementations of some operations; `register` makes
 them known, and which come before the definition is settled there and then, not with each call.
-`QUINTET_BACKENDS_OFF=kernels` leaves out the backends of those names, divided by commas.
+`QUINTET_BACKENDS_OFF=kernels` leaves out the backends of those names, divided by commas;
+`QUINTET_BACKENDS_ON` asks for those that serve only on request.
 """
 
 import os
@@ -15,12 +16,12 @@ from typing import Any, Generic, ParamSpec, TypeVar
 
 import torch
 
-from quintet.errors import InputError
+from quintet.errors import InputError, MissingDependencyError
 
 P = ParamSpec("P")
 R = TypeVar("R")
 PYTORCH = "PyTorch"
-OFF = "QUINTET_BACKENDS_OFF"
+OFF, ON = "QUINTET_BACKENDS_OFF", "QUINTET_BACKENDS_ON"
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,12 +49,14 @@ class Backend:
         device: the type of device, such as "cpu".
         implementations: of each operation, by its name; the first that applies serves.
         missing: says why there is none on this machine, without making one; None where there is.
+        on_request: whether it serves only where it is asked for by its name.
     """
 
     name: str
     device: str
     implementations: Mapping[str, Sequence[Implementation]]
     missing: Callable[[], str | None]
+    on_request: bool = False
 
 
 class Operation(Generic[P, R]):
@@ -89,10 +92,10 @@ class Operation(Generic[P, R]):
 class Registry:
     """All operations and backends."""
 
-    def __init__(self, off: Sequence[str] = ()) -> None:
+    def __init__(self, off: Sequence[str] = (), on: Sequence[str] = ()) -> None:
         self.operations: dict[str, Operation[Any, Any]] = {}
         self.backends: tuple[Backend, ...] = ()
-        self.off = frozenset(off)
+        self.off, self.on = frozenset(off), frozenset(on)
 
     def operation(self, name: str) -> Callable[[Callable[P, R]], Operation[P, R]]:
         """Declare a function as the definition of an operation."""
@@ -110,9 +113,15 @@ class Registry:
 
         Raises:
             InputError: there is one of that name.
+            MissingDependencyError: it is asked for, and this machine has none.
         """
         if any(known.name == backend.name for known in self.backends):
             raise InputError(f"there is a backend {backend.name!r}; give this one another name")
+        reason = backend.missing() if backend.on_request and backend.name in self.on else None
+        if reason is not None:
+            raise MissingDependencyError(
+                f"{ON} asks for {backend.name!r}, and {reason}; install it, or leave it out"
+            )
         self.backends = (backend, *self.backends)
         self._settle()
 
@@ -138,7 +147,11 @@ class Registry:
         }
 
     def _active(self) -> list[Backend]:
-        return [backend for backend in self.backends if backend.name not in self.off]
+        return [
+            backend
+            for backend in self.backends
+            if backend.name not in self.off and (not backend.on_request or backend.name in self.on)
+        ]
 
     def _settle(self) -> None:
         for name, declared in self.operations.items():
@@ -154,5 +167,5 @@ def _takes(backend: Backend, name: str, dtype: torch.dtype) -> bool:
 
 
 # Of the process, as the devices are that it is about.
-REGISTRY = Registry(os.environ.get(OFF, "").split(","))
+REGISTRY = Registry(*(os.environ.get(name, "").split(",") for name in (OFF, ON)))
 operation = REGISTRY.operation

@@ -22,7 +22,11 @@ def test_the_facts(quintet: Any, chat_model: Path) -> None:
     model = AutoModelForCausalLM.from_pretrained(chat_model)
     weights = sum(tensor.nbytes for tensor in model.state_dict().values())
     assert facts.pop("kernels") == outlook()
-    assert set(facts.pop("backends")) >= {"cpu"}
+    served = facts.pop("backends")
+    assert set(served) >= {"cpu"}
+    assert set(served["on request"]) == {"flash-attn", "deep-gemm", "mamba-ssm"}
+    if not torch.cuda.device_count():
+        assert served["on request"]["flash-attn"] == ["there is no CUDA device"]
     assert facts == {
         "model": str(chat_model),
         "family": "qwen2",

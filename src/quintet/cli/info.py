@@ -173,7 +173,17 @@ def _backends(config: "PreTrainedConfig") -> Fact:
         for device, served in found.items()
         for backend, names in served.items()
     ]
-    return Fact("; ".join(said), found)
+    requested = [backend for backend in REGISTRY.backends if backend.on_request]
+    found["on request"] = {
+        backend.name: [backend.missing() or _asked(backend.name in REGISTRY.on)]
+        for backend in reversed(requested)
+    }
+    told = [f"{name} ({why})" for name, (why,) in found["on request"].items()]
+    return Fact("; ".join((*said, f"on request: {', '.join(told)}")), found)
+
+
+def _asked(asked: bool) -> str:
+    return "asked for" if asked else "there, and not asked for"
 
 
 def _attention(config: "PreTrainedConfig") -> Fact:

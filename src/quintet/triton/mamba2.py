@@ -1,5 +1,7 @@
 """Mamba-2's mixer between its projections: convolution, states, gate, in three or four launches."""
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -11,6 +13,19 @@ from quintet.triton.texts import Texts
 
 __all__ = ["mamba2", "mix_texts"]
 
+Through = Callable[
+    [
+        Tensor,
+        Tensor,
+        tuple[Tensor, Tensor, Tensor],
+        tuple[float, float],
+        Sizes,
+        Texts,
+        Tensor | None,
+        Tensor | None,
+    ],
+    tuple[Tensor, Tensor],
+]
 FLOATS = (torch.bfloat16, torch.float16, torch.float32)
 
 
@@ -27,11 +42,15 @@ def mamba2(
     window: Tensor | None,
     state: Tensor | None,
     counts: Tensor | None,
+    through: Through | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor] | None:
     """Return what `ops.mamba2.mix_stepwise` does; the state is overwritten.
 
     That is the output (B, T, H·P), the convolution's last inputs (B, W - 1, C), the state
     (B, H, P, N), the convolved channels (B, T, C) and the step sizes (B, T, H).
+
+    Args:
+        through: who computes the state space; None for `ssm.through_states`.
     """
     if projected.ndim != 3:
         return None
@@ -49,7 +68,8 @@ def mamba2(
     if kept is None:
         kept = projected.new_empty(B, sizes.H, sizes.P, sizes.N, dtype=torch.float32)
     rows = projected.reshape(B * T, -1)
-    made = _mix(rows, *learned, sizes, texts, dt_limits, eps, (window, next_window), (state, kept))
+    windows, states = (window, next_window), (state, kept)
+    made = _mix(rows, *learned, sizes, texts, dt_limits, eps, windows, states, through)
     out, convolved, steps = (x.view(B, T, -1) for x in made)
     return out, next_window, kept, convolved, steps
 
@@ -90,11 +110,13 @@ def _mix(
     eps: float,
     windows: tuple[Tensor | None, Tensor | None],
     states: tuple[Tensor | None, Tensor | None],
+    through: Through | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return what is projected back, the convolved channels and the step sizes of M tokens."""
     z, raw, dt = torch.split(projected, [len(norm), len(taps), sizes.H], dim=-1)
     convolved = convolve(raw, taps, conv_bias, texts, *windows)
-    y, steps = through_states(convolved, dt, scalars, dt_limits, sizes, texts, *states)
+    through = through or through_states
+    y, steps = through(convolved, dt, scalars, dt_limits, sizes, texts, *states)
     return gated_rms_norm(y, z, norm, sizes.G, eps), convolved, steps
 
 

@@ -1,0 +1,12 @@
+"""Kernels that others publish as packages, each a backend that serves where it is asked for.
+
+`QUINTET_BACKENDS_ON=flash-attn,deep-gemm` asks for those of these names. A file is one package: the
+part of its interface that is called, as a Protocol with the published names, and functions that
+translate an operation into it. No package is imported before it is called.
+"""
+
+from quintet.published import deep_gemm, flash_attention, mamba_ssm
+
+__all__ = ["BACKENDS"]
+
+BACKENDS = (flash_attention.BACKEND, deep_gemm.BACKEND, mamba_ssm.BACKEND)
