@@ -9,7 +9,7 @@ import warnings
 from collections.abc import Mapping, Sequence
 from itertools import islice
 from types import MappingProxyType
-from typing import TYPE_CHECKING, Any, ClassVar, Self, get_origin, get_type_hints
+from typing import Any, ClassVar, Self, get_origin, get_type_hints
 
 from quintet.configuration.constraints import (
     EndIds,
@@ -26,14 +26,12 @@ from quintet.configuration.foreign import described
 from quintet.configuration.labels import labels
 from quintet.configuration.numbers import decoded, encoded
 from quintet.configuration.reading import read_config
-from quintet.configuration.rope import RopeParameters, merge_rope
+from quintet.configuration.rope import merge_rope
+from quintet.configuration.views import ConfigViews
 from quintet.errors import ConfigError, InputError, SaveError, shown
 from quintet.files import write_text
 from quintet.folder import CONFIG_NAME, checked_path
 from quintet.hub import CONFIG_PATTERNS, Pushable, locate
-
-if TYPE_CHECKING:
-    import torch
 
 ATTENTION_BACKENDS = ("eager", "sdpa", "flash_attention_2")
 FLOAT_DTYPES = ("bfloat16", "float16", "float32", "float64")
@@ -46,7 +44,7 @@ class UnknownKeyWarning(UserWarning):
     """A key that looks like a misspelling of a known one."""
 
 
-class PreTrainedConfig(ConfigContract, Pushable):
+class PreTrainedConfig(ConfigContract, ConfigViews, Pushable):
     """The keys of `config.json` as attributes, each checked against its annotation.
 
     A family declares its keys as annotated class attributes with their defaults. Keys it does not
@@ -187,54 +185,6 @@ class PreTrainedConfig(ConfigContract, Pushable):
             raise ConfigError(
                 f"{type(self).__name__}: {key}={shown(getattr(self, key))} has to be {rule}"
             )
-
-    # -- names that are views of other keys --------------------------------------------------
-
-    @property
-    def torch_dtype(self) -> "torch.dtype | None":
-        """`dtype` as torch's own object."""
-        import torch
-
-        return None if self.dtype is None else getattr(torch, self.dtype)
-
-    @property
-    def num_labels(self) -> int:
-        """The number of classes of a classification head."""
-        return len(self.id2label or {})
-
-    @num_labels.setter
-    def num_labels(self, value: int) -> None:
-        self.id2label, self.label2id = labels(type(self).__name__, {"num_labels": value})
-
-    @property
-    def use_return_dict(self) -> bool:
-        """The name by which older code reads `return_dict`."""
-        return self.return_dict
-
-    @property
-    def rope_theta(self) -> float:
-        """The base of the rotary frequencies."""
-        theta: float = self.rope_parameters["rope_theta"]
-        return theta
-
-    @rope_theta.setter
-    def rope_theta(self, value: float) -> None:
-        self.rope_parameters["rope_theta"] = value
-
-    @property
-    def rope_scaling(self) -> dict[str, Any] | None:
-        """None for plain rotary positions, otherwise the same mapping as `rope_parameters`."""
-        return None if self.rope_parameters["rope_type"] == "default" else self.rope_parameters
-
-    @rope_scaling.setter
-    def rope_scaling(self, value: dict[str, Any] | None) -> None:
-        self.rope_parameters = merge_rope({"rope_scaling": value}, self.rope_theta)
-
-    def rope(self) -> RopeParameters:
-        """Return the rotary parameters, checked and with the defaults of their kind."""
-        return RopeParameters.parse(
-            self.rope_parameters, max_position_embeddings=self.max_position_embeddings
-        )
 
     # -- mappings and files ------------------------------------------------------------------
 

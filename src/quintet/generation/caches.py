@@ -1,38 +1,43 @@
 """Opens the caches named by `cache_implementation`."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
 
 from quintet.cache import Cache, OffloadedCache, QuantizedCache, StaticCache
 from quintet.configuration.base import PreTrainedConfig
+from quintet.errors import InputError
+from quintet.generation.compiling import ROOM_STEP
+from quintet.generation.config import GenerationConfig
 
 
-@dataclass(frozen=True, slots=True)
-class CacheRequest:
-    """The arguments to make a cache.
+def open_cache(
+    options: GenerationConfig, config: PreTrainedConfig, grown: Callable[[], Cache], length: int
+) -> Cache:
+    """Return an empty cache of the kind that the options ask for.
 
-    Attributes:
+    Args:
+        options: of the generation.
         config: the model's.
-        grown: makes an empty cache of the kind the model grows.
-        length: how many tokens a row will hold at the most.
-        nbits: of a number, where a cache of few bits is asked for.
+        grown: makes the cache that the model grows by default.
+        length: the number of tokens that rows may reach.
+
+    Raises:
+        InputError: `max_cache_len` is beyond the model's context.
     """
-
-    config: PreTrainedConfig
-    grown: Callable[[], Cache]
-    length: int
-    nbits: int
-
-
-# One for each name in `cache_choice.CACHES`.
-MAKERS: dict[str, Callable[[CacheRequest], Cache]] = {
-    "dynamic": lambda request: request.grown(),
-    "static": lambda request: StaticCache(request.config, max_cache_len=request.length),
-    "quantized": lambda request: QuantizedCache(request.config, request.nbits),
-    "offloaded": lambda request: OffloadedCache(request.config),
-}
-
-
-def open_cache(name: str, request: CacheRequest) -> Cache:
-    """Return an empty cache of a kind."""
-    return MAKERS[name](request)
+    if options.compiles:
+        length = -(-length // ROOM_STEP) * ROOM_STEP
+    context = config.max_position_embeddings
+    if (options.max_cache_len or 0) > max(context, length):
+        raise InputError(
+            f"max_cache_len={options.max_cache_len} is more than the model's context of "
+            f"{context} (max_position_embeddings), so that it would never be filled"
+        )
+    kind, bits = options.cache
+    match kind:
+        case "static":
+            return StaticCache(config, max_cache_len=options.max_cache_len or length)
+        case "quantized":
+            return QuantizedCache(config, bits)
+        case "offloaded":
+            return OffloadedCache(config)
+        case _:
+            return grown()

@@ -3,7 +3,6 @@
 import functools
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, nullcontext
-from types import MethodType
 from typing import Any, cast
 
 import torch
@@ -11,12 +10,12 @@ from torch import Tensor
 
 from quintet.cache import Cache, LegacyCache
 from quintet.configuration.base import PreTrainedConfig
-from quintet.errors import InputError, QuintetError
+from quintet.errors import QuintetError
 from quintet.generation import plan
 from quintet.generation.arguments import check_arguments
 from quintet.generation.beams import beam_search
-from quintet.generation.caches import CacheRequest, open_cache
-from quintet.generation.compiling import ROOM_STEP, Programs
+from quintet.generation.caches import open_cache
+from quintet.generation.compiling import Programs
 from quintet.generation.config import GenerationConfig
 from quintet.generation.decode import Forward, Generation, LanguageModel, Rooms, decode
 from quintet.generation.guiding import guidance
@@ -26,7 +25,7 @@ from quintet.generation.late import decode_late, decodes_late
 from quintet.generation.outputs import Record
 from quintet.generation.own_options import check_own_options, generate_each
 from quintet.generation.prepared import PreparedForward, check_prepared
-from quintet.generation.preparing import next_inputs
+from quintet.generation.preparing import DecodeHelpers
 from quintet.generation.processors.assemble import Processor, Setting, assemble
 from quintet.generation.processors.base import LogitsProcessor
 from quintet.generation.processors.words import PrefixAllowedTokens
@@ -50,7 +49,6 @@ from quintet.generation.stopping import Criterion
 from quintet.generation.streamers import Streamer
 from quintet.generation.together import check_alike, check_together, running_the_model
 from quintet.generation.token_buffer import TokenBuffer
-from quintet.generation.transitions import transition_scores
 from quintet.ops.device_memory import is_shortage
 from quintet.parallel.agree import Agreement
 from quintet.parallel.world import World
@@ -59,7 +57,7 @@ from quintet.tokenization import PreTrainedTokenizer
 __all__ = ["GenerationMixin"]
 
 
-class GenerationMixin:
+class GenerationMixin(DecodeHelpers):
     """Adds `generate()` to a model with a language-modelling head."""
 
     config: PreTrainedConfig
@@ -159,6 +157,9 @@ class GenerationMixin:
         agreement = Agreement.of(self.world)
         needed: tuple[int, int, GenerationConfig] | None = None
         cache: Cache | None = None
+        prompt_of = functools.partial(
+            read_prompt, vocab_size=self.config.vocab_size, device=self._device()
+        )
         try:
             if agreement is not None:
                 rows.enter_context(agreement.undisturbed())
@@ -204,7 +205,7 @@ class GenerationMixin:
                 )
                 return generate_each(
                     cast("Served", self),
-                    self._prompt(inputs, input_ids, None, attention_mask, None, None),
+                    prompt_of(inputs, input_ids, None, attention_mask, None, None),
                     generation_config,
                     logits_processor,
                     stopping_criteria,
@@ -223,9 +224,7 @@ class GenerationMixin:
             warn_of_idle_drafting(config, options, assistant_model, assistant_tokenizer)
             layers = self.config.num_hidden_layers
             past = plan.check_cache(config, options, past_key_values, attention_mask, layers)
-            prompt = self._prompt(
-                inputs, input_ids, inputs_embeds, attention_mask, past, position_ids
-            )
+            prompt = prompt_of(inputs, input_ids, inputs_embeds, attention_mask, past, position_ids)
             self.check_adapted_rows(len(prompt.given))
             criteria = list(stopping_criteria or ())
             context = self.config.max_position_embeddings
@@ -255,7 +254,7 @@ class GenerationMixin:
 
             needed = len(prompt.given) * copies, prompt.length + room, config
             record = Record.of(config)
-            prepared = self._prepares_otherwise()
+            prepared = self.prepares_otherwise()
             plain = not any((past, search, speculates, prepared, record.wanted, adapter_names))
             if prepared:
                 check_prepared(config, prompt, speculates=speculates)
@@ -270,7 +269,9 @@ class GenerationMixin:
 
             def new_cache() -> Cache | None:
                 own = recorded_rows(cast("Cached", self), *needed, room) if plain else None
-                return own or self._cache_for(config, past, prompt.length + room)
+                if own is not None or past is not None or config.use_cache is False:
+                    return own or past
+                return open_cache(config, self.config, self.new_cache, prompt.length + room)
 
             def begin(part: Prompt, cache: Cache | None, own: RowGenerators) -> Generation:
                 """Prefill prompts, and return the generation that continues them."""
@@ -352,99 +353,10 @@ class GenerationMixin:
             if isinstance(streamer, Streamer):
                 streamer.end()
 
-    def prepare_inputs_for_generation(
-        self,
-        input_ids: Tensor,
-        next_sequence_length: int | None = None,
-        past_key_values: Cache | LegacyCache | None = None,
-        attention_mask: Tensor | None = None,
-        inputs_embeds: Tensor | None = None,
-        is_first_iteration: bool = False,
-        **others: Any,
-    ) -> dict[str, Any]:
-        """Return the forward's arguments for the next token.
-
-        Args:
-            input_ids: (B, T) the text so far.
-            next_sequence_length: how many of its last tokens to run over; those that the cache
-                does not hold if not given.
-            past_key_values: what holds the beginning of the text.
-            attention_mask: (B, T), 0 for padding.
-            inputs_embeds: (B, T, C) in place of the ids of a prompt.
-            is_first_iteration: accepted; whether there is a past says the same.
-            **others: further arguments of the forward, handed on.
-        """
-        text = next_inputs(
-            input_ids, past_key_values, attention_mask, inputs_embeds, next_sequence_length
-        )
-        return {**text, **others}
-
-    def _prepares_otherwise(self) -> bool:
-        """Return whether `prepare_inputs_for_generation` was replaced."""
-        mine: Any = GenerationMixin.prepare_inputs_for_generation
-        put: Any = self.prepare_inputs_for_generation
-        return not isinstance(put, MethodType) or put.__func__ is not mine
-
-    def compute_transition_scores(
-        self,
-        sequences: Tensor,
-        scores: tuple[Tensor, ...],
-        beam_indices: Tensor | None = None,
-        normalize_logits: bool = False,
-    ) -> Tensor:
-        """Return the score of each generated token, (B, new).
-
-        Args:
-            sequences: (B, T + new), as `generate` returns them.
-            scores: (B, V) of every step, as `generate(output_scores=True)` returns them.
-            beam_indices: (B, new), as a beam search returns them.
-            normalize_logits: take log-probabilities of the scores.
-        """
-        return transition_scores(sequences, scores, beam_indices, normalize=normalize_logits)
-
     @functools.cached_property
     def _programs(self) -> Programs:
         return Programs()
 
-    def _prompt(
-        self,
-        inputs: Tensor | Mapping[str, Tensor] | None,
-        input_ids: Tensor | None,
-        inputs_embeds: Tensor | None,
-        attention_mask: Tensor | None,
-        past: Cache | None,
-        position_ids: Tensor | None,
-    ) -> Prompt:
-        return read_prompt(
-            inputs,
-            input_ids,
-            inputs_embeds,
-            attention_mask,
-            past,
-            position_ids,
-            vocab_size=self.config.vocab_size,
-            device=self._device(),
-        )
-
     def _device(self) -> torch.device:
         device: torch.device = cast("Any", self).device
         return device
-
-    def _cache_for(self, config: GenerationConfig, past: Cache | None, length: int) -> Cache | None:
-        if past is not None:
-            return past
-        if config.use_cache is False:
-            return None
-        if config.compiles:
-            length = -(-length // ROOM_STEP) * ROOM_STEP
-        context = self.config.max_position_embeddings
-        if (config.max_cache_len or 0) > max(context, length):
-            raise InputError(
-                f"max_cache_len={config.max_cache_len} is more than the model's context of "
-                f"{context} (max_position_embeddings), so that it would never be filled"
-            )
-        length = config.max_cache_len or length
-        request = CacheRequest(
-            config=self.config, grown=self.new_cache, length=length, nbits=config.cache.bits
-        )
-        return open_cache(config.cache.kind, request)

@@ -1,11 +1,67 @@
-"""Arguments of the next forward, for external decode loops."""
+"""Methods of a model for decode loops other than `generate()`."""
 
+from types import MethodType
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from quintet.cache import Cache, LegacyCache
+from quintet.generation.transitions import transition_scores
+
+
+class DecodeHelpers:
+    """Prepares forwards and scores generated tokens, under Transformers' names."""
+
+    def prepare_inputs_for_generation(
+        self,
+        input_ids: Tensor,
+        next_sequence_length: int | None = None,
+        past_key_values: Cache | LegacyCache | None = None,
+        attention_mask: Tensor | None = None,
+        inputs_embeds: Tensor | None = None,
+        is_first_iteration: bool = False,
+        **others: Any,
+    ) -> dict[str, Any]:
+        """Return the forward's arguments for the next token.
+
+        Args:
+            input_ids: (B, T) the text so far.
+            next_sequence_length: how many of its last tokens to run over; those that the cache
+                does not hold if not given.
+            past_key_values: what holds the beginning of the text.
+            attention_mask: (B, T), 0 for padding.
+            inputs_embeds: (B, T, C) in place of the ids of a prompt.
+            is_first_iteration: accepted; whether there is a past says the same.
+            **others: further arguments of the forward, handed on.
+        """
+        text = next_inputs(
+            input_ids, past_key_values, attention_mask, inputs_embeds, next_sequence_length
+        )
+        return {**text, **others}
+
+    def prepares_otherwise(self) -> bool:
+        """Return whether `prepare_inputs_for_generation` was replaced."""
+        mine: Any = DecodeHelpers.prepare_inputs_for_generation
+        put: Any = self.prepare_inputs_for_generation
+        return not isinstance(put, MethodType) or put.__func__ is not mine
+
+    def compute_transition_scores(
+        self,
+        sequences: Tensor,
+        scores: tuple[Tensor, ...],
+        beam_indices: Tensor | None = None,
+        normalize_logits: bool = False,
+    ) -> Tensor:
+        """Return the score of each generated token, (B, new).
+
+        Args:
+            sequences: (B, T + new), as `generate` returns them.
+            scores: (B, V) of every step, as `generate(output_scores=True)` returns them.
+            beam_indices: (B, new), as a beam search returns them.
+            normalize_logits: take log-probabilities of the scores.
+        """
+        return transition_scores(sequences, scores, beam_indices, normalize=normalize_logits)
 
 
 def next_inputs(

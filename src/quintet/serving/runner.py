@@ -2,7 +2,7 @@
 
 import queue
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 
 from quintet.cache import RowContent
 from quintet.errors import (
@@ -16,23 +16,20 @@ from quintet.ops.device_memory import empty_caches, is_shortage
 from quintet.serving.answers import Answer
 from quintet.serving.failures import no_memory, often, parted
 from quintet.serving.figures import Figures, Snapshot
-from quintet.serving.limits import GRID, Limits
+from quintet.serving.limits import Limits
 from quintet.serving.pace import LEAST_TAIL
-from quintet.serving.prefix import PrefixCache, common
+from quintet.serving.prefix import PrefixCache
 from quintet.serving.request import Request, hand_over
+from quintet.serving.reuse import PromptReuse
 from quintet.serving.scheduler import Cost, Plan, Scheduler
 
 # So many forwards that fail, one after the other, are no request's fault.
 FAILURES = 3
 # A request that was in as many of them is given up.
 PATIENCE = 2
-# Recurrent states are kept every so many tokens of a long prompt.
-OFTEN = 4096
-# So many seconds a request waits for what another reads of the same prompt.
-BURST = 1.0
 
 
-class Runner:
+class Runner(PromptReuse):
     """Owns an engine and what is kept beside it; everything but messages is its thread's.
 
     Args:
@@ -224,68 +221,6 @@ class Runner:
             request.began = self._clock()
             self.figures.queue_seconds.add(request.began - request.arrival)
 
-    def _stops(self, request: Request, found: int) -> tuple[int, ...]:
-        """Return where pieces of a prompt end, so that what is there can be gone on from.
-
-        Keys and values can be from anywhere. Recurrent states can where they are kept: where the
-        caller says, where texts were seen to part, and here and there in a long one.
-        """
-        if self.prefix.divisible:
-            return ()
-        parts = self.prefix.usable(found, request.text.prompt_length)
-        often = range(OFTEN, request.text.prompt_length, OFTEN)
-        return tuple(sorted({*request.stable, *often, *request.met, parts} - {0}))
-
-    # -- what several read at once -----------------------------------------------------------------
-
-    def _waits(self, request: Request, now: float) -> bool:
-        """Tell whether a request had better wait for what another is about to have read."""
-        if request.ahead is None:
-            ahead = self._ahead_of(request)
-            if ahead is None:
-                return False
-            request.ahead, request.patient = ahead, now + BURST
-        other, shared = request.ahead
-        reads = other in self.scheduler.running and other.computed < shared
-        return reads and now < request.patient and not other.cancelled
-
-    def _ahead_of(self, request: Request) -> tuple[Request, int] | None:
-        """Return who reads much of the same prompt, and up to where."""
-        if request.text.watched is not None:
-            return None
-        for other, shared in self._alike(request):
-            if other.computed >= shared:
-                continue
-            if not self.prefix.divisible:
-                # Its state is kept where the two part.
-                other.met.add(shared)
-                other.stops = tuple(sorted({*other.stops, shared}))
-            return other, shared
-        return None
-
-    def _alike(self, request: Request) -> Iterator[tuple[Request, int]]:
-        """Yield who has a row with much of a prompt that is not kept, and how much."""
-        ids = request.text.ids
-        kept: int | None = None
-        for other in self.scheduler.running:
-            if (other.scope, other.apart) != (request.scope, request.apart):
-                continue
-            if other is request or other.text.ids[:GRID] != ids[:GRID]:
-                continue
-            shared = self.prefix.usable(common(other.text.ids, ids), len(ids))
-            if kept is None:
-                kept = self.prefix.length(request.scope, ids, request.apart)
-            if shared - kept >= GRID:
-                yield other, shared
-
-    def _keep_shared(self, request: Request) -> None:
-        """Keep what rows under way hold of a prompt, for it to be gone on from."""
-        if self.prefix.divisible:
-            for other, shared in self._alike(request):
-                if other.text in self.engine.sequences and other.computed >= GRID:
-                    self._keep(other, shared)
-                    return
-
     # -- giving rows back --------------------------------------------------------------------------
 
     def _leave(self, request: Request) -> None:
@@ -293,27 +228,6 @@ class Runner:
         if request.text in self.engine.sequences:
             self._keep(request)
             self.engine.remove(request.text)
-
-    def _keep(self, request: Request, most: int | None = None) -> None:
-        """Keep what a row holds, or the first of it; what became a vector is asked for once."""
-        text = request.text
-        if text.error is not None or (text.observed is not None and text.observed.pooling):
-            return
-
-        def extract(start: int, stop: int) -> RowContent:
-            content = self.engine.extract(text, start, stop)
-            self.figures.copied["kept"] += content.nbytes
-            self.figures.snapshots += bool(content.states)
-            return content
-
-        held = min(text.computed, len(text.ids) - (not text.only_reads))
-        held = held if most is None else min(held, most)
-        try:
-            self.prefix.keep(request.scope, text.ids[:held], extract, request.apart)
-        except Exception as error:
-            if not is_shortage(error):
-                raise
-            self.prefix.clear()
 
     def _step(self, requests: list[Request], piece: int | None) -> None:
         began, before = self._clock(), [request.text.computed for request in requests]

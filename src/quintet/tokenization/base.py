@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, ClassVar, Self, Unpack
 
-from tokenizers import AddedToken, Tokenizer, processors
+from tokenizers import AddedToken, Tokenizer
 
 from quintet.errors import InputError, SaveError, TokenizerError, shown
 from quintet.files import write_texts
@@ -37,6 +37,7 @@ from quintet.tokenization.options import (
 )
 from quintet.tokenization.prefix import set_prefix_space
 from quintet.tokenization.sentencepiece import read_with_settings
+from quintet.tokenization.surround import surround
 from quintet.tokenization.templates import ChatTemplates
 from quintet.tokenization.vocabulary import Vocabulary, check_gaps, token_text
 
@@ -116,7 +117,8 @@ class PreTrainedTokenizer(Chat, Decoder, Pushable):
         self._check_errors()
         self._templates = ChatTemplates(options.get("chat_template"))
         self._give_roles(options)
-        self._surround(options.get("add_bos_token"), options.get("add_eos_token"))
+        bos, eos = (self.bos_token, self.bos_token_id), (self.eos_token, self.eos_token_id)
+        surround(backend, bos, eos, options.get("add_bos_token"), options.get("add_eos_token"))
         prefix = options.get("add_prefix_space")
         set_prefix_space(backend, prefix)
         if prefix is not None:
@@ -362,41 +364,6 @@ class PreTrainedTokenizer(Chat, Decoder, Pushable):
             if self._tokenizer.token_to_id(token_text(token)) is None
         ]
         self.add_tokens(missing, special_tokens=True)
-
-    def _surround(self, begin: bool | None, end: bool | None) -> None:
-        """Obey `add_bos_token` and `add_eos_token` where they differ from the pipeline."""
-        if begin is None and end is None:
-            return
-        empty = self._tokenizer.encode("")
-        pairs = zip(empty.ids, empty.special_tokens_mask, strict=True)
-        found = [index for index, special in pairs if special]
-        bos, eos = self.bos_token_id, self.eos_token_id
-        begin = bos in found[:1] if begin is None else begin
-        end = eos in found[1 if begin and bos == eos else 0 :] if end is None else end
-        for name, wanted, index in (("bos", begin, bos), ("eos", end, eos)):
-            if wanted and index is None:
-                raise InputError(f"add_{name}_token=True needs a {name}_token, and there is none")
-        wanted_ids = [bos] * bool(begin) + [eos] * bool(end)
-        if found == wanted_ids:
-            return
-        if not {*found} <= {bos, eos}:
-            raise InputError(
-                f"add_bos_token={begin} and add_eos_token={end} contradict the pipeline, which "
-                f"adds {self.convert_ids_to_tokens(found)} around a text"
-            )
-        before = f"{self.bos_token} " if begin else ""
-        after = f" {self.eos_token}" if end else ""
-        pair = f"{self.bos_token}:1 " if begin else ""
-        template = processors.TemplateProcessing(
-            single=f"{before}$A{after}",
-            pair=f"{before}$A{after} {pair}$B:1{after + ':1' if end else ''}",
-            special_tokens=[
-                (token, index)
-                for token, index in ((self.bos_token, bos), (self.eos_token, eos))
-                if token is not None and index is not None
-            ],
-        )
-        self._tokenizer.post_processor = template
 
 
 PreTrainedTokenizerFast = PreTrainedTokenizer
