@@ -38,8 +38,10 @@ from quintet.training.config import (
     TrainSettings,
 )
 from quintet.training.held import Held
+from quintet.training.joining import Beside
 from quintet.training.objective import Objective
 from quintet.training.objectives import Distillation, LanguageModelling, Preference
+from quintet.training.objectives.compared import Running, here
 from quintet.training.schedule import Schedule
 from quintet.training.schedules import Number, schedule_of
 from quintet.training.settings import SettingError
@@ -90,6 +92,7 @@ def prepared(
     model: CausalLMHead | None,
     start: Kept | None,
     held: Held | None = None,
+    beside: Beside | None = None,
 ) -> tuple[CausalLMHead, Objective]:
     """Return the model as its training begins, or goes on, and what it is trained for.
 
@@ -99,6 +102,7 @@ def prepared(
         model: in place of what the settings name.
         start: the checkpoint that its training goes on from.
         held: what of the model is built where several processes have it; None for all.
+        beside: where models lie that it is compared with; None for all of them here.
 
     Raises:
         SettingError: no model is named, or two are.
@@ -112,9 +116,9 @@ def prepared(
             # Where nothing was read, the numbers that its parts were drawn from.
             with torch.random.fork_rng(devices=[]):
                 torch.manual_seed(config.train.seed)
-                return build_model(config.model, tokenizer)
+                return build_model(config.model, tokenizer, None if beside is None else beside.held)
 
-        return model, build_objective(config, model, first)
+        return model, build_objective(config, model, first, beside)
     if model is None:
         model = build_model(config.model, tokenizer)
     elif named:
@@ -123,7 +127,7 @@ def prepared(
             ": names a model, and another one was given; leave one of them out",
         )
     # What it is compared with is the model as it was at first.
-    objective = build_objective(config, model)
+    objective = build_objective(config, model, beside=beside)
     if config.adapter is not None:
         own = AdapterSettings(from_=str(start.path)) if start is not None else config.adapter
         put_adapter(model, own)
@@ -238,13 +242,15 @@ def build_objective(
     config: TrainingConfig,
     model: CausalLMHead,
     first: Callable[[], CausalLMHead] | None = None,
+    beside: Beside | None = None,
 ) -> Objective:
     """Return what a model is trained for; call it before the model is another than at its start.
 
     Args:
         config: the settings.
         model: what is trained, or a part of it.
-        first: makes the whole as it is at its start, where `model` is not that.
+        first: makes it as it is at its start, and as it lies beside, where `model` is not that.
+        beside: where what it is compared with lies; None for all of it here.
 
     Raises:
         QuintetError: a model that is compared with cannot be read.
@@ -265,20 +271,47 @@ def build_objective(
             "take them out"
         )
     if isinstance(settings, PreferenceSettings):
-        reference = None
+        reference: CausalLMHead | None = None
+        running: Running = here
         if settings.reference is not None:
-            reference = _frozen(_loaded(settings.reference))
+            reference, running = _other("objective.reference", settings.reference, beside)
         elif config.adapter is None and model.adapters is None and not settings.reference_free:
-            reference = _frozen(copy.deepcopy(model) if first is None else first())
+            if first is None:
+                reference, running = _placed(copy.deepcopy(model), beside, part=False)
+            else:
+                reference, running = _placed(first(), beside, part=True)
         return Preference(
             settings.beta,
             loss=settings.loss,
             label_smoothing=settings.label_smoothing,
             reference=reference,
             reference_free=settings.reference_free,
+            running=running,
         )
-    teacher = _frozen(_loaded(settings.teacher))
-    return Distillation(teacher, settings.temperature, settings.share)
+    teacher, run_by = _other("objective.teacher", settings.teacher, beside)
+    return Distillation(teacher, settings.temperature, settings.share, running=run_by)
+
+
+def _other(key: str, name: str, beside: Beside | None) -> tuple[CausalLMHead, Running]:
+    """Return a checkpoint's model, which another one is compared with, and what it is run by."""
+    if beside is None:
+        return _placed(_loaded(name), None, part=False)
+    settings = ModelSettings(from_=name, dtype="auto")
+    try:
+        model = _part(ModelSource(name), settings, beside.held, {})
+    except InputError as refused:
+        # What fits the model that learns need not fit another.
+        raise SettingError.value(key, name, f"cannot be divided as the model is: {refused}") from (
+            refused
+        )
+    return _placed(model, beside, part=True)
+
+
+def _placed(
+    model: CausalLMHead, beside: Beside | None, *, part: bool
+) -> tuple[CausalLMHead, Running]:
+    frozen = model.eval().requires_grad_(False)
+    return frozen, here if beside is None else beside.placed(frozen, part=part)
 
 
 def prediction_layers(model: CausalLMHead) -> int:
@@ -304,10 +337,6 @@ def balance_losses(settings: BalanceSettings) -> tuple[BalanceLoss, ...]:
 
 def _schedule(value: Number | None) -> Schedule | None:
     return None if value is None else schedule_of(value)
-
-
-def _frozen(model: CausalLMHead) -> CausalLMHead:
-    return model.eval().requires_grad_(False)
 
 
 def token_dropping(model: CausalLMHead, settings: BalanceSettings) -> TokenDropping | None:

@@ -24,10 +24,12 @@ class Held:
     Attributes:
         world: the processes that have the others.
         slices: which rows of its part of each parameter this process has; None for all.
+        learns: whether it is trained; what is not may stay in its file.
     """
 
     world: World
     slices: Slices | None
+    learns: bool = True
 
     def new(self, cls: type[Model], config: PreTrainedConfig, dtype: torch.dtype) -> Model:
         """Return its part of a model of random weights; all processes have to call this.
@@ -52,6 +54,10 @@ class Held:
             QuintetError: it cannot be read, or divided so.
         """
         options = Options(
-            dtype=dtype, quantize=quantize, world=self.world, slices=self.slices, learns=True
+            dtype=dtype,
+            quantize=quantize,
+            world=self.world,
+            slices=self.slices,
+            learns=self.learns,
         )
         return load(cls, source, None, overrides, options)[0]

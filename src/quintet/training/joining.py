@@ -1,6 +1,6 @@
 """One process or several: who trains together, and what each has of the model."""
 
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import torch
 import torch.distributed as dist
@@ -10,22 +10,23 @@ from quintet.modeling.decoder import DecoderModel
 from quintet.modeling.heads import CausalLMHead
 from quintet.modeling.init_on_meta import init_on_meta
 from quintet.parallel.context_parallel import Sequences
-from quintet.parallel.fsdp import divide
+from quintet.parallel.fsdp import Root, divide
 from quintet.parallel.launch import join, launched, own_device
 from quintet.parallel.layout import ParallelLayout, Parts
 from quintet.parallel.pipeline import Pipeline
 from quintet.parallel.placement import table_of
 from quintet.parallel.slices import Slices
 from quintet.parallel.stage import leave_out
-from quintet.parallel.stages import stages_to_run
+from quintet.parallel.stages import Stages, stages_to_run
 from quintet.parallel.world import World
 from quintet.training.config import TrainingConfig
 from quintet.training.held import Held
+from quintet.training.objectives.compared import Running, here
 from quintet.training.optimizers.layout import HERE, Layout
 from quintet.training.parallel import ParallelSettings
 from quintet.training.ranks import Alone, Ranks, Several
 
-__all__ = ["held", "joined", "parallelize"]
+__all__ = ["Beside", "beside", "held", "joined", "parallelize"]
 
 
 def joined(settings: ParallelSettings) -> Ranks:
@@ -51,9 +52,13 @@ def held(config: TrainingConfig, ranks: Ranks) -> Held | None:
     """Return what this process is to hold of a model that it makes or reads; None for all of it."""
     if not isinstance(ranks, Several) or config.adapter is not None:
         return None
-    degrees = ranks.world.degrees
-    sliced = degrees.fsdp > 1 or degrees.ep > degrees.tp
-    return Held(ranks.world, Slices(ranks.world, every=_low(config)) if sliced else None)
+    return Held(ranks.world, _slices(ranks.world, every=_low(config)))
+
+
+def _slices(world: World, *, every: bool) -> Slices | None:
+    """Return how what tp and ep leave is sliced further; None if it is not."""
+    sliced = world.degrees.fsdp > 1 or world.degrees.ep > world.degrees.tp
+    return Slices(world, every=every) if sliced else None
 
 
 def parallelize(
@@ -74,6 +79,29 @@ def parallelize(
         return HERE
     world, degrees = ranks.world, ranks.world.degrees
     low = _low(config)
+    parts, stages, root = _divided(model, world, part=part, low=low)
+    model.world = _generating(world)
+    # From here on processes draw for tokens, or layers, of their own.
+    at = world.coordinates
+    index = (ranks.share[0] * degrees.cp + at["cp"]) * degrees.pp + at["pp"]
+    if index:
+        torch.manual_seed(config.train.seed + index)
+    pipeline = None
+    if stages is not None:
+        pipeline = Pipeline(model, stages, world)
+        if low and root is not None:
+            pipeline.stage.dtype = torch.bfloat16
+    return ParallelLayout(model, world, parts, root, low=low, pipeline=pipeline)
+
+
+def _divided(
+    model: CausalLMHead, world: World, *, part: bool, low: bool = False
+) -> tuple[Parts | None, Stages | None, Root | None]:
+    """Make a model this process's part of it: what that is of, in which stages, run through what.
+
+    Where it is a part already, it is sliced, and connected, as far as it is not.
+    """
+    degrees = world.degrees
     parts = root = stages = None
     if degrees.pp > 1:
         stages = stages_to_run(init_on_meta(type(model), model.config) if part else model, world)
@@ -88,7 +116,6 @@ def parallelize(
                 model.adapters.install(model)
     elif stages is not None and not part:
         leave_out(model, stages, world)
-    model.world = _generating(world)
     if degrees.cp > 1:
         model.sequences = Sequences(model, world)
     if degrees.fsdp > 1 or degrees.ep > degrees.tp:
@@ -100,17 +127,38 @@ def parallelize(
         sliced = _sliced(model, parts) if part else {}
         adapters = adapted_names(model)
         root = divide(model, decoder.layers, world, low=low, sliced=sliced, whole=adapters)
-    # From here on processes draw for tokens, or layers, of their own.
-    at = world.coordinates
-    index = (ranks.share[0] * degrees.cp + at["cp"]) * degrees.pp + at["pp"]
-    if index:
-        torch.manual_seed(config.train.seed + index)
-    pipeline = None
-    if stages is not None:
-        pipeline = Pipeline(model, stages, world)
-        if low and root is not None:
-            pipeline.stage.dtype = torch.bfloat16
-    return ParallelLayout(model, world, parts, root, low=low, pipeline=pipeline)
+    return parts, stages, root
+
+
+@dataclass(frozen=True, slots=True)
+class Beside:
+    """Where models lie that the one which trains is compared with: in parts, as that one does.
+
+    Attributes:
+        world: the processes.
+    """
+
+    world: World
+
+    @property
+    def held(self) -> Held:
+        """What this process is to hold of one."""
+        return Held(self.world, _slices(self.world, every=False), learns=False)
+
+    def placed(self, model: CausalLMHead, *, part: bool) -> Running:
+        """Make a model this process's part of it, and return what its forwards are run by.
+
+        Raises:
+            InputError: it cannot be divided so.
+        """
+        root = _divided(model, self.world, part=part)[2]
+        # What of it is gathered once stays so, as it never changes.
+        return here if root is None else root
+
+
+def beside(ranks: Ranks) -> Beside | None:
+    """Return where models lie that one is compared with; None for all of them here."""
+    return Beside(ranks.world) if isinstance(ranks, Several) else None
 
 
 def _generating(world: World) -> World | None:

@@ -21,7 +21,7 @@ from quintet.training.checkpoints import Kept, kept
 from quintet.training.checks import check
 from quintet.training.config import TrainingConfig, TrainSettings
 from quintet.training.data import build_data
-from quintet.training.joining import held, joined, parallelize
+from quintet.training.joining import beside, held, joined, parallelize
 from quintet.training.metrics import Metrics
 from quintet.training.ranks import Ranks
 from quintet.training.records import Reporter, Several, Silent
@@ -95,7 +95,7 @@ def train(
             told.warned(f"{folder} holds no checkpoint to go on from: the training begins anew")
         tokenizer = build_tokenizer(config) if tokenizer is None else tokenizer
         part = None if model is not None else held(config, ranks)
-        model, objective = prepared(config, tokenizer, model, start, part)
+        model, objective = prepared(config, tokenizer, model, start, part, beside(ranks))
         encode = partial(build_data, vocab_size=model.config.vocab_size, tell=told.warned)
         # Texts are encoded once; the others find them.
         data = ranks.in_turn(partial(encode, config.data, tokenizer))

@@ -1,6 +1,7 @@
 """What another model predicts."""
 
-from collections.abc import Mapping
+import copy
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -12,7 +13,8 @@ from quintet.modeling.scoring import AT_ONCE, ScoredHead
 from quintet.ops.labels import IGNORED
 from quintet.training.batch import Batch
 from quintet.training.objective import Term
-from quintet.training.objectives.states import language_model, states_of
+from quintet.training.objectives.compared import Running, here
+from quintet.training.objectives.states import States, language_model, states_of
 from quintet.training.objectives.targets import counted, targets
 from quintet.training.progress import Progress
 
@@ -33,19 +35,45 @@ class Distillation:
         teacher: a model of the same ids, which is left as it is.
         temperature: τ.
         share: α, how much of what is minimised the teacher is.
+        running: what the teacher is run by.
 
     Raises:
         ConfigError: a number breaks its rule.
     """
 
     def __init__(
-        self, teacher: PreTrainedModel, temperature: float = 1.0, share: float = 1.0
+        self,
+        teacher: PreTrainedModel,
+        temperature: float = 1.0,
+        share: float = 1.0,
+        *,
+        running: Running = here,
     ) -> None:
         if not temperature > 0:
             raise ConfigError(f"temperature={temperature} has to be more than 0")
         if not 0 < share <= 1:
             raise ConfigError(f"share={share} of the teacher has to be more than 0 and at most 1")
         self.teacher, self.temperature, self.share = teacher, temperature, share
+        self.running = running
+        # The states that the teacher made of parts of a step, by their identity.
+        self._theirs: dict[int, States] = {}
+
+    def of_step(
+        self,
+        model: PreTrainedModel,
+        parts: Sequence[Batch],
+        at: Progress,
+        summed: Callable[[Tensor], Tensor] = lambda own: own,
+    ) -> "Distillation":
+        """Return this with the teacher's states of all parts, where its layers are spread.
+
+        The processes that have them are at different parts as soon as the model learns.
+        """
+        if language_model(self.teacher).stage is None:
+            return self
+        own = copy.copy(self)
+        own._theirs = {id(part): self._states(part) for part in parts}
+        return own
 
     def counts(self, batch: Batch) -> Mapping[str, int]:
         """Return how many labels count."""
@@ -70,15 +98,20 @@ class Distillation:
             # What another process predicts is among its terms.
             states_of(student, batch)
             return {}
-        with torch.no_grad():
-            theirs = states_of(teacher, batch).hidden
+        found = self._theirs.get(id(batch)) or self._states(batch)
         states = states_of(student, batch)
+        theirs = found.hidden if found.chunks is not None else states.own(found.hidden)
+        if theirs.shape[:-1] != states.hidden.shape[:-1]:
+            raise InputError(
+                f"processes share rows of {batch.input_ids.shape[1]} tokens, which the teacher "
+                "cannot cut as the model does; make [data] context larger"
+            )
         head, count = student.scored_head(), counted(labels)
         own = states.own(labels, IGNORED)
         wanted = own != IGNORED
         apart = divergence(
             (head, states.hidden[wanted]),
-            (teacher.scored_head(), states.own(theirs)[wanted]),
+            (teacher.scored_head(), theirs[wanted]),
             self.temperature,
             max(1, AT_ONCE // sizes[0]),
         )
@@ -87,6 +120,11 @@ class Distillation:
             total = -head.sums(states.hidden, own).log_prob.sum()
             terms["next_token"] = Term(total, count, 1 - self.share)
         return terms
+
+    @torch.no_grad()
+    def _states(self, batch: Batch) -> States:
+        teacher = language_model(self.teacher)
+        return self.running(lambda: states_of(teacher, batch))
 
 
 def divergence(

@@ -1,6 +1,7 @@
 """The preferred one of two answers: direct preference optimisation."""
 
-from collections.abc import Iterator, Mapping
+import copy
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import Literal, get_args
@@ -14,6 +15,7 @@ from quintet.modeling.base import PreTrainedModel
 from quintet.modeling.heads import CausalLMHead
 from quintet.training.batch import Batch
 from quintet.training.objective import Term
+from quintet.training.objectives.compared import Running, here
 from quintet.training.objectives.states import language_model, log_probs_of_rows, states_of
 from quintet.training.objectives.targets import targets
 from quintet.training.progress import Progress
@@ -49,6 +51,7 @@ class Preference:
         reference: the model that answers are compared with, which is left as it is; None for the
             model itself without its adapters.
         reference_free: compare with a model to which all answers are alike.
+        running: what the reference is run by.
 
     Raises:
         ConfigError: a value breaks its rule, or contradicts another.
@@ -62,6 +65,7 @@ class Preference:
         label_smoothing: float = 0.0,
         reference: PreTrainedModel | None = None,
         reference_free: bool = False,
+        running: Running = here,
     ) -> None:
         if not beta > 0:
             raise ConfigError(f"beta={beta} has to be more than 0")
@@ -79,6 +83,28 @@ class Preference:
             raise ConfigError("reference_free=True compares with no model; leave reference out")
         self.beta, self.loss, self.label_smoothing = beta, loss, label_smoothing
         self.reference, self.reference_free = reference, reference_free
+        self.running = running
+        # What the reference made of parts of a step, by their identity.
+        self._before: dict[int, Tensor | None] = {}
+
+    def of_step(
+        self,
+        model: PreTrainedModel,
+        parts: Sequence[Batch],
+        at: Progress,
+        summed: Callable[[Tensor], Tensor] = lambda own: own,
+    ) -> "Preference":
+        """Return this with what the reference makes of all parts, where its layers are spread.
+
+        The processes that have them are at different parts as soon as the model learns.
+        """
+        text_model = language_model(model)
+        compared = text_model if self.reference is None else language_model(self.reference)
+        if self.reference_free or compared.stage is None:
+            return self
+        own = copy.copy(self)
+        own._before = {id(x): self._reference(text_model, x, targets(x)) for x in parts}
+        return own
 
     def counts(self, batch: Batch) -> Mapping[str, int]:
         """Return how many pairs there are.
@@ -108,7 +134,10 @@ class Preference:
             # What another process predicts is among its terms.
             states_of(text_model, batch)
             return {}
-        before = self._reference(text_model, batch, labels)
+        before = self._before.get(id(batch))
+        if before is None:
+            before = self._reference(text_model, batch, labels)
+        assert before is not None
         ratios = log_probs_of_rows(text_model, batch, labels) - before
         if self.loss == "ipo":
             ratios = ratios / (labels >= 0).sum(dim=1).clamp(min=1)
@@ -133,14 +162,23 @@ class Preference:
         return {name: replace(one, sum=sequences.once(one.sum)) for name, one in terms.items()}
 
     @torch.no_grad()
-    def _reference(self, model: CausalLMHead, batch: Batch, labels: Tensor) -> Tensor:
-        """Return the log-probabilities that the model's are compared with, (B,)."""
+    def _reference(self, model: CausalLMHead, batch: Batch, labels: Tensor) -> Tensor | None:
+        """Return the log-probabilities that the model's are compared with, (B,); None elsewhere."""
         if self.reference_free:
             return torch.zeros(len(labels), device=labels.device, dtype=torch.float32)
         if self.reference is not None:
-            return log_probs_of_rows(language_model(self.reference), batch, labels)
+            reference = language_model(self.reference)
+            return self.running(lambda: _log_probs(reference, batch, labels))
         with _without_adapters(model):
-            return log_probs_of_rows(model, batch, labels)
+            return _log_probs(model, batch, labels)
+
+
+def _log_probs(model: CausalLMHead, batch: Batch, labels: Tensor) -> Tensor | None:
+    """Return log p of each row, (B,); None where another process has the last layer."""
+    if model.ends_here:
+        return log_probs_of_rows(model, batch, labels)
+    states_of(model, batch)
+    return None
 
 
 @contextmanager

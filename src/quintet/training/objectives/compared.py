@@ -1,0 +1,21 @@
+"""Models that the one which trains is compared with, where several processes have parts of them."""
+
+from collections.abc import Callable
+from typing import Protocol, TypeVar
+
+__all__ = ["Running", "here"]
+
+T = TypeVar("T")
+
+
+class Running(Protocol):
+    """What runs the forwards of a model of which this process may have a part."""
+
+    def __call__(self, call: Callable[[], T], /) -> T:
+        """Return what a call makes of the model."""
+        ...
+
+
+def here(call: Callable[[], T]) -> T:
+    """Return what a call makes of a model that is all here."""
+    return call()
