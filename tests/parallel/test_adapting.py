@@ -20,43 +20,61 @@ WHOLE = {
     "bias": "all",
     "modules_to_save": ["norm", "up_proj"],
 }
-CASES: list[tuple[str, dict[str, Any], dict[str, int]]] = [
-    ("qwen2", ALL, {"fsdp": 2}),
+# An adapter that begins with weights of the model is put on all of it.
+WHOLES: list[tuple[str, dict[str, Any], dict[str, int]]] = [
     ("qwen2", DORA, {"fsdp": 2}),
     ("qwen2", DORA, {"tp": 2}),
     ("qwen2", WHOLE, {"tp": 2}),
     ("qwen2", WHOLE, {"fsdp": 2}),
+    ("deepseek-v3", EXPERTS, {"tp": 2}),
+]
+PARTS: list[tuple[str, dict[str, Any], dict[str, int]]] = [
+    ("qwen2", ALL, {"fsdp": 2}),
     ("zamba2", ALL, {"tp": 2}),
     ("deepseek-v2", ALL, {"tp": 2}),
-    ("deepseek-v3", EXPERTS, {"tp": 2}),
     ("deepseek-v3", EXPERTS, {"tp": 2, "ep": 2}),
     ("qwen2-moe", EXPERTS, {"fsdp": 2, "ep": 2}),
 ]
 
 
-@pytest.mark.parametrize(("name", "adapter", "degrees"), CASES, ids=str)
+@pytest.mark.parametrize(("name", "adapter", "degrees"), WHOLES, ids=str)
 def test_an_adapter_learns_in_two_processes_as_in_one(
     name: str, adapter: dict[str, Any], degrees: dict[str, int], two: Pool
 ) -> None:
     two.run(adapting.learns, name, {}, degrees, adapter)
 
 
+@pytest.mark.parametrize(("name", "adapter", "degrees"), PARTS, ids=str)
+def test_an_adapter_learns_on_a_part_as_on_the_whole(
+    name: str, adapter: dict[str, Any], degrees: dict[str, int], tmp_path: Path, two: Pool
+) -> None:
+    family(name).model_of().save_pretrained(tmp_path)
+    two.run(adapting.learns, name, {}, degrees, adapter, tmp_path)
+
+
 @pytest.mark.parametrize(
     "degrees", [{"tp": 2, "fsdp": 2}, {"tp": 4, "ep": 2}, {"fsdp": 4, "ep": 2}], ids=str
 )
-def test_an_adapter_learns_in_four_processes_as_in_one(degrees: dict[str, int], four: Pool) -> None:
-    four.run(adapting.learns, "deepseek-v3", {}, degrees, EXPERTS, seconds=150)
+def test_an_adapter_learns_in_four_processes_as_in_one(
+    degrees: dict[str, int], tmp_path: Path, four: Pool
+) -> None:
+    family("deepseek-v3").model_of().save_pretrained(tmp_path)
+    four.run(adapting.learns, "deepseek-v3", {}, degrees, EXPERTS, tmp_path, seconds=150)
 
 
-@pytest.mark.parametrize("parallel", [{"fsdp": 2}, {"tp": 2}, {"fsdp": 2, "ep": 2}], ids=str)
+@pytest.mark.parametrize(
+    ("parallel", "held_as"),
+    [({"fsdp": 2}, None), ({"tp": 2}, "int8"), ({"fsdp": 2, "ep": 2}, None)],
+    ids=str,
+)
 def test_an_adapter_of_several_processes_is_one_ordinary_adapter(
-    parallel: dict[str, int], tmp_path: Path, two: Pool
+    parallel: dict[str, int], held_as: str | None, tmp_path: Path, two: Pool
 ) -> None:
     root = material(tmp_path)
     base = settings(root, tmp_path / "base", "qwen2_moe", train={"steps": 1})
     start = train(base).path
     tables: dict[str, Any] = {
-        "model": {"from": str(start), "config": None},
+        "model": {"from": str(start), "config": None, "quantize": held_as},
         "adapter": {"r": 2, "experts": True},
         "report": {"peak_flops": 1e12},
     }

@@ -107,6 +107,16 @@ class Adapters:
         self.active = tuple(one for one in self.active if one.name not in names)
         self.install(model)
 
+    def move(self, model: nn.Module, other: nn.Module) -> None:
+        """Take all adapters off the modules of a model, and put them on those of another."""
+        for path, module in model.named_modules():
+            held = module._modules.get("adapters")
+            if isinstance(held, nn.ModuleDict):
+                _uninstall(module)
+                del module.adapters
+                other.get_submodule(path).adapters = held
+        self.install(other)
+
     def parts(self, model: nn.Module, name: str) -> dict[tuple[nn.Module, str], Adaptation]:
         """Return what an adapter does to each module, by module and use."""
         return {

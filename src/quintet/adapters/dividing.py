@@ -4,7 +4,7 @@ Where the rows of a matrix are cut, so are those of B, and every process has all
 gradient it finds a part; where its columns are, so are those of A, and B is had by all.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import cast
 
@@ -17,7 +17,7 @@ from quintet.adapters.bases import is_embedding, is_experts, shape_of
 from quintet.adapters.forwards import adapted_modules
 from quintet.adapters.lowrank import EmbeddingLowRank, ExpertStackLowRank, LowRank
 from quintet.errors import InputError
-from quintet.parallel.placement import cuts_of
+from quintet.parallel.placement import Shard, cuts_of
 from quintet.parallel.shared_buffer import sum_in_place
 from quintet.sharding import WHOLE, Cut, Section, Sharding
 
@@ -56,18 +56,27 @@ def with_adapters(model: nn.Module, sharding: Sharding) -> Sharding:
     return sharding
 
 
-def connect_adapters(model: nn.Module, sharding: Sharding, group: dist.ProcessGroup | None) -> None:
-    """Let the adapters on a model that was cut know what is elsewhere; before weights are sliced.
+def connect_adapters(
+    model: nn.Module,
+    sharding: Sharding,
+    group: dist.ProcessGroup | None,
+    shards: Mapping[str, Shard],
+) -> None:
+    """Let the adapters on a model that was cut know what is elsewhere.
 
     Args:
         model: with its adapters, both cut.
         sharding: the table that `with_adapters` returned.
         group: the processes along tp.
+        shards: what this process has of tensors that may be sliced further.
     """
     for place in _places(model):
         for name, addition in place.adaptation.added.items():
             if isinstance(addition, ExpertStackLowRank):
-                addition.num_experts = cast("tuple[int, ...]", shape_of(place.module, name))[0]
+                shard = shards.get(f"{place.path}.{name}")
+                # What is in fewer bits has other names, and is not sliced.
+                shape = shape_of(place.module, name) if shard is None else shard.local_shape
+                addition.num_experts = cast("tuple[int, ...]", shape)[0]
             if isinstance(addition, LowRank) and group is not None:
                 cuts = cuts_of(f"{place.path}.{name}", sharding)
                 if any(cut.dim == 1 for cut in cuts):

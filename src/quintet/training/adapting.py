@@ -1,18 +1,25 @@
 """The `[adapter]` table: a few numbers beside a model's weights are trained in their place."""
 
+import copy
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from typing import Any, Literal
 
+import torch
 from torch import nn
 
 from quintet.adapters.config import LoraConfig, broken_rule
 from quintet.errors import InputError, UnsupportedModelError, shown
+from quintet.modeling.adapted_rows import AdaptedRows
 from quintet.modeling.base import PreTrainedModel
+from quintet.modeling.heads import CausalLMHead
+from quintet.modeling.init_on_meta import init_on_meta
 from quintet.training.settings import SettingError, key_of, plain
 
-__all__ = ["AdapterSettings", "Trained", "put_adapter"]
+__all__ = ["REFERENCE", "AdapterSettings", "Trained", "put_adapter", "put_on_part", "whole_of"]
 
+# What an adapter is called that the one which trains is compared with.
+REFERENCE = "reference"
 # The stacks of routed experts, which are parameters of their layers and no linear maps.
 _EXPERTS = ("experts.gate_up_proj", "experts.down_proj")
 
@@ -93,6 +100,12 @@ class AdapterSettings:
                         "file says; take one of the two out",
                     )
 
+    @property
+    def reads_weights(self) -> bool:
+        """Whether an adapter begins with numbers of the model's, and not of its own or its file."""
+        own = self.modules_to_save or self.trainable_token_indices or self.bias != "none"
+        return self.from_ is None and bool(self.use_dora or own)
+
     def config(self) -> LoraConfig:
         """Return what a new adapter is."""
         values = self._values()
@@ -145,8 +158,15 @@ class Trained:
         )
 
 
-def put_adapter(model: PreTrainedModel, settings: AdapterSettings) -> None:
+def put_adapter(
+    model: PreTrainedModel, settings: AdapterSettings, beside: str | None = None
+) -> None:
     """Put a new adapter on a model, or one to go on with; nothing else is trained from then on.
+
+    Args:
+        model: the model.
+        settings: what it is.
+        beside: another one to compare with, which is not in use, and not trained.
 
     Raises:
         SettingError: a new adapter does not fit the model, or there is one on it.
@@ -160,6 +180,8 @@ def put_adapter(model: PreTrainedModel, settings: AdapterSettings) -> None:
             "go on with it, name its base as [model] from and its folder as [adapter] from; for "
             "another one on top of it, merge_and_unload() it and save_pretrained() the whole",
         )
+    if beside is not None:
+        model.load_adapter(beside, REFERENCE)
     if settings.from_ is not None:
         model.load_adapter(settings.from_, is_trainable=True)
         return
@@ -167,6 +189,46 @@ def put_adapter(model: PreTrainedModel, settings: AdapterSettings) -> None:
         model.add_adapter(settings.config())
     except (InputError, UnsupportedModelError) as refused:
         raise SettingError("adapter", f": {refused}") from refused
+
+
+def put_on_part(model: CausalLMHead, settings: AdapterSettings, beside: str | None = None) -> None:
+    """Put adapters on a part of a model as on the whole: they are whole until they are divided.
+
+    Args:
+        model: the part.
+        settings: what is trained.
+        beside: another one to compare with, which is not in use, and not trained.
+
+    Raises:
+        SettingError: a new adapter does not fit the model.
+        ModelNotFoundError: the one to go on with is not there.
+        CheckpointError: it is damaged, or is another model's.
+    """
+    whole = init_on_meta(type(model), model.config)
+    for name, parameter in [*whole.named_parameters(remove_duplicate=False)]:
+        # With the shape and the device of the whole, and next to no memory.
+        zero = torch.zeros((), dtype=model.dtype_of(name, model.dtype), device=model.device)
+        path, _, leaf = name.rpartition(".")
+        whole.get_submodule(path)._parameters[leaf] = nn.Parameter(zero.expand(parameter.shape))
+    put_adapter(whole, settings, beside)
+    adapters = whole.adapters_there()
+    model.requires_grad_(False)
+    for module in model.modules():
+        if isinstance(module, AdaptedRows):
+            object.__setattr__(module, "adapters", adapters)
+    adapters.move(whole, model)
+
+
+def whole_of(model: CausalLMHead) -> CausalLMHead:
+    """Return the whole of a model of which this is a part: without memory, with its adapters."""
+    whole = init_on_meta(type(model), model.config)
+    if model.adapters is not None:
+        whole.requires_grad_(False)
+    for path, module in model.named_modules():
+        held = module._modules.get("adapters")
+        if isinstance(held, nn.ModuleDict):
+            whole.get_submodule(path).adapters = copy.deepcopy(held).to("meta")
+    return whole
 
 
 def _short(count: int) -> str:

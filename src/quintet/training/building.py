@@ -3,6 +3,7 @@
 import copy
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ from quintet.modeling.heads import CausalLMHead
 from quintet.modeling.loading import ModelSource
 from quintet.modeling.mtp import MtpDecoderModel
 from quintet.tokenization import PreTrainedTokenizer
-from quintet.training.adapting import AdapterSettings, put_adapter
+from quintet.training.adapting import REFERENCE, AdapterSettings, put_adapter, put_on_part
 from quintet.training.balance import (
     BalanceLoss,
     BiasBalancer,
@@ -110,7 +111,9 @@ def prepared(
     """
     named = [key for key in ("from_", "config", "quantize") if getattr(config.model, key)]
     if model is None and held is not None:
-        model = build_model(config.model, tokenizer, held, None if start is None else start.path)
+        # A run with an adapter saves that alone.
+        saved = None if start is None or config.adapter is not None else start.path
+        model = build_model(config.model, tokenizer, held, saved)
 
         def first() -> CausalLMHead:
             # Where nothing was read, the numbers that its parts were drawn from.
@@ -118,7 +121,10 @@ def prepared(
                 torch.manual_seed(config.train.seed)
                 return build_model(config.model, tokenizer, None if beside is None else beside.held)
 
-        return model, build_objective(config, model, first, beside)
+        objective = build_objective(config, model, first, beside)
+        if config.adapter is not None:
+            put_on_part(model, *_to_put(config, config.adapter, start))
+        return model, objective
     if model is None:
         model = build_model(config.model, tokenizer)
     elif named:
@@ -129,11 +135,26 @@ def prepared(
     # What it is compared with is the model as it was at first.
     objective = build_objective(config, model, beside=beside)
     if config.adapter is not None:
-        own = AdapterSettings(from_=str(start.path)) if start is not None else config.adapter
-        put_adapter(model, own)
+        put_adapter(model, *_to_put(config, config.adapter, start))
     elif start is not None:
         _restore(model, start.path)
     return model, objective
+
+
+def _to_put(
+    config: TrainingConfig, own: AdapterSettings, start: Kept | None
+) -> tuple[AdapterSettings, str | None]:
+    """Return which adapter is put on the model, and which beside it to compare with."""
+    beside = own.from_ if _compares_with_adapter(config) else None
+    return own if start is None else AdapterSettings(from_=str(start.path)), beside
+
+
+def _compares_with_adapter(config: TrainingConfig) -> bool:
+    """Tell whether answers are compared with the model as it is with the adapter it begins with."""
+    own, objective = config.adapter, config.objective
+    if own is None or own.from_ is None or not isinstance(objective, PreferenceSettings):
+        return False
+    return objective.reference is None and not objective.reference_free
 
 
 def build_model(
@@ -161,10 +182,10 @@ def build_model(
         k: None if v == "none" else v for k, v in (settings.config or {}).items()
     }
     if saved is not None and held is not None:
-        return _part(ModelSource(saved), settings, held, more)
+        return _own_part(ModelSource(saved), settings, held, more)
     if settings.from_ is not None and held is not None:
         source = ModelSource(settings.from_, settings.revision)
-        return _part(source, settings, held, {**more, **given})
+        return _own_part(source, settings, held, {**more, **given})
     if settings.from_ is not None:
         for name in ("revision", "quantize"):
             if (value := getattr(settings, name)) is not None:
@@ -185,18 +206,23 @@ def build_model(
     return new_model(cls, made, dtype) if held is None else held.new(cls, made, dtype)
 
 
-def _part(
+def _own_part(
     source: ModelSource, settings: ModelSettings, held: Held, overrides: dict[str, Any]
 ) -> CausalLMHead:
-    name = source.name_or_path
     try:
-        config = AutoConfig.from_pretrained(name, revision=source.revision)
+        return _part(source, settings, held, overrides)
     except AdapterFolderError as found:
         raise InputError(
             f"{found}: several processes train a model, or an [adapter] on it; name the model as "
             "[model] from and this as [adapter] from, or merge it first: merge_and_unload(), then "
             "save_pretrained(…)"
         ) from None
+
+
+def _part(
+    source: ModelSource, settings: ModelSettings, held: Held, overrides: dict[str, Any]
+) -> CausalLMHead:
+    config = AutoConfig.from_pretrained(source.name_or_path, revision=source.revision)
     cls: type[CausalLMHead] = family(config.model_type).find("ForCausalLM")
     return held.loaded(
         cls, source, dtype=settings.dtype, quantize=settings.quantize, overrides=overrides
@@ -273,8 +299,11 @@ def build_objective(
     if isinstance(settings, PreferenceSettings):
         reference: CausalLMHead | None = None
         running: Running = here
+        adapter = None
         if settings.reference is not None:
             reference, running = _other("objective.reference", settings.reference, beside)
+        elif _compares_with_adapter(config):
+            adapter = REFERENCE
         elif config.adapter is None and model.adapters is None and not settings.reference_free:
             if first is None:
                 reference, running = _placed(copy.deepcopy(model), beside, part=False)
@@ -285,6 +314,7 @@ def build_objective(
             loss=settings.loss,
             label_smoothing=settings.label_smoothing,
             reference=reference,
+            reference_adapter=adapter,
             reference_free=settings.reference_free,
             running=running,
         )
@@ -296,9 +326,14 @@ def _other(key: str, name: str, beside: Beside | None) -> tuple[CausalLMHead, Ru
     """Return a checkpoint's model, which another one is compared with, and what it is run by."""
     if beside is None:
         return _placed(_loaded(name), None, part=False)
-    settings = ModelSettings(from_=name, dtype="auto")
+    read = partial(_part, settings=ModelSettings(dtype="auto"), held=beside.held, overrides={})
     try:
-        model = _part(ModelSource(name), settings, beside.held, {})
+        try:
+            model = read(ModelSource(name))
+        except AdapterFolderError as found:
+            with found.of_base() as base:
+                model = read(ModelSource(base))
+            put_on_part(model, AdapterSettings(from_=name))
     except InputError as refused:
         # What fits the model that learns need not fit another.
         raise SettingError.value(key, name, f"cannot be divided as the model is: {refused}") from (

@@ -110,7 +110,8 @@ class PreferenceSettings:
         loss: "sigmoid" for DPO's, or "ipo".
         label_smoothing: how often the preferences are taken to be the wrong way round.
         reference: the model that answers are compared with; None for the one that is trained, as
-            it is without its adapter, or as it was before the first step.
+            it was before the first step: without an adapter that is new, with one that is gone
+            on with.
         reference_free: compare with a model to which all answers are alike.
     """
 

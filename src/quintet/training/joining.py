@@ -9,6 +9,7 @@ from quintet.adapters.dividing import adapted_names, connect_adapters, with_adap
 from quintet.modeling.decoder import DecoderModel
 from quintet.modeling.heads import CausalLMHead
 from quintet.modeling.init_on_meta import init_on_meta
+from quintet.parallel.apply import cut
 from quintet.parallel.context_parallel import Sequences
 from quintet.parallel.fsdp import Root, divide
 from quintet.parallel.launch import join, launched, own_device
@@ -19,6 +20,7 @@ from quintet.parallel.slices import Slices
 from quintet.parallel.stage import leave_out
 from quintet.parallel.stages import Stages, stages_to_run
 from quintet.parallel.world import World
+from quintet.training.adapting import whole_of
 from quintet.training.config import TrainingConfig
 from quintet.training.held import Held
 from quintet.training.objectives.compared import Running, here
@@ -50,7 +52,7 @@ def joined(settings: ParallelSettings) -> Ranks:
 
 def held(config: TrainingConfig, ranks: Ranks) -> Held | None:
     """Return what this process is to hold of a model that it makes or reads; None for all of it."""
-    if not isinstance(ranks, Several) or config.adapter is not None:
+    if not isinstance(ranks, Several) or (config.adapter and config.adapter.reads_weights):
         return None
     return Held(ranks.world, _slices(ranks.world, every=_low(config)))
 
@@ -106,14 +108,17 @@ def _divided(
     if degrees.pp > 1:
         stages = stages_to_run(init_on_meta(type(model), model.config) if part else model, world)
     if max(degrees.tp, degrees.ep) > 1:
+        whole = whole_of(model) if part else model
+        table = with_adapters(whole, table_of(whole))
         if part:
-            parts = Parts.of(init_on_meta(type(model), model.config), world)
+            parts = Parts.of(whole, world, table)
+            # Which are few numbers, and were put on it whole.
+            cut(model, {name: parts.own[name] for name in adapted_names(model)})
         else:
-            table = with_adapters(model, table_of(model))
             parts = Parts.cut(model, world, table)
-            connect_adapters(model, table, world.groups.get("tp"))
-            if model.adapters is not None:
-                model.adapters.install(model)
+        connect_adapters(model, table, world.groups.get("tp"), parts.own)
+        if model.adapters is not None:
+            model.adapters.install(model)
     elif stages is not None and not part:
         leave_out(model, stages, world)
     if degrees.cp > 1:

@@ -1,5 +1,7 @@
 """Cases of adapters that processes train together; each compares with one that trains alone."""
 
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -8,11 +10,14 @@ from parallel.cases.tensor import family
 from parallel.cases.training import BEGIN, config_of, gradients_of, objective_of, own, rows_of
 from quintet.adapters.config import LoraConfig
 from quintet.modeling.heads import CausalLMHead
-from quintet.training.joining import joined, parallelize
+from quintet.modeling.loading import ModelSource
+from quintet.training.adapting import AdapterSettings, put_on_part
+from quintet.training.config import TrainingConfig
+from quintet.training.joining import held, joined, parallelize
 from quintet.training.optimizers import build_optimizers
 from quintet.training.optimizers.layout import HERE
 from quintet.training.progress import Progress
-from quintet.training.ranks import Alone
+from quintet.training.ranks import Alone, Ranks
 from quintet.training.step import accumulate, take
 from quintet.training.writing import whole_adapters
 from support import relative_error
@@ -31,14 +36,42 @@ def adds_to_all_scores(path: str) -> bool:
     return "k_proj" in path and path.endswith("bias")
 
 
+def adapted_part(name: str, folder: Path, config: TrainingConfig, ranks: Ranks) -> CausalLMHead:
+    """Return the same as `adapted`, of which only a part is read."""
+    part = held(config, ranks)
+    assert part is not None
+    assert config.adapter is not None
+    cls = family(name).cls("ForCausalLM")
+    source = ModelSource(folder)
+    model = part.loaded(cls, source, dtype="float32", quantize=None, overrides={})
+    torch.manual_seed(2)
+    put_on_part(model, config.adapter)
+    return model.train()
+
+
 def learns(
-    name: str, changes: dict[str, Any], degrees: dict[str, Any], adapter: dict[str, Any]
+    name: str,
+    changes: dict[str, Any],
+    degrees: dict[str, Any],
+    adapter: dict[str, Any],
+    folder: Path | None = None,
 ) -> None:
-    """Compare loss, gradients, norm and some steps of an adapter, and what is to be saved of it."""
+    """Compare loss, gradients, norm and some steps of an adapter, and what is to be saved of it.
+
+    Args:
+        folder: where each process reads its part of the model; None to divide the whole.
+    """
     config = config_of(degrees)
-    models = [adapted(name, changes, adapter) for _ in range(2)]
+    models = [adapted(name, changes, adapter)]
     ranks = joined(config.parallel)
-    layout = parallelize(models[1], config, ranks)
+    if folder is None:
+        models.append(adapted(name, changes, adapter))
+    else:
+        settings = AdapterSettings(r=3, lora_alpha=8.0, init_lora_weights=False, **adapter)
+        config = replace(config, adapter=settings)
+        models.append(adapted_part(name, folder, config, ranks))
+        assert models[1].num_parameters() < 0.75 * models[0].num_parameters()
+    layout = parallelize(models[1], config, ranks, part=folder is not None)
     found = []
     for model, where, who in zip(models, (HERE, layout), (Alone(), ranks), strict=True):
         optimizers = build_optimizers(model, config.optimizer, where)

@@ -50,6 +50,7 @@ class Preference:
         label_smoothing: ε, how often the preferences are taken to be the wrong way round.
         reference: the model that answers are compared with, which is left as it is; None for the
             model itself without its adapters.
+        reference_adapter: an adapter on the model, with which alone it is the reference.
         reference_free: compare with a model to which all answers are alike.
         running: what the reference is run by.
 
@@ -64,6 +65,7 @@ class Preference:
         loss: PreferenceLoss = "sigmoid",
         label_smoothing: float = 0.0,
         reference: PreTrainedModel | None = None,
+        reference_adapter: str | None = None,
         reference_free: bool = False,
         running: Running = here,
     ) -> None:
@@ -81,8 +83,14 @@ class Preference:
             raise ConfigError(f"label_smoothing is of loss='sigmoid', and not of {loss!r}")
         if reference is not None and reference_free:
             raise ConfigError("reference_free=True compares with no model; leave reference out")
+        if reference_adapter is not None and (reference is not None or reference_free):
+            raise ConfigError(
+                f"reference_adapter={shown(reference_adapter)} makes the model its own reference; "
+                "leave reference and reference_free out"
+            )
         self.beta, self.loss, self.label_smoothing = beta, loss, label_smoothing
         self.reference, self.reference_free = reference, reference_free
+        self.reference_adapter = reference_adapter
         self.running = running
         # What the reference made of parts of a step, by their identity.
         self._before: dict[int, Tensor | None] = {}
@@ -169,7 +177,7 @@ class Preference:
         if self.reference is not None:
             reference = language_model(self.reference)
             return self.running(lambda: _log_probs(reference, batch, labels))
-        with _without_adapters(model):
+        with _as_reference(model, self.reference_adapter):
             return _log_probs(model, batch, labels)
 
 
@@ -182,8 +190,8 @@ def _log_probs(model: CausalLMHead, batch: Batch, labels: Tensor) -> Tensor | No
 
 
 @contextmanager
-def _without_adapters(model: CausalLMHead) -> Iterator[None]:
-    """Leave a model's adapters out, and what training draws at random, to have its base."""
+def _as_reference(model: CausalLMHead, name: str | None) -> Iterator[None]:
+    """Leave out a model's adapters, or all but one, and what training draws at random."""
     adapters = model.adapters
     if adapters is None or not adapters.active:
         raise InputError(
@@ -192,11 +200,18 @@ def _without_adapters(model: CausalLMHead) -> Iterator[None]:
             "reference_free=True"
         )
     modes = {module: module.training for module in model.modules()}
-    model.disable_adapters()
+    active = adapters.active
+    if name is None:
+        model.disable_adapters()
+    else:
+        model.set_adapter(name)
     model.eval()
     try:
         yield
     finally:
-        model.enable_adapters()
+        if name is None:
+            model.enable_adapters()
+        else:
+            adapters.use(model, active)
         for module, training in modes.items():
             module.training = training
