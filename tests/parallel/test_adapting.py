@@ -15,6 +15,7 @@ from trainings import Heard, material, settings
 ALL = {"target_modules": "all-linear"}
 DORA = {**ALL, "use_dora": True, "lora_bias": True}
 EXPERTS = {**ALL, "target_parameters": ["experts.gate_up_proj", "experts.down_proj"]}
+HEADS = {"target_modules": ["q_proj", "lm_head", "embed_tokens"]}
 WHOLE = {
     "target_modules": ["q_proj", "o_proj", "lm_head", "embed_tokens"],
     "bias": "all",
@@ -27,6 +28,7 @@ WHOLES: list[tuple[str, dict[str, Any], dict[str, int]]] = [
     ("qwen2", WHOLE, {"tp": 2}),
     ("qwen2", WHOLE, {"fsdp": 2}),
     ("deepseek-v3", EXPERTS, {"tp": 2}),
+    ("qwen2", WHOLE, {"pp": 2}),
 ]
 PARTS: list[tuple[str, dict[str, Any], dict[str, int]]] = [
     ("qwen2", ALL, {"fsdp": 2}),
@@ -34,6 +36,10 @@ PARTS: list[tuple[str, dict[str, Any], dict[str, int]]] = [
     ("deepseek-v2", ALL, {"tp": 2}),
     ("deepseek-v3", EXPERTS, {"tp": 2, "ep": 2}),
     ("qwen2-moe", EXPERTS, {"fsdp": 2, "ep": 2}),
+    ("qwen2", HEADS, {"pp": 2}),
+    ("deepseek-v3", EXPERTS, {"pp": 2}),
+    # Stages share blocks, and what adapters do to these in each layer.
+    ("zamba2", ALL, {"pp": 2}),
 ]
 
 
@@ -64,7 +70,7 @@ def test_an_adapter_learns_in_four_processes_as_in_one(
 
 @pytest.mark.parametrize(
     ("parallel", "held_as"),
-    [({"fsdp": 2}, None), ({"tp": 2}, "int8"), ({"fsdp": 2, "ep": 2}, None)],
+    [({"fsdp": 2}, None), ({"tp": 2}, "int8"), ({"fsdp": 2, "ep": 2}, None), ({"pp": 2}, "int8")],
     ids=str,
 )
 def test_an_adapter_of_several_processes_is_one_ordinary_adapter(

@@ -123,20 +123,33 @@ def test_an_adapter_that_is_gone_on_with_is_compared_with_itself(
     assert not (result.path / "reference").exists()
 
 
-@pytest.mark.parametrize("named", [False, True], ids=["itself", "named"])
-@pytest.mark.parametrize("degrees", [{"fsdp": 2}, {"tp": 2, "ep": 2}], ids=["fsdp", "tp"])
+@pytest.mark.parametrize(
+    ("degrees", "compared"),
+    [
+        ({"fsdp": 2}, "itself"),
+        ({"fsdp": 2}, "named"),
+        ({"tp": 2, "ep": 2}, "itself"),
+        ({"tp": 2}, "base"),
+        ({"pp": 2}, "itself"),
+        ({"pp": 2}, "named"),
+        ({"pp": 2}, "base"),
+    ],
+    ids=str,
+)
 def test_adapters_that_are_compared_lie_in_parts(
     degrees: dict[str, int],
-    named: bool,
+    compared: str,
     taught: dict[str, Any],
     root: Path,
     tmp_path: Path,
     two: Pool,
 ) -> None:
     tables = {**taught, "report": {"peak_flops": 1e12}}
-    if named:
+    if compared == "named":
         reference = taught["adapter"]["from"]
         tables["objective"] = {**tables["objective"], "reference": reference}
+    if compared == "base":
+        tables["adapter"] = {"r": 2, "init_lora_weights": False}
     wanted = train(
         settings(root, tmp_path / "alone", "qwen2_moe", **tables), report=(heard := Heard())
     )

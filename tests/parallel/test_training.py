@@ -229,10 +229,10 @@ def test_stages_are_measured_and_write_as_one_process(
 def test_what_stages_do_not_do_is_told_before_anything_is_made(
     root: Path, tmp_path: Path, two: Pool
 ) -> None:
-    config = settings(root, tmp_path / "run", parallel=PP2, adapter={"r": 2})
+    config = settings(root, tmp_path / "run", parallel=PP2, train={"compile": True})
     both = two.run(training.refused, config)
     assert both[0] == both[1]
-    assert "is put on a whole model" in both[0]
+    assert "is for layers that all are here" in both[0]
     assert not (tmp_path / "run").exists()
 
 

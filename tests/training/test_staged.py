@@ -18,7 +18,6 @@ PP2 = Degrees(pp=2)
     [
         ({}, Degrees(pp=2, cp=2), r"\[parallel\] cp = 2 .*tp, fsdp or dp"),
         ({}, Degrees(pp=2, fsdp=2, ep=2), r"\[parallel\] ep = 2 .*ep = tp = 1"),
-        ({"adapter": {"r": 2}}, PP2, r"adapter.*: .*pp = 2.* tp or fsdp"),
         ({"train": {"compile": True}}, PP2, r"\[train\] compile .*take one of the two out"),
         (
             {"balance": {"auxiliary": 0.1, "scope": "sequence"}},
@@ -26,7 +25,7 @@ PP2 = Degrees(pp=2)
             r'\[balance\] scope .*scope = "global"',
         ),
     ],
-    ids=["cp", "ep", "adapter", "compile", "scope"],
+    ids=["cp", "ep", "compile", "scope"],
 )
 def test_what_stages_do_not_do_is_refused(
     tables: dict[str, Any], degrees: Degrees, message: str, tmp_path: Path

@@ -1,7 +1,7 @@
 """The adapters that are on a model: which there are, and which are in use."""
 
 import secrets
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import cast
 
 import torch
@@ -116,6 +116,23 @@ class Adapters:
                 del module.adapters
                 other.get_submodule(path).adapters = held
         self.install(other)
+
+    def keep(self, model: nn.Module, held: Collection[str]) -> None:
+        """Take off a model what adapters do to modules, as far as no tensor of it is named."""
+        for path, module in list(model.named_modules()):
+            there = module._modules.get("adapters")
+            if not isinstance(there, nn.ModuleDict):
+                continue
+            for name, uses in cast("Mapping[str, nn.ModuleDict]", dict(there.items())).items():
+                for use in list(uses):
+                    own = f"{path}.adapters.{name}.{use}."
+                    if not any(tensor.startswith(own) for tensor in held):
+                        del uses[use]
+                if not len(uses):
+                    del there[name]
+            if not len(there):
+                _uninstall(module)
+                del module.adapters
 
     def parts(self, model: nn.Module, name: str) -> dict[tuple[nn.Module, str], Adaptation]:
         """Return what an adapter does to each module, by module and use."""

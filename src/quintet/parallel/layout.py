@@ -132,6 +132,7 @@ class ParallelLayout:
         root: what the model is run through, if it was divided by FSDP.
         low: whether it is gathered in bfloat16.
         pipeline: what trains it, if it has some of the layers.
+        whole_model: in that case, all of the model, without memory.
     """
 
     def __init__(
@@ -143,8 +144,10 @@ class ParallelLayout:
         *,
         low: bool = False,
         pipeline: Pipeline | None = None,
+        whole_model: nn.Module | None = None,
     ) -> None:
         self.world, self.parts, self.root, self.pipeline = world, parts, root, pipeline
+        self.whole_model = whole_model
         self._apart = frozenset() if parts is None else parts.apart
         self.rounds = low and root is not None
         # The sizes of the first dimension of what FSDP divides.

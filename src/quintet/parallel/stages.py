@@ -4,6 +4,7 @@ A stage is a run of layers. The first also has the embedding, the last the norm 
 weight that several use, such as a tied embedding or Zamba2's blocks, is on each that uses it.
 """
 
+import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import chain, pairwise
@@ -31,6 +32,8 @@ __all__ = [
     "stages_of",
     "stages_to_run",
 ]
+
+_USE = re.compile(r"\.adapters\.[^.]+\.(\d+)\.")
 
 
 class _Config(Protocol):
@@ -74,8 +77,12 @@ class Cost:
 
 
 def cost_of(module: nn.Module) -> Cost:
-    """Count the weights of a part, and those a token passes: of experts, the ones it is sent to."""
-    numbers = sum(_numel(one) for one in module.modules())
+    """Count the weights of a part, and those a token passes: of experts, the ones it is sent to.
+
+    Adapters are not counted, so that layers are given out alike with them and without.
+    """
+    named = module.named_modules()
+    numbers = sum(_numel(one) for path, one in named if ".adapters." not in f".{path}.")
     idle = 0
     for block in module.modules():
         if isinstance(block, ExpertBlock) and isinstance(block.gate, ExpertRouter):
@@ -211,7 +218,9 @@ def stages_of(
             if len(base.layers) > main:
                 yield size - 1
         elif own.startswith("layers."):
-            index = int(own.split(".")[1])
+            # What an adapter does to a shared block in one layer is that layer's.
+            use = _USE.search(own)
+            index = int(use[1] if use else own.split(".")[1])
             yield next((stage for stage, run in enumerate(runs) if index in run), size - 1)
         else:
             yield size - 1

@@ -211,12 +211,9 @@ def put_on_part(model: CausalLMHead, settings: AdapterSettings, beside: str | No
         path, _, leaf = name.rpartition(".")
         whole.get_submodule(path)._parameters[leaf] = nn.Parameter(zero.expand(parameter.shape))
     put_adapter(whole, settings, beside)
-    adapters = whole.adapters_there()
     model.requires_grad_(False)
-    for module in model.modules():
-        if isinstance(module, AdaptedRows):
-            object.__setattr__(module, "adapters", adapters)
-    adapters.move(whole, model)
+    _share(model, whole)
+    whole.adapters_there().move(whole, model)
 
 
 def whole_of(model: CausalLMHead) -> CausalLMHead:
@@ -224,11 +221,19 @@ def whole_of(model: CausalLMHead) -> CausalLMHead:
     whole = init_on_meta(type(model), model.config)
     if model.adapters is not None:
         whole.requires_grad_(False)
+        _share(whole, model)
     for path, module in model.named_modules():
         held = module._modules.get("adapters")
         if isinstance(held, nn.ModuleDict):
             whole.get_submodule(path).adapters = copy.deepcopy(held).to("meta")
     return whole
+
+
+def _share(model: CausalLMHead, other: CausalLMHead) -> None:
+    """Let a model know the adapters of another one."""
+    for module in model.modules():
+        if isinstance(module, AdaptedRows):
+            object.__setattr__(module, "adapters", other.adapters)
 
 
 def _short(count: int) -> str:

@@ -18,7 +18,7 @@ from quintet.parallel.pipeline import Pipeline
 from quintet.parallel.placement import table_of
 from quintet.parallel.slices import Slices
 from quintet.parallel.stage import leave_out
-from quintet.parallel.stages import Stages, stages_to_run
+from quintet.parallel.stages import Stages, names_held, stages_to_run
 from quintet.parallel.world import World
 from quintet.training.adapting import whole_of
 from quintet.training.config import TrainingConfig
@@ -81,6 +81,8 @@ def parallelize(
         return HERE
     world, degrees = ranks.world, ranks.world.degrees
     low = _low(config)
+    # Before it is cut: what is elsewhere is not known of a part.
+    whole = whole_of(model) if degrees.pp > 1 else None
     parts, stages, root = _divided(model, world, part=part, low=low)
     model.world = _generating(world)
     # From here on processes draw for tokens, or layers, of their own.
@@ -93,7 +95,7 @@ def parallelize(
         pipeline = Pipeline(model, stages, world)
         if low and root is not None:
             pipeline.stage.dtype = torch.bfloat16
-    return ParallelLayout(model, world, parts, root, low=low, pipeline=pipeline)
+    return ParallelLayout(model, world, parts, root, low=low, pipeline=pipeline, whole_model=whole)
 
 
 def _divided(
@@ -103,12 +105,12 @@ def _divided(
 
     Where it is a part already, it is sliced, and connected, as far as it is not.
     """
-    degrees = world.degrees
+    degrees, adapters = world.degrees, model.adapters
     parts = root = stages = None
+    whole = whole_of(model) if part or adapters is not None else model
     if degrees.pp > 1:
-        stages = stages_to_run(init_on_meta(type(model), model.config) if part else model, world)
+        stages = stages_to_run(whole, world)
     if max(degrees.tp, degrees.ep) > 1:
-        whole = whole_of(model) if part else model
         table = with_adapters(whole, table_of(whole))
         if part:
             parts = Parts.of(whole, world, table)
@@ -117,10 +119,12 @@ def _divided(
         else:
             parts = Parts.cut(model, world, table)
         connect_adapters(model, table, world.groups.get("tp"), parts.own)
-        if model.adapters is not None:
-            model.adapters.install(model)
     elif stages is not None and not part:
         leave_out(model, stages, world)
+    if adapters is not None:
+        if (held := names_held(stages, world)) is not None:
+            adapters.keep(model, held)
+        adapters.install(model)
     if degrees.cp > 1:
         model.sequences = Sequences(model, world)
     if degrees.fsdp > 1 or degrees.ep > degrees.tp:
@@ -130,8 +134,8 @@ def _divided(
             # What is gathered in fewer bits are the masters.
             model.to(torch.float32)
         sliced = _sliced(model, parts) if part else {}
-        adapters = adapted_names(model)
-        root = divide(model, decoder.layers, world, low=low, sliced=sliced, whole=adapters)
+        kept = adapted_names(model)
+        root = divide(model, decoder.layers, world, low=low, sliced=sliced, whole=kept)
     return parts, stages, root
 
 

@@ -28,12 +28,6 @@ def check_staged(config: TrainingConfig, degrees: Degrees) -> None:
             f" = {degrees.ep} sends tokens between processes whose stages are at other parts of a "
             f"step with pp = {pp}; take ep = tp = {degrees.tp}, or fewer",
         )
-    if config.adapter is not None:
-        raise SettingError(
-            "adapter",
-            f": is put on a whole model, and with [parallel] pp = {pp} no process has one; divide "
-            "along tp or fsdp instead",
-        )
     if config.train.compile:
         raise SettingError.value(
             "train.compile",

@@ -1,7 +1,6 @@
 """The model of a training as an ordinary checkpoint, whether one process has it or several."""
 
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -11,6 +10,7 @@ from quintet.adapters.dividing import adapted_names
 from quintet.modeling.heads import CausalLMHead
 from quintet.modeling.init_on_meta import init_on_meta
 from quintet.tokenization import PreTrainedTokenizer
+from quintet.training.adapting import whole_of
 from quintet.training.optimizers.layout import Layout
 from quintet.training.ranks import Ranks
 
@@ -27,11 +27,16 @@ def writing(
     if ranks.size == 1:
         return lambda folder: _write(folder, model, tokenizer, None)
     if model.adapters is not None:
-        wholes = whole_adapters(model, layout, keep=ranks.first)
+        tensors = whole_adapters(model, layout, keep=ranks.first)
 
         def write_adapter(folder: Path) -> None:
-            with _holding(wholes):
-                model.save_adapter(folder)
+            known = layout.whole_model
+            shell = whole_of(known if isinstance(known, CausalLMHead) else model)
+            for name, tensor in tensors.items():
+                path, _, leaf = name.rpartition(".")
+                held = nn.Parameter(tensor, requires_grad=False)
+                shell.get_submodule(path)._parameters[leaf] = held
+            shell.save_adapter(folder)
             tokenizer.save_pretrained(folder)
 
         return write_adapter
@@ -75,31 +80,16 @@ def _first_names(state: Mapping[str, Tensor]) -> dict[str, str]:
     return {name: names.setdefault(id(tensor), name) for name, tensor in state.items()}
 
 
-def whole_adapters(
-    model: CausalLMHead, layout: Layout, *, keep: bool
-) -> dict[nn.Parameter, Tensor]:
-    """Return the whole of each parameter of adapters; none where they are not kept."""
+def whole_adapters(model: CausalLMHead, layout: Layout, *, keep: bool) -> dict[str, Tensor]:
+    """Return the whole of each parameter of adapters, by name; none where they are not kept."""
     names = adapted_names(model)
-    found = {}
-    for name, parameter in model.named_parameters():
-        if name in names:
-            whole = layout.whole(name, layout.held(parameter.detach()))
-            if keep:
-                found[parameter] = whole
-    return found
 
+    def own() -> Iterator[tuple[str, Tensor]]:
+        for name, parameter in model.named_parameters():
+            if name in names and layout.counts(name):
+                yield name, layout.whole(name, layout.held(parameter.detach()))
 
-@contextmanager
-def _holding(wholes: Mapping[nn.Parameter, Tensor]) -> Iterator[None]:
-    """Let parameters have other numbers, of which they are parts."""
-    parts = {parameter: parameter.data for parameter in wholes}
-    try:
-        for parameter, whole in wholes.items():
-            parameter.data = whole
-        yield
-    finally:
-        for parameter, part in parts.items():
-            parameter.data = part
+    return {name: whole for name, whole in layout.collected(own()) if keep}
 
 
 def _write(

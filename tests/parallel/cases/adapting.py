@@ -90,16 +90,18 @@ def learns(
     (loss, norm, wanted), (made_loss, made_norm, made) = found
     assert abs(made_loss - loss) < 1e-5 * abs(loss)
     assert abs(made_norm - norm) < 1e-5 * norm
-    assert set(wanted) == set(made)
+    # Of stages, each has the gradients of its own layers.
+    held_here = {path for path, _ in models[1].named_parameters()}
+    assert set(made) == set(wanted) & held_here
     for path, gradient in wanted.items():
-        if adds_to_all_scores(path):
+        if path not in held_here or adds_to_all_scores(path):
             continue
         error = relative_error(made[path], gradient)
         assert error < 1e-5, f"{path}: {error}"
     whole = dict(models[0].named_parameters())
-    names = {parameter: path for path, parameter in models[1].named_parameters()}
-    for parameter, tensor in whole_adapters(models[1], layout, keep=True).items():
-        if adds_to_all_scores(names[parameter]):
-            continue
-        error = relative_error(tensor, whole[names[parameter]].detach())
-        assert error < 1e-4, f"{names[parameter]}: {error}"
+    found_of_all = whole_adapters(models[1], layout, keep=ranks.first)
+    assert not ranks.first or found_of_all.keys() == {n for n in whole if ".adapters." in n}
+    for path, tensor in found_of_all.items():
+        if not adds_to_all_scores(path):
+            error = relative_error(tensor, whole[path].detach())
+            assert error < 1e-4, f"{path}: {error}"

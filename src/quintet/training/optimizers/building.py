@@ -206,6 +206,6 @@ def build_optimizers(
     Raises:
         ConfigError: the settings do not go together with this model.
     """
-    groups = grouped(model, settings)
+    groups = grouped(model, settings, layout.whole_model)
     masters = Masters(model, groups, settings.precision, layout)
     return Optimizers(groups, masters, settings, layout)

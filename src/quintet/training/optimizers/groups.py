@@ -6,9 +6,10 @@ from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
 from typing import get_args
 
+from torch import nn
+
 from quintet.errors import ConfigError, shown
 from quintet.modeling.base import PreTrainedModel
-from quintet.modeling.init_on_meta import init_on_meta
 from quintet.training.optimizers.roles import Member, members
 from quintet.training.optimizers.settings import GroupSettings, Kind, OptimizerSettings, Role
 
@@ -38,18 +39,25 @@ class Group:
     members: list[Member] = field(default_factory=list)
 
 
-def grouped(model: PreTrainedModel, settings: OptimizerSettings) -> list[Group]:
+def grouped(
+    model: PreTrainedModel, settings: OptimizerSettings, whole: nn.Module | None = None
+) -> list[Group]:
     """Put every parameter that is to be trained into one group; freeze what is to be frozen.
 
     Where other processes have other layers, the groups are those of the whole model in all of them,
     some of them without a parameter here.
 
+    Args:
+        model: the model, or some of its layers.
+        settings: the settings.
+        whole: in that case, all of it, without memory.
+
     Raises:
         ConfigError: a pattern matches no parameter, a group asks for what cannot be done with its
             parameters, or nothing is left to be trained.
     """
-    if model.stage is not None:
-        return _here(grouped(init_on_meta(type(model), model.config), settings), model)
+    if isinstance(whole, PreTrainedModel):
+        return _here(grouped(whole, settings), model)
     found: dict[tuple[object, ...], Group] = {}
     matched: set[str] = set()
     for member in list(members(model, by_head=settings.by_head)):

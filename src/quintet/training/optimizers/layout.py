@@ -3,7 +3,7 @@
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Protocol, TypeVar
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from quintet.training.optimizers.clipping import norm
 
@@ -18,6 +18,11 @@ class Layout(Protocol):
     @property
     def rounds(self) -> bool:
         """Whether float32 parameters become bfloat16 by themselves where they are computed with."""
+        ...
+
+    @property
+    def whole_model(self) -> nn.Module | None:
+        """Where this process has some of the layers, all of the model, without memory."""
         ...
 
     def run(self, call: Callable[[], T]) -> T:
@@ -80,6 +85,7 @@ class Here:
     """All of it in this process."""
 
     rounds = False
+    whole_model = None
 
     def run(self, call: Callable[[], T]) -> T:
         """Return what a call makes of the model."""

@@ -45,11 +45,12 @@ class Masters:
         rounded = precision == "bfloat16" and not layout.rounds
         if rounded:
             before = {name: p.detach().to(torch.float32, copy=True) for name, p in trained.items()}
+            named = model.named_parameters()
+            adapters = {p: p.data for name, p in named if ".adapters." in f".{name}"}
             model.to(torch.bfloat16)
-            for member in members:
-                # Adapters are float32 on any model.
-                if member.role == "adapter":
-                    member.parameter.data = before[member.name]
+            # Adapters are float32 on any model.
+            for parameter, numbers in adapters.items():
+                parameter.data = numbers
         self._weights: dict[str, Tensor] = {n: layout.held(p) for n, p in trained.items()}
         self._layout = layout
         self._parts = [
