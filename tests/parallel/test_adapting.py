@@ -33,7 +33,7 @@ WHOLES: list[tuple[str, dict[str, Any], dict[str, int]]] = [
 PARTS: list[tuple[str, dict[str, Any], dict[str, int]]] = [
     ("qwen2", ALL, {"fsdp": 2}),
     ("zamba2", ALL, {"tp": 2}),
-    ("deepseek-v2", ALL, {"tp": 2}),
+    ("deepseek-v2", ALL, {"tp": 2, "sequence_parallel": True}),
     ("deepseek-v3", EXPERTS, {"tp": 2, "ep": 2}),
     ("qwen2-moe", EXPERTS, {"fsdp": 2, "ep": 2}),
     ("qwen2", HEADS, {"pp": 2}),

@@ -49,3 +49,13 @@ def test_norms_of_slices_learn_what_whole_ones_do(
     name: str, changes: dict[str, Any], padded: bool, two: Pool
 ) -> None:
     two.run(sequence.slices, name, changes, padded)
+
+
+@pytest.mark.parametrize("by_messages", [False, True], ids=["memory", "messages"])
+def test_what_enters_and_leaves_in_slices_is_the_whole(by_messages: bool, two: Pool) -> None:
+    two.run(sequence.regions, by_messages)
+
+
+def test_slices_of_tokens_keep_less_for_the_backward(two: Pool) -> None:
+    for whole, sliced in two.run(sequence.kept, "qwen2"):
+        assert sliced < 0.9 * whole

@@ -26,6 +26,7 @@ PP2, CP2, CP2_TP2, CP2_FSDP2 = (
 # Experts are among processes with batches of their own, which send each other tokens.
 SENT2, SENT4 = {"fsdp": 2, "ep": 2}, {"tp": 2, "fsdp": 2, "ep": 4}
 SENT2_COPIES, SENT2_HSDP = {"fsdp": 4, "ep": 2}, {"dp": 2, "fsdp": 2, "ep": 2}
+SLICES2 = {"tp": 2, "sequence_parallel": True}
 PP2_TP2, PP2_FSDP2 = {"pp": 2, "tp": 2}, {"pp": 2, "fsdp": 2}
 HSDP, TP2_FSDP2 = {"dp": 2, "fsdp": 2}, {"tp": 2, "fsdp": 2}
 FAMILIES = ["qwen2", "qwen2-moe", "deepseek-v2", "deepseek-v3", "zamba2"]
@@ -34,9 +35,11 @@ MIXTURES = ["qwen2-moe", "deepseek-v2", "deepseek-v3"]
 
 
 @pytest.mark.parametrize("name", FAMILIES)
-@pytest.mark.parametrize("degrees", [FSDP2, TP2, CP2, PP2], ids=["fsdp", "tp", "cp", "pp"])
+@pytest.mark.parametrize(
+    "degrees", [FSDP2, TP2, SLICES2, CP2, PP2], ids=["fsdp", "tp", "slices", "cp", "pp"]
+)
 def test_gradients_in_two_processes_are_those_of_one(
-    name: str, degrees: dict[str, int], two: Pool
+    name: str, degrees: dict[str, int | bool], two: Pool
 ) -> None:
     two.run(training.gradients, name, {}, degrees, {})
 
@@ -98,6 +101,17 @@ def test_other_objectives_learn_as_in_one_process(degrees: dict[str, int], two: 
 )
 def test_gradients_in_four_processes_are_those_of_one(
     name: str, degrees: dict[str, int], four: Pool
+) -> None:
+    four.run(training.gradients, name, {}, degrees, {})
+
+
+@pytest.mark.parametrize(
+    ("name", "degrees"),
+    [("qwen2-moe", SLICES2 | {"fsdp": 2}), ("zamba2", SLICES2 | {"pp": 2})],
+    ids=str,
+)
+def test_gradients_of_slices_of_tokens_in_four_processes_are_those_of_one(
+    name: str, degrees: dict[str, int | bool], four: Pool
 ) -> None:
     four.run(training.gradients, name, {}, degrees, {})
 
@@ -224,6 +238,23 @@ def test_stages_are_measured_and_write_as_one_process(
     assert f"{size:,} parameters" in banner
     # The first process tells.
     assert not nothing
+
+
+def test_slices_of_tokens_are_recomputed_and_measured_as_whole_rows(
+    root: Path, tmp_path: Path, two: Pool
+) -> None:
+    tables: dict[str, Any] = {
+        "data": {"held_out_sources": [{"paths": [str(root / "held.txt")]}]},
+        "evaluation": {"every": 2},
+        "train": {"steps": 4, "recompute": True},
+        "objective": {"prediction": 0.3},
+    }
+    train(settings(root, tmp_path / "alone", "deepseek_v3", **tables), report=(heard := Heard()))
+    config = settings(root, tmp_path / "both", "deepseek_v3", **tables, parallel=SLICES2)
+    losses, evaluations, *_ = two.run(training.told, config)[0]
+    assert losses == pytest.approx(heard.losses, rel=1e-4)
+    for found, wanted in zip(evaluations, heard.evaluations, strict=True):
+        assert found.bits_per_byte == pytest.approx(wanted.bits_per_byte, rel=1e-4)
 
 
 def test_what_stages_do_not_do_is_told_before_anything_is_made(

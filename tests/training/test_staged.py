@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 
 from quintet.parallel.world import Degrees
+from quintet.training.parallel import ParallelSettings
 from quintet.training.settings import SettingError
 from quintet.training.staged import check_staged, idle_stages
 from trainings import settings
@@ -34,6 +35,30 @@ def test_what_stages_do_not_do_is_refused(
     check_staged(config, Degrees(**{axis: degrees.of(axis) for axis in ("cp", "fsdp", "ep")}))
     with pytest.raises(SettingError, match=message):
         check_staged(config, degrees)
+
+
+@pytest.mark.parametrize(
+    ("train", "degrees", "message"),
+    [
+        ({}, Degrees(tp=2, cp=2), r"sequence_parallel = true .*cp = 2"),
+        ({}, Degrees(tp=2, fsdp=2, ep=4), r"sequence_parallel = true .*ep = 4"),
+        ({"recompute": True}, Degrees(tp=2, pp=2), r"sequence_parallel = true .*take recompute"),
+    ],
+    ids=["cp", "ep", "recompute"],
+)
+def test_what_slices_of_tokens_do_not_do_is_refused(
+    train: dict[str, Any], degrees: Degrees, message: str, tmp_path: Path
+) -> None:
+    parallel = {"tp": 2, "sequence_parallel": True}
+    config = settings(tmp_path, tmp_path / "run", train=train, parallel=parallel)
+    check_staged(config, Degrees(tp=2, fsdp=2, ep=2))
+    with pytest.raises(SettingError, match=message):
+        check_staged(config, degrees)
+
+
+def test_slices_of_tokens_go_with_tp() -> None:
+    with pytest.raises(SettingError, match="give tp, too"):
+        ParallelSettings(sequence_parallel=True)
 
 
 def test_what_stages_do_is_not_refused(tmp_path: Path) -> None:

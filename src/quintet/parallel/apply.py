@@ -22,7 +22,7 @@ from quintet.parallel.vocabulary import connect_vocabulary
 from quintet.parallel.world import World
 from quintet.sharding import Sharding
 
-__all__ = ["connect", "cut", "divide", "shard_model", "shards_of"]
+__all__ = ["Entering", "Reducing", "connect", "cut", "divide", "shard_model", "shards_of"]
 
 Sliced = Callable[[nn.Module, Mapping[str, Shard], Sharding], dict[str, Shard]]
 
@@ -78,7 +78,7 @@ def connect(model: nn.Module, sharding: Sharding, world: World) -> None:
         assert isinstance(norm, GatedRMSNorm)
         if norm.weight.shape[0] < norm.group_size:
             vars(norm)["forward"] = SpreadNorm(norm, group, *world.place.tp)
-    hooks = _Enter(group), _Copy(group), _Reduce(group)
+    hooks = Entering(group), _Copy(group), Reducing(group)
     for name in sharding.copies:
         model.get_submodule(name).register_forward_pre_hook(hooks[0], with_kwargs=True)
     for name in sharding.copies_output:
@@ -150,7 +150,7 @@ def _each(value: Any, apply: Callable[[Tensor], Tensor]) -> Any:
 
 
 @dataclass(frozen=True, slots=True)
-class _Enter(Idle):
+class Entering(Idle):
     """A hook that lets a module's arguments pass f."""
 
     group: dist.ProcessGroup
@@ -158,6 +158,8 @@ class _Enter(Idle):
     def __call__(
         self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """Return the arguments."""
+
         def enter(x: Tensor) -> Tensor:
             return copied(x, self.group)
 
@@ -176,7 +178,7 @@ class _Copy(Idle):
 
 
 @dataclass(frozen=True, slots=True)
-class _Reduce(Summing):
+class Reducing(Summing):
     """A hook that lets a module's output pass g."""
 
     group: dist.ProcessGroup
@@ -186,4 +188,5 @@ class _Reduce(Summing):
         return shared_buffer_of(self.group)
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
+        """Return the sum."""
         return _each(output, lambda x: reduced(x, self.group))

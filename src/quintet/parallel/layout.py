@@ -1,6 +1,6 @@
 """A model that is trained by several processes: where its numbers are, and how they add up."""
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import TypeVar
 
@@ -133,6 +133,7 @@ class ParallelLayout:
         low: whether it is gathered in bfloat16.
         pipeline: what trains it, if it has some of the layers.
         whole_model: in that case, all of the model, without memory.
+        partial: the parameters that learn from a slice of the tokens along tp.
     """
 
     def __init__(
@@ -145,9 +146,10 @@ class ParallelLayout:
         low: bool = False,
         pipeline: Pipeline | None = None,
         whole_model: nn.Module | None = None,
+        partial: Collection[str] = (),
     ) -> None:
         self.world, self.parts, self.root, self.pipeline = world, parts, root, pipeline
-        self.whole_model = whole_model
+        self.whole_model, self._partial = whole_model, frozenset(partial)
         self._apart = frozenset() if parts is None else parts.apart
         self.rounds = low and root is not None
         # The sizes of the first dimension of what FSDP divides.
@@ -221,6 +223,8 @@ class ParallelLayout:
         for axes, tensors in summed.items():
             if any(axis in self.world.groups for axis in axes):
                 self._add_all(tensors, axes)
+        if slices := [x for name, x in gradients.items() if name in self._partial]:
+            self._add_all(slices, ("tp",))
         if self.pipeline is not None:
             self.pipeline.add_up(gradients)
         if self.parts is None:

@@ -11,9 +11,9 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from quintet.parallel.shared_buffer import join, sum_in_place
+from quintet.parallel.shared_buffer import join, shared_buffer_of, sum_in_place
 
-__all__ = ["copied", "exchanged", "gathered", "reduced", "sliced"]
+__all__ = ["copied", "entered", "exchanged", "gathered", "reduced", "scattered", "sliced"]
 
 
 class _Context(Protocol):
@@ -43,6 +43,24 @@ def gathered(x: Tensor, group: dist.ProcessGroup, *, widths: list[int], dim: int
     if torch.is_grad_enabled() and x.requires_grad:
         return _Gathered.apply(x, group, widths, dim)  # type: ignore[no-any-return, no-untyped-call]
     return _join(x, group, widths, dim)
+
+
+def entered(x: Tensor, group: dist.ProcessGroup, *, widths: list[int], dim: int = -1) -> Tensor:
+    """Join as `gathered` does what each process uses a part of: backward comes a part of the sum.
+
+    That is f of what is gathered; with `scattered`, what f and g are where tokens are divided
+    (arXiv:2205.05198, §4.2.2).
+    """
+    if torch.is_grad_enabled() and x.requires_grad:
+        return _Entered.apply(x, group, widths, dim)  # type: ignore[no-any-return, no-untyped-call]
+    return _join(x, group, widths, dim)
+
+
+def scattered(x: Tensor, group: dist.ProcessGroup, *, widths: list[int], dim: int = -1) -> Tensor:
+    """Return this process's part of the sum of the processes' x; backward the parts are joined."""
+    if torch.is_grad_enabled() and x.requires_grad:
+        return _Scattered.apply(x, group, widths, dim)  # type: ignore[no-any-return, no-untyped-call]
+    return _scatter(x, group, widths, dim)
 
 
 def sliced(x: Tensor, group: dist.ProcessGroup, *, widths: list[int], dim: int = -1) -> Tensor:
@@ -84,6 +102,21 @@ def _join(x: Tensor, group: dist.ProcessGroup, widths: list[int], dim: int) -> T
     own[: moved.shape[0]] = moved
     kept = [part[:n] for part, n in zip(join(own, group), widths, strict=True)]
     return torch.cat(kept).movedim(0, dim)
+
+
+def _scatter(x: Tensor, group: dist.ProcessGroup, widths: list[int], dim: int) -> Tensor:
+    if x.is_cpu and shared_buffer_of(group) is not None:
+        # In memory that all have, a sum is as fast as a part of it.
+        return _own(_sum(x, group), group, widths, dim).clone()
+    moved, most = x.detach().movedim(dim, 0), max(widths)
+    parts = []
+    for part in torch.split(moved, widths):
+        # Collectives want tensors of one shape.
+        parts.append(moved.new_zeros(most, *moved.shape[1:]))
+        parts[-1][: len(part)] = part
+    own = torch.empty_like(parts[0])
+    dist.reduce_scatter(own, parts, group=group)
+    return own[: widths[dist.get_rank(group)]].movedim(0, dim)
 
 
 class _Copied(torch.autograd.Function):
@@ -129,6 +162,34 @@ class _Sliced(torch.autograd.Function):
     ) -> Tensor:
         ctx.group, ctx.widths, ctx.dim = group, widths, dim
         return _own(x, group, widths, dim).clone()
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Any, ...]:
+        return _join(gradient, ctx.group, ctx.widths, ctx.dim), None, None, None
+
+
+class _Entered(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, group: dist.ProcessGroup, widths: list[int], dim: int
+    ) -> Tensor:
+        ctx.group, ctx.widths, ctx.dim = group, widths, dim
+        return _join(x, group, widths, dim)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Any, ...]:
+        return _scatter(gradient, ctx.group, ctx.widths, ctx.dim), None, None, None
+
+
+class _Scattered(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, group: dist.ProcessGroup, widths: list[int], dim: int
+    ) -> Tensor:
+        ctx.group, ctx.widths, ctx.dim = group, widths, dim
+        return _scatter(x, group, widths, dim)
 
     @staticmethod
     @once_differentiable

@@ -6,7 +6,7 @@ tokens are gathered where a region begins, and cut where its parts have been add
 between regions learn from a slice on each process, and their gradients add up.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, MutableMapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,8 +15,13 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from quintet.errors import InputError
+from quintet.kernels.shared_buffer import SharedBuffer
+from quintet.layers.plain import Idle, Summing
 from quintet.layers.shared_transformer import SharedTransformer
-from quintet.parallel.regions import gathered, sliced
+from quintet.parallel.apply import Entering, Reducing
+from quintet.parallel.regions import entered, gathered, reduced, scattered, sliced
+from quintet.parallel.shared_buffer import shared_buffer_of
+from quintet.parallel.stage import Stage
 from quintet.parallel.stages import decoder_of
 from quintet.parallel.vocabulary import widths
 from quintet.parallel.world import World
@@ -50,6 +55,14 @@ class Slices:
         """Return all tokens of slices (B, T/t, ...)."""
         return gathered(x, self.group, widths=widths(self._tokens, self.count), dim=1)
 
+    def entered(self, x: Tensor) -> Tensor:
+        """Return all tokens of slices, of which each process uses a part."""
+        return entered(x, self.group, widths=widths(self._tokens, self.count), dim=1)
+
+    def left(self, x: Tensor) -> Tensor:
+        """Return this process's slice of the sum of what all made, (B, T, ...)."""
+        return scattered(x, self.group, widths=widths(self._tokens, self.count), dim=1)
+
     @torch.no_grad()
     def add_up(self, gradients: Mapping[str, Tensor]) -> None:
         """Add up gradients, by the names of their parameters, that are parts of a sum: in place."""
@@ -61,7 +74,8 @@ class Slices:
 def slice_tokens(model: nn.Module, sharding: Sharding, world: World) -> Slices:
     """Let a model that `tp` divides compute norms and residuals for slices where it learns.
 
-    Without gradients it runs as before: a step of one token has no slices.
+    Without gradients it runs as before: a step of one token has no slices. Of a model in stages,
+    each gathers what it hands on.
 
     Raises:
         InputError: there is no tp.
@@ -69,22 +83,35 @@ def slice_tokens(model: nn.Module, sharding: Sharding, world: World) -> Slices:
     if "tp" not in world.groups:
         raise InputError("sequence parallelism goes with tp, whose processes share the tokens")
     slices = Slices(world.groups["tp"], *world.place.tp)
-    base = decoder_of(model)
-    main = base.config.num_hidden_layers
-    layers = list(base.layers)[:main]
+    base, stage = decoder_of(model), vars(model).get("stage")
+    assert stage is None or isinstance(stage, Stage)
+    run = range(base.config.num_hidden_layers) if stage is None else stage.own
+    layers = [base.layers[i] for i in run]
+    ends_here = stage is None or stage.last
     layers[0].register_forward_pre_hook(_Begin(slices), with_kwargs=True)
-    base.final_norm.register_forward_hook(_Gather(slices))
+    (base.final_norm if ends_here else layers[-1]).register_forward_hook(_Gather(slices))
     regions: dict[int, nn.Module] = {}
     for begins, ends in _regions(model, layers, sharding):
         if id(begins) not in regions:
             regions[id(begins)] = begins
-            begins.register_forward_pre_hook(_Enter(slices), with_kwargs=True, prepend=True)
-            ends.register_forward_hook(_Leave(slices))
+            # What f and g do besides is done in one with them.
+            if not _in_place(begins._forward_pre_hooks, Entering, _EnterParts(slices)):
+                begins.register_forward_pre_hook(_Enter(slices), with_kwargs=True, prepend=True)
+            if not _in_place(ends._forward_hooks, Reducing, _LeaveParts(slices)):
+                ends.register_forward_hook(_Leave(slices))
     inside = {id(p) for region in regions.values() for p in region.parameters()}
-    own = [*(p for layer in layers for p in layer.parameters()), *base.final_norm.parameters()]
+    own = [p for layer in layers for p in layer.parameters()]
+    own += base.final_norm.parameters() if ends_here else []
     sums = {id(p) for p in own} - inside
     slices.partial = tuple(name for name, p in model.named_parameters() if id(p) in sums)
     return slices
+
+
+def _in_place(hooks: MutableMapping[int, Any], of: type[object], hook: object) -> bool:
+    """Put a hook in the place of the one of a class, if there is one."""
+    found = [number for number, one in hooks.items() if isinstance(one, of)]
+    hooks.update(dict.fromkeys(found, hook))
+    return bool(found)
 
 
 def _regions(
@@ -116,7 +143,7 @@ def _regions(
 
 
 @dataclass(frozen=True, slots=True)
-class _Begin:
+class _Begin(Idle):
     """A hook that cuts what the first layer is given."""
 
     slices: Slices
@@ -131,8 +158,8 @@ class _Begin:
 
 
 @dataclass(frozen=True, slots=True)
-class _Enter:
-    """A hook that gives a region all tokens."""
+class _Enter(Idle):
+    """A hook that gives a region all tokens, of which all processes make the same at first."""
 
     slices: Slices
 
@@ -141,16 +168,26 @@ class _Enter:
     ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
         if not torch.is_grad_enabled():
             return None
-        named = {
-            name: self.slices.whole(value) if isinstance(value, Tensor) else value
-            for name, value in kwargs.items()
-        }
-        return tuple(self.slices.whole(x) if isinstance(x, Tensor) else x for x in args), named
+        return _each(args, kwargs, self.slices.whole)
 
 
 @dataclass(frozen=True, slots=True)
-class _Leave:
-    """A hook that cuts what a region made."""
+class _EnterParts(Idle):
+    """A hook that gives a region all tokens, of which each process makes a part."""
+
+    slices: Slices
+
+    def __call__(
+        self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+        if not torch.is_grad_enabled():
+            return None
+        return _each(args, kwargs, self.slices.entered)
+
+
+@dataclass(frozen=True, slots=True)
+class _Leave(Idle):
+    """A hook that cuts what a region made, and all have."""
 
     slices: Slices
 
@@ -159,10 +196,34 @@ class _Leave:
 
 
 @dataclass(frozen=True, slots=True)
-class _Gather:
-    """A hook that puts slices together behind the last norm."""
+class _LeaveParts(Summing):
+    """A hook that adds up what a region made, of which each has a part, and leaves a slice."""
+
+    slices: Slices
+
+    def shared_buffer(self) -> SharedBuffer | None:
+        """Return where the processes meet."""
+        return shared_buffer_of(self.slices.group)
+
+    def __call__(self, module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:
+        if torch.is_grad_enabled():
+            return self.slices.left(output)
+        return reduced(output, self.slices.group)
+
+
+@dataclass(frozen=True, slots=True)
+class _Gather(Idle):
+    """A hook that puts slices together behind the last norm, or layer."""
 
     slices: Slices
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:
         return self.slices.whole(output) if torch.is_grad_enabled() else output
+
+
+def _each(
+    args: tuple[Any, ...], kwargs: dict[str, Any], apply: Callable[[Tensor], Tensor]
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Apply to all tensors among arguments."""
+    named = {n: apply(x) if isinstance(x, Tensor) else x for n, x in kwargs.items()}
+    return tuple(apply(x) if isinstance(x, Tensor) else x for x in args), named

@@ -1,6 +1,7 @@
 """One process or several: who trains together, and what each has of the model."""
 
 from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -16,6 +17,7 @@ from quintet.parallel.launch import join, launched, own_device
 from quintet.parallel.layout import ParallelLayout, Parts
 from quintet.parallel.pipeline import Pipeline
 from quintet.parallel.placement import table_of
+from quintet.parallel.sequence_parallel import slice_tokens
 from quintet.parallel.slices import Slices
 from quintet.parallel.stage import leave_out
 from quintet.parallel.stages import Stages, names_held, stages_to_run
@@ -23,7 +25,8 @@ from quintet.parallel.world import World
 from quintet.training.adapting import whole_of
 from quintet.training.config import TrainingConfig
 from quintet.training.held import Held
-from quintet.training.objectives.compared import Running, here
+from quintet.training.objectives.compared import Running
+from quintet.training.objectives.compared import here as run_here
 from quintet.training.optimizers.layout import HERE, Layout
 from quintet.training.parallel import ParallelSettings
 from quintet.training.ranks import Alone, Ranks, Several
@@ -83,7 +86,8 @@ def parallelize(
     low = _low(config)
     # Before it is cut: what is elsewhere is not known of a part.
     whole = whole_of(model) if degrees.pp > 1 else None
-    parts, stages, root = _divided(model, world, part=part, low=low)
+    by_tokens = config.parallel.sequence_parallel and degrees.tp > 1
+    here = _divided(model, world, part=part, low=low, by_tokens=by_tokens)
     model.world = _generating(world)
     # From here on processes draw for tokens, or layers, of their own.
     at = world.coordinates
@@ -91,22 +95,53 @@ def parallelize(
     if index:
         torch.manual_seed(config.train.seed + index)
     pipeline = None
-    if stages is not None:
-        pipeline = Pipeline(model, stages, world)
-        if low and root is not None:
+    if here.stages is not None:
+        pipeline = Pipeline(model, here.stages, world)
+        if low and here.root is not None:
             pipeline.stage.dtype = torch.bfloat16
-    return ParallelLayout(model, world, parts, root, low=low, pipeline=pipeline, whole_model=whole)
+    return ParallelLayout(
+        model,
+        world,
+        here.parts,
+        here.root,
+        low=low,
+        pipeline=pipeline,
+        whole_model=whole,
+        partial=here.partial,
+    )
+
+
+class _Divided(NamedTuple):
+    """What a model is after it was divided.
+
+    Attributes:
+        parts: what of each tensor this process has, where tp or ep cut it.
+        stages: which layers each has.
+        root: what it is run through.
+        partial: the parameters that learn from a slice of the tokens.
+    """
+
+    parts: Parts | None
+    stages: Stages | None
+    root: Root | None
+    partial: tuple[str, ...]
 
 
 def _divided(
-    model: CausalLMHead, world: World, *, part: bool, low: bool = False
-) -> tuple[Parts | None, Stages | None, Root | None]:
-    """Make a model this process's part of it: what that is of, in which stages, run through what.
+    model: CausalLMHead,
+    world: World,
+    *,
+    part: bool,
+    low: bool = False,
+    by_tokens: bool = False,
+) -> _Divided:
+    """Make a model this process's part of it.
 
     Where it is a part already, it is sliced, and connected, as far as it is not.
     """
     degrees, adapters = world.degrees, model.adapters
     parts = root = stages = None
+    partial: tuple[str, ...] = ()
     whole = whole_of(model) if part or adapters is not None else model
     if degrees.pp > 1:
         stages = stages_to_run(whole, world)
@@ -119,6 +154,8 @@ def _divided(
         else:
             parts = Parts.cut(model, world, table)
         connect_adapters(model, table, world.groups.get("tp"), parts.own)
+        if by_tokens:
+            partial = slice_tokens(model, table, world).partial
     elif stages is not None and not part:
         leave_out(model, stages, world)
     if adapters is not None:
@@ -136,7 +173,7 @@ def _divided(
         sliced = _sliced(model, parts) if part else {}
         kept = adapted_names(model)
         root = divide(model, decoder.layers, world, low=low, sliced=sliced, whole=kept)
-    return parts, stages, root
+    return _Divided(parts, stages, root, partial)
 
 
 @dataclass(frozen=True, slots=True)
@@ -160,9 +197,9 @@ class Beside:
         Raises:
             InputError: it cannot be divided so.
         """
-        root = _divided(model, self.world, part=part)[2]
+        root = _divided(model, self.world, part=part).root
         # What of it is gathered once stays so, as it never changes.
-        return here if root is None else root
+        return run_here if root is None else root
 
 
 def beside(ranks: Ranks) -> Beside | None:

@@ -25,6 +25,8 @@ class ParallelSettings:
         ep: experts, among the processes of tp, then of fsdp; no further factor.
         cp: the tokens of a sequence.
         pp: the layers; parts of a step (`[train] parts`) pass from one process to the next.
+        sequence_parallel: whether norms and residuals between matrices that tp cuts are computed
+            for a slice of the tokens by each process.
         timeout: the seconds that processes wait for each other before they give up.
     """
 
@@ -34,6 +36,7 @@ class ParallelSettings:
     ep: int = 1
     cp: int | Literal["auto"] = 1
     pp: int | Literal["auto"] = 1
+    sequence_parallel: bool = False
     timeout: float = 300.0
 
     def __post_init__(self) -> None:
@@ -49,6 +52,10 @@ class ParallelSettings:
             value = getattr(self, name)
             if value != "auto" and value < 1:
                 raise SettingError.value(name, value, "has to be a number of processes, 1 or more")
+        if self.sequence_parallel and self.tp == 1:
+            raise SettingError.value(
+                "sequence_parallel", True, "divides tokens among the processes of tp; give tp, too"
+            )
         if not self.timeout > 0:
             raise SettingError.value("timeout", self.timeout, "has to be above 0")
 

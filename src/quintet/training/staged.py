@@ -1,4 +1,4 @@
-"""What a training does not do where processes have layers of their own: told before it begins."""
+"""What a training does not do where processes share layers or tokens: told before it begins."""
 
 from quintet.parallel.world import Degrees
 from quintet.training.config import TrainingConfig
@@ -8,12 +8,14 @@ __all__ = ["check_staged", "idle_stages"]
 
 
 def check_staged(config: TrainingConfig, degrees: Degrees) -> None:
-    """Refuse settings that do not go together with `[parallel] pp`.
+    """Refuse settings that do not go together with `[parallel] pp`, or slices of tokens.
 
     Raises:
         SettingError: there is one; it names what does.
     """
     pp = degrees.pp
+    if config.parallel.sequence_parallel and degrees.tp > 1:
+        _check_slices(config, degrees)
     if pp == 1:
         return
     if degrees.cp > 1:
@@ -41,6 +43,27 @@ def check_staged(config: TrainingConfig, degrees: Degrees) -> None:
             config.balance.scope,
             "counts the experts of all layers together while a part runs, and with [parallel] "
             f'pp = {pp} no process has all layers; take scope = "global", which counts before',
+        )
+
+
+def _check_slices(config: TrainingConfig, degrees: Degrees) -> None:
+    """Refuse what does not go with `sequence_parallel`."""
+    if degrees.cp > 1:
+        raise SettingError(
+            "parallel.sequence_parallel",
+            f" = true divides the tokens of rows, as cp = {degrees.cp} does; take one of the two",
+        )
+    if degrees.ep > degrees.tp:
+        raise SettingError(
+            "parallel.sequence_parallel",
+            f" = true leaves experts the tokens that tp = {degrees.tp} processes share, and "
+            f"ep = {degrees.ep} sends tokens to others; take ep = tp, or fewer",
+        )
+    if degrees.pp > 1 and config.train.recompute:
+        raise SettingError(
+            "parallel.sequence_parallel",
+            f" = true knows the tokens of the part that runs, and with pp = {degrees.pp} another "
+            "part has run when [train] recompute runs layers again; take recompute out",
         )
 
 

@@ -4,18 +4,24 @@ from collections import Counter
 from contextlib import nullcontext
 from dataclasses import replace
 from typing import Any
+from unittest.mock import patch
 
 import torch
 import torch.distributed as dist
+from torch import Tensor
 
 from parallel.cases.pipeline import check_gradients
 from parallel.cases.tensor import family, world
+from parallel.cases.training import config_of
+from quintet.parallel import regions as regions_of
 from quintet.parallel.apply import shard_model, shards_of
 from quintet.parallel.context_parallel import Sequences
 from quintet.parallel.gradients import sum_partial
 from quintet.parallel.placement import Shard, table_of
+from quintet.parallel.regions import entered, scattered
 from quintet.parallel.sequence_parallel import slice_tokens
 from quintet.training.batch import Batch
+from quintet.training.joining import joined, parallelize
 from quintet.training.objectives.next_token import LanguageModelling
 from quintet.training.objectives.targets import targets
 from quintet.training.progress import Progress
@@ -100,3 +106,48 @@ def slices(name: str, changes: dict[str, Any], padded: bool) -> None:
         # Where nothing is learned, a step of one token is no slice.
         one = [model(input_ids=ids[:, :1]).logits for model in (whole, parts)]
     assert relative_error(one[1], one[0]) < 1e-5
+
+
+def kept(name: str) -> list[int]:
+    """Return how many bytes a forward keeps for its backward: by tp alone, and by slices, too."""
+    found = []
+    for by_tokens in (False, True):
+        model = family(name).model_of(hidden_size=128, intermediate_size=256).train()
+        config = config_of({"tp": 2, "sequence_parallel": by_tokens})
+        parallelize(model, config, joined(config.parallel))
+        weights = {p.untyped_storage().data_ptr() for p in model.parameters()}
+        sizes: dict[int, int] = {}
+        held: list[Tensor] = []
+
+        def keep(x: Tensor, sizes: dict[int, int] = sizes, held: list[Tensor] = held) -> Tensor:
+            # What is held is not made anew at the same place.
+            held.append(x)
+            storage = x.untyped_storage()
+            sizes[storage.data_ptr()] = storage.nbytes()
+            return x
+
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x):
+            model.base_model(input_ids=torch.arange(96)[None]).last_hidden_state.sum()
+        found.append(sum(size for place, size in sizes.items() if place not in weights))
+    return found
+
+
+def regions(by_messages: bool) -> None:
+    """Compare what enters and leaves a region in parts with what f and g make of the whole."""
+    torch.manual_seed(0)
+    rank, group, sizes = dist.get_rank(), world(tp=2).groups["tp"], [3, 2]
+    wholes = [torch.randn(2, 5, 3, requires_grad=True) for _ in range(2)]
+    factors, weights = torch.randn(2, 5, 3), torch.randn(2, 2, 5, 3)
+    own = slice(0, 3) if rank == 0 else slice(3, 5)
+    none = patch.object(regions_of, "shared_buffer_of", return_value=None)
+    with none if by_messages else nullcontext():
+        part = wholes[0].detach()[:, own].clone().requires_grad_()
+        made = entered(part, group, widths=sizes, dim=1)
+        assert torch.equal(made, wholes[0])
+        (made * weights[rank]).sum().backward()
+        assert part.grad is not None
+        torch.testing.assert_close(part.grad, weights.sum(dim=0)[:, own])
+        left = scattered(wholes[rank] * 2, group, widths=sizes, dim=1)
+        torch.testing.assert_close(left, (wholes[0] + wholes[1])[:, own] * 2)
+        (left * factors[:, own]).sum().backward()
+        torch.testing.assert_close(wholes[rank].grad, factors * 2)
