@@ -27,7 +27,7 @@ PP2, CP2, CP2_TP2, CP2_FSDP2 = (
 SENT2, SENT4 = {"fsdp": 2, "ep": 2}, {"tp": 2, "fsdp": 2, "ep": 4}
 SENT2_COPIES, SENT2_HSDP = {"fsdp": 4, "ep": 2}, {"dp": 2, "fsdp": 2, "ep": 2}
 SLICES2 = {"tp": 2, "sequence_parallel": True}
-PP2_TP2, PP2_FSDP2 = {"pp": 2, "tp": 2}, {"pp": 2, "fsdp": 2}
+PP2_TP2, PP2_FSDP2, PP2_CP2 = {"pp": 2, "tp": 2}, {"pp": 2, "fsdp": 2}, {"pp": 2, "cp": 2}
 HSDP, TP2_FSDP2 = {"dp": 2, "fsdp": 2}, {"tp": 2, "fsdp": 2}
 FAMILIES = ["qwen2", "qwen2-moe", "deepseek-v2", "deepseek-v3", "zamba2"]
 PREDICTS = {"num_nextn_predict_layers": 2}
@@ -88,6 +88,16 @@ def test_losses_of_balance_see_all_tokens_of_shared_rows(
     two.run(training.gradients, name, changes, CP2, balance, training.several_texts)
 
 
+def test_stages_share_rows_of_several_texts(four: Pool) -> None:
+    four.run(
+        training.gradients,
+        *("deepseek-v3", PREDICTS, PP2_CP2, training.LOSSES["deepseek-v3"]),
+        training.several_texts,
+    )
+    # A row that is shorter than the chunks that fill it up.
+    four.run(training.gradients, "zamba2", {}, PP2_CP2, {}, training.short)
+
+
 @pytest.mark.parametrize("degrees", [CP2, PP2], ids=["cp", "pp"])
 def test_other_objectives_learn_as_in_one_process(degrees: dict[str, int], two: Pool) -> None:
     two.run(training.other_objectives, "qwen2", degrees)
@@ -96,8 +106,8 @@ def test_other_objectives_learn_as_in_one_process(degrees: dict[str, int], two: 
 @pytest.mark.parametrize("name", FAMILIES)
 @pytest.mark.parametrize(
     "degrees",
-    [HSDP, TP2_FSDP2, CP2_TP2, CP2_FSDP2, PP2_TP2, PP2_FSDP2],
-    ids=["hsdp", "tp-fsdp", "cp-tp", "cp-fsdp", "pp-tp", "pp-fsdp"],
+    [HSDP, TP2_FSDP2, CP2_TP2, CP2_FSDP2, PP2_TP2, PP2_FSDP2, PP2_CP2],
+    ids=["hsdp", "tp-fsdp", "cp-tp", "cp-fsdp", "pp-tp", "pp-fsdp", "pp-cp"],
 )
 def test_gradients_in_four_processes_are_those_of_one(
     name: str, degrees: dict[str, int], four: Pool

@@ -17,7 +17,6 @@ PP2 = Degrees(pp=2)
 @pytest.mark.parametrize(
     ("tables", "degrees", "message"),
     [
-        ({}, Degrees(pp=2, cp=2), r"\[parallel\] cp = 2 .*tp, fsdp or dp"),
         ({}, Degrees(pp=2, fsdp=2, ep=2), r"\[parallel\] ep = 2 .*ep = tp = 1"),
         ({"train": {"compile": True}}, PP2, r"\[train\] compile .*take one of the two out"),
         (
@@ -26,7 +25,7 @@ PP2 = Degrees(pp=2)
             r'\[balance\] scope .*scope = "global"',
         ),
     ],
-    ids=["cp", "ep", "compile", "scope"],
+    ids=["ep", "compile", "scope"],
 )
 def test_what_stages_do_not_do_is_refused(
     tables: dict[str, Any], degrees: Degrees, message: str, tmp_path: Path
@@ -68,7 +67,7 @@ def test_what_stages_do_is_not_refused(tmp_path: Path) -> None:
         "optimizer": {"kind": "muon", "precision": "bfloat16"},
     }
     config = settings(tmp_path, tmp_path / "run", "qwen2_moe", **tables)
-    check_staged(config, Degrees(pp=2, tp=2, fsdp=2, dp=2, ep=2))
+    check_staged(config, Degrees(pp=2, tp=2, fsdp=2, dp=2, ep=2, cp=2))
 
 
 @pytest.mark.parametrize(

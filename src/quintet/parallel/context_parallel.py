@@ -218,6 +218,11 @@ class _Model(Protocol):
     config: PreTrainedConfig
     base_model: Any
 
+    @property
+    def ends_here(self) -> bool:
+        """Whether the last layer is in this process."""
+        ...
+
 
 class Sequences:
     """A model of which each process runs over a part of every row.
@@ -287,6 +292,8 @@ class Sequences:
             )
             hidden = output.last_hidden_state
             notes = Notes(router_logits=routed)
+            # Prediction layers are behind the last one.
+            depth = depth if self.model.ends_here else 0
             ahead = tuple(self._ahead(ids, index, hidden, cache, notes, depth))
         finally:
             self.real = None

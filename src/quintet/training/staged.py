@@ -18,12 +18,6 @@ def check_staged(config: TrainingConfig, degrees: Degrees) -> None:
         _check_slices(config, degrees)
     if pp == 1:
         return
-    if degrees.cp > 1:
-        raise SettingError(
-            "parallel.cp",
-            f" = {degrees.cp} divides rows, of which pp = {pp} passes whole ones from stage to "
-            "stage; divide along tp, fsdp or dp instead",
-        )
     if degrees.ep > degrees.tp:
         raise SettingError(
             "parallel.ep",

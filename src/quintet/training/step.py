@@ -82,7 +82,7 @@ def accumulate(
         return whole
 
     # Though it may not be finite: other processes wait for what passes backward.
-    sizes = [batch.input_ids.numel() for batch in parts]
+    sizes = [_size(model, batch) for batch in parts]
     layout.learn([partial(learned, batch) for batch in parts], sizes)
     # Of several processes, not all find the same terms.
     sums = dict.fromkeys((LOSS, *counts), 0.0)
@@ -95,6 +95,15 @@ def accumulate(
     found = {name: totals[name] for name in counts if totals[f"{name} there"]}
     finite = math.isfinite(loss)
     return Outcome(loss, found, skipped=None if finite else "its loss is not finite")
+
+
+def _size(model: PreTrainedModel, batch: Batch) -> int:
+    """Return how many tokens of a batch, with what fills rows up, this process runs over."""
+    sequences = model.sequences
+    if sequences is None:
+        return batch.input_ids.numel()
+    chunks = sequences.chunks(batch.input_ids.shape[1])
+    return len(batch.input_ids) * chunks.length // chunks.count
 
 
 def _part(

@@ -128,6 +128,11 @@ def several_texts(rows: list[Batch]) -> list[Batch]:
     return found
 
 
+def short(rows: list[Batch]) -> list[Batch]:
+    """Return the last tokens of rows."""
+    return [replace(x, input_ids=x.input_ids[:, -4:], labels=x.labels[:, -4:]) for x in rows]
+
+
 def gradients(
     name: str,
     changes: dict[str, Any],
