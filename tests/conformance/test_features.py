@@ -208,6 +208,62 @@ def test_bad_input_is_named(
         assert word in str(caught.value)
 
 
+SEEN = torch.ones(5, 5, dtype=torch.bool).tril()
+WRONG: dict[str, tuple[dict[str, Any], str]] = {
+    "mask-added": (
+        {"attention_mask": torch.tensor([[-1e9, 0, 0, 0, 0]] * 2)},
+        "holds -1e09|holds -1000",
+    ),
+    "mask-counted": ({"attention_mask": torch.tensor([[1, 1, 1, 2, 2]] * 2)}, "holds 2"),
+    "mask-complex": ({"attention_mask": torch.ones(2, 5, dtype=torch.complex64)}, "complex64"),
+    "mask-4d-integers": ({"attention_mask": ~SEEN[None, None] * -9999}, "holds -9999"),
+    "mask-4d-heads": ({"attention_mask": SEEN.expand(2, 3, 5, 5)}, r"\(2, 3, 5, 5\).*second axis"),
+    "mask-4d-keys": ({"attention_mask": SEEN[None, None, :, :3]}, r"last axis has to be 5"),
+    "positions-bool": ({"position_ids": torch.ones(2, 5, dtype=torch.bool)}, "torch.bool"),
+    "slots-list": ({"cache_position": [0, 1, 2, 3, 4]}, "cache_position is a list"),
+    "slots-float": ({"cache_position": torch.arange(5.0)}, "torch.float32"),
+    "past-none": ({"past_key_values": ((None, None),) * 2}, r"past_key_values\[0\] is a tuple"),
+}
+
+
+@pytest.mark.parametrize("wrong", WRONG)
+@each
+def test_what_a_forward_cannot_use_is_named(family: Family, wrong: str) -> None:
+    inputs, words = WRONG[wrong]
+    with pytest.raises(InputError, match=words):
+        family.model_of(**family.shallow)(torch.randint(1, 101, (2, 5)), **inputs)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@each
+def test_embeddings_in_a_dtype_the_layers_cannot_take_are_named(
+    family: Family, dtype: torch.dtype
+) -> None:
+    model = family.model_of(**family.shallow).to(dtype)
+    embeds = model.get_input_embeddings()(torch.randint(1, 101, (2, 5))).detach()
+    for other in (torch.float64, torch.float32, torch.bfloat16, torch.long, torch.complex64):
+        given = embeds.to(other)
+        if other.is_floating_point and torch.promote_types(other, dtype) == dtype:
+            assert model(inputs_embeds=given).logits.dtype == dtype
+            continue
+        with pytest.raises(InputError, match=f"{other} and the model computes in {dtype}"):
+            model(inputs_embeds=given)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert model(inputs_embeds=embeds.float()).logits.shape == (2, 5, 101)
+
+
+@pytest.mark.parametrize(
+    "places", [None, True, 1.5, -1, [1], torch.tensor([7]), torch.tensor([0.5])]
+)
+@each
+def test_positions_of_logits_that_cannot_be_are_named(family: Family, places: Any) -> None:
+    model, ids = family.model_of(**family.shallow), torch.randint(1, 101, (2, 5))
+    with pytest.raises(InputError, match="logits_to_keep="):
+        model(ids, logits_to_keep=places)
+    chosen = torch.tensor([True, False, False, True, False])
+    assert torch.equal(model(ids, logits_to_keep=chosen).logits, model(ids).logits[:, chosen])
+
+
 @pytest.mark.parametrize(
     ("inputs", "words"),
     [

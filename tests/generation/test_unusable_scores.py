@@ -101,6 +101,23 @@ def test_weights_that_are_not_numbers(family: Family, options: dict[str, Any]) -
         model.generate(prompt(1), **NONE, **options)
 
 
+@each
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+@pytest.mark.parametrize("part", ["q", "k"])
+def test_queries_and_keys_that_are_not_numbers(
+    part: str, dtype: torch.dtype, family: Family
+) -> None:
+    names = {"q": ("q_proj", "q_b_proj"), "k": ("k_proj", "kv_b_proj")}[part]
+    model = family.model_of().to(dtype)
+    weights = [p for name, p in model.named_parameters() if name.split(".")[-2] in names]
+    assert weights
+    with torch.no_grad():
+        for weight in weights:
+            weight.fill_(torch.nan)
+    with pytest.raises(InputError, match=r"row 0 has no token .*new token 1: its scores hold NaN"):
+        model.generate(prompt(1), **NONE)
+
+
 @pytest.mark.parametrize("options", [{}, {"do_sample": True}, {"num_beams": 2}], ids=str)
 @pytest.mark.parametrize("name", ["suppress_tokens", "bad_words_ids"])
 def test_options_that_ban_everything(name: str, options: dict[str, Any]) -> None:

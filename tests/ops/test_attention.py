@@ -124,6 +124,26 @@ def test_sdpa_equals_eager(case: Any, H: int, K: int) -> None:
         torch.testing.assert_close(mine, other, rtol=1e-4, atol=1e-5)
 
 
+@HEADS
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("case", (CASES | CUSTOM).values(), ids=CASES | CUSTOM)
+def test_what_is_no_number_shows(case: Any, dtype: torch.dtype, H: int, K: int) -> None:
+    T, S, mask = case()
+    options: dict[str, Any] = {"scale": SCALE, "dropout": 0.0}
+    for value in (torch.nan, torch.inf):
+        q, k, v = tensors(H, K, T, S, dtype)
+        q[1, 2, -1, 3] = value
+        shown = sdpa(q, k, v, mask, **options)[0].isnan()
+        assert torch.equal(shown, eager(q, k, v, mask, **options)[0].isnan())
+        assert shown[1, 2, -1].all()
+        assert shown.sum() == D
+    q, k, v = tensors(H, K, T, S, dtype)
+    k[1, K - 1, :, 5] = torch.nan
+    shown = sdpa(q, k, v, mask, **options)[0].isnan()
+    assert torch.equal(shown, eager(q, k, v, mask, **options)[0].isnan())
+    assert shown[1, H - 1].all()
+
+
 def test_eager_masks_and_weights() -> None:
     q, k, v = tensors(4, 2, 5, 5)
     _, weights = eager(q, k, v, uniform(5), scale=SCALE, dropout=0.0)

@@ -123,6 +123,7 @@ def test_a_label_out_of_range_is_named(label: int, named: str) -> None:
         pytest.param(
             "single_label_classification", torch.zeros(B), "float32; classes", id="float-classes"
         ),
+        pytest.param("single_label_classification", [0] * B, "labels is a list", id="list"),
     ],
 )
 def test_labels_of_another_shape_or_kind_are_named(
@@ -221,8 +222,8 @@ def test_the_sum_is_divided_by_what_the_whole_batch_has(name: str) -> None:
 @each_loss
 @pytest.mark.parametrize(
     "items",
-    [0, -3, torch.nan, torch.inf, torch.tensor([4, 5]), True, torch.tensor(0)],
-    ids=["0", "negative", "nan", "inf", "two", "bool", "tensor-0"],
+    [0, -3, torch.nan, torch.inf, torch.tensor([4, 5]), True, torch.tensor(0), "4", [4]],
+    ids=["0", "negative", "nan", "inf", "two", "bool", "tensor-0", "text", "list"],
 )
 def test_a_count_that_cannot_be_is_named(name: str, items: Any) -> None:
     loss, labels, _ = LOSSES[name]

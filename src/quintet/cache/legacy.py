@@ -52,6 +52,12 @@ def to_legacy(cache: Cache, mask: Tensor | None) -> LegacyCache:
 
 
 def _check_shapes(past: LegacyCache, mask: Tensor | None) -> None:
+    for index, pair in enumerate(past):
+        if not isinstance(pair, tuple | list) or not all(isinstance(x, Tensor) for x in pair):
+            raise InputError(
+                f"past_key_values[{index}] is a {type(pair).__name__}; it has to be a pair of "
+                "tensors, keys and values"
+            )
     shapes = [tuple(x.shape) for pair in past for x in pair]
     shape = shapes[0] if shapes else ()
     for index, pair in enumerate(past):

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from quintet.cache import Cache
 from quintet.errors import InputError
+from quintet.ops.ragged import check_ones_and_zeros
 from quintet.ops.token_ids import check_token_ids
 
 
@@ -194,9 +195,7 @@ def _read_mask(mask: Tensor | None, run: Tensor, past: Cache | None) -> tuple[Te
             f"attention_mask has shape {tuple(mask.shape)} and the prompt {(B, T)}; they have to "
             "be the same"
         )
-    if mask.dtype != torch.bool and not bool(((mask == 0) | (mask == 1)).all()):
-        bad = mask[(mask != 0) & (mask != 1)].flatten()[0].item()
-        raise InputError(f"attention_mask holds {bad}; it has to be 1 for tokens and 0 for padding")
+    check_ones_and_zeros(mask)
     if goes_before:
         before = mask[:, :-T].to(torch.bool).sum(dim=1)
         lengths = past.lengths(B, before.device) if past is not None else before

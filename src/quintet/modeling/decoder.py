@@ -18,6 +18,8 @@ from quintet.layers.rotary import RotaryEmbedding
 from quintet.modeling.contract import vocabulary_of
 from quintet.modeling.inputs import (
     check_causal,
+    check_custom,
+    check_embeds,
     check_past,
     first_position,
     opened,
@@ -223,9 +225,11 @@ class DecoderModel(LayerStack):
             embeds = rows.pack(embeds)
             position_ids = None if position_ids is None else rows.pack(position_ids)
         taken = whole, _ = self._segments(embeds, rows or texts, cache)
-        if custom is not None and self.config.recurrent_layers():
-            check_causal(custom, whole)
-            custom = None
+        if custom is not None:
+            check_custom(custom, self.config.num_attention_heads, whole.keys)
+            if self.config.recurrent_layers():
+                check_causal(custom, whole)
+                custom = None
 
         notes = Notes(weights=weighs, router_logits=output_router_logits)
         context = self._context(embeds, taken, position_ids, custom, cache, notes, texts)
@@ -276,13 +280,8 @@ class DecoderModel(LayerStack):
             check_token_ids(input_ids, vocabulary_of(self.embed_tokens, self.config))
             if input_ids.is_meta:
                 check_placed("input_ids", input_ids, self.device)
-            inputs_embeds = self.vectors(input_ids)
-        C = self.config.hidden_size
-        if inputs_embeds.ndim != 3 or inputs_embeds.shape[-1] != C or inputs_embeds.numel() == 0:
-            raise InputError(
-                f"inputs_embeds has shape {tuple(inputs_embeds.shape)}; it has to be "
-                f"(batch, tokens, {C}) with at least one token"
-            )
+            return self.vectors(input_ids)
+        check_embeds(inputs_embeds, self.config.hidden_size, self.dtype)
         return inputs_embeds
 
     def _decide_cache(self, use_cache: bool | None, past: Cache | LegacyCache | None) -> bool:

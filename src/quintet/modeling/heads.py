@@ -3,6 +3,7 @@
 from contextlib import AbstractContextManager
 from typing import Any, ClassVar, Unpack, cast
 
+import torch
 from torch import Tensor, nn
 
 from quintet.cache import Cache, LegacyCache
@@ -20,7 +21,7 @@ from quintet.modeling.outputs import (
 from quintet.modeling.packing import Packing, own_labels, takes_packing
 from quintet.modeling.scoring import HeadInParts, ScoredHead, scored
 from quintet.ops.documents import Documents
-from quintet.ops.labels import IGNORED, following, of_tokens, predicted
+from quintet.ops.labels import IGNORED, following, of_tokens, predicted, readable
 from quintet.ops.losses import Items, averaged, next_token_loss, token_loss
 from quintet.quantization import refuse_idle_training
 from quintet.sharding import Section, Sharding, rows
@@ -244,7 +245,8 @@ class CausalLMHead(Headed, GenerationMixin):
 
 def mean_loss(head: ScoredHead, hidden: Tensor, targets: Tensor, items: Items) -> Tensor:
     """Return the mean cross-entropy of ids (B, T), predicted from states (B, T, C)."""
-    return averaged(-head.sums(hidden, targets).log_prob.sum(), (targets != IGNORED).sum(), items)
+    total = head.sums(hidden, targets).log_prob.neg().sum()
+    return averaged(total, (targets != IGNORED).sum(), items)
 
 
 def check_shape(name: str, labels: Tensor, hidden: Tensor) -> None:
@@ -281,13 +283,23 @@ def kept(hidden: Tensor, logits_to_keep: int | Tensor) -> Tensor:
     """Select the positions of states (B, T, C) that `logits_to_keep` names.
 
     Raises:
-        InputError: a negative number of positions.
+        InputError: a negative number of positions, or positions that there are none of.
     """
-    if isinstance(logits_to_keep, int):
-        if logits_to_keep < 0:
-            raise InputError(
-                f"logits_to_keep={logits_to_keep} has to be 0 for all positions, how many of the "
-                "last ones, or a tensor of positions"
-            )
-        return hidden[:, -logits_to_keep:]
-    return hidden[:, logits_to_keep]
+    if isinstance(logits_to_keep, int) and not isinstance(logits_to_keep, bool):
+        if logits_to_keep >= 0:
+            return hidden[:, -logits_to_keep:]
+    elif isinstance(logits_to_keep, Tensor) and _within(logits_to_keep, hidden.shape[1]):
+        return hidden[:, logits_to_keep]
+    raise InputError(
+        f"logits_to_keep={logits_to_keep} has to be 0 for all positions, how many of the "
+        f"last ones, or a tensor of positions, of {hidden.shape[1]}"
+    )
+
+
+def _within(positions: Tensor, T: int) -> bool:
+    """Tell whether positions are indices of T tokens, or a choice of them by truths."""
+    if positions.ndim != 1 or positions.is_floating_point() or positions.is_complex():
+        return False
+    if positions.dtype == torch.bool:
+        return len(positions) == T
+    return not readable(positions) or bool(((positions >= -T) & (positions < T)).all())

@@ -8,7 +8,6 @@ import torch
 from torch import Tensor
 
 from quintet.cache import Cache, Segment, segments_of
-from quintet.errors import InputError
 from quintet.layers.rotary import RotaryEmbedding
 from quintet.ops.documents import Documents
 from quintet.ops.masks import AttentionMask, attention_mask_of, causal_mask
@@ -111,15 +110,7 @@ def masks(
         custom: (B, H, T, S), the caller's own mask.
         texts: what a program that is recorded for any texts separates by entries.
 
-    Raises:
-        InputError: the caller's mask is of other keys.
     """
-    keys = segments[0].keys
-    if custom is not None and custom.shape[-1] != keys:
-        raise InputError(
-            f"attention_mask has shape {tuple(custom.shape)}; its last axis has to be "
-            f"{keys}, the keys there are with those in the cache"
-        )
     seen = []
     for one in segments:
         slots = one.slots()

@@ -47,6 +47,8 @@ def eager(
     q_wide, k_wide, precision = in_range(q, k)
     with precision:
         scores = masked(q_wide @ k_wide.transpose(-1, -2) * scale, mask)  # (B, H, T, S)
+        # All scores of an infinite query may be -inf, below those of keys that it does not see.
+        scores = scores + (q_wide * 0).sum(dim=-1, keepdim=True)
     weights = scores.softmax(dim=-1, dtype=torch.float32).to(q.dtype)
     return F.dropout(weights, dropout) @ v, weights
 
@@ -91,7 +93,7 @@ def _fused(
         # The lowest number of a wider dtype would be -inf, and a row of them no number.
         lowest = max(torch.finfo(q.dtype).min, torch.finfo(mask.dtype).min)
         mask = mask.clamp(min=lowest).to(q.dtype)
-    return F.scaled_dot_product_attention(
+    out = F.scaled_dot_product_attention(
         q,
         k,
         v,
@@ -102,6 +104,20 @@ def _fused(
         scale=scale,
         enable_gqa=True if q.shape[1] != k.shape[1] else False,  # noqa: SIM210
     )
+    return _shown(out, q, k if mask is None else None) if q.device.type == "cpu" else out
+
+
+def _shown(out: Tensor, q: Tensor, k: Tensor | None) -> Tensor:
+    """Return the results with NaN where no score of a query is a number.
+
+    The fused attention for CPUs takes such a query for one that sees no key, and gives 0. It is
+    one if the query is none or infinite, or the first key is none, where every query sees that.
+    """
+    broken = (q * 0).sum(dim=-1, keepdim=True).isnan()
+    if k is not None:
+        first = k[:, :, :1].isnan().any(dim=-1, keepdim=True)
+        broken = broken | first.repeat_interleave(q.shape[1] // k.shape[1], dim=1)
+    return out.masked_fill(broken, torch.nan)
 
 
 def _by_queries(

@@ -54,6 +54,8 @@ def sequence_loss(logits: Tensor, labels: Tensor, problem_type: str, items: Item
     Shapes: logits (B, L); labels (B,) or (B, L), classes for "single_label_classification",
     targets for "regression" (mean squared error), 0..1 for "multi_label_classification".
     """
+    if not isinstance(labels, Tensor):
+        raise InputError(f"labels is a {type(labels).__name__}; it has to be a tensor")
     labels = labels.to(logits.device)
     if problem_type == "single_label_classification":
         if labels.shape not in (logits.shape[:1], (len(logits), 1)):
@@ -121,10 +123,11 @@ def averaged(total: Tensor, counted: Tensor, items: Items) -> Tensor:
     """Divide a sum by what was counted, or by what the caller has; nothing counted makes 0."""
     divisor = counted
     if items is not None:
-        if isinstance(items, bool) or (
-            isinstance(items, Tensor)
-            and (items.numel() != 1 or items.is_complex() or items.dtype == torch.bool)
-        ):
+        if isinstance(items, Tensor):
+            single = items.numel() == 1 and not (items.is_complex() or items.dtype == torch.bool)
+        else:
+            single = isinstance(items, int | float) and not isinstance(items, bool)
+        if not single:
             raise InputError(f"num_items_in_batch={items} has to be one number")
         given = items if isinstance(items, Tensor) else total.new_full((), items)
         divisor = given.to(total.device).reshape(())

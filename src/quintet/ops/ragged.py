@@ -9,7 +9,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from quintet.ops.transforms import recorded
+from quintet.errors import InputError
+from quintet.ops.transforms import recorded, transformed
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,6 +72,22 @@ class Unpadded:
 
 
 Padding = Ragged | Unpadded
+
+
+def check_ones_and_zeros(mask: Tensor) -> None:
+    """Check that a mask tells by ones and zeros: one that is added means the opposite by a zero.
+
+    Raises:
+        InputError: it holds something else. In a program that is recorded nothing is looked at.
+    """
+    if mask.dtype == torch.bool or mask.is_meta or recorded() or transformed():
+        return
+    other = (mask != 0) & (mask != 1)
+    if bool(other.any()):
+        raise InputError(
+            f"attention_mask holds {mask[other][0].item()}; it has to be 1 for tokens and 0 for "
+            "padding, or for what a query does not see"
+        )
 
 
 def padding_of(mask: Tensor) -> Padding | None:
