@@ -154,6 +154,31 @@ def loss_of(model: Any) -> Callable[..., Tensor]:
     return loss
 
 
+@each
+def test_rows_of_padding_and_labels_can_be_mapped_over(family: Family) -> None:
+    """Each row's own gradient, as for private training: masks and labels are mapped, too."""
+    model = family.model_of(**family.rounded, tie_word_embeddings=False)
+    if family.routes(model.config):
+        return  # vmap has no rule for how many tokens an expert gets
+    model.requires_grad_(requires_grad=False)
+    weight = model.get_output_embeddings().weight.detach().clone()
+    ids, mask = TEXT[:, :6], torch.tensor([[1, 1, 1, 1, 1, 1], [0, 0, 1, 1, 1, 1]])
+    labels = ids.clone()
+    labels[0, 2] = -100
+
+    def loss(weight: Tensor, ids: Tensor, mask: Tensor, labels: Tensor) -> Tensor:
+        given = (ids[None],)
+        options = {"attention_mask": mask[None], "labels": labels[None], "use_cache": False}
+        parameters = {"lm_head.weight": weight}
+        made = torch.func.functional_call(model, parameters, given, options, tie_weights=False)
+        return made.loss  # type: ignore[no-any-return]
+
+    gradient = torch.func.grad(loss)
+    apart = [gradient(weight, *row) for row in zip(ids, mask, labels, strict=True)]
+    together = torch.func.vmap(gradient, in_dims=(None, 0, 0, 0))(weight, ids, mask, labels)
+    assert relative_error(together, torch.stack(apart)) < TOLERANCE
+
+
 # torch.func.jvp scripts what it decomposes.
 @pytest.mark.filterwarnings("ignore:.torch.jit.script. is deprecated:DeprecationWarning")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)

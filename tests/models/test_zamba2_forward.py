@@ -1,5 +1,6 @@
 """What is Zamba2's alone: padding, shared blocks, step sizes, scalars of state spaces."""
 
+import copy
 from pathlib import Path
 from typing import Any
 
@@ -82,6 +83,20 @@ def test_shared_blocks_are_one_and_stay_one() -> None:
     assert layers[0].shared_transformer is layers[3].shared_transformer
     adapters = layers[0].shared_transformer.feed_forward.gate_up_proj_adapter_list
     assert list(adapters) == ["0", "2"]
+
+
+def test_other_weights_for_one_call_are_taken_back_from_shared_blocks() -> None:
+    model = model_of(**SHAPES["7b"])
+    ids = torch.randint(1, 101, (1, 5))
+    plain, own = model(ids).logits, dict(model.named_parameters())
+    other = {name: parameter.detach() * 0.9 for name, parameter in own.items()}
+    other["lm_head.weight"] = other["model.embed_tokens.weight"]
+    changed = torch.func.functional_call(model, other, (ids,), tie_weights=False).logits
+    twin = copy.deepcopy(model)
+    twin.load_state_dict(other, strict=False)
+    assert relative_error(changed, twin(ids).logits) < TOLERANCE
+    assert not torch.equal(changed, plain)
+    assert all(parameter is own[name] for name, parameter in model.named_parameters())
 
 
 def test_fresh_state_spaces_have_step_sizes_in_their_range() -> None:

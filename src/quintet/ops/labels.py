@@ -6,6 +6,7 @@ from torch import Tensor
 
 from quintet.errors import InputError
 from quintet.ops.ragged import ragged
+from quintet.ops.transforms import batched
 
 IGNORED = -100
 
@@ -47,7 +48,7 @@ def of_tokens(labels: Tensor, mask: Tensor | None) -> Tensor:
 
 def readable(x: Tensor) -> bool:
     """Tell whether looking at the numbers of a tensor waits for no device and no compiler."""
-    return x.device.type == "cpu" and not torch.compiler.is_compiling()
+    return x.device.type == "cpu" and not (torch.compiler.is_compiling() or batched())
 
 
 def check_classes(labels: Tensor, classes: int, name: str = "labels") -> None:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from quintet.errors import InputError
-from quintet.ops.transforms import recorded, transformed
+from quintet.ops.transforms import batched, recorded
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,7 +80,7 @@ def check_ones_and_zeros(mask: Tensor) -> None:
     Raises:
         InputError: it holds something else. In a program that is recorded nothing is looked at.
     """
-    if mask.dtype == torch.bool or mask.is_meta or recorded() or transformed():
+    if mask.dtype == torch.bool or mask.is_meta or recorded() or batched():
         return
     other = (mask != 0) & (mask != 1)
     if bool(other.any()):
@@ -96,7 +96,7 @@ def padding_of(mask: Tensor) -> Padding | None:
     A program that is recorded serves any mask of a shape, so it computes the padding too.
     """
     kept = mask.to(torch.bool)
-    if recorded():
+    if recorded() or batched():
         return ragged(mask)
     index = kept.flatten().nonzero().flatten()
     if len(index) == kept.numel():
@@ -109,7 +109,7 @@ def padding_of(mask: Tensor) -> Padding | None:
 def ragged(mask: Tensor) -> Ragged | None:
     """Read a (B, T) mask of ones and zeros; None when nothing is padding."""
     kept = mask.to(torch.bool)
-    if not recorded() and bool(kept.all()):
+    if not (recorded() or batched()) and bool(kept.all()):
         return None
     T = mask.shape[1]
     places = torch.arange(T, dtype=torch.long, device=mask.device)

@@ -12,6 +12,12 @@ def recorded() -> bool:
     return torch.compiler.is_compiling() or torch._C._is_tracing()
 
 
+def batched() -> bool:
+    """Tell whether `torch.func.vmap` is at work: numbers cannot be read, nor decide on shapes."""
+    stack = torch._C._functorch.get_interpreter_stack() or ()
+    return any(one.key() == torch._C._functorch.TransformType.Vmap for one in stack)
+
+
 def transformed() -> bool:
     """Tell whether `torch.func` or forward-mode derivatives are at work.
 
