@@ -3,9 +3,9 @@
 import math
 import sys
 import types
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Annotated, Any, TypeVar, Union, get_args, get_origin
+from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin
 
 from quintet.errors import ConfigError, shown
 
@@ -105,6 +105,16 @@ def _fits(value: Any, annotation: Any) -> bool:
         )
     if origin is Callable:
         return callable(value)
+    if origin is Literal:
+        return any(type(value) is type(option) and value == option for option in args)
+    if origin is Mapping:
+        return isinstance(value, Mapping)
+    if origin is Sequence:
+        return (
+            isinstance(value, Sequence)
+            and not isinstance(value, str | bytes)
+            and all(_fits(item, args[0]) for item in value)
+        )
     if annotation is float:
         is_number = isinstance(value, int | float) and not isinstance(value, bool)
         # Compared, not asked by isfinite, which fails on an integer too long for a float; torch
@@ -130,8 +140,12 @@ def _describe(annotation: Any) -> str:
         return " or ".join(_describe(option) for option in args)
     if origin is list:
         return f"a list of {_describe(args[0])}"
-    if origin is dict:
+    if origin in (dict, Mapping):
         return "a mapping"
+    if origin is Sequence:
+        return f"a list of {_describe(args[0])}"
+    if origin is Literal:
+        return " or ".join(repr(option) for option in args)
     if origin is Callable:
         return "a function"
     names = {int: "an integer", float: "a finite number", bool: "true or false", str: "a string"}

@@ -7,12 +7,13 @@ from abc import ABC, abstractmethod
 from collections import deque
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, get_type_hints
 
 import torch
 from torch import Tensor
 
-from quintet.errors import ContextLengthError, InputError
+from quintet.configuration.constraints import check
+from quintet.errors import ConfigError, ContextLengthError, InputError, shown
 
 if TYPE_CHECKING:
     from quintet.modeling.base import PreTrainedModel
@@ -208,8 +209,10 @@ class Pipeline(ABC):
 def replaced(base: Any, given: Mapping[str, Any], owner: str) -> Any:
     """Return options (a dataclass) with those that are given in their place.
 
+    None stands for the default where an option cannot be None.
+
     Raises:
-        InputError: there is no such option.
+        InputError: there is no such option, or it is of another type.
     """
     known = [f.name for f in dataclasses.fields(base)]
     for name in given:
@@ -217,7 +220,30 @@ def replaced(base: Any, given: Mapping[str, Any], owner: str) -> Any:
             near = difflib.get_close_matches(name, known, n=1)
             hint = f"did you mean {near[0]!r}?" if near else f"there are {', '.join(known)}"
             raise InputError(f"{owner} has no option {name!r}; {hint}")
-    return dataclasses.replace(base, **given)
+    kinds, usual = get_type_hints(type(base), include_extras=True), type(base)()
+    values = dict(given)
+    for name, value in given.items():
+        try:
+            check(owner, name, value, kinds[name])
+        except ConfigError as error:
+            if value is not None:
+                raise InputError(str(error)) from None
+            values[name] = getattr(usual, name)
+    return dataclasses.replace(base, **values)
+
+
+def checked_scores(scores: Tensor) -> Tensor:
+    """Return the logits that a result is made of.
+
+    Raises:
+        InputError: they are no numbers, and so would be the result.
+    """
+    if not bool(scores.isfinite().all()):
+        raise InputError(
+            "the model's scores hold NaN or infinity; check its weights and dtype (float16 "
+            "overflows where bfloat16 does not)"
+        )
+    return scores
 
 
 def unpadded(values: Tensor, lengths: list[int]) -> list[Tensor]:
@@ -226,8 +252,8 @@ def unpadded(values: Tensor, lengths: list[int]) -> list[Tensor]:
 
 
 def _checked_size(size: int) -> int:
-    if size < 1:
-        raise InputError(f"batch_size={size} has to be at least 1")
+    if not isinstance(size, int) or isinstance(size, bool) or size < 1:
+        raise InputError(f"batch_size={shown(size)} has to be an integer of at least 1")
     return size
 
 

@@ -12,8 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from quintet.configuration.constraints import Length
 from quintet.errors import InputError
-from quintet.pipelines.base import Pipeline, unpadded
+from quintet.pipelines.base import Pipeline, checked_scores, unpadded
 
 LONGEST_WINDOW = 384
 LONGEST_STRIDE = 128
@@ -34,18 +35,13 @@ class Options:
         max_question_len: how many tokens of a question are read.
     """
 
-    top_k: int = 1
-    max_answer_len: int = 15
+    top_k: Length = 1
+    max_answer_len: Length = 15
     max_seq_len: int | None = None
     doc_stride: int | None = None
     handle_impossible_answer: bool = False
     align_to_words: bool = True
-    max_question_len: int = 64
-
-    def __post_init__(self) -> None:
-        for name in ("top_k", "max_answer_len", "max_question_len"):
-            if getattr(self, name) < 1:
-                raise InputError(f"{name}={getattr(self, name)} has to be at least 1")
+    max_question_len: Length = 64
 
 
 @dataclass(frozen=True, slots=True)
@@ -199,7 +195,7 @@ def _question_and_context(item: Any) -> tuple[str, str]:
 
 
 def _probabilities(logits: Tensor, inside: Tensor) -> Tensor:
-    return torch.softmax(logits.double().masked_fill(~inside, -10_000.0), dim=0)
+    return torch.softmax(checked_scores(logits).double().masked_fill(~inside, -10_000.0), dim=0)
 
 
 def _spans(start: Tensor, end: Tensor, options: Options) -> Iterable[tuple[int, int, float]]:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from quintet.errors import InputError
-from quintet.pipelines.base import Pipeline
+from quintet.pipelines.base import Pipeline, checked_scores
 
 Function = Literal["sigmoid", "softmax", "none"]
 FUNCTIONS = ("sigmoid", "softmax", "none")
@@ -82,7 +82,7 @@ class TextClassificationPipeline(Pipeline):
     def forward(self, parts: list[list[int]], options: Options) -> list[Tensor]:
         """Return the logits (num_labels,) of each text."""
         output, _ = self.run(parts, use_cache=False)
-        return list(output.logits.float().cpu())
+        return list(checked_scores(output.logits.float().cpu()))
 
     def postprocess(self, parts: Sequence[Any], outputs: list[Tensor], options: Options) -> Any:
         """Return the likeliest label, or the `top_k` likeliest, with their scores."""

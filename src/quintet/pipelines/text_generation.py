@@ -10,11 +10,12 @@ from torch import Tensor
 
 from quintet.errors import InputError
 from quintet.generation.config import GenerationConfig
-from quintet.pipelines.base import Pipeline
+from quintet.generation.plan import read_config
+from quintet.generation.streamers import Streamer
+from quintet.pipelines.base import Pipeline, replaced
 
 if TYPE_CHECKING:
     from quintet.generation.mixin import GenerationMixin
-    from quintet.generation.streamers import Streamer
 
 Message = Mapping[str, Any]
 Chat = Sequence[Message]
@@ -24,6 +25,8 @@ TEMPERATURE = 0.7
 # Of generate()'s output: what has a value for every row, and which of it for every step.
 STEPWISE = frozenset({"scores", "logits"})
 BY_ROW = STEPWISE | {"sequences", "sequences_scores", "beam_indices"}
+# What generate() is given of a batch, which is made here.
+ROWS = ("inputs", "input_ids", "attention_mask")
 NESTED = ("output_attentions", "output_hidden_states")
 
 
@@ -69,7 +72,7 @@ class Options:
     tools: Sequence[Any] | None = None
     documents: Sequence[Mapping[str, Any]] | None = None
     stop_sequence: str | Sequence[str] | None = None
-    streamer: "Streamer | None" = None
+    streamer: Streamer | None = None
     generator: torch.Generator | None = None
     generation_config: GenerationConfig | None = None
     generation: Mapping[str, Any] = field(default_factory=dict)
@@ -139,6 +142,7 @@ class TextGenerationPipeline(Pipeline):
             InputError: an empty text, or an option that does not exist.
             ChatTemplateError: a chat, and the tokenizer has no template for it.
         """
+        options = _without_rows(options)
         several = isinstance(text_inputs, list | tuple) and not _is_chat(text_inputs)
         if options.get("streamer") is not None and several and len(text_inputs) > 1:
             raise InputError(f"a streamer takes one input, not {len(text_inputs)}")
@@ -149,6 +153,7 @@ class TextGenerationPipeline(Pipeline):
         own = {f.name for f in fields(Options)} - {"generation"}
         mine = {name: value for name, value in given.items() if name in own}
         rest = {name: value for name, value in given.items() if name not in own}
+        rest = _without_rows(rest)
         assistant = rest.get("assistant_model")
         if isinstance(assistant, str | os.PathLike):
             raise InputError(
@@ -161,8 +166,10 @@ class TextGenerationPipeline(Pipeline):
                 f"{nested[0]} are nested by step and layer, and a result here is flat; call "
                 "model.generate() for them"
             )
-        changed: Options = replace(base, **mine, generation={**base.generation, **rest})
-        return changed
+        if mine.get("generation_config") is not None:
+            mine["generation_config"] = read_config(mine["generation_config"])
+        changed: Options = replaced(base, mine, self.task)
+        return replace(changed, generation={**base.generation, **rest})
 
     def is_single(self, inputs: Any, options: Options) -> bool:
         """Tell whether this is one text or one chat."""
@@ -196,6 +203,7 @@ class TextGenerationPipeline(Pipeline):
         rows = self.rows([part.ids for part in parts], side="left")
         prompt = rows.input_ids.shape[1]
         more = dict(options.generation)
+        tokenizer = more.pop("tokenizer", None) or self.tokenizer
         if options.stop_sequence is not None:
             given = options.stop_sequence
             more["stop_strings"] = [given] if isinstance(given, str) else list(given)
@@ -203,7 +211,7 @@ class TextGenerationPipeline(Pipeline):
             rows.input_ids,
             generation_config=self._config(prompt, options),
             attention_mask=rows.attention_mask,
-            tokenizer=self.tokenizer,
+            tokenizer=tokenizer,
             streamer=options.streamer,
             generator=options.generator,
             **more,
@@ -303,6 +311,13 @@ class TextGenerationPipeline(Pipeline):
             new = max(1, min(NEW_TOKENS, context // 2, context - prompt))
             config = config.replace(max_new_tokens=new)
         return config
+
+
+def _without_rows(options: Mapping[str, Any]) -> dict[str, Any]:
+    for name in ROWS:
+        if options.get(name) is not None:
+            raise InputError(f"{name} is made of the input; call model.generate() for it")
+    return {name: value for name, value in options.items() if name not in ROWS}
 
 
 def _is_chat(item: Any) -> bool:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from quintet.errors import InputError
-from quintet.pipelines.base import Pipeline, unpadded
+from quintet.pipelines.base import Pipeline, checked_scores, unpadded
 
 STRATEGIES = ("none", "simple", "first", "average", "max")
 
@@ -143,7 +143,9 @@ class TokenClassificationPipeline(Pipeline):
     def forward(self, parts: list[TextWindow], options: Options) -> list[Tensor]:
         """Return the probabilities (T, num_labels) of each window."""
         output, lengths = self.run([part.ids for part in parts], use_cache=False)
-        return [torch.softmax(row, dim=-1) for row in unpadded(output.logits, lengths)]
+        return [
+            torch.softmax(checked_scores(row), dim=-1) for row in unpadded(output.logits, lengths)
+        ]
 
     def postprocess(
         self, parts: Sequence[TextWindow], outputs: list[Tensor], options: Options

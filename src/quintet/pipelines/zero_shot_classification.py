@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from quintet.errors import InputError
-from quintet.pipelines.base import Pipeline
+from quintet.pipelines.base import Pipeline, checked_scores
 
 if TYPE_CHECKING:
     from quintet.modeling.base import PreTrainedModel
@@ -127,7 +127,7 @@ class ZeroShotClassificationPipeline(Pipeline):
     def forward(self, parts: list[Hypothesis], options: Options) -> list[Tensor]:
         """Return the logits of each text with its hypothesis."""
         output, _ = self.run([part.ids for part in parts], use_cache=False)
-        return list(output.logits.float().cpu())
+        return list(checked_scores(output.logits.float().cpu()))
 
     def postprocess(
         self, parts: Sequence[Hypothesis], outputs: list[Tensor], options: Options
