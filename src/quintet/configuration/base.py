@@ -75,6 +75,7 @@ class PreTrainedConfig(ConfigContract, ConfigViews, Pushable):
     label2id: dict[str, int] | None = None
     max_position_embeddings: Length = 2048
     name_or_path: str = ""
+    num_attention_heads: Size = 1
     num_hidden_layers: Layers = 1
     output_attentions: bool = False
     output_hidden_states: bool = False
