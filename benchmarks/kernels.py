@@ -18,7 +18,8 @@ from quintet.kernels import report
 from quintet.kernels.attention import attend
 from quintet.kernels.grouped import grouped_silu_experts
 from quintet.kernels.latent import attend_latents
-from quintet.ops.mamba2 import MixerWeights, mix, mix_stepwise
+from quintet.kernels.ssm import MixerWeights
+from quintet.ops.mamba2 import mix, mix_stepwise
 from quintet.ops.masks import AttentionMask
 from quintet.ops.mla import absorbed
 from quintet.ops.moe import looped_experts

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from quintet.gguf.types import BY_NAME
 from quintet.kernels.matrix import Matrix
+from quintet.kernels.ssm import MixerWeights
 from quintet.layers.mlp import GatedMLP
 from quintet.ops import activations
 from quintet.ops.activations import gate_by
@@ -18,7 +19,7 @@ from quintet.ops.attention import sdpa
 from quintet.ops.blocks import decode_blocks, split_blocks
 from quintet.ops.group_fit import quantize_groups
 from quintet.ops.linear import linear, linears
-from quintet.ops.mamba2 import MixerWeights, mix
+from quintet.ops.mamba2 import mix
 from quintet.ops.masks import AttentionMask, attention_mask_of
 from quintet.ops.mla import expanded, latent_attention
 from quintet.ops.moe import apply_experts, top_experts

@@ -13,10 +13,11 @@ from quintet.kernels.latent import LatentAttention
 from quintet.kernels.linear import Matrix
 from quintet.kernels.parts import Adapted, Norm, Source
 from quintet.kernels.routing import Rules
+from quintet.kernels.ssm import MixerWeights
 from quintet.kernels.stack import Stack
 from quintet.ops.group_fit import quantize_groups
 from quintet.ops.groups import widen_groups
-from quintet.ops.mamba2 import MixerWeights, mix_stepwise
+from quintet.ops.mamba2 import mix_stepwise
 from quintet.ops.quantized import dequantize_int4, dequantize_int8, quantize_int4, quantize_int8
 from support import relative_error
 

@@ -14,7 +14,7 @@ from quintet.kernels.latent import attend_latents
 from quintet.kernels.linear import STEP_TOKENS, Matrix, linears
 from quintet.kernels.product import gated_products, products
 from quintet.kernels.routing import Rules, choose, router_logits
-from quintet.kernels.ssm import mamba2
+from quintet.kernels.ssm import MixerWeights, mamba2
 from quintet.ops.quantized import quantize_int4, quantize_int8
 
 # Of released models; what is summed in how many pieces shows at none of the small ones.
@@ -230,21 +230,10 @@ def test_a_mixer_makes_the_same_of_a_text_cut_at_its_blocks(
     projected = torch.randn(2, T, H * P + C + H).to(BF16)
     taps, norm = torch.randn(C, W).to(BF16), torch.randn(H * P).to(BF16)
     scalars = torch.randn(H), torch.rand(H), torch.randn(H)
+    weights = MixerWeights(taps, None, *scalars, norm, 1, (0.001, 10.0), 1e-5)
 
     def run(x: Tensor, window: Tensor | None, state: Tensor | None) -> tuple[Tensor, ...]:
-        made = mamba2(
-            x,
-            taps,
-            None,
-            scalars,
-            norm,
-            num_groups=1,
-            dt_limits=(0.001, 10.0),
-            eps=1e-5,
-            window=window,
-            state=state,
-            counts=None,
-        )
+        made = mamba2(x, weights, window=window, state=state, counts=None)
         assert made is not None
         return made
 

@@ -6,8 +6,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from quintet.kernels.ssm import mamba2
-from quintet.ops.mamba2 import Mixed, MixerWeights, mix, mix_stepwise
+from quintet.kernels.ssm import MixerWeights, mamba2
+from quintet.ops.mamba2 import Mixed, mix, mix_stepwise
 
 BOUND = {torch.float32: 4e-5, torch.bfloat16: 2**-6}
 
@@ -134,19 +134,7 @@ def test_it_leaves_to_torch_what_it_is_not_for(level: str) -> None:
     projected = torch.randn(1, 3, 32 + 64 + 2)
 
     def made(projected: Tensor, weights: MixerWeights) -> object:
-        return mamba2(
-            projected,
-            weights.taps,
-            weights.conv_bias,
-            (weights.dt_bias, weights.A_log, weights.D),
-            weights.norm,
-            num_groups=1,
-            dt_limits=weights.dt_limits,
-            eps=weights.eps,
-            window=None,
-            state=None,
-            counts=None,
-        )
+        return mamba2(projected, weights, window=None, state=None, counts=None)
 
     assert made(projected, weights) is not None
     assert made(projected.double(), weights) is None

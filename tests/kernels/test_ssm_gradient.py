@@ -6,7 +6,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from quintet.ops.mamba2 import MixerWeights, mix_stepwise
+from quintet.kernels.ssm import MixerWeights
+from quintet.ops.mamba2 import mix_stepwise
 from quintet.ops.mamba2_learning import mix_learning
 
 

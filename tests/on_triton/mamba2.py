@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from on_triton.cases import Case
-from quintet.ops.mamba2 import MixerWeights, mix_stepwise
+from quintet.kernels.ssm import MixerWeights
+from quintet.ops.mamba2 import mix_stepwise
 from quintet.ops.mamba2_texts import mix_texts
 from quintet.triton import mamba2 as kernels
 from quintet.triton.texts import Texts
@@ -54,20 +55,21 @@ def inputs(device: torch.device, *, scene: Scene) -> Mapping[str, Any]:
     lead = (sum(scene.tokens),) if scene.width is None else (n, scene.width)
     # A slice of something wider, as a part of a projection is.
     projected = randn(*lead, inner + C + H + 8)[..., : inner + C + H]
+    weights = MixerWeights(
+        # As a module holds them.
+        taps=randn(C, 1, W).squeeze(1) / 2,
+        conv_bias=randn(C) if scene.bias else None,
+        dt_bias=randn(H, dtype=F32) - 2,
+        A_log=torch.rand(H, generator=g).to(device) * 4 - 1,
+        D=randn(H, dtype=F32),
+        norm=randn(inner),
+        num_groups=G,
+        dt_limits=(0.001, 5.0),
+        eps=1e-5,
+    )
     given: dict[str, Any] = {
         "projected": projected,
-        # As a module holds them.
-        "taps": randn(C, 1, W).squeeze(1) / 2,
-        "conv_bias": randn(C) if scene.bias else None,
-        "scalars": (
-            randn(H, dtype=F32) - 2,
-            torch.rand(H, generator=g).to(device) * 4 - 1,
-            randn(H, dtype=F32),
-        ),
-        "norm": randn(inner),
-        "num_groups": G,
-        "dt_limits": (0.001, 5.0),
-        "eps": 1e-5,
+        "weights": weights,
         "window": None,
         "state": None,
     }
@@ -97,20 +99,13 @@ def outcome(mix: Any, **given: Any) -> tuple[Tensor, ...] | None:
 
 def stepwise(
     projected: Tensor,
-    taps: Tensor,
-    conv_bias: Tensor | None,
-    scalars: tuple[Tensor, Tensor, Tensor],
-    norm: Tensor,
+    weights: MixerWeights,
     *,
-    num_groups: int,
-    dt_limits: tuple[float, float],
-    eps: float,
     window: Tensor | None,
     state: Tensor | None,
     counts: Tensor | None,
 ) -> tuple[Tensor, ...]:
     """Return the fields of `Mixed`, made step by step."""
-    weights = MixerWeights(taps, conv_bias, *scalars, norm, num_groups, dt_limits, eps)
     return tuple(mix_stepwise(projected, weights, window, state, counts, chunk_size=64))
 
 

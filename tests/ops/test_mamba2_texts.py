@@ -5,7 +5,8 @@ from itertools import pairwise
 import pytest
 import torch
 
-from quintet.ops.mamba2 import MixerWeights, mix_stepwise
+from quintet.kernels.ssm import MixerWeights
+from quintet.ops.mamba2 import mix_stepwise
 from quintet.ops.mamba2_texts import mix_texts
 from quintet.triton.texts import Texts
 
@@ -22,16 +23,15 @@ def test_each_text_as_alone(rows: list[int] | None, kept: bool) -> None:
     def randn(*shape: int) -> torch.Tensor:
         return torch.randn(shape, generator=g, dtype=torch.float64)
 
-    learned = (randn(C, W), randn(C), (randn(H), randn(H), randn(H)), randn(INNER))
-    how = {"num_groups": G, "dt_limits": (0.001, 9.0), "eps": 1e-5}
-    weights = MixerWeights(*learned[:2], *learned[2], learned[3], *how.values())
+    scalars = randn(H), randn(H), randn(H)
+    weights = MixerWeights(randn(C, W), randn(C), *scalars, randn(INNER), G, (0.001, 9.0), 1e-5)
     projected = randn(sum(COUNTS), INNER + C + H)
     window, state = (randn(6, W - 1, C), randn(6, H, P, N)) if kept else (None, None)
     before = (window.clone(), state.clone()) if window is not None and state is not None else None
     ends = torch.tensor([0, *COUNTS]).cumsum(0).int()
     where = None if rows is None else torch.tensor(rows).int()
     texts = Texts(len(COUNTS), max(COUNTS), ends, where)
-    made = mix_texts(projected, *learned, **how, texts=texts, window=window, state=state)
+    made = mix_texts(projected, weights, texts=texts, window=window, state=state)
     untouched = set(range(6))
     for i, (begin, end) in enumerate(pairwise(ends.tolist())):
         row = i if rows is None else rows[i]

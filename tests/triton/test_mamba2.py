@@ -13,8 +13,9 @@ from torch import Tensor
 from quintet import DynamicCache
 from quintet.backends import REGISTRY
 from quintet.cache import PooledCache
+from quintet.kernels.ssm import MixerWeights
 from quintet.ops.conv import causal_conv, continued
-from quintet.ops.mamba2 import Mixed, MixerWeights, heads_and_groups, mix_stepwise
+from quintet.ops.mamba2 import Mixed, heads_and_groups, mix_stepwise
 from quintet.ops.ssd import recurrence, step_sizes
 
 pytest.importorskip("triton", reason="Triton is made for Linux")
@@ -97,9 +98,7 @@ def roundings(made: Tensor, right: Tensor, size: Tensor, dtype: torch.dtype) -> 
 @torch.no_grad()
 def test_any_texts_on_any_rows(scene: Scene) -> None:
     given_ = dict(inputs(CPU, scene=scene))
-    learned = [given_[n] for n in ("taps", "conv_bias")], given_["scalars"], [given_["norm"]]
-    rest = [given_[n] for n in ("num_groups", "dt_limits", "eps")]
-    weights = MixerWeights(*(doubles(x) for part in learned for x in part), *rest)
+    weights = MixerWeights(*map(doubles, given_["weights"]))
     (H, P, _, N), (C, W) = scene.heads, weights.taps.shape
     before = [doubles(given_[name]) for name in ("window", "state")]
     mixed = kernels.mix_texts(**given_)
@@ -155,7 +154,7 @@ def test_a_text_does_not_see_the_others() -> None:
         lambda g: {"state": g["state"].mT.contiguous().mT},
         lambda g: {"window": g["window"][:, 1:]},
         lambda g: {"window": None},
-        lambda g: {"num_groups": 3},
+        lambda g: {"weights": g["weights"]._replace(num_groups=3)},
         lambda g: {"texts": Texts(3, 5, g["texts"].ends.long())},
     ],
     ids=["float64", "narrow", "rounded states", "turned", "short", "half", "groups", "int64"],

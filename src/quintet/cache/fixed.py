@@ -14,7 +14,7 @@ from quintet.cache.row_memory import DenseRows, TokenRows
 from quintet.cache.segment import Segment
 from quintet.cache.state_rows import StateRows
 from quintet.errors import InputError
-from quintet.ops.mamba2 import MixerWeights
+from quintet.kernels.ssm import MixerWeights
 from quintet.triton.pages import Pages
 
 

@@ -14,8 +14,9 @@ from torch import Tensor
 from quintet.cache.memory import own, writable
 from quintet.cache.segment import Segment
 from quintet.errors import InputError
+from quintet.kernels.ssm import MixerWeights
 from quintet.ops.conv import continued, last_window
-from quintet.ops.mamba2 import MixerWeights, mix
+from quintet.ops.mamba2 import mix
 from quintet.ops.ssd import only, ssd
 
 # The tokens of a forward that one call of a kernel takes, at the most.

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from quintet.cache.recurrent import Inputs
 from quintet.cache.segment import Segment
-from quintet.ops.mamba2 import MixerWeights
+from quintet.kernels.ssm import MixerWeights
 
 
 class CacheSlot(Protocol):

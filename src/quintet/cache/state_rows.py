@@ -14,7 +14,7 @@ from quintet.cache.row_memory import Buffers
 from quintet.cache.rows import Row, RowTable
 from quintet.cache.segment import Segment
 from quintet.errors import InputError
-from quintet.ops.mamba2 import MixerWeights
+from quintet.kernels.ssm import MixerWeights
 
 
 class StateRows:

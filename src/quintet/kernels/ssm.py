@@ -1,5 +1,7 @@
 """Mamba-2's mixer between its projections, in one pass."""
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
@@ -10,16 +12,36 @@ LANES = 16
 NAMES = {torch.bfloat16: "mamba2_bf16", torch.float32: "mamba2_f32"}
 
 
+class MixerWeights(NamedTuple):
+    """What a mixer has learned, its projections aside.
+
+    Attributes:
+        taps: (C, W) of the convolution.
+        conv_bias: (C).
+        dt_bias: (H), added to the step sizes.
+        A_log: (H), the logarithm of -A.
+        D: (H).
+        norm: (H·P), the scale behind the gate.
+        num_groups: G.
+        dt_limits: between which two a step size is clamped.
+        eps: of the normalisation.
+    """
+
+    taps: Tensor
+    conv_bias: Tensor | None
+    dt_bias: Tensor
+    A_log: Tensor
+    D: Tensor
+    norm: Tensor
+    num_groups: int
+    dt_limits: tuple[float, float]
+    eps: float
+
+
 def mamba2(
     projected: Tensor,
-    taps: Tensor,
-    conv_bias: Tensor | None,
-    scalars: tuple[Tensor, Tensor, Tensor],
-    norm: Tensor,
+    weights: MixerWeights,
     *,
-    num_groups: int,
-    dt_limits: tuple[float, float],
-    eps: float,
     window: Tensor | None,
     state: Tensor | None,
     counts: Tensor | None,
@@ -28,11 +50,9 @@ def mamba2(
 
     That is the output (B, T, H·P), the convolution's last inputs (B, W - 1, C), the state
     (B, H, P, N), which is overwritten, the convolved channels (B, T, C) and the steps (B, T, H).
-
-    Args:
-        scalars: dt_bias, A_log and D, (H) each.
     """
     call = begin()
+    taps, conv_bias, *scalars, norm, num_groups, dt_limits, eps = weights
     dtype = projected.dtype
     if call is None or dtype not in NAMES or projected.ndim != 3 or taps.ndim != 2:
         return None

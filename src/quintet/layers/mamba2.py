@@ -11,12 +11,13 @@ from torch import Tensor, nn
 from quintet.cache.recurrent import Inputs
 from quintet.cache.slots import StateSlot
 from quintet.kernels import parts
+from quintet.kernels.ssm import MixerWeights
 from quintet.layers.context import ForwardContext
 from quintet.layers.linear import Linear, matrices
 from quintet.layers.plain import PlainModule, untouched
 from quintet.layers.stack import FusedPart
 from quintet.ops.conv import causal_conv
-from quintet.ops.mamba2 import Calls, MixerWeights, gated_rms_norm, heads_and_groups, mix
+from quintet.ops.mamba2 import Calls, gated_rms_norm, heads_and_groups, mix
 from quintet.ops.mamba2_learning import mix_learning
 from quintet.ops.mamba2_texts import mix_texts
 from quintet.sharding import WHOLE, Section, Sharding, columns, rows
@@ -204,13 +205,7 @@ class Mamba2(FusedPart):
             held = projected.new_zeros(n, W - 1, C), state
         made = mix_texts.by_backend(
             projected.flatten(0, 1),
-            weights.taps,
-            weights.conv_bias,
-            (weights.dt_bias, weights.A_log, weights.D),
-            weights.norm,
-            num_groups=weights.num_groups,
-            dt_limits=weights.dt_limits,
-            eps=weights.eps,
+            weights,
             texts=texts,
             window=None if held is None else held[0],
             state=None if held is None else held[1],

@@ -11,36 +11,11 @@ import torch
 import torch.nn.functional as F  # noqa: N812
 from torch import Tensor
 
+from quintet.kernels.ssm import MixerWeights
 from quintet.ops.conv import causal_conv, continued, last_window
 from quintet.ops.norm import rms_norm
 from quintet.ops.one_pass import mix_in_one_pass
 from quintet.ops.ssd import ssd, ssd_step, step_sizes
-
-
-class MixerWeights(NamedTuple):
-    """What a mixer has learned, its projections aside.
-
-    Attributes:
-        taps: (C, W) of the convolution.
-        conv_bias: (C).
-        dt_bias: (H), added to the step sizes.
-        A_log: (H), the logarithm of -A.
-        D: (H).
-        norm: (H·P), the scale behind the gate.
-        num_groups: G.
-        dt_limits: between which two a step size is clamped.
-        eps: of the normalisation.
-    """
-
-    taps: Tensor
-    conv_bias: Tensor | None
-    dt_bias: Tensor
-    A_log: Tensor
-    D: Tensor
-    norm: Tensor
-    num_groups: int
-    dt_limits: tuple[float, float]
-    eps: float
 
 
 class Calls(NamedTuple):
@@ -96,19 +71,7 @@ def mix(
     fused = (
         None
         if calls is not None
-        else mix_in_one_pass(
-            projected,
-            weights.taps,
-            weights.conv_bias,
-            (weights.dt_bias, weights.A_log, weights.D),
-            weights.norm,
-            num_groups=weights.num_groups,
-            dt_limits=weights.dt_limits,
-            eps=weights.eps,
-            window=window,
-            state=state,
-            counts=counts,
-        )
+        else mix_in_one_pass(projected, weights, window=window, state=state, counts=counts)
     )
     if fused is None:
         return mix_stepwise(

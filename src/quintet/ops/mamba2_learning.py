@@ -11,9 +11,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from quintet.kernels.ssm import MixerWeights
 from quintet.kernels.ssm_gradient import LANES, Learned, mix_texts, mix_texts_gradient
 from quintet.ops.again import Rule, keeping_inputs, learn
-from quintet.ops.mamba2 import MixerWeights, mix_stepwise
+from quintet.ops.mamba2 import mix_stepwise
 
 
 class How(NamedTuple):

@@ -9,21 +9,16 @@ import torch
 from torch import Tensor
 
 from quintet.backends import operation
-from quintet.ops.mamba2 import MixerWeights, mix_stepwise
+from quintet.kernels.ssm import MixerWeights
+from quintet.ops.mamba2 import mix_stepwise
 from quintet.triton.texts import Texts
 
 
 @operation("mamba2 over texts")
 def mix_texts(
     projected: Tensor,
-    taps: Tensor,
-    conv_bias: Tensor | None,
-    scalars: tuple[Tensor, Tensor, Tensor],
-    norm: Tensor,
+    weights: MixerWeights,
     *,
-    num_groups: int,
-    dt_limits: tuple[float, float],
-    eps: float,
     texts: Texts,
     window: Tensor | None,
     state: Tensor | None,
@@ -37,11 +32,9 @@ def mix_texts(
     state (R, H, P, N), neither where every text begins with zeros and nothing is kept.
 
     Args:
-        scalars: dt_bias, A_log and D, (H) each.
         texts: which tokens are whose; as `texts.ends` says, so not a rectangle.
     """
     assert texts.ends is not None
-    weights = MixerWeights(taps, conv_bias, *scalars, norm, num_groups, dt_limits, eps)
     n, counts = texts.n, texts.ends.diff()
     token = torch.arange(len(projected), dtype=torch.int32, device=projected.device)
     text = torch.searchsorted(texts.ends[1:], token, right=True)

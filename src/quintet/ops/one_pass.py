@@ -8,6 +8,7 @@ from torch import Tensor
 from quintet.backends import operation
 from quintet.kernels.linear import Matrix
 from quintet.kernels.routing import Rules
+from quintet.kernels.ssm import MixerWeights
 
 
 @operation("attention")
@@ -80,14 +81,8 @@ def choose_experts(
 @operation("mamba2")
 def mix_in_one_pass(
     projected: Tensor,
-    taps: Tensor,
-    conv_bias: Tensor | None,
-    scalars: tuple[Tensor, Tensor, Tensor],
-    norm: Tensor,
+    weights: MixerWeights,
     *,
-    num_groups: int,
-    dt_limits: tuple[float, float],
-    eps: float,
     window: Tensor | None,
     state: Tensor | None,
     counts: Tensor | None,

@@ -8,6 +8,7 @@ import torch.nn.functional as F  # noqa: N812
 from torch import Tensor
 
 from quintet.backends import Backend, Implementation
+from quintet.kernels.ssm import MixerWeights
 from quintet.published.packages import lacking, takes
 from quintet.triton.texts import Texts
 
@@ -57,21 +58,14 @@ class ChunkScan(Protocol):
 
 def mamba2(
     projected: Tensor,
-    taps: Tensor,
-    conv_bias: Tensor | None,
-    scalars: tuple[Tensor, Tensor, Tensor],
-    norm: Tensor,
+    weights: MixerWeights,
     *,
-    num_groups: int,
-    dt_limits: tuple[float, float],
-    eps: float,
     window: Tensor | None,
     state: Tensor | None,
     counts: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor] | None:
     """Return what `ops.mamba2.mix_stepwise` does; the state is overwritten."""
-    given = [projected, taps, *scalars, norm]
-    given += [x for x in (conv_bias, window, state, counts) if x is not None]
+    given = [projected, *(x for x in (*weights[:6], window, state, counts) if x is not None)]
     if not takes(*given):
         return None
     # The package needs Triton, so it is there.
@@ -79,13 +73,7 @@ def mamba2(
 
     return own.mamba2(
         projected,
-        taps,
-        conv_bias,
-        scalars,
-        norm,
-        num_groups=num_groups,
-        dt_limits=dt_limits,
-        eps=eps,
+        weights,
         window=window,
         state=state,
         counts=counts,

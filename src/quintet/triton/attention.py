@@ -12,8 +12,6 @@ from quintet.triton.attention_kernels import attend, join
 from quintet.triton.launching import cdiv, launch, power_of_two, takes
 from quintet.triton.pages import Coded, Memory, Pages
 
-__all__ = ["attend_pages"]
-
 FLOATS = (torch.bfloat16, torch.float16, torch.float32)
 # What a vector may have, in one part: the sum over values is held in registers.
 LONGEST = 512

@@ -9,8 +9,6 @@ the keys of each are divided among several, whose results are joined by a second
 import triton
 import triton.language as tl
 
-__all__ = ["attend", "join"]
-
 
 @triton.jit
 def vectors(  # type: ignore[no-untyped-def]

@@ -9,8 +9,6 @@ from quintet.backends import Backend, Implementation
 from quintet.triton import attention, gated, keeping, linear, mamba2, norm, sampling
 from quintet.triton.launching import missing
 
-__all__ = ["BACKEND"]
-
 FLOATS = frozenset({torch.bfloat16, torch.float16, torch.float32})
 
 IMPLEMENTATIONS: Mapping[str, Sequence[Implementation]] = MappingProxyType(

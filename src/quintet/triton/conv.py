@@ -8,8 +8,6 @@ from quintet.triton.finding import text_of
 from quintet.triton.launching import cdiv, launch, power_of_two
 from quintet.triton.texts import Texts
 
-__all__ = ["WIDEST", "convolve"]
-
 # Tokens of a program, which have to hold all that is read of the inputs before a text.
 TOKENS = 16
 WIDEST = TOKENS

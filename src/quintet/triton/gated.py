@@ -8,8 +8,6 @@ from quintet.triton.launching import takes
 from quintet.triton.vectors import gate_vectors, map_vectors
 from quintet.triton.weights import Held, held
 
-__all__ = ["gated", "silu_experts"]
-
 # So many vectors of one MLP read it from the cache by themselves.
 FEW = 2
 # Beyond so many tokens, or choices for each of E experts, experts are read once for all of them.

@@ -20,8 +20,6 @@ from quintet.triton.sorting import by_expert, most_tiles, tile_of
 from quintet.triton.tiles import times_rows
 from quintet.triton.weights import Held, columns_of, stored, widened
 
-__all__ = ["grouped_experts"]
-
 
 class Shape(NamedTuple):
     """What a program has: rows of an expert, outputs, and columns of a step."""

@@ -11,8 +11,6 @@ from torch import Tensor
 
 from quintet.kernels.calls import watched
 
-__all__ = ["capability", "cdiv", "launch", "missing", "power_of_two", "takes"]
-
 PLAIN = (Tensor, torch.nn.Parameter)
 
 

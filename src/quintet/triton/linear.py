@@ -17,8 +17,6 @@ from quintet.triton.tiles import times_rows
 from quintet.triton.vectors import map_vectors
 from quintet.triton.weights import Held, held
 
-__all__ = ["linears"]
-
 # So many rows go one by one, and so many at the most together.
 FEW, MOST = 2, 64
 # Outputs of a tile: few, so that the smallest matrices of a layer still occupy a GPU.

@@ -5,13 +5,12 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from quintet.kernels.ssm import MixerWeights
 from quintet.triton.conv import WIDEST, convolve
 from quintet.triton.launching import takes
 from quintet.triton.norm import LONGEST, gated_rms_norm
 from quintet.triton.ssm import LARGEST, Sizes, through_states
 from quintet.triton.texts import Texts
-
-__all__ = ["mamba2", "mix_texts"]
 
 Through = Callable[
     [
@@ -31,14 +30,8 @@ FLOATS = (torch.bfloat16, torch.float16, torch.float32)
 
 def mamba2(
     projected: Tensor,
-    taps: Tensor,
-    conv_bias: Tensor | None,
-    scalars: tuple[Tensor, Tensor, Tensor],
-    norm: Tensor,
+    weights: MixerWeights,
     *,
-    num_groups: int,
-    dt_limits: tuple[float, float],
-    eps: float,
     window: Tensor | None,
     state: Tensor | None,
     counts: Tensor | None,
@@ -54,10 +47,9 @@ def mamba2(
     """
     if projected.ndim != 3:
         return None
-    (B, T, _), W = projected.shape, taps.shape[-1]
+    (B, T, _), W = projected.shape, weights.taps.shape[-1]
     texts = Texts(n=B, most=T, counts=counts)
-    learned = (taps, conv_bias, scalars, norm)
-    sizes = _fits(projected, *learned, num_groups, texts, window, state)
+    sizes = _fits(projected, weights, texts, window, state)
     if sizes is None or (counts is not None and counts.shape != (B,)):
         return None
     if any(x is not None and len(x) != B for x in (window, state)):
@@ -69,21 +61,15 @@ def mamba2(
         kept = projected.new_empty(B, sizes.H, sizes.P, sizes.N, dtype=torch.float32)
     rows = projected.reshape(B * T, -1)
     windows, states = (window, next_window), (state, kept)
-    made = _mix(rows, *learned, sizes, texts, dt_limits, eps, windows, states, through)
+    made = _mix(rows, weights, sizes, texts, windows, states, through)
     out, convolved, steps = (x.view(B, T, -1) for x in made)
     return out, next_window, kept, convolved, steps
 
 
 def mix_texts(
     projected: Tensor,
-    taps: Tensor,
-    conv_bias: Tensor | None,
-    scalars: tuple[Tensor, Tensor, Tensor],
-    norm: Tensor,
+    weights: MixerWeights,
     *,
-    num_groups: int,
-    dt_limits: tuple[float, float],
-    eps: float,
     texts: Texts,
     window: Tensor | None,
     state: Tensor | None,
@@ -91,47 +77,40 @@ def mix_texts(
     """Return what `ops.mamba2_texts.mix_texts` does; window and state are overwritten."""
     if projected.ndim != 2 or (window is None) != (state is None) or texts.counts is not None:
         return None
-    learned = (taps, conv_bias, scalars, norm)
-    sizes = _fits(projected, *learned, num_groups, texts, window, state)
+    sizes = _fits(projected, weights, texts, window, state)
     if sizes is None:
         return None
-    return _mix(projected, *learned, sizes, texts, dt_limits, eps, (window, window), (state, state))
+    return _mix(projected, weights, sizes, texts, (window, window), (state, state))
 
 
 def _mix(
     projected: Tensor,
-    taps: Tensor,
-    conv_bias: Tensor | None,
-    scalars: tuple[Tensor, Tensor, Tensor],
-    norm: Tensor,
+    weights: MixerWeights,
     sizes: Sizes,
     texts: Texts,
-    dt_limits: tuple[float, float],
-    eps: float,
     windows: tuple[Tensor | None, Tensor | None],
     states: tuple[Tensor | None, Tensor | None],
     through: Through | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return what is projected back, the convolved channels and the step sizes of M tokens."""
+    taps, conv_bias, *_, norm, num_groups, limits, eps = weights
+    scalars = weights.dt_bias, weights.A_log, weights.D
     z, raw, dt = torch.split(projected, [len(norm), len(taps), sizes.H], dim=-1)
     convolved = convolve(raw, taps, conv_bias, texts, *windows)
     through = through or through_states
-    y, steps = through(convolved, dt, scalars, dt_limits, sizes, texts, *states)
-    return gated_rms_norm(y, z, norm, sizes.G, eps), convolved, steps
+    y, steps = through(convolved, dt, scalars, limits, sizes, texts, *states)
+    return gated_rms_norm(y, z, norm, num_groups, eps), convolved, steps
 
 
 def _fits(
     projected: Tensor,
-    taps: Tensor,
-    conv_bias: Tensor | None,
-    scalars: tuple[Tensor, Tensor, Tensor],
-    norm: Tensor,
-    num_groups: int,
+    weights: MixerWeights,
     texts: Texts,
     window: Tensor | None,
     state: Tensor | None,
 ) -> Sizes | None:
     """Return the sizes; None where shapes, steps or dtypes are not such as kernels know."""
+    taps, conv_bias, *scalars, norm, num_groups, _, _ = weights
     given = [projected, taps, *scalars, norm, *texts.tensors]
     given += [x for x in (conv_bias, window, state) if x is not None]
     if taps.ndim != 2 or not projected.numel() or not takes(*given):

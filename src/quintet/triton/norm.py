@@ -7,8 +7,6 @@ from torch import Tensor
 
 from quintet.triton.launching import launch, power_of_two, takes
 
-__all__ = ["LONGEST", "gated_rms_norm", "rms_norm"]
-
 # A row is held in registers.
 LONGEST = 16384
 

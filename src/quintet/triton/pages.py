@@ -6,8 +6,6 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-__all__ = ["Coded", "Memory", "Pages"]
-
 
 class Coded(NamedTuple):
     """Memory in few bits: bytes (P, K, page, D·bits/8) and a scale (P, K, page, 1) a vector."""

@@ -12,8 +12,6 @@ from torch import Tensor
 
 from quintet.triton.launching import launch, power_of_two, takes
 
-__all__ = ["draw"]
-
 BLOCK = 4096
 Value = float | Tensor
 

@@ -12,8 +12,6 @@ from torch import Tensor
 
 from quintet.triton.launching import cdiv, launch, power_of_two
 
-__all__ = ["by_expert", "most_tiles", "tile_of"]
-
 
 def by_expert(indices: Tensor, E: int) -> tuple[Tensor, Tensor]:
     """Return the order that sorts the flat choices (N·A), and each expert's first and count.

@@ -17,8 +17,6 @@ from quintet.triton.finding import text_of
 from quintet.triton.launching import cdiv, launch, power_of_two
 from quintet.triton.texts import Texts
 
-__all__ = ["LARGEST", "Sizes", "through_states"]
-
 # Texts of more tokens are taken in chunks.
 FEW = 16
 # Numbers of a state that a vector of it has, in registers.
@@ -116,6 +114,26 @@ def _step_size(dt, least, most):  # type: ignore[no-untyped-def]
 
 
 @triton.jit
+def _held(before, before_row, row, head, p, n, P, N):  # type: ignore[no-untyped-def]
+    """Return what is kept of a head's channels p, where it lies in its row, and what is there."""
+    # A text that is nowhere begins with zeros, and leaves nothing.
+    there = (p < P)[:, None] & (n < tl.where(row >= 0, N, 0))[None, :]
+    place = head * P * N + p[:, None] * N + n[None, :]
+    S = tl.zeros([p.shape[0], n.shape[0]], tl.float32)
+    if before is not None:
+        S = tl.load(before + row * before_row + place, mask=there, other=0.0)
+    return S, place, there
+
+
+@triton.jit
+def _scalars(dt_bias, A_log, D, head):  # type: ignore[no-untyped-def]
+    """Return what is added to a head's step sizes, its A, and its D."""
+    bias = tl.load(dt_bias + head).to(tl.float32)
+    A = -tl.exp(tl.load(A_log + head).to(tl.float32))
+    return bias, A, tl.load(D + head).to(tl.float32)
+
+
+@triton.jit
 def _recur(  # type: ignore[no-untyped-def]
     mixed,
     mixed_step,
@@ -151,15 +169,8 @@ def _recur(  # type: ignore[no-untyped-def]
     p = tl.program_id(0) * P_BLOCK + tl.arange(0, P_BLOCK)
     n = tl.arange(0, N_BLOCK)
     p_in, n_in = p < P, n < N
-    # A text that is nowhere begins with zeros, and leaves nothing.
-    there = p_in[:, None] & (n < tl.where(row >= 0, N, 0))[None, :]
-    place = head * P * N + p[:, None] * N + n[None, :]
-    S = tl.zeros([P_BLOCK, N_BLOCK], tl.float32)
-    if before is not None:
-        S = tl.load(before + row * before_row + place, mask=there, other=0.0)
-    bias = tl.load(dt_bias + head).to(tl.float32)
-    A = -tl.exp(tl.load(A_log + head).to(tl.float32))
-    skip = tl.load(D + head).to(tl.float32)
+    S, place, there = _held(before, before_row, row, head, p, n, P, N)
+    bias, A, skip = _scalars(dt_bias, A_log, D, head)
     of_group = H * P + head // (H // G) * N
     for t in range(length):
         at = begin + t
@@ -218,15 +229,8 @@ def _scan(  # type: ignore[no-untyped-def]
     n = tl.arange(0, N_BLOCK)
     i = tl.arange(0, L)
     p_in, n_in = p < P, n < N
-    # A text that is nowhere begins with zeros, and leaves nothing.
-    there = p_in[:, None] & (n < tl.where(row >= 0, N, 0))[None, :]
-    place = head * P * N + p[:, None] * N + n[None, :]
-    S = tl.zeros([P_BLOCK, N_BLOCK], tl.float32)
-    if before is not None:
-        S = tl.load(before + row * before_row + place, mask=there, other=0.0)
-    bias = tl.load(dt_bias + head).to(tl.float32)
-    A = -tl.exp(tl.load(A_log + head).to(tl.float32))
-    skip = tl.load(D + head).to(tl.float32)
+    S, place, there = _held(before, before_row, row, head, p, n, P, N)
+    bias, A, skip = _scalars(dt_bias, A_log, D, head)
     of_group = H * P + head // (H // G) * N
     kinds: tl.constexpr = tl.bfloat16 if NARROW else tl.float32
     for first in range(0, length, L):

@@ -5,8 +5,6 @@ import triton.language as tl
 
 from quintet.triton.weights import columns_of, stored, widened
 
-__all__ = ["times_rows"]
-
 
 @triton.jit
 def times_rows(  # type: ignore[no-untyped-def]

@@ -13,8 +13,6 @@ from torch import Tensor
 from quintet.triton.launching import cdiv, launch, power_of_two
 from quintet.triton.weights import Held, columns_of, stored, widened
 
-__all__ = ["gate_vectors", "map_vectors"]
-
 # Rows of a program: few, so that the smallest matrices of a layer still occupy a GPU.
 ROWS = 4
 

@@ -16,8 +16,6 @@ from torch import Tensor
 from quintet.kernels.matrix import GROUP, Matrix, power_of_groups
 from quintet.triton.launching import capability, cdiv
 
-__all__ = ["Held", "columns_of", "held", "stored", "widened"]
-
 FLOATS = (torch.bfloat16, torch.float16, torch.float32)
 # What is in memory: numbers of the vectors' dtype, or
 PLAIN = tl.constexpr(0)
