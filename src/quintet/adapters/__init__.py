@@ -1,4 +1,4 @@
-"""Adapters in the layout of PEFT: read, put on a model, combined, merged, trained and written."""
+"""Adapters in PEFT's layout: loaded, applied, combined, merged, trained and saved."""
 
 from quintet.adapters.config import LoraConfig
 

@@ -1,4 +1,4 @@
-"""What one adapter does to one module."""
+"""The changes of one adapter to one module."""
 
 from collections.abc import Mapping
 
@@ -14,7 +14,7 @@ EXPERT_STACKS: Mapping[str, tuple[str, ...]] = {
 
 
 class Adaptation(nn.Module):
-    """What one adapter does to one module.
+    """The changes of one adapter to one module.
 
     Attributes:
         instead: tensors of the module that are others under this adapter, by name.
@@ -31,17 +31,17 @@ class Adaptation(nn.Module):
         self.rows: NewRows | None = None
 
     def addition(self, name: str) -> Addition | None:
-        """Return what is added to the matrix `name`."""
+        """Return the low-rank addition to the matrix `name`."""
         found = self.added._modules.get(name)
         assert found is None or isinstance(found, Addition)
         return found
 
     def replacement(self, name: str) -> Tensor | None:
-        """Return the tensor that is in the place of the one called `name`."""
+        """Return the tensor that replaces the one called `name`."""
         return self.instead._parameters.get(name)
 
     def of_expert(self, expert: int, part: str) -> LowRank | None:
-        """Return what is added to one matrix of one expert."""
+        """Return the low-rank addition to one matrix of one expert."""
         name = expert_name(expert, part)
         found = self.experts._modules.get(name)
         assert found is None or isinstance(found, LowRank)
@@ -49,5 +49,5 @@ class Adaptation(nn.Module):
 
 
 def expert_name(expert: int, part: str) -> str:
-    """Name a matrix of an expert as no path, for a module's name has no dot."""
+    """Return the module name of an expert's matrix, without dots."""
     return f"{expert}/{part}"

@@ -1,4 +1,4 @@
-"""The modules that adapters are put on: what they hold, whichever way they hold it."""
+"""The modules adapters apply to, plain or quantised."""
 
 import copy
 from collections.abc import Mapping
@@ -13,22 +13,22 @@ from quintet.quantization import Quantized, QuantizedEmbedding
 
 
 def is_linear(module: nn.Module) -> bool:
-    """Tell whether a module is a linear map."""
+    """Return whether a module is a linear map."""
     return isinstance(module, nn.Linear | LinearMap)
 
 
 def is_embedding(module: nn.Module) -> bool:
-    """Tell whether a module maps ids to vectors."""
+    """Return whether a module is an embedding."""
     return isinstance(module, nn.Embedding | QuantizedEmbedding)
 
 
 def is_experts(module: nn.Module) -> bool:
-    """Tell whether a module is the experts of a layer."""
+    """Return whether a module is the experts of a layer."""
     return isinstance(module, ExpertStack)
 
 
 def shape_of(module: nn.Module, name: str) -> tuple[int, ...] | None:
-    """Return the shape of a tensor of a module, quantised or not; None if it has none."""
+    """Return the shape of a module's tensor, quantised or not, or None."""
     if isinstance(module, Quantized) and name in module.matrices:
         (rows, columns), stack = module.matrices[name]
         return (stack[0], stack[1] * rows, columns) if stack else (rows, columns)
@@ -41,7 +41,7 @@ def shape_of(module: nn.Module, name: str) -> tuple[int, ...] | None:
 
 
 def device_of(module: nn.Module) -> torch.device:
-    """Return where a module's tensors are.
+    """Return the device of a module's tensors.
 
     Raises:
         UnsupportedBackendError: nowhere, as they are offloaded.
@@ -57,7 +57,7 @@ def device_of(module: nn.Module) -> torch.device:
 
 
 def dense(module: nn.Module, name: str) -> Tensor:
-    """Return a tensor of a module in float32, decoded if need be; no gradient passes it.
+    """Return a module's tensor in float32, decoded if needed, without gradient.
 
     Raises:
         UnsupportedBackendError: it is held in a format that only its package can read.
@@ -75,7 +75,7 @@ def dense(module: nn.Module, name: str) -> Tensor:
 
 
 def with_tensors(module: nn.Module, tensors: Mapping[str, Tensor]) -> nn.Module:
-    """Return a module that is another but for some tensors; the others and its parts it shares."""
+    """Return a shallow copy of a module with some tensors replaced."""
     if not tensors:
         return module
     if isinstance(module, Quantized) and not tensors.keys().isdisjoint(module.matrices):
@@ -90,7 +90,7 @@ def with_tensors(module: nn.Module, tensors: Mapping[str, Tensor]) -> nn.Module:
 
 
 def _plain(module: Quantized, tensors: Mapping[str, Tensor]) -> nn.Module:
-    """Return a module of numbers in place of a quantised one, of which a matrix is replaced."""
+    """Return an unquantised module with one matrix replaced."""
     plain: nn.Module
     if isinstance(module, QuantizedEmbedding):
         plain = nn.Embedding(1, 1, device="meta")

@@ -1,4 +1,4 @@
-"""The adapters that are on a model: which there are, and which are in use."""
+"""The adapters on a model, and which are active."""
 
 import secrets
 from collections.abc import Collection, Iterable, Mapping, Sequence
@@ -46,7 +46,7 @@ class Adapters:
     # -- which there are ---------------------------------------------------------------------
 
     def check_new(self, name: object) -> str:
-        """Check the name of an adapter that is to be put on the model.
+        """Check the name of a new adapter.
 
         Raises:
             InputError: it cannot be one, or is another's.
@@ -61,7 +61,7 @@ class Adapters:
         return name
 
     def check_known(self, names: Iterable[object]) -> list[str]:
-        """Check the names of adapters that are on the model.
+        """Check that adapters of these names exist.
 
         Raises:
             InputError: one is not.
@@ -77,7 +77,7 @@ class Adapters:
     def put(
         self, model: nn.Module, name: str, config: LoraConfig, made: Adaptations, *, trains: bool
     ) -> None:
-        """Put an adapter on the modules of a model."""
+        """Add an adapter to a model's modules."""
         for (module, use), adaptation in made.items():
             held = module._modules.get("adapters")
             if held is None:
@@ -93,7 +93,7 @@ class Adapters:
         self._marks[name] = secrets.token_hex(8)
 
     def remove(self, model: nn.Module, names: Sequence[str]) -> None:
-        """Take adapters off the modules of a model."""
+        """Remove adapters from a model's modules."""
         for module in adapted_modules(model):
             held = cast("nn.ModuleDict", module.adapters)
             for name in names:
@@ -135,7 +135,7 @@ class Adapters:
                 del module.adapters
 
     def parts(self, model: nn.Module, name: str) -> dict[tuple[nn.Module, str], Adaptation]:
-        """Return what an adapter does to each module, by module and use."""
+        """Return an adapter's changes by module and use."""
         return {
             (module, use): cast("Adaptation", adaptation)
             for module in adapted_modules(model)
@@ -146,7 +146,7 @@ class Adapters:
     # -- which are in use --------------------------------------------------------------------
 
     def use(self, model: nn.Module, active: Sequence[Active]) -> None:
-        """Use adapters from now on.
+        """Activate adapters.
 
         Raises:
             InputError: two of them have a tensor in the place of the same one.
@@ -172,7 +172,7 @@ class Adapters:
         self.install(model)
 
     def install(self, model: nn.Module) -> None:
-        """Let modules run with adapters, or as they were where none is enabled."""
+        """Install the adapted forwards, or restore the original ones if none is active."""
         for module in adapted_modules(model):
             forward = vars(module).get("forward")
             if not self.enabled or self.merged is not None:
@@ -185,14 +185,14 @@ class Adapters:
                 forward.active = self.active
 
     def key(self, name: str | None = None) -> Key:
-        """Return what a cache is known by that is filled with those in use, or with one."""
+        """Return the cache key of the active adapters, or of one."""
         if not self.enabled or name == BASE_ROW:
             return ()
         used = self.active if name is None or name == IN_USE else (Active(name),)
         return tuple((self._marks[one.name], one.weight) for one in used)
 
     def place(self, names: Sequence[object], device: torch.device, *, copied: bool) -> Place:
-        """Return a place of rows that have an adapter each, or of copies of such side by side.
+        """Return the place for rows with one adapter each, possibly with copies.
 
         Raises:
             InputError: one is not there, or none is enabled.
@@ -211,7 +211,7 @@ class Adapters:
         return Place(names=own, rows=rows, copied=copied)
 
     def keys_of(self, place: Place | None) -> tuple[Key, ...]:
-        """Return what a cache is known by: for each row, or once for all."""
+        """Return the cache key of each row, or one for all."""
         if place is None or place.rows is None:
             return (self.key(),)
         keys = [self.key(BASE_ROW if name is None else name) for name in place.names]

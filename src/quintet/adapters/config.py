@@ -1,4 +1,4 @@
-"""What an adapter is: the keys of `adapter_config.json`, as PEFT names them."""
+"""Adapter configurations: the keys of `adapter_config.json`, as in PEFT."""
 
 import json
 import math
@@ -44,7 +44,7 @@ class _Convertible(Protocol):
 
 @dataclass(kw_only=True)
 class LoraConfig:
-    """An adapter of low rank: W + s · B A, with s = lora_alpha / r (arXiv:2106.09685).
+    """A low-rank adapter: W + s · B A, s = lora_alpha / r (arXiv:2106.09685).
 
     The names and defaults are PEFT's. A module is targeted whose path is one of `target_modules`,
     or ends with a dot and one of them; a string is a regular expression for the whole path, or
@@ -102,7 +102,7 @@ class LoraConfig:
         self.check()
 
     def check(self) -> None:
-        """Check the values, which anybody may have set since they were read.
+        """Validate all values.
 
         Raises:
             ConfigError: a value breaks its rule.
@@ -128,7 +128,7 @@ class LoraConfig:
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Self:
-        """Read the keys of a file; those that only training reads are left out.
+        """Read a file's keys; drop those that only matter for training.
 
         Raises:
             ConfigError: a value breaks its rule.
@@ -169,7 +169,7 @@ class LoraConfig:
 
     @classmethod
     def of(cls, given: object) -> Self:
-        """Return a configuration: one of this class, PEFT's, or a mapping of the same keys.
+        """Convert from this class, PEFT's, or a mapping.
 
         Raises:
             ConfigError: it is something else, or a value breaks its rule.
@@ -188,7 +188,7 @@ class LoraConfig:
         )
 
     def to_dict(self) -> dict[str, Any]:
-        """Return the keys as files have them."""
+        """Return the keys as in files."""
         return {"peft_type": "LORA", "inference_mode": True, **asdict(self)}
 
     def to_json_string(self) -> str:
@@ -196,24 +196,24 @@ class LoraConfig:
         return json.dumps(self.to_dict(), indent=2, sort_keys=True) + "\n"
 
     def saves(self, path: str) -> bool:
-        """Tell whether a module is one that the adapter has whole, or a part of one."""
+        """Return whether the adapter replaces a module, or one that contains it."""
         parts = path.split(".")
         above = [".".join(parts[: end + 1]) for end in range(len(parts))]
         # PEFT asks for how the whole path ends, not for a name: "norm" are all norms.
         return any(one.endswith(tuple(self.modules_to_save or ())) for one in above)
 
     def scale(self, path: str, rank: int) -> float:
-        """Return s for a module, or a parameter, with a matrix of some rank."""
+        """Return the scale s of a module or parameter of some rank."""
         alpha = self.alpha_pattern.get(_key_for(self.alpha_pattern, path) or "", self.lora_alpha)
         return alpha / (math.sqrt(rank) if self.use_rslora else rank)
 
     def rank(self, path: str) -> int:
-        """Return the rank of a module or a parameter of a new adapter."""
+        """Return the rank of a module or parameter in a new adapter."""
         return self.rank_pattern.get(_key_for(self.rank_pattern, path) or "", self.r)
 
 
 def broken_rule(values: Mapping[str, Any]) -> tuple[str, str] | None:
-    """Return the first key whose value cannot be one of an adapter, and what it has to be."""
+    """Return the first invalid key and its rule."""
     broken = ((key, rule) for key, rule, fits in _RULES if key in values and not fits(values[key]))
     return next(broken, None)
 
@@ -260,7 +260,7 @@ def _is_pattern(value: object, fits: Any) -> bool:
 
 
 def _is_regex(text: str) -> bool:
-    """Tell whether a text is a regular expression that cannot keep a reader busy for ever.
+    """Return whether a text is a regular expression that matches in bounded time.
 
     That is one without repeated groups and with few repetitions.
     """

@@ -1,4 +1,4 @@
-"""Adapters of a model that is cut among processes: each is cut as the matrix that it is added to.
+"""Sharding of adapters: each is cut like the matrix it adds to.
 
 Where the rows of a matrix are cut, so are those of B, and every process has all of A, of whose
 gradient it finds a part; where its columns are, so are those of A, and B is had by all.
@@ -24,7 +24,7 @@ from quintet.sharding import WHOLE, Cut, Section, Sharding
 
 @dataclass(frozen=True, slots=True)
 class _Place:
-    """What one adapter does to one module.
+    """An adapter's changes to one module.
 
     Attributes:
         path: of the module.
@@ -38,14 +38,14 @@ class _Place:
 
 
 def adapted_names(model: nn.Module) -> frozenset[str]:
-    """Return the names of the parameters of all adapters on a model."""
+    """Return the names of all adapter parameters."""
     prefixes = [place.prefix for place in _places(model)]
     names = (name for name, _ in model.named_parameters())
     return frozenset(name for name in names if any(name.startswith(p) for p in prefixes))
 
 
 def with_adapters(model: nn.Module, sharding: Sharding) -> Sharding:
-    """Return the table of a whole model with what its adapters are cut by.
+    """Return a model's sharding table, extended by its adapters.
 
     Raises:
         InputError: an adapter does what cannot be done in parts.
@@ -62,7 +62,7 @@ def connect_adapters(
     group: dist.ProcessGroup | None,
     shards: Mapping[str, Shard],
 ) -> None:
-    """Let the adapters on a model that was cut know what is elsewhere.
+    """Connect a sharded model's adapters across processes.
 
     Args:
         model: with its adapters, both cut.
@@ -85,7 +85,7 @@ def connect_adapters(
 
 @dataclass(frozen=True, slots=True)
 class _Sums:
-    """Adds up what each process finds of its columns."""
+    """Sums partial results over processes."""
 
     group: dist.ProcessGroup
 
@@ -144,7 +144,7 @@ def _tables(place: _Place, sharding: Sharding) -> Iterator[Sharding]:
 
 
 def _of_matrix(addition: LowRank, cuts: tuple[Cut, ...], *, partial: bool) -> Sharding:
-    """Return how what is added to a matrix (O, I) is cut, with A (r, I) and B (O, r)."""
+    """Return how an addition to a matrix (O, I) is cut, with A (r, I) and B (O, r)."""
     rows = tuple(cut for cut in cuts if cut.dim == 0)
     columns = tuple(cut for cut in cuts if cut.dim == 1)
     parameters = {"lora_A": columns, "lora_B": rows}
@@ -162,7 +162,7 @@ def _of_matrix(addition: LowRank, cuts: tuple[Cut, ...], *, partial: bool) -> Sh
 
 
 def _of_stack(addition: ExpertStackLowRank, cuts: tuple[Cut, ...]) -> Sharding:
-    """Return how what is added to a stack (E, O, I) is cut, with A (E·r, I) and B (O, r·E)."""
+    """Return how an addition to a stack (E, O, I) is cut, with A (E·r, I), B (O, r·E)."""
     E, r = addition.num_experts, addition.rank
     key = "num_experts"
     inner = [cut for cut in cuts if cut.dim > 0]

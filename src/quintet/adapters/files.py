@@ -1,4 +1,4 @@
-"""An adapter's directory: found, downloaded, and opened."""
+"""Locates and opens an adapter's directory."""
 
 import os
 from pathlib import Path
@@ -18,7 +18,7 @@ PATTERNS = (ADAPTER_CONFIG_NAME, f"{STEM}*.safetensors", f"{STEM}.safetensors.in
 def open_adapter(
     name_or_path: str | os.PathLike[str], **where: Any
 ) -> tuple[Path, LoraConfig, Weights]:
-    """Open an adapter: its directory, what it is, and its tensors, of which none is read yet.
+    """Open an adapter: its directory, config and tensors, which are read on demand.
 
     Args:
         name_or_path: a directory or a hub id.

@@ -1,4 +1,4 @@
-"""The forwards that adapted modules run: the module's own, and what adapters in use add to it."""
+"""Adapted forwards: the module's own plus the active adapters' additions."""
 
 from abc import abstractmethod
 from collections.abc import Callable, Mapping, Sequence
@@ -35,21 +35,21 @@ IN_USE = "__in_use__"
 
 
 class Active(NamedTuple):
-    """An adapter in use, and by what its changes are multiplied."""
+    """An active adapter and its factor."""
 
     name: str
     weight: float = 1.0
 
 
 class InUse(NamedTuple):
-    """What one adapter in use does to a module, and by what that is multiplied."""
+    """An active adapter's changes to a module, and their factor."""
 
     adaptation: Adaptation
     weight: float
 
 
 def uses_of(module: nn.Module, name: str) -> Mapping[str, Adaptation]:
-    """Return what an adapter does to a module, by use; nothing if it leaves it alone."""
+    """Return an adapter's changes to a module, by use."""
     held = module._modules.get("adapters")
     if not isinstance(held, nn.ModuleDict) or name not in held:
         return {}
@@ -57,12 +57,12 @@ def uses_of(module: nn.Module, name: str) -> Mapping[str, Adaptation]:
 
 
 def adapted_modules(model: nn.Module) -> list[nn.Module]:
-    """Return the modules of a model that an adapter is on."""
+    """Return the modules that an adapter changes."""
     return [m for m in model.modules() if isinstance(m._modules.get("adapters"), nn.ModuleDict)]
 
 
 class Forward(AdaptedForward):
-    """The forward of a module with adapters.
+    """The forward of an adapted module.
 
     Args:
         module: whose forward it takes the place of; `module.adapters` holds what they consist of.
@@ -76,7 +76,7 @@ class Forward(AdaptedForward):
         self._remembered = Remembered()
 
     def __call__(self, *args: Any, **named: Any) -> Any:
-        """Run the module with the adapters in use, or with those of each row."""
+        """Run the module with the active adapters, or each row with its own."""
         place = self.places.here()
         if place is None or place.rows is None:
             return self.run(self.in_use(self.active, place), *args, **named)
@@ -84,10 +84,10 @@ class Forward(AdaptedForward):
 
     @abstractmethod
     def run(self, used: Sequence[InUse], *args: Any, **named: Any) -> Any:
-        """Run the module as what is in use has it."""
+        """Run the module with the active adapters."""
 
     def by_rows(self, place: Place, x: Tensor, *others: Tensor) -> Tensor:
-        """Run the module with an adapter for each row; x is (..., C), or ids (...)."""
+        """Run the module with an adapter per row; x is (..., C), or ids (...)."""
         shape = x.shape if is_embedding(self.module) else x.shape[:-1]
         which = place.of(shape, x.device)
         y: Tensor | None = None
@@ -105,7 +105,7 @@ class Forward(AdaptedForward):
         return y
 
     def in_use(self, active: Sequence[Active], place: Place | None = None) -> tuple[InUse, ...]:
-        """Return what adapters do to the module, where a forward is."""
+        """Return the changes that apply at the forward's place."""
         found = []
         for one in active:
             uses = uses_of(self.module, one.name)
@@ -117,11 +117,11 @@ class Forward(AdaptedForward):
         return tuple(found)
 
     def matrix(self) -> Tensor | None:
-        """Return the matrix in use, or None if the module is more than one."""
+        """Return the merged matrix, or None if the module is more than a matrix."""
         return None
 
     def changed(self, used: Sequence[InUse]) -> dict[str, Tensor]:
-        """Return the module's tensors that are others with what is in use, in float32."""
+        """Return the module's tensors after the changes, in float32."""
         changed = {}
         for name in self._names(used):
             given = _instead(used, name)
@@ -134,14 +134,14 @@ class Forward(AdaptedForward):
         return changed
 
     def based(self, used: Sequence[InUse]) -> nn.Module:
-        """Return the module with the tensors that adapters have in the place of its own."""
+        """Return the module with replaced tensors, without additions."""
         instead: dict[str, Tensor] = {}
         for one in used:
             instead |= dict(one.adaptation.instead.items())
         return with_tensors(self.module, instead)
 
     def call(self, base: nn.Module, *args: Any, **named: Any) -> Any:
-        """Run the forward that the module had."""
+        """Run the original forward."""
         if base is self.module and self.original is not None:
             return self.original(*args, **named)
         return type(base).forward(base, *args, **named)
@@ -285,7 +285,7 @@ class _ExpertsForward(Forward):
 
 
 class _OtherForward(Forward):
-    """A module of which matrices are changed, and that is run with the changed ones."""
+    """A module that runs with changed matrices."""
 
     def run(self, used: Sequence[InUse], *args: Any, **named: Any) -> Any:
         base = self.based(used)
@@ -300,7 +300,7 @@ class _OtherForward(Forward):
 
 
 def forward_for(module: nn.Module, places: Places) -> Forward:
-    """Return the forward that takes the place of a module's."""
+    """Return the adapted forward for a module."""
     if is_linear(module):
         return _LinearForward(module, places)
     if is_embedding(module):
@@ -316,7 +316,7 @@ def _instead(used: Sequence[InUse], name: str) -> Tensor | None:
 
 
 def _with_expert(used: InUse, name: str, expert: int, x: Tensor, y: Tensor) -> Tensor:
-    """Return an expert's map of x (n, I), y (n, O), and what an adapter adds to it."""
+    """Add an adapter's part to an expert's map of x (n, I), y (n, O)."""
     adaptation, weight = used
     stack = adaptation.addition(name)
     if isinstance(stack, ExpertStackLowRank):

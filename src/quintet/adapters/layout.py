@@ -1,4 +1,4 @@
-"""Where in a model an adapter can be: the paths of its modules, and what each is used as."""
+"""The module paths of a model that adapters may name."""
 
 import re
 from collections.abc import Iterable, Iterator, Mapping
@@ -28,7 +28,7 @@ class Spot:
 
 @dataclass(frozen=True, slots=True)
 class Layout:
-    """The modules of a model.
+    """The modules of a model by path.
 
     Attributes:
         spots: each path, and what is there.
@@ -43,14 +43,14 @@ class Layout:
     heads: frozenset[str]
 
     def find(self, path: str) -> Spot | None:
-        """Return what is at a path of a file."""
+        """Return the spot at a file's path."""
         found = self.spots.get(path)
         if found is None and self.prefix and path.startswith(self.prefix):
             found = self.spots.get(path.removeprefix(self.prefix))
         return found
 
     def named(self, path: str) -> str:
-        """Return how a path of this model is called in files."""
+        """Return the name in files for a path of this model."""
         return self.prefix + path
 
     def __iter__(self) -> Iterator[Spot]:
@@ -65,7 +65,7 @@ def layout_of(
     tied: tuple[str, str] | None = None,
     heads: Iterable[str] = (),
 ) -> Layout:
-    """Take down the paths of a model's modules, but for those of adapters that are on it.
+    """Collect the module paths of a model, without its adapters.
 
     Args:
         model: the model.

@@ -1,4 +1,4 @@
-"""What an adapter adds to a module's matrix: W + s · B A, through r numbers a vector.
+"""Low-rank additions: W + s · B A.
 
 Legend: docs/notation.md; r is the rank of a matrix of an adapter. All is float32, however narrow
 the model is: what is added is small beside what it is added to, and is rounded once, with the sum.
@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 
 class Remembered:
-    """One tensor that was made of others, to be made again when one of them has changed."""
+    """A tensor computed from others, recomputed when one of them changes."""
 
     def __init__(self) -> None:
         self._of: object = None
@@ -25,7 +25,7 @@ class Remembered:
         make: Callable[[], Tensor],
         numbers: Sequence[float] = (),
     ) -> Tensor:
-        """Return what `make` returns, of these tensors and numbers."""
+        """Return `make(...)` for these tensors and numbers, cached."""
         of = (*map(_version, tensors), *numbers)
         if self._made is None or of != self._of:
             self._made, self._of = make(), of
@@ -43,7 +43,7 @@ def _version(tensor: Tensor) -> tuple[int, int]:
 
 
 class Addition(nn.Module, ABC):
-    """What is added to a matrix (O, I), or to a stack (E, O, I).
+    """An addition to a matrix (O, I) or a stack (E, O, I).
 
     Attributes:
         scale: s.
@@ -53,15 +53,15 @@ class Addition(nn.Module, ABC):
 
     @abstractmethod
     def change(self, weight: Tensor) -> Tensor:
-        """Return what is added to a matrix in float32."""
+        """Return the addition as a dense tensor in float32."""
 
     @abstractmethod
     def tensors(self) -> dict[str, Tensor]:
-        """Return the tensors by how their names end in a file."""
+        """Return the tensors by the suffixes of their names in files."""
 
 
 class LowRank(Addition):
-    """y + s · B(A x), for a map from I to O; with a magnitude, m · V / ‖V‖ by row of V = W + s B A.
+    """y + s · B(A x); with a magnitude (DoRA), m · V / ‖V‖ per row of V = W + s B A.
 
     Args:
         A: (r, I).
@@ -96,18 +96,18 @@ class LowRank(Addition):
 
     @property
     def rank(self) -> int:
-        """The numbers between the two maps."""
+        """The rank r."""
         return self.lora_A.shape[0]
 
     def of(self, x: Tensor) -> Tensor:
-        """Map (..., I) to what is added to (..., O), with no regard to a magnitude."""
+        """Return s · B(A x), (..., O), ignoring a magnitude."""
         low = F.linear(x.to(self.lora_A.dtype), self.lora_A)
         return F.linear(low, self.lora_B, self.bias) * self.scale
 
     def added(
         self, x: Tensor, y: Tensor, weight: Callable[[], Tensor], bias: Tensor | None
     ) -> Tensor:
-        """Return what is added to y = x·Wᵀ + b, (..., O).
+        """Return y = x·Wᵀ + b, (..., O), with the addition.
 
         Args:
             weight: makes W in float32.
@@ -125,7 +125,7 @@ class LowRank(Addition):
         return (share - 1) * y + share * self.of(x)
 
     def change(self, weight: Tensor) -> Tensor:
-        """Return what is added to a matrix (O, I) in float32."""
+        """Return the addition to a matrix (O, I) in float32."""
         change = self._product()
         if self.magnitude is None:
             return change
@@ -133,7 +133,7 @@ class LowRank(Addition):
         return whole * (self.magnitude / _row_norms(whole))[:, None] - weight
 
     def bias_change(self, weight: Tensor) -> Tensor | None:
-        """Return what is added to the bias of a map with the matrix `weight`, (O,)."""
+        """Return the addition to the bias (O,), given the matrix `weight`."""
         if self.bias is None:
             return None
         change = self.bias * self.scale
@@ -142,7 +142,6 @@ class LowRank(Addition):
         return change * (self.magnitude / _row_norms(weight + self._product()))
 
     def tensors(self) -> dict[str, Tensor]:
-        """Return the tensors by how their names end in a file."""
         named: dict[str, Tensor] = {"lora_A.weight": self.lora_A, "lora_B.weight": self.lora_B}
         if self.bias is not None:
             named["lora_B.bias"] = self.bias
@@ -154,7 +153,7 @@ class LowRank(Addition):
         return self.lora_B @ self.lora_A * self.scale
 
     def _norms(self, weight: Callable[[], Tensor]) -> Tensor:
-        """Return ‖V‖ (O,), a constant to gradients as its paper has it."""
+        """Return ‖V‖ (O,), detached as in its paper."""
 
         def make() -> Tensor:
             with torch.no_grad():
@@ -175,7 +174,7 @@ class LowRank(Addition):
 
 
 class EmbeddingLowRank(Addition):
-    """The vectors of ids, plus s · (B A)ᵀ[id].
+    """A low-rank addition to an embedding, s · (B A)ᵀ[id].
 
     Args:
         A: (r, V).
@@ -195,7 +194,7 @@ class EmbeddingLowRank(Addition):
         self._norm = Remembered()
 
     def added(self, ids: Tensor, y: Tensor, weight: Callable[[], Tensor]) -> Tensor:
-        """Return what is added to the vectors y (..., C) of ids (...)."""
+        """Return the vectors y (..., C) of ids (...) with the addition."""
         change = F.linear(F.embedding(ids, self.lora_A.T), self.lora_B) * self.scale
         if self.magnitude is None:
             return change
@@ -209,7 +208,7 @@ class EmbeddingLowRank(Addition):
         return (share - 1) * y + share * change
 
     def change(self, weight: Tensor) -> Tensor:
-        """Return what is added to the vectors (V, C) in float32."""
+        """Return the addition to the embedding (V, C) in float32."""
         change = self._product()
         if self.magnitude is None:
             return change
@@ -217,7 +216,6 @@ class EmbeddingLowRank(Addition):
         return whole * (self.magnitude / _row_norms(whole.T)) - weight
 
     def tensors(self) -> dict[str, Tensor]:
-        """Return the tensors by how their names end in a file."""
         named: dict[str, Tensor] = {
             "lora_embedding_A": self.lora_A,
             "lora_embedding_B": self.lora_B,
@@ -236,7 +234,7 @@ class EmbeddingLowRank(Addition):
 
 
 class ExpertStackLowRank(Addition):
-    """What is added to the matrices of all experts: s · B_e A_e for the e-th of E.
+    """A low-rank addition to stacked experts, s · B_e A_e for expert e of E.
 
     Args:
         A: (E·r, I), an expert's r rows behind each other.
@@ -254,23 +252,22 @@ class ExpertStackLowRank(Addition):
 
     @property
     def rank(self) -> int:
-        """The numbers between the two maps of an expert."""
+        """The rank per expert."""
         return self.lora_A.shape[0] // self.num_experts
 
     def of(self, expert: int, x: Tensor) -> Tensor:
-        """Return what is added to an expert's map of (n, I), (n, O)."""
+        """Return the addition to an expert's output (n, O) for x (n, I)."""
         A = torch.unflatten(self.lora_A, 0, (self.num_experts, -1))[expert]
         B = torch.unflatten(self.lora_B, 1, (-1, self.num_experts))[:, :, expert]
         return F.linear(F.linear(x.to(A.dtype), A), B) * self.scale
 
     def change(self, weight: Tensor) -> Tensor:
-        """Return what is added to a stack (E, O, I) in float32."""
+        """Return the addition to a stack (E, O, I) in float32."""
         A = torch.unflatten(self.lora_A, 0, (self.num_experts, -1))
         B = torch.unflatten(self.lora_B, 1, (-1, self.num_experts))
         return torch.einsum("ore,eri->eoi", B, A) * self.scale
 
     def tensors(self) -> dict[str, Tensor]:
-        """Return the tensors by how their names end in a file."""
         return {"lora_A.weight": self.lora_A, "lora_B.weight": self.lora_B}
 
     def extra_repr(self) -> str:
@@ -280,7 +277,7 @@ class ExpertStackLowRank(Addition):
 
 
 class NewRows(nn.Module):
-    """Vectors in the place of those of some ids.
+    """Replacement vectors for some ids.
 
     Args:
         ids: (n,).
@@ -295,19 +292,19 @@ class NewRows(nn.Module):
         self.rows = nn.Parameter(rows)
 
     def in_vectors(self, ids: Tensor, y: Tensor) -> Tensor:
-        """Replace the vectors y (..., C) of those of the ids (...) that are ours."""
+        """Replace vectors y (..., C) of the ids (...) concerned."""
         same = ids[..., None] == self.ids
         ours = same.any(dim=-1)
         rows = F.embedding(same.to(torch.int8).argmax(dim=-1), self.rows)
         return torch.where(ours[..., None], rows.to(y.dtype), y)
 
     def in_logits(self, x: Tensor, y: Tensor) -> Tensor:
-        """Replace the logits y (..., V) of our ids, where the head has the vectors of ids."""
+        """Replace logits y (..., V) of the ids concerned, under tied embeddings."""
         own = F.linear(x.to(self.rows.dtype), self.rows)
         return y.index_copy(-1, self.ids, own.to(y.dtype))
 
     def in_matrix(self, weight: Tensor) -> Tensor:
-        """Replace our rows of a matrix (V, C)."""
+        """Replace the rows concerned of a matrix (V, C)."""
         return weight.index_copy(0, self.ids, self.rows.to(weight.dtype))
 
     def extra_repr(self) -> str:

@@ -1,4 +1,4 @@
-"""Adapters in the weights of a model: added in float32, rounded once, and taken out again.
+"""Merging of adapters into weights, and exact unmerging.
 
 What is taken out are not the changes: the weights that were there are put back, to the last bit.
 """
@@ -19,7 +19,7 @@ from quintet.quantization import Quantized
 
 @dataclass
 class Merge:
-    """What a merge replaced.
+    """The tensors that a merge replaced.
 
     Attributes:
         active: the adapters that are in the weights.
@@ -32,7 +32,7 @@ class Merge:
     modules: list[tuple[nn.Module, str, nn.Module]] = field(default_factory=list)
 
     def undo(self) -> None:
-        """Put back what was there."""
+        """Restore the replaced tensors."""
         for module, name, parameter in self.tensors:
             module._parameters[name] = parameter
         for parent, name, module in self.modules:
@@ -45,7 +45,7 @@ def merge(
     active: Sequence[Active],
     dtype: torch.dtype,
 ) -> Merge:
-    """Add adapters to the weights of a model, all of them or none.
+    """Merge adapters into a model's weights, all or none.
 
     Args:
         model: the model.
@@ -85,7 +85,7 @@ def merge(
 
 
 def _changed(module: nn.Module, places: Places, active: Sequence[Active]) -> dict[str, Tensor]:
-    """Return the tensors of a module that are others with adapters, in float32."""
+    """Return a module's tensors after the changes, in float32."""
     held = cast("nn.ModuleDict", module.adapters)
     uses = {
         use for one in active if one.name in held for use in cast("nn.ModuleDict", held[one.name])
@@ -110,7 +110,7 @@ def _changed(module: nn.Module, places: Places, active: Sequence[Active]) -> dic
 
 
 def _plain(module: Quantized, changed: Mapping[str, Tensor], dtype: torch.dtype) -> nn.Module:
-    """Return a module of numbers in place of a quantised one."""
+    """Return an unquantised copy of a quantised module."""
     # What an adapter leaves alone of a stack of experts is decoded with the rest.
     whole = {name: module.decoded(name, torch.float32) for name in module.matrices} | dict(changed)
     tensors = {n: nn.Parameter(t.to(dtype), requires_grad=False) for n, t in whole.items()}

@@ -1,4 +1,4 @@
-"""The names of an adapter's tensors in its files: `base_model.model.PATH.lora_A.weight`."""
+"""Names of adapter tensors in files: `base_model.model.PATH.lora_A.weight`."""
 
 import re
 from typing import NamedTuple
@@ -16,7 +16,7 @@ _EXPERT = re.compile(r"(?P<experts>.+\.experts)\.(?P<expert>\d{1,7})\.(?P<part>\
 
 
 class Name(NamedTuple):
-    """What the name of a tensor says.
+    """The parsed name of a tensor.
 
     Attributes:
         path: of the module in the model.
@@ -33,7 +33,7 @@ class Name(NamedTuple):
 
 
 def parse(name: str) -> Name | None:
-    """Read the name of a tensor; None if it is none that a module of a model could have."""
+    """Parse a tensor's name; None if no model's module can have it."""
     rest = name.removeprefix(PREFIX)
     if match := _LEAVES.fullmatch(rest):
         leaf = match["leaf"].replace("magnitude_vector.weight", "magnitude_vector")
@@ -46,11 +46,11 @@ def parse(name: str) -> Name | None:
 
 
 def path_of_expert(path: str) -> tuple[str, int, str] | None:
-    """Return the experts' path, the expert's number and the map that a path names, or None."""
+    """Split a path into the experts' path, the expert's number and its map, or None."""
     match = _EXPERT.fullmatch(path)
     return None if match is None else (match["experts"], int(match["expert"]), match["part"])
 
 
 def name_of(path: str, leaf: str, depth: int = 0) -> str:
-    """Return the name of a tensor in a file."""
+    """Return a tensor's name in files."""
     return f"{PREFIX}{path}{BASE * depth}.{leaf}"

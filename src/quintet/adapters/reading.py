@@ -1,4 +1,4 @@
-"""The tensors of an adapter become what it does to each module; all is checked before any is read.
+"""Builds an adapter from its tensors; everything is checked before data is read.
 
 Ranks are those of the tensors. Nothing is left over: a tensor that no module takes is an error, as
 an adapter of which a part is lost is another one.
@@ -27,12 +27,12 @@ Put = Callable[[Adaptation, Mapping[str, Tensor]], None]
 
 
 class IncompleteAdapterWarning(UserWarning):
-    """An adapter has no tensors for modules that its configuration targets."""
+    """An adapter lacks tensors for modules that its config targets."""
 
 
 @dataclass
 class _Group:
-    """The tensors of one wrapper around one module, by what they are."""
+    """The tensors of one wrapped module, by role."""
 
     spot: Spot
     path: str
@@ -70,7 +70,7 @@ def read_adapter(layout: Layout, config: LoraConfig, weights: Weights, where: st
 
 
 def tie(layout: Layout, made: Adaptations) -> None:
-    """Let a head that has the vectors of the ids have those that an adapter replaces, too."""
+    """Let a tied head share replaced embedding vectors."""
     if layout.tied is None:
         return
     head, embedding = (layout.spots[path] for path in layout.tied)
@@ -124,7 +124,7 @@ def _grouped(
 
 
 def _takes(layout: Layout, config: LoraConfig, name: Name, spot: Spot) -> bool:
-    """Tell whether an adapter may have a tensor in the place of a module's own."""
+    """Return whether an adapter may replace a module's tensor."""
     if shape_of(spot.module, name.leaf) is None:
         return False
     if config.bias != "none" and name.leaf == "bias":
@@ -164,14 +164,14 @@ def _replace(spot: Spot, leaf: str, info: TensorInfo, where: str) -> Put:
 
 @dataclass(frozen=True, slots=True)
 class _Builder:
-    """Makes what is added to a module out of the tensors of a group."""
+    """Builds a module's additions from a group of tensors."""
 
     config: LoraConfig
     group: _Group
     where: str
 
     def put(self) -> Put:
-        """Check the group's shapes, and return what puts its tensors into place."""
+        """Check the shapes, and return a function that loads the tensors."""
         module, leaves = self.group.spot.module, self.group.infos.keys()
         if DELTA in leaves:
             self._need({DELTA})
@@ -273,7 +273,7 @@ class _Builder:
         raise self._error(f"the stacks of experts have the shapes {shapes}")
 
     def _parameter(self) -> Put:
-        """Read what is added to a matrix of a module that is no linear map, as a router."""
+        """Build the addition to a parameter that is no linear map, such as a router's."""
         self._need({"lora_A.weight", "lora_B.weight"})
         module = self.group.spot.module
         A, B = self.group.shape("lora_A.weight"), self.group.shape("lora_B.weight")
@@ -352,7 +352,7 @@ class _Builder:
 
 
 def warn_of_missing(targeted: Iterable[str], made: Iterable[str], where: str) -> None:
-    """Warn of modules that an adapter's configuration targets and its files say nothing of."""
+    """Warn of targeted modules without tensors in the files."""
     if lacking := sorted(set(targeted) - set(made)):
         warnings.warn(
             f"{where} has no tensors for {len(lacking)} modules that its configuration targets, "

@@ -1,4 +1,4 @@
-"""Calls that take `adapter_names`: an adapter for each row of a batch."""
+"""The argument `adapter_names`: an adapter per row of a batch."""
 
 import functools
 import inspect
@@ -11,17 +11,17 @@ AdapterNames = Sequence[str | None] | None
 
 
 class ByRow(Protocol):
-    """What can use an adapter for each row."""
+    """An object that can use an adapter per row."""
 
     def each_row(
         self, adapter_names: Sequence[str | None], *, copied: bool = False
     ) -> AbstractContextManager[None]:
-        """Use an adapter for each row inside, in this thread."""
+        """Use an adapter per row inside, in this thread."""
         ...
 
 
 def takes_adapters(call: Call) -> Call:
-    """Let a method take `adapter_names`, and name it in the signature that tools read."""
+    """Add the argument `adapter_names` to a method and its signature."""
 
     @functools.wraps(call)
     def run(self: ByRow, *args: Any, **inputs: Any) -> Any:

@@ -1,4 +1,4 @@
-"""A new adapter for a model: the modules that its configuration targets, and how each begins."""
+"""New adapters: the targeted modules and the initial weights."""
 
 import math
 import re
@@ -19,7 +19,7 @@ ALL_LINEAR = "all-linear"
 
 
 def targeted(layout: Layout, config: LoraConfig) -> list[Spot]:
-    """Return the modules that a configuration targets."""
+    """Return the modules that a config targets."""
     found = []
     for spot in layout:
         path = layout.named(spot.path)
@@ -35,7 +35,7 @@ def targeted(layout: Layout, config: LoraConfig) -> list[Spot]:
 
 
 def new_adapter(layout: Layout, config: LoraConfig) -> Adaptations:
-    """Make an adapter as it is before training: of no effect, but for `init_lora_weights=False`.
+    """Make an untrained adapter, which has no effect unless `init_lora_weights=False`.
 
     Raises:
         InputError: the configuration targets nothing, or a module that cannot have an adapter.
@@ -116,7 +116,7 @@ def _parameters(layout: Layout, config: LoraConfig) -> Iterator[tuple[Spot, str]
 def _own(
     layout: Layout, config: LoraConfig, made: Adaptations
 ) -> Iterator[tuple[Spot, str, Tensor]]:
-    """Yield the tensors that the adapter has as its own from the beginning."""
+    """Yield the tensors an adapter replaces from the start."""
     for spot in layout:
         path = layout.named(spot.path)
         lora = bool((found := made.get((spot.module, spot.use))) and found.added)
@@ -188,7 +188,7 @@ def _stack(config: LoraConfig, spot: Spot, path: str, name: str) -> ExpertStackL
 def _first(
     config: LoraConfig, rank: int, I: int, O: int, device: torch.device
 ) -> tuple[Tensor, Tensor]:
-    """Return A and B as PEFT has them before training."""
+    """Return A and B as PEFT initialises them."""
     A = torch.empty(rank, I, device=device, dtype=torch.float32)
     B = torch.zeros(O, rank, device=device, dtype=torch.float32)
     if config.init_lora_weights == "gaussian":

@@ -1,4 +1,4 @@
-"""An adapter on a model becomes the files that PEFT, Transformers and others read."""
+"""Writes an adapter in PEFT's layout."""
 
 import os
 from collections.abc import Mapping
@@ -54,7 +54,7 @@ def adapter_state(
 def save_adapter(
     directory: str | os.PathLike[str], config: LoraConfig, state: Mapping[str, Tensor]
 ) -> list[Path]:
-    """Write an adapter; whatever happens meanwhile, the directory holds the old one or the new.
+    """Write an adapter atomically.
 
     Raises:
         SaveError: writing failed.

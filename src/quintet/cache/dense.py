@@ -235,7 +235,6 @@ class StaticCache(Cache):
         return Segment(segment.start, length, self.max_cache_len, counts, device)
 
     def advance(self, segment: Segment) -> None:
-        """Count the tokens that every layer has stored."""
         assert isinstance(self._lengths, Tensor)
         self._finish(segment)
         self._lengths.add_(segment.length if segment.counts is None else segment.counts)
@@ -251,15 +250,12 @@ class StaticCache(Cache):
             super().seek(position)
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
-        """Return the length of the longest row."""
         return _longest(self._lengths)
 
     def get_max_cache_shape(self) -> int | None:
-        """Return the number of tokens a row can hold."""
         return self.max_cache_len
 
     def reset(self) -> None:
-        """Empty the cache; memory stays."""
         lengths = self._lengths
         super().reset()
         if isinstance(lengths, Tensor):

@@ -81,7 +81,6 @@ class FixedRows(Cache):
 
     @property
     def batch_size(self) -> int | None:
-        """B."""
         return len(self.starts)
 
 

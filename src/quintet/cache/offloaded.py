@@ -16,7 +16,6 @@ class OffloadedSlot(DynamicSlot):
     """Growing buffers on the CPU; a step's keys and values are copied to the device."""
 
     def update(self, keys: Tensor, values: Tensor, segment: Segment) -> tuple[Tensor, Tensor]:
-        """Store a segment's (B, K, T, D); return all (B, K, S, D) its rows attend to."""
         start = segment.start.cpu() if isinstance(segment.start, Tensor) else segment.start
         counts = None if segment.counts is None else segment.counts.cpu()
         host = replace(segment, start=start, counts=counts, device=torch.device("cpu"))

@@ -133,7 +133,6 @@ class PooledCache(PoolRows):
                 row.adapters = own
 
     def advance(self, segment: Segment) -> None:
-        """Count the tokens that every layer has stored."""
         super().advance(segment)
         self._counted()
         for row in self._table:
@@ -171,11 +170,9 @@ class PooledCache(PoolRows):
 
     @property
     def batch_size(self) -> int | None:
-        """The number of rows in use, or None."""
         return len(self._table) or None
 
     def get_max_cache_shape(self) -> int | None:
-        """Return the number of tokens a row can hold."""
         return self.capacity
 
     # -- all rows at once --------------------------------------------------------------------------
@@ -234,7 +231,6 @@ class PooledCache(PoolRows):
         self._count()
 
     def reset(self) -> None:
-        """Free all rows; memory stays."""
         super().reset()
         self._table.clear()
 

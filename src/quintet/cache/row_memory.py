@@ -272,7 +272,6 @@ class DenseRows(TokenRows):
 
     @property
     def dtype(self) -> torch.dtype | None:
-        """The dtype of the numbers, or None before allocation."""
         return self._buffers.whole[0].dtype if self._buffers.whole else None
 
 
@@ -299,7 +298,6 @@ class CodeRows(TokenRows):
         return (*self.code.encode(keys), *self.code.encode(values))
 
     def decoded(self, held: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
-        """Decode keys and values."""
         keys, key_scales, values, value_scales = held
         return (
             self.code.decode(keys, key_scales, self._dtype),

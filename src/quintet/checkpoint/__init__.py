@@ -1,4 +1,4 @@
-"""Safetensors files and named tensors: checked before reading, written whole or not at all."""
+"""Safetensors checkpoints: checked before reading, written atomically."""
 
 from quintet.checkpoint.consistency import read_consistently, recover
 from quintet.checkpoint.expert_stacks import (

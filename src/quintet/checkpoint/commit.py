@@ -37,7 +37,7 @@ T = TypeVar("T")
 
 @dataclass(frozen=True, slots=True)
 class Staged:
-    """The finished files of a save, in a directory inside of the one they are for."""
+    """The finished files of a save, in a temporary directory inside the target."""
 
     staging: Path
     weights: Mapping[str, str]
@@ -47,7 +47,7 @@ class Staged:
 
     @property
     def directory(self) -> Path:
-        """The directory that the files are for."""
+        """The target directory."""
         return self.staging.parent
 
     @property
@@ -57,7 +57,7 @@ class Staged:
 
 
 def put_in_place(staged: Staged) -> list[Path]:
-    """Move staged files to their places and remove those they replace; return the new paths.
+    """Move staged files into place and remove those they replace; return the new paths.
 
     Raises:
         OSError: it failed, and what was there before is there again.
@@ -110,7 +110,7 @@ def clean_up(directory: Path) -> None:
 
 
 def _finish(staged: Staged, stale: list[Path]) -> list[Path]:
-    """Do what follows once the new checkpoint is the valid one; nothing of it has to succeed."""
+    """Complete a save whose new checkpoint is valid already; failures here do no harm."""
     directory = staged.directory
     names, finals = list(staged.weights), list(staged.weights.values())
     # What the disk may still believe in must not be removed.
@@ -130,7 +130,7 @@ def _finish(staged: Staged, stale: list[Path]) -> list[Path]:
 
 
 def _take_infixes_out(staged: Staged) -> None:
-    """Give shards their usual names, without a moment in which the index names a missing one."""
+    """Rename shards to their usual names; the index never names a missing one."""
     directory, staging = staged.directory, staged.staging
     for name, final in staged.weights.items():
         disk.same_file_as(directory / name, staging / final)
@@ -159,7 +159,7 @@ def _write_undo(staged: Staged, names: list[str], last_step: str) -> None:
 
 
 def _undo(staging: Path) -> None:
-    """Restore the text files of which a note was kept, and remove the note."""
+    """Restore the text files that an undo note lists, and remove the note."""
     texts = half_moved(staging)
     if texts is None:
         return

@@ -1,4 +1,4 @@
-"""Readers take no lock: several files are those of one checkpoint, or are looked at again.
+"""Consistent reads without a lock: what a save changed meanwhile is read again.
 
 A reader of a directory that it may not write to, or that lies on a network, could hold no lock,
 and a save of minutes should keep nobody from the old checkpoint.
@@ -25,7 +25,7 @@ PATIENCE = 60.0
 def read_consistently(
     directory: Path, read: Callable[[], T], *, variant: str | None = None, stem: str = "model"
 ) -> T:
-    """Call `read` until no save has come between, and return its result.
+    """Call `read` until no save interferes, and return its result.
 
     Between two looks at the directory in which nothing that a save replaces has changed, `read`
     saw one state of it. `Checkpoint.open` refuses those with texts of one save and weights of
@@ -61,7 +61,7 @@ def read_consistently(
 
 
 def recover(directory: Path) -> bool:
-    """Undo the half-done moves of a save that died; tell whether no other save is half done.
+    """Undo the half-done moves of a dead save; return whether no save is half done now.
 
     Where that cannot be done, `Checkpoint.open` refuses the directory.
     """

@@ -1,4 +1,4 @@
-"""The calls of a save that can fail, each in one place."""
+"""File operations of a save, each in one place so that tests can make it fail."""
 
 import os
 import shutil
@@ -11,12 +11,12 @@ from quintet.checkpoint.layout import UNDO
 
 
 def make(directory: Path) -> None:
-    """Make a directory that is not there yet."""
+    """Create a new directory."""
     os.mkdir(directory)
 
 
 def write(path: Path, chunks: Iterable[bytes | memoryview]) -> None:
-    """Write a new file and return when the disk has it."""
+    """Write a new file and flush it to disk."""
     with open(path, "xb") as file:
         for chunk in chunks:
             file.write(chunk)
@@ -25,12 +25,12 @@ def write(path: Path, chunks: Iterable[bytes | memoryview]) -> None:
 
 
 def move(source: Path, target: Path) -> None:
-    """Give a file another name in one step; what had that name is gone."""
+    """Rename a file atomically, replacing the target."""
     os.replace(source, target)
 
 
 def same_file_as(source: Path, target: Path) -> None:
-    """Give a file a second name; not every file system can."""
+    """Hard-link a file, if the file system can."""
     os.link(source, target)
 
 
@@ -41,7 +41,7 @@ def remove(path: Path) -> None:
 
 
 def discard(directory: Path) -> None:
-    """Remove the temporary directory of a save as far as possible; what stays is harmless."""
+    """Remove a save's temporary directory as far as possible."""
     with suppress(OSError):
         # First: without its neighbours it would say that the save was interrupted.
         remove(directory / UNDO)
@@ -49,7 +49,7 @@ def discard(directory: Path) -> None:
 
 
 def sync(directory: Path) -> None:
-    """Return when the disk has the names of a directory as they are now."""
+    """Flush a directory's entries to disk."""
     if sys.platform == "win32":
         return
     handle = os.open(directory, os.O_RDONLY)

@@ -1,4 +1,4 @@
-"""Reversible tables between the tensors of a model and those on disk.
+"""Tables that map stacked experts of a model to separate tensors on disk, and back.
 
 Module names equal checkpoint names, so that most tensors need no table. Experts do: a model holds
 the matrices of all experts of a layer in one tensor, a checkpoint holds one of each.
@@ -17,7 +17,7 @@ STACK = ".switch_mlp."
 
 @dataclass(frozen=True, slots=True)
 class StackExperts:
-    """A tensor (E, rows, ...) whose slice e is the parts of expert e on top of each other.
+    """A stack (E, rows, ...) whose slice e concatenates the tensors of expert e.
 
     It is read in both directions: a tensor of the model is cut into views to be saved, and
     filled part by part, in whatever order they come, to be loaded.
@@ -34,7 +34,7 @@ class StackExperts:
 
 @dataclass(frozen=True, slots=True)
 class Piece:
-    """A tensor on disk that fills a tensor of the model, or one expert's rows of it."""
+    """A tensor on disk that fills a model's tensor, or one expert's rows of it."""
 
     name: str
     shape: Shape
@@ -71,7 +71,7 @@ def count_pieces(name: str, shape: Shape, stacks: Sequence[StackExperts]) -> int
 
 
 def taken_apart(tensors: Mapping[str, TensorInfo]) -> dict[str, TensorInfo]:
-    """Give each expert of the stacks in MLX's files an entry of its own, as in other files.
+    """Split the stacked experts of MLX's files into one entry per expert.
 
     There, `mlp.switch_mlp.up_proj.weight` (E, ...) is `mlp.experts.0.up_proj.weight` and so on.
     """
@@ -100,7 +100,7 @@ def _stack_of(name: str, stacks: Sequence[StackExperts]) -> StackExperts | None:
 def split_tensors(
     tensors: Mapping[str, Tensor], stacks: Sequence[StackExperts]
 ) -> Iterator[tuple[str, Tensor]]:
-    """Name a model's tensors as they are on disk; experts are views, nothing is copied."""
+    """Name a model's tensors as on disk; experts become views."""
     for name, tensor in tensors.items():
         for piece in pieces(name, tuple(tensor.shape), stacks):
             yield piece.name, piece.of(tensor)

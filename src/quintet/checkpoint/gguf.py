@@ -28,7 +28,7 @@ _PLAIN: Mapping[str, torch.dtype] = MappingProxyType(
 
 @dataclass(frozen=True, slots=True)
 class GGUFCheckpoint:
-    """The tensors of a GGUF file, or several, without their data until it is asked for.
+    """The tensors of one or more GGUF files, read on demand.
 
     Attributes:
         tensors: by the names of a release; experts one by one. Shapes are those of the weights,
@@ -71,7 +71,7 @@ class GGUFCheckpoint:
 
     @property
     def mapped(self) -> bool:
-        """False: of some tensors, the rows are put in order first."""
+        """False: some tensors are reordered when read."""
         return False
 
     @property
@@ -80,7 +80,7 @@ class GGUFCheckpoint:
         return self._files.total_bytes
 
     def read(self, names: Iterable[str]) -> Iterator[tuple[str, Tensor]]:
-        """Read tensors, each once, in the order of their data; see `Checkpoint.read`.
+        """Read each tensor once, in file order; see `Checkpoint.read`.
 
         Blocks come as their bytes, (..., O, bytes a row).
 
@@ -131,7 +131,7 @@ def _check_types(file: GGUFFile) -> None:
 def _zero_biases(
     tensors: Mapping[str, TensorInfo], values: Mapping[str, object]
 ) -> dict[str, TensorInfo]:
-    """Return the biases that a Qwen2 has and a Llama does not."""
+    """Return zeros for the biases that a Qwen2 has and a Llama has not."""
     biases = {}
     for name, info in tensors.items():
         bias = f"{name.removesuffix('weight')}bias"
@@ -141,6 +141,6 @@ def _zero_biases(
 
 
 def _in_halves(tensor: Tensor, heads: int) -> Tensor:
-    """Put the rows of each head, in pairs (0, D/2), (1, D/2 + 1) …, back into two halves."""
+    """Reorder each head's rows from interleaved pairs to two halves."""
     pairs = torch.unflatten(tensor, 0, (heads, -1, 2))
     return pairs.transpose(1, 2).reshape(tensor.shape)

@@ -1,4 +1,4 @@
-"""The header of a safetensors file, read with nothing in it believed before it is checked.
+"""Safetensors headers: parsed and validated without trusting their content.
 
 A file is an unsigned 64-bit length, a JSON object of that many bytes, and the data:
 `{"name": {"dtype": "BF16", "shape": [2, 3], "data_offsets": [0, 12]}, "__metadata__": {…}}`.
@@ -72,7 +72,7 @@ class TensorInfo:
 
 @dataclass(frozen=True, slots=True)
 class Header:
-    """The tensors of one file, in the order of their data, and its metadata."""
+    """A file's tensors in data order, and its metadata."""
 
     tensors: dict[str, TensorInfo]
     metadata: dict[str, str]
@@ -203,7 +203,7 @@ def _tensors(
 
 
 def _checked(path: Path, name: str, entry: Any) -> tuple[int, int]:
-    """Return the byte range of an entry, after checking that dtype, shape and size agree."""
+    """Return an entry's byte range, once dtype, shape and size agree."""
     tensor = f"has a tensor {shown(name)}"
     if not _is_text(name):
         _damaged(path, f"{tensor} whose name is not text")

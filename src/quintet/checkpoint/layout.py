@@ -1,4 +1,4 @@
-"""Where the weights of a checkpoint lie: the names of its files, and which paths are safe."""
+"""File names of weights in a directory, and which paths are safe."""
 
 import re
 from dataclasses import dataclass
@@ -20,7 +20,7 @@ SAVE_ID = "save_id"
 
 @dataclass(frozen=True, slots=True)
 class Names:
-    """The names of weight files, with a variant in each: `model.fp16.safetensors`.
+    """The names of weight files, with an optional variant: `model.fp16.safetensors`.
 
     Attributes:
         variant: the word in the middle; None for none.
@@ -39,7 +39,7 @@ class Names:
 
     @property
     def single(self) -> str:
-        """The one file."""
+        """The single weights file."""
         return with_variant(f"{self.stem}.safetensors", self.variant)
 
     @property
@@ -52,7 +52,7 @@ class Names:
         return f"{self._stem}-{number:05}-of-{count:05}.safetensors"
 
     def is_shard(self, name: str) -> bool:
-        """Tell whether a name is that of a shard, also while a save replaces one of that name."""
+        """Return whether a name is a shard's, including temporary names of a save."""
         rest = r"-\d{5,}-of-\d{5,}(\.[0-9a-f]{16})?\.safetensors"
         return re.fullmatch(re.escape(self._stem) + rest, name) is not None
 
@@ -62,14 +62,14 @@ class Names:
 
 
 def is_last_step(name: object) -> bool:
-    """Tell whether a name is one that the last step of a save moves."""
+    """Return whether the last step of a save moves a file of this name."""
     word = r"(\.\w[\w-]*)?"
     pattern = rf"(adapter_)?model({word}\.safetensors|\.safetensors\.index{word}\.json)"
     return isinstance(name, str) and (name == REPLACED or re.fullmatch(pattern, name) is not None)
 
 
 def is_plain(name: str) -> bool:
-    """Tell whether a string is the name of a file right in a directory, on any system."""
+    """Return whether a string is a plain file name on any system."""
     try:
         size = len(name.encode())
     except UnicodeEncodeError:

@@ -1,4 +1,4 @@
-"""A file of weights in the address space: tensors are views of it, and pages can be given back."""
+"""Memory-mapped weight files: tensors are views, and pages can be released."""
 
 import mmap
 import sys
@@ -11,7 +11,7 @@ from quintet.checkpoint.header import TensorInfo
 
 
 class MappedFile:
-    """A file mapped privately: writes to a view reach neither the file nor its readers.
+    """A private mapping of a file: writes to a view never reach the file.
 
     The views keep the mapping alive; a file that is replaced meanwhile stays what it was.
     """
@@ -21,7 +21,7 @@ class MappedFile:
             self._bytes = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
 
     def tensor(self, info: TensorInfo) -> Tensor:
-        """Return a tensor of the file, a view where its data lies as its dtype needs it.
+        """Return a tensor of the file, a view if its data is aligned.
 
         Of blocks, the bytes (..., O, bytes a row).
         """
@@ -35,7 +35,7 @@ class MappedFile:
         return aligned.view(info.dtype).view(info.shape)
 
     def forget(self, info: TensorInfo) -> None:
-        """Drop the pages that hold nothing but this tensor; they come back when they are read."""
+        """Release the pages that hold only this tensor; reading brings them back."""
         first = -(-info.start // mmap.PAGESIZE) * mmap.PAGESIZE
         last = (info.start + info.nbytes) // mmap.PAGESIZE * mmap.PAGESIZE
         if sys.platform != "win32" and last > first:

@@ -1,4 +1,4 @@
-"""The tensors a model expects, compared with those of a checkpoint."""
+"""Compares the tensors a model expects with those of a checkpoint."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -11,7 +11,7 @@ Shape = tuple[int, ...]
 
 @dataclass(frozen=True, slots=True)
 class Mismatch:
-    """A tensor that is there in another shape."""
+    """A tensor with another shape."""
 
     name: str
     expected: Shape
@@ -20,7 +20,7 @@ class Mismatch:
 
 @dataclass(frozen=True, slots=True)
 class Difference:
-    """The names that a model and a checkpoint do not share, and those of other shapes."""
+    """The missing, unused and mismatched tensors of a checkpoint."""
 
     missing: list[str]
     unexpected: list[str]
@@ -28,7 +28,7 @@ class Difference:
     _shapes: Mapping[str, Shape] = field(repr=False, compare=False)
 
     def raise_if_incomplete(self, where: str) -> None:
-        """Refuse a checkpoint that would leave a parameter without its values.
+        """Raise if a parameter would be left without values.
 
         Tensors that the model has no use for are no error, but help to understand one.
 

@@ -1,4 +1,4 @@
-"""Where `locate` leads, opened: a directory of safetensors, or a file in GGUF."""
+"""Opens the weights that `locate` finds: safetensors or GGUF."""
 
 from pathlib import Path
 

@@ -1,4 +1,4 @@
-"""A directory of safetensors files becomes named tensors; all is checked before any is read."""
+"""Reads a directory of safetensors files; all headers are checked first."""
 
 import json
 import os
@@ -37,7 +37,7 @@ _AGAIN = "fetch the checkpoint again"
 
 @dataclass(frozen=True, slots=True)
 class Checkpoint:
-    """The tensors of a checkpoint by name, without their data until it is asked for.
+    """The tensors of a checkpoint by name, read on demand.
 
     Like Transformers, it takes `model.safetensors` where there is one, and otherwise the
     shards that `model.safetensors.index.json` names. Pickled weights are never read. Files that
@@ -62,7 +62,7 @@ class Checkpoint:
         variant: str | None = None,
         stem: str = "model",
     ) -> Self:
-        """Find the weights in a directory and check names, shapes and sizes of all of them.
+        """Find the weights in a directory and check all names, shapes and sizes.
 
         Args:
             directory: where they are.
@@ -110,7 +110,7 @@ class Checkpoint:
         tensors: Mapping[str, TensorInfo],
         stamps: Mapping[Path, tuple[int, int, int]],
     ) -> Self:
-        """Return tensors of files whose heads were read already, when these were as `stamps` say.
+        """Build from files whose headers were read when their stamps were `stamps`.
 
         Raises:
             CheckpointError: a file is another one by now.
@@ -129,7 +129,7 @@ class Checkpoint:
         return sum(info.nbytes for info in self.tensors.values())
 
     def read(self, names: Iterable[str]) -> Iterator[tuple[str, torch.Tensor]]:
-        """Read tensors, each once, file by file and in the order of their data.
+        """Read each tensor once, in file order.
 
         They are private views of the mapped file: nothing is copied, and only what is looked at
         comes into memory. `forget` gives that back.
@@ -179,7 +179,7 @@ def _map(file: Path, stamp: tuple[int, int, int]) -> MappedFile:
 
 
 def _check_not_overwritten(file: Path, stamp: tuple[int, int, int]) -> None:
-    """Refuse a file that is the one that was opened and no longer what it was."""
+    """Refuse a file that was overwritten in place since it was opened."""
     with suppress(OSError):
         found = file.stat()
         if found.st_ino == stamp[0] and (found.st_size, found.st_mtime_ns) != stamp[1:]:
@@ -189,7 +189,7 @@ def _check_not_overwritten(file: Path, stamp: tuple[int, int, int]) -> None:
 
 
 def half_moved(staging: Path) -> dict[str, str | None] | None:
-    """Return the old text files of a save that replaced them but not yet the weights, else None.
+    """Return the old text files of a half-done save, or None.
 
     A file that did not exist is None; bytes that are no UTF-8 are lone surrogates.
     """
@@ -284,7 +284,7 @@ def _find_shards(directory: Path, index: Path, weight_map: dict[str, str]) -> di
 def _check_shards(
     index: Path, weight_map: dict[str, str], headers: dict[str, Header], save_id: str | None
 ) -> None:
-    """Hold what the shards contain against what their index says of them."""
+    """Compare the shards' content with their index."""
     ids = {shard: header.metadata.get(SAVE_ID) for shard, header in headers.items()}
     # Without one in the index, a shard without is another writer's and says nothing.
     known = {found for found in ids.values() if found is not None or save_id is not None}

@@ -1,4 +1,4 @@
-"""What a checkpoint holds, from the heads of its files: of a hub id, without its weights."""
+"""The tensors of a checkpoint from its headers alone, also on the hub."""
 
 import os
 from collections import Counter
@@ -105,7 +105,7 @@ def _name(dtype: torch.dtype) -> str:
 def _remote(
     repository: str, file: str, revision: str | None, token: str | bool | None
 ) -> tuple[int, Counter[str]]:
-    """Ask the hub for the head of one file; return the bytes of its data and what is in it."""
+    """Fetch the header of one file from the hub; return its data size and its tensors."""
     from huggingface_hub import HfApi
     from huggingface_hub.errors import EntryNotFoundError, SafetensorsParsingError
 

@@ -1,4 +1,4 @@
-"""How large a shard may be, and which tensors go into which."""
+"""Shard sizes, and the distribution of tensors over shards."""
 
 import re
 from collections.abc import Mapping
@@ -30,7 +30,7 @@ def parse_size(size: int | str) -> int:
 
 
 def split(sizes: Mapping[str, int], most: int) -> list[list[str]]:
-    """Part names, in their order, so that each part holds `most` bytes or a single name."""
+    """Group names in order into parts of at most `most` bytes, or one name."""
     parts: list[list[str]] = [[]]
     room = most
     for name, size in sizes.items():

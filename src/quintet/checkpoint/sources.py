@@ -1,4 +1,4 @@
-"""Where named tensors come from: files, memory, or either under other names."""
+"""Sources of named tensors: files, memory, or either under other names."""
 
 import re
 from collections.abc import Iterable, Iterator, Mapping
@@ -13,18 +13,18 @@ from quintet.errors import CheckpointError, InputError
 
 
 class Weights(Protocol):
-    """Named tensors, known before they are read."""
+    """Interface of named tensors that are read on demand."""
 
     @property
     def mapped(self) -> bool:
-        """Whether all tensors are views of files, of which only what is looked at is read."""
+        """Whether all tensors are views of mapped files."""
 
     @property
     def tensors(self) -> Mapping[str, TensorInfo]:
         """The entries of the tensors, by name."""
 
     def read(self, names: Iterable[str]) -> Iterator[tuple[str, Tensor]]:
-        """Yield tensors, each once, in the order in which they are best read."""
+        """Yield each tensor once, in the best order to read them."""
 
     def forget(self, name: str) -> None:
         """Release the pages of a tensor."""
@@ -56,17 +56,17 @@ class InMemory:
         object.__setattr__(self, "tensors", found)
 
     def read(self, names: Iterable[str]) -> Iterator[tuple[str, Tensor]]:
-        """Yield copies: a model does not share its weights with what it was made from."""
+        """Yield copies, so that a model shares no weights with its source."""
         for name in names:
             yield name, self.state_dict[name].detach().clone()
 
     def forget(self, name: str) -> None:
-        """Do nothing: the memory is the caller's."""
+        """Do nothing: the caller owns the memory."""
 
 
 @dataclass(frozen=True, slots=True)
 class Renamed:
-    """Tensors under other names: each pattern is replaced wherever it is found, in order.
+    """Tensors renamed by patterns, applied in order.
 
     Raises:
         InputError: a pattern is no regular expression.

@@ -1,4 +1,4 @@
-"""Named tensors become a directory of safetensors files, whole or not at all."""
+"""Writes named tensors as safetensors files, atomically."""
 
 import errno
 import json
@@ -45,7 +45,7 @@ def save(
     stem: str = "model",
     data: Callable[[str], torch.Tensor] | None = None,
 ) -> list[Path]:
-    """Write a checkpoint in the layout of the hub; return the paths of its files.
+    """Write a checkpoint in the hub's layout; return the paths of its files.
 
     An older checkpoint there is replaced in one step: whatever happens meanwhile, the directory
     holds the old one, the new one, or something that `Checkpoint.open` refuses. Other files are
@@ -82,7 +82,7 @@ def save_stream(
     max_shard_size: int | str = "5GB",
     text_files: Mapping[str, str] = _NO_TEXTS,
 ) -> list[Path]:
-    """Write a checkpoint out of tensors that are made one by one; see `save`.
+    """Write a checkpoint from tensors generated one by one; see `save`.
 
     No more than the tensors of one file are there at a time. An error of whoever makes them
     leaves what was there before untouched.
@@ -101,7 +101,7 @@ def save_stream(
 def _filled(
     tensors: Iterable[tuple[str, torch.Tensor]], most: int
 ) -> Iterator[Mapping[str, torch.Tensor]]:
-    """Gather tensors until they fill a file."""
+    """Collect tensors until they fill a file."""
     part: dict[str, torch.Tensor] = {}
     seen: set[str] = set()
     room = most
@@ -159,7 +159,7 @@ def _stage(
     named: Names,
     data: Callable[[str], torch.Tensor] | None,
 ) -> Staged:
-    """Write all files into the temporary directory, under the names they are moved with.
+    """Write all files into the temporary directory, under their temporary names.
 
     `sharded` is None where only the end of the parts tells whether there are several.
     """
@@ -210,7 +210,7 @@ def _encode(
 
 
 def _check_tensors(tensors: Mapping[str, torch.Tensor]) -> None:
-    """Refuse what the files cannot hold, and one memory under two names."""
+    """Refuse unsupported dtypes, and memory shared by two names."""
     spans: dict[torch.device, list[tuple[int, int, bool, str]]] = {}
     for name, tensor in tensors.items():
         if not isinstance(name, str) or not isinstance(tensor, torch.Tensor):

@@ -1,4 +1,4 @@
-"""What a model is, as data: the keys of `config.json`, checked once, without torch."""
+"""Model configurations: the keys of `config.json`, validated, without torch."""
 
 from quintet.configuration.base import PreTrainedConfig
 from quintet.configuration.rope import RopeParameters

@@ -1,4 +1,4 @@
-"""The base of every family's configuration: fields, both vintages of names, unknown keys kept."""
+"""The base of all configurations: typed fields, both vintages of names, unknown keys kept."""
 
 import copy
 import difflib
@@ -143,7 +143,7 @@ class PreTrainedConfig(ConfigContract, ConfigViews, Pushable):
     # -- what a family extends ---------------------------------------------------------------
 
     def derive(self) -> None:
-        """Fill in the values that follow from others."""
+        """Compute keys that follow from others."""
 
     def validate(self) -> None:
         """Check the rules between values.
@@ -169,15 +169,15 @@ class PreTrainedConfig(ConfigContract, ConfigViews, Pushable):
         self.rope()
 
     def attention_layers(self) -> Sequence[int]:
-        """Return the layers that keep keys and values between steps."""
+        """Return the layers with keys and values in the cache."""
         return range(self.num_hidden_layers)
 
     def recurrent_layers(self) -> Sequence[int]:
-        """Return the layers that keep a recurrent state between steps."""
+        """Return the layers with a recurrent state."""
         return ()
 
     def cache_numbers(self) -> tuple[int, int]:
-        """Count the numbers a cache holds for each token of a row, and for a row besides."""
+        """Return the numbers a cache holds per token, and per row beyond its tokens."""
         raise NotImplementedError
 
     def require(self, holds: bool, key: str, rule: str) -> None:
@@ -191,7 +191,7 @@ class PreTrainedConfig(ConfigContract, ConfigViews, Pushable):
 
     @classmethod
     def of(cls, config: object) -> Self:
-        """Return a configuration of this class: what is given, or what Transformers' one says.
+        """Return a config of this class, converted from Transformers' if needed.
 
         Raises:
             InputError: it is of another family, or no configuration.
@@ -250,7 +250,7 @@ class PreTrainedConfig(ConfigContract, ConfigViews, Pushable):
         gguf_file: str | None = None,
         **overrides: Any,
     ) -> Self:
-        """Read the `config.json` of a directory or hub id; `overrides` are keys to replace.
+        """Read `config.json` of a directory or hub id; `overrides` replace keys.
 
         Of a model in GGUF, its file says the same; `gguf_file` is its name in a directory or hub
         id that has other models, too.
@@ -282,7 +282,7 @@ class PreTrainedConfig(ConfigContract, ConfigViews, Pushable):
         )
 
     def save_pretrained(self, save_directory: str | os.PathLike[str]) -> None:
-        """Write `config.json` into a directory, made if needed.
+        """Write `config.json` into a directory, creating it if needed.
 
         Raises:
             SaveError: it could not be written; an older one is untouched.
@@ -294,7 +294,7 @@ class PreTrainedConfig(ConfigContract, ConfigViews, Pushable):
         write_text(path / CONFIG_NAME, self.to_json_string())
 
     def to_dict(self) -> dict[str, Any]:
-        """Return every key, with the rotary ones in both vintages of names.
+        """Return every key, with rotary keys in both vintages.
 
         Where the configuration was read from is no part of it.
         """
@@ -306,7 +306,7 @@ class PreTrainedConfig(ConfigContract, ConfigViews, Pushable):
         return values
 
     def to_json_string(self) -> str:
-        """Return the content of `config.json`: all keys but common ones left at their default.
+        """Return the content of `config.json`, without common keys at their default.
 
         Raises:
             ConfigError: a value (a function as `hidden_act`) cannot be written as JSON.
@@ -390,5 +390,5 @@ def _view(key: str) -> property:
 
 
 def _dtype_name(dtype: Any) -> Any:
-    """Return torch's own dtype objects by their names, and anything else as it is."""
+    """Return the name of a torch dtype, and anything else unchanged."""
     return str(dtype).removeprefix("torch.") if str(dtype).startswith("torch.") else dtype

@@ -1,4 +1,4 @@
-"""The rules a configuration value obeys: its annotated type, and bounds written beside it."""
+"""Rules of configuration values: an annotated type, and bounds."""
 
 import math
 import sys
@@ -14,14 +14,14 @@ Value = TypeVar("Value")
 
 @dataclass(frozen=True, slots=True)
 class Bounds:
-    """A closed or half-open range that a number has to lie in, and its wording."""
+    """A closed or half-open range of numbers, and its wording."""
 
     least: float
     most: float = math.inf
     open_below: bool = False
 
     def holds(self, value: float) -> bool:
-        """Tell whether `value` lies in the range."""
+        """Return whether `value` lies in the range."""
         above = value > self.least if self.open_below else value >= self.least
         return above and value <= self.most
 
@@ -32,12 +32,12 @@ class Bounds:
 
 @dataclass(frozen=True, slots=True)
 class MostItems:
-    """How many items a list may have, asked before any of them is looked at."""
+    """The maximum length of a list, checked before its items."""
 
     most: int
 
     def holds(self, value: object) -> bool:
-        """Tell whether `value` is short enough, or no list."""
+        """Return whether `value` is short enough, or no list."""
         return not isinstance(value, list | tuple) or len(value) <= self.most
 
     def __str__(self) -> str:
@@ -70,7 +70,7 @@ Fraction = Annotated[float, Bounds(0, 1)]
 
 
 def known(value: Value | None) -> Value:
-    """Return a value that `derive` has filled in."""
+    """Return a value that `derive` has filled in, typed as not None."""
     assert value is not None
     return value
 

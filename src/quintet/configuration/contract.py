@@ -1,4 +1,4 @@
-"""The names by which tools made for Transformers read a config."""
+"""Names by which Transformers' tools read a config."""
 
 import json
 import os
@@ -10,7 +10,7 @@ from quintet.folder import checked_path
 
 
 class ConfigContract:
-    """What tools ask of any config.
+    """Methods and attributes that tools expect of any config.
 
     Attributes:
         is_encoder_decoder: these models have no encoder.
@@ -35,12 +35,12 @@ class ConfigContract:
         raise NotImplementedError
 
     def to_diff_dict(self) -> dict[str, Any]:
-        """Return the keys that `config.json` holds: those that are not at their default."""
+        """Return the keys of `config.json`: those not at their default."""
         values: dict[str, Any] = json.loads(self.to_json_string())
         return values
 
     def to_json_file(self, json_file_path: str | os.PathLike[str]) -> None:
-        """Write what `config.json` holds into a file of any name.
+        """Write the content of `config.json` to a file.
 
         Raises:
             SaveError: it could not be written.
@@ -61,7 +61,7 @@ class ConfigContract:
         return key in self.to_dict()
 
     def get_text_config(self, decoder: bool | None = None, encoder: bool | None = None) -> Self:
-        """Return the config of the part that reads text, which is all of it."""
+        """Return the config itself: it describes only text."""
         return self
 
     @property

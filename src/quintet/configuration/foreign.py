@@ -1,4 +1,4 @@
-"""Configurations of other libraries, which say what they are by a dict."""
+"""Configurations of other libraries, read through their `to_dict`."""
 
 from collections.abc import Mapping
 from typing import Any, Protocol, runtime_checkable
@@ -10,7 +10,7 @@ class _Describing(Protocol):
 
 
 def described(config: object) -> Mapping[str, Any] | None:
-    """Return what a configuration says, one of Transformers for example; None if it cannot."""
+    """Return the mapping of another library's config, or None."""
     if isinstance(config, Mapping):
         return config
     if isinstance(config, type) or not isinstance(config, _Describing):

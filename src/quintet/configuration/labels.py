@@ -1,4 +1,4 @@
-"""The classes of a classification head, under the three keys that files have for them."""
+"""The labels of classification heads: `id2label`, `label2id` and `num_labels`."""
 
 from typing import Any
 
@@ -7,7 +7,7 @@ from quintet.errors import ConfigError, shown
 
 
 def labels(owner: str, values: dict[str, Any]) -> tuple[dict[int, str], dict[str, int]]:
-    """Take the three keys out of `values` and return `id2label` and `label2id`.
+    """Pop the three keys from `values`; return `id2label` and `label2id`.
 
     Raises:
         ConfigError: they are of other types, or contradict each other.

@@ -1,4 +1,4 @@
-"""Numbers that JSON does not have, as Transformers writes them: {"__float__": "Infinity"}."""
+"""Non-finite numbers in JSON, as Transformers writes them: {"__float__": "Infinity"}."""
 
 import math
 from typing import Any
@@ -8,7 +8,7 @@ NUMBERS = {"NaN": math.nan, "Infinity": math.inf, "-Infinity": -math.inf}
 
 
 def encoded(value: Any) -> Any:
-    """Return a value with each number that is not finite, however deep, as a mapping."""
+    """Replace non-finite numbers, at any depth, by mappings."""
     if isinstance(value, float) and not math.isfinite(value):
         return {TAG: "NaN" if math.isnan(value) else "Infinity" if value > 0 else "-Infinity"}
     if isinstance(value, dict):
@@ -19,7 +19,7 @@ def encoded(value: Any) -> Any:
 
 
 def decoded(value: Any) -> Any:
-    """Return a value with each such mapping as the number that it is."""
+    """Replace such mappings by numbers."""
     if isinstance(value, dict):
         if value.keys() == {TAG} and isinstance(value[TAG], str) and value[TAG] in NUMBERS:
             return NUMBERS[value[TAG]]

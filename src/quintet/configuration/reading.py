@@ -1,4 +1,4 @@
-"""The keys of a model's configuration, as its files have them."""
+"""Reads a model's configuration keys from its files."""
 
 from pathlib import Path
 from typing import Any
@@ -14,7 +14,7 @@ MAX_CONFIG_BYTES = 8_000_000
 
 
 def read_config(root: Path) -> dict[str, Any]:
-    """Read the `config.json` of a model's directory, or what a GGUF file says in its place.
+    """Read `config.json` of a model's directory, or a GGUF file's metadata.
 
     Raises:
         ModelNotFoundError: the directory has none.
@@ -39,7 +39,7 @@ def read_config(root: Path) -> dict[str, Any]:
 
 
 def _add_quantization(root: Path, values: dict[str, Any]) -> None:
-    """Find what older and other writers say of quantised weights, and put it where it belongs."""
+    """Move quantisation settings of other writers to `quantization_config`."""
     elsewhere = values.pop("quantization", None)
     if values.get("quantization_config") is not None and not isinstance(elsewhere, dict):
         return

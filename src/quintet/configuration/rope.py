@@ -1,4 +1,4 @@
-"""Rotary position parameters: both vintages of their names become one.
+"""Rotary parameters: merges both vintages of their names.
 
 Transformers 4 wrote `rope_theta` beside `rope_scaling`; Transformers 5 writes one
 `rope_parameters`. A configuration holds the second; the first two remain as views of it.
@@ -48,7 +48,7 @@ _BOUNDS = {
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RopeParameters:
-    """The rotary embedding of a model, checked; see `quintet.ops.rope` for what each means."""
+    """The validated rotary parameters of a model; see `quintet.ops.rope`."""
 
     rope_type: str = "default"
     rope_theta: float = 10_000.0
@@ -65,7 +65,7 @@ class RopeParameters:
 
     @classmethod
     def parse(cls, values: Mapping[str, Any], *, max_position_embeddings: int) -> "RopeParameters":
-        """Check a `rope_parameters` mapping and fill in what its kind defaults to.
+        """Validate a `rope_parameters` mapping and fill in its kind's defaults.
 
         Raises:
             ConfigError: an unknown kind, a missing key, or a value out of range.
@@ -106,7 +106,7 @@ class RopeParameters:
 
 
 def merge_rope(values: dict[str, Any], default_theta: float) -> dict[str, Any]:
-    """Take the three spellings out of `values` and return one `rope_parameters` mapping.
+    """Pop the three spellings from `values`; return one `rope_parameters` mapping.
 
     Where they disagree the nested mapping wins, as in Transformers.
     """

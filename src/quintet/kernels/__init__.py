@@ -1,4 +1,4 @@
-"""Our own C++ kernels for CPUs, beside the PyTorch they are tested against.
+"""C++ kernels for CPUs, tested against the PyTorch definitions.
 
 The sources in `csrc/` have a plain C interface and are compiled once, by the system's compiler,
 into the user's cache: by `python -m quintet.kernels`, or at first use, which is told. Where that

@@ -1,4 +1,4 @@
-"""`python -m quintet.kernels` compiles the kernels and prints what they are."""
+"""`python -m quintet.kernels` compiles the kernels and reports on them."""
 
 from quintet.kernels.report import report
 

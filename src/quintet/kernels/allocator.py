@@ -1,4 +1,4 @@
-"""What the C library does with memory that was freed."""
+"""Settings of the C library's allocator."""
 
 import ctypes
 import os
@@ -18,7 +18,7 @@ VARIABLES = ("MALLOC_MMAP_THRESHOLD_", "MALLOC_TRIM_THRESHOLD_", "MALLOC_TOP_PAD
 
 @cache
 def keep_freed_memory() -> bool:
-    """Have glibc keep up to 256 MB that were freed, and tell whether it does.
+    """Let glibc keep up to 256 MB of freed memory; return whether it does.
 
     Otherwise each activation of a prompt is taken from the system and handed back, and the
     system clears every page of it: a fifth of the time of a prompt (docs/adr/0019). Whoever sets
@@ -34,7 +34,7 @@ def keep_freed_memory() -> bool:
 
 
 def keep(mallopt: Callable[[int, int], int]) -> bool:
-    """Tell the C library to keep what is freed, or nothing at all, and return which.
+    """Set or reset the thresholds of the C library; return what it keeps.
 
     Either setting ends the threshold's own growth, so one without the other is worse than none.
     """

@@ -1,4 +1,4 @@
-"""Attention in bfloat16, without the matrix of scores."""
+"""Attention in bfloat16 without materialised scores."""
 
 import torch
 from torch import Tensor

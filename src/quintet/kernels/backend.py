@@ -1,4 +1,4 @@
-"""The kernels as a backend: which operations of `quintet.ops` they compute."""
+"""Registers the kernels as a backend of `quintet.ops`."""
 
 from collections.abc import Mapping, Sequence
 from types import MappingProxyType

@@ -1,4 +1,4 @@
-"""Reading memory, and nothing else."""
+"""Measures memory bandwidth by reading."""
 
 import torch
 from torch import Tensor
@@ -7,7 +7,7 @@ from quintet.kernels.calls import begin
 
 
 def read(x: Tensor) -> Tensor | None:
-    """Return the sum of x (N,) in float32, read in wide loads by all threads; None without it."""
+    """Sum x (N,) in float32 with wide loads on all threads; None without the library."""
     call = begin()
     if call is None:
         return None

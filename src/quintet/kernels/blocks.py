@@ -1,4 +1,4 @@
-"""The blocks of GGUF files as numbers, or as numbers with scales and offsets of their groups."""
+"""Decodes GGUF blocks to numbers, or to integers with group scales."""
 
 import torch
 from torch import Tensor
@@ -24,7 +24,7 @@ def decode_blocks(raw: Tensor, kind: BlockType, dtype: torch.dtype) -> Tensor | 
 
 
 def split_blocks(raw: Tensor, kind: BlockType) -> tuple[Tensor, Tensor, Tensor | None] | None:
-    """Return what blocks are in our groups: numbers, scales and offsets; or None."""
+    """Convert blocks to our groups: integers, scales and offsets; or None."""
     call = begin()
     if call is None or not _whole(raw, kind):
         return None
@@ -45,5 +45,5 @@ def split_blocks(raw: Tensor, kind: BlockType) -> tuple[Tensor, Tensor, Tensor |
 
 
 def _whole(raw: Tensor, kind: BlockType) -> bool:
-    """Tell whether these are rows of blocks, none of which is cut."""
+    """Return whether the rows consist of whole blocks."""
     return raw.ndim > 1 and raw.numel() > 0 and raw.shape[-1] % kind.nbytes == 0

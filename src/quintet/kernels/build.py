@@ -1,4 +1,4 @@
-"""From the C++ sources beside this file to a shared library in the user's cache. No torch."""
+"""Compiles the C++ sources to a shared library in the user's cache, without torch."""
 
 import contextlib
 import hashlib
@@ -97,7 +97,7 @@ def find_compiler() -> str:
 
 @dataclass(frozen=True, slots=True)
 class Recipe:
-    """How the library for a level is made, and where it then is.
+    """How to build the library for a level, and where it goes.
 
     Attributes:
         level: a name of `LEVELS`.
@@ -114,11 +114,11 @@ class Recipe:
     target: Path
 
     def made(self) -> bool:
-        """Tell whether the library is there."""
+        """Return whether the library exists."""
         return store.is_whole(self.target)
 
     def make(self) -> Path:
-        """Return the library, compiled now unless it is there.
+        """Return the library, compiling it if needed.
 
         Raises:
             BuildError: the compiler fails, or the cache cannot be used.
@@ -165,7 +165,7 @@ class Recipe:
 
 
 def recipe(level: str, openmp: Path | None = None) -> Recipe:
-    """Return how the library for a level is made on this machine.
+    """Return the recipe for a level on this machine.
 
     Args:
         level: a name of `LEVELS`.

@@ -1,4 +1,4 @@
-"""Calls of kernels: what crosses into C++ is checked on its way, and says how much of it there is.
+"""Calls of kernels: arguments are checked and written into fixed fields.
 
 A tensor is written with the dtype and the shape it has to have. What crosses is its address, how
 many bytes from there on are its own, and the steps between its axes where there may be gaps. The
@@ -22,7 +22,7 @@ AS_REAL, AS_INTEGER = struct.Struct("d"), struct.Struct("q")
 
 
 def watched() -> bool:
-    """Tell whether something sees what torch is asked to do, which kernels would pass by.
+    """Return whether torch modes, tracers or transforms must see every operation.
 
     That is a compiler or tracer, autocast, a transform of functions, forward-mode derivatives, and
     every mode of torch, `torch.device(...)` among them.
@@ -39,7 +39,7 @@ def watched() -> bool:
 
 
 def applies(*tensors: Tensor) -> bool:
-    """Tell whether kernels may read these tensors: plain, on the CPU, and nobody is watching."""
+    """Return whether kernels may read these tensors: plain, on the CPU, unobserved."""
     if watched():
         return False
     learns = torch.is_grad_enabled()
@@ -47,7 +47,7 @@ def applies(*tensors: Tensor) -> bool:
 
 
 def _plain(x: Tensor, learns: bool) -> bool:
-    """Tell whether a tensor is numbers in memory as they read, of which none learns."""
+    """Return whether a tensor is dense numbers that require no gradient."""
     return (
         type(x) in PLAIN
         and x.is_cpu
@@ -58,13 +58,13 @@ def _plain(x: Tensor, learns: bool) -> bool:
 
 
 def begin() -> "Call | None":
-    """Return an empty call; None where there is no library, or torch is watched."""
+    """Return an empty call, or None without a library or under observation."""
     # Asked first: what traces this must not look into the rest.
     return None if watched() or not available() else Call()
 
 
 def firsts(start: int | Tensor, B: int) -> list[int] | None:
-    """Return the first slot of each of B rows; None if that is not what `start` says."""
+    """Return the first slot of each of B rows, or None if `start` is no such thing."""
     if isinstance(start, int):
         return [start] * B
     whole = start.dtype in (torch.int64, torch.int32) and start.shape == (B,)
@@ -72,7 +72,7 @@ def firsts(start: int | Tensor, B: int) -> list[int] | None:
 
 
 class Call:
-    """The eight-byte fields of a call, in the order in which the other side declares them.
+    """The eight-byte fields of a call, in the order that C++ declares.
 
     Attributes:
         fit: whether all tensors so far are as they have to be; nothing is written behind one that
@@ -92,7 +92,7 @@ class Call:
         self.tensors: list[Tensor] = []
 
     def integers(self, *values: int) -> None:
-        """Write numbers."""
+        """Write integers."""
         self.fields += values
 
     def real(self, value: float) -> None:
@@ -100,7 +100,7 @@ class Call:
         self.fields += AS_INTEGER.unpack(AS_REAL.pack(value))
 
     def packed(self, x: Tensor | None, dtype: torch.dtype, *shape: int) -> None:
-        """Write a tensor that has to be of a dtype and a shape, without gaps; zeros for None."""
+        """Write a contiguous tensor of a dtype and shape; zeros for None."""
         if x is None:
             self.fields += NOTHING
         elif self._takes(x, dtype, shape) and x.is_contiguous():
@@ -109,7 +109,7 @@ class Call:
             self.fit = False
 
     def copied(self, x: Tensor | None, dtype: torch.dtype, *shape: int) -> None:
-        """Write a tensor that may have any gaps, or a copy without them; zeros for None."""
+        """Write a strided tensor, copied if needed; zeros for None."""
         if x is None:
             self.fields += NOTHING
         elif self._takes(x, dtype, shape):
@@ -118,7 +118,7 @@ class Call:
             self.fit = False
 
     def rows(self, x: Tensor, dtype: torch.dtype, *shape: int, axes: int = 0) -> None:
-        """Write a tensor of which the last axis alone has no gaps, and the steps of the others.
+        """Write a tensor whose last axis is contiguous, with the other strides.
 
         Args:
             axes: how many steps are written; zeros stand for those of axes it does not have.
@@ -139,7 +139,7 @@ class Call:
         self.tensors.append(x)
 
     def stack(self, x: Tensor, dtype: torch.dtype, *shape: int, unit: int = 1) -> None:
-        """Write a tensor that has gaps along its first axis alone, and the step of that one.
+        """Write a tensor that is contiguous but for its first axis, with that stride.
 
         Args:
             unit: by what the step is multiplied.
@@ -153,7 +153,7 @@ class Call:
         self.tensors.append(x)
 
     def chosen(self, indices: Tensor, shares: Tensor, N: int, A: int) -> None:
-        """Write the experts (N, A) that tokens go to, and how much each counts."""
+        """Write the experts (N, A) of tokens and their weights."""
         self.copied(indices, torch.int64, N, A)
         # Asked before they are converted, as what is made is always plain.
         if shares.is_floating_point() and self._takes(shares, shares.dtype, (N, A)):
@@ -162,7 +162,7 @@ class Call:
             self.fit = False
 
     def output(self, like: Tensor, *shape: int, dtype: torch.dtype | None = None) -> Tensor:
-        """Write where the kernel puts what it makes, and return that.
+        """Write where the output goes, and return it.
 
         Args:
             like: one of what was written, whose dtype it has by default.
@@ -179,7 +179,7 @@ class Call:
         self.tensors.append(x)
 
     def run(self, name: str) -> bool:
-        """Call a kernel, and tell whether it ran: not if something does not fit."""
+        """Run a kernel; return False if an argument does not fit."""
         if not self.fit:
             return False
         given = array("q", self.fields)

@@ -1,4 +1,4 @@
-"""Causal attention that learns, over texts behind each other, and its gradient."""
+"""Causal attention with gradients over packed texts."""
 
 from collections.abc import Sequence
 
@@ -15,7 +15,7 @@ SUFFIX = {torch.bfloat16: "bf16", torch.float32: "f32"}
 def attend_texts(
     q: Tensor, k: Tensor, v: Tensor, lengths: Sequence[int], scale: float
 ) -> tuple[Tensor, Tensor] | None:
-    """Return softmax(q·kᵀ·scale)·v within each text, and the logarithms of its sums (M, H).
+    """Return causal softmax(q·kᵀ·scale)·v within each text, and log-sums (M, H).
 
     Shapes: q (M, H, D), k (M, K, D), v (M, K, V), the tokens of all texts; `lengths` sum to M.
     """
@@ -37,7 +37,7 @@ def attend_texts_gradient(
     lengths: Sequence[int],
     scale: float,
 ) -> tuple[Tensor, Tensor, Tensor] | None:
-    """Return the gradients of q, k and v; arguments as `attend_texts` takes and returns them."""
+    """Return the gradients of q, k and v; arguments as `attend_texts`."""
     call = _begun(q, k, v, lengths, scale)
     if call is None:
         return None

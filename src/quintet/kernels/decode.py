@@ -1,4 +1,4 @@
-"""Attention of few new tokens a row, bound by reading its keys and values."""
+"""Attention for few new tokens per row, bound by reading keys and values."""
 
 import torch
 from torch import Tensor

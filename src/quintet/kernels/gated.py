@@ -1,4 +1,4 @@
-"""Gated MLPs of few tokens, one for all or experts a token chose: read once, in one pass."""
+"""Gated MLPs and experts for few tokens, in one pass over the weights."""
 
 from collections.abc import Mapping
 from types import MappingProxyType

@@ -1,4 +1,4 @@
-"""Experts of many tokens, in bfloat16."""
+"""Experts for many tokens, in bfloat16."""
 
 import torch
 from torch import Tensor

@@ -1,4 +1,4 @@
-"""Weights in pages of 2 MB, so that a step does not look up an address for every 4 kB it reads."""
+"""Moves weights into pages of 2 MB, to save address lookups."""
 
 import ctypes
 import os
@@ -24,7 +24,7 @@ Range = tuple[int, int]
 
 
 def hold_in_large_pages(tensors: Iterable[Tensor]) -> Thread | None:
-    """Begin to move tensors on a CPU into large pages, and return the thread that does.
+    """Start moving CPU tensors into large pages; return the thread, or None.
 
     They can be used meanwhile. What is a view of a mapped file stays one. None where there is
     little to move, or the system has no large pages or was told not to use them.
@@ -41,14 +41,14 @@ def hold_in_large_pages(tensors: Iterable[Tensor]) -> Thread | None:
 
 
 def _move_behind(ranges: Iterable[Range]) -> None:
-    """Move in a thread that stands back behind those that compute."""
+    """Move in a low-priority thread."""
     with suppress(OSError):
         os.setpriority(os.PRIO_PROCESS, get_native_id(), 10)
     _move(ranges)
 
 
 def _move(ranges: Iterable[Range]) -> int:
-    """Move what lies in these ranges, and return how many bytes that was."""
+    """Move these ranges; return the number of bytes moved."""
     madvise = ctypes.CDLL(None).madvise
     moved = 0
     for first, last in ranges:
@@ -67,7 +67,7 @@ def _switched_on() -> bool:
 
 
 def _joined(ranges: Iterable[Range]) -> Iterator[Range]:
-    """Yield ranges in order, those that nearly touch as one."""
+    """Merge ordered ranges that nearly touch."""
     start = end = 0
     for first, last in ranges:
         if start < end and first <= end + GAP:
@@ -81,7 +81,7 @@ def _joined(ranges: Iterable[Range]) -> Iterator[Range]:
 
 
 def _anonymous() -> Iterator[Range]:
-    """Yield the ranges of this process's memory that no file is behind, in order."""
+    """Yield this process's anonymous memory ranges, in order."""
     for line in MAPS.read_text(encoding="utf-8", errors="replace").splitlines():
         where, rights, _, _, inode, *name = line.split(maxsplit=5)
         if inode == "0" and rights.startswith("rw") and (not name or name[0] == "[heap]"):
@@ -90,7 +90,7 @@ def _anonymous() -> Iterator[Range]:
 
 
 def _common(these: Iterable[Range], those: Iterable[Range]) -> Iterator[Range]:
-    """Yield what two lists of ranges, each in order, have in common."""
+    """Yield the intersection of two ordered lists of ranges."""
     left, right = iter(these), iter(those)
     one, other = next(left, None), next(right, None)
     while one is not None and other is not None:

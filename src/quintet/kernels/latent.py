@@ -1,4 +1,4 @@
-"""Latent attention in the space of the latents, in bfloat16: by itself, or as part of a layer."""
+"""Latent attention in latent space, in bfloat16, alone or inside a layer."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -53,7 +53,7 @@ def attend_latents(
 
 @dataclass(frozen=True, slots=True)
 class LatentAttention(Part):
-    """Attention of H heads to kept latents (rows, 1, S, R) and rotated keys (rows, 1, S, Dr).
+    """Attention of H heads to latents (rows, 1, S, R) and keys (rows, 1, S, Dr).
 
     Attributes:
         q_a: from C to the queries' own latent, and its norm; None for queries without one.

@@ -1,4 +1,4 @@
-"""What the parts of a stack write, compared field by field with what the library reads.
+"""Compares the fields that Python writes with those that C++ reads.
 
 Both sides list the fields of a part: Python where it writes them (`parts.py`), C++ where it
 declares them (csrc/parts/). The library says how they lie (csrc/layout.cpp), and a part of each
@@ -28,7 +28,7 @@ C, EPS, SCALE = 32, 0.125, 0.75
 
 
 class Sample(NamedTuple):
-    """A part, what it keeps, and the numbers of its own by the names they have in C++."""
+    """A part with sample values, and its fields by C++ name."""
 
     part: Part
     kept: tuple[Tensor, ...]
@@ -36,7 +36,7 @@ class Sample(NamedTuple):
 
 
 def agrees() -> bool:
-    """Tell whether the library reads what is written; asked once a library, and a refusal told."""
+    """Return whether library and Python agree; checked once, failures are logged."""
     library = native().library
     return library is not None and _agrees(library)
 
@@ -57,7 +57,7 @@ def _agrees(library: ctypes.CDLL) -> bool:
 
 
 def disagreement(described: str) -> str | None:
-    """Return where the library reads something else than is written; None if nowhere."""
+    """Describe the first difference, or return None."""
     tables = {}
     for line in described.splitlines():
         number, kind, *slots = line.split()

@@ -1,4 +1,4 @@
-"""Linear maps of few vectors, bound by how fast their weights are read.
+"""Linear maps of few vectors, bound by reading the weights.
 
 A weight is plain (bfloat16, float32), or of integers as in `quintet.ops.quantized`. For those,
 vectors are rounded to 16 bits in groups of 64, far finer than the bfloat16 they come in, so that
@@ -35,7 +35,7 @@ __all__ = [
 
 
 def batch_invariant() -> bool:
-    """Tell whether results must not depend on who shares a batch where that costs speed.
+    """Return whether results must not depend on batch mates, even at a cost.
 
     That is so with `QUINTET_BATCH_INVARIANT=1`: prompts are summed in the order of steps, so that
     they may share a forward, and experts of prompts in int8 and int4 are widened.
@@ -89,7 +89,7 @@ def linears(x: Tensor, maps: Sequence[Matrix]) -> list[Tensor] | None:
 
 
 def widen(matrix: Matrix, columns: int, dtype: torch.dtype) -> Tensor | None:
-    """Return a weight of integers (..., O, columns) as numbers, rounded once; or None."""
+    """Decode an integer weight (..., O, columns), rounded once; or None."""
     call = begin()
     weight, scale, _, offset = matrix[:4]
     kind, suffix = kind_of(matrix), SUFFIX.get(dtype)
@@ -111,5 +111,5 @@ def widen(matrix: Matrix, columns: int, dtype: torch.dtype) -> Tensor | None:
 
 
 def kernel_name(kind: Kind, dtype: torch.dtype) -> str:
-    """Return how kernels for weights of `kind` and vectors of `dtype` are called, if there are."""
+    """Return the name of the kernels for `kind` and `dtype`, or None."""
     return kind + SUFFIX.get(dtype, "?")

@@ -1,4 +1,4 @@
-"""Weights as kernels read them: plain, or integers in one of three layouts."""
+"""Weights as kernels read them: plain, or integers in three layouts."""
 
 from collections.abc import Sequence
 from enum import StrEnum
@@ -34,7 +34,7 @@ class Matrix(NamedTuple):
     block: tuple[int, int] | None = None
 
     def rows(self, rows: slice | tuple[slice, slice]) -> "Matrix":
-        """Return some of its rows, of a stack (E, O, I) some experts and some rows of each."""
+        """Return some rows; of a stack (E, O, I), rows of some experts."""
         assert self.block is None, "rows of blocks are cut where their scales are"
         weight, scale, bias, offset = (x if x is None else x[rows] for x in self[:4])
         assert weight is not None
@@ -42,7 +42,7 @@ class Matrix(NamedTuple):
 
 
 class Kind(StrEnum):
-    """How a weight is held, by what kernels for it are called before the dtype of vectors."""
+    """The storage of a weight, named as in kernel names."""
 
     PLAIN = ""
     INT8 = "int8_"
@@ -52,7 +52,7 @@ class Kind(StrEnum):
 
 
 def kind_of(matrix: Matrix) -> Kind:
-    """Return how a weight, or a stack of them, is held."""
+    """Return the storage of a weight or stack."""
     weight, scale, _, offset, iq4, block = matrix
     if scale is None:
         return Kind.PLAIN
@@ -68,7 +68,7 @@ def kind_of(matrix: Matrix) -> Kind:
 
 
 def common_kind(matrices: Sequence[Matrix]) -> Kind:
-    """Return how several weights are held that go through one kernel.
+    """Return the common storage of several weights.
 
     Kernels of groups read integers of all kinds.
     """
@@ -82,7 +82,7 @@ REALS = {torch.float16: 0, torch.bfloat16: 1, torch.float32: 2}
 
 
 def power_of_groups(columns: int, count: int) -> int | None:
-    """Return of how many neighbours, a power of two from 16 on, `count` groups of a row are.
+    """Return the group size if it is a power of two from 16 on, else None.
 
     One group is of as many as the row has, or more. None stands for no such number.
     """
@@ -93,7 +93,7 @@ def power_of_groups(columns: int, count: int) -> int | None:
 
 
 class Integers(NamedTuple):
-    """What a weight of integers has to look like, and what kernels are told of it.
+    """The expected layout of an integer weight, for kernels.
 
     Attributes:
         numbers: the dtype of the weight.
@@ -111,7 +111,7 @@ class Integers(NamedTuple):
 
 
 def integers(matrix: Matrix, kind: Kind, I: int) -> Integers | None:
-    """Return how a weight for vectors (..., I) has to lie; None if kernels of a kind cannot."""
+    """Return the layout of a weight for vectors (..., I), or None."""
     weight, scale, _, _, iq4, block = matrix
     if block is not None:
         return None
@@ -142,7 +142,7 @@ def integers(matrix: Matrix, kind: Kind, I: int) -> Integers | None:
 def write(
     call: Call, matrix: Matrix | None, kind: Kind, dtype: torch.dtype, O: int, I: int
 ) -> None:
-    """Write a matrix that has to map vectors (..., I) of a dtype to (..., O); zeros for None.
+    """Write a matrix from (..., I) to (..., O) for vectors of a dtype; zeros for None.
 
     Args:
         kind: how the matrices of the call are held.
@@ -171,7 +171,7 @@ def write(
 def write_stack(
     call: Call, matrix: Matrix, kind: Kind, dtype: torch.dtype, O: int, I: int, E: int | None
 ) -> None:
-    """Write E matrices (E, O, I), or the one (O, I) there is, for vectors (..., I) of a dtype.
+    """Write E matrices (E, O, I), or a single one (O, I), for vectors of a dtype.
 
     Args:
         kind: how the matrices of the call are held.

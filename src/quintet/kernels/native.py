@@ -1,4 +1,4 @@
-"""The compiled library: found or built once a process, and what to say where there is none."""
+"""Loads the compiled library once per process, building it if needed."""
 
 import ctypes
 import os
@@ -16,7 +16,7 @@ from quintet.kernels.patience import log
 
 @dataclass(frozen=True, slots=True)
 class Native:
-    """The library, or why there is none.
+    """The library, or the reason why there is none.
 
     Attributes:
         library: what ctypes loaded; None where the kernels cannot be had.
@@ -31,7 +31,7 @@ class Native:
 
 @cache
 def native() -> Native:
-    """Return the library for this machine, compiling it if it never was.
+    """Return this machine's library, compiling it on first use.
 
     Why there is none is logged where something can be done about it.
     """
@@ -56,7 +56,7 @@ def native() -> Native:
 
 
 def find_recipe() -> Recipe:
-    """Return how the library of this process is made.
+    """Return the recipe of this process's library.
 
     Raises:
         BuildError: it cannot be, on this machine or with these environment variables.
@@ -71,7 +71,7 @@ def find_recipe() -> Recipe:
 
 @cache
 def entry(name: str) -> "ctypes._NamedFuncPointer":
-    """Return a function of the library, which has to be there.
+    """Return a function of the library, which must exist.
 
     It takes the address of a call's fields and how many bytes they are (`quintet.kernels.calls`),
     and returns 0 if it ran.
@@ -86,12 +86,12 @@ def entry(name: str) -> "ctypes._NamedFuncPointer":
 
 
 def available() -> bool:
-    """Tell whether there is a library."""
+    """Return whether the library is available."""
     return native().library is not None
 
 
 def _openmp() -> Path | None:
-    """Return the OpenMP runtime that torch calls; a second one would fight with it.
+    """Return torch's OpenMP runtime; a second one would compete with it.
 
     Other packages bring their own into the process, so it is asked which one torch's call finds.
     """

@@ -1,4 +1,4 @@
-"""What the parts of decoder layers hold, as the kernel that runs layers in one call reads it."""
+"""The parts of decoder layers as the fused step's kernel reads them."""
 
 import sys
 from abc import ABC, abstractmethod
@@ -18,14 +18,14 @@ LANES = 16
 
 
 class Source(IntEnum):
-    """What a part reads: x, what was left beside it, their sum, or x and the embeddings, 2C."""
+    """A part's input: x, the side value, their sum, or x beside the embeddings (2C)."""
 
     HIDDEN, BESIDE, SUM, WITH_EMBEDS = range(4)
 
 
 @dataclass(frozen=True, slots=True)
 class Norm:
-    """A root-mean-square norm: its scale, what is added to the mean square, and of what it is."""
+    """An RMSNorm: scale, epsilon, and what it normalises."""
 
     weight: Tensor
     eps: float
@@ -33,7 +33,7 @@ class Norm:
 
 
 class Adapted(NamedTuple):
-    """A map, and a low-rank addition to it: map(x) + up(down(x))."""
+    """A map with a low-rank addition: map(x) + up(down(x))."""
 
     map: Matrix
     down: Matrix | None = None
@@ -42,7 +42,7 @@ class Adapted(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class Tokens:
-    """What a step brings, but for the hidden states: M tokens, one sequence behind the other.
+    """The inputs of a step besides hidden states: M packed tokens.
 
     Attributes:
         cos: (..., D) of the rotary angles: of all M tokens, or of those of one sequence where all
@@ -63,7 +63,7 @@ class Tokens:
 
 
 class Fields(Call):
-    """The fields of a part, for vectors of a dtype.
+    """Writes the fields of a part, for vectors of a dtype.
 
     Attributes:
         kind: how all matrices are held, known with the first of them.
@@ -87,7 +87,7 @@ class Fields(Call):
         self.integers(norm.of)
 
     def slots(self, buffer: Tensor, rows: int, K: int, D: int) -> None:
-        """Write where keys or values (rows, K, S, D) are."""
+        """Write the buffers of keys or values (rows, K, S, D)."""
         if buffer.ndim != 4:
             self.fit = False
             return
@@ -95,7 +95,7 @@ class Fields(Call):
         self.rows(buffer, self.dtype, rows, K, buffer.shape[2], D)
 
     def adapted(self, adapted: Adapted, O: int, I: int) -> None:
-        """Write a map from I to O and what is added to it."""
+        """Write an adapted map from I to O."""
         _, down, up = adapted
         rank = 0 if down is None else down.weight.shape[0]
         for matrix, shape in zip(adapted, ((O, I), (rank, I), (O, rank)), strict=True):
@@ -117,7 +117,7 @@ class Fields(Call):
 
 
 class Part(ABC):
-    """A part of a layer, x += part(norm(x)), or one that leaves what it makes beside x.
+    """A part of a layer, x += part(norm(x)), or one whose output is kept beside x.
 
     Attributes:
         number: what the kernel calls this kind of part.
@@ -127,10 +127,10 @@ class Part(ABC):
 
     @abstractmethod
     def write(self, fields: Fields, C: int) -> None:
-        """Write what it holds, for hidden states (M, C)."""
+        """Write the weights, for hidden states (M, C)."""
 
     def held(self, kept: Sequence[Tensor], fields: Fields, rows: int) -> None:
-        """Write what a step reads and changes of what is kept between steps: here, nothing.
+        """Write the cache buffers; none by default.
 
         Args:
             rows: how many sequences there is room for.
@@ -140,7 +140,7 @@ class Part(ABC):
 
 @dataclass(frozen=True, slots=True)
 class Attention(Part):
-    """Attention of H query heads over K heads of keys and values, kept as (rows, K, S, D) each.
+    """Attention of H heads to keys and values of K heads, (rows, K, S, D) each.
 
     Attributes:
         qkv: the maps to the queries', the keys' and the values' heads.
@@ -209,7 +209,7 @@ class MLP(Part):
 
 @dataclass(frozen=True, slots=True)
 class Mixer(Part):
-    """Mamba-2's mixer, with a window (rows, W - 1, H·P + 2·G·N) and a state (rows, H, P, N).
+    """Mamba-2's mixer: window (rows, W - 1, H·P + 2·G·N), state (rows, H, P, N).
 
     Attributes:
         in_proj: from C to the gate, the convolution's channels and the step sizes.
@@ -251,7 +251,7 @@ class Mixer(Part):
             fields.real(limit)
 
     def held(self, kept: Sequence[Tensor], fields: Fields, rows: int) -> None:
-        """Write where window and state are, and what of the tokens is to be recorded, if so.
+        """Write window, state, and the recording memory if tokens are recorded.
 
         That are the projected tokens (at least M, H·P + channels + H), in the kernel's dtype.
         """
@@ -272,7 +272,7 @@ class Mixer(Part):
 
 @dataclass(frozen=True, slots=True)
 class SharedMLP(Part):
-    """linear(down(gelu(gate) · up)) of what was left beside x, and left there again.
+    """linear(down(gelu(gate) · up)) of the side value, written back to it.
 
     Attributes:
         gate_up: to gate and up, the gate first.
@@ -297,7 +297,7 @@ class SharedMLP(Part):
 
 @dataclass(frozen=True, slots=True)
 class Routed(Part):
-    """A of E experts for each token, and an expert that all share: Σ p_a · expert_a(n) + shared(n).
+    """Routed experts and a shared one: Σ p_a · expert_a(n) + shared(n).
 
     Attributes:
         router: (E, C), of which n makes the logits.

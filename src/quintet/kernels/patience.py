@@ -1,4 +1,4 @@
-"""Whoever waits is told why."""
+"""Logs what a slow operation is waiting for."""
 
 import logging
 import threading
@@ -13,7 +13,7 @@ SILENT = 2.0
 
 @contextmanager
 def told(text: str) -> Iterator[None]:
-    """Log a text once what is inside has taken two seconds."""
+    """Log a text if the context takes more than two seconds."""
     timer = threading.Timer(SILENT, log.warning, ("%s", text))
     timer.daemon = True
     timer.start()

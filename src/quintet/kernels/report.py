@@ -1,4 +1,4 @@
-"""Which kernels this process runs on, and why not where it does not."""
+"""Reports which kernels this process uses, and why others are not."""
 
 from dataclasses import dataclass
 
@@ -30,7 +30,7 @@ KERNELS = {
 
 @dataclass(frozen=True, slots=True)
 class Kernel:
-    """One kernel.
+    """The report on one kernel.
 
     Attributes:
         name: what it computes.
@@ -47,7 +47,7 @@ class Kernel:
 
 @dataclass(frozen=True, slots=True)
 class Report:
-    """All kernels, and the library they are in."""
+    """The report on all kernels and their library."""
 
     kernels: tuple[Kernel, ...]
     library: str | None
@@ -64,7 +64,7 @@ class Report:
 
 
 def report() -> Report:
-    """Say of each kernel what it runs on; compiles the library if that never happened."""
+    """Report on each kernel, compiling the library if needed."""
     found = native()
     kernels = (Kernel(name, when, found.level, found.reason) for name, when in KERNELS.items())
     library = None if found.library is None else found.library._name
@@ -72,7 +72,7 @@ def report() -> Report:
 
 
 def outlook() -> str:
-    """Say in a line what this process computes on, on a CPU; compiles nothing."""
+    """Return one line on what this process computes with, without compiling."""
     try:
         recipe = find_recipe()
         made = recipe.made()

@@ -1,4 +1,4 @@
-"""Routers: logits in float32 without a wide copy of the weight, and the choice."""
+"""Expert routing: float32 logits without widening the weight, and the choice."""
 
 from dataclasses import dataclass
 
@@ -12,7 +12,7 @@ SUFFIX = {torch.bfloat16: "bf16", torch.float32: "f32"}
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Rules:
-    """How experts are chosen by their scores, which logits give.
+    """The settings of a router.
 
     Attributes:
         sigmoid: whether a score is the sigmoid of a logit; otherwise it is the softmax over all.
@@ -33,7 +33,7 @@ class Rules:
     scaling: float = 1.0
 
     def write(self, call: Call, E: int, bias: Tensor | None) -> None:
-        """Write them for E experts and a bias (E,) of the choice."""
+        """Write them for E experts and a bias (E,)."""
         whole = 0 < self.kept_groups <= self.groups and E % self.groups == 0 and self.ranked > 0
         call.fit &= whole and 0 < self.active <= E // self.groups * self.kept_groups
         call.integers(self.sigmoid, E, self.active, self.groups, self.kept_groups, self.ranked)

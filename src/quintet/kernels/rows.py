@@ -1,4 +1,4 @@
-"""What is done row by row between the products: normalise, rotate, gate."""
+"""Row-wise operations between products: normalise, rotate, gate."""
 
 import torch
 from torch import Tensor
@@ -73,7 +73,7 @@ def _gated(name: str, gate: Tensor, up: Tensor) -> Tensor | None:
 
 
 def sigmoid(x: Tensor) -> Tensor | None:
-    """Return σ(x) of few numbers in bfloat16, each computed as if it were alone."""
+    """Return σ(x) of few bfloat16 numbers, each independent of the others."""
     call = begin()
     if call is None or x.dtype != torch.bfloat16:
         return None

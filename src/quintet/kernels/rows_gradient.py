@@ -1,4 +1,4 @@
-"""The gradients of what is done row by row between the products, from what went in."""
+"""Gradients of the row-wise operations, recomputed from their inputs."""
 
 import torch
 from torch import Tensor

@@ -1,4 +1,4 @@
-"""What becomes of logits before a token is chosen."""
+"""Logits processing before a token is chosen."""
 
 import torch
 from torch import Tensor
@@ -9,7 +9,7 @@ from quintet.kernels.calls import begin
 def penalise_repetition(
     logits: Tensor, ids: Tensor, kept: Tensor | None, penalty: float
 ) -> Tensor | None:
-    """Return what `ops.sampling.penalise_repetition` does; None where the kernel does not apply."""
+    """Return `ops.sampling.penalise_repetition`, or None if the kernel does not apply."""
     call = begin()
     if call is None or logits.ndim != 2 or ids.ndim != 2:
         return None

@@ -1,4 +1,4 @@
-"""Sums over processes of one machine, in memory that they share: microseconds, not a message each.
+"""Sums over processes of one machine in shared memory, in microseconds.
 
 The sum of all is made by each in the same order, so that all have the same bits.
 """
@@ -26,13 +26,13 @@ KINDS: Mapping[torch.dtype, int] = MappingProxyType(
 
 
 def size_of(count: int, slot: int = SLOT) -> int:
-    """Return how many bytes so many processes share."""
+    """Return the size in bytes for a number of processes."""
     return count * (LINE + 2 * slot)
 
 
 @dataclass(eq=False)
 class SharedBuffer:
-    """Memory in which processes meet; all call the same of it, in the same order.
+    """Shared memory for collectives; all processes make the same calls in order.
 
     Attributes:
         mapped: the memory.
@@ -64,16 +64,16 @@ class SharedBuffer:
 
     @property
     def calls(self) -> int:
-        """How often this process met the others, a slot of numbers at a time."""
+        """The number of rendezvous of this process."""
         at = self.index * LINE
         return int.from_bytes(self.mapped[at : at + 8], "little")
 
     def write(self, call: Call) -> None:
-        """Write where it is into a call."""
+        """Write the buffer's address into a call."""
         call.integers(*self.fields)
 
     def sum(self, x: Tensor) -> bool:
-        """Add up in place what all have; False where numbers of this kind are not added here.
+        """Sum in place over processes; return False for unsupported dtypes.
 
         Raises:
             RankFailedError: one of them has ended, or did not come in time.
@@ -89,7 +89,7 @@ class SharedBuffer:
         return ran
 
     def gather(self, x: Tensor) -> Tensor | None:
-        """Return what all have, one behind the other in a new first axis; None where it cannot.
+        """Stack the tensors of all processes along a new first axis, or return None.
 
         Raises:
             RankFailedError: one of them has ended, or did not come in time.
@@ -104,7 +104,7 @@ class SharedBuffer:
         return made if ran else None
 
     def check(self) -> None:
-        """Check that no process stayed away.
+        """Raise if a process did not take part.
 
         Raises:
             RankFailedError: one did.

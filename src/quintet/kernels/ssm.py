@@ -1,4 +1,4 @@
-"""Mamba-2's mixer between its projections, in one pass."""
+"""Mamba-2's mixer between its projections, fused."""
 
 from typing import NamedTuple
 
@@ -46,7 +46,7 @@ def mamba2(
     state: Tensor | None,
     counts: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor] | None:
-    """Return what `ops.mamba2.mix` defines; None where the kernel does not apply.
+    """Return what `ops.mamba2.mix` defines, or None if the kernel does not apply.
 
     That is the output (B, T, H·P), the convolution's last inputs (B, W - 1, C), the state
     (B, H, P, N), which is overwritten, the convolved channels (B, T, C) and the steps (B, T, H).

@@ -1,4 +1,4 @@
-"""Mamba-2's mixer where it learns: any number of texts from their beginnings, and the gradient."""
+"""Mamba-2's mixer with gradients, over packed texts from their beginnings."""
 
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -13,7 +13,7 @@ LANES = 16
 
 
 class Learned(NamedTuple):
-    """What a mixer has learned, in float32; shapes as in `ops.mamba2.MixerWeights`."""
+    """A mixer's parameters in float32; shapes as in `ops.mamba2.MixerWeights`."""
 
     taps: Tensor
     conv_bias: Tensor | None
@@ -32,7 +32,7 @@ def mix_texts(
     dt_limits: tuple[float, float],
     eps: float,
 ) -> Tensor | None:
-    """Return what `ops.mamba2.mix` makes of texts behind each other, (M, H·P); None if not here.
+    """Return `ops.mamba2.mix` over packed texts, (M, H·P), or None.
 
     Shapes: projected (M, H·P + C + H), the tokens of all texts; `lengths` sum to M.
     """
@@ -53,7 +53,7 @@ def mix_texts_gradient(
     dt_limits: tuple[float, float],
     eps: float,
 ) -> tuple[Tensor, Learned] | None:
-    """Return the gradients of `projected` and the weights; arguments as in `mix_texts`."""
+    """Return the gradients of `projected` and the weights; see `mix_texts`."""
     call = _begun(projected, weights, lengths, num_groups, dt_limits, eps)
     if call is None:
         return None

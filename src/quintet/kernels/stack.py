@@ -1,4 +1,4 @@
-"""Decoder layers for few tokens, in one call."""
+"""Several decoder layers for few tokens, in one kernel call."""
 
 import operator
 import sys
@@ -30,7 +30,7 @@ MOST_TOKENS: Mapping[str, int] = MappingProxyType(
 
 
 class Placed(NamedTuple):
-    """Where what parts keep between steps is.
+    """The addresses of the parts' cache buffers.
 
     Attributes:
         rows: how many sequences there is room for.
@@ -48,7 +48,7 @@ class Placed(NamedTuple):
 
 
 class Stack:
-    """Parts of layers as the kernel reads them: checked, and their addresses taken down once.
+    """The parts of consecutive layers, checked once, with their addresses.
 
     It holds on to the weights it was made of, which it reads whatever the modules hold by then.
     """
@@ -83,7 +83,7 @@ class Stack:
         dtype: torch.dtype,
         shared_buffers: Sequence[SharedBuffer | None] | None = None,
     ) -> Self | None:
-        """Return parts for hidden states (M, C) of a dtype; None where the kernel cannot.
+        """Build from parts for hidden states (M, C) of a dtype, or return None.
 
         Args:
             shared_buffers: where what each part makes is added up over processes; None for nowhere.
@@ -114,7 +114,7 @@ class Stack:
         return None
 
     def run(self, x: Tensor, tokens: Tokens, kept: Sequence[Sequence[Tensor]]) -> Tensor | None:
-        """Return what the parts make of x (..., C), the last one's sum; None if they cannot.
+        """Run the parts on x (..., C), or return None if they cannot.
 
         Args:
             kept: for each part what it keeps between steps, changed in place. A sequence's tokens
@@ -174,7 +174,7 @@ class Stack:
         return y
 
     def _place(self, kept: Sequence[Sequence[Tensor]]) -> "Placed | None":
-        """Return where what the parts keep is; worked out anew if it is not the same."""
+        """Return the buffers' addresses, recomputed if they changed."""
         tensors = [tensor for part in kept for tensor in part]
         last = self._placed
         # Neither shape nor address of a tensor changes while it is the same.
@@ -207,7 +207,7 @@ def _where(fields: "array[int]") -> tuple[int, int]:
 def _slices(
     rows: Sequence[int], starts: Sequence[int], lengths: Sequence[int]
 ) -> "Iterator[tuple[array[int], int, int]]":
-    """Yield sequences of up to `SLICE` tokens as the kernel reads them, and where they stand."""
+    """Yield sequences in slices of at most `SLICE` tokens, with their offsets."""
     of, begin, end = array("q"), 0, 0
     for row, start, length in zip(rows, starts, lengths, strict=True):
         if of and end + length - begin > SLICE:

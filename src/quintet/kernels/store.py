@@ -1,4 +1,4 @@
-"""Compiled libraries in the user's cache: whole, the user's own, made by one process at a time.
+"""Compiled libraries in the user's cache: complete, private, built by one process.
 
 A library ends with the digest of all before it, which loaders do not read. Loading one that was cut
 would end the process with a bus error, and loading somebody else's would run what they wrote.
@@ -27,7 +27,7 @@ REMEDY = "set XDG_CACHE_HOME to a folder of your own"
 
 
 class BuildError(Exception):
-    """Why there is no library; its text is what `report()` shows.
+    """The reason why there is no library, as `report()` shows it.
 
     Args:
         text: the reason.
@@ -40,13 +40,13 @@ class BuildError(Exception):
 
 
 def cache_folder() -> Path:
-    """Return the folder of this user where what is compiled is kept."""
+    """Return the user's folder of compiled libraries."""
     base = os.environ.get("XDG_CACHE_HOME") or os.path.join(os.path.expanduser("~"), ".cache")
     return Path(base) / "quintet"
 
 
 def open_folder() -> Path:
-    """Return the cache's folder, made where it is missing.
+    """Return the folder, creating it if needed.
 
     Raises:
         BuildError: it cannot be written, or another user could have put something there.
@@ -63,7 +63,7 @@ def open_folder() -> Path:
 
 
 def is_whole(library: Path) -> bool:
-    """Tell whether a library is there, as it was written.
+    """Return whether a complete library is there.
 
     Raises:
         BuildError: another user wrote it.
@@ -80,7 +80,7 @@ def is_whole(library: Path) -> bool:
 
 
 def publish(made: Path, target: Path) -> None:
-    """Give a library its seal and move it into place, there whole or not at all."""
+    """Seal a library and move it into place atomically."""
     with open(made, "r+b") as file:
         seal = _seal(file.read())
         file.write(seal)
@@ -97,7 +97,7 @@ def publish(made: Path, target: Path) -> None:
 
 @contextlib.contextmanager
 def held(folder: Path) -> Iterator[None]:
-    """Hold the folder for this process, once no other one does.
+    """Hold the folder's lock.
 
     Raises:
         BuildError: another process has held it for `PATIENCE` seconds.
@@ -112,7 +112,7 @@ def held(folder: Path) -> Iterator[None]:
 
 @contextlib.contextmanager
 def scratch(folder: Path) -> Iterator[Path]:
-    """Make a folder beside the libraries, gone afterwards. The caller holds the folder.
+    """Make a temporary folder beside the libraries; the caller holds the lock.
 
     What processes that were killed left behind goes with it, and the libraries used least lately.
     """
@@ -132,7 +132,7 @@ def _seal(data: bytes) -> bytes:
 
 
 def _own(path: Path) -> int:
-    """Return the mode of what this user or the superuser owns."""
+    """Return the permissions of a path owned by this user or root."""
     found = path.stat()
     if found.st_uid not in (SUPERUSER, os.geteuid()):
         raise BuildError(

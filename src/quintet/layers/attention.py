@@ -80,7 +80,6 @@ class Attention(FusedPart):
         )
 
     def part(self, norm: parts.Norm) -> parts.Part | None:
-        """Describe the projections to the fused CPU step, or return None under dropout."""
         maps = self.q_proj, self.k_proj, self.v_proj, self.o_proj
         held = matrices(*maps, summed=self.o_proj)
         if held is None or (self.training and self.attention_dropout):
@@ -89,7 +88,6 @@ class Attention(FusedPart):
         return parts.Attention(norm, (q, k, v), held[3], self.head_dim, self.window, self.scaling)
 
     def output_module(self) -> nn.Module:
-        """Return the output projection."""
         return self.o_proj
 
     def cache_buffers(self, context: ForwardContext) -> tuple[Tensor, ...] | None:

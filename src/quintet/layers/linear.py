@@ -41,7 +41,6 @@ class Linear(nn.Linear, LinearMap):
 
     @classmethod
     def together(cls, x: Tensor, maps: Sequence[Self]) -> tuple[Tensor, ...]:
-        """Apply each of `maps` to x (..., I)."""
         return tuple(linears(x, [(m.weight, m.bias) for m in maps]))
 
 

@@ -139,7 +139,6 @@ class LatentAttention(FusedPart):
         )
 
     def part(self, norm: parts.Norm) -> parts.Part | None:
-        """Describe the projections to the fused CPU step, or return None under dropout."""
         kv_norm = norm_of(self.kv_a_layernorm)
         w_kv = self._w_kv()
         if w_kv is None or kv_norm is None or hooked(self.latents):
@@ -168,7 +167,6 @@ class LatentAttention(FusedPart):
         )
 
     def output_module(self) -> nn.Module:
-        """Return the output projection."""
         return self.o_proj
 
     def cache_buffers(self, context: ForwardContext) -> tuple[Tensor, ...] | None:

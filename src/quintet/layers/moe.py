@@ -61,7 +61,6 @@ class Experts(ExpertStack):
         )
 
     def map(self, name: str, expert: int, x: Tensor) -> Tensor:
-        """Apply one expert's matrix of the stack `name`, gate_up_proj or down_proj, to (n, I)."""
         stack = self._parameters[name]
         assert stack is not None
         return F.linear(x, stack[expert])

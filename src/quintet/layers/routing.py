@@ -40,11 +40,9 @@ class Router(ExpertRouter):
 
     @property
     def active(self) -> int:
-        """A, the number of experts per token."""
         return self.rules.active
 
     def score(self, x: Tensor) -> Tensor:
-        """Return the logits (N, E) of tokens (N, C)."""
         return router_logits(x, self.weight)
 
     @abstractmethod
@@ -56,19 +54,15 @@ class SoftmaxRouter(Router):
     """The router of DeepSeek-V2."""
 
     def affinities(self, logits: Tensor) -> Tensor:
-        """Return the affinities (N, E), given the logits (N, E)."""
         return logits.softmax(dim=-1)
 
     def choice(self, scores: Tensor) -> Tensor:
-        """Return the experts (N, A), given the affinities (N, E)."""
         return softmax_choice(scores, self.rules)
 
     def weigh(self, scores: Tensor, indices: Tensor) -> Tensor:
-        """Return the weights (N, A) of experts (N, A), given the affinities (N, E)."""
         return softmax_weights(scores, indices, self.rules)
 
     def choose(self, logits: Tensor) -> tuple[Tensor, Tensor]:
-        """Return the experts (N, A) and their weights, given the logits (N, E)."""
         return softmax_routing(logits, self.rules)
 
     def kernel_rules(self) -> tuple[Rules, None]:
@@ -87,19 +81,15 @@ class SigmoidRouter(Router):
         self.register_buffer(name, torch.zeros(num_experts, dtype=torch.float32))
 
     def affinities(self, logits: Tensor) -> Tensor:
-        """Return the affinities (N, E), given the logits (N, E)."""
         return logits.sigmoid()
 
     def choice(self, scores: Tensor) -> Tensor:
-        """Return the experts (N, A), given the affinities (N, E)."""
         return sigmoid_choice(scores, self.e_score_correction_bias, self.rules)
 
     def weigh(self, scores: Tensor, indices: Tensor) -> Tensor:
-        """Return the weights (N, A) of experts (N, A), given the affinities (N, E)."""
         return sigmoid_weights(scores, indices, self.rules)
 
     def choose(self, logits: Tensor) -> tuple[Tensor, Tensor]:
-        """Return the experts (N, A) and their weights, given the logits (N, E)."""
         return sigmoid_routing(logits, self.e_score_correction_bias, self.rules)
 
     def kernel_rules(self) -> tuple[Rules, Tensor]:

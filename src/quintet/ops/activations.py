@@ -81,5 +81,5 @@ def gelu_gate(gate: Tensor, up: Tensor) -> Tensor:
 
 @operation("sigmoid")
 def sigmoid(x: Tensor) -> Tensor:
-    """Return σ(x), on kernels whatever number stands beside which."""
+    """Return σ(x); on kernels, each number is independent of its neighbours."""
     return F.sigmoid(x)

@@ -1,4 +1,4 @@
-"""Gradients of what was not recorded, from what went in: by a kernel, or by computing it again."""
+"""Operations that keep only their inputs for the backward pass."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -16,7 +16,7 @@ FLOATS = (torch.float32, torch.bfloat16)
 
 @dataclass(frozen=True, slots=True)
 class Rule:
-    """How something is computed and derived; see `keeping_inputs`.
+    """How to compute an operation and its gradient; see `keeping_inputs`.
 
     Attributes:
         formula: defines it, from the inputs.
@@ -30,7 +30,7 @@ class Rule:
 
 
 def learn(*tensors: Tensor | None) -> bool:
-    """Tell whether one of these learns, and kernels may read them all to derive what is made."""
+    """Return whether a tensor requires a gradient and kernels can compute it."""
     there = [x for x in tensors if x is not None]
     if not torch.is_grad_enabled() or not any(x.requires_grad for x in there):
         return False
@@ -41,7 +41,7 @@ def learn(*tensors: Tensor | None) -> bool:
 
 
 def keeping_inputs(rule: Rule, *inputs: Tensor | None) -> Tensor:
-    """Compute by a rule, and keep nothing but the inputs for the gradient."""
+    """Compute by a rule, keeping only the inputs for the backward pass."""
     with torch.autocast("cpu", enabled=False):
         out: Tensor = _KeepingInputs.apply(rule, *inputs)  # type: ignore[no-untyped-call]
     return out
@@ -72,7 +72,7 @@ def derived(
     grad: Tensor,
     needed: Sequence[bool],
 ) -> list[Tensor | None]:
-    """Return the gradients of `function(*inputs)` for the inputs that need one.
+    """Return the gradients of `function(*inputs)` by running it again.
 
     Where a gradient of the gradient is asked for, they are recorded themselves.
     """

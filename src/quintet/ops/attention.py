@@ -24,7 +24,7 @@ from quintet.ops.transforms import transformed
 
 
 class AttentionBackend(Protocol):
-    """One way to compute attention.
+    """Interface of an attention implementation.
 
     Shapes: q (B, H, T, D), k and v (B, K, S, D) with H a multiple of K; returns the values
     (B, H, T, D) and, where the backend has them, the weights (B, H, T, S).
@@ -40,7 +40,7 @@ class AttentionBackend(Protocol):
 def eager(
     q: Tensor, k: Tensor, v: Tensor, mask: AttentionMask, *, scale: float, dropout: float
 ) -> tuple[Tensor, Tensor | None]:
-    """Attend by the formula, with the softmax in float32; the only backend that has weights."""
+    """Attend by the definition, softmax in float32; the only backend that returns weights."""
     groups = q.shape[1] // k.shape[1]
     k = k.repeat_interleave(groups, dim=1)
     v = v.repeat_interleave(groups, dim=1)
@@ -56,7 +56,7 @@ def eager(
 def sdpa(
     q: Tensor, k: Tensor, v: Tensor, mask: AttentionMask, *, scale: float, dropout: float
 ) -> tuple[Tensor, Tensor | None]:
-    """Attend by `torch.nn.functional.scaled_dot_product_attention`, or by a backend."""
+    """Attend with torch's `scaled_dot_product_attention`, or a registered backend."""
     if transformed():
         # The fused attention has no rules for that.
         return eager(q, k, v, mask, scale=scale, dropout=dropout)[0], None
@@ -130,7 +130,7 @@ def _by_queries(
     scale: float,
     dropout: float,
 ) -> Tensor:
-    """Attend with some queries at a time, to the keys that they reach: no mask is ever large."""
+    """Attend in chunks of queries, so that no mask is large."""
     T, S = q.shape[2], k.shape[2]
     size = max(1, MOST_ENTRIES // (len(slots) * S))
     out = []
@@ -146,7 +146,7 @@ def _by_queries(
 def flash(
     q: Tensor, k: Tensor, v: Tensor, mask: AttentionMask, *, scale: float, dropout: float
 ) -> tuple[Tensor, Tensor | None]:
-    """Attend by the flash-attn package, version 2 (arXiv:2307.08691).
+    """Attend with the flash-attn package, version 2 (arXiv:2307.08691).
 
     Raises:
         UnsupportedBackendError: a 4-D mask of the caller's own, a dtype it has no kernel for, or
@@ -199,7 +199,7 @@ def flash(
 
 
 def in_range(*tensors: Tensor) -> tuple[Any, ...]:
-    """Return tensors of which scores are made, and the context to make them in.
+    """Widen float16 to float32, and return the context in which to compute scores.
 
     float16 ends at 65,504, which a product of queries and keys passes before it is scaled; what
     would be float16, also by autocast, is widened to float32.
@@ -222,7 +222,7 @@ BACKENDS: Mapping[str, AttentionBackend] = MappingProxyType(
 
 
 def attention_backend(name: str) -> AttentionBackend:
-    """Return the backend of that name.
+    """Return the attention implementation of a name.
 
     Raises:
         UnsupportedBackendError: there is none.

@@ -1,4 +1,4 @@
-"""Numbers become the blocks of a GGUF file, as the format's reference makes them."""
+"""Encodes numbers as GGUF blocks, exactly like the format's reference."""
 
 import torch
 from torch import Tensor

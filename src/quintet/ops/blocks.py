@@ -1,4 +1,4 @@
-"""What the blocks of a GGUF file mean, type by type: the definition of each, in PyTorch.
+"""Decodes GGUF blocks, type by type; the definition in PyTorch.
 
 A block is a few bytes that stand for 32 or 256 neighbouring weights of a row:
 
@@ -26,7 +26,7 @@ from quintet.ops.quantized import bands
 
 
 class Split(NamedTuple):
-    """Blocks taken apart: numbers int8 (N, weights), or places in a table; scales (N, groups)."""
+    """Decoded integers (N, weights), int8 or table indices, and scales (N, groups)."""
 
     numbers: Tensor
     scale: Tensor
@@ -34,23 +34,23 @@ class Split(NamedTuple):
 
 
 def _half(b: Tensor, at: int) -> Tensor:
-    """Return the half-precision number at byte `at` of each block, (N, 1)."""
+    """Read the float16 at byte `at` of each block, (N, 1)."""
     return b[:, at : at + 2].contiguous().view(torch.float16).to(torch.float32)
 
 
 def _nibbles(b: Tensor) -> Tensor:
-    """Return the low halves of bytes, then the high ones: (..., n) -> (..., 2n)."""
+    """Return the low nibbles, then the high ones: (..., n) -> (..., 2n)."""
     return torch.cat((b & 15, b >> 4), dim=-1).view(torch.int8)
 
 
 def _shifts(b: Tensor, steps: int, bits: int) -> Tensor:
-    """Return `bits` bits of each byte from 0, bits, 2·bits … on: (N, …, n) -> (N, …, steps, n)."""
+    """Extract `bits` bits of each byte at 0, bits, 2·bits …: (N, …, n) -> (N, …, steps, n)."""
     by = torch.arange(0, steps * bits, bits, dtype=torch.uint8, device=b.device)
     return ((b.unsqueeze(-2) >> by.unsqueeze(-1)) & ((1 << bits) - 1)).view(torch.int8)
 
 
 def _fifth_bits(b: Tensor, at: int) -> Tensor:
-    """Return bit j of the four bytes from `at` on as sixteen or nothing for weight j, (N, 32)."""
+    """Return 16 · bit j of the four bytes from `at` on for weight j, (N, 32)."""
     by = torch.arange(8, dtype=torch.uint8, device=b.device)
     return (((b[:, at : at + 4, None] >> by) & 1) << 4).flatten(1).view(torch.int8)
 
@@ -100,7 +100,7 @@ def _q3_k(b: Tensor) -> Split:
 
 
 def _levels_of_k(b: Tensor, numbers: Tensor) -> Split:
-    """Return what eight scales and offsets, 6 bits each in twelve bytes, make of numbers."""
+    """Apply the eight 6-bit scales and offsets in twelve bytes to numbers."""
     a, c, e = b[:, 4:8], b[:, 8:12], b[:, 12:16]
     scale = torch.cat((a & 63, (e & 15) | ((a >> 6) << 4)), dim=1)
     offset = torch.cat((c & 63, (e >> 4) | ((c >> 6) << 4)), dim=1)
@@ -162,7 +162,7 @@ def decode_blocks(raw: Tensor, kind: BlockType, dtype: torch.dtype) -> Tensor:
 
 @operation("parts of blocks")
 def split_blocks(raw: Tensor, kind: BlockType) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Take rows of blocks (..., O, bytes a row) apart, without rounding anything.
+    """Split rows of blocks (..., O, bytes per row) losslessly into integers and scales.
 
     Returns numbers, scales and offsets as `quintet.ops.groups` has them: int8 (..., O, I), or of
     4 bits packed, and (..., O, I / group) in float16, or float32 where the type has two levels.
@@ -199,7 +199,7 @@ def split_blocks(raw: Tensor, kind: BlockType) -> tuple[Tensor, Tensor, Tensor |
 
 
 def has_odd_scales(raw: Tensor, kind: BlockType) -> bool:
-    """Tell whether a scale or an offset of a block is not finite."""
+    """Return whether any scale or offset is not finite."""
     blocks = raw.reshape(-1, kind.nbytes)
     # All bits of a half's exponent, which are in its second byte.
     places = LAYOUTS[kind.name].halves

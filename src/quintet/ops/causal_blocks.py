@@ -1,4 +1,4 @@
-"""Causal attention with its gradient, for training short texts in bfloat16 on a CPU."""
+"""Causal attention in blocks, for training on short texts in bfloat16 on a CPU."""
 
 from typing import Any
 
@@ -11,7 +11,7 @@ LONGEST = 1024
 
 
 def in_blocks(q: Tensor) -> bool:
-    """Tell whether this is training on a CPU in bfloat16, on texts short enough for `BLOCKS`."""
+    """Return whether this is bfloat16 training on a CPU with texts short enough."""
     if q.device.type != "cpu" or q.shape[2] > LONGEST or torch.compiler.is_compiling():
         return False
     low = q.dtype == torch.bfloat16 or (
@@ -21,7 +21,7 @@ def in_blocks(q: Tensor) -> bool:
 
 
 def causal_blocks(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
-    """Return softmax(q·kᵀ·scale)·v, each query seeing the keys up to its own place.
+    """Return causal softmax(q·kᵀ·scale)·v.
 
     Shapes: q (B, H, T, D), k and v (B, K, T, D) with H a multiple of K; returns (B, H, T, D).
     """
@@ -34,7 +34,7 @@ def causal_blocks(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
 
 
 class _CausalBlocks(torch.autograd.Function):
-    """Attend block by block of queries, each to the keys up to its end, with plain products.
+    """Attends block by block of queries, with plain products.
 
     With the gradient it takes half the time of torch's fused kernel for CPUs, and keeps the
     weights, which is why long texts do not come here. Shapes: q, k, v (N, T, D); the scores are

@@ -1,4 +1,4 @@
-"""Causal attention of texts that learn, of any lengths at once; the weights are never held.
+"""Differentiable causal attention over packed texts, without materialised weights.
 
 Kernels compute it and its gradient, of heads of queries and of values that need not be as long, in
 less time than torch's fused attention for CPUs; the formula defines it, and serves where none is.
@@ -16,14 +16,14 @@ from quintet.ops.again import derived, learn
 
 
 class How(NamedTuple):
-    """How many tokens each text has, and by what scores are multiplied."""
+    """The text lengths and the scale of the scores."""
 
     lengths: tuple[int, ...]
     scale: float
 
 
 def attends_learning(q: Tensor, k: Tensor, v: Tensor) -> bool:
-    """Tell whether these learn, and kernels take them; shapes as in `attend_learning`."""
+    """Return whether kernels can compute this with gradients; shapes as below."""
     whole = q.shape[-1] % LANES == 0 and v.shape[-1] % LANES == 0
     return whole and q.shape[2] == k.shape[2] and q.numel() > 0 and learn(q, k, v)
 
@@ -31,7 +31,7 @@ def attends_learning(q: Tensor, k: Tensor, v: Tensor) -> bool:
 def attend_learning(
     q: Tensor, k: Tensor, v: Tensor, scale: float, lengths: Sequence[int] | None = None
 ) -> Tensor:
-    """Return softmax(q·kᵀ·scale)·v, each query seeing the keys of its text up to its own place.
+    """Return causal softmax(q·kᵀ·scale)·v within each text.
 
     Shapes: q (B, H, T, D), k (B, K, T, D) and v (B, K, T, V) with H a multiple of K, the tokens of
     all rows being texts of `lengths`, by default one a row; returns (B, H, T, V).

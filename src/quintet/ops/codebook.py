@@ -33,7 +33,7 @@ TABLES = {
 
 
 def quantize_codes(weight: Tensor, kind: str, block: int) -> tuple[Tensor, Tensor]:
-    """Replace each number by the nearest of the table times the largest magnitude of its block.
+    """Round to the nearest table entry times each block's largest magnitude.
 
     Returns packed uint8 (ceil(n / 2), 1) and absmax float32 (ceil(n / block),) for n numbers.
 
@@ -88,7 +88,7 @@ def dequantize_codes(
 
 @dataclass(frozen=True, slots=True)
 class NestedScales:
-    """Block scales in 8 bits: offset + table[codes] · absmax.
+    """8-bit block scales: offset + table[codes] · absmax.
 
     Shapes: codes uint8 (blocks,), absmax float32 (ceil(blocks / 256),), offset float32 (1,).
     """
@@ -105,7 +105,7 @@ class NestedScales:
 
 
 def nest(absmax: Tensor) -> NestedScales:
-    """Quantise block scales (blocks,) once more."""
+    """Quantise block scales (blocks,) to 8 bits."""
     offset = absmax.mean().reshape(1)
     table = dynamic_table(absmax.device)
     between = (table[:-1] + table[1:]) / 2
@@ -117,7 +117,7 @@ def nest(absmax: Tensor) -> NestedScales:
 
 
 def dynamic_table(device: torch.device) -> Tensor:
-    """Return the 256 numbers of an 8-bit type whose leading zeros are a decimal exponent.
+    """Return the 256 values of the dynamic 8-bit type.
 
     Each decade has twice as many numbers as the one below it (arXiv:1511.04561, §3).
     """

@@ -1,4 +1,4 @@
-"""The short causal convolution before a state-space layer: depthwise, each channel by itself.
+"""The short depthwise causal convolution of state-space layers.
 
 Axis letters: B batch, T tokens, C channels, W taps.
 """
@@ -9,14 +9,14 @@ from torch import Tensor
 
 
 def continued(x: Tensor, window: Tensor | None, W: int) -> Tensor:
-    """Put the W - 1 inputs before `x` (B, T, C) in front of it, zeros at the start of a text."""
+    """Prepend the last W - 1 inputs to `x` (B, T, C), zeros at the start of a text."""
     if window is None:
         return F.pad(x, (0, 0, W - 1, 0))
     return torch.cat((window, x), dim=1)
 
 
 def causal_conv(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """Return y_t = bias + Σ_w weight_w · x_{t+w}, x being `continued`: (B, W - 1 + T, C).
+    """Return y_t = bias + Σ_w weight_w · x_{t+w}, for x from `continued`.
 
     The sum is made in float32. Shapes: weight (C, W), bias (C); returns (B, T, C).
     """
@@ -32,7 +32,7 @@ def causal_conv(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 
 
 def last_window(x: Tensor, W: int, counts: Tensor | int | None) -> Tensor:
-    """Return the W - 1 inputs (B, W - 1, C) that the token after `counts` needs.
+    """Return the last W - 1 inputs (B, W - 1, C) before token `counts`.
 
     Shapes: x `continued`, (B, W - 1 + T, C); counts (B,) how many of the T are real, None for all.
     """

@@ -1,4 +1,4 @@
-"""How much memory there is, and whether an error is want of it."""
+"""Free memory, and out-of-memory errors."""
 
 import re
 
@@ -9,7 +9,7 @@ SAID = ("can't allocate memory", "not enough memory")
 
 
 def host_memory() -> int:
-    """Return the bytes of memory that a new process could have without swapping."""
+    """Return the bytes of memory available without swapping."""
     try:
         with open("/proc/meminfo", encoding="ascii") as file:
             found = re.search(r"MemAvailable:\s+(\d+) kB", file.read())
@@ -19,7 +19,7 @@ def host_memory() -> int:
 
 
 def free_memory(device: torch.device) -> int:
-    """Return the bytes of a device that this process can have.
+    """Return the bytes this process can allocate on a device.
 
     On a CUDA device these are the free ones, and those that torch keeps of what was freed.
     """
@@ -30,13 +30,13 @@ def free_memory(device: torch.device) -> int:
 
 
 def empty_caches() -> None:
-    """Give back what torch keeps of the freed memory of GPUs, so that it is had in other pieces."""
+    """Release torch's cached GPU memory."""
     if torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
         torch.cuda.empty_cache()
 
 
 def is_shortage(error: BaseException) -> bool:
-    """Tell whether an error is want of memory, on whichever device."""
+    """Return whether an error is an out-of-memory error of any device."""
     if isinstance(error, MemoryError | torch.OutOfMemoryError):
         return True
     return isinstance(error, RuntimeError) and any(said in str(error) for said in SAID)

@@ -1,4 +1,4 @@
-"""Rows that hold several texts one after the other, none of which sees another."""
+"""Packed rows: several texts in one row that do not see each other."""
 
 from dataclasses import dataclass
 
@@ -12,7 +12,7 @@ from quintet.ops.transforms import recorded
 
 @dataclass(frozen=True, slots=True)
 class Documents:
-    """Which texts the rows of a batch hold.
+    """The texts packed into the rows of a batch.
 
     Attributes:
         index: (B, T), the number of each token's text in its row.
@@ -24,32 +24,32 @@ class Documents:
     lengths: tuple[int, ...] | None
 
     def positions(self) -> Tensor:
-        """Return (B, T), each token's place in its text."""
+        """Return each token's position in its text, (B, T)."""
         columns = torch.arange(self.index.shape[1], dtype=torch.long, device=self.index.device)
         starts = torch.where(self.apart(1), columns, 0)
         return columns - starts.cummax(dim=1).values
 
     def apart(self, k: int) -> Tensor:
-        """Return (B, T), True where the token k places before is of another text, or none."""
+        """Return (B, T), True where the token k places earlier belongs to another text."""
         before = F.pad(self.index, (k, 0), value=-1)[:, : self.index.shape[1]]
         return before != self.index
 
     def ahead(self, x: Tensor, k: int) -> Tensor:
-        """Return for each token what (B, T, C) has k places later in its text, zeros behind it."""
+        """Shift (B, T, C) by k within each text, zeros at its end."""
         T = x.shape[1]
         later = F.pad(x[:, k:], (0, 0, 0, min(k, T)))
         index = F.pad(self.index[:, k:], (0, min(k, T)), value=-1)
         return later.masked_fill((index != self.index)[..., None], 0)
 
     def masked(self, mask: AttentionMask, slots: Tensor) -> AttentionMask:
-        """Return a mask whose entries separate the texts, for a recorded program."""
+        """Return a mask that separates the texts, for a recorded program."""
         T = self.index.shape[1]
         same = self.index[:, None, :, None] == self.index[:, None, None]
         entries = causal_mask(slots, T, mask.window) & same
         return AttentionMask(entries, False, mask.start, mask.window, custom=True)
 
     def in_columns(self, weights: Tensor) -> Tensor:
-        """Return weights (n, H, t, s) of n texts where their rows have them, (B, H, T, T)."""
+        """Return weights (n, H, t, s) of n texts in their rows, (B, H, T, T)."""
         assert self.lengths is not None
         B, T = self.index.shape
         blocks, column = [], 0
@@ -60,7 +60,7 @@ class Documents:
 
 
 def documents_of(index: Tensor) -> Documents | None:
-    """Return the texts of rows (B, T) of numbers, a text ending where they change.
+    """Return the texts of rows, given numbers (B, T) that change where a text ends.
 
     None where every row is one text.
     """

@@ -1,4 +1,4 @@
-"""Experts that learn: the gradient of each goes to its place in the stack, and little is kept.
+"""Experts with gradients written in place, keeping little for the backward pass.
 
 Of a token's choice, what its expert made of gate and up is all that is kept beside the inputs.
 """
@@ -120,7 +120,7 @@ def _gated_gradient(grad: Tensor, gate_up: Tensor) -> Tensor:
 
 
 def _each(counts: list[int], step: int) -> Iterator[tuple[slice, slice]]:
-    """Yield where an expert's choices are, and where a multiple of `step` rows is for them."""
+    """Yield each expert's choices, padded to a multiple of `step` rows."""
     start = place = 0
     for count in counts:
         size = -(-count // step) * step
@@ -129,7 +129,7 @@ def _each(counts: list[int], step: int) -> Iterator[tuple[slice, slice]]:
 
 
 def _taken(x: Tensor, rows: Tensor | slice, size: int) -> Tensor:
-    """Return so many rows of (N, C): those that are named, and zeros."""
+    """Gather `count` rows of (N, C): the named ones, then zeros."""
     found = x[rows]
     return F.pad(found, (0, 0, 0, size - len(found))) if len(found) < size else found
 

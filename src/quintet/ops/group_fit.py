@@ -1,4 +1,4 @@
-"""Which scales and offsets the groups of a weight get: rounding to `quintet.ops.groups`.
+"""Fits scales and offsets of weight groups, for `quintet.ops.groups`.
 
 Of several scales that of a group is the one with the least error. Each begins as a share of the one
 that just reaches the largest number, and is then fitted to what that rounds to: the two steps of
@@ -32,7 +32,7 @@ def quantize_groups(
     dtype: torch.dtype = torch.float16,
     iq4: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Round each group to multiples of a scale, from an offset on where there is to be one.
+    """Round each group to multiples of a scale, with an offset if asked.
 
     Args:
         weight: (..., O, I).
@@ -75,7 +75,7 @@ def quantize_groups(
 
 
 class _Fit(NamedTuple):
-    """Groups (R, G, n) as levels, with scales and offsets (R, G, 1)."""
+    """Groups (R, G, n) rounded to levels, with scales and offsets (R, G, 1)."""
 
     levels: Tensor
     scale: Tensor
@@ -88,7 +88,7 @@ class _Fit(NamedTuple):
 
 
 class _Ladder:
-    """The levels that numbers of one layout have, before they are scaled."""
+    """The unscaled levels of a layout."""
 
     def __init__(self, bits: int, offset: bool, iq4: bool, dtype: torch.dtype) -> None:
         self.bits, self.offset, self.iq4, self.dtype = bits, offset, iq4, dtype
@@ -96,7 +96,7 @@ class _Ladder:
         self.least, self.most = (IQ4[0], IQ4[-1]) if iq4 else ends.get((bits, offset), (0, 15))
 
     def fit(self, band: Tensor, counts: Tensor) -> _Fit:
-        """Round groups (R, G, n) with the scales and offsets that suit them best.
+        """Round groups (R, G, n) with the best scales and offsets.
 
         Raises:
             InputError: a number is not finite, or too large for a scale.
@@ -123,7 +123,7 @@ class _Ladder:
         return best
 
     def numbers(self, levels: Tensor) -> Tensor:
-        """Return levels as they are held."""
+        """Return levels as stored."""
         if self.iq4:
             places = levels.new_zeros(IQ4[-1] - IQ4[0] + 1, dtype=torch.uint8)
             for place, level in enumerate(IQ4):
@@ -132,7 +132,7 @@ class _Ladder:
         return levels + 8 if self.bits == 4 and not self.offset else levels
 
     def _starts(self, low: Tensor, high: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
-        """Yield scales and offsets to begin with; those of the first reach all numbers."""
+        """Yield initial scales and offsets; the first cover the whole range."""
         if self.offset:
             for cut in CUTS:
                 scale = self._stored((high - low) * ((1 - cut) / (self.most - self.least)))
@@ -148,7 +148,7 @@ class _Ladder:
         return _Fit(levels, scale, offset)
 
     def _fitted(self, band: Tensor, counts: Tensor, fit: _Fit) -> tuple[Tensor, Tensor]:
-        """Return the scales and offsets of least squares for given levels."""
+        """Return least-squares scales and offsets for given levels."""
         q = fit.levels
         wq = counts * q
         xq, qq = (wq * band).sum(-1, keepdim=True), (wq * q).sum(-1, keepdim=True)
@@ -176,7 +176,7 @@ class _Ladder:
 
 
 def _nearest(steps: Tensor) -> Tensor:
-    """Return the level of `IQ4` that is nearest to each number, the lower one of two."""
+    """Return the nearest `IQ4` level of each number, ties to the lower one."""
     # They meet at halves, so that all numbers up to one half from the one before have one level.
     table = steps.new_tensor(IQ4)
     halves = torch.arange(2 * IQ4[0], 2 * IQ4[-1] + 1, dtype=steps.dtype, device=steps.device) / 2
@@ -186,6 +186,6 @@ def _nearest(steps: Tensor) -> Tensor:
 
 
 def _taken(table: Tensor, places: Tensor) -> Tensor:
-    """Return what a table has at places, which are whole numbers."""
+    """Look up a table at integer indices."""
     index = places.to(torch.int32).flatten()
     return table.index_select(0, index).view(places.shape)

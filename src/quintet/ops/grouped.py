@@ -1,4 +1,4 @@
-"""Matrix products of rows that lie group by group, each group with a matrix of its own.
+"""Grouped matrix products: each group of rows with its own matrix.
 
 Only groups that have rows are read. How many rows each has is data, so a compiler cannot follow
 the loop: to `torch.compile` the two functions are operators whose inside it does not look into.

@@ -1,4 +1,4 @@
-"""Weights in groups: neighbours of a row share a scale, and perhaps an offset. What they mean.
+"""Group-quantised weights: neighbours in a row share a scale and perhaps an offset.
 
     8 bits                w ≈ n · scale, or n · scale + offset        n = -128..127
     4 bits                w ≈ (n - 8) · scale, or n · scale + offset  n = 0..15
@@ -29,12 +29,12 @@ PACK = 64
 
 
 def group_count(columns: int, group: int | None) -> int:
-    """Return how many groups a row of `columns` has; None stands for a whole row."""
+    """Return the number of groups in a row of `columns`; None means one per row."""
     return 1 if group is None else math.ceil(columns / group)
 
 
 def group_size(columns: int, count: int) -> int:
-    """Return of how many neighbours a group is, where a row of `columns` has `count` groups.
+    """Return the group size of a row of `columns` with `count` groups.
 
     Raises:
         InputError: no power of two makes so many.
@@ -51,7 +51,7 @@ def group_size(columns: int, count: int) -> int:
 
 
 def number_shape(shape: tuple[int, ...], bits: int) -> tuple[int, ...]:
-    """Return the shape of the numbers of a weight of `shape`, int8 or packed in uint8."""
+    """Return the shape of the integers of a weight of `shape`, int8 or packed uint8."""
     return shape if bits == 8 else (*shape[:-1], math.ceil(shape[-1] / PACK) * PACK // 2)
 
 
@@ -69,7 +69,7 @@ def unpack_numbers(packed: Tensor, columns: int) -> Tensor:
 
 
 def spread(of_groups: Tensor, columns: int) -> Tensor:
-    """Repeat what each group (..., G) has for each of its neighbours, (..., columns)."""
+    """Expand (..., G) per group to (..., columns)."""
     count = of_groups.shape[-1]
     if count == 1:
         return of_groups

@@ -1,4 +1,4 @@
-"""What losses compare with: labels that are checked, and where padding is, none."""
+"""Labels for losses: checked, shifted, and masked where there is padding."""
 
 import torch
 import torch.nn.functional as F  # noqa: N812
@@ -12,13 +12,13 @@ IGNORED = -100
 
 
 def following(labels: Tensor, ahead: int = 1, none: int = IGNORED) -> Tensor:
-    """Return at each position t the label of t + `ahead`, labels (B, T); none at the end."""
+    """Shift labels (B, T) by `ahead`, ignoring the end."""
     # Labels are moved, not logits: a slice of those would be copied, and so would its gradient.
     return F.pad(labels[:, ahead:], (0, min(ahead, labels.shape[1])), value=none)
 
 
 def following_tokens(labels: Tensor, mask: Tensor | None, ahead: int = 1) -> Tensor:
-    """Return at each token the label of the token `ahead` tokens further in its row.
+    """Shift labels by `ahead` tokens within each row, skipping padding.
 
     Padding (mask 0) predicts nothing and is not predicted, wherever it is: with `following` alone
     it would stand between tokens. Shapes: labels (B, T), mask (B, past + T).
@@ -30,14 +30,14 @@ def following_tokens(labels: Tensor, mask: Tensor | None, ahead: int = 1) -> Ten
 
 
 def predicted(labels: Tensor, mask: Tensor | None) -> Tensor:
-    """Return labels (B, T) with each where `following` compares it with the token before it."""
+    """Mask labels (B, T) at padding, for `following`."""
     if mask is None or ragged(mask[:, -labels.shape[1] :]) is None:
         return labels
     return F.pad(following_tokens(labels, mask)[:, :-1], (1, 0), value=IGNORED)
 
 
 def of_tokens(labels: Tensor, mask: Tensor | None) -> Tensor:
-    """Return labels (B, T) without those of padding, mask (B, past + T)."""
+    """Mask labels (B, T) at padding, by a mask (B, past + T)."""
     if mask is None:
         return labels
     return labels.masked_fill(mask[:, -labels.shape[1] :].to(labels.device) == 0, IGNORED)
@@ -47,12 +47,12 @@ def of_tokens(labels: Tensor, mask: Tensor | None) -> Tensor:
 
 
 def readable(x: Tensor) -> bool:
-    """Tell whether looking at the numbers of a tensor waits for no device and no compiler."""
+    """Return whether reading a tensor's values waits for no device or compiler."""
     return x.device.type == "cpu" and not (torch.compiler.is_compiling() or batched())
 
 
 def check_classes(labels: Tensor, classes: int, name: str = "labels") -> None:
-    """Check that labels are integers, each one of the classes or -100.
+    """Check that labels are class indices or -100.
 
     Raises:
         InputError: they are not. On a GPU the numbers are not looked at.
@@ -69,7 +69,7 @@ def check_classes(labels: Tensor, classes: int, name: str = "labels") -> None:
 
 
 def check_targets(labels: Tensor, between: tuple[float, float] | None = None) -> None:
-    """Check that labels are finite numbers, in a range if there is one.
+    """Check that labels are finite, and in a range if given.
 
     Raises:
         InputError: they are not. On a GPU the numbers are not looked at.
@@ -88,7 +88,7 @@ def check_targets(labels: Tensor, between: tuple[float, float] | None = None) ->
 
 
 def check_positions(positions: Tensor, rows: int, name: str) -> Tensor:
-    """Return the place of one token for each row, (B,), taken from (B,) or (B, 1).
+    """Return one position per row, (B,), from (B,) or (B, 1).
 
     Raises:
         InputError: it is not that. On a GPU the numbers are not looked at.

@@ -15,11 +15,11 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
 
 
 def linears(x: Tensor, maps: Sequence[tuple[Tensor, Tensor | None]]) -> Sequence[Tensor]:
-    """Map the same x (..., I) by several weights (O, I) and biases (O), to (..., O) each."""
+    """Map x (..., I) by several weights (O, I) and biases (O), to (..., O) each."""
     return map_all(x, [Matrix(weight, None, bias) for weight, bias in maps])
 
 
 @operation("linear")
 def map_all(x: Tensor, maps: Sequence[Matrix]) -> list[Tensor]:
-    """Map the same x (..., I) by several plain matrices, to (..., O) each."""
+    """Map x (..., I) by several plain matrices, to (..., O) each."""
     return [F.linear(x, one.weight, one.bias) for one in maps]

@@ -1,4 +1,4 @@
-"""What losses need of the logits of a linear head, without the logits being there at once.
+"""Losses of a linear head computed in tiles, without materialising the logits.
 
 A head with weight W (V, C) and bias b gives token n with state h the logits z = W h + b. All that
 losses of single ids read of them are three numbers a token,
@@ -32,7 +32,7 @@ LARGE_TILE = (1 << 26, 1 << 13)
 
 
 class LogitSums(NamedTuple):
-    """What losses read of the logits of N tokens, each (N,) in float32.
+    """What losses need of the logits of N tokens, each (N,) in float32.
 
     Attributes:
         log_prob: the logarithm of the probability of the token's id.
@@ -45,26 +45,26 @@ class LogitSums(NamedTuple):
     mean: Tensor | None
 
     def map(self, function: Callable[[Tensor], Tensor]) -> "LogitSums":
-        """Return what a function makes of each."""
+        """Apply a function to each field."""
         mean = None if self.mean is None else function(self.mean)
         return LogitSums(function(self.log_prob), function(self.log_sum), mean)
 
 
 class Others(Protocol):
-    """The processes that have the other rows of a head."""
+    """The processes with the other rows of a head."""
 
     @property
     def start(self) -> int:
-        """The id of the first row here."""
+        """The first id of this process."""
         ...
 
     @property
     def size(self) -> int:
-        """V, how many ids there are in all."""
+        """V, the number of all ids."""
         ...
 
     def joined(self, largest: Tensor, sums: Tensor) -> tuple[Tensor, Tensor]:
-        """Return the largest logit (N,) of all ids, and the sums (3, N) over all of them.
+        """Reduce largest logit (N,) and sums (3, N) over all processes.
 
         The first of the sums is of exp(z - largest), and belongs to the largest that is given.
         """
@@ -72,7 +72,7 @@ class Others(Protocol):
 
 
 def logit_sums(logits: Tensor, ids: Tensor, *, mean: bool = False) -> LogitSums:
-    """Return what losses read of logits (..., V) and ids (...); the definition."""
+    """Compute what losses need from logits (..., V) and ids (...); the definition."""
     logits = logits.to(torch.float32)
     log_sum = logits.logsumexp(dim=-1)
     log_prob = F.log_softmax(logits, dim=-1).gather(-1, ids[..., None])[..., 0]
@@ -88,7 +88,7 @@ def linear_sums(
     mean: bool = False,
     others: Others | None = None,
 ) -> LogitSums:
-    """Return what losses read of the logits hidden·Wᵀ + b, which are never there as a whole.
+    """Compute what losses need from hidden·Wᵀ + b in tiles.
 
     In programs that are recorded, and under `torch.func`, they are: those know no rule for this.
 
@@ -105,7 +105,7 @@ def linear_sums(
 
 
 def _dtype(hidden: Tensor) -> torch.dtype:
-    """Return what products are computed in: autocast's choice where it has one."""
+    """Return the dtype of products, following autocast."""
     device = hidden.device.type
     if torch.is_autocast_enabled(device) and hidden.dtype != torch.float64:
         return torch.get_autocast_dtype(device)
@@ -114,7 +114,7 @@ def _dtype(hidden: Tensor) -> torch.dtype:
 
 @dataclass(frozen=True, slots=True)
 class _Head:
-    """The part of a head that makes the logits of some ids.
+    """One tile of a head.
 
     Attributes:
         ids: which.
@@ -127,11 +127,11 @@ class _Head:
     bias: Tensor | None
 
     def logits(self, hidden: Tensor) -> Tensor:
-        """Return the logits (n, v) of states (n, C), in float32, that may be written over."""
+        """Return the logits (n, v) of states (n, C), in float32; may be overwritten."""
         return F.linear(hidden.to(self.weight.dtype), self.weight, self.bias).to(torch.float32)
 
     def places(self, ids: Tensor) -> tuple[Tensor, Tensor]:
-        """Return for ids (n,) whether they are of this part, and their columns (n, 1) in it."""
+        """Return whether ids (n,) are in this tile, and their columns (n, 1)."""
         place = ids - self.ids.start
         inside = (place >= 0) & (place < len(self.weight))
         return inside[:, None], place.clamp_(0, len(self.weight) - 1)[:, None]
@@ -140,7 +140,7 @@ class _Head:
 def _tiles(
     hidden: Tensor, weight: Tensor, bias: Tensor | None, dtype: torch.dtype
 ) -> Iterator[tuple[_Head, list[slice]]]:
-    """Yield the parts of a head, and the parts of the tokens to run each on."""
+    """Yield tiles of the head and of the tokens."""
     numbers, tokens = TILE.get(hidden.device.type, LARGE_TILE)
     rows = list(_parts(len(hidden), tokens))
     for ids in _parts(len(weight), numbers // max(1, min(len(hidden), tokens))):
@@ -271,7 +271,7 @@ def _gradients(
 def _derivable_gradients(
     ctx: Any, needed: Needed, of_log_prob: Tensor, of_log_sum: Tensor, of_mean: Tensor | None
 ) -> Gradients:
-    """Return gradients that can be derived once more: by the definition, with all logits."""
+    """Return twice differentiable gradients, by the definition."""
     inputs, ids, dtype = ctx.saved_tensors[:3], ctx.saved_tensors[3], ctx.dtype
     hidden, weight, bias = inputs
     own_bias = None if bias is None else bias.to(dtype)

@@ -1,4 +1,4 @@
-"""The losses of the heads, in float32: sums over labels, divided by how many there are.
+"""The losses of the heads, in float32.
 
 `items` is how many there are in all where a batch is given in parts, so that the losses of the
 parts add up to that of the whole.
@@ -120,7 +120,7 @@ def _cross_entropy(logits: Tensor, labels: Tensor, items: Items) -> Tensor:
 
 
 def averaged(total: Tensor, counted: Tensor, items: Items) -> Tensor:
-    """Divide a sum by what was counted, or by what the caller has; nothing counted makes 0."""
+    """Divide a sum by the count, or by the caller's `items`; 0 if nothing counts."""
     divisor = counted
     if items is not None:
         if isinstance(items, Tensor):

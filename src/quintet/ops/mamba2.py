@@ -19,7 +19,7 @@ from quintet.ops.ssd import ssd, ssd_step, step_sizes
 
 
 class Calls(NamedTuple):
-    """Modules that are more than their weights, and have to be called.
+    """Modules that must be called because of hooks or adapters.
 
     Attributes:
         convolve: the convolution, (B, W - 1 + T, C) -> (B, T, C).
@@ -31,7 +31,7 @@ class Calls(NamedTuple):
 
 
 class Mixed(NamedTuple):
-    """What a mixer made of T tokens.
+    """The output of a mixer for T tokens.
 
     Attributes:
         out: (B, T, H·P), what is projected back.
@@ -58,7 +58,7 @@ def mix(
     chunk_size: int,
     calls: Calls | None = None,
 ) -> Mixed:
-    """Mix tokens through the state, which is overwritten where no gradient needs it.
+    """Mix tokens through the state, in one pass if a backend can; the state may be overwritten.
 
     In one pass where a backend does that, else by `mix_stepwise`, which defines it.
 
@@ -90,7 +90,7 @@ def mix_stepwise(
     chunk_size: int,
     calls: Calls | None = None,
 ) -> Mixed:
-    """Convolve, update the state, gate and normalise, one after the other."""
+    """Convolve, update the state, gate and normalise; the definition."""
     inner, H = weights.norm.shape[0], weights.D.shape[0]
     C, W = weights.taps.shape
     convolve, normalise = calls or Calls(
@@ -113,7 +113,7 @@ def mix_stepwise(
 
 
 def heads_and_groups(convolved: Tensor, weights: MixerWeights) -> tuple[Tensor, Tensor, Tensor]:
-    """Return x (B, T, H, P), b and c (B, T, G, N) of the convolved channels (B, T, C)."""
+    """Split convolved channels (B, T, C) into x (B, T, H, P), b and c (B, T, G, N)."""
     inner, size = weights.norm.shape[0], (convolved.shape[-1] - weights.norm.shape[0]) // 2
     x, b, c = torch.split(convolved, [inner, size, size], dim=-1)
     G = weights.num_groups
@@ -122,7 +122,7 @@ def heads_and_groups(convolved: Tensor, weights: MixerWeights) -> tuple[Tensor, 
 
 
 def gated_rms_norm(x: Tensor, z: Tensor, weight: Tensor, num_groups: int, eps: float) -> Tensor:
-    """Normalise x · silu(z), each of the groups by itself, in float32; return the dtype of `z`."""
+    """Normalise x · silu(z) per group, in float32; return the dtype of `z`."""
     dtype = torch.promote_types(z.dtype, torch.float32)
     gated = torch.unflatten(x.to(dtype) * F.silu(z.to(dtype)), -1, (num_groups, -1))
     return rms_norm(gated, weight.view(num_groups, -1), eps).flatten(-2).to(z.dtype)

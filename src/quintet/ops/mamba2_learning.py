@@ -1,4 +1,4 @@
-"""Mamba-2's mixer where it learns: nothing but what it was given is kept for its gradient.
+"""Mamba-2's mixer with gradients, keeping only its inputs for the backward pass.
 
 Step by step, autograd keeps some fifty numbers for each channel and token. Here all between the
 projections is computed again, which kernels do; the steps define it, and serve where none is.
@@ -18,7 +18,7 @@ from quintet.ops.mamba2 import mix_stepwise
 
 
 class How(NamedTuple):
-    """How texts are mixed, the weights aside; see `MixerWeights`."""
+    """The options of mixing, without weights; see `MixerWeights`."""
 
     lengths: tuple[int, ...]
     num_groups: int
@@ -27,7 +27,7 @@ class How(NamedTuple):
 
 
 def mix_learning(projected: Tensor, weights: MixerWeights, lengths: Sequence[int]) -> Tensor | None:
-    """Mix texts from their beginnings, one behind the other; None where it has to be by steps.
+    """Mix packed texts, or return None if it must be done stepwise.
 
     Shapes: projected (M, H·P + C + H) of all tokens, whose numbers in each text are `lengths`;
     returns (M, H·P).

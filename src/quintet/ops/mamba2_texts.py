@@ -1,4 +1,4 @@
-"""Mamba-2's mixer where lengths are known to the device alone, as a GPU's step has them.
+"""Mamba-2's mixer over packed texts whose lengths only the device knows.
 
 The tokens of all texts stand in one packed row of M. Memory holds, of each text in a row of its
 own, the last inputs of the convolution and the state. Nothing here reads a length on the host.
@@ -23,7 +23,7 @@ def mix_texts(
     window: Tensor | None,
     state: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Mix the tokens of each text from its row of memory on, which is overwritten.
+    """Mix the tokens of each text, continuing from its row of memory in place.
 
     Returns what is projected back (M, H·P), the convolved channels (M, C), and the step sizes
     (M, H).
@@ -50,7 +50,7 @@ def mix_texts(
 
 
 def _read(memory: Tensor, texts: Texts) -> Tensor:
-    """Return what memory holds of each text (n, ...), zeros where that is nowhere."""
+    """Read each text's memory (n, ...), zeros where it has none."""
     if texts.rows is None:
         return memory[: texts.n].clone()
     held = memory[texts.rows.clamp(min=0)]
@@ -58,7 +58,7 @@ def _read(memory: Tensor, texts: Texts) -> Tensor:
 
 
 def _write(memory: Tensor, new: Tensor, texts: Texts) -> None:
-    """Put what is new of each text into its row, and nothing anywhere else."""
+    """Write each text's new memory into its row."""
     if texts.rows is None:
         memory[: texts.n] = new
         return

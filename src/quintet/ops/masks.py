@@ -1,4 +1,4 @@
-"""Which keys a query sees, decided by the slots that both take in their row."""
+"""Attention masks, decided by the slots of queries and keys."""
 
 from dataclasses import dataclass
 
@@ -14,7 +14,7 @@ MOST_ENTRIES = 2**23
 
 @dataclass(frozen=True, slots=True)
 class AttentionMask:
-    """What one forward's queries see of the keys; the same for every layer of a kind.
+    """The keys visible to the queries of a forward, for all layers of a kind.
 
     Attributes:
         entries: (B or 1, H or 1, T, S), True where a query sees a key, or a float to add to the
@@ -36,7 +36,7 @@ class AttentionMask:
     pages: Pages | None = None
 
     def keys_of(self, first: int, last: int, S: int) -> tuple[int, int]:
-        """Return from which key up to which the queries `first` up to `last` see any of S."""
+        """Return the range of keys, of S, visible to queries `first` to `last`."""
         start = self.start
         if isinstance(start, Tensor) and start.is_meta:
             return 0, S
@@ -59,7 +59,7 @@ def causal_mask(slots: Tensor, S: int, window: int | None, *, begin: int = 0) ->
 
 
 def masked(scores: Tensor, mask: AttentionMask) -> Tensor:
-    """Return scores (B, H, T, S) with those of keys that a query does not see lowered."""
+    """Lower the scores (B, H, T, S) of invisible keys."""
     T, S = scores.shape[-2:]
     entries = mask.entries
     if mask.is_causal:
@@ -78,7 +78,7 @@ def masked(scores: Tensor, mask: AttentionMask) -> Tensor:
 def attention_mask_of(
     slots: Tensor, start: int | Tensor, S: int, window: int | None, custom: Tensor | None = None
 ) -> AttentionMask:
-    """Describe what T queries at `slots` (B or 1, T) see of S keys, by entries only if needed."""
+    """Describe which of S keys T queries at `slots` (B or 1, T) see."""
     if custom is not None:
         return AttentionMask(custom, False, start, window, custom=True)
     T = slots.shape[1]

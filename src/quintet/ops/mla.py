@@ -40,7 +40,7 @@ MOST_ABSORBED = 128
 
 
 def absorbs(T: int, S: int) -> bool:
-    """Tell whether T queries over S keys are cheaper absorbed than expanded.
+    """Return whether T queries over S keys are cheaper absorbed than expanded.
 
     Expanding maps S keys, absorbing maps T queries and pays more for each pair of the two; they
     cost the same where 1/T = 1/S + 1/BREAK_EVEN_QUERIES. So a text without a past is expanded,
@@ -69,7 +69,7 @@ def latent_attention(
     scale: float,
     dropout: float,
 ) -> tuple[Tensor, Tensor | None]:
-    """Attend in the cheaper of the two ways; the weights come with `eager` alone.
+    """Attend in the cheaper of the two forms; only `eager` returns weights.
 
     Args:
         w_kv: what `expand` multiplies with; None where it does more, and has to be called.
@@ -97,7 +97,7 @@ def latent_attention(
 def _reachable(
     c_kv: Tensor, k_pe: Tensor, mask: AttentionMask, T: int
 ) -> tuple[Tensor, Tensor, AttentionMask]:
-    """Leave out what is behind the last query of all rows, in a cache with room to spare."""
+    """Drop the keys behind the last query of all rows."""
     S = c_kv.shape[1]
     if torch.compiler.is_compiling() or (isinstance(mask.start, int) and mask.start + T == S):
         return c_kv, k_pe, mask
@@ -122,7 +122,7 @@ def expanded(
     scale: float,
     dropout: float,
 ) -> tuple[Tensor, Tensor | None]:
-    """Attend with the keys and values of every head computed from the latents."""
+    """Attend with each head's keys and values computed from the latents."""
     k_nope, v = _keys_and_values(q_nope, c_kv, expand)
     if attend is sdpa and not mask.custom and not dropout:
         q_parts, k_parts = (q_nope, q_pe), (k_nope, k_pe[:, None])
@@ -154,7 +154,7 @@ def separate_texts(
     *,
     scale: float,
 ) -> Tensor | None:
-    """Do what `expanded` does within each of several texts that learn; None where kernels do not.
+    """Attend as `expanded` within each packed text, or return None without a kernel.
 
     The tokens of all rows are texts of `lengths`.
     """
@@ -190,7 +190,7 @@ def absorbed(
     scale: float,
     dropout: float,
 ) -> tuple[Tensor, Tensor]:
-    """Attend in the space of the latents: all heads share one key and value of R + Dr numbers.
+    """Attend in latent space: all heads share one key and value of R + Dr numbers.
 
     The queries of all heads are rows of the same two products, so that a step of decoding reads
     the latents once for all heads and copies nothing.
@@ -217,7 +217,7 @@ def _absorbed_rows(
     *,
     scale: float,
 ) -> Tensor | None:
-    """Do what `absorbed` does, of rows whose lengths the device alone knows; None where not."""
+    """Attend as `absorbed` with lengths only the device knows, or return None."""
     Dn = q_nope.shape[-1]
     q_latent = torch.einsum("bhtd,hdr->bhtr", q_nope, w_kv[:, :Dn])
     mixed = attend_rows((q_latent, q_pe), (c_kv[:, None], k_pe[:, None]), None, mask, scale=scale)

@@ -27,7 +27,7 @@ FEW_TOKENS = 256
 
 
 def top_experts(logits: Tensor, A: int, *, normalise: bool) -> tuple[Tensor, Tensor]:
-    """Choose the A most probable experts; return their indices and shares, (N, A) each.
+    """Return the A most probable experts and their shares, (N, A) each.
 
     Shares are probabilities of a softmax over all experts, in the dtype of `logits` (N, E);
     `normalise` makes those chosen sum to one.
@@ -44,13 +44,13 @@ def _top_experts(logits: Tensor, A: int, *, normalise: bool) -> tuple[Tensor, Te
 
 
 def expert_shares(probabilities: Tensor, indices: Tensor, *, normalise: bool) -> Tensor:
-    """Return the probabilities (N, A) of the experts chosen, made to sum to one if asked."""
+    """Return the probabilities (N, A) of the chosen experts, optionally normalised."""
     shares = probabilities.gather(1, indices)
     return shares / shares.sum(dim=-1, keepdim=True) if normalise else shares
 
 
 def switch_balance_loss(router_logits: Sequence[Tensor], A: int, mask: Tensor) -> Tensor:
-    """Compute the load-balancing loss of all layers together: E · Σ_e f_e · P_e.
+    """Return the load-balancing loss of all layers: E · Σ_e f_e · P_e.
 
     f_e is how many of a token's A choices fall on expert e, P_e its probability, both averaged
     over the tokens of every layer (Switch Transformer, arXiv:2101.03961, eq. 4-6, with f summed
@@ -73,7 +73,7 @@ def switch_balance_loss(router_logits: Sequence[Tensor], A: int, mask: Tensor) -
 def apply_experts(
     x: Tensor, indices: Tensor, weights: Tensor, gate_up: Tensor, down: Tensor, act: Activation
 ) -> Tensor:
-    """Sum each token's experts by their weights, in the form that suits where this runs.
+    """Sum each token's experts with their weights, in the fastest form here.
 
     Shapes: x (N, C); indices and weights (N, A); gate_up (E, 2F, C), the gate's rows first;
     down (E, C, F); returns (N, C).
@@ -123,7 +123,7 @@ def _in_form(
 def looped_experts(
     x: Tensor, indices: Tensor, weights: Tensor, gate_up: Tensor, down: Tensor, act: Activation
 ) -> Tensor:
-    """Go from expert to expert, reading those that were hit and copying none of their weights."""
+    """Loop over the experts that were chosen, copying no weights."""
 
     def run(expert: int, rows: Tensor) -> Tensor:
         return F.linear(gated(F.linear(rows, gate_up[expert]), act), down[expert])
@@ -134,7 +134,7 @@ def looped_experts(
 def each_hit_expert(
     x: Tensor, indices: Tensor, weights: Tensor, E: int, run: Callable[[int, Tensor], Tensor]
 ) -> Tensor:
-    """Sum what `run` makes of the tokens of each expert that was hit, by their weights."""
+    """Sum `run` over the tokens of each chosen expert, with their weights."""
     order, counts = _by_expert(indices, E)
     tokens = order // indices.shape[1]
     shares = weights.flatten()[order]
@@ -151,7 +151,7 @@ def each_hit_expert(
 def grouped_experts(
     x: Tensor, indices: Tensor, weights: Tensor, gate_up: Tensor, down: Tensor, act: Activation
 ) -> Tensor:
-    """Sort the tokens by expert and map them all at once; no shape depends on the routing."""
+    """Sort tokens by expert and use grouped products; no shape depends on the routing."""
     order, counts = _by_expert(indices, gate_up.shape[0])
     tokens = order // indices.shape[1]
     output = grouped_linear(x[tokens], gate_up, counts)
@@ -164,7 +164,7 @@ def grouped_experts(
 def gathered_experts(
     x: Tensor, indices: Tensor, weights: Tensor, gate_up: Tensor, down: Tensor, act: Activation
 ) -> Tensor:
-    """Copy each token's matrices, one of its experts at a time; for a few tokens.
+    """Copy each token's expert matrices, for few tokens.
 
     No shape depends on the routing and nothing is read back from the device, so that a step can
     be captured in a graph.
@@ -180,7 +180,7 @@ def gathered_experts(
 def crossed_experts(
     x: Tensor, indices: Tensor, weights: Tensor, gate_up: Tensor, down: Tensor, act: Activation
 ) -> Tensor:
-    """Map all tokens by all experts, and take what was chosen.
+    """Run all experts on all tokens, and select.
 
     Where most experts are chosen by some token, all are read anyway, and reading is what such a
     product takes its time for. As in `gathered_experts`, nothing depends on the routing.
@@ -195,7 +195,7 @@ def crossed_experts(
 
 
 def _by_expert(indices: Tensor, E: int) -> tuple[Tensor, Tensor]:
-    """Return the order that sorts the flat choices by expert, and how many each expert has."""
+    """Return the permutation that sorts choices by expert, and the count per expert."""
     flat = indices.flatten()
     # Not bincount: the length of its result depends on the data.
     counts = torch.zeros(E, dtype=torch.long, device=flat.device)

@@ -1,4 +1,4 @@
-"""What takes several steps in PyTorch, and a backend may do in one pass.
+"""Fused operations that a backend may provide; None where none does.
 
 Each returns None where no backend does; who calls it then takes the steps, which define it.
 """
@@ -43,7 +43,7 @@ def attend_latents(
     start: int | Tensor,
     scale: float,
 ) -> Tensor | None:
-    """Return what `ops.mla.absorbed` does, (B, H, T, Dv); shapes as there, start (B)."""
+    """Return `ops.mla.absorbed`, (B, H, T, Dv); shapes as there, start (B)."""
     return None
 
 

@@ -1,4 +1,4 @@
-"""Attention where lengths are known to the device alone, as a GPU's step has them.
+"""Attention over paged keys and values, with lengths only the device knows.
 
 The tokens of all sequences stand in one packed row of N. What is kept of a sequence lies in pages,
 of which a table says which are its own and in what order; where memory is rows, a page is a row.
@@ -26,7 +26,7 @@ def attend_pages(
     window: int | None,
     scale: float,
 ) -> Tensor:
-    """Return softmax(q·kᵀ·scale)·v, (N, H, Dv), of each token over what its sequence has kept.
+    """Return softmax(q·kᵀ·scale)·v, (N, H, Dv), of each token over its sequence's pages.
 
     A token sees the slots up to its own, at most the last `window` of them; with none to see, it
     gets zeros. Queries and keys come in one part or two, as if joined along the last axis; a part
@@ -68,7 +68,7 @@ def attend_rows(
     *,
     scale: float,
 ) -> Tensor | None:
-    """Return softmax(q·kᵀ·scale)·v, (B, H, T, Dv), of rows whose pages a mask has.
+    """Return softmax(q·kᵀ·scale)·v, (B, H, T, Dv), of rows whose mask has pages, or None.
 
     None where no backend does that.
 
@@ -100,7 +100,7 @@ def _page(memory: Memory) -> int:
 
 
 def _there(pages: Pages, slot: Tensor, page: int) -> Tensor:
-    """Tell of each sequence which slots hold anything, (n, S)."""
+    """Return which slots of each sequence are filled, (n, S)."""
     counts = pages.ends.diff()
     held = slot < (pages.starts + counts)[:, None]
     if pages.table is None:
@@ -111,7 +111,7 @@ def _there(pages: Pages, slot: Tensor, page: int) -> Tensor:
 
 
 def _kept(memory: Memory, pages: Pages, dtype: torch.dtype) -> Tensor:
-    """Return (n, K, S, D) of what sequences have kept, zeros where that is nothing."""
+    """Gather (n, K, S, D) from the pages, zeros where nothing is kept."""
     if isinstance(memory, Coded):
         memory = VectorCode(memory.bits).decode(memory.codes, memory.scales, dtype)
     slot = torch.arange(pages.longest, dtype=torch.long, device=memory.device)

@@ -1,4 +1,4 @@
-"""Weights in 8 and 4 bits and in FP8 blocks: what the formats mean.
+"""Quantised weights, 8 and 4 bits and FP8: the definition of the formats.
 
     int8   w ≈ q · scale            one scale a row
     int4   w ≈ (q - 8) · scale      one scale for 64 neighbours of a row
@@ -62,7 +62,7 @@ def dequantize_int8(q: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
 
 @operation("widen")
 def decode(matrix: Matrix, columns: int, dtype: torch.dtype) -> Tensor:
-    """Return a weight of integers (..., O, columns) as numbers, rounded once."""
+    """Decode an integer weight (..., O, columns), rounded once."""
     weight, scale, _, offset, iq4 = matrix[:5]
     assert scale is not None
     if scale.ndim < weight.ndim:
@@ -119,7 +119,7 @@ def quantize_int4(weight: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def dequantize_int4(packed: Tensor, scale: Tensor, columns: int, dtype: torch.dtype) -> Tensor:
-    """Return the weight (..., O, columns), rounded once; `columns` are those before filling up."""
+    """Decode the weight (..., O, columns), rounded once; `columns` is without padding."""
     return decode(Matrix(packed, scale), columns, dtype)
 
 
@@ -130,7 +130,7 @@ def int4_linear(x: Tensor, packed: Tensor, scale: Tensor, bias: Tensor | None = 
 
 @operation("quantised linear")
 def quantized_linears(x: Tensor, maps: Sequence[Matrix]) -> list[Tensor]:
-    """Map the same x (..., I) by several weights of integers, in one pass where a kernel does that.
+    """Map x (..., I) by several integer weights, fused if a kernel can.
 
     Weights are of one dtype, int8 or uint8.
     """
@@ -150,7 +150,7 @@ def _in_bands(x: Tensor, matrix: Matrix) -> Tensor:
 
 
 def fp8_scale_shape(shape: tuple[int, ...], block: tuple[int, int] = FP8_BLOCK) -> tuple[int, ...]:
-    """Return the shape of the scales of a weight: whole blocks and what is left over."""
+    """Return the shape of a weight's block scales, partial blocks included."""
     return *shape[:-2], math.ceil(shape[-2] / block[0]), math.ceil(shape[-1] / block[1])
 
 
@@ -207,7 +207,7 @@ def dequantize_fp8(
 
 @operation("fp8 linear")
 def fp8_linears(x: Tensor, maps: Sequence[Matrix]) -> list[Tensor]:
-    """Map the same x (..., I) by several weights of e4m3 in blocks, each widened and rounded once.
+    """Map x (..., I) by several FP8 weights in blocks, each widened and rounded once.
 
     The vectors are not rounded to e4m3, as DeepSeek-V3's own program does in 1 x 128 blocks
     (arXiv:2412.19437, §3.3.2): what a weight of few bits costs is its own rounding alone.
@@ -222,7 +222,7 @@ def _numbers(matrix: Matrix, dtype: torch.dtype) -> Tensor:
 
 
 def bands(rows: Tensor, columns: int | None = None) -> Iterator[Tensor]:
-    """Cut a matrix into bands of whole rows, as many as fit `_BAND` numbers of `columns` each."""
+    """Split a matrix into bands of rows with at most `_BAND` numbers each."""
     wide = max(rows.shape[-1] if columns is None else columns, 1)
     yield from torch.split(rows, max(_BAND // wide, 1))
 

@@ -1,4 +1,4 @@
-"""Rows of different lengths: inside the model, padding is always behind a row's tokens.
+"""Ragged batches: padding is moved behind each row's tokens, or left out.
 
 A mask may put padding anywhere. Packed, a row starts at its first real token, so that a token's
 place in its row is its slot in the cache, and no real token can see padding behind it.
@@ -15,7 +15,7 @@ from quintet.ops.transforms import batched, recorded
 
 @dataclass(frozen=True, slots=True)
 class Ragged:
-    """How the columns of a padded batch map to packed rows.
+    """The mapping between the columns of a padded batch and packed rows.
 
     Attributes:
         counts: (B,) the real tokens of each row.
@@ -42,7 +42,7 @@ class Ragged:
 
 @dataclass(frozen=True, slots=True)
 class Unpadded:
-    """Which places of a padded batch are tokens, to compute those alone.
+    """The places of a padded batch that are tokens.
 
     Attributes:
         lengths: how many tokens each row has.
@@ -55,17 +55,17 @@ class Unpadded:
     shape: tuple[int, int]
 
     def pack(self, x: Tensor) -> Tensor:
-        """Return the tokens of (B, T, ...), (1, N, ...)."""
+        """Select the tokens of (B, T, ...), (1, N, ...)."""
         return x.flatten(0, 1)[self.index.to(x.device)][None]
 
     def unpack(self, x: Tensor) -> Tensor:
-        """Return (1, N, ...) in the places of the batch, (B, T, ...), with zeros for padding."""
+        """Scatter (1, N, ...) to (B, T, ...), zeros for padding."""
         B, T = self.shape
         whole = x.new_zeros(B * T, *x.shape[2:])
         return torch.unflatten(whole.index_copy(0, self.index.to(x.device), x[0]), 0, (B, T))
 
     def unpack_rows(self, x: Tensor) -> Tensor:
-        """Put rows (B, t, ...), of which the first are a row's tokens, into their columns."""
+        """Move rows (B, t, ...) that start with their tokens to their columns."""
         steps = torch.arange(x.shape[1], dtype=torch.long, device=x.device)
         lengths = torch.tensor(self.lengths, dtype=torch.long, device=x.device)
         return self.unpack(x[steps < lengths[:, None]][None])
@@ -91,7 +91,7 @@ def check_ones_and_zeros(mask: Tensor) -> None:
 
 
 def padding_of(mask: Tensor) -> Padding | None:
-    """Read a (B, T) mask of ones and zeros; None when nothing is padding.
+    """Read a padding mask (B, T); None without padding.
 
     A program that is recorded serves any mask of a shape, so it computes the padding too.
     """
@@ -107,7 +107,7 @@ def padding_of(mask: Tensor) -> Padding | None:
 
 
 def ragged(mask: Tensor) -> Ragged | None:
-    """Read a (B, T) mask of ones and zeros; None when nothing is padding."""
+    """Read a padding mask (B, T); None without padding."""
     kept = mask.to(torch.bool)
     if not (recorded() or batched()) and bool(kept.all()):
         return None
@@ -119,7 +119,7 @@ def ragged(mask: Tensor) -> Ragged | None:
 
 
 def keys_in_columns(weights: Tensor, mask: Tensor) -> Tensor:
-    """Put attention weights (B, H, T, S) over slots into the columns of a (B, W) mask."""
+    """Move attention weights (B, H, T, S) from slots to the columns of a mask (B, W)."""
     kept = mask.to(torch.bool)
     slots = (kept.cumsum(dim=1) - 1).clamp(min=0, max=weights.shape[-1] - 1)
     index = slots[:, None, None].expand(*weights.shape[:3], -1)

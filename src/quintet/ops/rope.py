@@ -1,4 +1,4 @@
-"""Rotary position embedding (arXiv:2104.09864) and its ways of reaching longer contexts."""
+"""Rotary position embedding (arXiv:2104.09864), with scaling to longer contexts."""
 
 import math
 
@@ -10,7 +10,7 @@ from quintet.configuration.rope import RopeParameters
 
 
 def inverse_frequencies(rope: RopeParameters, D: int) -> Tensor:
-    """Return the D/2 angular frequencies in float32, 1 / theta^(2i/D) rescaled by `rope_type`.
+    """Return the D/2 frequencies in float32, 1 / theta^(2i/D) rescaled by `rope_type`.
 
     "dynamic" has those of "default" here: its own depend on the length (`rotary_angles`).
     """
@@ -37,7 +37,7 @@ def attention_factor(rope: RopeParameters) -> float:
 
 
 def score_factor(rope: RopeParameters) -> float:
-    """Return YaRN's factor of attention scores in models that set `mscale_all_dim`.
+    """Return YaRN's factor of attention scores for models with `mscale_all_dim`.
 
     They give its temperature to all of a query and key, not to the rotated part alone; cos and
     sin then carry only what `mscale` exceeds it by (`attention_factor`).
@@ -50,7 +50,7 @@ def score_factor(rope: RopeParameters) -> float:
 def rotary_angles(
     position_ids: Tensor, frequencies: Tensor, rope: RopeParameters
 ) -> tuple[Tensor, Tensor]:
-    """Return cos and sin of every position's angles, (B, T) -> two of (B, T, D), float32.
+    """Return cos and sin of positions (B, T), two of (B, T, D) in float32.
 
     With "dynamic", the base grows with the length of each row once that exceeds the original one
     (NTK-aware scaling, arXiv:2309.00071, §3.1); a row's result does not depend on other rows.
@@ -85,7 +85,7 @@ def rotate_both(
 def rotate_parts(
     parts: tuple[Tensor, ...], cos: Tensor, sin: Tensor, *, neighbours: bool = False
 ) -> list[Tensor]:
-    """Rotate each (B, H, T, D) as `rotate`, or with `neighbours` as `rotate_interleaved` does."""
+    """Rotate each (B, H, T, D), in halves or with `neighbours` interleaved."""
     turn = rotate_interleaved if neighbours else _rotated
     return [turn(x, cos, sin) for x in parts]
 

@@ -1,4 +1,4 @@
-"""Which experts a token goes to, and how much each counts (DeepSeek-V2 and -V3).
+"""Expert routing of DeepSeek-V2 and V3.
 
 Shapes: router logits (N, E) in float32; the experts chosen and their weights (N, A).
 """
@@ -17,7 +17,7 @@ from quintet.ops.one_pass import choose_experts
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RoutingRules:
-    """How a router chooses.
+    """The settings of a router.
 
     Attributes:
         active: A, how many experts a token goes to.
@@ -36,7 +36,7 @@ class RoutingRules:
 
 @operation("router logits")
 def router_logits(x: Tensor, weight: Tensor) -> Tensor:
-    """Return x·Wᵀ, (N, E), in float32: nearby experts must not change places.
+    """Return x·Wᵀ, (N, E), in float32, so that close experts keep their order.
 
     Shapes: x (N, C), weight (E, C).
     """
@@ -54,7 +54,7 @@ def softmax_routing(logits: Tensor, rules: RoutingRules) -> tuple[Tensor, Tensor
 
 
 def softmax_rules(rules: RoutingRules) -> Rules:
-    """Write the rules of `softmax_routing` for the kernel."""
+    """Return the settings of `softmax_routing` for the kernel."""
     normalise = rules.normalise and rules.active > 1
     return Rules(
         active=rules.active,
@@ -79,7 +79,7 @@ def softmax_choice(scores: Tensor, rules: RoutingRules) -> Tensor:
 
 
 def softmax_weights(scores: Tensor, indices: Tensor, rules: RoutingRules) -> Tensor:
-    """Return the weights (N, A) of the experts chosen by affinities (N, E)."""
+    """Return the weights (N, A) of the chosen experts, from affinities (N, E)."""
     weights = scores.gather(1, indices)
     if rules.normalise and rules.active > 1:
         return weights / (weights.sum(dim=-1, keepdim=True) + 1e-20)
@@ -97,7 +97,7 @@ def sigmoid_routing(logits: Tensor, bias: Tensor, rules: RoutingRules) -> tuple[
 
 
 def sigmoid_rules(rules: RoutingRules) -> Rules:
-    """Write the rules of `sigmoid_routing` for the kernel."""
+    """Return the settings of `sigmoid_routing` for the kernel."""
     return Rules(
         sigmoid=True,
         active=rules.active,
@@ -122,7 +122,7 @@ def sigmoid_choice(scores: Tensor, bias: Tensor, rules: RoutingRules) -> Tensor:
 
 
 def sigmoid_weights(scores: Tensor, indices: Tensor, rules: RoutingRules) -> Tensor:
-    """Return the weights (N, A) of the experts chosen, by their affinities (N, E)."""
+    """Return the weights (N, A) of the chosen experts, from affinities (N, E)."""
     weights = scores.gather(1, indices)
     if rules.normalise:
         weights = weights / (weights.sum(dim=-1, keepdim=True) + 1e-20)
@@ -157,7 +157,7 @@ def balance_by_text(
     n: int,
     summed: Callable[[Tensor], Tensor] = lambda own: own,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Return f (n, E) and P (n, E) of `balance_loss` in each of n texts, and its tokens (n,).
+    """Return f (n, E), P (n, E) and the number of tokens (n,) of each text.
 
     Shapes: affinities `scores` (N, E), choices `indices` (N, A), `texts` (N,) which text each
     token is of. A text without tokens has zeros. Where other tokens of these texts are elsewhere,

@@ -27,7 +27,7 @@ _MANY, _BLOCK = 16_384, 256
 
 
 class NothingLeftError(InputError):
-    """A row has no token to take: every one is forbidden, or its scores are not numbers.
+    """A row has no allowed token, or its scores are not numbers.
 
     Args:
         row: its index.
@@ -90,7 +90,7 @@ def penalise_frequency(logits: Tensor, ids: Tensor, kept: Tensor | None, penalty
 
 
 def _occurred(logits: Tensor, ids: Tensor, kept: Tensor | None) -> tuple[Tensor, Tensor]:
-    """Return the column of each id, and a copy of the logits with a column more for all others."""
+    """Return each id's column, and the logits with a spare column for other ids."""
     V = logits.shape[1]
     # An id that there is no logit for, of a larger embedding, counts as little as padding.
     places = ids.clamp(max=V)
@@ -101,7 +101,7 @@ def _occurred(logits: Tensor, ids: Tensor, kept: Tensor | None) -> tuple[Tensor,
 
 
 def in_top_k(logits: Tensor, k: int | Tensor, most: int | None = None) -> Tensor:
-    """The k most likely tokens, and those that tie with the last of them; k may be (B, 1).
+    """Keep the k most likely tokens and ties with the last; k may be (B, 1).
 
     Args:
         most: the largest of several k; it is looked for if not given.
@@ -117,7 +117,7 @@ def in_top_k(logits: Tensor, k: int | Tensor, most: int | None = None) -> Tensor
 
 
 def in_top_p(logits: Tensor, p: Value, least: int = 1) -> Tensor:
-    """The fewest likeliest tokens whose probabilities sum to p or more (arXiv:1904.09751)."""
+    """Keep the fewest most likely tokens with total probability p (arXiv:1904.09751)."""
     # Whether few tokens suffice is asked of a CPU alone, as another device would have to be waited
     # for.
     if logits.shape[-1] <= _LARGE or logits.device.type != "cpu":
@@ -141,7 +141,7 @@ def _sorted_nucleus(logits: Tensor, p: Value, least: int) -> Tensor:
 
 
 def _nucleus(logits: Tensor, p: Value, least: int) -> tuple[Tensor, Tensor]:
-    """Find the same among the likeliest few tokens, and tell for which rows (B,) they reach p."""
+    """Find the nucleus among the top tokens, and the rows (B,) for which they suffice."""
     values, ids = logits.topk(_FEW, dim=-1)
     probabilities = (values - logits.logsumexp(dim=-1, keepdim=True)).exp()
     mass, p = probabilities.cumsum(dim=-1), alongside(p, logits)
@@ -152,7 +152,7 @@ def _nucleus(logits: Tensor, p: Value, least: int) -> tuple[Tensor, Tensor]:
 
 
 def above_min_p(logits: Tensor, p: Value, least: int = 1) -> Tensor:
-    """Tokens at least `p` times as likely as the most likely one (arXiv:2407.01082)."""
+    """Keep tokens at least `p` times as likely as the top one (arXiv:2407.01082)."""
     probabilities = logits.softmax(dim=-1)
     bar = alongside(p, logits) * probabilities.amax(dim=-1, keepdim=True)
     likely = ~(probabilities < bar)
@@ -160,7 +160,7 @@ def above_min_p(logits: Tensor, p: Value, least: int = 1) -> Tensor:
 
 
 def typical(logits: Tensor, mass: Value, least: int = 1) -> Tensor:
-    """Tokens of that mass, those first whose information is nearest to the entropy.
+    """Keep tokens of that mass with information nearest to the entropy.
 
     (arXiv:2202.00666)
     """
@@ -176,19 +176,19 @@ def typical(logits: Tensor, mass: Value, least: int = 1) -> Tensor:
 
 
 def above_epsilon(logits: Tensor, epsilon: Value, least: int = 1) -> Tensor:
-    """Tokens of at least a probability (arXiv:2210.15191)."""
+    """Keep tokens of at least a probability (arXiv:2210.15191)."""
     return ~(logits.softmax(dim=-1) < alongside(epsilon, logits)) | in_top_k(logits, least)
 
 
 def above_eta(logits: Tensor, epsilon: Value, least: int = 1) -> Tensor:
-    """Tokens of at least min(ε, √ε·exp(-entropy)) (arXiv:2210.15191)."""
+    """Keep tokens of at least min(ε, √ε·exp(-entropy)) (arXiv:2210.15191)."""
     likeliness = torch.exp(-entropy(logits.log_softmax(dim=-1)))[:, None]
     eta = alongside(epsilon**0.5, logits) * likeliness
     return above_epsilon(logits, torch.clamp(eta, max=alongside(epsilon, logits)), least)
 
 
 def in_top_h(logits: Tensor, h: Value, n: int) -> Tensor:
-    """The likeliest tokens that hold a share h of the entropy of the n likeliest.
+    """Keep the most likely tokens that hold a share h of the entropy of the top n.
 
     (arXiv:2509.02510)
     """
@@ -206,7 +206,7 @@ def entropy(logs: Tensor) -> Tensor:
 
 
 def alongside(value: Value, logits: Tensor) -> Value:
-    """Return a value as logits are computed with; a number becomes that by itself."""
+    """Return a value as a tensor beside logits; numbers stay numbers."""
     return value.to(logits) if isinstance(value, Tensor) else value
 
 
@@ -216,7 +216,7 @@ def _likeliest(scores: Tensor, count: int) -> Tensor:
 
 
 def top_k_candidates(logits: Tensor, k: int) -> tuple[Tensor, Tensor, Tensor | None] | None:
-    """Return the logits (B, n) that `in_top_k` keeps, the likeliest first, and their ids (B, n).
+    """Return the logits (B, n) that `in_top_k` keeps, sorted, and their ids (B, n).
 
     What is in excess has -inf. The third tells for which rows (B,) more tokens tie with the k-th
     than there is room for, so that some are missing; None for no row. None at all where there are
@@ -241,7 +241,7 @@ def uniform(
     device: torch.device,
     generators: Sequence[torch.Generator] | None = None,
 ) -> Tensor:
-    """Draw numbers (B, ...) in [0, 1), those of each row from its own generator."""
+    """Draw uniform numbers (B, ...), each row from its own generator."""
     if generators is None:
         return torch.rand(shape, dtype=torch.float32, device=device)
     rows = [
@@ -256,7 +256,7 @@ def draw(
     u: Tensor | None = None,
     unfinished: Tensor | None = None,
 ) -> Tensor:
-    """Draw one index a row from probabilities (B, n) that need not sum to 1, (B,).
+    """Draw an index per row, (B,), from unnormalised probabilities (B, n).
 
     With `u` (B, 1) of [0, 1), by those numbers.
 
@@ -278,7 +278,7 @@ def draw(
 
 
 def drawn(probabilities: Tensor, u: Tensor) -> Tensor:
-    """Draw as `draw` does by numbers (B, 1), where nobody waits for the device to tell what is not.
+    """Draw as `draw` with given numbers (B, 1), without waiting for the device.
 
     Of a row that has nothing to draw, any index.
     """
@@ -302,7 +302,7 @@ def draw_in_one_pass(
     top_p: Value | None,
     min_p: Value | None,
 ) -> tuple[Tensor, Tensor] | None:
-    """Return a token of each row (B,) as `drawn` does by u (B, 1), and the largest score (B,).
+    """Draw a token per row (B,) with given numbers u (B, 1); also return the largest score.
 
     Scores (B, V) are divided by the temperature, then what is not `in_top_k`, `in_top_p` and
     `above_min_p` is left out, one after the other. None where no backend does that in one pass.
@@ -311,7 +311,7 @@ def draw_in_one_pass(
 
 
 def likeliest(scores: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the largest score of each (..., V) and its token, the first of several: (...) each.
+    """Return the largest score of each (..., V) and its index, (...) each.
 
     NaN is larger than any number.
     """
@@ -335,7 +335,7 @@ def likeliest(scores: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def check_left(best: Sequence[float], unfinished: Tensor | None, step: int | None = None) -> None:
-    """Check by the largest score of each row that it has a token to take.
+    """Check that each row's largest score allows a token.
 
     Raises:
         NothingLeftError: a row has none, and is not one that `unfinished` (B,) excepts.
@@ -348,7 +348,7 @@ def check_left(best: Sequence[float], unfinished: Tensor | None, step: int | Non
 def draw_several(
     logits: Tensor, count: int, generators: Sequence[torch.Generator] | None = None
 ) -> Tensor:
-    """Draw `count` different indices a row from softmax(logits) without replacement, (B, count).
+    """Draw `count` different indices per row, without replacement, (B, count).
 
     They come in the order in which they are drawn (Gumbel-top-k, arXiv:1903.06059).
     """

@@ -1,4 +1,4 @@
-"""Which drafted tokens stay: by the most likely token, or by rejection sampling.
+"""Acceptance of drafted tokens: greedy, or by rejection sampling.
 
 Shapes: drafted tokens (B, K), of which the first `counts` of each row are drafts.
 """
@@ -12,7 +12,7 @@ from torch import Tensor
 def keep_likeliest(
     likeliest: Sequence[Sequence[int]], drafted: Sequence[Sequence[int]], counts: Sequence[int]
 ) -> list[int]:
-    """Count the drafts of each row that are, one after another, the model's likeliest token."""
+    """Return how many of each row's drafts match the most likely tokens."""
     return [
         _run([a == b for a, b in zip(own, row, strict=False)], count)
         for own, row, count in zip(likeliest, drafted, counts, strict=True)
@@ -22,7 +22,7 @@ def keep_likeliest(
 def keep_sampled(
     p: Tensor, q: Tensor | None, drafted: Tensor, counts: Sequence[int], u: Tensor
 ) -> tuple[list[int], Tensor]:
-    """Keep each draft with probability min(1, p/q), until one is rejected (arXiv:2211.17192).
+    """Accept each draft with probability min(1, p/q) (arXiv:2211.17192).
 
     Returns how many of each row are kept, and what the token behind them is to be drawn from:
     max(p - q, 0) at the place of the first rejection, or p behind the last draft. So the tokens
@@ -48,14 +48,14 @@ def keep_sampled(
 
 
 def residual(p: Tensor, rejected: Tensor, q: Tensor | None) -> Tensor:
-    """Return max(p - q, 0), (B, V), with q certain of the rejected token where it is None."""
+    """Return max(p - q, 0), (B, V); q is one-hot at the rejected token if None."""
     rest = p.scatter(1, rejected[:, None], 0.0) if q is None else (p - q).clamp(min=0)
     # Where p and q are the same but for rounding, nothing would be left to draw.
     return torch.where(rest.sum(dim=-1, keepdim=True) > 0, rest, p)
 
 
 def _at(x: Tensor, places: Sequence[int]) -> Tensor:
-    """Take from each row of (B, K, ...) the entry at its place."""
+    """Select each row's entry of (B, K, ...)."""
     if len(places) == 1:
         return x[:, places[0]]
     rows = torch.arange(len(x), dtype=torch.long, device=x.device)
@@ -63,5 +63,5 @@ def _at(x: Tensor, places: Sequence[int]) -> Tensor:
 
 
 def _run(kept: Sequence[bool], count: int) -> int:
-    """Count how many of the first `count` are kept before one is not."""
+    """Return how many of the first `count` are accepted before a rejection."""
     return next((place for place in range(count) if not kept[place]), count)

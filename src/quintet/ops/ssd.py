@@ -28,7 +28,7 @@ LONGEST_CHUNK = 64
 def step_sizes(
     dt: Tensor, bias: Tensor, limits: tuple[float, float], counts: Tensor | int | None
 ) -> Tensor:
-    """Return softplus(dt + bias) within `limits`, and 0 for padding, which leaves a state as it is.
+    """Return softplus(dt + bias) within `limits`, 0 for padding.
 
     Shapes: dt (B, T, H), bias (H), counts (B,) how many of the T are real, None for all.
     """
@@ -136,7 +136,7 @@ def _is_any(size: object) -> bool:
 
 
 def _passed_on(added: Tensor, decay: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the state that each chunk begins with (B, K, G, R, P, N), and the last one.
+    """Return the state at the start of each chunk (B, K, G, R, P, N), and the last one.
 
     Shapes: added (B, K, G, R, P, N), by each chunk; decay (B, K, G, R), the logarithm of what it
     leaves of a state; state (B, G, R, P, N), before the first.
@@ -167,7 +167,7 @@ def _between(decay: Tensor) -> Tensor:
 
 
 def only(dt: Tensor, counts: Tensor | int) -> Tensor:
-    """Set dt (B, T, H) to 0 behind the first `counts` tokens, of all rows or (B,) of each."""
+    """Set dt (B, T, H) to 0 behind the first `counts` tokens, of all rows or each."""
     places = torch.arange(dt.shape[1], dtype=torch.long, device=dt.device)
     real = places < (counts[:, None] if isinstance(counts, Tensor) else counts)
     return dt * real[..., None]

@@ -1,4 +1,4 @@
-"""What ids of tokens have to be."""
+"""Checks of token ids."""
 
 import torch
 from torch import Tensor
@@ -7,7 +7,7 @@ from quintet.errors import InputError
 
 
 def check_token_ids(input_ids: Tensor, vocab_size: int, name: str = "input_ids") -> None:
-    """Check that ids are (B, T) integers the embedding has; `name` is what they are called.
+    """Check that ids are (B, T) integers within the embedding; `name` is for messages.
 
     Raises:
         InputError: another shape or dtype, no token at all, or an id out of range.
@@ -46,7 +46,7 @@ def check_token_ids(input_ids: Tensor, vocab_size: int, name: str = "input_ids")
 
 
 def check_placed(name: str, x: Tensor, device: torch.device) -> None:
-    """Check that a tensor has numbers, where the model that gets it has.
+    """Check that a tensor is not on meta if the model is not.
 
     Raises:
         InputError: it is on the meta device and the model is not.

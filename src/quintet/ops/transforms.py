@@ -1,11 +1,11 @@
-"""Whether a forward is more than computed: recorded as a program, or derived."""
+"""Detects recording (compilers, exporters) and function transforms."""
 
 import torch
 from torch.autograd import forward_ad
 
 
 def recorded() -> bool:
-    """Tell whether a compiler, an exporter or a tracer records what is computed.
+    """Return whether a compiler, exporter or tracer records the computation.
 
     The program has to serve other numbers, and where it can, other lengths.
     """
@@ -19,7 +19,7 @@ def batched() -> bool:
 
 
 def transformed() -> bool:
-    """Tell whether `torch.func` or forward-mode derivatives are at work.
+    """Return whether `torch.func` or forward-mode derivatives are active.
 
     What torch computes must then be made of operations it knows rules for, none of them in place.
     """

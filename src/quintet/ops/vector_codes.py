@@ -1,4 +1,4 @@
-"""Vectors in few bits: whole numbers, and one scale a vector.
+"""Quantised vectors: integers with one scale per vector.
 
 A vector x is kept as round(x / s) with s = max|x| / (2^(bits - 1) - 1). This is how keys, values
 and latents are stored when memory counts more than the last digits, as in DeepSeek-V2's own
@@ -17,7 +17,7 @@ BITS = (8, 6, 4)
 
 @dataclass(frozen=True, slots=True)
 class VectorCode:
-    """How vectors are coded: in 8, 6 or 4 bits a number.
+    """A code of vectors with 8, 6 or 4 bits per number.
 
     Raises:
         InputError: another number of bits.
@@ -30,7 +30,7 @@ class VectorCode:
             raise InputError(f"{self.bits} bits: a number of a vector takes 8, 6 or 4")
 
     def encode(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """Code x (..., D); return bytes (..., D·bits/8) and scales (..., 1) in bfloat16.
+        """Encode x (..., D) to bytes (..., D·bits/8) and bfloat16 scales (..., 1).
 
         Raises:
             InputError: D numbers do not fill whole bytes.
@@ -50,14 +50,14 @@ class VectorCode:
         return _pack(numbers.to(torch.uint8), self.bits), scale
 
     def decode(self, codes: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
-        """Return the vectors (..., D) of bytes and scales."""
+        """Decode bytes and scales to vectors (..., D)."""
         # The bytes wrap around below zero, which is what they mean when read as signed.
         numbers: Tensor = _unpack(codes, self.bits) - 2 ** (self.bits - 1)
         return numbers.view(torch.int8).to(dtype) * scale.to(dtype)
 
 
 def _pack(numbers: Tensor, bits: int) -> Tensor:
-    """Put numbers (..., D) below 2^bits into bytes, part by part of the vector."""
+    """Pack numbers (..., D) below 2^bits into bytes."""
     if bits == 8:
         return numbers
     if bits == 4:

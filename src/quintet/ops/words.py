@@ -1,4 +1,4 @@
-"""Numbers of 4 or 8 bits in words of 32, the first in the lowest bits."""
+"""4- or 8-bit numbers packed into 32-bit words, lowest bits first."""
 
 import torch
 import torch.nn.functional as F  # noqa: N812

@@ -1,4 +1,4 @@
-"""Weights in fewer bits: which modules, in which format, and how they lie on disk."""
+"""Quantised weights: which modules, which format, and their layout on disk."""
 
 from quintet.quantization.apply import Encoded, Slot, apply, cut, freeze, part_state, tie
 from quintet.quantization.config import (

@@ -1,4 +1,4 @@
-"""A model's modules become quantised ones; their weights follow one by one."""
+"""Replaces modules by quantised ones and fills them one by one."""
 
 from collections.abc import Container, Mapping, Sequence
 from dataclasses import dataclass
@@ -25,14 +25,14 @@ STACKS = ("gate_up_proj", "down_proj")
 
 @dataclass(frozen=True, slots=True)
 class Encoded:
-    """A matrix (O, I), or a stack (E, O, I), in the parts of a format."""
+    """A matrix (O, I), or a stack (E, O, I), encoded in a format."""
 
     format: WeightFormat
     parts: Parts
     shape: Shape
 
     def decode(self, dtype: torch.dtype) -> Tensor:
-        """Return the numbers it stands for."""
+        """Return the decoded numbers."""
         return self.format.decode(self.parts, self.shape, dtype)
 
     def slice(self, expert: int) -> "Encoded":
@@ -41,7 +41,7 @@ class Encoded:
         return Encoded(self.format, parts, self.shape[1:])
 
     def part(self, shard: Shard) -> "Encoded | None":
-        """Return what a process has of the whole; None where that would cut a block."""
+        """Return a process's shard, or None if that would cut a block."""
         if shard.whole:
             return self
         shards = self.format.shards(shard)
@@ -51,14 +51,14 @@ class Encoded:
         return Encoded(self.format, parts, shard.local_shape)
 
     def numbers(self, shard: Shard, dtype: torch.dtype, source: str) -> Tensor:
-        """Return the numbers that a process has of the whole; `source` names that in errors."""
+        """Decode a process's shard; `source` names it in errors."""
         own = self.part(shard)
         if own is not None:
             return own.checked(source).decode(dtype)
         return shard.of(self.checked(source).decode(dtype))
 
     def checked(self, source: str) -> "Encoded":
-        """Return it if numbers can be made of it.
+        """Return it if it can be decoded.
 
         Raises:
             CheckpointError: it is damaged.
@@ -68,7 +68,7 @@ class Encoded:
 
 @dataclass(frozen=True, slots=True)
 class Slot:
-    """The place of a matrix, or a stack of them, in a quantised model."""
+    """The place of a matrix, or stack, in a quantised model."""
 
     module: Quantized
     name: str
@@ -81,7 +81,7 @@ class Slot:
         source: str,
         shard: Shard,
     ) -> None:
-        """Take in a matrix, a stack, or an expert's rows of one.
+        """Store a matrix, a stack, or one expert's rows of a stack.
 
         Args:
             place: this process's index of the expert, and of the rows.
@@ -134,7 +134,7 @@ class Slot:
     def _shard_of(
         self, weight: Tensor | Encoded, source: str, device: torch.device, shard: Shard
     ) -> Parts:
-        """Return the parts of the shard of a matrix: those that the whole one has there."""
+        """Return a shard of a matrix in encoded form."""
         ours = self.module.formats[self.name]
         if shard.whole:
             return self.encoded(weight, source, device)
@@ -158,7 +158,7 @@ class Slot:
     def encoded(
         self, weight: Tensor | Encoded, source: str, device: torch.device | None = None
     ) -> Parts:
-        """Return the parts of one matrix in the format that this place has.
+        """Encode one matrix in this slot's format.
 
         Raises:
             CheckpointError: it has numbers that are not finite.
@@ -179,7 +179,7 @@ class Slot:
 
 
 def _encoded_again(weight: Encoded, to: WeightFormat, device: torch.device | None) -> Parts:
-    """Return the parts of a matrix in another format, by way of float32 numbers."""
+    """Re-encode a matrix in another format, via float32."""
     (rows, columns), source = weight.shape, weight.parts[""]
     specs = to.parts(weight.shape)
     # Where each row is by itself in both, not all of them have to be there as numbers at once.
@@ -212,7 +212,7 @@ def apply(
     dtype: torch.dtype,
     divided: bool = False,
 ) -> dict[str, Slot]:
-    """Replace linear maps and experts by quantised ones without weights.
+    """Replace linear maps and experts by empty quantised ones.
 
     Args:
         keep: modules of this family that stay as they are, named as in `modules_to_not_convert`.
@@ -274,7 +274,7 @@ def _formats(
     head: nn.Module | None,
     tied: bool,
 ) -> dict[nn.Module, tuple[WeightFormat, ...]]:
-    """Choose the format of each matrix of the modules that are to be replaced; see `apply`."""
+    """Choose the format of each matrix to be replaced; see `apply`."""
     found: dict[nn.Module, tuple[WeightFormat | None, ...]] = {}
     rows = scheme.head if tied else None
     # What several share has several names, and any may be the one that is meant.
@@ -299,13 +299,13 @@ def _formats(
 
 
 def freeze(model: nn.Module) -> None:
-    """Ask for no gradients: a graph through frozen weights would only cost memory."""
+    """Disable gradients of all parameters."""
     for parameter in model.parameters():
         parameter.requires_grad_(False)
 
 
 def tie(alias: nn.Module, source: nn.Module) -> bool:
-    """Share the rows of a quantised embedding with a quantised head; tell whether both are such."""
+    """Share a quantised embedding's rows with the quantised head; return whether both are such."""
     if not (isinstance(alias, QuantizedLinear) and isinstance(source, QuantizedEmbedding)):
         return False
     for suffix in source.suffixes("weight"):
@@ -314,7 +314,7 @@ def tie(alias: nn.Module, source: nn.Module) -> bool:
 
 
 def cut(weight: Tensor | Encoded, shape: Shape, P: int) -> list[Tensor | Encoded]:
-    """Cut a matrix (P · O, I) into P on top of each other."""
+    """Split a matrix (P · O, I) into P matrices."""
     if isinstance(weight, Tensor):
         return list(torch.split(weight, shape[0]))
     if weight.format.cuts(shape[0]):
@@ -330,7 +330,7 @@ def cut(weight: Tensor | Encoded, shape: Shape, P: int) -> list[Tensor | Encoded
 def part_state(
     model: nn.Module, tensors: Mapping[str, Tensor], tied: Container[str]
 ) -> tuple[dict[str, Tensor], dict[str, tuple[Quantized, str, dict[str, Tensor]]]]:
-    """Split a state dict into plain tensors, and the parts of each quantised matrix by its name.
+    """Split a state dict into plain tensors, and the parts of quantised matrices.
 
     Names in `tied` are second ones, and matrices under them are left out.
     """

@@ -20,12 +20,11 @@ PLACES = (0, 4, 1, 5, 2, 6, 3, 7)
 
 @dataclass(frozen=True)
 class AWQFormat(GroupedFormat):
-    """Words of 32 bits along the outputs, eight of them in an order of their own."""
+    """32-bit words along the outputs, eight numbers each in AWQ's order."""
 
     name = "AWQ"
 
     def files(self, weight: str, shape: Shape) -> dict[str, tuple[str, Shape]]:
-        """Return, for each tensor on disk, its name and shape."""
         (rows, columns), path = shape, weight.removesuffix("weight")
         words, groups = rows * self.bits // WORD, group_count(columns, self.group)
         zeros = {} if self.symmetric else {"qzeros": (path + "qzeros", (groups, words))}
@@ -48,7 +47,7 @@ class AWQFormat(GroupedFormat):
 
 @dataclass(kw_only=True)
 class AWQConfig(FileConfig):
-    """Files of AWQ; what does not change how they are read is accepted.
+    """AWQ files; settings that do not affect reading are accepted.
 
     Attributes:
         bits: 4.
@@ -87,13 +86,11 @@ class AWQConfig(FileConfig):
         return cls(**{k: v for k, v in given.items() if k in known and v is not None})
 
     def usual(self) -> WeightFormat | None:
-        """Return the format that most matrices are held in."""
         return self._format(torch.float16).held
 
     def stored(
         self, weight: str, shape: Shape, tensors: Mapping[str, TensorInfo]
     ) -> WeightFormat | None:
-        """Return the format a file holds a matrix in; None for plain numbers."""
         path = weight.removesuffix("weight")
         there = any(path + name in tensors for name in ("qweight", "scales"))
         if not there or len(shape) != 2:
@@ -101,7 +98,6 @@ class AWQConfig(FileConfig):
         return self._format(dtype_of(tensors, path + "scales"))
 
     def idle(self, name: str) -> bool:
-        """Tell whether a tensor of the files means nothing to a model."""
         return not self.zero_point and name.endswith(".qzeros")
 
     def _format(self, dtype: torch.dtype) -> AWQFormat:
@@ -109,6 +105,6 @@ class AWQConfig(FileConfig):
 
 
 def _columns(words: Tensor, bits: int, weight: str) -> Tensor:
-    """Return the numbers of words (N, O · bits / 32), as (O, N)."""
+    """Unpack words (N, O · bits / 32) to (O, N)."""
     numbers = torch.unflatten(numbers_in(words, bits, weight), -1, (-1, len(PLACES)))
     return numbers[..., PLACES].flatten(-2).mT.contiguous()

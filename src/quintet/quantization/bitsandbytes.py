@@ -1,4 +1,4 @@
-"""The formats of bitsandbytes, under the names it gives their tensors on disk.
+"""The formats of bitsandbytes, under its tensor names on disk.
 
 They are computed here: no package is needed, and experts are quantised like everything else.
 """
@@ -28,7 +28,7 @@ from quintet.quantization.formats import Int8Format, Parts, Shape, TensorSpec, W
 
 @dataclass(frozen=True)
 class RowwiseFormat(Int8Format):
-    """LLM.int8 (arXiv:2208.07339): our int8 with the largest magnitude on disk, not the scale.
+    """LLM.int8 (arXiv:2208.07339): int8 rows, with the largest magnitude stored as scale.
 
     Activations stay in 16 bits, so that none is too large for eight.
     """
@@ -37,18 +37,15 @@ class RowwiseFormat(Int8Format):
 
     @property
     def parts_of(self) -> WeightFormat:
-        """The format whose parts these are."""
         return Int8Format()
 
     def files(self, weight: str, shape: Shape) -> dict[str, tuple[str, Shape]]:
-        """Return, for each tensor on disk, its name and shape."""
         largest = weight.removesuffix("weight") + "SCB"
         return {"": (weight, shape), "SCB": (largest, shape[:-1])}
 
     def pack(
         self, weight: str, parts: Parts, shape: Shape, dtype: torch.dtype
     ) -> dict[str, Tensor]:
-        """Name the parts as they are written."""
         names = self.files(weight, shape)
         return {names[""][0]: parts[""], names["SCB"][0]: parts["_scale"] * 127}
 
@@ -73,7 +70,6 @@ class CodesFormat(WeightFormat):
     block: int = 64
 
     def parts(self, shape: Shape) -> dict[str, TensorSpec]:
-        """Return shape and dtype of each part of a matrix of `shape`."""
         n = math.prod(shape)
         blocks = math.ceil(n / self.block)
         codes = {"": TensorSpec((math.ceil(n / 2), 1), torch.uint8)}
@@ -87,12 +83,10 @@ class CodesFormat(WeightFormat):
 
     @property
     def divided(self) -> "CodesFormat":
-        """The format that says exactly the same, in which processes have shards."""
         # Scales of scales are of 256 blocks, which lie across many rows.
         return replace(self, nested=False)
 
     def recast(self, parts: Parts, shape: Shape, to: WeightFormat) -> dict[str, Tensor] | None:
-        """Return the parts in another format if that is no rounding; None if it would be one."""
         if self.nested and to.parts_of == self.divided:
             nested = (parts[s] for s in ("_absmax", "_nested_absmax", "_nested_offset"))
             return {"": parts[""], "_absmax": NestedScales(*nested).expand()}
@@ -124,11 +118,9 @@ class CodesFormat(WeightFormat):
         }
 
     def alone(self, shard: Shard) -> bool:
-        """Tell whether the shard of a matrix, encoded, is the same shard of the encoded matrix."""
         return self.shards(shard) is not None
 
     def encode(self, weight: Tensor) -> dict[str, Tensor]:
-        """Split a matrix of numbers into parts."""
         packed, absmax = quantize_codes(weight, self.kind, self.block)
         if not self.nested:
             return {"": packed, "_absmax": absmax}
@@ -141,7 +133,6 @@ class CodesFormat(WeightFormat):
         }
 
     def decode(self, parts: Parts, shape: Shape, dtype: torch.dtype) -> Tensor:
-        """Return the numbers that the parts stand for."""
         absmax = parts["_absmax"]
         if self.nested:
             nested = NestedScales(absmax, parts["_nested_absmax"], parts["_nested_offset"])
@@ -227,7 +218,7 @@ class CodesFormat(WeightFormat):
 
 
 def block_size(numbers: int, blocks: int) -> int | None:
-    """Return the block size at which `blocks` hold `numbers`, or None if no size fits."""
+    """Return the block size that fits `blocks` and `numbers`, or None."""
     fitting = [size for size in BLOCK_SIZES if math.ceil(numbers / size) == blocks]
     # A matrix of a single block fits many; 64 is what everybody writes.
     return 64 if 64 in fitting else next(iter(fitting), None)

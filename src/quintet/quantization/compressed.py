@@ -1,4 +1,4 @@
-"""compressed-tensors, which llm-compressor and vLLM write: many formats under one configuration."""
+"""compressed-tensors, the format family of llm-compressor and vLLM."""
 
 import re
 from collections.abc import Mapping
@@ -40,7 +40,7 @@ MOST_GROUPS, MOST_TARGETS, LONGEST_PATTERN = 1000, 100_000, 1000
 
 @dataclass(frozen=True, slots=True)
 class Weights:
-    """How the weights of some modules are: what `config_groups` say of them.
+    """The quantisation of a group of modules, from `config_groups`.
 
     Attributes:
         group: columns of a group; None for all.
@@ -58,7 +58,7 @@ class Weights:
 
 @dataclass(kw_only=True)
 class CompressedTensorsConfig(FileConfig):
-    """Files of compressed-tensors; what is said of activations and caches is accepted, and idle.
+    """compressed-tensors files; settings of activations and caches are ignored.
 
     Attributes:
         format: how files are packed, unless a group says it.
@@ -104,7 +104,6 @@ class CompressedTensorsConfig(FileConfig):
         return cls(**{key: values[key] for key in known if values.get(key) is not None})
 
     def usual(self) -> WeightFormat | None:
-        """Return the format that most matrices are held in."""
         weights = [weights for _, weights in self._groups if weights is not None]
         if not weights:
             return None
@@ -118,7 +117,7 @@ class CompressedTensorsConfig(FileConfig):
     def stored(
         self, weight: str, shape: Shape, tensors: Mapping[str, TensorInfo]
     ) -> WeightFormat | None:
-        """Return the format a file holds a matrix in; None for plain numbers.
+        """Return the file format of a matrix; None for plain numbers.
 
         Raises:
             ConfigError: it is quantised, and no group says how.
@@ -152,11 +151,10 @@ class CompressedTensorsConfig(FileConfig):
         return IntegersFormat(8, one.group, one.symmetric, False, dtype, whole=one.whole)
 
     def idle(self, name: str) -> bool:
-        """Tell whether a tensor of the files means nothing to a model."""
         return name.endswith(IDLE)
 
     def _weights(self, path: str) -> Weights:
-        """Return what is said of a module: by its name, or else by its class."""
+        """Return a module's group: by its name, else by its class."""
         by_class = None
         for targets, weights in self._groups:
             for target in targets:
@@ -212,11 +210,6 @@ def _target(text: str) -> str | re.Pattern[str]:
 
 
 def _read(given: Any) -> Weights:
-    """Read what a group says of its weights.
-
-    Raises:
-        ConfigError: something that cannot be.
-    """
     if not isinstance(given, Mapping):
         raise ConfigError(f"quantization_config: weights={shown(given)} has to be a mapping")
     bits, kind, size = given.get("num_bits", 8), given.get("type", "int"), given.get("group_size")

@@ -1,4 +1,4 @@
-"""How compressed-tensors lays out a matrix: `weight_packed`, `weight_scale` and what else."""
+"""How compressed-tensors stores a matrix: `weight_packed`, `weight_scale` and so on."""
 
 from dataclasses import dataclass
 
@@ -27,7 +27,7 @@ E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
 
 @dataclass(frozen=True)
 class PackedFormat(GroupedFormat):
-    """Unsigned integers in words of 32 bits along the rows; zero points so along the columns.
+    """Unsigned integers in 32-bit words along the rows; zero points along the columns.
 
     Attributes:
         whole: whether there is one scale for all of a matrix.
@@ -39,7 +39,6 @@ class PackedFormat(GroupedFormat):
     there: tuple[str, ...] = ()
 
     def files(self, weight: str, shape: Shape) -> dict[str, tuple[str, Shape]]:
-        """Return, for each tensor on disk, its name and shape."""
         *lead, rows, columns = shape
         groups = group_count(columns, self.group)
         zeros: Shape = (*lead, _words(rows, self.bits), groups)
@@ -86,7 +85,7 @@ class PackedFormat(GroupedFormat):
 
 @dataclass(frozen=True)
 class IntegersFormat(GroupedFormat):
-    """Signed integers in a byte each, with groups or zero points.
+    """Signed integers, one per byte, with groups or zero points.
 
     Attributes:
         whole: whether there is one scale for all of a matrix.
@@ -96,7 +95,6 @@ class IntegersFormat(GroupedFormat):
     whole: bool = False
 
     def files(self, weight: str, shape: Shape) -> dict[str, tuple[str, Shape]]:
-        """Return, for each tensor on disk, its name and shape."""
         beside = (*shape[:-1], group_count(shape[-1], self.group))
         names = ["scale", *([] if self.symmetric else ["zero_point"])]
         return {
@@ -122,7 +120,7 @@ class IntegersFormat(GroupedFormat):
 
 @dataclass(frozen=True)
 class RowsFormat(Int8Format):
-    """Our int8, under another name of its scales.
+    """Our int8 with other names of the scales.
 
     Attributes:
         whole: whether there is one scale for all of a matrix.
@@ -133,11 +131,9 @@ class RowsFormat(Int8Format):
 
     @property
     def parts_of(self) -> WeightFormat:
-        """The format whose parts these are."""
         return Int8Format()
 
     def files(self, weight: str, shape: Shape) -> dict[str, tuple[str, Shape]]:
-        """Return, for each tensor on disk, its name and shape."""
         scale: Shape = (-1,) if self.whole else (*shape[:-1], 1)
         return {"": (weight, shape), "scale": (f"{weight}_scale", scale)}
 
@@ -153,7 +149,7 @@ class RowsFormat(Int8Format):
 
 @dataclass(frozen=True)
 class FP8File(FP8Format):
-    """Our FP8, with a scale for a matrix, for each row, or for each block.
+    """Our FP8 with a scale per matrix, row, or block.
 
     Attributes:
         whole: whether there is one scale for all of a matrix.
@@ -164,16 +160,13 @@ class FP8File(FP8Format):
 
     @property
     def parts_of(self) -> WeightFormat:
-        """The format whose parts these are."""
         return FP8Format(self.block)
 
     @property
     def held(self) -> WeightFormat | None:
-        """The format in which a model holds what a file holds in this one; None for numbers."""
         return self.parts_of if self.block in (FP8_ROWS, FP8_BLOCK) else None
 
     def files(self, weight: str, shape: Shape) -> dict[str, tuple[str, Shape]]:
-        """Return, for each tensor on disk, its name and shape."""
         scales = self.parts(shape)["_scale_inv"].shape
         return {"": (weight, shape), "scale": (f"{weight}_scale", (-1,) if self.whole else scales)}
 
@@ -190,7 +183,7 @@ class FP8File(FP8Format):
 
 @dataclass(frozen=True)
 class FP4Format(FileFormat):
-    """NVFP4 and MXFP4: e2m1 numbers two a byte, with a scale for 16 or 32 of them.
+    """NVFP4 and MXFP4: two e2m1 numbers per byte, one scale per 16 or 32 numbers.
 
     Attributes:
         group: how many have a scale.
@@ -202,13 +195,11 @@ class FP4Format(FileFormat):
     globally: bool
 
     def parts(self, shape: Shape) -> dict[str, TensorSpec]:
-        """Return shape and dtype of each part of a matrix of `shape`."""
         *lead, columns = shape
         scales = TensorSpec((*lead, group_count(columns, self.group)), torch.float32)
         return {"": TensorSpec((*lead, -(-columns // 2)), torch.uint8), "_scale": scales}
 
     def files(self, weight: str, shape: Shape) -> dict[str, tuple[str, Shape]]:
-        """Return, for each tensor on disk, its name and shape."""
         parts = self.parts(shape)
         whole = {"global": (f"{weight}_global_scale", (-1,))} if self.globally else {}
         return {
@@ -236,15 +227,12 @@ class FP4Format(FileFormat):
         return {"": found[""], "_scale": scale}
 
     def cuts(self, row: int) -> bool:
-        """Tell whether the parts, cut there too, are those of the matrix cut before a row."""
         return True
 
     def grains(self, shape: Shape) -> dict[str, Grain]:
-        """Return how each part lies over a matrix of `shape`."""
         return {"": Grain(columns=2, packed=True), "_scale": Grain(columns=self.group)}
 
     def decode(self, parts: Parts, shape: Shape, dtype: torch.dtype) -> Tensor:
-        """Return the numbers that the parts stand for, rounded once."""
         packed, columns = parts[""], shape[-1]
         table = torch.tensor(
             (*E2M1, *(-x for x in E2M1)), device=packed.device, dtype=torch.float32
@@ -272,7 +260,7 @@ def _lead(shape: Shape) -> int:
 
 
 def _of_rows(scale: Tensor, shape: Shape, weight: str) -> Tensor:
-    """Return the scale of a whole matrix as one for each of its rows, (..., O, 1)."""
+    """Expand a matrix's scale to one per row, (..., O, 1)."""
     if scale.numel() != _lead(shape):
         raise CheckpointError(
             f"{weight}_scale has {scale.numel()} scales, and has to have one for the matrix, as "
@@ -282,7 +270,7 @@ def _of_rows(scale: Tensor, shape: Shape, weight: str) -> Tensor:
 
 
 def _power_of_two(scale: Tensor) -> Tensor:
-    """Return scales; those of a byte are exponents."""
+    """Return scales as numbers; uint8 ones are exponents."""
     return torch.exp2(scale.to(torch.float32) - 127) if scale.dtype == torch.uint8 else scale
 
 

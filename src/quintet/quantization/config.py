@@ -1,4 +1,4 @@
-"""What a caller asks for, and what `quantization_config` in a config.json says."""
+"""Quantisation configs: the caller's request, and `quantization_config` in config.json."""
 
 import dataclasses
 import difflib
@@ -32,7 +32,7 @@ MOST_OF_A_BLOCK = 2**16
 
 @dataclass(kw_only=True)
 class QuantizationConfig(ABC):
-    """A way to quantise a model; an object of it, or its mapping, is `quantization_config`.
+    """A way to quantise a model; also the content of `quantization_config`.
 
     Attributes:
         modules_to_not_convert: modules that keep their numbers. A name stands for every path that
@@ -46,15 +46,15 @@ class QuantizationConfig(ABC):
         """Return the formats of a model, or None for plain numbers."""
 
     def scheme_of(self, held: Mapping[str, WeightFormat]) -> Scheme | None:
-        """Return the formats of a model, given those its files would be held in, by its names."""
+        """Return the model's formats, given the formats of its files, by name."""
         return self.scheme()
 
     def ours(self) -> "QuantizationConfig":
-        """Return the configuration that a model of such files is held and saved by."""
+        """Return the config of a model loaded from such files."""
         return self
 
     def divided(self, source: "QuantizationConfig | None") -> "QuantizationConfig":
-        """Return the configuration of the same model when several processes hold it.
+        """Return the config of the same model sharded over processes.
 
         Args:
             source: that of its files.
@@ -66,21 +66,21 @@ class QuantizationConfig(ABC):
 
     @abstractmethod
     def stored(self, weight: str, shape: Shape, tensors: Tensors) -> WeightFormat | None:
-        """Return the format a file holds a matrix in; None for plain numbers."""
+        """Return the file format of a matrix; None for plain numbers."""
 
     def idle(self, name: str) -> bool:
-        """Tell whether a tensor of such files changes nothing, so that no model misses it."""
+        """Return whether a tensor of the files is unused."""
         return False
 
     def to_dict(self) -> dict[str, Any]:
-        """Return the content of `config.json`."""
+        """Return the content for `config.json`."""
         values = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
         return {"quant_method": self.quant_method, **{k: _plain(v) for k, v in values.items()}}
 
     def described(
         self, quantised: Mapping[str, tuple[WeightFormat, Shape]], plain: Iterable[str]
     ) -> dict[str, Any]:
-        """Return the content of the `config.json` of a checkpoint that is written.
+        """Return the content for the `config.json` of a written checkpoint.
 
         Args:
             quantised: format and shape of each matrix there, by its name.
@@ -89,7 +89,7 @@ class QuantizationConfig(ABC):
         return self.to_dict()
 
     def keeping(self, modules: Iterable[str]) -> dict[str, Any]:
-        """Return what `config.json` says of a model whose linear maps `modules` stay numbers."""
+        """Return the config of a model whose linear maps `modules` stay unquantised."""
         return self.to_dict()
 
     @classmethod
@@ -129,28 +129,26 @@ class _OwnConfig(QuantizationConfig):
         self._require_names("modules_to_not_convert")
 
     def stored(self, weight: str, shape: Shape, tensors: Tensors) -> WeightFormat | None:
-        """Return the format a file holds a matrix in, which need not be that of others."""
+        """Return the file format of a matrix, which may differ from others'."""
         return integers_of(weight, shape, tensors)
 
 
 @dataclass(kw_only=True)
 class Int8Config(_OwnConfig):
-    """Weights in 8 bits, a scale for each row; heads and tied embeddings too."""
+    """8-bit weights with a scale per row, heads and tied embeddings included."""
 
     bits = 8
 
     def scheme(self) -> Scheme:
-        """Return the formats of a model."""
         return Scheme(Int8Format(), Int8Format(), tuple(self.modules_to_not_convert or ()))
 
     def to_dict(self) -> dict[str, Any]:
-        """Return the content of `config.json`."""
         return {**super().to_dict(), "bits": self.bits, "group_size": None}
 
 
 @dataclass(kw_only=True)
 class Int4Config(_OwnConfig):
-    """Weights in 4 bits: a scale and an offset for 32 neighbours; heads by a table.
+    """4-bit weights with a scale and offset per group of 32; heads by a table.
 
     Attributes:
         group_size: 32; or 64 for scales without offsets, fewer bytes and a larger loss, and heads
@@ -166,14 +164,12 @@ class Int4Config(_OwnConfig):
         self._require(self.group_size in (32, 64), "group_size", "32 or 64")
 
     def scheme(self) -> Scheme:
-        """Return the formats of a model."""
         skip = tuple(self.modules_to_not_convert or ())
         if self.group_size == 64:
             return Scheme(Int4Format(), Int8Format(), skip)
         return Scheme(GroupFormat(4, 32, offset=True), GroupFormat(4, 32, iq4=True), skip)
 
     def to_dict(self) -> dict[str, Any]:
-        """Return the content of `config.json`."""
         return {**super().to_dict(), "bits": self.bits}
 
 
@@ -247,7 +243,7 @@ class BitsAndBytesConfig(QuantizationConfig):
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Self:
-        """Build a configuration from a mapping, in any of the vintages Transformers wrote.
+        """Build from a mapping in any version of Transformers' names.
 
         Raises:
             ConfigError: a key or a value is not usable.
@@ -256,7 +252,7 @@ class BitsAndBytesConfig(QuantizationConfig):
         return super().from_dict({k: v for k, v in values.items() if k not in spoken})
 
     def divided(self, source: QuantizationConfig | None) -> QuantizationConfig:
-        """Return the configuration of the same model when several processes hold it.
+        """Return the config of the same model sharded over processes.
 
         Raises:
             InputError: scales were to be quantised, whose blocks are across processes.
@@ -270,7 +266,6 @@ class BitsAndBytesConfig(QuantizationConfig):
         return dataclasses.replace(self, bnb_4bit_use_double_quant=False)
 
     def scheme(self) -> Scheme:
-        """Return the formats of a model."""
         weights: WeightFormat = RowwiseFormat()
         if self.load_in_4bit:
             weights = CodesFormat(self.bnb_4bit_quant_type, self.bnb_4bit_use_double_quant)
@@ -280,7 +275,7 @@ class BitsAndBytesConfig(QuantizationConfig):
         return Scheme(weights, None if skip is None else weights, tuple(skip or ()), compute)
 
     def stored(self, weight: str, shape: Shape, tensors: Tensors) -> WeightFormat | None:
-        """Return the format of a matrix in its file; the names tell those of bitsandbytes apart."""
+        """Return the file format of a matrix, recognised by its tensors' names."""
         if weight not in tensors or tensors[weight].dtype.is_floating_point:
             return None
         if tensors[weight].dtype == torch.int8:
@@ -297,7 +292,7 @@ class BitsAndBytesConfig(QuantizationConfig):
 
 @dataclass(kw_only=True)
 class FineGrainedFP8Config(QuantizationConfig):
-    """FP8 numbers with a scale for each block, as DeepSeek-V3 and R1 are released.
+    """FP8 with a scale per block, as released by DeepSeek.
 
     Attributes:
         activation_scheme: "dynamic" or "static", which changes nothing: no activation is rounded.
@@ -338,27 +333,24 @@ class FineGrainedFP8Config(QuantizationConfig):
     def described(
         self, quantised: Mapping[str, tuple[WeightFormat, Shape]], plain: Iterable[str]
     ) -> dict[str, Any]:
-        """Return the content of the `config.json` of a checkpoint that is written."""
         return self.keeping(name.removesuffix(".weight") for name in plain)
 
     def keeping(self, modules: Iterable[str]) -> dict[str, Any]:
-        """Name what stays numbers: whoever reads it takes all else for FP8."""
+        """List the unquantised modules; readers assume FP8 for all others."""
         names = {*(self.modules_to_not_convert or ()), *modules}
         return {**self.to_dict(), "modules_to_not_convert": sorted(names)}
 
     def scheme(self) -> Scheme | None:
-        """Return the formats of a model, or None for plain numbers."""
         if self.dequantize:
             return None
         return Scheme(self._format(), skip=tuple(self.modules_to_not_convert or ()))
 
     def stored(self, weight: str, shape: Shape, tensors: Tensors) -> WeightFormat | None:
-        """Return the format a file holds a matrix in."""
+        """Return the file format of a matrix."""
         found = tensors.get(weight)
         return self._format() if found and found.dtype == torch.float8_e4m3fn else None
 
     def idle(self, name: str) -> bool:
-        """Tell whether a tensor of such files changes nothing, so that no model misses it."""
         return name.endswith((".input_scale", ".activation_scale"))
 
     def _format(self) -> FP8Format:

@@ -1,4 +1,4 @@
-"""Where the parts of a matrix can be cut, so that a process has what it needs and no more.
+"""Where an encoded matrix can be cut into shards.
 
 A part lies over its matrix like a grid: an entry of it is of so many rows and columns. Ranges of
 rows and columns that begin and end on the grid's lines are ranges of the part. A range within one
@@ -13,7 +13,7 @@ from quintet.parallel.placement import Range, Shard
 
 @dataclass(frozen=True, slots=True)
 class Grain:
-    """How a part (..., rows, columns) lies over a matrix (..., O, I).
+    """How a part (..., rows, columns) covers a matrix (..., O, I).
 
     Attributes:
         rows: of the matrix to a row of the part.
@@ -29,7 +29,7 @@ class Grain:
 
 
 def shards_by(grains: Mapping[str, Grain], shard: Shard) -> dict[str, Shard] | None:
-    """Return what of each part belongs to the shard of a matrix; None where a cell would be cut."""
+    """Return the shard of each part for a shard of the matrix, or None if a cell is cut."""
     rows, columns = len(shard.shape) - 2, len(shard.shape) - 1
     found = {}
     for suffix, grain in grains.items():
@@ -52,7 +52,7 @@ def shards_by(grains: Mapping[str, Grain], shard: Shard) -> dict[str, Shard] | N
 
 
 def is_alone(grains: Mapping[str, Grain], shard: Shard) -> bool:
-    """Tell whether no cell of a part reaches over the borders of a shard."""
+    """Return whether no cell of a part crosses a shard's border."""
     rows, columns = len(shard.shape) - 2, len(shard.shape) - 1
     for grain in grains.values():
         if grain.columns is None and columns in shard.ranges:
@@ -67,7 +67,7 @@ def is_alone(grains: Mapping[str, Grain], shard: Shard) -> bool:
 def _cells(
     ranges: tuple[Range, ...], size: int, width: int, total: int, packed: bool
 ) -> tuple[Range, ...] | None:
-    """Return the ranges of a part along a dimension of which `size` make a cell of `width`."""
+    """Return a part's ranges along a dimension in which `size` entries cover `width`."""
     inside = len(ranges) == 1 and not packed and _in_one(ranges[0], size)
     if not inside and not all(_on_lines(one, size, total) for one in ranges):
         return None

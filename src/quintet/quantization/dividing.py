@@ -1,4 +1,4 @@
-"""Whether processes can have shards of what a model is held in, and what to do where not."""
+"""Sharding of quantised matrices: whether it is possible, and the error if not."""
 
 from collections.abc import Mapping
 
@@ -51,7 +51,7 @@ def _all_fit(
 
 
 def _fits(slot: Slot, shard: Shard) -> bool:
-    """Tell whether each matrix of a shard can be cut out of a whole one."""
+    """Return whether every shard of a matrix can be cut from the whole."""
     held, (_, stack) = slot.module.formats[slot.name], slot.module.matrices[slot.name]
     if not stack:
         return held.shards(shard) is not None

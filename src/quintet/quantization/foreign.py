@@ -1,4 +1,4 @@
-"""What is common to the files of other programs: they are read, and a model is held in our own."""
+"""Base of configs for other programs' files, which are only read."""
 
 from abc import abstractmethod
 from collections.abc import Mapping
@@ -15,19 +15,18 @@ ELSEWHERE = "use another release of the model, or one in bfloat16 with quantize=
 
 
 class FileConfig(QuantizationConfig):
-    """How files of another program are; a model becomes it by no `quantization_config`."""
+    """The config of another program's files; models are held in our formats."""
 
     @abstractmethod
     def usual(self) -> WeightFormat | None:
-        """Return the format that most matrices are held in; None for plain numbers."""
+        """Return the format of most matrices; None for plain numbers."""
 
     def scheme(self) -> Scheme | None:
-        """Return the formats of a model, as far as they are known without its files."""
+        """Return the model's formats, as far as known without the files."""
         usual = self.usual()
         return None if usual is None else Scheme(usual)
 
     def ours(self) -> "MixedConfig":
-        """Return the configuration that a model of such files is held and saved by."""
         return MixedConfig()
 
     def _require_group(self, key: str) -> None:
@@ -40,16 +39,16 @@ class FileConfig(QuantizationConfig):
 
 
 def dtype_of(tensors: Mapping[str, TensorInfo], name: str) -> torch.dtype:
-    """Return the dtype of scales; what is wrong with them is said when they are read."""
+    """Return the dtype of scales; they are validated when read."""
     found = tensors.get(name)
     return found.dtype if found is not None and found.dtype.is_floating_point else torch.float16
 
 
 def filled_up(count: int, unit: int) -> int:
-    """Return the next multiple of a unit."""
+    """Round up to a multiple of `unit`."""
     return -(-count // unit) * unit
 
 
 def group_or_all(size: int) -> int | None:
-    """Return the columns of a group; None, for all, where files say -1."""
+    """Return the group size; -1 in files means all columns."""
     return None if size == -1 else size

@@ -1,4 +1,4 @@
-"""How a matrix is held in fewer bits: named tensors, and what they mean together.
+"""Quantisation formats: the tensors of an encoded matrix, and their meaning.
 
 A format splits a matrix (O, I) into *parts*. A part is named by what is appended to the weight's
 own name, so that `q_proj.weight` is held as `q_proj.weight` and `q_proj.weight_scale`; so it is on
@@ -48,20 +48,20 @@ class TensorSpec:
 
 @dataclass(frozen=True)
 class WeightFormat(ABC):
-    """A way to hold a matrix (O, I)."""
+    """A format of a matrix (O, I)."""
 
     @property
     @abstractmethod
     def name(self) -> str:
-        """What it is called where people read it."""
+        """The name shown to people."""
 
     @abstractmethod
     def parts(self, shape: Shape) -> dict[str, TensorSpec]:
-        """Return shape and dtype of each part of a matrix; "" carries most of its bytes."""
+        """Return shape and dtype of each part of a matrix of `shape`; "" is the largest."""
 
     @abstractmethod
     def encode(self, weight: Tensor) -> dict[str, Tensor]:
-        """Split a matrix of numbers into parts.
+        """Encode a matrix.
 
         Raises:
             InputError: a number is not finite.
@@ -69,31 +69,31 @@ class WeightFormat(ABC):
 
     @abstractmethod
     def decode(self, parts: Parts, shape: Shape, dtype: torch.dtype) -> Tensor:
-        """Return the numbers that the parts stand for."""
+        """Decode the parts."""
 
     def cuts(self, row: int) -> bool:
-        """Tell whether the parts, cut there too, are those of the matrix cut before a row."""
+        """Return whether cutting the matrix before a row commutes with encoding."""
         return False
 
     # -- among processes ---------------------------------------------------------------------
 
     def grains(self, shape: Shape) -> dict[str, Grain] | None:
-        """Return how each part lies over a matrix of `shape`; None where it is in one piece."""
+        """Return how each part covers a matrix of `shape`, or None if it is one piece."""
         return None
 
     def shards(self, shard: Shard) -> dict[str, Shard] | None:
-        """Return what of each part belongs to the shard of a matrix; None where none could say."""
+        """Return the shard of each part for a shard of the matrix, or None."""
         grains = self.grains(shard.shape)
         return None if grains is None else shards_by(grains, shard)
 
     def alone(self, shard: Shard) -> bool:
-        """Tell whether the shard of a matrix, encoded, is the same shard of the encoded matrix."""
+        """Return whether encoding a shard equals the shard of the encoded matrix."""
         grains = self.grains(shard.shape)
         return grains is not None and is_alone(grains, shard)
 
     @property
     def divided(self) -> "WeightFormat":
-        """The format that says exactly the same, in which processes have shards."""
+        """The equivalent format that can be sharded."""
         return self
 
     # -- products ----------------------------------------------------------------------------
@@ -103,43 +103,43 @@ class WeightFormat(ABC):
         return linear(x, self.decode(parts, shape, x.dtype), bias)
 
     def matrix(self, parts: Parts, bias: Tensor | None = None) -> Matrix | None:
-        """Return parts, or stacks of them, as kernels read them; None if they cannot."""
+        """Return parts, or stacks of them, for kernels, or None."""
         return None
 
     def linears(
         self, x: Tensor, maps: Sequence[tuple[Parts, Shape, Tensor | None]]
     ) -> Sequence[Tensor]:
-        """Return x wᵀ + b for several matrices, in one pass if that is faster."""
+        """Return x wᵀ + b for several matrices, fused if that is faster."""
         return [self.linear(x, *one) for one in maps]
 
     # -- on disk -----------------------------------------------------------------------------
 
     @property
     def parts_of(self) -> "WeightFormat":
-        """The format whose parts these are; another one if only what is on disk differs."""
+        """The format of the parts, if only the layout on disk differs; else itself."""
         return self
 
     @property
     def held(self) -> "WeightFormat | None":
-        """The format in which a model holds what a file holds in this one; None for numbers."""
+        """The format a model uses for this file format; None for plain numbers."""
         return self.parts_of
 
     def recast(self, parts: Parts, shape: Shape, to: "WeightFormat") -> dict[str, Tensor] | None:
-        """Return the parts in another format if that is no rounding; None if it would be one."""
+        """Convert the parts losslessly to another format, or return None."""
         return dict(parts) if to.parts_of == self.parts_of else None
 
     def files(self, weight: str, shape: Shape) -> dict[str, tuple[str, Shape]]:
-        """Return, for each tensor on disk, its name and shape; that of the key "" comes first."""
+        """Return name and shape of each tensor on disk; the key "" comes first."""
         return {suffix: (weight + suffix, part.shape) for suffix, part in self.parts(shape).items()}
 
     def pack(
         self, weight: str, parts: Parts, shape: Shape, dtype: torch.dtype
     ) -> dict[str, Tensor]:
-        """Name the parts as they are on disk; `dtype` is the model's."""
+        """Name the parts as on disk; `dtype` is the model's."""
         return {weight + suffix: part for suffix, part in parts.items()}
 
     def unpack(self, weight: str, found: Parts, shape: Shape) -> dict[str, Tensor]:
-        """Return the parts, given the tensors that `files` names by their keys.
+        """Return the parts, given the tensors that `files` names.
 
         Raises:
             CheckpointError: what is there does not belong together.
@@ -147,7 +147,7 @@ class WeightFormat(ABC):
         return dict(found)
 
     def checked(self, weight: str, parts: Parts) -> Parts:
-        """Return parts, or what a process has of them, if numbers can be made of them.
+        """Return the parts, or a shard of them, if they can be decoded.
 
         Raises:
             CheckpointError: they are damaged.
@@ -156,81 +156,70 @@ class WeightFormat(ABC):
 
 
 class _Integers(WeightFormat):
-    """Integers of a row or a part of one, and their scales, which kernels multiply as they are."""
+    """Integers per row or group with scales, which kernels multiply directly."""
 
     def cuts(self, row: int) -> bool:
-        """Tell whether the parts, cut there too, are those of the matrix cut before a row."""
         return True
 
     def recast(self, parts: Parts, shape: Shape, to: WeightFormat) -> dict[str, Tensor] | None:
-        """Return the parts in another format if that is no rounding; None if it would be one."""
         # How numbers of ours lie says all of what they mean.
         alike = isinstance(to, _Integers) and self.parts(shape) == to.parts(shape)
         return dict(parts) if alike else None
 
     def matrix(self, parts: Parts, bias: Tensor | None = None) -> Matrix:
-        """Return the parts as kernels read them."""
         return Matrix(parts[""], parts["_scale"], bias)
 
     def decode(self, parts: Parts, shape: Shape, dtype: torch.dtype) -> Tensor:
-        """Return the numbers that the parts stand for."""
         return decode(self.matrix(parts), shape[-1], dtype)
 
     def linear(self, x: Tensor, parts: Parts, shape: Shape, bias: Tensor | None) -> Tensor:
-        """Return x wᵀ + b; x (..., I)."""
         return self.linears(x, [(parts, shape, bias)])[0]
 
     def linears(
         self, x: Tensor, maps: Sequence[tuple[Parts, Shape, Tensor | None]]
     ) -> Sequence[Tensor]:
-        """Return x wᵀ + b for several matrices, in one pass if that is faster."""
         return quantized_linears(x, [self.matrix(parts, bias) for parts, _, bias in maps])
 
 
 @dataclass(frozen=True)
 class Int8Format(_Integers):
-    """Rows of 8-bit integers, each with a float32 scale."""
+    """8-bit integers with a float32 scale per row."""
 
     name = "int8"
 
     def parts(self, shape: Shape) -> dict[str, TensorSpec]:
-        """Return shape and dtype of each part of a matrix of `shape`."""
         return {"": TensorSpec(shape, torch.int8), "_scale": TensorSpec(shape[:-1], torch.float32)}
 
     def grains(self, shape: Shape) -> dict[str, Grain]:
-        """Return how each part lies over a matrix: a scale is of all columns of a row."""
+        """Return how each part covers a matrix: a scale covers a whole row."""
         return {"": Grain(), "_scale": Grain(columns=None)}
 
     def encode(self, weight: Tensor) -> dict[str, Tensor]:
-        """Split a matrix of numbers into parts."""
         q, scale = quantize_int8(weight)
         return {"": q, "_scale": scale}
 
 
 @dataclass(frozen=True)
 class Int4Format(_Integers):
-    """Groups of 64 4-bit integers, each with a bfloat16 scale."""
+    """4-bit integers with a bfloat16 scale per group of 64."""
 
     name = "int4"
 
     def parts(self, shape: Shape) -> dict[str, TensorSpec]:
-        """Return shape and dtype of each part of a matrix of `shape`."""
         packed, scale = int4_shapes(shape)
         return {"": TensorSpec(packed, torch.uint8), "_scale": TensorSpec(scale, torch.bfloat16)}
 
     def grains(self, shape: Shape) -> dict[str, Grain]:
-        """Return how each part lies over a matrix of `shape`."""
         return {"": PACKED, "_scale": Grain(columns=PACK)}
 
     def encode(self, weight: Tensor) -> dict[str, Tensor]:
-        """Split a matrix of numbers into parts."""
         packed, scale = quantize_int4(weight)
         return {"": packed, "_scale": scale}
 
 
 @dataclass(frozen=True)
 class GroupFormat(_Integers):
-    """Integers with a scale a group, and perhaps an offset: see `quintet.ops.groups`.
+    """Integers with a scale, and optionally an offset, per group: `quintet.ops.groups`.
 
     Attributes:
         bits: 8 or 4.
@@ -260,26 +249,22 @@ class GroupFormat(_Integers):
 
     @property
     def name(self) -> str:
-        """What it is called where people read it."""
         size = "a row" if self.group is None else str(self.group)
         kind = "iq4" if self.iq4 else f"int{self.bits}"
         return f"{kind} by {size}{' with offsets' if self.offset else ''}"
 
     def parts(self, shape: Shape) -> dict[str, TensorSpec]:
-        """Return shape and dtype of each part of a matrix of `shape`."""
         numbers = torch.int8 if self.bits == 8 else torch.uint8
         scales = TensorSpec((*shape[:-1], group_count(shape[-1], self.group)), self.dtype)
         specs = {"": TensorSpec(number_shape(shape, self.bits), numbers), self._scale: scales}
         return {**specs, "_offset": scales} if self.offset else specs
 
     def grains(self, shape: Shape) -> dict[str, Grain]:
-        """Return how each part lies over a matrix of `shape`."""
         scale = Grain(columns=self.group or max(shape[-1], 1))
         found = {"": Grain() if self.bits == 8 else PACKED, self._scale: scale}
         return {**found, "_offset": scale} if self.offset else found
 
     def encode(self, weight: Tensor) -> dict[str, Tensor]:
-        """Split a matrix of numbers into parts."""
         numbers, scale, offset = quantize_groups(
             weight,
             self.bits,
@@ -292,7 +277,6 @@ class GroupFormat(_Integers):
         return parts if offset is None else {**parts, "_offset": offset}
 
     def matrix(self, parts: Parts, bias: Tensor | None = None) -> Matrix:
-        """Return the parts as kernels read them."""
         return Matrix(parts[""], parts[self._scale], bias, parts.get("_offset"), self.iq4)
 
     @property
@@ -303,7 +287,7 @@ class GroupFormat(_Integers):
 
 @dataclass(frozen=True)
 class FP8Format(WeightFormat):
-    """Blocks of e4m3 numbers, each with a scale: the released weights of DeepSeek-V3 and R1.
+    """e4m3 numbers with a scale per block, as DeepSeek-V3 is released.
 
     Attributes:
         block: rows and columns of a block.
@@ -315,7 +299,6 @@ class FP8Format(WeightFormat):
     powers: bool = False
 
     def parts(self, shape: Shape) -> dict[str, TensorSpec]:
-        """Return shape and dtype of each part of a matrix of `shape`."""
         scales = fp8_scale_shape(shape, self.block)
         return {
             "": TensorSpec(shape, torch.float8_e4m3fn),
@@ -323,32 +306,26 @@ class FP8Format(WeightFormat):
         }
 
     def grains(self, shape: Shape) -> dict[str, Grain]:
-        """Return how each part lies over a matrix of `shape`."""
         return {"": Grain(), "_scale_inv": Grain(*self.block)}
 
     def encode(self, weight: Tensor) -> dict[str, Tensor]:
-        """Split a matrix of numbers into parts."""
         q, scale_inv = quantize_fp8(weight, self.block, powers=self.powers)
         return {"": q, "_scale_inv": scale_inv}
 
     def decode(self, parts: Parts, shape: Shape, dtype: torch.dtype) -> Tensor:
-        """Return the numbers that the parts stand for."""
         return dequantize_fp8(parts[""], parts["_scale_inv"], dtype, self.block)
 
     def matrix(self, parts: Parts, bias: Tensor | None = None) -> Matrix:
-        """Return the parts as kernels read them."""
         return Matrix(parts[""], parts["_scale_inv"], bias, block=self.block)
 
     def linears(
         self, x: Tensor, maps: Sequence[tuple[Parts, Shape, Tensor | None]]
     ) -> Sequence[Tensor]:
-        """Return x wᵀ + b for several matrices, in one pass if that is faster."""
         return fp8_linears(x, [self.matrix(parts, bias) for parts, _, bias in maps])
 
     def cuts(self, row: int) -> bool:
-        """Tell whether the parts, cut there too, are those of the matrix cut before a row."""
         return row % self.block[0] == 0
 
     def unpack(self, weight: str, found: Parts, shape: Shape) -> dict[str, Tensor]:
-        """Return the parts; scales that are powers of two may lie there in a byte each."""
+        """Return the parts; power-of-two scales may be stored as bytes."""
         return {**found, "_scale_inv": found["_scale_inv"].to(torch.float32)}

@@ -1,4 +1,4 @@
-"""The formats of GGUF files: they are read, and a model is held in ours."""
+"""GGUF formats: read from files, converted to ours."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -29,7 +29,7 @@ from quintet.quantization.scheme import Scheme
 
 @dataclass(frozen=True)
 class BlockFormat(WeightFormat):
-    """Blocks of neighbouring weights of a row; they are read and never made.
+    """GGUF blocks of neighbouring weights of a row; read-only.
 
     Attributes:
         kind: the type of the blocks.
@@ -39,12 +39,11 @@ class BlockFormat(WeightFormat):
     kind: BlockType
 
     def parts(self, shape: Shape) -> dict[str, TensorSpec]:
-        """Return shape and dtype of each part of a matrix of `shape`."""
         row = shape[-1] // self.kind.weights * self.kind.nbytes
         return {"": TensorSpec((*shape[:-1], row), torch.uint8)}
 
     def encode(self, weight: Tensor) -> dict[str, Tensor]:
-        """Refuse: a model is held in other formats.
+        """Raise: models use other formats.
 
         Raises:
             InputError: always.
@@ -56,22 +55,19 @@ class BlockFormat(WeightFormat):
         return decode_blocks(parts[""], self.kind, dtype)
 
     def cuts(self, row: int) -> bool:
-        """Tell whether the parts, cut there too, are those of the matrix cut before a row."""
         return True
 
     def grains(self, shape: Shape) -> dict[str, Grain]:
-        """Return how each part lies over a matrix of `shape`."""
         return {"": Grain(columns=self.kind.weights, width=self.kind.nbytes, packed=True)}
 
     @property
     def groups(self) -> GroupFormat:
-        """The format of ours that says exactly the same."""
+        """Our equivalent format."""
         layout = LAYOUTS[self.kind.name]
         dtype = torch.float32 if layout.two_levels else torch.float16
         return GroupFormat(layout.bits, layout.group, layout.offset, dtype, layout.table)
 
     def recast(self, parts: Parts, shape: Shape, to: WeightFormat) -> dict[str, Tensor] | None:
-        """Return the parts in another format if that is no rounding; None if it would be one."""
         ours = self.groups
         if ours.parts(shape) != to.parts(shape) or to.parts_of != ours:
             return None
@@ -80,11 +76,11 @@ class BlockFormat(WeightFormat):
 
     @property
     def held(self) -> GroupFormat:
-        """The format in which a model holds what a file holds in blocks."""
+        """The format a model uses for these blocks."""
         return self.groups
 
     def files(self, weight: str, shape: Shape) -> dict[str, tuple[str, Shape]]:
-        """Return name and shape of the tensor on disk: those of the weights."""
+        """Return name and shape of the one tensor on disk."""
         return {"": (weight, shape)}
 
     def checked(self, weight: str, parts: Parts) -> Parts:
@@ -103,7 +99,7 @@ class BlockFormat(WeightFormat):
 
 @dataclass(frozen=True)
 class KeysAndValuesFormat(WeightFormat):
-    """The map from a latent to keys and values, in a tensor each: (H, R, Dn) and (H, Dv, R).
+    """kv_b_proj as two tensors, for keys (H, R, Dn) and values (H, Dv, R).
 
     Attributes:
         keys: the blocks of the one; None for plain numbers.
@@ -117,11 +113,11 @@ class KeysAndValuesFormat(WeightFormat):
     shapes: tuple[Shape, Shape]
 
     def parts(self, shape: Shape) -> dict[str, TensorSpec]:
-        """Refuse: no model is held in it; see `encode`."""
+        """Raise: no model uses it."""
         raise InputError("keys and values in a tensor each are no format of a model")
 
     def encode(self, weight: Tensor) -> dict[str, Tensor]:
-        """Refuse: a model holds the map as plain numbers.
+        """Raise: a model holds the map unquantised.
 
         Raises:
             InputError: always.
@@ -129,17 +125,16 @@ class KeysAndValuesFormat(WeightFormat):
         raise InputError("keys and values in a tensor each are no format of a model")
 
     def decode(self, parts: Parts, shape: Shape, dtype: torch.dtype) -> Tensor:
-        """Return the map (H · (Dn + Dv), R): of each head the keys' rows, then the values'."""
+        """Return the map (H · (Dn + Dv), R), keys first in each head."""
         keys = _numbers(parts[""], self.keys, dtype)
         values = _numbers(parts["values"], self.values, dtype)
         return torch.cat((keys.transpose(1, 2), values), dim=1).reshape(shape)
 
     @property
     def held(self) -> None:
-        """None: a model holds the map as plain numbers."""
+        """None: a model holds the map unquantised."""
 
     def files(self, weight: str, shape: Shape) -> dict[str, tuple[str, Shape]]:
-        """Return, for each tensor on disk, its name and shape."""
         keys, values = _halves(weight)
         return {"": (keys, self.shapes[0]), "values": (values, self.shapes[1])}
 
@@ -175,7 +170,7 @@ def _halves(weight: str) -> tuple[str, str]:
 
 @dataclass(kw_only=True)
 class GGUFConfig(QuantizationConfig):
-    """What a GGUF file holds; a model of it is held, and saved, in Quintet's formats.
+    """The quantisation of a GGUF file; models use our formats.
 
     Attributes:
         types: how many tensors the file has of each type.
@@ -189,18 +184,16 @@ class GGUFConfig(QuantizationConfig):
         self._require(isinstance(self.types, dict), "types", "a mapping from types to counts")
 
     def scheme(self) -> Scheme | None:
-        """Return about what the formats of a model are; which they are is said by files alone."""
+        """Return the model's approximate formats; the files decide."""
         blocks = any(BY_NAME[name].weights > 1 for name in self.types if name in BY_NAME)
         return Scheme(Int8Format(), Int8Format()) if blocks else None
 
     def ours(self) -> MixedConfig:
-        """Return the configuration that a model of such files is held and saved by."""
         return MixedConfig()
 
     def stored(
         self, weight: str, shape: Shape, tensors: Mapping[str, TensorInfo]
     ) -> WeightFormat | None:
-        """Return the format a file holds a matrix in; None for plain numbers."""
         if (found := tensors.get(weight)) is not None:
             return None if found.blocks is None else BlockFormat(found.blocks)
         keys, values = (tensors.get(name) for name in _halves(weight))
@@ -211,5 +204,4 @@ class GGUFConfig(QuantizationConfig):
         return KeysAndValuesFormat(keys.blocks, values.blocks, (keys.shape, values.shape))
 
     def to_dict(self) -> dict[str, Any]:
-        """Return the content of `config.json`."""
         return {"quant_method": self.quant_method, "types": dict(self.types)}

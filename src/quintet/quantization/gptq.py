@@ -26,12 +26,12 @@ KNOWN = (
 
 
 class ZeroPointWarning(UserWarning):
-    """Zero points in a file look like those that old versions of a packer damaged."""
+    """Zero points look damaged by old versions of a packer."""
 
 
 @dataclass(frozen=True, slots=True)
 class Layout:
-    """How a matrix was quantised; `dynamic` may change it from module to module."""
+    """The quantisation of a matrix; `dynamic` overrides it per module."""
 
     bits: int
     group: int | None
@@ -41,7 +41,7 @@ class Layout:
 
 @dataclass(frozen=True)
 class GPTQFormat(GroupedFormat):
-    """Words of 32 bits along the inputs; groups by an index; zero points of two versions.
+    """32-bit words along the inputs, groups by index, zero points in two versions.
 
     Attributes:
         padded: the rows and columns that the file has, filled up to whole words and groups.
@@ -57,7 +57,6 @@ class GPTQFormat(GroupedFormat):
     doubtful: list[str] = field(default_factory=list, compare=False, repr=False)
 
     def files(self, weight: str, shape: Shape) -> dict[str, tuple[str, Shape]]:
-        """Return, for each tensor on disk, its name and shape."""
         (rows, columns), words = self.padded, WORD // self.bits
         groups = group_count(columns, self.group)
         shapes: dict[str, Shape] = {
@@ -99,7 +98,7 @@ class GPTQFormat(GroupedFormat):
         return self.meant(levels, found["scales"].mT[:rows], zero, index, weight)
 
     def _zeros(self, weight: str, words: Tensor, rows: int) -> Tensor | None:
-        """Return the zero points (O, G); None for the middle."""
+        """Return the zero points (O, G), or None for the middle."""
         stored = numbers_in(words, self.bits, weight).mT[:rows]
         if self.symmetric:
             # Some files have those of the second version under the first one's label.
@@ -130,7 +129,7 @@ class GPTQFormat(GroupedFormat):
 
 @dataclass(kw_only=True)
 class GPTQConfig(FileConfig):
-    """Files of GPTQ; what does not change how they are read is accepted, as its writers add more.
+    """GPTQ files; settings that do not affect reading are accepted.
 
     Attributes:
         bits: 4 or 8.
@@ -177,7 +176,6 @@ class GPTQConfig(FileConfig):
         return cls(**{k: v for k, v in values.items() if k in KNOWN and v is not None})
 
     def usual(self) -> WeightFormat | None:
-        """Return the format that most matrices are held in."""
         return GroupedFormat(
             self.bits, group_or_all(self.group_size), self.sym, bool(self.desc_act)
         ).held
@@ -185,7 +183,6 @@ class GPTQConfig(FileConfig):
     def stored(
         self, weight: str, shape: Shape, tensors: Mapping[str, TensorInfo]
     ) -> WeightFormat | None:
-        """Return the format a file holds a matrix in; None for plain numbers."""
         path = weight.removesuffix("weight")
         words = tensors.get(path + "qweight")
         if len(shape) != 2 or (words is None and path + "scales" not in tensors):
@@ -216,7 +213,7 @@ class GPTQConfig(FileConfig):
         return usual
 
     def _read_dynamic(self) -> list[tuple[re.Pattern[str], dict[str, Any]]]:
-        """Return the patterns and what they change, in order."""
+        """Return the patterns and their overrides, in order."""
         given = {} if self.dynamic is None else self.dynamic
         self._require(isinstance(given, Mapping), "dynamic", "a mapping")
         rules = []
@@ -265,7 +262,7 @@ class AutoRoundConfig(GPTQConfig):
 
 
 def _changes(given: Mapping[str, Any]) -> dict[str, Any]:
-    """Return what a mapping says of a layout."""
+    """Return the overrides in a mapping."""
     changes: dict[str, Any] = {}
     for key, name in (
         *(("bits", "bits"), ("group_size", "group"), ("sym", "symmetric")),
@@ -284,7 +281,7 @@ def _changes(given: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _padded(shape: Shape, one: Layout, words: Shape | None) -> tuple[int, int]:
-    """Return rows and columns as the file has them, if that is a filling up, else as wanted."""
+    """Return the file's padded rows and columns if it is padding, else the expected ones."""
     (rows, columns), each = shape, WORD // one.bits
     filled = filled_up(rows, each), filled_up(columns, each)
     grouped = filled_up(columns, one.group or 1)

@@ -1,4 +1,4 @@
-"""Gradients that pass through matrices in fewer bits: to what they multiply, never to themselves.
+"""Gradients through quantised matrices, to their inputs only.
 
 So adapters can be trained on top of them. A matrix is decoded once more on the way back and is not
 kept in between: what is held for a step is what the model held before.
@@ -13,14 +13,14 @@ from quintet.quantization.formats import Parts, Shape, WeightFormat
 
 
 def learns(*tensors: Tensor | None) -> bool:
-    """Tell whether gradients of one of these will be asked for."""
+    """Return whether any of these requires a gradient."""
     return torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors)
 
 
 def product(
     weight_format: WeightFormat, x: Tensor, parts: Parts, shape: Shape, bias: Tensor | None
 ) -> Tensor:
-    """Return x wᵀ + b, x (..., I), through which gradients reach x and b."""
+    """Return x wᵀ + b, x (..., I), differentiable in x and b."""
     output: Tensor = _Product.apply(  # type: ignore[no-untyped-call]
         x, weight_format, parts, shape
     )

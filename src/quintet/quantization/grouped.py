@@ -1,4 +1,4 @@
-"""Integers with a scale and an offset for each group of columns: what files of others say.
+"""Integers with scale and offset per column group: the common form of other files.
 
 A file that GPTQ, AWQ, compressed-tensors or MLX wrote is unpacked into `GroupedFormat`, which says
 exactly the same. From there it becomes what a model holds: one of our formats where that is no
@@ -30,7 +30,7 @@ from quintet.quantization.ordered import ORDER, OrderedFormat
 
 
 def finite(scale: Tensor, weight: str) -> Tensor:
-    """Return scales in float32, row by row as kernels read them.
+    """Return finite scales in float32, contiguous by row.
 
     Raises:
         CheckpointError: one is not finite.
@@ -49,7 +49,7 @@ def finite(scale: Tensor, weight: str) -> Tensor:
 
 
 def numbers_in(words: Tensor, bits: int, weight: str) -> Tensor:
-    """Return the unsigned numbers that words of 32 bits hold, see `unpack_words`.
+    """Unpack 32-bit words to unsigned numbers; see `unpack_words`.
 
     Raises:
         CheckpointError: they are no such words.
@@ -62,27 +62,25 @@ def numbers_in(words: Tensor, bits: int, weight: str) -> Tensor:
 
 
 class FileFormat(WeightFormat):
-    """A format that files are in and models never are."""
+    """A read-only format of files."""
 
     def encode(self, weight: Tensor) -> dict[str, Tensor]:
-        """Refuse: such files are written by the programs they are of."""
+        """Raise: only other programs write such files."""
         raise UnsupportedModelError(
             f"{self.name} is read and not written; use quantize='int8' or 'int4'"
         )
 
     @property
     def held(self) -> WeightFormat | None:
-        """The format in which a model holds what a file holds in this one; None for numbers."""
         return None
 
     def recast(self, parts: Parts, shape: Shape, to: WeightFormat) -> dict[str, Tensor] | None:
-        """Return the parts in another format if that is no rounding; None if it would be one."""
         return None
 
 
 @dataclass(frozen=True)
 class GroupedFormat(FileFormat):
-    """w = q · scale + offset, with unsigned q of 4 or 8 bits, a scale and an offset a group.
+    """w = q · scale + offset, with unsigned 4- or 8-bit q, per group.
 
     Attributes:
         bits: of the integers.
@@ -101,17 +99,15 @@ class GroupedFormat(FileFormat):
 
     @property
     def middle(self) -> int:
-        """The integer that is zero where a format is symmetric."""
+        """The integer that means zero in a symmetric format."""
         return int(2 ** (self.bits - 1))
 
     def parts(self, shape: Shape) -> dict[str, TensorSpec]:
-        """Return shape and dtype of each part of a matrix of `shape`."""
         groups = TensorSpec((*shape[:-1], group_count(shape[-1], self.group)), torch.float32)
         index = {"_index": TensorSpec(shape[-1:], torch.int64)} if self.ordered else {}
         return {"": TensorSpec(shape, torch.uint8), "_scale": groups, "_offset": groups, **index}
 
     def cuts(self, row: int) -> bool:
-        """Tell whether the parts, cut there too, are those of the matrix cut before a row."""
         return not self.ordered
 
     def shards(self, shard: Shard) -> dict[str, Shard] | None:
@@ -133,7 +129,7 @@ class GroupedFormat(FileFormat):
     def meant(
         self, levels: Tensor, scale: Tensor, zero: Tensor | None, index: Tensor | None, weight: str
     ) -> dict[str, Tensor]:
-        """Return the parts of (levels - zero) · scale; without a zero, it is in the middle.
+        """Return the parts of (levels - zero) · scale; zero defaults to the middle.
 
         Args:
             levels: uint8 (..., O, I).
@@ -152,7 +148,6 @@ class GroupedFormat(FileFormat):
         return parts
 
     def decode(self, parts: Parts, shape: Shape, dtype: torch.dtype) -> Tensor:
-        """Return the numbers that the parts stand for, rounded once."""
         levels, columns = parts[""], shape[-1]
         groups, index = parts["_scale"].shape[-1], parts.get("_index")
         if index is None:
@@ -173,7 +168,6 @@ class GroupedFormat(FileFormat):
 
     @property
     def held(self) -> WeightFormat | None:
-        """The format in which a model holds what a file holds in this one; None for numbers."""
         inner = self._held_in_order
         return OrderedFormat(inner) if self.ordered and inner is not None else inner
 

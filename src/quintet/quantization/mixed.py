@@ -1,4 +1,4 @@
-"""Quintet's own formats side by side: what a model read from somebody else's files is held as."""
+"""Our formats side by side, for models read from other programs' files."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -18,7 +18,7 @@ FORMATS: tuple[WeightFormat, ...] = (FP8Format(FP8_ROWS), FP8Format(FP8_BLOCK))
 
 @dataclass(kw_only=True)
 class MixedConfig(QuantizationConfig):
-    """Each matrix in one of Quintet's formats, or in plain numbers, as its file has it.
+    """One of our formats, or plain numbers, per matrix, following its file.
 
     What somebody else's files become where one of our formats says the same: a model is held in
     it, and saved in it.
@@ -27,7 +27,7 @@ class MixedConfig(QuantizationConfig):
     quant_method: ClassVar[str] = "quintet"
 
     def scheme(self) -> None:
-        """Return None: which formats there are is said by files alone."""
+        """Return None: only the files know the formats."""
 
     def scheme_of(self, held: Mapping[str, WeightFormat]) -> Scheme | None:
         """Return the formats of a model, given those its files would be held in, by its names."""
@@ -36,7 +36,6 @@ class MixedConfig(QuantizationConfig):
     def stored(
         self, weight: str, shape: Shape, tensors: Mapping[str, TensorInfo]
     ) -> WeightFormat | None:
-        """Return the format a file holds a matrix in; None for plain numbers."""
         integers = integers_of(weight, shape, tensors)
         if integers is not None:
             return integers
@@ -51,5 +50,4 @@ class MixedConfig(QuantizationConfig):
         return alike[0] if alike else None
 
     def to_dict(self) -> dict[str, Any]:
-        """Return the content of `config.json`."""
         return {**super().to_dict(), "bits": None, "group_size": None}

@@ -1,4 +1,4 @@
-"""MLX's own quantisation, of models converted for its machines."""
+"""MLX's quantisation."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -21,12 +21,11 @@ COMMON = ("group_size", "bits", "mode", "quant_method", "quantize_input")
 
 @dataclass(frozen=True)
 class MLXFormat(GroupedFormat):
-    """Words of 32 bits along the rows; offsets, which MLX calls biases, as they are."""
+    """32-bit words along the rows, with offsets (MLX's biases)."""
 
     name = "MLX"
 
     def files(self, weight: str, shape: Shape) -> dict[str, tuple[str, Shape]]:
-        """Return, for each tensor on disk, its name and shape."""
         *lead, columns = shape
         path, groups = weight.removesuffix("weight"), (*lead, group_count(columns, self.group))
         return {
@@ -47,7 +46,6 @@ class MLXFormat(GroupedFormat):
 
     @property
     def held(self) -> WeightFormat | None:
-        """The format in which a model holds what a file holds in this one; None for numbers."""
         # Around the middle of 8 bits, an offset is a sum with more digits than it has in the file.
         return GroupFormat(
             self.bits, self.group, True, self.dtype if self.bits == 4 else torch.float32
@@ -56,7 +54,7 @@ class MLXFormat(GroupedFormat):
 
 @dataclass(kw_only=True)
 class MLXConfig(FileConfig):
-    """Files of MLX: the `quantization` of their config.json.
+    """MLX files: the `quantization` key of their config.json.
 
     Attributes:
         bits: 4 or 8.
@@ -82,7 +80,7 @@ class MLXConfig(FileConfig):
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Self:
-        """Build a configuration from a mapping, in which paths of modules are keys, too.
+        """Build from a mapping, whose keys include module paths.
 
         Raises:
             ConfigError: a value is not usable.
@@ -92,13 +90,11 @@ class MLXConfig(FileConfig):
         return cls(**common, modules=modules)
 
     def usual(self) -> WeightFormat | None:
-        """Return the format that most matrices are held in."""
         return MLXFormat(self.bits, self.group_size, False, dtype=torch.bfloat16).held
 
     def stored(
         self, weight: str, shape: Shape, tensors: Mapping[str, TensorInfo]
     ) -> WeightFormat | None:
-        """Return the format a file holds a matrix in; None for plain numbers."""
         path = weight.removesuffix("weight")
         found = tensors.get(weight)
         whole = found is not None and not found.dtype.is_floating_point

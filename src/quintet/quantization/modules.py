@@ -1,4 +1,4 @@
-"""Modules whose matrices are held in a format of fewer bits, and do not learn."""
+"""Quantised modules, whose weights do not learn."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Self
@@ -19,7 +19,7 @@ from quintet.quantization.gradients import learns, product
 
 
 class Quantized(nn.Module):
-    """A module that holds matrices as the parts of a format, buffers of the matrix's name.
+    """A module that holds encoded matrices as buffers.
 
     Attributes:
         formats: the format of each matrix.
@@ -43,7 +43,7 @@ class Quantized(nn.Module):
         *,
         device: torch.device | None = None,
     ) -> None:
-        """Make room for a matrix, or a stack of such."""
+        """Register the buffers of a matrix, or a stack."""
         self.formats[name] = weight_format
         self.matrices[name] = (shape, stack)
         parts = weight_format.parts(shape)
@@ -54,11 +54,11 @@ class Quantized(nn.Module):
             self.register_buffer(name + suffix, empty)
 
     def parts(self, name: str, place: tuple[int, int] | None = None) -> dict[str, Tensor]:
-        """Return views of the parts of a matrix; `place` is its expert and number there."""
+        """Return views of a matrix's parts; `place` is its expert and index."""
         return self.view(name, {s: self.held(name + s) for s in self.suffixes(name)}, place)
 
     def held(self, name: str) -> Tensor:
-        """Return one part, by the name of its buffer; many times faster than `get_buffer`."""
+        """Return one part by buffer name; much faster than `get_buffer`."""
         part = self._buffers[name]
         assert part is not None
         return part
@@ -70,7 +70,7 @@ class Quantized(nn.Module):
     def view(
         self, name: str, buffers: Mapping[str, Tensor], place: tuple[int, int] | None
     ) -> dict[str, Tensor]:
-        """Cut the parts of the matrix at `place` out of `buffers`, the parts of a stack."""
+        """Slice the parts of the matrix at `place` out of the stack `buffers`."""
         if place is None:
             return dict(buffers)
         expert, number = place
@@ -87,7 +87,7 @@ class Quantized(nn.Module):
         place: tuple[int, int] | None,
         device: torch.device,
     ) -> None:
-        """Take in the parts of one matrix; the first of a stack allocate it."""
+        """Store the parts of one matrix; the first of a stack allocates it."""
         shape, stack = self.matrices[name]
         for suffix, part in self.formats[name].parts(shape).items():
             if place is None:
@@ -101,7 +101,7 @@ class Quantized(nn.Module):
                 view.copy_(parts[suffix].view(view.shape))
 
     def decoded(self, name: str, dtype: torch.dtype) -> Tensor:
-        """Return the numbers of a matrix, or of a whole stack (E, P · O, I)."""
+        """Decode a matrix, or a whole stack (E, P · O, I)."""
         shape, stack = self.matrices[name]
         if not stack:
             return self.formats[name].decode(self.parts(name), shape, dtype)
@@ -120,11 +120,11 @@ class Quantized(nn.Module):
 
     @property
     def weight_count(self) -> int:
-        """The number of weights that the matrices stand for."""
+        """The number of weights represented."""
         return sum(count for _, count in self.weight_counts())
 
     def weight_counts(self) -> Iterator[tuple[WeightFormat, int]]:
-        """Yield the format of each matrix and the number of weights that it stands for."""
+        """Yield each matrix's format and number of weights."""
         for name, (shape, stack) in self.matrices.items():
             yield self.formats[name], torch.Size(shape + stack).numel()
 
@@ -148,7 +148,7 @@ def _stacked(part: TensorSpec, stack: Shape) -> Shape:
 
 
 class QuantizedLinear(Quantized, LinearMap):
-    """y = x·Wᵀ + b with W in fewer bits.
+    """y = x·Wᵀ + b with quantised W.
 
     Args:
         compute_dtype: what inputs are converted to before they are multiplied; None for no change.
@@ -194,12 +194,12 @@ class QuantizedLinear(Quantized, LinearMap):
         return tuple(y.to(x.dtype) for y in weight_format.linears(wide, operands))
 
     def operands(self, dtype: torch.dtype) -> tuple[Parts, Shape, Tensor | None]:
-        """Return the matrix, its shape and the bias in a dtype."""
+        """Return matrix, shape and bias in a dtype."""
         bias = None if self.bias is None else self.bias.to(dtype)
         return self.parts("weight"), self.matrices["weight"][0], bias
 
     def matrix(self) -> Matrix | None:
-        """Return the map's operands for a kernel, or None if its format has none."""
+        """Return the operands for a kernel, or None."""
         return None if self.compute_dtype else self.format.matrix(self.parts("weight"), self.bias)
 
     def extra_repr(self) -> str:
@@ -209,7 +209,7 @@ class QuantizedLinear(Quantized, LinearMap):
 
 
 class QuantizedEmbedding(Quantized):
-    """The vectors of ids, read from rows in fewer bits; its format holds each row by itself.
+    """A quantised embedding, decoded row by row.
 
     Args:
         rows: how many ids have theirs here, where several processes have the others.
@@ -253,7 +253,7 @@ class QuantizedEmbedding(Quantized):
 
 
 class QuantizedExperts(Quantized, ExpertStack):
-    """E gated MLPs in fewer bits; see `quintet.layers.moe.Experts`.
+    """Quantised experts; see `quintet.layers.moe.Experts`.
 
     Args:
         weight_formats: of gates and ups, and of downs.
@@ -297,13 +297,13 @@ class QuantizedExperts(Quantized, ExpertStack):
         return self._map(name, expert, wide).to(x.dtype)
 
     def stacks(self) -> tuple[Matrix, Matrix, Matrix] | None:
-        """Return gate, up and down where their format is one that kernels read."""
+        """Return gate, up and down for kernels, or None."""
         gate, up = self._stack("gate_up_proj", 0), self._stack("gate_up_proj", 1)
         down = self._stack("down_proj", 0)
         return None if gate is None or up is None or down is None else (gate, up, down)
 
     def _stack(self, name: str, number: int) -> Matrix | None:
-        """Return the matrix of that number of all experts."""
+        """Return the matrix `number` of all experts."""
         heights = self._heights[name]
         places = {s: slice(number * n, (number + 1) * n) for s, n in heights.items()}
         parts = {s: self.held(name + s)[:, place] for s, place in places.items()}
@@ -337,7 +337,7 @@ class QuantizedExperts(Quantized, ExpertStack):
 
 
 def refuse_idle_training(model: nn.Module, loss: Tensor) -> None:
-    """Refuse a loss in training that depends on nothing that learns, where weights are in few bits.
+    """Refuse a training loss that depends on no trainable weight.
 
     Raises:
         InputError: it is one.
@@ -356,7 +356,7 @@ def experts_like(
     weight_formats: tuple[WeightFormat, WeightFormat],
     compute_dtype: torch.dtype | None,
 ) -> QuantizedExperts:
-    """Return quantised experts of the same sizes, without their weights."""
+    """Return empty quantised experts of the same sizes."""
     E, C, F = experts.down_proj.shape
     made = QuantizedExperts(
         E,

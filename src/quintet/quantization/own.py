@@ -1,4 +1,4 @@
-"""Which format a file of our own holds a matrix in: what lies beside its numbers tells."""
+"""Detects the format of a matrix in our own files by its tensors."""
 
 from collections.abc import Mapping
 
@@ -22,7 +22,7 @@ BITS = {torch.int8: 8, torch.uint8: 4}
 def integers_of(
     weight: str, shape: Shape, tensors: Mapping[str, TensorInfo]
 ) -> WeightFormat | None:
-    """Return the format of integers that a file holds a matrix in; None for numbers.
+    """Return the integer format of a matrix in a file; None for plain numbers.
 
     Where its tensors fit no format, it is one that says which ones there should be.
     """

@@ -1,4 +1,4 @@
-"""What a model is quantised to: what the caller asks for, and what its files are."""
+"""Resolves the quantisation of a model from the request and its files."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -44,7 +44,7 @@ SHORT: Mapping[str, QuantizationConfig | None] = MappingProxyType(
 
 @dataclass(frozen=True, slots=True)
 class QuantizationRequest:
-    """The quantisation of a model's files, and that of the model.
+    """The quantisation of the files, and of the model.
 
     Attributes:
         source: the configuration of the files; None for plain numbers.
@@ -75,7 +75,7 @@ class QuantizationRequest:
 def resolve_quantization(
     held: Any, quantize: str | None, config: Any, device: torch.device
 ) -> QuantizationRequest:
-    """Choose the format of a model by `quantize`, `quantization_config` and its files.
+    """Choose the quantisation by `quantize`, `quantization_config` and the files.
 
     Without a wish, a model stays what its files are; FP8 only where the device multiplies it, and
     elsewhere it becomes plain numbers.
@@ -115,7 +115,7 @@ def resolve_quantization(
 
 
 def multiplies_fp8(device: torch.device) -> bool:
-    """Tell whether a device has a product of FP8 matrices."""
+    """Return whether a device multiplies FP8 matrices."""
     return device.type == "cuda" and torch.cuda.get_device_capability(device) >= FP8_CAPABILITY
 
 
@@ -133,7 +133,7 @@ METHODS: Mapping[str, type[QuantizationConfig]] = {
 
 
 def read(values: Any) -> QuantizationConfig:
-    """Return the configuration that a `quantization_config`, an object or a mapping, is.
+    """Return the config for a `quantization_config` object or mapping.
 
     Raises:
         UnsupportedModelError: the method is none of those here.

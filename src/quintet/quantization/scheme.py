@@ -1,4 +1,4 @@
-"""Which format each matrix of a model gets."""
+"""Assigns a format to each matrix of a model."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -11,7 +11,7 @@ from quintet.quantization.formats import WeightFormat
 
 @dataclass(frozen=True, slots=True)
 class Scheme:
-    """Which format each kind of matrix gets; None leaves it as it is.
+    """The format of each kind of matrix; None leaves it unquantised.
 
     Attributes:
         weights: of the layers' linear maps and experts.
@@ -33,7 +33,7 @@ class Scheme:
     each: Mapping[str, WeightFormat] | None = None
 
     def of(self, weight: str, usual: WeightFormat | None) -> WeightFormat | None:
-        """Return the format of a matrix by its name; `usual` is that of its kind."""
+        """Return a matrix's format by name; `usual` is its kind's."""
         if self.each is not None:
             return self.each.get(weight)
         if not self.special or usual is None:
@@ -42,7 +42,7 @@ class Scheme:
 
 
 def _names(path: str) -> Iterator[str]:
-    """Yield all parts of a path in a row, the longest first."""
+    """Yield all runs of components of a path, longest first."""
     parts = path.split(".")
     for length in range(len(parts), 0, -1):
         for start in range(len(parts) - length + 1):
@@ -50,5 +50,5 @@ def _names(path: str) -> Iterator[str]:
 
 
 def is_named(path: str, names: Sequence[str]) -> bool:
-    """Tell whether a path has one of the names as a part, or its parts in a row."""
+    """Return whether a path contains one of the names as a run of components."""
     return any(f".{name}." in f".{path}." for name in names)

@@ -1,4 +1,4 @@
-"""Matrices between a checkpoint's files and a model: what a file holds them as, and back."""
+"""Matrices between a checkpoint's files and a model."""
 
 from collections.abc import Container, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -14,7 +14,7 @@ from quintet.quantization.formats import Shape, WeightFormat
 
 @dataclass(frozen=True, slots=True)
 class Stored:
-    """A tensor of a checkpoint, or the several that a quantised matrix is there.
+    """A tensor of a checkpoint, or the tensors of a quantised matrix.
 
     Attributes:
         name: of the tensor, or of the one that carries most of the matrix's bytes.
@@ -33,7 +33,7 @@ def stored(
     tensors: Mapping[str, TensorInfo],
     config: QuantizationConfig | None,
 ) -> dict[str, Stored]:
-    """Find the tensors of a checkpoint that hold each of the tensors `wanted`."""
+    """Find the tensors of a checkpoint that hold each tensor in `wanted`."""
     result = {}
     # What has a place of its own, such as a bias, is no part of a matrix.
     beside = {name: info for name, info in tensors.items() if len(wanted.get(name, ())) != 1}
@@ -52,7 +52,7 @@ def stored(
 
 
 def read(weights: Weights, wanted: Mapping[str, Stored]) -> Iterator[tuple[str, Tensor | Encoded]]:
-    """Read tensors, those that are quantised with all that belongs to them.
+    """Read tensors; quantised ones with all their parts.
 
     Scales are taken first, as views of the mapped files, so that no weight has to wait for its own.
     """
@@ -85,7 +85,7 @@ def packed(
     tied: Container[str],
     dtype: torch.dtype,
 ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """Split a state dict into plain tensors, and those of quantised matrices as they are on disk.
+    """Split a state dict into plain tensors, and quantised matrices as on disk.
 
     Args:
         tied: names of tensors that are others under a second name; they are left out.

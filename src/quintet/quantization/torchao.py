@@ -1,4 +1,4 @@
-"""torchao's weight-only formats: its int8 files are read, and a model is held in ours."""
+"""torchao's weight-only formats: int8 files are read, models use our formats."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -19,17 +19,15 @@ INT4 = ("int4_weight_only", "Int4WeightOnlyConfig")
 
 @dataclass(frozen=True)
 class TorchAoInt8Format(Int8Format):
-    """The parts of an `Int8Tensor`, as Transformers writes them."""
+    """The parts of torchao's `Int8Tensor`."""
 
     name = "torchao int8"
 
     @property
     def parts_of(self) -> WeightFormat:
-        """The format whose parts these are."""
         return Int8Format()
 
     def files(self, weight: str, shape: Shape) -> dict[str, tuple[str, Shape]]:
-        """Return, for each tensor on disk, its name and shape."""
         path = f"{weight.removesuffix('weight')}_weight_"
         beside = (shape[0], 1)
         return {
@@ -85,20 +83,18 @@ class TorchAoConfig(QuantizationConfig):
         self._is_int8 = kind in INT8
 
     def ours(self) -> Int8Config | Int4Config:
-        """Return the configuration that a model of such files is held and saved by."""
         kept = list(self.modules_to_not_convert or ())
         if not self.include_input_output_embeddings:
             kept.append("lm_head")
         return (Int8Config if self._is_int8 else Int4Config)(modules_to_not_convert=kept)
 
     def scheme(self) -> Scheme:
-        """Return the formats of a model."""
         return self.ours().scheme()
 
     def stored(
         self, weight: str, shape: Shape, tensors: Mapping[str, TensorInfo]
     ) -> WeightFormat | None:
-        """Return the format a file holds a matrix in.
+        """Return the file format of a matrix.
 
         Raises:
             UnsupportedModelError: it is torchao's int4.
@@ -115,7 +111,6 @@ class TorchAoConfig(QuantizationConfig):
 
 
 def _kind(quant_type: Any) -> tuple[str, int | None]:
-    """Return the name of a quant_type and its group size."""
     if isinstance(quant_type, str):
         return quant_type, None
     if isinstance(quant_type, Mapping):

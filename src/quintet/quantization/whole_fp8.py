@@ -1,4 +1,4 @@
-"""FP8 with a scale for each matrix or row, as AutoFP8 and vLLM write it under the name "fp8"."""
+"""FP8 with a scale per matrix or row, as AutoFP8 and vLLM write it."""
 
 import math
 from collections.abc import Mapping
@@ -17,7 +17,7 @@ IDLE = (".input_scale", ".output_scale", ".k_scale", ".v_scale", ".q_scale")
 
 
 def is_whole(values: Mapping[str, Any]) -> bool:
-    """Tell whether a mapping with quant_method="fp8" speaks of such files, not of blocks."""
+    """Return whether quant_method="fp8" means these files, not blocks."""
     if values.get("weight_block_size") is not None:
         return False
     static = values.get("activation_scheme") == "static"
@@ -26,7 +26,7 @@ def is_whole(values: Mapping[str, Any]) -> bool:
 
 @dataclass(kw_only=True)
 class WholeFP8Config(FileConfig):
-    """Such files; what is said of activations and caches is accepted, and changes nothing.
+    """FP8 files with a scale per matrix or row; activation settings are ignored.
 
     Attributes:
         activation_scheme: "static" or "dynamic".
@@ -53,18 +53,15 @@ class WholeFP8Config(FileConfig):
         return cls(activation_scheme=values.get("activation_scheme", "dynamic"))
 
     def usual(self) -> WeightFormat | None:
-        """Return the format that most matrices are held in."""
         return FP8File(FP8_ROWS).held
 
     def stored(
         self, weight: str, shape: Shape, tensors: Mapping[str, TensorInfo]
     ) -> WeightFormat | None:
-        """Return the format a file holds a matrix in; None for plain numbers."""
         found, scale = tensors.get(weight), tensors.get(f"{weight}_scale")
         if found is None or found.dtype != torch.float8_e4m3fn:
             return None
         return FP8File(FP8_ROWS, whole=scale is None or math.prod(scale.shape) == 1)
 
     def idle(self, name: str) -> bool:
-        """Tell whether a tensor of the files means nothing to a model."""
         return name.endswith(IDLE)

@@ -1,4 +1,4 @@
-"""What is written for vLLM and Transformers: integers packed as compressed-tensors has them."""
+"""Integers packed as compressed-tensors, for vLLM and Transformers."""
 
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
@@ -32,7 +32,7 @@ ENDS = ("lm_head.weight", "embed_tokens.weight")
 
 @dataclass(frozen=True)
 class WordsFormat(WeightFormat):
-    """One of our formats in a model, and words of 32 bits in a file.
+    """One of our formats in memory, 32-bit words on disk.
 
     Attributes:
         inner: symmetric integers: int8, int4, or groups without offsets.
@@ -42,46 +42,39 @@ class WordsFormat(WeightFormat):
 
     @property
     def name(self) -> str:
-        """What it is called where people read it."""
         return self.inner.name
 
     @property
     def bits(self) -> int:
-        """Of the integers."""
+        """Bits per integer."""
         if isinstance(self.inner, GroupFormat):
             return self.inner.bits
         return 4 if isinstance(self.inner, Int4Format) else 8
 
     @property
     def group(self) -> int | None:
-        """How many neighbours have a scale; None for a row."""
+        """The group size; None for a row."""
         if isinstance(self.inner, GroupFormat):
             return self.inner.group
         return PACK if isinstance(self.inner, Int4Format) else None
 
     @property
     def parts_of(self) -> WeightFormat:
-        """The format whose parts these are."""
         return self.inner
 
     def parts(self, shape: Shape) -> dict[str, TensorSpec]:
-        """Return shape and dtype of each part of a matrix of `shape`."""
         return self.inner.parts(shape)
 
     def encode(self, weight: Tensor) -> dict[str, Tensor]:
-        """Split a matrix of numbers into parts."""
         return self.inner.encode(weight)
 
     def decode(self, parts: Parts, shape: Shape, dtype: torch.dtype) -> Tensor:
-        """Return the numbers that the parts stand for."""
         return self.inner.decode(parts, shape, dtype)
 
     def grains(self, shape: Shape) -> dict[str, Grain] | None:
-        """Return how each part lies over a matrix of `shape`."""
         return self.inner.grains(shape)
 
     def cuts(self, row: int) -> bool:
-        """Tell whether the parts, cut there too, are those of the matrix cut before a row."""
         return self.inner.cuts(row)
 
     def matrix(self, parts: Parts, bias: Tensor | None = None) -> Matrix | None:
@@ -91,13 +84,11 @@ class WordsFormat(WeightFormat):
     def linears(
         self, x: Tensor, maps: Sequence[tuple[Parts, Shape, Tensor | None]]
     ) -> Sequence[Tensor]:
-        """Return x wᵀ + b for several matrices, in one pass if that is faster."""
         return self.inner.linears(x, maps)
 
     def pack(
         self, weight: str, parts: Parts, shape: Shape, dtype: torch.dtype
     ) -> dict[str, Tensor]:
-        """Name the parts as they are written."""
         numbers = parts[""]
         levels = (
             unpack_numbers(numbers, shape[-1])
@@ -131,7 +122,7 @@ class PackedConfig(QuantizationConfig):
         self._require_names("modules_to_not_convert")
 
     def scheme(self) -> Scheme | None:
-        """Return the formats of a model, or None where that is said by its files."""
+        """Return the model's formats, or None if only its files know."""
         inner = {4: Int4Format(), 8: Int8Format()}.get(self.bits or 0)
         skip = tuple(self.modules_to_not_convert or ())
         return None if inner is None else Scheme(WordsFormat(inner), None, skip)
@@ -156,13 +147,13 @@ class PackedConfig(QuantizationConfig):
     def stored(
         self, weight: str, shape: Shape, tensors: Mapping[str, TensorInfo]
     ) -> WeightFormat | None:
-        """Return None: what is written is read by `CompressedTensorsConfig`."""
+        """Return None: `CompressedTensorsConfig` reads what is written."""
         return None
 
     def described(
         self, quantised: Mapping[str, tuple[WeightFormat, Shape]], plain: Iterable[str]
     ) -> dict[str, Any]:
-        """Return the content of `config.json`, given how each weight is written.
+        """Return the content for `config.json`, given the format of each weight.
 
         Raises:
             InputError: rows that no whole groups make.
