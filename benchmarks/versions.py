@@ -1,12 +1,13 @@
 """Two versions of this library beside each other: steps of decoding and prompts, in turns.
 
-    python benchmarks/versions.py OLD NEW [--model qwen2-0.5b …] [--rounds 15]
+    python benchmarks/versions.py OLD NEW [--model qwen2-0.5b …] [--form bf16 int8 int4 sampled]
 
 OLD and NEW are checkouts (`git worktree add`). Each runs in a process of its own, with random
-weights in bfloat16, and waits while the other one measures.
+weights in bfloat16 or what is made of them, and waits while the other one measures.
 """
 
 import argparse
+import itertools
 import os
 import statistics
 import subprocess
@@ -23,22 +24,32 @@ MODELS = (
     "zamba2-1.2b",
 )
 
+FORMS = ("bf16", "int8", "int4", "sampled")
+
 WORKER = """
-import sys, time, torch
+import sys, tempfile, time, torch
+from quintet import AutoModelForCausalLM
 try:
     from quintet.measurement.geometries import geometry
     from quintet.measurement.synthetic import random_ids, random_model
 except ImportError:  # what it was called in older versions
     from quintet.benchmark.geometries import geometry
     from quintet.benchmark.synthetic import random_ids, random_model
-name, context, new, threads = sys.argv[1], *map(int, sys.argv[2:])
+name, form, context, new, threads = *sys.argv[1:3], *map(int, sys.argv[3:])
 torch.set_num_threads(threads)
 config = geometry(name).config()
 model = random_model(config, torch.bfloat16).eval()
+if form.startswith("int"):
+    with tempfile.TemporaryDirectory() as folder:
+        model.save_pretrained(folder)
+        model = AutoModelForCausalLM.from_pretrained(folder, quantize=form)
 ids = random_ids(config.vocab_size, 1, context)
+chosen = {"do_sample": False}
+if form == "sampled":
+    chosen = {"do_sample": True, "temperature": 0.8, "top_k": 50, "top_p": 0.9}
 def generate(tokens):
     started = time.perf_counter()
-    model.generate(ids, max_new_tokens=tokens, do_sample=False, eos_token_id=[])
+    model.generate(ids, max_new_tokens=tokens, eos_token_id=[], **chosen)
     return time.perf_counter() - started
 generate(new)
 print("ready", flush=True)
@@ -82,13 +93,14 @@ def main() -> None:
     parser.add_argument("old", type=Path)
     parser.add_argument("new", type=Path)
     parser.add_argument("--model", nargs="+", default=MODELS)
+    parser.add_argument("--form", nargs="+", choices=FORMS, default=FORMS[:1])
     parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
     asked = parser.parse_args()
-    print("| model | prompt ms, old | new | of pairs | step ms, old | new | of pairs |")
-    print("|---|---|---|---|---|---|---|")
-    for model in asked.model:
-        arguments = (model, str(CONTEXT), str(NEW), str(asked.threads))
+    print("| model | form | prompt ms, old | new | of pairs | step ms, old | new | of pairs |")
+    print("|---|---|---|---|---|---|---|---|")
+    for model, form in itertools.product(asked.model, asked.form):
+        arguments = (model, form, str(CONTEXT), str(NEW), str(asked.threads))
         processes = [worker(asked.old, *arguments), worker(asked.new, *arguments)]
         old, new = map(asker, processes)
         pairs = []
@@ -104,7 +116,7 @@ def main() -> None:
             olds, news = ([pair[side][kind] for pair in pairs] for side in (0, 1))
             ratio = statistics.median(b / a for a, b in zip(olds, news, strict=True))
             cells += [f"{1e3 * statistics.median(x):.2f}" for x in (olds, news)] + [f"{ratio:.3f}"]
-        print(f"| {model} | {' | '.join(cells)} |", flush=True)
+        print(f"| {model} | {form} | {' | '.join(cells)} |", flush=True)
 
 
 if __name__ == "__main__":
