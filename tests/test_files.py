@@ -1,14 +1,24 @@
 """Small files are written whole, with the rights of any other file, whatever other threads do."""
 
 import os
+import re
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from quintet.errors import SaveError
-from quintet.files import copy_file, write_text, write_texts
+from quintet import AutoConfig, AutoTokenizer, GenerationConfig
+from quintet.checkpoint import Checkpoint
+from quintet.errors import QuintetError, SaveError
+from quintet.files import (
+    MAX_LISTING_BYTES,
+    MAX_SETTINGS_BYTES,
+    copy_file,
+    write_text,
+    write_texts,
+)
 
 
 @pytest.fixture(params=[0o022, 0o077, 0o002])
@@ -63,3 +73,37 @@ def test_what_fails_leaves_no_temporary_file(tmp_path: Path) -> None:
     with pytest.raises(SaveError):
         write_texts(tmp_path, {"one": "new", "taken": "2"})
     assert [p.name for p in tmp_path.iterdir() if p.name.startswith(".")] == []
+
+
+@pytest.mark.parametrize(
+    ("name", "most", "read"),
+    [
+        *(
+            (name, MAX_SETTINGS_BYTES, AutoTokenizer.from_pretrained)
+            for name in (
+                *("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"),
+                "chat_template.jinja",
+            )
+        ),
+        *(
+            (name, MAX_LISTING_BYTES, AutoTokenizer.from_pretrained)
+            for name in ("tokenizer.json", "vocab.json", "merges.txt", "tokenizer.model")
+        ),
+        ("config.json", MAX_SETTINGS_BYTES, AutoConfig.from_pretrained),
+        ("generation_config.json", MAX_SETTINGS_BYTES, GenerationConfig.from_pretrained),
+        ("model.safetensors.index.json", MAX_LISTING_BYTES, Checkpoint.open),
+    ],
+)
+def test_a_file_larger_than_any_honest_one_is_not_read(
+    name: str, most: int, read: Callable[[Path], Any], tmp_path: Path
+) -> None:
+    if not name.startswith("tokenizer."):
+        beside = {"vocab.json": "{}", "merges.txt": ""}
+        beside["tokenizer_config.json"] = '{"tokenizer_class": "Qwen2Tokenizer"}'
+        for other, content in beside.items():
+            (tmp_path / other).write_text(content)
+    with (tmp_path / name).open("w") as file:
+        file.truncate(most + 1)
+    said = f"{re.escape(name)}: .* more than the limit of {most:,}"
+    with pytest.raises(QuintetError, match=said):
+        read(tmp_path)

@@ -16,28 +16,67 @@ from typing import Any, BinaryIO
 
 from quintet.errors import CheckpointError, SaveError, shown
 
-# A tokenizer.json of a 256k vocabulary is about 35 MB; nothing honest is larger.
-MAX_JSON_BYTES = 256 * 1024 * 1024
+# Settings of a tokenizer with 20,000 added tokens are 4 MB; parsed, they take several times that.
+MAX_SETTINGS_BYTES = 8_000_000
+# An index of 100,000 tensors is 10 MB, a tokenizer.json of a vocabulary of 256k 35 MB.
+MAX_LISTING_BYTES = 128_000_000
 # Seconds that a save waits for another's: some of those have hundreds of gigabytes to write.
 PATIENCE = 600.0
 
 
-def read_json(path: Path, most: int = MAX_JSON_BYTES) -> dict[str, Any]:
+def check_size(path: Path, most: int) -> None:
+    """Refuse a file of more than `most` bytes, before anything of it is read.
+
+    Raises:
+        CheckpointError: it is larger.
+        OSError: there is no such file, or it cannot be looked at.
+    """
+    if (size := path.stat().st_size) > most:
+        raise CheckpointError(
+            f"{path}: {size:,} bytes is more than the limit of {most:,}; fetch the file again"
+        )
+
+
+def read_limited(path: Path, most: int) -> bytes:
+    """Read a file of at most `most` bytes.
+
+    Raises:
+        CheckpointError: the file cannot be read, or is larger.
+        FileNotFoundError: there is no such file.
+    """
+    try:
+        check_size(path, most)
+        return path.read_bytes()
+    except FileNotFoundError:
+        raise
+    except OSError as error:
+        raise CheckpointError(f"{path} cannot be read: {error.strerror or error}") from error
+
+
+def read_text(path: Path, most: int = MAX_SETTINGS_BYTES) -> str:
+    """Read a text of at most `most` bytes from a file, with the line ends of any system.
+
+    Raises:
+        CheckpointError: the file cannot be read, is too large, or not UTF-8.
+        FileNotFoundError: there is no such file.
+    """
+    try:
+        check_size(path, most)
+        return path.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        raise
+    except (OSError, UnicodeDecodeError) as error:
+        raise CheckpointError(f"{path} is not a readable file of UTF-8 text ({error})") from error
+
+
+def read_json(path: Path, most: int = MAX_SETTINGS_BYTES) -> dict[str, Any]:
     """Read a JSON object of at most `most` bytes from a file.
 
     Raises:
         CheckpointError: the file cannot be read, is too large, not UTF-8, not JSON, or no object.
         FileNotFoundError: there is no such file.
     """
-    try:
-        size = path.stat().st_size
-        if size > most:
-            raise CheckpointError(f"{path}: {size} bytes is more than the limit of {most}")
-        raw = path.read_bytes()
-    except FileNotFoundError:
-        raise
-    except OSError as error:
-        raise CheckpointError(f"{path} cannot be read: {error.strerror or error}") from error
+    raw = read_limited(path, most)
     try:
         value = json.loads(raw.decode())
     except (ValueError, RecursionError) as error:

@@ -1,6 +1,5 @@
 """The files in a model's folder that may be read, and what a folder holds instead of a model."""
 
-import json
 import os
 import stat
 from collections.abc import Iterator
@@ -16,6 +15,7 @@ from quintet.errors import (
     UnsupportedModelError,
     shown,
 )
+from quintet.files import read_json
 
 CONFIG_NAME = "config.json"
 ADAPTER_CONFIG_NAME = "adapter_config.json"
@@ -157,7 +157,6 @@ def what_else(path: Path) -> QuintetError | None:
 
 def _adapter(path: Path, adapter: Path) -> UnsupportedModelError:
     base: object = None
-    with suppress(OSError, ValueError, RecursionError):
-        content = json.loads(adapter.read_bytes()[:1_000_000])
-        base = content.get("base_model_name_or_path") if isinstance(content, dict) else None
+    with suppress(OSError, CheckpointError):
+        base = read_json(adapter).get("base_model_name_or_path")
     return AdapterFolderError(path, base if isinstance(base, str) and base else None)

@@ -19,7 +19,7 @@ from quintet.errors import (
     SaveError,
     shown,
 )
-from quintet.files import read_json
+from quintet.files import MAX_LISTING_BYTES, read_json
 from quintet.folder import (
     ADAPTER_CONFIG_NAME,
     CONFIG_NAME,
@@ -279,7 +279,7 @@ def with_variant(name: str, variant: str | None) -> str:
 def _shards(index: Path) -> list[str]:
     """Return the files named by an index, which is validated when it is opened."""
     try:
-        named = read_json(index).get("weight_map")
+        named = read_json(index, MAX_LISTING_BYTES).get("weight_map")
     except (CheckpointError, OSError):
         return []
     names = set(named.values()) if isinstance(named, dict) else set()

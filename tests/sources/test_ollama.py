@@ -111,7 +111,7 @@ def test_damage_is_named(root: Path) -> None:
     fails([], "names 0 files")
     fails(["x"], "without a mediaType")
     fails([good, layer(root, "params", b"[1]")], "JSON object")
-    fails([good, layer(root, "system", b"\xff")], "not a readable text")
+    fails([good, layer(root, "system", b"\xff")], "not a readable file of UTF-8 text")
     write(root, []).write_text("{")
     with pytest.raises(CheckpointError, match="not readable as JSON"):
         find_gguf("ollama:m")

@@ -28,7 +28,7 @@ from quintet.checkpoint.layout import (
 )
 from quintet.checkpoint.mapping import MappedFile
 from quintet.errors import CheckpointError, listed, shown
-from quintet.files import MAX_JSON_BYTES
+from quintet.files import MAX_LISTING_BYTES, read_limited
 from quintet.folder import find_file as find
 
 _PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
@@ -237,10 +237,8 @@ def _why_nothing(directory: Path, named: Names) -> str:
 
 def _read_index(path: Path) -> tuple[dict[str, str], str | None]:
     try:
-        if (size := path.stat().st_size) > MAX_JSON_BYTES:
-            raise CheckpointError(f"{path}: {size} bytes is more than {MAX_JSON_BYTES}")
-        content = parse_object(path.read_bytes(), str(path))
-    except OSError as error:
+        content = parse_object(read_limited(path, MAX_LISTING_BYTES), str(path))
+    except FileNotFoundError as error:
         raise CheckpointError(f"{path} cannot be read: {error.strerror or error}") from error
     weight_map = content.get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:

@@ -12,7 +12,7 @@ from quintet.checkpoint.header import DTYPES, TensorInfo
 from quintet.checkpoint.layout import INDEX, SINGLE
 from quintet.checkpoint.opening import open_weights
 from quintet.errors import CheckpointError, OfflineError, shown
-from quintet.files import read_json
+from quintet.files import MAX_LISTING_BYTES, read_json
 from quintet.folder import find_file as find
 from quintet.hub import locate, locate_weights
 
@@ -85,7 +85,7 @@ def read_headers(
     if index is None:
         size, counts = _remote(os.fspath(name_or_path), prefix + SINGLE, revision, token)
         return Headers(size, 1, counts, local=False)
-    content = read_json(index)
+    content = read_json(index, MAX_LISTING_BYTES)
     shards = sorted({str(shard) for shard in content.get("weight_map", {}).values()})
     total = content.get("metadata", {}).get("total_size")
     if not shards or not isinstance(total, int):

@@ -1,6 +1,5 @@
 """Which models lie on this machine: in the hub's cache, in folders, and with other programs."""
 
-import json
 from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass
@@ -8,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from quintet.errors import ModelNotFoundError, QuintetError, shown
+from quintet.files import read_json, read_text
 
 if TYPE_CHECKING:
     from huggingface_hub import HFCacheInfo
@@ -135,10 +135,9 @@ def _file(name: str, paths: list[Path], revision: str | None = None) -> Here:
 
 def _config(folder: Path) -> dict[str, Any]:
     try:
-        found = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError):
+        return read_json(folder / "config.json")
+    except (OSError, QuintetError):
         return {}
-    return found if isinstance(found, dict) else {}
 
 
 def _family(config: dict[str, Any]) -> str | None:
@@ -167,6 +166,6 @@ def _talks(folder: Path) -> bool:
     if (folder / "chat_template.jinja").is_file():
         return True
     try:
-        return '"chat_template"' in (folder / "tokenizer_config.json").read_text(encoding="utf-8")
-    except (OSError, ValueError):
+        return '"chat_template"' in read_text(folder / "tokenizer_config.json")
+    except (OSError, QuintetError):
         return False

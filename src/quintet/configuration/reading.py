@@ -9,9 +9,6 @@ from quintet.files import read_json
 from quintet.folder import CONFIG_NAME, QUANTIZATION_FILES, find_file, what_else
 from quintet.gguf import config_values, read_gguf
 
-# As much as two hundred thousand labels are; in memory it may be twenty times as much.
-MAX_CONFIG_BYTES = 8_000_000
-
 
 def read_config(root: Path) -> dict[str, Any]:
     """Read `config.json` of a model's directory, or a GGUF file's metadata.
@@ -30,7 +27,7 @@ def read_config(root: Path) -> dict[str, Any]:
         )
     try:
         # The whole is a mapping of keys, whatever its only key is called.
-        content = read_json(path, most=MAX_CONFIG_BYTES)
+        content = read_json(path)
         values = {key: decoded(value) for key, value in content.items()}
         _add_quantization(root, values)
     except RecursionError:
@@ -51,6 +48,6 @@ def _add_quantization(root: Path, values: dict[str, Any]) -> None:
         return
     for name, method in QUANTIZATION_FILES.items():
         if (path := find_file(root, name)) is not None:
-            content = read_json(path, most=MAX_CONFIG_BYTES)
+            content = read_json(path)
             values["quantization_config"] = {"quant_method": method, **content}
             return

@@ -15,7 +15,7 @@ from quintet.errors import (
     listed,
     shown,
 )
-from quintet.files import read_json
+from quintet.files import read_json, read_text
 from quintet.sources.found import Found
 
 PREFIX = "ollama:"
@@ -128,16 +128,16 @@ def _read(root: Path, manifest: Path, name: str) -> Found:
             f"{shown(name)} can take pictures or sound in Ollama; here it reads text alone",
             stacklevel=4,
         )
-    system = [_blob(root, layer, manifest, MAX_TEXT) for layer in layers.get("system", ())]
-    params = [_blob(root, layer, manifest, MAX_TEXT) for layer in layers.get("params", ())]
+    system = [_blob(root, layer, manifest) for layer in layers.get("system", ())]
+    params = [_blob(root, layer, manifest) for layer in layers.get("params", ())]
     return Found(
         _blob(root, models[0], manifest),
-        system=_text(system[-1]) if system else None,
+        system=read_text(system[-1], MAX_TEXT) if system else None,
         parameters=read_json(params[-1], MAX_TEXT) if params else {},
     )
 
 
-def _blob(root: Path, layer: dict[str, Any], manifest: Path, most: int | None = None) -> Path:
+def _blob(root: Path, layer: dict[str, Any], manifest: Path) -> Path:
     """Return the path of a layer's content, once it is as long as the manifest says."""
     digest, size = layer.get("digest"), layer.get("size")
     if not isinstance(digest, str) or not _DIGEST.fullmatch(digest) or type(size) is not int:
@@ -159,13 +159,4 @@ def _blob(root: Path, layer: dict[str, Any], manifest: Path, most: int | None = 
             f"{found[0]} has {there} bytes, not the {size} of {manifest}; `ollama pull` fetches it "
             "again"
         )
-    if most is not None and size > most:
-        raise CheckpointError(f"{found[0]}: {size} bytes is more than the limit of {most}")
     return found[0]
-
-
-def _text(path: Path) -> str:
-    try:
-        return path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise CheckpointError(f"{path} is not a readable text ({error})") from error

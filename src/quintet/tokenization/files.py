@@ -11,7 +11,7 @@ from typing import Any
 from tokenizers import AddedToken, Tokenizer
 
 from quintet.errors import CheckpointError, ModelNotFoundError, SaveError, TokenizerError, shown
-from quintet.files import read_json
+from quintet.files import MAX_LISTING_BYTES, check_size, read_json, read_text
 from quintet.tokenization.guard import guarded
 from quintet.tokenization.options import NAMED_TOKENS, check_values, is_text
 
@@ -108,6 +108,7 @@ def read_pipeline(path: Path) -> Tokenizer:
         TokenizerError: it is damaged, or for a version of `tokenizers` that is not installed.
     """
     with guarded(f"{shown(str(path))} is not a readable tokenizer; fetch the file again"):
+        check_size(path, MAX_LISTING_BYTES)
         return Tokenizer.from_file(str(path))
 
 
@@ -217,9 +218,9 @@ def _read_templates(root: Path, settings: Any) -> str | dict[str, str] | None:
 
 def _text(path: Path) -> str:
     try:
-        return path.read_text(encoding="utf-8")
-    except (UnicodeDecodeError, OSError) as error:
-        raise TokenizerError(f"{path} is not a readable file of UTF-8 text ({error})") from error
+        return read_text(path)
+    except (CheckpointError, OSError) as error:
+        raise TokenizerError(str(error)) from error
 
 
 def existing(path: str | os.PathLike[str]) -> Path:

@@ -3,7 +3,7 @@
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from quintet.errors import QuintetError, TokenizerError
+from quintet.errors import CheckpointError, QuintetError, TokenizerError
 
 MAX_MESSAGE = 1000
 
@@ -19,6 +19,8 @@ def guarded(what: str) -> Iterator[None]:
     """
     try:
         yield
+    except CheckpointError as error:
+        raise TokenizerError(str(error)) from error
     except (QuintetError, KeyboardInterrupt, SystemExit, GeneratorExit):
         raise
     except BaseException as error:

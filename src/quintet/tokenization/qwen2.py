@@ -1,6 +1,5 @@
 """The tokenizer of Qwen2: byte-level BPE over NFC text, numbers one digit at a time."""
 
-import json
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -10,6 +9,7 @@ from tokenizers import AddedToken, Tokenizer
 from tokenizers.models import BPE
 
 from quintet.errors import InputError, TokenizerError, shown
+from quintet.files import MAX_LISTING_BYTES, read_json, read_text
 from quintet.tokenization.base import PreTrainedTokenizer
 from quintet.tokenization.files import existing, read_pipeline
 from quintet.tokenization.guard import guarded
@@ -101,10 +101,8 @@ class Qwen2Tokenizer(PreTrainedTokenizer):
     @classmethod
     def _from_vocabulary(cls, vocab: Path, merges: Path) -> Tokenizer:
         with guarded(f"{vocab} or {merges} is damaged; fetch the files again"):
-            tokens = json.loads(vocab.read_text(encoding="utf-8"))
-            lines = merges.read_text(encoding="utf-8").split("\n")
-        if not isinstance(tokens, dict):
-            raise TokenizerError(f"{vocab} has to hold an object of tokens and ids")
+            tokens = read_json(vocab, MAX_LISTING_BYTES)
+            lines = read_text(merges, MAX_LISTING_BYTES).split("\n")
         if lines and lines[0].startswith("#version"):
             del lines[0]
         return _pipeline(tokens, _pairs([line for line in lines if line.strip("\r")]))

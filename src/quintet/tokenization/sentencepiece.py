@@ -11,13 +11,13 @@ from pathlib import Path
 
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
 
-from quintet.errors import TokenizerError
+from quintet.errors import CheckpointError, TokenizerError
+from quintet.files import MAX_LISTING_BYTES, read_limited
 from quintet.tokenization.files import TokenizerFiles
 from quintet.tokenization.guard import guarded
 from quintet.tokenization.options import TokenizerOptions
 
 # A vocabulary of a million pieces is about 30 MB.
-MAX_BYTES = 256 * 1024 * 1024
 # A merge is looked for at every place of a piece.
 MAX_PIECE = 4096
 SPACE = "▁"
@@ -59,9 +59,9 @@ def read_sentencepiece(path: Path, *, add_prefix_space: bool | None = None) -> T
         TokenizerError: the file is damaged, or a model of words or characters.
     """
     try:
-        if path.stat().st_size > MAX_BYTES:
-            raise TokenizerError(f"{path} is larger than the limit of {MAX_BYTES} bytes")
-        model = _parse(path.read_bytes())
+        model = _parse(read_limited(path, MAX_LISTING_BYTES))
+    except CheckpointError as error:
+        raise TokenizerError(str(error)) from error
     except (ValueError, OSError) as error:
         if isinstance(error, TokenizerError):
             raise

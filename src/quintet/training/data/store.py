@@ -21,7 +21,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from quintet.errors import SaveError, shown
-from quintet.files import read_json
+from quintet.files import MAX_LISTING_BYTES, read_json
 
 __all__ = ["VERSION", "Store", "StoreWriter"]
 
@@ -99,7 +99,7 @@ class Store:
     def open(cls, folder: Path) -> Self | None:
         """Return the store in a folder; None if there is none, or not a whole one."""
         try:
-            about = read_json(folder / ABOUT)
+            about = read_json(folder / ABOUT, MAX_LISTING_BYTES)
             if about["version"] != VERSION:
                 return None
             n, tokens, kind = about["documents"], about["tokens"], about["dtype"]
