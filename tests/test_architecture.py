@@ -44,7 +44,8 @@ LADDER = [
     {"sources"},
     {"download"},
     {"gguf"},
-    {"files", "folder", "modeloutput"},
+    {"folder"},
+    {"files", "modeloutput"},
     {"errors"},
 ]
 HEIGHT = {name: -rung for rung, names in enumerate(LADDER) for name in names}
