@@ -25,6 +25,7 @@ from typing import TextIO
 import torch
 
 from benchmarks.gpu_rows import Missing, Row, bandwidth, measured, transformers
+from quintet.backends import REGISTRY
 from quintet.configuration import PreTrainedConfig
 from quintet.measurement.geometries import geometry
 
@@ -153,6 +154,12 @@ def main() -> None:
             f"torch {torch.__version__}, {speed / 1e9:,.0f} GB/s read, bfloat16, random weights, "
             f"`make gpu-check`; kernels of a step{'' if cuda else ' are operations of torch here'}",
         )
+        told_of = (
+            f"{one.name} ({one.missing() or 'there'})"
+            for one in REGISTRY.backends
+            if one.on_request
+        )
+        report.write("", f"Published kernels: {', '.join(told_of)}")
         if not asked.no_tests:
             for tests, marks in (("tests/triton/test_parity.py", ""), ("tests/gpu", "gpu")):
                 said = checks(asked.device, TESTING / 2 * seconds, tests, marks)

@@ -5,15 +5,17 @@ import statistics
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from importlib.util import find_spec
+from itertools import accumulate
 from typing import Any, cast
 
 import torch
 from torch.profiler import ProfilerActivity, profile
 
 from quintet import CompileConfig
+from quintet.backends import REGISTRY
 from quintet.configuration import PreTrainedConfig
 from quintet.generation.compiling import compiled
 from quintet.generation.fixed_step import FixedStep, Recording
@@ -28,6 +30,13 @@ __all__ = ["BATCHES", "DEPTH", "PROMPT", "Missing", "Row", "bandwidth", "measure
 
 PROMPT, DEPTH, BATCHES, NEW = 4096, 512, (1, 8, 32, 128), 64
 STEPS = 24
+# Tokens of a prompt that come with a step of the other rows.
+PIECE = 128
+# Published kernels, and which models have what they compute.
+ON_REQUEST: dict[str, Callable[[PreTrainedConfig], bool]] = {
+    "flash-attn": lambda config: not vars(config).get("kv_lora_rank"),
+    "mamba-ssm": lambda config: bool(config.recurrent_layers()),
+}
 # Seconds that the steps of a row may take, and a row with all that goes before them.
 STEPPING, ROW = 1.5, 45.0
 FULL = CompileConfig(fullgraph=True, dynamic=False)
@@ -108,6 +117,13 @@ def measured(
     plan[len(BATCHES) : len(BATCHES)] = [
         (f"prompt of {prompt}", partial(_prompt, model, name, prompt)),
         (f"{NEW} tokens behind {depth}", partial(_whole, model, name, depth)),
+        ("rows beside a piece", partial(_mixed, model, name, depth, max(PIECE // small, 2))),
+    ]
+    asked = [one.name for one in REGISTRY.backends if one.on_request and one.missing() is None]
+    plan += [
+        (f"{_case(32, depth)}, {one}", partial(_asking, one, partial(step, "recorded", 32, depth)))
+        for one in asked
+        if one in ON_REQUEST and ON_REQUEST[one](config)
     ]
     for case, row in plan:
         yield _within(name, case, until, row)
@@ -192,7 +208,8 @@ def _step(model: CausalLMHead, name: str, way: str, batch: int, depth: int) -> R
         "recorded": Recording(graphs),
         "compiled": Recording(graphs, lambda one: cast("Any", compiled(cast("Any", one), FULL))),
     }[way]
-    capacity = depth + 2 * STEPS
+    # As pages of published kernels have to be.
+    capacity = -(-(depth + 2 * STEPS) // 256) * 256
     rows = Rows(cast("Any", model), batch, capacity)
     ids = [rows.open() for _ in range(batch)]
     filled_cache(model, batch, depth, rows.cache)
@@ -218,6 +235,34 @@ def _step(model: CausalLMHead, name: str, way: str, batch: int, depth: int) -> R
     one = filled_cache(model, batch, 1)
     read = step_bytes(model, one, batch, depth).total
     return Row(name, _case(batch, depth), way, _seconds(step), batch, kernels, read)
+
+
+@torch.no_grad()
+def _mixed(model: CausalLMHead, name: str, depth: int, piece: int, batch: int = 8) -> Row:
+    """Time forwards in which a row reads a piece of its prompt and the others step."""
+    rows = Rows(cast("Any", model), batch, depth + piece * (2 * STEPS + 2))
+    for _ in range(batch):
+        rows.open()
+    filled_cache(model, batch, depth, rows.cache)
+    counts = [piece, *[1] * (batch - 1)]
+    ends = torch.tensor([0, *accumulate(counts)], dtype=torch.int32)
+    ids = torch.ones(1, sum(counts), dtype=torch.long, device=model.device)
+
+    def step() -> None:
+        model(ids, past_key_values=rows.cache, use_cache=True, cu_seq_lens_q=ends)
+        wait(model.device)
+
+    step()
+    kernels = _kernels(step, model.device)
+    case = f"{batch - 1} rows beside a piece of {piece}"
+    return Row(name, case, "as it is", _seconds(step), sum(counts), kernels)
+
+
+def _asking(backend: str, row: Callable[[], Row]) -> Row:
+    """Time what a published kernel serves that nobody else asked for."""
+    with REGISTRY.asking(backend):
+        made = row()
+    return replace(made, way=f"{made.way}, {backend}")
 
 
 def _theirs(model: Any, name: str, way: str, depth: int) -> Row:

@@ -100,6 +100,9 @@ def test_what_serves_on_request_has_to_be_asked_for() -> None:
         registry.register(toy(on_request=True))
         assert registry.served("cpu", torch.float32) == {"rms norm": served}
         assert (norm(X, WEIGHT, 1e-5) is X) == (served == PYTORCH)
+        with registry.asking("toy"):
+            assert registry.served("cpu", torch.float32) == {"rms norm": "toy"}
+        assert registry.served("cpu", torch.float32) == {"rms norm": served}
 
 
 def test_what_is_asked_for_and_not_there_is_told_of() -> None:

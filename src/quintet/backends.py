@@ -135,6 +135,17 @@ class Registry:
             self.backends = tuple(known for known in self.backends if known is not backend)
             self._settle()
 
+    @contextmanager
+    def asking(self, name: str) -> Iterator[None]:
+        """Ask for a backend that serves on request inside the context, for all threads."""
+        before, self.on = self.on, self.on | {name}
+        self._settle()
+        try:
+            yield
+        finally:
+            self.on = before
+            self._settle()
+
     def served(self, device: str, dtype: torch.dtype) -> dict[str, str]:
         """Return the name of the backend that serves each operation on a device and dtype.
 

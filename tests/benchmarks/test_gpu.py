@@ -11,6 +11,7 @@ import torch
 
 from benchmarks import gpu, gpu_rows
 from benchmarks.gpu_rows import BATCHES, Missing, Row
+from quintet.backends import REGISTRY, Backend, Implementation
 from support import small_config
 
 CPU = torch.device("cpu")
@@ -36,6 +37,8 @@ def test_every_case_is_measured_and_those_that_matter_most_come_first() -> None:
         *(("recorded", batch) for batch in BATCHES),
         ("as it is", 64),
         ("generate()", gpu_rows.NEW),
+        # A piece of two tokens beside seven rows.
+        ("as it is", 9),
         ("compiled", 1),
         ("as it is", 1),
     ]
@@ -49,9 +52,29 @@ def test_every_case_is_measured_and_those_that_matter_most_come_first() -> None:
     )
 
 
+def test_a_published_kernel_serves_in_a_row_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[int] = []
+
+    def norm(*given: Any) -> None:
+        calls.append(len(given))
+
+    served = {"rms norm": (Implementation(norm, frozenset({torch.bfloat16})),)}
+    toy = Backend(
+        name="toy", device="cpu", implementations=served, missing=lambda: None, on_request=True
+    )
+    monkeypatch.setattr(gpu_rows, "BATCHES", ())
+    monkeypatch.setattr(gpu_rows, "ON_REQUEST", {"toy": lambda config: True})
+    with REGISTRY.registered(toy):
+        rows = gpu_rows.measured("qwen2-0.5b", CONFIG, CPU, 64, SOON)
+        *others, last = rows
+    assert last.way == "recorded, toy"
+    assert calls
+    assert not any("toy" in row.way for row in others)
+
+
 def test_what_there_is_no_time_for_is_named() -> None:
     rows = rows_of(0.0)
-    assert len(rows) == len(BATCHES) + 4
+    assert len(rows) == len(BATCHES) + 5
     assert all(isinstance(row, Missing) for row in rows)
     assert gpu.told(rows[0], 1.0).startswith(
         "| qwen2-0.5b | batch 1 behind 8, recorded | there was no"
