@@ -15,7 +15,7 @@ from torch import Tensor
 __all__ = ["MODULES", "Case", "every_case", "tensors_of"]
 
 # Of this folder; each is compiled in a process of its own, the longest first.
-MODULES = ("attention", "experts", "keeping", "linear", "mamba2", "norm", "sampling")
+MODULES = ("attention", "experts", "keeping", "linear", "mamba2", "norm", "routing", "sampling")
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,7 @@ from types import MappingProxyType
 import torch
 
 from quintet.backends import Backend, Implementation
-from quintet.triton import attention, gated, keeping, linear, mamba2, norm, sampling
+from quintet.triton import attention, gated, keeping, linear, mamba2, norm, routing, sampling
 from quintet.triton.launching import missing
 
 FLOATS = frozenset({torch.bfloat16, torch.float16, torch.float32})
@@ -14,6 +14,7 @@ FLOATS = frozenset({torch.bfloat16, torch.float16, torch.float32})
 IMPLEMENTATIONS: Mapping[str, Sequence[Implementation]] = MappingProxyType(
     {
         "attention over pages": (Implementation(attention.attend_pages, FLOATS),),
+        "choice of experts": (Implementation(routing.choose, frozenset({torch.float32})),),
         "draw": (Implementation(sampling.draw, frozenset({torch.float32})),),
         "experts": (Implementation(gated.silu_experts, FLOATS),),
         "fp8 linear": (Implementation(linear.linears, FLOATS, "few rows"),),
