@@ -1,1 +1,1 @@
-"""HTTP over a serving engine: the protocols of OpenAI and Anthropic; needs the extra `serve`."""
+"""An HTTP server over a serving engine: OpenAI's and Anthropic's protocols."""

@@ -1,4 +1,4 @@
-"""The application: routes behind a gate, behind what sees to the end of every request."""
+"""The application: routes, gate, and request lifecycle."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -33,7 +33,7 @@ from quintet.server.service import Service
 
 
 def routers(service: Service) -> tuple[APIRouter, ...]:
-    """Return what is served, as the settings say."""
+    """Return the routers that the settings enable."""
     routes = (
         health.router,
         version.router,
@@ -50,12 +50,12 @@ def routers(service: Service) -> tuple[APIRouter, ...]:
 
 
 def writers() -> Mapping[str, ErrorBody]:
-    """Return how errors are written at paths whose protocol is not OpenAI's."""
+    """Return the error writers of paths with protocols other than OpenAI's."""
     return dict.fromkeys((messages.MESSAGES, messages.COUNTING), error_body)
 
 
 def create_app(service: Service) -> FastAPI:
-    """Return the application that answers for a service."""
+    """Return the application of a service."""
     app = FastAPI(
         title="Quintet",
         version=quintet.__version__,
@@ -87,7 +87,7 @@ def create_app(service: Service) -> FastAPI:
 
 
 def _error_of_framework(error: Exception) -> ApiError:
-    """Return the error for what the framework refuses by itself."""
+    """Convert an error of the framework."""
     if isinstance(error, RequestValidationError):
         first = error.errors()[0]
         # Of the path or the query: a name.
@@ -108,7 +108,7 @@ def _error_of_framework(error: Exception) -> ApiError:
 
 
 def _describe(app: FastAPI) -> None:
-    """Have bodies that routes read by themselves described with all that they refer to."""
+    """Add the schemas of bodies that routes parse themselves."""
 
     def openapi() -> dict[str, Any]:
         if app.openapi_schema is None:

@@ -1,4 +1,4 @@
-"""A question to an engine, and what is heard of its answers while they are written.
+"""Runs a question on an engine and yields events of its answers.
 
 The protocols are translations to `Ask` and from `Heard`, and nothing else.
 """
@@ -36,7 +36,7 @@ REFUSAL = 0.1
 
 
 async def ask(served: Served, question: Ask) -> AsyncGenerator[Heard, None]:
-    """Ask a model, and yield what is heard; to close the generator is to end all answers.
+    """Ask a model and yield events; closing the generator cancels all answers.
 
     The first is a `Start`; errors before it are those of the question. Then comes a `Prompted`, if
     scores of the prompt were asked for, and of each answer its events and a `Finish`.
@@ -65,7 +65,7 @@ async def ask(served: Served, question: Ask) -> AsyncGenerator[Heard, None]:
 
 @dataclass(frozen=True, slots=True)
 class _Asked:
-    """A question that was understood: what its answers have in common."""
+    """A parsed question, shared by its answers."""
 
     served: Served
     question: Ask
@@ -77,7 +77,7 @@ class _Asked:
 
 
 def _understood(served: Served, question: Ask) -> _Asked:
-    """Read a question, in a thread of its own."""
+    """Parse a question in a worker thread."""
     prompt = question.prompt
     if isinstance(prompt, Conversation):
         read = render(served.tokenizer, prompt, served.context)
@@ -115,7 +115,7 @@ def _understood(served: Served, question: Ask) -> _Asked:
 
 
 async def _answer(asked: _Asked, index: int, first: asyncio.Event) -> AsyncGenerator[Heard, None]:
-    """Yield what is heard of one answer; the prompt is read for the first, and by it alone."""
+    """Yield the events of one answer; only the first reads the prompt."""
     question, served = asked.question, asked.served
     if index:
         await first.wait()
@@ -155,7 +155,7 @@ async def _answer(asked: _Asked, index: int, first: asyncio.Event) -> AsyncGener
 
 
 class _Listener:
-    """Hears one answer: parts of it by what they are, with the scores of their tokens."""
+    """Splits one answer into events, with the scores of its tokens."""
 
     def __init__(self, asked: _Asked, index: int) -> None:
         self._asked, self._index = asked, index
@@ -177,7 +177,7 @@ class _Listener:
         self._count = self._cached = self._reasoned = self._unheard = self._calls = 0
 
     def hear(self, answer: Answer) -> Iterator[Heard]:
-        """Yield what an answer of the engine adds."""
+        """Yield the events of a piece."""
         if answer.usage is not None:
             self._cached = answer.usage.cached
         if answer.prompt_logprobs is not None:

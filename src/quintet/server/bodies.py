@@ -1,4 +1,4 @@
-"""The body of a request: bounded before it is read, JSON without what JSON does not have."""
+"""Request bodies: size-limited, strict JSON."""
 
 import asyncio
 import gc
@@ -28,7 +28,7 @@ TOGETHER = 32
 
 
 async def received(request: Request, kind: type[B]) -> tuple[B, list[str]]:
-    """Return the body of a request, and what of it has no effect.
+    """Return a request's body, and warnings about fields without effect.
 
     Raises:
         ApiError: another content type, too much, too slow, not JSON, or what `parse` refuses.
@@ -50,7 +50,7 @@ async def _read_json(request: Request, settings: Settings) -> dict[str, Any]:
 
 
 def parsed(data: bytes, depth: int) -> dict[str, Any]:
-    """Return the object that a text of JSON writes.
+    """Parse a JSON object.
 
     The last of keys that are alike counts.
 
@@ -74,7 +74,7 @@ def parsed(data: bytes, depth: int) -> dict[str, Any]:
 
 @contextmanager
 def _uncollected() -> Iterator[None]:
-    """Make lists by the million, none of which is garbage, without looking through them for it."""
+    """Disable garbage collection while a large body is parsed."""
     collects = gc.isenabled()
     gc.disable()
     try:
@@ -85,7 +85,7 @@ def _uncollected() -> Iterator[None]:
 
 
 def _check_shape(value: dict[str, Any], depth: int) -> None:
-    """Check how deep an object nests, and how much there is to be looked at one by one.
+    """Check nesting depth and number of items.
 
     Raises:
         ApiError: too deep, or too much.
@@ -149,7 +149,7 @@ async def _read(request: Request, settings: Settings) -> bytes:
 
 
 def documented(model: type[BaseModel]) -> dict[str, Any]:
-    """Return what describes a body in OpenAPI, for a route's `openapi_extra`."""
+    """Return the OpenAPI description of a body, for `openapi_extra`."""
     # Several bodies have parts of one name that are not alike.
     prefix = f"{model.__name__}."
     schema = model.model_json_schema(ref_template=f"#/components/schemas/{prefix}{{model}}")

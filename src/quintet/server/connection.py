@@ -1,4 +1,4 @@
-"""The client at the other end: when it goes, what was done for it ends."""
+"""Detects disconnected and slow clients."""
 
 import asyncio
 from collections.abc import Coroutine
@@ -11,21 +11,21 @@ Result = TypeVar("Result")
 
 
 class ClientGoneError(Exception):
-    """Nobody waits for the answer any more."""
+    """The client disconnected."""
 
 
 class SlowReaderError(ClientGoneError):
-    """Whoever waits for the answer does not take it."""
+    """The client does not read the answer."""
 
 
 async def gone(receive: Receive) -> None:
-    """Return when the client has gone; the body of its request has to have been read."""
+    """Return when the client has disconnected; call it after reading the body."""
     while (await receive())["type"] != "http.disconnect":
         pass
 
 
 async def until_gone(request: Request, work: Coroutine[Any, Any, Result]) -> Result:
-    """Return what a piece of work comes to; cancel it when the client goes.
+    """Await a task; cancel it if the client disconnects.
 
     Raises:
         ClientGoneError: the client went first.
@@ -42,7 +42,7 @@ async def until_gone(request: Request, work: Coroutine[Any, Any, Result]) -> Res
 
 
 async def cancelled(*tasks: "asyncio.Future[Any]") -> None:
-    """Cancel tasks, and return when they have ended."""
+    """Cancel tasks and wait for them."""
     for task in tasks:
         task.cancel()
     await asyncio.gather(*tasks, return_exceptions=True)

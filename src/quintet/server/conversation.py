@@ -1,4 +1,4 @@
-"""A conversation to the ids a model goes on from, and to where the next turn will go on.
+"""Renders conversations to token ids.
 
 Nothing that a client says becomes a control token: only the template's own do.
 """
@@ -39,7 +39,7 @@ SLICE = 4
 
 @dataclass(frozen=True, slots=True)
 class Prompt:
-    """What a model goes on from.
+    """The ids of a prompt, and where later turns branch.
 
     Attributes:
         ids: the tokens.
@@ -56,7 +56,7 @@ class Prompt:
 
 
 def render(tokenizer: PreTrainedTokenizer, conversation: Conversation, context: int) -> Prompt:
-    """Write a conversation down for a model with a context of so many tokens.
+    """Render a conversation for a context of this many tokens.
 
     Raises:
         ChatTemplateError: there is no template, or it refuses the conversation.
@@ -100,7 +100,7 @@ def render(tokenizer: PreTrainedTokenizer, conversation: Conversation, context: 
 
 
 def too_long(tokenizer: PreTrainedTokenizer, text: str, context: int) -> None:
-    """Refuse a text that is longer than the context, without reading much more than fits.
+    """Refuse a text that exceeds the context, without tokenising all of it.
 
     Raises:
         ContextLengthError: it is.
@@ -126,7 +126,7 @@ def too_long(tokenizer: PreTrainedTokenizer, text: str, context: int) -> None:
 def _arguments(
     template: str, used: frozenset[str], conversation: Conversation
 ) -> tuple[dict[str, Any], tuple[str, ...]]:
-    """Return what else the template is to see, and what it does not look at."""
+    """Return the template's arguments, and those it ignores."""
     kwargs, warnings = {}, []
     if len(conversation.template_kwargs) > MOST_KWARGS:
         raise InputError(
@@ -166,7 +166,7 @@ def _word(name: str) -> str:
 
 
 def _message(message: Mapping[str, Any], template: str) -> dict[str, Any]:
-    """Return a message as the template reads it."""
+    """Convert a message for the template."""
     one = {**message, "content": message.get("content")}
     content = one["content"]
     thinks = THINK in template or END_THINK in template
@@ -184,7 +184,7 @@ def _message(message: Mapping[str, Any], template: str) -> dict[str, Any]:
 
 
 def _beginning(messages: list[dict[str, Any]], tools: Any) -> list[dict[str, Any]]:
-    """Return a conversation that begins alike and in which nothing was asked; [] if not worth it.
+    """Return a shared beginning of a conversation (system prompt and tools), or [].
 
     It has the system prompt and the tools, which others begin with, too.
     """
@@ -194,7 +194,7 @@ def _beginning(messages: list[dict[str, Any]], tools: Any) -> list[dict[str, Any
 
 
 def _common(ids: tuple[int, ...], others: tuple[int, ...]) -> int:
-    """Return how many tokens two texts begin with alike."""
+    """Return the length of the common prefix of two texts."""
     length = 0
     for one, other in zip(ids, others, strict=False):
         if one != other:
@@ -204,7 +204,7 @@ def _common(ids: tuple[int, ...], others: tuple[int, ...]) -> int:
 
 
 def _before(tokenizer: PreTrainedTokenizer, ids: tuple[int, ...], text: str, before: str) -> int:
-    """Return how many tokens stand before what asks for an answer; 0 if that is not to be told."""
+    """Return the number of tokens before the generation prompt; 0 if unknown."""
     if text == before:
         # Nothing asks: behind the result of a tool, some models go on at once.
         return len(ids) - 1

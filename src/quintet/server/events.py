@@ -1,4 +1,4 @@
-"""An answer in pieces: server-sent events, alive while nothing comes, never without bound."""
+"""Server-sent events with keep-alives and bounded buffers."""
 
 import asyncio
 import json
@@ -34,7 +34,7 @@ class ServerEvent:
     event: str | None = None
 
     def encode(self) -> bytes:
-        """Return it as it is sent."""
+        """Return the wire format."""
         name = "" if self.event is None else f"event: {self.event}\n"
         lines = "".join(f"data: {line}\n" for line in self.data.split("\n"))
         return f"{name}{lines}\n".encode()
@@ -44,7 +44,7 @@ DONE = ServerEvent("[DONE]")
 
 
 class EventStream(Response):
-    """Sends events as they come; when the client goes, or is too slow, their source is closed.
+    """Streams events; closes their source when the client goes or is too slow.
 
     An error before the first event is answered as one; a later one is the last event.
 
@@ -80,7 +80,7 @@ class EventStream(Response):
         self._over = False
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Send all of it.
+        """Send the stream.
 
         Raises:
             ClientGoneError: the client went.
@@ -152,7 +152,7 @@ class EventStream(Response):
         await send({"type": "http.response.body", "body": last})
 
     async def _something(self, seconds: float) -> bool:
-        """Wait for something to send, or the end, so long; tell if there is."""
+        """Wait for an event or the end; return whether there is one."""
         try:
             async with asyncio.timeout(seconds):
                 await self._news.wait()

@@ -1,4 +1,4 @@
-"""What went wrong, as OpenAI's clients read it: one shape, bounded, without anybody's text."""
+"""Error responses in OpenAI's format."""
 
 import json
 import math
@@ -29,7 +29,7 @@ RETRY_AFTER = 1
 
 @dataclass(eq=False)
 class ApiError(Exception):
-    """An answer that is an error.
+    """An error response.
 
     Attributes:
         status: of HTTP.
@@ -51,7 +51,7 @@ class ApiError(Exception):
         super().__init__(self.status, self.code)
 
     def body(self) -> dict[str, Any]:
-        """Return what is sent, in OpenAI's shape."""
+        """Return the body in OpenAI's format."""
         return {
             "error": {
                 "message": bounded(self.message),
@@ -67,18 +67,18 @@ ErrorBody = Callable[[ApiError], dict[str, Any]]
 
 
 def invalid(message: str, param: str | None = None, code: str | None = "invalid_value") -> ApiError:
-    """Return the error of a request that breaks a rule."""
+    """Return the error of an invalid request."""
     return ApiError(400, message, code=code, param=param)
 
 
 def bounded(text: str, most: int = LONGEST) -> str:
-    """Return a text that is not longer, and that is UTF-8 whatever is in it."""
+    """Shorten a text, and make it valid UTF-8."""
     text = text.encode("utf-8", "replace").decode("utf-8")
     return text if len(text) <= most else f"{text[: most - 1]}…"
 
 
 def error_response(error: ApiError, write: ErrorBody = ApiError.body) -> Response:
-    """Return the answer that tells of an error."""
+    """Return the response for an error."""
     return Response(
         json.dumps(write(error), ensure_ascii=False).encode(),
         error.status,
@@ -88,7 +88,7 @@ def error_response(error: ApiError, write: ErrorBody = ApiError.body) -> Respons
 
 
 def error_of(error: BaseException) -> ApiError | None:
-    """Return what a caller is told of an error that was raised on purpose; None for any other.
+    """Convert an exception to an error response; None for unexpected ones.
 
     What is wrong with a request is told in its words; what is wrong with this server is not.
     """
@@ -131,7 +131,7 @@ def error_of(error: BaseException) -> ApiError | None:
 
 
 def unavailable(message: str, code: str, seconds: float = RETRY_AFTER) -> ApiError:
-    """Return the error of a request that may succeed a little later."""
+    """Return the error of a temporary condition."""
     return ApiError(
         503,
         message,
@@ -142,7 +142,7 @@ def unavailable(message: str, code: str, seconds: float = RETRY_AFTER) -> ApiErr
 
 
 def internal(request_id: str) -> ApiError:
-    """Return the error of what should not have happened, which tells how to find it in the log."""
+    """Return the error for an unexpected exception, with the id of its log entry."""
     return ApiError(
         500,
         f"something went wrong here; the log has it as request {request_id}",

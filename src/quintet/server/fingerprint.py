@@ -1,4 +1,4 @@
-"""What tells weights and formats apart that answer differently."""
+"""A fingerprint of model, weights and formats."""
 
 import hashlib
 
@@ -12,7 +12,7 @@ SAMPLES = 16
 
 
 def fingerprint(model: PreTrainedModel, bits: int | None = None) -> str:
-    """Return a name for how a model answers: version, weights, their format, bits of the cache.
+    """Return a name for what determines answers: version, weights, formats, cache bits.
 
     It is the same in every process that holds the same model in the same way.
     """

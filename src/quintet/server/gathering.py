@@ -1,4 +1,4 @@
-"""Several streams as one, such that none outlives the others' failure or their reader."""
+"""Merges several streams; if one fails or the reader leaves, all end."""
 
 import asyncio
 from collections.abc import AsyncGenerator, Sequence
@@ -11,7 +11,7 @@ T = TypeVar("T")
 
 
 class Gathering(Generic[T]):
-    """What several streams yield, as it comes; to be closed by whoever made it.
+    """Merges several streams; the creator must close it.
 
     Args:
         streams: where it comes from.
@@ -25,7 +25,7 @@ class Gathering(Generic[T]):
         self._tasks = [asyncio.ensure_future(self._read(stream)) for stream in streams]
 
     async def next(self) -> T | None:
-        """Return what comes next; None when all streams have ended.
+        """Return the next item, or None at the end.
 
         Raises:
             Exception: what one of them raised.
@@ -40,7 +40,7 @@ class Gathering(Generic[T]):
         return None
 
     async def settled(self, seconds: float) -> None:
-        """Return when anything came, or so much later.
+        """Wait for an item or a timeout.
 
         Raises:
             Exception: that is what came.
@@ -73,7 +73,7 @@ class Gathering(Generic[T]):
 
 
 async def merged(streams: Sequence[AsyncGenerator[T, None]], width: int) -> AsyncGenerator[T, None]:
-    """Yield what comes of several streams, of so many at once; all end when one fails.
+    """Merge streams, a limited number at once; all end when one fails.
 
     Raises:
         Exception: what one of them raised.

@@ -1,4 +1,4 @@
-"""The outermost layer: every request has an id, an end that is logged, and errors of one shape."""
+"""The outermost layer: request ids, access log, uniform errors."""
 
 import asyncio
 import re
@@ -19,7 +19,7 @@ REQUEST_ID = re.compile(r"[A-Za-z0-9._:/=+-]{1,128}")
 
 
 class Intake:
-    """Takes a request in and sees to its end, whatever happens between.
+    """Handles a request from arrival to end.
 
     Args:
         app: what answers.
@@ -84,7 +84,7 @@ class Intake:
 
 
 async def _abort(scope: Scope) -> None:
-    """Cut the connection, without waiting for who does not read."""
+    """Abort the connection."""
     abort = scope["state"].get("abort")
     if abort is not None:
         abort()

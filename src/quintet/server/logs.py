@@ -1,4 +1,4 @@
-"""What a server says about itself: lines for people or for programs, never anybody's text."""
+"""Logging of the server, without anybody's text."""
 
 import json
 import logging
@@ -18,7 +18,7 @@ OTHERS = ("quintet", "uvicorn.error", "asyncio", "py.warnings")
 
 
 def set_up(form: LogFormat, stream: TextIO | None = None) -> bool:
-    """Have everything logged to a stream, standard error, and tell if it is as JSON.
+    """Configure logging to a stream; return whether it is JSON.
 
     "auto" is text at a terminal and JSON otherwise.
     """
@@ -37,12 +37,12 @@ def set_up(form: LogFormat, stream: TextIO | None = None) -> bool:
 
 
 def logged(what: str, facts: Mapping[str, object] | None = None, level: int = logging.INFO) -> None:
-    """Log a line, with facts that are numbers or names."""
+    """Log a line with facts."""
     LOG.log(level, what, extra={"facts": dict(facts or {})})
 
 
 def report(error: BaseException, request_id: str) -> None:
-    """Log an error that should not have happened: where it was, not what it says.
+    """Log an unexpected error by location, not message.
 
     Messages of errors may hold what somebody sent.
     """
@@ -54,7 +54,7 @@ def report(error: BaseException, request_id: str) -> None:
 
 
 def told_of(error: BaseException, request_id: str) -> ApiError:
-    """Return what a caller is told of an error; one that should not have happened is logged."""
+    """Return the error response of an exception, logging unexpected ones."""
     told = error_of(error)
     if told is None:
         report(error, request_id)
@@ -68,7 +68,7 @@ def _places(error: BaseException) -> list[str]:
 
 
 class _Formatter(logging.Formatter):
-    """Collects what a record says, without the messages of errors."""
+    """Collects a record's fields, without error messages."""
 
     def said(self, record: logging.LogRecord) -> dict[str, object]:
         facts: dict[str, object] = dict(vars(record).get("facts", {}))

@@ -1,4 +1,4 @@
-"""What Prometheus asks for: engines as of their last step, and requests as they ended."""
+"""Prometheus metrics of engines and requests."""
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
 
@@ -104,7 +104,7 @@ HISTOGRAMS: tuple[tuple[str, str, Callable[[Snapshot], Distribution]], ...] = (
 
 
 class Metrics:
-    """Counts what becomes of requests, and shows that and what engines count.
+    """Counts requests, and exposes these and the engines' counters.
 
     No label holds what a request says: routes are templates, codes and reasons a few words of ours,
     models the names that they are served under.
@@ -142,7 +142,7 @@ class Metrics:
     def answered(
         self, route: str, method: str, status: int, seconds: float, code: str | None
     ) -> None:
-        """Count a request that has ended."""
+        """Count a finished request."""
         method = method if method in METHODS else "other"
         self._requests.labels(route, method, str(status)).inc()
         self._seconds.labels(route).observe(seconds)
@@ -150,13 +150,13 @@ class Metrics:
             self._errors.labels(code).inc()
 
     def exposition(self, accept: str) -> tuple[bytes, str]:
-        """Return all of it in a format that a scraper accepts, and the type of its content."""
+        """Return all metrics in an accepted format, and its content type."""
         encoder, kind = prometheus_client.exposition.choose_encoder(accept)
         return encoder(self._registry), kind
 
 
 class _Server(Collector):
-    """What a server is at."""
+    """Gauges of the server."""
 
     def __init__(self, service: Service) -> None:
         self._service = service
@@ -175,7 +175,7 @@ class _Server(Collector):
 
 
 class _Engines(Collector):
-    """What engines count, each under the name of its model."""
+    """The engines' counters, labelled by model."""
 
     def __init__(self, service: Service) -> None:
         self._service = service
@@ -229,7 +229,7 @@ def _whole(snapshot: Snapshot) -> Mapping[str, float]:
 
 
 def _add(family: HistogramMetricFamily, labels: list[str], one: Distribution) -> None:
-    """Add a distribution, whose classes here include all below them."""
+    """Add a histogram with cumulative buckets."""
     buckets, so_far = [], 0
     for bound, count in zip((*one.bounds, float("inf")), one.counts, strict=True):
         so_far += count

@@ -1,4 +1,4 @@
-"""A connection of HTTP/1.1 that does not wait for ever: for heads, for readers, for its end."""
+"""HTTP/1.1 connections with time limits."""
 
 import asyncio
 import json
@@ -19,12 +19,12 @@ from quintet.server.settings import Settings
 
 
 def connections(settings: Settings) -> type[asyncio.Protocol]:
-    """Return what makes connections that keep to the settings, for uvicorn's `http`."""
+    """Return uvicorn's `http` protocol class for these settings."""
     return cast("type[asyncio.Protocol]", partial(_Connection, settings))
 
 
 class _Connection(H11Protocol):
-    """A connection of uvicorn with bounds in time.
+    """A uvicorn connection with time limits.
 
     The head of a request has to be there in time, or the connection is closed. A reader that takes
     nothing for long is cut off, as is one that does not take the last of an answer. Routes can cut
@@ -75,7 +75,7 @@ class _Connection(H11Protocol):
         self._watch_reader()
 
     def send_400_response(self, msg: str) -> None:
-        """Answer what is no HTTP, in the shape of all errors, and close."""
+        """Answer malformed HTTP in the uniform error format, and close."""
         if self.cycle is not None and not self.cycle.response_complete:
             # Whoever answers the request before finds that its client has gone.
             self.cycle.disconnected = True
@@ -119,7 +119,7 @@ class _Connection(H11Protocol):
             self._unsent.start()
 
     def _check_reader(self) -> None:
-        """Cut a reader off who took nothing since; go on to watch one who took some."""
+        """Abort if the reader took nothing since; else keep watching."""
         if self.transport.get_write_buffer_size() < self._left:
             self._watch_reader()
         else:
@@ -137,7 +137,7 @@ class _Connection(H11Protocol):
 
 
 class _Alarm:
-    """Calls something a while after it was started, unless it was stopped."""
+    """A restartable timer."""
 
     def __init__(
         self, loop: asyncio.AbstractEventLoop, seconds: float, then: Callable[[], None]
@@ -146,12 +146,12 @@ class _Alarm:
         self._handle: asyncio.TimerHandle | None = None
 
     def start(self) -> None:
-        """Begin to wait, unless it does."""
+        """Start the timer unless it runs."""
         if self._handle is None:
             self._handle = self._loop.call_later(self._seconds, self._ring)
 
     def stop(self) -> None:
-        """Do not call it."""
+        """Stop the timer."""
         if self._handle is not None:
             self._handle.cancel()
             self._handle = None

@@ -1,4 +1,4 @@
-"""A server as a process: listens, drains when told to end, ends with a code."""
+"""The server process: listens, drains on a signal, exits with a code."""
 
 import asyncio
 import logging
@@ -28,7 +28,7 @@ LAST_WORDS = 2.0
 
 
 def listen(settings: Settings) -> socket.socket:
-    """Return a socket at the address of the settings; others cannot have it from then on.
+    """Return a listening socket for the settings.
 
     Raises:
         InputError: it is in use, or none of this machine's.
@@ -58,7 +58,7 @@ def listen(settings: Settings) -> socket.socket:
 
 
 def serve(service: Service, sock: socket.socket) -> int:
-    """Answer until told to end, and return the code to end with.
+    """Serve until told to stop; return the exit code.
 
     0 after SIGTERM, 130 after Ctrl-C, 128 and the signal's number where a second one came; 1 where
     a model failed for good, or did not come back from a step.
@@ -76,7 +76,7 @@ def serve(service: Service, sock: socket.socket) -> int:
 
 
 class HttpServer(uvicorn.Server):
-    """Answers until it is told to end.
+    """A uvicorn server that drains on the first signal and stops on the second.
 
     The first signal: it takes no new requests and ends when those under way have finished, or
     their time is over. The second: it ends.
@@ -110,7 +110,7 @@ class HttpServer(uvicorn.Server):
         self._parted = False
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
-        """Drain; end at once when told again."""
+        """Drain on the first signal, stop on the second."""
         if self._parted:
             # It ends, and what started all processes tells it to, too, as one of them failed.
             return
@@ -123,7 +123,7 @@ class HttpServer(uvicorn.Server):
         self.service.draining = True
 
     async def on_tick(self, counter: int) -> bool:
-        """Tell, ten times a second, if it is time to end."""
+        """Return, ten times a second, whether to stop."""
         over = await super().on_tick(counter)
         lost = self.service.registry.parted
         if lost is not None and not self._parted:
@@ -148,7 +148,7 @@ class HttpServer(uvicorn.Server):
         return over
 
     def _end_within(self, seconds: float) -> None:
-        """End the process after so long: neither a forward nor a library may hold it."""
+        """Exit after a timeout, whatever still runs."""
         timer = threading.Timer(seconds, lambda: os._exit(self.code))
         timer.daemon = True
         timer.start()

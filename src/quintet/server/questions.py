@@ -1,4 +1,4 @@
-"""One question to a model, in no protocol's words, and what is heard of its answers."""
+"""Protocol-independent questions, and the events of their answers."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -10,7 +10,7 @@ from quintet.server.sampling import Sampling
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Conversation:
-    """What was said so far.
+    """The messages so far.
 
     Attributes:
         messages: as chat templates know them: role, content (a string or None), tool_calls,
@@ -30,7 +30,7 @@ class Conversation:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Ask:
-    """A question.
+    """A question to a model.
 
     Attributes:
         prompt: a conversation, or ids, whose continuation is all content.
@@ -72,7 +72,7 @@ class Ask:
 
 @dataclass(frozen=True, slots=True)
 class TokenScore:
-    """How likely a token was: float32 of the raw logits.
+    """The log-probability of a token under the raw logits.
 
     Attributes:
         id: of the token.
@@ -91,7 +91,7 @@ class TokenScore:
 
 @dataclass(frozen=True, slots=True)
 class Tokens:
-    """How many tokens it took.
+    """Token counts.
 
     Attributes:
         prompt: of the prompt, which all answers share.
@@ -108,7 +108,7 @@ class Tokens:
 
 @dataclass(frozen=True, slots=True)
 class Start:
-    """The question was understood and waits for its answers; heard first, once, with index 0.
+    """The question was accepted; the first event, index 0.
 
     Attributes:
         prompt: how many tokens it has.
@@ -121,12 +121,12 @@ class Start:
 
 @dataclass(frozen=True, slots=True)
 class Prompted:
-    """The prompt was read; heard where its scores were asked for, which come with it."""
+    """The prompt was read; sent if its scores were requested."""
 
 
 @dataclass(frozen=True, slots=True)
 class Finish:
-    """An answer is complete; the last that is heard of it.
+    """An answer is complete; its last event.
 
     Attributes:
         reason: "stop", "length" or "tool_calls".
@@ -141,7 +141,7 @@ class Finish:
 
 @dataclass(frozen=True, slots=True)
 class Heard:
-    """Something of an answer.
+    """An event of an answer.
 
     Attributes:
         index: of which, from 0.

@@ -1,4 +1,4 @@
-"""Which models are served under which names, each by an engine of its own."""
+"""The registry of served models, each with its engine."""
 
 import asyncio
 import logging
@@ -17,7 +17,7 @@ from quintet.tokenization import PreTrainedTokenizer
 
 @dataclass(frozen=True, slots=True)
 class Loaded:
-    """A model that answers.
+    """A loaded model.
 
     Attributes:
         engine: generates.
@@ -41,7 +41,7 @@ class Loaded:
 
 @dataclass(frozen=True, slots=True)
 class Served:
-    """What a request that names a model gets.
+    """What a request for a model gets.
 
     Attributes:
         name: as the request has it.
@@ -66,7 +66,7 @@ class Served:
     calls: Format | None = None
 
     def admit(self) -> None:
-        """Refuse early, before work is done for a request that would not be let in.
+        """Refuse a request early if it would not be admitted.
 
         Raises:
             ApiError: as many wait as may.
@@ -77,7 +77,7 @@ class Served:
 
 @dataclass(frozen=True, slots=True)
 class Listed:
-    """What the list of models says of one.
+    """A model's entry in the list of models.
 
     Attributes:
         name: of the model, or of an adapter.
@@ -95,7 +95,7 @@ class Listed:
 
 
 class Offer:
-    """A model under a name, in memory or to be brought there.
+    """A model under a name, loaded or not.
 
     Args:
         name: what requests call it.
@@ -140,7 +140,7 @@ class Registry:
             raise InputError("there is no model to serve; name one")
 
     async def get(self, name: str) -> Served:
-        """Return the model or adapter of a name, brought into memory if it was not.
+        """Return the model or adapter of a name, loading it if needed.
 
         Raises:
             ApiError: no such model (404), or it could not be brought back (500, 503).
@@ -161,11 +161,11 @@ class Registry:
         )
 
     def listed(self) -> list[Listed]:
-        """Return all names, models first, in the order they were given."""
+        """Return all names, models first, in the given order."""
         return [self.describe(name) for name in self._names]
 
     def describe(self, name: str) -> Listed:
-        """Return what the list says of a name.
+        """Return a name's entry in the list.
 
         Raises:
             ApiError: no such model (404).
@@ -175,7 +175,7 @@ class Registry:
         return Listed(name, self.created, offer.context, parent, offer.loaded is not None)
 
     async def unload(self, name: str) -> None:
-        """Free the memory of a model that nobody uses; the next request brings it back.
+        """Unload an idle model; the next request loads it again.
 
         Raises:
             ApiError: no such model (404), or it is at work (409).
@@ -197,19 +197,19 @@ class Registry:
 
     @property
     def engines(self) -> dict[str, Engine]:
-        """The engines there are now, by the names of their models."""
+        """The present engines by model name."""
         return {
             offer.name: offer.loaded.engine for offer in self.offers if offer.loaded is not None
         }
 
     @property
     def healthy(self) -> bool:
-        """Whether every engine answers."""
+        """Whether every engine is healthy."""
         return all(engine.healthy for engine in self.engines.values())
 
     @property
     def parted(self) -> RankFailedError | None:
-        """Which process failed, of those that hold a model; None while all are there."""
+        """The failed process of a sharded model, or None."""
         stopped = (engine.stopped for engine in self.engines.values())
         causes = (None if why is None else why.__cause__ for why in stopped)
         return next((one for one in causes if isinstance(one, RankFailedError)), None)

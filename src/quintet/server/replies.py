@@ -1,4 +1,4 @@
-"""How a reply begins, whatever its protocol."""
+"""Common beginnings of replies."""
 
 from collections.abc import AsyncGenerator, Mapping
 from typing import Any
@@ -12,7 +12,7 @@ from quintet.server.questions import Heard, Start
 
 
 async def begun(request: Request, heard: AsyncGenerator[Heard, None]) -> Start:
-    """Return what is heard first, once a question is taken; errors until then are the reply.
+    """Await the first event; earlier errors become the reply.
 
     Raises:
         ClientGoneError: the client went before.
@@ -28,6 +28,6 @@ async def _first(heard: AsyncGenerator[Heard, None]) -> Heard:
 
 
 def json_reply(reply: Mapping[str, Any], headers: Mapping[str, str] | None = None) -> Response:
-    """Return a reply that is JSON, whatever numbers are in it: those it cannot have are null."""
+    """Return a JSON reply; non-finite numbers become null."""
     data = to_json(reply, inf_nan_mode="null")
     return Response(data, headers=headers, media_type="application/json")

@@ -1,4 +1,4 @@
-"""How the tokens of an answer are to be chosen, as a request may say it."""
+"""Sampling parameters of requests."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -16,7 +16,7 @@ COLDEST = 1e-5
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Sampling:
-    """What a request says of how tokens are chosen; None leaves it to the model's own config.
+    """Sampling parameters; None leaves them to the model's config.
 
     Attributes:
         temperature: 0, or next to it, takes the likeliest token always.
@@ -50,7 +50,7 @@ class Sampling:
 
 
 def options_of(sampling: Sampling, model: Served, index: int) -> dict[str, Any]:
-    """Return the options of an engine for one of several answers.
+    """Return the engine options for one of several answers.
 
     Args:
         sampling: what the request says.

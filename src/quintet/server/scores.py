@@ -1,4 +1,4 @@
-"""How likely tokens were, with the text and the bytes that stand for each."""
+"""Log-probabilities of tokens with their text and bytes."""
 
 from collections import deque
 from collections.abc import Callable
@@ -12,7 +12,7 @@ from quintet.tokenization.decoding import decoder_steps
 
 
 class Spelling:
-    """Writes single tokens of a tokenizer.
+    """Spells single tokens of a tokenizer.
 
     Args:
         tokenizer: whose tokens these are.
@@ -25,7 +25,7 @@ class Spelling:
         self._bytes: Callable[[str], bytes] = token_bytes if kinds == ["ByteLevel"] else _written
 
     def raw(self, token: int) -> bytes:
-        """Return the bytes of a token; b"" for an id that has none."""
+        """Return a token's bytes; b"" if it has none."""
         if token in self._added:
             return self._added[token].content.encode("utf-8", "replace")
         try:
@@ -35,12 +35,12 @@ class Spelling:
         return b"" if spelt is None else self._bytes(spelt)
 
     def score(self, one: TokenLogprobs) -> TokenScore:
-        """Return how likely a token was, with what it and the likeliest are."""
+        """Return a token's score with alternatives, spelled."""
         top = tuple(self._one(token, logprob) for token, logprob in one.top)
         return self._one(one.id, one.logprob, top)
 
     def first(self, token: int) -> TokenScore:
-        """Return the first token of a prompt, which nothing predicts."""
+        """Return the first prompt token, which has no score."""
         return self._one(token, None)
 
     def _one(
@@ -51,17 +51,17 @@ class Spelling:
 
 
 class Pending:
-    """Scores of tokens whose text has not been heard yet."""
+    """Scores of tokens whose text is not final yet."""
 
     def __init__(self) -> None:
         self._held: deque[tuple[int, TokenScore]] = deque()
 
     def add(self, length: int, score: TokenScore) -> None:
-        """Take the score of a token by which so many characters became certain."""
+        """Add the score of a token that finalised this many characters."""
         self._held.append((length, score))
 
     def take(self, length: int) -> tuple[TokenScore, ...]:
-        """Return the scores of what a text of this length was written in, the last of all.
+        """Return the scores of the last `length` characters.
 
         What was before it was heard by nobody, as the marker between a thought and an answer.
         """
@@ -74,14 +74,14 @@ class Pending:
         return tuple(taken)
 
     def rest(self) -> tuple[TokenScore, ...]:
-        """Return all that is left: of tokens without text, as one that ends an answer."""
+        """Return all remaining scores."""
         taken = tuple(score for _, score in self._held)
         self._held.clear()
         return taken
 
 
 def _written(spelt: str) -> bytes:
-    """Return the bytes of a token that is written as text, or as one byte."""
+    """Return the bytes of a token."""
     if len(spelt) == 6 and spelt.startswith("<0x") and spelt.endswith(">"):
         return bytes([int(spelt[3:5], 16)])
     return spelt.replace("▁", " ").encode("utf-8", "replace")

@@ -1,4 +1,4 @@
-"""Who may ask: names of hosts, origins of pages, keys; closed unless told otherwise."""
+"""Access control: host names, origins, API keys."""
 
 import hashlib
 import hmac
@@ -23,7 +23,7 @@ PAGE = "/"
 
 
 class Keys:
-    """The keys that open a server, which it does not keep.
+    """The API keys, stored as digests.
 
     Args:
         keys: any of them opens it; none, and everybody may ask.
@@ -35,11 +35,11 @@ class Keys:
         self._known = tuple(self._digest(key.encode()) for key in keys)
 
     def __bool__(self) -> bool:
-        """Tell if a key is needed."""
+        """Return whether a key is required."""
         return bool(self._known)
 
     def holder(self, key: bytes) -> str | None:
-        """Return a name for who has a key, the same in every process; None for a wrong one.
+        """Return a stable name for a key's holder, or None for a wrong key.
 
         How long it takes does not depend on how much of a key is right, nor on which one it is.
         """
@@ -53,7 +53,7 @@ class Keys:
 
 
 class Gate:
-    """Lets requests through that may ask.
+    """Admits requests that are allowed.
 
     Args:
         app: what they are for.
@@ -113,7 +113,7 @@ class Gate:
 
 
 def check_path(scope: Scope) -> None:
-    """Refuse a path that one reader takes for another than the next.
+    """Refuse ambiguous paths.
 
     Raises:
         ApiError: no path from the root, or one that hides what it is.
@@ -127,7 +127,7 @@ def check_path(scope: Scope) -> None:
 
 
 def check_host(headers: Headers, settings: Settings) -> str:
-    """Return the host that a request is to, with its port.
+    """Return the requested host with port.
 
     Pages whose name was made to lead to this machine send their own name here.
 
@@ -151,7 +151,7 @@ def check_host(headers: Headers, settings: Settings) -> str:
 
 
 def check_origin(headers: Headers, host: str, settings: Settings) -> str | None:
-    """Return the origin of the page that asks, if it is another than this server's own.
+    """Return the requesting page's origin if it is a foreign one.
 
     Raises:
         ApiError: its scripts may not ask.
@@ -195,7 +195,7 @@ def _preflight(origin: str) -> Response:
 
 
 def _shared(send: Send, origin: str) -> Send:
-    """Say that scripts of a page may read the answer."""
+    """Add CORS headers."""
 
     async def sending(message: Message) -> None:
         if message["type"] == "http.response.start":

@@ -1,4 +1,4 @@
-"""What all routes share: the settings, the models, and whether new requests are taken."""
+"""The state shared by all routes."""
 
 from dataclasses import dataclass, field
 from typing import Protocol
@@ -10,12 +10,12 @@ from quintet.server.settings import Settings
 
 
 class Observer(Protocol):
-    """Is told what became of requests."""
+    """Interface for observers of requests."""
 
     def answered(
         self, route: str, method: str, status: int, seconds: float, code: str | None
     ) -> None:
-        """Take note that a request ended, with the code of an error where it did so by one.
+        """Called when a request ends, with the error code if it failed.
 
         499 is a client that went before, "client_gone", or did not read, "slow_reader".
         """
@@ -24,7 +24,7 @@ class Observer(Protocol):
 
 @dataclass(slots=True)
 class Service:
-    """A server as its routes see it; `request.app.state.server`.
+    """The server as its routes see it; `request.app.state.server`.
 
     Attributes:
         settings: what it was told.
@@ -44,28 +44,28 @@ class Service:
 
     @property
     def healthy(self) -> bool:
-        """Whether its models answer."""
+        """Whether all models are healthy."""
         return self.registry.healthy and not self.stuck
 
     @property
     def stuck(self) -> bool:
-        """Whether a model has not come back from a step for longer than one may take."""
+        """Whether a step takes longer than allowed."""
         longest = self.settings.step
         return any(engine.turning > longest for engine in self.registry.engines.values())
 
 
 def service_of(request: Request) -> Service:
-    """Return the service that a request is to."""
+    """Return a request's service."""
     service = request.app.state.server
     assert isinstance(service, Service)
     return service
 
 
 def request_id_of(request: Request) -> str:
-    """Return the id of a request."""
+    """Return a request's id."""
     return str(request.state.request_id)
 
 
 def caller_of(request: Request) -> str:
-    """Return whose request it is, told by the key: the scope of turns and of what is kept."""
+    """Return the caller, by key: the scope of fairness and prefix cache."""
     return str(request.state.caller)

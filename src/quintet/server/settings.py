@@ -1,4 +1,4 @@
-"""Everything a server is told: where it listens, whom it answers, and how much it takes on."""
+"""The settings of a server."""
 
 import ipaddress
 from collections.abc import Iterable
@@ -13,7 +13,7 @@ MIB = 1 << 20
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Settings:
-    """What bounds a server, beside the limits of its engines.
+    """The settings of a server, besides its engines' limits.
 
     Attributes:
         host: the address it listens at.
@@ -146,11 +146,11 @@ class Settings:
 
     @property
     def is_open(self) -> bool:
-        """Whether anybody may ask from another machine."""
+        """Whether other machines may ask without a key."""
         return not self.keys and not is_loopback(self.host)
 
     def check_address(self) -> None:
-        """Refuse to answer everybody on the network by mistake.
+        """Refuse to be open to the network by mistake.
 
         Raises:
             InputError: an address that others reach, and no key.
@@ -163,7 +163,7 @@ class Settings:
 
 
 def is_loopback(host: str) -> bool:
-    """Tell whether an address is this machine's own, which no other reaches."""
+    """Return whether an address is local."""
     if host == "localhost":
         return True
     try:
@@ -173,6 +173,6 @@ def is_loopback(host: str) -> bool:
 
 
 def as_keys(lines: Iterable[str]) -> tuple[str, ...]:
-    """Return the keys in a text of one a line; empty lines and those that begin with # are none."""
+    """Parse keys, one per line; empty lines and comments (#) are skipped."""
     stripped = (line.strip() for line in lines)
     return tuple(line for line in stripped if line and not line.startswith("#"))

@@ -1,4 +1,4 @@
-"""What form an answer has to have, as a processor of its logits; compiled once for a model."""
+"""Constrained decoding: compiles the form of an answer to a logits processor."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -21,7 +21,7 @@ from quintet.tokenization import PreTrainedTokenizer
 
 
 class Shapes:
-    """Makes processors for one model; from any thread.
+    """Makes constraint processors for one model; thread-safe.
 
     The tokenizer is read when this is made, not when a form is asked for first: llguidance holds
     all other threads for seconds meanwhile.
@@ -55,7 +55,7 @@ class Shapes:
         *,
         parallel: bool,
     ) -> GrammarProcessor | None:
-        """Return what holds an answer to its form; None where it may be anything.
+        """Return the processor for a form, or None.
 
         Args:
             form: `Ask.response_format`; of what is said instead of calls, where there are tools.

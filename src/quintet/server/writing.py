@@ -1,4 +1,4 @@
-"""Answers of protocols whose events put a whole together: written as it is heard."""
+"""Writers of answers for protocols with event streams."""
 
 import json
 from collections.abc import AsyncGenerator, Iterable, Mapping
@@ -13,25 +13,25 @@ Wire = dict[str, Any]
 
 
 class Writer(Protocol):
-    """Puts an answer together, and says by what events it is told of."""
+    """Builds an answer and its events."""
 
     def begin(self) -> list[Wire]:
-        """Return the events before anything is written."""
+        """Return the opening events."""
         ...
 
     def write(self, event: Event, scores: Iterable[TokenScore] = ()) -> list[Wire]:
-        """Take one thing the model does, with how likely the tokens of its text were."""
+        """Add one event of the model, with token scores."""
         ...
 
     def finish(self, finish: Finish) -> list[Wire]:
-        """Return the last events."""
+        """Return the closing events."""
         ...
 
 
 async def written(
     heard: AsyncGenerator[Heard, None], writer: Writer
 ) -> AsyncGenerator[ServerEvent, None]:
-    """Yield the events of an answer, by the names of their types."""
+    """Yield the events of an answer with their types."""
     for event in writer.begin():
         yield named(event)
     async with aclosing(heard):
@@ -41,14 +41,14 @@ async def written(
 
 
 async def finished(heard: AsyncGenerator[Heard, None], writer: Writer) -> None:
-    """Have a writer put a whole answer together."""
+    """Build a whole answer with a writer."""
     async with aclosing(heard):
         async for one in heard:
             _taken(one, writer)
 
 
 def named(event: Mapping[str, Any]) -> ServerEvent:
-    """Return an event as it is sent, by the name of its type."""
+    """Return an event named by its type."""
     data = json.dumps(event, ensure_ascii=False, separators=(",", ":"))
     return ServerEvent(data, event["type"])
 

@@ -1,4 +1,4 @@
-"""Many readers, one model: who takes part in which step, without a protocol around it."""
+"""A serving engine: many concurrent requests on one model, independent of protocols."""
 
 from quintet.generation.following import follow, leading
 from quintet.generation.observing import TokenLogprobs

@@ -1,4 +1,4 @@
-"""What readers get of a request."""
+"""Answers: pieces of text and usage that an engine returns."""
 
 from dataclasses import dataclass
 
@@ -7,7 +7,7 @@ from quintet.generation.observing import TokenLogprobs
 
 @dataclass(frozen=True, slots=True)
 class Usage:
-    """How many tokens a request took.
+    """The token counts of a request.
 
     Attributes:
         prompt: of the prompt.
@@ -26,7 +26,7 @@ class Usage:
 
 @dataclass(frozen=True, slots=True)
 class Answer:
-    """What was added to an answer.
+    """A piece of an answer.
 
     Attributes:
         ids: the tokens.

@@ -1,4 +1,4 @@
-"""A model that many ask at once: one thread generates, and answers go to whoever waits."""
+"""The serving engine: one thread generates, answers go to any number of readers."""
 
 import asyncio
 import queue
@@ -28,7 +28,7 @@ from quintet.tokenization import PreTrainedTokenizer
 
 
 class Engine:
-    """Generates for any number of readers, in a thread of its own that alone runs the model.
+    """Serves concurrent requests in one thread that runs the model.
 
     Each gets what `generate()` makes of the same prompt and options alone, whoever else is served.
     What was read of a prompt is kept for those that begin alike.
@@ -80,7 +80,7 @@ class Engine:
     async def generate(
         self, prompt: str | Sequence[int] | torch.Tensor, **options: Any
     ) -> AsyncGenerator[Answer, None]:
-        """Yield the answer to a prompt as it is made; to leave the loop is to cancel it.
+        """Yield the answer to a prompt asynchronously; leaving the loop cancels it.
 
         With `max_new_tokens=0` the prompt is read, and one empty answer says what there is to know
         of it.
@@ -110,7 +110,7 @@ class Engine:
     def answer(
         self, prompt: str | Sequence[int] | torch.Tensor, **options: Any
     ) -> Iterator[Answer]:
-        """Yield the answer to a prompt as it is made, to a thread that may wait.
+        """Yield the answer to a prompt synchronously.
 
         Arguments and errors are those of `generate`.
         """
@@ -132,7 +132,7 @@ class Engine:
         timeout: float | None = None,
         adapter_name: str | None = None,
     ) -> torch.Tensor:
-        """Return a vector (C,) of a text, in float32; to cancel the waiting is to stop it.
+        """Return the embedding (C,) of a text, in float32; cancelling the wait stops it.
 
         It is made of what the last layer makes of the text, behind the last norm, and is read in
         pieces between the steps of others.
@@ -172,45 +172,45 @@ class Engine:
 
     @property
     def model(self) -> Served:
-        """The model that answers; its forwards are the engine's thread's alone."""
+        """The served model; only the engine's thread may run it."""
         return self._engine.model
 
     @property
     def room(self) -> Room:
-        """What the model and its rows take."""
+        """The memory of model and rows."""
         return room_of(self.model, self.limits, self._runner.scheduler.cost)
 
     @property
     def state(self) -> Snapshot:
-        """How much is under way, waits and is kept, as of the last step."""
+        """What runs, waits and is cached, as of the last step."""
         return self._runner.state
 
     @property
     def full(self) -> bool:
-        """Whether one more request would be refused, as far as is known without asking."""
+        """Whether another request would be refused, as of the last step."""
         return self._runner.full
 
     @property
     def healthy(self) -> bool:
-        """Whether it answers: it was not closed, and has not failed for good."""
+        """Whether the engine is open and has not failed for good."""
         return self._runner.stopped is None and self._thread.is_alive()
 
     @property
     def turning(self) -> float:
-        """For how many seconds the same steps have been under way; 0 while nothing is asked."""
+        """Seconds since the present turn began; 0 while idle."""
         return self._runner.turning
 
     @property
     def stopped(self) -> Exception | None:
-        """Why it answers no more; None while it does."""
+        """The reason why the engine stopped, or None."""
         return self._runner.stopped
 
     def forget(self, scope: str | None = None) -> None:
-        """Forget what was read, of one scope or of all."""
+        """Clear the prefix cache, of one scope or all."""
         self._runner.forget(scope)
 
     def turn_away(self) -> None:
-        """Let those that have begun finish; who waits gets an `EngineStoppedError` now.
+        """Refuse waiting requests; running ones may finish.
 
         Those that come later are taken as ever: whoever will close it takes none any more.
         """
@@ -219,7 +219,7 @@ class Engine:
         )
 
     def close(self) -> None:
-        """Stop; who still waits gets an `EngineStoppedError`."""
+        """Stop the engine; open requests get an `EngineStoppedError`."""
         self._runner.stop(EngineStoppedError("the engine was closed; make another one"))
         if threading.current_thread() is not self._thread:
             self._thread.join()
@@ -246,7 +246,7 @@ class Engine:
         outlet: Outlet,
         observed: Observed | None = None,
     ) -> Iterator[None]:
-        """Let a request take part while inside."""
+        """Submit a request for the duration of the context."""
         request = self._request(prompt, options, reader, outlet, observed)
         self._runner.submit(request)
         try:
@@ -299,7 +299,7 @@ class Engine:
         )
 
     def _check_memory(self, prompt: int, room: int) -> None:
-        """Check that a request can be begun when nobody else has a row.
+        """Check that a request fits the memory when it runs alone.
 
         Raises:
             DoesNotFitError: it cannot.
@@ -316,7 +316,7 @@ class Engine:
 
 
 def _answer(one: Answer | Exception) -> Answer:
-    """Return what came, or raise it."""
+    """Return an answer, or raise an exception that came instead."""
     if isinstance(one, Exception):
         raise one
     return one

@@ -1,4 +1,4 @@
-"""What those are told whose steps failed, and whether the processes of a model are still there."""
+"""Errors of failed steps, and of lost processes."""
 
 from quintet.errors import (
     DisagreementError,
@@ -10,7 +10,7 @@ from quintet.parallel.faults import collective
 
 
 def no_memory(error: Exception) -> StepFailedError:
-    """Return what the request is told that gives way where a step had too little memory."""
+    """Return the error for a request that is dropped for lack of memory."""
     why = "there was not enough memory for a step, and this request was the first to give way"
     told = StepFailedError(f"{why}; come again, or serve fewer rows or tokens at once")
     # Without its frames, which hold what the step had made.
@@ -19,7 +19,7 @@ def no_memory(error: Exception) -> StepFailedError:
 
 
 def often(count: int, error: Exception) -> EngineStoppedError:
-    """Return what ends an engine of which so many forwards failed in a row."""
+    """Return the error that stops an engine after repeated failures."""
     return EngineStoppedError(
         f"{count} forwards in a row failed, the last with {error!r}; look at its cause, and make "
         "another engine"
@@ -27,7 +27,7 @@ def often(count: int, error: Exception) -> EngineStoppedError:
 
 
 def parted(error: Exception) -> EngineStoppedError | None:
-    """Return what ends an engine whose model is no longer in all processes that held it.
+    """Return the error that stops an engine if processes of its model are lost, else None.
 
     None where an error is about something else. Its cause is a `RankFailedError` that says which
     process failed, or a `DisagreementError`.

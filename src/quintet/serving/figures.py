@@ -1,4 +1,4 @@
-"""What an engine has done so far, in numbers that can be read at any time."""
+"""Statistics of an engine, readable at any time."""
 
 from bisect import bisect_left
 from collections import Counter
@@ -21,7 +21,7 @@ TOKENS = tuple(float(1 << power) for power in range(18))
 
 @dataclass(frozen=True, slots=True)
 class Distribution:
-    """How often something took how many seconds, or had how many tokens.
+    """A histogram of seconds or tokens.
 
     Attributes:
         bounds: where one class ends and the next begins.
@@ -36,12 +36,12 @@ class Distribution:
 
     @property
     def count(self) -> int:
-        """How often it was."""
+        """The number of observations."""
         return sum(self.counts)
 
 
 class _Distributing:
-    """A distribution that grows."""
+    """A growing histogram."""
 
     __slots__ = ("_bounds", "_counts", "_frozen", "_total")
 
@@ -50,13 +50,13 @@ class _Distributing:
         self._frozen: Distribution | None = None
 
     def add(self, value: float) -> None:
-        """Count a number of seconds or tokens."""
+        """Add an observation."""
         self._counts[bisect_left(self._bounds, value)] += 1
         self._total += value
         self._frozen = None
 
     def frozen(self) -> Distribution:
-        """Return what it is by now."""
+        """Return the present histogram."""
         if self._frozen is None:
             self._frozen = Distribution(self._bounds, tuple(self._counts), self._total)
         return self._frozen
@@ -67,7 +67,7 @@ _NEVER = Distribution(WAITS, (0,) * (len(WAITS) + 1), 0.0)
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Snapshot:
-    """What an engine is at, as of its last step, and what it has done so far.
+    """An engine's state as of its last step, and its totals.
 
     Attributes:
         rows: how many requests can be under way at once.
@@ -139,7 +139,7 @@ class Snapshot:
 
 
 def kind_of(error: Exception) -> str:
-    """Return a word for what went wrong: one of few, whatever a caller's code raises."""
+    """Classify an error by one of a few words."""
     for kind, word in (
         (QueueFullError, "queue_full"),
         (DeadlineError, "deadline"),
@@ -153,7 +153,7 @@ def kind_of(error: Exception) -> str:
 
 
 class Figures:
-    """Counts what an engine does; the attributes are what `Snapshot` says of them."""
+    """Counters of an engine; the attributes are those of `Snapshot`."""
 
     def __init__(self) -> None:
         self.generated = self.queried = self.cached = self.read = 0
@@ -181,7 +181,7 @@ class Figures:
         self._step_seconds.setdefault(kind, _Distributing(STEPS)).add(seconds)
 
     def end(self, how: str | Exception) -> None:
-        """Count a request that has ended, or failed."""
+        """Count a finished or failed request."""
         if isinstance(how, Exception):
             self._failed[kind_of(how)] += 1
         else:
@@ -190,7 +190,7 @@ class Figures:
     def snapshot(
         self, *, rows: int, running: int, waiting: int, held: int, kept: int, evicted: int
     ) -> Snapshot:
-        """Return all of it, with what there is now."""
+        """Return all counters with the present state."""
         return Snapshot(
             rows=rows,
             running=running,

@@ -1,4 +1,4 @@
-"""How much a server does at once, and what it keeps."""
+"""The limits of a serving engine."""
 
 from dataclasses import dataclass
 
@@ -10,7 +10,7 @@ GRID = 64
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Limits:
-    """What bounds a serving engine.
+    """The limits of a serving engine.
 
     Attributes:
         rows: how many texts are generated at once.

@@ -1,4 +1,4 @@
-"""How much memory rows take, and how many there is room for."""
+"""Memory of rows, and how many fit."""
 
 from dataclasses import dataclass, replace
 from typing import cast
@@ -21,7 +21,7 @@ MOST_ROWS = 64
 
 @dataclass(frozen=True, slots=True)
 class Room:
-    """What a model and its rows take, to be told to whoever starts it.
+    """The memory of a model and its rows, for display.
 
     Attributes:
         weights: the bytes of the model's parameters and buffers, adapters included.
@@ -43,13 +43,13 @@ class Room:
 
     @property
     def whole(self) -> int:
-        """The bytes of all rows when each is full, or as many as they may hold."""
+        """The bytes of all full rows, at most the limit."""
         full = self.rows * Cost(self.row, self.token).of(self.capacity)
         return full if self.memory is None else min(full, self.memory)
 
     @property
     def tokens(self) -> int:
-        """How many tokens fit into the rows together."""
+        """The number of tokens that fit all rows together."""
         most = self.rows * self.capacity
         if self.memory is None or not self.token:
             return most
@@ -57,7 +57,7 @@ class Room:
 
 
 def room_of(model: Served, limits: Limits, cost: Cost | None = None) -> Room:
-    """Return what a model and the rows of some limits take, which cost what is given.
+    """Return the memory of a model with rows under these limits.
 
     Without a cost, they hold numbers as they are.
     """
@@ -76,7 +76,7 @@ def room_of(model: Served, limits: Limits, cost: Cost | None = None) -> Room:
 
 
 def cost_of(model: Served, nbits: int | None) -> Cost:
-    """Return what rows of a model hold, as one row of one token shows."""
+    """Measure a row's bytes by running one token."""
     rows = rows_of(model, 1, 1, nbits)
     row, token = rows.cache.bytes_of_rows()
     rows.end()
@@ -92,7 +92,7 @@ def limits_for(
     capacity: int | None = None,
     kept: int | None = None,
 ) -> Limits:
-    """Return limits that keep rows, and what was read before, within a number of bytes.
+    """Return limits whose rows and prefix cache fit a number of bytes.
 
     On a CPU, memory is taken as it is used: fewer rows than `rows` can be full at once where it is
     short; then those that came last give their row back, and go on later. A GPU's is taken at once,

@@ -1,4 +1,4 @@
-"""What can be said of a request beside the options of `generate()`."""
+"""Options of a request besides those of `generate()`."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
@@ -13,7 +13,7 @@ _ASKING = ("use_mtp", "prompt_lookup_num_tokens", "assistant_model")
 
 
 def check_speculation(speculate: str | None) -> None:
-    """Check a way of drafting.
+    """Check a drafting mode.
 
     Raises:
         InputError: there is no such way.
@@ -27,7 +27,7 @@ def check_speculation(speculate: str | None) -> None:
 def drafting(
     own: Speculation | None, given: Mapping[str, Any], default: Speculation
 ) -> dict[str, Any]:
-    """Return options of `generate()` that make a request draft as it says, or by default.
+    """Return the `generate()` options for a drafting mode.
 
     A request that says otherwise how it drafts, or draws by a generator of its own, which drafts
     would use in another way, has no default.
@@ -48,7 +48,7 @@ def drafting(
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RequestOptions:
-    """How a request is served; `Engine.generate` and `Engine.answer` take these by name.
+    """How to serve a request; keyword arguments of `Engine.generate` and `answer`.
 
     Attributes:
         scope: whose request it is. Scopes take turns, and only within one is gone on from what was
@@ -92,7 +92,7 @@ class RequestOptions:
 
     @classmethod
     def split(cls, options: Mapping[str, Any]) -> tuple[Self, dict[str, Any]]:
-        """Return those of some options that are meant here, and those of `generate()`."""
+        """Split options into these and those of `generate()`."""
         own = {field.name for field in fields(cls)}
         for name in ("streamer", "tokenizer"):
             if name in options:
@@ -104,7 +104,7 @@ class RequestOptions:
         return cls(**ours), {name: value for name, value in options.items() if name not in own}
 
     def stops(self, prompt: int) -> tuple[int, ...]:
-        """Return where a prompt of so many tokens is stable, in order.
+        """Return the stable lengths of a prompt, in order.
 
         Raises:
             InputError: not within it.

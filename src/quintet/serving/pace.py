@@ -1,4 +1,4 @@
-"""How many tokens of a prompt are read at once, so that the others' answers go on meanwhile."""
+"""Sizes of prefill pieces, so that decoding continues meanwhile."""
 
 from quintet.serving.limits import GRID, Limits
 
@@ -9,7 +9,7 @@ WEIGHT = 0.3
 
 
 class Pace:
-    """Sizes pieces by what steps and pieces took lately.
+    """Sizes prefill pieces by recent step times.
 
     Args:
         limits: the most tokens of a piece, and how long others may wait for a token.
@@ -21,16 +21,16 @@ class Pace:
         self._token: float | None = None
 
     def stepped(self, seconds: float) -> None:
-        """Take note of how long a step took."""
+        """Record the duration of a step."""
         self._step = _mean(self._step, seconds)
 
     def read(self, tokens: int, seconds: float) -> None:
-        """Take note of how long a piece took; one that is no whole one tells too little."""
+        """Record the duration of a whole piece."""
         if tokens >= GRID:
             self._token = _mean(self._token, seconds / tokens)
 
     def most(self, *, alone: bool) -> int:
-        """Return how many tokens to read at once, where nobody else has a step, or somebody has."""
+        """Return the maximum piece, with or without concurrent decoding."""
         most, target = self.limits.piece, self.limits.itl_target_ms
         if alone or target is None:
             return most
@@ -41,7 +41,7 @@ class Pace:
         return min(max(int(left / self._token) // GRID * GRID, GRID), most)
 
     def piece(self, start: int, left: int, stops: tuple[int, ...], *, alone: bool) -> int:
-        """Return how many tokens to read at once: to the grid, to a stop, or all that is left.
+        """Return the next piece: to the grid, to a stop, or the rest.
 
         Args:
             start: how many were read.

@@ -1,4 +1,4 @@
-"""What was read before, to be gone on from: a tree of copies, found by comparing tokens.
+"""The prefix cache: a tree of row contents, found by comparing tokens.
 
 A node holds what a row held of some tokens; its children go on from there. Keys and values can be
 cut anywhere, recurrent states not: with those, a text is gone on from where somebody kept a state.
@@ -13,7 +13,7 @@ from quintet.serving.limits import GRID
 
 
 class Content(Protocol):
-    """A copy of what a row holds of its tokens from one to another."""
+    """A copy of a row's content for a range of tokens."""
 
     @property
     def nbytes(self) -> int:
@@ -22,15 +22,15 @@ class Content(Protocol):
 
     @property
     def resumable(self) -> bool:
-        """Whether a row can go on behind the last of these tokens."""
+        """Whether a row can continue behind these tokens."""
         ...
 
     def split(self, at: int) -> tuple[Self, Self]:
-        """Return the content up to a token and from there on."""
+        """Split the content at a token."""
         ...
 
     def without_states(self) -> Self:
-        """Return the content without what only going on behind its last token needs."""
+        """Return the content without recurrent states."""
         ...
 
 
@@ -39,7 +39,7 @@ C = TypeVar("C", bound=Content)
 
 @dataclass(slots=True, eq=False)
 class _Node(Generic[C]):
-    """Some tokens behind others.
+    """A run of tokens behind its parent's.
 
     Attributes:
         start: how many tokens there are before.
@@ -61,18 +61,18 @@ class _Node(Generic[C]):
 
     @property
     def stop(self) -> int:
-        """How many tokens there are with its own."""
+        """The number of tokens including its own."""
         return self.start + len(self.ids)
 
     @property
     def whole(self) -> C:
-        """What a row held of the tokens."""
+        """The content of its tokens."""
         assert self.content is not None
         return self.content
 
 
 class PrefixCache(Generic[C]):
-    """Copies of what rows held, within a number of bytes; the ones used least lately go.
+    """Row contents within a number of bytes; least recently used ones are evicted.
 
     While several scopes have something here, one that has more than half is the first to lose.
 
@@ -100,7 +100,7 @@ class PrefixCache(Generic[C]):
         return sum(self._bytes.values())
 
     def usable(self, length: int, tokens: int) -> int:
-        """Return how much of the first `length` of a text's tokens can be gone on from.
+        """Return how many of the first `length` tokens can be reused.
 
         It is on the grid, with enough left to be run over.
         """
@@ -109,7 +109,7 @@ class PrefixCache(Generic[C]):
         return length - self.grid if 0 < tokens - length <= self.tail and length else length
 
     def match(self, scope: str, ids: Sequence[int], adapter: str = "") -> tuple[list[C], int, int]:
-        """Return what is kept of the beginning of a text to be gone on from.
+        """Return the cached content for the beginning of a text.
 
         At least one token is left to be run over.
 
@@ -128,7 +128,7 @@ class PrefixCache(Generic[C]):
         return contents, length, reached
 
     def length(self, scope: str, ids: Sequence[int], adapter: str = "") -> int:
-        """Return of how many tokens `match` would return something, which counts as no use."""
+        """Return the number of tokens `match` would reuse, without counting as a use."""
         return self._usable(scope, ids, adapter)[1]
 
     def keep(
@@ -138,7 +138,7 @@ class PrefixCache(Generic[C]):
         extract: Callable[[int, int], C],
         adapter: str = "",
     ) -> None:
-        """Keep what a row holds of a text.
+        """Store a row's content.
 
         Args:
             scope: who may go on from it.
@@ -170,7 +170,7 @@ class PrefixCache(Generic[C]):
         self._evict()
 
     def clear(self, scope: str | None = None) -> None:
-        """Forget all of a scope, or everything."""
+        """Clear a scope, or everything."""
         for one in [scope] if scope is not None else list(self._roots):
             self._roots.pop(one, None)
             self._bytes.pop(one, None)
@@ -180,7 +180,7 @@ class PrefixCache(Generic[C]):
     def _usable(
         self, scope: str, ids: Sequence[int], adapter: str
     ) -> tuple[list[_Node[C]], int, int]:
-        """Return the nodes to go on from, of how many tokens, and how many were found."""
+        """Return the nodes to reuse, their number of tokens, and the number found."""
         path, reached = self._walk(scope, ids[:-1], adapter)
         if self.divisible:
             length = self.usable(reached, len(ids))
@@ -190,7 +190,7 @@ class PrefixCache(Generic[C]):
         return path, path[-1].stop if path else 0, reached
 
     def _walk(self, scope: str, ids: Sequence[int], adapter: str) -> tuple[list[_Node[C]], int]:
-        """Return the nodes that a text runs through, and how many of its tokens they hold."""
+        """Return the nodes along a text, and how many of its tokens they hold."""
         node, path, reached = self._roots.get(scope, {}).get(adapter), [], 0
         while node is not None and reached < len(ids):
             node = node.children.get(ids[reached])
@@ -204,7 +204,7 @@ class PrefixCache(Generic[C]):
         return path, reached
 
     def _split(self, scope: str, node: _Node[C], at: int) -> _Node[C]:
-        """Cut a node in two, and return the first."""
+        """Split a node in two, and return the first."""
         assert node.parent is not None
         before, (head, tail) = node.whole.nbytes, node.whole.split(at)
         first = _Node(node.start, node.ids[: at - node.start], head, node.parent, used=node.used)
@@ -251,7 +251,7 @@ class PrefixCache(Generic[C]):
 
 
 def common(one: Sequence[int], other: Sequence[int]) -> int:
-    """Return how many tokens two texts begin with alike."""
+    """Return the length of the common prefix of two texts."""
     low, high = 0, min(len(one), len(other))
     if one[:high] == other[:high]:
         return high

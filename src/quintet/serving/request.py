@@ -1,4 +1,4 @@
-"""What was asked for once, and how its answer reaches whoever waits for it."""
+"""A request, and how its answer reaches the reader."""
 
 import asyncio
 import math
@@ -18,13 +18,13 @@ Outlet = Callable[[News], None]
 
 
 def hand_out(news: News) -> None:
-    """Give each reader what is for it."""
+    """Deliver news to readers."""
     for request, one in news:
         request.reader(one)
 
 
 def hand_over(news: News) -> None:
-    """Give news to the outlets of their requests, each all of its own at once."""
+    """Pass news to the outlets of their requests, grouped by outlet."""
     by_outlet: dict[Outlet, list[tuple[Request, Answer | Exception]]] = {}
     for request, one in news:
         by_outlet.setdefault(request.outlet, []).append((request, one))
@@ -34,12 +34,12 @@ def hand_over(news: News) -> None:
 
 @dataclass(frozen=True, slots=True)
 class LoopOutlet:
-    """Hands out in an event loop, all of a step at once."""
+    """Delivers all news of a step in an event loop."""
 
     loop: asyncio.AbstractEventLoop
 
     def __call__(self, news: News) -> None:
-        """Let the loop hand out; a loop that is closed has no readers any more."""
+        """Schedule the delivery; a closed loop has no readers."""
         try:
             self.loop.call_soon_threadsafe(hand_out, news)
         except RuntimeError:
@@ -111,22 +111,22 @@ class Request(Job):
 
     @property
     def phase(self) -> str:
-        """How far it is: "waiting" for its first row, "reading" its prompt, or "writing"."""
+        """The phase: "waiting", "reading" or "writing"."""
         if self.cached is None:
             return "waiting"
         return "reading" if self.first is None else "writing"
 
     @property
     def apart(self) -> str:
-        """What keeps what it reads from others of its scope: its adapter, and its salt."""
+        """The key, besides the scope, of its prefix cache: adapter and salt."""
         return f"{self.text.adapter_name or ''}\n{self.salt}"
 
     def follow(self) -> None:
-        """Take over how far its text is."""
+        """Update the progress from the text."""
         self.known, self.computed = len(self.text.ids), self.text.computed
 
     def news(self) -> Answer | Exception | None:
-        """Return what its reader has not been told, or None where there is nothing."""
+        """Return what the reader has not seen, or None."""
         text = self.text
         if text.error is not None:
             return _served(text.error)
@@ -161,7 +161,7 @@ class Request(Job):
 
 
 def _served(error: Exception) -> Exception:
-    """Return an error as readers get it: what a model made is no fault of theirs."""
+    """Convert an error to the one that readers get."""
     if not isinstance(error, NothingLeftError) or error.best in (None, -math.inf):
         return error
     made = NonFiniteError(str(error))

@@ -1,4 +1,4 @@
-"""Reuse of prompts: what is kept of rows, and who waits for what another reads."""
+"""Reuse of prompts: the prefix cache, and waiting for a prompt that another reads."""
 
 from collections.abc import Iterator
 
@@ -18,7 +18,7 @@ BURST = 1.0
 
 
 class PromptReuse:
-    """Keeps what rows hold of prompts, and finds what requests have in common."""
+    """Stores row contents in the prefix cache, and finds shared prompts."""
 
     engine: StepEngine
     scheduler: Scheduler[Request]
@@ -26,7 +26,7 @@ class PromptReuse:
     figures: Figures
 
     def _stops(self, request: Request, found: int) -> tuple[int, ...]:
-        """Return where pieces of a prompt end, so that what is there can be gone on from.
+        """Return the lengths at which to pause a prefill and store its state.
 
         Keys and values can be from anywhere. Recurrent states can where they are kept: where the
         caller says, where texts were seen to part, and here and there in a long one.
@@ -38,7 +38,7 @@ class PromptReuse:
         return tuple(sorted({*request.stable, *often, *request.met, parts} - {0}))
 
     def _waits(self, request: Request, now: float) -> bool:
-        """Tell whether a request had better wait for what another is about to have read."""
+        """Return whether a request should wait for a prompt that another is reading."""
         if request.ahead is None:
             ahead = self._ahead_of(request)
             if ahead is None:
@@ -49,7 +49,7 @@ class PromptReuse:
         return reads and now < request.patient and not other.cancelled
 
     def _ahead_of(self, request: Request) -> tuple[Request, int] | None:
-        """Return who reads much of the same prompt, and up to where."""
+        """Return the request that reads the same prompt, and the shared length."""
         if request.text.watched is not None:
             return None
         for other, shared in self._alike(request):
@@ -63,7 +63,7 @@ class PromptReuse:
         return None
 
     def _alike(self, request: Request) -> Iterator[tuple[Request, int]]:
-        """Yield who has a row with much of a prompt that is not kept, and how much."""
+        """Yield running requests with an uncached shared prompt, and the shared length."""
         ids = request.text.ids
         kept: int | None = None
         for other in self.scheduler.running:
@@ -78,7 +78,7 @@ class PromptReuse:
                 yield other, shared
 
     def _keep_shared(self, request: Request) -> None:
-        """Keep what rows under way hold of a prompt, for it to be gone on from."""
+        """Store what a running request holds of the same prompt."""
         if self.prefix.divisible:
             for other, shared in self._alike(request):
                 if other.text in self.engine.sequences and other.computed >= GRID:
@@ -86,7 +86,7 @@ class PromptReuse:
                     return
 
     def _keep(self, request: Request, most: int | None = None) -> None:
-        """Keep what a row holds, or the first of it; what became a vector is asked for once."""
+        """Store a row's content, or its first tokens."""
         text = request.text
         if text.error is not None or (text.observed is not None and text.observed.pooling):
             return

@@ -1,4 +1,4 @@
-"""The thread that runs the model: messages in, a plan, forwards, answers out."""
+"""The thread that runs the model: messages in, plan, forwards, answers out."""
 
 import queue
 import threading
@@ -30,7 +30,7 @@ PATIENCE = 2
 
 
 class Runner(PromptReuse):
-    """Owns an engine and what is kept beside it; everything but messages is its thread's.
+    """Owns an engine; everything but messages runs in its thread.
 
     Args:
         engine: runs the model.
@@ -63,7 +63,7 @@ class Runner(PromptReuse):
     # -- messages, from any thread -----------------------------------------------------------------
 
     def submit(self, request: Request) -> None:
-        """Let a request take part.
+        """Submit a request.
 
         Raises:
             EngineStoppedError: nothing is generated any more.
@@ -76,38 +76,38 @@ class Runner(PromptReuse):
 
     @property
     def full(self) -> bool:
-        """Whether as many have a row or wait as may, with those that came during this step."""
+        """Whether rows and queue are full, counting requests that came during this step."""
         state = self.state
         present = state.running + state.waiting + self._came - self._known
         return present >= self.limits.rows + self.limits.queue
 
     @property
     def turning(self) -> float:
-        """For how many seconds the thread has been at the same turn; 0 while it waits."""
+        """Seconds since the present turn began; 0 while idle."""
         began = self._turning
         return 0.0 if began is None else self._clock() - began
 
     def cancel(self, request: Request) -> None:
-        """Take note that nobody waits for a request, if anybody did."""
+        """Cancel a request."""
         request.cancelled = True
         self._inbox.put(lambda: None)
 
     def forget(self, scope: str | None) -> None:
-        """Forget what was read, of one scope or of all."""
+        """Clear the prefix cache, of one scope or all."""
         self._inbox.put(lambda: self.prefix.clear(scope))
 
     def turn_away(self, why: Exception) -> None:
-        """Tell those that wait and never had a row that they will get none."""
+        """Refuse the requests that never had a row."""
         self._inbox.put(lambda: self._turn_away(why))
 
     def stop(self, why: Exception) -> None:
-        """End the thread, and tell all that wait why."""
+        """Stop the thread, and fail all open requests."""
         self._inbox.put(lambda: self._stop(why))
 
     # -- the thread --------------------------------------------------------------------------------
 
     def run(self) -> None:
-        """Go on until stopped."""
+        """Run until stopped."""
         try:
             while self.stopped is None:
                 self.turn(wait=True)
@@ -122,7 +122,7 @@ class Runner(PromptReuse):
             self._publish()
 
     def turn(self, *, wait: bool = False) -> bool:
-        """Read messages, do what is next and hand out what came of it; tell if there was any."""
+        """Read messages, carry out a plan and deliver; return whether there was work."""
         self._read_messages(wait=wait and not len(self.scheduler))
         began, self._stepping = self._clock(), 0.0
         self._turning = began
@@ -224,7 +224,7 @@ class Runner(PromptReuse):
     # -- giving rows back --------------------------------------------------------------------------
 
     def _leave(self, request: Request) -> None:
-        """Give the row of a request back, and keep what it holds."""
+        """Free the row of a request, and store its content."""
         if request.text in self.engine.sequences:
             self._keep(request)
             self.engine.remove(request.text)
@@ -260,7 +260,7 @@ class Runner(PromptReuse):
             self._tell(request)
 
     def _timed(self, request: Request, now: float) -> None:
-        """Take note that a request got tokens."""
+        """Record the time of new tokens."""
         if request.first is None:
             request.first = now
             self.figures.first_token_seconds.add(now - request.arrival)
@@ -270,7 +270,7 @@ class Runner(PromptReuse):
         request.last = now
 
     def _tell(self, request: Request) -> None:
-        """Have a reader told what is new, and let go of a request that has ended."""
+        """Queue the news of a request, and remove a finished one."""
         text = request.text
         try:
             news = request.news()
@@ -294,7 +294,7 @@ class Runner(PromptReuse):
             self.figures.end(news)
 
     def _failed(self, requests: Sequence[Request], error: Exception) -> None:
-        """Take note that a forward failed: nobody has moved, so that it can be done again."""
+        """Handle a failed forward; no sequence has moved, so that it can be repeated."""
         if is_shortage(error):
             self._shed(requests, error)
             return
@@ -315,7 +315,7 @@ class Runner(PromptReuse):
         self._stop_if_often(error)
 
     def _shed(self, requests: Sequence[Request], error: Exception) -> None:
-        """Make room for a step that had too little; the first to give way does not go on."""
+        """Drop one request after a forward ran out of memory."""
         self.prefix.clear()
         # What is left of one that gives way alone is no smaller the next time.
         self._failures += len(requests) == 1
@@ -328,7 +328,7 @@ class Runner(PromptReuse):
             self._stop(often(FAILURES, error))
 
     def _part(self, error: Exception) -> bool:
-        """Stop where an error says that other processes are gone, and tell whether it does."""
+        """Stop if an error means that other processes are gone; return whether it does."""
         why = parted(error)
         if why is not None:
             self.parted = True
@@ -346,7 +346,7 @@ class Runner(PromptReuse):
         self._news.append((request, error))
 
     def _publish(self) -> None:
-        """Hand out what came of requests, at once where readers are in the same place."""
+        """Deliver news and publish the state."""
         scheduler = self.scheduler
         self.state = self.figures.snapshot(
             rows=self.limits.rows,

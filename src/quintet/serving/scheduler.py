@@ -1,4 +1,4 @@
-"""Who is generated next: plain Python over numbers, with the clock of whoever asks.
+"""The scheduler: decides what runs next; plain Python without torch.
 
 A job is what was asked for once. It has no phase: `computed` catches up with `known`, the tokens of
 its prompt and answer so far, of which the last is run over to make the next.
@@ -20,18 +20,18 @@ PASSES = 8
 
 @dataclass(frozen=True, slots=True)
 class Cost:
-    """What rows hold: bytes of each, and of each of its tokens."""
+    """The bytes of a row and of each of its tokens."""
 
     row: int
     token: int
 
     def of(self, tokens: int) -> int:
-        """Return the bytes of a row of so many tokens."""
+        """Return the bytes of a row of this many tokens."""
         return self.row + self.token * tokens
 
 
 class Job:
-    """What the scheduler knows of a request.
+    """The scheduler's view of a request.
 
     Attributes:
         scope: whose it is; those of one scope share what is everybody's.
@@ -71,7 +71,7 @@ class Job:
 
     @property
     def steps(self) -> bool:
-        """Whether all but its last token was run over, so that a step makes the next."""
+        """Whether only its last token remains to be run."""
         return self.known - self.computed == 1
 
 
@@ -80,7 +80,7 @@ J = TypeVar("J", bound=Job)
 
 @dataclass(slots=True)
 class Plan(Generic[J]):
-    """What is to be done next, in this order.
+    """What to do next, in this order.
 
     Attributes:
         drop: jobs that are over before their end, by cancelling or by the clock.
@@ -103,7 +103,7 @@ class Plan(Generic[J]):
 
 
 class Scheduler(Generic[J]):
-    """First come, first served, within a scope; between scopes, whoever had least.
+    """First come, first served within a scope; fair between scopes.
 
     Args:
         limits: how much at once.
@@ -129,15 +129,15 @@ class Scheduler(Generic[J]):
 
     @property
     def queued(self) -> int:
-        """How many jobs wait for a row."""
+        """The number of jobs waiting for a row."""
         return sum(map(len, self._waiting.values()))
 
     def all(self) -> list[J]:
-        """Return those that have a row, and those that wait."""
+        """Return running and waiting jobs."""
         return [*self.running, *(job for queue in self._waiting.values() for job in queue)]
 
     def submit(self, job: J) -> None:
-        """Let a job wait for its turn.
+        """Queue a job.
 
         Raises:
             QueueFullError: as many wait as may.
@@ -154,7 +154,7 @@ class Scheduler(Generic[J]):
         self._waiting.setdefault(job.scope, deque()).append(job)
 
     def finish(self, job: J) -> None:
-        """Forget a job that has ended."""
+        """Remove a finished job."""
         if job in self.running:
             self.running.remove(job)
         queue = self._waiting.get(job.scope)
@@ -163,7 +163,7 @@ class Scheduler(Generic[J]):
         self._forget(job.scope)
 
     def account(self, jobs: Sequence[J], seconds: float, read: int | None = None) -> None:
-        """Take note that a step for some jobs took so long, or a piece of so many tokens."""
+        """Record the duration of a step, or of a piece."""
         if read is None:
             self.pace.stepped(seconds)
         else:
@@ -173,7 +173,7 @@ class Scheduler(Generic[J]):
                 self._had[job.scope] += seconds / len(jobs)
 
     def plan(self, now: float) -> Plan[J]:
-        """Say what is to be done next; whom it names is where it says from then on."""
+        """Return the next plan, and move the jobs accordingly."""
         plan: Plan[J] = Plan(drop=self._over(now))
         for job in plan.drop:
             self.finish(job)
@@ -194,7 +194,7 @@ class Scheduler(Generic[J]):
         return plan
 
     def piece(self, job: J) -> int:
-        """Return how many tokens of its prompt a job reads at once: to the grid, or to a stop."""
+        """Return the next piece of a job's prompt: to the grid, or to a stop."""
         alone = not any(other.steps for other in self.running)
         return self.pace.piece(job.computed, job.known - job.computed, job.stops, alone=alone)
 
@@ -206,7 +206,7 @@ class Scheduler(Generic[J]):
 
     @property
     def held(self) -> int:
-        """An estimate of the bytes that rows hold."""
+        """The estimated bytes of all rows."""
         return sum(self.cost.of(job.known) for job in self.running)
 
     def _over(self, now: float) -> list[J]:
@@ -217,7 +217,7 @@ class Scheduler(Generic[J]):
         ]
 
     def _next(self, now: float) -> J | None:
-        """Return who gets a row next, if anybody can.
+        """Return the job that gets a row next, or None.
 
         Who has no room is passed by others, so that much of the memory is not idle for one; but
         by so many only that it is its turn in the end.
@@ -236,7 +236,7 @@ class Scheduler(Generic[J]):
         return None
 
     def _in_turn(self, now: float) -> Iterator[J]:
-        """Yield those who wait for a row, whose turn it is first."""
+        """Yield waiting jobs in order of their turn."""
         # One by one: whether a job had better wait takes a look at all that run.
         queues = {
             scope: (job for job in tuple(queue) if not self._waits(job, now))
@@ -265,7 +265,7 @@ class Scheduler(Generic[J]):
         return sum(job.scope == scope for job in self.running)
 
     def _preempted(self, now: float) -> list[J]:
-        """Return who gives a row back: for memory, or for a scope that has waited without one."""
+        """Return a job to preempt, for memory or fairness."""
         memory = self.limits.memory
         if memory is not None and len(self.running) > 1 and self.held > memory:
             return [self._last(self.running)]
@@ -282,12 +282,12 @@ class Scheduler(Generic[J]):
         return []
 
     def last(self, jobs: Sequence[J]) -> J:
-        """Return who of those with a row gives way first: the least, and of those who came last."""
+        """Return which of these jobs gives way first: the lowest priority, the latest."""
         return self._last([job for job in self.running if job in jobs])
 
     @staticmethod
     def _last(jobs: Sequence[J]) -> J:
-        """Return who gives its row back first: the least, and of those who came last."""
+        """Return which job is preempted first: the lowest priority, the latest."""
         worst, _ = min(
             enumerate(jobs),
             # One that has given it back three times keeps it, while there are others.

@@ -1,4 +1,4 @@
-"""Tokens to text as they are made, up to a string that ends it."""
+"""Incremental detokenisation with stop strings."""
 
 from collections.abc import Sequence
 
@@ -11,7 +11,7 @@ MOST, LONGEST = 64, 1024
 
 
 class StopStrings:
-    """Finds the first of some strings in a text that comes in parts.
+    """Finds the first of several strings in streamed text.
 
     Args:
         strings: what is looked for.
@@ -37,7 +37,7 @@ class StopStrings:
         self._held = ""
 
     def feed(self, text: str) -> str:
-        """Take further text, and return what is before any of the strings for certain."""
+        """Add text; return what certainly precedes any of the strings."""
         if self.found is not None:
             return ""
         text = self._held + text
@@ -55,13 +55,13 @@ class StopStrings:
         return text[:certain]
 
     def flush(self) -> str:
-        """Return what was held back as one of the strings might have begun."""
+        """Return the text held back as a possible beginning of a string."""
         held, self._held = self._held, ""
         return held
 
 
 class Transcript:
-    """Writes the text of tokens, one by one, and says where a string ends it.
+    """Detokenises token by token, up to a stop string.
 
     Args:
         tokenizer: decodes; None for no text.
@@ -89,11 +89,11 @@ class Transcript:
 
     @property
     def stop(self) -> str | None:
-        """The string that ended the text; None as long as none did."""
+        """The stop string that ended the text, or None."""
         return self._stop.found
 
     def take(self, token: int, ends: bool) -> bool:
-        """Add a token, and tell whether the text ends with it by one of the strings."""
+        """Add a token; return whether a stop string ends the text."""
         if self._decoder is None:
             self._texts.append("")
             return False
@@ -101,12 +101,12 @@ class Transcript:
         return self.stop is not None
 
     def finish(self) -> None:
-        """Add what was held back to the text of the last token."""
+        """Release the text held back."""
         if self._decoder is not None and self.stop is None and self._texts:
             rest = self._stop.feed(self._decoder.flush())
             self._texts[-1] += rest + self._stop.flush()
 
     def told(self) -> tuple[str, ...]:
-        """Return the text of each token since this was asked last."""
+        """Return the text of each token since the last call."""
         texts, self._texts = tuple(self._texts), []
         return texts

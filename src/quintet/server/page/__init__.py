@@ -1,4 +1,4 @@
-"""The page to chat on: its parts lie beside this file, and are joined once.
+"""The chat page: its parts lie beside this file and are joined once.
 
 It is plain HTML, CSS and JavaScript, without a step that builds it and without anything from
 another server. A strict policy holds for it: browsers run the one script and the one style whose
@@ -30,14 +30,14 @@ SCRIPTS = (
 
 @dataclass(frozen=True, slots=True)
 class Page:
-    """The page as it is sent."""
+    """The page as sent."""
 
     body: bytes
     headers: dict[str, str]
 
 
 def join() -> Page:
-    """Join the parts of the page, and say in its headers what browsers may do with it."""
+    """Join the parts of the page, with its security headers."""
     folder = files("quintet.server.page")
 
     def read(name: str) -> str:
@@ -71,7 +71,7 @@ def join() -> Page:
 
 
 def squeezed(source: str) -> str:
-    """Return CSS or JavaScript without indents, blank lines and comments that are whole lines.
+    """Minify CSS or JavaScript: indents, blank lines, whole-line comments.
 
     No text between quotes goes over the end of a line in these files.
     """
@@ -86,7 +86,7 @@ def squeezed(source: str) -> str:
 
 
 def dense(source: str) -> str:
-    """Return CSS without spaces and zeros that mean nothing; one before a colon is a selector's."""
+    """Minify CSS further."""
     text = re.sub(r"(?<=[{};:,])\s|\s(?=[{}])|;\s(?=})", "", squeezed(source))
     return re.sub(r"\b0(?=\.\d)", "", text)
 

@@ -1,1 +1,1 @@
-"""What bodies of requests and answers are, in the words of each protocol."""
+"""Request and answer bodies of each protocol."""

@@ -1,4 +1,4 @@
-"""What OpenAI's chat and text completions have in common: names, scores and counts of tokens."""
+"""Common parts of OpenAI's chat and text completions."""
 
 import json
 import secrets
@@ -15,7 +15,7 @@ _JSON = json.JSONEncoder(ensure_ascii=False, separators=(",", ":"))
 
 
 class Frame:
-    """What all parts of a reply say alike.
+    """Fields that all chunks of a reply share.
 
     Args:
         prefix: of its id.
@@ -41,22 +41,22 @@ class Frame:
 
 
 def event(data: dict[str, Any]) -> ServerEvent:
-    """Return data as an event of a stream."""
+    """Return data as a server-sent event."""
     return ServerEvent(_JSON.encode(data))
 
 
 def finite(logprob: float) -> float:
-    """Return a logarithm as JSON can have it."""
+    """Clamp a log-probability for JSON."""
     return max(logprob, LEAST)
 
 
 def scored(scores: Iterable[TokenScore]) -> list[dict[str, Any]]:
-    """Return how likely tokens were, as chat writes it."""
+    """Return token scores in chat format."""
     return [{**_one(score), "top_logprobs": [_one(top) for top in score.top]} for score in scores]
 
 
 def usage_of(told: Iterable[Sequence[Tokens]]) -> dict[str, Any]:
-    """Return the counts of a reply from those of its answers; those to one prompt share it."""
+    """Sum the usage of a reply; answers to one prompt share its tokens."""
     prompts = list(told)
     prompt = sum(answers[0].prompt for answers in prompts)
     cached = sum(answers[0].cached for answers in prompts)

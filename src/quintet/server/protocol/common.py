@@ -1,4 +1,4 @@
-"""What bodies of requests have in common: each field is used, told to be idle, or refused by name.
+"""Common parts of request bodies: every field is used, warned about, or refused.
 
 A field that asks for nothing (null, false, empty) may stand anywhere.
 """
@@ -42,7 +42,7 @@ class Body(BaseModel):
 
 
 class SamplingFields(Body):
-    """How tokens are chosen, in the names that OpenAI's protocol and its relatives use."""
+    """Sampling fields in OpenAI's names."""
 
     temperature: Annotated[float, Field(ge=0, le=2)] | None = None
     top_p: Share | None = None
@@ -65,7 +65,7 @@ class SamplingFields(Body):
     speculate: Literal["off", "lookup", "mtp"] | None = None
 
     def sampling(self, settings: Settings, vocab_size: int) -> Sampling:
-        """Return what is said of how tokens are chosen, for a model of so many ids.
+        """Return the sampling parameters, for a vocabulary size.
 
         Raises:
             ApiError: more than the server takes, or an id that is none of the model's.
@@ -100,7 +100,7 @@ class SamplingFields(Body):
 
 
 def parse(kind: type[B], data: object, *, strict: bool) -> tuple[B, list[str]]:
-    """Read a body, and say what of it has no effect.
+    """Parse a body; return it with warnings about fields without effect.
 
     Args:
         kind: what it is.
@@ -138,7 +138,7 @@ def parse(kind: type[B], data: object, *, strict: bool) -> tuple[B, list[str]]:
 
 
 def within(name: str, value: int, most: int, unit: str = "") -> None:
-    """Check a number against what the server takes.
+    """Check a number against a limit.
 
     Raises:
         ApiError: it is more.
@@ -149,13 +149,13 @@ def within(name: str, value: int, most: int, unit: str = "") -> None:
 
 
 def unsupported(param: str, remedy: str) -> ApiError:
-    """Return the error for a field that cannot be had here."""
+    """Return the error for an unsupported field."""
     message = f"{param} cannot be had here; {remedy}"
     return ApiError(400, message, "invalid_request_error", "unsupported_parameter", param)
 
 
 def warnings_header(warnings: list[str]) -> dict[str, str]:
-    """Return the header that tells what of a request has no effect, or none."""
+    """Return the header that lists warnings, or none."""
     if not warnings:
         return {}
     more = len(warnings) - MOST_WARNINGS
@@ -167,7 +167,7 @@ def warnings_header(warnings: list[str]) -> dict[str, str]:
 
 
 def _beside(body: Body, path: str) -> Iterator[tuple[str, str, type[Body]]]:
-    """Yield the fields that are not declared and ask for something: where, name, of what."""
+    """Yield undeclared fields that ask for something."""
     for name, value in (body.model_extra or {}).items():
         if value is not None and value is not False and value not in ("", [], {}):
             yield path, name, type(body)
@@ -182,7 +182,7 @@ def _beside(body: Body, path: str) -> Iterator[tuple[str, str, type[Body]]]:
 
 
 def _first(error: ValidationError, data: Any) -> ApiError:
-    """Return what to say of the first thing that is wrong; alternatives of one value together."""
+    """Describe the first validation error."""
     found: dict[str, list[str]] = {}
     deepest: dict[str, int] = {}
     for one in error.errors(include_url=False, include_context=False, include_input=False):
@@ -200,7 +200,7 @@ def _first(error: ValidationError, data: Any) -> ApiError:
 
 
 def _path(loc: tuple[int | str, ...], data: Any, *, missing: bool) -> tuple[str, int]:
-    """Return a place as it is written in requests, without what types call their alternatives."""
+    """Format a location as in requests."""
     path, depth, here = "", 0, data
     for place, part in enumerate(loc):
         if isinstance(part, int):
@@ -220,7 +220,7 @@ def _value(error: ValidationError, path: str, data: Any) -> str:
 
 
 def _plain(name: str) -> str:
-    """Write a name from a request as a header may hold it."""
+    """Sanitise a name for a header."""
     return re.sub(r"[^\x21-\x7e]|[;,]", "?", name[:64]) or "''"
 
 
