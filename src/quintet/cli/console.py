@@ -1,4 +1,4 @@
-"""Where messages are typed: lines with editing and history, several lines in one message."""
+"""The input console: line editing, history, multi-line messages."""
 
 import importlib
 import os

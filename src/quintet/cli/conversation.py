@@ -49,7 +49,7 @@ class Conversation:
         self.messages += [{"role": "user", "content": text}, answered]
 
     def undo(self) -> str | None:
-        """Take back and return the last question, with its answer; None if there is none."""
+        """Remove and return the last question with its answer, or None."""
         questions = [i for i, message in enumerate(self.messages) if message["role"] == "user"]
         if not questions:
             return None

@@ -1,4 +1,4 @@
-"""Which models lie on this machine: in the hub's cache, in folders, and with other programs."""
+"""Lists the models on this machine: hub cache, folders, other programs."""
 
 from collections.abc import Iterator
 from contextlib import suppress

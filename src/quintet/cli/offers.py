@@ -1,4 +1,4 @@
-"""What there is to talk with, for who names no model."""
+"""Models to offer when none is named."""
 
 import difflib
 import sys

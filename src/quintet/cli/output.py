@@ -1,4 +1,4 @@
-"""How commands show facts: a table for people, JSON for programs."""
+"""Command output: a table for people, JSON for programs."""
 
 import json
 import sys

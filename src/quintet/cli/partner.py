@@ -1,4 +1,4 @@
-"""Who answers in a conversation: a model in this process, or one behind a server."""
+"""The other side of a conversation: a local model, or a server."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
-    """What became of an answer that was not interrupted.
+    """The result of an answer that was not interrupted.
 
     Attributes:
         ended: that it was cut, and what to do about it; None if it ended by itself.

@@ -1,4 +1,4 @@
-"""What `quintet plan` shows of every world: the devices, the split, how fast it goes."""
+"""The output of `quintet plan` common to inference and training: devices, split, speed."""
 
 from typing import TYPE_CHECKING, Any
 
@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 
 def world_facts(plan: "AnyPlan") -> dict[str, Any]:
-    """Return what there is, and the split to use."""
+    """Describe the devices and the split."""
     choice, device = plan.best or plan.nearest, plan.device
     return {
         "family": plan.model.config.model_type,
@@ -70,7 +70,7 @@ def split_of(split: "Split") -> dict[str, int]:
 
 
 def pace_fact(pace: "Pace", rows: int | None = None) -> Fact:
-    """Return how fast something goes, and what holds it up."""
+    """Describe a speed and its bottleneck."""
     said = (
         f"{count(pace.tokens_per_second)} tokens/s, at most {count(pace.at_most)}, "
         f"bound by {pace.bound}"

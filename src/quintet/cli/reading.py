@@ -1,4 +1,4 @@
-"""What the model has read of a conversation, so that a turn reads only what is new in it."""
+"""The part of a conversation that the model has read, so that a turn reads only new tokens."""
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -131,7 +131,7 @@ class Reading:
 
 
 def common(ids: Sequence[int], others: Sequence[int]) -> int:
-    """Return how many ids two texts begin with alike."""
+    """Return the length of the common prefix of two texts."""
     pairs = zip(ids, others, strict=False)
     return next((n for n, (a, b) in enumerate(pairs) if a != b), min(len(ids), len(others)))
 

@@ -1,4 +1,4 @@
-"""What a generation came to, for lines of figures and objects of JSON."""
+"""Figures of a generation, as text and JSON."""
 
 from typing import TYPE_CHECKING, Any
 

@@ -150,7 +150,7 @@ for option in command.params:
 
 
 def _wanted(models: Sequence[str], adapters: Sequence[str]) -> list[Wanted]:
-    """Return what is to be served, by name.
+    """Return the models to serve, by name.
 
     Raises:
         InputError: nothing, or a name that is none.

@@ -1,4 +1,4 @@
-"""What `quintet serve` says when it is there: where, what, how much memory for how many tokens."""
+"""The banner of `quintet serve`: address, models, memory."""
 
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any

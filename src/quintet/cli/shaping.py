@@ -1,4 +1,4 @@
-"""What form an answer is to have: `--json-schema` and `--regex`, here or asked of a server."""
+"""Constrained answers: `--json-schema` and `--regex`, local or through a server."""
 
 import functools
 import json

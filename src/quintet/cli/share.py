@@ -1,4 +1,4 @@
-"""What a process of several needs of a model that is served, and what it has room for."""
+"""The memory of one process of a sharded, served model."""
 
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
@@ -37,7 +37,7 @@ def share_of(
     dtype: "torch.dtype",
     quantize: str | None = None,
 ) -> "Footprint":
-    """Return what the process needs that has the largest part of a model and its rows.
+    """Return the memory of the process with the largest share of a model and its rows.
 
     Args:
         sizes: tp_size, ep_size and pp_size, as far as they were said.

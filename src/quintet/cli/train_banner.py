@@ -1,4 +1,4 @@
-"""What a training is, in the lines that stand above it: model, data, steps, memory, machine."""
+"""The banner of `quintet train`: model, data, steps, memory, machine."""
 
 from typing import TYPE_CHECKING
 

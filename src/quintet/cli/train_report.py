@@ -1,4 +1,4 @@
-"""What `quintet train` says while it runs: what is about to run, a line that moves, what came."""
+"""The progress report of `quintet train`."""
 
 import math
 import sys
@@ -156,7 +156,7 @@ class Console:
 
 
 class _Clock:
-    """How long it takes yet, from how long what was done took."""
+    """Estimates the remaining time."""
 
     def __init__(self) -> None:
         self._first: tuple[float, float] | None = None

@@ -70,7 +70,7 @@ def config_metadata(config: PreTrainedConfig) -> dict[str, Value]:
 
 
 def read_otherwise(config: PreTrainedConfig) -> list[str]:
-    """Return what llama.cpp reads otherwise although the file says it, a sentence each."""
+    """Return one sentence per key that llama.cpp interprets differently."""
     values = vars(config)
     found = []
     if config.model_type == "deepseek_v2":

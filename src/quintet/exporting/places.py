@@ -1,4 +1,4 @@
-"""Where the tensors of a release go in a GGUF file: names, slices of stacks, halves of maps."""
+"""Maps a release's tensors to GGUF: names, slices of stacks, halves of maps."""
 
 import re
 from collections.abc import Callable, Mapping
@@ -42,7 +42,7 @@ _EXACT = ("ffn_gate_inp.weight", "ffn_gate_inp_shexp.weight", "_norm.weight", ".
 
 
 def places_of(name: str, shape: Shape, values: Mapping[str, Any]) -> list[Place]:
-    """Return where a tensor of a release goes; nowhere, where a file has no place for it.
+    """Return the places of a tensor in GGUF; none if GGUF has no place for it.
 
     Args:
         name: in a release, with an entry for each expert.

@@ -34,7 +34,7 @@ ROPE_FREQS = "rope_freqs.weight"
 
 
 def config_values(file: GGUFFile) -> dict[str, Any]:
-    """Return what a `config.json` beside the release of a model would say.
+    """Return the keys of `config.json` that describe the model in a GGUF file.
 
     Raises:
         UnsupportedModelError: no family here is of that architecture, or has what it asks for.

@@ -1,4 +1,4 @@
-"""How the blocks of each type are made up, and which of our groups says the same."""
+"""The block layout of each GGUF type, and the equivalent of our formats."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -7,7 +7,7 @@ from types import MappingProxyType
 
 @dataclass(frozen=True, slots=True)
 class Layout:
-    """What neighbouring weights share; see `quintet.ops.blocks`.
+    """The values shared by neighbouring weights; see `quintet.ops.blocks`.
 
     Attributes:
         halves: the bytes of a block at which numbers in half precision begin.

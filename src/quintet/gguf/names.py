@@ -194,7 +194,7 @@ def _queries_keys_values(
 def _experts(
     layer: str, which: str, of: str, tensor: GGUFTensor, values: Mapping[str, Any]
 ) -> Iterator[Part]:
-    """Take a stack of experts apart: they lie one after the other."""
+    """Split a stack of experts."""
     if of == "shexp":
         shared = "shared_expert" if values["model_type"] == "qwen2_moe" else "shared_experts"
         yield _whole(f"{layer}mlp.{shared}.{which}_proj.weight", tensor)

@@ -1,4 +1,4 @@
-"""What a file is that should be GGUF and is not."""
+"""Identifies files that are not GGUF, for error messages."""
 
 from pathlib import Path
 

@@ -1,4 +1,4 @@
-"""What may be written next: JSON by a schema, expressions, calls of tools."""
+"""Constrained decoding: JSON schemas, expressions, tool calls."""
 
 from quintet.errors import MissingDependencyError
 from quintet.grammar.constraints import (

@@ -1,4 +1,4 @@
-"""Calls of tools as a grammar, written as the model's own chat template writes them."""
+"""Grammars of tool calls in a model's own format."""
 
 import json
 from collections.abc import Mapping, Sequence
@@ -24,7 +24,7 @@ _THOUGHTS = ("<think>", "</think>")
 
 @dataclass(frozen=True, slots=True)
 class _Calls(Constraint):
-    """Calls of tools, or text in which there may be some.
+    """Tool calls, or text that may contain some.
 
     Attributes:
         tools: the name of each and the schema of its arguments.
@@ -90,7 +90,7 @@ def tool_calls(
     parallel: bool = True,
     answer: Constraint | None = None,
 ) -> Constraint:
-    """Return the constraint that a text calls tools, and that their arguments fit their schemas.
+    """Return the constraint of tool calls with valid arguments.
 
     Args:
         tools: {"type": "function", "function": {"name", "parameters", "strict"}}, as for
@@ -128,7 +128,7 @@ def tool_calls(
 
 
 def _tool(tool: Mapping[str, Any]) -> tuple[str, str]:
-    """Return the name of a tool and the text of the schema of its arguments."""
+    """Return a tool's name and the schema of its arguments."""
     function = tool.get("function", tool)
     name = function.get("name") if isinstance(function, Mapping) else None
     if not isinstance(name, str) or not name:
@@ -148,6 +148,6 @@ def _tool(tool: Mapping[str, Any]) -> tuple[str, str]:
 
 
 def _parts(form: Format, text: str) -> str:
-    """Write a part of a format as it stands in a grammar: texts, and tokens by their ids."""
+    """Write part of a format as grammar: texts, and token ids."""
     pieces = form.pieces(text)
     return " ".join(f"<[{one}]>" if isinstance(one, int) else literal(one) for one in pieces)

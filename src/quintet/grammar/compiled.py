@@ -1,4 +1,4 @@
-"""A grammar that is compiled, for any number of texts."""
+"""A compiled grammar, for any number of texts."""
 
 from llguidance import LLMatcher
 
@@ -7,7 +7,7 @@ from quintet.grammar.vocabulary import Vocabulary
 
 
 class Compiled:
-    """Matchers at the begin of a grammar.
+    """Matchers at the start of a grammar.
 
     They share a lexer, which remembers every state that any of their texts came to: the next text
     is faster by that, and memory grows, up to a limit at which the lexer refuses. It is compiled
@@ -28,15 +28,15 @@ class Compiled:
 
     @property
     def fault(self) -> str:
-        """Why it cannot be used; "" where nothing is found."""
+        """The reason why it cannot be used, or ""."""
         return self._matcher.get_error()
 
     def begin(self) -> LLMatcher:
-        """Return a matcher for another text."""
+        """Return a matcher for a new text."""
         return self._matcher.deep_copy()
 
     def begin_anew(self) -> LLMatcher:
-        """Return a matcher whose lexer remembers nothing, as will those that come after it."""
+        """Return a matcher with a fresh lexer."""
         self._matcher, self.followed = self._made(), 0
         return self.begin()
 

@@ -1,4 +1,4 @@
-"""From what a text may be to what says which token may come next."""
+"""Compiles constraints to logits processors."""
 
 import json
 import threading
@@ -23,7 +23,7 @@ FOLLOWED = 8_192
 
 
 class Grammars:
-    """Compiles constraints for one tokenizer, from any thread; the last ones are kept.
+    """Compiles and caches constraints for one tokenizer; thread-safe.
 
     Args:
         tokenizer: of the model.
@@ -52,7 +52,7 @@ class Grammars:
     def compile(
         self, constraint: Constraint, *, after: int | str | None = None
     ) -> GrammarProcessor:
-        """Return a logits processor for a text that follows a constraint.
+        """Return a logits processor for a constraint.
 
         Args:
             constraint: what the text may be.
@@ -93,7 +93,7 @@ class Grammars:
         return made
 
     def _forget_grown(self) -> None:
-        """Drop those that have followed most, until all together remember little enough."""
+        """Drop the most used ones until their lexers fit the limit."""
         total = sum(one.followed for one in self._compiled.values())
         while total > FOLLOWED:
             key = max(self._compiled, key=lambda key: self._compiled[key].followed)
@@ -112,7 +112,7 @@ class Grammars:
         return compiled
 
     def _fault(self, matcher: LLMatcher) -> str:
-        """Return why a grammar fails at its first tokens; "" where it does not."""
+        """Return why a grammar fails at its first tokens, or ""."""
         for _ in range(TRIED):
             # What takes long is done by this call, which lets other threads go on meanwhile.
             mask = int.from_bytes(matcher.compute_bitmask(), "little")
@@ -132,7 +132,7 @@ def compile(
     eos_token_id: int | Sequence[int] | None = None,
     after: int | str | None = None,
 ) -> GrammarProcessor:
-    """Return a logits processor for a text that follows a constraint.
+    """Return a logits processor for a constraint.
 
     It reads the whole tokenizer; for several constraints, make `Grammars` once. Arguments and
     errors are those of `Grammars` and its `compile`.

@@ -1,4 +1,4 @@
-"""What a text may be, said in a form that needs no tokenizer yet."""
+"""Constraints of a text, independent of the tokenizer."""
 
 import json
 from abc import ABC, abstractmethod
@@ -16,25 +16,25 @@ MAX_SOURCE = 65_536
 
 
 class Constraint(ABC):
-    """What a text may be; equal ones say the same."""
+    """A constraint of a text, comparable by value."""
 
     @abstractmethod
     def grammar(self, vocabulary: Vocabulary) -> list[dict[str, Any]]:
-        """Return it as grammars of llguidance, of which the first is the whole text."""
+        """Return llguidance grammars, the first being the whole text."""
 
     @property
     @abstractmethod
     def kind(self) -> str:
-        """What it is called in messages."""
+        """Its name in messages."""
 
     def fault(self, reason: str) -> str:
-        """Say in a line why it cannot be used, by what llguidance says."""
+        """Explain llguidance's error in one line."""
         return told(reason)
 
 
 @dataclass(frozen=True, slots=True)
 class _Schema(Constraint):
-    """JSON that a schema describes."""
+    """JSON that matches a schema."""
 
     schema: str
 
@@ -51,7 +51,7 @@ class _Schema(Constraint):
 
 @dataclass(frozen=True, slots=True)
 class _Regex(Constraint):
-    """Text that an expression matches as a whole."""
+    """Text that matches an expression."""
 
     pattern: str
 
@@ -65,7 +65,7 @@ class _Regex(Constraint):
 
 @dataclass(frozen=True, slots=True)
 class _Lark(Constraint):
-    """Text that a grammar in Lark's notation makes."""
+    """Text of a Lark grammar."""
 
     text: str
 
@@ -79,7 +79,7 @@ class _Lark(Constraint):
 
 @dataclass(frozen=True, slots=True)
 class _Choice(Constraint):
-    """One of some texts."""
+    """One of several texts."""
 
     texts: tuple[str, ...]
 
@@ -93,12 +93,12 @@ class _Choice(Constraint):
 
 
 def json_object() -> Constraint:
-    """Return the constraint that a text is a JSON object."""
+    """Return the constraint of a JSON object."""
     return _Schema('{"type": "object"}')
 
 
 def json_schema(schema: Mapping[str, Any] | str) -> Constraint:
-    """Return the constraint that a text is JSON which a schema describes.
+    """Return the constraint of JSON that matches a schema.
 
     Properties come in the order in which the schema has them.
 
@@ -113,7 +113,7 @@ def json_schema(schema: Mapping[str, Any] | str) -> Constraint:
 
 
 def regex(pattern: str) -> Constraint:
-    """Return the constraint that an expression matches the whole text.
+    """Return the constraint of text that matches an expression.
 
     Its language is that of Rust's `regex`: no look-around and no references to groups.
 
@@ -124,7 +124,7 @@ def regex(pattern: str) -> Constraint:
 
 
 def lark(text: str) -> Constraint:
-    """Return the constraint that a grammar makes the text, in llguidance's variant of Lark.
+    """Return the constraint of a grammar in llguidance's variant of Lark.
 
     Raises:
         GrammarError: it is no text, or longer than 64 KiB.
@@ -133,7 +133,7 @@ def lark(text: str) -> Constraint:
 
 
 def choice(texts: Sequence[str]) -> Constraint:
-    """Return the constraint that a text is one of some texts.
+    """Return the constraint of one of several texts.
 
     Raises:
         GrammarError: there is none, one is no text, or they are longer than 64 KiB together.
@@ -145,12 +145,12 @@ def choice(texts: Sequence[str]) -> Constraint:
 
 
 def literal(text: str) -> str:
-    """Write a text as it stands in a grammar of Lark."""
+    """Quote a text for a Lark grammar."""
     return json.dumps(text, ensure_ascii=False)
 
 
 def expression(pattern: str) -> str:
-    """Write an expression as it stands in a grammar of Lark."""
+    """Quote an expression for a Lark grammar."""
     escaped, text = False, []
     for letter in pattern:
         if letter == "/" and not escaped:
@@ -161,7 +161,7 @@ def expression(pattern: str) -> str:
 
 
 def _source(name: str, text: object) -> str:
-    """Check the text of an expression or a grammar.
+    """Check the text of an expression or grammar.
 
     Raises:
         GrammarError: it is none, or too long.

@@ -1,4 +1,4 @@
-"""Why a grammar cannot be used, in a line, and where in a schema that is."""
+"""Explains why a grammar or schema cannot be used."""
 
 import json
 import time
@@ -47,7 +47,7 @@ _WORDS = {
 
 
 def told(reason: str) -> str:
-    """Return what llguidance says of a grammar, in one line."""
+    """Return llguidance's error in one line."""
     for words, meant in _WORDS.items():
         if reason.startswith(words):
             return meant
@@ -56,7 +56,7 @@ def told(reason: str) -> str:
 
 
 def schema_fault(schema: str) -> str:
-    """Return where in a schema something cannot be used, and why; "" where nothing is found."""
+    """Return where a schema cannot be used, and why, or ""."""
     root: dict[str, Any] = json.loads(schema)
     reason, place, inner = _fault(root), "#", root
     until = time.monotonic() + PATIENCE
@@ -79,7 +79,7 @@ def _at(place: str, reason: str) -> str:
 
 
 def _alone(schema: Mapping[str, Any], root: Mapping[str, Any]) -> dict[str, Any]:
-    """Return a schema with the definitions of the one it is in."""
+    """Return a subschema with the definitions of its root."""
     return {key: root[key] for key in ("$defs", "definitions") if key in root} | dict(schema)
 
 

@@ -1,4 +1,4 @@
-"""A grammar beside one text that grows, and is taken back where a draft did not hold."""
+"""A matcher that follows one growing text, and goes back on rejected drafts."""
 
 import numpy as np
 import torch
@@ -15,7 +15,7 @@ LEAST = 16
 
 
 class Following:
-    """Where a grammar is in a text, found again from the ids whenever it is asked.
+    """The state of a grammar in a text, updated from the ids.
 
     Args:
         compiled: the grammar.
@@ -39,7 +39,7 @@ class Following:
         self._anew: int | None = None
 
     def fill(self, ids: Tensor, words: NDArray[np.int32]) -> None:
-        """Write which tokens may follow a text (T,), one a bit.
+        """Write the mask of tokens that may follow a text (T,), a bit each.
 
         Raises:
             GrammarError: the grammar has become too complex.
@@ -63,7 +63,7 @@ class Following:
                 self._check()
 
     def accepted(self, ids: Tensor, tokens: list[int]) -> int:
-        """Count how many of some tokens may follow a text (T,).
+        """Return how many of some tokens may follow a text (T,).
 
         Tokens behind the one that begins the grammar, or ends the text, do not count.
         """
@@ -81,7 +81,7 @@ class Following:
         return count + (count == end < known)
 
     def forced(self, ids: Tensor) -> list[int]:
-        """Return the tokens that follow a text (T,) for certain."""
+        """Return the tokens that must follow a text (T,)."""
         self._follow(ids)
         if self._start is None or self._stop is not None:
             return []
@@ -105,7 +105,7 @@ class Following:
             self._length += 1
 
     def _common(self, ids: Tensor) -> int:
-        """Count how many ids are as they were."""
+        """Return the length of the unchanged prefix."""
         both = min(self._length, len(ids))
         if torch.equal(self._seen[:both], ids[:both]):
             return both
@@ -146,7 +146,7 @@ class Following:
             self._stop = self._length
 
     def _consumed(self, token: int) -> bool:
-        """Go on with a token, and return whether the grammar has it here."""
+        """Consume a token; return whether the grammar allows it."""
         if self._matcher.validate_tokens([token]) and self._matcher.consume_token(token):
             return True
         if not self._matcher.is_error():
@@ -157,7 +157,7 @@ class Following:
         return went
 
     def _begin_anew(self) -> None:
-        """Compile the grammar again, as it remembers too much, and follow the text from its begin.
+        """Restart with a fresh lexer, and follow the text from its start.
 
         Raises:
             GrammarError: that was done just before.

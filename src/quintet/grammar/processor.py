@@ -1,4 +1,4 @@
-"""The logits processor of texts that follow a grammar."""
+"""The logits processor of constrained decoding."""
 
 from typing import Self
 
@@ -14,7 +14,7 @@ from quintet.grammar.vocabulary import Vocabulary
 
 
 class GrammarProcessor(ConstrainingProcessor):
-    """Allows only the tokens that a grammar allows next, of each row by the ids it has.
+    """Allows only the next tokens of a grammar, per row.
 
     The text begins where the row ended when it was seen first. It belongs to the rows of one
     generation; `copy()` makes one for others.
@@ -37,7 +37,7 @@ class GrammarProcessor(ConstrainingProcessor):
         self.words = np.zeros((0, 0), dtype=np.int32)
 
     def copy(self) -> Self:
-        """Return one for another text."""
+        """Return a processor for another generation."""
         return type(self)(self._compiled, self._vocabulary, self._after)
 
     def __call__(
@@ -69,11 +69,11 @@ class GrammarProcessor(ConstrainingProcessor):
         return result
 
     def accepted(self, row: int, ids: Tensor, tokens: list[int]) -> int:
-        """Count how many of some tokens may follow a row."""
+        """Return how many of some tokens may follow a row."""
         return self._row(row, len(self.rows)).accepted(ids, tokens)
 
     def forced(self, row: int, ids: Tensor) -> list[int]:
-        """Return the tokens that follow a row for certain."""
+        """Return the tokens that must follow a row."""
         return self._row(row, len(self.rows)).forced(ids)
 
     def _row(self, row: int, count: int) -> Following:

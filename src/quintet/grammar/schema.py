@@ -1,4 +1,4 @@
-"""JSON schemas, checked before anything is made of them."""
+"""Checks of JSON schemas."""
 
 import json
 from collections.abc import Iterator, Mapping
@@ -63,7 +63,7 @@ def checked_schema(schema: Mapping[str, Any] | str, most: int) -> str:
 
 
 def schemas_in(schema: Mapping[str, Any], place: str = "#") -> Iterator[tuple[str, Any]]:
-    """Yield the schemas right within one, each with its place."""
+    """Yield the direct subschemas of a schema, with their paths."""
     for keyword, value in schema.items():
         inside = f"{place}/{_escaped(keyword)}"
         if keyword in _ALONE:
@@ -110,7 +110,7 @@ def _check(
 
 
 def _target(ref: object, root: Any, at: str) -> Any:
-    """Return what a reference names."""
+    """Return the schema that a reference names."""
     if not isinstance(ref, str) or not (ref == "#" or ref.startswith("#/")):
         raise GrammarError(
             f"at {shown(at)} the JSON schema has $ref={shown(ref)}; only places within it can be "
@@ -132,7 +132,7 @@ def _target(ref: object, root: Any, at: str) -> Any:
 
 
 class _Finite:
-    """Tells whether a value can be complete: whether not every one has its like inside.
+    """Decides whether a schema has finite values.
 
     What is referred to is taken for impossible at first, and then for possible where a value could
     do with what is known to be so; that is done again until nothing changes.
@@ -191,7 +191,7 @@ class _Finite:
 
 
 def _required(schema: Mapping[str, Any]) -> list[Any]:
-    """Return the schemas of what an object has to have."""
+    """Return the schemas that an object requires."""
     names, inside = schema.get("required"), schema.get("properties")
     if not isinstance(names, list) or not isinstance(inside, dict):
         return []
@@ -199,7 +199,7 @@ def _required(schema: Mapping[str, Any]) -> list[Any]:
 
 
 def _least(schema: Mapping[str, Any]) -> list[Any]:
-    """Return the schemas of what an array has to have."""
+    """Return the schemas that an array requires."""
     least, listed = schema.get("minItems"), schema.get("prefixItems")
     if not isinstance(least, int) or least < 1:
         return []

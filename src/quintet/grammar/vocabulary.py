@@ -1,4 +1,4 @@
-"""A tokenizer as grammars see it: the bytes of its tokens, and which of them are no text."""
+"""A tokenizer's vocabulary for grammars: bytes of tokens, and which are no text."""
 
 import json
 from collections.abc import Sequence
@@ -12,7 +12,7 @@ UNICODE_FORMS = frozenset(("NFC", "NFD", "NFKC", "NFKD"))
 
 
 class Vocabulary:
-    """The tokens that a text is made of; made once for many grammars, as it takes its time.
+    """The vocabulary for grammars, built once per tokenizer.
 
     Tokens that were added to the vocabulary are none of any text, be they special or not: what
     spells one is made of others. A grammar has them where it names them.
@@ -61,13 +61,13 @@ class Vocabulary:
             ) from None
 
     def token(self, text: str) -> int | None:
-        """Return the token that a text is; None where it is none, or not a single one."""
+        """Return the id of a single token, or None."""
         found = self._ids.get(text)
         return found if found is not None and found < self.size else None
 
 
 def _pipeline(tokenizer: PreTrainedTokenizer) -> str:
-    """Return the file of a tokenizer in which all that is no text is called special."""
+    """Return a tokenizer file in which every token that is no text is special."""
     pipeline = json.loads(tokenizer.backend_tokenizer.to_str())
     added = {token["id"]: token for token in pipeline.get("added_tokens") or ()}
     plain = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)

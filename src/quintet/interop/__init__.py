@@ -1,4 +1,4 @@
-"""What lets tools made for Transformers take a model, or a tokenizer, of this library."""
+"""Bridges to tools that require Transformers' classes."""
 
 from quintet.interop.bridge import as_transformers
 from quintet.interop.evaluation import register_lm_eval

@@ -45,7 +45,7 @@ def as_transformers(model: Model) -> Model:
 
 
 def _bits(model: nn.Module) -> float | None:
-    """Return how many bits a weight of the maps in fewer bits takes; None if there are none."""
+    """Return the bits per weight of the quantised maps, or None."""
     held = [module for module in model.modules() if isinstance(module, Quantized)]
     count = sum(module.weight_count for module in held)
     size = sum(buffer.nbytes for module in held for buffer in module.buffers())

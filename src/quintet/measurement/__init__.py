@@ -1,1 +1,1 @@
-"""How fast a model runs here, and how fast this machine would let it."""
+"""Measures a model's speed, and the limits of the machine."""

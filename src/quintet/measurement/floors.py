@@ -1,4 +1,4 @@
-"""What a forward cannot do without: bytes to read, and multiplications.
+"""Lower bounds of a forward: bytes to read, and multiplications.
 
 A decode step reads every weight it uses once, each time it uses it: a block that several layers
 share is too large to stay in the CPU's caches until its next use. Of stacked experts it reads those
@@ -25,7 +25,7 @@ from quintet.quantization.modules import QuantizedEmbedding, QuantizedExperts
 
 @dataclass(frozen=True, slots=True)
 class StepBytes:
-    """What one decode step of a whole batch reads, in bytes.
+    """The bytes read by one decode step of a batch.
 
     Attributes:
         weights: with the experts that as many uniformly routed tokens hit on average.

@@ -1,4 +1,4 @@
-"""How many operations learning from a token takes: what MFU is a share of.
+"""Operations per token of training, the basis of MFU.
 
 Two for each multiplication by a weight forward, and two each for the gradients of its input and of
 itself: 6N of N active weights (PaLM, arXiv:2204.02311, appendix B), 4N where these stay as they
@@ -76,6 +76,6 @@ def _beside(config: PreTrainedConfig, context: int, ahead: bool) -> tuple[float,
 
 
 def _seen(context: int, window: int | None) -> float:
-    """Return how many tokens one of `context` sees on average, itself included."""
+    """Return the mean number of tokens that one of `context` attends to."""
     width = min(window or context, context)
     return width - width * (width - 1) / (2 * context)

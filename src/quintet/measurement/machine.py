@@ -1,4 +1,4 @@
-"""What the machine is and what it can do at best, measured on the spot."""
+"""The machine and its peak rates, measured."""
 
 import os
 import platform
@@ -59,7 +59,7 @@ class Machine:
 
 @dataclass(frozen=True, slots=True)
 class Bandwidth:
-    """How fast memory is read, in bytes a second, and by what that was measured."""
+    """The memory bandwidth in bytes per second, and how it was measured."""
 
     bytes_per_second: float
     how: str
@@ -92,7 +92,7 @@ def peak_memory() -> int:
 
 
 class Load:
-    """What else the machine does while something is measured, or None if the system hides it.
+    """Other load on the machine during a measurement, or None if unknown.
 
     Used as a context; `others` and `stolen` are shares of all cores' time.
     """

@@ -91,7 +91,7 @@ def time_steps(
 
 
 def _next(logits: Tensor) -> list[int]:
-    """Take the likeliest tokens, as greedy decoding does; this waits for a device."""
+    """Take the most likely tokens, waiting for the device."""
     return logits[:, -1].argmax(dim=-1).tolist()
 
 

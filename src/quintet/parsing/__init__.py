@@ -1,4 +1,4 @@
-"""What a model wrote, told apart while it arrives: reasoning, content, calls of tools."""
+"""Parses model output while it streams: reasoning, content, tool calls."""
 
 from quintet.parsing.choice import opening_of, parser_for
 from quintet.parsing.events import (

@@ -1,4 +1,4 @@
-"""One call of a tool, read by its structure: its JSON ends it, whatever its strings hold."""
+"""Parses one tool call by its JSON structure."""
 
 import re
 from collections.abc import Callable
@@ -14,11 +14,11 @@ _FENCE = "```"
 
 
 class BrokenCallError(Exception):
-    """What was read is no call."""
+    """The text is no valid call."""
 
 
 class _Call:
-    """The events of a call, in order: its name first, wherever it stands."""
+    """Builds a call's events in order, name first."""
 
     def __init__(self, index: int, emit: Callable[[Event], None]) -> None:
         self._index = index
@@ -61,7 +61,7 @@ class _Call:
 def read_call(
     source: Source, written: Format, index: int, emit: Callable[[Event], None], *, bare: bool
 ) -> Steps[None]:
-    """Read a call behind its marker, up to the end of its JSON and of the fence around that.
+    """Read a call behind its marker, through its JSON and code fence.
 
     Args:
         source: what to read.
@@ -87,7 +87,7 @@ def read_call(
 
 
 def _json_call(source: Source, call: _Call) -> Steps[bool]:
-    """Read an object whose members are the name and the arguments, in any order."""
+    """Read an object with name and arguments, in any order."""
     fenced = yield from _fence(source)
     yield from _expect(source, "{")
     following = yield from source.skip_space()
@@ -146,7 +146,7 @@ def _arguments(source: Source, call: _Call) -> Steps[None]:
 
 
 def _wrapped(source: Source, call: _Call) -> Steps[None]:
-    """Read arguments that are a string: what it stands for is an object, null or empty."""
+    """Read arguments encoded as a string."""
     value, unwrapped = JsonValue(), Unwrapped()
     outer = JsonValue()
     outer.push(source.take(source.at + 1))
@@ -170,7 +170,7 @@ def _wrapped(source: Source, call: _Call) -> Steps[None]:
 
 
 def _value(source: Source, sink: Callable[[str], None]) -> Steps[None]:
-    """Read a JSON value, whose text goes to `sink` as it comes."""
+    """Read a JSON value, passing its text to `sink`."""
     value = JsonValue()
     while True:
         sink(source.take(value.push(source.text, source.at)))
@@ -190,7 +190,7 @@ def _string(source: Source) -> Steps[str]:
 
 
 def _word(source: Source) -> Steps[str]:
-    """Read a name that stands in no quotes; it may be empty."""
+    """Read an unquoted name, possibly empty."""
     name = ""
     while (letter := (yield from source.peek())) and not _NAME_ENDS.match(letter):
         if len(name) == LONGEST_NAME:
@@ -200,7 +200,7 @@ def _word(source: Source) -> Steps[str]:
 
 
 def _fence(source: Source) -> Steps[bool]:
-    """Read space and the beginning of a fence of code, if there is one."""
+    """Read white space and a code fence, if present."""
     if (yield from source.skip_space()) != "`":
         return False
     if not (yield from source.accept(_FENCE)):

@@ -1,4 +1,4 @@
-"""The parser that fits a tokenizer and the text its model continues."""
+"""Chooses the parser for a tokenizer and prompt."""
 
 from quintet.parsing.events import OutputParser
 from quintet.parsing.format import END_THINK, THINK, Format, format_of, marker_ids
@@ -15,7 +15,7 @@ def parser_for(
     parallel: bool = True,
     written: Format | None = None,
 ) -> OutputParser:
-    """Return a parser for what follows a prompt; each text needs one of its own.
+    """Return a new parser for the text after a prompt.
 
     How calls are written is what the tokenizer's chat template says, and whether the text begins
     inside of a thought is what the end of the prompt says.
@@ -34,7 +34,7 @@ def parser_for(
 
 
 def opening_of(tokenizer: PreTrainedTokenizer, prompt_text: str) -> Opening:
-    """Say whether what follows a prompt begins inside of a thought, behind it, or as it likes.
+    """Return whether the text starts inside, after, or possibly before reasoning.
 
     A thought is open at the end of a prompt, or where a turn is gone on with that has begun one.
     """

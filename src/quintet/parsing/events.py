@@ -1,4 +1,4 @@
-"""What a model does while it writes: it thinks, it says something, it calls tools."""
+"""Events of model output: reasoning, content, tool calls."""
 
 from dataclasses import dataclass
 from typing import Protocol
@@ -6,21 +6,21 @@ from typing import Protocol
 
 @dataclass(frozen=True, slots=True)
 class Reasoning:
-    """A piece of what the model thinks before it answers; never empty."""
+    """A piece of reasoning, never empty."""
 
     text: str
 
 
 @dataclass(frozen=True, slots=True)
 class Content:
-    """A piece of the answer; never empty."""
+    """A piece of the answer, never empty."""
 
     text: str
 
 
 @dataclass(frozen=True, slots=True)
 class CallStart:
-    """A call begins; calls have the indices 0, 1, … in the order they begin."""
+    """A call begins; indices count from 0."""
 
     index: int
     name: str
@@ -28,7 +28,7 @@ class CallStart:
 
 @dataclass(frozen=True, slots=True)
 class CallArguments:
-    """A piece of a call's arguments, never empty; all pieces of a call are one JSON object."""
+    """A non-empty piece of a call's arguments; together they are a JSON object."""
 
     index: int
     text: str
@@ -36,7 +36,7 @@ class CallArguments:
 
 @dataclass(frozen=True, slots=True)
 class CallEnd:
-    """A call is complete. One that has begun and never ends was broken off."""
+    """A call is complete."""
 
     index: int
 
@@ -45,17 +45,17 @@ Event = Reasoning | Content | CallStart | CallArguments | CallEnd
 
 
 class OutputParser(Protocol):
-    """Tells apart what a model writes, while it arrives; one for each text."""
+    """Interface of a parser for one streamed text."""
 
     @property
     def done(self) -> bool:
-        """Whether generation should end: the model begins what is not its own to write."""
+        """Whether generation should end."""
 
     def feed(self, text: str, token: int) -> list[Event]:
-        """Take one token and the text that became certain by it, perhaps none.
+        """Add a token and its text; return the events that are final.
 
         What is certain by now is returned, no later than with the token that makes it so.
         """
 
     def flush(self) -> list[Event]:
-        """Return what was held back, after the last token."""
+        """Return the remaining events at the end."""

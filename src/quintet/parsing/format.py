@@ -1,4 +1,4 @@
-"""How a model writes calls of tools, as its own chat template writes them down."""
+"""The format of tool calls in a model's chat template."""
 
 import functools
 import json
@@ -16,7 +16,7 @@ THINK, END_THINK = "<think>", "</think>"
 
 @dataclass(frozen=True, slots=True)
 class Format:
-    """How calls stand in a text.
+    """The format of tool calls in a text.
 
     Two calls are `begin before_name NAME before_arguments ARGUMENTS after_arguments between
     before_name NAME before_arguments ARGUMENTS after_arguments end`; then nothing but the end of
@@ -60,12 +60,12 @@ class Format:
 
     @property
     def trigger(self) -> str:
-        """The marker by which one knows that the model calls a tool."""
+        """The marker that begins calls."""
         start = self.begin or self.before_name
         return next(marker for marker in self.opens if start.startswith(marker))
 
     def written(self, calls: Sequence[tuple[str, str]]) -> str:
-        """Return calls, each a name and JSON text, as the model would write them."""
+        """Write calls, each a name and JSON text."""
         texts = []
         for name, arguments in calls:
             inside = json.dumps(name, ensure_ascii=False)[1:-1] if self.style == "json" else name
@@ -75,7 +75,7 @@ class Format:
         return self.begin + self.between.join(texts) + self.end
 
     def pieces(self, text: str) -> list[str | int]:
-        """Cut one of the parts at its markers: text, and the ids of markers that are tokens."""
+        """Split a part at its markers into texts and token ids."""
         pieces: list[str | int] = []
         while text:
             places = [(text.find(marker), marker) for marker in self.tokens if marker in text]
@@ -136,7 +136,7 @@ _NAMES = ("probe_first", "probe_second")
 
 
 def format_of(tokenizer: PreTrainedTokenizer) -> Format | None:
-    """Return how a tokenizer's chat template writes calls; None where it has no place for them.
+    """Derive the format from a chat template, or return None.
 
     The template is asked, by having it write two calls; nothing goes by the name of a model.
     """
@@ -149,7 +149,7 @@ def format_of(tokenizer: PreTrainedTokenizer) -> Format | None:
 
 
 def marker_ids(tokenizer: PreTrainedTokenizer, used: Format | None) -> Mapping[str, int]:
-    """Return the ids of the markers that are tokens of their own, which no text becomes."""
+    """Return the ids of markers that are special tokens."""
     markers = [THINK, END_THINK]
     if used is not None:
         markers += [*used.opens, *used.closes, *used.invents]
@@ -197,7 +197,7 @@ def _probed(template: str, special_tokens: str) -> Format | None:
 
 
 def _read(text: str, arguments: Sequence[str]) -> Format | None:
-    """Return the format in which a text has two calls with these arguments; None if in none."""
+    """Return the format of a text with two known calls, or None."""
     ends: list[tuple[int, int]] = []
     place = 0
     for part in (_NAMES[0], arguments[0], _NAMES[1], arguments[1]):

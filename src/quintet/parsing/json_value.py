@@ -1,4 +1,4 @@
-"""One JSON value, followed while it arrives: where it ends, and whether it still is one."""
+"""Incremental recognition of one JSON value."""
 
 import json
 import re
@@ -28,7 +28,7 @@ _Expects = Literal["value", "first item", "first key", "key", "colon", "more"]
 
 
 class JsonValue:
-    """Takes a JSON value (RFC 8259) in pieces, without ever looking back.
+    """Recognises a JSON value (RFC 8259) in pieces.
 
     `complete` says that it ended, `broken` that what came is the beginning of none. A number ends
     with what follows it, or with `end`.
@@ -47,11 +47,11 @@ class JsonValue:
 
     @property
     def untouched(self) -> bool:
-        """Whether nothing of the value has come."""
+        """Whether nothing was read."""
         return self._expects == "value" and not self._inside and not self._open
 
     def push(self, text: str, at: int = 0) -> int:
-        """Take text from a place on, and return the place behind the last character taken."""
+        """Read text from an index; return the index behind the value."""
         while at < len(text) and not self.complete and not self.broken:
             match self._inside:
                 case "string":
@@ -67,7 +67,7 @@ class JsonValue:
         return at
 
     def end(self) -> bool:
-        """Say that nothing follows, and return whether the value is complete."""
+        """Signal the end; return whether the value is complete."""
         if self._inside == "number" and self._number in _NUMBER_ENDS and not self._open:
             self.complete = True
         return self.complete
@@ -189,13 +189,13 @@ _LONE = re.compile("[\ud800-\udfff]")
 
 
 class Unwrapped:
-    """Turns the inside of a JSON string, in pieces, into the text it stands for."""
+    """Decodes the inside of a JSON string in pieces."""
 
     def __init__(self) -> None:
         self._held = ""
 
     def push(self, inside: str, *, last: bool = False) -> str:
-        """Return the text of what is certain by now; all that was held back with the last piece."""
+        """Return the decoded text that is final."""
         self._held += inside
         found = _UNITS.match(self._held)
         assert found is not None

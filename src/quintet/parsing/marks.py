@@ -1,4 +1,4 @@
-"""Markers in what a model writes, such as `<tool_call>`: by their tokens where they are tokens."""
+"""Markers such as `<tool_call>` in a token stream."""
 
 import re
 from collections.abc import Iterable, Mapping
@@ -10,7 +10,7 @@ _SIGN = re.compile("[\ud800-\udbff]")
 
 
 class Marks:
-    """Writes a sign into the text where a token was a marker, and takes it out again.
+    """Inserts signs for marker tokens into text, and removes them again.
 
     Args:
         tokens: the markers that are tokens of the vocabulary, and their ids.
@@ -26,11 +26,11 @@ class Marks:
         self._taken = ""
 
     def sign(self, marker: str) -> str:
-        """Return what stands for a marker in the text: the marker itself where it is no token."""
+        """Return the sign of a marker: the marker itself if it is plain text."""
         return self._sign_of.get(marker, marker)
 
     def read(self, text: str, token: int) -> str:
-        """Return the text that became certain by a token, with a sign if the token is a marker."""
+        """Return a token's text, or the sign of a marker token."""
         text = self._without_owed(text)
         sign = self._by_token.get(token)
         if sign is None:
@@ -45,12 +45,12 @@ class Marks:
         return text[: len(text) - begun] + sign
 
     def rest(self) -> str:
-        """Return what was taken for the beginning of a late marker, at the end."""
+        """Return text held back as a possible marker."""
         taken, self._taken = self._taken, ""
         return taken
 
     def plain(self, text: str) -> str:
-        """Return text with the markers themselves in place of their signs."""
+        """Replace signs by their markers."""
         return _SIGN.sub(lambda found: self._text_of[found[0]], text)
 
     def _without_owed(self, text: str) -> str:
@@ -69,11 +69,11 @@ class Marks:
 
 
 def longest_overlap(text: str, markers: Iterable[str]) -> int:
-    """Count the last characters of a text that may begin one of several markers."""
+    """Return how many last characters may begin one of several markers."""
     return max((_overlap(text, marker) for marker in markers), default=0)
 
 
 def _overlap(text: str, marker: str) -> int:
-    """Count the last characters of a text that may begin a marker."""
+    """Return how many last characters may begin a marker."""
     most = min(len(text), len(marker) - 1)
     return next((n for n in range(most, 0, -1) if text.endswith(marker[:n])), 0)

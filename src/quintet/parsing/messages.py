@@ -1,4 +1,4 @@
-"""Messages of the past, in the form in which a chat template writes their calls down."""
+"""Converts past messages with tool calls to a template's form."""
 
 import json
 from collections.abc import Iterator, Mapping, Sequence
@@ -12,7 +12,7 @@ from quintet.tokenization import PreTrainedTokenizer
 def prepare_messages(
     tokenizer: PreTrainedTokenizer, messages: Sequence[Mapping[str, Any]]
 ) -> list[dict[str, Any]]:
-    """Return messages as the tokenizer's chat template wants those with calls of tools.
+    """Return messages in the form that the chat template expects.
 
     Arguments become the JSON text or a mapping, whichever the template writes as JSON; a text
     beside calls becomes a message before them where the template would write only one of both;

@@ -1,4 +1,4 @@
-"""The parser of everything a model writes: thoughts, then an answer with calls of tools in it."""
+"""The streaming parser: reasoning, then content with tool calls."""
 
 import re
 from collections.abc import Iterator, Mapping
@@ -15,7 +15,7 @@ Opening = Literal["reasoning", "content", "unknown"]
 
 
 class StreamParser:
-    """Tells apart what a model writes; however its text is cut, the events say the same.
+    """Splits streamed text into events, however it is cut.
 
     Reading a text takes time in proportion to its length, and no more than is uncertain is held
     back. A call whose JSON is broken, or never ends, is content, in the words it had.
@@ -46,18 +46,18 @@ class StreamParser:
 
     @property
     def done(self) -> bool:
-        """Whether nothing more is wanted."""
+        """Whether generation should end."""
         return self._done
 
     def feed(self, text: str, token: int) -> list[Event]:
-        """Take one token and the text that became certain by it, perhaps none."""
+        """Add a token and its text; return the events that are final."""
         if self._over:
             return []
         self._source.add(self._marks.read(text, token))
         return self._go()
 
     def flush(self) -> list[Event]:
-        """Return what was held back, after the last token."""
+        """Return the remaining events at the end."""
         self._source.add(self._marks.rest())
         self._source.ended = True
         return [] if self._over else self._go()
@@ -78,7 +78,7 @@ class StreamParser:
         yield from self._answer()
 
     def _open(self) -> Steps[None]:
-        """Find out whether the text begins with a thought; space before it is not part of it."""
+        """Detect whether the text begins with reasoning."""
         self._source.record()
         yield from self._source.skip_space()
         if (yield from self._source.accept(self._marks.sign(THINK))):
@@ -88,7 +88,7 @@ class StreamParser:
             self._say(self._source.recorded())
 
     def _think(self) -> Steps[None]:
-        """Read up to the end of the thought; space around its tags belongs to nobody."""
+        """Read reasoning up to its end."""
         end = self._marks.sign(END_THINK)
         pattern = re.compile(re.escape(end))
         spaces, begun, found = "", False, ""
@@ -107,7 +107,7 @@ class StreamParser:
         self._trims = "lines"
 
     def _answer(self) -> Steps[None]:
-        """Read content and calls until the end, or until nothing more is wanted."""
+        """Read content and calls up to the end."""
         written = self._written
         opens, closes, invents = self._signs()
         every = (*opens, *closes, *invents)
@@ -134,7 +134,7 @@ class StreamParser:
             self._events.append(Content("".join(self._spaces)))
 
     def _signs(self) -> Iterator[tuple[str, ...]]:
-        """Yield what stands for the markers that begin calls, end them, and begin results."""
+        """Yield the signs that begin and end calls, and begin results."""
         used = self._written
         for markers in (used.opens, used.closes, used.invents) if used else ((), (), ()):
             yield tuple(self._marks.sign(marker) for marker in markers)
@@ -146,7 +146,7 @@ class StreamParser:
         return following in ("{", "`")
 
     def _call(self, written: Format, opener: str) -> Steps[bool]:
-        """Read what follows a marker, and say whether that was a call at least."""
+        """Read what follows a marker; return whether it was a call."""
         self._source.record(opener)
         section, each = written.opens[0], written.opens[-1]
         if written.style == "header" and opener == self._marks.sign(section):

@@ -1,4 +1,4 @@
-"""Text that is still arriving, read by a parser that waits where it needs more."""
+"""A text stream that parsers wait on."""
 
 import re
 from collections.abc import Generator
@@ -14,7 +14,7 @@ _SPACE = re.compile(r"[ \t\r\n]*")
 
 
 class Source:
-    """What has arrived and is not read yet; what is read is forgotten, unless it is recorded."""
+    """Text that has arrived and was not read."""
 
     def __init__(self, marks: Marks) -> None:
         self.marks = marks
@@ -24,22 +24,22 @@ class Source:
         self._record: list[str] | None = None
 
     def add(self, text: str) -> None:
-        """Take further text."""
+        """Append text."""
         self.text = self.text[self.at :] + text
         self.at = 0
 
     def record(self, read: str = "") -> None:
-        """Keep what is read from now on, behind what was read already."""
+        """Start recording what is read."""
         self._record = [read]
 
     def recorded(self) -> str:
-        """Return what was read since, and keep nothing any more."""
+        """Return the recording, and stop."""
         text = "".join(self._record or [])
         self._record = None
         return text
 
     def take(self, end: int) -> str:
-        """Return the text up to a place, which is read with that."""
+        """Read up to an index."""
         taken = self.text[self.at : end]
         self.at = end
         if self._record is not None:
@@ -47,7 +47,7 @@ class Source:
         return taken
 
     def more(self) -> Steps[bool]:
-        """Wait for text beyond what there is; False if there is no more."""
+        """Wait for more text; return False at the end."""
         there = len(self.text) - self.at
         while len(self.text) - self.at == there:
             if self.ended:
@@ -56,14 +56,14 @@ class Source:
         return True
 
     def peek(self) -> Steps[str]:
-        """Return the next character, which stays unread; "" at the end."""
+        """Return the next character without reading it; "" at the end."""
         while self.at == len(self.text):
             if not (yield from self.more()):
                 return ""
         return self.text[self.at]
 
     def skip_space(self) -> Steps[str]:
-        """Read space, and return the character behind it, which stays unread."""
+        """Read white space; return the next character without reading it."""
         while True:
             found = _SPACE.match(self.text, self.at)
             assert found is not None
@@ -73,7 +73,7 @@ class Source:
                 return following
 
     def ahead(self, literal: str) -> Steps[bool]:
-        """Say whether a text is what comes next; nothing is read."""
+        """Return whether a text comes next, without reading."""
         while True:
             start = self.text[self.at : self.at + len(literal)]
             if start == literal:
@@ -82,7 +82,7 @@ class Source:
                 return False
 
     def accept(self, literal: str) -> Steps[bool]:
-        """Read a text if it is what comes next; otherwise read nothing."""
+        """Read a text if it comes next; return whether it did."""
         comes = yield from self.ahead(literal)
         if comes:
             self.take(self.at + len(literal))

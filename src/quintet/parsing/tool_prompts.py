@@ -1,4 +1,4 @@
-"""Tools for chat templates that write calls of tools down and have no place for the tools.
+"""System prompts that describe tools, for templates without a place for them.
 
 Those of DeepSeek's models are such: the tools are told in the system prompt, in the form that the
 models were trained with.
@@ -37,7 +37,7 @@ Where:
 
 
 def with_tools(template: str, written: Format) -> str:
-    """Return a template that tells the tools in the system prompt, and how to call them.
+    """Return a template that describes the tools in the system prompt.
 
     Args:
         template: one that has no place for them.

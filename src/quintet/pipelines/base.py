@@ -1,4 +1,4 @@
-"""What every pipeline does: one input or many, some at a time, answered in their order."""
+"""The base of pipelines: batches inputs and answers in their order."""
 
 import dataclasses
 import difflib
@@ -31,14 +31,14 @@ class Rows:
 
 @dataclass(slots=True)
 class _Job:
-    """One input, the parts it is cut into, and what the model says of those that have run."""
+    """One input, its parts, and their outputs so far."""
 
     parts: Sequence[Any]
     outputs: list[Any] = field(default_factory=list)
 
 
 class Pipeline(ABC):
-    """A model and its tokenizer, at work on a task.
+    """A model and its tokenizer for a task.
 
     An input is cut into parts (`preprocess`; mostly one), parts of several inputs run together
     (`forward`), and the outputs of an input's parts become its result (`postprocess`).
@@ -74,7 +74,7 @@ class Pipeline(ABC):
         self.options = self.with_options(self.options_class(), options)
 
     def __call__(self, inputs: Any, *, batch_size: int | None = None, **options: Any) -> Any:
-        """Answer one input, a list of them, or a stream of them.
+        """Answer one input, a list, or a stream.
 
         Args:
             inputs: one input; a list or tuple; or anything else that can be gone through (a
@@ -105,7 +105,7 @@ class Pipeline(ABC):
 
     @property
     def dtype(self) -> torch.dtype:
-        """Of the model's weights."""
+        """The dtype of the weights."""
         return self.model.dtype
 
     def save_pretrained(self, save_directory: str | os.PathLike[str]) -> None:
@@ -120,34 +120,34 @@ class Pipeline(ABC):
     # -- what a task says -----------------------------------------------------------------------
 
     def with_options(self, base: Any, given: Mapping[str, Any]) -> Any:
-        """Return the options with those that are given in their place."""
+        """Return the options with replacements."""
         return replaced(base, given, self.task)
 
     @abstractmethod
     def is_single(self, inputs: Any, options: Any) -> bool:
-        """Tell whether this is one input, rather than several."""
+        """Return whether this is one input."""
 
     @abstractmethod
     def preprocess(self, item: Any, options: Any) -> Sequence[Any]:
-        """Cut one input into parts for the model."""
+        """Split one input into parts."""
 
     @abstractmethod
     def forward(self, parts: list[Any], options: Any) -> list[Any]:
-        """Run the model over some parts, and return an output for each."""
+        """Run the model over some parts; return an output each."""
 
     @abstractmethod
     def postprocess(self, parts: Sequence[Any], outputs: list[Any], options: Any) -> Any:
-        """Make the result of an input from its parts and their outputs."""
+        """Combine the outputs of an input's parts."""
 
     # -- what tasks share -----------------------------------------------------------------------
 
     @property
     def longest(self) -> int:
-        """The number of tokens that model and tokenizer both have room for."""
+        """The maximum number of tokens for model and tokenizer."""
         return min(self.tokenizer.model_max_length, self.model.config.max_position_embeddings)
 
     def check_length(self, tokens: int, remedy: str) -> None:
-        """Refuse more tokens than the model has positions for."""
+        """Refuse more tokens than the model has positions."""
         room = self.model.config.max_position_embeddings
         if tokens > room:
             raise ContextLengthError(
@@ -156,7 +156,7 @@ class Pipeline(ABC):
             )
 
     def rows(self, ids: Sequence[Sequence[int]], *, side: str = "right") -> Rows:
-        """Pad rows of ids to one length, on the model's device."""
+        """Pad rows of ids on the model's device."""
         pad = self.model.config.pad_token_id
         if pad is None:
             pad = self.tokenizer.pad_token_id or 0
@@ -176,7 +176,7 @@ class Pipeline(ABC):
         )
 
     def run(self, ids: Sequence[Sequence[int]], **inputs: Any) -> tuple[Any, list[int]]:
-        """Run the model over padded rows; return its output and the length of each row."""
+        """Run the model over padded rows; return output and lengths."""
         rows = self.rows(ids)
         with torch.no_grad():
             output = self.model(
@@ -207,7 +207,7 @@ class Pipeline(ABC):
 
 
 def replaced(base: Any, given: Mapping[str, Any], owner: str) -> Any:
-    """Return options (a dataclass) with those that are given in their place.
+    """Return options (a dataclass) with replacements.
 
     None stands for the default where an option cannot be None.
 
@@ -247,7 +247,7 @@ def checked_scores(scores: Tensor) -> Tensor:
 
 
 def unpadded(values: Tensor, lengths: list[int]) -> list[Tensor]:
-    """Return each row of values (B, T, …) as (T, …) without what belongs to padding."""
+    """Return each row of values (B, T, …) as (T, …), without padding."""
     return [row[:length].float().cpu() for row, length in zip(values, lengths, strict=True)]
 
 
@@ -258,7 +258,7 @@ def _checked_size(size: int) -> int:
 
 
 def _stream(inputs: Any, task: str) -> Iterable[Any]:
-    """Return an iterable over inputs; a dataset may only have a length and places."""
+    """Return an iterable over inputs, also for datasets with only length and indices."""
     if isinstance(inputs, Iterable) and not isinstance(inputs, str | bytes | Mapping):
         return inputs
     if isinstance(inputs, torch.utils.data.Dataset) and hasattr(inputs, "__len__"):

@@ -1,4 +1,4 @@
-"""`pipeline(task)`: what a task needs, loaded and put together."""
+"""`pipeline(task)`: loads and assembles a task."""
 
 import difflib
 import importlib
@@ -89,7 +89,7 @@ def pipeline(
     model_kwargs: Mapping[str, Any] | None = None,
     **options: Any,
 ) -> Pipeline:
-    """Load model and tokenizer of a task and return them as one callable.
+    """Load model and tokenizer of a task, and return the pipeline.
 
     Args:
         task: one of `TASKS`, or "sentiment-analysis" or "ner"; if not given, what the model is for.
@@ -168,7 +168,7 @@ def pipeline(
 
 
 def _once(given: Mapping[str, Any], **named: Any) -> dict[str, Any]:
-    """Return arguments of `from_pretrained`, those that are named and those that are given."""
+    """Merge named and given arguments of `from_pretrained`."""
     kwargs = dict(given)
     if "torch_dtype" in kwargs:
         kwargs.setdefault("dtype", kwargs.pop("torch_dtype"))
@@ -183,7 +183,7 @@ def _once(given: Mapping[str, Any], **named: Any) -> dict[str, Any]:
 
 
 def _known(task: str) -> str:
-    """Return the name of a task, also of one called by another name."""
+    """Return a task's name, resolving aliases."""
     names = (*TASKS, *ALIASES)
     if task not in names:
         near = difflib.get_close_matches(task, names, n=1)

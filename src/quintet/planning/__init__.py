@@ -1,4 +1,4 @@
-"""What a model needs on many devices, how to split it over them, and how fast it can be there.
+"""Plans a model on many devices: memory, split, and estimated speed.
 
 Everything follows from a config: the model is built on the meta device, no weights are read.
 

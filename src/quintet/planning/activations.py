@@ -1,4 +1,4 @@
-"""How many numbers autograd keeps of a token, for each number that goes into a map or comes out.
+"""Activations kept by autograd per token, relative to the sizes of maps.
 
 Counted for released shapes: inputs and outputs of linear maps are most of it, and what else is kept
 makes it 1.1 to 1.3 times as many, with Mamba-2's scan 8 more a channel; on kernels, which keep
@@ -7,12 +7,12 @@ inputs alone, it is .7 to .8 times as many.
 
 
 def kept_of_maps(kernels: bool) -> float:
-    """Return what is kept of each input and output of a map."""
+    """Return what is kept per input and output of a map."""
     return 0.76 if kernels else 1.2
 
 
 def kept_of_scans(kernels: bool) -> float:
-    """Return what is kept of each channel of Mamba-2 besides."""
+    """Return what is kept per channel of Mamba-2 besides."""
     return 0.0 if kernels else 8.0
 
 

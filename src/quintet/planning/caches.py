@@ -1,4 +1,4 @@
-"""What the cache of a model takes on one device of a split."""
+"""The cache of a model on one device of a split."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -16,7 +16,7 @@ CACHE_DTYPES = (*_PLAIN, *(f"int{bits}" for bits in BITS))
 
 @dataclass(frozen=True, slots=True)
 class LayerCache:
-    """What one layer keeps on one device.
+    """The cache of one layer on one device.
 
     Attributes:
         numbers: of each token.
@@ -30,7 +30,7 @@ class LayerCache:
 
 
 def cache_layers(config: PreTrainedConfig, tp: int) -> Sequence[LayerCache]:
-    """Return what each layer keeps where `tp` devices share its heads.
+    """Return each layer's cache on one of `tp` devices.
 
     Latents are whole on every device; of fewer heads or groups than devices, each device has one.
     """

@@ -1,4 +1,4 @@
-"""How long devices take to hand numbers to each other, at best.
+"""The time of collectives between devices, at best.
 
 An all-reduce among t devices moves 2(t - 1)/t of its bytes through each (a ring, or a
 reduce-scatter and an all-gather); what spans nodes does so within each node first, and across

@@ -1,4 +1,4 @@
-"""What a device has and does: the numbers that makers publish, and where they are published.
+"""Published specifications of devices, with their sources.
 
 Bandwidths are bytes a second in one direction. A link is what one device has to the others of its
 node, a network what it has to other nodes: makers sell both directions together, so of theirs this
@@ -26,7 +26,7 @@ from quintet.errors import InputError, shown
 
 @dataclass(frozen=True, slots=True)
 class Link:
-    """How a device reaches others.
+    """The link from a device to others.
 
     Attributes:
         bandwidth: bytes a second, in one direction.

@@ -1,4 +1,4 @@
-"""What generating takes on each device of a split: bytes, and seconds of a step.
+"""Inference on each device of a split: bytes, and seconds per step.
 
 A step of N tokens reads the weights that they meet and the cache behind them, multiplies, and waits
 for other devices. What is expected is all of that in turn, products at the share of a device's peak
@@ -30,7 +30,7 @@ EXCHANGED = 3
 
 @dataclass(frozen=True, slots=True)
 class Workload:
-    """What is asked of a model.
+    """The lengths and numbers of requests.
 
     Attributes:
         context: tokens of a row, prompt and answer.
@@ -91,7 +91,7 @@ class Footprint:
 
 @dataclass(frozen=True, slots=True)
 class Pace:
-    """How fast something goes, by what its seconds are of.
+    """A speed, with its time by component.
 
     Attributes:
         tokens: how many are made or read in a round, by all devices.
@@ -154,7 +154,7 @@ def footprint(model: Model, split: Split, work: Workload) -> Footprint:
 
 
 def decode(model: Model, split: Split, work: Workload, network: Network) -> Pace:
-    """Return how fast rows go on, each at the end of its context."""
+    """Estimate decoding, each row at the end of its context."""
     rows = work.rows_of(split)
     parts = min(split.pp, rows)
     each = -(-rows // parts)
@@ -173,7 +173,7 @@ def decode(model: Model, split: Split, work: Workload, network: Network) -> Pace
 
 
 def prefill(model: Model, split: Split, work: Workload, network: Network) -> Pace:
-    """Return how fast prompts are read, one part after the other in every group."""
+    """Estimate prefill, one piece after the other per group."""
     tokens = min(work.step_tokens, work.context * work.rows_of(split))
     step = _Step(model, split, work, network, tokens, work.context / 2, absorbed=False)
     costs = [step.costs(stage, 0.0, logits=1) for stage in model.stages(split)]

@@ -76,7 +76,7 @@ AnyChoice = TypeVar("AnyChoice", Choice, TrainingChoice)
 
 @dataclass(frozen=True, slots=True)
 class Plan(Generic[AnyChoice]):
-    """What a model needs in a world.
+    """A model's requirements in a world.
 
     Attributes:
         model: what is planned.

@@ -1,4 +1,4 @@
-"""What one device of a split holds and multiplies with, stage by stage."""
+"""The share of one device of a split: what it holds and multiplies with, by stage."""
 
 import math
 from collections import Counter
@@ -64,7 +64,7 @@ class Share:
 
 @dataclass(frozen=True, slots=True)
 class Stage:
-    """What a device of one stage has.
+    """The share of a device of one stage.
 
     Attributes:
         layers: which layers of the main run.

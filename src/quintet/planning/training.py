@@ -1,4 +1,4 @@
-"""What training takes on each device of a split: bytes, and seconds of a step.
+"""Training on each device of a split: bytes, and seconds per step.
 
 Of each parameter there is a number in float32 that is stepped (4 bytes), a gradient (4, or 2 where
 it is kept in 16 bits) and what the optimiser keeps (8 by AdamW, 4 of a matrix by Muon), all in
@@ -29,7 +29,7 @@ LOGITS = 2**22
 
 @dataclass(frozen=True, slots=True)
 class Training:
-    """What is trained, and how.
+    """A training's settings.
 
     Attributes:
         context: tokens of a row.
@@ -149,7 +149,7 @@ def _activations(model: Model, stage: Stage, split: Split, work: Training) -> in
 
 
 def _numbers(model: Model, layer: int, split: Split, work: Training) -> float:
-    """Return how many numbers a device keeps of a token in a layer."""
+    """Return the numbers kept per token in a layer on a device."""
     kept = 0.0
     for weight in model.of_layer(layer):
         shape = model.part(weight, split)
@@ -172,7 +172,7 @@ def _logits(model: Model, split: Split, work: Training) -> int:
 
 
 def step(model: Model, split: Split, work: Training, network: Network) -> Pace:
-    """Return how fast rows are learned from, in tokens of all groups."""
+    """Estimate a step, in tokens of all groups."""
     device, tokens, parts = network.device, work.tokens(split), work.parts(split)
     expected: dict[str, float] = {}
     least: dict[str, float] = {}

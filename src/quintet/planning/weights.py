@@ -1,4 +1,4 @@
-"""What a model holds: each of its matrices and vectors, of which kind, and a device's part."""
+"""The weights of a model: each matrix and vector, and a device's part."""
 
 import math
 import re
@@ -102,7 +102,7 @@ class Weight:
 
 
 def held_as(config: PreTrainedConfig, quantize: str | None, device: Device) -> QuantizationRequest:
-    """Return how a model is held on a device: as asked for, or as its files are.
+    """Return the quantisation of a model on a device.
 
     Files in FP8 become plain numbers where a device multiplies no FP8, as when they are loaded.
 
@@ -203,7 +203,7 @@ def layer_of(name: str) -> int | None:
 
 
 def _uses(name: str, layers: int, blocks: Mapping[str, int]) -> float:
-    """Return how many products with it a token takes under one of its names."""
+    """Return the number of products per token with a weight under one of its names."""
     if (layer_of(name) or 0) >= layers or name.endswith(("embed_tokens.weight", ".inv_freq")):
         return 0.0
     adapters = re.match(r".*_adapter_list", name)

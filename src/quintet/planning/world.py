@@ -49,7 +49,7 @@ class World:
 
 @dataclass(frozen=True, slots=True)
 class Split:
-    """How the devices share a model and its work; tp · fsdp · dp · pp of them.
+    """How devices share model and work; there are tp · fsdp · dp · pp of them.
 
     Ranks of one tensor-parallel group are beside each other, then those with rows of their own,
     then stages. With `ep` > `tp` attention is data-parallel and experts are not: each group of tp
@@ -119,7 +119,7 @@ class Split:
 
 @dataclass(frozen=True, slots=True)
 class Limits:
-    """Which splits are thought of.
+    """The splits to consider.
 
     Attributes:
         fixed: numbers that a split has to have, by its attributes' names.

@@ -1,4 +1,4 @@
-"""Which file in GGUF a name means: a path, a hub id, or what another program keeps."""
+"""Resolves a name to a GGUF file: a path, a hub id, or another program's model."""
 
 from quintet.sources.choice import models_among
 from quintet.sources.find import find_gguf

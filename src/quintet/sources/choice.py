@@ -1,4 +1,4 @@
-"""Which of several GGUF files is meant: by its name, or by how its weights are kept."""
+"""Chooses among several GGUF files, by name or quantisation."""
 
 import re
 from collections.abc import Iterable, Mapping

@@ -1,4 +1,4 @@
-"""Where llama.cpp and LM Studio keep files, by the names that the hub has for them."""
+"""Finds files of llama.cpp and LM Studio by their hub names."""
 
 import os
 import sys

@@ -1,4 +1,4 @@
-"""What Ollama keeps: manifests that name layers, and a blob for each, named by its digest."""
+"""Finds Ollama's models: manifests that name layers, and blobs by digest."""
 
 import os
 import re

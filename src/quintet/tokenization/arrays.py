@@ -1,4 +1,4 @@
-"""Arrays and tensors as lists, without importing the library they come from."""
+"""Converts arrays and tensors to lists, without importing their libraries."""
 
 from typing import Any, Protocol, runtime_checkable
 
@@ -11,7 +11,7 @@ class _Array(Protocol):
 
 
 def as_lists(value: Any) -> Any:
-    """Return lists for lists, tuples, arrays and tensors, nested or not; the rest as it is."""
+    """Convert arrays and tensors, nested or not, to lists."""
     if isinstance(value, list | tuple):
         return [one if type(one) is int else as_lists(one) for one in value]
     return value.tolist() if isinstance(value, _Array) else value

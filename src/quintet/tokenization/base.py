@@ -1,4 +1,4 @@
-"""The one class of tokenizers: a pipeline of the `tokenizers` library, and its settings."""
+"""`PreTrainedTokenizer`: a pipeline of the `tokenizers` library with its settings."""
 
 import copy
 import importlib
@@ -47,7 +47,7 @@ _PREFIXED = (names.TOKENIZER, names.SETTINGS, names.SPECIAL_TOKENS)
 
 
 class PreTrainedTokenizer(Chat, Decoder, Pushable):
-    """Text to ids and back, exactly as a pipeline (`tokenizer.json`) says.
+    """Converts text to ids and back, exactly as `tokenizer.json` says.
 
     Args:
         tokenizer_object: a pipeline; it is copied.
@@ -85,7 +85,7 @@ class PreTrainedTokenizer(Chat, Decoder, Pushable):
     def _set_up(
         self, backend: Tokenizer, options: TokenizerOptions, settings: Mapping[str, Any]
     ) -> None:
-        """Take over a pipeline; `settings` are the keys of a file that mean nothing here."""
+        """Initialise from a pipeline; `settings` are unused keys, kept for saving."""
         check_names(type(self).__name__, options, TokenizerOptions.__annotations__)
         check_values(options, InputError)
         check_fixed(options)
@@ -265,11 +265,11 @@ class PreTrainedTokenizer(Chat, Decoder, Pushable):
         return tuple(str(root / name) for name in named)
 
     def to_files(self) -> dict[str, str]:
-        """Return the files that `save_pretrained` writes, their contents by their names."""
+        """Return the files of `save_pretrained` by name."""
         return self._texts(None)
 
     def _texts(self, templates: Mapping[str, Any] | None) -> dict[str, str]:
-        """Return the files; with `templates` in the settings, and no files of their own."""
+        """Return the files, with `templates` in the settings if given."""
         roles: dict[str, Any] = {
             **dict.fromkeys(role for role in self._defaults() if role in NAMED_TOKENS),
             **{role: self._named[role] for role in NAMED_TOKENS if role in self._named},
@@ -306,7 +306,7 @@ class PreTrainedTokenizer(Chat, Decoder, Pushable):
         }
 
     def to_transformers(self) -> Any:
-        """Return a `transformers.PreTrainedTokenizerFast` that reads and writes as this one does.
+        """Return an equivalent `transformers.PreTrainedTokenizerFast`.
 
         It is for tools that ask for that class; see `quintet.interop.to_transformers`.
 

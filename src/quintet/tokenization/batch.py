@@ -1,4 +1,4 @@
-"""What a tokenizer returns: named columns that unpack into a model's call."""
+"""`BatchEncoding`: the output of a tokenizer."""
 
 from collections import UserDict
 from collections.abc import Mapping, Sequence
@@ -43,7 +43,7 @@ class BatchEncoding(UserDict[str, Any]):
 
     @property
     def encodings(self) -> list[Row] | None:
-        """The rows with their tokens, words and offsets; None if made from bare columns."""
+        """The rows with tokens, words and offsets; None if built from columns."""
         return self._rows
 
     @property
@@ -94,7 +94,7 @@ class BatchEncoding(UserDict[str, Any]):
         return self._row(batch_index).word_ids
 
     def sequence_ids(self, batch_index: int = 0) -> list[int | None]:
-        """Return for each token of a row whether it is of the text (0) or of its pair (1)."""
+        """Return 0 for each token of the text, 1 for each of its pair."""
         return self._row(batch_index).sequence_ids
 
     def char_to_token(
@@ -142,7 +142,7 @@ def _row_and(first: int, second: int | None) -> tuple[int, int]:
 
 
 def as_tensor(name: str, column: Any, kind: str) -> Any:
-    """Turn a column into a tensor or array of 64-bit integers; one that is already stays.
+    """Convert a column to a tensor or array of 64-bit integers.
 
     Raises:
         InputError: the rows differ in length, or hold something other than numbers.

@@ -1,4 +1,4 @@
-"""What a template of a stranger may use up: steps, seconds, and characters of memory.
+"""The budget of a chat template: steps, time, and memory.
 
 Everything is counted before it is made, and what was made is never given back: the count is the
 most that can be alive. A character stands for the four bytes that the widest takes.
@@ -21,11 +21,11 @@ _COLLECTIONS = (list, tuple, dict, Set, KeysView, ValuesView, ItemsView)
 
 
 class BudgetError(Exception):
-    """The template did more than a chat template has reason to."""
+    """A template exceeded its budget."""
 
 
 class Budget:
-    """Counts what one rendering does, and ends it in time.
+    """The budget of one rendering.
 
     Every method raises BudgetError when there is nothing left.
     """
@@ -38,7 +38,7 @@ class Budget:
         self._deadline = time.thread_time() + MAX_SECONDS
 
     def take(self, steps: int, characters: int = 0) -> None:
-        """Use up some of it."""
+        """Spend part of the budget."""
         self.steps += steps
         self.characters += characters
         if self.steps > MAX_STEPS:
@@ -49,20 +49,20 @@ class Budget:
             self.look_at_the_clock()
 
     def look_at_the_clock(self) -> None:
-        """End the rendering if its time is over."""
+        """Raise if time is over."""
         self._next_look = self.steps + 64
         if time.thread_time() > self._deadline:
             raise BudgetError(f"more than {MAX_SECONDS} seconds")
 
     def room(self, characters: int) -> None:
-        """Refuse what would not fit, before it is made."""
+        """Raise if a result would not fit."""
         if self.characters + characters > MAX_CHARACTERS:
             raise BudgetError(f"more than {MAX_CHARACTERS} characters")
         if characters > 1024:
             self.look_at_the_clock()
 
     def number(self, value: Any, most: int = 100_000) -> int:
-        """Return a width or a count as a number, 0 if it is none."""
+        """Return a width or count as a number, else 0."""
         if not isinstance(value, int):
             return 0
         if abs(value) > most:
@@ -70,7 +70,7 @@ class Budget:
         return max(value, 0)
 
     def counted(self, items: Iterator[Any]) -> Iterator[Any]:
-        """Count what an iterator yields, as it is taken."""
+        """Count an iterator's items as they are taken."""
         for item in items:
             self.take(1, POINTER)
             yield item
@@ -80,7 +80,7 @@ class Budget:
         return len(value) if isinstance(value, str) else self.weigh(value)
 
     def weigh(self, value: Any, *, a_character: int = QUOTED, indent: int = 0) -> int:
-        """Bound the length of a value when all of it is written down, refusing too much.
+        """Bound the total length of a value, and raise if it is too large.
 
         What comparing, hashing and sorting look at is never more. A list within itself many
         times counts as often.
@@ -115,5 +115,5 @@ class Budget:
 
 
 def size(value: Any) -> int:
-    """Count the items of a value, 0 if it is no collection."""
+    """Return the length of a collection, else 0."""
     return len(value) if isinstance(value, Sized) else 0

@@ -1,8 +1,8 @@
-"""The alphabet in which byte-level pipelines spell bytes as printable characters."""
+"""The byte-level alphabet of printable characters."""
 
 
 def _alphabet() -> dict[str, int]:
-    """Return the byte of each letter: printable Latin-1 is itself, the rest starts at U+0100."""
+    """Return the byte of each letter."""
     printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
     others = [byte for byte in range(256) if byte not in printable]
     letters = {chr(byte): byte for byte in printable}
@@ -13,7 +13,7 @@ BYTE_OF = _alphabet()
 
 
 def token_bytes(token: str) -> bytes:
-    """Return the bytes a token stands for; one that is not spelt in the alphabet is UTF-8."""
+    """Return a token's bytes; one outside the alphabet is UTF-8."""
     try:
         return bytes([BYTE_OF[letter] for letter in token])
     except KeyError:

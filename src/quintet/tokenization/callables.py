@@ -1,4 +1,4 @@
-"""What a template can call, each within its budget: filters, tests, functions, `str.format`."""
+"""Filters, tests and functions that templates may call, within the budget."""
 
 import datetime
 import json
@@ -46,7 +46,7 @@ class MeteredEnvironment(jinja2.sandbox.ImmutableSandboxedEnvironment):
         *,
         escapes: bool = False,
     ) -> Any:
-        """Call a function if the budget has room for its largest result."""
+        """Call a function if its largest possible result fits the budget."""
         most = cost(*values, **options)
         if escapes or any(map(_is_marked, [*values, *options.values()])):
             most *= costs.ESCAPED
@@ -56,7 +56,7 @@ class MeteredEnvironment(jinja2.sandbox.ImmutableSandboxedEnvironment):
         return self.budget.counted(result) if isinstance(result, Iterator) else result
 
     def comparable(self, value: Any) -> Any:
-        """Count the items that a comparison looks through, or a key is made of."""
+        """Count the items that a comparison visits."""
         if isinstance(value, str):
             self.budget.take(len(value) >> 10)
         elif size(value):
@@ -64,7 +64,7 @@ class MeteredEnvironment(jinja2.sandbox.ImmutableSandboxedEnvironment):
         return value
 
     def counted(self, result: Any) -> Any:
-        """Count a call and the text it made."""
+        """Count a call and its text."""
         self.budget.take(1, len(result) if isinstance(result, str) else 0)
         return result
 
@@ -111,7 +111,7 @@ def _looking(test: Any) -> Function:
 
 
 class _Fields(string.Formatter):
-    """`str.format`, each of whose fields asks for room before it is written."""
+    """`str.format` that checks each field against the budget."""
 
     budget: Budget
 
@@ -124,22 +124,22 @@ class _Fields(string.Formatter):
         return text
 
     def convert_field(self, value: Any, conversion: Any) -> Any:
-        """Write a value as `!r` and its like ask for."""
+        """Apply a conversion such as `!r`."""
         if conversion is not None:
             self.budget.room(self.budget.weigh(value))
         return super().convert_field(value, conversion)
 
 
 class Format(_Fields, jinja2.sandbox.SandboxedFormatter):
-    """For a text that is not marked as safe."""
+    """`str.format` of plain text."""
 
 
 class EscapingFormat(_Fields, jinja2.sandbox.SandboxedEscapeFormatter):
-    """Formats an escaped text: escapes every value that is put into it."""
+    """`str.format` of escaped text, which escapes its values."""
 
 
 def check_numbers(operator: str, *numbers: Any) -> None:
-    """Refuse numbers that no chat needs, and whose results could be very long."""
+    """Refuse numbers with huge results."""
     if max(abs(one) for one in numbers) > 1e30:
         raise BudgetError(f"numbers beyond 1e30 in {operator!r}")
     if operator == "**" and (abs(numbers[0]) > 1e6 or abs(numbers[1]) > 64):
@@ -147,7 +147,7 @@ def check_numbers(operator: str, *numbers: Any) -> None:
 
 
 class _Namespace(jinja2.utils.Namespace):
-    """A namespace that stores no name the sandbox would not read."""
+    """A namespace without names that the sandbox hides."""
 
     def __setitem__(self, name: str, value: Any) -> None:
         if name.startswith("_"):

@@ -1,4 +1,4 @@
-"""Conversations to the text, or the ids, a chat model was trained on."""
+"""Chat templates: conversations to text or ids."""
 
 import difflib
 from collections.abc import Callable, Mapping, Sequence
@@ -26,13 +26,13 @@ _OWN_NAMES = frozenset(["messages", "tools", "documents", "add_generation_prompt
 
 
 class Chat(Encoder):
-    """The part of a tokenizer that writes conversations down."""
+    """The chat-template methods of a tokenizer."""
 
     _templates: ChatTemplates
 
     @property
     def chat_template(self) -> str | dict[str, str] | None:
-        """The template, or several by name; None if there is none."""
+        """The template, several by name, or None."""
         return self._templates.source
 
     @chat_template.setter
@@ -42,7 +42,7 @@ class Chat(Encoder):
     def get_chat_template(
         self, chat_template: str | None = None, tools: Tools | None = None
     ) -> str:
-        """Return the template that `apply_chat_template` would use.
+        """Return the template that `apply_chat_template` uses.
 
         Raises:
             ChatTemplateError: there is none.
@@ -50,7 +50,7 @@ class Chat(Encoder):
         return self._templates.choose(chat_template, has_tools=tools is not None)
 
     def chat_template_variables(self, chat_template: str) -> frozenset[str]:
-        """Return what a chat template asks for, by name.
+        """Return the variables that a chat template reads.
 
         Raises:
             ChatTemplateError: it is not a template.
@@ -76,7 +76,7 @@ class Chat(Encoder):
         tokenizer_kwargs: EncodeOptions | None = None,
         **template_kwargs: Any,
     ) -> Any:
-        """Write a conversation, or a list of them, as the chat template says.
+        """Render one or several conversations with the chat template.
 
         Args:
             conversation: messages, `{"role": ..., "content": ...}`.
@@ -165,7 +165,7 @@ class Chat(Encoder):
         documents: Sequence[Mapping[str, Any]] | None,
         template_kwargs: Mapping[str, Any],
     ) -> dict[str, Any]:
-        """Check the variables that every conversation of a call shares against the template."""
+        """Check the variables of a call against the template."""
         used = self._templates.compiled(template).variables
         for name in template_kwargs:
             if name not in used or name in _OWN_NAMES:
@@ -204,7 +204,7 @@ class Chat(Encoder):
 
 
 def _mask(row: Row, rendered: Rendered) -> list[int]:
-    """Return 1 for each token with a character inside of the generated parts."""
+    """Return 1 for each token that overlaps generated text."""
     spans = iter(rendered.generated)
     start, end = next(spans, (0, 0))
     mask = []
@@ -225,7 +225,7 @@ def _conversations(conversation: Any) -> tuple[bool, list[list[dict[str, Any]]]]
 
 
 def _continued_field(field: bool | str, template: str) -> str:
-    """Return the name of the field to go on with, or "" for none."""
+    """Return the field to continue, or ""."""
     if not isinstance(field, str):
         return "content" if field else ""
     if not field or field not in template:

@@ -1,4 +1,4 @@
-"""What a template may call, and how many characters each of it can make, known before it is called.
+"""Upper bounds on the length of results of everything a template may call.
 
 What is not in these tables, a template cannot reach. Each entry takes what the filter or method
 itself takes, and returns an upper bound; it uses up steps where a call is slow for its size.
@@ -100,7 +100,7 @@ def percent(budget: Budget, form: str, values: Any) -> int:
 
 
 def _behind_key(form: str, at: int) -> int:
-    """Return the place behind a name in parentheses, or `at` if none begins there."""
+    """Return the index behind a parenthesised name, or `at`."""
     if not form.startswith("(", at):
         return at
     depth = 0

@@ -17,7 +17,7 @@ _SPACED = (" .", " ?", " !", " ,", " ' ", " n't", " 'm", " 's", " 've", " 're")
 
 
 class Decoder(Vocabulary):
-    """The half of a tokenizer that writes text."""
+    """The decoding methods of a tokenizer."""
 
     errors: str
     clean_up_tokenization_spaces: bool
@@ -60,7 +60,7 @@ class Decoder(Vocabulary):
         return text if isinstance(text, list) else [text]
 
     def convert_tokens_to_string(self, tokens: Sequence[str]) -> str:
-        """Join tokens, as the vocabulary spells them, to text."""
+        """Join tokens to text."""
         if self.errors != "replace":
             return self._strictly(list(tokens))
         decoder = self._tokenizer.decoder
@@ -81,7 +81,7 @@ class Decoder(Vocabulary):
         return not isinstance(self._tokenizer.model, BPE)
 
     def _spelt(self, ids: list[int], skip: bool) -> list[str]:
-        """Return the tokens that make text."""
+        """Return the tokens that produce text."""
         skipped = self._silent_ids() if skip else set()
         tokens = [self._tokenizer.id_to_token(index) for index in ids if index not in skipped]
         return [token for token in tokens if token is not None]
@@ -124,7 +124,7 @@ class Decoder(Vocabulary):
 
 
 def decoder_steps(tokenizer: Vocabulary) -> list[dict[str, Any]]:
-    """Return the steps of a pipeline's decoder as its file describes them."""
+    """Return the steps of a pipeline's decoder."""
     decoder = tokenizer.backend_tokenizer.decoder
     if decoder is None:
         return []
@@ -136,7 +136,7 @@ def decoder_steps(tokenizer: Vocabulary) -> list[dict[str, Any]]:
 
 
 def clean_up(text: str) -> str:
-    """Take out the spaces that some pipelines leave before punctuation."""
+    """Remove spaces before punctuation."""
     for spaced in _SPACED:
         text = text.replace(spaced, spaced.strip())
     return text

@@ -27,7 +27,7 @@ UNBOUNDED = 10**20
 
 
 class Encoder(Vocabulary):
-    """The half of a tokenizer that reads text."""
+    """The encoding methods of a tokenizer."""
 
     padding_side: Side
     truncation_side: Side
@@ -90,12 +90,12 @@ class Encoder(Vocabulary):
         pair: str | None = None,
         **options: Unpack[EncodeOptions],
     ) -> list[str]:
-        """Return the tokens of one text as the vocabulary spells them, none added around it."""
+        """Return the tokens of one text, without special tokens."""
         options.setdefault("add_special_tokens", False)
         return self(text, pair, **options).tokens()
 
     def num_special_tokens_to_add(self, pair: bool = False) -> int:
-        """Count the tokens that the pipeline adds around a text, or around a pair."""
+        """Return the number of tokens added around a text or pair."""
         return self._tokenizer.num_special_tokens_to_add(pair)
 
     def pad(
@@ -108,7 +108,7 @@ class Encoder(Vocabulary):
         return_attention_mask: bool | None = None,
         return_tensors: str | None = None,
     ) -> BatchEncoding:
-        """Pad rows that are already ids: columns of rows, one row, or a list of rows.
+        """Pad rows of ids: columns of rows, one row, or a list of rows.
 
         `labels` are padded with -100, which losses leave out.
 
@@ -166,7 +166,7 @@ class Encoder(Vocabulary):
                 ) from None
 
     def _finish(self, rows: list[Row], batched: bool, options: EncodeOptions) -> BatchEncoding:
-        """Cut and pad rows, and lay the columns out that were asked for."""
+        """Truncate and pad rows, and build the requested columns."""
         overflow = options.get("return_overflowing_tokens", False)
         cut = self._cut(options)
         sources = list(range(len(rows)))
@@ -295,7 +295,7 @@ def _filled(row: list[Any], target: int, side: Side, fill: Any) -> list[Any]:
 def _columns(
     given: Mapping[str, Any] | Sequence[Mapping[str, Any]], main: str
 ) -> tuple[dict[str, list[Any]], bool]:
-    """Return rows as columns of lists, and whether there was a batch of them."""
+    """Return rows as columns, and whether they were a batch."""
     if isinstance(given, Mapping):
         columns = {name: as_lists(column) for name, column in given.items()}
     else:

@@ -1,4 +1,4 @@
-"""The files of a tokenizer's directory, read and written."""
+"""Reads and writes a tokenizer's files."""
 
 import json
 import os
@@ -30,7 +30,7 @@ _FLAGS = ("single_word", "lstrip", "rstrip", "normalized", "special")
 
 @dataclass(slots=True, kw_only=True)
 class TokenizerFiles:
-    """The files of a directory that describe its tokenizer, or what one file of a model says.
+    """The files that describe a tokenizer.
 
     Attributes:
         made: the pipeline, where it was made already.
@@ -44,18 +44,18 @@ class TokenizerFiles:
 
     @property
     def pipeline(self) -> Path | None:
-        """The file that describes the whole pipeline, if there is one."""
+        """`tokenizer.json`, if present."""
         return _found(self.root / TOKENIZER)
 
     @property
     def vocabulary(self) -> tuple[Path, Path] | None:
-        """The two files of a byte-level vocabulary, if they are there."""
+        """`vocab.json` and `merges.txt`, if present."""
         vocab, merges = _found(self.root / VOCAB), _found(self.root / MERGES)
         return (vocab, merges) if vocab and merges else None
 
     @property
     def sentencepiece(self) -> Path | None:
-        """The model of SentencePiece, if there is one."""
+        """`tokenizer.model`, if present."""
         return _found(self.root / SENTENCEPIECE)
 
 
@@ -113,7 +113,7 @@ def read_pipeline(path: Path) -> Tokenizer:
 
 
 def add_with_ids(backend: Tokenizer, added: Mapping[int, AddedToken]) -> None:
-    """Add the tokens a pipeline lacks, in the order of their ids.
+    """Add missing tokens in the order of their ids.
 
     Raises:
         TokenizerError: a token would get another id than the files say.
@@ -131,7 +131,7 @@ def add_with_ids(backend: Tokenizer, added: Mapping[int, AddedToken]) -> None:
 
 
 def template_files(template: str | Mapping[str, str] | None) -> dict[str, str]:
-    """Return the names and contents of the files that chat templates are saved as, one each.
+    """Return the template files by name.
 
     Raises:
         SaveError: a name is not one of a file.
@@ -148,7 +148,7 @@ def template_files(template: str | Mapping[str, str] | None) -> dict[str, str]:
 
 
 def template_settings(template: str | Mapping[str, str] | None, root: Path) -> dict[str, Any]:
-    """Return chat templates as the key of `tokenizer_config.json`, as they were saved once.
+    """Return chat templates in the legacy settings format.
 
     Raises:
         SaveError: the directory has a file with a template, which would win.
@@ -166,7 +166,7 @@ def template_settings(template: str | Mapping[str, str] | None, root: Path) -> d
 
 
 def token_flags(token: AddedToken) -> dict[str, Any]:
-    """Return an added token as `added_tokens_decoder` has it."""
+    """Return an added token's entry in `added_tokens_decoder`."""
     return {
         "content": token.content,
         "lstrip": token.lstrip,
@@ -183,7 +183,7 @@ def json_text(value: Any) -> str:
 
 
 def save_directory(path: str | os.PathLike[str]) -> Path:
-    """Return a path to save into.
+    """Check a path to save into.
 
     Raises:
         SaveError: it is a file.
@@ -195,7 +195,7 @@ def save_directory(path: str | os.PathLike[str]) -> Path:
 
 
 def _read_templates(root: Path, settings: Any) -> str | dict[str, str] | None:
-    """Read templates from their own files, which win, or else from the settings."""
+    """Read templates from files, else from the settings."""
     named: dict[str, str] = {}
     if isinstance(settings, list):
         try:
@@ -236,7 +236,7 @@ def existing(path: str | os.PathLike[str]) -> Path:
 
 
 def _found(path: Path) -> Path | None:
-    """Return a path if there is a file, None if there is nothing, and nothing else."""
+    """Return the path of a regular file, or None."""
     if path.is_file():
         return path
     if path.exists() or path.is_symlink():

@@ -1,4 +1,4 @@
-"""The tokenizer in the metadata of a GGUF file: its tokens, how texts are parted, its templates.
+"""The tokenizer in a GGUF file's metadata.
 
 Of a released tokenizer such a file keeps the vocabulary, the merges, the name of the parting and a
 kind for each token. Added tokens lose their flags: the converter calls all that looks like <|…|> a
@@ -56,7 +56,7 @@ _UNNAMED = (None, "", "default")
 
 @dataclass(frozen=True, slots=True)
 class _Tokens:
-    """The tokens of a file by their ids, and the kind of each."""
+    """A file's tokens and their kinds, by id."""
 
     texts: list[str]
     kinds: list[int]
@@ -68,12 +68,12 @@ class _Tokens:
 
 
 def has_tokenizer(metadata: Mapping[str, Value]) -> bool:
-    """Tell whether a file has a tokenizer at all: some were made for their weights alone."""
+    """Return whether a file contains a tokenizer."""
     return metadata.get(f"{KEY}model") not in (None, "none", "no_vocab")
 
 
 def read_gguf_tokenizer(metadata: Mapping[str, Value], path: Path) -> TokenizerFiles:
-    """Return what a file's metadata say of its tokenizer, the pipeline ready to run.
+    """Build the tokenizer from a file's metadata.
 
     Raises:
         TokenizerError: tokens, kinds, merges and ids contradict each other, or are damaged.
@@ -106,7 +106,7 @@ def read_gguf_tokenizer(metadata: Mapping[str, Value], path: Path) -> TokenizerF
 
 
 def end_ids(metadata: Mapping[str, Value], path: Path) -> list[int]:
-    """Return the ids of the tokens that end an answer, that of `eos_token` first.
+    """Return the ids of end tokens, `eos_token`'s first.
 
     These are the ones that the file calls end of text, turn or message, and control tokens that
     have the text of one.
@@ -119,7 +119,7 @@ def end_ids(metadata: Mapping[str, Value], path: Path) -> list[int]:
 
 
 def token_id(metadata: Mapping[str, Value], text: str, path: Path) -> int | None:
-    """Return the id of a control token or one that users defined; None if there is none."""
+    """Return the id of a control or user-defined token, or None."""
     return _read_tokens(metadata, path).of_kind(CONTROL, USER_DEFINED).get(text)
 
 
@@ -172,7 +172,7 @@ def _byte_level(
 
 
 def _inside(usual: Mapping[str, int], added: Mapping[str, int]) -> dict[str, int]:
-    """Return the added tokens that have to be part of the vocabulary to keep their ids.
+    """Return the added tokens that must be in the vocabulary to keep their ids.
 
     The others are counted on from there.
     """
@@ -250,7 +250,7 @@ def _sentencepiece(
 
 
 def _add(pipeline: Tokenizer, tokens: _Tokens, added: Mapping[str, int]) -> None:
-    """Add tokens in the order of their ids; those of the vocabulary keep theirs."""
+    """Add tokens in the order of their ids."""
     control = tokens.of_kind(CONTROL)
     pipeline.add_tokens(
         [
@@ -261,7 +261,7 @@ def _add(pipeline: Tokenizer, tokens: _Tokens, added: Mapping[str, int]) -> None
 
 
 def _check_ids(pipeline: Tokenizer, tokens: _Tokens, path: Path) -> None:
-    """Compare the ids that added tokens came to with the file's; all others were given theirs."""
+    """Check that added tokens got the file's ids."""
     for text, index in tokens.of_kind(CONTROL, USER_DEFINED).items():
         if (found := pipeline.token_to_id(text)) != index:
             raise TokenizerError(
@@ -296,7 +296,7 @@ def _switch(metadata: Mapping[str, Value], name: str, usual: bool, path: Path) -
 
 
 def _templates(metadata: Mapping[str, Value], path: Path) -> str | dict[str, str] | None:
-    """Return the chat template, or those there are by their names."""
+    """Return the chat template, or several by name."""
     named = {
         key.removeprefix(TEMPLATE).removeprefix(".") or "default": value
         for key, value in metadata.items()

@@ -1,4 +1,4 @@
-"""A tokenizer as the metadata of a GGUF file: what `tokenization.gguf` reads, the other way."""
+"""Writes a tokenizer as GGUF metadata."""
 
 import json
 from array import array
@@ -15,7 +15,7 @@ from quintet.tokenization.partings import PARTINGS, parting_of
 def gguf_metadata(
     tokenizer: PreTrainedTokenizer, vocab_size: int, end_ids: Sequence[int] = ()
 ) -> dict[str, Value]:
-    """Return a byte-level tokenizer as a GGUF file has it.
+    """Return the GGUF metadata of a byte-level tokenizer.
 
     Args:
         tokenizer: which is written.
@@ -83,7 +83,7 @@ def _merge(merge: Any) -> str:
 
 
 def _surrounding(tokenizer: PreTrainedTokenizer) -> tuple[bool, bool]:
-    """Return whether a text gets the token that begins it, and the one that ends it."""
+    """Return whether the pipeline adds a begin and an end token."""
     found = tokenizer.backend_tokenizer.encode("").ids
     bos, eos = tokenizer.bos_token_id, tokenizer.eos_token_id
     for begins in (False, True):

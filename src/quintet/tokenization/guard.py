@@ -1,4 +1,4 @@
-"""The edge to the `tokenizers` library, which ends in errors of every kind, and in panics."""
+"""Converts errors and panics of the `tokenizers` library."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -10,7 +10,7 @@ MAX_MESSAGE = 1000
 
 @contextmanager
 def guarded(what: str) -> Iterator[None]:
-    """Turn whatever a damaged file or pipeline ends in into a TokenizerError.
+    """Turn any failure of the library into a TokenizerError.
 
     The library raises bare Exception, and its panics are no Exception at all.
 

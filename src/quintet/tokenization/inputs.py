@@ -1,4 +1,4 @@
-"""What is encoded: one text or many, alone or in pairs, as strings or as words."""
+"""Validates inputs: one text or many, alone or in pairs, as strings or words."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -9,7 +9,7 @@ Text = str | Sequence[str] | Sequence[Sequence[str]] | Sequence[Sequence[Sequenc
 
 
 def batch_of(text: Any, pair: Any, as_words: bool) -> tuple[list[Any], bool]:
-    """Check texts and pairs; return them as a batch, and whether they were one.
+    """Return texts and pairs as a batch, and whether they were one.
 
     Raises:
         InputError: something is not text, or the counts differ.
@@ -36,7 +36,7 @@ def batch_of(text: Any, pair: Any, as_words: bool) -> tuple[list[Any], bool]:
 
 
 def _alone_or_pair(value: Any, as_words: bool, name: str) -> Any:
-    """Return a text of a batch, or the two that stand in its place."""
+    """Return a text, or a pair."""
     if not isinstance(value, list | tuple) or len(value) != 2:
         return _checked(value, as_words, name)
     # Two strings are two words, where texts are lists of words.

@@ -1,4 +1,4 @@
-"""Cutting and padding: which tokens of each row stay, and how much goes around them."""
+"""Truncation and padding."""
 
 import warnings
 from collections.abc import Iterable, Sequence
@@ -11,21 +11,21 @@ from quintet.tokenization.rows import Row
 
 
 class LongTextWarning(UserWarning):
-    """A text has more tokens than the model was made for."""
+    """A text exceeds the model's length."""
 
 
 class LongTexts:
-    """Warns of texts beyond the model's length, the first time there is one."""
+    """Warns once of texts beyond the model's length."""
 
     def __init__(self) -> None:
         self._warned = False
 
     def __getstate__(self) -> dict[str, Any]:
-        """A tokenizer that was used is the one that was not."""
+        """Forget whether a warning was given."""
         return {"_warned": False}
 
     def check(self, lengths: Iterable[int], limit: int) -> None:
-        """Warn, for the caller of the tokenizer, of the first row over a limit; 0 is no limit."""
+        """Warn of the first row over a limit; 0 means none."""
         if self._warned or not limit:
             return
         longest = max(lengths, default=0)
@@ -40,18 +40,18 @@ class LongTexts:
 
 
 def padding_strategy(given: bool | str | None) -> str:
-    """Return the name of a padding strategy, which True and False stand for."""
+    """Return the padding strategy's name, given a name or bool."""
     return given if isinstance(given, str) else "longest" if given else "do_not_pad"
 
 
 def truncation_strategy(given: bool | str | None) -> str:
-    """Return the name of a truncation strategy, which True and False stand for."""
+    """Return the truncation strategy's name, given a name or bool."""
     return given if isinstance(given, str) else "longest_first" if given else "do_not_truncate"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Cut:
-    """How rows that are too long are cut."""
+    """The truncation of long rows."""
 
     strategy: str
     max_length: int
@@ -65,7 +65,7 @@ class Cut:
             raise InputError(f"stride={self.stride} has to be at least 0")
 
     def apply(self, row: Row, *, overflow: bool) -> list[Row]:
-        """Cut a row to length; with `overflow`, return the rows of its rest, too.
+        """Truncate a row; with `overflow`, also return the windows of the rest.
 
         Raises:
             InputError: the strategy cannot make the row short enough.
@@ -90,7 +90,7 @@ class Cut:
         return rows if overflow else rows[:1]
 
     def _shares(self, text: int, pair: int, room: int) -> tuple[int, int]:
-        """Count the tokens of each sequence that stay."""
+        """Return the number of tokens that each sequence keeps."""
         if self.strategy == "longest_first":
             if not pair:
                 return room, 0
@@ -111,7 +111,7 @@ class Cut:
         return (text - excess, pair) if self.strategy == "only_first" else (text, pair - excess)
 
     def _windows(self, length: int, size: int) -> list[range]:
-        """Return the window that stays, then those that together cover what was cut off."""
+        """Return the kept window, then the windows that cover the rest."""
         if size >= length:
             return [range(length)]
         if size == 0:
@@ -138,7 +138,7 @@ class Cut:
 def pad_target(
     lengths: Sequence[int], strategy: str, max_length: int | None, multiple: int | None
 ) -> int | None:
-    """Return the length all rows are padded to, or None for no padding.
+    """Return the padded length, or None.
 
     Raises:
         InputError: the strategy is unknown, or lacks its length.

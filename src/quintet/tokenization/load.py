@@ -1,4 +1,4 @@
-"""The tokenizer of a directory or hub id, of the class its files ask for."""
+"""Loads the tokenizer of a directory or hub id."""
 
 import os
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""A conversation as a template may see it: checked, copied, and made of plain data only."""
+"""Validates and copies conversations for templates."""
 
 import inspect
 from collections.abc import Callable, Mapping, Sequence
@@ -61,7 +61,7 @@ def _plain_message(message: Any, where: str) -> dict[str, Any]:
 
 
 def plain_tools(tools: Sequence[Mapping[str, Any] | Callable[..., Any]]) -> list[Any]:
-    """Return the JSON schema of each tool, a schema already or a Python function.
+    """Return each tool's JSON schema, given schemas or Python functions.
 
     Raises:
         ChatTemplateError: a tool is neither.
@@ -84,7 +84,7 @@ def plain_tools(tools: Sequence[Mapping[str, Any] | Callable[..., Any]]) -> list
 
 
 def plain(value: Any, where: str, depth: int = 0) -> Any:
-    """Copy JSON data: a template must not reach the objects, and their methods, of a program.
+    """Copy JSON data, so that templates reach no Python objects.
 
     Raises:
         ChatTemplateError: there is something else in it, or it is nested too deeply.

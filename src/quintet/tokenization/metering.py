@@ -1,4 +1,4 @@
-"""A template's syntax, changed so that whatever can grow or take long asks its budget first.
+"""Rewrites a template's syntax tree so that costly operations ask the budget.
 
 Calls, filters and arithmetic go through the environment as jinja2 has it. The rest is made to:
 loops, macros, `~`, slices, comparisons, lists and dicts, and arguments that are unpacked.
@@ -9,7 +9,7 @@ import jinja2.visitor
 
 
 def metered(tree: nodes.Template) -> nodes.Template:
-    """Return the template with its counts in place."""
+    """Return the rewritten template."""
     _Meter().visit(tree)
     for loop in list(tree.find_all(nodes.For)):
         loop.body.insert(0, _enter(loop.body))
@@ -78,7 +78,7 @@ class _Meter(jinja2.visitor.NodeTransformer):
 
 
 def _ask(method: str, *args: nodes.Expr) -> nodes.Call:
-    """Return the call of a method of the environment."""
+    """Return a call of an environment's method."""
     return nodes.Call(nodes.EnvironmentAttribute(method), list(args), [], None, None)
 
 

@@ -1,4 +1,4 @@
-"""From a name to what describes a tokenizer: the files of a directory, or a model in GGUF."""
+"""Finds a tokenizer's files by name."""
 
 import os
 from collections.abc import Sequence
@@ -22,7 +22,7 @@ def open_files(
     subfolder: str,
     force_download: bool,
 ) -> TokenizerFiles:
-    """Return the tokenizer's files of a directory or hub id, or of a GGUF file by any name it has.
+    """Return the tokenizer files of a directory, hub id or GGUF file.
 
     Raises:
         ModelNotFoundError: no such directory, repository or file, or no tokenizer in it.

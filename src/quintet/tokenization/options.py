@@ -1,4 +1,4 @@
-"""The keywords tokenizers take, in one place, so that a misspelt one is refused by name."""
+"""Options of tokenizers, so that misspelt ones are refused."""
 
 import difflib
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -50,7 +50,7 @@ class TokenizerOptions(TypedDict, total=False):
 
 
 class EncodeOptions(TypedDict, total=False):
-    """The options of `tokenizer(...)`, beside the text."""
+    """The options of `tokenizer(...)`."""
 
     add_special_tokens: bool
     padding: bool | str
@@ -72,7 +72,7 @@ class EncodeOptions(TypedDict, total=False):
 
 
 def check_names(owner: str, given: Iterable[str], known: Iterable[str]) -> None:
-    """Refuse names that are not known.
+    """Refuse unknown names.
 
     Raises:
         InputError: there is one; the message names the nearest known name.
@@ -86,7 +86,7 @@ def check_names(owner: str, given: Iterable[str], known: Iterable[str]) -> None:
 
 
 def check_values(given: Mapping[str, Any], error: Callable[[str], Exception]) -> None:
-    """Refuse options whose value is of another kind than the option.
+    """Refuse options of a wrong type.
 
     Raises:
         Exception: what `error` makes of the message, which names the option and the value.
@@ -121,7 +121,7 @@ def check_fixed(given: Mapping[str, Any]) -> None:
 
 
 def is_text(value: Any) -> bool:
-    """Tell whether a value is Unicode text: halves of surrogate pairs are not."""
+    """Return whether a value is Unicode text without lone surrogates."""
     if not isinstance(value, str):
         return False
     try:
@@ -178,7 +178,7 @@ _KINDS: dict[str, _Kind] = {
 
 
 def check_choice(name: str, value: Any, choices: Sequence[Any]) -> None:
-    """Refuse a value that is none of the choices.
+    """Refuse a value that is not among the choices.
 
     Raises:
         InputError: it is none of them.

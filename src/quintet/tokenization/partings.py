@@ -1,4 +1,4 @@
-"""How llama.cpp's names for tokenizers part a text before its pieces are looked up.
+"""Pre-tokenizers by llama.cpp's names.
 
 A GGUF file names the parting and does not say it. These are the partings of the tokenizers that
 the models were released with, in the syntax of `tokenizers`.

@@ -1,4 +1,4 @@
-"""A conversation through its template, with nothing that was said in it lost without a word."""
+"""Renders conversations, and refuses templates that drop content silently."""
 
 import copy
 import secrets
@@ -17,7 +17,7 @@ Messages = list[dict[str, Any]]
 def render_chat(
     template: "CompiledTemplate", variables: Mapping[str, Any], continued: str = ""
 ) -> Rendered:
-    """Write a conversation down, in the first of its readings that the template takes.
+    """Render a conversation, in the first form that the template accepts.
 
     Args:
         template: of the tokenizer or the call, compiled.
@@ -43,7 +43,7 @@ def render_chat(
 
 
 def _readings(messages: Messages) -> Iterator[Messages]:
-    """Yield the messages as they are, then as other templates want "nothing" to be written."""
+    """Yield the messages, then variants with other spellings of empty fields."""
     yield messages
     if _has_none(messages):
         kept = ("content",)
@@ -63,7 +63,7 @@ def _has_none(messages: Messages) -> bool:
 
 
 def _check_calls(template: "CompiledTemplate", variables: Mapping[str, Any]) -> None:
-    """Refuse a template that leaves the calls of tools out, as renaming them shows."""
+    """Refuse a template that ignores tool calls."""
     messages = copy.deepcopy(variables["messages"])
     tags = []
     for message in messages:
@@ -85,7 +85,7 @@ def _check_calls(template: "CompiledTemplate", variables: Mapping[str, Any]) -> 
 
 
 def _continued(template: "CompiledTemplate", variables: Mapping[str, Any], field: str) -> Rendered:
-    """Write all up to the end of a field of the last message, and that as it is."""
+    """Render up to the end of a field of the last message."""
     messages = copy.deepcopy(variables["messages"])
     holder, key = _text_of(messages[-1], field)
     content: str = holder[key]
@@ -110,7 +110,7 @@ def _continued(template: "CompiledTemplate", variables: Mapping[str, Any], field
 
 
 def _text_of(message: dict[str, Any], field: str) -> tuple[dict[str, Any], str]:
-    """Return the holder of a field's text and its key: the message, or the last of its parts."""
+    """Return the holder and key of a field's text."""
     value = message.get(field)
     if isinstance(value, str):
         return message, field

@@ -1,4 +1,4 @@
-"""One encoded text: a window of what the pipeline produced, and the padding around it."""
+"""One encoded text: a window of the pipeline's output, with padding."""
 
 from bisect import bisect_right
 from collections.abc import Mapping, Sequence
@@ -9,7 +9,7 @@ from tokenizers import Encoding
 
 
 class Row:
-    """The columns of one row of a batch, each as long as its `ids`.
+    """The columns of one row of a batch.
 
     A view: the pipeline's own encoding stays whole, so that nothing has to be switched on and
     off inside a tokenizer that other threads may be using.
@@ -103,7 +103,7 @@ class Row:
         return self._column(self._encoding.sequence_ids, None)
 
     def windows(self, text: list[range], pair: list[range]) -> "list[Row]":
-        """Return a row for each window of the text, with each window of the pair.
+        """Return a row for each combination of windows of text and pair.
 
         The ranges count the tokens of each sequence from 0; tokens the pipeline added stay.
         """
@@ -133,7 +133,7 @@ class Row:
         ]
 
     def sequence_lengths(self) -> tuple[int, int]:
-        """Count the tokens that come from the text and from its pair."""
+        """Return the number of tokens of text and pair."""
         counts = [0, 0]
         pairs = zip(self._encoding.sequence_ids, self._encoding.special_tokens_mask, strict=True)
         for sequence, special in pairs:
@@ -142,7 +142,7 @@ class Row:
         return counts[0], counts[1]
 
     def padded(self, left: int, right: int, *, pad_id: int, pad_token: str) -> "Row":
-        """Return the row with padding around it."""
+        """Return the padded row."""
         return Row(
             self._encoding,
             self._kept,

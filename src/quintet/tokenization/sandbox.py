@@ -1,4 +1,4 @@
-"""The one place that runs templates of strangers: plain data in, a budget of work, text out."""
+"""Runs untrusted templates: plain data in, limited work, text out."""
 
 import functools
 import types
@@ -49,7 +49,7 @@ _OWN = (
 
 
 class CompiledTemplate:
-    """A template, compiled once; each rendering has an environment and a budget of its own.
+    """A compiled template; each rendering has its own budget.
 
     Raises:
         ChatTemplateError: it is too long, or not a template.
@@ -159,24 +159,24 @@ class _Sandbox(MeteredEnvironment):
     # -- what the changed syntax calls ---------------------------------------------------------
 
     def step(self) -> bool:
-        """Count one item that a loop looks at."""
+        """Count one loop item."""
         self.budget.take(1)
         return True
 
     def enter(self, characters: int) -> str:
-        """Count one pass through the body of a loop or macro."""
+        """Count one pass through a loop or macro."""
         self.budget.take(1, characters)
         return ""
 
     def join(self, *parts: Any) -> str:
-        """Join as `~` does."""
+        """Join like `~`."""
         self.budget.room(sum(map(self.budget.text, parts)))
         text = "".join(map(str, parts))
         self.budget.take(1, len(text))
         return text
 
     def literal(self, value: Any) -> Any:
-        """Count a list, tuple or dict that the template writes down."""
+        """Count a list, tuple or dict literal."""
         a_place = 2 * ITEM if isinstance(value, dict) else POINTER
         self.budget.take(1, ITEM + a_place * len(value))
         return value
@@ -190,14 +190,14 @@ class _Sandbox(MeteredEnvironment):
         return value[piece]
 
     def few(self, arguments: Any) -> Any:
-        """Refuse to unpack many arguments: each call on the way copies them."""
+        """Refuse to unpack many arguments."""
         given = list(arguments) if isinstance(arguments, Iterator) else arguments
         if size(given) > 256:
             raise BudgetError("more than 256 arguments of a call")
         return given
 
     def mark_generation(self, caller: Callable[[], str]) -> str:
-        """Note start and end of the text of a `{% generation %}` block."""
+        """Record the span of a `{% generation %}` block."""
         text = caller()
         self.generated.append((self.length, self.length + len(text), text))
         return text
@@ -223,7 +223,7 @@ class _Sandbox(MeteredEnvironment):
         return metered(tree)
 
     def call(__self, __context: Any, __obj: Any, *args: Any, **kwargs: Any) -> Any:  # noqa: N805
-        """Call a function for the template, within the budget."""
+        """Call a function within the budget."""
         if isinstance(__obj, types.MethodType | types.BuiltinMethodType):
             owner = __obj.__self__
             own = {k: v for k, v in kwargs.items() if k not in ("_loop_vars", "_block_vars")}
@@ -240,13 +240,13 @@ class _Sandbox(MeteredEnvironment):
         return __self.counted(super().call(__context, __obj, *args, **kwargs))
 
     def getitem(self, obj: Any, argument: Any) -> Any:
-        """Look an item up, within the budget: its key is hashed, and repeated in errors."""
+        """Look up an item within the budget."""
         if not isinstance(argument, str | int):
             self.budget.room(self.budget.weigh(argument))
         return super().getitem(obj, argument)
 
     def wrap_str_format(self, value: Any) -> Callable[..., str] | None:
-        """Return `str.format` as the sandbox has it, within the budget."""
+        """Return the metered `str.format`."""
         if super().wrap_str_format(value) is None:
             return None
         text: str = value.__self__
@@ -268,7 +268,7 @@ class _Sandbox(MeteredEnvironment):
         return formatted
 
     def call_binop(self, context: Any, operator: str, left: Any, right: Any) -> Any:
-        """Compute an operation whose result could be very large."""
+        """Evaluate an operation with a possibly huge result."""
         most = self._size_of_result(operator, left, right)
         if isinstance(left, markupsafe.Markup) or isinstance(right, markupsafe.Markup):
             most *= costs.ESCAPED
@@ -278,7 +278,7 @@ class _Sandbox(MeteredEnvironment):
         return result
 
     def call_unop(self, context: Any, operator: str, arg: Any) -> Any:
-        """Compute the sign of a number."""
+        """Evaluate a sign."""
         check_numbers(operator, arg)
         return super().call_unop(context, operator, arg)
 
@@ -301,7 +301,7 @@ class _Sandbox(MeteredEnvironment):
         return places * max(times[0], 0) if times else places
 
     def is_safe_attribute(self, obj: Any, attr: str, value: Any) -> bool:
-        """Tell whether a template may read an attribute."""
+        """Return whether a template may read an attribute."""
         if isinstance(obj, jinja2.filters._GroupTuple) and attr in ("grouper", "list"):
             return True
         for kind, methods in costs.METHODS.items():

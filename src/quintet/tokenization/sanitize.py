@@ -1,4 +1,4 @@
-"""Conversations whose text can never become a control token the template did not write.
+"""Encodes conversations so that their text never becomes a control token.
 
 No marker is put into the text. Every character of the conversation that could be part of a
 control token is replaced by a character of its own that occurs nowhere, and the template is run
@@ -38,7 +38,7 @@ def sanitised_row(
     text: str,
     options: EncodeOptions,
 ) -> Row:
-    """Encode a rendered conversation with no control tokens but the template's own.
+    """Encode a rendered conversation with only the template's control tokens.
 
     Raises:
         ChatTemplateError: the template rewrites what it is given, so that it cannot be told
@@ -123,7 +123,7 @@ def _shadows(
     shared: Mapping[str, Any],
     unused: Iterator[str],
 ) -> dict[str, str]:
-    """Return a stand-in for each character that a control token could be made of."""
+    """Return a substitute for each character of a control token."""
     alphabet = {letter for token in control.values() for letter in token.content}
     letters = sorted({letter for text in _strings(shared) for letter in text})
     normalizer = tokenizer.backend_tokenizer.normalizer
@@ -141,7 +141,7 @@ def _unused_characters(used: set[str]) -> Iterator[str]:
 
 
 def _strings(value: Any, key: str = "") -> Iterator[str]:
-    """Walk through the text a caller passed, checking the names that cannot be replaced."""
+    """Walk over a caller's text, checking names that cannot be substituted."""
     if isinstance(value, str):
         if value not in _KNOWN.get(key, ()):
             yield value

@@ -1,4 +1,4 @@
-"""A `tokenizer.model` of SentencePiece becomes a pipeline of `tokenizers`.
+"""Converts SentencePiece's `tokenizer.model` to a pipeline of `tokenizers`.
 
 Such a file is a message in the wire format of protocol buffers. Of its pieces, type and score say
 what they are: a BPE model merges the pair first whose piece has the best score.
@@ -30,7 +30,7 @@ Value = int | bytes
 
 @dataclass(frozen=True, slots=True)
 class Piece:
-    """An entry of the vocabulary; its kind is a number of the format."""
+    """A vocabulary entry; its kind is a number of the format."""
 
     text: str
     score: float
@@ -39,7 +39,7 @@ class Piece:
 
 @dataclass(frozen=True, slots=True)
 class Model:
-    """What a file says: its pieces by their ids, and how a text is made ready for them."""
+    """The content of a file: pieces by id, and the normalisation."""
 
     pieces: list[Piece]
     kind: int
@@ -50,7 +50,7 @@ class Model:
 
 
 def read_sentencepiece(path: Path, *, add_prefix_space: bool | None = None) -> Tokenizer:
-    """Read a `tokenizer.model` of the kinds BPE and unigram.
+    """Read a BPE or unigram `tokenizer.model`.
 
     Control pieces and what users defined become added tokens. `add_prefix_space` is in place of
     what the file says.
@@ -76,7 +76,7 @@ def read_sentencepiece(path: Path, *, add_prefix_space: bool | None = None) -> T
 def read_with_settings(
     files: TokenizerFiles, options: TokenizerOptions
 ) -> tuple[Tokenizer, TokenizerOptions]:
-    """Read `tokenizer.model`, which says nothing of roles but by the names of its pieces.
+    """Read `tokenizer.model`, with Llama's defaults for special tokens.
 
     Files of this kind are of Llama's descent, whose texts begin with <s> unless the settings have
     it otherwise.
@@ -98,7 +98,7 @@ def read_with_settings(
 
 
 def pipeline_of(model: Model, prefix: bool, *, every: bool = False) -> Tokenizer:
-    """Return the pipeline of a model; with `prefix`, a text begins as if behind a space.
+    """Build a model's pipeline; `prefix` puts a space before a text.
 
     With `every`, so does what follows an added token.
     """
@@ -148,7 +148,7 @@ def _vocabulary(model: Model) -> models.Model:
 
 
 def _merges(pieces: list[Piece]) -> list[tuple[str, str]]:
-    """Return the pairs that make a piece, the best piece first; every way to part it counts."""
+    """Return the merges of all pieces, best first."""
     texts = {piece.text for piece in pieces}
     usual = [piece for piece in pieces if piece.kind not in (CONTROL, USER_DEFINED, BYTE)]
     # Sorting keeps the order of pieces with the same score.
@@ -197,7 +197,7 @@ def _piece(fields: dict[int, Value]) -> Piece:
 
 
 def _fields(raw: bytes) -> Iterator[tuple[int, Value]]:
-    """Yield the fields of a message: numbers, and the bytes of all else."""
+    """Yield the fields of a protobuf message."""
     at = 0
     while at < len(raw):
         tag, at = _varint(raw, at)

@@ -1,4 +1,4 @@
-"""Ids to text while they arrive: what is certain at once, the rest at the end."""
+"""Incremental decoding: final text at once, the rest at the end."""
 
 import codecs
 from collections.abc import Sequence
@@ -43,7 +43,7 @@ class IncrementalDecoder:
         self._held: list[str] = []
 
     def push(self, ids: int | Sequence[int]) -> str:
-        """Take further ids and return the text that is certain by now.
+        """Add ids; return the text that is final.
 
         Raises:
             InputError: these are not ids.
@@ -58,7 +58,7 @@ class IncrementalDecoder:
         return self._cleaned(self._source.push(spelt), last=False)
 
     def flush(self) -> str:
-        """Return the text that was held back, and begin anew."""
+        """Return the rest, and start again."""
         text = self._cleaned(self._source.flush(), last=True)
         self._source = _choose_source(self._tokenizer)
         return text
@@ -78,7 +78,7 @@ class IncrementalDecoder:
 
 
 class _Bytes:
-    """Byte-level pipelines: a character is certain when its bytes are complete."""
+    """Byte-level pipelines: a character is final when its bytes are complete."""
 
     def __init__(self, errors: str) -> None:
         self._decoder = codecs.getincrementaldecoder("utf-8")(errors)
@@ -100,7 +100,7 @@ class _Bytes:
 
 
 class _Tokens:
-    """Pipelines whose tokens are text: certain once a run of single bytes has ended.
+    """Pipelines with textual tokens: final once a run of single bytes ends.
 
     Each part is decoded behind one token whose text is known, so that what the pipeline does at
     the beginning of a text (taking one space away) happens there and not inside.
@@ -140,7 +140,7 @@ class _Tokens:
 
 
 class _Whole:
-    """Pipelines nothing is known about: all the text at the end."""
+    """Unknown pipelines: all text at the end."""
 
     def __init__(self, tokenizer: Decoder) -> None:
         self._tokenizer = tokenizer.backend_tokenizer
@@ -155,7 +155,7 @@ class _Whole:
 
 
 def _of_another_library(tokenizer: Any) -> Decoder:
-    """Return the decoding half of a tokenizer, such as Transformers', with the same pipeline."""
+    """Return the decoder of another library's tokenizer."""
     decoder = Decoder(tokenizer.backend_tokenizer)
     decoder.errors = "replace"
     decoder.clean_up_tokenization_spaces = bool(tokenizer.clean_up_tokenization_spaces)

@@ -1,4 +1,4 @@
-"""The chat templates of one tokenizer: by name, compiled when first used."""
+"""The chat templates of a tokenizer, compiled on first use."""
 
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
@@ -30,11 +30,11 @@ class ChatTemplates:
         self._compiled: dict[str, CompiledTemplate] = {}
 
     def __getstate__(self) -> dict[str, Any]:
-        """What was compiled is made again: a tokenizer that was used is the one that was not."""
+        """Drop compiled templates."""
         return {"source": self.source, "_compiled": {}}
 
     def choose(self, requested: str | None, *, has_tools: bool) -> str:
-        """Return the template asked for, by name or itself, or else the one that fits.
+        """Return a template by name, the given one, or the default.
 
         Raises:
             ChatTemplateError: there is none.
@@ -59,7 +59,7 @@ class ChatTemplates:
         return template
 
     def compiled(self, template: str) -> "CompiledTemplate":
-        """Return the template ready to run.
+        """Return the compiled template.
 
         Raises:
             ChatTemplateError: it is not a template.

@@ -1,4 +1,4 @@
-"""A typed Python function becomes the JSON schema a chat template shows to a model."""
+"""JSON schemas of typed Python functions, for chat templates."""
 
 import inspect
 import re
@@ -89,7 +89,7 @@ def _type_schema(hint: Any, where: str) -> dict[str, Any]:
 
 
 def _parse_docstring(text: str) -> tuple[str, dict[str, str], str]:
-    """Return the description, that of each parameter, and that of the result."""
+    """Return the descriptions of function, parameters and result."""
     sections: dict[str, list[str]] = {"": []}
     current = ""
     for line in text.splitlines():

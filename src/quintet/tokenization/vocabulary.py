@@ -1,4 +1,4 @@
-"""Tokens and their ids: the vocabulary, what was added to it, and the tokens with a role."""
+"""The vocabulary of a tokenizer, with added and special tokens."""
 
 from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, overload
@@ -12,7 +12,7 @@ MAX_GAP = 1_000_000
 
 
 class _Role:
-    """The token that has a role: `tokenizer.eos_token`, to read, set, or take away (None)."""
+    """A special token: `tokenizer.eos_token`, settable, None to remove."""
 
     def __set_name__(self, owner: type, name: str) -> None:
         self.role = name
@@ -31,7 +31,7 @@ class _Role:
 
 
 class _RoleId:
-    """The id of the token that has a role: `tokenizer.eos_token_id`."""
+    """The id of a special token: `tokenizer.eos_token_id`."""
 
     def __set_name__(self, owner: type, name: str) -> None:
         self.role = name.removesuffix("_id")
@@ -53,7 +53,7 @@ class _RoleId:
 
 
 class Vocabulary:
-    """The tokens of one pipeline. The base of every tokenizer."""
+    """The tokens of a pipeline; base of all tokenizers."""
 
     bos_token = _Role()
     eos_token = _Role()
@@ -105,7 +105,7 @@ class Vocabulary:
 
     @property
     def vocab_size(self) -> int:
-        """The number of tokens of the pipeline's model, without those added to it."""
+        """The size of the model's vocabulary, without added tokens."""
         return self._tokenizer.get_vocab_size(with_added_tokens=False)
 
     def __len__(self) -> int:
@@ -115,7 +115,7 @@ class Vocabulary:
         return True
 
     def get_vocab(self) -> dict[str, int]:
-        """Return every token and its id, with the added ones."""
+        """Return all tokens and ids, added ones included."""
         return self._tokenizer.get_vocab(with_added_tokens=True)
 
     @property
@@ -159,7 +159,7 @@ class Vocabulary:
     def convert_ids_to_tokens(
         self, ids: int | Iterable[int], skip_special_tokens: bool = False
     ) -> str | list[str | None] | None:
-        """Return the token of an id, or of each; None for an id outside of the vocabulary.
+        """Return the token of an id, or of each; None for unknown ids.
 
         Raises:
             InputError: an id is negative.
@@ -185,7 +185,7 @@ class Vocabulary:
         new_tokens: str | AddedToken | Sequence[str | AddedToken],
         special_tokens: bool = False,
     ) -> int:
-        """Add tokens that are found in a text before anything else; return the number of new ones.
+        """Add tokens; return the number of new ones.
 
         A model needs `resize_token_embeddings(len(tokenizer))` before it knows their ids.
         """
@@ -204,7 +204,7 @@ class Vocabulary:
         *,
         replace_extra_special_tokens: bool = True,
     ) -> int:
-        """Give tokens a role, and add the new ones; return their number.
+        """Set special tokens, adding new ones; return their number.
 
         Args:
             special_tokens_dict: `{"pad_token": "[PAD]", "additional_special_tokens": [...]}`.
@@ -247,13 +247,13 @@ class Vocabulary:
 
     @property
     def special_tokens_map(self) -> dict[str, str]:
-        """The tokens with a role, by role; those with a name of the tokenizer's own come last."""
+        """The special tokens by role; named ones last."""
         usual = {role: self._named[role] for role in NAMED_TOKENS if role in self._named}
         return usual | self._named
 
     @property
     def additional_special_tokens(self) -> list[str]:
-        """Special tokens without a role of their own."""
+        """Special tokens without a role."""
         return list(self._additional)
 
     @additional_special_tokens.setter
@@ -264,7 +264,7 @@ class Vocabulary:
 
     @property
     def extra_special_tokens(self) -> list[str]:
-        """The name Transformers 5 has for `additional_special_tokens`."""
+        """Transformers 5's name of `additional_special_tokens`."""
         return self.additional_special_tokens
 
     @extra_special_tokens.setter
@@ -283,7 +283,7 @@ class Vocabulary:
 
     @property
     def all_special_tokens(self) -> list[str]:
-        """Every token with a role, and the additional ones, each once."""
+        """All special tokens, each once."""
         return list(dict.fromkeys([*self.special_tokens_map.values(), *self._additional]))
 
     @property
@@ -303,7 +303,7 @@ class Vocabulary:
 
 
 def token_text(token: Any) -> str:
-    """Return the text of a token however a file or a caller wrote it.
+    """Return a token's text, in whatever form it is given.
 
     Raises:
         TokenizerError: it is neither a string, an `AddedToken` nor their JSON form.
@@ -318,7 +318,7 @@ def token_text(token: Any) -> str:
 
 
 def check_gaps(vocabulary: Mapping[str, int]) -> None:
-    """Refuse ids with large gaps: the library writes a vocabulary by counting through them.
+    """Refuse ids with large gaps.
 
     Raises:
         TokenizerError: an id is far beyond the number of tokens.
@@ -332,7 +332,7 @@ def check_gaps(vocabulary: Mapping[str, int]) -> None:
 
 
 def share_pipeline(source: Tokenizer, *, added_tokens: bool) -> Tokenizer:
-    """Return a second pipeline over the same vocabulary, whose settings are its own.
+    """Return a second pipeline on the same vocabulary, with settings of its own.
 
     The vocabulary is not copied, so this takes microseconds, and what is then switched in the
     second one is never seen by threads that use the first.

@@ -1,1 +1,1 @@
-"""How a server bears load; any that speaks OpenAI's protocol, as its clients do. No torch."""
+"""Load tests of servers that speak OpenAI's protocol, without torch."""

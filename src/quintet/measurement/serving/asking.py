@@ -19,7 +19,7 @@ SAMPLE, TRIAL = 400, 64
 
 @dataclass(slots=True)
 class Asked:
-    """What became of one request. Times are of one clock, in seconds.
+    """The timeline of one request, in seconds of one clock.
 
     Attributes:
         due: when it was to be sent; in an open loop, also if its client was late.
@@ -50,7 +50,7 @@ class Asked:
 
 @dataclass(frozen=True, slots=True)
 class Target:
-    """Who is asked, and how.
+    """The server, model and protocol to ask.
 
     Attributes:
         address: where the server is.
@@ -69,7 +69,7 @@ class Target:
     timeout: float = 600.0
 
     def body(self, prompt: Prompt, out: int) -> dict[str, Any]:
-        """Return what is posted: exactly `out` tokens are asked for, greedily, as a stream."""
+        """Return a streaming, greedy request for exactly `out` tokens."""
         asked: Any = {"prompt": prompt}
         if self.endpoint == "chat":
             asked = {"messages": [{"role": "user", "content": prompt}]}
@@ -155,7 +155,7 @@ async def _listen(reply: Reply, asked: Asked, drop: int | None) -> None:
 
 
 def _text(choice: dict[str, Any]) -> str:
-    """Return what a choice adds, of thoughts, too."""
+    """Return the text of a chunk, reasoning included."""
     delta = choice.get("delta")
     if delta is None:
         return choice.get("text") or ""
@@ -241,7 +241,7 @@ def _checked(target: Target, trial: Asked) -> Target:
 
 
 async def _ids_of(address: Address, model: str, text: str) -> list[int] | None:
-    """Return what a server's own route makes of a text; None where it has none."""
+    """Tokenise with the server's own route; None if it has none."""
     for path, name in (
         ("/tokenize", "prompt"),
         ("/tokenize", "content"),

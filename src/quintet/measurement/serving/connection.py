@@ -92,7 +92,7 @@ class Reply:
 
 @dataclass(frozen=True, slots=True)
 class Address:
-    """Where a server is, and what it asks to be shown.
+    """A server's address and credentials.
 
     Attributes:
         host: its name or number.

@@ -1,4 +1,4 @@
-"""Who asks when: some clients one request behind the other, or arrivals at random."""
+"""Load patterns: closed-loop clients, or random arrivals."""
 
 import asyncio
 import random
@@ -14,7 +14,7 @@ from quintet.measurement.serving.workload import Prompt, Shape
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Load:
-    """How much is asked.
+    """A load pattern.
 
     Attributes:
         conversations: how many at most.
@@ -52,7 +52,7 @@ class Load:
 
 @dataclass(slots=True)
 class _Running:
-    """What goes on in a run."""
+    """The state of a run."""
 
     target: Target
     shape: Shape

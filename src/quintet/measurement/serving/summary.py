@@ -1,4 +1,4 @@
-"""What many requests come to: percentiles, rates, and how many were answered in good time."""
+"""Summaries of many requests: percentiles, rates, goodput."""
 
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
@@ -16,7 +16,7 @@ PERCENTILES = (50, 90, 95, 99)
 
 @dataclass(frozen=True, slots=True)
 class Goals:
-    """What makes an answer a good one, in milliseconds; None for whatever.
+    """Latency goals in milliseconds; None for no goal.
 
     Attributes:
         ttft: to its first token.
@@ -52,7 +52,7 @@ class Goals:
 
 
 def summary(asked: Sequence[Asked], goals: Goals | None = None) -> dict[str, Any]:
-    """Return what requests come to, in seconds and tokens, as values of JSON."""
+    """Summarise requests, in seconds and tokens, as JSON values."""
     whole = [one for one in asked if one.error is None and not one.dropped]
     failed = [one for one in asked if one.error is not None]
     began = min((one.due for one in asked), default=0.0)

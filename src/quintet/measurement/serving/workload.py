@@ -1,4 +1,4 @@
-"""What a server is asked for: how long prompts are, what they share, and what is made of them."""
+"""Workloads: lengths of prompts, shared prefixes, material."""
 
 import random
 from collections.abc import Sequence
@@ -62,7 +62,7 @@ SHAPES = {
 
 
 class Material(Protocol):
-    """What prompts are made of: units that are put together, with a size in tokens."""
+    """Units that prompts are made of, with their size in tokens."""
 
     def draw(self, tokens: int, dice: random.Random) -> Prompt:
         """Return a text of so many tokens, or as nearly as can be."""
