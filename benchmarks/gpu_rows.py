@@ -35,6 +35,7 @@ PIECE = 128
 # Published kernels, and which models have what they compute.
 ON_REQUEST: dict[str, Callable[[PreTrainedConfig], bool]] = {
     "flash-attn": lambda config: not vars(config).get("kv_lora_rank"),
+    "flash-mla": lambda config: bool(vars(config).get("kv_lora_rank")),
     "mamba-ssm": lambda config: bool(config.recurrent_layers()),
 }
 # Seconds that the steps of a row may take, and a row with all that goes before them.

@@ -24,7 +24,7 @@ def test_the_facts(quintet: Any, chat_model: Path) -> None:
     assert facts.pop("kernels") == outlook()
     served = facts.pop("backends")
     assert set(served) >= {"cpu"}
-    assert set(served["on request"]) == {"flash-attn", "deep-gemm", "mamba-ssm"}
+    assert set(served["on request"]) == {"flash-attn", "flash-mla", "deep-gemm", "mamba-ssm"}
     if not torch.cuda.device_count():
         assert served["on request"]["flash-attn"] == ["there is no CUDA device"]
     assert facts == {

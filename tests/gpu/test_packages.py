@@ -12,7 +12,7 @@ from quintet.backends import Backend
 from quintet.kernels.matrix import Matrix
 from quintet.ops import paged
 from quintet.ops.quantized import fp8_linears
-from quintet.published import BACKENDS, deep_gemm, flash_attention, mamba_ssm
+from quintet.published import BACKENDS, deep_gemm, flash_attention, flash_mla, mamba_ssm
 
 pytestmark = [pytest.mark.gpu, pytest.mark.filterwarnings("default")]
 CPU = torch.device("cpu")
@@ -46,6 +46,19 @@ def test_flash_attn(scene: attention.Scene, device: torch.device) -> None:
     right = paged.attend_pages.definition(**attention.inputs(CPU, scene=narrow))
     assert made is not None
     assert off(made, right) <= 2**-6
+
+
+@pytest.mark.parametrize("tokens", [1, 2])
+@torch.no_grad()
+def test_flash_mla(tokens: int, device: torch.device) -> None:
+    need("flash-mla")
+    sizes: dict[str, Any] = {"sizes": (512, 64), "shared": True, "heads": (16, 1)}
+    scene = attention.Scene([(tokens, 150), (tokens, 9)], page=64, dtype=torch.bfloat16, **sizes)
+    known, there = (dict(attention.inputs(at, scene=scene)) for at in (CPU, device))
+    whole = torch.cat(there["k"], dim=-1).contiguous()
+    made = flash_mla.attend_pages(**{**there, "k": (whole[..., :512], whole[..., 512:])})
+    assert made is not None
+    assert off(made, paged.attend_pages.definition(**known)) <= 2**-6
 
 
 @torch.no_grad()

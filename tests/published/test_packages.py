@@ -14,12 +14,22 @@ import pytest
 import torch
 from torch import Tensor
 
+from conformance.families import FAMILIES
 from on_triton.attention import BF16, Scene, inputs
+from quintet.cache import PooledCache, row_memory
+from quintet.cache.fixed import FixedRows
 from quintet.kernels.matrix import Matrix
 from quintet.ops import paged
 from quintet.ops.quantized import fp8_linears
 from quintet.ops.ssd import recurrence, step_sizes
-from quintet.published import BACKENDS, deep_gemm, flash_attention, mamba_ssm, packages
+from quintet.published import (
+    BACKENDS,
+    deep_gemm,
+    flash_attention,
+    flash_mla,
+    mamba_ssm,
+    packages,
+)
 from quintet.triton.texts import Texts
 
 CPU = torch.device("cpu")
@@ -37,7 +47,7 @@ def install(monkeypatch: pytest.MonkeyPatch) -> Install:
         vars(module).update(functions)
         monkeypatch.setitem(sys.modules, name, module)
 
-    for one in (flash_attention, deep_gemm, mamba_ssm):
+    for one in (flash_attention, flash_mla, deep_gemm, mamba_ssm):
         monkeypatch.setattr(one, "takes", lambda *tensors: True)
     return put
 
@@ -161,6 +171,118 @@ def test_attention_over_pages_by_flash_attn(scene: Scene, install: Install) -> N
 def test_what_flash_attn_does_not_take_is_left_to_others(scene: Scene, install: Install) -> None:
     install("flash_attn")
     assert flash_attention.attend_pages(**inputs(CPU, scene=scene)) is None
+
+
+# -- FlashMLA --------------------------------------------------------------------------------------
+
+
+def get_mla_metadata(*args: Any, **kwargs: Any) -> tuple[object, None]:
+    """Nothing yet: what this is asked with is for those who call an older one."""
+    lengths, rows, heads = args
+    assert lengths.dtype == torch.int32
+    assert rows % heads == 0
+    assert not kwargs
+    return PLAN, None
+
+
+def flash_mla_with_kvcache(
+    q: Tensor,
+    k_cache: Tensor,
+    block_table: Tensor | None,
+    cache_seqlens: Tensor | None,
+    head_dim_v: int,
+    tile_scheduler_metadata: object,
+    num_splits: None = None,
+    softmax_scale: float | None = None,
+    causal: bool = False,
+    is_fp8_kvcache: bool = False,
+    indices: Tensor | None = None,
+    attn_sink: Tensor | None = None,
+    extra_k_cache: Tensor | None = None,
+    extra_indices_in_kvcache: Tensor | None = None,
+    topk_length: Tensor | None = None,
+    extra_topk_length: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Queries of equally many tokens, aligned with the last of the keys, which are values too."""
+    assert tile_scheduler_metadata is PLAN
+    assert causal
+    assert softmax_scale is not None
+    assert block_table is not None
+    assert cache_seqlens is not None
+    assert block_table.dtype == cache_seqlens.dtype == torch.int32
+    assert k_cache.shape[1:] == (64, 1, 576)
+    assert k_cache.is_contiguous()
+    n, T, H, _ = q.shape
+    made, sums = q.new_zeros(n, T, H, head_dim_v), torch.zeros(n, H, T)
+    for i, S in enumerate(cache_seqlens.tolist()):
+        held = k_cache[block_table[i].long()].flatten(0, 2)[:S].float()
+        scores = torch.einsum("thd,sd->hts", q[i].float(), held) * softmax_scale
+        seen = torch.arange(S) <= torch.arange(T)[:, None] + S - T
+        scores = scores.masked_fill(~seen, -torch.inf)
+        weights = scores.softmax(-1).nan_to_num(0)
+        made[i] = torch.einsum("hts,sd->thd", weights, held[:, :head_dim_v]).to(q.dtype)
+    return made, sums
+
+
+PLAN = object()
+LATENT: dict[str, Any] = {"sizes": (512, 64), "shared": True, "heads": (4, 1), "dtype": BF16}
+
+
+def beside(latents: Tensor, keys: Tensor) -> tuple[Tensor, Tensor]:
+    """Return both as they lie in one piece of memory."""
+    whole = torch.cat((latents, keys), dim=-1).contiguous()
+    return whole[..., :512], whole[..., 512:]
+
+
+@pytest.mark.parametrize(
+    "scene",
+    [
+        Scene([(1, 90), (1, 3), (1, 0)], page=64, **LATENT),
+        Scene([(2, 140), (2, 9)], page=128, **LATENT),
+        Scene([(1, 3), (1, 5)], page=64, nowhere=1, **LATENT),
+    ],
+    ids=["steps", "drafts", "nowhere"],
+)
+@torch.no_grad()
+def test_attention_over_latents_by_flash_mla(scene: Scene, install: Install) -> None:
+    functions = get_mla_metadata, flash_mla_with_kvcache
+    install("flash_mla", **{one.__name__: one for one in functions})
+    known = dict(inputs(CPU, scene=scene))
+    # What lies apart would have to be copied.
+    assert flash_mla.attend_pages(**known) is None
+    known["k"] = beside(*known["k"])
+    made, right = flash_mla.attend_pages(**known), paged.attend_pages.definition(**known)
+    assert made is not None
+    assert (made.shape, made.dtype) == (right.shape, right.dtype)
+    assert float((made - right).abs().max()) <= 2**-7 * float(right.abs().max())
+    assert flash_mla.attend_pages(**{**known, "window": 5}) is None
+
+
+@torch.no_grad()
+def test_a_pool_on_a_gpu_holds_latents_as_flash_mla_reads_them(
+    install: Install, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    functions = get_mla_metadata, flash_mla_with_kvcache
+    install("flash_mla", **{one.__name__: one for one in functions})
+    sizes = {"kv_lora_rank": 512, "qk_rope_head_dim": 64, "num_hidden_layers": 1}
+    family = next(one for one in FAMILIES if one.name == "deepseek-v2")
+    model = family.model_of(**sizes).bfloat16()
+    ids, logits = torch.arange(6, 20).view(2, 7), []
+    for joining in ((), ("cpu",)):
+        monkeypatch.setattr(row_memory, "_JOINING", joining)
+        pool = PooledCache(model.config, 3, 128)
+        made = [model(ids[:, a:b], past_key_values=pool).logits for a, b in ((0, 5), (5, 7))]
+        logits.append(torch.cat(made, dim=1))
+    torch.testing.assert_close(*logits, rtol=0, atol=float(logits[0].abs().max()) * 2**-6)
+    rows = FixedRows(pool, torch.tensor([6, 6]), torch.ones(2).long(), 64)
+    memory, pages = rows.memory(0), rows.segment(2, 1, CPU, None).pages
+    assert memory is not None
+    assert pages is not None
+    q = torch.randn(2, 4, 512).bfloat16(), torch.randn(2, 4, 64).bfloat16()
+    given = {"q": q, "k": memory, "v": None, "pages": pages, "window": None, "scale": 0.05}
+    made, right = flash_mla.attend_pages(**given), paged.attend_pages.definition(**given)
+    assert made is not None
+    assert float((made - right).abs().max()) <= 2**-7 * float(right.abs().max())
 
 
 # -- DeepGEMM --------------------------------------------------------------------------------------
@@ -329,6 +451,7 @@ def test_a_mixer_goes_through_mamba_ssm(install: Install, monkeypatch: pytest.Mo
     [
         (flash_attention.FlashAttention.flash_attn_varlen_func, flash_attn_varlen_func),
         (flash_attention.FlashAttention.flash_attn_with_kvcache, flash_attn_with_kvcache),
+        (flash_mla.FlashMLA.flash_mla_with_kvcache, flash_mla_with_kvcache),
         (deep_gemm.DeepGEMM.fp8_gemm_nt, fp8_gemm_nt),
         (mamba_ssm.StateUpdate.selective_state_update, selective_state_update),
         (mamba_ssm.ChunkScan.mamba_chunk_scan_combined, mamba_chunk_scan_combined),

@@ -19,6 +19,9 @@ from quintet.cache.slots import AttentionSlot
 from quintet.errors import InputError
 from quintet.ops.vector_codes import VectorCode
 
+# Where what one head keeps of a slot lies in one piece. Kernels for CPUs read two.
+_JOINING = ("cuda",)
+
 
 class RowMemory(AttentionSlot, Protocol):
     """One layer's memory of the tokens of a pool's rows.
@@ -74,6 +77,13 @@ class Buffers:
             self.whole = tuple(
                 torch.empty(self.table.size, *x.shape, dtype=x.dtype, device=x.device) for x in like
             )
+
+    def allocate_joined(self, first: Tensor, second: Tensor) -> None:
+        """Allocate rows of both, (K, T, D) each, the numbers of a slot beside each other."""
+        sizes, width = (self.table.size, *first.shape[:-1]), first.shape[-1]
+        with torch.inference_mode(False), torch.no_grad():
+            whole = first.new_empty(*sizes, width + second.shape[-1])
+            self.whole = whole[..., :width], whole[..., width:]
 
     def in_use(self) -> tuple[Tensor, ...]:
         """Return each tensor's rows in use."""
@@ -245,13 +255,24 @@ class TokenRows(TokenKind):
 
     def _allocate(self, like: Sequence[Tensor]) -> None:
         """Allocate rows of (K, T, D)."""
-        self._buffers.allocate([x[:, :1].expand(-1, self.capacity, -1) for x in like])
+        self._buffers.allocate(self._rows(like))
+
+    def _rows(self, like: Sequence[Tensor]) -> list[Tensor]:
+        return [x[:, :1].expand(-1, self.capacity, -1) for x in like]
 
 
 class DenseRows(TokenRows):
     """Keys and values, or latents and rotated keys, unquantised."""
 
     kind: ClassVar[str] = "dense"
+
+    def _allocate(self, like: Sequence[Tensor]) -> None:
+        """Allocate rows; on a GPU, latents beside their rotated keys, as FlashMLA reads them."""
+        first, second = self._rows(like)
+        if first.device.type in _JOINING and first.shape[0] == 1 and first.dtype == second.dtype:
+            self._buffers.allocate_joined(first, second)
+        else:
+            super()._allocate(like)
 
     def encoded(self, keys: Tensor, values: Tensor) -> tuple[Tensor, ...]:
         """Return keys and values unchanged."""

@@ -5,8 +5,8 @@ part of its interface that is called, as a Protocol with the published names, an
 translate an operation into it. No package is imported before it is called.
 """
 
-from quintet.published import deep_gemm, flash_attention, mamba_ssm
+from quintet.published import deep_gemm, flash_attention, flash_mla, mamba_ssm
 
 __all__ = ["BACKENDS"]
 
-BACKENDS = (flash_attention.BACKEND, deep_gemm.BACKEND, mamba_ssm.BACKEND)
+BACKENDS = (flash_attention.BACKEND, flash_mla.BACKEND, deep_gemm.BACKEND, mamba_ssm.BACKEND)
