@@ -54,7 +54,8 @@ def test_rows_are_attended_to_by_lengths_on_the_device(family: Family) -> None:
         while not all(one.finished for one in sequences):
             engine.step(sequences)
     assert all((*calls, *writes))
-    assert len(writes) == len(calls)
+    # Prompts are kept so, too; latents of theirs are attended to in another way.
+    assert len(writes) >= len(calls)
     attending = len(family.attends(model.config))
     assert len(calls) >= 3 * attending
     for prompt, sequence in zip(prompts, sequences, strict=True):
