@@ -9,7 +9,8 @@ from collections.abc import Iterator
 
 import pytest
 
-from quintet.kernels.build import LEVELS, BuildError, best_level, find_compiler
+from quintet.kernels.build import LEVELS, best_level, find_compiler
+from quintet.kernels.store import BuildError
 from unlooked import forget_kernels
 
 

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from quintet.kernels import parts
 from quintet.kernels.latent import LatentAttention
-from quintet.kernels.linear import Matrix
+from quintet.kernels.matrix import Matrix
 from quintet.kernels.parts import Adapted, Norm, Source
 from quintet.kernels.routing import Rules
 from quintet.kernels.ssm import MixerWeights

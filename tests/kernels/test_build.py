@@ -8,7 +8,8 @@ import pytest
 import torch
 
 from quintet.kernels import outlook, report
-from quintet.kernels.build import SOURCES, BuildError, best_level, find_compiler, recipe
+from quintet.kernels.build import SOURCES, best_level, find_compiler, recipe
+from quintet.kernels.store import BuildError
 from waiting import PATIENCE
 
 # A package brings an OpenMP runtime of its own, under another name, before torch does.

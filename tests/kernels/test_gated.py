@@ -5,7 +5,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from quintet.kernels.gated import gated
-from quintet.kernels.linear import Matrix
+from quintet.kernels.matrix import Matrix
 from quintet.ops.quantized import dequantize_int4, dequantize_int8, quantize_int4, quantize_int8
 
 BOUND = {torch.float32: 2**-12, torch.bfloat16: 2**-6}

@@ -11,7 +11,8 @@ from quintet.kernels.decode import decode
 from quintet.kernels.gated import gated
 from quintet.kernels.grouped import grouped_silu_experts
 from quintet.kernels.latent import attend_latents
-from quintet.kernels.linear import STEP_TOKENS, Matrix, linears
+from quintet.kernels.linear import STEP_TOKENS, linears
+from quintet.kernels.matrix import Matrix
 from quintet.kernels.product import gated_products, products
 from quintet.kernels.routing import Rules, choose, router_logits
 from quintet.kernels.ssm import MixerWeights, mamba2

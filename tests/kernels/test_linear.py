@@ -5,7 +5,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch.utils.flop_counter import FlopCounterMode
 
-from quintet.kernels.linear import MOST_VECTORS, STEP_TOKENS, Matrix, linears, widen
+from quintet.kernels.linear import MOST_VECTORS, STEP_TOKENS, linears, widen
+from quintet.kernels.matrix import Matrix
 from quintet.layers.linear import Linear
 from quintet.ops.quantized import quantize_int4, quantize_int8
 from support import relative_error

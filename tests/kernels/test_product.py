@@ -5,7 +5,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from quintet.kernels.linear import Matrix
+from quintet.kernels.matrix import Matrix
 from quintet.kernels.product import gated_products, products
 from quintet.layers.linear import Linear
 from quintet.layers.mlp import GatedMLP

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from kernels.formulas import BOUND, EPS, KINDS, Case, Maker, check, step
-from quintet.kernels.linear import Matrix
+from quintet.kernels.matrix import Matrix
 from quintet.kernels.parts import Norm
 from quintet.kernels.routing import Rules
 from quintet.kernels.stack import Stack

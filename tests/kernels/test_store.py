@@ -11,7 +11,8 @@ from pathlib import Path
 import pytest
 
 from quintet.kernels import patience, store
-from quintet.kernels.build import BuildError, Recipe, best_level, recipe
+from quintet.kernels.build import Recipe, best_level, recipe
+from quintet.kernels.store import BuildError
 
 try:
     LEVEL = best_level()

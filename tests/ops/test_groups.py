@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from quintet.errors import InputError
-from quintet.kernels.linear import Matrix
+from quintet.kernels.matrix import Matrix
 from quintet.ops.group_fit import quantize_groups
 from quintet.ops.groups import (
     IQ4,

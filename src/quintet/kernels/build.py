@@ -16,8 +16,6 @@ from quintet.kernels import store
 from quintet.kernels.patience import SILENT, log, told
 from quintet.kernels.store import BuildError
 
-__all__ = ["LEVELS", "BuildError", "Recipe", "best_level", "find_compiler", "recipe"]
-
 SOURCES = Path(__file__).parent / "csrc"
 COMPILERS = ("g++", "clang++", "c++")
 FLAGS = ("-std=c++17", "-O3", "-fPIC", "-fopenmp")

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from quintet.kernels.attention import COLUMNS
 from quintet.kernels.calls import begin, firsts
-from quintet.kernels.linear import Matrix
+from quintet.kernels.matrix import Matrix
 from quintet.kernels.parts import Fields, Norm, Part
 
 

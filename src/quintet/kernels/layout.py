@@ -17,7 +17,7 @@ from torch import Tensor
 
 from quintet.kernels import parts
 from quintet.kernels.latent import LatentAttention
-from quintet.kernels.linear import Matrix
+from quintet.kernels.matrix import Matrix
 from quintet.kernels.native import native
 from quintet.kernels.parts import Adapted, Fields, Norm, Part
 from quintet.kernels.patience import log

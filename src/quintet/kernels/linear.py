@@ -14,7 +14,6 @@ from torch import Tensor
 
 from quintet.kernels.calls import begin
 from quintet.kernels.matrix import (
-    GROUP,
     Kind,
     Matrix,
     common_kind,
@@ -22,16 +21,6 @@ from quintet.kernels.matrix import (
     kind_of,
     write,
 )
-
-__all__ = [
-    "GROUP",
-    "STEP_TOKENS",
-    "Matrix",
-    "batch_invariant",
-    "kernel_name",
-    "linears",
-    "widen",
-]
 
 
 def batch_invariant() -> bool:

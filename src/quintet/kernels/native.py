@@ -10,8 +10,9 @@ import torch  # noqa: F401 - the OpenMP runtime that it brings is asked for belo
 
 from quintet.backends import OFF, REGISTRY
 from quintet.kernels.allocator import keep_freed_memory
-from quintet.kernels.build import BuildError, Recipe, best_level, recipe
+from quintet.kernels.build import Recipe, best_level, recipe
 from quintet.kernels.patience import log
+from quintet.kernels.store import BuildError
 
 
 @dataclass(frozen=True, slots=True)

@@ -6,7 +6,8 @@ import torch
 from torch import Tensor
 
 from quintet.kernels.calls import applies, begin
-from quintet.kernels.linear import Matrix, batch_invariant
+from quintet.kernels.linear import batch_invariant
+from quintet.kernels.matrix import Matrix
 
 
 def products(x: Tensor, maps: Sequence[Matrix]) -> list[Tensor] | None:

@@ -6,7 +6,7 @@ from typing import Self
 
 from torch import Tensor, nn
 
-from quintet.kernels.linear import Matrix
+from quintet.kernels.matrix import Matrix
 from quintet.layers.plain import PlainModule, hooked
 from quintet.ops.linear import linear, linears
 

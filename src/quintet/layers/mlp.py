@@ -4,7 +4,7 @@ import torch.nn.functional as F  # noqa: N812
 from torch import Tensor, nn
 
 from quintet.kernels import parts
-from quintet.kernels.linear import Matrix
+from quintet.kernels.matrix import Matrix
 from quintet.layers.linear import Linear, matrices, project
 from quintet.layers.plain import untouched
 from quintet.layers.stack import FusedPart

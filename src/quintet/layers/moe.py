@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F  # noqa: N812
 from torch import Tensor, nn
 
-from quintet.kernels.linear import Matrix
+from quintet.kernels.matrix import Matrix
 from quintet.layers.context import Notes
 from quintet.layers.plain import PlainModule, hooked
 from quintet.layers.router import ExpertRouter

@@ -22,6 +22,7 @@ from quintet.modeling.dividing import world_for
 from quintet.modeling.key_mapping import check_tied, stack_experts
 from quintet.modeling.placement import DeviceMap, MaxMemory, named_dtype
 from quintet.modeling.saving import write_together
+from quintet.modeling.source import ModelSource
 from quintet.parallel.division import DistributedConfig
 from quintet.parallel.division import asked as asked_for
 from quintet.parallel.together import Together
@@ -164,7 +165,7 @@ class PreTrainedModel(ModelContract, Checkpointing, Adapting, Pushable):
             )
         source = None
         if pretrained_model_name_or_path is not None:
-            source = loading.ModelSource(
+            source = ModelSource(
                 pretrained_model_name_or_path,
                 revision,
                 cache_dir,

@@ -14,6 +14,7 @@ from quintet.modeling import loading
 from quintet.modeling.core import ModelCore
 from quintet.modeling.init_on_meta import init_on_meta
 from quintet.modeling.placement import DeviceMap, MaxMemory
+from quintet.modeling.source import ModelSource
 from quintet.parallel.division import DistributedConfig, degrees_for, processes
 from quintet.parallel.launch import connect, join, own_device
 from quintet.parallel.world import World
@@ -21,7 +22,7 @@ from quintet.parallel.world import World
 
 def world_for(
     cls: type[ModelCore],
-    source: loading.ModelSource | None,
+    source: ModelSource | None,
     given: PreTrainedConfig | str | os.PathLike[str] | None,
     overrides: Mapping[str, Any],
     asked: DistributedConfig,

@@ -64,8 +64,6 @@ from quintet.quantization import (
     resolve_quantization,
 )
 
-__all__ = ["ModelSource", "NewHeadWarning", "Options", "config_of", "load", "write"]
-
 log = logging.getLogger("quintet.loading")
 Model = TypeVar("Model", bound=ModelCore)
 

@@ -6,7 +6,7 @@ import torch.nn.functional as F  # noqa: N812
 from torch import Tensor
 
 from quintet.backends import operation
-from quintet.kernels.linear import Matrix
+from quintet.kernels.matrix import Matrix
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:

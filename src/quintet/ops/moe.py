@@ -13,7 +13,7 @@ from torch import Tensor
 
 from quintet.backends import operation
 from quintet.errors import UnsupportedBackendError
-from quintet.kernels.linear import Matrix
+from quintet.kernels.matrix import Matrix
 from quintet.kernels.routing import Rules
 from quintet.ops.activations import Activation, gate_by
 from quintet.ops.again import learn

@@ -6,7 +6,7 @@ Each returns None where no backend does; who calls it then takes the steps, whic
 from torch import Tensor
 
 from quintet.backends import operation
-from quintet.kernels.linear import Matrix
+from quintet.kernels.matrix import Matrix
 from quintet.kernels.routing import Rules
 from quintet.kernels.ssm import MixerWeights
 

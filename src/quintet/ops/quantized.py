@@ -21,7 +21,7 @@ from torch import Tensor
 
 from quintet.backends import operation
 from quintet.errors import InputError
-from quintet.kernels.linear import Matrix
+from quintet.kernels.matrix import Matrix
 from quintet.ops.groups import pack_numbers, widen_groups
 from quintet.ops.linear import linear
 

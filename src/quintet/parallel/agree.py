@@ -26,8 +26,6 @@ from quintet.parallel.posts import Posts
 from quintet.parallel.shared_buffer import shared_buffer_of
 from quintet.parallel.world import World
 
-__all__ = ["Agreement"]
-
 # What a step decides fits into so many numbers, and goes in one message with what it says of them.
 SMALL = 256
 HEAD = 8

@@ -22,8 +22,6 @@ from quintet.parallel.vocabulary import connect_vocabulary
 from quintet.parallel.world import World
 from quintet.sharding import Sharding
 
-__all__ = ["Entering", "Reducing", "connect", "cut", "divide", "shard_model", "shards_of"]
-
 Sliced = Callable[[nn.Module, Mapping[str, Shard], Sharding], dict[str, Shard]]
 
 

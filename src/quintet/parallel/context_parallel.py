@@ -29,15 +29,6 @@ from quintet.ops.mamba2 import heads_and_groups
 from quintet.ops.ssd import ssd, step_sizes
 from quintet.parallel.world import World
 
-__all__ = [
-    "Chunks",
-    "GatheringCache",
-    "Sequences",
-    "check_recurrent",
-    "connect_sequences",
-    "texts_in",
-]
-
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Chunks:

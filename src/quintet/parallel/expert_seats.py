@@ -12,8 +12,6 @@ from torch import Tensor
 
 from quintet.errors import InputError
 
-__all__ = ["balanced", "seat_experts", "unevenness"]
-
 
 def balanced(
     loads: Mapping[str, Tensor | Sequence[float]],

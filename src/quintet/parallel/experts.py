@@ -18,8 +18,6 @@ from quintet.parallel.regions import exchanged
 from quintet.parallel.world import World
 from quintet.sharding import Sharding
 
-__all__ = ["Copies", "Exchange", "OwnExperts", "connect_experts"]
-
 # Maps rows (M, C) by experts (M, 1) and weights (M, 1).
 Forward = Callable[[Tensor, Tensor, Tensor], Tensor]
 

@@ -25,8 +25,6 @@ from torch.distributed.distributed_c10d import Store
 from quintet.errors import RankFailedError
 from quintet.parallel.verdict import Kind, Process, Word, place_of, verdict
 
-__all__ = ["Watch", "begin", "collective", "last_words", "watch"]
-
 # So long others have to say a word: a thread of theirs does, within milliseconds.
 GRACE = 1.2
 # So often a process asks whether another failed.

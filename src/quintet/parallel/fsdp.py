@@ -15,8 +15,6 @@ from torch import Tensor, nn
 from quintet.layers.moe import Experts
 from quintet.parallel.world import World
 
-__all__ = ["Root", "divide"]
-
 T = TypeVar("T")
 
 NONE: Mapping[str, tuple[int, ...]] = MappingProxyType({})

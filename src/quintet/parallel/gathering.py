@@ -12,8 +12,6 @@ from torch import Tensor
 from quintet.parallel.placement import Shard
 from quintet.parallel.world import DENSE, World
 
-__all__ = ["Portion", "gather", "own_part", "to_first"]
-
 
 @dataclass(frozen=True, slots=True)
 class Portion:

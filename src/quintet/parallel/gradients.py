@@ -8,8 +8,6 @@ from torch import Tensor, nn
 
 from quintet.parallel.placement import Common, Shard
 
-__all__ = ["sum_common", "sum_partial"]
-
 
 @torch.no_grad()
 def sum_partial(model: nn.Module, shards: Mapping[str, Shard], group: dist.ProcessGroup) -> None:

@@ -21,8 +21,6 @@ from quintet.parallel import faults
 from quintet.parallel.verdict import Process
 from quintet.parallel.world import Degrees, World
 
-__all__ = ["TIMEOUT", "Launch", "connect", "join", "launched", "own_device", "timeout_of"]
-
 # Seconds that processes wait for each other.
 TIMEOUT = 300.0
 VARIABLE = "QUINTET_DISTRIBUTED_TIMEOUT"

@@ -20,8 +20,6 @@ from quintet.parallel.vocabulary import widths
 from quintet.parallel.world import World
 from quintet.sharding import Sharding
 
-__all__ = ["BATCHES", "DATA", "ParallelLayout", "Parts", "add_up"]
-
 T = TypeVar("T")
 
 # Along these axes batches differ, and along these what is read of them, too: gradients and what

@@ -10,8 +10,6 @@ from torch import Tensor
 from quintet.layers.mamba2 import GatedRMSNorm
 from quintet.parallel.regions import copied, reduced
 
-__all__ = ["SpreadNorm"]
-
 
 @dataclass(frozen=True, slots=True, eq=False)
 class SpreadNorm:

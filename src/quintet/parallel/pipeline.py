@@ -20,8 +20,6 @@ from quintet.parallel.stage import Stage
 from quintet.parallel.stages import Stages, decoder_of, owners
 from quintet.parallel.world import DENSE, World
 
-__all__ = ["Pipeline", "Schedule", "layout_of"]
-
 Schedule = Literal[
     "GPipe", "1F1B", "Interleaved1F1B", "InterleavedZeroBubble", "ZBVZeroBubble", "DualPipeV"
 ]

@@ -10,8 +10,6 @@ from torch import Tensor, nn
 from quintet.errors import InputError, shown
 from quintet.sharding import Axis, Cut, Section, Shardable, Sharding
 
-__all__ = ["Common", "Place", "Shard", "check_cut", "place", "seated", "shard_of", "table_of"]
-
 Range = tuple[int, int]
 # Of a model's numbers, the share that may lie whole on every process, and how many may at any rate.
 MOST_WHOLE, FEW = 0.1, 1 << 20

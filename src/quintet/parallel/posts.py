@@ -6,8 +6,6 @@ from dataclasses import dataclass, field
 import torch.distributed as dist
 from torch import Tensor
 
-__all__ = ["Posts"]
-
 # Of messages that were sent and may not be read yet.
 UNDERWAY = 256
 

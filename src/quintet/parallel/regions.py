@@ -13,8 +13,6 @@ from torch.autograd.function import once_differentiable
 
 from quintet.parallel.shared_buffer import join, shared_buffer_of, sum_in_place
 
-__all__ = ["copied", "entered", "exchanged", "gathered", "reduced", "scattered", "sliced"]
-
 
 class _Context(Protocol):
     group: dist.ProcessGroup

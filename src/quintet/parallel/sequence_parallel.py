@@ -27,8 +27,6 @@ from quintet.parallel.vocabulary import widths
 from quintet.parallel.world import World
 from quintet.sharding import Sharding
 
-__all__ = ["Slices", "slice_tokens"]
-
 
 class Slices:
     """How tokens are cut where a model learns, and whose gradients are parts of a sum.

@@ -16,8 +16,6 @@ from torch import Tensor
 from quintet.kernels.native import available
 from quintet.kernels.shared_buffer import SharedBuffer, size_of
 
-__all__ = ["join", "shared_buffer_of", "sum_in_place"]
-
 FOLDER = Path("/dev/shm")
 NAME = 16
 # A group of torch has no room for what belongs to it.

@@ -13,8 +13,6 @@ from quintet.parallel.vocabulary import widths
 from quintet.parallel.world import World
 from quintet.sharding import Sharding
 
-__all__ = ["Slices", "experts_apart", "own_rows"]
-
 
 @dataclass(frozen=True, slots=True)
 class Slices:

@@ -19,8 +19,6 @@ from quintet.errors import InputError
 from quintet.parallel.stages import Decoder, Stages, decoder_of, heads_of
 from quintet.parallel.world import World
 
-__all__ = ["Link", "Stage", "leave_out", "take_away"]
-
 # Of states that were handed on and may not have left yet.
 UNDERWAY = 8
 

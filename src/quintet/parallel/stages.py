@@ -19,20 +19,6 @@ from quintet.layers.router import ExpertRouter
 from quintet.layers.shared_transformer import SharedTransformer
 from quintet.parallel.world import World
 
-__all__ = [
-    "Cost",
-    "Decoder",
-    "Stages",
-    "cost_of",
-    "decoder_of",
-    "heads_of",
-    "names_held",
-    "owners",
-    "split",
-    "stages_of",
-    "stages_to_run",
-]
-
 _USE = re.compile(r"\.adapters\.[^.]+\.(\d+)\.")
 
 

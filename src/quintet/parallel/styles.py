@@ -7,8 +7,6 @@ from torch import nn
 from quintet.parallel.placement import table_of
 from quintet.sharding import Cut
 
-__all__ = ["plan_of"]
-
 NUMBERS = re.compile(r"(?<=\.)\d+(?=\.|$)")
 
 

@@ -8,8 +8,6 @@ import torch.distributed as dist
 from quintet.errors import QuintetError, RankFailedError
 from quintet.parallel.world import World
 
-__all__ = ["Together"]
-
 
 class Together:
     """A context in which processes work by themselves; where one failed, all raise at its end.

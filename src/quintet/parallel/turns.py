@@ -8,8 +8,6 @@ from typing import TypeVar
 from quintet.errors import DistributedError
 from quintet.parallel.faults import watch
 
-__all__ = ["in_turn"]
-
 log = logging.getLogger("quintet.parallel")
 T = TypeVar("T")
 

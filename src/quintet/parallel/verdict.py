@@ -10,8 +10,6 @@ import torch.distributed as dist
 
 from quintet.errors import RankFailedError
 
-__all__ = ["Kind", "Process", "Word", "place_of", "verdict"]
-
 # failed: an error of its own. left: its script is at the end. interrupted, ended: by Ctrl-C, by
 # SIGTERM. lost, late: it waited for others, and they were gone or did not come. waits: it is well.
 Kind = Literal["failed", "left", "interrupted", "ended", "lost", "late", "waits"]

@@ -13,8 +13,6 @@ from quintet.layers.linear import LinearMap
 from quintet.parallel.regions import copied, gathered, reduced
 from quintet.parallel.world import World
 
-__all__ = ["OtherIds", "connect_vocabulary", "spread_ids", "widths"]
-
 
 def widths(vocabulary: int, count: int) -> list[int]:
     """Return how many ids each of `count` processes has; the last may have fewer."""

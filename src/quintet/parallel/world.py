@@ -11,8 +11,6 @@ import torch.distributed as dist
 from quintet.errors import InputError
 from quintet.parallel.placement import Place
 
-__all__ = ["Degrees", "World", "environment_size"]
-
 # From what talks least to what talks most: neighbours of the last are on one machine.
 DENSE = ("pp", "dp", "fsdp", "cp", "tp")
 

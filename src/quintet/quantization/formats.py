@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from quintet.errors import InputError, shown
-from quintet.kernels.linear import Matrix
+from quintet.kernels.matrix import Matrix
 from quintet.ops.group_fit import quantize_groups
 from quintet.ops.groups import PACK, group_count, number_shape
 from quintet.ops.linear import linear

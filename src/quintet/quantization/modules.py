@@ -8,7 +8,8 @@ import torch.nn.functional as F  # noqa: N812
 from torch import Tensor, nn
 
 from quintet.errors import InputError
-from quintet.kernels.linear import Matrix, batch_invariant
+from quintet.kernels.linear import batch_invariant
+from quintet.kernels.matrix import Matrix
 from quintet.layers.linear import LinearMap
 from quintet.layers.moe import Experts, ExpertStack
 from quintet.ops.activations import Activation

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from quintet.checkpoint import TensorInfo
 from quintet.errors import InputError, UnsupportedModelError
-from quintet.kernels.linear import Matrix
+from quintet.kernels.matrix import Matrix
 from quintet.ops.groups import PACK, unpack_numbers
 from quintet.ops.words import pack_words
 from quintet.quantization.config import QuantizationConfig

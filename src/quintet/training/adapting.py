@@ -16,8 +16,6 @@ from quintet.modeling.heads import CausalLMHead
 from quintet.modeling.init_on_meta import init_on_meta
 from quintet.training.settings import SettingError, key_of, plain
 
-__all__ = ["REFERENCE", "AdapterSettings", "Trained", "put_adapter", "put_on_part", "whole_of"]
-
 # What an adapter is called that the one which trains is compared with.
 REFERENCE = "reference"
 # The stacks of routed experts, which are parameters of their layers and no linear maps.

@@ -4,8 +4,6 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-__all__ = ["Batch"]
-
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Batch:

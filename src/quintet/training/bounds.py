@@ -2,8 +2,6 @@
 
 from quintet.training.settings import SettingError
 
-__all__ = ["above", "at_least", "at_most"]
-
 
 def at_least(table: object, **least: float) -> None:
     """Refuse the values of a table that are below what they have to be at least.

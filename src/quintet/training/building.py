@@ -16,8 +16,8 @@ from quintet.layers.router import ExpertRouter
 from quintet.modeling.decoder import DecoderModel
 from quintet.modeling.fresh import new_model
 from quintet.modeling.heads import CausalLMHead
-from quintet.modeling.loading import ModelSource
 from quintet.modeling.mtp import MtpDecoderModel
+from quintet.modeling.source import ModelSource
 from quintet.tokenization import PreTrainedTokenizer
 from quintet.training.adapting import REFERENCE, AdapterSettings, put_adapter, put_on_part
 from quintet.training.balance import (
@@ -46,17 +46,6 @@ from quintet.training.objectives.compared import Running, here
 from quintet.training.schedule import Schedule
 from quintet.training.schedules import Number, schedule_of
 from quintet.training.settings import SettingError
-
-__all__ = [
-    "build_model",
-    "build_objective",
-    "build_tokenizer",
-    "computed",
-    "expert_loads",
-    "prediction_layers",
-    "prepared",
-    "token_dropping",
-]
 
 # What a new model takes from its tokenizer, where its config does not say it.
 SPECIAL = ("bos_token_id", "eos_token_id", "pad_token_id")

@@ -27,8 +27,6 @@ from quintet.checkpoint import Checkpoint, disk, save
 from quintet.errors import CheckpointError, SaveError
 from quintet.files import read_json
 
-__all__ = ["Kept", "best", "clean_up", "kept", "prune", "put", "read_tensors"]
-
 TRAINING = "training"
 STATE = "state.json"
 OPTIMIZER = "optimizer"

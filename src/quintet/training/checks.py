@@ -10,8 +10,6 @@ from quintet.training.config import LanguageSettings, PreferenceSettings, Traini
 from quintet.training.data import Data
 from quintet.training.progress import Progress
 
-__all__ = ["check"]
-
 
 def check(
     config: TrainingConfig,

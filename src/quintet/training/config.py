@@ -14,18 +14,6 @@ from quintet.training.parallel import ParallelSettings
 from quintet.training.schedules import Number
 from quintet.training.settings import SettingError
 
-__all__ = [
-    "BalanceSettings",
-    "CheckpointSettings",
-    "DistillationSettings",
-    "LanguageSettings",
-    "ModelSettings",
-    "PreferenceSettings",
-    "TokenizerSettings",
-    "TrainSettings",
-    "TrainingConfig",
-]
-
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ModelSettings:

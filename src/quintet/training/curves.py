@@ -8,8 +8,6 @@ from typing import Any, Literal
 
 from quintet.training.metrics import read_metrics
 
-__all__ = ["AXES", "Axis", "Curve", "Panel", "panels", "runs"]
-
 Axis = Literal["tokens", "steps", "minutes"]
 AXES: Mapping[Axis, str] = {"tokens": "tokens", "steps": "step", "minutes": "elapsed"}
 

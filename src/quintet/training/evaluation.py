@@ -22,8 +22,6 @@ from quintet.training.records import Evaluation, Sample
 from quintet.training.scoring import score
 from quintet.training.undisturbed import undisturbed
 
-__all__ = ["EvaluationSettings", "evaluate", "samples"]
-
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EvaluationSettings:

@@ -8,11 +8,10 @@ import torch
 from quintet.configuration.base import PreTrainedConfig
 from quintet.modeling.core import ModelCore
 from quintet.modeling.fresh import new_model
-from quintet.modeling.loading import ModelSource, Options, load
+from quintet.modeling.loading import Options, load
+from quintet.modeling.source import ModelSource
 from quintet.parallel.slices import Slices
 from quintet.parallel.world import World
-
-__all__ = ["Held"]
 
 Model = TypeVar("Model", bound=ModelCore)
 

@@ -31,8 +31,6 @@ from quintet.training.optimizers.layout import HERE, Layout
 from quintet.training.parallel import ParallelSettings
 from quintet.training.ranks import Alone, Ranks, Several
 
-__all__ = ["Beside", "beside", "held", "joined", "parallelize"]
-
 
 def joined(settings: ParallelSettings) -> Ranks:
     """Join the processes that a launcher started, or those that are joined already.

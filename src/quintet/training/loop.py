@@ -32,8 +32,6 @@ from quintet.training.settings import plain
 from quintet.training.staged import check_staged, idle_stages
 from quintet.training.state import Randomness
 
-__all__ = ["TrainingResult", "train"]
-
 
 def train(
     config: TrainingConfig,

@@ -12,8 +12,6 @@ from quintet.modeling.base import PreTrainedModel
 from quintet.planning.activations import expert_numbers, kept_of_maps, kept_of_scans
 from quintet.quantization.modules import QuantizedExperts, QuantizedLinear
 
-__all__ = ["Memory", "memory"]
-
 
 @dataclass(frozen=True, slots=True)
 class Memory:

@@ -21,8 +21,6 @@ from quintet.modeling.heads import CausalLMHead
 from quintet.modeling.sizes import measure
 from quintet.training.records import Beginning, End, Evaluation, Reporter, Sample, Saved, StepRecord
 
-__all__ = ["METRICS", "SAMPLES", "Metrics", "ReportSettings", "Usage", "read_metrics"]
-
 METRICS, SAMPLES = "metrics.jsonl", "samples.jsonl"
 # No line of ours is longer; what is has been written by something else.
 LONGEST = 1 << 20

@@ -10,8 +10,6 @@ from quintet.modeling.base import PreTrainedModel
 from quintet.training.batch import Batch
 from quintet.training.progress import Progress
 
-__all__ = ["Objective", "StepObjective", "Term"]
-
 
 @dataclass(frozen=True, slots=True)
 class Term:

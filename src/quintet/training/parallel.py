@@ -6,8 +6,6 @@ from typing import Literal
 from quintet.parallel.world import Degrees
 from quintet.training.settings import SettingError
 
-__all__ = ["ParallelSettings"]
-
 AXES = ("tp", "cp", "fsdp", "dp", "pp", "ep")
 
 

@@ -22,8 +22,6 @@ from quintet.training.records import Beginning
 from quintet.training.settings import plain
 from quintet.training.staged import check_staged
 
-__all__ = ["planned"]
-
 
 def planned(
     config: TrainingConfig, tell: Callable[[str], None] = lambda message: None

@@ -10,8 +10,6 @@ from quintet.errors import InputError, MissingDependencyError
 from quintet.files import write_bytes
 from quintet.training.curves import Axis, Panel, panels, runs
 
-__all__ = ["plot_png", "plot_text"]
-
 # What a terminal is shown of the panels: it is read from above to below.
 MAIN = ("loss", "reward", "held out", "MaxVio", "learning rate")
 UNITS = {1e9: "10^9 ", 1e6: "10^6 "}

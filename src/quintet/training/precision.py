@@ -6,8 +6,6 @@ import torch
 
 from quintet.training.optimizers.settings import Precision
 
-__all__ = ["computing"]
-
 
 def computing(precision: Precision, device: torch.device) -> AbstractContextManager[object]:
     """Return the context of a forward: products in bfloat16 if the precision is "autocast"."""

@@ -13,8 +13,6 @@ from quintet.errors import QuintetError
 from quintet.parallel.layout import BATCHES, DATA, add_up
 from quintet.parallel.world import DENSE, Degrees, World
 
-__all__ = ["Alone", "Ranks", "Several"]
-
 T = TypeVar("T")
 
 # Along these axes processes find parts of what is added up: in other tokens, or in other layers.

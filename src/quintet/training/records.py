@@ -7,18 +7,6 @@ from typing import Any, Literal, Protocol
 
 from quintet.modeling.base import PreTrainedModel
 
-__all__ = [
-    "Beginning",
-    "End",
-    "Evaluation",
-    "Reporter",
-    "Sample",
-    "Saved",
-    "Several",
-    "Silent",
-    "StepRecord",
-]
-
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Beginning:

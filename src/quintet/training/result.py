@@ -7,8 +7,6 @@ from quintet.modeling.heads import CausalLMHead
 from quintet.tokenization import PreTrainedTokenizer
 from quintet.training.records import Evaluation
 
-__all__ = ["TrainingResult"]
-
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TrainingResult:

@@ -9,17 +9,6 @@ import torch
 from quintet.errors import CheckpointError, InputError, shown
 from quintet.training.checkpoints import Kept, kept
 
-__all__ = [
-    "FORMAT",
-    "Resume",
-    "check_format",
-    "check_same",
-    "differences",
-    "moved",
-    "start_of",
-    "surroundings",
-]
-
 # Of what a checkpoint holds to go on from; it changes with that.
 FORMAT = 1
 

@@ -40,8 +40,6 @@ from quintet.training.state import Counters, Randomness
 from quintet.training.step import Outcome, take
 from quintet.training.writing import writing
 
-__all__ = ["Run"]
-
 T = TypeVar("T")
 
 SETTINGS = "config.toml"

@@ -4,8 +4,6 @@ from typing import Protocol
 
 from quintet.training.progress import Progress
 
-__all__ = ["Constant", "Schedule"]
-
 
 class Schedule(Protocol):
     """A number as a function of how far the training is."""

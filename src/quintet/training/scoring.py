@@ -17,8 +17,6 @@ from quintet.ops.labels import IGNORED
 from quintet.tokenization import LongTextWarning, PreTrainedTokenizer
 from quintet.training.data.interface import Document
 
-__all__ = ["Predicted", "Score", "predictions", "score", "text_document", "windows"]
-
 # How many tokens have logits at once: with a vocabulary of 150,000 they take 150 MB.
 LOGITS = 256
 

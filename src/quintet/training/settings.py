@@ -21,8 +21,6 @@ from typing import Any, Literal, TypeVar, Union, cast, get_args, get_origin, get
 
 from quintet.errors import ConfigError, InputError, ModelNotFoundError, named, shown
 
-__all__ = ["SettingError", "build", "key_of", "parse", "plain", "read", "written"]
-
 T = TypeVar("T")
 
 

@@ -7,8 +7,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from types import FrameType
 
-__all__ = ["Stop", "heeded"]
-
 ASKED = b"\nending after this step, when it is saved; once more ends it at once\n"
 HEEDED = (signal.SIGINT, signal.SIGTERM)
 

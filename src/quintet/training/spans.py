@@ -8,8 +8,6 @@ from typing import Literal
 from quintet.training.progress import Progress
 from quintet.training.settings import SettingError
 
-__all__ = ["Span", "span"]
-
 _RULE = 'has to be a length of a training: a share as 0.1, or "2000 steps", "1.5B tokens", "10 %"'
 _SIZES = {"k": 1e3, "K": 1e3, "M": 1e6, "B": 1e9, "T": 1e12, "": 1.0}
 _WRITTEN = re.compile(r"\s*(\d[\d_,]*(?:\.\d+)?(?:e\d+)?)\s*([kKMBT]?)\s*(steps?|tokens?|%)\s*")

@@ -4,8 +4,6 @@ from quintet.parallel.world import Degrees
 from quintet.training.config import TrainingConfig
 from quintet.training.settings import SettingError
 
-__all__ = ["check_staged", "idle_stages"]
-
 
 def check_staged(config: TrainingConfig, degrees: Degrees) -> None:
     """Refuse settings that do not go together with `[parallel] pp`, or slices of tokens.

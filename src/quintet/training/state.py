@@ -10,8 +10,6 @@ import torch
 
 from quintet.errors import CheckpointError, shown
 
-__all__ = ["Counters", "Randomness"]
-
 
 @dataclass(slots=True)
 class Counters:

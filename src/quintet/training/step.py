@@ -18,8 +18,6 @@ from quintet.training.optimizers.layout import HERE, Layout
 from quintet.training.progress import Progress
 from quintet.training.ranks import Alone, Ranks
 
-__all__ = ["Outcome", "accumulate", "take"]
-
 ALONE = Alone()
 # Among the sums of terms, of which none is called so.
 LOSS = ""

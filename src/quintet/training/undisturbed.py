@@ -6,8 +6,6 @@ from contextlib import contextmanager
 import torch
 from torch import nn
 
-__all__ = ["undisturbed"]
-
 
 @contextmanager
 def undisturbed(model: nn.Module) -> Iterator[None]:

@@ -14,8 +14,6 @@ from quintet.training.adapting import whole_of
 from quintet.training.optimizers.layout import Layout
 from quintet.training.ranks import Ranks
 
-__all__ = ["writing"]
-
 
 def writing(
     model: CausalLMHead, tokenizer: PreTrainedTokenizer, ranks: Ranks, layout: Layout

@@ -2,7 +2,8 @@
 
 from torch import Tensor
 
-from quintet.kernels.linear import Matrix, batch_invariant
+from quintet.kernels.linear import batch_invariant
+from quintet.kernels.matrix import Matrix
 from quintet.triton.grouped import grouped_experts
 from quintet.triton.launching import takes
 from quintet.triton.vectors import gate_vectors, map_vectors

@@ -11,7 +11,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from quintet.kernels.linear import Matrix, batch_invariant
+from quintet.kernels.linear import batch_invariant
+from quintet.kernels.matrix import Matrix
 from quintet.triton.launching import cdiv, launch, power_of_two, takes
 from quintet.triton.tiles import times_rows
 from quintet.triton.vectors import map_vectors

@@ -10,7 +10,7 @@ from parallel.cases.tensor import family
 from parallel.cases.training import BEGIN, config_of, gradients_of, objective_of, own, rows_of
 from quintet.adapters.config import LoraConfig
 from quintet.modeling.heads import CausalLMHead
-from quintet.modeling.loading import ModelSource
+from quintet.modeling.source import ModelSource
 from quintet.training.adapting import AdapterSettings, put_on_part
 from quintet.training.config import TrainingConfig
 from quintet.training.joining import held, joined, parallelize

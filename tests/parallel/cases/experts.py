@@ -13,7 +13,8 @@ from parallel.cases.tensor import agree, agree_gradient, family, tokens, world
 from quintet import AutoModelForCausalLM
 from quintet.errors import InputError
 from quintet.layers.moe import ExpertStack
-from quintet.modeling.loading import ModelSource, Options, load
+from quintet.modeling.loading import Options, load
+from quintet.modeling.source import ModelSource
 from quintet.parallel import regions
 from quintet.parallel.apply import connect, divide
 from quintet.parallel.expert_seats import balanced

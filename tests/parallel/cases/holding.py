@@ -17,7 +17,7 @@ from quintet import AutoConfig, PreTrainedConfig, Qwen2Config
 from quintet.kernels.allocator import MMAP_THRESHOLD, keep
 from quintet.modeling.fresh import new_model
 from quintet.modeling.heads import CausalLMHead
-from quintet.modeling.loading import ModelSource
+from quintet.modeling.source import ModelSource
 from quintet.training.joining import held, joined, parallelize
 from quintet.training.optimizers.layout import HERE
 

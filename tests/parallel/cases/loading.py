@@ -14,7 +14,8 @@ from parallel.cases.tensor import family, world
 from quintet.checkpoint.mapping import MappedFile
 from quintet.errors import CheckpointError, InputError, RankFailedError
 from quintet.modeling.core import ModelCore
-from quintet.modeling.loading import ModelSource, NewHeadWarning, Options, load
+from quintet.modeling.loading import NewHeadWarning, Options, load
+from quintet.modeling.source import ModelSource
 from quintet.parallel.apply import shards_of
 from quintet.parallel.placement import table_of
 from quintet.parallel.stages import names_held, stages_to_run

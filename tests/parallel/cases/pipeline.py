@@ -19,7 +19,8 @@ from parallel.cases.generate import chooses, ids_of, models, raised, same_in_all
 from parallel.cases.tensor import family, world
 from quintet.errors import InputError
 from quintet.generation import in_turns as turns
-from quintet.modeling.loading import ModelSource, Options, load
+from quintet.modeling.loading import Options, load
+from quintet.modeling.source import ModelSource
 from quintet.parallel.apply import shard_model, shards_of
 from quintet.parallel.pipeline import Pipeline, layout_of
 from quintet.parallel.placement import Shard, table_of

@@ -14,8 +14,6 @@ from quintet.training.objective import Term
 from quintet.training.progress import Progress
 from quintet.training.schedule import Schedule
 
-__all__ = ["DeviceLimitedBalance"]
-
 NAMES = ("expert_balance", "device_balance", "communication_balance")
 
 

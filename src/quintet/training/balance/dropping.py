@@ -12,8 +12,6 @@ from quintet.layers.router import Choices, ExpertRouter
 from quintet.modeling.decoder import DecoderModel
 from quintet.modeling.packing import Packing
 
-__all__ = ["TokenDropping", "beyond_budget", "chosen_by_content"]
-
 
 class TokenDropping:
     """Drops what is beyond a device's share, in training mode alone (arXiv:2405.04434, §2.2.4).

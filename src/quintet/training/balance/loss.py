@@ -8,8 +8,6 @@ from quintet.training.batch import Batch
 from quintet.training.objective import Term
 from quintet.training.progress import Progress
 
-__all__ = ["BalanceLoss"]
-
 
 class BalanceLoss(Protocol):
     """A loss, or several, of experts that do not get the same; a part of an objective."""

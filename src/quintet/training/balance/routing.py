@@ -12,8 +12,6 @@ from quintet.ops.documents import documents_of
 from quintet.parallel.context_parallel import Chunks
 from quintet.training.batch import Batch
 
-__all__ = ["RoutedLayer", "Routing", "routing_of", "texts_of"]
-
 
 @dataclass(frozen=True, slots=True)
 class RoutedLayer:

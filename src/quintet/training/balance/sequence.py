@@ -12,8 +12,6 @@ from quintet.training.objective import Term
 from quintet.training.progress import Progress
 from quintet.training.schedule import Schedule
 
-__all__ = ["SequenceBalance"]
-
 
 class SequenceBalance:
     """Keeps any one text from sending its tokens to few experts (arXiv:2412.19437, eq. 17-20).

@@ -8,8 +8,6 @@ from torch import Tensor, nn
 from quintet.modeling.balance import ExpertLoads
 from quintet.training.batch import Batch
 
-__all__ = ["loads_of_step"]
-
 
 def loads_of_step(
     model: nn.Module, parts: Iterable[Batch], run: Callable[[Batch], object]

@@ -15,8 +15,6 @@ from quintet.training.objective import Term
 from quintet.training.progress import Progress
 from quintet.training.schedule import Schedule
 
-__all__ = ["Scope", "SwitchBalance"]
-
 Scope = Literal["sequence", "micro", "global"]
 
 

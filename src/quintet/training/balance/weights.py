@@ -6,8 +6,6 @@ from quintet.errors import InputError, shown
 from quintet.training.schedule import Schedule
 from quintet.training.schedules import schedule_of
 
-__all__ = ["weight_schedule"]
-
 
 def weight_schedule(name: str, weight: Schedule | float) -> Schedule:
     """Return a weight as a schedule.

@@ -11,8 +11,6 @@ from quintet.training.data.samples import Encoded, Sample, field_of, hash_of, te
 from quintet.training.data.settings import DataSettings, FieldNames
 from quintet.training.data.text import TextEncoder
 
-__all__ = ["Chats", "Completions", "Pairs"]
-
 
 class Chats:
     """Samples of conversations.

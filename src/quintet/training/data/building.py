@@ -26,8 +26,6 @@ from quintet.training.progress import Progress
 from quintet.training.schedule import Constant, Schedule
 from quintet.training.schedules import schedule_of
 
-__all__ = ["build_data"]
-
 
 def build_data(
     settings: DataSettings,

@@ -17,8 +17,6 @@ from quintet.training.data.settings import DataSettings
 from quintet.training.data.turns import THOUGHT, Message, Turns, Written, apart, check_said
 from quintet.training.settings import SettingError
 
-__all__ = ["ChatEncoder"]
-
 # A template that says itself what the model wrote.
 _MARKED = re.compile(r"\{%[-+]?\s*generation\b")
 # What every template is given.

@@ -10,8 +10,6 @@ from numpy.typing import NDArray
 from quintet.ops.labels import IGNORED
 from quintet.training.batch import Batch
 
-__all__ = ["Text", "flat", "rectangle"]
-
 
 @dataclass(frozen=True, slots=True)
 class Text:

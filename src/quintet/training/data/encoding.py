@@ -17,8 +17,6 @@ from quintet.training.data.settings import DataSettings, Kind, SourceSettings
 from quintet.training.data.store import VERSION, Store, StoreWriter
 from quintet.training.data.text import TextEncoder
 
-__all__ = ["Maker", "store_of"]
-
 # Short texts are encoded together, about so many characters at once.
 TOGETHER = 1 << 18
 

@@ -11,8 +11,6 @@ from pathlib import Path
 from quintet.errors import ConfigError, DataError, ModelNotFoundError, shown
 from quintet.training.data.settings import Format, SourceSettings
 
-__all__ = ["SourceFile", "digest_of", "files_of"]
-
 ENDINGS: dict[str, Format] = {
     **dict.fromkeys((".jsonl", ".ndjson", ".jsonl.gz", ".ndjson.gz"), "jsonl"),
     ".parquet": "parquet",

@@ -11,8 +11,6 @@ from quintet.ops.labels import IGNORED
 from quintet.training.data.interface import Document
 from quintet.training.data.store import Store
 
-__all__ = ["HeldOut"]
-
 
 class HeldOut(Sequence[Document]):
     """Documents of stores, read from the disk when they are asked for.

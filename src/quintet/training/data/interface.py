@@ -9,8 +9,6 @@ from torch import Tensor
 from quintet.training.batch import Batch
 from quintet.training.progress import Progress
 
-__all__ = ["Data", "Document"]
-
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Document:

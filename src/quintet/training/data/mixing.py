@@ -9,8 +9,6 @@ from numpy.typing import NDArray
 from quintet.errors import ConfigError
 from quintet.training.data.order import key, permutation, shares
 
-__all__ = ["Drawn", "Fixed", "Mixing"]
-
 # Rows are dealt out in blocks of so many, in each of which every source has its share exactly.
 BLOCK = 1 << 14
 

@@ -7,8 +7,6 @@ every machine and with every version of every library.
 import numpy as np
 from numpy.typing import NDArray
 
-__all__ = ["key", "lots", "permutation", "shares"]
-
 _STEP = 0x9E3779B97F4A7C15
 _MASK = (1 << 64) - 1
 

@@ -10,8 +10,6 @@ from numpy.typing import NDArray
 
 from quintet.training.data.order import key, lots, permutation
 
-__all__ = ["Padded", "Piece", "Rows", "Stream", "Whole", "Windows"]
-
 
 class Piece(NamedTuple):
     """A part of a document.

@@ -12,8 +12,6 @@ from quintet.training.data.packing import Padded, Piece, Rows, Stream, Whole, Wi
 from quintet.training.data.settings import DataSettings, Packing
 from quintet.training.data.store import Store
 
-__all__ = ["Pool", "lots_of", "packing_of"]
-
 # Rows of so many lengths are kept planned; phases of a training come one after the other.
 PLANS = 2
 

@@ -10,8 +10,6 @@ from typing import Any, BinaryIO, Literal, TypeAlias, cast
 from quintet.errors import DataError, MissingDependencyError, shown
 from quintet.training.data.files import SourceFile
 
-__all__ = ["Bad", "Pieces", "Record", "read"]
-
 # A text is read in pieces of so many bytes; a line of a file of records has no more than these.
 PIECE = 1 << 17
 LONGEST_LINE = 1 << 28

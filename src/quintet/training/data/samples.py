@@ -10,8 +10,6 @@ from quintet.errors import ConfigError, shown
 from quintet.training.data.records import Bad
 from quintet.training.data.settings import FieldNames, Kind
 
-__all__ = ["Encoded", "Sample", "Samples", "field_of", "hash_of", "kind_of", "text_of"]
-
 
 @dataclass(frozen=True, slots=True)
 class Encoded:

@@ -9,16 +9,6 @@ from quintet.training.schedules import Number
 from quintet.training.settings import SettingError
 from quintet.training.spans import span
 
-__all__ = [
-    "ContextPhase",
-    "DataSettings",
-    "FieldNames",
-    "Format",
-    "Kind",
-    "Packing",
-    "SourceSettings",
-]
-
 # Tokens of a batch at most: more of them than memory has bytes for is a slip.
 MOST = 2**31 - 1
 

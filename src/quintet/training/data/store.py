@@ -23,8 +23,6 @@ from numpy.typing import NDArray
 from quintet.errors import SaveError, shown
 from quintet.files import MAX_LISTING_BYTES, read_json
 
-__all__ = ["VERSION", "Store", "StoreWriter"]
-
 # Of what lies in the folder, and of how texts become ids.
 VERSION = 1
 ABOUT = "store.json"

@@ -7,8 +7,6 @@ from quintet.errors import ConfigError, shown
 from quintet.tokenization import PreTrainedTokenizer
 from quintet.training.data.records import PIECE
 
-__all__ = ["TextEncoder"]
-
 # A text is cut where a line begins, if not with space.
 _LINE_END = re.compile(r"\n(?=\S)")
 # What is looked at on both sides, to see whether a token ends there, and how often another place

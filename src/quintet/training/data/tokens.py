@@ -13,8 +13,6 @@ from quintet.training.progress import Progress
 from quintet.training.schedule import Schedule
 from quintet.training.spans import span
 
-__all__ = ["TokenData"]
-
 
 class TokenData:
     """Rows of the documents of pools, mixed by weights.

@@ -14,8 +14,6 @@ from typing import Any
 from quintet.parsing.format import END_THINK, THINK
 from quintet.training.data.records import Bad
 
-__all__ = ["GAP", "THOUGHT", "Turns", "Written", "apart", "check_said"]
-
 Message = dict[str, Any]
 # What is kept of the thoughts in a message whose template has no place for them: the thoughts
 # with the space around them, and the space behind their end.

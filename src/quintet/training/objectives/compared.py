@@ -3,8 +3,6 @@
 from collections.abc import Callable
 from typing import Protocol, TypeVar
 
-__all__ = ["Running", "here"]
-
 T = TypeVar("T")
 
 

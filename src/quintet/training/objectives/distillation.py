@@ -18,8 +18,6 @@ from quintet.training.objectives.states import States, language_model, states_of
 from quintet.training.objectives.targets import counted, targets
 from quintet.training.progress import Progress
 
-__all__ = ["Distillation"]
-
 
 class Distillation:
     """Predict what a teacher predicts, and the next token.

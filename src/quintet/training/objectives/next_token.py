@@ -17,8 +17,6 @@ from quintet.training.objectives.targets import counted, targets
 from quintet.training.progress import Progress
 from quintet.training.schedule import Constant, Schedule
 
-__all__ = ["LanguageModelling"]
-
 
 class LanguageModelling:
     """Predict the next token of texts.

@@ -20,8 +20,6 @@ from quintet.training.objectives.states import language_model, log_probs_of_rows
 from quintet.training.objectives.targets import targets
 from quintet.training.progress import Progress
 
-__all__ = ["Preference", "PreferenceLoss"]
-
 PreferenceLoss = Literal["sigmoid", "ipo"]
 
 

@@ -18,8 +18,6 @@ from quintet.parallel.context_parallel import Chunks
 from quintet.parallel.regions import reduced
 from quintet.training.batch import Batch
 
-__all__ = ["States", "language_model", "log_probs_of_rows", "routers_run", "states_of"]
-
 
 @dataclass(frozen=True, slots=True)
 class States:

@@ -7,8 +7,6 @@ from quintet.ops.documents import documents_of
 from quintet.ops.labels import IGNORED, following_tokens
 from quintet.training.batch import Batch
 
-__all__ = ["counted", "targets"]
-
 
 def targets(batch: Batch, ahead: int = 1) -> Tensor:
     """Return at each place the label of the token `ahead` further in its text, (B, T).

@@ -21,8 +21,6 @@ from quintet.training.optimizers.state import copy_into, materialised
 from quintet.training.progress import Progress
 from quintet.training.schedules import schedule_of
 
-__all__ = ["Optimizers", "build_optimizers"]
-
 
 class Optimizers:
     """What moves the weights of a model: one step of all of them, one state, one norm."""

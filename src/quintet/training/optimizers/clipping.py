@@ -5,8 +5,6 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor
 
-__all__ = ["clip", "norm"]
-
 
 def norm(tensors: Iterable[Tensor]) -> Tensor:
     """Return the Euclidean norm of all numbers of these tensors together, as float32.

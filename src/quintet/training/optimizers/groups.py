@@ -13,8 +13,6 @@ from quintet.modeling.base import PreTrainedModel
 from quintet.training.optimizers.roles import Member, members
 from quintet.training.optimizers.settings import GroupSettings, Kind, OptimizerSettings, Role
 
-__all__ = ["Group", "grouped", "table"]
-
 ROLES: tuple[str, ...] = get_args(Role)
 
 

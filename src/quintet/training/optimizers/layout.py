@@ -7,8 +7,6 @@ from torch import Tensor, nn
 
 from quintet.training.optimizers.clipping import norm
 
-__all__ = ["HERE", "Here", "Layout"]
-
 T = TypeVar("T")
 
 

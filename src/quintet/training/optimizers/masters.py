@@ -13,8 +13,6 @@ from quintet.training.optimizers.groups import Group
 from quintet.training.optimizers.layout import Layout
 from quintet.training.optimizers.settings import Precision
 
-__all__ = ["Masters"]
-
 
 class Masters:
     """The weights as an optimiser sees them, in float32.

@@ -9,8 +9,6 @@ from torch import Tensor
 
 from quintet.training.optimizers.orthogonal import orthogonal, quick_dtype
 
-__all__ = ["Muon"]
-
 # How many numbers are made orthogonal at once; more are no quicker, and only take memory.
 AT_ONCE = 2**22
 

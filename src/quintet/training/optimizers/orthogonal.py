@@ -5,9 +5,8 @@ from functools import cache
 import torch
 from torch import Tensor
 
-from quintet.kernels.build import BuildError, best_level
-
-__all__ = ["orthogonal", "quick_dtype"]
+from quintet.kernels.build import best_level
+from quintet.kernels.store import BuildError
 
 # Of the polynomial that takes singular values to about 1: it is steep at 0, and does not settle.
 A, B, C = 3.4445, -4.7750, 2.0315

@@ -10,8 +10,6 @@ from quintet.layers.mamba2 import CausalConv1d
 from quintet.modeling.base import PreTrainedModel
 from quintet.training.optimizers.settings import Role
 
-__all__ = ["Member", "members"]
-
 _STATE = re.compile(r"\.(A_log|D|dt_bias)$")
 _ROUTER = re.compile(r"\.(gate|shared_expert_gate)\.weight$")
 # A gate and what it gates, one above the other; Zamba2's low-rank factor adds to both.

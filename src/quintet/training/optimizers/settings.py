@@ -7,8 +7,6 @@ from typing import Literal
 from quintet.training.schedules import Number
 from quintet.training.settings import SettingError
 
-__all__ = ["GroupSettings", "Kind", "OptimizerSettings", "Precision", "Role"]
-
 Kind = Literal["adamw", "muon"]
 Precision = Literal["float32", "autocast", "bfloat16"]
 Role = Literal["matrix", "embedding", "head", "router", "norm", "bias", "state", "conv", "adapter"]

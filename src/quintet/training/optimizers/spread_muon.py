@@ -9,8 +9,6 @@ from torch import Tensor
 from quintet.training.optimizers.layout import Layout
 from quintet.training.optimizers.muon import Muon
 
-__all__ = ["SpreadMuon"]
-
 
 class SpreadMuon(Muon):
     """Muon where a process has parts of matrices: one is made whole, moved, and cut again.

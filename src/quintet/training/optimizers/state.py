@@ -8,8 +8,6 @@ from torch import Tensor
 from quintet.errors import CheckpointError, listed
 from quintet.training.optimizers.muon import Muon
 
-__all__ = ["copy_into", "materialised"]
-
 
 def materialised(optimizer: torch.optim.Optimizer) -> None:
     """Give every parameter the state it has before its first step, so that all is there to save."""

@@ -13,16 +13,6 @@ from quintet.training.progress import Progress
 from quintet.training.schedules.segments import Course, Segment, finite, share
 from quintet.training.schedules.shapes import Rising
 
-__all__ = [
-    "DeepseekV2Batch",
-    "DeepseekV2LearningRate",
-    "DeepseekV3Batch",
-    "DeepseekV3BiasSpeed",
-    "DeepseekV3LearningRate",
-    "DeepseekV3PredictionWeight",
-    "Zamba2LearningRate",
-]
-
 # Of all tokens, in billions: arXiv:2412.19437 §4.2 and arXiv:2405.04434 §3.1.2.
 _V3, _V2 = 14_800, 8_100
 

@@ -12,8 +12,6 @@ from quintet.training.progress import Progress
 from quintet.training.settings import SettingError
 from quintet.training.spans import Span, span
 
-__all__ = ["Course", "Segment", "Segments", "Shape", "finite", "share"]
-
 Shape = Literal["constant", "linear", "cosine", "sqrt", "exponential"]
 
 # How much of the way from one value to the next is gone when a share of the stretch is.

@@ -12,8 +12,6 @@ from quintet.training.schedules.segments import Course, Segment, Shape, finite, 
 from quintet.training.settings import SettingError
 from quintet.training.spans import span
 
-__all__ = ["Cosine", "InverseSqrt", "Linear", "Rising", "Steps", "WarmupStableDecay"]
-
 
 @dataclass(frozen=True)
 class Rising(ABC):
