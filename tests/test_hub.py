@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 
 from forking import MODELS, Forks
 from hubserver import Hub, serve
-from quintet import demo_model
+from quintet import Qwen2Config, demo_model
 from quintet.errors import OfflineError
 from quintet.exporting import export_gguf
 from quintet.hub import locate
@@ -269,6 +269,17 @@ def test_why_the_hub_could_not_be_reached_is_told(
     with pytest.raises(OfflineError, match=r"reached at http.*: Connection refused; ") as found:
         locate("o/m", ("config.json",), cache_dir=tmp_path)
     assert "Error" not in str(found.value)
+
+
+def test_a_push_that_reaches_nobody_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    def unreachable(*_: object, **__: object) -> None:
+        # As of a library below, which is no error of the system's.
+        raise RuntimeError from ConnectionRefusedError(111, "Connection refused")
+
+    monkeypatch.setattr("huggingface_hub.HfApi.create_repo", unreachable)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
+    with pytest.raises(OfflineError, match=r"'o/x' cannot be pushed to.*: Connection refused"):
+        Qwen2Config().push_to_hub("o/x")
 
 
 def test_a_network_that_answers_for_the_hub(

@@ -92,7 +92,7 @@ def _remove(blobs: Sequence[Path], folder: Path) -> list[str]:
     return sorted({path.name for path in dangling})
 
 
-def _cause(error: BaseException) -> str:
+def cause_of(error: BaseException) -> str:
     """Return the cause of a library's error in one line, without class names."""
     while (below := error.__cause__ or error.__context__) is not None:
         error = below
@@ -215,7 +215,7 @@ def _named_errors(
         reason = (
             "offline mode is set (HF_HUB_OFFLINE or local_files_only)"
             if offline
-            else f"the hub could not be reached at {constants.ENDPOINT}: {_cause(error)}"
+            else f"the hub could not be reached at {constants.ENDPOINT}: {cause_of(error)}"
         )
         raise OfflineError(
             f"{name!r}{at} is neither a directory here nor in the hub cache "

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from quintet.download import download
+from quintet.download import cause_of, download
 from quintet.errors import (
     CheckpointError,
     InputError,
@@ -221,8 +221,12 @@ def push_folder(
                 "may, or set HF_TOKEN"
             ) from error
         raise SaveError(f"the hub refused the commit to {repo_id!r}: {error}") from error
-    except (OSError, ValueError) as error:
-        raise OfflineError(f"{repo_id!r} cannot be pushed to: {error}") from error
+    # As where the hub is read: what a broken connection raises differs between versions.
+    except Exception as error:
+        raise OfflineError(
+            f"{repo_id!r} cannot be pushed to, as the hub could not be reached at "
+            f"{constants.ENDPOINT}: {cause_of(error)}"
+        ) from error
     return str(done.commit_url)
 
 

@@ -252,6 +252,23 @@ def test_too_much_for_a_static_cache_is_named_and_changes_nothing() -> None:
         StaticCache(CONFIG, 0)
 
 
+@pytest.mark.parametrize("size", [0, -1, 1.5, None, "9", True, [9]], ids=str)
+def test_sizes_that_cannot_be_are_named(size: Any) -> None:
+    with pytest.raises(InputError, match="max_cache_len="):
+        StaticCache(small_config(), size)
+    if size is not None:
+        with pytest.raises(InputError, match="num_hidden_layers="):
+            DynamicCache(num_hidden_layers=size)
+
+
+def test_what_would_take_all_memory_or_is_no_config_is_named() -> None:
+    with pytest.raises(InputError, match="num_hidden_layers=1000000000 .* at most 1000"):
+        DynamicCache(num_hidden_layers=10**9)
+    for wrong in (5, {}, object()):
+        with pytest.raises(InputError, match="config is a "):
+            DynamicCache(wrong)  # type: ignore[arg-type]
+
+
 def test_a_static_cache_never_moves() -> None:
     cache = StaticCache(CONFIG, CAPACITY)
     keys, values = append(cache, torch.ones(2, 3))[0]

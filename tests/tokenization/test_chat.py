@@ -224,6 +224,12 @@ def test_options_that_need_ids_are_refused_for_text(tokenizer: Qwen2Tokenizer) -
         tokenizer.apply_chat_template(CHAT, tokenizer_kwargs={"paddin_side": "left"})
 
 
+@pytest.mark.parametrize("template", [5, 1.5, True, [], {}, [None], object()], ids=str)
+def test_a_template_that_is_no_text_is_named(template: Any, tokenizer: Qwen2Tokenizer) -> None:
+    with pytest.raises(ChatTemplateError, match="chat_template is a"):
+        tokenizer.apply_chat_template(CHAT, chat_template=template)
+
+
 def test_the_callers_messages_stay_as_they_are(tokenizer: Qwen2Tokenizer) -> None:
     messages = [{"role": "user", "content": [{"type": "text", "text": "a"}]}]
     tokenizer.apply_chat_template(

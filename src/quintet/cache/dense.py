@@ -1,5 +1,6 @@
 """Unquantised keys and values: in growing or preallocated buffers."""
 
+import math
 from collections.abc import Callable
 
 import torch
@@ -12,8 +13,10 @@ from quintet.cache.recurrent import RecurrentSlot
 from quintet.cache.segment import Segment
 from quintet.cache.slots import AttentionSlot, StateSlot
 from quintet.configuration.base import PreTrainedConfig
-from quintet.errors import ContextLengthError, InputError
+from quintet.errors import ContextLengthError, InputError, named, shown
 
+# As of a config.
+MOST_LAYERS = 1_000
 NO_WAY_BACK = "cache_position of a compiled step with recurrent layers has to be the next slot"
 
 
@@ -158,6 +161,12 @@ class StaticSlot(_DenseSlot):
         return buffer.zero_() if kept else torch.zeros_like(buffer)
 
 
+def _whole(name: str, value: object, most: float = math.inf) -> None:
+    if not isinstance(value, int) or isinstance(value, bool) or not 1 <= value <= most:
+        above = "" if most == math.inf else f", at most {most}"
+        raise InputError(f"{name}={shown(value)} has to be an integer of at least 1{above}")
+
+
 class DynamicCache(Cache):
     """A growing cache of keys and values and of recurrent states.
 
@@ -169,9 +178,12 @@ class DynamicCache(Cache):
         self, config: PreTrainedConfig | None = None, *, num_hidden_layers: int | None = None
     ) -> None:
         if num_hidden_layers is not None:
+            _whole("num_hidden_layers", num_hidden_layers, MOST_LAYERS)
             super().__init__([DynamicSlot() for _ in range(num_hidden_layers)])
         elif config is None:
             super().__init__([])
+        elif not isinstance(config, PreTrainedConfig):
+            raise InputError(f"config is a {named(config)}; it has to be a model's config")
         else:
             super().__init__(*_slots(config, DynamicSlot, RecurrentSlot))
 
@@ -199,8 +211,7 @@ class StaticCache(Cache):
     """
 
     def __init__(self, config: PreTrainedConfig, max_cache_len: int) -> None:
-        if max_cache_len < 1:
-            raise InputError(f"max_cache_len={max_cache_len} has to be at least 1")
+        _whole("max_cache_len", max_cache_len)
         super().__init__(
             *_slots(
                 config,

@@ -25,6 +25,9 @@ from quintet.parallel.styles import plan_of
 from quintet.parallel.world import World
 from quintet.quantization import QuantizationConfig, Quantized, Scheme, Slot, apply, freeze, tie
 
+# As `vocab_size` of a config.
+MOST_TOKENS = 2**24
+
 
 class ModelCore(nn.Module):
     """The interface of a model to loading, placement and saving.
@@ -160,6 +163,8 @@ class ModelCore(nn.Module):
             )
         if pad_to_multiple_of:
             size = -(-size // pad_to_multiple_of) * pad_to_multiple_of
+        if size > MOST_TOKENS:
+            raise InputError(f"new_num_tokens={size} has to be at most {MOST_TOKENS}")
         if old.padding_idx is not None and old.padding_idx >= size:
             raise InputError(
                 f"new_num_tokens={size} would cut off pad_token_id={old.padding_idx}; "

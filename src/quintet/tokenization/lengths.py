@@ -5,9 +5,12 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from quintet.errors import InputError
+from quintet.errors import InputError, shown
 from quintet.tokenization.options import Side, check_choice
 from quintet.tokenization.rows import Row
+
+# A row is made as long as that, whatever its text.
+MOST_PADDED = 2**24
 
 
 class LongTextWarning(UserWarning):
@@ -155,7 +158,10 @@ def pad_target(
     else:
         target = max(lengths, default=0)
     if multiple is not None:
-        if multiple < 1:
-            raise InputError(f"pad_to_multiple_of={multiple} has to be at least 1")
+        if not isinstance(multiple, int) or not 1 <= multiple <= MOST_PADDED:
+            raise InputError(
+                f"pad_to_multiple_of={shown(multiple)} has to be an integer of at least 1 and at "
+                f"most {MOST_PADDED}"
+            )
         target = -(-target // multiple) * multiple
     return target

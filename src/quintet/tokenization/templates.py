@@ -64,6 +64,10 @@ class ChatTemplates:
         Raises:
             ChatTemplateError: it is not a template.
         """
+        if not isinstance(template, str):
+            raise ChatTemplateError(
+                f"chat_template is a {type(template).__name__}; it has to be text"
+            )
         # Imported here: jinja2 takes longer to import than a text takes to encode.
         from quintet.tokenization.sandbox import CompiledTemplate
 
