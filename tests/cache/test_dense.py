@@ -262,7 +262,7 @@ def test_sizes_that_cannot_be_are_named(size: Any) -> None:
 
 
 def test_what_would_take_all_memory_or_is_no_config_is_named() -> None:
-    with pytest.raises(InputError, match="num_hidden_layers=1000000000 .* at most 1000"):
+    with pytest.raises(InputError, match=r"num_hidden_layers=1000000000 .* at most 1000"):
         DynamicCache(num_hidden_layers=10**9)
     for wrong in (5, {}, object()):
         with pytest.raises(InputError, match="config is a "):
