@@ -215,6 +215,7 @@ WRONG: dict[str, tuple[dict[str, Any], str]] = {
         "holds -1e09|holds -1000",
     ),
     "mask-counted": ({"attention_mask": torch.tensor([[1, 1, 1, 2, 2]] * 2)}, "holds 2"),
+    "mask-list": ({"attention_mask": [[1] * 5] * 2}, "attention_mask is a list"),
     "mask-complex": ({"attention_mask": torch.ones(2, 5, dtype=torch.complex64)}, "complex64"),
     "mask-4d-integers": ({"attention_mask": ~SEEN[None, None] * -9999}, "holds -9999"),
     "mask-4d-heads": ({"attention_mask": SEEN.expand(2, 3, 5, 5)}, r"\(2, 3, 5, 5\).*second axis"),

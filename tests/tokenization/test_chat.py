@@ -224,7 +224,7 @@ def test_options_that_need_ids_are_refused_for_text(tokenizer: Qwen2Tokenizer) -
         tokenizer.apply_chat_template(CHAT, tokenizer_kwargs={"paddin_side": "left"})
 
 
-@pytest.mark.parametrize("template", [5, 1.5, True, [], {}, [None], object()], ids=str)
+@pytest.mark.parametrize("template", [5, 1.5, True, [], {}, [None]], ids=str)
 def test_a_template_that_is_no_text_is_named(template: Any, tokenizer: Qwen2Tokenizer) -> None:
     with pytest.raises(ChatTemplateError, match="chat_template is a"):
         tokenizer.apply_chat_template(CHAT, chat_template=template)

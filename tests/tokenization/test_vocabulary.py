@@ -22,6 +22,10 @@ def test_tokens_and_ids_convert_both_ways(tokenizer: Qwen2Tokenizer, oracle: Any
     assert tokenizer.convert_tokens_to_ids(tokens) == ids
     assert tokenizer.convert_ids_to_tokens(ids, skip_special_tokens=True) == tokens[:-1]
     assert tokenizer.convert_tokens_to_ids("no such token") == tokenizer.unk_token_id
+    assert tokenizer.convert_tokens_to_ids(None) is None
+    for wrong in (5, 1.5, b"x"):
+        with pytest.raises(InputError, match="give a token, or several"):
+            tokenizer.convert_tokens_to_ids(wrong)  # type: ignore[call-overload]
     assert tokenizer.convert_ids_to_tokens(10**6) is None
     with pytest.raises(InputError, match="-1 is not a token id"):
         tokenizer.convert_ids_to_tokens(-1)

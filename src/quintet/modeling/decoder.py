@@ -202,9 +202,9 @@ class DecoderModel(LayerStack):
             if position_ids is None and past_key_values is None:
                 position_ids = texts.positions()
         weighs = first(output_attentions, self.config.output_attentions)
+        mask, custom = split_mask(attention_mask, B, T)
         if attention_mask is not None and attention_mask.is_meta:
             check_placed("attention_mask", attention_mask, embeds.device)
-        mask, custom = split_mask(attention_mask, B, T)
         rows = None if mask is None else padding_of(mask[:, -T:])
 
         cache: Cache | None

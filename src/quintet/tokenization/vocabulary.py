@@ -138,16 +138,25 @@ class Vocabulary:
         return self.added_tokens_encoder
 
     @overload
-    def convert_tokens_to_ids(self, tokens: str) -> int | None: ...
+    def convert_tokens_to_ids(self, tokens: str | None) -> int | None: ...
     @overload
     def convert_tokens_to_ids(self, tokens: list[str] | tuple[str, ...]) -> list[int | None]: ...
     def convert_tokens_to_ids(
-        self, tokens: str | list[str] | tuple[str, ...]
+        self, tokens: str | list[str] | tuple[str, ...] | None
     ) -> int | list[int | None] | None:
-        """Return the id of a token, or of each; an unknown one is `unk_token_id`."""
+        """Return the id of a token, or of each; an unknown one is `unk_token_id`, and None none.
+
+        Raises:
+            InputError: what is given is neither a token nor several.
+        """
+        if tokens is None:
+            # A role that no token has: tokenizer.convert_tokens_to_ids(tokenizer.unk_token).
+            return None
         if isinstance(tokens, str):
             index = self._tokenizer.token_to_id(tokens)
             return self.unk_token_id if index is None else index
+        if not isinstance(tokens, Iterable) or isinstance(tokens, bytes):
+            raise InputError(f"tokens are a {type(tokens).__name__}; give a token, or several")
         return [self.convert_tokens_to_ids(token) for token in tokens]
 
     @overload
