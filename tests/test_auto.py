@@ -100,6 +100,16 @@ def test_a_config_can_be_given(chat_model: Path) -> None:
     assert len(model.get_submodule("model.layers")) == 1
 
 
+@pytest.mark.parametrize("wrong", [5, [], True], ids=str)
+def test_what_is_no_config_is_named(wrong: Any, chat_model: Path) -> None:
+    with pytest.raises(InputError, match="config is a "):
+        AutoModelForCausalLM.from_pretrained(chat_model, config=wrong)
+    with pytest.raises(InputError, match="config is a "):
+        AutoModelForCausalLM.from_config(wrong)
+    with pytest.raises(UnsupportedModelError, match="model_type=None"):
+        AutoModelForCausalLM.from_config({})  # type: ignore[arg-type]
+
+
 def test_the_tokenizer_is_that_of_the_checkpoint(chat_model: Path) -> None:
     tokenizer = AutoTokenizer.from_pretrained(chat_model)
     assert tokenizer.decode(tokenizer.encode("Hello 🙂")) == "Hello 🙂"

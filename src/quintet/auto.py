@@ -8,8 +8,9 @@ from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, ClassVar, cast
 
 from quintet.configuration.base import PreTrainedConfig
+from quintet.configuration.foreign import described
 from quintet.configuration.reading import read_config
-from quintet.errors import InputError, UnsupportedModelError, shown
+from quintet.errors import InputError, UnsupportedModelError, named, shown
 from quintet.folder import AdapterFolderError
 from quintet.hub import CONFIG_PATTERNS, locate
 
@@ -88,6 +89,15 @@ def family(model_type: object) -> Family:
     return found
 
 
+def _family_of(config: object) -> Family:
+    if isinstance(config, PreTrainedConfig):
+        return family(config.model_type)
+    values = described(config)
+    if values is None:
+        raise InputError(f"config is a {named(config)}; it has to be a model's config")
+    return family(values.get("model_type"))
+
+
 class AutoConfig:
     """Reads the configuration of a checkpoint of any family."""
 
@@ -158,9 +168,10 @@ class _AutoModel:
         """Build a model with random weights; see `PreTrainedModel.from_config`.
 
         Raises:
+            InputError: what is given is no config.
             UnsupportedModelError: the config is of no family here.
         """
-        model_class = family(config.model_type).find(cls.suffix)
+        model_class = _family_of(config).find(cls.suffix)
         return cast("PreTrainedModel", model_class.from_config(config, **options))
 
     @classmethod
@@ -187,7 +198,7 @@ class _AutoModel:
                 where = {key: options[key] for key in kept if key in options}
                 with found.of_base() as base:
                     config = AutoConfig.from_pretrained(base, **where)
-        model_class = family(config.model_type).find(cls.suffix)
+        model_class = _family_of(config).find(cls.suffix)
         return cast(
             "PreTrainedModel", model_class.from_pretrained(pretrained_model_name_or_path, **options)
         )

@@ -297,7 +297,7 @@ def _targets(value: object) -> bool:
 
 
 _RULES: tuple[tuple[str, str, Any], ...] = (
-    ("r", "an integer of at least 1", lambda v: _is_int(v, 1) and v <= 2**20),
+    ("r", f"an integer of at least 1 and at most {2**20}", lambda v: _is_int(v, 1) and v <= 2**20),
     ("lora_alpha", "a number", _is_number),
     ("lora_dropout", "a number from 0 to 1", lambda v: _is_number(v) and 0 <= v < 1),
     ("bias", "'none', 'all' or 'lora_only'", lambda v: v in ("none", "all", "lora_only")),

@@ -11,6 +11,10 @@ from quintet.tokenization.options import NAMED_TOKENS, check_names
 MAX_GAP = 1_000_000
 
 
+def _several(value: object) -> bool:
+    return isinstance(value, Iterable) and not isinstance(value, bytes)
+
+
 class _Role:
     """A special token: `tokenizer.eos_token`, settable, None to remove."""
 
@@ -155,7 +159,7 @@ class Vocabulary:
         if isinstance(tokens, str):
             index = self._tokenizer.token_to_id(tokens)
             return self.unk_token_id if index is None else index
-        if not isinstance(tokens, Iterable) or isinstance(tokens, bytes):
+        if not _several(tokens):
             raise InputError(f"tokens are a {type(tokens).__name__}; give a token, or several")
         return [self.convert_tokens_to_ids(token) for token in tokens]
 
