@@ -37,7 +37,6 @@ PARTS: list[tuple[str, dict[str, Any], dict[str, int]]] = [
     ("deepseek-v3", EXPERTS, {"tp": 2, "ep": 2}),
     ("qwen2-moe", EXPERTS, {"fsdp": 2, "ep": 2}),
     ("qwen2", HEADS, {"pp": 2}),
-    ("deepseek-v3", EXPERTS, {"pp": 2}),
     # Stages share blocks, and what adapters do to these in each layer.
     ("zamba2", ALL, {"pp": 2}),
 ]

@@ -41,7 +41,6 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     ("name", "degrees"),
     [
         ("qwen2", {"fsdp": 2}),
-        ("zamba2", {"fsdp": 2}),
         ("deepseek-v3", {"fsdp": 2, "ep": 2}),
         ("qwen2-moe", {"tp": 2}),
         ("deepseek-v2", {"tp": 2, "ep": 2}),
@@ -58,15 +57,11 @@ def test_a_model_beside_lies_in_parts(
     two.run(beside.learns, name, folders[name], degrees)
 
 
-@pytest.mark.parametrize(
-    ("name", "degrees"),
-    [("zamba2", {"tp": 2, "fsdp": 2}), ("qwen2", {"pp": 2, "fsdp": 2})],
-    ids=str,
-)
+@pytest.mark.parametrize("degrees", [{"tp": 2, "fsdp": 2}, {"pp": 2, "fsdp": 2}], ids=str)
 def test_a_model_beside_lies_in_four_parts(
-    name: str, degrees: dict[str, Any], folders: dict[str, Path], four: Pool
+    degrees: dict[str, Any], folders: dict[str, Path], four: Pool
 ) -> None:
-    four.run(beside.learns, name, folders[name], degrees)
+    four.run(beside.learns, "qwen2", folders["qwen2"], degrees)
 
 
 def test_another_model_that_cannot_be_cut_is_told(tmp_path: Path, two: Pool) -> None:
@@ -82,7 +77,7 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return material(tmp_path_factory.mktemp("material"))
 
 
-@pytest.mark.parametrize("degrees", [{"fsdp": 2}, {"tp": 2}, {"pp": 2}], ids=["fsdp", "tp", "pp"])
+@pytest.mark.parametrize("degrees", [{"fsdp": 2}, {"pp": 2}], ids=["fsdp", "pp"])
 def test_preferences_are_learned_against_the_model_as_it_was(
     degrees: dict[str, int], root: Path, tmp_path: Path, two: Pool
 ) -> None:
@@ -127,10 +122,8 @@ def test_an_adapter_that_is_gone_on_with_is_compared_with_itself(
     ("degrees", "compared"),
     [
         ({"fsdp": 2}, "itself"),
-        ({"fsdp": 2}, "named"),
         ({"tp": 2, "ep": 2}, "itself"),
         ({"tp": 2}, "base"),
-        ({"pp": 2}, "itself"),
         ({"pp": 2}, "named"),
         ({"pp": 2}, "base"),
     ],
