@@ -36,7 +36,7 @@ LETTERS, BRIEF = 4000, 120
 
 @dataclass(slots=True)
 class Agreement:
-    """What the processes that hold a model say to each other beside what their layers do.
+    """Messages among a model's processes besides those of its layers.
 
     Attributes:
         group: the processes.

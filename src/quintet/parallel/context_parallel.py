@@ -32,7 +32,7 @@ from quintet.parallel.world import World
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Chunks:
-    """Which of the tokens of rows this process has.
+    """The chunks of rows that this process computes.
 
     Attributes:
         group: the processes that have the others.
@@ -50,12 +50,12 @@ class Chunks:
 
     @property
     def chunk(self) -> int:
-        """How many tokens a chunk has, of which the last may be filled up."""
+        """The number of tokens in a chunk, padding included."""
         return max(-(-self.tokens // (2 * self.count)), self.least)
 
     @property
     def length(self) -> int:
-        """How many tokens a row has with what fills it up."""
+        """The padded length of a row."""
         return 2 * self.count * self.chunk
 
     def filled(self, x: Tensor, value: int = 0) -> Tensor:
@@ -85,7 +85,7 @@ class Chunks:
 
 
 class GatheringCache(Cache):
-    """What attention asks for keys: it returns those of all processes, and keeps nothing.
+    """A cache that gathers the keys of all processes and stores nothing.
 
     Args:
         chunks: which tokens this process has.
@@ -190,7 +190,7 @@ def connect_sequences(model: nn.Module) -> None:
 
 
 class States(NamedTuple):
-    """What a model makes of the tokens that this process has.
+    """The model's outputs for this process's tokens.
 
     Attributes:
         hidden: (B, T/c, C), normalised.
@@ -204,7 +204,7 @@ class States(NamedTuple):
 
 
 class _Model(Protocol):
-    """What this needs of a model."""
+    """Interface of a model for context parallelism."""
 
     config: PreTrainedConfig
     base_model: Any

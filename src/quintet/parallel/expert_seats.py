@@ -1,4 +1,4 @@
-"""Where experts stand so that all processes have equally much to do, by measured loads.
+"""Assigns experts to processes by measured loads.
 
 There are more seats than experts: those that are asked for most stand at several, and tokens take
 one after the other (DeepSeek-V3, arXiv:2412.19437, §3.4). Which process has which seats follows by

@@ -41,7 +41,7 @@ UNEVEN = "preamble"
 
 @dataclass(slots=True)
 class Watch:
-    """What a process says to the others when it fails, and hears of them.
+    """Tells the other processes of a failure, and watches for theirs.
 
     Attributes:
         store: where words are left.
@@ -252,7 +252,7 @@ class Watch:
 
 @dataclass(frozen=True, slots=True)
 class _Hook:
-    """What Python calls with an error that nothing handled."""
+    """Interface of `sys.excepthook`."""
 
     watch: Watch
     before: Callable[..., Any]

@@ -21,7 +21,7 @@ NONE: Mapping[str, tuple[int, ...]] = MappingProxyType({})
 
 
 class Root(nn.Module):
-    """What is run of a model that is divided: inside of its forward, embedding and head are whole.
+    """The wrapper of a sharded model: gathers embedding and head during its forward.
 
     A training calls parts of a model rather than its forward, so that the model itself cannot tell
     when it begins to run and when it ends.

@@ -1,4 +1,4 @@
-"""Whole tensors out of the parts of several processes, one at a time, in the first process."""
+"""Gathers whole tensors on the first process, one at a time."""
 
 import json
 from collections.abc import Iterable, Iterator, Sequence

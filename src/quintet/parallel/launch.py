@@ -30,7 +30,7 @@ SIOCGIFADDR = 0x8915
 
 @dataclass(frozen=True, slots=True)
 class Launch:
-    """What a launcher says to a process, in its environment.
+    """The launcher's environment variables.
 
     Attributes:
         rank: which of all processes it is.

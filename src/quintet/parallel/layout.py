@@ -39,7 +39,7 @@ def add_up(tensor: Tensor, world: World, axes: Sequence[str] = DATA) -> Tensor:
 
 
 class Parts:
-    """What the processes along tp and ep have of each tensor of a model.
+    """The part of each tensor on each process along tp and ep.
 
     Attributes:
         own: what this process has.

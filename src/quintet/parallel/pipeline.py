@@ -26,7 +26,7 @@ Schedule = Literal[
 
 
 class Pipeline:
-    """What trains a model whose layers several processes have.
+    """Trains a model whose layers are spread over processes.
 
     Args:
         model: this process's stages of it.
@@ -220,7 +220,7 @@ class _Made:
 
 
 class _Part(nn.Module):
-    """What a stage of `torch.distributed.pipelining` runs: a model, between states that pass."""
+    """The module that a stage of `torch.distributed.pipelining` runs."""
 
     run: Callable[[int], Tensor | None]
 

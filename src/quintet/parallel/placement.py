@@ -1,4 +1,4 @@
-"""Which numbers of a tensor a process has; no process is needed to ask."""
+"""Which part of a tensor a process holds; needs no processes."""
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
@@ -17,7 +17,7 @@ MOST_WHOLE, FEW = 0.1, 1 << 20
 
 @dataclass(frozen=True, slots=True)
 class Place:
-    """Where a process is along each axis: which it is, and of how many."""
+    """A process's rank and the size along each axis."""
 
     tp: tuple[int, int] = (0, 1)
     ep: tuple[int, int] = (0, 1)
@@ -47,7 +47,7 @@ class Common:
 
 @dataclass(frozen=True, slots=True)
 class Shard:
-    """What a process has of a tensor.
+    """A process's part of a tensor.
 
     Attributes:
         shape: of the whole tensor.
@@ -71,7 +71,7 @@ class Shard:
 
     @property
     def numel(self) -> int:
-        """How many numbers that are."""
+        """The number of elements."""
         return math.prod(self.local_shape)
 
     @property

@@ -12,7 +12,7 @@ UNDERWAY = 256
 
 @dataclass(slots=True, eq=False)
 class Posts:
-    """What the first process of a group sends, and the others read in the same order.
+    """Messages from the first process of a group to the others, in order.
 
     Attributes:
         group: the processes, which talk through the CPU.

@@ -1,4 +1,4 @@
-"""Where tensors enter and leave the region in which each process computes a part.
+"""Entry and exit of tensor-parallel regions.
 
 f is the identity forward and a sum over the processes backward, g the reverse (arXiv:1909.08053,
 §3). All work on plain tensors, with or without gradients.

@@ -29,7 +29,7 @@ from quintet.sharding import Sharding
 
 
 class Slices:
-    """How tokens are cut where a model learns, and whose gradients are parts of a sum.
+    """How tokens are cut in sequence parallelism, and whose gradients are partial sums.
 
     Attributes:
         partial: the parameters that learn from a slice.

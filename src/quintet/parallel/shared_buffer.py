@@ -1,4 +1,4 @@
-"""Where processes of one machine meet faster than by messages: in memory that they share."""
+"""Shared memory for collectives within one machine."""
 
 import fcntl
 import mmap

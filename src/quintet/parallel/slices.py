@@ -1,4 +1,4 @@
-"""Which rows of each parameter FSDP leaves to a process, known before there are any numbers."""
+"""The rows of each parameter that FSDP leaves to a process, computed beforehand."""
 
 from collections import Counter
 from collections.abc import Mapping
@@ -16,7 +16,7 @@ from quintet.sharding import Sharding
 
 @dataclass(frozen=True, slots=True)
 class Slices:
-    """What is left of a model's parameters where each process keeps some rows of each.
+    """The row ranges of a model's parameters on each process.
 
     Attributes:
         world: the processes.

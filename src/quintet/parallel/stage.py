@@ -1,4 +1,4 @@
-"""What a stage of a model is here: its own layers, and how states come in and go out.
+"""A pipeline stage: its own layers, and the states that enter and leave.
 
 What it does not have stays in its place as a module without parameters, which hands on what it is
 given, so that names, indices and caches are those of the whole model.
@@ -25,7 +25,7 @@ UNDERWAY = 8
 
 @dataclass(frozen=True, slots=True, eq=False, weakref_slot=True)
 class Link:
-    """How a stage gets states from the one before it, and hands them on to the one behind."""
+    """Receives states from the stage before, and sends them to the next."""
 
     group: dist.ProcessGroup
     before: int | None

@@ -29,7 +29,7 @@ class _Config(Protocol):
 
 
 class Decoder(Protocol):
-    """What this needs of a model without its head."""
+    """Interface of a model without its head."""
 
     config: _Config
     embed_tokens: nn.Embedding
@@ -48,7 +48,7 @@ class Decoder(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Cost:
-    """What a part of a model takes.
+    """The cost of a part of a model.
 
     Attributes:
         numbers: the weights it holds.
@@ -122,7 +122,7 @@ def split(layers: Sequence[Cost], count: int, before: Cost, behind: Cost) -> lis
 
 @dataclass(frozen=True, slots=True)
 class Stages:
-    """Which part of a whole model each process has: one stage, or several that lie apart.
+    """The stages that each process holds.
 
     Attributes:
         layers: of the main run, by stage.

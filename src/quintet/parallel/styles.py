@@ -1,4 +1,4 @@
-"""How a model is cut, in the words that Transformers has for it: to be read, not to be changed."""
+"""Transformers' tensor-parallel plan of a model, for information."""
 
 import re
 

@@ -1,4 +1,4 @@
-"""What each process does by itself, and one result: all go on, or all raise the same error."""
+"""Runs a function on every process: all return, or all raise the same error."""
 
 from types import TracebackType
 from typing import Any, Self

@@ -1,4 +1,4 @@
-"""What one process of a machine does for all of them, such as fetching files: the others wait."""
+"""Work that one process of a machine does for all, such as downloads."""
 
 import logging
 import time

@@ -21,7 +21,7 @@ DISTRIBUTED = str(Path(dist.__file__).parent)
 
 @dataclass(frozen=True, slots=True)
 class Process:
-    """What a process is called where someone looks for it."""
+    """A process's rank, host and id."""
 
     host: str
     pid: int
@@ -32,7 +32,7 @@ class Process:
 
 @dataclass(frozen=True, slots=True)
 class Word:
-    """What a process says of itself when something went wrong.
+    """A process's report of its failure.
 
     Attributes:
         rank: which one.

@@ -143,12 +143,12 @@ class World:
 
     @property
     def place(self) -> Place:
-        """Which part of the model this process has."""
+        """The part of the model on this process."""
         return self.degrees.place(self.rank)
 
     @property
     def coordinates(self) -> dict[str, int]:
-        """Where this process is along each axis."""
+        """This process's rank along each axis."""
         return self.degrees.coordinates(self.rank)
 
 

@@ -118,7 +118,7 @@ class AdapterSettings:
 
 @dataclass(frozen=True, slots=True)
 class Trained:
-    """What of a model is trained, and the memory that this takes at the least.
+    """The trained parameters of a model, and their minimum memory.
 
     Attributes:
         parameters: how many numbers are trained.

@@ -1,4 +1,4 @@
-"""What one forward of a training reads."""
+"""A batch of training."""
 
 from dataclasses import dataclass
 

@@ -1,4 +1,4 @@
-"""What does not go together in a training, told before its first step."""
+"""Checks of combined settings before the first step."""
 
 from quintet.errors import ContextLengthError, InputError
 from quintet.modeling.heads import CausalLMHead

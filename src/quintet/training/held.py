@@ -1,4 +1,4 @@
-"""What a process holds of a model while it is built: all of it, or its part from the beginning."""
+"""What a process holds of a model while it is built: everything, or its part."""
 
 from dataclasses import dataclass
 from typing import Any, TypeVar

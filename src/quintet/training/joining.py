@@ -110,7 +110,7 @@ def parallelize(
 
 
 class _Divided(NamedTuple):
-    """What a model is after it was divided.
+    """A model after sharding.
 
     Attributes:
         parts: what of each tensor this process has, where tp or ep cut it.
@@ -176,7 +176,7 @@ def _divided(
 
 @dataclass(frozen=True, slots=True)
 class Beside:
-    """Where models lie that the one which trains is compared with: in parts, as that one does.
+    """Loads reference models, sharded like the trained one.
 
     Attributes:
         world: the processes.

@@ -15,7 +15,7 @@ from quintet.quantization.modules import QuantizedExperts, QuantizedLinear
 
 @dataclass(frozen=True, slots=True)
 class Memory:
-    """What a training needs, in bytes.
+    """The memory of a training, in bytes.
 
     Attributes:
         weights: of the model, as they are held.

@@ -1,4 +1,4 @@
-"""What a training tells, as lines of JSON in its folder: `metrics.jsonl`, and `samples.jsonl`.
+"""Writes `metrics.jsonl` and `samples.jsonl`.
 
 A line is written whole or not at all, and stays. Where a run goes on from a checkpoint, lines of
 steps behind it are cut off, so that no step is there twice. docs/guides/training.md has the fields.

@@ -1,4 +1,4 @@
-"""What is minimised: sums that are divided by what was counted in the whole of a step."""
+"""Interface of objectives: sums, and the counts they are divided by."""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -27,7 +27,7 @@ class Term:
 
 
 class Objective(Protocol):
-    """What a model is trained for.
+    """Interface of an objective.
 
     A step reads its batch in parts. The loop first adds up `counts` over all of them, then runs
     `terms` for each and minimises Σ weight · sum / (the count of the whole step), so that how a

@@ -1,4 +1,4 @@
-"""What a training would be, from everything that it reads, without its weights."""
+"""Describes a training from its settings, without loading weights."""
 
 from collections.abc import Callable
 from pathlib import Path

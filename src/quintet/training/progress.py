@@ -1,11 +1,11 @@
-"""How far a training is: what everything that changes along the way is a function of."""
+"""The progress of a training, the argument of all schedules."""
 
 from dataclasses import dataclass
 
 
 @dataclass(frozen=True, slots=True)
 class Progress:
-    """How far a training is when a step begins.
+    """The progress of a training at the start of a step.
 
     Attributes:
         step: how many steps of the optimiser were taken before this one.

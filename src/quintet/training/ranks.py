@@ -20,16 +20,16 @@ FOUND = ("pp", *DATA)
 
 
 class Ranks(Protocol):
-    """Who trains together; what one of them is asked, all are asked at the same time."""
+    """The processes of a training; all calls are collective."""
 
     @property
     def rank(self) -> int:
-        """Which of all this process is."""
+        """The rank of this process."""
         ...
 
     @property
     def size(self) -> int:
-        """How many there are."""
+        """The number of processes."""
         ...
 
     @property
@@ -49,7 +49,7 @@ class Ranks(Protocol):
 
     @property
     def share(self) -> tuple[int, int]:
-        """Which share of the batches of a step this process reads, and of how many."""
+        """This process's share of a step's batches, and the number of shares."""
         ...
 
     def counted(self, counts: Mapping[str, float]) -> dict[str, float]:

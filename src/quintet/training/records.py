@@ -1,4 +1,4 @@
-"""What a training tells while it runs, and to whom."""
+"""Records of a training, and the interface of their readers."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -10,7 +10,7 @@ from quintet.modeling.base import PreTrainedModel
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Beginning:
-    """What is known before the first step.
+    """Facts known before the first step.
 
     Attributes:
         folder: where the run is written.
@@ -85,7 +85,7 @@ class StepRecord:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Evaluation:
-    """What a model makes of texts that it does not learn from.
+    """The result of an evaluation.
 
     Attributes:
         step: how many steps had been taken.
@@ -122,7 +122,7 @@ class Evaluation:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Sample:
-    """What a model wrote while it was trained."""
+    """A text sampled during training."""
 
     step: int
     tokens: int
@@ -142,7 +142,7 @@ class Saved:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class End:
-    """How a training ended.
+    """The end of a training.
 
     Attributes:
         reason: "done", "interrupted" by a signal, or "failed".
@@ -160,7 +160,7 @@ class End:
 
 
 class Reporter(Protocol):
-    """Whoever is told of a training; the loop calls these in order, from one thread."""
+    """Interface for readers of a training's records, called in order from one thread."""
 
     def started(self, beginning: Beginning) -> None:
         """Hear what is about to run."""

@@ -1,4 +1,4 @@
-"""What comes of a training."""
+"""The result of a training."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,7 +10,7 @@ from quintet.training.records import Evaluation
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TrainingResult:
-    """What came of a training.
+    """The result of a training.
 
     Attributes:
         model: the model as it is after the last step, in eval mode; of several processes this

@@ -46,7 +46,7 @@ SETTINGS = "config.toml"
 
 
 class Run:
-    """What a training holds while it runs."""
+    """The state of a training while it runs."""
 
     def __init__(
         self,

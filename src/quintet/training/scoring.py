@@ -1,4 +1,4 @@
-"""How well a model predicts texts: -log2 p of every token, given as much as the model can see."""
+"""Scores texts: -log2 p of every token, with as much context as the model has."""
 
 import math
 import warnings
@@ -23,7 +23,7 @@ LOGITS = 256
 
 @dataclass(frozen=True, slots=True)
 class Predicted:
-    """What a model says of some tokens in a row.
+    """The predictions for consecutive tokens.
 
     Attributes:
         first: where the first of them is in its text.
@@ -46,7 +46,7 @@ class Predicted:
 
 @dataclass(slots=True)
 class Score:
-    """What texts cost, added up.
+    """The total score of texts.
 
     Attributes:
         bits: -log2 p of all tokens that count.

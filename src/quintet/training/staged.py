@@ -1,4 +1,4 @@
-"""What a training does not do where processes share layers or tokens: told before it begins."""
+"""Refuses settings that sharded training does not support."""
 
 from quintet.parallel.world import Degrees
 from quintet.training.config import TrainingConfig

@@ -1,4 +1,4 @@
-"""What of a training is neither weights nor optimisers: counters, and where randomness is."""
+"""The state of a training besides weights and optimisers: counters and generators."""
 
 import random
 from collections.abc import Mapping
@@ -13,7 +13,7 @@ from quintet.errors import CheckpointError, shown
 
 @dataclass(slots=True)
 class Counters:
-    """How far a training is.
+    """The counters of a training.
 
     Attributes:
         step: how many steps were taken, those included that were left out.
@@ -56,7 +56,7 @@ class Counters:
 
 @dataclass(frozen=True, slots=True)
 class Randomness:
-    """Where the generators of PyTorch, Python and NumPy are."""
+    """The states of the generators of PyTorch, Python and NumPy."""
 
     values: Mapping[str, Any]
 

@@ -25,7 +25,7 @@ LOSS = ""
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
-    """What a step came to.
+    """The outcome of a step.
 
     Attributes:
         loss: Σ weight · mean over the terms.

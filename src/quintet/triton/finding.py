@@ -1,4 +1,4 @@
-"""How a program finds what it is about, where lengths are known to the device alone."""
+"""Finds a program's sequence and tile, with lengths only the device knows."""
 
 import triton
 import triton.language as tl

@@ -22,7 +22,7 @@ from quintet.triton.weights import Held, columns_of, stored, widened
 
 
 class Shape(NamedTuple):
-    """What a program has: rows of an expert, outputs, and columns of a step."""
+    """A program's tile: rows of an expert, outputs, and columns per step."""
 
     rows: int
     outputs: int

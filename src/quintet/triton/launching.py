@@ -1,4 +1,4 @@
-"""Where Triton's kernels run: on a CUDA device, or in Triton's interpreter, as tests have it.
+"""Where Triton's kernels run: CUDA devices, or Triton's interpreter for tests.
 
 `TRITON_INTERPRET=1`, set before Triton is imported, computes kernels in NumPy on the CPU.
 """

@@ -1,4 +1,4 @@
-"""Where sequences lie in memory, as operations and kernels are told."""
+"""Paged memory of sequences, as kernels see it."""
 
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -20,7 +20,7 @@ Memory = Tensor | Coded
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Pages:
-    """Where the sequences of one forward lie in memory, told on the device.
+    """The pages of one forward's sequences, on the device.
 
     Attributes:
         table: (n, J) int32, the pages of each sequence, in the order of its slots; one below 0 is

@@ -1,4 +1,4 @@
-"""Which tokens are of which text, and where what is kept of it lies, as operations are told."""
+"""Packed texts and their memory, as kernels see them."""
 
 from dataclasses import dataclass
 

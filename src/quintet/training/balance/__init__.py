@@ -1,4 +1,4 @@
-"""How the experts of a model are kept busy alike: losses, and biases of routers."""
+"""Balancing of experts: losses, and router biases."""
 
 from quintet.modeling.balance import BiasBalancer, ExpertLoads, LoadBalancer
 from quintet.training.balance.device_limited import DeviceLimitedBalance

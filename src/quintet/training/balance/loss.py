@@ -1,4 +1,4 @@
-"""What a loss of unbalanced experts is asked for."""
+"""Settings of balance losses."""
 
 from collections.abc import Mapping
 from typing import Protocol

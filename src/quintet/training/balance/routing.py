@@ -1,4 +1,4 @@
-"""Where the tokens of a forward were sent, as losses of it are made of."""
+"""The routing of a forward, as balance losses use it."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -15,7 +15,7 @@ from quintet.training.batch import Batch
 
 @dataclass(frozen=True, slots=True)
 class RoutedLayer:
-    """What one router made of N tokens.
+    """One router's decisions for N tokens.
 
     Attributes:
         router: the router itself.
@@ -36,7 +36,7 @@ class RoutedLayer:
 
 @dataclass(frozen=True, slots=True)
 class Routing:
-    """What the routers of one forward made of its N tokens, padding left out.
+    """The decisions of all routers for N tokens, padding excluded.
 
     Attributes:
         layers: of each layer with experts that was run.

@@ -1,4 +1,4 @@
-"""How often each expert is chosen in a whole step, before any part of it is learned from."""
+"""Counts each expert's tokens over a whole step before training on it."""
 
 from collections.abc import Callable, Iterable
 

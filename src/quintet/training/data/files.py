@@ -1,4 +1,4 @@
-"""Which files settings name, and what tells that they are still the same."""
+"""Resolves the files of data settings, and detects changes."""
 
 import fnmatch
 import glob

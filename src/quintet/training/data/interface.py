@@ -1,4 +1,4 @@
-"""What a training loop and an evaluation see of data."""
+"""The interface of data to training and evaluation."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass

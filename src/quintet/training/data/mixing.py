@@ -1,4 +1,4 @@
-"""Which source each row of a step comes from, and which of its rows it is."""
+"""Mixes sources: which row of which source each row of a step is."""
 
 from collections import OrderedDict
 from collections.abc import Sequence

@@ -144,7 +144,7 @@ class Padded:
 
 
 class Whole:
-    """As many pieces of documents in a row as fit, the rows in a new order each time.
+    """Packs whole pieces into rows, reshuffled each epoch.
 
     Which pieces share a row stays. The longest are placed first, each where the least room is left
     that it fits into.

@@ -28,7 +28,7 @@ class Bad(Exception):  # noqa: N818
 
 @dataclass(frozen=True, slots=True)
 class Record:
-    """What a file holds at a place.
+    """A record of a file.
 
     Attributes:
         line: the line or row, from 1; 0 where it is the whole file.

@@ -21,7 +21,7 @@ class Encoded:
 
 @dataclass(frozen=True, slots=True)
 class Sample:
-    """What a record becomes: a document or several, of a pair the preferred one first.
+    """The documents of a record; of a pair, the preferred one first.
 
     Attributes:
         documents: as they are learned.

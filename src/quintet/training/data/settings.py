@@ -19,7 +19,7 @@ Packing = Literal["stream", "whole", "padded"]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class FieldNames:
-    """How the fields of a record are called.
+    """The names of a record's fields.
 
     Attributes:
         text: of a document.
@@ -85,7 +85,7 @@ class ContextPhase:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DataSettings:
-    """What is learned from, and how rows are made of it.
+    """The data, and how rows are made of it.
 
     Attributes:
         sources: where texts come from.

@@ -1,4 +1,4 @@
-"""What a model itself says in a conversation, as its chat template writes it down.
+"""Finds the model's own turns in a conversation rendered by its chat template.
 
 An answer is what stands behind the prompt that asks for it: the messages before it, written with
 `add_generation_prompt`. That holds for every template, and is what the model goes on from when it

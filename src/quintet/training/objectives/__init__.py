@@ -1,4 +1,4 @@
-"""What models are trained for, each a sum and a count."""
+"""Training objectives, each a sum and a count."""
 
 from quintet.modeling.scoring import token_logprobs
 from quintet.training.objectives.distillation import Distillation

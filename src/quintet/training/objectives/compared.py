@@ -7,7 +7,7 @@ T = TypeVar("T")
 
 
 class Running(Protocol):
-    """What runs the forwards of a model of which this process may have a part."""
+    """Runs forwards of a model that may be sharded."""
 
     def __call__(self, call: Callable[[], T], /) -> T:
         """Return what a call makes of the model."""

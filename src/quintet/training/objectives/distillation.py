@@ -1,4 +1,4 @@
-"""What another model predicts."""
+"""Distillation from a teacher."""
 
 import copy
 from collections.abc import Callable, Mapping, Sequence

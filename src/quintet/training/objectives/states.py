@@ -1,4 +1,4 @@
-"""What losses are made of: the states before the head, and what the routers computed."""
+"""Inputs of losses: final states and router outputs."""
 
 from dataclasses import dataclass
 from typing import Any, cast
@@ -21,7 +21,7 @@ from quintet.training.batch import Batch
 
 @dataclass(frozen=True, slots=True)
 class States:
-    """What one run of a model over a batch made, without its head.
+    """The outputs of one run of a model without its head.
 
     Where other processes have the last layers, the states mean nothing.
 

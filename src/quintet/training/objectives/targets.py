@@ -1,4 +1,4 @@
-"""Which token each place of a batch has to predict."""
+"""The token that each position has to predict."""
 
 from torch import Tensor
 

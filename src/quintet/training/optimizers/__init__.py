@@ -1,4 +1,4 @@
-"""What moves the weights: AdamW, Muon, their groups, their states."""
+"""Optimisers: AdamW, Muon, parameter groups, states."""
 
 from quintet.training.optimizers.building import Optimizers, build_optimizers
 from quintet.training.optimizers.settings import GroupSettings, OptimizerSettings, Precision

@@ -23,7 +23,7 @@ from quintet.training.schedules import schedule_of
 
 
 class Optimizers:
-    """What moves the weights of a model: one step of all of them, one state, one norm."""
+    """All optimisers of a model, stepped together."""
 
     def __init__(
         self,

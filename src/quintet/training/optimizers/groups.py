@@ -1,4 +1,4 @@
-"""Which parameters are moved alike."""
+"""Parameter groups."""
 
 import difflib
 from collections.abc import Iterable, Iterator

@@ -1,4 +1,4 @@
-"""Where the parameters of a model are: all here, or parts of them in several processes."""
+"""The layout of parameters over processes."""
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Protocol, TypeVar
@@ -11,7 +11,7 @@ T = TypeVar("T")
 
 
 class Layout(Protocol):
-    """How parameters lie among processes; what it is asked, all of them ask at the same time."""
+    """The layout of parameters over processes; its methods are collective calls."""
 
     @property
     def rounds(self) -> bool:

@@ -1,4 +1,4 @@
-"""What is stepped in a weight's place: itself, or a copy of it in float32."""
+"""Master weights in float32."""
 
 from collections.abc import Iterable
 from functools import partial

@@ -1,4 +1,4 @@
-"""What a parameter is to a model: which of them are matrices, and which are not to decay."""
+"""Roles of parameters: matrices, and those without weight decay."""
 
 import re
 from collections.abc import Iterator

@@ -1,4 +1,4 @@
-"""What the `[optimizer]` table of a training says."""
+"""The table `[optimizer]`."""
 
 import math
 from dataclasses import dataclass
@@ -17,7 +17,7 @@ _NEVER_DECAYED: tuple[Role, ...] = ("norm", "bias", "state")
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class GroupSettings:
-    """What is different for some parameters: `[[optimizer.groups]]`.
+    """Overrides for some parameters: `[[optimizer.groups]]`.
 
     Attributes:
         match: patterns of their names (`*.mlp.experts.*`), or roles (`embedding`); the first
@@ -54,7 +54,7 @@ class GroupSettings:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class OptimizerSettings:
-    """What moves the weights, and by how much: the table `[optimizer]`.
+    """The table `[optimizer]`.
 
     Attributes:
         kind: "muon" moves the matrices of the layers by Muon and the rest by AdamW.

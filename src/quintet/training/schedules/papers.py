@@ -126,7 +126,7 @@ class DeepseekV3PredictionWeight:
 
 @dataclass(frozen=True)
 class DeepseekV3BiasSpeed:
-    """How far a router's bias moves in a step, γ: .001 for 14.3T of 14.8T tokens, then 0 (§4.2).
+    """The bias update speed γ of DeepSeek-V3: .001 for 14.3T of 14.8T tokens, then 0 (§4.2).
 
     Attributes:
         speed: γ, until it is 0.

@@ -43,7 +43,7 @@ class Segment:
 
 
 class Course:
-    """Where a number goes in the stretches of a training, and stays behind the last.
+    """A piecewise course of a number over a training.
 
     A stretch may begin in another unit than it ends in, as a fall by shares behind a rise by
     steps. It is measured in the unit of its end; where it began in that unit follows from how far
