@@ -91,12 +91,15 @@ def test_a_generation_is_not_changed_by_another_between_its_steps(family: Family
     ways = ways_of(model)
     alone = {name: generate(model, max_new_tokens=4, **ways[name]) for name in ways}
     others = {name: generate(model, OTHER, **ways[name]) for name in ways}
-
-    def act() -> None:
-        for name, options in ways.items():
-            assert torch.equal(generate(model, OTHER, **options), others[name]), name
+    # Each way between the steps of itself and of the one before it.
+    following = dict(zip(ways, [*list(ways)[1:], *list(ways)[:1]], strict=True))
 
     for name, options in ways.items():
+
+        def act(names: tuple[str, ...] = (name, following[name])) -> None:
+            for other in names:
+                assert torch.equal(generate(model, OTHER, **ways[other]), others[other]), other
+
         between = Between(act)
         made = generate(model, logits_processor=[between], max_new_tokens=4, **options)
         assert not between.errors, (name, between.errors)

@@ -13,7 +13,7 @@ CONFIG = {
     "vocab_size": 256,
     "hidden_size": 512,
     "intermediate_size": 512,
-    "num_hidden_layers": 2,
+    "num_hidden_layers": 1,
     "num_attention_heads": 4,
     "num_key_value_heads": 4,
     "num_experts": 32,
