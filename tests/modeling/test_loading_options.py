@@ -80,6 +80,15 @@ def test_experts_one_by_one_in_a_state_dict_are_stacked() -> None:
     assert_same(again, ours)
 
 
+@pytest.mark.parametrize("name", ["variant", "state_dict", "key_mapping"])
+def test_an_option_of_another_type_is_named(name: str, tmp_path: Path) -> None:
+    made().save_pretrained(tmp_path)
+    for wrong in (5, 1.5, [5], True):
+        options: dict[str, Any] = {name: wrong}
+        with pytest.raises(InputError, match=name):
+            quintet.Qwen2ForCausalLM.from_pretrained(tmp_path, **options)
+
+
 def test_a_variant_of_the_weights(tmp_path: Path) -> None:
     first, second = made(), made()
     first.save_pretrained(tmp_path)

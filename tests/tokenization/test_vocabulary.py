@@ -26,6 +26,10 @@ def test_tokens_and_ids_convert_both_ways(tokenizer: Qwen2Tokenizer, oracle: Any
     for wrong in (5, 1.5, b"x"):
         with pytest.raises(InputError, match="give a token, or several"):
             tokenizer.convert_tokens_to_ids(wrong)  # type: ignore[call-overload]
+    for wrong in (None, 1.5, "ab"):
+        with pytest.raises(InputError, match="give an id, or several"):
+            tokenizer.convert_ids_to_tokens(wrong)  # type: ignore[call-overload]
+    assert tokenizer.convert_ids_to_tokens(10**30) is None
     assert tokenizer.convert_ids_to_tokens(10**6) is None
     with pytest.raises(InputError, match="-1 is not a token id"):
         tokenizer.convert_ids_to_tokens(-1)

@@ -34,7 +34,9 @@ class Names:
     stem: str = "model"
 
     def __post_init__(self) -> None:
-        if self.variant is not None and not re.fullmatch(r"\w[\w-]*", self.variant):
+        if self.variant is None:
+            return
+        if not isinstance(self.variant, str) or not re.fullmatch(r"\w[\w-]*", self.variant):
             raise InputError(f"variant={self.variant!r} has to be a word such as 'fp16'")
 
     @property

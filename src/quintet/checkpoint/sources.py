@@ -9,7 +9,7 @@ from typing import Protocol
 from torch import Tensor
 
 from quintet.checkpoint.header import TensorInfo
-from quintet.errors import CheckpointError, InputError
+from quintet.errors import CheckpointError, InputError, named
 
 
 class Weights(Protocol):
@@ -43,6 +43,8 @@ class InMemory:
     mapped: bool = field(init=False, default=False)
 
     def __post_init__(self) -> None:
+        if not isinstance(self.state_dict, Mapping):
+            raise InputError(f"state_dict is a {named(self.state_dict)}; it maps names to tensors")
         for name, tensor in self.state_dict.items():
             if not isinstance(name, str) or not isinstance(tensor, Tensor) or tensor.is_meta:
                 raise InputError(
@@ -78,6 +80,10 @@ class Renamed:
     tensors: Mapping[str, TensorInfo] = field(init=False)
 
     def __post_init__(self) -> None:
+        if not isinstance(self.patterns, Mapping):
+            raise InputError(
+                f"key_mapping is a {named(self.patterns)}; it maps expressions to replacements"
+            )
         tensors: dict[str, TensorInfo] = {}
         for name, info in self.weights.tensors.items():
             new = self._renamed(name)

@@ -12,7 +12,7 @@ MAX_GAP = 1_000_000
 
 
 def _several(value: object) -> bool:
-    return isinstance(value, Iterable) and not isinstance(value, bytes)
+    return isinstance(value, Iterable) and not isinstance(value, str | bytes)
 
 
 class _Role:
@@ -175,12 +175,14 @@ class Vocabulary:
         """Return the token of an id, or of each; None for unknown ids.
 
         Raises:
-            InputError: an id is negative.
+            InputError: an id is negative, or what is given is none.
         """
         if isinstance(ids, int):
             if ids < 0:
                 raise InputError(f"{ids} is not a token id; ids are at least 0")
-            return self._tokenizer.id_to_token(ids)
+            return self._tokenizer.id_to_token(ids) if ids < 2**32 else None
+        if not _several(ids):
+            raise InputError(f"ids are a {type(ids).__name__}; give an id, or several")
         skipped = set(self.all_special_ids) if skip_special_tokens else set()
         return [
             self.convert_ids_to_tokens(index) for index in map(int, ids) if index not in skipped
