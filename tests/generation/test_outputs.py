@@ -132,3 +132,11 @@ def test_outputs_that_nobody_gets_are_told(pair: tuple[Any, Any, Tensor]) -> Non
         ours.generate(ids, max_new_tokens=1, output_scores=True)
     with pytest.raises(InputError, match="there are no scores; call generate"):
         ours.compute_transition_scores(ids, ())
+
+
+@pytest.mark.parametrize("wrong", [None, 3, "x", [3], ["x"]])
+def test_scores_are_of_what_was_generated(pair: tuple[Any, Any, Tensor], wrong: Any) -> None:
+    ours, _, ids = pair
+    for given in ((ids, wrong), (wrong, (torch.zeros(1, 3),))):
+        with pytest.raises(InputError, match="generate"):
+            ours.compute_transition_scores(*given)

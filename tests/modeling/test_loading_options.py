@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 import quintet
 from conformance.families import Family, each
 from families import qwen2_moe, zamba2
-from quintet.errors import CheckpointError, InputError
+from quintet.errors import CheckpointError, InputError, UnsupportedBackendError
 from quintet.modeling.loading import NewHeadWarning, UnusedTensorWarning
 from support import small_config
 
@@ -80,13 +80,29 @@ def test_experts_one_by_one_in_a_state_dict_are_stacked() -> None:
     assert_same(again, ours)
 
 
-@pytest.mark.parametrize("name", ["variant", "state_dict", "key_mapping"])
+@pytest.mark.parametrize(
+    "name",
+    ["variant", "state_dict", "key_mapping", "quantize", "gguf_file", "device_mesh"],
+)
 def test_an_option_of_another_type_is_named(name: str, tmp_path: Path) -> None:
     made().save_pretrained(tmp_path)
-    for wrong in (5, 1.5, [5], True):
+    for wrong in (5, 1.5, [5], True, {"a": 1} if name != "key_mapping" else {5}):
         options: dict[str, Any] = {name: wrong}
         with pytest.raises(InputError, match=name):
             quintet.Qwen2ForCausalLM.from_pretrained(tmp_path, **options)
+
+
+def test_a_device_beyond_all_numbers_is_none_of_this_machine(tmp_path: Path) -> None:
+    made().save_pretrained(tmp_path)
+    with pytest.raises(UnsupportedBackendError, match="is not a device of this machine"):
+        quintet.Qwen2ForCausalLM.from_pretrained(tmp_path, device_map=10**30)
+
+
+@pytest.mark.parametrize("wrong", [3, [1], "x", {"a": 1}, {"model.norm.weight": [1.0]}])
+def test_what_is_no_state_dict_is_not_saved(wrong: Any, tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="state_dict"):
+        made().save_pretrained(tmp_path / "new", state_dict=wrong)
+    assert not (tmp_path / "new" / "model.safetensors").exists()
 
 
 def test_a_variant_of_the_weights(tmp_path: Path) -> None:

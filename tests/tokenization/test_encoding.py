@@ -281,3 +281,22 @@ def test_the_column_of_ids_is_named_by_the_model(tokenizer: Qwen2Tokenizer) -> N
     ids = tokenizer.encode("the fox")
     tokenizer.model_input_names = ["decoder_input_ids", "attention_mask"]
     assert tokenizer.encode("the fox") == tokenizer("the fox")["decoder_input_ids"] == ids
+
+
+@pytest.mark.parametrize(
+    "wrong", [None, 3, "x", [], [1], [[1], ["a"]], {"input_ids": None}, [{"input_ids": [1]}, 3]]
+)
+def test_what_is_no_row_is_not_padded(tokenizer: Qwen2Tokenizer, wrong: Any) -> None:
+    with pytest.raises(InputError, match="pad "):
+        tokenizer.pad(wrong)
+
+
+@pytest.mark.parametrize("wrong", ["x", "", [1], {"a": 1}, b"x", float("nan"), 2.5])
+@pytest.mark.parametrize("name", ["max_length", "stride", "pad_to_multiple_of"])
+def test_a_length_is_a_whole_number(tokenizer: Qwen2Tokenizer, name: str, wrong: Any) -> None:
+    options: dict[str, Any] = {"truncation": True, "padding": True, name: wrong}
+    with pytest.raises(InputError, match=name):
+        tokenizer("text", **options)
+    if name != "stride":
+        with pytest.raises(InputError, match=name):
+            tokenizer.pad({"input_ids": [[1, 2]]}, padding="max_length", **{name: wrong})

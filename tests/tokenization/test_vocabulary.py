@@ -66,3 +66,17 @@ def test_roles_can_be_set_to_known_tokens_only(tokenizer: Qwen2Tokenizer) -> Non
         tokenizer.eos_token = "<nowhere>"
     with pytest.raises(InputError, match="pad_token_id=99999"):
         tokenizer.pad_token_id = 99999
+
+
+@pytest.mark.parametrize("wrong", [None, 3, [3], [None], [["a"]], b"x", {"a": 1}.items(), "\ud800"])
+def test_what_is_no_token_is_not_added(tokenizer: Qwen2Tokenizer, wrong: Any) -> None:
+    size = len(tokenizer)
+    with pytest.raises(InputError, match="new_tokens"):
+        tokenizer.add_tokens(wrong)
+    assert len(tokenizer) == size
+
+
+@pytest.mark.parametrize("wrong", [None, 3, [3], "pad_token"])
+def test_special_tokens_come_by_role(tokenizer: Qwen2Tokenizer, wrong: Any) -> None:
+    with pytest.raises(InputError, match="special_tokens_dict"):
+        tokenizer.add_special_tokens(wrong)

@@ -23,8 +23,14 @@ def transition_scores(
         normalize: take log-probabilities of the scores.
 
     Raises:
-        InputError: there are no scores.
+        InputError: there are no scores, or these are no tensors.
     """
+    if not isinstance(sequences, Tensor) or not isinstance(rows, Tensor | None):
+        raise InputError(
+            "sequences and beam_indices have to be tensors, of what generate() returns"
+        )
+    if not isinstance(scores, tuple | list) or not all(isinstance(s, Tensor) for s in scores):
+        raise InputError("scores have to be a tuple of tensors, of what generate() returns")
     if not scores:
         raise InputError(
             "there are no scores; call generate(return_dict_in_generate=True, output_scores=True)"

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
+from quintet.checkpoint import InMemory
 from quintet.configuration.base import PreTrainedConfig
 from quintet.errors import InputError
 from quintet.folder import CONFIG_NAME, checked_path
@@ -278,7 +279,7 @@ class PreTrainedModel(ModelContract, Checkpointing, Adapting, Pushable):
                 writes=is_main_process,
             )
             return
-        given = self.state_dict() if state_dict is None else state_dict
+        given = self.state_dict() if state_dict is None else InMemory(state_dict).state_dict
         tied = self.tied_names()
         tensors, files = packed(self, given, self.expert_stacks, tied=tied, dtype=self.dtype)
         check_tied(tensors, tied)

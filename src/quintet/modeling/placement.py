@@ -297,7 +297,7 @@ def _device(device: Device, of: str = "") -> torch.device:
         if found.type == "meta":
             raise RuntimeError("it holds no data")
         torch.empty(0, device=found, dtype=torch.float32)
-    except (RuntimeError, AssertionError, TypeError) as error:
+    except (RuntimeError, AssertionError, TypeError, ValueError) as error:
         reason = str(error).splitlines()[0]
         raise UnsupportedBackendError(
             f"{named} is not a device of this machine ({reason})"

@@ -110,8 +110,8 @@ def _fused(
 def _shown(out: Tensor, q: Tensor, k: Tensor | None) -> Tensor:
     """Return the results with NaN where no score of a query is a number.
 
-    The fused attention for CPUs takes such a query for one that sees no key, and gives 0. It is
-    one if the query is none or infinite, or the first key is none, where every query sees that.
+    The fused attention for CPUs takes such a query for one that sees no key, and gives 0. A query
+    is one if it is NaN or infinite, or if the first key, which every query sees, is NaN.
     """
     broken = (q * 0).sum(dim=-1, keepdim=True).isnan()
     if k is not None:

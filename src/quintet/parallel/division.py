@@ -163,6 +163,8 @@ def asked(
 
 def _of_mesh(mesh: DeviceMesh) -> DistributedConfig:
     """Return the sizes of a mesh, whose dimensions are named as the axes are."""
+    if not isinstance(mesh, DeviceMesh):
+        raise InputError(f"device_mesh={shown(mesh)} has to be a DeviceMesh")
     names = mesh.mesh_dim_names or ("tp",)
     sizes = dict(zip(names, mesh.mesh.shape, strict=True)) if len(names) == mesh.ndim else {}
     ordered = [name for name in AXES if name in sizes]

@@ -91,7 +91,7 @@ def resolve_quantization(
             f"quantize={quantize!r} and quantization_config are one option; give one of them"
         )
     if quantize is not None:
-        if quantize not in SHORT:
+        if not isinstance(quantize, str) or quantize not in SHORT:
             raise InputError(
                 f"quantize={shown(quantize)} has to be one of {', '.join(SHORT)}, or None"
             )

@@ -46,7 +46,7 @@ def find_gguf(
     name = os.fspath(name_or_path)
     if not isinstance(name, str):
         raise InputError(f"name_or_path={shown(name_or_path)} has to be text")
-    wanted = None if gguf_file is None else str(os.fspath(gguf_file))
+    wanted = None if gguf_file is None else str(checked_path(gguf_file, "gguf_file"))
     where = {"revision": revision, "cache_dir": cache_dir, "token": token}
     if name.startswith(ollama.PREFIX) and not os.path.lexists(name):
         _refuse_file(name, wanted)

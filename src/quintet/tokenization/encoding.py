@@ -1,12 +1,12 @@
 """Text to ids: one call for a text, a batch, pairs, or texts that are already words."""
 
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Unpack
 
 from tokenizers import Encoding
 
-from quintet.errors import InputError
+from quintet.errors import InputError, shown
 from quintet.tokenization.arrays import as_lists
 from quintet.tokenization.batch import BatchEncoding
 from quintet.tokenization.guard import guarded
@@ -14,6 +14,7 @@ from quintet.tokenization.inputs import Text, batch_of
 from quintet.tokenization.lengths import (
     Cut,
     LongTexts,
+    check_whole,
     pad_target,
     padding_strategy,
     truncation_strategy,
@@ -115,6 +116,7 @@ class Encoder(Vocabulary):
         Raises:
             InputError: there are no input_ids, or a column cannot be padded.
         """
+        check_whole(max_length=max_length, pad_to_multiple_of=pad_to_multiple_of)
         columns, batched = _columns(encoded_inputs, self.model_input_names[0])
         main = self.model_input_names[0]
         lengths = [len(row) for row in columns[main]]
@@ -186,7 +188,9 @@ class Encoder(Vocabulary):
         return BatchEncoding(columns, rows, tensor_type=kind)
 
     def _cut(self, options: EncodeOptions) -> Cut | None:
-        max_length = options.get("max_length")
+        max_length, stride = options.get("max_length"), options.get("stride", 0)
+        multiple = options.get("pad_to_multiple_of")
+        check_whole(max_length=max_length, stride=stride, pad_to_multiple_of=multiple)
         truncation, padding = options.get("truncation"), options.get("padding", False)
         if truncation is None and not padding:
             truncation = max_length is not None
@@ -197,7 +201,6 @@ class Encoder(Vocabulary):
             ("do_not_truncate", "longest_first", "only_first", "only_second"),
         )
         check_choice("truncation_side", self.truncation_side, ("left", "right"))
-        stride = options.get("stride", 0)
         if strategy == "do_not_truncate":
             useless = max_length is not None and padding != "max_length"
             if useless and options.get("verbose", True):
@@ -213,7 +216,6 @@ class Encoder(Vocabulary):
             if self.model_max_length > UNBOUNDED:
                 return None
             max_length = self.model_max_length
-        multiple = options.get("pad_to_multiple_of")
         if multiple and options.get("padding") and max_length % multiple:
             raise InputError(
                 f"max_length={max_length} is not a multiple of pad_to_multiple_of={multiple}, "
@@ -299,13 +301,19 @@ def _columns(
     if isinstance(given, Mapping):
         columns = {name: as_lists(column) for name, column in given.items()}
     else:
-        rows = list(given)
-        if not rows:
-            raise InputError("pad needs at least one row")
+        rows = list(given) if isinstance(given, Iterable) else []
+        if not rows or not all(isinstance(row, Mapping) for row in rows):
+            raise InputError(
+                "pad needs at least one row, or columns, as the tokenizer returns them, and got "
+                f"{shown(given)}"
+            )
         if any(row.keys() != rows[0].keys() for row in rows):
             raise InputError("the rows to pad have different columns")
         columns = {name: [as_lists(row[name]) for row in rows] for name in rows[0]}
     if main not in columns:
         raise InputError(f"pad needs {main!r} and got {', '.join(columns) or 'no columns'}")
+    for name, column in columns.items():
+        if not isinstance(column, list):
+            raise InputError(f"pad got {name}={shown(column)}, which has to be a list")
     batched = not columns[main] or isinstance(columns[main][0], list)
     return columns if batched else {name: [row] for name, row in columns.items()}, batched

@@ -3,7 +3,7 @@
 import warnings
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, SupportsIndex
 
 from quintet.errors import InputError, shown
 from quintet.tokenization.options import Side, check_choice
@@ -40,6 +40,17 @@ class LongTexts:
                 LongTextWarning,
                 stacklevel=4,
             )
+
+
+def check_whole(**given: object) -> None:
+    """Check that lengths are whole numbers, or None.
+
+    Raises:
+        InputError: one is something else.
+    """
+    for name, value in given.items():
+        if value is not None and not isinstance(value, SupportsIndex):
+            raise InputError(f"{name}={shown(value)} has to be a whole number")
 
 
 def padding_strategy(given: bool | str | None) -> str:

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any, overload
 from tokenizers import AddedToken, Tokenizer
 
 from quintet.errors import InputError, TokenizerError, shown
-from quintet.tokenization.options import NAMED_TOKENS, check_names
+from quintet.tokenization.options import NAMED_TOKENS, check_names, is_text
 
 MAX_GAP = 1_000_000
 
@@ -203,8 +203,19 @@ class Vocabulary:
         """Add tokens; return the number of new ones.
 
         A model needs `resize_token_embeddings(len(tokenizer))` before it knows their ids.
+
+        Raises:
+            InputError: one is no token.
         """
-        tokens = [new_tokens] if isinstance(new_tokens, str | AddedToken) else list(new_tokens)
+        given: Any = [new_tokens] if isinstance(new_tokens, str | AddedToken) else new_tokens
+        if isinstance(given, bytes) or not isinstance(given, Iterable):
+            raise InputError(f"new_tokens={shown(given)} has to be a token or a list of them")
+        tokens = list(given)
+        for token in tokens:
+            if not isinstance(token, AddedToken) and not (
+                isinstance(token, str) and is_text(token)
+            ):
+                raise InputError(f"{shown(token)} in new_tokens has to be text, or an AddedToken")
         size = len(self)
         if special_tokens:
             self._tokenizer.add_special_tokens(tokens)
@@ -231,6 +242,11 @@ class Vocabulary:
             InputError: an unknown role, or the list of tokens without a role by both its names.
         """
         lists = ("additional_special_tokens", "extra_special_tokens")
+        if not isinstance(special_tokens_dict, Mapping):
+            raise InputError(
+                f"special_tokens_dict={shown(special_tokens_dict)} has to be a mapping of roles to "
+                "tokens, such as {'pad_token': '[PAD]'}"
+            )
         if all(name in special_tokens_dict for name in lists):
             raise InputError(f"{' and '.join(lists)} are names of one list; give it once")
         replace = replace_additional_special_tokens and replace_extra_special_tokens
