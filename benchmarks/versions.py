@@ -94,23 +94,26 @@ def main() -> None:
     parser.add_argument("new", type=Path)
     parser.add_argument("--model", nargs="+", default=MODELS)
     parser.add_argument("--form", nargs="+", choices=FORMS, default=FORMS[:1])
-    parser.add_argument("--rounds", type=int, default=15)
+    parser.add_argument("--rounds", type=int, default=16)
     parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
     asked = parser.parse_args()
     print("| model | form | prompt ms, old | new | of pairs | step ms, old | new | of pairs |")
     print("|---|---|---|---|---|---|---|---|")
     for model, form in itertools.product(asked.model, asked.form):
         arguments = (model, form, str(CONTEXT), str(NEW), str(asked.threads))
-        processes = [worker(asked.old, *arguments), worker(asked.new, *arguments)]
-        old, new = map(asker, processes)
         pairs = []
-        for round_ in range(asked.rounds):
-            # Who goes first finds the memory as the other one left it.
-            first, second = (old, new) if round_ % 2 else (new, old)
-            one, two = first(), second()
-            pairs.append((one, two) if round_ % 2 else (two, one))
-        for process in processes:
-            process.kill()
+        # Who starts first has the large pages: half of the rounds each.
+        for later in (False, True):
+            checkouts = [asked.new, asked.old] if later else [asked.old, asked.new]
+            processes = [worker(checkout, *arguments) for checkout in checkouts]
+            asks = [asker(process) for process in processes]
+            for round_ in range(asked.rounds // 2):
+                # Who goes first finds the memory as the other one left it.
+                order = (0, 1) if round_ % 2 else (1, 0)
+                found = {at: asks[at]() for at in order}
+                pairs.append((found[int(later)], found[1 - int(later)]))
+            for process in processes:
+                process.kill()
         cells = []
         for kind in (0, 1):
             olds, news = ([pair[side][kind] for pair in pairs] for side in (0, 1))
