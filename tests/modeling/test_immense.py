@@ -117,6 +117,24 @@ def test_a_config_set_to_more_is_refused_where_a_model_is_made_of_it(family: Fam
             family.cls("ForCausalLM")(config)
 
 
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("long", ["a" * 100_000, ["a"] * 50_000], ids=["text", "list"])
+@each
+def test_no_message_repeats_a_long_value(family: Family, long: Any, tmp_path: Path) -> None:
+    values = family.model_of(**family.shallow).config.to_dict()
+    said = {}
+    for name in values:
+        (tmp_path / "config.json").write_text(json.dumps({**values, name: long}))
+        try:
+            config = quintet.AutoConfig.from_pretrained(tmp_path)
+            with torch.device("meta"):
+                quintet.AutoModelForCausalLM.from_config(config)
+        except QuintetError as error:
+            said[name] = str(error)
+    assert len(said) > 20
+    assert not [name for name, message in said.items() if len(message) >= 5000]
+
+
 def test_the_largest_released_model_is_within_bounds() -> None:
     config = quintet.DeepseekV3Config(num_nextn_predict_layers=1)
     model = init_on_meta(quintet.DeepseekV3ForCausalLM, config)

@@ -3,7 +3,7 @@
 import re
 from dataclasses import dataclass
 
-from quintet.errors import InputError
+from quintet.errors import InputError, shown
 from quintet.hub import SINGLE_WEIGHTS, WEIGHTS_INDEX, with_variant
 
 SINGLE = SINGLE_WEIGHTS
@@ -37,7 +37,7 @@ class Names:
         if self.variant is None:
             return
         if not isinstance(self.variant, str) or not re.fullmatch(r"\w[\w-]*", self.variant):
-            raise InputError(f"variant={self.variant!r} has to be a word such as 'fp16'")
+            raise InputError(f"variant={shown(self.variant)} has to be a word such as 'fp16'")
 
     @property
     def single(self) -> str:

@@ -3,7 +3,7 @@
 import re
 from collections.abc import Mapping
 
-from quintet.errors import InputError
+from quintet.errors import InputError, shown
 
 _UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}
 _UNITS |= {"KI": 2**10, "MI": 2**20, "GI": 2**30, "TI": 2**40}
@@ -23,7 +23,7 @@ def parse_size(size: int | str) -> int:
         count = int(float(match[1]) * _UNITS[match[2].upper()])
     if count < 1:
         raise InputError(
-            f"max_shard_size={size!r} has to be a positive number of bytes, or text such as "
+            f"max_shard_size={shown(size)} has to be a positive number of bytes, or text such as "
             "'5GB', '500MB' or '10MiB'"
         )
     return count

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from quintet.configuration.base import PreTrainedConfig
-from quintet.errors import ConfigError
+from quintet.errors import ConfigError, shown
 from quintet.layers.recompute import Recompute
 from quintet.modeling.core import ModelCore
 
@@ -35,7 +35,7 @@ class Checkpointing(ModelCore):
         """
         given = vars(config).pop("gradient_checkpointing", False)
         if not isinstance(given, bool | None):
-            raise ConfigError(f"gradient_checkpointing={given!r} has to be true or false")
+            raise ConfigError(f"gradient_checkpointing={shown(given)} has to be true or false")
         self.gradient_checkpointing = bool(given)
 
     def activation_checkpointing_enable(

@@ -11,7 +11,7 @@ from torch import nn
 
 from quintet.checkpoint import parse_size
 from quintet.configuration.base import FLOAT_DTYPES
-from quintet.errors import DoesNotFitError, InputError, UnsupportedBackendError
+from quintet.errors import DoesNotFitError, InputError, UnsupportedBackendError, shown
 from quintet.ops.device_memory import free_memory
 
 Device = str | int | torch.device
@@ -34,7 +34,7 @@ def named_dtype(dtype: str | torch.dtype) -> torch.dtype:
     if name not in FLOAT_DTYPES:
         near = difflib.get_close_matches(name, FLOAT_DTYPES, n=1)
         hint = f"; did you mean {near[0]!r}?" if near else ""
-        raise InputError(f"dtype={dtype!r} has to be 'auto' or one of {FLOAT_DTYPES}{hint}")
+        raise InputError(f"dtype={shown(dtype)} has to be 'auto' or one of {FLOAT_DTYPES}{hint}")
     found: torch.dtype = getattr(torch, name)
     return found
 
@@ -269,7 +269,7 @@ def _capacity(max_memory: MaxMemory | None) -> dict[torch.device, int]:
             return {cpu: free_memory(cpu)}
         return {device: int(SHARE * free_memory(device)) for device in (*devices, cpu)}
     if not isinstance(max_memory, Mapping) or not max_memory:
-        raise InputError(f"max_memory={max_memory!r} has to map devices to bytes or '10GB'")
+        raise InputError(f"max_memory={shown(max_memory)} has to map devices to bytes or '10GB'")
     given = {_device(device, of="max_memory"): size for device, size in max_memory.items()}
     sizes = {}
     for device, size in given.items():
@@ -277,8 +277,8 @@ def _capacity(max_memory: MaxMemory | None) -> dict[torch.device, int]:
             sizes[device] = parse_size(size)
         except InputError:
             raise InputError(
-                f"max_memory of {device} is {size!r}; it has to be a number of bytes, or text such "
-                "as '10GB' or '10GiB'"
+                f"max_memory of {device} is {shown(size)}; it has to be a number of bytes, or text "
+                "such as '10GB' or '10GiB'"
             ) from None
     return dict(sorted(sizes.items(), key=lambda item: item[0].type == "cpu"))
 

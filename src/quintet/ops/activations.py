@@ -7,7 +7,7 @@ import torch.nn.functional as F  # noqa: N812
 from torch import Tensor
 
 from quintet.backends import operation
-from quintet.errors import ConfigError
+from quintet.errors import ConfigError, shown
 from quintet.kernels import rows
 from quintet.kernels.rows_gradient import silu_gate_gradient
 from quintet.ops.again import Rule, keeping_inputs, learn
@@ -47,7 +47,7 @@ def activation(name: str | Activation) -> Activation:
     if not isinstance(name, str):
         return name
     if name not in ACTIVATIONS:
-        raise ConfigError(f"hidden_act={name!r} has to be one of {sorted(ACTIVATIONS)}")
+        raise ConfigError(f"hidden_act={shown(name)} has to be one of {sorted(ACTIVATIONS)}")
     return ACTIVATIONS[name]
 
 

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F  # noqa: N812
 from torch import Tensor
 
-from quintet.errors import MissingDependencyError, UnsupportedBackendError
+from quintet.errors import MissingDependencyError, UnsupportedBackendError, shown
 from quintet.ops.causal_blocks import causal_blocks, in_blocks
 from quintet.ops.causal_learning import attend_learning, attends_learning
 from quintet.ops.masks import MOST_ENTRIES, AttentionMask, causal_mask, masked
@@ -230,7 +230,7 @@ def attention_backend(name: str) -> AttentionBackend:
     """
     if name not in BACKENDS:
         raise UnsupportedBackendError(
-            f"attn_implementation={name!r} has to be one of {list(BACKENDS)}"
+            f"attn_implementation={shown(name)} has to be one of {list(BACKENDS)}"
         )
     if name == "flash_attention_2" and find_spec("flash_attn") is None:
         raise MissingDependencyError(

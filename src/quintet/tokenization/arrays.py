@@ -2,7 +2,7 @@
 
 from typing import Any, Protocol, runtime_checkable
 
-from quintet.errors import InputError
+from quintet.errors import InputError, shown
 
 
 @runtime_checkable
@@ -27,15 +27,17 @@ def as_ids(value: Any) -> list[Any]:
     if type(ids) is int:
         ids = [ids]
     if not isinstance(ids, list):
-        raise InputError(f"token ids have to be integers, not {type(value).__name__}: {value!r}")
+        raise InputError(
+            f"token ids have to be integers, not {type(value).__name__}: {shown(value)}"
+        )
     rows = ids if ids and isinstance(ids[0], list) else [ids]
     for row in rows:
         if not isinstance(row, list):
-            raise InputError(f"rows of token ids and {row!r} do not go together")
+            raise InputError(f"rows of token ids and {shown(row)} do not go together")
         for index in row:
             if type(index) is not int:
                 raise InputError(
-                    f"token ids have to be integers, not {type(index).__name__}: {index!r}"
+                    f"token ids have to be integers, not {type(index).__name__}: {shown(index)}"
                 )
             if not 0 <= index < 2**32:
                 raise InputError(f"{index} is not a token id; replace padding such as -100 first")
