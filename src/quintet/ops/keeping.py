@@ -67,9 +67,10 @@ def keep_rows(
     norm: tuple[Tensor, float] | None,
     interleaved: bool,
 ) -> Tensor | None:
-    """Do so with the tokens of rows, and return queries (B, H, T, D); None where no backend does.
+    """Call `rotate_and_keep` for rows of equal length; return None where no backend serves it.
 
-    Shapes: q (B, H, T, D), k (B, K, T, D), other (B, K, T, E), cos and sin (B or 1, T, D).
+    Shapes: q and the rotated queries (B, H, T, D), k (B, K, T, D), other (B, K, T, E), cos and sin
+    (B or 1, T, D).
     """
     B, _, T, _ = q.shape
     q, k, other = (x.transpose(1, 2).flatten(0, 1) for x in (q, k, other))
