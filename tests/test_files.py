@@ -13,6 +13,7 @@ from quintet import AutoConfig, AutoTokenizer, GenerationConfig
 from quintet.checkpoint import Checkpoint
 from quintet.errors import QuintetError, SaveError
 from quintet.files import (
+    BYTES_A_VALUE,
     MAX_LISTING_BYTES,
     MAX_SETTINGS_BYTES,
     copy_file,
@@ -75,35 +76,54 @@ def test_what_fails_leaves_no_temporary_file(tmp_path: Path) -> None:
     assert [p.name for p in tmp_path.iterdir() if p.name.startswith(".")] == []
 
 
-@pytest.mark.parametrize(
-    ("name", "most", "read"),
-    [
-        *(
-            (name, MAX_SETTINGS_BYTES, AutoTokenizer.from_pretrained)
-            for name in (
-                *("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"),
-                "chat_template.jinja",
-            )
-        ),
-        *(
-            (name, MAX_LISTING_BYTES, AutoTokenizer.from_pretrained)
-            for name in ("tokenizer.json", "vocab.json", "merges.txt", "tokenizer.model")
-        ),
-        ("config.json", MAX_SETTINGS_BYTES, AutoConfig.from_pretrained),
-        ("generation_config.json", MAX_SETTINGS_BYTES, GenerationConfig.from_pretrained),
-        ("model.safetensors.index.json", MAX_LISTING_BYTES, Checkpoint.open),
-    ],
-)
-def test_a_file_larger_than_any_honest_one_is_not_read(
-    name: str, most: int, read: Callable[[Path], Any], tmp_path: Path
-) -> None:
+# What is read as JSON by what limits the values, too; then the others.
+OBJECTS = [
+    *(
+        (name, MAX_SETTINGS_BYTES, AutoTokenizer.from_pretrained)
+        for name in ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
+    ),
+    ("vocab.json", MAX_LISTING_BYTES, AutoTokenizer.from_pretrained),
+    ("config.json", MAX_SETTINGS_BYTES, AutoConfig.from_pretrained),
+    ("generation_config.json", MAX_SETTINGS_BYTES, GenerationConfig.from_pretrained),
+]
+FILES = [
+    *OBJECTS,
+    ("model.safetensors.index.json", MAX_LISTING_BYTES, Checkpoint.open),
+    ("chat_template.jinja", MAX_SETTINGS_BYTES, AutoTokenizer.from_pretrained),
+    *(
+        (name, MAX_LISTING_BYTES, AutoTokenizer.from_pretrained)
+        for name in ("tokenizer.json", "merges.txt", "tokenizer.model")
+    ),
+]
+
+
+def put_beside(name: str, folder: Path) -> None:
+    """Write what else a tokenizer has, so that the file `name` is looked at."""
     if not name.startswith("tokenizer."):
         beside = {"vocab.json": "{}", "merges.txt": ""}
         beside["tokenizer_config.json"] = '{"tokenizer_class": "Qwen2Tokenizer"}'
         for other, content in beside.items():
-            (tmp_path / other).write_text(content)
+            (folder / other).write_text(content)
+
+
+@pytest.mark.parametrize(("name", "most", "read"), FILES)
+def test_a_file_larger_than_any_honest_one_is_not_read(
+    name: str, most: int, read: Callable[[Path], Any], tmp_path: Path
+) -> None:
+    put_beside(name, tmp_path)
     with (tmp_path / name).open("w") as file:
         file.truncate(most + 1)
     said = f"{re.escape(name)}: .* more than the limit of {most:,}"
     with pytest.raises(QuintetError, match=said):
+        read(tmp_path)
+
+
+@pytest.mark.parametrize(("name", "most", "read"), OBJECTS)
+def test_a_file_of_more_values_than_any_honest_one_is_not_parsed(
+    name: str, most: int, read: Callable[[Path], Any], tmp_path: Path
+) -> None:
+    put_beside(name, tmp_path)
+    most //= BYTES_A_VALUE
+    (tmp_path / name).write_text('{"one": [' + "0," * most + "0]}")
+    with pytest.raises(QuintetError, match=f"values are more than the limit of {most:,}"):
         read(tmp_path)

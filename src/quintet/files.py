@@ -20,6 +20,9 @@ from quintet.errors import CheckpointError, SaveError, shown
 MAX_SETTINGS_BYTES = 8_000_000
 # An index of 100,000 tensors is 10 MB, a tokenizer.json of a vocabulary of 256k 35 MB.
 MAX_LISTING_BYTES = 128_000_000
+# What JSON takes in memory depends on its values, of which two bytes can be one: a file that is as
+# large as it may be has to have as many bytes a value on average. Settings have 20 and more.
+BYTES_A_VALUE = 16
 # Seconds that a save waits for another's: some of those have hundreds of gigabytes to write.
 PATIENCE = 600.0
 
@@ -70,13 +73,19 @@ def read_text(path: Path, most: int = MAX_SETTINGS_BYTES) -> str:
 
 
 def read_json(path: Path, most: int = MAX_SETTINGS_BYTES) -> dict[str, Any]:
-    """Read a JSON object of at most `most` bytes from a file.
+    """Read a JSON object of at most `most` bytes, and a sixteenth as many values, from a file.
 
     Raises:
         CheckpointError: the file cannot be read, is too large, not UTF-8, not JSON, or no object.
         FileNotFoundError: there is no such file.
     """
     raw = read_limited(path, most)
+    # Each value but the first follows one of these; those within strings count as well.
+    if (values := sum(map(raw.count, (b"[", b"{", b",")))) > most // BYTES_A_VALUE:
+        raise CheckpointError(
+            f"{path}: {values:,} values are more than the limit of {most // BYTES_A_VALUE:,}; "
+            "fetch the file again"
+        )
     try:
         value = json.loads(raw.decode())
     except (ValueError, RecursionError) as error:

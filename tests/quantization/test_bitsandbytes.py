@@ -142,6 +142,8 @@ def test_a_state_that_is_not_of_its_weight_is_refused(tmp_path: Path) -> None:
         (state, b'{"quant_type": "nf4", "blocksize": 64, "shape": [1, 2]}', r"shape=\[1, 2\]"),
         (state, b"nonsense", "not JSON"),
         (state, b"[]", "JSON object"),
+        (state, b"[" * 9_000 + b"]" * 1_000, "not JSON"),
+        (state, b" " * 10_001, "10,001 bytes, more than 10,000"),
     ]:
         changed = {**tensors, key: torch.tensor(list(bad), dtype=torch.uint8)}
         save_file(changed, tmp_path / "model.safetensors", metadata={"format": "pt"})

@@ -25,6 +25,9 @@ from quintet.ops.codebook import (
 from quintet.parallel.placement import Range, Shard
 from quintet.quantization.formats import Int8Format, Parts, Shape, TensorSpec, WeightFormat
 
+# Written states are of 100 to 200 bytes.
+MAX_STATE = 10_000
+
 
 @dataclass(frozen=True)
 class RowwiseFormat(Int8Format):
@@ -225,9 +228,13 @@ def block_size(numbers: int, blocks: int) -> int | None:
 
 
 def _state(weight: str, stored: Tensor) -> Mapping[str, object]:
+    if stored.numel() > MAX_STATE:
+        raise CheckpointError(
+            f"{weight}: its quant_state has {stored.numel():,} bytes, more than {MAX_STATE:,}"
+        )
     try:
         state = json.loads(bytes(stored.tolist()))
-    except (ValueError, TypeError) as error:
+    except (ValueError, TypeError, RecursionError) as error:
         raise CheckpointError(f"{weight}: its quant_state is not JSON ({error})") from error
     if not isinstance(state, dict):
         raise CheckpointError(f"{weight}: its quant_state has to be a JSON object")
