@@ -105,6 +105,13 @@ def test_every_line_is_answered_in_its_place(
     assert "5 lines failed" in result.err
 
 
+def test_a_line_that_no_parser_takes_fails_alone(quintet: Any, chat_model: Path) -> None:
+    lines = "\n".join(["[" * 10_000, "1" * 5_000, '"a"'])
+    result = quintet("generate", "--batch", "-", "-m", chat_model, "-n", 4, stdin=lines)
+    rows = [json.loads(row) for row in result.out.splitlines()]
+    assert ["not JSON" in row.get("error", {}).get("message", "") for row in rows] == [1, 1, 0]
+
+
 def test_all_is_well_without_an_error(quintet: Any, chat_model: Path) -> None:
     result = quintet("generate", "--batch", "-", "-m", chat_model, "-n", 4, stdin='"a"\n"b"\n')
     assert result.code == 0

@@ -48,6 +48,7 @@ def test_for_programs(quintet: Any) -> None:
         (["127.0.0.1:9"], "nobody answers", 1),
         (["ftp://a"], "is no address of a server", 2),
         (["x", "--body", "[1]"], "is no JSON object", 2),
+        (["x", "--body", "[" * 10_000], "is no JSON object", 2),
         (["x", "--goodput", "fast"], "is no goal", 2),
         (["x", "--drops", "2"], "is a share of the requests", 2),
         (["x", "--rate", "-1"], "has to be above 0", 2),

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 
 from quintet.cli.shaping import Shape
+from quintet.errors import InputError
 
 SCHEMA = {
     "type": "object",
@@ -41,6 +42,18 @@ def test_every_answer_of_a_conversation_has_it(quintet: Any, chat_model: Path) -
     answers = result.out.split()
     assert len(answers) == 2
     assert set(answers) <= {"yes!", "no!"}
+
+
+@pytest.mark.parametrize("content", ["{", "[" * 10_000, "1" * 5_000])
+def test_a_schema_that_is_no_json_is_named(
+    quintet: Any, chat_model: Path, content: str, tmp_path: Path
+) -> None:
+    (tmp_path / "s.json").write_text(content)
+    result = quintet("generate", "Hello", "-m", chat_model, "--json-schema", tmp_path / "s.json")
+    assert result.code == 2
+    assert "JSON" in result.err
+    with pytest.raises(InputError, match="no JSON"):
+        _ = Shape(schema=content).fields
 
 
 @pytest.mark.parametrize(

@@ -16,7 +16,7 @@ from quintet.cli.options import Opened, with_default_length
 from quintet.cli.results import draft_counts, finish_reason, speculation_of
 from quintet.cli.settings import LARGEST_SEED, applied, drawn, seed_of
 from quintet.cli.terminal import Waiting, note
-from quintet.errors import InputError, QuintetError
+from quintet.errors import InputError, QuintetError, shown
 from quintet.generation.config import GenerationConfig
 
 if TYPE_CHECKING:
@@ -168,12 +168,12 @@ def _read(opened: Opened, index: int, text: str) -> Line:
         other = {name: v for name, v in value.items() if name not in {*PROMPTS, *known}}
         for name in other:
             if near := difflib.get_close_matches(name, known, n=1, cutoff=MISTYPED):
-                raise InputError(f"there is no option {name!r}; did you mean {near[0]!r}?")
+                raise InputError(f"there is no option {shown(name)}; did you mean {near[0]!r}?")
         return Line(index, other, options, seed_of(other.get("seed")), _ids(opened, value))
-    except json.JSONDecodeError as error:
-        return Line(index, other, error=InputError(f"the line is not JSON: {error}"))
     except QuintetError as error:
         return Line(index, other, error=error)
+    except (ValueError, RecursionError) as error:
+        return Line(index, other, error=InputError(f"the line is not JSON: {error}"))
 
 
 def _ids(opened: Opened, value: dict[str, Any]) -> list[int]:
@@ -181,7 +181,7 @@ def _ids(opened: Opened, value: dict[str, Any]) -> list[int]:
         ids = opened.tokenizer.apply_chat_template(value["messages"], add_generation_prompt=True)
     else:
         if not isinstance(value["prompt"], str):
-            raise InputError(f"the prompt is {value['prompt']!r}; it has to be a text")
+            raise InputError(f"the prompt is {shown(value['prompt'])}; it has to be a text")
         ids = opened.tokenizer.encode(value["prompt"])
     if not ids:
         raise InputError("the prompt is empty")

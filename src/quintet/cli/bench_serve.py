@@ -163,7 +163,7 @@ def _fields(body: str | None) -> dict[str, Any]:
         return {}
     try:
         fields = json.loads(body)
-    except ValueError:
+    except (ValueError, RecursionError):
         fields = None
     if not isinstance(fields, dict):
         raise InputError(f"--body {shown(body)} is no JSON object; for instance '{{\"top_k\": 5}}'")

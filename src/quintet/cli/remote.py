@@ -273,7 +273,7 @@ def _reason(said: Mapping[str, Any]) -> str:
 def _object(text: str) -> dict[str, Any]:
     try:
         return _mapping(json.loads(text))
-    except ValueError:
+    except (ValueError, RecursionError):
         return {}
 
 

@@ -141,5 +141,5 @@ def _value(text: str) -> Any:
     text = {"True": "true", "False": "false", "None": "null"}.get(text, text)
     try:
         return json.loads(text)
-    except ValueError:
+    except (ValueError, RecursionError):
         return text

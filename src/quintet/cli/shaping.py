@@ -37,7 +37,7 @@ class Shape:
             return {}
         try:
             schema = json.loads(self.schema)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise InputError(f"the file of --json-schema is no JSON: {error}") from None
         named = {"name": "answer", "schema": schema, "strict": True}
         return {"response_format": {"type": "json_schema", "json_schema": named}}

@@ -211,6 +211,9 @@ def test_what_is_no_conversation_is_named() -> None:
             continue
         with pytest.raises(Bad, match=message):
             encoder("plain").encode(said)
+    for tools in ("nonsense", "[" * 10_000):
+        with pytest.raises(Bad, match="not a conversation"):
+            encoder(CALLING[0]).encode([USER, ANSWER], tools)
 
 
 def test_a_message_that_the_template_leaves_out_is_named() -> None:

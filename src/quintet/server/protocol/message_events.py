@@ -131,6 +131,6 @@ def _arguments(text: str) -> Wire:
     # A call that was broken off has arguments that are no JSON; here they have to be an object.
     try:
         arguments = json.loads(text or "{}")
-    except ValueError:
+    except (ValueError, RecursionError):
         return {}
     return arguments if isinstance(arguments, dict) else {}

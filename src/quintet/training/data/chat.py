@@ -111,7 +111,7 @@ class ChatEncoder:
                             "tools", "the chat template has no place for them, and no form of calls"
                         )
                     template = with_tools(template, self._format)
-        except (ChatTemplateError, ValueError) as error:
+        except (ChatTemplateError, ValueError, RecursionError) as error:
             raise Bad("not a conversation", str(error)) from error
         return said, tools or None, template
 
