@@ -9,6 +9,7 @@ from torch import Tensor
 from quintet.adapters.rows import ByRow
 from quintet.errors import InputError
 from quintet.generation import plan
+from quintet.generation.arguments import Arguments
 from quintet.generation.choosing import Choosing
 from quintet.generation.engine_rows import EngineRows
 from quintet.generation.fixed_step import Recording
@@ -131,20 +132,19 @@ class Engine(EngineRows):
             # That there is one is found out before a step has others to think of.
             with cast("ByRow", self.model).each_row([adapter_name]):
                 pass
-        made = sequence_of(
-            self.model,
-            inputs,
-            generation_config,
-            logits_processor,
-            stopping_criteria,
-            prefix_allowed_tokens_fn,
+        given = Arguments(
+            generation_config=generation_config,
+            options=options,
+            logits_processor=logits_processor,
+            stopping_criteria=stopping_criteria,
+            prefix_allowed_tokens_fn=prefix_allowed_tokens_fn,
             tokenizer=tokenizer,
             assistant_model=assistant_model,
             assistant_tokenizer=assistant_tokenizer,
             streamer=streamer,
             generator=generator,
-            options=options,
         )
+        made = sequence_of(self.model, inputs, given)
         made.adapter_name = adapter_name
         check_led(self.model, assistant_model)
         return made

@@ -32,7 +32,7 @@ def guidance(
     if mask is not None and not isinstance(mask, Tensor):
         raise InputError(f"negative_prompt_attention_mask is a {type(mask).__name__}, not a tensor")
     if scale is None or scale == 1:
-        warnings.warn("negative_prompt_ids has no effect without guidance_scale", stacklevel=4)
+        warnings.warn("negative_prompt_ids has no effect without guidance_scale", stacklevel=5)
         return []
     return [
         UnbatchedClassifierFreeGuidanceLogitsProcessor(scale, of_model, ids, mask, config.use_cache)

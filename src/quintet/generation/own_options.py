@@ -1,63 +1,60 @@
 """`generate()` with a config per row: an engine run to the end."""
 
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
 from quintet.errors import InputError
 from quintet.generation import plan
+from quintet.generation.arguments import Arguments
 from quintet.generation.engine import Engine
 from quintet.generation.following import follow, leading
-from quintet.generation.processors.assemble import Processor
 from quintet.generation.processors.words import PrefixAllowedTokens
-from quintet.generation.prompt import Prompt
+from quintet.generation.prompt import read_prompt
 from quintet.generation.requests import Served, sequence_of
-from quintet.generation.sampler import Generators, row_generators
+from quintet.generation.sampler import row_generators
 from quintet.generation.sequence import Sequence as Row
-from quintet.generation.speculative.factory import AssistantModel
-from quintet.generation.stopping import Criterion
 from quintet.parallel.agree import Agreement
-from quintet.tokenization import PreTrainedTokenizer
+
+# What rows with configs of their own cannot share.
+_OF_ONE_CONFIG = (
+    "inputs_embeds",
+    "position_ids",
+    "past_key_values",
+    "negative_prompt_ids",
+    "negative_prompt_attention_mask",
+    "streamer",
+    "adapter_names",
+)
 
 
-def check_own_options(**given: object) -> None:
-    """Refuse arguments that rows with configs of their own cannot share.
-
-    Raises:
-        InputError: something is.
-    """
-    for name, value in given.items():
-        if value is not None:
-            raise InputError(
-                f"{name} goes with one generation_config for all rows, and this is a list of them; "
-                "leave it out, or make a quintet Engine and a sequence for each text"
-            )
-
-
-def generate_each(
-    model: Served,
-    prompt: Prompt,
-    configs: Sequence[plan.Configuring],
-    logits_processor: Sequence[Processor] | None,
-    stopping_criteria: Sequence[Criterion] | None,
-    prefix_allowed_tokens_fn: PrefixAllowedTokens | None,
-    *,
-    tokenizer: PreTrainedTokenizer | None,
-    assistant_model: AssistantModel | None,
-    assistant_tokenizer: PreTrainedTokenizer | None,
-    generator: Generators | None,
-    options: Mapping[str, Any],
-) -> Tensor:
+def generate_each(model: Served, given: Arguments, configs: Sequence[plan.Configuring]) -> Tensor:
     """Continue each row with its own config, (B, T + new), in one batch.
 
     What reads texts, and the caller's own processors and criteria, get one row at a time.
 
     Raises:
-        InputError: not as many configs as rows, or an option that is no affair of one row.
+        InputError: not as many configs as rows, an option that is no affair of one row, or an
+            argument that goes with one config for all.
         ContextLengthError: a prompt fills the model's context.
     """
+    for name in _OF_ONE_CONFIG:
+        if vars(given)[name] is not None:
+            raise InputError(
+                f"{name} goes with one generation_config for all rows, and this is a list of them; "
+                "leave it out, or make a quintet Engine and a sequence for each text"
+            )
+    prompt = read_prompt(
+        given.inputs,
+        given.input_ids,
+        None,
+        given.attention_mask,
+        None,
+        vocab_size=model.config.vocab_size,
+        device=model.device,
+    )
     if len(configs) != len(prompt.ids):
         raise InputError(
             f"generation_config is a list of {len(configs)} and the prompt has {len(prompt.ids)} "
@@ -67,28 +64,25 @@ def generate_each(
     def made() -> Tensor:
         ids, padding = prompt.ids, prompt.padding
         starts = [0] * len(ids) if padding is None else padding.tolist()
-        generators = row_generators(generator, len(ids), 1, ids.device)
+        generators = row_generators(given.generator, len(ids), 1, ids.device)
         sequences = [
             sequence_of(
                 model,
                 own[start:].tolist(),
-                config,
-                logits_processor,
-                stopping_criteria,
-                _of_row(prefix_allowed_tokens_fn, row),
-                tokenizer=tokenizer,
-                assistant_model=assistant_model,
-                assistant_tokenizer=assistant_tokenizer,
-                streamer=None,
-                generator=None if generators is None else generators[row],
-                options=options,
+                replace(
+                    given,
+                    generation_config=config,
+                    prefix_allowed_tokens_fn=_of_row(given.prefix_allowed_tokens_fn, row),
+                    generator=None if generators is None else generators[row],
+                ),
             )
             for row, (own, start, config) in enumerate(zip(ids, starts, configs, strict=True))
         ]
         _finish(model, sequences)
         longest = max(len(sequence.new) for sequence in sequences)
         pads = [
-            plan.pad_token(plan.configured(model.generation_config, c, options)) for c in configs
+            plan.pad_token(plan.configured(model.generation_config, c, given.options))
+            for c in configs
         ]
         new = [
             sequence.new + [pad] * (longest - len(sequence.new))

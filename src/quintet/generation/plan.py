@@ -120,7 +120,7 @@ def configured(
 def warn_of_idle(config: GenerationConfig, options: Mapping[str, Any]) -> None:
     """Warn of options of a call that have no effect."""
     for name, value, needed in config.idle(options):
-        warnings.warn(f"{name}={value} has no effect without {needed}", stacklevel=5)
+        warnings.warn(f"{name}={value} has no effect without {needed}", stacklevel=6)
 
 
 def check_cache(
@@ -140,7 +140,7 @@ def check_cache(
             warnings.warn(
                 f"max_cache_len={config.max_cache_len} has no effect without "
                 "cache_implementation='static'",
-                stacklevel=4,
+                stacklevel=5,
             )
         return None
     for name in ("use_cache", "cache_implementation"):
@@ -208,7 +208,7 @@ def room(prompt: Prompt, config: GenerationConfig, max_length: int | None, conte
         warnings.warn(
             f"a prompt of {length} and {wanted} new tokens do not fit the model's context of "
             f"{context}; at most {context - length} are made",
-            stacklevel=4,
+            stacklevel=5,
         )
     return min(wanted, context - length)
 

@@ -1,31 +1,26 @@
 """Builds an engine's sequence from the arguments of `generate()`."""
 
 from collections import abc
-from typing import Any, Protocol
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from quintet.errors import InputError, shown
 from quintet.generation import plan
-from quintet.generation.arguments import check_arguments
+from quintet.generation.arguments import Arguments
 from quintet.generation.config import GenerationConfig
-from quintet.generation.processors.assemble import Processor, Setting, assemble
-from quintet.generation.processors.words import PrefixAllowedTokens
+from quintet.generation.processors.assemble import Setting, assemble
 from quintet.generation.prompt import read_prompt
 from quintet.generation.rows import Cached
 from quintet.generation.sampler import Sampler, row_generators
 from quintet.generation.sequence import Sequence
 from quintet.generation.speculative.factory import (
-    AssistantModel,
     check_drafting,
     make_drafting,
     warn_of_idle_drafting,
 )
-from quintet.generation.stopping import Criterion
-from quintet.generation.streamers import Streamer
 from quintet.generation.token_buffer import TokenBuffer
-from quintet.tokenization import PreTrainedTokenizer
 
 # What these ask for is no affair of one sequence, and the values that ask for nothing.
 _OF_A_CALL: abc.Mapping[str, tuple[object, ...]] = {
@@ -50,39 +45,17 @@ class Served(Cached, Protocol):
 
 
 @torch.no_grad()
-def sequence_of(
-    model: Served,
-    inputs: Tensor | abc.Sequence[int],
-    generation_config: plan.Configuring | None,
-    logits_processor: abc.Sequence[Processor] | None,
-    stopping_criteria: abc.Sequence[Criterion] | None,
-    prefix_allowed_tokens_fn: PrefixAllowedTokens | None,
-    *,
-    tokenizer: PreTrainedTokenizer | None,
-    assistant_model: AssistantModel | None,
-    assistant_tokenizer: PreTrainedTokenizer | None,
-    streamer: Streamer | None,
-    generator: torch.Generator | None,
-    options: abc.Mapping[str, Any],
-) -> Sequence:
-    """Build the sequence of `Engine.sequence`."""
-    check_arguments(
-        logits_processor=logits_processor,
-        stopping_criteria=stopping_criteria,
-        prefix_allowed_tokens_fn=prefix_allowed_tokens_fn,
-        tokenizer=tokenizer,
-        assistant_model=assistant_model,
-        assistant_tokenizer=assistant_tokenizer,
-        streamer=streamer,
-        logits_to_keep=None,
-    )
-    config = plan.configured(model.generation_config, generation_config, options)
-    warn_of_idle_drafting(config, options, assistant_model, assistant_tokenizer)
+def sequence_of(model: Served, inputs: Tensor | abc.Sequence[int], given: Arguments) -> Sequence:
+    """Build the sequence of `Engine.sequence`, of a prompt's ids and what is given beside them."""
+    given.check()
+    config = plan.configured(model.generation_config, given.generation_config, given.options)
+    assistant, assistant_tokenizer = given.assistant_model, given.assistant_tokenizer
+    warn_of_idle_drafting(config, given.options, assistant, assistant_tokenizer)
     _check_of_a_sequence(config)
     size, device = model.config.vocab_size, model.device
     ids = _row(inputs)
     prompt = read_prompt(ids, None, None, None, None, vocab_size=size, device=device)
-    criteria = list(stopping_criteria or ())
+    criteria = list(given.stopping_criteria or ())
     context = model.config.max_position_embeddings
     room = plan.room(prompt, config, plan.longest(criteria), context)
     plan.check_least(config, room, size)
@@ -90,27 +63,27 @@ def sequence_of(
         prompt=TokenBuffer(prompt.ids),
         room=room,
         vocab_size=size,
-        prefix_allowed_tokens_fn=prefix_allowed_tokens_fn,
+        prefix_allowed_tokens_fn=given.prefix_allowed_tokens_fn,
     )
     sampler = Sampler(
-        assemble(config, setting, logits_processor or ()),
+        assemble(config, setting, given.logits_processor or ()),
         do_sample=bool(config.do_sample),
-        generators=row_generators(generator, 1, 1, device),
+        generators=row_generators(given.generator, 1, 1, device),
     )
-    stopping = plan.stopping(config, criteria, tokenizer, device)
+    stopping = plan.stopping(config, criteria, given.tokenizer, device)
     drafting = None
     if check_drafting(
         model,
         config,
-        assistant_model,
-        tokenizer,
+        assistant,
+        given.tokenizer,
         assistant_tokenizer,
         rows=1,
         padded=False,
         has_ids=True,
     ):
-        drafting = make_drafting(model, config, assistant_model, size)
-    return Sequence(prompt.ids[0].tolist(), sampler, stopping, room, streamer, drafting)
+        drafting = make_drafting(model, config, assistant, size)
+    return Sequence(prompt.ids[0].tolist(), sampler, stopping, room, given.streamer, drafting)
 
 
 def _row(inputs: Tensor | abc.Sequence[int]) -> Tensor:

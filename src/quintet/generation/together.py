@@ -1,33 +1,32 @@
 """Checks of `generate()` on a model sharded over processes."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
 from torch import Tensor
 
-from quintet.cache import Cache, LegacyCache
+from quintet.cache import Cache
 from quintet.errors import InputError
+from quintet.generation.arguments import Arguments
 from quintet.generation.config import GenerationConfig
 from quintet.generation.processors.base import LogitsProcessorList
 from quintet.generation.processors.guidance import UnbatchedClassifierFreeGuidanceLogitsProcessor
 from quintet.parallel.agree import Agreement
 
 
-def check_alike(
-    agreement: Agreement, given: Mapping[str, object], past: Cache | LegacyCache | None
-) -> None:
-    """Check that all processes were given the same arguments.
-
-    What only the process that chooses uses, such as a streamer or a generator, is not among it.
+def check_alike(agreement: Agreement, given: Arguments, config: GenerationConfig) -> None:
+    """Check that all processes were given the same arguments, and that models have one config.
 
     Raises:
         DisagreementError: they were not.
     """
+    past = given.past_key_values
     held: object = None
     if isinstance(past, Cache):
         held = type(past).__name__, past.get_seq_length()
     elif past:
         held = [tuple(x.shape) for layer in past for x in layer if isinstance(x, Tensor)]
-    agreement.check_same({**given, "past_key_values": held})
+    own = {"past_key_values": held, "model.generation_config": config}
+    agreement.check_same({**given.shared(), **own})
 
 
 def check_together(config: GenerationConfig) -> None:

@@ -118,7 +118,7 @@ def warn_of_idle_drafting(
     for name, needed in idle:
         if given.get(name) is not None:
             option = name if name == "assistant_tokenizer" else f"{name}={given[name]!r}"
-            warnings.warn(f"{option} has no effect without {needed}", stacklevel=4)
+            warnings.warn(f"{option} has no effect without {needed}", stacklevel=5)
 
 
 def make_drafter(
