@@ -71,44 +71,36 @@ def attend_pages(
     package = cast("FlashAttention", import_module("flash_attn"))
     # Both align the last query with the last key, and count a window without the query.
     seen = (-1, -1) if window is None else (window - 1, 0)
-    N, n, counts = len(queries), len(pages.starts), pages.ends.diff()
+    N, n = len(queries), len(pages.starts)
     if table is None:
-        return package.flash_attn_varlen_func(
-            queries,
-            keys[0].transpose(0, 1),
-            values[0].transpose(0, 1),
-            pages.ends,
-            pages.ends,
-            pages.most,
-            pages.most,
-            softmax_scale=scale,
-            causal=True,
-            window_size=seen,
-            block_table=None,
-        )
-    # Of a sequence that is nowhere there is nothing to see.
-    lengths = torch.where(table[:, 0] < 0, 0, pages.starts + counts).int()
-    table, keys, values = table.clamp(min=0), keys.transpose(1, 2), values.transpose(1, 2)
-    if n * pages.most == N:
-        made = package.flash_attn_with_kvcache(
-            torch.unflatten(queries, 0, (n, pages.most)),
-            keys,
-            values,
-            cache_seqlens=lengths,
-            block_table=table,
-            softmax_scale=scale,
-            causal=True,
-            window_size=seen,
-        )
-        return made.flatten(0, 1)
+        keys, values = keys[0].transpose(0, 1), values[0].transpose(0, 1)
+        ends, longest = pages.ends, pages.most
+    else:
+        # Of a sequence that is nowhere there is nothing to see.
+        lengths = torch.where(table[:, 0] < 0, 0, pages.starts + pages.ends.diff()).int()
+        table, keys, values = table.clamp(min=0), keys.transpose(1, 2), values.transpose(1, 2)
+        if n * pages.most == N:
+            made = package.flash_attn_with_kvcache(
+                torch.unflatten(queries, 0, (n, pages.most)),
+                keys,
+                values,
+                cache_seqlens=lengths,
+                block_table=table,
+                softmax_scale=scale,
+                causal=True,
+                window_size=seen,
+            )
+            return made.flatten(0, 1)
+        ends = torch.nn.functional.pad(lengths.cumsum(0, dtype=torch.int32), (1, 0))
+        longest = pages.longest
     return package.flash_attn_varlen_func(
         queries,
         keys,
         values,
         pages.ends,
-        torch.nn.functional.pad(lengths.cumsum(0, dtype=torch.int32), (1, 0)),
+        ends,
         pages.most,
-        pages.longest,
+        longest,
         softmax_scale=scale,
         causal=True,
         window_size=seen,
