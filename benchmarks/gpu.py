@@ -81,19 +81,35 @@ def told(row: Row | Missing, speed: float) -> str:
 def checks(device: str, limit: float, tests: str, marks: str) -> str:
     """Run tests on the device, those of some marks, and return what they say at their end."""
     env = {**os.environ, "QUINTET_GPU_CHECK": device, "PYTHONPATH": str(ROOT / "src")}
-    command = [sys.executable, "-m", "pytest", "-q", "-m", marks, "-p", "no:cacheprovider"]
+    command = [sys.executable, "-m", "pytest", "-v", "-m", marks, "-p", "no:cacheprovider"]
     command += [tests, "--maxfail=40", "--durations=5"]
+    over = None
     try:
         ended = subprocess.run(
             command, cwd=ROOT, env=env, timeout=limit, capture_output=True, text=True
         )
+        said = ended.stdout
     except subprocess.TimeoutExpired as error:
-        said = error.stdout or b""
-        text = said.decode() if isinstance(said, bytes) else said
-        return f"{text[-2000:]}\nended after {limit:.0f} s"
-    print(ended.stdout[-12_000:], flush=True)
-    lines = ended.stdout.splitlines()
-    return "\n".join(x[:200] for x in lines if re.match(r"FAILED|ERROR|\d+ (passed|failed)", x))
+        so_far, over = error.stdout or b"", limit
+        said = so_far.decode() if isinstance(so_far, bytes) else so_far
+    print(said[-12_000:], flush=True)
+    return outcome(said, over)
+
+
+def outcome(said: str, over: float | None = None) -> str:
+    """Return what failed and how many tests ended, of what pytest says with -v.
+
+    Args:
+        said: all of it, or what it came to say.
+        over: the seconds it had, where it was ended; None where it came to its end.
+    """
+    if over is None:
+        told = re.findall(r"^(?:FAILED|ERROR) .*|^=+ .* in [\d.]+s.*", said, re.M)
+    else:
+        told = re.findall(r"^.*::.* (?:FAILED|ERROR)\b.*", said, re.M)
+        ended = len(re.findall(r"^.*::.* (?:PASSED|FAILED|ERROR|SKIPPED)\b", said, re.M))
+        told.append(f"{ended} tests ended within {over:.0f} s; there was no time for the others")
+    return "\n".join(line.strip("= ")[:200] for line in told)
 
 
 def figures(

@@ -104,6 +104,32 @@ def test_a_row_that_takes_too_long_or_fails_keeps_the_others_from_nothing(
     assert all(isinstance(row, Row) for row in others)
 
 
+SAID = """\
+collected 5 items
+
+tests/gpu/test_families.py::test_logits[qwen2] PASSED                    [ 20%]
+tests/gpu/test_families.py::test_logits[zamba2] FAILED                   [ 40%]
+tests/gpu/test_packages.py::test_flash_mla[1] SKIPPED (there is no ...)  [ 60%]
+tests/gpu/test_packages.py::test_deep_gemm """
+END = """ PASSED
+
+========================== short test summary info ===========================
+FAILED tests/gpu/test_families.py::test_logits[zamba2] - AssertionError: assert 3 <= 1
+============== 1 failed, 2 passed, 1 skipped in 74.03s (0:01:14) ==============
+"""
+
+
+def test_tests_that_failed_are_named_whether_there_was_time_for_all_or_not() -> None:
+    assert gpu.outcome(SAID, 74.0).splitlines() == [
+        "tests/gpu/test_families.py::test_logits[zamba2] FAILED                   [ 40%]",
+        "3 tests ended within 74 s; there was no time for the others",
+    ]
+    assert gpu.outcome(SAID + END).splitlines() == [
+        "FAILED tests/gpu/test_families.py::test_logits[zamba2] - AssertionError: assert 3 <= 1",
+        "1 failed, 2 passed, 1 skipped in 74.03s (0:01:14)",
+    ]
+
+
 def test_peers_are_beside_them() -> None:
     pytest.importorskip("transformers")
     rows = gpu_rows.transformers("qwen2-0.5b", CONFIG, CPU, 64, SOON)
