@@ -35,7 +35,7 @@ def test_the_step_is_one_graph_that_is_compiled_once(family: Family) -> None:
     config = CompileConfig(backend=counter, fullgraph=True)
     engine = Engine(model, 3, 100, recording=Recording(compile=lambda one: compiled(one, config)))
     prompts = [prompt_of(length, length) for length in (5, 9, 14)]
-    sequences = [engine.sequence(one, max_new_tokens=64, **PLAIN) for one in prompts]
+    sequences = [engine.sequence(one, max_new_tokens=65, **PLAIN) for one in prompts]
     with torch._dynamo.config.patch(error_on_recompile=True):
         for sequence in sequences:
             engine.add(sequence)
@@ -43,7 +43,8 @@ def test_the_step_is_one_graph_that_is_compiled_once(family: Family) -> None:
         while not all(one.finished for one in sequences):
             engine.step(sequences)
     assert counter.frame_count == 1
-    assert [one.new for one in sequences] == [alone(model, one, 64) for one in prompts]
+    # A token of the prompt, and 64 steps.
+    assert [one.new for one in sequences] == [alone(model, one, 65) for one in prompts]
 
 
 @each
