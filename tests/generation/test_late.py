@@ -1,5 +1,6 @@
 """On a device, decoding makes the text that it makes on a CPU, and nobody waits for a step."""
 
+import re
 from typing import Any
 
 import pytest
@@ -7,8 +8,11 @@ import torch
 from torch import Tensor
 
 from conformance.families import FAMILIES, Family, each
+from generation.sequences import prompt_of
 from quintet.errors import InputError
-from quintet.generation import recorded
+from quintet.generation import fixed_step, recorded
+from quintet.generation.engine import Engine
+from quintet.generation.graphs import Graphs
 from simulated_gpu import Again, Replayed, Simulated, SimulatedGPU, moved
 
 IDS = torch.randint(1, 101, (3, 9), generator=torch.Generator().manual_seed(0))
@@ -25,6 +29,9 @@ SAMPLED: dict[str, Any] = {
     "repetition_penalty": 1.1,
     "eos_token_id": 7,
 }
+DRAWN: dict[str, Any] = {"do_sample": True, "temperature": 0.8, "top_k": None, "top_p": 0.9}
+# What is asked for inside of `Engine.step`.
+ENGINE_STEP = re.compile(r"engine\.py:\d+ step")
 
 
 class Heard:
@@ -91,6 +98,32 @@ def test_steps_are_done_again_as_they_were_recorded(
     assert heard == told
     # All but the first are made by a step.
     assert graphs.replays >= made.shape[1] - 10
+
+
+@each
+def test_no_step_of_an_engine_waits_but_for_its_tokens(family: Family) -> None:
+    """Pieces of prompts beside steps, steps alone, and rows that draw beside others."""
+
+    def made(model: Any, graphs: Graphs) -> list[list[int]]:
+        torch.manual_seed(3)
+        engine = Engine(model, 3, 32, recording=fixed_step.Recording(graphs))
+        ways: list[dict[str, Any]] = [{"do_sample": False}, DRAWN, {"do_sample": False}]
+        sequences = []
+        for length, way in zip((5, 9, 13), ways, strict=True):
+            ids = prompt_of(length, length)[0].tolist()
+            sequences.append(engine.sequence(ids, max_new_tokens=8, eos_token_id=-1, **way))
+            engine.add(sequences[-1])
+            engine.step(engine.sequences, piece=4)
+        while not all(one.finished for one in sequences):
+            engine.step(engine.sequences, piece=4)
+        return [one.new for one in sequences]
+
+    expected, graphs = made(family.model_of(**family.shallow), Again()), Replayed()
+    with SimulatedGPU() as gpu:
+        assert made(moved(family.model_of(**family.shallow)), graphs) == expected
+    assert not [wait for wait in gpu.waits if ENGINE_STEP.search(wait)]
+    assert gpu.fetched
+    assert graphs.replays
 
 
 def test_what_cannot_be_recorded_is_generated_as_ever(monkeypatch: pytest.MonkeyPatch) -> None:

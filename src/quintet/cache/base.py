@@ -17,6 +17,7 @@ from quintet.cache.segment import Segment
 from quintet.cache.slots import AttentionSlot, Companion, StateSlot
 from quintet.configuration.base import PreTrainedConfig
 from quintet.errors import InputError
+from quintet.ops.sending import brought
 
 
 class Cache:
@@ -64,6 +65,12 @@ class Cache:
     ) -> Segment:
         """Return the slots of the next `length` tokens of `batch` rows.
 
+        Args:
+            batch: how many rows there are.
+            length: T.
+            device: where the tokens are.
+            counts: (B,) how many of the T are real, of the host where it knows them; None for all.
+
         Raises:
             InputError: the cache holds another number of rows, or what a failed forward left.
             ContextLengthError: a preallocated cache has no room for them.
@@ -74,14 +81,15 @@ class Cache:
                 "lengths; crop the cache to its last snapshot, or reset it"
             )
         if isinstance(self._lengths, Tensor):
-            self._lengths = self._lengths.to(device)
+            self._lengths = brought(self._lengths, device)
         rows = self.batch_size
         if rows is not None and rows != batch:
             raise InputError(
                 f"the cache holds {rows} rows and the input has {batch}; "
                 "use a new cache, or select its rows with batch_select_indices"
             )
-        return Segment(self._lengths, length, self._longest + length, counts, device)
+        taken = None if counts is None else brought(counts, device)
+        return Segment(self._lengths, length, self._longest + length, taken, device)
 
     def made_with(self, adapters: tuple[Hashable, ...]) -> None:
         """Record the adapters that tokens are computed with, one per row or one for all.

@@ -243,7 +243,7 @@ class StaticCache(Cache):
                     f"the cache has room for max_cache_len={self.max_cache_len} tokens a row, "
                     f"holds up to {longest} and was given {length} more; make a larger one"
                 )
-        return Segment(segment.start, length, self.max_cache_len, counts, device)
+        return Segment(segment.start, length, self.max_cache_len, segment.counts, device)
 
     def advance(self, segment: Segment) -> None:
         assert isinstance(self._lengths, Tensor)

@@ -112,7 +112,8 @@ class PooledCache(PoolRows):
             row.taking = tokens
         self._kept.clear(self._table, ends, whole_blocks(needed, self.capacity))
         pages = self._table.pages(device) if counts is not None else None
-        return replace(whole, keys=needed, pages=pages)
+        known = tuple(row.length for row in self._table)
+        return replace(whole, keys=needed, pages=pages, known=known)
 
     def memory(self, layer_idx: int) -> tuple[Tensor, Tensor] | None:
         """Return a layer's rows, each a page; None of codes, and before the first forward."""
@@ -133,11 +134,13 @@ class PooledCache(PoolRows):
                 row.adapters = own
 
     def advance(self, segment: Segment) -> None:
-        super().advance(segment)
-        self._counted()
+        # The device knows it, too, but would have to be asked.
+        self._finish(segment)
         for row in self._table:
-            row.taking = 0
+            row.length += row.taking
+            row.taking, row.torn = 0, False
             row.finite = max(row.finite, whole_blocks(segment.keys, self.capacity))
+        self._count()
 
     # -- a step of fixed shapes (`quintet.cache.fixed`) --------------------------------------------
 

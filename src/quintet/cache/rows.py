@@ -8,6 +8,7 @@ import torch
 
 from quintet.errors import InputError
 from quintet.ops.paged import attend_pages
+from quintet.ops.sending import sent
 from quintet.triton.pages import Pages
 
 BLOCK = 64
@@ -84,7 +85,7 @@ class RowTable:
             return None
         lengths, taken = ([row.length for row in self], [row.taking for row in self])
         rows, starts, ends = (
-            torch.tensor(x, dtype=torch.int32, device="cpu").to(device, non_blocking=True)
+            sent(x, torch.int32, device)
             for x in (range(len(self)), lengths, [*accumulate(taken, initial=0)])
         )
         longest = max(map(sum, zip(lengths, taken, strict=True)))

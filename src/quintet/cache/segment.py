@@ -7,6 +7,7 @@ from itertools import groupby
 import torch
 from torch import Tensor
 
+from quintet.ops.sending import sent
 from quintet.triton.pages import Pages
 
 
@@ -27,6 +28,8 @@ class Segment:
         longest: how many slots its longest row needs; None for `keys`.
         places: (B or 1, T) the slots of tokens that are not one after the other; None if they are.
         same: (B or 1, T, S) of these, which keys are of the token's text.
+        known: the slot of each row's first token, where the host knows them; None where it would
+            have to ask for `start`.
         pages: where the rows lie, as kernels that read lengths on the device are told; None where
             they lie otherwise.
     """
@@ -43,6 +46,7 @@ class Segment:
     longest: int | None = None
     places: Tensor | None = None
     same: Tensor | None = None
+    known: tuple[int, ...] | None = None
     pages: Pages | None = None
 
     def slots(self) -> Tensor:
@@ -65,6 +69,8 @@ class Segment:
 
     def starts(self, rows: int) -> list[int]:
         """Return the first slot of each row."""
+        if self.known is not None:
+            return [*self.known]
         return [self.start] * rows if isinstance(self.start, int) else self.start.tolist()
 
 
@@ -90,23 +96,20 @@ def segments_of(whole: Segment, lengths: Sequence[int]) -> tuple[Segment, ...]:
         rows = list(group)
         first, last = rows[0], rows[-1] + 1
         own = starts[first:last]
-        start = (
-            own[0]
-            if min(own) == max(own)
-            else torch.tensor(own, dtype=torch.long, device=whole.device)
-        )
-        end = token + length * len(rows)
+        same = min(own) == max(own)
+        end, keys = token + length * len(rows), max(own) + length
         segments.append(
             replace(
                 whole,
-                start=start,
+                start=own[0] if same else sent(own, torch.long, whole.device),
                 length=length,
-                keys=max(own) + length,
+                keys=keys,
                 counts=None,
                 rows=slice(first, last),
                 tokens=slice(token, end),
                 batch=len(lengths),
                 longest=whole.keys,
+                known=tuple(own),
                 pages=None,
             )
         )

@@ -6,6 +6,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from quintet.generation.fetching import Fetched
 from quintet.generation.processors import warpers as warping
 from quintet.generation.processors.base import LogitsWarper
 from quintet.generation.processors.warpers import TemperatureLogitsWarper, TopKLogitsWarper
@@ -98,6 +99,24 @@ class Choice:
         needed = None if unfinished is None else unfinished[rows]
         rest = _warped([warping.of_rows(warper, rows) for warper in self.warpers], scores[rows])
         return tokens.index_copy(0, rows, self.take(rest, None, needed, step=step, u=u[rows]))
+
+    def read(
+        self, scores: Tensor, unfinished: Tensor | None = None, *, u: Tensor | None = None
+    ) -> list[int]:
+        """Take a token per row like `choose`, and return them on the host.
+
+        The device is waited for once.
+
+        Raises:
+            NothingLeftError: a row has no token left, or its scores hold NaN or infinity.
+        """
+        if scores.device.type == "cpu":
+            tokens: list[int] = self.choose(scores, None, unfinished, u=u).tolist()
+            return tokens
+        here, best = Fetched(*self.launch(scores, u=u)).read()
+        sampling.check_left(best.tolist(), unfinished)
+        taken: list[int] = here.tolist()
+        return taken
 
     def launch(
         self,

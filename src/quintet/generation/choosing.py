@@ -11,6 +11,7 @@ from quintet.generation.choice import Choice
 from quintet.generation.sampler import Sampler
 from quintet.generation.token_buffer import TokenBuffer
 from quintet.ops import sampling
+from quintet.ops.sending import brought
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,7 +100,7 @@ class Choosing:
     ) -> None:
         rows, choice = group.rows, group.choice
         if group.index is not None:
-            scores = scores[group.index.to(scores.device)]
+            scores = scores[brought(group.index, scores.device)]
         u = None
         if choice.do_sample:
             u = self._uniform(rows, scores.device)
@@ -112,7 +113,7 @@ class Choosing:
             )
         for _ in range(len(rows) + 1):
             try:
-                tokens = choice.choose(scores, None, unfinished, u=u).tolist()
+                tokens = choice.read(scores, unfinished, u=u)
                 break
             except sampling.NothingLeftError as error:
                 # The others take theirs, by the same numbers.

@@ -27,6 +27,7 @@ from quintet.generation.speculative.pacing import room_for_drafts
 from quintet.generation.speculative.pooled import PooledPrediction
 from quintet.generation.stopping import Criterion
 from quintet.generation.streamers import Streamer
+from quintet.ops.sending import sent
 from quintet.quantization.modules import Quantized
 from quintet.tokenization import PreTrainedTokenizer
 
@@ -259,7 +260,7 @@ class Engine(EngineRows):
             sequence.note(checked, sequence.ids[before:])
             self._take_back(sequence)
         if len(places) < len(logits):
-            logits = logits[places]
+            logits = logits[sent(places, torch.long, logits.device)]
         samplers = tuple(sequence.sampler for sequence in single)
         if samplers != self._choosing.samplers:
             self._choosing = Choosing(samplers)

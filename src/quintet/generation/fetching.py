@@ -24,9 +24,3 @@ class Fetched:
         if self._arrival is not None:
             self._arrival.synchronize()
         return self._copies
-
-
-def sent(values: object, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """Copy numbers to a device without waiting."""
-    # Memory of the host is read before this returns, so that it may be anybody's afterwards.
-    return torch.tensor(values, dtype=dtype, device="cpu").to(device, non_blocking=True)

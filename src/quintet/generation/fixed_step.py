@@ -17,9 +17,9 @@ from torch import Tensor, nn
 
 from quintet.cache import Cache, PooledCache
 from quintet.cache.fixed import FixedRows
-from quintet.generation.fetching import sent
 from quintet.generation.graphs import Graphs
 from quintet.layers.plain import in_between
+from quintet.ops.sending import sent
 
 # The least slots, and how much more each further number of them is.
 SLOTS, TIMES = 256, 2

@@ -16,6 +16,7 @@ from quintet.configuration.base import PreTrainedConfig
 from quintet.generation.fixed_step import FixedStep, Recording
 from quintet.generation.speculative.pooled import PredictionRows
 from quintet.generation.speculative.prediction import MTPModel, Seen
+from quintet.ops.sending import sent
 from quintet.parallel.world import World
 
 
@@ -179,7 +180,7 @@ class Rows:
         return model.each_row([IN_USE if name is None else name for name in adapters])
 
     def _rectangle(self, ids: list[int], T: int, keep: int) -> Tensor:
-        rows = torch.tensor(ids, dtype=torch.long, device=self.model.device).view(-1, T)
+        rows = sent(ids, torch.long, self.model.device).view(-1, T)
         output = self.model(
             rows,
             past_key_values=self.cache,
@@ -199,12 +200,13 @@ class Rows:
             for token in range(end - keep, end)
         ]
         output = self.model(
-            torch.tensor([ids], dtype=torch.long, device=device),
-            cu_seq_lens_q=torch.tensor(ends, dtype=torch.long, device=device),
+            sent([ids], torch.long, device),
+            # Lengths are the host's, which it looks at.
+            cu_seq_lens_q=torch.tensor(ends, dtype=torch.long, device="cpu"),
             past_key_values=self.cache,
             use_cache=True,
             # Of no tokens at all, logits are not made.
-            logits_to_keep=torch.tensor(kept or [0], dtype=torch.long, device=device),
+            logits_to_keep=sent(kept or [0], torch.long, device),
             return_dict=True,
         )
         logits: Tensor = output.logits[0]

@@ -2,6 +2,7 @@
 
 from collections.abc import Collection, Sequence
 from dataclasses import replace
+from functools import partial
 from itertools import accumulate
 
 import torch
@@ -12,6 +13,7 @@ from quintet.layers.rotary import RotaryEmbedding
 from quintet.ops.documents import Documents
 from quintet.ops.masks import AttentionMask, attention_mask_of, causal_mask
 from quintet.ops.ragged import Padding, Ragged
+from quintet.ops.sending import brought, sent
 from quintet.triton.texts import Texts
 
 
@@ -37,9 +39,10 @@ def segments(
     elif rows is not None and rows.lengths is not None:
         lengths = rows.lengths
         B, T = len(lengths), max(lengths)
-        counts = torch.tensor(lengths, dtype=torch.long, device=device)
+        # What a pool knows of its rows it need not ask a device for.
+        counts = torch.tensor(lengths, dtype=torch.long, device="cpu")
     if cache is None:
-        whole = Segment(0, T, T, counts, device)
+        whole = Segment(0, T, T, None if counts is None else brought(counts, device), device)
     else:
         whole = replace(cache.segment(B, T, device, counts), learns=learns)
     return whole, (whole,) if lengths is None else segments_of(whole, lengths)
@@ -57,11 +60,8 @@ def texts_of(segments: Sequence[Segment]) -> Texts | None:
             return None
         rows += range(one.rows.start, one.rows.stop)
         lengths += [one.length] * (one.rows.stop - one.rows.start)
-    device, everyone = segments[0].device, len(rows) == segments[0].batch
-
-    def told(numbers: Sequence[int]) -> Tensor:
-        return torch.tensor(numbers, dtype=torch.int32, device="cpu").to(device, non_blocking=True)
-
+    told = partial(sent, dtype=torch.int32, device=segments[0].device)
+    everyone = len(rows) == segments[0].batch
     ends = told([*accumulate(lengths, initial=0)])
     return Texts(len(rows), max(lengths), ends, None if everyone else told(rows))
 

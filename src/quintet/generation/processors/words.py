@@ -15,6 +15,7 @@ from quintet.generation.processors.base import (
     token_ids,
 )
 from quintet.generation.sequence_bias import Biases, read_biases
+from quintet.ops.sending import brought
 
 # The row of the batch and its ids so far -> the ids that may come next.
 PrefixAllowedTokens = Callable[[int, Tensor], Sequence[int]]
@@ -61,7 +62,8 @@ class SequenceBiasLogitsProcessor(LogitsProcessor):
         check_known(self._name, self._largest, scores.shape[1])
         total = torch.zeros_like(scores)
         for ids, bias in self._groups:
-            ids, bias = ids.to(scores.device), bias.to(scores)
+            ids = brought(ids, scores.device)
+            bias = brought(bias.to(scores.dtype), scores.device)
             begin = ids.shape[1] - 1
             if begin > T:
                 continue

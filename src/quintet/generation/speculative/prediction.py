@@ -178,7 +178,7 @@ class Prediction:
         if lengths.count(longest) == batch:
             whole = self.cache.segment(batch, longest, device, None)
             return whole, (whole,)
-        counts = torch.tensor(lengths, dtype=torch.long, device=device)
+        counts = torch.tensor(lengths, dtype=torch.long, device="cpu")
         whole = self.cache.segment(batch, longest, device, counts)
         return whole, segments_of(whole, lengths)
 
