@@ -110,8 +110,25 @@ def segments_of(whole: Segment, lengths: Sequence[int]) -> tuple[Segment, ...]:
                 batch=len(lengths),
                 longest=whole.keys,
                 known=tuple(own),
-                pages=None,
+                pages=_pages(whole.pages, slice(first, last), token, length, keys),
             )
         )
         token = end
     return tuple(segments)
+
+
+def _pages(whole: Pages | None, rows: slice, token: int, length: int, longest: int) -> Pages | None:
+    """Return where some adjacent rows lie, the first of which has the first page.
+
+    Args:
+        whole: where all rows lie, a page each; None where that is not known.
+        rows: which are meant.
+        token: of the packed row, the first that is theirs.
+        length: how many tokens each has.
+        longest: how many slots they have at the most.
+    """
+    if whole is None or whole.table is None:
+        return None
+    ends = whole.ends[rows.start : rows.stop + 1] - token
+    table = whole.table[: rows.stop - rows.start]
+    return Pages(table, whole.starts[rows], ends, length, longest)
