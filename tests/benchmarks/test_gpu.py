@@ -171,7 +171,7 @@ def test_what_ends_it_leaves_what_was_found(tmp_path: Path) -> None:
 
 def test_tests_that_take_too_long_are_ended(monkeypatch: pytest.MonkeyPatch) -> None:
     def late(*given: Any, **how: Any) -> Any:
-        raise subprocess.TimeoutExpired("pytest", 7, output=b"...F...")
+        raise subprocess.TimeoutExpired("pytest", 7, output=SAID.encode())
 
     monkeypatch.setattr(subprocess, "run", late)
-    assert gpu.checks("cuda", 7.0, "tests/gpu", "gpu") == "...F...\nended after 7 s"
+    assert gpu.checks("cuda", 7.0, "tests/gpu", "gpu") == gpu.outcome(SAID, 7.0)
