@@ -48,8 +48,8 @@ def test_rows_are_attended_to_by_lengths_on_the_device(
     }
     backend = Backend(name="pages", device="cpu", implementations=kernels, missing=lambda: None)
     model = family.model_of(**family.shallow, **ROTATING.get(family.name, {}))
-    engine = Engine(model, 3, 40, recording=Recording())
-    prompts = [prompt_of(length, length) for length in (3, 11, 6)]
+    engine = Engine(model, 3, 12, recording=Recording())
+    prompts = [prompt_of(length, length) for length in (2, 5, 3)]
     sequences = [engine.sequence(one, max_new_tokens=4, **PLAIN) for one in prompts]
     with REGISTRY.registered(backend):
         for sequence in sequences:
