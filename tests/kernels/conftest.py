@@ -3,8 +3,8 @@
 Or on the one that QUINTET_KERNELS names: those in between are written as one of the two is, but for
 some lines, and compiling takes half a minute each. The workflow asks for them.
 
-The best one is compiled as it is for users, and so is one that is asked for; the least hastily: what
-differs between levels is what is written for them, and optimising it takes a minute.
+The best one is compiled as it is for users, and so is one that is asked for; the least hastily:
+what differs between levels is what is written for them, and optimising it takes a minute.
 """
 
 import os
@@ -18,17 +18,13 @@ from unlooked import forget_kernels
 
 
 def levels() -> list[str]:
+    asked = os.environ.get("QUINTET_KERNELS", "")
     try:
         find_compiler()
-        best = list(LEVELS).index(best_level())
+        best = best_level(asked if asked in LEVELS else None)
     except BuildError:
         return []
-    asked = os.environ.get("QUINTET_KERNELS", "")
-    if asked == "1":
-        return [best_level()]
-    if asked in LEVELS:
-        return [asked]
-    return list(dict.fromkeys((list(LEVELS)[best], list(LEVELS)[-1])))
+    return [best] if asked == "1" or asked in LEVELS else list({best: 0, [*LEVELS][-1]: 0})
 
 
 @pytest.fixture(params=levels() or [pytest.param("", marks=pytest.mark.skip("no kernels here"))])

@@ -112,6 +112,7 @@ exec {find_compiler()} "$@"
     compiler.chmod(0o755)
     monkeypatch.setenv("CXX", str(compiler))
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.delenv("QUINTET_KERNELS", raising=False)
     return log
 
 
