@@ -93,8 +93,9 @@ def slice_tokens(model: nn.Module, sharding: Sharding, world: World) -> Slices:
         if id(begins) not in regions:
             regions[id(begins)] = begins
             # What f and g do besides is done in one with them.
-            if not _in_place(begins._forward_pre_hooks, Entering, _EnterParts(slices)):
-                begins.register_forward_pre_hook(_Enter(slices), with_kwargs=True, prepend=True)
+            if not _in_place(begins._forward_pre_hooks, Entering, _Enter(slices, parts=True)):
+                whole = _Enter(slices, parts=False)
+                begins.register_forward_pre_hook(whole, with_kwargs=True, prepend=True)
             if not _in_place(ends._forward_hooks, Reducing, _LeaveParts(slices)):
                 ends.register_forward_hook(_Leave(slices))
     inside = {id(p) for region in regions.values() for p in region.parameters()}
@@ -157,30 +158,21 @@ class _Begin(Idle):
 
 @dataclass(frozen=True, slots=True)
 class _Enter(Idle):
-    """A hook that gives a region all tokens, of which all processes make the same at first."""
+    """A hook that gives a region all tokens.
+
+    Attributes:
+        parts: whether each process makes a part of what the region makes, rather than all of it.
+    """
 
     slices: Slices
+    parts: bool
 
     def __call__(
         self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
         if not torch.is_grad_enabled():
             return None
-        return _each(args, kwargs, self.slices.whole)
-
-
-@dataclass(frozen=True, slots=True)
-class _EnterParts(Idle):
-    """A hook that gives a region all tokens, of which each process makes a part."""
-
-    slices: Slices
-
-    def __call__(
-        self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
-        if not torch.is_grad_enabled():
-            return None
-        return _each(args, kwargs, self.slices.entered)
+        return _each(args, kwargs, self.slices.entered if self.parts else self.slices.whole)
 
 
 @dataclass(frozen=True, slots=True)
