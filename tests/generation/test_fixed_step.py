@@ -47,6 +47,21 @@ def test_the_step_is_one_graph_that_is_compiled_once(family: Family) -> None:
     assert [one.new for one in sequences] == [alone(model, one, 65) for one in prompts]
 
 
+def test_a_step_in_bfloat16_is_one_graph() -> None:
+    """Kernels for CPUs are found by files and compilers, which no program holds."""
+    torch._dynamo.reset()
+    family = next(one for one in FAMILIES if one.name == "deepseek-v2")
+    model, counter = family.model_of(**family.shallow).bfloat16(), CompileCounter()
+    config = CompileConfig(backend=counter, fullgraph=True)
+    engine = Engine(model, 1, 100, recording=Recording(compile=lambda one: compiled(one, config)))
+    sequence = engine.sequence(prompt_of(9, 9), max_new_tokens=3, **PLAIN)
+    engine.add(sequence)
+    engine.step([sequence])
+    while not sequence.finished:
+        engine.step([sequence])
+    assert counter.frame_count == 1
+
+
 @each
 def test_sequences_that_come_and_go_become_what_each_becomes_alone(
     family: Family, monkeypatch: pytest.MonkeyPatch

@@ -30,6 +30,7 @@ from quintet.ops.causal_learning import attend_learning, attends_learning
 from quintet.ops.masks import AttentionMask, masked
 from quintet.ops.one_pass import attend_in_one_pass, attend_latents
 from quintet.ops.paged import attend_rows
+from quintet.ops.transforms import recorded
 
 # For R = 512, Dn = Dv = 128, Dr = 64, as in all released models, and each head and key: expanding
 # a key costs 2·R·(Dn + Dv) FLOPs once, and saves each query 2·(2R + Dr) - 2·(Dn + Dr + Dv).
@@ -49,11 +50,13 @@ def absorbs(T: int, S: int) -> bool:
     return T * (S + BREAK_EVEN_QUERIES) < S * BREAK_EVEN_QUERIES
 
 
-def _chooses_absorbed(T: int, S: int, attend: AttentionBackend, dtype: torch.dtype) -> bool:
-    # Of a batch, S is the longest row's.
-    if attend is sdpa and dtype == torch.bfloat16 and available():
+def _chooses_absorbed(T: int, c_kv: Tensor, attend: AttentionBackend) -> bool:
+    # A program is made of torch's operations, and kernels for CPUs are looked for by none.
+    kernels = attend is sdpa and c_kv.is_cpu and c_kv.dtype == torch.bfloat16 and not recorded()
+    if kernels and available():
         return T <= MOST_ABSORBED
-    return absorbs(T, S)
+    # Of a batch, S is the longest row's.
+    return absorbs(T, c_kv.shape[1])
 
 
 def latent_attention(
@@ -77,7 +80,7 @@ def latent_attention(
     T = q_nope.shape[2]
     if attend is not eager and not mask.custom and c_kv.is_cpu:
         c_kv, k_pe, mask = _reachable(c_kv, k_pe, mask, T)
-    if w_kv is None or not _chooses_absorbed(T, c_kv.shape[1], attend, c_kv.dtype):
+    if w_kv is None or not _chooses_absorbed(T, c_kv, attend):
         return expanded(
             q_nope, q_pe, c_kv, k_pe, expand, mask, attend=attend, scale=scale, dropout=dropout
         )
