@@ -137,6 +137,10 @@ def test_another_head_and_the_decoder_alone_take_it(whole: tuple[Path, Path, Ten
         ({"r": -1}, ConfigError, "r=-1"),
         ({"lora_alpha": float("inf")}, ConfigError, "lora_alpha"),
         ({"lora_alpha": True}, ConfigError, "lora_alpha"),
+        ({"lora_alpha": 10**400}, ConfigError, "lora_alpha"),
+        ({"lora_dropout": -(10**400)}, ConfigError, "lora_dropout"),
+        ({"rank_pattern": {"q_proj": 10**400}}, ConfigError, "rank_pattern"),
+        ({"alpha_pattern": {"q_proj": 10**400}}, ConfigError, "alpha_pattern"),
         ({"alpha_pattern": {"(a*)*": 1}}, ConfigError, "alpha_pattern"),
         ({"rank_pattern": {"[": 1}}, ConfigError, "rank_pattern"),
         ({"target_modules": 3}, ConfigError, "target_modules"),
@@ -224,6 +228,8 @@ def test_names_are_each_once(model: Any, tmp_path: Path) -> None:
         model.set_adapter("other")
     with pytest.raises(InputError, match="once"):
         model.set_adapter(["default", "default"])
+    with pytest.raises(InputError, match="weights=.* finite numbers"):
+        model.set_adapter(["default"], [10**400])
     with pytest.raises(InputError, match="2 rows"):
         model(torch.tensor([[5]]), adapter_names=["default", None])
     with pytest.raises(InputError, match="2 rows"):

@@ -10,6 +10,7 @@ import transformers
 
 import quintet
 from conformance.families import Family, each
+from quintet.configuration.numbers import is_finite
 from quintet.errors import ConfigError, InputError, UnsupportedModelError
 
 LIMITS = '{"__float__": "Infinity"}', "Infinity"
@@ -41,6 +42,13 @@ def test_what_is_written_is_json_and_transformers_reads_it(family: Family, tmp_p
     assert theirs.odd == again.odd == {"a": [math.inf, -math.inf, 1.5], "b": [math.inf]}
     theirs.save_pretrained(tmp_path / "theirs")
     assert type(config).from_pretrained(tmp_path / "theirs").odd == theirs.odd
+
+
+def test_a_number_may_be_larger_than_any_float() -> None:
+    for value in (0, -1.5, 10**300, -(10**308)):
+        assert is_finite(value)
+    for value in (10**400, -(10**400), math.inf, -math.inf, math.nan, True, None, "1", [1]):
+        assert not is_finite(value)
 
 
 def test_a_file_that_is_such_a_number_is_no_config(tmp_path: Path) -> None:

@@ -31,6 +31,7 @@ HOSTILE: list[Any] = [
     10**9,
     10**30,
     -(10**30),
+    10**400,
     NAN,
     INF,
     -INF,
@@ -191,6 +192,15 @@ def test_a_cache_of_another_library_is_named_by_its_module(model: Any) -> None:
     with pytest.raises(InputError, match=r"transformers.*DynamicCache; it has to be a Cache"):
         model.generate(PROMPT, past_key_values=transformers.DynamicCache(), **BASE)
     assert model.generate(PROMPT, past_key_values=DynamicCache(model.config), **BASE).shape[0] == 1
+
+
+def test_the_power_of_a_length_is_a_number(model: Any) -> None:
+    options = {**BASE, "num_beams": 2, "max_new_tokens": 6}
+    for penalty in (30, -30, 30.0):
+        assert model.generate(PROMPT, length_penalty=penalty, **options).shape[0] == 1
+    for penalty in (31, 300, 5000, 1000.0, 10**9, -1e29):
+        with pytest.raises(InputError, match="length_penalty=.* at least -30 and at most 30"):
+            model.generate(PROMPT, length_penalty=penalty, **options)
 
 
 def test_what_is_named_twice_counts_once(model: Any, tokenizer: Any) -> None:

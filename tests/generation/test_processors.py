@@ -1,5 +1,6 @@
 """What is drawn: the distribution of Transformers' processors, repeatable with a seed."""
 
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -10,6 +11,7 @@ from transformers.generation import logits_process as theirs
 
 from quintet import GenerationConfig
 from quintet.errors import InputError
+from quintet.generation import processors
 from quintet.generation.processors.assemble import Setting, assemble
 from quintet.generation.sampler import Sampler
 from quintet.generation.token_buffer import TokenBuffer
@@ -270,3 +272,19 @@ def test_a_processor_of_the_callers_takes_the_place_of_the_configs(model: Any) -
     made = model.generate(PROMPT, repetition_penalty=1.1, logits_processor=own)
     assert torch.equal(made, model.generate(PROMPT, repetition_penalty=3.0))
     assert not torch.equal(made, model.generate(PROMPT, repetition_penalty=1.1))
+
+
+@pytest.mark.parametrize("number", [10**400, -(10**400), float("nan"), float("inf"), "1", True])
+@pytest.mark.parametrize(
+    "made",
+    [
+        processors.TemperatureLogitsWarper,
+        processors.RepetitionPenaltyLogitsProcessor,
+        processors.PresencePenaltyLogitsProcessor,
+        processors.FrequencyPenaltyLogitsProcessor,
+        lambda factor: processors.ExponentialDecayLengthPenalty((1, factor), 3, 2),
+    ],
+)
+def test_what_is_no_number_is_named(made: Callable[[Any], object], number: Any) -> None:
+    with pytest.raises(InputError, match="has to be a finite number"):
+        made(number)

@@ -16,6 +16,7 @@ __all__ = ["LoraConfig", "broken_rule"]
 
 MAX_BYTES = 16_000_000
 MAX_PATTERNS = 100_000
+MAX_RANK = 2**20
 # What only training reads, or what says nothing about the numbers.
 IGNORED = {
     "arrow_version",
@@ -236,9 +237,13 @@ def _is_int(value: object, least: int) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and value >= least
 
 
+def _is_rank(value: object) -> bool:
+    return _is_int(value, 1) and value <= MAX_RANK  # type: ignore[operator]
+
+
 def _is_number(value: object) -> bool:
     plain = isinstance(value, int | float) and not isinstance(value, bool)
-    return plain and math.isfinite(value) and abs(value) <= 1e9  # type: ignore[arg-type]
+    return plain and abs(value) <= 1e9  # type: ignore[arg-type]
 
 
 def _is_text(value: object) -> bool:
@@ -297,7 +302,7 @@ def _targets(value: object) -> bool:
 
 
 _RULES: tuple[tuple[str, str, Any], ...] = (
-    ("r", f"an integer of at least 1 and at most {2**20}", lambda v: _is_int(v, 1) and v <= 2**20),
+    ("r", f"an integer of at least 1 and at most {MAX_RANK}", _is_rank),
     ("lora_alpha", "a number", _is_number),
     ("lora_dropout", "a number from 0 to 1", lambda v: _is_number(v) and 0 <= v < 1),
     ("bias", "'none', 'all' or 'lora_only'", lambda v: v in ("none", "all", "lora_only")),
@@ -316,8 +321,8 @@ _RULES: tuple[tuple[str, str, Any], ...] = (
     ),
     (
         "rank_pattern",
-        "a mapping from plain regular expressions to ranks",
-        lambda v: _is_pattern(v, lambda one: _is_int(one, 1)),
+        f"a mapping from plain regular expressions to ranks, at most {MAX_RANK}",
+        lambda v: _is_pattern(v, _is_rank),
     ),
     (
         "alpha_pattern",

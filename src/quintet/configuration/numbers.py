@@ -1,10 +1,18 @@
 """Non-finite numbers in JSON, as Transformers writes them: {"__float__": "Infinity"}."""
 
 import math
-from typing import Any
+import sys
+from typing import Any, TypeGuard
 
 TAG = "__float__"
 NUMBERS = {"NaN": math.nan, "Infinity": math.inf, "-Infinity": -math.inf}
+
+
+def is_finite(value: object) -> TypeGuard[float]:
+    """Return whether a value is a number that a float can be: integers of a file have any size."""
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return False
+    return abs(value) <= sys.float_info.max
 
 
 def encoded(value: Any) -> Any:

@@ -254,7 +254,7 @@ def _hold(
     # The candidates behind the first N are there to run on.
     new[:, N:] = False
     full = ended.all(dim=1, keepdim=True) & (options.early_stopping is True)
-    scores = taken.scores / length**options.length_penalty
+    scores = taken.scores / float(length) ** options.length_penalty
     for barred in (full, ~improves, ~new):
         scores = scores + barred * _NEVER
     both = _Beams(
@@ -270,7 +270,7 @@ def _may_improve(
     running: _Beams, ends: _Beams, ended: Tensor, length: int, length_penalty: float
 ) -> Tensor:
     """Return for which prompts a running beam may still beat the worst finished one, (B, 1)."""
-    best = running.scores[:, :1] / length**length_penalty
+    best = running.scores[:, :1] / float(length) ** length_penalty
     worst = torch.where(ended, ends.scores.amin(dim=1, keepdim=True), _NEVER)
     better: Tensor = best > worst
     return better.any(dim=1, keepdim=True)

@@ -38,6 +38,8 @@ Ids = list[TokenId]
 EndId = Annotated[int, Bounds(-1, 2**31 - 1)]
 # What float32 holds, with room to compute.
 Number = Annotated[float, Bounds(-1e30, 1e30)]
+# The length of any text to this power is a number.
+Power = Annotated[float, Bounds(-30, 30)]
 # Every row has memory set aside: what nobody can mean is refused before.
 Beams = Annotated[int, Bounds(1, 10_000)]
 Copies = Annotated[int, Bounds(1, 100_000)]
@@ -121,7 +123,7 @@ class Options:
     stop_strings: str | list[str] | None = None
     do_sample: bool | None = None
     num_beams: Beams | None = None
-    length_penalty: Number | None = None
+    length_penalty: Power | None = None
     early_stopping: bool | str | None = None
     temperature: Positive | None = None
     top_k: NonNegative | None = None

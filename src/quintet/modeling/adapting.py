@@ -17,7 +17,8 @@ from quintet.adapters.reading import Adaptations, read_adapter, warn_of_missing
 from quintet.adapters.targets import new_adapter, targeted
 from quintet.adapters.writing import adapter_state, save_adapter
 from quintet.checkpoint import InMemory, Weights
-from quintet.errors import InputError
+from quintet.configuration.numbers import is_finite
+from quintet.errors import InputError, shown
 from quintet.folder import checked_path
 from quintet.modeling.adapted_rows import AdaptedRows
 from quintet.quantization import Quantized
@@ -128,6 +129,8 @@ class Adapting(AdaptedRows):
                 f"set_adapter({names}, weights={factors}) has to name each adapter once, with a "
                 "weight each"
             )
+        if not all(map(is_finite, factors)):
+            raise InputError(f"weights={shown(factors)} has to be a list of finite numbers")
         self._check_unmerged(adapters)
         adapters.use(self, [Active(n, float(w)) for n, w in zip(names, factors, strict=True)])
 

@@ -9,7 +9,8 @@ from typing import Self
 import torch
 from torch import Tensor, nn
 
-from quintet.errors import InputError
+from quintet.configuration.numbers import is_finite
+from quintet.errors import InputError, shown
 from quintet.layers.router import ExpertRouter
 from quintet.layers.routing import SigmoidRouter
 from quintet.modeling.core import ModelCore
@@ -222,5 +223,5 @@ def balance_metrics(loads: list[Tensor]) -> dict[str, float]:
 
 
 def _check_rate(rate: float) -> None:
-    if not (rate >= 0 and math.isfinite(rate)):
-        raise InputError(f"rate={rate} is how far a bias moves in a step; it is at least 0")
+    if not (is_finite(rate) and rate >= 0):
+        raise InputError(f"rate={shown(rate)} is how far a bias moves in a step; it is at least 0")

@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from quintet.configuration.numbers import is_finite
 from quintet.errors import CheckpointError, shown
 from quintet.ops.codebook import (
     BLOCK_SIZES,
@@ -213,7 +214,7 @@ class CodesFormat(WeightFormat):
         parts = {"": found[""].view(torch.uint8), "_absmax": found["absmax"]}
         if self.nested:
             offset = state.get("nested_offset")
-            if not isinstance(offset, float | int) or not math.isfinite(offset):
+            if not is_finite(offset):
                 raise CheckpointError(f"{weight}: nested_offset={shown(offset)} has to be a number")
             parts["_nested_absmax"] = found["nested_absmax"]
             parts["_nested_offset"] = torch.tensor([offset], dtype=torch.float32, device="cpu")

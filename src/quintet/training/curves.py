@@ -1,11 +1,11 @@
 """Curves out of a run's metrics: what there is to plot, without anything that plots."""
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+from quintet.configuration.numbers import is_finite
 from quintet.training.metrics import read_metrics
 
 Axis = Literal["tokens", "steps", "minutes"]
@@ -155,7 +155,7 @@ def _curve(
     x, y = [], []
     for line in lines:
         value = line.get(key) if isinstance(key, str) else (line.get(key[0]) or {}).get(key[1])
-        if isinstance(value, int | float) and math.isfinite(value):
+        if is_finite(value):
             known = None if places is None else places.get(line["step"])
             x.append(_place(line, axis) if known is None else known)
             y.append(float(value))

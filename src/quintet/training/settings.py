@@ -19,6 +19,7 @@ from dataclasses import MISSING, Field, fields, is_dataclass
 from pathlib import Path
 from typing import Any, Literal, TypeVar, Union, cast, get_args, get_origin, get_type_hints
 
+from quintet.configuration.numbers import is_finite
 from quintet.errors import ConfigError, InputError, ModelNotFoundError, named, shown
 
 T = TypeVar("T")
@@ -233,7 +234,7 @@ def _fits(kind: Any, value: Any, *, exactly: bool = False) -> bool:
         # 2e9 is a float to TOML, and a number of tokens to who writes it.
         return type(value) is int or (type(value) is float and value.is_integer())
     if kind is float and not exactly:
-        return type(value) in (int, float)
+        return type(value) is float or (type(value) is int and is_finite(value))
     return type(value) is kind
 
 

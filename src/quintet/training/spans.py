@@ -5,6 +5,7 @@ import re
 from dataclasses import dataclass
 from typing import Literal
 
+from quintet.configuration.numbers import is_finite
 from quintet.training.progress import Progress
 from quintet.training.settings import SettingError
 
@@ -45,7 +46,7 @@ def span(value: float | str, key: str) -> Span:
     found: Span | None = None
     if isinstance(value, str):
         found = _read(value)
-    elif isinstance(value, int | float) and not isinstance(value, bool):
+    elif is_finite(value):
         found = Span(float(value))
     if found is None or not 0 <= found.length < math.inf:
         raise SettingError.value(key, value, _RULE)

@@ -323,6 +323,7 @@ def test_weights_may_change_along_a_training_and_losses_be_left_out() -> None:
     [
         (lambda: SequenceBalance(-1), "alpha=-1 weighs a loss; it is at least 0"),
         (lambda: SwitchBalance(float("nan")), "auxiliary=nan"),
+        (lambda: SwitchBalance(10**400), "auxiliary=1000"),
         (lambda: SwitchBalance(scope="batch"), "scope='batch' is none of sequence, micro, global"),
         (lambda: DeviceLimitedBalance(devices=2), "reached=3 of devices=2"),
     ],

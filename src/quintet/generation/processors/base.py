@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from quintet.configuration.numbers import is_finite
 from quintet.errors import InputError, shown
 
 TokenIds = int | Iterable[int] | Tensor
@@ -155,6 +156,13 @@ def forbid(scores: Tensor, ids: Tensor, rows: bool | Tensor = True) -> Tensor:
 
 def positive_float(name: str, value: float) -> float:
     """Check that a number is positive, and return it as a float."""
-    if isinstance(value, bool) or not isinstance(value, int | float) or not value > 0:
-        raise InputError(f"{name}={shown(value)} has to be a number greater than 0")
+    if not is_finite(value) or value <= 0:
+        raise InputError(f"{name}={shown(value)} has to be a finite number greater than 0")
+    return float(value)
+
+
+def finite_float(name: str, value: float) -> float:
+    """Check that a number is finite, and return it as a float."""
+    if not is_finite(value):
+        raise InputError(f"{name}={shown(value)} has to be a finite number")
     return float(value)

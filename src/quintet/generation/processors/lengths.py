@@ -8,6 +8,7 @@ from quintet.generation.processors.base import (
     LogitsProcessor,
     TokenIds,
     check_known,
+    finite_float,
     forbid,
     largest,
     row_lengths,
@@ -97,7 +98,7 @@ class ExponentialDecayLengthPenalty(LogitsProcessor):
     ) -> None:
         start, factor = exponential_decay_length_penalty
         self.regulation_start = int(start) + _length("input_ids_seq_length", input_ids_seq_length)
-        self.regulation_factor = float(factor)
+        self.regulation_factor = finite_float("the factor", factor)
         # Named twice, it would be raised twice.
         self.eos_token_id = torch.unique(token_ids("eos_token_id", eos_token_id))
 

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from quintet.errors import InputError, shown
-from quintet.generation.processors.base import LogitsProcessor, positive_float
+from quintet.generation.processors.base import LogitsProcessor, finite_float, positive_float
 from quintet.ops.sampling import penalise_frequency, penalise_presence, penalise_repetition
 
 
@@ -51,7 +51,7 @@ class PresencePenaltyLogitsProcessor(_Counting):
 
     def __init__(self, penalty: float, prompt_ignore_length: int | Tensor | None = None) -> None:
         super().__init__(prompt_ignore_length)
-        self.penalty = float(penalty)
+        self.penalty = finite_float("penalty", penalty)
 
     def __call__(self, input_ids: Tensor, scores: Tensor, padding: Tensor | None = None) -> Tensor:
         return penalise_presence(scores, *self._counted(input_ids, padding), self.penalty)
@@ -62,7 +62,7 @@ class FrequencyPenaltyLogitsProcessor(_Counting):
 
     def __init__(self, penalty: float, prompt_ignore_length: int | Tensor | None = None) -> None:
         super().__init__(prompt_ignore_length)
-        self.penalty = float(penalty)
+        self.penalty = finite_float("penalty", penalty)
 
     def __call__(self, input_ids: Tensor, scores: Tensor, padding: Tensor | None = None) -> Tensor:
         return penalise_frequency(scores, *self._counted(input_ids, padding), self.penalty)

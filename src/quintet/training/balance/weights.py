@@ -1,7 +1,6 @@
 """Weights of losses, as numbers or as what changes along a training."""
 
-import math
-
+from quintet.configuration.numbers import is_finite
 from quintet.errors import InputError, shown
 from quintet.training.schedule import Schedule
 from quintet.training.schedules import schedule_of
@@ -13,6 +12,6 @@ def weight_schedule(name: str, weight: Schedule | float) -> Schedule:
     Raises:
         InputError: it is a number below 0, or none.
     """
-    if isinstance(weight, int | float) and not (weight >= 0 and math.isfinite(weight)):
+    if isinstance(weight, int | float) and not (is_finite(weight) and weight >= 0):
         raise InputError(f"{name}={shown(weight)} weighs a loss; it is at least 0")
     return schedule_of(weight)

@@ -8,6 +8,7 @@ from itertools import pairwise
 from types import MappingProxyType
 from typing import Literal, get_args
 
+from quintet.configuration.numbers import is_finite
 from quintet.training.progress import Progress
 from quintet.training.settings import SettingError
 from quintet.training.spans import Span, span
@@ -147,7 +148,7 @@ def finite(value: float, key: str) -> float:
     Raises:
         SettingError: it is none, or not finite.
     """
-    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+    if not is_finite(value):
         raise SettingError.value(key, value, "has to be a finite number")
     return float(value)
 
