@@ -228,7 +228,7 @@ def test_names_are_each_once(model: Any, tmp_path: Path) -> None:
         model.set_adapter("other")
     with pytest.raises(InputError, match="once"):
         model.set_adapter(["default", "default"])
-    with pytest.raises(InputError, match="weights=.* finite numbers"):
+    with pytest.raises(InputError, match=r"weights=.* finite numbers"):
         model.set_adapter(["default"], [10**400])
     with pytest.raises(InputError, match="2 rows"):
         model(torch.tensor([[5]]), adapter_names=["default", None])

@@ -199,7 +199,7 @@ def test_the_power_of_a_length_is_a_number(model: Any) -> None:
     for penalty in (30, -30, 30.0):
         assert model.generate(PROMPT, length_penalty=penalty, **options).shape[0] == 1
     for penalty in (31, 300, 5000, 1000.0, 10**9, -1e29):
-        with pytest.raises(InputError, match="length_penalty=.* at least -30 and at most 30"):
+        with pytest.raises(InputError, match=r"length_penalty=.* at least -30 and at most 30"):
             model.generate(PROMPT, length_penalty=penalty, **options)
 
 
