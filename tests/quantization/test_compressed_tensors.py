@@ -258,6 +258,7 @@ def test_experts_may_be_stacked(tmp_path: Path) -> None:
         ({"transform_config": {"config_groups": {"a": 1}}}, UnsupportedModelError, "transform"),
         ({"config_groups": [1]}, ConfigError, "config_groups"),
         ({"config_groups": {"a": 1}}, ConfigError, "has to be a mapping"),
+        ({"config_groups": {"a" * 9_000: 1}}, ConfigError, r"a{20,90}…'?\] has to be a mapping"),
         ({"config_groups": {"a": {"weights": {"num_bits": 6}}}}, ConfigError, "num_bits=6"),
         ({"config_groups": {"a": {"targets": ["re:("]}}}, ConfigError, "no regular expression"),
         (
@@ -273,6 +274,22 @@ def test_settings_that_cannot_be_are_refused(
     settings = {**settings_of("int-quantized", scheme_of("W8A8")), **change}
     with pytest.raises(error, match=said):
         CompressedTensorsConfig.from_dict(settings)
+
+
+@pytest.mark.parametrize("form", ["w4a16-asymmetric", "w8a8-asymmetric"])
+def test_zero_points_are_as_many_as_the_strategy_says(form: str, tmp_path: Path) -> None:
+    written(QWEN, tmp_path, form, num_hidden_layers=1)
+    tensors = load_file(tmp_path / "model.safetensors")
+    for name in list(tensors):
+        if name.endswith("weight_scale"):
+            tensors[name] = tensors[name].flatten()[:1].clone()
+    save_file(tensors, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    config = json.loads((tmp_path / "config.json").read_text())
+    for group in config["quantization_config"]["config_groups"].values():
+        group["weights"] |= {"strategy": "tensor", "group_size": None}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(CheckpointError, match="zero points, and has to have one for the matrix"):
+        AutoModelForCausalLM.from_pretrained(tmp_path)
 
 
 @pytest.mark.parametrize(

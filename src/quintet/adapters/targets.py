@@ -13,7 +13,7 @@ from quintet.adapters.config import LoraConfig
 from quintet.adapters.layout import Layout, Spot
 from quintet.adapters.lowrank import EmbeddingLowRank, ExpertStackLowRank, LowRank, NewRows
 from quintet.adapters.reading import Adaptations, tie
-from quintet.errors import InputError, UnsupportedModelError, listed
+from quintet.errors import InputError, UnsupportedModelError, listed, shown
 
 ALL_LINEAR = "all-linear"
 
@@ -139,8 +139,8 @@ def _tokens(layout: Layout, config: LoraConfig) -> Iterator[tuple[Spot, list[int
         spots = [s for s in layout if is_embedding(s.module) and _is_named([name], s.path)]
         if not spots or len(set(ids)) < len(ids):
             raise InputError(
-                f"trainable_token_indices names {name!r} with {ids}; it has to be an embedding, "
-                "and each id once"
+                f"trainable_token_indices names {shown(name)} with {shown(ids)}; it has to be an "
+                "embedding, and each id once"
             )
         V = (shape_of(spots[0].module, "weight") or (0,))[0]
         if not ids or max(ids) >= V:

@@ -175,7 +175,9 @@ class CompressedTensorsConfig(FileConfig):
         self, name: Any, group: Any
     ) -> tuple[tuple[str | re.Pattern[str], ...], Weights | None]:
         if not isinstance(group, Mapping):
-            raise ConfigError(f"quantization_config: config_groups[{name!r}] has to be a mapping")
+            raise ConfigError(
+                f"quantization_config: config_groups[{shown(name)}] has to be a mapping"
+            )
         if group.get("format") is not None:
             self._check_format(group["format"])
         targets = group.get("targets") or []

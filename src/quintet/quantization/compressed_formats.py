@@ -79,7 +79,7 @@ class PackedFormat(GroupedFormat):
 
     def _zeros(self, weight: str, stored: Tensor, rows: int) -> Tensor:
         if self.whole:
-            return _zero_points(stored, weight).reshape(1, 1) + self.middle
+            return _zero_point(stored, weight) + self.middle
         return numbers_in(stored.mT, self.bits, weight)[..., :rows].mT
 
 
@@ -113,8 +113,8 @@ class IntegersFormat(GroupedFormat):
         if self.whole:
             scale = _of_rows(scale, shape, weight)
         if not self.symmetric:
-            zero = _zero_points(found["zero_point"], weight) + self.middle
-            zero = zero.reshape(1, 1) if self.whole else zero
+            read = _zero_point if self.whole else _zero_points
+            zero = read(found["zero_point"], weight) + self.middle
         return self.meant(levels, scale, zero, None, weight)
 
 
@@ -280,6 +280,16 @@ def _signed(numbers: Tensor, weight: str) -> Tensor:
             f"{weight} is {numbers.dtype}, and has to be int8; fetch the file again"
         )
     return numbers
+
+
+def _zero_point(zero: Tensor, weight: str) -> Tensor:
+    """Return the zero point of all of a matrix, (1, 1)."""
+    if zero.numel() != 1:
+        raise CheckpointError(
+            f"{weight} has {zero.numel()} zero points, and has to have one for the matrix, as "
+            "strategy='tensor' says"
+        )
+    return _zero_points(zero, weight).reshape(1, 1)
 
 
 def _zero_points(zero: Tensor, weight: str) -> Tensor:

@@ -16,6 +16,7 @@ import jinja2.tests
 import jinja2.utils
 import markupsafe
 
+from quintet.errors import shown
 from quintet.tokenization import costs
 from quintet.tokenization.budget import POINTER, Budget, BudgetError, size
 
@@ -151,7 +152,7 @@ class _Namespace(jinja2.utils.Namespace):
 
     def __setitem__(self, name: str, value: Any) -> None:
         if name.startswith("_"):
-            raise jinja2.exceptions.SecurityError(f"a namespace cannot hold {name!r}")
+            raise jinja2.exceptions.SecurityError(f"a namespace cannot hold {shown(name)}")
         super().__setitem__(name, value)
 
     # What it holds can be long, and can be itself.

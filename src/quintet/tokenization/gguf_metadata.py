@@ -5,7 +5,7 @@ from array import array
 from collections.abc import Sequence
 from typing import Any
 
-from quintet.errors import InputError, TokenizerError, UnsupportedModelError
+from quintet.errors import InputError, TokenizerError, UnsupportedModelError, shown
 from quintet.gguf.cursor import Value
 from quintet.tokenization.base import PreTrainedTokenizer
 from quintet.tokenization.gguf import CONTROL, KEY, NORMAL, ROLES, TEMPLATE, UNUSED, USER_DEFINED
@@ -68,8 +68,8 @@ def _tokens(tokenizer: PreTrainedTokenizer, vocab_size: int) -> tuple[list[str],
     last = max(by_id, default=-1)
     if last >= vocab_size:
         raise InputError(
-            f"the tokenizer has {by_id[last]!r} with the id {last}, and the model has {vocab_size} "
-            "embeddings; resize_token_embeddings gives it more"
+            f"the tokenizer has {shown(by_id[last])} with the id {last}, and the model has "
+            f"{vocab_size} embeddings; resize_token_embeddings gives it more"
         )
     texts = [by_id.get(index, f"[PAD{index}]") for index in range(vocab_size)]
     kinds = array("i", [NORMAL if index in by_id else UNUSED for index in range(vocab_size)])
