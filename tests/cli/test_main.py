@@ -3,13 +3,15 @@
 import json
 import shutil
 import subprocess
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import click
 import pytest
 
 from quintet import AutoModelForCausalLM
-from quintet.cli.main import COMMANDS, main
+from quintet.cli.main import COMMANDS, cli, main
 from quintet.errors import InputError
 from waiting import PATIENCE
 
@@ -229,3 +231,26 @@ def test_help_for_a_reader_that_leaves(process: Any) -> None:
 )
 def test_words_of_other_programs(quintet: Any, word: str, command: str) -> None:
     assert quintet(word, "--help").out == quintet(command, "--help").out
+
+
+def commands(command: click.Command, context: click.Context) -> Iterator[click.Command]:
+    """Yield a command, or those of a group."""
+    if not isinstance(command, click.Group):
+        yield command
+        return
+    for name in command.list_commands(context):
+        inner = command.get_command(context, name)
+        assert inner is not None
+        yield from commands(inner, context)
+
+
+def test_whole_numbers_of_options_have_a_largest() -> None:
+    seen = 0
+    for command in commands(cli, click.Context(cli)):
+        for option in command.params:
+            # The library says what `top_k` may be.
+            if isinstance(option.type, click.types.IntParamType) and option.name != "top_k":
+                seen += 1
+                assert isinstance(option.type, click.IntRange), (command.name, option.name)
+                assert option.type.max is not None, (command.name, option.name)
+    assert seen > 40

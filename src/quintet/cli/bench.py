@@ -11,6 +11,7 @@ import click
 
 from quintet.cli.beside import Beside
 from quintet.cli.compiling import have_kernels
+from quintet.cli.counts import COUNT, COUNT_OR_NONE, THREADS
 from quintet.cli.options import kind_of, source_options, warnings_as_notes
 from quintet.cli.terminal import note
 from quintet.errors import InputError
@@ -57,7 +58,7 @@ class _Bench(Beside):
     "--n-prompt", "-p", type=_Numbers(0), default="512", show_default=True, help="Prompt lengths."
 )
 @click.option(
-    "--n-gen", "-n", type=click.IntRange(0), default=16, show_default=True, help="Steps to time."
+    "--n-gen", "-n", type=COUNT_OR_NONE, default=16, show_default=True, help="Steps to time."
 )
 @click.option(
     "--n-depth", "-d", type=_Numbers(1), default="512", show_default=True, help="Context of steps."
@@ -65,8 +66,8 @@ class _Bench(Beside):
 @click.option(
     "--batch-size", "-b", type=_Numbers(1), default="1", show_default=True, help="Rows at once."
 )
-@click.option("--repetitions", "-r", type=click.IntRange(1), default=5, show_default=True)
-@click.option("--threads", "-t", type=click.IntRange(1), help="Of the CPU.")
+@click.option("--repetitions", "-r", type=COUNT, default=5, show_default=True)
+@click.option("--threads", "-t", type=THREADS, help="Of the CPU.")
 @click.option("--dtype", default="auto", show_default=True, help="Of the weights.")
 @click.option("--quantize", help="Hold the weights in fewer bits: int8, int4, …")
 @click.option(

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from quintet.cli.counts import COUNT, COUNT_OR_NONE
 from quintet.cli.servers import key_for, key_option
 from quintet.cli.terminal import Waiting, note
 from quintet.errors import InputError, shown
@@ -29,16 +30,16 @@ SHAPE = ("shared", "own", "out", "turns", "grows", "drops")
     show_default=True,
     help="What is asked for.",
 )
-@click.option("--clients", "-c", type=click.IntRange(1), help="Conversations at once.")
+@click.option("--clients", "-c", type=COUNT, help="Conversations at once.")
 @click.option("--rate", type=float, help="Conversations that begin a second, at random.")
-@click.option("--requests", "-n", type=click.IntRange(1), help="Conversations: 8 a client, or 64.")
+@click.option("--requests", "-n", type=COUNT, help="Conversations: 8 a client, or 64.")
 @click.option("--seconds", "-s", type=float, help="Begin none after so long.")
 @click.option("--cut", is_flag=True, help="Hang up then, whatever is under way.")
-@click.option("--shared", type=click.IntRange(0), help="Tokens that all prompts begin with.")
-@click.option("--own", type=click.IntRange(1), help="Tokens more of a first prompt.")
-@click.option("--out", type=click.IntRange(1), help="Tokens of an answer.")
-@click.option("--turns", type=click.IntRange(1), help="Prompts of a conversation.")
-@click.option("--grows", type=click.IntRange(1), help="Tokens more with each turn.")
+@click.option("--shared", type=COUNT_OR_NONE, help="Tokens that all prompts begin with.")
+@click.option("--own", type=COUNT, help="Tokens more of a first prompt.")
+@click.option("--out", type=COUNT, help="Tokens of an answer.")
+@click.option("--turns", type=COUNT, help="Prompts of a conversation.")
+@click.option("--grows", type=COUNT, help="Tokens more with each turn.")
 @click.option("--drops", type=float, help="Share of clients that go before the end.")
 @click.option(
     "--endpoint",
@@ -57,9 +58,9 @@ SHAPE = ("shared", "own", "out", "turns", "grows", "drops")
 @click.option("--body", help="Fields of every request, as JSON; null leaves one out.")
 @key_option
 @click.option("--goodput", multiple=True, help="ttft:500, tpot:50, e2e:9000: good, in ms.")
-@click.option("--warm", type=click.IntRange(0), default=1, show_default=True, help="Before.")
+@click.option("--warm", type=COUNT_OR_NONE, default=1, show_default=True, help="Before.")
 @click.option("--timeout", type=float, default=600.0, show_default=True, help="Of an answer, s.")
-@click.option("--seed", type=int, default=0, show_default=True, help="Of prompts and arrivals.")
+@click.option("--seed", type=COUNT_OR_NONE, default=0, show_default=True, help="Of what is drawn.")
 @click.option("--json", "as_json", is_flag=True, help="As JSON.")
 @click.option("--quiet", "-q", is_flag=True, help="Nothing but the result.")
 def command(

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from quintet.cli.counts import COUNT
 from quintet.cli.options import (
     Opened,
     check_options,
@@ -60,7 +61,7 @@ if TYPE_CHECKING:
     "object with prompt or messages and options of generate(). Prints a line of JSON for each, in "
     "their order, with what else its object holds.",
 )
-@click.option("--batch-size", type=click.IntRange(1), default=8, show_default=True)
+@click.option("--batch-size", type=COUNT, default=8, show_default=True)
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object, at the end.")
 @click.option("--echo/--no-echo", default=True, help="Print the prompt before its continuation.")
 @sampling_options

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, TypeVar, cast
 import click
 
 from quintet.cli.adapters import put_adapters
+from quintet.cli.counts import COUNT, THREADS
 from quintet.cli.output import size_of
 from quintet.cli.settings import LARGEST_SEED, applied, drawn, parse, seed_of
 from quintet.cli.terminal import note
@@ -70,10 +71,10 @@ def weight_options(command: Command) -> Command:
             type=click.Choice(["eager", "sdpa", "flash_attention_2"]),
             help="How attention is computed.",
         ),
-        click.option("--pp", type=click.IntRange(1), help=f"{DIVIDED} the layers."),
-        click.option("--ep", type=click.IntRange(1), help=f"{DIVIDED} the experts."),
-        click.option("--tp", type=click.IntRange(1), help=f"{DIVIDED} heads and matrices."),
-        click.option("--threads", type=click.IntRange(1), help="Of the CPU."),
+        click.option("--pp", type=COUNT, help=f"{DIVIDED} the layers."),
+        click.option("--ep", type=COUNT, help=f"{DIVIDED} the experts."),
+        click.option("--tp", type=COUNT, help=f"{DIVIDED} heads and matrices."),
+        click.option("--threads", type=THREADS, help="Of the CPU."),
         click.option("--device", default="auto", show_default=True, help="cpu, cuda, cuda:1, …"),
         click.option("--quantize", help="Hold the weights in fewer bits: int8, int4, …"),
         click.option("--dtype", default="auto", show_default=True, help="Of the weights."),
@@ -101,7 +102,7 @@ def sampling_options(command: Callable[..., None]) -> Callable[..., None]:
         click.option(
             "--seed", type=click.IntRange(0, LARGEST_SEED), help="Makes sampling repeatable."
         ),
-        click.option("--draft", type=click.IntRange(1), help="With --mtp, so many tokens at once."),
+        click.option("--draft", type=COUNT, help="With --mtp, so many tokens at once."),
         click.option("--mtp", is_flag=True, help="Guess ahead with the model's prediction layers."),
         click.option("--stop", multiple=True, help="A text that ends the answer; may be repeated."),
         click.option("--repetition-penalty", type=float, help="Above 1: fewer repetitions."),
@@ -109,7 +110,7 @@ def sampling_options(command: Callable[..., None]) -> Callable[..., None]:
         click.option("--top-p", type=float, help="Draw from this much probability."),
         click.option("--top-k", type=int, help="Draw from that many tokens; 0 for all."),
         click.option("--temperature", "-t", type=float, help="0 always takes the likeliest token."),
-        click.option("--max-new-tokens", "--max-tokens", "-n", type=click.IntRange(1)),
+        click.option("--max-new-tokens", "--max-tokens", "-n", type=COUNT),
     ):
         collecting = option(collecting)
     return collecting

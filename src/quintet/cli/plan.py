@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from quintet.cli.counts import COUNT
 from quintet.cli.options import source_options
 from quintet.cli.output import Fact, show, size_of
 from quintet.cli.plan_options import WorldOptions, world_options
@@ -36,12 +37,12 @@ MEMORY = "--device with its own, as in --device h100,memory=96GB"
 @click.argument("model")
 @click.option("--dtype", type=click.Choice(DTYPES), default="auto", show_default=True)
 @click.option("--quantize", type=click.Choice(QUANTISED), help="Hold the weights in fewer bits.")
-@click.option("--context", type=click.IntRange(1), help="Tokens a row.  [default: at most 4096]")
+@click.option("--context", type=COUNT, help="Tokens a row.  [default: at most 4096]")
 @click.option(
     "--batch-size",
     "--batch",
     "batch",
-    type=click.IntRange(1),
+    type=COUNT,
     default=1,
     show_default=True,
     help="Rows at once.",

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
+from quintet.cli.counts import COUNT, COUNT_OR_NONE
 from quintet.errors import InputError
 
 if TYPE_CHECKING:
@@ -32,14 +33,14 @@ def world_options(command: Command) -> Command:
         ),
         click.option(
             "--part-rows",
-            type=click.IntRange(1),
+            type=COUNT,
             help="With --train, rows of a group at once.  [default: 1]",
         ),
         click.option("--recompute", is_flag=True, help="With --train, layers keep their input."),
         click.option("--train", is_flag=True, help="Plan a training; --batch is of a step."),
         click.option(
             "--splits",
-            type=click.IntRange(0),
+            type=COUNT_OR_NONE,
             default=4,
             show_default=True,
             help="How many other splits are listed.",
@@ -47,29 +48,25 @@ def world_options(command: Command) -> Command:
         click.option(
             "--redundant-experts",
             "redundant",
-            type=click.IntRange(0),
+            type=COUNT_OR_NONE,
             default=0,
             help="Further copies of experts a layer.",
         ),
-        click.option(
-            "--step-tokens", type=click.IntRange(1), help="Of a prompt at once.  [default: 2048]"
-        ),
+        click.option("--step-tokens", type=COUNT, help="Of a prompt at once.  [default: 2048]"),
         click.option(
             "--cache-dtype", type=click.Choice(CACHES), help="Of the cache.  [default: --dtype]"
         ),
-        click.option("--max-pp", type=click.IntRange(1), help="At most so many stages."),
-        click.option("--max-ep", type=click.IntRange(1), help="At most so many share experts."),
-        click.option("--max-tp", type=click.IntRange(1), help="At most so many share a matrix."),
+        click.option("--max-pp", type=COUNT, help="At most so many stages."),
+        click.option("--max-ep", type=COUNT, help="At most so many share experts."),
+        click.option("--max-tp", type=COUNT, help="At most so many share a matrix."),
         click.option(
             "--dp-attention", is_flag=True, help="As --tp 1 --pp 1 with experts on all devices."
         ),
-        click.option(
-            "--fsdp", type=click.IntRange(1), help="In training, groups that share parameters."
-        ),
-        click.option("--dp", type=click.IntRange(1), help="Groups with rows of their own."),
-        click.option("--pp", type=click.IntRange(1), help="Stages of layers."),
-        click.option("--ep", type=click.IntRange(1), help="Devices that share the experts."),
-        click.option("--tp", type=click.IntRange(1), help="Devices that share each matrix."),
+        click.option("--fsdp", type=COUNT, help="In training, groups that share parameters."),
+        click.option("--dp", type=COUNT, help="Groups with rows of their own."),
+        click.option("--pp", type=COUNT, help="Stages of layers."),
+        click.option("--ep", type=COUNT, help="Devices that share the experts."),
+        click.option("--tp", type=COUNT, help="Devices that share each matrix."),
         click.option(
             "--device",
             metavar="NAME[,KEY=VALUE…]",

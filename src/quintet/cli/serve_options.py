@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
+from quintet.cli.counts import COUNT, COUNT_OR_NONE
 from quintet.errors import InputError, shown
 
 if TYPE_CHECKING:
@@ -44,7 +45,7 @@ class _Size(click.ParamType[int]):
 
 
 SIZE = _Size()
-COUNT, SECONDS = click.IntRange(1), click.FloatRange(0, min_open=True)
+SECONDS = click.FloatRange(0, min_open=True)
 # What bounds a request: the field of Settings, its kind, how it is shown, what it is.
 BOUNDS: tuple[tuple[str, str, click.ParamType[Any], str, str], ...] = (
     ("--max-requests", "requests", COUNT, "512", "At once, whatever they are at."),
@@ -64,11 +65,11 @@ BOUNDS: tuple[tuple[str, str, click.ParamType[Any], str, str], ...] = (
     ("--max-answer", "answer", COUNT, "4096", "Tokens, where a request does not say."),
     ("--max-choices", "choices", COUNT, "16", "Answers to a request (n)."),
     ("--max-prompts", "prompts", COUNT, "128", "Of a request."),
-    ("--max-stops", "stops", click.IntRange(0), "16", "Texts that end an answer."),
+    ("--max-stops", "stops", COUNT_OR_NONE, "16", "Texts that end an answer."),
     ("--max-stop-length", "stop_length", COUNT, "256", "Characters of each."),
-    ("--max-top-logprobs", "top_logprobs", click.IntRange(0), "20", "Beside each token."),
-    ("--max-biases", "biases", click.IntRange(0), "300", "Tokens in a logit_bias."),
-    ("--max-tools", "tools", click.IntRange(0), "128", "Of a request."),
+    ("--max-top-logprobs", "top_logprobs", COUNT_OR_NONE, "20", "Beside each token."),
+    ("--max-biases", "biases", COUNT_OR_NONE, "300", "Tokens in a logit_bias."),
+    ("--max-tools", "tools", COUNT_OR_NONE, "128", "Of a request."),
     ("--max-schema", "schema", SIZE, "64KiB", "Of JSON that an answer is to follow."),
 )
 
@@ -114,7 +115,7 @@ def engine_options(command: Command) -> Command:
         ),
         click.option(
             "--queue",
-            type=click.IntRange(0),
+            type=COUNT_OR_NONE,
             default=64,
             show_default=True,
             help="Requests that may wait.",
