@@ -223,6 +223,18 @@ def test_seek_does_not_jump_ahead(cache: Cache) -> None:
 
 
 @pytest.mark.parametrize("cache", caches(), ids=["dynamic", "static"])
+def test_lengths_to_crop_to_are_whole(cache: Cache) -> None:
+    for bad in (1.5, float("nan"), float("inf"), "1", None, torch.tensor(1.5), torch.ones(2)):
+        with pytest.raises(InputError, match="whole"):
+            cache.crop(bad)  # type: ignore[arg-type]
+    append(cache, torch.ones(2, 3), torch.tensor([3, 1]))
+    cache.crop(10**400)
+    assert cache.lengths(2).tolist() == [3, 1]
+    cache.crop(-(10**400))
+    assert cache.lengths(2).tolist() == [0, 0]
+
+
+@pytest.mark.parametrize("cache", caches(), ids=["dynamic", "static"])
 def test_a_tensor_without_axes_crops_as_a_number_does(cache: Cache) -> None:
     append(cache, torch.ones(2, 5))
     cache.crop(torch.tensor(3))

@@ -225,6 +225,8 @@ def test_a_megabyte_takes_linear_time(tokenizer: Qwen2Tokenizer) -> None:
         ("a", {"padding": True, "pad_to_multiple_of": 1.5}, "pad_to_multiple_of=1.5 has to be"),
         ("a", {"padding": True, "pad_to_multiple_of": "8"}, "pad_to_multiple_of='8' has to be"),
         ("a", {"padding": True, "pad_to_multiple_of": 10**9}, "at most 16777216"),
+        ("a", {"padding": "max_length", "max_length": 2**40}, "at most 16777216"),
+        ("a", {"padding": "max_length", "max_length": 10**400}, "at most 16777216"),
         ("a b c d e f", {"truncation": True, "max_length": 2, "stride": 2,
                          "return_overflowing_tokens": True}, "stride=2"),
     ],

@@ -17,6 +17,7 @@ from quintet.cache.segment import Segment
 from quintet.cache.slots import AttentionSlot, Companion, StateSlot
 from quintet.configuration.base import PreTrainedConfig
 from quintet.errors import InputError
+from quintet.ops.ragged import whole_length
 from quintet.ops.sending import brought
 
 
@@ -240,12 +241,14 @@ class Cache:
         A negative number forgets that many from the end of its row.
 
         Raises:
-            InputError: a tensor of another shape than (B,), or recurrent layers have no snapshot
-                to go back from.
+            InputError: no whole numbers, a tensor of another shape than (B,), or recurrent layers
+                have no snapshot to go back from.
         """
         held = self._lengths
-        if isinstance(max_length, Tensor) and max_length.ndim == 0:
-            max_length = int(max_length)
+        if not isinstance(max_length, Tensor) or max_length.ndim == 0:
+            max_length = whole_length(max_length)
+        elif max_length.is_floating_point() or max_length.is_complex():
+            raise InputError(f"max_length is a tensor of {max_length.dtype}; lengths are whole")
         if isinstance(max_length, Tensor) and isinstance(held, int):
             rows = self.batch_size
             held = self.lengths(max_length.numel() if rows is None else rows, max_length.device)
@@ -259,8 +262,7 @@ class Cache:
                 )
             kept = torch.where(limit < 0, held + limit, torch.minimum(held, limit)).clamp(min=0)
         else:
-            end = int(max_length)
-            kept = max(held + end if end < 0 else min(held, end), 0)
+            kept = max(held + max_length if max_length < 0 else min(held, max_length), 0)
         if self.states and not self._forward_unfinished and _are_all(kept == held):
             return
         for slot in self._slots():

@@ -10,7 +10,8 @@ import torch
 import torch.nn.functional as F  # noqa: N812
 from torch import Tensor
 
-from quintet.errors import InputError
+from quintet.configuration.numbers import is_finite
+from quintet.errors import InputError, shown
 from quintet.ops.labels import (
     IGNORED,
     check_classes,
@@ -126,10 +127,11 @@ def averaged(total: Tensor, counted: Tensor, items: Items) -> Tensor:
         if isinstance(items, Tensor):
             single = items.numel() == 1 and not (items.is_complex() or items.dtype == torch.bool)
         else:
-            single = isinstance(items, int | float) and not isinstance(items, bool)
+            # As far as float32 goes.
+            single = is_finite(items) and abs(items) <= 1e30
         if not single:
-            raise InputError(f"num_items_in_batch={items} has to be one number")
-        given = items if isinstance(items, Tensor) else total.new_full((), items)
+            raise InputError(f"num_items_in_batch={shown(items)} has to be one number")
+        given = items if isinstance(items, Tensor) else total.new_full((), float(items))
         divisor = given.to(total.device).reshape(())
     if readable(total):
         nothing = not counted

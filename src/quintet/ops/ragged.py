@@ -4,13 +4,17 @@ A mask may put padding anywhere. Packed, a row starts at its first real token, s
 place in its row is its slot in the cache, and no real token can see padding behind it.
 """
 
+import operator
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from quintet.errors import InputError
+from quintet.errors import InputError, shown
 from quintet.ops.transforms import batched, recorded
+
+# No row is as long, and lengths added to it fit a tensor of integers.
+LONGEST = 2**62
 
 
 @dataclass(frozen=True, slots=True)
@@ -130,3 +134,18 @@ def _take(x: Tensor, index: Tensor) -> Tensor:
     index = index.reshape(*index.shape, *[1] * (x.ndim - 2)).expand(-1, -1, *x.shape[2:])
     # With layers on several devices, what is moved is not always where the mask is.
     return x.gather(1, index.to(x.device))
+
+
+def whole_length(length: object) -> int:
+    """Return a length that fits a tensor of integers; beyond that it is longer than any row.
+
+    Raises:
+        InputError: it is no whole number.
+    """
+    try:
+        number = operator.index(length)  # type: ignore[arg-type]
+    except TypeError:
+        raise InputError(
+            f"max_length={shown(length)} has to be a whole number, or a tensor of one for each row"
+        ) from None
+    return max(-LONGEST, min(number, LONGEST))

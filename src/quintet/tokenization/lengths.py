@@ -165,6 +165,11 @@ def pad_target(
             raise InputError(
                 "padding='max_length' needs max_length=…, as this tokenizer has no model_max_length"
             )
+        if max_length > MOST_PADDED:
+            raise InputError(
+                f"padding='max_length' makes rows of max_length={shown(max_length)} tokens; give a "
+                f"max_length of at most {MOST_PADDED}"
+            )
         target = max_length
     else:
         target = max(lengths, default=0)
