@@ -238,6 +238,7 @@ class TestWritten:
             ({"kind": "inverse-sqrt", "warmup": 0}, "above 0"),
             ({"kind": "cosine", "peak": math.inf}, "peak = inf: has to be a finite number"),
             ({"kind": "cosine", "peak": 10**400}, "peak = 1000.*: has to be a number"),
+            ({"kind": "steps", "factor": 1e308}, r"factor = 1e\+308: has to be a share"),
             ({"kind": "steps", "borders": [0.6, 0.4]}, "has to be behind the segment before it"),
             ({"kind": "segments", "segments": []}, "one at least"),
             (

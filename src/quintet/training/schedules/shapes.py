@@ -131,7 +131,7 @@ class Steps(Rising):
         """Return the stretches behind the rise."""
         for number, border in enumerate(self.borders):
             span(border, f"borders.{number}")
-        values = [self.peak * finite(self.factor, "factor") ** i for i in range(len(self.borders))]
+        values = [self.peak * share(self.factor, "factor") ** i for i in range(len(self.borders))]
         stays = [Segment(b, v, "constant") for b, v in zip(self.borders, values, strict=True)]
         return [*stays, Segment(1.0, self.peak * self.factor ** len(values), "constant")]
 
