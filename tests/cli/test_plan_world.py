@@ -146,6 +146,10 @@ def test_a_training_is_planned_too(tmp_path: Path, quintet: Any) -> None:
     muon = planned(quintet, *arguments, "--optimizer", "muon", "--fsdp", 8)
     assert muon["split"]["fsdp"] == 8
     assert muon["optimiser"] < 1.2 * muon["weights"]
+    cut = (*arguments, "--recompute", "--tp", 4)
+    sliced = planned(quintet, *cut, "--sequence-parallel")
+    # Of what layers keep, their input is a quarter; the largest layer is there once, whole.
+    assert sliced["activations"] < 0.7 * planned(quintet, *cut)["activations"]
     few = quintet("plan", *arguments[:2], "--world", 2, "--device", "h100", "--batch", 2)
     assert few.code == 5
     assert "it would with --recompute" in few.err
@@ -156,6 +160,8 @@ def test_a_training_is_planned_too(tmp_path: Path, quintet: Any) -> None:
     [
         (("--train", "--cache-dtype", "int8"), "leave it out with --train"),
         (("--recompute",), "give --train"),
+        (("--sequence-parallel",), "give --train"),
+        (("--train", "--sequence-parallel"), "let tp be more"),
         (("--train", "--quantize", "int8"), "do not learn"),
         (("--train", "--dtype", "float16"), "bfloat16 or float32"),
     ],

@@ -11,6 +11,7 @@ from families import zamba2
 from parallel.cases import loading
 from parallel.cases.tensor import family
 from parallel.pool import Pool
+from quintet import LoraConfig
 
 CASES: list[tuple[str, dict[str, Any], dict[str, int]]] = [
     ("qwen2", {}, {"tp": 2}),
@@ -93,6 +94,16 @@ def test_where_none_can_load_each_says_what_one_process_would(tmp_path: Path, tw
     said = two.run(loading.alike, "qwen2", tmp_path)
     assert said[0] == said[1]
     assert "missing" in said[0]
+
+
+@pytest.mark.parametrize("sizes", [{"tp_size": 2}, {"pp_size": 2}], ids=str)
+def test_no_adapter_is_put_on_a_part(sizes: dict[str, int], tmp_path: Path, two: Pool) -> None:
+    model = family("qwen2").model_of()
+    model.save_pretrained(tmp_path / "base")
+    model.name_or_path = str(tmp_path / "base")
+    model.add_adapter(LoraConfig(r=2, target_modules=["q_proj"]))
+    model.save_pretrained(tmp_path / "adapter")
+    two.run(loading.with_adapter, tmp_path / "base", tmp_path / "adapter", sizes)
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="looks into /proc")

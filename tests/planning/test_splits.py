@@ -142,6 +142,22 @@ def test_more_parts_make_the_wait_of_stages_less() -> None:
     assert waits[1] < waits[0] / 3
 
 
+@pytest.mark.parametrize(
+    ("split", "said"),
+    [
+        (Split(fsdp=2), "let tp be more"),
+        (Split(tp=2, ep=4, fsdp=2), "ep=4 sends them to others"),
+        (Split(tp=2, pp=2), "in pp=2 stages"),
+    ],
+    ids=str,
+)
+def test_slices_of_tokens_are_planned_where_they_are_trained(split: Split, said: str) -> None:
+    model = model_of("Qwen1.5-MoE-A2.7B")
+    work = Training(2048, 64, recompute=True, sequence_parallel=True)
+    with pytest.raises(InputError, match=said):
+        training_footprint(model, split, work)
+
+
 def test_what_no_world_holds_is_said_with_what_would() -> None:
     plan = plan_training(released("Qwen2-72B"), World(1, 2), H100, Training(4096, 2))
     with pytest.raises(DoesNotFitError, match=r"no split fits: .* it would with .*--world"):

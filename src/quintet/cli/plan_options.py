@@ -37,6 +37,9 @@ def world_options(command: Command) -> Command:
             help="With --train, rows of a group at once.  [default: 1]",
         ),
         click.option("--recompute", is_flag=True, help="With --train, layers keep their input."),
+        click.option(
+            "--sequence-parallel", is_flag=True, help="With --train, norms by slices of the tokens."
+        ),
         click.option("--train", is_flag=True, help="Plan a training; --batch is of a step."),
         click.option(
             "--splits",
@@ -93,6 +96,7 @@ class WorldOptions:
     splits: int
     train: bool
     recompute: bool
+    sequence_parallel: bool
     part_rows: int | None
     gradients: str | None
     optimizer: str | None
@@ -103,8 +107,8 @@ class WorldOptions:
         counts = {name: given.pop(name) for name in COUNTS}
         most = {name: given.pop(f"max_{name}") for name in ("tp", "ep", "pp")}
         names = ("world", "device", "dp_attention", "cache_dtype", "step_tokens", "redundant")
-        training = ("train", "recompute", "part_rows", "gradients", "optimizer")
-        rest = {name: given.pop(name) for name in (*names, *training, "splits")}
+        training = ("train", "recompute", "sequence_parallel", "part_rows", "gradients")
+        rest = {name: given.pop(name) for name in (*names, *training, "optimizer", "splits")}
         return cls(
             counts={name: count for name, count in counts.items() if count is not None},
             most={name: count for name, count in most.items() if count is not None},
@@ -134,6 +138,7 @@ class WorldOptions:
         training = {
             "--fsdp": self.counts.get("fsdp"),
             "--recompute": self.recompute,
+            "--sequence-parallel": self.sequence_parallel,
             "--part-rows": self.part_rows,
             "--gradients": self.gradients,
             "--optimizer": self.optimizer,

@@ -46,6 +46,7 @@ def plan_training_in_world(
         gradient=2 if options.gradients == "bfloat16" else 4,
         optimizer="muon" if options.optimizer == "muon" else "adamw",
         recompute=options.recompute,
+        sequence_parallel=options.sequence_parallel,
         kernels=on_cpu,
     )
     plan = plan_training(config, world, device, work, limits=options.limits(world.size))

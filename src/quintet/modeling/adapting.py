@@ -66,11 +66,7 @@ class Adapting(AdaptedRows):
             UnsupportedModelError: it is of a kind, or asks for something, that is not here.
             InputError: there is one of that name, or the model is divided among processes.
         """
-        if self.world is not None and self.world.degrees.tp * self.world.degrees.pp > 1:
-            raise InputError(
-                "several processes hold this model, and an adapter is not divided among them; "
-                "merge it in one process: merge_and_unload(), then save_pretrained(…)"
-            )
+        self._check_whole()
         adapters = Adapters() if self.adapters is None else self.adapters
         if hotswap:
             adapters.check_known([adapter_name])
@@ -165,10 +161,12 @@ class Adapting(AdaptedRows):
             adapter_name: what it is to be called by.
 
         Raises:
-            InputError: there is one of that name, or the config targets nothing that can have one.
+            InputError: there is one of that name, the config targets nothing that can have one, or
+                the model is divided among processes.
             ConfigError: a value of the config breaks its rule.
             UnsupportedModelError: it asks for something that is not here.
         """
+        self._check_whole()
         adapters = Adapters() if self.adapters is None else self.adapters
         adapters.check_new(adapter_name)
         config = LoraConfig.of(adapter_config)
@@ -299,7 +297,6 @@ class Adapting(AdaptedRows):
         trains: bool,
     ) -> None:
         self._check_unmerged(adapters)
-        self._check_whole()
         for module in self.modules():
             if isinstance(module, AdaptedRows):
                 object.__setattr__(module, "adapters", adapters)

@@ -246,6 +246,8 @@ def plan_training(
     def remedies() -> Iterator[str]:
         if not work.recompute and tried(world, replace(work, recompute=True)).fit:
             yield "--recompute"
+        if not work.sequence_parallel and tried(world, replace(work, sequence_parallel=True)).fit:
+            yield "--sequence-parallel"
         for rows in _halves(work.part_rows, 1):
             if tried(world, replace(work, part_rows=rows)).fit:
                 yield f"--part-rows {rows}"

@@ -6,14 +6,18 @@ slices among `fsdp` groups. Products in bfloat16 want a rounded copy: of two lay
 parameters are in slices, for the next is gathered while one runs; else of all.
 
 A step of N tokens a device multiplies forward, and twice that backward; a layer that is recomputed
-goes forward once more. FSDP gathers parameters forward and backward and scatters gradients, 3 · P
-numbers; stages wait (pp - 1) of (m + pp - 1) rounds of m parts each (1F1B). What is expected is all
-of that in turn, at most is as if all overlapped at the peaks.
+goes forward once more. Sequence parallelism keeps 1/tp of what norms between matrices read, and
+sends as much as the sums in whose place it gathers and scatters. FSDP gathers parameters forward
+and backward and scatters gradients, 3 · P numbers; stages wait (pp - 1) of (m + pp - 1) rounds of m
+parts each (1F1B). What is expected is all of that in turn, at most is as if all overlapped at the
+peaks.
 """
 
+import re
 from dataclasses import dataclass
 from typing import Literal
 
+from quintet.errors import InputError
 from quintet.measurement.flops import attention_flops
 from quintet.planning.activations import expert_numbers, kept_of_maps, kept_of_scans
 from quintet.planning.communication import Network
@@ -25,6 +29,8 @@ from quintet.planning.world import Split
 MASTER = 4
 # Of the loss, so many logits are there at once, in float32 with their gradient.
 LOGITS = 2**22
+# What a layer has outside the matrices that tp cuts: norms, and Zamba2's map behind a block.
+_BETWEEN = re.compile(r"layers\.\d+\.(mamba_decoder\.)?(\w*layernorm|linear)\.weight$")
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,6 +45,7 @@ class Training:
         gradient: bytes of a gradient that is kept.
         optimizer: adamw, or muon for matrices of layers.
         recompute: whether of a layer nothing but its input is kept.
+        sequence_parallel: whether norms and residuals are of a slice of the tokens on each of tp.
         kernels: whether the project's kernels for CPUs run, which keep less.
     """
 
@@ -49,6 +56,7 @@ class Training:
     gradient: int = 4
     optimizer: Literal["adamw", "muon"] = "adamw"
     recompute: bool = False
+    sequence_parallel: bool = False
     kernels: bool = False
 
     def parts(self, split: Split) -> int:
@@ -58,6 +66,30 @@ class Training:
     def tokens(self, split: Split) -> int:
         """Return the tokens of a part."""
         return min(self.part_rows, -(-self.rows // split.groups)) * self.context
+
+    def check(self, split: Split) -> None:
+        """Refuse a split that these settings do not go with, as a training would.
+
+        Raises:
+            InputError: it is one; it says what goes.
+        """
+        if not self.sequence_parallel:
+            return
+        if split.tp == 1:
+            raise InputError(
+                "sequence parallelism divides tokens among the devices of tp, and tp=1 leaves all "
+                "to one; let tp be more, or leave it out"
+            )
+        if split.exchanges:
+            raise InputError(
+                f"sequence parallelism leaves experts the tokens of tp={split.tp} devices, and "
+                f"ep={split.ep} sends them to others; let ep be at most tp"
+            )
+        if split.pp > 1 and self.recompute:
+            raise InputError(
+                f"sequence parallelism does not go with recomputed layers in pp={split.pp} stages; "
+                "leave one of the three out"
+            )
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,6 +125,7 @@ def training_footprint(model: Model, split: Split, work: Training) -> TrainingFo
     Raises:
         InputError: the model cannot be split so.
     """
+    work.check(split)
     found = []
     stages = model.stages(split)
     for number, stage in enumerate(stages):
@@ -137,15 +170,17 @@ def _copies(stage: Stage, split: Split, work: Training) -> int:
 def _activations(model: Model, stage: Stage, split: Split, work: Training) -> int:
     tokens, width = work.tokens(split), model.config.hidden_size
     all_layers = model.remembered(
-        ("kept", split.tp, split.ep, work.kernels),
+        ("kept", split.tp, split.ep, work.kernels, work.sequence_parallel),
         lambda: [
             _numbers(model, layer, split, work) for layer in range(model.config.num_hidden_layers)
         ],
     )
     each = [all_layers[layer] for layer in stage.layers]
-    kept = width * len(each) + max(each) if work.recompute else sum(each)
+    slices = split.tp if work.sequence_parallel else 1
+    kept = width / slices * len(each) + max(each) if work.recompute else sum(each)
     # Around the layers: vectors of ids, and the last norm's input and output, in float32.
-    return round(tokens * (kept * work.itemsize + 3 * width * 4))
+    around = (2 + 1 / slices) * width
+    return round(tokens * (kept * work.itemsize + around * 4))
 
 
 def _numbers(model: Model, layer: int, split: Split, work: Training) -> float:
@@ -163,6 +198,9 @@ def _numbers(model: Model, layer: int, split: Split, work: Training) -> float:
             kept += kept_of_maps(work.kernels) * sum(shape) * share
         elif weight.name.endswith("mamba.norm.weight"):
             kept += kept_of_scans(work.kernels) * shape[0]
+        if work.sequence_parallel and _BETWEEN.search(weight.name):
+            # What it reads, of which what is kept of maps counts all.
+            kept -= (1 - 1 / split.tp) * weight.shape[-1]
     return kept
 
 

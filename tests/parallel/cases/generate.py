@@ -255,8 +255,12 @@ def failures(name: str, degrees: dict[str, int]) -> None:
     parts.model.norm.weight.data.fill_(torch.nan)
     assert "NaN" in raised(lambda: parts.generate(ids), InputError)
     parts.model.norm.weight.data.fill_(1.0)
-    for options in ({"output_attentions": True, "return_dict_in_generate": True},):
-        assert "attentions" in raised(lambda o=options: parts.generate(ids, **o), InputError)
+    for options in (
+        {"output_attentions": True, "return_dict_in_generate": True},
+        {"compile": True},
+    ):
+        say = raised(lambda o=options: parts.generate(ids, **o), InputError)
+        assert say.startswith(f"{next(iter(options))} cannot be used where several processes hold")
     same_in_all(parts.generate(ids, max_new_tokens=3))
 
 

@@ -11,6 +11,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from parallel.cases.tensor import family, world
+from quintet import AutoModelForCausalLM, LoraConfig
 from quintet.checkpoint.mapping import MappedFile
 from quintet.errors import CheckpointError, InputError, RankFailedError
 from quintet.modeling.core import ModelCore
@@ -205,3 +206,20 @@ def resident(file: Path) -> int:
 def status(key: str) -> int:
     text = Path("/proc/self/status").read_text()
     return int(text.split(f"{key}:")[1].split()[0]) << 10
+
+
+def with_adapter(base: Path, adapter: Path, sizes: dict[str, int]) -> None:
+    """An adapter is put on no part of a model, and who tries is told what does."""
+    say = "merge_and_unload"
+    # Before anything is read.
+    with pytest.raises(InputError, match=say):
+        AutoModelForCausalLM.from_pretrained(adapter, distributed_config=sizes)
+    parts = AutoModelForCausalLM.from_pretrained(base, distributed_config=sizes)
+    before = set(parts.state_dict())
+    with pytest.raises(InputError, match=say):
+        parts.load_adapter(adapter)
+    with pytest.raises(InputError, match=say):
+        parts.add_adapter(LoraConfig(r=2, target_modules=["q_proj"]))
+    assert parts.adapters is None
+    assert set(parts.state_dict()) == before
+    assert all(p.requires_grad for p in parts.parameters())

@@ -20,6 +20,10 @@ from quintet.parallel.gradients import sum_partial
 from quintet.parallel.placement import Shard, table_of
 from quintet.parallel.regions import entered, scattered
 from quintet.parallel.sequence_parallel import slice_tokens
+from quintet.planning.devices import device
+from quintet.planning.plans import described
+from quintet.planning.training import Training, training_footprint
+from quintet.planning.world import Split
 from quintet.training.batch import Batch
 from quintet.training.joining import joined, parallelize
 from quintet.training.objectives.next_token import LanguageModelling
@@ -108,8 +112,11 @@ def slices(name: str, changes: dict[str, Any], padded: bool) -> None:
     assert relative_error(one[1], one[0]) < 1e-5
 
 
-def kept(name: str) -> list[int]:
-    """Return how many bytes a forward keeps for its backward: by tp alone, and by slices, too."""
+def kept(name: str) -> list[tuple[int, int]]:
+    """Return how many bytes a forward keeps for its backward, and how many are planned.
+
+    First by tp alone, and then by slices, too.
+    """
     found = []
     for by_tokens in (False, True):
         model = family(name).model_of(hidden_size=128, intermediate_size=256).train()
@@ -128,7 +135,11 @@ def kept(name: str) -> list[int]:
 
         with torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x):
             model.base_model(input_ids=torch.arange(96)[None]).last_hidden_state.sum()
-        found.append(sum(size for place, size in sizes.items() if place not in weights))
+        work = Training(96, rows=1, itemsize=4, kernels=True, sequence_parallel=by_tokens)
+        planned, _ = described(model.config, device("cpu"))
+        expected = training_footprint(planned, Split(tp=2), work).activations
+        measured = sum(size for place, size in sizes.items() if place not in weights)
+        found.append((measured, expected))
     return found
 
 
