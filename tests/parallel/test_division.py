@@ -134,6 +134,12 @@ def test_sizes_have_to_divide_the_number_of_processes() -> None:
         degrees_for(on_meta("qwen2"), DistributedConfig(dp_replicate_size=3), 4)
 
 
+@pytest.mark.parametrize("sizes", [{"tp_size": 2, "dp_replicate_size": 2}, {"pp_size": 2}], ids=str)
+def test_experts_are_among_those_with_the_same_rows(sizes: dict[str, int]) -> None:
+    with pytest.raises(InputError, match=r"ep_size=4 is more than tp_size=2, .* more of tp"):
+        degrees_for(on_meta("deepseek-v3"), DistributedConfig(ep_size=4, **sizes), 4)
+
+
 # -- in processes ----------------------------------------------------------------------------
 
 

@@ -197,8 +197,8 @@ def degrees_for(model: nn.Module, config: DistributedConfig, count: int) -> Degr
         count: of processes.
 
     Raises:
-        InputError: the processes are no such number, or what has to stay whole cannot be given
-            out among them.
+        InputError: the processes are no such number, what has to stay whole cannot be given out
+            among them, or experts are asked for beyond tp.
     """
     pp, dp = config.pp_size or 1, config.dp_replicate_size or 1
     if count % (pp * dp):
@@ -217,6 +217,12 @@ def degrees_for(model: nn.Module, config: DistributedConfig, count: int) -> Degr
     ep = config.ep_size
     if ep is None and _experts(model) and (config.enable_expert_parallel or not config.tp_size):
         ep = max(n for n in range(1, tp + 1) if tp % n == 0 and _fits(model, tp, n))
+    if ep is not None and ep > tp:
+        raise InputError(
+            f"ep_size={ep} is more than tp_size={tp}, whose processes have the same rows and share "
+            "experts; take fewer, or more of tp. Experts among processes with rows of their own "
+            "are for training ([parallel] ep), and for servers such as vLLM"
+        )
     return Degrees(tp=tp, ep=ep or 1, pp=pp, dp=dp)
 
 
