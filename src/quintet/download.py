@@ -8,8 +8,16 @@ from contextlib import contextmanager, suppress
 from errno import ENOSPC
 from pathlib import Path
 
-from quintet.errors import CheckpointError, ModelNotFoundError, OfflineError, SaveError
+from quintet.errors import (
+    CheckpointError,
+    InputError,
+    ModelNotFoundError,
+    OfflineError,
+    SaveError,
+    shown,
+)
 
+_REVISION = re.compile(r"\w[\w.+@#=/-]{0,249}")
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 # What a process that was killed leaves: nobody resumes a file of this name.
 _PARTIAL = re.compile(r"([0-9a-f]+)\.[0-9a-f]{8}\.incomplete")
@@ -123,6 +131,7 @@ def _fetch(
 ) -> Path:
     from huggingface_hub import constants, snapshot_download
 
+    check_revision(revision)
     offline = local_files_only or constants.is_offline_mode()
     with _named_errors(name, revision, cache_dir, offline):
         return Path(
@@ -147,6 +156,7 @@ def list_files(name: str, revision: str | None, token: str | bool | None) -> lis
     """
     from huggingface_hub import HfApi, constants
 
+    check_revision(revision)
     with _named_errors(name, revision, None, constants.is_offline_mode()):
         return list(HfApi(token=token).list_repo_files(name, revision=revision))
 
@@ -158,6 +168,7 @@ def snapshot_of(
     from huggingface_hub import constants
     from huggingface_hub.file_download import repo_folder_name
 
+    check_revision(revision)
     cache = Path(constants.HF_HUB_CACHE if cache_dir is None else cache_dir)
     folder = cache / repo_folder_name(repo_id=name, repo_type="model")
     commit = revision or "main"
@@ -165,6 +176,20 @@ def snapshot_of(
         commit = (folder / "refs" / commit).read_text(encoding="utf-8").strip()
     root = folder / "snapshots" / commit
     return root if root.is_dir() and root.resolve().is_relative_to(folder.resolve()) else None
+
+
+def check_revision(revision: object) -> None:
+    """Check that a revision can be a branch, a tag or a commit: the cache has a file of its name.
+
+    Raises:
+        InputError: it cannot, as it leads out of the cache, say.
+    """
+    if revision is None:
+        return
+    if not isinstance(revision, str) or not _REVISION.fullmatch(revision) or ".." in revision:
+        raise InputError(
+            f"revision={shown(revision)} has to be a branch, a tag or a commit, such as 'main'"
+        )
 
 
 @contextmanager

@@ -60,6 +60,7 @@ TOKENIZER_PATTERNS = (
 SINGLE_WEIGHTS = "model.safetensors"
 WEIGHTS_INDEX = "model.safetensors.index.json"
 
+_VARIANT = re.compile(r"\w[\w-]{,49}")
 _REPO_ID = re.compile(r"[A-Za-z0-9_][\w.-]*(/[A-Za-z0-9_][\w.-]*)?")
 
 
@@ -273,9 +274,14 @@ def with_variant(name: str, variant: str | None) -> str:
     """Return the file name of a variant of a weights file.
 
     `model.fp16.safetensors`, `model.safetensors.index.fp16.json`.
+
+    Raises:
+        InputError: the variant cannot be a part of a file's name.
     """
     if variant is None:
         return name
+    if not isinstance(variant, str) or not _VARIANT.fullmatch(variant):
+        raise InputError(f"variant={shown(variant)} has to be a word such as 'fp16'")
     stem, _, suffix = name.rpartition(".")
     return f"{stem}.{variant}.{suffix}"
 

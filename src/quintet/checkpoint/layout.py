@@ -3,7 +3,6 @@
 import re
 from dataclasses import dataclass
 
-from quintet.errors import InputError, shown
 from quintet.hub import SINGLE_WEIGHTS, WEIGHTS_INDEX, with_variant
 
 SINGLE = SINGLE_WEIGHTS
@@ -34,10 +33,7 @@ class Names:
     stem: str = "model"
 
     def __post_init__(self) -> None:
-        if self.variant is None:
-            return
-        if not isinstance(self.variant, str) or not re.fullmatch(r"\w[\w-]*", self.variant):
-            raise InputError(f"variant={shown(self.variant)} has to be a word such as 'fp16'")
+        with_variant(SINGLE, self.variant)
 
     @property
     def single(self) -> str:

@@ -10,6 +10,7 @@ from torch import Tensor
 from quintet.errors import InputError, shown
 from quintet.generation.processors.base import TokenIds, token_ids
 from quintet.tokenization import PreTrainedTokenizer
+from quintet.tokenization.options import is_text
 
 __all__ = [
     "Criterion",
@@ -76,7 +77,7 @@ class StopStringCriteria(StoppingCriteria):
 
     def __init__(self, tokenizer: PreTrainedTokenizer, stop_strings: str | Sequence[str]) -> None:
         strings = [stop_strings] if isinstance(stop_strings, str) else list(stop_strings)
-        if not strings or not all(isinstance(one, str) and one for one in strings):
+        if not strings or not all(is_text(one) and one for one in strings):
             raise InputError(
                 f"stop_strings={shown(stop_strings)} has to be texts, none of them empty"
             )

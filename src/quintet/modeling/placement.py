@@ -284,7 +284,8 @@ def _capacity(max_memory: MaxMemory | None) -> dict[torch.device, int]:
 
 
 def _device(device: Device, of: str = "") -> torch.device:
-    named = f"device_map={device!r}" if not of else f"device_map of {of!r} is {device!r}, which"
+    told = shown(device)
+    named = f"device_map={told}" if not of else f"device_map of {shown(of)} is {told}, which"
     if device == -1:
         return torch.device("cpu")
     if device == "disk":
@@ -298,7 +299,7 @@ def _device(device: Device, of: str = "") -> torch.device:
             raise RuntimeError("it holds no data")
         torch.empty(0, device=found, dtype=torch.float32)
     except (RuntimeError, AssertionError, TypeError, ValueError) as error:
-        reason = str(error).splitlines()[0]
+        reason = str(error).splitlines()[0][:200]
         raise UnsupportedBackendError(
             f"{named} is not a device of this machine ({reason})"
         ) from None

@@ -18,7 +18,7 @@ from quintet.auto import (
     AutoModelForTokenClassification,
     AutoTokenizer,
 )
-from quintet.errors import InputError
+from quintet.errors import InputError, shown
 from quintet.hub import demo_model
 from quintet.modeling.placement import first_device
 from quintet.pipelines.base import Pipeline
@@ -188,7 +188,7 @@ def _known(task: str) -> str:
     if task not in names:
         near = difflib.get_close_matches(task, names, n=1)
         hint = f"did you mean {near[0]!r}?" if near else f"there are {', '.join(names)}"
-        raise InputError(f"there is no task {task!r}; {hint}")
+        raise InputError(f"there is no task {shown(task)}; {hint}")
     return ALIASES.get(task, task)
 
 

@@ -12,6 +12,7 @@ from tokenizers import AddedToken, Tokenizer
 
 from quintet.errors import CheckpointError, ModelNotFoundError, SaveError, TokenizerError, shown
 from quintet.files import MAX_LISTING_BYTES, check_size, read_json, read_text
+from quintet.folder import checked_path
 from quintet.tokenization.guard import guarded
 from quintet.tokenization.options import NAMED_TOKENS, check_values, is_text
 
@@ -187,8 +188,9 @@ def save_directory(path: str | os.PathLike[str]) -> Path:
 
     Raises:
         SaveError: it is a file.
+        InputError: it is no path, or one that no folder can have.
     """
-    root = Path(path)
+    root = checked_path(path, "save_directory")
     if root.is_file():
         raise SaveError(f"{root} is a file; a tokenizer is saved into a directory")
     return root
