@@ -11,12 +11,15 @@ import pytest
 
 from quintet import AutoConfig, AutoTokenizer, GenerationConfig
 from quintet.checkpoint import Checkpoint
-from quintet.errors import QuintetError, SaveError
+from quintet.errors import CheckpointError, QuintetError, SaveError
 from quintet.files import (
     BYTES_A_VALUE,
     MAX_LISTING_BYTES,
     MAX_SETTINGS_BYTES,
     copy_file,
+    read_json,
+    read_limited,
+    read_text,
     write_text,
     write_texts,
 )
@@ -116,6 +119,13 @@ def test_a_file_larger_than_any_honest_one_is_not_read(
     said = f"{re.escape(name)}: .* more than the limit of {most:,}"
     with pytest.raises(QuintetError, match=said):
         read(tmp_path)
+
+
+@pytest.mark.skipif(not Path("/dev/zero").exists(), reason="there is no such device")
+def test_what_has_no_size_is_read_to_the_limit() -> None:
+    for read in (read_limited, read_text, read_json):
+        with pytest.raises(CheckpointError, match="/dev/zero: it has more than the limit of 1,000"):
+            read(Path("/dev/zero"), 1_000)
 
 
 @pytest.mark.parametrize(("name", "most", "read"), OBJECTS)

@@ -25,7 +25,7 @@ from quintet.checkpoint import (
 )
 from quintet.configuration.base import PreTrainedConfig
 from quintet.errors import InputError, TokenizerError, UnsupportedModelError
-from quintet.files import copy_file
+from quintet.files import MAX_LISTING_BYTES, copy_file, read_text
 from quintet.folder import CONFIG_NAME
 from quintet.generation.config import GENERATION_CONFIG_NAME, GenerationConfig
 from quintet.hub import TOKENIZER_PATTERNS
@@ -97,11 +97,11 @@ def convert(
     numbers = weights.model.num_parameters()
     texts = {CONFIG_NAME: config.to_json_string(), **_texts_of_file(root)}
     if (root / GENERATION_CONFIG_NAME).is_file():
-        texts[GENERATION_CONFIG_NAME] = (root / GENERATION_CONFIG_NAME).read_text("utf-8")
+        texts[GENERATION_CONFIG_NAME] = read_text(root / GENERATION_CONFIG_NAME)
     others = [path for pattern in TOKENIZER_PATTERNS for path in root.glob(pattern)]
     for path in others:
         if path.parent == root and path.suffix in (".json", ".txt", ".jinja"):
-            texts[path.name] = path.read_text("utf-8")
+            texts[path.name] = read_text(path, MAX_LISTING_BYTES)
     save_stream(target, weights.stream(), max_shard_size=max_shard_size, text_files=texts)
     for path in others:
         if path.name not in texts:

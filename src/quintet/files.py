@@ -35,9 +35,7 @@ def check_size(path: Path, most: int) -> None:
         OSError: there is no such file, or it cannot be looked at.
     """
     if (size := path.stat().st_size) > most:
-        raise CheckpointError(
-            f"{path}: {size:,} bytes is more than the limit of {most:,}; fetch the file again"
-        )
+        raise _too_large(path, f"{size:,} bytes is", most)
 
 
 def read_limited(path: Path, most: int) -> bytes:
@@ -49,11 +47,16 @@ def read_limited(path: Path, most: int) -> bytes:
     """
     try:
         check_size(path, most)
-        return path.read_bytes()
+        with path.open("rb") as file:
+            # A pipe or a device has no size.
+            raw = file.read(most + 1)
     except FileNotFoundError:
         raise
     except OSError as error:
         raise CheckpointError(f"{path} cannot be read: {error.strerror or error}") from error
+    if len(raw) > most:
+        raise _too_large(path, "it has", most)
+    return raw
 
 
 def read_text(path: Path, most: int = MAX_SETTINGS_BYTES) -> str:
@@ -63,13 +66,18 @@ def read_text(path: Path, most: int = MAX_SETTINGS_BYTES) -> str:
         CheckpointError: the file cannot be read, is too large, or not UTF-8.
         FileNotFoundError: there is no such file.
     """
+    raw = read_limited(path, most)
     try:
-        check_size(path, most)
-        return path.read_text(encoding="utf-8")
-    except FileNotFoundError:
-        raise
-    except (OSError, UnicodeDecodeError) as error:
+        return io.TextIOWrapper(io.BytesIO(raw), encoding="utf-8").read()
+    except UnicodeDecodeError as error:
         raise CheckpointError(f"{path} is not a readable file of UTF-8 text ({error})") from error
+
+
+def _too_large(path: Path, what: str, most: int) -> CheckpointError:
+    return CheckpointError(
+        f"{path}: {what} more than the limit of {most:,} bytes; check the path, or fetch the file "
+        "again"
+    )
 
 
 def read_json(path: Path, most: int = MAX_SETTINGS_BYTES) -> dict[str, Any]:

@@ -1,6 +1,5 @@
 """Reads a directory of safetensors files; all headers are checked first."""
 
-import json
 import os
 import re
 from collections import Counter
@@ -28,7 +27,7 @@ from quintet.checkpoint.layout import (
 )
 from quintet.checkpoint.mapping import MappedFile
 from quintet.errors import CheckpointError, listed, shown
-from quintet.files import MAX_LISTING_BYTES, read_limited
+from quintet.files import MAX_LISTING_BYTES, read_json, read_limited
 from quintet.folder import find_file as find
 
 _PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
@@ -194,9 +193,9 @@ def half_moved(staging: Path) -> dict[str, str | None] | None:
     A file that did not exist is None; bytes that are no UTF-8 are lone surrogates.
     """
     try:
-        note = json.loads((staging / UNDO).read_bytes())
+        note = read_json(staging / UNDO, MAX_LISTING_BYTES)
         last_step, texts = note["last_step"], note["texts"]
-    except (OSError, ValueError, KeyError, TypeError):
+    except (CheckpointError, OSError, KeyError, TypeError):
         return None
     # The note may have come with a directory that someone else made.
     if not isinstance(texts, dict) or not is_last_step(last_step):

@@ -7,8 +7,10 @@ from pathlib import Path
 import click
 from click.core import ParameterSource
 
-from quintet.errors import InputError, shown
+from quintet.errors import CheckpointError, InputError, shown
+from quintet.files import read_limited
 
+MAX_KEYS = 1_000_000
 # Options of commands that are about a model in this process.
 OWN = frozenset(
     [
@@ -60,7 +62,9 @@ def keys_in(path: str) -> tuple[str, ...]:
     from quintet.server.settings import as_keys
 
     try:
-        found = as_keys(Path(path).read_text(encoding="ascii").splitlines())
+        found = as_keys(read_limited(Path(path), MAX_KEYS).decode("ascii").splitlines())
+    except CheckpointError as error:
+        raise InputError(f"cannot read keys from {shown(path)}: {error}") from None
     except (OSError, ValueError) as error:
         why = error.strerror if isinstance(error, OSError) else "it is not ASCII"
         raise InputError(f"cannot read keys from {shown(path)}: {why}") from None

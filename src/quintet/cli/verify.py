@@ -10,6 +10,7 @@ import click
 
 from quintet.cli.output import show
 from quintet.errors import CheckpointError, InputError, QuintetError, listed
+from quintet.files import MAX_LISTING_BYTES, read_text
 from quintet.hub import CONFIG_PATTERNS, locate, locate_weights
 
 if TYPE_CHECKING:
@@ -221,8 +222,8 @@ def _weight_files(root: Path) -> list[Path]:
 
 def _listed_hashes(path: Path) -> dict[str, str]:
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
+        lines = read_text(path, MAX_LISTING_BYTES).splitlines()
+    except (OSError, CheckpointError) as error:
         raise InputError(f"--hashes {path} cannot be read: {error}") from error
     found = {}
     for line in filter(str.strip, lines):

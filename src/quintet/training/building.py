@@ -10,7 +10,8 @@ from typing import Any
 import torch
 
 from quintet.auto import AutoConfig, AutoModelForCausalLM, AutoTokenizer, family
-from quintet.errors import InputError, shown
+from quintet.errors import CheckpointError, InputError, shown
+from quintet.files import read_text
 from quintet.folder import AdapterFolderError
 from quintet.layers.router import ExpertRouter
 from quintet.modeling.decoder import DecoderModel
@@ -68,8 +69,8 @@ def build_tokenizer(config: TrainingConfig) -> PreTrainedTokenizer:
     if config.tokenizer.chat_template is not None:
         path = Path(config.tokenizer.chat_template)
         try:
-            tokenizer.chat_template = path.read_text(encoding="utf-8")
-        except (OSError, UnicodeDecodeError) as error:
+            tokenizer.chat_template = read_text(path)
+        except (OSError, CheckpointError) as error:
             raise SettingError.value(
                 "tokenizer.chat_template", str(path), f"cannot be read: {error}"
             ) from error

@@ -20,7 +20,15 @@ from pathlib import Path
 from typing import Any, Literal, TypeVar, Union, cast, get_args, get_origin, get_type_hints
 
 from quintet.configuration.numbers import is_finite
-from quintet.errors import ConfigError, InputError, ModelNotFoundError, named, shown
+from quintet.errors import (
+    CheckpointError,
+    ConfigError,
+    InputError,
+    ModelNotFoundError,
+    named,
+    shown,
+)
+from quintet.files import read_text
 
 T = TypeVar("T")
 
@@ -87,13 +95,13 @@ def read(kind: type[T], path: Path, changes: Sequence[str] = ()) -> T:
         ConfigError: the file cannot be read.
     """
     try:
-        values = parse(path.read_text(encoding="utf-8"), file=str(path))
+        values = parse(read_text(path), file=str(path))
     except FileNotFoundError as error:
         raise ModelNotFoundError(
             f"there is no file {shown(str(path))} to read settings from"
         ) from error
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{path} cannot be read as text: {error}") from error
+    except CheckpointError as error:
+        raise ConfigError(str(error)) from error
     for change in changes:
         _change(values, change)
     return build(kind, values, file=str(path))
