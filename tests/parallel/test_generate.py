@@ -169,6 +169,17 @@ def test_an_interrupt_ends_all_at_the_same_step(two: Pool) -> None:
     two.run(generate.interrupted, "qwen2", TP2)
 
 
-def test_four_make_the_same(four: Pool) -> None:
-    heads = {"num_attention_heads": 4, "num_key_value_heads": 4, "num_hidden_layers": 2}
-    four.run(generate.tokens, "qwen2", {"tp": 4}, LONG, heads)
+@pytest.mark.parametrize(
+    ("name", "changes", "degrees"),
+    [
+        ("qwen2", {"num_key_value_heads": 4, "num_hidden_layers": 2}, {"tp": 4}),
+        ("qwen2-moe", {"num_experts": 8}, {"tp": 4, "ep": 4}),
+        ("deepseek-v3", {}, {"tp": 4, "ep": 4}),
+        ("zamba2", {}, {"tp": 4}),
+    ],
+    ids=str,
+)
+def test_four_make_the_same(
+    name: str, changes: dict[str, Any], degrees: dict[str, int], four: Pool
+) -> None:
+    four.run(generate.tokens, name, degrees, LONG, changes)
