@@ -95,15 +95,15 @@ def test_a_file_that_may_not_be_read(
     chat_model: Path, tmp_path: Path, name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     root = Path(shutil.copytree(chat_model, tmp_path / "model"))
-    read = Path.read_bytes
+    opened = Path.open
 
-    def refuse(path: Path) -> bytes:
+    def refuse(path: Path, *how: Any, **more: Any) -> Any:
         if path.name == name:
             raise PermissionError(13, "Permission denied", str(path))
-        return read(path)
+        return opened(path, *how, **more)
 
     # Tests may run as root, to whom all is open.
-    monkeypatch.setattr(Path, "read_bytes", refuse)
+    monkeypatch.setattr(Path, "open", refuse)
     with pytest.raises(CheckpointError, match=f"{name} cannot be read: Permission denied"):
         AutoModelForCausalLM.from_pretrained(root)
 

@@ -27,8 +27,8 @@ BYTES_A_VALUE = 16
 PATIENCE = 600.0
 
 
-def check_size(path: Path, most: int) -> None:
-    """Refuse a file of more than `most` bytes, before anything of it is read.
+def check_size(path: Path, most: int) -> int:
+    """Return a file's size, and refuse one of more than `most` bytes before it is read.
 
     Raises:
         CheckpointError: it is larger.
@@ -36,6 +36,7 @@ def check_size(path: Path, most: int) -> None:
     """
     if (size := path.stat().st_size) > most:
         raise _too_large(path, f"{size:,} bytes is", most)
+    return size
 
 
 def read_limited(path: Path, most: int) -> bytes:
@@ -46,10 +47,10 @@ def read_limited(path: Path, most: int) -> bytes:
         FileNotFoundError: there is no such file.
     """
     try:
-        check_size(path, most)
+        size = check_size(path, most)
         with path.open("rb") as file:
-            # A pipe or a device has no size.
-            raw = file.read(most + 1)
+            # A pipe or a device has no size; room for what is asked for is made at once.
+            raw = file.read((size or most) + 1)
     except FileNotFoundError:
         raise
     except OSError as error:

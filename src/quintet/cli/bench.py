@@ -11,8 +11,8 @@ import click
 
 from quintet.cli.beside import Beside
 from quintet.cli.compiling import have_kernels
-from quintet.cli.counts import COUNT, COUNT_OR_NONE, THREADS
 from quintet.cli.options import kind_of, source_options, warnings_as_notes
+from quintet.cli.settings import COUNT, COUNT_OR_NONE, THREADS
 from quintet.cli.terminal import note
 from quintet.errors import InputError
 from quintet.hub import demo_model

@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from quintet.cli.counts import COUNT, COUNT_OR_NONE
 from quintet.cli.servers import key_for, key_option
+from quintet.cli.settings import COUNT, COUNT_OR_NONE
 from quintet.cli.terminal import Waiting, note
 from quintet.errors import InputError, shown
 

@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from quintet.cli.counts import COUNT
 from quintet.cli.options import (
     Opened,
     check_options,
@@ -32,7 +31,7 @@ from quintet.cli.results import (
     speculation_of,
 )
 from quintet.cli.servers import is_address, key_for, key_option
-from quintet.cli.settings import SETTING, applied, describe, parse
+from quintet.cli.settings import COUNT, SETTING, applied, describe, parse
 from quintet.cli.shaping import Shape, shape_options
 from quintet.cli.terminal import Waiting, harmless, note, unechoed
 from quintet.errors import InputError, ModelNotFoundError

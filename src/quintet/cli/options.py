@@ -14,9 +14,8 @@ from typing import TYPE_CHECKING, Any, TypeVar, cast
 import click
 
 from quintet.cli.adapters import put_adapters
-from quintet.cli.counts import COUNT, THREADS
 from quintet.cli.output import size_of
-from quintet.cli.settings import LARGEST_SEED, applied, drawn, parse, seed_of
+from quintet.cli.settings import COUNT, LARGEST_SEED, THREADS, applied, drawn, parse, seed_of
 from quintet.cli.terminal import note
 from quintet.errors import InputError, ModelNotFoundError
 from quintet.folder import AdapterFolderError

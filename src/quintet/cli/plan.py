@@ -7,12 +7,12 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from quintet.cli.counts import COUNT
 from quintet.cli.options import source_options
 from quintet.cli.output import Fact, show, size_of
 from quintet.cli.plan_options import WorldOptions, world_options
 from quintet.cli.plan_train import plan_training_in_world
 from quintet.cli.plan_world import plan_in_world
+from quintet.cli.settings import COUNT
 from quintet.errors import DoesNotFitError, InputError, OfflineError
 
 if TYPE_CHECKING:

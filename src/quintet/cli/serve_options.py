@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
-from quintet.cli.counts import COUNT, COUNT_OR_NONE
+from quintet.cli.settings import COUNT, COUNT_OR_NONE
 from quintet.errors import InputError, shown
 
 if TYPE_CHECKING:

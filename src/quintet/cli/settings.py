@@ -15,6 +15,10 @@ if TYPE_CHECKING:
     from quintet.generation.config import GenerationConfig
 
 LARGEST_SEED = 2**32 - 1
+# What options count fits 32 bits.
+_MOST = 2**31 - 1
+COUNT, COUNT_OR_NONE = click.IntRange(1, _MOST), click.IntRange(0, _MOST)
+THREADS = click.IntRange(1, 4096)
 
 # What a word that sets an option looks like; a question may have a "=" further on.
 SETTING = re.compile(r"[A-Za-z_][\w-]*=")
