@@ -391,7 +391,9 @@ def test_thoughts_are_folded_and_not_read_again(page: Browser, script: Scripted)
     assert answered(page) == ["42"]
     page.click(".reasoning summary")
     assert "Let me see." in page.text()
-    assert re.search(r"Thought for \d+\.\d s", page.text())
+    page.until(
+        r"/Thought for \d+\.\d s/.test(document.querySelector('.reasoning summary').innerText)"
+    )
     say(page, "Sure?")
     answered(page)
     assert script.asked[-1]["messages"][1] == {"role": "assistant", "content": "42"}
