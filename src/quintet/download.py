@@ -46,6 +46,7 @@ def download(
 
     Raises:
         ModelNotFoundError: no such repository, revision, or no access to it.
+        InputError: the revision cannot be one.
         OfflineError: not in the cache, and the network is off or unreachable.
         CheckpointError: a file came twice with another content than the hub says it has.
         SaveError: the cache cannot be written.
@@ -152,6 +153,7 @@ def list_files(name: str, revision: str | None, token: str | bool | None) -> lis
 
     Raises:
         ModelNotFoundError: no such repository, revision, or no access to it.
+        InputError: the revision cannot be one.
         OfflineError: the network is off or the hub cannot be reached.
     """
     from huggingface_hub import HfApi, constants
@@ -164,7 +166,11 @@ def list_files(name: str, revision: str | None, token: str | bool | None) -> lis
 def snapshot_of(
     name: str, revision: str | None, cache_dir: str | os.PathLike[str] | None
 ) -> Path | None:
-    """Return a repository's folder in the hub cache, or None."""
+    """Return a repository's folder in the hub cache, or None.
+
+    Raises:
+        InputError: the revision cannot be one.
+    """
     from huggingface_hub import constants
     from huggingface_hub.file_download import repo_folder_name
 

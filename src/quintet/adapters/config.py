@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any, Protocol, Self, runtime_checkable
 
+from quintet.configuration.numbers import is_finite
 from quintet.errors import CheckpointError, ConfigError, UnsupportedModelError, named, shown
 from quintet.files import read_json
 from quintet.folder import ADAPTER_CONFIG_NAME, find_file
@@ -242,8 +243,7 @@ def _is_rank(value: object) -> bool:
 
 
 def _is_number(value: object) -> bool:
-    plain = isinstance(value, int | float) and not isinstance(value, bool)
-    return plain and abs(value) <= 1e9  # type: ignore[arg-type]
+    return is_finite(value) and abs(value) <= 1e9
 
 
 def _is_text(value: object) -> bool:

@@ -157,7 +157,10 @@ def _read(opened: Opened, index: int, text: str) -> Line:
     other: dict[str, Any] = {}
     options: dict[str, Any] = {}
     try:
-        value = json.loads(text)
+        try:
+            value = json.loads(text)
+        except (ValueError, RecursionError) as error:
+            raise InputError(f"the line is not JSON: {error}") from error
         if isinstance(value, str):
             value = {"prompt": value}
         if not isinstance(value, dict) or sum(name in value for name in PROMPTS) != 1:
@@ -172,8 +175,6 @@ def _read(opened: Opened, index: int, text: str) -> Line:
         return Line(index, other, options, seed_of(other.get("seed")), _ids(opened, value))
     except QuintetError as error:
         return Line(index, other, error=error)
-    except (ValueError, RecursionError) as error:
-        return Line(index, other, error=InputError(f"the line is not JSON: {error}"))
 
 
 def _ids(opened: Opened, value: dict[str, Any]) -> list[int]:

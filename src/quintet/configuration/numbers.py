@@ -1,4 +1,7 @@
-"""Non-finite numbers in JSON, as Transformers writes them: {"__float__": "Infinity"}."""
+"""Numbers that come in: which a float can be, and how JSON says those that are not finite.
+
+Transformers writes {"__float__": "Infinity"}.
+"""
 
 import math
 import sys

@@ -234,13 +234,13 @@ class Call:
             DoesNotFitError: there was not enough memory.
         """
         decided, cache = self.decided, None
-        given, copies = decided.prompt.given, decided.copies
+        prompts, copies = decided.prompt.given, decided.copies
         try:
             if self.streamer is not None:
-                self.streamer.put(given.repeat_interleave(copies, dim=0).cpu())
+                self.streamer.put(prompts.repeat_interleave(copies, dim=0).cpu())
             each = 1 if decided.search else copies
-            generators = row_generators(self.given.generator, len(given), each, self.model.device)
-            groups = groups_of(self.model.world, len(given))
+            generators = row_generators(self.given.generator, len(prompts), each, self.model.device)
+            groups = groups_of(self.model.world, len(prompts))
             if self.agreement is not None and len(groups) > 1 and not self._sees_all_rows():
                 begins = [
                     functools.partial(self.begin, part, self.new_cache(), own)

@@ -59,7 +59,8 @@ class Options:
         stop_strings: texts that end a row; needs `generate(tokenizer=…)`.
         do_sample: draw from the distribution; otherwise (not set) take the most likely token.
         num_beams: how many continuations are followed at once; 1.
-        length_penalty: beams are ranked by their log-probability over length to this power; 1.
+        length_penalty: beams are ranked by their log-probability over length to this power, -30
+            to 30; 1.
         early_stopping: end a beam search as soon as there are `num_beams` ends (true), when a
             better one is unlikely (false), or only when there can be none ("never"); false.
         temperature: the logits are divided by it; 1.
