@@ -215,10 +215,11 @@ def test_on_a_gpu_rows_are_found_when_the_model_is_there(monkeypatch: pytest.Mon
     model: Any = SimpleNamespace(config=config, device=torch.device("cuda", 0))
     limits, given = Limits(capacity=1000, kept=10**7, queue=3), {"rows": None, "memory": None}
     with cuda_memory(10**8):
-        found = serve._on_device(model, limits, given, None)
+        found = serve._on_device(model, limits, given, None, "off")
         assert (found.rows, found.memory, found.kept, found.queue) == (64, 7 * 10**7, 10**7, 3)
-        assert serve._on_device(model, limits, {**given, "rows": 5}, None).rows == 5
-        assert serve._on_device(model, limits, {**given, "memory": 9 * 10**6}, None).rows == 9
+        assert serve._on_device(model, limits, {**given, "rows": 5}, None, "off").rows == 5
+        small = {**given, "memory": 9 * 10**6}
+        assert serve._on_device(model, limits, small, None, "off").rows == 9
 
 
 def test_devices_are_said_with_what_is_on_them() -> None:

@@ -1,5 +1,6 @@
 """What rows take is what their memory takes, and what does not fit is refused."""
 
+import threading
 from types import SimpleNamespace
 from typing import Any
 
@@ -10,10 +11,18 @@ from conformance.families import FAMILIES, WIDE, Family, each
 from generation.sequences import prompt_of
 from quintet.errors import DoesNotFitError, InputError
 from quintet.generation.engine import Engine as StepEngine
+from quintet.generation.speculative.drafting import PredictedDrafting
 from quintet.serving import Engine, Limits, memory
 from quintet.serving.memory import cost_of, limits_for, room_of
 from quintet.serving.scheduler import Cost
 from simulated_gpu import cuda_memory
+from waiting import PATIENCE
+
+
+def predicting() -> Any:
+    """Return a model with a layer of multi-token prediction."""
+    family = next(family for family in FAMILIES if family.name == "deepseek-v3")
+    return family.model_of(**WIDE[family.name], num_nextn_predict_layers=1)
 
 
 @each
@@ -30,6 +39,70 @@ def test_rows_take_what_is_said(family: Family, nbits: int | None) -> None:
     engine.add(sequence)
     engine.step([sequence])
     assert engine.extract(sequence, 0, 20).nbytes == cost.of(20)
+
+
+@pytest.mark.parametrize("nbits", [None, 8])
+def test_drafts_by_prediction_layers_take_what_is_said(nbits: int | None) -> None:
+    """What these keep of each token, and what they have yet to read of a prompt."""
+    model = predicting()
+    cost = cost_of(model, nbits)
+    assert cost.drafted
+    engine = StepEngine(model, 2, 100, nbits=nbits)
+    sequence = engine.sequence(prompt_of(60, 1), max_new_tokens=9, do_sample=False, use_mtp=True)
+    engine.add(sequence)
+    engine.step([sequence], piece=50)
+    drafting = sequence.drafting
+    assert isinstance(drafting, PredictedDrafting)
+    unread = drafting.unread()
+    assert unread is not None
+    assert unread.states.nbytes + unread.embeds.nbytes == 50 * cost.unread
+    while not sequence.finished:
+        engine.step([sequence])
+    assert engine.nbytes == 2 * (cost.of(100) + 100 * cost.drafted)
+
+
+def test_a_row_that_is_drafted_for_counts_as_what_it_takes() -> None:
+    model, prompt = predicting(), prompt_of(60, 1)
+    cost = cost_of(model, None)
+    given: dict[str, Any] = {"max_new_tokens": 10, "do_sample": False, "eos_token_id": -1}
+
+    def held(engine: Engine, speculate: str) -> int:
+        """Return the bytes that count when the first token is there."""
+        goes_on = threading.Event()
+
+        def halt(ids: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
+            assert ids.shape[1] == 60 or goes_on.wait(PATIENCE)
+            return logits
+
+        answers = engine.answer(prompt, speculate=speculate, logits_processor=[halt], **given)
+        next(answers)
+        taken = engine.state.held
+        goes_on.set()
+        assert list(answers)
+        return taken
+
+    with Engine(model, limits=Limits(rows=1, capacity=100)) as engine:
+        assert held(engine, "off") == cost.of(61)
+        assert held(engine, "mtp") == cost.of(61) + 61 * cost.drafted
+    with Engine(model, limits=Limits(rows=1, capacity=100, memory=cost.of(70))) as engine:
+        assert list(engine.answer(prompt, **given))
+        with pytest.raises(DoesNotFitError, match="give the engine more memory"):
+            next(engine.answer(prompt, speculate="mtp", **given))
+
+
+def test_limits_and_what_is_shown_count_what_drafts_take() -> None:
+    model = predicting()
+    cost = cost_of(model, None)
+    assert cost.drafting.token == cost.token + cost.drafted + cost.unread
+    room = cost.drafting.of(128)
+    with pytest.raises(DoesNotFitError):
+        limits_for(model, memory=room - 1, kept=0, speculate="mtp")
+    limits = limits_for(model, memory=room - 1, kept=0)
+    assert limits_for(model, memory=room, kept=0, speculate="mtp").memory == room
+    with Engine(model, limits=limits) as engine:
+        assert engine.room.token == cost.token
+    with Engine(model, limits=limits, speculate="mtp") as engine:
+        assert engine.room.token == cost.drafting.token
 
 
 def test_limits_fit_into_memory() -> None:

@@ -9,6 +9,7 @@ from quintet.serving.answers import Answer
 from quintet.serving.limits import Limits
 from quintet.serving.request import Request, hand_out
 from quintet.serving.runner import Runner
+from quintet.serving.scheduler import Cost
 from quintet.serving.transcript import Transcript
 
 INTERLEAVINGS = 10_000
@@ -63,9 +64,6 @@ class Steps:
         self.held[text] = [int(x) for one in contents for x in one.states[0]]  # type: ignore[index]
         text.computed = len(self.held[text])
         assert self.held[text] == text.ids[: text.computed]
-
-    def bytes_of_rows(self) -> tuple[int, int]:
-        return 5 * self.recurrent, 1
 
     def can_adapt(self, text: Text) -> bool:
         return True
@@ -134,7 +132,7 @@ def test_any_interleaving() -> None:
             patience=dice.choice((0.0, 3.0)),
             kept=dice.choice((0, 200, 2000)),
         )
-        runner = Runner(steps, limits, lambda: clock[0])  # type: ignore[arg-type]
+        runner = Runner(steps, limits, lambda: clock[0], Cost(5 * steps.recurrent, 1))  # type: ignore[arg-type]
         told: dict[Request, list[Answer | Exception]] = {}
         going: list[Request] = []
         for _ in range(dice.randint(5, 60)):

@@ -224,3 +224,19 @@ def test_limits_that_cannot_be_are_named(wrong: dict[str, int]) -> None:
     (name,) = wrong
     with pytest.raises(InputError, match=name):
         Limits(**wrong)  # type: ignore[arg-type]
+
+
+def test_what_drafts_keep_counts_until_the_prompt_is_read() -> None:
+    """Of those who draft alone: each token twice, and what is read of it twice more."""
+    limits = Limits(rows=3, capacity=512, memory=900, ahead=10)
+    scheduler = Scheduler(limits, Cost(row=0, token=1, drafted=1, unread=2))
+    first, second = (Job(100, 120, predicts=True) for _ in range(2))
+    plain = Job(100, 120)
+    for job in (first, second, plain):
+        scheduler.submit(job)
+    # 2 * (100 + 10) + 2 * 100 for each who drafts, 110 for the other.
+    assert scheduler.plan(0.0).admit == [first, second]
+    assert scheduler.held == 800
+    run_over(scheduler, first, 100)
+    assert scheduler.held == 2 * 101 + 400
+    assert scheduler.plan(0.0).admit == [plain]

@@ -278,7 +278,7 @@ def _load(
         # Of itself the model answers as it is.
         opened.model.set_adapter([])
     if opened.model.device.type != "cpu" and opened.model.world is None:
-        limits = _on_device(cast("Any", opened.model), limits, given, bits)
+        limits = _on_device(cast("Any", opened.model), limits, given, bits, speculate)
     engine = Engine(
         cast("Any", opened.model), opened.tokenizer, limits, nbits=bits, speculate=speculate
     )
@@ -324,7 +324,11 @@ def _fitting(
 
 
 def _on_device(
-    model: "Served", limits: "Limits", given: dict[str, Any], bits: int | None
+    model: "Served",
+    limits: "Limits",
+    given: dict[str, Any],
+    bits: int | None,
+    speculate: "Speculation",
 ) -> "Limits":
     """Return limits whose rows a GPU has memory for, which takes it at once, beside the model.
 
@@ -341,5 +345,6 @@ def _on_device(
         rows=given["rows"],
         capacity=limits.capacity,
         kept=kept,
+        speculate=speculate,
     )
     return replace(limits, rows=found.rows, memory=found.memory)

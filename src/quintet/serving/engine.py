@@ -15,13 +15,14 @@ from quintet.errors import DoesNotFitError, EngineStoppedError, InputError
 from quintet.generation.engine import Engine as StepEngine
 from quintet.generation.observing import Observed, Pooling
 from quintet.generation.requests import Served
+from quintet.generation.sequence import Sequence as Text
 from quintet.generation.speculative.prediction import MTPModel
 from quintet.serving.answers import Answer
 from quintet.serving.figures import Snapshot
 from quintet.serving.limits import Limits
-from quintet.serving.memory import Room, room_of
+from quintet.serving.memory import Room, room_of, with_drafts
 from quintet.serving.options import RequestOptions, Speculation, check_speculation, drafting
-from quintet.serving.request import LoopOutlet, Outlet, Request, hand_out
+from quintet.serving.request import LoopOutlet, Outlet, Request, hand_out, predicts
 from quintet.serving.runner import Runner
 from quintet.serving.transcript import Transcript
 from quintet.tokenization import PreTrainedTokenizer
@@ -71,7 +72,12 @@ class Engine:
         self._engine = StepEngine(
             model, self.limits.rows, self.limits.capacity, nbits=nbits, paces_drafts=True
         )
-        self._runner = Runner(self._engine, self.limits, clock)
+        self._runner = Runner(
+            self._engine,
+            self.limits,
+            clock,
+            with_drafts(model, nbits, *self._engine.bytes_of_rows()),
+        )
         self._thread = threading.Thread(target=self._runner.run, name="quintet-engine", daemon=True)
         self._thread.start()
 
@@ -178,7 +184,8 @@ class Engine:
     @property
     def room(self) -> Room:
         """The memory of model and rows."""
-        return room_of(self.model, self.limits, self._runner.scheduler.cost)
+        cost = self._runner.scheduler.cost
+        return room_of(self.model, self.limits, cost.drafting if self._speculate == "mtp" else cost)
 
     @property
     def state(self) -> Snapshot:
@@ -283,7 +290,7 @@ class Engine:
         transcript = Transcript(self.tokenizer, own.stop, keep_special=own.keep_special)
         text.listener = transcript.take
         self._engine.check_room(text)
-        self._check_memory(text.prompt_length, text.room)
+        self._check_memory(text)
         now = self._clock()
         return Request(
             text,
@@ -298,14 +305,16 @@ class Engine:
             stable=own.stops(text.prompt_length),
         )
 
-    def _check_memory(self, prompt: int, room: int) -> None:
+    def _check_memory(self, text: Text) -> None:
         """Check that a request fits the memory when it runs alone.
 
         Raises:
             DoesNotFitError: it cannot.
         """
-        memory, cost = self.limits.memory, self._runner.scheduler.cost
-        needed = prompt + min(room, self.limits.ahead)
+        memory, cost, prompt = self.limits.memory, self._runner.scheduler.cost, text.prompt_length
+        if predicts(text):
+            cost = cost.drafting
+        needed = prompt + min(text.room, self.limits.ahead)
         if memory is not None and cost.of(needed) > memory:
             fits = max(memory - cost.row, 0) // cost.token if cost.token else 0
             raise DoesNotFitError(

@@ -8,8 +8,11 @@ import torch
 from quintet.errors import DoesNotFitError, InputError
 from quintet.generation.following import rows_of
 from quintet.generation.requests import Served
+from quintet.generation.speculative.prediction import MTPModel
+from quintet.modeling.base import PreTrainedModel
 from quintet.ops.device_memory import free_memory
 from quintet.serving.limits import Limits
+from quintet.serving.options import Speculation
 from quintet.serving.scheduler import Cost
 
 # Of the memory there is, what rows and what was read before may take together, and the most of the
@@ -26,7 +29,8 @@ class Room:
     Attributes:
         weights: the bytes of the model's parameters and buffers, adapters included.
         row: the bytes of a row before its first token: recurrent states.
-        token: the bytes of each of its tokens.
+        token: the bytes of each of its tokens, with what drafts by prediction layers take where
+            that is what is done for those who do not say.
         rows: how many rows there are.
         capacity: how many tokens each may have.
         memory: how many bytes the rows may hold together; None for all that they can.
@@ -77,10 +81,34 @@ def room_of(model: Served, limits: Limits, cost: Cost | None = None) -> Room:
 
 def cost_of(model: Served, nbits: int | None) -> Cost:
     """Measure a row's bytes by running one token."""
+    return with_drafts(model, nbits, *_measured(model, nbits))
+
+
+def with_drafts(model: Served, nbits: int | None, row: int, token: int) -> Cost:
+    """Return what rows cost, of whose bytes those of the main layers are known.
+
+    Args:
+        model: whose rows these are.
+        nbits: bits a number in them.
+        row: the bytes of a row without tokens.
+        token: the bytes of each of its tokens.
+    """
+    depth = model.prediction_depth() if isinstance(model, MTPModel) else 0
+    if not depth:
+        return Cost(row, token)
+    config = model.config
+    # Prediction layers are as the others, and what they keep is never in fewer bits.
+    whole = token if nbits is None else _measured(model, None)[1]
+    # A state and an embedding of each token are read.
+    unread = 2 * config.hidden_size * cast("PreTrainedModel", model).dtype.itemsize
+    return Cost(row, token, whole * depth // config.num_hidden_layers, unread)
+
+
+def _measured(model: Served, nbits: int | None) -> tuple[int, int]:
     rows = rows_of(model, 1, 1, nbits)
-    row, token = rows.cache.bytes_of_rows()
+    found = rows.cache.bytes_of_rows()
     rows.end()
-    return Cost(row, token)
+    return found
 
 
 def limits_for(
@@ -91,6 +119,7 @@ def limits_for(
     rows: int | None = None,
     capacity: int | None = None,
     kept: int | None = None,
+    speculate: Speculation = "off",
 ) -> Limits:
     """Return limits whose rows and prefix cache fit a number of bytes.
 
@@ -106,6 +135,7 @@ def limits_for(
             many as there is room for, up to 64.
         capacity: tokens of each; the model's context, up to 4,096, if not given.
         kept: bytes of what was read before; a part of the memory if not given.
+        speculate: how the engine drafts; prediction layers ("mtp") keep something of each token.
 
     Raises:
         DoesNotFitError: not one row of this capacity fits.
@@ -128,6 +158,8 @@ def limits_for(
     there = int(SHARE * free_memory(model.device)) if memory is None else memory
     kept = min(int(KEPT * there), MOST_KEPT) if kept is None else kept
     cost = cost_of(model, nbits)
+    if speculate == "mtp":
+        cost = cost.drafting
     least, left = cost.of(limits.capacity), there - kept
     if least > left:
         fits = max(left - cost.row, 0) // cost.token if cost.token else 0

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from quintet.errors import NonFiniteError
 from quintet.generation.sequence import Sequence as Text
+from quintet.generation.speculative.drafting import PredictedDrafting
 from quintet.ops.sampling import NothingLeftError
 from quintet.serving.answers import Answer, Usage
 from quintet.serving.scheduler import Job
@@ -15,6 +16,11 @@ from quintet.serving.transcript import Transcript
 # What came of requests in one step, each with the one it is for.
 News = Sequence[tuple["Request", Answer | Exception]]
 Outlet = Callable[[News], None]
+
+
+def predicts(text: Text) -> bool:
+    """Return whether prediction layers draft for a text."""
+    return isinstance(text.drafting, PredictedDrafting)
 
 
 def hand_out(news: News) -> None:
@@ -94,6 +100,7 @@ class Request(Job):
             priority=priority,
             deadline=deadline,
             arrival=arrival,
+            predicts=predicts(text),
         )
         self.text, self.reader, self.outlet, self.transcript = text, reader, outlet, transcript
         self.cached: int | None = None

@@ -36,9 +36,12 @@ class Runner(PromptReuse):
         engine: runs the model.
         limits: how much at once.
         clock: tells the time in seconds.
+        cost: what rows hold.
     """
 
-    def __init__(self, engine: StepEngine, limits: Limits, clock: Callable[[], float]) -> None:
+    def __init__(
+        self, engine: StepEngine, limits: Limits, clock: Callable[[], float], cost: Cost
+    ) -> None:
         self.engine, self.limits, self._clock = engine, limits, clock
         self.figures = Figures()
         self.state = Snapshot(rows=limits.rows)
@@ -46,10 +49,9 @@ class Runner(PromptReuse):
         self.parted = False  # whether other processes that hold the model are gone
         # Held while a request is let in, so that none comes after the last messages were read.
         self._open = threading.Lock()
-        row, token = engine.bytes_of_rows()
-        self.scheduler: Scheduler[Request] = Scheduler(limits, Cost(row, token), self._waits)
+        self.scheduler: Scheduler[Request] = Scheduler(limits, cost, self._waits)
         self.prefix: PrefixCache[RowContent] = PrefixCache(
-            limits.kept, divisible=not row, tail=LEAST_TAIL
+            limits.kept, divisible=not cost.row, tail=LEAST_TAIL
         )
         # Requests that came, of which the last state knows some.
         self._came = self._taken = self._known = 0

@@ -20,14 +20,28 @@ PASSES = 8
 
 @dataclass(frozen=True, slots=True)
 class Cost:
-    """The bytes of a row and of each of its tokens."""
+    """The bytes of rows.
+
+    Attributes:
+        row: of a row without tokens.
+        token: of each of its tokens.
+        drafted: of each of them besides, where prediction layers draft.
+        unread: of each that these have yet to read, as they do when the prompt is done.
+    """
 
     row: int
     token: int
+    drafted: int = 0
+    unread: int = 0
 
     def of(self, tokens: int) -> int:
         """Return the bytes of a row of this many tokens."""
         return self.row + self.token * tokens
+
+    @property
+    def drafting(self) -> "Cost":
+        """What a row that prediction layers draft for costs at the most."""
+        return Cost(self.row, self.token + self.drafted + self.unread)
 
 
 class Job:
@@ -42,14 +56,15 @@ class Job:
         deadline: when it is too late to go on; None for never.
         arrival: when it came.
         stops: at which tokens a piece of the prompt has to end.
+        predicts: prediction layers draft for it, and keep what they need.
         cancelled: nobody waits for it any more.
         preemptions: how often it had to give its row back.
         passed: how many got a row before it since it was its turn and there was no room for it.
     """
 
     __slots__ = (
-        "arrival", "cancelled", "computed", "deadline", "known", "most", "passed", "preemptions",
-        "priority", "scope", "stops",
+        "arrival", "cancelled", "computed", "deadline", "known", "most", "passed", "predicts",
+        "preemptions", "priority", "scope", "stops",
     )  # fmt: skip
 
     def __init__(
@@ -62,8 +77,10 @@ class Job:
         deadline: float | None = None,
         arrival: float = 0.0,
         stops: tuple[int, ...] = (),
+        predicts: bool = False,
     ) -> None:
         self.known, self.most, self.computed = known, most, 0
+        self.predicts = predicts
         self.scope, self.priority, self.deadline = scope, priority, deadline
         self.arrival, self.stops = arrival, stops
         self.cancelled = False
@@ -207,7 +224,16 @@ class Scheduler(Generic[J]):
     @property
     def held(self) -> int:
         """The estimated bytes of all rows."""
-        return sum(self.cost.of(job.known) for job in self.running)
+        return sum(self._bytes(job, job.known) for job in self.running)
+
+    def _bytes(self, job: Job, tokens: int) -> int:
+        """Return what a job's row takes when it has this many tokens."""
+        taken = self.cost.of(tokens)
+        if job.predicts:
+            taken += self.cost.drafted * tokens
+            if not job.steps:
+                taken += self.cost.unread * job.known
+        return taken
 
     def _over(self, now: float) -> list[J]:
         return [
@@ -258,8 +284,10 @@ class Scheduler(Generic[J]):
         if memory is None or not self.running:
             return True
         ahead = self.limits.ahead
-        wanted = (min(one.known + ahead, one.most) for one in (*self.running, job))
-        return sum(map(self.cost.of, wanted)) <= memory
+        wanted = (
+            self._bytes(one, min(one.known + ahead, one.most)) for one in (*self.running, job)
+        )
+        return sum(wanted) <= memory
 
     def _rows_of(self, scope: str) -> int:
         return sum(job.scope == scope for job in self.running)
