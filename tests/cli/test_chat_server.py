@@ -3,12 +3,15 @@
 import json
 import re
 import signal
+import socket
+import ssl
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from quintet.cli import remote
 from quintet.server.registry import Offer
 from quintet.serving import Limits
 from served import Running, loaded, serving
@@ -187,9 +190,31 @@ def test_a_server_that_lists_no_models_is_told_which(
 
 
 def test_chunks_of_any_shape_end_nothing(quintet: Any, said: Scripted, url: str) -> None:
-    said.answers = [[{"content": None}, {"content": ["x"]}, {"tool_calls": []}, "Hello"]]
+    half = {"content": "\ud800"}
+    said.answers = [[{"content": None}, {"content": ["x"]}, {"tool_calls": []}, half, "Hello"]]
     result = quintet("chat", url, "Hi")
-    assert (result.code, result.out) == (0, "['x']Hello\n")
+    assert (result.code, result.out) == (0, "['x']?Hello\n")
+
+
+def test_an_answer_that_is_no_stream_is_told(quintet: Any, said: Scripted, url: str) -> None:
+    """As of a server that does not know what was asked for."""
+    said.answers = [(200, {"choices": []}, {})]
+    result = quintet("chat", url, "Hi")
+    assert result.code == 1
+    assert "answers with 'application/json' where a stream was asked for" in result.err
+
+
+@pytest.mark.parametrize(
+    ("error", "said"),
+    [
+        (socket.gaierror(-2, "Name or service not known"), "Name or service not known"),
+        (ssl.SSLError(1, "[SSL: WRONG_VERSION_NUMBER] wrong version"), "WRONG_VERSION_NUMBER"),
+        (OSError(111, "Connect call failed ('127.0.0.1', 9)"), "Connection refused"),
+        (TimeoutError(), "TimeoutError"),
+    ],
+)
+def test_why_nobody_answers_is_told_in_words(error: OSError, said: str) -> None:
+    assert said in remote._why(error)
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,10 @@
 
 import asyncio
 import math
+import re
+import socket
+from collections.abc import Awaitable, Callable
+from contextlib import suppress
 from dataclasses import replace
 from typing import Any
 
@@ -9,7 +13,7 @@ import pytest
 
 from measurement.fakeserver import FakeServer
 from quintet.errors import InputError, ServingError
-from quintet.measurement.serving.asking import Asked, find
+from quintet.measurement.serving.asking import Asked, Target, find
 from quintet.measurement.serving.connection import Address
 from quintet.measurement.serving.load import Load, run
 from quintet.measurement.serving.summary import Goals, lines, summary
@@ -245,6 +249,106 @@ def test_addresses() -> None:
     assert Address.of("localhost:80") == Address("localhost", 80)
     assert Address.of("https://a/x/v1/") == Address("a", 443, "/x", True)
     assert Address.of("http://[::1]:8/v1", "k") == Address("::1", 8, "", False, "k")
+
+
+@pytest.mark.parametrize(
+    "url",
+    [
+        *("http://a#x", "http://a:0", "http://a/\u00fc", "http://a/x y", "http://a..b"),
+        *(f"http://{'a' * 300}", "http://\ud800"),
+    ],
+)
+def test_nothing_of_an_address_is_left_out_in_silence(url: str) -> None:
+    with pytest.raises(InputError, match="is no address of a server"):
+        Address.of(url)
+
+
+def test_secrets_of_addresses_and_keys_are_not_shown() -> None:
+    with pytest.raises(InputError, match="names no user") as refused:
+        Address.of("http://me:hidden@a")
+    assert "hidden" not in str(refused.value)
+    for key in ("hidd\u00ebn", "hidden\r\nX: y", "hidden\ud800"):
+        with pytest.raises(InputError, match="printable ASCII") as refused:
+            Address.of("http://a", key)
+        assert "hidd" not in str(refused.value)
+
+
+OK = b"HTTP/1.1 200 OK\r\n"
+CHUNKED = OK + b"Transfer-Encoding: chunked\r\n\r\n"
+
+
+@pytest.mark.parametrize(
+    ("answer", "said"),
+    [
+        (b"", "is not HTTP/1.1"),
+        (b"SSH-2.0-OpenSSH\r\n", "is not HTTP/1.1: it begins with 'SSH-2.0-OpenSSH'"),
+        (b"HTTP/1.1 \xb2 OK\r\n\r\n", "is not HTTP/1.1"),
+        (b"HTTP/1.1 " + b"9" * 5000 + b"\r\n\r\n", "is not HTTP/1.1"),
+        (OK + b"X: y\r\n" * 2000 + b"\r\n", "more than 1,000 headers"),
+        (OK + b"X: " + b"y" * (1 << 23), "a line of an answer is longer"),
+        (OK + b"Content-Length: x\r\n\r\n", "its length is 'x'"),
+        (OK + b"Content-Length: -5\r\n\r\n", "its length is '-5'"),
+        (OK + b"Content-Length: " + b"9" * 5000 + b"\r\n\r\n", "its length is"),
+        (OK + b"Content-Length: 50\r\n\r\nabc", "was cut off"),
+        (OK + b"Content-Length: 99999999999\r\n\r\n" + b"a" * (1 << 16), "was cut off"),
+        (CHUNKED + b"zz\r\nabc", "has the size b'zz'"),
+        (CHUNKED + b"-5\r\nabc", "has the size b'-5'"),
+        (CHUNKED + b"ffffffffffffffffff\r\nabc", "has the size"),
+        (CHUNKED + b"5\r\nabc", "was cut off"),
+    ],
+)
+def test_answers_that_are_no_http_are_told(answer: bytes, said: str) -> None:
+    with pytest.raises(ServingError, match=re.escape(said)):
+        asyncio.run(_of_raw(answer, lambda address: address.fetch("/x")))
+
+
+@pytest.mark.parametrize(
+    ("events", "error"),
+    [
+        (b"data: hello\n\n", "ServingError: an event of the stream is not JSON"),
+        (b"data: " + b"[" * 100_000 + b"\n\n", "ServingError: an event of the stream is not JSON"),
+        (b'data: {"error": 5}\n\n', "in the stream: None"),
+        (
+            b'data: {"usage": {"prompt_tokens": "x"}, "choices": 5}\n\n'
+            b'data: {"choices": [5, {"delta": 5}, {"text": 5, "finish_reason": "stop"}]}\n\n',
+            None,
+        ),
+        (b"data: [1]\n\n", "the stream ended before its end"),
+        (b"data: x\n" * (1 << 20), "ServingError: an event of an answer is longer"),
+    ],
+)
+def test_events_of_any_shape_end_a_request_and_not_the_measurement(
+    events: bytes, error: str | None
+) -> None:
+    answer = OK + b"\r\n" + events
+    asked = asyncio.run(_of_raw(answer, lambda address: Target(address, "m").ask("Hi", 1)))
+    assert (asked.error or "").startswith(error or "")
+    assert bool(asked.error) == bool(error)
+    assert (asked.prompt, asked.text) == (0, "" if error else "5")
+
+
+async def _of_raw(answer: bytes, ask: Callable[[Address], Awaitable[Any]]) -> Any:
+    """Return what is made of an answer of a server, of whatever bytes."""
+
+    async def answered(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        await reader.readuntil(b"\r\n\r\n")
+        with suppress(OSError):
+            writer.write(answer)
+            await writer.drain()
+        writer.close()
+
+    server = await asyncio.start_server(answered, "127.0.0.1", 0)
+    async with server:
+        port = server.sockets[0].getsockname()[1]
+        return await ask(Address("127.0.0.1", port))
+
+
+def test_who_does_not_answer_is_not_waited_for() -> None:
+    """From the first thing on that is asked, which is the name of the model."""
+    silent = socket.create_server(("127.0.0.1", 0))
+    address = Address("127.0.0.1", silent.getsockname()[1])
+    with silent, pytest.raises(ServingError, match=r"did not answer within 0\.05 s"):
+        asyncio.run(find(address, timeout=0.05))
 
 
 def test_servers_that_are_none() -> None:

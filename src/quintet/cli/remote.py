@@ -4,6 +4,8 @@ import asyncio
 import difflib
 import json
 import os
+import socket
+import ssl
 from collections.abc import (
     AsyncIterator,
     Callable,
@@ -156,9 +158,9 @@ class Remote:
         listed = said.get("data")
         models = listed if isinstance(listed, list) else []
         return {
-            harmless(str(model["id"])): _number(model.get("max_model_len"))
-            for model in models
-            if isinstance(model, dict) and "id" in model
+            harmless(name): _number(model.get("max_model_len"))
+            for model in map(_mapping, models)
+            if isinstance(name := model.get("id"), str)
         }
 
     async def _converse(self, messages: list[Message], answer: Answer) -> str | None:
@@ -173,7 +175,7 @@ class Remote:
                     if events := _events(_mapping(choice.get("delta"))):
                         answer.count()
                         answer.hear(events)
-                    ended = choice.get("finish_reason") or ended
+                    ended = _reason_of(choice) or ended
             finally:
                 answer.end()
         return ended
@@ -186,8 +188,8 @@ class Remote:
             async for choice, usage in _choices(reply):
                 used = usage or used
                 if piece := choice.get("text"):
-                    write(piece)
-                ended = choice.get("finish_reason") or ended
+                    write(_text(piece))
+                ended = _reason_of(choice) or ended
         return ended, used
 
     @asynccontextmanager
@@ -212,10 +214,16 @@ def _network(url: str) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        why = os.strerror(error.errno) if error.errno else str(error) or type(error).__name__
         raise ServingError(
-            f"no server answers at {shown(url)}: {why}; one begins by `quintet serve MODEL`"
+            f"no server answers at {shown(url)}: {_why(error)}; one begins by `quintet serve MODEL`"
         ) from error
+
+
+def _why(error: OSError) -> str:
+    # What TLS and names of hosts have for numbers are not the system's.
+    if error.errno and not isinstance(error, ssl.SSLError | socket.gaierror):
+        return os.strerror(error.errno)
+    return error.strerror or str(error) or type(error).__name__
 
 
 def _run(work: Coroutine[Any, Any, Result]) -> Result:
@@ -228,6 +236,9 @@ async def _choices(reply: Reply) -> AsyncIterator[tuple[dict[str, Any], dict[str
     Raises:
         ServingError: the server failed in the middle, or hung up.
     """
+    kind = reply.headers.get("content-type", "text/event-stream")
+    if not kind.startswith("text/event-stream"):
+        raise ServingError(f"the server answers with {shown(kind)} where a stream was asked for")
     try:
         async for data in reply.events():
             if data == "[DONE]":
@@ -247,8 +258,13 @@ def _events(delta: Mapping[str, Any]) -> list[Event]:
     """Return what a piece says; servers have two names for thoughts."""
     thought = delta.get("reasoning_content") or delta.get("reasoning")
     content = delta.get("content")
-    events: list[Event] = [Reasoning(str(thought))] if thought else []
-    return [*events, Content(str(content))] if content else events
+    events: list[Event] = [Reasoning(_text(thought))] if thought else []
+    return [*events, Content(_text(content))] if content else events
+
+
+def _text(said: Any) -> str:
+    # JSON may spell half of a character, which no stream takes.
+    return str(said).encode("utf-8", "replace").decode()
 
 
 def _refused(reply: Reply, body: bytes, url: str) -> Exception:
@@ -275,6 +291,11 @@ def _object(text: str) -> dict[str, Any]:
         return _mapping(json.loads(text))
     except (ValueError, RecursionError):
         return {}
+
+
+def _reason_of(choice: Mapping[str, Any]) -> str | None:
+    reason = choice.get("finish_reason")
+    return _text(reason) if isinstance(reason, str) else None
 
 
 def _mapping(value: Any) -> dict[str, Any]:

@@ -14,8 +14,11 @@ from typing import Any, Self, TextIO
 import click
 
 CLEAR = "\r\x1b[K"
-# What a terminal obeys rather than shows, but tabs and the ends of lines.
-ORDERS = dict.fromkeys(i for i in (*range(32), *range(127, 160)) if chr(i) not in "\t\n")
+# What a terminal obeys rather than shows, but tabs and the ends of lines; and halves of characters,
+# which no stream takes.
+ORDERS = dict.fromkeys(
+    i for i in (*range(32), *range(127, 160), *range(0xD800, 0xE000)) if chr(i) not in "\t\n"
+)
 
 
 def can_dim() -> bool:

@@ -105,7 +105,7 @@ class Target:
         except asyncio.CancelledError:
             asked.dropped = True
             raise
-        except (OSError, ServingError, ValueError) as error:
+        except (OSError, ServingError) as error:
             asked.error = f"{type(error).__name__}: {error}"
         finally:
             asked.ended = time.perf_counter()
@@ -132,16 +132,17 @@ async def _listen(reply: Reply, asked: Asked, drop: int | None) -> None:
         now = time.perf_counter()
         if data == "[DONE]":
             return
-        event = json.loads(data)
+        event = _object(_parsed(data))
         if "error" in event:
-            asked.error = f"in the stream: {event['error'].get('code')}"
+            asked.error = f"in the stream: {_object(event['error']).get('code')}"
             return
-        if usage := event.get("usage"):
-            asked.prompt, asked.counted = usage.get("prompt_tokens", 0), True
-            asked.completion = usage.get("completion_tokens", 0)
-            details = usage.get("prompt_tokens_details") or {}
-            asked.cached = details.get("cached_tokens") or 0
-        for choice in event.get("choices", ()):
+        if usage := _object(event.get("usage")):
+            asked.prompt, asked.counted = _count(usage.get("prompt_tokens")), True
+            asked.completion = _count(usage.get("completion_tokens"))
+            details = _object(usage.get("prompt_tokens_details"))
+            asked.cached = _count(details.get("cached_tokens"))
+        choices = event.get("choices")
+        for choice in map(_object, choices if isinstance(choices, list) else ()):
             finished = finished or choice.get("finish_reason") is not None
             text = _text(choice)
             if text or (finished and not asked.came):
@@ -156,21 +157,36 @@ async def _listen(reply: Reply, asked: Asked, drop: int | None) -> None:
 
 def _text(choice: dict[str, Any]) -> str:
     """Return the text of a chunk, reasoning included."""
-    delta = choice.get("delta")
-    if delta is None:
-        return choice.get("text") or ""
-    return (delta.get("reasoning_content") or delta.get("reasoning") or "") + (
-        delta.get("content") or ""
-    )
+    if choice.get("delta") is None:
+        return str(choice.get("text") or "")
+    delta = _object(choice["delta"])
+    thought = delta.get("reasoning_content") or delta.get("reasoning") or ""
+    return f"{thought}{delta.get('content') or ''}"
+
+
+def _parsed(data: str) -> Any:
+    try:
+        return json.loads(data)
+    except (ValueError, RecursionError):
+        raise ServingError("an event of the stream is not JSON") from None
+
+
+def _object(value: Any) -> dict[str, Any]:
+    """Return what a server says where an object should be; empty where it is none."""
+    return value if isinstance(value, dict) else {}
+
+
+def _count(value: Any) -> int:
+    return value if type(value) is int else 0
 
 
 def _error(status: int, content: bytes) -> str:
     """Say what a status means by the code that stands with it, if one does: no texts of users."""
     try:
-        error = json.loads(content)["error"]
-        code = error.get("code") or error.get("type")
-    except (ValueError, KeyError, TypeError, AttributeError):
-        code = None
+        error = _object(_object(json.loads(content)).get("error"))
+    except (ValueError, RecursionError):
+        error = {}
+    code = error.get("code") or error.get("type")
     return f"HTTP {status}" if code is None else f"HTTP {status}, {code}"
 
 
@@ -200,7 +216,8 @@ async def find(
     sample = Words().draw(SAMPLE, dice)
     try:
         if model is None:
-            status, listed = await address.fetch("/v1/models")
+            async with asyncio.timeout(timeout):
+                status, listed = await address.fetch("/v1/models")
             try:
                 model = str(listed["data"][0]["id"])
             except (TypeError, KeyError, IndexError):
@@ -210,12 +227,17 @@ async def find(
                 ) from None
         words = Target(address, model, endpoint, Words(), extra or {}, timeout)
         if prompts != "text" and endpoint == "completions":
-            ids = await _ids_of(address, model, str(sample))
+            async with asyncio.timeout(timeout):
+                ids = await _ids_of(address, model, str(sample))
             if ids:
                 target = Target(address, model, endpoint, Ids(tuple(ids)), extra or {}, timeout)
                 trial = await target.ask(target.material.draw(8, dice), 1)
                 if trial.error is None or prompts == "ids":
                     return _checked(target, trial)
+    except TimeoutError:
+        raise ServingError(
+            f"{address.host}:{address.port} did not answer within {timeout:g} s"
+        ) from None
     except OSError as error:
         raise ServingError(
             f"nobody answers at {address.host}:{address.port}: {error.strerror or error}"

@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import re
 import ssl
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager, suppress
@@ -11,9 +12,16 @@ from urllib.parse import urlsplit
 
 from quintet.errors import InputError, ServingError, shown
 
-# The longest line and the longest body that are read; a server's answers are far below.
+# The longest line, the most headers and the longest body that are read; a server's answers are far
+# below.
 LINE = 1 << 22
+HEADERS = 1000
 BODY = 1 << 26
+# So much of a body is read at once, however large a server says that it is.
+PIECE = 1 << 16
+_STATUS, _LENGTH = re.compile(r"[1-9][0-9]{2}"), re.compile(r"[0-9]{1,18}")
+_CHUNK = re.compile(rb"[0-9a-fA-F]{1,15}")
+_PATH = re.compile(r"[!-~]*")
 
 
 class Reply:
@@ -30,64 +38,90 @@ class Reply:
     @classmethod
     async def begin(cls, reader: asyncio.StreamReader) -> "Reply":
         """Read the head of an answer."""
-        first = (await reader.readline()).decode("latin-1").split(maxsplit=2)
-        if len(first) < 2 or not first[0].startswith("HTTP/1.") or not first[1].isdigit():
-            raise ServingError(f"the answer is not HTTP/1.1: it begins with {shown(first)}")
+        line = (await _line(reader)).decode("latin-1").strip()
+        version, _, rest = line.partition(" ")
+        status = rest.partition(" ")[0]
+        if not version.startswith("HTTP/1.") or not _STATUS.fullmatch(status):
+            raise ServingError(f"the answer is not HTTP/1.1: it begins with {shown(line)}")
         headers: dict[str, str] = {}
-        while (line := (await reader.readline()).decode("latin-1").strip()) != "":
+        for _ in range(HEADERS):
+            line = (await _line(reader)).decode("latin-1").strip()
+            if not line:
+                return cls(reader, int(status), headers)
             name, _, value = line.partition(":")
             headers[name.strip().lower()] = value.strip()
-        return cls(reader, int(first[1]), headers)
+        raise ServingError(f"the answer is not HTTP/1.1: it has more than {HEADERS:,} headers")
 
     async def pieces(self) -> AsyncIterator[bytes]:
         """Yield the body as it comes; ServingError where it ends before its end."""
         if self.headers.get("transfer-encoding", "").lower() == "chunked":
-            while size := int((await self._line()).split(b";")[0], 16):
-                yield await self._exactly(size)
-                await self._line()
+            while size := await self._size():
+                async for piece in self._exactly(size):
+                    yield piece
+                await self._whole_line()
             return
         length = self.headers.get("content-length")
         if length is not None:
-            yield await self._exactly(int(length))
+            if not _LENGTH.fullmatch(length):
+                raise ServingError(f"the answer is not HTTP/1.1: its length is {shown(length)}")
+            async for piece in self._exactly(int(length)):
+                yield piece
             return
-        while piece := await self._reader.read(1 << 16):
+        while piece := await self._reader.read(PIECE):
             yield piece
 
     async def read(self) -> bytes:
         """Return the whole body."""
-        body = b""
+        body = bytearray()
         async for piece in self.pieces():
             body += piece
             if len(body) > BODY:
                 raise ServingError(f"an answer is longer than {BODY:,} bytes")
-        return body
+        return bytes(body)
 
     async def events(self) -> AsyncIterator[str]:
         """Yield the data of each server-sent event when its last line is there."""
-        left, data = b"", list[str]()
+        left, data, size = b"", list[str](), 0
         async for piece in self.pieces():
             *lines, left = (left + piece).split(b"\n")
-            if len(left) > LINE:
-                raise ServingError(f"a line of an answer is longer than {LINE:,} bytes")
+            if size + len(left) > LINE:
+                raise ServingError(f"an event of an answer is longer than {LINE:,} bytes")
             for line in lines:
                 text = line.rstrip(b"\r").decode("utf-8", "replace")
                 if text.startswith("data:"):
                     data.append(text.removeprefix("data:").removeprefix(" "))
+                    size += len(text)
                 elif not text and data:
                     yield "\n".join(data)
-                    data = []
+                    data, size = [], 0
 
-    async def _line(self) -> bytes:
-        line = await self._reader.readline()
+    async def _size(self) -> int:
+        """Return how long the next piece is; 0 behind the last."""
+        size = (await self._whole_line()).partition(b";")[0].strip()
+        if not _CHUNK.fullmatch(size):
+            raise ServingError(f"the answer is not HTTP/1.1: a piece of it has the size {size!r}")
+        return int(size, 16)
+
+    async def _whole_line(self) -> bytes:
+        line = await _line(self._reader)
         if not line.endswith(b"\n"):
             raise ServingError("the answer was cut off")
         return line.strip()
 
-    async def _exactly(self, size: int) -> bytes:
-        try:
-            return await self._reader.readexactly(size)
-        except asyncio.IncompleteReadError:
-            raise ServingError("the answer was cut off") from None
+    async def _exactly(self, size: int) -> AsyncIterator[bytes]:
+        while size:
+            piece = await self._reader.read(min(size, PIECE))
+            if not piece:
+                raise ServingError("the answer was cut off")
+            size -= len(piece)
+            yield piece
+
+
+async def _line(reader: asyncio.StreamReader) -> bytes:
+    try:
+        return await reader.readline()
+    except ValueError:
+        raise ServingError(f"a line of an answer is longer than {LINE:,} bytes") from None
 
 
 @dataclass(frozen=True, slots=True)
@@ -110,20 +144,34 @@ class Address:
 
     @classmethod
     def of(cls, url: str, key: str | None = None) -> "Address":
-        """Read a URL, with or without `/v1` at its end; InputError where it is none."""
+        """Read a URL, with or without `/v1` at its end.
+
+        Raises:
+            InputError: it is none, or the key is none that a header can have.
+        """
         given = url if "://" in url else f"http://{url}"
         try:
             parts = urlsplit(given)
-            port = parts.port
+            host, port = (parts.hostname or "").encode("idna").decode(), parts.port
         except ValueError:
-            parts, port = urlsplit(""), None
-        if parts.scheme not in ("http", "https") or not parts.hostname or parts.query:
+            parts, host, port = urlsplit(""), "", None
+        if parts.username is not None:
+            # Not shown: there may be a password in it.
+            raise InputError(
+                "the address of a server names no user and no password; a key is read from "
+                "QUINTET_API_KEY or --api-key-file"
+            )
+        secure = parts.scheme == "https"
+        port = (443 if secure else 80) if port is None else port
+        more = parts.query or parts.fragment or not _PATH.fullmatch(parts.path)
+        if parts.scheme not in ("http", "https") or not host or not port or more:
             raise InputError(
                 f"{shown(url)} is no address of a server; they look like http://127.0.0.1:8000"
             )
-        secure = parts.scheme == "https"
+        if key is not None and not (key.isascii() and key.isprintable()):
+            raise InputError("the key has to be printable ASCII, as it travels in a header")
         base = parts.path.rstrip("/").removesuffix("/v1")
-        return cls(parts.hostname, port or (443 if secure else 80), base, secure, key)
+        return cls(host, port, base, secure, key)
 
     @asynccontextmanager
     async def ask(self, path: str, body: Any = None) -> AsyncIterator[Reply]:
@@ -152,7 +200,7 @@ class Address:
             content = await reply.read()
         try:
             return reply.status, json.loads(content)
-        except ValueError:
+        except (ValueError, RecursionError):
             return reply.status, None
 
     def _request(self, path: str, body: Any) -> bytes:
