@@ -88,7 +88,7 @@ def test_each_row_gets_what_it_gets_alone(seed: int) -> None:
         logits = dice.choice((1, 4)) * torch.randn(len(texts), V)
         logits[dice.randrange(len(texts))] = 0.25
         before = logits.clone()
-        together = choosing.choose(texts.__getitem__, logits, [step] * len(texts))
+        together = choosing.choose(texts.__getitem__, logits, [step] * len(texts)).read()
         assert torch.equal(logits, before)
         for row, (text, sampler) in enumerate(zip(texts, made[1], strict=True)):
             alone = int(sampler.choose(text, logits[row : row + 1], step=step))
@@ -155,7 +155,7 @@ def test_a_row_that_fails_leaves_the_others_what_they_get(do_sample: bool, top_k
         for _ in range(2)
     ]
     choosing = Choosing(made[0])
-    found = choosing.choose(texts.__getitem__, logits, [8] * 6)
+    found = choosing.choose(texts.__getitem__, logits, [8] * 6).read()
     for row in (1, 3, 4):
         assert isinstance(found[row], NothingLeftError)
         assert "for new token 8" in str(found[row])
@@ -164,7 +164,7 @@ def test_a_row_that_fails_leaves_the_others_what_they_get(do_sample: bool, top_k
     assert isinstance(found[2], ValueError)
     # And none of the others drew a number more than once.
     again = torch.randn(6, V)
-    more = choosing.choose(texts.__getitem__, again, [9] * 6)
+    more = choosing.choose(texts.__getitem__, again, [9] * 6).read()
     for row in (0, 5):
         for place, (tokens, scores) in enumerate(((found, logits), (more, again))):
             alone = made[1][row].choose(texts[row], scores[row : row + 1])
@@ -189,7 +189,7 @@ def test_a_warper_of_the_callers_serves_the_rows_that_have_it() -> None:
     texts = texts_of(5, random.Random(0))
     logits = torch.randn(5, 40)
     assert (
-        Choosing(samplers).choose(texts.__getitem__, logits, [1] * 5)
+        Choosing(samplers).choose(texts.__getitem__, logits, [1] * 5).read()
         == logits.argmax(dim=-1).tolist()
     )
     assert seen == [2]

@@ -2,6 +2,7 @@
 
 import random
 from collections.abc import Callable
+from contextlib import suppress
 from typing import Any
 from unittest import mock
 
@@ -13,18 +14,23 @@ from torch._dynamo.testing import CompileCounter
 from conformance.families import FAMILIES, Family, each
 from generation.sequences import prompt_of
 from quintet import CompileConfig
+from quintet.cache import RowContent
 from quintet.generation import fixed_step
 from quintet.generation.compiling import compiled
 from quintet.generation.engine import Engine
+from quintet.generation.fetching import Fetched
 from quintet.generation.fixed_step import Recording
 from quintet.generation.graphs import WARM_UP, CudaGraphs
+from quintet.generation.sequence import Sequence
 from simulated_gpu import Again, Replayed, SimulatedGPU, moved
 
 PLAIN: dict[str, Any] = {"eos_token_id": -1, "pad_token_id": 0, "do_sample": False}
+# One token in five is an end.
+ENDING = {**PLAIN, "eos_token_id": list(range(5, 101, 5))}
 
 
-def alone(model: Any, prompt: Tensor, new: int) -> list[int]:
-    made: Tensor = model.generate(prompt, max_new_tokens=new, **PLAIN)
+def alone(model: Any, prompt: Tensor, new: int, **options: Any) -> list[int]:
+    made: Tensor = model.generate(prompt, max_new_tokens=new, **(options or PLAIN))
     return made[0, prompt.shape[1] :].tolist()
 
 
@@ -62,32 +68,106 @@ def test_a_step_in_bfloat16_is_one_graph() -> None:
     assert counter.frame_count == 1
 
 
+@pytest.mark.parametrize("options", [PLAIN, ENDING], ids=["to-the-end", "ending"])
 @each
 def test_sequences_that_come_and_go_become_what_each_becomes_alone(
-    family: Family, monkeypatch: pytest.MonkeyPatch
+    family: Family, options: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Rows wait, leave and come while others step; numbers of rows and slots are exceeded."""
     monkeypatch.setattr(fixed_step, "SLOTS", 8)
     model, graphs, dice = family.model_of(**family.shallow), Again(), random.Random(2)
     engine = Engine(model, 5, 60, recording=Recording(graphs))
     made = [(prompt_of(length, length), 30 - length) for length in (1, 20, 3, 9, 14, 2, 7, 5)]
-    waiting = [engine.sequence(one, max_new_tokens=new, **PLAIN) for one, new in made]
-    sequences, left = list(waiting), False
+    sequences = [engine.sequence(one, max_new_tokens=new, **options) for one, new in made]
+    # Those that wait, with what their rows held.
+    waiting: list[tuple[Sequence, list[RowContent]]] = [(one, []) for one in sequences]
+    left = 0
     while waiting or engine.sequences:
         while waiting and len(engine.sequences) < 5 and dice.random() < 0.7:
-            engine.add(waiting.pop(0))
+            one, held = waiting.pop(0)
+            engine.add(one, *held)
         there = engine.sequences
         if there:
             engine.step(dice.sample(there, dice.randint(1, len(there))), 4)
         for one in there:
             if one.finished:
+                assert engine.length(one) >= len(one.ids) - 1
                 engine.remove(one)
-            elif not left and len(one.new) == 4:
+            elif left < 4 and len(one.new) == 4 + left:
+                waiting.append((one, [engine.extract(one)] if left % 2 else []))
                 engine.remove(one)
-                waiting.append(one)
-                left = True
-    assert [one.new for one in sequences] == [alone(model, *one) for one in made]
-    assert graphs.replayed > 5 * graphs.captured > 0
+                left += 1
+    assert [one.new for one in sequences] == [alone(model, *one, **options) for one in made]
+    assert graphs.replayed > 2 * graphs.captured > 0
+
+
+@each
+def test_what_a_sequence_held_that_ended_is_gone_on_with(family: Family) -> None:
+    model = family.model_of(**family.shallow)
+    engine = Engine(model, 2, 60, recording=Recording(Again()))
+    prompt = prompt_of(5, 5)
+    # The fourth token that it makes is its end.
+    options = {**PLAIN, "eos_token_id": alone(model, prompt, 4)[-1]}
+    one = engine.sequence(prompt, max_new_tokens=20, **options)
+    engine.add(one)
+    while not one.finished:
+        engine.step([one])
+    assert one.new == alone(model, prompt, 20, **options)
+    if len(one.new) > 2:
+        # The step that began before it was known to have ended ran over its last token.
+        assert engine.length(one) == len(one.ids)
+    more = torch.tensor([[*one.ids, 7, 8]])
+    other = engine.sequence(more, max_new_tokens=5, **PLAIN)
+    engine.add(other, engine.extract(one))
+    engine.remove(one)
+    assert other.computed >= len(one.ids) - 1
+    while not other.finished:
+        engine.step([other])
+    assert other.new == alone(model, more, 5)
+
+
+@each
+def test_a_row_without_a_token_ends_alone(family: Family) -> None:
+    def forbid(ids: Tensor, scores: Tensor) -> Tensor:
+        return torch.where(torch.tensor(ids.shape[1] == 8), -torch.inf, scores)
+
+    model = family.model_of(**family.shallow)
+    engine = Engine(model, 2, 40, recording=Recording(Again()))
+    prompts = [prompt_of(n, n) for n in (4, 7)]
+    bad = engine.sequence(prompts[0], max_new_tokens=8, logits_processor=[forbid], **PLAIN)
+    good = engine.sequence(prompts[1], max_new_tokens=8, **PLAIN)
+    for one in (bad, good):
+        engine.add(one)
+    while not good.finished:
+        engine.step([bad, good])
+    assert "no token to take for new token 5" in str(bad.error)
+    assert bad.new == alone(model, prompts[0], 4)
+    assert good.new == alone(model, prompts[1], 8)
+
+
+@each
+def test_reading_that_is_interrupted_loses_nothing(
+    family: Family, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, reads, read = family.model_of(**family.shallow), [0], Fetched.read
+    engine = Engine(model, 2, 40, recording=Recording(Again()))
+    expected = run_all(engine)
+
+    def interrupts(self: Fetched) -> Any:
+        reads[0] += 1
+        if reads[0] in (3, 5):
+            raise KeyboardInterrupt
+        return read(self)
+
+    sequences = [engine.sequence(prompt_of(n, n), max_new_tokens=8, **PLAIN) for n in (4, 7)]
+    for one in sequences:
+        engine.add(one)
+    monkeypatch.setattr(Fetched, "read", interrupts)
+    while not all(one.finished for one in sequences):
+        with suppress(KeyboardInterrupt):
+            engine.step(sequences)
+    assert reads[0] > 8
+    assert [one.new for one in sequences] == expected
 
 
 @each
@@ -173,7 +253,8 @@ def test_a_step_that_fails_can_be_done_again(
 
     def fails(self: Any, x: Tensor) -> Tensor:
         calls[0] += self is model.lm_head
-        if self is model.lm_head and calls[0] == 6:
+        # One that began ahead of its turn, and the same when it is its turn.
+        if self is model.lm_head and calls[0] in (6, 7):
             raise MemoryError
         return head(self, x)
 

@@ -12,6 +12,7 @@ from generation.sequences import prompt_of
 from quintet.errors import InputError
 from quintet.generation import fixed_step, recorded
 from quintet.generation.engine import Engine
+from quintet.generation.fetching import Fetched
 from quintet.generation.graphs import Graphs
 from simulated_gpu import Again, Replayed, Simulated, SimulatedGPU, moved
 
@@ -124,6 +125,30 @@ def test_no_step_of_an_engine_waits_but_for_its_tokens(family: Family) -> None:
     assert not [wait for wait in gpu.waits if ENGINE_STEP.search(wait)]
     assert gpu.fetched
     assert graphs.replays
+
+
+@each
+def test_a_step_of_an_engine_begins_before_the_tokens_it_follows_are_read(
+    family: Family, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    graphs, read, begun = Replayed(), Fetched.read, []
+
+    def noted(self: Fetched) -> Any:
+        begun.append(graphs.replays)
+        return read(self)
+
+    monkeypatch.setattr(Fetched, "read", noted)
+    with SimulatedGPU():
+        model = moved(family.model_of(**family.shallow))
+        engine = Engine(model, 2, 32, recording=fixed_step.Recording(graphs))
+        for length in (5, 9):
+            ids = prompt_of(length, length)[0].tolist()
+            engine.add(engine.sequence(ids, max_new_tokens=6, eos_token_id=-1, do_sample=False))
+        sequences = engine.sequences
+        while not all(one.finished for one in sequences):
+            engine.step(sequences)
+    # The prompts' tokens; the first step, and the second; the third, and so on to the last.
+    assert begun == [0, 2, 3, 4, 5, 5]
 
 
 def test_what_cannot_be_recorded_is_generated_as_ever(monkeypatch: pytest.MonkeyPatch) -> None:

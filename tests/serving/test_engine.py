@@ -20,8 +20,11 @@ from quintet.errors import (
     InputError,
     QueueFullError,
 )
+from quintet.generation import engine as generation
+from quintet.generation.graphs import Graphs
 from quintet.generation.rows import Rows
 from quintet.serving import Answer, Engine, Limits
+from simulated_gpu import Again
 from waiting import PATIENCE, until
 
 
@@ -98,11 +101,14 @@ def test_each_gets_what_it_gets_alone(family: Family) -> None:
 
 
 @each
-@pytest.mark.parametrize("nbits", [None, 8])
+@pytest.mark.parametrize(
+    ("nbits", "graphs"), [(None, None), (8, None), (None, Again())], ids=["plain", "8", "recorded"]
+)
 def test_a_conversation_is_gone_on_from_where_it_is_stable(
-    family: Family, nbits: int | None
+    family: Family, nbits: int | None, graphs: Graphs | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A turn reads what is new in it, also where layers keep a state, and in few bits."""
+    monkeypatch.setattr(generation, "graphs_of", lambda device: graphs)
     model = family.model_of(max_position_embeddings=512, **WIDE[family.name])
     own = {} if nbits is None else {"cache_implementation": "quantized", "cache_dtype": "int8"}
     system, expected, read = 70, [], []

@@ -68,6 +68,9 @@ class Steps:
     def can_adapt(self, text: Text) -> bool:
         return True
 
+    def length(self, text: Text) -> int:
+        return len(self.held[text])
+
     def remove(self, text: Text) -> None:
         del self.held[text]
 

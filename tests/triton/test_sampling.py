@@ -72,7 +72,7 @@ def test_a_choice_draws_so_where_a_backend_does(monkeypatch: pytest.MonkeyPatch)
         warpers.TopPLogitsWarper(0.9),
     ]
     choice = Choice(three, do_sample=True)
-    right = choice.launch(scores, u=u)
+    right = choice.launch_taking(choice.warped(scores), u=u)
     with REGISTRY.registered(BACKEND):
         asked: list[int] = []
 

@@ -6,7 +6,6 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from quintet.generation.fetching import Fetched
 from quintet.generation.processors import warpers as warping
 from quintet.generation.processors.base import LogitsWarper
 from quintet.generation.processors.warpers import TemperatureLogitsWarper, TopKLogitsWarper
@@ -77,46 +76,9 @@ class Choice:
         Raises:
             NothingLeftError: a row has no token left, or its scores hold NaN or infinity.
         """
-        if scores.device.type != "cpu":
-            # The way that asks the device nothing, be somebody waiting or not: of two ways, sums
-            # may differ in their last digit.
-            chosen = self.launch(scores, generators, u=u)
-            sampling.check_left(chosen.best.tolist(), unfinished, step)
-            return chosen.tokens
-        few = None if self._k is None else sampling.top_k_candidates(scores, self._k)
-        if few is None:
-            warped = self.warped(scores)
-            return self.take(warped, generators, unfinished, step=step, u=u)
-        values, ids, crowded = few
-        if u is None:
-            u = sampling.uniform((len(ids), 1), ids.device, generators)
-        index = self.take(_warped(self._few, values), None, unfinished, step=step, u=u)
-        tokens = ids.gather(1, index[:, None])[:, 0]
-        if crowded is None:
-            return tokens
-        # Row by row: which way is taken must not depend on the other rows.
-        rows = crowded.nonzero()[:, 0]
-        needed = None if unfinished is None else unfinished[rows]
-        rest = _warped([warping.of_rows(warper, rows) for warper in self.warpers], scores[rows])
-        return tokens.index_copy(0, rows, self.take(rest, None, needed, step=step, u=u[rows]))
-
-    def read(
-        self, scores: Tensor, unfinished: Tensor | None = None, *, u: Tensor | None = None
-    ) -> list[int]:
-        """Take a token per row like `choose`, and return them on the host.
-
-        The device is waited for once.
-
-        Raises:
-            NothingLeftError: a row has no token left, or its scores hold NaN or infinity.
-        """
-        if scores.device.type == "cpu":
-            tokens: list[int] = self.choose(scores, None, unfinished, u=u).tolist()
-            return tokens
-        here, best = Fetched(*self.launch(scores, u=u)).read()
-        sampling.check_left(best.tolist(), unfinished)
-        taken: list[int] = here.tolist()
-        return taken
+        chosen = self.launch(scores, generators, u=u)
+        sampling.check_left(chosen.best.tolist(), unfinished, step)
+        return chosen.tokens
 
     def launch(
         self,
@@ -133,9 +95,12 @@ class Choice:
             if u is None:
                 u = sampling.uniform((len(scores), 1), scores.device, generators)
             drawn = self._drawn(scores, u)
+            if drawn is None and scores.device.type == "cpu":
+                # Whether a few candidates are all there are, a device would be asked.
+                drawn = self._of_few(scores, u)
             if drawn is not None:
                 return drawn
-        return self.launch_taking(self.warped(scores), generators, u=u)
+        return self.launch_taking(self.warped(scores), u=u)
 
     def launch_taking(
         self,
@@ -151,6 +116,22 @@ class Choice:
         if u is None:
             u = sampling.uniform((len(scores), 1), scores.device, generators)
         return Chosen(sampling.drawn(scores.softmax(dim=-1), u), scores.amax(dim=-1))
+
+    def _of_few(self, scores: Tensor, u: Tensor) -> Chosen | None:
+        """Draw from the few tokens that top-k leaves, if it bounds the distribution."""
+        few = None if self._k is None else sampling.top_k_candidates(scores, self._k)
+        if few is None:
+            return None
+        values, ids, crowded = few
+        index, best = self.launch_taking(_warped(self._few, values), u=u)
+        tokens = ids.gather(1, index[:, None])[:, 0]
+        if crowded is None:
+            return Chosen(tokens, best)
+        # Row by row: which way is taken must not depend on the other rows.
+        rows = crowded.nonzero()[:, 0]
+        warpers = [warping.of_rows(warper, rows) for warper in self.warpers]
+        rest = self.launch_taking(_warped(warpers, scores[rows]), u=u[rows])
+        return Chosen(tokens.index_copy(0, rows, rest.tokens), best.index_copy(0, rows, rest.best))
 
     def _drawn(self, scores: Tensor, u: Tensor) -> Chosen | None:
         """Draw in one fused pass, if a backend supports all warpers."""
@@ -184,15 +165,9 @@ class Choice:
         Raises:
             NothingLeftError: a row has no token left, or its scores hold NaN or infinity.
         """
-        if not self.do_sample:
-            best, tokens = sampling.likeliest(scores)
-            sampling.check_left(best.tolist(), unfinished, step)
-            return tokens
-        try:
-            return sampling.draw(scores.softmax(dim=-1), generators, u, unfinished)
-        except sampling.NothingLeftError:
-            sampling.check_left(scores.amax(dim=-1).tolist(), unfinished, step)
-            raise
+        chosen = self.launch_taking(scores, generators, u=u)
+        sampling.check_left(chosen.best.tolist(), unfinished, step)
+        return chosen.tokens
 
     def warped(self, scores: Tensor) -> Tensor:
         """Apply the warpers to scores (B, V)."""

@@ -1,5 +1,6 @@
 """Chooses tokens for rows with different options."""
 
+import math
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
 
@@ -7,11 +8,12 @@ import torch
 from torch import Tensor
 
 from quintet.errors import InputError
-from quintet.generation.choice import Choice
+from quintet.generation.choice import Choice, Chosen
+from quintet.generation.fetching import Fetched
 from quintet.generation.sampler import Sampler
 from quintet.generation.token_buffer import TokenBuffer
 from quintet.ops import sampling
-from quintet.ops.sending import brought
+from quintet.ops.sending import brought, sent
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,6 +29,31 @@ class _Group:
     rows: list[int]
     index: Tensor | None
     choice: Choice
+
+
+class Taken:
+    """A token for each row, on its way to the host.
+
+    Args:
+        chosen: the tokens (B,), and the best scores, on the device of the scores.
+        failed: rows that have none, and why.
+        steps: which new token of its row each is, from 1.
+    """
+
+    def __init__(self, chosen: Chosen, failed: dict[int, Exception], steps: Sequence[int]) -> None:
+        self.tokens = chosen.tokens
+        self._fetched, self._failed, self._steps = Fetched(*chosen), failed, steps
+
+    def read(self) -> list[int | Exception]:
+        """Return each row's token, or the exception that prevented it; waits for these alone."""
+        tokens, best = self._fetched.read()
+        made: list[int | Exception] = tokens.tolist()
+        for row, score in enumerate(best.tolist()):
+            if not -math.inf < score < math.inf:
+                made[row] = sampling.NothingLeftError(0, score, self._steps[row])
+        for row, error in self._failed.items():
+            made[row] = error
+        return made
 
 
 class Choosing:
@@ -64,27 +91,31 @@ class Choosing:
 
     def choose(
         self, text_of: Callable[[int], TokenBuffer], logits: Tensor, steps: Sequence[int]
-    ) -> list[int | Exception]:
-        """Return each row's token, or the exception that prevented it.
+    ) -> Taken:
+        """Take a token for each row, without waiting for the device.
 
         Args:
             text_of: returns a row's text, (1, T); asked where something reads it.
             logits: (B, V) of the tokens behind the texts.
             steps: which new token of its row it is, from 1, for the message of an error.
         """
-        chosen: list[int | Exception] = [-1] * len(self.samplers)
+        failed: dict[int, Exception] = {}
         scores = logits.to(torch.float32)
         read = list(torch.split(scores, 1)) if self._reading else []
         for row in self._reading:
             try:
                 read[row] = self._read(row, text_of(row), read[row])
             except Exception as error:
-                chosen[row] = error
+                failed[row] = error
         if read:
             scores = read[0] if len(read) == 1 else torch.cat(read)
-        for group in self._groups:
-            self._take(group, scores, steps, chosen)
-        return chosen
+        made = [self._take(group, scores) for group in self._groups]
+        if len(made) == 1:
+            return Taken(made[0], failed, steps)
+        places = [row for group in self._groups for row in group.rows]
+        back = sent(sorted(range(len(places)), key=places.__getitem__), torch.long, scores.device)
+        joined = (torch.cat(part)[back] for part in zip(*made, strict=True))
+        return Taken(Chosen(*joined), failed, steps)
 
     def _read(self, row: int, text: TokenBuffer, scores: Tensor) -> Tensor:
         result = self.samplers[row].read(text, scores)
@@ -95,36 +126,11 @@ class Choosing:
             )
         return result.to(scores)
 
-    def _take(
-        self, group: _Group, scores: Tensor, steps: Sequence[int], chosen: list[int | Exception]
-    ) -> None:
-        rows, choice = group.rows, group.choice
+    def _take(self, group: _Group, scores: Tensor) -> Chosen:
         if group.index is not None:
             scores = scores[brought(group.index, scores.device)]
-        u = None
-        if choice.do_sample:
-            u = self._uniform(rows, scores.device)
-        unfinished = None
-        if any(isinstance(chosen[row], Exception) for row in rows):
-            unfinished = torch.tensor(
-                [not isinstance(chosen[row], Exception) for row in rows],
-                dtype=torch.bool,
-                device="cpu",
-            )
-        for _ in range(len(rows) + 1):
-            try:
-                tokens = choice.read(scores, unfinished, u=u)
-                break
-            except sampling.NothingLeftError as error:
-                # The others take theirs, by the same numbers.
-                row = rows[error.row]
-                chosen[row] = sampling.NothingLeftError(0, error.best, steps[row])
-                if unfinished is None:
-                    unfinished = torch.ones(len(rows), dtype=torch.bool, device="cpu")
-                unfinished[error.row] = False
-        for row, token in zip(rows, tokens, strict=True):
-            if not isinstance(chosen[row], Exception):
-                chosen[row] = token
+        u = self._uniform(group.rows, scores.device) if group.choice.do_sample else None
+        return group.choice.launch(scores, u=u)
 
     def _uniform(self, rows: list[int], device: torch.device) -> Tensor:
         """Draw a uniform number per row, (n, 1), each from its own generator."""

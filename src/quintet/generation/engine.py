@@ -9,6 +9,7 @@ from torch import Tensor
 from quintet.adapters.rows import ByRow
 from quintet.errors import InputError
 from quintet.generation import plan
+from quintet.generation.ahead import Ahead, gathered
 from quintet.generation.arguments import Arguments
 from quintet.generation.choosing import Choosing
 from quintet.generation.engine_rows import EngineRows
@@ -167,7 +168,8 @@ class Engine(EngineRows):
         """Run one forward over the sequences, and return each one's new tokens.
 
         One whose prompt is not run over to its end gets none, and so does one that has ended. What
-        goes wrong with one sequence ends that one, with its `error`.
+        goes wrong with one sequence ends that one, with its `error`. Where steps are recorded, the
+        next one of the same sequences begins before the tokens of this one are waited for.
 
         Args:
             sequences: some of those in the engine.
@@ -225,6 +227,23 @@ class Engine(EngineRows):
                 self._prediction.pace(sequence)
 
     def _run(self, going: list[Sequence], pieces: list[Piece]) -> Tensor:
+        """Return the logits that pieces keep; of steps that began ahead, those there are."""
+        ahead = {one: one.ahead for one in going if one.ahead is not None}
+        if not ahead:
+            return self._run_now(going, pieces)
+        begun = gathered(ahead.values())
+        if len(ahead) < len(going):
+            now = [number for number, one in enumerate(going) if one not in ahead]
+            rest = [pieces[number] for number in now]
+            made = self._run_now([going[number] for number in now], rest)
+            own = iter(torch.split(begun, 1))
+            others = iter(torch.split(made, [piece.keep for piece in rest]))
+            begun = torch.cat([next(own if one in ahead else others) for one in going])
+        for one in ahead:
+            one.ahead = None
+        return begun
+
+    def _run_now(self, going: list[Sequence], pieces: list[Piece]) -> Tensor:
         """Run the pieces, and pass their states to drafters and observers."""
         predicting = [_predicting(one) for one in going]
         pooling = [one.watched is not None and one.watched.pooling is not None for one in going]
@@ -259,23 +278,59 @@ class Engine(EngineRows):
             sequence.take_checked(checked)
             sequence.note(checked, sequence.ids[before:])
             self._take_back(sequence)
+        if not single:
+            return
         if len(places) < len(logits):
             logits = logits[sent(places, torch.long, logits.device)]
         samplers = tuple(sequence.sampler for sequence in single)
         if samplers != self._choosing.samplers:
             self._choosing = Choosing(samplers)
         steps = [len(one.ids) - one.prompt_length + 1 for one in single]
-        chosen = self._choosing.choose(lambda row: single[row].text, logits, steps)
-        for row, (sequence, token) in enumerate(zip(single, chosen, strict=True)):
-            if isinstance(token, Exception):
-                sequence.fail(token)
-                continue
-            sequence.note(logits[row : row + 1], [token])
-            if sequence.finished:
-                continue
-            sequence.take(token)
-            if sequence.drafting is not None:
-                sequence.drafting.taken(1, 0)
+        taken = self._choosing.choose(lambda row: single[row].text, logits, steps)
+        try:
+            if len(single) == len(going):
+                self._run_ahead(single, taken.tokens)
+            for row, (sequence, token) in enumerate(zip(single, taken.read(), strict=True)):
+                if isinstance(token, Exception):
+                    sequence.fail(token)
+                    continue
+                sequence.note(logits[row : row + 1], [token])
+                if sequence.finished:
+                    continue
+                sequence.take(token)
+                if sequence.drafting is not None:
+                    sequence.drafting.taken(1, 0)
+        finally:
+            for sequence in single:
+                if sequence.waiting < 1 and sequence.ahead is not None:
+                    # What ran ahead follows a token that it did not get.
+                    self._rewind(sequence)
+
+    def _run_ahead(self, sequences: list[Sequence], tokens: Tensor) -> None:
+        """Begin the next step of sequences that do not end with these tokens (N,) for certain.
+
+        Whether one ends all the same is read meanwhile; then what was run over is of no use.
+        """
+        # Behind a prompt, the next step is likely to be one beside others.
+        if not all(one.steps_singly and one.computed > one.prompt_length for one in sequences):
+            return
+        places = [place for place, one in enumerate(sequences) if one.left > 1]
+        if not places:
+            return
+        going = [sequences[place] for place in places]
+        if len(going) < len(sequences):
+            tokens = tokens[sent(places, torch.long, tokens.device)]
+        rows = [self._placed[one] for one in going]
+        try:
+            logits = self._rows.step_ahead(rows, tokens)
+        except Exception:
+            # It is done again when it is its turn, and raises there if it fails again.
+            for one in going:
+                self._rewind(one)
+            return
+        if logits is not None:
+            for row, one in enumerate(going):
+                one.ahead = Ahead(logits, row)
 
     @staticmethod
     def _take_down(sequence: Sequence, piece: Piece, logits: Tensor) -> None:

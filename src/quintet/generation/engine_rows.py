@@ -60,7 +60,8 @@ class EngineRows:
             contents = ()
             sequence.watched.restart()
         held = contents[-1].stop if contents else 0
-        if held >= len(sequence.ids):
+        begun = sequence.ahead is not None and held == len(sequence.ids)
+        if held >= len(sequence.ids) and not begun:
             raise InputError(
                 f"the contents are of {held} tokens and the sequence has {len(sequence.ids)}; "
                 "leave at least one for the next step, as in extract(sequence, 0, n)"
@@ -71,7 +72,9 @@ class EngineRows:
                 f"all {len(self._placed)} rows are taken; remove a sequence, or make an engine "
                 "with more rows"
             )
-        sequence.computed = held
+        # A step that began is gone on with where the row holds what it ran over.
+        sequence.computed = held - begun
+        sequence.ahead = sequence.ahead if begun else None
         self._placed[sequence] = row
         drafting, sampler = sequence.drafting, sequence.sampler
         if self._paces_drafts and drafting is not None and drafting.pacing is None:
@@ -110,6 +113,16 @@ class EngineRows:
         self._take_back(sequence)
         return self._rows.extract(row, start, stop)
 
+    def length(self, sequence: Sequence) -> int:
+        """Return how many of its ids a sequence's row holds.
+
+        Raises:
+            InputError: it has no row.
+        """
+        row = self._row(sequence)
+        self._take_back(sequence)
+        return min(self._rows.cache.length(row), len(sequence.ids))
+
     def remove(self, sequence: Sequence) -> None:
         """Free the row of a sequence.
 
@@ -123,7 +136,8 @@ class EngineRows:
         del self._placed[sequence]
 
     def _rewind(self, sequence: Sequence) -> None:
-        """Undo a failed forward in a sequence's row."""
+        """Undo in a sequence's row what it is not counted to have computed."""
+        sequence.ahead = None
         row, before = self._placed[sequence], sequence.computed
         sequence.computed = self._rows.rewind(row, before)
         if sequence.watched is not None and sequence.computed < before:

@@ -7,7 +7,7 @@ filled up with rows that take no token.
 """
 
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, Protocol, cast
@@ -101,23 +101,26 @@ class FixedStep:
             self._usable = not own and FixedRows.can_be(self.cache)
 
     @torch.no_grad()
-    def run(self, tokens: Mapping[int, int]) -> Tensor | None:
-        """Step the rows with these pool indices; return logits (N, V) in that order, or None.
+    def run(self, rows: Sequence[int], tokens: Sequence[int] | Tensor) -> Tensor | None:
+        """Step rows, of these pool indices, with tokens; return logits (N, V), or None.
 
         None where it cannot be done this way, and nothing was. Where this raises, rows have to be
         taken back to what they held.
+
+        Args:
+            rows: which ones.
+            tokens: one of each; where they are a tensor (N,) on the device, nobody waits for it.
         """
-        rows = list(tokens)
-        logits = self._run(rows, [tokens.get(row, 0) for row in range(len(self.cache.rows))])
-        return None if logits is None else logits[sent(rows, torch.long, logits.device)]
+        logits = self._run(rows, tokens)
+        return None if logits is None else logits[sent(list(rows), torch.long, logits.device)]
 
     @torch.no_grad()
     def run_all(self, ids: Tensor) -> Tensor | None:
         """Step all rows with tokens (B,) on the device; return logits (B, V), or None."""
-        logits = self._run(list(range(len(ids))), [0] * len(ids), ids)
+        logits = self._run(range(len(ids)), ids)
         return None if logits is None else logits[: len(ids)].clone()
 
-    def _run(self, rows: list[int], ids: list[int], known: Tensor | None = None) -> Tensor | None:
+    def _run(self, rows: Sequence[int], tokens: Sequence[int] | Tensor) -> Tensor | None:
         """Run a recorded step; the next one overwrites its output."""
         lengths = [self.cache.length(row) for row in self.cache.rows]
         # A row that takes no token needs a slot behind its end all the same.
@@ -129,9 +132,14 @@ class FixedStep:
         if step is None:
             return None
         self.cache.begin_step(rows, S)
-        self._fill(step.inputs, ids, lengths, [int(row in rows) for row in range(len(lengths))])
-        if known is not None:
-            step.inputs[0, : len(known)] = known
+        ids, steps = [0] * len(lengths), [0] * len(lengths)
+        for place, row in enumerate(rows):
+            steps[row] = 1
+            if not isinstance(tokens, Tensor):
+                ids[row] = tokens[place]
+        self._fill(step.inputs, ids, lengths, steps)
+        if isinstance(tokens, Tensor):
+            step.inputs[0, sent(list(rows), torch.long, tokens.device)] = tokens
         logits = step.run()
         self.cache.end_step()
         return logits

@@ -141,7 +141,8 @@ class Rows:
                 self.cache.drop_snapshots(piece.row)
                 self.cache.snapshot_row(piece.row)
         if self._fixed is not None and self.cache.seen is None and all(map(_is_step, pieces)):
-            stepped = self._fixed.run({self.cache.index(one.row): one.ids[0] for one in pieces})
+            rows = [self.cache.index(one.row) for one in pieces]
+            stepped = self._fixed.run(rows, [one.ids[0] for one in pieces])
             if stepped is not None:
                 return stepped
         places = [self.cache.index(piece.row) for piece in pieces]
@@ -161,6 +162,16 @@ class Rows:
             return logits
         parts = torch.split(logits, keeps)
         return torch.cat([parts[place] for place in places])
+
+    def step_ahead(self, rows: Sequence[int], tokens: Tensor) -> Tensor | None:
+        """Step rows with tokens (N,) that are on the device; return logits (N, V), or None.
+
+        None where steps are not recorded, and nothing was done. Where this raises, the rows have to
+        be taken back to what they held.
+        """
+        if self._fixed is None:
+            return None
+        return self._fixed.run([self.cache.index(row) for row in rows], tokens)
 
     @torch.no_grad()
     def _take_memory(self) -> None:

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from quintet.errors import InputError
+from quintet.generation.ahead import Ahead
 from quintet.generation.observing import Observed
 from quintet.generation.sampler import Sampler
 from quintet.generation.speculative.candidates import DraftWriter
@@ -35,6 +36,8 @@ class Sequence:
         ids: all its ids so far.
         prompt_length: how many of them are the prompt.
         computed: how many of them an engine has run over.
+        ahead: the logits behind the last of them, if an engine has run over it before it was read;
+            then its row holds that, too.
         adapter_name: the adapter that it is made with; None for what the model uses.
         observed: what is taken down of its forwards; None for nothing.
         listener: told each token as it is made and whether that is an end token; tells whether the
@@ -67,6 +70,7 @@ class Sequence:
         self.computed = 0
         self.sampler, self.room, self.streamer = sampler, room, streamer
         self.drafting = drafting
+        self.ahead: Ahead | None = None
         self.adapter_name: str | None = None
         self.observed: Observed | None = None
         self.listener: Callable[[int, bool], bool] | None = None
@@ -91,6 +95,11 @@ class Sequence:
         return len(self.ids) - self.computed
 
     @property
+    def left(self) -> int:
+        """The number of tokens it may still get."""
+        return self.room - (len(self.ids) - self.prompt_length)
+
+    @property
     def finished(self) -> bool:
         """Whether generation has ended."""
         return self._cancelled or self.finish_reason is not None
@@ -107,7 +116,7 @@ class Sequence:
         if self.drafting is None or len(self.ids) == self.prompt_length or not self.drafting.awake:
             return []
         try:
-            return self.drafting.propose(self.text, self.sampler, self._left, self._ends)
+            return self.drafting.propose(self.text, self.sampler, self.left, self._ends)
         except Exception as error:
             self.fail(error)
             return []
@@ -121,7 +130,7 @@ class Sequence:
         ):
             return None
         try:
-            return self.drafting.begin(self.text, self.sampler, self._left)
+            return self.drafting.begin(self.text, self.sampler, self.left)
         except Exception as error:
             self.fail(error)
             return None
@@ -134,6 +143,11 @@ class Sequence:
         """
         drafting = self.drafting
         return drafting is not None and (drafting.pacing is None or drafting.drafted)
+
+    @property
+    def steps_singly(self) -> bool:
+        """Whether each step is one token, run as the model is for all."""
+        return self.drafting is None and self.adapter_name is None
 
     def take_checked(self, logits: Tensor) -> None:
         """Append the accepted draft and the next token, from logits (K + 1, V)."""
@@ -202,11 +216,6 @@ class Sequence:
     def watched(self) -> Observed | None:
         """The observer of the prompt while it is read, else None."""
         return self.observed if self.observed is not None and self.observed.reads else None
-
-    @property
-    def _left(self) -> int:
-        """The number of tokens it may still get."""
-        return self.room - (len(self.ids) - self.prompt_length)
 
     def _finish(self, reason: str) -> None:
         self.finish_reason = reason

@@ -97,7 +97,7 @@ class PromptReuse:
             self.figures.snapshots += bool(content.states)
             return content
 
-        held = min(text.computed, len(text.ids) - (not text.only_reads))
+        held = self.engine.length(text)
         held = held if most is None else min(held, most)
         try:
             self.prefix.keep(request.scope, text.ids[:held], extract, request.apart)
