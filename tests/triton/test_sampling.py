@@ -12,7 +12,7 @@ pytest.importorskip("triton", reason="Triton is made for Linux")
 
 from on_triton.sampling import by_steps, rows
 from quintet.backends import REGISTRY
-from quintet.generation.choice import Choice
+from quintet.generation.choice import Choice, Chosen
 from quintet.generation.processors import warpers
 from quintet.generation.processors.base import LogitsWarper
 from quintet.triton.backend import BACKEND
@@ -78,7 +78,7 @@ def test_a_choice_draws_so_where_a_backend_does(monkeypatch: pytest.MonkeyPatch)
 
         def taken(*given: Any, **more: Any) -> Any:
             asked.append(1)
-            return right
+            return Chosen(torch.zeros(2, dtype=torch.long), right.best)
 
         monkeypatch.setattr(Choice, "launch_taking", taken)
         made = choice.launch(scores, u=u)
