@@ -137,8 +137,16 @@ def prompt_of(
     )
 
 
-def decide(model: Generating, given: Arguments, agreement: Agreement | None) -> Decided:
+def decide(
+    model: Generating, given: Arguments, agreement: Agreement | None, *, exchanges: bool = False
+) -> Decided:
     """Decide how a call is answered; nothing is run.
+
+    Args:
+        model: what is run.
+        given: the arguments.
+        agreement: of the processes with the same text, if these are several.
+        exchanges: whether experts are elsewhere, among processes with other texts.
 
     Raises:
         InputError: no prompt, an unknown option, or a value that breaks its rule.
@@ -146,8 +154,7 @@ def decide(model: Generating, given: Arguments, agreement: Agreement | None) -> 
     """
     V = model.config.vocab_size
     config = plan.configured(model.generation_config, given.generation_config, given.options)
-    if agreement is not None:
-        check_together(config)
+    check_together(config, agrees=agreement is not None, exchanges=exchanges)
     warn_of_idle_drafting(config, given.options, given.assistant_model, given.assistant_tokenizer)
     past = plan.check_cache(
         config,

@@ -20,7 +20,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from quintet.cache import RowContent
-from quintet.errors import InputError
+from quintet.errors import InputError, RankFailedError
 from quintet.generation.fixed_step import Recording
 from quintet.generation.rows import Cached, Piece, Rows
 from quintet.generation.speculative.led import LedPredictionRows, read_beside
@@ -127,11 +127,16 @@ def check_led(model: Cached, assistant: object) -> None:
 @contextmanager
 def leading(model: Cached) -> Iterator[None]:
     """Release the other processes from `follow` at the end of the context."""
+    lost = False
     try:
         yield
+    except RankFailedError:
+        # The others ran the same, and do not follow any more.
+        lost = True
+        raise
     finally:
         orders = Orders.of(model.world)
-        if orders is not None:
+        if orders is not None and not lost:
             orders.give("leave")
 
 

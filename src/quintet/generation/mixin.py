@@ -25,6 +25,7 @@ from quintet.generation.stopping import Criterion
 from quintet.generation.streamers import Streamer
 from quintet.generation.together import check_alike
 from quintet.parallel.agree import Agreement
+from quintet.parallel.experts import lockstep_of
 from quintet.parallel.world import World
 from quintet.tokenization import PreTrainedTokenizer
 
@@ -149,10 +150,14 @@ class GenerationMixin(DecodeHelpers):
         )
         model = cast("Generating", self)
         with ExitStack() as held:
+            agreement = Agreement.of(self.world)
+            lockstep = None if self.world is None else lockstep_of(self)
+            if lockstep is not None:
+                # Behind it nothing is made any more: what is open here is closed before.
+                held.enter_context(lockstep.until_all_are_done(agreement))
             if isinstance(streamer, Streamer):
                 # Whoever reads what is streamed must not wait for what will never come.
                 held.callback(streamer.end)
-            agreement = Agreement.of(self.world)
             if agreement is not None:
                 held.enter_context(agreement.undisturbed())
                 check_alike(agreement, given, self.generation_config)
@@ -162,7 +167,7 @@ class GenerationMixin(DecodeHelpers):
             check_logits_to_keep(logits_to_keep)
             if isinstance(generation_config, list | tuple):
                 return generate_each(model, given, generation_config)
-            decided = decide(model, given, agreement)
+            decided = decide(model, given, agreement, exchanges=lockstep is not None)
             config = decided.config
             program = self._programs.of(self, config) if config.compiles else None
             return Call(model, given, decided, agreement, program, held).run()

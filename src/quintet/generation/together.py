@@ -29,16 +29,24 @@ def check_alike(agreement: Agreement, given: Arguments, config: GenerationConfig
     agreement.check_same({**given.shared(), **own})
 
 
-def check_together(config: GenerationConfig) -> None:
+def check_together(config: GenerationConfig, *, agrees: bool, exchanges: bool) -> None:
     """Refuse options that a sharded model does not support.
+
+    Args:
+        config: the options.
+        agrees: whether several processes have the same text.
+        exchanges: whether experts are elsewhere, among processes with other texts.
 
     Raises:
         InputError: such an option is set.
     """
     reasons = {
-        "compile": (config.compiles, "a compiled program cannot pass sums between processes"),
+        "compile": (
+            config.compiles and (agrees or exchanges),
+            "a compiled program cannot pass sums or tokens between processes",
+        ),
         "output_attentions": (
-            bool(config.output_attentions),
+            bool(config.output_attentions) and agrees,
             "each process weighs by its own heads, and nobody has all of them",
         ),
     }

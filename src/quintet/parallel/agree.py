@@ -8,12 +8,9 @@ So the first process of a model decides, and the others are told.
 import ctypes
 import hashlib
 import json
-import signal
-import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from types import FrameType
 from typing import Any
 
 import torch
@@ -22,6 +19,7 @@ from torch import Tensor
 
 from quintet import errors
 from quintet.errors import DisagreementError, QuintetError, RankFailedError, listed, shown
+from quintet.parallel.interrupts import Interrupts
 from quintet.parallel.posts import Posts
 from quintet.parallel.shared_buffer import shared_buffer_of
 from quintet.parallel.world import World
@@ -42,12 +40,14 @@ class Agreement:
         group: the processes.
         rank: which of them this is.
         ranks: what each is called in the whole world.
+        ended: whether what the deciding process raised was told, and is raised in all.
     """
 
     group: dist.ProcessGroup
     rank: int
     ranks: list[int]
-    _interrupted: bool = field(default=False, init=False)
+    ended: bool = field(default=False, init=False)
+    _interrupts: Interrupts = field(default_factory=Interrupts, init=False)
     _posts: Posts | None = field(default=None, init=False)
 
     @classmethod
@@ -79,10 +79,13 @@ class Agreement:
         if not self.decides:
             return self._told(device)
         try:
-            if self._interrupted:
-                self._interrupted = False
+            if self._interrupts.take():
                 raise KeyboardInterrupt
             made = decide()
+        except RankFailedError:
+            # It ran something that all ran, and all know.
+            self.ended = True
+            raise
         except BaseException as error:
             self._fail(error)
             raise
@@ -130,6 +133,7 @@ class Agreement:
         else:
             flat = torch.empty(count, dtype=torch.int64, device="cpu")
             self._pass_on(flat)
+        self.ended = status != DECIDED
         if status == INTERRUPTED:
             raise KeyboardInterrupt
         if status == FAILED:
@@ -138,6 +142,7 @@ class Agreement:
 
     def _fail(self, error: BaseException) -> None:
         """Tell the others why there is nothing to be told."""
+        self.ended = True
         if isinstance(error, KeyboardInterrupt):
             self._say(INTERRUPTED, torch.zeros(0, dtype=torch.int64, device="cpu"))
             return
@@ -208,22 +213,8 @@ class Agreement:
 
         A second one ends this process at once.
         """
-        if threading.current_thread() is not threading.main_thread():
+        with self._interrupts.noted(again=self.decides):
             yield
-            return
-        before = signal.getsignal(signal.SIGINT)
-
-        def note(number: int, frame: FrameType | None) -> None:
-            if self.decides and self._interrupted:
-                signal.signal(signal.SIGINT, before)
-                raise KeyboardInterrupt
-            self._interrupted = True
-
-        signal.signal(signal.SIGINT, note)
-        try:
-            yield
-        finally:
-            signal.signal(signal.SIGINT, before)
 
 
 def _digest(value: object) -> int:

@@ -38,7 +38,8 @@ class DistributedConfig:
     Attributes:
         tp_size: the matrices of layers; what the others leave if not given.
         tp_plan: "auto", or None.
-        ep_size: the experts, among the processes of tp: whole ones, or without it parts of each.
+        ep_size: the experts, whole ones, or without it parts of each: among the processes of tp;
+            more than these are among several groups of them, each with texts of its own.
         pp_size: the layers.
         dp_replicate_size: copies of the model, each for texts of its own.
         ep_implementation: "auto" or "all_reduce": each process runs its experts on all tokens.
@@ -198,15 +199,18 @@ def degrees_for(model: nn.Module, config: DistributedConfig, count: int) -> Degr
 
     Raises:
         InputError: the processes are no such number, what has to stay whole cannot be given out
-            among them, or experts are asked for beyond tp.
+            among them.
     """
     pp, dp = config.pp_size or 1, config.dp_replicate_size or 1
     if count % (pp * dp):
         raise InputError(
             f"pp_size={pp} · dp_replicate_size={dp} has to divide the number of processes, {count}"
         )
-    rest = count // (pp * dp)
+    rest, ep = count // (pp * dp), config.ep_size
     tp = config.tp_size or max(n for n in range(1, rest + 1) if rest % n == 0 and _fits(model, n))
+    if ep is not None and ep > tp:
+        _check_exchange(model, ep, tp, pp)
+        return Degrees(tp=tp, ep=ep, fsdp=ep // tp, dp=dp)
     if config.tp_size is None and tp < rest:
         # What is left divides the layers, which takes their turns and is no faster.
         if config.pp_size is not None:
@@ -214,16 +218,26 @@ def degrees_for(model: nn.Module, config: DistributedConfig, count: int) -> Degr
                 f"{rest} processes cannot divide this model among them: {_why(model, rest)}"
             )
         pp = rest // tp
-    ep = config.ep_size
     if ep is None and _experts(model) and (config.enable_expert_parallel or not config.tp_size):
         ep = max(n for n in range(1, tp + 1) if tp % n == 0 and _fits(model, tp, n))
-    if ep is not None and ep > tp:
-        raise InputError(
-            f"ep_size={ep} is more than tp_size={tp}, whose processes have the same rows and share "
-            "experts; take fewer, or more of tp. Experts among processes with rows of their own "
-            "are for training ([parallel] ep), and for servers such as vLLM"
-        )
     return Degrees(tp=tp, ep=ep or 1, pp=pp, dp=dp)
+
+
+def _check_exchange(model: nn.Module, ep: int, tp: int, pp: int) -> None:
+    """Check that experts can be among processes with texts of their own.
+
+    Raises:
+        InputError: they cannot.
+    """
+    beyond = f"ep_size={ep} is more than tp_size={tp}, so that tokens are sent to experts"
+    if not _experts(model):
+        raise InputError(f"{beyond}, and this model has none; leave ep_size out")
+    if pp > 1:
+        raise InputError(
+            f"{beyond}, and the stages of pp_size={pp} are at different tokens; leave pp_size out"
+        )
+    if ep % tp:
+        raise InputError(f"{beyond} among groups of tp: it has to be a multiple of tp_size")
 
 
 def _experts(model: nn.Module) -> bool:

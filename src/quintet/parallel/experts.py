@@ -10,10 +10,10 @@ from dataclasses import dataclass, replace
 from functools import partial
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 
 from quintet.layers.moe import ExpertStack
+from quintet.parallel.lockstep import Lockstep
 from quintet.parallel.regions import exchanged
 from quintet.parallel.world import World
 from quintet.sharding import Sharding
@@ -26,6 +26,8 @@ def connect_experts(model: nn.Module, sharding: Sharding, world: World) -> None:
     """Let stacks of experts that were cut run what is here, and find the rest elsewhere."""
     if world.degrees.ep == 1:
         return
+    apart = world.degrees.ep > world.degrees.tp
+    lockstep = Lockstep(world.groups["ep"], world.device) if apart else None
     for path, module in model.named_modules():
         if not isinstance(module, ExpertStack):
             continue
@@ -33,9 +35,19 @@ def connect_experts(model: nn.Module, sharding: Sharding, world: World) -> None:
         copies = None if seats is None else Copies.of(seats, module.num_experts, world.device)
         count = module.num_experts if seats is None else len(seats)
         here = OwnExperts(module, *world.place.ep, count, copies)
-        apart = world.degrees.ep > world.degrees.tp
-        forward = Exchange(here, world.groups["ep"], *world.place.tp) if apart else here
-        vars(module)["forward"] = forward
+        vars(module)["forward"] = here
+        if lockstep is not None:
+            number = len(lockstep.blocks) + 1
+            vars(module)["forward"] = Exchange(here, lockstep, number, *world.place.tp)
+            lockstep.blocks.append(here)
+
+
+def lockstep_of(model: object) -> Lockstep | None:
+    """Return what keeps a model's processes in step; None where they have the same texts."""
+    if not isinstance(model, nn.Module):
+        return None
+    exchanges = (vars(module).get("forward") for module in model.modules())
+    return next((one.lockstep for one in exchanges if isinstance(one, Exchange)), None)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -113,6 +125,13 @@ class OwnExperts:
         made: Tensor = forward(x, experts[:, None], weights[:, None])
         return made
 
+    def run_sent(self, rows: Tensor, counts: Tensor) -> Tensor:
+        """Map the rows (M, C) that processes sent, `counts` (P, own) of them, by their experts."""
+        # Each process sends its rows expert by expert.
+        own = torch.arange(self.own, device=rows.device, dtype=torch.long).repeat(self.count)
+        own = own.repeat_interleave(counts.flatten(), output_size=len(rows))
+        return self.run(rows, own, rows.new_ones(len(rows)))
+
     def __call__(self, x: Tensor, indices: Tensor, weights: Tensor) -> Tensor:
         """Sum what the own experts among `indices` (N, A) make of tokens (N, C), by their weights.
 
@@ -133,13 +152,15 @@ class Exchange:
     puts them together. How many rows are sent where is the one thing that is waited for.
 
     Attributes:
-        group: the processes that have the experts.
+        lockstep: the processes that have the experts.
+        number: which of the model's blocks this is.
         index: which of the processes with the same tokens this is.
         count: how many of these there are.
     """
 
     here: OwnExperts
-    group: dist.ProcessGroup
+    lockstep: Lockstep
+    number: int
     index: int
     count: int
 
@@ -152,22 +173,17 @@ class Exchange:
 
         Zeros for the tokens that another process along tp sends.
         """
-        here = self.here
+        here, group = self.here, self.lockstep.group
         start, end = (len(x) * i // self.count for i in (self.index, self.index + 1))
         seats = here.seated(indices)[start:end].flatten()
         order = seats.argsort(stable=True)
         tokens = start + order // indices.shape[1]
-        sent = torch.zeros(here.seats, dtype=torch.long, device=x.device)
-        sent = sent.scatter_add(0, seats, torch.ones_like(seats)).view(here.count, here.own)
-        received = torch.empty_like(sent)
-        dist.all_to_all_single(received, sent, group=self.group)
-        out_sizes, in_sizes = torch.stack((sent, received)).sum(dim=2).tolist()
-        rows = exchanged(x[tokens], self.group, out_sizes, in_sizes)
-        # Each process sends its rows expert by expert.
-        own = torch.arange(here.own, device=x.device, dtype=torch.long).repeat(here.count)
-        own = own.repeat_interleave(received.flatten(), output_size=sum(in_sizes))
-        made = here.run(rows, own, weights.new_ones(len(rows)))
-        back = exchanged(made, self.group, in_sizes, out_sizes)
+        counts = torch.zeros(here.seats, dtype=torch.long, device=x.device)
+        counts = counts.scatter_add(0, seats, torch.ones_like(seats)).view(here.count, here.own)
+        with self.lockstep.at(self.number, counts, x) as meeting:
+            rows = exchanged(x[tokens], group, meeting.sent, meeting.received)
+            made = here.run_sent(rows, meeting.counts)
+            back = exchanged(made, group, meeting.received, meeting.sent)
         # Weighed and added here, in the order of one process.
         made = back * weights[start:end].flatten()[order, None]
         out = _zeros(x)

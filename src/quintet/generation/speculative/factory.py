@@ -14,6 +14,7 @@ from quintet.generation.speculative.draft_model import DraftModel
 from quintet.generation.speculative.drafting import Drafting, PredictedDrafting, TextDrafting
 from quintet.generation.speculative.mtp import MTPDrafter
 from quintet.generation.speculative.prediction import MTPModel
+from quintet.parallel.experts import lockstep_of
 from quintet.tokenization import PreTrainedTokenizer
 
 # What is drafted for each row where no number is given.
@@ -178,6 +179,12 @@ def _check_assistant(
     tokenizer: PreTrainedTokenizer | None,
     assistant_tokenizer: PreTrainedTokenizer | None,
 ) -> None:
+    if lockstep_of(assistant) is not None:
+        raise InputError(
+            "the assistant_model exchanges experts' tokens with processes that have texts of their "
+            "own, which are at other places when it drafts; load it whole, or with ep_size up to "
+            "tp_size"
+        )
     own, other = (cast("AssistantModel", m).config.vocab_size for m in (model, assistant))
     if tokenizer is not None and assistant_tokenizer is not None:
         if tokenizer.get_vocab() != assistant_tokenizer.get_vocab():

@@ -1,0 +1,232 @@
+"""Processes with texts of their own, whose tokens meet at blocks of experts.
+
+Texts differ in length, and end when they end: the processes are at different blocks, or have
+nothing to run. So whoever comes to a block says which one it is, with how many rows it sends there.
+Where others are elsewhere, the block that is farthest goes first: those who are not there send
+nothing, run what their experts are sent, and are asked again. Nobody leaves before all are done.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext, suppress
+from dataclasses import dataclass, field
+from typing import NoReturn, Protocol
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from quintet.errors import DisagreementError, DoesNotFitError, QuintetError, RankFailedError
+from quintet.parallel.agree import Agreement
+from quintet.parallel.interrupts import Interrupts
+from quintet.parallel.regions import exchanged
+
+# Where a process is that is at no block: the blocks count from 1.
+DONE, IDLE, FAILED, INTERRUPTED = 0, -1, -2, -3
+# Where it is, in which numbers it computes and how wide its tokens are; then how many rows it sends.
+HEAD = 3
+DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+# Of what a process says when it fails.
+LETTERS = 1000
+
+
+class Block(Protocol):
+    """A block of experts at which tokens are exchanged."""
+
+    @property
+    def own(self) -> int:
+        """How many experts this process has."""
+        ...
+
+    def run_sent(self, rows: Tensor, counts: Tensor) -> Tensor:
+        """Map the rows (M, C) that processes sent, `counts` (P, own) of them by their experts."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class Meeting:
+    """What passes between the processes at a block.
+
+    Attributes:
+        block: which one it is, from 1.
+        counts: (P, own) how many rows each process sends to each of the experts of this one.
+        sent: how many rows this process sends to each.
+        received: how many it gets from each.
+        dtype: of these rows.
+        width: of a row.
+    """
+
+    block: int
+    counts: Tensor
+    sent: list[int]
+    received: list[int]
+    dtype: torch.dtype
+    width: int
+
+
+@dataclass(slots=True, eq=False)
+class Lockstep:
+    """The processes that have the experts of one model, and its blocks.
+
+    Attributes:
+        group: the processes.
+        device: where they compute.
+        blocks: in the order in which a forward comes to them.
+    """
+
+    group: dist.ProcessGroup
+    device: torch.device
+    blocks: list[Block] = field(default_factory=list, repr=False)
+    # Whether the others wait for this process, or have ended with it: then nothing can be said.
+    _over: bool = field(default=False, init=False)
+    # What this process says where it fails.
+    _why: str = field(default="", init=False)
+    _interrupts: Interrupts = field(default_factory=Interrupts, init=False, repr=False)
+
+    # -- at a block --------------------------------------------------------------------------------
+
+    @contextmanager
+    def at(self, number: int, counts: Tensor, x: Tensor) -> Iterator[Meeting]:
+        """Wait until it is this block's turn, and do what others ask for before.
+
+        Args:
+            number: the block's.
+            counts: (P, own) how many rows this process sends to each expert of each process.
+            x: (N, C) what these are of.
+
+        Raises:
+            RankFailedError: another process failed.
+            DisagreementError: others are elsewhere while gradients are recorded.
+        """
+        here = number, DTYPES.index(x.dtype), x.shape[1]
+        while True:
+            meeting, alike = self._meet(here, counts)
+            assert meeting is not None, "this process is at a block"
+            if torch.is_grad_enabled() and not alike:
+                raise DisagreementError(
+                    "processes that exchange tokens are at different blocks of experts while "
+                    "gradients are recorded; all have to run the same forwards, in the same order"
+                )
+            if meeting.block == number:
+                break
+            self._serve(meeting)
+        yield meeting
+        self._over = False
+
+    def _meet(
+        self, here: tuple[int, int, int], counts: Tensor | None = None
+    ) -> tuple[Meeting | None, bool]:
+        """Say where this process is; return whose turn it is, and whether all say the same."""
+        self._over = True
+        if self._interrupts.take():
+            here, counts = (INTERRUPTED, 0, 0), None
+        size, most = dist.get_world_size(self.group), max(block.own for block in self.blocks)
+        told = torch.zeros(size, HEAD + most, dtype=torch.long, device=self.device)
+        told[:, :HEAD] = torch.tensor(here, dtype=torch.long, device=self.device)
+        if counts is not None:
+            told[:, HEAD : HEAD + counts.shape[1]] = counts
+        heard = torch.empty_like(told)
+        dist.all_to_all_single(heard, told, group=self.group)
+        # This is the one thing that is waited for.
+        both = torch.stack((told, heard)).tolist()
+        places = [row[0] for row in both[1]]
+        if min(places) <= FAILED:
+            self._end(places)
+        block, alike = max(places), min(places) == max(places)
+        if block <= DONE:
+            return None, alike
+        _, dtype, width = both[1][places.index(block)][:HEAD]
+        sent, received = ([_rows(row, block) for row in of_one] for of_one in both)
+        kept = heard[:, HEAD : HEAD + self.blocks[block - 1].own]
+        if not alike:
+            kept = kept * (heard[:, :1] == block)
+        return Meeting(block, kept, sent, received, DTYPES[dtype], width), alike
+
+    @torch.no_grad()
+    def _serve(self, meeting: Meeting) -> None:
+        """Run what is sent to the experts of this process, which sends nothing."""
+        none = torch.empty(0, meeting.width, dtype=meeting.dtype, device=self.device)
+        rows = exchanged(none, self.group, meeting.sent, meeting.received)
+        made = self.blocks[meeting.block - 1].run_sent(rows, meeting.counts)
+        exchanged(made, self.group, meeting.received, meeting.sent)
+        self._over = False
+
+    # -- at none -----------------------------------------------------------------------------------
+
+    def attend(self) -> bool:
+        """Do what is asked for at one block, with nothing to run; return whether anything was."""
+        meeting, _ = self._meet((IDLE, 0, 0))
+        if meeting is not None:
+            self._serve(meeting)
+        self._over = False
+        return meeting is not None
+
+    def leave(self) -> None:
+        """Do what is asked for until all are done.
+
+        Raises:
+            RankFailedError: another process failed.
+        """
+        meeting, alike = self._meet((DONE, 0, 0))
+        while meeting is not None or not alike:
+            if meeting is not None:
+                self._serve(meeting)
+            meeting, alike = self._meet((DONE, 0, 0))
+        self._over = False
+
+    @contextmanager
+    def until_all_are_done(self, agreement: Agreement | None) -> Iterator[None]:
+        """Leave at the end of the context, as all do; what fails in one process ends all.
+
+        Args:
+            agreement: of the processes that have the same texts, if these are several.
+
+        Raises:
+            RankFailedError: another process failed.
+            KeyboardInterrupt: another process was interrupted.
+        """
+        self._over = False
+        try:
+            with nullcontext() if agreement else self._interrupts.noted():
+                yield
+                self.leave()
+        except BaseException as error:
+            place = _end_of(error, agreement)
+            if place is not None and not self._over:
+                # Others that are gone, or fail as well, are not what this one is about.
+                with suppress(RuntimeError, KeyboardInterrupt):
+                    self._why = _in_words(error)
+                    self._meet((place, 0, 0))
+            raise
+        finally:
+            self._over, self._why = False, ""
+
+    def _end(self, places: list[int]) -> NoReturn:
+        """Hear why processes end, and raise it."""
+        text = self._why.encode()[:LETTERS].ljust(LETTERS)
+        own = torch.frombuffer(bytearray(text), dtype=torch.uint8).to(self.device)
+        texts = [torch.empty_like(own) for _ in places]
+        dist.all_gather(texts, own, group=self.group)
+        if FAILED not in places:
+            raise KeyboardInterrupt
+        first = places.index(FAILED)
+        why = bytes(texts[first].tolist()).decode(errors="replace").strip()
+        raise RankFailedError(dist.get_process_group_ranks(self.group)[first], f"raised {why}")
+
+
+def _rows(told: list[int], block: int) -> int:
+    """Return how many rows a process sends, of what it told."""
+    return sum(told[HEAD:]) if told[0] == block else 0
+
+
+def _end_of(error: BaseException, agreement: Agreement | None) -> int | None:
+    """Return how an error ends a process; None where others with its texts do not know of it."""
+    if agreement is None:
+        return FAILED if isinstance(error, Exception) else None
+    ours = isinstance(error, QuintetError) and not isinstance(error, DoesNotFitError)
+    if not (agreement.ended or ours):
+        return None
+    return INTERRUPTED if isinstance(error, KeyboardInterrupt) else FAILED
+
+
+def _in_words(error: BaseException) -> str:
+    return f"{type(error).__name__}: {error}"
