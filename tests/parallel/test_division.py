@@ -107,6 +107,13 @@ def test_memory_of_devices_is_for_one_process() -> None:
         ("deepseek-v3", {"tp_size": 2, "dp_replicate_size": 2}, 4, {"tp": 2, "dp": 2}),
         ("deepseek-v3", {"dp_replicate_size": 2}, 4, {"tp": 2, "ep": 2, "dp": 2}),
         ("deepseek-v3", {"tp_size": 2, "enable_expert_parallel": True}, 2, {"tp": 2, "ep": 2}),
+        # More than the processes with the same texts: some have texts of their own.
+        ("deepseek-v3", {"tp_size": 1, "ep_size": 4}, 4, {"fsdp": 4, "ep": 4}),
+        ("qwen2-moe", {"tp_size": 2, "ep_size": 6}, 6, {"tp": 2, "fsdp": 3, "ep": 6}),
+        (
+            *("deepseek-v3", {"tp_size": 1, "ep_size": 2, "dp_replicate_size": 2}),
+            *(4, {"fsdp": 2, "ep": 2, "dp": 2}),
+        ),
     ],
     ids=str,
 )
@@ -134,10 +141,19 @@ def test_sizes_have_to_divide_the_number_of_processes() -> None:
         degrees_for(on_meta("qwen2"), DistributedConfig(dp_replicate_size=3), 4)
 
 
-@pytest.mark.parametrize("sizes", [{"tp_size": 2, "dp_replicate_size": 2}, {"pp_size": 2}], ids=str)
-def test_experts_are_among_those_with_the_same_rows(sizes: dict[str, int]) -> None:
-    with pytest.raises(InputError, match=r"ep_size=4 is more than tp_size=2, .* more of tp"):
-        degrees_for(on_meta("deepseek-v3"), DistributedConfig(ep_size=4, **sizes), 4)
+@pytest.mark.parametrize(
+    ("name", "sizes", "says"),
+    [
+        ("deepseek-v3", {"tp_size": 2, "ep_size": 4, "pp_size": 2}, "stages of pp_size=2"),
+        ("deepseek-v3", {"tp_size": 2, "ep_size": 3}, "a multiple of tp_size"),
+        ("qwen2", {"tp_size": 2, "ep_size": 4}, "this model has none"),
+    ],
+)
+def test_where_tokens_cannot_be_sent_to_experts(
+    name: str, sizes: dict[str, int], says: str
+) -> None:
+    with pytest.raises(InputError, match=f"is more than tp_size=2, .*{says}"):
+        degrees_for(on_meta(name), DistributedConfig(**sizes), 8)
 
 
 # -- in processes ----------------------------------------------------------------------------

@@ -27,6 +27,7 @@ from quintet.generation.speculative.led import LedPredictionRows, read_beside
 from quintet.generation.speculative.pooled import PredictionRows
 from quintet.generation.speculative.prediction import MTPModel
 from quintet.parallel.agree import Agreement
+from quintet.parallel.experts import lockstep_of
 from quintet.parallel.world import World
 
 # Most orders fit into so many bytes, behind their length.
@@ -258,6 +259,24 @@ def follow(model: Cached) -> None:
         if order == "leave":
             return
         follower.obey(order, *what)
+
+
+@torch.no_grad()
+def accompany(model: object) -> None:
+    """Run the experts of this process, which has no text, until the others are done with theirs.
+
+    Raises:
+        InputError: the model's experts are not among processes with texts of their own.
+        RankFailedError: another process failed.
+    """
+    lockstep = lockstep_of(model)
+    if lockstep is None:
+        raise InputError(
+            "only a process that exchanges experts' tokens accompanies others: load the model "
+            "with an ep_size that is more than tp_size"
+        )
+    with lockstep.until_all_are_done(None):
+        pass
 
 
 class _Follower:

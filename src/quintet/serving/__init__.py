@@ -1,6 +1,6 @@
 """A serving engine: many concurrent requests on one model, independent of protocols."""
 
-from quintet.generation.following import follow, leading
+from quintet.generation.following import accompany, follow, leading
 from quintet.generation.observing import TokenLogprobs
 from quintet.serving.answers import Answer, Usage
 from quintet.serving.engine import Engine
@@ -19,6 +19,7 @@ __all__ = [
     "Snapshot",
     "TokenLogprobs",
     "Usage",
+    "accompany",
     "follow",
     "leading",
     "limits_for",

@@ -2,18 +2,17 @@
 
 import os
 import signal
-from contextlib import suppress
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 import quintet
 from parallel.cases.generate import models, raised
-from quintet.errors import ContextLengthError, InputError, RankFailedError
-from quintet.parallel.experts import lockstep_of
+from quintet.errors import DisagreementError, InputError, RankFailedError
+from quintet.serving import accompany
 
 Options = dict[str, Any]
 # Of each process, of different lengths, one with padding.
@@ -46,3 +45,124 @@ def texts(name: str, degrees: dict[str, int], each: list[Options], changes: Opti
         # Who has the long text and who ends at once changes.
         own = (number + turn) % (2 if parts.world.degrees.fsdp == 2 else 4)
         assert made(parts, own, options) == made(whole, own, options), options
+
+
+def script(source: Path, target: Path, fails: bool) -> None:
+    """Load, generate from a prompt of each process, and save, as anybody writes it."""
+    torch.set_num_threads(1)
+    sizes = quintet.DistributedConfig(tp_size=1, ep_size=2)
+    parts = quintet.AutoModelForCausalLM.from_pretrained(source, distributed_config=sizes)
+    number = share(parts)
+    if fails and number == 1:
+        raise ValueError("no such number")
+    print(made(parts, number, {"do_sample": True}))
+    parts.save_pretrained(target)
+
+
+def one_fails(name: str, degrees: dict[str, int], victim: int) -> None:
+    """What fails in one process, before, within or behind its forwards, ends all."""
+    whole, parts = models(name, degrees)
+    number = share(parts)
+    prompt = torch.tensor(PROMPTS[number])
+
+    def broken(ids: Tensor, scores: Tensor) -> Tensor:
+        if ids.shape[1] > 8:
+            raise KeyError("of the caller's")
+        return scores
+
+    class Breaks(torch.nn.Module):
+        """A part of a layer that fails when it is called a few times."""
+
+        calls = 0
+
+        def forward(self, x: Tensor) -> Tensor:
+            self.calls += 1
+            if self.calls == 4:
+                raise OverflowError("in a layer")
+            return x
+
+    layer = parts.model.layers[1]
+    norm = layer.post_attention_layernorm
+    fails: list[tuple[Options, type[Exception], str]] = [
+        ({"temperature": -1.0, "do_sample": True}, InputError, "temperature"),
+        ({"logits_processor": [broken]}, KeyError, "of the caller's"),
+        ({}, OverflowError, "in a layer"),
+    ]
+    if parts.world.degrees.tp > 1:
+        # What a process does not agree on with those that have its text ends it, and so all.
+        fails.pop()
+    for options, kind, says in fails:
+        # The others have much to do, or nothing any more.
+        for new in (30, 1):
+            mine = number == victim
+            if mine and kind is OverflowError:
+                layer.post_attention_layernorm = torch.nn.Sequential(norm, Breaks())
+            asked = {"max_new_tokens": 30, **options} if mine else {"max_new_tokens": new}
+            said = raised(
+                lambda asked=asked: parts.generate(prompt, **asked),
+                *((kind, RankFailedError) if mine else (RankFailedError,)),
+            )
+            layer.post_attention_layernorm = norm
+            assert says in said, said
+            if not mine:
+                first = victim * parts.world.degrees.tp
+                assert said.startswith(f"rank {first} raised {kind.__name__}: "), said
+    # All go on.
+    assert made(parts, number, {}) == made(whole, number, {})
+
+
+def one_is_interrupted(name: str, degrees: dict[str, int]) -> None:
+    """Ctrl-C in one process ends all, and all go on."""
+    whole, parts = models(name, degrees)
+    number = share(parts)
+
+    def stop(ids: Tensor, scores: Tensor) -> Tensor:
+        if ids.shape[1] == 9 and number == 1:
+            os.kill(os.getpid(), signal.SIGINT)
+        return scores
+
+    for new in (40, 1):
+        with pytest.raises(KeyboardInterrupt):
+            parts.generate(
+                torch.tensor(PROMPTS[number]),
+                logits_processor=[stop],
+                max_new_tokens=40 if number == 1 else new,
+            )
+    assert made(parts, number, {}) == made(whole, number, {})
+
+
+def some_have_nothing(name: str, degrees: dict[str, int]) -> None:
+    """A process without a text answers for its experts; so it does once in a row of calls."""
+    whole, parts = models(name, degrees)
+    for turn in range(3):
+        if share(parts) == turn % 2:
+            accompany(parts)
+        else:
+            assert made(parts, turn, {}) == made(whole, turn, {})
+    with pytest.raises(InputError, match="an ep_size that is more than tp_size"):
+        accompany(whole)
+
+
+def refusals(name: str, degrees: dict[str, int]) -> None:
+    """What cannot be is refused in all, before anything runs."""
+    whole, parts = models(name, degrees)
+    prompt = torch.tensor(PROMPTS[share(parts)])
+    for model, options, says in (
+        (parts, {"compile": True}, "compile cannot be used where several processes"),
+        (parts, {"assistant_model": parts}, "assistant_model exchanges experts' tokens"),
+        (whole, {"assistant_model": parts}, "assistant_model exchanges experts' tokens"),
+    ):
+        assert says in raised(lambda m=model, o=options: m.generate(prompt, **o), InputError)
+    # An assistant that each has whole drafts for its own text.
+    options = {"assistant_model": whole, "max_new_tokens": 9}
+    assert made(parts, share(parts), options) == made(whole, share(parts), {"max_new_tokens": 9})
+
+
+def learning_apart(name: str, degrees: dict[str, int]) -> str:
+    """Forwards that record gradients, and are not the same in all, end in all."""
+    _, parts = models(name, degrees)
+    ids = torch.tensor(PROMPTS[0])
+    if share(parts):
+        # This process is at the first block again while the other is at the second.
+        parts.model.layers[1].mlp.experts.forward = parts.model.layers[0].mlp.experts.forward
+    return raised(lambda: parts(ids), DisagreementError)
