@@ -40,6 +40,11 @@ def test_prediction_layers_draft(two: Pool) -> None:
     two.run(exchanging.texts, "deepseek-v3", DATA2, each, {"num_nextn_predict_layers": 1})
 
 
+def test_who_is_elsewhere_answers_and_goes_on(two: Pool) -> None:
+    """One drafts with blocks of experts that the other never comes to."""
+    two.run(exchanging.apart, "deepseek-v3", DATA2, {"num_nextn_predict_layers": 1})
+
+
 @pytest.mark.parametrize("victim", [0, 1])
 def test_what_fails_in_one_ends_all_who_go_on_then(victim: int, two: Pool) -> None:
     two.run(exchanging.one_fails, "qwen2-moe", DATA2, victim)
@@ -112,3 +117,8 @@ def test_an_error_between_texts_ends_all_with_one_message(tmp_path: Path) -> Non
     (line,) = lines
     assert "rank 1 (process " in line
     assert "failed: ValueError: no such number" in line
+
+
+def test_the_block_that_is_farthest_goes_first(two: Pool) -> None:
+    """So whoever is in the middle of a forward ends it, and all begin the next one together."""
+    assert two.run(exchanging.turns) == [[2, 3, 1], [2, 3, 1]]

@@ -126,6 +126,7 @@ class GenerationMixin(DecodeHelpers):
             InputError: no prompt, an unknown option, or a value that breaks its rule.
             ContextLengthError: the prompt fills the model's context.
             DoesNotFitError: there was not enough memory; it says how many rows there is room for.
+            RankFailedError: of several processes that hold the model, another one failed.
         """
         given = Arguments(
             inputs=inputs,

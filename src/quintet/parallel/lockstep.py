@@ -22,7 +22,7 @@ from quintet.parallel.regions import exchanged
 
 # Where a process is that is at no block: the blocks count from 1.
 DONE, IDLE, FAILED, INTERRUPTED = 0, -1, -2, -3
-# Where it is, in which numbers it computes and how wide its tokens are; then how many rows it sends.
+# Where it is, in which numbers it computes, how wide a row is; then how many rows it sends.
 HEAD = 3
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 # Of what a process says when it fails.

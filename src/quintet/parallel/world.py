@@ -22,7 +22,8 @@ class Degrees:
     Attributes:
         tp: the matrices of layers.
         cp: the tokens of a sequence.
-        fsdp: batches, and the weights that are gathered for a layer when it runs.
+        fsdp: batches, and the weights that are gathered for a layer when it runs; without slices,
+            as in generation, those who have texts of their own and exchange tokens.
         dp: batches; each process has all that fsdp leaves.
         pp: the layers.
         ep: the experts, among the processes of tp, then of cp and fsdp. It is no further factor;
@@ -150,6 +151,12 @@ class World:
     def coordinates(self) -> dict[str, int]:
         """This process's rank along each axis."""
         return self.degrees.coordinates(self.rank)
+
+    @property
+    def share(self) -> tuple[int, int]:
+        """Which of the groups with texts of their own this process is in, and of how many."""
+        at, degrees = self.coordinates, self.degrees
+        return at["dp"] * degrees.fsdp + at["fsdp"], degrees.dp * degrees.fsdp
 
 
 def _lines(places: list[dict[str, int]], axis: str) -> list[list[int]]:

@@ -17,6 +17,7 @@ from quintet.generation.observing import Observed, Pooling
 from quintet.generation.requests import Served
 from quintet.generation.sequence import Sequence as Text
 from quintet.generation.speculative.prediction import MTPModel
+from quintet.parallel.experts import lockstep_of
 from quintet.serving.answers import Answer
 from quintet.serving.figures import Snapshot
 from quintet.serving.limits import Limits
@@ -44,7 +45,8 @@ class Engine:
         clock: tells the time in seconds, for deadlines and turns.
 
     Raises:
-        InputError: a limit is beyond the model's context, or there is no such way of drafting.
+        InputError: a limit is beyond the model's context, there is no such way of drafting, or
+            experts are among processes with texts of their own.
     """
 
     def __init__(
@@ -61,6 +63,12 @@ class Engine:
             capacity=min(Limits().capacity, model.config.max_position_embeddings)
         )
         self.tokenizer = tokenizer
+        if lockstep_of(model) is not None:
+            raise InputError(
+                "an engine whose model exchanges experts' tokens with processes that have texts of "
+                "their own would have to step when these do; load it with an ep_size up to "
+                "tp_size, or call generate()"
+            )
         check_speculation(speculate)
         if speculate == "mtp" and not (isinstance(model, MTPModel) and model.prediction_depth()):
             raise InputError(

@@ -2,6 +2,7 @@
 
 import os
 import signal
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,10 @@ from torch import Tensor
 
 import quintet
 from parallel.cases.generate import models, raised
+from parallel.cases.tensor import world
 from quintet.errors import DisagreementError, InputError, RankFailedError
+from quintet.parallel.lockstep import Lockstep
+from quintet.parallel.regions import exchanged
 from quintet.serving import accompany
 
 Options = dict[str, Any]
@@ -23,7 +27,9 @@ NEW = [11, 1, 5, 20]
 
 def share(parts: Any) -> int:
     """Return which texts are this process's: those of its tensor-parallel group."""
-    return int(parts.world.coordinates["fsdp"])
+    index, count = parts.world.share
+    assert count == parts.world.degrees.fsdp
+    return int(index)
 
 
 def made(model: Any, number: int, options: Options) -> list[list[int]]:
@@ -45,6 +51,20 @@ def texts(name: str, degrees: dict[str, int], each: list[Options], changes: Opti
         # Who has the long text and who ends at once changes.
         own = (number + turn) % (2 if parts.world.degrees.fsdp == 2 else 4)
         assert made(parts, own, options) == made(whole, own, options), options
+
+
+def apart(name: str, degrees: dict[str, int], changes: Options) -> None:
+    """Each goes its own way, at other blocks than the other."""
+    whole, parts = models(name, degrees, changes)
+    number = share(parts)
+    ways: list[Options] = [
+        {"use_mtp": True, "num_assistant_tokens": 3},
+        {"num_beams": 2, "do_sample": True},
+        {"do_sample": True},
+    ]
+    for turn in range(3):
+        options = {"max_new_tokens": 24, **ways[(number + turn) % 3]}
+        assert made(parts, number, options) == made(whole, number, options), options
 
 
 def script(source: Path, target: Path, fails: bool) -> None:
@@ -166,3 +186,35 @@ def learning_apart(name: str, degrees: dict[str, int]) -> str:
         # This process is at the first block again while the other is at the second.
         parts.model.layers[1].mlp.experts.forward = parts.model.layers[0].mlp.experts.forward
     return raised(lambda: parts(ids), DisagreementError)
+
+
+@dataclass
+class Noted:
+    """A block of one expert, which notes its number when it runs."""
+
+    number: int
+    order: list[int]
+    own: int = 1
+
+    def run_sent(self, rows: Tensor, counts: Tensor) -> Tensor:
+        self.order.append(self.number)
+        assert rows.shape == (int(counts.sum()), 3)
+        assert rows.dtype == torch.bfloat16
+        return rows
+
+
+@torch.no_grad()
+def turns() -> list[int]:
+    """Return in which order blocks run that two processes come to at different times."""
+    here = world(fsdp=2, ep=2)
+    order: list[int] = []
+    lockstep = Lockstep(here.groups["ep"], here.device)
+    lockstep.blocks += [Noted(number, order) for number in (1, 2, 3)]
+    x = torch.ones(2, 3, dtype=torch.bfloat16)
+    for number in ((1,), (2, 3))[here.share[0]]:
+        with lockstep.at(number, torch.ones(2, 1, dtype=torch.long), x) as meeting:
+            rows = exchanged(x, lockstep.group, meeting.sent, meeting.received)
+            lockstep.blocks[number - 1].run_sent(rows, meeting.counts)
+            exchanged(rows, lockstep.group, meeting.received, meeting.sent)
+    lockstep.leave()
+    return order
