@@ -16,7 +16,7 @@ from parallel.cases.tensor import world
 from quintet.errors import DisagreementError, InputError, RankFailedError
 from quintet.parallel.lockstep import Lockstep
 from quintet.parallel.regions import exchanged
-from quintet.serving import accompany
+from quintet.serving import Engine, accompany
 
 Options = dict[str, Any]
 # Of each process, of different lengths, one with padding.
@@ -173,6 +173,7 @@ def refusals(name: str, degrees: dict[str, int]) -> None:
         (whole, {"assistant_model": parts}, "assistant_model exchanges experts' tokens"),
     ):
         assert says in raised(lambda m=model, o=options: m.generate(prompt, **o), InputError)
+    assert "would have to step when these do" in raised(lambda: Engine(parts), InputError)
     # An assistant that each has whole drafts for its own text.
     options = {"assistant_model": whole, "max_new_tokens": 9}
     assert made(parts, share(parts), options) == made(whole, share(parts), {"max_new_tokens": 9})
