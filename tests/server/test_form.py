@@ -101,9 +101,30 @@ def test_only_json_is_read(server: Running, kind: str) -> None:
     assert "application/json" in error["message"]
 
 
-def test_json_may_say_its_characters(server: Running) -> None:
-    sent = {"Content-Type": "Application/JSON; charset=utf-8"}
+@pytest.mark.parametrize("charset", ["utf-8", '"UTF-8"', "us-ascii"])
+def test_json_may_say_its_characters(server: Running, charset: str) -> None:
+    sent = {"Content-Type": f"Application/JSON; charset={charset}"}
     assert server.ask("POST", "/tokenize", b'{"prompt": "a"}', sent).status == 200
+
+
+@pytest.mark.parametrize(
+    ("headers", "said"),
+    [
+        ({"Content-Type": "application/json; charset=utf-16"}, "'utf-16'"),
+        ({"Content-Type": "application/json", "Content-Encoding": "gzip"}, "'gzip'"),
+    ],
+)
+def test_what_a_body_is_said_to_be_is_not_ignored(
+    server: Running, headers: dict[str, str], said: str
+) -> None:
+    error = checked(server.ask("POST", "/tokenize", b'{"prompt": "a"}', headers), 415)
+    assert said in error["message"]
+
+
+def test_values_of_a_query_are_shown(server: Running) -> None:
+    error = checked(server.ask("GET", "/v1/models?limit=many"), 400)
+    assert "limit" in error["message"]
+    assert "'many'" in error["message"]
 
 
 def test_a_body_that_is_too_large_is_refused_and_the_connection_closed(server: Running) -> None:

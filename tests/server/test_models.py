@@ -44,3 +44,22 @@ def test_models_are_listed_as_the_clients_of_messages_read_them(server: Running)
     assert (behind["data"], behind["has_more"], behind["first_id"]) == ([], False, None)
     for query in ("after_id=other", "limit=0", "limit=x"):
         assert server.ask("GET", f"/v1/models?{query}", headers=asked).status == 400
+
+
+def test_errors_are_told_to_the_clients_of_messages_in_their_shape(server: Running) -> None:
+    asked = {"anthropic-version": "2023-06-01"}
+    for path, kind in (
+        ("/v1/models/other", "not_found_error"),
+        ("/v1/models?limit=x", "invalid_request_error"),
+    ):
+        said = server.ask("GET", path, headers=asked).json()
+        assert (said["type"], said["error"]["type"]) == ("error", kind)
+
+
+def test_a_model_without_a_template_has_another_route(server: Running) -> None:
+    """Whoever asks over HTTP can set no template."""
+    said = [{"role": "user", "content": "a"}]
+    for path in ("/v1/chat/completions", "/tokenize"):
+        answer = server.ask("POST", path, {"model": "demo", "messages": said})
+        assert answer.status == 400
+        assert answer.error["message"].endswith("ask /v1/completions")

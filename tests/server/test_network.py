@@ -5,11 +5,15 @@ import socket
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
+from dataclasses import replace
+from math import inf, nan
+from typing import Any
 
 import pytest
+from fastapi import FastAPI
 
 from quintet.errors import InputError
-from quintet.server.process import listen
+from quintet.server.process import HttpServer, listen
 from quintet.server.settings import Settings
 from served import Running, serving
 from waiting import PATIENCE, in_some_try, until
@@ -139,6 +143,31 @@ def test_what_is_no_http_is_refused(server: Running, data: bytes) -> None:
     assert answer.split(b" ")[1] in (b"400", b"501"), answer
     if answer.startswith(b"HTTP/1.1 400"):
         assert b'"error"' in answer or b"\r\n\r\n" in answer
+
+
+def test_what_is_wrong_with_a_head_is_told(server: Running) -> None:
+    answer = sent(server, b"GET /health HTTP/1.1\r\n\r\n")
+    assert b"this is no HTTP/1.1 request: Missing mandatory Host: header" in answer
+    answer = sent(server, head("/tokenize", "Content-Length: -5", method="POST"))
+    assert b"this is no HTTP/1.1 request: bad Content-Length" in answer
+
+
+def test_parts_of_a_second_are_parts(server: Running) -> None:
+    """An idle connection is kept as long as is said, and not for whole seconds."""
+    short = replace(server.service, settings=Settings(port=0, keep_alive=0.25))
+    assert HttpServer(short, FastAPI()).config.timeout_keep_alive == 0.25
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        *({name: value} for name in ("keep_alive", "drain", "ping") for value in (inf, nan, 1e300)),
+        {"buffer": 1 << 40},
+    ],
+)
+def test_numbers_that_no_timer_and_no_socket_takes_are_refused(given: dict[str, Any]) -> None:
+    with pytest.raises(InputError, match=f"{next(iter(given))}="):
+        Settings(**given)
 
 
 def test_requests_may_come_before_their_answers(server: Running) -> None:

@@ -8,6 +8,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from quintet.server.protocol.chat import ChatRequest
+from quintet.server.protocol.common import Body
 from quintet.server.protocol.completions import CompletionRequest
 from served import Answered, Running
 from server.talking import CONTEXT, talking
@@ -214,19 +215,99 @@ def test_thousands_of_mistakes_are_told_shortly(server: Running) -> None:
 def test_a_prompt_that_is_too_long_is_told_both_numbers(server: Running) -> None:
     for many in (CONTEXT + 1, 10 * CONTEXT):
         body = {"model": "tiny", "prompt": [50] * many}
-        error = refused(server.ask("POST", TEXT, body), None)
+        error = refused(server.ask("POST", TEXT, body), "prompt")
         assert error["code"] == "context_length_exceeded"
         assert str(CONTEXT) in error["message"]
         assert str(many) in error["message"]
     text = "Hello there, how are you today? " * CONTEXT
-    for path, body in (
-        (TEXT, {"prompt": text}),
-        (CHAT, {"messages": [{"role": "user", "content": text}]}),
+    said = {"messages": [{"role": "user", "content": text}]}
+    for path, body, param in (
+        (TEXT, {"prompt": text}, "prompt"),
+        (TEXT, {"prompt": ["a", text]}, "prompt[1]"),
+        (TEXT, {"prompt": [[5], [5] * 2 * CONTEXT]}, "prompt[1]"),
+        # One that is as long as the context leaves no room for an answer.
+        (TEXT, {"prompt": [[5], [5] * CONTEXT]}, "prompt[1]"),
+        (CHAT, said, "messages"),
+        ("/v1/responses", {"input": text}, "input"),
+        ("/v1/embeddings", {"input": ["a", text]}, "input[1]"),
+        ("/tokenize", said, "messages"),
     ):
-        error = refused(server.ask("POST", path, {"model": "tiny", **body}), None)
+        error = refused(server.ask("POST", path, {"model": "tiny", **body}), param)
         assert error["code"] == "context_length_exceeded"
         assert str(CONTEXT) in error["message"]
-        assert f"{len(text)}" in error["message"] or "characters" in error["message"]
+        assert param in error["message"]
+    for path in ("/v1/messages", "/v1/messages/count_tokens"):
+        answer = server.ask("POST", path, {"model": "tiny", "max_tokens": 1, **said})
+        assert answer.status == 400
+        assert answer.error["message"].startswith("messages: the model's context is")
+
+
+@pytest.mark.parametrize("value", [False, "", [], {}, 0])
+def test_a_field_that_is_not_known_may_ask_by_false(server: Running, value: Any) -> None:
+    """As `enable_thinking` does, which has another place."""
+    body = {"model": "tiny", "messages": [USER], "max_tokens": 1, "enable_thinking": value}
+    answer = server.ask("POST", CHAT, body)
+    assert answer.headers["warnings"] == "enable_thinking is not known and has no effect"
+    error = refused(
+        server.ask("POST", "/tokenize", {"messages": [USER], "add_generation_prompt": False}),
+        "add_generation_prompt",
+    )
+    assert "leave it out" in error["message"]
+
+
+@pytest.mark.parametrize("path", ["/v1/responses", "/v1/messages"])
+def test_true_is_no_number_of_answers(server: Running, path: str) -> None:
+    said = {"input": "a"} if path == "/v1/responses" else {"messages": [USER], "max_tokens": 1}
+    answer = server.ask("POST", path, {"model": "tiny", "n": True, **said})
+    assert answer.status == 400
+    assert "not True" in answer.error["message"]
+    assert server.ask("POST", path, {"model": "tiny", "n": 1, **said}).status == 200
+
+
+def test_rules_are_told_in_the_words_of_the_protocol(server: Running) -> None:
+    wrong = {"stream_options": 5, "response_format": 5, "logit_bias": 5}
+    for name, value in wrong.items():
+        body = {"model": "tiny", "messages": [USER], name: value}
+        message = refused(server.ask("POST", CHAT, body), name)["message"]
+        assert message == f"{name}: input should be a valid object, not 5"
+    body = {"model": "tiny", "input": [{"type": "x"}]}
+    message = refused(server.ask("POST", "/v1/responses", body), "input[0]")["message"]
+    assert message.startswith("input[0]: the type 'x' cannot be had here")
+
+
+def test_options_that_a_model_cannot_have_are_named(server: Running) -> None:
+    body = {"model": "tiny", "messages": [USER], "speculate": "mtp"}
+    assert "say lookup or off" in refused(server.ask("POST", CHAT, body), "speculate")["message"]
+    body = {"model": "tiny", "messages": [USER], "min_tokens": 9, "max_tokens": 8}
+    assert "at most 8" in refused(server.ask("POST", CHAT, body), "min_tokens")["message"]
+
+
+def test_lists_of_requests_are_refused_at_their_first_mistake() -> None:
+    """Millions of mistakes would take as many errors, and everybody's time."""
+
+    def kinds(kind: type[Body]) -> Iterator[type[Body]]:
+        for one in kind.__subclasses__():
+            yield one
+            yield from kinds(one)
+
+    def lists(schema: Any) -> Iterator[Any]:
+        if isinstance(schema, dict):
+            if schema.get("type") == "list":
+                yield schema
+            for value in schema.values():
+                yield from lists(value)
+        elif isinstance(schema, list):
+            for value in schema:
+                yield from lists(value)
+
+    found = [
+        (kind.__name__, one)
+        for kind in kinds(Body)
+        for one in lists(kind.__pydantic_core_schema__)
+        if one.get("items_schema", {}).get("type", "any") != "any"
+    ]
+    assert len(found) > 20
+    assert [name for name, one in found if not one.get("fail_fast")] == []
 
 
 def test_what_asks_for_nothing_is_taken(server: Running) -> None:

@@ -193,5 +193,23 @@ def test_a_key_that_no_header_holds_is_none(key: str) -> None:
         Settings(keys=(key,))
 
 
+@pytest.mark.parametrize("host", ["name:80", "http://name", "", "a b", "a/b", "\u00fc"])
+def test_names_that_no_request_has_are_refused(host: str) -> None:
+    """They would let nobody in, without a word."""
+    with pytest.raises(InputError, match="is no name of a host"):
+        Settings(allowed_hosts=(host,))
+
+
+@pytest.mark.parametrize("origin", ["name", "https://", "https://a/b", "", "//a", "https://a:x"])
+def test_origins_that_no_page_has_are_refused(origin: str) -> None:
+    with pytest.raises(InputError, match="is no origin of a page"):
+        Settings(allowed_origins=(origin,))
+
+
+def test_names_and_origins_that_there_are_are_taken() -> None:
+    Settings(allowed_hosts=("*", "Name.example", "[::1]", "10.0.0.1"))
+    Settings(allowed_origins=("*", "https://Name", "http://a:80", "https://a/", "app://[::1]:5"))
+
+
 def test_files_of_keys_have_comments() -> None:
     assert as_keys(["# mine", "", " a ", "b"]) == ("a", "b")

@@ -42,16 +42,14 @@ def test_what_lm_eval_needs_is_told(server: Running) -> None:
         ("/tokenize", {"messages": [{"role": "wizard", "content": "a"}]}, "messages[0].role"),
         ("/tokenize", {"prompt": "a", "chat_template": "{{ x }}"}, "chat_template"),
         ("/tokenize", {"prompt": 3}, "prompt"),
-        ("/tokenize", {"prompt": "word " * 5000}, None),
+        ("/tokenize", {"prompt": "word " * 5000}, "prompt"),
         ("/detokenize", {"tokens": [10**9]}, "tokens[0]"),
         ("/detokenize", {"tokens": [-1]}, "tokens[0]"),
         ("/detokenize", {"tokens": "abc"}, "tokens"),
         ("/detokenize", {"tokens": [1] * 2000}, "tokens"),
     ],
 )
-def test_what_cannot_be_used_is_named(
-    server: Running, path: str, body: object, param: str | None
-) -> None:
+def test_what_cannot_be_used_is_named(server: Running, path: str, body: object, param: str) -> None:
     answer = server.ask("POST", path, body)
     assert answer.status == 400
     assert answer.error["param"] == param

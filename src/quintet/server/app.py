@@ -1,16 +1,18 @@
 """The application: routes, gate, and request lifecycle."""
 
-from collections.abc import Mapping
 from typing import Any
 
 from fastapi import APIRouter, FastAPI
 from fastapi.exceptions import RequestValidationError
 from fastapi.openapi.utils import get_openapi
+from starlette.datastructures import Headers
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import Response
+from starlette.types import Scope
 
 import quintet
+from quintet.errors import shown
 from quintet.server.failures import ApiError, ErrorBody, error_response, invalid
 from quintet.server.intake import Intake
 from quintet.server.metrics import Metrics
@@ -49,9 +51,12 @@ def routers(service: Service) -> tuple[APIRouter, ...]:
     return (*routes, page.router()) if service.settings.page else routes
 
 
-def writers() -> Mapping[str, ErrorBody]:
-    """Return the error writers of paths with protocols other than OpenAI's."""
-    return dict.fromkeys((messages.MESSAGES, messages.COUNTING), error_body)
+def writer_of(scope: Scope) -> ErrorBody:
+    """Return what writes the errors of a request: as Anthropic's clients read them, or OpenAI's."""
+    path = scope["path"]
+    asks = path in (messages.MESSAGES, messages.COUNTING)
+    lists = path.startswith("/v1/models") and "anthropic-version" in Headers(scope=scope)
+    return error_body if asks or lists else ApiError.body
 
 
 def create_app(service: Service) -> FastAPI:
@@ -69,19 +74,17 @@ def create_app(service: Service) -> FastAPI:
     service.observers.append(app.state.metrics)
     for router in routers(service):
         app.include_router(router)
-    by_path = writers()
 
     async def tell(request: Request, error: Exception) -> Response:
-        write = by_path.get(request.url.path, ApiError.body)
         told = _error_of_framework(error)
         request.state.error_code = told.code
-        return error_response(told, write)
+        return error_response(told, writer_of(request.scope))
 
     app.add_exception_handler(HTTPException, tell)
     app.add_exception_handler(RequestValidationError, tell)
     # The last is the outermost.
     app.add_middleware(Gate, service=service)
-    app.add_middleware(Intake, service=service, writers=by_path)
+    app.add_middleware(Intake, service=service, writer_of=writer_of)
     _describe(app)
     return app
 
@@ -92,7 +95,7 @@ def _error_of_framework(error: Exception) -> ApiError:
         first = error.errors()[0]
         # Of the path or the query: a name.
         name = str(first["loc"][-1])
-        return invalid(f"{name}: {first['msg']}", name)
+        return invalid(f"{name}: {first['msg']}, not {shown(first['input'])}", name)
     assert isinstance(error, HTTPException)
     if error.status_code == 404:
         return ApiError(404, "there is no such route", code="route_not_found")

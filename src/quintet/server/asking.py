@@ -10,12 +10,14 @@ from contextlib import aclosing
 from dataclasses import dataclass
 from typing import Any
 
-from quintet.errors import ContextLengthError, DeadlineError, InputError
+from quintet.errors import ContextLengthError, DeadlineError
 from quintet.grammar import GrammarProcessor
 from quintet.parsing import parser_for
 from quintet.parsing.events import CallEnd, CallStart, Content, Event, OutputParser, Reasoning
 from quintet.server.conversation import Prompt, render
+from quintet.server.failures import invalid
 from quintet.server.gathering import Gathering
+from quintet.server.protocol.prompts import placed
 from quintet.server.questions import (
     Ask,
     Conversation,
@@ -42,14 +44,14 @@ async def ask(served: Served, question: Ask) -> AsyncGenerator[Heard, None]:
     scores of the prompt were asked for, and of each answer its events and a `Finish`.
 
     Raises:
-        ApiError: as many wait as may.
+        ApiError: as many wait as may, or the prompt leaves no room for an answer.
         ChatTemplateError: the conversation cannot be written down.
-        ContextLengthError: the prompt leaves no room for an answer.
         InputError: an option that cannot be used.
         ServingError: the answers were not completed.
     """
     served.admit()
-    asked = await asyncio.to_thread(_understood, served, question)
+    with placed(question.where):
+        asked = await asyncio.to_thread(_understood, served, question)
     first = asyncio.Event()
     answers = [_answer(asked, index, first) for index in range(question.n)]
     # No more than there are rows: the others would only wait, and may be too many to.
@@ -95,9 +97,10 @@ def _understood(served: Served, question: Ask) -> _Asked:
         warnings.append(f"only {rest} tokens of an answer fit behind the prompt")
     room = min(rest, question.usual_tokens if wanted is None else wanted)
     if question.sampling.min_tokens > room:
-        raise InputError(
+        raise invalid(
             f"min_tokens={question.sampling.min_tokens} and an answer has at most {room} tokens; "
-            "lower it, or raise the number of tokens"
+            "lower it, or raise the number of tokens",
+            "min_tokens",
         )
     if question.n > 1:
         # Where the others go on from what was read for the first.

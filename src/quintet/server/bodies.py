@@ -2,6 +2,7 @@
 
 import asyncio
 import gc
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, TypeVar
@@ -10,6 +11,7 @@ from pydantic import BaseModel
 from pydantic_core import from_json
 from starlette.requests import ClientDisconnect, Request
 
+from quintet.errors import shown
 from quintet.server.connection import ClientGoneError
 from quintet.server.failures import ApiError, invalid, unavailable
 from quintet.server.protocol.common import Body, parse
@@ -21,6 +23,7 @@ B = TypeVar("B", bound=Body)
 # While a body is checked nobody else is answered: so many values take some tenths of a second.
 MOST = 50_000
 
+_CHARSET = re.compile(r"charset\s*=\s*\"?([^\"\s;]*)")
 # So many times what a body may have is read of one that has more.
 PATIENCE = 4
 # So many bodies of the largest size may be there in part, of all that ask.
@@ -39,14 +42,20 @@ async def received(request: Request, kind: type[B]) -> tuple[B, list[str]]:
 
 
 async def _read_json(request: Request, settings: Settings) -> dict[str, Any]:
-    kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
-    if kind != "application/json":
-        raise ApiError(
-            415,
-            "the body has to be JSON, with the header Content-Type: application/json",
-            code="unsupported_media_type",
-        )
+    kind, _, more = request.headers.get("content-type", "").lower().partition(";")
+    charset = _CHARSET.search(more)
+    if kind.strip() != "application/json":
+        raise _no_json("the body has to be JSON, with the header Content-Type: application/json")
+    if charset is not None and charset[1] not in ("utf-8", "utf8", "us-ascii"):
+        raise _no_json(f"the body has to be UTF-8, and not {shown(charset[1])}")
+    encoding = request.headers.get("content-encoding", "identity").strip().lower()
+    if encoding != "identity":
+        raise _no_json(f"the body has to come as it is, and not as {shown(encoding)}")
     return parsed(await _read(request, settings), settings.depth)
+
+
+def _no_json(message: str) -> ApiError:
+    return ApiError(415, message, code="unsupported_media_type")
 
 
 def parsed(data: bytes, depth: int) -> dict[str, Any]:

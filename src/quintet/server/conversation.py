@@ -59,10 +59,15 @@ def render(tokenizer: PreTrainedTokenizer, conversation: Conversation, context: 
     """Render a conversation for a context of this many tokens.
 
     Raises:
-        ChatTemplateError: there is no template, or it refuses the conversation.
+        ChatTemplateError: the template refuses the conversation.
         ContextLengthError: it has more tokens than the context; not all of them are counted.
-        InputError: a template argument that is not one.
+        InputError: a template argument that is not one, or there is no template.
     """
+    if not tokenizer.chat_template:
+        raise InputError(
+            "the model has no chat template, as those that only continue texts have none; ask "
+            "/v1/completions"
+        )
     template = tokenizer.get_chat_template(tools=[] if conversation.tools else None)
     used = tokenizer.chat_template_variables(template)
     if conversation.tools and "tools" not in used:

@@ -4,14 +4,14 @@ import asyncio
 import re
 import time
 import uuid
-from collections.abc import Mapping
+from collections.abc import Callable
 
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.routing import Route
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from quintet.server.connection import ClientGoneError, SlowReaderError
-from quintet.server.failures import ApiError, ErrorBody, error_response
+from quintet.server.failures import ErrorBody, error_response
 from quintet.server.logs import logged, told_of
 from quintet.server.service import Service
 
@@ -24,11 +24,13 @@ class Intake:
     Args:
         app: what answers.
         service: counts what is under way.
-        writers: how errors are written, by the path, where not as OpenAI's.
+        writer_of: tells how errors of a request are written.
     """
 
-    def __init__(self, app: ASGIApp, service: Service, writers: Mapping[str, ErrorBody]) -> None:
-        self._app, self._service, self._writers = app, service, writers
+    def __init__(
+        self, app: ASGIApp, service: Service, writer_of: Callable[[Scope], ErrorBody]
+    ) -> None:
+        self._app, self._service, self._writer_of = app, service, writer_of
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answer one request."""
@@ -64,8 +66,7 @@ class Intake:
                 # Half an answer is all there is; that it ends so must not look like its end.
                 await _abort(scope)
             else:
-                write = self._writers.get(scope["path"], ApiError.body)
-                await error_response(told, write)(scope, receive, sending)
+                await error_response(told, self._writer_of(scope))(scope, receive, sending)
             status, state["error_code"] = told.status, told.code
         finally:
             self._service.under_way -= 1

@@ -88,7 +88,8 @@ class _Connection(H11Protocol):
         told = (
             ApiError(431, "the head of the request is too large", code="request_header_too_large")
             if large
-            else ApiError(400, "this is no HTTP/1.1 request", code="invalid_http")
+            # What is wrong is told in few words, most of which are the parser's own.
+            else ApiError(400, f"this is no HTTP/1.1 request: {error}"[:200], code="invalid_http")
         )
         body = json.dumps(told.body()).encode()
         headers = [

@@ -9,6 +9,7 @@ import sys
 import threading
 import time
 from types import FrameType
+from typing import cast
 
 import torch
 import uvicorn
@@ -99,7 +100,8 @@ class HttpServer(uvicorn.Server):
                 access_log=False,
                 server_header=False,
                 proxy_headers=False,
-                timeout_keep_alive=max(1, round(settings.keep_alive)),
+                # It is what a timer is told, which takes parts of a second, too.
+                timeout_keep_alive=cast("int", settings.keep_alive),
                 h11_max_incomplete_event_size=settings.header,
                 timeout_graceful_shutdown=1,
             )

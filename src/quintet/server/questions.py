@@ -34,6 +34,7 @@ class Ask:
 
     Attributes:
         prompt: a conversation, or ids, whose continuation is all content.
+        where: the field of the request that has it.
         sampling: how tokens are chosen.
         max_tokens: how many an answer has at the most; None for what there is room for, up to
             `usual_tokens`.
@@ -54,6 +55,7 @@ class Ask:
     """
 
     prompt: Conversation | tuple[int, ...]
+    where: str = "prompt"
     sampling: Sampling = field(default_factory=Sampling)
     max_tokens: int | None = None
     usual_tokens: int = 4096

@@ -6,9 +6,9 @@ from typing import Any
 
 import torch
 
-from quintet.errors import InputError
 from quintet.generation.requests import Served
 from quintet.generation.speculative.prediction import MTPModel
+from quintet.server.failures import invalid
 
 # Divided by less than that, logits overflow; nothing but the likeliest token is drawn before.
 COLDEST = 1e-5
@@ -58,7 +58,7 @@ def options_of(sampling: Sampling, model: Served, index: int) -> dict[str, Any]:
         index: which answer.
 
     Raises:
-        InputError: drafts of layers that the model has not.
+        ApiError: drafts of layers that the model has not.
     """
     config = model.generation_config
     options: dict[str, Any] = {}
@@ -99,9 +99,10 @@ def options_of(sampling: Sampling, model: Served, index: int) -> dict[str, Any]:
         if sampling.speculate == "mtp" and not (
             isinstance(model, MTPModel) and model.prediction_depth()
         ):
-            raise InputError(
+            raise invalid(
                 "speculate='mtp' needs layers that predict further tokens, and this model has "
-                "none; say lookup or off"
+                "none; say lookup or off",
+                "speculate",
             )
         options["speculate"] = sampling.speculate
     return options

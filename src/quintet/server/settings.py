@@ -1,6 +1,7 @@
 """The settings of a server."""
 
 import ipaddress
+import re
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 
@@ -9,6 +10,10 @@ from quintet.serving.options import Speculation, check_speculation
 
 KIB = 1 << 10
 MIB = 1 << 20
+# Timers of the system and of sockets have no larger numbers: seconds, and bytes.
+LONGEST, LARGEST = 10**9, 1 << 30
+HOST = re.compile(r"\[[0-9a-fA-F:.]{2,45}\]|[A-Za-z0-9._-]{1,253}")
+ORIGIN = re.compile(rf"[A-Za-z][A-Za-z0-9+.-]*://(?:{HOST.pattern})(?::\d{{1,5}})?/?")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -133,10 +138,26 @@ class Settings:
             ("stall", self.stall),
             ("step", self.step),
         ):
-            if not seconds > 0:
-                raise InputError(f"{name}={seconds} has to be above 0 seconds")
-        if not self.drain >= 0:
-            raise InputError(f"drain={self.drain} cannot be negative")
+            if not 0 < seconds <= LONGEST:
+                raise InputError(
+                    f"{name}={seconds} has to be above 0 seconds, and {LONGEST:,} at the most"
+                )
+        if not 0 <= self.drain <= LONGEST:
+            raise InputError(f"drain={self.drain} has to be from 0 to {LONGEST:,} seconds")
+        if self.buffer > LARGEST:
+            raise InputError(f"buffer={self.buffer} has to be at most {LARGEST:,} bytes")
+        for host in self.allowed_hosts:
+            if host != "*" and not HOST.fullmatch(host):
+                raise InputError(
+                    f"{shown(host)} is no name of a host, which has no scheme and no port; give "
+                    "NAME, or * for any"
+                )
+        for origin in self.allowed_origins:
+            if origin != "*" and not ORIGIN.fullmatch(origin):
+                raise InputError(
+                    f"{shown(origin)} is no origin of a page; they look like https://name, or "
+                    "https://name:8080, or give * for any"
+                )
         for key in self.keys:
             if not key.strip() or not key.isascii() or not key.isprintable():
                 raise InputError(

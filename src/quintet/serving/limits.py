@@ -55,7 +55,7 @@ class Limits:
                 f"itl_target_ms={self.itl_target_ms} has to be a number of milliseconds above 0, "
                 "or None"
             )
-        if self.patience < 0 or (self.memory is not None and self.memory < 1):
+        if not self.patience >= 0 or (self.memory is not None and self.memory < 1):
             raise InputError(
                 f"patience={self.patience} and memory={self.memory} cannot be negative; leave "
                 "memory out for no bound"

@@ -62,7 +62,7 @@ class ChatRequest(SamplingFields):
     stream: bool | None = None
     stream_options: StreamOptions | None = None
     response_format: ResponseFormat | None = None
-    modalities: list[str] | None = None
+    modalities: Annotated[list[str], Field(fail_fast=True)] | None = None
     tools: Annotated[list[Tool], Field(fail_fast=True)] | None = None
     tool_choice: str | ToolChoice | None = None
     parallel_tool_calls: bool | None = None
@@ -104,6 +104,7 @@ class ChatRequest(SamplingFields):
                 thinking=None if effort is None else effort not in ("none", "minimal"),
                 continued=bool(self.continue_final_message),
             ),
+            where="messages",
             sampling=self.sampling(settings, vocab_size),
             max_tokens=self._most(),
             usual_tokens=settings.answer,

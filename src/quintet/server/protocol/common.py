@@ -1,6 +1,7 @@
 """Common parts of request bodies: every field is used, warned about, or refused.
 
-A field that asks for nothing (null, false, empty) may stand anywhere.
+A known field that asks for nothing (null, false, empty) may stand anywhere; of one that is not
+known, only null is known to ask for nothing.
 """
 
 import re
@@ -20,8 +21,11 @@ MOST_SAID = 3
 MOST_WARNINGS = 20
 MAX_STOP_IDS = 300
 _ID = re.compile(r"[0-9]{1,10}")
+_OBJECT = re.compile(r"a valid dictionary( or instance of \w+)?")
 
 Count = Annotated[int, Field(ge=1, le=2**31 - 1)]
+# Not a literal: true is equal to it.
+One = Annotated[int, Field(ge=1, le=1)]
 Share = Annotated[float, Field(gt=0, le=1)]
 Penalty = Annotated[float, Field(ge=-2, le=2)]
 StopString = Annotated[str, Field(min_length=1)]
@@ -168,10 +172,13 @@ def warnings_header(warnings: list[str]) -> dict[str, str]:
 
 def _beside(body: Body, path: str) -> Iterator[tuple[str, str, type[Body]]]:
     """Yield undeclared fields that ask for something."""
+    kind = type(body)
     for name, value in (body.model_extra or {}).items():
-        if value is not None and value is not False and value not in ("", [], {}):
-            yield path, name, type(body)
-    for name in type(body).model_fields:
+        known = name in kind.IDLE or name in kind.REFUSED
+        asks = value is not False and value not in ("", [], {})
+        if value is not None and (asks or not known):
+            yield path, name, kind
+    for name in kind.model_fields:
         value = body.__dict__[name]
         if isinstance(value, Body):
             yield from _beside(value, f"{path}{name}.")
@@ -189,14 +196,21 @@ def _first(error: ValidationError, data: Any) -> ApiError:
         path, depth = _path(one["loc"], data, missing=one["type"] == "missing")
         said = found.setdefault(path, [])
         deepest[path] = depth
-        if one["msg"] not in said and len(said) < MOST_SAID:
-            said.append(one["msg"])
+        rule = _rule(one["msg"])
+        if rule not in said and len(said) < MOST_SAID:
+            said.append(rule)
     root = next(iter(found)).split(".")[0].split("[")[0]
     related = [path for path in found if path.split(".")[0].split("[")[0] == root]
     path = max(related, key=deepest.__getitem__)
-    rules = " or ".join(text[0].lower() + text[1:] for text in found[path])
+    rules = " or ".join(found[path])
     value = _value(error, path, data)
     return invalid(f"{shown(path)[1:-1] or 'the body'}: {rules}{value}", path[:128] or None)
+
+
+def _rule(message: str) -> str:
+    """Return a rule in the words of the protocol, which knows of no classes and no exceptions."""
+    text = _OBJECT.sub("a valid object", message.removeprefix("Value error, "))
+    return text[0].lower() + text[1:]
 
 
 def _path(loc: tuple[int | str, ...], data: Any, *, missing: bool) -> tuple[str, int]:

@@ -11,7 +11,7 @@ from quintet.server.failures import invalid
 from quintet.server.protocol.chat import BEAMS, FORMATS, StreamOptions, check_stream
 from quintet.server.protocol.common import SamplingFields, unsupported, within
 from quintet.server.protocol.formats import ResponseFormat, format_of
-from quintet.server.protocol.prompts import checked, fitting, listed
+from quintet.server.protocol.prompts import checked, fitting, listed, placed
 from quintet.server.questions import Ask
 from quintet.server.settings import Settings
 from quintet.tokenization import PreTrainedTokenizer
@@ -74,15 +74,16 @@ class CompletionRequest(SamplingFields):
             raise invalid("suffix: it goes with one prompt of text, without echo", "suffix")
 
     def question(
-        self, ids: tuple[int, ...], settings: Settings, vocab_size: int, scope: str
+        self, ids: tuple[int, ...], where: str, settings: Settings, vocab_size: int, scope: str
     ) -> Ask:
-        """Return what is asked of one prompt, by whom.
+        """Return what is asked of one prompt, where it stands in the request, by whom.
 
         Raises:
             ApiError: a value breaks its rule.
         """
         return Ask(
             prompt=ids,
+            where=where,
             sampling=self.sampling(settings, vocab_size),
             max_tokens=ANSWER if self.max_tokens is None else self.max_tokens,
             stop=self.stops,
@@ -102,11 +103,13 @@ class Piece:
     """A prompt.
 
     Attributes:
+        where: it stands in the request.
         ids: its tokens.
         text: what it says.
         offsets: where in the text each of its tokens begins.
     """
 
+    where: str
     ids: tuple[int, ...]
     text: str
     offsets: tuple[int, ...]
@@ -122,18 +125,21 @@ def pieces(
     """Read the prompts of a request.
 
     Raises:
-        ApiError: too many, none, or what is neither text nor ids.
-        ContextLengthError: one is longer than the context.
+        ApiError: too many, none, one that is longer than the context, or what is neither text nor
+            ids.
     """
     prompt = body.prompt
     if isinstance(prompt, str) and body.suffix:
-        return [_around(prompt, body.suffix, tokenizer, context)]
-    return [
-        _text(one, where, tokenizer, context)
-        if isinstance(one, str)
-        else _ids(one, where, tokenizer, context, vocab_size)
-        for where, one in listed(prompt, "prompt", settings.prompts)
-    ]
+        with placed("prompt"):
+            return [_around(prompt, body.suffix, tokenizer, context)]
+    found = []
+    for where, one in listed(prompt, "prompt", settings.prompts):
+        with placed(where):
+            if isinstance(one, str):
+                found.append(_text(one, where, tokenizer, context))
+            else:
+                found.append(_ids(one, where, tokenizer, context, vocab_size))
+    return found
 
 
 def _text(text: str, where: str, tokenizer: PreTrainedTokenizer, context: int) -> Piece:
@@ -142,7 +148,8 @@ def _text(text: str, where: str, tokenizer: PreTrainedTokenizer, context: int) -
     ids = tuple(read["input_ids"])
     if not ids:
         raise invalid(f"{where}: it has no tokens, and an answer needs one to begin with", where)
-    return Piece(fitting(ids, context), text, tuple(start for start, _ in read["offset_mapping"]))
+    offsets = tuple(start for start, _ in read["offset_mapping"])
+    return Piece(where, fitting(ids, context), text, offsets)
 
 
 def _ids(
@@ -155,7 +162,7 @@ def _ids(
         offsets.append(length)
         text.append(decoder.push(one))
         length += len(text[-1])
-    return Piece(ids, "".join(text) + decoder.flush(), tuple(offsets))
+    return Piece(where, ids, "".join(text) + decoder.flush(), tuple(offsets))
 
 
 def _around(before: str, behind: str, tokenizer: PreTrainedTokenizer, context: int) -> Piece:
@@ -175,4 +182,4 @@ def _around(before: str, behind: str, tokenizer: PreTrainedTokenizer, context: i
     first, hole, last = (one for one in ids if one is not None)
     whole = (first, *sides[0], hole, *sides[1], last)
     start = tokenizer.encode("", add_special_tokens=True)[:1]
-    return Piece(fitting((*start, *whole), context), before, ())
+    return Piece("prompt", fitting((*start, *whole), context), before, ())

@@ -7,7 +7,7 @@ from typing import Annotated, Any, ClassVar, Literal
 from pydantic import Field, model_validator
 
 from quintet.server.failures import ApiError, bounded
-from quintet.server.protocol.common import Body, Count, SamplingFields, within
+from quintet.server.protocol.common import Body, Count, One, SamplingFields, within
 from quintet.server.protocol.message_blocks import (
     Texts,
     Turn,
@@ -162,7 +162,7 @@ class MessagesRequest(CountTokensRequest, SamplingFields):
     max_tokens: Count
     stream: bool = False
     stop_sequences: Annotated[list[StopSequence], Field(fail_fast=True)] | None = None
-    n: Literal[1] | None = None
+    n: One | None = None
 
     def ask(self, settings: Settings, vocab_size: int, scope: str) -> Ask:
         """Return the question, to a model of so many ids.
@@ -174,6 +174,7 @@ class MessagesRequest(CountTokensRequest, SamplingFields):
         choice, conversation = self.conversation(settings)
         return Ask(
             prompt=conversation,
+            where="messages",
             sampling=self.sampling(settings, vocab_size),
             max_tokens=self.max_tokens,
             usual_tokens=settings.answer,

@@ -1,6 +1,7 @@
 """Prompts as OpenAI's protocol has them: a text, ids, or a list of either."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 from quintet.errors import ContextLengthError, shown
@@ -8,6 +9,19 @@ from quintet.server.conversation import too_long
 from quintet.server.failures import invalid
 from quintet.server.protocol.common import within
 from quintet.tokenization import PreTrainedTokenizer
+
+
+@contextmanager
+def placed(where: str) -> Iterator[None]:
+    """Say which field of a request has more tokens than there is room for.
+
+    Raises:
+        ApiError: it has.
+    """
+    try:
+        yield
+    except ContextLengthError as error:
+        raise invalid(f"{where}: {error}", where, "context_length_exceeded") from None
 
 
 def listed(given: str | list[Any], name: str, most: int) -> list[tuple[str, str | list[Any]]]:

@@ -8,7 +8,7 @@ from typing import Annotated, Any, ClassVar, Literal
 from pydantic import BeforeValidator, Discriminator, Field, Tag, model_validator
 
 from quintet.server.failures import invalid
-from quintet.server.protocol.common import Body, Count, SamplingFields, unsupported, within
+from quintet.server.protocol.common import Body, Count, One, SamplingFields, unsupported, within
 from quintet.server.protocol.ids import new_id
 from quintet.server.protocol.response_items import InputItem, messages_of
 from quintet.server.protocol.tools import Name, Offered, chosen, offered
@@ -60,7 +60,7 @@ class TextFormat(Body):
     IDLE = frozenset({"description"})
 
     type: Literal["text", "json_object", "json_schema"]
-    name: str | None = None
+    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9_.-]{1,64}$")] | None = None
     schema_: Annotated[dict[str, Any] | None, Field(alias="schema")] = None
     strict: bool | None = None
 
@@ -168,7 +168,7 @@ class ResponsesRequest(SamplingFields):
     truncation: Literal["auto", "disabled"] | None = None
     metadata: Annotated[dict[Key, Noted], Field(max_length=16)] | None = None
     chat_template_kwargs: dict[str, Any] | None = None
-    n: Literal[1] | None = None
+    n: One | None = None
 
     def ask(self, settings: Settings, vocab_size: int, scope: str) -> Ask:
         """Return the question, to a model of so many ids.
@@ -185,6 +185,7 @@ class ResponsesRequest(SamplingFields):
         format = None if self.text is None else self.text.format
         return Ask(
             prompt=self._conversation(tools),
+            where="input",
             sampling=self.sampling(settings, vocab_size),
             max_tokens=self.max_output_tokens,
             usual_tokens=settings.answer,

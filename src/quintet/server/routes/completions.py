@@ -36,11 +36,12 @@ async def create(request: Request) -> Response:
     served.admit()
     size = served.engine.model.config.vocab_size
     # Before all prompts are read: what is wrong beside them is found at once.
-    body.question((0,), settings, size, "")
+    body.question((0,), "prompt", settings, size, "")
     prompts = await asyncio.to_thread(
         pieces, body, served.tokenizer, settings, served.context, size
     )
-    questions = [body.question(one.ids, settings, size, caller_of(request)) for one in prompts]
+    caller = caller_of(request)
+    questions = [body.question(one.ids, one.where, settings, size, caller) for one in prompts]
     asked = [ask(served, question) for question in questions]
     start = await begun(request, asked[0])
     headers = warnings_header([*warnings, *start.warnings])

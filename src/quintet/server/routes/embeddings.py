@@ -10,7 +10,7 @@ from quintet.server.bodies import documented, received
 from quintet.server.connection import cancelled, until_gone
 from quintet.server.protocol.common import warnings_header
 from quintet.server.protocol.embeddings import EmbeddingsRequest, embeddings
-from quintet.server.protocol.prompts import ids_of, listed
+from quintet.server.protocol.prompts import ids_of, listed, placed
 from quintet.server.registry import Served
 from quintet.server.replies import json_reply
 from quintet.server.service import caller_of, service_of
@@ -36,7 +36,11 @@ async def create(request: Request) -> Response:
 
 def _read(given: list[tuple[str, str | list[Any]]], served: Served) -> list[tuple[int, ...]]:
     size = served.engine.model.config.vocab_size
-    return [ids_of(one, where, served.tokenizer, served.context, size) for where, one in given]
+    found = []
+    for where, one in given:
+        with placed(where):
+            found.append(ids_of(one, where, served.tokenizer, served.context, size))
+    return found
 
 
 async def _vectors(

@@ -13,6 +13,7 @@ from quintet.server.events import EventStream
 from quintet.server.protocol.common import warnings_header
 from quintet.server.protocol.message_events import PING, MessageWriter
 from quintet.server.protocol.messages import CountTokensRequest, MessagesRequest, error_body
+from quintet.server.protocol.prompts import placed
 from quintet.server.replies import begun, json_reply
 from quintet.server.service import caller_of, service_of
 from quintet.server.writing import finished, named, written
@@ -53,6 +54,7 @@ async def count_tokens(request: Request) -> Response:
     body, warnings = await received(request, CountTokensRequest)
     served = await service.registry.get(body.model)
     _, conversation = body.conversation(service.settings)
-    prompt = await asyncio.to_thread(render, served.tokenizer, conversation, served.context)
+    with placed("messages"):
+        prompt = await asyncio.to_thread(render, served.tokenizer, conversation, served.context)
     headers = warnings_header([*warnings, *prompt.warnings])
     return json_reply({"input_tokens": len(prompt.ids)}, headers)

@@ -11,7 +11,8 @@ from starlette.responses import JSONResponse
 from quintet.server.bodies import documented, received
 from quintet.server.conversation import render, too_long
 from quintet.server.failures import invalid
-from quintet.server.protocol.common import Body, warnings_header, within
+from quintet.server.protocol.common import Body, unsupported, warnings_header, within
+from quintet.server.protocol.prompts import placed
 from quintet.server.questions import Conversation
 from quintet.server.registry import Served
 from quintet.server.service import Service, service_of
@@ -40,12 +41,12 @@ class Tokenize(Body):
         model: the model; the first if not given.
         prompt: the text.
         messages: the conversation, as the model's template writes it.
+        add_generation_prompt: conversations end with what asks for an answer.
         add_special_tokens: whether a text gets those that the tokenizer puts around it.
         return_token_strs: whether to tell each token's text, too.
     """
 
     REFUSED: ClassVar[Mapping[str, str]] = {
-        "add_generation_prompt": "conversations end with what asks for an answer",
         "chat_template": "the model's own is used",
         "tools": "leave them out",
     }
@@ -53,6 +54,7 @@ class Tokenize(Body):
     model: str | None = None
     prompt: str | None = None
     messages: Annotated[list[Said], Field(min_length=1, fail_fast=True)] | None = None
+    add_generation_prompt: bool = True
     add_special_tokens: bool = True
     return_token_strs: bool = False
 
@@ -76,9 +78,14 @@ async def tokenize(request: Request) -> JSONResponse:
     body, warnings = await received(request, Tokenize)
     if (body.prompt is None) == (body.messages is None):
         raise invalid("there has to be either a prompt or messages", "prompt")
+    if not body.add_generation_prompt:
+        raise unsupported(
+            "add_generation_prompt", "conversations end with what asks for an answer; leave it out"
+        )
     within("messages", len(body.messages or []), service.settings.messages)
     served = await _named(service, body.model)
-    ids = await asyncio.to_thread(_ids, served, body)
+    with placed("prompt" if body.messages is None else "messages"):
+        ids = await asyncio.to_thread(_ids, served, body)
     spelt = None
     if body.return_token_strs:
         spelt = await asyncio.to_thread(served.tokenizer.convert_ids_to_tokens, ids)
