@@ -122,3 +122,25 @@ def test_an_error_between_texts_ends_all_with_one_message(tmp_path: Path) -> Non
 def test_the_block_that_is_farthest_goes_first(two: Pool) -> None:
     """So whoever is in the middle of a forward ends it, and all begin the next one together."""
     assert two.run(exchanging.turns) == [[2, 3, 1], [2, 3, 1]]
+
+
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [
+        ("qwen2-moe", {}),
+        ("deepseek-v2", {"prompt_lookup_num_tokens": 3}),
+        ("deepseek-v3", {"use_mtp": True, "num_assistant_tokens": 2}),
+    ],
+    ids=str,
+)
+def test_engines_answer_what_each_is_asked(name: str, options: dict[str, Any], two: Pool) -> None:
+    changes = {"num_nextn_predict_layers": 1} if "use_mtp" in options else {}
+    two.run(exchanging.served, name, DATA2, options, changes)
+
+
+def test_engines_of_groups_lead_their_own(four: Pool) -> None:
+    four.run(exchanging.served, "deepseek-v3", GROUPS, {}, {})
+
+
+def test_an_engine_that_fails_for_good_ends_all(two: Pool) -> None:
+    two.run(exchanging.engine_fails, "qwen2-moe", DATA2)

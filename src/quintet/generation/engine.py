@@ -86,9 +86,32 @@ class Engine(EngineRows):
         module = cast("torch.nn.Module", model)
         self._few_bits = any(isinstance(one, Quantized) for one in module.modules())
 
-    def close(self) -> None:
-        """Release the other processes of a sharded model from `follow`."""
+    @property
+    def exchanges(self) -> bool:
+        """Whether other engines' tokens come to experts of this process, and its to theirs."""
+        return self._rows.exchanges
+
+    def attend(self) -> bool:
+        """Take part in a step of other engines, with nothing to run; return whether there was one.
+
+        An engine that exchanges tokens has to be asked for steps, or for this, all the time.
+
+        Raises:
+            RankFailedError: another process failed.
+        """
+        return self._rows.attend()
+
+    def close(self, why: BaseException | None = None) -> None:
+        """Release the other processes of a sharded model from `follow`.
+
+        Where engines exchange tokens, all are closed together: this one attends until then.
+
+        Args:
+            why: this engine has failed, and all end.
+        """
         with leading(self.model):
+            if self._rows.exchanges:
+                self._rows.leave(why)
             self._rows.end()
 
     def sequence(

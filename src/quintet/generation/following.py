@@ -190,6 +190,16 @@ class LedRows(Rows):
         model = cast("MTPModel", self.model)
         return LedPredictionRows(self._tell, agreement, model, self.count, capacity)
 
+    def attend(self) -> bool:
+        """Run once what others send to the experts here; return whether they sent something."""
+        self._tell("attend")
+        return super().attend()
+
+    def leave(self, why: BaseException | None) -> None:
+        """Attend until all others leave; or let all end, if this process failed."""
+        self._tell("part", None if why is None else str(why))
+        super().leave(why)
+
     def end(self) -> None:
         """Drop these rows in all processes."""
         self._tell("end")
@@ -287,6 +297,7 @@ class _Follower:
         agreement = Agreement.of(model.world)
         assert agreement is not None
         self.agreement = agreement
+        self.leads = agreement.ranks[0]
         self.rows: dict[int, Rows] = {}
         self.predictions: dict[int, PredictionRows] = {}
         self.contents: dict[int, RowContent] = {}
@@ -304,6 +315,11 @@ class _Follower:
             self._predict(order, name, *what)
         elif order == "run":
             self.rows[name].run([Piece(*piece) for piece in what[0]])
+        elif order == "attend":
+            self.rows[name].attend()
+        elif order == "part":
+            (why,) = what
+            self.rows[name].leave(None if why is None else RankFailedError(self.leads, why))
         else:
             # The process that leads is told the same of its own, and says so.
             with suppress(InputError):

@@ -17,6 +17,7 @@ from quintet.generation.fixed_step import FixedStep, Recording
 from quintet.generation.speculative.pooled import PredictionRows
 from quintet.generation.speculative.prediction import MTPModel, Seen
 from quintet.ops.sending import sent
+from quintet.parallel.experts import lockstep_of
 from quintet.parallel.world import World
 
 
@@ -84,11 +85,15 @@ class Rows:
         recording: Recording | None = None,
     ) -> None:
         self.model, self.count = model, count
+        self._lockstep = lockstep_of(model)
         self.cache = PooledCache(model.config, count, capacity, nbits)
         # Nobody else has this cache.
         self.cache.in_fused_session = True
         self._take_memory()
-        self._fixed = None if recording is None else FixedStep(model, self.cache, count, recording)
+        if recording is None or self._lockstep is not None:
+            self._fixed = None
+        else:
+            self._fixed = FixedStep(model, self.cache, count, recording)
 
     def open(self, *contents: RowContent) -> int | None:
         """Return a row with the given content, or None if all are taken."""
@@ -114,6 +119,24 @@ class Rows:
 
     def end(self) -> None:
         """Do nothing: the rows are used no more."""
+
+    @property
+    def exchanges(self) -> bool:
+        """Whether experts are elsewhere, among processes with sequences of their own."""
+        return self._lockstep is not None
+
+    def attend(self) -> bool:
+        """Run once what others send to the experts here; return whether they sent something."""
+        assert self._lockstep is not None
+        return self._lockstep.attend()
+
+    def leave(self, why: BaseException | None) -> None:
+        """Attend until all others leave; or let all end, if this process failed."""
+        assert self._lockstep is not None
+        if why is None:
+            self._lockstep.leave()
+        else:
+            self._lockstep.fail(why)
 
     def watch(self, pieces: Sequence[Piece]) -> tuple[Tensor, list[Seen]]:
         """Run the pieces in one forward; return the kept logits, and the states of each piece."""

@@ -14,7 +14,6 @@ from torch import Tensor, nn
 
 from quintet.layers.moe import ExpertStack
 from quintet.parallel.lockstep import Lockstep
-from quintet.parallel.regions import exchanged
 from quintet.parallel.world import World
 from quintet.sharding import Sharding
 
@@ -173,17 +172,15 @@ class Exchange:
 
         Zeros for the tokens that another process along tp sends.
         """
-        here, group = self.here, self.lockstep.group
+        here = self.here
         start, end = (len(x) * i // self.count for i in (self.index, self.index + 1))
         seats = here.seated(indices)[start:end].flatten()
         order = seats.argsort(stable=True)
         tokens = start + order // indices.shape[1]
         counts = torch.zeros(here.seats, dtype=torch.long, device=x.device)
         counts = counts.scatter_add(0, seats, torch.ones_like(seats)).view(here.count, here.own)
-        with self.lockstep.at(self.number, counts, x) as meeting:
-            rows = exchanged(x[tokens], group, meeting.sent, meeting.received)
-            made = here.run_sent(rows, meeting.counts)
-            back = exchanged(made, group, meeting.received, meeting.sent)
+        meeting = self.lockstep.at(self.number, counts, x)
+        back = self.lockstep.pass_on(meeting, x[tokens], here)
         # Weighed and added here, in the order of one process.
         made = back * weights[start:end].flatten()[order, None]
         out = _zeros(x)

@@ -84,8 +84,7 @@ class Lockstep:
 
     # -- at a block --------------------------------------------------------------------------------
 
-    @contextmanager
-    def at(self, number: int, counts: Tensor, x: Tensor) -> Iterator[Meeting]:
+    def at(self, number: int, counts: Tensor, x: Tensor) -> Meeting:
         """Wait until it is this block's turn, and do what others ask for before.
 
         Args:
@@ -107,10 +106,25 @@ class Lockstep:
                     "gradients are recorded; all have to run the same forwards, in the same order"
                 )
             if meeting.block == number:
-                break
+                return meeting
             self._serve(meeting)
-        yield meeting
+
+    def pass_on(self, meeting: Meeting, rows: Tensor, block: Block) -> Tensor:
+        """Send rows (N, C) to where their experts are, run what is sent here, and return them.
+
+        What fails here is raised when the others have got something back: they go on.
+        """
+        came = exchanged(rows, self.group, meeting.sent, meeting.received)
+        failed: Exception | None = None
+        try:
+            made = block.run_sent(came, meeting.counts)
+        except Exception as error:
+            failed, made = error, torch.full_like(came, torch.nan)
+        back = exchanged(made, self.group, meeting.received, meeting.sent)
         self._over = False
+        if failed is not None:
+            raise failed
+        return back
 
     def _meet(
         self, here: tuple[int, int, int], counts: Tensor | None = None
@@ -145,15 +159,16 @@ class Lockstep:
     def _serve(self, meeting: Meeting) -> None:
         """Run what is sent to the experts of this process, which sends nothing."""
         none = torch.empty(0, meeting.width, dtype=meeting.dtype, device=self.device)
-        rows = exchanged(none, self.group, meeting.sent, meeting.received)
-        made = self.blocks[meeting.block - 1].run_sent(rows, meeting.counts)
-        exchanged(made, self.group, meeting.received, meeting.sent)
-        self._over = False
+        self.pass_on(meeting, none, self.blocks[meeting.block - 1])
 
     # -- at none -----------------------------------------------------------------------------------
 
     def attend(self) -> bool:
-        """Do what is asked for at one block, with nothing to run; return whether anything was."""
+        """Do what is asked for at one block, with nothing to run; return whether anything was.
+
+        Raises:
+            RankFailedError: another process failed.
+        """
         meeting, _ = self._meet((IDLE, 0, 0))
         if meeting is not None:
             self._serve(meeting)
@@ -191,14 +206,21 @@ class Lockstep:
                 self.leave()
         except BaseException as error:
             place = _end_of(error, agreement)
-            if place is not None and not self._over:
-                # Others that are gone, or fail as well, are not what this one is about.
-                with suppress(RuntimeError, KeyboardInterrupt):
-                    self._why = _in_words(error)
-                    self._meet((place, 0, 0))
+            if place is not None:
+                self.fail(error, place)
             raise
         finally:
-            self._over, self._why = False, ""
+            self._over = False
+
+    def fail(self, error: BaseException, place: int = FAILED) -> None:
+        """Let the others end, too, unless they have, or wait for what will not come."""
+        if self._over:
+            return
+        self._why = f"{type(error).__name__}: {error}"
+        # Others that are gone, or fail as well, are not what this one is about.
+        with suppress(RuntimeError, RankFailedError, KeyboardInterrupt):
+            self._meet((place, 0, 0))
+        self._why = ""
 
     def _end(self, places: list[int]) -> NoReturn:
         """Hear why processes end, and raise it."""
@@ -226,7 +248,3 @@ def _end_of(error: BaseException, agreement: Agreement | None) -> int | None:
     if not (agreement.ended or ours):
         return None
     return INTERRUPTED if isinstance(error, KeyboardInterrupt) else FAILED
-
-
-def _in_words(error: BaseException) -> str:
-    return f"{type(error).__name__}: {error}"

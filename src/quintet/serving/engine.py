@@ -17,7 +17,6 @@ from quintet.generation.observing import Observed, Pooling
 from quintet.generation.requests import Served
 from quintet.generation.sequence import Sequence as Text
 from quintet.generation.speculative.prediction import MTPModel
-from quintet.parallel.experts import lockstep_of
 from quintet.serving.answers import Answer
 from quintet.serving.figures import Snapshot
 from quintet.serving.limits import Limits
@@ -45,8 +44,7 @@ class Engine:
         clock: tells the time in seconds, for deadlines and turns.
 
     Raises:
-        InputError: a limit is beyond the model's context, there is no such way of drafting, or
-            experts are among processes with texts of their own.
+        InputError: a limit is beyond the model's context, or there is no such way of drafting.
     """
 
     def __init__(
@@ -63,12 +61,6 @@ class Engine:
             capacity=min(Limits().capacity, model.config.max_position_embeddings)
         )
         self.tokenizer = tokenizer
-        if lockstep_of(model) is not None:
-            raise InputError(
-                "an engine whose model exchanges experts' tokens with processes that have texts of "
-                "their own would have to step when these do; load it with an ep_size up to "
-                "tp_size, or call generate()"
-            )
         check_speculation(speculate)
         if speculate == "mtp" and not (isinstance(model, MTPModel) and model.prediction_depth()):
             raise InputError(
@@ -234,12 +226,24 @@ class Engine:
         )
 
     def close(self) -> None:
-        """Stop the engine; open requests get an `EngineStoppedError`."""
-        self._runner.stop(EngineStoppedError("the engine was closed; make another one"))
+        """Stop the engine; open requests get an `EngineStoppedError`.
+
+        Where engines of several processes exchange tokens, it waits until all are closed. Left by
+        an error, or after one that it did not recover from, it ends all of them.
+
+        Raises:
+            RankFailedError: meanwhile, another process failed.
+        """
+        self._close(None)
+
+    def _close(self, why: BaseException | None) -> None:
+        closed = EngineStoppedError("the engine was closed; make another one")
+        self._runner.stop(closed)
         if threading.current_thread() is not self._thread:
             self._thread.join()
+            stopped = self._runner.stopped
             if not self._runner.parted:
-                self._engine.close()
+                self._engine.close(why if stopped is closed else stopped)
 
     def __enter__(self) -> Self:
         return self
@@ -250,7 +254,7 @@ class Engine:
         error: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
-        self.close()
+        self._close(error if isinstance(error, Exception) else None)
 
     @contextmanager
     def _asked(

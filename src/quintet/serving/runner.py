@@ -1,5 +1,6 @@
 """The thread that runs the model: messages in, plan, forwards, answers out."""
 
+import logging
 import queue
 import threading
 from collections.abc import Callable, Sequence
@@ -23,10 +24,14 @@ from quintet.serving.request import Request, hand_over
 from quintet.serving.reuse import PromptReuse
 from quintet.serving.scheduler import Cost, Plan, Scheduler
 
+log = logging.getLogger("quintet.serving")
+
 # So many forwards that fail, one after the other, are no request's fault.
 FAILURES = 3
 # A request that was in as many of them is given up.
 PATIENCE = 2
+# Seconds that engines who exchange tokens rest where none has any: longer each time, up to these.
+SHORT_REST, REST = 0.001, 0.02
 
 
 class Runner(PromptReuse):
@@ -61,6 +66,8 @@ class Runner(PromptReuse):
         # Seconds of the present turn that were steps, and when it began.
         self._stepping = 0.0
         self._turning: float | None = None
+        # How long nobody is asked for steps of other engines; None where there are none.
+        self._rest = 0.0 if engine.exchanges else None
 
     # -- messages, from any thread -----------------------------------------------------------------
 
@@ -132,6 +139,8 @@ class Runner(PromptReuse):
         if self.stopped is None:
             plan = self.scheduler.plan(began)
             self._carry_out(plan)
+            if plan.idle and self._rest is not None and self.stopped is None:
+                self._attend()
         self._publish()
         self._turning = None
         self.figures.overhead_seconds += self._clock() - began - self._stepping
@@ -139,7 +148,7 @@ class Runner(PromptReuse):
 
     def _read_messages(self, *, wait: bool) -> None:
         try:
-            message = self._inbox.get(block=wait)
+            message = self._inbox.get(block=wait, timeout=self._rest)
             while True:
                 message()
                 message = self._inbox.get_nowait()
@@ -260,6 +269,24 @@ class Runner(PromptReuse):
             if new:
                 self._timed(request, now)
             self._tell(request)
+
+    def _attend(self) -> None:
+        """Take part in a step of other engines, and rest longer if there was none."""
+        began = self._clock()
+        try:
+            if self.engine.attend():
+                self._rest = 0.0
+            else:
+                self._rest = min(max(2 * (self._rest or 0.0), SHORT_REST), REST)
+        except Exception as error:
+            # Of a step of others, who are told by what came back.
+            if is_shortage(error):
+                self.prefix.clear()
+                empty_caches()
+            elif self._part(error):
+                return
+            log.error("what another process sent to experts of this one failed: %r", error)
+        self._stepping += self._clock() - began
 
     def _timed(self, request: Request, now: float) -> None:
         """Record the time of new tokens."""

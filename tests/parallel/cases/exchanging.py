@@ -2,25 +2,35 @@
 
 import os
 import signal
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 import quintet
 from parallel.cases.generate import models, raised
 from parallel.cases.tensor import world
-from quintet.errors import DisagreementError, InputError, RankFailedError
+from quintet.errors import (
+    DisagreementError,
+    EngineStoppedError,
+    InputError,
+    NonFiniteError,
+    RankFailedError,
+)
 from quintet.parallel.lockstep import Lockstep
-from quintet.parallel.regions import exchanged
-from quintet.serving import Engine, accompany
+from quintet.serving import Engine, Limits, accompany, follow
+from waiting import until
 
 Options = dict[str, Any]
 # Of each process, of different lengths, one with padding.
 PROMPTS = [[[5, 17, 42, 3, 88, 9, 61], [1, 1, 2, 30, 71, 14, 6]], [[8, 8, 23]]]
+TEXTS = [[5, 17, 42, 3, 88], [71, 14, 6], [9, 61, 2, 5, 17, 42, 3, 88]]
 # How many tokens each asks for: one ends at once.
 NEW = [11, 1, 5, 20]
 
@@ -173,7 +183,6 @@ def refusals(name: str, degrees: dict[str, int]) -> None:
         (whole, {"assistant_model": parts}, "assistant_model exchanges experts' tokens"),
     ):
         assert says in raised(lambda m=model, o=options: m.generate(prompt, **o), InputError)
-    assert "would have to step when these do" in raised(lambda: Engine(parts), InputError)
     # An assistant that each has whole drafts for its own text.
     options = {"assistant_model": whole, "max_new_tokens": 9}
     assert made(parts, share(parts), options) == made(whole, share(parts), {"max_new_tokens": 9})
@@ -213,9 +222,85 @@ def turns() -> list[int]:
     lockstep.blocks += [Noted(number, order) for number in (1, 2, 3)]
     x = torch.ones(2, 3, dtype=torch.bfloat16)
     for number in ((1,), (2, 3))[here.share[0]]:
-        with lockstep.at(number, torch.ones(2, 1, dtype=torch.long), x) as meeting:
-            rows = exchanged(x, lockstep.group, meeting.sent, meeting.received)
-            lockstep.blocks[number - 1].run_sent(rows, meeting.counts)
-            exchanged(rows, lockstep.group, meeting.received, meeting.sent)
+        meeting = lockstep.at(number, torch.ones(2, 1, dtype=torch.long), x)
+        lockstep.pass_on(meeting, x, lockstep.blocks[number - 1])
     lockstep.leave()
     return order
+
+
+# -- engines ---------------------------------------------------------------------------------
+
+
+def answers(engine: Engine, number: int, options: Options) -> list[list[int]]:
+    """Ask several things at once, each with tokens of its own to make."""
+    asked = [[*text, number + 2] for text in TEXTS]
+    with ThreadPoolExecutor(len(asked)) as pool:
+        return list(
+            pool.map(
+                lambda text: [
+                    token
+                    for one in engine.answer(text[1], max_new_tokens=4 + 5 * text[0], **options)
+                    for token in one.ids
+                ],
+                enumerate(asked),
+            )
+        )
+
+
+def served(name: str, degrees: dict[str, int], options: Options, changes: Options) -> None:
+    """Engines answer what each is asked, together, while others rest, and when they are closed."""
+    whole, parts = models(name, degrees, changes)
+    number, limits = share(parts), Limits(rows=2, capacity=48)
+    if parts.world.place.tp[0]:
+        return follow(parts)
+    with Engine(whole, limits=limits) as engine:
+        wanted = answers(engine, number, options)
+    leaders = parts.world.groups["fsdp"]
+    with Engine(parts, limits=limits) as engine:
+        assert answers(engine, number, options) == wanted
+        for turn in range(2):
+            dist.barrier(leaders)
+            if number == turn:
+                assert answers(engine, number, options) == wanted
+        dist.barrier(leaders)
+        if number == 0:
+            # The other is closed meanwhile, and its experts are there all the same.
+            assert answers(engine, number, options) == wanted
+
+
+def engine_fails(name: str, degrees: dict[str, int]) -> None:
+    """An engine that has failed for good ends all; one step that has failed does not."""
+    whole, parts = models(name, degrees)
+    number, text = share(parts), TEXTS[1]
+    leaders = parts.world.groups["fsdp"]
+    stack = type(parts.model.layers[1].mlp.experts)
+    sound = stack.forward
+    made = whole.generate(torch.tensor([text]), max_new_tokens=6)[0].tolist()
+
+    def fails(*args: Any) -> Tensor:
+        raise OverflowError("of the test's")
+
+    with suppress(EngineStoppedError), Engine(parts, limits=Limits(rows=2, capacity=48)) as engine:
+
+        def ask() -> list[int]:
+            return [token for one in engine.answer(text, max_new_tokens=6) for token in one.ids]
+
+        if number:
+            stack.forward = fails
+        dist.barrier(leaders)
+        if not number:
+            # What an expert elsewhere made of this text is nothing.
+            assert "NaN" in raised(ask, NonFiniteError)
+        dist.barrier(leaders)
+        stack.forward = sound
+        dist.barrier(leaders)
+        assert text + ask() == made
+        dist.barrier(leaders)
+        if number:
+            parts.model.norm.forward = fails
+            raised(ask, OverflowError)
+            assert "3 forwards in a row failed" in raised(ask, EngineStoppedError)
+            raise engine.stopped
+        until(lambda: not engine.healthy)
+        assert isinstance(engine.stopped.__cause__, RankFailedError)
+        assert "rank 1 raised EngineStoppedError: 3 forwards" in str(engine.stopped)
