@@ -20,7 +20,7 @@ from quintet.cli.options import open_model, warnings_as_notes, weight_options
 from quintet.cli.serve_options import engine_options, limits_of, server_options, settings_of
 from quintet.cli.servers import keys_in
 from quintet.cli.terminal import note
-from quintet.cli.together import begin, follows, several, wait_for_first
+from quintet.cli.together import begin, several, speak, wait_for_first
 from quintet.errors import (
     DoesNotFitError,
     InputError,
@@ -122,13 +122,21 @@ def command(
         speculate=settings.speculate,
         quiet=quiet,
     )
-    if follows():
+    from quintet.cli.share import own_group
+
+    group, leads = own_group(wanted[0].path, given, {name: given[name] for name in WHERE})
+    if not leads:
         _follow(wanted[0], given, quiet)
         return
+    if group and settings.port:
+        # Each group with texts of its own is asked by itself, as if it were a server of its own.
+        settings = replace(settings, port=settings.port + group)
     # Before a model is loaded for nothing.
     with listen(settings) as sock:
         with warnings_as_notes(quiet):
             offers, opened = zip(*(_offer(one, opening) for one in wanted), strict=True)
+        if group:
+            speak()
         service = Service(settings, Registry(offers))
         lines, facts = announcement(service, sock.getsockname(), opened)
         # Nothing here may hold a model that is unloaded.

@@ -1,10 +1,11 @@
 """The memory of one process of a sharded, served model."""
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from quintet.cli.output import size_of
-from quintet.cli.together import least
+from quintet.cli.together import follows, least
 
 if TYPE_CHECKING:
     import torch
@@ -57,8 +58,39 @@ def share_of(
     degrees = degrees_for(on_meta(config, dtype), _asked(sizes), count)
     kind = device("cpu" if own_device().type == "cpu" else "h100")
     model, _ = described(config, kind, dtype=dtype, quantize=quantize)
-    split = Split(tp=degrees.tp, ep=degrees.ep, pp=degrees.pp, dp=degrees.dp)
-    return footprint(model, split, work)
+    groups = degrees.dp * degrees.fsdp
+    split = Split(tp=degrees.tp, ep=degrees.ep, pp=degrees.pp, dp=groups)
+    # Each of the groups with texts of their own has as many rows.
+    return footprint(model, split, replace(work, rows=work.rows * groups))
+
+
+def own_group(path: str, given: Mapping[str, Any], where: Mapping[str, Any]) -> tuple[int, bool]:
+    """Return which group with texts of its own this process is in, and whether it leads that.
+
+    Args:
+        path: of the model.
+        given: the command's options.
+        where: how it is found.
+
+    Raises:
+        InputError: the model cannot be divided so.
+        QuintetError: whatever keeps its configuration from being read.
+    """
+    import torch
+
+    from quintet.auto import AutoConfig
+    from quintet.parallel.division import degrees_for, processes
+    from quintet.parallel.faults import watch
+    from quintet.planning.weights import on_meta
+
+    here = watch()
+    if given["ep"] is None or here is None:
+        return 0, not follows()
+    config = AutoConfig.from_pretrained(path, **where)
+    sizes = {f"{name}_size": given[name] for name in ("tp", "ep", "pp")}
+    degrees = degrees_for(on_meta(config, torch.bfloat16), _asked(sizes), processes())
+    at = degrees.coordinates(here.rank)
+    return at["fsdp"], at["tp"] == at["pp"] == 0
 
 
 def _asked(sizes: Mapping[str, int]) -> "DistributedConfig":

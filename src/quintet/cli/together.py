@@ -46,6 +46,11 @@ def begin() -> None:
     connect()
 
 
+def speak() -> None:
+    """Let this process speak on standard error after all, as who leads a group of its own does."""
+    sys.stderr = sys.__stderr__
+
+
 def from_first(read: Callable[[], str]) -> str:
     """Return what the first process reads, in all of them."""
     watch = _watch()
