@@ -93,7 +93,8 @@ def command(
             raise InputError("--api-key-file is the key of a server; MODEL is no address of one")
         check_options(sampling, settings)
     if follows() and model is not None and not served:
-        follow(Local(model, seed, sampling, settings, quiet, where, shape))
+        local = Local(model, seed, sampling, settings, quiet, where, shape)
+        follow(local, unread=local.opened.unread)
         return
     question = (read_stdin() or "").strip() if questions == ["-"] else "".join(questions)
     if questions and not question:

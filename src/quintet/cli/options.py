@@ -161,6 +161,14 @@ class Opened:
         """The model as something that generates."""
         return cast("GenerationMixin", self.model)
 
+    @property
+    def unread(self) -> bool:
+        """Whether nobody reads what is made here, in a group beside that of the first process.
+
+        It takes part for its experts alone.
+        """
+        return self.model.world is not None and self.model.world.share[0] > 0
+
     def describe(self) -> str:
         """Say in a line what runs."""
         millions = self.model.num_parameters() / 1e6
@@ -347,7 +355,12 @@ def choose(
 def with_default_length(
     opened: Opened, config: "GenerationConfig", prompt: int, most: int = 256
 ) -> "GenerationConfig":
-    """Limit the new tokens to `most` and the context's rest, unless the options limit them."""
+    """Limit the new tokens to `most` and the context's rest, unless the options limit them.
+
+    Where nobody reads them, to one.
+    """
+    if opened.unread:
+        return config.overridden(max_new_tokens=1, min_new_tokens=None, min_length=None)
     if config.max_new_tokens is not None or config.max_length is not None:
         return config
     room = opened.model.config.max_position_embeddings - prompt

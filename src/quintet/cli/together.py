@@ -157,10 +157,14 @@ class Led:
             _tell(watch, [order, what])
 
 
-def follow(partner: "Partner") -> None:
+def follow(partner: "Partner", *, unread: bool = False) -> None:
     """Do what the first process's partner is asked, until that one leaves.
 
     Ctrl-C ends both: a launcher passes it on to all, and takes it for the end.
+
+    Args:
+        partner: this process's.
+        unread: whether it makes texts of its own, that nobody reads.
     """
     from quintet.cli.answer import Answer
 
@@ -178,8 +182,12 @@ def follow(partner: "Partner") -> None:
                 partner.set(what)
             else:
                 partner.answer(what, Answer("hide", quiet=True))
-        except (RankFailedError, DisagreementError):
+        except DisagreementError:
             raise
+        except RankFailedError:
+            # What failed there is said there; whether that one has ended is heard next.
+            if not unread:
+                raise
         except QuintetError:
             continue
 

@@ -1,4 +1,4 @@
-"""`quintet serve` in processes with texts of their own: each group is a server of its own."""
+"""Commands in processes with texts of their own: one talks, or each is a server of its own."""
 
 import json
 import os
@@ -37,7 +37,10 @@ def mixture(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def wanted(path: Path, new: int) -> list[str]:
     """Return what one process makes of each prompt."""
-    model, tokenizer = AutoModelForCausalLM.from_pretrained(path), AutoTokenizer.from_pretrained(path)
+    model, tokenizer = (
+        AutoModelForCausalLM.from_pretrained(path),
+        AutoTokenizer.from_pretrained(path),
+    )
     found = []
     for prompt in PROMPTS:
         ids = tokenizer(prompt, return_tensors="pt")["input_ids"]
@@ -80,8 +83,10 @@ def test_each_group_answers_at_a_port_of_its_own(mixture: Path, tmp_path: Path) 
     with ThreadPoolExecutor() as pool:
         running = pool.submit(launch, 2, command, *words, where=tmp_path)
         until(
-            lambda: running.done()
-            or all(one.exists() and "Ctrl-C ends it" in one.read_text() for one in said)
+            lambda: (
+                running.done()
+                or all(one.exists() and "Ctrl-C ends it" in one.read_text() for one in said)
+            )
         )
         texts = [one.read_text() for one in said]
         found = [re.findall(r"http://127\.0\.0\.1:\d+(?=/v1)", text) for text in texts]
@@ -102,3 +107,21 @@ def test_each_group_answers_at_a_port_of_its_own(mixture: Path, tmp_path: Path) 
     text = "".join(one.err for one in of_all)
     assert "Traceback" not in text, text
     assert "error: " not in text
+
+
+@pytest.mark.parametrize("command_name", ["generate", "chat"])
+def test_the_first_talks_and_the_other_lends_its_experts(
+    command_name: str, mixture: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    more = ["-n", "12", "min_new_tokens=12", "-t", "0"]
+    words = {
+        "generate": ["generate", "Hello there", "-m", str(mixture), *more],
+        "chat": ["chat", str(mixture), "Hello there", *more],
+    }[command_name]
+    first, other = launch(2, command, *words, *SIZES, where=tmp_path)
+    assert (first.code, other.code) == (0, 0), (first, other)
+    assert (other.out, other.err) == ("", "")
+    assert "in each of 2 processes (ep 2)" in first.err
+    with pytest.raises(SystemExit):
+        main(words)
+    assert first.out == capsys.readouterr().out != ""
