@@ -5,6 +5,7 @@ import os
 import re
 import signal
 import socket
+import urllib.error
 import urllib.request
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
@@ -99,6 +100,10 @@ def test_each_group_answers_at_a_port_of_its_own(mixture: Path, tmp_path: Path) 
         # Each also while the other one has nothing to do.
         for rank, (address,) in enumerate(found):
             assert ask(address, PROMPTS[rank], 8 + 12 * rank) == answers[rank]
+        with pytest.raises(urllib.error.HTTPError, match="409"):
+            urllib.request.urlopen(
+                urllib.request.Request(f"{found[0][0]}/v1/models/it/unload", b""), timeout=PATIENCE
+            )
         for rank in (1, 0):
             os.kill(int((tmp_path / f"{rank}.pid").read_text()), signal.SIGTERM)
         of_all = running.result()

@@ -35,6 +35,7 @@ def test_a_slice_has_the_bytes_planned(name: str, two: Pool) -> None:
     [
         ("qwen2", {"tp_size": 2}),
         ("deepseek-v3", {"tp_size": 2, "ep_size": 2}),
+        ("deepseek-v3", {"tp_size": 1, "ep_size": 2}),
         ("zamba2", {"tp_size": 2}),
     ],
 )

@@ -178,13 +178,21 @@ class Registry:
         """Unload an idle model; the next request loads it again.
 
         Raises:
-            ApiError: no such model (404), or it is at work (409).
+            ApiError: no such model (404), or it is at work, or held by several processes (409).
         """
         offer, _ = self._find(name)
         async with offer.turn:
             it = offer.loaded
             if it is None:
                 return
+            if it.engine.model.world is not None:
+                raise ApiError(
+                    409,
+                    f"the model {shown(name)} is held by several processes, which load it once; "
+                    "end them all to free its memory",
+                    code="model_divided",
+                    param="model",
+                )
             if it.engine.state.running or it.engine.state.waiting:
                 raise ApiError(
                     409,

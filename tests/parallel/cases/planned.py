@@ -1,5 +1,6 @@
 """Cases of planned memory; each process compares it with the bytes that it has."""
 
+from dataclasses import asdict
 from typing import Any
 
 import torch
@@ -10,6 +11,7 @@ from parallel.cases.tensor import family, world
 from quintet.cli.share import share_of
 from quintet.generation.following import follow, leading
 from quintet.parallel.apply import shard_model
+from quintet.parallel.division import DistributedConfig, degrees_for
 from quintet.parallel.fsdp import divide
 from quintet.planning.devices import device
 from quintet.planning.inference import Workload, footprint
@@ -48,11 +50,11 @@ def bytes_of_slices(name: str) -> None:
 
 def bytes_of_served(name: str, changes: dict[str, Any], sizes: dict[str, int]) -> None:
     """Compare what is said of a process that serves with what it has: weights, rows, tokens."""
-    degrees = {key.removesuffix("_size"): size for key, size in sizes.items()}
-    _, model = models(name, degrees, changes)
+    degrees = degrees_for(family(name).model_of(**changes), DistributedConfig(**sizes), 2)
+    _, model = models(name, asdict(degrees), changes)
     work = Workload(16, rows=3, itemsize=4, cache_dtype="float32")
     said = share_of(model.config, sizes, 2, work, torch.float32)
-    if not chooses():
+    if not (chooses() or degrees.fsdp > 1):
         return follow(model)
     with leading(model):
         cost = cost_of(model, None)
