@@ -52,6 +52,7 @@ class Steps:
     recurrent: bool = False
     held: dict[Text, list[int]] = field(default_factory=dict)
     drafted: int = 0
+    exchanges: bool = False
 
     @property
     def sequences(self) -> list[Text]:
