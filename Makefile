@@ -6,7 +6,7 @@ BIN := .venv/bin
 WORKERS ?= 2
 INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 
-.PHONY: demo chat serve test test-tools sanitize fuzz lint types train bench bench-smoke bench-training bench-parallel bench-serving soak kills gpu-check clean
+.PHONY: demo chat serve test test-tools sanitize fuzz schedules lint types train bench bench-smoke bench-training bench-parallel bench-serving soak kills gpu-check clean
 
 demo: .venv/base
 	@printf 'class Stack:\n    def __init__' | $(BIN)/quintet generate --dtype float32 --seed 28 -n 91
@@ -35,6 +35,13 @@ test-tools: .venv/tools
 MUTANTS ?= 2000
 fuzz: .venv/dev
 	@PYTHONPATH=tests $(BIN)/python -m fuzz --mutants $(MUTANTS) $(FUZZ)
+
+# Sequences that come, wait and go, and rows of any mix: as many schedules of each family and format.
+SCHEDULES ?= 200
+schedules: .venv/dev
+	@QUINTET_SCHEDULES=$(SCHEDULES) OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 \
+	  tests/generation/test_engine.py tests/conformance/test_batch_invariance.py \
+	  -k "any_schedule or shares_the_batch or forwards_of_their_own"
 
 # The kernels, compiled to report whatever they touch that is not theirs, under their own tests and
 # whole models: on the best instruction set of this CPU, or the one that QUINTET_KERNELS names.

@@ -1,5 +1,6 @@
 """On kernels, a row's logits are the same bits whoever shares the batch, and however it was cut."""
 
+import os
 from collections.abc import Callable, Sequence
 from functools import cache
 from itertools import accumulate
@@ -34,7 +35,9 @@ WIDER = {
 IDS = torch.randint(101, (ROWS, LONGEST), generator=torch.Generator().manual_seed(9))
 formats = pytest.mark.parametrize("quantize", [None, "int8", "int4"])
 some = settings(
-    max_examples=4, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+    max_examples=int(os.environ.get("QUINTET_SCHEDULES", "4")),
+    deadline=None,
+    suppress_health_check=[HealthCheck.function_scoped_fixture],
 )
 Models = Callable[..., Any]
 # How many tokens of each row pass in each of some forwards: few of any, or a prompt's.

@@ -1,5 +1,6 @@
 """Sequences that come and go between any two steps become what each becomes alone."""
 
+import os
 import random
 from dataclasses import dataclass, field
 from typing import Any
@@ -16,7 +17,7 @@ from quintet.generation.engine import Engine
 from quintet.generation.sequence import Sequence
 from quintet.kernels.native import available
 
-SCHEDULES = 8
+SCHEDULES = int(os.environ.get("QUINTET_SCHEDULES", "8"))
 CHOICES: dict[str, list[Any]] = {
     "temperature": [0.5, 1.7],
     "top_k": [0, 3, 20],
