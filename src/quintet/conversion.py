@@ -5,8 +5,8 @@ Tensors go through one by one, so that no more than those of one file are in mem
 
 import os
 import warnings
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +36,8 @@ from quintet.modeling.placement import named_dtype
 from quintet.modeling.progress import progress_bar
 from quintet.quantization import (
     Encoded,
+    GroupFormat,
+    Int4Format,
     QuantizationConfig,
     Slot,
     WeightFormat,
@@ -43,6 +45,8 @@ from quintet.quantization import (
     read,
     resolve_quantization,
 )
+from quintet.quantization.calibration import Place, rounded
+from quintet.quantization.formats import Parts
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,6 +74,7 @@ def convert(
     quantization_config: QuantizationConfig | Mapping[str, Any] | None = None,
     dtype: str | torch.dtype = "auto",
     max_shard_size: int | str = "5GB",
+    calibrate: Sequence[Tensor] = (),
 ) -> Converted:
     """Write the model in directory `source` into directory `target`, whole or not at all.
 
@@ -80,9 +85,12 @@ def convert(
         quantize: as in `from_pretrained`; None leaves a quantised model as it is.
         quantization_config: the same with options.
         dtype: of what is not quantised; "auto" is the one of the source.
+        calibrate: ids (B, T) of a text like those that the model is for, by which 4-bit weights are
+            rounded (`quintet.quantization.calibration`). All of the model is in memory for that.
 
     Raises:
-        InputError: source and target are one directory, or an option does not exist.
+        InputError: source and target are one directory, an option does not exist, or nothing is
+            rounded to 4 bits that could be calibrated.
         CheckpointError: the source is damaged, or a weight in it is not finite.
         SaveError: writing failed; what was in `target` before is untouched.
     """
@@ -93,6 +101,8 @@ def convert(
         root, quantize=quantize, quantization_config=quantization_config, dtype=dtype
     )
     config, weights = source_model.config, source_model.weights
+    if calibrate:
+        weights.rounded = _rounded(root, weights, calibrate)
     # Before modules are replaced by those that hold other tensors.
     numbers = weights.model.num_parameters()
     texts = {CONFIG_NAME: config.to_json_string(), **_texts_of_file(root)}
@@ -170,6 +180,32 @@ def open_source(
     return SourceModel(config, weights, tuple(mapping.lost))
 
 
+def _rounded(
+    root: Path, weights: "WeightStream", batches: Sequence[Tensor]
+) -> dict[Place, list[Parts]]:
+    """Round the matrices of 4 bits with a text in view."""
+    slots = {}
+    for name, slot in weights.slots.items():
+        wanted, held = slot.module.formats[slot.name].parts_of, weights.mapping.held.get(name)
+        shape, _ = slot.module.matrices[slot.name]
+        # What the source has in that very form is not rounded.
+        same = held is not None and held.parts(shape) == wanted.parts(shape)
+        if isinstance(wanted, Int4Format | GroupFormat) and not same:
+            slots[name] = slot
+    if not slots:
+        raise InputError(
+            "calibrate is for weights of 4 bits, in quantize='int4' or PackedConfig(bits=4), and "
+            "nothing is rounded to them here"
+        )
+    model = type(weights.model).from_pretrained(root, quantize="none", dtype=weights.dtype)
+    found = {}
+    with progress_bar("calibrating", len(slots)) as bar:
+        for place, parts in rounded(model, slots, batches):
+            found[place] = parts
+            bar.update(place.expert in (None, 0))
+    return found
+
+
 def _texts_of_file(root: Path) -> dict[str, str]:
     """Return the text files that a GGUF file stands for; none for a directory."""
     if not root.is_file():
@@ -193,6 +229,7 @@ class WeightStream:
     whole: Mapping[str, tuple[int, ...]]
     slots: Mapping[str, Slot]
     dtype: torch.dtype
+    rounded: Mapping[Place, list[Parts]] = field(default_factory=dict)
     read: int = 0
     written: int = 0
 
@@ -223,12 +260,22 @@ class WeightStream:
                 name, piece = self.mapping.wanted[in_file]
                 for to in pieces(name, shapes[name], stacks):
                     if piece.place is None or piece.place == to.place:
-                        part = _part(weight, piece, to)
+                        part = self._rounded(name, to) or _part(weight, piece, to)
                         for named in self._converted(part, to, slots.get(name), in_file):
                             self.written += named[1].nbytes
                             yield named
                 self.read += sizes[in_file]
                 bar.update(sizes[in_file])
+
+    def _rounded(self, name: str, to: Piece) -> Encoded | None:
+        """Return a piece that was rounded with a text in view."""
+        expert, rows = (None, slice(0)) if to.place is None else to.place
+        parts = self.rounded.get(Place(name, expert))
+        if parts is None:
+            return None
+        slot = self.slots[name]
+        own = parts[(rows.start or 0) // to.shape[0]]
+        return Encoded(slot.module.formats[slot.name], own, to.shape)
 
     def _converted(
         self, weight: Tensor | Encoded, to: Piece, slot: Slot | None, source: str

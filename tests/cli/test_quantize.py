@@ -77,3 +77,22 @@ def test_convert_writes_a_file_for_llama_cpp(quintet: Any, tmp_path: Path) -> No
     refused = quintet("convert", root, file, "--to", "gguf", "--dequantize")
     assert refused.code == 2
     assert "no effect on one file" in refused.err
+
+
+def test_a_text_may_be_in_view(quintet: Any, chat_model: Path, tmp_path: Path) -> None:
+    text = tmp_path / "text.txt"
+    text.write_text("The cat sat on the mat. " * 40)
+    out, given = tmp_path / "out", ("--to", "int4", "--calibrate", text)
+    assert quintet("quantize", chat_model, tmp_path / "plain", "--to", "int4").code == 0
+    assert quintet("quantize", chat_model, out, *given, "--calibrate-tokens", 200).code == 0
+    one, other = (path / "model.safetensors" for path in (out, tmp_path / "plain"))
+    assert one.stat().st_size == other.stat().st_size
+    assert one.read_bytes() != other.read_bytes()
+    assert quintet("generate", "The", "--model", out, "--max-new-tokens", "3").code == 0
+    refused = quintet("quantize", chat_model, tmp_path / "no", "--to", "int8", "--calibrate", text)
+    assert "--calibrate is for --to int4 and w4a16" in refused.err
+    text.write_text("")
+    assert "is empty" in quintet("quantize", chat_model, tmp_path / "no", *given).err
+    text.unlink()
+    assert "there is no file" in quintet("quantize", chat_model, tmp_path / "no", *given).err
+    assert not (tmp_path / "no").exists()

@@ -1,6 +1,6 @@
 """`quintet convert`: the same weights in another dtype, in other shards, or as plain numbers."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
@@ -10,6 +10,8 @@ from quintet.errors import InputError
 from quintet.hub import CONFIG_PATTERNS, TOKENIZER_PATTERNS, locate, locate_weights
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from quintet.conversion import Converted
     from quintet.quantization import QuantizationConfig
 
@@ -79,6 +81,7 @@ def run(
     dtype: str,
     max_shard_size: str,
     quiet: bool,
+    calibrate: "Sequence[Tensor]" = (),
     **where: Any,
 ) -> None:
     """Convert a model and say on standard error what came of it."""
@@ -94,6 +97,7 @@ def run(
             quantization_config=config,
             dtype=dtype,
             max_shard_size=max_shard_size,
+            calibrate=calibrate,
         )
     _report(done, model, directory, quiet)
 

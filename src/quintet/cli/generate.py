@@ -6,7 +6,6 @@ import sys
 import time
 from collections.abc import Callable
 from functools import partial
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -34,7 +33,8 @@ from quintet.cli.servers import is_address, key_for, key_option
 from quintet.cli.settings import COUNT, SETTING, applied, describe, parse
 from quintet.cli.shaping import Shape, shape_options
 from quintet.cli.terminal import Waiting, harmless, note, unechoed
-from quintet.errors import InputError, ModelNotFoundError
+from quintet.cli.texts import text_of_file
+from quintet.errors import InputError
 from quintet.hub import demo_model
 
 if TYPE_CHECKING:
@@ -108,7 +108,7 @@ def command(
         raise InputError("--batch has no --json-schema or --regex; continue the texts one by one")
     read: Callable[[], str] = partial(_prompt, prompt, file)
     if batch is not None:
-        read = partial(_read, batch) if batch != "-" else _piped
+        read = partial(text_of_file, batch) if batch != "-" else _piped
     text = from_first(read)
     lines = None if batch is None else text.splitlines()
 
@@ -252,7 +252,7 @@ def _continue_there(remote: "Remote", text: str, echo: bool, as_json: bool, quie
 
 def _prompt(prompt: str | None, file: str | None) -> str:
     if file is not None:
-        text: str | None = _without_line_end(_piped() if file == "-" else _read(file))
+        text: str | None = _without_line_end(_piped() if file == "-" else text_of_file(file))
     elif prompt in (None, "-"):
         text = _without_line_end(read_stdin())
     else:
@@ -273,13 +273,3 @@ def _piped() -> str:
     if (text := read_stdin()) is None:
         raise InputError("nothing is piped in; name a file, or pipe one into standard input")
     return text
-
-
-def _read(name: str) -> str:
-    path = Path(name).expanduser()
-    if not path.is_file():
-        raise ModelNotFoundError(f"there is no file {name!r}")
-    try:
-        return path.read_text(encoding="utf-8")
-    except UnicodeDecodeError:
-        raise InputError(f"{name!r} is not UTF-8 text; convert it, e.g. with iconv") from None

@@ -4,12 +4,12 @@ import functools
 import json
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
-from quintet.errors import InputError, ModelNotFoundError
+from quintet.cli.texts import text_of_file
+from quintet.errors import InputError
 
 if TYPE_CHECKING:
     from quintet.cli.options import Opened
@@ -79,7 +79,12 @@ def shape_options(command: Callable[..., None]) -> Callable[..., None]:
     def collecting(*, json_schema: str | None, regex: str | None, **given: Any) -> None:
         if json_schema is not None and regex is not None:
             raise InputError("--json-schema and --regex are two forms; give one of them")
-        command(shape=Shape(None if json_schema is None else _read(json_schema), regex), **given)
+        command(
+            shape=Shape(
+                None if json_schema is None else text_of_file(json_schema, MAX_BYTES), regex
+            ),
+            **given,
+        )
 
     for option in (
         click.option("--regex", metavar="PATTERN", help="What the answer has to match."),
@@ -92,15 +97,3 @@ def shape_options(command: Callable[..., None]) -> Callable[..., None]:
     ):
         collecting = option(collecting)
     return collecting
-
-
-def _read(name: str) -> str:
-    path = Path(name).expanduser()
-    if not path.is_file():
-        raise ModelNotFoundError(f"there is no file {name!r}")
-    if path.stat().st_size > MAX_BYTES:
-        raise InputError(f"{name!r} has more than {MAX_BYTES:,} bytes, and is no schema")
-    try:
-        return path.read_text(encoding="utf-8")
-    except UnicodeDecodeError:
-        raise InputError(f"{name!r} is not UTF-8 text; convert it, e.g. with iconv") from None

@@ -13,10 +13,13 @@ import torch.nn.functional as F  # noqa: N812
 from torch import Tensor
 
 from quintet.errors import InputError
+from quintet.ops.error_feedback import Rounding, Spread, feed_back, spread_of
 from quintet.ops.groups import IQ4, group_count, number_shape, pack_numbers
 
 # Small enough that a band in float32 stays in the cache between its operations.
 BAND = 2**18
+# Column by column, an operation is of one number a row: so many that it is worth it.
+MANY = 2**23
 # Shares of the scale that reaches the largest number, of 4 bits; the first wins among equals.
 SHARES = (1.0, 0.75, 0.8125, 0.875, 0.9375, 1.0625, 1.125)
 # What is cut off at both ends, where there are offsets.
@@ -31,6 +34,7 @@ def quantize_groups(
     offset: bool = False,
     dtype: torch.dtype = torch.float16,
     iq4: bool = False,
+    gram: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """Round each group to multiples of a scale, with an offset if asked.
 
@@ -40,6 +44,7 @@ def quantize_groups(
         group: how many neighbours share a scale; None for whole rows.
         dtype: of scales and offsets.
         iq4: round to the levels of `IQ4`.
+        gram: (I, I), Σ x xᵀ of inputs, by which columns make up for what others lost.
 
     Returns numbers, scales and offsets as `widen_groups` takes them.
 
@@ -58,14 +63,18 @@ def quantize_groups(
     counts = torch.ones(columns, dtype=torch.float32, device=weight.device)
     counts = F.pad(counts, (0, count * size - columns)).view(count, size)
     flat = weight.reshape(-1, columns)
-    height = max(BAND // max(columns, 1), 1)
+    spread = None if gram is None else spread_of(gram.to(weight.device), count * size)
+    height = max((BAND if spread is None else MANY) // max(columns, 1), 1)
     ladder = _Ladder(bits, offset, iq4, dtype)
     for start in range(0, len(flat), height):
         rows = slice(start, start + height)
         band = flat[rows].to(torch.float32)
         # The last group is filled up by what changes neither its largest nor its smallest number.
         band = F.pad(band[None], (0, count * size - columns), mode="replicate")[0]
-        fit = ladder.fit(torch.unflatten(band, -1, (count, size)), counts)
+        if spread is None:
+            fit = ladder.fit(torch.unflatten(band, -1, (count, size)), counts)
+        else:
+            fit = ladder.fit_in_turn(band.clone(), size, spread)
         to = ladder.numbers(fit.levels).flatten(-2)[..., :columns]
         numbers.view(-1, numbers.shape[-1])[rows] = to if bits == 8 else pack_numbers(to)
         scale.view(-1, count)[rows] = fit.scale.squeeze(-1).to(dtype)
@@ -121,6 +130,24 @@ class _Ladder:
             pairs = zip(tried, best, strict=True)
             best = _Fit(*(torch.where(better, new, old) for new, old in pairs))
         return best
+
+    def fit_in_turn(self, band: Tensor, size: int, spread: Spread) -> _Fit:
+        """Round rows (R, G · n) group by group, with errors fed back; `band` is changed."""
+        fits: list[_Fit] = []
+
+        def begin(own: Tensor, squares: Tensor) -> Rounding:
+            fit = self.fit(own[:, None], squares)
+            fits.append(fit)
+
+            def rounded(column: Tensor, place: int) -> Tensor:
+                to = self._rounded(column[:, None, None], fit.scale, fit.offset)
+                fit.levels[:, 0, place] = to.levels[:, 0, 0]
+                return (to.levels * to.scale + to.offset)[:, 0, 0]
+
+            return rounded
+
+        feed_back(band, size, spread, begin)
+        return _Fit(*(torch.cat(part, dim=1) for part in zip(*fits, strict=True)))
 
     def numbers(self, levels: Tensor) -> Tensor:
         """Return levels as stored."""

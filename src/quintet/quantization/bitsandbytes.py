@@ -124,7 +124,7 @@ class CodesFormat(WeightFormat):
     def alone(self, shard: Shard) -> bool:
         return self.shards(shard) is not None
 
-    def encode(self, weight: Tensor) -> dict[str, Tensor]:
+    def encode(self, weight: Tensor, gram: Tensor | None = None) -> dict[str, Tensor]:
         packed, absmax = quantize_codes(weight, self.kind, self.block)
         if not self.nested:
             return {"": packed, "_absmax": absmax}

@@ -19,6 +19,7 @@ from quintet.ops.groups import PACK, group_count, number_shape
 from quintet.ops.linear import linear
 from quintet.ops.quantized import (
     FP8_BLOCK,
+    INT4_GROUP,
     decode,
     dequantize_fp8,
     fp8_linears,
@@ -60,8 +61,13 @@ class WeightFormat(ABC):
         """Return shape and dtype of each part of a matrix of `shape`; "" is the largest."""
 
     @abstractmethod
-    def encode(self, weight: Tensor) -> dict[str, Tensor]:
+    def encode(self, weight: Tensor, gram: Tensor | None = None) -> dict[str, Tensor]:
         """Encode a matrix.
+
+        Args:
+            weight: (O, I).
+            gram: (I, I), Σ x xᵀ of the inputs of a text, by which 4 bits make up in some weights
+                for what others lost; None without one.
 
         Raises:
             InputError: a number is not finite.
@@ -194,7 +200,7 @@ class Int8Format(_Integers):
         """Return how each part covers a matrix: a scale covers a whole row."""
         return {"": Grain(), "_scale": Grain(columns=None)}
 
-    def encode(self, weight: Tensor) -> dict[str, Tensor]:
+    def encode(self, weight: Tensor, gram: Tensor | None = None) -> dict[str, Tensor]:
         q, scale = quantize_int8(weight)
         return {"": q, "_scale": scale}
 
@@ -212,8 +218,13 @@ class Int4Format(_Integers):
     def grains(self, shape: Shape) -> dict[str, Grain]:
         return {"": PACKED, "_scale": Grain(columns=PACK)}
 
-    def encode(self, weight: Tensor) -> dict[str, Tensor]:
-        packed, scale = quantize_int4(weight)
+    def encode(self, weight: Tensor, gram: Tensor | None = None) -> dict[str, Tensor]:
+        if gram is None:
+            packed, scale = quantize_int4(weight)
+        else:
+            packed, scale, _ = quantize_groups(
+                weight, 4, INT4_GROUP, dtype=torch.bfloat16, gram=gram
+            )
         return {"": packed, "_scale": scale}
 
 
@@ -264,7 +275,7 @@ class GroupFormat(_Integers):
         found = {"": Grain() if self.bits == 8 else PACKED, self._scale: scale}
         return {**found, "_offset": scale} if self.offset else found
 
-    def encode(self, weight: Tensor) -> dict[str, Tensor]:
+    def encode(self, weight: Tensor, gram: Tensor | None = None) -> dict[str, Tensor]:
         numbers, scale, offset = quantize_groups(
             weight,
             self.bits,
@@ -272,6 +283,7 @@ class GroupFormat(_Integers):
             offset=self.offset,
             dtype=self.dtype,
             iq4=self.iq4,
+            gram=gram,
         )
         parts = {"": numbers, self._scale: scale}
         return parts if offset is None else {**parts, "_offset": offset}
@@ -308,7 +320,7 @@ class FP8Format(WeightFormat):
     def grains(self, shape: Shape) -> dict[str, Grain]:
         return {"": Grain(), "_scale_inv": Grain(*self.block)}
 
-    def encode(self, weight: Tensor) -> dict[str, Tensor]:
+    def encode(self, weight: Tensor, gram: Tensor | None = None) -> dict[str, Tensor]:
         q, scale_inv = quantize_fp8(weight, self.block, powers=self.powers)
         return {"": q, "_scale_inv": scale_inv}
 

@@ -42,7 +42,7 @@ class BlockFormat(WeightFormat):
         row = shape[-1] // self.kind.weights * self.kind.nbytes
         return {"": TensorSpec((*shape[:-1], row), torch.uint8)}
 
-    def encode(self, weight: Tensor) -> dict[str, Tensor]:
+    def encode(self, weight: Tensor, gram: Tensor | None = None) -> dict[str, Tensor]:
         """Raise: models use other formats.
 
         Raises:
@@ -116,7 +116,7 @@ class KeysAndValuesFormat(WeightFormat):
         """Raise: no model uses it."""
         raise InputError("keys and values in a tensor each are no format of a model")
 
-    def encode(self, weight: Tensor) -> dict[str, Tensor]:
+    def encode(self, weight: Tensor, gram: Tensor | None = None) -> dict[str, Tensor]:
         """Raise: a model holds the map unquantised.
 
         Raises:

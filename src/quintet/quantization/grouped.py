@@ -64,7 +64,7 @@ def numbers_in(words: Tensor, bits: int, weight: str) -> Tensor:
 class FileFormat(WeightFormat):
     """A read-only format of files."""
 
-    def encode(self, weight: Tensor) -> dict[str, Tensor]:
+    def encode(self, weight: Tensor, gram: Tensor | None = None) -> dict[str, Tensor]:
         """Raise: only other programs write such files."""
         raise UnsupportedModelError(
             f"{self.name} is read and not written; use quantize='int8' or 'int4'"

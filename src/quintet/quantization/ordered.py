@@ -43,10 +43,10 @@ class OrderedFormat(WeightFormat):
     def alone(self, shard: Shard) -> bool:
         return self.shards(shard) is not None and self.inner.alone(shard)
 
-    def encode(self, weight: Tensor) -> dict[str, Tensor]:
+    def encode(self, weight: Tensor, gram: Tensor | None = None) -> dict[str, Tensor]:
         """Encode a matrix with its columns in the given order."""
         order = torch.arange(weight.shape[-1], dtype=torch.int32, device=weight.device)
-        return {**self.inner.encode(weight), ORDER: order}
+        return {**self.inner.encode(weight, gram), ORDER: order}
 
     def decode(self, parts: Parts, shape: Shape, dtype: torch.dtype) -> Tensor:
         places = torch.empty_like(parts[ORDER])

@@ -65,8 +65,8 @@ class WordsFormat(WeightFormat):
     def parts(self, shape: Shape) -> dict[str, TensorSpec]:
         return self.inner.parts(shape)
 
-    def encode(self, weight: Tensor) -> dict[str, Tensor]:
-        return self.inner.encode(weight)
+    def encode(self, weight: Tensor, gram: Tensor | None = None) -> dict[str, Tensor]:
+        return self.inner.encode(weight, gram)
 
     def decode(self, parts: Parts, shape: Shape, dtype: torch.dtype) -> Tensor:
         return self.inner.decode(parts, shape, dtype)
