@@ -85,7 +85,7 @@ def test_what_trainers_pass_changes_no_text() -> None:
         {"labels": given["input_ids"]},
         {"logits_to_keep": 0},
         {"logits_to_keep": 3},
-        {"synced_gpus": False},
+        {"synced_gpus": True},
     ):
         assert torch.equal(model.generate(**given, **BASE, **more), plain)
 

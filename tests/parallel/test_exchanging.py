@@ -50,6 +50,10 @@ def test_what_fails_in_one_ends_all_who_go_on_then(victim: int, two: Pool) -> No
     two.run(exchanging.one_fails, "qwen2-moe", DATA2, victim)
 
 
+def test_what_fails_in_an_expert_is_raised_there(two: Pool) -> None:
+    two.run(exchanging.an_expert_fails, "qwen2-moe", DATA2)
+
+
 def test_an_interrupt_of_one_ends_all(two: Pool) -> None:
     two.run(exchanging.one_is_interrupted, "deepseek-v2", DATA2)
 

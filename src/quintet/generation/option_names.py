@@ -21,10 +21,11 @@ _ABSENT = {
     "num_beam_groups": "group beam search",
     "penalty_alpha": "contrastive search",
     "speculation_type": "speculative decoding",
-    "synced_gpus": "several devices",
     "target_lookbehind": "speculative decoding",
     "trust_remote_code": "running code of others",
 }
+# What is so where it is needed: processes are in step until all have ended.
+_ALWAYS = {"synced_gpus": (True, False, None)}
 # What `generate()` takes beside options, for those who mistype it.
 ARGUMENTS = (
     "inputs",
@@ -55,6 +56,7 @@ def check_names(options: Mapping[str, Any], known: Iterable[str]) -> dict[str, A
     names = list(known)
     # What asks for nothing may be asked for.
     given = {k: v for k, v in options.items() if k not in _ABSENT or not asks_nothing(v)}
+    given = {k: v for k, v in given.items() if not any(v is one for one in _ALWAYS.get(k, ()))}
     for name in given:
         if name in _ABSENT:
             raise InputError(f"{name}={shown(given[name])}: {_ABSENT[name]} is not in this version")

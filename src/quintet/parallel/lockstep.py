@@ -204,6 +204,9 @@ class Lockstep:
             with nullcontext() if agreement else self._interrupts.noted():
                 yield
                 self.leave()
+            if self._interrupts.take():
+                # It came when all was done.
+                raise KeyboardInterrupt
         except BaseException as error:
             place = _end_of(error, agreement)
             if place is not None:
@@ -211,6 +214,7 @@ class Lockstep:
             raise
         finally:
             self._over = False
+            self._interrupts.take()
 
     def fail(self, error: BaseException, place: int = FAILED) -> None:
         """Let the others end, too, unless they have, or wait for what will not come."""

@@ -1,10 +1,13 @@
 """Cases of processes that generate texts of their own and exchange experts' tokens."""
 
+import itertools
 import os
 import signal
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -138,6 +141,31 @@ def one_fails(name: str, degrees: dict[str, int], victim: int) -> None:
                 first = victim * parts.world.degrees.tp
                 assert said.startswith(f"rank {first} raised {kind.__name__}: "), said
     # All go on.
+    assert made(parts, number, {}) == made(whole, number, {})
+
+
+def an_expert_fails(name: str, degrees: dict[str, int]) -> None:
+    """What fails where an expert runs is raised there, and ends all."""
+    whole, parts = models(name, degrees)
+    number = share(parts)
+    prompt = torch.tensor(PROMPTS[number])
+    stack = type(parts.model.layers[1].mlp.experts)
+    sound = stack.forward
+    for new in ((12, 12), (12, 1)):
+        # The one whose experts fail has a text of its own, or has nothing any more.
+        calls = itertools.count(1)
+
+        def fails(*args: Tensor, calls: Iterator[int] = calls) -> Tensor:
+            if next(calls) > parts.config.num_hidden_layers:
+                raise OverflowError("in an expert")
+            return sound(*args)
+
+        if number:
+            stack.forward = fails
+        kind = OverflowError if number else RankFailedError
+        said = raised(partial(parts.generate, prompt, max_new_tokens=new[number]), kind)
+        assert said == ("" if number else "rank 1 raised OverflowError: ") + "in an expert"
+        stack.forward = sound
     assert made(parts, number, {}) == made(whole, number, {})
 
 
