@@ -63,7 +63,7 @@ class Encoded:
         Raises:
             CheckpointError: it is damaged.
         """
-        return Encoded(self.format, self.format.checked(source, self.parts), self.shape)
+        return Encoded(self.format, self.format.checked(source, self.parts, self.shape), self.shape)
 
 
 @dataclass(frozen=True, slots=True)

@@ -24,7 +24,14 @@ from quintet.ops.codebook import (
     quantize_codes,
 )
 from quintet.parallel.placement import Range, Shard
-from quintet.quantization.formats import Int8Format, Parts, Shape, TensorSpec, WeightFormat
+from quintet.quantization.formats import (
+    Int8Format,
+    Parts,
+    Shape,
+    TensorSpec,
+    WeightFormat,
+    require_finite,
+)
 
 # Written states are of 100 to 200 bytes.
 MAX_STATE = 10_000
@@ -54,7 +61,12 @@ class RowwiseFormat(Int8Format):
         return {names[""][0]: parts[""], names["SCB"][0]: parts["_scale"] * 127}
 
     def unpack(self, weight: str, found: Parts, shape: Shape) -> dict[str, Tensor]:
-        """Return the parts, given the tensors on disk."""
+        """Return the parts, given the tensors on disk.
+
+        Raises:
+            CheckpointError: scales that are no finite numbers.
+        """
+        require_finite(found["SCB"], weight)
         return {"": found[""], "_scale": found["SCB"].to(torch.float32) / 127}
 
 
@@ -211,7 +223,7 @@ class CodesFormat(WeightFormat):
         for key, table in tables.items():
             if not torch.allclose(found[key].to(torch.float32), table, rtol=0, atol=1e-6):
                 raise CheckpointError(f"{weight}: {key} is not the table of {self.kind}")
-        parts = {"": found[""].view(torch.uint8), "_absmax": found["absmax"]}
+        parts = {"": found[""], "_absmax": found["absmax"]}
         if self.nested:
             offset = state.get("nested_offset")
             if not is_finite(offset):

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from quintet.errors import InputError, shown
+from quintet.errors import CheckpointError, InputError, shown
 from quintet.kernels.matrix import Matrix
 from quintet.ops.group_fit import quantize_groups
 from quintet.ops.groups import PACK, group_count, number_shape
@@ -152,13 +152,39 @@ class WeightFormat(ABC):
         """
         return dict(found)
 
-    def checked(self, weight: str, parts: Parts) -> Parts:
+    def checked(self, weight: str, parts: Parts, shape: Shape) -> Parts:
         """Return the parts, or a shard of them, if they can be decoded.
 
         Raises:
             CheckpointError: they are damaged.
         """
+        for suffix, spec in self.parts(shape).items():
+            part = parts[suffix]
+            if spec.dtype.is_floating_point and spec.dtype.itemsize > 1:
+                require_finite(part, weight)
+            elif part.dtype != spec.dtype:
+                raise CheckpointError(
+                    f"{weight + suffix} is {part.dtype}, and has to be {spec.dtype} in "
+                    f"{self.name}; the file is damaged, or config.json another model's"
+                )
         return parts
+
+
+def require_finite(scale: Tensor, weight: str) -> None:
+    """Require scales, or offsets, to be finite floating-point numbers.
+
+    Raises:
+        CheckpointError: they are not.
+    """
+    if not scale.is_floating_point():
+        raise CheckpointError(
+            f"{weight} has scales of {scale.dtype}, which have to be floating-point numbers; "
+            "fetch the file again"
+        )
+    if not bool(scale.isfinite().all()):
+        raise CheckpointError(
+            f"{weight} has scales that are not finite; the file is damaged, fetch it again"
+        )
 
 
 class _Integers(WeightFormat):
@@ -340,4 +366,7 @@ class FP8Format(WeightFormat):
 
     def unpack(self, weight: str, found: Parts, shape: Shape) -> dict[str, Tensor]:
         """Return the parts; power-of-two scales may be stored as bytes."""
-        return {**found, "_scale_inv": found["_scale_inv"].to(torch.float32)}
+        scale_inv = found["_scale_inv"]
+        # Others are damaged, which `checked` says.
+        wide = scale_inv.to(torch.float32) if scale_inv.is_floating_point() else scale_inv
+        return {**found, "_scale_inv": wide}

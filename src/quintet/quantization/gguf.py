@@ -83,7 +83,7 @@ class BlockFormat(WeightFormat):
         """Return name and shape of the one tensor on disk."""
         return {"": (weight, shape)}
 
-    def checked(self, weight: str, parts: Parts) -> Parts:
+    def checked(self, weight: str, parts: Parts, shape: Shape) -> Parts:
         """Return blocks, or what a process has of them, if numbers can be made of them.
 
         Raises:
@@ -157,6 +157,10 @@ class KeysAndValuesFormat(WeightFormat):
                     "is damaged, fetch it again"
                 )
         return dict(found)
+
+    def checked(self, weight: str, parts: Parts, shape: Shape) -> Parts:
+        """Return the parts: `unpack` has looked at them."""
+        return parts
 
 
 def _numbers(part: Tensor, kind: BlockType | None, dtype: torch.dtype) -> Tensor:

@@ -25,6 +25,7 @@ from quintet.quantization.formats import (
     Shape,
     TensorSpec,
     WeightFormat,
+    require_finite,
 )
 from quintet.quantization.ordered import ORDER, OrderedFormat
 
@@ -35,17 +36,8 @@ def finite(scale: Tensor, weight: str) -> Tensor:
     Raises:
         CheckpointError: one is not finite.
     """
-    wide = scale.to(torch.float32).contiguous()
-    if not scale.is_floating_point():
-        raise CheckpointError(
-            f"{weight} has scales of {scale.dtype}, which have to be floating-point numbers; "
-            "fetch the file again"
-        )
-    if not bool(wide.isfinite().all()):
-        raise CheckpointError(
-            f"{weight} has scales that are not finite; the file is damaged, fetch it again"
-        )
-    return wide
+    require_finite(scale, weight)
+    return scale.to(torch.float32).contiguous()
 
 
 def numbers_in(words: Tensor, bits: int, weight: str) -> Tensor:
