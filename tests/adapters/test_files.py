@@ -218,6 +218,57 @@ def test_a_target_without_tensors_is_told(model: Any, tmp_path: Path) -> None:
         model.load_adapter(written(tmp_path, pair(), layers_to_transform=None))
 
 
+@pytest.mark.parametrize(
+    ("config", "tensors", "named"),
+    [
+        ({"modules_to_save": ["lm_head"]}, {}, "lm_head"),
+        ({"modules_to_save": ["norm"]}, {f"{P}model.norm.weight": torch.ones(64)}, "layernorm"),
+        ({"trainable_token_indices": [3]}, {}, "embed_tokens"),
+        ({"target_parameters": ["0.mlp.up_proj.weight"]}, {}, "up_proj"),
+    ],
+)
+def test_so_is_what_else_a_config_names(
+    model: Any, config: dict[str, Any], tensors: Tensors, named: str, tmp_path: Path
+) -> None:
+    with pytest.warns(UserWarning, match=rf"(?s)no tensors for .*{named}"):
+        model.load_adapter(written(tmp_path, {**pair(), **tensors}, **config))
+
+
+@pytest.mark.parametrize(
+    ("config", "said"),
+    [
+        ({"use_dora": True}, "lora_magnitude_vector is missing, .*use_dora=true"),
+        ({"lora_bias": True}, r"lora_B\.bias is missing, .*lora_bias=true"),
+    ],
+)
+def test_what_it_would_be_another_adapter_without_is_an_error(
+    model: Any, config: dict[str, Any], said: str, tmp_path: Path
+) -> None:
+    with pytest.raises(CheckpointError, match=said):
+        model.load_adapter(written(tmp_path, pair(), **config))
+    assert model.adapters is None
+
+
+# As Unsloth writes what it was told to train, for models of any kind.
+UNSLOTH = (
+    r"(?:.*?(?:language|text).*?(?:self_attn|attention|attn|mlp|feed_forward|ffn|dense).*?"
+    r"(?:q_proj|k_proj).*?)|(?:\bmodel\.layers\.[\d]{1,}\.(?:self_attn|attention|attn|mlp|"
+    r"feed_forward|ffn|dense)\.(?:(?:q_proj|k_proj)))"
+)
+
+
+def test_targets_may_be_written_as_others_do(model: Any, tmp_path: Path) -> None:
+    both = {**pair(), **pair(O=32, at=Q.replace("q_proj", "k_proj"))}
+    config = {"target_modules": UNSLOTH, "layers_to_transform": None}
+    with pytest.warns(UserWarning, match=r"no tensors for 4 modules"):
+        model.load_adapter(written(tmp_path, both, **config))
+
+
+def test_layers_are_found_by_patterns_with_groups(model: Any, tmp_path: Path) -> None:
+    for number, pattern in enumerate(("(h|layers)", "h|layers", ["(h)", "(layers)"])):
+        model.load_adapter(written(tmp_path, pair(), layers_pattern=pattern), f"a{number}")
+
+
 def test_names_are_each_once(model: Any, tmp_path: Path) -> None:
     root = written(tmp_path, pair())
     model.load_adapter(root)

@@ -18,6 +18,9 @@ __all__ = ["LoraConfig", "broken_rule"]
 MAX_BYTES = 16_000_000
 MAX_PATTERNS = 100_000
 MAX_RANK = 2**20
+# Each tries as many places as a path has, for each place of the others.
+MAX_REPETITIONS = 4
+PLAIN = f"plain regular expression (at most {MAX_REPETITIONS} repetitions, none of a group)"
 # What only training reads, or what says nothing about the numbers.
 IGNORED = {
     "arrow_version",
@@ -267,19 +270,32 @@ def _is_pattern(value: object, fits: Any) -> bool:
 def _is_regex(text: str) -> bool:
     """Return whether a text is a regular expression that matches in bounded time.
 
-    That is one without repeated groups and with few repetitions.
+    That is one without repeated groups and with few repetitions in each alternative.
     """
     plain = re.sub(r"\\.", "_", text)
     classes = re.sub(r"\[[^\]]*\]", "_", plain)
     if len(text) > 10_000 or re.search(r"\)[*+{]|[*+}][*+{]", classes):
         return False
-    if len(re.findall(r"[*+{]", classes)) > 4:
+    # One alternative is tried after the other.
+    if any(len(re.findall(r"[*+{]", one)) > MAX_REPETITIONS for one in _alternatives(classes)):
         return False
     try:
         re.compile(text)
     except (re.error, RecursionError, OverflowError):
         return False
     return True
+
+
+def _alternatives(text: str) -> list[str]:
+    """Cut a regular expression at each "|" that is in no group."""
+    found, depth = [""], 0
+    for letter in text:
+        depth += (letter == "(") - (letter == ")")
+        if letter == "|" and not depth:
+            found.append("")
+        else:
+            found[-1] += letter
+    return found
 
 
 def _key_for(patterns: Mapping[str, Any], path: str) -> str | None:
@@ -306,8 +322,8 @@ _RULES: tuple[tuple[str, str, Any], ...] = (
     ("lora_alpha", "a number", _is_number),
     ("lora_dropout", "a number from 0 to 1", lambda v: _is_number(v) and 0 <= v < 1),
     ("bias", "'none', 'all' or 'lora_only'", lambda v: v in ("none", "all", "lora_only")),
-    ("target_modules", "a list of names, or a plain regular expression", _targets),
-    ("exclude_modules", "a list of names, or a plain regular expression", _targets),
+    ("target_modules", f"a list of names, or a {PLAIN}", _targets),
+    ("exclude_modules", f"a list of names, or a {PLAIN}", _targets),
     ("target_parameters", "a list of names", lambda v: v is None or _are_texts(v)),
     (
         "layers_to_transform",
@@ -316,17 +332,17 @@ _RULES: tuple[tuple[str, str, Any], ...] = (
     ),
     (
         "layers_pattern",
-        "a plain regular expression, or a list of such",
+        f"a {PLAIN}, or a list of such",
         lambda v: v is None or (_are_texts([v] if isinstance(v, str) else v) and _regexes(v)),
     ),
     (
         "rank_pattern",
-        f"a mapping from plain regular expressions to ranks, at most {MAX_RANK}",
+        f"a mapping from names or a {PLAIN} to ranks, at most {MAX_RANK}",
         lambda v: _is_pattern(v, _is_rank),
     ),
     (
         "alpha_pattern",
-        "a mapping from plain regular expressions to numbers",
+        f"a mapping from names or a {PLAIN} to numbers",
         lambda v: _is_pattern(v, _is_number),
     ),
     ("modules_to_save", "a list of names", lambda v: v is None or _are_texts(v)),

@@ -20,10 +20,14 @@ from quintet.adapters.lowrank import EmbeddingLowRank, ExpertStackLowRank, LowRa
 from quintet.adapters.names import DELTA, Name, parse, path_of_expert
 from quintet.checkpoint import TensorInfo, Weights
 from quintet.errors import CheckpointError, UnsupportedModelError, listed, shown
+from quintet.folder import ADAPTER_CONFIG_NAME
 
 # What an adapter does, by module and use.
 Adaptations = dict[tuple[nn.Module, str], Adaptation]
 Put = Callable[[Adaptation, Mapping[str, Tensor]], None]
+MAGNITUDE, BIAS = "lora_magnitude_vector", "lora_B.bias"
+# Keys that ask for tensors; without them, the adapter would be another one.
+ASKED = {MAGNITUDE: "use_dora", BIAS: "lora_bias"}
 
 
 class IncompleteAdapterWarning(UserWarning):
@@ -187,7 +191,8 @@ class _Builder:
         return self._parameter()
 
     def _linear(self) -> Put:
-        self._need({"lora_A.weight", "lora_B.weight"}, {"lora_B.bias", "lora_magnitude_vector"})
+        beside = self._beside()
+        self._need({"lora_A.weight", "lora_B.weight", *beside}, {BIAS, MAGNITUDE})
         shape = shape_of(self.group.spot.module, "weight")
         assert shape is not None
         return partial(self._put_matrix, name="weight", scale=self._low_rank(shape[0], shape[1]))
@@ -213,6 +218,8 @@ class _Builder:
 
     def _one_expert(self, expert: int, part: str) -> Put:
         self._need({"lora_A.weight", "lora_B.weight"})
+        if beside := self._beside():
+            raise self._missing(sorted(beside))
         stack = next((name for name, parts in EXPERT_STACKS.items() if part in parts), None)
         shape = None if stack is None else shape_of(self.group.spot.module, stack)
         if stack is None or shape is None or expert >= shape[0]:
@@ -225,18 +232,19 @@ class _Builder:
         return put
 
     def _made(self, tensors: Mapping[str, Tensor], scale: float) -> LowRank:
-        magnitude = tensors.get("lora_magnitude_vector")
+        magnitude = tensors.get(MAGNITUDE)
         return LowRank(
             tensors["lora_A.weight"],
             tensors["lora_B.weight"],
             scale,
-            bias=tensors.get("lora_B.bias"),
+            bias=tensors.get(BIAS),
             magnitude=None if magnitude is None else magnitude.reshape(-1),
             dropout=self.config.lora_dropout,
         )
 
     def _embedding(self) -> Put:
-        self._need({"lora_embedding_A", "lora_embedding_B"}, {"lora_magnitude_vector"})
+        beside = self._beside() - {BIAS}
+        self._need({"lora_embedding_A", "lora_embedding_B", *beside}, {MAGNITUDE})
         shape = shape_of(self.group.spot.module, "weight")
         assert shape is not None
         V, C = shape
@@ -247,7 +255,7 @@ class _Builder:
         scale = self.config.scale(self.group.path, rank)
 
         def put(adaptation: Adaptation, tensors: Mapping[str, Tensor]) -> None:
-            magnitude = tensors.get("lora_magnitude_vector")
+            magnitude = tensors.get(MAGNITUDE)
             adaptation.added["weight"] = EmbeddingLowRank(
                 tensors["lora_embedding_A"],
                 tensors["lora_embedding_B"],
@@ -316,7 +324,7 @@ class _Builder:
     def _low_rank(self, O: int, I: int) -> float:
         A = self.group.shape("lora_A.weight")
         rank = A[0] if A else 0
-        shapes = {"lora_A.weight": (rank, I), "lora_B.weight": (O, rank), "lora_B.bias": (O,)}
+        shapes = {"lora_A.weight": (rank, I), "lora_B.weight": (O, rank), BIAS: (O,)}
         self._shapes(shapes, magnitude=O)
         return self.config.scale(self.group.path, rank)
 
@@ -324,7 +332,7 @@ class _Builder:
         self, expected: Mapping[str, tuple[int, ...]], magnitude: int | None = None
     ) -> None:
         for leaf, info in self.group.infos.items():
-            if leaf == "lora_magnitude_vector":
+            if leaf == MAGNITUDE:
                 fits = magnitude is not None and sorted(info.shape)[-1:] == [magnitude]
                 fits = fits and torch.Size(info.shape).numel() == magnitude
                 wanted: tuple[int, ...] = (magnitude or 0,)
@@ -337,12 +345,22 @@ class _Builder:
                     f"model it has to be {list(wanted)}, with a rank of at least 1"
                 )
 
+    def _beside(self) -> set[str]:
+        """Return what the configuration says is beside A and B."""
+        said = {MAGNITUDE: self.config.use_dora, BIAS: self.config.lora_bias}
+        return {leaf for leaf, asked in said.items() if asked}
+
     def _need(self, leaves: set[str], may: Iterable[str] = ()) -> None:
         have = self.group.infos.keys()
         if missing := sorted(leaves - have):
-            raise self._error(f"{', '.join(missing)} is missing")
+            raise self._missing(missing)
         if extra := sorted(have - leaves - set(may)):
             raise self._error(f"{', '.join(extra)} has no meaning there")
+
+    def _missing(self, leaves: list[str]) -> CheckpointError:
+        says = [f"{key}=true" for leaf, key in ASKED.items() if leaf in leaves]
+        why = f", and {ADAPTER_CONFIG_NAME} says {', '.join(says)}" if says else ""
+        return self._error(f"{', '.join(leaves)} is missing{why}")
 
     def _error(self, why: str) -> CheckpointError:
         have = [f"{info.name} {list(info.shape)}" for info in self.group.infos.values()]

@@ -34,6 +34,26 @@ def targeted(layout: Layout, config: LoraConfig) -> list[Spot]:
     return found
 
 
+def expected(layout: Layout, config: LoraConfig) -> list[Spot]:
+    """Return the modules that a config says its files have something for."""
+    found = targeted(layout, config)
+    given = config.trainable_token_indices
+    rows = [*given] if isinstance(given, dict) else ["embed_tokens"] if given else []
+    for spot in layout:
+        path, held = layout.named(spot.path), spot.module._parameters
+        stacks = EXPERT_STACKS if is_experts(spot.module) else ()
+        changed = [f"{path}.{name}" for name in (*held, *stacks)]
+        # A tied head may be written once, as the embedding.
+        twice = layout.tied is not None and spot.path == layout.tied[0]
+        if (
+            (config.saves(path) and _is_replaced(spot) and not twice)
+            or _is_named(rows, spot.path)
+            or any(_is_named(config.target_parameters, name) for name in changed)
+        ):
+            found.append(spot)
+    return found
+
+
 def new_adapter(layout: Layout, config: LoraConfig) -> Adaptations:
     """Make an untrained adapter, which has no effect unless `init_lora_weights=False`.
 
@@ -82,14 +102,21 @@ def _is_named(names: list[str] | str | None, path: str) -> bool:
     return any(path == name or path.endswith(f".{name}") for name in names or ())
 
 
+def _is_replaced(spot: Spot) -> bool:
+    """Return whether a module that is saved whole has tensors of its own."""
+    held = any(parameter is not None for parameter in spot.module._parameters.values())
+    return held or shape_of(spot.module, "weight") is not None
+
+
 def _is_in_layers(config: LoraConfig, path: str) -> bool:
     layers = config.layers_to_transform
     if layers is None or layers == [] or isinstance(config.target_modules, str):
         return True
     patterns = config.layers_pattern or r"[^.]*"
     patterns = [patterns] if isinstance(patterns, str) else patterns
-    found = (re.match(rf"(?:^|.*?\.){pattern}\.(\d+)\.", path) for pattern in patterns)
-    number = next((int(match[1]) for match in found if match), None)
+    found = (re.match(rf"(?:^|.*?\.)(?:{pattern})\.(\d+)\.", path) for pattern in patterns)
+    # A pattern may have groups of its own, before the one of the number.
+    number = next((int(match[match.re.groups]) for match in found if match), None)
     return number in ([layers] if isinstance(layers, int) else layers)
 
 
@@ -126,7 +153,7 @@ def _own(
             )
             if parameter is not None and (config.saves(path) or biases):
                 yield spot, name, parameter
-        if config.saves(path) and shape_of(spot.module, "weight") and not spot.module._parameters:
+        if config.saves(path) and _is_replaced(spot) and not spot.module._parameters:
             yield spot, "weight", dense(spot.module, "weight")
 
 

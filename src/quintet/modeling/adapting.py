@@ -14,7 +14,7 @@ from quintet.adapters.forwards import Active
 from quintet.adapters.layout import Layout, layout_of
 from quintet.adapters.merging import Merge, merge
 from quintet.adapters.reading import Adaptations, read_adapter, warn_of_missing
-from quintet.adapters.targets import new_adapter, targeted
+from quintet.adapters.targets import expected, new_adapter, targeted
 from quintet.adapters.writing import adapter_state, save_adapter
 from quintet.checkpoint import InMemory, Weights
 from quintet.configuration.numbers import is_finite
@@ -101,7 +101,7 @@ class Adapting(AdaptedRows):
         known = [layout.named(s.path) for s in layout if (s.module, s.use) in made]
         if hotswap:
             adapters.remove(self, [adapter_name])
-        warn_of_missing((layout.named(s.path) for s in targeted(layout, config)), known, where)
+        warn_of_missing((layout.named(s.path) for s in expected(layout, config)), known, where)
         self._put(adapters, adapter_name, config, made, trains=is_trainable)
 
     def set_adapter(
