@@ -203,6 +203,15 @@ def _rounded(
         for place, parts in rounded(model, slots, batches):
             found[place] = parts
             bar.update(place.expert in (None, 0))
+    stacks = {place.name for place in found if place.expert is not None}
+    experts = {name: slots[name].module.matrices[slots[name].name][1][0] for name in stacks}
+    missed = sum(Place(name, e) not in found for name, E in experts.items() for e in range(E))
+    if missed:
+        warnings.warn(
+            f"no token of the text came to {missed} of {sum(experts.values())} matrices of "
+            "experts, which are rounded without it; a longer text comes to more",
+            stacklevel=3,
+        )
     return found
 
 

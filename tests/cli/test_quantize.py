@@ -91,6 +91,8 @@ def test_a_text_may_be_in_view(quintet: Any, chat_model: Path, tmp_path: Path) -
     assert quintet("generate", "The", "--model", out, "--max-new-tokens", "3").code == 0
     refused = quintet("quantize", chat_model, tmp_path / "no", "--to", "int8", "--calibrate", text)
     assert "--calibrate is for --to int4 and w4a16" in refused.err
+    alone = quintet("quantize", chat_model, tmp_path / "no", *given[:2], "--calibrate-tokens", 9)
+    assert (alone.code, "give that with --calibrate FILE" in alone.err) == (2, True)
     text.write_text("")
     assert "is empty" in quintet("quantize", chat_model, tmp_path / "no", *given).err
     text.unlink()

@@ -85,6 +85,13 @@ def test_so_are_the_integers_that_other_programs_read(tmp_path: Path) -> None:
     assert (own - right).square().mean() < 0.8 * (plain - right).square().mean()
 
 
+def test_experts_without_a_token_are_told(tmp_path: Path) -> None:
+    family = next(one for one in FAMILIES if one.name == "qwen2-moe")
+    family.model_of(**family.shallow).save_pretrained(tmp_path / "a")
+    with pytest.warns(UserWarning, match=r"no token .* came to \d+ of \d+ matrices of experts"):
+        convert(tmp_path / "a", tmp_path / "b", quantize="int4", calibrate=[TEXT[:1, :1]])
+
+
 def test_what_has_nothing_to_gain_is_refused(tmp_path: Path) -> None:
     FAMILIES[0].model_of().save_pretrained(tmp_path / "a")
     with pytest.raises(InputError, match="weights of 4 bits"):

@@ -18,6 +18,7 @@ from quintet.errors import CheckpointError, ConfigError, UnsupportedModelError
 from quintet.ops.words import unpack_words
 from quintet.quantization import Quantized, stored
 from quintet.quantization.compressed import CompressedTensorsConfig
+from quintet.quantization.compressed_formats import PackedFormat
 from support import relative_error
 
 # It logs with a package that is a dependency of it alone.
@@ -207,6 +208,26 @@ def test_what_is_held_is_saved_and_read_again(name: str, tmp_path: Path) -> None
         for root in ("theirs", "ours")
     )
     assert torch.equal(logits_of(one), logits_of(other))
+
+
+def test_embeddings_are_a_class_of_their_own() -> None:
+    four, eight = {"num_bits": 4, "group_size": 32}, {"num_bits": 8, "strategy": "channel"}
+    groups = {
+        "group_0": {"targets": ["Embedding"], "weights": eight},
+        "group_1": {"targets": ["Linear"], "weights": four},
+    }
+    config = CompressedTensorsConfig(format="pack-quantized", config_groups=groups)
+    bits = {}
+    for path in ("model.embed_tokens", "model.layers.0.mlp.up_proj"):
+        name = f"{path}.weight"
+        infos = {
+            f"{name}_{part}": TensorInfo(f"{name}_{part}", dtype, (64, 8), Path("file"))
+            for part, dtype in (("packed", torch.int32), ("scale", torch.float16))
+        }
+        found = config.stored(name, (64, 64), infos)
+        assert isinstance(found, PackedFormat)
+        bits[path] = found.bits
+    assert list(bits.values()) == [8, 4]
 
 
 def test_groups_of_modules_differ(tmp_path: Path) -> None:

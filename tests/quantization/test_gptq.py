@@ -188,33 +188,40 @@ def test_older_repositories_say_it_in_a_file_of_its_own(made: Any, tmp_path: Pat
     assert relative_error(logits_of(model), logits_of(plain)) < 2e-3
 
 
-def test_modules_may_be_quantised_in_other_ways(tmp_path: Path) -> None:
+DOWN: dict[str, Any] = {"bits": 8, "group_size": 32, "sym": False}
+QUERIES = r"model\.layers\.1\.self_attn\."
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {
+            "quant_method": "gptq",
+            "dynamic": {
+                r"+:.*\.layers\.0\..*down_proj": DOWN,
+                QUERIES: {"group_size": -1},
+                "-:.*nothing": {},
+            },
+        },
+        {
+            "quant_method": "auto-round",
+            "extra_config": {
+                QUERIES + ".*": {"group_size": -1},
+                "model.layers.0.mlp.down_proj": DOWN,
+                "model.embed_tokens": {"bits": 16, "data_type": "float"},
+            },
+        },
+    ],
+)
+def test_modules_may_be_quantised_in_other_ways(settings: dict[str, Any], tmp_path: Path) -> None:
     torch.manual_seed(5)
-    ways: dict[str, dict[str, Any]] = {
-        r"+:.*\.layers\.0\..*down_proj": {"bits": 8, "group": 32, "symmetric": False},
-        r"model\.layers\.1\.self_attn\.": {"group": -1},
-    }
 
     def pack(path: str, weight: Tensor) -> tuple[dict[str, Tensor], Tensor]:
         if "layers.0.mlp.down" in path:
             return packers.gptq(weight, bits=8, group=32, symmetric=False)
         return packers.gptq(weight, group=-1 if "layers.1.self_attn" in path else 64)
 
-    dynamic = {
-        pattern: {
-            {"group": "group_size", "symmetric": "sym"}.get(key, key): value
-            for key, value in way.items()
-        }
-        for pattern, way in ways.items()
-    }
-    settings = {
-        "quant_method": "gptq",
-        "bits": 4,
-        "group_size": 64,
-        "desc_act": False,
-        "lm_head": True,
-        "dynamic": {**dynamic, "-:.*nothing": {}},
-    }
+    settings = {"bits": 4, "group_size": 64, "desc_act": False, "lm_head": True, **settings}
     plain = packers.packed_checkpoint(QWEN, tmp_path, pack, settings, also=("lm_head.weight",))
     model = AutoModelForCausalLM.from_pretrained(tmp_path, dtype="float32")
     assert isinstance(model.lm_head, Quantized)
@@ -301,6 +308,14 @@ def test_zero_points_that_an_old_packer_may_have_damaged_are_told_once(
     with pytest.warns(ZeroPointWarning, match=r"layers\.1\.mlp\.up_proj\.weight") as told:
         AutoModelForCausalLM.from_pretrained(damaged)
     assert len(told) == 1
+
+
+def test_a_format_may_be_called_as_in_programs() -> None:
+    assert GPTQConfig.from_dict({"format": "gptq_v2"}).checkpoint_format == "gptq_v2"
+    both = {"format": "gptq_v2", "checkpoint_format": "gptq"}
+    assert GPTQConfig.from_dict(both).checkpoint_format == "gptq"
+    with pytest.raises(ConfigError, match="checkpoint_format='marlin'"):
+        GPTQConfig.from_dict({"format": "marlin"})
 
 
 def test_other_layouts_of_auto_round_are_refused() -> None:

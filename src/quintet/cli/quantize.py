@@ -20,6 +20,8 @@ FOUR_BITS = ("int4", "nf4", "w4a16")
 CALIBRATED = ("int4", "w4a16")
 # How many tokens the model reads of a text at once, to be calibrated.
 WINDOW = 512
+# And how many in all, unless it is said.
+TOKENS = 16384
 CAUTION = (
     "note: four bits cost a model some of what it knows, a small one more than a large one; --to "
     "int8 costs next to nothing (what was measured: docs/guides/quantization.md)"
@@ -45,8 +47,7 @@ CAUTION = (
     "--calibrate-tokens",
     "tokens",
     type=COUNT,
-    default=16384,
-    show_default=True,
+    show_default=str(TOKENS),
     help="How much of the text is read.",
 )
 @writing_options
@@ -56,7 +57,7 @@ def command(
     method: str,
     keep: tuple[str, ...],
     text: str | None,
-    tokens: int,
+    tokens: int | None,
     **options: Any,
 ) -> None:
     """Write MODEL in fewer bits into DIRECTORY, whole or not at all.
@@ -73,7 +74,12 @@ def command(
                 "gain by a text, leave it out"
             )
         where = {name: options[name] for name in ("local_files_only", "cache_dir", "revision")}
-        options["calibrate"] = _batches(model, text_of_file(text), tokens, where)
+        options["calibrate"] = _batches(model, text_of_file(text), tokens or TOKENS, where)
+    elif tokens is not None:
+        raise InputError(
+            f"--calibrate-tokens {tokens} says how much is read of a text; give that with "
+            "--calibrate FILE, or leave it out"
+        )
     if method in WORDS:
         from quintet.quantization import PackedConfig
 

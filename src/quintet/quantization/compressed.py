@@ -156,12 +156,13 @@ class CompressedTensorsConfig(FileConfig):
     def _weights(self, path: str) -> Weights:
         """Return a module's group: by its name, else by its class."""
         by_class = None
+        other = "Linear" if path.endswith("embed_tokens") else "Embedding"
         for targets, weights in self._groups:
             for target in targets:
                 if target == path or (isinstance(target, re.Pattern) and target.match(path)):
                     if weights is not None:
                         return weights
-                elif isinstance(target, str) and target[:1].isupper():
+                elif isinstance(target, str) and target[:1].isupper() and target != other:
                     by_class = by_class or weights
         said = [weights for _, weights in self._groups if weights is not None]
         if by_class is None and len(said) != 1:

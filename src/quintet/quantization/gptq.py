@@ -19,6 +19,8 @@ from quintet.quantization.grouped import GroupedFormat, numbers_in
 
 BITS = (4, 8)
 VERSIONS = ("gptq", "gptq_v2")
+# What says that a module is not quantised.
+PLAIN_BITS = (16, 32)
 KNOWN = (
     *("bits", "group_size", "sym", "desc_act", "checkpoint_format", "pack_dtype", "dynamic"),
     "is_marlin_format",
@@ -173,7 +175,9 @@ class GPTQConfig(FileConfig):
         Raises:
             ConfigError: a value is not usable.
         """
-        return cls(**{k: v for k, v in values.items() if k in KNOWN and v is not None})
+        # Its writers have "format" in their programs, and take it in files, too.
+        given = {"checkpoint_format": values.get("format"), **values}
+        return cls(**{k: v for k, v in given.items() if k in KNOWN and v is not None})
 
     def usual(self) -> WeightFormat | None:
         return GroupedFormat(
@@ -234,7 +238,7 @@ class GPTQConfig(FileConfig):
 
 @dataclass(kw_only=True)
 class AutoRoundConfig(GPTQConfig):
-    """AutoRound (arXiv:2309.05516) in GPTQ's layout.
+    """AutoRound (arXiv:2309.05516) in GPTQ's layout; its `extra_config` is GPTQ's `dynamic`.
 
     Attributes:
         packing_format: has to be that of AutoGPTQ.
@@ -258,7 +262,22 @@ class AutoRoundConfig(GPTQConfig):
                 f"quantization_config: packing_format={shown(packing)} of auto-round is not read; "
                 f"there is 'auto_round:auto_gptq'; {ELSEWHERE}"
             )
-        return super().from_dict(values)
+        extra = values.get("extra_config") or {}
+        if not isinstance(extra, Mapping) or not all(
+            isinstance(v, Mapping) for v in extra.values()
+        ):
+            raise ConfigError(
+                f"AutoRoundConfig: extra_config={shown(extra)} has to be a mapping of mappings"
+            )
+        return super().from_dict({**values, "dynamic": _by_patterns(extra)})
+
+
+def _by_patterns(extra: Mapping[str, Mapping[str, Any]]) -> dict[str, Mapping[str, Any]]:
+    """Return what modules have by regular expressions; names of single ones go first."""
+    quantised = {name: own for name, own in extra.items() if own.get("bits") not in PLAIN_BITS}
+    single = {name: own for name, own in quantised.items() if re.fullmatch(r"[\w.-]+", name)}
+    named = {f"{re.escape(name)}$": own for name, own in single.items()}
+    return named | {name: own for name, own in quantised.items() if name not in single}
 
 
 def _changes(given: Mapping[str, Any]) -> dict[str, Any]:
