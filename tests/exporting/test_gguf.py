@@ -65,7 +65,7 @@ CASES: list[tuple[str, dict[str, Any]]] = [
     ("qwen2", {}),
     ("qwen2", {"tie_word_embeddings": True, "head_dim": 8}),
     ("qwen2", {"rope_scaling": {"rope_type": "linear", "factor": 4.0}}),
-    ("qwen2-moe", {}),
+    ("qwen2-moe", {"qkv_bias": False, "hidden_act": "swish"}),
     ("deepseek-v2", {"q_lora_rank": None}),
     ("deepseek-v2", {"topk_method": "group_limited_greedy", "n_group": 4, "topk_group": 2}),
     ("deepseek-v3", {}),
@@ -175,6 +175,10 @@ def test_a_model_without_a_tokenizer_makes_a_file_without_one(tmp_path: Path) ->
     [
         ("qwen2-moe", {"norm_topk_prob": True}, "norm_topk_prob=True cannot be said"),
         ("qwen2-moe", {"mlp_only_layers": [0]}, r"mlp_only_layers=\[0\] cannot be said"),
+        ("qwen2-moe", {"tie_word_embeddings": True}, "tie_word_embeddings=True cannot be said"),
+        ("qwen2", {"hidden_act": "gelu"}, "hidden_act='gelu' cannot be said"),
+        ("deepseek-v2", {"hidden_act": "relu"}, "hidden_act='relu' cannot be said"),
+        ("deepseek-v3", {"rope_interleave": False}, "rope_interleave=False cannot be said"),
         (
             "qwen2",
             {"rope_scaling": {"rope_type": "dynamic", "factor": 2.0}},

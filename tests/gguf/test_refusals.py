@@ -269,13 +269,33 @@ def test_the_frequencies_of_llama_3_are_known(tmp_path: Path) -> None:
     assert torch.equal(found(ids).logits, source(ids).logits)
 
 
-def test_other_frequencies_are_refused(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("place", "value", "theta"),
+    [(3, 1.5, None), (0, 0.0, None), (15, float("inf"), None), (3, 8.0, 0.0), (3, 8.0, -1.0)],
+)
+def test_other_frequencies_are_refused(
+    place: int, value: float, theta: float | None, tmp_path: Path
+) -> None:
     odd = llama3_factors(32, 8.0)
-    odd[3] = 1.5
+    odd[place] = value
 
     def more(writer: Any) -> None:
         writer.add_tensor("rope_freqs.weight", odd)
+        if theta is not None:
+            del writer.kv_data[0]["llama.rope.freq_base"]
+            writer.add_rope_freq_base(theta)
 
     path = tmp_path / "m.gguf"
     ggufwriting.write(without_biases(head_dim=32), path, architecture=LLAMA, more=more)
-    assert "rope_freqs.weight" in refusal(path)
+    assert "rope_freqs.weight" in refusal(path, QuintetError)
+
+
+@pytest.mark.parametrize("factor", [-2.0, float("nan"), float("inf")])
+def test_a_factor_that_cannot_be_is_named(factor: float, tmp_path: Path) -> None:
+    def more(writer: Any) -> None:
+        writer.add_rope_scaling_type(gguf.RopeScalingType.YARN)
+        writer.add_rope_scaling_factor(factor)
+        writer.add_float32("qwen2.rope.scaling.yarn_attn_factor", 0.5)
+
+    said = refusal(write(tmp_path / "m.gguf", more), CheckpointError)
+    assert f"rope.scaling.factor={factor}" in said

@@ -8,6 +8,7 @@ from typing import Any
 from quintet.configuration.base import PreTrainedConfig
 from quintet.errors import UnsupportedModelError, shown
 from quintet.gguf.cursor import Value
+from quintet.ops.activations import activation
 
 ARCHITECTURES: Mapping[str, str] = MappingProxyType(
     {
@@ -21,15 +22,23 @@ SOFTMAX, SIGMOID = 1, 2
 # It tells V2-Lite from V2 by how many layers there are.
 _LITE_LAYERS = (26, 27)
 # What llama.cpp does otherwise, whatever the file says: the key, and what has to be.
+_ACTIVATION = "silu"
+_QWEN = {"hidden_act": _ACTIVATION, "use_sliding_window": False}
+_DEEPSEEK = {
+    "hidden_act": _ACTIVATION,
+    "attention_bias": False,
+    "mlp_bias": False,
+    "moe_layer_freq": 1,
+}
 _FIXED: Mapping[str, Mapping[str, Any]] = MappingProxyType(
     {
-        "qwen2": {"use_sliding_window": False},
+        "qwen2": _QWEN,
         "qwen2_moe": {
-            **{"use_sliding_window": False, "norm_topk_prob": False},
+            **{**_QWEN, "norm_topk_prob": False, "tie_word_embeddings": False},
             **{"decoder_sparse_step": 1, "mlp_only_layers": []},
         },
-        "deepseek_v2": {"attention_bias": False, "mlp_bias": False, "moe_layer_freq": 1},
-        "deepseek_v3": {"attention_bias": False, "mlp_bias": False, "moe_layer_freq": 1},
+        "deepseek_v2": _DEEPSEEK,
+        "deepseek_v3": {**_DEEPSEEK, "rope_interleave": True},
     }
 )
 
@@ -45,7 +54,10 @@ def config_metadata(config: PreTrainedConfig) -> dict[str, Value]:
             f"GGUF has no architecture for {config.model_type!r}; there are those of "
             f"{', '.join(ARCHITECTURES)}"
         )
-    values = vars(config)
+    values = dict(vars(config))
+    # It has several names.
+    if activation(values["hidden_act"]) is activation(_ACTIVATION):
+        values["hidden_act"] = _ACTIVATION
     for key, needed in _FIXED[config.model_type].items():
         if values.get(key, needed) not in (needed, None):
             raise UnsupportedModelError(

@@ -139,6 +139,11 @@ def _rope(of: Values) -> dict[str, Any]:
             f"{of.path} scales its positions by {shown(kind)} ({of.prefix}rope.scaling.type); "
             "there are linear and yarn"
         )
+    if not 0 < factor < math.inf:
+        raise CheckpointError(
+            f"{of.path} has {of.prefix}rope.scaling.factor={factor}, which has to be finite and "
+            "greater than 0"
+        )
     rope |= {"rope_type": kind, "factor": factor}
     return rope if kind == "linear" else {**rope, **_yarn(of, factor)}
 
@@ -217,6 +222,11 @@ def _llama3(file: GGUFFile, of: Values, tensor: GGUFTensor, size: int) -> dict[s
         found = struct.unpack(f"<{size // 2}f", opened.read(tensor.nbytes))
     factor = _digits(max(found))
     theta, length = rope["rope_theta"], _LLAMA3["original_max_position_embeddings"]
+    if not (0 < theta < math.inf and all(0 < value < math.inf for value in found)):
+        raise CheckpointError(
+            f"{file.path} has {ROPE_FREQS} from {min(found)} to {factor}, and frequencies of "
+            f"{theta} ({of.prefix}rope.freq_base); they have to be finite and greater than 0"
+        )
     low, high = _LLAMA3["low_freq_factor"], _LLAMA3["high_freq_factor"]
     for pair, value in enumerate(found):
         turns = length / (2 * math.pi * theta ** (2 * pair / size))
@@ -242,6 +252,7 @@ def _qwen2_moe(file: GGUFFile, of: Values) -> tuple[str, dict[str, Any]]:
         ),
         "shared_expert_intermediate_size": of.integer("expert_shared_feed_forward_length", wide),
         "norm_topk_prob": of.truth("expert_weights_norm", False),
+        "qkv_bias": any(name.endswith(("attn_q.bias", "attn_qkv.bias")) for name in file.tensors),
     }
 
 
