@@ -300,6 +300,20 @@ def test_files_decide_and_a_wish_that_differs_is_refused(made: Any) -> None:
         )
 
 
+@pytest.mark.parametrize("last", [0, 10**6, -1])
+def test_an_order_that_is_none_is_refused(last: int, made: Any, tmp_path: Path) -> None:
+    root, _ = made(QWEN, shuffled=True)
+    AutoModelForCausalLM.from_pretrained(root).save_pretrained(tmp_path)
+    file = tmp_path / "model.safetensors"
+    tensors = load_file(file)
+    name = "model.layers.0.mlp.up_proj.weight_order"
+    order = tensors[name].sort().values
+    order[-1] = last
+    save_file({**tensors, name: order}, file, metadata={"format": "pt"})
+    with pytest.raises(CheckpointError, match="weight_order has to name each of 64 inputs once"):
+        AutoModelForCausalLM.from_pretrained(tmp_path)
+
+
 def test_zero_points_that_an_old_packer_may_have_damaged_are_told_once(
     made: Any, tmp_path: Path
 ) -> None:

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from quintet.errors import CheckpointError
 from quintet.parallel.placement import Shard
 from quintet.quantization.formats import Parts, Shape, TensorSpec, WeightFormat
 
@@ -54,6 +55,22 @@ class OrderedFormat(WeightFormat):
             shape[-1], dtype=places.dtype, device=parts[ORDER].device
         )
         return self.inner.decode(parts, shape, dtype)[..., places]
+
+    def checked(self, weight: str, parts: Parts, shape: Shape) -> Parts:
+        """Return the parts, if the permutation is one.
+
+        Raises:
+            CheckpointError: it is none, or other parts are damaged.
+        """
+        found, columns = super().checked(weight, parts, shape), shape[-1]
+        order = found[ORDER].to(torch.long)
+        places = torch.arange(columns, device=order.device, dtype=torch.long)
+        if not torch.equal(order.sort().values, places):
+            raise CheckpointError(
+                f"{weight + ORDER} has to name each of {columns} inputs once, and does not; the "
+                "file is damaged, fetch it again"
+            )
+        return found
 
     def linear(self, x: Tensor, parts: Parts, shape: Shape, bias: Tensor | None) -> Tensor:
         return self.inner.linear(x[..., parts[ORDER]], parts, shape, bias)
