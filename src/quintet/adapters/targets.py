@@ -41,7 +41,7 @@ def expected(layout: Layout, config: LoraConfig) -> list[Spot]:
     rows = [*given] if isinstance(given, dict) else ["embed_tokens"] if given else []
     for spot in layout:
         path, held = layout.named(spot.path), spot.module._parameters
-        stacks = EXPERT_STACKS if is_experts(spot.module) else ()
+        stacks = tuple(EXPERT_STACKS) if is_experts(spot.module) else ()
         changed = [f"{path}.{name}" for name in (*held, *stacks)]
         # A tied head may be written once, as the embedding.
         twice = layout.tied is not None and spot.path == layout.tied[0]
