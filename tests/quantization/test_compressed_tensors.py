@@ -281,7 +281,16 @@ def test_experts_may_be_stacked(tmp_path: Path) -> None:
         ({"config_groups": {"a": 1}}, ConfigError, "has to be a mapping"),
         ({"config_groups": {"a" * 9_000: 1}}, ConfigError, r"a{20,90}…'?\] has to be a mapping"),
         ({"config_groups": {"a": {"weights": {"num_bits": 6}}}}, ConfigError, "num_bits=6"),
-        ({"config_groups": {"a": {"targets": ["re:("]}}}, ConfigError, "no regular expression"),
+        (
+            {"config_groups": {"a": {"targets": ["re:("]}}},
+            ConfigError,
+            "no plain regular expression",
+        ),
+        (
+            {"config_groups": {"a": {"targets": ["re:" + "(?:.|.)" * 40]}}},
+            ConfigError,
+            "no plain regular expression",
+        ),
         (
             {"config_groups": {"a": {"weights": {"strategy": "block"}}}},
             ConfigError,

@@ -281,7 +281,8 @@ def test_what_is_wrong_is_named(
         ({"checkpoint_format": "marlin"}, "checkpoint_format='marlin' has to be one of gptq"),
         ({"is_marlin_format": True}, "is_marlin_format=True"),
         ({"pack_dtype": "int16"}, "pack_dtype='int16'"),
-        ({"dynamic": {"+:(": {}}}, "no regular expression"),
+        ({"dynamic": {"+:(": {}}}, "no plain regular expression"),
+        ({"dynamic": {"-:(a+)+b": {}}}, "no plain regular expression"),
         ({"dynamic": {"a": {"bits": 2}}}, "dynamic has bits=2"),
     ],
 )

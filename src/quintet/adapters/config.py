@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, Protocol, Self, runtime_checkable
 
 from quintet.configuration.numbers import is_finite
+from quintet.configuration.patterns import PLAIN, is_plain
 from quintet.errors import CheckpointError, ConfigError, UnsupportedModelError, named, shown
 from quintet.files import read_json
 from quintet.folder import ADAPTER_CONFIG_NAME, find_file
@@ -18,9 +19,6 @@ __all__ = ["LoraConfig", "broken_rule"]
 MAX_BYTES = 16_000_000
 MAX_PATTERNS = 100_000
 MAX_RANK = 2**20
-# Each tries as many places as a path has, for each place of the others.
-MAX_REPETITIONS = 4
-PLAIN = f"plain regular expression (at most {MAX_REPETITIONS} repetitions, none of a group)"
 # What only training reads, or what says nothing about the numbers.
 IGNORED = {
     "arrow_version",
@@ -264,38 +262,7 @@ def _are_ids(value: object) -> bool:
 def _is_pattern(value: object, fits: Any) -> bool:
     if not isinstance(value, dict) or len(value) > MAX_PATTERNS:
         return False
-    return all(_is_text(key) and _is_regex(key) and fits(one) for key, one in value.items())
-
-
-def _is_regex(text: str) -> bool:
-    """Return whether a text is a regular expression that matches in bounded time.
-
-    That is one without repeated groups and with few repetitions in each alternative.
-    """
-    plain = re.sub(r"\\.", "_", text)
-    classes = re.sub(r"\[[^\]]*\]", "_", plain)
-    if len(text) > 10_000 or re.search(r"\)[*+{]|[*+}][*+{]", classes):
-        return False
-    # One alternative is tried after the other.
-    if any(len(re.findall(r"[*+{]", one)) > MAX_REPETITIONS for one in _alternatives(classes)):
-        return False
-    try:
-        re.compile(text)
-    except (re.error, RecursionError, OverflowError):
-        return False
-    return True
-
-
-def _alternatives(text: str) -> list[str]:
-    """Cut a regular expression at each "|" that is in no group."""
-    found, depth = [""], 0
-    for letter in text:
-        depth += (letter == "(") - (letter == ")")
-        if letter == "|" and not depth:
-            found.append("")
-        else:
-            found[-1] += letter
-    return found
+    return all(_is_text(key) and is_plain(key) and fits(one) for key, one in value.items())
 
 
 def _key_for(patterns: Mapping[str, Any], path: str) -> str | None:
@@ -310,11 +277,11 @@ def _key_for(patterns: Mapping[str, Any], path: str) -> str | None:
 
 
 def _regexes(value: list[str] | str) -> bool:
-    return all(map(_is_regex, [value] if isinstance(value, str) else value))
+    return all(map(is_plain, [value] if isinstance(value, str) else value))
 
 
 def _targets(value: object) -> bool:
-    return value is None or _are_texts(value) or (_is_text(value) and _is_regex(value))  # type: ignore[arg-type]
+    return value is None or _are_texts(value) or (_is_text(value) and is_plain(value))  # type: ignore[arg-type]
 
 
 _RULES: tuple[tuple[str, str, Any], ...] = (

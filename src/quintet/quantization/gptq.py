@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from quintet.checkpoint import TensorInfo
+from quintet.configuration.patterns import PLAIN, is_plain
 from quintet.errors import CheckpointError, ConfigError, UnsupportedModelError, shown
 from quintet.ops.groups import group_count
 from quintet.ops.words import WORD
@@ -222,13 +223,10 @@ class GPTQConfig(FileConfig):
         self._require(isinstance(given, Mapping), "dynamic", "a mapping")
         rules = []
         for text, changes in given.items():
-            try:
-                pattern = re.compile(text[2:] if text[:2] in ("+:", "-:") else text)
-            except (re.error, RecursionError, OverflowError) as error:
-                raise ConfigError(
-                    f"GPTQConfig: dynamic has {shown(text)}, which is no regular expression "
-                    f"({error})"
-                ) from None
+            bare = text[2:] if text[:2] in ("+:", "-:") else text
+            if not is_plain(bare):
+                raise ConfigError(f"GPTQConfig: dynamic has {shown(text)}, which is no {PLAIN}")
+            pattern = re.compile(bare)
             self._require(
                 changes is None or isinstance(changes, Mapping), "dynamic", "a mapping of mappings"
             )
