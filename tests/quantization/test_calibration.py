@@ -11,6 +11,7 @@ from conformance.families import FAMILIES, WIDE, Family, each
 from quintet.auto import AutoModelForCausalLM
 from quintet.conversion import convert
 from quintet.errors import InputError
+from quintet.ops.error_feedback import spread_of
 from quintet.quantization import Int4Config, PackedConfig, calibration
 from quintet.quantization.calibration import rounded
 
@@ -83,6 +84,18 @@ def test_so_are_the_integers_that_other_programs_read(tmp_path: Path) -> None:
     plain = made(tmp_path / "a", tmp_path / "plain", how, [])
     own = made(tmp_path / "a", tmp_path / "own", how, [TEXT])
     assert (own - right).square().mean() < 0.8 * (plain - right).square().mean()
+
+
+def test_an_inverse_that_rounding_spoilt_is_damped_more(monkeypatch: pytest.MonkeyPatch) -> None:
+    exact, tries = torch.cholesky_inverse, []
+
+    def rounded_away(factor: Tensor) -> Tensor:
+        tries.append(factor)
+        return exact(factor) * (-1 if len(tries) == 1 else 1)
+
+    monkeypatch.setattr(torch, "cholesky_inverse", rounded_away)
+    upper = spread_of(torch.eye(4), 4).upper
+    torch.testing.assert_close(upper, torch.eye(4) / (1 + 0.01 + 0.1) ** 0.5)
 
 
 def test_experts_without_a_token_are_told(tmp_path: Path) -> None:

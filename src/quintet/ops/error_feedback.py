@@ -52,9 +52,11 @@ def spread_of(gram: Tensor, columns: int) -> Spread:
     failed = 1
     while failed:
         H.diagonal().add_(damping)
-        lower, info = torch.linalg.cholesky_ex(H)
+        upper, info = torch.linalg.cholesky_ex(H)
+        if not info:
+            # An inverse of large and small numbers may be rounded to what is none.
+            upper, info = torch.linalg.cholesky_ex(torch.cholesky_inverse(upper), upper=True)
         failed, damping = int(info), 10 * damping
-    upper: Tensor = torch.linalg.cholesky(torch.cholesky_inverse(lower), upper=True)
     return Spread(upper, squares)
 
 
