@@ -87,7 +87,8 @@ def test_so_are_the_integers_that_other_programs_read(tmp_path: Path) -> None:
 
 
 def test_an_inverse_that_rounding_spoilt_is_damped_more(monkeypatch: pytest.MonkeyPatch) -> None:
-    exact, tries = torch.cholesky_inverse, []
+    exact = torch.cholesky_inverse
+    tries: list[Tensor] = []
 
     def rounded_away(factor: Tensor) -> Tensor:
         tries.append(factor)
