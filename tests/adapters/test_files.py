@@ -264,6 +264,21 @@ def test_targets_may_be_written_as_others_do(model: Any, tmp_path: Path) -> None
         model.load_adapter(written(tmp_path, both, **config))
 
 
+def test_it_is_loaded_as_transformers_loads_one(model: Any, tmp_path: Path) -> None:
+    (tmp_path / "inside").mkdir()
+    written(tmp_path / "inside" / "one", pair())
+    where = {"adapter_kwargs": {"subfolder": "one"}, "low_cpu_mem_usage": True}
+    for _ in range(2):
+        model.load_adapter(tmp_path / "inside", None, hotswap="auto", **where)
+        assert model.active_adapters() == ["default"]
+    with pytest.raises(InputError, match="there is an adapter 'default'"):
+        model.load_adapter(tmp_path / "inside", **where)
+    with pytest.raises(InputError, match=r"adapter_kwargs has \['device'\]; there are revision"):
+        model.load_adapter(tmp_path / "inside", "b", adapter_kwargs={"device": "cpu"})
+    with pytest.raises(InputError, match="hotswap='always' has to be"):
+        model.load_adapter(tmp_path / "inside", "b", hotswap="always")
+
+
 def test_layers_are_found_by_patterns_with_groups(model: Any, tmp_path: Path) -> None:
     for number, pattern in enumerate(("(h|layers)", "h|layers", ["(h)", "(layers)"])):
         model.load_adapter(written(tmp_path, pair(), layers_pattern=pattern), f"a{number}")

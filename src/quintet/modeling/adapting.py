@@ -32,12 +32,14 @@ class Adapting(AdaptedRows):
     def load_adapter(
         self,
         peft_model_id: str | os.PathLike[str] | None = None,
-        adapter_name: str = "default",
+        adapter_name: str | None = None,
         *,
         peft_config: LoraConfig | Mapping[str, Any] | None = None,
         adapter_state_dict: Mapping[str, Tensor] | None = None,
+        low_cpu_mem_usage: bool = True,
         is_trainable: bool = False,
-        hotswap: bool = False,
+        hotswap: bool | str = False,
+        adapter_kwargs: Mapping[str, Any] | None = None,
         revision: str | None = None,
         cache_dir: str | os.PathLike[str] | None = None,
         token: str | bool | None = None,
@@ -48,12 +50,15 @@ class Adapting(AdaptedRows):
 
         Args:
             peft_model_id: a directory, or a hub id, with an adapter in the layout of PEFT.
-            adapter_name: what it is to be called by.
+            adapter_name: what it is to be called by; "default" if not given.
             peft_config: in place of the file's; with `adapter_state_dict`, for an adapter in
                 memory.
             adapter_state_dict: its tensors in place of the files', named as there.
+            low_cpu_mem_usage: accepted, without effect: nothing is in memory twice.
             is_trainable: whether it gets gradients.
-            hotswap: whether it takes the place of the adapter of that name.
+            hotswap: whether it takes the place of the adapter of that name; "auto" where there is
+                one.
+            adapter_kwargs: any of the following, as a mapping.
             revision: branch, tag or commit of a hub id.
             cache_dir: where downloads are kept.
             token: for private repositories.
@@ -68,7 +73,11 @@ class Adapting(AdaptedRows):
         """
         self._check_whole()
         adapters = Adapters() if self.adapters is None else self.adapters
-        if hotswap:
+        adapter_name = "default" if adapter_name is None else adapter_name
+        if hotswap not in (True, False, "auto"):
+            raise InputError(f"hotswap={shown(hotswap)} has to be True, False or 'auto'")
+        swaps = adapter_name in adapters.configs if hotswap == "auto" else hotswap
+        if swaps:
             adapters.check_known([adapter_name])
         else:
             adapters.check_new(adapter_name)
@@ -79,14 +88,19 @@ class Adapting(AdaptedRows):
         if adapter_state_dict is not None:
             weights = InMemory(adapter_state_dict)
         if peft_model_id is not None and (config is None or weights is None):
-            root, found, files = open_adapter(
-                peft_model_id,
-                revision=revision,
-                cache_dir=cache_dir,
-                token=token,
-                local_files_only=local_files_only,
-                subfolder=subfolder,
-            )
+            where_from = {
+                "revision": revision,
+                "cache_dir": cache_dir,
+                "token": token,
+                "local_files_only": local_files_only,
+                "subfolder": subfolder,
+            }
+            more = dict(adapter_kwargs or {})
+            if unknown := sorted(more.keys() - where_from.keys()):
+                raise InputError(
+                    f"adapter_kwargs has {shown(unknown)}; there are {', '.join(where_from)}"
+                )
+            root, found, files = open_adapter(peft_model_id, **where_from | more)
             config, where = config or found, where if weights is not None else str(root)
             weights = weights or files
         if config is None or weights is None:
@@ -99,7 +113,7 @@ class Adapting(AdaptedRows):
             layout = self._layout()
             made = read_adapter(layout, config, weights, where)
         known = [layout.named(s.path) for s in layout if (s.module, s.use) in made]
-        if hotswap:
+        if swaps:
             adapters.remove(self, [adapter_name])
         warn_of_missing((layout.named(s.path) for s in expected(layout, config)), known, where)
         self._put(adapters, adapter_name, config, made, trains=is_trainable)
@@ -150,7 +164,7 @@ class Adapting(AdaptedRows):
     def add_adapter(
         self,
         adapter_config: LoraConfig | Mapping[str, Any] | object,
-        adapter_name: str = "default",
+        adapter_name: str | None = None,
     ) -> None:
         """Add a new adapter for training, and make it the only active one.
 
@@ -158,7 +172,7 @@ class Adapting(AdaptedRows):
 
         Args:
             adapter_config: what it is; PEFT's `LoraConfig` is one, too.
-            adapter_name: what it is to be called by.
+            adapter_name: what it is to be called by; "default" if not given.
 
         Raises:
             InputError: there is one of that name, the config targets nothing that can have one, or
@@ -168,7 +182,7 @@ class Adapting(AdaptedRows):
         """
         self._check_whole()
         adapters = Adapters() if self.adapters is None else self.adapters
-        adapters.check_new(adapter_name)
+        adapter_name = adapters.check_new("default" if adapter_name is None else adapter_name)
         config = LoraConfig.of(adapter_config)
         config.base_model_name_or_path = self.name_or_path or None
         with torch.inference_mode(False), torch.no_grad():
