@@ -181,7 +181,9 @@ def require_finite(scale: Tensor, weight: str) -> None:
             f"{weight} has scales of {scale.dtype}, which have to be floating-point numbers; "
             "fetch the file again"
         )
-    if not bool(scale.isfinite().all()):
+    # Of numbers in 8 bits, PyTorch cannot say it.
+    wide = scale.to(torch.float32) if scale.dtype.itemsize == 1 else scale
+    if not bool(wide.isfinite().all()):
         raise CheckpointError(
             f"{weight} has scales that are not finite; the file is damaged, fetch it again"
         )
