@@ -1,6 +1,7 @@
 """A model that many ask at once: each gets what it gets alone."""
 
 import asyncio
+import math
 import random
 import threading
 import time
@@ -189,10 +190,11 @@ def test_a_long_prompt_of_one_leaves_time_for_anothers() -> None:
 @each
 def test_one_that_gives_its_row_back_goes_on_as_it_was(family: Family) -> None:
     model, prompt = family.model_of(), prompt_of(20, 7)
-    asked = threading.Event()
+    begun, asked = threading.Event(), threading.Event()
 
     def waits(ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
-        """Let nobody be done before the second scope has asked."""
+        """Let nobody go on before both of the first have asked, and be done before the second."""
+        assert begun.wait(PATIENCE)
         assert ids.shape[1] < 24 or asked.wait(PATIENCE)
         return scores
 
@@ -204,7 +206,9 @@ def test_one_that_gives_its_row_back_goes_on_as_it_was(family: Family) -> None:
             rich = [
                 asyncio.create_task(collected(engine, prompt_of(20, n), **own)) for n in range(2)
             ]
-            while engine.state.generated < 3:
+            await asyncio.sleep(0)
+            begun.set()
+            while engine.state.generated < 3 or engine.state.running < 2:
                 await asyncio.sleep(0.001)
             poor = asyncio.create_task(
                 collected(engine, prompt, scope="poor", max_new_tokens=4, **PLAIN)
@@ -361,6 +365,17 @@ def test_what_cannot_be_is_refused_before_it_waits() -> None:
             ({"prompt": [5], "num_beams": 3}, "num_beams=3"),
             ({"prompt": [5], "temprature": 3}, "temprature"),
             ({"prompt": [5], "streamer": None}, "streamer"),
+            ({"prompt": [1.5]}, "ids are whole numbers"),
+            ({"prompt": [True]}, "ids are whole numbers"),
+            *(({"prompt": p}, "the prompt is") for p in (None, 5, b"ab", {"a": 1}, [10**400])),
+            *(({"prompt": [5], "scope": s}, "scope=") for s in ([], None, 5)),
+            ({"prompt": [5], "salt": None}, "salt=None"),
+            *(({"prompt": [5], "priority": p}, "priority=") for p in ("x", None, math.nan, True)),
+            *(({"prompt": [5], "timeout": t}, "timeout=") for t in ("x", math.nan, 10**400, True)),
+            *(({"prompt": [5], "stop": s}, "stop=") for s in ("ab", 5, None, (5,))),
+            *(({"prompt": [5], "stable": s}, "stable=") for s in ("x", None, (0.5,), False)),
+            ({"prompt": [5], "keep_special": "no"}, "keep_special='no'"),
+            *(({"prompt": [5], "logprobs": n}, "logprobs=") for n in ("x", 1.5, -1)),
         ):
             with pytest.raises(InputError, match=told):
                 next(engine.answer(**wrong))  # type: ignore[arg-type]

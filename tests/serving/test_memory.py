@@ -1,5 +1,6 @@
 """What rows take is what their memory takes, and what does not fit is refused."""
 
+import math
 import threading
 from types import SimpleNamespace
 from typing import Any
@@ -124,8 +125,18 @@ def test_limits_fit_into_memory() -> None:
         limits_for(model, memory=cost.of(64), kept=0)
     with pytest.raises(InputError, match="capacity=129"):
         limits_for(model, capacity=129)
-    with pytest.raises(InputError, match="memory=0"):
-        limits_for(model, memory=0)
+    wrong: dict[str, list[Any]] = {
+        "memory": [0, "x", 1e9, math.nan],
+        "kept": [-1, "x", 0.5],
+        "rows": [0, 1.5],
+        "capacity": [0, 1.5, "x"],
+        "speculate": ["x"],
+        "nbits": [8.0, 5],
+    }
+    for name, values in wrong.items():
+        for value in values:
+            with pytest.raises(InputError, match="bits: a" if name == "nbits" else f"{name}="):
+                limits_for(model, **{name: value})
 
 
 def test_a_gpu_has_as_many_rows_as_its_free_memory_holds(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -146,6 +157,25 @@ def test_a_gpu_has_as_many_rows_as_its_free_memory_holds(monkeypatch: pytest.Mon
         assert limits_for(model, kept=row).rows == 64
     with cuda_memory(11 * row, kept=row):
         assert limits_for(model, kept=row).rows == 8
+
+
+WRONG: dict[str, list[Any]] = {
+    **{
+        name: [-1, 1e3, "5", True, None] for name in ("rows", "capacity", "queue", "piece", "ahead")
+    },
+    "memory": [0, 1e9, "8MiB", math.nan],
+    "kept": [-1, 1e9, None],
+    "itl_target_ms": [0, -1.0, math.nan, "5", True],
+    "patience": [-1, math.nan, "5", None, 10**400],
+}
+
+
+@pytest.mark.parametrize("name", WRONG)
+def test_limits_are_numbers_that_can_be(name: str) -> None:
+    for value in WRONG[name]:
+        with pytest.raises(InputError, match=f"{name}="):
+            Limits(**{name: value})
+    assert Limits(patience=math.inf, itl_target_ms=math.inf, memory=1, kept=0).rows == 8
 
 
 def test_fewer_bits_take_less() -> None:

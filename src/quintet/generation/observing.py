@@ -83,7 +83,7 @@ class Observed:
         pooling: Pooling | None = None,
     ) -> None:
         for name, count in (("logprobs", logprobs), ("prompt_logprobs", prompt_logprobs)):
-            if count is not None and (isinstance(count, bool) or count < 0):
+            if count is not None and (type(count) is not int or count < 0):
                 raise InputError(
                     f"{name}={shown(count)} has to be how many likely tokens to name, 0 for none "
                     "beside the token itself, or None"

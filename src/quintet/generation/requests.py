@@ -1,7 +1,7 @@
 """Builds an engine's sequence from the arguments of `generate()`."""
 
 from collections import abc
-from typing import Protocol
+from typing import Protocol, cast
 
 import torch
 from torch import Tensor
@@ -88,12 +88,31 @@ def sequence_of(model: Served, inputs: Tensor | abc.Sequence[int], given: Argume
 
 def _row(inputs: Tensor | abc.Sequence[int]) -> Tensor:
     if not isinstance(inputs, Tensor):
-        inputs = torch.tensor(list(inputs), dtype=torch.long, device="cpu")
+        inputs = _tensor(inputs)
     if inputs.ndim == 2 and len(inputs) != 1:
         raise InputError(
             f"the prompt has {len(inputs)} rows; a sequence is one text, so make one for each"
         )
     return inputs[None] if inputs.ndim == 1 else inputs
+
+
+def _tensor(inputs: object) -> Tensor:
+    """Return ids that are no tensor, as a list or an array, as one.
+
+    Raises:
+        InputError: what is no list, or holds what is no id: a fraction would be cut off.
+    """
+    try:
+        # Without a dtype, which would turn anything into ids.
+        made = torch.as_tensor(list(cast("abc.Iterable[int]", inputs)))
+    except (TypeError, ValueError, OverflowError, RuntimeError):
+        made = None
+    if made is None or isinstance(inputs, str | bytes | abc.Mapping):
+        raise InputError(f"the prompt is {shown(inputs)}; it has to be a list of ids, or a tensor")
+    whole = made.dtype in (torch.long, torch.int, torch.short, torch.uint8, torch.int8)
+    if made.numel() and not whole:
+        raise InputError(f"the prompt is {shown(inputs)}; ids are whole numbers")
+    return made.to(torch.long)
 
 
 def _check_of_a_sequence(config: GenerationConfig) -> None:

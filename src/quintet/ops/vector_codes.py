@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from quintet.errors import InputError
+from quintet.errors import InputError, shown
 
 BITS = (8, 6, 4)
 
@@ -26,8 +26,8 @@ class VectorCode:
     bits: int
 
     def __post_init__(self) -> None:
-        if self.bits not in BITS:
-            raise InputError(f"{self.bits} bits: a number of a vector takes 8, 6 or 4")
+        if type(self.bits) is not int or self.bits not in BITS:
+            raise InputError(f"{shown(self.bits)} bits: a number of a vector takes 8, 6 or 4")
 
     def encode(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Encode x (..., D) to bytes (..., D·bits/8) and bfloat16 scales (..., 1).

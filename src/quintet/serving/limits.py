@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from quintet.errors import InputError
+from quintet.serving.checks import check_count, check_duration
 
 # Prompts are cut at multiples of it, whatever comes between, so that a prompt is cut alike.
 GRID = 64
@@ -26,7 +26,7 @@ class Limits:
         kept: how many bytes of what was read before are kept, to be gone on from.
 
     Raises:
-        InputError: a number below its least.
+        InputError: what is no number, or one below its least.
     """
 
     rows: int = 8
@@ -48,15 +48,9 @@ class Limits:
             ("ahead", self.ahead, 1),
             ("kept", self.kept, 0),
         ):
-            if value < least:
-                raise InputError(f"{name}={value} has to be at least {least}")
-        if self.itl_target_ms is not None and not self.itl_target_ms > 0:
-            raise InputError(
-                f"itl_target_ms={self.itl_target_ms} has to be a number of milliseconds above 0, "
-                "or None"
-            )
-        if not self.patience >= 0 or (self.memory is not None and self.memory < 1):
-            raise InputError(
-                f"patience={self.patience} and memory={self.memory} cannot be negative; leave "
-                "memory out for no bound"
-            )
+            check_count(name, value, least)
+        if self.memory is not None:
+            check_count("memory", self.memory, 1)
+        if self.itl_target_ms is not None:
+            check_duration("itl_target_ms", self.itl_target_ms, "milliseconds")
+        check_duration("patience", self.patience, zero=True)

@@ -11,8 +11,9 @@ from quintet.generation.requests import Served
 from quintet.generation.speculative.prediction import MTPModel
 from quintet.modeling.base import PreTrainedModel
 from quintet.ops.device_memory import free_memory
+from quintet.serving.checks import check_count
 from quintet.serving.limits import Limits
-from quintet.serving.options import Speculation
+from quintet.serving.options import Speculation, check_speculation
 from quintet.serving.scheduler import Cost
 
 # Of the memory there is, what rows and what was read before may take together, and the most of the
@@ -142,18 +143,22 @@ def limits_for(
         InputError: a number below its least, or a capacity beyond the model's context.
     """
     context = model.config.max_position_embeddings
-    if memory is not None and memory < 1:
-        raise InputError(f"memory={memory} has to be a number of bytes, or None")
+    check_speculation(speculate)
+    for name, given, least in (("memory", memory, 1), ("kept", kept, 0)):
+        if given is not None:
+            check_count(name, given, least)
+    if capacity is not None:
+        check_count("capacity", capacity, 1)
     if capacity is not None and capacity > context:
         raise InputError(
             f"capacity={capacity} is beyond the model's context of {context} tokens "
             "(max_position_embeddings)"
         )
-    given = Limits()
+    usual = Limits()
     limits = replace(
-        given,
-        rows=given.rows if rows is None else rows,
-        capacity=min(given.capacity, context) if capacity is None else capacity,
+        usual,
+        rows=usual.rows if rows is None else rows,
+        capacity=min(usual.capacity, context) if capacity is None else capacity,
     )
     there = int(SHARE * free_memory(model.device)) if memory is None else memory
     kept = min(int(KEPT * there), MOST_KEPT) if kept is None else kept

@@ -5,6 +5,7 @@ from dataclasses import dataclass, fields
 from typing import Any, Literal, Self, get_args
 
 from quintet.errors import InputError, shown
+from quintet.serving.checks import check_count, check_duration
 
 Speculation = Literal["off", "mtp", "lookup"]
 # How many tokens are looked up at once.
@@ -83,11 +84,14 @@ class RequestOptions:
     speculate: Speculation | None = None
 
     def __post_init__(self) -> None:
-        if self.timeout is not None and self.timeout <= 0:
-            raise InputError(
-                f"timeout={self.timeout} has to be a number of seconds above 0, or None"
-            )
-
+        for name, text in (("scope", self.scope), ("salt", self.salt)):
+            if not isinstance(text, str):
+                raise InputError(f"{name}={shown(text)} has to be a text")
+        check_count("priority", self.priority)
+        if self.timeout is not None:
+            check_duration("timeout", self.timeout)
+        if not isinstance(self.keep_special, bool):
+            raise InputError(f"keep_special={shown(self.keep_special)} has to be true or false")
         check_speculation(self.speculate)
 
     @classmethod
@@ -109,8 +113,8 @@ class RequestOptions:
         Raises:
             InputError: not within it.
         """
-        given = (self.stable,) if isinstance(self.stable, int) else tuple(self.stable)
-        if not all(isinstance(at, int) and 0 <= at < prompt for at in given):
+        given = tuple(self.stable) if isinstance(self.stable, tuple | list) else (self.stable,)
+        if not all(type(at) is int and 0 <= at < prompt for at in given):
             raise InputError(
                 f"stable={shown(self.stable)} has to be less than the {prompt} tokens of the prompt"
             )

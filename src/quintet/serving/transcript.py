@@ -24,7 +24,8 @@ class StopStrings:
     """
 
     def __init__(self, strings: Sequence[str]) -> None:
-        if isinstance(strings, str) or not all(isinstance(one, str) for one in strings):
+        listed = isinstance(strings, tuple | list)
+        if not listed or not all(isinstance(one, str) for one in strings):
             raise InputError(f"stop={shown(strings)} has to be a list of strings")
         if len(strings) > MOST or not all(0 < len(one) <= LONGEST for one in strings):
             raise InputError(
