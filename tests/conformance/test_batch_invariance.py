@@ -168,9 +168,9 @@ def test_nor_does_it_at_widths_of_released_models(
 @each
 def test_nor_how_its_prompt_was_cut(family: Family, quantize: str | None, model_of: Models) -> None:
     model = model_of(family, quantize)
-    # States go on from whole blocks of 64; more than 128 tokens are a prompt to latent attention.
     whole = run(model, [0], [[LONGEST]])[0]
-    for first in (192, 64 if family.name == "zamba2" else 150):
-        cuts = first, LONGEST - first
+    # States go on from whole blocks of 64; more than 16 tokens are a prompt.
+    odd = [] if family.name == "zamba2" else [(150, 180), (17, 40, 100, 173)]
+    for cuts in ((192, 138), (64, 64, 128, 74), *odd):
         pieces = run(model, [0], [[n] for n in cuts])[0]
         assert torch.equal(pieces[-1], whole[-1]), cuts

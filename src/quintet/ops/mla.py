@@ -23,6 +23,7 @@ import torch
 import torch.nn.functional as F  # noqa: N812
 from torch import Tensor
 
+from quintet.kernels.linear import STEP_TOKENS, batch_invariant
 from quintet.kernels.native import available
 from quintet.ops.again import learn
 from quintet.ops.attention import AttentionBackend, eager, in_range, sdpa
@@ -54,7 +55,9 @@ def _chooses_absorbed(T: int, c_kv: Tensor, attend: AttentionBackend) -> bool:
     # A program is made of torch's operations, and kernels for CPUs are looked for by none.
     kernels = attend is sdpa and c_kv.is_cpu and c_kv.dtype == torch.bfloat16 and not recorded()
     if kernels and available():
-        return T <= MOST_ABSORBED
+        # A piece of a prompt is computed as the whole is, if that is what is asked for.
+        most = STEP_TOKENS if batch_invariant() else MOST_ABSORBED
+        return most >= T
     # Of a batch, S is the longest row's.
     return absorbs(T, c_kv.shape[1])
 
