@@ -209,17 +209,25 @@ def test_a_model_that_does_not_fit_is_not_loaded(
     assert result.is_one_screen
 
 
+def test_memory_without_room_for_a_row_is_told_at_the_start(quintet: Any) -> None:
+    """And not by every request, for ever."""
+    result = quintet("serve", demo_model(), "--port", 0, "--memory", "100kB")
+    assert result.code == 5
+    assert "a row of 1,024 tokens takes 1 MiB" in result.err
+    assert result.is_one_screen
+
+
 def test_on_a_gpu_rows_are_found_when_the_model_is_there(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(memory, "cost_of", lambda model, nbits: Cost(0, 1000))
     config = SimpleNamespace(max_position_embeddings=4096)
     model: Any = SimpleNamespace(config=config, device=torch.device("cuda", 0))
     limits, given = Limits(capacity=1000, kept=10**7, queue=3), {"rows": None, "memory": None}
     with cuda_memory(10**8):
-        found = serve._on_device(model, limits, given, None, "off")
+        found = serve._measured(model, limits, given, None, "off")
         assert (found.rows, found.memory, found.kept, found.queue) == (64, 7 * 10**7, 10**7, 3)
-        assert serve._on_device(model, limits, {**given, "rows": 5}, None, "off").rows == 5
+        assert serve._measured(model, limits, {**given, "rows": 5}, None, "off").rows == 5
         small = {**given, "memory": 9 * 10**6}
-        assert serve._on_device(model, limits, small, None, "off").rows == 9
+        assert serve._measured(model, limits, small, None, "off").rows == 9
 
 
 def test_devices_are_said_with_what_is_on_them() -> None:

@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from quintet.server.protocol.chat import ChatRequest
 from quintet.server.protocol.common import Body
 from quintet.server.protocol.completions import CompletionRequest
+from quintet.serving import Limits
 from served import Answered, Running
 from server.talking import CONTEXT, talking
 
@@ -240,6 +241,19 @@ def test_a_prompt_that_is_too_long_is_told_both_numbers(server: Running) -> None
         answer = server.ask("POST", path, {"model": "tiny", "max_tokens": 1, **said})
         assert answer.status == 400
         assert answer.error["message"].startswith("messages: the model's context is")
+
+
+def test_a_prompt_for_which_there_is_never_memory_is_no_passing_trouble() -> None:
+    """A client would ask again for ever."""
+    with talking(limits=Limits(rows=2, capacity=CONTEXT, memory=20_000, ahead=1)) as (server, _, _):
+        for path, body, param in (
+            (TEXT, {"prompt": [[5], [5] * 500]}, "prompt[1]"),
+            (CHAT, {"messages": [{**USER, "content": "a b c " * 200}]}, "messages"),
+            ("/v1/embeddings", {"input": [[5], [5] * 500]}, "input[1]"),
+        ):
+            error = refused(server.ask("POST", path, {"model": "tiny", **body}), param)
+            assert error["code"] == "context_length_exceeded"
+            assert "memory=20,000" in error["message"]
 
 
 @pytest.mark.parametrize("value", [False, "", [], {}, 0])

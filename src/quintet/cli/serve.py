@@ -285,8 +285,10 @@ def _load(
     if wanted.adapters:
         # Of itself the model answers as it is.
         opened.model.set_adapter([])
-    if opened.model.device.type != "cpu" and opened.model.world is None:
-        limits = _on_device(cast("Any", opened.model), limits, given, bits, speculate)
+    # Where memory is short, and where it is taken at once, is found how much a row takes.
+    bounded = given["memory"] is not None or opened.model.device.type != "cpu"
+    if bounded and opened.model.world is None:
+        limits = _measured(cast("Any", opened.model), limits, given, bits, speculate)
     engine = Engine(
         cast("Any", opened.model), opened.tokenizer, limits, nbits=bits, speculate=speculate
     )
@@ -331,14 +333,14 @@ def _fitting(
     return limits
 
 
-def _on_device(
+def _measured(
     model: "Served",
     limits: "Limits",
     given: dict[str, Any],
     bits: int | None,
     speculate: "Speculation",
 ) -> "Limits":
-    """Return limits whose rows a GPU has memory for, which takes it at once, beside the model.
+    """Return limits whose rows there is memory for; a GPU takes it at once, beside the model.
 
     Raises:
         DoesNotFitError: it has none for one row.

@@ -144,14 +144,16 @@ async def _answer(asked: _Asked, index: int, first: asyncio.Event) -> AsyncGener
     if asked.shape is not None:
         # Each text is followed by a processor of its own.
         options["logits_processor"] = [asked.shape.copy()]
+    answering = aclosing(served.engine.generate(asked.prompt.ids, **options))
     try:
-        async with aclosing(served.engine.generate(asked.prompt.ids, **options)) as answers:
-            async for answer in answers:
-                first.set()
-                for heard in listener.hear(answer):
-                    yield heard
-                if listener.over:
-                    return
+        with placed(question.where):
+            async with answering as answers:
+                async for answer in answers:
+                    first.set()
+                    for heard in listener.hear(answer):
+                        yield heard
+                    if listener.over:
+                        return
     finally:
         # Whoever waits for the first answer need not wait for one that failed.
         first.set()

@@ -4,7 +4,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
-from quintet.errors import ContextLengthError, shown
+from quintet.errors import ContextLengthError, DoesNotFitError, shown
 from quintet.server.conversation import too_long
 from quintet.server.failures import invalid
 from quintet.server.protocol.common import within
@@ -13,14 +13,14 @@ from quintet.tokenization import PreTrainedTokenizer
 
 @contextmanager
 def placed(where: str) -> Iterator[None]:
-    """Say which field of a request has more tokens than there is room for.
+    """Say which field of a request has more tokens than there is room for, ever.
 
     Raises:
         ApiError: it has.
     """
     try:
         yield
-    except ContextLengthError as error:
+    except (ContextLengthError, DoesNotFitError) as error:
         raise invalid(f"{where}: {error}", where, "context_length_exceeded") from None
 
 

@@ -16,6 +16,8 @@ from quintet.server.replies import json_reply
 from quintet.server.service import caller_of, service_of
 
 router = APIRouter(tags=["openai"])
+# Where a text stands in the request, and its ids.
+Placed = tuple[str, tuple[int, ...]]
 
 
 @router.post("/v1/embeddings", openapi_extra=documented(EmbeddingsRequest))
@@ -30,22 +32,22 @@ async def create(request: Request) -> Response:
     texts = await asyncio.to_thread(_read, given, served)
     scope = caller_of(request) + (f"\n{body.cache_salt}" if body.cache_salt else "")
     vectors = await until_gone(request, _vectors(body, texts, served, scope, settings.deadline))
-    reply = embeddings(body, vectors, sum(map(len, texts)))
+    reply = embeddings(body, vectors, sum(len(ids) for _, ids in texts))
     return json_reply(reply, warnings_header(warnings))
 
 
-def _read(given: list[tuple[str, str | list[Any]]], served: Served) -> list[tuple[int, ...]]:
+def _read(given: list[tuple[str, str | list[Any]]], served: Served) -> list[Placed]:
     size = served.engine.model.config.vocab_size
     found = []
     for where, one in given:
         with placed(where):
-            found.append(ids_of(one, where, served.tokenizer, served.context, size))
+            found.append((where, ids_of(one, where, served.tokenizer, served.context, size)))
     return found
 
 
 async def _vectors(
     body: EmbeddingsRequest,
-    texts: list[tuple[int, ...]],
+    texts: list[Placed],
     served: Served,
     scope: str,
     timeout: float,
@@ -53,21 +55,22 @@ async def _vectors(
     """Return the vectors, made for as many texts at once as there are rows; one error ends all."""
     room = asyncio.Semaphore(served.engine.limits.rows)
 
-    async def one(ids: tuple[int, ...]) -> list[float]:
+    async def one(where: str, ids: tuple[int, ...]) -> list[float]:
         async with room:
-            vector = await served.engine.embed(
-                ids,
-                pooling=body.pooling or "last",
-                normalize=body.normalize is not False,
-                scope=scope,
-                priority=body.priority or 0,
-                timeout=timeout,
-                adapter_name=served.adapter,
-            )
+            with placed(where):
+                vector = await served.engine.embed(
+                    ids,
+                    pooling=body.pooling or "last",
+                    normalize=body.normalize is not False,
+                    scope=scope,
+                    priority=body.priority or 0,
+                    timeout=timeout,
+                    adapter_name=served.adapter,
+                )
         made: list[float] = vector.tolist()
         return made
 
-    tasks = [asyncio.ensure_future(one(ids)) for ids in texts]
+    tasks = [asyncio.ensure_future(one(*text)) for text in texts]
     try:
         return await asyncio.gather(*tasks)
     finally:
