@@ -2,18 +2,20 @@
 
 import asyncio
 import re
+import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from prometheus_client.openmetrics import parser as openmetrics
 from prometheus_client.parser import text_string_to_metric_families
 
 from quintet.errors import DeadlineError
 from quintet.serving import Engine
 from served import Running, serving
-from waiting import until
+from waiting import PATIENCE, until
 
 CANARY = "xylophone-canary-4711"
 LABELS = {
@@ -138,11 +140,29 @@ def test_who_leaves_is_counted_by_how_far_it_was(server: Running) -> None:
     assert moved(server, late)["quintet_engine_failures_total{kind=deadline}"] == 1
 
 
+def test_how_full_rows_are_is_a_share_of_what_they_may_hold(server: Running) -> None:
+    engine, goes_on = server.service.registry.engines["demo"], threading.Event()
+
+    def halt(ids: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
+        assert ids.shape[1] == 9 or goes_on.wait(PATIENCE)
+        return logits
+
+    answers = engine.answer(range(1, 10), max_new_tokens=3, logits_processor=[halt])
+    next(answers)
+    numbers = scraped(server)
+    goes_on.set()
+    assert list(answers)
+    held = numbers["quintet_rows_bytes"]
+    assert held == engine.room.token * 10
+    assert numbers["quintet_kv_cache_usage_ratio"] == pytest.approx(held / engine.room.whole)
+
+
 def test_an_idle_server_holds_nothing(server: Running) -> None:
     # The scrape itself; others may just be leaving.
     until(lambda: scraped(server)["quintet_http_requests_under_way"] == 1)
     numbers = scraped(server)
-    for name in ("num_requests_running", "num_requests_waiting", "rows_bytes"):
+    held = ("num_requests_running", "num_requests_waiting", "rows_bytes", "kv_cache_usage_ratio")
+    for name in held:
         assert numbers[f"quintet_{name}"] == 0
     assert numbers["quintet_healthy"] == 1
     assert numbers["quintet_draining"] == 0

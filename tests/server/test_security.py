@@ -1,14 +1,20 @@
 """Who may ask: keys, names of hosts, origins of pages."""
 
+import asyncio
 import socket
 import statistics
 import time
 from collections.abc import Iterator
+from contextlib import nullcontext
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
+from starlette.types import Message, Receive, Scope, Send
 
 from quintet.errors import InputError
-from quintet.server.security import Keys
+from quintet.server.failures import ApiError
+from quintet.server.security import Gate, Keys
 from quintet.server.settings import Settings, as_keys
 from served import Running, serving
 from waiting import PATIENCE, in_some_try
@@ -213,3 +219,34 @@ def test_names_and_origins_that_there_are_are_taken() -> None:
 
 def test_files_of_keys_have_comments() -> None:
     assert as_keys(["# mine", "", " a ", "b"]) == ("a", "b")
+
+
+@pytest.mark.parametrize("path", ["/metrics", "/load", "/v1/models"])
+def test_who_watches_is_answered_when_others_are_not(path: str) -> None:
+    """When there are too many requests, and while the server ends."""
+    answered: list[str] = []
+
+    async def app(scope: Scope, receive: Receive, send: Send) -> None:
+        answered.append(scope["path"])
+
+    async def receive() -> Message:
+        return {"type": "http.request"}
+
+    async def send(message: Message) -> None:
+        pass
+
+    for changes in ({"under_way": 513}, {"draining": True}):
+        service: Any = SimpleNamespace(
+            **{"settings": Settings(), "under_way": 1, "draining": False, **changes}
+        )
+        scope = {
+            "type": "http",
+            "method": "GET",
+            "path": path,
+            "headers": [(b"host", b"localhost")],
+            "state": {},
+        }
+        with nullcontext() if path != "/v1/models" else pytest.raises(ApiError) as refused:
+            asyncio.run(Gate(app, service)(scope, receive, send))
+        assert refused is None or refused.value.status == 503
+    assert answered == ([] if path == "/v1/models" else [path, path])

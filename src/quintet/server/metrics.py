@@ -185,7 +185,7 @@ class _Engines(Collector):
 
     def collect(self) -> Iterator[Metric]:
         seen = {name: engine.state for name, engine in self._service.registry.engines.items()}
-        limits = {name: it.limits for name, it in self._service.registry.engines.items()}
+        rooms = {name: it.room for name, it in self._service.registry.engines.items()}
         for name, what, of in GAUGES:
             gauge = GaugeMetricFamily(f"quintet_{name}", what, labels=["model"])
             for model, snapshot in seen.items():
@@ -194,9 +194,14 @@ class _Engines(Collector):
         kept = GaugeMetricFamily(
             "quintet_prefix_cache_limit_bytes", "How many may be kept.", labels=["model"]
         )
-        for model, limit in limits.items():
-            kept.add_metric([model], limit.kept)
+        used = GaugeMetricFamily(
+            "quintet_kv_cache_usage_ratio", "Of the bytes rows may hold.", labels=["model"]
+        )
+        for model, room in rooms.items():
+            kept.add_metric([model], room.kept)
+            used.add_metric([model], seen[model].held / max(room.whole, 1))
         yield kept
+        yield used
         for name, what, of in COUNTERS:
             counter = CounterMetricFamily(f"quintet_{name}", what, labels=["model"])
             for model, snapshot in seen.items():

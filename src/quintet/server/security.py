@@ -18,6 +18,8 @@ from quintet.server.settings import Settings
 HOST = re.compile(r"(?P<name>\[[0-9a-fA-F:.]{2,45}\]|[A-Za-z0-9._-]{1,253})(?::(?P<port>\d{1,5}))?")
 # Probes have no key, and learn nothing from them.
 PROBES = frozenset({"/health", "/ready"})
+# Who watches learns most when there is too much, and at the end.
+WATCHED = frozenset({"/metrics", "/load"})
 # A browser sends no key when it goes to a page; the page is the same for everybody.
 PAGE = "/"
 
@@ -84,11 +86,12 @@ class Gate:
             send = _shared(send, origin)
         path = scope["path"]
         if path not in PROBES:
-            if self._service.under_way > settings.requests:
+            watched = path in WATCHED
+            if self._service.under_way > settings.requests and not watched:
                 raise unavailable("too many requests are under way; try again", "too_many_requests")
             if self._keys and not (path == PAGE and settings.page):
                 scope["state"]["caller"] = self._caller(headers)
-            if self._service.draining:
+            if self._service.draining and not watched:
                 raise unavailable(
                     "the server ends; ask another one, or this one when it is back",
                     "server_shutdown",
