@@ -52,6 +52,12 @@ def test_for_programs(quintet: Any) -> None:
         (["x", "--goodput", "fast"], "is no goal", 2),
         (["x", "--drops", "2"], "is a share of the requests", 2),
         (["x", "--rate", "-1"], "has to be above 0", 2),
+        (["x", "--rate", "nan"], "has to be above 0", 2),
+        (["x", "--seconds", "inf"], "has to be above 0", 2),
+        (["x", "--timeout", "nan"], "timeout=nan has to be above 0", 2),
+        (["x", "--timeout", "0"], "timeout=0.0 has to be above 0", 2),
+        (["x", "--own", "2000000000"], "beyond any model's context", 2),
+        (["x", "--clients", "2000000000"], "no more than 65,535 connections", 2),
         ([], "Missing argument", 2),
     ],
 )

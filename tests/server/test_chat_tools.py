@@ -235,3 +235,22 @@ def test_calls_that_are_asked_for_are_written_as_the_server_was_told() -> None:
         )
         text = tokenizer.decode(made[0, ids.shape[1] :])
         assert text.lstrip().startswith(begin + '\n{"name": "climate"'), text
+
+
+def test_a_schema_that_binds_nothing_is_told(served: Served) -> None:
+    """Where it would bind: the arguments of that tool are any object then."""
+    loose = {"type": "function", "function": {"name": "loose", "parameters": {"not": {}}}}
+    tools = [
+        loose,
+        {"type": "function", "function": {"name": "any", "parameters": {"type": "object"}}},
+    ]
+    for choice, told in (
+        ("required", True),
+        ({"type": "function", "function": {"name": "loose"}}, True),
+        ({"type": "function", "function": {"name": "any"}}, False),
+        ("auto", False),
+    ):
+        answer = served[0].ask("POST", PATH, asked(tools=tools, tool_choice=choice, max_tokens=1))
+        assert answer.status == 200, answer.body
+        said = "the schema of the tool loose is not supported, and its arguments may be any object"
+        assert answer.headers["warnings"] == (said if told else None)

@@ -95,6 +95,8 @@ def command(
     from quintet.measurement.serving.summary import Goals, lines
     from quintet.measurement.serving.workload import SHAPES
 
+    if not 0 < timeout < float("inf"):
+        raise InputError(f"timeout={timeout} has to be above 0")
     goals = Goals.of(goodput)
     given = {name: value for name, value in changes.items() if value is not None}
     shape = replace(SHAPES[workload], **given)

@@ -11,7 +11,7 @@ from quintet.grammar.constraints import (
 )
 
 try:
-    from quintet.grammar.calls import tool_calls
+    from quintet.grammar.calls import tool_calls, unbound
     from quintet.grammar.compiling import Grammars, compile
 except ModuleNotFoundError as error:
     if error.name != "llguidance":
@@ -32,4 +32,5 @@ __all__ = [
     "lark",
     "regex",
     "tool_calls",
+    "unbound",
 ]

@@ -127,6 +127,16 @@ def tool_calls(
     return _Calls(tuple(read.items()), format, choice == "auto", parallel, answer)
 
 
+def unbound(tools: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Return the names of tools whose arguments `tool_calls` takes for any object.
+
+    Raises:
+        GrammarError: a tool has no name, or the schema of a strict one is not supported.
+    """
+    # What is asked for may be as loose, but is another text.
+    return [name for name, schema in map(_tool, tools) if schema is _ANY_OBJECT]
+
+
 def _tool(tool: Mapping[str, Any]) -> tuple[str, str]:
     """Return a tool's name and the schema of its arguments."""
     function = tool.get("function", tool)

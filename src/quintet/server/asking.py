@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from quintet.errors import ContextLengthError, DeadlineError
-from quintet.grammar import GrammarProcessor
+from quintet.grammar import GrammarProcessor, unbound
 from quintet.parsing import parser_for
 from quintet.parsing.events import CallEnd, CallStart, Content, Event, OutputParser, Reasoning
 from quintet.server.conversation import Prompt, render
@@ -113,6 +113,12 @@ def _understood(served: Served, question: Ask) -> _Asked:
         read.text,
         parallel=question.parallel_tool_calls,
     )
+    if shape is not None and isinstance(prompt, Conversation):
+        warnings += [
+            f"the schema of the tool {name} is not supported, and its arguments may be any object"
+            for name in unbound(prompt.tools)
+            if question.tool_choice in ("auto", "required", name)
+        ]
     deadline = None if question.timeout is None else time.monotonic() + question.timeout
     return _Asked(served, question, read, room, shape, deadline, tuple(warnings))
 

@@ -11,6 +11,9 @@ from quintet.errors import InputError
 from quintet.measurement.serving.asking import Asked, Target
 from quintet.measurement.serving.workload import Prompt, Shape
 
+# Ports that a machine has.
+MOST = 65_535
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Load:
@@ -48,6 +51,11 @@ class Load:
         ):
             if value is not None and not 0 < value < float("inf"):
                 raise InputError(f"{name}={value} has to be above 0")
+        if self.clients is not None and self.clients > MOST:
+            raise InputError(
+                f"clients={self.clients:,}: one machine has no more than {MOST:,} connections to "
+                "another"
+            )
 
 
 @dataclass(slots=True)

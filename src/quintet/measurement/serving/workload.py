@@ -8,6 +8,8 @@ from typing import Protocol
 from quintet.errors import InputError
 
 Prompt = list[int] | str
+# Tokens of a conversation; more could not be written down here.
+MOST = 1 << 24
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,6 +47,11 @@ class Shape:
                 raise InputError(f"{name}={value} has to be at least {least}")
         if not 0 <= self.drops <= 1:
             raise InputError(f"drops={self.drops} is a share of the requests, from 0 to 1")
+        if self.most > MOST:
+            raise InputError(
+                f"a conversation of {self.most:,} tokens is beyond any model's context; "
+                f"{MOST:,} are the most"
+            )
 
     @property
     def most(self) -> int:
