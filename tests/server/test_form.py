@@ -71,6 +71,16 @@ def test_the_last_of_keys_that_are_alike_counts(server: Running) -> None:
         "POST", "/tokenize", b'{"prompt": "a", "prompt": "b"}', {"Content-Type": "application/json"}
     )
     assert answer.json() == server.ask("POST", "/tokenize", {"prompt": "b"}).json()
+    assert answer.headers["warnings"] == "prompt is given more than once, and the last counts"
+    for once in (
+        b'{"prompt": "prompt", "x": [{"a": 1}, {"a": 2}]}',
+        b'{"prompt": ":\\"prompt\\":"}',
+    ):
+        answer = server.ask("POST", "/tokenize", once, {"Content-Type": "application/json"})
+        assert "more than once" not in answer.headers.get("warnings", "")
+    nested = b'{"prompt": "a", "x": {"y": [{"z;": 1, "z;": 2}]}}'
+    answer = server.ask("POST", "/tokenize", nested, {"Content-Type": "application/json"})
+    assert answer.headers["warnings"].startswith("z? is given more than once")
 
 
 @pytest.mark.parametrize("name", ["", " ", "é\n", "a;b", "x" * 5000])

@@ -1,7 +1,7 @@
 """What requests may not say is refused by name, before anything is done for them."""
 
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 from hypothesis import HealthCheck, given, settings
@@ -296,13 +296,26 @@ def test_options_that_a_model_cannot_have_are_named(server: Running) -> None:
     assert "at most 8" in refused(server.ask("POST", CHAT, body), "min_tokens")["message"]
 
 
+def kinds(kind: type[Body]) -> Iterator[type[Body]]:
+    for one in kind.__subclasses__():
+        yield one
+        yield from kinds(one)
+
+
+def test_null_asks_for_nothing_wherever_a_field_may_be_left_out() -> None:
+    found = [
+        (kind.__name__, name, field.annotation)
+        for kind in kinds(Body)
+        for name, field in kind.model_fields.items()
+        if not field.is_required()
+    ]
+    assert len(found) > 100
+    refusing = [one for one in found if type(None) not in get_args(one[2])]
+    assert refusing == []
+
+
 def test_lists_of_requests_are_refused_at_their_first_mistake() -> None:
     """Millions of mistakes would take as many errors, and everybody's time."""
-
-    def kinds(kind: type[Body]) -> Iterator[type[Body]]:
-        for one in kind.__subclasses__():
-            yield one
-            yield from kinds(one)
 
     def lists(schema: Any) -> Iterator[Any]:
         if isinstance(schema, dict):

@@ -2,7 +2,9 @@
 
 import asyncio
 import gc
+import json
 import re
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, TypeVar
@@ -14,7 +16,7 @@ from starlette.requests import ClientDisconnect, Request
 from quintet.errors import shown
 from quintet.server.connection import ClientGoneError
 from quintet.server.failures import ApiError, invalid, unavailable
-from quintet.server.protocol.common import Body, parse
+from quintet.server.protocol.common import Body, parse, plain
 from quintet.server.service import service_of
 from quintet.server.settings import Settings
 
@@ -24,6 +26,8 @@ B = TypeVar("B", bound=Body)
 MOST = 50_000
 
 _CHARSET = re.compile(r"charset\s*=\s*\"?([^\"\s;]*)")
+# Bytes of a body in which keys that are alike are looked for.
+LOOKED_THROUGH = 1 << 20
 # So many times what a body may have is read of one that has more.
 PATIENCE = 4
 # So many bodies of the largest size may be there in part, of all that ask.
@@ -38,10 +42,12 @@ async def received(request: Request, kind: type[B]) -> tuple[B, list[str]]:
         ClientGoneError: the client went away before all was there.
     """
     settings = service_of(request).settings
-    return parse(kind, await _read_json(request, settings), strict=settings.strict)
+    data = await _read_json(request, settings)
+    body, warnings = parse(kind, parsed(data, settings.depth), strict=settings.strict)
+    return body, [*repeated(data), *warnings]
 
 
-async def _read_json(request: Request, settings: Settings) -> dict[str, Any]:
+async def _read_json(request: Request, settings: Settings) -> bytes:
     kind, _, more = request.headers.get("content-type", "").lower().partition(";")
     charset = _CHARSET.search(more)
     if kind.strip() != "application/json":
@@ -51,7 +57,7 @@ async def _read_json(request: Request, settings: Settings) -> dict[str, Any]:
     encoding = request.headers.get("content-encoding", "identity").strip().lower()
     if encoding != "identity":
         raise _no_json(f"the body has to come as it is, and not as {shown(encoding)}")
-    return parsed(await _read(request, settings), settings.depth)
+    return await _read(request, settings)
 
 
 def _no_json(message: str) -> ApiError:
@@ -79,6 +85,23 @@ def parsed(data: bytes, depth: int) -> dict[str, Any]:
         if data.count(b"[") + data.count(b"{") > depth or data.count(b":") > MOST:
             _check_shape(value, depth)
     return value
+
+
+def repeated(data: bytes) -> list[str]:
+    """Return warnings of keys that stand twice in one object of a body, which is JSON.
+
+    Bodies that no hand has written are not looked through once more.
+    """
+    found: dict[str, None] = {}
+
+    def note(pairs: list[tuple[str, Any]]) -> None:
+        if len({key for key, _ in pairs}) < len(pairs):
+            counts = Counter(key for key, _ in pairs)
+            found.update(dict.fromkeys(key for key, count in counts.items() if count > 1))
+
+    if len(data) <= LOOKED_THROUGH:
+        json.loads(data, object_pairs_hook=note)
+    return [f"{plain(key)} is given more than once, and the last counts" for key in found]
 
 
 @contextmanager

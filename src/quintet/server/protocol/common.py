@@ -126,7 +126,7 @@ def parse(kind: type[B], data: object, *, strict: bool) -> tuple[B, list[str]]:
         if name in owner.REFUSED:
             raise unsupported(param, owner.REFUSED[name])
         if name in owner.IDLE:
-            warnings.append(f"{_plain(param)} has no effect here")
+            warnings.append(f"{plain(param)} has no effect here")
         elif strict:
             raise ApiError(
                 400,
@@ -137,7 +137,7 @@ def parse(kind: type[B], data: object, *, strict: bool) -> tuple[B, list[str]]:
                 param[:128],
             )
         else:
-            warnings.append(f"{_plain(param)} is not known and has no effect")
+            warnings.append(f"{plain(param)} is not known and has no effect")
     return body, warnings
 
 
@@ -165,6 +165,11 @@ def warnings_header(warnings: list[str]) -> dict[str, str]:
     more = len(warnings) - MOST_WARNINGS
     said = [*warnings[:MOST_WARNINGS], *([f"and {more} more"] if more > 0 else [])]
     return {"warnings": "; ".join(said).encode("ascii", "replace").decode()}
+
+
+def plain(name: str) -> str:
+    """Sanitise a name for a header."""
+    return re.sub(r"[^\x21-\x7e]|[;,]", "?", name[:64]) or "''"
 
 
 # -- within ----------------------------------------------------------------------------------------
@@ -231,11 +236,6 @@ def _value(error: ValidationError, path: str, data: Any) -> str:
         if _path(one["loc"], data, missing=missing)[0] == path:
             return "" if missing else f", not {shown(one['input'])}"
     return ""
-
-
-def _plain(name: str) -> str:
-    """Sanitise a name for a header."""
-    return re.sub(r"[^\x21-\x7e]|[;,]", "?", name[:64]) or "''"
 
 
 def _biases(given: Mapping[str, float], vocab_size: int) -> dict[int, float]:

@@ -19,7 +19,8 @@ def by_type(default: str = "", **others: str) -> Discriminator:
     """
 
     def tag(value: Any) -> str:
-        said = value.get("type", default) if isinstance(value, dict) else vars(value)["type"]
+        said = value.get("type") if isinstance(value, dict) else vars(value)["type"]
+        said = default if said is None else said
         return f"/{others.get(said, said)}" if isinstance(said, str) else "/"
 
     return Discriminator(tag)
@@ -40,7 +41,8 @@ def only(
     def known(value: Any) -> Any:
         if not isinstance(value, dict):
             raise ValueError(f"{what} has to be an object")
-        said = value.get("type", default)
+        said = value.get("type")
+        said = default if said is None else said
         if said not in kinds:
             remedy = remedies.get(said) if remedies and isinstance(said, str) else None
             others = f"the types of {what} are {', '.join(kinds)}"

@@ -46,7 +46,7 @@ class ToolChoice(Body):
 
     type: Literal["auto", "any", "tool", "none"]
     name: Name | None = None
-    disable_parallel_tool_use: bool = False
+    disable_parallel_tool_use: bool | None = None
 
     @model_validator(mode="after")
     def _a_tool_has_a_name(self) -> "ToolChoice":
@@ -160,7 +160,7 @@ class MessagesRequest(CountTokensRequest, SamplingFields):
     }
 
     max_tokens: Count
-    stream: bool = False
+    stream: bool | None = None
     stop_sequences: Annotated[list[StopSequence], Field(fail_fast=True)] | None = None
     n: One | None = None
 

@@ -41,7 +41,7 @@ class Message(Body):
 
     IDLE = frozenset({"phase"})
 
-    type: Literal["message"] = "message"
+    type: Literal["message"] | None = None
     role: Literal["user", "assistant", "system", "developer"]
     content: Content
     id: str | None = None

@@ -36,7 +36,7 @@ class Call(Body):
     IDLE: ClassVar = frozenset({"index"})
 
     id: Annotated[str, Field(max_length=256)] | None = None
-    type: Literal["function"] = "function"
+    type: Literal["function"] | None = None
     function: CalledFunction
 
 
@@ -137,7 +137,7 @@ class ChosenFunction(Body):
 class ChosenTool(Body):
     """One of the tools."""
 
-    type: Literal["function"] = "function"
+    type: Literal["function"] | None = None
     function: ChosenFunction
 
 

@@ -42,7 +42,8 @@ class Tokenize(Body):
         prompt: the text.
         messages: the conversation, as the model's template writes it.
         add_generation_prompt: conversations end with what asks for an answer.
-        add_special_tokens: whether a text gets those that the tokenizer puts around it.
+        add_special_tokens: whether a text gets those that the tokenizer puts around it; it does if
+            not given.
         return_token_strs: whether to tell each token's text, too.
     """
 
@@ -54,9 +55,9 @@ class Tokenize(Body):
     model: str | None = None
     prompt: str | None = None
     messages: Annotated[list[Said], Field(min_length=1, fail_fast=True)] | None = None
-    add_generation_prompt: bool = True
-    add_special_tokens: bool = True
-    return_token_strs: bool = False
+    add_generation_prompt: bool | None = None
+    add_special_tokens: bool | None = None
+    return_token_strs: bool | None = None
 
 
 class Detokenize(Body):
@@ -78,7 +79,7 @@ async def tokenize(request: Request) -> JSONResponse:
     body, warnings = await received(request, Tokenize)
     if (body.prompt is None) == (body.messages is None):
         raise invalid("there has to be either a prompt or messages", "prompt")
-    if not body.add_generation_prompt:
+    if body.add_generation_prompt is False:
         raise unsupported(
             "add_generation_prompt", "conversations end with what asks for an answer; leave it out"
         )
@@ -153,5 +154,5 @@ def _ids(served: Served, body: Tokenize) -> list[int]:
     assert body.prompt is not None
     too_long(served.tokenizer, body.prompt, ROWS * served.context)
     return served.tokenizer.encode(
-        body.prompt, add_special_tokens=body.add_special_tokens, verbose=False
+        body.prompt, add_special_tokens=body.add_special_tokens is not False, verbose=False
     )
