@@ -189,3 +189,11 @@ def test_a_text_that_is_too_long_is_not_read_to_its_end() -> None:
         with pytest.raises(ContextLengthError):
             too_long(one, "Hello there, how are you today? " * 100_000, 1000)
     assert sum(calls) < 20_000
+
+
+def test_what_is_said_may_be_longer_than_a_template_writes() -> None:
+    """It is too long for the model, whatever the template's own bounds are."""
+    for said in (["a " * 6_000_000], ["a " * 1000] * 2000):
+        messages = tuple({"role": "user", "content": text} for text in said)
+        with pytest.raises(ContextLengthError, match="the model's context is 1000 tokens"):
+            render(tokenizer("plain"), Conversation(messages=messages), 1000)

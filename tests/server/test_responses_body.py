@@ -220,3 +220,9 @@ def test_what_cannot_be_had_is_refused_with_its_place(fields: dict[str, Any], pa
     assert refusal.value.status == 400
     assert (refusal.value.param or "").startswith(param)
     assert len(refusal.value.message) < 1000
+
+
+def test_what_has_no_effect_is_no_endless_list() -> None:
+    with pytest.raises(ApiError, match="400") as refused:
+        read(include=["x"] * 65)
+    assert refused.value.param == "include"

@@ -76,6 +76,8 @@ def render(tokenizer: PreTrainedTokenizer, conversation: Conversation, context: 
             template = with_tools(template, written)
     kwargs, warnings = _arguments(template, used, conversation)
     said = [_message(one, template) for one in conversation.messages]
+    # Before it is written down, for which a template has a budget of its own.
+    too_long(tokenizer, "".join(one["content"] or "" for one in said), context)
     messages = prepare_messages(tokenizer, said)
     tools = [dict(tool) for tool in conversation.tools] or None
 

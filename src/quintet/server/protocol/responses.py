@@ -158,7 +158,7 @@ class ResponsesRequest(SamplingFields):
     instructions: str | None = None
     max_output_tokens: Count | None = None
     top_logprobs: Annotated[int, Field(ge=0)] | None = None
-    include: Annotated[list[str], Field(fail_fast=True)] | None = None
+    include: Annotated[list[str], Field(max_length=64, fail_fast=True)] | None = None
     tools: Annotated[list[Tool], Field(fail_fast=True)] | None = None
     tool_choice: Literal["none", "auto", "required"] | NamedChoice | AllowedChoice | None = None
     parallel_tool_calls: bool | None = None
