@@ -21,6 +21,11 @@ CALL = {"id": "1", "type": "function", "function": {"name": "f", "arguments": "{
 TOOL = {"type": "function", "function": {"name": "f", "parameters": {"type": "object"}}}
 
 
+def _called(arguments: str) -> dict[str, Any]:
+    call = {"id": "1", "type": "function", "function": {"name": "f", "arguments": arguments}}
+    return {"role": "assistant", "content": None, "tool_calls": [call]}
+
+
 @pytest.fixture(scope="module")
 def server() -> Iterator[Running]:
     with talking() as (running, _, _):
@@ -117,6 +122,13 @@ def test_both_refuse_what_breaks_a_rule(
         (
             {"messages": [{"role": "assistant", "tool_calls": [{"id": "1", "function": {}}]}]},
             "messages[0].tool_calls[0].function.name",
+        ),
+        *(
+            (
+                {"messages": [_called(text), {"role": "tool", "content": "5"}]},
+                "messages[0].tool_calls[0].function.arguments",
+            )
+            for text in ("{bad", "5", "[" * 20_000, '{"a": %s}' % ("9" * 5000))
         ),
         ({"messages": [{**USER, "audio": {"id": "x"}}]}, "messages[0].audio"),
         ({"max_tokens": 3, "max_completion_tokens": 4}, "max_tokens"),

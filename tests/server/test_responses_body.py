@@ -226,3 +226,13 @@ def test_what_has_no_effect_is_no_endless_list() -> None:
     with pytest.raises(ApiError, match="400") as refused:
         read(include=["x"] * 65)
     assert refused.value.param == "include"
+
+
+@pytest.mark.parametrize("arguments", ["{bad", "5", "[" * 20_000])
+def test_arguments_that_are_none_are_told_where_they_stand(arguments: str) -> None:
+    with pytest.raises(ApiError, match="400") as refused:
+        messages(user("Hi"), {**CALL, "arguments": arguments})
+    assert refused.value.param == "input[1].arguments"
+    assert refused.value.message.startswith(
+        "input[1].arguments: arguments have to be a JSON object"
+    )

@@ -145,6 +145,29 @@ def test_pages_of_other_origins_may_not_ask(server: Running, origin: str, status
     )
 
 
+def test_a_page_that_may_ask_reads_errors_and_sends_headers_of_its_client(server: Running) -> None:
+    page = {"Origin": "https://app.example"}
+    for path, key, status in (
+        ("/v1/models", "wrong", 401),
+        ("/v1/nothing", KEY, 404),
+        ("/v1/models/x", KEY, 404),
+        ("/tokenize", KEY, 400),
+    ):
+        body = {} if path == "/tokenize" else None
+        method = "GET" if body is None else "POST"
+        answer = server.ask(method, path, body, {**page, "x-api-key": key})
+        assert answer.status == status
+        assert answer.headers["access-control-allow-origin"] == page["Origin"]
+        assert "warnings" in answer.headers["access-control-expose-headers"]
+    before = {**page, "Access-Control-Request-Method": "POST"}
+    for wanted, given in (("x-stainless-os, anthropic-version", None), ("a\tb;", "")):
+        asked = {**before, "Access-Control-Request-Headers": wanted}
+        answer = server.ask("OPTIONS", "/v1/models", headers=asked)
+        allowed = wanted if given is None else given
+        assert answer.headers["access-control-allow-headers"] == allowed
+        assert answer.headers["access-control-allow-origin"] == page["Origin"]
+
+
 def test_its_own_page_may_ask(server: Running) -> None:
     for host in (f"127.0.0.1:{server.port}", "models.example"):
         assert asked(server, Host=host, Origin=f"http://{host}") == 200

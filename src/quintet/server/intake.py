@@ -13,6 +13,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from quintet.server.connection import ClientGoneError, SlowReaderError
 from quintet.server.failures import ErrorBody, error_response
 from quintet.server.logs import logged, told_of
+from quintet.server.security import share
 from quintet.server.service import Service
 
 REQUEST_ID = re.compile(r"[A-Za-z0-9._:/=+-]{1,128}")
@@ -40,7 +41,7 @@ class Intake:
         given = Headers(scope=scope).get("x-request-id", "")
         request_id = given if REQUEST_ID.fullmatch(given) else f"req_{uuid.uuid4().hex}"
         state = scope.setdefault("state", {})
-        state.update(request_id=request_id, caller="", error_code=None)
+        state.update(request_id=request_id, caller="", origin=None, error_code=None)
         status, began = 0, time.monotonic()
 
         async def sending(message: Message) -> None:
@@ -50,6 +51,8 @@ class Intake:
                 headers = MutableHeaders(scope=message)
                 headers["X-Request-Id"] = request_id
                 headers["X-Content-Type-Options"] = "nosniff"
+                if state["origin"] is not None:
+                    share(headers, state["origin"])
             await send(message)
 
         self._service.under_way += 1

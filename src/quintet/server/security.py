@@ -9,13 +9,14 @@ from collections.abc import Sequence
 
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.responses import Response
-from starlette.types import ASGIApp, Message, Receive, Scope, Send
+from starlette.types import ASGIApp, Receive, Scope, Send
 
 from quintet.server.failures import ApiError, invalid, unavailable
 from quintet.server.service import Service
 from quintet.server.settings import Settings
 
 HOST = re.compile(r"(?P<name>\[[0-9a-fA-F:.]{2,45}\]|[A-Za-z0-9._-]{1,253})(?::(?P<port>\d{1,5}))?")
+NAMES = re.compile(r"[A-Za-z0-9 ,_-]{0,2000}")
 # Probes have no key, and learn nothing from them.
 PROBES = frozenset({"/health", "/ready"})
 # Who watches learns most when there is too much, and at the end.
@@ -80,10 +81,11 @@ class Gate:
         host = check_host(headers, settings)
         origin = check_origin(headers, host, settings)
         if origin is not None:
+            # Of errors, too, which are written farther out.
+            scope["state"]["origin"] = origin
             if scope["method"] == "OPTIONS" and "access-control-request-method" in headers:
-                await _preflight(origin)(scope, receive, send)
+                await _preflight(headers)(scope, receive, send)
                 return
-            send = _shared(send, origin)
         path = scope["path"]
         if path not in PROBES:
             watched = path in WATCHED
@@ -184,28 +186,21 @@ def _is_address(name: str) -> bool:
     return True
 
 
-def _preflight(origin: str) -> Response:
+def share(headers: MutableHeaders, origin: str) -> None:
+    """Let the scripts of a page read an answer, by the headers of CORS."""
+    headers["Access-Control-Allow-Origin"] = origin
+    headers["Access-Control-Expose-Headers"] = "x-request-id, retry-after, warnings"
+    headers.add_vary_header("Origin")
+
+
+def _preflight(headers: Headers) -> Response:
+    # Clients have headers of their own, as x-stainless-os; none of them opens anything.
+    asked = headers.get("access-control-request-headers", "")
     return Response(
         status_code=204,
         headers={
-            "Access-Control-Allow-Origin": origin,
-            "Access-Control-Allow-Methods": "GET, POST, DELETE",
-            "Access-Control-Allow-Headers": "authorization, content-type, x-api-key, x-request-id",
+            "Access-Control-Allow-Methods": "GET, POST",
+            "Access-Control-Allow-Headers": asked if NAMES.fullmatch(asked) else "",
             "Access-Control-Max-Age": "600",
-            "Vary": "Origin",
         },
     )
-
-
-def _shared(send: Send, origin: str) -> Send:
-    """Add CORS headers."""
-
-    async def sending(message: Message) -> None:
-        if message["type"] == "http.response.start":
-            headers = MutableHeaders(scope=message)
-            headers["Access-Control-Allow-Origin"] = origin
-            headers["Access-Control-Expose-Headers"] = "x-request-id, retry-after"
-            headers.add_vary_header("Origin")
-        await send(message)
-
-    return sending

@@ -7,6 +7,7 @@ from pydantic import Field, Tag
 
 from quintet.server.protocol.common import Body
 from quintet.server.protocol.kinds import by_type, only
+from quintet.server.protocol.tools import Arguments
 
 Wire = dict[str, Any]
 Status = Literal["in_progress", "completed", "incomplete"] | None
@@ -56,7 +57,7 @@ class FunctionCall(Body):
     type: Literal["function_call"]
     call_id: str
     name: str
-    arguments: str
+    arguments: Arguments
     id: str | None = None
     status: Status = None
 

@@ -5,7 +5,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any
 
-from pydantic import Field
+from pydantic import AfterValidator, Field
 
 from quintet.errors import shown
 from quintet.server.failures import invalid
@@ -14,6 +14,20 @@ from quintet.server.settings import Settings
 
 Tools = tuple[Mapping[str, Any], ...]
 MODES = ("auto", "none", "required")
+
+
+def _object(text: str) -> str:
+    try:
+        read = json.loads(text or "{}")
+    except (ValueError, RecursionError):
+        read = None
+    if not isinstance(read, dict):
+        raise ValueError("arguments have to be a JSON object")
+    return text
+
+
+# Of a call, as they were written.
+Arguments = Annotated[str, AfterValidator(_object)]
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9_.-]{1,128}$")]
 
 

@@ -7,7 +7,7 @@ from pydantic import Field
 
 from quintet.server.failures import invalid
 from quintet.server.protocol.common import Body, unsupported, within
-from quintet.server.protocol.tools import Name, Offered, chosen, offered
+from quintet.server.protocol.tools import Arguments, Name, Offered, chosen, offered
 from quintet.server.settings import Settings
 
 TEXT_ONLY = "messages hold text; models here read nothing else, and nothing is fetched"
@@ -27,7 +27,7 @@ class CalledFunction(Body):
     """What was called, and how."""
 
     name: Annotated[str, Field(min_length=1, max_length=256)]
-    arguments: str | dict[str, Any] | None = None
+    arguments: Arguments | dict[str, Any] | None = None
 
 
 class Call(Body):
