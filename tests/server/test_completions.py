@@ -114,6 +114,18 @@ def test_an_echo_has_the_scores_of_its_prompt(served: Served) -> None:
     assert [s for own in found for s in own["token_logprobs"]] == scores["token_logprobs"]
 
 
+def test_nothing_ends_a_text_before_the_least_it_has_to_have(served: Served) -> None:
+    """Neither what the model ends with nor a text that is to end it."""
+    whole = done(served, prompt=TEXT, max_tokens=30)["choices"][0]
+    stop = whole["text"][1:3]
+    assert (
+        done(served, prompt=TEXT, max_tokens=30, stop=stop)["choices"][0]["text"] != whole["text"]
+    )
+    longer = done(served, prompt=TEXT, max_tokens=30, stop=stop, min_tokens=30)
+    assert longer["usage"]["completion_tokens"] == 30
+    assert longer["choices"][0]["text"] == whole["text"]
+
+
 def test_a_stop_string_is_cut_exactly(served: Served) -> None:
     text = alone(served, TEXT, max_new_tokens=40)
     for start, end in ((3, 4), (5, 9), (11, 12)):

@@ -62,3 +62,17 @@ def test_special_tokens_are_shown_where_asked_for_and_ends_never() -> None:
         assert not transcript.take(special, True)
         transcript.finish()
         assert "".join(transcript.told()) == shown
+
+
+def test_a_text_does_not_end_before_it_may() -> None:
+    ids = TOKENIZER("one two one two one two", add_special_tokens=False)["input_ids"]
+    pieces = [TOKENIZER.decode([token]) for token in ids]
+    for least in range(len(ids) + 2):
+        transcript = Transcript(TOKENIZER, ("two",), least=least)
+        ended = [transcript.take(token, False) for token in ids]
+        transcript.finish()
+        before = "".join(pieces[: max(least - 1, 0)])
+        rest = "".join(pieces)[len(before) :]
+        assert "".join(transcript.told()) == before + rest.partition("two")[0]
+        assert any(ended) == ("two" in rest)
+        assert True not in ended[: max(least - 1, 0)]

@@ -299,7 +299,12 @@ class Engine:
         if observed is None and (own.logprobs is not None or own.prompt_logprobs is not None):
             observed = Observed(logprobs=own.logprobs, prompt_logprobs=own.prompt_logprobs)
         text.observed = observed
-        transcript = Transcript(self.tokenizer, own.stop, keep_special=own.keep_special)
+        transcript = Transcript(
+            self.tokenizer,
+            own.stop,
+            keep_special=own.keep_special,
+            least=others.get("min_new_tokens") or 0,
+        )
         text.listener = transcript.take
         self._engine.check_room(text)
         self._check_memory(text)

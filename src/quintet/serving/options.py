@@ -63,7 +63,8 @@ class RequestOptions:
         logprobs: say how probable each token was, and as many likely ones in its place; None to
             say nothing.
         prompt_logprobs: the same of the tokens of the prompt, all of which are then run over.
-        stop: strings that end the answer, which they are no part of.
+        stop: strings that end the answer, which they are no part of; not within its first
+            `min_new_tokens`.
         keep_special: have special tokens in the text; one that ends it never is.
         speculate: draft tokens by the model's prediction layers ("mtp"), from the text itself
             ("lookup"), or not ("off"); None for what the engine does, and what other options say.

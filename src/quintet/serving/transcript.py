@@ -68,6 +68,8 @@ class Transcript:
         tokenizer: decodes; None for no text.
         stop: strings that end the text before them.
         keep_special: whether special tokens are part of the text; one that ends it never is.
+        least: how many tokens the text has before it may end: what is said in those before is no
+            stop string.
 
     Raises:
         InputError: strings that cannot be looked for.
@@ -79,8 +81,10 @@ class Transcript:
         stop: Sequence[str] = (),
         *,
         keep_special: bool = False,
+        least: int = 0,
     ) -> None:
         self._stop = StopStrings(stop)
+        self._unsearched = max(least - 1, 0)
         if tokenizer is None and stop:
             raise InputError("stop strings are looked for in text, and the engine has no tokenizer")
         self._decoder = None
@@ -98,7 +102,12 @@ class Transcript:
         if self._decoder is None:
             self._texts.append("")
             return False
-        self._texts.append("" if ends else self._stop.feed(self._decoder.push(token)))
+        text = "" if ends else self._decoder.push(token)
+        if self._unsearched:
+            self._unsearched -= 1
+            self._texts.append(text)
+        else:
+            self._texts.append("" if ends else self._stop.feed(text))
         return self.stop is not None
 
     def finish(self) -> None:
