@@ -196,6 +196,16 @@ def test_chunks_of_any_shape_end_nothing(quintet: Any, said: Scripted, url: str)
     assert (result.code, result.out) == (0, "['x']?Hello\n")
 
 
+def test_what_has_no_effect_there_is_told_once(quintet: Any, said: Scripted, url: str) -> None:
+    said.warnings = "service_tier has no effect here"
+    result = quintet("chat", url, stdin="Hi\nAnd now?\n/set service_tier=null\nAgain?\n")
+    assert result.code == 0
+    assert result.err.count("the server says: service_tier has no effect here") == 1
+    result = quintet("generate", "Hi", "-m", url)
+    assert "the server says: service_tier has no effect here" in result.err
+    assert "service_tier" not in quintet("chat", url, "Hi", "-q").err
+
+
 def test_an_answer_that_is_no_stream_is_told(quintet: Any, said: Scripted, url: str) -> None:
     """As of a server that does not know what was asked for."""
     said.answers = [(200, {"choices": []}, {})]

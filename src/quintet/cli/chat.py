@@ -239,8 +239,9 @@ class _Talk:
         if answer.prompt is not None and self.partner.context is not None:
             figures += f", context {answer.prompt + answer.tokens} of {self.partner.context}"
         note(figures, self.quiet)
-        if outcome.ended is not None:
-            note(outcome.ended, self.quiet)
+        for said in (outcome.ended, outcome.warning):
+            if said is not None:
+                note(said, self.quiet)
 
     # -- commands -------------------------------------------------------------------------------
 

@@ -230,6 +230,9 @@ def _continue_there(remote: "Remote", text: str, echo: bool, as_json: bool, quie
     started = time.perf_counter()
     with unechoed(), waiting:
         ended, usage = remote.complete(text, write)
+    warning = remote.news()
+    if warning is not None:
+        note(warning, quiet)
     seconds = time.perf_counter() - started
     tokens = usage.get("completion_tokens") or len(pieces)
     if as_json:

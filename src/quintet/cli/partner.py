@@ -17,10 +17,12 @@ class Outcome:
     Attributes:
         ended: that it was cut, and what to do about it; None if it ended by itself.
         drafted: what drafts gave, as words behind the figures.
+        warning: what of the settings has no effect; None for nothing that is news.
     """
 
     ended: str | None = None
     drafted: str = ""
+    warning: str | None = None
 
 
 class Partner(Protocol):

@@ -56,6 +56,7 @@ class Remote:
         self._url = url
         self._address = Address.of(url, key)
         self._fields: dict[str, Any] = {}
+        self._warning, self._told = "", set[str]()
         given = {name: value for name, value in options.items() if value is not None}
         wanted = given.pop("model", None)
         self.set(given)
@@ -92,11 +93,20 @@ class Remote:
         answer.begin()
         ended = _run(self._converse([dict(message) for message in messages], answer))
         if ended != "length":
-            return Outcome()
+            return Outcome(warning=self.news())
         full = self.context is not None and (answer.prompt or 0) + answer.tokens >= self.context
-        return Outcome(
+        cut = (
             "cut: the context is full" if full else f"cut at {counted(answer.tokens)}; -n sets more"
         )
+        return Outcome(cut, warning=self.news())
+
+    def news(self) -> str | None:
+        """Return what the server says of the last request that it has not said before."""
+        said, self._warning = self._warning, ""
+        if not said or said in self._told:
+            return None
+        self._told.add(said)
+        return f"the server says: {said}"
 
     def complete(
         self, text: str, write: Callable[[str], None]
@@ -201,6 +211,7 @@ class Remote:
                 reply = await stack.enter_async_context(self._address.ask(path, body))
                 if reply.status != 200:
                     raise _refused(reply, await reply.read(), self._url)
+                self._warning = harmless(reply.headers.get("warnings", "")[:REASON])
             yield reply
 
 

@@ -118,7 +118,11 @@ def error_of(error: BaseException) -> ApiError | None:
         case StepFailedError():
             return unavailable("a step of the model failed; try again", error.code)
         case EngineStoppedError():
-            return unavailable("the model does not answer any more; try again", "server_shutdown")
+            return unavailable(
+                "the model answers no more, as the server ends or it has failed; try again, or ask "
+                "another one",
+                "server_shutdown",
+            )
         case DoesNotFitError() | MemoryError():
             return unavailable("there is not enough memory now; try again", "out_of_memory")
         case ModelNotFoundError():
