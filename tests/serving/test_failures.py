@@ -18,6 +18,7 @@ from quintet.errors import (
     ServingError,
     StepFailedError,
 )
+from quintet.generation.engine import Engine as StepEngine
 from quintet.generation.rows import Rows
 from quintet.serving import Answer, Engine, Limits
 from quintet.serving.figures import kind_of
@@ -108,6 +109,27 @@ def test_want_of_memory_fails_those_who_had_a_part(monkeypatch: pytest.MonkeyPat
         # That is no reason to stop.
         assert engine.healthy
         assert made(list(engine.answer(prompt_of(5, 1), max_new_tokens=9, **PLAIN))) == expected
+
+
+def test_a_row_that_there_is_no_memory_for_may_be_asked_for_again(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """It is no fault of the server's, nor of what was asked."""
+    model, usual, short = FAMILIES[0].model_of(), StepEngine.add, [True]
+
+    def add(self: StepEngine, sequence: Any, *contents: Any) -> None:
+        if short[0]:
+            raise torch.OutOfMemoryError("there is none")
+        usual(self, sequence, *contents)
+
+    monkeypatch.setattr(StepEngine, "add", add)
+    with Engine(model, limits=limits()) as engine:
+        with pytest.raises(StepFailedError, match="come again") as refused:
+            list(engine.answer(prompt_of(9, 1), max_new_tokens=2))
+        assert refused.value.retryable
+        short[0] = False
+        assert made(list(engine.answer(prompt_of(9, 1), max_new_tokens=2, **PLAIN)))
+        assert engine.healthy
 
 
 @each

@@ -194,7 +194,7 @@ class Runner(PromptReuse):
             except Exception as error:
                 if self._part(error):
                     return
-                self._give_up(request, error)
+                self._give_up(request, no_memory(error) if is_shortage(error) else error)
         running = self.scheduler.running
         steps = [request for request in plan.step if request in running]
         if steps:
