@@ -214,6 +214,14 @@ def test_an_answer_that_is_no_stream_is_told(quintet: Any, said: Scripted, url: 
     assert "answers with 'application/json' where a stream was asked for" in result.err
 
 
+def test_who_says_nothing_is_not_waited_for(quintet: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(remote, "LISTED", 0.05)
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        result = quintet("chat", f"http://127.0.0.1:{silent.getsockname()[1]}", "Hi")
+    assert result.code == 1
+    assert "has not said within 0.05 s which models it has" in result.err
+
+
 @pytest.mark.parametrize(
     ("error", "said"),
     [

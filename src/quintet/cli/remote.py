@@ -21,7 +21,7 @@ from quintet.cli.answer import Answer
 from quintet.cli.conversation import Message
 from quintet.cli.partner import Outcome
 from quintet.cli.results import counted
-from quintet.cli.terminal import harmless
+from quintet.cli.terminal import Waiting, harmless
 from quintet.errors import InputError, ServingError, shown
 from quintet.measurement.serving.connection import Address, Reply
 from quintet.parsing.events import Content, Event, Reasoning
@@ -34,6 +34,8 @@ FIELDS = (
     *("logit_bias", "ignore_eos", "stop_token_ids", "reasoning_effort", "chat_template_kwargs"),
     *("response_format", "regex", "grammar", "cache_salt", "priority", "service_tier", "speculate"),
 )
+# Seconds in which a server says which models it has; answers take as long as they take.
+LISTED = 30.0
 # As long as a reason may be that is shown.
 REASON = 1000
 Result = TypeVar("Result")
@@ -61,7 +63,8 @@ class Remote:
         wanted = given.pop("model", None)
         self.set(given)
         try:
-            self._models = _run(self._list())
+            with Waiting(f"waiting for {url}"):
+                self._models = _run(self._list())
         except InputError:
             # Not every server lists its models.
             if wanted is None:
@@ -163,8 +166,14 @@ class Remote:
 
     async def _list(self) -> dict[str, int | None]:
         """Return the names of the models there are, and their contexts."""
-        async with self._ask("/v1/models") as reply:
-            said = _object((await reply.read()).decode("utf-8", "replace"))
+        try:
+            async with asyncio.timeout(LISTED), self._ask("/v1/models") as reply:
+                said = _object((await reply.read()).decode("utf-8", "replace"))
+        except TimeoutError:
+            raise ServingError(
+                f"{shown(self._url)} has not said within {LISTED:g} s which models it has; look "
+                "whether a server is there, and try again when it is ready"
+            ) from None
         listed = said.get("data")
         models = listed if isinstance(listed, list) else []
         return {
