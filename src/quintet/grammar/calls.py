@@ -6,9 +6,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from quintet.errors import GrammarError, shown
+from quintet.grammar.bounds import bounded_schema
 from quintet.grammar.constraints import MAX_SOURCE, Constraint, literal
 from quintet.grammar.faults import JSON_STYLE, schema_fault
-from quintet.grammar.schema import checked_schema
 from quintet.grammar.vocabulary import Vocabulary
 from quintet.parsing.format import Format
 
@@ -147,7 +147,7 @@ def _tool(tool: Mapping[str, Any]) -> tuple[str, str]:
     if parameters is None:
         return name, _NOTHING
     try:
-        schema = checked_schema(parameters, MAX_SOURCE)
+        schema = bounded_schema(parameters, MAX_SOURCE)
         if fault := schema_fault(schema):
             raise GrammarError(f"the JSON schema cannot be used: {fault}")
     except GrammarError as error:

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from quintet.errors import GrammarError, shown
+from quintet.grammar.bounds import bounded_schema, check_lark
 from quintet.grammar.faults import JSON_STYLE, schema_fault, told
-from quintet.grammar.schema import checked_schema
 from quintet.grammar.vocabulary import Vocabulary
 
 # How many bytes may say what a text may be.
@@ -109,7 +109,7 @@ def json_schema(schema: Mapping[str, Any] | str) -> Constraint:
         GrammarError: it is none, asks for what is not supported, or contradicts itself; the message
             has the keyword and its place.
     """
-    return _Schema(checked_schema(schema, MAX_SOURCE))
+    return _Schema(bounded_schema(schema, MAX_SOURCE))
 
 
 def regex(pattern: str) -> Constraint:
@@ -127,9 +127,10 @@ def lark(text: str) -> Constraint:
     """Return the constraint of a grammar in llguidance's variant of Lark.
 
     Raises:
-        GrammarError: it is no text, or longer than 64 KiB.
+        GrammarError: it is no text, longer than 64 KiB, or takes too long to be read.
     """
-    return _Lark(_source("grammar", text))
+    check_lark(_source("grammar", text))
+    return _Lark(text)
 
 
 def choice(texts: Sequence[str]) -> Constraint:

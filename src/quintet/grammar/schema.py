@@ -92,7 +92,7 @@ def _check(
         )
     for keyword, value in schema.items():
         if keyword == "$ref":
-            _target(value, root, at)
+            target(value, root, at)
         # Whoever writes x-…, writes it for other programs.
         elif keyword not in _KNOWN and (not keyword.startswith("x-") or keyword == "x-guidance"):
             raise GrammarError(
@@ -109,8 +109,12 @@ def _check(
             )
 
 
-def _target(ref: object, root: Any, at: str) -> Any:
-    """Return the schema that a reference names."""
+def target(ref: object, root: Any, at: str) -> Any:
+    """Return the schema that a reference names.
+
+    Raises:
+        GrammarError: it names none.
+    """
     if not isinstance(ref, str) or not (ref == "#" or ref.startswith("#/")):
         raise GrammarError(
             f"at {shown(at)} the JSON schema has $ref={shown(ref)}; only places within it can be "
@@ -162,7 +166,7 @@ class _Finite:
             return
         ref = schema.get("$ref")
         if ref is not None and ref not in self._targets:
-            self._targets[ref] = _target(ref, self._schema, "#")
+            self._targets[ref] = target(ref, self._schema, "#")
             self._collect(self._targets[ref])
         for _, one in schemas_in(schema):
             self._collect(one)
