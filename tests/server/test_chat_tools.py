@@ -1,16 +1,21 @@
 """Tools, forms and thoughts in a chat: what is asked for is what comes, whole and streamed."""
 
 import json
+import threading
 from collections.abc import Iterator
 from typing import Any
 
 import pytest
 
 from quintet import PreTrainedTokenizerFast, Qwen2ForCausalLM
+from quintet.errors import GrammarError
+from quintet.grammar import GrammarProcessor, Grammars
 from quintet.parsing import CODER
+from quintet.server import shapes
 from quintet.server.shapes import Shapes
 from served import Running
 from server.talking import chat_model, chunks, talking
+from waiting import PATIENCE
 
 Served = tuple[Running, Qwen2ForCausalLM, PreTrainedTokenizerFast]
 PATH = "/v1/chat/completions"
@@ -227,8 +232,8 @@ def test_the_last_message_is_gone_on_with(served: Served) -> None:
 def test_calls_that_are_asked_for_are_written_as_the_server_was_told() -> None:
     model, tokenizer = chat_model()
     for calls, begin in ((None, "<tool_call>"), (CODER, "<tools>")):
-        shapes = Shapes(model, tokenizer, calls)
-        processor = shapes.processor(None, TOOLS, "climate", "", parallel=False)
+        made_of = Shapes(model, tokenizer, calls)
+        processor = made_of.processor(None, TOOLS, "climate", "", parallel=False)
         ids = tokenizer("Hello", return_tensors="pt")["input_ids"]
         made = model.generate(
             ids, max_new_tokens=200, do_sample=False, logits_processor=[processor]
@@ -254,3 +259,29 @@ def test_a_schema_that_binds_nothing_is_told(served: Served) -> None:
         assert answer.status == 200, answer.body
         said = "the schema of the tool loose is not supported, and its arguments may be any object"
         assert answer.headers["warnings"] == (said if told else None)
+
+
+def test_a_form_that_takes_too_long_is_not_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nor are as many as there may be at once, by others."""
+    model, tokenizer = chat_model()
+    made, over = Shapes(model, tokenizer), threading.Event()
+    usual = Grammars.compile
+
+    def compile(self: Grammars, constraint: Any, *, after: Any = None) -> GrammarProcessor:
+        assert over.wait(PATIENCE)
+        return usual(self, constraint, after=after)
+
+    def ask() -> object:
+        form = {"type": "regex", "pattern": "a"}
+        return made.processor(form, (), "auto", "", parallel=True)
+
+    monkeypatch.setattr(shapes, "SECONDS", 0.02)
+    monkeypatch.setattr(Grammars, "compile", compile)
+    for _ in range(shapes.AT_ONCE + 2):
+        with pytest.raises(GrammarError, match=r"takes longer than 0\.02 s"):
+            ask()
+    over.set()
+    monkeypatch.setattr(shapes, "SECONDS", PATIENCE)
+    assert isinstance(ask(), GrammarProcessor)
+    with pytest.raises(GrammarError, match="cannot be used"):
+        made.processor({"type": "regex", "pattern": "(("}, (), "auto", "", parallel=True)

@@ -1,9 +1,11 @@
 """Constrained decoding: compiles the form of an answer to a logits processor."""
 
-from collections.abc import Mapping, Sequence
+import queue
+import threading
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from quintet.errors import InputError, TokenizerError
+from quintet.errors import GrammarError, InputError, TokenizerError
 from quintet.generation.requests import Served
 from quintet.grammar import (
     Constraint,
@@ -18,6 +20,9 @@ from quintet.grammar import (
 from quintet.parsing import Format, format_of, opening_of
 from quintet.parsing.format import END_THINK
 from quintet.tokenization import PreTrainedTokenizer
+
+# Seconds in which the form of an answer is compiled, and how many are at once.
+SECONDS, AT_ONCE = 5.0, 4
 
 
 class Shapes:
@@ -36,6 +41,7 @@ class Shapes:
         self, model: Served, tokenizer: PreTrainedTokenizer, calls: Format | None = None
     ) -> None:
         self._tokenizer, self._calls, self._missing = tokenizer, calls, ""
+        self._places = threading.Semaphore(AT_ONCE)
         self._grammars: Grammars | None = None
         try:
             self._grammars = Grammars(
@@ -74,7 +80,39 @@ class Shapes:
         if self._grammars is None:
             raise InputError(f"no answer of this model can be held to a form: {self._missing}")
         thinks = opening_of(self._tokenizer, prompt_text) == "reasoning"
-        return self._grammars.compile(constraint, after=END_THINK if thinks else None)
+        compile, after = self._grammars.compile, END_THINK if thinks else None
+        return self._in_time(lambda: compile(constraint, after=after))
+
+    def _in_time(self, compile: Callable[[], GrammarProcessor]) -> GrammarProcessor:
+        """Return what is compiled, by a thread that may take longer than anybody waits.
+
+        Nothing ends it then. A few such threads are all that there are, and none is waited for when
+        the process ends.
+
+        Raises:
+            GrammarError: it takes too long, or others do.
+        """
+        made: queue.SimpleQueue[GrammarProcessor | Exception] = queue.SimpleQueue()
+
+        def run() -> None:
+            try:
+                made.put(compile())
+            except Exception as error:
+                made.put(error)
+            finally:
+                self._places.release()
+
+        late = f"the form of the answer takes longer than {SECONDS:g} s to be read; make it simpler"
+        if not self._places.acquire(timeout=SECONDS):
+            raise GrammarError(late)
+        threading.Thread(target=run, name="quintet-form", daemon=True).start()
+        try:
+            found = made.get(timeout=SECONDS)
+        except queue.Empty:
+            raise GrammarError(late) from None
+        if isinstance(found, Exception):
+            raise found
+        return found
 
     def _constraint(
         self,
