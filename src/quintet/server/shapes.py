@@ -74,16 +74,21 @@ class Shapes:
             GrammarError: the form is wrong, contradicts itself or is too complex.
             InputError: calls are asked for, and the model's template writes none.
         """
-        constraint = self._constraint(form, tools, choice, parallel=parallel)
-        if constraint is None:
+        if form is None and (not tools or choice == "none"):
             return None
-        if self._grammars is None:
-            raise InputError(f"no answer of this model can be held to a form: {self._missing}")
-        thinks = opening_of(self._tokenizer, prompt_text) == "reasoning"
-        compile, after = self._grammars.compile, END_THINK if thinks else None
-        return self._in_time(lambda: compile(constraint, after=after))
 
-    def _in_time(self, compile: Callable[[], GrammarProcessor]) -> GrammarProcessor:
+        def compile() -> GrammarProcessor | None:
+            constraint = self._constraint(form, tools, choice, parallel=parallel)
+            if constraint is None:
+                return None
+            if self._grammars is None:
+                raise InputError(f"no answer of this model can be held to a form: {self._missing}")
+            thinks = opening_of(self._tokenizer, prompt_text) == "reasoning"
+            return self._grammars.compile(constraint, after=END_THINK if thinks else None)
+
+        return self._in_time(compile)
+
+    def _in_time(self, compile: Callable[[], GrammarProcessor | None]) -> GrammarProcessor | None:
         """Return what is compiled, by a thread that may take longer than anybody waits.
 
         Nothing ends it then. A few such threads are all that there are, and none is waited for when
@@ -92,7 +97,7 @@ class Shapes:
         Raises:
             GrammarError: it takes too long, or others do.
         """
-        made: queue.SimpleQueue[GrammarProcessor | Exception] = queue.SimpleQueue()
+        made: queue.SimpleQueue[GrammarProcessor | Exception | None] = queue.SimpleQueue()
 
         def run() -> None:
             try:
