@@ -1,7 +1,8 @@
 """Builds an engine's sequence from the arguments of `generate()`."""
 
 from collections import abc
-from typing import Protocol, cast
+from operator import index
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -103,16 +104,28 @@ def _tensor(inputs: object) -> Tensor:
         InputError: what is no list, or holds what is no id: a fraction would be cut off.
     """
     try:
-        # Without a dtype, which would turn anything into ids.
-        made = torch.as_tensor(list(cast("abc.Iterable[int]", inputs)))
+        return torch.tensor(_ids(inputs), dtype=torch.long, device="cpu")
     except (TypeError, ValueError, OverflowError, RuntimeError):
-        made = None
-    if made is None or isinstance(inputs, str | bytes | abc.Mapping):
-        raise InputError(f"the prompt is {shown(inputs)}; it has to be a list of ids, or a tensor")
-    whole = made.dtype in (torch.long, torch.int, torch.short, torch.uint8, torch.int8)
-    if made.numel() and not whole:
-        raise InputError(f"the prompt is {shown(inputs)}; ids are whole numbers")
-    return made.to(torch.long)
+        raise InputError(
+            f"the prompt is {shown(inputs)}; it has to be a tensor, or a list of ids, which are "
+            "whole numbers"
+        ) from None
+
+
+def _ids(given: Any) -> Any:
+    if isinstance(given, str | bytes | abc.Mapping):
+        raise TypeError
+    return [_id(one) for one in given]
+
+
+def _id(one: Any) -> Any:
+    """Return an id, or those of a row."""
+    if isinstance(one, bool):
+        raise TypeError
+    try:
+        return index(one)
+    except TypeError:
+        return _ids(one)
 
 
 def _check_of_a_sequence(config: GenerationConfig) -> None:

@@ -77,7 +77,7 @@ class Shapes:
         if form is None and (not tools or choice == "none"):
             return None
 
-        def compile() -> GrammarProcessor | None:
+        def made() -> GrammarProcessor | None:
             constraint = self._constraint(form, tools, choice, parallel=parallel)
             if constraint is None:
                 return None
@@ -86,9 +86,9 @@ class Shapes:
             thinks = opening_of(self._tokenizer, prompt_text) == "reasoning"
             return self._grammars.compile(constraint, after=END_THINK if thinks else None)
 
-        return self._in_time(compile)
+        return self._in_time(made)
 
-    def _in_time(self, compile: Callable[[], GrammarProcessor | None]) -> GrammarProcessor | None:
+    def _in_time(self, make: Callable[[], GrammarProcessor | None]) -> GrammarProcessor | None:
         """Return what is compiled, by a thread that may take longer than anybody waits.
 
         Nothing ends it then. A few such threads are all that there are, and none is waited for when
@@ -101,7 +101,7 @@ class Shapes:
 
         def run() -> None:
             try:
-                made.put(compile())
+                made.put(make())
             except Exception as error:
                 made.put(error)
             finally:
