@@ -5,7 +5,7 @@ Tensors go through one by one, so that no more than those of one file are in mem
 
 import os
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -74,7 +74,7 @@ def convert(
     quantization_config: QuantizationConfig | Mapping[str, Any] | None = None,
     dtype: str | torch.dtype = "auto",
     max_shard_size: int | str = "5GB",
-    calibrate: Sequence[Tensor] = (),
+    calibrate: Iterable[Tensor] = (),
 ) -> Converted:
     """Write the model in directory `source` into directory `target`, whole or not at all.
 
@@ -101,8 +101,8 @@ def convert(
         root, quantize=quantize, quantization_config=quantization_config, dtype=dtype
     )
     config, weights = source_model.config, source_model.weights
-    if calibrate:
-        weights.rounded = _rounded(root, weights, calibrate)
+    if batches := list(calibrate):
+        weights.rounded = _rounded(root, weights, batches)
     # Before modules are replaced by those that hold other tensors.
     numbers = weights.model.num_parameters()
     texts = {CONFIG_NAME: config.to_json_string(), **_texts_of_file(root)}

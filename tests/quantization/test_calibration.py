@@ -112,4 +112,7 @@ def test_what_has_nothing_to_gain_is_refused(tmp_path: Path) -> None:
         convert(tmp_path / "a", tmp_path / "b", quantize="int8", calibrate=[TEXT])
     with pytest.raises(InputError, match="no text to calibrate with"):
         convert(tmp_path / "a", tmp_path / "b", quantize="int4", calibrate=[TEXT[:, :0]])
+    for wrong in (TEXT.float(), TEXT[0], "some text"):
+        with pytest.raises(InputError, match="a tensor of ids"):
+            convert(tmp_path / "a", tmp_path / "b", quantize="int4", calibrate=[wrong])
     assert not (tmp_path / "b").exists()

@@ -74,7 +74,8 @@ def command(
                 "gain by a text, leave it out"
             )
         where = {name: options[name] for name in ("local_files_only", "cache_dir", "revision")}
-        options["calibrate"] = _batches(model, text_of_file(text), tokens or TOKENS, where)
+        most = tokens or TOKENS
+        options["calibrate"] = _batches(model, text_of_file(text, first=16 * most), most, where)
     elif tokens is not None:
         raise InputError(
             f"--calibrate-tokens {tokens} says how much is read of a text; give that with "
@@ -106,7 +107,7 @@ def _batches(model: str, text: str, tokens: int, where: dict[str, Any]) -> "list
     locate(model, TOKENIZER_PATTERNS, **where)
     window = min(WINDOW, AutoConfig.from_pretrained(model, **where).max_position_embeddings)
     tokenizer = AutoTokenizer.from_pretrained(model, **where)
-    ids = tokenizer(text[: 16 * tokens], return_tensors="pt", verbose=False)["input_ids"]
+    ids = tokenizer(text, return_tensors="pt", verbose=False)["input_ids"]
     if not ids.numel():
         raise InputError("the text of --calibrate is empty; give one that the model would read")
     return list(ids[:, :tokens].split(window, dim=1))

@@ -5,8 +5,8 @@ from pathlib import Path
 from quintet.errors import InputError, ModelNotFoundError
 
 
-def text_of_file(name: str, most: int | None = None) -> str:
-    """Read a text of at most `most` bytes.
+def text_of_file(name: str, most: int | None = None, first: int = -1) -> str:
+    """Read a text of at most `most` bytes, or its first characters.
 
     Raises:
         ModelNotFoundError: there is no such file.
@@ -18,6 +18,7 @@ def text_of_file(name: str, most: int | None = None) -> str:
     if most is not None and path.stat().st_size > most:
         raise InputError(f"{name!r} has more than {most:,} bytes, which is too much for what it is")
     try:
-        return path.read_text(encoding="utf-8")
+        with path.open(encoding="utf-8") as file:
+            return file.read(first)
     except UnicodeDecodeError:
         raise InputError(f"{name!r} is not UTF-8 text; convert it, e.g. with iconv") from None

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple, Protocol, cast
 import torch
 from torch import Tensor, nn
 
-from quintet.errors import InputError
+from quintet.errors import InputError, shown
 from quintet.layers.moe import Experts
 from quintet.quantization.apply import Slot
 from quintet.quantization.formats import Parts, WeightFormat
@@ -89,6 +89,12 @@ def rounded(
     Raises:
         InputError: there is no text, or what goes into a matrix is not finite.
     """
+    for ids in batches:
+        if not (isinstance(ids, Tensor) and ids.ndim == 2 and ids.dtype in (torch.long, torch.int)):
+            raise InputError(
+                f"calibrate has {shown(ids)} among its batches; each has to be a tensor "
+                "of ids (B, T)"
+            )
     if not sum(ids.numel() for ids in batches):
         raise InputError("there is no text to calibrate with; give at least one batch of ids")
     device = next(cast("nn.Module", model).parameters()).device
