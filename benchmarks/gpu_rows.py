@@ -217,7 +217,7 @@ def _step(model: CausalLMHead, name: str, way: str, batch: int, depth: int) -> R
     fixed = None
     if recording is not None:
         fixed = FixedStep(cast("Any", model), rows.cache, batch, recording)
-    tokens = dict.fromkeys((rows.cache.index(cast("int", one)) for one in ids), 1)
+    places = [rows.cache.index(cast("int", one)) for one in ids]
 
     def step() -> None:
         if fixed is None:
@@ -225,7 +225,7 @@ def _step(model: CausalLMHead, name: str, way: str, batch: int, depth: int) -> R
             output = model(column, past_key_values=rows.cache, use_cache=True, logits_to_keep=1)
             logits = output.logits[:, -1]
         else:
-            logits = fixed.run(tokens)
+            logits = fixed.run(places, [1] * batch)
             if logits is None:
                 raise RuntimeError("steps of this model are not recorded")
         # As an engine waits for what it chose.
