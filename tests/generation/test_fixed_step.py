@@ -245,7 +245,7 @@ def test_a_model_that_was_changed_is_recorded_anew() -> None:
 
 @each
 def test_a_step_that_fails_can_be_done_again(
-    family: Family, monkeypatch: pytest.MonkeyPatch
+    family: Family, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     model = family.model_of(**family.shallow)
     engine = Engine(model, 2, 40, recording=Recording(Again()))
@@ -270,6 +270,7 @@ def test_a_step_that_fails_can_be_done_again(
         except MemoryError:
             failed += 1
     assert failed == 1
+    assert "began ahead failed, and is done in its turn: MemoryError()" in caplog.text
     assert [one.new for one in sequences] == expected
 
 

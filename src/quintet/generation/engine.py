@@ -1,5 +1,6 @@
 """The engine: one forward for any mix of sequences, and their next tokens."""
 
+import logging
 from collections import abc
 from typing import Any, cast
 
@@ -31,6 +32,8 @@ from quintet.generation.streamers import Streamer
 from quintet.ops.sending import sent
 from quintet.quantization.modules import Quantized
 from quintet.tokenization import PreTrainedTokenizer
+
+log = logging.getLogger("quintet.generation")
 
 
 class Engine(EngineRows):
@@ -346,8 +349,9 @@ class Engine(EngineRows):
         rows = [self._placed[one] for one in going]
         try:
             logits = self._rows.step_ahead(rows, tokens)
-        except Exception:
+        except Exception as error:
             # It is done again when it is its turn, and raises there if it fails again.
+            log.warning("a step that began ahead failed, and is done in its turn: %r", error)
             for one in going:
                 self._rewind(one)
             return
