@@ -158,7 +158,7 @@ def open_source(
     mapping = map_keys(model, checkpoint.tensors, held_as=request.source)
     mapping.difference.raise_if_incomplete(str(root))
     kept = config.torch_dtype or torch.bfloat16 if dtype == "auto" else named_dtype(dtype)
-    scheme = request.scheme(mapping.held)
+    scheme = request.scheme(mapping.formats)
 
     config.architectures = [type(model).__name__]
     config.dtype = str(kept).removeprefix("torch.")
@@ -186,7 +186,7 @@ def _rounded(
     """Round the matrices of 4 bits with a text in view."""
     slots = {}
     for name, slot in weights.slots.items():
-        wanted, held = slot.module.formats[slot.name].parts_of, weights.mapping.held.get(name)
+        wanted, held = slot.module.formats[slot.name].parts_of, weights.mapping.formats.get(name)
         shape, _ = slot.module.matrices[slot.name]
         # What the source has in that very form is not rounded.
         same = held is not None and held.parts(shape) == wanted.parts(shape)

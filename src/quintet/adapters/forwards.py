@@ -77,7 +77,7 @@ class Forward(AdaptedForward):
 
     def __call__(self, *args: Any, **named: Any) -> Any:
         """Run the module with the active adapters, or each row with its own."""
-        place = self.places.here()
+        place = self.places.current()
         if place is None or place.rows is None:
             return self.run(self.in_use(self.active, place), *args, **named)
         return self.by_rows(place, *args, **named)
@@ -89,7 +89,7 @@ class Forward(AdaptedForward):
     def by_rows(self, place: Place, x: Tensor, *others: Tensor) -> Tensor:
         """Run the module with an adapter per row; x is (..., C), or ids (...)."""
         shape = x.shape if is_embedding(self.module) else x.shape[:-1]
-        which = place.of(shape, x.device)
+        which = place.per_vector(shape, x.device)
         y: Tensor | None = None
         for number, name in enumerate(place.names):
             ours = which == number
@@ -186,7 +186,7 @@ class _LinearForward(Forward):
         return changed
 
     def matrix(self) -> Tensor | None:
-        place = self.places.here()
+        place = self.places.current()
         if place is not None and place.rows is not None:
             return None
         used = self.in_use(self.active, place)

@@ -104,7 +104,8 @@ class Cache:
             rows = len(lengths)
             was, now = (one * rows if len(one) == 1 else one for one in (before, adapters))
             if len(was) != len(now) or any(
-                held and one != other for held, one, other in zip(lengths, was, now, strict=True)
+                length and one != after
+                for length, one, after in zip(lengths, was, now, strict=True)
             ):
                 raise _other_adapters()
         self.adapters = adapters
@@ -147,11 +148,11 @@ class Cache:
                 f"the cache has {len(self.layers)} layers and the model {layers}; "
                 "use the cache of this model, or make one from its config"
             )
-        held = next((slot.dtype for slot in self.layers if slot is not None), None)
-        if dtype is not None and held is not None and held != dtype:
+        cache_dtype = next((slot.dtype for slot in self.layers if slot is not None), None)
+        if dtype is not None and cache_dtype is not None and cache_dtype != dtype:
             raise InputError(
-                f"the cache holds {held} and the model computes in {dtype}; use a new cache where "
-                "a model has changed"
+                f"the cache holds {cache_dtype} and the model computes in {dtype}; use a new cache "
+                "where a model has changed"
             )
 
     def recurrent(self, layer_idx: int, raw: Tensor | None = None) -> StateSlot:
@@ -244,30 +245,32 @@ class Cache:
             InputError: no whole numbers, a tensor of another shape than (B,), or recurrent layers
                 have no snapshot to go back from.
         """
-        held = self._lengths
+        lengths = self._lengths
         if not isinstance(max_length, Tensor) or max_length.ndim == 0:
             max_length = whole_length(max_length)
         elif max_length.is_floating_point() or max_length.is_complex():
             raise InputError(f"max_length is a tensor of {max_length.dtype}; lengths are whole")
-        if isinstance(max_length, Tensor) and isinstance(held, int):
+        if isinstance(max_length, Tensor) and isinstance(lengths, int):
             rows = self.batch_size
-            held = self.lengths(max_length.numel() if rows is None else rows, max_length.device)
-        kept: int | Tensor
-        if isinstance(held, Tensor):
-            limit = torch.as_tensor(max_length, dtype=torch.long, device=held.device)
-            if limit.ndim and limit.shape != held.shape:
+            lengths = self.lengths(max_length.numel() if rows is None else rows, max_length.device)
+        cropped: int | Tensor
+        if isinstance(lengths, Tensor):
+            limit = torch.as_tensor(max_length, dtype=torch.long, device=lengths.device)
+            if limit.ndim and limit.shape != lengths.shape:
                 raise InputError(
-                    f"max_length has shape {tuple(limit.shape)} and the cache {len(held)} rows; "
+                    f"max_length has shape {tuple(limit.shape)} and the cache {len(lengths)} rows; "
                     "give one length, or one for each row"
                 )
-            kept = torch.where(limit < 0, held + limit, torch.minimum(held, limit)).clamp(min=0)
+            cropped = torch.where(limit < 0, lengths + limit, torch.minimum(lengths, limit)).clamp(
+                min=0
+            )
         else:
-            kept = max(held + max_length if max_length < 0 else min(held, max_length), 0)
-        if self.states and not self._forward_unfinished and _are_all(kept == held):
+            cropped = max(lengths + max_length if max_length < 0 else min(lengths, max_length), 0)
+        if self.states and not self._forward_unfinished and _are_all(cropped == lengths):
             return
         for slot in self._slots():
-            slot.crop(kept)
-        self._lengths, self._longest, self._forward_unfinished = kept, _longest(kept), False
+            slot.crop(cropped)
+        self._lengths, self._longest, self._forward_unfinished = cropped, _longest(cropped), False
 
     def snapshot(self) -> None:
         """Prepare for `crop` to the present lengths or any later point.
@@ -297,11 +300,11 @@ class Cache:
         if not kept.lengths.any():
             self.reset()
             return
-        before, held = kept.lengths, self.lengths(self.batch_size or 1)
-        if before.shape != held.shape or bool((before.to(held.device) > held).any()):
+        before, reached = kept.lengths, self.lengths(self.batch_size or 1)
+        if before.shape != reached.shape or bool((before.to(reached.device) > reached).any()):
             raise InputError(
                 f"what was kept is of {before.tolist()} tokens and the cache holds "
-                f"{held.tolist()}; it can go back only to what it has held since"
+                f"{reached.tolist()}; it can go back only to what it has held since"
             )
         for slot, content in zip(self.states, kept.contents, strict=True):
             if slot is not None:

@@ -65,5 +65,5 @@ class RowContent:
     @property
     def nbytes(self) -> int:
         """The bytes held."""
-        held = (*self.layers, *(self.states or ()))
-        return sum(x.nbytes for tensors in held for x in tensors)
+        stored = (*self.layers, *(self.states or ()))
+        return sum(x.nbytes for tensors in stored for x in tensors)

@@ -157,8 +157,8 @@ class StaticSlot(_DenseSlot):
             self._shared = False
 
     def _zeroed(self, buffer: Tensor) -> Tensor:
-        kept = writable(buffer) and not self._shared
-        return buffer.zero_() if kept else torch.zeros_like(buffer)
+        reusable = writable(buffer) and not self._shared
+        return buffer.zero_() if reusable else torch.zeros_like(buffer)
 
 
 def _whole(name: str, value: object, most: float = math.inf) -> None:
@@ -301,8 +301,8 @@ def _write(buffer: Tensor, new: Tensor, segment: Segment) -> Tensor:
         return _scattered(wide, new, segment, shared=True)
     buffer = _grown(buffer, segment)
     if isinstance(segment.start, int):
-        held = buffer if segment.rows is None else buffer[segment.rows]
-        held[:, :, segment.start : segment.start + segment.length] = new
+        target = buffer if segment.rows is None else buffer[segment.rows]
+        target[:, :, segment.start : segment.start + segment.length] = new
         return buffer
     return _scattered(buffer, new, segment, shared=False)
 

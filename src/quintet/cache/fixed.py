@@ -50,9 +50,9 @@ class FixedRows(Cache):
     def can_be(pool: PooledCache) -> bool:
         """Return whether the pool's memory is allocated, on one device, and contiguous by rows."""
         slots = [slot for slot in (*pool.layers, *pool.states) if slot is not None]
-        held = [slot.held for slot in slots if isinstance(slot, TokenRows | StateRows)]
-        there = len(held) == len(slots) and all(held)
-        return there and len({x.device for each in held for x in each}) == 1
+        buffers = [slot.tensors for slot in slots if isinstance(slot, TokenRows | StateRows)]
+        allocated = len(buffers) == len(slots) and all(buffers)
+        return allocated and len({x.device for tensors in buffers for x in tensors}) == 1
 
     def segment(
         self, batch: int, length: int, device: torch.device, counts: Tensor | None
@@ -87,12 +87,12 @@ class FixedRows(Cache):
 class _Slot:
     """Base of the slots of fixed rows; only a step's tokens change."""
 
-    held: tuple[Tensor, ...]
+    tensors: tuple[Tensor, ...]
 
     @property
     def batch_size(self) -> int | None:
         """B."""
-        return len(self.held[0])
+        return len(self.tensors[0])
 
     @property
     def nbytes(self) -> int:
@@ -105,15 +105,15 @@ class _Slot:
 
     def crop(self, lengths: int | Tensor) -> None:
         """Raise InputError, as `select` does."""
-        self.select(self.held[0])
+        self.select(self.tensors[0])
 
     def snapshot(self, lengths: int | Tensor) -> None:
         """Raise InputError, as `select` does."""
-        self.select(self.held[0])
+        self.select(self.tensors[0])
 
     def reset(self) -> None:
         """Raise InputError, as `select` does."""
-        self.select(self.held[0])
+        self.select(self.tensors[0])
 
 
 class _Tokens(_Slot):
@@ -121,26 +121,26 @@ class _Tokens(_Slot):
 
     def __init__(self, memory: TokenRows, rows: int, width: int) -> None:
         self.memory = memory
-        self.held = tuple(x[:rows, :, :width] for x in memory.held)
+        self.tensors = tuple(x[:rows, :, :width] for x in memory.tensors)
 
     def update(self, keys: Tensor, values: Tensor, segment: Segment) -> tuple[Tensor, Tensor]:
         """Store one token per row; return all (B, K, S, D) they attend to."""
         new = self.memory.encoded(keys, values)
-        for buffer, x in zip(self.held, new, strict=True):
+        for buffer, x in zip(self.tensors, new, strict=True):
             buffer.scatter_(2, segment.slots()[:, None, :, None].expand_as(x), x)
-        return self.memory.decoded(self.held)
+        return self.memory.decoded(self.tensors)
 
     @property
     def plain(self) -> tuple[Tensor, Tensor] | None:
         """What is kept, where that is keys and values as they are."""
         if not isinstance(self.memory, DenseRows):
             return None
-        keys, values = self.held
+        keys, values = self.tensors
         return keys, values
 
     def content(self, length: int) -> tuple[Tensor, Tensor]:
         """Return the first `length` keys and values."""
-        return self.memory.decoded([x[:, :, :length] for x in self.held])
+        return self.memory.decoded([x[:, :, :length] for x in self.tensors])
 
     def buffers(self, segment: Segment) -> tuple[Tensor, Tensor] | None:
         """Return None: only `update` writes."""
@@ -158,9 +158,9 @@ class _States(_Slot):
     remembers = False
 
     def __init__(self, memory: StateRows, rows: int) -> None:
-        window, state = (x[:rows] for x in memory.held)
+        window, state = (x[:rows] for x in memory.tensors)
         self.window: Tensor | None = window
-        self.held = self._pair = window, state
+        self.tensors = self._pair = window, state
 
     def content(self) -> tuple[Tensor, Tensor] | None:
         """Return window and state; the caller may overwrite them."""
@@ -168,9 +168,9 @@ class _States(_Slot):
 
     def update(self, window: Tensor, state: Tensor, segment: Segment) -> None:
         """Store window and state after the step."""
-        for held, new in zip(self.held, (window, state), strict=True):
-            if new is not held:
-                held.copy_(new)
+        for buffer, new in zip(self.tensors, (window, state), strict=True):
+            if new is not buffer:
+                buffer.copy_(new)
 
     def buffers(self) -> tuple[Tensor, Tensor] | None:
         """Return None: only `update` writes."""

@@ -7,44 +7,44 @@ from quintet.errors import InputError
 from quintet.ops.transforms import transformed
 
 
-def writable(held: Tensor, *new: Tensor) -> bool:
+def writable(buffer: Tensor, *new: Tensor) -> bool:
     """Return whether tensors can be written in place into one a cache holds.
 
     Not where a graph of autograd may hold on to it or to them, where it was made in inference mode,
     which forbids that outside of it, or where what is new has an axis or a tangent of `torch.func`.
     """
     learns = torch.is_grad_enabled() and any(x.requires_grad for x in new)
-    return not (learns or held.requires_grad or locked(held) or transformed())
+    return not (learns or buffer.requires_grad or locked(buffer) or transformed())
 
 
-def locked(held: Tensor) -> bool:
+def locked(buffer: Tensor) -> bool:
     """Return whether a tensor is an inference tensor used outside inference mode."""
     # Compiled code cannot ask.
     if torch.compiler.is_compiling():
         return False
-    return held.is_inference() and not torch.is_inference_mode_enabled()
+    return buffer.is_inference() and not torch.is_inference_mode_enabled()
 
 
-def own(held: Tensor) -> Tensor:
+def own(buffer: Tensor) -> Tensor:
     """Return a tensor that may be written in place: itself, or a copy."""
-    return held if writable(held) else held.clone()
+    return buffer if writable(buffer) else buffer.clone()
 
 
-def check_alike(what: str, held: Tensor, new: Tensor, *axes: int) -> None:
+def check_alike(name: str, cached: Tensor, new: Tensor, *axes: int) -> None:
     """Check that new tensors match the size and device of a cache's.
 
     Args:
-        what: they are called.
-        held: by the cache.
-        new: to be added.
-        axes: that have to be as large.
+        name: of the tensors, for the message.
+        cached: the cache's tensor.
+        new: the tensor to add.
+        axes: the axes that have to be as large.
 
     Raises:
-        InputError: it has other sizes, or is elsewhere.
+        InputError: `new` has other sizes, or is on another device.
     """
-    if held.device != new.device or any(held.shape[axis] != new.shape[axis] for axis in axes):
+    if cached.device != new.device or any(cached.shape[axis] != new.shape[axis] for axis in axes):
         raise InputError(
-            f"the cache holds {what} {_described(held, axes)}, and the model makes "
+            f"the cache holds {name} {_described(cached, axes)}, and the model makes "
             f"{_described(new, axes)}; use the cache of this model, as it is now"
         )
 

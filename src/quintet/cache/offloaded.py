@@ -19,8 +19,8 @@ class OffloadedSlot(DynamicSlot):
         start = segment.start.cpu() if isinstance(segment.start, Tensor) else segment.start
         counts = None if segment.counts is None else segment.counts.cpu()
         host = replace(segment, start=start, counts=counts, device=torch.device("cpu"))
-        held = super().update(keys.cpu(), values.cpu(), host)
-        return held[0].to(keys.device), held[1].to(values.device)
+        stored = super().update(keys.cpu(), values.cpu(), host)
+        return stored[0].to(keys.device), stored[1].to(values.device)
 
 
 class OffloadedCache(Cache):

@@ -64,15 +64,15 @@ class PooledCache(PoolRows):
         make = memory or DenseRows
         table = self._table = RowTable(rows)
         self.capacity = capacity
-        self._kept = kept = RowMemories()
+        self._memories = memories = RowMemories()
 
         def attention() -> RowMemory:
-            kept.tokens.append(make(table, capacity))
-            return kept.tokens[-1]
+            memories.tokens.append(make(table, capacity))
+            return memories.tokens[-1]
 
         def recurrent() -> StateRows:
-            kept.states.append(StateRows(table))
-            return kept.states[-1]
+            memories.states.append(StateRows(table))
+            return memories.states[-1]
 
         super().__init__(*_slots(config, attention, recurrent))
 
@@ -110,7 +110,7 @@ class PooledCache(PoolRows):
             self._join(batch)
         for row, tokens in zip(self._table, taken, strict=True):
             row.taking = tokens
-        self._kept.clear(self._table, ends, whole_blocks(needed, self.capacity))
+        self._memories.clear(self._table, ends, whole_blocks(needed, self.capacity))
         pages = self._table.pages(device) if counts is not None else None
         known = tuple(row.length for row in self._table)
         return replace(whole, keys=needed, pages=pages, known=known)
@@ -155,16 +155,16 @@ class PooledCache(PoolRows):
         """
         self._look_for_torn()
         self._check_whole(*self._table)
-        self._kept.clear(self._table, [0] * len(self._table), slots)
+        self._memories.clear(self._table, [0] * len(self._table), slots)
         for index, row in enumerate(self._table):
             row.taking = int(index in indices)
             row.finite = max(row.finite, slots)
-        self._forward_unfinished = bool(self._kept.states)
+        self._forward_unfinished = bool(self._memories.states)
 
     def end_step(self) -> None:
         """Count the tokens announced by `begin_step`."""
         self._forward_unfinished = False
-        for slot in self._kept.states:
+        for slot in self._memories.states:
             slot.stepped()
         for row in self._table:
             row.length += row.taking
@@ -225,9 +225,9 @@ class PooledCache(PoolRows):
         super().batch_select_indices(indices)
         copies = self._table.select(indices.tolist())
         for copy, row in copies:
-            self._kept.share(row, copy)
+            self._memories.share(row, copy)
         for row in set(before).difference(self._table):
-            self._kept.drop(row)
+            self._memories.drop(row)
         for index, row in enumerate(self._table):
             if index >= len(before) or before[index] is not row:
                 row.finite = row.length

@@ -17,7 +17,7 @@ class PoolRows(Cache):
 
     capacity: int
     _table: RowTable
-    _kept: RowMemories
+    _memories: RowMemories
 
     # -- rows ------------------------------------------------------------------------------------
 
@@ -50,7 +50,7 @@ class PoolRows(Cache):
             ContextLengthError: they are longer than a row.
         """
         self._table.check_free(1)
-        self._kept.check(0, contents, self.capacity)
+        self._memories.check(0, contents, self.capacity)
         check_adapters(*(one.adapters for one in contents))
         row = self._join(1)[0]
         self._write(row, contents)
@@ -66,7 +66,7 @@ class PoolRows(Cache):
         """
         own = self._row(row)
         self._check_whole(own)
-        self._kept.check(own.length, contents, self.capacity)
+        self._memories.check(own.length, contents, self.capacity)
         check_adapters(own.adapters if own.length else None, *(one.adapters for one in contents))
         self._write(own, contents)
 
@@ -86,7 +86,7 @@ class PoolRows(Cache):
             raise InputError(
                 f"row {row} holds {own.length} tokens and not those from {start} to {stop}"
             )
-        return replace(self._kept.read(index, start, stop), adapters=own.adapters)
+        return replace(self._memories.read(index, start, stop), adapters=own.adapters)
 
     @torch.no_grad()
     def fork(self, row: int, copies: int = 1) -> list[int]:
@@ -99,8 +99,8 @@ class PoolRows(Cache):
         self._check_whole(own)
         joined = self._join(copies)
         for copy in joined:
-            self._kept.copy(index, self._table.index(copy.id))
-            self._kept.share(own, copy)
+            self._memories.copy(index, self._table.index(copy.id))
+            self._memories.share(own, copy)
             copy.length = copy.finite = own.length
             copy.adapters = own.adapters
         self._count()
@@ -114,9 +114,9 @@ class PoolRows(Cache):
             InputError: no row in use has this id.
         """
         own, index, last = self._row(row), self._table.index(row), len(self._table) - 1
-        self._kept.drop(own)
+        self._memories.drop(own)
         if index != last:
-            self._kept.copy(last, index)
+            self._memories.copy(last, index)
             # What lies behind is of the row that left.
             self._table[last].finite = self._table[last].length
         self._table.leave(index)
@@ -128,7 +128,7 @@ class PoolRows(Cache):
 
         Nothing is taken before the first forward.
         """
-        return self._kept.bytes_of_rows(self._table.size, self.capacity)
+        return self._memories.bytes_of_rows(self._table.size, self.capacity)
 
     # -- going back --------------------------------------------------------------------------------
 
@@ -143,18 +143,18 @@ class PoolRows(Cache):
         """
         own, index = self._row(row), self._table.index(row)
         self._check_whole(own)
-        for slot in self._kept.states:
+        for slot in self._memories.states:
             slot.take(index)
         return own.length
 
     def snapshots(self, row: int) -> list[int]:
         """Return the lengths at which a row has snapshots."""
-        index, states = self._table.index(row), self._kept.states
+        index, states = self._table.index(row), self._memories.states
         return sorted(states[0].taken(index)) if states else []
 
     def drop_snapshots(self, row: int, *lengths: int) -> None:
         """Drop a row's snapshots at some lengths, or all."""
-        self._kept.drop(self._row(row), lengths or None)
+        self._memories.drop(self._row(row), lengths or None)
 
     @torch.no_grad()
     def rewind(self, row: int, length: int) -> int:
@@ -170,8 +170,8 @@ class PoolRows(Cache):
         own, index = self._row(row), self._table.index(row)
         if not 0 <= length <= own.length:
             raise InputError(f"row {row} holds {own.length} tokens and cannot go back to {length}")
-        reached = self._kept.reach(index, length)
-        for slot in self._kept.states:
+        reached = self._memories.reach(index, length)
+        for slot in self._memories.states:
             slot.back(index, reached)
         own.length, own.torn = reached, False
         self._count()
@@ -194,7 +194,7 @@ class PoolRows(Cache):
     def _join(self, rows: int) -> list[Row]:
         joined = self._table.join(rows)
         for row in joined:
-            for slot in self._kept.states:
+            for slot in self._memories.states:
                 slot.write(self._table.index(row.id), ())
         self._count()
         # What drafted for other rows has nothing to go on with.
@@ -219,7 +219,7 @@ class PoolRows(Cache):
 
     def _write(self, row: Row, contents: Sequence[RowContent]) -> None:
         if contents:
-            self._kept.write(self._table.index(row.id), contents)
+            self._memories.write(self._table.index(row.id), contents)
             row.length = contents[-1].stop
             row.adapters = contents[-1].adapters
             row.finite = max(row.finite, row.length)

@@ -122,8 +122,8 @@ class Recorded(NamedTuple):
             projected = projected[:, : self.counts]
         if not projected.shape[1]:
             return window, state
-        made = mix(projected, self.weights, window, state, counts, chunk_size=RECORDED)
-        return made.window, made.state
+        mixed = mix(projected, self.weights, window, state, counts, chunk_size=RECORDED)
+        return mixed.window, mixed.state
 
 
 class Recorder:
@@ -262,9 +262,17 @@ class RecurrentSlot:
         """
         snapshot = self._snapshot
         wanted = _as_tensor(lengths)
-        held = None if snapshot is None else _as_tensor(snapshot.lengths)
-        if snapshot is None or held is None or bool((wanted.to(held.device) < held).any()):
-            has = "there is none" if held is None else f"it was at {held.tolist()} tokens"
+        snapshot_lengths = None if snapshot is None else _as_tensor(snapshot.lengths)
+        if (
+            snapshot is None
+            or snapshot_lengths is None
+            or bool((wanted.to(snapshot_lengths.device) < snapshot_lengths).any())
+        ):
+            has = (
+                "there is none"
+                if snapshot_lengths is None
+                else f"it was at {snapshot_lengths.tolist()} tokens"
+            )
             raise InputError(
                 f"a recurrent layer cannot go back to {wanted.tolist()} tokens: it can from its "
                 f"last snapshot on, and {has}; call cache.snapshot() before the tokens that may be "
@@ -318,11 +326,11 @@ class RecurrentSlot:
     @property
     def nbytes(self) -> int:
         """The bytes held, snapshot included."""
-        held = [self.window, self.state, self._recorder.memory]
+        tensors = [self.window, self.state, self._recorder.memory]
         if self._snapshot is not None:
-            held += [self._snapshot.window, self._snapshot.state]
+            tensors += [self._snapshot.window, self._snapshot.state]
         since = [] if self._snapshot is None else self._snapshot.since
-        return sum(x.nbytes for x in (*held, *since) if x is not None)
+        return sum(x.nbytes for x in (*tensors, *since) if x is not None)
 
     def _clear(self) -> None:
         if self.preallocated and self.window is not None and self.state is not None:
@@ -342,14 +350,14 @@ def _stored(old: Tensor | None, new: Tensor) -> Tensor:
     return old.copy_(new)
 
 
-def _placed(held: Tensor, new: Tensor, rows: slice) -> Tensor:
-    """Return `held` with new content in some rows."""
-    if new.data_ptr() == held[rows].data_ptr():
-        return held
-    if new.requires_grad or held.requires_grad:
-        return held.slice_scatter(new, 0, rows.start, rows.stop)
-    held[rows] = new
-    return held
+def _placed(buffer: Tensor, new: Tensor, rows: slice) -> Tensor:
+    """Return `buffer` with new content in some rows."""
+    if new.data_ptr() == buffer[rows].data_ptr():
+        return buffer
+    if new.requires_grad or buffer.requires_grad:
+        return buffer.slice_scatter(new, 0, rows.start, rows.stop)
+    buffer[rows] = new
+    return buffer
 
 
 def _smaller(a: Tensor | int, b: Tensor | int) -> Tensor | int:

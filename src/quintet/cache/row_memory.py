@@ -123,7 +123,7 @@ class TokenKind(ABC):
         """Encode keys and values (B, K, T, D) as (B, K, T, ...) each."""
 
     @abstractmethod
-    def decoded(self, held: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+    def decoded(self, stored: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
         """Decode keys and values."""
 
 
@@ -182,9 +182,9 @@ class TokenRows(TokenKind):
     def select(self, rows: Tensor) -> None:
         """Keep the rows (N,), in that order; rows may repeat."""
         moved = [(to, at) for to, at in enumerate(rows.tolist()) if to != at]
-        held = {at: self.read(at, 0, self._table[at].length) for _, at in moved}
+        contents = {at: self.read(at, 0, self._table[at].length) for _, at in moved}
         for to, at in moved:
-            self.write(to, 0, held[at])
+            self.write(to, 0, contents[at])
 
     def crop(self, lengths: int | Tensor) -> None:
         """Do nothing: tokens behind a row's length are never read."""
@@ -213,7 +213,7 @@ class TokenRows(TokenKind):
     # -- for kinds -------------------------------------------------------------------------------
 
     @property
-    def held(self) -> tuple[Tensor, ...]:
+    def tensors(self) -> tuple[Tensor, ...]:
         """The buffers of all rows; none before allocation."""
         return self._buffers.whole
 
@@ -236,10 +236,10 @@ class TokenRows(TokenKind):
             self._allocate([x[0] for x in new])
             for index in range(len(self._table)):
                 self.clear(index, 0, whole_blocks(segment.capacity, self.capacity))
-        held = self._buffers.in_use()
-        for buffer, x in zip(held, new, strict=True):
+        buffers = self._buffers.in_use()
+        for buffer, x in zip(buffers, new, strict=True):
             check_alike("keys or values (heads x numbers)", buffer, x, 1, 3)
-        for buffer, x in zip(held, new, strict=True):
+        for buffer, x in zip(buffers, new, strict=True):
             _write(buffer, x, segment)
 
     def first(self, length: int, rows: slice | None) -> tuple[Tensor, ...]:
@@ -250,8 +250,8 @@ class TokenRows(TokenKind):
         """
         if not self._buffers.whole:
             raise InputError("this layer of the cache is empty; run the model with it first")
-        held = (x[:, :, :length] for x in self._buffers.in_use())
-        return tuple(x if rows is None else x[rows] for x in held)
+        buffers = (x[:, :, :length] for x in self._buffers.in_use())
+        return tuple(x if rows is None else x[rows] for x in buffers)
 
     def _allocate(self, like: Sequence[Tensor]) -> None:
         """Allocate rows of (K, T, D)."""
@@ -278,9 +278,9 @@ class DenseRows(TokenRows):
         """Return keys and values unchanged."""
         return keys, values
 
-    def decoded(self, held: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+    def decoded(self, stored: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
         """Return keys and values unchanged."""
-        keys, values = held
+        keys, values = stored
         return keys, values
 
     def buffers(self, segment: Segment) -> tuple[Tensor, Tensor] | None:
@@ -318,8 +318,8 @@ class CodeRows(TokenRows):
         self._dtype = keys.dtype
         return (*self.code.encode(keys), *self.code.encode(values))
 
-    def decoded(self, held: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
-        keys, key_scales, values, value_scales = held
+    def decoded(self, stored: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+        keys, key_scales, values, value_scales = stored
         return (
             self.code.decode(keys, key_scales, self._dtype),
             self.code.decode(values, value_scales, self._dtype),

@@ -122,16 +122,16 @@ class RowTable:
         Returns:
             Each row that is new and the one that it is a copy of.
         """
-        kept: list[Row] = []
+        selected: list[Row] = []
         copies = []
         for row in (self._rows[index] for index in indices):
             own = row
-            if any(row is other for other in kept):
+            if any(row is other for other in selected):
                 own = self._new()
                 own.length, own.torn, own.adapters = row.length, row.torn, row.adapters
                 copies.append((own, row))
-            kept.append(own)
-        self._set(kept)
+            selected.append(own)
+        self._set(selected)
         return copies
 
     def clear(self) -> None:

@@ -58,7 +58,7 @@ class Segment:
             return (steps + self.start)[None]
         return self.start[:, None] + steps
 
-    def of(self, x: Tensor) -> Tensor:
+    def rows_of(self, x: Tensor) -> Tensor:
         """Return the segment's rows of a cached tensor, (rows, ...)."""
         return x if self.rows is None else x[self.rows]
 

@@ -40,7 +40,7 @@ class StateRows:
     @property
     def remembers(self) -> bool:
         """Whether a row has a snapshot at its present length."""
-        return any(row.length in held for row, held in self._copies.items())
+        return any(row.length in copies for row, copies in self._copies.items())
 
     def content(self) -> tuple[Tensor, Tensor] | None:
         """Return window and state of the rows in use, or None; may be overwritten."""
@@ -57,8 +57,8 @@ class StateRows:
         """Store window and state of the segment's rows after a forward."""
         if not self._buffers.whole:
             self._allocate((window[0], state[0]))
-        for held, new in zip(self._buffers.in_use(), (window, state), strict=True):
-            own = segment.of(held)
+        for buffer, new in zip(self._buffers.in_use(), (window, state), strict=True):
+            own = segment.rows_of(buffer)
             if own.data_ptr() != new.data_ptr():
                 own.copy_(new)
 
@@ -86,7 +86,7 @@ class StateRows:
     # -- for the pool ----------------------------------------------------------------------------
 
     @property
-    def held(self) -> tuple[Tensor, ...]:
+    def tensors(self) -> tuple[Tensor, ...]:
         """Windows and states of all rows; none before allocation."""
         return self._buffers.whole
 
@@ -131,16 +131,16 @@ class StateRows:
 
     def state_at(self, index: int, length: int) -> tuple[Tensor, ...]:
         """Return a row's window and state at a length from `reach`; none means zeros."""
-        row, held = self._table[index], self.taken(index)
+        row, copies = self._table[index], self.taken(index)
         if length == row.length and not row.torn:
             return self.read(index)
-        if length in held or row not in self._last:
-            return held.get(length, ())
+        if length in copies or row not in self._last:
+            return copies.get(length, ())
         start, given = self._last[row]
-        window, state = (x[None].clone() for x in held[start]) if held[start] else (None, None)
+        window, state = (x[None].clone() for x in copies[start]) if copies[start] else (None, None)
         W = self._buffers.whole[0].shape[1] + 1
-        made = given.first(length - start).after(window, state, W)
-        return tuple(x[0] for x in made if x is not None)
+        mixed = given.first(length - start).after(window, state, W)
+        return tuple(x[0] for x in mixed if x is not None)
 
     def share(self, source: Row, target: Row) -> None:
         """Give a row the snapshots of another."""
@@ -149,23 +149,23 @@ class StateRows:
 
     def drop(self, row: Row, lengths: Iterable[int] | None = None) -> None:
         """Drop a row's snapshots at some lengths, or all."""
-        held = self._copies.get(row, {})
+        copies = self._copies.get(row, {})
         if lengths is None:
             self._last.pop(row, None)
-        for length in list(held if lengths is None else lengths):
-            held.pop(length, None)
-        if not held:
+        for length in list(copies if lengths is None else lengths):
+            copies.pop(length, None)
+        if not copies:
             self._copies.pop(row, None)
 
     def reach(self, index: int, length: int) -> int:
         """Return the greatest length, at most the given one, that a row can return to."""
-        row, held = self._table[index], self.taken(index)
+        row, copies = self._table[index], self.taken(index)
         if length == row.length and not row.torn:
             return length
         start, given = self._last.get(row, (length, None))
-        if given is not None and start in held and start <= length <= start + int(given.counts):
+        if given is not None and start in copies and start <= length <= start + int(given.counts):
             return length
-        return max((n for n in held if n <= length), default=0)
+        return max((n for n in copies if n <= length), default=0)
 
     def back(self, index: int, length: int) -> None:
         """Return to a length from `reach`; later snapshots are dropped."""
@@ -182,9 +182,9 @@ class StateRows:
     def select(self, rows: Tensor) -> None:
         """Keep the rows (N,), in that order; rows may repeat."""
         moved = [(to, at) for to, at in enumerate(rows.tolist()) if to != at]
-        held = {at: self.read(at) for _, at in moved}
+        contents = {at: self.read(at) for _, at in moved}
         for to, at in moved:
-            self.write(to, held[at])
+            self.write(to, contents[at])
 
     def crop(self, lengths: int | Tensor) -> None:
         """Return to lengths at which the rows have snapshots.
@@ -229,11 +229,11 @@ class StateRows:
     @property
     def nbytes(self) -> int:
         """The allocated bytes, free rows and snapshots included."""
-        all_copies = (pair for held in self._copies.values() for pair in held.values())
+        all_copies = (pair for tensors in self._copies.values() for pair in tensors.values())
         copied = {id(x): x for pair in all_copies for x in pair}
         given = [one for _, one in self._last.values()]
-        held = (*copied.values(), *given, self._recorder.memory)
-        return self._buffers.nbytes + sum(x.nbytes for x in held if x is not None)
+        tensors = (*copied.values(), *given, self._recorder.memory)
+        return self._buffers.nbytes + sum(x.nbytes for x in tensors if x is not None)
 
     def _allocate(self, like: Sequence[Tensor]) -> None:
         """Allocate rows like a window and a state."""

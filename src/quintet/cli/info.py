@@ -131,7 +131,7 @@ def _held(name: str, config: "PreTrainedConfig", where: dict[str, Any]) -> dict[
     request = resolve_quantization(settings, None, None, torch.device("cpu"))
     mapping = map_keys(model, weights.tensors, held_as=request.source)
     mapping.difference.raise_if_incomplete(str(root))
-    scheme = request.scheme(mapping.held)
+    scheme = request.scheme(mapping.formats)
     dtype = config.torch_dtype or torch.bfloat16
     slots = {} if scheme is None else model.quantize_modules(scheme, dtype)
 

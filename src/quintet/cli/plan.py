@@ -248,7 +248,7 @@ def _size(
     if held == HELD and tensors is not None and device is not None:
         mapping = map_keys(model, tensors, held_as=read(settings))
         request = resolve_quantization(settings, None, None, device)
-        return measure(model, dtype, request.scheme(mapping.held))
+        return measure(model, dtype, request.scheme(mapping.formats))
     wish = read(settings) if held == HELD else SHORT[held]
     return measure(model, dtype, None if wish is None else wish.scheme())
 

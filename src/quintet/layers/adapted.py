@@ -55,7 +55,7 @@ class Place:
             return None
         return replace(self, rows=self.rows.repeat_interleave(copies)) if copies > 1 else self
 
-    def of(self, shape: Sequence[int], device: torch.device) -> Tensor:
+    def per_vector(self, shape: Sequence[int], device: torch.device) -> Tensor:
         """Return the adapter's number for each vector of a tensor (*shape, C)."""
         assert self.rows is not None
         tokens = self.tokens
@@ -71,7 +71,7 @@ class Places:
 
     now: dict[int, Place] = field(default_factory=dict)
 
-    def here(self) -> Place | None:
+    def current(self) -> Place | None:
         """Return the place of this thread's forward, or None."""
         return self.now.get(get_ident()) if self.now else None
 

@@ -48,11 +48,11 @@ class Attention(FusedPart):
         q = self._heads(q)  # (B, H, T, D)
         k, v = self._heads(k), self._heads(v)  # (B, K, T, D)
         dropout = self.attention_dropout if self.training else 0.0
-        made = context.rotate_and_keep(q, k, v, self.layer_idx)
-        if made is None:
+        rotated = context.rotate_and_keep(q, k, v, self.layer_idx)
+        if rotated is None:
             q, k = rotate_both(q, k, context.cos, context.sin)
         else:
-            q, k, v = made
+            q, k, v = rotated
         out, weights = context.attention(
             q,
             k,
@@ -61,7 +61,7 @@ class Attention(FusedPart):
             window=self.window,
             scale=self.scaling,
             dropout=dropout,
-            kept=made is not None,
+            stored=rotated is not None,
         )
         return self.o_proj(out.transpose(1, 2).flatten(2)), weights
 
@@ -81,11 +81,13 @@ class Attention(FusedPart):
 
     def part(self, norm: parts.Norm) -> parts.Part | None:
         maps = self.q_proj, self.k_proj, self.v_proj, self.o_proj
-        held = matrices(*maps, summed=self.o_proj)
-        if held is None or (self.training and self.attention_dropout):
+        weights = matrices(*maps, summed=self.o_proj)
+        if weights is None or (self.training and self.attention_dropout):
             return None
-        q, k, v = (parts.Adapted(matrix) for matrix in held[:3])
-        return parts.Attention(norm, (q, k, v), held[3], self.head_dim, self.window, self.scaling)
+        q, k, v = (parts.Adapted(matrix) for matrix in weights[:3])
+        return parts.Attention(
+            norm, (q, k, v), weights[3], self.head_dim, self.window, self.scaling
+        )
 
     def output_module(self) -> nn.Module:
         return self.o_proj

@@ -136,29 +136,29 @@ class ForwardContext:
         window: int | None,
         scale: float,
         dropout: float,
-        kept: bool = False,
+        stored: bool = False,
     ) -> tuple[Tensor, Tensor | None]:
         """Attend from q (B, H, T, D) to k and v (B, K, T, D) and to the cache.
 
         Args:
-            kept: whether k and v are all the keys and values of the cache, these tokens' included.
+            stored: whether the cache holds k and v already, so that they are all it has.
         """
         texts = self.separate_texts(window, dropout)
         if texts is not None and attends_learning(q, k, v):
             return attend_learning(q, k, v, scale, texts), None
 
-        if kept and not self.rectangular and self.attend is sdpa and not dropout:
+        if stored and not self.rectangular and self.attend is sdpa and not dropout:
             assert self.whole.pages is not None
-            made = attend_packed(q, k, v, self.whole.pages, window=window, scale=scale)
-            if made is not None:
-                return made, None
+            output = attend_packed(q, k, v, self.whole.pages, window=window, scale=scale)
+            if output is not None:
+                return output, None
 
         def attend(
             mask: AttentionMask, q: Tensor, k: Tensor, v: Tensor
         ) -> tuple[Tensor, Tensor | None]:
             return self.attend(q, k, v, mask, scale=scale, dropout=dropout)
 
-        return self.by_segment(attend, (q,), k, v, layer_idx, window=window, kept=kept)
+        return self.by_segment(attend, (q,), k, v, layer_idx, window=window, stored=stored)
 
     def rotate_and_keep(
         self,
@@ -207,7 +207,7 @@ class ForwardContext:
         layer_idx: int,
         *,
         window: int | None,
-        kept: bool = False,
+        stored: bool = False,
     ) -> tuple[Tensor, Tensor | None]:
         """Store the new keys and values, and attend segment by segment.
 
@@ -216,20 +216,20 @@ class ForwardContext:
 
         Args:
             attend: from a mask, queries, keys and values of a segment to the same.
-            kept: whether keys and values are all those of the cache, these tokens' included.
+            stored: whether keys and values are all those of the cache, these tokens' included.
         """
         if self.rectangular:
-            if self.cache is not None and not kept:
+            if self.cache is not None and not stored:
                 keys, values = self.cache.update(keys, values, layer_idx, self.whole)
             with placed(self.placing and self.placing.of_rows(None)):
                 return attend(self.masks[0][window], *queries, keys, values)
         outs, weights = [], []
         own = zip(*(self._split(x) for x in queries), strict=True)
-        if kept:
-            stored = [_reached((keys, values), one) for one in self.segments]
+        if stored:
+            pairs = [_reached((keys, values), one) for one in self.segments]
         else:
-            stored = self._stored(keys, values, layer_idx)
-        for masks, parts, pair, one in zip(self.masks, own, stored, self.segments, strict=True):
+            pairs = self._stored(keys, values, layer_idx)
+        for masks, parts, pair, one in zip(self.masks, own, pairs, self.segments, strict=True):
             with placed(self.placing and self.placing.of_rows(one.rows)):
                 out, weighed = attend(masks[window], *parts, *pair)
             outs.append(out.transpose(1, 2))
@@ -279,8 +279,10 @@ class ForwardContext:
         # Buffers that gradients pass are written once, or each segment would copy them.
         rows = [self.padded([x.transpose(1, 2) for x in kind]) for kind in zip(*own, strict=True)]
         keys, values = (x.transpose(1, 2) for x in rows)
-        held = cache.update(keys, values, layer_idx, self.whole)
-        return [pair if segment.start == 0 else _reached(held, segment) for pair, segment in pairs]
+        cached = cache.update(keys, values, layer_idx, self.whole)
+        return [
+            pair if segment.start == 0 else _reached(cached, segment) for pair, segment in pairs
+        ]
 
     def _stacked(self, weights: Sequence[Tensor]) -> Tensor:
         """Pad weights (b, H, t, s) per segment with zeros and stack them to (n, H, T, S)."""
@@ -296,6 +298,6 @@ class ForwardContext:
         return torch.cat(stacked)
 
 
-def _reached(held: tuple[Tensor, Tensor], segment: Segment) -> tuple[Tensor, Tensor]:
-    keys, values = (segment.of(x)[:, :, : segment.keys] for x in held)
+def _reached(cached: tuple[Tensor, Tensor], segment: Segment) -> tuple[Tensor, Tensor]:
+    keys, values = (segment.rows_of(x)[:, :, : segment.keys] for x in cached)
     return keys, values

@@ -59,8 +59,8 @@ def matrices(*maps: nn.Module, summed: nn.Module | None = None) -> list[Matrix] 
     Args:
         summed: one of them, whose caller looks for sums over processes behind it himself.
     """
-    held = [m.matrix() for m in _alike(maps, summed) or []]
-    known = [matrix for matrix in held if matrix is not None]
+    found = [m.matrix() for m in _alike(maps, summed) or []]
+    known = [matrix for matrix in found if matrix is not None]
     return known if len(known) == len(maps) else None
 
 

@@ -136,7 +136,7 @@ class Mamba2(FusedPart):
         # model.to(bfloat16) must not round the scalars of the recurrence: a decay near one would
         # become one.
         scalars_of = ((name, self._parameters[name]) for name in ("A_log", "D", "dt_bias"))
-        exact = {name: held.data for name, held in scalars_of if held is not None}
+        exact = {name: parameter.data for name, parameter in scalars_of if parameter is not None}
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         for name, values in exact.items():
             scalars = self.get_parameter(name)
@@ -170,13 +170,13 @@ class Mamba2(FusedPart):
             learning = mix_learning(projected.flatten(0, 1), weights, lengths)
             if learning is not None:
                 return self.out_proj(learning.view(*hidden_states.shape[:2], -1))  # type: ignore[no-any-return]
-        held = None if slot is None else slot.content()
-        made = None
+        cached = None if slot is None else slot.content()
+        mixed = None
         if calls is None:
-            made = self._mix_texts(projected, weights, context, slot, held)
-        if made is None:
-            made = self._mix_segments(projected, weights, calls, context, slot, held)
-        out, convolved, dt = made
+            mixed = self._mix_texts(projected, weights, context, slot, cached)
+        if mixed is None:
+            mixed = self._mix_segments(projected, weights, calls, context, slot, cached)
+        out, convolved, dt = mixed
         if slot is not None and slot.remembers:
             x, b, _ = heads_and_groups(context.padded(convolved), weights)
             steps, counts = context.padded(dt), context.whole.counts
@@ -192,29 +192,29 @@ class Mamba2(FusedPart):
         weights: MixerWeights,
         context: ForwardContext,
         slot: StateSlot | None,
-        held: tuple[Tensor, Tensor] | None,
+        cached: tuple[Tensor, Tensor] | None,
     ) -> _Made | None:
         """Mix all texts of a packed row at once; None where no backend does."""
         texts = context.texts
         if texts is None:
             return None
-        if slot is not None and held is None:
+        if slot is not None and cached is None:
             n, (C, W), H = context.segments[0].batch or texts.n, weights.taps.shape, len(weights.D)
             shape = n, H, self.head_dim, self.state_size
             state = projected.new_zeros(shape, dtype=torch.float32)
-            held = projected.new_zeros(n, W - 1, C), state
-        made = mix_texts.by_backend(
+            cached = projected.new_zeros(n, W - 1, C), state
+        mixed = mix_texts.by_backend(
             projected.flatten(0, 1),
             weights,
             texts=texts,
-            window=None if held is None else held[0],
-            state=None if held is None else held[1],
+            window=None if cached is None else cached[0],
+            state=None if cached is None else cached[1],
         )
-        if made is None:
+        if mixed is None:
             return None
-        if slot is not None and held is not None:
-            slot.update(*held, context.whole)
-        out, convolved, dt = (torch.unflatten(x, 0, projected.shape[:2]) for x in made)
+        if slot is not None and cached is not None:
+            slot.update(*cached, context.whole)
+        out, convolved, dt = (torch.unflatten(x, 0, projected.shape[:2]) for x in mixed)
         return out, context.split(convolved), context.split(dt)
 
     def _mix_segments(
@@ -224,12 +224,12 @@ class Mamba2(FusedPart):
         calls: Calls | None,
         context: ForwardContext,
         slot: StateSlot | None,
-        held: tuple[Tensor, Tensor] | None,
+        cached: tuple[Tensor, Tensor] | None,
     ) -> _Made:
         """Mix the rows of each rectangle at once, one rectangle after the other."""
         mixes = []
         for segment, own in zip(context.segments, context.split(projected), strict=True):
-            window, state = (None, None) if held is None else (segment.of(x) for x in held)
+            window, state = (None, None) if cached is None else (segment.rows_of(x) for x in cached)
             mixed = mix(
                 own, weights, window, state, segment.counts, chunk_size=self.chunk_size, calls=calls
             )
@@ -241,14 +241,14 @@ class Mamba2(FusedPart):
 
     def part(self, norm: parts.Norm) -> parts.Part | None:
         """Describe projections, convolution and scalars to the fused CPU step."""
-        held = matrices(self.in_proj, self.out_proj)
-        if held is None or self._calls() is not None:
+        projections = matrices(self.in_proj, self.out_proj)
+        if projections is None or self._calls() is not None:
             return None
         weights = self._weights()
         return parts.Mixer(
             norm,
-            held[0],
-            held[1],
+            projections[0],
+            projections[1],
             weights.taps,
             weights.conv_bias,
             (weights.dt_bias, weights.A_log, weights.D),

@@ -89,16 +89,16 @@ class LatentAttention(FusedPart):
         q = q.view(B, T, -1, Dn + self.qk_rope_head_dim).transpose(1, 2)
         latent = latent[:, None]  # (B, 1, T, R + Dr)
         q_nope, q_pe, c_kv, k_pe = q[..., :Dn], q[..., Dn:], latent[..., :R], latent[..., R:]
-        made = self._rotate_and_keep(q_pe, k_pe, c_kv, context)
-        if made is None:
+        rotated = self._rotate_and_keep(q_pe, k_pe, c_kv, context)
+        if rotated is None:
             c_kv = self.kv_a_layernorm(c_kv)
             q_pe, k_pe = rotate_both(
                 q_pe, k_pe, context.cos, context.sin, interleaved=self.interleaved
             )
             c_kv, k_pe = self.latents(c_kv, k_pe)
         else:
-            q_pe, c_kv, k_pe = made
-        out, weights = self._attend(q_nope, q_pe, c_kv, k_pe, context, kept=made is not None)
+            q_pe, c_kv, k_pe = rotated
+        out, weights = self._attend(q_nope, q_pe, c_kv, k_pe, context, stored=rotated is not None)
         return self.o_proj(out.transpose(1, 2).flatten(2)), weights
 
     def _rotate_and_keep(
@@ -148,14 +148,14 @@ class LatentAttention(FusedPart):
         direct = self.q_lora_rank is None
         queries = (self.q_proj,) if direct else (self.q_b_proj, self.q_a_proj)
         maps = self.kv_a_proj_with_mqa, self.o_proj, *queries
-        held = matrices(*maps, summed=self.o_proj)
+        weights = matrices(*maps, summed=self.o_proj)
         q_norm = None if direct else norm_of(self.q_a_layernorm)
-        if held is None or (q_norm is None) != direct:
+        if weights is None or (q_norm is None) != direct:
             return None
-        kv, o, q = held[:3]
+        kv, o, q = weights[:3]
         return latent.LatentAttention(
             norm,
-            None if q_norm is None else (held[3], q_norm),
+            None if q_norm is None else (weights[3], q_norm),
             q,
             kv,
             kv_norm,
@@ -205,15 +205,15 @@ class LatentAttention(FusedPart):
         k_pe: Tensor,
         context: ForwardContext,
         *,
-        kept: bool,
+        stored: bool,
     ) -> tuple[Tensor, Tensor | None]:
         dropout = self.attention_dropout if self.training else 0.0
         texts = context.separate_texts(None, dropout)
         if texts is not None:
             own = q_nope, q_pe, c_kv[:, 0], k_pe[:, 0]
-            made = separate_texts(*own, self.kv_b_proj, texts, scale=self.scaling)
-            if made is not None:
-                return made, None
+            output = separate_texts(*own, self.kv_b_proj, texts, scale=self.scaling)
+            if output is not None:
+                return output, None
         w_kv = self._w_kv()
         if w_kv is None:
             adapted = matrix_in_use(self.kv_b_proj)
@@ -236,5 +236,5 @@ class LatentAttention(FusedPart):
             )
 
         return context.by_segment(
-            attend, (q_nope, q_pe), c_kv, k_pe, self.layer_idx, window=None, kept=kept
+            attend, (q_nope, q_pe), c_kv, k_pe, self.layer_idx, window=None, stored=stored
         )

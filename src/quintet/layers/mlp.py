@@ -28,12 +28,12 @@ class GatedMLP(FusedPart):
     def forward(self, hidden_states: Tensor) -> Tensor:
         """Map (B, T, C) to (B, T, C)."""
         if self.act_fn is F.silu:
-            held = matrices(self.gate_proj, self.up_proj, self.down_proj)
-            if held is not None:
-                made = gated_mlp(hidden_states, held[0], held[1], held[2])
-                if made is not None:
-                    return made
-                inside = gate_in_one_pass(hidden_states, held[0], held[1])
+            weights = matrices(self.gate_proj, self.up_proj, self.down_proj)
+            if weights is not None:
+                output = gated_mlp(hidden_states, weights[0], weights[1], weights[2])
+                if output is not None:
+                    return output
+                inside = gate_in_one_pass(hidden_states, weights[0], weights[1])
                 if inside is not None:
                     return self.down_proj(inside)  # type: ignore[no-any-return]
         gate, up = project(hidden_states, self.gate_proj, self.up_proj)
@@ -56,8 +56,8 @@ class GatedMLP(FusedPart):
 
     def part(self, norm: parts.Norm) -> parts.Part | None:
         """Describe the maps to the fused CPU step; None unless the activation is SiLU."""
-        held = _silu_matrices(self)
-        return None if held is None else parts.MLP(norm, *held)
+        weights = _silu_matrices(self)
+        return None if weights is None else parts.MLP(norm, *weights)
 
 
 def silu_matrices(mlp: nn.Module) -> tuple[Matrix, Matrix, Matrix] | None:
@@ -69,5 +69,5 @@ def silu_matrices(mlp: nn.Module) -> tuple[Matrix, Matrix, Matrix] | None:
 def _silu_matrices(mlp: GatedMLP) -> tuple[Matrix, Matrix, Matrix] | None:
     if type(mlp) is not GatedMLP or mlp.act_fn is not F.silu:
         return None
-    held = matrices(mlp.gate_proj, mlp.up_proj, mlp.down_proj)
-    return None if held is None else (held[0], held[1], held[2])
+    weights = matrices(mlp.gate_proj, mlp.up_proj, mlp.down_proj)
+    return None if weights is None else (weights[0], weights[1], weights[2])

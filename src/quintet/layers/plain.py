@@ -80,13 +80,13 @@ def sums_in(module: nn.Module) -> SharedBuffer | None:
 
 
 def _hooks(module: nn.Module) -> list[object]:
-    held: tuple[Mapping[int, object], ...] = (
+    registries: tuple[Mapping[int, object], ...] = (
         module._forward_hooks,
         module._forward_pre_hooks,
         module._backward_hooks,
         module._backward_pre_hooks,
     )
-    return [hook for hooks_of in held for hook in hooks_of.values()]
+    return [hook for registry in registries for hook in registry.values()]
 
 
 def _acts(module: nn.Module) -> bool:
@@ -104,11 +104,11 @@ def _acts(module: nn.Module) -> bool:
 def in_between(model: nn.Module) -> tuple[object, ...]:
     """Return all hooks (by id) and replaced forwards of a model, to see whether they changed."""
     modules = list(model.modules())
-    on_each = [held for m in modules for held in (m._forward_hooks, m._forward_pre_hooks)]
+    on_each = [hook for m in modules for hook in (m._forward_hooks, m._forward_pre_hooks)]
     on_all = hooks._global_forward_hooks, hooks._global_forward_pre_hooks
     kinds = [kind for kind in dict.fromkeys(map(type, modules)) if issubclass(kind, PlainModule)]
     replaced = [kind.forward for kind in kinds if kind.forward is not kind.written_forward]
-    return (*(tuple(held) for held in (*on_each, *on_all) if held), *replaced)
+    return (*(tuple(hook) for hook in (*on_each, *on_all) if hook), *replaced)
 
 
 def untouched(module: nn.Module | None, kind: type[Module]) -> Module | None:

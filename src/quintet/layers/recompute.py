@@ -63,7 +63,7 @@ class Recompute:
         """Whether `torch.utils.checkpoint` runs in its reentrant form."""
         return self.options.get("use_reentrant", False)  # type: ignore[no-any-return]
 
-    def of(self, index: int) -> "Recompute | None":
+    def for_layer(self, index: int) -> "Recompute | None":
         """Return the settings for a layer, or None if it is not recomputed."""
         return self if index % self.every_n_layers == 0 else None
 
@@ -98,10 +98,10 @@ class Recompute:
     def _checkpointed(
         self, noting: Callable[..., tuple[Any, ...]], hidden: Tensor, *others: Tensor
     ) -> tuple[Any, ...]:
-        kept: AbstractContextManager[Any] = nullcontext()
+        saved_tensors: AbstractContextManager[Any] = nullcontext()
         if self.offload:
-            kept = save_on_cpu(pin_memory=torch.cuda.is_available())
-        with kept:
+            saved_tensors = save_on_cpu(pin_memory=torch.cuda.is_available())
+        with saved_tensors:
             if self.reentrant:
                 output = checkpoint(noting, hidden, *others, **self.options)
             else:

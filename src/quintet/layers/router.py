@@ -17,20 +17,20 @@ class Choices:
     gradients are of.
     """
 
-    def __init__(self, made: list[Tensor] | None = None) -> None:
-        self._made: list[Tensor] = [] if made is None else made
+    def __init__(self, recorded: list[Tensor] | None = None) -> None:
+        self._recorded: list[Tensor] = [] if recorded is None else recorded
         self._place = 0
 
-    def settled(self, choose: Callable[[], Tensor]) -> Tensor:
+    def replay(self, choose: Callable[[], Tensor]) -> Tensor:
         """Return the next recorded choice, or choose and record in the first run."""
-        if self._place == len(self._made):
-            self._made.append(choose())
+        if self._place == len(self._recorded):
+            self._recorded.append(choose())
         self._place += 1
-        return self._made[self._place - 1]
+        return self._recorded[self._place - 1]
 
     def again(self) -> "Choices":
         """Return the recorded choices from the beginning, for one more run."""
-        return Choices(self._made)
+        return Choices(self._recorded)
 
 
 class ExpertRouter(PlainModule, ABC):
@@ -50,7 +50,7 @@ class ExpertRouter(PlainModule, ABC):
             indices, weights = self.choose(logits)
             return logits, weights, indices
         scores = self.affinities(logits)
-        indices = choices.settled(lambda: self.choice(scores))
+        indices = choices.replay(lambda: self.choice(scores))
         return logits, self.weigh(scores, indices).to(logits.dtype), indices
 
     def sharding(self) -> Sharding:

@@ -64,11 +64,11 @@ def adapted_matrices(
 ) -> list[parts.Adapted] | None:
     """Return the operands of each map and its adapter, or None if one must be called."""
     pairs = _pairs(adapters, use)
-    held = None if pairs is None else matrices(*maps, *pairs[0], *pairs[1])
-    if held is None:
+    weights = None if pairs is None else matrices(*maps, *pairs[0], *pairs[1])
+    if weights is None:
         return None
     n = len(maps)
-    return [parts.Adapted(*held[i::n]) for i in range(n)]
+    return [parts.Adapted(*weights[i::n]) for i in range(n)]
 
 
 def _pairs(
@@ -129,9 +129,9 @@ class SharedAttention(PlainModule):
         else:
             q, k, v = project(x, *maps)
         q, k, v = (y.view(*y.shape[:2], -1, self.head_dim).transpose(1, 2) for y in (q, k, v))
-        made = context.rotate_and_keep(q, k, v, layer_idx) if self.rotates else None
-        if made is not None:
-            q, k, v = made
+        rotated = context.rotate_and_keep(q, k, v, layer_idx) if self.rotates else None
+        if rotated is not None:
+            q, k, v = rotated
         elif self.rotates:
             q, k = rotate_both(q, k, context.cos, context.sin)
         dropout = self.dropout if self.training else 0.0
@@ -143,7 +143,7 @@ class SharedAttention(PlainModule):
             window=None,
             scale=self.scaling,
             dropout=dropout,
-            kept=made is not None,
+            stored=rotated is not None,
         )
         return self.o_proj(out.transpose(1, 2).flatten(2)), weights
 
@@ -167,15 +167,15 @@ class SharedAttention(PlainModule):
         """Describe one use, behind a norm, to the fused CPU step; None if it must be called."""
         maps = (self.q_proj, self.k_proj, self.v_proj)
         o = matrices(self.o_proj)
-        held: list[parts.Adapted] | None
+        adapted: list[parts.Adapted] | None
         if self.adapts:
-            held = adapted_matrices(maps, self._adapters(), use)
+            adapted = adapted_matrices(maps, self._adapters(), use)
         else:
             plain = matrices(*maps)
-            held = None if plain is None else [parts.Adapted(matrix) for matrix in plain]
-        if o is None or held is None or hooked(self) or (self.training and self.dropout):
+            adapted = None if plain is None else [parts.Adapted(matrix) for matrix in plain]
+        if o is None or adapted is None or hooked(self) or (self.training and self.dropout):
             return None
-        q, k, v = held
+        q, k, v = adapted
         part = parts.Attention(
             norm,
             (q, k, v),
@@ -248,11 +248,11 @@ class SharedMLP(PlainModule):
 
     def part_spec(self, norm: parts.Norm, linear: nn.Module, *, use: int) -> PartSpec | None:
         """Describe one use, between norm and projection; None if they must be called."""
-        held = adapted_matrices((self.gate_up_proj,), (self.gate_up_proj_adapter_list,), use)
+        adapted = adapted_matrices((self.gate_up_proj,), (self.gate_up_proj_adapter_list,), use)
         maps = matrices(self.down_proj, linear)
-        if held is None or maps is None or hooked(self) or self.act_fn is not F.gelu:
+        if adapted is None or maps is None or hooked(self) or self.act_fn is not F.gelu:
             return None
-        return PartSpec(parts.SharedMLP(norm, held[0], *maps), lambda context: ())
+        return PartSpec(parts.SharedMLP(norm, adapted[0], *maps), lambda context: ())
 
 
 class SharedTransformer(PlainModule):

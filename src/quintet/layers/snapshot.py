@@ -42,14 +42,14 @@ class Snapshot:
         ]
         self._hooked = list(chain.from_iterable(map(dict.values, self._hooks)))
         places: list[tuple[dict[str, Any], str]] = [
-            (held, name)
+            (registry, name)
             for m in modules
-            for held in (m._modules, m._parameters, m._buffers)
-            for name in held
+            for registry in (m._modules, m._parameters, m._buffers)
+            for name in registry
         ]
-        self._held = [held for held, _ in places]
+        self._registries = [registry for registry, _ in places]
         self._names = [name for _, name in places]
-        self._parts = list(map(look_up, self._held, self._names))
+        self._parts = list(map(look_up, self._registries, self._names))
         self._tensors = [part for part in self._parts if isinstance(part, Tensor)]
         self._addresses = list(map(Tensor.data_ptr, self._tensors))
 
@@ -61,7 +61,7 @@ class Snapshot:
             and all(map(operator.is_, self._now_hooked(), self._hooked))
             and sum(map(len, self._attributes)) == len(self._values)
             and all(map(operator.is_, values, self._values))
-            and all(map(operator.is_, map(look_up, self._held, self._names), self._parts))
+            and all(map(operator.is_, map(look_up, self._registries, self._names), self._parts))
             and list(map(Tensor.data_ptr, self._tensors)) == self._addresses
             and list(map(type, self._modules)) == self._kinds
             and not any(map(replaced, self._one_of_each))

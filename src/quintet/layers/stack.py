@@ -64,19 +64,19 @@ class FusedPart(PlainModule, ABC):
 
 
 def residuals(
-    *pairs: tuple[nn.Module, nn.Module], of: parts.Source = parts.Source.HIDDEN
+    *pairs: tuple[nn.Module, nn.Module], source: parts.Source = parts.Source.HIDDEN
 ) -> list[PartSpec] | None:
     """Describe a layer that consists of x += module(norm(x)), given pairs (norm, module).
 
     Args:
-        of: what is normalised in place of x.
+        source: what is normalised in place of x.
     """
     specs = []
     for norm, module in pairs:
         # A subclass with another forward has to say again what it holds.
         if not isinstance(module, FusedPart) or "part" not in vars(type(module)):
             return None
-        before, output = norm_of(norm, of), module.output_module()
+        before, output = norm_of(norm, source), module.output_module()
         shared_buffer = sums_in(output) if hooked(output) else None
         called = hooked(output) and shared_buffer is None
         called |= output is not module and hooked(module)
@@ -87,10 +87,10 @@ def residuals(
     return specs
 
 
-def norm_of(module: nn.Module, of: parts.Source = parts.Source.HIDDEN) -> parts.Norm | None:
+def norm_of(module: nn.Module, source: parts.Source = parts.Source.HIDDEN) -> parts.Norm | None:
     """Describe an RMSNorm, or return None if it is another module or hooked."""
     plain = untouched(module, RMSNorm)
-    return None if plain is None else parts.Norm(plain.weight, plain.variance_epsilon, of)
+    return None if plain is None else parts.Norm(plain.weight, plain.variance_epsilon, source)
 
 
 @dataclass(frozen=True, slots=True)
@@ -137,9 +137,9 @@ class LayerRun:
         )
         if packed is None:
             return None
-        made = torch.zeros_like(hidden)
-        made[real] = packed
-        return made
+        output = torch.zeros_like(hidden)
+        output[real] = packed
+        return output
 
 
 class FusedRuns:

@@ -64,7 +64,7 @@ class AdaptedRows(ModelCore):
 
     def place_of_rows(self) -> Place | None:
         """Return the adapters of this thread's rows, or None if rows have none of their own."""
-        place = None if self.adapters is None else self.adapters.places.here()
+        place = None if self.adapters is None else self.adapters.places.current()
         return None if place is None or place.rows is None else place
 
     def place_tokens(self, tokens: Tensor | None, ends: Tensor | None) -> None:
@@ -87,9 +87,9 @@ class AdaptedRows(ModelCore):
         if own is None or own.rows is None:
             raise _other_rows(0 if place.rows is None else len(place.rows), rows)
         numbers = own.rows.to(tokens.device)
-        each = numbers.repeat_interleave(T if texts is None else texts.to(tokens.device))
-        if each.numel() == B * T:
-            self.adapters.places.refine(replace(own, tokens=each.view(B, T)))
+        per_token = numbers.repeat_interleave(T if texts is None else texts.to(tokens.device))
+        if per_token.numel() == B * T:
+            self.adapters.places.refine(replace(own, tokens=per_token.view(B, T)))
 
     def placing(self, rows: Padding | None, cache: Cache | None) -> Placing | None:
         """Return the rows' adapters for the layers, and record them in the cache.

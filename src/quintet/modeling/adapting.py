@@ -111,12 +111,12 @@ class Adapting(AdaptedRows):
         # Weights that are made in inference mode could not be trained, ever.
         with torch.inference_mode(False):
             layout = self._layout()
-            made = read_adapter(layout, config, weights, where)
-        known = [layout.named(s.path) for s in layout if (s.module, s.use) in made]
+            adaptations = read_adapter(layout, config, weights, where)
+        known = [layout.named(s.path) for s in layout if (s.module, s.use) in adaptations]
         if swaps:
             adapters.remove(self, [adapter_name])
         warn_of_missing((layout.named(s.path) for s in expected(layout, config)), known, where)
-        self._put(adapters, adapter_name, config, made, trains=is_trainable)
+        self._put(adapters, adapter_name, config, adaptations, trains=is_trainable)
 
     def set_adapter(
         self, adapter_name: str | Sequence[str], weights: Sequence[float] | None = None
@@ -187,11 +187,11 @@ class Adapting(AdaptedRows):
         config.base_model_name_or_path = self.name_or_path or None
         with torch.inference_mode(False), torch.no_grad():
             layout = self._layout()
-            made = new_adapter(layout, config)
+            adaptations = new_adapter(layout, config)
         if isinstance(config.target_modules, str):
             # Other readers understand fewer expressions than paths.
             config.target_modules = [layout.named(spot.path) for spot in targeted(layout, config)]
-        self._put(adapters, adapter_name, config, made, trains=True)
+        self._put(adapters, adapter_name, config, adaptations, trains=True)
 
     def get_adapter_state_dict(self, adapter_name: str | None = None) -> dict[str, Tensor]:
         """Return an adapter's tensors by their names in files; the active one by default.
@@ -306,7 +306,7 @@ class Adapting(AdaptedRows):
         adapters: Adapters,
         name: str,
         config: LoraConfig,
-        made: Adaptations,
+        adaptations: Adaptations,
         *,
         trains: bool,
     ) -> None:
@@ -317,7 +317,7 @@ class Adapting(AdaptedRows):
         if trains:
             for parameter in self.parameters():
                 parameter.requires_grad_(False)
-        adapters.put(self, name, config, made, trains=trains)
+        adapters.put(self, name, config, adaptations, trains=trains)
         adapters.use(self, [Active(name)])
 
     def _one(self, name: str | None) -> str:

@@ -57,8 +57,8 @@ class ExpertLoads:
         """
         # Of layers in another process there is no weight.
         weights = (x for router in self.routers.values() for x in router.parameters(recurse=False))
-        held = next(weights, None)
-        device = torch.device("cpu") if held is None else held.device
+        weight = next(weights, None)
+        device = torch.device("cpu") if weight is None else weight.device
         rows = []
         for name, router in self.routers.items():
             none = torch.zeros(router.num_experts, dtype=torch.long, device="cpu")
@@ -118,8 +118,8 @@ class ExpertLoads:
         if self._sequences is not None and (real := self._sequences.real) is not None:
             chosen = chosen[real]
         load = expert_load(chosen, router.num_experts)
-        held = self._counts.get(name)
-        self._counts[name] = load if held is None else held + load
+        total = self._counts.get(name)
+        self._counts[name] = load if total is None else total + load
 
 
 class BiasBalancer(ExpertLoads):
@@ -147,7 +147,7 @@ class BiasBalancer(ExpertLoads):
             raise InputError(
                 f"{type(model).__name__} has no router with a bias; only DeepSeek-V3's have one"
             )
-        if found := [router for router in found if _here(router)]:
+        if found := [router for router in found if _is_local(router)]:
             self._check_learns(model, found)
         super().__init__(model, training=True)
         self.rate = rate
@@ -183,7 +183,7 @@ class BiasBalancer(ExpertLoads):
             )
         counted = counted if loads is None else loads
         for router, load in zip(self.routers.values(), counted, strict=True):
-            if not _here(router):
+            if not _is_local(router):
                 continue
             if isinstance(router, SigmoidRouter) and router.weight.requires_grad:
                 bias = router.e_score_correction_bias
@@ -195,7 +195,7 @@ class BiasBalancer(ExpertLoads):
 LoadBalancer = BiasBalancer
 
 
-def _here(router: nn.Module) -> bool:
+def _is_local(router: nn.Module) -> bool:
     """Return whether a router is in this process, if others hold other layers."""
     return any(True for _ in router.parameters(recurse=False))
 

@@ -178,12 +178,14 @@ class PreTrainedModel(ModelContract, Checkpointing, Adapting, Pushable):
             )
         if generation_config is not None and not cls.can_generate():
             raise InputError(f"generation_config: a {cls.__name__} generates nothing")
-        asked = asked_for(
+        distributed = asked_for(
             tp_plan, tp_size, device_mesh, distributed_config, auto=device_map == "auto"
         )
         world = None
-        if asked is not None:
-            world = world_for(cls, source, config, config_overrides, asked, device_map, max_memory)
+        if distributed is not None:
+            world = world_for(
+                cls, source, config, config_overrides, distributed, device_map, max_memory
+            )
         options = loading.Options(
             world=world,
             generation_config=generation_config,

@@ -64,9 +64,9 @@ class ModelContract(ModelCore):
         )
         if only_trainable:
             return plain
-        held = [module for module in self.modules() if isinstance(module, Quantized)]
+        quantized = [module for module in self.modules() if isinstance(module, Quantized)]
         # A tied head has the tensors of the embedding.
-        first_of = {module: next(module.buffers(), None) for module in held}
+        first_of = {module: next(module.buffers(), None) for module in quantized}
         # What another stage runs holds nothing here.
         by_tensor = {id(first): module for module, first in first_of.items() if first is not None}
         return plain + sum(

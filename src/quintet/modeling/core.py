@@ -85,8 +85,8 @@ class ModelCore(nn.Module):
     @property
     def generation_config(self) -> GenerationConfig:
         """Defaults of `generate()`; accepts a Transformers config."""
-        held: GenerationConfig = vars(self)["_generation_config"]
-        return held
+        generation_config: GenerationConfig = vars(self)["_generation_config"]
+        return generation_config
 
     @generation_config.setter
     def generation_config(self, value: Configuring) -> None:
@@ -120,7 +120,7 @@ class ModelCore(nn.Module):
             return {}
         return {"lm_head.weight": f"{self.base_model_prefix}.embed_tokens.weight"}
 
-    def optional_names(self, held: Iterable[str]) -> tuple[str, ...]:
+    def optional_names(self, names: Iterable[str]) -> tuple[str, ...]:
         """Return prefixes of optional parts that a checkpoint with these names lacks."""
         return ()
 
@@ -208,8 +208,8 @@ class ModelCore(nn.Module):
         vars(self.config).pop("quantization_config", None)
         if quantization is not None:
             freeze(self)
-            kept = quantization.keeping(self.maps_in_numbers())
-            vars(self.config)["quantization_config"] = kept
+            stored = quantization.keeping(self.maps_in_numbers())
+            vars(self.config)["quantization_config"] = stored
 
     def maps_in_numbers(self) -> list[str]:
         """Return the names of linear maps that are not quantised."""

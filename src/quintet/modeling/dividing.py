@@ -25,7 +25,7 @@ def world_for(
     source: ModelSource | None,
     given: PreTrainedConfig | str | os.PathLike[str] | None,
     overrides: Mapping[str, Any],
-    asked: DistributedConfig,
+    distributed: DistributedConfig,
     device_map: DeviceMap,
     max_memory: MaxMemory | None,
 ) -> World:
@@ -39,7 +39,7 @@ def world_for(
     if max_memory is not None:
         raise InputError("max_memory is for one process with several devices; leave it out")
     device = _device(device_map)
-    connect(asked.timeout, device)
+    connect(distributed.timeout, device)
     try:
         config = loading.config_of(cls, source, given, overrides)
     except AdapterFolderError as found:
@@ -47,14 +47,14 @@ def world_for(
             f"{found}: adapters are not put on a model that several processes hold; merge it "
             "first, in one process: merge_and_unload(), then save_pretrained(…)"
         ) from None
-    degrees = degrees_for(init_on_meta(cls, config), asked, processes())
-    if asked.expert_seats and degrees.ep == 1:
+    degrees = degrees_for(init_on_meta(cls, config), distributed, processes())
+    if distributed.expert_seats and degrees.ep == 1:
         raise InputError(
             "expert_seats say which process has which experts, and ep_size=1 gives all of them to "
             "each; set ep_size"
         )
-    world = join(degrees, device=device, timeout=asked.timeout)
-    seats = {path: tuple(order) for path, order in (asked.expert_seats or {}).items()}
+    world = join(degrees, device=device, timeout=distributed.timeout)
+    seats = {path: tuple(order) for path, order in (distributed.expert_seats or {}).items()}
     return replace(world, seats=seats)
 
 

@@ -44,7 +44,7 @@ def new_model(
     device = torch.device("cpu") if world is None else world.device
     loader = WeightLoader(model, dtype, lambda name: device, {})
     if own is not None:
-        loader.shards, loader.held = own.shards, own.held
+        loader.shards, loader.local_names = own.shards, own.local_names
     # What several modules share has the first of its names.
     first = {
         id(tensor): name for name, tensor in reversed(model.state_dict(keep_vars=True).items())

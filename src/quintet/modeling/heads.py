@@ -153,7 +153,7 @@ class CausalLMHead(Headed, GenerationMixin):
         if labels is None and shift_labels is None:
             output.logits = self.logits_of(hidden, logits_to_keep)
         else:
-            hidden = kept(hidden, logits_to_keep)
+            hidden = select_positions(hidden, logits_to_keep)
             texts = self.texts(
                 hidden, packing, attention_mask, position_ids, past_key_values, use_cache=use_cache
             )
@@ -171,9 +171,9 @@ class CausalLMHead(Headed, GenerationMixin):
     def logits_of(self, hidden: Tensor, logits_to_keep: int | Tensor) -> Tensor:
         """Return the logits of the selected positions of states (B, T, C)."""
         if self.adapters is None:
-            return self.lm_head(kept(hidden, logits_to_keep))  # type: ignore[no-any-return]
-        with self.kept_tokens(lambda tokens: kept(tokens, logits_to_keep)):
-            return self.lm_head(kept(hidden, logits_to_keep))  # type: ignore[no-any-return]
+            return self.lm_head(select_positions(hidden, logits_to_keep))  # type: ignore[no-any-return]
+        with self.kept_tokens(lambda tokens: select_positions(tokens, logits_to_keep)):
+            return self.lm_head(select_positions(hidden, logits_to_keep))  # type: ignore[no-any-return]
 
     def learn(
         self,
@@ -279,7 +279,7 @@ def given(**options: Any) -> dict[str, Any]:
     return {name: value for name, value in options.items() if value is not None}
 
 
-def kept(hidden: Tensor, logits_to_keep: int | Tensor) -> Tensor:
+def select_positions(hidden: Tensor, logits_to_keep: int | Tensor) -> Tensor:
     """Select the positions of states (B, T, C) that `logits_to_keep` names.
 
     Raises:

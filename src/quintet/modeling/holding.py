@@ -24,19 +24,19 @@ def how_held(
     """
     counts: Counter[tuple[str, str]] = Counter()
     for in_file, (name, _) in mapping.wanted.items():
-        held = _format(slots[name]) if name in slots else _plain(dtype_of(name))
+        number_format = _format(slots[name]) if name in slots else _plain(dtype_of(name))
         for file, _ in mapping.stored[in_file].files.values():
             info = tensors[file]
             kind = _plain(info.dtype) if info.blocks is None else info.blocks.name
-            counts[kind, held] += 1
+            counts[kind, number_format] += 1
     return counts
 
 
 def in_words(counts: Counter[tuple[str, str]]) -> str:
     """Format the counts: "210 Q4_1 as int8, 1 Q8_0 as int8, 61 float32 as bfloat16"."""
     return ", ".join(
-        f"{count:,} {kind}" + (f" as {held}" if held != kind else "")
-        for (kind, held), count in counts.most_common()
+        f"{count:,} {kind}" + (f" as {number_format}" if number_format != kind else "")
+        for (kind, number_format), count in counts.most_common()
     )
 
 

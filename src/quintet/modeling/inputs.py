@@ -141,11 +141,11 @@ def check_past(cache: Cache, mask: Tensor | None, B: int, T: int) -> None:
     if mask is None or mask.shape[1] == T or torch.compiler.is_compiling():
         return
     counted = mask[:, :-T].to(torch.bool).sum(dim=1)
-    held = cache.lengths(B, counted.device)
-    if not torch.equal(counted, held):
+    cached = cache.lengths(B, counted.device)
+    if not torch.equal(counted, cached):
         raise InputError(
             f"attention_mask counts {counted.tolist()} tokens before the new {T}, and the cache "
-            f"holds {held.tolist()}; pass the mask of all tokens so far, or of the new ones alone"
+            f"holds {cached.tolist()}; pass the mask of all tokens so far, or of the new ones alone"
         )
 
 

@@ -58,7 +58,7 @@ class KeyMapping:
         return (*self.absent, *self.reshaped)
 
     @property
-    def held(self) -> dict[str, WeightFormat]:
+    def formats(self) -> dict[str, WeightFormat]:
         """The quantisation format that each matrix of the model has in the files.
 
         Without those of plain numbers, and those of which parts are in different formats.
@@ -140,31 +140,31 @@ def map_keys(
     )
     for name in absent:
         del plan[name]
-    there = _stored(plan, tensors, held_as)
-    difference = _compare(there, tensors)
+    stored = _stored(plan, tensors, held_as)
+    difference = _compare(stored, tensors)
     reshaped: tuple[str, ...] = ()
     mismatched: tuple[Mismatch, ...] = ()
-    used = _files(there)
+    used = _files(stored)
     if ignore_mismatched_sizes:
         mismatched = tuple(difference.mismatched)
         other = {item.name for item in mismatched}
         reshaped = tuple(
             name
             for name, parts in plan.items()
-            if any(other & set(_files({part.name: there[part.name]})) for part in parts)
+            if any(other & set(_files({part.name: stored[part.name]})) for part in parts)
         )
         for name in reshaped:
             for part in plan.pop(name):
-                del there[part.name]
-        difference = _compare(there, tensors)
+                del stored[part.name]
+        difference = _compare(stored, tensors)
     return KeyMapping(
         wanted={part.name: (name, part) for name, parts in plan.items() for part in parts},
-        stored=there,
+        stored=stored,
         absent=absent,
         reshaped=reshaped,
         difference=difference,
         mismatched=mismatched,
-        aliases={second: first for second, first in aliases.items() if first in there},
+        aliases={second: first for second, first in aliases.items() if first in stored},
         optional=optional,
         unused=tuple(
             name
@@ -202,14 +202,14 @@ def stack_experts(model: ModelCore, state: dict[str, Tensor], prefix: str) -> li
         if named in state or count_pieces(named, tuple(stack.shape), model.expert_stacks) == 1:
             continue
         parts = pieces(named, tuple(stack.shape), model.expert_stacks)
-        held = [part for part in parts if part.name in state]
-        if not held:
+        present = [part for part in parts if part.name in state]
+        if not present:
             continue
-        wrong = [part.name for part in held if tuple(state[part.name].shape) != part.shape]
-        if wrong or len(held) < len(parts):
+        wrong = [part.name for part in present if tuple(state[part.name].shape) != part.shape]
+        if wrong or len(present) < len(parts):
             lacking = [part.name for part in parts if part.name not in state]
-            what = "have other shapes" if wrong else "are missing"
-            errors.append(f"{named} is made of {len(parts)} tensors, of which some {what}:")
+            fault = "have other shapes" if wrong else "are missing"
+            errors.append(f"{named} is made of {len(parts)} tensors, of which some {fault}:")
             errors.append(listed(wrong or lacking))
             continue
         first = state[parts[0].name]
@@ -229,10 +229,10 @@ def _stored(
     return stored(needed, tensors, held_as)
 
 
-def _files(there: Mapping[str, Stored]) -> dict[str, Shape]:
-    return dict(file for one in there.values() for file in one.files.values())
+def _files(stored: Mapping[str, Stored]) -> dict[str, Shape]:
+    return dict(file for one in stored.values() for file in one.files.values())
 
 
-def _compare(there: Mapping[str, Stored], tensors: Mapping[str, TensorInfo]) -> Difference:
-    files = _files(there)
+def _compare(stored: Mapping[str, Stored], tensors: Mapping[str, TensorInfo]) -> Difference:
+    files = _files(stored)
     return compare(files, {name: tensors[name] for name in files if name in tensors})

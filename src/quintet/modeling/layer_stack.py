@@ -80,12 +80,12 @@ class LayerStack(PreTrainedModel):
         layers, norm, C = self._own_layers(), self.final_norm, self.config.hidden_size
         if cache is None or not cache.in_fused_session:
             return gather(layers, norm, C, self.dtype)
-        kept = cache.fused_runs
-        if not isinstance(kept, FusedRuns) or not kept.serves(layers, norm):
+        fused = cache.fused_runs
+        if not isinstance(fused, FusedRuns) or not fused.serves(layers, norm):
             # Whether gradients are recorded is asked at every step.
             with torch.no_grad():
-                cache.fused_runs = kept = FusedRuns(gather(layers, norm, C, self.dtype), norm)
-        return kept.runs
+                cache.fused_runs = fused = FusedRuns(gather(layers, norm, C, self.dtype), norm)
+        return fused.runs
 
     def _own_layers(self) -> tuple[nn.Module, ...]:
         # A family may keep further layers behind, which are no part of a run.
@@ -99,5 +99,5 @@ class LayerStack(PreTrainedModel):
             context = replace(context, placing=context.placing.at_layer(index))
         recompute = None
         if (context.cache is None or context.cache.keeps_nothing) and self._recomputes():
-            recompute = self.recompute.of(index)
+            recompute = self.recompute.for_layer(index)
         return run_layer(layer, hidden, context, recompute, **more)

@@ -171,7 +171,7 @@ def _load(
         )
         mapping.difference.raise_if_incomplete(where)
         model.drop(mapping.optional)
-        scheme, kept = request.scheme(mapping.held), request.target
+        scheme, stored_scheme = request.scheme(mapping.formats), request.target
         # Rows of what is held in fewer bits are no parameters.
         slices = None if scheme is not None else options.slices
         own = None if world is None else OwnPart(model, world, target, slices)
@@ -180,14 +180,18 @@ def _load(
             slots = model.quantize_modules(scheme, target, divided=own is not None)
         if own is not None:
             own.check(slots)
-            kept = None if kept is None else kept.divided(request.source)
+            stored_scheme = None if stored_scheme is None else stored_scheme.divided(request.source)
         model_parts = parts(model, target, model.keep_in_fp32)
         placement = place(device_map, model_parts, options.max_memory)
         if device_map is not None:
             log.info("%s: %s", where, placement.in_words(model_parts))
         loader = WeightLoader(model, target, placement.device_of, slots)
         if own is not None:
-            loader.shards, loader.held, loader.copies = own.shards, own.held, options.learns
+            loader.shards, loader.local_names, loader.copies = (
+                own.shards,
+                own.local_names,
+                options.learns,
+            )
         if world is not None and mapping.fresh:
             checked.note = torch.get_rng_state()
     if log.isEnabledFor(logging.INFO):
@@ -203,7 +207,7 @@ def _load(
     dispatch_model(model, placement, model_parts)
     if placement.several:
         model.hf_device_map = dict(placement.devices)
-    model.note_quantization(None if scheme is None else kept)
+    model.note_quantization(None if scheme is None else stored_scheme)
     _warn(model, where, mapping)
 
     model.config.dtype = str(target).removeprefix("torch.")

@@ -11,8 +11,8 @@ from quintet.modeling.decoder import DecoderModel, first
 from quintet.modeling.heads import (
     CausalLMHead,
     LabelOptions,
-    kept,
     padding_mask,
+    select_positions,
     split_options,
 )
 from quintet.modeling.outputs import MoeCausalLMOutputWithPast, MoeModelOutputWithPast
@@ -148,7 +148,7 @@ class MoeCausalLMHead(CausalLMHead):
         if labels is None and shift_labels is None:
             output.logits = self.logits_of(states, logits_to_keep)
         else:
-            hidden = kept(states, logits_to_keep)
+            hidden = select_positions(states, logits_to_keep)
             texts = self.texts(
                 hidden, packing, attention_mask, position_ids, past_key_values, use_cache=use_cache
             )

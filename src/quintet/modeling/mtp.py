@@ -19,7 +19,13 @@ from quintet.cache.dense import DynamicSlot
 from quintet.errors import InputError
 from quintet.layers.context import ForwardContext, Notes
 from quintet.modeling.decoder import first
-from quintet.modeling.heads import LabelOptions, kept, mean_loss, padding_mask, split_options
+from quintet.modeling.heads import (
+    LabelOptions,
+    mean_loss,
+    padding_mask,
+    select_positions,
+    split_options,
+)
 from quintet.modeling.moe import MoeCausalLMHead, MoeDecoderModel
 from quintet.modeling.outputs import MoeCausalLMOutputWithPast
 from quintet.modeling.packing import own_labels, takes_packing
@@ -229,7 +235,9 @@ class MtpCausalLMHead(MoeCausalLMHead):
             )
             ahead = self.model.look_ahead(hidden, embeds, attention_mask, position_ids, texts)
             if output_mtp_logits:
-                output.mtp_logits = tuple(self.lm_head(kept(x, logits_to_keep)) for x in ahead)
+                output.mtp_logits = tuple(
+                    self.lm_head(select_positions(x, logits_to_keep)) for x in ahead
+                )
             if mtp_loss_weight is not None and output.loss is not None:
                 mask, head = padding_mask(attention_mask), self.scored_head()
                 losses = [
@@ -284,9 +292,9 @@ class MtpCausalLMHead(MoeCausalLMHead):
             tied[f"{prefix}shared_head.head.weight"] = head
         return tied
 
-    def optional_names(self, held: Iterable[str]) -> tuple[str, ...]:
+    def optional_names(self, tensor_names: Iterable[str]) -> tuple[str, ...]:
         """Return the prefixes of trailing prediction layers that a checkpoint lacks."""
-        names, prefixes = list(held), self._prediction_prefixes()
+        names, prefixes = list(tensor_names), self._prediction_prefixes()
         found = [any(name.startswith(prefix) for name in names) for prefix in prefixes]
         return tuple(prefix for i, prefix in enumerate(prefixes) if not any(found[i:]))
 

@@ -46,7 +46,7 @@ class OwnPart:
             dtypes = {name: model.dtype_of(name, dtype) for name, _ in parameters}
             sliced = partial(slices.of, dtypes)
         self._table, self.shards = divide(model, world, sliced)
-        self.held = names_held(self._stages, world)
+        self.local_names = names_held(self._stages, world)
 
     def check(self, slots: Mapping[str, Slot]) -> None:
         """Refuse quantisation formats whose blocks would be cut.

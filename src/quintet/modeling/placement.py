@@ -100,8 +100,8 @@ def parts(model: nn.Module, dtype: torch.dtype, fp32: tuple[str, ...] = ()) -> l
             if id(tensor) not in seen:
                 seen.add(id(tensor))
                 plain = isinstance(tensor, nn.Parameter) and tensor.is_floating_point()
-                kept = torch.float32 if fp32 and name.endswith(fp32) else dtype
-                size += tensor.numel() * (kept if plain else tensor.dtype).itemsize
+                kept_dtype = torch.float32 if fp32 and name.endswith(fp32) else dtype
+                size += tensor.numel() * (kept_dtype if plain else tensor.dtype).itemsize
         result.append(ModelPart(path, size))
     return result
 
@@ -146,7 +146,7 @@ def first_device(device_map: DeviceMap) -> torch.device:
             raise UnsupportedBackendError(
                 "device_map={} names no device; name at least {'': 'cpu'}"
             )
-        devices = [_device(device, of=path) for path, device in device_map.items()]
+        devices = [_device(device, part=path) for path, device in device_map.items()]
         return devices[0]
     if device_map is None:
         default = torch.get_default_device()
@@ -225,7 +225,7 @@ def _filled_up(
 
 
 def _mapped(device_map: Mapping[str, Device], model_parts: Sequence[ModelPart]) -> Placement:
-    devices = {path: _device(device, of=path) for path, device in device_map.items()}
+    devices = {path: _device(device, part=path) for path, device in device_map.items()}
     placement = Placement(MappingProxyType(devices))
     paths = [part.path for part in model_parts]
     for path in devices:
@@ -270,7 +270,7 @@ def _capacity(max_memory: MaxMemory | None) -> dict[torch.device, int]:
         return {device: int(SHARE * free_memory(device)) for device in (*devices, cpu)}
     if not isinstance(max_memory, Mapping) or not max_memory:
         raise InputError(f"max_memory={shown(max_memory)} has to map devices to bytes or '10GB'")
-    given = {_device(device, of="max_memory"): size for device, size in max_memory.items()}
+    given = {_device(device, part="max_memory"): size for device, size in max_memory.items()}
     sizes = {}
     for device, size in given.items():
         try:
@@ -283,9 +283,13 @@ def _capacity(max_memory: MaxMemory | None) -> dict[torch.device, int]:
     return dict(sorted(sizes.items(), key=lambda item: item[0].type == "cpu"))
 
 
-def _device(device: Device, of: str = "") -> torch.device:
-    told = shown(device)
-    named = f"device_map={told}" if not of else f"device_map of {shown(of)} is {told}, which"
+def _device(device: Device, part: str = "") -> torch.device:
+    named_device = shown(device)
+    named = (
+        f"device_map={named_device}"
+        if not part
+        else f"device_map of {shown(part)} is {named_device}, which"
+    )
     if device == -1:
         return torch.device("cpu")
     if device == "disk":

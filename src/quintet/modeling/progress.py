@@ -6,7 +6,7 @@ import sys
 from tqdm import tqdm  # type: ignore[import-untyped]
 
 
-def progress_bar(what: str, total: int) -> tqdm:
+def progress_bar(description: str, total: int) -> tqdm:
     """Return a bar of bytes: shown after one second, removed at its end.
 
     `HF_HUB_DISABLE_PROGRESS_BARS=1`, which the downloads obey, keeps it away, too.
@@ -14,7 +14,7 @@ def progress_bar(what: str, total: int) -> tqdm:
     wish = os.environ.get("HF_HUB_DISABLE_PROGRESS_BARS", "").upper()
     shown = wish not in ("1", "ON", "YES", "TRUE") and sys.stderr is not None
     return tqdm(
-        desc=what,
+        desc=description,
         total=total,
         unit="B",
         unit_scale=True,

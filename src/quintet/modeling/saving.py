@@ -48,7 +48,7 @@ class _Plain:
 
     def whole(self, shares: "Shares") -> Tensor | None:
         """Gather it on the first process; every process must call this."""
-        found = shares.of(self.name, self.piece)
+        found = shares.shards_of(self.name, self.piece)
         shard, at = found[shares.world.rank]
         local = None if shard is None else own_part(self.tensor)
         if local is not None and at is not None:
@@ -84,22 +84,22 @@ class _Packed:
     def whole(self, shares: "Shares") -> Tensor | None:
         """Gather it on the first process; every process must call this."""
         leaf = self.weight.rpartition(".")[2]
-        held, specs = self.module.formats[leaf], _empty(self.module, leaf, self.piece)
-        found = shares.of(self.weight, self.piece)
+        weight_format, specs = self.module.formats[leaf], _empty(self.module, leaf, self.piece)
+        found = shares.shards_of(self.weight, self.piece)
         local: Mapping[str, Tensor] = self.parts
         if self.piece.place is not None:
             at, rows = found[shares.world.rank][1], self.piece.place[1]
             number = rows.start // self.piece.shape[0]
             local = {} if at is None else self.module.view(leaf, local, (at[0], number))
-        cut = [None if shard is None else held.shards(shard) for shard, _ in found]
-        made = dict(specs)
+        cut = [None if shard is None else weight_format.shards(shard) for shard, _ in found]
+        parts = dict(specs)
         for suffix in self.needed:
             own = [None if one is None else one[suffix] for one in cut]
             whole = gather(Portion(local.get(suffix), own, specs[suffix].dtype), shares.world)
-            made[suffix] = specs[suffix] if whole is None else whole
+            parts[suffix] = specs[suffix] if whole is None else whole
         if shares.world.rank != 0:
             return None
-        return held.pack(self.piece.name, made, self.piece.shape, self.dtype)[self.file]
+        return weight_format.pack(self.piece.name, parts, self.piece.shape, self.dtype)[self.file]
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,7 +109,9 @@ class Shares:
     world: World
     shards: Sequence[Mapping[str, Shard]]
 
-    def of(self, name: str, piece: Piece) -> list[tuple[Shard | None, tuple[int, slice] | None]]:
+    def shards_of(
+        self, name: str, piece: Piece
+    ) -> list[tuple[Shard | None, tuple[int, slice] | None]]:
         """Return what each process holds of a piece and where; None for none."""
         place, found = piece.place, [shards.get(name) for shards in self.shards]
         if place is None:
@@ -119,7 +121,7 @@ class Shares:
 
 
 def _entries(
-    model: ModelCore, shapes: Mapping[str, Shape], there: Stages
+    model: ModelCore, shapes: Mapping[str, Shape], stages: Stages
 ) -> Iterator[tuple[str, _Plain | _Packed]]:
     """Yield the checkpoint's tensors by name, in the order of a one-process save.
 
@@ -127,7 +129,7 @@ def _entries(
         InputError: tied weights are two.
     """
     tied = model.tied_names()
-    plain, parted = part_state(model, _state(model, shapes, there), tied)
+    plain, parted = part_state(model, _state(model, shapes, stages), tied)
     check_tied(plain, tied)
     for name, tensor in plain.items():
         if name not in tied:
@@ -151,17 +153,17 @@ def _of_stages(model: ModelCore, world: World) -> Stages:
     """Return names and dtypes per process under pipeline parallelism, else None."""
     if world.degrees.pp == 1:
         return None
-    told: list[Any] = [None] * world.degrees.size
-    dist.all_gather_object(told, {name: t.dtype for name, t in model.state_dict().items()})
-    return told
+    dtypes: list[Any] = [None] * world.degrees.size
+    dist.all_gather_object(dtypes, {name: t.dtype for name, t in model.state_dict().items()})
+    return dtypes
 
 
-def _state(model: ModelCore, names: Iterable[str], there: Stages) -> dict[str, Tensor]:
+def _state(model: ModelCore, names: Iterable[str], stages: Stages) -> dict[str, Tensor]:
     """Return the tensors of the whole model in order; other stages' have no data."""
     own = model.state_dict()
-    if there is None:
+    if stages is None:
         return own
-    dtypes = {name: dtype for one in there for name, dtype in one.items()}
+    dtypes = {name: dtype for one in stages for name, dtype in one.items()}
     # Parts of matrices in fewer bits are found by the names of these, in whichever order.
     order = [name for name in names if name in dtypes]
     return {
@@ -175,7 +177,7 @@ def _empty(module: Quantized, leaf: str, piece: Piece) -> dict[str, Tensor]:
     return {s: torch.empty(o.shape, dtype=o.dtype, device="meta") for s, o in specs.items()}
 
 
-def _shares(model: ModelCore, world: World, there: Stages) -> tuple[Shares, dict[str, Shape]]:
+def _shares(model: ModelCore, world: World, stages: Stages) -> tuple[Shares, dict[str, Shape]]:
     """Return each process's share of each tensor, and the whole shapes."""
     whole = init_on_meta(type(model), model.config)
     table, state = seated(table_of(whole), world.seats, world.degrees.ep), whole.state_dict()
@@ -183,12 +185,12 @@ def _shares(model: ModelCore, world: World, there: Stages) -> tuple[Shares, dict
     shapes = {n: tuple(t.shape) for n, t in state.items() if n in table.parameters}
     places = [world.degrees.place(rank) for rank in range(world.degrees.size)]
     shards = [place(shapes, table, at) for at in places]
-    if there is not None:
+    if stages is not None:
         # By modules: what is quantised has other names than when it was given out.
-        held = [{name.rpartition(".")[0] for name in names} for names in there]
+        modules = [{name.rpartition(".")[0] for name in names} for names in stages]
         shards = [
             {name: shard for name, shard in own.items() if name.rpartition(".")[0] in paths}
-            for own, paths in zip(shards, held, strict=True)
+            for own, paths in zip(shards, modules, strict=True)
         ]
     return Shares(world, shards), shapes
 
@@ -212,9 +214,9 @@ def write_together(
         RankFailedError: writing failed, or a process could not take part in it.
     """
     with Together(world, "before it saved"):
-        there = _of_stages(model, world)
-        shares, shapes = _shares(model, world, there)
-        entries = dict(_entries(model, shapes, there))
+        stages = _of_stages(model, world)
+        shares, shapes = _shares(model, world, stages)
+        entries = dict(_entries(model, shapes, stages))
     with Together(world, "while it saved"):
         if world.rank != 0:
             _follow(list(entries.values()), shares)
@@ -222,10 +224,10 @@ def write_together(
         numbers = {name: number for number, name in enumerate(entries)}
 
         def data(name: str) -> Tensor:
-            _told(numbers[name], world)
-            made = entries[name].whole(shares)
-            assert made is not None, "the first process has it"
-            return made
+            _broadcast_index(numbers[name], world)
+            tensor = entries[name].whole(shares)
+            assert tensor is not None, "the first process has it"
+            return tensor
 
         try:
             if writes:
@@ -238,17 +240,17 @@ def write_together(
                     data=data,
                 )
         finally:
-            _told(END, world)
+            _broadcast_index(END, world)
 
 
 def _follow(entries: list[_Plain | _Packed], shares: Shares) -> None:
     """Send the shares that the first process asks for, until it is done."""
-    while (asked := _told(END, shares.world)) != END:
-        entries[asked].whole(shares)
+    while (number := _broadcast_index(END, shares.world)) != END:
+        entries[number].whole(shares)
 
 
-def _told(number: int, world: World) -> int:
+def _broadcast_index(number: int, world: World) -> int:
     """Return the number broadcast by the first process."""
-    told = torch.tensor([number], device=world.device, dtype=torch.long)
-    dist.broadcast(told, 0)
-    return int(told)
+    sent = torch.tensor([number], device=world.device, dtype=torch.long)
+    dist.broadcast(sent, 0)
+    return int(sent)

@@ -216,10 +216,10 @@ def scored(head: nn.Module, *, by_rows: bool = False) -> ScoredHead:
     plain = untouched(head, Linear)
     if plain is not None:
         # A matrix of another class, spread over processes for one, knows more than its numbers.
-        held = [plain.weight] if plain.bias is None else [plain.weight, plain.bias]
+        parameters = [plain.weight] if plain.bias is None else [plain.weight, plain.bias]
         return (
             _Matrix(plain)
-            if all(type(x) in (nn.Parameter, Tensor) for x in held)
+            if all(type(x) in (nn.Parameter, Tensor) for x in parameters)
             else WholeHead(head)
         )
     adapted = isinstance(vars(head).get("forward"), AdaptedForward)

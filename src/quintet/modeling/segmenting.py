@@ -60,10 +60,10 @@ def texts_of(segments: Sequence[Segment]) -> Texts | None:
             return None
         rows += range(one.rows.start, one.rows.stop)
         lengths += [one.length] * (one.rows.stop - one.rows.start)
-    told = partial(sent, dtype=torch.int32, device=segments[0].device)
+    as_tensor = partial(sent, dtype=torch.int32, device=segments[0].device)
     everyone = len(rows) == segments[0].batch
-    ends = told([*accumulate(lengths, initial=0)])
-    return Texts(len(rows), max(lengths), ends, None if everyone else told(rows))
+    ends = as_tensor([*accumulate(lengths, initial=0)])
+    return Texts(len(rows), max(lengths), ends, None if everyone else as_tensor(rows))
 
 
 def angles(

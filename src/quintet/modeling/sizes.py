@@ -67,15 +67,15 @@ def measure(model: PreTrainedModel, dtype: torch.dtype, scheme: Scheme | None = 
     for module in model.modules():
         if isinstance(module, Experts) and id(module) not in inside:
             E = module.down_proj.shape[0]
-            each = sum(p.numel() for p in module.parameters()) // E
-            idle += each * (E - min(chosen or E, E))
+            expert_size = sum(p.numel() for p in module.parameters()) // E
+            idle += expert_size * (E - min(chosen or E, E))
     per_token, per_row = model.config.cache_numbers()
     width = _width(model)
     if scheme is not None:
         model.quantize_modules(scheme, dtype)
         model.tie_weights()
-    held = parts(model, dtype, model.keep_in_fp32)
-    return Size(total, total - idle, tuple(held), per_token, per_row, width)
+    sized = parts(model, dtype, model.keep_in_fp32)
+    return Size(total, total - idle, tuple(sized), per_token, per_row, width)
 
 
 def _prediction_layers(model: PreTrainedModel) -> list[nn.Module]:

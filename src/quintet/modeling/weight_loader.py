@@ -34,13 +34,13 @@ class WeightLoader:
 
     Attributes:
         shards: what this process has of the tensor of a name; all, where it is not there.
-        held: the names of the tensors that it has anything of; None for all.
+        local_names: the names of the tensors that it has anything of; None for all.
         copies: whether no tensor stays a view of its file, because all will be written to.
     """
 
     copies = False
     shards: Mapping[str, Shard] = WHOLE
-    held: Container[str] | None = None
+    local_names: Container[str] | None = None
 
     def __init__(
         self,
@@ -57,7 +57,7 @@ class WeightLoader:
 
         Without processes among which `name` is divided, that is all of it.
         """
-        if self.held is not None and name not in self.held:
+        if self.local_names is not None and name not in self.local_names:
             return None
         shard = self.shards.get(name)
         if shard is None:
@@ -95,12 +95,12 @@ class WeightLoader:
             tensor, part = weight, share.of(weight)
         if own.place is None:
             placed = part.to(device, dtype).contiguous()
-            kept = _share_memory(placed, tensor)
-            if kept and (self.copies or not (share.whole or (mapped and tensor is weight))):
+            shared = _share_memory(placed, tensor)
+            if shared and (self.copies or not (share.whole or (mapped and tensor is weight))):
                 # What the other processes have would stay with it.
-                placed, kept = placed.clone(), False
+                placed, shared = placed.clone(), False
             assign(self.model, name, placed)
-            return kept and tensor is weight
+            return shared and tensor is weight
         if self._tensors[name].is_meta:
             shape = self._tensors[name].shape
             self._tensors[name] = torch.empty(shape, dtype=dtype, device=device)
@@ -141,10 +141,10 @@ class WeightLoader:
                 # Its class draws it, and no model again.
                 module.reset_parameters()
             self.model.init_module(module)
-            held = module.state_dict(keep_vars=True)
+            tensors = module.state_dict(keep_vars=True)
             for name, before in drawn.items():
-                whole, shard = held[name.rpartition(".")[2]].detach(), self.shards.get(name)
-                if self.held is not None and name not in self.held:
+                whole, shard = tensors[name.rpartition(".")[2]].detach(), self.shards.get(name)
+                if self.local_names is not None and name not in self.local_names:
                     assign(self.model, name, before.detach())
                     continue
                 own = whole if shard is None else shard.of(whole)

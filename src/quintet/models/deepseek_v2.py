@@ -147,14 +147,14 @@ class DeepseekV2Config(PreTrainedConfig):
             return
         reachable = self.n_routed_experts
         if self.topk_method == GROUPED:
-            groups, kept = self.n_group or 0, self.topk_group or 0
+            groups, chosen = self.n_group or 0, self.topk_group or 0
             self.require(
                 groups > 0 and self.n_routed_experts % groups == 0,
                 "n_group",
                 f"a divisor of n_routed_experts={self.n_routed_experts}",
             )
-            self.require(0 < kept <= groups, "topk_group", f"from 1 to n_group={groups}")
-            reachable = kept * self.n_routed_experts // groups
+            self.require(0 < chosen <= groups, "topk_group", f"from 1 to n_group={groups}")
+            reachable = chosen * self.n_routed_experts // groups
         self.require(
             self.num_experts_per_tok <= reachable,
             "num_experts_per_tok",

@@ -313,8 +313,8 @@ class Zamba2MambaDecoderLayer(FusedLayer):
 
     def part_specs(self, *, beside: bool = False) -> list[PartSpec] | None:
         """Describe the mixer to the fused CPU step."""
-        of = parts.Source.SUM if beside else parts.Source.HIDDEN
-        return residuals((self.input_layernorm, self.mamba), of=of)
+        source = parts.Source.SUM if beside else parts.Source.HIDDEN
+        return residuals((self.input_layernorm, self.mamba), source=source)
 
 
 class Zamba2HybridLayer(FusedLayer):

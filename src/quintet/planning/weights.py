@@ -219,7 +219,7 @@ def _formats(
 ) -> dict[str, WeightFormat]:
     if held.target is None:
         return {}
-    found = {} if tensors is None else map_keys(model, tensors, held_as=held.source).held
+    found = {} if tensors is None else map_keys(model, tensors, held_as=held.source).formats
     scheme = held.target.scheme() if tensors is None else held.scheme(found)
     if scheme is None:
         return {}

@@ -127,7 +127,7 @@ class TokenDropping:
             return None
         logits, weights, indices = output
         if len(args) > 1:
-            kept = args[1].settled(lambda: self._kept(router, logits, indices))
+            kept = args[1].replay(lambda: self._kept(router, logits, indices))
         else:
             kept = self._kept(router, logits, indices)
         return logits, weights * kept, indices
