@@ -274,10 +274,10 @@ class Pools(RuleBasedStateMachine):
 
     def fill(self, index: int, start: int, *, states: bool) -> None:
         """Fill memory that nobody holds with NaN, and codes with the largest one."""
-        for slot in self.pool._kept.tokens:
+        for slot in self.pool._memories.tokens:
             for buffer in slot._buffers.whole:
                 buffer[index, :, start:] = float("nan") if buffer.is_floating_point() else 255
-        for state in self.pool._kept.states if states else ():
+        for state in self.pool._memories.states if states else ():
             for buffer in state._buffers.whole:
                 buffer[index] = float("nan")
 

@@ -51,12 +51,12 @@ def begun(model: Any, ids: Tensor, nbits: int | None = None) -> PooledCache:
 
 def spoil(pool: PooledCache) -> None:
     """Fill the memory that holds no row's tokens with NaN, and codes with the largest one."""
-    for slot in pool._kept.tokens:
+    for slot in pool._memories.tokens:
         for buffer in slot._buffers.whole:
             for index in range(len(buffer)):
                 at = pool._table[index].finite if index < len(pool._table) else 0
                 buffer[index, :, at:] = float("nan") if buffer.is_floating_point() else 255
-    for slot in pool._kept.states:
+    for slot in pool._memories.states:
         for buffer in slot._buffers.whole:
             buffer[len(pool._table) :] = float("nan")
 

@@ -24,7 +24,7 @@ def poisoned(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[int]]:
     def poisoning(self: PooledCache, row: int) -> None:
         free(self, row)
         index = len(self.rows)
-        for slot in (*self._kept.tokens, *self._kept.states):
+        for slot in (*self._memories.tokens, *self._memories.states):
             for buffer in slot._buffers.whole:  # type: ignore[attr-defined]
                 buffer[index] = torch.nan if buffer.is_floating_point() else 255
         count[0] += 1
