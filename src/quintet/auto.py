@@ -194,8 +194,8 @@ class _AutoModel:
                 config = AutoConfig.from_pretrained(read_from, **where)
             except AdapterFolderError as found:
                 # Where an adapter's model is, is not said by what says where the adapter is.
-                kept = ("cache_dir", "token", "local_files_only")
-                where = {key: options[key] for key in kept if key in options}
+                hub_options = ("cache_dir", "token", "local_files_only")
+                where = {key: options[key] for key in hub_options if key in options}
                 with found.of_base() as base:
                     config = AutoConfig.from_pretrained(base, **where)
         model_class = _family_of(config).find(cls.suffix)

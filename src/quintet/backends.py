@@ -77,15 +77,15 @@ class Operation(Generic[P, R]):
 
     def __call__(self, *args: P.args, **kwargs: P.kwargs) -> R:
         """Run the first backend that applies, else the definition."""
-        made = self.by_backend(*args, **kwargs)
-        return self.definition(*args, **kwargs) if made is None else made
+        output = self.by_backend(*args, **kwargs)
+        return self.definition(*args, **kwargs) if output is None else output
 
     def by_backend(self, *args: P.args, **kwargs: P.kwargs) -> R | None:
         """Run the first backend that applies, or return None if none does."""
         for function in self.order:
-            made = function(*args, **kwargs)
-            if made is not None:
-                return made
+            output = function(*args, **kwargs)
+            if output is not None:
+                return output
         return None
 
 
@@ -101,10 +101,10 @@ class Registry:
         """Declare a function as the definition of an operation."""
 
         def declared(definition: Callable[P, R]) -> Operation[P, R]:
-            made = Operation(name, definition)
-            self.operations[name] = made
-            self._settle()
-            return made
+            new = Operation(name, definition)
+            self.operations[name] = new
+            self._order_implementations()
+            return new
 
         return declared
 
@@ -123,7 +123,7 @@ class Registry:
                 f"{ON} asks for {backend.name!r}, and {reason}; install it, or leave it out"
             )
         self.backends = (backend, *self.backends)
-        self._settle()
+        self._order_implementations()
 
     @contextmanager
     def registered(self, backend: Backend) -> Iterator[None]:
@@ -133,27 +133,27 @@ class Registry:
             yield
         finally:
             self.backends = tuple(known for known in self.backends if known is not backend)
-            self._settle()
+            self._order_implementations()
 
     @contextmanager
     def asking(self, name: str) -> Iterator[None]:
         """Ask for a backend that serves on request inside the context, for all threads."""
         before, self.on = self.on, self.on | {name}
-        self._settle()
+        self._order_implementations()
         try:
             yield
         finally:
             self.on = before
-            self._settle()
+            self._order_implementations()
 
     def served(self, device: str, dtype: torch.dtype) -> dict[str, str]:
         """Return the name of the backend that serves each operation on a device and dtype.
 
         Where the shapes are not what that one needs, PyTorch does.
         """
-        there = [b for b in self._active() if b.device == device and b.missing() is None]
+        available = [b for b in self._active() if b.device == device and b.missing() is None]
         return {
-            name: next((b.name for b in there if _takes(b, name, dtype)), PYTORCH)
+            name: next((b.name for b in available if _takes(b, name, dtype)), PYTORCH)
             for name in self.operations
         }
 
@@ -164,7 +164,7 @@ class Registry:
             if backend.name not in self.off and (not backend.on_request or backend.name in self.on)
         ]
 
-    def _settle(self) -> None:
+    def _order_implementations(self) -> None:
         for name, declared in self.operations.items():
             declared.order = tuple(
                 one.function

@@ -152,20 +152,20 @@ def open_source(
     found = family(config.model_type)
     model = init_on_meta(found.find(_suffix(config.architectures, found.prefix)), config)
     # Not a device that multiplies FP8 but a file is written to: it may stay as it is.
-    held = vars(config).get("quantization_config")
-    given = held if quantize is None and quantization_config is None else quantization_config
-    request = resolve_quantization(held, quantize, given, torch.device("cpu"))
+    stored = vars(config).get("quantization_config")
+    given = stored if quantize is None and quantization_config is None else quantization_config
+    request = resolve_quantization(stored, quantize, given, torch.device("cpu"))
     mapping = map_keys(model, checkpoint.tensors, held_as=request.source)
     mapping.difference.raise_if_incomplete(str(root))
-    kept = config.torch_dtype or torch.bfloat16 if dtype == "auto" else named_dtype(dtype)
+    kept_dtype = config.torch_dtype or torch.bfloat16 if dtype == "auto" else named_dtype(dtype)
     scheme = request.scheme(mapping.formats)
 
     config.architectures = [type(model).__name__]
-    config.dtype = str(kept).removeprefix("torch.")
+    config.dtype = str(kept_dtype).removeprefix("torch.")
     vars(config).pop("quantization_config", None)
     shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
-    slots = {} if scheme is None else model.quantize_modules(scheme, kept)
-    weights = WeightStream(model, mapping, checkpoint, shapes, slots, kept)
+    slots = {} if scheme is None else model.quantize_modules(scheme, kept_dtype)
+    weights = WeightStream(model, mapping, checkpoint, shapes, slots, kept_dtype)
     if request.target is not None and scheme is not None:
         quantised = weights.quantised()
         plain = [
@@ -186,10 +186,10 @@ def _rounded(
     """Round the matrices of 4 bits with a text in view."""
     slots = {}
     for name, slot in weights.slots.items():
-        wanted, held = slot.module.formats[slot.name].parts_of, weights.mapping.formats.get(name)
+        wanted, stored = slot.module.formats[slot.name].parts_of, weights.mapping.formats.get(name)
         shape, _ = slot.module.matrices[slot.name]
         # What the source has in that very form is not rounded.
-        same = held is not None and held.parts(shape) == wanted.parts(shape)
+        same = stored is not None and stored.parts(shape) == wanted.parts(shape)
         if isinstance(wanted, Int4Format | GroupFormat) and not same:
             slots[name] = slot
     if not slots:
@@ -248,8 +248,8 @@ class WeightStream:
 
     def quantised(self) -> dict[str, tuple[WeightFormat, tuple[int, ...]]]:
         """Return format and shape of each quantised matrix to come."""
-        held = ((self.slots[name], to) for name, to in self._pieces() if name in self.slots)
-        return {to.name: (slot.module.formats[slot.name], to.shape) for slot, to in held}
+        slots = ((self.slots[name], to) for name, to in self._pieces() if name in self.slots)
+        return {to.name: (slot.module.formats[slot.name], to.shape) for slot, to in slots}
 
     def _pieces(self) -> Iterator[tuple[str, Piece]]:
         wanted = dict.fromkeys(name for name, _ in self.mapping.wanted.values())

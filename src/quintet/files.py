@@ -74,10 +74,10 @@ def read_text(path: Path, most: int = MAX_SETTINGS_BYTES) -> str:
         raise CheckpointError(f"{path} is not a readable file of UTF-8 text ({error})") from error
 
 
-def _too_large(path: Path, what: str, most: int) -> CheckpointError:
+def _too_large(path: Path, description: str, most: int) -> CheckpointError:
     return CheckpointError(
-        f"{path}: {what} more than the limit of {most:,} bytes; check the path, or fetch the file "
-        "again"
+        f"{path}: {description} more than the limit of {most:,} bytes; check the path, or fetch "
+        "the file again"
     )
 
 

@@ -66,7 +66,7 @@ class ModelOutput(OrderedDict[str, Any]):
         """Return a field by name, or by place (an int or a slice)."""
         if isinstance(key, str):
             value = super().__getitem__(key)
-            return self._made(key, value) if type(value) is _Deferred else value
+            return self._evaluate(key, value) if type(value) is _Deferred else value
         names = list(self)[key]
         return self[names] if isinstance(names, str) else tuple(self[name] for name in names)
 
@@ -162,7 +162,7 @@ class ModelOutput(OrderedDict[str, Any]):
             if after in self:
                 self.move_to_end(after)
 
-    def _made(self, name: str, deferred: "_Deferred") -> Any:
+    def _evaluate(self, name: str, deferred: "_Deferred") -> Any:
         value = deferred.make()
         setattr(self, name, value)
         return value
@@ -170,7 +170,7 @@ class ModelOutput(OrderedDict[str, Any]):
     def _make_all(self) -> None:
         for name, value in list(super().items()):
             if type(value) is _Deferred:
-                self._made(name, value)
+                self._evaluate(name, value)
 
     @classmethod
     def _of(cls, pairs: Iterable[tuple[str, Any]]) -> Self:

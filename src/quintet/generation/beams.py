@@ -196,8 +196,8 @@ def _advance_agreed(
     if run.record.scores is not None:
         if not agreement.decides:
             # Where the head is elsewhere, logits have no data.
-            there = torch.empty(logits.shape, dtype=torch.float32, device=device)
-            run.record.scores.append(there)
+            scores = torch.empty(logits.shape, dtype=torch.float32, device=device)
+            run.record.scores.append(scores)
         run.record.scores[-1] = agreement.broadcast(run.record.scores[-1])
     return follows
 
@@ -262,8 +262,8 @@ def _hold(
         torch.cat((ends.rows, taken.rows), dim=1),
         torch.cat((ends.scores, scores), dim=1),
     )
-    held, places = both.best(both.scores, N)
-    return held, torch.cat((ended, new), dim=1).gather(1, places)
+    best, places = both.best(both.scores, N)
+    return best, torch.cat((ended, new), dim=1).gather(1, places)
 
 
 def _may_improve(

@@ -217,7 +217,7 @@ class Call:
         decided: what follows from them.
         agreement: of the processes that share the model, if several do.
         program: the model as a compiled program, for steps of one token.
-        held: closes what the call has opened.
+        exit_stack: closes what the call has opened.
     """
 
     def __init__(
@@ -227,10 +227,10 @@ class Call:
         decided: Decided,
         agreement: Agreement | None,
         program: LanguageModel | None,
-        held: ExitStack,
+        exit_stack: ExitStack,
     ) -> None:
         self.model, self.given, self.decided = model, given, decided
-        self.agreement, self.program, self.held = agreement, program, held
+        self.agreement, self.program, self.exit_stack = agreement, program, exit_stack
         self.chooses = agreement is None or agreement.decides
         self.streamer = given.streamer if self.chooses else None
 
@@ -245,8 +245,10 @@ class Call:
         try:
             if self.streamer is not None:
                 self.streamer.put(prompts.repeat_interleave(copies, dim=0).cpu())
-            each = 1 if decided.search else copies
-            generators = row_generators(self.given.generator, len(prompts), each, self.model.device)
+            copies_of_each = 1 if decided.search else copies
+            generators = row_generators(
+                self.given.generator, len(prompts), copies_of_each, self.model.device
+            )
             groups = groups_of(self.model.world, len(prompts))
             if self.agreement is not None and len(groups) > 1 and not self._sees_all_rows():
                 begins = [
@@ -278,7 +280,7 @@ class Call:
         V, config, assistant = self.model.config.vocab_size, decided.config, given.assistant_model
         # It begins to listen before the prompt is run.
         drafter = make_drafter(self.model, config, assistant, cache, V)
-        self.held.callback(drafter.close)
+        self.exit_stack.callback(drafter.close)
         run = self.begin(prompt, cache, generators)
         schedule = make_schedule(self.model, config, assistant)
         return output(run, prompt, copies, speculate(run, drafter, schedule))
@@ -317,7 +319,7 @@ class Call:
             record=record,
             streamer=self.streamer,
         )
-        self.held.enter_context(self.model.fused_session(cache))
+        self.exit_stack.enter_context(self.model.fused_session(cache))
         return run
 
     def new_cache(self) -> Cache | None:
@@ -337,7 +339,7 @@ class Call:
             return running_the_model((*decided.first, *(given.logits_processor or ())))
         setting = Setting(
             prompt=text.cut(len(text)),
-            room=rooms.each,
+            room=rooms.limits,
             vocab_size=self.model.config.vocab_size,
             num_beams=decided.copies if decided.search else 1,
             prefix_allowed_tokens_fn=given.prefix_allowed_tokens_fn,

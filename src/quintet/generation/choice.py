@@ -136,8 +136,8 @@ class Choice:
     def _drawn(self, scores: Tensor, u: Tensor) -> Chosen | None:
         """Draw in one fused pass, if a backend supports all warpers."""
         cuts = warping.cuts(self.warpers)
-        made = None if cuts is None else sampling.draw_in_one_pass(scores, u, **cuts)
-        return None if made is None else Chosen(*made)
+        drawn = None if cuts is None else sampling.draw_in_one_pass(scores, u, **cuts)
+        return None if drawn is None else Chosen(*drawn)
 
     def on(self, device: torch.device) -> "Choice":
         """Move the values per row to a device."""

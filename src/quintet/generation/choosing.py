@@ -47,13 +47,13 @@ class Taken:
     def read(self) -> list[int | Exception]:
         """Return each row's token, or the exception that prevented it; waits for these alone."""
         tokens, best = self._fetched.read()
-        made: list[int | Exception] = tokens.tolist()
+        results: list[int | Exception] = tokens.tolist()
         for row, score in enumerate(best.tolist()):
             if not -math.inf < score < math.inf:
-                made[row] = sampling.NothingLeftError(0, score, self._steps[row])
+                results[row] = sampling.NothingLeftError(0, score, self._steps[row])
         for row, error in self._failed.items():
-            made[row] = error
-        return made
+            results[row] = error
+        return results
 
 
 class Choosing:
@@ -109,12 +109,12 @@ class Choosing:
                 failed[row] = error
         if read:
             scores = read[0] if len(read) == 1 else torch.cat(read)
-        made = [self._take(group, scores) for group in self._groups]
-        if len(made) == 1:
-            return Taken(made[0], failed, steps)
+        taken = [self._take(group, scores) for group in self._groups]
+        if len(taken) == 1:
+            return Taken(taken[0], failed, steps)
         places = [row for group in self._groups for row in group.rows]
         back = sent(sorted(range(len(places)), key=places.__getitem__), torch.long, scores.device)
-        joined = (torch.cat(part)[back] for part in zip(*made, strict=True))
+        joined = (torch.cat(part)[back] for part in zip(*taken, strict=True))
         return Taken(Chosen(*joined), failed, steps)
 
     def _read(self, row: int, text: TokenBuffer, scores: Tensor) -> Tensor:

@@ -46,7 +46,7 @@ class Programs:
     """The compiled decode steps of one model, shared by all calls."""
 
     def __init__(self) -> None:
-        self._made: list[tuple[CompileConfig, LanguageModel, tuple[object, ...]]] = []
+        self._compiled: list[tuple[CompileConfig, LanguageModel, tuple[object, ...]]] = []
 
     def of(self, model: object, config: GenerationConfig) -> LanguageModel | None:
         """Return the compiled model, or None if hooks were added since.
@@ -61,7 +61,7 @@ class Programs:
                 "a quintet CompileConfig"
             )
         between = in_between(cast("torch.nn.Module", model))
-        for known, program, traced in self._made:
+        for known, program, traced in self._compiled:
             if known == how and traced == between:
                 return program
             if known == how:
@@ -72,8 +72,8 @@ class Programs:
                     stacklevel=4,
                 )
                 return None
-        self._made.append((how, compiled(cast("LanguageModel", model), how), between))
-        return self._made[-1][1]
+        self._compiled.append((how, compiled(cast("LanguageModel", model), how), between))
+        return self._compiled[-1][1]
 
 
 def compiled(model: LanguageModel, config: CompileConfig) -> LanguageModel:
@@ -89,10 +89,10 @@ def compiled(model: LanguageModel, config: CompileConfig) -> LanguageModel:
     if os.environ.get(FOLDER, default_cache_dir()) == default_cache_dir():
         # Where the user's cache cannot be written, what torch chose can.
         with suppress(BuildError, OSError):
-            kept = open_folder() / "inductor"
-            kept.mkdir(exist_ok=True)
-            with tempfile.TemporaryFile(dir=kept):
-                os.environ[FOLDER] = str(kept)
+            folder = open_folder() / "inductor"
+            folder.mkdir(exist_ok=True)
+            with tempfile.TemporaryFile(dir=folder):
+                os.environ[FOLDER] = str(folder)
     program = torch.compile(
         cast("Callable[..., Any]", model),
         fullgraph=config.fullgraph,

@@ -214,7 +214,7 @@ class Rooms:
         return cls(most, None if fewer is None else fewer.repeat_interleave(copies))
 
     @property
-    def each(self) -> int | Tensor:
+    def limits(self) -> int | Tensor:
         """The maximum number of new tokens, as one number or (B,)."""
         return self.most if self.fewer is None else self.most - self.fewer.long()
 
@@ -331,8 +331,8 @@ def _add_agreed(
     if run.record.scores is not None:
         if not agreement.decides:
             # Where the head is elsewhere, logits have no data.
-            there = torch.empty(logits.shape, dtype=torch.float32, device=tokens.device)
-            run.record.scores.append(there)
+            scores = torch.empty(logits.shape, dtype=torch.float32, device=tokens.device)
+            run.record.scores.append(scores)
         run.record.scores[-1] = agreement.broadcast(run.record.scores[-1])
     return None if bool(going.all()) else going.bool()
 
@@ -340,12 +340,12 @@ def _add_agreed(
 def _behind(cache: Cache, inputs: Tensor, padding: Tensor | None) -> tuple[Tensor, Tensor | None]:
     """Drop the columns of a prompt that a cache holds; return a mask if rows differ."""
     B, T = inputs.shape[:2]
-    held = cache.lengths(B, inputs.device)
-    lengths = torch.full_like(held, T) if padding is None else T - padding
-    new = lengths - held
+    cached = cache.lengths(B, inputs.device)
+    lengths = torch.full_like(cached, T) if padding is None else T - padding
+    new = lengths - cached
     if bool((new < 1).any()):
         raise InputError(
-            f"past_key_values holds {held.tolist()} tokens of rows that have {lengths.tolist()}; "
+            f"past_key_values holds {cached.tolist()} tokens of rows that have {lengths.tolist()}; "
             "give the whole text, of which the cache holds the beginning, or the new tokens alone "
             "with an attention_mask of all"
         )

@@ -172,10 +172,10 @@ class Engine(EngineRows):
             streamer=streamer,
             generator=generator,
         )
-        made = sequence_of(self.model, inputs, given)
-        made.adapter_name = adapter_name
+        sequence = sequence_of(self.model, inputs, given)
+        sequence.adapter_name = adapter_name
         check_led(self.model, assistant_model)
-        return made
+        return sequence
 
     def can_adapt(self, sequence: Sequence) -> bool:
         """Return whether the sequence's adapter is loaded."""
@@ -213,18 +213,18 @@ class Engine(EngineRows):
                 "sequence once, and a piece of at least one token"
             )
         for sequence in sequences:
-            sequence.settle()
+            sequence.apply_cancellation()
         stepping = [one for one in sequences if one.waiting == 1 and not one.finished]
         self._pace(stepping)
         if self._prediction is not None:
             self._prediction.draft(stepping)
         going, pieces = [], []
         for sequence in sequences:
-            asked = None if sequence.finished else self._next_piece(sequence, piece)
+            next_piece = None if sequence.finished else self._next_piece(sequence, piece)
             # What drafts for it may have failed.
-            if asked is not None and not sequence.finished:
+            if next_piece is not None and not sequence.finished:
                 going.append(sequence)
-                pieces.append(asked)
+                pieces.append(next_piece)
         self.drafted = 0
         if not pieces:
             return [[] for _ in sequences]
@@ -261,9 +261,9 @@ class Engine(EngineRows):
         if len(ahead) < len(going):
             now = [number for number, one in enumerate(going) if one not in ahead]
             rest = [pieces[number] for number in now]
-            made = self._run_now([going[number] for number in now], rest)
+            logits = self._run_now([going[number] for number in now], rest)
             own = iter(torch.split(begun, 1))
-            others = iter(torch.split(made, [piece.keep for piece in rest]))
+            others = iter(torch.split(logits, [piece.keep for piece in rest]))
             begun = torch.cat([next(own if one in ahead else others) for one in going])
         for one in ahead:
             one.ahead = None
@@ -276,11 +276,11 @@ class Engine(EngineRows):
         if not any(predicting) and not any(pooling):
             return self._rows.run(pieces)
         logits, seen = self._rows.watch(pieces)
-        for one, drafting, piece, made in zip(going, predicting, pieces, seen, strict=True):
+        for one, drafting, piece, states in zip(going, predicting, pieces, seen, strict=True):
             if drafting is not None:
-                drafting.saw(made, piece.checked)
+                drafting.saw(states, piece.checked)
             if one.watched is not None and one.watched.pooling is not None:
-                one.watched.saw_states(made.states)
+                one.watched.saw_states(states.states)
         return logits
 
     def _choose(self, going: list[Sequence], pieces: list[Piece], logits: Tensor) -> None:

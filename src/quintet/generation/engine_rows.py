@@ -59,11 +59,11 @@ class EngineRows:
             # What is to be known of the prompt is found by running over it.
             contents = ()
             sequence.watched.restart()
-        held = contents[-1].stop if contents else 0
-        begun = sequence.ahead is not None and held == len(sequence.ids)
-        if held >= len(sequence.ids) and not begun:
+        stored = contents[-1].stop if contents else 0
+        begun = sequence.ahead is not None and stored == len(sequence.ids)
+        if stored >= len(sequence.ids) and not begun:
             raise InputError(
-                f"the contents are of {held} tokens and the sequence has {len(sequence.ids)}; "
+                f"the contents are of {stored} tokens and the sequence has {len(sequence.ids)}; "
                 "leave at least one for the next step, as in extract(sequence, 0, n)"
             )
         row = self._rows.open(*contents)
@@ -73,7 +73,7 @@ class EngineRows:
                 "with more rows"
             )
         # A step that began is gone on with where the row holds what it ran over.
-        sequence.computed = held - begun
+        sequence.computed = stored - begun
         sequence.ahead = sequence.ahead if begun else None
         self._placed[sequence] = row
         drafting, sampler = sequence.drafting, sequence.sampler
@@ -132,7 +132,7 @@ class EngineRows:
         self._rows.close(self._row(sequence))
         if self._prediction is not None:
             self._prediction.leave(sequence)
-        sequence.settle()
+        sequence.apply_cancellation()
         del self._placed[sequence]
 
     def _rewind(self, sequence: Sequence) -> None:

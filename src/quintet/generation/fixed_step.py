@@ -128,7 +128,7 @@ class FixedStep:
         if not self._usable or most > self.cache.capacity:
             return None
         B, S = _rows(len(lengths), self.size), _slots(most, self.cache.capacity)
-        step = self._steps.get((B, S)) or self._made(B, S, lengths)
+        step = self._steps.get((B, S)) or self._record(B, S, lengths)
         if step is None:
             return None
         self.cache.begin_step(rows, S)
@@ -144,7 +144,7 @@ class FixedStep:
         self.cache.end_step()
         return logits
 
-    def _made(self, B: int, S: int, lengths: list[int]) -> _Recorded | None:
+    def _record(self, B: int, S: int, lengths: list[int]) -> _Recorded | None:
         device = self._device
         inputs = torch.zeros(3, B, dtype=torch.long, device=device)
         rows = FixedRows(self.cache, inputs[1], inputs[2], S)
@@ -164,8 +164,8 @@ class FixedStep:
                 return None
             finally:
                 self.cache.end_step()
-        self._steps[B, S] = made = _Recorded(inputs, run)
-        return made
+        self._steps[B, S] = recorded = _Recorded(inputs, run)
+        return recorded
 
     def _forward(self, ids: Tensor, rows: FixedRows) -> Tensor:
         output = self._program(
@@ -183,23 +183,23 @@ class FixedStep:
 
 def _look(module: nn.Module) -> tuple[object, ...]:
     """Return everything a recording depends on, for comparison."""
-    held = [*module.parameters(), *module.buffers()]
+    tensors = [*module.parameters(), *module.buffers()]
     # What stands for a tensor, as formats of other packages do, need not lie anywhere itself.
-    places = (x.data_ptr() if type(x) in PLAIN else id(x) for x in held)
+    places = (x.data_ptr() if type(x) in PLAIN else id(x) for x in tensors)
     return (*in_between(module), *map(id, module.modules()), *places)
 
 
 def _rows(rows: int, size: int) -> int:
     """Return the number of rows to record, for this many in use."""
-    made = 1
-    while made < rows:
-        made = made * 2 if made < DOUBLED else made + MORE
-    return min(made, size)
+    recorded = 1
+    while recorded < rows:
+        recorded = recorded * 2 if recorded < DOUBLED else recorded + MORE
+    return min(recorded, size)
 
 
 def _slots(slots: int, capacity: int) -> int:
     """Return the number of slots per row to record, for this many in use."""
-    made = SLOTS
-    while made < slots:
-        made *= TIMES
-    return min(made, capacity)
+    recorded = SLOTS
+    while recorded < slots:
+        recorded *= TIMES
+    return min(recorded, capacity)

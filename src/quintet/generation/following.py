@@ -60,9 +60,9 @@ class Orders:
             )
         return cls(world.groups["orders"])
 
-    def give(self, order: str, *what: Any) -> None:
+    def give(self, order: str, *arguments: Any) -> None:
         """Send an order to the others."""
-        text = json.dumps([order, *what]).encode()
+        text = json.dumps([order, *arguments]).encode()
         length = len(text).to_bytes(HEAD)
         self._send((length + text[: SMALL - HEAD]).ljust(SMALL))
         if len(text) > SMALL - HEAD:
@@ -73,17 +73,19 @@ class Orders:
         message = self._receive(SMALL)
         length = int.from_bytes(message[:HEAD])
         fits = length <= SMALL - HEAD
-        order, *what = json.loads(message[HEAD : HEAD + length] if fits else self._receive(length))
-        return order, what
+        order, *arguments = json.loads(
+            message[HEAD : HEAD + length] if fits else self._receive(length)
+        )
+        return order, arguments
 
     def _send(self, text: bytes) -> None:
         sent = torch.frombuffer(bytearray(text), dtype=torch.uint8)
         dist.broadcast(sent, self._first, group=self._group)
 
     def _receive(self, length: int) -> bytes:
-        held = bytearray(length)
-        dist.broadcast(torch.frombuffer(held, dtype=torch.uint8), self._first, group=self._group)
-        return bytes(held)
+        buffer = bytearray(length)
+        dist.broadcast(torch.frombuffer(buffer, dtype=torch.uint8), self._first, group=self._group)
+        return bytes(buffer)
 
 
 def rows_of(
@@ -204,9 +206,9 @@ class LedRows(Rows):
         """Drop these rows in all processes."""
         self._tell("end")
 
-    def _tell(self, order: str, *what: Any) -> None:
+    def _tell(self, order: str, *arguments: Any) -> None:
         dropped = [self._dropped.popleft() for _ in range(len(self._dropped))]
-        self._orders.give(order, self._name, dropped, *what)
+        self._orders.give(order, self._name, dropped, *arguments)
 
 
 class _LedContent(RowContent):
@@ -265,10 +267,10 @@ def follow(model: Cached) -> None:
         )
     follower = _Follower(model)
     while True:
-        order, what = orders.take()
+        order, arguments = orders.take()
         if order == "leave":
             return
-        follower.obey(order, *what)
+        follower.obey(order, *arguments)
 
 
 @torch.no_grad()
@@ -302,54 +304,54 @@ class _Follower:
         self.predictions: dict[int, PredictionRows] = {}
         self.contents: dict[int, RowContent] = {}
 
-    def obey(self, order: str, name: int, dropped: list[int], *what: Any) -> None:
+    def obey(self, order: str, name: int, dropped: list[int], *arguments: Any) -> None:
         """Carry out one order."""
         for number in dropped:
             self.contents.pop(number, None)
         if order == "begin":
-            self.rows[name] = Rows(self.model, *what)
+            self.rows[name] = Rows(self.model, *arguments)
         elif order == "end":
             del self.rows[name]
             self.predictions.pop(name, None)
         elif order.startswith("predict"):
-            self._predict(order, name, *what)
+            self._predict(order, name, *arguments)
         elif order == "run":
-            self.rows[name].run([Piece(*piece) for piece in what[0]])
+            self.rows[name].run([Piece(*piece) for piece in arguments[0]])
         elif order == "attend":
             self.rows[name].attend()
         elif order == "part":
-            (why,) = what
+            (why,) = arguments
             self.rows[name].leave(None if why is None else RankFailedError(self.leads, why))
         else:
             # The process that leads is told the same of its own, and says so.
             with suppress(InputError):
-                self._change(order, self.rows[name], *what)
+                self._change(order, self.rows[name], *arguments)
 
-    def _predict(self, order: str, name: int, *what: Any) -> None:
+    def _predict(self, order: str, name: int, *arguments: Any) -> None:
         if order == "predict":
-            self.predictions[name] = PredictionRows(cast("MTPModel", self.model), *what)
+            self.predictions[name] = PredictionRows(cast("MTPModel", self.model), *arguments)
         elif order == "predict.join":
             self.predictions[name].join()
         elif order == "predict.free":
-            self.predictions[name].free(*what)
+            self.predictions[name].free(*arguments)
         else:
-            read_beside(self.model, self.agreement, self.predictions[name], *what)
+            read_beside(self.model, self.agreement, self.predictions[name], *arguments)
 
-    def _change(self, order: str, rows: Rows, *what: Any) -> None:
-        held = self.contents
+    def _change(self, order: str, rows: Rows, *arguments: Any) -> None:
+        contents = self.contents
         if order == "open":
-            rows.open(*(held[number] for number in what[0]))
+            rows.open(*(contents[number] for number in arguments[0]))
         elif order == "close":
-            rows.close(*what)
+            rows.close(*arguments)
         elif order == "rewind":
-            rows.rewind(*what)
+            rows.rewind(*arguments)
         elif order == "extract":
-            row, start, stop, number = what
-            held[number] = rows.extract(row, start, stop)
+            row, start, stop, number = arguments
+            contents[number] = rows.extract(row, start, stop)
         elif order == "split":
-            number, at, head, tail = what
-            held[head], held[tail] = held[number].split(at)
+            number, at, head, tail = arguments
+            contents[head], contents[tail] = contents[number].split(at)
         else:
             assert order == "bare", f"there is no order {order}"
-            number, plain = what
-            held[plain] = held[number].without_states()
+            number, plain = arguments
+            contents[plain] = contents[number].without_states()

@@ -87,12 +87,12 @@ def _options(
         sampling |= {"temperature": None, "do_sample": False}
     elif sampling.keys() & {"temperature", "top_k", "top_p", "min_p", "typical_p"}:
         sampling["do_sample"] = True
-    kept: dict[str, Any] = {}
+    options: dict[str, Any] = {}
     for name, value in sampling.items():
         try:
             Options(**{name: value})
         except InputError as error:
             warnings.warn(f"{path}: {error}; left out", stacklevel=3)
         else:
-            kept[name] = value
-    return {**ids, **kept}
+            options[name] = value
+    return {**ids, **options}

@@ -49,13 +49,13 @@ class CudaGraphs:
             graph = torch.cuda.CUDAGraph()
             # What other threads do meanwhile is none of it.
             with torch.cuda.graph(graph, pool=self._memory, capture_error_mode="thread_local"):
-                made = function()
+                output = function()
 
         def replay() -> Tensor:
             # A thread may have another current device.
             with torch.cuda.device(self.device):
                 graph.replay()
-            return made
+            return output
 
         return replay
 

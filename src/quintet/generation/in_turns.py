@@ -105,9 +105,9 @@ class _Group:
         """Append a token to every row, and return the message for the others."""
         return added(self.run, self._take(add(self.run, logits, self.unfinished, step)))
 
-    def hear(self, told: Tensor) -> None:
+    def hear(self, message: Tensor) -> None:
         """Append the tokens that another process chose."""
-        tokens, going = told
+        tokens, going = message
         self.run.text.append(tokens)
         self._take(None if bool(going.all()) else going.bool())
 

@@ -28,16 +28,16 @@ def decode_late(run: Generation) -> None:
     unfinished: Tensor | None = None
     room, output = run.rooms.most, run.output
     for step in range(1, room + 1):
-        made = _Made.of(run, output.logits[:, -1], unfinished, step)
+        new_tokens = _NewTokens.launch(run, output.logits[:, -1], unfinished, step)
         if step < room:
-            unfinished = made.going
+            unfinished = new_tokens.going
             output = run.forward.step(run.text, unfinished)
-        if made.ends_all(run):
+        if new_tokens.ends_all(run):
             return
 
 
 @dataclass(frozen=True, slots=True)
-class _Made:
+class _NewTokens:
     """The tokens of a step, on their way to the host.
 
     Attributes:
@@ -53,7 +53,9 @@ class _Made:
     flags: Fetched | None
 
     @classmethod
-    def of(cls, run: Generation, logits: Tensor, unfinished: Tensor | None, step: int) -> "_Made":
+    def launch(
+        cls, run: Generation, logits: Tensor, unfinished: Tensor | None, step: int
+    ) -> "_NewTokens":
         """Append a token to every row."""
         text = run.text
         chosen: Chosen = run.sampler.launch(text, logits, unfinished)

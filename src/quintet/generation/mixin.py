@@ -150,20 +150,20 @@ class GenerationMixin(DecodeHelpers):
             adapter_names=adapter_names,
         )
         model = cast("Generating", self)
-        with ExitStack() as held:
+        with ExitStack() as exit_stack:
             agreement = Agreement.of(self.world)
             lockstep = None if self.world is None else lockstep_of(self)
             if lockstep is not None:
                 # Behind it nothing is made any more: what is open here is closed before.
-                held.enter_context(lockstep.until_all_are_done(agreement))
+                exit_stack.enter_context(lockstep.until_all_are_done(agreement))
             if isinstance(streamer, Streamer):
                 # Whoever reads what is streamed must not wait for what will never come.
-                held.callback(streamer.end)
+                exit_stack.callback(streamer.end)
             if agreement is not None:
-                held.enter_context(agreement.undisturbed())
+                exit_stack.enter_context(agreement.undisturbed())
                 check_alike(agreement, given, self.generation_config)
             if adapter_names is not None:
-                held.enter_context(self.each_row(adapter_names, copied=True))
+                exit_stack.enter_context(self.each_row(adapter_names, copied=True))
             given.check()
             check_logits_to_keep(logits_to_keep)
             if isinstance(generation_config, list | tuple):
@@ -171,7 +171,7 @@ class GenerationMixin(DecodeHelpers):
             decided = decide(model, given, agreement, exchanges=lockstep is not None)
             config = decided.config
             program = self._programs.of(self, config) if config.compiles else None
-            return Call(model, given, decided, agreement, program, held).run()
+            return Call(model, given, decided, agreement, program, exit_stack).run()
 
     @functools.cached_property
     def _programs(self) -> Programs:

@@ -37,7 +37,7 @@ def token_logprobs(logits: Tensor, tokens: Sequence[int], top: int) -> list[Toke
     Raises:
         NonFiniteError: they hold NaN or infinity.
     """
-    made: list[TokenLogprobs] = []
+    result: list[TokenLogprobs] = []
     for start in range(0, len(tokens), ROWS):
         own = tokens[start : start + ROWS]
         scores = logits[start : start + len(own)].to(torch.float32)
@@ -53,8 +53,8 @@ def token_logprobs(logits: Tensor, tokens: Sequence[int], top: int) -> list[Toke
             values, ids = scores.topk(min(top, scores.shape[1]), dim=-1)
             pairs = zip(ids.tolist(), (values - total).tolist(), strict=True)
             best = [tuple(zip(*row, strict=True)) for row in pairs]
-        made += map(TokenLogprobs, own, logprobs, best)
-    return made
+        result += map(TokenLogprobs, own, logprobs, best)
+    return result
 
 
 class Observed:

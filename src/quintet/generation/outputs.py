@@ -40,12 +40,12 @@ class Speculation:
     @property
     def accepted_tokens(self) -> int:
         """The number of accepted tokens."""
-        return sum(kept for turn in self.accepted for _, kept in turn)
+        return sum(accepted for turn in self.accepted for _, accepted in turn)
 
     def of_row(self, row: int) -> tuple[int, int]:
         """Return the number of drafted and accepted tokens of a row."""
         turns = [turn[row] for turn in self.accepted]
-        return sum(drafted for drafted, _ in turns), sum(kept for _, kept in turns)
+        return sum(drafted for drafted, _ in turns), sum(accepted for _, accepted in turns)
 
     @property
     def acceptance(self) -> float:
@@ -172,13 +172,13 @@ class Record:
 
     def fields(self) -> dict[str, Any]:
         """Return the recorded lists under the outputs' field names."""
-        kept = {
+        recorded = {
             "scores": self.scores,
             "logits": self.logits,
             "attentions": self.attentions,
             "hidden_states": self.hidden_states,
         }
-        return {name: tuple(steps) for name, steps in kept.items() if steps is not None}
+        return {name: tuple(steps) for name, steps in recorded.items() if steps is not None}
 
 
 def _repeated(layers: Layers | None, copies: int) -> Layers | None:

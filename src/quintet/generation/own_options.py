@@ -61,7 +61,7 @@ def generate_each(model: Served, given: Arguments, configs: Sequence[plan.Config
             "rows; give one config for each, or one for all"
         )
 
-    def made() -> Tensor:
+    def run() -> Tensor:
         ids, padding = prompt.ids, prompt.padding
         starts = [0] * len(ids) if padding is None else padding.tolist()
         generators = row_generators(given.generator, len(ids), 1, ids.device)
@@ -88,18 +88,18 @@ def generate_each(model: Served, given: Arguments, configs: Sequence[plan.Config
             sequence.new + [pad] * (longest - len(sequence.new))
             for sequence, pad in zip(sequences, pads, strict=True)
         ]
-        made = torch.tensor(new, device=ids.device, dtype=torch.long)
-        return torch.cat((prompt.given, made), dim=1)
+        run = torch.tensor(new, device=ids.device, dtype=torch.long)
+        return torch.cat((prompt.given, run), dim=1)
 
     agreement = Agreement.of(model.world)
     if agreement is None:
-        return made()
+        return run()
     if not agreement.decides:
         follow(model)
 
     def lead() -> Tensor:
         with leading(model):
-            return made()
+            return run()
 
     return agreement.decided(lead, prompt.ids.device)
 

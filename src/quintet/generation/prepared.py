@@ -78,7 +78,7 @@ def check_prepared(config: GenerationConfig, prompt: Prompt, *, speculates: bool
         "cache_implementation": config.cache_implementation not in (None, "dynamic"),
         "inputs_embeds": prompt.inputs.ndim != 2,
     }
-    named = [name for name, there in given.items() if there]
+    named = [name for name, is_given in given.items() if is_given]
     if named:
         raise InputError(
             f"{named[0]} cannot be used while prepare_inputs_for_generation is another than the "

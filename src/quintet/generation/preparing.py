@@ -84,7 +84,7 @@ def next_inputs(
     inputs: dict[str, Any] = {"past_key_values": past, "attention_mask": attention_mask}
     if new is None:
         new = T if past is None else _behind(past, input_ids, attention_mask)
-    if inputs_embeds is not None and not _held(past, input_ids).any():
+    if inputs_embeds is not None and not _cached_lengths(past, input_ids).any():
         return {"input_ids": None, "inputs_embeds": inputs_embeds[:, -new:], **inputs}
     return {"input_ids": input_ids[:, -new:].contiguous(), **inputs}
 
@@ -93,10 +93,10 @@ def _behind(past: Cache | LegacyCache, input_ids: Tensor, mask: Tensor | None) -
     """Return the largest number of columns the cache lacks in any row."""
     tokens = input_ids.shape[1] if mask is None else mask.to(torch.bool).sum(dim=1)
     # It may hold more than the ids, where what came before them was none.
-    return max(1, int((tokens - _held(past, input_ids)).max()))
+    return max(1, int((tokens - _cached_lengths(past, input_ids)).max()))
 
 
-def _held(past: Cache | LegacyCache | None, input_ids: Tensor) -> Tensor:
+def _cached_lengths(past: Cache | LegacyCache | None, input_ids: Tensor) -> Tensor:
     """Return the number of tokens of each row in the cache."""
     B = input_ids.shape[0]
     if isinstance(past, Cache):

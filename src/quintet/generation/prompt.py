@@ -111,12 +111,12 @@ def read_prompt(
     positions = _read_positions(position_ids, run)
     if mask is None or bool(mask.all()):
         return Prompt(given, given, run, None, before, positions)
-    kept = mask.to(device).to(torch.bool)
-    order = torch.argsort(kept.to(torch.int8), dim=1, stable=True)
+    real = mask.to(device).to(torch.bool)
+    order = torch.argsort(real.to(torch.int8), dim=1, stable=True)
     ids = given.gather(1, order) if given.shape[1] == run.shape[1] else given
     moved = run.gather(1, order[..., None].expand_as(run)) if run.ndim == 3 else ids
     positions = None if positions is None else positions.gather(1, order)
-    return Prompt(given, ids, moved, (~kept).sum(dim=1), before, positions)
+    return Prompt(given, ids, moved, (~real).sum(dim=1), before, positions)
 
 
 def _check_ids(ids: Tensor, may_be_empty: bool) -> None:
@@ -188,8 +188,8 @@ def _read_mask(mask: Tensor | None, run: Tensor, past: Cache | None) -> tuple[Te
         )
     _check_real("attention_mask", mask)
     B, T = run.shape[:2]
-    held = 0 if past is None else past.get_seq_length()
-    goes_before = mask.ndim == 2 and held and len(mask) == B and mask.shape[1] > T
+    cached = 0 if past is None else past.get_seq_length()
+    goes_before = mask.ndim == 2 and cached and len(mask) == B and mask.shape[1] > T
     if not goes_before and mask.shape != (B, T):
         raise InputError(
             f"attention_mask has shape {tuple(mask.shape)} and the prompt {(B, T)}; they have to "
@@ -204,7 +204,7 @@ def _read_mask(mask: Tensor | None, run: Tensor, past: Cache | None) -> tuple[Te
                 f"attention_mask counts {before.tolist()} tokens before the new {T}, and "
                 f"past_key_values holds {lengths.tolist()}"
             )
-        return mask[:, -T:], held
+        return mask[:, -T:], cached
     if not bool(mask.any(dim=1).all()):
         raise InputError("attention_mask leaves a row without a single token")
     return mask, 0

@@ -222,13 +222,13 @@ class Rows:
             logits_to_keep=max(keep, 1),
             return_dict=True,
         )
-        kept: Tensor = output.logits[:, output.logits.shape[1] - keep :]
-        return kept.flatten(0, 1)
+        logits: Tensor = output.logits[:, output.logits.shape[1] - keep :]
+        return logits.flatten(0, 1)
 
     def _packed(self, ids: list[int], lengths: list[int], keeps: list[int]) -> Tensor:
         device = self.model.device
         ends = list(accumulate(lengths, initial=0))
-        kept = [
+        positions = [
             token
             for end, keep in zip(ends[1:], keeps, strict=True)
             for token in range(end - keep, end)
@@ -240,11 +240,11 @@ class Rows:
             past_key_values=self.cache,
             use_cache=True,
             # Of no tokens at all, logits are not made.
-            logits_to_keep=sent(kept or [0], torch.long, device),
+            logits_to_keep=sent(positions or [0], torch.long, device),
             return_dict=True,
         )
         logits: Tensor = output.logits[0]
-        return logits[: len(kept)]
+        return logits[: len(positions)]
 
 
 def _is_step(piece: Piece) -> bool:

@@ -164,7 +164,7 @@ class Sequence:
             if self.finished:
                 break
             self.take(token)
-        self.drafting.taken(len(self.ids) - before, checked.kept[0])
+        self.drafting.taken(len(self.ids) - before, checked.accepted[0])
 
     def take(self, token: int) -> None:
         """Append a token, stream it, and check whether the sequence ends."""
@@ -207,7 +207,7 @@ class Sequence:
         """Request the end, from any thread; the engine's thread carries it out."""
         self._cancelled = True
 
-    def settle(self) -> None:
+    def apply_cancellation(self) -> None:
         """Carry out a requested end; engines call this before a step and on removal."""
         if self._cancelled and self.finish_reason is None:
             self._finish("cancelled")

@@ -30,8 +30,8 @@ def does_not_fit(
         cache.reset()
     empty_caches()
     nbits = config.cache.bits if config.cache.kind == "quantized" else None
-    there, each = free_memory(model.device), _bytes_of(model, tokens, nbits)
-    fits = "" if each is None else _fitting(rows, tokens, each, int(SHARE * there))
+    free, nbytes = free_memory(model.device), _bytes_of(model, tokens, nbits)
+    fits = "" if nbytes is None else _fitting(rows, tokens, nbytes, int(SHARE * free))
     return DoesNotFitError(
         f"there was not enough memory for {rows} rows of {tokens:,} tokens{fits}; give fewer rows "
         "at once or fewer max_new_tokens, read prompts in pieces (prefill_chunk_size), or keep "
@@ -39,12 +39,12 @@ def does_not_fit(
     )
 
 
-def _fitting(rows: int, tokens: int, each: int, there: int) -> str:
-    most, may = there // each, f"{there / 1e9:.3g} GB that caches may take beside the model"
+def _fitting(rows: int, tokens: int, nbytes: int, free: int) -> str:
+    most, may = free // nbytes, f"{free / 1e9:.3g} GB that caches may take beside the model"
     if most < rows:
-        own = f"the cache of each takes {each / 1e9:.3g} GB in the end"
+        own = f"the cache of each takes {nbytes / 1e9:.3g} GB in the end"
         return f": {own}, and of {may}, about {most:,} such rows fit"
-    taken = f"their caches take {rows * each / 1e9:.3g} of {may}"
+    taken = f"their caches take {rows * nbytes / 1e9:.3g} of {may}"
     return f": {taken}, so that it was the prompt that took the rest"
 
 

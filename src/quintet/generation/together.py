@@ -20,12 +20,12 @@ def check_alike(agreement: Agreement, given: Arguments, config: GenerationConfig
         DisagreementError: they were not.
     """
     past = given.past_key_values
-    held: object = None
+    cached: object = None
     if isinstance(past, Cache):
-        held = type(past).__name__, past.get_seq_length()
+        cached = type(past).__name__, past.get_seq_length()
     elif past:
-        held = [tuple(x.shape) for layer in past for x in layer if isinstance(x, Tensor)]
-    own = {"past_key_values": held, "model.generation_config": config}
+        cached = [tuple(x.shape) for layer in past for x in layer if isinstance(x, Tensor)]
+    own = {"past_key_values": cached, "model.generation_config": config}
     agreement.check_same({**given.shared(), **own})
 
 
@@ -50,8 +50,8 @@ def check_together(config: GenerationConfig, *, agrees: bool, exchanges: bool) -
             "each process weighs by its own heads, and nobody has all of them",
         ),
     }
-    for name, (asked, why) in reasons.items():
-        if asked:
+    for name, (requested, why) in reasons.items():
+        if requested:
             raise InputError(
                 f"{name} cannot be used where several processes hold the model: {why}; leave it "
                 "out, or load the model in one process"

@@ -31,12 +31,12 @@ class Rule:
 
 def learn(*tensors: Tensor | None) -> bool:
     """Return whether a tensor requires a gradient and kernels can compute it."""
-    there = [x for x in tensors if x is not None]
-    if not torch.is_grad_enabled() or not any(x.requires_grad for x in there):
+    given = [x for x in tensors if x is not None]
+    if not torch.is_grad_enabled() or not any(x.requires_grad for x in given):
         return False
     if recorded() or transformed():
         return False
-    plain = all(type(x) in PLAIN and x.is_cpu and x.dtype in FLOATS for x in there)
+    plain = all(type(x) in PLAIN and x.is_cpu and x.dtype in FLOATS for x in given)
     return plain and available()
 
 
@@ -52,8 +52,8 @@ class _KeepingInputs(torch.autograd.Function):
     def forward(ctx: Any, rule: Rule, *inputs: Tensor | None) -> Tensor:
         ctx.rule = rule
         ctx.save_for_backward(*inputs)
-        made = rule.compute(*inputs)
-        return rule.formula(*inputs) if made is None else made
+        output = rule.compute(*inputs)
+        return rule.formula(*inputs) if output is None else output
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
@@ -63,7 +63,9 @@ class _KeepingInputs(torch.autograd.Function):
         if found is None:
             return None, *derived(ctx.rule.formula, inputs, grad, needed)
         pairs = zip(found, inputs, needed, strict=True)
-        return None, *(x.to(of.dtype) if x is not None and need else None for x, of, need in pairs)
+        return None, *(
+            x.to(source.dtype) if x is not None and need else None for x, source, need in pairs
+        )
 
 
 def derived(

@@ -65,9 +65,11 @@ def sdpa(
         if own is not None:
             return own, None
     if not mask.custom and not dropout:
-        made = attend_in_one_pass((q,), (k,), v, start=mask.start, window=mask.window, scale=scale)
-        if made is not None:
-            return made, None
+        output = attend_in_one_pass(
+            (q,), (k,), v, start=mask.start, window=mask.window, scale=scale
+        )
+        if output is not None:
+            return output, None
     if mask.is_causal and not dropout and attends_learning(q, k, v):
         return attend_learning(q, k, v, scale), None
     if mask.is_causal and not dropout and in_blocks(q):

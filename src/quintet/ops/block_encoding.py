@@ -14,8 +14,8 @@ def encode_blocks(weight: Tensor, kind: BlockType) -> Tensor:
     if kind.name in _PLAIN:
         return weight.to(_PLAIN[kind.name]).contiguous().view(torch.uint8)
     blocks = weight.to(torch.float32).reshape(-1, kind.weights)
-    made = _q8_0(blocks) if kind.name == "Q8_0" else _q4_0(blocks)
-    return made.reshape(*weight.shape[:-1], weight.shape[-1] // kind.weights * kind.nbytes)
+    encoded = _q8_0(blocks) if kind.name == "Q8_0" else _q4_0(blocks)
+    return encoded.reshape(*weight.shape[:-1], weight.shape[-1] // kind.weights * kind.nbytes)
 
 
 def _q8_0(x: Tensor) -> Tensor:

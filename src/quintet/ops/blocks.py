@@ -45,14 +45,14 @@ def _nibbles(b: Tensor) -> Tensor:
 
 def _shifts(b: Tensor, steps: int, bits: int) -> Tensor:
     """Extract `bits` bits of each byte at 0, bits, 2·bits …: (N, …, n) -> (N, …, steps, n)."""
-    by = torch.arange(0, steps * bits, bits, dtype=torch.uint8, device=b.device)
-    return ((b.unsqueeze(-2) >> by.unsqueeze(-1)) & ((1 << bits) - 1)).view(torch.int8)
+    shifts = torch.arange(0, steps * bits, bits, dtype=torch.uint8, device=b.device)
+    return ((b.unsqueeze(-2) >> shifts.unsqueeze(-1)) & ((1 << bits) - 1)).view(torch.int8)
 
 
 def _fifth_bits(b: Tensor, at: int) -> Tensor:
     """Return 16 · bit j of the four bytes from `at` on for weight j, (N, 32)."""
-    by = torch.arange(8, dtype=torch.uint8, device=b.device)
-    return (((b[:, at : at + 4, None] >> by) & 1) << 4).flatten(1).view(torch.int8)
+    shifts = torch.arange(8, dtype=torch.uint8, device=b.device)
+    return (((b[:, at : at + 4, None] >> shifts) & 1) << 4).flatten(1).view(torch.int8)
 
 
 def _q8_0(b: Tensor) -> Split:

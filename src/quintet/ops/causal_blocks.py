@@ -67,9 +67,11 @@ class _CausalBlocks(torch.autograd.Function):
         start = 0
         for weight in weights:
             end = start + weight.shape[1]
-            here = grad[:, start:end]
-            for_v[:, :end] += weight.mT @ here
-            moved = torch._softmax_backward_data(here @ v[:, :end].mT, weight, -1, weight.dtype)
+            block_grad = grad[:, start:end]
+            for_v[:, :end] += weight.mT @ block_grad
+            moved = torch._softmax_backward_data(
+                block_grad @ v[:, :end].mT, weight, -1, weight.dtype
+            )
             for_q[:, start:end] = moved @ k[:, :end]
             for_k[:, :end] += moved.mT @ q[:, start:end]
             start = end

@@ -51,21 +51,21 @@ class _Attention(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, how: How, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        made = attend_texts(q, k, v, *how)
+        attended = attend_texts(q, k, v, *how)
         ctx.how = how
-        if made is None:
+        if attended is None:
             ctx.save_for_backward(q, k, v)
             return _by_formula(q, k, v, how=how)
-        ctx.save_for_backward(q, k, v, *made)
-        return made[0]
+        ctx.save_for_backward(q, k, v, *attended)
+        return attended[0]
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        q, k, v, *made = ctx.saved_tensors
+        q, k, v, *saved = ctx.saved_tensors
         needed = ctx.needs_input_grad[1:]
         # Where a gradient of the gradient is asked for, the formula is recorded.
-        if made and not torch.is_grad_enabled():
-            out, logs = made
+        if saved and not torch.is_grad_enabled():
+            out, logs = saved
             found = attend_texts_gradient(grad, out, logs, q, k, v, *ctx.how)
             if found is not None:
                 return None, *(x if need else None for x, need in zip(found, needed, strict=True))

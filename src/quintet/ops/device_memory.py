@@ -39,4 +39,4 @@ def is_shortage(error: BaseException) -> bool:
     """Return whether an error is an out-of-memory error of any device."""
     if isinstance(error, MemoryError | torch.OutOfMemoryError):
         return True
-    return isinstance(error, RuntimeError) and any(said in str(error) for said in SAID)
+    return isinstance(error, RuntimeError) and any(phrase in str(error) for phrase in SAID)

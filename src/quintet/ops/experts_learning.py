@@ -38,14 +38,14 @@ class _Experts(torch.autograd.Function):
     ) -> Tensor:
         order, counts = _by_expert(indices, len(gate_up))
         step = ROWS if x.dtype.itemsize == 2 else 1
-        spans = list(_each(counts, step))
+        spans = list(_padded_choices(counts, step))
         inside = x.new_empty(spans[-1][1].stop, gate_up.shape[1])
         out = _zeros(x)
         shares = weights.flatten()[order, None]
         for expert, (rows, places) in enumerate(spans):
-            tokens, made = order[rows] // indices.shape[1], inside[places]
-            torch.mm(_taken(x, tokens, len(made)), gate_up[expert].T, out=made)
-            hidden = _gated(made) * _taken(shares, rows, len(made))
+            tokens, projected = order[rows] // indices.shape[1], inside[places]
+            torch.mm(_taken(x, tokens, len(projected)), gate_up[expert].T, out=projected)
+            hidden = _gated(projected) * _taken(shares, rows, len(projected))
             added = hidden.to(x.dtype) @ down[expert].T
             out.index_add_(0, tokens, added[: len(tokens)].to(out.dtype))
         ctx.save_for_backward(indices, weights, x, gate_up, down, inside, order)
@@ -72,14 +72,14 @@ class _Experts(torch.autograd.Function):
             if not n:
                 for_gate_up[expert], for_down[expert] = 0, 0
                 continue
-            tokens, made = order[rows] // indices.shape[1], inside[places]
-            here, given = (_taken(y, tokens, len(made)) for y in (grad, x))
-            share = _taken(shares, rows, len(made))
-            hidden = _gated(made)
-            back = here @ down[expert]
+            tokens, projected = order[rows] // indices.shape[1], inside[places]
+            expert_grad, given = (_taken(y, tokens, len(projected)) for y in (grad, x))
+            share = _taken(shares, rows, len(projected))
+            hidden = _gated(projected)
+            back = expert_grad @ down[expert]
             for_shares[rows] = (back * hidden)[:n].sum(dim=-1, dtype=for_x.dtype)
-            torch.mm(here.T, (hidden * share).to(x.dtype), out=for_down[expert])
-            through = _gated_gradient((back * share).to(x.dtype), made)
+            torch.mm(expert_grad.T, (hidden * share).to(x.dtype), out=for_down[expert])
+            through = _gated_gradient((back * share).to(x.dtype), projected)
             torch.mm(through.T, given, out=for_gate_up[expert])
             for_x.index_add_(0, tokens, (through @ gate_up[expert])[:n].to(for_x.dtype))
         for_weights = torch.empty_like(for_shares).scatter_(0, order, for_shares)
@@ -106,8 +106,8 @@ def _by_formula(
 
 def _gated(gate_up: Tensor) -> Tensor:
     gate, up = gate_up.chunk(2, dim=-1)
-    made = silu_mul(gate, up)
-    return F.silu(gate) * up if made is None else made
+    output = silu_mul(gate, up)
+    return F.silu(gate) * up if output is None else output
 
 
 def _gated_gradient(grad: Tensor, gate_up: Tensor) -> Tensor:
@@ -119,7 +119,7 @@ def _gated_gradient(grad: Tensor, gate_up: Tensor) -> Tensor:
     return torch.cat(found, dim=-1)
 
 
-def _each(counts: list[int], step: int) -> Iterator[tuple[slice, slice]]:
+def _padded_choices(counts: list[int], step: int) -> Iterator[tuple[slice, slice]]:
     """Yield each expert's choices, padded to a multiple of `step` rows."""
     start = place = 0
     for count in counts:

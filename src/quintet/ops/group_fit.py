@@ -92,8 +92,8 @@ class _Fit(NamedTuple):
 
     def error(self, band: Tensor, counts: Tensor) -> Tensor:
         """Return Σ counts · error² of each group."""
-        made = self.levels * self.scale + self.offset
-        return (counts * (made - band).square_()).sum(-1, keepdim=True)
+        decoded = self.levels * self.scale + self.offset
+        return (counts * (decoded - band).square_()).sum(-1, keepdim=True)
 
 
 class _Ladder:
@@ -186,9 +186,9 @@ class _Ladder:
         x, sum_q = (counts * band).sum(-1, keepdim=True), wq.sum(-1, keepdim=True)
         # Of numbers that are nearly alike nothing can be told.
         det = one * qq - sum_q.square()
-        told = det > 1e-6 * one * qq
-        scale = torch.where(told, (one * xq - sum_q * x) / det, fit.scale)
-        offset = torch.where(told, (qq * x - sum_q * xq) / det, fit.offset)
+        solvable = det > 1e-6 * one * qq
+        scale = torch.where(solvable, (one * xq - sum_q * x) / det, fit.scale)
+        offset = torch.where(solvable, (qq * x - sum_q * xq) / det, fit.offset)
         return self._stored(scale), self._stored(offset)
 
     def _stored(self, values: Tensor) -> Tensor:

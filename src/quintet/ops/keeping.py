@@ -42,7 +42,7 @@ def rotate_and_keep(
     n, page = len(pages.starts), memory[0].shape[2]
     sequence, slot = pages.of_tokens(len(q))
     number, place = pages.place(sequence.clamp(max=n - 1), slot, page)
-    there = (sequence < n) & (number >= 0)
+    real = (sequence < n) & (number >= 0)
     parts = tuple(x.transpose(0, 1)[None] for x in (q, k))
     turned, keys = (
         x[0].transpose(0, 1)
@@ -50,8 +50,8 @@ def rotate_and_keep(
     )
     if norm is not None:
         other = rms_norm.definition(other, *norm)
-    for held, new in zip(memory, (keys, other), strict=True):
-        held[number[there], :, place[there]] = new[there]
+    for buffer, new in zip(memory, (keys, other), strict=True):
+        buffer[number[real], :, place[real]] = new[real]
     return turned
 
 

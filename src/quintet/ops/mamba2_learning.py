@@ -55,8 +55,8 @@ def _stepwise(how: How, projected: Tensor, *learned: Tensor | None) -> Tensor:
 
 
 def _compute(how: How, projected: Tensor, *learned: Tensor | None) -> Tensor | None:
-    made = mix_texts(projected.float().contiguous(), _wide(learned), **how._asdict())
-    return None if made is None else made.to(projected.dtype)
+    mixed = mix_texts(projected.float().contiguous(), _wide(learned), **how._asdict())
+    return None if mixed is None else mixed.to(projected.dtype)
 
 
 def _derive(

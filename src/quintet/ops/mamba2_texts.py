@@ -41,8 +41,8 @@ def mix_texts(
     place = (token - texts.ends[text]).long()
     padded = projected.new_zeros(n, texts.most, projected.shape[1])
     padded[text, place] = projected
-    before, held = (None if x is None else _read(x, texts) for x in (window, state))
-    mixed = mix_stepwise(padded, weights, before, held, counts.long(), chunk_size=64)
+    before, initial = (None if x is None else _read(x, texts) for x in (window, state))
+    mixed = mix_stepwise(padded, weights, before, initial, counts.long(), chunk_size=64)
     for memory, new in ((window, mixed.window), (state, mixed.state)):
         if memory is not None:
             _write(memory, new, texts)
@@ -53,8 +53,8 @@ def _read(memory: Tensor, texts: Texts) -> Tensor:
     """Read each text's memory (n, ...), zeros where it has none."""
     if texts.rows is None:
         return memory[: texts.n].clone()
-    held = memory[texts.rows.clamp(min=0)]
-    return torch.where((texts.rows >= 0).view(-1, *[1] * (held.ndim - 1)), held, 0)
+    stored = memory[texts.rows.clamp(min=0)]
+    return torch.where((texts.rows >= 0).view(-1, *[1] * (stored.ndim - 1)), stored, 0)
 
 
 def _write(memory: Tensor, new: Tensor, texts: Texts) -> None:
@@ -67,5 +67,5 @@ def _write(memory: Tensor, new: Tensor, texts: Texts) -> None:
     holds = torch.full((R + 1,), -1, dtype=torch.long, device=memory.device)
     which = torch.arange(texts.n, dtype=torch.long, device=memory.device)
     holds[torch.where(texts.rows < 0, R, texts.rows)] = which
-    there = (holds[:R] >= 0).view(-1, *[1] * (memory.ndim - 1))
-    memory.copy_(torch.where(there, new[holds[:R].clamp(min=0)], memory))
+    writes = (holds[:R] >= 0).view(-1, *[1] * (memory.ndim - 1))
+    memory.copy_(torch.where(writes, new[holds[:R].clamp(min=0)], memory))

@@ -88,13 +88,13 @@ def latent_attention(
             q_nope, q_pe, c_kv, k_pe, expand, mask, attend=attend, scale=scale, dropout=dropout
         )
     if mask.pages is not None and attend is sdpa and not dropout:
-        made = _absorbed_rows(q_nope, q_pe, c_kv, k_pe, w_kv, mask, scale=scale)
-        if made is not None:
-            return made, None
+        output = _absorbed_rows(q_nope, q_pe, c_kv, k_pe, w_kv, mask, scale=scale)
+        if output is not None:
+            return output, None
     if attend is not eager and not mask.custom and not dropout:
-        made = attend_latents(q_nope, q_pe, c_kv, k_pe, w_kv, start=mask.start, scale=scale)
-        if made is not None:
-            return made, None
+        output = attend_latents(q_nope, q_pe, c_kv, k_pe, w_kv, start=mask.start, scale=scale)
+        if output is not None:
+            return output, None
     out, weights = absorbed(q_nope, q_pe, c_kv, k_pe, w_kv, mask, scale=scale, dropout=dropout)
     # Only `eager` promises weights; holding them for all layers would cost memory.
     return out, weights if attend is eager else None
@@ -132,11 +132,11 @@ def expanded(
     k_nope, v = _keys_and_values(q_nope, c_kv, expand)
     if attend is sdpa and not mask.custom and not dropout:
         q_parts, k_parts = (q_nope, q_pe), (k_nope, k_pe[:, None])
-        made = attend_in_one_pass(
+        output = attend_in_one_pass(
             q_parts, k_parts, v, start=mask.start, window=mask.window, scale=scale
         )
-        if made is not None:
-            return made, None
+        if output is not None:
+            return output, None
     q, k = _joined(q_nope, q_pe, k_nope, k_pe)
     if attend is sdpa and mask.is_causal and not dropout and attends_learning(q, k, v):
         return attend_learning(q, k, v, scale), None

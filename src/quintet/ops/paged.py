@@ -40,8 +40,8 @@ def attend_pages(
     within = (slots - pages.starts[index.clamp(max=n - 1)]).clamp(max=T - 1)
     at = torch.zeros(n + 1, T, dtype=torch.long, device=slots.device)
     at[index, within] = slots
-    keys = [_kept(x, pages, q[0].dtype).to(wide) for x in k]
-    values = keys[0] if v is None else _kept(v, pages, q[0].dtype).to(wide)
+    keys = [_gather(x, pages, q[0].dtype).to(wide) for x in k]
+    values = keys[0] if v is None else _gather(v, pages, q[0].dtype).to(wide)
     scores = torch.zeros(n, H, T, pages.longest, dtype=wide, device=slots.device)
     for of_q, of_k in zip(q, keys, strict=True):
         padded = of_q.new_zeros(n + 1, T, *of_q.shape[1:], dtype=wide)
@@ -52,11 +52,11 @@ def attend_pages(
     seen = slot <= at[:n, :, None]  # (n, T, S)
     if window is not None:
         seen &= slot > at[:n, :, None] - window
-    seen &= _there(pages, slot, _page(k[0]))[:, None]
+    seen &= _filled(pages, slot, _page(k[0]))[:, None]
     scores = (scores * scale).masked_fill(~seen[:, None], torch.finfo(wide).min)
     weights = scores.softmax(dim=-1) * seen[:, None]
-    made = weights @ values.repeat_interleave(H // values.shape[1], dim=1)  # (n, H, T, Dv)
-    own = made.transpose(1, 2)[index.clamp(max=n - 1), within]
+    output = weights @ values.repeat_interleave(H // values.shape[1], dim=1)  # (n, H, T, Dv)
+    own = output.transpose(1, 2)[index.clamp(max=n - 1), within]
     return (own * (index < n)[:, None, None]).to(q[0].dtype)
 
 
@@ -78,8 +78,8 @@ def attend_rows(
     assert mask.pages is not None
     B, _, T, _ = q[0].shape
     flat = tuple(x.transpose(1, 2).flatten(0, 1) for x in q)
-    made = attend_pages.by_backend(flat, k, v, mask.pages, window=mask.window, scale=scale)
-    return None if made is None else torch.unflatten(made, 0, (B, T)).transpose(1, 2)
+    output = attend_pages.by_backend(flat, k, v, mask.pages, window=mask.window, scale=scale)
+    return None if output is None else torch.unflatten(output, 0, (B, T)).transpose(1, 2)
 
 
 def attend_packed(
@@ -91,33 +91,33 @@ def attend_packed(
     """
     B, _, T, _ = q.shape
     flat = q.transpose(1, 2).flatten(0, 1)
-    made = attend_pages.by_backend((flat,), (k,), v, pages, window=window, scale=scale)
-    return None if made is None else torch.unflatten(made, 0, (B, T)).transpose(1, 2)
+    output = attend_pages.by_backend((flat,), (k,), v, pages, window=window, scale=scale)
+    return None if output is None else torch.unflatten(output, 0, (B, T)).transpose(1, 2)
 
 
 def _page(memory: Memory) -> int:
     return (memory.codes if isinstance(memory, Coded) else memory).shape[2]
 
 
-def _there(pages: Pages, slot: Tensor, page: int) -> Tensor:
+def _filled(pages: Pages, slot: Tensor, page: int) -> Tensor:
     """Return which slots of each sequence are filled, (n, S)."""
     counts = pages.ends.diff()
-    held = slot < (pages.starts + counts)[:, None]
+    filled = slot < (pages.starts + counts)[:, None]
     if pages.table is None:
-        return held
+        return filled
     sequence = torch.arange(len(counts), dtype=torch.long, device=slot.device)[:, None]
     number, _ = pages.place(sequence, slot[None], page)
-    return held & (number >= 0)
+    return filled & (number >= 0)
 
 
-def _kept(memory: Memory, pages: Pages, dtype: torch.dtype) -> Tensor:
+def _gather(memory: Memory, pages: Pages, dtype: torch.dtype) -> Tensor:
     """Gather (n, K, S, D) from the pages, zeros where nothing is kept."""
     if isinstance(memory, Coded):
         memory = VectorCode(memory.bits).decode(memory.codes, memory.scales, dtype)
     slot = torch.arange(pages.longest, dtype=torch.long, device=memory.device)
     sequence = torch.arange(len(pages.starts), dtype=torch.long, device=memory.device)[:, None]
     number, place = pages.place(sequence, slot[None], memory.shape[2])
-    held = memory[number.clamp(min=0), :, place.clamp(max=memory.shape[2] - 1)]  # (n, S, K, D)
-    there = _there(pages, slot, memory.shape[2])[:, :, None, None]
+    gathered = memory[number.clamp(min=0), :, place.clamp(max=memory.shape[2] - 1)]  # (n, S, K, D)
+    filled = _filled(pages, slot, memory.shape[2])[:, :, None, None]
     # Memory that nobody wrote may hold anything, and a weight of 0 times NaN would still be NaN.
-    return torch.where(there, held, 0).transpose(1, 2)
+    return torch.where(filled, gathered, 0).transpose(1, 2)

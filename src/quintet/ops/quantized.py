@@ -67,14 +67,17 @@ def decode(matrix: Matrix, columns: int, dtype: torch.dtype) -> Tensor:
     assert scale is not None
     if scale.ndim < weight.ndim:
         scale = scale.unsqueeze(-1)
-    made = weight.new_empty((*weight.shape[:-1], columns), dtype=dtype)
+    decoded = weight.new_empty((*weight.shape[:-1], columns), dtype=dtype)
     offsets = None if offset is None else bands(_rows(offset), columns)
-    for rows, to, by in zip(
-        bands(_rows(weight), columns), bands(_rows(made)), bands(_rows(scale), columns), strict=True
+    for rows, to, row_scale in zip(
+        bands(_rows(weight), columns),
+        bands(_rows(decoded)),
+        bands(_rows(scale), columns),
+        strict=True,
     ):
         more = None if offsets is None else next(offsets)
-        to.copy_(widen_groups(rows, by, more, columns, iq4=iq4))
-    return made
+        to.copy_(widen_groups(rows, row_scale, more, columns, iq4=iq4))
+    return decoded
 
 
 def int8_linear(x: Tensor, q: Tensor, scale: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -112,8 +115,8 @@ def quantize_int4(weight: Tensor) -> tuple[Tensor, Tensor]:
         extreme = band.gather(-1, band.abs().argmax(-1, keepdim=True))
         scales.copy_(extreme.squeeze(-1) / -8)
         # Rounded with the scale as it is stored.
-        by = _divisor(scales.to(torch.float32).unsqueeze(-1))
-        levels = (band / by).round_().clamp_(-8, 7).add_(8).to(torch.uint8)
+        divisor = _divisor(scales.to(torch.float32).unsqueeze(-1))
+        levels = (band / divisor).round_().clamp_(-8, 7).add_(8).to(torch.uint8)
         to.copy_(pack_numbers(levels.flatten(-2)))
     return packed, scale
 

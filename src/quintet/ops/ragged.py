@@ -99,35 +99,35 @@ def padding_of(mask: Tensor) -> Padding | None:
 
     A program that is recorded serves any mask of a shape, so it computes the padding too.
     """
-    kept = mask.to(torch.bool)
+    real = mask.to(torch.bool)
     if recorded() or batched():
         return ragged(mask)
-    index = kept.flatten().nonzero().flatten()
-    if len(index) == kept.numel():
+    index = real.flatten().nonzero().flatten()
+    if len(index) == real.numel():
         return None
     if not len(index):
         return ragged(mask)
-    return Unpadded(tuple(kept.sum(dim=1).tolist()), index, (kept.shape[0], kept.shape[1]))
+    return Unpadded(tuple(real.sum(dim=1).tolist()), index, (real.shape[0], real.shape[1]))
 
 
 def ragged(mask: Tensor) -> Ragged | None:
     """Read a padding mask (B, T); None without padding."""
-    kept = mask.to(torch.bool)
-    if not (recorded() or batched()) and bool(kept.all()):
+    real = mask.to(torch.bool)
+    if not (recorded() or batched()) and bool(real.all()):
         return None
     T = mask.shape[1]
     places = torch.arange(T, dtype=torch.long, device=mask.device)
     # Numbers of their own, as exporters know no stable sort.
-    order = torch.argsort(places + T * ~kept, dim=1)
-    return Ragged(kept.sum(dim=1), order, torch.argsort(order, dim=1))
+    order = torch.argsort(places + T * ~real, dim=1)
+    return Ragged(real.sum(dim=1), order, torch.argsort(order, dim=1))
 
 
 def keys_in_columns(weights: Tensor, mask: Tensor) -> Tensor:
     """Move attention weights (B, H, T, S) from slots to the columns of a mask (B, W)."""
-    kept = mask.to(torch.bool)
-    slots = (kept.cumsum(dim=1) - 1).clamp(min=0, max=weights.shape[-1] - 1)
+    real = mask.to(torch.bool)
+    slots = (real.cumsum(dim=1) - 1).clamp(min=0, max=weights.shape[-1] - 1)
     index = slots[:, None, None].expand(*weights.shape[:3], -1)
-    return weights.gather(-1, index) * kept[:, None, None]
+    return weights.gather(-1, index) * real[:, None, None]
 
 
 def _take(x: Tensor, index: Tensor) -> Tensor:

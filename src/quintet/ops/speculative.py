@@ -35,10 +35,10 @@ def keep_sampled(
     if not K:
         return [0] * len(p), p[:, 0]
     of_draft = p[:, :K].gather(2, drafted[..., None])[..., 0]
-    kept = u < of_draft if q is None else u * q.gather(2, drafted[..., None])[..., 0] < of_draft
-    n = [_run(row, count) for row, count in zip(kept.tolist(), counts, strict=True)]
+    accepted = u < of_draft if q is None else u * q.gather(2, drafted[..., None])[..., 0] < of_draft
+    n = [_run(row, count) for row, count in zip(accepted.tolist(), counts, strict=True)]
     next_p = _at(p, n)
-    rejected = [kept < count for kept, count in zip(n, counts, strict=True)]
+    rejected = [accepted < count for accepted, count in zip(n, counts, strict=True)]
     if any(rejected):
         places = [min(place, K - 1) for place in n]
         rest = residual(next_p, _at(drafted, places), None if q is None else _at(q, places))
@@ -62,6 +62,6 @@ def _at(x: Tensor, places: Sequence[int]) -> Tensor:
     return x[rows, torch.tensor(places, dtype=torch.long, device=x.device)]
 
 
-def _run(kept: Sequence[bool], count: int) -> int:
+def _run(accepted: Sequence[bool], count: int) -> int:
     """Return how many of the first `count` are accepted before a rejection."""
-    return next((place for place in range(count) if not kept[place]), count)
+    return next((place for place in range(count) if not accepted[place]), count)

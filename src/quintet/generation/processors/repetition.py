@@ -85,15 +85,15 @@ class EncoderRepetitionPenaltyLogitsProcessor(LogitsProcessor):
         columns = torch.arange(
             encoder_input_ids.shape[1], device=encoder_input_ids.device, dtype=torch.long
         )
-        self.kept = None if padding is None else columns >= padding[:, None]
+        self.real = None if padding is None else columns >= padding[:, None]
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
         copies = scores.shape[0] // self.encoder_input_ids.shape[0]
         ids = self.encoder_input_ids.repeat_interleave(copies, dim=0).to(scores.device)
-        kept = None
-        if self.kept is not None:
-            kept = self.kept.repeat_interleave(copies, dim=0).to(scores.device)
-        return penalise_repetition(scores, ids, kept, self.penalty)
+        real = None
+        if self.real is not None:
+            real = self.real.repeat_interleave(copies, dim=0).to(scores.device)
+        return penalise_repetition(scores, ids, real, self.penalty)
 
 
 class NoRepeatNGramLogitsProcessor(LogitsProcessor):

@@ -80,11 +80,11 @@ class Schedule:
         """Begin with this many rows."""
         self.rows = [self.tokens] * B
 
-    def learn(self, drafted: Sequence[int], kept: Sequence[int]) -> None:
+    def learn(self, drafted: Sequence[int], accepted: Sequence[int]) -> None:
         """Learn the numbers of drafted and accepted tokens per row."""
         if self.name == "constant":
             return
-        for row, (count, stayed) in enumerate(zip(drafted, kept, strict=True)):
+        for row, (count, stayed) in enumerate(zip(drafted, accepted, strict=True)):
             if count:
                 change = 2 if stayed == count else -1
                 self.rows[row] = max(1, self.rows[row] + change)
@@ -232,8 +232,8 @@ class DraftWriter:
             sure = (p.gather(1, token[:, None])[:, 0] >= self.threshold).tolist()
             most = len(self.tokens) + 1
             self._counts = [
-                count if goes else min(count, most)
-                for count, goes in zip(self._counts, sure, strict=True)
+                count if confident else min(count, most)
+                for count, confident in zip(self._counts, sure, strict=True)
             ]
         return token
 

@@ -21,13 +21,13 @@ class Checked:
 
     Attributes:
         tokens: of each row, what holds of its draft and the token behind it.
-        kept: how many of each row's draft hold.
+        accepted: how many of each row's draft hold.
         scores: (B, K + 1, V) that they were taken by.
         best: the largest of them, of each row and place.
     """
 
     tokens: list[list[int]]
-    kept: list[int]
+    accepted: list[int]
     scores: Tensor
     best: list[list[float]]
 
@@ -66,7 +66,7 @@ def check_draft(
         p = scores.softmax(dim=-1)
         # The first number is what is always needed: the others are as many as the others draft.
         u = sampler.uniform(B, K + 1, p.device)
-        kept, rest = keep_sampled(p, draft.probabilities, draft.tokens, draft.counts, u[:, 1:])
+        accepted, rest = keep_sampled(p, draft.probabilities, draft.tokens, draft.counts, u[:, 1:])
         # Whether there is something to draw is asked later, of the tokens that are needed.
         none = torch.zeros(B, dtype=torch.bool, device="cpu")
         behind = sampler.draw(rest, u[:, :1], none).tolist()
@@ -74,10 +74,10 @@ def check_draft(
     else:
         best, chosen = likeliest(scores)
         own = chosen.tolist()
-        kept = keep_likeliest(own, drafted, draft.counts)
-        behind = [row[count] for row, count in zip(own, kept, strict=True)]
-    tokens = [[*drafted[row][: kept[row]], behind[row]] for row in range(B)]
-    return Checked(tokens, kept, scores, best.tolist())
+        accepted = keep_likeliest(own, drafted, draft.counts)
+        behind = [row[count] for row, count in zip(own, accepted, strict=True)]
+    tokens = [[*drafted[row][: accepted[row]], behind[row]] for row in range(B)]
+    return Checked(tokens, accepted, scores, best.tolist())
 
 
 def for_a_turn(sampler: Sampler, unfinished: Sequence[bool]) -> Sampler:
@@ -91,10 +91,10 @@ def for_a_turn(sampler: Sampler, unfinished: Sequence[bool]) -> Sampler:
     seeded.generators = [
         torch.Generator(g.device).manual_seed(
             int(torch.randint(2**63 - 1, (1,), device=g.device, generator=g, dtype=torch.long))
-            if goes
+            if active
             else 0
         )
-        for g, goes in zip(sampler.generators, unfinished, strict=True)
+        for g, active in zip(sampler.generators, unfinished, strict=True)
     ]
     return seeded
 
@@ -104,6 +104,6 @@ def _needed(sampler: Sampler, draft: Draft, unfinished: Sequence[bool]) -> Tenso
     if not sampler.reads_unfinished:
         return None
     device = draft.tokens.device
-    most = [count if goes else -1 for count, goes in zip(draft.counts, unfinished, strict=True)]
+    most = [count if active else -1 for count, active in zip(draft.counts, unfinished, strict=True)]
     places = torch.arange(draft.tokens.shape[1] + 1, device=device, dtype=torch.long)
     return places <= torch.tensor(most, device=device, dtype=torch.long)[:, None]

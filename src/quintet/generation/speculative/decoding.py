@@ -70,9 +70,9 @@ class _Speculating:
         while any(self.unfinished):
             draft = self._propose()
             text = _with(self.run.text, draft)
-            output, held = self._check(text, draft)
+            output, lengths = self._check(text, draft)
             counts = self._take(output, text, draft)
-            self._take_back(held, counts, draft.tokens.shape[1] + 1)
+            self._take_back(lengths, counts, draft.tokens.shape[1] + 1)
             self.drafter.accepted(counts)
         if self.run.forward.keeps_cache:
             self.drafter.finish(self.run.text)
@@ -88,8 +88,8 @@ class _Speculating:
         if cache is not None and capacity is not None:
             most = capacity - cache.get_seq_length() - 1
         wanted = [
-            max(0, min(asked, most, room - len(row) - 1)) if goes else 0
-            for asked, row, room, goes in zip(
+            max(0, min(most_drafts, most, room - len(row) - 1)) if active else 0
+            for most_drafts, row, room, active in zip(
                 self.schedule.rows, self.rows, self.room, self.unfinished, strict=True
             )
         ]
@@ -110,17 +110,17 @@ class _Speculating:
     def _check(self, text: TokenBuffer, draft: Draft) -> tuple[ForwardOutput, Tensor | None]:
         """Run the last token and the draft; return the cache lengths before."""
         forward, new = self.run.forward, draft.tokens.shape[1] + 1
-        held, device = None, draft.tokens.device
+        lengths, device = None, draft.tokens.device
         if forward.cache is not None and new > 1:
             if len(self.rows) > 1:
                 # A preallocated cache counts in place.
-                held = forward.cache.lengths(len(self.rows), device).clone()
+                lengths = forward.cache.lengths(len(self.rows), device).clone()
             forward.cache.snapshot()
-            self.before = forward.cache.get_seq_length() if held is None else held
+            self.before = forward.cache.get_seq_length() if lengths is None else lengths
         rows = None
         if not all(self.unfinished):
             rows = torch.tensor(self.unfinished, device=device, dtype=torch.bool)
-        return forward.step(text, rows, new=new, keep=new), held
+        return forward.step(text, rows, new=new, keep=new), lengths
 
     def _take(self, output: ForwardOutput, text: TokenBuffer, draft: Draft) -> list[int]:
         """Append each row's accepted draft and next token; return the counts."""
@@ -128,7 +128,7 @@ class _Speculating:
         if agreement is None:
             return self._turn(output, text, draft).counts
         scores, K = self.run.record.scores, draft.tokens.shape[1]
-        told = agreement.decided(
+        numbers = agreement.decided(
             lambda: self._turn(output, text, draft).numbers(self.unfinished), text.ids.device
         )
         if scores is not None:
@@ -136,9 +136,9 @@ class _Speculating:
             seen = self.checked if agreement.decides else output.logits.new_empty(shape).float()
             self.checked = agreement.broadcast(seen)
         if not agreement.decides:
-            turn, self.unfinished = _Turn.of_numbers(told)
+            turn, self.unfinished = _Turn.of_numbers(numbers)
             self._keep(turn, output, draft)
-        return told[:, 0].tolist()
+        return numbers[:, 0].tolist()
 
     def _turn(self, output: ForwardOutput, text: TokenBuffer, draft: Draft) -> "_Turn":
         """Verify a draft, append what is accepted, and find unfinished rows."""
@@ -150,9 +150,9 @@ class _Speculating:
         went_on = self.unfinished
         tokens = self._until_the_end(checked.tokens, checked.scores)
         checked.check_left([len(row) for row in tokens], [len(row) for row in self.rows])
-        asked = [n if goes else 0 for n, goes in zip(draft.counts, went_on, strict=True)]
-        kept = [n if goes else 0 for n, goes in zip(checked.kept, went_on, strict=True)]
-        turn = _Turn(tokens, asked, kept)
+        drafted = [n if active else 0 for n, active in zip(draft.counts, went_on, strict=True)]
+        accepted = [n if active else 0 for n, active in zip(checked.accepted, went_on, strict=True)]
+        turn = _Turn(tokens, drafted, accepted)
         self._keep(turn, output, draft)
         self._stream()
         return turn
@@ -163,14 +163,16 @@ class _Speculating:
         self._note(output, K + 1, turn.tokens)
         self.run.text.accept(turn.tokens)
         if K:
-            self.schedule.learn(turn.asked, turn.kept)
-            stayed = [min(k, t) for k, t in zip(turn.kept, turn.counts, strict=True)]
-            self.found.accepted.append(list(zip(turn.asked, stayed, strict=True)))
+            self.schedule.learn(turn.drafted, turn.accepted)
+            stayed = [min(k, t) for k, t in zip(turn.accepted, turn.counts, strict=True)]
+            self.found.accepted.append(list(zip(turn.drafted, stayed, strict=True)))
 
     def _until_the_end(self, tokens: list[list[int]], scores: Tensor) -> list[list[int]]:
         """Cut tokens behind a row's end, and mark finished rows."""
         run = self.run
-        tokens = [row if goes else [] for row, goes in zip(tokens, self.unfinished, strict=True)]
+        tokens = [
+            row if active else [] for row, active in zip(tokens, self.unfinished, strict=True)
+        ]
         met = self._criteria(tokens, scores) if run.stopping.criteria else None
         unfinished = []
         for index, row in enumerate(tokens):
@@ -195,13 +197,13 @@ class _Speculating:
             met.append(self.run.stopping.criteria(text.ids, seen, text.padding).tolist())
         return met
 
-    def _take_back(self, held: Tensor | None, counts: list[int], ran: int) -> None:
+    def _take_back(self, lengths: Tensor | None, counts: list[int], ran: int) -> None:
         """Remove rejected drafts from the cache."""
         cache = self.run.forward.cache
         if cache is None or ran == 1:
             return
-        if held is not None:
-            cache.crop(held + torch.tensor(counts, device=held.device, dtype=torch.long))
+        if lengths is not None:
+            cache.crop(lengths + torch.tensor(counts, device=lengths.device, dtype=torch.long))
         elif ran > counts[0]:
             cache.crop(counts[0] - ran)
         self.before = None
@@ -220,8 +222,8 @@ class _Speculating:
                 self.logits[index] += output.logits[index, -K:].float()[: len(row)].unbind(0)
         if output.attentions is None and output.hidden_states is None:
             return
-        kept = [output] if first else [output.at(place, K) for place in range(len(tokens[0]))]
-        for one in kept:
+        outputs = [output] if first else [output.at(place, K) for place in range(len(tokens[0]))]
+        for one in outputs:
             if record.attentions is not None and one.attentions is not None:
                 record.attentions.append(one.attentions)
             if record.hidden_states is not None and one.hidden_states is not None:
@@ -238,7 +240,7 @@ class _Speculating:
         """Stream the columns that all rows have."""
         if self.run.streamer is None:
             return
-        going = [len(row) for row, goes in zip(self.rows, self.unfinished, strict=True) if goes]
+        going = [len(row) for row, active in zip(self.rows, self.unfinished, strict=True) if active]
         ready = min(going) if going else max(len(row) for row in self.rows)
         for column in range(self.streamed, ready):
             tokens = [row[column] if column < len(row) else self.run.pad for row in self.rows]
@@ -250,8 +252,8 @@ class _Speculating:
         run, longest = self.run, max(len(row) for row in self.rows)
         output = [row + [run.pad] * (longest - len(row)) for row in self.rows]
         ids = self.prompt.ids
-        made = torch.tensor(output, device=ids.device, dtype=torch.long)
-        run.text = TokenBuffer(torch.cat((ids, made), dim=1), self.prompt.padding)
+        new_ids = torch.tensor(output, device=ids.device, dtype=torch.long)
+        run.text = TokenBuffer(torch.cat((ids, new_ids), dim=1), self.prompt.padding)
         if run.record.scores is not None:
             run.record.scores = _columns(self.scores)
         if run.record.logits is not None:
@@ -263,8 +265,8 @@ class _Turn:
     """The result of a turn per row: its tokens, and how many drafts were accepted."""
 
     tokens: list[list[int]]
-    asked: list[int]
-    kept: list[int]
+    drafted: list[int]
+    accepted: list[int]
 
     @property
     def counts(self) -> list[int]:
@@ -274,11 +276,11 @@ class _Turn:
     def numbers(self, unfinished: list[bool]) -> Tensor:
         """Pack everything, and the unfinished rows, into one tensor, a row each."""
         most = max(self.counts)
-        columns = zip(self.tokens, self.asked, self.kept, unfinished, strict=True)
+        columns = zip(self.tokens, self.drafted, self.accepted, unfinished, strict=True)
         return torch.tensor(
             [
-                [len(row), asked, kept, int(goes), *row, *[0] * (most - len(row))]
-                for row, asked, kept, goes in columns
+                [len(row), drafted, accepted, int(active), *row, *[0] * (most - len(row))]
+                for row, drafted, accepted, active in columns
             ],
             dtype=torch.long,
             device="cpu",

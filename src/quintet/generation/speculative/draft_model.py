@@ -37,7 +37,7 @@ class DraftModel:
         self.vocab_size = vocab_size
         self.threshold = threshold
         cache.in_fused_session = True
-        self._held: list[int] | None = None
+        self._cached: list[int] | None = None
 
     def propose(
         self, text: TokenBuffer, wanted: list[int], unfinished: list[bool], sampler: Sampler
@@ -69,28 +69,30 @@ class DraftModel:
         """Run the tokens that the cache lacks; finished rows stay as they are."""
         T, lengths, device = len(text), text.lengths().tolist(), text.ids.device
         new = lengths
-        if self._held is not None:
-            held = self.cache.lengths(len(lengths)).tolist()
+        if self._cached is not None:
+            cached = self.cache.lengths(len(lengths)).tolist()
             # The last token is always read again, as it is what the next one follows from.
-            kept = [
-                min(now, length - 1) if goes else before
-                for now, length, goes, before in zip(
-                    held, lengths, unfinished, self._held, strict=True
+            starts = [
+                min(now, length - 1) if active else before
+                for now, length, active, before in zip(
+                    cached, lengths, unfinished, self._cached, strict=True
                 )
             ]
             self.cache.crop(
-                kept[0] if len(kept) == 1 else torch.tensor(kept, device=device, dtype=torch.long)
+                starts[0]
+                if len(starts) == 1
+                else torch.tensor(starts, device=device, dtype=torch.long)
             )
             new = [
-                length - start if goes else 0
-                for length, start, goes in zip(lengths, kept, unfinished, strict=True)
+                length - start if active else 0
+                for length, start, active in zip(lengths, starts, unfinished, strict=True)
             ]
         width, mask = max(new), None
         if min(new) < width:
             columns = torch.arange(width, device=device, dtype=torch.long)
             mask = columns >= width - torch.tensor(new, device=device, dtype=torch.long)[:, None]
         logits = self._run(text.ids[:, T - width :], mask)
-        self._held = self.cache.lengths(len(lengths)).tolist()
+        self._cached = self.cache.lengths(len(lengths)).tolist()
         return logits
 
     def _run(self, ids: Tensor, mask: Tensor | None) -> Tensor:

@@ -68,15 +68,15 @@ class Drafting(ABC):
             drafted = TokenBuffer(torch.cat((text.ids, draft.tokens), dim=1))
         return check_draft(for_a_turn(sampler, [True]), drafted, logits[None], draft, [True])
 
-    def taken(self, count: int, kept: int) -> None:
+    def taken(self, count: int, accepted: int) -> None:
         """Learn the number of new tokens, and of accepted drafts."""
         drafted = 0 if self._draft is None else self._draft.counts[0]
         self._draft = None
         if self.pacing is not None:
-            self.pacing.learn(count, drafted, kept)
+            self.pacing.learn(count, drafted, accepted)
         if drafted:
-            self.schedule.learn([drafted], [kept])
-            self.found.accepted.append([(drafted, min(kept, count))])
+            self.schedule.learn([drafted], [accepted])
+            self.found.accepted.append([(drafted, min(accepted, count))])
 
     def _most(self, room: int) -> int:
         most = min(self.schedule.rows[0], room - 1)
@@ -102,9 +102,9 @@ class TextDrafting(Drafting):
         turn = for_a_turn(sampler, [True])
         return self.drafter.propose(text, [most], [True], turn) if most else Draft.none(text)
 
-    def taken(self, count: int, kept: int) -> None:
+    def taken(self, count: int, accepted: int) -> None:
         """Learn the number of new tokens, and of accepted drafts."""
-        super().taken(count, kept)
+        super().taken(count, accepted)
         self.drafter.accepted([count])
 
 
@@ -162,9 +162,9 @@ class PredictedDrafting(Drafting):
         self._turn = self._turn or for_a_turn(sampler, [True])
         return Draft.none(text) if self._writer is None else self._writer.draft()
 
-    def taken(self, count: int, kept: int) -> None:
+    def taken(self, count: int, accepted: int) -> None:
         """Learn the number of new tokens, and of accepted drafts."""
-        super().taken(count, kept)
+        super().taken(count, accepted)
         self._turn = self._writer = None
         if self._unchecked is not None:
             seen, keep = self._unchecked

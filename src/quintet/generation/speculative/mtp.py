@@ -32,14 +32,16 @@ class MTPCache:
         Where the main one was cropped in between, it is too; where the main one went on without
         the layers, they miss what they did not see, which costs them nothing but drafts.
         """
-        held = main.companion
-        if not isinstance(held, cls):
-            held = main.companion = cls(model.prediction_cache())
-        if held.until is not None:
-            cut = (held.until - main.lengths(len(held.until), held.until.device)).clamp(min=0)
-            held.cache.crop(held.cache.lengths(len(cut), cut.device) - cut)
-            held.until = None
-        return held
+        companion = main.companion
+        if not isinstance(companion, cls):
+            companion = main.companion = cls(model.prediction_cache())
+        if companion.until is not None:
+            cut = (
+                companion.until - main.lengths(len(companion.until), companion.until.device)
+            ).clamp(min=0)
+            companion.cache.crop(companion.cache.lengths(len(cut), cut.device) - cut)
+            companion.until = None
+        return companion
 
     def select(self, rows: Tensor) -> None:
         """Keep the rows (N,), in that order; rows may repeat."""
@@ -66,8 +68,8 @@ class MTPDrafter:
     def __init__(self, model: MTPModel, main: Cache, *, threshold: float) -> None:
         self.main = main
         self.threshold = threshold
-        self._held = MTPCache.beside(main, model)
-        self._layers = Prediction(model, self._held.cache)
+        self._companion = MTPCache.beside(main, model)
+        self._layers = Prediction(model, self._companion.cache)
         # What each forward since has made, of each row.
         self._seen: list[list[Seen]] = []
         main.seen = []
@@ -77,7 +79,7 @@ class MTPDrafter:
     ) -> Draft:
         """Draft with the prediction layers, after they have read the new states."""
         writer = DraftWriter(text, wanted, sampler, self.threshold)
-        rows = [row for row, goes in enumerate(unfinished) if goes]
+        rows = [row for row, active in enumerate(unfinished) if active]
         self._read(text, rows, _RowsOf(writer, rows, len(unfinished)))
         return writer.draft()
 
@@ -92,7 +94,7 @@ class MTPDrafter:
         """Read the last states, so that another generation can continue."""
         B = len(text.ids)
         self._read(text, list(range(B)), None)
-        self._held.until = self.main.lengths(B).clone()
+        self._companion.until = self.main.lengths(B).clone()
 
     def close(self) -> None:
         """Stop recording the main run."""
@@ -116,7 +118,7 @@ class MTPDrafter:
     def _look(self) -> None:
         """Take over the main run's new states."""
         if self.main.seen:
-            self._seen += (Seen.rows(*made) for made in self.main.seen)
+            self._seen += (Seen.rows(*states) for states in self.main.seen)
             self.main.seen.clear()
 
 

@@ -21,7 +21,7 @@ class Pacing:
 
     def __init__(self) -> None:
         self.room = ROOM
-        self._drafts = self._drafted = self._kept = 0
+        self._drafts = self._drafted = self._accepted = 0
         self._rest = 0
 
     @property
@@ -29,15 +29,15 @@ class Pacing:
         """Whether to draft."""
         return self.room > 0 and self._rest <= 0
 
-    def learn(self, taken: int, drafted: int, kept: int) -> None:
+    def learn(self, taken: int, drafted: int, accepted: int) -> None:
         """Learn the numbers of new tokens and accepted drafts."""
         self._rest -= taken
         if not drafted:
             return
         self._drafts += 1
         self._drafted += drafted
-        self._kept += kept
+        self._accepted += accepted
         if self._drafts == DRAFTS:
-            if self._kept < SHARE * self._drafted:
+            if self._accepted < SHARE * self._drafted:
                 self._rest = REST
-            self._drafts = self._drafted = self._kept = 0
+            self._drafts = self._drafted = self._accepted = 0

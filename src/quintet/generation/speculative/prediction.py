@@ -153,12 +153,12 @@ class Prediction:
             if writer is not None and not writer.done:
                 writer.write(model.logits(_at(states, ends)))
         self.cache.advance(taken[0])
-        steps, here = 0, _at(states, ends)
+        steps, hidden = 0, _at(states, ends)
         while writer is not None and not writer.done:
             taken = self._taken(dict.fromkeys(seen, 1), batch, last.device)
-            here = self._predict(self._depth - 1, here, model.embed(writer.last), taken)
+            hidden = self._predict(self._depth - 1, hidden, model.embed(writer.last), taken)
             self.cache.advance(taken[0])
-            writer.write(model.logits(here))
+            writer.write(model.logits(hidden))
             steps += 1
         again = self._depth - 1
         self._take_back([steps + min(again, width) for width in widths], list(seen), batch)
