@@ -216,7 +216,7 @@ def cases() -> Iterator[Case]:
                 partial(penalise_repetition, penalty=1.3),
                 logits=randn(2, 30),
                 ids=torch.tensor([[3, 4, 4], [0, 29, 31]]),
-                real=torch.tensor([[True, True, False], [True, True, True]]),
+                kept=torch.tensor([[True, True, False], [True, True, True]]),
             )
             continue
         yield case("gelu", partial(gate_by, F.gelu), gate=make(3, 40), up=make(3, 40))

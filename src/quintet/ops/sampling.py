@@ -61,40 +61,40 @@ def _why(best: float | None) -> str:
 
 
 @operation("repetition penalty")
-def penalise_repetition(logits: Tensor, ids: Tensor, real: Tensor | None, penalty: float) -> Tensor:
+def penalise_repetition(logits: Tensor, ids: Tensor, kept: Tensor | None, penalty: float) -> Tensor:
     """Divide logits of tokens that occurred by `penalty`, multiply those below zero.
 
     (arXiv:1909.05858, §4.1)
 
     Shapes: ids (B, T); kept (B, T) True where an id counts, None for all.
     """
-    places, wide = _occurred(logits, ids, real)
+    places, wide = _occurred(logits, ids, kept)
     found = wide.gather(1, places)
     lower = torch.minimum if penalty >= 1 else torch.maximum
     wide.scatter_(1, places, lower(found * penalty, found / penalty))
     return wide[:, : logits.shape[1]]
 
 
-def penalise_presence(logits: Tensor, ids: Tensor, real: Tensor | None, penalty: float) -> Tensor:
+def penalise_presence(logits: Tensor, ids: Tensor, kept: Tensor | None, penalty: float) -> Tensor:
     """Subtract `penalty` from the logits of tokens that occurred; shapes as above."""
-    places, wide = _occurred(logits, ids, real)
+    places, wide = _occurred(logits, ids, kept)
     wide.scatter_(1, places, wide.gather(1, places) - penalty)
     return wide[:, : logits.shape[1]]
 
 
-def penalise_frequency(logits: Tensor, ids: Tensor, real: Tensor | None, penalty: float) -> Tensor:
+def penalise_frequency(logits: Tensor, ids: Tensor, kept: Tensor | None, penalty: float) -> Tensor:
     """Subtract `penalty` from a token's logit for each time it occurred; shapes as above."""
-    places, wide = _occurred(logits, ids, real)
+    places, wide = _occurred(logits, ids, kept)
     taken = torch.full_like(places, -penalty, dtype=wide.dtype)
     return wide.scatter_add_(1, places, taken)[:, : logits.shape[1]]
 
 
-def _occurred(logits: Tensor, ids: Tensor, real: Tensor | None) -> tuple[Tensor, Tensor]:
+def _occurred(logits: Tensor, ids: Tensor, kept: Tensor | None) -> tuple[Tensor, Tensor]:
     """Return each id's column, and the logits with a spare column for other ids."""
     V = logits.shape[1]
     # An id that there is no logit for, of a larger embedding, counts as little as padding.
     places = ids.clamp(max=V)
-    return places if real is None else torch.where(real, places, V), F.pad(logits, (0, 1))
+    return places if kept is None else torch.where(kept, places, V), F.pad(logits, (0, 1))
 
 
 # -- which tokens stay -----------------------------------------------------------------------
