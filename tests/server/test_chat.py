@@ -10,7 +10,7 @@ import torch
 from conformance.families import Family, each
 from quintet import PreTrainedTokenizerFast, Qwen2ForCausalLM
 from quintet.parsing.events import CallArguments, CallEnd, CallStart, Content
-from quintet.server.questions import Finish, Heard, Tokens
+from quintet.server.questions import AnswerEvent, Finish, Tokens
 from quintet.server.routes.chat import Message
 from quintet.tokenization.stream import IncrementalDecoder
 from served import Running
@@ -306,7 +306,7 @@ def test_a_call_that_turned_out_to_be_none_is_content_alone(reason: str, kept: i
     whole = [CallStart(0, "f"), CallArguments(0, '{"a": 1}'), CallEnd(0)]
     broken = [CallStart(1, "g"), CallArguments(1, '{"a'), Content('{"a: broken')]
     for event in (*whole, *broken, Finish(reason, Tokens(5, 0, 9, 0))):
-        message.hear(Heard(0, event))
+        message.feed(AnswerEvent(0, event))
     choice = message.choice(0)["message"]
     assert [call["function"]["name"] for call in choice["tool_calls"]] == ["f", "g"][:kept]
     assert choice["content"] == '{"a: broken'

@@ -236,7 +236,7 @@ def test_what_drafts_keep_counts_until_the_prompt_is_read() -> None:
         scheduler.submit(job)
     # 2 * (100 + 10) + 2 * 100 for each who drafts, 110 for the other.
     assert scheduler.plan(0.0).admit == [first, second]
-    assert scheduler.held == 800
+    assert scheduler.reserved == 800
     run_over(scheduler, first, 100)
-    assert scheduler.held == 2 * 101 + 400
+    assert scheduler.reserved == 2 * 101 + 400
     assert scheduler.plan(0.0).admit == [plain]

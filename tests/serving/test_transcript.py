@@ -47,7 +47,7 @@ def test_also_within_characters_of_several_tokens(text: str, data: st.DataObject
     transcript = Transcript(TOKENIZER, (stop,))
     taken = next((n for n, token in enumerate(ids, 1) if transcript.take(token, False)), len(ids))
     transcript.finish()
-    texts = transcript.told()
+    texts = transcript.take_texts()
     assert len(texts) == taken
     assert "".join(texts) == decoded[: decoded.index(stop)]
     assert transcript.stop == stop
@@ -61,7 +61,7 @@ def test_special_tokens_are_shown_where_asked_for_and_ends_never() -> None:
         assert not any(transcript.take(token, False) for token in ids)
         assert not transcript.take(special, True)
         transcript.finish()
-        assert "".join(transcript.told()) == shown
+        assert "".join(transcript.take_texts()) == shown
 
 
 def test_a_text_does_not_end_before_it_may() -> None:
@@ -73,6 +73,6 @@ def test_a_text_does_not_end_before_it_may() -> None:
         transcript.finish()
         before = "".join(pieces[: max(least - 1, 0)])
         rest = "".join(pieces)[len(before) :]
-        assert "".join(transcript.told()) == before + rest.partition("two")[0]
+        assert "".join(transcript.take_texts()) == before + rest.partition("two")[0]
         assert any(ended) == ("two" in rest)
         assert True not in ended[: max(least - 1, 0)]

@@ -54,9 +54,9 @@ def routers(service: Service) -> tuple[APIRouter, ...]:
 def writer_of(scope: Scope) -> ErrorBody:
     """Return what writes the errors of a request: as Anthropic's clients read them, or OpenAI's."""
     path = scope["path"]
-    asks = path in (messages.MESSAGES, messages.COUNTING)
+    is_messages = path in (messages.MESSAGES, messages.COUNTING)
     lists = path.startswith("/v1/models") and "anthropic-version" in Headers(scope=scope)
-    return error_body if asks or lists else ApiError.body
+    return error_body if is_messages or lists else ApiError.body
 
 
 def create_app(service: Service) -> FastAPI:
@@ -76,9 +76,9 @@ def create_app(service: Service) -> FastAPI:
         app.include_router(router)
 
     async def tell(request: Request, error: Exception) -> Response:
-        told = _error_of_framework(error)
-        request.state.error_code = told.code
-        return error_response(told, writer_of(request.scope))
+        api_error = _error_of_framework(error)
+        request.state.error_code = api_error.code
+        return error_response(api_error, writer_of(request.scope))
 
     app.add_exception_handler(HTTPException, tell)
     app.add_exception_handler(RequestValidationError, tell)

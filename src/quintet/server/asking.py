@@ -1,6 +1,6 @@
 """Runs a question on an engine and yields events of its answers.
 
-The protocols are translations to `Ask` and from `Heard`, and nothing else.
+The protocols are translations to `Ask` and from `AnswerEvent`, and nothing else.
 """
 
 import asyncio
@@ -19,10 +19,10 @@ from quintet.server.failures import invalid
 from quintet.server.gathering import Gathering
 from quintet.server.protocol.prompts import placed
 from quintet.server.questions import (
+    AnswerEvent,
     Ask,
     Conversation,
     Finish,
-    Heard,
     Prompted,
     Start,
     Tokens,
@@ -37,7 +37,7 @@ from quintet.serving import Answer
 REFUSAL = 0.1
 
 
-async def ask(served: Served, question: Ask) -> AsyncGenerator[Heard, None]:
+async def ask(served: Served, question: Ask) -> AsyncGenerator[AnswerEvent, None]:
     """Ask a model and yield events; closing the generator cancels all answers.
 
     The first is a `Start`; errors before it are those of the question. Then comes a `Prompted`, if
@@ -51,22 +51,22 @@ async def ask(served: Served, question: Ask) -> AsyncGenerator[Heard, None]:
     """
     served.admit()
     with placed(question.where):
-        asked = await asyncio.to_thread(_understood, served, question)
+        prepared = await asyncio.to_thread(_understood, served, question)
     first = asyncio.Event()
-    answers = [_answer(asked, index, first) for index in range(question.n)]
+    answers = [_answer(prepared, index, first) for index in range(question.n)]
     # No more than there are rows: the others would only wait, and may be too many to.
     gathering = Gathering(answers, served.engine.limits.rows)
     try:
-        await gathering.settled(REFUSAL)
-        yield Heard(0, Start(len(asked.prompt.ids), asked.warnings))
-        while (heard := await gathering.next()) is not None:
-            yield heard
+        await gathering.first_item(REFUSAL)
+        yield AnswerEvent(0, Start(len(prepared.prompt.ids), prepared.warnings))
+        while (event := await gathering.next()) is not None:
+            yield event
     finally:
         await gathering.close()
 
 
 @dataclass(frozen=True, slots=True)
-class _Asked:
+class _Prepared:
     """A parsed question, shared by its answers."""
 
     served: Served
@@ -78,7 +78,7 @@ class _Asked:
     warnings: tuple[str, ...]
 
 
-def _understood(served: Served, question: Ask) -> _Asked:
+def _understood(served: Served, question: Ask) -> _Prepared:
     """Parse a question in a worker thread."""
     prompt = question.prompt
     if isinstance(prompt, Conversation):
@@ -120,44 +120,46 @@ def _understood(served: Served, question: Ask) -> _Asked:
             if question.tool_choice in ("auto", "required", name)
         ]
     deadline = None if question.timeout is None else time.monotonic() + question.timeout
-    return _Asked(served, question, read, room, shape, deadline, tuple(warnings))
+    return _Prepared(served, question, read, room, shape, deadline, tuple(warnings))
 
 
-async def _answer(asked: _Asked, index: int, first: asyncio.Event) -> AsyncGenerator[Heard, None]:
+async def _answer(
+    prepared: _Prepared, index: int, first: asyncio.Event
+) -> AsyncGenerator[AnswerEvent, None]:
     """Yield the events of one answer; only the first reads the prompt."""
-    question, served = asked.question, asked.served
+    question, served = prepared.question, prepared.served
     if index:
         await first.wait()
     timeout = None
-    if asked.deadline is not None:
-        timeout = asked.deadline - time.monotonic()
+    if prepared.deadline is not None:
+        timeout = prepared.deadline - time.monotonic()
         if timeout <= 0:
             raise DeadlineError("the time of the request is over; give it a longer timeout")
-    listener = _Listener(asked, index)
+    listener = _Listener(prepared, index)
     options: dict[str, Any] = {
         **options_of(question.sampling, served.engine.model, index),
-        "max_new_tokens": asked.room,
+        "max_new_tokens": prepared.room,
         "scope": question.scope,
         "salt": question.salt,
         "priority": question.priority,
         "timeout": timeout,
-        "stable": asked.prompt.stable,
+        "stable": prepared.prompt.stable,
         "stop": question.stop,
         "logprobs": question.logprobs,
         "prompt_logprobs": None if index else question.prompt_logprobs,
         "adapter_name": served.adapter,
     }
-    if asked.shape is not None:
+    if prepared.shape is not None:
         # Each text is followed by a processor of its own.
-        options["logits_processor"] = [asked.shape.copy()]
-    answering = aclosing(served.engine.generate(asked.prompt.ids, **options))
+        options["logits_processor"] = [prepared.shape.copy()]
+    answering = aclosing(served.engine.generate(prepared.prompt.ids, **options))
     try:
         with placed(question.where):
             async with answering as answers:
                 async for answer in answers:
                     first.set()
-                    for heard in listener.hear(answer):
-                        yield heard
+                    for event in listener.feed(answer):
+                        yield event
                     if listener.over:
                         return
     finally:
@@ -168,17 +170,17 @@ async def _answer(asked: _Asked, index: int, first: asyncio.Event) -> AsyncGener
 class _Listener:
     """Splits one answer into events, with the scores of its tokens."""
 
-    def __init__(self, asked: _Asked, index: int) -> None:
-        self._asked, self._index = asked, index
-        question, tokenizer = asked.question, asked.served.tokenizer
+    def __init__(self, prepared: _Prepared, index: int) -> None:
+        self._prepared, self._index = prepared, index
+        question, tokenizer = prepared.question, prepared.served.tokenizer
         self._parser: OutputParser | None = None
         if isinstance(question.prompt, Conversation):
             self._parser = parser_for(
                 tokenizer,
-                asked.prompt.text,
+                prepared.prompt.text,
                 tools=bool(question.prompt.tools),
                 parallel=question.parallel_tool_calls,
-                written=asked.served.calls,
+                written=prepared.served.calls,
             )
         self._scores = None if question.logprobs is None else Pending()
         self._spelling = None
@@ -187,25 +189,25 @@ class _Listener:
         self.over = False
         self._count = self._cached = self._reasoned = self._unheard = self._calls = 0
 
-    def hear(self, answer: Answer) -> Iterator[Heard]:
+    def feed(self, answer: Answer) -> Iterator[AnswerEvent]:
         """Yield the events of a piece."""
         if answer.usage is not None:
             self._cached = answer.usage.cached
         if answer.prompt_logprobs is not None:
-            yield Heard(self._index, Prompted(), self._of_prompt(answer))
+            yield AnswerEvent(self._index, Prompted(), self._of_prompt(answer))
         for place, token in enumerate(answer.ids):
             text = answer.texts[place]
             self._count += 1
             self._unheard += 1
             if self._scores is not None and self._spelling is not None and answer.logprobs:
                 self._scores.add(len(text), self._spelling.score(answer.logprobs[place]))
-            yield from self._told(self._events(text, token))
+            yield from self._with_scores(self._events(text, token))
             if self.over:
                 yield self._finish("stop", answer)
                 return
         if answer.finish_reason is not None:
             if self._parser is not None:
-                yield from self._told(self._parser.flush())
+                yield from self._with_scores(self._parser.flush())
             self.over = True
             yield self._finish(answer.finish_reason, answer)
 
@@ -216,7 +218,7 @@ class _Listener:
         self.over = self._parser.done
         return events
 
-    def _told(self, events: list[Event]) -> Iterator[Heard]:
+    def _with_scores(self, events: list[Event]) -> Iterator[AnswerEvent]:
         for event in events:
             scores: tuple[TokenScore, ...] = ()
             match event:
@@ -232,7 +234,7 @@ class _Listener:
                 case _:
                     pass
             self._unheard = 0
-            yield Heard(self._index, event, scores)
+            yield AnswerEvent(self._index, event, scores)
 
     def _taken(self, length: int) -> tuple[TokenScore, ...]:
         if self._scores is None:
@@ -242,16 +244,16 @@ class _Listener:
 
     def _of_prompt(self, answer: Answer) -> tuple[TokenScore, ...]:
         assert self._spelling is not None
-        ids = self._asked.prompt.ids
+        ids = self._prepared.prompt.ids
         return tuple(
             self._spelling.first(token) if one is None else self._spelling.score(one)
             for token, one in zip(ids, answer.prompt_logprobs or (), strict=True)
         )
 
-    def _finish(self, reason: str, answer: Answer) -> Heard:
+    def _finish(self, reason: str, answer: Answer) -> AnswerEvent:
         if reason == "stop" and self._calls:
             reason = "tool_calls"
-        prompt = len(self._asked.prompt.ids)
+        prompt = len(self._prepared.prompt.ids)
         tokens = Tokens(prompt, self._cached, self._count, self._reasoned)
         rest = () if self._scores is None else self._scores.rest()
-        return Heard(self._index, Finish(reason, tokens, answer.stop), rest)
+        return AnswerEvent(self._index, Finish(reason, tokens, answer.stop), rest)

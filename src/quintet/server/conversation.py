@@ -75,33 +75,33 @@ def render(tokenizer: PreTrainedTokenizer, conversation: Conversation, context: 
         if written is not None:
             template = with_tools(template, written)
     kwargs, warnings = _arguments(template, used, conversation)
-    said = [_message(one, template) for one in conversation.messages]
+    rendered = [_message(one, template) for one in conversation.messages]
     # Before it is written down, for which a template has a budget of its own.
-    too_long(tokenizer, "".join(one["content"] or "" for one in said), context)
-    messages = prepare_messages(tokenizer, said)
+    too_long(tokenizer, "".join(one["content"] or "" for one in rendered), context)
+    messages = prepare_messages(tokenizer, rendered)
     tools = [dict(tool) for tool in conversation.tools] or None
 
-    def write(those: list[dict[str, Any]], *, asks: bool, ids: bool) -> Any:
+    def write(those: list[dict[str, Any]], *, with_prompt: bool, ids: bool) -> Any:
         return tokenizer.apply_chat_template(
             those,
             tools=tools,
             chat_template=template,
-            add_generation_prompt=asks and not conversation.continued,
-            continue_final_message=asks and conversation.continued,
+            add_generation_prompt=with_prompt and not conversation.continued,
+            continue_final_message=with_prompt and conversation.continued,
             tokenize=ids,
             sanitize_control_tokens=ids,
             **kwargs,
         )
 
-    text: str = write(messages, asks=True, ids=False)
+    text: str = write(messages, with_prompt=True, ids=False)
     too_long(tokenizer, text, context)
-    ids = tuple(write(messages, asks=True, ids=True))
+    ids = tuple(write(messages, with_prompt=True, ids=True))
     stable = []
     if beginning := _beginning(messages, tools):
-        length = _common(ids, tuple(write(beginning, asks=False, ids=True)))
+        length = _common(ids, tuple(write(beginning, with_prompt=False, ids=True)))
         stable += [length] if length >= LONG_SYSTEM else []
     if not conversation.continued:
-        before: str = write(messages, asks=False, ids=False)
+        before: str = write(messages, with_prompt=False, ids=False)
         stable.append(_before(tokenizer, ids, text, before))
     return Prompt(ids, text, tuple(n for n in stable if 0 < n < len(ids)), warnings)
 

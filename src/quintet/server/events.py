@@ -13,7 +13,7 @@ from starlette.types import Receive, Scope, Send
 
 from quintet.server.connection import ClientGoneError, SlowReaderError, cancelled, gone
 from quintet.server.failures import ApiError, ErrorBody
-from quintet.server.logs import told_of
+from quintet.server.logs import error_of_request
 from quintet.server.settings import Settings
 
 # So long the first event may take until the head is sent: an error before is one of HTTP.
@@ -145,9 +145,9 @@ class EventStream(Response):
                 await send({"type": "http.response.body", "body": self._ping, "more_body": True})
         last = b""
         if self._error is not None:
-            told = told_of(self._error, str(state.get("request_id")))
-            state["error_code"] = told.code
-            body = json.dumps(self._write(told), ensure_ascii=False)
+            api_error = error_of_request(self._error, str(state.get("request_id")))
+            state["error_code"] = api_error.code
+            body = json.dumps(self._write(api_error), ensure_ascii=False)
             last = ServerEvent(body, self._failed).encode()
         await send({"type": "http.response.body", "body": last})
 

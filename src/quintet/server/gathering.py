@@ -39,7 +39,7 @@ class Gathering(Generic[T]):
             self._open -= 1
         return None
 
-    async def settled(self, seconds: float) -> None:
+    async def first_item(self, seconds: float) -> None:
         """Wait for an item or a timeout.
 
         Raises:

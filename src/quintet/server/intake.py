@@ -12,7 +12,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from quintet.server.connection import ClientGoneError, SlowReaderError
 from quintet.server.failures import ErrorBody, error_response
-from quintet.server.logs import logged, told_of
+from quintet.server.logs import error_of_request, logged
 from quintet.server.security import share
 from quintet.server.service import Service
 
@@ -64,13 +64,13 @@ class Intake:
                 state["error_code"] = "slow_reader"
                 await _abort(scope)
         except Exception as error:
-            told = told_of(error, request_id)
+            api_error = error_of_request(error, request_id)
             if status:
                 # Half an answer is all there is; that it ends so must not look like its end.
                 await _abort(scope)
             else:
-                await error_response(told, self._writer_of(scope))(scope, receive, sending)
-            status, state["error_code"] = told.status, told.code
+                await error_response(api_error, self._writer_of(scope))(scope, receive, sending)
+            status, state["error_code"] = api_error.status, api_error.code
         finally:
             self._service.under_way -= 1
             self._tell(scope, status, time.monotonic() - began)

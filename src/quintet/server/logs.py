@@ -36,9 +36,11 @@ def set_up(form: LogFormat, stream: TextIO | None = None) -> bool:
     return as_json
 
 
-def logged(what: str, facts: Mapping[str, object] | None = None, level: int = logging.INFO) -> None:
+def logged(
+    message: str, facts: Mapping[str, object] | None = None, level: int = logging.INFO
+) -> None:
     """Log a line with facts."""
-    LOG.log(level, what, extra={"facts": dict(facts or {})})
+    LOG.log(level, message, extra={"facts": dict(facts or {})})
 
 
 def report(error: BaseException, request_id: str) -> None:
@@ -53,13 +55,13 @@ def report(error: BaseException, request_id: str) -> None:
     )
 
 
-def told_of(error: BaseException, request_id: str) -> ApiError:
+def error_of_request(error: BaseException, request_id: str) -> ApiError:
     """Return the error response of an exception, logging unexpected ones."""
-    told = error_of(error)
-    if told is None:
+    known = error_of(error)
+    if known is None:
         report(error, request_id)
-        told = internal(request_id)
-    return told
+        known = internal(request_id)
+    return known
 
 
 def _places(error: BaseException) -> list[str]:
@@ -70,7 +72,7 @@ def _places(error: BaseException) -> list[str]:
 class _Formatter(logging.Formatter):
     """Collects a record's fields, without error messages."""
 
-    def said(self, record: logging.LogRecord) -> dict[str, object]:
+    def fields_of(self, record: logging.LogRecord) -> dict[str, object]:
         facts: dict[str, object] = dict(vars(record).get("facts", {}))
         if record.exc_info and record.exc_info[1] is not None:
             error = record.exc_info[1]
@@ -86,14 +88,16 @@ class _Json(_Formatter):
             "level": record.levelname.lower(),
             "what": record.getMessage().splitlines()[0] if record.getMessage() else "",
         }
-        return json.dumps(head | self.said(record), ensure_ascii=False, default=str)
+        return json.dumps(head | self.fields_of(record), ensure_ascii=False, default=str)
 
 
 class _Text(_Formatter):
     def format(self, record: logging.LogRecord) -> str:
         """Return a record as a line for people."""
         clock = time.strftime("%H:%M:%S", time.localtime(record.created))
-        facts = " ".join(f"{name}={_short(value)}" for name, value in self.said(record).items())
+        facts = " ".join(
+            f"{name}={_short(value)}" for name, value in self.fields_of(record).items()
+        )
         first = record.getMessage().splitlines()[0] if record.getMessage() else ""
         level = "" if record.levelno < logging.WARNING else f"{record.levelname.lower()}: "
         return f"{clock} {level}{first} {facts}".rstrip()

@@ -24,82 +24,82 @@ METHODS = frozenset({"GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"}
 
 Number = Callable[[Snapshot], float]
 GAUGES: tuple[tuple[str, str, Number], ...] = (
-    ("num_requests_running", "Requests that have a row.", lambda it: it.running),
-    ("num_requests_waiting", "Requests that wait for one.", lambda it: it.waiting),
-    ("rows", "Rows there are.", lambda it: it.rows),
-    ("rows_bytes", "Bytes that rows under way hold, estimated.", lambda it: it.held),
-    ("prefix_cache_bytes", "Bytes of what was read before.", lambda it: it.kept),
+    ("num_requests_running", "Requests that have a row.", lambda s: s.running),
+    ("num_requests_waiting", "Requests that wait for one.", lambda s: s.waiting),
+    ("rows", "Rows there are.", lambda s: s.rows),
+    ("rows_bytes", "Bytes that rows under way hold, estimated.", lambda s: s.held),
+    ("prefix_cache_bytes", "Bytes of what was read before.", lambda s: s.kept),
 )
 COUNTERS: tuple[tuple[str, str, Number], ...] = (
-    ("prompt_tokens", "Tokens of prompts, read or read before.", lambda it: it.queried),
-    ("generation_tokens", "Tokens that were made.", lambda it: it.generated),
-    ("computed_tokens", "Tokens that were read, again after a preemption.", lambda it: it.read),
-    ("prefix_cache_query_tokens", "Tokens looked for in what was read.", lambda it: it.queried),
-    ("prefix_cache_hit_tokens", "Those of them that were there.", lambda it: it.cached),
-    ("prefix_cache_evictions", "Parts forgotten for want of room.", lambda it: it.evicted),
-    ("state_snapshots", "Recurrent states that were kept.", lambda it: it.snapshots),
-    ("state_restores", "Requests that went on from what was kept.", lambda it: it.restored),
-    ("preemptions", "Rows that were given back before the end.", lambda it: it.preempted),
-    ("spec_drafted_tokens", "Tokens that were drafted.", lambda it: it.drafted),
-    ("spec_accepted_tokens", "Those of them that held.", lambda it: it.accepted),
-    ("engine_steps", "Forwards.", lambda it: it.steps),
-    ("engine_overhead_seconds", "The engine's time beside them.", lambda it: it.overhead_seconds),
+    ("prompt_tokens", "Tokens of prompts, read or read before.", lambda s: s.queried),
+    ("generation_tokens", "Tokens that were made.", lambda s: s.generated),
+    ("computed_tokens", "Tokens that were read, again after a preemption.", lambda s: s.read),
+    ("prefix_cache_query_tokens", "Tokens looked for in what was read.", lambda s: s.queried),
+    ("prefix_cache_hit_tokens", "Those of them that were there.", lambda s: s.cached),
+    ("prefix_cache_evictions", "Parts forgotten for want of room.", lambda s: s.evicted),
+    ("state_snapshots", "Recurrent states that were kept.", lambda s: s.snapshots),
+    ("state_restores", "Requests that went on from what was kept.", lambda s: s.restored),
+    ("preemptions", "Rows that were given back before the end.", lambda s: s.preempted),
+    ("spec_drafted_tokens", "Tokens that were drafted.", lambda s: s.drafted),
+    ("spec_accepted_tokens", "Those of them that held.", lambda s: s.accepted),
+    ("engine_steps", "Forwards.", lambda s: s.steps),
+    ("engine_overhead_seconds", "The engine's time beside them.", lambda s: s.overhead_seconds),
     (
         "nonfinite_logits",
         "Requests that ended as their numbers were none.",
-        lambda it: it.failed.get("nonfinite", 0),
+        lambda s: s.failed.get("nonfinite", 0),
     ),
     (
         "admission_rejections",
         "Requests that came when as many waited as may.",
-        lambda it: it.failed.get("queue_full", 0),
+        lambda s: s.failed.get("queue_full", 0),
     ),
 )
 # With the name of the label that tells them apart.
 BY_KIND: tuple[tuple[str, str, str, Callable[[Snapshot], Mapping[str, float]]], ...] = (
-    ("request_success", "Answers that are whole.", "finished_reason", lambda it: _whole(it)),
+    ("request_success", "Answers that are whole.", "finished_reason", lambda s: _whole(s)),
     (
         "disconnects",
         "Requests whose client left, by how far they were.",
         "phase",
-        lambda it: it.left,
+        lambda s: s.left,
     ),
-    ("engine_failures", "Requests that an engine gave up.", "kind", lambda it: it.failed),
-    ("row_copy_bytes", "Bytes into rows and out of them.", "why", lambda it: it.copied),
+    ("engine_failures", "Requests that an engine gave up.", "kind", lambda s: s.failed),
+    ("row_copy_bytes", "Bytes into rows and out of them.", "why", lambda s: s.copied),
 )
 HISTOGRAMS: tuple[tuple[str, str, Callable[[Snapshot], Distribution]], ...] = (
     (
         "time_to_first_token_seconds",
         "From a request's coming to its first token.",
-        lambda it: it.first_token_seconds,
+        lambda s: s.first_token_seconds,
     ),
     (
         "inter_token_latency_seconds",
         "Between steps that gave a request tokens.",
-        lambda it: it.between_seconds,
+        lambda s: s.between_seconds,
     ),
     (
         "request_queue_time_seconds",
         "Until a request got its first row.",
-        lambda it: it.queue_seconds,
+        lambda s: s.queue_seconds,
     ),
     (
         "request_prefill_time_seconds",
         "From there to its first token.",
-        lambda it: it.prefill_seconds,
+        lambda s: s.prefill_seconds,
     ),
     (
         "request_decode_time_seconds",
         "From there to its last.",
-        lambda it: it.decode_seconds,
+        lambda s: s.decode_seconds,
     ),
     (
         "e2e_request_latency_seconds",
         "From a request's coming to its last token.",
-        lambda it: it.whole_seconds,
+        lambda s: s.whole_seconds,
     ),
-    ("request_prompt_tokens", "Tokens of prompts.", lambda it: it.prompt_tokens),
-    ("request_generation_tokens", "Tokens of answers.", lambda it: it.answer_tokens),
+    ("request_prompt_tokens", "Tokens of prompts.", lambda s: s.prompt_tokens),
+    ("request_generation_tokens", "Tokens of answers.", lambda s: s.answer_tokens),
 )
 
 
@@ -166,12 +166,12 @@ class _Server(Collector):
         build = InfoMetricFamily("quintet_build", "What runs.")
         build.add_metric((), {"version": quintet.__version__})
         yield build
-        for name, what, value in (
+        for name, documentation, value in (
             ("healthy", "Whether all models answer.", service.healthy),
             ("draining", "Whether it ends and takes no new requests.", service.draining),
             ("http_requests_under_way", "Requests that are answered now.", service.under_way),
         ):
-            yield GaugeMetricFamily(f"quintet_{name}", what, float(value))
+            yield GaugeMetricFamily(f"quintet_{name}", documentation, float(value))
 
 
 class _Engines(Collector):
@@ -185,36 +185,36 @@ class _Engines(Collector):
 
     def collect(self) -> Iterator[Metric]:
         seen = {name: engine.state for name, engine in self._service.registry.engines.items()}
-        rooms = {name: it.room for name, it in self._service.registry.engines.items()}
-        for name, what, of in GAUGES:
-            gauge = GaugeMetricFamily(f"quintet_{name}", what, labels=["model"])
+        rooms = {name: loaded.room for name, loaded in self._service.registry.engines.items()}
+        for name, documentation, value_of in GAUGES:
+            gauge = GaugeMetricFamily(f"quintet_{name}", documentation, labels=["model"])
             for model, snapshot in seen.items():
-                gauge.add_metric([model], of(snapshot))
+                gauge.add_metric([model], value_of(snapshot))
             yield gauge
-        kept = GaugeMetricFamily(
+        limit = GaugeMetricFamily(
             "quintet_prefix_cache_limit_bytes", "How many may be kept.", labels=["model"]
         )
         used = GaugeMetricFamily(
             "quintet_kv_cache_usage_ratio", "Of the bytes rows may hold.", labels=["model"]
         )
         for model, room in rooms.items():
-            kept.add_metric([model], room.kept)
+            limit.add_metric([model], room.kept)
             used.add_metric([model], seen[model].held / max(room.whole, 1))
-        yield kept
+        yield limit
         yield used
-        for name, what, of in COUNTERS:
-            counter = CounterMetricFamily(f"quintet_{name}", what, labels=["model"])
+        for name, documentation, value_of in COUNTERS:
+            counter = CounterMetricFamily(f"quintet_{name}", documentation, labels=["model"])
             for model, snapshot in seen.items():
-                counter.add_metric([model], of(snapshot))
+                counter.add_metric([model], value_of(snapshot))
             yield counter
-        for name, what, label, each in BY_KIND:
-            counter = CounterMetricFamily(f"quintet_{name}", what, labels=["model", label])
+        for name, documentation, label, values_of in BY_KIND:
+            counter = CounterMetricFamily(f"quintet_{name}", documentation, labels=["model", label])
             for model, snapshot in seen.items():
-                for kind, value in each(snapshot).items():
+                for kind, value in values_of(snapshot).items():
                     counter.add_metric([model, kind], value)
             yield counter
-        for name, what, distribution in HISTOGRAMS:
-            histogram = HistogramMetricFamily(f"quintet_{name}", what, labels=["model"])
+        for name, documentation, distribution in HISTOGRAMS:
+            histogram = HistogramMetricFamily(f"quintet_{name}", documentation, labels=["model"])
             for model, snapshot in seen.items():
                 _add(histogram, [model], distribution(snapshot))
             yield histogram

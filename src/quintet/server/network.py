@@ -85,20 +85,20 @@ class _Connection(H11Protocol):
             return
         error = sys.exception()
         large = isinstance(error, h11.RemoteProtocolError) and error.error_status_hint == 431
-        told = (
+        refusal = (
             ApiError(431, "the head of the request is too large", code="request_header_too_large")
             if large
             # What is wrong is told in few words, most of which are the parser's own.
             else ApiError(400, f"this is no HTTP/1.1 request: {error}"[:200], code="invalid_http")
         )
-        body = json.dumps(told.body()).encode()
+        body = json.dumps(refusal.body()).encode()
         headers = [
             ("content-type", "application/json"),
             ("content-length", str(len(body))),
             ("connection", "close"),
         ]
         for event in (
-            h11.Response(status_code=told.status, headers=headers),
+            h11.Response(status_code=refusal.status, headers=headers),
             h11.Data(data=body),
             h11.EndOfMessage(),
         ):

@@ -142,7 +142,7 @@ class Finish:
 
 
 @dataclass(frozen=True, slots=True)
-class Heard:
+class AnswerEvent:
     """An event of an answer.
 
     Attributes:

@@ -147,17 +147,17 @@ class Registry:
         """
         offer, adapter = self._find(name)
         async with offer.turn:
-            it = offer.loaded or await self._load(offer)
+            loaded = offer.loaded or await self._load(offer)
         return Served(
             name,
-            it.engine,
-            it.tokenizer,
+            loaded.engine,
+            loaded.tokenizer,
             adapter,
             self.created,
-            it.context,
-            it.fingerprint,
-            it.shapes,
-            it.calls,
+            loaded.context,
+            loaded.fingerprint,
+            loaded.shapes,
+            loaded.calls,
         )
 
     def listed(self) -> list[Listed]:
@@ -182,10 +182,10 @@ class Registry:
         """
         offer, _ = self._find(name)
         async with offer.turn:
-            it = offer.loaded
-            if it is None:
+            loaded = offer.loaded
+            if loaded is None:
                 return
-            if it.engine.model.world is not None:
+            if loaded.engine.model.world is not None:
                 raise ApiError(
                     409,
                     f"the model {shown(name)} is held by several processes, which load it once; "
@@ -193,7 +193,7 @@ class Registry:
                     code="model_divided",
                     param="model",
                 )
-            if it.engine.state.running or it.engine.state.waiting:
+            if loaded.engine.state.running or loaded.engine.state.waiting:
                 raise ApiError(
                     409,
                     f"the model {shown(name)} is at work; unload it when it is idle",
@@ -201,7 +201,7 @@ class Registry:
                     param="model",
                 )
             offer.loaded = None
-            await asyncio.to_thread(it.engine.close)
+            await asyncio.to_thread(loaded.engine.close)
 
     @property
     def engines(self) -> dict[str, Engine]:
@@ -229,7 +229,7 @@ class Registry:
 
     async def _load(self, offer: Offer) -> Loaded:
         try:
-            it = await asyncio.to_thread(offer.load)
+            loaded = await asyncio.to_thread(offer.load)
         except (DoesNotFitError, MemoryError):
             raise
         except QuintetError as error:
@@ -241,8 +241,8 @@ class Registry:
                 "server_error",
                 "model_not_loaded",
             ) from None
-        offer.loaded, offer.context = it, it.context
-        return it
+        offer.loaded, offer.context = loaded, loaded.context
+        return loaded
 
     def _find(self, name: str) -> tuple[Offer, str | None]:
         found = self._names.get(name)

@@ -8,23 +8,23 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from quintet.server.connection import until_gone
-from quintet.server.questions import Heard, Start
+from quintet.server.questions import AnswerEvent, Start
 
 
-async def begun(request: Request, heard: AsyncGenerator[Heard, None]) -> Start:
+async def begun(request: Request, events: AsyncGenerator[AnswerEvent, None]) -> Start:
     """Await the first event; earlier errors become the reply.
 
     Raises:
         ClientGoneError: the client went before.
         Exception: whatever keeps the question from being answered.
     """
-    first = await until_gone(request, _first(heard))
+    first = await until_gone(request, _first(events))
     assert isinstance(first.event, Start)
     return first.event
 
 
-async def _first(heard: AsyncGenerator[Heard, None]) -> Heard:
-    return await anext(heard)
+async def _first(events: AsyncGenerator[AnswerEvent, None]) -> AnswerEvent:
+    return await anext(events)
 
 
 def json_reply(reply: Mapping[str, Any], headers: Mapping[str, str] | None = None) -> Response:

@@ -54,11 +54,11 @@ class Pending:
     """Scores of tokens whose text is not final yet."""
 
     def __init__(self) -> None:
-        self._held: deque[tuple[int, TokenScore]] = deque()
+        self._scores: deque[tuple[int, TokenScore]] = deque()
 
     def add(self, length: int, score: TokenScore) -> None:
         """Add the score of a token that finalised this many characters."""
-        self._held.append((length, score))
+        self._scores.append((length, score))
 
     def take(self, length: int) -> tuple[TokenScore, ...]:
         """Return the scores of the last `length` characters.
@@ -66,17 +66,17 @@ class Pending:
         What was before it was heard by nobody, as the marker between a thought and an answer.
         """
         taken: deque[TokenScore] = deque()
-        while self._held and (length > 0 or not self._held[-1][0]):
-            size, score = self._held.pop()
+        while self._scores and (length > 0 or not self._scores[-1][0]):
+            size, score = self._scores.pop()
             taken.appendleft(score)
             length -= size
-        self._held.clear()
+        self._scores.clear()
         return tuple(taken)
 
     def rest(self) -> tuple[TokenScore, ...]:
         """Return all remaining scores."""
-        taken = tuple(score for _, score in self._held)
-        self._held.clear()
+        taken = tuple(score for _, score in self._scores)
+        self._scores.clear()
         return taken
 
 

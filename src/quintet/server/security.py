@@ -195,12 +195,12 @@ def share(headers: MutableHeaders, origin: str) -> None:
 
 def _preflight(headers: Headers) -> Response:
     # Clients have headers of their own, as x-stainless-os; none of them opens anything.
-    asked = headers.get("access-control-request-headers", "")
+    requested = headers.get("access-control-request-headers", "")
     return Response(
         status_code=204,
         headers={
             "Access-Control-Allow-Methods": "GET, POST",
-            "Access-Control-Allow-Headers": asked if NAMES.fullmatch(asked) else "",
+            "Access-Control-Allow-Headers": requested if NAMES.fullmatch(requested) else "",
             "Access-Control-Max-Age": "600",
         },
     )

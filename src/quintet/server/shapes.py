@@ -77,7 +77,7 @@ class Shapes:
         if form is None and (not tools or choice == "none"):
             return None
 
-        def made() -> GrammarProcessor | None:
+        def compiled() -> GrammarProcessor | None:
             constraint = self._constraint(form, tools, choice, parallel=parallel)
             if constraint is None:
                 return None
@@ -86,7 +86,7 @@ class Shapes:
             thinks = opening_of(self._tokenizer, prompt_text) == "reasoning"
             return self._grammars.compile(constraint, after=END_THINK if thinks else None)
 
-        return self._in_time(made)
+        return self._in_time(compiled)
 
     def _in_time(self, make: Callable[[], GrammarProcessor | None]) -> GrammarProcessor | None:
         """Return what is compiled, by a thread that may take longer than anybody waits.
@@ -97,13 +97,13 @@ class Shapes:
         Raises:
             GrammarError: it takes too long, or others do.
         """
-        made: queue.SimpleQueue[GrammarProcessor | Exception | None] = queue.SimpleQueue()
+        results: queue.SimpleQueue[GrammarProcessor | Exception | None] = queue.SimpleQueue()
 
         def run() -> None:
             try:
-                made.put(make())
+                results.put(make())
             except Exception as error:
-                made.put(error)
+                results.put(error)
             finally:
                 self._places.release()
 
@@ -112,7 +112,7 @@ class Shapes:
             raise GrammarError(late)
         threading.Thread(target=run, name="quintet-form", daemon=True).start()
         try:
-            found = made.get(timeout=SECONDS)
+            found = results.get(timeout=SECONDS)
         except queue.Empty:
             raise GrammarError(late) from None
         if isinstance(found, Exception):
@@ -127,11 +127,11 @@ class Shapes:
         *,
         parallel: bool,
     ) -> Constraint | None:
-        said = None if form is None else _said(form)
+        constraint = None if form is None else _constraint_of(form)
         if not tools or choice == "none":
-            return said
+            return constraint
         strict = any(tool["function"].get("strict") for tool in tools)
-        if choice == "auto" and not strict and said is None:
+        if choice == "auto" and not strict and constraint is None:
             return None
         written = self._calls or format_of(self._tokenizer)
         if written is None:
@@ -139,10 +139,10 @@ class Shapes:
                 "this model's chat template writes no calls of tools, so that none can be asked "
                 "for; leave tools and tool_choice out"
             )
-        return tool_calls(tools, written, choice, parallel, said)
+        return tool_calls(tools, written, choice, parallel, constraint)
 
 
-def _said(form: Mapping[str, Any]) -> Constraint:
+def _constraint_of(form: Mapping[str, Any]) -> Constraint:
     match form:
         case {"type": "json_object"}:
             return json_object()

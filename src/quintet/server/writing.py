@@ -7,7 +7,7 @@ from typing import Any, Protocol
 
 from quintet.parsing.events import Event
 from quintet.server.events import ServerEvent
-from quintet.server.questions import Finish, Heard, Prompted, Start, TokenScore
+from quintet.server.questions import AnswerEvent, Finish, Prompted, Start, TokenScore
 
 Wire = dict[str, Any]
 
@@ -29,21 +29,21 @@ class Writer(Protocol):
 
 
 async def written(
-    heard: AsyncGenerator[Heard, None], writer: Writer
+    events: AsyncGenerator[AnswerEvent, None], writer: Writer
 ) -> AsyncGenerator[ServerEvent, None]:
     """Yield the events of an answer with their types."""
     for event in writer.begin():
         yield named(event)
-    async with aclosing(heard):
-        async for one in heard:
+    async with aclosing(events):
+        async for one in events:
             for event in _taken(one, writer):
                 yield named(event)
 
 
-async def finished(heard: AsyncGenerator[Heard, None], writer: Writer) -> None:
+async def finished(events: AsyncGenerator[AnswerEvent, None], writer: Writer) -> None:
     """Build a whole answer with a writer."""
-    async with aclosing(heard):
-        async for one in heard:
+    async with aclosing(events):
+        async for one in events:
             _taken(one, writer)
 
 
@@ -53,11 +53,11 @@ def named(event: Mapping[str, Any]) -> ServerEvent:
     return ServerEvent(data, event["type"])
 
 
-def _taken(heard: Heard, writer: Writer) -> list[Wire]:
-    match heard.event:
+def _taken(answer_event: AnswerEvent, writer: Writer) -> list[Wire]:
+    match answer_event.event:
         case Finish():
-            return writer.finish(heard.event)
+            return writer.finish(answer_event.event)
         case Start() | Prompted():
             return []
         case event:
-            return writer.write(event, heard.scores)
+            return writer.write(event, answer_event.scores)

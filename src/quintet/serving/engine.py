@@ -107,7 +107,7 @@ class Engine:
         """
         came: asyncio.Queue[Answer | Exception] = asyncio.Queue()
         outlet = LoopOutlet(asyncio.get_running_loop())
-        with self._asked(prompt, options, came.put_nowait, outlet):
+        with self._submitted(prompt, options, came.put_nowait, outlet):
             one = None
             while one is None or one.finish_reason is None:
                 one = _answer(await came.get())
@@ -121,7 +121,7 @@ class Engine:
         Arguments and errors are those of `generate`.
         """
         came: queue.SimpleQueue[Answer | Exception] = queue.SimpleQueue()
-        with self._asked(prompt, options, came.put, hand_out):
+        with self._submitted(prompt, options, came.put, hand_out):
             one = None
             while one is None or one.finish_reason is None:
                 one = _answer(came.get())
@@ -170,7 +170,7 @@ class Engine:
             "max_new_tokens": 0,
         }
         observed = Observed(pooling=pooling)
-        with self._asked(inputs, options, came.put_nowait, outlet, observed):
+        with self._submitted(inputs, options, came.put_nowait, outlet, observed):
             _answer(await came.get())
         return observed.vector(normalize=normalize)
 
@@ -257,7 +257,7 @@ class Engine:
         self._close(error if isinstance(error, Exception) else None)
 
     @contextmanager
-    def _asked(
+    def _submitted(
         self,
         prompt: str | Sequence[int] | torch.Tensor,
         options: dict[str, Any],

@@ -12,10 +12,10 @@ from quintet.parallel.faults import collective
 def no_memory(error: Exception) -> StepFailedError:
     """Return the error for a request that is dropped for lack of memory."""
     why = "there was not enough memory for a step, and this request was the first to give way"
-    told = StepFailedError(f"{why}; come again, or serve fewer rows or tokens at once")
+    failure = StepFailedError(f"{why}; come again, or serve fewer rows or tokens at once")
     # Without its frames, which hold what the step had made.
-    told.__cause__ = error.with_traceback(None)
-    return told
+    failure.__cause__ = error.with_traceback(None)
+    return failure
 
 
 def often(count: int, error: Exception) -> EngineStoppedError:
@@ -36,9 +36,9 @@ def parted(error: Exception) -> EngineStoppedError | None:
         with collective():
             raise error
     except (RankFailedError, DisagreementError) as found:
-        made = EngineStoppedError(f"the processes that hold the model cannot go on: {found}")
-        made.__cause__ = found
-        return made
+        stopped = EngineStoppedError(f"the processes that hold the model cannot go on: {found}")
+        stopped.__cause__ = found
+        return stopped
     except Exception:
         return None
     finally:

@@ -68,9 +68,9 @@ def room_of(model: Served, limits: Limits, cost: Cost | None = None) -> Room:
     """
     cost = cost_of(model, None) if cost is None else cost
     module = cast("torch.nn.Module", model)
-    held = (*module.parameters(), *module.buffers())
+    tensors = (*module.parameters(), *module.buffers())
     return Room(
-        sum(x.nbytes for x in held),
+        sum(x.nbytes for x in tensors),
         cost.row,
         cost.token,
         limits.rows,
@@ -160,12 +160,12 @@ def limits_for(
         rows=usual.rows if rows is None else rows,
         capacity=min(usual.capacity, context) if capacity is None else capacity,
     )
-    there = int(SHARE * free_memory(model.device)) if memory is None else memory
-    kept = min(int(KEPT * there), MOST_KEPT) if kept is None else kept
+    available = int(SHARE * free_memory(model.device)) if memory is None else memory
+    kept = min(int(KEPT * available), MOST_KEPT) if kept is None else kept
     cost = cost_of(model, nbits)
     if speculate == "mtp":
         cost = cost.drafting
-    least, left = cost.of(limits.capacity), there - kept
+    least, left = cost.of(limits.capacity), available - kept
     if least > left:
         fits = max(left - cost.row, 0) // cost.token if cost.token else 0
         raise DoesNotFitError(

@@ -33,13 +33,13 @@ def drafting(
     A request that says otherwise how it drafts, or draws by a generator of its own, which drafts
     would use in another way, has no default.
     """
-    asks = any(given.get(name) is not None for name in _ASKING)
-    if own is not None and asks:
+    requested = any(given.get(name) is not None for name in _ASKING)
+    if own is not None and requested:
         raise InputError(
             f"speculate={own!r} and {', '.join(name for name in _ASKING if name in given)} both "
             "say how to draft; give one of them"
         )
-    if own is None and (asks or given.get("generator") is not None):
+    if own is None and (requested or given.get("generator") is not None):
         return {}
     way = default if own is None else own
     if way == "mtp":

@@ -225,7 +225,7 @@ class PrefixCache(Generic[C]):
     def _evict(self) -> None:
         while self.nbytes > self.limit:
             # A few hundred nodes at the most: what one holds takes milliseconds to compute.
-            scopes = [scope for scope, held in self._bytes.items() if held]
+            scopes = [scope for scope, nbytes in self._bytes.items() if nbytes]
             rich = [one for one in scopes if len(scopes) > 1 and self._bytes[one] > self.limit / 2]
             nodes = [
                 (node.resumed if node.children else node.used, scope, node)

@@ -112,9 +112,9 @@ class Request(Job):
         self.met: set[int] = set()
         self.ahead: tuple[Request, int] | None = None
         self.patient = arrival
-        self._told = len(text.ids)
+        self._sent = len(text.ids)
         self.salt = salt
-        self._told_prompt = self._begun = False
+        self._prompt_sent = self._begun = False
 
     @property
     def phase(self) -> str:
@@ -137,13 +137,13 @@ class Request(Job):
         text = self.text
         if text.error is not None:
             return _served(text.error)
-        ids = tuple(text.ids[self._told :])
+        ids = tuple(text.ids[self._sent :])
         if not ids and not text.finished:
             return None
-        self._told = len(text.ids)
+        self._sent = len(text.ids)
         if text.finished:
             self.transcript.finish()
-        texts = self.transcript.told()
+        texts = self.transcript.take_texts()
         stop, usage, reason = self.transcript.stop, None, text.finish_reason
         if text.finished or not self._begun:
             usage, self._begun = self._usage(), True
@@ -154,9 +154,9 @@ class Request(Job):
         if observed is not None:
             if observed.logprobs is not None:
                 logprobs, observed.new = tuple(observed.new), []
-            if observed.prompt_logprobs is not None and not self._told_prompt:
+            if observed.prompt_logprobs is not None and not self._prompt_sent:
                 prompt_logprobs, observed.prompt = tuple(observed.prompt), []
-                self._told_prompt = True
+                self._prompt_sent = True
         return Answer(ids, "".join(texts), reason, usage, texts, logprobs, prompt_logprobs, stop)
 
     def _usage(self) -> Usage:
@@ -171,6 +171,6 @@ def _served(error: Exception) -> Exception:
     """Convert an error to the one that readers get."""
     if not isinstance(error, NothingLeftError) or error.best in (None, -math.inf):
         return error
-    made = NonFiniteError(str(error))
-    made.__cause__ = error
-    return made
+    wrapped = NonFiniteError(str(error))
+    wrapped.__cause__ = error
+    return wrapped

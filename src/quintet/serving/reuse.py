@@ -65,16 +65,16 @@ class PromptReuse:
     def _alike(self, request: Request) -> Iterator[tuple[Request, int]]:
         """Yield running requests with an uncached shared prompt, and the shared length."""
         ids = request.text.ids
-        kept: int | None = None
+        cached: int | None = None
         for other in self.scheduler.running:
             if (other.scope, other.apart) != (request.scope, request.apart):
                 continue
             if other is request or other.text.ids[:GRID] != ids[:GRID]:
                 continue
             shared = self.prefix.usable(common(other.text.ids, ids), len(ids))
-            if kept is None:
-                kept = self.prefix.length(request.scope, ids, request.apart)
-            if shared - kept >= GRID:
+            if cached is None:
+                cached = self.prefix.length(request.scope, ids, request.apart)
+            if shared - cached >= GRID:
                 yield other, shared
 
     def _keep_shared(self, request: Request) -> None:
@@ -97,10 +97,10 @@ class PromptReuse:
             self.figures.snapshots += bool(content.states)
             return content
 
-        held = self.engine.length(text)
-        held = held if most is None else min(held, most)
+        length = self.engine.length(text)
+        length = length if most is None else min(length, most)
         try:
-            self.prefix.keep(request.scope, text.ids[:held], extract, request.apart)
+            self.prefix.keep(request.scope, text.ids[:length], extract, request.apart)
         except Exception as error:
             if not is_shortage(error):
                 raise

@@ -243,7 +243,7 @@ class Runner(PromptReuse):
     def _step(self, requests: list[Request], piece: int | None) -> None:
         began, before = self._clock(), [request.text.computed for request in requests]
         try:
-            made = self.engine.step([request.text for request in requests], piece)
+            new_tokens = self.engine.step([request.text for request in requests], piece)
         except Exception as error:
             self._stepping += self._clock() - began
             self._failed(requests, error)
@@ -259,10 +259,10 @@ class Runner(PromptReuse):
             self.figures.read += sum(read)
         elif self.engine.drafted:
             self.figures.drafted += self.engine.drafted
-            self.figures.accepted += sum(len(new) - 1 for new in made if new)
+            self.figures.accepted += sum(len(new) - 1 for new in new_tokens if new)
         self.figures.step(kind, now - began)
-        self.figures.generated += sum(map(len, made))
-        for request, new in zip(requests, made, strict=True):
+        self.figures.generated += sum(map(len, new_tokens))
+        for request, new in zip(requests, new_tokens, strict=True):
             request.follow()
             if request.computed in request.stops:
                 self._keep(request)
@@ -381,7 +381,7 @@ class Runner(PromptReuse):
             rows=self.limits.rows,
             running=len(scheduler.running),
             waiting=scheduler.queued,
-            held=scheduler.held,
+            held=scheduler.reserved,
             kept=self.prefix.nbytes,
             evicted=self.prefix.evicted,
         )

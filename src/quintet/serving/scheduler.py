@@ -222,7 +222,7 @@ class Scheduler(Generic[J]):
         return self.limits.rows - len(self.running)
 
     @property
-    def held(self) -> int:
+    def reserved(self) -> int:
         """The estimated bytes of all rows."""
         return sum(self._bytes(job, job.known) for job in self.running)
 
@@ -295,7 +295,7 @@ class Scheduler(Generic[J]):
     def _preempted(self, now: float) -> list[J]:
         """Return a job to preempt, for memory or fairness."""
         memory = self.limits.memory
-        if memory is not None and len(self.running) > 1 and self.held > memory:
+        if memory is not None and len(self.running) > 1 and self.reserved > memory:
             return [self._last(self.running)]
         if self._free:
             return []

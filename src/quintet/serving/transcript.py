@@ -35,30 +35,30 @@ class StopStrings:
         self.found: str | None = None
         self._strings = tuple(strings)
         self._longest = max(map(len, strings), default=0)
-        self._held = ""
+        self._pending = ""
 
     def feed(self, text: str) -> str:
         """Add text; return what certainly precedes any of the strings."""
         if self.found is not None:
             return ""
-        text = self._held + text
+        text = self._pending + text
         places = [(at, -len(one)) for one in self._strings if (at := text.find(one)) >= 0]
         if places:
             at, length = min(places)
             self.found = text[at : at - length]
-            self._held = ""
+            self._pending = ""
             return text[:at]
         keep = min(self._longest - 1, len(text))
         while keep > 0 and not any(one.startswith(text[-keep:]) for one in self._strings):
             keep -= 1
         certain = len(text) - max(keep, 0)
-        self._held = text[certain:]
+        self._pending = text[certain:]
         return text[:certain]
 
     def flush(self) -> str:
         """Return the text held back as a possible beginning of a string."""
-        held, self._held = self._held, ""
-        return held
+        rest, self._pending = self._pending, ""
+        return rest
 
 
 class Transcript:
@@ -116,7 +116,7 @@ class Transcript:
             rest = self._stop.feed(self._decoder.flush())
             self._texts[-1] += rest + self._stop.flush()
 
-    def told(self) -> tuple[str, ...]:
+    def take_texts(self) -> tuple[str, ...]:
         """Return the text of each token since the last call."""
         texts, self._texts = tuple(self._texts), []
         return texts

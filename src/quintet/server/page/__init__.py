@@ -75,14 +75,14 @@ def squeezed(source: str) -> str:
 
     No text between quotes goes over the end of a line in these files.
     """
-    kept = []
+    lines = []
     inside = False
     for line in map(str.strip, source.splitlines()):
         inside = inside or line.startswith("/*")
         if line and not inside and not line.startswith("//"):
-            kept.append(line)
+            lines.append(line)
         inside = inside and not line.endswith("*/")
-    return "\n".join(kept)
+    return "\n".join(lines)
 
 
 def dense(source: str) -> str:

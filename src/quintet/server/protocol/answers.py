@@ -55,13 +55,13 @@ def scored(scores: Iterable[TokenScore]) -> list[dict[str, Any]]:
     return [{**_one(score), "top_logprobs": [_one(top) for top in score.top]} for score in scores]
 
 
-def usage_of(told: Iterable[Sequence[Tokens]]) -> dict[str, Any]:
+def usage_of(usages_of_prompts: Iterable[Sequence[Tokens]]) -> dict[str, Any]:
     """Sum the usage of a reply; answers to one prompt share its tokens."""
-    prompts = list(told)
+    prompts = list(usages_of_prompts)
     prompt = sum(answers[0].prompt for answers in prompts)
     cached = sum(answers[0].cached for answers in prompts)
-    each = [one for answers in prompts for one in answers]
-    completion = sum(one.completion for one in each)
+    usages = [one for answers in prompts for one in answers]
+    completion = sum(one.completion for one in usages)
     return {
         "prompt_tokens": prompt,
         "completion_tokens": completion,
@@ -70,7 +70,7 @@ def usage_of(told: Iterable[Sequence[Tokens]]) -> dict[str, Any]:
             "cached_tokens": cached,
             "cache_write_tokens": prompt - cached,
         },
-        "completion_tokens_details": {"reasoning_tokens": sum(one.reasoning for one in each)},
+        "completion_tokens_details": {"reasoning_tokens": sum(one.reasoning for one in usages)},
     }
 
 

@@ -7,7 +7,14 @@ from pydantic import Field
 from quintet.server.failures import invalid
 from quintet.server.protocol.common import Body, Count, SamplingFields, unsupported, within
 from quintet.server.protocol.formats import ResponseFormat, format_of
-from quintet.server.protocol.turns import Message, Tool, ToolChoice, choice_of, said, tools_of
+from quintet.server.protocol.turns import (
+    Message,
+    Tool,
+    ToolChoice,
+    choice_of,
+    conversation_of,
+    tools_of,
+)
 from quintet.server.questions import Ask, Conversation
 from quintet.server.settings import Settings
 
@@ -89,7 +96,7 @@ class ChatRequest(SamplingFields):
         tools = tools_of(self.tools or [], settings)
         choice, tools = choice_of(self.tool_choice, tools)
         form = format_of(self.response_format, self.regex, self.grammar, settings)
-        messages = said(self.messages, settings)
+        messages = conversation_of(self.messages, settings)
         if self.continue_final_message and messages[-1]["role"] != "assistant":
             raise invalid(
                 "continue_final_message: the last message has to be the assistant's",

@@ -148,8 +148,8 @@ def within(name: str, value: int, most: int, unit: str = "") -> None:
         ApiError: it is more.
     """
     if value > most:
-        what = f"{value} {unit}" if unit else str(value)
-        raise invalid(f"{name} has {what}; at most {most} are taken", name)
+        amount = f"{value} {unit}" if unit else str(value)
+        raise invalid(f"{name} has {amount}; at most {most} are taken", name)
 
 
 def unsupported(param: str, remedy: str) -> ApiError:
@@ -163,8 +163,8 @@ def warnings_header(warnings: list[str]) -> dict[str, str]:
     if not warnings:
         return {}
     more = len(warnings) - MOST_WARNINGS
-    said = [*warnings[:MOST_WARNINGS], *([f"and {more} more"] if more > 0 else [])]
-    return {"warnings": "; ".join(said).encode("ascii", "replace").decode()}
+    shown = [*warnings[:MOST_WARNINGS], *([f"and {more} more"] if more > 0 else [])]
+    return {"warnings": "; ".join(shown).encode("ascii", "replace").decode()}
 
 
 def plain(name: str) -> str:
@@ -180,8 +180,8 @@ def _beside(body: Body, path: str) -> Iterator[tuple[str, str, type[Body]]]:
     kind = type(body)
     for name, value in (body.model_extra or {}).items():
         known = name in kind.IDLE or name in kind.REFUSED
-        asks = value is not False and value not in ("", [], {})
-        if value is not None and (asks or not known):
+        has_effect = value is not False and value not in ("", [], {})
+        if value is not None and (has_effect or not known):
             yield path, name, kind
     for name in kind.model_fields:
         value = body.__dict__[name]
@@ -199,11 +199,11 @@ def _first(error: ValidationError, data: Any) -> ApiError:
     deepest: dict[str, int] = {}
     for one in error.errors(include_url=False, include_context=False, include_input=False):
         path, depth = _path(one["loc"], data, missing=one["type"] == "missing")
-        said = found.setdefault(path, [])
+        reasons = found.setdefault(path, [])
         deepest[path] = depth
         rule = _rule(one["msg"])
-        if rule not in said and len(said) < MOST_SAID:
-            said.append(rule)
+        if rule not in reasons and len(reasons) < MOST_SAID:
+            reasons.append(rule)
     root = next(iter(found)).split(".")[0].split("[")[0]
     related = [path for path in found if path.split(".")[0].split("[")[0] == root]
     path = max(related, key=deepest.__getitem__)
@@ -220,13 +220,13 @@ def _rule(message: str) -> str:
 
 def _path(loc: tuple[int | str, ...], data: Any, *, missing: bool) -> tuple[str, int]:
     """Format a location as in requests."""
-    path, depth, here = "", 0, data
+    path, depth, node = "", 0, data
     for place, part in enumerate(loc):
         if isinstance(part, int):
-            if isinstance(here, list) and part < len(here):
-                path, here, depth = f"{path}[{part}]", here[part], depth + 1
-        elif isinstance(here, Mapping) and (part in here or (missing and place == len(loc) - 1)):
-            path, here, depth = f"{path}.{part}" if path else part, here.get(part), depth + 1
+            if isinstance(node, list) and part < len(node):
+                path, node, depth = f"{path}[{part}]", node[part], depth + 1
+        elif isinstance(node, Mapping) and (part in node or (missing and place == len(loc) - 1)):
+            path, node, depth = f"{path}.{part}" if path else part, node.get(part), depth + 1
     return path, depth
 
 

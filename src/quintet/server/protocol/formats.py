@@ -40,25 +40,25 @@ def format_of(
     Raises:
         ApiError: several, none of a schema, or one that is too large.
     """
-    asked: list[Mapping[str, Any]] = []
+    requested: list[Mapping[str, Any]] = []
     if response_format is not None and response_format.type != "text":
         if response_format.type == "json_object":
-            asked.append({"type": "json_object"})
+            requested.append({"type": "json_object"})
         else:
-            asked.append({"type": "json_schema", "schema": _schema(response_format, settings)})
+            requested.append({"type": "json_schema", "schema": _schema(response_format, settings)})
     if regex is not None:
         within("regex", len(regex), settings.schema, "characters")
-        asked.append({"type": "regex", "pattern": regex})
+        requested.append({"type": "regex", "pattern": regex})
     if grammar is not None:
         within("grammar", len(grammar), settings.schema, "characters")
-        asked.append({"type": "grammar", "grammar": grammar})
-    if len(asked) > 1:
+        requested.append({"type": "grammar", "grammar": grammar})
+    if len(requested) > 1:
         raise invalid(
             "response_format: there is one of response_format, regex and grammar; leave the others "
             "out",
             "response_format",
         )
-    return asked[0] if asked else None
+    return requested[0] if requested else None
 
 
 def _schema(given: ResponseFormat, settings: Settings) -> Mapping[str, Any]:

@@ -19,20 +19,20 @@ def by_type(default: str = "", **others: str) -> Discriminator:
     """
 
     def tag(value: Any) -> str:
-        said = value.get("type") if isinstance(value, dict) else vars(value)["type"]
-        said = default if said is None else said
-        return f"/{others.get(said, said)}" if isinstance(said, str) else "/"
+        kind = value.get("type") if isinstance(value, dict) else vars(value)["type"]
+        kind = default if kind is None else kind
+        return f"/{others.get(kind, kind)}" if isinstance(kind, str) else "/"
 
     return Discriminator(tag)
 
 
 def only(
-    what: str, *kinds: str, default: str = "", remedies: Mapping[str, str] | None = None
+    noun: str, *kinds: str, default: str = "", remedies: Mapping[str, str] | None = None
 ) -> BeforeValidator:
     """Return the check that a value is an object of one of these types; any other is named.
 
     Args:
-        what: it is, for errors.
+        noun: it is, for errors.
         kinds: the types.
         default: the type of an object that says none.
         remedies: what to do about types that cannot be had.
@@ -40,13 +40,13 @@ def only(
 
     def known(value: Any) -> Any:
         if not isinstance(value, dict):
-            raise ValueError(f"{what} has to be an object")
-        said = value.get("type")
-        said = default if said is None else said
-        if said not in kinds:
-            remedy = remedies.get(said) if remedies and isinstance(said, str) else None
-            others = f"the types of {what} are {', '.join(kinds)}"
-            raise ValueError(f"the type {shown(said)} cannot be had here; {remedy or others}")
+            raise ValueError(f"{noun} has to be an object")
+        kind = value.get("type")
+        kind = default if kind is None else kind
+        if kind not in kinds:
+            remedy = remedies.get(kind) if remedies and isinstance(kind, str) else None
+            others = f"the types of {noun} are {', '.join(kinds)}"
+            raise ValueError(f"the type {shown(kind)} cannot be had here; {remedy or others}")
         return value
 
     return BeforeValidator(known)

@@ -120,27 +120,27 @@ def messages_of(turns: Sequence[Turn]) -> list[Wire]:
         if turn.role == "assistant":
             messages.append(_assistant(turn.blocks))
         else:
-            messages += _told(turn)
+            messages += _user_messages(turn)
     return messages
 
 
-def _told(turn: Turn) -> list[Wire]:
+def _user_messages(turn: Turn) -> list[Wire]:
     messages: list[Wire] = []
     texts: list[TextBlock] = []
 
-    def said() -> None:
+    def flush() -> None:
         if texts:
             messages.append({"role": turn.role, "content": text_of(texts)})
             texts.clear()
 
     for block in turn.blocks:
         if isinstance(block, ToolResultBlock):
-            said()
+            flush()
             content = text_of(block.content or [])
             messages.append({"role": "tool", "tool_call_id": block.tool_use_id, "content": content})
         elif isinstance(block, TextBlock):
             texts.append(block)
-    said()
+    flush()
     return messages
 
 

@@ -264,11 +264,11 @@ class ResponsesRequest(SamplingFields):
         return None
 
     def _conversation(self, tools: tuple[Mapping[str, Any], ...]) -> Conversation:
-        said = self.input
-        if isinstance(said, str):
-            messages: list[Wire] = [{"role": "user", "content": said}]
+        given = self.input
+        if isinstance(given, str):
+            messages: list[Wire] = [{"role": "user", "content": given}]
         else:
-            messages = messages_of(said)
+            messages = messages_of(given)
         if self.instructions:
             messages.insert(0, {"role": "system", "content": self.instructions})
         if not messages:

@@ -6,7 +6,7 @@ from typing import Any
 from quintet.parsing.events import Content
 from quintet.server.protocol.answers import finite
 from quintet.server.protocol.completions import Piece
-from quintet.server.questions import Finish, Heard, Prompted, Tokens, TokenScore
+from quintet.server.questions import AnswerEvent, Finish, Prompted, Tokens, TokenScore
 from quintet.tokenization import PreTrainedTokenizer
 from quintet.tokenization.stream import IncrementalDecoder
 
@@ -44,19 +44,19 @@ class TextChoice:
         self._sent = self._decoded = 0
         self._echoed = not prompt.echo
 
-    def hear(self, heard: Heard) -> Iterator[dict[str, Any]]:
+    def feed(self, answer_event: AnswerEvent) -> Iterator[dict[str, Any]]:
         """Yield what it adds to the text."""
-        match heard.event:
+        match answer_event.event:
             case Prompted():
-                self._prompt.scores = heard.scores
+                self._prompt.scores = answer_event.scores
                 return
             case Content(text):
                 yield from self._echo()
-                yield self._part(text, self._scores(text, heard.scores))
+                yield self._part(text, self._scores(text, answer_event.scores))
             case Finish(reason, usage):
                 self.usage = usage
                 yield from self._echo()
-                yield self._part("", self._scores("", heard.scores), reason)
+                yield self._part("", self._scores("", answer_event.scores), reason)
 
     def _echo(self) -> Iterator[dict[str, Any]]:
         if self._echoed:

@@ -90,9 +90,9 @@ def chosen(mode: str, names: Sequence[str] | None, tools: Tools) -> tuple[str, T
     Raises:
         ApiError: a tool that is not offered, or none where one has to be called.
     """
-    there = [tool["function"]["name"] for tool in tools]
+    known = [tool["function"]["name"] for tool in tools]
     for name in names or ():
-        if name not in there:
+        if name not in known:
             raise invalid(f"tool_choice: there is no tool {shown(name)}", "tool_choice")
     if mode == "required" and not tools:
         raise invalid("tool_choice: there are no tools to call", "tool_choice")

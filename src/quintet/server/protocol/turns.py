@@ -156,7 +156,7 @@ class ToolChoice(Body):
     allowed_tools: AllowedTools | None = None
 
 
-def said(messages: list[Message], settings: Settings) -> tuple[Mapping[str, Any], ...]:
+def conversation_of(messages: list[Message], settings: Settings) -> tuple[Mapping[str, Any], ...]:
     """Return a conversation as templates read it.
 
     Raises:

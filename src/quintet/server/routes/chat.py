@@ -16,7 +16,7 @@ from quintet.server.events import DONE, EventStream, ServerEvent
 from quintet.server.protocol.answers import Frame, event, scored, usage_of
 from quintet.server.protocol.chat import ChatRequest
 from quintet.server.protocol.common import warnings_header
-from quintet.server.questions import Finish, Heard, Tokens
+from quintet.server.questions import AnswerEvent, Finish, Tokens
 from quintet.server.replies import begun
 from quintet.server.service import caller_of, service_of
 
@@ -32,21 +32,21 @@ async def create(request: Request) -> Response:
     served = await service.registry.get(body.model)
     size = served.engine.model.config.vocab_size
     question = body.question(service.settings, size, caller_of(request))
-    heard = ask(served, question)
-    start = await begun(request, heard)
+    events = ask(served, question)
+    start = await begun(request, events)
     headers = warnings_header([*warnings, *start.warnings])
     frame = Frame("chatcmpl", served.name, served.fingerprint)
     if body.stream:
         counted = body.stream_options is not None and bool(body.stream_options.include_usage)
-        stream = EventStream(_chunks(heard, frame, question.n, counted=counted), service.settings)
+        stream = EventStream(_chunks(events, frame, question.n, counted=counted), service.settings)
         stream.headers.update(headers)
         return stream
-    reply = await until_gone(request, _whole(heard, frame, question.n))
+    reply = await until_gone(request, _whole(events, frame, question.n))
     return JSONResponse(reply, headers=headers)
 
 
 async def _chunks(
-    heard: AsyncGenerator[Heard, None], frame: Frame, count: int, *, counted: bool
+    events: AsyncGenerator[AnswerEvent, None], frame: Frame, count: int, *, counted: bool
 ) -> AsyncGenerator[ServerEvent, None]:
     """Yield answers as they are written, each begun by its role, in order of their indices."""
     usage = {"usage": None} if counted else {}
@@ -55,25 +55,25 @@ async def _chunks(
         choice = {"index": index, "delta": delta, "logprobs": None, "finish_reason": None, **more}
         return event(frame(CHUNK, [choice], **usage))
 
-    told: dict[int, Tokens] = {}
-    async with aclosing(heard):
+    usages: dict[int, Tokens] = {}
+    async with aclosing(events):
         for index in range(count):
             yield chunk(index, {"role": "assistant", "content": ""})
-        async for one in heard:
+        async for one in events:
             if isinstance(one.event, Finish):
-                told[one.index] = one.event.usage
+                usages[one.index] = one.event.usage
                 yield chunk(one.index, {}, finish_reason=one.event.reason)
             elif delta := _delta(one):
                 logprobs = _logprobs(one)
                 yield chunk(one.index, delta, **({"logprobs": logprobs} if logprobs else {}))
     if counted:
-        yield event(frame(CHUNK, [], usage=usage_of([[told[index] for index in sorted(told)]])))
+        yield event(frame(CHUNK, [], usage=usage_of([[usages[index] for index in sorted(usages)]])))
     yield DONE
 
 
-def _delta(heard: Heard) -> dict[str, Any]:
+def _delta(answer_event: AnswerEvent) -> dict[str, Any]:
     """Return what an event adds to a message, and nothing else."""
-    match heard.event:
+    match answer_event.event:
         case Reasoning(text):
             # Both names are read by clients.
             return {"reasoning_content": text, "reasoning": text}
@@ -88,12 +88,14 @@ def _delta(heard: Heard) -> dict[str, Any]:
     return {}
 
 
-async def _whole(heard: AsyncGenerator[Heard, None], frame: Frame, count: int) -> dict[str, Any]:
+async def _whole(
+    events: AsyncGenerator[AnswerEvent, None], frame: Frame, count: int
+) -> dict[str, Any]:
     """Return all answers when they are complete."""
     messages = [Message() for _ in range(count)]
-    async with aclosing(heard):
-        async for one in heard:
-            messages[one.index].hear(one)
+    async with aclosing(events):
+        async for one in events:
+            messages[one.index].feed(one)
     usage = usage_of([[one.usage for one in messages if one.usage is not None]])
     choices = [message.choice(index) for index, message in enumerate(messages)]
     return frame(WHOLE, choices, usage=usage)
@@ -111,14 +113,14 @@ class Message:
         self._scores: list[dict[str, Any]] = []
         self._reason = "stop"
 
-    def hear(self, heard: Heard) -> None:
-        """Add what is heard."""
-        match heard.event:
+    def feed(self, answer_event: AnswerEvent) -> None:
+        """Add an event of the answer."""
+        match answer_event.event:
             case Reasoning(text):
                 self._reasoning.append(text)
             case Content(text):
                 self._content.append(text)
-                self._scores += scored(heard.scores)
+                self._scores += scored(answer_event.scores)
             case CallStart(_, name):
                 function = {"name": name, "arguments": ""}
                 self._calls.append({"id": _call_id(), "type": "function", "function": function})
@@ -157,10 +159,10 @@ class Message:
         }
 
 
-def _logprobs(heard: Heard) -> dict[str, Any] | None:
-    if not heard.scores or not isinstance(heard.event, Content):
+def _logprobs(answer_event: AnswerEvent) -> dict[str, Any] | None:
+    if not answer_event.scores or not isinstance(answer_event.event, Content):
         return None
-    return {"content": scored(heard.scores), "refusal": None}
+    return {"content": scored(answer_event.scores), "refusal": None}
 
 
 def _call_id() -> str:

@@ -17,7 +17,7 @@ from quintet.server.protocol.answers import Frame, event, usage_of
 from quintet.server.protocol.common import warnings_header
 from quintet.server.protocol.completions import CompletionRequest, pieces
 from quintet.server.protocol.text_choices import TextChoice, TextPrompt, joined
-from quintet.server.questions import Heard, Tokens
+from quintet.server.questions import AnswerEvent, Tokens
 from quintet.server.replies import begun
 from quintet.server.service import caller_of, service_of
 
@@ -42,13 +42,13 @@ async def create(request: Request) -> Response:
     )
     caller = caller_of(request)
     questions = [body.question(one.ids, one.where, settings, size, caller) for one in prompts]
-    asked = [ask(served, question) for question in questions]
-    start = await begun(request, asked[0])
+    streams = [ask(served, question) for question in questions]
+    start = await begun(request, streams[0])
     headers = warnings_header([*warnings, *start.warnings])
     frame = Frame("cmpl", served.name, served.fingerprint)
     count = body.n or 1
     width = max(served.engine.limits.rows // count, 1)
-    heard = merged([_of(place, one) for place, one in enumerate(asked)], width)
+    events = merged([_placed(place, one) for place, one in enumerate(streams)], width)
     choices: list[TextChoice] = []
     for piece in prompts:
         prompt = TextPrompt(piece, echo=bool(body.echo), scored=body.logprobs is not None)
@@ -57,25 +57,27 @@ async def create(request: Request) -> Response:
         ]
     if body.stream:
         counted = body.stream_options is not None and bool(body.stream_options.include_usage)
-        stream = EventStream(_chunks(heard, frame, choices, count, counted=counted), settings)
+        stream = EventStream(_chunks(events, frame, choices, count, counted=counted), settings)
         stream.headers.update(headers)
         return stream
-    reply = await until_gone(request, _whole(heard, frame, choices, count))
+    reply = await until_gone(request, _whole(events, frame, choices, count))
     return JSONResponse(reply, headers=headers)
 
 
-Placed = tuple[int, Heard]
+Placed = tuple[int, AnswerEvent]
 
 
-async def _of(place: int, heard: AsyncGenerator[Heard, None]) -> AsyncGenerator[Placed, None]:
-    """Yield what is heard of a prompt, with its place among the prompts."""
-    async with aclosing(heard):
-        async for one in heard:
+async def _placed(
+    place: int, events: AsyncGenerator[AnswerEvent, None]
+) -> AsyncGenerator[Placed, None]:
+    """Yield the events of a prompt, with its index among the prompts."""
+    async with aclosing(events):
+        async for one in events:
             yield place, one
 
 
 async def _chunks(
-    heard: AsyncGenerator[Placed, None],
+    events: AsyncGenerator[Placed, None],
     frame: Frame,
     choices: list[TextChoice],
     count: int,
@@ -84,28 +86,30 @@ async def _chunks(
 ) -> AsyncGenerator[ServerEvent, None]:
     """Yield texts as they are written."""
     usage = {"usage": None} if counted else {}
-    async with aclosing(heard):
-        async for place, one in heard:
-            for part in choices[place * count + one.index].hear(one):
+    async with aclosing(events):
+        async for place, one in events:
+            for part in choices[place * count + one.index].feed(one):
                 yield event(frame(KIND, [part], **usage))
     if counted:
-        yield event(frame(KIND, [], usage=usage_of(_told(choices, count))))
+        yield event(frame(KIND, [], usage=usage_of(_usages_by_prompt(choices, count))))
     yield DONE
 
 
 async def _whole(
-    heard: AsyncGenerator[Placed, None], frame: Frame, choices: list[TextChoice], count: int
+    events: AsyncGenerator[Placed, None], frame: Frame, choices: list[TextChoice], count: int
 ) -> dict[str, Any]:
     """Return all texts when they are complete."""
     parts: list[list[dict[str, Any]]] = [[] for _ in choices]
-    async with aclosing(heard):
-        async for place, one in heard:
+    async with aclosing(events):
+        async for place, one in events:
             index = place * count + one.index
-            parts[index] += choices[index].hear(one)
-    return frame(KIND, [joined(own) for own in parts], usage=usage_of(_told(choices, count)))
+            parts[index] += choices[index].feed(one)
+    return frame(
+        KIND, [joined(own) for own in parts], usage=usage_of(_usages_by_prompt(choices, count))
+    )
 
 
-def _told(choices: list[TextChoice], count: int) -> list[list[Tokens]]:
+def _usages_by_prompt(choices: list[TextChoice], count: int) -> list[list[Tokens]]:
     """Return how many tokens the texts took, those of one prompt together."""
-    told = [one.usage for one in choices if one.usage is not None]
-    return [told[start : start + count] for start in range(0, len(told), count)]
+    usages = [one.usage for one in choices if one.usage is not None]
+    return [usages[start : start + count] for start in range(0, len(usages), count)]

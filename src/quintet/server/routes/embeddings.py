@@ -67,8 +67,8 @@ async def _vectors(
                     timeout=timeout,
                     adapter_name=served.adapter,
                 )
-        made: list[float] = vector.tolist()
-        return made
+        numbers: list[float] = vector.tolist()
+        return numbers
 
     tasks = [asyncio.ensure_future(one(*text)) for text in texts]
     try:

@@ -29,13 +29,13 @@ async def create(request: Request) -> Response:
     body, warnings = await received(request, MessagesRequest)
     served = await service.registry.get(body.model)
     question = body.ask(service.settings, served.engine.model.config.vocab_size, caller_of(request))
-    heard = ask(served, question)
-    start = await begun(request, heard)
+    events = ask(served, question)
+    start = await begun(request, events)
     headers = warnings_header([*warnings, *start.warnings])
     writer = MessageWriter(body.model, start.prompt, silent=body.silent)
     if body.stream:
         stream = EventStream(
-            written(heard, writer),
+            written(events, writer),
             service.settings,
             write=error_body,
             failed="error",
@@ -43,7 +43,7 @@ async def create(request: Request) -> Response:
         )
         stream.headers.update(headers)
         return stream
-    await until_gone(request, finished(heard, writer))
+    await until_gone(request, finished(events, writer))
     return json_reply(writer.message, headers)
 
 

@@ -10,11 +10,11 @@ from quintet.server.asking import ask
 from quintet.server.bodies import documented, received
 from quintet.server.connection import until_gone
 from quintet.server.events import EventStream, ServerEvent
-from quintet.server.logs import told_of
+from quintet.server.logs import error_of_request
 from quintet.server.protocol.common import warnings_header
 from quintet.server.protocol.response_events import ResponseWriter
 from quintet.server.protocol.responses import ResponsesRequest
-from quintet.server.questions import Heard
+from quintet.server.questions import AnswerEvent
 from quintet.server.replies import begun, json_reply
 from quintet.server.service import caller_of, request_id_of, service_of
 from quintet.server.writing import finished, named, written
@@ -30,29 +30,29 @@ async def create(request: Request) -> Response:
     body, warnings = await received(request, ResponsesRequest)
     served = await service.registry.get(body.model)
     question = body.ask(settings, served.engine.model.config.vocab_size, caller_of(request))
-    heard = ask(served, question)
-    start = await begun(request, heard)
+    answer_events = ask(served, question)
+    start = await begun(request, answer_events)
     headers = warnings_header([*warnings, *body.warnings(), *start.warnings])
     writer = ResponseWriter(body.response())
     if body.stream:
-        stream = EventStream(_told(heard, writer, request_id_of(request)), settings)
+        stream = EventStream(_events(answer_events, writer, request_id_of(request)), settings)
         stream.headers.update(headers)
         return stream
-    await until_gone(request, finished(heard, writer))
+    await until_gone(request, finished(answer_events, writer))
     return json_reply(writer.response, headers)
 
 
-async def _told(
-    heard: AsyncGenerator[Heard, None], writer: ResponseWriter, request_id: str
+async def _events(
+    answer_events: AsyncGenerator[AnswerEvent, None], writer: ResponseWriter, request_id: str
 ) -> AsyncGenerator[ServerEvent, None]:
     """Yield a response as it is written; a failure is its last event, too."""
     try:
-        async with aclosing(written(heard, writer)) as events:
+        async with aclosing(written(answer_events, writer)) as events:
             async for event in events:
                 yield event
     except Exception as error:
-        told = told_of(error, request_id)
-        for failure in writer.fail({"code": "server_error", "message": told.message}):
+        api_error = error_of_request(error, request_id)
+        for failure in writer.fail({"code": "server_error", "message": api_error.message}):
             yield named(failure)
     finally:
-        await heard.aclose()
+        await answer_events.aclose()
