@@ -138,7 +138,7 @@ def check(settings: dict[str, Any], tensors: dict[str, Tensor], meant: Tensor) -
     # They decode four-bit numbers in bfloat16.
     most = 4e-3 if one.name == "fp4" else 1e-6
     assert relative_error(one.decode(parts, shape, torch.float32), meant) < most
-    held = one.held
+    held = one.model_format
     if held is not None:
         recast = one.recast(parts, shape, held)
         assert recast is not None

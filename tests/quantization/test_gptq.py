@@ -39,12 +39,12 @@ def unpacked(config: Any, tensors: dict[str, Tensor], shape: tuple[int, int]) ->
     found = {key: tensors[name.removeprefix("a.")] for key, (name, _) in entry.files.items()}
     parts = one.unpack("a.weight", found, shape)
     whole = one.decode(parts, shape, torch.float32)
-    if one.held is not None:
-        recast = one.recast(parts, shape, one.held)
+    if one.model_format is not None:
+        recast = one.recast(parts, shape, one.model_format)
         assert recast is not None
         # Kernels read rows.
         assert all(part.is_contiguous() for part in recast.values())
-        again = one.held.decode(recast, shape, torch.float32)
+        again = one.model_format.decode(recast, shape, torch.float32)
         # int4 has bfloat16 scales.
         assert relative_error(again, whole) < 4e-3
     return whole

@@ -32,8 +32,8 @@ def shape_of(module: nn.Module, name: str) -> tuple[int, ...] | None:
     if isinstance(module, Quantized) and name in module.matrices:
         (rows, columns), stack = module.matrices[name]
         return (stack[0], stack[1] * rows, columns) if stack else (rows, columns)
-    held: dict[str, Tensor | None] = {**module._buffers, **module._parameters}
-    tensor = held.get(name)
+    tensors: dict[str, Tensor | None] = {**module._buffers, **module._parameters}
+    tensor = tensors.get(name)
     # Some formats of other packages keep bytes in a parameter; the map knows its sizes.
     if name == "weight" and isinstance(module, nn.Linear):
         return (module.out_features, module.in_features)
@@ -83,9 +83,9 @@ def with_tensors(module: nn.Module, tensors: Mapping[str, Tensor]) -> nn.Module:
     other = copy.copy(module)
     other._parameters, other._buffers = dict(module._parameters), dict(module._buffers)
     for name, tensor in tensors.items():
-        held = other._buffers if name in other._buffers else other._parameters
+        registry = other._buffers if name in other._buffers else other._parameters
         # What a matrix has become of one that gradients pass is no parameter of anything.
-        held[name] = tensor  # type: ignore[assignment]
+        registry[name] = tensor  # type: ignore[assignment]
     return other
 
 

@@ -69,25 +69,33 @@ class Adapters:
         known = []
         for name in names:
             if not isinstance(name, str) or name not in self.configs:
-                there = ", ".join(map(repr, self.configs)) or "none"
-                raise InputError(f"there is no adapter {shown(name)} on this model; it has {there}")
+                loaded = ", ".join(map(repr, self.configs)) or "none"
+                raise InputError(
+                    f"there is no adapter {shown(name)} on this model; it has {loaded}"
+                )
             known.append(name)
         return known
 
     def put(
-        self, model: nn.Module, name: str, config: LoraConfig, made: Adaptations, *, trains: bool
+        self,
+        model: nn.Module,
+        name: str,
+        config: LoraConfig,
+        adaptations: Adaptations,
+        *,
+        trains: bool,
     ) -> None:
         """Add an adapter to a model's modules."""
-        for (module, use), adaptation in made.items():
-            held = module._modules.get("adapters")
-            if held is None:
-                held = module.adapters = nn.ModuleDict()
-            assert isinstance(held, nn.ModuleDict)
-            if name not in held:
-                held[name] = nn.ModuleDict()
+        for (module, use), adaptation in adaptations.items():
+            collection = module._modules.get("adapters")
+            if collection is None:
+                collection = module.adapters = nn.ModuleDict()
+            assert isinstance(collection, nn.ModuleDict)
+            if name not in collection:
+                collection[name] = nn.ModuleDict()
             adaptation.requires_grad_(trains)
             adaptation.train(module.training)
-            cast("nn.ModuleDict", held[name])[use] = adaptation
+            cast("nn.ModuleDict", collection[name])[use] = adaptation
             self.by_layer |= use != ALL
         self.configs[name] = config
         self._marks[name] = secrets.token_hex(8)
@@ -95,11 +103,11 @@ class Adapters:
     def remove(self, model: nn.Module, names: Sequence[str]) -> None:
         """Remove adapters from a model's modules."""
         for module in adapted_modules(model):
-            held = cast("nn.ModuleDict", module.adapters)
+            collection = cast("nn.ModuleDict", module.adapters)
             for name in names:
-                if name in held:
-                    del held[name]
-            if not len(held):
+                if name in collection:
+                    del collection[name]
+            if not len(collection):
                 _uninstall(module)
                 del module.adapters
         for name in names:
@@ -110,27 +118,27 @@ class Adapters:
     def move(self, model: nn.Module, other: nn.Module) -> None:
         """Take all adapters off the modules of a model, and put them on those of another."""
         for path, module in model.named_modules():
-            held = module._modules.get("adapters")
-            if isinstance(held, nn.ModuleDict):
+            collection = module._modules.get("adapters")
+            if isinstance(collection, nn.ModuleDict):
                 _uninstall(module)
                 del module.adapters
-                other.get_submodule(path).adapters = held
+                other.get_submodule(path).adapters = collection
         self.install(other)
 
-    def keep(self, model: nn.Module, held: Collection[str]) -> None:
+    def keep(self, model: nn.Module, names: Collection[str]) -> None:
         """Take off a model what adapters do to modules, as far as no tensor of it is named."""
         for path, module in list(model.named_modules()):
-            there = module._modules.get("adapters")
-            if not isinstance(there, nn.ModuleDict):
+            collection = module._modules.get("adapters")
+            if not isinstance(collection, nn.ModuleDict):
                 continue
-            for name, uses in cast("Mapping[str, nn.ModuleDict]", dict(there.items())).items():
+            for name, uses in cast("Mapping[str, nn.ModuleDict]", dict(collection.items())).items():
                 for use in list(uses):
                     own = f"{path}.adapters.{name}.{use}."
-                    if not any(tensor.startswith(own) for tensor in held):
+                    if not any(tensor.startswith(own) for tensor in names):
                         del uses[use]
                 if not len(uses):
-                    del there[name]
-            if not len(there):
+                    del collection[name]
+            if not len(collection):
                 _uninstall(module)
                 del module.adapters
 
@@ -139,8 +147,8 @@ class Adapters:
         return {
             (module, use): cast("Adaptation", adaptation)
             for module in adapted_modules(model)
-            if name in (held := cast("nn.ModuleDict", module.adapters))
-            for use, adaptation in cast("nn.ModuleDict", held[name]).items()
+            if name in (collection := cast("nn.ModuleDict", module.adapters))
+            for use, adaptation in cast("nn.ModuleDict", collection[name]).items()
         }
 
     # -- which are in use --------------------------------------------------------------------

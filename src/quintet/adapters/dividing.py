@@ -113,10 +113,10 @@ def _tables(place: _Place, sharding: Sharding) -> Iterator[Sharding]:
     adaptation, vocabulary = place.adaptation, place.path in sharding.vocabulary
     looked_up = vocabulary and is_embedding(place.module)
     if adaptation.rows is not None or adaptation.experts or (looked_up and adaptation.instead):
-        what = "vectors of single ids" if adaptation.rows is not None else "parts of its own"
+        contents = "vectors of single ids" if adaptation.rows is not None else "parts of its own"
         raise InputError(
-            f"an adapter has {what} in {place.path}, which is cut among processes along tp; divide "
-            "the training by fsdp or dp instead"
+            f"an adapter has {contents} in {place.path}, which is cut among processes along tp; "
+            "divide the training by fsdp or dp instead"
         )
     for name in adaptation.instead:
         whole = f"{place.path}.{name}"

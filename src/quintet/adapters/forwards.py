@@ -50,10 +50,10 @@ class InUse(NamedTuple):
 
 def uses_of(module: nn.Module, name: str) -> Mapping[str, Adaptation]:
     """Return an adapter's changes to a module, by use."""
-    held = module._modules.get("adapters")
-    if not isinstance(held, nn.ModuleDict) or name not in held:
+    collection = module._modules.get("adapters")
+    if not isinstance(collection, nn.ModuleDict) or name not in collection:
         return {}
-    return cast("Mapping[str, Adaptation]", dict(cast("nn.ModuleDict", held[name]).items()))
+    return cast("Mapping[str, Adaptation]", dict(cast("nn.ModuleDict", collection[name]).items()))
 
 
 def adapted_modules(model: nn.Module) -> list[nn.Module]:
@@ -155,21 +155,23 @@ class _LinearForward(Forward):
     def run(self, used: Sequence[InUse], x: Tensor) -> Tensor:
         base = self.based(used)
         y: Tensor = self.call(base, x)
-        made = y
+        output = y
         for one in used:
             addition = one.adaptation.addition("weight")
             if isinstance(addition, LowRank):
                 bias = base._parameters.get("bias")
-                made = made + one.weight * addition.added(x, y, lambda: dense(base, "weight"), bias)
+                output = output + one.weight * addition.added(
+                    x, y, lambda: dense(base, "weight"), bias
+                )
             elif addition is not None:
-                made = made + one.weight * nn.functional.linear(
+                output = output + one.weight * nn.functional.linear(
                     x, addition.change(dense(base, "weight"))
                 )
-        made = made.to(y.dtype)
+        output = output.to(y.dtype)
         for one in used:
             if one.adaptation.rows is not None:
-                made = one.adaptation.rows.in_logits(x, made)
-        return made
+                output = one.adaptation.rows.in_logits(x, output)
+        return output
 
     def changed(self, used: Sequence[InUse]) -> dict[str, Tensor]:
         changed = super().changed(used)
@@ -178,8 +180,8 @@ class _LinearForward(Forward):
             addition = one.adaptation.addition("weight")
             more = addition.bias_change(weight) if isinstance(addition, LowRank) else None
             if more is not None:
-                held = self.module._parameters.get("bias") if bias is None else bias
-                before = torch.zeros_like(more) if held is None else held.detach().float()
+                old_bias = self.module._parameters.get("bias") if bias is None else bias
+                before = torch.zeros_like(more) if old_bias is None else old_bias.detach().float()
                 changed["bias"] = changed.get("bias", before) + one.weight * more
             if one.adaptation.rows is not None:
                 changed["weight"] = one.adaptation.rows.in_matrix(changed.get("weight", weight))
@@ -215,16 +217,16 @@ class _EmbeddingForward(Forward):
     def run(self, used: Sequence[InUse], ids: Tensor) -> Tensor:
         base = self.based(used)
         y: Tensor = self.call(base, ids)
-        made = y
+        output = y
         for one in used:
             addition = one.adaptation.addition("weight")
             if isinstance(addition, EmbeddingLowRank):
-                made = made + one.weight * addition.added(ids, y, lambda: dense(base, "weight"))
-        made = made.to(y.dtype)
+                output = output + one.weight * addition.added(ids, y, lambda: dense(base, "weight"))
+        output = output.to(y.dtype)
         for one in used:
             if one.adaptation.rows is not None:
-                made = one.adaptation.rows.in_vectors(ids, made)
-        return made
+                output = one.adaptation.rows.in_vectors(ids, output)
+        return output
 
     def changed(self, used: Sequence[InUse]) -> dict[str, Tensor]:
         changed = super().changed(used)
@@ -243,10 +245,10 @@ class _ExpertsForward(Forward):
             return cast("Tensor", self.call(base, x, indices, weights))
 
         def mapped(name: str, expert: int, x: Tensor) -> Tensor:
-            y = made = base.map(name, expert, x)
+            y = output = base.map(name, expert, x)
             for one in used:
-                made = _with_expert(one, name, expert, x, made)
-            return made.to(y.dtype)
+                output = _with_expert(one, name, expert, x, output)
+            return output.to(y.dtype)
 
         def run(expert: int, rows: Tensor) -> Tensor:
             inside = gated(mapped("gate_up_proj", expert, rows), base.act_fn)
@@ -256,12 +258,12 @@ class _ExpertsForward(Forward):
         count = (shape_of(base, "down_proj") or (base.num_experts,))[0]
 
         def own(x: Tensor, indices: Tensor, weights: Tensor) -> Tensor:
-            made = each_hit_expert(x, indices, weights, count, run)
+            output = each_hit_expert(x, indices, weights, count, run)
             if len(x):
-                return made
+                return output
             # Backward, what learns is not to be missing where it had nothing to do.
             learning = [p for one in used for p in one.adaptation.parameters() if p.requires_grad]
-            return made + sum(p.sum().to(made.dtype) * 0 for p in learning)
+            return output + sum(p.sum().to(output.dtype) * 0 for p in learning)
 
         if isinstance(self.original, OwnExperts | Exchange):
             return self.original.through(own)(x, indices, weights)
@@ -270,12 +272,14 @@ class _ExpertsForward(Forward):
     def changed(self, used: Sequence[InUse]) -> dict[str, Tensor]:
         changed = super().changed(used)
         for name, parts in EXPERT_STACKS.items():
-            held = [one for one in used if any(n.endswith(parts) for n in one.adaptation.experts)]
-            if not held:
+            adapted = [
+                one for one in used if any(n.endswith(parts) for n in one.adaptation.experts)
+            ]
+            if not adapted:
                 continue
             whole = changed[name] if name in changed else dense(self.module, name)
             whole = whole.clone()
-            for one in held:
+            for one in adapted:
                 for expert, matrix in enumerate(whole.unbind(0)):
                     for part, rows in zip(parts, matrix.chunk(len(parts)), strict=True):
                         if (lora := one.adaptation.of_expert(expert, part)) is not None:
@@ -320,14 +324,14 @@ def _with_expert(used: InUse, name: str, expert: int, x: Tensor, y: Tensor) -> T
     adaptation, weight = used
     stack = adaptation.addition(name)
     if isinstance(stack, ExpertStackLowRank):
-        y = y + weight * stack.of(expert, x)
+        y = y + weight * stack.delta(expert, x)
     parts = [adaptation.of_expert(expert, part) for part in EXPERT_STACKS[name]]
     if not any(parts):
         return y
     pieces = y.chunk(len(parts), dim=-1)
     return torch.cat(
         [
-            piece if lora is None else piece + weight * lora.of(x)
+            piece if lora is None else piece + weight * lora.delta(x)
             for piece, lora in zip(pieces, parts, strict=True)
         ],
         dim=-1,

@@ -16,8 +16,8 @@ class Remembered:
     """A tensor computed from others, recomputed when one of them changes."""
 
     def __init__(self) -> None:
-        self._of: object = None
-        self._made: Tensor | None = None
+        self._key: object = None
+        self._value: Tensor | None = None
 
     def get(
         self,
@@ -26,10 +26,10 @@ class Remembered:
         numbers: Sequence[float] = (),
     ) -> Tensor:
         """Return `make(...)` for these tensors and numbers, cached."""
-        of = (*map(_version, tensors), *numbers)
-        if self._made is None or of != self._of:
-            self._made, self._of = make(), of
-        return self._made
+        key = (*map(_version, tensors), *numbers)
+        if self._value is None or key != self._key:
+            self._value, self._key = make(), key
+        return self._value
 
     def __deepcopy__(self, memo: object) -> "Remembered":
         return Remembered()
@@ -99,7 +99,7 @@ class LowRank(Addition):
         """The rank r."""
         return self.lora_A.shape[0]
 
-    def of(self, x: Tensor) -> Tensor:
+    def delta(self, x: Tensor) -> Tensor:
         """Return s · B(A x), (..., O), ignoring a magnitude."""
         low = F.linear(x.to(self.lora_A.dtype), self.lora_A)
         return F.linear(low, self.lora_B, self.bias) * self.scale
@@ -115,14 +115,14 @@ class LowRank(Addition):
         """
         drops = self.training and self.dropout > 0
         if self.magnitude is None:
-            return self.of(F.dropout(x, self.dropout) if drops else x)
+            return self.delta(F.dropout(x, self.dropout) if drops else x)
         share = self.magnitude / self._norms(weight)
         if drops:
             x = F.dropout(x, self.dropout)
             y = F.linear(x.to(self.lora_A.dtype), weight())
         elif bias is not None:
             y = y - bias
-        return (share - 1) * y + share * self.of(x)
+        return (share - 1) * y + share * self.delta(x)
 
     def change(self, weight: Tensor) -> Tensor:
         """Return the addition to a matrix (O, I) in float32."""
@@ -255,7 +255,7 @@ class ExpertStackLowRank(Addition):
         """The rank per expert."""
         return self.lora_A.shape[0] // self.num_experts
 
-    def of(self, expert: int, x: Tensor) -> Tensor:
+    def delta(self, expert: int, x: Tensor) -> Tensor:
         """Return the addition to an expert's output (n, O) for x (n, I)."""
         A = torch.unflatten(self.lora_A, 0, (self.num_experts, -1))[expert]
         B = torch.unflatten(self.lora_B, 1, (-1, self.num_experts))[:, :, expert]

@@ -78,17 +78,20 @@ def merge(
         for name, tensor in changed.items():
             own = module._parameters.get(name)
             done.tensors.append((module, name, own))
-            kept = dtype if own is None else own.dtype
+            kept_dtype = dtype if own is None else own.dtype
             trains = own is not None and own.requires_grad
-            module._parameters[name] = nn.Parameter(tensor.to(kept), requires_grad=trains)
+            module._parameters[name] = nn.Parameter(tensor.to(kept_dtype), requires_grad=trains)
     return done
 
 
 def _changed(module: nn.Module, places: Places, active: Sequence[Active]) -> dict[str, Tensor]:
     """Return a module's tensors after the changes, in float32."""
-    held = cast("nn.ModuleDict", module.adapters)
+    collection = cast("nn.ModuleDict", module.adapters)
     uses = {
-        use for one in active if one.name in held for use in cast("nn.ModuleDict", held[one.name])
+        use
+        for one in active
+        if one.name in collection
+        for use in cast("nn.ModuleDict", collection[one.name])
     }
     if uses - {ALL}:
         raise UnsupportedModelError(

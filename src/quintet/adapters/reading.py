@@ -62,35 +62,35 @@ def read_adapter(layout: Layout, config: LoraConfig, weights: Weights, where: st
         puts.append((group.spot, names, _Builder(config, group, where).put()))
     for spot, leaf, info in replaced:
         puts.append((spot, {leaf: info.name}, _replace(spot, leaf, info, where)))
-    made: Adaptations = {}
+    adaptations: Adaptations = {}
     for spot, names, put in puts:
         own = {leaf: _read(weights, name, device_of(spot.module)) for leaf, name in names.items()}
-        made.setdefault((spot.module, spot.use), Adaptation())
-        put(made[spot.module, spot.use], own)
-    tie(layout, made)
-    if not made:
+        adaptations.setdefault((spot.module, spot.use), Adaptation())
+        put(adaptations[spot.module, spot.use], own)
+    tie(layout, adaptations)
+    if not adaptations:
         raise CheckpointError(f"{where} holds no tensor; it is no adapter")
-    return made
+    return adaptations
 
 
-def tie(layout: Layout, made: Adaptations) -> None:
+def tie(layout: Layout, adaptations: Adaptations) -> None:
     """Let a tied head share replaced embedding vectors."""
     if layout.tied is None:
         return
     head, embedding = (layout.spots[path] for path in layout.tied)
-    adaptation = made.get((embedding.module, embedding.use))
+    adaptation = adaptations.get((embedding.module, embedding.use))
     if adaptation is not None and adaptation.rows is not None:
-        made.setdefault((head.module, head.use), Adaptation()).rows = adaptation.rows
+        adaptations.setdefault((head.module, head.use), Adaptation()).rows = adaptation.rows
 
 
 def _read(weights: Weights, name: str, device: torch.device) -> Tensor:
     ((_, tensor),) = weights.read([name])
     # What is narrower is exact in float32; PEFT computes in it, too.
     wide = torch.promote_types(tensor.dtype, torch.float32)
-    made = tensor.to(device, wide)
-    if made is not tensor:
+    placed = tensor.to(device, wide)
+    if placed is not tensor:
         weights.forget(name)
-    return made
+    return placed
 
 
 def _grouped(
@@ -200,7 +200,7 @@ class _Builder:
     def _put_matrix(
         self, adaptation: Adaptation, tensors: Mapping[str, Tensor], *, name: str, scale: float
     ) -> None:
-        adaptation.added[name] = self._made(tensors, scale)
+        adaptation.added[name] = self._built(tensors, scale)
 
     def _put_stack(
         self,
@@ -227,11 +227,11 @@ class _Builder:
         scale = self._low_rank(shape[1] // len(EXPERT_STACKS[stack]), shape[2])
 
         def put(adaptation: Adaptation, tensors: Mapping[str, Tensor]) -> None:
-            adaptation.experts[expert_name(expert, part)] = self._made(tensors, scale)
+            adaptation.experts[expert_name(expert, part)] = self._built(tensors, scale)
 
         return put
 
-    def _made(self, tensors: Mapping[str, Tensor], scale: float) -> LowRank:
+    def _built(self, tensors: Mapping[str, Tensor], scale: float) -> LowRank:
         magnitude = tensors.get(MAGNITUDE)
         return LowRank(
             tensors["lora_A.weight"],
@@ -347,8 +347,8 @@ class _Builder:
 
     def _beside(self) -> set[str]:
         """Return what the configuration says is beside A and B."""
-        said = {MAGNITUDE: self.config.use_dora, BIAS: self.config.lora_bias}
-        return {leaf for leaf, asked in said.items() if asked}
+        options = {MAGNITUDE: self.config.use_dora, BIAS: self.config.lora_bias}
+        return {leaf for leaf, expected in options.items() if expected}
 
     def _need(self, leaves: set[str], may: Iterable[str] = ()) -> None:
         have = self.group.infos.keys()
@@ -369,9 +369,9 @@ class _Builder:
         )
 
 
-def warn_of_missing(targeted: Iterable[str], made: Iterable[str], where: str) -> None:
+def warn_of_missing(targeted: Iterable[str], loaded: Iterable[str], where: str) -> None:
     """Warn of targeted modules without tensors in the files."""
-    if lacking := sorted(set(targeted) - set(made)):
+    if lacking := sorted(set(targeted) - set(loaded)):
         warnings.warn(
             f"{where} has no tensors for {len(lacking)} modules that its configuration targets, "
             f"which stay as they are:\n{listed(lacking)}",

@@ -40,9 +40,9 @@ def expected(layout: Layout, config: LoraConfig) -> list[Spot]:
     given = config.trainable_token_indices
     rows = [*given] if isinstance(given, dict) else ["embed_tokens"] if given else []
     for spot in layout:
-        path, held = layout.named(spot.path), spot.module._parameters
+        path, parameters = layout.named(spot.path), spot.module._parameters
         stacks = tuple(EXPERT_STACKS) if is_experts(spot.module) else ()
-        changed = [f"{path}.{name}" for name in (*held, *stacks)]
+        changed = [f"{path}.{name}" for name in (*parameters, *stacks)]
         # A tied head may be written once, as the embedding.
         twice = layout.tied is not None and spot.path == layout.tied[0]
         if (
@@ -61,10 +61,10 @@ def new_adapter(layout: Layout, config: LoraConfig) -> Adaptations:
         InputError: the configuration targets nothing, or a module that cannot have an adapter.
         UnsupportedModelError: it targets one that cannot have one of its kind.
     """
-    made: Adaptations = {}
+    adaptations: Adaptations = {}
 
-    def of(spot: Spot) -> Adaptation:
-        return made.setdefault((spot.module, spot.use), Adaptation())
+    def adaptation_of(spot: Spot) -> Adaptation:
+        return adaptations.setdefault((spot.module, spot.use), Adaptation())
 
     for spot in targeted(layout, config):
         path = layout.named(spot.path)
@@ -73,27 +73,29 @@ def new_adapter(layout: Layout, config: LoraConfig) -> Adaptations:
                 f"target_modules names {path}, a {type(spot.module).__name__}; an adapter of low "
                 "rank is of a linear map or an embedding (for experts, see target_parameters)"
             )
-        of(spot).added["weight"] = _matrix(config, spot, path, "weight")
+        adaptation_of(spot).added["weight"] = _matrix(config, spot, path, "weight")
     for spot, name in _parameters(layout, config):
         path = layout.named(spot.path)
         if is_experts(spot.module):
-            of(spot).added[name] = _stack(config, spot, path, name)
+            adaptation_of(spot).added[name] = _stack(config, spot, path, name)
         else:
-            of(spot).added[name] = _matrix(config, spot, path, name)
-    if not made and not config.modules_to_save and not config.trainable_token_indices:
+            adaptation_of(spot).added[name] = _matrix(config, spot, path, name)
+    if not adaptations and not config.modules_to_save and not config.trainable_token_indices:
         names = sorted({spot.path.rpartition(".")[2] for spot in layout if is_linear(spot.module)})
         raise InputError(
             f"target_modules={config.target_modules} and target_parameters="
             f"{config.target_parameters} name nothing in this model; its linear maps are\n"
             f"{listed(names, most=20)}"
         )
-    for spot, name, tensor in _own(layout, config, made):
-        of(spot).instead[name] = nn.Parameter(tensor.detach().clone())
+    for spot, name, tensor in _own(layout, config, adaptations):
+        adaptation_of(spot).instead[name] = nn.Parameter(tensor.detach().clone())
     for spot, ids in _tokens(layout, config):
         rows = dense(spot.module, "weight")[ids]
-        of(spot).rows = NewRows(torch.tensor(ids, dtype=torch.long, device=rows.device), rows)
-    tie(layout, made)
-    return made
+        adaptation_of(spot).rows = NewRows(
+            torch.tensor(ids, dtype=torch.long, device=rows.device), rows
+        )
+    tie(layout, adaptations)
+    return adaptations
 
 
 def _is_named(names: list[str] | str | None, path: str) -> bool:
@@ -104,8 +106,8 @@ def _is_named(names: list[str] | str | None, path: str) -> bool:
 
 def _is_replaced(spot: Spot) -> bool:
     """Return whether a module that is saved whole has tensors of its own."""
-    held = any(parameter is not None for parameter in spot.module._parameters.values())
-    return held or shape_of(spot.module, "weight") is not None
+    has_parameters = any(parameter is not None for parameter in spot.module._parameters.values())
+    return has_parameters or shape_of(spot.module, "weight") is not None
 
 
 def _is_in_layers(config: LoraConfig, path: str) -> bool:
@@ -141,12 +143,12 @@ def _parameters(layout: Layout, config: LoraConfig) -> Iterator[tuple[Spot, str]
 
 
 def _own(
-    layout: Layout, config: LoraConfig, made: Adaptations
+    layout: Layout, config: LoraConfig, adaptations: Adaptations
 ) -> Iterator[tuple[Spot, str, Tensor]]:
     """Yield the tensors an adapter replaces from the start."""
     for spot in layout:
         path = layout.named(spot.path)
-        lora = bool((found := made.get((spot.module, spot.use))) and found.added)
+        lora = bool((found := adaptations.get((spot.module, spot.use))) and found.added)
         for name, parameter in spot.module._parameters.items():
             biases = name == "bias" and (
                 config.bias == "all" or (config.bias == "lora_only" and lora)
@@ -195,12 +197,12 @@ def _matrix(config: LoraConfig, spot: Spot, path: str, name: str) -> LowRank | E
     O, I = shape
     A, B = _first(config, rank, I, O, device)
     bias = torch.zeros(O, device=device, dtype=torch.float32) if config.lora_bias else None
-    made = LowRank(A, B, scale, bias=bias, dropout=config.lora_dropout)
+    lora = LowRank(A, B, scale, bias=bias, dropout=config.lora_dropout)
     if config.use_dora:
         whole = dense(spot.module, name)
-        whole = whole + made.change(whole).detach()
-        made.magnitude = nn.Parameter(whole.norm(dim=1))
-    return made
+        whole = whole + lora.change(whole).detach()
+        lora.magnitude = nn.Parameter(whole.norm(dim=1))
+    return lora
 
 
 def _stack(config: LoraConfig, spot: Spot, path: str, name: str) -> ExpertStackLowRank:

@@ -52,9 +52,9 @@ def config_values(file: GGUFFile) -> dict[str, Any]:
             f"{file.path} is of the architecture {shown(name)}, which is not supported; there are "
             f"{', '.join(_ARCHITECTURES)}"
         )
-    of = Values(file.path, file.metadata, f"{name}.")
-    _refuse_others(of)
-    model_type, values = _ARCHITECTURES[name](file, of)
+    fields = Values(file.path, file.metadata, f"{name}.")
+    _refuse_others(fields)
+    model_type, values = _ARCHITECTURES[name](file, fields)
     ends = {
         f"{end}_token_id": general.integer(f"tokenizer.ggml.{end}_token_id")
         for end in ("bos", "eos")
@@ -62,7 +62,7 @@ def config_values(file: GGUFFile) -> dict[str, Any]:
     matrices = [tensor for tensor in file.tensors.values() if len(tensor.shape) > 1]
     return {
         "model_type": model_type,
-        **_common(file, of),
+        **_common(file, fields),
         **values,
         **ends,
         "dtype": _dtype(matrices),
@@ -73,40 +73,43 @@ def config_values(file: GGUFFile) -> dict[str, Any]:
     }
 
 
-def _refuse_others(of: Values) -> None:
+def _refuse_others(fields: Values) -> None:
     for key in _OTHERS:
-        if of.metadata.get(of.prefix + key) not in (None, False, 0, 0.0):
+        if fields.metadata.get(fields.prefix + key) not in (None, False, 0, 0.0):
             raise UnsupportedModelError(
-                f"{of.path} has {of.prefix + key}={shown(of.metadata[of.prefix + key])}, which no "
+                f"{fields.path} has "
+                f"{fields.prefix + key}={shown(fields.metadata[fields.prefix + key])}, which no "
                 "family here can do"
             )
-    if not of.truth("attention.causal", True):
+    if not fields.truth("attention.causal", True):
         raise UnsupportedModelError(
-            f"{of.path} sees what comes after a token, too ({of.prefix}attention.causal=False); "
-            "the models here do not"
+            f"{fields.path} sees what comes after a token, too "
+            f"({fields.prefix}attention.causal=False); the models here do not"
         )
 
 
-def _common(file: GGUFFile, of: Values) -> dict[str, Any]:
-    predicted = of.integer("nextn_predict_layers", 0) or 0
-    layers = of.needed("block_count") - predicted
+def _common(file: GGUFFile, fields: Values) -> dict[str, Any]:
+    predicted = fields.integer("nextn_predict_layers", 0) or 0
+    layers = fields.needed("block_count") - predicted
     # Each has tensors; before a model of so many is thought of.
     if not 0 < layers <= len(file.tensors):
-        of.refuse("block_count", f"the number of layers, of which {len(file.tensors)} tensors are")
+        fields.refuse(
+            "block_count", f"the number of layers, of which {len(file.tensors)} tensors are"
+        )
     return {
-        "vocab_size": _vocabulary(file, of),
-        "hidden_size": of.needed("embedding_length"),
-        "intermediate_size": of.needed("feed_forward_length"),
+        "vocab_size": _vocabulary(file, fields),
+        "hidden_size": fields.needed("embedding_length"),
+        "intermediate_size": fields.needed("feed_forward_length"),
         "num_hidden_layers": layers,
-        "num_attention_heads": of.needed("attention.head_count"),
-        "max_position_embeddings": of.needed("context_length"),
-        "rms_norm_eps": of.number("attention.layer_norm_rms_epsilon", 1e-6),
+        "num_attention_heads": fields.needed("attention.head_count"),
+        "max_position_embeddings": fields.needed("context_length"),
+        "rms_norm_eps": fields.number("attention.layer_norm_rms_epsilon", 1e-6),
         "tie_word_embeddings": "output.weight" not in file.tensors,
-        "rope_parameters": _rope(of),
+        "rope_parameters": _rope(fields),
     }
 
 
-def _vocabulary(file: GGUFFile, of: Values) -> int:
+def _vocabulary(file: GGUFFile, fields: Values) -> int:
     embedding = file.tensors.get("token_embd.weight")
     if embedding is None or len(embedding.shape) != 2:
         raise CheckpointError(
@@ -114,8 +117,8 @@ def _vocabulary(file: GGUFFile, of: Values) -> int:
             "model, or its vocabulary alone?"
         )
     rows = embedding.shape[0]
-    if of.integer("vocab_size", rows) != rows:
-        of.refuse("vocab_size", f"{rows}, the rows of token_embd.weight")
+    if fields.integer("vocab_size", rows) != rows:
+        fields.refuse("vocab_size", f"{rows}, the rows of token_embd.weight")
     tokens = Values(file.path, file.metadata).texts("tokenizer.ggml.tokens") or ()
     if len(tokens) > rows:
         raise CheckpointError(
@@ -124,48 +127,48 @@ def _vocabulary(file: GGUFFile, of: Values) -> int:
     return rows
 
 
-def _rope(of: Values) -> dict[str, Any]:
+def _rope(fields: Values) -> dict[str, Any]:
     rope: dict[str, Any] = {
         "rope_type": "default",
-        "rope_theta": of.number("rope.freq_base", 10_000.0),
+        "rope_theta": fields.number("rope.freq_base", 10_000.0),
     }
-    kind = of.text("rope.scaling.type", "none")
-    factor = of.number("rope.scaling.factor", of.number("rope.scale_linear", 1.0)) or 1.0
+    kind = fields.text("rope.scaling.type", "none")
+    factor = fields.number("rope.scaling.factor", fields.number("rope.scale_linear", 1.0)) or 1.0
     # The name of a kind without a factor is the default of a converter, and scales nothing.
     if kind == "none" or factor == 1.0:
         return rope
     if kind not in ("linear", "yarn"):
         raise UnsupportedModelError(
-            f"{of.path} scales its positions by {shown(kind)} ({of.prefix}rope.scaling.type); "
-            "there are linear and yarn"
+            f"{fields.path} scales its positions by {shown(kind)} "
+            f"({fields.prefix}rope.scaling.type); there are linear and yarn"
         )
     if not 0 < factor < math.inf:
         raise CheckpointError(
-            f"{of.path} has {of.prefix}rope.scaling.factor={factor}, which has to be finite and "
-            "greater than 0"
+            f"{fields.path} has {fields.prefix}rope.scaling.factor={factor}, which has to be "
+            "finite and greater than 0"
         )
     rope |= {"rope_type": kind, "factor": factor}
-    return rope if kind == "linear" else {**rope, **_yarn(of, factor)}
+    return rope if kind == "linear" else {**rope, **_yarn(fields, factor)}
 
 
-def _yarn(of: Values, factor: float) -> dict[str, Any]:
-    length = of.integer("rope.scaling.original_context_length")
+def _yarn(fields: Values, factor: float) -> dict[str, Any]:
+    length = fields.integer("rope.scaling.original_context_length")
     named = {
-        "beta_fast": of.number("rope.scaling.yarn_beta_fast"),
-        "beta_slow": of.number("rope.scaling.yarn_beta_slow"),
+        "beta_fast": fields.number("rope.scaling.yarn_beta_fast"),
+        "beta_slow": fields.number("rope.scaling.yarn_beta_slow"),
         "original_max_position_embeddings": length,
     }
-    extrapolated = of.number("rope.scaling.yarn_ext_factor", 1.0)
+    extrapolated = fields.number("rope.scaling.yarn_ext_factor", 1.0)
     if extrapolated not in (1.0, -1.0):
-        of.refuse("rope.scaling.yarn_ext_factor", "1")
-    temperature = of.number("rope.scaling.yarn_attn_factor")
+        fields.refuse("rope.scaling.yarn_ext_factor", "1")
+    temperature = fields.number("rope.scaling.yarn_attn_factor")
     if temperature is None:
-        temperature = of.number("rope.scaling.attn_factor", 1.0)
-    log = of.number("rope.scaling.yarn_log_multiplier", 0.0) or 0.0
+        temperature = fields.number("rope.scaling.attn_factor", 1.0)
+    log = fields.number("rope.scaling.yarn_log_multiplier", 0.0) or 0.0
     if log:
         named |= {"mscale": _digits(log * 10), "mscale_all_dim": _digits(log * 10)}
         if temperature != 1.0:
-            of.refuse("rope.scaling.yarn_log_multiplier", "without a yarn_attn_factor")
+            fields.refuse("rope.scaling.yarn_log_multiplier", "without a yarn_attn_factor")
     elif temperature not in (None, 1.0):
         named["attention_factor"] = _digits(temperature * (0.1 * math.log(factor) + 1))
     return {key: value for key, value in named.items() if value is not None}
@@ -175,43 +178,45 @@ def _digits(value: float) -> float:
     return float(f"{value:.7g}")
 
 
-def _heads(of: Values, width: int) -> dict[str, Any]:
+def _heads(fields: Values, width: int) -> dict[str, Any]:
     """Return the heads of grouped-query attention, whose keys are as long as values and turned."""
-    heads = of.needed("attention.head_count")
-    size = of.integer("attention.key_length", of.integer("rope.dimension_count"))
+    heads = fields.needed("attention.head_count")
+    size = fields.integer("attention.key_length", fields.integer("rope.dimension_count"))
     if size is None:
         size = width // heads if heads > 0 else 0
     for key in ("attention.value_length", "rope.dimension_count"):
-        if of.integer(key, size) != size:
+        if fields.integer(key, size) != size:
             raise UnsupportedModelError(
-                f"{of.path} has {of.prefix + key}={of.integer(key)} and heads of {size}; where "
-                "they differ, it is another model than those here"
+                f"{fields.path} has {fields.prefix + key}={fields.integer(key)} and heads of "
+                f"{size}; where they differ, it is another model than those here"
             )
     return {
-        "num_key_value_heads": of.integer("attention.head_count_kv", heads),
+        "num_key_value_heads": fields.integer("attention.head_count_kv", heads),
         "head_dim": size,
     }
 
 
-def _qwen2(file: GGUFFile, of: Values) -> tuple[str, dict[str, Any]]:
-    if of.integer("expert_count", 0):
-        of.refuse("expert_count", "0: this architecture has none here")
+def _qwen2(file: GGUFFile, fields: Values) -> tuple[str, dict[str, Any]]:
+    if fields.integer("expert_count", 0):
+        fields.refuse("expert_count", "0: this architecture has none here")
     return "qwen2", {
         "architectures": ["Qwen2ForCausalLM"],
-        **_heads(of, of.needed("embedding_length")),
+        **_heads(fields, fields.needed("embedding_length")),
     }
 
 
-def _llama(file: GGUFFile, of: Values) -> tuple[str, dict[str, Any]]:
+def _llama(file: GGUFFile, fields: Values) -> tuple[str, dict[str, Any]]:
     """A Qwen2 without biases, but for the frequencies of Llama 3."""
-    model_type, values = _qwen2(file, of)
+    model_type, values = _qwen2(file, fields)
     if ROPE_FREQS in file.tensors:
-        values["rope_parameters"] = _llama3(file, of, file.tensors[ROPE_FREQS], values["head_dim"])
+        values["rope_parameters"] = _llama3(
+            file, fields, file.tensors[ROPE_FREQS], values["head_dim"]
+        )
     return model_type, values
 
 
-def _llama3(file: GGUFFile, of: Values, tensor: GGUFTensor, size: int) -> dict[str, Any]:
-    rope = _rope(of)
+def _llama3(file: GGUFFile, fields: Values, tensor: GGUFTensor, size: int) -> dict[str, Any]:
+    rope = _rope(fields)
     if rope["rope_type"] != "default" or tensor.type.name != "F32" or tensor.shape != (size // 2,):
         raise UnsupportedModelError(
             f"{file.path} has {ROPE_FREQS} of {tensor.type.name} {list(tensor.shape)} with "
@@ -225,7 +230,7 @@ def _llama3(file: GGUFFile, of: Values, tensor: GGUFTensor, size: int) -> dict[s
     if not (0 < theta < math.inf and all(0 < value < math.inf for value in found)):
         raise CheckpointError(
             f"{file.path} has {ROPE_FREQS} from {min(found)} to {factor}, and frequencies of "
-            f"{theta} ({of.prefix}rope.freq_base); they have to be finite and greater than 0"
+            f"{theta} ({fields.prefix}rope.freq_base); they have to be finite and greater than 0"
         )
     low, high = _LLAMA3["low_freq_factor"], _LLAMA3["high_freq_factor"]
     for pair, value in enumerate(found):
@@ -239,74 +244,76 @@ def _llama3(file: GGUFFile, of: Values, tensor: GGUFTensor, size: int) -> dict[s
     return {**rope, "rope_type": "llama3", "factor": factor, **_LLAMA3}
 
 
-def _qwen2_moe(file: GGUFFile, of: Values) -> tuple[str, dict[str, Any]]:
-    wide, active = of.needed("feed_forward_length"), of.needed("expert_used_count")
+def _qwen2_moe(file: GGUFFile, fields: Values) -> tuple[str, dict[str, Any]]:
+    wide, active = fields.needed("feed_forward_length"), fields.needed("expert_used_count")
     return "qwen2_moe", {
         "architectures": ["Qwen2MoeForCausalLM"],
-        **_heads(of, of.needed("embedding_length")),
+        **_heads(fields, fields.needed("embedding_length")),
         "tie_word_embeddings": False,
-        "num_experts": of.needed("expert_count"),
+        "num_experts": fields.needed("expert_count"),
         "num_experts_per_tok": active,
-        "moe_intermediate_size": of.integer(
+        "moe_intermediate_size": fields.integer(
             "expert_feed_forward_length", wide // active if active > 0 else 0
         ),
-        "shared_expert_intermediate_size": of.integer("expert_shared_feed_forward_length", wide),
-        "norm_topk_prob": of.truth("expert_weights_norm", False),
+        "shared_expert_intermediate_size": fields.integer(
+            "expert_shared_feed_forward_length", wide
+        ),
+        "norm_topk_prob": fields.truth("expert_weights_norm", False),
         "qkv_bias": any(name.endswith(("attn_q.bias", "attn_qkv.bias")) for name in file.tensors),
     }
 
 
-def _deepseek(file: GGUFFile, of: Values) -> tuple[str, dict[str, Any]]:
+def _deepseek(file: GGUFFile, fields: Values) -> tuple[str, dict[str, Any]]:
     sigmoid = any(name.endswith(".exp_probs_b.bias") for name in file.tensors)
-    gating = of.integer("expert_gating_func", 1)
+    gating = fields.integer("expert_gating_func", 1)
     if gating not in (1, 2):
-        of.refuse("expert_gating_func", "1 for softmax or 2 for sigmoid")
+        fields.refuse("expert_gating_func", "1 for softmax or 2 for sigmoid")
     sigmoid = sigmoid or gating == 2
-    heads, turned = of.needed("attention.head_count"), of.needed("rope.dimension_count")
+    heads, turned = fields.needed("attention.head_count"), fields.needed("rope.dimension_count")
     # Older files have the sizes of a head, newer ones those of the latent beside them.
-    long = of.integer("attention.key_length_mla", of.integer("attention.key_length"))
+    long = fields.integer("attention.key_length_mla", fields.integer("attention.key_length"))
     if long is None or long <= turned:
         raise CheckpointError(
-            f"{of.path} has {of.prefix}attention.key_length={long}, which has to be more than the "
-            f"{turned} of rope.dimension_count"
+            f"{fields.path} has {fields.prefix}attention.key_length={long}, which has to be more "
+            f"than the {turned} of rope.dimension_count"
         )
-    experts = of.integer("expert_count", 0) or None
+    experts = fields.integer("expert_count", 0) or None
     values = {
         "architectures": [f"DeepseekV{3 if sigmoid else 2}ForCausalLM"],
         "num_key_value_heads": heads,
-        "q_lora_rank": of.integer("attention.q_lora_rank") or None,
-        "kv_lora_rank": of.needed("attention.kv_lora_rank"),
+        "q_lora_rank": fields.integer("attention.q_lora_rank") or None,
+        "kv_lora_rank": fields.needed("attention.kv_lora_rank"),
         "qk_rope_head_dim": turned,
         "qk_nope_head_dim": long - turned,
-        "v_head_dim": of.integer(
-            "attention.value_length_mla", of.integer("attention.value_length")
+        "v_head_dim": fields.integer(
+            "attention.value_length_mla", fields.integer("attention.value_length")
         ),
-        "first_k_dense_replace": of.integer("leading_dense_block_count", 0),
+        "first_k_dense_replace": fields.integer("leading_dense_block_count", 0),
         "n_routed_experts": experts,
-        "num_experts_per_tok": of.needed("expert_used_count") if experts else None,
-        "moe_intermediate_size": of.needed("expert_feed_forward_length") if experts else 1,
-        "n_shared_experts": of.integer("expert_shared_count") or None,
-        "routed_scaling_factor": of.number("expert_weights_scale", 1.0) or 1.0,
-        "norm_topk_prob": of.truth("expert_weights_norm", False),
-        **_groups(of, experts or 0, sigmoid),
+        "num_experts_per_tok": fields.needed("expert_used_count") if experts else None,
+        "moe_intermediate_size": fields.needed("expert_feed_forward_length") if experts else 1,
+        "n_shared_experts": fields.integer("expert_shared_count") or None,
+        "routed_scaling_factor": fields.number("expert_weights_scale", 1.0) or 1.0,
+        "norm_topk_prob": fields.truth("expert_weights_norm", False),
+        **_groups(fields, experts or 0, sigmoid),
     }
     if not sigmoid:
         return "deepseek_v2", values
     named = any(".nextn." in name for name in file.tensors)
-    values["num_nextn_predict_layers"] = of.integer("nextn_predict_layers", 0) if named else 0
+    values["num_nextn_predict_layers"] = fields.integer("nextn_predict_layers", 0) if named else 0
     return "deepseek_v3", values
 
 
-def _groups(of: Values, experts: int, sigmoid: bool) -> dict[str, Any]:
+def _groups(fields: Values, experts: int, sigmoid: bool) -> dict[str, Any]:
     """Return the groups a token's experts are chosen in; older files do not say that."""
     released = {(160, False): (8, 3), (256, True): (8, 4)}
-    groups, kept = released.get((experts, sigmoid), (1, 1))
-    groups = of.integer("expert_group_count", groups) or 1
-    kept = of.integer("expert_group_used_count", kept) or 1
+    groups, chosen = released.get((experts, sigmoid), (1, 1))
+    groups = fields.integer("expert_group_count", groups) or 1
+    chosen = fields.integer("expert_group_used_count", chosen) or 1
     if sigmoid:
-        return {"n_group": groups, "topk_group": kept}
+        return {"n_group": groups, "topk_group": chosen}
     method = "group_limited_greedy" if groups > 1 else "greedy"
-    return {"n_group": groups, "topk_group": kept, "topk_method": method}
+    return {"n_group": groups, "topk_group": chosen, "topk_method": method}
 
 
 def _dtype(matrices: list[GGUFTensor]) -> str:

@@ -130,29 +130,29 @@ def _parts(
         return
     if (found := _BLOCK.fullmatch(name)) is None:
         return
-    layer, what, leaf = f"model.layers.{int(found['layer'])}.", found["what"], found["leaf"]
+    layer, module, leaf = f"model.layers.{int(found['layer'])}.", found["what"], found["leaf"]
     last = values["num_hidden_layers"] + values.get("num_nextn_predict_layers", 0)
-    if what not in _OF[architecture] or int(found["layer"]) >= last:
+    if module not in _OF[architecture] or int(found["layer"]) >= last:
         return
-    biased = what in _BIASED and architecture != "deepseek2"
-    if (leaf == "bias") != (what == "exp_probs_b") and not biased:
+    biased = module in _BIASED and architecture != "deepseek2"
+    if (leaf == "bias") != (module == "exp_probs_b") and not biased:
         return
-    if what == "exp_probs_b":
+    if module == "exp_probs_b":
         yield _whole(f"{layer}mlp.gate.e_score_correction_bias", tensor)
-    elif what == "attn_qkv":
+    elif module == "attn_qkv":
         yield from _queries_keys_values(layer, leaf, tensor, values)
-    elif experts := _EXPERTS.fullmatch(what):
+    elif experts := _EXPERTS.fullmatch(module):
         yield from _experts(layer, experts["which"], experts["of"], tensor, values)
-    elif what in LAYER:
-        named = f"{layer}{LAYER[what]}.{leaf}"
+    elif module in LAYER:
+        named = f"{layer}{LAYER[module]}.{leaf}"
         # Vectors stand for matrices of one row there.
-        shape = (1, *tensor.shape) if what == "ffn_gate_inp_shexp" and leaf == "weight" else ()
+        shape = (1, *tensor.shape) if module == "ffn_gate_inp_shexp" and leaf == "weight" else ()
         whole = shape if len(shape) == 2 else tensor.shape
-        if what in ("attn_k_b", "attn_v_b"):
-            _check_half(name, what, tensor, values)
+        if module in ("attn_k_b", "attn_v_b"):
+            _check_half(name, module, tensor, values)
         heads = 0
         if architecture == "llama":
-            key = {"attn_q": "num_attention_heads", "attn_k": "num_key_value_heads"}.get(what)
+            key = {"attn_q": "num_attention_heads", "attn_k": "num_key_value_heads"}.get(module)
             heads = values[key] if key else 0
         if heads and tensor.shape[0] % (2 * heads):
             raise CheckpointError(
@@ -168,8 +168,8 @@ def _whole(name: str, tensor: GGUFTensor) -> Part:
 
 def _rows(name: str, tensor: GGUFTensor, first: int, shape: Shape) -> Part:
     """Return a part that begins with a row; of a vector, with a number."""
-    each = tensor.nbytes // math.prod(tensor.shape[: max(len(tensor.shape) - 1, 1)])
-    return Part(name, tensor, shape, tensor.start + first * each)
+    row_bytes = tensor.nbytes // math.prod(tensor.shape[: max(len(tensor.shape) - 1, 1)])
+    return Part(name, tensor, shape, tensor.start + first * row_bytes)
 
 
 def _queries_keys_values(
@@ -192,10 +192,10 @@ def _queries_keys_values(
 
 
 def _experts(
-    layer: str, which: str, of: str, tensor: GGUFTensor, values: Mapping[str, Any]
+    layer: str, which: str, group: str, tensor: GGUFTensor, values: Mapping[str, Any]
 ) -> Iterator[Part]:
     """Split a stack of experts."""
-    if of == "shexp":
+    if group == "shexp":
         shared = "shared_expert" if values["model_type"] == "qwen2_moe" else "shared_experts"
         yield _whole(f"{layer}mlp.{shared}.{which}_proj.weight", tensor)
         return
@@ -214,11 +214,11 @@ def _experts(
             yield _rows(name, tensor, expert * rows + number * height, (height, columns))
 
 
-def _check_half(name: str, what: str, tensor: GGUFTensor, values: Mapping[str, Any]) -> None:
+def _check_half(name: str, module: str, tensor: GGUFTensor, values: Mapping[str, Any]) -> None:
     """Hold the shape against the config: together, halves of other shapes could seem to fit."""
     heads, rank = values["num_attention_heads"], values["kv_lora_rank"]
     wanted = (heads, rank, values["qk_nope_head_dim"])
-    if what == "attn_v_b":
+    if module == "attn_v_b":
         wanted = (heads, values["v_head_dim"], rank)
     if tensor.shape != wanted:
         raise CheckpointError(

@@ -16,11 +16,11 @@ def refuse_other(path: Path, start: bytes, size: int) -> None:
     Raises:
         CheckpointError: it is something else, which is named.
     """
-    if what := _what(start, size):
-        raise CheckpointError(f"{path} {what}")
+    if fault := _foreign(start, size):
+        raise CheckpointError(f"{path} {fault}")
 
 
-def _what(start: bytes, size: int) -> str | None:
+def _foreign(start: bytes, size: int) -> str | None:
     if start.startswith(b"version https://git-lfs"):
         return "is a Git LFS pointer, not the model; run `git lfs pull` there"
     if start.lstrip()[:9].lower().startswith((b"<!doctype", b"<html", b"<?xml")):

@@ -31,7 +31,7 @@ class HeldWeight(torch.Tensor):
             cls,
             (module.out_features, module.in_features),
             dtype=torch.float32,
-            device=module.held("weight").device,
+            device=module.buffer("weight").device,
         )
 
     def __init__(self, module: QuantizedLinear) -> None:
@@ -53,7 +53,7 @@ class HeldWeight(torch.Tensor):
         with torch.no_grad():
             parts = self.module.format.encode(new.detach().to(torch.float32))
             for suffix, part in parts.items():
-                held = self.module.held("weight" + suffix)
+                held = self.module.buffer("weight" + suffix)
                 # In place: a tied embedding has the same tensors.
                 held.copy_(part.view(held.shape))
 

@@ -66,7 +66,7 @@ class KeyMapping:
         found: dict[str, set[WeightFormat | None]] = {}
         for in_file, (name, _) in self.wanted.items():
             one = self.stored[in_file].format
-            found.setdefault(name, set()).add(None if one is None else one.held)
+            found.setdefault(name, set()).add(None if one is None else one.model_format)
         return {name: one for name, (one, *more) in found.items() if one is not None and not more}
 
     @property

@@ -188,7 +188,7 @@ def _encoded_again(weight: Encoded, to: WeightFormat, device: torch.device | Non
     if height >= rows:
         plain = weight.decode(torch.float32)
         return to.encode(plain.to(device or plain.device))
-    made = {
+    encoded = {
         suffix: torch.empty(spec.shape, dtype=spec.dtype, device=device or source.device)
         for suffix, spec in specs.items()
     }
@@ -197,8 +197,8 @@ def _encoded_again(weight: Encoded, to: WeightFormat, device: torch.device | Non
         parts = {suffix: part[start:end] for suffix, part in weight.parts.items()}
         plain = weight.format.decode(parts, (end - start, columns), torch.float32)
         for suffix, part in to.encode(plain.to(device or plain.device)).items():
-            made[suffix][start:end] = part
-    return made
+            encoded[suffix][start:end] = part
+    return encoded
 
 
 def apply(
@@ -279,9 +279,9 @@ def _formats(
     rows = scheme.head if tied else None
     # What several share has several names, and any may be the one that is meant.
     named = list(model.named_modules(remove_duplicate=False))
-    kept = {module for path, module in named if is_named(path, keep)}
+    unquantized = {module for path, module in named if is_named(path, keep)}
     for path, module in named:
-        if module in kept or None not in found.get(module, (None,)):
+        if module in unquantized or None not in found.get(module, (None,)):
             continue
         if isinstance(module, nn.Embedding) and module is embedding:
             found[module] = (scheme.of(f"{path}.weight", rows),)
@@ -292,7 +292,7 @@ def _formats(
             found[module] = tuple(scheme.of(f"{path}.{name}", scheme.weights) for name in STACKS)
     if tied and embedding is not None and head is not None:
         # One weight: a head by itself has no name of its own.
-        shared = (None,) if head in kept else found.get(embedding, (None,))
+        shared = (None,) if head in unquantized else found.get(embedding, (None,))
         found |= {embedding: shared, head: shared}
     chosen = {module: tuple(f for f in one if f is not None) for module, one in found.items()}
     return {module: one for module, one in chosen.items() if len(one) == len(found[module])}

@@ -86,14 +86,14 @@ class AWQConfig(FileConfig):
         return cls(**{k: v for k, v in given.items() if k in known and v is not None})
 
     def usual(self) -> WeightFormat | None:
-        return self._format(torch.float16).held
+        return self._format(torch.float16).model_format
 
     def stored(
         self, weight: str, shape: Shape, tensors: Mapping[str, TensorInfo]
     ) -> WeightFormat | None:
         path = weight.removesuffix("weight")
-        there = any(path + name in tensors for name in ("qweight", "scales"))
-        if not there or len(shape) != 2:
+        is_stored = any(path + name in tensors for name in ("qweight", "scales"))
+        if not is_stored or len(shape) != 2:
             return None
         return self._format(dtype_of(tensors, path + "scales"))
 

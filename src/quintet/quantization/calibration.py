@@ -117,13 +117,13 @@ def _rounded(one: _Matrix, gram: Tensor) -> list[Parts]:
     """Encode a matrix, and leave what that decodes to in its place."""
     try:
         halves = one.weight.detach().chunk(one.count)
-        made = [one.format.encode(half, gram) for half in halves]
+        encoded = [one.format.encode(half, gram) for half in halves]
     except InputError as error:
         raise InputError(f"{one.place.name}: {error}") from error
     with torch.no_grad():
-        for half, parts in zip(halves, made, strict=True):
+        for half, parts in zip(halves, encoded, strict=True):
             half.copy_(one.format.decode(parts, tuple(half.shape), torch.float32))
-    return list(made)
+    return list(encoded)
 
 
 def _matrices(model: Runs, slots: Mapping[str, Slot]) -> Iterator[_Matrix]:

@@ -78,12 +78,12 @@ class CompressedTensorsConfig(FileConfig):
     def __post_init__(self) -> None:
         self._check_format(self.format)
         for key in ("sparsity_config", "transform_config"):
-            said = getattr(self, key)
-            empty = not said or (isinstance(said, Mapping) and said.get("format") == "dense")
-            empty = empty or said == {"config_groups": {}}
+            value = getattr(self, key)
+            empty = not value or (isinstance(value, Mapping) and value.get("format") == "dense")
+            empty = empty or value == {"config_groups": {}}
             if not empty:
                 raise UnsupportedModelError(
-                    f"quantization_config: {key}={shown(said)} is not supported; {ELSEWHERE}"
+                    f"quantization_config: {key}={shown(value)} is not supported; {ELSEWHERE}"
                 )
         groups = self.config_groups
         self._require(
@@ -110,10 +110,10 @@ class CompressedTensorsConfig(FileConfig):
             return None
         one = weights[0]
         if one.integers and one.whole and one.symmetric and one.bits == 8:
-            return RowsFormat().held
+            return RowsFormat().model_format
         if one.integers:
-            return PackedFormat(one.bits, one.group, one.symmetric, one.ordered).held
-        return None if one.bits == 4 else FP8File(_block(one)).held
+            return PackedFormat(one.bits, one.group, one.symmetric, one.ordered).model_format
+        return None if one.bits == 4 else FP8File(_block(one)).model_format
 
     def stored(
         self, weight: str, shape: Shape, tensors: Mapping[str, TensorInfo]
@@ -143,7 +143,7 @@ class CompressedTensorsConfig(FileConfig):
                 one.ordered and "g_idx" in beside,
                 dtype,
                 whole=one.whole,
-                there=tuple(name for name in ("shape", "g_idx") if name in beside),
+                present=tuple(name for name in ("shape", "g_idx") if name in beside),
             )
         if plain.dtype == torch.float8_e4m3fn:
             return FP8File(_block(one), whole=one.whole)
@@ -165,13 +165,13 @@ class CompressedTensorsConfig(FileConfig):
                         return weights
                 elif isinstance(target, str) and target[:1].isupper() and target != other:
                     by_class = by_class or weights
-        said = [weights for _, weights in self._groups if weights is not None]
-        if by_class is None and len(said) != 1:
+        given = [weights for _, weights in self._groups if weights is not None]
+        if by_class is None and len(given) != 1:
             raise ConfigError(
                 f"quantization_config: {path} is quantised in the files, and none of "
-                f"{len(said)} config_groups names it or its class; config.json is another model's"
+                f"{len(given)} config_groups names it or its class; config.json is another model's"
             )
-        return by_class or said[0]
+        return by_class or given[0]
 
     def _read(
         self, name: Any, group: Any
@@ -191,10 +191,10 @@ class CompressedTensorsConfig(FileConfig):
         weights = group.get("weights")
         return tuple(_target(t) for t in targets), None if weights is None else _read(weights)
 
-    def _check_format(self, said: Any) -> None:
-        if not isinstance(said, str) or said not in FORMATS:
+    def _check_format(self, name: Any) -> None:
+        if not isinstance(name, str) or name not in FORMATS:
             raise UnsupportedModelError(
-                f"quantization_config: format={shown(said)} of compressed-tensors is not read; "
+                f"quantization_config: format={shown(name)} of compressed-tensors is not read; "
                 f"there are {', '.join(FORMATS)}; {ELSEWHERE}"
             )
 

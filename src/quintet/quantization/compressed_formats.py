@@ -31,12 +31,12 @@ class PackedFormat(GroupedFormat):
 
     Attributes:
         whole: whether there is one scale for all of a matrix.
-        there: what else is beside the words.
+        present: what else is beside the words.
     """
 
     name = "compressed-tensors"
     whole: bool = False
-    there: tuple[str, ...] = ()
+    present: tuple[str, ...] = ()
 
     def files(self, weight: str, shape: Shape) -> dict[str, tuple[str, Shape]]:
         *lead, rows, columns = shape
@@ -48,7 +48,7 @@ class PackedFormat(GroupedFormat):
             "shape": (-1,),
             "g_idx": (columns,),
         }
-        beside = ["scale", *self.there, *([] if self.symmetric else ["zero_point"])]
+        beside = ["scale", *self.present, *([] if self.symmetric else ["zero_point"])]
         return {
             "": (f"{weight}_packed", (*lead, rows, _words(columns, self.bits))),
             **{key: (f"{weight}_{key}", shapes[key]) for key in beside},
@@ -61,10 +61,13 @@ class PackedFormat(GroupedFormat):
             CheckpointError: they contradict each other, or scales are not finite.
         """
         rows, columns = shape[-2:]
-        if "shape" in found and (said := found["shape"].flatten().tolist()[-2:]) != [rows, columns]:
+        if "shape" in found and (stored_shape := found["shape"].flatten().tolist()[-2:]) != [
+            rows,
+            columns,
+        ]:
             raise CheckpointError(
-                f"{weight}_shape says {said}, and config.json {[rows, columns]}; check that it "
-                "belongs to these weights"
+                f"{weight}_shape says {stored_shape}, and config.json {[rows, columns]}; check "
+                "that it belongs to these weights"
             )
         levels = numbers_in(found[""], self.bits, weight)[..., :columns]
         zero = None if self.symmetric else self._zeros(weight, found["zero_point"], rows)
@@ -163,7 +166,7 @@ class FP8File(FP8Format):
         return FP8Format(self.block)
 
     @property
-    def held(self) -> WeightFormat | None:
+    def model_format(self) -> WeightFormat | None:
         return self.parts_of if self.block in (FP8_ROWS, FP8_BLOCK) else None
 
     def files(self, weight: str, shape: Shape) -> dict[str, tuple[str, Shape]]:
@@ -218,12 +221,12 @@ class FP4Format(FileFormat):
             raise CheckpointError(f"{weight} is packed in {found[''].dtype}, not in uint8")
         scale = finite(_power_of_two(found["scale"]), weight)
         if self.globally:
-            by = finite(found["global"], weight)
-            if by.numel() != _lead(shape) or bool((by == 0).any()):
+            divisor = finite(found["global"], weight)
+            if divisor.numel() != _lead(shape) or bool((divisor == 0).any()):
                 raise CheckpointError(
                     f"{weight}_global_scale has to be a number that is not 0, for each matrix"
                 )
-            scale = scale / by.reshape(*shape[:-2], 1, 1)
+            scale = scale / divisor.reshape(*shape[:-2], 1, 1)
         return {"": found[""], "_scale": scale}
 
     def cuts(self, row: int) -> bool:
@@ -237,18 +240,18 @@ class FP4Format(FileFormat):
         table = torch.tensor(
             (*E2M1, *(-x for x in E2M1)), device=packed.device, dtype=torch.float32
         )
-        made = torch.empty(*packed.shape[:-1], columns, dtype=dtype, device=packed.device)
+        decoded = torch.empty(*packed.shape[:-1], columns, dtype=dtype, device=packed.device)
         scales = parts["_scale"].reshape(-1, parts["_scale"].shape[-1])
-        for rows, to, by in zip(
+        for rows, to, row_scale in zip(
             bands(packed.reshape(-1, packed.shape[-1]), columns),
-            bands(made.view(-1, columns)),
+            bands(decoded.view(-1, columns)),
             bands(scales, columns),
             strict=True,
         ):
             places = torch.stack((rows & 15, rows >> 4), dim=-1).flatten(-2)[:, :columns]
-            along = by.repeat_interleave(self.group, dim=-1)[:, :columns]
+            along = row_scale.repeat_interleave(self.group, dim=-1)[:, :columns]
             to.copy_(table[places.to(torch.int64)] * along)
-        return made
+        return decoded
 
 
 def _words(count: int, bits: int) -> int:

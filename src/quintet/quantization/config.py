@@ -45,7 +45,7 @@ class QuantizationConfig(ABC):
     def scheme(self) -> Scheme | None:
         """Return the formats of a model, or None for plain numbers."""
 
-    def scheme_of(self, held: Mapping[str, WeightFormat]) -> Scheme | None:
+    def scheme_of(self, formats: Mapping[str, WeightFormat]) -> Scheme | None:
         """Return the model's formats, given the formats of its files, by name."""
         return self.scheme()
 

@@ -43,10 +43,10 @@ def shards_by(grains: Mapping[str, Grain], shard: Shard) -> dict[str, Shard] | N
             shape.append(-(-shard.shape[columns] // grain.columns) * grain.width)
         for dim, (size, width) in cells.items():
             if dim in ranges:
-                made = _cells(ranges[dim], size, width, shard.shape[dim], grain.packed)
-                if made is None:
+                own_cells = _cells(ranges[dim], size, width, shard.shape[dim], grain.packed)
+                if own_cells is None:
                     return None
-                ranges[dim] = made
+                ranges[dim] = own_cells
         found[suffix] = Shard(tuple(shape), ranges, shard.zero)
     return found
 

@@ -52,10 +52,10 @@ def _all_fit(
 
 def _fits(slot: Slot, shard: Shard) -> bool:
     """Return whether every shard of a matrix can be cut from the whole."""
-    held, (_, stack) = slot.module.formats[slot.name], slot.module.matrices[slot.name]
+    weight_format, (_, stack) = slot.module.formats[slot.name], slot.module.matrices[slot.name]
     if not stack:
-        return held.shards(shard) is not None
+        return weight_format.shards(shard) is not None
     rows = shard.shape[1] // stack[1]
     first = shard.ranges[0][0][0] if 0 in shard.ranges else 0
     found = [shard.piece(first, slice(i * rows, (i + 1) * rows)) for i in range(stack[1])]
-    return all(one is None or held.shards(one[0]) is not None for one in found)
+    return all(one is None or weight_format.shards(one[0]) is not None for one in found)

@@ -126,7 +126,7 @@ class WeightFormat(ABC):
         return self
 
     @property
-    def held(self) -> "WeightFormat | None":
+    def model_format(self) -> "WeightFormat | None":
         """The format a model uses for this file format; None for plain numbers."""
         return self.parts_of
 

@@ -75,7 +75,7 @@ class BlockFormat(WeightFormat):
         return {suffix: part for suffix, part in found if part is not None}
 
     @property
-    def held(self) -> GroupFormat:
+    def model_format(self) -> GroupFormat:
         """The format a model uses for these blocks."""
         return self.groups
 
@@ -131,7 +131,7 @@ class KeysAndValuesFormat(WeightFormat):
         return torch.cat((keys.transpose(1, 2), values), dim=1).reshape(shape)
 
     @property
-    def held(self) -> None:
+    def model_format(self) -> None:
         """None: a model holds the map unquantised."""
 
     def files(self, weight: str, shape: Shape) -> dict[str, tuple[str, Shape]]:

@@ -49,14 +49,14 @@ class GPTQFormat(GroupedFormat):
     Attributes:
         padded: the rows and columns that the file has, filled up to whole words and groups.
         second: whether the label says that zero points are stored as they are, not less one.
-        there: the tensors beside the words.
+        present: the tensors beside the words.
         doubtful: names of matrices with zero points that may be damaged.
     """
 
     name = "GPTQ"
     padded: tuple[int, int] = (0, 0)
     second: bool = False
-    there: tuple[str, ...] = ("qzeros", "scales", "g_idx")
+    present: tuple[str, ...] = ("qzeros", "scales", "g_idx")
     doubtful: list[str] = field(default_factory=list, compare=False, repr=False)
 
     def files(self, weight: str, shape: Shape) -> dict[str, tuple[str, Shape]]:
@@ -71,7 +71,7 @@ class GPTQFormat(GroupedFormat):
             "bias": (shape[0],),
         }
         path = weight.removesuffix("weight")
-        beside = {name: (path + name, shapes[name]) for name in self.there}
+        beside = {name: (path + name, shapes[name]) for name in self.present}
         return {"": (path + "qweight", (columns // words, rows)), **beside}
 
     def unpack(self, weight: str, found: Parts, shape: Shape) -> dict[str, Tensor]:
@@ -183,7 +183,7 @@ class GPTQConfig(FileConfig):
     def usual(self) -> WeightFormat | None:
         return GroupedFormat(
             self.bits, group_or_all(self.group_size), self.sym, bool(self.desc_act)
-        ).held
+        ).model_format
 
     def stored(
         self, weight: str, shape: Shape, tensors: Mapping[str, TensorInfo]
@@ -194,10 +194,10 @@ class GPTQConfig(FileConfig):
             return None
         one = self._layout(path.rstrip("."))
         indexed = path + "g_idx" in tensors
-        there = ["scales"]
-        there += ["qzeros"] if path + "qzeros" in tensors or not one.symmetric else []
-        there += ["g_idx"] if indexed or one.ordered else []
-        there += ["bias"] if path + "bias" in tensors else []
+        present = ["scales"]
+        present += ["qzeros"] if path + "qzeros" in tensors or not one.symmetric else []
+        present += ["g_idx"] if indexed or one.ordered else []
+        present += ["bias"] if path + "bias" in tensors else []
         return GPTQFormat(
             one.bits,
             one.group,
@@ -206,7 +206,7 @@ class GPTQConfig(FileConfig):
             dtype_of(tensors, path + "scales"),
             padded=_padded(shape, one, None if words is None else words.shape),
             second=self.checkpoint_format == "gptq_v2",
-            there=tuple(there),
+            present=tuple(present),
             doubtful=self._doubtful,
         )
 
@@ -299,11 +299,11 @@ def _changes(given: Mapping[str, Any]) -> dict[str, Any]:
 
 def _padded(shape: Shape, one: Layout, words: Shape | None) -> tuple[int, int]:
     """Return the file's padded rows and columns if it is padding, else the expected ones."""
-    (rows, columns), each = shape, WORD // one.bits
-    filled = filled_up(rows, each), filled_up(columns, each)
+    (rows, columns), per_word = shape, WORD // one.bits
+    filled = filled_up(rows, per_word), filled_up(columns, per_word)
     grouped = filled_up(columns, one.group or 1)
-    there = words if words is not None and len(words) == 2 else (0, 0)
+    word_shape = words if words is not None and len(words) == 2 else (0, 0)
     return (
-        filled[0] if there[1] == filled[0] else rows,
-        grouped if there[0] * each == grouped else filled[1],
+        filled[0] if word_shape[1] == filled[0] else rows,
+        grouped if word_shape[0] * per_word == grouped else filled[1],
     )

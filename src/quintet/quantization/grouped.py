@@ -63,7 +63,7 @@ class FileFormat(WeightFormat):
         )
 
     @property
-    def held(self) -> WeightFormat | None:
+    def model_format(self) -> WeightFormat | None:
         return None
 
     def recast(self, parts: Parts, shape: Shape, to: WeightFormat) -> dict[str, Tensor] | None:
@@ -131,8 +131,8 @@ class GroupedFormat(FileFormat):
             weight: its name, for errors.
         """
         scale = finite(scale, weight)
-        by = -self.middle if zero is None else -zero.to(torch.float32).contiguous()
-        parts = {"": levels, "_scale": scale, "_offset": scale * by}
+        zero_point = -self.middle if zero is None else -zero.to(torch.float32).contiguous()
+        parts = {"": levels, "_scale": scale, "_offset": scale * zero_point}
         if index is not None:
             index = _checked(index, scale.shape[-1], weight)
             self._check_groups(index, weight)
@@ -143,23 +143,23 @@ class GroupedFormat(FileFormat):
         levels, columns = parts[""], shape[-1]
         groups, index = parts["_scale"].shape[-1], parts.get("_index")
         if index is None:
-            each = self.group or columns
-            index = torch.arange(columns, device=levels.device, dtype=torch.long) // max(each, 1)
+            size = self.group or columns
+            index = torch.arange(columns, device=levels.device, dtype=torch.long) // max(size, 1)
         scales, offsets = (parts[s].reshape(-1, groups) for s in ("_scale", "_offset"))
-        made = torch.empty(levels.shape, dtype=dtype, device=levels.device)
-        for rows, to, by, more in zip(
+        decoded = torch.empty(levels.shape, dtype=dtype, device=levels.device)
+        for rows, to, group_scale, more in zip(
             bands(levels.reshape(-1, columns)),
-            bands(made.view(-1, columns)),
+            bands(decoded.view(-1, columns)),
             bands(scales, columns),
             bands(offsets, columns),
             strict=True,
         ):
-            numbers = rows.to(torch.float32).mul_(by[:, index]).add_(more[:, index])
+            numbers = rows.to(torch.float32).mul_(group_scale[:, index]).add_(more[:, index])
             to.copy_(numbers)
-        return made
+        return decoded
 
     @property
-    def held(self) -> WeightFormat | None:
+    def model_format(self) -> WeightFormat | None:
         inner = self._held_in_order
         return OrderedFormat(inner) if self.ordered and inner is not None else inner
 
@@ -182,7 +182,7 @@ class GroupedFormat(FileFormat):
         Scales become what that format has: bfloat16 in int4.
         """
         to = to.parts_of
-        if self.held is None or to != self.held:
+        if self.model_format is None or to != self.model_format:
             return None
         levels, scale, offset = parts[""], parts["_scale"], parts["_offset"]
         if not isinstance(to, OrderedFormat):
@@ -204,19 +204,19 @@ class GroupedFormat(FileFormat):
             return {"": _signed(levels), "_scale": scale.squeeze(-1)}
         assert isinstance(to, GroupFormat)
         numbers = _signed(levels) if self.bits == 8 else pack_numbers(levels)
-        made = {"": numbers, "_scale": scale.to(to.dtype)}
+        parts = {"": numbers, "_scale": scale.to(to.dtype)}
         if to.offset:
             # Integers of 8 bits have their zero in the middle.
             more = offset + scale * self.middle if self.bits == 8 else offset
-            made["_offset"] = more.to(to.dtype)
-        return made
+            parts["_offset"] = more.to(to.dtype)
+        return parts
 
     def _check_groups(self, index: Tensor, weight: str) -> None:
-        each = self.group or max(index.numel(), 1)
-        ascending = torch.arange(index.numel(), device=index.device, dtype=torch.long) // each
+        size = self.group or max(index.numel(), 1)
+        ascending = torch.arange(index.numel(), device=index.device, dtype=torch.long) // size
         if self.ordered and not torch.equal(index.sort().values, ascending):
             raise CheckpointError(
-                f"{weight}: g_idx makes groups that are not of {each} inputs each; the file is "
+                f"{weight}: g_idx makes groups that are not of {size} inputs each; the file is "
                 "damaged or its group_size another"
             )
         if not self.ordered and not torch.equal(index, ascending):

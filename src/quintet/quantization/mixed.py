@@ -29,9 +29,9 @@ class MixedConfig(QuantizationConfig):
     def scheme(self) -> None:
         """Return None: only the files know the formats."""
 
-    def scheme_of(self, held: Mapping[str, WeightFormat]) -> Scheme | None:
+    def scheme_of(self, formats: Mapping[str, WeightFormat]) -> Scheme | None:
         """Return the formats of a model, given those its files would be held in, by its names."""
-        return Scheme(None, each=held) if held else None
+        return Scheme(None, formats=formats) if formats else None
 
     def stored(
         self, weight: str, shape: Shape, tensors: Mapping[str, TensorInfo]

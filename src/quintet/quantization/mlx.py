@@ -45,7 +45,7 @@ class MLXFormat(GroupedFormat):
         return {"": levels, "_scale": scale, "_offset": offset}
 
     @property
-    def held(self) -> WeightFormat | None:
+    def model_format(self) -> WeightFormat | None:
         # Around the middle of 8 bits, an offset is a sum with more digits than it has in the file.
         return GroupFormat(
             self.bits, self.group, True, self.dtype if self.bits == 4 else torch.float32
@@ -75,8 +75,15 @@ class MLXConfig(FileConfig):
         self._own = {}
         for path, own in self.modules.items():
             if isinstance(own, Mapping):
-                said = {"bits": self.bits, "group_size": self.group_size, "mode": self.mode, **own}
-                self._own[path] = _checked(said["bits"], said["group_size"], said["mode"])
+                settings = {
+                    "bits": self.bits,
+                    "group_size": self.group_size,
+                    "mode": self.mode,
+                    **own,
+                }
+                self._own[path] = _checked(
+                    settings["bits"], settings["group_size"], settings["mode"]
+                )
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Self:
@@ -90,7 +97,7 @@ class MLXConfig(FileConfig):
         return cls(**common, modules=modules)
 
     def usual(self) -> WeightFormat | None:
-        return MLXFormat(self.bits, self.group_size, False, dtype=torch.bfloat16).held
+        return MLXFormat(self.bits, self.group_size, False, dtype=torch.bfloat16).model_format
 
     def stored(
         self, weight: str, shape: Shape, tensors: Mapping[str, TensorInfo]

@@ -56,9 +56,9 @@ class Quantized(nn.Module):
 
     def parts(self, name: str, place: tuple[int, int] | None = None) -> dict[str, Tensor]:
         """Return views of a matrix's parts; `place` is its expert and index."""
-        return self.view(name, {s: self.held(name + s) for s in self.suffixes(name)}, place)
+        return self.view(name, {s: self.buffer(name + s) for s in self.suffixes(name)}, place)
 
-    def held(self, name: str) -> Tensor:
+    def buffer(self, name: str) -> Tensor:
         """Return one part by buffer name; much faster than `get_buffer`."""
         part = self._buffers[name]
         assert part is not None
@@ -307,7 +307,7 @@ class QuantizedExperts(Quantized, ExpertStack):
         """Return the matrix `number` of all experts."""
         heights = self._heights[name]
         places = {s: slice(number * n, (number + 1) * n) for s, n in heights.items()}
-        parts = {s: self.held(name + s)[:, place] for s, place in places.items()}
+        parts = {s: self.buffer(name + s)[:, place] for s, place in places.items()}
         return self.formats[name].matrix(parts)
 
     def _run(self, expert: int, rows: Tensor) -> Tensor:
@@ -319,7 +319,7 @@ class QuantizedExperts(Quantized, ExpertStack):
         weight_format = self.formats[name]
         if weight_format.cuts(rows):
             # What lies on top of each other is one matrix.
-            parts = {s: self.held(name + s)[expert] for s in self.suffixes(name)}
+            parts = {s: self.buffer(name + s)[expert] for s in self.suffixes(name)}
             if learns(x):
                 return product(weight_format, x, parts, (P * rows, columns), None)
             # A kernel for few vectors rounds differently, and how many there are is up to others.
@@ -359,7 +359,7 @@ def experts_like(
 ) -> QuantizedExperts:
     """Return empty quantised experts of the same sizes."""
     E, C, F = experts.down_proj.shape
-    made = QuantizedExperts(
+    quantized = QuantizedExperts(
         E,
         C,
         F,
@@ -369,5 +369,5 @@ def experts_like(
         device=experts.down_proj.device,
     )
     # Of all processes, as there.
-    made.num_experts = experts.num_experts
-    return made
+    quantized.num_experts = experts.num_experts
+    return quantized

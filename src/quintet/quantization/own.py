@@ -30,8 +30,8 @@ def integers_of(
     bits = None if found is None else BITS.get(found.dtype)
     if bits is None:
         return None
-    made = _in_order(weight, shape, tensors, bits)
-    return OrderedFormat(made) if weight + ORDER in tensors else made
+    weight_format = _in_order(weight, shape, tensors, bits)
+    return OrderedFormat(weight_format) if weight + ORDER in tensors else weight_format
 
 
 def _in_order(
@@ -45,7 +45,9 @@ def _in_order(
     count = scale.shape[-1]
     try:
         group = None if count == 1 else group_size(shape[-1], count)
-        made = GroupFormat(bits, group, offset, scale.dtype, iq4)
-        return Int4Format() if made.parts(shape) == Int4Format().parts(shape) else made
+        group_format = GroupFormat(bits, group, offset, scale.dtype, iq4)
+        return (
+            Int4Format() if group_format.parts(shape) == Int4Format().parts(shape) else group_format
+        )
     except InputError:
         return GroupFormat(bits, None, offset, scale.dtype, iq4)

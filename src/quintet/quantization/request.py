@@ -56,24 +56,24 @@ class QuantizationRequest:
     target: QuantizationConfig | None
     keeps_fp8: bool = True
 
-    def scheme(self, held: Mapping[str, WeightFormat]) -> Scheme | None:
+    def scheme(self, formats: Mapping[str, WeightFormat]) -> Scheme | None:
         """Return the formats of the model; None for plain numbers.
 
         Args:
-            held: those that its files would be held in, by the model's names.
+            formats: those that its files would be held in, by the model's names.
         """
         if self.target is None:
             return None
         allowed = {
             name: one
-            for name, one in held.items()
+            for name, one in formats.items()
             if self.keeps_fp8 or not isinstance(one, FP8Format)
         }
         return self.target.scheme_of(allowed)
 
 
 def resolve_quantization(
-    held: Any, quantize: str | None, config: Any, device: torch.device
+    stored: Any, quantize: str | None, config: Any, device: torch.device
 ) -> QuantizationRequest:
     """Choose the quantisation by `quantize`, `quantization_config` and the files.
 
@@ -85,7 +85,7 @@ def resolve_quantization(
         ConfigError: a configuration has a value that breaks a rule.
         UnsupportedModelError: a method that is not here.
     """
-    source = read(held) if held else None
+    source = read(stored) if stored else None
     if quantize is not None and config is not None:
         raise InputError(
             f"quantize={quantize!r} and quantization_config are one option; give one of them"
@@ -141,15 +141,15 @@ def read(values: Any) -> QuantizationConfig:
     """
     if isinstance(values, QuantizationConfig):
         return values
-    told = described(values)
-    if told is None:
+    description = described(values)
+    if description is None:
         raise ConfigError(
             f"quantization_config is a {type(values).__module__}.{type(values).__qualname__}: "
             f"{shown(values)}; it has to be a configuration of quintet or of "
             "Transformers, or a mapping"
         )
-    given = dict(told)
-    if told is not values:
+    given = dict(description)
+    if description is not values:
         # An object has a value for every key, a mapping those that somebody gave.
         given = {name: value for name, value in given.items() if value is not None}
     method = given.pop("quant_method", None)

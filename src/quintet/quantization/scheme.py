@@ -21,7 +21,7 @@ class Scheme:
         special: the formats of matrices that have one of their own, by a part of their names or
             parts in a row: "down_proj", "layers.3.self_attn.v_proj", "experts.gate_up_proj". The
             longest that fits counts.
-        each: the format of each matrix by its name, in place of all the others; what it does not
+        formats: the format of each matrix by its name, in place of all the others; what it does not
             name stays as it is, and embeddings that it names are quantised too.
     """
 
@@ -30,12 +30,12 @@ class Scheme:
     skip: tuple[str, ...] = ()
     compute_dtype: torch.dtype | None = None
     special: Mapping[str, WeightFormat] = field(default_factory=lambda: MappingProxyType({}))
-    each: Mapping[str, WeightFormat] | None = None
+    formats: Mapping[str, WeightFormat] | None = None
 
     def of(self, weight: str, usual: WeightFormat | None) -> WeightFormat | None:
         """Return a matrix's format by name; `usual` is its kind's."""
-        if self.each is not None:
-            return self.each.get(weight)
+        if self.formats is not None:
+            return self.formats.get(weight)
         if not self.special or usual is None:
             return usual
         return next((self.special[n] for n in _names(weight) if n in self.special), usual)

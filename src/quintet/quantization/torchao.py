@@ -83,10 +83,10 @@ class TorchAoConfig(QuantizationConfig):
         self._is_int8 = kind in INT8
 
     def ours(self) -> Int8Config | Int4Config:
-        kept = list(self.modules_to_not_convert or ())
+        unquantized = list(self.modules_to_not_convert or ())
         if not self.include_input_output_embeddings:
-            kept.append("lm_head")
-        return (Int8Config if self._is_int8 else Int4Config)(modules_to_not_convert=kept)
+            unquantized.append("lm_head")
+        return (Int8Config if self._is_int8 else Int4Config)(modules_to_not_convert=unquantized)
 
     def scheme(self) -> Scheme:
         return self.ours().scheme()

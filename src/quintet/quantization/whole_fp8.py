@@ -53,7 +53,7 @@ class WholeFP8Config(FileConfig):
         return cls(activation_scheme=values.get("activation_scheme", "dynamic"))
 
     def usual(self) -> WeightFormat | None:
-        return FP8File(FP8_ROWS).held
+        return FP8File(FP8_ROWS).model_format
 
     def stored(
         self, weight: str, shape: Shape, tensors: Mapping[str, TensorInfo]

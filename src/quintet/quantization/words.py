@@ -127,7 +127,7 @@ class PackedConfig(QuantizationConfig):
         skip = tuple(self.modules_to_not_convert or ())
         return None if inner is None else Scheme(WordsFormat(inner), None, skip)
 
-    def scheme_of(self, held: Mapping[str, WeightFormat]) -> Scheme | None:
+    def scheme_of(self, formats: Mapping[str, WeightFormat]) -> Scheme | None:
         """Return the formats of a model, given those its files would be held in, by its names.
 
         Raises:
@@ -136,13 +136,13 @@ class PackedConfig(QuantizationConfig):
         """
         if self.bits is not None:
             return self.scheme()
-        each = {n: _words_of(n, one) for n, one in held.items() if not n.endswith(ENDS)}
-        if not each:
+        word_formats = {n: _words_of(n, one) for n, one in formats.items() if not n.endswith(ENDS)}
+        if not word_formats:
             raise InputError(
                 "the model is not in integers yet, which compressed-tensors would be written of; "
                 "use `quintet quantize MODEL DIRECTORY --to w4a16`, or w8a16"
             )
-        return Scheme(None, each=each, skip=tuple(self.modules_to_not_convert or ()))
+        return Scheme(None, formats=word_formats, skip=tuple(self.modules_to_not_convert or ()))
 
     def stored(
         self, weight: str, shape: Shape, tensors: Mapping[str, TensorInfo]
@@ -201,11 +201,15 @@ def _path(weight: str) -> str:
     return weight.removesuffix(".weight")
 
 
-def _words_of(name: str, held: WeightFormat) -> WordsFormat:
-    groups = isinstance(held, GroupFormat) and not held.offset and not held.iq4
-    if not groups and not isinstance(held, Int8Format | Int4Format):
+def _words_of(name: str, weight_format: WeightFormat) -> WordsFormat:
+    groups = (
+        isinstance(weight_format, GroupFormat)
+        and not weight_format.offset
+        and not weight_format.iq4
+    )
+    if not groups and not isinstance(weight_format, Int8Format | Int4Format):
         raise UnsupportedModelError(
-            f"{name} is held as {held.name}, which compressed-tensors' packed integers do not say; "
-            "round it anew: `quintet quantize MODEL DIRECTORY --to w4a16`, or w8a16"
+            f"{name} is held as {weight_format.name}, which compressed-tensors' packed integers do "
+            "not say; round it anew: `quintet quantize MODEL DIRECTORY --to w4a16`, or w8a16"
         )
-    return WordsFormat(held)
+    return WordsFormat(weight_format)
