@@ -12,6 +12,7 @@ from parsing.wholetext import Said, said
 from quintet.generation.config import GenerationConfig
 from quintet.parsing import CODER, Format, format_of
 from quintet.server.asking import ask
+from quintet.server.form_figures import FormFigures
 from quintet.server.questions import Ask, Conversation, Finish, Start
 from quintet.server.registry import Served
 from quintet.serving import Answer, Limits
@@ -53,12 +54,13 @@ def heard(
     reason: str = "stop",
     calls: Format | None = None,
     messages: tuple[dict[str, Any], ...] = (USER,),
+    figures: FormFigures | None = None,
     **options: Any,
 ) -> tuple[Said, Finish, int]:
     """Return what is heard, the end, and how many tokens the engine gave for it."""
     engine: Any = Writes(name, text, reason)
     made = tokenizer(name)
-    shapes: Any = SimpleNamespace(processor=lambda *_, **__: None)
+    shapes: Any = SimpleNamespace(processor=lambda *_, **__: None, figures=figures or FormFigures())
     served = Served("m", engine, made, None, 0, 4096, "fp", shapes, calls)
     talk = {"tools": TOOLS, **{k: options.pop(k) for k in ("tools", "thinking") if k in options}}
     question = Ask(prompt=Conversation(messages=messages, **talk), **options)
@@ -140,3 +142,13 @@ def test_a_conversation_with_results_goes_on(name: str) -> None:
     told, end, _ = heard(name, thought + "It is 4.", messages=turn)
     assert told[-1] == ("content", "It is 4.")
     assert end.reason == "stop"
+
+
+def test_what_is_a_call_and_what_only_began_as_one_are_counted() -> None:
+    written = format_of(tokenizer("qwen"))
+    assert written is not None
+    figures = FormFigures()
+    heard("qwen", written.written([("f", "{}"), ("g", "{}")]), figures=figures)
+    heard("qwen", '<tool_call>\n{"name": "f", "arg', figures=figures)
+    seen = figures.snapshot()
+    assert (seen.calls, seen.broken) == (2, 1)

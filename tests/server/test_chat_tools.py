@@ -8,14 +8,15 @@ from typing import Any
 import pytest
 
 from quintet import PreTrainedTokenizerFast, Qwen2ForCausalLM
-from quintet.errors import GrammarError
 from quintet.grammar import GrammarProcessor, Grammars
 from quintet.parsing import CODER
 from quintet.server import shapes
+from quintet.server.failures import ApiError
+from quintet.server.protocol.formats import field_of
 from quintet.server.shapes import Shapes
 from served import Running
 from server.talking import chat_model, chunks, talking
-from waiting import PATIENCE
+from waiting import PATIENCE, until
 
 Served = tuple[Running, Qwen2ForCausalLM, PreTrainedTokenizerFast]
 PATH = "/v1/chat/completions"
@@ -273,15 +274,44 @@ def test_a_form_that_takes_too_long_is_not_waited_for(monkeypatch: pytest.Monkey
 
     def ask() -> object:
         form = {"type": "regex", "pattern": "a"}
-        return made.processor(form, (), "auto", "", parallel=True)
+        return made.processor(form, (), "auto", "", parallel=True, where="regex")
+
+    def refused() -> ApiError:
+        with pytest.raises(ApiError) as caught:
+            ask()
+        return caught.value
 
     monkeypatch.setattr(shapes, "SECONDS", 0.02)
     monkeypatch.setattr(Grammars, "compile", compile)
-    for _ in range(shapes.AT_ONCE + 2):
-        with pytest.raises(GrammarError, match=r"takes longer than 0\.02 s"):
-            ask()
+    for _ in range(shapes.AT_ONCE):
+        error = refused()
+        assert (error.status, error.param) == (400, "regex")
+        assert "regex: the form of the answer takes longer than 0.02 s" in error.message
+    for _ in range(2):
+        # Nothing is wrong with theirs.
+        error = refused()
+        assert (error.status, error.code, error.param) == (503, "forms_busy", None)
+    seen = made.figures.snapshot()
+    assert (seen.compiling, seen.late) == (shapes.AT_ONCE, shapes.AT_ONCE)
+    assert seen.refused == {"late": shapes.AT_ONCE, "busy": 2}
     over.set()
     monkeypatch.setattr(shapes, "SECONDS", PATIENCE)
     assert isinstance(ask(), GrammarProcessor)
-    with pytest.raises(GrammarError, match="cannot be used"):
-        made.processor({"type": "regex", "pattern": "(("}, (), "auto", "", parallel=True)
+    until(lambda: not made.figures.snapshot().compiling)
+    seen = made.figures.snapshot()
+    assert (seen.late, seen.compile_seconds.count) == (0, shapes.AT_ONCE + 1)
+
+
+def test_a_form_and_the_calls_beside_it_are_blamed_apart() -> None:
+    """Where both are given, one grammar is made of them."""
+    made = Shapes(*chat_model())
+    wrong = {"type": "json_schema", "schema": {"type": "string", "pattern": "(("}}
+    right = {"type": "json_object"}
+    bad = {"name": "f", "strict": True, "parameters": wrong["schema"]}
+    for form, tools, param in (
+        (wrong, TOOLS, "response_format.json_schema.schema"),
+        (right, [{"type": "function", "function": bad}], "tools"),
+    ):
+        with pytest.raises(ApiError) as caught:
+            made.processor(form, tools, "auto", "", parallel=True, where=field_of(form))
+        assert caught.value.param == param, caught.value.message

@@ -20,6 +20,7 @@ from waiting import PATIENCE, until
 CANARY = "xylophone-canary-4711"
 LABELS = {
     "model", "route", "method", "code", "kind", "why", "phase", "finished_reason", "le", "version",
+    "reason",
 }  # fmt: skip
 Numbers = dict[str, float]
 
@@ -138,6 +139,22 @@ def test_who_leaves_is_counted_by_how_far_it_was(server: Running) -> None:
     assert found["quintet_disconnects_total{phase=writing}"] == 1
     assert not any("success" in name for name in found)
     assert moved(server, late)["quintet_engine_failures_total{kind=deadline}"] == 1
+
+
+def test_forms_are_counted(server: Running) -> None:
+    def ask(**body: Any) -> int:
+        given = {"model": "demo", "prompt": "a", "max_tokens": 4, **body}
+        return server.ask("POST", "/v1/completions", given).status
+
+    found = moved(server, lambda: ask(regex="[ab]{9}"))
+    assert found["quintet_grammar_compile_seconds_count"] == 1
+    assert 3 <= found["quintet_grammar_masks_total"] <= 5
+    assert found["quintet_grammar_mask_seconds_total"] > 0
+    found = moved(server, lambda: ask(regex="(("))
+    assert found["quintet_grammar_refusals_total{reason=invalid}"] == 1
+    assert found["quintet_grammar_compile_seconds_count"] == 1
+    numbers = scraped(server)
+    assert numbers["quintet_grammar_compiling"] == numbers["quintet_grammar_late"] == 0
 
 
 def test_how_full_rows_are_is_a_share_of_what_they_may_hold(server: Running) -> None:

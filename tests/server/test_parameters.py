@@ -19,6 +19,8 @@ NAN = b'{"model": "tiny", "messages": [{"role": "user", "content": "a"}], "%s": 
 USER = {"role": "user", "content": "a"}
 CALL = {"id": "1", "type": "function", "function": {"name": "f", "arguments": "{}"}}
 TOOL = {"type": "function", "function": {"name": "f", "parameters": {"type": "object"}}}
+WRONG = {"type": "object", "properties": {"a": {"type": "string", "pattern": "(("}}}
+STRICT = {"type": "function", "function": {"name": "f", "strict": True, "parameters": WRONG}}
 
 
 def _called(arguments: str) -> dict[str, Any]:
@@ -83,6 +85,12 @@ BOTH: list[tuple[dict[str, Any], str]] = [
     ({"response_format": {"type": "xml"}}, "response_format.type"),
     ({"response_format": {"type": "json_schema"}}, "response_format.json_schema"),
     ({"regex": "a", "grammar": "b"}, "response_format"),
+    ({"regex": "(("}, "regex"),
+    ({"grammar": "start: nothing"}, "grammar"),
+    (
+        {"response_format": {"type": "json_schema", "json_schema": {"name": "x", "schema": WRONG}}},
+        "response_format.json_schema.schema",
+    ),
 ]
 
 
@@ -157,6 +165,7 @@ def test_both_refuse_what_breaks_a_rule(
         ({"reasoning_effort": "some"}, "reasoning_effort"),
         ({"continue_final_message": True}, "continue_final_message"),
         ({"regex": "a" * 70_000}, "regex"),
+        ({"tools": [STRICT]}, "tools"),
     ],
     ids=lambda one: str(one)[:50],
 )

@@ -1,5 +1,6 @@
 """The logits processor of constrained decoding."""
 
+import time
 from typing import Self
 
 import numpy as np
@@ -27,6 +28,8 @@ class GrammarProcessor(ConstrainingProcessor):
     Attributes:
         rows: what follows each row, since they were seen first.
         words: a bit for each token of each row, as of the last call.
+        masks: how many masks it made.
+        seconds: how long that took.
     """
 
     def __init__(
@@ -34,6 +37,7 @@ class GrammarProcessor(ConstrainingProcessor):
     ) -> None:
         self._compiled, self._vocabulary, self._after = compiled, vocabulary, after
         self.rows: list[Following] = []
+        self.masks, self.seconds = 0, 0.0
         self.words = np.zeros((0, 0), dtype=np.int32)
 
     def copy(self) -> Self:
@@ -49,11 +53,14 @@ class GrammarProcessor(ConstrainingProcessor):
     ) -> Tensor:
         begins = None if padding is None else padding.tolist()
         needed = None if unfinished is None else unfinished.tolist()
+        began = time.perf_counter()
         for row, ids in enumerate(input_ids):
             if needed is not None and not needed[row]:
                 continue
             own = ids if begins is None else ids[begins[row] :]
             self._row(row, len(scores)).fill(own, self.words[row])
+            self.masks += 1
+        self.seconds += time.perf_counter() - began
         size = min(self._vocabulary.size, scores.shape[1])
         octets = self.words.view(np.uint8)
         bits = np.unpackbits(octets, axis=1, count=size, bitorder="little")

@@ -45,7 +45,13 @@ Event = Reasoning | Content | CallStart | CallArguments | CallEnd
 
 
 class OutputParser(Protocol):
-    """Interface of a parser for one streamed text."""
+    """Interface of a parser for one streamed text.
+
+    Attributes:
+        broken: how many texts began as a call and are content.
+    """
+
+    broken: int
 
     @property
     def done(self) -> bool:

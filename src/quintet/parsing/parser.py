@@ -25,6 +25,9 @@ class StreamParser:
         written: how calls are written; None where nothing is a call.
         opening: where the text begins.
         parallel: take further calls after the first; otherwise nothing is wanted then.
+
+    Attributes:
+        broken: how many texts began as a call and are content.
     """
 
     def __init__(
@@ -37,6 +40,7 @@ class StreamParser:
         self._parallel = parallel
         self._events: list[Event] = []
         self._calls = 0
+        self.broken = 0
         self._done = False
         # Space at the end of the content so far: beside a call it belongs to neither.
         self._spaces: list[str] = []
@@ -161,6 +165,8 @@ class StreamParser:
                     self._source, written, self._calls, self._heard, bare=not opener
                 )
             except BrokenCallError:
+                # Text in JSON that no marker begins only looked like one.
+                self.broken += bool(opener)
                 self._say(self._source.recorded())
                 break
             complete += 1

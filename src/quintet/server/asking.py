@@ -10,7 +10,7 @@ from contextlib import aclosing
 from dataclasses import dataclass
 from typing import Any
 
-from quintet.errors import ContextLengthError, DeadlineError
+from quintet.errors import ContextLengthError, DeadlineError, GrammarError
 from quintet.grammar import GrammarProcessor, unbound
 from quintet.parsing import parser_for
 from quintet.parsing.events import CallEnd, CallStart, Content, Event, OutputParser, Reasoning
@@ -112,6 +112,7 @@ def _understood(served: Served, question: Ask) -> _Prepared:
         question.tool_choice,
         read.text,
         parallel=question.parallel_tool_calls,
+        where=question.form_where,
     )
     if shape is not None and isinstance(prompt, Conversation):
         warnings += [
@@ -149,9 +150,10 @@ async def _answer(
         "prompt_logprobs": None if index else question.prompt_logprobs,
         "adapter_name": served.adapter,
     }
-    if prepared.shape is not None:
-        # Each text is followed by a processor of its own.
-        options["logits_processor"] = [prepared.shape.copy()]
+    # Each text is followed by a processor of its own.
+    shape = None if prepared.shape is None else prepared.shape.copy()
+    if shape is not None:
+        options["logits_processor"] = [shape]
     answering = aclosing(served.engine.generate(prepared.prompt.ids, **options))
     try:
         with placed(question.where):
@@ -162,9 +164,15 @@ async def _answer(
                         yield event
                     if listener.over:
                         return
+    except GrammarError as error:
+        # One that became too complex with what was written.
+        raise invalid(f"{question.binding}: {error}", question.binding) from None
     finally:
         # Whoever waits for the first answer need not wait for one that failed.
         first.set()
+        if shape is not None:
+            served.shapes.figures.masked(shape.masks, shape.seconds)
+        listener.count_calls()
 
 
 class _Listener:
@@ -210,6 +218,12 @@ class _Listener:
                 yield from self._with_scores(self._parser.flush())
             self.over = True
             yield self._finish(answer.finish_reason, answer)
+
+    def count_calls(self) -> None:
+        """Count the calls that were read, and what was none in the end."""
+        if self._parser is not None:
+            figures = self._prepared.served.shapes.figures
+            figures.parsed(self._calls, self._parser.broken)
 
     def _events(self, text: str, token: int) -> list[Event]:
         if self._parser is None:

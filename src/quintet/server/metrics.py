@@ -14,6 +14,7 @@ from prometheus_client.core import (
 from prometheus_client.registry import Collector
 
 import quintet
+from quintet.server.form_figures import FormSnapshot
 from quintet.server.service import Service
 from quintet.serving.figures import Distribution, Snapshot
 
@@ -101,6 +102,24 @@ HISTOGRAMS: tuple[tuple[str, str, Callable[[Snapshot], Distribution]], ...] = (
     ("request_prompt_tokens", "Tokens of prompts.", lambda s: s.prompt_tokens),
     ("request_generation_tokens", "Tokens of answers.", lambda s: s.answer_tokens),
 )
+FORM_GAUGES: tuple[tuple[str, str, Callable[[FormSnapshot], float]], ...] = (
+    ("grammar_compiling", "Forms of answers that are compiled.", lambda it: it.compiling),
+    (
+        "grammar_late",
+        "Those of them that nobody waits for any more; there are at most four at once.",
+        lambda it: it.late,
+    ),
+)
+FORM_COUNTERS: tuple[tuple[str, str, Callable[[FormSnapshot], float]], ...] = (
+    ("grammar_masks", "Masks of tokens that were made.", lambda it: it.masks),
+    ("grammar_mask_seconds", "The time they took.", lambda it: it.mask_seconds),
+    ("parser_tool_calls", "Calls of tools that were read.", lambda it: it.calls),
+    (
+        "parser_fallback",
+        "Texts that began as a call and are content, as it had no end.",
+        lambda it: it.broken,
+    ),
+)
 
 
 class Metrics:
@@ -137,6 +156,7 @@ class Metrics:
         )
         self._registry.register(_Server(service))
         self._registry.register(_Engines(service))
+        self._registry.register(_Forms(service))
         ProcessCollector(registry=self._registry)
 
     def answered(
@@ -227,6 +247,44 @@ class _Engines(Collector):
             for kind, one in snapshot.step_seconds.items():
                 _add(steps, [model, kind], one)
         yield steps
+
+
+class _Forms(Collector):
+    """The counters of forms and calls, labelled by model."""
+
+    def __init__(self, service: Service) -> None:
+        self._service = service
+
+    def describe(self) -> Iterable[Metric]:
+        return ()
+
+    def collect(self) -> Iterator[Metric]:
+        shapes = self._service.registry.shapes
+        seen = {name: it.figures.snapshot() for name, it in shapes.items()}
+        for name, what, of in FORM_GAUGES:
+            gauge = GaugeMetricFamily(f"quintet_{name}", what, labels=["model"])
+            for model, snapshot in seen.items():
+                gauge.add_metric([model], of(snapshot))
+            yield gauge
+        for name, what, of in FORM_COUNTERS:
+            counter = CounterMetricFamily(f"quintet_{name}", what, labels=["model"])
+            for model, snapshot in seen.items():
+                counter.add_metric([model], of(snapshot))
+            yield counter
+        refused = CounterMetricFamily(
+            "quintet_grammar_refusals",
+            "Requests without a form: it is invalid, too late, or those of others are.",
+            labels=["model", "reason"],
+        )
+        seconds = HistogramMetricFamily(
+            "quintet_grammar_compile_seconds", "Of each form of an answer.", labels=["model"]
+        )
+        for model, snapshot in seen.items():
+            for reason, count in snapshot.refused.items():
+                refused.add_metric([model, reason], count)
+            _add(seconds, [model], snapshot.compile_seconds)
+        yield refused
+        yield seconds
 
 
 def _whole(snapshot: Snapshot) -> Mapping[str, float]:

@@ -48,6 +48,7 @@ class Ask:
         parallel_tool_calls: whether there may be more than one call.
         response_format: {"type": "json_object"}, {"type": "json_schema", "schema": …}, {"type":
             "regex", "pattern": …} or {"type": "grammar", "grammar": …}; None for any text.
+        form_where: the field of the request that has it.
         scope: whose question it is.
         salt: only questions of the same one share what was read before.
         priority: the higher are the last to give their row back.
@@ -66,10 +67,17 @@ class Ask:
     tool_choice: str = "auto"
     parallel_tool_calls: bool = True
     response_format: Mapping[str, Any] | None = None
+    form_where: str = "response_format"
     scope: str = ""
     salt: str = ""
     priority: int = 0
     timeout: float | None = None
+
+    @property
+    def binding(self) -> str:
+        """The field of the request that says what an answer may be."""
+        tools = isinstance(self.prompt, Conversation) and bool(self.prompt.tools)
+        return "tools" if tools and self.tool_choice != "none" else self.form_where
 
 
 @dataclass(frozen=True, slots=True)

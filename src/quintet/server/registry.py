@@ -211,6 +211,13 @@ class Registry:
         }
 
     @property
+    def shapes(self) -> dict[str, Shapes]:
+        """What holds answers to a form, by model name."""
+        return {
+            offer.name: offer.loaded.shapes for offer in self.offers if offer.loaded is not None
+        }
+
+    @property
     def healthy(self) -> bool:
         """Whether every engine is healthy."""
         return all(engine.healthy for engine in self.engines.values())

@@ -2,7 +2,8 @@
 
 import queue
 import threading
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 from quintet.errors import GrammarError, InputError, TokenizerError
@@ -19,6 +20,8 @@ from quintet.grammar import (
 )
 from quintet.parsing import Format, format_of, opening_of
 from quintet.parsing.format import END_THINK
+from quintet.server.failures import invalid, unavailable
+from quintet.server.form_figures import FormFigures
 from quintet.tokenization import PreTrainedTokenizer
 
 # Seconds in which the form of an answer is compiled, and how many are at once.
@@ -35,12 +38,16 @@ class Shapes:
         model: whose logits these are.
         tokenizer: of the model.
         calls: how the model writes calls of tools; None for what its template says.
+
+    Attributes:
+        figures: count what is compiled and refused.
     """
 
     def __init__(
         self, model: Served, tokenizer: PreTrainedTokenizer, calls: Format | None = None
     ) -> None:
         self._tokenizer, self._calls, self._missing = tokenizer, calls, ""
+        self.figures = FormFigures()
         self._places = threading.Semaphore(AT_ONCE)
         self._grammars: Grammars | None = None
         try:
@@ -60,6 +67,7 @@ class Shapes:
         prompt_text: str,
         *,
         parallel: bool,
+        where: str = "response_format",
     ) -> GrammarProcessor | None:
         """Return the processor for a form, or None.
 
@@ -69,35 +77,64 @@ class Shapes:
             choice: "auto", "none", "required" or the name of a tool.
             prompt_text: what the answer follows; a thought that it opens is free.
             parallel: whether there may be several calls.
+            where: the field of the request that has the form.
 
         Raises:
-            GrammarError: the form is wrong, contradicts itself or is too complex.
-            InputError: calls are asked for, and the model's template writes none.
+            ApiError: form or tools are wrong, contradict themselves, are too complex or none that
+                this model can be held to, by their field; or those of others take too long.
         """
-        if form is None and (not tools or choice == "none"):
+        calls = bool(tools) and choice != "none"
+        if form is None and not calls:
             return None
 
-        def compiled() -> GrammarProcessor | None:
-            constraint = self._constraint(form, tools, choice, parallel=parallel)
-            if constraint is None:
-                return None
+        def compiled(constraint: Constraint) -> GrammarProcessor:
             if self._grammars is None:
                 raise InputError(f"no answer of this model can be held to a form: {self._missing}")
             thinks = opening_of(self._tokenizer, prompt_text) == "reasoning"
             return self._grammars.compile(constraint, after=END_THINK if thinks else None)
 
-        return self._in_time(compiled)
+        def make() -> GrammarProcessor | None:
+            constraint = None
+            if form is not None:
+                with _blamed(where):
+                    constraint = _constraint_of(form)
+                    if not calls:
+                        return compiled(constraint)
+            with _blamed("tools"):
+                both = self._with_calls(constraint, tools, choice, parallel=parallel)
+                if both is None:
+                    return None
+                try:
+                    return compiled(both)
+                except GrammarError:
+                    if constraint is None:
+                        raise
+            with _blamed(where):
+                # Alone, it shows whether it is to blame.
+                compiled(constraint)
+            with _blamed("tools"):
+                return compiled(both)
 
-    def _in_time(self, make: Callable[[], GrammarProcessor | None]) -> GrammarProcessor | None:
+        return self._in_time(make, "tools" if calls else where)
+
+    def _in_time(
+        self, make: Callable[[], GrammarProcessor | None], where: str
+    ) -> GrammarProcessor | None:
         """Return what is compiled, by a thread that may take longer than anybody waits.
 
         Nothing ends it then. A few such threads are all that there are, and none is waited for when
         the process ends.
 
         Raises:
-            GrammarError: it takes too long, or others do.
+            ApiError: it takes too long, or others do; or what it raises.
         """
         results: queue.SimpleQueue[GrammarProcessor | Exception | None] = queue.SimpleQueue()
+        if not self._places.acquire(timeout=SECONDS):
+            self.figures.refuse("busy")
+            raise unavailable(
+                "forms of other answers are read, which take long; try again", "forms_busy", SECONDS
+            )
+        compilation = self.figures.begin()
 
         def run() -> None:
             try:
@@ -105,31 +142,33 @@ class Shapes:
             except Exception as error:
                 results.put(error)
             finally:
+                compilation.end()
                 self._places.release()
 
-        late = f"the form of the answer takes longer than {SECONDS:g} s to be read; make it simpler"
-        if not self._places.acquire(timeout=SECONDS):
-            raise GrammarError(late)
         threading.Thread(target=run, name="quintet-form", daemon=True).start()
         try:
             found = results.get(timeout=SECONDS)
         except queue.Empty:
-            raise GrammarError(late) from None
+            compilation.give_up()
+            raise invalid(
+                f"{where}: the form of the answer takes longer than {SECONDS:g} s to be read; make "
+                "it simpler",
+                where,
+            ) from None
         if isinstance(found, Exception):
+            self.figures.refuse("invalid")
             raise found
         return found
 
-    def _constraint(
+    def _with_calls(
         self,
-        form: Mapping[str, Any] | None,
+        constraint: Constraint | None,
         tools: Sequence[Mapping[str, Any]],
         choice: str,
         *,
         parallel: bool,
     ) -> Constraint | None:
-        constraint = None if form is None else _constraint_of(form)
-        if not tools or choice == "none":
-            return constraint
+        """Return what holds calls to their tools, and text instead of them; None for neither."""
         strict = any(tool["function"].get("strict") for tool in tools)
         if choice == "auto" and not strict and constraint is None:
             return None
@@ -140,6 +179,19 @@ class Shapes:
                 "for; leave tools and tool_choice out"
             )
         return tool_calls(tools, written, choice, parallel, constraint)
+
+
+@contextmanager
+def _blamed(where: str) -> Iterator[None]:
+    """Say which field of a request is wrong.
+
+    Raises:
+        ApiError: it is.
+    """
+    try:
+        yield
+    except InputError as error:
+        raise invalid(f"{where}: {error}", where) from None
 
 
 def _constraint_of(form: Mapping[str, Any]) -> Constraint:

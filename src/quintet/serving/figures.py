@@ -40,7 +40,7 @@ class Distribution:
         return sum(self.counts)
 
 
-class _Distributing:
+class Distributing:
     """A growing histogram."""
 
     __slots__ = ("_bounds", "_counts", "_frozen", "_total")
@@ -160,25 +160,25 @@ class Figures:
         self.drafted = self.accepted = 0
         self.preempted = self.snapshots = self.restored = 0
         self.overhead_seconds = 0.0
-        self.queue_seconds = _Distributing(WAITS)
-        self.prefill_seconds = _Distributing(WAITS)
-        self.first_token_seconds = _Distributing(WAITS)
-        self.between_seconds = _Distributing(STEPS)
-        self.decode_seconds = _Distributing(WAITS)
-        self.whole_seconds = _Distributing(WAITS)
-        self.prompt_tokens = _Distributing(TOKENS)
-        self.answer_tokens = _Distributing(TOKENS)
+        self.queue_seconds = Distributing(WAITS)
+        self.prefill_seconds = Distributing(WAITS)
+        self.first_token_seconds = Distributing(WAITS)
+        self.between_seconds = Distributing(STEPS)
+        self.decode_seconds = Distributing(WAITS)
+        self.whole_seconds = Distributing(WAITS)
+        self.prompt_tokens = Distributing(TOKENS)
+        self.answer_tokens = Distributing(TOKENS)
         self.left: Counter[str] = Counter()
         self.copied: Counter[str] = Counter()
         self._steps: Counter[str] = Counter()
         self._finished: Counter[str] = Counter()
         self._failed: Counter[str] = Counter()
-        self._step_seconds: dict[str, _Distributing] = {}
+        self._step_seconds: dict[str, Distributing] = {}
 
     def step(self, kind: str, seconds: float) -> None:
         """Count a step of a kind."""
         self._steps[kind] += 1
-        self._step_seconds.setdefault(kind, _Distributing(STEPS)).add(seconds)
+        self._step_seconds.setdefault(kind, Distributing(STEPS)).add(seconds)
 
     def end(self, how: str | Exception) -> None:
         """Count a finished or failed request."""

@@ -6,7 +6,7 @@ from pydantic import Field
 
 from quintet.server.failures import invalid
 from quintet.server.protocol.common import Body, Count, SamplingFields, unsupported, within
-from quintet.server.protocol.formats import ResponseFormat, format_of
+from quintet.server.protocol.formats import ResponseFormat, field_of, format_of
 from quintet.server.protocol.turns import (
     Message,
     Tool,
@@ -121,6 +121,7 @@ class ChatRequest(SamplingFields):
             tool_choice=choice,
             parallel_tool_calls=self.parallel_tool_calls is not False,
             response_format=form,
+            form_where=field_of(form),
             scope=scope,
             salt=self.cache_salt or "",
             priority=self.priority or 0,

@@ -10,7 +10,7 @@ from quintet.server.conversation import too_long
 from quintet.server.failures import invalid
 from quintet.server.protocol.chat import BEAMS, FORMATS, StreamOptions, check_stream
 from quintet.server.protocol.common import SamplingFields, unsupported, within
-from quintet.server.protocol.formats import ResponseFormat, format_of
+from quintet.server.protocol.formats import ResponseFormat, field_of, format_of
 from quintet.server.protocol.prompts import checked, fitting, listed, placed
 from quintet.server.questions import Ask
 from quintet.server.settings import Settings
@@ -81,6 +81,7 @@ class CompletionRequest(SamplingFields):
         Raises:
             ApiError: a value breaks its rule.
         """
+        form = format_of(self.response_format, self.regex, self.grammar, settings)
         return Ask(
             prompt=ids,
             where=where,
@@ -90,7 +91,8 @@ class CompletionRequest(SamplingFields):
             logprobs=self.logprobs,
             prompt_logprobs=self.logprobs if self.echo else None,
             n=self.n or 1,
-            response_format=format_of(self.response_format, self.regex, self.grammar, settings),
+            response_format=form,
+            form_where=field_of(form),
             scope=scope,
             salt=self.cache_salt or "",
             priority=self.priority or 0,

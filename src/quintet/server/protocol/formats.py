@@ -10,6 +10,14 @@ from quintet.server.failures import invalid
 from quintet.server.protocol.common import Body, within
 from quintet.server.settings import Settings
 
+# The field of a request that has a form, by the type of the form.
+_FIELDS = {
+    "json_object": "response_format",
+    "json_schema": "response_format.json_schema.schema",
+    "regex": "regex",
+    "grammar": "grammar",
+}
+
 
 class JsonSchema(Body):
     """A schema with its name, which has no effect on the answer."""
@@ -59,6 +67,11 @@ def format_of(
             "response_format",
         )
     return requested[0] if requested else None
+
+
+def field_of(form: Mapping[str, Any] | None) -> str:
+    """Return the field of a request that has a form."""
+    return "response_format" if form is None else _FIELDS[form["type"]]
 
 
 def _schema(given: ResponseFormat, settings: Settings) -> Mapping[str, Any]:

@@ -183,6 +183,7 @@ class MessagesRequest(CountTokensRequest, SamplingFields):
             parallel_tool_calls=self.tool_choice is None
             or not self.tool_choice.disable_parallel_tool_use,
             response_format=self._format(settings),
+            form_where="output_config.format.schema",
             scope=scope,
             salt=self.cache_salt or "",
             priority=self.priority or 0,

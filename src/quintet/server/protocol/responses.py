@@ -194,6 +194,7 @@ class ResponsesRequest(SamplingFields):
             tool_choice=choice,
             parallel_tool_calls=self.parallel_tool_calls is not False,
             response_format=None if format is None else format.constraint(settings),
+            form_where="text.format.schema",
             scope=scope,
             salt=self.cache_salt or "",
             priority=self.priority or 0,
